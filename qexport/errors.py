@@ -1,0 +1,85 @@
+"""The errors of qexport, and the exit code that each one means.
+
+    QexportError              1    a defect in qexport (also: any exception that is none of these)
+    ├── RecipeError           2    usage or recipe: unknown key, wrong type, impossible combination
+    ├── InputError            3    model, adapter or data: missing, malformed, unsafe, of another model
+    ├── CompatibilityError    4    method, layout and model do not fit together
+    ├── NumericalError        5    a Hessian that is not positive definite, NaN or Inf in the arithmetic
+    ├── GateFailed            6    the artifact drifted further than a gate allows
+    ├── GateUndecided         7    a gate could not be decided with what was measured
+    └── ResourceError         8    not enough disk or memory
+
+An interrupted run exits with 130.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class QexportError(Exception):
+    """An error told in three lines: what happened, where, and how to mend it.
+
+    Args:
+        what: one sentence that says what is wrong, without the place.
+        where: the file, field, tensor or layer concerned.
+        mend: what the user can do about it.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, what: str, *, where: str | None = None, mend: str | None = None) -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = where
+        self.mend = mend
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.where:
+            lines.append(f"where: {self.where}")
+        if self.mend:
+            lines.append(f"mend:  {self.mend}")
+        return "\n".join(lines)
+
+
+class RecipeError(QexportError):
+    """The recipe or the command line is wrong."""
+
+    exit_code = 2
+
+
+class InputError(QexportError):
+    """A model, an adapter or a data file cannot be used as it is."""
+
+    exit_code = 3
+
+
+class CompatibilityError(QexportError):
+    """Method, layout and model do not fit together."""
+
+    exit_code = 4
+
+
+class NumericalError(QexportError):
+    """The arithmetic failed: not finite, or a matrix that is not positive definite."""
+
+    exit_code = 5
+
+
+class GateFailed(QexportError):
+    """The artifact drifted further than a gate allows."""
+
+    exit_code = 6
+
+
+class GateUndecided(QexportError):
+    """A gate could not be decided with what was measured."""
+
+    exit_code = 7
+
+
+class ResourceError(QexportError):
+    """There is not enough disk or memory."""
+
+    exit_code = 8

@@ -1,0 +1,17 @@
+"""The recipe's `merge`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from qexport.settings import Settings
+
+
+class MergeSettings(Settings):
+    """How the adapter goes into the base."""
+
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """The merged model's dtype, which is the reference's. Merged in float32 and rounded once."""
+
+    strict_base: bool = False
+    """Refuse an adapter whose `base_model_name_or_path` is another name than the base's, instead of warning."""

@@ -1,0 +1,44 @@
+"""What a stage tells about its progress. Stages call a `Reporter`; the command line draws it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+Stage = Literal["load", "merge", "calibrate", "quantize", "export", "verify"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One step of a stage.
+
+    Attributes:
+        stage: the stage that is at work.
+        done: units finished so far, 0 to total.
+        total: units of the whole stage; 0 where it is not known.
+        unit: what is counted, for example "block" or "window".
+        detail: a few words on the step, for example "loss 0.021" (may be empty).
+        tokens: tokens that went through the model in this stage so far.
+    """
+
+    stage: Stage
+    done: int
+    total: int
+    unit: str
+    detail: str = ""
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something that a user should know and that stops nothing, for example a base of another name."""
+
+    text: str
+
+
+Reporter = Callable[[Progress | Notice], None]
+
+
+def silent(event: Progress | Notice) -> None:
+    """A reporter that drops every event."""

@@ -1,0 +1,117 @@
+"""The recipe's `quantize`, one class a method. The union at the end is the registry of methods."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from qexport.settings import Settings
+
+Bits = Literal[2, 3, 4, 8]
+GroupSize = Annotated[int, Field(description="-1 for one group per row, or 16 to 1024")]
+
+
+class CalibrationSettings(Settings):
+    """The text that the method looks at."""
+
+    source: str | list[str]
+    """Files (`.jsonl` with a `text` or `messages` field, or `.txt`), or `hub:org/dataset` (extra `datasets`)."""
+
+    split: str = "train"
+    """The split of a hub dataset."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub dataset."""
+
+    field: str = "text"
+    """The field of a JSON line that holds the text."""
+
+    chat_template: bool = False
+    """Render each text as a user's message (or its `messages`) with the model's chat template."""
+
+    samples: Annotated[int, Field(ge=1)] = 128
+    """How many windows to take."""
+
+    sequence_length: Annotated[int, Field(ge=2)] = 512
+    """Tokens in a window."""
+
+    packing: Literal["packed", "document"] = "packed"
+    """`packed` joins documents with the end-of-text token and cuts windows; `document` takes one a sample."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Which documents come first."""
+
+
+class Override(Settings):
+    """Other settings for the modules that a pattern names."""
+
+    modules: str
+    """A shell-style pattern of module paths, for example `*.mlp.down_proj`. It must match something."""
+
+    bits: Bits | None = None
+    group_size: GroupSize | None = None
+
+    dense: bool = False
+    """Leave these modules at 16 bits."""
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Override:
+        if self.dense == (self.bits is not None or self.group_size is not None):
+            raise ValueError("give either dense: true, or bits and/or group_size")
+        _check_group_size(self.group_size)
+        return self
+
+
+class GptqSettings(Settings):
+    """GPTQ (arXiv:2210.17323) with calibration data."""
+
+    method: Literal["gptq"]
+
+    bits: Bits = 4
+    group_size: GroupSize = 128
+
+    sym: bool = True
+    """Symmetric codes: every zero point is 2**(bits-1). vLLM and the fast kernels demand it."""
+
+    desc_act: bool = False
+    """Dynamic act-order: groups follow activation order. Slower to serve; vLLM refuses it. See `static_groups`."""
+
+    static_groups: bool = True
+    """Quantize columns by falling activation, with groups and scales fixed beforehand in the original order:
+    act-order's gain in a plain `desc_act: false` file."""
+
+    damp_percent: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """Added to the Hessian's diagonal, as a fraction of its mean (percdamp, dampening_frac)."""
+
+    true_sequential: bool = True
+    """Quantize the linears of a block one after the other, each with inputs from the quantized ones before."""
+
+    mse: bool = True
+    """Search the clipping range of each group, instead of taking its largest value."""
+
+    on_failure: Literal["error", "round_to_nearest"] = "error"
+    """What to do with a layer whose Hessian cannot be factorized at any damping. Recorded either way."""
+
+    lm_head: bool = False
+    """Quantize the output head too (never with tied embeddings)."""
+
+    overrides: list[Override] = []
+    """Per-module settings; the last that matches holds."""
+
+    calibration: CalibrationSettings
+
+    @model_validator(mode="after")
+    def _possible(self) -> GptqSettings:
+        _check_group_size(self.group_size)
+        if self.desc_act and self.static_groups:
+            raise ValueError("desc_act and static_groups exclude each other: set static_groups: false with desc_act")
+        return self
+
+
+def _check_group_size(group_size: int | None) -> None:
+    if group_size is not None and group_size != -1 and not 16 <= group_size <= 1024:
+        raise ValueError(f"group_size must be -1 or 16 to 1024, not {group_size}")
+
+
+QuantizeSettings = GptqSettings

@@ -1,0 +1,17 @@
+"""The data types that flow between the stages."""
+
+from qexport.tensors.calibration import CalibrationSet
+from qexport.tensors.checkpoint import Checkpoint, Origin
+from qexport.tensors.quantized import GroupQuantized, LayerReport, TensorRecord
+from qexport.tensors.source import TensorSpec, WeightSource
+
+__all__ = [
+    "CalibrationSet",
+    "Checkpoint",
+    "GroupQuantized",
+    "LayerReport",
+    "Origin",
+    "TensorRecord",
+    "TensorSpec",
+    "WeightSource",
+]

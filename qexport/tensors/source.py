@@ -1,0 +1,41 @@
+"""Named tensors that are read one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a header says of a tensor, before any of its bytes is read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * self.dtype.itemsize
+
+
+class WeightSource(Protocol):
+    """Where tensors come from: a folder, a GGUF file, a merge of a base and an adapter."""
+
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Every tensor's name, in the source's order, with its shape and dtype."""
+        ...
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor as a fresh, contiguous CPU tensor that the caller owns.
+
+        Raises:
+            InputError: the tensor is missing, cut short, or holds NaN or Inf.
+        """
+        ...

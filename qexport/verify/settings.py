@@ -1,0 +1,34 @@
+"""The recipe's `verify`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from qexport.settings import Settings
+
+
+class VerifySettings(Settings):
+    """How the finished artifact is held against the merged reference."""
+
+    text: str | list[str]
+    """Held-out files (`.jsonl` with a `text` field, or `.txt`). Never the calibration text: equal digests are an error."""
+
+    field: str = "text"
+    """The field of a JSON line that holds the text."""
+
+    windows: Annotated[int, Field(ge=1)] = 32
+    """How many windows to take; fewer where the text ends before."""
+
+    sequence_length: Annotated[int, Field(ge=2)] = 512
+    """Tokens in a window. Windows do not overlap."""
+
+    prompts: str | None = None
+    """A JSONL file with `id` and `prompt`; both models continue each one greedily."""
+
+    max_new_tokens: Annotated[int, Field(ge=1)] = 32
+    """Tokens to generate for each prompt."""
+
+    max_kl: Annotated[float, Field(gt=0)] | None = None
+    """Gate: the largest mean KL divergence per token (nats) that is published. Exit code 6 above it."""

@@ -1,0 +1,125 @@
+"""Tiny models, tokenizers and adapters for the tests. Everything is made from a seed, nothing is downloaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+VOCABULARY = 384
+
+TEXT = [
+    "The miller opened the sluice before dawn, and the wheel began to turn in the grey light.",
+    "A release engineer compares every artifact with the reference before it is shipped.",
+    "def area(width, height):\n    return width * height\n",
+    "Le boulanger ferme sa boutique à midi ; la rue sent encore le pain chaud.",
+    "Total: 12 boxes, 340 kg, delivered on 3 March to the warehouse in the harbour.",
+]
+
+
+def llama_config(**changes: Any) -> LlamaConfig:
+    values: dict[str, Any] = dict(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=VOCABULARY, max_position_embeddings=256, tie_word_embeddings=False,
+        bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    return LlamaConfig(**(values | changes))
+
+
+def mistral_config(**changes: Any) -> MistralConfig:
+    values: dict[str, Any] = dict(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=VOCABULARY, max_position_embeddings=256, sliding_window=16, head_dim=16,
+        bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    return MistralConfig(**(values | changes))
+
+
+def qwen2_config(**changes: Any) -> Qwen2Config:
+    values: dict[str, Any] = dict(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=VOCABULARY, max_position_embeddings=256, tie_word_embeddings=True,
+        bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    return Qwen2Config(**(values | changes))
+
+
+def falcon_config(**changes: Any) -> FalconConfig:
+    """Falcon 7B style: multi-query attention, parallel attention and MLP, rotary embeddings, no biases."""
+    values: dict[str, Any] = dict(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCABULARY,
+        multi_query=True, parallel_attn=True, new_decoder_architecture=False, bias=False, alibi=False,
+        bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    return FalconConfig(**(values | changes))
+
+
+def falcon_40b_config(**changes: Any) -> FalconConfig:
+    """Falcon 40B style: grouped keys and values, two layer norms in parallel."""
+    return falcon_config(**(dict(new_decoder_architecture=True, num_kv_heads=2) | changes))
+
+
+def build(config: PretrainedConfig, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+    """A model with random weights that are large enough for its logits to differ between tokens."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    assert isinstance(model, PreTrainedModel)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 0.08)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model.to(dtype).eval()
+
+
+def save(model: PreTrainedModel, folder: Path, **options: Any) -> Path:
+    """Writes the model with a tokenizer, a chat template and a generation config."""
+    model.save_pretrained(folder, **options)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with a chat template, the same every time."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<|end|>", "<|start|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(TEXT, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>", pad_token="<|end|>")
+    fast.chat_template = (
+        "{% for message in messages %}<|start|>{{ message.role }}\n{{ message.content }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+    )
+    return fast
+
+
+def write_text(path: Path, *, passages: int = 40, seed: int = 0) -> Path:
+    """A JSONL file of passages that differ with the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    lines = []
+    for index in range(passages):
+        picks = torch.randint(len(TEXT), (4,), generator=generator).tolist()
+        text = f"Passage {seed}-{index}. " + " ".join(TEXT[pick] for pick in picks)
+        lines.append(json.dumps({"id": f"{seed}-{index}", "text": text}))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path

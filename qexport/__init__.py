@@ -1,0 +1,1 @@
+"""Merge, quantize, export and verify language models in one streaming pass."""

@@ -83,7 +83,9 @@ def build(config: PretrainedConfig, *, seed: int = 0, dtype: torch.dtype = torch
                 parameter.normal_(0.0, 0.08)
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
-    return model.to(dtype).eval()
+    model.to(dtype=dtype)
+    model.eval()
+    return model
 
 
 def save(model: PreTrainedModel, folder: Path, **options: Any) -> Path:

@@ -80,7 +80,8 @@ def build_on_meta(config: PretrainedConfig) -> PreTrainedModel:
             where="config.json: model_type",
         ) from error
     assert isinstance(model, PreTrainedModel)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def describe(config: Mapping[str, Any]) -> Structure:

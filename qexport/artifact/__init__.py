@@ -1,0 +1,1 @@
+"""A finished or growing folder: manifest, digests, publishing."""

@@ -1,0 +1,1 @@
+"""One file a layout, and the shard writer they share."""

@@ -1,0 +1,1 @@
+"""Where a base model comes from: a folder, a hub, a GGUF file inside a package."""

@@ -1,0 +1,1 @@
+"""Adapters as lazy weight deltas."""

@@ -1,0 +1,1 @@
+"""Pure bit layouts, one file a format."""

@@ -1,0 +1,1 @@
+"""One file a method, with calibration, Hessian and solver."""

@@ -1,0 +1,1 @@
+"""Recipes: reading YAML with line numbers, checking, the schema."""

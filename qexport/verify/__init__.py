@@ -1,0 +1,1 @@
+"""The finished artifact against its reference: perplexity, divergence, generation."""

@@ -13,7 +13,7 @@ class VerifySettings(Settings):
     """How the finished artifact is held against the merged reference."""
 
     text: str | list[str]
-    """Held-out files (`.jsonl` with a `text` field, or `.txt`). Never the calibration text: equal digests are an error."""
+    """Held-out files (`.jsonl` with a `text` field, or `.txt`). Never the calibration text."""
 
     field: str = "text"
     """The field of a JSON line that holds the text."""

@@ -1,0 +1,277 @@
+"""A model's forward pass, one block at a time, with the memory of one block.
+
+The model is built on the meta device. Its own forward is run with every block's forward replaced, first by one that
+records what the model passes to each block (masks, position embeddings: they may differ per layer), at the end
+by one that hands over the last hidden states. So embeddings, masks, final norm and head are the model's own code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from qexport.architectures.structure import build_on_meta, describe_model, find_blocks, parse_config
+from qexport.tensors import WeightSource
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""The arguments that a block takes besides the hidden states."""
+
+
+class _AllRecordedError(Exception):
+    """Ends the model's forward once the last block has been recorded."""
+
+
+@dataclass
+class Batch:
+    """Some windows on their way through the model.
+
+    Attributes:
+        hidden: the hidden states [windows, sequence_length, hidden_size], input of the next block.
+        calls: for each block, what the model calls it with besides the hidden states.
+    """
+
+    hidden: Tensor
+    calls: Sequence[Call]
+
+
+class BlockRunner:
+    """Runs a model block by block from a source of weights.
+
+    Bit for bit equal to the whole model in float32, and in bfloat16 up to the head, which computes in float32.
+
+    Args:
+        config: the content of config.json.
+        source: the weights, named as in `Structure.parameters`.
+        dtype: the dtype to compute in.
+        device: where to compute.
+    """
+
+    def __init__(
+        self, config: Mapping[str, Any], source: WeightSource, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.dtype, self.device, self._source = dtype, device, source
+        self._model = build_on_meta(parse_config(config))
+        self._model.config.use_cache = False
+        for parameter in self._model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        self.structure = describe_model(self._model)
+        self._layers = find_blocks(self._model)[1]
+        self._compute_buffers()
+
+    @torch.no_grad()
+    def embed(self, input_ids: Tensor, batch_size: int) -> list[Batch]:
+        """The hidden states before the first block.
+
+        Args:
+            input_ids: int64 [windows, sequence_length], without padding.
+            batch_size: windows in a batch; the last batch may be smaller.
+        """
+        batches: list[Batch] = []
+        outside = [name for name in self._outside_blocks() if not name.startswith(f"{self.structure.head}.")]
+        with self._loaded(self._model, outside):
+            for ids in input_ids.split(batch_size):
+                batch = self._record(ids.to(self.device))
+                if batches and _same(batch.calls, batches[-1].calls):
+                    batch.calls = batches[-1].calls
+                batches.append(batch)
+        return batches
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """The block with its weights, which are released at the end."""
+        prefix = self.structure.blocks[index] + "."
+        names = [name for name in self.structure.parameters if name.startswith(prefix)]
+        with self._loaded(self._model, names):
+            yield self._layers[index]
+
+    @torch.no_grad()
+    def forward(self, index: int, block: nn.Module, batch: Batch) -> None:
+        """Runs one block and replaces the batch's hidden states by its output."""
+        args, kwargs = batch.calls[index]
+        output = block(batch.hidden, *args, **kwargs)
+        batch.hidden = output[0] if isinstance(output, tuple) else output
+
+    @contextmanager
+    def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """A function from the last block's hidden states [..., tokens, hidden_size] to float32 logits.
+
+        The final norm computes in the runner's dtype; the head's product and what follows it in float32.
+        """
+        skip = () if self.structure.tied else (f"{self.structure.embedding}.",)
+        names = [name for name in self._outside_blocks() if not name.startswith(skip)]
+        with self._loaded(self._model, names), _in_float32(self._head_module()):
+            yield self._tail
+
+    @contextmanager
+    def head_inputs(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """A function from the last block's hidden states to the inputs of the output head, in the runner's dtype."""
+        skip = (f"{self.structure.embedding}.", f"{self.structure.head}.")
+        names = [name for name in self._outside_blocks() if not name.startswith(skip)]
+        seen: list[Tensor] = []
+
+        def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen.append(args[0])
+            raise _AllRecordedError
+
+        def run(hidden: Tensor) -> Tensor:
+            try:
+                self._tail(hidden)
+            except _AllRecordedError:
+                return seen.pop()
+            raise AssertionError("the model's forward did not reach its output head")
+
+        hook = self._head_module().register_forward_pre_hook(stop)
+        try:
+            with self._loaded(self._model, names):
+                yield run
+        finally:
+            hook.remove()
+
+    @torch.no_grad()
+    def _tail(self, hidden: Tensor) -> Tensor:
+        hidden = hidden.reshape(-1, *hidden.shape[-2:])
+        output = (hidden,) if self._returns_tuple else hidden
+        with _replaced(self._layers, [lambda *_, **__: output] * len(self._layers)):
+            logits = self._model(inputs_embeds=hidden, use_cache=False).logits
+        assert isinstance(logits, Tensor)
+        return logits
+
+    def _record(self, ids: Tensor) -> Batch:
+        hidden: list[Tensor] = []
+        calls: list[Call] = []
+
+        def recorder(index: int) -> Callable[..., Any]:
+            def record(*args: Any, **kwargs: Any) -> Any:
+                given = kwargs.pop("hidden_states", None)
+                if given is None:
+                    given, args = args[0], args[1:]
+                hidden.append(given)
+                calls.append((args, kwargs))
+                if index == len(self._layers) - 1:
+                    raise _AllRecordedError
+                if index == 0:
+                    self._probe(given, calls[0])
+                return (given,) if self._returns_tuple else given
+
+            return record
+
+        with _replaced(self._layers, [recorder(index) for index in range(len(self._layers))]):
+            try:
+                self._model(input_ids=ids, use_cache=False)
+            except _AllRecordedError:
+                return Batch(hidden[0], calls)
+        raise AssertionError("the model's forward did not reach its last block")
+
+    def _probe(self, hidden: Tensor, call: Call) -> None:
+        """Learns from a run without data whether the blocks return tuples."""
+        args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), call)
+        block = self._layers[0]
+        self._returns_tuple = isinstance(type(block).forward(block, hidden.to("meta"), *args, **kwargs), tuple)
+
+    def _outside_blocks(self) -> list[str]:
+        inside = tuple(f"{block}." for block in self.structure.blocks)
+        return [name for name in self.structure.parameters if not name.startswith(inside)]
+
+    def _head_module(self) -> nn.Module:
+        return self._model.get_submodule(self.structure.head)
+
+    @contextmanager
+    def _loaded(self, root: nn.Module, names: Iterable[str]) -> Iterator[None]:
+        loaded: list[tuple[nn.Module, str, Tensor]] = []
+        try:
+            for name in names:
+                loaded += self._load(root, name)
+            yield
+        finally:
+            for module, leaf, meta in loaded:
+                _put(module, leaf, meta)
+
+    def _load(self, root: nn.Module, name: str) -> list[tuple[nn.Module, str, Tensor]]:
+        tensor = self._source.read(name)
+        dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
+        tensor = tensor.to(device=self.device, dtype=dtype)
+        places = [name]
+        if self.structure.tied and name == f"{self.structure.embedding}.weight":
+            places.append(f"{self.structure.head}.weight")
+        changed = []
+        for place in places:
+            path, _, leaf = place.rpartition(".")
+            module = root.get_submodule(path)
+            changed.append((module, leaf, module.state_dict(keep_vars=True)[leaf]))
+            _put(module, leaf, tensor)
+        return changed
+
+    @torch.no_grad()
+    def _compute_buffers(self) -> None:
+        """Fills the buffers that no checkpoint holds (rotary frequencies and their like), as transformers does."""
+        stored = set(self.structure.parameters)
+        for path, module in self._model.named_modules():
+            leaves = [leaf for leaf in module._buffers if f"{path}.{leaf}".lstrip(".") not in stored]
+            empty = [leaf for leaf in leaves if (buffer := module._buffers[leaf]) is not None and buffer.is_meta]
+            for leaf in empty:
+                buffer = module._buffers[leaf]
+                assert buffer is not None
+                module._buffers[leaf] = torch.full_like(buffer, torch.nan, device=self.device)
+            if empty:
+                self._model._init_weights(module)
+            for leaf in empty:
+                buffer = module._buffers[leaf]
+                assert buffer is not None and bool(torch.isfinite(buffer).all()), f"{path}.{leaf} was not computed"
+
+
+def _put(module: nn.Module, leaf: str, tensor: Tensor) -> None:
+    if leaf in module._buffers:
+        module._buffers[leaf] = tensor
+    elif isinstance(tensor, nn.Parameter):
+        module._parameters[leaf] = tensor
+    else:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+
+@contextmanager
+def _replaced(layers: nn.ModuleList, forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    for layer, forward in zip(layers, forwards, strict=True):
+        layer.forward = forward
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+@contextmanager
+def _in_float32(head: nn.Module) -> Iterator[None]:
+    weight, bias = head._parameters["weight"], head._parameters.get("bias")
+    assert weight is not None
+    _put(head, "weight", weight.to(torch.float32))
+    if bias is not None:
+        _put(head, "bias", bias.to(torch.float32))
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0].to(torch.float32), *args[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
+        _put(head, "weight", weight)
+        if bias is not None:
+            _put(head, "bias", bias)
+
+
+def _same(ours: Sequence[Call], theirs: Sequence[Call]) -> bool:
+    """Whether two recordings hold the same values, so that one of them can be dropped."""
+    left, left_spec = tree_flatten(ours)
+    right, right_spec = tree_flatten(theirs)
+    return left_spec == right_spec and all(_equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def _equal(ours: Any, theirs: Any) -> bool:
+    if ours is theirs:
+        return True
+    if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
+        return ours.shape == theirs.shape and torch.equal(ours, theirs)
+    return type(ours) is type(theirs) and not isinstance(ours, Tensor) and bool(ours == theirs)

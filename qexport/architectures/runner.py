@@ -192,10 +192,14 @@ class BlockRunner:
             for module, leaf, meta in loaded:
                 _put(module, leaf, meta)
 
-    def _load(self, root: nn.Module, name: str) -> list[tuple[nn.Module, str, Tensor]]:
+    def read(self, name: str) -> Tensor:
+        """A tensor in the runner's dtype (where it is floating) on the runner's device."""
         tensor = self._source.read(name)
         dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
-        tensor = tensor.to(device=self.device, dtype=dtype)
+        return tensor.to(device=self.device, dtype=dtype)
+
+    def _load(self, root: nn.Module, name: str) -> list[tuple[nn.Module, str, Tensor]]:
+        tensor = self.read(name)
         places = [name]
         if self.structure.tied and name == f"{self.structure.embedding}.weight":
             places.append(f"{self.structure.head}.weight")
@@ -222,7 +226,8 @@ class BlockRunner:
                 self._model._init_weights(module)
             for leaf in empty:
                 buffer = module._buffers[leaf]
-                assert buffer is not None and bool(torch.isfinite(buffer).all()), f"{path}.{leaf} was not computed"
+                assert buffer is not None
+                assert torch.isfinite(buffer).all(), f"{path}.{leaf} was not computed"
 
 
 def _put(module: nn.Module, leaf: str, tensor: Tensor) -> None:

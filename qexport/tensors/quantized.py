@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -42,6 +42,42 @@ class GroupQuantized:
         scales = self.scales.t().to(torch.float32)[:, group]
         return ((codes - zeros) * scales).to(dtype)
 
+    def rows(self, start: int, end: int) -> GroupQuantized:
+        """The outputs from `start` up to `end`."""
+        part = slice(start, end)
+        return replace(self, codes=self.codes[part], scales=self.scales[:, part], zeros=self.zeros[:, part])
+
+    def cpu(self) -> GroupQuantized:
+        """The same on the CPU, in contiguous storage."""
+        parts = {name: getattr(self, name).cpu().contiguous() for name in ("codes", "scales", "zeros", "g_idx")}
+        return replace(self, **parts)
+
+
+@dataclass(frozen=True)
+class GroupQuantizedSpec:
+    """What is known of a `GroupQuantized` before it is computed.
+
+    Attributes:
+        out_features: rows of the matrix.
+        in_features: columns of the matrix, a multiple of group_size.
+        bits: 2, 3, 4 or 8.
+        group_size: inputs in a group; the number of inputs where there is one group.
+        sym: every zero point is 2**(bits - 1).
+        desc_act: the groups follow activation order.
+    """
+
+    out_features: int
+    in_features: int
+    bits: int
+    group_size: int
+    sym: bool
+    desc_act: bool
+
+    @property
+    def groups(self) -> int:
+        """Groups along the inputs."""
+        return self.in_features // self.group_size
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -51,7 +87,7 @@ class LayerReport:
         name: the module's path.
         method: how the codes were found.
         loss: mean squared error of the layer's outputs on the calibration tokens, relative to the mean square
-            of the outputs.
+            of the outputs; None where that ratio does not exist.
         rtn_loss: the same for plain round-to-nearest with the same bits and groups.
         damp_percent: the damping that the factorization used, as a fraction of the mean of the Hessian's diagonal.
         tokens: calibration tokens that the layer saw.
@@ -60,8 +96,8 @@ class LayerReport:
 
     name: str
     method: Literal["gptq", "round_to_nearest"]
-    loss: float
-    rtn_loss: float
+    loss: float | None
+    rtn_loss: float | None
     damp_percent: float
     tokens: int
     dead_columns: int

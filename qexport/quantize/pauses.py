@@ -1,0 +1,73 @@
+"""A block's forward that stops at chosen layers, so that each layer is computed once, with its quantized weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from greenlet import greenlet
+from torch import Tensor, nn
+
+
+class PausedForward(greenlet):
+    """One batch's forward, run on a stack of its own until the next layer that `pausing_at` names.
+
+    A greenlet and not a thread: everything stays on one operating system thread, with one pool of workers for torch.
+    """
+
+    def __init__(self, forward: Callable[[], None]) -> None:
+        super().__init__(forward)
+
+    def advance(self) -> Tensor:
+        """Goes on to the next layer that pauses, and returns its input."""
+        inputs = self.switch()
+        assert isinstance(inputs, Tensor), "the forward ended before the layer that was awaited"
+        return inputs
+
+    def finish(self) -> None:
+        """Goes on to the end."""
+        self.switch()
+        assert self.dead, "the forward paused once more than was awaited"
+
+
+@contextmanager
+def pausing_at(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Makes every `PausedForward` stop before each of these layers. Other forwards pass."""
+
+    def pause(_: nn.Module, args: tuple[Any, ...]) -> None:
+        current = greenlet.getcurrent()
+        if isinstance(current, PausedForward) and current.parent is not None:
+            current.parent.switch(args[0])
+
+    hooks = [layer.register_forward_pre_hook(pause) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def shared_inputs(linears: dict[str, nn.Module], forward: Callable[[], None]) -> list[list[str]]:
+    """Runs a forward once and groups the layers that are given the very same tensor, by first call."""
+    inputs: list[Tensor] = []
+    groups: list[list[str]] = []
+
+    def note(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            for seen, group in zip(inputs, groups, strict=True):
+                if seen is args[0]:
+                    group.append(name)
+                    return
+            inputs.append(args[0])
+            groups.append([name])
+
+        return hook
+
+    hooks = [linear.register_forward_pre_hook(note(name)) for name, linear in linears.items()]
+    try:
+        forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return groups

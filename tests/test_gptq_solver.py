@@ -1,0 +1,216 @@
+"""The solver against a plain transcription of the paper's algorithm."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qexport.errors import NumericalError
+from qexport.quantize import solver
+from qexport.quantize.hessian import Hessian
+from qexport.quantize.layer import output_error, solve_together
+from qexport.quantize.solver import Options, factorize, round_to_nearest, solve
+
+OPTIONS = Options(bits=4, group_size=32, order="original", sym=True, damp_percent=0.01, search=False)
+
+
+def problem(out_features: int = 24, in_features: int = 320, tokens: int = 640, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A weight [out, in] and the Hessian [in, in] of correlated inputs of uneven size, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(in_features, in_features, generator=generator, dtype=torch.float64) / math.sqrt(in_features)
+    size = torch.exp(torch.randn(in_features, generator=generator, dtype=torch.float64))
+    inputs = torch.randn(tokens, in_features, generator=generator, dtype=torch.float64) @ mix * size
+    weight = torch.randn(out_features, in_features, generator=generator, dtype=torch.float64) * 0.1
+    return weight, inputs.t() @ inputs / tokens
+
+
+def plain_gptq(weight: Tensor, hessian: Tensor, options: Options) -> Tensor:
+    """Dequantized weights by the paper's steps: an explicit inverse, its Cholesky factor, one column after the other.
+
+    Written from the paper (section 3.3), in float64, without blocks, without the transposed layout and without any
+    function of qexport. Only for grids without a search.
+    """
+    rows, columns = weight.shape
+    order = list(range(columns))
+    if options.order != "original":
+        order.sort(key=lambda index: -float(hessian[index, index]))
+    work = weight[:, order].clone()
+    damped = hessian[order][:, order].clone()
+    damped += torch.eye(columns, dtype=torch.float64) * options.damp_percent * hessian.diagonal().mean()
+    factor = torch.linalg.cholesky(torch.linalg.inv(damped)).t()
+    result = torch.zeros_like(work)
+    fixed: dict[tuple[int, int], tuple[float, int]] = {}
+    for position in range(columns):
+        group = (order[position] if options.order == "static" else position) // options.group_size
+        for row in range(rows):
+            if (group, row) not in fixed:
+                source = weight[row] if options.order == "static" else work[row]
+                fixed[group, row] = plain_grid(source[group * options.group_size : (group + 1) * options.group_size], options)
+            scale, zero = fixed[group, row]
+            code = min(max(round(float(work[row, position]) / scale) + zero, 0), 2**options.bits - 1)
+            result[row, position] = (code - zero) * scale
+        error = (work[:, position] - result[:, position]) / factor[position, position]
+        work[:, position + 1 :] -= torch.outer(error, factor[position, position + 1 :])
+    return result[:, torch.argsort(torch.tensor(order))]
+
+
+def plain_grid(values: Tensor, options: Options) -> tuple[float, int]:
+    low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
+    top = 2**options.bits - 1
+    if options.sym:
+        return half(max(-low, high) / (2 ** (options.bits - 1) - 1)), 2 ** (options.bits - 1)
+    scale = half((high - low) / top)
+    return scale, min(max(round(-low / scale), 0), top)
+
+
+def half(value: float) -> float:
+    return float(torch.tensor(value, dtype=torch.float64).to(torch.float16))
+
+
+def solved(weight: Tensor, hessian: Tensor, options: Options) -> Tensor:
+    return solve(weight, hessian, factorize(hessian, options), options).dequantize(torch.float64)
+
+
+@pytest.mark.parametrize("order", ["original", "static", "dynamic"])
+@pytest.mark.parametrize(("bits", "sym", "group_size"), [(4, True, 32), (3, False, 64), (2, True, 160), (8, False, 320)])
+def test_codes_equal_the_plain_algorithms(order: str, bits: int, sym: bool, group_size: int) -> None:
+    weight, hessian = problem()
+    options = Options(bits, group_size, order, sym, 0.01, search=False)
+    assert torch.equal(solved(weight, hessian, options), plain_gptq(weight, hessian, options).float().double())
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    out_features=st.integers(1, 5),
+    groups=st.integers(1, 5),
+    group_size=st.sampled_from([16, 48, 80, 144]),
+    order=st.sampled_from(["original", "static", "dynamic"]),
+    seed=st.integers(0, 1000),
+)
+def test_codes_equal_the_plain_algorithms_for_any_shape(
+    out_features: int, groups: int, group_size: int, order: str, seed: int
+) -> None:
+    weight, hessian = problem(out_features, groups * group_size, 2 * groups * group_size, seed)
+    options = Options(4, group_size, order, True, 0.01, search=False)
+    assert torch.equal(solved(weight, hessian, options), plain_gptq(weight, hessian, options).float().double())
+
+
+def test_the_oracle_catches_an_update_that_skips_a_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, hessian = problem()
+    factor = factorize(hessian, OPTIONS)
+    slipped = solver.Factor(factor.upper.clone(), factor.order, factor.damp_percent)
+    ends = [end for _, end in solver._column_blocks(weight.shape[1], OPTIONS.group_size)]
+    for start, end in zip([0, *ends], ends, strict=False):
+        slipped.upper[start:end, end : end + 1] = 0
+    wrong = solve(weight, hessian, slipped, OPTIONS).dequantize(torch.float64)
+    assert not torch.equal(wrong, plain_gptq(weight, hessian, OPTIONS).float().double())
+
+
+def test_float32_loses_next_to_nothing() -> None:
+    weight, hessian = problem()
+    exact = solve(weight, hessian, factorize(hessian, OPTIONS), OPTIONS)
+    single = solve(weight.float(), hessian.float(), factorize(hessian.float(), OPTIONS), OPTIONS)
+    assert (exact.codes == single.codes).float().mean() > 0.99
+    losses = [output_error(weight.float(), quantized, hessian.float()) for quantized in (exact, single)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
+@pytest.mark.parametrize("order", ["original", "static", "dynamic"])
+def test_gptq_is_better_than_round_to_nearest_and_the_search_helps(order: str) -> None:
+    weight, hessian = (tensor.float() for tensor in problem(out_features=64))
+    losses = {}
+    for search in (False, True):
+        options = Options(3, 32, order, True, 0.01, search)
+        losses[search] = output_error(weight, solve(weight, hessian, factorize(hessian, options), options), hessian)
+    nearest = output_error(weight, round_to_nearest(weight, OPTIONS.__class__(3, 32, order, True, 0.01, False)), hessian)
+    assert losses[True] < losses[False] < nearest  # type: ignore[operator]
+
+
+def test_static_act_order_keeps_the_groups_in_the_original_order() -> None:
+    weight, hessian = (tensor.float() for tensor in problem())
+    for order, sequential in (("static", True), ("dynamic", False)):
+        options = Options(4, 32, order, True, 0.01, False)
+        quantized = solve(weight, hessian, factorize(hessian, options), options)
+        plain = torch.arange(weight.shape[1], dtype=torch.int32) // 32
+        assert torch.equal(quantized.g_idx, plain) == sequential
+        assert quantized.desc_act is not sequential
+
+
+def test_an_indefinite_hessian_is_damped_in_recorded_steps_and_then_refused() -> None:
+    _, hessian = problem()
+    lowest = torch.linalg.eigvalsh(hessian)[0]
+    mean = hessian.diagonal().mean()
+    shifted = hessian - torch.eye(len(hessian), dtype=torch.float64) * (lowest + 0.05 * mean)
+    shifted.diagonal().clamp_(min=1e-6)
+    factor = factorize(shifted, OPTIONS)
+    assert factor.damp_percent > OPTIONS.damp_percent
+    hopeless = -torch.eye(32)
+    with pytest.raises(NumericalError, match="not positive definite"):
+        factorize(hopeless - 1, OPTIONS)
+
+
+def layer_hessian(inputs: Tensor) -> Hessian:
+    hessian = Hessian(inputs.shape[-1], torch.device("cpu"))
+    hessian.add(inputs)
+    return hessian
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_inputs_that_are_not_finite_are_an_error_that_names_the_layer(value: float) -> None:
+    inputs = torch.randn(64, 64)
+    inputs[3, 5] = value
+    weights = {"model.layers.0.mlp.up_proj": torch.randn(32, 64)}
+    options = dict.fromkeys(weights, OPTIONS)
+    with pytest.raises(NumericalError, match="not finite") as caught:
+        solve_together(weights, layer_hessian(inputs), options, "error")
+    assert caught.value.where == "model.layers.0.mlp.up_proj"
+    rounded = solve_together(weights, layer_hessian(inputs), options, "round_to_nearest")
+    assert rounded["model.layers.0.mlp.up_proj"].report.method == "round_to_nearest"
+
+
+def test_a_layer_that_no_token_reached_is_an_error() -> None:
+    hessian = Hessian(64, torch.device("cpu"))
+    with pytest.raises(NumericalError, match="no calibration token"):
+        solve_together({"a": torch.randn(8, 64)}, hessian, {"a": OPTIONS}, "error")
+
+
+def test_dead_inputs_are_counted_and_keep_their_weights() -> None:
+    inputs = torch.randn(512, 64)
+    inputs[:, [3, 40]] = 0
+    weight = torch.randn(16, 64)
+    layer = solve_together({"a": weight}, layer_hessian(inputs), {"a": OPTIONS}, "error")["a"]
+    assert layer.report.dead_columns == 2
+    assert torch.allclose(layer.quantized.dequantize()[:, [3, 40]], weight[:, [3, 40]], atol=0.3)
+
+
+def test_too_few_tokens_raise_the_damping_and_say_so() -> None:
+    solved_layer = solve_together({"a": torch.randn(16, 64)}, layer_hessian(torch.randn(32, 64)), {"a": OPTIONS}, "error")
+    assert solved_layer["a"].report.tokens == 32
+    assert solved_layer["a"].report.damp_percent == pytest.approx(OPTIONS.damp_percent * solver.DAMPING_STEPS[1])
+
+
+def test_layers_solved_together_equal_layers_solved_alone() -> None:
+    inputs = torch.randn(512, 64)
+    weights = {"q": torch.randn(32, 64), "k": torch.randn(16, 64), "v": torch.randn(16, 64)}
+    options = {"q": OPTIONS, "k": OPTIONS, "v": Options(8, 64, "original", True, 0.01, True)}
+    together = solve_together(weights, layer_hessian(inputs), options, "error")
+    for name, weight in weights.items():
+        alone = solve_together({name: weight}, layer_hessian(inputs), options, "error")[name]
+        assert torch.equal(together[name].quantized.codes, alone.quantized.codes)
+        assert together[name].report.loss == pytest.approx(alone.report.loss, rel=1e-5)
+
+
+def test_the_hessian_is_the_mean_of_the_outer_products() -> None:
+    first, second = torch.randn(3, 50, 600), torch.randn(2, 50, 600)
+    hessian = Hessian(600, torch.device("cpu"))
+    hessian.add(first)
+    hessian.add(second)
+    rows = torch.cat([first.reshape(-1, 600), second.reshape(-1, 600)]).double()
+    assert hessian.tokens == 250
+    assert torch.allclose(hessian.matrix().double(), rows.t() @ rows / 250, atol=1e-5)
+    assert torch.equal(hessian.matrix(), hessian.matrix().t())

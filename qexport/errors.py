@@ -14,6 +14,7 @@ An interrupted run exits with 130.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 
@@ -83,3 +84,11 @@ class ResourceError(QexportError):
     """There is not enough disk or memory."""
 
     exit_code = 8
+
+
+def listed(problems: Sequence[str], *, limit: int = 12) -> str:
+    """Problems for an error's `where`, one a line: at most `limit` of them, and the count of the rest."""
+    lines = list(problems[:limit])
+    if len(problems) > limit:
+        lines.append(f"and {len(problems) - limit} more")
+    return "\n       ".join(lines)

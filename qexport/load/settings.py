@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pydantic import model_validator
+
 from qexport.settings import Settings
+
+_NOT_ON_THE_HUB = ("pkg:", "/", "./", "../", "~")
 
 
 class LoadSettings(Settings):
@@ -19,3 +23,11 @@ class LoadSettings(Settings):
 
     adapter_revision: str | None = None
     """Branch, tag or commit of the adapter's hub id."""
+
+    @model_validator(mode="after")
+    def _only_a_hub_id_has_revisions(self) -> LoadSettings:
+        if self.revision is not None and self.base.startswith(_NOT_ON_THE_HUB):
+            raise ValueError(f"revision belongs to a hub id, and {self.base} is none: remove it")
+        if self.adapter_revision is not None and (self.adapter or "/").startswith(_NOT_ON_THE_HUB):
+            raise ValueError(f"adapter_revision belongs to a hub id, and adapter is {self.adapter}: remove it")
+        return self

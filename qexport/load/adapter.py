@@ -1,0 +1,70 @@
+"""Where an adapter's files are. What they say is the merge's business."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from qexport.artifact.digest import sha256_file
+from qexport.errors import InputError
+from qexport.load.base_reference import FolderReference, parse_folder_or_hub
+from qexport.load.hub import fetch
+from qexport.load.settings import LoadSettings
+from qexport.progress import Reporter, silent
+from qexport.tensors.checkpoint import Origin
+from qexport.tensors.contained_path import contained_path
+
+ADAPTER_CONFIG: Final = "adapter_config.json"
+ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """A PEFT adapter: a folder with `adapter_config.json` and `adapter_model.safetensors`, and its origin."""
+
+    path: Path
+    origin: Origin
+
+
+def locate_adapter(settings: LoadSettings, *, report: Reporter = silent) -> AdapterFolder | None:
+    """The recipe's adapter, fetched where it is on the hub; None where the recipe names none.
+
+    Raises:
+        InputError: neither a folder nor a model of the hub, a file is missing or leaves the folder, or the adapter
+            exists as a pickle only.
+        RecipeError: a revision for a local folder.
+    """
+    if settings.adapter is None:
+        return None
+    reference = parse_folder_or_hub(settings.adapter, settings.adapter_revision, field="load.adapter")
+    if isinstance(reference, FolderReference):
+        digests = _check_files(reference.path, None)
+        return AdapterFolder(reference.path, Origin("folder", reference.path.resolve().name, sha256=digests))
+    snapshot = fetch(reference, (ADAPTER_CONFIG, ADAPTER_WEIGHTS), report=report)
+    digests = _check_files(snapshot.path, snapshot.trusted_root)
+    return AdapterFolder(snapshot.path, Origin("hub", reference.repo_id, snapshot.commit, digests))
+
+
+def _check_files(folder: Path, trusted_root: Path | None) -> dict[str, str]:
+    """The digests of both files."""
+    paths = {name: contained_path(folder, name, root=trusted_root) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)}
+    if not paths[ADAPTER_CONFIG].is_file():
+        raise InputError(
+            f"the folder holds no {ADAPTER_CONFIG}", where=str(folder), mend="name the folder that PEFT saved to"
+        )
+    if not paths[ADAPTER_WEIGHTS].is_file():
+        raise _no_weights(folder)
+    return {name: sha256_file(path) for name, path in paths.items()}
+
+
+def _no_weights(folder: Path) -> InputError:
+    if (folder / "adapter_model.bin").exists():
+        return InputError(
+            "the adapter is a pickle, which is never read",
+            where=f"{folder}: adapter_model.bin",
+            mend="where you trust its maker, load it with PEFT once and save it with save_pretrained",
+        )
+    return InputError(
+        f"the adapter has no {ADAPTER_WEIGHTS}", where=str(folder), mend="save it with PEFT's save_pretrained"
+    )

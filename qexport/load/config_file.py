@@ -1,0 +1,96 @@
+"""config.json, read strictly and freed of what would load code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from qexport.errors import InputError
+from qexport.progress import Notice, Reporter
+from qexport.tensors.contained_path import contained_path
+from qexport.tensors.strict_json import read_json_object
+
+CONFIG_NAME: Final = "config.json"
+
+CODE_KEYS: Final = frozenset(
+    {
+        "auto_map",
+        "custom_pipelines",
+        "trust_remote_code",
+        "attn_implementation",
+        "_attn_implementation",
+        "_attn_implementation_internal",
+        "experts_implementation",
+        "_experts_implementation",
+        "_experts_implementation_internal",
+        "use_kernels",
+        "kernel_config",
+    }
+)
+"""Keys by which transformers finds code outside itself: Python files of the model's, or kernels of a hub."""
+
+_MACHINE_KEYS: Final = frozenset({"_name_or_path", "_commit_hash"})
+"""Keys that say where a file lay on somebody's machine."""
+
+_LIMIT: Final = 1 << 24
+
+
+def read_config(folder: Path, *, trusted_root: Path | None, report: Reporter) -> dict[str, Any]:
+    """The content of the folder's config.json without the keys that would load code.
+
+    Args:
+        folder: the model's folder.
+        trusted_root: where symbolic links may lead; the folder itself where None.
+        report: is told which keys were dropped.
+
+    Raises:
+        InputError: the file is missing, not a JSON object, has a key twice or no model_type, or describes weights that
+            are quantized already.
+    """
+    path = contained_path(folder, CONFIG_NAME, root=trusted_root)
+    if not path.is_file():
+        raise _no_config(folder)
+    raw = read_json_object(path, limit=_LIMIT)
+    config, dropped = without_code_keys(raw)
+    if dropped:
+        report(Notice(f"config.json: dropped {', '.join(dropped)}; nothing from a model folder is executed"))
+    if not isinstance(config.get("model_type"), str):
+        raise InputError("model_type must name the model's family", where=str(path), mend="fetch the model anew")
+    _refuse_quantized(config, str(path))
+    return config
+
+
+def without_code_keys(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The configuration without `CODE_KEYS` and machine paths at any depth, and the code keys that were dropped."""
+    dropped: list[str] = []
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, list):
+            return [clean(item) for item in value]
+        if not isinstance(value, Mapping):
+            return value
+        dropped.extend(key for key in value if key in CODE_KEYS)
+        return {key: clean(item) for key, item in value.items() if key not in CODE_KEYS | _MACHINE_KEYS}
+
+    return clean(config), sorted(set(dropped))
+
+
+def _refuse_quantized(config: Mapping[str, Any], where: str) -> None:
+    for part in (config, *(value for value in config.values() if isinstance(value, Mapping))):
+        if part.get("quantization_config") or part.get("compression_config"):
+            raise InputError(
+                "the base is quantized already; merging an adapter into it, or quantizing it twice, ruins the model",
+                where=f"{where}: quantization_config",
+                mend="name the 16-bit model that it was made from",
+            )
+
+
+def _no_config(folder: Path) -> InputError:
+    if (folder / "adapter_config.json").is_file():
+        mend = "this folder holds an adapter: name it as load.adapter, and its base model as load.base"
+    elif any(folder.glob("*.gguf")):
+        mend = "GGUF files are read from installed packages only: pkg:package/file.gguf"
+    else:
+        mend = "name the folder that a transformers model was saved to"
+    return InputError(f"the folder holds no {CONFIG_NAME}", where=str(folder), mend=mend)

@@ -1,0 +1,99 @@
+"""Models of the hub, through huggingface_hub and its cache: safetensors, JSON and tokenizer files only."""
+
+from __future__ import annotations
+
+import glob
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from qexport.errors import InputError
+from qexport.load.base_reference import HubReference
+from qexport.load.config_file import CONFIG_NAME
+from qexport.load.sidecars import SIDECAR_NAMES, TEMPLATES_FOLDER
+from qexport.progress import Notice, Reporter
+from qexport.tensors.contained_path import contained_path
+from qexport.tensors.safetensors_folder import INDEX_NAME, SINGLE_NAME, read_index
+
+_BASE_FILES: Final = (CONFIG_NAME, INDEX_NAME, SINGLE_NAME, *SIDECAR_NAMES, f"{TEMPLATES_FOLDER}/*.jinja")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A model's files in the hub's cache.
+
+    Attributes:
+        path: the folder of links.
+        commit: what the revision resolved to.
+        trusted_root: the cache, inside which the links end.
+    """
+
+    path: Path
+    commit: str
+    trusted_root: Path
+
+
+def fetch_base(reference: HubReference, *, report: Reporter) -> Snapshot:
+    """Fetches a base model's files, or finds them in the cache.
+
+    Raises:
+        InputError: the model or revision does not exist, is gated, or cannot be reached and is not in the cache.
+    """
+    snapshot = fetch(reference, _BASE_FILES, report=report)
+    index = contained_path(snapshot.path, INDEX_NAME, root=snapshot.trusted_root)
+    if index.is_file():
+        shards = sorted(set(read_index(index).values()))
+        at_commit = HubReference(reference.repo_id, snapshot.commit)
+        fetch(at_commit, tuple(glob.escape(shard) for shard in shards), report=report)
+    return snapshot
+
+
+def fetch(reference: HubReference, patterns: tuple[str, ...], *, report: Reporter) -> Snapshot:
+    """Fetches the files that match any of the patterns, or finds them in the cache.
+
+    Raises:
+        InputError: the model or revision does not exist, is gated, or cannot be reached and is not in the cache.
+    """
+    report(Notice(f"fetching {reference.repo_id} ({reference.revision or 'main'})"))
+    try:
+        path = snapshot_download(reference.repo_id, revision=reference.revision, allow_patterns=list(patterns))
+    except Exception as error:  # the client raises its own errors, the network's and the operating system's
+        raise _refusal(reference, error) from error
+    return Snapshot(Path(path), Path(path).name, Path(constants.HF_HUB_CACHE))
+
+
+def _refusal(reference: HubReference, error: Exception) -> InputError:
+    model, revision = reference.repo_id, reference.revision or "main"
+    if isinstance(error, GatedRepoError):
+        return InputError(
+            "the model is gated",
+            where=model,
+            mend="accept its terms on the hub, then set HF_TOKEN or run hf auth login",
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return InputError(
+            "there is no such folder here and no such model on the hub, or it is private",
+            where=model,
+            mend="check the name; for a private model set HF_TOKEN or run hf auth login",
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return InputError(f"the model has no revision {revision!r}", where=model, mend="name a branch, tag or commit")
+    if isinstance(error, LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE:
+        return InputError(
+            f"HF_HUB_OFFLINE is set, and the cache does not hold the files of revision {revision!r}",
+            where=model,
+            mend=f"run once with a network: hf download {model} --revision {revision}",
+        )
+    return InputError(
+        f"the hub could not be reached: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+        where=model,
+        mend="check the network and try again, or name a local folder",
+    )

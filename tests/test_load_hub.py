@@ -1,0 +1,219 @@
+"""Models of the hub: from a cache as the client lays it out, and from a local server that speaks the protocol."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import torch
+
+import factories
+from qexport.errors import InputError
+from qexport.load.adapter import locate_adapter
+from qexport.load.checkpoint import load_checkpoint
+from qexport.load.settings import LoadSettings
+from qexport.tensors.checkpoint import Checkpoint
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sharded tiny Llama with a pickle and a Python file beside it."""
+    folder = tmp_path_factory.mktemp("hub") / "tiny"
+    factories.save(factories.build(factories.llama_config()), folder, max_shard_size="60KB")
+    (folder / "pytorch_model.bin").write_bytes(b"a pickle")
+    (folder / "modeling_tiny.py").write_text("raise SystemExit")
+    (folder / "training.safetensors").write_bytes(b"not part of the model")
+    return folder
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache; the client is offline, and would find no hub."""
+    path = tmp_path / "cache"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return path
+
+
+def fill_cache(cache: Path, repo: str, files: dict[str, bytes], *, revision: str = "main") -> Path:
+    """models--org--name/{blobs,refs,snapshots} with links from the snapshot to the blobs."""
+    root = cache / f"models--{repo.replace('/', '--')}"
+    snapshot = root / "snapshots" / COMMIT
+    for folder in (root / "blobs", root / "refs", snapshot):
+        folder.mkdir(parents=True, exist_ok=True)
+    (root / "refs" / revision).write_text(COMMIT)
+    for name, content in files.items():
+        blob = hashlib.sha256(content).hexdigest()
+        (root / "blobs" / blob).write_bytes(content)
+        (snapshot / name).symlink_to(f"../../blobs/{blob}")
+    return snapshot
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def load(repo: str = "org/tiny", revision: str | None = None) -> Checkpoint:
+    return load_checkpoint(LoadSettings(base=repo, revision=revision))
+
+
+def assert_equal_to_saved(checkpoint: Checkpoint) -> None:
+    state = factories.build(factories.llama_config()).state_dict()
+    assert list(checkpoint.weights.specs()) == list(state)
+    for name, tensor in state.items():
+        assert torch.equal(checkpoint.weights.read(name), tensor)
+
+
+@pytest.mark.parametrize("revision", [None, "main", COMMIT])
+def test_a_cached_snapshot_is_read_offline_and_its_commit_recorded(
+    cache: Path, saved: Path, revision: str | None
+) -> None:
+    fill_cache(cache, "org/tiny", contents(saved))
+    checkpoint = load(revision=revision)
+    assert_equal_to_saved(checkpoint)
+    assert (checkpoint.origin.kind, checkpoint.origin.name, checkpoint.origin.revision) == ("hub", "org/tiny", COMMIT)
+    assert str(cache) not in repr(checkpoint.origin)
+
+
+def test_a_model_that_is_not_cached_offline_is_refused_with_the_way_to_fetch_it(cache: Path) -> None:
+    with pytest.raises(InputError, match=r"HF_HUB_OFFLINE is set(.|\n)*hf download org/tiny --revision v2"):
+        load(revision="v2")
+
+
+def test_a_link_that_leaves_the_cache_is_refused(cache: Path, saved: Path) -> None:
+    snapshot = fill_cache(cache, "org/tiny", contents(saved))
+    (cache.parent / "outside").write_bytes((saved / "tokenizer.json").read_bytes())
+    (snapshot / "tokenizer.json").unlink()
+    (snapshot / "tokenizer.json").symlink_to(cache.parent / "outside")
+    with pytest.raises(InputError, match="leads out of the model's folder"):
+        load()
+
+
+def test_a_snapshot_given_as_a_folder_is_refused_with_the_way_out(cache: Path, saved: Path) -> None:
+    snapshot = fill_cache(cache, "org/tiny", contents(saved))
+    with pytest.raises(InputError, match="is named by its hub id"):
+        load_checkpoint(LoadSettings(base=str(snapshot)))
+
+
+def test_an_adapter_is_found_in_the_cache(cache: Path) -> None:
+    files = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"}
+    snapshot = fill_cache(cache, "org/adapter", files)
+    found = locate_adapter(LoadSettings(base="org/tiny", adapter="org/adapter"))
+    assert found is not None
+    assert found.path == snapshot
+    assert (found.origin.kind, found.origin.name, found.origin.revision) == ("hub", "org/adapter", COMMIT)
+    assert found.origin.sha256 == {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The part of the hub's protocol that a download needs."""
+
+    files: dict[str, bytes] = {}
+    requested: set[str] = set()
+
+    def do_GET(self) -> None:
+        self.answer(with_body=True)
+
+    def do_HEAD(self) -> None:
+        self.answer(with_body=False)
+
+    def answer(self, *, with_body: bool) -> None:
+        path = self.path.split("?")[0]
+        if path.startswith("/api/models/org/gated"):
+            self.reply(403, b"{}", {"X-Error-Code": "GatedRepo"}, with_body)
+        elif path.startswith("/api/models/org/broken"):
+            self.reply(400, b"{}", {}, with_body)
+        elif path == "/api/models/org/tiny/revision/absent":
+            self.reply(404, b"{}", {"X-Error-Code": "RevisionNotFound"}, with_body)
+        elif path.startswith("/api/models/org/tiny/tree/"):
+            entries = [
+                {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+                for name, content in self.files.items()
+            ]
+            self.reply(200, json.dumps(entries).encode(), {}, with_body)
+        elif path.startswith("/api/models/org/tiny"):
+            self.reply(200, json.dumps({"id": "org/tiny", "sha": COMMIT}).encode(), {}, with_body)
+        elif path.startswith(f"/org/tiny/resolve/{COMMIT}/"):
+            name = path.rpartition("/")[2]
+            self.requested.add(name)
+            etag = {"ETag": f'"{hashlib.sha1(self.files[name]).hexdigest()}"', "X-Repo-Commit": COMMIT}
+            self.reply(200, self.files[name], etag, with_body)
+        else:
+            self.reply(404, b"{}", {"X-Error-Code": "RepoNotFound"}, with_body)
+
+    def reply(self, status: int, body: bytes, headers: dict[str, str], with_body: bool) -> None:
+        self.send_response(status)
+        for key, value in ({"Content-Length": str(len(body))} | headers).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if with_body:
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        """Keeps the tests' output clean."""
+
+
+@pytest.fixture
+def hub(cache: Path, saved: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
+    """A hub on this machine that has org/tiny; the client is online and its cache is empty."""
+    Hub.files, Hub.requested = contents(saved), set()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(
+        huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    yield Hub
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_download_takes_the_models_files_only_and_records_the_commit(hub: type[Hub], saved: Path) -> None:
+    checkpoint = load()
+    assert_equal_to_saved(checkpoint)
+    assert checkpoint.origin.revision == COMMIT
+    assert {path.name for path in saved.glob("model-*.safetensors")} <= hub.requested
+    assert not {"pytorch_model.bin", "modeling_tiny.py", "training.safetensors"} & hub.requested
+    assert set(checkpoint.origin.sha256) == hub.requested
+
+
+def test_an_index_whose_names_leave_the_folder_is_refused_after_the_download(hub: type[Hub]) -> None:
+    hub.files["model.safetensors.index.json"] = b'{"weight_map": {"lm_head.weight": "../../../secret"}}'
+    with pytest.raises(InputError, match="leaves the model's folder"):
+        load()
+
+
+@pytest.mark.parametrize(
+    ("repo", "revision", "message"),
+    [
+        ("org/absent", None, "no such model on the hub"),
+        ("org/gated", None, "the model is gated"),
+        ("org/tiny", "absent", "no revision 'absent'"),
+        ("org/broken", None, "could not be reached"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_clear_error(hub: type[Hub], repo: str, revision: str | None, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        load(repo, revision)
+    assert caught.value.mend is not None
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_no_network_is_one_clear_error(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(InputError, match="the hub could not be reached"):
+        load()

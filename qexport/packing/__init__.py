@@ -1,1 +1,1 @@
-"""Pure bit layouts, one file a format."""
+"""Pure bit layouts: how codes lie in the words of a file format."""

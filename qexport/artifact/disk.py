@@ -1,0 +1,110 @@
+"""Durable, atomic changes to folders."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+from pathlib import Path
+
+from qexport.errors import ResourceError
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+_NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+def ensure_space(path: Path, needed: int) -> None:
+    """Checks that a folder, which need not exist yet, has room.
+
+    Args:
+        path: where the bytes will go.
+        needed: bytes.
+
+    Raises:
+        ResourceError: its file system has less room.
+    """
+    existing = path.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise ResourceError(
+            f"not enough room on the disk: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free",
+            where=str(path),
+            mend="free some space, or choose an output on another disk",
+        )
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether the error says that the disk or the user's quota is full."""
+    return isinstance(error, OSError) and error.errno in _DISK_FULL
+
+
+def sync_tree(folder: Path) -> None:
+    """Forces every file and folder below `folder`, and itself, onto the disk."""
+    for parent, _, files in os.walk(folder):
+        for name in files:
+            _sync(Path(parent, name))
+        _sync(Path(parent))
+
+
+def move_into_place(source: Path, target: Path) -> Path | None:
+    """Renames a folder to `target`, in one step also where a folder stands there already.
+
+    Args:
+        source: a complete folder that is on the disk (`sync_tree`).
+        target: its final path, beside it.
+
+    Returns:
+        Where the folder that stood at the target lies now, for the caller to delete; None where there was none.
+
+    Raises:
+        OSError: nothing was changed.
+    """
+    if not target.exists():
+        source.rename(target)
+        _sync(target.parent)
+        return None
+    try:
+        _exchange(source, target)
+        replaced = source
+    except OSError as error:
+        if error.errno not in _NO_EXCHANGE:
+            raise
+        replaced = _swap_in_two_steps(source, target)
+    _sync(target.parent)
+    return replaced
+
+
+def _exchange(first: Path, second: Path) -> None:
+    """Linux's renameat2 with RENAME_EXCHANGE: at no moment is either path empty."""
+    library = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(library, "renameat2"):
+        raise OSError(errno.ENOSYS, "renameat2 is missing")
+    status = library.renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE)
+    if status != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), str(second))
+
+
+def _swap_in_two_steps(source: Path, target: Path) -> Path:
+    """For systems that cannot exchange: the target is missing for a moment, but never half there."""
+    aside = target.with_name(target.name + ".replaced")
+    target.rename(aside)
+    try:
+        source.rename(target)
+    except BaseException:
+        aside.rename(target)
+        raise
+    return aside
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,66 @@
+"""A finished folder: the digests of its files, and the check against its manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from qexport.artifact.digest import sha256_file
+from qexport.artifact.manifest import MANIFEST_NAME, FileRecord, Manifest
+from qexport.artifact.publish import MARKER_NAME
+from qexport.errors import InputError
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A published folder.
+
+    Attributes:
+        path: the folder.
+        manifest: what its manifest says.
+    """
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def layout(self) -> str:
+        """The layout's name."""
+        return self.manifest.layout
+
+
+def open_artifact(path: Path) -> Artifact:
+    """Reads the manifest and checks every file against it.
+
+    Raises:
+        InputError: the manifest cannot be read; a file is missing, changed, or not in the manifest.
+    """
+    manifest = Manifest.read(path)
+    found = dict(_files(path))
+    for name in sorted(manifest.files.keys() | found.keys()):
+        if fault := _fault(manifest.files.get(name), found.get(name)):
+            raise InputError(f"a file of the artifact {fault}", where=str(path / name), mend="fetch the artifact again")
+    return Artifact(path, manifest)
+
+
+def digest_files(folder: Path) -> dict[str, FileRecord]:
+    """Size and digest of every file in a folder but the manifest, by its path inside the folder."""
+    return {name: FileRecord(size=path.stat().st_size, sha256=sha256_file(path)) for name, path in _files(folder)}
+
+
+def _files(folder: Path) -> Iterator[tuple[str, Path]]:
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in (MANIFEST_NAME, MARKER_NAME):
+            yield name, path
+
+
+def _fault(record: FileRecord | None, path: Path | None) -> str | None:
+    if path is None:
+        return "is missing"
+    if record is None:
+        return "is not in its manifest"
+    if path.stat().st_size != record.size or sha256_file(path) != record.sha256:
+        return "is not as it was written"
+    return None

@@ -1,0 +1,252 @@
+"""The manifest: what an artifact consists of, what it was made from, and how it compares with its reference.
+
+It is the last file written into an artifact. No time of day, host name, user name or path of the machine enters it, so
+that two machines write equal bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from qexport.artifact.digest import sha256_json
+from qexport.artifact.environment import Environment
+from qexport.errors import InputError
+
+MANIFEST_NAME = "qexport-manifest.json"
+SCHEMA_VERSION = 1
+
+
+class Record(BaseModel):
+    """A part of the manifest: strict types, no unknown keys, finite floats, unchangeable."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class FileRecord(Record):
+    """A file of the artifact."""
+
+    size: int
+    """Bytes."""
+
+    sha256: str
+
+
+class SourceRecord(Record):
+    """Where a base model or an adapter came from."""
+
+    kind: Literal["folder", "hub", "package"]
+
+    name: str
+    """The folder's last component, the hub id, or `package/file`."""
+
+    revision: str | None
+    """The commit that a hub id resolved to, or the package's version."""
+
+    sha256: dict[str, str]
+    """The digest of each file read, by its name."""
+
+
+class CalibrationRecord(Record):
+    """The calibration set. Its text is never stored."""
+
+    sha256: str
+    """The digest of the text that the tokens were made from."""
+
+    origin: str
+    samples: int
+    sequence_length: int
+
+
+class LayerRecord(Record):
+    """What quantizing one layer did; losses as in `qexport.tensors.LayerReport`, None where there is none."""
+
+    name: str
+    method: Literal["gptq", "round_to_nearest"]
+    bits: int
+    group_size: int
+    loss: float | None
+    rtn_loss: float | None
+    damp_percent: float
+    tokens: int
+    dead_columns: int
+
+
+class Sizes(Record):
+    """How large the model is."""
+
+    parameters: int
+    """Parameters of the merged model; a tied head counts once."""
+
+    total_bytes: int
+    """Bytes of all tensors in the artifact."""
+
+    bits_per_weight: float
+    """8 * total_bytes / parameters: scales, zero points and the layers left at 16 bits included."""
+
+
+class Gate(Record):
+    """A limit that the recipe sets, and what was measured."""
+
+    name: str
+    value: float
+    limit: float
+    passed: bool
+
+
+class Comparison(Record):
+    """The greedy continuations of one prompt by the reference and by the artifact."""
+
+    id: str
+    prompt: str
+    reference: str
+    artifact: str
+
+    first_difference: int | None
+    """Index of the first new token that differs; None where all are equal."""
+
+
+class Generations(Record):
+    """Greedy continuations of the recipe's prompts."""
+
+    prompts: int
+    identical: int
+    max_new_tokens: int
+    comparisons: list[Comparison]
+
+
+class Verification(Record):
+    """The artifact, read back from disk, held against the merged reference."""
+
+    reference_perplexity: float
+    artifact_perplexity: float
+
+    mean_kl: float
+    """Mean of KL(reference || artifact) over the tokens, in nats."""
+
+    top1_agreement: float
+    """Share of the tokens, 0 to 1, where both models' likeliest next token is the same."""
+
+    tokens: int
+    """Tokens that were predicted."""
+
+    windows: int
+    sequence_length: int
+
+    text_sha256: str
+    """The digest of the held-out text."""
+
+    generations: Generations | None
+    """None where the recipe has no prompts or the model does not fit in memory."""
+
+    gates: list[Gate]
+
+    readers: list[str]
+    """The readers that confirmed these figures, with their versions."""
+
+    unconfirmed: list[str]
+    """What no reader has confirmed."""
+
+
+class Manifest(Record):
+    """The content of `qexport-manifest.json`."""
+
+    schema_version: Literal[1]
+    qexport_version: str
+    environment: Environment
+
+    layout: str
+    """The layout's name in the recipe's `export`."""
+
+    recipe: dict[str, Any]
+    """The recipe with every default filled in and no path of the machine."""
+
+    recipe_sha256: str
+    """`sha256_json` of the recipe."""
+
+    base: SourceRecord
+    adapter: SourceRecord | None
+
+    notes: list[str]
+    """What a user should know, for example a base of another name, or a layer that fell back to round-to-nearest."""
+
+    calibration: CalibrationRecord | None
+
+    tokenizer: dict[str, str]
+    """The digest of each tokenizer file, by its name."""
+
+    quantization: dict[str, Any]
+    """The artifact's `quantization_config`."""
+
+    layers: list[LayerRecord]
+    sizes: Sizes
+
+    files: dict[str, FileRecord]
+    """Every file of the artifact but the manifest, by its path inside the folder."""
+
+    verification: Verification | None
+
+    @model_validator(mode="after")
+    def _recipe_fits_its_digest(self) -> Manifest:
+        if sha256_json(self.recipe) != self.recipe_sha256:
+            raise ValueError("recipe_sha256 is not the digest of recipe")
+        return self
+
+    def to_json(self) -> str:
+        """The canonical text: sorted keys, two spaces, ASCII, a newline at the end."""
+        return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+    def write(self, folder: Path) -> Path:
+        """Writes the manifest into an artifact's folder, under its fixed name."""
+        path = folder / MANIFEST_NAME
+        path.write_text(self.to_json(), encoding="ascii")
+        return path
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """Reads a manifest.
+
+        Args:
+            path: the file, or the artifact's folder.
+
+        Raises:
+            InputError: there is none, it is no JSON, a newer qexport wrote it, or a field is wrong.
+        """
+        path = path / MANIFEST_NAME if path.is_dir() else path
+        text = _read_text(path)
+        _check_schema_version(text, path)
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+            raise InputError(f"the manifest is malformed: {problems}", where=str(path)) from error
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            "the manifest cannot be read", where=str(path), mend="give a folder that qexport has published"
+        ) from error
+
+
+def _check_schema_version(text: str, path: Path) -> None:
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"the manifest is no JSON: {error}", where=str(path)) from error
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if type(version) is not int or version < 1:
+        raise InputError(f"schema_version must be {SCHEMA_VERSION}, not {version!r}", where=str(path))
+    if version > SCHEMA_VERSION:
+        raise InputError(
+            f"the manifest has schema_version {version}; this qexport reads up to {SCHEMA_VERSION}",
+            where=str(path),
+            mend="read it with the qexport that wrote it, or a newer one",
+        )

@@ -1,0 +1,79 @@
+"""The files beside the weights: config.json, quantize_config.json, tokenizer, generation config, README."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from qexport.errors import QexportError
+from qexport.tensors import Checkpoint, Origin
+
+
+def write_model_files(
+    folder: Path, checkpoint: Checkpoint, quantization: Mapping[str, Any], dense_dtype: torch.dtype
+) -> None:
+    """Writes every file of an artifact but the weights and the manifest.
+
+    Args:
+        folder: an existing folder.
+        checkpoint: the merged model; its files are copied byte for byte.
+        quantization: the `quantization_config`.
+        dense_dtype: the dtype of the weights that stay dense.
+
+    Raises:
+        QexportError: a file of the checkpoint would leave the folder or replace another file.
+    """
+    config = _model_config(checkpoint.config, quantization, dense_dtype)
+    _write_new(folder, "config.json", _json(config))
+    _write_new(folder, "quantize_config.json", _json(quantization))
+    _write_new(folder, "README.md", _card(checkpoint.origin, quantization).encode("utf-8"))
+    for name, content in checkpoint.files.items():
+        _write_new(folder, name, content)
+
+
+def _model_config(
+    config: Mapping[str, Any], quantization: Mapping[str, Any], dense_dtype: torch.dtype
+) -> dict[str, Any]:
+    """The base's config with the quantization and the dtype, without the folder that transformers once noted in it."""
+    result = {key: value for key, value in config.items() if key != "_name_or_path"}
+    dtype_keys = [key for key in ("dtype", "torch_dtype") if key in result] or ["dtype"]
+    result |= {key: str(dense_dtype).removeprefix("torch.") for key in dtype_keys}
+    if not result.get("architectures"):
+        result["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[result["model_type"]]]
+    return result | {"quantization_config": quantization}
+
+
+def _card(origin: Origin, quantization: Mapping[str, Any]) -> str:
+    """A short model card. Only a hub id can be named as the base model in the front matter."""
+    base = f"base_model: {origin.name}\nbase_model_relation: quantized\n" if origin.kind == "hub" else ""
+    bits, group_size = quantization["bits"], quantization["group_size"]
+    groups = "one group per row" if group_size == -1 else f"groups of {group_size}"
+    return (
+        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{base}tags:\n- gptq\n- qexport\n---\n\n"
+        f"# {origin.name}, GPTQ {bits}-bit\n\n"
+        f"Made with [qexport](https://github.com/qexport/qexport) from {origin.name}: "
+        f"{bits}-bit GPTQ codes in {groups}, {'symmetric' if quantization['sym'] else 'asymmetric'}.\n\n"
+        "`qexport-manifest.json` says what this artifact was made from, how, and how far it is from the 16-bit model.\n"
+    )
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n").encode("ascii")
+
+
+def _write_new(folder: Path, name: str, content: bytes) -> None:
+    parts = PurePosixPath(name)
+    if parts.is_absolute() or ".." in parts.parts:
+        raise QexportError("a file of the checkpoint would be written outside the artifact", where=name)
+    path = folder / parts
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with path.open("xb") as file:
+            file.write(content)
+    except FileExistsError as error:
+        raise QexportError("two files of the artifact have the same name", where=name) from error

@@ -1,0 +1,80 @@
+"""Reading an artifact's weights back from disk, before it is published."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qexport.artifact.digest import sha256_tensor
+from qexport.errors import QexportError
+from qexport.export.shards import INDEX_NAME
+from qexport.tensors import TensorSpec
+from qexport.tensors.safetensors_file import SafetensorsFile
+
+
+def check(folder: Path, specs: Mapping[str, TensorSpec], digests: Mapping[str, str]) -> int:
+    """Compares what lies on the disk with what was computed.
+
+    Args:
+        folder: the artifact.
+        specs: every tensor that must be there, and no other.
+        digests: the hex SHA-256 of each tensor's bytes when it was written.
+
+    Returns:
+        The number of quantized layers found.
+
+    Raises:
+        QexportError: a tensor is missing, unexpected, twice there, of another shape or dtype, or has other bytes; the
+            index or one of the two quantization configs is wrong.
+    """
+    places: dict[str, str] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with SafetensorsFile(path) as file:
+            _check_file(file, path.name, specs, digests, places)
+    if missing := [name for name in specs if name not in places]:
+        raise QexportError(f"{len(missing)} tensors are missing on the disk", where=", ".join(missing[:5]))
+    _check_index(folder, places)
+    _check_configs(folder)
+    return sum(name.endswith(".qweight") for name in places)
+
+
+def _check_file(
+    file: SafetensorsFile,
+    file_name: str,
+    specs: Mapping[str, TensorSpec],
+    digests: Mapping[str, str],
+    places: dict[str, str],
+) -> None:
+    for name, found in file.specs().items():
+        where = f"{file_name}: {name}"
+        if name not in specs:
+            raise QexportError("a tensor that was not planned is on the disk", where=where)
+        if name in places:
+            raise QexportError(f"a tensor is on the disk twice, also in {places[name]}", where=where)
+        if found != specs[name]:
+            raise QexportError(f"a tensor on the disk is {found} where {specs[name]} was planned", where=where)
+        if sha256_tensor(file.read(name)) != digests[name]:
+            raise QexportError(
+                "a tensor's bytes on the disk are not those written", where=where, mend="check the disk, then run again"
+            )
+        places[name] = file_name
+
+
+def _check_index(folder: Path, places: Mapping[str, str]) -> None:
+    index = folder / INDEX_NAME
+    sharded = len(set(places.values())) > 1
+    if sharded != index.exists() or (sharded and _read(index)["weight_map"] != places):
+        raise QexportError("the index does not fit the shards", where=INDEX_NAME)
+
+
+def _check_configs(folder: Path) -> None:
+    """Readers take either of the two, so they must say the same."""
+    if _read(folder / "config.json").get("quantization_config") != _read(folder / "quantize_config.json"):
+        raise QexportError("config.json and quantize_config.json differ", where="quantization_config")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content

@@ -1,0 +1,204 @@
+"""The AutoGPTQ v1 layout: codes and zero points as a stream of bits in int32 words.
+
+The reference for the behaviour is AutoGPTQ 0.7.1 (`qlinear_cuda_old.py`), which gptqmodel, transformers, vLLM and TGI
+read. A run of codes is one little-endian stream of bits, the first code in the lowest bits of the first word; with
+3 bits a code may straddle two words, and 32 codes fill 3 words.
+
+Zero points are stored one too low, modulo 2**bits. A true zero point of 0 is therefore stored as 2**bits - 1: readers
+that add 1 and mask get it back, but gptqmodel (up to 7.6.0) adds 1 to whole words, so that the carry damages the
+neighbour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import gcd
+
+import torch
+
+from qexport.errors import InputError, QexportError
+from qexport.tensors import GroupQuantized, GroupQuantizedSpec, TensorSpec
+
+WORD_BITS = 32
+_ROWS_AT_ONCE = 512
+
+
+def check_shape(out_features: int, in_features: int, bits: int, group_size: int) -> str | None:
+    """Why a matrix cannot be packed, or None where it can. Needs no weights.
+
+    Args:
+        out_features: rows of the matrix.
+        in_features: columns of the matrix.
+        bits: 2, 3, 4 or 8.
+        group_size: inputs in a group, already resolved (never -1).
+    """
+    multiple = WORD_BITS // gcd(bits, WORD_BITS)
+    for side, features in (("inputs", in_features), ("outputs", out_features)):
+        if features % multiple:
+            return f"{bits} bits fill whole words only where the {side} are a multiple of {multiple}, not {features}"
+    if in_features % group_size:
+        return f"group_size {group_size} does not divide {in_features} inputs"
+    return None
+
+
+def packed_specs(spec: GroupQuantizedSpec) -> dict[str, TensorSpec]:
+    """The shapes and dtypes of what `pack` makes, by the tensor's name inside the module."""
+    rows, columns = spec.in_features * spec.bits // WORD_BITS, spec.out_features * spec.bits // WORD_BITS
+    return {
+        "qweight": TensorSpec((rows, spec.out_features), torch.int32),
+        "qzeros": TensorSpec((spec.groups, columns), torch.int32),
+        "scales": TensorSpec((spec.groups, spec.out_features), torch.float16),
+        "g_idx": TensorSpec((spec.in_features,), torch.int32),
+    }
+
+
+def pack(quantized: GroupQuantized) -> dict[str, torch.Tensor]:
+    """The four tensors of a quantized linear.
+
+    Returns:
+        qweight int32 [in * bits / 32, out], qzeros int32 [groups, out * bits / 32], scales float16 [groups, out] and
+        g_idx int32 [in], all contiguous.
+
+    Raises:
+        QexportError: the shape cannot be packed, or a code, zero point, scale or group is out of range.
+    """
+    _check_content(quantized)
+    bits, codes = quantized.bits, quantized.codes
+    out_features, in_features = codes.shape
+    qweight = torch.empty((in_features * bits // WORD_BITS, out_features), dtype=torch.int32)
+    for start in range(0, out_features, _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        qweight[:, rows] = _to_words(codes[rows], bits).t()
+    stored = (quantized.zeros - 1) & _largest(bits)
+    return {
+        "qweight": qweight,
+        "qzeros": _to_words(stored, bits),
+        "scales": quantized.scales.contiguous(),
+        "g_idx": quantized.g_idx.contiguous(),
+    }
+
+
+def unpack(
+    tensors: Mapping[str, torch.Tensor], *, bits: int, group_size: int, sym: bool, desc_act: bool, module: str = ""
+) -> GroupQuantized:
+    """The inverse of `pack`, for tensors read from a file.
+
+    Args:
+        tensors: `qweight`, `qzeros`, `scales` and `g_idx` as `pack` returns them.
+        bits: 2, 3, 4 or 8.
+        group_size: inputs in a group; -1 where there is one group.
+        sym: the quantization config claims that every zero point is 2**(bits - 1).
+        desc_act: the quantization config claims groups in activation order.
+        module: the layer's path, for the errors.
+
+    Raises:
+        InputError: a tensor is missing, has another shape or dtype than the others ask for, points to a group
+            that is not there, or contradicts `sym`.
+    """
+    _check_presence(tensors, module)
+    out_features, in_features = tensors["scales"].shape[1], tensors["g_idx"].shape[0]
+    group_size = in_features if group_size == -1 else group_size
+    _check_packed(tensors, GroupQuantizedSpec(out_features, in_features, bits, group_size, sym, desc_act), module)
+    codes = torch.empty((out_features, in_features), dtype=torch.uint8)
+    for start in range(0, out_features, _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        codes[rows] = _from_words(tensors["qweight"][:, rows].t(), bits)
+    zeros = (_from_words(tensors["qzeros"], bits) + 1) & _largest(bits)
+    if sym and bool((zeros != 1 << (bits - 1)).any()):
+        raise InputError("the quantization config says sym, the zero points differ", where=_path(module, "qzeros"))
+    return GroupQuantized(codes, tensors["scales"], zeros, tensors["g_idx"], bits, group_size, sym, desc_act)
+
+
+def _to_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Packs uint8 [rows, n] into int32 [rows, n * bits / 32]: code k starts at bit k * bits of its row."""
+    unit, width = _unit(bits)
+    codes = codes.reshape(codes.shape[0], -1, unit)
+    packed = torch.zeros((*codes.shape[:2], width), dtype=torch.uint8)
+    for index in range(unit):
+        byte, shift = divmod(index * bits, 8)
+        packed[:, :, byte] |= codes[:, :, index] << shift
+        if shift + bits > 8:
+            packed[:, :, byte + 1] |= codes[:, :, index] >> (8 - shift)
+    return packed.flatten(1).view(torch.int32)
+
+
+def _from_words(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """Unpacks int32 [rows, n * bits / 32] into uint8 [rows, n]."""
+    unit, width = _unit(bits)
+    words = words.clone(memory_format=torch.contiguous_format)  # contiguous() keeps odd strides of sizes of 1
+    packed = words.view(torch.uint8).reshape(words.shape[0], -1, width)
+    codes = torch.empty((*packed.shape[:2], unit), dtype=torch.uint8)
+    for index in range(unit):
+        byte, shift = divmod(index * bits, 8)
+        code = packed[:, :, byte] >> shift
+        if shift + bits > 8:
+            code |= packed[:, :, byte + 1] << (8 - shift)
+        codes[:, :, index] = code & _largest(bits)
+    return codes.flatten(1)
+
+
+def _unit(bits: int) -> tuple[int, int]:
+    """The smallest number of codes that fills whole bytes, and the number of those bytes."""
+    codes = 8 // gcd(bits, 8)
+    return codes, codes * bits // 8
+
+
+def _largest(bits: int) -> int:
+    return (1 << bits) - 1
+
+
+def _check_content(quantized: GroupQuantized) -> None:
+    codes, zeros, scales, g_idx = quantized.codes, quantized.zeros, quantized.scales, quantized.g_idx
+    out_features, in_features = codes.shape
+    reason = check_shape(out_features, in_features, quantized.bits, quantized.group_size)
+    groups = in_features // quantized.group_size
+    if reason is None and not zeros.shape == scales.shape == (groups, out_features):
+        reason = f"zeros {tuple(zeros.shape)} and scales {tuple(scales.shape)} are not [{groups}, {out_features}]"
+    if reason is None and not (codes.dtype == zeros.dtype == torch.uint8 and scales.dtype == torch.float16):
+        reason = f"codes {codes.dtype}, zeros {zeros.dtype}, scales {scales.dtype} have another dtype than the layout's"
+    if reason is None and int(torch.maximum(codes.max(), zeros.max())) > _largest(quantized.bits):
+        reason = f"a code or a zero point is above {_largest(quantized.bits)}"
+    if reason is None and not bool((scales.isfinite() & (scales > 0)).all()):
+        reason = "a scale is not positive and finite in float16"
+    if reason is None and quantized.sym and bool((zeros != 1 << (quantized.bits - 1)).any()):
+        reason = "the zero points are not symmetric although sym is set"
+    if reason := reason or _g_idx_fault(g_idx, in_features, groups):
+        raise QexportError(
+            f"codes cannot be packed: {reason}", mend="this is a defect of the quantizer; please report it"
+        )
+
+
+def _check_presence(tensors: Mapping[str, torch.Tensor], module: str) -> None:
+    for name, dimensions in (("qweight", 2), ("qzeros", 2), ("scales", 2), ("g_idx", 1)):
+        if name not in tensors:
+            raise InputError("a tensor of a quantized layer is missing", where=_path(module, name))
+        if tensors[name].dim() != dimensions:
+            found = list(tensors[name].shape)
+            raise InputError(f"expected {dimensions} dimensions, found shape {found}", where=_path(module, name))
+
+
+def _check_packed(tensors: Mapping[str, torch.Tensor], spec: GroupQuantizedSpec, module: str) -> None:
+    if reason := check_shape(spec.out_features, spec.in_features, spec.bits, spec.group_size):
+        raise InputError(f"not a packed layer: {reason}", where=_path(module, "scales, g_idx"))
+    for name, expected in packed_specs(spec).items():
+        found = TensorSpec(tuple(tensors[name].shape), tensors[name].dtype)
+        if found != expected:
+            raise InputError(
+                f"expected {expected.dtype} {list(expected.shape)}, found {found.dtype} {list(found.shape)}",
+                where=_path(module, name),
+                mend="check bits and group_size in the quantization config against the tensors",
+            )
+    if fault := _g_idx_fault(tensors["g_idx"], spec.in_features, spec.groups):
+        raise InputError(fault, where=_path(module, "g_idx"))
+
+
+def _g_idx_fault(g_idx: torch.Tensor, in_features: int, groups: int) -> str | None:
+    if g_idx.shape != (in_features,) or g_idx.dtype != torch.int32:
+        return f"g_idx is {g_idx.dtype} {list(g_idx.shape)}, not int32 [{in_features}]"
+    if int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:
+        return f"g_idx points outside the {groups} groups"
+    return None
+
+
+def _path(module: str, name: str) -> str:
+    return f"{module}.{name}" if module else name

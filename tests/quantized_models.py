@@ -1,0 +1,137 @@
+"""Tiny models with codes made by plain rounding, as the quantize stage would hand them to a layout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from qexport.architectures.structure import Structure, describe
+from qexport.export.quantization_config import Plan
+from qexport.export.safetensors_layout import SafetensorsLayout, Written
+from qexport.export.settings import SafetensorsSettings
+from qexport.tensors import Checkpoint, GroupQuantized, GroupQuantizedSpec, Origin, TensorRecord, TensorSpec
+
+FILES = {
+    "tokenizer.json": b'{"tokens": "\xc3\xa9"}\r\n',
+    "tokenizer_config.json": b"{}",
+    "generation_config.json": b'{"max_length":7}',
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    bits: int = 4
+    group_size: int = 32
+    sym: bool = True
+    desc_act: bool = False
+    static_groups: bool = True
+    damp_percent: float = 0.01
+    true_sequential: bool = True
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """A `WeightSource` in memory."""
+
+    tensors: Mapping[str, torch.Tensor]
+
+    def specs(self) -> Mapping[str, TensorSpec]:
+        return {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in self.tensors.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        return self.tensors[name].clone()
+
+
+@dataclass(frozen=True)
+class QuantizedModel:
+    """A model on its way to a layout.
+
+    `special` gives the modules, by path, that are dense (None) or have other bits and groups.
+    """
+
+    model: PreTrainedModel
+    method: Method = Method()
+    special: Mapping[str, tuple[int, int] | None] = field(default_factory=dict)
+    origin: Origin = field(default_factory=lambda: Origin("folder", "tiny"))
+
+    @cached_property
+    def structure(self) -> Structure:
+        return describe(json.loads(self.model.config.to_json_string()))
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        weights = {
+            name: tensor for name, tensor in self.model.state_dict().items() if name in self.structure.parameters
+        }
+        return Checkpoint(json.loads(self.model.config.to_json_string()), Tensors(weights), FILES, self.origin)
+
+    @cached_property
+    def plan(self) -> Plan:
+        linears = {linear.name for block in self.structure.linears.values() for linear in block}
+        extra = {name for name, settings in self.special.items() if settings is not None}
+        return {
+            name: self._quantized_spec(name, spec) if name.removesuffix(".weight") in linears | extra else spec
+            for name, spec in self.checkpoint.weights.specs().items()
+        }
+
+    def _quantized_spec(self, name: str, spec: TensorSpec) -> TensorSpec | GroupQuantizedSpec:
+        if not name.endswith(".weight"):
+            return spec
+        settings = self.special.get(name.removesuffix(".weight"), (self.method.bits, self.method.group_size))
+        if settings is None:
+            return spec
+        bits, group_size = settings
+        out_features, in_features = spec.shape
+        group_size = in_features if group_size == -1 else group_size
+        return GroupQuantizedSpec(out_features, in_features, bits, group_size, self.method.sym, self.method.desc_act)
+
+    def records(self) -> list[TensorRecord]:
+        source = self.checkpoint.weights
+        return [
+            TensorRecord(
+                name, source.read(name) if isinstance(spec, TensorSpec) else round_off(source.read(name), spec)
+            )
+            for name, spec in self.plan.items()
+        ]
+
+    def write(self, folder: Path, *, max_shard_size: str = "5GB") -> tuple[SafetensorsLayout, Written]:
+        settings = SafetensorsSettings(layout="safetensors", max_shard_size=max_shard_size)
+        layout = SafetensorsLayout(settings, self.plan, self.structure)
+        folder.mkdir(exist_ok=True)
+        writer = layout.writer(folder)
+        for record in self.records():
+            writer.write(record)
+        return layout, writer.finish(self.checkpoint, self.method)
+
+
+def round_off(weight: torch.Tensor, spec: GroupQuantizedSpec) -> GroupQuantized:
+    """Plain rounding, symmetric or asymmetric; with desc_act the groups are dealt out in turn."""
+    largest = 2**spec.bits - 1
+    g_idx = torch.arange(spec.in_features) // spec.group_size
+    if spec.desc_act:
+        g_idx = torch.arange(spec.in_features) % spec.groups
+    order = torch.argsort(g_idx, stable=True)
+    groups = weight.float()[:, order].reshape(spec.out_features, spec.groups, spec.group_size)
+    low, high = groups.amin(2).clamp(max=0), groups.amax(2).clamp(min=0)
+    if spec.sym:
+        high = torch.maximum(high, -low)
+        low = -high
+    scales = ((high - low) / largest).clamp(min=1e-5).half()
+    zeros = torch.full_like(scales, 2 ** (spec.bits - 1)) if spec.sym else (-low / scales).round().clamp(1, largest)
+    codes = (groups / scales[..., None] + zeros[..., None]).round().clamp(0, largest).to(torch.uint8)
+    return GroupQuantized(
+        codes=codes.reshape(spec.out_features, spec.in_features)[:, torch.argsort(order)].contiguous(),
+        scales=scales.t().contiguous(),
+        zeros=zeros.to(torch.uint8).t().contiguous(),
+        g_idx=g_idx.to(torch.int32),
+        bits=spec.bits,
+        group_size=spec.group_size,
+        sym=spec.sym,
+        desc_act=spec.desc_act,
+    )

@@ -1,0 +1,303 @@
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qexport.artifact import disk, publish
+from qexport.artifact.manifest import MANIFEST_NAME
+from qexport.artifact.publish import MARKER_NAME, Publication, check_output
+from qexport.errors import QexportError, RecipeError, ResourceError
+
+
+def fill(folder: Path, text: str = "new") -> None:
+    (folder / "sub").mkdir()
+    (folder / "sub" / "weights").write_text(text)
+    (folder / MANIFEST_NAME).write_text(text)
+
+
+def tree(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def run(output: Path, then: Callable[[Publication], object], *, force: bool = False, text: str = "new") -> None:
+    with Publication(output, force=force) as publication:
+        fill(publication.folder, text)
+        then(publication)
+
+
+def failing(error: BaseException) -> Callable[[Publication], None]:
+    def fail(_: Publication) -> None:
+        raise error
+
+    return fail
+
+
+NEW = {"sub/weights": "new", MANIFEST_NAME: "new"}
+
+
+def old_output(tmp_path: Path) -> Path:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "old").write_text("old")
+    return output
+
+
+def test_a_finished_folder_appears_at_its_final_path_alone(tmp_path: Path) -> None:
+    output = tmp_path / "deep" / "out"
+    with Publication(output) as publication:
+        fill(publication.folder)
+        assert publication.folder == tmp_path / "deep" / "out.partial"
+        assert not output.exists()
+        assert publication.publish() == output
+    assert tree(output) == NEW
+    assert names(output.parent) == ["out"]
+
+
+def test_without_publish_nothing_is_left(tmp_path: Path) -> None:
+    with Publication(tmp_path / "out") as publication:
+        fill(publication.folder)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_an_error_leaves_nothing_behind(tmp_path: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error):
+        run(tmp_path / "out", failing(error()))
+    assert names(tmp_path) == []
+
+
+def test_a_folder_without_manifest_is_never_published(tmp_path: Path) -> None:
+    def publish_without_manifest(publication: Publication) -> None:
+        (publication.folder / MANIFEST_NAME).unlink()
+        publication.publish()
+
+    with pytest.raises(QexportError, match="manifest"):
+        run(tmp_path / "out", publish_without_manifest)
+    assert names(tmp_path) == []
+
+
+def test_a_non_empty_output_is_refused_before_any_work(tmp_path: Path) -> None:
+    output = old_output(tmp_path)
+    with pytest.raises(RecipeError, match="not empty"):
+        Publication(output)
+    assert names(tmp_path) == ["out"]
+
+
+def test_an_empty_output_folder_is_fine(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with Publication(tmp_path / "out") as publication:
+        fill(publication.folder)
+        publication.publish()
+    assert tree(tmp_path / "out") == NEW
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_file_in_the_way_is_refused(tmp_path: Path, force: bool) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(RecipeError, match="file is in the way"):
+        Publication(tmp_path / "out", force=force)
+
+
+def test_force_never_replaces_a_folder_that_the_user_stands_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = old_output(tmp_path)
+    (output / "below").mkdir()
+    monkeypatch.chdir(output / "below")
+    with pytest.raises(RecipeError, match="stand in"):
+        check_output(output, force=True)
+    with pytest.raises(RecipeError, match="stand in"):
+        check_output(Path("/"), force=True)
+
+
+def test_a_linked_output_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "far" / "out")
+    with Publication(tmp_path / "out") as publication:
+        fill(publication.folder)
+        publication.publish()
+    assert (tmp_path / "out").is_symlink()
+    assert tree(tmp_path / "far" / "out") == NEW
+
+
+def without_exchange(*_: Path) -> None:
+    raise OSError(errno.EINVAL, "not supported")
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_force_replaces_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool) -> None:
+    if not exchange:
+        monkeypatch.setattr(disk, "_exchange", without_exchange)
+    output = old_output(tmp_path)
+    with Publication(output, force=True) as publication:
+        fill(publication.folder)
+        assert tree(output) == {"old": "old"}
+        publication.publish()
+    assert tree(output) == NEW
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_the_old_folder_stays_where_replacing_it_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
+) -> None:
+    def fail(*_: Path) -> None:
+        raise PermissionError(errno.EACCES, "planted")
+
+    def fail_to_final(source: Path, target: Path) -> Path:
+        if source.name == "out.partial":
+            fail()
+        shutil.move(source, target)
+        return target
+
+    if exchange:
+        monkeypatch.setattr(disk, "_exchange", fail)
+    else:
+        monkeypatch.setattr(disk, "_exchange", without_exchange)
+        monkeypatch.setattr(Path, "rename", fail_to_final)
+    output = old_output(tmp_path)
+    with pytest.raises(PermissionError):
+        run(output, Publication.publish, force=True)
+    assert tree(output) == {"old": "old"}
+    assert names(tmp_path) == ["out"]
+
+
+def test_what_appeared_meanwhile_at_the_final_path_is_not_replaced(tmp_path: Path) -> None:
+    def publish_too_late(publication: Publication) -> None:
+        old_output(tmp_path)
+        publication.publish()
+
+    with pytest.raises(RecipeError, match="not empty"):
+        run(tmp_path / "out", publish_too_late)
+    assert tree(tmp_path / "out") == {"old": "old"}
+    assert names(tmp_path) == ["out"]
+
+
+def test_two_runs_cannot_write_the_same_output(tmp_path: Path) -> None:
+    with Publication(tmp_path / "out") as first:
+        fill(first.folder)
+        with pytest.raises(RecipeError, match="another run"), Publication(tmp_path / "out"):
+            pass
+        assert tree(first.folder) == NEW | {MARKER_NAME: ""}
+        first.publish()
+
+
+def test_a_run_that_lost_the_race_does_not_touch_the_published_folder(tmp_path: Path) -> None:
+    """It opened the marker before the other run moved it to the final path, and gets the lock afterwards."""
+    with Publication(tmp_path / "out") as first:
+        fill(first.folder)
+        marker = first.folder / MARKER_NAME
+        descriptor = os.open(marker, os.O_RDWR)
+        first.publish()
+    assert not publish._take(descriptor, marker)
+    os.close(descriptor)
+
+
+KILLED = """
+    import os, signal, sys
+    from pathlib import Path
+    from qexport.artifact.publish import Publication
+
+    with Publication(Path(sys.argv[1])) as publication:
+        (publication.folder / "half").write_text("half")
+        (publication.folder / "sub").mkdir()
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(KILLED), str(output)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert (tmp_path / "out.partial" / "half").exists()
+    with Publication(output) as publication:
+        assert names(publication.folder) == [MARKER_NAME]
+        fill(publication.folder)
+        publication.publish()
+    assert tree(output) == NEW
+
+
+def test_a_partial_folder_of_someone_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.txt").write_text("mine")
+    with pytest.raises(RecipeError, match="not qexport's"), Publication(tmp_path / "out"):
+        pass
+    assert tree(tmp_path / "out.partial") == {"thesis.txt": "mine"}
+
+
+def test_a_link_in_place_of_the_partial_folder_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out.partial").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RecipeError, match="taken"), Publication(tmp_path / "out"):
+        pass
+
+
+def test_a_rejected_folder_is_kept_beside_the_output(tmp_path: Path) -> None:
+    def reject(publication: Publication) -> None:
+        assert publication.reject() == tmp_path / "out.rejected"
+        raise ValueError("gate")
+
+    for text in ("first", "second"):
+        with pytest.raises(ValueError, match="gate"):
+            run(tmp_path / "out", reject, text=text)
+        assert tree(tmp_path / "out.rejected") == {"sub/weights": text, MANIFEST_NAME: text}
+        assert names(tmp_path) == ["out.rejected"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, code: int) -> None:
+    with pytest.raises(ResourceError, match="disk is full"):
+        run(tmp_path / "out", failing(OSError(code, os.strerror(code))))
+    assert names(tmp_path) == []
+
+
+def test_everything_is_on_the_disk_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    fsync, move = os.fsync, disk.move_into_place
+
+    def record_sync(descriptor: int) -> None:
+        done.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()).removeprefix(str(tmp_path)))
+        fsync(descriptor)
+
+    def record_move(source: Path, target: Path) -> Path | None:
+        done.append("move")
+        return move(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_sync)
+    monkeypatch.setattr(publish, "move_into_place", record_move)
+    with Publication(tmp_path / "out") as publication:
+        fill(publication.folder)
+        publication.publish()
+    before = {f"/out.partial{name}" for name in ("", "/sub", "/sub/weights", f"/{MANIFEST_NAME}", f"/{MARKER_NAME}")}
+    assert set(done[: done.index("move")]) == before
+    assert done[done.index("move") + 1 :] == [""]
+
+
+def test_modes_follow_the_umask(tmp_path: Path) -> None:
+    previous = os.umask(0o027)
+    try:
+        with Publication(tmp_path / "out") as publication:
+            fill(publication.folder)
+            publication.publish()
+    finally:
+        os.umask(previous)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
+    assert (tmp_path / "out" / MANIFEST_NAME).stat().st_mode & 0o777 == 0o640
+
+
+def test_too_little_room_is_told_before_any_work(tmp_path: Path) -> None:
+    disk.ensure_space(tmp_path / "not" / "yet" / "there", 1)
+    with pytest.raises(ResourceError, match="not enough room"):
+        disk.ensure_space(tmp_path / "not" / "yet" / "there", 10**18)

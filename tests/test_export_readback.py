@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import factories
+from qexport.errors import QexportError
+from qexport.export.readback import check
+from qexport.export.safetensors_layout import SafetensorsLayout, Written
+from qexport.export.shards import INDEX_NAME
+from quantized_models import QuantizedModel
+
+QWEIGHT = "model.layers.1.mlp.up_proj.qweight"
+
+
+@pytest.fixture(scope="module")
+def model() -> QuantizedModel:
+    return QuantizedModel(factories.build(factories.llama_config()))
+
+
+@pytest.mark.parametrize("max_shard_size", ["5GB", "50KB"])
+def test_what_was_written_is_found_again(tmp_path: Path, model: QuantizedModel, max_shard_size: str) -> None:
+    layout, written = model.write(tmp_path, max_shard_size=max_shard_size)
+    assert check(tmp_path, layout.specs, written.digests) == 14
+
+
+def shard_with(folder: Path, name: str) -> Path:
+    index = json.loads((folder / INDEX_NAME).read_text())
+    shard: str = index["weight_map"][name]
+    return folder / shard
+
+
+def change(path: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path, {"format": "pt"})
+
+
+def flip_a_bit(folder: Path) -> None:
+    path = shard_with(folder, QWEIGHT)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def drop_a_tensor(folder: Path) -> None:
+    change(shard_with(folder, QWEIGHT), lambda tensors: tensors.pop(QWEIGHT))
+
+
+def add_a_tensor(folder: Path) -> None:
+    change(shard_with(folder, QWEIGHT), lambda tensors: tensors.update(extra=torch.ones(1)))
+
+
+def change_a_dtype(folder: Path) -> None:
+    change(shard_with(folder, QWEIGHT), lambda tensors: tensors.update({QWEIGHT: tensors[QWEIGHT].view(torch.float32)}))
+
+
+def change_a_shape(folder: Path) -> None:
+    change(shard_with(folder, QWEIGHT), lambda tensors: tensors.update({QWEIGHT: tensors[QWEIGHT].view(-1)}))
+
+
+def repeat_a_tensor(folder: Path) -> None:
+    save_file({QWEIGHT: load_file(shard_with(folder, QWEIGHT))[QWEIGHT]}, folder / "z.safetensors")
+
+
+def drop_a_shard(folder: Path) -> None:
+    shard_with(folder, QWEIGHT).unlink()
+
+
+def cut_a_shard(folder: Path) -> None:
+    path = shard_with(folder, QWEIGHT)
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def misplace_a_tensor(folder: Path) -> None:
+    index = json.loads((folder / INDEX_NAME).read_text())
+    index["weight_map"][QWEIGHT] = "model-00001-of-00002.safetensors"
+    (folder / INDEX_NAME).write_text(json.dumps(index))
+
+
+def drop_the_index(folder: Path) -> None:
+    (folder / INDEX_NAME).unlink()
+
+
+def change_one_config(folder: Path) -> None:
+    path = folder / "quantize_config.json"
+    path.write_text(path.read_text().replace('"bits": 4', '"bits": 8'))
+
+
+@pytest.mark.parametrize(
+    ("plant", "words"),
+    [
+        (flip_a_bit, "not those written"),
+        (drop_a_tensor, "1 tensors are missing"),
+        (add_a_tensor, "not planned"),
+        (change_a_dtype, "was planned"),
+        (change_a_shape, "was planned"),
+        (repeat_a_tensor, "twice"),
+        (drop_a_shard, "tensors are missing"),
+        (cut_a_shard, "file"),
+        (misplace_a_tensor, "index"),
+        (drop_the_index, "index"),
+        (change_one_config, "differ"),
+    ],
+)
+def test_a_planted_fault_is_found(
+    tmp_path: Path, model: QuantizedModel, plant: Callable[[Path], None], words: str
+) -> None:
+    layout, written = write_in_shards(tmp_path, model)
+    plant(tmp_path)
+    with pytest.raises(QexportError, match=words):
+        check(tmp_path, layout.specs, written.digests)
+
+
+def write_in_shards(folder: Path, model: QuantizedModel) -> tuple[SafetensorsLayout, Written]:
+    return model.write(folder, max_shard_size="50KB")

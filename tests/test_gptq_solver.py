@@ -50,7 +50,9 @@ def plain_gptq(weight: Tensor, hessian: Tensor, options: Options) -> Tensor:
         for row in range(rows):
             if (group, row) not in fixed:
                 source = weight[row] if options.order == "static" else work[row]
-                fixed[group, row] = plain_grid(source[group * options.group_size : (group + 1) * options.group_size], options)
+                fixed[group, row] = plain_grid(
+                    source[group * options.group_size : (group + 1) * options.group_size], options
+                )
             scale, zero = fixed[group, row]
             code = min(max(round(float(work[row, position]) / scale) + zero, 0), 2**options.bits - 1)
             result[row, position] = (code - zero) * scale
@@ -64,8 +66,9 @@ def plain_grid(values: Tensor, options: Options) -> tuple[float, int]:
     top = 2**options.bits - 1
     if options.sym:
         return half(max(-low, high) / (2 ** (options.bits - 1) - 1)), 2 ** (options.bits - 1)
+    low = min(low, -high / (top - 1))
     scale = half((high - low) / top)
-    return scale, min(max(round(-low / scale), 0), top)
+    return scale, min(max(round(-low / scale), 1), top)
 
 
 def half(value: float) -> float:
@@ -77,7 +80,9 @@ def solved(weight: Tensor, hessian: Tensor, options: Options) -> Tensor:
 
 
 @pytest.mark.parametrize("order", ["original", "static", "dynamic"])
-@pytest.mark.parametrize(("bits", "sym", "group_size"), [(4, True, 32), (3, False, 64), (2, True, 160), (8, False, 320)])
+@pytest.mark.parametrize(
+    ("bits", "sym", "group_size"), [(4, True, 32), (3, False, 64), (2, True, 160), (8, False, 320)]
+)
 def test_codes_equal_the_plain_algorithms(order: str, bits: int, sym: bool, group_size: int) -> None:
     weight, hessian = problem()
     options = Options(bits, group_size, order, sym, 0.01, search=False)
@@ -127,7 +132,9 @@ def test_gptq_is_better_than_round_to_nearest_and_the_search_helps(order: str) -
     for search in (False, True):
         options = Options(3, 32, order, True, 0.01, search)
         losses[search] = output_error(weight, solve(weight, hessian, factorize(hessian, options), options), hessian)
-    nearest = output_error(weight, round_to_nearest(weight, OPTIONS.__class__(3, 32, order, True, 0.01, False)), hessian)
+    nearest = output_error(
+        weight, round_to_nearest(weight, OPTIONS.__class__(3, 32, order, True, 0.01, False)), hessian
+    )
     assert losses[True] < losses[False] < nearest  # type: ignore[operator]
 
 
@@ -139,6 +146,16 @@ def test_static_act_order_keeps_the_groups_in_the_original_order() -> None:
         plain = torch.arange(weight.shape[1], dtype=torch.int32) // 32
         assert torch.equal(quantized.g_idx, plain) == sequential
         assert quantized.desc_act is not sequential
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_zero_points_of_one_sided_groups_are_at_least_one_and_lose_no_range(bits: int, sign: int) -> None:
+    weight = sign * torch.rand(16, 64)
+    quantized = round_to_nearest(weight, Options(bits, 32, "original", False, 0.01, False))
+    assert int(quantized.zeros.min()) >= 1
+    step = quantized.scales.float().t().repeat_interleave(32, 1)
+    assert ((quantized.dequantize() - weight).abs() <= step * 0.52).all()
 
 
 def test_an_indefinite_hessian_is_damped_in_recorded_steps_and_then_refused() -> None:
@@ -189,7 +206,9 @@ def test_dead_inputs_are_counted_and_keep_their_weights() -> None:
 
 
 def test_too_few_tokens_raise_the_damping_and_say_so() -> None:
-    solved_layer = solve_together({"a": torch.randn(16, 64)}, layer_hessian(torch.randn(32, 64)), {"a": OPTIONS}, "error")
+    solved_layer = solve_together(
+        {"a": torch.randn(16, 64)}, layer_hessian(torch.randn(32, 64)), {"a": OPTIONS}, "error"
+    )
     assert solved_layer["a"].report.tokens == 32
     assert solved_layer["a"].report.damp_percent == pytest.approx(OPTIONS.damp_percent * solver.DAMPING_STEPS[1])
 

@@ -44,6 +44,11 @@ class Structure:
     tied: bool
     parameters: Mapping[str, tuple[int, ...]]
 
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the input embedding."""
+        return self.parameters[f"{self.embedding}.weight"][0]
+
 
 def parse_config(config: Mapping[str, Any]) -> PretrainedConfig:
     """The configuration as transformers reads it; nothing is downloaded or executed.

@@ -20,7 +20,7 @@ class Grid:
 
     Attributes:
         scales: float32 [groups, out], each a float16 value.
-        zeros: float32 [groups, out], integers in 0 .. 2**bits - 1.
+        zeros: float32 [groups, out], integers in 1 .. 2**bits - 1.
         bits: 2, 3, 4 or 8.
     """
 
@@ -95,9 +95,11 @@ def _plain_divisor(bits: int) -> int:
 
 def _grid(low: Tensor, high: Tensor, bits: int, sym: bool, divisor: int) -> Grid:
     levels = 2**bits - 1
+    if not sym:  # AutoGPTQ stores zero - 1, and gptqmodel misreads a stored -1: keep one code below zero
+        low = torch.minimum(low, -high / (levels - 1))
     scales = torch.maximum(-low, high) / divisor if sym else (high - low) / levels
     scales = torch.where(scales > 0, scales, 1.0).to(torch.float16).clamp_(min=2.0**-24).to(torch.float32)
-    zeros = torch.full_like(scales, 2 ** (bits - 1)) if sym else torch.round(-low / scales).clamp_(0, levels)
+    zeros = torch.full_like(scales, 2 ** (bits - 1)) if sym else torch.round(-low / scales).clamp_(1, levels)
     return Grid(scales, zeros, bits)
 
 

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from qexport.settings import Settings
 
 Bits = Literal[2, 3, 4, 8]
-GroupSize = Annotated[int, Field(description="-1 for one group per row, or 16 to 1024")]
+
+
+def _check_group_size(group_size: int) -> int:
+    if group_size != -1 and not 16 <= group_size <= 1024:
+        raise ValueError(f"must be -1 or 16 to 1024, not {group_size}")
+    return group_size
+
+
+GroupSize = Annotated[int, AfterValidator(_check_group_size)]
 
 
 class CalibrationSettings(Settings):
@@ -50,7 +58,10 @@ class Override(Settings):
     """A shell-style pattern of module paths, for example `*.mlp.down_proj`. It must match something."""
 
     bits: Bits | None = None
+    """Bits of one code, instead of the method's."""
+
     group_size: GroupSize | None = None
+    """Inputs that share a scale, instead of the method's."""
 
     dense: bool = False
     """Leave these modules at 16 bits."""
@@ -59,7 +70,6 @@ class Override(Settings):
     def _says_something(self) -> Override:
         if self.dense == (self.bits is not None or self.group_size is not None):
             raise ValueError("give either dense: true, or bits and/or group_size")
-        _check_group_size(self.group_size)
         return self
 
 
@@ -67,9 +77,14 @@ class GptqSettings(Settings):
     """GPTQ (arXiv:2210.17323) with calibration data."""
 
     method: Literal["gptq"]
+    """GPTQ: each column's rounding error is spread over the columns that are still to come."""
 
     bits: Bits = 4
+    """Bits of one code."""
+
     group_size: GroupSize = 128
+    """Inputs that share a scale and a zero point: 16 to 1024, or -1 for a whole row. Must divide the inputs of every
+    layer."""
 
     sym: bool = True
     """Symmetric codes: every zero point is 2**(bits-1). vLLM and the fast kernels demand it."""
@@ -100,18 +115,13 @@ class GptqSettings(Settings):
     """Per-module settings; the last that matches holds."""
 
     calibration: CalibrationSettings
+    """The text that the Hessians are made from."""
 
     @model_validator(mode="after")
     def _possible(self) -> GptqSettings:
-        _check_group_size(self.group_size)
         if self.desc_act and self.static_groups:
             raise ValueError("desc_act and static_groups exclude each other: set static_groups: false with desc_act")
         return self
-
-
-def _check_group_size(group_size: int | None) -> None:
-    if group_size is not None and group_size != -1 and not 16 <= group_size <= 1024:
-        raise ValueError(f"group_size must be -1 or 16 to 1024, not {group_size}")
 
 
 QuantizeSettings = GptqSettings

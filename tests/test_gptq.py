@@ -1,0 +1,302 @@
+"""The method over whole models: the pass against plain forwards, its memory, and the same bytes every time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+import factories
+from qexport.architectures.structure import describe
+from qexport.errors import CompatibilityError, NumericalError
+from qexport.progress import Notice, Progress
+from qexport.quantize.gptq import output_specs, quantize
+from qexport.quantize.hessian import Hessian
+from qexport.quantize.layer import solve_together
+from qexport.quantize.selection import select
+from qexport.quantize.settings import GptqSettings
+from qexport.tensors import CalibrationSet, Checkpoint, GroupQuantized, GroupQuantizedSpec, Origin, TensorRecord
+from test_block_runner import StateDict, token_windows
+
+CPU = torch.device("cpu")
+CONFIGS = {
+    "llama": factories.llama_config(),
+    "qwen2": factories.qwen2_config(),
+    "mistral": factories.mistral_config(),
+    "falcon 7b": factories.falcon_config(),
+    "falcon 40b": factories.falcon_40b_config(),
+}
+
+
+def settings(**changes: Any) -> GptqSettings:
+    return GptqSettings(method="gptq", **({"group_size": 32, "calibration": {"source": "unused"}} | changes))
+
+
+def checkpoint(config: PretrainedConfig, model: PreTrainedModel) -> Checkpoint:
+    return Checkpoint(config.to_dict(), StateDict(model), {}, Origin("folder", "tiny"))
+
+
+def calibration(windows: Tensor | None = None) -> CalibrationSet:
+    return CalibrationSet(token_windows(12, 48) if windows is None else windows, "0" * 64, "test")
+
+
+def quantized(config: PretrainedConfig, options: GptqSettings, **changes: Any) -> dict[str, TensorRecord]:
+    model = factories.build(config, dtype=changes.pop("dtype", torch.float32))
+    source = checkpoint(config, model)
+    arguments: dict[str, Any] = {"dtype": torch.float32, "device": CPU} | changes
+    records = list(quantize(source, options, arguments.pop("calibration", calibration()), **arguments))
+    names = [record.name for record in records]
+    assert sorted(names) == sorted(source.weights.specs()), "every tensor must come exactly once"
+    return {record.name: record for record in records}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_linear_of_every_block_is_quantized_and_nothing_else(name: str) -> None:
+    config = CONFIGS[name]
+    structure = describe(config.to_dict())
+    records = quantized(config, settings())
+    linears = {f"{linear.name}.weight" for block in structure.blocks for linear in structure.linears[block]}
+    assert {name for name, record in records.items() if isinstance(record.value, GroupQuantized)} == linears
+    assert {record.report.name for record in records.values() if record.report} == {
+        n[: -len(".weight")] for n in linears
+    }
+    for record in records.values():
+        if record.report:
+            assert record.report.method == "gptq"
+            assert record.report.loss is not None
+            assert record.report.rtn_loss is not None
+            assert record.report.loss < record.report.rtn_loss
+            assert record.report.tokens == 12 * 48
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_dense_tensors_pass_unchanged(name: str) -> None:
+    config = CONFIGS[name]
+    model = factories.build(config, dtype=torch.float32).state_dict()
+    for record in quantized(config, settings()).values():
+        if isinstance(record.value, Tensor):
+            assert torch.equal(record.value, model[record.name])
+
+
+@pytest.mark.parametrize("name", ["llama", "falcon 7b", "falcon 40b"])
+@pytest.mark.parametrize("true_sequential", [True, False])
+def test_codes_equal_those_of_whole_model_forwards_with_hooks(name: str, true_sequential: bool) -> None:
+    """The plain way: a forward of the whole model for each group of linears, with everything before it quantized."""
+    config, options = CONFIGS[name], settings(true_sequential=true_sequential)
+    records = quantized(config, options)
+    model = factories.build(config, dtype=torch.float32)
+    structure = describe(config.to_dict())
+    chosen = select(structure, options)
+    for block in structure.blocks:
+        groups = plain_groups(name, block)
+        before = [layer_inputs(model, group[0]) for group in groups]
+        for group, inputs in zip(groups, before, strict=True):
+            hessian = Hessian(inputs[0].shape[-1], CPU)
+            for part in layer_inputs(model, group[0]) if true_sequential else inputs:
+                hessian.add(part)
+            weights = {module: model.get_submodule(module).weight.detach().clone() for module in group}
+            for module, solved in solve_together(weights, hessian, chosen, "error").items():
+                value = records[f"{module}.weight"].value
+                assert isinstance(value, GroupQuantized)
+                assert torch.equal(value.codes, solved.quantized.codes), module
+                assert torch.equal(value.scales, solved.quantized.scales), module
+                with torch.no_grad():
+                    model.get_parameter(f"{module}.weight").copy_(solved.quantized.dequantize())
+
+
+def plain_groups(name: str, block: str) -> list[list[str]]:
+    groups = {
+        "llama": [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]],
+        "falcon 7b": [["query_key_value", "dense_h_to_4h"], ["dense"], ["dense_4h_to_h"]],
+        "falcon 40b": [["query_key_value"], ["dense"], ["dense_h_to_4h"], ["dense_4h_to_h"]],
+    }[name]
+    linears = {linear.name.rpartition(".")[2]: linear.name for linear in describe_linears(name, block)}
+    return [[linears[leaf] for leaf in group] for group in groups]
+
+
+def describe_linears(name: str, block: str) -> Any:
+    return describe(CONFIGS[name].to_dict()).linears[block]
+
+
+@torch.no_grad()
+def layer_inputs(model: PreTrainedModel, module: str) -> list[Tensor]:
+    seen: list[Tensor] = []
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append(args[0])
+
+    handle = model.get_submodule(module).register_forward_pre_hook(hook)
+    model(token_windows(12, 48), use_cache=False)
+    handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("name", ["llama", "falcon 7b"])
+def test_codes_are_the_same_with_one_and_two_threads(name: str) -> None:
+    threads = torch.get_num_threads()
+    runs = []
+    try:
+        for count in (1, 2, 2):
+            torch.set_num_threads(count)
+            runs.append(quantized(CONFIGS[name], settings(), dtype=torch.bfloat16))
+    finally:
+        torch.set_num_threads(threads)
+    for other in runs[1:]:
+        assert_same_bytes(runs[0], other)
+
+
+def assert_same_bytes(ours: dict[str, TensorRecord], theirs: dict[str, TensorRecord]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, record in ours.items():
+        other = theirs[name]
+        assert record.report == other.report
+        if isinstance(record.value, GroupQuantized):
+            assert isinstance(other.value, GroupQuantized)
+            for part in ("codes", "scales", "zeros", "g_idx"):
+                assert torch.equal(getattr(record.value, part), getattr(other.value, part)), f"{name}: {part}"
+        else:
+            assert isinstance(other.value, Tensor)
+            assert torch.equal(record.value, other.value), name
+
+
+def test_overrides_change_bits_and_groups_or_leave_layers_dense() -> None:
+    options = settings(
+        overrides=[
+            {"modules": "*.mlp.*", "bits": 8, "group_size": -1},
+            {"modules": "model.layers.1.mlp.down_proj", "dense": True},
+        ]
+    )
+    config = factories.llama_config()
+    records = quantized(config, options)
+    specs = output_specs(checkpoint(config, factories.build(config)), describe(config.to_dict()), options)
+    up, attention = (
+        records["model.layers.0.mlp.up_proj.weight"].value,
+        records["model.layers.0.self_attn.q_proj.weight"].value,
+    )
+    assert isinstance(up, GroupQuantized)
+    assert isinstance(attention, GroupQuantized)
+    assert (up.bits, up.group_size, attention.bits, attention.group_size) == (8, 64, 4, 32)
+    assert isinstance(records["model.layers.1.mlp.down_proj.weight"].value, Tensor)
+    for name, record in records.items():
+        spec = specs[name]
+        if isinstance(record.value, GroupQuantized):
+            assert isinstance(spec, GroupQuantizedSpec)
+            assert record.value.codes.shape == (spec.out_features, spec.in_features)
+            assert record.value.scales.shape == (spec.groups, spec.out_features)
+            assert (record.value.bits, record.value.sym, record.value.desc_act) == (spec.bits, spec.sym, spec.desc_act)
+        else:
+            assert tuple(record.value.shape) == spec.shape  # type: ignore[union-attr]
+
+
+def test_the_head_is_quantized_when_asked_for() -> None:
+    config = factories.llama_config()
+    records = quantized(config, settings(lm_head=True))
+    head = records["lm_head.weight"]
+    assert isinstance(head.value, GroupQuantized)
+    assert head.report is not None
+    assert head.report.tokens == 12 * 48
+
+
+def refusal(config: PretrainedConfig, **changes: Any) -> str:
+    with pytest.raises(CompatibilityError) as caught:
+        select(describe(config.to_dict()), settings(**changes))
+    return str(caught.value)
+
+
+def test_a_tied_head_is_not_quantized() -> None:
+    assert "tied" in refusal(factories.llama_config(tie_word_embeddings=True), lm_head=True)
+
+
+def test_a_group_size_that_does_not_divide_names_the_layers_and_the_sizes_that_fit() -> None:
+    config = factories.falcon_config(hidden_size=71 * 8, num_attention_heads=71)
+    text = refusal(config, group_size=64)
+    assert "group_size 64 does not divide the inputs of 8 layers" in text
+    assert "transformer.h.0.self_attention.query_key_value (568 inputs)" in text
+    assert "sizes that fit them all: -1" in text
+    assert "fit them all: 16, 32, 64, 128, -1" in refusal(factories.llama_config(hidden_size=128), group_size=96)
+
+
+def test_all_problems_of_a_selection_are_told_at_once() -> None:
+    text = refusal(
+        factories.llama_config(tie_word_embeddings=True),
+        group_size=48,
+        lm_head=True,
+        overrides=[{"modules": "*.experts.*", "dense": True}],
+    )
+    assert "matches no linear layer" in text
+    assert "tied" in text
+    assert "group_size 48" in text
+
+
+def test_nothing_left_to_quantize_is_an_error() -> None:
+    assert "no layer is left" in refusal(factories.llama_config(), overrides=[{"modules": "*", "dense": True}])
+
+
+def test_a_fallback_to_rounding_is_recorded_and_told() -> None:
+    model = factories.build(factories.llama_config(), dtype=torch.float32)
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.input_layernorm.weight").fill_(float("inf"))
+    source = checkpoint(factories.llama_config(), model)
+    with pytest.raises(NumericalError, match="not finite") as caught:
+        list(quantize(source, settings(), calibration(), dtype=torch.float32, device=CPU))
+    assert "model.layers.1.self_attn.q_proj" in str(caught.value)
+    events: list[Progress | Notice] = []
+    options = settings(on_failure="round_to_nearest")
+    records = list(quantize(source, options, calibration(), dtype=torch.float32, device=CPU, report=events.append))
+    fallen = {record.report.name for record in records if record.report and record.report.method != "gptq"}
+    assert "model.layers.1.self_attn.q_proj" in fallen
+    assert not any(name.startswith("model.layers.0.") for name in fallen)
+    assert {notice.text.split()[0] for notice in events if isinstance(notice, Notice)} == fallen
+
+
+def test_progress_counts_blocks_and_tokens() -> None:
+    events: list[Progress | Notice] = []
+    quantized(factories.llama_config(), settings(), report=events.append)
+    steps = [(event.done, event.total, event.tokens) for event in events if isinstance(event, Progress)]
+    assert steps == [(1, 2, 576), (2, 2, 1152)]
+
+
+MEMORY_SCRIPT = """
+import json, resource, sys
+sys.path.insert(0, sys.argv[1])
+import torch, factories
+from qexport.quantize.gptq import quantize
+from qexport.quantize.settings import GptqSettings
+from qexport.tensors import CalibrationSet, Checkpoint, Origin, TensorSpec
+
+class Random:
+    def __init__(self, shapes): self.shapes = shapes
+    def specs(self): return {n: TensorSpec(s, torch.bfloat16) for n, s in self.shapes.items()}
+    def read(self, name): return torch.full(self.shapes[name], 0.02).normal_(0, 0.05).bfloat16()
+
+from qexport.architectures.structure import describe
+config = factories.llama_config(
+    hidden_size=192, intermediate_size=3072, num_hidden_layers=int(sys.argv[2]), num_attention_heads=4,
+    num_key_value_heads=2,
+).to_dict()
+source = Checkpoint(config, Random(describe(config).parameters), {}, Origin("folder", "random"))
+narrow = {"modules": "*.down_proj", "dense": True}  # its 3072 columns would only take time
+settings = GptqSettings(method="gptq", group_size=64, mse=False, overrides=[narrow], calibration={"source": "unused"})
+ids = torch.randint(factories.VOCABULARY, (8, 64))
+count = 0
+for record in quantize(source, settings, CalibrationSet(ids, "", ""), dtype=torch.bfloat16, device=torch.device("cpu")):
+    count += record.report is not None
+print(json.dumps([count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))
+"""
+
+
+def test_the_peak_of_memory_does_not_grow_with_the_number_of_layers() -> None:
+    peaks = {}
+    for layers in (4, 40):
+        command = [sys.executable, "-c", MEMORY_SCRIPT, str(Path(__file__).parent), str(layers)]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        count, peaks[layers] = json.loads(output)
+        assert count == 6 * layers
+    assert peaks[40] < 1.1 * peaks[4]

@@ -1,1 +1,6 @@
 """Recipes: reading YAML with line numbers, checking, the schema."""
+
+from qexport.recipe.model import Recipe
+from qexport.recipe.reading import load_recipe
+
+__all__ = ["Recipe", "load_recipe"]

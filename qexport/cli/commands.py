@@ -1,0 +1,157 @@
+"""The commands. Each one checks its arguments, calls one function below the command line, and prints its result."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from qexport.cli.failures import Failure, told
+from qexport.cli.terminal import stderr, stdout, write, write_json
+from qexport.errors import GateFailed, RecipeError
+
+if TYPE_CHECKING:
+    from qexport.pipeline import Result
+    from qexport.progress import Reporter
+
+app = typer.Typer(
+    help="From a base model and a LoRA adapter to a verified, quantized, servable artifact, in one streaming pass.",
+    epilog="Exit codes: 0 done, 1 a defect in qexport, 2 usage or recipe, 3 model, adapter or data, 4 these do not fit "
+    "together, 5 numerical, 6 a gate failed, 7 a gate was not decided, 8 no disk or memory left, 130 interrupted.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="key=value", help="Replaces a value of the recipe, for example quantize.bits=8."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        arguments: what follows the program's name; those of the process where None.
+
+    Returns:
+        The exit code.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        return app(arguments, prog_name="qexport", standalone_mode=False) or 0
+    except typer.TyperException as error:
+        failure = Failure(error.format_message(), RecipeError.exit_code, mend=_help_for(arguments))
+        failure.show(as_json="--json" in arguments)
+        return failure.exit_code
+
+
+def _help_for(arguments: Sequence[str]) -> str:
+    names = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
+    command = next((word for word in arguments if word in names), None)
+    return f"qexport {command} --help" if command else "qexport --help"
+
+
+@app.callback(invoke_without_command=True)
+def _qexport(
+    context: typer.Context,
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if show_version:
+        write(f"qexport {version('qexport')}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        context.get_help()
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option(help="The artifact's folder, in place of the recipe's.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an output folder that is not empty.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
+) -> None:
+    """Merge, quantize, export and verify, as the recipe says."""
+    with told(as_json=as_json, debug=debug, interrupted="interrupted; nothing was published"):
+        from qexport.recipe import load_recipe
+
+        chosen = load_recipe(recipe, overrides or ())
+        if output is not None:
+            chosen = chosen.model_copy(update={"output": str(output.absolute())})
+        from qexport import pipeline  # takes seconds, a recipe's problems need not wait for it
+
+        with _reporting() as report:
+            result = pipeline.run(chosen, force=force, device=device, report=report)
+    with told(as_json=as_json, debug=debug, interrupted=f"interrupted; {result.artifact_path} is complete"):
+        _show(result, as_json=as_json)
+    if not result.passed:
+        _gates_failed(result).show(as_json=False)
+        raise typer.Exit(GateFailed.exit_code)
+
+
+@app.command()
+def validate(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False, debug: Debug = False) -> None:
+    """Check a recipe against its model and adapter, from their headers alone, and print the plan."""
+    with told(as_json=as_json, debug=debug):
+        from qexport.recipe import load_recipe
+
+        chosen = load_recipe(recipe, overrides or ())
+        from qexport import pipeline
+
+        with _reporting() as report:
+            plan = pipeline.plan(chosen, report=report)
+        if as_json:
+            write_json(plan.as_dict())
+        else:
+            write("\n".join(plan.lines()))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    with told():
+        from qexport.recipe.schema import recipe_schema
+
+        write(recipe_schema())
+
+
+@contextmanager
+def _reporting() -> Iterator[Reporter]:
+    """Progress on stderr. What a library prints meanwhile goes there too, since stdout is for results."""
+    from qexport.cli.progress import reporter
+
+    with reporter(stderr()) as report, redirect_stdout(sys.stderr):
+        yield report
+
+
+def _show(result: Result, *, as_json: bool) -> None:
+    if as_json:
+        manifest = result.manifest.model_dump(mode="json")
+        write_json({"artifact": str(result.artifact_path), "passed": result.passed, "manifest": manifest})
+    else:
+        from qexport.cli.summary import summary
+
+        stdout().print(summary(result.manifest, result.artifact_path), crop=False)
+
+
+def _gates_failed(result: Result) -> Failure:
+    verification = result.manifest.verification
+    failed = [gate for gate in verification.gates if not gate.passed] if verification else []
+    gates = ", ".join(f"{gate.name} is {gate.value:.4g} where the limit is {gate.limit:g}" for gate in failed)
+    return Failure(
+        f"the artifact drifted too far: {gates}",
+        GateFailed.exit_code,
+        where=f"{result.artifact_path} (set aside, not published)",
+        mend="try more bits or a smaller group_size, or raise the limit in verify",
+    )

@@ -1,0 +1,105 @@
+"""From exceptions to three lines on stderr and an exit code; `qexport.errors` lists the codes."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+
+import typer
+from rich.text import Text
+
+from qexport.cli.terminal import stderr, write_json
+from qexport.errors import QexportError, ResourceError
+
+INTERRUPTED = 130
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What the user is told, and the exit code."""
+
+    what: str
+    exit_code: int
+    where: str | None = None
+    mend: str | None = None
+
+    def show(self, *, as_json: bool) -> None:
+        """Prints the lines to stderr; as JSON, one document to stdout as well."""
+        lines = (("error", self.what, "bold red"), ("where", self.where, "bold"), ("mend", self.mend, "bold"))
+        for label, text, style in lines:
+            if text:
+                stderr().print(Text.assemble((f"{label}: ".ljust(7), style), text), soft_wrap=True)
+        if as_json:
+            with suppress(OSError):  # stdout cannot be written: stderr has told it
+                write_json({"error": asdict(self)})
+
+
+@contextmanager
+def told(*, as_json: bool = False, debug: bool = False, interrupted: str = "interrupted") -> Iterator[None]:
+    """Tells any exception of the block and leaves with its exit code.
+
+    Args:
+        as_json: print a JSON document on stdout too.
+        debug: print the traceback before.
+        interrupted: what to say after Ctrl-C or SIGTERM.
+
+    Raises:
+        typer.Exit: in place of every exception but itself.
+    """
+    try:
+        with _terminated_as_interrupted():
+            yield
+    except typer.Exit:
+        raise
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            traceback.print_exception(error)
+        failure = Failure(interrupted, INTERRUPTED) if isinstance(error, KeyboardInterrupt) else failure_of(error)
+        failure.show(as_json=as_json)
+        raise typer.Exit(failure.exit_code) from error
+
+
+def failure_of(error: Exception) -> Failure:
+    """The failure that an exception means."""
+    if isinstance(error, QexportError) and type(error) is not QexportError:
+        return Failure(error.what, error.exit_code, error.where, error.mend)
+    if isinstance(error, OSError) and error.errno in _NO_SPACE:
+        mend = "free some space, or choose an output on another disk"
+        return Failure("the disk is full", ResourceError.exit_code, error.filename, mend)
+    if isinstance(error, MemoryError) or _is_torch_out_of_memory(error):
+        mend = "close other programs, take fewer or shorter calibration samples, or a machine with more memory"
+        return Failure("there is not enough memory", ResourceError.exit_code, mend=mend)
+    what, where = (error.what, error.where) if isinstance(error, QexportError) else (_named(error), None)
+    mend = "run it again with --debug and report the traceback"
+    return Failure(f"a defect in qexport: {what}", QexportError.exit_code, where, mend)
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _is_torch_out_of_memory(error: Exception) -> bool:
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt, so that both ways of stopping clean up alike."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

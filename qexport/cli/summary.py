@@ -1,0 +1,166 @@
+"""What a run reached, for the reader at the terminal: every figure comes from the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from qexport.cli.units import counted, size
+
+if TYPE_CHECKING:
+    from qexport.artifact.manifest import Comparison, Generations, LayerRecord, Manifest, Verification
+
+MAX_LAYERS_LISTED = 5
+MAX_GENERATIONS_SHOWN = 2
+_BYTES_PER_VALUE = {"float32": 4}
+
+
+def summary(manifest: Manifest, path: Path) -> RenderableType:
+    """Figures, remarks, the first generations that differ, and how to load the artifact.
+
+    To be printed with `crop=False`: the last lines are there to be copied and are never broken.
+    """
+    return Group(*_parts(manifest, path))
+
+
+def _parts(manifest: Manifest, path: Path) -> Iterator[RenderableType]:
+    yield Text("")
+    yield _headline(manifest)
+    yield Padding(_figures(manifest), (1, 0))
+    yield from _remarks(manifest)
+    if manifest.verification and manifest.verification.generations:
+        yield from _differences(manifest.verification.generations)
+    yield from _how_to_load(manifest, path)
+
+
+def _headline(manifest: Manifest) -> Text:
+    quantize = manifest.recipe["quantize"]
+    group = "one group a row" if quantize["group_size"] == -1 else f"group {quantize['group_size']}"
+    names = [source.name.rpartition("/")[2] for source in (manifest.base, manifest.adapter) if source]
+    how = f"{quantize['method'].upper()} {quantize['bits']}-bit, {group}, {manifest.layout}"
+    return Text.assemble((" + ".join(names), "bold"), f"  →  {how}")
+
+
+def _figures(manifest: Manifest) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("", style="bold")
+    table.add_column("reference", justify="right")
+    table.add_column("artifact", justify="right")
+    table.add_column("")
+    if manifest.verification:
+        _add_verification(table, manifest.verification)
+    else:
+        table.add_row("not verified", "", "", "the recipe has no verify")
+    _add_size(table, manifest)
+    return table
+
+
+def _add_verification(table: Table, figures: Verification) -> None:
+    drift = figures.artifact_perplexity / figures.reference_perplexity - 1
+    table.add_row(
+        "perplexity",
+        f"{figures.reference_perplexity:.2f}",
+        f"{figures.artifact_perplexity:.2f}",
+        f"{drift:+.1%} on {figures.tokens:,} tokens, windows of {figures.sequence_length}",
+    )
+    table.add_row("mean KL divergence", "", f"{figures.mean_kl:.4f}", "nats a token")
+    table.add_row("same likeliest token", "", f"{figures.top1_agreement:.1%}", "")
+    if generations := figures.generations:
+        table.add_row("equal generations", "", f"{generations.identical} of {generations.prompts}", "greedy")
+    for gate in figures.gates:
+        verdict = ("passed", "green") if gate.passed else ("failed", "bold red")
+        table.add_row(f"gate {gate.name}", "", f"{gate.value:.4f}", Text.assemble(verdict, f", limit {gate.limit:g}"))
+
+
+def _add_size(table: Table, manifest: Manifest) -> None:
+    sizes = manifest.sizes
+    reference = sizes.parameters * _BYTES_PER_VALUE.get(manifest.recipe["merge"]["dtype"], 2)
+    share = f"{sizes.total_bytes / reference:.0%}, {sizes.bits_per_weight:.2f} bits a weight"
+    table.add_row("weights", size(reference), size(sizes.total_bytes), share)
+
+
+def _remarks(manifest: Manifest) -> Iterator[RenderableType]:
+    layers = manifest.layers
+    fallen = [layer for layer in layers if layer.method == "round_to_nearest"]
+    losses = [(layer, layer.loss, layer.rtn_loss) for layer in layers if layer not in fallen]
+    compared = [(layer, loss, rtn) for layer, loss, rtn in losses if loss is not None and rtn is not None]
+    no_better = [layer for layer, loss, rtn in compared if loss >= rtn]
+    if total_rtn := sum(rtn for _, _, rtn in compared):
+        share = sum(loss for _, loss, _ in compared) / total_rtn
+        yield Text(f"{counted(len(layers), 'layer')} quantized; their loss is {share:.0%} of round-to-nearest's.")
+    yield from _layer_list(fallen, "fell back to round-to-nearest")
+    yield from _layer_list(no_better, "not better than round-to-nearest")
+    for note in manifest.notes:
+        yield Text.assemble(("note: ", "yellow"), note)
+    if manifest.verification:
+        yield from _readers(manifest.verification)
+
+
+def _layer_list(layers: list[LayerRecord], verdict: str) -> Iterator[Text]:
+    if layers:
+        names = ", ".join(layer.name for layer in layers[:MAX_LAYERS_LISTED])
+        rest = f" and {len(layers) - MAX_LAYERS_LISTED} more" if len(layers) > MAX_LAYERS_LISTED else ""
+        yield Text.assemble((f"{counted(len(layers), 'layer')} {verdict}: ", "yellow"), names, rest)
+
+
+def _readers(figures: Verification) -> Iterator[Text]:
+    if figures.readers:
+        yield Text(f"Read back from disk by {', '.join(figures.readers)}.")
+    if figures.unconfirmed:
+        yield Text.assemble(("Unconfirmed: ", "yellow"), ", ".join(figures.unconfirmed))
+
+
+def _differences(generations: Generations) -> Iterator[RenderableType]:
+    different = [each for each in generations.comparisons if each.first_difference is not None]
+    if not different:
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, show_lines=True, expand=True)
+    table.add_column("prompt", ratio=1, style="bold")
+    table.add_column("reference goes on", ratio=2)
+    table.add_column("artifact goes on", ratio=2)
+    for each in different[:MAX_GENERATIONS_SHOWN]:
+        table.add_row(_shortened(each.prompt), *_side_by_side(each))
+    yield Padding(table, (1, 0, 0, 0))
+
+
+def _side_by_side(each: Comparison) -> tuple[Text, Text]:
+    """Both texts, with what they share dimmed."""
+    pairs = zip(each.reference, each.artifact, strict=False)
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    reference, artifact = (
+        Text.assemble((text[:shared], "dim"), (text[shared:], "yellow")) for text in (each.reference, each.artifact)
+    )
+    return reference, artifact
+
+
+def _shortened(prompt: str) -> Text:
+    text = " ".join(prompt.split())
+    return Text(text if len(text) <= 120 else text[:119] + "…")
+
+
+def _how_to_load(manifest: Manifest, path: Path) -> Iterator[RenderableType]:
+    total = sum(record.size for record in manifest.files.values())
+    content = f"{counted(len(manifest.files), 'file')}, {size(total)}, checksums in its manifest"
+    passed = manifest.verification is None or all(gate.passed for gate in manifest.verification.gates)
+    rows = [("Artifact" if passed else "Set aside", f"{path}  ({content})")]
+    if passed:
+        rows.append(("Python", f'from gptqmodel import GPTQModel; model = GPTQModel.load("{path}")'))
+    if passed and _is_served_by_vllm(manifest):
+        rows.append(("Server", f"vllm serve {path}"))
+    yield Text("")
+    for label, text in rows:
+        style = "bold green" if passed else "bold red"
+        yield Text.assemble((f"{label:<10}", style), text, no_wrap=True, overflow="ignore")
+
+
+def _is_served_by_vllm(manifest: Manifest) -> bool:
+    quantize = manifest.recipe["quantize"]
+    return bool(quantize["sym"] and not quantize["desc_act"] and quantize["bits"] in (4, 8))

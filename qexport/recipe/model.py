@@ -1,0 +1,68 @@
+"""The recipe's model: one part a stage."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from qexport.export.settings import ExportSettings
+from qexport.load.settings import LoadSettings
+from qexport.merge.settings import MergeSettings
+from qexport.quantize.settings import QuantizeSettings
+from qexport.recipe.paths import portable
+from qexport.settings import Settings
+from qexport.verify.settings import VerifySettings
+
+
+def _each_layout_once(exports: list[ExportSettings]) -> list[ExportSettings]:
+    counts = Counter(export.layout for export in exports)
+    if twice := [layout for layout, count in counts.items() if count > 1]:
+        raise ValueError(f"the layout {twice[0]} stands there {counts[twice[0]]} times: once is enough")
+    return exports
+
+
+class Recipe(Settings):
+    """What to make of which model. One run follows one recipe.
+
+    Local files are named by absolute paths in a recipe that was read from a file; in one that was made in Python,
+    relative paths start from the current directory.
+    """
+
+    load: LoadSettings
+    """The base model and the adapter."""
+
+    merge: MergeSettings = MergeSettings()
+    """The arithmetic of the merge."""
+
+    quantize: QuantizeSettings
+    """The method and its settings."""
+
+    export: Annotated[list[ExportSettings], Field(min_length=1), AfterValidator(_each_layout_once)]
+    """The layouts to write, each one once. All are fed by the same pass."""
+
+    verify: VerifySettings | None = None
+    """How the finished artifact is held against the merged reference. Without it, nothing is measured."""
+
+    output: str | None = None
+    """The artifact's folder. `--output` on the command line replaces it."""
+
+    @model_validator(mode="after")
+    def _held_out_text_is_not_the_calibration_text(self) -> Recipe:
+        if self.verify and (shared := set(_listed(self.verify.text)) & set(_listed(self.quantize.calibration.source))):
+            message = f"{min(shared)} is the calibration text too: verify on text that the method has not seen"
+            raise PydanticCustomError("combination", "{message}", {"message": message, "field": "verify.text"})
+        return self
+
+    def portable(self) -> dict[str, Any]:
+        """The recipe as JSON values without a host's path, for the manifest.
+
+        Defaults are filled in, local files and folders are reduced to their last component, `output` is left out.
+        """
+        return portable(self.model_dump(mode="json"))
+
+
+def _listed(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value

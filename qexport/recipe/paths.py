@@ -1,0 +1,118 @@
+"""What the recipe's texts name: a local file or folder, a hub id, or a file inside a package.
+
+Relative paths start from the folder of the recipe that they stand in, or from the current directory where they were
+given on the command line.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from qexport.recipe.document import Keys, Node, Problem, dotted, entry_at, replaced
+
+_PACKAGED = re.compile(r"pkg:[A-Za-z_]\w*/.+\.gguf", re.ASCII)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_EXPLICIT = ("./", "../", "/", "~")
+
+Resolve = Callable[[str, Path], str]
+
+
+def base(text: str, folder: Path) -> str:
+    """A base model: `pkg:package/file.gguf`, or as for `adapter`."""
+    if not text.startswith("pkg:"):
+        return adapter(text, folder)
+    if not _PACKAGED.fullmatch(text):
+        raise ValueError(f"{text!r} names no GGUF file inside a package: write pkg:package/file.gguf")
+    return text
+
+
+def adapter(text: str, folder: Path) -> str:
+    """A folder, where the text says so (`./`, `../`, `/`, `~`) or such a folder exists; else a hub id."""
+    path = local(text, folder)
+    if _is_explicit(text) or Path(path).is_dir():
+        return path
+    if not _HUB_ID.fullmatch(text) or ".." in text:
+        raise ValueError(f"{text!r} is no hub id (org/name), and there is no folder {path}")
+    return text
+
+
+def calibration(text: str, folder: Path) -> str:
+    """A file, or `hub:org/dataset`."""
+    if not text.startswith("hub:"):
+        return local(text, folder)
+    if not _HUB_ID.fullmatch(text.removeprefix("hub:")):
+        raise ValueError(f"{text!r} names no hub dataset: write hub:org/dataset")
+    return text
+
+
+def local(text: str, folder: Path) -> str:
+    """A local path, made absolute."""
+    if not text or not text.isprintable():
+        raise ValueError(f"{text!r} is no path")
+    if text.startswith(("hub:", "pkg:")):
+        raise ValueError(f"{text!r} is no local file, and nothing else is read here")
+    return os.path.abspath(folder / os.path.expanduser(text))  # noqa: PTH100, PTH111 - resolve() would follow links
+
+
+REFERENCES: dict[Keys, Resolve] = {
+    ("load", "base"): base,
+    ("load", "adapter"): adapter,
+    ("quantize", "calibration", "source"): calibration,
+    ("verify", "text"): local,
+    ("verify", "prompts"): local,
+    ("output",): local,
+}
+"""The fields that name files, with the rule for each."""
+
+
+def resolved(root: Node) -> tuple[Node, list[Problem]]:
+    """The tree with absolute local paths, and what names nothing that could exist. Wrong types are left alone."""
+    problems = []
+    for keys, resolve in REFERENCES.items():
+        for place in _texts(root, keys):
+            entry = entry_at(root, place)
+            assert entry is not None
+            node = entry.node
+            try:
+                new = Node(resolve(str(node.value), node.origin.folder), node.origin, node.line)
+            except ValueError as error:
+                problems.append(Problem(node.origin, node.line, dotted(place), str(error)))
+            else:
+                root = replaced(root, place, new)
+    return root, problems
+
+
+def _texts(root: Node, keys: Keys) -> Iterator[Keys]:
+    entry = entry_at(root, keys)
+    if entry is None:
+        return
+    if isinstance(entry.node.value, str):
+        yield keys
+    elif isinstance(entry.node.value, tuple):
+        yield from ((*keys, i) for i, item in enumerate(entry.node.value) if isinstance(item.value, str))
+
+
+def portable(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's JSON values with local paths reduced to their last component, and without `output`."""
+    recipe = {key: value for key, value in recipe.items() if key != "output"}
+    for keys, resolve in REFERENCES.items():
+        part: Any = recipe
+        for key in keys[:-1]:
+            part = (part or {}).get(key)
+        if part and (value := part.get(keys[-1])):
+            shortened = [_shortened(text, resolve) for text in ([value] if isinstance(value, str) else value)]
+            part[keys[-1]] = shortened[0] if isinstance(value, str) else shortened
+    return recipe
+
+
+def _shortened(text: str, resolve: Resolve) -> str:
+    named_elsewhere = (resolve in (base, adapter) and not _is_explicit(text)) or text.startswith("hub:")
+    return text if named_elsewhere else Path(text).name
+
+
+def _is_explicit(text: str) -> bool:
+    return text.startswith(_EXPLICIT) or text in {".", ".."}

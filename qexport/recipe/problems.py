@@ -1,0 +1,155 @@
+"""Pydantic's errors in the recipe's words, each at its place."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from qexport.recipe.document import Keys, Node, Problem, dotted, entry_at
+
+_KINDS = {
+    "string_type": "must be text",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "list_type": "must be a list",
+    "model_type": "must be a mapping of keys to values",
+    "dict_type": "must be a mapping of keys to values",
+    "finite_number": "must be a finite number",
+}
+
+
+def problems_of(error: ValidationError, root: Node, model: type[BaseModel]) -> list[Problem]:
+    """One problem for each field that is wrong.
+
+    Where a field may be of several types, pydantic reports each of them: these become one message, and an error inside
+    a list or mapping hides that the whole is not of another type.
+    """
+    messages: dict[Keys, list[str]] = {}
+    new_keys = set()
+    for details in error.errors(include_url=False):
+        keys, message = _told(details, root, model)
+        if message not in messages.setdefault(keys, []):
+            messages[keys].append(message)
+        if details["type"] == "extra_forbidden":
+            new_keys.add(keys)
+    deepest = [keys for keys in messages if not any(other[: len(keys)] == keys != other for other in messages)]
+    return [_placed(root, keys, _joined(messages[keys]), at_key=keys in new_keys) for keys in deepest]
+
+
+def _told(details: ErrorDetails, root: Node, model: type[BaseModel]) -> tuple[Keys, str]:
+    kind, context = details["type"], details.get("ctx", {})
+    keys = _keys(details, root)
+    match kind:
+        case "extra_forbidden":
+            known = _known_keys(model, keys[:-1], root)
+            return keys, f"unknown key{_suggestion(str(keys[-1]), known) or '; known are ' + ', '.join(known)}"
+        case "missing":
+            return keys, "missing"
+        case "union_tag_not_found":
+            return (*keys, _unquoted(context["discriminator"])), "missing"
+        case "union_tag_invalid":
+            return (*keys, _unquoted(context["discriminator"])), _choice(_or(context["expected_tags"]), context["tag"])
+        case "literal_error":
+            return keys, _choice(context["expected"], details["input"])
+        case "value_error":
+            return keys, str(context["error"])
+        case "combination":
+            return tuple(context["field"].split(".")), details["msg"]
+        case _:
+            return keys, _wrong_value(kind, details)
+
+
+def _keys(details: ErrorDetails, root: Node) -> Keys:
+    """The error's path without the names of union members, which pydantic puts between the keys."""
+    keys: Keys = ()
+    names = details["loc"]
+    for position, name in enumerate(names):
+        is_missing = details["type"] == "missing" and position == len(names) - 1
+        if is_missing or entry_at(root, (*keys, name)):
+            keys = (*keys, name)
+    return keys
+
+
+def _wrong_value(kind: str, details: ErrorDetails) -> str:
+    value = details["input"]
+    message = _KINDS.get(kind) or re.sub(r"^(Input|List) should", "must", details["msg"])
+    if isinstance(value, dict | list):
+        return message if "not" in message else f"{message}, not a {'list' if isinstance(value, list) else 'mapping'}"
+    hint = " (put it in quotes)" if kind == "string_type" and value is not None else ""
+    return f"{message}, not {_shown(value)}{hint}"
+
+
+def _choice(expected: str, value: Any) -> str:
+    options = re.findall(r"'([^']*)'", expected)
+    what = expected if isinstance(value, dict | list) else f"{expected}, not {_shown(value)}"
+    return f"must be {what}{_suggestion(str(value), options) if isinstance(value, str) else ''}"
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+    return text if len(text) <= 60 else text[:60] + "…"
+
+
+def _suggestion(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _joined(messages: list[str]) -> str:
+    """`must be text, not 5` and `must be a list, not 5` as one message."""
+    heads = [message.split(", not ")[0] for message in messages]
+    return " or ".join([heads[0], *(h.removeprefix("must be ") for h in heads[1:])]) + messages[-1][len(heads[-1]) :]
+
+
+def _known_keys(model: type[BaseModel], keys: Keys, root: Node) -> list[str]:
+    """The fields of the settings at a path; of a union, those of the member that the recipe chose."""
+    models = [model]
+    for depth, key in enumerate(keys, start=1):
+        if isinstance(key, int):
+            continue
+        annotations = [m.model_fields[key].annotation for m in models if key in m.model_fields]
+        found = [m for annotation in annotations for m in _models(annotation)]
+        models = [m for m in found if _is_chosen(m, keys[:depth], root)] or found
+    return list(dict.fromkeys(name for m in models for name in m.model_fields))
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models(argument)
+
+
+def _is_chosen(model: type[BaseModel], keys: Keys, root: Node) -> bool:
+    """Whether the recipe's discriminators at this path (method, layout) are this model's."""
+    tags = {name: get_args(field.annotation) for name, field in model.model_fields.items() if field.is_required()}
+    tags = {name: options for name, options in tags.items() if len(options) == 1 and isinstance(options[0], str)}
+    entries = {name: entry_at(root, (*keys, name)) for name in tags}
+    return all(entry is None or entry.node.value in tags[name] for name, entry in entries.items())
+
+
+def _placed(root: Node, keys: Keys, message: str, *, at_key: bool) -> Problem:
+    """The problem at the line of the value, or of the key for mappings, lists, null and what is not there."""
+    depth = len(keys)
+    while (entry := entry_at(root, keys[:depth])) is None:
+        depth -= 1
+    node = entry.node
+    is_plain = not isinstance(node.value, Mapping | tuple | None)
+    line = node.line if is_plain and not at_key else entry.line
+    return Problem(node.origin, line, dotted(keys), message)
+
+
+def _or(listed: str) -> str:
+    return " or ".join(listed.rsplit(", ", 1))
+
+
+def _unquoted(text: str) -> str:
+    return text.strip("'")

@@ -1,0 +1,183 @@
+"""YAML 1.2 text into a tree with line numbers; what a recipe does not need of YAML is refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.events import (
+    AliasEvent,
+    DocumentStartEvent,
+    Event,
+    MappingEndEvent,
+    MappingStartEvent,
+    NodeEvent,
+    ScalarEvent,
+    SequenceEndEvent,
+    SequenceStartEvent,
+    StreamEndEvent,
+)
+from ruamel.yaml.reader import ReaderError
+
+from qexport.recipe.document import Entry, Node, Origin, Problem, Scalar, dotted
+
+MAX_DEPTH = 50
+
+# The core schema of YAML 1.2.2, section 10.3.2: `no` is text, `1e-3` a number, a date text.
+_NULL = re.compile(r"~|null|Null|NULL|")
+_BOOL = re.compile(r"(true|True|TRUE)|false|False|FALSE")
+_INT = re.compile(r"[-+]?[0-9]{1,1000}")
+_BASED_INT = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_INF_OR_NAN = re.compile(r"([-+]?)\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+
+
+class SyntaxProblem(Exception):
+    """The text is no YAML document; nothing further can be said about it."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(str(problem))
+        self.problem = problem
+
+
+def parse(text: str, origin: Origin, *, numbered: bool = True) -> tuple[Node | None, list[Problem]]:
+    """Reads one document.
+
+    Args:
+        text: the YAML text.
+        origin: where it was written.
+        numbered: whether lines mean anything to the user (not on the command line).
+
+    Returns:
+        The root (None where the text is empty) and what was wrong: tags, duplicate keys, keys that are no scalars.
+
+    Raises:
+        SyntaxProblem: it is no YAML, holds several documents, or nests deeper than `MAX_DEPTH`.
+    """
+    try:
+        builder = _Builder(YAML(typ="safe", pure=True).parse(text), origin, numbered)
+        return builder.document(), builder.problems
+    except ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1 if numbered else None
+        message = f"the character U+{ord(text[error.position]):04X} is not allowed"
+        raise SyntaxProblem(Problem(origin, line, "", message)) from error
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if numbered and error.problem_mark else None
+        message = "no valid YAML: " + ", ".join(part for part in (error.context, error.problem) if part)
+        raise SyntaxProblem(Problem(origin, line, "", message)) from error
+
+
+class _Builder:
+    """Builds the tree from the parser's events.
+
+    Composing it here, not in ruamel.yaml, keeps the places, sees every tag, and makes each anchor known only after its
+    value is complete, so that no alias can close a circle.
+    """
+
+    def __init__(self, events: Iterator[Any], origin: Origin, numbered: bool) -> None:
+        self.events = events
+        self.origin = origin
+        self.numbered = numbered
+        self.problems: list[Problem] = []
+        self.anchors: dict[str, Node] = {}
+
+    def document(self) -> Node | None:
+        event = next(self.events)
+        while not isinstance(event, DocumentStartEvent | StreamEndEvent):
+            event = next(self.events)
+        if isinstance(event, StreamEndEvent):
+            return None
+        root = self.node(next(self.events), ())
+        next(self.events)
+        after = next(self.events)
+        if not isinstance(after, StreamEndEvent):
+            raise self.fatal(after, "only one document is allowed: remove what follows `---`")
+        return root
+
+    def node(self, event: Event, keys: tuple[str, ...]) -> Node:
+        if isinstance(event, AliasEvent):
+            return self.alias(event)
+        if len(keys) > MAX_DEPTH:
+            raise self.fatal(event, f"nested deeper than {MAX_DEPTH} levels")
+        assert isinstance(event, NodeEvent)
+        self.check_tag(event, keys)
+        line = self.line(event)
+        value: Any
+        if isinstance(event, MappingStartEvent):
+            value = self.mapping(keys)
+        elif isinstance(event, SequenceStartEvent):
+            value = self.sequence(keys)
+        else:
+            assert isinstance(event, ScalarEvent)
+            value = event.value if event.style else scalar(event.value)
+        node = Node(value, self.origin, line)
+        if event.anchor is not None:
+            self.anchors[event.anchor] = node
+        return node
+
+    def mapping(self, keys: tuple[str, ...]) -> dict[str, Entry]:
+        entries: dict[str, Entry] = {}
+        while not isinstance(event := next(self.events), MappingEndEvent):
+            key = self.node(event, keys)
+            line = self.line(event)
+            name = self.key_name(event, key, keys)
+            value = self.node(next(self.events), (*keys, name))
+            if name in entries:
+                first = f"; it stands on line {entries[name].line} too" if self.numbered else ""
+                self.problem(line, (*keys, name), f"duplicate key{first}")
+            else:
+                entries[name] = Entry(value, line)
+        return entries
+
+    def sequence(self, keys: tuple[str, ...]) -> tuple[Node, ...]:
+        items: list[Node] = []
+        while not isinstance(event := next(self.events), SequenceEndEvent):
+            items.append(self.node(event, (*keys, str(len(items)))))
+        return tuple(items)
+
+    def alias(self, event: AliasEvent) -> Node:
+        if event.anchor not in self.anchors:
+            raise self.fatal(event, f"*{event.anchor} names no value that was completed before; quote it if it is text")
+        return self.anchors[event.anchor]
+
+    def key_name(self, event: Event, key: Node, keys: tuple[str, ...]) -> str:
+        if isinstance(event, ScalarEvent):
+            return str(event.value)
+        if isinstance(key.value, str):
+            return key.value
+        self.problem(self.line(event), keys, "a key must be one word")
+        return ""
+
+    def check_tag(self, event: NodeEvent, keys: tuple[str, ...]) -> None:
+        tag = getattr(event, "tag", None)
+        if tag is not None:
+            self.problem(self.line(event), keys, f"the tag {tag} is not allowed in a recipe: remove it")
+
+    def line(self, event: Event) -> int | None:
+        return event.start_mark.line + 1 if self.numbered else None
+
+    def problem(self, line: int | None, keys: tuple[str, ...], message: str) -> None:
+        self.problems.append(Problem(self.origin, line, dotted(keys), message))
+
+    def fatal(self, event: Event, message: str) -> SyntaxProblem:
+        return SyntaxProblem(Problem(self.origin, self.line(event), "", message))
+
+
+def scalar(text: str) -> Scalar:
+    """The value of an unquoted scalar by the core schema of YAML 1.2."""
+    if _NULL.fullmatch(text):
+        return None
+    if match := _BOOL.fullmatch(text):
+        return match[1] is not None
+    if _INT.fullmatch(text):
+        return int(text)
+    if _BASED_INT.fullmatch(text):
+        return int(text, base=0)
+    if _FLOAT.fullmatch(text):
+        return float(text)
+    if _INF_OR_NAN.fullmatch(text):
+        return float(text.replace(".", ""))
+    return text

@@ -1,0 +1,87 @@
+"""The base model as an adapter sees it: module paths, their kinds, and the tensors they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from qexport.architectures.structure import Structure, build_on_meta, describe_model, parse_config
+from qexport.tensors.checkpoint import Checkpoint
+from qexport.tensors.source import TensorSpec
+
+Kind = Literal["linear", "conv1d", "embedding", "other"]
+
+
+@dataclass(frozen=True)
+class Module:
+    """One module of the base.
+
+    Attributes:
+        kind: `linear` stores [out, in], `conv1d` (GPT-2's) [in, out], `embedding` [tokens, dimensions].
+        tensors: its parameters and persistent buffers and those inside it, by their path within the module.
+    """
+
+    kind: Kind
+    tensors: Mapping[str, tuple[int, ...]]
+
+    @property
+    def transposed(self) -> bool:
+        """The weight is stored with its outputs last."""
+        return self.kind in ("conv1d", "embedding")
+
+    @property
+    def inputs(self) -> int:
+        """How many inputs: for an embedding, tokens."""
+        return self.tensors["weight"][0 if self.transposed else 1]
+
+    @property
+    def outputs(self) -> int:
+        """How many outputs: for an embedding, dimensions."""
+        return self.tensors["weight"][1 if self.transposed else 0]
+
+    @property
+    def has_bias(self) -> bool:
+        """A bias of its own."""
+        return "bias" in self.tensors
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """What an adapter is laid over.
+
+    Attributes:
+        structure: blocks, embedding, head, and whether the last two are tied.
+        modules: every module below the root, by path, in the order that PEFT walks them.
+        weights: the checkpoint's tensors, as their headers say.
+    """
+
+    structure: Structure
+    modules: Mapping[str, Module]
+    weights: Mapping[str, TensorSpec]
+
+
+def look_at(checkpoint: Checkpoint) -> BaseModel:
+    """The model that a checkpoint's configuration names, built without storage.
+
+    Raises:
+        CompatibilityError: transformers does not know the family.
+    """
+    model = build_on_meta(parse_config(checkpoint.config))
+    modules = {
+        path: Module(_kind(module), {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()})
+        for path, module in model.named_modules()
+        if path
+    }
+    return BaseModel(describe_model(model), modules, checkpoint.weights.specs())
+
+
+def _kind(module: nn.Module) -> Kind:
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if isinstance(module, Conv1D):
+        return "conv1d"
+    return "embedding" if isinstance(module, nn.Embedding) else "other"

@@ -1,0 +1,147 @@
+"""LoRA, rsLoRA and DoRA."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
+
+from qexport.merge.base import Module
+from qexport.merge.changes import Add, LowRank, WeightDecomposed
+from qexport.merge.options import MERGE_WITH_PEFT, AdapterOptions
+from qexport.merge.patterns import suffix_matches
+from qexport.merge.plan import Plan
+from qexport.merge.targets import targeted
+from qexport.merge.tokens import plan_trainable_tokens
+from qexport.merge.whole import plan_whole_tensors
+
+Rank = Annotated[int, Field(ge=1)]
+Alpha = Annotated[float, Field(allow_inf_nan=False)]
+
+TRAINING_OPTIONS = frozenset(
+    {
+        "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out", "loftq_config", "lora_dropout",
+        "lora_ga_config", "megatron_core", "qalora_group_size",
+    }
+)  # fmt: skip
+"""Fields of LoRA and its kin that leave no trace in a merge. (fan_in_fan_out: PEFT too goes by the kind of layer.)"""
+
+_CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_LEAVES_THE_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
+
+_REFUSED: Mapping[str, tuple[str, str]] = {
+    "target_parameters": ("qexport does not merge LoRA on bare parameters (experts of a mixture)", MERGE_WITH_PEFT),
+    "layer_replication": ("the adapter stacks the base's layers into another model", MERGE_WITH_PEFT),
+    "monteclora_config": ("MonteCLoRA samples its weights", MERGE_WITH_PEFT),
+    "kasa_config": ("KaSA truncates the base's weights before training", MERGE_WITH_PEFT),
+    "use_bdlora": ("block-diagonal LoRA is stored in another shape", MERGE_WITH_PEFT),
+    "velora_config": ("VeLoRA stores its projections beside the factors", MERGE_WITH_PEFT),
+    "megatron_config": ("the adapter was made for Megatron's parallel layers", "convert it to plain LoRA first"),
+    "use_qalora": ("QA-LoRA belongs to one quantized base and cannot be merged", "train a LoRA adapter instead"),
+    "alora_invocation_tokens": (
+        "activated LoRA acts only after its invocation tokens; no single set of weights does that",
+        "serve it as an adapter (the base alone can be quantized: leave load.adapter out)",
+    ),
+    "arrow_config": (
+        "Arrow chooses among adapters for each token; no single set of weights does that",
+        "merge one of its adapters",
+    ),
+}  # fmt: skip
+
+
+class LoraOptions(AdapterOptions):
+    """Options of LoRA that a merge depends on."""
+
+    without_effect: ClassVar[frozenset[str]] = TRAINING_OPTIONS | frozenset(_REFUSED)
+
+    r: Rank = 8
+    lora_alpha: Alpha = 8
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    rank_pattern: dict[str, Rank] | None = None
+    alpha_pattern: dict[str, Alpha] | None = None
+    init_lora_weights: bool | str | None = True
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+
+
+def plan_lora(plan: Plan) -> None:
+    """Plans the merge of a LORA adapter.
+
+    Raises:
+        InputError: its options are impossible, or it targets nothing.
+        CompatibilityError: it uses a variant that is refused.
+    """
+    options = LoraOptions.parse(plan.adapter.config)
+    _refuse_variants(plan, options)
+    plan.stop_if_refused()
+    # An adapter that only trains tokens or saves modules targets nothing, and says so with an empty list.
+    targets = [] if options.target_modules == [] else targeted(options, plan.base)
+    plan_whole_tensors(plan, options, targets)
+    ranks = _by_module(options.rank_pattern, options.r, targets, "rank_pattern")
+    alphas = _by_module(options.alpha_pattern, options.lora_alpha, targets, "alpha_pattern")
+    for path in targets:
+        _plan_module(plan, path, options, ranks[path], alphas[path])
+    plan_trainable_tokens(plan, options.trainable_token_indices, wrapped=set(targets))
+
+
+def _refuse_variants(plan: Plan, options: LoraOptions) -> None:
+    for name, (reason, mend) in _REFUSED.items():
+        if plan.adapter.config.get(name):
+            plan.refuse(f"{name}: {reason}", mend)
+    if options.use_dora and options.lora_bias:
+        plan.refuse("lora_bias: DoRA has no such thing, not even in PEFT", "train without lora_bias")
+    start = options.init_lora_weights
+    if isinstance(start, str) and start.lower().startswith(_CHANGES_THE_BASE):
+        plan.refuse(
+            f"init_lora_weights {start!r}: training began from other base weights than this base has",
+            "save it again as plain LoRA: PEFT's save_pretrained with path_initial_model_for_weight_conversion",
+        )
+    elif start is not None and start not in _LEAVES_THE_BASE:
+        plan.refuse(f"init_lora_weights {start!r} is unknown and may have changed the base", MERGE_WITH_PEFT)
+
+
+def _by_module(pattern: Mapping[str, Any] | None, default: float, targets: list[str], field: str) -> Mapping[str, Any]:
+    """The value of each module: that of the first key that matches its end, as PEFT's `get_pattern_key` has it."""
+    values: dict[str, Any] = {}
+    for key, value in (pattern or {}).items():
+        for name in suffix_matches(key, targets, field=field):
+            values.setdefault(name, value)
+    return {name: values.get(name, default) for name in targets}
+
+
+def _plan_module(plan: Plan, path: str, options: LoraOptions, rank: int, alpha: float) -> None:
+    module = plan.base.modules[path]
+    if module.kind == "other":
+        plan.refuse(f"{path}: LoRA on a layer that is neither linear nor an embedding", MERGE_WITH_PEFT)
+        return
+    plan.adapts(path)
+    low_rank = _low_rank(plan, path, module, rank, alpha / (math.sqrt(rank) if options.use_rslora else rank))
+    if options.use_dora:
+        magnitude = plan.factor(path, "lora_magnitude_vector", (module.outputs,))
+        plan.change(f"{path}.weight", WeightDecomposed(low_rank, magnitude))
+    else:
+        plan.change(f"{path}.weight", low_rank)
+    if options.lora_bias:
+        _plan_bias(plan, path, module, low_rank.scaling)
+
+
+def _low_rank(plan: Plan, path: str, module: Module, rank: int, scaling: float) -> LowRank:
+    a, b = (
+        ("lora_embedding_A", "lora_embedding_B") if module.kind == "embedding" else ("lora_A.weight", "lora_B.weight")
+    )
+    return LowRank(
+        plan.factor(path, a, (rank, module.inputs)),
+        plan.factor(path, b, (module.outputs, rank)),
+        scaling,
+        module.transposed,
+    )
+
+
+def _plan_bias(plan: Plan, path: str, module: Module, scaling: float) -> None:
+    if not module.has_bias:
+        plan.refuse(f"{path}: lora_bias needs a bias in the base, and there is none", "train without lora_bias")
+        return
+    plan.change(f"{path}.bias", Add(plan.factor(path, "lora_B.bias", (module.outputs,)), scaling))

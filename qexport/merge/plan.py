@@ -1,0 +1,155 @@
+"""What a merge will do, and everything that speaks against it, found before a weight of the base is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from qexport.architectures.families import family, matching
+from qexport.errors import CompatibilityError, InputError, listed
+from qexport.merge.adapter import PREFIX, Adapter
+from qexport.merge.base import BaseModel
+from qexport.merge.changes import Change, Replace, ReplaceRows
+from qexport.tensors.finite import is_finite
+
+_NAMED = 4
+"""How many tensors of one fault a message names."""
+
+_UNTIE = (
+    "untie the base: load it with tie_word_embeddings=False, copy the embedding into the head, save it, and give "
+    "that folder as load.base with this adapter"
+)
+_RESIZE = "resize the base's embeddings as for the training (resize_token_embeddings), save it and give it as load.base"
+
+
+@dataclass
+class Plan:
+    """The changes to each tensor of the base, and the tensors that the adapter must have for them.
+
+    Attributes:
+        adapter: what is merged.
+        base: what it is merged into.
+        changes: the steps for each tensor of the base, in their order.
+        expected: the shape of each tensor that the adapter must hold, by its key.
+        incompatible: reasons why this adapter and this model must not be merged, each with the way out.
+    """
+
+    adapter: Adapter
+    base: BaseModel
+    changes: dict[str, list[Change]] = field(default_factory=dict)
+    expected: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    incompatible: dict[str, str] = field(default_factory=dict)
+
+    def factor(self, module: str, name: str, shape: tuple[int, ...]) -> str:
+        """Asks for the adapter's tensor `name` of a module, and gives its key."""
+        return self.tensor(f"{PREFIX}{module}.{name}", shape)
+
+    def tensor(self, key: str, shape: tuple[int, ...]) -> str:
+        """Asks for a tensor of the adapter by its key, and gives the key."""
+        self.expected[key] = shape
+        return key
+
+    def change(self, weight: str, change: Change) -> None:
+        """Adds a step to what is done to a tensor of the base."""
+        self.changes.setdefault(weight, []).append(change)
+
+    def adapts(self, module: str) -> None:
+        """Notes that a module gets an adapter, which some modules of some families must not."""
+        reason = matching(family(self.base.structure.model_type).unmergeable, module)
+        if reason:
+            self.refuse(f"{module}: {reason}", "train the adapter without this module")
+
+    def refuse(self, reason: str, mend: str) -> None:
+        """Notes why the adapter cannot be merged into this model, and the way out."""
+        self.incompatible[reason] = mend
+
+    def stop_if_refused(self) -> None:
+        """Raises what has been refused so far, all of it at once.
+
+        Raises:
+            CompatibilityError: something has.
+        """
+        if self.incompatible:
+            raise CompatibilityError(
+                f"the adapter {self.adapter.folder.name} cannot be merged into this model",
+                where=listed(list(self.incompatible)),
+                mend="; ".join(dict.fromkeys(self.incompatible.values())),
+            )
+
+    def settle(self) -> Mapping[str, tuple[Change, ...]]:
+        """The changes, after every check that headers allow.
+
+        Raises:
+            CompatibilityError: a module must not be adapted, or tied embeddings would come apart.
+            InputError: the adapter's tensors are not the ones that its configuration means for this base.
+        """
+        self._check_tied()
+        self.stop_if_refused()
+        self._check_tensors()
+        if not self.changes:
+            raise InputError(f"the adapter {self.adapter.folder.name} changes nothing", mend="leave load.adapter out")
+        return {name: tuple(steps) for name, steps in self.changes.items()}
+
+    def _check_tied(self) -> None:
+        """Lets pass what changes both ends of a tied embedding alike, as one change of the embedding."""
+        if not self.base.structure.tied:
+            return
+        embedding, head = f"{self.base.structure.embedding}.weight", f"{self.base.structure.head}.weight"
+        at_head = self.changes.pop(head, [])
+        match self.changes.get(embedding, []), at_head:
+            case ([], []) | ([ReplaceRows()], []):
+                return
+            case [ReplaceRows() as one], [ReplaceRows() as other] if one.indices == other.indices:
+                if self._equal(one.rows, other.rows):
+                    return
+            case [Replace() as one], [Replace() as other]:
+                if self._equal(one.tensor, other.tensor):
+                    return
+        self.refuse(f"{embedding} and {head} are tied, and the adapter would change them differently", _UNTIE)
+
+    def _equal(self, one: str, other: str) -> bool:
+        specs = self.adapter.file.specs()
+        return one in specs and specs[one] == specs.get(other) and torch.equal(*map(self.adapter.read, (one, other)))
+
+    def _check_tensors(self) -> None:
+        specs, expected = self.adapter.file.specs(), self.expected
+        misshapen = [key for key in expected if key in specs and specs[key].shape != expected[key]]
+        problems = {
+            "missing": [key for key in expected if key not in specs],
+            "not targeted by its configuration": [key for key in specs if key not in expected],
+            "of another shape": [f"{key} {list(specs[key].shape)}, not {list(expected[key])}" for key in misshapen],
+            "not of floating point": [key for key, spec in specs.items() if not spec.dtype.is_floating_point],
+            "without their weight in the base": [name for name in self.changes if name not in self.base.weights],
+        }
+        lines = [f"{len(names)} tensors {fault}: {_some(names)}" for fault, names in problems.items() if names]
+        if lines:
+            raise InputError(
+                f"the adapter {self.adapter.folder.name} does not fit the base",
+                where=listed(lines),
+                mend=_RESIZE if self._resized(misshapen) else "give the base that the adapter was trained on",
+            )
+
+    def _resized(self, misshapen: list[str]) -> bool:
+        ends = (self.base.structure.embedding, self.base.structure.head)
+        return bool(misshapen) and all(key.startswith(tuple(f"{PREFIX}{end}." for end in ends)) for key in misshapen)
+
+    def check_finite(self) -> None:
+        """Reads every tensor of the adapter once.
+
+        Raises:
+            InputError: some hold NaN or Inf; all of them are named.
+        """
+        broken = [key for key in self.adapter.file.specs() if not is_finite(self.adapter.file.read(key))]
+        if broken:
+            raise InputError(
+                f"{len(broken)} tensors of the adapter {self.adapter.folder.name} hold NaN or Inf",
+                where=listed(broken),
+                mend="the training diverged; take an earlier checkpoint of the adapter",
+            )
+
+
+def _some(names: list[str]) -> str:
+    rest = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + rest

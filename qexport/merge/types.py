@@ -1,0 +1,77 @@
+"""What is done with each type of adapter. These tables are the registry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from qexport.errors import CompatibilityError, InputError
+from qexport.merge.adalora import plan_adalora
+from qexport.merge.ia3 import plan_ia3
+from qexport.merge.lora import plan_lora
+from qexport.merge.norms import plan_ln_tuning
+from qexport.merge.options import MERGE_WITH_PEFT
+from qexport.merge.plan import Plan
+from qexport.merge.through_peft import plan_through_peft
+from qexport.merge.tokens import plan_token_adapter
+from qexport.merge.vera import plan_vera
+
+Planner = Callable[[Plan], None]
+
+PLANNERS: Mapping[str, Planner] = {
+    "LORA": plan_lora,
+    "ADALORA": plan_adalora,
+    "IA3": plan_ia3,
+    "LN_TUNING": plan_ln_tuning,
+    "TRAINABLE_TOKENS": plan_token_adapter,
+    "VERA": plan_vera,
+    **dict.fromkeys(("C3A", "FOURIERFT", "HRA", "LOHA", "LOKR", "MISS", "OFT"), plan_through_peft),
+}
+"""How each type that can be merged is planned."""
+
+_VIRTUAL_TOKENS = "it puts learned vectors before the input or into the attention's cache, and changes no weight"
+
+UNMERGEABLE: Mapping[str, str] = {
+    "ADAPTION_PROMPT": "it adds gated attention over learned prompts, which no weight of the base can express",
+    "CARTRIDGE": _VIRTUAL_TOKENS,
+    "CPT": _VIRTUAL_TOKENS,
+    "MULTITASK_PROMPT_TUNING": _VIRTUAL_TOKENS,
+    "P_TUNING": _VIRTUAL_TOKENS,
+    "POLY": "it mixes its adapters anew for each task",
+    "PREFIX_TUNING": _VIRTUAL_TOKENS,
+    "PROMPT_TUNING": _VIRTUAL_TOKENS,
+    "XLORA": "it mixes its adapters anew for each token",
+}
+"""Why the other types have no merged form, in any tool."""
+
+LEFT_TO_PEFT = frozenset(
+    {
+        "ADAMSS", "BEFT", "BOFT", "BONE", "DEFT", "DELORA", "FROD", "GLORA", "GRALORA", "HIRA", "LILY", "OSF",
+        "PEANUT", "PSOFT", "PVERA", "RANDLORA", "ROAD", "SHADOW", "SHIRA", "SUPERTUNING", "TINYLORA", "UNILORA",
+        "VBLORA", "WAVEFT",
+    }
+)  # fmt: skip
+"""Types that qexport leaves to PEFT: their layers share state, or nobody has asked yet. BOFT compiles a CUDA extension
+for each layer that it is laid over, and computes something else where that fails."""
+
+
+def planner(peft_type: str) -> Planner:
+    """How an adapter of this type is planned.
+
+    Raises:
+        CompatibilityError: the type cannot be merged, or not by qexport.
+        InputError: there is no such type.
+    """
+    where = "adapter_config.json: peft_type"
+    if peft_type in PLANNERS:
+        return PLANNERS[peft_type]
+    if peft_type in UNMERGEABLE:
+        raise CompatibilityError(
+            f"{peft_type} cannot be merged: {UNMERGEABLE[peft_type]}",
+            where=where,
+            mend="train a LoRA adapter instead, or leave load.adapter out and serve the adapter beside the model",
+        )
+    if peft_type in LEFT_TO_PEFT:
+        raise CompatibilityError(f"qexport does not merge {peft_type}", where=where, mend=MERGE_WITH_PEFT)
+    raise InputError(
+        f"unknown type of adapter: {peft_type!r}", where=where, mend=f"known are {', '.join(sorted(PLANNERS))}"
+    )

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
+from transformers import PreTrainedModel
 
 from qexport.architectures.structure import build_on_meta, describe_model, find_blocks, parse_config
 from qexport.tensors import WeightSource
@@ -107,6 +108,12 @@ class BlockRunner:
         names = [name for name in self._outside_blocks() if not name.startswith(skip)]
         with self._loaded(self._model, names), _in_float32(self._head_module()):
             yield self._tail
+
+    @contextmanager
+    def whole(self) -> Iterator[PreTrainedModel]:
+        """The model with all its weights, which are released at the end; its head computes in float32."""
+        with self._loaded(self._model, self.structure.parameters), _in_float32(self._head_module()):
+            yield self._model
 
     @contextmanager
     def head_inputs(self) -> Iterator[Callable[[Tensor], Tensor]]:

@@ -1,0 +1,41 @@
+"""Writes what every tool of the benchmark starts from: the merged model, and the token windows.
+
+Usage: prepare.py WORK BASE ADAPTER CALIBRATION HELD_OUT WINDOWS
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from recipe import make_recipe
+from safetensors.torch import save_file
+
+from qexport.load.tokenizer import open_tokenizer
+from qexport.pipeline import plan
+from qexport.pipeline.texts import read_texts
+
+
+def main() -> None:
+    """Merges, tokenizes, writes."""
+    work = Path(sys.argv[1])
+    recipe = make_recipe(work, *sys.argv[2:])
+    planned = plan(recipe)
+    checkpoint = planned.merged.checkpoint
+    texts = read_texts(recipe, open_tokenizer(checkpoint), planned.structure.vocab_size)
+    assert texts.held_out is not None
+    windows = {"calibration": texts.calibration, "held_out": texts.held_out}
+    tokens = {name: found.input_ids.tolist() for name, found in windows.items()}
+    (work / "tokens.json").write_text(json.dumps(tokens))
+    merged = work / "merged"
+    merged.mkdir()
+    tensors = {name: checkpoint.weights.read(name) for name in checkpoint.weights.specs()}
+    save_file(tensors, merged / "model.safetensors", metadata={"format": "pt"})
+    (merged / "config.json").write_text(json.dumps(dict(checkpoint.config)))
+    for name, content in checkpoint.files.items():
+        (merged / name).write_bytes(content)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,6 @@
+"""The stages, in the order in which the data goes through them."""
+
+from qexport.pipeline.planning import Plan, plan
+from qexport.pipeline.running import Result, run
+
+__all__ = ["Plan", "Result", "plan", "run"]

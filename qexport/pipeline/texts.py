@@ -1,0 +1,87 @@
+"""The texts of a run as tokens: calibration, held-out text, prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from qexport.quantize.settings import CalibrationSettings
+from qexport.recipe.model import Recipe
+from qexport.tensors import CalibrationSet
+from qexport.text.documents import Documents, read_documents, refuse_shared
+from qexport.text.prompts import Prompt, read_prompts
+from qexport.text.windows import make_windows
+from qexport.verify.settings import VerifySettings
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What the method looks at, and what it is judged by.
+
+    Attributes:
+        tokenizer: the model's.
+        calibration: windows for the method.
+        held_out: windows for verification; None where the recipe has none.
+        prompts: prompts to continue.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    calibration: CalibrationSet
+    held_out: CalibrationSet | None
+    prompts: list[Prompt]
+
+
+def read_texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Texts:
+    """Reads every text that the recipe names.
+
+    Raises:
+        InputError: a file cannot be read or holds too little text, or the held-out text is in the calibration set.
+    """
+    documents = _calibration_documents(recipe.quantize.calibration)
+    calibration = _calibration_windows(documents, recipe.quantize.calibration, tokenizer, vocab_size)
+    if recipe.verify is None:
+        return Texts(tokenizer, calibration, None, [])
+    held_out = read_documents(_listed(recipe.verify.text), field=recipe.verify.field)
+    refuse_shared(documents, held_out)
+    prompts = read_prompts(Path(recipe.verify.prompts)) if recipe.verify.prompts else []
+    return Texts(tokenizer, calibration, _held_out_windows(held_out, recipe.verify, tokenizer, vocab_size), prompts)
+
+
+def _calibration_documents(settings: CalibrationSettings) -> Documents:
+    return read_documents(
+        _listed(settings.source), field=settings.field, split=settings.split, revision=settings.revision
+    )
+
+
+def _calibration_windows(
+    documents: Documents, settings: CalibrationSettings, tokenizer: PreTrainedTokenizerBase, vocab_size: int
+) -> CalibrationSet:
+    return make_windows(
+        documents,
+        tokenizer,
+        samples=settings.samples,
+        sequence_length=settings.sequence_length,
+        vocab_size=vocab_size,
+        packing=settings.packing,
+        seed=settings.seed,
+        chat_template=settings.chat_template,
+    )
+
+
+def _held_out_windows(
+    documents: Documents, settings: VerifySettings, tokenizer: PreTrainedTokenizerBase, vocab_size: int
+) -> CalibrationSet:
+    return make_windows(
+        documents,
+        tokenizer,
+        samples=settings.windows,
+        sequence_length=settings.sequence_length,
+        vocab_size=vocab_size,
+        allow_fewer=True,
+    )
+
+
+def _listed(source: str | list[str]) -> list[str]:
+    return [source] if isinstance(source, str) else source

@@ -1,0 +1,1 @@
+"""Text for calibration and for verification: documents, token windows, prompts."""

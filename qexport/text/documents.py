@@ -1,0 +1,159 @@
+"""Documents: the texts and conversations that a recipe names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+from qexport.artifact.digest import sha256_json
+from qexport.errors import InputError
+from qexport.text.hub_dataset import HUB_PREFIX, read_hub_dataset
+from qexport.text.json_lines import read_json_lines
+
+Message = dict[str, str]
+"""`role` and `content`."""
+
+Document = str | tuple[Message, ...]
+"""A text, or a conversation."""
+
+_MESSAGES: Final = "messages"
+
+
+@dataclass(frozen=True)
+class Documents:
+    """What was read, in its order. Blank documents are left out.
+
+    Attributes:
+        items: texts, and conversations.
+        origin: the files' names or the dataset's id, without any path of this machine.
+    """
+
+    items: tuple[Document, ...]
+    origin: str
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hex digest of the documents in their order: `sha256_json` of the list of the `sha256_json` of each.
+
+        It depends on the text alone, not on file names, formats, or on what else stands in a JSON line.
+        """
+        return sha256_json([sha256_json(item) for item in self.items])
+
+    @cached_property
+    def document_digests(self) -> frozenset[str]:
+        """Digests by which the same document is found elsewhere, whatever its white space."""
+        return frozenset(sha256_json(_without_white_space(item)) for item in self.items)
+
+
+def read_documents(
+    sources: Sequence[str], *, field: str = "text", split: str = "train", revision: str | None = None
+) -> Documents:
+    """Reads files and hub datasets.
+
+    A `.txt` file is one document. In a `.jsonl` file, as in a dataset, each line is one: its `field` (a text, or a
+    list of messages), or where it has no such field its `messages`.
+
+    Args:
+        sources: paths that end in `.jsonl` or `.txt`, and `hub:org/dataset`.
+        field: the field that holds the text.
+        split: the split of a hub dataset; slices such as `train[:1000]` are read as `datasets` reads them.
+        revision: branch, tag or commit of a hub dataset.
+
+    Raises:
+        InputError: a source cannot be read, or a line has neither text nor messages; with file and line.
+    """
+    items: list[Document] = []
+    for source in sources:
+        read = [item for item in _read(source, field, split, revision) if _without_white_space(item)]
+        if not read:
+            raise InputError("there is no text in it", where=source)
+        items += read
+    return Documents(tuple(items), ", ".join(_origin(source, split, revision) for source in sources))
+
+
+def refuse_shared(calibration: Documents, held_out: Documents) -> None:
+    """Makes sure that the held-out text is not the calibration text, wherever the files lie.
+
+    Raises:
+        InputError: the two share documents (white space aside).
+    """
+    shared = len(calibration.document_digests & held_out.document_digests)
+    if shared:
+        raise InputError(
+            f"{shared} of the {len(held_out.document_digests)} held-out documents are calibration documents too",
+            where=f"held-out text {held_out.origin}, calibration text {calibration.origin}",
+            mend="verify on text that the method has not seen, or the figures flatter the artifact",
+        )
+
+
+def _read(source: str, field: str, split: str, revision: str | None) -> Iterator[Document]:
+    if source.startswith(HUB_PREFIX):
+        rows = read_hub_dataset(source, split=split, revision=revision)
+        return (_document(row, field, f"{source}, row {number}") for number, row in enumerate(rows))
+    path = Path(source)
+    if path.suffix == ".jsonl":
+        return (_document(row, field, where) for where, row in read_json_lines(path))
+    if path.suffix == ".txt":
+        return iter([_read_text(path)])
+    raise InputError(
+        f"text is read from .jsonl and .txt files, not from {path.suffix or 'files without an ending'}",
+        where=source,
+        mend="for .jsonl write one JSON object a line, with a field text",
+    )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", where=str(path)) from error
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise InputError(
+            f"not UTF-8: {error.reason}", where=f"{path}:{line}", mend="convert the file to UTF-8"
+        ) from error
+
+
+def _document(row: Mapping[str, Any], field: str, where: str) -> Document:
+    name = field if field in row else _MESSAGES
+    if name not in row:
+        close = get_close_matches(field, row, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"set field to one of: {', '.join(row) or '(none)'}"
+        raise InputError(f"there is neither a field {field!r} nor messages", where=where, mend=hint)
+    value = row[name]
+    if isinstance(value, str):
+        return _encodable(value, where)
+    if isinstance(value, list) and value and all(isinstance(message, Mapping) for message in value):
+        return tuple(_message(message, where) for message in value)
+    raise InputError(f"{name} must be a text or a list of messages, not {type(value).__name__}", where=where)
+
+
+def _message(message: Mapping[str, Any], where: str) -> Message:
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise InputError("a message needs role and content, both texts", where=where)
+    return {"role": _encodable(role, where), "content": _encodable(content, where)}
+
+
+def _encodable(text: str, where: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"half a character (a lone surrogate) at position {error.start}", where=where) from error
+    return text
+
+
+def _without_white_space(document: Document) -> str | list[list[str]]:
+    if isinstance(document, str):
+        return " ".join(document.split())
+    return [[message["role"], " ".join(message["content"].split())] for message in document]
+
+
+def _origin(source: str, split: str, revision: str | None) -> str:
+    if not source.startswith(HUB_PREFIX):
+        return Path(source).name
+    return f"{source}@{revision} [{split}]" if revision else f"{source} [{split}]"

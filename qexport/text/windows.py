@@ -1,0 +1,177 @@
+"""Token windows of one length, cut from documents."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Final, Literal
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from qexport.errors import InputError
+from qexport.tensors import CalibrationSet
+from qexport.text.chat import render_chat
+from qexport.text.documents import Document, Documents
+from qexport.text.tokens import tokenize
+
+Packing = Literal["packed", "document"]
+
+_CHARACTERS_PER_TOKEN: Final = 8
+"""How much of a long text is tokenized at first for each token wanted; most text has 2 to 5."""
+
+_CUT_TOKENS: Final = 32
+"""Tokens before a cut in a text that may differ from those of the whole text."""
+
+
+def make_windows(
+    documents: Documents,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int,
+    sequence_length: int,
+    vocab_size: int,
+    packing: Packing = "packed",
+    seed: int | None = None,
+    chat_template: bool = False,
+    allow_fewer: bool = False,
+) -> CalibrationSet:
+    """Cuts windows without padding or overlap.
+
+    `packed` joins the documents, each followed by the end-of-text token unless it ends with it (conversations end as
+    their template ends them), and cuts every `sequence_length` tokens. `document` takes the first `sequence_length`
+    tokens of each document and skips those that have fewer. Special tokens at a document's start are the tokenizer's.
+
+    Only as much text is tokenized as the windows take.
+
+    Args:
+        documents: the text.
+        tokenizer: the model's; it is left as it was.
+        samples: windows to take.
+        sequence_length: tokens in a window.
+        vocab_size: the number of rows of the model's embedding.
+        packing: see above.
+        seed: which documents come first; the documents' own order where None.
+        chat_template: render each document with the model's chat template.
+        allow_fewer: take what there is where the text ends before; at least one window.
+
+    Returns:
+        input_ids int64 [samples, sequence_length].
+
+    Raises:
+        InputError: too little text, a conversation without `chat_template`, a template or tokenizer that does not fit.
+    """
+    encode = _Encoder(tokenizer, chat_template)
+    order = shuffled(documents.items, seed)
+    cut = _packed if packing == "packed" else _one_a_document
+    windows = list(islice(cut(order, encode, samples, sequence_length), samples))
+    if not windows or (len(windows) < samples and not allow_fewer):
+        raise _too_little(documents, encode, len(windows), samples, sequence_length, packing)
+    input_ids = torch.tensor(windows, dtype=torch.int64)
+    _check_vocabulary(input_ids, vocab_size, tokenizer)
+    return CalibrationSet(input_ids, documents.sha256, documents.origin)
+
+
+def shuffled(items: Sequence[Document], seed: int | None) -> list[Document]:
+    """The items in an order that depends on the seed alone (only `Random.random` is the same in every Python)."""
+    if seed is None:
+        return list(items)
+    generator = random.Random(seed)
+    keys = [generator.random() for _ in items]
+    return [items[index] for index in sorted(range(len(items)), key=keys.__getitem__)]
+
+
+@dataclass
+class _Encoder:
+    """Turns documents into tokens, and counts them."""
+
+    tokenizer: PreTrainedTokenizerBase
+    chat_template: bool
+    tokens: int = 0
+    longest: int = 0
+
+    def __call__(self, document: Document, limit: int) -> list[int]:
+        """The document's first tokens, at most `limit`."""
+        return self._counted(self._beginning(self._text(document), limit))
+
+    def with_end(self, document: Document, limit: int) -> list[int]:
+        """The document's first tokens, at most `limit`, and after them the end-of-text token."""
+        ids = self._beginning(self._text(document), limit)
+        if not self.chat_template and ids[-1:] != [self._end_of_text()]:
+            ids.append(self._end_of_text())
+        return self._counted(ids)
+
+    def _counted(self, ids: list[int]) -> list[int]:
+        self.tokens += len(ids)
+        self.longest = max(self.longest, len(ids))
+        return ids
+
+    def _text(self, document: Document) -> str:
+        if self.chat_template:
+            return render_chat(self.tokenizer, document)
+        if isinstance(document, str):
+            return document
+        raise InputError(
+            "there are conversations in the text, which need the model's chat template",
+            mend="set chat_template: true, or name texts",
+        )
+
+    def _beginning(self, text: str, limit: int) -> list[int]:
+        length = limit * _CHARACTERS_PER_TOKEN
+        while True:
+            ids = tokenize(self.tokenizer, text[:length], special_tokens=not self.chat_template)
+            if length >= len(text) or len(ids) >= limit + _CUT_TOKENS:
+                return ids[:limit]
+            length *= 2
+
+    def _end_of_text(self) -> int:
+        token = self.tokenizer.eos_token_id
+        if isinstance(token, int):
+            return token
+        raise InputError(
+            "the tokenizer has no end-of-text token to join documents with",
+            where=self.tokenizer.name_or_path,
+            mend="set packing: document, or name an eos_token in tokenizer_config.json",
+        )
+
+
+def _packed(order: list[Document], encode: _Encoder, samples: int, length: int) -> Iterator[list[int]]:
+    tokens = chain.from_iterable(encode.with_end(document, samples * length) for document in order)
+    while len(window := list(islice(tokens, length))) == length:
+        yield window
+
+
+def _one_a_document(order: list[Document], encode: _Encoder, samples: int, length: int) -> Iterator[list[int]]:
+    for document in order:
+        ids = encode(document, length)
+        if len(ids) == length:
+            yield ids
+
+
+def _too_little(
+    documents: Documents, encode: _Encoder, found: int, samples: int, length: int, packing: Packing
+) -> InputError:
+    if packing == "packed":
+        missing = f"{samples * length - encode.tokens} tokens are missing"
+    else:
+        missing = (
+            f"only {found} of {len(documents.items)} documents have {length} tokens, the longest has {encode.longest}"
+        )
+    return InputError(
+        f"too little text: {found} windows of {length} tokens where {samples} are wanted; {missing}",
+        where=documents.origin,
+        mend="name more text, or lower the number of windows or sequence_length",
+    )
+
+
+def _check_vocabulary(input_ids: torch.Tensor, vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    largest = int(input_ids.max())
+    if largest >= vocab_size:
+        raise InputError(
+            f"the tokenizer makes the token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), "
+            f"but the model knows {vocab_size} tokens",
+            where=tokenizer.name_or_path,
+            mend="the tokenizer belongs to another model, or was extended after the model's embedding",
+        )

@@ -1,0 +1,56 @@
+"""Whether a whole model fits in memory."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from qexport.architectures.runner import BlockRunner
+
+_HEADROOM: Final = 1.25
+"""For the activations, the key-value cache, and what the allocator cannot use again."""
+
+_MEMINFO: Final = Path("/proc/meminfo")
+_CGROUP: Final = Path("/sys/fs/cgroup")
+
+
+def needed_memory(runner: BlockRunner) -> int:
+    """Bytes that `BlockRunner.whole` and a short generation take, roughly."""
+    structure = runner.structure
+    weights = sum(math.prod(shape) for shape in structure.parameters.values()) * runner.dtype.itemsize
+    head = structure.parameters[f"{structure.embedding if structure.tied else structure.head}.weight"]
+    return int((weights + math.prod(head) * torch.float32.itemsize) * _HEADROOM)
+
+
+def available_memory(device: torch.device) -> float:
+    """Bytes that can be taken without swapping: on the accelerator, or in main memory within the control group."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return min(_free_in_system(), _free_in_control_group())
+
+
+def _free_in_system() -> int:
+    fields = dict(line.split(":", 1) for line in _lines(_MEMINFO))
+    if "MemAvailable" in fields:
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _free_in_control_group() -> float:
+    """What a container's limit leaves; pages of files that can be dropped do not count as taken."""
+    limit, used = _lines(_CGROUP / "memory.max"), _lines(_CGROUP / "memory.current")
+    if not used or limit in ([], ["max"]):
+        return math.inf
+    statistics = dict(line.split() for line in _lines(_CGROUP / "memory.stat"))
+    return int(limit[0]) - int(used[0]) + int(statistics.get("inactive_file", 0))
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return []

@@ -1,0 +1,155 @@
+"""The finished artifact, read back from disk, held against the merged reference."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from qexport.architectures.runner import BlockRunner
+from qexport.artifact.manifest import Gate, Generations, Verification
+from qexport.errors import InputError
+from qexport.progress import Notice, Progress, Reporter, silent
+from qexport.tensors import CalibrationSet, Checkpoint
+from qexport.text.prompts import Prompt
+from qexport.verify.divergence import TokenFigures, compare
+from qexport.verify.generation import compare_generations, greedy_settings
+from qexport.verify.lockstep import run_in_lockstep
+from qexport.verify.memory import available_memory, needed_memory
+from qexport.verify.readers import ArtifactSource
+from qexport.verify.settings import VerifySettings
+
+_OTHER_READERS: Final = "loading with transformers and gptqmodel"
+_GENERATIONS: Final = "greedy generations (the model does not fit in memory)"
+_MAY_DIFFER: Final = frozenset({"dtype", "torch_dtype", "architectures", "_name_or_path"})
+"""Keys of config.json that quantizing may change."""
+
+
+def verify(
+    reference: Checkpoint,
+    artifact: Path,
+    windows: CalibrationSet,
+    prompts: Sequence[Prompt],
+    settings: VerifySettings,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    report: Reporter = silent,
+) -> Verification:
+    """Measures perplexity, KL divergence and top-1 agreement, and continues the prompts where the model fits in memory.
+
+    Both models run block by block; a failed gate is recorded, not raised. docs/verification.md defines every figure.
+
+    Args:
+        reference: the merged model, read from its source again.
+        artifact: the folder, in the safetensors layout.
+        windows: held-out tokens; see `qexport.text.windows`.
+        prompts: what both models continue greedily; may be empty.
+        settings: the recipe's `verify`.
+        tokenizer: the model's.
+        dtype: what the blocks compute in: the merged model's dtype.
+        device: where to compute.
+        report: is told of each step.
+
+    Raises:
+        InputError: the artifact cannot be read, or is not a quantized form of the reference.
+        NumericalError: logits hold NaN or Inf.
+    """
+    with ArtifactSource(artifact, dtype=dtype) as source:
+        _refuse_other_config(reference.config, source.config)
+        ours = BlockRunner(reference.config, reference.weights, dtype=dtype, device=device)
+        source.check_complete(ours.structure)
+        theirs = BlockRunner(source.config, source, dtype=dtype, device=device)
+        generates = bool(prompts) and _fits_in_memory(ours, report)
+        steps = _Steps(report, len(ours.structure.blocks) + 1 + (2 * len(prompts) if generates else 0))
+        figures = _measure(ours, theirs, windows.input_ids, steps)
+        generations = None
+        if generates:
+            greedy = greedy_settings(reference, tokenizer, max_new_tokens=settings.max_new_tokens)
+            generations = compare_generations(
+                ours, theirs, prompts, tokenizer, greedy, lambda: steps.finished("continuing the prompts")
+            )
+    unconfirmed = [_OTHER_READERS, *([_GENERATIONS] if prompts and not generates else [])]
+    return _verification(figures, windows, settings, generations, unconfirmed)
+
+
+@dataclass
+class _Steps:
+    """Blocks, then the comparison of the predictions, then continuations."""
+
+    report: Reporter
+    total: int
+    done: int = 0
+    tokens: int = 0
+
+    def finished(self, detail: str, tokens: int = 0) -> None:
+        self.done += 1
+        self.tokens += tokens
+        self.report(Progress("verify", self.done, self.total, "step", detail, self.tokens))
+
+
+def _measure(reference: BlockRunner, artifact: BlockRunner, input_ids: torch.Tensor, steps: _Steps) -> TokenFigures:
+    def finished(blocks: int) -> None:
+        steps.finished(f"block {blocks} of both models", tokens=2 * input_ids.numel())
+
+    ours, theirs = run_in_lockstep((reference, artifact), input_ids, finished)
+    figures = compare(reference, artifact, (ours, theirs), input_ids)
+    steps.finished(f"mean KL {figures.mean_kl:.4f}")
+    return figures
+
+
+def _verification(
+    figures: TokenFigures,
+    windows: CalibrationSet,
+    settings: VerifySettings,
+    generations: Generations | None,
+    unconfirmed: list[str],
+) -> Verification:
+    return Verification(
+        reference_perplexity=figures.reference_perplexity,
+        artifact_perplexity=figures.artifact_perplexity,
+        mean_kl=figures.mean_kl,
+        top1_agreement=figures.top1_agreement,
+        tokens=figures.kl.numel(),
+        windows=windows.input_ids.shape[0],
+        sequence_length=windows.input_ids.shape[1],
+        text_sha256=windows.sha256,
+        generations=generations,
+        gates=judge(figures.mean_kl, settings),
+        readers=[f"qexport {version('qexport')}"],
+        unconfirmed=unconfirmed,
+    )
+
+
+def judge(mean_kl: float, settings: VerifySettings) -> list[Gate]:
+    """The gates that the recipe sets."""
+    if settings.max_kl is None:
+        return []
+    return [Gate(name="max_kl", value=mean_kl, limit=settings.max_kl, passed=mean_kl <= settings.max_kl)]
+
+
+def _fits_in_memory(runner: BlockRunner, report: Reporter) -> bool:
+    needed, available = needed_memory(runner), available_memory(runner.device)
+    if needed > available:
+        sizes = f"it needs {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free"
+        report(Notice(f"no greedy generations: the whole model does not fit in memory ({sizes})"))
+    return needed <= available
+
+
+def _refuse_other_config(reference: Mapping[str, Any], artifact: Mapping[str, Any]) -> None:
+    """The artifact's config.json is another file, perhaps another's: what it adds could load code."""
+    ours, theirs = json.loads(json.dumps(dict(reference))), artifact
+    keys = sorted((ours.keys() | theirs.keys()) - _MAY_DIFFER)
+    if different := [key for key in keys if key not in ours or key not in theirs or ours[key] != theirs[key]]:
+        raise InputError(
+            "the artifact's config.json is not the reference's",
+            where=f"config.json: {', '.join(different)}",
+            mend="verify the artifact against the model that it was made from",
+        )

@@ -1,0 +1,301 @@
+"""The whole verification against whole models in transformers, and the faults that it must see."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+import factories
+import qexport.verify.lockstep as lockstep
+from qexport.architectures.runner import BlockRunner
+from qexport.artifact.manifest import Verification
+from qexport.errors import InputError, NumericalError
+from qexport.progress import Notice, Progress
+from qexport.tensors import CalibrationSet, Checkpoint, GroupQuantized, TensorSpec
+from qexport.text.documents import Documents
+from qexport.text.prompts import Prompt
+from qexport.text.windows import make_windows
+from qexport.verify.divergence import TokenFigures, compare
+from qexport.verify.settings import VerifySettings
+from qexport.verify.verification import judge, verify
+from quantized_models import Method, QuantizedModel, Tensors
+
+CPU = torch.device("cpu")
+PROMPTS = [Prompt("miller", "The miller opened"), Prompt("total", "Total: 12 boxes")]
+
+
+@cache
+def shared_tokenizer() -> PreTrainedTokenizerFast:
+    return factories.tokenizer()
+
+
+@cache
+def held_out() -> CalibrationSet:
+    documents = Documents(tuple(f"{index}. {text}" for index in range(4) for text in factories.TEXT), "held-out.jsonl")
+    return make_windows(
+        documents, shared_tokenizer(), samples=7, sequence_length=32, vocab_size=factories.VOCABULARY, seed=0
+    )
+
+
+def measure(
+    reference: Checkpoint, artifact: Path, *, dtype: torch.dtype = torch.bfloat16, **options: Any
+) -> Verification:
+    settings = VerifySettings(text="held-out.jsonl", max_kl=options.pop("max_kl", None), max_new_tokens=4)
+    windows, prompts = options.pop("windows", held_out()), options.pop("prompts", [])
+    return verify(
+        reference, artifact, windows, prompts, settings, shared_tokenizer(), dtype=dtype, device=CPU, **options
+    )
+
+
+def with_its_codes(model: QuantizedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """A whole model whose quantized weights are what the codes stand for; its buffers keep float32."""
+    copy = factories.build(model.model.config, dtype=torch.float32)
+    weights = {
+        record.name: value.dequantize(dtype) if isinstance(value := record.value, GroupQuantized) else value
+        for record in model.records()
+    }
+    return filled(copy, weights, dtype)
+
+
+def filled(model: PreTrainedModel, weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> PreTrainedModel:
+    for name, parameter in model.named_parameters():
+        parameter.data = weights[name].to(dtype)
+    return model
+
+
+CONFIGS: Mapping[str, PretrainedConfig] = {
+    "llama": factories.llama_config(),
+    "qwen2 tied": factories.qwen2_config(),
+    "mistral sliding": factories.mistral_config(),
+    "falcon 7b": factories.falcon_config(),
+    "falcon 40b": factories.falcon_40b_config(),
+}
+
+
+def whole_model_figures(reference: PreTrainedModel, artifact: PreTrainedModel, windows: torch.Tensor) -> list[float]:
+    """Perplexities, mean KL and top-1 agreement from whole models, with the head in float32."""
+    logits = []
+    for model in (reference, artifact):
+        with torch.no_grad():
+            hidden = torch.cat([model.base_model(part)[0] for part in windows.split(3)])[:, :-1].float()
+        head = model.get_output_embeddings()
+        assert isinstance(head, torch.nn.Linear)
+        logits.append(functional.linear(hidden, head.weight.detach().float()).double().flatten(0, 1))
+    targets = windows[:, 1:].flatten()
+    p, q = (functional.log_softmax(each, -1) for each in logits)
+    return [
+        float(functional.cross_entropy(logits[0], targets).exp()),
+        float(functional.cross_entropy(logits[1], targets).exp()),
+        float(functional.kl_div(q, p, reduction="batchmean", log_target=True)),
+        float((p.argmax(-1) == q.argmax(-1)).double().mean()),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("llama", torch.float32), ("falcon 40b", torch.float32), *((name, torch.bfloat16) for name in CONFIGS)],
+    ids=str,
+)
+def test_the_figures_are_those_of_whole_models(
+    name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lockstep, "BATCH_TOKENS", 3 * 32)
+    model = QuantizedModel(factories.build(CONFIGS[name]))
+    model.write(tmp_path / "a")
+    found = measure(model.checkpoint, tmp_path / "a", dtype=dtype)
+    reference = factories.build(CONFIGS[name], dtype=torch.float32)
+    reference = filled(reference, dict(model.model.named_parameters()), dtype)
+    expected = whole_model_figures(reference, with_its_codes(model, dtype), held_out().input_ids)
+    figures = [found.reference_perplexity, found.artifact_perplexity, found.mean_kl, found.top1_agreement]
+    assert figures == pytest.approx(expected, rel=1e-5)
+    assert found.mean_kl > 1e-3
+    assert (found.tokens, found.windows, found.sequence_length) == (7 * 31, 7, 32)
+    assert found.text_sha256 == held_out().sha256
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2 tied", "falcon 7b"])
+def test_an_artifact_that_equals_its_reference_has_exactly_no_divergence(name: str, tmp_path: Path) -> None:
+    model = QuantizedModel(factories.build(CONFIGS[name]))
+    model.write(tmp_path / "a")
+    same = replace(model, model=with_its_codes(model, torch.bfloat16))
+    found = measure(same.checkpoint, tmp_path / "a", prompts=PROMPTS if name == "llama" else [])
+    assert found.mean_kl == 0.0
+    assert found.top1_agreement == 1.0
+    assert found.reference_perplexity == found.artifact_perplexity
+    if found.generations:
+        assert found.generations.identical == found.generations.prompts == 2
+
+
+def test_the_same_figures_come_from_one_and_two_threads(tmp_path: Path) -> None:
+    model = QuantizedModel(factories.build(factories.llama_config()))
+    model.write(tmp_path / "a")
+    threads = torch.get_num_threads()
+    found = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        found.append(measure(model.checkpoint, tmp_path / "a"))
+    torch.set_num_threads(threads)
+    assert found[0] == found[1]
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+DOWN = "model.layers.1.mlp.down_proj"
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda tensors: tensors[f"{DOWN}.qweight"].copy_(tensors[f"{DOWN}.qweight"].flip(0)),
+        lambda tensors: [tensor.sub_(0x11111111) for name, tensor in tensors.items() if name.endswith(".qzeros")],
+        lambda tensors: [tensor.mul_(2) for name, tensor in tensors.items() if name.endswith(".scales")],
+        lambda tensors: tensors["model.layers.0.input_layernorm.weight"].zero_(),
+        lambda tensors: tensors["lm_head.weight"].copy_(tensors["lm_head.weight"].roll(1, 0)),
+        lambda tensors: tensors["model.norm.weight"].neg_(),
+    ],
+    ids=["codes", "zero points of v2", "scales", "layer norm", "head", "final norm"],
+)
+def test_a_damaged_artifact_shows_in_the_divergence(
+    fault: Callable[[dict[str, torch.Tensor]], object], tmp_path: Path
+) -> None:
+    model = QuantizedModel(factories.build(factories.llama_config()), Method(sym=False))
+    model.write(tmp_path / "a")
+    intact = measure(model.checkpoint, tmp_path / "a")
+    edit_tensors(tmp_path / "a", fault)
+    damaged = measure(model.checkpoint, tmp_path / "a")
+    assert damaged.mean_kl > 3 * intact.mean_kl
+    assert damaged.reference_perplexity == intact.reference_perplexity
+
+
+def test_an_adapter_that_was_not_applied_shows_in_the_divergence(tmp_path: Path) -> None:
+    base = QuantizedModel(factories.build(factories.llama_config()))
+    base.write(tmp_path / "without")
+    merged = factories.build(factories.llama_config())
+    with torch.no_grad():
+        for name, weight in merged.named_parameters():
+            if "v_proj" in name:
+                weight.add_(torch.randn(64 // 2, 4) @ torch.randn(4, 64) * 0.1)
+    adapted = replace(base, model=merged)
+    adapted.write(tmp_path / "with")
+    right = measure(adapted.checkpoint, tmp_path / "with", max_kl=0.05)
+    wrong = measure(adapted.checkpoint, tmp_path / "without", max_kl=0.05)
+    assert wrong.mean_kl > 5 * right.mean_kl
+    assert [gate.passed for gate in right.gates + wrong.gates] == [True, False]
+
+
+def test_the_gate_holds_the_mean_divergence_against_its_limit(tmp_path: Path) -> None:
+    assert judge(0.5, VerifySettings(text="x")) == []
+    (at_limit,) = judge(0.5, VerifySettings(text="x", max_kl=0.5))
+    (above,) = judge(0.5000001, VerifySettings(text="x", max_kl=0.5))
+    assert (at_limit.name, at_limit.limit, at_limit.value, at_limit.passed) == ("max_kl", 0.5, 0.5, True)
+    assert not above.passed
+    with pytest.raises(ValueError, match="finite"):
+        judge(float("nan"), VerifySettings(text="x", max_kl=0.5))
+
+
+@pytest.mark.parametrize(("side", "scale"), [("artifact", 3e38), ("reference", 3e38)])
+def test_logits_that_are_not_finite_are_an_error(side: str, scale: float, tmp_path: Path) -> None:
+    model = QuantizedModel(factories.build(factories.llama_config()))
+    model.write(tmp_path / "a")
+    tensors = {name: model.checkpoint.weights.read(name) for name in model.checkpoint.weights.specs()}
+    if side == "artifact":
+        edit_tensors(tmp_path / "a", lambda saved: saved["lm_head.weight"].fill_(scale))
+    else:
+        tensors["lm_head.weight"].fill_(scale)
+    with pytest.raises(NumericalError, match=f"the {side}'s logits"):
+        measure(replace(model.checkpoint, weights=Tensors(tensors)), tmp_path / "a")
+
+
+class Watched(Tensors):
+    """Tells of every read."""
+
+    reads: list[str]
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        super().__init__(tensors)
+        object.__setattr__(self, "reads", [])
+
+    def specs(self) -> Mapping[str, TensorSpec]:
+        return super().specs()
+
+    def read(self, name: str) -> torch.Tensor:
+        self.reads.append(name)
+        return super().read(name)
+
+
+def test_the_models_take_turns_block_by_block_and_each_block_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lockstep, "BATCH_TOKENS", 64)
+    model = QuantizedModel(factories.build(factories.llama_config(num_hidden_layers=3)))
+    sources = [Watched(dict(model.model.state_dict())) for _ in range(2)]
+    ours, theirs = (
+        BlockRunner(model.checkpoint.config, source, dtype=torch.bfloat16, device=CPU) for source in sources
+    )
+    left: list[int] = []
+
+    def finished(blocks: int) -> None:
+        left.append(sum(not p.is_meta for runner in (ours, theirs) for p in runner._model.parameters()))
+        for source in sources:
+            read = [name for name in source.reads if ".layers." in name]
+            assert {name.split(".")[2] for name in read} == {str(index) for index in range(blocks)}
+            assert len(read) == len(set(read))
+
+    batches = lockstep.run_in_lockstep((ours, theirs), held_out().input_ids, finished)
+    assert left == [0, 0, 0]
+    figures: TokenFigures = compare(ours, theirs, (batches[0], batches[1]), held_out().input_ids)
+    assert figures.kl.shape == (7, 31)
+    assert all(parameter.is_meta for parameter in ours._model.parameters())
+
+
+def test_an_artifact_of_another_model_is_refused(tmp_path: Path) -> None:
+    model = QuantizedModel(factories.build(factories.llama_config()))
+    QuantizedModel(factories.build(factories.llama_config(rms_norm_eps=1e-3, intermediate_size=64))).write(
+        tmp_path / "a"
+    )
+    with pytest.raises(InputError, match=r"config\.json: intermediate_size, rms_norm_eps"):
+        measure(model.checkpoint, tmp_path / "a")
+
+
+@pytest.mark.parametrize("key", ["auto_map", "_attn_implementation"])
+def test_an_artifact_whose_config_would_load_code_is_refused(tmp_path: Path, key: str) -> None:
+    model = QuantizedModel(factories.build(factories.llama_config()))
+    model.write(tmp_path / "a")
+    path = tmp_path / "a" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: "org/name"}))
+    with pytest.raises(InputError, match=key):
+        measure(model.checkpoint, tmp_path / "a")
+
+
+def test_progress_counts_every_step_and_names_what_was_not_confirmed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = QuantizedModel(factories.build(factories.llama_config()))
+    model.write(tmp_path / "a")
+    events: list[Progress | Notice] = []
+    found = measure(model.checkpoint, tmp_path / "a", prompts=PROMPTS, report=events.append)
+    assert [(event.done, event.total) for event in events if isinstance(event, Progress)] == [
+        (n, 7) for n in range(1, 8)
+    ]
+    assert found.readers[0].startswith("qexport ")
+    assert found.unconfirmed == ["loading with transformers and gptqmodel"]
+
+    monkeypatch.setattr("qexport.verify.verification.available_memory", lambda device: 1000.0)
+    events.clear()
+    found = measure(model.checkpoint, tmp_path / "a", prompts=PROMPTS, report=events.append)
+    assert found.generations is None
+    assert found.unconfirmed[1:] == ["greedy generations (the model does not fit in memory)"]
+    assert "does not fit in memory" in next(event.text for event in events if isinstance(event, Notice))
+    assert [event.total for event in events if isinstance(event, Progress)] == [3, 3, 3]

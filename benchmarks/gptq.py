@@ -41,10 +41,13 @@ def main() -> None:
     arguments = _arguments()
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
         work = Path(scratch)
-        _measure([sys.executable, str(HERE / "prepare.py"), str(work), *_inputs(arguments)])
-        rows = {"bf16, merged": (None, _perplexity(work, "dense", work / "merged"))}
+        _write_recipe(work, arguments)
+        _measure([sys.executable, str(HERE / "prepare.py"), str(work)])
+        rows: dict[str, tuple[Cost | None, float]] = {
+            "bf16, merged": (None, _perplexity(work, "dense", work / "merged"))
+        }
         print("qexport ...", file=sys.stderr)
-        cost = _measure([sys.executable, str(HERE / "merge_and_quantize.py"), str(work), *_inputs(arguments)])
+        cost = _measure([sys.executable, "-m", "qexport", "run", str(work / "run.yaml")])
         rows["qexport"] = (cost, _perplexity(work, "packed", work / "qexport"))
         for peer, python in arguments.peer:
             print(f"{peer} ...", file=sys.stderr)
@@ -59,9 +62,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--adapter", default=str(ROOT / "recipes/adapters/smollm2-release-notes"), help="'' for none")
     parser.add_argument("--calibration", default=str(ROOT / "calibration/general.jsonl"))
     parser.add_argument("--held-out", default=str(ROOT / "calibration/heldout.jsonl"))
-    parser.add_argument("--windows", default="60", help="held-out windows at most")
+    parser.add_argument("--windows", type=int, default=60, help="held-out windows at most")
     parser.add_argument("--scratch", help="folder for the models, several times the base's size")
-    parser.add_argument("--peer", action="append", default=[], type=_peer, help="NAME=PYTHON, NAME one of " + ", ".join(PEERS))
+    parser.add_argument(
+        "--peer", action="append", default=[], type=_peer, help="NAME=PYTHON, NAME one of " + ", ".join(PEERS)
+    )
     return parser.parse_args()
 
 
@@ -72,8 +77,19 @@ def _peer(text: str) -> tuple[str, str]:
     return name, python
 
 
-def _inputs(arguments: argparse.Namespace) -> list[str]:
-    return [arguments.base, arguments.adapter, arguments.calibration, arguments.held_out, arguments.windows]
+def _write_recipe(work: Path, arguments: argparse.Namespace) -> None:
+    """4 bits, symmetric, group 64, 64 windows of 512 tokens, without verification; the rest as a user finds it."""
+    load = {"base": arguments.base} | ({"adapter": arguments.adapter} if arguments.adapter else {})
+    calibration = {"source": arguments.calibration, "samples": 64, "sequence_length": 512}
+    recipe = {
+        "load": load,
+        "quantize": {"method": "gptq", "bits": 4, "group_size": 64, "sym": True, "calibration": calibration},
+        "export": [{"layout": "safetensors"}],
+        "output": str(work / "qexport"),
+    }
+    verify = {"text": arguments.held_out, "windows": arguments.windows, "sequence_length": 512}
+    (work / "run.yaml").write_text(json.dumps(recipe))  # JSON is YAML
+    (work / "prepare.yaml").write_text(json.dumps(recipe | {"verify": verify}))
 
 
 def _peer_output(work: Path, peer: str) -> tuple[str, Path]:

@@ -1,6 +1,6 @@
 """Writes what every tool of the benchmark starts from: the merged model, and the token windows.
 
-Usage: prepare.py WORK BASE ADAPTER CALIBRATION HELD_OUT WINDOWS
+Usage: prepare.py WORK, with WORK/prepare.yaml
 """
 
 from __future__ import annotations
@@ -9,21 +9,20 @@ import json
 import sys
 from pathlib import Path
 
-from recipe import make_recipe
 from safetensors.torch import save_file
 
-from qexport.load.tokenizer import open_tokenizer
 from qexport.pipeline import plan
 from qexport.pipeline.texts import read_texts
+from qexport.recipe import load_recipe
 
 
 def main() -> None:
     """Merges, tokenizes, writes."""
     work = Path(sys.argv[1])
-    recipe = make_recipe(work, *sys.argv[2:])
+    recipe = load_recipe(work / "prepare.yaml")
     planned = plan(recipe)
     checkpoint = planned.merged.checkpoint
-    texts = read_texts(recipe, open_tokenizer(checkpoint), planned.structure.vocab_size)
+    texts = read_texts(recipe, checkpoint, planned.structure.vocab_size)
     assert texts.held_out is not None
     windows = {"calibration": texts.calibration, "held_out": texts.held_out}
     tokens = {name: found.input_ids.tolist() for name, found in windows.items()}

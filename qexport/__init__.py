@@ -1,1 +1,75 @@
-"""Merge, quantize, export and verify language models in one streaming pass."""
+"""Merge, quantize, export and verify language models in one streaming pass.
+
+    >>> import qexport
+    >>> recipe = qexport.load_recipe("recipes/gptq-4bit.yaml", ["output=/tmp/model"])
+    >>> result = qexport.run(recipe)
+    >>> result.manifest.verification.mean_kl
+
+Names are imported when they are first used, so that `import qexport` is quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qexport.artifact.manifest import Manifest
+    from qexport.errors import (
+        CompatibilityError,
+        GateFailed,
+        GateUndecided,
+        InputError,
+        NumericalError,
+        QexportError,
+        RecipeError,
+        ResourceError,
+    )
+    from qexport.pipeline import Plan, Result, plan, run
+    from qexport.recipe import Recipe, load_recipe
+
+_PLACES = {
+    "Manifest": "qexport.artifact.manifest",
+    "Plan": "qexport.pipeline",
+    "Recipe": "qexport.recipe",
+    "Result": "qexport.pipeline",
+    "load_recipe": "qexport.recipe",
+    "plan": "qexport.pipeline",
+    "run": "qexport.pipeline",
+} | dict.fromkeys(
+    (
+        "CompatibilityError",
+        "GateFailed",
+        "GateUndecided",
+        "InputError",
+        "NumericalError",
+        "QexportError",
+        "RecipeError",
+        "ResourceError",
+    ),
+    "qexport.errors",
+)
+
+__all__ = [
+    "CompatibilityError",
+    "GateFailed",
+    "GateUndecided",
+    "InputError",
+    "Manifest",
+    "NumericalError",
+    "Plan",
+    "QexportError",
+    "Recipe",
+    "RecipeError",
+    "ResourceError",
+    "Result",
+    "load_recipe",
+    "plan",
+    "run",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PLACES:
+        return getattr(import_module(_PLACES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

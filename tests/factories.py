@@ -83,7 +83,7 @@ def build(config: PretrainedConfig, *, seed: int = 0, dtype: torch.dtype = torch
                 parameter.normal_(0.0, 0.08)
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
-    model.to(dtype=dtype)
+    torch.nn.Module.to(model, dtype=dtype)
     model.eval()
     return model
 

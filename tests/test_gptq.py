@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,9 @@ CONFIGS = {
 
 
 def settings(**changes: Any) -> GptqSettings:
-    return GptqSettings(method="gptq", **({"group_size": 32, "calibration": {"source": "unused"}} | changes))
+    return GptqSettings.model_validate(
+        {"method": "gptq", "group_size": 32, "calibration": {"source": "unused"}} | changes
+    )
 
 
 def checkpoint(config: PretrainedConfig, model: PreTrainedModel) -> Checkpoint:
@@ -50,7 +53,11 @@ def calibration(windows: Tensor | None = None) -> CalibrationSet:
 def quantized(config: PretrainedConfig, options: GptqSettings, **changes: Any) -> dict[str, TensorRecord]:
     model = factories.build(config, dtype=changes.pop("dtype", torch.float32))
     source = checkpoint(config, model)
-    arguments: dict[str, Any] = {"dtype": torch.float32, "device": CPU} | changes
+    arguments: dict[str, Any] = {
+        "dtype": torch.float32,
+        "device": CPU,
+        "scratch": Path(tempfile.gettempdir()),
+    } | changes
     records = list(quantize(source, options, arguments.pop("calibration", calibration()), **arguments))
     names = [record.name for record in records]
     assert sorted(names) == sorted(source.weights.specs()), "every tensor must come exactly once"
@@ -101,7 +108,7 @@ def test_codes_equal_those_of_whole_model_forwards_with_hooks(name: str, true_se
             hessian = Hessian(inputs[0].shape[-1], CPU)
             for part in layer_inputs(model, group[0]) if true_sequential else inputs:
                 hessian.add(part)
-            weights = {module: model.get_submodule(module).weight.detach().clone() for module in group}
+            weights = {module: model.get_parameter(f"{module}.weight").detach().clone() for module in group}
             for module, solved in solve_together(weights, hessian, chosen, "error").items():
                 value = records[f"{module}.weight"].value
                 assert isinstance(value, GroupQuantized)
@@ -239,17 +246,21 @@ def test_nothing_left_to_quantize_is_an_error() -> None:
     assert "no layer is left" in refusal(factories.llama_config(), overrides=[{"modules": "*", "dense": True}])
 
 
-def test_a_fallback_to_rounding_is_recorded_and_told() -> None:
+def test_a_fallback_to_rounding_is_recorded_and_told(tmp_path: Path) -> None:
     model = factories.build(factories.llama_config(), dtype=torch.float32)
     with torch.no_grad():
         model.get_parameter("model.layers.1.input_layernorm.weight").fill_(float("inf"))
     source = checkpoint(factories.llama_config(), model)
     with pytest.raises(NumericalError, match="not finite") as caught:
-        list(quantize(source, settings(), calibration(), dtype=torch.float32, device=CPU))
+        list(quantize(source, settings(), calibration(), dtype=torch.float32, device=CPU, scratch=tmp_path))
     assert "model.layers.1.self_attn.q_proj" in str(caught.value)
     events: list[Progress | Notice] = []
     options = settings(on_failure="round_to_nearest")
-    records = list(quantize(source, options, calibration(), dtype=torch.float32, device=CPU, report=events.append))
+    records = list(
+        quantize(
+            source, options, calibration(), dtype=torch.float32, device=CPU, scratch=tmp_path, report=events.append
+        )
+    )
     fallen = {record.report.name for record in records if record.report and record.report.method != "gptq"}
     assert "model.layers.1.self_attn.q_proj" in fallen
     assert not any(name.startswith("model.layers.0.") for name in fallen)
@@ -286,7 +297,9 @@ narrow = {"modules": "*.down_proj", "dense": True}  # its 3072 columns would onl
 settings = GptqSettings(method="gptq", group_size=64, mse=False, overrides=[narrow], calibration={"source": "unused"})
 ids = torch.randint(factories.VOCABULARY, (8, 64))
 count = 0
-for record in quantize(source, settings, CalibrationSet(ids, "", ""), dtype=torch.bfloat16, device=torch.device("cpu")):
+from pathlib import Path
+options = {"dtype": torch.bfloat16, "device": torch.device("cpu"), "scratch": Path("/tmp")}
+for record in quantize(source, settings, CalibrationSet(ids, "", ""), **options):
     count += record.report is not None
 print(json.dumps([count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))
 """

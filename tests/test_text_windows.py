@@ -78,6 +78,13 @@ def test_a_text_with_few_tokens_for_its_length_is_read_on(monkeypatch: pytest.Mo
     assert windows_of(text, samples=6).input_ids.flatten().tolist() == tokens_of(text)[:96]
 
 
+def test_the_tokens_before_a_cut_are_those_of_the_whole_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qexport.text.windows._CHARACTERS_PER_TOKEN", 5)
+    assert tokens_of(" height he")[:2] != tokens_of(" height height")[:2]
+    ids = windows_of(" height" * 50, samples=1, sequence_length=2).input_ids
+    assert ids.flatten().tolist() == tokens_of(" height height")[:2]
+
+
 def test_one_document_a_sample_takes_its_beginning_and_skips_the_short_ones() -> None:
     short, first, second = "The", factories.TEXT[0], factories.TEXT[1]
     windows = windows_of(short, first, short, second, packing="document")
@@ -138,7 +145,8 @@ def test_a_tokenizers_own_end_of_text_is_not_doubled_and_its_beginning_is_kept()
         single="<|start|> $A <|end|>", special_tokens=[("<|start|>", 1), ("<|end|>", 0)]
     )
     expected = list(chain.from_iterable([1, *tokens_of(text)] for text in factories.TEXT))
-    assert windows_of(*factories.TEXT, tokenizer=tokenizer).input_ids.flatten().tolist() == expected[:32]
+    windows = windows_of(*factories.TEXT, tokenizer=tokenizer, samples=9)
+    assert windows.input_ids.flatten().tolist() == expected[: 9 * 16]
 
 
 def test_documents_cannot_be_joined_without_an_end_of_text_token() -> None:

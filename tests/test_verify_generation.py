@@ -64,16 +64,17 @@ def test_a_continuation_ends_with_any_end_token_that_the_models_files_name() -> 
 
 def test_sampling_and_penalties_of_the_models_own_config_do_not_enter() -> None:
     model = QuantizedModel(factories.build(factories.llama_config()))
+    ours = dict(model.checkpoint.config)
     files = {"generation_config.json": b'{"do_sample": true, "temperature": 9.0, "repetition_penalty": 5.0}'}
     inputs = [TOKENIZER(factories.TEXT[0])["input_ids"]]
     plain, changed = (
         continue_all(
-            runner_of(model),
+            BlockRunner(config, model.checkpoint.weights, dtype=torch.float32, device=CPU),
             inputs,
             greedy_settings(replace(model.checkpoint, files=given), TOKENIZER, max_new_tokens=12),
             lambda: None,
         )
-        for given in ({}, files)
+        for config, given in ((ours, {}), (ours | {"repetition_penalty": 5.0, "no_repeat_ngram_size": 2}, files))
     )
     assert plain == changed
 

@@ -245,6 +245,7 @@ def test_the_models_take_turns_block_by_block_and_each_block_is_read_once(monkey
         BlockRunner(model.checkpoint.config, source, dtype=torch.bfloat16, device=CPU) for source in sources
     )
     left: list[int] = []
+    counts: list[int] = []
 
     def finished(blocks: int) -> None:
         left.append(sum(not p.is_meta for runner in (ours, theirs) for p in runner._model.parameters()))
@@ -255,9 +256,33 @@ def test_the_models_take_turns_block_by_block_and_each_block_is_read_once(monkey
 
     batches = lockstep.run_in_lockstep((ours, theirs), held_out().input_ids, finished)
     assert left == [0, 0, 0]
-    figures: TokenFigures = compare(ours, theirs, (batches[0], batches[1]), held_out().input_ids)
+    figures: TokenFigures = compare(ours, theirs, (batches[0], batches[1]), held_out().input_ids, counts.append)
+    assert counts == [2, 4, 6, 7]
     assert figures.kl.shape == (7, 31)
     assert all(parameter.is_meta for parameter in ours._model.parameters())
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight"])
+def test_a_tied_head_or_norm_of_the_artifacts_own_is_used(name: str) -> None:
+    model = QuantizedModel(factories.build(CONFIGS["qwen2 tied"]))
+    tensors = dict(model.model.state_dict())
+    changed = tensors | {name: tensors[name].roll(1, 0)}
+    ours, theirs = (
+        BlockRunner(model.checkpoint.config, Tensors(each), dtype=torch.bfloat16, device=CPU)
+        for each in (tensors, changed)
+    )
+    batches = lockstep.run_in_lockstep((ours,), held_out().input_ids, lambda _: None)[0]
+    theirs.embed(held_out().input_ids[:1], 1)
+    figures = compare(ours, theirs, (batches, batches), held_out().input_ids, lambda _: None)
+    assert figures.mean_kl > 1e-4
+
+
+def test_an_artifact_with_a_tensor_too_many_is_refused(tmp_path: Path) -> None:
+    model = QuantizedModel(factories.build(factories.llama_config()))
+    model.write(tmp_path / "a")
+    edit_tensors(tmp_path / "a", lambda tensors: tensors.update(extra=torch.zeros(1)))
+    with pytest.raises(InputError, match="extra: unexpected"):
+        measure(model.checkpoint, tmp_path / "a")
 
 
 def test_an_artifact_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 sys.path.pop(0)  # this file has the peer's name
 
-from gptqmodel import GPTQModel, QuantizeConfig  # noqa: E402
+from gptqmodel import GPTQModel, QuantizeConfig
 
 
 def main() -> None:

@@ -11,11 +11,11 @@ from pathlib import Path
 
 sys.path.pop(0)  # this file has the peer's name
 
-import torch  # noqa: E402
-from datasets import Dataset  # noqa: E402
-from llmcompressor import oneshot  # noqa: E402
-from llmcompressor.modifiers.quantization import GPTQModifier  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
+import torch
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.quantization import GPTQModifier
+from transformers import AutoModelForCausalLM
 
 
 def main() -> None:

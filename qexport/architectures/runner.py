@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 from transformers import PreTrainedModel
 
+from qexport.architectures.freed_memory import return_freed_memory
 from qexport.architectures.structure import build_on_meta, describe_model, find_blocks, parse_config
 from qexport.tensors import WeightSource
 
@@ -198,6 +199,7 @@ class BlockRunner:
         finally:
             for module, leaf, meta in loaded:
                 _put(module, leaf, meta)
+            return_freed_memory()
 
     def read(self, name: str) -> Tensor:
         """A tensor in the runner's dtype (where it is floating) on the runner's device."""

@@ -37,7 +37,10 @@ class PackageReference:
 
 
 def parse_folder_or_hub(text: str, revision: str | None, *, field: str) -> FolderReference | HubReference:
-    """A local folder where one of that name exists, else a hub id.
+    """A hub id where the text has its form, else a local folder.
+
+    The form decides, not what lies in the current directory: `org/name` never means a folder. A relative folder of that
+    form is written `./org/name`; recipes that are read from a file hold absolute paths.
 
     Args:
         text: the recipe's value.
@@ -45,25 +48,21 @@ def parse_folder_or_hub(text: str, revision: str | None, *, field: str) -> Folde
         field: the recipe's field, for the errors.
 
     Raises:
-        InputError: neither a folder nor of the form of a hub id.
+        InputError: neither of the form of a hub id nor a folder.
         RecipeError: a revision for a local folder.
     """
+    if _HUB_ID.fullmatch(text):
+        return HubReference(text, revision)
     path = Path(text).expanduser()
-    if path.is_dir():
-        if revision is not None:  # a folder whose name has the form of a hub id; the settings refuse the other forms
-            raise RecipeError(f"a revision was given for the local folder {text!r}", where=field, mend="remove it")
-        return FolderReference(path)
-    if path.exists():
+    if not path.is_dir():
         raise InputError(
-            f"{text!r} is a file, not a folder", where=field, mend="name the folder that holds config.json"
-        )
-    if not _HUB_ID.fullmatch(text):
-        raise InputError(
-            f"{text!r} is neither a folder that exists nor a hub id",
+            f"{text!r} is a file, not a folder" if path.exists() else f"there is no folder {text!r}",
             where=field,
-            mend="write a folder's path, or a hub id such as org/name",
+            mend="name the folder that holds config.json, or a hub id such as org/name",
         )
-    return HubReference(text, revision)
+    if revision is not None:
+        raise RecipeError(f"a revision was given for the local folder {text!r}", where=field, mend="remove it")
+    return FolderReference(path)
 
 
 def parse_base(text: str, revision: str | None) -> FolderReference | HubReference | PackageReference:

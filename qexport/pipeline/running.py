@@ -56,8 +56,7 @@ def run(recipe: Recipe, *, force: bool = False, device: str = "auto", report: Re
     output, where = _output(recipe, force=force), _device(device)
     planned = plan(recipe, report=report)
     ensure_space(output, planned.layout.total_bytes)
-    tokenizer = open_tokenizer(planned.merged.checkpoint)
-    texts = read_texts(recipe, tokenizer, planned.structure.vocab_size)
+    texts = read_texts(recipe, planned.merged.checkpoint, planned.structure.vocab_size)
     with Publication(output, force=force) as publication:
         layers, written = _write(planned, texts, publication.folder, where, report)
         readback.check(publication.folder, planned.layout.specs, written.digests)
@@ -81,6 +80,7 @@ def _write(
         texts.calibration,
         dtype=getattr(torch, planned.recipe.merge.dtype),
         device=device,
+        scratch=folder,
         report=report,
     )
     for record in stream:
@@ -102,7 +102,7 @@ def _verify(planned: Plan, texts: Texts, folder: Path, device: torch.device, rep
         texts.held_out,
         texts.prompts,
         planned.recipe.verify,
-        texts.tokenizer,
+        open_tokenizer(planned.merged.checkpoint),
         dtype=getattr(torch, planned.recipe.merge.dtype),
         device=device,
         report=report,

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from qexport.load.tokenizer import open_tokenizer
 from qexport.quantize.settings import CalibrationSettings
 from qexport.recipe.model import Recipe
-from qexport.tensors import CalibrationSet
+from qexport.tensors import CalibrationSet, Checkpoint
 from qexport.text.documents import Documents, read_documents, refuse_shared
 from qexport.text.prompts import Prompt, read_prompts
 from qexport.text.windows import make_windows
@@ -21,32 +22,31 @@ class Texts:
     """What the method looks at, and what it is judged by.
 
     Attributes:
-        tokenizer: the model's.
         calibration: windows for the method.
         held_out: windows for verification; None where the recipe has none.
         prompts: prompts to continue.
     """
 
-    tokenizer: PreTrainedTokenizerBase
     calibration: CalibrationSet
     held_out: CalibrationSet | None
     prompts: list[Prompt]
 
 
-def read_texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Texts:
-    """Reads every text that the recipe names.
+def read_texts(recipe: Recipe, checkpoint: Checkpoint, vocab_size: int) -> Texts:
+    """Reads every text that the recipe names. The tokenizer, tens of megabytes, is not kept.
 
     Raises:
         InputError: a file cannot be read or holds too little text, or the held-out text is in the calibration set.
     """
+    tokenizer = open_tokenizer(checkpoint)
     documents = _calibration_documents(recipe.quantize.calibration)
     calibration = _calibration_windows(documents, recipe.quantize.calibration, tokenizer, vocab_size)
     if recipe.verify is None:
-        return Texts(tokenizer, calibration, None, [])
+        return Texts(calibration, None, [])
     held_out = read_documents(_listed(recipe.verify.text), field=recipe.verify.field)
     refuse_shared(documents, held_out)
     prompts = read_prompts(Path(recipe.verify.prompts)) if recipe.verify.prompts else []
-    return Texts(tokenizer, calibration, _held_out_windows(held_out, recipe.verify, tokenizer, vocab_size), prompts)
+    return Texts(calibration, _held_out_windows(held_out, recipe.verify, tokenizer, vocab_size), prompts)
 
 
 def _calibration_documents(settings: CalibrationSettings) -> Documents:

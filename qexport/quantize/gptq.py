@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from qexport.architectures.freed_memory import return_freed_memory
 from qexport.architectures.runner import Batch, BlockRunner
 from qexport.architectures.structure import Structure
 from qexport.progress import Notice, Progress, Reporter, silent
 from qexport.quantize.hessian import Hessian
 from qexport.quantize.layer import SolvedLayer, solve_together
+from qexport.quantize.parking import Parking
 from qexport.quantize.pauses import PausedForward, pausing_at, shared_inputs
 from qexport.quantize.selection import select
 from qexport.quantize.settings import GptqSettings
 from qexport.quantize.solver import Options
 from qexport.tensors import CalibrationSet, Checkpoint, GroupQuantizedSpec, TensorRecord, TensorSpec
 
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 2048
 """Tokens that go through a block at a time."""
 
 Linears = dict[str, nn.Module]
@@ -54,6 +57,7 @@ def quantize(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    scratch: Path,
     report: Reporter = silent,
 ) -> Iterator[TensorRecord]:
     """Yields every tensor of the model, the chosen linears quantized, with the memory of one block.
@@ -64,14 +68,16 @@ def quantize(
         calibration: the tokens to look at.
         dtype: the merged model's dtype, which the forward computes in.
         device: where to compute.
+        scratch: a folder on a disk with room for a block's activations; nothing is left in it.
         report: is told of each block.
 
     Raises:
         NumericalError: a layer's Hessian is not finite or cannot be factorized, and `on_failure` is `error`.
         InputError: a tensor cannot be read.
+        OSError: the disk is full.
     """
     runner = BlockRunner(checkpoint.config, checkpoint.weights, dtype=dtype, device=device)
-    work = _Pass(runner, settings, calibration)
+    work = _Pass(runner, settings, calibration, scratch)
     tokens = calibration.input_ids.numel()
     total = len(runner.structure.blocks)
     for name in _outside(checkpoint, runner.structure, work.chosen):
@@ -98,8 +104,8 @@ def _outside(checkpoint: Checkpoint, structure: Structure, chosen: Mapping[str, 
 class _Pass:
     """One pass of the calibration tokens through the model."""
 
-    def __init__(self, runner: BlockRunner, settings: GptqSettings, calibration: CalibrationSet) -> None:
-        self._runner, self._settings = runner, settings
+    def __init__(self, runner: BlockRunner, settings: GptqSettings, calibration: CalibrationSet, scratch: Path) -> None:
+        self._runner, self._settings, self._parking = runner, settings, Parking(scratch)
         self.chosen = select(runner.structure, settings)
         length = calibration.input_ids.shape[1]
         self._batches = runner.embed(calibration.input_ids, max(1, BATCH_TOKENS // length))
@@ -132,7 +138,10 @@ class _Pass:
         return _record(f"{name}.weight", weight, solved)
 
     def _in_one_forward(self, index: int, block: nn.Module, linears: Linears) -> dict[str, SolvedLayer]:
-        """Each batch's forward waits before each group of layers until the group is solved."""
+        """Each batch's forward waits before each group of layers until the group is solved.
+
+        The groups' inputs wait on the disk meanwhile: they would be most of the memory.
+        """
         groups = self._groups(index, block, linears)
         forwards = [self._paused(index, block, batch) for batch in self._batches]
         solved: dict[str, SolvedLayer] = {}
@@ -141,9 +150,12 @@ class _Pass:
                 hessian = self._hessian(linears[group[0]])
                 for forward in forwards:
                     hessian.add(forward.advance())
+                    forward.park(self._parking)
+                return_freed_memory()
                 solved |= self._solve({name: linears[name] for name in group}, hessian)
             for forward in forwards:
                 forward.finish()
+        self._parking.empty()
         return solved
 
     def _in_two_forwards(self, index: int, block: nn.Module, linears: Linears) -> dict[str, SolvedLayer]:

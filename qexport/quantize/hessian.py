@@ -8,6 +8,9 @@ from torch import Tensor
 _COLUMNS = 256
 """Columns of one strip. Only the strips' upper parts are multiplied, half of the square for a wide layer."""
 
+_ROWS = 1024
+"""Tokens that are copied to float32 at a time."""
+
 
 class Hessian:
     """Sums `X^T X` over batches of inputs X [tokens, in], in float32, upper triangle only until it is read.
@@ -22,17 +25,24 @@ class Hessian:
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         self.tokens = 0
+        self._complete = False
         self._sum = torch.zeros(in_features, in_features, device=device)
 
     def add(self, inputs: Tensor) -> None:
         """Adds a batch of inputs [..., tokens, in]."""
-        rows = inputs.reshape(-1, inputs.shape[-1]).to(torch.float32)
-        self.tokens += rows.shape[0]
-        for start in range(0, rows.shape[1], _COLUMNS):
-            strip = rows[:, start : start + _COLUMNS]
-            self._sum[start : start + _COLUMNS, start:].addmm_(strip.t(), rows[:, start:])
+        inputs = inputs.reshape(-1, inputs.shape[-1])
+        self.tokens += inputs.shape[0]
+        for part in inputs.split(_ROWS):
+            rows = part.to(torch.float32)
+            for start in range(0, rows.shape[1], _COLUMNS):
+                strip = rows[:, start : start + _COLUMNS]
+                self._sum[start : start + _COLUMNS, start:].addmm_(strip.t(), rows[:, start:])
 
     def matrix(self) -> Tensor:
-        """The mean of `x x^T` over the tokens: float32 [in, in], symmetric."""
-        upper = self._sum.triu()
-        return (upper + upper.triu(1).t()).div_(max(self.tokens, 1))
+        """The mean of `x x^T` over the tokens: float32 [in, in], symmetric. A view, as long as nothing is added."""
+        if not self._complete:
+            self._sum.triu_()
+            self._sum += self._sum.triu(1).t()
+            self._sum /= max(self.tokens, 1)
+            self._complete = True
+        return self._sum

@@ -9,6 +9,8 @@ from typing import Any
 from greenlet import greenlet
 from torch import Tensor, nn
 
+from qexport.quantize.parking import Parking
+
 
 class PausedForward(greenlet):
     """One batch's forward, run on a stack of its own until the next layer that `pausing_at` names.
@@ -18,17 +20,33 @@ class PausedForward(greenlet):
 
     def __init__(self, forward: Callable[[], None]) -> None:
         super().__init__(forward)
+        self._inputs: Tensor | None = None
+        self._give_back: Callable[[], None] | None = None
 
     def advance(self) -> Tensor:
         """Goes on to the next layer that pauses, and returns its input."""
-        inputs = self.switch()
-        assert isinstance(inputs, Tensor), "the forward ended before the layer that was awaited"
-        return inputs
+        self._inputs = self._go_on()
+        assert self._inputs is not None, "the forward ended before the layer that was awaited"
+        return self._inputs
+
+    def park(self, parking: Parking) -> None:
+        """Moves the input that `advance` returned out of memory, until the forward goes on."""
+        assert self._inputs is not None
+        self._give_back = parking.park(self._inputs)
 
     def finish(self) -> None:
         """Goes on to the end."""
-        self.switch()
+        self._inputs = self._go_on()
         assert self.dead, "the forward paused once more than was awaited"
+
+    def _go_on(self) -> Tensor | None:
+        if self._give_back is not None:
+            self._give_back()
+            self._give_back = None
+        self._inputs = None
+        inputs = self.switch()
+        assert inputs is None or isinstance(inputs, Tensor)
+        return inputs
 
 
 @contextmanager

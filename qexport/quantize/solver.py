@@ -79,12 +79,12 @@ def factorize(hessian: Tensor, options: Options, *, rank_deficient: bool = False
     mean = float(diagonal.mean())
     with single_thread():
         for step in DAMPING_STEPS[int(rank_deficient) :]:
-            damped = hessian[reverse][:, reverse]
-            damped.diagonal().add_(options.damp_percent * step * mean)
-            lower, failed = torch.linalg.cholesky_ex(damped)
+            matrix = hessian[reverse[:, None], reverse]
+            matrix.diagonal().add_(options.damp_percent * step * mean)
+            lower, failed = torch.linalg.cholesky_ex(matrix)
             if not failed and bool(torch.isfinite(lower.diagonal()).all()):
-                identity = torch.eye(inputs, device=hessian.device, dtype=hessian.dtype)
-                inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+                inverse = matrix.copy_(torch.eye(inputs, device=hessian.device))
+                torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
                 return Factor(inverse.flip(0, 1), order, options.damp_percent * step)
     raise NumericalError(
         f"the Hessian is not positive definite, even with {options.damp_percent * DAMPING_STEPS[-1]:g} of damping",

@@ -19,7 +19,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, *, special_tokens: b
     backend = getattr(tokenizer, "backend_tokenizer", None)
     truncation, padding = (backend.truncation, backend.padding) if backend else (None, None)
     try:
-        ids = tokenizer(text, add_special_tokens=special_tokens, truncation=False, padding=False, verbose=False)
+        ids = tokenizer(text, add_special_tokens=special_tokens, verbose=False)
     finally:
         if backend and truncation:
             backend.enable_truncation(**truncation)

@@ -65,7 +65,11 @@ class TokenFigures:
 
 @torch.no_grad()
 def compare(
-    reference: BlockRunner, artifact: BlockRunner, batches: tuple[Sequence[Batch], Sequence[Batch]], input_ids: Tensor
+    reference: BlockRunner,
+    artifact: BlockRunner,
+    batches: tuple[Sequence[Batch], Sequence[Batch]],
+    input_ids: Tensor,
+    finished: Callable[[int], None],
 ) -> TokenFigures:
     """Figures from the hidden states behind the last block. Logits are made, compared and dropped in small pieces.
 
@@ -76,6 +80,7 @@ def compare(
         artifact: the artifact.
         batches: the two models' hidden states, as `run_in_lockstep` returns them.
         input_ids: int64 [windows, sequence_length].
+        finished: is told after each batch how many windows are compared.
 
     Raises:
         NumericalError: a model's logits hold NaN or Inf.
@@ -88,6 +93,7 @@ def compare(
             last = first + len(ours.hidden)
             parts += _compare_hidden(heads, ours.hidden, theirs.hidden, targets[first:last])
             first = last
+            finished(last)
     return _joined(parts).reshape(len(input_ids))
 
 

@@ -13,6 +13,11 @@ BATCH_TOKENS: Final = 4096
 """Tokens that go through a block at a time."""
 
 
+def windows_at_once(sequence_length: int) -> int:
+    """How many windows make a batch."""
+    return max(1, BATCH_TOKENS // sequence_length)
+
+
 def run_in_lockstep(
     runners: Sequence[BlockRunner], input_ids: Tensor, finished: Callable[[int], None]
 ) -> list[list[Batch]]:
@@ -28,8 +33,7 @@ def run_in_lockstep(
     Returns:
         One list of batches a model, with the same windows in the same order.
     """
-    windows = max(1, BATCH_TOKENS // input_ids.shape[1])
-    batches = [runner.embed(input_ids, windows) for runner in runners]
+    batches = [runner.embed(input_ids, windows_at_once(input_ids.shape[1])) for runner in runners]
     for index in range(len(runners[0].structure.blocks)):
         for runner, own in zip(runners, batches, strict=True):
             with runner.block(index) as block:

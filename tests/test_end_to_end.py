@@ -1,0 +1,246 @@
+"""Whole runs on tiny models, from the recipe to the published folder and back."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import PretrainedConfig, PreTrainedModel
+
+import factories
+from adapters import merge_with_peft, save_adapter
+from qexport.artifact.folder import open_artifact
+from qexport.artifact.manifest import MANIFEST_NAME
+from qexport.errors import InputError, NumericalError, QexportError, RecipeError
+from qexport.pipeline import Result, plan, run
+from qexport.recipe import load_recipe
+from qexport.verify.readers import ArtifactSource
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+
+MODELS: dict[str, tuple[PretrainedConfig, list[str], int]] = {
+    "llama": (factories.llama_config(), ["q_proj", "v_proj"], 32),
+    "llama tied": (factories.llama_config(tie_word_embeddings=True), ["gate_proj", "down_proj"], 64),
+    "qwen2": (factories.qwen2_config(), ["q_proj", "o_proj"], 32),
+    "mistral": (factories.mistral_config(), ["k_proj"], 32),
+    "falcon 7b, 71 heads": (
+        factories.falcon_config(hidden_size=71 * 8, num_attention_heads=71), ["query_key_value"], -1,
+    ),
+    "falcon 40b": (factories.falcon_40b_config(), ["query_key_value", "dense"], 32),
+}  # fmt: skip
+
+
+def prepare(folder: Path, config: PretrainedConfig, targets: list[str]) -> PreTrainedModel:
+    """A base, an adapter and texts in `folder`."""
+    model = factories.build(config)
+    factories.save(model, folder / "base")
+    save_adapter(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets), folder / "adapter", spread=0.3)
+    factories.write_text(folder / "calibration.jsonl", seed=1)
+    factories.write_text(folder / "held-out.jsonl", seed=2)
+    (folder / "prompts.jsonl").write_text('{"id": "a", "prompt": "The miller"}\n{"id": "b", "prompt": "Total: 12"}\n')
+    return model
+
+
+def overrides(folder: Path, *, group_size: int = 32, changes: dict[str, Any] | None = None) -> list[str]:
+    """What turns any shipped recipe into a run on the tiny model in `folder`."""
+    values: dict[str, Any] = {
+        "load.base": folder / "base",
+        "load.adapter": folder / "adapter",
+        "quantize.group_size": group_size,
+        "quantize.calibration.source": folder / "calibration.jsonl",
+        "quantize.calibration.samples": 16,
+        "quantize.calibration.sequence_length": 48,
+        "verify.text": folder / "held-out.jsonl",
+        "verify.prompts": folder / "prompts.jsonl",
+        "verify.windows": 6,
+        "verify.sequence_length": 48,
+        "verify.max_new_tokens": 6,
+        "verify.max_kl": 5.0,
+        "output": folder / "out",
+    }
+    return [f"{key}={value}" for key, value in (values | (changes or {})).items()]
+
+
+def finish(folder: Path, changes: dict[str, Any] | None = None, *, force: bool = False, group_size: int = 32) -> Result:
+    chosen = overrides(folder, group_size=group_size, changes=changes or {})
+    return run(load_recipe(RECIPES[0], chosen), force=force, device="cpu")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_goes_the_whole_way(name: str, tmp_path: Path) -> None:
+    config, targets, group_size = MODELS[name]
+    model = prepare(tmp_path, config, targets)
+    result = finish(tmp_path, group_size=group_size)
+    manifest = open_artifact(result.artifact_path).manifest
+    assert result.passed
+    assert manifest == result.manifest
+    merged = merge_with_peft(model, tmp_path / "adapter")
+    with ArtifactSource(result.artifact_path, dtype=torch.float32) as source:
+        assert {layer.name for layer in manifest.layers} == set(linear_names(model))
+        for layer in manifest.layers:
+            weight = merged[f"{layer.name}.weight"].float()
+            error = (source.read(f"{layer.name}.weight") - weight).square().mean() / weight.square().mean()
+            assert error < 0.06, "the weights must be those of base and adapter, rounded to 4 bits"
+    assert manifest.verification is not None
+    assert 0 < manifest.verification.mean_kl < 1
+    assert manifest.verification.generations is not None
+    assert manifest.verification.generations.prompts == 2
+
+
+def linear_names(model: PreTrainedModel) -> list[str]:
+    head = model.get_output_embeddings()
+    return [
+        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head
+    ]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_every_shipped_recipe_runs(recipe: Path, tmp_path: Path) -> None:
+    prepare(tmp_path, factories.llama_config(), ["q_proj", "v_proj"])
+    result = run(load_recipe(recipe, overrides(tmp_path)), device="cpu")
+    assert (result.artifact_path / MANIFEST_NAME).exists()
+
+
+@pytest.mark.smollm2
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_every_shipped_recipe_can_be_planned_as_it_stands(recipe: Path) -> None:
+    planned = plan(load_recipe(recipe)).as_dict()
+    assert planned["adapter"] == "smollm2-release-notes"
+    assert planned["changed_tensors"] == 60
+    assert planned["notes"] == []
+
+
+def test_two_runs_write_the_same_bytes_wherever_they_lie(tmp_path: Path) -> None:
+    runs = []
+    for place in ("here", "there/deeper"):
+        folder = tmp_path / place
+        folder.mkdir(parents=True)
+        prepare(folder, factories.llama_config(), ["q_proj"])
+        runs.append(contents(finish(folder).artifact_path))
+    assert runs[0] == runs[1]
+    assert not any(str(tmp_path).encode() in content for content in runs[0].values())
+
+
+def test_no_calibration_text_and_no_user_enters_the_artifact(tmp_path: Path) -> None:
+    prepare(tmp_path, factories.llama_config(), ["q_proj"])
+    files = contents(finish(tmp_path).artifact_path)
+    passages = [json.loads(line)["text"] for line in (tmp_path / "calibration.jsonl").read_text().splitlines()]
+    for content in files.values():
+        assert not any(passage.encode() in content for passage in passages)
+
+
+def test_the_bases_files_travel_byte_for_byte_and_modes_follow_the_umask(tmp_path: Path) -> None:
+    prepare(tmp_path, factories.llama_config(), ["q_proj"])
+    previous = os.umask(0o027)
+    try:
+        artifact = finish(tmp_path).artifact_path
+    finally:
+        os.umask(previous)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        assert (artifact / name).read_bytes() == (tmp_path / "base" / name).read_bytes()
+    assert {path.stat().st_mode & 0o777 for path in artifact.iterdir()} == {0o640}
+
+
+def test_an_adapter_that_changes_everything_is_seen_in_the_reference(tmp_path: Path) -> None:
+    """The reference is base and adapter, not the base: with another adapter its perplexity is another."""
+    prepare(tmp_path, factories.llama_config(), ["q_proj", "v_proj", "o_proj", "down_proj"])
+    with_adapter = finish(tmp_path).manifest.verification
+    recipe = load_recipe(RECIPES[0], [text for text in overrides(tmp_path) if not text.startswith("load.adapter")])
+    bare = recipe.model_copy(update={"load": recipe.load.model_copy(update={"adapter": None})})
+    without = run(bare, force=True, device="cpu").manifest.verification
+    assert with_adapter is not None
+    assert without is not None
+    assert abs(with_adapter.reference_perplexity / without.reference_perplexity - 1) > 0.01
+
+
+def test_a_failed_gate_sets_the_artifact_aside(tmp_path: Path) -> None:
+    prepare(tmp_path, factories.llama_config(), ["q_proj"])
+    result = finish(tmp_path, {"verify.max_kl": 1e-9})
+    assert not result.passed
+    assert result.artifact_path == tmp_path / "out.rejected"
+    assert (result.artifact_path / MANIFEST_NAME).exists()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("out")) == ["out.rejected"]
+
+
+def test_an_old_output_is_refused_before_any_work_and_replaced_when_forced(tmp_path: Path) -> None:
+    prepare(tmp_path, factories.llama_config(), ["q_proj"])
+    first = finish(tmp_path)
+    before = contents(first.artifact_path)
+    with pytest.raises(RecipeError, match="not empty"):
+        finish(tmp_path)
+    assert contents(first.artifact_path) == before
+    (first.artifact_path / "old").write_text("old")
+    assert contents(finish(tmp_path, force=True).artifact_path) == before
+
+
+@pytest.mark.parametrize("fault", ["nan in the last block", "interrupt"])
+def test_what_fails_late_leaves_nothing_behind(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = prepare(tmp_path, factories.llama_config(), ["q_proj"])
+    expected: type[BaseException] = KeyboardInterrupt
+    if fault == "interrupt":
+        monkeypatch.setattr("qexport.pipeline.running.verify", interrupt)
+    else:
+        with torch.no_grad():
+            model.get_parameter("model.layers.1.mlp.down_proj.weight")[0, 0] = torch.nan
+        model.save_pretrained(tmp_path / "base")
+        expected = InputError
+    with pytest.raises(expected):
+        finish(tmp_path)
+    assert not any(path.name.startswith("out") for path in tmp_path.iterdir())
+
+
+def interrupt(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_model_that_overflows_is_a_numerical_error(tmp_path: Path) -> None:
+    model = prepare(tmp_path, factories.llama_config(), ["q_proj"])
+    with torch.no_grad():
+        model.get_parameter("model.layers.0.mlp.up_proj.weight").fill_(3e38)
+    model.save_pretrained(tmp_path / "base")
+    with pytest.raises(NumericalError, match="not finite"):
+        finish(tmp_path)
+
+
+def test_calibrating_on_the_held_out_text_is_refused(tmp_path: Path) -> None:
+    prepare(tmp_path, factories.llama_config(), ["q_proj"])
+    (tmp_path / "copy.jsonl").write_bytes((tmp_path / "calibration.jsonl").read_bytes())
+    with pytest.raises(InputError, match="calibration documents too"):
+        finish(tmp_path, {"verify.text": tmp_path / "copy.jsonl"})
+
+
+def test_the_artifact_is_split_into_shards_of_the_size_asked_for(tmp_path: Path) -> None:
+    prepare(tmp_path, factories.llama_config(), ["q_proj"])
+    artifact = finish(tmp_path, {"export.0.max_shard_size": "60KB"}).artifact_path
+    shards = sorted(artifact.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    assert (artifact / "model.safetensors.index.json").exists()
+
+
+def test_codes_on_the_disk_are_those_that_were_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layout that wrote other codes than it was given is caught by reading back."""
+    prepare(tmp_path, factories.llama_config(), ["q_proj"])
+    from qexport.export import shards
+
+    honest = shards._write_at
+    monkeypatch.setattr(
+        shards, "_write_at", lambda path, at, content: honest(path, at, flipped(content) if at else content)
+    )
+    with pytest.raises(QexportError, match="bytes on the disk"):
+        finish(tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def flipped(content: memoryview) -> memoryview:
+    spoiled = bytearray(content)
+    spoiled[-1] ^= 1
+    return memoryview(spoiled)

@@ -140,7 +140,7 @@ class _Pass:
     def _in_one_forward(self, index: int, block: nn.Module, linears: Linears) -> dict[str, SolvedLayer]:
         """Each batch's forward waits before each group of layers until the group is solved.
 
-        The groups' inputs wait on the disk meanwhile: they would be most of the memory.
+        The groups' inputs and the block's wait on the disk meanwhile: they would be most of the memory.
         """
         groups = self._groups(index, block, linears)
         forwards = [self._paused(index, block, batch) for batch in self._batches]
@@ -148,9 +148,10 @@ class _Pass:
         with pausing_at([linears[group[0]] for group in groups]):
             for group in groups:
                 hessian = self._hessian(linears[group[0]])
-                for forward in forwards:
-                    hessian.add(forward.advance())
-                    forward.park(self._parking)
+                for forward, batch in zip(forwards, self._batches, strict=True):
+                    inputs = forward.advance()
+                    hessian.add(inputs)
+                    forward.park(self._parking, (inputs, batch.hidden))
                 return_freed_memory()
                 solved |= self._solve({name: linears[name] for name in group}, hessian)
             for forward in forwards:

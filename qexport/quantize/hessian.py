@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
-_COLUMNS = 256
+_COLUMNS = 128
 """Columns of one strip. Only the strips' upper parts are multiplied, half of the square for a wide layer."""
 
-_ROWS = 1024
+_ROWS = 2048
 """Tokens that are copied to float32 at a time."""
 
 
@@ -32,11 +35,14 @@ class Hessian:
         """Adds a batch of inputs [..., tokens, in]."""
         inputs = inputs.reshape(-1, inputs.shape[-1])
         self.tokens += inputs.shape[0]
-        for part in inputs.split(_ROWS):
-            rows = part.to(torch.float32)
-            for start in range(0, rows.shape[1], _COLUMNS):
-                strip = rows[:, start : start + _COLUMNS]
-                self._sum[start : start + _COLUMNS, start:].addmm_(strip.t(), rows[:, start:])
+        with _bfloat16_products(inputs.dtype):
+            for part in inputs.split(_ROWS):
+                self._add_rows(part.to(torch.float32))
+
+    def _add_rows(self, rows: Tensor) -> None:
+        for start in range(0, rows.shape[1], _COLUMNS):
+            strip = rows[:, start : start + _COLUMNS]
+            self._sum[start : start + _COLUMNS, start:].addmm_(strip.t(), rows[:, start:])
 
     def matrix(self) -> Tensor:
         """The mean of `x x^T` over the tokens: float32 [in, in], symmetric. A view, as long as nothing is added."""
@@ -46,3 +52,19 @@ class Hessian:
             self._sum /= max(self.tokens, 1)
             self._complete = True
         return self._sum
+
+
+@contextmanager
+def _bfloat16_products(dtype: torch.dtype) -> Iterator[None]:
+    """Lets float32 products round their factors to bfloat16, which changes nothing where they are bfloat16 values.
+
+    The sums stay float32. CPUs with bfloat16 instructions are a quarter faster so; others compute as before.
+    """
+    matmul = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009 - unknown to torch's own types
+    before = matmul.fp32_precision
+    if dtype == torch.bfloat16:
+        matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

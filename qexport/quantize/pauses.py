@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,33 +20,28 @@ class PausedForward(greenlet):
 
     def __init__(self, forward: Callable[[], None]) -> None:
         super().__init__(forward)
-        self._inputs: Tensor | None = None
-        self._give_back: Callable[[], None] | None = None
+        self._give_back: list[Callable[[], None]] = []
 
     def advance(self) -> Tensor:
         """Goes on to the next layer that pauses, and returns its input."""
-        self._inputs = self._go_on()
-        assert self._inputs is not None, "the forward ended before the layer that was awaited"
-        return self._inputs
+        inputs = self._go_on()
+        assert isinstance(inputs, Tensor), "the forward ended before the layer that was awaited"
+        return inputs
 
-    def park(self, parking: Parking) -> None:
-        """Moves the input that `advance` returned out of memory, until the forward goes on."""
-        assert self._inputs is not None
-        self._give_back = parking.park(self._inputs)
+    def park(self, parking: Parking, tensors: Iterable[Tensor]) -> None:
+        """Moves tensors that only this forward needs out of memory, until it goes on."""
+        for tensor in tensors:
+            self._give_back.append(parking.park(tensor))
 
     def finish(self) -> None:
         """Goes on to the end."""
-        self._inputs = self._go_on()
+        self._go_on()
         assert self.dead, "the forward paused once more than was awaited"
 
-    def _go_on(self) -> Tensor | None:
-        if self._give_back is not None:
-            self._give_back()
-            self._give_back = None
-        self._inputs = None
-        inputs = self.switch()
-        assert inputs is None or isinstance(inputs, Tensor)
-        return inputs
+    def _go_on(self) -> object:
+        while self._give_back:  # the last one first: two of the tensors may share a storage
+            self._give_back.pop()()
+        return self.switch()
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_SHRINK = tuple(1.0 - 0.03 * step for step in range(13))
+_SHRINK = tuple(1.0 - 0.025 * step for step in range(20))
 """Clipping ranges tried by the search, as fractions of the largest value."""
 
 _CHUNK = 1 << 19

@@ -49,11 +49,12 @@ def main() -> None:
         print("qexport ...", file=sys.stderr)
         cost = _measure([sys.executable, "-m", "qexport", "run", str(work / "run.yaml")])
         rows["qexport"] = (cost, _perplexity(work, "packed", work / "qexport"))
+        _show(rows)
         for peer, python in arguments.peer:
             print(f"{peer} ...", file=sys.stderr)
             cost = _measure([python, str(HERE / "peers" / f"{peer}.py"), str(work)])
             rows[peer] = (cost, _perplexity(work, *_peer_output(work, peer)))
-    _show(rows)
+            _show(rows)  # each time: a later peer may fail
 
 
 def _arguments() -> argparse.Namespace:

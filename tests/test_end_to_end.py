@@ -92,6 +92,7 @@ def test_a_model_goes_the_whole_way(name: str, tmp_path: Path) -> None:
             assert error < 0.06, "the weights must be those of base and adapter, rounded to 4 bits"
     assert manifest.verification is not None
     assert 0 < manifest.verification.mean_kl < 1
+    assert any("GPTQModel.load" in note for note in manifest.notes) == name.startswith("falcon")
     assert manifest.verification.generations is not None
     assert manifest.verification.generations.prompts == 2
 

@@ -271,7 +271,7 @@ def test_progress_counts_blocks_and_tokens() -> None:
     events: list[Progress | Notice] = []
     quantized(factories.llama_config(), settings(), report=events.append)
     steps = [(event.done, event.total, event.tokens) for event in events if isinstance(event, Progress)]
-    assert steps == [(1, 2, 576), (2, 2, 1152)]
+    assert steps == [(0, 2, 0), (1, 2, 576), (2, 2, 1152)]
 
 
 MEMORY_SCRIPT = """

@@ -311,9 +311,7 @@ def test_progress_counts_every_step_and_names_what_was_not_confirmed(
     model.write(tmp_path / "a")
     events: list[Progress | Notice] = []
     found = measure(model.checkpoint, tmp_path / "a", prompts=PROMPTS, report=events.append)
-    assert [(event.done, event.total) for event in events if isinstance(event, Progress)] == [
-        (n, 7) for n in range(1, 8)
-    ]
+    assert [(event.done, event.total) for event in events if isinstance(event, Progress)] == [(n, 7) for n in range(8)]
     assert found.readers[0].startswith("qexport ")
     assert found.unconfirmed == ["loading with transformers and gptqmodel"]
 

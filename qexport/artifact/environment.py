@@ -24,7 +24,7 @@ class Environment(BaseModel):
     """The machine's instruction set, for example `x86_64`."""
 
     cpu_capability: str
-    """The vector instructions that torch uses, for example `AVX2` or `AVX512`."""
+    """The vector instructions that torch uses, for example `AVX2`, `AVX512` or `AVX512 avx512_bf16`."""
 
     device: str
     """`cpu`, or the name of the accelerator."""
@@ -39,6 +39,14 @@ def describe_environment(device: torch.device) -> Environment:
         safetensors=version("safetensors"),
         numpy=version("numpy"),
         architecture=platform.machine(),
-        cpu_capability=torch.backends.cpu.get_cpu_capability(),
+        cpu_capability=_cpu_capability(),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    )
+
+
+def _cpu_capability() -> str:
+    """The vector level, and the bfloat16 instructions, which choose other kernels on top of it."""
+    found = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not tell
+    return " ".join(
+        [torch.backends.cpu.get_cpu_capability(), *(n for n in ("avx512_bf16", "amx_bf16") if found.get(n))]
     )

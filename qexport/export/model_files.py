@@ -56,7 +56,7 @@ def _card(origin: Origin, quantization: Mapping[str, Any]) -> str:
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{base}tags:\n- gptq\n- qexport\n---\n\n"
         f"# {origin.name}, GPTQ {bits}-bit\n\n"
-        f"Made with [qexport](https://github.com/qexport/qexport) from {origin.name}: "
+        f"Made with qexport from {origin.name}: "
         f"{bits}-bit GPTQ codes in {groups}, {'symmetric' if quantization['sym'] else 'asymmetric'}.\n\n"
         "`qexport-manifest.json` says what this artifact was made from, how, and how far it is from the 16-bit model.\n"
     )

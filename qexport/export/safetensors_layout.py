@@ -71,6 +71,16 @@ class SafetensorsLayout:
         """Parameters of the model, each quantized weight counted once."""
         return sum(_numel(spec) for spec in self.plan.values())
 
+    @property
+    def notes(self) -> list[str]:
+        """What stock loaders get wrong with this artifact, silently (docs/artifact.md has what was tried)."""
+        notes = []
+        if self.structure.model_type == "falcon":
+            notes.append("transformers fills a Falcon's quantized layers at random: load it with GPTQModel.load(path)")
+        if isinstance(self.plan.get(f"{self.structure.head}.weight"), GroupQuantizedSpec):
+            notes.append("transformers fills a quantized lm_head at random: load it with GPTQModel.load(path)")
+        return notes
+
     def writer(self, folder: Path) -> SafetensorsWriter:
         """Starts an artifact in an existing, empty folder."""
         return SafetensorsWriter(self, folder)

@@ -40,7 +40,7 @@ class Plan:
             "base": self.merged.checkpoint.origin.name,
             "adapter": adapter.origin.name if adapter else None,
             "changed_tensors": len(adapter.changed) if adapter else 0,
-            "notes": list(adapter.notes) if adapter else [],
+            "notes": [*(adapter.notes if adapter else ()), *self.layout.notes],
             "blocks": len(self.structure.blocks),
             "parameters": self.layout.parameters,
             "quantized_layers": quantized,

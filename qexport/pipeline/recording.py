@@ -29,7 +29,7 @@ def make_manifest(
 ) -> Manifest:
     """Says what lies in `folder`, what it was made from, and how it compares with its reference."""
     recipe, checkpoint, adapter = planned.recipe.portable(), planned.merged.checkpoint, planned.merged.adapter
-    fallen = [layer.name for layer in layers if layer.method == "round_to_nearest"]
+    fallen = [f"{layer.name} was rounded to nearest" for layer in layers if layer.method == "round_to_nearest"]
     return Manifest(
         schema_version=1,
         qexport_version=version("qexport"),
@@ -39,7 +39,7 @@ def make_manifest(
         recipe_sha256=sha256_json(recipe),
         base=_source(checkpoint.origin),
         adapter=_source(adapter.origin) if adapter else None,
-        notes=[*(adapter.notes if adapter else ()), *(f"{name} was rounded to nearest" for name in fallen)],
+        notes=[*(adapter.notes if adapter else ()), *planned.layout.notes, *fallen],
         calibration=_calibration(calibration),
         tokenizer={name: sha256_bytes(content) for name, content in sorted(checkpoint.files.items())},
         quantization=dict(written.quantization),

@@ -80,6 +80,7 @@ def quantize(
     work = _Pass(runner, settings, calibration, scratch)
     tokens = calibration.input_ids.numel()
     total = len(runner.structure.blocks)
+    report(Progress("quantize", 0, total, "block"))
     for name in _outside(checkpoint, runner.structure, work.chosen):
         yield TensorRecord(name, checkpoint.weights.read(name))
     for index in range(total):
@@ -154,6 +155,7 @@ class _Pass:
                     forward.park(self._parking, (inputs, batch.hidden))
                 return_freed_memory()
                 solved |= self._solve({name: linears[name] for name in group}, hessian)
+                return_freed_memory()
             for forward in forwards:
                 forward.finish()
         self._parking.empty()

@@ -90,6 +90,9 @@ class _Steps:
     done: int = 0
     tokens: int = 0
 
+    def __post_init__(self) -> None:
+        self.report(Progress("verify", 0, self.total, "step"))
+
     def finished(self, detail: str, tokens: int = 0) -> None:
         self.done += 1
         self.tokens += tokens

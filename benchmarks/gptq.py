@@ -42,17 +42,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
         work = Path(scratch)
         _write_recipe(work, arguments)
-        _measure([sys.executable, str(HERE / "prepare.py"), str(work)])
+        _measure([sys.executable, str(HERE / "prepare.py"), str(work)], work)
         rows: dict[str, tuple[Cost | None, float]] = {
             "bf16, merged": (None, _perplexity(work, "dense", work / "merged"))
         }
         print("qexport ...", file=sys.stderr)
-        cost = _measure([sys.executable, "-m", "qexport", "run", str(work / "run.yaml")])
+        cost = _measure([sys.executable, "-m", "qexport", "run", str(work / "run.yaml")], work)
         rows["qexport"] = (cost, _perplexity(work, "packed", work / "qexport"))
         _show(rows)
         for peer, python in arguments.peer:
             print(f"{peer} ...", file=sys.stderr)
-            cost = _measure([python, str(HERE / "peers" / f"{peer}.py"), str(work)])
+            cost = _measure([python, str(HERE / "peers" / f"{peer}.py"), str(work)], work)
             rows[peer] = (cost, _perplexity(work, *_peer_output(work, peer)))
             _show(rows)  # each time: a later peer may fail
 
@@ -81,14 +81,14 @@ def _peer(text: str) -> tuple[str, str]:
 def _write_recipe(work: Path, arguments: argparse.Namespace) -> None:
     """4 bits, symmetric, group 64, 64 windows of 512 tokens, without verification; the rest as a user finds it."""
     load = {"base": arguments.base} | ({"adapter": arguments.adapter} if arguments.adapter else {})
-    calibration = {"source": arguments.calibration, "samples": 64, "sequence_length": 512}
+    calibration = {"source": str(Path(arguments.calibration).resolve()), "samples": 64, "sequence_length": 512}
     recipe = {
         "load": load,
         "quantize": {"method": "gptq", "bits": 4, "group_size": 64, "sym": True, "calibration": calibration},
         "export": [{"layout": "safetensors"}],
         "output": str(work / "qexport"),
     }
-    verify = {"text": arguments.held_out, "windows": arguments.windows, "sequence_length": 512}
+    verify = {"text": str(Path(arguments.held_out).resolve()), "windows": arguments.windows, "sequence_length": 512}
     (work / "run.yaml").write_text(json.dumps(recipe))  # JSON is YAML
     (work / "prepare.yaml").write_text(json.dumps(recipe | {"verify": verify}))
 
@@ -98,15 +98,17 @@ def _peer_output(work: Path, peer: str) -> tuple[str, Path]:
     return ("dense" if peer == "llmcompressor" else "packed"), work / peer
 
 
-def _measure(command: list[str]) -> Cost:
-    """Runs a process to its end and takes what the kernel counted for it and its children."""
-    process = subprocess.Popen(command, stdout=sys.stderr, env={**os.environ, "PYTHONPATH": str(ROOT)})
+def _measure(command: list[str], work: Path) -> Cost:
+    """Runs a process to its end in `work` (some write logs) and takes what the kernel counted for it."""
+    process = subprocess.Popen(command, stdout=sys.stderr, cwd=work, env={**os.environ, "PYTHONPATH": str(ROOT)})
     start = os.times().elapsed
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{command[1]} ended with {process.returncode}")
-    return Cost(os.times().elapsed - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1e3)
+    return Cost(
+        os.times().elapsed - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e6
+    )  # Linux counts KiB
 
 
 def _perplexity(work: Path, kind: str, model: Path) -> float:

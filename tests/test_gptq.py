@@ -267,6 +267,16 @@ def test_a_fallback_to_rounding_is_recorded_and_told(tmp_path: Path) -> None:
     assert {notice.text.split()[0] for notice in events if isinstance(notice, Notice)} == fallen
 
 
+def test_a_layer_that_the_forward_never_calls_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: self.down_proj(self.up_proj(x)))
+    source = checkpoint(CONFIGS["llama"], factories.build(CONFIGS["llama"], dtype=torch.float32))
+    with pytest.raises(CompatibilityError, match="does not call") as caught:
+        list(quantize(source, settings(), calibration(), dtype=torch.float32, device=CPU, scratch=tmp_path))
+    assert caught.value.where == "model.layers.0.mlp.gate_proj"
+
+
 def test_progress_counts_blocks_and_tokens() -> None:
     events: list[Progress | Notice] = []
     quantized(factories.llama_config(), settings(), report=events.append)

@@ -46,7 +46,7 @@ def describe_environment(device: torch.device) -> Environment:
 
 def _cpu_capability() -> str:
     """The vector level, and the bfloat16 instructions, which choose other kernels on top of it."""
-    found = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not tell
+    found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not tell
     return " ".join(
         [torch.backends.cpu.get_cpu_capability(), *(n for n in ("avx512_bf16", "amx_bf16") if found.get(n))]
     )

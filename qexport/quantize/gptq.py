@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from qexport.architectures.freed_memory import return_freed_memory
 from qexport.architectures.runner import Batch, BlockRunner
 from qexport.architectures.structure import Structure
+from qexport.errors import CompatibilityError
 from qexport.progress import Notice, Progress, Reporter, silent
 from qexport.quantize.hessian import Hessian
 from qexport.quantize.layer import SolvedLayer, solve_together
@@ -73,6 +74,7 @@ def quantize(
 
     Raises:
         NumericalError: a layer's Hessian is not finite or cannot be factorized, and `on_failure` is `error`.
+        CompatibilityError: a block's forward does not call one of its layers.
         InputError: a tensor cannot be read.
         OSError: the disk is full.
     """
@@ -180,7 +182,14 @@ class _Pass:
 
     def _groups(self, index: int, block: nn.Module, linears: Linears) -> list[list[str]]:
         probe = Batch(self._probe.hidden, self._probe.calls)
-        return shared_inputs(linears, lambda: self._runner.forward(index, block, probe))
+        groups = shared_inputs(linears, lambda: self._runner.forward(index, block, probe))
+        if unreached := linears.keys() - {name for group in groups for name in group}:
+            raise CompatibilityError(
+                "the block's forward does not call these layers, so that nothing is known of their inputs",
+                where=", ".join(sorted(unreached)),
+                mend="leave them dense with quantize.overrides",
+            )
+        return groups
 
     def _paused(self, index: int, block: nn.Module, batch: Batch) -> PausedForward:
         return PausedForward(lambda: self._runner.forward(index, block, batch))

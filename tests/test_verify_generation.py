@@ -42,8 +42,7 @@ def test_continuations_are_the_likeliest_tokens_one_by_one(config: PretrainedCon
     model = QuantizedModel(factories.build(config))
     factories.save(model.model, tmp_path / "model")
     inputs = [TOKENIZER(text)["input_ids"] for text in ("The miller", "Total: 12 boxes")]
-    settings = greedy_settings(replace(model.checkpoint, config={}, files={}), TOKENIZER, max_new_tokens=6)
-    settings.eos_token_id = None
+    settings = greedy_settings(model.checkpoint, TOKENIZER, max_new_tokens=6)
     continued = continue_all(runner_of(model), inputs, settings, lambda: None)
     assert continued == [by_hand(tmp_path / "model", ids, 6) for ids in inputs]
 

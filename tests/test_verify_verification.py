@@ -321,4 +321,4 @@ def test_progress_counts_every_step_and_names_what_was_not_confirmed(
     assert found.generations is None
     assert found.unconfirmed[1:] == ["greedy generations (the model does not fit in memory)"]
     assert "does not fit in memory" in next(event.text for event in events if isinstance(event, Notice))
-    assert [event.total for event in events if isinstance(event, Progress)] == [3, 3, 3]
+    assert [event.total for event in events if isinstance(event, Progress)] == [3, 3, 3, 3]

@@ -145,7 +145,9 @@ def _show(result: Result, *, as_json: bool) -> None:
     else:
         from qexport.cli.summary import summary
 
-        stdout().print(summary(result.manifest, result.artifact_path), crop=False)
+        path, here = result.artifact_path, Path.cwd()
+        shown = path.relative_to(here) if path.is_relative_to(here) else path
+        stdout().print(summary(result.manifest, shown), crop=False)
 
 
 def _gates_failed(result: Result) -> Failure:

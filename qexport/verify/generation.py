@@ -81,7 +81,6 @@ def continue_all(
     continuations = []
     with runner.whole() as model:
         assert isinstance(model, GenerationMixin)
-        model.generation_config = settings
         for ids in inputs:
             prompt = torch.tensor([ids], device=runner.device)
             output = model.generate(  # type: ignore[misc]  # transformers gives self the type of a protocol

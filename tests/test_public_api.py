@@ -14,7 +14,8 @@ def test_every_public_name_can_be_imported() -> None:
 
 
 def test_the_surface_is_what_it_is_on_purpose() -> None:
-    errors = {name for name in qexport.__all__ if isinstance(getattr(qexport, name), type(qexport.QexportError))}
+    classes = {name: found for name in qexport.__all__ if isinstance(found := getattr(qexport, name), type)}
+    errors = {name for name, found in classes.items() if issubclass(found, qexport.QexportError)}
     assert set(qexport.__all__) - errors == {"Manifest", "Plan", "Recipe", "Result", "load_recipe", "plan", "run"}
 
 

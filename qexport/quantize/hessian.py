@@ -11,8 +11,9 @@ from torch import Tensor
 _COLUMNS = 128
 """Columns of one strip. Only the strips' upper parts are multiplied, half of the square for a wide layer."""
 
-_ROWS = 2048
-"""Tokens that are copied to float32 at a time."""
+_ROWS = 1024
+"""Tokens that are multiplied at a time. From 2048 on, oneDNN divides the sum over the tokens among the threads, and its
+bits depend on their number."""
 
 
 class Hessian:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -116,9 +117,11 @@ def output_error(weight: Tensor, quantized: GroupQuantized, matrix: Tensor) -> f
         The ratio; None where the Hessian is not finite or the layer puts out nothing, so that there is no ratio.
     """
     error = quantized.dequantize(torch.float32).sub_(weight)
-    ratio = float(_energy(error, matrix) / _energy(weight, matrix))
-    return ratio if torch.isfinite(torch.tensor(ratio)) else None
+    lost, whole = _energy(error, matrix), _energy(weight, matrix)
+    return lost / whole if whole > 0 and math.isfinite(lost / whole) else None
 
 
-def _energy(weight: Tensor, matrix: Tensor) -> Tensor:
-    return torch.sum((weight @ matrix).mul_(weight), dtype=torch.float64)
+def _energy(weight: Tensor, matrix: Tensor) -> float:
+    """Row by row and then exactly: the bits of one sum over everything would depend on the number of threads."""
+    rows = (weight @ matrix).mul_(weight).sum(1, dtype=torch.float64)
+    return math.fsum(rows.tolist()) if bool(torch.isfinite(rows).all()) else math.nan

@@ -226,7 +226,7 @@ def test_a_group_size_that_does_not_divide_names_the_layers_and_the_sizes_that_f
     text = refusal(config, group_size=64)
     assert "group_size 64 does not divide the inputs of 8 layers" in text
     assert "transformer.h.0.self_attention.query_key_value (568 inputs)" in text
-    assert "sizes that fit them all: -1" in text
+    assert "sizes that fit them all: 71, 142, 284, 568, -1" in text
     assert "fit them all: 16, 32, 64, 128, -1" in refusal(factories.llama_config(hidden_size=128), group_size=96)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
+from math import gcd
 
 from qexport.architectures.families import family, matching
 from qexport.architectures.structure import LinearSpec, Structure
@@ -90,8 +91,9 @@ def _ragged(candidates: Mapping[str, LinearSpec], chosen: Mapping[str, Options])
 
 
 def _ragged_text(group_size: int, linears: list[LinearSpec]) -> str:
-    widths = sorted({linear.in_features for linear in linears})
-    fits = [size for size in (16, 32, 64, 128, 256, 512, 1024) if all(width % size == 0 for width in widths)]
+    common = gcd(*(linear.in_features for linear in linears))
+    divisors = [size for size in range(16, 1025) if common % size == 0]
+    fits = [size for size in divisors if size.bit_count() == 1] or divisors  # kernels know powers of two best
     names = ", ".join(f"{linear.name} ({linear.in_features} inputs)" for linear in linears[:_LISTED])
     more = f" and {len(linears) - _LISTED} more" if len(linears) > _LISTED else ""
     return (

@@ -24,7 +24,7 @@ def main() -> None:
     """Loads, dequantizes where needed, measures."""
     work, kind, folder = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
     tensors: Tensors = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.rglob("*.safetensors")):  # auto-round writes a folder inside
         tensors |= load_file(path)
     weights = tensors if kind == "dense" else _unpacked(tensors)
     config = AutoConfig.from_pretrained(work / "merged")

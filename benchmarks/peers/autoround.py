@@ -18,8 +18,17 @@ def main() -> None:
     data = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in windows.split(8)]
     model = AutoModelForCausalLM.from_pretrained(work / "merged", dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(work / "merged")
+    samples, length = windows.shape
     rounder = AutoRound(
-        model, tokenizer, scheme="W4A16", group_size=64, sym=True, iters=0, dataset=data, nsamples=64, seqlen=512
+        model,
+        tokenizer,
+        scheme="W4A16",
+        group_size=64,
+        sym=True,
+        iters=0,
+        dataset=data,
+        nsamples=samples,
+        seqlen=length,
     )
     rounder.quantize_and_save(str(work / "autoround"), format="auto_gptq")
 

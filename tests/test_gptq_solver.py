@@ -205,6 +205,15 @@ def test_dead_inputs_are_counted_and_keep_their_weights() -> None:
     assert torch.allclose(layer.quantized.dequantize()[:, [3, 40]], weight[:, [3, 40]], atol=0.3)
 
 
+def test_dead_inputs_are_counted_where_the_factorization_fails_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = torch.randn(512, 64)
+    inputs[:, [3, 40]] = 0
+    monkeypatch.setattr(solver, "DAMPING_STEPS", (-1e6,))
+    layer = solve_together({"a": torch.randn(16, 64)}, layer_hessian(inputs), {"a": OPTIONS}, "round_to_nearest")["a"]
+    assert layer.report.method == "round_to_nearest"
+    assert layer.report.dead_columns == 2
+
+
 def test_too_few_tokens_raise_the_damping_and_say_so() -> None:
     solved_layer = solve_together(
         {"a": torch.randn(16, 64)}, layer_hessian(torch.randn(32, 64)), {"a": OPTIONS}, "error"

@@ -42,13 +42,14 @@ def solve_together(
         NumericalError: the Hessian is not finite or cannot be factorized, and `on_failure` is `error`.
     """
     names = list(weights)
+    dead = int((hessian.matrix().diagonal() == 0).sum())
     try:
-        matrix, dead = _usable(hessian)
+        matrix = _usable(hessian)
         factor = factorize(matrix, options[names[0]], rank_deficient=hessian.tokens < matrix.shape[0])
     except NumericalError as error:
         if on_failure == "error":
             raise NumericalError(error.what, where=", ".join(names), mend=error.mend) from error
-        return {name: _rounded(name, weights[name], options[name], hessian) for name in names}
+        return {name: _rounded(name, weights[name], options[name], hessian, dead) for name in names}
     solved: dict[str, SolvedLayer] = {}
     for shared in dict.fromkeys(options[name] for name in names):
         members = [name for name in names if options[name] == shared]
@@ -56,8 +57,8 @@ def solve_together(
     return {name: solved[name] for name in names}
 
 
-def _usable(hessian: Hessian) -> tuple[Tensor, int]:
-    """The Hessian with inputs that were always zero made solvable on their own, and how many those are."""
+def _usable(hessian: Hessian) -> Tensor:
+    """The Hessian, in place, with inputs that were always zero made solvable on their own."""
     matrix = hessian.matrix()
     if not hessian.tokens:
         raise NumericalError(
@@ -71,7 +72,7 @@ def _usable(hessian: Hessian) -> tuple[Tensor, int]:
     diagonal = matrix.diagonal()
     dead = diagonal == 0
     diagonal[dead] = diagonal.mean() if not bool(dead.all()) else 1.0
-    return matrix, int(dead.sum())
+    return matrix
 
 
 def _solve_rows(
@@ -96,10 +97,9 @@ def _solve_rows(
     return solved
 
 
-def _rounded(name: str, weight: Tensor, options: Options, hessian: Hessian) -> SolvedLayer:
+def _rounded(name: str, weight: Tensor, options: Options, hessian: Hessian, dead: int) -> SolvedLayer:
     quantized = round_to_nearest(weight, options)
     loss = output_error(weight, quantized, hessian.matrix())
-    dead = int((hessian.matrix().diagonal() == 0).sum())
     return SolvedLayer(
         quantized, LayerReport(name, "round_to_nearest", loss, loss, options.damp_percent, hessian.tokens, dead)
     )

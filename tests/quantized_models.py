@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from qexport.architectures.structure import Structure, describe
-from qexport.export.quantization_config import Plan
-from qexport.export.safetensors_layout import SafetensorsLayout, Written
+from qexport.export.safetensors_layout import SafetensorsLayout
 from qexport.export.settings import SafetensorsSettings
-from qexport.tensors import Checkpoint, GroupQuantized, GroupQuantizedSpec, Origin, TensorRecord, TensorSpec
+from qexport.export.weight_files import WrittenWeights
+from qexport.tensors import (
+    Checkpoint,
+    Gptq,
+    GroupQuantized,
+    GroupQuantizedSpec,
+    Origin,
+    Outputs,
+    OutputSpec,
+    TensorRecord,
+    TensorSpec,
+)
 
 FILES = {
     "tokenizer.json": b'{"tokens": "\xc3\xa9"}\r\n',
@@ -24,15 +35,19 @@ FILES = {
 }
 
 
-@dataclass(frozen=True)
-class Method:
-    bits: int = 4
-    group_size: int = 32
-    sym: bool = True
-    desc_act: bool = False
-    static_groups: bool = True
-    damp_percent: float = 0.01
-    true_sequential: bool = True
+DEFAULT = Gptq(
+    bits=4,
+    group_size=32,
+    sym=True,
+    desc_act=False,
+    static_groups=True,
+    damp_percent=0.01,
+    true_sequential=True,
+)
+
+
+def gptq_method(**changes: Any) -> Gptq:
+    return replace(DEFAULT, **changes)
 
 
 @dataclass(frozen=True)
@@ -56,7 +71,7 @@ class QuantizedModel:
     """
 
     model: PreTrainedModel
-    method: Method = Method()
+    method: Gptq = DEFAULT
     special: Mapping[str, tuple[int, int] | None] = field(default_factory=dict)
     origin: Origin = field(default_factory=lambda: Origin("folder", "tiny"))
 
@@ -72,7 +87,11 @@ class QuantizedModel:
         return Checkpoint(json.loads(self.model.config.to_json_string()), Tensors(weights), FILES, self.origin)
 
     @cached_property
-    def plan(self) -> Plan:
+    def outputs(self) -> Outputs:
+        return Outputs(self.method, self.specs)
+
+    @cached_property
+    def specs(self) -> dict[str, OutputSpec]:
         linears = {linear.name for block in self.structure.linears.values() for linear in block}
         extra = {name for name, settings in self.special.items() if settings is not None}
         return {
@@ -80,7 +99,7 @@ class QuantizedModel:
             for name, spec in self.checkpoint.weights.specs().items()
         }
 
-    def _quantized_spec(self, name: str, spec: TensorSpec) -> TensorSpec | GroupQuantizedSpec:
+    def _quantized_spec(self, name: str, spec: TensorSpec) -> OutputSpec:
         if not name.endswith(".weight"):
             return spec
         settings = self.special.get(name.removesuffix(".weight"), (self.method.bits, self.method.group_size))
@@ -95,19 +114,21 @@ class QuantizedModel:
         source = self.checkpoint.weights
         return [
             TensorRecord(
-                name, source.read(name) if isinstance(spec, TensorSpec) else round_off(source.read(name), spec)
+                name, round_off(source.read(name), spec) if isinstance(spec, GroupQuantizedSpec) else source.read(name)
             )
-            for name, spec in self.plan.items()
+            for name, spec in self.specs.items()
         ]
 
-    def write(self, folder: Path, *, max_shard_size: str = "5GB") -> tuple[SafetensorsLayout, Written]:
+    def write(self, folder: Path, *, max_shard_size: str = "5GB") -> WrittenWeights:
         settings = SafetensorsSettings(layout="safetensors", max_shard_size=max_shard_size)
-        layout = SafetensorsLayout(settings, self.plan, self.structure)
+        layout = SafetensorsLayout(settings, self.outputs, self.structure)
         folder.mkdir(exist_ok=True)
-        writer = layout.writer(folder)
+        writer = layout.weights.writer(folder)
         for record in self.records():
             writer.write(record)
-        return layout, writer.finish(self.checkpoint, self.method)
+        written = writer.finish()
+        layout.write_files(folder, self.checkpoint)
+        return written
 
 
 def round_off(weight: torch.Tensor, spec: GroupQuantizedSpec) -> GroupQuantized:

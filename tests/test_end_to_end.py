@@ -19,7 +19,7 @@ from qexport.artifact.manifest import MANIFEST_NAME
 from qexport.errors import InputError, NumericalError, QexportError, RecipeError
 from qexport.pipeline import Result, plan, run
 from qexport.recipe import load_recipe
-from qexport.verify.readers import ArtifactSource
+from qexport.reading.artifact_source import ArtifactSource
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 

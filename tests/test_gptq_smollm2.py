@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qexport.load.checkpoint import load_checkpoint
-from qexport.load.settings import LoadSettings
+from qexport.loading.checkpoint import load_checkpoint
+from qexport.loading.settings import LoadSettings
 from qexport.merge.merging import merge
 from qexport.merge.settings import MergeSettings
 from qexport.quantize.gptq import quantize

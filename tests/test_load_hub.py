@@ -16,9 +16,9 @@ import torch
 
 import factories
 from qexport.errors import InputError
-from qexport.load.adapter import locate_adapter
-from qexport.load.checkpoint import load_checkpoint
-from qexport.load.settings import LoadSettings
+from qexport.loading.adapter import locate_adapter
+from qexport.loading.checkpoint import load_checkpoint
+from qexport.loading.settings import LoadSettings
 from qexport.tensors.checkpoint import Checkpoint
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -9,9 +9,9 @@ import pytest
 
 import factories
 from qexport.errors import InputError
-from qexport.load.checkpoint import load_checkpoint
-from qexport.load.settings import LoadSettings
-from qexport.load.tokenizer import open_tokenizer
+from qexport.loading.checkpoint import load_checkpoint
+from qexport.loading.settings import LoadSettings
+from qexport.loading.tokenizer import open_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-import qexport.verify.divergence as divergence
+import qexport.verifying.divergence as divergence
 from qexport.errors import NumericalError
-from qexport.verify.divergence import TokenFigures, compare_logits
+from qexport.verifying.divergence import TokenFigures, compare_logits
 
 
 def logits(tokens: int = 12, vocabulary: int = 50, *, seed: int = 0, spread: float = 3.0) -> torch.Tensor:

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 import factories
 from qexport.architectures.runner import BlockRunner
 from qexport.text.prompts import Prompt
-from qexport.verify.generation import compare_generations, continue_all, first_difference, greedy_settings
-from qexport.verify.memory import available_memory, needed_memory
+from qexport.verifying.generation import compare_generations, continue_all, first_difference, greedy_settings
+from qexport.verifying.memory import available_memory, needed_memory
 from quantized_models import QuantizedModel, Tensors
 
 CPU = torch.device("cpu")
@@ -118,8 +118,8 @@ def test_the_memory_available_is_that_of_the_system_or_of_the_control_group(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "meminfo").write_text("MemTotal:  9000 kB\nMemAvailable:  4000 kB\n")
-    monkeypatch.setattr("qexport.verify.memory._MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr("qexport.verify.memory._CGROUP", tmp_path)
+    monkeypatch.setattr("qexport.verifying.memory._MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr("qexport.verifying.memory._CGROUP", tmp_path)
     assert available_memory(CPU) == 4000 * 1024
     (tmp_path / "memory.current").write_text("1500000\n")
     (tmp_path / "memory.max").write_text("max\n")

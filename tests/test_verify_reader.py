@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 import factories
 from qexport.errors import InputError
 from qexport.tensors import GroupQuantized
-from qexport.verify.readers import ArtifactSource
-from qexport.verify.rules import QuantizationRules, Scheme
+from qexport.reading.artifact_source import ArtifactSource
+from qexport.reading.gptq_rules import QuantizationRules, Scheme
 from quantized_models import Method, QuantizedModel
 
 DOWN = "model.layers.0.mlp.down_proj"
@@ -54,7 +54,7 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], objec
 def test_every_parameter_is_read_as_it_was_written(
     model: QuantizedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qexport.verify.readers._ROWS_AT_ONCE", 48)
+    monkeypatch.setattr("qexport.reading.artifact_source._ROWS_AT_ONCE", 48)
     model.write(tmp_path / "artifact", max_shard_size="40KB")
     with ArtifactSource(tmp_path / "artifact", dtype=torch.bfloat16) as source:
         source.check_complete(model.structure)

@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 import factories
-import qexport.verify.lockstep as lockstep
+import qexport.verifying.lockstep as lockstep
 from qexport.architectures.runner import BlockRunner
 from qexport.artifact.manifest import Verification
 from qexport.errors import InputError, NumericalError
@@ -25,9 +25,9 @@ from qexport.tensors import CalibrationSet, Checkpoint, GroupQuantized, TensorSp
 from qexport.text.documents import Documents
 from qexport.text.prompts import Prompt
 from qexport.text.windows import make_windows
-from qexport.verify.divergence import TokenFigures, compare
-from qexport.verify.settings import VerifySettings
-from qexport.verify.verification import judge, verify
+from qexport.verifying.divergence import TokenFigures, compare
+from qexport.verifying.settings import VerifySettings
+from qexport.verifying.verification import judge, verify
 from quantized_models import Method, QuantizedModel, Tensors
 
 CPU = torch.device("cpu")
@@ -315,7 +315,7 @@ def test_progress_counts_every_step_and_names_what_was_not_confirmed(
     assert found.readers[0].startswith("qexport ")
     assert found.unconfirmed == ["loading with transformers and gptqmodel"]
 
-    monkeypatch.setattr("qexport.verify.verification.available_memory", lambda device: 1000.0)
+    monkeypatch.setattr("qexport.verifying.verification.available_memory", lambda device: 1000.0)
     events.clear()
     found = measure(model.checkpoint, tmp_path / "a", prompts=PROMPTS, report=events.append)
     assert found.generations is None

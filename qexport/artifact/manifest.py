@@ -67,12 +67,15 @@ class LayerRecord(Record):
     """What quantizing one layer did; losses as in `qexport.tensors.LayerReport`, None where there is none."""
 
     name: str
-    method: Literal["gptq", "round_to_nearest"]
+    method: Literal["gptq", "round_to_nearest", "nf4", "fp4", "int8", "w8a8"]
     bits: int
+
     group_size: int
+    """Values that share a scale: along the inputs (for nf4 and fp4, along the flattened matrix)."""
+
     loss: float | None
     rtn_loss: float | None
-    damp_percent: float
+    damp_percent: float | None
     tokens: int
     dead_columns: int
 
@@ -180,8 +183,8 @@ class Manifest(Record):
     tokenizer: dict[str, str]
     """The digest of each tokenizer file, by its name."""
 
-    quantization: dict[str, Any]
-    """The artifact's `quantization_config`."""
+    quantization: dict[str, Any] | None
+    """The artifact's `quantization_config`; None where it holds 16-bit weights."""
 
     layers: list[LayerRecord]
     sizes: Sizes

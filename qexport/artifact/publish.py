@@ -91,13 +91,13 @@ class Publication:
             ) from error
 
     def publish(self) -> Path:
-        """Moves the finished folder to its final path, and returns that.
+        """Moves the finished folder, one artifact or a folder of artifacts, to its final path, and returns that.
 
         Raises:
-            QexportError: the manifest is missing.
+            QexportError: a manifest is missing.
             RecipeError: meanwhile something else has appeared at the final path.
         """
-        if not (self.folder / MANIFEST_NAME).is_file():
+        if not _is_complete(self.folder):
             raise QexportError("an artifact without its manifest cannot be published", where=str(self.folder))
         check_output(self.output, force=self._force)
         self._move_to(self.output)
@@ -124,6 +124,13 @@ class Publication:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether the folder has a manifest, or consists of folders that have."""
+    entries = [entry for entry in folder.iterdir() if entry.name != MARKER_NAME]
+    several = bool(entries) and all((entry / MANIFEST_NAME).is_file() for entry in entries)
+    return several or (folder / MANIFEST_NAME).is_file()
 
 
 def _make_folder(folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -43,10 +43,24 @@ def _parts(manifest: Manifest, path: Path) -> Iterator[RenderableType]:
 
 def _headline(manifest: Manifest) -> Text:
     quantize = manifest.recipe["quantize"]
-    group = "one group a row" if quantize["group_size"] == -1 else f"group {quantize['group_size']}"
     names = [source.name.rpartition("/")[2] for source in (manifest.base, manifest.adapter) if source]
-    how = f"{quantize['method'].upper()} {quantize['bits']}-bit, {group}, {manifest.layout}"
+    how = f"{_method(quantize)}, {manifest.layout}"
     return Text.assemble((" + ".join(names), "bold"), f"  →  {how}")
+
+
+def _method(quantize: dict[str, Any]) -> str:
+    match quantize["method"]:
+        case "gptq":
+            group = "one group a row" if quantize["group_size"] == -1 else f"group {quantize['group_size']}"
+            return f"GPTQ {quantize['bits']}-bit, {group}"
+        case "nf4":
+            return f"{quantize['quant_type'].upper()}{', double quantization' if quantize['double_quant'] else ''}"
+        case "int8":
+            return "LLM.int8"
+        case "none":
+            return "16 bits"
+        case name:
+            return str(name).upper()
 
 
 def _figures(manifest: Manifest) -> Table:

@@ -11,18 +11,24 @@ import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qexport.errors import QexportError
-from qexport.tensors import Checkpoint, Origin
+from qexport.export.model_card import model_card
+from qexport.tensors import Checkpoint, Method
 
 
 def write_model_files(
-    folder: Path, checkpoint: Checkpoint, quantization: Mapping[str, Any], dense_dtype: torch.dtype
+    folder: Path,
+    checkpoint: Checkpoint,
+    method: Method,
+    quantization: Mapping[str, Any] | None,
+    dense_dtype: torch.dtype,
 ) -> None:
     """Writes every file of an artifact but the weights and the manifest.
 
     Args:
         folder: an existing folder.
         checkpoint: the merged model; its files are copied byte for byte.
-        quantization: the `quantization_config`.
+        method: how the weights in the folder are quantized.
+        quantization: the `quantization_config`, None where nothing is quantized.
         dense_dtype: the dtype of the weights that stay dense.
 
     Raises:
@@ -30,14 +36,15 @@ def write_model_files(
     """
     config = _model_config(checkpoint.config, quantization, dense_dtype)
     _write_new(folder, "config.json", _json(config))
-    _write_new(folder, "quantize_config.json", _json(quantization))
-    _write_new(folder, "README.md", _card(checkpoint.origin, quantization).encode("utf-8"))
+    if quantization and quantization["quant_method"] == "gptq":
+        _write_new(folder, "quantize_config.json", _json(quantization))
+    _write_new(folder, "README.md", model_card(checkpoint.origin, method).encode("utf-8"))
     for name, content in checkpoint.files.items():
         _write_new(folder, name, content)
 
 
 def _model_config(
-    config: Mapping[str, Any], quantization: Mapping[str, Any], dense_dtype: torch.dtype
+    config: Mapping[str, Any], quantization: Mapping[str, Any] | None, dense_dtype: torch.dtype
 ) -> dict[str, Any]:
     """The base's config with the quantization and the dtype, without the folder that transformers once noted in it."""
     result = {key: value for key, value in config.items() if key != "_name_or_path"}
@@ -45,21 +52,7 @@ def _model_config(
     result |= {key: str(dense_dtype).removeprefix("torch.") for key in dtype_keys}
     if not result.get("architectures"):
         result["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[result["model_type"]]]
-    return result | {"quantization_config": quantization}
-
-
-def _card(origin: Origin, quantization: Mapping[str, Any]) -> str:
-    """A short model card. Only a hub id can be named as the base model in the front matter."""
-    base = f"base_model: {origin.name}\nbase_model_relation: quantized\n" if origin.kind == "hub" else ""
-    bits, group_size = quantization["bits"], quantization["group_size"]
-    groups = "one group per row" if group_size == -1 else f"groups of {group_size}"
-    return (
-        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{base}tags:\n- gptq\n- qexport\n---\n\n"
-        f"# {origin.name}, GPTQ {bits}-bit\n\n"
-        f"Made with qexport from {origin.name}: "
-        f"{bits}-bit GPTQ codes in {groups}, {'symmetric' if quantization['sym'] else 'asymmetric'}.\n\n"
-        "`qexport-manifest.json` says what this artifact was made from, how, and how far it is from the 16-bit model.\n"
-    )
+    return result | ({"quantization_config": quantization} if quantization else {})
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

@@ -10,26 +10,24 @@ from typing import Any
 from qexport.artifact.digest import sha256_tensor
 from qexport.errors import QexportError
 from qexport.export.shards import INDEX_NAME
+from qexport.export.weight_files import WrittenWeights
 from qexport.tensors import TensorSpec
 from qexport.tensors.safetensors_file import SafetensorsFile
 
 
-def check(folder: Path, specs: Mapping[str, TensorSpec], digests: Mapping[str, str]) -> int:
+def check(folder: Path, written: WrittenWeights) -> None:
     """Compares what lies on the disk with what was computed.
 
     Args:
         folder: the artifact.
-        specs: every tensor that must be there, and no other.
-        digests: the hex SHA-256 of each tensor's bytes when it was written.
-
-    Returns:
-        The number of quantized layers found.
+        written: every tensor that must be there, and no other, with the digest of its bytes when it was written.
 
     Raises:
         QexportError: a tensor is missing, unexpected, twice there, of another shape or dtype, or has other bytes; the
             index or one of the two quantization configs is wrong.
     """
     places: dict[str, str] = {}
+    specs, digests = written.specs, written.digests
     for path in sorted(folder.glob("*.safetensors")):
         with SafetensorsFile(path) as file:
             _check_file(file, path.name, specs, digests, places)
@@ -37,7 +35,6 @@ def check(folder: Path, specs: Mapping[str, TensorSpec], digests: Mapping[str, s
         raise QexportError(f"{len(missing)} tensors are missing on the disk", where=", ".join(missing[:5]))
     _check_index(folder, places)
     _check_configs(folder)
-    return sum(name.endswith(".qweight") for name in places)
 
 
 def _check_file(
@@ -71,7 +68,9 @@ def _check_index(folder: Path, places: Mapping[str, str]) -> None:
 
 def _check_configs(folder: Path) -> None:
     """Readers take either of the two, so they must say the same."""
-    if _read(folder / "config.json").get("quantization_config") != _read(folder / "quantize_config.json"):
+    if (folder / "quantize_config.json").exists() and _read(folder / "config.json").get("quantization_config") != _read(
+        folder / "quantize_config.json"
+    ):
         raise QexportError("config.json and quantize_config.json differ", where="quantization_config")
 
 

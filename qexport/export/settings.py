@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
 from qexport.export.size import parse_size
 from qexport.settings import Settings
@@ -15,14 +15,37 @@ def _check_size(text: str) -> str:
     return text
 
 
-class SafetensorsSettings(Settings):
-    """The folder that transformers, vLLM and gptqmodel load: AutoGPTQ v1 tensors in safetensors shards."""
-
-    layout: Literal["safetensors"]
-    """One folder of safetensors shards with config and tokenizer."""
+class _Shards(Settings):
+    """What the layouts in safetensors shards have in common."""
 
     max_shard_size: Annotated[str, AfterValidator(_check_size)] = "5GB"
     """The largest size of one file, for example `5GB` or `500MB` (powers of ten). A larger tensor has its own file."""
 
 
-ExportSettings = SafetensorsSettings
+class SafetensorsSettings(_Shards):
+    """The folder that transformers loads, in the format of the method: AutoGPTQ v1 tensors, bitsandbytes tensors,
+    compressed-tensors, or 16-bit weights."""
+
+    layout: Literal["safetensors"]
+    """One folder of safetensors shards with config and tokenizer."""
+
+
+class TgiSettings(_Shards):
+    """The folder that Text Generation Inference 3.3 serves, with launch files."""
+
+    layout: Literal["tgi"]
+    """Shards, configs in the words that TGI reads, `launch/`."""
+
+
+class VllmSettings(_Shards):
+    """The folder that vLLM serves, with launch files."""
+
+    layout: Literal["vllm"]
+    """Shards, configs in the words that vLLM reads, `launch/`."""
+
+    format: Literal["gptq", "compressed-tensors"] = "gptq"
+    """How GPTQ codes are stored: AutoGPTQ v1 tensors, or compressed-tensors `pack-quantized`. W8A8 is always
+    compressed-tensors."""
+
+
+ExportSettings = Annotated[SafetensorsSettings | TgiSettings | VllmSettings, Field(discriminator="layout")]

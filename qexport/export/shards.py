@@ -116,8 +116,11 @@ class ShardWriter:
         _write_at(*self._places[name], content)
         self.digests[name] = sha256_bytes(content)
 
-    def finish(self) -> None:
+    def finish(self) -> tuple[str, ...]:
         """Writes the headers, and the index where there is more than one shard.
+
+        Returns:
+            The names of all files.
 
         Raises:
             QexportError: a planned tensor never came.
@@ -127,8 +130,11 @@ class ShardWriter:
             raise QexportError(f"{len(missing)} tensors never reached the export", where=", ".join(missing[:5]))
         for shard in self._shards:
             _write_at(self._folder / shard.name, 0, memoryview(_header(shard.specs)[0]))
-        if len(self._shards) > 1:
-            (self._folder / INDEX_NAME).write_text(self._index(), encoding="utf-8")
+        names = tuple(shard.name for shard in self._shards)
+        if len(names) == 1:
+            return names
+        (self._folder / INDEX_NAME).write_text(self._index(), encoding="utf-8")
+        return (*names, INDEX_NAME)
 
     def _index(self) -> str:
         weight_map = {name: shard.name for shard in self._shards for name in shard.specs}

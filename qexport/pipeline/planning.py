@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from qexport.architectures.structure import Structure, describe
-from qexport.export.safetensors_layout import SafetensorsLayout
-from qexport.load.adapter import locate_adapter
-from qexport.load.checkpoint import load_checkpoint
+from qexport.export.layout import Layout
+from qexport.export.layouts import make_layout
+from qexport.loading.adapter import locate_adapter
+from qexport.loading.checkpoint import load_checkpoint
 from qexport.merge.merging import Merged, merge
 from qexport.progress import Reporter, silent
-from qexport.quantize.gptq import output_specs
+from qexport.quantize.methods import plan_outputs
 from qexport.recipe.model import Recipe
-from qexport.tensors import GroupQuantizedSpec
+from qexport.tensors import Gptq, Outputs
 
 
 @dataclass(frozen=True)
@@ -24,42 +26,76 @@ class Plan:
         recipe: the recipe.
         merged: the merged model; its headers and the adapter have been read.
         structure: the model's parts.
-        layout: what would be written.
+        outputs: what the pass would yield.
+        layouts: what would be written.
     """
 
     recipe: Recipe
     merged: Merged
     structure: Structure
-    layout: SafetensorsLayout
+    outputs: Outputs
+    layouts: tuple[Layout, ...]
+
+    @property
+    def distinct(self) -> list[list[Layout]]:
+        """The layouts, those together that share the bytes of their weights."""
+        groups: list[list[Layout]] = []
+        for layout in self.layouts:
+            group = next((group for group in groups if group[0].weights.equal(layout.weights)), None)
+            if group is None:
+                groups.append([layout])
+            else:
+                group.append(layout)
+        return groups
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors on the disk; shared ones count once."""
+        return sum(group[0].weights.total_bytes for group in self.distinct)
+
+    def folder(self, output: Path, layout: Layout) -> Path:
+        """Where a layout goes: the output itself, or a folder of its name where there are several."""
+        return output / layout.name if len(self.layouts) > 1 else output
 
     def as_dict(self) -> dict[str, Any]:
         """The plan's figures as JSON values."""
         adapter = self.merged.adapter
-        quantized = sum(isinstance(spec, GroupQuantizedSpec) for spec in self.layout.plan.values())
+        quantized = len(self.outputs.quantized)
         return {
             "base": self.merged.checkpoint.origin.name,
             "adapter": adapter.origin.name if adapter else None,
             "changed_tensors": len(adapter.changed) if adapter else 0,
-            "notes": [*(adapter.notes if adapter else ()), *self.layout.notes],
+            "notes": [*(adapter.notes if adapter else ()), *self._layout_notes()],
             "blocks": len(self.structure.blocks),
-            "parameters": self.layout.parameters,
+            "parameters": self.layouts[0].weights.parameters,
             "quantized_layers": quantized,
-            "dense_tensors": len(self.layout.plan) - quantized,
-            "layout": self.recipe.export[0].layout,
-            "artifact_bytes": self.layout.total_bytes,
+            "dense_tensors": len(self.outputs.specs) - quantized,
+            "layouts": {layout.name: layout.weights.total_bytes for layout in self.layouts},
+            "artifact_bytes": self.total_bytes,
         }
 
     def lines(self) -> list[str]:
         """The plan for a reader at the terminal."""
-        figures, settings = self.as_dict(), self.recipe.quantize
+        figures = self.as_dict()
         adapter = f"{figures['adapter']}, changes {figures['changed_tensors']} tensors"
+        layouts = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in figures["layouts"].items())
+        shared = f" (on the disk {self.total_bytes / 1e6:,.1f} MB)" if len(self.layouts) > 1 else ""
         return [
             f"base      {figures['base']}, {figures['blocks']} blocks, {figures['parameters'] / 1e6:,.1f}M parameters",
             f"adapter   {adapter if self.merged.adapter else 'none'}",
-            f"quantize  {figures['quantized_layers']} layers with {settings.method}, {settings.bits} bits, group_size "
-            f"{settings.group_size}; {figures['dense_tensors']} tensors stay dense",
-            f"export    {figures['layout']}, {figures['artifact_bytes'] / 1e6:,.1f} MB",
+            f"quantize  {figures['quantized_layers']} layers with {self._method()}; "
+            f"{figures['dense_tensors']} tensors stay dense",
+            f"export    {layouts}{shared}",
+            *(f"note      {note}" for note in figures["notes"]),
         ]
+
+    def _method(self) -> str:
+        name, method = self.recipe.quantize.method, self.outputs.method
+        return f"{name}, {method.bits} bits, group_size {method.group_size}" if isinstance(method, Gptq) else name
+
+    def _layout_notes(self) -> list[str]:
+        several = len(self.layouts) > 1
+        return [f"{layout.name}: {note}" if several else note for layout in self.layouts for note in layout.notes]
 
 
 def plan(recipe: Recipe, *, report: Reporter = silent) -> Plan:
@@ -79,5 +115,7 @@ def plan(recipe: Recipe, *, report: Reporter = silent) -> Plan:
         report=report,
     )
     structure = describe(merged.checkpoint.config)
-    specs = output_specs(merged.checkpoint, structure, recipe.quantize)
-    return Plan(recipe, merged, structure, SafetensorsLayout(recipe.export[0], specs, structure))
+    config = merged.checkpoint.config
+    outputs = plan_outputs(merged.checkpoint, structure, recipe.quantize)
+    layouts = tuple(make_layout(settings, outputs, structure, config) for settings in recipe.export)
+    return Plan(recipe, merged, structure, outputs, layouts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,16 +13,16 @@ from qexport.artifact.manifest import Manifest, Verification
 from qexport.artifact.publish import Publication, check_output
 from qexport.errors import RecipeError
 from qexport.export import readback
-from qexport.export.safetensors_layout import Written
-from qexport.load.tokenizer import open_tokenizer
+from qexport.export.weight_files import WrittenWeights
+from qexport.loading.tokenizer import open_tokenizer
 from qexport.pipeline.planning import Plan, plan
-from qexport.pipeline.recording import make_manifest
+from qexport.pipeline.recording import Record, make_manifest
 from qexport.pipeline.texts import Texts, read_texts
 from qexport.progress import Progress, Reporter, silent
-from qexport.quantize.gptq import quantize
+from qexport.quantize.methods import quantize
 from qexport.recipe.model import Recipe
 from qexport.tensors import LayerReport
-from qexport.verify.verification import verify
+from qexport.verifying.verification import verify
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,18 @@ class Result:
 
     Attributes:
         artifact_path: the published folder, or the one set aside where a gate failed.
-        manifest: its manifest.
+        manifests: the manifest of each layout's folder, by the layout's name, in the recipe's order.
         passed: every gate passed.
     """
 
     artifact_path: Path
-    manifest: Manifest
+    manifests: Mapping[str, Manifest]
     passed: bool
+
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest of the first layout."""
+        return next(iter(self.manifests.values()))
 
 
 def run(recipe: Recipe, *, force: bool = False, device: str = "auto", report: Reporter = silent) -> Result:
@@ -55,42 +61,80 @@ def run(recipe: Recipe, *, force: bool = False, device: str = "auto", report: Re
     """
     output, where = _output(recipe, force=force), _device(device)
     planned = plan(recipe, report=report)
-    ensure_space(output, planned.layout.total_bytes)
+    ensure_space(output, planned.total_bytes)
     texts = read_texts(recipe, planned.merged.checkpoint, planned.structure.vocab_size)
     with Publication(output, force=force) as publication:
         layers, written = _write(planned, texts, publication.folder, where, report)
-        readback.check(publication.folder, planned.layout.specs, written.digests)
-        figures = _verify(planned, texts, publication.folder, where, report)
-        manifest = make_manifest(planned, texts.calibration, layers, written, figures, publication.folder, where)
-        manifest.write(publication.folder)
-        passed = figures is None or all(gate.passed for gate in figures.gates)
+        figures = _check(planned, texts, written, publication.folder, where, report)
+        manifests = {}
+        for layout in planned.layouts:
+            folder = planned.folder(publication.folder, layout)
+            record = Record(layout, layers, written[layout.name], figures[layout.name])
+            manifests[layout.name] = make_manifest(planned, texts.calibration, record, folder, where)
+            manifests[layout.name].write(folder)
+        passed = all(gate.passed for each in figures.values() if each for gate in each.gates)
         path = publication.publish() if passed else publication.reject()
-    return Result(path, manifest, passed)
+    return Result(path, manifests, passed)
 
 
 def _write(
-    planned: Plan, texts: Texts, folder: Path, device: torch.device, report: Reporter
-) -> tuple[list[LayerReport], Written]:
-    """The one pass: every tensor is read, merged, quantized and written before the next block is read."""
+    planned: Plan, texts: Texts, output: Path, device: torch.device, report: Reporter
+) -> tuple[list[LayerReport], dict[str, WrittenWeights]]:
+    """The one pass: every tensor is read, merged, quantized and written before the next block is read.
+
+    Layouts that want the same weights get them once, as links to the same files.
+    """
     layers: list[LayerReport] = []
-    writer = planned.layout.writer(folder)
+    for layout in planned.layouts:
+        planned.folder(output, layout).mkdir(exist_ok=True)
+    writers = [group[0].weights.writer(planned.folder(output, group[0])) for group in planned.distinct]
     stream = quantize(
         planned.merged.checkpoint,
+        planned.outputs,
         planned.recipe.quantize,
         texts.calibration,
         dtype=getattr(torch, planned.recipe.merge.dtype),
         device=device,
-        scratch=folder,
+        scratch=output,
         report=report,
     )
     for record in stream:
-        writer.write(record)
+        for writer in writers:
+            writer.write(record)
         if record.report:
             layers.append(record.report)
-    report(Progress("export", 0, 1, "layout", "finishing"))
-    written = writer.finish(planned.merged.checkpoint, planned.recipe.quantize)
-    report(Progress("export", 1, 1, "layout", f"{written.total_bytes / 1e6:,.0f} MB"))
+    report(Progress("export", 0, len(planned.layouts), "layout", "finishing"))
+    written: dict[str, WrittenWeights] = {}
+    for group, writer in zip(planned.distinct, writers, strict=True):
+        weights = writer.finish()
+        for layout in group:
+            folder = planned.folder(output, layout)
+            if layout is not group[0]:
+                weights.link_into(planned.folder(output, group[0]), folder)
+            layout.write_files(folder, planned.merged.checkpoint)
+            written[layout.name] = weights
+            report(Progress("export", len(written), len(planned.layouts), "layout", layout.name))
     return layers, written
+
+
+def _check(
+    planned: Plan,
+    texts: Texts,
+    written: Mapping[str, WrittenWeights],
+    output: Path,
+    device: torch.device,
+    report: Reporter,
+) -> dict[str, Verification | None]:
+    """Reads every folder back; weights that layouts share are measured once."""
+    figures: dict[str, Verification | None] = {}
+    for group in planned.distinct:
+        for layout in group:
+            folder = planned.folder(output, layout)
+            readback.check(folder, written[layout.name])
+            layout.check(folder)
+        measured = _verify(planned, texts, planned.folder(output, group[0]), device, report)
+        figures |= dict.fromkeys((layout.name for layout in group), measured)
+    return figures
 
 
 def _verify(planned: Plan, texts: Texts, folder: Path, device: torch.device, report: Reporter) -> Verification | None:

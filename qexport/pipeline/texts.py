@@ -7,14 +7,14 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from qexport.load.tokenizer import open_tokenizer
-from qexport.quantize.settings import CalibrationSettings
+from qexport.loading.tokenizer import open_tokenizer
+from qexport.quantize.settings import CalibrationSettings, GptqSettings
 from qexport.recipe.model import Recipe
 from qexport.tensors import CalibrationSet, Checkpoint
 from qexport.text.documents import Documents, read_documents, refuse_shared
 from qexport.text.prompts import Prompt, read_prompts
 from qexport.text.windows import make_windows
-from qexport.verify.settings import VerifySettings
+from qexport.verifying.settings import VerifySettings
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,12 @@ class Texts:
     """What the method looks at, and what it is judged by.
 
     Attributes:
-        calibration: windows for the method.
+        calibration: windows for the method; None where it looks at no text.
         held_out: windows for verification; None where the recipe has none.
         prompts: prompts to continue.
     """
 
-    calibration: CalibrationSet
+    calibration: CalibrationSet | None
     held_out: CalibrationSet | None
     prompts: list[Prompt]
 
@@ -39,12 +39,15 @@ def read_texts(recipe: Recipe, checkpoint: Checkpoint, vocab_size: int) -> Texts
         InputError: a file cannot be read or holds too little text, or the held-out text is in the calibration set.
     """
     tokenizer = open_tokenizer(checkpoint)
-    documents = _calibration_documents(recipe.quantize.calibration)
-    calibration = _calibration_windows(documents, recipe.quantize.calibration, tokenizer, vocab_size)
+    documents, calibration = None, None
+    if isinstance(recipe.quantize, GptqSettings):
+        documents = _calibration_documents(recipe.quantize.calibration)
+        calibration = _calibration_windows(documents, recipe.quantize.calibration, tokenizer, vocab_size)
     if recipe.verify is None:
         return Texts(calibration, None, [])
     held_out = read_documents(_listed(recipe.verify.text), field=recipe.verify.field)
-    refuse_shared(documents, held_out)
+    if documents is not None:
+        refuse_shared(documents, held_out)
     prompts = read_prompts(Path(recipe.verify.prompts)) if recipe.verify.prompts else []
     return Texts(calibration, _held_out_windows(held_out, recipe.verify, tokenizer, vocab_size), prompts)
 

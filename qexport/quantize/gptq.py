@@ -20,7 +20,7 @@ from qexport.quantize.pauses import PausedForward, pausing_at, shared_inputs
 from qexport.quantize.selection import select
 from qexport.quantize.settings import GptqSettings
 from qexport.quantize.solver import Options
-from qexport.tensors import CalibrationSet, Checkpoint, GroupQuantizedSpec, TensorRecord, TensorSpec
+from qexport.tensors import CalibrationSet, Checkpoint, GroupQuantizedSpec, OutputSpec, TensorRecord
 
 BATCH_TOKENS = 2048
 """Tokens that go through a block at a time."""
@@ -28,15 +28,13 @@ BATCH_TOKENS = 2048
 Linears = dict[str, nn.Module]
 
 
-def output_specs(
-    checkpoint: Checkpoint, structure: Structure, settings: GptqSettings
-) -> dict[str, TensorSpec | GroupQuantizedSpec]:
+def output_specs(checkpoint: Checkpoint, structure: Structure, settings: GptqSettings) -> dict[str, OutputSpec]:
     """What `quantize` will yield, by parameter name.
 
     Raises:
         CompatibilityError: see `selection.select`.
     """
-    specs: dict[str, TensorSpec | GroupQuantizedSpec] = dict(checkpoint.weights.specs())
+    specs: dict[str, OutputSpec] = dict(checkpoint.weights.specs())
     for module, options in select(structure, settings).items():
         out_features, in_features = structure.parameters[f"{module}.weight"]
         specs[f"{module}.weight"] = GroupQuantizedSpec(

@@ -124,4 +124,62 @@ class GptqSettings(Settings):
         return self
 
 
-QuantizeSettings = GptqSettings
+class NoneSettings(Settings):
+    """No quantization: the merged model in `merge.dtype` is the artifact."""
+
+    method: Literal["none"]
+    """The merged weights as they are."""
+
+
+class _Rounding(Settings):
+    """What the methods that round each weight on its own have in common."""
+
+    skip_modules: list[str] = []
+    """Shell-style patterns of module paths that stay at 16 bits, for example `*.mlp.down_proj`. Each must match."""
+
+    force_modules: list[str] = []
+    """Patterns of modules to quantize although their family keeps them at 16 bits. Each must match such a module."""
+
+
+class Nf4Settings(_Rounding):
+    """bitsandbytes' 4 bits (arXiv:2305.14314), for transformers; no calibration data."""
+
+    method: Literal["nf4"]
+    """Codes from a code book of 16 values, blocks of the flattened matrix."""
+
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    """The code book: NormalFloat, or 4-bit floating point."""
+
+    block_size: Literal[64] = 64
+    """Values that share an absmax. transformers creates bitsandbytes layers with 64 and cannot be told otherwise."""
+
+    double_quant: bool = False
+    """Quantize the absmaxes too, which saves 0.4 bits a weight."""
+
+    compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """What transformers multiplies the dequantized weights in."""
+
+
+class Int8Settings(_Rounding):
+    """bitsandbytes' LLM.int8 (arXiv:2208.07339), for transformers; no calibration data."""
+
+    method: Literal["int8"]
+    """Symmetric int8 codes with one scale an output."""
+
+    threshold: Annotated[float, Field(ge=0)] = 6.0
+    """Activations above it are multiplied in 16 bits when serving (llm_int8_threshold)."""
+
+
+class W8a8Settings(_Rounding):
+    """int8 weights and activations (compressed-tensors `int-quantized`), for vLLM and TGI; no calibration data."""
+
+    method: Literal["w8a8"]
+    """Symmetric int8 weights with one scale an output; the server quantizes activations, one scale a token."""
+
+
+RoundingSettings = Nf4Settings | Int8Settings | W8a8Settings
+"""The methods that round each weight on its own."""
+
+QuantizeSettings = Annotated[
+    GptqSettings | Nf4Settings | Int8Settings | W8a8Settings | NoneSettings, Field(discriminator="method")
+]

@@ -9,12 +9,12 @@ from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from qexport.export.settings import ExportSettings
-from qexport.load.settings import LoadSettings
+from qexport.loading.settings import LoadSettings
 from qexport.merge.settings import MergeSettings
-from qexport.quantize.settings import QuantizeSettings
+from qexport.quantize.settings import GptqSettings, QuantizeSettings
 from qexport.recipe.paths import portable
 from qexport.settings import Settings
-from qexport.verify.settings import VerifySettings
+from qexport.verifying.settings import VerifySettings
 
 
 def _each_layout_once(exports: list[ExportSettings]) -> list[ExportSettings]:
@@ -51,7 +51,9 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _held_out_text_is_not_the_calibration_text(self) -> Recipe:
-        if self.verify and (shared := set(_listed(self.verify.text)) & set(_listed(self.quantize.calibration.source))):
+        if not self.verify or not isinstance(self.quantize, GptqSettings):
+            return self
+        if shared := set(_listed(self.verify.text)) & set(_listed(self.quantize.calibration.source)):
             message = f"{min(shared)} is the calibration text too: verify on text that the method has not seen"
             raise PydanticCustomError("combination", "{message}", {"message": message, "field": "verify.text"})
         return self

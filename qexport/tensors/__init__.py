@@ -2,16 +2,45 @@
 
 from qexport.tensors.calibration import CalibrationSet
 from qexport.tensors.checkpoint import Checkpoint, Origin
-from qexport.tensors.quantized import GroupQuantized, GroupQuantizedSpec, LayerReport, TensorRecord
+from qexport.tensors.methods import W8A8, Dense, FourBit, Gptq, LlmInt8, Method, Outputs
+from qexport.tensors.quantized import (
+    BlockQuantized,
+    BlockQuantizedSpec,
+    GroupQuantized,
+    GroupQuantizedSpec,
+    LayerReport,
+    NestedAbsmax,
+    OutputSpec,
+    Quantized,
+    QuantizedSpec,
+    RowQuantized,
+    RowQuantizedSpec,
+    TensorRecord,
+)
 from qexport.tensors.source import TensorSpec, WeightSource
 
 __all__ = [
+    "W8A8",
+    "BlockQuantized",
+    "BlockQuantizedSpec",
     "CalibrationSet",
     "Checkpoint",
+    "Dense",
+    "FourBit",
+    "Gptq",
     "GroupQuantized",
     "GroupQuantizedSpec",
     "LayerReport",
+    "LlmInt8",
+    "Method",
+    "NestedAbsmax",
     "Origin",
+    "OutputSpec",
+    "Outputs",
+    "Quantized",
+    "QuantizedSpec",
+    "RowQuantized",
+    "RowQuantizedSpec",
     "TensorRecord",
     "TensorSpec",
     "WeightSource",

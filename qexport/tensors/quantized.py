@@ -7,6 +7,8 @@ from typing import Literal
 
 import torch
 
+from qexport.tensors.source import TensorSpec
+
 
 @dataclass(frozen=True)
 class GroupQuantized:
@@ -78,6 +80,120 @@ class GroupQuantizedSpec:
         """Groups along the inputs."""
         return self.in_features // self.group_size
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[out, in]."""
+        return self.out_features, self.in_features
+
+
+@dataclass(frozen=True)
+class NestedAbsmax:
+    """The second level of double quantization: the absmaxes less their mean, as codes in blocks of 256.
+
+    Attributes:
+        absmax: float32 [ceil(blocks / 256)].
+        offset: the mean of the absmaxes that was taken off.
+    """
+
+    absmax: torch.Tensor
+    offset: float
+
+
+@dataclass(frozen=True)
+class BlockQuantized:
+    """A matrix in one of bitsandbytes' 4-bit code books, in blocks of the values row after row.
+
+    Attributes:
+        codes: uint8 [ceil(out * in / 2)], two codes a byte, the earlier value in the high bits.
+        absmax: float32 [blocks], or uint8 [blocks] where `nested` is given.
+        nested: what the absmaxes are read with, under double quantization.
+        spec: shape, code book and block size.
+    """
+
+    codes: torch.Tensor
+    absmax: torch.Tensor
+    nested: NestedAbsmax | None
+    spec: BlockQuantizedSpec
+
+
+@dataclass(frozen=True)
+class BlockQuantizedSpec:
+    """What is known of a `BlockQuantized` before it is computed.
+
+    Attributes:
+        out_features: rows of the matrix.
+        in_features: columns of the matrix.
+        quant_type: the code book.
+        block_size: values that share an absmax; the last block may be shorter.
+        double_quant: the absmaxes are quantized too.
+        dtype: of the matrix that was quantized, which it is dequantized to.
+    """
+
+    out_features: int
+    in_features: int
+    quant_type: Literal["nf4", "fp4"]
+    block_size: int
+    double_quant: bool
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[out, in]."""
+        return self.out_features, self.in_features
+
+
+@dataclass(frozen=True)
+class RowQuantized:
+    """A matrix as symmetric int8 codes with one scale a row: LLM.int8, or the weights of W8A8.
+
+    The value of output o and input i is `codes[o, i] * absmax[o] / 127`.
+
+    Attributes:
+        codes: int8 [out, in], in -127 .. 127.
+        absmax: float32 [out], the largest magnitude of each row.
+    """
+
+    codes: torch.Tensor
+    absmax: torch.Tensor
+
+    @property
+    def scales(self) -> torch.Tensor:
+        """float32 [out]: what a code is multiplied with."""
+        return self.absmax / 127
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The matrix [out, in], computed in float32 and rounded once to `dtype`."""
+        return (self.codes.to(torch.float32) * self.scales[:, None]).to(dtype)
+
+
+@dataclass(frozen=True)
+class RowQuantizedSpec:
+    """What is known of a `RowQuantized` before it is computed.
+
+    Attributes:
+        out_features: rows of the matrix.
+        in_features: columns of the matrix.
+        dtype: of the matrix that was quantized.
+    """
+
+    out_features: int
+    in_features: int
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[out, in]."""
+        return self.out_features, self.in_features
+
+
+Quantized = GroupQuantized | BlockQuantized | RowQuantized
+QuantizedSpec = GroupQuantizedSpec | BlockQuantizedSpec | RowQuantizedSpec
+OutputSpec = TensorSpec | QuantizedSpec
+"""What leaves the pass under one parameter's name."""
+
+
+LayerMethod = Literal["gptq", "round_to_nearest", "nf4", "fp4", "int8", "w8a8"]
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -87,20 +203,21 @@ class LayerReport:
         name: the module's path.
         method: how the codes were found.
         loss: mean squared error of the layer's outputs on the calibration tokens, relative to the mean square
-            of the outputs; None where that ratio does not exist.
+            of the outputs; None where that ratio does not exist, or the method has not looked.
         rtn_loss: the same for plain round-to-nearest with the same bits and groups.
-        damp_percent: the damping that the factorization used, as a fraction of the mean of the Hessian's diagonal.
+        damp_percent: the damping that the factorization used, as a fraction of the mean of the Hessian's diagonal;
+            None where there was none.
         tokens: calibration tokens that the layer saw.
         dead_columns: inputs that were zero for every token.
     """
 
     name: str
-    method: Literal["gptq", "round_to_nearest"]
-    loss: float | None
-    rtn_loss: float | None
-    damp_percent: float
-    tokens: int
-    dead_columns: int
+    method: LayerMethod
+    loss: float | None = None
+    rtn_loss: float | None = None
+    damp_percent: float | None = None
+    tokens: int = 0
+    dead_columns: int = 0
 
 
 @dataclass(frozen=True)
@@ -111,8 +228,11 @@ class TensorRecord:
         name: the parameter's name, for example `model.layers.0.self_attn.q_proj.weight`.
         value: the tensor as it is, or quantized.
         report: what quantizing it did, where it was quantized.
+        merged: the tensor before it was quantized, for layouts whose servers quantize by themselves; given by the
+            methods that no server reads.
     """
 
     name: str
-    value: torch.Tensor | GroupQuantized
+    value: torch.Tensor | Quantized
     report: LayerReport | None = None
+    merged: torch.Tensor | None = None

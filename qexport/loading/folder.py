@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from qexport.artifact.digest import sha256_bytes, sha256_file
-from qexport.load.config_file import CONFIG_NAME, read_config
-from qexport.load.model_weights import build_model, fit_to_model, refuse_untied_copies
-from qexport.load.sidecars import read_sidecars
+from qexport.loading.config_file import CONFIG_NAME, read_config
+from qexport.loading.model_weights import build_model, fit_to_model, refuse_untied_copies
+from qexport.loading.sidecars import read_sidecars
 from qexport.progress import Progress, Reporter
 from qexport.tensors.checkpoint import Checkpoint, Origin
 from qexport.tensors.safetensors_folder import SafetensorsFolder

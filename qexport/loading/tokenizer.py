@@ -10,7 +10,7 @@ from typing import Final
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qexport.errors import InputError
-from qexport.load.config_file import CONFIG_NAME, without_code_keys
+from qexport.loading.config_file import CONFIG_NAME, without_code_keys
 from qexport.tensors.checkpoint import Checkpoint
 from qexport.tensors.strict_json import parse_json
 

@@ -14,11 +14,11 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrai
 
 from qexport.artifact.digest import sha256_file
 from qexport.errors import CompatibilityError, InputError
-from qexport.load.gguf_file import GgufFile
-from qexport.load.gguf_weights import GgufWeights
-from qexport.load.model_weights import build_model, fit_to_model
-from qexport.load.package import PackageFile
-from qexport.load.sidecars import read_sidecars
+from qexport.loading.gguf_file import GgufFile
+from qexport.loading.gguf_weights import GgufWeights
+from qexport.loading.model_weights import build_model, fit_to_model
+from qexport.loading.package import PackageFile
+from qexport.loading.sidecars import read_sidecars
 from qexport.progress import Progress, Reporter
 from qexport.tensors.checkpoint import Checkpoint, Origin
 

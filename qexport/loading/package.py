@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from qexport.errors import InputError
-from qexport.load.base_reference import PackageReference
+from qexport.loading.base_reference import PackageReference
 from qexport.tensors.contained_path import contained_path
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from qexport.load.base_reference import FolderReference, HubReference, parse_base
-from qexport.load.folder import read_folder
-from qexport.load.gguf_checkpoint import read_gguf
-from qexport.load.hub import fetch_base
-from qexport.load.package import find_package_file
-from qexport.load.settings import LoadSettings
+from qexport.loading.base_reference import FolderReference, HubReference, parse_base
+from qexport.loading.folder import read_folder
+from qexport.loading.gguf_checkpoint import read_gguf
+from qexport.loading.hub import fetch_base
+from qexport.loading.package import find_package_file
+from qexport.loading.settings import LoadSettings
 from qexport.progress import Reporter, silent
 from qexport.tensors.checkpoint import Checkpoint
 

@@ -17,7 +17,7 @@ from qexport.tensors.contained_path import contained_path
 from qexport.tensors.finite import is_finite
 from qexport.tensors.safetensors_folder import SafetensorsFolder
 from qexport.tensors.strict_json import read_json_object
-from qexport.verify.rules import WHERE, QuantizationRules, Scheme
+from qexport.reading.gptq_rules import WHERE, QuantizationRules, Scheme
 
 _PARTS: Final = ("qweight", "qzeros", "scales", "g_idx")
 _CONFIG_LIMIT: Final = 1 << 24
@@ -45,9 +45,7 @@ class ArtifactSource:
         self._dtype = dtype
         self.config: dict[str, Any] = read_json_object(contained_path(folder, "config.json"), limit=_CONFIG_LIMIT)
         quantization = self.config.pop("quantization_config", None)
-        if not isinstance(quantization, dict):
-            raise InputError("config.json has no quantization_config", where=str(folder))
-        self._rules = QuantizationRules(quantization)
+        self._rules = None if quantization is None else QuantizationRules(quantization)
         self._folder = SafetensorsFolder(folder)
         found = self._folder.specs()
         self.quantized = frozenset(name.removesuffix(".qweight") for name in found if name.endswith(".qweight"))
@@ -107,6 +105,8 @@ class ArtifactSource:
 
     def _claimed(self, structure: Structure) -> set[str]:
         """The modules that the config calls quantized."""
+        if self._rules is None:
+            return set()
         linears = {linear.name for block in structure.linears.values() for linear in block}
         claimed = {name for name in linears if self._rules.scheme(name)}
         return claimed | ({structure.head} if self._rules.lm_head else set())
@@ -151,7 +151,7 @@ class ArtifactSource:
         )
 
     def _scheme(self, module: str) -> Scheme:
-        scheme = self._rules.scheme(module)
+        scheme = self._rules.scheme(module) if self._rules else None
         if scheme is None:
             raise InputError("a module is quantized that should be dense", where=f"{WHERE}: dynamic, {module}")
         return scheme

@@ -16,9 +16,9 @@ from huggingface_hub.errors import (
 )
 
 from qexport.errors import InputError
-from qexport.load.base_reference import HubReference
-from qexport.load.config_file import CONFIG_NAME
-from qexport.load.sidecars import SIDECAR_NAMES, TEMPLATES_FOLDER
+from qexport.loading.base_reference import HubReference
+from qexport.loading.config_file import CONFIG_NAME
+from qexport.loading.sidecars import SIDECAR_NAMES, TEMPLATES_FOLDER
 from qexport.progress import Notice, Reporter
 from qexport.tensors.contained_path import contained_path
 from qexport.tensors.safetensors_folder import INDEX_NAME, SINGLE_NAME, read_index

@@ -8,9 +8,9 @@ from typing import Final
 
 from qexport.artifact.digest import sha256_file
 from qexport.errors import InputError
-from qexport.load.base_reference import FolderReference, parse_folder_or_hub
-from qexport.load.hub import fetch
-from qexport.load.settings import LoadSettings
+from qexport.loading.base_reference import FolderReference, parse_folder_or_hub
+from qexport.loading.hub import fetch
+from qexport.loading.settings import LoadSettings
 from qexport.progress import Reporter, silent
 from qexport.tensors.checkpoint import Origin
 from qexport.tensors.contained_path import contained_path

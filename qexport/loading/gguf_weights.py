@@ -11,7 +11,7 @@ import torch
 from transformers import PretrainedConfig
 
 from qexport.errors import CompatibilityError, InputError
-from qexport.load.gguf_file import GgufFile
+from qexport.loading.gguf_file import GgufFile
 from qexport.tensors.source import TensorSpec
 
 _CHUNK_VALUES: Final = 1 << 20

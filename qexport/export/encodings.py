@@ -1,0 +1,91 @@
+"""How the parameters of a model are stored in safetensors files: one class for each format of tensors.
+
+Bit layouts are in `qexport.packing`; here is which tensors, under which names, take a parameter's place.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from qexport.errors import QexportError
+from qexport.packing import gptq
+from qexport.tensors import (
+    GroupQuantized,
+    GroupQuantizedSpec,
+    OutputSpec,
+    Quantized,
+    QuantizedSpec,
+    TensorRecord,
+    TensorSpec,
+)
+
+
+class Encoding(Protocol):
+    """One format of tensors. Two encodings of the same class are equal."""
+
+    def specs(self, name: str, spec: OutputSpec) -> dict[str, TensorSpec]:
+        """The tensors that will be stored for a parameter, by name."""
+        ...
+
+    def tensors(self, record: TensorRecord) -> dict[str, torch.Tensor]:
+        """The tensors of a parameter, by name, as `specs` has said."""
+        ...
+
+    def fault(self, spec: QuantizedSpec) -> str | None:
+        """Why such a matrix cannot be stored, or None. Needs no weights."""
+        ...
+
+
+class Merged16:
+    """The merged model's own tensors, also of what was quantized: for servers that quantize by themselves."""
+
+    def specs(self, name: str, spec: OutputSpec) -> dict[str, TensorSpec]:
+        """The parameter as it was merged."""
+        if isinstance(spec, TensorSpec):
+            return {name: spec}
+        assert not isinstance(spec, GroupQuantizedSpec)
+        return {name: TensorSpec(spec.shape, spec.dtype)}
+
+    def tensors(self, record: TensorRecord) -> dict[str, torch.Tensor]:
+        """The parameter as it was merged."""
+        value = record.value if isinstance(record.value, torch.Tensor) else record.merged
+        assert value is not None, f"{record.name} came without its merged weight"
+        return {record.name: value}
+
+    def fault(self, spec: QuantizedSpec) -> str | None:
+        """Every matrix can be stored so."""
+        return None
+
+
+class AutoGptq:
+    """AutoGPTQ v1: qweight, qzeros, scales, g_idx; see `qexport.packing.gptq`."""
+
+    def specs(self, name: str, spec: OutputSpec) -> dict[str, TensorSpec]:
+        """Four tensors for a quantized weight."""
+        if isinstance(spec, TensorSpec):
+            return {name: spec}
+        assert isinstance(spec, GroupQuantizedSpec)
+        return {f"{_module(name)}.{part}": packed for part, packed in gptq.packed_specs(spec).items()}
+
+    def tensors(self, record: TensorRecord) -> dict[str, torch.Tensor]:
+        """Four tensors for a quantized weight."""
+        if isinstance(record.value, torch.Tensor):
+            return {record.name: record.value}
+        if not isinstance(record.value, GroupQuantized):
+            raise _wrong_kind(record.name, record.value)
+        return {f"{_module(record.name)}.{part}": tensor for part, tensor in gptq.pack(record.value).items()}
+
+    def fault(self, spec: QuantizedSpec) -> str | None:
+        """Codes must fill whole int32 words."""
+        assert isinstance(spec, GroupQuantizedSpec)
+        return gptq.check_shape(spec.out_features, spec.in_features, spec.bits, spec.group_size)
+
+
+def _module(name: str) -> str:
+    return name.removesuffix(".weight")
+
+
+def _wrong_kind(name: str, value: Quantized) -> QexportError:
+    return QexportError(f"{type(value).__name__} has reached a format that cannot hold it", where=name)

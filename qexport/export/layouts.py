@@ -1,0 +1,31 @@
+"""From the recipe's `export` to layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from qexport.architectures.structure import Structure
+from qexport.export.layout import Layout
+from qexport.export.safetensors_layout import SafetensorsLayout
+from qexport.export.settings import ExportSettings, SafetensorsSettings, TgiSettings, VllmSettings
+from qexport.tensors import Outputs
+
+
+def make_layout(settings: ExportSettings, outputs: Outputs, structure: Structure, config: Mapping[str, Any]) -> Layout:
+    """The layout that a recipe asks for.
+
+    Args:
+        settings: one entry of the recipe's `export`.
+        outputs: what the pass will yield.
+        structure: the model's.
+        config: the base's config.json.
+
+    Raises:
+        CompatibilityError: the layout cannot carry the method or the model, with the reason.
+    """
+    match settings:
+        case SafetensorsSettings():
+            return SafetensorsLayout(settings, outputs, structure)
+        case TgiSettings() | VllmSettings():
+            raise NotImplementedError

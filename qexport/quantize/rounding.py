@@ -1,0 +1,136 @@
+"""The methods that round each weight on its own: nf4, int8, w8a8, and `none`, which rounds nothing.
+
+No forward pass, no model: tensors are read, merged, quantized and handed on one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+
+import torch
+
+from qexport.architectures.families import family, matching
+from qexport.architectures.structure import LinearSpec, Structure
+from qexport.errors import CompatibilityError
+from qexport.progress import Progress, Reporter, silent
+from qexport.quantize import bitsandbytes_4bit, row_int8
+from qexport.quantize.settings import Nf4Settings, RoundingSettings, W8a8Settings
+from qexport.tensors import (
+    W8A8,
+    BlockQuantizedSpec,
+    Checkpoint,
+    FourBit,
+    LayerReport,
+    Method,
+    Outputs,
+    OutputSpec,
+    Quantized,
+    QuantizedSpec,
+    RowQuantizedSpec,
+    TensorRecord,
+    TensorSpec,
+)
+from qexport.tensors.quantized import LayerMethod
+
+
+def output_specs(checkpoint: Checkpoint, structure: Structure, settings: RoundingSettings) -> dict[str, OutputSpec]:
+    """What `quantize` will yield, by parameter name.
+
+    Raises:
+        CompatibilityError: a pattern matches nothing, or nothing is left to quantize.
+    """
+    specs: dict[str, OutputSpec] = dict(checkpoint.weights.specs())
+    dense = checkpoint.weights.specs()
+    for linear in select(structure, settings):
+        name = f"{linear.name}.weight"
+        specs[name] = _spec(linear, dense[name], settings)
+    return specs
+
+
+def select(structure: Structure, settings: RoundingSettings) -> list[LinearSpec]:
+    """The linear layers to quantize: all inside the blocks but those that the family or the recipe keeps dense.
+
+    Raises:
+        CompatibilityError: a pattern matches nothing, or nothing is left to quantize. All problems are in one message.
+    """
+    linears = [linear for block in structure.blocks for linear in structure.linears[block]]
+    kept = {name for name in (linear.name for linear in linears) if matching(_kept(structure), name) is not None}
+    problems = _unmatched("skip_modules", settings.skip_modules, {linear.name for linear in linears})
+    problems += _unmatched("force_modules", settings.force_modules, kept)
+    kept = {name for name in kept if not _any(settings.force_modules, name)}
+    chosen = [linear for linear in linears if linear.name not in kept and not _any(settings.skip_modules, linear.name)]
+    if not chosen and not problems:
+        problems.append("no layer is left to quantize: every linear layer is dense by skip_modules or family")
+    if problems:
+        raise CompatibilityError("\n".join(problems), where="quantize")
+    return chosen
+
+
+def quantize(
+    checkpoint: Checkpoint, outputs: Outputs, *, device: torch.device, report: Reporter = silent
+) -> Iterator[TensorRecord]:
+    """Yields every tensor of the model, one after the other, quantized where `outputs` says so.
+
+    Args:
+        checkpoint: the merged model.
+        outputs: what will come.
+        device: where to compute.
+        report: is told of each tensor.
+
+    Raises:
+        InputError: a tensor cannot be read.
+    """
+    for done, (name, spec) in enumerate(outputs.specs.items()):
+        report(Progress("quantize", done, len(outputs.specs), "tensor", name))
+        merged = checkpoint.weights.read(name)
+        if isinstance(spec, TensorSpec):
+            yield TensorRecord(name, merged)
+            continue
+        layer = LayerReport(name.removesuffix(".weight"), _layer_method(outputs.method))
+        value = _quantized(merged.to(device), spec, outputs.method)
+        yield TensorRecord(name, value, layer, merged)
+    report(Progress("quantize", len(outputs.specs), len(outputs.specs), "tensor"))
+
+
+def _quantized(merged: torch.Tensor, spec: QuantizedSpec, method: Method) -> Quantized:
+    if isinstance(spec, BlockQuantizedSpec):
+        return bitsandbytes_4bit.quantize(merged, spec)
+    return row_int8.w8a8(merged) if isinstance(method, W8A8) else row_int8.llm_int8(merged)
+
+
+def _spec(linear: LinearSpec, dense: TensorSpec, settings: RoundingSettings) -> QuantizedSpec:
+    if isinstance(settings, Nf4Settings):
+        return BlockQuantizedSpec(
+            linear.out_features,
+            linear.in_features,
+            settings.quant_type,
+            settings.block_size,
+            settings.double_quant,
+            dense.dtype,
+        )
+    return RowQuantizedSpec(linear.out_features, linear.in_features, dense.dtype)
+
+
+def _layer_method(method: Method) -> LayerMethod:
+    if isinstance(method, FourBit):
+        return method.quant_type
+    return "w8a8" if isinstance(method, W8A8) else "int8"
+
+
+def _kept(structure: Structure) -> Mapping[str, str]:
+    return family(structure.model_type).keep_dense
+
+
+def _any(patterns: list[str], name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _unmatched(key: str, patterns: list[str], names: set[str]) -> list[str]:
+    example = f", for example {min(names)}" if names else "; this family has none"
+    what = "linear layer" if key == "skip_modules" else "linear layer that its family keeps dense"
+    return [
+        f"{key}: {pattern!r} matches no {what}{example}"
+        for pattern in patterns
+        if not any(fnmatchcase(name, pattern) for name in names)
+    ]

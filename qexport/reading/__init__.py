@@ -1,0 +1,1 @@
+"""Finished artifacts, read back from disk."""

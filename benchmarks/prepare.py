@@ -24,6 +24,7 @@ def main() -> None:
     checkpoint = planned.merged.checkpoint
     texts = read_texts(recipe, checkpoint, planned.structure.vocab_size)
     assert texts.held_out is not None
+    assert texts.calibration is not None
     windows = {"calibration": texts.calibration, "held_out": texts.held_out}
     tokens = {name: found.input_ids.tolist() for name, found in windows.items()}
     (work / "tokens.json").write_text(json.dumps(tokens))

@@ -19,6 +19,9 @@ from transformers import (
     Qwen2Config,
 )
 
+from qexport.quantize.settings import GptqSettings
+from qexport.recipe import Recipe
+
 VOCABULARY = 384
 
 TEXT = [
@@ -125,3 +128,9 @@ def write_text(path: Path, *, passages: int = 40, seed: int = 0) -> Path:
         lines.append(json.dumps({"id": f"{seed}-{index}", "text": text}))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def gptq(recipe: Recipe) -> GptqSettings:
+    """The recipe's settings of GPTQ."""
+    assert isinstance(recipe.quantize, GptqSettings)
+    return recipe.quantize

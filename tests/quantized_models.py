@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from qexport.architectures.structure import Structure, describe
 from qexport.export.safetensors_layout import SafetensorsLayout
 from qexport.export.settings import SafetensorsSettings
-from qexport.export.weight_files import WrittenWeights
+from qexport.export.weight_files import WeightFiles, WrittenWeights
 from qexport.tensors import (
     Checkpoint,
     Gptq,
@@ -119,6 +119,9 @@ class QuantizedModel:
             for name, spec in self.specs.items()
         ]
 
+    def files(self) -> WeightFiles:
+        return SafetensorsLayout(SafetensorsSettings(layout="safetensors"), self.outputs, self.structure).weights
+
     def write(self, folder: Path, *, max_shard_size: str = "5GB") -> WrittenWeights:
         settings = SafetensorsSettings(layout="safetensors", max_shard_size=max_shard_size)
         layout = SafetensorsLayout(settings, self.outputs, self.structure)
@@ -156,3 +159,11 @@ def round_off(weight: torch.Tensor, spec: GroupQuantizedSpec) -> GroupQuantized:
         sym=spec.sym,
         desc_act=spec.desc_act,
     )
+
+
+def dequantized(record: TensorRecord, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """What a record means."""
+    if isinstance(record.value, torch.Tensor):
+        return record.value
+    assert isinstance(record.value, GroupQuantized)
+    return record.value.dequantize(dtype)

@@ -25,6 +25,7 @@ from rich.console import Console
 
 import factories
 import qexport
+from factories import gptq
 from qexport.artifact.digest import sha256_json
 from qexport.artifact.environment import describe_environment
 from qexport.artifact.manifest import MANIFEST_NAME, FileRecord, Manifest
@@ -297,7 +298,7 @@ def test_arguments_reach_the_pipeline(
     assert main(["run", recipe, "quantize.bits=8", *options]) == 0
     (plain, *defaults), (changed, *given) = calls
     assert (defaults, given) == ([False, "auto"], [True, "cpu"])
-    assert (plain.quantize.bits, changed.quantize.bits, changed.quantize.group_size) == (4, 8, 32)
+    assert (gptq(plain).bits, gptq(changed).bits, gptq(changed).group_size) == (4, 8, 32)
     assert (plain.output, changed.output) == (str(tmp_path / "out"), str(tmp_path / "sub" / "here"))
 
 

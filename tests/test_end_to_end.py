@@ -18,8 +18,8 @@ from qexport.artifact.folder import open_artifact
 from qexport.artifact.manifest import MANIFEST_NAME
 from qexport.errors import InputError, NumericalError, QexportError, RecipeError
 from qexport.pipeline import Result, plan, run
-from qexport.recipe import load_recipe
 from qexport.reading.artifact_source import ArtifactSource
+from qexport.recipe import load_recipe
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 

@@ -13,14 +13,23 @@ from transformers import AutoModelForCausalLM
 
 import factories
 from qexport.errors import CompatibilityError, QexportError
+from qexport.export.gptq_config import gptq_config
 from qexport.export.model_files import write_model_files
-from qexport.export.quantization_config import gptq_config
 from qexport.export.safetensors_layout import SafetensorsLayout
 from qexport.export.settings import SafetensorsSettings
 from qexport.export.shards import INDEX_NAME
 from qexport.packing import gptq
-from qexport.tensors import Checkpoint, GroupQuantized, GroupQuantizedSpec, Origin, TensorRecord
-from quantized_models import FILES, Method, QuantizedModel, Tensors
+from qexport.tensors import (
+    Checkpoint,
+    Gptq,
+    GroupQuantized,
+    GroupQuantizedSpec,
+    Origin,
+    Outputs,
+    OutputSpec,
+    TensorRecord,
+)
+from quantized_models import DEFAULT, FILES, QuantizedModel, Tensors, gptq_method
 
 SETTINGS = SafetensorsSettings(layout="safetensors")
 Q0, DOWN0, DOWN1 = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"
@@ -43,8 +52,10 @@ def test_the_folder_holds_what_readers_look_for(tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes() == content
 
 
-@pytest.mark.parametrize("method", [Method(), Method(sym=False), Method(bits=3), Method(desc_act=True, group_size=16)])
-def test_codes_and_dense_weights_come_back_as_they_were(tmp_path: Path, method: Method) -> None:
+@pytest.mark.parametrize(
+    "method", [gptq_method(), gptq_method(sym=False), gptq_method(bits=3), gptq_method(desc_act=True, group_size=16)]
+)
+def test_codes_and_dense_weights_come_back_as_they_were(tmp_path: Path, method: Gptq) -> None:
     quantized = llama(method=method)
     quantized.write(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -52,6 +63,7 @@ def test_codes_and_dense_weights_come_back_as_they_were(tmp_path: Path, method: 
         if isinstance(record.value, torch.Tensor):
             assert torch.equal(tensors.pop(record.name), record.value)
             continue
+        assert isinstance(record.value, GroupQuantized)
         module = record.name.removesuffix(".weight")
         parts = {part: tensors.pop(f"{module}.{part}") for part in ("qweight", "qzeros", "scales", "g_idx")}
         again = gptq.unpack(
@@ -62,9 +74,9 @@ def test_codes_and_dense_weights_come_back_as_they_were(tmp_path: Path, method: 
 
 
 def test_both_configs_tell_readers_the_same(tmp_path: Path) -> None:
-    _, written = llama().write(tmp_path)
+    llama().write(tmp_path)
     quantization = read_json(tmp_path / "config.json")["quantization_config"]
-    assert quantization == read_json(tmp_path / "quantize_config.json") == written.quantization
+    assert quantization == read_json(tmp_path / "quantize_config.json")
     expected = {"quant_method": "gptq", "checkpoint_format": "gptq", "bits": 4, "group_size": 32, "lm_head": False}
     assert quantization.items() >= expected.items()
     assert quantization["meta"] == {"quantizer": ["qexport:0.1.0"]}
@@ -83,7 +95,7 @@ def test_the_base_config_is_kept(tmp_path: Path) -> None:
 def test_the_dtype_is_told_under_the_keys_that_the_base_had(tmp_path: Path, keys: tuple[str, ...]) -> None:
     config = {"model_type": "llama", "_name_or_path": "/secret/folder"} | dict.fromkeys(keys, "float32")
     checkpoint = Checkpoint(config, Tensors({}), {}, Origin("folder", "tiny"))
-    write_model_files(tmp_path, checkpoint, {"bits": 4, "group_size": 64, "sym": True}, torch.float16)
+    write_model_files(tmp_path, checkpoint, DEFAULT, {"quant_method": "gptq"}, torch.float16)
     written = read_json(tmp_path / "config.json")
     assert {key: value for key, value in written.items() if "dtype" in key} == dict.fromkeys(
         keys or ["dtype"], "float16"
@@ -96,13 +108,14 @@ def test_the_order_of_the_records_and_the_run_do_not_change_a_byte(tmp_path: Pat
     quantized = llama()
     quantized.write(tmp_path / "a", max_shard_size="50KB")
     layout = SafetensorsLayout(
-        SafetensorsSettings(layout="safetensors", max_shard_size="50KB"), quantized.plan, quantized.structure
+        SafetensorsSettings(layout="safetensors", max_shard_size="50KB"), quantized.outputs, quantized.structure
     )
     (tmp_path / "b").mkdir()
-    writer = layout.writer(tmp_path / "b")
+    writer = layout.weights.writer(tmp_path / "b")
     for record in reversed(quantized.records()):
         writer.write(record)
-    writer.finish(quantized.checkpoint, quantized.method)
+    writer.finish()
+    layout.write_files(tmp_path / "b", quantized.checkpoint)
     first, second = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in "ab")
     assert len(first) > 8
     assert first == second
@@ -128,15 +141,15 @@ def test_transformers_loads_the_shards(tmp_path: Path) -> None:
 
 def test_the_sizes_are_those_of_the_model(tmp_path: Path) -> None:
     quantized = llama()
-    layout, written = quantized.write(tmp_path)
-    assert written.parameters == sum(parameter.numel() for parameter in quantized.model.parameters())
+    written = quantized.write(tmp_path)
+    assert quantized.files().parameters == sum(parameter.numel() for parameter in quantized.model.parameters())
     stored = load_file(tmp_path / "model.safetensors").values()
-    assert written.total_bytes == layout.total_bytes == sum(tensor.nbytes for tensor in stored)
+    assert written.total_bytes == quantized.files().total_bytes == sum(tensor.nbytes for tensor in stored)
 
 
 def test_a_tied_multi_query_falcon_is_written_whole(tmp_path: Path) -> None:
     config = factories.falcon_config(hidden_size=568, num_attention_heads=71)
-    QuantizedModel(factories.build(config), method=Method(group_size=-1)).write(tmp_path)
+    QuantizedModel(factories.build(config), method=gptq_method(group_size=-1)).write(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     assert tensors["transformer.h.0.self_attention.query_key_value.qweight"].shape == (71, 584)
     assert tensors["transformer.h.0.self_attention.query_key_value.qzeros"].shape == (1, 73)
@@ -150,7 +163,7 @@ def matches(dynamic: dict[str, Any], module: str) -> list[str]:
 
 def test_modules_that_differ_are_named_in_gptqmodels_and_in_transformers_words() -> None:
     quantized = llama(special={DOWN0: None, DOWN1: (8, 32), Q0: (4, -1)})
-    config = gptq_config(quantized.method, quantized.plan, quantized.structure)
+    config = gptq_config(quantized.method, quantized.specs, quantized.structure)
     linears = [linear.name for block in quantized.structure.linears.values() for linear in block]
     rules = {module: found for module in linears if (found := matches(config["dynamic"], module))}
     assert rules.keys() == {DOWN0, DOWN1, Q0}
@@ -165,7 +178,7 @@ def test_layers_with_the_same_difference_share_a_rule_that_matches_no_other_laye
     model = factories.build(factories.llama_config(num_hidden_layers=12))
     special = {f"model.layers.{index}.mlp.up_proj": (8, 32) for index in (1, 11)}
     quantized = QuantizedModel(model, special=special)
-    dynamic = gptq_config(quantized.method, quantized.plan, quantized.structure)["dynamic"]
+    dynamic = gptq_config(quantized.method, quantized.specs, quantized.structure)["dynamic"]
     assert len(dynamic) == 1
     linears = [linear.name for block in quantized.structure.linears.values() for linear in block]
     assert {name for name in linears if matches(dynamic, name)} == special.keys()
@@ -175,32 +188,32 @@ def test_layers_with_the_same_difference_share_a_rule_that_matches_no_other_laye
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_group_size_of_minus_one_needs_no_rule(bits: int) -> None:
-    quantized = llama(method=Method(bits=bits, group_size=-1))
-    config = gptq_config(quantized.method, quantized.plan, quantized.structure)
+    quantized = llama(method=gptq_method(bits=bits, group_size=-1))
+    config = gptq_config(quantized.method, quantized.specs, quantized.structure)
     assert config["group_size"] == -1
     assert "dynamic" not in config
 
 
 def test_a_quantized_head_is_told() -> None:
     quantized = llama(special={"lm_head": (4, 32)})
-    assert gptq_config(quantized.method, quantized.plan, quantized.structure)["lm_head"] is True
+    assert gptq_config(quantized.method, quantized.specs, quantized.structure)["lm_head"] is True
 
 
 def test_layers_that_cannot_be_packed_are_all_listed_before_anything_is_written() -> None:
     quantized = llama()
-    plan = dict(quantized.plan)
+    specs: dict[str, OutputSpec] = dict(quantized.specs)
     for name in (Q0, DOWN0):
-        plan[f"{name}.weight"] = GroupQuantizedSpec(64, 68, 4, 68, True, False)
+        specs[f"{name}.weight"] = GroupQuantizedSpec(64, 68, 4, 68, True, False)
     with pytest.raises(CompatibilityError, match="2 layers") as caught:
-        SafetensorsLayout(SETTINGS, plan, quantized.structure)
+        SafetensorsLayout(SETTINGS, Outputs(quantized.method, specs), quantized.structure)
     assert Q0 in str(caught.value.where)
     assert DOWN0 in str(caught.value.where)
 
 
 def test_a_layer_with_other_bits_than_planned_is_refused(tmp_path: Path) -> None:
     quantized = llama()
-    writer = SafetensorsLayout(SETTINGS, quantized.plan, quantized.structure).writer(tmp_path)
-    [record] = [record for record in llama(method=Method(bits=8)).records() if record.name == f"{Q0}.weight"]
+    writer = SafetensorsLayout(SETTINGS, quantized.outputs, quantized.structure).weights.writer(tmp_path)
+    [record] = [record for record in llama(method=gptq_method(bits=8)).records() if record.name == f"{Q0}.weight"]
     assert isinstance(record.value, GroupQuantized)
     with pytest.raises(QexportError, match="was planned"):
         writer.write(record)
@@ -208,14 +221,14 @@ def test_a_layer_with_other_bits_than_planned_is_refused(tmp_path: Path) -> None
 
 def test_a_missing_and_a_repeated_record_are_noticed(tmp_path: Path) -> None:
     quantized = llama()
-    writer = SafetensorsLayout(SETTINGS, quantized.plan, quantized.structure).writer(tmp_path)
+    writer = SafetensorsLayout(SETTINGS, quantized.outputs, quantized.structure).weights.writer(tmp_path)
     records = quantized.records()
     for record in records[1:]:
         writer.write(record)
     with pytest.raises(QexportError, match="twice"):
         writer.write(TensorRecord(records[-1].name, records[-1].value))
     with pytest.raises(QexportError, match="never reached"):
-        writer.finish(quantized.checkpoint, quantized.method)
+        writer.finish()
 
 
 @pytest.mark.parametrize("name", ["../evil", "/etc/evil", "sub/../../evil", "config.json", "README.md"])
@@ -223,7 +236,7 @@ def test_a_file_of_the_base_cannot_leave_the_folder_or_replace_ours(tmp_path: Pa
     quantized = llama()
     checkpoint = replace(quantized.checkpoint, files={name: b"x"})
     with pytest.raises(QexportError, match=r"outside|same name") as caught:
-        write_model_files(tmp_path, checkpoint, {"bits": 4, "group_size": -1, "sym": False}, torch.bfloat16)
+        write_model_files(tmp_path, checkpoint, DEFAULT, {"quant_method": "gptq"}, torch.bfloat16)
     assert caught.value.where == name
 
 

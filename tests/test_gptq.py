@@ -169,6 +169,7 @@ def assert_same_bytes(ours: dict[str, TensorRecord], theirs: dict[str, TensorRec
             for part in ("codes", "scales", "zeros", "g_idx"):
                 assert torch.equal(getattr(record.value, part), getattr(other.value, part)), f"{name}: {part}"
         else:
+            assert isinstance(record.value, Tensor)
             assert isinstance(other.value, Tensor)
             assert torch.equal(record.value, other.value), name
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pydantic import Field, ValidationError
 from ruamel.yaml import YAML
 
+from factories import gptq
 from qexport.errors import RecipeError
 from qexport.recipe import Recipe, load_recipe
 from qexport.recipe.document import Origin, plain
@@ -122,7 +123,7 @@ def test_any_text_is_read_or_refused_with_a_problem(text: str) -> None:
 
 def test_a_number_written_as_1e_3_is_a_number(folder: Path) -> None:
     recipe = read(folder, changed("method: gptq", "method: gptq\n  damp_percent: 1e-3"))
-    assert recipe.quantize.damp_percent == 0.001
+    assert gptq(recipe).damp_percent == 0.001
 
 
 def test_a_key_that_stands_twice_is_refused_with_both_lines(folder: Path) -> None:
@@ -147,7 +148,7 @@ def test_aliases_work(folder: Path) -> None:
     text = changed("source: text.jsonl", "source: &text text.jsonl") + "verify:\n  prompts: *text\n  text: other.txt\n"
     recipe = read(folder, text)
     assert recipe.verify is not None
-    assert recipe.verify.prompts == recipe.quantize.calibration.source
+    assert recipe.verify.prompts == gptq(recipe).calibration.source
 
 
 def test_an_alias_bomb_does_not_grow(folder: Path) -> None:
@@ -254,7 +255,11 @@ def test_an_unknown_key_far_from_all_others_lists_them(folder: Path) -> None:
     ("old", "new", "problem"),
     [
         ("  method: gptq\n", "", "r.yaml:3: quantize.method: missing"),
-        ("method: gptq", "method: gtpq", "r.yaml:4: quantize.method: must be 'gptq', not 'gtpq'; did you mean gptq?"),
+        (
+            "method: gptq",
+            "method: gtpq",
+            "r.yaml:4: quantize.method: must be 'gptq', 'nf4', 'int8', 'w8a8' or 'none', not 'gtpq'; did you mean gptq?",
+        ),
         ("method: gptq", "method: gptq\n  bits: true", "r.yaml:5: quantize.bits: must be 2, 3, 4 or 8, not true"),
         ("method: gptq", "method: gptq\n  bits: '4'", "r.yaml:5: quantize.bits: must be 2, 3, 4 or 8, not '4'"),
         ("  base: org/model\n", "  base:\n", "r.yaml:2: load.base: must be text, not null"),
@@ -333,10 +338,10 @@ def test_overrides_replace_and_add_values(folder: Path) -> None:
         "merge.strict_base=true",
         "verify.max_kl=1e-1",
     )
-    assert recipe.quantize.bits == 8
+    assert gptq(recipe).bits == 8
     assert recipe.export[0].max_shard_size == "1GB"
     assert recipe.load.adapter == "org/adapter"
-    assert recipe.quantize.overrides[0].dense
+    assert gptq(recipe).overrides[0].dense
     assert recipe.verify is not None
     assert recipe.verify.max_kl == 0.1
 
@@ -377,7 +382,7 @@ def test_overrides_get_the_same_checks(folder: Path) -> None:
 
 
 def test_an_override_mends_what_is_wrong_in_the_file(folder: Path) -> None:
-    assert read(folder, changed("method: gptq", "method: gptq\n  bits: 5"), "quantize.bits=3").quantize.bits == 3
+    assert gptq(read(folder, changed("method: gptq", "method: gptq\n  bits: 5"), "quantize.bits=3")).bits == 3
 
 
 # Paths
@@ -386,20 +391,20 @@ def test_an_override_mends_what_is_wrong_in_the_file(folder: Path) -> None:
 def test_relative_paths_start_from_the_recipe_or_from_the_current_directory(folder: Path) -> None:
     text = SHORTEST + "verify: {text: [a.txt, ../b.txt], prompts: p.jsonl}\noutput: out\n"
     recipe = read(folder, text)
-    assert recipe.quantize.calibration.source == str(folder / "text.jsonl")
+    assert gptq(recipe).calibration.source == str(folder / "text.jsonl")
     assert recipe.verify is not None
     assert recipe.verify.text == [str(folder / "a.txt"), str(folder.parent / "b.txt")]
     assert recipe.verify.prompts == str(folder / "p.jsonl")
     assert recipe.output == str(folder / "out")
     recipe = read(folder, text, "output=out", "quantize.calibration.source=[c.txt]")
     assert recipe.output == str(Path.cwd() / "out")
-    assert recipe.quantize.calibration.source == [str(Path.cwd() / "c.txt")]
+    assert gptq(recipe).calibration.source == [str(Path.cwd() / "c.txt")]
 
 
 def test_a_recipe_named_relatively_resolves_to_absolute_paths(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "r.yaml").write_text(SHORTEST)
     monkeypatch.chdir(folder.parent)
-    assert load_recipe("recipes/r.yaml").quantize.calibration.source == str(folder / "text.jsonl")
+    assert gptq(load_recipe("recipes/r.yaml")).calibration.source == str(folder / "text.jsonl")
 
 
 def test_a_base_is_a_folder_where_it_says_so_or_exists(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -420,7 +425,7 @@ def test_a_base_is_a_folder_where_it_says_so_or_exists(folder: Path, monkeypatch
 
 
 def test_a_hub_dataset_is_no_path(folder: Path) -> None:
-    source = read(folder, changed("text.jsonl", "hub:org/data")).quantize.calibration.source
+    source = gptq(read(folder, changed("text.jsonl", "hub:org/data"))).calibration.source
     assert source == "hub:org/data"
 
 

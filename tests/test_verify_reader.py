@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import factories
+from qexport.architectures.structure import describe
 from qexport.errors import InputError
-from qexport.tensors import GroupQuantized
 from qexport.reading.artifact_source import ArtifactSource
 from qexport.reading.gptq_rules import QuantizationRules, Scheme
-from quantized_models import Method, QuantizedModel
+from quantized_models import QuantizedModel, dequantized, gptq_method
 
 DOWN = "model.layers.0.mlp.down_proj"
 UP = "model.layers.1.mlp.up_proj"
@@ -43,9 +43,9 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], objec
     "model",
     [
         quantized_model(),
-        quantized_model(method=Method(bits=3, sym=False)),
-        quantized_model(method=Method(bits=8, group_size=-1)),
-        quantized_model(method=Method(bits=2, sym=False, desc_act=True)),
+        quantized_model(method=gptq_method(bits=3, sym=False)),
+        quantized_model(method=gptq_method(bits=8, group_size=-1)),
+        quantized_model(method=gptq_method(bits=2, sym=False, desc_act=True)),
         quantized_model(special={DOWN: (8, 16), UP: None}),
         quantized_model(special={"lm_head": (4, 32)}),
     ],
@@ -60,8 +60,7 @@ def test_every_parameter_is_read_as_it_was_written(
         source.check_complete(model.structure)
         assert source.specs().keys() == model.structure.parameters.keys()
         for record in model.records():
-            value = record.value
-            expected = value.dequantize(torch.bfloat16) if isinstance(value, GroupQuantized) else value
+            expected = dequantized(record)
             read = source.read(record.name)
             assert torch.equal(read, expected), record.name
             assert (tuple(read.shape), read.dtype) == (
@@ -89,7 +88,7 @@ def test_codes_that_contradict_the_config_are_refused(
 
 
 def test_asymmetric_zero_points_that_are_called_symmetric_are_refused(tmp_path: Path) -> None:
-    quantized_model(method=Method(sym=False)).write(tmp_path / "a")
+    quantized_model(method=gptq_method(sym=False)).write(tmp_path / "a")
     edit_config(tmp_path / "a", lambda config: config.update(sym=True))
     with ArtifactSource(tmp_path / "a", dtype=torch.bfloat16) as source, pytest.raises(InputError, match="says sym"):
         source.read(f"{DOWN}.weight")
@@ -178,10 +177,14 @@ def test_a_linear_that_is_dense_though_its_config_says_quantized_is_told_and_the
     assert f"{UP}: quantized, but dense by its config" in str(caught.value)
 
 
-def test_a_dense_model_is_no_artifact(tmp_path: Path) -> None:
-    factories.save(factories.build(factories.llama_config()), tmp_path / "a")
-    with pytest.raises(InputError, match="no quantization_config"):
-        ArtifactSource(tmp_path / "a", dtype=torch.bfloat16)
+def test_a_dense_folder_is_read_as_it_is(tmp_path: Path) -> None:
+    model = factories.build(factories.llama_config())
+    factories.save(model, tmp_path / "a")
+    with ArtifactSource(tmp_path / "a", dtype=torch.bfloat16) as source:
+        source.check_complete(describe(source.config))
+        assert not source.quantized
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(source.read(name), tensor)
 
 
 def test_the_first_rule_that_matches_holds() -> None:

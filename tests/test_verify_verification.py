@@ -21,14 +21,14 @@ from qexport.architectures.runner import BlockRunner
 from qexport.artifact.manifest import Verification
 from qexport.errors import InputError, NumericalError
 from qexport.progress import Notice, Progress
-from qexport.tensors import CalibrationSet, Checkpoint, GroupQuantized, TensorSpec
+from qexport.tensors import CalibrationSet, Checkpoint, TensorSpec
 from qexport.text.documents import Documents
 from qexport.text.prompts import Prompt
 from qexport.text.windows import make_windows
 from qexport.verifying.divergence import TokenFigures, compare
 from qexport.verifying.settings import VerifySettings
 from qexport.verifying.verification import judge, verify
-from quantized_models import Method, QuantizedModel, Tensors
+from quantized_models import QuantizedModel, Tensors, dequantized, gptq_method
 
 CPU = torch.device("cpu")
 PROMPTS = [Prompt("miller", "The miller opened"), Prompt("total", "Total: 12 boxes")]
@@ -60,10 +60,7 @@ def measure(
 def with_its_codes(model: QuantizedModel, dtype: torch.dtype) -> PreTrainedModel:
     """A whole model whose quantized weights are what the codes stand for; its buffers keep float32."""
     copy = factories.build(model.model.config, dtype=torch.float32)
-    weights = {
-        record.name: value.dequantize(dtype) if isinstance(value := record.value, GroupQuantized) else value
-        for record in model.records()
-    }
+    weights = {record.name: dequantized(record, dtype) for record in model.records()}
     return filled(copy, weights, dtype)
 
 
@@ -172,7 +169,7 @@ DOWN = "model.layers.1.mlp.down_proj"
 def test_a_damaged_artifact_shows_in_the_divergence(
     fault: Callable[[dict[str, torch.Tensor]], object], tmp_path: Path
 ) -> None:
-    model = QuantizedModel(factories.build(factories.llama_config()), Method(sym=False))
+    model = QuantizedModel(factories.build(factories.llama_config()), gptq_method(sym=False))
     model.write(tmp_path / "a")
     intact = measure(model.checkpoint, tmp_path / "a")
     edit_tensors(tmp_path / "a", fault)

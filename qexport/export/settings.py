@@ -24,7 +24,8 @@ class _Shards(Settings):
 
 class SafetensorsSettings(_Shards):
     """The folder that transformers loads, in the format of the method: AutoGPTQ v1 tensors, bitsandbytes tensors,
-    compressed-tensors, or 16-bit weights."""
+    compressed-tensors, or 16-bit weights.
+    """
 
     layout: Literal["safetensors"]
     """One folder of safetensors shards with config and tokenizer."""

@@ -15,7 +15,7 @@ from qexport.architectures.structure import LinearSpec, Structure
 from qexport.errors import CompatibilityError
 from qexport.progress import Progress, Reporter, silent
 from qexport.quantize import bitsandbytes_4bit, row_int8
-from qexport.quantize.settings import Nf4Settings, RoundingSettings, W8a8Settings
+from qexport.quantize.settings import Nf4Settings, RoundingSettings
 from qexport.tensors import (
     W8A8,
     BlockQuantizedSpec,

@@ -12,12 +12,12 @@ import torch
 from qexport.architectures.structure import Structure
 from qexport.errors import InputError, listed
 from qexport.packing import gptq
+from qexport.reading.gptq_rules import WHERE, QuantizationRules, Scheme
 from qexport.tensors import GroupQuantized, TensorSpec
 from qexport.tensors.contained_path import contained_path
 from qexport.tensors.finite import is_finite
 from qexport.tensors.safetensors_folder import SafetensorsFolder
 from qexport.tensors.strict_json import read_json_object
-from qexport.reading.gptq_rules import WHERE, QuantizationRules, Scheme
 
 _PARTS: Final = ("qweight", "qzeros", "scales", "g_idx")
 _CONFIG_LIMIT: Final = 1 << 24

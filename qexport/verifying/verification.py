@@ -17,13 +17,13 @@ from qexport.architectures.runner import BlockRunner
 from qexport.artifact.manifest import Gate, Generations, Verification
 from qexport.errors import InputError
 from qexport.progress import Notice, Progress, Reporter, silent
+from qexport.reading.artifact_source import ArtifactSource
 from qexport.tensors import CalibrationSet, Checkpoint
 from qexport.text.prompts import Prompt
 from qexport.verifying.divergence import TokenFigures, compare
 from qexport.verifying.generation import compare_generations, greedy_settings
 from qexport.verifying.lockstep import run_in_lockstep, windows_at_once
 from qexport.verifying.memory import available_memory, needed_memory
-from qexport.reading.artifact_source import ArtifactSource
 from qexport.verifying.settings import VerifySettings
 
 _OTHER_READERS: Final = "loading with transformers and gptqmodel"

@@ -22,6 +22,8 @@ from qexport.reading.artifact_source import ArtifactSource
 from qexport.recipe import load_recipe
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+GPTQ = next(path for path in RECIPES if path.name == "gptq-4bit.yaml")
+METHODS = {path: load_recipe(path).quantize.method for path in RECIPES}
 
 MODELS: dict[str, tuple[PretrainedConfig, list[str], int]] = {
     "llama": (factories.llama_config(), ["q_proj", "v_proj"], 32),
@@ -46,15 +48,19 @@ def prepare(folder: Path, config: PretrainedConfig, targets: list[str]) -> PreTr
     return model
 
 
-def overrides(folder: Path, *, group_size: int = 32, changes: dict[str, Any] | None = None) -> list[str]:
-    """What turns any shipped recipe into a run on the tiny model in `folder`."""
-    values: dict[str, Any] = {
-        "load.base": folder / "base",
-        "load.adapter": folder / "adapter",
+def overrides(
+    folder: Path, *, recipe: Path = GPTQ, group_size: int = 32, changes: dict[str, Any] | None = None
+) -> list[str]:
+    """What turns a shipped recipe into a run on the tiny model in `folder`."""
+    calibrated = {
         "quantize.group_size": group_size,
         "quantize.calibration.source": folder / "calibration.jsonl",
         "quantize.calibration.samples": 16,
         "quantize.calibration.sequence_length": 48,
+    }
+    values: dict[str, Any] = (calibrated if METHODS[recipe] == "gptq" else {}) | {
+        "load.base": folder / "base",
+        "load.adapter": folder / "adapter",
         "verify.text": folder / "held-out.jsonl",
         "verify.prompts": folder / "prompts.jsonl",
         "verify.windows": 6,
@@ -68,7 +74,7 @@ def overrides(folder: Path, *, group_size: int = 32, changes: dict[str, Any] | N
 
 def finish(folder: Path, changes: dict[str, Any] | None = None, *, force: bool = False, group_size: int = 32) -> Result:
     chosen = overrides(folder, group_size=group_size, changes=changes or {})
-    return run(load_recipe(RECIPES[0], chosen), force=force, device="cpu")
+    return run(load_recipe(GPTQ, chosen), force=force, device="cpu")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -107,7 +113,7 @@ def linear_names(model: PreTrainedModel) -> list[str]:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
 def test_every_shipped_recipe_runs(recipe: Path, tmp_path: Path) -> None:
     prepare(tmp_path, factories.llama_config(), ["q_proj", "v_proj"])
-    result = run(load_recipe(recipe, overrides(tmp_path)), device="cpu")
+    result = run(load_recipe(recipe, overrides(tmp_path, recipe=recipe)), device="cpu")
     assert (result.artifact_path / MANIFEST_NAME).exists()
 
 
@@ -155,7 +161,7 @@ def test_an_adapter_that_changes_everything_is_seen_in_the_reference(tmp_path: P
     """The reference is base and adapter, not the base: with another adapter its perplexity is another."""
     prepare(tmp_path, factories.llama_config(), ["q_proj", "v_proj", "o_proj", "down_proj"])
     with_adapter = finish(tmp_path).manifest.verification
-    recipe = load_recipe(RECIPES[0], [text for text in overrides(tmp_path) if not text.startswith("load.adapter")])
+    recipe = load_recipe(GPTQ, [text for text in overrides(tmp_path) if not text.startswith("load.adapter")])
     bare = recipe.model_copy(update={"load": recipe.load.model_copy(update={"adapter": None})})
     without = run(bare, force=True, device="cpu").manifest.verification
     assert with_adapter is not None

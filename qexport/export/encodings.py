@@ -10,13 +10,15 @@ from typing import Protocol
 import torch
 
 from qexport.errors import QexportError
-from qexport.packing import gptq
+from qexport.packing import compressed_tensors, gptq
 from qexport.tensors import (
     GroupQuantized,
     GroupQuantizedSpec,
     OutputSpec,
     Quantized,
     QuantizedSpec,
+    RowQuantized,
+    RowQuantizedSpec,
     TensorRecord,
     TensorSpec,
 )
@@ -81,6 +83,38 @@ class AutoGptq:
         """Codes must fill whole int32 words."""
         assert isinstance(spec, GroupQuantizedSpec)
         return gptq.check_shape(spec.out_features, spec.in_features, spec.bits, spec.group_size)
+
+
+class CompressedTensors:
+    """compressed-tensors: `int-quantized` rows, `pack-quantized` groups; see `qexport.packing.compressed_tensors`."""
+
+    def specs(self, name: str, spec: OutputSpec) -> dict[str, TensorSpec]:
+        """Two tensors for rows; three or more for groups."""
+        if isinstance(spec, TensorSpec):
+            return {name: spec}
+        if isinstance(spec, RowQuantizedSpec):
+            parts = compressed_tensors.row_specs(spec)
+        else:
+            assert isinstance(spec, GroupQuantizedSpec)
+            parts = compressed_tensors.group_specs(spec)
+        return {f"{_module(name)}.{part}": stored for part, stored in parts.items()}
+
+    def tensors(self, record: TensorRecord) -> dict[str, torch.Tensor]:
+        """Two tensors for rows; three or more for groups."""
+        match record.value:
+            case torch.Tensor() as dense:
+                return {record.name: dense}
+            case RowQuantized() as rows:
+                parts = compressed_tensors.pack_rows(rows)
+            case GroupQuantized() as groups:
+                parts = compressed_tensors.pack_groups(groups)
+            case other:
+                raise _wrong_kind(record.name, other)
+        return {f"{_module(record.name)}.{part}": tensor for part, tensor in parts.items()}
+
+    def fault(self, spec: QuantizedSpec) -> str | None:
+        """Codes in groups must fill whole int32 words."""
+        return compressed_tensors.check_groups(spec) if isinstance(spec, GroupQuantizedSpec) else None
 
 
 def _module(name: str) -> str:

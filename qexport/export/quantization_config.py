@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from qexport.architectures.structure import Structure
+from qexport.export.compressed_tensors_config import compressed_tensors_config
 from qexport.export.gptq_config import gptq_config
-from qexport.tensors import Dense, Gptq, Outputs
+from qexport.tensors import W8A8, Dense, Gptq, Outputs
 
 
 def quantization_config(outputs: Outputs, structure: Structure) -> dict[str, Any] | None:
@@ -16,5 +17,7 @@ def quantization_config(outputs: Outputs, structure: Structure) -> dict[str, Any
             return None
         case Gptq() as method:
             return gptq_config(method, outputs.specs, structure)
+        case W8A8():
+            return compressed_tensors_config(outputs, structure)
         case _:
             raise NotImplementedError

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from qexport.architectures.structure import Structure
-from qexport.export.encodings import AutoGptq, Encoding, Merged16
+from qexport.export.encodings import AutoGptq, CompressedTensors, Encoding, Merged16
 from qexport.export.model_files import write_model_files
 from qexport.export.quantization_config import quantization_config
 from qexport.export.settings import SafetensorsSettings
 from qexport.export.size import parse_size
 from qexport.export.weight_files import WeightFiles
-from qexport.tensors import Checkpoint, Dense, Gptq, Method, Outputs
+from qexport.tensors import W8A8, Checkpoint, Dense, Gptq, Method, Outputs
 
 
 class SafetensorsLayout:
@@ -69,5 +69,7 @@ def _encoding(method: Method) -> Encoding:
             return Merged16()
         case Gptq():
             return AutoGptq()
+        case W8A8():
+            return CompressedTensors()
         case _:
             raise NotImplementedError

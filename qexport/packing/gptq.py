@@ -17,9 +17,9 @@ from math import gcd
 import torch
 
 from qexport.errors import InputError, QexportError
+from qexport.packing.words import WORD_BITS, from_words, to_words
 from qexport.tensors import GroupQuantized, GroupQuantizedSpec, TensorSpec
 
-WORD_BITS = 32
 _ROWS_AT_ONCE = 512
 
 
@@ -68,11 +68,11 @@ def pack(quantized: GroupQuantized) -> dict[str, torch.Tensor]:
     qweight = torch.empty((in_features * bits // WORD_BITS, out_features), dtype=torch.int32)
     for start in range(0, out_features, _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)
-        qweight[:, rows] = _to_words(codes[rows], bits).t()
+        qweight[:, rows] = to_words(codes[rows], bits).t()
     stored = (quantized.zeros - 1) & _largest(bits)
     return {
         "qweight": qweight,
-        "qzeros": _to_words(stored, bits),
+        "qzeros": to_words(stored, bits),
         "scales": quantized.scales.contiguous(),
         "g_idx": quantized.g_idx.contiguous(),
     }
@@ -102,45 +102,11 @@ def unpack(
     codes = torch.empty((out_features, in_features), dtype=torch.uint8)
     for start in range(0, out_features, _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)
-        codes[rows] = _from_words(tensors["qweight"][:, rows].t(), bits)
-    zeros = (_from_words(tensors["qzeros"], bits) + 1) & _largest(bits)
+        codes[rows] = from_words(tensors["qweight"][:, rows].t(), bits)
+    zeros = (from_words(tensors["qzeros"], bits) + 1) & _largest(bits)
     if sym and bool((zeros != 1 << (bits - 1)).any()):
         raise InputError("the quantization config says sym, the zero points differ", where=_path(module, "qzeros"))
     return GroupQuantized(codes, tensors["scales"], zeros, tensors["g_idx"], bits, group_size, sym, desc_act)
-
-
-def _to_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Packs uint8 [rows, n] into int32 [rows, n * bits / 32]: code k starts at bit k * bits of its row."""
-    unit, width = _unit(bits)
-    codes = codes.reshape(codes.shape[0], -1, unit)
-    packed = torch.zeros((*codes.shape[:2], width), dtype=torch.uint8)
-    for index in range(unit):
-        byte, shift = divmod(index * bits, 8)
-        packed[:, :, byte] |= codes[:, :, index] << shift
-        if shift + bits > 8:
-            packed[:, :, byte + 1] |= codes[:, :, index] >> (8 - shift)
-    return packed.flatten(1).view(torch.int32)
-
-
-def _from_words(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """Unpacks int32 [rows, n * bits / 32] into uint8 [rows, n]."""
-    unit, width = _unit(bits)
-    words = words.clone(memory_format=torch.contiguous_format)  # contiguous() keeps odd strides of sizes of 1
-    packed = words.view(torch.uint8).reshape(words.shape[0], -1, width)
-    codes = torch.empty((*packed.shape[:2], unit), dtype=torch.uint8)
-    for index in range(unit):
-        byte, shift = divmod(index * bits, 8)
-        code = packed[:, :, byte] >> shift
-        if shift + bits > 8:
-            code |= packed[:, :, byte + 1] << (8 - shift)
-        codes[:, :, index] = code & _largest(bits)
-    return codes.flatten(1)
-
-
-def _unit(bits: int) -> tuple[int, int]:
-    """The smallest number of codes that fills whole bytes, and the number of those bytes."""
-    codes = 8 // gcd(bits, 8)
-    return codes, codes * bits // 8
 
 
 def _largest(bits: int) -> int:

@@ -1,7 +1,7 @@
 """GPTQ of one decoder block with the shapes of Falcon-7B: wall seconds, processor seconds and peak memory.
 
 Hidden size 4544 (71 heads of 64, multi-query), MLP 18176, groups of 64, 4,096 calibration tokens, random weights. The
-Hessian of the MLP's second layer alone is 1.3 GB in float32: this is the largest factorization that the family asks for.
+Hessian of the MLP's second layer alone is 1.3 GB in float32: the largest factorization that this model asks for.
 
     python benchmarks/falcon_block.py
 """

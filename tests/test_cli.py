@@ -148,12 +148,13 @@ def manifest(**changes: Any) -> Manifest:
 def result(path: Path, *, passed: bool = True) -> SimpleNamespace:
     figures = manifest().model_dump()["verification"]
     figures["gates"][0].update(passed=passed, limit=0.5 if passed else 0.1)
-    return SimpleNamespace(artifact_path=path, manifest=manifest(verification=figures), passed=passed)
+    manifests = {"safetensors": manifest(verification=figures)}
+    return SimpleNamespace(artifact_path=path, manifests=manifests, passed=passed)
 
 
 def shown(record: Manifest, path: str = "/out/x", width: int = 120) -> str:
     console = Console(file=io.StringIO(), width=width)
-    console.print(summary(record, Path(path)), crop=False)
+    console.print(summary({record.layout: record}, Path(path)), crop=False)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -314,7 +315,11 @@ def test_with_json_stdout_is_one_document_whatever_libraries_print(
     assert main(["run", recipe, "--json"]) == 0
     captured = capsys.readouterr()
     document = json.loads(captured.out)
-    assert document == {"artifact": str(tmp_path), "passed": True, "manifest": manifest().model_dump(mode="json")}
+    assert document == {
+        "artifact": str(tmp_path),
+        "passed": True,
+        "manifests": {"safetensors": manifest().model_dump(mode="json")},
+    }
     assert "a library talks" in captured.err
     assert "note: something to know" in captured.err
 
@@ -619,9 +624,9 @@ def test_a_tiny_model_goes_the_whole_way(tmp_path: Path, capsys: pytest.CaptureF
     document = json.loads(capsys.readouterr().out)
     artifact = Path(document["artifact"])
     assert artifact == tmp_path / "out"
-    assert document["manifest"] == json.loads((artifact / MANIFEST_NAME).read_text())
-    assert document["manifest"]["verification"]["mean_kl"] > 0
-    for path, record in document["manifest"]["files"].items():
+    assert document["manifests"]["safetensors"] == json.loads((artifact / MANIFEST_NAME).read_text())
+    assert document["manifests"]["safetensors"]["verification"]["mean_kl"] > 0
+    for path, record in document["manifests"]["safetensors"]["files"].items():
         assert FileRecord(**record).size == (artifact / path).stat().st_size
         assert str(tmp_path).encode() not in (artifact / path).read_bytes()
 

@@ -140,20 +140,22 @@ def _reporting() -> Iterator[Reporter]:
 
 def _show(result: Result, *, as_json: bool) -> None:
     if as_json:
-        manifest = result.manifest.model_dump(mode="json")
-        write_json({"artifact": str(result.artifact_path), "passed": result.passed, "manifest": manifest})
+        manifests = {layout: manifest.model_dump(mode="json") for layout, manifest in result.manifests.items()}
+        write_json({"artifact": str(result.artifact_path), "passed": result.passed, "manifests": manifests})
     else:
         from qexport.cli.summary import summary
 
         path, here = result.artifact_path, Path.cwd()
         shown = path.relative_to(here) if path.is_relative_to(here) else path
-        stdout().print(summary(result.manifest, shown), crop=False)
+        stdout().print(summary(result.manifests, shown), crop=False)
 
 
 def _gates_failed(result: Result) -> Failure:
-    verification = result.manifest.verification
-    failed = [gate for gate in verification.gates if not gate.passed] if verification else []
-    gates = ", ".join(f"{gate.name} is {gate.value:.4g} where the limit is {gate.limit:g}" for gate in failed)
+    figures = {layout: manifest.verification for layout, manifest in result.manifests.items()}
+    failed = {
+        gate.name: gate for each in figures.values() if each is not None for gate in each.gates if not gate.passed
+    }
+    gates = ", ".join(f"{gate.name} is {gate.value:.4g} where the limit is {gate.limit:g}" for gate in failed.values())
     return Failure(
         f"the artifact drifted too far: {gates}",
         GateFailed.exit_code,

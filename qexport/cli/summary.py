@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,28 +23,34 @@ MAX_GENERATIONS_SHOWN = 2
 _BYTES_PER_VALUE = {"float32": 4}
 
 
-def summary(manifest: Manifest, path: Path) -> RenderableType:
-    """Figures, remarks, the first generations that differ, and how to load the artifact.
+def summary(manifests: Mapping[str, Manifest], path: Path) -> RenderableType:
+    """Figures, remarks, the first generations that differ, and how to load each layout.
 
     To be printed with `crop=False`: the last lines are there to be copied and are never broken.
+
+    Args:
+        manifests: of each layout, by its name; the figures shown are those of the first.
+        path: the run's output.
     """
-    return Group(*_parts(manifest, path))
+    return Group(*_parts(manifests, path))
 
 
-def _parts(manifest: Manifest, path: Path) -> Iterator[RenderableType]:
+def _parts(manifests: Mapping[str, Manifest], path: Path) -> Iterator[RenderableType]:
+    manifest = next(iter(manifests.values()))
     yield Text("")
-    yield _headline(manifest)
+    yield _headline(manifest, manifests)
     yield Padding(_figures(manifest), (1, 0))
     yield from _remarks(manifest)
+    yield from _notes(manifests)
     if manifest.verification and manifest.verification.generations:
         yield from _differences(manifest.verification.generations)
-    yield from _how_to_load(manifest, path)
+    yield from _how_to_load(manifests, path)
 
 
-def _headline(manifest: Manifest) -> Text:
+def _headline(manifest: Manifest, layouts: Iterable[str]) -> Text:
     quantize = manifest.recipe["quantize"]
     names = [source.name.rpartition("/")[2] for source in (manifest.base, manifest.adapter) if source]
-    how = f"{_method(quantize)}, {manifest.layout}"
+    how = f"{_method(quantize)}, {' + '.join(layouts)}"
     return Text.assemble((" + ".join(names), "bold"), f"  →  {how}")
 
 
@@ -112,10 +118,19 @@ def _remarks(manifest: Manifest) -> Iterator[RenderableType]:
         yield Text(f"{counted(len(layers), 'layer')} quantized; their loss is {share:.0%} of round-to-nearest's.")
     yield from _layer_list(fallen, "fell back to round-to-nearest")
     yield from _layer_list(no_better, "not better than round-to-nearest")
-    for note in manifest.notes:
-        yield Text.assemble(("note: ", "yellow"), note)
     if manifest.verification:
         yield from _readers(manifest.verification)
+
+
+def _notes(manifests: Mapping[str, Manifest]) -> Iterator[Text]:
+    """What several layouts say is said once."""
+    speakers: dict[str, list[str]] = {}
+    for layout, manifest in manifests.items():
+        for note in manifest.notes:
+            speakers.setdefault(note, []).append(layout)
+    for note, layouts in speakers.items():
+        of = f"{', '.join(layouts)}: " if len(layouts) < len(manifests) else ""
+        yield Text.assemble(("note: ", "yellow"), of, note)
 
 
 def _layer_list(layers: list[LayerRecord], verdict: str) -> Iterator[Text]:
@@ -160,21 +175,39 @@ def _shortened(prompt: str) -> Text:
     return Text(text if len(text) <= 120 else text[:119] + "…")
 
 
-def _how_to_load(manifest: Manifest, path: Path) -> Iterator[RenderableType]:
-    total = sum(record.size for record in manifest.files.values())
-    content = f"{counted(len(manifest.files), 'file')}, {size(total)}, checksums in its manifest"
-    passed = manifest.verification is None or all(gate.passed for gate in manifest.verification.gates)
-    rows = [("Artifact" if passed else "Set aside", f"{path}  ({content})")]
-    if passed:
-        rows.append(("Python", f'from gptqmodel import GPTQModel; model = GPTQModel.load("{path}")'))
-    if passed and _is_served_by_vllm(manifest):
-        rows.append(("Server", f"vllm serve {path}"))
+def _how_to_load(manifests: Mapping[str, Manifest], path: Path) -> Iterator[RenderableType]:
+    passed = all(
+        gate.passed for manifest in manifests.values() if manifest.verification for gate in manifest.verification.gates
+    )
+    style = "bold green" if passed else "bold red"
+    files = sum(len(manifest.files) for manifest in manifests.values())
+    where = "its manifest" if len(manifests) == 1 else "a manifest each"
+    content = f"{counted(files, 'file')}, {size(_bytes_on_disk(manifests))}, checksums in {where}"
     yield Text("")
-    for label, text in rows:
-        style = "bold green" if passed else "bold red"
-        yield Text.assemble((f"{label:<10}", style), text, no_wrap=True, overflow="ignore")
+    yield _line("Artifact" if passed else "Set aside", f"{path}  ({content})", style)
+    if passed:
+        for layout, manifest in manifests.items():
+            folder = path / layout if len(manifests) > 1 else path
+            for label, command in _commands(manifest, folder):
+                yield _line(label, command, style)
 
 
-def _is_served_by_vllm(manifest: Manifest) -> bool:
-    quantize = manifest.recipe["quantize"]
-    return bool(quantize["sym"] and not quantize["desc_act"] and quantize["bits"] in (4, 8))
+def _line(label: str, text: str, style: str) -> Text:
+    return Text.assemble((f"{label:<13}", style), text, no_wrap=True, overflow="ignore")
+
+
+def _bytes_on_disk(manifests: Mapping[str, Manifest]) -> int:
+    """Shards that layouts share are links to the same file, and count once."""
+    records = [item for manifest in manifests.values() for item in manifest.files.items()]
+    shards = {record.sha256: record.size for name, record in records if name.endswith(".safetensors")}
+    return sum(shards.values()) + sum(record.size for name, record in records if not name.endswith(".safetensors"))
+
+
+def _commands(manifest: Manifest, folder: Path) -> list[tuple[str, str]]:
+    match manifest.layout:
+        case "tgi":
+            return [("TGI", f"sh {folder}/launch/docker-run.sh")]
+        case "vllm":
+            return [("vLLM", f"vllm serve {folder}")]
+        case _:
+            return [("Python", f'import qexport; model = qexport.load("{folder}")')]

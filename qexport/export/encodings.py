@@ -10,8 +10,10 @@ from typing import Protocol
 import torch
 
 from qexport.errors import QexportError
-from qexport.packing import compressed_tensors, gptq
+from qexport.packing import bitsandbytes_4bit, compressed_tensors, gptq, llm_int8
 from qexport.tensors import (
+    BlockQuantized,
+    BlockQuantizedSpec,
     GroupQuantized,
     GroupQuantizedSpec,
     OutputSpec,
@@ -115,6 +117,40 @@ class CompressedTensors:
     def fault(self, spec: QuantizedSpec) -> str | None:
         """Codes in groups must fill whole int32 words."""
         return compressed_tensors.check_groups(spec) if isinstance(spec, GroupQuantizedSpec) else None
+
+
+class Bitsandbytes:
+    """bitsandbytes' tensors of 4 bits or LLM.int8; see `qexport.packing.bitsandbytes_4bit` and `.llm_int8`."""
+
+    def specs(self, name: str, spec: OutputSpec) -> dict[str, TensorSpec]:
+        """Three to six tensors for a quantized weight."""
+        match spec:
+            case TensorSpec():
+                return {name: spec}
+            case BlockQuantizedSpec():
+                packed = bitsandbytes_4bit.packed_specs(spec)
+            case RowQuantizedSpec():
+                packed = llm_int8.packed_specs(spec)
+            case GroupQuantizedSpec():
+                raise AssertionError(f"{name}: bitsandbytes has no groups")
+        return {f"{_module(name)}.{part}": part_spec for part, part_spec in packed.items()}
+
+    def tensors(self, record: TensorRecord) -> dict[str, torch.Tensor]:
+        """Three to six tensors for a quantized weight."""
+        match record.value:
+            case torch.Tensor():
+                return {record.name: record.value}
+            case BlockQuantized():
+                packed = bitsandbytes_4bit.pack(record.value)
+            case RowQuantized():
+                packed = llm_int8.pack(record.value)
+            case GroupQuantized():
+                raise _wrong_kind(record.name, record.value)
+        return {f"{_module(record.name)}.{part}": tensor for part, tensor in packed.items()}
+
+    def fault(self, spec: QuantizedSpec) -> str | None:
+        """Every matrix can be stored so."""
+        return None
 
 
 def _module(name: str) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from qexport.architectures.structure import Structure
+from qexport.export.bitsandbytes_config import bitsandbytes_config
 from qexport.export.compressed_tensors_config import compressed_tensors_config
 from qexport.export.gptq_config import gptq_config
-from qexport.tensors import W8A8, Dense, Gptq, Outputs
+from qexport.tensors import W8A8, Dense, FourBit, Gptq, LlmInt8, Outputs
 
 
 def quantization_config(outputs: Outputs, structure: Structure) -> dict[str, Any] | None:
@@ -19,5 +20,5 @@ def quantization_config(outputs: Outputs, structure: Structure) -> dict[str, Any
             return gptq_config(method, outputs.specs, structure)
         case W8A8():
             return compressed_tensors_config(outputs, structure)
-        case _:
-            raise NotImplementedError
+        case (FourBit() | LlmInt8()) as method:
+            return bitsandbytes_config(method, outputs, structure)

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from qexport.architectures.structure import Structure
-from qexport.export.encodings import AutoGptq, CompressedTensors, Encoding, Merged16
+from qexport.export.encodings import AutoGptq, Bitsandbytes, CompressedTensors, Encoding, Merged16
 from qexport.export.model_files import write_model_files
 from qexport.export.quantization_config import quantization_config
 from qexport.export.settings import SafetensorsSettings
 from qexport.export.size import parse_size
 from qexport.export.weight_files import WeightFiles
-from qexport.tensors import W8A8, Checkpoint, Dense, Gptq, Method, Outputs
+from qexport.tensors import W8A8, Checkpoint, Dense, FourBit, Gptq, LlmInt8, Method, Outputs
 
 
 class SafetensorsLayout:
@@ -71,5 +71,5 @@ def _encoding(method: Method) -> Encoding:
             return AutoGptq()
         case W8A8():
             return CompressedTensors()
-        case _:
-            raise NotImplementedError
+        case FourBit() | LlmInt8():
+            return Bitsandbytes()

@@ -32,15 +32,17 @@ class QuantizationRules:
         config: the content.
 
     Raises:
-        InputError: another method or format, a field that is missing or of another type, or a rule that is no plain
+        InputError: another format, a field that is missing or of another type, or a rule that is no plain
             regular expression (one that repeats could be made to hang).
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        for key, expected in (("quant_method", "gptq"), ("checkpoint_format", "gptq")):
-            if config.get(key) != expected:
-                raise InputError(f"{key} is {config.get(key)!r}; this reader knows {expected!r}", where=WHERE)
+        if config.get("checkpoint_format") != "gptq":
+            found = config.get("checkpoint_format")
+            raise InputError(f"checkpoint_format is {found!r}; this reader knows 'gptq'", where=WHERE)
         self.lm_head = config.get("lm_head", False)
+        if type(self.lm_head) is not bool:
+            raise InputError("lm_head must be true or false", where=WHERE)
         self._common = _scheme(config, WHERE)
         self._rules = [_rule(pattern, {**config, **changes}) for pattern, changes in _dynamic(config).items()]
 

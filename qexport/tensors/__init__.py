@@ -17,7 +17,7 @@ from qexport.tensors.quantized import (
     RowQuantizedSpec,
     TensorRecord,
 )
-from qexport.tensors.source import TensorSpec, WeightSource
+from qexport.tensors.source import LargestSpec, TensorSpec, WeightSource
 
 __all__ = [
     "W8A8",
@@ -30,6 +30,7 @@ __all__ = [
     "Gptq",
     "GroupQuantized",
     "GroupQuantizedSpec",
+    "LargestSpec",
     "LayerReport",
     "LlmInt8",
     "Method",

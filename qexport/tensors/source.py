@@ -24,6 +24,19 @@ class TensorSpec:
             count *= size
         return count * self.dtype.itemsize
 
+    def admits(self, found: TensorSpec) -> bool:
+        """Whether a tensor that has come may take this place."""
+        return found == self
+
+
+@dataclass(frozen=True)
+class LargestSpec(TensorSpec):
+    """A vector whose length is known only when it comes: at most that of `shape`."""
+
+    def admits(self, found: TensorSpec) -> bool:
+        """Whether it is such a vector."""
+        return found.dtype == self.dtype and len(found.shape) == 1 and found.nbytes <= self.nbytes
+
 
 class WeightSource(Protocol):
     """Where tensors come from: a folder, a GGUF file, a merge of a base and an adapter."""

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 import factories
 import qexport
+import stored_models
 from qexport.errors import CompatibilityError, InputError, RecipeError
 from qexport.reading.artifact_source import ArtifactSource
 from qexport.reading.quantized_linear import QuantizedLinear
@@ -74,6 +75,46 @@ def test_a_gptq_artifact_computes_what_the_stock_class_does_with_its_dequantized
     assert type(model) is type(stock(tmp_path / "a", config, dtype))
     assert torch.equal(logits(model), logits(stock(tmp_path / "a", config, dtype)))
     assert sum(isinstance(module, QuantizedLinear) for module in model.modules()) > 7
+
+
+@pytest.mark.parametrize("quantization", stored_models.QUANTIZATIONS.values(), ids=stored_models.QUANTIZATIONS.keys())
+@pytest.mark.parametrize("config", [CONFIGS["llama biases"], CONFIGS["falcon 40b"]], ids=["llama biases", "falcon 40b"])
+def test_every_stored_format_computes_what_the_stock_class_does_with_its_dequantized_weights(
+    config: PretrainedConfig, quantization: dict[str, Any], tmp_path: Path
+) -> None:
+    stored_models.write(factories.build(config), tmp_path / "a", quantization)
+    model = qexport.load(tmp_path / "a", dtype=torch.float32, device="cpu")
+    assert torch.equal(logits(model), logits(stock(tmp_path / "a", config, torch.float32)))
+
+
+def distance(model: PreTrainedModel, reference: PreTrainedModel) -> float:
+    """Mean KL divergence in nats a token."""
+    ours, theirs = logits(model).float().log_softmax(-1), logits(reference).float().log_softmax(-1)
+    return float(nn.functional.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1).mean())
+
+
+FALCONS = {name: config for name, config in CONFIGS.items() if name.startswith("falcon")}
+
+
+@pytest.mark.parametrize("config", FALCONS.values(), ids=FALCONS.keys())
+def test_a_falcon_gives_the_references_logits_within_the_methods_error(
+    config: PretrainedConfig, tmp_path: Path
+) -> None:
+    """A Falcon with weights of another seed is at 0.3 and more."""
+    reference = factories.build(config, dtype=torch.float32)
+    stored_models.write(factories.build(config), tmp_path / "nf4", stored_models.NF4)
+    QuantizedModel(factories.build(config)).write(tmp_path / "gptq")
+    for method in ("nf4", "gptq"):
+        model = qexport.load(tmp_path / method, dtype=torch.float32, device="cpu")
+        assert 0.0001 < distance(model, reference) < 0.05
+    assert distance(factories.build(config, seed=1, dtype=torch.float32), reference) > 0.3
+
+
+def test_stock_transformers_cannot_load_an_nf4_falcon(tmp_path: Path) -> None:
+    """transformers 5.23 replaces `nn.Linear` only, and not its subclass FalconLinear."""
+    stored_models.write(factories.build(factories.falcon_config()), tmp_path / "a", stored_models.NF4)
+    with pytest.raises(RuntimeError, match=r"ize mismatch|ismatched"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "a", device_map="cpu")
 
 
 def test_a_quantized_head_and_dense_layers_among_quantized_ones_are_loaded(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_asymmetric_zero_points_that_are_called_symmetric_are_refused(tmp_path: 
         (lambda config: config.pop("sym"), "sym must be there"),
         (lambda config: config.update(dynamic=["x"]), "dynamic must map"),
         (lambda config: config.update(dynamic={"(": {}}), "not a regular expression"),
-        (lambda config: config.update(dynamic={"-:(a+)+b": {}}), "a rule that repeats"),
+        (lambda config: config.update(dynamic={"-:(a+)+b": {}}), "a pattern that repeats"),
         (lambda config: config.update(dynamic={"^a$": {"bits": None}}), "bits must be there"),
     ],
 )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from qexport.errors import InputError
+from qexport.reading.bitsandbytes_format import bitsandbytes_format
+from qexport.reading.compressed_tensors_format import CompressedTensorsFormat
 from qexport.reading.dense_format import DenseFormat
 from qexport.reading.gptq_format import GptqFormat
 from qexport.reading.stored_format import StoredFormat
@@ -26,7 +28,12 @@ def stored_format(config: Any) -> StoredFormat:
     match config.get("quant_method"):
         case "gptq":
             return GptqFormat(config)
+        case "bitsandbytes":
+            return bitsandbytes_format(config)
+        case "compressed-tensors":
+            return CompressedTensorsFormat(config)
         case method:
             raise InputError(
-                f"quant_method is {method!r}; this reader knows 'gptq'", where="config.json: quantization_config"
+                f"quant_method is {method!r}; this reader knows gptq, bitsandbytes and compressed-tensors",
+                where="config.json: quantization_config",
             )

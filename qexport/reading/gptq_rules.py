@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from qexport.errors import InputError
+from qexport.reading.module_patterns import compiled
 
 WHERE: Final = "config.json: quantization_config"
 
 _SCHEME_TYPES: Final = {"bits": int, "group_size": int, "sym": bool, "desc_act": bool}
-_REPETITION: Final = re.compile(r"(?<!\\)[*+?{]")
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,8 @@ def _dynamic(config: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
 
 def _rule(pattern: str, config: Mapping[str, Any]) -> tuple[re.Pattern[str], Scheme | None]:
     where = f"{WHERE}: dynamic: {pattern}"
-    expression = pattern.removeprefix("-:").removeprefix("+:")
-    if _REPETITION.search(expression):
-        raise InputError("a rule that repeats (* + ? {) is not read", where=where, mend="name the modules themselves")
-    try:
-        compiled = re.compile(expression)
-    except re.error as error:
-        raise InputError(f"not a regular expression: {error}", where=where) from error
-    return compiled, None if pattern.startswith("-:") else _scheme(config, where)
+    expression = compiled(pattern.removeprefix("-:").removeprefix("+:"), where)
+    return expression, None if pattern.startswith("-:") else _scheme(config, where)
 
 
 def _scheme(config: Mapping[str, Any], where: str) -> Scheme:

@@ -4,6 +4,7 @@
     >>> recipe = qexport.load_recipe("recipes/gptq-4bit.yaml", ["output=/tmp/model"])
     >>> result = qexport.run(recipe)
     >>> result.manifest.verification.mean_kl
+    >>> model = qexport.load("/tmp/model")
 
 Names are imported when they are first used, so that `import qexport` is quick.
 """
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
         ResourceError,
     )
     from qexport.pipeline import Plan, Result, plan, run
+    from qexport.reading.model import load
     from qexport.recipe import Recipe, load_recipe
 
 _PLACES = {
@@ -33,6 +35,7 @@ _PLACES = {
     "Plan": "qexport.pipeline",
     "Recipe": "qexport.recipe",
     "Result": "qexport.pipeline",
+    "load": "qexport.reading.model",
     "load_recipe": "qexport.recipe",
     "plan": "qexport.pipeline",
     "run": "qexport.pipeline",
@@ -63,6 +66,7 @@ __all__ = [
     "RecipeError",
     "ResourceError",
     "Result",
+    "load",
     "load_recipe",
     "plan",
     "run",

@@ -20,6 +20,7 @@ from qexport.errors import InputError, NumericalError, QexportError, RecipeError
 from qexport.pipeline import Result, plan, run
 from qexport.reading.artifact_source import ArtifactSource
 from qexport.recipe import load_recipe
+from qexport.verifying.verification import verify
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 GPTQ = next(path for path in RECIPES if path.name == "gptq-4bit.yaml")
@@ -251,3 +252,50 @@ def flipped(content: memoryview) -> memoryview:
     spoiled = bytearray(content)
     spoiled[-1] ^= 1
     return memoryview(spoiled)
+
+
+def test_layouts_with_the_same_weights_share_them_on_the_disk(tmp_path: Path) -> None:
+    prepare(tmp_path, factories.llama_config(), ["q_proj"])
+    result = finish(tmp_path)
+    assert list(result.manifests) == ["safetensors", "tgi", "vllm"]
+    weights = [(result.artifact_path / layout / "model.safetensors").stat() for layout in result.manifests]
+    assert len({stat.st_ino for stat in weights}) == 1
+    for layout, manifest in result.manifests.items():
+        assert open_artifact(result.artifact_path / layout).manifest == manifest
+        assert manifest.layout == layout
+    assert len({json.dumps(manifest.sizes.model_dump()) for manifest in result.manifests.values()}) == 1
+
+
+def test_weights_that_layouts_share_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(tmp_path, factories.llama_config(), ["q_proj"])
+    measured: list[str] = []
+
+    def counting(reference: Any, artifact: Path, *args: Any, **kwargs: Any) -> Any:
+        measured.append(artifact.name)
+        return verify(reference, artifact, *args, **kwargs)
+
+    monkeypatch.setattr("qexport.pipeline.running.verify", counting)
+    nf4 = next(path for path in RECIPES if path.name == "nf4.yaml")
+    result = run(load_recipe(nf4, overrides(tmp_path, recipe=nf4)), device="cpu")
+    assert measured == ["safetensors", "tgi"]
+    drift = {layout: manifest.verification for layout, manifest in result.manifests.items()}
+    assert drift["tgi"] is not None
+    assert drift["safetensors"] is not None
+    assert drift["tgi"].mean_kl == 0 < drift["safetensors"].mean_kl
+    assert result.manifests["tgi"].quantization is None
+    assert result.manifests["tgi"].layers == []
+    measured.clear()
+    finish(tmp_path, {"output": tmp_path / "gptq"})
+    assert measured == ["safetensors"]
+
+
+def test_a_fault_in_one_of_several_layouts_publishes_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(tmp_path, factories.llama_config(), ["q_proj"])
+
+    def fail(self: object, folder: Path) -> None:
+        raise QexportError("planted", where=folder.name)
+
+    monkeypatch.setattr("qexport.export.vllm.layout.VllmLayout.check", fail)
+    with pytest.raises(QexportError, match="planted"):
+        finish(tmp_path)
+    assert not any(path.name.startswith("out") for path in tmp_path.iterdir())

@@ -16,7 +16,16 @@ def test_every_public_name_can_be_imported() -> None:
 def test_the_surface_is_what_it_is_on_purpose() -> None:
     classes = {name: found for name in qexport.__all__ if isinstance(found := getattr(qexport, name), type)}
     errors = {name for name, found in classes.items() if issubclass(found, qexport.QexportError)}
-    assert set(qexport.__all__) - errors == {"Manifest", "Plan", "Recipe", "Result", "load_recipe", "plan", "run"}
+    assert set(qexport.__all__) - errors == {
+        "Manifest",
+        "Plan",
+        "Recipe",
+        "Result",
+        "load",
+        "load_recipe",
+        "plan",
+        "run",
+    }
 
 
 def test_importing_the_package_imports_no_torch() -> None:

@@ -54,7 +54,7 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], objec
 def test_every_parameter_is_read_as_it_was_written(
     model: QuantizedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qexport.reading.artifact_source._ROWS_AT_ONCE", 48)
+    monkeypatch.setattr("qexport.reading.dequantization._ROWS_AT_ONCE", 48)
     model.write(tmp_path / "artifact", max_shard_size="40KB")
     with ArtifactSource(tmp_path / "artifact", dtype=torch.bfloat16) as source:
         source.check_complete(model.structure)
@@ -106,7 +106,7 @@ def test_asymmetric_zero_points_that_are_called_symmetric_are_refused(tmp_path: 
         (lambda config: config.pop("sym"), "sym must be there"),
         (lambda config: config.update(dynamic=["x"]), "dynamic must map"),
         (lambda config: config.update(dynamic={"(": {}}), "not a regular expression"),
-        (lambda config: config.update(dynamic={"-:(a+)+b": {}}), "a rule that repeats"),
+        (lambda config: config.update(dynamic={"-:(a+)+b": {}}), "a pattern that repeats"),
         (lambda config: config.update(dynamic={"^a$": {"bits": None}}), "bits must be there"),
     ],
 )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 from transformers import PreTrainedModel
 
+from qexport.architectures.buffers import compute_buffers
 from qexport.architectures.freed_memory import return_freed_memory
 from qexport.architectures.structure import build_on_meta, describe_model, find_blocks, parse_config
 from qexport.tensors import WeightSource
@@ -64,7 +65,7 @@ class BlockRunner:
             parameter.data = parameter.data.to(dtype)
         self.structure = describe_model(self._model)
         self._layers = find_blocks(self._model)[1]
-        self._compute_buffers()
+        compute_buffers(self._model, self.structure, device)
 
     @torch.no_grad()
     def embed(self, input_ids: Tensor, batch_size: int) -> list[Batch]:
@@ -219,24 +220,6 @@ class BlockRunner:
             changed.append((module, leaf, module.state_dict(keep_vars=True)[leaf]))
             _put(module, leaf, tensor)
         return changed
-
-    @torch.no_grad()
-    def _compute_buffers(self) -> None:
-        """Fills the buffers that no checkpoint holds (rotary frequencies and their like), as transformers does."""
-        stored = set(self.structure.parameters)
-        for path, module in self._model.named_modules():
-            leaves = [leaf for leaf in module._buffers if f"{path}.{leaf}".lstrip(".") not in stored]
-            empty = [leaf for leaf in leaves if (buffer := module._buffers[leaf]) is not None and buffer.is_meta]
-            for leaf in empty:
-                buffer = module._buffers[leaf]
-                assert buffer is not None
-                module._buffers[leaf] = torch.full_like(buffer, torch.nan, device=self.device)
-            if empty:
-                self._model._init_weights(module)
-            for leaf in empty:
-                buffer = module._buffers[leaf]
-                assert buffer is not None
-                assert torch.isfinite(buffer).all(), f"{path}.{leaf} was not computed"
 
 
 def _put(module: nn.Module, leaf: str, tensor: Tensor) -> None:

@@ -9,8 +9,9 @@ from typing import Final
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from qexport.architectures.code_keys import without_code_keys
 from qexport.errors import InputError
-from qexport.loading.config_file import CONFIG_NAME, without_code_keys
+from qexport.loading.config_file import CONFIG_NAME
 from qexport.tensors.checkpoint import Checkpoint
 from qexport.tensors.strict_json import parse_json
 

@@ -100,14 +100,17 @@ def unpack_groups(
     if reason := check_groups(spec):
         raise InputError(f"not a packed layer: {reason}", where=_path(module, "weight_shape"))
     _check(tensors, group_specs(spec), module)
-    codes = torch.empty(spec.shape, dtype=torch.uint8)
+    device = tensors["weight_packed"].device
+    codes = torch.empty(spec.shape, dtype=torch.uint8, device=device)
     for start in range(0, out_features, _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)
         codes[rows] = from_words(tensors["weight_packed"][rows], bits)
-    zeros = torch.full((spec.groups, out_features), 1 << (bits - 1), dtype=torch.uint8)
+    zeros = torch.full((spec.groups, out_features), 1 << (bits - 1), dtype=torch.uint8, device=device)
     if not sym:
         zeros = from_words(tensors["weight_zero_point"].t(), bits)
-    g_idx = tensors["weight_g_idx"] if _ordered(spec) else torch.arange(in_features, dtype=torch.int32) // group_size
+    g_idx = torch.arange(in_features, dtype=torch.int32, device=device) // group_size
+    if _ordered(spec):
+        g_idx = tensors["weight_g_idx"]
     if int(g_idx.min()) < 0 or int(g_idx.max()) >= spec.groups:
         raise InputError(f"it points outside the {spec.groups} groups", where=_path(module, "weight_g_idx"))
     scales = tensors["weight_scale"].t().contiguous()

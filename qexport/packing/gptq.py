@@ -99,7 +99,7 @@ def unpack(
     out_features, in_features = tensors["scales"].shape[1], tensors["g_idx"].shape[0]
     group_size = in_features if group_size == -1 else group_size
     _check_packed(tensors, GroupQuantizedSpec(out_features, in_features, bits, group_size, sym, desc_act), module)
-    codes = torch.empty((out_features, in_features), dtype=torch.uint8)
+    codes = torch.empty((out_features, in_features), dtype=torch.uint8, device=tensors["qweight"].device)
     for start in range(0, out_features, _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)
         codes[rows] = from_words(tensors["qweight"][:, rows].t(), bits)

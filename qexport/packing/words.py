@@ -27,7 +27,7 @@ def from_words(words: torch.Tensor, bits: int) -> torch.Tensor:
     unit, width = _unit(bits)
     words = words.clone(memory_format=torch.contiguous_format)  # contiguous() keeps odd strides of sizes of 1
     packed = words.view(torch.uint8).reshape(words.shape[0], -1, width)
-    codes = torch.empty((*packed.shape[:2], unit), dtype=torch.uint8)
+    codes = torch.empty((*packed.shape[:2], unit), dtype=torch.uint8, device=words.device)
     for index in range(unit):
         byte, shift = divmod(index * bits, 8)
         code = packed[:, :, byte] >> shift

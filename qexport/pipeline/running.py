@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from qexport.architectures.devices import find_device
 from qexport.artifact.disk import ensure_space
 from qexport.artifact.manifest import Manifest, Verification
 from qexport.artifact.publish import Publication, check_output
@@ -59,7 +60,7 @@ def run(recipe: Recipe, *, force: bool = False, device: str = "auto", report: Re
     Raises:
         QexportError: one of its kinds, see `qexport.errors`. Nothing new is at the final path then.
     """
-    output, where = _output(recipe, force=force), _device(device)
+    output, where = _output(recipe, force=force), find_device(device)
     planned = plan(recipe, report=report)
     ensure_space(output, planned.total_bytes)
     texts = read_texts(recipe, planned.merged.checkpoint, planned.structure.vocab_size)
@@ -157,11 +158,3 @@ def _output(recipe: Recipe, *, force: bool) -> Path:
     if recipe.output is None:
         raise RecipeError("the recipe names no output", where="output", mend="add `output:`, or give --output DIR")
     return check_output(Path(recipe.output), force=force)
-
-
-def _device(name: str) -> torch.device:
-    """The device of that name; `auto` takes CUDA where there is one."""
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise RecipeError("there is no CUDA device", where="--device cuda", mend="use --device cpu, or auto")
-    return torch.device("cuda" if available and name != "cpu" else "cpu")

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from qexport.errors import InputError
+from qexport.reading.module_patterns import compiled
 
 WHERE: Final = "config.json: quantization_config"
 
 _SCHEME_TYPES: Final = {"bits": int, "group_size": int, "sym": bool, "desc_act": bool}
-_REPETITION: Final = re.compile(r"(?<!\\)[*+?{]")
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,17 @@ class QuantizationRules:
         config: the content.
 
     Raises:
-        InputError: another method or format, a field that is missing or of another type, or a rule that is no plain
+        InputError: another format, a field that is missing or of another type, or a rule that is no plain
             regular expression (one that repeats could be made to hang).
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        for key, expected in (("quant_method", "gptq"), ("checkpoint_format", "gptq")):
-            if config.get(key) != expected:
-                raise InputError(f"{key} is {config.get(key)!r}; this reader knows {expected!r}", where=WHERE)
+        if config.get("checkpoint_format") != "gptq":
+            found = config.get("checkpoint_format")
+            raise InputError(f"checkpoint_format is {found!r}; this reader knows 'gptq'", where=WHERE)
         self.lm_head = config.get("lm_head", False)
+        if type(self.lm_head) is not bool:
+            raise InputError("lm_head must be true or false", where=WHERE)
         self._common = _scheme(config, WHERE)
         self._rules = [_rule(pattern, {**config, **changes}) for pattern, changes in _dynamic(config).items()]
 
@@ -61,14 +63,8 @@ def _dynamic(config: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
 
 def _rule(pattern: str, config: Mapping[str, Any]) -> tuple[re.Pattern[str], Scheme | None]:
     where = f"{WHERE}: dynamic: {pattern}"
-    expression = pattern.removeprefix("-:").removeprefix("+:")
-    if _REPETITION.search(expression):
-        raise InputError("a rule that repeats (* + ? {) is not read", where=where, mend="name the modules themselves")
-    try:
-        compiled = re.compile(expression)
-    except re.error as error:
-        raise InputError(f"not a regular expression: {error}", where=where) from error
-    return compiled, None if pattern.startswith("-:") else _scheme(config, where)
+    expression = compiled(pattern.removeprefix("-:").removeprefix("+:"), where)
+    return expression, None if pattern.startswith("-:") else _scheme(config, where)
 
 
 def _scheme(config: Mapping[str, Any], where: str) -> Scheme:

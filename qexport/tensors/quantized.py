@@ -165,6 +165,10 @@ class RowQuantized:
         """The matrix [out, in], computed in float32 and rounded once to `dtype`."""
         return (self.codes.to(torch.float32) * self.scales[:, None]).to(dtype)
 
+    def rows(self, start: int, end: int) -> RowQuantized:
+        """The outputs from `start` up to `end`."""
+        return RowQuantized(self.codes[start:end], self.absmax[start:end])
+
 
 @dataclass(frozen=True)
 class RowQuantizedSpec:

@@ -1,0 +1,39 @@
+"""Which format a folder's config.json claims."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qexport.errors import InputError
+from qexport.reading.bitsandbytes_format import bitsandbytes_format
+from qexport.reading.compressed_tensors_format import CompressedTensorsFormat
+from qexport.reading.dense_format import DenseFormat
+from qexport.reading.gptq_format import GptqFormat
+from qexport.reading.stored_format import StoredFormat
+
+
+def stored_format(config: Any) -> StoredFormat:
+    """The reader of a folder.
+
+    Args:
+        config: the `quantization_config` in its config.json; None where there is none.
+
+    Raises:
+        InputError: no reader knows the method, or the config cannot be followed.
+    """
+    if config is None:
+        return DenseFormat()
+    if not isinstance(config, dict):
+        raise InputError("must be an object", where="config.json: quantization_config")
+    match config.get("quant_method"):
+        case "gptq":
+            return GptqFormat(config)
+        case "bitsandbytes":
+            return bitsandbytes_format(config)
+        case "compressed-tensors":
+            return CompressedTensorsFormat(config)
+        case method:
+            raise InputError(
+                f"quant_method is {method!r}; this reader knows gptq, bitsandbytes and compressed-tensors",
+                where="config.json: quantization_config",
+            )

@@ -1,0 +1,93 @@
+"""Folders in the formats of other libraries, their tensors computed by those libraries or by plain rounding."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes import functional
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from qexport.architectures.structure import describe
+
+NF4: dict[str, Any] = {
+    "quant_method": "bitsandbytes",
+    "load_in_4bit": True,
+    "load_in_8bit": False,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": False,
+    "bnb_4bit_compute_dtype": "bfloat16",
+    "bnb_4bit_quant_storage": "uint8",
+    "llm_int8_skip_modules": None,
+}
+NF4_DOUBLE = NF4 | {"bnb_4bit_use_double_quant": True}
+FP4 = NF4 | {"bnb_4bit_quant_type": "fp4"}
+INT8 = NF4 | {"load_in_4bit": False, "load_in_8bit": True}
+W8A8: dict[str, Any] = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"},
+        }
+    },
+    "ignore": ["lm_head"],
+}
+W4A16: dict[str, Any] = W8A8 | {
+    "format": "pack-quantized",
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32},
+        }
+    },
+}
+QUANTIZATIONS = {"nf4": NF4, "nf4 double": NF4_DOUBLE, "fp4": FP4, "int8": INT8, "w8a8": W8A8, "w4a16": W4A16}
+
+
+def write(model: PreTrainedModel, folder: Path, quantization: dict[str, Any]) -> Path:
+    """The model with every linear of its blocks quantized as the `quantization_config` says."""
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
+    for block in describe(config).linears.values():
+        for linear in block:
+            weight = tensors.pop(f"{linear.name}.weight")
+            tensors |= {f"{linear.name}.{part}": tensor for part, tensor in _parts(weight, quantization).items()}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    return folder
+
+
+def _parts(weight: Tensor, quantization: dict[str, Any]) -> dict[str, Tensor]:
+    if quantization.get("load_in_4bit"):
+        codes, state = functional.quantize_4bit(
+            weight,
+            quant_type=quantization["bnb_4bit_quant_type"],
+            compress_statistics=quantization["bnb_4bit_use_double_quant"],
+        )
+        return {"weight": codes} | {f"weight.{name}": part for name, part in state.as_dict(packed=True).items()}
+    if quantization.get("load_in_8bit"):
+        codes, absmax, _ = functional.int8_vectorwise_quant(weight.half())
+        return {"weight": codes, "SCB": absmax, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+    if quantization["format"] == "int-quantized":
+        scale = weight.float().abs().amax(1, keepdim=True) / 127
+        return {"weight": (weight.float() / scale).round().to(torch.int8), "weight_scale": scale}
+    return _groups_of_4_bits(weight.float())
+
+
+def _groups_of_4_bits(weight: Tensor) -> dict[str, Tensor]:
+    groups = weight.reshape(len(weight), -1, 32)
+    scale = (groups.abs().amax(2) / 7).half()
+    codes = ((groups / scale[:, :, None]).round().clamp(-8, 7) + 8).to(torch.int64).reshape(len(weight), -1, 8)
+    words = (codes << torch.arange(0, 32, 4)).sum(2)
+    return {
+        "weight_packed": (words - (words >> 31 << 32)).to(torch.int32),
+        "weight_scale": scale,
+        "weight_shape": torch.tensor(weight.shape),
+    }

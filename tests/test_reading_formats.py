@@ -1,0 +1,375 @@
+"""What a folder claims against what it holds, for each way of storing weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes import functional
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+import factories
+import stored_models
+from qexport.architectures.structure import Structure, describe
+from qexport.errors import InputError
+from qexport.reading.artifact_source import ArtifactSource
+from qexport.reading.compressed_tensors_rules import CompressedTensorsRules, Scheme
+from qexport.reading.module_patterns import SkipList
+from quantized_models import QuantizedModel
+from stored_models import FP4, NF4, NF4_DOUBLE, QUANTIZATIONS, W4A16
+
+UP = "model.layers.0.mlp.up_proj"
+STATE = f"{UP}.weight.quant_state.bitsandbytes__nf4"
+
+
+def edit_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+_KEPT: dict[str, Path] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kept(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """One folder in each format, copied by the tests that change it."""
+    model = factories.build(factories.llama_config())
+    for name, quantization in QUANTIZATIONS.items():
+        _KEPT[name] = stored_models.write(model, tmp_path_factory.mktemp("kept") / "a", quantization)
+
+
+def written(folder: Path, name: str) -> Path:
+    shutil.copytree(_KEPT[name], folder)
+    return folder
+
+
+def structure(folder: Path) -> Structure:
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("quantization_config", None)
+    return describe(config)
+
+
+def read_all(folder: Path) -> None:
+    """What verification and `qexport.load` do."""
+    with ArtifactSource(folder, dtype=torch.float32) as source:
+        source.check_complete(structure(folder))
+        for name in source.specs():
+            source.read(name)
+
+
+@pytest.fixture
+def gptq(tmp_path: Path) -> Path:
+    QuantizedModel(factories.build(factories.llama_config())).write(tmp_path / "gptq")
+    return tmp_path / "gptq"
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> Path:
+    return factories.save(factories.build(factories.llama_config()), tmp_path / "dense")
+
+
+def test_a_folder_that_claims_a_method_and_holds_no_quantized_layer_is_refused(gptq: Path, dense: Path) -> None:
+    quantization = json.loads((gptq / "config.json").read_text())["quantization_config"]
+    edit_config(dense, lambda config: config.update(quantization_config=quantization))
+    with pytest.raises(InputError, match="claims quant_method 'gptq', but no layer is quantized"):
+        ArtifactSource(dense, dtype=torch.float32)
+
+
+def test_quantized_tensors_without_a_quantization_config_are_refused(gptq: Path) -> None:
+    edit_config(gptq, lambda config: config.pop("quantization_config"))
+    with pytest.raises(InputError, match="14 tensors belong to quantized layers"):
+        ArtifactSource(gptq, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "message"),
+    [
+        ([], "must be an object"),
+        ("gptq", "must be an object"),
+        ({}, "quant_method is None"),
+        ({"quant_method": "awq"}, "quant_method is 'awq'"),
+        ({"quant_method": ["gptq"]}, r"quant_method is \['gptq'\]"),
+    ],
+)
+def test_a_method_that_no_reader_knows_is_refused(gptq: Path, quantization: Any, message: str) -> None:
+    edit_config(gptq, lambda config: config.update(quantization_config=quantization))
+    with pytest.raises(InputError, match=message):
+        ArtifactSource(gptq, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("part", "tensor"),
+    [("scales", torch.ones(8, dtype=torch.float16)), ("g_idx", torch.zeros(1, 64, dtype=torch.int32))],
+)
+def test_a_part_with_other_dimensions_is_refused(gptq: Path, part: str, tensor: torch.Tensor) -> None:
+    module = "model.layers.0.mlp.up_proj"
+    save_file(load_file(gptq / "model.safetensors") | {f"{module}.{part}": tensor}, gptq / "model.safetensors")
+    with pytest.raises(InputError, match=r"are no \[groups, out\] and \[in\]") as caught:
+        ArtifactSource(gptq, dtype=torch.float32)
+    assert caught.value.where == module
+
+
+@pytest.mark.parametrize("quantization", [NF4, NF4_DOUBLE, FP4], ids=["nf4", "nf4 double", "fp4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_four_bits_mean_what_bitsandbytes_says(
+    tmp_path: Path, quantization: dict[str, Any], dtype: torch.dtype
+) -> None:
+    model = factories.build(factories.llama_config(), dtype=torch.bfloat16)
+    weight = model.get_parameter(f"{UP}.weight")
+    codes, state = functional.quantize_4bit(
+        weight,
+        quant_type=quantization["bnb_4bit_quant_type"],
+        compress_statistics=quantization["bnb_4bit_use_double_quant"],
+    )
+    stored_models.write(model, tmp_path / "a", quantization)
+    with ArtifactSource(tmp_path / "a", dtype=dtype) as source:
+        source.check_complete(structure(tmp_path / "a"))
+        assert len(source.quantized) == 14
+        assert source.specs()[f"{UP}.weight"].dtype == dtype
+        assert torch.equal(source.read(f"{UP}.weight"), functional.dequantize_4bit(codes, state).to(dtype))
+
+
+def test_int8_means_codes_times_absmax_over_127(tmp_path: Path) -> None:
+    written(tmp_path / "a", "int8")
+    tensors = load_file(tmp_path / "a" / "model.safetensors")
+    exact = tensors[f"{UP}.weight"].double() * tensors[f"{UP}.SCB"].double()[:, None] / 127
+    with ArtifactSource(tmp_path / "a", dtype=torch.float32) as source:
+        read = source.read(f"{UP}.weight")
+    assert torch.allclose(read.double(), exact, rtol=2**-22, atol=0)
+
+
+def test_w8a8_means_codes_times_scale(tmp_path: Path) -> None:
+    written(tmp_path / "a", "w8a8")
+    tensors = load_file(tmp_path / "a" / "model.safetensors")
+    with ArtifactSource(tmp_path / "a", dtype=torch.float32) as source:
+        expected = tensors[f"{UP}.weight"].float() * tensors[f"{UP}.weight_scale"]
+        assert torch.equal(source.read(f"{UP}.weight"), expected)
+
+
+def test_w4a16_means_codes_less_eight_times_scale(tmp_path: Path) -> None:
+    written(tmp_path / "a", "w4a16")
+    tensors = load_file(tmp_path / "a" / "model.safetensors")
+    words = tensors[f"{UP}.weight_packed"].long() & 0xFFFFFFFF
+    codes = ((words[:, :, None] >> torch.arange(0, 32, 4)) & 15).flatten(1)
+    scale = tensors[f"{UP}.weight_scale"].float().repeat_interleave(32, dim=1)
+    with ArtifactSource(tmp_path / "a", dtype=torch.float32) as source:
+        assert torch.equal(source.read(f"{UP}.weight"), (codes - 8) * scale)
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
+        BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["model.layers.0.mlp", "q_proj", "lm_head"]),
+        BitsAndBytesConfig(load_in_8bit=True),
+    ],
+    ids=["nf4 double", "fp4 with skips", "int8"],
+)
+def test_what_transformers_and_bitsandbytes_save_is_read(tmp_path: Path, quantization: BitsAndBytesConfig) -> None:
+    factories.build(factories.llama_config()).save_pretrained(tmp_path / "base")
+    stock = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=quantization, dtype=torch.bfloat16, device_map="cpu"
+    )
+    stock.save_pretrained(tmp_path / "a")
+    read_all(tmp_path / "a")
+
+
+def change_state(**changes: Any) -> Callable[[dict[str, torch.Tensor]], None]:
+    """Changes the JSON text of one layer; None takes a key out."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        state = json.loads(bytes(tensors[STATE].tolist())) | changes
+        text = json.dumps({key: value for key, value in state.items() if value is not None})
+        tensors[STATE] = torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+    return change
+
+
+def fill(name: str, value: float) -> Callable[[dict[str, torch.Tensor]], object]:
+    return lambda tensors: tensors[name].view(-1)[:1].fill_(value)
+
+
+def drop(name: str) -> Callable[[dict[str, torch.Tensor]], object]:
+    return lambda tensors: tensors.pop(name)
+
+
+def put(name: str, tensor: torch.Tensor) -> Callable[[dict[str, torch.Tensor]], object]:
+    return lambda tensors: tensors.update({name: tensor})
+
+
+def cut(name: str) -> Callable[[dict[str, torch.Tensor]], object]:
+    return lambda tensors: tensors.update({name: tensors[name][:-1].contiguous()})
+
+
+FAULTS: list[tuple[str, Callable[[dict[str, torch.Tensor]], object], str]] = [
+    ("nf4", change_state(shape=[64, 128]), "not the model"),
+    ("nf4", change_state(shape=[127, 64]), "not the model"),
+    ("nf4", change_state(shape="64"), "shape"),
+    ("nf4", change_state(blocksize=128), "expected torch"),
+    ("nf4", change_state(blocksize=63), "blocksize"),
+    ("nf4", change_state(dtype="int8"), "dtype"),
+    ("nf4", change_state(quant_type="fp4"), "quant_type"),
+    ("nf4", change_state(dtype=None), "must have the keys"),
+    ("nf4", change_state(extra=1), "must have the keys"),
+    ("nf4", put(STATE, torch.tensor(list(b'{"a": 1, "a": 1}'), dtype=torch.uint8)), "stands there twice"),
+    ("nf4", put(STATE, torch.tensor(list(b"{"), dtype=torch.uint8)), "not valid JSON"),
+    ("nf4", put(STATE, torch.zeros(4)), "not valid JSON"),
+    ("nf4", fill(f"{UP}.weight.absmax", torch.nan), "NaN"),
+    ("nf4", fill(f"{UP}.weight.absmax", torch.inf), "NaN or Inf"),
+    ("nf4", fill(f"{UP}.weight.absmax", -1.0), "negative"),
+    ("nf4", fill(f"{UP}.weight.quant_map", 0.5), "code book"),
+    ("nf4", cut(f"{UP}.weight.absmax"), "expected torch"),
+    ("nf4", cut(f"{UP}.weight"), "expected torch"),
+    ("nf4", drop(f"{UP}.weight.absmax"), "lacks weight.absmax"),
+    ("nf4", put(f"{UP}.weight.nested_absmax", torch.zeros(1)), "not the model"),
+    ("nf4", drop(STATE), "not the model"),
+    ("nf4 double", fill(f"{UP}.weight.nested_absmax", torch.nan), "NaN"),
+    ("nf4 double", drop(f"{UP}.weight.nested_quant_map"), "lacks weight.nested_quant_map"),
+    ("nf4 double", change_state(nested_offset="x"), "nested_offset"),
+    ("nf4 double", change_state(nested_offset=None), "must have the keys"),
+    ("int8", fill(f"{UP}.SCB", torch.nan), "NaN"),
+    ("int8", fill(f"{UP}.SCB", -1.0), "negative"),
+    ("int8", fill(f"{UP}.weight", -128), "-128"),
+    ("int8", cut(f"{UP}.SCB"), "not the tensors of an int8 layer"),
+    ("int8", drop(f"{UP}.SCB"), "not the model"),
+    ("int8", drop(f"{UP}.weight_format"), "lacks weight_format"),
+    ("int8", put(f"{UP}.weight_format", torch.tensor(1, dtype=torch.uint8)), "row-major"),
+    ("int8", put(f"{UP}.weight", torch.zeros(128, 64)), "no int8 matrix"),
+    ("w8a8", fill(f"{UP}.weight", -128), "-128"),
+    ("w8a8", fill(f"{UP}.weight_scale", torch.nan), "NaN"),
+    ("w8a8", fill(f"{UP}.weight_scale", -1.0), "scale"),
+    ("w8a8", drop(f"{UP}.weight"), "lacks weight"),
+    ("w8a8", put(f"{UP}.weight", torch.zeros(128, 64)), "no int8 matrix"),
+    ("w8a8", cut(f"{UP}.weight_scale"), "expected torch"),
+    ("w8a8", put(f"{UP}.weight_zero_point", torch.zeros(1)), "not the model"),
+    ("w4a16", put(f"{UP}.weight_shape", torch.tensor([64, 128])), "not the model"),
+    ("w4a16", put(f"{UP}.weight_shape", torch.tensor([0, 64])), "is no shape"),
+    ("w4a16", put(f"{UP}.weight_shape", torch.zeros(2)), "no int64"),
+    ("w4a16", fill(f"{UP}.weight_scale", torch.inf), "NaN or Inf"),
+    ("w4a16", cut(f"{UP}.weight_packed"), "expected torch"),
+    ("w4a16", drop(f"{UP}.weight_scale"), "lacks weight_scale"),
+    ("w4a16", put(f"{UP}.weight", torch.zeros(128, 64)), "both dense and quantized"),
+]
+
+
+@pytest.mark.parametrize(("name", "fault", "message"), FAULTS, ids=[f"{each[0]}-{each[2]}" for each in FAULTS])
+def test_a_planted_fault_is_refused(
+    tmp_path: Path, name: str, fault: Callable[[dict[str, torch.Tensor]], object], message: str
+) -> None:
+    written(tmp_path / "a", name)
+    edit_tensors(tmp_path / "a", fault)
+    with pytest.raises(InputError, match=message):
+        read_all(tmp_path / "a")
+
+
+def quantization(change: dict[str, Any]) -> Callable[[dict[str, Any]], object]:
+    return lambda config: config["quantization_config"].update(change)
+
+
+def weights_scheme(**changes: Any) -> dict[str, Any]:
+    group = W4A16["config_groups"]["group_0"]
+    return {"config_groups": {"group_0": group | {"weights": group["weights"] | changes}}}
+
+
+CONTRADICTIONS: list[tuple[str, dict[str, Any], str]] = [
+    ("nf4", {"load_in_4bit": False, "load_in_8bit": True}, "no layer is quantized"),
+    ("nf4", {"load_in_8bit": True}, "exactly one"),
+    ("nf4", {"load_in_4bit": "yes"}, "exactly one"),
+    ("nf4", {"bnb_4bit_quant_type": "fp4"}, "is nf4, the quantization config says fp4"),
+    ("nf4", {"bnb_4bit_quant_type": "nf5"}, "cannot be read"),
+    ("nf4", {"bnb_4bit_use_double_quant": True}, "says nf4 with double quantization"),
+    ("nf4", {"llm_int8_skip_modules": "lm_head"}, "list of strings"),
+    ("nf4", {"llm_int8_skip_modules": ["(a+)+b"]}, "repeats"),
+    ("nf4", {"llm_int8_skip_modules": ["("]}, "not a regular expression"),
+    ("nf4", {"llm_int8_skip_modules": ["lm_head", "up_proj"]}, f"{UP}: quantized, but dense by its config"),
+    ("nf4", {"llm_int8_skip_modules": []}, "lm_head: dense, but quantized by its config"),
+    ("w8a8", {"format": "float-quantized"}, "format is 'float-quantized'"),
+    ("w8a8", {"format": "pack-quantized"}, "no layer is quantized"),
+    ("w8a8", {"kv_cache_scheme": {}}, "cache"),
+    ("w8a8", {"config_groups": {}}, "config_groups must map"),
+    ("w8a8", {"config_groups": {"a": {"targets": ["Linear"]}}}, "targets and weights"),
+    ("w8a8", weights_scheme(), "only symmetric int8 rows"),
+    ("w8a8", {"ignore": []}, "lm_head: dense, but quantized by its config"),
+    ("w8a8", {"ignore": ["lm_head", UP]}, f"{UP}: quantized, but dense by its config"),
+    ("w8a8", {"ignore": ["lm_head", "re:.*up_proj"]}, f"{UP}: quantized, but dense by its config"),
+    ("w8a8", {"ignore": ["re:(a+)+b"]}, "repeats"),
+    ("w8a8", {"ignore": [1]}, "list of strings"),
+    ("w4a16", weights_scheme(num_bits=8), "expected torch"),
+    ("w4a16", weights_scheme(num_bits=3), "num_bits"),
+    ("w4a16", weights_scheme(num_bits=True), "num_bits"),
+    ("w4a16", weights_scheme(type="float"), "type"),
+    ("w4a16", weights_scheme(group_size=16), "expected torch"),
+    ("w4a16", weights_scheme(group_size=0), "group_size"),
+    ("w4a16", weights_scheme(strategy="tensor"), "strategy"),
+    ("w4a16", weights_scheme(symmetric=False), "lacks weight_zero_point"),
+    ("w4a16", weights_scheme(symmetric=None), "symmetric"),
+    ("w4a16", weights_scheme(actorder="group"), "lacks weight_g_idx"),
+    ("w4a16", weights_scheme(actorder="x"), "actorder"),
+    ("w4a16", weights_scheme(dynamic=True), "dynamic"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "message"), CONTRADICTIONS)
+def test_a_config_that_cannot_be_followed_or_contradicts_the_tensors_is_refused(
+    tmp_path: Path, name: str, change: dict[str, Any], message: str
+) -> None:
+    written(tmp_path / "a", name)
+    edit_config(tmp_path / "a", quantization(change))
+    with pytest.raises(InputError) as caught:
+        read_all(tmp_path / "a")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS.values(), ids=QUANTIZATIONS.keys())
+def test_a_dense_model_that_claims_a_method_is_refused(dense: Path, quantization: dict[str, Any]) -> None:
+    edit_config(dense, lambda config: config.update(quantization_config=quantization))
+    with pytest.raises(InputError, match="no layer is quantized"):
+        ArtifactSource(dense, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("name", QUANTIZATIONS)
+def test_the_tensors_of_each_format_are_noticed_where_nothing_claims_them(tmp_path: Path, name: str) -> None:
+    written(tmp_path / "a", name)
+    edit_config(tmp_path / "a", lambda config: config.pop("quantization_config"))
+    with pytest.raises(InputError, match="belong to quantized layers"):
+        ArtifactSource(tmp_path / "a", dtype=torch.float32)
+
+
+NAMES = st.lists(st.sampled_from(["model", "layers", "1", "11", "mlp", "gate", "gate_proj", "fc1"]), min_size=1).map(
+    ".".join
+)
+
+
+@given(module=NAMES, patterns=st.lists(NAMES | st.sampled_from(["model.layers.*", "layers.1|mlp", "proj", "fc1."])))
+def test_skip_lists_match_as_those_of_transformers(module: str, patterns: list[str]) -> None:
+    assert SkipList(patterns, "here").matches(module) is not should_convert_module(module, patterns)
+
+
+def test_compressed_tensors_names_modules_by_path_expression_or_class() -> None:
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 64}
+    groups = {
+        "a": {"targets": ["m.0.q", r"re:m\.1\..*"], "weights": weights},
+        "b": {"targets": ["Linear"], "weights": weights | {"num_bits": 8, "strategy": "channel", "group_size": None}},
+    }
+    rules = CompressedTensorsRules(
+        {"format": "pack-quantized", "config_groups": groups, "ignore": [r"re:.*\.k$", "head"]}
+    )
+    four, eight = Scheme(4, 64, sym=True, desc_act=False), Scheme(8, -1, sym=True, desc_act=False)
+    found = {module: rules.scheme(module) for module in ("m.0.q", "m.1.v", "m.1.k", "m.2.q", "head")}
+    assert found == {"m.0.q": four, "m.1.v": four, "m.1.k": None, "m.2.q": eight, "head": None}

@@ -70,12 +70,8 @@ def test_tensors_and_values_are_those_of_bitsandbytes(
     planned = bitsandbytes_4bit.packed_specs(spec)
     assert all(planned[name].admits(TensorSpec(tuple(part.shape), part.dtype)) for name, part in stored.items())
     with torch.compiler.set_stance("force_eager"):  # bitsandbytes compiles for each odd shape
-<<<<<<< HEAD
         values = dequantize_4bit(stored["weight"], state).reshape(spec.shape)  # one byte of codes comes back transposed
     assert torch.equal(bitsandbytes_4bit.dequantize(quantized), values)
-=======
-        assert torch.equal(bitsandbytes_4bit.dequantize(quantized), dequantize_4bit(stored["weight"], state))
->>>>>>> reading
 
 
 def test_values_of_more_than_one_piece_are_those_of_bitsandbytes() -> None:

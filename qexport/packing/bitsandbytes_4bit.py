@@ -98,6 +98,15 @@ def unpack(tensors: Mapping[str, torch.Tensor], *, module: str = "") -> BlockQua
     return BlockQuantized(tensors["weight"].reshape(-1), tensors["weight.absmax"], nested, spec)
 
 
+def state_spec(content: torch.Tensor, quant_type: QuantType, *, module: str = "") -> BlockQuantizedSpec:
+    """What the JSON text of a quantized linear says, without its other tensors.
+
+    Raises:
+        InputError: the text is malformed.
+    """
+    return _read_state(content, quant_type, _path(module, f"{STATE_PREFIX}{quant_type}"))[0]
+
+
 def flat_absmax(quantized: BlockQuantized) -> torch.Tensor:
     """float32 [blocks]: the absmaxes, read with their second level where there is one."""
     nested = quantized.nested
@@ -105,14 +114,15 @@ def flat_absmax(quantized: BlockQuantized) -> torch.Tensor:
         return quantized.absmax
     codes = quantized.absmax
     scales = nested.absmax.repeat_interleave(NESTED_BLOCK_SIZE)[: codes.numel()]
-    return dynamic_values()[codes.long()].mul_(scales).add_(torch.tensor(nested.offset))
+    values = dynamic_values().to(codes.device)
+    return values[codes.long()].mul_(scales).add_(torch.tensor(nested.offset, device=codes.device))
 
 
 def dequantize(quantized: BlockQuantized) -> torch.Tensor:
     """The matrix [out, in] in the dtype that was quantized, each value computed in float32 and rounded once."""
     spec, absmax = quantized.spec, flat_absmax(quantized)
-    values = four_bit_values(spec.quant_type)
-    result = torch.empty(prod(spec.shape), dtype=spec.dtype)
+    values = four_bit_values(spec.quant_type).to(quantized.codes.device)
+    result = torch.empty(prod(spec.shape), dtype=spec.dtype, device=values.device)
     step = _VALUES_AT_ONCE // spec.block_size * spec.block_size
     for start in range(0, result.numel(), step):
         piece = result[start : start + step]
@@ -183,7 +193,7 @@ def _read_state(content: torch.Tensor, quant_type: QuantType, where: str) -> tup
 
 
 def _check_book(found: torch.Tensor, expected: torch.Tensor, where: str) -> None:
-    if not torch.equal(found, expected):
+    if not torch.equal(found.cpu(), expected):
         raise InputError("the code book is not the one that bitsandbytes has", where=where)
 
 

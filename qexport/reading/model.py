@@ -51,7 +51,7 @@ def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = 
                 _put(model, name, source.read(name), where)
         for module in source.quantized:
             _quantize(model, module, source, where)
-        compute_buffers(model, structure, where)
+        compute_buffers(model, where)
     model.tie_weights()
     _refuse_empty(model)
     if (generation := contained_path(folder, _GENERATION_NAME)).is_file():

@@ -110,8 +110,9 @@ def _docker_run(figures: Figures) -> str:
         "# MODEL_FOLDER is the artifact; without it, the folder above this script. PORT is the port of this machine.\n"
         "set -eu\n"
         'here=$(cd "$(dirname "$0")" && pwd)\n'
+        'folder=$(cd "${MODEL_FOLDER:-$here/..}" && pwd)\n'
         f'exec docker run --rm --gpus {devices} --shm-size 1g -p "${{PORT:-8080}}:80" \\\n'
-        f'    -v "${{MODEL_FOLDER:-$here/..}}:{_MODEL}:ro" --env-file "$here/{ENVIRONMENT}" \\\n'
+        f'    -v "$folder:{_MODEL}:ro" --env-file "$here/{ENVIRONMENT}" \\\n'
         f"    {IMAGE}\n"
     )
 

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from qexport.architectures.runner import BlockRunner
 from qexport.artifact.manifest import Gate, Generations, Verification
-from qexport.errors import InputError
 from qexport.progress import Notice, Progress, Reporter, silent
 from qexport.reading.artifact_source import ArtifactSource
 from qexport.tensors import CalibrationSet, Checkpoint
 from qexport.text.prompts import Prompt
+from qexport.verifying.config_comparison import refuse_other_config
 from qexport.verifying.divergence import TokenFigures, compare
 from qexport.verifying.generation import compare_generations, greedy_settings
 from qexport.verifying.lockstep import run_in_lockstep, windows_at_once
@@ -28,8 +27,6 @@ from qexport.verifying.settings import VerifySettings
 
 _OTHER_READERS: Final = "loading with transformers and gptqmodel"
 _GENERATIONS: Final = "greedy generations (the model does not fit in memory)"
-_MAY_DIFFER: Final = frozenset({"dtype", "torch_dtype", "architectures", "_name_or_path"})
-"""Keys of config.json that quantizing may change."""
 
 
 def verify(
@@ -64,7 +61,7 @@ def verify(
         NumericalError: logits hold NaN or Inf.
     """
     with ArtifactSource(artifact, dtype=dtype) as source:
-        _refuse_other_config(reference.config, source.config)
+        refuse_other_config(reference.config, source.config)
         ours = BlockRunner(reference.config, reference.weights, dtype=dtype, device=device)
         source.check_complete(ours.structure)
         theirs = BlockRunner(source.config, source, dtype=dtype, device=device)
@@ -151,15 +148,3 @@ def _fits_in_memory(runner: BlockRunner, report: Reporter) -> bool:
         sizes = f"it needs {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free"
         report(Notice(f"no greedy generations: the whole model does not fit in memory ({sizes})"))
     return needed <= available
-
-
-def _refuse_other_config(reference: Mapping[str, Any], artifact: Mapping[str, Any]) -> None:
-    """The artifact's config.json is another file, perhaps another's: what it adds could load code."""
-    ours, theirs = json.loads(json.dumps(dict(reference))), artifact
-    keys = sorted((ours.keys() | theirs.keys()) - _MAY_DIFFER)
-    if different := [key for key in keys if key not in ours or key not in theirs or ours[key] != theirs[key]]:
-        raise InputError(
-            "the artifact's config.json is not the reference's",
-            where=f"config.json: {', '.join(different)}",
-            mend="verify the artifact against the model that it was made from",
-        )

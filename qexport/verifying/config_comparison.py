@@ -1,0 +1,101 @@
+"""Whether an artifact's config.json means the model that its reference means.
+
+Layouts write for readers of other versions: they spell out defaults, and say again under older keys what transformers 5
+keeps elsewhere. What they add must follow from the reference, key by key.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Final
+
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from qexport.architectures.structure import parse_config
+from qexport.errors import InputError, listed
+
+_MAY_DIFFER: Final = frozenset({"dtype", "torch_dtype", "_name_or_path"})
+"""What quantizing may change: the dtype of the dense weights, and no model depends on the name."""
+
+_ABSENT: Final = object()
+
+
+def refuse_other_config(reference: Mapping[str, Any], artifact: Mapping[str, Any]) -> None:
+    """Compares two contents of config.json. The artifact's is another file, perhaps another's: what it adds could load
+    code, or say something else to a server than to transformers.
+
+    Args:
+        reference: the merged model's.
+        artifact: the artifact's, without its `quantization_config`.
+
+    Raises:
+        InputError: a key is missing, has another value, or is new and does not follow from the reference.
+    """
+    ours = _plain(reference)
+    expected = _implied(ours)
+    problems = []
+    for key in sorted(ours.keys() | artifact.keys()):
+        found, wanted = artifact.get(key, _ABSENT), expected.get(key, ours.get(key, _ABSENT))
+        if key not in _MAY_DIFFER and found not in (wanted, ours.get(key, wanted)):
+            problems.append(f"{key}{_told(found, wanted)}")
+    if problems:
+        raise InputError(
+            "the artifact's config.json is not the reference's",
+            where=f"config.json: {listed(problems)}",
+            mend="verify the artifact against the model that it was made from",
+        )
+
+
+def _told(found: Any, wanted: Any) -> str:
+    if found is _ABSENT:
+        return " is missing"
+    return f" is {found!r:.80}, " + ("and must not be there" if wanted is _ABSENT else f"not {wanted!r:.80}")
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON would give it back."""
+    values: dict[str, Any] = json.loads(json.dumps(dict(config), default=str))
+    return values
+
+
+def _implied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What each key must say where an artifact says it: every value that transformers reads out of the config, and the
+    older keys in which other readers look for it.
+    """
+    parsed = _plain(parse_config(config).to_dict())
+    values = {key: value for key, value in parsed.items() if key not in config}
+    values |= _rotary(parsed.get("rope_parameters") or {})
+    if parsed["model_type"] == "falcon":
+        values |= _falcon(parsed)
+    if isinstance(layers := parsed.get("layer_types"), list) and "full_attention" in layers:
+        values["sliding_window_pattern"] = layers.index("full_attention") + 1
+    if not config.get("architectures"):
+        values["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(parsed["model_type"])]
+    return values
+
+
+def _rotary(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys from before transformers 5 joined them in `rope_parameters`; families with two kinds of layers have one
+    set of parameters for each kind.
+    """
+    main = parameters.get("full_attention", parameters)
+    if not isinstance(main, Mapping) or "rope_theta" not in main:
+        return {}
+    part = main.get("partial_rotary_factor", 1.0)
+    values = {"rope_theta": main["rope_theta"], "rotary_emb_base": main["rope_theta"]}
+    values |= {"partial_rotary_factor": part, "rotary_pct": part}
+    moved = ("rope_theta", "partial_rotary_factor")
+    scaling = {key: value for key, value in main.items() if key not in moved}
+    values["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+    if isinstance(local := parameters.get("sliding_attention"), Mapping):
+        values["rope_local_base_freq"] = local["rope_theta"]
+    return values
+
+
+def _falcon(parsed: Mapping[str, Any]) -> dict[str, Any]:
+    """Heads of keys and values, and layer norms in a layer; transformers finds them from other keys."""
+    if parsed["new_decoder_architecture"]:
+        norms = parsed.get("num_ln_in_parallel_attn")
+        return {"num_kv_heads": parsed["num_kv_heads"], "num_ln_in_parallel_attn": 2 if norms is None else norms}
+    return {"num_kv_heads": 1 if parsed["multi_query"] else parsed["num_attention_heads"]}

@@ -15,7 +15,7 @@ from qexport.architectures.structure import LinearSpec, Structure, describe
 from qexport.errors import CompatibilityError
 from qexport.progress import Progress, Reporter, silent
 from qexport.quantize import bitsandbytes_4bit, row_int8
-from qexport.quantize.settings import Nf4Settings, RoundingSettings
+from qexport.quantize.settings import Nf4Settings, RoundingSettings, W8a8Settings
 from qexport.tensors import (
     W8A8,
     BlockQuantizedSpec,
@@ -93,10 +93,9 @@ def quantize(
         if isinstance(spec, TensorSpec):
             yield TensorRecord(name, merged)
             continue
-        if name in transposed:
-            merged = merged.t().contiguous()
         layer = LayerReport(name.removesuffix(".weight"), _layer_method(outputs.method))
-        value = _quantized(merged.to(device), spec, outputs.method)
+        matrix = merged.t().contiguous() if name in transposed else merged
+        value = _quantized(matrix.to(device), spec, outputs.method)
         yield TensorRecord(name, value, layer, merged)
     report(Progress("quantize", len(outputs.specs), len(outputs.specs), "tensor"))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn.modules import Linear4bit
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
@@ -55,10 +55,9 @@ def execute(folder: Path, quantize: dict[str, Any], **parts: Any) -> Result:
 
 def load(folder: Path, **options: Any) -> PreTrainedModel:
     """Nothing missing, nothing unexpected, nothing filled at random."""
-    loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
-        folder, output_loading_info=True, **options
-    )
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     model, told = loaded
+    assert isinstance(model, PreTrainedModel)
     assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")), told
     model.eval()
     return model

@@ -131,7 +131,7 @@ def _cells(quant_type: QuantType) -> torch.Tensor:
 
 @cache
 def _pairs(quant_type: QuantType) -> torch.Tensor | None:
-    """uint8 [256]: from two places in the sorted code book to the two codes that stand there, both as a byte holds them.
+    """uint8 [256]: from two places in the sorted code book to the codes that stand there, both as a byte holds them.
 
     None where the code book is sorted.
     """

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from transformers import PretrainedConfig
+from transformers import FalconConfig, PretrainedConfig
 
 import factories
 from qexport.export.contract import Check
@@ -28,12 +28,12 @@ def llama() -> PretrainedConfig:
     return factories.llama_config(hidden_size=128, intermediate_size=256, rope_theta=5e5)
 
 
-def falcon() -> PretrainedConfig:
+def falcon() -> FalconConfig:
     """Shapes that Marlin refuses and ExLlama takes, as those of Falcon-7B."""
     return factories.falcon_config(hidden_size=192, num_attention_heads=4, ffn_hidden_size=320)
 
 
-def falcon_40b() -> PretrainedConfig:
+def falcon_40b() -> FalconConfig:
     return factories.falcon_40b_config(hidden_size=128)
 
 
@@ -70,13 +70,13 @@ class TgiModel:
     def write(self, folder: Path) -> Path:
         folder.mkdir()
         writer = self.layout.weights.writer(folder)
-        for record in self._records():
+        for record in self.records():
             writer.write(record)
         writer.finish()
         self.layout.write_files(folder, self.checkpoint)
         return folder
 
-    def _records(self) -> Iterable[TensorRecord]:
+    def records(self) -> Iterable[TensorRecord]:
         if isinstance(self.method, Gptq):
             return self.model.records()
         cpu, dtype = torch.device("cpu"), torch.bfloat16

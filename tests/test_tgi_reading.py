@@ -163,7 +163,7 @@ def test_the_falcons_that_are_served_are_those_whose_heads_tgi_splits_rightly(co
     query, key, value = attention._split_heads(torch.arange(rows, dtype=torch.float32).reshape(1, 1, rows))
     heads, kv_heads = config.num_attention_heads, tgi_config(config.to_dict())["num_kv_heads"]
     served_query, served_key, served_value = _tgi_split(
-        torch.arange(rows, dtype=torch.float32), heads, kv_heads, new=config.new_decoder_architecture
+        torch.arange(rows, dtype=torch.float32), heads, kv_heads, new=bool(config.new_decoder_architecture)
     )
     repeats = heads // kv_heads if config.new_decoder_architecture else 1
     equal = [

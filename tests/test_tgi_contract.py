@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from copy import deepcopy
@@ -185,6 +186,9 @@ FAULTS: list[tuple[str, str, Plant]] = [
     ("the files of weights can be opened", "gptq", truncate),
     ("each tensor is in one file", "gptq", second_copy),
     ("there is one set of weights", "gptq", other_set),
+    ("every layer is complete", "gptq", config(num_hidden_layers=3)),
+    ("every layer is complete", "16-bit", tensors(lambda content: content.pop(f"{UP}.weight"))),
+    ("the output head is there", "gptq", tensors(lambda content: content.pop("lm_head.weight"))),
     ("the folder is no adapter", "gptq", file("adapter_config.json", "{}")),
     ("GPTQ: config.json gives bits, group_size, sym and desc_act", "gptq",
      config(within="quantization_config", drop="desc_act")),
@@ -303,3 +307,10 @@ def test_failed_checks_are_listed_with_their_sources() -> None:
     with pytest.raises(QexportError, match="2 of 3 demands of S are not met") as caught:
         refuse_failed(checks, "S")
     assert str(caught.value.where).split() == ["b:", "too", "small", "(y.py)", "c:", "gone", "(z.py)"]
+
+
+def test_the_documentation_lists_every_rule_with_its_source() -> None:
+    page = (Path(__file__).parent.parent / "docs/tgi.md").read_text().partition("## The contract")[2]
+    rows = re.findall(r"^\| (.+?) \| (.+?) \|$", page, flags=re.MULTILINE)[1:]
+    stated = {name: source.replace("`", "").replace(", ", ": ") for name, source in rows if name != "---"}
+    assert stated == {rule.name: rule.source for rule in RULES}

@@ -54,8 +54,23 @@ OWN_MODELS: Final[Mapping[str, OwnModel]] = {
         prequantized="the rows of query_key_value are brought into TGI's order for 16-bit weights only (flash_neox_"
         "modeling.py), so quantized ones would be multiplied in the wrong order without an error",
     ),
-    **dict.fromkeys(("mixtral", "phimoe", "dbrx", "deepseek_v2", "deepseek_v3"), _MIXTURE),
-    **dict.fromkeys(("gpt2", "gptj", "gpt_bigcode", "opt", "bloom", "mpt", "mamba", "baichuan"), _OTHER),
+    **dict.fromkeys(("mixtral", "phimoe"), _MIXTURE),
+    **dict.fromkeys(
+        (
+            "dbrx",
+            "deepseek_v2",
+            "deepseek_v3",
+            "gpt2",
+            "gptj",
+            "gpt_bigcode",
+            "opt",
+            "bloom",
+            "mpt",
+            "mamba",
+            "baichuan",
+        ),
+        _OTHER,
+    ),
 }
 
 _TRANSFORMERS: Final = frozenset({"cohere2", "glm", "glm4", "helium", "olmo", "olmo2", "qwen3", "qwen3_moe"})

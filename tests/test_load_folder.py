@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPTNeoXConfig, MixtralConfig, PretrainedConfig
+from transformers import GPT2Config, HrmTextConfig, PretrainedConfig
 
 import factories
 from qexport.errors import CompatibilityError, InputError, QexportError, RecipeError
@@ -184,22 +184,12 @@ def test_an_unknown_family_is_a_compatibility_error(model: Path) -> None:
     assert "never-heard-of" in refusal(model, CompatibilityError)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        GPTNeoXConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=64),
-        MixtralConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-            vocab_size=64, num_local_experts=2,
-        ),
-    ],
-    ids=["gpt-neox", "mixtral"],
-)  # fmt: skip
-def test_a_family_whose_weights_are_converted_while_loading_is_refused(
-    config: PretrainedConfig, tmp_path: Path
-) -> None:
-    factories.build(config).save_pretrained(tmp_path)
-    assert "renames or reshapes" in refusal(tmp_path, CompatibilityError)
+def test_a_family_whose_weights_are_reshaped_in_an_unknown_way_is_refused(model: Path) -> None:
+    config = HrmTextConfig(hidden_size=32, num_attention_heads=2, vocab_size=64, num_hidden_layers=2)
+    (model / "config.json").write_text(config.to_json_string())
+    assert "transformers makes model.L_module.layers.0.self_attn.q_proj.weight with Chunk" in refusal(
+        model, CompatibilityError
+    )
 
 
 def test_missing_unexpected_misshapen_and_mistyped_tensors_are_listed_together(model: Path) -> None:

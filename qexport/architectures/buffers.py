@@ -5,29 +5,22 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from qexport.architectures.structure import Structure
-
 
 @torch.no_grad()
-def compute_buffers(model: PreTrainedModel, structure: Structure, device: torch.device) -> None:
-    """Fills the buffers of a model on the meta device that `structure.parameters` does not name, as transformers does.
+def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Fills the buffers of a model on the meta device that checkpoints do not hold, as transformers does.
 
     Args:
-        model: its parameters may still be on the meta device.
-        structure: the model's.
+        model: its parameters must still be on the meta device: what fills buffers may also draw random weights.
         device: where the buffers are wanted.
     """
-    stored = set(structure.parameters)
-    for path, module in model.named_modules():
-        leaves = [leaf for leaf in module._buffers if f"{path}.{leaf}".lstrip(".") not in stored]
-        empty = [leaf for leaf in leaves if (buffer := module._buffers[leaf]) is not None and buffer.is_meta]
-        for leaf in empty:
-            buffer = module._buffers[leaf]
-            assert buffer is not None
-            module._buffers[leaf] = torch.full_like(buffer, torch.nan, device=device)
-        if empty:
+    stored = set(model.state_dict())
+    empty = {path: buffer for path, buffer in model.named_buffers() if path not in stored and buffer.is_meta}
+    for path, buffer in empty.items():
+        module, _, leaf = path.rpartition(".")
+        model.get_submodule(module)._buffers[leaf] = torch.full_like(buffer, torch.nan, device=device)
+    for path, module in reversed(list(model.named_modules())):  # a parent may fill the buffers of its children
+        if any(name.startswith(f"{path}." if path else "") for name in empty):
             model._init_weights(module)
-        for leaf in empty:
-            buffer = module._buffers[leaf]
-            assert buffer is not None
-            assert torch.isfinite(buffer).all(), f"{path}.{leaf} was not computed"
+    for path in empty:
+        assert torch.isfinite(model.get_buffer(path)).all(), f"{path} was not computed"

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from qexport.architectures.buffers import compute_buffers
 from qexport.architectures.freed_memory import return_freed_memory
-from qexport.architectures.structure import build_on_meta, describe_model, find_blocks, parse_config
+from qexport.architectures.naming import name_parameters
+from qexport.architectures.structure import LinearSpec, build_on_meta, describe_model, find_blocks, parse_config
 from qexport.tensors import WeightSource
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -50,7 +51,7 @@ class BlockRunner:
 
     Args:
         config: the content of config.json.
-        source: the weights, named as in `Structure.parameters`.
+        source: the weights, named as in `Structure.parameters`, which is as in files.
         dtype: the dtype to compute in.
         device: where to compute.
     """
@@ -64,8 +65,9 @@ class BlockRunner:
         for parameter in self._model.parameters():
             parameter.data = parameter.data.to(dtype)
         self.structure = describe_model(self._model)
+        self._naming = name_parameters(self._model)
         self._layers = find_blocks(self._model)[1]
-        compute_buffers(self._model, self.structure, device)
+        compute_buffers(self._model, device)
 
     @torch.no_grad()
     def embed(self, input_ids: Tensor, batch_size: int) -> list[Batch]:
@@ -77,7 +79,7 @@ class BlockRunner:
         """
         batches: list[Batch] = []
         outside = [name for name in self._outside_blocks() if not name.startswith(f"{self.structure.head}.")]
-        with self._loaded(self._model, outside):
+        with self._loaded(outside):
             for ids in input_ids.split(batch_size):
                 batch = self._record(ids.to(self.device))
                 if batches and _same(batch.calls, batches[-1].calls):
@@ -90,7 +92,7 @@ class BlockRunner:
         """The block with its weights, which are released at the end."""
         prefix = self.structure.blocks[index] + "."
         names = [name for name in self.structure.parameters if name.startswith(prefix)]
-        with self._loaded(self._model, names):
+        with self._loaded(names):
             yield self._layers[index]
 
     @torch.no_grad()
@@ -108,13 +110,13 @@ class BlockRunner:
         """
         skip = () if self.structure.tied else (f"{self.structure.embedding}.",)
         names = [name for name in self._outside_blocks() if not name.startswith(skip)]
-        with self._loaded(self._model, names), _in_float32(self._head_module()):
+        with self._loaded(names), _in_float32(self._head_module()):
             yield self._tail
 
     @contextmanager
     def whole(self) -> Iterator[PreTrainedModel]:
         """The model with all its weights, which are released at the end; its head computes in float32."""
-        with self._loaded(self._model, self.structure.parameters), _in_float32(self._head_module()):
+        with self._loaded(self.structure.parameters), _in_float32(self._head_module()):
             yield self._model
 
     @contextmanager
@@ -137,7 +139,7 @@ class BlockRunner:
 
         hook = self._head_module().register_forward_pre_hook(stop)
         try:
-            with self._loaded(self._model, names):
+            with self._loaded(names):
                 yield run
         finally:
             hook.remove()
@@ -181,25 +183,37 @@ class BlockRunner:
         """Learns from a run without data whether the blocks return tuples."""
         args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), call)
         block = self._layers[0]
-        self._returns_tuple = isinstance(type(block).forward(block, hidden.to("meta"), *args, **kwargs), tuple)
+        with _countable_experts(self._model), _on_meta(block):
+            self._returns_tuple = isinstance(type(block).forward(block, hidden.to("meta"), *args, **kwargs), tuple)
 
     def _outside_blocks(self) -> list[str]:
         inside = tuple(f"{block}." for block in self.structure.blocks)
         return [name for name in self.structure.parameters if not name.startswith(inside)]
 
     def _head_module(self) -> nn.Module:
-        return self._model.get_submodule(self.structure.head)
+        head = self._model.get_output_embeddings()
+        assert isinstance(head, nn.Module)
+        return head
+
+    def module(self, linear: LinearSpec) -> nn.Module:
+        """The module that computes a linear layer: its own, or for the matrix of an expert that of all experts."""
+        return self._model.get_submodule(self._naming.parts[f"{linear.name}.weight"].parameter.rpartition(".")[0])
+
+    def parameter(self, name: str) -> Tensor:
+        """A loaded tensor by its name in the files, as a view of the parameter in memory."""
+        part = self._naming.parts[name]
+        return part.of(self._state(part.parameter))
 
     @contextmanager
-    def _loaded(self, root: nn.Module, names: Iterable[str]) -> Iterator[None]:
-        loaded: list[tuple[nn.Module, str, Tensor]] = []
+    def _loaded(self, names: Iterable[str]) -> Iterator[None]:
+        before: dict[str, Tensor] = {}
         try:
             for name in names:
-                loaded += self._load(root, name)
+                self._load(name, before)
             yield
         finally:
-            for module, leaf, meta in loaded:
-                _put(module, leaf, meta)
+            for path, meta in before.items():
+                self._put(path, meta)
             return_freed_memory()
 
     def read(self, name: str) -> Tensor:
@@ -208,18 +222,33 @@ class BlockRunner:
         dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
         return tensor.to(device=self.device, dtype=dtype)
 
-    def _load(self, root: nn.Module, name: str) -> list[tuple[nn.Module, str, Tensor]]:
-        tensor = self.read(name)
-        places = [name]
+    def _load(self, name: str, before: dict[str, Tensor]) -> None:
+        """Reads a tensor to its place, and notes what was there."""
+        tensor, part = self.read(name), self._naming.parts[name]
+        paths = [part.parameter]
         if self.structure.tied and name == f"{self.structure.embedding}.weight":
-            places.append(f"{self.structure.head}.weight")
-        changed = []
-        for place in places:
-            path, _, leaf = place.rpartition(".")
-            module = root.get_submodule(path)
-            changed.append((module, leaf, module.state_dict(keep_vars=True)[leaf]))
-            _put(module, leaf, tensor)
-        return changed
+            paths += [
+                path for path, original in self._model.all_tied_weights_keys.items() if original == part.parameter
+            ]
+        for path in paths:
+            if path not in before:
+                before[path] = self._state(path)
+                self._put(path, tensor if part.expert is None else self._room(before[path]))
+        if part.expert is not None:
+            part.of(self._state(part.parameter)).copy_(tensor)
+
+    def _room(self, meta: Tensor) -> Tensor:
+        """A parameter that is read in parts; what no part fills is not a number."""
+        return torch.full(meta.shape, torch.nan, dtype=self.dtype, device=self.device)
+
+    def _state(self, path: str) -> Tensor:
+        module, _, leaf = path.rpartition(".")
+        state: Tensor = self._model.get_submodule(module).state_dict(keep_vars=True)[leaf]
+        return state
+
+    def _put(self, path: str, tensor: Tensor) -> None:
+        module, _, leaf = path.rpartition(".")
+        _put(self._model.get_submodule(module), leaf, tensor)
 
 
 def _put(module: nn.Module, leaf: str, tensor: Tensor) -> None:
@@ -240,6 +269,32 @@ def _replaced(layers: nn.ModuleList, forwards: Sequence[Callable[..., Any]]) -> 
     finally:
         for layer in layers:
             del layer.forward
+
+
+@contextmanager
+def _on_meta(block: nn.Module) -> Iterator[None]:
+    """Takes a block's computed buffers away for a while."""
+    before = [(module, leaf, buffer) for module in block.modules() for leaf, buffer in module._buffers.items()]
+    for module, leaf, buffer in before:
+        module._buffers[leaf] = None if buffer is None else buffer.to("meta")
+    try:
+        yield
+    finally:
+        for module, leaf, buffer in before:
+            module._buffers[leaf] = buffer
+
+
+@contextmanager
+def _countable_experts(model: PreTrainedModel) -> Iterator[None]:
+    """Lets experts compute in the one way that needs no data to know its shapes."""
+    before = model.get_experts_implementation()
+    if before[""] is not None:
+        model.set_experts_implementation("batched_mm")
+    try:
+        yield
+    finally:
+        if before[""] is not None:
+            model.set_experts_implementation(before)
 
 
 @contextmanager

@@ -4,34 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
+from qexport.architectures.experts import can_stage
+from qexport.architectures.naming import Naming, Part, name_parameters
 from qexport.errors import CompatibilityError
 
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """A linear layer: its module path and its shape."""
+    """A linear layer of the files.
+
+    Attributes:
+        name: the files' name of its weight, without `.weight`.
+        out_features: outputs.
+        in_features: inputs.
+        expert: the matrix of one expert of a mixture. In memory the experts lie together in one parameter.
+        transposed: the weight is stored [in, out] (GPT-2's Conv1D), and not [out, in].
+    """
 
     name: str
     out_features: int
     in_features: int
+    expert: bool = False
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
 class Structure:
-    """The parts of a decoder.
+    """The parts of a decoder. All names are those of the checkpoint's files (see `qexport.architectures.naming`).
 
     Attributes:
         model_type: the family's name, as in config.json.
-        blocks: the module path of each decoder layer, in order.
-        linears: the linear layers inside each block, by the block's path, in the order of definition.
-        embedding: the module path of the input embedding.
-        head: the module path of the output head.
+        blocks: the prefix of each decoder layer, without the dot, in order.
+        linears: the linear layers inside each block, by the block's prefix, in the order of definition.
+        embedding: the input embedding.
+        head: the output head.
         tied: the head uses the embedding's weight.
         parameters: every parameter and persistent buffer with its shape; a tied head is left out.
     """
@@ -56,7 +70,8 @@ def parse_config(config: Mapping[str, Any]) -> PretrainedConfig:
     Raises:
         CompatibilityError: transformers does not know the `model_type`.
     """
-    values = {key: value for key, value in config.items() if key not in ("model_type", "transformers_version")}
+    outside = ("model_type", "transformers_version")
+    values = {key: _with_floats(value) for key, value in config.items() if key not in outside}
     model_type = config.get("model_type")
     try:
         parsed = AutoConfig.for_model(str(model_type), **values)
@@ -68,6 +83,17 @@ def parse_config(config: Mapping[str, Any]) -> PretrainedConfig:
         ) from error
     assert isinstance(parsed, PretrainedConfig)
     return parsed
+
+
+def _with_floats(value: Any) -> Any:
+    """Infinities as numbers, which transformers writes as `{"__float__": "Infinity"}` (Falcon-H1's time_step_limit)."""
+    if isinstance(value, list):
+        return [_with_floats(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"__float__"}:
+        return float(value["__float__"])
+    return {key: _with_floats(item) for key, item in value.items()}
 
 
 def build_on_meta(config: PretrainedConfig) -> PreTrainedModel:
@@ -101,24 +127,47 @@ def describe(config: Mapping[str, Any]) -> Structure:
 
 def describe_model(model: PreTrainedModel) -> Structure:
     """The structure of a model that is already built (on any device)."""
+    naming = name_parameters(model)
     prefix, layers = find_blocks(model)
-    names = {module: name for name, module in model.named_modules()}
+    paths = {module: path for path, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None:
         raise CompatibilityError(f"{type(model).__name__} has no output head", where="config.json: architectures")
-    tied = bool(model.config.tie_word_embeddings)
-    blocks = tuple(f"{prefix}.{index}" for index in range(len(layers)))
     linears = {
-        block: tuple(
-            LinearSpec(f"{block}.{name}", module.out_features, module.in_features)
-            for name, module in layers[index].named_modules()
-            if isinstance(module, nn.Linear)
-        )
-        for index, block in enumerate(blocks)
+        block: _linears(model, {name: part for name, part in naming.parts.items() if name.startswith(f"{block}.")})
+        for block in (_block_name(naming, f"{prefix}.{index}.") for index in range(len(layers)))
     }
-    tied_names = set(getattr(model, "all_tied_weights_keys", None) or {})
-    parameters = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied_names}
-    return Structure(model.config.model_type, blocks, linears, names[embedding], names[head], tied, parameters)
+    return Structure(
+        model_type=model.config.model_type,
+        blocks=tuple(linears),
+        linears=linears,
+        embedding=naming.module(paths[embedding]),
+        head=naming.module(paths[head]),
+        tied=bool(model.config.tie_word_embeddings),
+        parameters={name: part.shape for name, part in naming.parts.items()},
+    )
+
+
+def _block_name(naming: Naming, path: str) -> str:
+    """What the names of a block's tensors have in common in the files."""
+    names = [name.split(".") for name, part in naming.parts.items() if part.parameter.startswith(path)]
+    common = takewhile(lambda components: len(set(components)) == 1, zip(*names, strict=False))
+    return ".".join(components[0] for components in common)
+
+
+def _linears(model: PreTrainedModel, parts: Mapping[str, Part]) -> tuple[LinearSpec, ...]:
+    found = []
+    for name, part in parts.items():
+        path, _, leaf = part.parameter.rpartition(".")
+        module = model.get_submodule(path)
+        if isinstance(module, nn.Linear | Conv1D) and leaf == "weight":
+            transposed = isinstance(module, Conv1D)
+            outputs, inputs = reversed(part.shape) if transposed else part.shape
+            found.append(LinearSpec(name.removesuffix(".weight"), outputs, inputs, transposed=transposed))
+        elif part.expert is not None and can_stage(module):
+            outputs, inputs = part.shape
+            found.append(LinearSpec(name.removesuffix(".weight"), outputs, inputs, expert=True))
+    return tuple(found)
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+from qexport.architectures.naming import name_parameters
 from qexport.artifact.digest import sha256_bytes, sha256_file
 from qexport.loading.config_file import CONFIG_NAME, read_config
 from qexport.loading.model_weights import build_model, fit_to_model, refuse_untied_copies
@@ -44,7 +45,7 @@ def read_folder(
     try:
         model = build_model(config, tensors=len(source.specs()))
         weights = fit_to_model(source, model)
-        refuse_untied_copies(source, model.all_tied_weights_keys)
+        refuse_untied_copies(source, name_parameters(model).tied)
         digests = {file: sha256_bytes(content) for file, content in files.items()}
         digests |= _digests(folder, (CONFIG_NAME, *source.files()), report)
     except BaseException:

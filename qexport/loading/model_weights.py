@@ -8,10 +8,10 @@ from typing import Any, Final, Protocol
 
 import torch
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
 
-from qexport.architectures.structure import build_on_meta, describe_model, parse_config
-from qexport.errors import CompatibilityError, InputError, QexportError, listed
+from qexport.architectures.naming import name_parameters
+from qexport.architectures.structure import build_on_meta, parse_config
+from qexport.errors import InputError, QexportError, listed
 from qexport.tensors.finite import is_finite
 from qexport.tensors.source import TensorSpec, WeightSource
 
@@ -82,7 +82,7 @@ def build_model(config: Mapping[str, Any], *, tensors: int) -> PreTrainedModel:
 
     Raises:
         InputError: the configuration contradicts itself or the checkpoint.
-        CompatibilityError: transformers does not know the family, or converts its weights while it loads them.
+        CompatibilityError: transformers does not know the family, or loads its weights in a way that qexport does not.
     """
     try:
         parsed = parse_config(config)
@@ -96,7 +96,7 @@ def build_model(config: Mapping[str, Any], *, tensors: int) -> PreTrainedModel:
         raise InputError(
             f"transformers cannot build a model from it: {error}", where="config.json", mend="fetch the model anew"
         ) from error
-    _refuse_converted(model)
+    name_parameters(model)
     return model
 
 
@@ -132,15 +132,17 @@ def fit_to_model(source: PlacedSource, model: PreTrainedModel) -> ModelWeights:
         InputError: tensors are missing, unexpected, or of another shape or dtype than the architecture's; all of them
             are listed.
     """
-    expected, found = describe_model(model).parameters, source.specs()
-    passed_over = set(model.all_tied_weights_keys) | {name for name in found if _is_ignorable(name, model)}
+    naming, found = name_parameters(model), source.specs()
+    expected = naming.parts
+    passed_over = set(naming.tied) | {name for name in found if _is_ignorable(name, model)}
     missing = [name for name in expected if name not in found]
     unexpected = [name for name in found if name not in expected and name not in passed_over]
     problems = [f"{name}: missing" for name in missing]
     problems += [f"{source.place(name)}: unexpected" for name in unexpected]
-    floats = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
-    for name in (name for name in expected if name in found):
-        problems += _faults(found[name], expected[name], is_float=name in floats, place=source.place(name))
+    floats = {path for path, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    for name, part in expected.items():
+        if name in found:
+            problems += _faults(found[name], part.shape, is_float=part.parameter in floats, place=source.place(name))
     if problems:
         raise InputError(
             f"the weights do not fit config.json: {len(problems)} tensors",
@@ -170,13 +172,3 @@ def _mend(missing: Sequence[str], unexpected: Sequence[str], prefix: str) -> str
     if any(f"{prefix}.{name}" in missing for name in unexpected):
         return f"the names lack the prefix {prefix!r}: save the model from its ...ForCausalLM class"
     return "fetch the model anew; if it was changed by hand, config.json and the weights must be changed together"
-
-
-def _refuse_converted(model: PreTrainedModel) -> None:
-    """Families whose names on disk are not their modules' names would be read as garbage, or not at all."""
-    if get_model_conversion_mapping(model, add_legacy=False):
-        raise CompatibilityError(
-            f"transformers renames or reshapes the weights of {model.config.model_type} while it loads them",
-            where="config.json: model_type",
-            mend="this family is not supported yet",
-        )

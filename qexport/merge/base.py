@@ -9,6 +9,7 @@ from typing import Literal
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from qexport.architectures.naming import Naming, name_parameters
 from qexport.architectures.structure import Structure, build_on_meta, describe_model, parse_config
 from qexport.tensors.checkpoint import Checkpoint
 from qexport.tensors.source import TensorSpec
@@ -54,13 +55,19 @@ class BaseModel:
     """What an adapter is laid over.
 
     Attributes:
-        structure: blocks, embedding, head, and whether the last two are tied.
+        structure: the family, and whether embedding and head are tied; it names tensors as the files do.
         modules: every module below the root, by path, in the order that PEFT walks them.
+        embedding: the path of the input embedding.
+        head: the path of the output head.
+        naming: what the modules' tensors are called in the checkpoint's files.
         weights: the checkpoint's tensors, as their headers say.
     """
 
     structure: Structure
     modules: Mapping[str, Module]
+    embedding: str
+    head: str
+    naming: Naming
     weights: Mapping[str, TensorSpec]
 
 
@@ -76,7 +83,10 @@ def look_at(checkpoint: Checkpoint) -> BaseModel:
         for path, module in model.named_modules()
         if path
     }
-    return BaseModel(describe_model(model), modules, checkpoint.weights.specs())
+    paths = {module: path for path, module in model.named_modules()}
+    embedding, head = paths[model.get_input_embeddings()], paths[model.get_output_embeddings()]
+    weights = checkpoint.weights.specs()
+    return BaseModel(describe_model(model), modules, embedding, head, name_parameters(model), weights)
 
 
 def _kind(module: nn.Module) -> Kind:

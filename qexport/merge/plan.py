@@ -12,6 +12,7 @@ from qexport.errors import CompatibilityError, InputError, listed
 from qexport.merge.adapter import PREFIX, Adapter
 from qexport.merge.base import BaseModel
 from qexport.merge.changes import Change, Replace, ReplaceRows
+from qexport.merge.options import MERGE_WITH_PEFT
 from qexport.tensors.finite import is_finite
 
 _NAMED = 4
@@ -31,7 +32,7 @@ class Plan:
     Attributes:
         adapter: what is merged.
         base: what it is merged into.
-        changes: the steps for each tensor of the base, in their order.
+        changes: the steps for each tensor of the base, by its path in the model, in their order.
         expected: the shape of each tensor that the adapter must hold, by its key.
         incompatible: reasons why this adapter and this model must not be merged, each with the way out.
     """
@@ -79,24 +80,25 @@ class Plan:
             )
 
     def settle(self) -> Mapping[str, tuple[Change, ...]]:
-        """The changes, after every check that headers allow.
+        """The changes to the tensors of the checkpoint's files, after every check that headers allow.
 
         Raises:
             CompatibilityError: a module must not be adapted, or tied embeddings would come apart.
             InputError: the adapter's tensors are not the ones that its configuration means for this base.
         """
         self._check_tied()
+        self._check_experts()
         self.stop_if_refused()
         self._check_tensors()
         if not self.changes:
             raise InputError(f"the adapter {self.adapter.folder.name} changes nothing", mend="leave load.adapter out")
-        return {name: tuple(steps) for name, steps in self.changes.items()}
+        return {self.base.naming.files[path]: tuple(steps) for path, steps in self.changes.items()}
 
     def _check_tied(self) -> None:
         """Lets pass what changes both ends of a tied embedding alike, as one change of the embedding."""
         if not self.base.structure.tied:
             return
-        embedding, head = f"{self.base.structure.embedding}.weight", f"{self.base.structure.head}.weight"
+        embedding, head = f"{self.base.embedding}.weight", f"{self.base.head}.weight"
         at_head = self.changes.pop(head, [])
         match self.changes.get(embedding, []), at_head:
             case ([], []) | ([ReplaceRows()], []):
@@ -109,19 +111,26 @@ class Plan:
                     return
         self.refuse(f"{embedding} and {head} are tied, and the adapter would change them differently", _UNTIE)
 
+    def _check_experts(self) -> None:
+        for path in self.changes:
+            if path not in self.base.naming.files:
+                self.refuse(
+                    f"{path}: the experts lie together in it, and in the files each for itself", MERGE_WITH_PEFT
+                )
+
     def _equal(self, one: str, other: str) -> bool:
         specs = self.adapter.file.specs()
         return one in specs and specs[one] == specs.get(other) and torch.equal(*map(self.adapter.read, (one, other)))
 
     def _check_tensors(self) -> None:
-        specs, expected = self.adapter.file.specs(), self.expected
+        specs, expected, files = self.adapter.file.specs(), self.expected, self.base.naming.files
         misshapen = [key for key in expected if key in specs and specs[key].shape != expected[key]]
         problems = {
             "missing": [key for key in expected if key not in specs],
             "not targeted by its configuration": [key for key in specs if key not in expected],
             "of another shape": [f"{key} {list(specs[key].shape)}, not {list(expected[key])}" for key in misshapen],
             "not of floating point": [key for key, spec in specs.items() if not spec.dtype.is_floating_point],
-            "without their weight in the base": [name for name in self.changes if name not in self.base.weights],
+            "without their weight in the base": [name for name in self.changes if files[name] not in self.base.weights],
         }
         lines = [f"{len(names)} tensors {fault}: {_some(names)}" for fault, names in problems.items() if names]
         if lines:
@@ -132,7 +141,7 @@ class Plan:
             )
 
     def _resized(self, misshapen: list[str]) -> bool:
-        ends = (self.base.structure.embedding, self.base.structure.head)
+        ends = (self.base.embedding, self.base.head)
         return bool(misshapen) and all(key.startswith(tuple(f"{PREFIX}{end}." for end in ends)) for key in misshapen)
 
     def check_finite(self) -> None:

@@ -51,7 +51,7 @@ def saved(options: AdapterOptions, base: BaseModel) -> list[str]:
 
 
 def _is_inner_linear(name: str, base: BaseModel) -> bool:
-    return base.modules[name].kind in ("linear", "conv1d") and name != base.structure.head
+    return base.modules[name].kind in ("linear", "conv1d") and name != base.head
 
 
 def _excluded(options: AdapterOptions, base: BaseModel) -> set[str]:

@@ -32,9 +32,9 @@ def plan_token_adapter(plan: Plan) -> None:
     """
     options = TrainableTokensOptions.parse(plan.adapter.config)
     structure = plan.base.structure
-    modules = [structure.embedding] if options.target_modules is None else targeted(options, plan.base)
-    if structure.tied and f"{PREFIX}{structure.head}.{_DELTA}" in plan.adapter.file.specs():
-        modules = list(dict.fromkeys([*modules, structure.head]))  # PEFT ties the head's rows and stores them too
+    modules = [plan.base.embedding] if options.target_modules is None else targeted(options, plan.base)
+    if structure.tied and f"{PREFIX}{plan.base.head}.{_DELTA}" in plan.adapter.file.specs():
+        modules = list(dict.fromkeys([*modules, plan.base.head]))  # PEFT ties the head's rows and stores them too
     for module in modules:
         _plan_rows(plan, module, _DELTA, options.token_indices)
 
@@ -47,7 +47,7 @@ def plan_trainable_tokens(
     Raises:
         InputError: a token is not in the vocabulary, or a module is not in the base.
     """
-    by_name = indices if isinstance(indices, Mapping) else {plan.base.structure.embedding: indices or []}
+    by_name = indices if isinstance(indices, Mapping) else {plan.base.embedding: indices or []}
     for suffix, tokens in by_name.items():
         if not tokens:
             continue
@@ -64,9 +64,9 @@ def plan_trainable_tokens(
 def _follows_embedding(plan: Plan, module: str, suffix: str, by_name: Mapping[str, list[int]]) -> bool:
     """A tied head with the embedding's own tokens, which PEFT stores once."""
     structure = plan.base.structure
-    if not (structure.tied and module == structure.head):
+    if not (structure.tied and module == plan.base.head):
         return False
-    return any(structure.embedding.endswith(name) and by_name[name] == by_name[suffix] for name in by_name)
+    return any(plan.base.embedding.endswith(name) and by_name[name] == by_name[suffix] for name in by_name)
 
 
 def _plan_rows(plan: Plan, module: str, name: str, indices: list[int]) -> None:

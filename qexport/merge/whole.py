@@ -22,7 +22,7 @@ def plan_whole_tensors(plan: Plan, options: AdapterOptions, targets: list[str]) 
 
 def _plan_embedding_copies(plan: Plan, targets: set[str], modules: set[str]) -> None:
     """PEFT's save_embedding_layers stores the base's own embeddings too; they count as the base's from then on."""
-    for end in (plan.base.structure.embedding, plan.base.structure.head):
+    for end in (plan.base.embedding, plan.base.head):
         name = "base_layer.weight" if end in targets else "weight"
         if end not in modules and f"{PREFIX}{end}.{name}" in plan.adapter.file.specs():
             shape = plan.base.modules[end].tensors["weight"]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
 import torch
 
-from qexport.architectures.structure import Structure
+from qexport.architectures.code_keys import without_code_keys
+from qexport.architectures.structure import Structure, describe
 from qexport.errors import InputError, listed
 from qexport.reading.dequantization import dequantize
 from qexport.reading.formats import stored_format
@@ -70,7 +72,8 @@ class ArtifactSource:
         """
         module = name.removesuffix(".weight")
         if name.endswith(".weight") and module in self.quantized:
-            return dequantize(self.quantized[module].quantized(self.tensors(module)), self._dtype)
+            weight = dequantize(self.quantized[module].quantized(self.tensors(module)), self._dtype)
+            return weight.t().contiguous() if module in self._transposed else weight
         return self._finite(name)
 
     def tensors(self, module: str) -> dict[str, torch.Tensor]:
@@ -121,12 +124,22 @@ class ArtifactSource:
         specs: dict[str, TensorSpec] = {}
         for name, spec in found.items():
             if (module := modules.get(name)) is not None:
-                specs[f"{module}.weight"] = TensorSpec(self.quantized[module].shape, self._dtype)
+                specs[f"{module}.weight"] = TensorSpec(self._shape(module), self._dtype)
             elif name.endswith(".weight") and name.removesuffix(".weight") in self.quantized:
                 raise InputError("a module is there both dense and quantized", where=self._folder.place(name))
             else:
                 specs[name] = spec
         return specs
+
+    def _shape(self, module: str) -> tuple[int, ...]:
+        shape = self.quantized[module].shape
+        return shape[::-1] if module in self._transposed else shape
+
+    @cached_property
+    def _transposed(self) -> frozenset[str]:
+        """The modules whose dense weight is [in, out] (GPT-2's Conv1D); codes are always [out, in]."""
+        linears = describe(without_code_keys(self.config)[0]).linears.values()
+        return frozenset(linear.name for block in linears for linear in block if linear.transposed)
 
     def _finite(self, name: str) -> torch.Tensor:
         tensor = self._folder.read(name)

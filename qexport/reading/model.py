@@ -105,11 +105,11 @@ def _put(model: PreTrainedModel, part: Part, tensor: torch.Tensor, device: torch
     module = model.get_submodule(path)
     tensor = tensor.to(device=device, dtype=model.dtype if tensor.is_floating_point() else tensor.dtype)
     if part.expert is not None:
-        share, tensor = tensor, module._parameters[leaf]
-        assert tensor is not None
-        if tensor.is_meta:
-            tensor = torch.full(tensor.shape, torch.nan, dtype=model.dtype, device=device)
-        part.of(tensor).copy_(share)
+        whole = module.get_parameter(leaf).data
+        if whole.is_meta:
+            whole = torch.full(whole.shape, torch.nan, dtype=model.dtype, device=device)
+        part.of(whole).copy_(tensor)
+        tensor = whole
     if leaf in module._buffers:
         module._buffers[leaf] = tensor
     else:

@@ -18,8 +18,8 @@ from qexport.reading.stored_format import StoredWeight, Tensors
 class QuantizedLinear(nn.Module):
     """Takes the place of a linear layer; holds the tensors of the file and dequantizes them in each forward.
 
-    The product is the one of the class that it replaces (`nn.Linear`, `FalconLinear`, GPT-2's `Conv1D`), so that the outputs are
-    those of the dense layer with the dequantized weight, bit for bit.
+    The product is the one of the class that it replaces (`nn.Linear`, `FalconLinear`, GPT-2's `Conv1D`), so that the
+    outputs are those of the dense layer with the dequantized weight, bit for bit.
 
     Args:
         linear: the layer to replace, on any device.

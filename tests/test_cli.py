@@ -415,17 +415,31 @@ def test_the_summary_shows_every_figure_of_the_manifest() -> None:
 
 def test_the_summary_ends_with_the_place_and_how_to_load_it() -> None:
     lines = shown(manifest()).rstrip().splitlines()
-    assert lines[-3].startswith("Artifact  /out/x  (1 file, 60 MB")
-    assert 'GPTQModel.load("/out/x")' in lines[-2]
-    assert lines[-1] == "Server    vllm serve /out/x"
-    recipe = manifest().recipe
-    asymmetric = recipe | {"quantize": recipe["quantize"] | {"sym": False}}
-    assert "vllm" not in shown(manifest(recipe=asymmetric, recipe_sha256=sha256_json(asymmetric)))
+    assert lines[-2].startswith("Artifact     /out/x  (1 file, 60 MB")
+    assert lines[-1] == 'Python       import qexport; model = qexport.load("/out/x")'
+
+
+def test_several_layouts_are_shown_each_with_its_command_and_shared_weights_once() -> None:
+    weights = {"model.safetensors": FileRecord(size=60_000_000, sha256="a" * 64)}
+    manifests = {
+        layout: manifest(layout=layout, files=weights, notes=["all say it", *([layout] if layout == "tgi" else [])])
+        for layout in ("safetensors", "tgi", "vllm")
+    }
+    console = Console(file=io.StringIO(), width=120)
+    console.print(summary(manifests, Path("/out/x")), crop=False)
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert "safetensors + tgi + vllm" in text
+    assert "(3 files, 60 MB, checksums in a manifest each)" in text
+    assert "TGI          sh /out/x/tgi/launch/docker-run.sh" in text
+    assert "vLLM         vllm serve /out/x/vllm" in text
+    assert text.count("all say it") == 1
+    assert "note: tgi: tgi" in text
 
 
 def test_a_path_is_never_broken_so_that_it_can_be_copied() -> None:
     path = f"/{'deep/' * 30}artifact"
-    assert shown(manifest(), path, width=60).count(path) == 3
+    assert shown(manifest(), path, width=60).count(path) == 2
 
 
 def test_the_first_two_generations_that_differ_stand_side_by_side() -> None:
@@ -640,5 +654,5 @@ def test_a_tiny_model_goes_the_whole_way(tmp_path: Path, capsys: pytest.CaptureF
     assert main(["run", recipe, "--force", "quantize.bits=8"]) == 0
     captured = capsys.readouterr()
     assert "GPTQ 8-bit, group 32" in captured.out
-    assert f"Artifact  {artifact}" in captured.out
+    assert f"Artifact     {artifact}" in captured.out
     assert "quantize" in captured.err

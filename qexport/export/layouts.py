@@ -9,6 +9,7 @@ from qexport.architectures.structure import Structure
 from qexport.export.layout import Layout
 from qexport.export.safetensors_layout import SafetensorsLayout
 from qexport.export.settings import ExportSettings, SafetensorsSettings, TgiSettings, VllmSettings
+from qexport.export.tgi.layout import TgiLayout
 from qexport.tensors import Outputs
 
 
@@ -27,5 +28,7 @@ def make_layout(settings: ExportSettings, outputs: Outputs, structure: Structure
     match settings:
         case SafetensorsSettings():
             return SafetensorsLayout(settings, outputs, structure)
-        case TgiSettings() | VllmSettings():
+        case TgiSettings():
+            return TgiLayout(settings, outputs, structure, config)
+        case VllmSettings():
             raise NotImplementedError

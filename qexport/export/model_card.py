@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from qexport.tensors import W8A8, Dense, FourBit, Gptq, LlmInt8, Method, Origin
 
 
-def model_card(origin: Origin, method: Method) -> str:
+def model_card(origin: Origin, method: Method, notes: Sequence[str] = ()) -> str:
     """A short model card. Only a hub id can be named as the base model in the front matter."""
+    listed = "".join(f"- {note}\n" for note in notes)
     relation = "finetune" if isinstance(method, Dense) else "quantized"
     base = f"base_model: {origin.name}\nbase_model_relation: {relation}\n" if origin.kind == "hub" else ""
     tag, title, text = _described(method)
@@ -15,6 +18,7 @@ def model_card(origin: Origin, method: Method) -> str:
         f"# {origin.name}, {title}\n\n"
         f"Made with qexport from {origin.name}: {text}.\n\n"
         "`qexport-manifest.json` says what this artifact was made from, how, and how far it is from the 16-bit model.\n"
+        + (f"\n## Serving\n\n{listed}" if notes else "")
     )
 
 

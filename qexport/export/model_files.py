@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,6 +21,7 @@ def write_model_files(
     method: Method,
     quantization: Mapping[str, Any] | None,
     dense_dtype: torch.dtype,
+    notes: Sequence[str] = (),
 ) -> None:
     """Writes every file of an artifact but the weights and the manifest.
 
@@ -30,6 +31,7 @@ def write_model_files(
         method: how the weights in the folder are quantized.
         quantization: the `quantization_config`, None where nothing is quantized.
         dense_dtype: the dtype of the weights that stay dense.
+        notes: what a user of the folder should know, for the model card.
 
     Raises:
         QexportError: a file of the checkpoint would leave the folder or replace another file.
@@ -38,7 +40,7 @@ def write_model_files(
     _write_new(folder, "config.json", _json(config))
     if quantization and quantization["quant_method"] == "gptq":
         _write_new(folder, "quantize_config.json", _json(quantization))
-    _write_new(folder, "README.md", model_card(checkpoint.origin, method).encode("utf-8"))
+    _write_new(folder, "README.md", model_card(checkpoint.origin, method, notes).encode("utf-8"))
     for name, content in checkpoint.files.items():
         _write_new(folder, name, content)
 

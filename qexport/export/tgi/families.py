@@ -1,0 +1,85 @@
+"""Which model of TGI serves a family, and which of its linears TGI joins or splits.
+
+Sources: `models/__init__.py` (the choice), `models/custom_modeling/flash_*_modeling.py` (the linears). What is not in
+TGI's own list goes to transformers 4.51, the version that TGI pins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Final
+
+
+class Backend(Enum):
+    """What runs a model."""
+
+    OWN = "TGI's own model"
+    TRANSFORMERS = "the model of transformers with TGI's attention"
+    SLOW = "the model of transformers with its own attention: slow, on one GPU"
+
+
+@dataclass(frozen=True)
+class OwnModel:
+    """One of TGI's own models.
+
+    Attributes:
+        joined: modules, by their last name, that become one linear.
+        row: modules split along their inputs between shards; all others are split along their outputs.
+        packed: modules that hold several linears and are split part by part.
+        prequantized: None, or why TGI would not compute this family from quantized tensors.
+    """
+
+    joined: tuple[tuple[str, ...], ...] = ()
+    row: tuple[str, ...] = ()
+    packed: tuple[str, ...] = ()
+    prequantized: str | None = None
+
+
+_QKV: Final = ("q_proj", "k_proj", "v_proj")
+_GATED: Final = OwnModel(joined=(_QKV, ("gate_proj", "up_proj")), row=("o_proj", "down_proj"))
+_EXPERTS: Final = "the experts have kernels and a naming of their own"
+_MIXTURE: Final = OwnModel(joined=(_QKV,), row=("o_proj",), prequantized=_EXPERTS)
+_OTHER: Final = OwnModel(prequantized="how TGI joins and splits its quantized linears is not known to qexport")
+
+OWN_MODELS: Final[Mapping[str, OwnModel]] = {
+    **dict.fromkeys(("llama", "mistral", "granite", "gemma", "gemma2", "gemma3_text", "qwen2", "cohere"), _GATED),
+    "starcoder2": OwnModel(joined=(_QKV,), row=("o_proj", "c_proj")),
+    "phi": OwnModel(joined=(_QKV,), row=("dense", "fc2")),
+    "phi3": OwnModel(row=("o_proj", "down_proj"), packed=("qkv_proj", "gate_up_proj")),
+    "falcon": OwnModel(row=("dense", "dense_4h_to_h")),
+    "gpt_neox": OwnModel(
+        row=("dense", "dense_4h_to_h"),
+        prequantized="the rows of query_key_value are brought into TGI's order for 16-bit weights only (flash_neox_"
+        "modeling.py), so quantized ones would be multiplied in the wrong order without an error",
+    ),
+    **dict.fromkeys(("mixtral", "phimoe", "dbrx", "deepseek_v2", "deepseek_v3"), _MIXTURE),
+    **dict.fromkeys(("gpt2", "gptj", "gpt_bigcode", "opt", "bloom", "mpt", "mamba", "baichuan"), _OTHER),
+}
+
+_TRANSFORMERS: Final = frozenset({"cohere2", "glm", "glm4", "helium", "olmo", "olmo2", "qwen3", "qwen3_moe"})
+
+_SLOW: Final = frozenset(
+    {
+        "bamba", "biogpt", "codegen", "ctrl", "diffllama", "falcon_mamba", "gpt_neo", "gpt_neox_japanese",
+        "granitemoe", "granitemoeshared", "jamba", "jetmoe", "mamba2", "nemotron", "olmoe", "openai-gpt", "persimmon",
+        "qwen2_moe", "recurrent_gemma", "rwkv", "stablelm", "xglm", "zamba", "zamba2",
+    }
+)  # fmt: skip
+
+
+def backend(config: Mapping[str, Any]) -> Backend | None:
+    """What TGI 3.3 would run the model with; None where it refuses the family as unsupported.
+
+    Args:
+        config: the model's config.json.
+    """
+    model_type = config.get("model_type")
+    if model_type == "falcon" and config.get("alibi"):
+        return Backend.SLOW
+    if model_type in OWN_MODELS:
+        return Backend.OWN
+    if model_type in _TRANSFORMERS:
+        return Backend.TRANSFORMERS
+    return Backend.SLOW if model_type in _SLOW else None

@@ -1,0 +1,122 @@
+"""Which kernel TGI multiplies GPTQ codes with, and which shapes it takes.
+
+Sources: `utils/quantization.py` and `layers/marlin/gptq.py` (Marlin), `layers/gptq/__init__.py` (the choice between
+ExLlama and Triton), `layers/gptq/exllamav2.py`, `layers/gptq/triton.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Final, Literal
+
+from qexport.export.tgi.linears import ServedLinear, Shape
+
+Kernel = Literal["marlin", "exllama", "triton"]
+
+MARLIN_BITS: Final = (4, 8)
+MARLIN_GROUP_SIZES: Final = (-1, 32, 64, 128)
+_TRITON_BITS: Final = (2, 4, 8)
+_TRITON_INPUTS: Final = 128
+_EXLLAMA_STEP: Final = 32
+
+
+@dataclass(frozen=True)
+class Codes:
+    """What TGI reads of GPTQ codes in config.json.
+
+    Attributes:
+        bits: of a code.
+        group_size: inputs in a group; -1 for one group per row.
+        sym: every zero point is 2**(bits - 1), so far as the server is told.
+        desc_act: the groups follow activation order.
+    """
+
+    bits: int
+    group_size: int
+    sym: bool
+    desc_act: bool
+
+    @property
+    def uses_marlin(self) -> bool:
+        """TGI takes Marlin for every layer where this holds, whatever the shapes."""
+        return self.sym and self.bits in MARLIN_BITS and self.group_size in MARLIN_GROUP_SIZES
+
+
+def kernel(codes: Codes, linear: ServedLinear) -> Kernel:
+    """The kernel that TGI takes for a layer on CUDA, whether or not it can compute the layer."""
+    if codes.uses_marlin:
+        return "marlin"
+    return "exllama" if codes.bits == 4 and not codes.desc_act and not linear.packed else "triton"
+
+
+def fault(codes: Codes, linear: ServedLinear, degree: int = 1) -> str | None:
+    """Why TGI cannot compute a layer, or would compute it wrongly; None where it can.
+
+    Args:
+        codes: what config.json says.
+        linear: the layer.
+        degree: shards.
+    """
+    shape = linear.sharded(degree)
+    if shape is None:
+        return f"{linear.shape} cannot be divided by {degree}"
+    if codes.group_size != -1 and shape[1] % codes.group_size:
+        return f"{shape[1]} inputs are no multiple of the group size {codes.group_size}"
+    if shape[1] * codes.bits % 32:
+        return f"{shape[1]} inputs of {codes.bits} bits do not fill int32 words"
+    if not codes.uses_marlin and any(
+        out // (1 if linear.row else degree) * codes.bits % 32 for out, _ in linear.shapes
+    ):
+        return f"the zero points of {shape[0]} outputs cannot be divided into int32 words"
+    return _FAULTS[kernel(codes, linear)](codes, shape)
+
+
+def choose_sym(codes: Codes, linears: Iterable[ServedLinear]) -> tuple[Codes, str]:
+    """The `sym` under which TGI computes all layers, with the reason. The tensors do not depend on it.
+
+    Args:
+        codes: as they were made; only codes that are symmetric may be called symmetric.
+        linears: the model's.
+
+    Returns:
+        The codes as config.json should describe them. They may still have faults, if no kernel takes them.
+    """
+    if not codes.sym:
+        return codes, "the zero points differ, so Marlin is out of the question"
+    if not codes.uses_marlin:
+        return codes, f"Marlin takes no {codes.bits} bits in groups of {codes.group_size}, whatever sym says"
+    refused = next((reason for linear in linears if (reason := fault(codes, linear))), None)
+    if refused is None:
+        return codes, "Marlin takes every layer"
+    return replace(codes, sym=False), f"with sym: true TGI would take Marlin, which refuses the model: {refused}"
+
+
+def _marlin_fault(codes: Codes, shape: Shape) -> str | None:
+    """`_check_valid_shape` of layers/marlin/gptq.py."""
+    out_features, in_features = shape
+    if (in_features % 128 or out_features % 64) and (in_features % 64 or out_features % 128):
+        return f"Marlin takes no {out_features} x {in_features}: needs multiples of (64, 128) or (128, 64)"
+    return None
+
+
+def _exllama_fault(codes: Codes, shape: Shape) -> str | None:
+    """The kernel walks along 32 inputs at a time and looks for the next group's scales only then."""
+    out_features, in_features = shape
+    if in_features % _EXLLAMA_STEP or out_features % _EXLLAMA_STEP:
+        return f"ExLlama takes no {out_features} x {in_features}: needs multiples of {_EXLLAMA_STEP}"
+    if codes.group_size % _EXLLAMA_STEP and codes.group_size != -1:
+        return f"ExLlama takes no groups of {codes.group_size}: needs multiples of {_EXLLAMA_STEP}"
+    return None
+
+
+def _triton_fault(codes: Codes, shape: Shape) -> str | None:
+    """The kernel's loads along the inputs have no mask, and its largest tile has 128 of them."""
+    if codes.bits not in _TRITON_BITS:
+        return f"no kernel of TGI takes {codes.bits} bits"
+    if shape[1] % _TRITON_INPUTS:
+        return f"Triton, which TGI would take, reads past the end of {shape[1]} inputs: no multiple of {_TRITON_INPUTS}"
+    return None
+
+
+_FAULTS: Final = {"marlin": _marlin_fault, "exllama": _exllama_fault, "triton": _triton_fault}

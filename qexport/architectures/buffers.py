@@ -8,17 +8,19 @@ from transformers import PreTrainedModel
 
 @torch.no_grad()
 def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Fills the buffers of a model on the meta device that checkpoints do not hold, as transformers does.
+    """Fills the non-persistent buffers of a model on the meta device as transformers does.
 
     Args:
-        model: its parameters must still be on the meta device: what fills buffers may also draw random weights.
+        model: its parameters may still be on the meta device.
         device: where the buffers are wanted.
     """
-    stored = set(model.state_dict())
-    empty = {path: buffer for path, buffer in model.named_buffers() if path not in stored and buffer.is_meta}
-    for path, buffer in empty.items():
-        module, _, leaf = path.rpartition(".")
-        model.get_submodule(module)._buffers[leaf] = torch.full_like(buffer, torch.nan, device=device)
+    empty = []
+    for owner_path, owner in model.named_modules():
+        for leaf in sorted(owner._non_persistent_buffers_set):
+            buffer = owner._buffers[leaf]
+            if buffer is not None and buffer.is_meta:
+                owner._buffers[leaf] = torch.full_like(buffer, torch.nan, device=device)
+                empty.append(f"{owner_path}.{leaf}".lstrip("."))
     for path, module in reversed(list(model.named_modules())):  # a parent may fill the buffers of its children
         if any(name.startswith(f"{path}." if path else "") for name in empty):
             model._init_weights(module)

@@ -131,13 +131,6 @@ def test_a_falcon_gives_the_references_logits_within_the_methods_error(
     assert distance(factories.build(config, seed=1, dtype=torch.float32), reference) > 0.3
 
 
-def test_stock_transformers_cannot_load_an_nf4_falcon(tmp_path: Path) -> None:
-    """transformers 5.23 replaces `nn.Linear` only, and not its subclass FalconLinear."""
-    stored_models.write(factories.build(factories.falcon_config()), tmp_path / "a", stored_models.NF4)
-    with pytest.raises(RuntimeError, match=r"ize mismatch|ismatched"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "a", device_map="cpu")
-
-
 def test_a_quantized_head_and_dense_layers_among_quantized_ones_are_loaded(tmp_path: Path) -> None:
     config = factories.llama_config()
     special = {"lm_head": (4, 32), "model.layers.0.mlp.up_proj": None}

@@ -76,6 +76,11 @@ class ArtifactSource:
             return weight.t().contiguous() if module in self._transposed else weight
         return self._finite(name)
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors as they are stored."""
+        return sum(spec.nbytes for spec in self._folder.specs().values())
+
     def tensors(self, module: str) -> dict[str, torch.Tensor]:
         """The tensors of a quantized module as they are stored, by their names inside the module.
 
@@ -146,6 +151,19 @@ class ArtifactSource:
         if not is_finite(tensor):
             raise InputError("there is NaN or Inf in it", where=self._folder.place(name))
         return tensor
+
+
+def model_folder(path: Path) -> Path:
+    """The same path.
+
+    Raises:
+        InputError: it is no folder with a config.json; perhaps the one above several layouts.
+    """
+    if not (path / "config.json").is_file():
+        layouts = sorted(str(found.parent) for found in path.glob("*/config.json"))
+        mend = f"load one of its layouts: {', '.join(layouts)}" if layouts else "name the folder of an artifact"
+        raise InputError("the folder holds no config.json", where=str(path), mend=mend)
+    return path
 
 
 def _nothing_quantized(quantization: Mapping[str, Any], folder: Path) -> InputError:

@@ -15,7 +15,7 @@ from qexport.architectures.devices import find_device
 from qexport.architectures.naming import Part, name_parameters
 from qexport.architectures.structure import Structure, build_on_meta, describe_model, parse_config
 from qexport.errors import InputError, QexportError, listed
-from qexport.reading.artifact_source import ArtifactSource
+from qexport.reading.artifact_source import ArtifactSource, model_folder
 from qexport.reading.quantized_linear import QuantizedLinear
 from qexport.tensors.contained_path import contained_path
 from qexport.tensors.strict_json import read_json_object
@@ -43,7 +43,7 @@ def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = 
         InputError: a file is missing or malformed, or the tensors are not those of the model.
         CompatibilityError: transformers does not know the family.
     """
-    folder, where = _model_folder(Path(path)), find_device(device)
+    folder, where = model_folder(Path(path)), find_device(device)
     with torch.no_grad(), ArtifactSource(folder, dtype=torch.float32) as source:
         model = _build(source, dtype)
         source.check_complete(describe_model(model))
@@ -55,15 +55,6 @@ def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = 
         model.generation_config = GenerationConfig.from_dict(read_json_object(generation, limit=_GENERATION_LIMIT))
     model.eval()
     return model
-
-
-def _model_folder(path: Path) -> Path:
-    """Refuses the folder above several layouts."""
-    if not (path / "config.json").is_file():
-        layouts = sorted(str(found.parent) for found in path.glob("*/config.json"))
-        mend = f"load one of its layouts: {', '.join(layouts)}" if layouts else "name the folder of an artifact"
-        raise InputError("the folder holds no config.json", where=str(path), mend=mend)
-    return path
 
 
 def _build(source: ArtifactSource, dtype: torch.dtype | None) -> PreTrainedModel:

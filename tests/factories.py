@@ -11,12 +11,21 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
+    FalconH1Config,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    Phi3Config,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from qexport.quantize.settings import GptqSettings
@@ -73,6 +82,67 @@ def falcon_config(**changes: Any) -> FalconConfig:
 def falcon_40b_config(**changes: Any) -> FalconConfig:
     """Falcon 40B style: grouped keys and values, two layer norms in parallel."""
     return falcon_config(**(dict(new_decoder_architecture=True, num_kv_heads=2) | changes))
+
+
+def falcon_rw_config(**changes: Any) -> FalconConfig:
+    """Falcon RW style: ALiBi, attention and MLP one after the other, biases."""
+    style: dict[str, Any] = dict(alibi=True, multi_query=False, parallel_attn=False, bias=True)
+    return falcon_config(**(style | changes))
+
+
+def falcon_h1_config(**changes: Any) -> FalconH1Config:
+    """Attention and mamba side by side, with chunks shorter than the tests' windows and a multiplier for each part."""
+    values: dict[str, Any] = _GROUPED | dict(
+        mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=16, mamba_n_groups=1, mamba_chunk_size=16,
+        ssm_multipliers=[0.9, 1.1, 0.8, 1.2, 0.7], mlp_multipliers=[0.9, 1.1], key_multiplier=0.9,
+    )  # fmt: skip
+    return FalconH1Config(**(values | changes))
+
+
+def mixtral_config(**changes: Any) -> MixtralConfig:
+    return MixtralConfig(**(_GROUPED | dict(num_local_experts=4, num_experts_per_tok=2) | changes))
+
+
+def qwen3_moe_config(**changes: Any) -> Qwen3MoeConfig:
+    """The first block has no experts, the second has."""
+    values: dict[str, Any] = _GROUPED | dict(
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, decoder_sparse_step=2
+    )
+    return Qwen3MoeConfig(**(values | changes))
+
+
+def gpt2_config(**changes: Any) -> GPT2Config:
+    values: dict[str, Any] = dict(
+        n_embd=64, n_layer=2, n_head=4, n_positions=256, vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0
+    )
+    return GPT2Config(**(values | changes))
+
+
+_PLAIN: dict[str, Any] = dict(
+    hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCABULARY,
+    max_position_embeddings=256, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+)  # fmt: skip
+_GROUPED = _PLAIN | dict(num_key_value_heads=2, head_dim=16)
+
+FAMILIES: dict[str, PretrainedConfig] = {
+    "falcon 7b": falcon_config(),
+    "falcon 40b": falcon_40b_config(),
+    "falcon rw": falcon_rw_config(),
+    "falcon h1": falcon_h1_config(),
+    "falcon 3": llama_config(head_dim=32),
+    "llama": llama_config(),
+    "mistral": mistral_config(),
+    "qwen2": qwen2_config(),
+    "qwen3": Qwen3Config(**_GROUPED),
+    "gemma 2": Gemma2Config(**_GROUPED, sliding_window=16),
+    "gemma 3": Gemma3TextConfig(**_GROUPED, sliding_window=16, layer_types=["sliding_attention", "full_attention"]),
+    "phi 3": Phi3Config(**_PLAIN, num_key_value_heads=2),
+    "gpt-neox": GPTNeoXConfig(**_PLAIN),
+    "gpt-2": gpt2_config(),
+    "mixtral": mixtral_config(),
+    "qwen3 moe": qwen3_moe_config(),
+}
+"""A tiny model of each family that is supported by name."""
 
 
 def build(config: PretrainedConfig, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:

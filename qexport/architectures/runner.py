@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from qexport.architectures.buffers import compute_buffers
 from qexport.architectures.freed_memory import return_freed_memory
-from qexport.architectures.naming import name_parameters
+from qexport.architectures.naming import Part, name_parameters
 from qexport.architectures.structure import LinearSpec, build_on_meta, describe_model, find_blocks, parse_config
 from qexport.tensors import WeightSource
 
@@ -197,7 +197,11 @@ class BlockRunner:
 
     def module(self, linear: LinearSpec) -> nn.Module:
         """The module that computes a linear layer: its own, or for the matrix of an expert that of all experts."""
-        return self._model.get_submodule(self._naming.parts[f"{linear.name}.weight"].parameter.rpartition(".")[0])
+        return self._model.get_submodule(self.part(linear).parameter.rpartition(".")[0])
+
+    def part(self, linear: LinearSpec) -> Part:
+        """Where the weight of a linear layer lies in the model."""
+        return self._naming.parts[f"{linear.name}.weight"]
 
     def parameter(self, name: str) -> Tensor:
         """A loaded tensor by its name in the files, as a view of the parameter in memory."""

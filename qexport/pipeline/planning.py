@@ -65,7 +65,7 @@ class Plan:
             "base": self.merged.checkpoint.origin.name,
             "adapter": adapter.origin.name if adapter else None,
             "changed_tensors": len(adapter.changed) if adapter else 0,
-            "notes": [*(adapter.notes if adapter else ()), *self._layout_notes()],
+            "notes": [*(adapter.notes if adapter else ()), *self.outputs.notes, *self._layout_notes()],
             "blocks": len(self.structure.blocks),
             "parameters": self.layouts[0].weights.parameters,
             "quantized_layers": quantized,

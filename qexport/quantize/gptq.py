@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from qexport.architectures.experts import ExpertStop, staged
 from qexport.architectures.freed_memory import return_freed_memory
 from qexport.architectures.runner import Batch, BlockRunner
-from qexport.architectures.structure import Structure
+from qexport.architectures.structure import LinearSpec, Structure
 from qexport.errors import CompatibilityError
 from qexport.progress import Notice, Progress, Reporter, silent
+from qexport.quantize.groups import Group, find_groups
 from qexport.quantize.hessian import Hessian
 from qexport.quantize.layer import SolvedLayer, solve_together
 from qexport.quantize.parking import Parking
-from qexport.quantize.pauses import PausedForward, pausing_at, shared_inputs
-from qexport.quantize.selection import select
+from qexport.quantize.pauses import PausedForward, pausing_at
+from qexport.quantize.selection import candidates, select
 from qexport.quantize.settings import GptqSettings
 from qexport.quantize.solver import Options
 from qexport.tensors import CalibrationSet, Checkpoint, GroupQuantizedSpec, OutputSpec, TensorRecord
@@ -25,7 +28,8 @@ from qexport.tensors import CalibrationSet, Checkpoint, GroupQuantizedSpec, Outp
 BATCH_TOKENS = 2048
 """Tokens that go through a block at a time."""
 
-Linears = dict[str, nn.Module]
+HESSIAN_BYTES = 1 << 30
+"""Bytes for the Hessians of a mixture's experts that are summed at a time, each [in, in] in float32."""
 
 
 def output_specs(checkpoint: Checkpoint, structure: Structure, settings: GptqSettings) -> dict[str, OutputSpec]:
@@ -35,11 +39,11 @@ def output_specs(checkpoint: Checkpoint, structure: Structure, settings: GptqSet
         CompatibilityError: see `selection.select`.
     """
     specs: dict[str, OutputSpec] = dict(checkpoint.weights.specs())
-    for module, options in select(structure, settings).items():
-        out_features, in_features = structure.parameters[f"{module}.weight"]
-        specs[f"{module}.weight"] = GroupQuantizedSpec(
-            out_features=out_features,
-            in_features=in_features,
+    linears = candidates(structure, settings)
+    for name, options in select(structure, settings).items():
+        specs[f"{name}.weight"] = GroupQuantizedSpec(
+            out_features=linears[name].out_features,
+            in_features=linears[name].in_features,
             bits=options.bits,
             group_size=options.group_size,
             sym=options.sym,
@@ -108,24 +112,42 @@ class _Pass:
     def __init__(self, runner: BlockRunner, settings: GptqSettings, calibration: CalibrationSet, scratch: Path) -> None:
         self._runner, self._settings, self._parking = runner, settings, Parking(scratch)
         self.chosen = select(runner.structure, settings)
+        self._linears = candidates(runner.structure, settings)
         length = calibration.input_ids.shape[1]
         self._batches = runner.embed(calibration.input_ids, max(1, BATCH_TOKENS // length))
         self._probe = runner.embed(calibration.input_ids[:1, :8], 1)[0]
 
     def block(self, index: int) -> list[TensorRecord]:
         """Quantizes one block and takes every batch through it."""
-        prefix = f"{self._runner.structure.blocks[index]}."
-        with self._runner.block(index) as block:
-            linears = {
-                linear.name: block.get_submodule(linear.name.removeprefix(prefix))
-                for linear in self._runner.structure.linears[prefix[:-1]]
-                if linear.name in self.chosen
-            }
+        name = self._runner.structure.blocks[index]
+        chosen = [linear for linear in self._runner.structure.linears[name] if linear.name in self.chosen]
+        with self._runner.block(index) as block, self._stops(chosen) as of_experts:
+            groups = self._groups(index, block, chosen, of_experts)
             solve = self._in_one_forward if self._settings.true_sequential else self._in_two_forwards
-            solved = solve(index, block, linears)
-            return [
-                _record(f"{prefix}{name}", tensor, solved) for name, tensor in block.state_dict(keep_vars=True).items()
-            ]
+            solved = solve(index, block, groups)
+            names = [parameter for parameter in self._runner.structure.parameters if parameter.startswith(f"{name}.")]
+            return [_record(parameter, self._runner.parameter(parameter), solved) for parameter in names]
+
+    @contextmanager
+    def _stops(self, chosen: Sequence[LinearSpec]) -> Iterator[list[Group]]:
+        """Makes the block's experts stop before their products, and gives the groups of those that are chosen."""
+        experts = [linear for linear in chosen if linear.expert]
+        with ExitStack() as stack:
+            groups = []
+            for module in dict.fromkeys(self._runner.module(linear) for linear in experts):
+                of_module = [linear for linear in experts if self._runner.module(linear) is module]
+                for stop in stack.enter_context(staged(module, HESSIAN_BYTES)):
+                    groups += self._of_experts(stop, of_module)
+            yield groups
+
+    def _of_experts(self, stop: ExpertStop, linears: Sequence[LinearSpec]) -> list[Group]:
+        """The layers that a stop announces as one group, if any are to be quantized."""
+        by_expert: dict[int, list[str]] = {}
+        for linear in linears:
+            part = self._runner.part(linear)
+            if part.expert is not None and part.expert in stop.experts and _leaf(part.parameter) == stop.parameter:
+                by_expert.setdefault(part.expert, []).append(linear.name)
+        return [Group(stop, tuple(map(tuple, by_expert.values())), tuple(by_expert))] if by_expert else []
 
     def head(self) -> TensorRecord:
         """Quantizes the output head."""
@@ -138,50 +160,52 @@ class _Pass:
         solved = solve_together({name: weight}, hessian, self.chosen, self._settings.on_failure)
         return _record(f"{name}.weight", weight, solved)
 
-    def _in_one_forward(self, index: int, block: nn.Module, linears: Linears) -> dict[str, SolvedLayer]:
+    def _in_one_forward(self, index: int, block: nn.Module, groups: Sequence[Group]) -> dict[str, SolvedLayer]:
         """Each batch's forward waits before each group of layers until the group is solved.
 
         The groups' inputs and the block's wait on the disk meanwhile: they would be most of the memory.
         """
-        groups = self._groups(index, block, linears)
         forwards = [self._paused(index, block, batch) for batch in self._batches]
         solved: dict[str, SolvedLayer] = {}
-        with pausing_at([linears[group[0]] for group in groups]):
+        with pausing_at([group.stop for group in groups]):
             for group in groups:
-                hessian = self._hessian(linears[group[0]])
+                hessians = self._hessians(group)
                 for forward, batch in zip(forwards, self._batches, strict=True):
-                    inputs = forward.advance()
-                    hessian.add(inputs)
-                    forward.park(self._parking, (inputs, batch.hidden))
+                    args = forward.advance()
+                    _add(hessians, group.inputs(args))
+                    forward.park(self._parking, (args[0], batch.hidden))
                 return_freed_memory()
-                solved |= self._solve({name: linears[name] for name in group}, hessian)
+                solved |= self._solve(group, hessians)
                 return_freed_memory()
             for forward in forwards:
                 forward.finish()
         self._parking.empty()
         return solved
 
-    def _in_two_forwards(self, index: int, block: nn.Module, linears: Linears) -> dict[str, SolvedLayer]:
+    def _in_two_forwards(self, index: int, block: nn.Module, groups: Sequence[Group]) -> dict[str, SolvedLayer]:
         """All layers are solved with inputs from the block's own weights; then the quantized block runs once more."""
-        groups = self._groups(index, block, linears)
-        hessians = [self._hessian(linears[group[0]]) for group in groups]
-        with pausing_at([linears[group[0]] for group in groups]):
+        hessians = [self._hessians(group) for group in groups]
+        with pausing_at([group.stop for group in groups]):
             for batch in self._batches:
                 forward = self._paused(index, block, Batch(batch.hidden, batch.calls))
-                for hessian in hessians:
-                    hessian.add(forward.advance())
+                for group, of_group in zip(groups, hessians, strict=True):
+                    _add(of_group, group.inputs(forward.advance()))
                 forward.finish()
         solved: dict[str, SolvedLayer] = {}
-        for group, hessian in zip(groups, hessians, strict=True):
-            solved |= self._solve({name: linears[name] for name in group}, hessian)
+        for group, of_group in zip(groups, hessians, strict=True):
+            solved |= self._solve(group, of_group)
         for batch in self._batches:
             self._runner.forward(index, block, batch)
         return solved
 
-    def _groups(self, index: int, block: nn.Module, linears: Linears) -> list[list[str]]:
+    def _groups(
+        self, index: int, block: nn.Module, chosen: Sequence[LinearSpec], of_experts: Sequence[Group]
+    ) -> list[Group]:
         probe = Batch(self._probe.hidden, self._probe.calls)
-        groups = shared_inputs(linears, lambda: self._runner.forward(index, block, probe))
-        if unreached := linears.keys() - {name for group in groups for name in group}:
+        layers = {linear.name: self._runner.module(linear) for linear in chosen if not linear.expert}
+        groups = find_groups(layers, of_experts, lambda: self._runner.forward(index, block, probe))
+        reached = {name for group in groups for names in group.members for name in names}
+        if unreached := {linear.name for linear in chosen} - reached:
             raise CompatibilityError(
                 "the block's forward does not call these layers, so that nothing is known of their inputs",
                 where=", ".join(sorted(unreached)),
@@ -192,23 +216,34 @@ class _Pass:
     def _paused(self, index: int, block: nn.Module, batch: Batch) -> PausedForward:
         return PausedForward(lambda: self._runner.forward(index, block, batch))
 
-    def _hessian(self, linear: nn.Module) -> Hessian:
-        return Hessian(_weight(linear).shape[1], self._runner.device)
+    def _hessians(self, group: Group) -> list[Hessian]:
+        """One for each input of the group."""
+        return [Hessian(self._linears[names[0]].in_features, self._runner.device) for names in group.members]
 
-    def _solve(self, linears: Linears, hessian: Hessian) -> dict[str, SolvedLayer]:
-        """Solves a group and gives its layers the quantized weights."""
-        weights = {name: _weight(linear).to(torch.float32) for name, linear in linears.items()}
-        solved = solve_together(weights, hessian, self.chosen, self._settings.on_failure)
-        for name, linear in linears.items():
-            weight = _weight(linear)
-            weight.data = solved[name].quantized.dequantize(weight.dtype)
+    def _solve(self, group: Group, hessians: list[Hessian]) -> dict[str, SolvedLayer]:
+        """Solves a group and gives its layers the quantized weights. Each Hessian is freed after its use."""
+        solved: dict[str, SolvedLayer] = {}
+        for names in group.members:
+            weights = {name: self._matrix(name).to(torch.float32).contiguous() for name in names}
+            solved |= solve_together(weights, hessians.pop(0), self.chosen, self._settings.on_failure)
+            for name in names:
+                matrix = self._matrix(name)
+                matrix.copy_(solved[name].quantized.dequantize(matrix.dtype))
         return solved
 
+    def _matrix(self, name: str) -> Tensor:
+        """A loaded layer's weight [out, in], as a view of the parameter in memory."""
+        weight = self._runner.parameter(f"{name}.weight")
+        return weight.t() if self._linears[name].transposed else weight
 
-def _weight(linear: nn.Module) -> nn.Parameter:
-    weight = linear.weight
-    assert isinstance(weight, nn.Parameter)
-    return weight
+
+def _leaf(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def _add(hessians: Sequence[Hessian], inputs: Sequence[Tensor]) -> None:
+    for hessian, tensor in zip(hessians, inputs, strict=True):
+        hessian.add(tensor)
 
 
 def _record(name: str, tensor: Tensor, solved: Mapping[str, SolvedLayer]) -> TensorRecord:

@@ -62,7 +62,8 @@ def _usable(hessian: Hessian) -> Tensor:
     matrix = hessian.matrix()
     if not hessian.tokens:
         raise NumericalError(
-            "no calibration token reached this layer", mend="give more, or more varied, calibration text"
+            "no calibration token reached this layer",
+            mend="give more, or more varied, calibration text, or set on_failure: round_to_nearest",
         )
     if not bool(torch.isfinite(matrix).all()):
         raise NumericalError(

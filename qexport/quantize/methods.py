@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -28,7 +28,9 @@ from qexport.tensors import (
     LlmInt8,
     Method,
     Outputs,
+    OutputSpec,
     TensorRecord,
+    TensorSpec,
 )
 
 
@@ -45,7 +47,7 @@ def plan_outputs(checkpoint: Checkpoint, structure: Structure, settings: Quantiz
             specs = dict(checkpoint.weights.specs())
         case _:
             specs = rounding.output_specs(checkpoint, structure, settings)
-    return Outputs(_method(settings), specs)
+    return Outputs(_method(settings), specs, tuple(_notes(structure, specs, settings)))
 
 
 def quantize(
@@ -82,6 +84,20 @@ def quantize(
             checkpoint, settings, calibration, dtype=dtype, device=device, scratch=scratch, report=report
         )
     return rounding.quantize(checkpoint, outputs, device=device, report=report)
+
+
+def _notes(structure: Structure, specs: Mapping[str, OutputSpec], settings: QuantizeSettings) -> Iterator[str]:
+    """Tells of experts that stay dense, since they are most of a mixture's weights."""
+    blocks = tuple(f"{block}." for block in structure.blocks)
+    dense = [
+        name
+        for name, spec in specs.items()
+        if name.startswith(blocks) and ".experts." in name and isinstance(spec, TensorSpec) and len(spec.shape) > 1
+    ]
+    if dense and not isinstance(settings, NoneSettings):
+        bitsandbytes = isinstance(settings, Nf4Settings | Int8Settings)
+        reason = ": bitsandbytes quantizes no experts" if bitsandbytes else ""
+        yield f"{len(dense)} tensors of experts stay at 16 bits{reason}"
 
 
 def _method(settings: QuantizeSettings) -> Method:

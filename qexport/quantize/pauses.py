@@ -22,11 +22,11 @@ class PausedForward(greenlet):
         super().__init__(forward)
         self._give_back: list[Callable[[], None]] = []
 
-    def advance(self) -> Tensor:
-        """Goes on to the next layer that pauses, and returns its input."""
-        inputs = self._go_on()
-        assert isinstance(inputs, Tensor), "the forward ended before the layer that was awaited"
-        return inputs
+    def advance(self) -> tuple[Any, ...]:
+        """Goes on to the next module that pauses, and returns what it is called with."""
+        args = self._go_on()
+        assert isinstance(args, tuple), "the forward ended before the module that was awaited"
+        return args
 
     def park(self, parking: Parking, tensors: Iterable[Tensor]) -> None:
         """Moves tensors that only this forward needs out of memory, until it goes on."""
@@ -45,42 +45,17 @@ class PausedForward(greenlet):
 
 
 @contextmanager
-def pausing_at(layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Makes every `PausedForward` stop before each of these layers. Other forwards pass."""
+def pausing_at(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Makes every `PausedForward` stop before each of these modules. Other forwards pass."""
 
     def pause(_: nn.Module, args: tuple[Any, ...]) -> None:
         current = greenlet.getcurrent()
         if isinstance(current, PausedForward) and current.parent is not None:
-            current.parent.switch(args[0])
+            current.parent.switch(args)
 
-    hooks = [layer.register_forward_pre_hook(pause) for layer in layers]
+    hooks = [module.register_forward_pre_hook(pause) for module in modules]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def shared_inputs(linears: dict[str, nn.Module], forward: Callable[[], None]) -> list[list[str]]:
-    """Runs a forward once and groups the layers that are given the very same tensor, by first call."""
-    inputs: list[Tensor] = []
-    groups: list[list[str]] = []
-
-    def note(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            for seen, group in zip(inputs, groups, strict=True):
-                if seen is args[0]:
-                    group.append(name)
-                    return
-            inputs.append(args[0])
-            groups.append([name])
-
-        return hook
-
-    hooks = [linear.register_forward_pre_hook(note(name)) for name, linear in linears.items()]
-    try:
-        forward()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return groups

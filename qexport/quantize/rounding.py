@@ -11,11 +11,11 @@ from fnmatch import fnmatchcase
 import torch
 
 from qexport.architectures.families import family, matching
-from qexport.architectures.structure import LinearSpec, Structure
+from qexport.architectures.structure import LinearSpec, Structure, describe
 from qexport.errors import CompatibilityError
 from qexport.progress import Progress, Reporter, silent
 from qexport.quantize import bitsandbytes_4bit, row_int8
-from qexport.quantize.settings import Nf4Settings, RoundingSettings
+from qexport.quantize.settings import Nf4Settings, RoundingSettings, W8a8Settings
 from qexport.tensors import (
     W8A8,
     BlockQuantizedSpec,
@@ -51,10 +51,15 @@ def output_specs(checkpoint: Checkpoint, structure: Structure, settings: Roundin
 def select(structure: Structure, settings: RoundingSettings) -> list[LinearSpec]:
     """The linear layers to quantize: all inside the blocks but those that the family or the recipe keeps dense.
 
+    bitsandbytes replaces modules, and the experts of a mixture are none: with nf4 and int8 they stay dense.
+
     Raises:
         CompatibilityError: a pattern matches nothing, or nothing is left to quantize. All problems are in one message.
     """
-    linears = [linear for block in structure.blocks for linear in structure.linears[block]]
+    with_experts = isinstance(settings, W8a8Settings)
+    linears = [
+        linear for block in structure.blocks for linear in structure.linears[block] if with_experts or not linear.expert
+    ]
     kept = {name for name in (linear.name for linear in linears) if matching(_kept(structure), name) is not None}
     problems = _unmatched("skip_modules", settings.skip_modules, {linear.name for linear in linears})
     problems += _unmatched("force_modules", settings.force_modules, kept)
@@ -81,6 +86,7 @@ def quantize(
     Raises:
         InputError: a tensor cannot be read.
     """
+    transposed = _transposed(describe(checkpoint.config))
     for done, (name, spec) in enumerate(outputs.specs.items()):
         report(Progress("quantize", done, len(outputs.specs), "tensor", name))
         merged = checkpoint.weights.read(name)
@@ -88,7 +94,8 @@ def quantize(
             yield TensorRecord(name, merged)
             continue
         layer = LayerReport(name.removesuffix(".weight"), _layer_method(outputs.method))
-        value = _quantized(merged.to(device), spec, outputs.method)
+        matrix = merged.t().contiguous() if name in transposed else merged
+        value = _quantized(matrix.to(device), spec, outputs.method)
         yield TensorRecord(name, value, layer, merged)
     report(Progress("quantize", len(outputs.specs), len(outputs.specs), "tensor"))
 
@@ -97,6 +104,11 @@ def _quantized(merged: torch.Tensor, spec: QuantizedSpec, method: Method) -> Qua
     if isinstance(spec, BlockQuantizedSpec):
         return bitsandbytes_4bit.quantize(merged, spec)
     return row_int8.w8a8(merged) if isinstance(method, W8A8) else row_int8.llm_int8(merged)
+
+
+def _transposed(structure: Structure) -> set[str]:
+    """The weights that are stored [in, out]; quantized, every format has them [out, in]."""
+    return {f"{linear.name}.weight" for block in structure.linears.values() for linear in block if linear.transposed}
 
 
 def _spec(linear: LinearSpec, dense: TensorSpec, settings: RoundingSettings) -> QuantizedSpec:

@@ -22,17 +22,17 @@ def select(structure: Structure, settings: GptqSettings) -> dict[str, Options]:
         CompatibilityError: a group size that does not divide a layer, an override that matches nothing, a tied head,
             or nothing left to quantize. All problems are in one message.
     """
-    candidates = _candidates(structure, settings)
-    problems = _unmatched(candidates, settings.overrides) + _tied_head(structure, settings)
+    linears = candidates(structure, settings)
+    problems = _unmatched(linears, settings.overrides) + _tied_head(structure, settings)
     chosen: dict[str, Options] = {}
-    for linear in candidates.values():
+    for linear in linears.values():
         override = _override(linear.name, settings.overrides)
         insisted = override is not None and not override.dense
         kept = matching(family(structure.model_type).keep_dense, linear.name) is not None
         if (kept and not insisted) or (override is not None and override.dense):
             continue
         chosen[linear.name] = _options(linear, settings, override)
-    problems += _ragged(candidates, chosen)
+    problems += _ragged(linears, chosen)
     if not chosen and not problems:
         problems.append("no layer is left to quantize: every linear layer is dense by override or family")
     if problems:
@@ -40,7 +40,8 @@ def select(structure: Structure, settings: GptqSettings) -> dict[str, Options]:
     return chosen
 
 
-def _candidates(structure: Structure, settings: GptqSettings) -> dict[str, LinearSpec]:
+def candidates(structure: Structure, settings: GptqSettings) -> dict[str, LinearSpec]:
+    """The linear layers among which the recipe chooses, by name: all inside the blocks, and the head if it says so."""
     linears = [linear for block in structure.blocks for linear in structure.linears[block]]
     if settings.lm_head and not structure.tied:
         out_features, in_features = structure.parameters[f"{structure.head}.weight"]

@@ -85,10 +85,12 @@ class Outputs:
     Attributes:
         method: how it is quantized.
         specs: every parameter by name, dense with its final dtype or quantized, in the order of the files.
+        notes: what a user should know of what stays dense.
     """
 
     method: Method
     specs: Mapping[str, OutputSpec]
+    notes: tuple[str, ...] = ()
 
     @property
     def quantized(self) -> dict[str, QuantizedSpec]:

@@ -1,0 +1,194 @@
+"""Every family on the whole way: loading, block by block, merging, quantizing."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from pydantic import TypeAdapter
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import factories
+from adapters import ORIGIN, load_adapter, save_adapter
+from qexport.architectures.runner import BlockRunner
+from qexport.architectures.structure import Structure, describe
+from qexport.errors import CompatibilityError
+from qexport.loading.checkpoint import load_checkpoint
+from qexport.loading.settings import LoadSettings
+from qexport.merge.merging import merge
+from qexport.merge.settings import MergeSettings
+from qexport.quantize.methods import plan_outputs, quantize
+from qexport.quantize.settings import QuantizeSettings
+from qexport.tensors import CalibrationSet, Checkpoint, GroupQuantized, Outputs, TensorRecord
+from test_block_runner import run, token_windows
+
+CPU = torch.device("cpu")
+FAMILIES = factories.FAMILIES
+LINEARS = {
+    "falcon 7b": 8, "falcon 40b": 8, "falcon rw": 8, "falcon h1": 18, "falcon 3": 14, "llama": 14, "mistral": 14,
+    "qwen2": 14, "qwen3": 14, "gemma 2": 14, "gemma 3": 14, "phi 3": 8, "gpt-neox": 8, "gpt-2": 8,
+    "mixtral": 2 * (4 + 4 * 3), "qwen3 moe": 7 + 4 + 4 * 3,
+}  # fmt: skip
+EXPERTS = {"mixtral": 2 * 4 * 3, "qwen3 moe": 4 * 3}
+KEPT = {"falcon h1": 2}
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def folders() -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def base(family: str, folders: Path) -> Path:
+    """The family's tiny model in float32, as transformers saves it."""
+    return factories.save(build(family), folders / family)
+
+
+@cache
+def build(family: str) -> PreTrainedModel:
+    return factories.build(FAMILIES[family], dtype=torch.float32)
+
+
+def load(folder: Path) -> Checkpoint:
+    return load_checkpoint(LoadSettings(base=str(folder)))
+
+
+def parse(method: str, **changes: Any) -> Any:
+    values: dict[str, Any] = {"method": method}
+    if method == "gptq":
+        values |= {"group_size": 32, "calibration": {"source": "unused"}}
+    return TypeAdapter(QuantizeSettings).validate_python(values | changes)
+
+
+def plan(folder: Path, method: str, **changes: Any) -> Outputs:
+    checkpoint = load(folder)
+    return plan_outputs(checkpoint, describe(checkpoint.config), parse(method, **changes))
+
+
+def records(checkpoint: Checkpoint, settings: Any, windows: Tensor | None = None) -> dict[str, TensorRecord]:
+    """Everything that the pass yields, each tensor once."""
+    outputs = plan_outputs(checkpoint, describe(checkpoint.config), settings)
+    calibration = CalibrationSet(token_windows(12, 48) if windows is None else windows, "0" * 64, "test")
+    found = list(
+        quantize(
+            checkpoint, outputs, settings, calibration,
+            dtype=torch.float32, device=CPU, scratch=Path(tempfile.gettempdir()),
+        )
+    )  # fmt: skip
+    assert sorted(record.name for record in found) == sorted(outputs.specs)
+    return {record.name: record for record in found}
+
+
+def linears(structure: Structure) -> dict[str, Any]:
+    return {linear.name: linear for block in structure.linears.values() for linear in block}
+
+
+@torch.no_grad()
+def logits(folder: Path, ids: Tensor) -> Tensor:
+    """What the whole model computes when transformers loads the folder."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return torch.cat([model(part, use_cache=False).logits for part in ids.split(2)])
+
+
+def block_by_block(folder: Path, ids: Tensor) -> Tensor:
+    checkpoint = load(folder)
+    return run(BlockRunner(checkpoint.config, checkpoint.weights, dtype=torch.float32, device=CPU), ids)
+
+
+def test_logits_equal_those_of_transformers_bit_for_bit(base: Path) -> None:
+    ids = token_windows()
+    assert torch.equal(block_by_block(base, ids), logits(base, ids))
+
+
+def test_the_structure_names_every_tensor_as_the_files_do(base: Path, family: str) -> None:
+    stored = {name: tuple(tensor.shape) for name, tensor in load_file(base / "model.safetensors").items()}
+    structure = describe(json.loads((base / "config.json").read_text()))
+    assert structure.parameters == stored
+    assert f"{structure.embedding}.weight" in stored
+    assert structure.tied or f"{structure.head}.weight" in stored
+    assert len(linears(structure)) == LINEARS[family]
+    assert sum(linear.expert for linear in linears(structure).values()) == EXPERTS.get(family, 0)
+    for linear in linears(structure).values():
+        shape = (linear.out_features, linear.in_features)
+        assert stored[f"{linear.name}.weight"] == (shape[::-1] if linear.transposed else shape)
+
+
+def test_a_lora_merge_equals_pefts_bit_for_bit(base: Path, family: str, tmp_path: Path) -> None:
+    model = build(family)
+    targets = [name for name in linears(describe(model.config.to_dict())) if not name.endswith(".mamba.out_proj")]
+    if family in EXPERTS:  # PEFT lays an adapter on an expert's matrices over the parameter that holds all of them
+        targets = [name for name in targets if ".self_attn." in name]
+    leaves = sorted({name.rpartition(".")[2] for name in targets})
+    head = [] if model.config.tie_word_embeddings else ["lm_head"]
+    adapter = save_adapter(model, LoraConfig(target_modules=[*leaves, *head], r=4), tmp_path / "adapter")
+    load_adapter(model, adapter).merge_and_unload().save_pretrained(tmp_path / "merged")
+    merged = merge(load(base), adapter, MergeSettings(dtype="float32"), adapter_origin=ORIGIN)
+    expected, source = load_file(tmp_path / "merged" / "model.safetensors"), merged.checkpoint.weights
+    assert expected.keys() == source.specs().keys()
+    for name, tensor in expected.items():
+        assert torch.equal(source.read(name), tensor), name
+    assert merged.adapter is not None
+    assert len(merged.adapter.changed) == len(targets) + len(head)
+
+
+def test_gptq_quantizes_every_planned_layer(base: Path, family: str) -> None:
+    checkpoint, structure = load(base), describe(FAMILIES[family].to_dict())
+    found = records(checkpoint, parse("gptq"))
+    quantized = {name: record for name, record in found.items() if isinstance(record.value, GroupQuantized)}
+    assert len(quantized) == LINEARS[family] - KEPT.get(family, 0)
+    for name, linear in linears(structure).items():
+        record = found[f"{name}.weight"]
+        if isinstance(record.value, GroupQuantized):
+            assert record.value.codes.shape == (linear.out_features, linear.in_features)
+            assert record.report is not None
+            assert record.report.loss is not None
+            assert record.report.rtn_loss is not None
+            assert record.report.loss < record.report.rtn_loss < 0.1
+    for name, record in found.items():
+        if isinstance(record.value, Tensor):
+            assert torch.equal(record.value, checkpoint.weights.read(name)), name
+
+
+@pytest.mark.parametrize("method", ["nf4", "int8", "w8a8"])
+def test_rounding_counts_every_layer(base: Path, family: str, method: str) -> None:
+    experts = EXPERTS.get(family, 0) if method != "w8a8" else 0
+    outputs = plan(base, method)
+    assert len(outputs.quantized) == LINEARS[family] - KEPT.get(family, 0) - experts
+    note = f"{experts} tensors of experts stay at 16 bits: bitsandbytes quantizes no experts"
+    assert outputs.notes == ((note,) if experts else ())
+
+
+@pytest.mark.parametrize("method", ["gptq", "nf4", "int8", "w8a8"])
+def test_falcon_h1s_mamba_output_is_quantized_only_where_the_recipe_insists(method: str, folders: Path) -> None:
+    folder = folders / "falcon h1"
+    if not folder.exists():
+        factories.save(build("falcon h1"), folder)
+    out, pattern = ("model.layers.0.mamba.out_proj", "model.layers.1.mamba.out_proj"), "*.mamba.out_proj"
+    insisting: Mapping[str, Any] = (
+        {"overrides": [{"modules": pattern, "bits": 4}]} if method == "gptq" else {"force_modules": [pattern]}
+    )
+    assert not set(out) & plan(folder, method).quantized.keys()
+    assert set(out) <= plan(folder, method, **insisting).quantized.keys()
+    found = records(load(folder), parse(method, **insisting))
+    assert all(not isinstance(found[f"{name}.weight"].value, Tensor) for name in out)
+    for quantized in (plan(folder, method), plan(folder, method, **insisting)):
+        assert not any(fnmatchcase(name, "*conv1d*") for name in quantized.quantized)
+    conv = {key: json.loads(json.dumps(value).replace("out_proj", "conv1d")) for key, value in insisting.items()}
+    with pytest.raises(CompatibilityError, match="matches no linear layer"):
+        plan(folder, method, **conv)

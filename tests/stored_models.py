@@ -13,6 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qexport.architectures.structure import describe
+from qexport.packing import gptq
+from qexport.tensors import GroupQuantizedSpec
+from quantized_models import round_off
 
 NF4: dict[str, Any] = {
     "quant_method": "bitsandbytes",
@@ -47,7 +50,23 @@ W4A16: dict[str, Any] = W8A8 | {
         }
     },
 }
-QUANTIZATIONS = {"nf4": NF4, "nf4 double": NF4_DOUBLE, "fp4": FP4, "int8": INT8, "w8a8": W8A8, "w4a16": W4A16}
+GPTQ: dict[str, Any] = {
+    "quant_method": "gptq",
+    "checkpoint_format": "gptq",
+    "bits": 4,
+    "group_size": 32,
+    "sym": False,
+    "desc_act": False,
+}
+QUANTIZATIONS = {
+    "gptq": GPTQ,
+    "nf4": NF4,
+    "nf4 double": NF4_DOUBLE,
+    "fp4": FP4,
+    "int8": INT8,
+    "w8a8": W8A8,
+    "w4a16": W4A16,
+}
 
 
 def write(model: PreTrainedModel, folder: Path, quantization: dict[str, Any]) -> Path:
@@ -55,9 +74,15 @@ def write(model: PreTrainedModel, folder: Path, quantization: dict[str, Any]) ->
     model.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     tensors = load_file(folder / "model.safetensors")
-    for block in describe(config).linears.values():
+    structure = describe(config)
+    if "ignore" in quantization:
+        quantization = quantization | {"ignore": [structure.head]}
+    for block in structure.linears.values():
         for linear in block:
+            if linear.expert and quantization["quant_method"] == "bitsandbytes":
+                continue
             weight = tensors.pop(f"{linear.name}.weight")
+            weight = weight.t().contiguous() if linear.transposed else weight
             tensors |= {f"{linear.name}.{part}": tensor for part, tensor in _parts(weight, quantization).items()}
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
@@ -75,6 +100,10 @@ def _parts(weight: Tensor, quantization: dict[str, Any]) -> dict[str, Tensor]:
     if quantization.get("load_in_8bit"):
         codes, absmax, _ = functional.int8_vectorwise_quant(weight.half())
         return {"weight": codes, "SCB": absmax, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+    if quantization["quant_method"] == "gptq":
+        return gptq.pack(
+            round_off(weight, GroupQuantizedSpec(len(weight), weight.shape[1], 4, 32, sym=False, desc_act=False))
+        )
     if quantization["format"] == "int-quantized":
         scale = weight.float().abs().amax(1, keepdim=True) / 127
         return {"weight": (weight.float() / scale).round().to(torch.int8), "weight_scale": scale}

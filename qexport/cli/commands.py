@@ -14,7 +14,7 @@ import typer
 
 from qexport.cli.failures import Failure, told
 from qexport.cli.terminal import stderr, stdout, write, write_json
-from qexport.errors import GateFailed, RecipeError
+from qexport.errors import CompatibilityError, GateFailed, RecipeError, listed
 
 if TYPE_CHECKING:
     from qexport.pipeline import Result
@@ -104,20 +104,69 @@ def run(
 
 
 @app.command()
-def validate(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False, debug: Debug = False) -> None:
-    """Check a recipe against its model and adapter, from their headers alone, and print the plan."""
+def validate(
+    subject: Annotated[
+        Path,
+        typer.Argument(metavar="RECIPE|ARTIFACT", help="The recipe, a YAML file; or a finished artifact, a folder."),
+    ],
+    overrides: Overrides = None,
+    server: Annotated[
+        Literal["tgi", "vllm"] | None, typer.Option(help="Hold an artifact against what this server demands.")
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Check a recipe against its model and adapter, from their headers alone, and print the plan; or check a finished
+    artifact: digests, headers, and what a server demands.
+    """
     with told(as_json=as_json, debug=debug):
-        from qexport.recipe import load_recipe
-
-        chosen = load_recipe(recipe, overrides or ())
-        from qexport import pipeline
-
-        with _reporting() as report:
-            plan = pipeline.plan(chosen, report=report)
-        if as_json:
-            write_json(plan.as_dict())
+        if subject.is_dir():
+            failed = _inspect(subject, overrides, server, as_json=as_json)
+        elif server is not None:
+            raise RecipeError(
+                "--server wants an artifact, not a recipe", where=str(subject), mend="give the folder of an artifact"
+            )
         else:
-            write("\n".join(plan.lines()))
+            _print_plan(subject, overrides, as_json=as_json)
+            failed = None
+    if failed:
+        failed.show(as_json=False)
+        raise typer.Exit(failed.exit_code)
+
+
+def _print_plan(recipe: Path, overrides: list[str] | None, *, as_json: bool) -> None:
+    from qexport.recipe import load_recipe
+
+    chosen = load_recipe(recipe, overrides or ())
+    from qexport import pipeline
+
+    with _reporting() as report:
+        plan = pipeline.plan(chosen, report=report)
+    if as_json:
+        write_json(plan.as_dict())
+    else:
+        write("\n".join(plan.lines()))
+
+
+def _inspect(
+    artifact: Path, overrides: list[str] | None, server: Literal["tgi", "vllm"] | None, *, as_json: bool
+) -> Failure | None:
+    """Prints what is in an artifact, and returns what a server would refuse."""
+    if overrides:
+        raise RecipeError("an artifact has no values to replace", where=" ".join(overrides), mend="leave them out")
+    from qexport.pipeline.inspection import inspect_artifact
+
+    with redirect_stdout(sys.stderr):
+        found = inspect_artifact(artifact, server=server)
+    if as_json:
+        write_json(found.as_dict())
+    else:
+        write("\n".join(found.lines()))
+    if not found.failed:
+        return None
+    what = f"{len(found.failed)} of {len(found.checks)} demands of {server} are not met"
+    names = listed([check.name for check in found.failed])
+    return Failure(what, CompatibilityError.exit_code, where=names, mend=f"export the layout {server}")
 
 
 @app.command()

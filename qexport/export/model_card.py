@@ -7,8 +7,15 @@ from collections.abc import Sequence
 from qexport.tensors import W8A8, Dense, FourBit, Gptq, LlmInt8, Method, Origin
 
 
-def model_card(origin: Origin, method: Method, notes: Sequence[str] = ()) -> str:
-    """A short model card. Only a hub id can be named as the base model in the front matter."""
+def model_card(origin: Origin, method: Method, notes: Sequence[str] = (), loading: str = "") -> str:
+    """A short model card. Only a hub id can be named as the base model in the front matter.
+
+    Args:
+        origin: the base.
+        method: how the weights are quantized.
+        notes: what a server's user should know.
+        loading: a section of its own, see `qexport.export.loaders`.
+    """
     listed = "".join(f"- {note}\n" for note in notes)
     relation = "finetune" if isinstance(method, Dense) else "quantized"
     base = f"base_model: {origin.name}\nbase_model_relation: {relation}\n" if origin.kind == "hub" else ""
@@ -18,6 +25,7 @@ def model_card(origin: Origin, method: Method, notes: Sequence[str] = ()) -> str
         f"# {origin.name}, {title}\n\n"
         f"Made with qexport from {origin.name}: {text}.\n\n"
         "`qexport-manifest.json` says what this artifact was made from, how, and how far it is from the 16-bit model.\n"
+        + (f"\n{loading}" if loading else "")
         + (f"\n## Serving\n\n{listed}" if notes else "")
     )
 

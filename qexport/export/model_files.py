@@ -22,6 +22,7 @@ def write_model_files(
     quantization: Mapping[str, Any] | None,
     dense_dtype: torch.dtype,
     notes: Sequence[str] = (),
+    loading: str = "",
 ) -> None:
     """Writes every file of an artifact but the weights and the manifest.
 
@@ -32,6 +33,7 @@ def write_model_files(
         quantization: the `quantization_config`, None where nothing is quantized.
         dense_dtype: the dtype of the weights that stay dense.
         notes: what a user of the folder should know, for the model card.
+        loading: the model card's section on loading.
 
     Raises:
         QexportError: a file of the checkpoint would leave the folder or replace another file.
@@ -40,7 +42,7 @@ def write_model_files(
     _write_new(folder, "config.json", _json(config))
     if quantization and quantization["quant_method"] == "gptq":
         _write_new(folder, "quantize_config.json", _json(quantization))
-    _write_new(folder, "README.md", model_card(checkpoint.origin, method, notes).encode("utf-8"))
+    _write_new(folder, "README.md", model_card(checkpoint.origin, method, notes, loading).encode("utf-8"))
     for name, content in checkpoint.files.items():
         _write_new(folder, name, content)
 

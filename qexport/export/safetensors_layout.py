@@ -8,6 +8,7 @@ from typing import Any
 
 from qexport.architectures.structure import Structure
 from qexport.export.encodings import AutoGptq, Bitsandbytes, CompressedTensors, Encoding, Merged16
+from qexport.export.loaders import Folder, loading_section, warnings
 from qexport.export.model_files import write_model_files
 from qexport.export.quantization_config import quantization_config
 from qexport.export.settings import SafetensorsSettings
@@ -42,13 +43,13 @@ class SafetensorsLayout:
 
     @property
     def notes(self) -> list[str]:
-        """What stock loaders get wrong with this artifact, silently (docs/artifact.md has what was tried)."""
-        notes = []
-        if self._structure.model_type == "falcon" and isinstance(self._outputs.method, Gptq):
-            notes.append("transformers fills a Falcon's quantized layers at random: load it with GPTQModel.load(path)")
-        if self._structure.head in self._outputs.quantized:
-            notes.append("transformers fills a quantized lm_head at random: load it with GPTQModel.load(path)")
-        return notes
+        """What stock loaders get wrong with this artifact, silently."""
+        return warnings(self._folder)
+
+    @property
+    def _folder(self) -> Folder:
+        shapes = {module: spec.shape for module, spec in self._outputs.quantized.items()}
+        return Folder(self.quantization, shapes, self._structure.model_type, self._structure.head, self.name)
 
     def write_files(self, folder: Path, checkpoint: Checkpoint) -> None:
         """Writes config, tokenizer and model card.
@@ -57,7 +58,14 @@ class SafetensorsLayout:
             QexportError: a file of the checkpoint would leave the folder or replace another file.
         """
         outputs, embedding = self._outputs, f"{self._structure.embedding}.weight"
-        write_model_files(folder, checkpoint, outputs.method, self.quantization, outputs.dense_dtype(embedding))
+        write_model_files(
+            folder,
+            checkpoint,
+            outputs.method,
+            self.quantization,
+            outputs.dense_dtype(embedding),
+            loading=loading_section(self._folder),
+        )
 
     def check(self, folder: Path) -> None:
         """Nothing beyond what `readback` holds against every layout."""

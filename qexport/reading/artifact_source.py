@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
 import torch
 
-from qexport.architectures.structure import Structure
+from qexport.architectures.code_keys import without_code_keys
+from qexport.architectures.structure import Structure, describe
 from qexport.errors import InputError, listed
 from qexport.reading.dequantization import dequantize
 from qexport.reading.formats import stored_format
@@ -70,8 +72,14 @@ class ArtifactSource:
         """
         module = name.removesuffix(".weight")
         if name.endswith(".weight") and module in self.quantized:
-            return dequantize(self.quantized[module].quantized(self.tensors(module)), self._dtype)
+            weight = dequantize(self.quantized[module].quantized(self.tensors(module)), self._dtype)
+            return weight.t().contiguous() if module in self._transposed else weight
         return self._finite(name)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors as they are stored."""
+        return sum(spec.nbytes for spec in self._folder.specs().values())
 
     def tensors(self, module: str) -> dict[str, torch.Tensor]:
         """The tensors of a quantized module as they are stored, by their names inside the module.
@@ -121,18 +129,41 @@ class ArtifactSource:
         specs: dict[str, TensorSpec] = {}
         for name, spec in found.items():
             if (module := modules.get(name)) is not None:
-                specs[f"{module}.weight"] = TensorSpec(self.quantized[module].shape, self._dtype)
+                specs[f"{module}.weight"] = TensorSpec(self._shape(module), self._dtype)
             elif name.endswith(".weight") and name.removesuffix(".weight") in self.quantized:
                 raise InputError("a module is there both dense and quantized", where=self._folder.place(name))
             else:
                 specs[name] = spec
         return specs
 
+    def _shape(self, module: str) -> tuple[int, ...]:
+        shape = self.quantized[module].shape
+        return shape[::-1] if module in self._transposed else shape
+
+    @cached_property
+    def _transposed(self) -> frozenset[str]:
+        """The modules whose dense weight is [in, out] (GPT-2's Conv1D); codes are always [out, in]."""
+        linears = describe(without_code_keys(self.config)[0]).linears.values()
+        return frozenset(linear.name for block in linears for linear in block if linear.transposed)
+
     def _finite(self, name: str) -> torch.Tensor:
         tensor = self._folder.read(name)
         if not is_finite(tensor):
             raise InputError("there is NaN or Inf in it", where=self._folder.place(name))
         return tensor
+
+
+def model_folder(path: Path) -> Path:
+    """The same path.
+
+    Raises:
+        InputError: it is no folder with a config.json; perhaps the one above several layouts.
+    """
+    if not (path / "config.json").is_file():
+        layouts = sorted(str(found.parent) for found in path.glob("*/config.json"))
+        mend = f"load one of its layouts: {', '.join(layouts)}" if layouts else "name the folder of an artifact"
+        raise InputError("the folder holds no config.json", where=str(path), mend=mend)
+    return path
 
 
 def _nothing_quantized(quantization: Mapping[str, Any], folder: Path) -> InputError:

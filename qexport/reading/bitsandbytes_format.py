@@ -22,7 +22,7 @@ _QUANT_TYPES: Final[tuple[QuantType, ...]] = ("nf4", "fp4")
 
 class _Claims:
     """What the two formats share: every linear is quantized but those in `llm_int8_skip_modules`; without such a list
-    the head is not.
+    the head is not. The experts of a mixture never are: transformers quantizes modules, and experts are parameters.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -32,7 +32,7 @@ class _Claims:
 
     def claimed(self, structure: Structure) -> set[str]:
         """The modules that the config calls quantized, by path."""
-        linears = {linear.name for block in structure.linears.values() for linear in block}
+        linears = {linear.name for block in structure.linears.values() for linear in block if not linear.expert}
         if self._skip is None:
             return linears
         heads = set() if structure.tied else {structure.head}

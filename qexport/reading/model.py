@@ -12,9 +12,10 @@ from transformers import GenerationConfig, PreTrainedModel
 from qexport.architectures.buffers import compute_buffers
 from qexport.architectures.code_keys import without_code_keys
 from qexport.architectures.devices import find_device
+from qexport.architectures.naming import Part, name_parameters
 from qexport.architectures.structure import Structure, build_on_meta, describe_model, parse_config
 from qexport.errors import InputError, QexportError, listed
-from qexport.reading.artifact_source import ArtifactSource
+from qexport.reading.artifact_source import ArtifactSource, model_folder
 from qexport.reading.quantized_linear import QuantizedLinear
 from qexport.tensors.contained_path import contained_path
 from qexport.tensors.strict_json import read_json_object
@@ -27,8 +28,9 @@ def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = 
     """The model in a finished folder, ready for `generate`.
 
     Quantized layers keep the tensors of the file, so the model takes the memory of the artifact; each forward
-    dequantizes one weight after the other. Neither bitsandbytes nor gptqmodel is needed, and nothing from the folder is
-    executed.
+    dequantizes one weight after the other. The experts of a mixture are the exception: transformers holds them in one
+    parameter, so they are dequantized here and take the memory of a dense model. Neither bitsandbytes nor gptqmodel is
+    needed, and nothing from the folder is executed.
 
     Args:
         path: an artifact of qexport (of several layouts, the folder of one of them), or a folder of another maker in
@@ -41,32 +43,18 @@ def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = 
         InputError: a file is missing or malformed, or the tensors are not those of the model.
         CompatibilityError: transformers does not know the family.
     """
-    folder, where = _model_folder(Path(path)), find_device(device)
+    folder, where = model_folder(Path(path)), find_device(device)
     with torch.no_grad(), ArtifactSource(folder, dtype=torch.float32) as source:
         model = _build(source, dtype)
-        structure = describe_model(model)
-        source.check_complete(structure)
-        for name in structure.parameters:
-            if name.removesuffix(".weight") not in source.quantized:
-                _put(model, name, source.read(name), where)
-        for module in source.quantized:
-            _quantize(model, module, source, where)
+        source.check_complete(describe_model(model))
         compute_buffers(model, where)
+        _fill(model, source, where)
     model.tie_weights()
     _refuse_empty(model)
     if (generation := contained_path(folder, _GENERATION_NAME)).is_file():
         model.generation_config = GenerationConfig.from_dict(read_json_object(generation, limit=_GENERATION_LIMIT))
     model.eval()
     return model
-
-
-def _model_folder(path: Path) -> Path:
-    """Refuses the folder above several layouts."""
-    if not (path / "config.json").is_file():
-        layouts = sorted(str(found.parent) for found in path.glob("*/config.json"))
-        mend = f"load one of its layouts: {', '.join(layouts)}" if layouts else "name the folder of an artifact"
-        raise InputError("the folder holds no config.json", where=str(path), mend=mend)
-    return path
 
 
 def _build(source: ArtifactSource, dtype: torch.dtype | None) -> PreTrainedModel:
@@ -83,24 +71,40 @@ def _dense_dtype(source: ArtifactSource, structure: Structure) -> torch.dtype:
     return source.specs()[embedding].dtype
 
 
-def _put(model: PreTrainedModel, name: str, tensor: torch.Tensor, device: torch.device) -> None:
-    """A dense parameter or persistent buffer, floating ones in the model's dtype."""
-    path, _, leaf = name.rpartition(".")
+def _fill(model: PreTrainedModel, source: ArtifactSource, device: torch.device) -> None:
+    """Loads what is dense, biases among it, then puts quantized layers in the place of linears."""
+    parts = name_parameters(model).parts
+    layers = {name for name, part in parts.items() if _is_layer(name, part, source)}
+    for name, part in parts.items():
+        if name not in layers:
+            _put(model, part, source.read(name), device)
+    for name in layers:
+        module, path = name.removesuffix(".weight"), parts[name].parameter.rpartition(".")[0]
+        linear = model.get_submodule(path)
+        assert linear.bias is None or isinstance(linear.bias, torch.Tensor)
+        layer = QuantizedLinear(linear, source.quantized[module], source.tensors(module), linear.bias)
+        model.set_submodule(path, layer.to(device))
+
+
+def _is_layer(name: str, part: Part, source: ArtifactSource) -> bool:
+    return name.removesuffix(".weight") in source.quantized and part.expert is None
+
+
+def _put(model: PreTrainedModel, part: Part, tensor: torch.Tensor, device: torch.device) -> None:
+    """A dense parameter or persistent buffer, floating ones in the model's dtype; or an expert's share of one."""
+    path, _, leaf = part.parameter.rpartition(".")
     module = model.get_submodule(path)
     tensor = tensor.to(device=device, dtype=model.dtype if tensor.is_floating_point() else tensor.dtype)
+    if part.expert is not None:
+        whole = module.get_parameter(leaf).data
+        if whole.is_meta:
+            whole = torch.full(whole.shape, torch.nan, dtype=model.dtype, device=device)
+        part.of(whole).copy_(tensor)
+        tensor = whole
     if leaf in module._buffers:
         module._buffers[leaf] = tensor
     else:
         module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-
-
-def _quantize(model: PreTrainedModel, module: str, source: ArtifactSource, device: torch.device) -> None:
-    """Replaces a linear whose bias is loaded."""
-    linear = model.get_submodule(module)
-    bias = linear.bias
-    assert bias is None or isinstance(bias, torch.Tensor)
-    layer = QuantizedLinear(linear, source.quantized[module], source.tensors(module), bias)
-    model.set_submodule(module, layer.to(device))
 
 
 def _refuse_empty(model: PreTrainedModel) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from qexport.errors import CompatibilityError
 from qexport.reading.dequantization import dequantize
@@ -17,8 +18,8 @@ from qexport.reading.stored_format import StoredWeight, Tensors
 class QuantizedLinear(nn.Module):
     """Takes the place of a linear layer; holds the tensors of the file and dequantizes them in each forward.
 
-    The product is the one of the class that it replaces (`nn.Linear`, `FalconLinear`, ...), so that the outputs are
-    those of the dense layer with the dequantized weight, bit for bit.
+    The product is the one of the class that it replaces (`nn.Linear`, `FalconLinear`, GPT-2's `Conv1D`), so that the
+    outputs are those of the dense layer with the dequantized weight, bit for bit.
 
     Args:
         linear: the layer to replace, on any device.
@@ -35,6 +36,7 @@ class QuantizedLinear(nn.Module):
         weight.quantized(tensors)
         self.out_features, self.in_features = weight.shape
         self._weight = weight
+        self._transposed = isinstance(linear, Conv1D)
         self._product: Callable[..., Tensor] = type(linear).forward
         for part in weight.parts:
             self.register_buffer(_attribute(part), tensors[part])
@@ -44,7 +46,8 @@ class QuantizedLinear(nn.Module):
         """The layer's outputs [..., out] for inputs [..., in], with the weight in the dtype of the inputs."""
         with torch.no_grad():
             weight = self.dequantized(inputs.dtype)
-        return self._product(SimpleNamespace(weight=weight, bias=self.bias), inputs)
+            weight = weight.t().contiguous() if self._transposed else weight
+        return self._product(SimpleNamespace(weight=weight, bias=self.bias, nf=self.out_features), inputs)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in]."""

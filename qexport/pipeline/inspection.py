@@ -1,0 +1,143 @@
+"""What a finished folder holds, found out from its digests and headers; and what a server's loader would say to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from qexport.architectures.code_keys import without_code_keys
+from qexport.architectures.structure import describe
+from qexport.artifact.folder import open_artifact
+from qexport.artifact.manifest import MANIFEST_NAME
+from qexport.export.contract import Check
+from qexport.export.loaders import Folder, Loader, Verdict, loaders
+from qexport.reading.artifact_source import ArtifactSource, model_folder
+
+Server = Literal["tgi", "vllm"]
+
+_WORDS: Mapping[Verdict, str] = {"yes": "loads", "wrong": "WRONG", "no": "refused", "untried": "untried"}
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found in a folder whose files are those of its manifest and whose tensors are those of its model.
+
+    Attributes:
+        path: the folder.
+        layout: as its manifest says; None where there is no manifest, so that no digest was checked.
+        method: how the weights are stored.
+        quantized_layers: modules that are stored quantized.
+        dense_tensors: the other parameters.
+        total_bytes: bytes of all tensors.
+        loaders: who can load the folder.
+        server: the server that it was held against.
+        checks: what that has found; empty where no server was named.
+    """
+
+    path: Path
+    layout: str | None
+    method: str
+    quantized_layers: int
+    dense_tensors: int
+    total_bytes: int
+    loaders: Sequence[Loader]
+    server: Server | None
+    checks: Sequence[Check]
+
+    @property
+    def failed(self) -> list[Check]:
+        """The server's demands that are not met."""
+        return [check for check in self.checks if not check.passed]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as JSON values."""
+        return {
+            "artifact": str(self.path),
+            "layout": self.layout,
+            "digests_checked": self.layout is not None,
+            "method": self.method,
+            "quantized_layers": self.quantized_layers,
+            "dense_tensors": self.dense_tensors,
+            "total_bytes": self.total_bytes,
+            "loaders": [asdict(loader) for loader in self.loaders],
+            "server": self.server,
+            "checks": [asdict(check) for check in self.checks],
+        }
+
+    def lines(self) -> list[str]:
+        """The same for a reader at the terminal."""
+        layout = f"{self.layout}; every file is as its manifest says" if self.layout else "no manifest, digests unknown"
+        return [
+            f"artifact  {self.path}",
+            f"layout    {layout}",
+            f"method    {self.method}",
+            f"layers    {self.quantized_layers} quantized; {self.dense_tensors} tensors are dense",
+            f"weights   {self.total_bytes / 1e6:,.1f} MB",
+            *(self._loader_line(loader) for loader in self.loaders),
+            *(f"{'ok' if check.passed else 'FAILED':<9} {_told(check)}" for check in self.checks),
+        ]
+
+    def _loader_line(self, loader: Loader) -> str:
+        return f"{_WORDS[loader.verdict]:<9} {loader.name}{': ' if loader.reason else ''}{loader.reason}"
+
+
+def inspect_artifact(path: Path, *, server: Server | None = None) -> Inspection:
+    """Checks a finished folder of qexport or of another maker.
+
+    Args:
+        path: the folder; of several layouts that of one.
+        server: whose rules to hold it against.
+
+    Raises:
+        InputError: a file is not as its manifest says, or the tensors are not those of the model that config.json
+            describes.
+        CompatibilityError: transformers does not know the family.
+    """
+    path = model_folder(path)
+    layout = open_artifact(path).layout if (path / MANIFEST_NAME).is_file() else None
+    with ArtifactSource(path, dtype=torch.float32) as source:
+        structure = describe(without_code_keys(source.config)[0])
+        source.check_complete(structure)
+        shapes = {module: weight.shape for module, weight in source.quantized.items()}
+        folder = Folder(source.quantization, shapes, structure.model_type, structure.head, layout)
+        dense = len(source.specs()) - len(shapes)
+        size = source.stored_bytes
+    checks = _check(path, server) if server else []
+    return Inspection(path, layout, _method(folder), len(shapes), dense, size, loaders(folder), server, checks)
+
+
+def _check(path: Path, server: Server) -> list[Check]:
+    match server:
+        case "tgi":
+            from qexport.export.tgi.contract import check_folder as check_tgi
+
+            return check_tgi(path)
+        case "vllm":
+            from qexport.export.vllm.contract import check_folder as check_vllm
+
+            return check_vllm(path)
+
+
+def _told(check: Check) -> str:
+    return f"{check.name} ({check.source})" if check.passed else f"{check.name}: {check.detail} ({check.source})"
+
+
+def _method(folder: Folder) -> str:
+    config = folder.quantization or {}
+    match folder.method:
+        case "gptq":
+            symmetry = "symmetric" if config["sym"] else "asymmetric"
+            return f"GPTQ, {config['bits']} bits, group_size {config['group_size']}, {symmetry}"
+        case "bitsandbytes" if config.get("load_in_4bit"):
+            double = ", double quantization" if config.get("bnb_4bit_use_double_quant") else ""
+            return f"{str(config.get('bnb_4bit_quant_type', 'fp4')).upper()}{double}"
+        case "bitsandbytes":
+            return "LLM.int8"
+        case "compressed-tensors":
+            return f"compressed-tensors, {config['format']}"
+        case name:
+            return name

@@ -1,0 +1,115 @@
+"""The table of loaders against what is known, and against the loaders that are installed here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, MixtralConfig, PretrainedConfig, PreTrainedModel
+
+import factories
+import qexport
+import stored_models
+from qexport.export.loaders import Folder, loaders, loading_section, python_lines, warnings
+from quantized_models import QuantizedModel
+
+GPTQ = stored_models.GPTQ | {"sym": True}
+UP, HEAD = "model.layers.0.mlp.up_proj", "lm_head"
+
+
+def folder(quantization: dict[str, Any] | None, **changes: Any) -> Folder:
+    shapes = {} if quantization is None else {UP: (128, 64)}
+    values: dict[str, Any] = dict(model_type="llama", head=HEAD, layout="safetensors", shapes=shapes)
+    return Folder(quantization=quantization, **(values | changes))
+
+
+def verdicts(found: Folder) -> dict[str, str]:
+    return {loader.name: loader.verdict for loader in loaders(found)}
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (folder(None), {"transformers": "yes", "qexport.load": "yes", "vLLM": "untried", "TGI": "no"}),
+        (folder(None, layout="tgi"), {"transformers": "yes", "TGI": "yes"}),
+        (folder(None, layout="vllm"), {"vLLM": "yes", "TGI": "no"}),
+        (folder(GPTQ), {"transformers + gptqmodel": "yes", "gptqmodel": "yes", "vLLM": "untried"}),
+        (folder(GPTQ, layout=None), {"gptqmodel": "yes", "qexport.load": "yes"}),
+        (folder(GPTQ, model_type="falcon"), {"transformers + gptqmodel": "wrong", "gptqmodel": "yes"}),
+        (folder(GPTQ, shapes={HEAD: (384, 64)}), {"transformers + gptqmodel": "wrong", "gptqmodel": "yes"}),
+        (folder(GPTQ | {"sym": False}), {"transformers + gptqmodel": "yes", "gptqmodel": "no", "vLLM": "no"}),
+        (folder(GPTQ | {"sym": False}, layout="tgi"), {"gptqmodel": "no", "TGI": "yes"}),
+        (folder(GPTQ | {"desc_act": True}), {"transformers + gptqmodel": "yes", "vLLM": "no"}),
+        (folder(GPTQ | {"dynamic": {"-:^a$": {}}}), {"transformers + gptqmodel": "yes"}),
+        (folder(GPTQ | {"dynamic": {"^a$": {"bits": 8}}}), {"transformers + gptqmodel": "no", "gptqmodel": "yes"}),
+        (folder(GPTQ, shapes={UP: (72, 64)}), {"transformers + gptqmodel": "no", "gptqmodel": "yes"}),
+        (folder(GPTQ | {"bits": 8}, shapes={UP: (72, 64)}), {"transformers + gptqmodel": "yes"}),
+        (folder(GPTQ, shapes={"m.experts.0.w1": (64, 64)}), {"gptqmodel": "untried", "qexport.load": "yes"}),
+        (folder(stored_models.NF4), {"transformers + bitsandbytes": "yes", "vLLM": "no", "TGI": "no"}),
+        (folder(stored_models.NF4, model_type="falcon"), {"transformers + bitsandbytes": "no", "qexport.load": "yes"}),
+        (folder(stored_models.W8A8), {"transformers + compressed-tensors": "untried", "qexport.load": "yes"}),
+        (folder(stored_models.W8A8, layout="vllm"), {"vLLM": "yes"}),
+    ],
+)
+def test_the_first_row_that_holds_decides(found: Folder, expected: dict[str, str]) -> None:
+    assert expected.items() <= verdicts(found).items()
+
+
+def test_a_loader_that_has_nothing_to_do_with_the_format_is_not_named() -> None:
+    assert "transformers + gptqmodel" not in verdicts(folder(stored_models.NF4))
+    assert "transformers + bitsandbytes" not in verdicts(folder(None))
+
+
+def test_two_lines_of_python_name_transformers_only_where_it_takes_the_artifact() -> None:
+    assert "AutoModelForCausalLM" in python_lines(folder(GPTQ), "x")[1]
+    for other in (folder(GPTQ, model_type="falcon"), folder(stored_models.NF4, model_type="falcon")):
+        assert python_lines(other, "x") == ("import qexport", 'model = qexport.load("x")')
+
+
+def test_silent_faults_are_warned_of_and_stand_in_the_model_card(tmp_path: Path) -> None:
+    assert warnings(folder(GPTQ)) == []
+    [warning] = warnings(folder(GPTQ, model_type="falcon"))
+    assert "qexport.load(path)" in warning
+    QuantizedModel(factories.build(factories.falcon_config())).write(tmp_path / "a")
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert loading_section(folder(GPTQ, model_type="falcon")).splitlines()[3:6] == [
+        "import qexport", 'model = qexport.load("FOLDER")', "```",
+    ]  # fmt: skip
+    assert 'model = qexport.load("FOLDER")' in card
+    assert "**Silently wrong** with: transformers + gptqmodel (it fills" in card
+
+
+MIXTRAL = MixtralConfig(
+    vocab_size=factories.VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, num_local_experts=4,
+)  # fmt: skip
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    found = model(input_ids=torch.arange(20)[None]).logits
+    assert isinstance(found, torch.Tensor)
+    return found
+
+
+@pytest.mark.parametrize(
+    "config", [factories.llama_config(), factories.qwen2_config(), MIXTRAL], ids=lambda c: c.model_type
+)
+def test_transformers_with_bitsandbytes_computes_the_same_from_nf4(config: PretrainedConfig, tmp_path: Path) -> None:
+    stored_models.write(factories.build(config), tmp_path / "a", stored_models.NF4_DOUBLE)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "a", device_map="cpu", dtype=torch.bfloat16)
+    for module in stock.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False  # it would repack the weights, and asks for 32 outputs
+    assert torch.equal(logits(stock), logits(qexport.load(tmp_path / "a", device="cpu")))
+
+
+@pytest.mark.parametrize("quantization", [stored_models.NF4, stored_models.INT8], ids=["nf4", "int8"])
+def test_transformers_with_bitsandbytes_fails_on_falcon_with_an_error(
+    quantization: dict[str, Any], tmp_path: Path
+) -> None:
+    stored_models.write(factories.build(factories.falcon_config()), tmp_path / "a", quantization)
+    with pytest.raises(RuntimeError, match=r"mismatched|same dtype"):
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "a", device_map="cpu", dtype=torch.bfloat16))

@@ -16,7 +16,7 @@ from peft import LoraConfig
 from pydantic import TypeAdapter
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 import factories
 from adapters import ORIGIN, load_adapter, save_adapter
@@ -29,7 +29,15 @@ from qexport.merge.merging import merge
 from qexport.merge.settings import MergeSettings
 from qexport.quantize.methods import plan_outputs, quantize
 from qexport.quantize.settings import QuantizeSettings
-from qexport.tensors import CalibrationSet, Checkpoint, GroupQuantized, Outputs, TensorRecord
+from qexport.tensors import (
+    BlockQuantized,
+    CalibrationSet,
+    Checkpoint,
+    GroupQuantized,
+    Outputs,
+    RowQuantized,
+    TensorRecord,
+)
 from test_block_runner import run, token_windows
 
 CPU = torch.device("cpu")
@@ -167,6 +175,10 @@ def test_gptq_quantizes_every_planned_layer(base: Path, family: str) -> None:
 
 @pytest.mark.parametrize("method", ["nf4", "int8", "w8a8"])
 def test_rounding_counts_every_layer(base: Path, family: str, method: str) -> None:
+    if (family, method) == ("gpt-2", "w8a8"):
+        with pytest.raises(CompatibilityError, match="Conv1D"):
+            plan(base, method)
+        return
     experts = EXPERTS.get(family, 0) if method != "w8a8" else 0
     outputs = plan(base, method)
     assert len(outputs.quantized) == LINEARS[family] - KEPT.get(family, 0) - experts
@@ -192,3 +204,25 @@ def test_falcon_h1s_mamba_output_is_quantized_only_where_the_recipe_insists(meth
     conv = {key: json.loads(json.dumps(value).replace("out_proj", "conv1d")) for key, value in insisting.items()}
     with pytest.raises(CompatibilityError, match="matches no linear layer"):
         plan(folder, method, **conv)
+
+
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+def test_gpt2s_codes_are_those_that_transformers_saves(method: str, tmp_path: Path) -> None:
+    """transformers transposes Conv1D before bitsandbytes sees it, and saves it so."""
+    base = factories.save(factories.build(FAMILIES["gpt-2"]), tmp_path / "base")
+    config = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"} if method == "nf4" else {"load_in_8bit": True}
+    model = AutoModelForCausalLM.from_pretrained(
+        base, quantization_config=BitsAndBytesConfig(**config), dtype=torch.bfloat16
+    )
+    model.save_pretrained(tmp_path / method)
+    saved = load_file(tmp_path / method / "model.safetensors")
+    found = {name: record for name, record in records(load(base), parse(method)).items() if record.report}
+    assert len(found) == LINEARS["gpt-2"]
+    for name, record in found.items():
+        assert isinstance(record.value, BlockQuantized | RowQuantized)
+        scales = "weight.absmax" if isinstance(record.value, BlockQuantized) else "SCB"
+        absmax = saved[f"{name.removesuffix('weight')}{scales}"]
+        assert torch.equal(record.value.codes.reshape(-1), saved[name].reshape(-1)), name
+        assert torch.equal(record.value.absmax, absmax), name
+        assert record.merged is not None
+        assert torch.equal(record.merged, load(base).weights.read(name)), "servers quantize the weight as it is stored"

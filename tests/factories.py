@@ -93,7 +93,7 @@ def falcon_rw_config(**changes: Any) -> FalconConfig:
 def falcon_h1_config(**changes: Any) -> FalconH1Config:
     """Attention and mamba side by side, with chunks shorter than the tests' windows and a multiplier for each part."""
     values: dict[str, Any] = _GROUPED | dict(
-        mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=16, mamba_n_groups=1, mamba_chunk_size=16,
+        mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=16, mamba_n_groups=1, mamba_chunk_size=16,
         ssm_multipliers=[0.9, 1.1, 0.8, 1.2, 0.7], mlp_multipliers=[0.9, 1.1], key_multiplier=0.9,
     )  # fmt: skip
     return FalconH1Config(**(values | changes))

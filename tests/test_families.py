@@ -16,20 +16,29 @@ from peft import LoraConfig
 from pydantic import TypeAdapter
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 import factories
-from adapters import ORIGIN, load_adapter, save_adapter
+from adapters import ORIGIN, load_adapter, save_adapter, write_tensors
 from qexport.architectures.runner import BlockRunner
 from qexport.architectures.structure import Structure, describe
 from qexport.errors import CompatibilityError
 from qexport.loading.checkpoint import load_checkpoint
 from qexport.loading.settings import LoadSettings
+from qexport.merge.adapter import PREFIX
 from qexport.merge.merging import merge
 from qexport.merge.settings import MergeSettings
 from qexport.quantize.methods import plan_outputs, quantize
 from qexport.quantize.settings import QuantizeSettings
-from qexport.tensors import CalibrationSet, Checkpoint, GroupQuantized, Outputs, TensorRecord
+from qexport.tensors import (
+    BlockQuantized,
+    CalibrationSet,
+    Checkpoint,
+    GroupQuantized,
+    Outputs,
+    RowQuantized,
+    TensorRecord,
+)
 from test_block_runner import run, token_windows
 
 CPU = torch.device("cpu")
@@ -167,6 +176,10 @@ def test_gptq_quantizes_every_planned_layer(base: Path, family: str) -> None:
 
 @pytest.mark.parametrize("method", ["nf4", "int8", "w8a8"])
 def test_rounding_counts_every_layer(base: Path, family: str, method: str) -> None:
+    if (family, method) == ("gpt-2", "w8a8"):
+        with pytest.raises(CompatibilityError, match="Conv1D"):
+            plan(base, method)
+        return
     experts = EXPERTS.get(family, 0) if method != "w8a8" else 0
     outputs = plan(base, method)
     assert len(outputs.quantized) == LINEARS[family] - KEPT.get(family, 0) - experts
@@ -192,3 +205,52 @@ def test_falcon_h1s_mamba_output_is_quantized_only_where_the_recipe_insists(meth
     conv = {key: json.loads(json.dumps(value).replace("out_proj", "conv1d")) for key, value in insisting.items()}
     with pytest.raises(CompatibilityError, match="matches no linear layer"):
         plan(folder, method, **conv)
+
+
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+def test_gpt2s_codes_are_those_that_transformers_saves(method: str, tmp_path: Path) -> None:
+    """transformers transposes Conv1D before bitsandbytes sees it, and saves it so."""
+    base = factories.save(factories.build(FAMILIES["gpt-2"]), tmp_path / "base")
+    config = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"} if method == "nf4" else {"load_in_8bit": True}
+    model = AutoModelForCausalLM.from_pretrained(
+        base, quantization_config=BitsAndBytesConfig(**config), dtype=torch.bfloat16
+    )
+    model.save_pretrained(tmp_path / method)
+    saved = load_file(tmp_path / method / "model.safetensors")
+    found = {name: record for name, record in records(load(base), parse(method)).items() if record.report}
+    assert len(found) == LINEARS["gpt-2"]
+    for name, record in found.items():
+        assert isinstance(record.value, BlockQuantized | RowQuantized)
+        scales = "weight.absmax" if isinstance(record.value, BlockQuantized) else "SCB"
+        absmax = saved[f"{name.removesuffix('weight')}{scales}"]
+        assert torch.equal(record.value.codes.reshape(-1), saved[name].reshape(-1)), name
+        assert torch.equal(record.value.absmax, absmax), name
+        assert record.merged is not None
+        assert torch.equal(record.merged, load(base).weights.read(name)), "servers quantize the weight as it is stored"
+
+
+@pytest.mark.parametrize("family", EXPERTS, indirect=True)
+def test_an_adapter_with_factors_for_each_expert_is_merged_as_peft_merges_it(base: Path, tmp_path: Path) -> None:
+    """Such adapters were trained with transformers 4, where each matrix was a module; PEFT converts them."""
+    experts = {name: linear for name, linear in linears(describe(load(base).config)).items() if linear.expert}
+    generator = torch.Generator().manual_seed(3)
+    factors: dict[str, Tensor] = {}
+    for name, linear in experts.items():
+        factors[f"{PREFIX}{name}.lora_A.weight"] = torch.randn(4, linear.in_features, generator=generator) * 0.1
+        factors[f"{PREFIX}{name}.lora_B.weight"] = torch.randn(linear.out_features, 4, generator=generator) * 0.1
+    adapter = tmp_path / "adapter"
+    layers = {int(name.split(".")[2]) for name in experts}
+    LoraConfig(
+        target_modules=sorted({name.rpartition(".")[2] for name in experts}), r=4, lora_alpha=8,
+        layers_to_transform=sorted(layers), task_type="CAUSAL_LM",
+    ).save_pretrained(str(adapter))  # fmt: skip
+    write_tensors(adapter, factors)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    load_adapter(model, adapter).merge_and_unload().save_pretrained(tmp_path / "merged")
+    merged = merge(load(base), adapter, MergeSettings(dtype="float32"), adapter_origin=ORIGIN)
+    assert merged.adapter is not None
+    assert set(merged.adapter.changed) == {f"{name}.weight" for name in experts}
+    for name, tensor in load_file(tmp_path / "merged" / "model.safetensors").items():
+        torch.testing.assert_close(merged.checkpoint.weights.read(name), tensor, rtol=1e-6, atol=1e-6)
+        if name.removesuffix(".weight") in experts:
+            assert not torch.allclose(load(base).weights.read(name), tensor, atol=1e-3)

@@ -210,9 +210,33 @@ def test_missing_unexpected_misshapen_and_mistyped_tensors_are_listed_together(m
     assert "model.layers.1.mlp.up_proj.weight: int8, but" in message
 
 
-def test_a_checkpoint_without_the_models_prefix_is_refused_with_the_reason(model: Path) -> None:
+def test_a_checkpoint_without_the_models_prefix_is_taken_for_the_model_as_transformers_does(tmp_path: Path) -> None:
+    """The hub's `gpt2` is such a one, with masks among its weights."""
+    config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=16)
+    model = factories.build(config, dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+
+    def strip(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+        tensors["h.0.attn.bias"] = torch.zeros(1)
+
+    change_weights(tmp_path, strip)
+    weights = load(tmp_path).weights
+    assert list(weights.specs()) == [name for name in model.state_dict() if name != "lm_head.weight"]
+    for name in weights.specs():
+        assert torch.equal(weights.read(name), model.state_dict()[name])
+    change_weights(tmp_path, lambda tensors: tensors.update({"lm_head.weight": tensors["wte.weight"] + 1}))
+    assert "two different tensors" in refusal(tmp_path)
+    change_weights(tmp_path, lambda tensors: tensors.update({"wpe.weight": torch.full((16, 32), torch.nan)}))
+    change_weights(tmp_path, lambda tensors: tensors.update({"lm_head.weight": tensors["wte.weight"].clone()}))
+    with pytest.raises(InputError, match=r"model\.safetensors: wpe\.weight"):
+        load(tmp_path).weights.read("transformer.wpe.weight")
+
+
+def test_a_checkpoint_that_lacks_the_models_prefix_in_some_names_is_refused_with_the_reason(model: Path) -> None:
     def damage(tensors: dict[str, torch.Tensor]) -> None:
-        for name in [name for name in tensors if name.startswith("model.")]:
+        for name in [name for name in tensors if name.startswith("model.layers.0.")]:
             tensors[name.removeprefix("model.")] = tensors.pop(name)
 
     change_weights(model, damage)

@@ -8,6 +8,7 @@ from typing import Literal
 
 from qexport.architectures.naming import name_parameters
 from qexport.artifact.digest import sha256_bytes, sha256_file
+from qexport.loading.base_prefix import with_prefix
 from qexport.loading.config_file import CONFIG_NAME, read_config
 from qexport.loading.model_weights import build_model, fit_to_model, refuse_untied_copies
 from qexport.loading.sidecars import read_sidecars
@@ -44,8 +45,9 @@ def read_folder(
     source = SafetensorsFolder(folder, trusted_root=trusted_root)
     try:
         model = build_model(config, tensors=len(source.specs()))
-        weights = fit_to_model(source, model)
-        refuse_untied_copies(source, name_parameters(model).tied)
+        named = with_prefix(source, model)
+        weights = fit_to_model(named, model)
+        refuse_untied_copies(named, name_parameters(model).tied)
         digests = {file: sha256_bytes(content) for file, content in files.items()}
         digests |= _digests(folder, (CONFIG_NAME, *source.files()), report)
     except BaseException:

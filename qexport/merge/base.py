@@ -56,7 +56,8 @@ class BaseModel:
 
     Attributes:
         structure: the family, and whether embedding and head are tied; it names tensors as the files do.
-        modules: every module below the root, by path, in the order that PEFT walks them.
+        modules: every module below the root, by path, in the order that PEFT walks them; after them the matrices of
+            experts, by their names in the files, which were the modules' names up to transformers 4.
         embedding: the path of the input embedding.
         head: the path of the output head.
         naming: what the modules' tensors are called in the checkpoint's files.
@@ -86,7 +87,13 @@ def look_at(checkpoint: Checkpoint) -> BaseModel:
     paths = {module: path for path, module in model.named_modules()}
     embedding, head = paths[model.get_input_embeddings()], paths[model.get_output_embeddings()]
     weights = checkpoint.weights.specs()
-    return BaseModel(describe_model(model), modules, embedding, head, name_parameters(model), weights)
+    naming = name_parameters(model)
+    experts = {
+        name.removesuffix(".weight"): Module("linear", {"weight": part.shape})
+        for name, part in naming.parts.items()
+        if part.expert is not None and name.endswith(".weight")
+    }
+    return BaseModel(describe_model(model), modules | experts, embedding, head, naming, weights)
 
 
 def _kind(module: nn.Module) -> Kind:

@@ -32,7 +32,8 @@ class Plan:
     Attributes:
         adapter: what is merged.
         base: what it is merged into.
-        changes: the steps for each tensor of the base, by its path in the model, in their order.
+        changes: the steps for each tensor of the base, in their order, by its path in the model (the matrix of an
+            expert by its name in the files).
         expected: the shape of each tensor that the adapter must hold, by its key.
         incompatible: reasons why this adapter and this model must not be merged, each with the way out.
     """
@@ -92,7 +93,7 @@ class Plan:
         self._check_tensors()
         if not self.changes:
             raise InputError(f"the adapter {self.adapter.folder.name} changes nothing", mend="leave load.adapter out")
-        return {self.base.naming.files[path]: tuple(steps) for path, steps in self.changes.items()}
+        return {self._file_name(path): tuple(steps) for path, steps in self.changes.items()}
 
     def _check_tied(self) -> None:
         """Lets pass what changes both ends of a tied embedding alike, as one change of the embedding."""
@@ -113,24 +114,29 @@ class Plan:
 
     def _check_experts(self) -> None:
         for path in self.changes:
-            if path not in self.base.naming.files:
+            if self._file_name(path) not in self.base.naming.parts:
                 self.refuse(
                     f"{path}: the experts lie together in it, and in the files each for itself", MERGE_WITH_PEFT
                 )
+
+    def _file_name(self, path: str) -> str:
+        return self.base.naming.files.get(path, path)
 
     def _equal(self, one: str, other: str) -> bool:
         specs = self.adapter.file.specs()
         return one in specs and specs[one] == specs.get(other) and torch.equal(*map(self.adapter.read, (one, other)))
 
     def _check_tensors(self) -> None:
-        specs, expected, files = self.adapter.file.specs(), self.expected, self.base.naming.files
+        specs, expected = self.adapter.file.specs(), self.expected
         misshapen = [key for key in expected if key in specs and specs[key].shape != expected[key]]
         problems = {
             "missing": [key for key in expected if key not in specs],
             "not targeted by its configuration": [key for key in specs if key not in expected],
             "of another shape": [f"{key} {list(specs[key].shape)}, not {list(expected[key])}" for key in misshapen],
             "not of floating point": [key for key, spec in specs.items() if not spec.dtype.is_floating_point],
-            "without their weight in the base": [name for name in self.changes if files[name] not in self.base.weights],
+            "without their weight in the base": [
+                name for name in self.changes if self._file_name(name) not in self.base.weights
+            ],
         }
         lines = [f"{len(names)} tensors {fault}: {_some(names)}" for fault, names in problems.items() if names]
         if lines:

@@ -67,6 +67,11 @@ def select(structure: Structure, settings: RoundingSettings) -> list[LinearSpec]
     chosen = [linear for linear in linears if linear.name not in kept and not _any(settings.skip_modules, linear.name)]
     if not chosen and not problems:
         problems.append("no layer is left to quantize: every linear layer is dense by skip_modules or family")
+    if isinstance(settings, W8a8Settings) and any(linear.transposed for linear in chosen):
+        problems.append(
+            "w8a8 does not fit layers whose weights are stored [in, out] (GPT-2's Conv1D): compressed-tensors knows no "
+            "such layers, and vLLM would transpose their codes; take gptq"
+        )
     if problems:
         raise CompatibilityError("\n".join(problems), where="quantize")
     return chosen

@@ -1,7 +1,8 @@
 """Merge + NF4 of a checkpoint with Falcon-7B's shapes and random weights: seconds and peak memory of the whole process.
 
-Beside it, each in a process of its own: bitsandbytes' own `quantize_4bit` over the same tensors one after the other, and
-the bare reading of the base and writing of as many bytes as the artifact has. Files leave the page cache before each.
+Beside it, each in a process of its own: bitsandbytes' own `quantize_4bit` over the same tensors one after the other,
+and the bare reading of the base and writing of as many bytes as the artifact has. Files leave the page cache before
+each.
 
     python benchmarks/nf4.py --scratch /a/disk/with/24/GB
     python benchmarks/nf4.py --blocks 4

@@ -1,7 +1,8 @@
 """Merge + NF4 of a checkpoint with Falcon-7B's shapes and random weights: seconds and peak memory of the whole process.
 
-Beside it, each in a process of its own: bitsandbytes' own `quantize_4bit` over the same tensors one after the other, and
-the bare reading of the base and writing of as many bytes as the artifact has. Files leave the page cache before each.
+Beside it, each in a process of its own: bitsandbytes' own `quantize_4bit` over the same tensors one after the other,
+and the bare reading of the base and writing of as many bytes as the artifact has. Files leave the page cache before
+each.
 
     python benchmarks/nf4.py --scratch /a/disk/with/24/GB
     python benchmarks/nf4.py --blocks 4
@@ -10,6 +11,7 @@ the bare reading of the base and writing of as many bytes as the artifact has. F
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -38,14 +40,15 @@ def main() -> None:
     """Runs the parts and shows what each took."""
     arguments = _arguments()
     if arguments.part:
-        _PARTS[arguments.part](Path.cwd())
+        _PARTS[arguments.part](Path.cwd(), arguments.peer_blocks)
         return
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
         work = Path(scratch)
         structure = _prepare(work, arguments.blocks, double_quant=arguments.double_quant)
         rows: dict[str, Cost] = {}
+        myself = [sys.executable, str(Path(__file__).resolve()), "--peer-blocks", str(arguments.peer_blocks)]
         commands = {"qexport run": [sys.executable, "-m", "qexport", "run", "recipe.yaml"]} | {
-            part: [sys.executable, str(Path(__file__).resolve()), "--part", part] for part in _PARTS
+            part: [*myself, "--part", part] for part in _PARTS
         }
         for name, command in commands.items():
             _leave_cache(work)
@@ -57,6 +60,7 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=32, help="decoder blocks; Falcon-7B has 32")
+    parser.add_argument("--peer-blocks", type=int, default=32, help="bitsandbytes quantizes only so many of them")
     parser.add_argument("--double-quant", action="store_true")
     parser.add_argument("--scratch", help="folder for the checkpoint and the artifact: 20 GB with all blocks")
     parser.add_argument("--part", choices=_PARTS, help=argparse.SUPPRESS)
@@ -125,25 +129,26 @@ def _write_adapter(folder: Path, structure: Structure) -> None:
     save_file(tensors, folder / "adapter_model.safetensors")
 
 
-def _bitsandbytes(work: Path) -> None:
-    """Its own quantization of the same matrices; the reading counts as well, but nothing is merged or written."""
+def _bitsandbytes(work: Path, blocks: int) -> None:
+    """Its own quantization of the same matrices one after the other; nothing is merged or written."""
     from bitsandbytes.functional import quantize_4bit
 
     double_quant = json.loads((work / "recipe.yaml").read_text())["quantize"]["double_quant"]
     structure = describe(json.loads((work / "base" / "config.json").read_text()))
     quantized = {f"{linear.name}.weight" for linears in structure.linears.values() for linear in linears}
-    seconds, count = 0.0, 0
-    for path in _shards(work / "base"):
+    seconds, cpu, count = 0.0, 0.0, 0
+    for path in itertools.islice(_shards(work / "base"), blocks + 1):
         with safe_open(path, "pt") as file:
             for name in quantized.intersection(_names(path)):
                 weight = file.get_tensor(name)
-                start = time.perf_counter()
+                start, cpu_start = time.perf_counter(), time.process_time()
                 quantize_4bit(weight, blocksize=64, compress_statistics=double_quant, quant_type="nf4")
-                seconds, count = seconds + time.perf_counter() - start, count + weight.numel()
-    print(f"quantize_4bit alone: {seconds:.1f} s, {count / seconds / 1e6:.1f} million parameters a second")
+                seconds, cpu = seconds + time.perf_counter() - start, cpu + time.process_time() - cpu_start
+                count += weight.numel()
+    print(f"quantize_4bit alone: {count / 1e9:.2f} billion parameters in {seconds:.1f} s, {cpu:.1f} CPU s")
 
 
-def _bare(work: Path) -> None:
+def _bare(work: Path, _: int) -> None:
     """Reads the base and writes as many bytes as the artifact's weights have, down to the disk."""
     size = sum(path.stat().st_size for path in _shards(work / "artifact"))
     buffer = bytearray(_CHUNK)

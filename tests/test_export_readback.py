@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -120,3 +121,10 @@ def test_a_planted_fault_is_found(
 
 def write_in_shards(folder: Path, model: QuantizedModel) -> WrittenWeights:
     return model.write(folder, max_shard_size="50KB")
+
+
+def test_a_folder_that_claims_codes_and_holds_none_is_refused(tmp_path: Path, model: QuantizedModel) -> None:
+    linears = [linear.name for block in model.structure.linears.values() for linear in block]
+    written = replace(model, special=dict.fromkeys(linears)).write(tmp_path)
+    with pytest.raises(QexportError, match="claims gptq codes"):
+        check(tmp_path, written)

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
+
+_THREADS: Final = 2
+"""More would only wait for the disk."""
 
 
 def sha256_bytes(content: bytes | memoryview) -> str:
@@ -23,6 +28,24 @@ def sha256_file(path: Path) -> str:
     """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_files(paths: Iterable[Path]) -> Iterator[str]:
+    """The hex digests of files, in their order, two files at a time.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    with ThreadPoolExecutor(_THREADS) as pool:
+        yield from pool.map(sha256_file, paths)
+
+
+def sha256_chunks(chunks: Iterable[memoryview]) -> str:
+    """The hex digest of bytes that come in pieces."""
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def sha256_tensor(tensor: torch.Tensor) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from qexport.artifact.digest import sha256_file
+from qexport.artifact.digest import sha256_file, sha256_files
 from qexport.artifact.manifest import MANIFEST_NAME, FileRecord, Manifest
 from qexport.artifact.publish import MARKER_NAME
 from qexport.errors import InputError
@@ -46,7 +46,9 @@ def open_artifact(path: Path) -> Artifact:
 
 def digest_files(folder: Path) -> dict[str, FileRecord]:
     """Size and digest of every file in a folder but the manifest, by its path inside the folder."""
-    return {name: FileRecord(size=path.stat().st_size, sha256=sha256_file(path)) for name, path in _files(folder)}
+    found = dict(_files(folder))
+    digests = zip(found.items(), sha256_files(found.values()), strict=True)
+    return {name: FileRecord(size=path.stat().st_size, sha256=digest) for (name, path), digest in digests}
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from qexport.artifact.digest import sha256_tensor
+import torch
+
+from qexport.artifact.digest import sha256_chunks
 from qexport.errors import QexportError
 from qexport.export.shards import INDEX_NAME
 from qexport.export.weight_files import WrittenWeights
 from qexport.tensors import TensorSpec
 from qexport.tensors.safetensors_file import SafetensorsFile
+
+_CODES: Final = (torch.uint8, torch.int8, torch.int32)
+"""What every format keeps its codes in, and no parameter."""
 
 
 def check(folder: Path, written: WrittenWeights) -> None:
@@ -24,7 +29,7 @@ def check(folder: Path, written: WrittenWeights) -> None:
 
     Raises:
         QexportError: a tensor is missing, unexpected, twice there, of another shape or dtype, or has other bytes; the
-            index or one of the two quantization configs is wrong.
+            index or one of the two quantization configs is wrong; or config.json claims codes where there are none.
     """
     places: dict[str, str] = {}
     specs, digests = written.specs, written.digests
@@ -35,6 +40,7 @@ def check(folder: Path, written: WrittenWeights) -> None:
         raise QexportError(f"{len(missing)} tensors are missing on the disk", where=", ".join(missing[:5]))
     _check_index(folder, places)
     _check_configs(folder)
+    _check_claim(folder, specs)
 
 
 def _check_file(
@@ -52,7 +58,7 @@ def _check_file(
             raise QexportError(f"a tensor is on the disk twice, also in {places[name]}", where=where)
         if found != specs[name]:
             raise QexportError(f"a tensor on the disk is {found} where {specs[name]} was planned", where=where)
-        if sha256_tensor(file.read(name)) != digests[name]:
+        if sha256_chunks(file.chunks(name)) != digests[name]:
             raise QexportError(
                 "a tensor's bytes on the disk are not those written", where=where, mend="check the disk, then run again"
             )
@@ -72,6 +78,16 @@ def _check_configs(folder: Path) -> None:
         folder / "quantize_config.json"
     ):
         raise QexportError("config.json and quantize_config.json differ", where="quantization_config")
+
+
+def _check_claim(folder: Path, specs: Mapping[str, TensorSpec]) -> None:
+    """Loaders take the claim for true, and fill the weights that they do not find at random."""
+    claimed = _read(folder / "config.json").get("quantization_config")
+    if claimed and not any(spec.dtype in _CODES for spec in specs.values()):
+        raise QexportError(
+            f"config.json claims {claimed.get('quant_method')} codes, and no tensor holds any",
+            where="quantization_config",
+        )
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -98,16 +98,11 @@ class ShardWriter:
             header, offsets = _header(shard.specs)
             self._places |= {name: (folder / shard.name, len(header) + offset) for name, offset in offsets.items()}
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Puts one tensor into its place.
-
-        Args:
-            name: one of the planned names.
-            tensor: on the CPU, with the planned shape and dtype.
+    def check(self, name: str, tensor: torch.Tensor) -> None:
+        """Holds a tensor against the plan.
 
         Raises:
             QexportError: the tensor was not planned so, or was written before.
-            OSError: the disk is full or failed.
         """
         found = TensorSpec(tuple(tensor.shape), tensor.dtype)
         if name not in self._specs:
@@ -116,10 +111,23 @@ class ShardWriter:
             raise QexportError(f"a tensor is {found} where {self._specs[name]} was planned", where=name)
         if name in self.digests:
             raise QexportError("a tensor has reached the export twice", where=name)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Puts one tensor into its place.
+
+        Args:
+            name: one of the planned names.
+            tensor: on the CPU, with the planned shape and dtype.
+
+        Raises:
+            QexportError: see `check`.
+            OSError: the disk is full or failed.
+        """
+        self.check(name, tensor)
         content = tensor_bytes(tensor)
         _write_at(*self._places[name], content)
         self.digests[name] = sha256_bytes(content)
-        self.written[name] = found
+        self.written[name] = TensorSpec(tuple(tensor.shape), tensor.dtype)
 
     def finish(self) -> tuple[str, ...]:
         """Closes the gaps that shorter vectors have left, writes the headers, and the index where there are shards.

@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
+from types import TracebackType
+
+import torch
 
 from qexport.errors import CompatibilityError, listed
 from qexport.export.encodings import Encoding
@@ -105,21 +109,29 @@ class WrittenWeights:
 
 
 class WeightWriter:
-    """Takes the pass's records one by one, in any order."""
+    """Takes the pass's records one by one, in any order. A context manager.
+
+    One record is written by a thread of its own while the next is computed.
+    """
 
     def __init__(self, files: WeightFiles, folder: Path) -> None:
         self._files = files
         self._shards = ShardWriter(folder, files.specs, files.max_shard_size)
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
 
     def write(self, record: TensorRecord) -> None:
-        """Packs and writes one parameter.
+        """Packs one parameter, and writes it as soon as the one before is written.
 
         Raises:
             QexportError: it was not planned so, or was written before.
             OSError: the disk is full or failed.
         """
-        for name, tensor in self._files.encoding.tensors(record).items():
-            self._shards.write(name, tensor)
+        tensors = self._files.encoding.tensors(record)
+        self._wait()
+        for name, tensor in tensors.items():
+            self._shards.check(name, tensor)
+        self._pending = self._thread.submit(self._put, tensors)
 
     def finish(self) -> WrittenWeights:
         """Completes the files.
@@ -128,5 +140,24 @@ class WeightWriter:
             QexportError: a planned parameter never came.
             OSError: the disk is full or failed.
         """
+        self._wait()
         names = self._shards.finish()
         return WrittenWeights(self._shards.written, self._shards.digests, names)
+
+    def __enter__(self) -> WeightWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing is written afterwards, not even where an error has come in between."""
+        self._thread.shutdown()
+
+    def _wait(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _put(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            self._shards.write(name, tensor)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from qexport.architectures.naming import name_parameters
-from qexport.artifact.digest import sha256_bytes, sha256_file
+from qexport.artifact.digest import sha256_bytes, sha256_files
 from qexport.loading.base_prefix import with_prefix
 from qexport.loading.config_file import CONFIG_NAME, read_config
 from qexport.loading.model_weights import build_model, fit_to_model, refuse_untied_copies
@@ -59,7 +59,8 @@ def read_folder(
 
 def _digests(folder: Path, names: tuple[str, ...], report: Reporter) -> Mapping[str, str]:
     digests = {}
-    for done, name in enumerate(names, start=1):
-        digests[name] = sha256_file(folder / name)
+    found = sha256_files(folder / name for name in names)
+    for done, (name, digest) in enumerate(zip(names, found, strict=True), start=1):
+        digests[name] = digest
         report(Progress("load", done, len(names), "file", detail=name))
     return digests

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,14 +82,31 @@ def run(recipe: Recipe, *, force: bool = False, device: str = "auto", report: Re
 def _write(
     planned: Plan, texts: Texts, output: Path, device: torch.device, report: Reporter
 ) -> tuple[list[LayerReport], dict[str, WrittenWeights]]:
-    """The one pass: every tensor is read, merged, quantized and written before the next block is read.
+    """The one pass, and what lies beside the weights.
 
     Layouts that want the same weights get them once, as links to the same files.
     """
-    layers: list[LayerReport] = []
     for layout in planned.layouts:
         planned.folder(output, layout).mkdir(exist_ok=True)
-    writers = [group[0].weights.writer(planned.folder(output, group[0])) for group in planned.distinct]
+    layers, weights_of = _write_weights(planned, texts, output, device, report)
+    report(Progress("export", 0, len(planned.layouts), "layout", "finishing"))
+    written: dict[str, WrittenWeights] = {}
+    for group, weights in zip(planned.distinct, weights_of, strict=True):
+        for layout in group:
+            folder = planned.folder(output, layout)
+            if layout is not group[0]:
+                weights.link_into(planned.folder(output, group[0]), folder)
+            layout.write_files(folder, planned.merged.checkpoint)
+            written[layout.name] = weights
+            report(Progress("export", len(written), len(planned.layouts), "layout", layout.name))
+    return layers, written
+
+
+def _write_weights(
+    planned: Plan, texts: Texts, output: Path, device: torch.device, report: Reporter
+) -> tuple[list[LayerReport], list[WrittenWeights]]:
+    """Every tensor is read, merged, quantized and handed to the writers before the next block is read."""
+    layers: list[LayerReport] = []
     stream = quantize(
         planned.merged.checkpoint,
         planned.outputs,
@@ -99,23 +117,16 @@ def _write(
         scratch=output,
         report=report,
     )
-    for record in stream:
-        for writer in writers:
-            writer.write(record)
-        if record.report:
-            layers.append(record.report)
-    report(Progress("export", 0, len(planned.layouts), "layout", "finishing"))
-    written: dict[str, WrittenWeights] = {}
-    for group, writer in zip(planned.distinct, writers, strict=True):
-        weights = writer.finish()
-        for layout in group:
-            folder = planned.folder(output, layout)
-            if layout is not group[0]:
-                weights.link_into(planned.folder(output, group[0]), folder)
-            layout.write_files(folder, planned.merged.checkpoint)
-            written[layout.name] = weights
-            report(Progress("export", len(written), len(planned.layouts), "layout", layout.name))
-    return layers, written
+    with ExitStack() as stack:
+        writers = [
+            stack.enter_context(group[0].weights.writer(planned.folder(output, group[0]))) for group in planned.distinct
+        ]
+        for record in stream:
+            for writer in writers:
+                writer.write(record)
+            if record.report:
+                layers.append(record.report)
+        return layers, [writer.finish() for writer in writers]
 
 
 def _check(

@@ -1,10 +1,17 @@
-"""Symmetric int8 codes with one scale a row."""
+"""Symmetric int8 codes with one scale a row, found a few rows at a time."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Final
+
 import torch
 
+from qexport.errors import NumericalError
 from qexport.tensors import RowQuantized
+from qexport.tensors.finite import is_finite
+
+_VALUES_AT_ONCE: Final = 1 << 20
 
 
 def w8a8(weight: torch.Tensor) -> RowQuantized:
@@ -12,19 +19,46 @@ def w8a8(weight: torch.Tensor) -> RowQuantized:
 
     The scale is the row's absmax over 127, in float32; a row of zeros has scale 0 and codes 0.
     """
-    values = weight.to(torch.float32)
-    absmax = values.abs().amax(1)
-    steps = torch.where(absmax > 0, absmax / 127, 1.0)
-    codes = (values / steps[:, None]).round_().clamp_(-127, 127).to(torch.int8)
-    return RowQuantized(codes.cpu(), absmax.cpu())
+    return _by_rows(weight, _w8a8_codes)
 
 
 def llm_int8(weight: torch.Tensor) -> RowQuantized:
     """The codes that bitsandbytes finds for an LLM.int8 layer, from the weight rounded to float16.
 
-    Reference: bitsandbytes `functional.int8_vectorwise_quant`, and `Int8Params.cpu`/`cuda`.
-    """
-    from bitsandbytes.functional import int8_vectorwise_quant
+    Reference: bitsandbytes 0.50, `functional.int8_vectorwise_quant` and its kernel of the `default` backend, and
+    `Int8Params._quantize`.
 
-    codes, absmax, _ = int8_vectorwise_quant(weight.to(torch.float16))
-    return RowQuantized(codes.cpu(), absmax.cpu())
+    Raises:
+        NumericalError: a weight is out of float16's range.
+    """
+    return _by_rows(weight, _llm_int8_codes)
+
+
+def _by_rows(
+    weight: torch.Tensor, find_codes: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+) -> RowQuantized:
+    codes, absmax = torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight))
+    step = max(1, _VALUES_AT_ONCE // weight.shape[1])
+    for first in range(0, len(weight), step):
+        rows = slice(first, first + step)
+        codes[rows], absmax[rows] = find_codes(weight[rows])
+    return RowQuantized(codes, absmax)
+
+
+def _w8a8_codes(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    values = rows.to(torch.float32)
+    absmax = values.abs().amax(1)
+    steps = torch.where(absmax > 0, absmax / 127, 1.0)
+    return (values / steps[:, None]).round_().clamp_(-127, 127), absmax
+
+
+def _llm_int8_codes(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    values = rows.to(torch.float16)
+    if not is_finite(values):
+        raise NumericalError(
+            "a weight is out of float16's range, in which LLM.int8 begins",
+            mend="quantize with nf4, or leave the layer dense with skip_modules",
+        )
+    absmax = values.abs().amax(1).float()
+    factors = torch.where(absmax > 0, 127.0 / absmax, 0.0)
+    return (values.float() * factors[:, None]).round_(), absmax

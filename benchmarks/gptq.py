@@ -12,28 +12,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
+from cost import ROOT, Cost, measure
 from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).parent
-ROOT = HERE.parent
 PEERS = ("gptqmodel", "llmcompressor", "autoround")
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a process took."""
-
-    wall: float
-    cpu: float
-    peak_mb: float
 
 
 def main() -> None:
@@ -42,17 +31,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
         work = Path(scratch)
         _write_recipe(work, arguments)
-        _measure([sys.executable, str(HERE / "prepare.py"), str(work)], work)
+        measure([sys.executable, str(HERE / "prepare.py"), str(work)], work)
         rows: dict[str, tuple[Cost | None, float]] = {
             "bf16, merged": (None, _perplexity(work, "dense", work / "merged"))
         }
         print("qexport ...", file=sys.stderr)
-        cost = _measure([sys.executable, "-m", "qexport", "run", str(work / "run.yaml")], work)
+        cost = measure([sys.executable, "-m", "qexport", "run", str(work / "run.yaml")], work)
         rows["qexport"] = (cost, _perplexity(work, "packed", work / "qexport"))
         _show(rows)
         for peer, python in arguments.peer:
             print(f"{peer} ...", file=sys.stderr)
-            cost = _measure([python, str(HERE / "peers" / f"{peer}.py"), str(work)], work)
+            cost = measure([python, str(HERE / "peers" / f"{peer}.py"), str(work)], work)
             rows[peer] = (cost, _perplexity(work, *_peer_output(work, peer)))
             _show(rows)  # each time: a later peer may fail
 
@@ -96,19 +85,6 @@ def _write_recipe(work: Path, arguments: argparse.Namespace) -> None:
 def _peer_output(work: Path, peer: str) -> tuple[str, Path]:
     """How the peer left its weights: packed as AutoGPTQ does, or as a dense model with the rounded values."""
     return ("dense" if peer == "llmcompressor" else "packed"), work / peer
-
-
-def _measure(command: list[str], work: Path) -> Cost:
-    """Runs a process to its end in `work` (some write logs) and takes what the kernel counted for it."""
-    process = subprocess.Popen(command, stdout=sys.stderr, cwd=work, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    start = os.times().elapsed
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{command[1]} ended with {process.returncode}")
-    return Cost(
-        os.times().elapsed - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e6
-    )  # Linux counts KiB
 
 
 def _perplexity(work: Path, kind: str, model: Path) -> float:

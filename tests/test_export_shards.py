@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
 from qexport.errors import QexportError
+from qexport.export import shards
 from qexport.export.shards import INDEX_NAME, ShardWriter, plan_shards
 from qexport.export.size import parse_size
-from qexport.tensors import TensorSpec
+from qexport.tensors import LargestSpec, TensorSpec
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
@@ -60,6 +62,62 @@ def test_the_bytes_are_those_of_save_file(tmp_path: Path) -> None:
     (tmp_path / "ours").mkdir()
     save_file(small(), tmp_path / "theirs", {"format": "pt"})
     assert write(tmp_path / "ours", small())["model.safetensors"] == (tmp_path / "theirs").read_bytes()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.dictionaries(names, st.tuples(st.sampled_from(DTYPES), st.integers(0, 40), st.integers(0, 2000)), min_size=1),
+    st.randoms(use_true_random=False),
+)
+def test_vectors_that_came_shorter_than_they_might_leave_no_gap(
+    tmp_path_factory: pytest.TempPathFactory, content: dict[str, tuple[torch.dtype, int, int]], random: Random
+) -> None:
+    """Hypothesis gives dtype, length, and by how much the largest length is above it; 0 is a fixed shape."""
+    folder = tmp_path_factory.mktemp("shards")
+    tensors = {name: torch.randint(0, 2, (length,)).to(dtype) for name, (dtype, length, _) in content.items()}
+    specs = {
+        name: LargestSpec((length + room,), dtype) if room else TensorSpec((length,), dtype)
+        for name, (dtype, length, room) in content.items()
+    }
+    writer = ShardWriter(folder, specs, 10**9)
+    order = list(tensors)
+    random.shuffle(order)
+    for name in order:
+        writer.write(name, tensors[name])
+    assert writer.finish() == ("model.safetensors",)
+    assert (folder / "model.safetensors").read_bytes() == save(tensors, {"format": "pt"})
+    assert writer.written == specs_of(tensors)
+
+
+def test_a_long_tensor_is_moved_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "_CHUNK_BYTES", 5)
+    tensors = {"a": torch.arange(3, dtype=torch.uint8), "b": torch.arange(100, dtype=torch.uint8)}
+    writer = ShardWriter(tmp_path, {"a": LargestSpec((9,), torch.uint8), "b": specs_of(tensors)["b"]}, 10**9)
+    for name, tensor in tensors.items():
+        writer.write(name, tensor)
+    writer.finish()
+    assert (tmp_path / "model.safetensors").read_bytes() == save(tensors, {"format": "pt"})
+
+
+def test_shards_with_shorter_vectors_have_the_true_sizes_in_their_index(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, {name: LargestSpec((60,), torch.uint8) for name in "abc"}, 64)
+    for name in "abc":
+        writer.write(name, torch.ones(7, dtype=torch.uint8))
+    writer.finish()
+    assert json.loads((tmp_path / INDEX_NAME).read_text())["metadata"]["total_size"] == 21
+    assert all(
+        load_file(path)[name].numel() == 7
+        for name, path in zip("abc", sorted(tmp_path.glob("*.safetensors")), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    "tensor", [torch.ones(4, dtype=torch.uint8), torch.ones(1, 2, dtype=torch.uint8), torch.ones(2)]
+)
+def test_a_vector_that_is_longer_or_of_another_kind_is_refused(tmp_path: Path, tensor: torch.Tensor) -> None:
+    writer = ShardWriter(tmp_path, {"a": LargestSpec((3,), torch.uint8)}, 100)
+    with pytest.raises(QexportError, match="was planned"):
+        writer.write("a", tensor)
 
 
 def test_the_bytes_are_the_golden_ones(tmp_path: Path) -> None:

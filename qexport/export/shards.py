@@ -1,8 +1,9 @@
 """Writing safetensors files tensor by tensor.
 
 All names, shapes and dtypes are known before the first tensor is, so every tensor goes straight to its place, in
-whatever order they come. The headers are written last: a file that was not finished cannot be read. The bytes are those
-of `safetensors.torch.save_file` with metadata `{"format": "pt"}`.
+whatever order they come. Where the length of a vector is only bounded (`LargestSpec`), the places are those of the
+largest, and what has come is moved down at the end. The headers are written last: a file that was not finished cannot
+be read. The bytes are those of `safetensors.torch.save_file` with metadata `{"format": "pt"}`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from qexport.tensors import TensorSpec
 
 INDEX_NAME = "model.safetensors.index.json"
 _SINGLE_NAME = "model.safetensors"
+_CHUNK_BYTES = 1 << 22
 
 # In the order in which safetensors lays tensors out: wide types first, so that all are aligned.
 _DTYPE_NAMES = {
@@ -52,7 +54,7 @@ class Shard:
 
 
 def plan_shards(specs: Mapping[str, TensorSpec], max_shard_size: int) -> list[Shard]:
-    """Fills one file after the other in the order given; the sizes of headers do not count.
+    """Fills one file after the other in the order given; the sizes of headers do not count, largest sizes do.
 
     Args:
         specs: every tensor of the artifact.
@@ -82,10 +84,12 @@ class ShardWriter:
 
     Attributes:
         digests: the hex SHA-256 of each tensor's bytes, as far as written.
+        written: what has come in each tensor's place, as far as written.
     """
 
     def __init__(self, folder: Path, specs: Mapping[str, TensorSpec], max_shard_size: int) -> None:
         self.digests: dict[str, str] = {}
+        self.written: dict[str, TensorSpec] = {}
         self._folder = folder
         self._specs = specs
         self._shards = plan_shards(specs, max_shard_size)
@@ -108,37 +112,48 @@ class ShardWriter:
         found = TensorSpec(tuple(tensor.shape), tensor.dtype)
         if name not in self._specs:
             raise QexportError("a tensor that was not planned has reached the export", where=name)
-        if found != self._specs[name]:
+        if not self._specs[name].admits(found):
             raise QexportError(f"a tensor is {found} where {self._specs[name]} was planned", where=name)
         if name in self.digests:
             raise QexportError("a tensor has reached the export twice", where=name)
         content = tensor_bytes(tensor)
         _write_at(*self._places[name], content)
         self.digests[name] = sha256_bytes(content)
+        self.written[name] = found
 
     def finish(self) -> tuple[str, ...]:
-        """Writes the headers, and the index where there is more than one shard.
+        """Closes the gaps that shorter vectors have left, writes the headers, and the index where there are shards.
 
         Returns:
             The names of all files.
 
         Raises:
-            QexportError: a planned tensor never came.
+            QexportError: a planned tensor never came, or a file has become shorter.
         """
         missing = [name for name in self._specs if name not in self.digests]
         if missing:
             raise QexportError(f"{len(missing)} tensors never reached the export", where=", ".join(missing[:5]))
         for shard in self._shards:
-            _write_at(self._folder / shard.name, 0, memoryview(_header(shard.specs)[0]))
+            self._complete(self._folder / shard.name, {name: self.written[name] for name in shard.specs})
         names = tuple(shard.name for shard in self._shards)
         if len(names) == 1:
             return names
         (self._folder / INDEX_NAME).write_text(self._index(), encoding="utf-8")
         return (*names, INDEX_NAME)
 
+    def _complete(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
+        """Moves each tensor to its final place, which is never above the one it was written to, and adds the header."""
+        header, offsets = _header(specs)
+        size = len(header)
+        for name, spec in _in_file_order(specs):
+            _move_down(path, self._places[name][1], len(header) + offsets[name], spec.nbytes)
+            size += spec.nbytes
+        _write_at(path, 0, memoryview(header))
+        os.truncate(path, size)
+
     def _index(self) -> str:
         weight_map = {name: shard.name for shard in self._shards for name in shard.specs}
-        total_size = sum(spec.nbytes for spec in self._specs.values())
+        total_size = sum(spec.nbytes for spec in self.written.values())
         content = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
@@ -163,12 +178,31 @@ def _in_file_order(specs: Mapping[str, TensorSpec]) -> Iterator[tuple[str, Tenso
     return iter(sorted(specs.items(), key=lambda item: (_DTYPE_RANK[item[1].dtype], item[0].encode())))
 
 
+def _move_down(path: Path, source: int, target: int, count: int) -> None:
+    """Moves bytes inside a file towards its start, piece by piece; the two ranges may overlap."""
+    if source == target or count == 0:
+        return
+    with path.open("rb+", buffering=0) as file:
+        done = 0
+        while done < count:
+            piece = os.pread(file.fileno(), min(_CHUNK_BYTES, count - done), source + done)
+            if not piece:
+                raise QexportError("a shard has become shorter while it was written", where=str(path))
+            _write_fully(file.fileno(), target + done, memoryview(piece))
+            done += len(piece)
+
+
 def _write_at(path: Path, offset: int, content: memoryview) -> None:
-    """Writes all of it; one call of the system takes at most 2 GiB."""
+    """Writes all of it, into a new file where there is none."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
     try:
-        while content:
-            written = os.pwrite(descriptor, content, offset)
-            content, offset = content[written:], offset + written
+        _write_fully(descriptor, offset, content)
     finally:
         os.close(descriptor)
+
+
+def _write_fully(descriptor: int, offset: int, content: memoryview) -> None:
+    """Writes all of it; one call of the system takes at most 2 GiB."""
+    while content:
+        written = os.pwrite(descriptor, content, offset)
+        content, offset = content[written:], offset + written

@@ -41,7 +41,7 @@ class WeightFiles:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all tensors."""
+        """Bytes of all tensors; the most where the length of one is known only when it comes."""
         return sum(spec.nbytes for spec in self.specs.values())
 
     @property
@@ -129,4 +129,4 @@ class WeightWriter:
             OSError: the disk is full or failed.
         """
         names = self._shards.finish()
-        return WrittenWeights(self._files.specs, self._shards.digests, names)
+        return WrittenWeights(self._shards.written, self._shards.digests, names)

@@ -41,7 +41,7 @@ def four_bit_values(quant_type: QuantType) -> torch.Tensor:
     if quant_type == "nf4":
         return torch.tensor(_NF4)
     magnitudes = torch.tensor(_FP4) / _FP4_LARGEST
-    return torch.cat([magnitudes, -magnitudes])
+    return torch.cat([magnitudes, 0.0 - magnitudes])  # both zeros are positive
 
 
 @cache

@@ -41,6 +41,9 @@ _QKV: Final = ("q_proj", "k_proj", "v_proj")
 _GATED: Final = OwnModel(joined=(_QKV, ("gate_proj", "up_proj")), row=("o_proj", "down_proj"))
 _EXPERTS: Final = "the experts have kernels and a naming of their own"
 _MIXTURE: Final = OwnModel(joined=(_QKV,), row=("o_proj",), prequantized=_EXPERTS)
+_UNTRIED: Final = (
+    "dbrx", "deepseek_v2", "deepseek_v3", "gpt2", "gptj", "gpt_bigcode", "opt", "bloom", "mpt", "mamba", "baichuan",
+)  # fmt: skip
 _OTHER: Final = OwnModel(prequantized="how TGI joins and splits its quantized linears is not known to qexport")
 
 OWN_MODELS: Final[Mapping[str, OwnModel]] = {
@@ -54,8 +57,8 @@ OWN_MODELS: Final[Mapping[str, OwnModel]] = {
         prequantized="the rows of query_key_value are brought into TGI's order for 16-bit weights only (flash_neox_"
         "modeling.py), so quantized ones would be multiplied in the wrong order without an error",
     ),
-    **dict.fromkeys(("mixtral", "phimoe", "dbrx", "deepseek_v2", "deepseek_v3"), _MIXTURE),
-    **dict.fromkeys(("gpt2", "gptj", "gpt_bigcode", "opt", "bloom", "mpt", "mamba", "baichuan"), _OTHER),
+    **dict.fromkeys(("mixtral", "phimoe"), _MIXTURE),
+    **dict.fromkeys(_UNTRIED, _OTHER),
 }
 
 _TRANSFORMERS: Final = frozenset({"cohere2", "glm", "glm4", "helium", "olmo", "olmo2", "qwen3", "qwen3_moe"})

@@ -24,7 +24,7 @@ RESERVED_WORDS: Final = ("arguments", "args", "adapter", "training")
 """Words that make TGI skip a file of weights (`utils/hub.py`)."""
 
 _LIMIT: Final = 1 << 26
-_IN_BLOCK: Final = re.compile(r".+\.(?:layers|h|blocks)\.\d+\..+")
+_IN_BLOCK: Final = re.compile(r".+\.(?:layers|h|blocks)\.(?P<layer>\d+)\.(?P<module>.+)")
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,17 @@ class ServedFolder:
         return {
             name.removesuffix(".weight"): (stored.spec.shape[0], stored.spec.shape[1])
             for name, stored in self.tensors.items()
-            if name.endswith(".weight") and _IN_BLOCK.match(name) and len(stored.spec.shape) == 2
+            if name.endswith(".weight") and _IN_BLOCK.fullmatch(name) and len(stored.spec.shape) == 2
         }
+
+    @cached_property
+    def layers(self) -> dict[int, set[str]]:
+        """The modules of each decoder layer that have tensors, by the layer's number."""
+        layers: dict[int, set[str]] = {}
+        for name in self.tensors:
+            if found := _IN_BLOCK.fullmatch(name):
+                layers.setdefault(int(found["layer"]), set()).add(found["module"].rpartition(".")[0])
+        return layers
 
     @cached_property
     def linears(self) -> list[ServedLinear]:

@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qexport.architectures.structure import Structure
 from qexport.export.contract import refuse_failed
 from qexport.export.encodings import AutoGptq, CompressedTensors, Encoding, Merged16
@@ -108,7 +110,7 @@ class TgiLayout:
 
     @cached_property
     def _figures(self) -> Figures:
-        dtype = str(self._dense_dtype).removeprefix("torch.")
+        dtype = "float16" if self._dense_dtype == torch.float16 else "bfloat16"
         return Figures(
             self._config,
             _served_bytes(self.weights),
@@ -118,7 +120,7 @@ class TgiLayout:
         )
 
     @property
-    def _dense_dtype(self) -> Any:
+    def _dense_dtype(self) -> torch.dtype:
         return self._outputs.dense_dtype(f"{self._structure.embedding}.weight")
 
     def _faults(self) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from qexport.errors import listed
 from qexport.export.tgi.config import FALCON_KEYS
-from qexport.export.tgi.families import Backend, backend
+from qexport.export.tgi.families import OWN_MODELS, Backend, backend
 from qexport.export.tgi.folder import RESERVED_WORDS, ServedFolder
 from qexport.export.tgi.refusals import falcon_faults
 from qexport.export.tgi.tokenizer import CHAT_TEMPLATE, NEW_CLASSES, TEMPLATES_FOLDER, TOKENIZER, TOKENIZER_CONFIG
@@ -16,7 +16,8 @@ from qexport.export.tgi.tokenizer import CHAT_TEMPLATE, NEW_CLASSES, TEMPLATES_F
 LAUNCHER: Final = "launcher/src/main.rs"
 ROUTER: Final = "router/src/server.rs"
 MODELS: Final = "server/text_generation_server/models/__init__.py"
-FALCON: Final = "server/text_generation_server/models/custom_modeling/flash_rw_modeling.py"
+MODELING: Final = "server/text_generation_server/models/custom_modeling"
+FALCON: Final = f"{MODELING}/flash_rw_modeling.py"
 HUB: Final = "server/text_generation_server/utils/hub.py"
 WEIGHTS: Final = "server/text_generation_server/utils/weights.py"
 PEFT: Final = "server/text_generation_server/cli.py"
@@ -198,6 +199,32 @@ def _once(folder: ServedFolder) -> Iterator[str]:
         yield f"{len(folder.twice)} tensors are in two files: {listed(folder.twice, limit=3)}"
 
 
+def _all_layers(folder: ServedFolder) -> Iterator[str]:
+    """TGI asks for the same tensors in each of `num_hidden_layers` layers."""
+    if not _known(folder):
+        return
+    count, layers = folder.config.get("num_hidden_layers"), folder.layers
+    if sorted(layers) != list(range(count or 0)):
+        yield f"num_hidden_layers is {count!r}, the weights have {len(layers)} layers"
+    everything = set().union(*layers.values())
+    for number, modules in sorted(layers.items()):
+        yield from (f"layer {number} has no {module}" for module in sorted(everything - modules))
+
+
+def _head(folder: ServedFolder) -> Iterator[str]:
+    """Falcon's head and embedding stand in for each other; elsewhere the config decides which one is loaded."""
+    name = "embed_out.weight" if folder.config.get("model_type") == "gpt_neox" else "lm_head.weight"
+    untied = _known(folder) and not _is_falcon(folder) and not folder.config.get("tie_word_embeddings")
+    if untied and name not in folder.tensors:
+        yield f"tie_word_embeddings is false, and there is no {name}"
+
+
+def _known(folder: ServedFolder) -> bool:
+    """Whether the family is one of TGI's own, with layers that are all alike."""
+    model = OWN_MODELS.get(str(folder.config.get("model_type")))
+    return model is not None and bool(model.row) and backend(folder.config) is Backend.OWN
+
+
 def _no_adapter(folder: ServedFolder) -> Iterator[str]:
     if (folder.path / "adapter_config.json").exists():
         yield "adapter_config.json makes TGI take the folder for an adapter"
@@ -235,5 +262,7 @@ GENERAL_RULES: Final = (
     Rule("the files of weights can be opened", WEIGHTS, _headers),
     Rule("each tensor is in one file", WEIGHTS, _once),
     Rule("there is one set of weights", WEIGHTS, _shard_files),
+    Rule("every layer is complete", f"{MODELING}/flash_*_modeling.py", _all_layers),
+    Rule("the output head is there", f"{MODELING}/flash_*_modeling.py", _head),
     Rule("the folder is no adapter", PEFT, _no_adapter),
 )

@@ -181,11 +181,7 @@ def _int8_shapes(folder: ServedFolder) -> Iterator[str]:
 def _shards(folder: ServedFolder) -> Iterator[str]:
     if not folder.environment or "config.json" in folder.unreadable or not folder.linears:
         return
-    try:
-        working = degrees(folder.config, folder.linears, folder.codes)
-    except KeyError as error:
-        yield f"config.json has no {error.args[0]}"
-        return
+    working = degrees(folder.config, folder.linears, folder.codes)
     if folder.environment.get("NUM_SHARD") not in [str(degree) for degree in working]:
         yield f"NUM_SHARD is {folder.environment.get('NUM_SHARD')}; these work: {', '.join(map(str, working))}"
 

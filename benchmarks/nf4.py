@@ -1,0 +1,196 @@
+"""Merge + NF4 of a checkpoint with Falcon-7B's shapes and random weights: seconds and peak memory of the whole process.
+
+Beside it, each in a process of its own: bitsandbytes' own `quantize_4bit` over the same tensors one after the other, and
+the bare reading of the base and writing of as many bytes as the artifact has. Files leave the page cache before each.
+
+    python benchmarks/nf4.py --scratch /a/disk/with/24/GB
+    python benchmarks/nf4.py --blocks 4
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from cost import Cost, measure
+from rich.console import Console
+from rich.table import Table
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models
+from transformers import FalconConfig, PreTrainedTokenizerFast
+
+from qexport.architectures.structure import Structure, describe
+
+RANK = 16
+_POOL = 1 << 24
+_CHUNK = 1 << 22
+
+
+def main() -> None:
+    """Runs the parts and shows what each took."""
+    arguments = _arguments()
+    if arguments.part:
+        _PARTS[arguments.part](Path.cwd())
+        return
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
+        work = Path(scratch)
+        structure = _prepare(work, arguments.blocks, double_quant=arguments.double_quant)
+        rows: dict[str, Cost] = {}
+        commands = {"qexport run": [sys.executable, "-m", "qexport", "run", "recipe.yaml"]} | {
+            part: [sys.executable, str(Path(__file__).resolve()), "--part", part] for part in _PARTS
+        }
+        for name, command in commands.items():
+            _leave_cache(work)
+            rows[name] = measure(command, work)
+            _show(rows)  # each time: the next part takes minutes
+        _check(work, structure)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, default=32, help="decoder blocks; Falcon-7B has 32")
+    parser.add_argument("--double-quant", action="store_true")
+    parser.add_argument("--scratch", help="folder for the checkpoint and the artifact: 20 GB with all blocks")
+    parser.add_argument("--part", choices=_PARTS, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _prepare(work: Path, blocks: int, *, double_quant: bool) -> Structure:
+    """A base in shards, an adapter on every query_key_value, and the recipe."""
+    config = FalconConfig(
+        hidden_size=4544, num_attention_heads=71, num_hidden_layers=blocks, vocab_size=65024, multi_query=True,
+        parallel_attn=True, bias=False, alibi=False, new_decoder_architecture=False, bos_token_id=11, eos_token_id=11,
+        architectures=["FalconForCausalLM"], dtype="bfloat16",
+    )  # fmt: skip
+    base = work / "base"
+    config.save_pretrained(base)
+    structure = describe(json.loads((base / "config.json").read_text()))
+    tokenizer = Tokenizer(models.WordLevel({"<|endoftext|>": 0, "<unk>": 1}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(base)
+    _write_base(base, structure)
+    _write_adapter(work / "adapter", structure)
+    recipe = {
+        "load": {"base": str(base), "adapter": str(work / "adapter")},
+        "quantize": {"method": "nf4", "double_quant": double_quant},
+        "export": [{"layout": "safetensors"}],
+        "output": str(work / "artifact"),
+    }
+    (work / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
+    return structure
+
+
+def _write_base(base: Path, structure: Structure) -> None:
+    """One shard for each block and one for the rest. All weights are cut from one pool of random values."""
+    pool = torch.empty(_POOL, dtype=torch.bfloat16).normal_(0, 0.02, generator=torch.Generator().manual_seed(0))
+    shards: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in structure.parameters.items():
+        block = next((index for index, block in enumerate(structure.blocks, 1) if name.startswith(f"{block}.")), 0)
+        shards.setdefault(f"model-{block:05d}.safetensors", {})[name] = shape
+    for number, (shard, shapes) in enumerate(shards.items()):
+        save_file({name: _cut(pool, shape, number) for name, shape in shapes.items()}, base / shard, {"format": "pt"})
+    weight_map = {name: shard for shard, shapes in shards.items() for name in shapes}
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def _cut(pool: torch.Tensor, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """Values from the pool over and over, from another start for each seed."""
+    result = torch.empty(shape, dtype=pool.dtype)
+    flat, start = result.view(-1), seed * 1_000_003 % _POOL
+    for position in range(0, flat.numel(), _POOL):
+        piece = flat[position : position + _POOL]
+        piece.copy_(pool.roll(start)[: len(piece)])
+    return result
+
+
+def _write_adapter(folder: Path, structure: Structure) -> None:
+    folder.mkdir()
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": ["query_key_value"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    generator = torch.Generator().manual_seed(1)
+    tensors = {}
+    for linears in structure.linears.values():
+        for linear in linears:
+            if linear.name.endswith(".query_key_value"):
+                prefix = f"base_model.model.{linear.name}"
+                tensors[f"{prefix}.lora_A.weight"] = torch.randn(RANK, linear.in_features, generator=generator) * 0.01
+                tensors[f"{prefix}.lora_B.weight"] = torch.randn(linear.out_features, RANK, generator=generator) * 0.01
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def _bitsandbytes(work: Path) -> None:
+    """Its own quantization of the same matrices; the reading counts as well, but nothing is merged or written."""
+    from bitsandbytes.functional import quantize_4bit
+
+    double_quant = json.loads((work / "recipe.yaml").read_text())["quantize"]["double_quant"]
+    structure = describe(json.loads((work / "base" / "config.json").read_text()))
+    quantized = {f"{linear.name}.weight" for linears in structure.linears.values() for linear in linears}
+    seconds, count = 0.0, 0
+    for path in _shards(work / "base"):
+        with safe_open(path, "pt") as file:
+            for name in quantized.intersection(_names(path)):
+                weight = file.get_tensor(name)
+                start = time.perf_counter()
+                quantize_4bit(weight, blocksize=64, compress_statistics=double_quant, quant_type="nf4")
+                seconds, count = seconds + time.perf_counter() - start, count + weight.numel()
+    print(f"quantize_4bit alone: {seconds:.1f} s, {count / seconds / 1e6:.1f} million parameters a second")
+
+
+def _bare(work: Path) -> None:
+    """Reads the base and writes as many bytes as the artifact's weights have, down to the disk."""
+    size = sum(path.stat().st_size for path in _shards(work / "artifact"))
+    buffer = bytearray(_CHUNK)
+    for path in _shards(work / "base"):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+    with (work / "copy").open("wb", buffering=0) as file:
+        for start in range(0, size, _CHUNK):
+            file.write(memoryview(buffer)[: size - start])
+        os.fsync(file.fileno())
+    (work / "copy").unlink()
+
+
+_PARTS = {"bitsandbytes": _bitsandbytes, "bare": _bare}
+
+
+def _shards(folder: Path) -> Iterator[Path]:
+    return iter(sorted(folder.glob("*.safetensors")))
+
+
+def _names(path: Path) -> set[str]:
+    with path.open("rb") as file:
+        return set(json.loads(file.read(int.from_bytes(file.read(8), "little")))) - {"__metadata__"}
+
+
+def _leave_cache(work: Path) -> None:
+    """Every part reads from the disk, not from what the part before has left in memory."""
+    for path in [*_shards(work / "base"), *_shards(work / "artifact")]:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _check(work: Path, structure: Structure) -> None:
+    """Every linear layer has been quantized."""
+    names = {name for path in _shards(work / "artifact") for name in _names(path)}
+    linears = [linear.name for each in structure.linears.values() for linear in each]
+    assert all(f"{name}.weight.quant_state.bitsandbytes__nf4" in names for name in linears)
+
+
+def _show(rows: dict[str, Cost]) -> None:
+    table = Table("", "wall s", "CPU s", "peak MB")
+    for name, cost in rows.items():
+        table.add_row(name, f"{cost.wall:.1f}", f"{cost.cpu:.1f}", f"{cost.peak_mb:.0f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Folders of the tgi layout, written from tiny models by the real passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from transformers import FalconConfig, PretrainedConfig
+
+import factories
+from qexport.export.contract import Check
+from qexport.export.layouts import make_layout
+from qexport.export.settings import TgiSettings
+from qexport.export.tgi.contract import check_folder
+from qexport.export.tgi.layout import TgiLayout
+from qexport.quantize.methods import plan_outputs, quantize
+from qexport.quantize.settings import NoneSettings, RoundingSettings
+from qexport.tensors import Checkpoint, Gptq, Outputs, TensorRecord
+from quantized_models import QuantizedModel, gptq_method
+
+
+def llama() -> PretrainedConfig:
+    """Shapes that Marlin takes, joined and alone, whole and in two shards."""
+    return factories.llama_config(hidden_size=128, intermediate_size=256, rope_theta=5e5)
+
+
+def falcon() -> FalconConfig:
+    """Shapes that Marlin refuses and ExLlama takes, as those of Falcon-7B."""
+    return factories.falcon_config(hidden_size=192, num_attention_heads=4, ffn_hidden_size=320)
+
+
+def falcon_40b() -> FalconConfig:
+    return factories.falcon_40b_config(hidden_size=128)
+
+
+@dataclass(frozen=True)
+class TgiModel:
+    """A tiny model on its way to a folder; `method` is GPTQ by plain rounding, or the settings of a rounding method."""
+
+    config: PretrainedConfig
+    method: Gptq | RoundingSettings | NoneSettings = field(default_factory=gptq_method)
+    special: dict[str, tuple[int, int] | None] = field(default_factory=dict)
+
+    @cached_property
+    def model(self) -> QuantizedModel:
+        method = self.method if isinstance(self.method, Gptq) else gptq_method()
+        return QuantizedModel(factories.build(self.config), method, special=self.special)
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        return replace(self.model.checkpoint, files=tokenizer_files())
+
+    @cached_property
+    def outputs(self) -> Outputs:
+        if isinstance(self.method, Gptq):
+            return self.model.outputs
+        return plan_outputs(self.checkpoint, self.model.structure, self.method)
+
+    @cached_property
+    def layout(self) -> TgiLayout:
+        settings = TgiSettings(layout="tgi", max_shard_size="200KB")
+        made = make_layout(settings, self.outputs, self.model.structure, self.checkpoint.config)
+        assert isinstance(made, TgiLayout)
+        return made
+
+    def write(self, folder: Path) -> Path:
+        folder.mkdir()
+        writer = self.layout.weights.writer(folder)
+        for record in self.records():
+            writer.write(record)
+        writer.finish()
+        self.layout.write_files(folder, self.checkpoint)
+        return folder
+
+    def records(self) -> Iterable[TensorRecord]:
+        if isinstance(self.method, Gptq):
+            return self.model.records()
+        cpu, dtype = torch.device("cpu"), torch.bfloat16
+        return quantize(self.checkpoint, self.outputs, self.method, None, dtype=dtype, device=cpu, scratch=Path())
+
+
+def failed(folder: Path) -> dict[str, Check]:
+    """The rules that a folder breaks, by name."""
+    return {check.name: check for check in check_folder(folder) if not check.passed}
+
+
+def tokenizer_files() -> dict[str, bytes]:
+    with TemporaryDirectory() as folder:
+        factories.tokenizer().save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}

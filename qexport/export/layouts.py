@@ -10,6 +10,7 @@ from qexport.export.layout import Layout
 from qexport.export.safetensors_layout import SafetensorsLayout
 from qexport.export.settings import ExportSettings, SafetensorsSettings, TgiSettings, VllmSettings
 from qexport.export.tgi.layout import TgiLayout
+from qexport.export.vllm.layout import VllmLayout
 from qexport.tensors import Outputs
 
 
@@ -31,4 +32,4 @@ def make_layout(settings: ExportSettings, outputs: Outputs, structure: Structure
         case TgiSettings():
             return TgiLayout(settings, outputs, structure, config)
         case VllmSettings():
-            raise NotImplementedError
+            return VllmLayout(settings, outputs, structure, config)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from io import StringIO
 from typing import Any, Final
 
-from ruamel.yaml import YAML
-
 from qexport.export.tgi.config import num_kv_heads
+from qexport.export.yaml_text import yaml_text
 
 IMAGE: Final = "ghcr.io/huggingface/text-generation-inference:3.3.5"
 FOLDER: Final = "launch"
@@ -97,8 +95,8 @@ def launch_files(figures: Figures) -> dict[str, bytes]:
         "README.md": _readme(figures),
         ENVIRONMENT: "".join(f"{key}={value}\n" for key, value in figures.environment.items()),
         "docker-run.sh": _docker_run(figures),
-        "compose.yaml": _yaml(_compose(figures)),
-        "kubernetes.yaml": _yaml(_deployment(figures), _service()),
+        "compose.yaml": yaml_text(_compose(figures)),
+        "kubernetes.yaml": yaml_text(_deployment(figures), _service()),
     }
     return {f"{FOLDER}/{name}": text.encode("utf-8") for name, text in files.items()}
 
@@ -173,14 +171,6 @@ def _service() -> dict[str, Any]:
         "metadata": {"name": "tgi"},
         "spec": {"selector": {"app": "tgi"}, "ports": [{"name": "http", "port": 80, "targetPort": "http"}]},
     }
-
-
-def _yaml(*documents: Mapping[str, Any]) -> str:
-    yaml, stream = YAML(), StringIO()
-    yaml.width = 120
-    yaml.representer.ignore_aliases = lambda data: True
-    yaml.dump_all(documents, stream)
-    return stream.getvalue()
 
 
 def _readme(figures: Figures) -> str:

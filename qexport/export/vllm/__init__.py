@@ -1,0 +1,1 @@
+"""The vllm layout: refusals, launch files, and the checker of finished folders."""

@@ -143,3 +143,9 @@ def test_a_server_wants_an_artifact_and_an_artifact_no_overrides(
 def test_codes_in_other_groups_are_told(tmp_path: Path) -> None:
     QuantizedModel(factories.build(factories.llama_config()), gptq_method(bits=8, group_size=-1)).write(tmp_path / "a")
     assert inspect_artifact(tmp_path / "a").method == "GPTQ, 8 bits, group_size -1, symmetric"
+
+
+def test_vllms_demands_are_told_too(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", str(published / "safetensors"), "--server", "vllm"]) in (0, 4)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("ok ", "FAILED "))]
+    assert len(lines) == len(inspect_artifact(published / "safetensors", server="vllm").checks) > 5

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,10 @@ import factories
 import stored_models
 from qexport.architectures.structure import Structure, describe
 from qexport.errors import InputError
+from qexport.packing import bitsandbytes_4bit
 from qexport.reading.artifact_source import ArtifactSource
 from qexport.reading.compressed_tensors_rules import CompressedTensorsRules, Scheme
+from qexport.reading.formats import stored_format
 from qexport.reading.module_patterns import SkipList
 from quantized_models import QuantizedModel
 from stored_models import FP4, NF4, NF4_DOUBLE, QUANTIZATIONS, W4A16
@@ -373,3 +377,30 @@ def test_compressed_tensors_names_modules_by_path_expression_or_class() -> None:
     four, eight = Scheme(4, 64, sym=True, desc_act=False), Scheme(8, -1, sym=True, desc_act=False)
     found = {module: rules.scheme(module) for module in ("m.0.q", "m.1.v", "m.1.k", "m.2.q", "head")}
     assert found == {"m.0.q": four, "m.1.v": four, "m.1.k": None, "m.2.q": eight, "head": None}
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 2**40) | st.floats() | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=5,
+)
+LLAMA = describe(json.loads(factories.llama_config().to_json_string()))
+
+
+@given(name=st.sampled_from(sorted(QUANTIZATIONS)), value=JSON, data=st.data())
+def test_a_config_with_any_other_value_is_followed_or_refused(name: str, value: Any, data: st.DataObject) -> None:
+    config = copy.deepcopy(QUANTIZATIONS[name])
+    places = [config, *(group["weights"] for group in config.get("config_groups", {}).values())]
+    place = data.draw(st.sampled_from(places))
+    place[data.draw(st.sampled_from(sorted(place)))] = value
+    with suppress(InputError):
+        stored_format(config).claimed(LLAMA)
+
+
+@given(changes=st.dictionaries(st.sampled_from(["quant_type", "blocksize", "dtype", "shape", "nested_offset"]), JSON))
+def test_a_quant_state_with_any_other_value_is_followed_or_refused(changes: dict[str, Any]) -> None:
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [128, 64]} | changes
+    content = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    with suppress(InputError):
+        spec = bitsandbytes_4bit.state_spec(content, "nf4")
+        assert (spec.block_size, list(spec.shape)) == (state["blocksize"], state["shape"])

@@ -47,7 +47,7 @@ LAYERS: dict[str, Any] = TINY | dict(num_hidden_layers=2, hidden_size=64, num_at
 FAMILIES = {
     "llama biases": CONFIGS["llama biases"],
     "falcon 40b": CONFIGS["falcon 40b"],
-    "gpt2": GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=64, **TINY),
+    "gpt2": GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=256, **TINY),
     "gpt_neox": GPTNeoXConfig(intermediate_size=128, **LAYERS),
     "mixtral": MixtralConfig(intermediate_size=96, num_local_experts=4, num_key_value_heads=2, **LAYERS),
     "falcon_h1": FalconH1Config(
@@ -129,6 +129,28 @@ def test_a_falcon_gives_the_references_logits_within_the_methods_error(
         model = qexport.load(tmp_path / method, dtype=torch.float32, device="cpu")
         assert 0.0001 < distance(model, reference) < 0.05
     assert distance(factories.build(config, seed=1, dtype=torch.float32), reference) > 0.3
+
+
+@pytest.mark.parametrize(
+    "quantize",
+    [
+        "{method: nf4}",
+        "{method: gptq, group_size: 32, calibration: {source: c.jsonl, samples: 8, sequence_length: 32}}",
+    ],
+    ids=["nf4", "gptq"],
+)
+def test_what_a_run_publishes_of_a_falcon_is_loaded(tmp_path: Path, quantize: str) -> None:
+    factories.save(factories.build(factories.falcon_40b_config()), tmp_path / "model")
+    factories.write_text(tmp_path / "c.jsonl")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"""{{load: {{base: ./model}}, quantize: {quantize}, export: [layout: safetensors], output: out}}"""
+    )
+    result = qexport.run(qexport.load_recipe(recipe), device="cpu")
+    model = qexport.load(result.artifact_path, device="cpu")
+    assert sum(isinstance(module, QuantizedLinear) for module in model.modules()) == 8
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    assert 0.0001 < distance(model, reference) < 0.05
 
 
 def test_a_quantized_head_and_dense_layers_among_quantized_ones_are_loaded(tmp_path: Path) -> None:

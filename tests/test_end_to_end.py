@@ -24,6 +24,7 @@ from qexport.verifying.verification import verify
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 GPTQ = next(path for path in RECIPES if path.name == "gptq-4bit.yaml")
+SERVED = {"export": "[{layout: safetensors}, {layout: tgi}, {layout: vllm}]"}
 METHODS = {path: load_recipe(path).quantize.method for path in RECIPES}
 
 MODELS: dict[str, tuple[PretrainedConfig, list[str], int]] = {
@@ -74,7 +75,8 @@ def overrides(
 
 
 def finish(folder: Path, changes: dict[str, Any] | None = None, *, force: bool = False, group_size: int = 32) -> Result:
-    chosen = overrides(folder, group_size=group_size, changes=changes or {})
+    """One layout, where the changes do not say more."""
+    chosen = overrides(folder, group_size=group_size, changes={"export": "[{layout: safetensors}]"} | (changes or {}))
     return run(load_recipe(GPTQ, chosen), force=force, device="cpu")
 
 
@@ -99,7 +101,7 @@ def test_a_model_goes_the_whole_way(name: str, tmp_path: Path) -> None:
             assert error < 0.06, "the weights must be those of base and adapter, rounded to 4 bits"
     assert manifest.verification is not None
     assert 0 < manifest.verification.mean_kl < 1
-    assert any("GPTQModel.load" in note for note in manifest.notes) == name.startswith("falcon")
+    assert any("qexport.load" in note for note in manifest.notes) == name.startswith("falcon")
     assert manifest.verification.generations is not None
     assert manifest.verification.generations.prompts == 2
 
@@ -113,18 +115,34 @@ def linear_names(model: PreTrainedModel) -> list[str]:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
 def test_every_shipped_recipe_runs(recipe: Path, tmp_path: Path) -> None:
-    prepare(tmp_path, factories.llama_config(), ["q_proj", "v_proj"])
+    if "falcon" in recipe.name:
+        prepare(tmp_path, factories.falcon_config(), ["query_key_value"])
+    else:
+        prepare(tmp_path, factories.llama_config(), ["q_proj", "v_proj"])
     result = run(load_recipe(recipe, overrides(tmp_path, recipe=recipe)), device="cpu")
-    assert (result.artifact_path / MANIFEST_NAME).exists()
+    assert result.passed
+    several = len(result.manifests) > 1
+    for layout, manifest in result.manifests.items():
+        assert open_artifact(result.artifact_path / layout if several else result.artifact_path).manifest == manifest
+        assert manifest.quantization is not None or layout == "tgi" or METHODS[recipe] == "none"
 
 
 @pytest.mark.smollm2
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+@pytest.mark.parametrize("recipe", [path for path in RECIPES if "falcon" not in path.name], ids=lambda path: path.name)
 def test_every_shipped_recipe_can_be_planned_as_it_stands(recipe: Path) -> None:
-    planned = plan(load_recipe(recipe)).as_dict()
-    assert planned["adapter"] == "smollm2-release-notes"
-    assert planned["changed_tensors"] == 60
-    assert planned["notes"] == []
+    planned = plan(load_recipe(recipe))
+    adapter = planned.merged.adapter
+    assert adapter is not None
+    assert (adapter.origin.name, len(adapter.changed), list(adapter.notes)) == ("smollm2-release-notes", 60, [])
+
+
+def test_a_recipe_with_hub_ids_says_offline_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    recipe = load_recipe(next(path for path in RECIPES if "falcon" in path.name))
+    assert (recipe.load.base, recipe.load.adapter) == ("tiiuae/falcon-7b", "your-name/falcon-7b-adapter")
+    with pytest.raises(InputError, match="tiiuae/falcon-7b"):
+        plan(recipe)
 
 
 def test_two_runs_write_the_same_bytes_wherever_they_lie(tmp_path: Path) -> None:
@@ -256,7 +274,7 @@ def flipped(content: memoryview) -> memoryview:
 
 def test_layouts_with_the_same_weights_share_them_on_the_disk(tmp_path: Path) -> None:
     prepare(tmp_path, factories.llama_config(), ["q_proj"])
-    result = finish(tmp_path)
+    result = finish(tmp_path, SERVED)
     assert list(result.manifests) == ["safetensors", "tgi", "vllm"]
     weights = [(result.artifact_path / layout / "model.safetensors").stat() for layout in result.manifests]
     assert len({stat.st_ino for stat in weights}) == 1
@@ -285,7 +303,7 @@ def test_weights_that_layouts_share_are_measured_once(tmp_path: Path, monkeypatc
     assert result.manifests["tgi"].quantization is None
     assert result.manifests["tgi"].layers == []
     measured.clear()
-    finish(tmp_path, {"output": tmp_path / "gptq"})
+    finish(tmp_path, SERVED | {"output": tmp_path / "gptq"})
     assert measured == ["safetensors"]
 
 
@@ -297,5 +315,5 @@ def test_a_fault_in_one_of_several_layouts_publishes_none(tmp_path: Path, monkey
 
     monkeypatch.setattr("qexport.export.vllm.layout.VllmLayout.check", fail)
     with pytest.raises(QexportError, match="planted"):
-        finish(tmp_path)
+        finish(tmp_path, SERVED)
     assert not any(path.name.startswith("out") for path in tmp_path.iterdir())

@@ -17,6 +17,7 @@ from adapters import merge_with_peft, save_adapter
 from qexport.artifact.folder import open_artifact
 from qexport.artifact.manifest import MANIFEST_NAME
 from qexport.errors import InputError, NumericalError, QexportError, RecipeError
+from qexport.export.tgi.config import tgi_config
 from qexport.pipeline import Result, plan, run
 from qexport.reading.artifact_source import ArtifactSource
 from qexport.recipe import load_recipe
@@ -317,3 +318,15 @@ def test_a_fault_in_one_of_several_layouts_publishes_none(tmp_path: Path, monkey
     with pytest.raises(QexportError, match="planted"):
         finish(tmp_path, SERVED)
     assert not any(path.name.startswith("out") for path in tmp_path.iterdir())
+
+
+def test_a_config_that_says_something_else_to_a_server_is_caught_although_the_weights_are_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(tmp_path, factories.llama_config(), ["q_proj"])
+    monkeypatch.setattr(
+        "qexport.export.tgi.layout.tgi_config", lambda config: tgi_config(config) | {"rms_norm_eps": 0.5}
+    )
+    with pytest.raises(QexportError, match=r"rms_norm_eps is 0\.5, not 1e-06"):
+        finish(tmp_path)
+    assert not (tmp_path / "out").exists()

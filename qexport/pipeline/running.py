@@ -24,7 +24,7 @@ from qexport.progress import Progress, Reporter, silent
 from qexport.quantize.methods import quantize
 from qexport.recipe.model import Recipe
 from qexport.tensors import LayerReport
-from qexport.verifying.verification import verify
+from qexport.verifying.verification import check_headers, verify
 
 
 @dataclass(frozen=True)
@@ -137,13 +137,14 @@ def _check(
     device: torch.device,
     report: Reporter,
 ) -> dict[str, Verification | None]:
-    """Reads every folder back; weights that layouts share are measured once."""
+    """Reads every folder back; weights that layouts share are measured once, their configs are not the same."""
     figures: dict[str, Verification | None] = {}
     for group in planned.distinct:
         for layout in group:
             folder = planned.folder(output, layout)
             readback.check(folder, written[layout.name])
             layout.check(folder)
+            check_headers(planned.merged.checkpoint, folder)
         measured = _verify(planned, texts, planned.folder(output, group[0]), device, report)
         figures |= dict.fromkeys((layout.name for layout in group), measured)
     return figures

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from qexport.architectures.runner import BlockRunner
+from qexport.architectures.structure import describe
 from qexport.artifact.manifest import Gate, Generations, Verification
 from qexport.progress import Notice, Progress, Reporter, silent
 from qexport.reading.artifact_source import ArtifactSource
@@ -76,6 +77,17 @@ def verify(
             )
     unconfirmed = [_OTHER_READERS, *([_GENERATIONS] if prompts and not generates else [])]
     return _verification(figures, windows, settings, generations, unconfirmed)
+
+
+def check_headers(reference: Checkpoint, artifact: Path) -> None:
+    """Holds the artifact's config.json and headers against the reference; reads no weights.
+
+    Raises:
+        InputError: the artifact cannot be read, or is not a form of the reference.
+    """
+    with ArtifactSource(artifact, dtype=torch.float32) as source:
+        refuse_other_config(reference.config, source.config)
+        source.check_complete(describe(reference.config))
 
 
 @dataclass

@@ -13,7 +13,10 @@ ROOT = Path(__file__).parent.parent
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds, and the peak of resident memory in 10^6 bytes, imports included."""
+    """Seconds, and the peak of resident memory in 10^6 bytes, imports included.
+
+    A process that starts out of a larger one is given that one's peak, so small peaks say nothing here.
+    """
 
     wall: float
     cpu: float

@@ -11,7 +11,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 import factories
 from qexport.architectures.runner import BlockRunner
-from qexport.errors import CompatibilityError
 from qexport.tensors import TensorSpec
 
 CONFIGS = {
@@ -100,18 +99,6 @@ def test_every_block_is_read_once_and_given_back() -> None:
     in_blocks = [name for name in source.reads if ".layers." in name]
     assert sorted(in_blocks) == sorted(set(in_blocks)) == sorted(n for n in source.tensors if ".layers." in n)
     assert all(parameter.is_meta for parameter in runner._model.parameters())
-
-
-def test_windows_longer_than_learned_positions_are_refused_and_longer_than_computed_ones_are_not() -> None:
-    for config in (factories.gpt2_config(n_positions=32), factories.llama_config(max_position_embeddings=32)):
-        source = StateDict(factories.build(config))
-        runner = BlockRunner(config.to_dict(), source, dtype=torch.bfloat16, device=torch.device("cpu"))
-        runner.embed(token_windows(count=1, length=32), 1)
-        if config.model_type == "gpt2":
-            with pytest.raises(CompatibilityError, match="windows of 33 tokens are longer than the 32 positions"):
-                runner.embed(token_windows(count=1, length=33), 1)
-        else:
-            runner.embed(token_windows(count=1, length=33), 1)
 
 
 def test_equal_arguments_are_kept_once_for_all_batches() -> None:

@@ -28,8 +28,10 @@ from qexport.loading.settings import LoadSettings
 from qexport.merge.adapter import PREFIX
 from qexport.merge.merging import merge
 from qexport.merge.settings import MergeSettings
+from qexport.pipeline.planning import plan as make_plan
 from qexport.quantize.methods import plan_outputs, quantize
 from qexport.quantize.settings import QuantizeSettings
+from qexport.recipe.model import Recipe
 from qexport.tensors import (
     BlockQuantized,
     CalibrationSet,
@@ -254,3 +256,27 @@ def test_an_adapter_with_factors_for_each_expert_is_merged_as_peft_merges_it(bas
         torch.testing.assert_close(merged.checkpoint.weights.read(name), tensor, rtol=1e-6, atol=1e-6)
         if name.removesuffix(".weight") in experts:
             assert not torch.allclose(load(base).weights.read(name), tensor, atol=1e-3)
+
+
+@pytest.mark.parametrize("positions", [32, 64])
+def test_windows_longer_than_learned_positions_are_refused_before_any_work(positions: int, tmp_path: Path) -> None:
+    factories.save(factories.build(factories.gpt2_config(n_positions=positions)), tmp_path / "base")
+    recipe = Recipe.model_validate(
+        {
+            "load": {"base": str(tmp_path / "base")},
+            "quantize": {"method": "gptq", "group_size": 32, "calibration": {"source": "c", "sequence_length": 48}},
+            "export": [{"layout": "safetensors"}],
+            "verify": {"text": "v", "sequence_length": 65},
+            "output": str(tmp_path / "out"),
+        }
+    )
+    with pytest.raises(CompatibilityError, match=f"learned {positions} positions") as caught:
+        make_plan(recipe)
+    assert ("calibration.sequence_length: 48" in str(caught.value)) == (positions == 32)
+    assert "verify.sequence_length: 65" in str(caught.value)
+
+
+def test_computed_positions_have_no_end() -> None:
+    found = {name: describe(config.to_dict()).positions for name, config in FAMILIES.items()}
+    assert {name for name, positions in found.items() if positions} == {"gpt-2"}
+    assert found["gpt-2"] == 256

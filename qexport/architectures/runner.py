@@ -21,7 +21,6 @@ from qexport.architectures.buffers import compute_buffers
 from qexport.architectures.freed_memory import return_freed_memory
 from qexport.architectures.naming import Part, name_parameters
 from qexport.architectures.structure import LinearSpec, build_on_meta, describe_model, find_blocks, parse_config
-from qexport.errors import CompatibilityError
 from qexport.tensors import WeightSource
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -75,13 +74,9 @@ class BlockRunner:
         """The hidden states before the first block.
 
         Args:
-            input_ids: int64 [windows, sequence_length], without padding.
+            input_ids: int64 [windows, sequence_length], without padding, not longer than `Structure.positions`.
             batch_size: windows in a batch; the last batch may be smaller.
-
-        Raises:
-            CompatibilityError: the windows are longer than the model has position embeddings for.
         """
-        self._check_length(input_ids.shape[1])
         batches: list[Batch] = []
         outside = [name for name in self._outside_blocks() if not name.startswith(f"{self.structure.head}.")]
         with self._loaded(outside):
@@ -157,18 +152,6 @@ class BlockRunner:
             logits = self._model(inputs_embeds=hidden, use_cache=False).logits
         assert isinstance(logits, Tensor)
         return logits
-
-    def _check_length(self, length: int) -> None:
-        """Learned positions (GPT-2's) end; computed ones do not."""
-        longest = getattr(self._model.config, "max_position_embeddings", None)
-        embeddings = [module for module in self._model.modules() if isinstance(module, nn.Embedding)]
-        learned = [module for module in embeddings if module is not self._model.get_input_embeddings()]
-        if longest is not None and length > longest and any(module.num_embeddings == longest for module in learned):
-            raise CompatibilityError(
-                f"windows of {length} tokens are longer than the {longest} positions that the model has learned",
-                where="sequence_length",
-                mend=f"set sequence_length to {longest} or less, for the calibration and for verify",
-            )
 
     def _record(self, ids: Tensor) -> Batch:
         hidden: list[Tensor] = []

@@ -48,6 +48,7 @@ class Structure:
         head: the output head.
         tied: the head uses the embedding's weight.
         parameters: every parameter and persistent buffer with its shape; a tied head is left out.
+        positions: how many tokens a window may have, where the model has learned its positions; else None.
     """
 
     model_type: str
@@ -57,6 +58,7 @@ class Structure:
     head: str
     tied: bool
     parameters: Mapping[str, tuple[int, ...]]
+    positions: int | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -145,7 +147,16 @@ def describe_model(model: PreTrainedModel) -> Structure:
         head=naming.module(paths[head]),
         tied=bool(model.config.tie_word_embeddings),
         parameters={name: part.shape for name, part in naming.parts.items()},
+        positions=_learned_positions(model),
     )
+
+
+def _learned_positions(model: PreTrainedModel) -> int | None:
+    """The rows of a position embedding (GPT-2's `wpe`): an embedding that is not the input's."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    others = (module for module in model.modules() if module is not model.get_input_embeddings())
+    learned = any(isinstance(module, nn.Embedding) and module.num_embeddings == longest for module in others)
+    return longest if learned else None
 
 
 def _block_name(naming: Naming, path: str) -> str:

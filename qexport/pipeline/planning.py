@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qexport.architectures.structure import Structure, describe
+from qexport.errors import CompatibilityError, listed
 from qexport.export.layout import Layout
 from qexport.export.layouts import make_layout
 from qexport.loading.adapter import locate_adapter
@@ -14,6 +15,7 @@ from qexport.loading.checkpoint import load_checkpoint
 from qexport.merge.merging import Merged, merge
 from qexport.progress import Reporter, silent
 from qexport.quantize.methods import plan_outputs
+from qexport.quantize.settings import GptqSettings
 from qexport.recipe.model import Recipe
 from qexport.tensors import Gptq, Outputs
 
@@ -115,7 +117,25 @@ def plan(recipe: Recipe, *, report: Reporter = silent) -> Plan:
         report=report,
     )
     structure = describe(merged.checkpoint.config)
+    _check_windows(recipe, structure)
     config = merged.checkpoint.config
     outputs = plan_outputs(merged.checkpoint, structure, recipe.quantize)
     layouts = tuple(make_layout(settings, outputs, structure, config) for settings in recipe.export)
     return Plan(recipe, merged, structure, outputs, layouts)
+
+
+def _check_windows(recipe: Recipe, structure: Structure) -> None:
+    """Refuses windows that are longer than the positions that the model has learned."""
+    lengths: dict[str, int] = {}
+    if isinstance(recipe.quantize, GptqSettings):
+        lengths["quantize.calibration.sequence_length"] = recipe.quantize.calibration.sequence_length
+    if recipe.verify is not None:
+        lengths["verify.sequence_length"] = recipe.verify.sequence_length
+    longest = structure.positions
+    too_long = [f"{key}: {length}" for key, length in lengths.items() if longest is not None and length > longest]
+    if too_long:
+        raise CompatibilityError(
+            f"the model has learned {longest} positions, and windows are longer",
+            where=listed(too_long),
+            mend=f"set sequence_length to {longest} or less",
+        )

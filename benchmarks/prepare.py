@@ -22,7 +22,7 @@ def main() -> None:
     recipe = load_recipe(work / "prepare.yaml")
     planned = plan(recipe)
     checkpoint = planned.merged.checkpoint
-    texts = read_texts(recipe, checkpoint, planned.structure.vocab_size)
+    texts = read_texts(recipe, checkpoint, planned.structure)
     assert texts.held_out is not None
     assert texts.calibration is not None
     windows = {"calibration": texts.calibration, "held_out": texts.held_out}

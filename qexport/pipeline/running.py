@@ -64,7 +64,7 @@ def run(recipe: Recipe, *, force: bool = False, device: str = "auto", report: Re
     output, where = _output(recipe, force=force), find_device(device)
     planned = plan(recipe, report=report)
     ensure_space(output, planned.total_bytes)
-    texts = read_texts(recipe, planned.merged.checkpoint, planned.structure.vocab_size)
+    texts = read_texts(recipe, planned.merged.checkpoint, planned.structure)
     with Publication(output, force=force) as publication:
         layers, written = _write(planned, texts, publication.folder, where, report)
         figures = _check(planned, texts, written, publication.folder, where, report)

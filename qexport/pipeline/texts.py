@@ -7,12 +7,13 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from qexport.architectures.structure import Structure
 from qexport.loading.tokenizer import open_tokenizer
 from qexport.quantize.settings import CalibrationSettings, GptqSettings
 from qexport.recipe.model import Recipe
 from qexport.tensors import CalibrationSet, Checkpoint
 from qexport.text.documents import Documents, read_documents, refuse_shared
-from qexport.text.prompts import Prompt, read_prompts
+from qexport.text.prompts import Prompt, read_prompts, refuse_long
 from qexport.text.windows import make_windows
 from qexport.verifying.settings import VerifySettings
 
@@ -32,13 +33,14 @@ class Texts:
     prompts: list[Prompt]
 
 
-def read_texts(recipe: Recipe, checkpoint: Checkpoint, vocab_size: int) -> Texts:
+def read_texts(recipe: Recipe, checkpoint: Checkpoint, structure: Structure) -> Texts:
     """Reads every text that the recipe names. The tokenizer, tens of megabytes, is not kept.
 
     Raises:
-        InputError: a file cannot be read or holds too little text, or the held-out text is in the calibration set.
+        InputError: a file cannot be read or holds too little text, or the held-out text is in the calibration set,
+            or a prompt is longer than the model's positions.
     """
-    tokenizer = open_tokenizer(checkpoint)
+    tokenizer, vocab_size = open_tokenizer(checkpoint), structure.vocab_size
     documents, calibration = None, None
     if isinstance(recipe.quantize, GptqSettings):
         documents = _calibration_documents(recipe.quantize.calibration)
@@ -49,6 +51,7 @@ def read_texts(recipe: Recipe, checkpoint: Checkpoint, vocab_size: int) -> Texts
     if documents is not None:
         refuse_shared(documents, held_out)
     prompts = read_prompts(Path(recipe.verify.prompts)) if recipe.verify.prompts else []
+    refuse_long(prompts, tokenizer, structure.positions, recipe.verify.max_new_tokens)
     return Texts(calibration, _held_out_windows(held_out, recipe.verify, tokenizer, vocab_size), prompts)
 
 

@@ -12,9 +12,7 @@ from qexport.architectures.runner import BlockRunner
 from qexport.artifact.manifest import Comparison, Generations
 from qexport.tensors import Checkpoint
 from qexport.tensors.strict_json import parse_json
-from qexport.text.chat import render_chat
-from qexport.text.prompts import Prompt
-from qexport.text.tokens import tokenize
+from qexport.text.prompts import Prompt, encode_prompt
 
 _GENERATION_CONFIG: Final = "generation_config.json"
 
@@ -37,7 +35,7 @@ def compare_generations(
         settings: from `greedy_settings`.
         finished: is told of each continuation.
     """
-    inputs = [_encode(tokenizer, prompt.prompt) for prompt in prompts]
+    inputs = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     ours, theirs = (continue_all(runner, inputs, settings, finished) for runner in (reference, artifact))
     comparisons = [
         Comparison(
@@ -97,12 +95,6 @@ def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
     pairs = enumerate(zip(ours, theirs, strict=False))
     shorter = None if len(ours) == len(theirs) else min(len(ours), len(theirs))
     return next((index for index, (own, other) in pairs if own != other), shorter)
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    if tokenizer.chat_template:
-        return tokenize(tokenizer, render_chat(tokenizer, prompt, reply=True), special_tokens=False)
-    return tokenize(tokenizer, prompt, special_tokens=True)
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:

@@ -328,15 +328,14 @@ def test_a_config_that_says_something_else_to_a_server_is_caught_although_the_we
         "qexport.export.tgi.layout.tgi_config", lambda config: tgi_config(config) | {"rms_norm_eps": 0.5}
     )
     with pytest.raises(QexportError, match=r"rms_norm_eps is 0\.5, not 1e-06"):
-        finish(tmp_path)
+        finish(tmp_path, SERVED)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_prompt_beyond_the_models_positions_is_refused_before_any_work(tmp_path: Path) -> None:
     prepare(tmp_path, factories.gpt2_config(n_positions=64), ["c_attn"])
-    (tmp_path / "prompts.jsonl").write_text(
-        '{"id": "short", "prompt": "a"}\n{"id": "long", "prompt": "%s"}\n' % ("b " * 60)
-    )
+    prompts = [{"id": "short", "prompt": "a"}, {"id": "long", "prompt": "b " * 60}]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)))
     with pytest.raises(InputError, match="64 positions") as caught:
         finish(tmp_path)
     assert "long" in str(caught.value.where)

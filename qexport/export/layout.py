@@ -19,6 +19,11 @@ class Layout(Protocol):
         ...
 
     @property
+    def readers(self) -> Sequence[str]:
+        """Those who are to read the folder, besides qexport."""
+        ...
+
+    @property
     def weights(self) -> WeightFiles:
         """The weights that it wants in the folder; layouts with equal ones share the files."""
         ...

@@ -165,6 +165,12 @@ def loaders(folder: Folder) -> list[Loader]:
     return list(found.values())
 
 
+def stock_loaders(folder: Folder) -> list[str]:
+    """The libraries, qexport aside, that load the artifact."""
+    servers = ("vLLM", "TGI", QEXPORT)
+    return [each.name for each in loaders(folder) if each.verdict == "yes" and each.name not in servers]
+
+
 def warnings(folder: Folder) -> list[str]:
     """What a user must be told: loaders that get the artifact wrong without an error."""
     return [

@@ -8,7 +8,7 @@ from typing import Any
 
 from qexport.architectures.structure import Structure
 from qexport.export.encodings import AutoGptq, Bitsandbytes, CompressedTensors, Encoding, Merged16
-from qexport.export.loaders import Folder, loading_section, warnings
+from qexport.export.loaders import Folder, loading_section, stock_loaders, warnings
 from qexport.export.model_files import write_model_files
 from qexport.export.quantization_config import quantization_config
 from qexport.export.settings import SafetensorsSettings
@@ -40,6 +40,11 @@ class SafetensorsLayout:
     def quantization(self) -> Mapping[str, Any] | None:
         """What config.json says of the codes."""
         return quantization_config(self._outputs, self._structure)
+
+    @property
+    def readers(self) -> list[str]:
+        """The libraries that load it without a reservation."""
+        return stock_loaders(self._folder)
 
     @property
     def notes(self) -> list[str]:

@@ -68,8 +68,16 @@ def make_manifest(
         layers=[_layer(layer, planned.outputs) for layer in layers],
         sizes=Sizes(parameters=parameters, total_bytes=total_bytes, bits_per_weight=8 * total_bytes / parameters),
         files=digest_files(folder),
-        verification=record.figures,
+        verification=_with_unconfirmed(record),
     )
+
+
+def _with_unconfirmed(record: Record) -> Verification | None:
+    """The figures, with the readers that the folder is for and that have not looked at it."""
+    if record.figures is None:
+        return None
+    unread = [f"loading with {reader}" for reader in record.layout.readers]
+    return record.figures.model_copy(update={"unconfirmed": [*unread, *record.figures.unconfirmed]})
 
 
 def _source(origin: Origin) -> SourceRecord:

@@ -17,7 +17,9 @@ _VALUES_AT_ONCE: Final = 1 << 20
 def w8a8(weight: torch.Tensor) -> RowQuantized:
     """Rounds each row [in] of a matrix [out, in] to 127 steps either side of zero.
 
-    The scale is the row's absmax over 127, in float32; a row of zeros has scale 0 and codes 0.
+    The scale is the row's absmax over 127, in float32; a row of zeros has scale 0 and codes 0. A search for the range
+    with the least squared error is not worth its time: on SmolLM2-135M it took 3% off that error, and nothing that
+    could be told from noise off the divergence (0.0382 to 0.0377 with int8 activations, each +- 0.0024).
     """
     return _by_rows(weight, _w8a8_codes)
 

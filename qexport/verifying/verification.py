@@ -26,7 +26,6 @@ from qexport.verifying.lockstep import run_in_lockstep, windows_at_once
 from qexport.verifying.memory import available_memory, needed_memory
 from qexport.verifying.settings import VerifySettings
 
-_OTHER_READERS: Final = "loading with transformers and gptqmodel"
 _GENERATIONS: Final = "greedy generations (the model does not fit in memory)"
 
 
@@ -75,7 +74,7 @@ def verify(
             generations = compare_generations(
                 ours, theirs, prompts, tokenizer, greedy, lambda: steps.finished("continuing the prompts")
             )
-    unconfirmed = [_OTHER_READERS, *([_GENERATIONS] if prompts and not generates else [])]
+    unconfirmed = [_GENERATIONS] if prompts and not generates else []
     return _verification(figures, windows, settings, generations, unconfirmed)
 
 

@@ -49,6 +49,7 @@ class TgiLayout:
     """
 
     name = "tgi"
+    readers = ("TGI 3.3",)
 
     def __init__(
         self, settings: TgiSettings, outputs: Outputs, structure: Structure, config: Mapping[str, Any]

@@ -100,7 +100,7 @@ def read_folder(path: Path) -> ServedFolder:
         unreadable["config"] = error.what
     try:
         structure = describe({key: value for key, value in config.items() if key != "quantization_config"})
-    except (QexportError, ValueError, TypeError) as error:
+    except (QexportError, AttributeError, TypeError, ValueError) as error:
         unreadable["structure"] = str(error).partition("\n")[0]
     try:
         weights = SafetensorsFolder(path)

@@ -39,6 +39,7 @@ class VllmLayout:
     """
 
     name = "vllm"
+    readers = ("vLLM 0.32",)
 
     def __init__(
         self, settings: VllmSettings, outputs: Outputs, structure: Structure, config: Mapping[str, Any]

@@ -1,0 +1,107 @@
+"""vLLM's CPU build, in an environment of its own, serves the artifacts and says what our own reader predicts.
+
+`make test-servers` runs this; `QEXPORT_VLLM_PYTHON` names that environment's interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import vllm_artifacts as artifacts
+from qexport.export.vllm.architectures import ARCHITECTURES
+from qexport.tensors import Checkpoint
+from reference import Comparison, compare
+
+PYTHON = os.environ.get("QEXPORT_VLLM_PYTHON", "")
+SETTINGS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+TINY_PROMPTS = [[1, 104, 105, 82, 75, 114], [1, 28, 116, 253, 155, 28, 39, 200, 201, 300]]
+
+pytestmark = pytest.mark.skipif(not PYTHON, reason="QEXPORT_VLLM_PYTHON names no interpreter")
+
+
+def in_vllm(*arguments: str) -> str:
+    run = subprocess.run(
+        [PYTHON, *arguments], env=os.environ | SETTINGS, capture_output=True, text=True, timeout=900, check=False
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    return run.stdout
+
+
+def serve(folder: Path, prompts: list[list[int]], scratch: Path) -> list[dict[str, Any]]:
+    request, response = scratch / "request.json", scratch / "response.json"
+    request.write_text(json.dumps({"prompts": prompts, "max_tokens": 16, "dtype": "auto"}))
+    in_vllm(str(Path(__file__).with_name("serve_with_vllm.py")), str(folder), str(request), str(response))
+    content = json.loads(response.read_text())
+    print(f"\n{folder.name}: kernels computed in plain torch: {content['replaced'] or 'none'}", file=sys.stderr)
+    answers: list[dict[str, Any]] = content["answers"]
+    return answers
+
+
+def judged(folder: Path, prompts: list[list[int]], scratch: Path) -> Comparison:
+    comparison = compare(folder, prompts, serve(folder, prompts, scratch))
+    print(f"{folder.name}: {comparison}", file=sys.stderr)
+    return comparison
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Checkpoint:
+    return artifacts.smollm2()
+
+
+@pytest.fixture(scope="module")
+def folders(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("smollm2")
+    names = ("none", "w8a8", *artifacts.FORMS)
+    found = {name: root / name for name in names}
+    artifacts.write(checkpoint, artifacts.NONE, {found["none"]: artifacts.FORMS["gptq"]})
+    artifacts.write(checkpoint, artifacts.W8A8, {found["w8a8"]: artifacts.FORMS["gptq"]})
+    artifacts.write(checkpoint, artifacts.GPTQ, {found[name]: form for name, form in artifacts.FORMS.items()})
+    return found
+
+
+@pytest.mark.parametrize("name", ["none", "w8a8", "gptq", "w4a16"])
+def test_vllm_says_what_our_reader_predicts(
+    name: str, checkpoint: Checkpoint, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    assert judged(folders[name], artifacts.prompts(checkpoint), tmp_path).holds
+
+
+@pytest.mark.parametrize("name", ["w8a8", "gptq"])
+def test_one_damaged_layer_is_noticed(
+    name: str, checkpoint: Checkpoint, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    prompts = artifacts.prompts(checkpoint)
+    damaged = artifacts.damage(folders[name], tmp_path / "damaged")
+    comparison = compare(folders[name], prompts, serve(damaged, prompts, tmp_path))
+    print(f"damaged {name}: {comparison}", file=sys.stderr)
+    assert not comparison.holds
+
+
+@pytest.mark.parametrize("form", ["gptq", "w4a16"])
+@pytest.mark.parametrize("new", [False, True], ids=["multi-query", "new decoder"])
+def test_a_falcon_is_served(form: str, new: bool, tmp_path: Path) -> None:
+    folder = artifacts.write_falcon(tmp_path / "falcon", artifacts.FORMS[form], new=new)
+    assert judged(folder, TINY_PROMPTS, tmp_path).holds
+
+
+def test_asymmetric_codes_are_served_as_compressed_tensors(tmp_path: Path) -> None:
+    folder = artifacts.write_falcon(tmp_path / "falcon", artifacts.FORMS["w4a16"], sym=False)
+    assert judged(folder, TINY_PROMPTS, tmp_path).holds
+
+
+def test_the_architectures_are_those_of_vllms_registry() -> None:
+    program = "from vllm.model_executor.models.registry import _TEXT_GENERATION_MODELS as m; print('NAMES', *m)"
+    [line] = [line for line in in_vllm("-c", program).splitlines() if line.startswith("NAMES")]
+    assert set(line.split()[1:]) == ARCHITECTURES

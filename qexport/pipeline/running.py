@@ -11,6 +11,7 @@ import torch
 
 from qexport.architectures.devices import find_device
 from qexport.artifact.disk import ensure_space
+from qexport.artifact.file_digests import taken_meanwhile
 from qexport.artifact.manifest import Manifest, Verification
 from qexport.artifact.publish import Publication, check_output
 from qexport.errors import RecipeError
@@ -66,7 +67,8 @@ def run(recipe: Recipe, *, force: bool = False, device: str = "auto", report: Re
     ensure_space(output, planned.total_bytes)
     texts = read_texts(recipe, planned.merged.checkpoint, planned.structure)
     with Publication(output, force=force) as publication:
-        layers, written = _write(planned, texts, publication.folder, where, report)
+        with taken_meanwhile(planned.merged.checkpoint.origin.sha256):
+            layers, written = _write(planned, texts, publication.folder, where, report)
         figures = _check(planned, texts, written, publication.folder, where, report)
         manifests = {}
         for layout in planned.layouts:

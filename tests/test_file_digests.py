@@ -46,9 +46,14 @@ def test_an_error_meanwhile_ends_the_thread(tmp_path: Path, monkeypatch: pytest.
     """A file without an end: only the error can stop its hashing."""
     (tmp_path / "endless").symlink_to("/dev/zero")
     digests = FileDigests(tmp_path, ["endless"], {})
-    with pytest.raises(KeyboardInterrupt), taken_meanwhile(digests):
-        assert "digests" in thread_names()
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with taken_meanwhile(digests):
+            assert "digests" in thread_names()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     for thread in threading.enumerate():
         if thread.name == "digests":
             thread.join(10)

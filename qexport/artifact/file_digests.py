@@ -37,6 +37,9 @@ class FileDigests(Mapping[str, str]):
                 raise self._error
         return self._found[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._all
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._all)
 

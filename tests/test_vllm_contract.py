@@ -22,7 +22,7 @@ Q0, UP0 = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
 @pytest.fixture(scope="module")
 def intact(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("intact")
-    kinds = ("gptq", "w4a16", "asymmetric", "w8a8", "none", "falcon")
+    kinds = ("gptq", "w4a16", "asymmetric", "w8a8", "none", "falcon", "gpt2")
     return {kind: vllm_folders.write(root / kind, kind) for kind in kinds}
 
 
@@ -35,7 +35,7 @@ def copied(source: Path, target: Path) -> Path:
     return target
 
 
-@pytest.mark.parametrize("kind", ["gptq", "w4a16", "asymmetric", "w8a8", "none", "falcon"])
+@pytest.mark.parametrize("kind", ["gptq", "w4a16", "asymmetric", "w8a8", "none", "falcon", "gpt2"])
 def test_what_the_layout_writes_passes_every_check(kind: str, intact: dict[str, Path]) -> None:
     assert [check for check in check_folder(intact[kind]) if not check.passed] == []
 

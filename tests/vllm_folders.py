@@ -16,6 +16,7 @@ from qexport.tensors import Outputs
 from quantized_models import QuantizedModel, gptq_method
 
 Form = Literal["gptq", "compressed-tensors"]
+CONFIGS = {"gpt2": factories.gpt2_config}
 
 
 def llama(**changes: Any) -> QuantizedModel:
@@ -28,10 +29,12 @@ def layout(model: QuantizedModel, form: Form = "gptq", outputs: Outputs | None =
 
 
 def write(folder: Path, kind: str) -> Path:
-    """`gptq`, `w4a16`, `asymmetric`, `w8a8`, `none` or `falcon`."""
+    """`gptq`, `w4a16`, `asymmetric`, `w8a8`, `none`, `falcon`, or `gpt2` with nothing quantized."""
     folder.mkdir()
-    if kind in ("w8a8", "none"):
-        return _write_rounded(folder, W8a8Settings(method="w8a8") if kind == "w8a8" else NoneSettings(method="none"))
+    if kind in CONFIGS or kind in ("w8a8", "none"):
+        settings = W8a8Settings(method="w8a8") if kind == "w8a8" else NoneSettings(method="none")
+        config = CONFIGS[kind]() if kind in CONFIGS else factories.llama_config()
+        return _write_rounded(folder, QuantizedModel(factories.build(config)), settings)
     model = llama(method=gptq_method(sym=kind != "asymmetric"))
     if kind == "falcon":
         model = QuantizedModel(factories.build(factories.falcon_config()))
@@ -44,8 +47,7 @@ def write(folder: Path, kind: str) -> Path:
     return folder
 
 
-def _write_rounded(folder: Path, settings: W8a8Settings | NoneSettings) -> Path:
-    model = llama()
+def _write_rounded(folder: Path, model: QuantizedModel, settings: W8a8Settings | NoneSettings) -> Path:
     outputs = plan_outputs(model.checkpoint, model.structure, settings)
     made = layout(model, outputs=outputs)
     writer = made.weights.writer(folder)

@@ -72,14 +72,11 @@ def _token_activations() -> dict[str, Any]:
 
 
 def _dense(specs: Mapping[str, OutputSpec], structure: Structure) -> list[str]:
-    """The linear layers that stay as they are: in the blocks by name, outside of them everything with a matrix."""
-    inside = {linear.name for block in structure.linears.values() for linear in block}
-    blocks = tuple(f"{block}." for block in structure.blocks)
-    dense = [
-        module
+    """Every module whose matrix stays as it is, and the head: a reader may make a `Linear` of a router, say."""
+    dense = {
+        name.removesuffix(".weight")
         for name, spec in specs.items()
         if isinstance(spec, TensorSpec) and len(spec.shape) == 2 and name.endswith(".weight")
-        if (module := name.removesuffix(".weight")) in inside or not module.startswith(blocks)
-    ]
-    head = [] if isinstance(specs.get(f"{structure.head}.weight"), QuantizedSpec) else [structure.head]
-    return sorted({*dense, *head} - {structure.embedding})
+    }
+    head = set() if isinstance(specs.get(f"{structure.head}.weight"), QuantizedSpec) else {structure.head}
+    return sorted((dense | head) - {structure.embedding})

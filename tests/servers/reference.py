@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from qexport.architectures.runner import BlockRunner
 from qexport.reading.artifact_source import ArtifactSource
 
-TIE = 0.15
-"""Two log-probabilities this near are a tie: the other side may choose the other token."""
+TIE = 0.5
+"""In nats. Where our choice is no further ahead, the other side may choose another token."""
 
 PROMPT_MEAN = 0.1
 """How far the log-probabilities of prompts may be off on average. Both sides compute in bfloat16, in another order: the
@@ -30,6 +30,7 @@ class Comparison:
         equal: greedy tokens that are our choice after the same text.
         ties: tokens that are not, where our margin is below `TIE`.
         flips: the other tokens.
+        margin: how far our choice was ahead where theirs was another, at most, in nats.
         mean: the mean distance of the prompts' log-probabilities.
         largest: the largest of them.
     """
@@ -37,6 +38,7 @@ class Comparison:
     equal: int
     ties: int
     flips: int
+    margin: float
     mean: float
     largest: float
 
@@ -50,6 +52,7 @@ class Comparison:
 def compare(folder: Path, prompts: list[list[int]], answers: list[dict[str, Any]]) -> Comparison:
     """Reads the folder and judges every token of the answers after the text that the server saw."""
     equal = ties = flips = 0
+    largest_margin = 0.0
     distances: list[Tensor] = []
     with ArtifactSource(folder, dtype=torch.bfloat16) as source:
         runner = BlockRunner(source.config, source, dtype=torch.bfloat16, device=torch.device("cpu"))
@@ -65,8 +68,9 @@ def compare(folder: Path, prompts: list[list[int]], answers: list[dict[str, Any]
                 equal += int((margin == 0).sum())
                 ties += int(((margin > 0) & (margin <= TIE)).sum())
                 flips += int((margin > TIE).sum())
+                largest_margin = max(largest_margin, float(margin.max()))
     off = torch.cat(distances)
-    return Comparison(equal, ties, flips, float(off.mean()), float(off.max()))
+    return Comparison(equal, ties, flips, largest_margin, float(off.mean()), float(off.max()))
 
 
 @contextmanager

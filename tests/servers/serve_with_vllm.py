@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -68,11 +69,12 @@ def replace_wrong_kernel() -> bool:
         return False
 
     def create(weight: torch.Tensor, scales: torch.Tensor, *_: Any) -> Any:
-        return weight.double() * scales.view(1, -1).double()
+        inputs, outputs = weight.shape
+        return SimpleNamespace(k=inputs, n=outputs, values=weight.double() * scales.view(1, -1).double())
 
     def multiply(handler: Any, codes: torch.Tensor, out: torch.Tensor, scales: torch.Tensor, *rest: Any) -> None:
         bias = rest[-1]
-        result = codes.double() @ handler * scales.double()
+        result = codes.double() @ handler.values * scales.double()
         out.copy_(result if bias is None else result + bias.double())
 
     operators.create_onednn_scaled_mm, operators.onednn_scaled_mm = create, multiply

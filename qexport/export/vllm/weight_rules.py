@@ -106,7 +106,7 @@ def _stored(folder: ServedFolder, concerned: object) -> Iterator[str]:
 def _expected(folder: ServedFolder, linear: LinearSpec, scheme: Scheme | None) -> Mapping[str, TensorSpec]:
     rows, columns = linear.out_features, linear.in_features
     if scheme is None:
-        return {"weight": TensorSpec((rows, columns), torch.bfloat16)}
+        return {"weight": TensorSpec((columns, rows) if linear.transposed else (rows, columns), torch.bfloat16)}
     groups = 1 if scheme[1] == -1 else columns // scheme[1]
     if folder.method == "gptq":
         return {

@@ -17,9 +17,20 @@ from qexport.reading.artifact_source import ArtifactSource
 TIE = 0.5
 """In nats. Where our choice is no further ahead, the other side may choose another token."""
 
-PROMPT_MEAN = 0.1
-"""How far the log-probabilities of prompts may be off on average. Both sides compute in bfloat16, in another order: the
-merged model, where nothing is quantized, is 0.05 off, with single very unlikely tokens at 0.8."""
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far a server may be from us.
+
+    Attributes:
+        dtype: what both sides compute in.
+        mean: of the distances of the prompts' log-probabilities.
+        flips: tokens of another choice where our margin is above `TIE`, as a fraction.
+    """
+
+    dtype: str
+    mean: float
+    flips: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -42,20 +53,21 @@ class Comparison:
     mean: float
     largest: float
 
-    @property
-    def holds(self) -> bool:
+    def within(self, tolerance: Tolerance) -> bool:
         """Whether the server computes the same model."""
-        return self.flips == 0 and self.mean <= PROMPT_MEAN
+        tokens = self.equal + self.ties + self.flips
+        return self.flips <= tolerance.flips * tokens and self.mean <= tolerance.mean
 
 
 @torch.no_grad()
-def compare(folder: Path, prompts: list[list[int]], answers: list[dict[str, Any]]) -> Comparison:
+def compare(folder: Path, prompts: list[list[int]], answers: list[dict[str, Any]], dtype: str) -> Comparison:
     """Reads the folder and judges every token of the answers after the text that the server saw."""
     equal = ties = flips = 0
     largest_margin = 0.0
     distances: list[Tensor] = []
-    with ArtifactSource(folder, dtype=torch.bfloat16) as source:
-        runner = BlockRunner(source.config, source, dtype=torch.bfloat16, device=torch.device("cpu"))
+    precision: torch.dtype = getattr(torch, dtype)
+    with ArtifactSource(folder, dtype=precision) as source:
+        runner = BlockRunner(source.config, source, dtype=precision, device=torch.device("cpu"))
         int8 = set(source.quantized) if (source.quantization or {}).get("format") == "int-quantized" else set()
         with runner.whole() as model, _int8_activations(model, int8):
             for prompt, answer in zip(prompts, answers, strict=True):

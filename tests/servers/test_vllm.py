@@ -17,7 +17,7 @@ import pytest
 import vllm_artifacts as artifacts
 from qexport.export.vllm.architectures import ARCHITECTURES
 from qexport.tensors import Checkpoint
-from reference import Comparison, compare
+from reference import Comparison, Tolerance, compare
 
 PYTHON = os.environ.get("QEXPORT_VLLM_PYTHON", "")
 SETTINGS = {
@@ -26,6 +26,19 @@ SETTINGS = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
+EXACT = Tolerance("float32", 0.001)
+TOLERANCES = {
+    "none": EXACT,
+    "gptq": Tolerance("bfloat16", 0.1),
+    "w4a16": Tolerance("bfloat16", 0.1),
+    "w8a8": Tolerance("float32", 0.35, flips=0.05),
+}
+"""GPTQ has no float32 in vLLM; in bfloat16 the merged model itself is 0.06 off.
+
+W8A8 magnifies the last bit of a sum: an int8 code of an activation turns over, and a few layers on the rounding errors
+of two computations have nothing in common. Our reader in float32 is 0.20 off our reader in float64. That the numbers are
+right is seen in a model of two layers.
+"""
 TINY_PROMPTS = [[1, 104, 105, 82, 75, 114], [1, 28, 116, 253, 155, 28, 39, 200, 201, 300]]
 
 pytestmark = pytest.mark.skipif(not PYTHON, reason="QEXPORT_VLLM_PYTHON names no interpreter")
@@ -39,9 +52,9 @@ def in_vllm(*arguments: str) -> str:
     return run.stdout
 
 
-def serve(folder: Path, prompts: list[list[int]], scratch: Path) -> list[dict[str, Any]]:
+def serve(folder: Path, prompts: list[list[int]], scratch: Path, dtype: str) -> list[dict[str, Any]]:
     request, response = scratch / "request.json", scratch / "response.json"
-    request.write_text(json.dumps({"prompts": prompts, "max_tokens": 16, "dtype": "auto"}))
+    request.write_text(json.dumps({"prompts": prompts, "max_tokens": 16, "dtype": dtype}))
     in_vllm(str(Path(__file__).with_name("serve_with_vllm.py")), str(folder), str(request), str(response))
     content = json.loads(response.read_text())
     print(f"\n{folder.name}: kernels computed in plain torch: {content['replaced'] or 'none'}", file=sys.stderr)
@@ -49,8 +62,8 @@ def serve(folder: Path, prompts: list[list[int]], scratch: Path) -> list[dict[st
     return answers
 
 
-def judged(folder: Path, prompts: list[list[int]], scratch: Path) -> Comparison:
-    comparison = compare(folder, prompts, serve(folder, prompts, scratch))
+def judged(folder: Path, prompts: list[list[int]], scratch: Path, dtype: str) -> Comparison:
+    comparison = compare(folder, prompts, serve(folder, prompts, scratch, dtype), dtype)
     print(f"{folder.name}: {comparison}", file=sys.stderr)
     return comparison
 
@@ -75,30 +88,37 @@ def folders(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) ->
 def test_vllm_says_what_our_reader_predicts(
     name: str, checkpoint: Checkpoint, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    assert judged(folders[name], artifacts.prompts(checkpoint), tmp_path).holds
+    assert judged(folders[name], artifacts.prompts(checkpoint), tmp_path, TOLERANCES[name].dtype).within(
+        TOLERANCES[name]
+    )
 
 
 @pytest.mark.parametrize("name", ["w8a8", "gptq"])
 def test_one_damaged_layer_is_noticed(
     name: str, checkpoint: Checkpoint, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    prompts = artifacts.prompts(checkpoint)
+    prompts, dtype = artifacts.prompts(checkpoint), TOLERANCES[name].dtype
     damaged = artifacts.damage(folders[name], tmp_path / "damaged")
-    comparison = compare(folders[name], prompts, serve(damaged, prompts, tmp_path))
+    comparison = compare(folders[name], prompts, serve(damaged, prompts, tmp_path, dtype), dtype)
     print(f"damaged {name}: {comparison}", file=sys.stderr)
-    assert not comparison.holds
+    assert not comparison.within(TOLERANCES[name])
 
 
 @pytest.mark.parametrize("form", ["gptq", "w4a16"])
 @pytest.mark.parametrize("new", [False, True], ids=["multi-query", "new decoder"])
 def test_a_falcon_is_served(form: str, new: bool, tmp_path: Path) -> None:
     folder = artifacts.write_falcon(tmp_path / "falcon", artifacts.FORMS[form], new=new)
-    assert judged(folder, TINY_PROMPTS, tmp_path).holds
+    assert judged(folder, TINY_PROMPTS, tmp_path, "bfloat16").within(TOLERANCES[form])
+
+
+def test_w8a8_of_two_layers_is_served_number_for_number(tmp_path: Path) -> None:
+    folder = artifacts.write_falcon_w8a8(tmp_path / "falcon")
+    assert judged(folder, TINY_PROMPTS, tmp_path, "float32").within(Tolerance("float32", 0.01))
 
 
 def test_asymmetric_codes_are_served_as_compressed_tensors(tmp_path: Path) -> None:
     folder = artifacts.write_falcon(tmp_path / "falcon", artifacts.FORMS["w4a16"], sym=False)
-    assert judged(folder, TINY_PROMPTS, tmp_path).holds
+    assert judged(folder, TINY_PROMPTS, tmp_path, "bfloat16").within(TOLERANCES["w4a16"])
 
 
 def test_the_architectures_are_those_of_vllms_registry() -> None:

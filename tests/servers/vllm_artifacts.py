@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -78,7 +79,6 @@ def write(checkpoint: Checkpoint, settings: QuantizeSettings, layouts: dict[Path
 def write_falcon(folder: Path, form: VllmSettings, *, new: bool = False, sym: bool = True) -> Path:
     """A tiny Falcon of 7B's or 40B's kind with 4-bit codes by plain rounding."""
     make = factories.falcon_40b_config if new else factories.falcon_config
-    tokenizer = factories.tokenizer()
     model = factories.build(make(hidden_size=256, num_attention_heads=4))
     quantized = QuantizedModel(model, gptq_method(group_size=64, sym=sym))
     layout = make_layout(form, quantized.outputs, quantized.structure, quantized.checkpoint.config)
@@ -87,12 +87,24 @@ def write_falcon(folder: Path, form: VllmSettings, *, new: bool = False, sym: bo
     for record in quantized.records():
         writer.write(record)
     writer.finish()
-    layout.write_files(folder, quantized.checkpoint)
-    for name in quantized.checkpoint.files:
-        (folder / name).unlink()
-    tokenizer.save_pretrained(folder)
+    layout.write_files(folder, _with_tokenizer(quantized.checkpoint, folder))
     layout.check(folder)
     return folder
+
+
+def write_falcon_w8a8(folder: Path) -> Path:
+    """A tiny Falcon with int8 weights."""
+    model = QuantizedModel(factories.build(factories.falcon_config(hidden_size=256, num_attention_heads=4)))
+    checkpoint = _with_tokenizer(model.checkpoint, folder.parent / "tokenizer")
+    write(checkpoint, W8A8, {folder: FORMS["gptq"]})
+    return folder
+
+
+def _with_tokenizer(checkpoint: Checkpoint, scratch: Path) -> Checkpoint:
+    """The checkpoint with a tokenizer that can be opened."""
+    place = scratch.parent / f"{scratch.name}-tokenizer"
+    factories.tokenizer().save_pretrained(place)
+    return replace(checkpoint, files={path.name: path.read_bytes() for path in place.iterdir()})
 
 
 def damage(folder: Path, copy: Path) -> Path:

@@ -33,6 +33,7 @@ from qexport.export.tgi.refusals import refuse_family
 from qexport.export.tgi.tokenizer import tgi_tokenizer_files
 from qexport.quantize.settings import Int8Settings, Nf4Settings, NoneSettings, W8a8Settings
 from qexport.tensors import Dense
+from qexport.tensors.safetensors_folder import SafetensorsFolder
 from quantized_models import gptq_method
 from tgi_folders import TgiModel, failed, falcon, falcon_40b, llama, tokenizer_files
 
@@ -218,6 +219,16 @@ def test_what_only_the_server_can_quantize_is_merged_weights_and_a_flag(
     card = (folder / "README.md").read_text()
     assert "the merged weights, not quantized" in card
     assert "TGI quantizes every linear by itself" in card
+
+
+@pytest.mark.parametrize("method", [NF4, INT8], ids=["nf4", "int8"])
+def test_merged_weights_lie_as_the_base_has_them_also_where_codes_would_be_transposed(
+    method: Any, tmp_path: Path
+) -> None:
+    """GPT-2's matrices are [in, out], and its linears not square."""
+    made = TgiModel(factories.gpt2_config(), method)
+    with SafetensorsFolder(made.write(tmp_path / "out")) as weights:
+        assert weights.specs() == made.checkpoint.weights.specs()
 
 
 def test_double_quantization_has_no_flag_and_the_notes_say_so() -> None:

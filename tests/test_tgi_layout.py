@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from transformers import (
 import factories
 from qexport.architectures.structure import parse_config
 from qexport.errors import CompatibilityError, QexportError
+from qexport.export.layouts import make_layout
 from qexport.export.safetensors_layout import SafetensorsLayout
-from qexport.export.settings import SafetensorsSettings
+from qexport.export.settings import SafetensorsSettings, TgiSettings
 from qexport.export.tgi.config import tgi_config
 from qexport.export.tgi.kernels import Codes, choose_sym, fault, kernel
 from qexport.export.tgi.launch import ENVIRONMENT, IMAGE
@@ -314,9 +316,11 @@ def test_a_class_and_a_template_that_older_readers_know_stay() -> None:
     assert made == json.loads(config)
 
 
-def test_a_base_without_a_fast_tokenizer_is_refused() -> None:
+def test_a_base_without_a_fast_tokenizer_is_refused_before_any_work() -> None:
+    made = TgiModel(llama())
+    without = replace(made.checkpoint, files={"tokenizer.model": b""})
     with pytest.raises(CompatibilityError, match="fast tokenizer"):
-        tgi_tokenizer_files({"tokenizer.model": b""})
+        make_layout(TgiSettings(layout="tgi"), made.outputs, made.model.structure, without)
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,14 @@ def test_a_config_of_the_wrong_types_is_an_input_error(model: Path) -> None:
     assert "transformers cannot build a model from it" in refusal(model)
 
 
+def test_infinities_are_kept_as_transformers_writes_them(model: Path) -> None:
+    change_config(model, limits=[0.0, float("inf")], others={"low": -float("inf"), "none": float("nan")})
+    assert "Infinity" in (model / "config.json").read_text()
+    config = load(model).config
+    assert config["limits"] == [0.0, {"__float__": "Infinity"}]
+    assert config["others"] == {"low": {"__float__": "-Infinity"}, "none": {"__float__": "NaN"}}
+
+
 def test_a_config_with_more_layers_than_tensors_is_refused_before_the_model_is_built(model: Path) -> None:
     change_config(model, num_hidden_layers=10**9)
     assert "1000000000 layers cannot come from 21 tensors" in refusal(model)

@@ -213,6 +213,18 @@ def test_a_folder_without_a_model_and_a_device_that_is_not_there_are_refused(fol
     if not torch.cuda.is_available():
         with pytest.raises(RecipeError, match="no CUDA device"):
             qexport.load(folder, device="cuda:0")
+    with pytest.raises(RecipeError, match="'gpu' is no device"):
+        qexport.load(folder, device="gpu")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("hidden_size", "wide"), ("num_attention_heads", 0), ("hidden_act", "nope")]
+)
+def test_a_config_that_no_model_can_be_built_from_is_an_input_error(folder: Path, key: str, value: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(InputError, match="transformers cannot build a model from it"):
+        qexport.load(folder)
 
 
 @pytest.mark.parametrize(

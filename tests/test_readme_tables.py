@@ -96,9 +96,7 @@ def planned(folder: Path, method: dict[str, Any]) -> tuple[Outputs, Any]:
 
 def layout_of(folder: Path, outputs: Outputs, layout: str) -> Any:
     checkpoint, structure = loaded(folder)
-    return make_layout(
-        TypeAdapter(ExportSettings).validate_python({"layout": layout}), outputs, structure, checkpoint.config
-    )
+    return make_layout(TypeAdapter(ExportSettings).validate_python({"layout": layout}), outputs, structure, checkpoint)
 
 
 def write(folder: Path, method: dict[str, Any], layout: str, target: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from transformers import (
 import factories
 from qexport.architectures.structure import parse_config
 from qexport.errors import CompatibilityError, QexportError
+from qexport.export.layouts import make_layout
 from qexport.export.safetensors_layout import SafetensorsLayout
-from qexport.export.settings import SafetensorsSettings
+from qexport.export.settings import SafetensorsSettings, TgiSettings
 from qexport.export.tgi.config import tgi_config
 from qexport.export.tgi.kernels import Codes, choose_sym, fault, kernel
 from qexport.export.tgi.launch import ENVIRONMENT, IMAGE
@@ -33,6 +35,7 @@ from qexport.export.tgi.refusals import refuse_family
 from qexport.export.tgi.tokenizer import tgi_tokenizer_files
 from qexport.quantize.settings import Int8Settings, Nf4Settings, NoneSettings, W8a8Settings
 from qexport.tensors import Dense
+from qexport.tensors.safetensors_folder import SafetensorsFolder
 from quantized_models import gptq_method
 from tgi_folders import TgiModel, failed, falcon, falcon_40b, llama, tokenizer_files
 
@@ -220,6 +223,16 @@ def test_what_only_the_server_can_quantize_is_merged_weights_and_a_flag(
     assert "TGI quantizes every linear by itself" in card
 
 
+@pytest.mark.parametrize("method", [NF4, INT8], ids=["nf4", "int8"])
+def test_merged_weights_lie_as_the_base_has_them_also_where_codes_would_be_transposed(
+    method: Any, tmp_path: Path
+) -> None:
+    """GPT-2's matrices are [in, out], and its linears not square."""
+    made = TgiModel(factories.gpt2_config(), method)
+    with SafetensorsFolder(made.write(tmp_path / "out")) as weights:
+        assert weights.specs() == made.checkpoint.weights.specs()
+
+
 def test_double_quantization_has_no_flag_and_the_notes_say_so() -> None:
     plain = TgiModel(llama(), Nf4Settings(method="nf4", double_quant=False)).layout.notes[0]
     double = TgiModel(llama(), Nf4Settings(method="nf4", double_quant=True)).layout.notes[0]
@@ -303,9 +316,11 @@ def test_a_class_and_a_template_that_older_readers_know_stay() -> None:
     assert made == json.loads(config)
 
 
-def test_a_base_without_a_fast_tokenizer_is_refused() -> None:
+def test_a_base_without_a_fast_tokenizer_is_refused_before_any_work() -> None:
+    made = TgiModel(llama())
+    without = replace(made.checkpoint, files={"tokenizer.model": b""})
     with pytest.raises(CompatibilityError, match="fast tokenizer"):
-        tgi_tokenizer_files({"tokenizer.model": b""})
+        make_layout(TgiSettings(layout="tgi"), made.outputs, made.model.structure, without)
 
 
 @pytest.mark.parametrize(

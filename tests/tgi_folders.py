@@ -63,7 +63,7 @@ class TgiModel:
     @cached_property
     def layout(self) -> TgiLayout:
         settings = TgiSettings(layout="tgi", max_shard_size="200KB")
-        made = make_layout(settings, self.outputs, self.model.structure, self.checkpoint.config)
+        made = make_layout(settings, self.outputs, self.model.structure, self.checkpoint)
         assert isinstance(made, TgiLayout)
         return made
 

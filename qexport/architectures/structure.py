@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 
 from qexport.architectures.experts import can_stage
 from qexport.architectures.naming import Naming, Part, name_parameters
-from qexport.errors import CompatibilityError
+from qexport.errors import CompatibilityError, InputError
 
 
 @dataclass(frozen=True)
@@ -71,20 +79,32 @@ def parse_config(config: Mapping[str, Any]) -> PretrainedConfig:
 
     Raises:
         CompatibilityError: transformers does not know the `model_type`.
+        InputError: a value cannot be used.
     """
     outside = ("model_type", "transformers_version")
-    values = {key: _with_floats(value) for key, value in config.items() if key not in outside}
     model_type = config.get("model_type")
-    try:
-        parsed = AutoConfig.for_model(str(model_type), **values)
-    except ValueError as error:
+    if model_type not in CONFIG_MAPPING:
         raise CompatibilityError(
             f"transformers has no native model for model_type {model_type!r}",
             where="config.json: model_type",
             mend="qexport runs no code from model folders; use a checkpoint of a family that transformers knows",
-        ) from error
+        )
+    with _somebody_elses_values():
+        values = {key: _with_floats(value) for key, value in config.items() if key not in outside}
+        parsed = AutoConfig.for_model(str(model_type), **values)
     assert isinstance(parsed, PretrainedConfig)
     return parsed
+
+
+@contextmanager
+def _somebody_elses_values() -> Iterator[None]:
+    """Every family fails in its own way on a config.json that contradicts itself."""
+    try:
+        yield
+    except Exception as error:
+        raise InputError(
+            f"transformers cannot build a model from it: {error}", where="config.json", mend="fetch the model anew"
+        ) from error
 
 
 def _with_floats(value: Any) -> Any:
@@ -103,15 +123,15 @@ def build_on_meta(config: PretrainedConfig) -> PreTrainedModel:
 
     Raises:
         CompatibilityError: the family has no causal language model in transformers.
+        InputError: the configuration contradicts itself.
     """
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except ValueError as error:
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise CompatibilityError(
             f"transformers has no causal language model for model_type {config.model_type!r}",
             where="config.json: model_type",
-        ) from error
+        )
+    with _somebody_elses_values(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     assert isinstance(model, PreTrainedModel)
     model.eval()
     return model
@@ -122,6 +142,7 @@ def describe(config: Mapping[str, Any]) -> Structure:
 
     Raises:
         CompatibilityError: the family is unknown, or its decoder layers cannot be found.
+        InputError: the configuration contradicts itself.
     """
     parsed = parse_config(config)
     return describe_model(build_on_meta(parsed))

@@ -50,7 +50,7 @@ class Merged16:
         if isinstance(spec, TensorSpec):
             return {name: spec}
         assert not isinstance(spec, GroupQuantizedSpec)
-        return {name: TensorSpec(spec.shape, spec.dtype)}
+        return {name: TensorSpec(spec.shape[::-1] if spec.transposed else spec.shape, spec.dtype)}
 
     def tensors(self, record: TensorRecord) -> dict[str, torch.Tensor]:
         """The parameter as it was merged."""

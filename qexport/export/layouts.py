@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from qexport.architectures.structure import Structure
 from qexport.export.layout import Layout
 from qexport.export.safetensors_layout import SafetensorsLayout
 from qexport.export.settings import ExportSettings, SafetensorsSettings, TgiSettings, VllmSettings
 from qexport.export.tgi.layout import TgiLayout
 from qexport.export.vllm.layout import VllmLayout
-from qexport.tensors import Outputs
+from qexport.tensors import Checkpoint, Outputs
 
 
-def make_layout(settings: ExportSettings, outputs: Outputs, structure: Structure, config: Mapping[str, Any]) -> Layout:
+def make_layout(settings: ExportSettings, outputs: Outputs, structure: Structure, checkpoint: Checkpoint) -> Layout:
     """The layout that a recipe asks for.
 
     Args:
         settings: one entry of the recipe's `export`.
         outputs: what the pass will yield.
         structure: the model's.
-        config: the base's config.json.
+        checkpoint: the merged model.
 
     Raises:
         CompatibilityError: the layout cannot carry the method or the model, with the reason.
+        InputError: a file beside the weights, which the layout rewrites, is malformed.
     """
     match settings:
         case SafetensorsSettings():
             return SafetensorsLayout(settings, outputs, structure)
         case TgiSettings():
-            return TgiLayout(settings, outputs, structure, config)
+            return TgiLayout(settings, outputs, structure, checkpoint)
         case VllmSettings():
-            return VllmLayout(settings, outputs, structure, config)
+            return VllmLayout(settings, outputs, structure, checkpoint.config)

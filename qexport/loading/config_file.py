@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -33,13 +34,24 @@ def read_config(folder: Path, *, trusted_root: Path | None, report: Reporter) ->
     if not path.is_file():
         raise _no_config(folder)
     raw = read_json_object(path, limit=_LIMIT)
-    config, dropped = without_code_keys(raw)
+    config, dropped = without_code_keys(_with_marked_floats(raw))
     if dropped:
         report(Notice(f"config.json: dropped {', '.join(dropped)}; nothing from a model folder is executed"))
     if not isinstance(config.get("model_type"), str):
         raise InputError("model_type must name the model's family", where=str(path), mend="fetch the model anew")
     _refuse_quantized(config, str(path))
     return config
+
+
+def _with_marked_floats(value: Any) -> Any:
+    """Infinities as transformers 5 writes them: the literals that older versions wrote are no JSON."""
+    if isinstance(value, list):
+        return [_with_marked_floats(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _with_marked_floats(item) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"__float__": "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
+    return value
 
 
 def _refuse_quantized(config: Mapping[str, Any], where: str) -> None:

@@ -118,9 +118,8 @@ def plan(recipe: Recipe, *, report: Reporter = silent) -> Plan:
     )
     structure = describe(merged.checkpoint.config)
     _check_windows(recipe, structure)
-    config = merged.checkpoint.config
     outputs = plan_outputs(merged.checkpoint, structure, recipe.quantize)
-    layouts = tuple(make_layout(settings, outputs, structure, config) for settings in recipe.export)
+    layouts = tuple(make_layout(settings, outputs, structure, merged.checkpoint) for settings in recipe.export)
     return Plan(recipe, merged, structure, outputs, layouts)
 
 

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 import torch
 
 from qexport.architectures.families import family, matching
-from qexport.architectures.structure import LinearSpec, Structure, describe
+from qexport.architectures.structure import LinearSpec, Structure
 from qexport.errors import CompatibilityError
 from qexport.progress import Progress, Reporter, silent
 from qexport.quantize import bitsandbytes_4bit, row_int8
@@ -21,6 +21,7 @@ from qexport.tensors import (
     BlockQuantizedSpec,
     Checkpoint,
     FourBit,
+    GroupQuantizedSpec,
     LayerReport,
     Method,
     Outputs,
@@ -91,7 +92,6 @@ def quantize(
     Raises:
         InputError: a tensor cannot be read.
     """
-    transposed = _transposed(describe(checkpoint.config))
     for done, (name, spec) in enumerate(outputs.specs.items()):
         report(Progress("quantize", done, len(outputs.specs), "tensor", name))
         merged = checkpoint.weights.read(name)
@@ -99,7 +99,8 @@ def quantize(
             yield TensorRecord(name, merged)
             continue
         layer = LayerReport(name.removesuffix(".weight"), _layer_method(outputs.method))
-        matrix = merged.t().contiguous() if name in transposed else merged
+        assert not isinstance(spec, GroupQuantizedSpec)
+        matrix = merged.t().contiguous() if spec.transposed else merged  # every format has the codes [out, in]
         value = _quantized(matrix.to(device), spec, outputs.method)
         yield TensorRecord(name, value, layer, merged)
     report(Progress("quantize", len(outputs.specs), len(outputs.specs), "tensor"))
@@ -111,11 +112,6 @@ def _quantized(merged: torch.Tensor, spec: QuantizedSpec, method: Method) -> Qua
     return row_int8.w8a8(merged) if isinstance(method, W8A8) else row_int8.llm_int8(merged)
 
 
-def _transposed(structure: Structure) -> set[str]:
-    """The weights that are stored [in, out]; quantized, every format has them [out, in]."""
-    return {f"{linear.name}.weight" for block in structure.linears.values() for linear in block if linear.transposed}
-
-
 def _spec(linear: LinearSpec, dense: TensorSpec, settings: RoundingSettings) -> QuantizedSpec:
     if isinstance(settings, Nf4Settings):
         return BlockQuantizedSpec(
@@ -125,8 +121,9 @@ def _spec(linear: LinearSpec, dense: TensorSpec, settings: RoundingSettings) -> 
             settings.block_size,
             settings.double_quant,
             dense.dtype,
+            linear.transposed,
         )
-    return RowQuantizedSpec(linear.out_features, linear.in_features, dense.dtype)
+    return RowQuantizedSpec(linear.out_features, linear.in_features, dense.dtype, linear.transposed)
 
 
 def _layer_method(method: Method) -> LayerMethod:

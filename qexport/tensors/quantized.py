@@ -127,6 +127,7 @@ class BlockQuantizedSpec:
         block_size: values that share an absmax; the last block may be shorter.
         double_quant: the absmaxes are quantized too.
         dtype: of the matrix that was quantized, which it is dequantized to.
+        transposed: it was merged [in, out] (GPT-2's Conv1D).
     """
 
     out_features: int
@@ -135,6 +136,7 @@ class BlockQuantizedSpec:
     block_size: int
     double_quant: bool
     dtype: torch.dtype
+    transposed: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -178,11 +180,13 @@ class RowQuantizedSpec:
         out_features: rows of the matrix.
         in_features: columns of the matrix.
         dtype: of the matrix that was quantized.
+        transposed: it was merged [in, out] (GPT-2's Conv1D).
     """
 
     out_features: int
     in_features: int
     dtype: torch.dtype
+    transposed: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -54,7 +54,7 @@ def write(checkpoint: Checkpoint, settings: QuantizeSettings, layouts: dict[Path
     """One pass into every folder; each is held against the contract."""
     structure = describe(checkpoint.config)
     outputs = plan_outputs(checkpoint, structure, settings)
-    made = {folder: make_layout(form, outputs, structure, checkpoint.config) for folder, form in layouts.items()}
+    made = {folder: make_layout(form, outputs, structure, checkpoint) for folder, form in layouts.items()}
     for folder in made:
         folder.mkdir(parents=True)
     writers = [layout.weights.writer(folder) for folder, layout in made.items()]
@@ -81,7 +81,7 @@ def write_falcon(folder: Path, form: VllmSettings, *, new: bool = False, sym: bo
     make = factories.falcon_40b_config if new else factories.falcon_config
     model = factories.build(make(hidden_size=256, num_attention_heads=4))
     quantized = QuantizedModel(model, gptq_method(group_size=64, sym=sym))
-    layout = make_layout(form, quantized.outputs, quantized.structure, quantized.checkpoint.config)
+    layout = make_layout(form, quantized.outputs, quantized.structure, quantized.checkpoint)
     folder.mkdir(parents=True)
     writer = layout.weights.writer(folder)
     for record in quantized.records():

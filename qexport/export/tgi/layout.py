@@ -42,19 +42,19 @@ class TgiLayout:
         settings: the recipe's.
         outputs: what the pass will yield.
         structure: the model's.
-        config: the base's config.json.
+        checkpoint: the merged model, of which only config and tokenizer are looked at.
 
     Raises:
-        CompatibilityError: TGI has no model for the family, or no kernel for the layers, with the reason.
+        CompatibilityError: TGI has no model for the family, no kernel for the layers, or no tokenizer.json to read.
+        InputError: tokenizer_config.json is malformed.
     """
 
     name = "tgi"
     readers = ("TGI 3.3",)
 
-    def __init__(
-        self, settings: TgiSettings, outputs: Outputs, structure: Structure, config: Mapping[str, Any]
-    ) -> None:
-        self._outputs, self._structure, self._config = outputs, structure, tgi_config(config)
+    def __init__(self, settings: TgiSettings, outputs: Outputs, structure: Structure, checkpoint: Checkpoint) -> None:
+        self._outputs, self._structure, self._config = outputs, structure, tgi_config(checkpoint.config)
+        self._files = tgi_tokenizer_files(checkpoint.files)
         refuse_family(self._config, outputs.method)
         self._codes, self._reason = _codes(outputs.method, self._linears)
         refuse_quantized(self._faults())
@@ -88,11 +88,9 @@ class TgiLayout:
         """Writes configs, tokenizer, model card and launch files.
 
         Raises:
-            CompatibilityError: the checkpoint has no tokenizer.json.
             QexportError: a file of the checkpoint would leave the folder or replace another file.
         """
-        files = tgi_tokenizer_files(checkpoint.files) | launch_files(self._figures)
-        served = replace(checkpoint, config=self._config, files=files)
+        served = replace(checkpoint, config=self._config, files=self._files | launch_files(self._figures))
         method = self._outputs.method if self.quantization else Dense()
         write_model_files(folder, served, method, self.quantization, self._dense_dtype, self.notes)
 

@@ -36,8 +36,8 @@ TOLERANCES = {
 """GPTQ has no float32 in vLLM; in bfloat16 the merged model itself is 0.06 off.
 
 W8A8 magnifies the last bit of a sum: an int8 code of an activation turns over, and a few layers on the rounding errors
-of two computations have nothing in common. Our reader in float32 is 0.20 off our reader in float64. That the numbers are
-right is seen in a model of two layers.
+of two computations have nothing in common. Our reader in float32 is 0.20 off our reader in float64. That the numbers
+are right is seen in a model of two layers.
 """
 TINY_PROMPTS = [[1, 104, 105, 82, 75, 114], [1, 28, 116, 253, 155, 28, 39, 200, 201, 300]]
 

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from transformers import PreTrainedModel
 
 from qexport.architectures.buffers import compute_buffers
+from qexport.architectures.float32_products import has_bfloat16_instructions, multiply_in_float32
 from qexport.architectures.freed_memory import return_freed_memory
 from qexport.architectures.naming import Part, name_parameters
 from qexport.architectures.structure import LinearSpec, build_on_meta, describe_model, find_blocks, parse_config
@@ -47,7 +48,8 @@ class Batch:
 class BlockRunner:
     """Runs a model block by block from a source of weights.
 
-    Bit for bit equal to the whole model in float32, and in bfloat16 up to the head, which computes in float32.
+    Bit for bit equal to the whole model in float32, and in bfloat16 up to the head, which computes in float32. On CPUs
+    without bfloat16 instructions, large layers in bfloat16 sum in another order; see `float32_products`.
 
     Args:
         config: the content of config.json.
@@ -68,6 +70,8 @@ class BlockRunner:
         self._naming = name_parameters(self._model)
         self._layers = find_blocks(self._model)[1]
         compute_buffers(self._model, device)
+        if device.type == "cpu" and dtype == torch.bfloat16 and not has_bfloat16_instructions():
+            multiply_in_float32(self._model)
 
     @torch.no_grad()
     def embed(self, input_ids: Tensor, batch_size: int) -> list[Batch]:

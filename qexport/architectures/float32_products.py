@@ -18,7 +18,7 @@ _SMALLEST: Final = 1 << 16
 
 
 def has_bfloat16_instructions() -> bool:
-    """Whether oneDNN multiplies bfloat16 on this CPU. Elsewhere a loop of torch does, four times slower than float32."""
+    """Whether oneDNN multiplies bfloat16 here. Elsewhere a loop of torch does, four times slower than float32."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 

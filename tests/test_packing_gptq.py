@@ -212,7 +212,7 @@ def test_packed_tensors_that_do_not_fit_together_are_refused(fault: dict[str, to
 
 def test_a_config_that_claims_other_groups_or_symmetry_is_refused() -> None:
     packed = gptq.pack(make(4, 16, 64, 32))
-    with pytest.raises(InputError, match="bits and group_size"):
+    with pytest.raises(InputError, match=r"expected .* found"):
         gptq.unpack(packed, bits=4, group_size=64, sym=False, desc_act=False)
     with pytest.raises(InputError, match="sym"):
         gptq.unpack(packed, bits=4, group_size=32, sym=True, desc_act=False)

@@ -25,9 +25,10 @@ from qexport.architectures.structure import Structure, describe
 from qexport.errors import InputError
 from qexport.packing import bitsandbytes_4bit
 from qexport.reading.artifact_source import ArtifactSource
-from qexport.reading.compressed_tensors_rules import CompressedTensorsRules, Scheme
+from qexport.reading.compressed_tensors_rules import CompressedTensorsRules
 from qexport.reading.formats import stored_format
 from qexport.reading.module_patterns import SkipList
+from qexport.reading.stored_format import Scheme
 from quantized_models import QuantizedModel
 from stored_models import FP4, NF4, NF4_DOUBLE, QUANTIZATIONS, W4A16
 

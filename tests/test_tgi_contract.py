@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 
 import factories
 from qexport.errors import QexportError
-from qexport.export.contract import Check, refuse_failed
-from qexport.export.tgi.contract import RULES, check_folder, check_rule
+from qexport.export.contract import Check, check_rules, refuse_failed
+from qexport.export.tgi.contract import RULES, check_folder
 from qexport.export.tgi.folder import read_folder
 from qexport.quantize.settings import NoneSettings, W8a8Settings
 from quantized_models import gptq_method
@@ -288,7 +288,7 @@ def test_a_malformed_config_is_a_failed_check_and_never_a_crash(data: st.DataObj
     places = [(config, key) for config in _objects(found.config) for key in config]
     config, key = data.draw(st.sampled_from(places))
     config[key] = data.draw(ODD)
-    assert [check_rule(rule, found).name for rule in RULES] == [rule.name for rule in RULES]
+    assert [check.name for check in check_rules(RULES, found)] == [rule.name for rule in RULES]
 
 
 _read = cache(read_folder)

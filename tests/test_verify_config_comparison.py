@@ -17,6 +17,7 @@ SCALED = factories.llama_config(rope_parameters={"rope_type": "linear", "factor"
 FALCON, FALCON_40B = factories.falcon_config(), factories.falcon_40b_config()
 RW = factories.falcon_config(alibi=True, multi_query=False)
 NEOX = GPTNeoXConfig(num_hidden_layers=2, hidden_size=64, num_attention_heads=4)
+SLIDING = Gemma3TextConfig(num_hidden_layers=2, hidden_size=64, num_attention_heads=4)
 GEMMA = Gemma3TextConfig(num_hidden_layers=8, hidden_size=64, num_attention_heads=4)
 
 
@@ -35,6 +36,7 @@ def content(config: PretrainedConfig) -> dict[str, Any]:
         (FALCON_40B, {"num_kv_heads": 2, "num_ln_in_parallel_attn": 2}),
         (RW, {"num_kv_heads": 4}),
         (NEOX, {"rotary_emb_base": 10000, "rotary_pct": 0.25}),
+        (SLIDING, {"sliding_window_pattern": 6}),
         (GEMMA, {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 6}),
     ],
 )

@@ -15,7 +15,8 @@ import factories
 from qexport.architectures.structure import describe
 from qexport.errors import InputError
 from qexport.reading.artifact_source import ArtifactSource
-from qexport.reading.gptq_rules import QuantizationRules, Scheme
+from qexport.reading.gptq_rules import QuantizationRules
+from qexport.reading.stored_format import Scheme
 from quantized_models import QuantizedModel, dequantized, gptq_method
 
 DOWN = "model.layers.0.mlp.down_proj"

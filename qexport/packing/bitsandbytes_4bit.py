@@ -14,6 +14,7 @@ from typing import Any, Final
 import torch
 
 from qexport.errors import InputError
+from qexport.packing.checks import check_specs, place
 from qexport.packing.code_books import QuantType, dynamic_values, four_bit_values
 from qexport.tensors import BlockQuantized, BlockQuantizedSpec, LargestSpec, NestedAbsmax, TensorSpec
 from qexport.tensors.strict_json import parse_json
@@ -79,21 +80,15 @@ def unpack(tensors: Mapping[str, torch.Tensor], *, module: str = "") -> BlockQua
             malformed, or a code book is not bitsandbytes' own.
     """
     state_name, quant_type = _find_state(tensors, module)
-    spec, offset = _read_state(tensors[state_name], quant_type, _path(module, state_name))
+    spec, offset = _read_state(tensors[state_name], quant_type, place(module, state_name))
     expected = packed_specs(spec)
     if different := sorted(tensors.keys() ^ expected.keys()):
-        raise InputError("a 4-bit layer lacks a tensor, or has one too many", where=_path(module, ", ".join(different)))
-    for name, wanted in expected.items():
-        found = TensorSpec(tuple(tensors[name].shape), tensors[name].dtype)
-        if not wanted.admits(found):
-            raise InputError(
-                f"expected {wanted.dtype} {list(wanted.shape)}, found {found.dtype} {list(found.shape)}",
-                where=_path(module, name),
-            )
+        raise InputError("a 4-bit layer lacks a tensor, or has one too many", where=place(module, ", ".join(different)))
+    check_specs(tensors, expected, module)
     nested = None
-    _check_book(tensors["weight.quant_map"], four_bit_values(quant_type), _path(module, "weight.quant_map"))
+    _check_book(tensors["weight.quant_map"], four_bit_values(quant_type), place(module, "weight.quant_map"))
     if spec.double_quant:
-        _check_book(tensors["weight.nested_quant_map"], dynamic_values(), _path(module, "weight.nested_quant_map"))
+        _check_book(tensors["weight.nested_quant_map"], dynamic_values(), place(module, "weight.nested_quant_map"))
         nested = NestedAbsmax(tensors["weight.nested_absmax"], offset)
     return BlockQuantized(tensors["weight"].reshape(-1), tensors["weight.absmax"], nested, spec)
 
@@ -104,7 +99,7 @@ def state_spec(content: torch.Tensor, quant_type: QuantType, *, module: str = ""
     Raises:
         InputError: the text is malformed.
     """
-    return _read_state(content, quant_type, _path(module, f"{STATE_PREFIX}{quant_type}"))[0]
+    return _read_state(content, quant_type, place(module, f"{STATE_PREFIX}{quant_type}"))[0]
 
 
 def flat_absmax(quantized: BlockQuantized) -> torch.Tensor:
@@ -162,7 +157,7 @@ def _find_state(tensors: Mapping[str, torch.Tensor], module: str) -> tuple[str, 
     found = [(f"{STATE_PREFIX}{each}", each) for each in quant_types if f"{STATE_PREFIX}{each}" in tensors]
     if len(found) != 1:
         raise InputError(
-            f"a 4-bit layer has one quant_state, not {len(found)}", where=_path(module, f"{STATE_PREFIX}nf4|fp4")
+            f"a 4-bit layer has one quant_state, not {len(found)}", where=place(module, f"{STATE_PREFIX}nf4|fp4")
         )
     return found[0]
 
@@ -195,7 +190,3 @@ def _read_state(content: torch.Tensor, quant_type: QuantType, where: str) -> tup
 def _check_book(found: torch.Tensor, expected: torch.Tensor, where: str) -> None:
     if not torch.equal(found.cpu(), expected):
         raise InputError("the code book is not the one that bitsandbytes has", where=where)
-
-
-def _path(module: str, name: str) -> str:
-    return f"{module}.{name}" if module else name

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import torch
 
 from qexport.errors import InputError, QexportError
+from qexport.packing.checks import check_specs, place
 from qexport.packing.words import WORD_BITS, from_words, to_words
 from qexport.tensors import GroupQuantized, GroupQuantizedSpec, RowQuantized, RowQuantizedSpec, TensorSpec
 
@@ -98,8 +99,8 @@ def unpack_groups(
     group_size = in_features if group_size == -1 else group_size
     spec = GroupQuantizedSpec(out_features, in_features, bits, group_size, sym, desc_act)
     if reason := check_groups(spec):
-        raise InputError(f"not a packed layer: {reason}", where=_path(module, "weight_shape"))
-    _check(tensors, group_specs(spec), module)
+        raise InputError(f"not a packed layer: {reason}", where=place(module, "weight_shape"))
+    check_specs(tensors, group_specs(spec), module)
     device = tensors["weight_packed"].device
     codes = torch.empty(spec.shape, dtype=torch.uint8, device=device)
     for start in range(0, out_features, _ROWS_AT_ONCE):
@@ -112,7 +113,7 @@ def unpack_groups(
     if _ordered(spec):
         g_idx = tensors["weight_g_idx"]
     if int(g_idx.min()) < 0 or int(g_idx.max()) >= spec.groups:
-        raise InputError(f"it points outside the {spec.groups} groups", where=_path(module, "weight_g_idx"))
+        raise InputError(f"it points outside the {spec.groups} groups", where=place(module, "weight_g_idx"))
     scales = tensors["weight_scale"].t().contiguous()
     return GroupQuantized(codes, scales, zeros, g_idx, bits, group_size, sym, desc_act)
 
@@ -145,13 +146,13 @@ def unpack_rows(tensors: Mapping[str, torch.Tensor], *, module: str = "") -> Row
     """
     codes = tensors.get("weight")
     if codes is None or codes.dim() != 2:
-        raise InputError("a matrix of codes is missing", where=_path(module, "weight"))
+        raise InputError("a matrix of codes is missing", where=place(module, "weight"))
     rows, columns = codes.shape
-    _check(tensors, row_specs(RowQuantizedSpec(rows, columns, torch.float32)), module)
+    check_specs(tensors, row_specs(RowQuantizedSpec(rows, columns, torch.float32)), module)
     scales = tensors["weight_scale"][:, 0]
     absmax = scales * 127  # rounded, yet over 127 it is every absmax's scale again: tried on all of a binade
     if bool((absmax / 127 != scales).any()) or bool((scales < 0).any()):
-        raise InputError("a scale is no row's absmax over 127", where=_path(module, "weight_scale"))
+        raise InputError("a scale is no row's absmax over 127", where=place(module, "weight_scale"))
     return RowQuantized(codes, absmax)
 
 
@@ -168,23 +169,6 @@ def _spec(quantized: GroupQuantized) -> GroupQuantizedSpec:
 def _weight_shape(tensors: Mapping[str, torch.Tensor], module: str) -> tuple[int, int]:
     shape = tensors.get("weight_shape")
     if shape is None or shape.shape != (2,) or bool((shape < 1).any()):
-        raise InputError("the shape of a packed layer is missing", where=_path(module, "weight_shape"))
+        raise InputError("the shape of a packed layer is missing", where=place(module, "weight_shape"))
     rows, columns = shape.tolist()
     return rows, columns
-
-
-def _check(tensors: Mapping[str, torch.Tensor], specs: Mapping[str, TensorSpec], module: str) -> None:
-    for name, expected in specs.items():
-        if name not in tensors:
-            raise InputError("a tensor of a quantized layer is missing", where=_path(module, name))
-        found = TensorSpec(tuple(tensors[name].shape), tensors[name].dtype)
-        if found != expected:
-            raise InputError(
-                f"expected {expected.dtype} {list(expected.shape)}, found {found.dtype} {list(found.shape)}",
-                where=_path(module, name),
-                mend="check the quantization config against the tensors",
-            )
-
-
-def _path(module: str, name: str) -> str:
-    return f"{module}.{name}" if module else name

@@ -17,6 +17,7 @@ from math import gcd
 import torch
 
 from qexport.errors import InputError, QexportError
+from qexport.packing.checks import check_specs, place
 from qexport.packing.words import WORD_BITS, from_words, to_words
 from qexport.tensors import GroupQuantized, GroupQuantizedSpec, TensorSpec
 
@@ -105,7 +106,7 @@ def unpack(
         codes[rows] = from_words(tensors["qweight"][:, rows].t(), bits)
     zeros = (from_words(tensors["qzeros"], bits) + 1) & _largest(bits)
     if sym and bool((zeros != 1 << (bits - 1)).any()):
-        raise InputError("the quantization config says sym, the zero points differ", where=_path(module, "qzeros"))
+        raise InputError("the quantization config says sym, the zero points differ", where=place(module, "qzeros"))
     return GroupQuantized(codes, tensors["scales"], zeros, tensors["g_idx"], bits, group_size, sym, desc_act)
 
 
@@ -137,25 +138,18 @@ def _check_content(quantized: GroupQuantized) -> None:
 def _check_presence(tensors: Mapping[str, torch.Tensor], module: str) -> None:
     for name, dimensions in (("qweight", 2), ("qzeros", 2), ("scales", 2), ("g_idx", 1)):
         if name not in tensors:
-            raise InputError("a tensor of a quantized layer is missing", where=_path(module, name))
+            raise InputError("a tensor of a quantized layer is missing", where=place(module, name))
         if tensors[name].dim() != dimensions:
             found = list(tensors[name].shape)
-            raise InputError(f"expected {dimensions} dimensions, found shape {found}", where=_path(module, name))
+            raise InputError(f"expected {dimensions} dimensions, found shape {found}", where=place(module, name))
 
 
 def _check_packed(tensors: Mapping[str, torch.Tensor], spec: GroupQuantizedSpec, module: str) -> None:
     if reason := check_shape(spec.out_features, spec.in_features, spec.bits, spec.group_size):
-        raise InputError(f"not a packed layer: {reason}", where=_path(module, "scales, g_idx"))
-    for name, expected in packed_specs(spec).items():
-        found = TensorSpec(tuple(tensors[name].shape), tensors[name].dtype)
-        if found != expected:
-            raise InputError(
-                f"expected {expected.dtype} {list(expected.shape)}, found {found.dtype} {list(found.shape)}",
-                where=_path(module, name),
-                mend="check bits and group_size in the quantization config against the tensors",
-            )
+        raise InputError(f"not a packed layer: {reason}", where=place(module, "scales, g_idx"))
+    check_specs(tensors, packed_specs(spec), module)
     if fault := _g_idx_fault(tensors["g_idx"], spec.in_features, spec.groups):
-        raise InputError(fault, where=_path(module, "g_idx"))
+        raise InputError(fault, where=place(module, "g_idx"))
 
 
 def _g_idx_fault(g_idx: torch.Tensor, in_features: int, groups: int) -> str | None:
@@ -164,7 +158,3 @@ def _g_idx_fault(g_idx: torch.Tensor, in_features: int, groups: int) -> str | No
     if int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:
         return f"g_idx points outside the {groups} groups"
     return None
-
-
-def _path(module: str, name: str) -> str:
-    return f"{module}.{name}" if module else name

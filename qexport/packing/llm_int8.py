@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 
 from qexport.errors import InputError
+from qexport.packing.checks import place
 from qexport.tensors import RowQuantized, RowQuantizedSpec, TensorSpec
 
 _ROW_MAJOR = 0
@@ -45,16 +46,12 @@ def unpack(tensors: Mapping[str, torch.Tensor], *, module: str = "") -> RowQuant
     """
     weight = tensors.get("weight")
     if weight is None or weight.dim() != 2:
-        raise InputError("an int8 layer lacks its matrix of codes", where=_path(module, "weight"))
+        raise InputError("an int8 layer lacks its matrix of codes", where=place(module, "weight"))
     out_features, in_features = weight.shape
     expected = packed_specs(RowQuantizedSpec(out_features, in_features, torch.float16))
     found = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     if wrong := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
-        raise InputError("not the tensors of an int8 layer", where=_path(module, ", ".join(wrong)))
+        raise InputError("not the tensors of an int8 layer", where=place(module, ", ".join(wrong)))
     if int(tensors["weight_format"]) != _ROW_MAJOR:
-        raise InputError("only the row-major weight_format 0 is read", where=_path(module, "weight_format"))
+        raise InputError("only the row-major weight_format 0 is read", where=place(module, "weight_format"))
     return RowQuantized(weight, tensors["SCB"])
-
-
-def _path(module: str, name: str) -> str:
-    return f"{module}.{name}" if module else name

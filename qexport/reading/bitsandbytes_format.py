@@ -6,17 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-import torch
-
 from qexport.architectures.structure import Structure
 from qexport.errors import InputError
 from qexport.packing import bitsandbytes_4bit, llm_int8
 from qexport.packing.code_books import QuantType
 from qexport.reading.module_patterns import SkipList, strings
-from qexport.reading.stored_format import StoredWeight, Tensors
+from qexport.reading.stored_format import WHERE, StoredWeight, Tensors, int8_shape, refuse_missing
 from qexport.tensors import BlockQuantized, BlockQuantizedSpec, RowQuantized, WeightSource
 
-_WHERE: Final = "config.json: quantization_config"
 _QUANT_TYPES: Final[tuple[QuantType, ...]] = ("nf4", "fp4")
 
 
@@ -27,7 +24,7 @@ class _Claims:
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         listed = config.get("llm_int8_skip_modules")
-        where = f"{_WHERE}: llm_int8_skip_modules"
+        where = f"{WHERE}: llm_int8_skip_modules"
         self._skip = None if listed is None else SkipList(strings(listed, where), where)
 
     def claimed(self, structure: Structure) -> set[str]:
@@ -83,7 +80,7 @@ class FourBitFormat(_Claims):
         self._quant_type = config.get("bnb_4bit_quant_type", "fp4")  # transformers' own defaults
         self._double_quant = config.get("bnb_4bit_use_double_quant", False)
         if self._quant_type not in _QUANT_TYPES or type(self._double_quant) is not bool:
-            raise InputError("bnb_4bit_quant_type or bnb_4bit_use_double_quant cannot be read", where=_WHERE)
+            raise InputError("bnb_4bit_quant_type or bnb_4bit_use_double_quant cannot be read", where=WHERE)
 
     def weights(self, source: WeightSource) -> dict[str, StoredWeight]:
         """The modules that have a quant_state, which is read.
@@ -104,7 +101,7 @@ class FourBitFormat(_Claims):
         if found != claimed:
             names = [f"{name}{' with double quantization' if double else ''}" for name, double in (found, claimed)]
             raise InputError(f"a layer is {names[0]}, the quantization config says {names[1]}", where=module)
-        _refuse_missing(module, weight.parts, source)
+        refuse_missing(module, weight.parts, source.specs())
         return weight
 
 
@@ -141,11 +138,8 @@ class LlmInt8Format(_Claims):
         """
         weights: dict[str, StoredWeight] = {}
         for module in _modules(source, ".SCB"):
-            _refuse_missing(module, LlmInt8Weight.parts, source)
-            codes = source.specs()[f"{module}.weight"]
-            if len(codes.shape) != 2 or codes.dtype != torch.int8:
-                raise InputError(f"{codes.dtype} {list(codes.shape)} is no int8 matrix", where=f"{module}.weight")
-            weights[module] = LlmInt8Weight(module, (codes.shape[0], codes.shape[1]))
+            refuse_missing(module, LlmInt8Weight.parts, source.specs())
+            weights[module] = LlmInt8Weight(module, int8_shape(module, source.specs()))
         return weights
 
 
@@ -157,14 +151,9 @@ def bitsandbytes_format(config: Mapping[str, Any]) -> FourBitFormat | LlmInt8For
     """
     four, eight = config.get("load_in_4bit", False), config.get("load_in_8bit", False)
     if type(four) is not bool or type(eight) is not bool or four == eight:
-        raise InputError("exactly one of load_in_4bit and load_in_8bit must be true", where=_WHERE)
+        raise InputError("exactly one of load_in_4bit and load_in_8bit must be true", where=WHERE)
     return FourBitFormat(config) if four else LlmInt8Format(config)
 
 
 def _modules(source: WeightSource, suffix: str) -> list[str]:
     return [name.removesuffix(suffix) for name in source.specs() if name.endswith(suffix)]
-
-
-def _refuse_missing(module: str, parts: tuple[str, ...], source: WeightSource) -> None:
-    if missing := [part for part in parts if f"{module}.{part}" not in source.specs()]:
-        raise InputError(f"a quantized module lacks {', '.join(missing)}", where=module)

@@ -11,8 +11,8 @@ import torch
 from qexport.architectures.structure import Structure
 from qexport.errors import InputError
 from qexport.packing import compressed_tensors
-from qexport.reading.compressed_tensors_rules import CompressedTensorsRules, Scheme
-from qexport.reading.stored_format import StoredWeight, Tensors
+from qexport.reading.compressed_tensors_rules import CompressedTensorsRules
+from qexport.reading.stored_format import Scheme, StoredWeight, Tensors, int8_shape, refuse_missing
 from qexport.tensors import GroupQuantized, RowQuantized, TensorSpec, WeightSource
 
 _LARGEST: Final = 1 << 31
@@ -108,7 +108,7 @@ class CompressedTensorsFormat:
             parts.append("weight_zero_point")
         if scheme and scheme.desc_act:
             parts.append("weight_g_idx")
-        _refuse_missing(module, parts, specs)
+        refuse_missing(module, parts, specs)
         if specs[f"{module}.weight_shape"] != TensorSpec((2,), torch.int64):
             raise InputError("the shape of a packed layer is no int64 [2]", where=f"{module}.weight_shape")
         rows, columns = source.read(f"{module}.weight_shape").tolist()
@@ -117,16 +117,8 @@ class CompressedTensorsFormat:
         return PackedWeight(module, (rows, columns), scheme, tuple(parts))
 
     def _rows(self, module: str, source: WeightSource) -> RowWeight:
-        _refuse_missing(module, RowWeight.parts, source.specs())
-        codes = source.specs()[f"{module}.weight"]
-        if len(codes.shape) != 2 or codes.dtype != torch.int8:
-            raise InputError(f"{codes.dtype} {list(codes.shape)} is no int8 matrix", where=f"{module}.weight")
-        return RowWeight(module, (codes.shape[0], codes.shape[1]), self._rules.scheme(module))
-
-
-def _refuse_missing(module: str, parts: list[str] | tuple[str, ...], specs: Mapping[str, TensorSpec]) -> None:
-    if missing := [part for part in parts if f"{module}.{part}" not in specs]:
-        raise InputError(f"a quantized module lacks {', '.join(missing)}", where=module)
+        refuse_missing(module, RowWeight.parts, source.specs())
+        return RowWeight(module, int8_shape(module, source.specs()), self._rules.scheme(module))
 
 
 def _dense_by_config(module: str) -> InputError:

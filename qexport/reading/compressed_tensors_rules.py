@@ -8,24 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Final
 
 from qexport.errors import InputError
 from qexport.reading.module_patterns import compiled, strings
+from qexport.reading.stored_format import WHERE, Scheme
 
-_WHERE: Final = "config.json: quantization_config"
 _FORMATS: Final = ("int-quantized", "pack-quantized")
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """How a module's codes are to be read. `group_size` is -1 for one group per row."""
-
-    bits: int
-    group_size: int
-    sym: bool
-    desc_act: bool
 
 
 class CompressedTensorsRules:
@@ -44,16 +33,16 @@ class CompressedTensorsRules:
     def __init__(self, config: Mapping[str, Any]) -> None:
         if config.get("format") not in _FORMATS:
             raise InputError(
-                f"format is {config.get('format')!r}; this reader knows {', '.join(_FORMATS)}", where=_WHERE
+                f"format is {config.get('format')!r}; this reader knows {', '.join(_FORMATS)}", where=WHERE
             )
         if config.get("kv_cache_scheme") is not None:
-            raise InputError("a quantized cache is not read", where=f"{_WHERE}: kv_cache_scheme")
+            raise InputError("a quantized cache is not read", where=f"{WHERE}: kv_cache_scheme")
         self.packed = config["format"] == "pack-quantized"
-        self._ignore = _Names(config.get("ignore") or [], f"{_WHERE}: ignore")
+        self._ignore = _Names(config.get("ignore") or [], f"{WHERE}: ignore")
         groups = config.get("config_groups")
         if not isinstance(groups, dict) or not groups:
-            raise InputError("config_groups must map names to groups", where=_WHERE)
-        self._groups = [_group(group, f"{_WHERE}: config_groups: {name}") for name, group in groups.items()]
+            raise InputError("config_groups must map names to groups", where=WHERE)
+        self._groups = [_group(group, f"{WHERE}: config_groups: {name}") for name, group in groups.items()]
 
     def scheme(self, module: str) -> Scheme | None:
         """How the linear module is quantized, None where it is dense. The first group that names it holds."""

@@ -9,7 +9,7 @@ from qexport.reading.bitsandbytes_format import bitsandbytes_format
 from qexport.reading.compressed_tensors_format import CompressedTensorsFormat
 from qexport.reading.dense_format import DenseFormat
 from qexport.reading.gptq_format import GptqFormat
-from qexport.reading.stored_format import StoredFormat
+from qexport.reading.stored_format import WHERE, StoredFormat
 
 
 def stored_format(config: Any) -> StoredFormat:
@@ -24,7 +24,7 @@ def stored_format(config: Any) -> StoredFormat:
     if config is None:
         return DenseFormat()
     if not isinstance(config, dict):
-        raise InputError("must be an object", where="config.json: quantization_config")
+        raise InputError("must be an object", where=WHERE)
     match config.get("quant_method"):
         case "gptq":
             return GptqFormat(config)
@@ -35,5 +35,5 @@ def stored_format(config: Any) -> StoredFormat:
         case method:
             raise InputError(
                 f"quant_method is {method!r}; this reader knows gptq, bitsandbytes and compressed-tensors",
-                where="config.json: quantization_config",
+                where=WHERE,
             )

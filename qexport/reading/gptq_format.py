@@ -9,8 +9,8 @@ from typing import Any, Final
 from qexport.architectures.structure import Structure
 from qexport.errors import InputError
 from qexport.packing import gptq
-from qexport.reading.gptq_rules import WHERE, QuantizationRules, Scheme
-from qexport.reading.stored_format import StoredWeight, Tensors
+from qexport.reading.gptq_rules import QuantizationRules
+from qexport.reading.stored_format import WHERE, Scheme, StoredWeight, Tensors, refuse_missing
 from qexport.tensors import GroupQuantized, TensorSpec, WeightSource
 
 _PARTS: Final = ("qweight", "qzeros", "scales", "g_idx")
@@ -74,8 +74,7 @@ class GptqFormat:
 
 
 def _shape(module: str, specs: Mapping[str, TensorSpec]) -> tuple[int, int]:
-    if missing := [part for part in _PARTS if f"{module}.{part}" not in specs]:
-        raise InputError(f"a quantized module lacks {', '.join(missing)}", where=module)
+    refuse_missing(module, _PARTS, specs)
     scales, g_idx = specs[f"{module}.scales"].shape, specs[f"{module}.g_idx"].shape
     if len(scales) != 2 or len(g_idx) != 1:
         raise InputError(f"scales {list(scales)} and g_idx {list(g_idx)} are no [groups, out] and [in]", where=module)

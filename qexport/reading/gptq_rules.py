@@ -4,25 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Final
 
 from qexport.errors import InputError
 from qexport.reading.module_patterns import compiled
-
-WHERE: Final = "config.json: quantization_config"
+from qexport.reading.stored_format import WHERE, Scheme
 
 _SCHEME_TYPES: Final = {"bits": int, "group_size": int, "sym": bool, "desc_act": bool}
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """How a module's codes are to be read. `group_size` is -1 for one group per row."""
-
-    bits: int
-    group_size: int
-    sym: bool
-    desc_act: bool
 
 
 class QuantizationRules:

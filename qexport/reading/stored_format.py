@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final, Protocol
 
 import torch
 
 from qexport.architectures.structure import Structure
-from qexport.tensors import Quantized, WeightSource
+from qexport.errors import InputError
+from qexport.tensors import Quantized, TensorSpec, WeightSource
+
+WHERE: Final = "config.json: quantization_config"
 
 Tensors = Mapping[str, torch.Tensor]
 """The tensors of one module, by their names inside it: `qweight`, or `weight.absmax`."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a module's codes are to be read. `group_size` is -1 for one group per row."""
+
+    bits: int
+    group_size: int
+    sym: bool
+    desc_act: bool
 
 
 class StoredWeight(Protocol):
@@ -50,3 +64,25 @@ class StoredFormat(Protocol):
     def claimed(self, structure: Structure) -> set[str]:
         """The modules that the config calls quantized, by path."""
         ...
+
+
+def refuse_missing(module: str, parts: Iterable[str], specs: Mapping[str, TensorSpec]) -> None:
+    """Refuses a quantized module that lacks one of its tensors.
+
+    Raises:
+        InputError: all that are missing are named.
+    """
+    if missing := [part for part in parts if f"{module}.{part}" not in specs]:
+        raise InputError(f"a quantized module lacks {', '.join(missing)}", where=module)
+
+
+def int8_shape(module: str, specs: Mapping[str, TensorSpec]) -> tuple[int, int]:
+    """[out, in] of a module whose `weight` is a matrix of int8 codes.
+
+    Raises:
+        InputError: it is none.
+    """
+    codes = specs[f"{module}.weight"]
+    if len(codes.shape) != 2 or codes.dtype != torch.int8:
+        raise InputError(f"{codes.dtype} {list(codes.shape)} is no int8 matrix", where=f"{module}.weight")
+    return codes.shape[0], codes.shape[1]

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from qexport.architectures.older_keys import older_keys
 from qexport.architectures.structure import parse_config
 from qexport.errors import InputError, listed
 
@@ -65,37 +66,7 @@ def _implied(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     parsed = _plain(parse_config(config).to_dict())
     values = {key: value for key, value in parsed.items() if key not in config}
-    values |= _rotary(parsed.get("rope_parameters") or {})
-    if parsed["model_type"] == "falcon":
-        values |= _falcon(parsed)
-    if isinstance(layers := parsed.get("layer_types"), list) and "full_attention" in layers:
-        values["sliding_window_pattern"] = layers.index("full_attention") + 1
+    values |= {"partial_rotary_factor": 1.0} | older_keys(parsed)
     if not config.get("architectures"):
         values["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(parsed["model_type"])]
     return values
-
-
-def _rotary(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys from before transformers 5 joined them in `rope_parameters`; families with two kinds of layers have one
-    set of parameters for each kind.
-    """
-    main = parameters.get("full_attention", parameters)
-    if not isinstance(main, Mapping) or "rope_theta" not in main:
-        return {}
-    part = main.get("partial_rotary_factor", 1.0)
-    values = {"rope_theta": main["rope_theta"], "rotary_emb_base": main["rope_theta"]}
-    values |= {"partial_rotary_factor": part, "rotary_pct": part}
-    moved = ("rope_theta", "partial_rotary_factor")
-    scaling = {key: value for key, value in main.items() if key not in moved}
-    values["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
-    if isinstance(local := parameters.get("sliding_attention"), Mapping):
-        values["rope_local_base_freq"] = local["rope_theta"]
-    return values
-
-
-def _falcon(parsed: Mapping[str, Any]) -> dict[str, Any]:
-    """Heads of keys and values, and layer norms in a layer; transformers finds them from other keys."""
-    if parsed["new_decoder_architecture"]:
-        norms = parsed.get("num_ln_in_parallel_attn")
-        return {"num_kv_heads": parsed["num_kv_heads"], "num_ln_in_parallel_attn": 2 if norms is None else norms}
-    return {"num_kv_heads": 1 if parsed["multi_query"] else parsed["num_attention_heads"]}

@@ -8,10 +8,20 @@ from typing import Any, Final
 
 from transformers import PreTrainedConfig
 
+from qexport.architectures.older_keys import older_keys
 from qexport.architectures.structure import parse_config
 
 _GENERAL: Final = frozenset(PreTrainedConfig().to_dict()) | {"rope_parameters", "layer_types"}
 """What every configuration of transformers has, or no older version knows."""
+
+_ROTARY: Final = ("rope_theta", "rope_local_base_freq", "rope_scaling", "partial_rotary_factor")
+_OWN: Final[Mapping[str, tuple[str, ...]]] = {
+    "falcon": ("num_kv_heads", "num_ln_in_parallel_attn"),
+    "gemma3_text": ("sliding_window_pattern",),
+    "gpt_neox": ("rotary_emb_base", "rotary_pct"),
+}
+_KEPT: Final = ("rope_local_base_freq", "rope_scaling", "partial_rotary_factor", "rotary_emb_base", "rotary_pct")
+"""Older keys that stay where the base has them; TGI takes the others blindly, and counts heads in its own way."""
 
 FALCON_KEYS: Final = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_kv_heads", "layer_norm_epsilon",
@@ -34,14 +44,13 @@ def tgi_config(config: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in full.items()
         if key not in _GENERAL and not key.startswith("_") and value is not None and _plain(value)
     }
-    result = {**values, **config}
-    result |= {"torch_dtype": "float16", "is_encoder_decoder": False}
-    result |= _rotary(full, config)
-    if full["model_type"] == "falcon":
-        result |= _falcon(full)
-    if full["model_type"] == "gemma3_text":
-        result |= _sliding_pattern(full)
-    return result
+    read = (*_ROTARY, *_OWN.get(full["model_type"], ()))
+    older = {
+        key: value
+        for key, value in older_keys(full).items()
+        if key in read and value is not None and (key not in _KEPT or config.get(key) is None)
+    }
+    return {**values, **config, "torch_dtype": "float16", "is_encoder_decoder": False, **older}
 
 
 def num_kv_heads(config: Mapping[str, Any]) -> int:
@@ -50,42 +59,6 @@ def num_kv_heads(config: Mapping[str, Any]) -> int:
         if config.get(key) is not None:
             return int(config[key])
     return int(config.get("num_attention_heads") or config["n_head"])
-
-
-def _rotary(full: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """`rope_theta`, `rope_scaling` and the like: transformers 5 has moved them into `rope_parameters`."""
-    parameters = full.get("rope_parameters")
-    if not parameters:
-        return {}
-    by_layer = isinstance(parameters.get("full_attention"), Mapping)
-    main = parameters["full_attention"] if by_layer else parameters
-    result: dict[str, Any] = {"rope_theta": main["rope_theta"]}
-    if by_layer:
-        result["rope_local_base_freq"] = parameters["sliding_attention"]["rope_theta"]
-    if main.get("rope_type", "default") != "default":
-        moved = ("rope_theta", "partial_rotary_factor")
-        result["rope_scaling"] = {key: value for key, value in main.items() if key not in moved}
-    if (factor := main.get("partial_rotary_factor")) is not None:
-        result["partial_rotary_factor"] = factor
-    if full["model_type"] == "gpt_neox":
-        result |= {"rotary_emb_base": main["rope_theta"], "rotary_pct": main.get("partial_rotary_factor", 1.0)}
-    return {key: value for key, value in result.items() if config.get(key) is None or key == "rope_theta"}
-
-
-def _falcon(full: Mapping[str, Any]) -> dict[str, Any]:
-    """TGI counts heads of keys and values itself, and has no default for the number of layer norms."""
-    if not full["new_decoder_architecture"]:
-        return {"num_kv_heads": 1 if full["multi_query"] else full["num_attention_heads"]}
-    norms = full.get("num_ln_in_parallel_attn")
-    return {"num_ln_in_parallel_attn": 2 if norms is None else norms}
-
-
-def _sliding_pattern(full: Mapping[str, Any]) -> dict[str, Any]:
-    """Every how many layers one has full attention; transformers 5 lists the layers instead."""
-    layers = full.get("layer_types") or []
-    if "full_attention" not in layers:
-        return {"sliding_window_pattern": full.get("_sliding_window_pattern", len(layers) + 1)}
-    return {"sliding_window_pattern": layers.index("full_attention") + 1}
 
 
 def _plain(value: Any) -> bool:

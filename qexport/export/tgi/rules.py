@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any, Final
 
 from qexport.errors import listed
+from qexport.export.contract import Rule
 from qexport.export.tgi.config import FALCON_KEYS
 from qexport.export.tgi.families import OWN_MODELS, Backend, backend
 from qexport.export.tgi.folder import RESERVED_WORDS, ServedFolder
@@ -27,21 +27,6 @@ _COUNTS: Final = (
     "num_attention_heads", "num_key_value_heads", "num_hidden_layers", "head_dim", "num_experts_per_tok",
 )  # fmt: skip
 _METHODS: Final = ("gptq", "compressed-tensors")
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One demand of TGI.
-
-    Attributes:
-        name: the demand in a few words; no two rules have the same.
-        source: the file of TGI's repository that it comes from.
-        faults: everything in a folder that breaks it.
-    """
-
-    name: str
-    source: str
-    faults: Callable[[ServedFolder], Iterator[str]]
 
 
 def _config_readable(folder: ServedFolder) -> Iterator[str]:

@@ -8,12 +8,13 @@ from typing import Final
 
 import torch
 
+from qexport.export.contract import Rule
 from qexport.export.tgi.families import OWN_MODELS
 from qexport.export.tgi.folder import ServedFolder
 from qexport.export.tgi.kernels import fault
 from qexport.export.tgi.parallel import degrees
 from qexport.export.tgi.refusals import w8a8_faults
-from qexport.export.tgi.rules import LAUNCHER, MODELS, PEFT, WEIGHTS, Rule
+from qexport.export.tgi.rules import LAUNCHER, MODELS, PEFT, WEIGHTS
 from qexport.tensors import TensorSpec
 
 _QUANTIZATION: Final = "server/text_generation_server/utils/quantization.py"

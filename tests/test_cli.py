@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import importlib
 import io
@@ -417,6 +418,20 @@ def test_the_summary_ends_with_the_place_and_how_to_load_it() -> None:
     lines = shown(manifest()).rstrip().splitlines()
     assert lines[-2].startswith("Artifact     /out/x  (1 file, 60 MB")
     assert lines[-1] == 'Python       import qexport; model = qexport.load("/out/x")'
+
+
+def test_commands_can_be_pasted_whatever_the_folder_is_called() -> None:
+    manifests = {layout: manifest(layout=layout) for layout in ("safetensors", "tgi", "vllm")}
+    console = Console(file=io.StringIO(), width=200)
+    folder = Path('/out/my "$(x)" model')
+    console.print(summary(manifests, folder), crop=False)
+    assert isinstance(console.file, io.StringIO)
+    lines = console.file.getvalue().splitlines()
+    commands = {line[:13].strip(): line[13:].rstrip() for line in lines if line.startswith(("Python", "TGI", "vLLM"))}
+    assert shlex.split(commands["TGI"]) == ["sh", f"{folder}/tgi/launch/docker-run.sh"]
+    assert shlex.split(commands["vLLM"]) == ["vllm", "serve", f"{folder}/vllm"]
+    call = commands["Python"].partition("load(")[2].removesuffix(")")
+    assert ast.literal_eval(call) == f"{folder}/safetensors"
 
 
 def test_several_layouts_are_shown_each_with_its_command_and_shared_weights_once() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import factories
 import stored_models
+from qexport import load
 from qexport.cli import main
 from qexport.errors import InputError
 from qexport.pipeline import plan, run
@@ -149,3 +151,37 @@ def test_vllms_demands_are_told_too(published: Path, capsys: pytest.CaptureFixtu
     assert main(["validate", str(published / "safetensors"), "--server", "vllm"]) in (0, 4)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("ok ", "FAILED "))]
     assert len(lines) == len(inspect_artifact(published / "safetensors", server="vllm").checks) > 5
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_attention_heads": 0},
+        {"num_key_value_heads": 0},
+        {"num_key_value_heads": "two"},
+        {"hidden_size": 1 << 62},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": "x"}, "hidden_act": "no such"},
+    ],
+)
+def test_values_that_make_no_model_are_the_folders_fault(
+    published: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    folder = shutil.copytree(published / "safetensors", tmp_path / "a")
+    (folder / "qexport-manifest.json").unlink()
+    change_config(folder, changes)
+    for reader in (inspect_artifact, load):
+        with pytest.raises(InputError):
+            reader(folder)
+
+
+def test_values_that_a_rule_of_vllm_cannot_judge_break_it(published: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(published / "safetensors", tmp_path / "a")
+    (folder / "qexport-manifest.json").unlink()
+    change_config(folder, {"architectures": 5})
+    failed = inspect_artifact(folder, server="vllm").failed
+    assert any("cannot be judged" in check.detail for check in failed)
+
+
+def change_config(folder: Path, changes: dict[str, Any]) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))

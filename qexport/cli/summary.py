@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import takewhile
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -206,8 +208,8 @@ def _bytes_on_disk(manifests: Mapping[str, Manifest]) -> int:
 def _commands(manifest: Manifest, folder: Path) -> list[tuple[str, str]]:
     match manifest.layout:
         case "tgi":
-            return [("TGI", f"sh {folder}/launch/docker-run.sh")]
+            return [("TGI", f"sh {quote(str(folder / 'launch' / 'docker-run.sh'))}")]
         case "vllm":
-            return [("vLLM", f"vllm serve {folder}")]
+            return [("vLLM", f"vllm serve {quote(str(folder))}")]
         case _:
-            return [("Python", f'import qexport; model = qexport.load("{folder}")')]
+            return [("Python", f"import qexport; model = qexport.load({json.dumps(str(folder))})")]

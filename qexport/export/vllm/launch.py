@@ -21,7 +21,7 @@ _LENGTHS: Final = (
     "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length", "max_target_positions",
     "max_sequence_length", "max_seq_length", "seq_len",
 )  # fmt: skip
-_NAME_LIMIT: Final = 63
+_NAME_LIMIT: Final = 63 - len("-predictor")  # which KServe adds
 _TRITON_CONFIG: Final = """backend: "vllm"
 
 instance_group [
@@ -57,9 +57,10 @@ class Figures:
 
 
 def served_name(origin: str) -> str:
-    """A name that requests, Triton and Kubernetes all take: small letters, digits and dashes."""
+    """A name that requests, Triton and KServe all take: small letters, digits and dashes, a letter first."""
     words = re.sub(r"[^a-z0-9]+", "-", origin.rpartition("/")[2].lower().removesuffix(".gguf")).strip("-")
-    return words[:_NAME_LIMIT].strip("-") or "model"
+    name = words if words[:1].isalpha() else f"model-{words}"
+    return name[:_NAME_LIMIT].strip("-")
 
 
 def max_model_len(config: Mapping[str, Any]) -> int | None:

@@ -79,3 +79,10 @@ def test_a_matrix_of_several_pieces_has_the_codes_of_its_rows() -> None:
         alone = w8a8(weight[index : index + 1])
         assert torch.equal(whole.codes[index], alone.codes[0])
         assert torch.equal(whole.absmax[index], alone.absmax[0])
+
+
+def test_a_row_whose_scale_would_be_zero_has_codes_of_zero() -> None:
+    weight = torch.tensor([[1e-44, 0.0, -1e-44], [1.0, -0.5, 0.0]])
+    found = w8a8(weight)
+    assert found.scales[0] == 0
+    assert found.codes.tolist() == [[0, 0, 0], [127, -64, 0]]

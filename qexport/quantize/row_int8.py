@@ -50,7 +50,8 @@ def _by_rows(
 def _w8a8_codes(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     values = rows.to(torch.float32)
     absmax = values.abs().amax(1)
-    steps = torch.where(absmax > 0, absmax / 127, 1.0)
+    steps = absmax / 127
+    steps = torch.where(steps > 0, steps, 1.0)  # of a row whose scale is zero, every code is zero
     return (values / steps[:, None]).round_().clamp_(-127, 127), absmax
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qexport.artifact.digest import sha256_file, sha256_json, sha256_tensor
+from qexport.artifact.digest import sha256_bytes, sha256_file, sha256_json, tensor_bytes
 from qexport.artifact.folder import digest_files, open_artifact
 from qexport.artifact.manifest import MANIFEST_NAME
 from qexport.artifact.publish import MARKER_NAME
@@ -64,14 +64,14 @@ def test_a_folder_without_manifest_is_refused(tmp_path: Path) -> None:
 def test_the_digest_of_a_tensor_is_that_of_its_bytes(dtype: torch.dtype) -> None:
     tensor = (torch.arange(12) % 5).reshape(3, 4).to(dtype)
     content = tensor.contiguous().view(torch.uint8).numpy().tobytes()
-    assert sha256_tensor(tensor) == hashlib.sha256(content).hexdigest()
-    assert sha256_tensor(tensor.t().contiguous().t()) == sha256_tensor(tensor)
-    assert sha256_tensor(tensor.t()) != sha256_tensor(tensor)
+    assert sha256_bytes(tensor_bytes(tensor)) == hashlib.sha256(content).hexdigest()
+    assert sha256_bytes(tensor_bytes(tensor.t().contiguous().t())) == sha256_bytes(tensor_bytes(tensor))
+    assert sha256_bytes(tensor_bytes(tensor.t())) != sha256_bytes(tensor_bytes(tensor))
 
 
 def test_scalars_and_empty_tensors_have_digests() -> None:
-    assert sha256_tensor(torch.tensor(1.5)) == sha256_tensor(torch.tensor([1.5]))
-    assert sha256_tensor(torch.empty(0, 4)) == hashlib.sha256(b"").hexdigest()
+    assert sha256_bytes(tensor_bytes(torch.tensor(1.5))) == sha256_bytes(tensor_bytes(torch.tensor([1.5])))
+    assert sha256_bytes(tensor_bytes(torch.empty(0, 4))) == hashlib.sha256(b"").hexdigest()
 
 
 def test_a_file_and_a_json_value_have_stable_digests(tmp_path: Path) -> None:

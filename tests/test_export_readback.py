@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 import factories
 from qexport.errors import QexportError
 from qexport.export.readback import check
-from qexport.export.shards import INDEX_NAME
 from qexport.export.weight_files import WrittenWeights
+from qexport.tensors.safetensors_folder import INDEX_NAME
 from quantized_models import QuantizedModel
 
 QWEIGHT = "model.layers.1.mlp.up_proj.qweight"

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save, save_file
 
 from qexport.errors import QexportError
 from qexport.export import shards
-from qexport.export.shards import INDEX_NAME, ShardWriter, plan_shards
+from qexport.export.shards import ShardWriter, plan_shards
 from qexport.export.size import parse_size
 from qexport.tensors import LargestSpec, TensorSpec
+from qexport.tensors.safetensors_folder import INDEX_NAME
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,

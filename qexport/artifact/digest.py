@@ -48,11 +48,6 @@ def sha256_chunks(chunks: Iterable[memoryview]) -> str:
     return digest.hexdigest()
 
 
-def sha256_tensor(tensor: torch.Tensor) -> str:
-    """The hex digest of the tensor's bytes in row-major order; shape and dtype do not enter."""
-    return sha256_bytes(tensor_bytes(tensor))
-
-
 def sha256_json(value: Any) -> str:
     """The hex digest of a JSON value, whatever the order of its keys.
 

@@ -11,10 +11,10 @@ import torch
 
 from qexport.artifact.digest import sha256_chunks
 from qexport.errors import QexportError
-from qexport.export.shards import INDEX_NAME
 from qexport.export.weight_files import WrittenWeights
 from qexport.tensors import TensorSpec
 from qexport.tensors.safetensors_file import SafetensorsFile
+from qexport.tensors.safetensors_folder import INDEX_NAME
 
 _CODES: Final = (torch.uint8, torch.int8, torch.int32)
 """What every format keeps its codes in, and no parameter."""

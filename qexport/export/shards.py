@@ -19,9 +19,8 @@ import torch
 from qexport.artifact.digest import sha256_bytes, tensor_bytes
 from qexport.errors import QexportError
 from qexport.tensors import TensorSpec
+from qexport.tensors.safetensors_folder import INDEX_NAME, SINGLE_NAME
 
-INDEX_NAME = "model.safetensors.index.json"
-_SINGLE_NAME = "model.safetensors"
 _CHUNK_BYTES = 1 << 22
 
 # In the order in which safetensors lays tensors out: wide types first, so that all are aligned.
@@ -69,7 +68,7 @@ def plan_shards(specs: Mapping[str, TensorSpec], max_shard_size: int) -> list[Sh
         groups[-1][name] = spec
         filled += spec.nbytes
     if len(groups) == 1:
-        return [Shard(_SINGLE_NAME, groups[0])]
+        return [Shard(SINGLE_NAME, groups[0])]
     count = len(groups)
     return [Shard(f"model-{number:05d}-of-{count:05d}.safetensors", group) for number, group in enumerate(groups, 1)]
 

@@ -13,7 +13,6 @@ import torch
 from qexport.architectures.structure import Structure
 from qexport.export.contract import refuse_failed
 from qexport.export.encodings import AutoGptq, CompressedTensors, Encoding, Merged16
-from qexport.export.gptq_config import gptq_config
 from qexport.export.model_files import write_model_files
 from qexport.export.quantization_config import quantization_config
 from qexport.export.settings import TgiSettings
@@ -64,14 +63,10 @@ class TgiLayout:
     @property
     def quantization(self) -> Mapping[str, Any] | None:
         """What config.json says of the codes; None where the server quantizes 16-bit weights by itself."""
-        match self._outputs.method:
-            case Gptq() as method:
-                assert self._codes is not None
-                return gptq_config(method, self._outputs.specs, self._structure) | {"sym": self._codes.sym}
-            case W8A8():
-                return quantization_config(self._outputs, self._structure)
-            case _:
-                return None
+        if not isinstance(self._outputs.method, Gptq | W8A8):
+            return None
+        config = quantization_config(self._outputs, self._structure) or {}
+        return config | {"sym": self._codes.sym} if self._codes else config
 
     @property
     def notes(self) -> list[str]:
@@ -134,7 +129,7 @@ class TgiLayout:
         if isinstance(method, W8A8):
             return faults + w8a8_faults(self._linears, dense)
         assert self._codes is not None
-        rules = gptq_config(method, self._outputs.specs, self._structure).get("dynamic", {})
+        rules = (self.quantization or {}).get("dynamic", {})
         faults += [f"{module}: TGI reads every linear of the blocks as quantized" for module in dense]
         faults += [f"{rule}: TGI reads the same bits and groups everywhere" for rule in rules if rule[0] != "-"]
         return faults + gptq_faults(self._linears, self._codes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Final
 
@@ -15,7 +14,8 @@ from qexport.export.tgi.kernels import fault
 from qexport.export.tgi.parallel import degrees
 from qexport.export.tgi.refusals import w8a8_faults
 from qexport.export.tgi.rules import LAUNCHER, MODELS, PEFT, WEIGHTS
-from qexport.tensors import TensorSpec
+from qexport.packing.gptq import packed_specs
+from qexport.tensors import GroupQuantizedSpec
 
 _QUANTIZATION: Final = "server/text_generation_server/utils/quantization.py"
 _GPTQ: Final = "server/text_generation_server/layers/gptq/__init__.py"
@@ -83,15 +83,10 @@ def _part_specs(folder: ServedFolder) -> Iterator[str]:
     if folder.codes is None:
         return
     for module, (out_features, in_features) in folder.quantized.items():
-        bits, group_size = folder.codes.bits, folder.codes.group_size
-        groups = 1 if group_size == -1 else math.ceil(in_features / group_size)
-        wanted = {
-            "qweight": TensorSpec((in_features * bits // 32, out_features), torch.int32),
-            "qzeros": TensorSpec((groups, out_features * bits // 32), torch.int32),
-            "scales": TensorSpec((groups, out_features), torch.float16),
-            "g_idx": TensorSpec((in_features,), torch.int32),
-        }
-        for part, spec in wanted.items():
+        codes = folder.codes
+        group_size = in_features if codes.group_size == -1 else codes.group_size
+        wanted = GroupQuantizedSpec(out_features, in_features, codes.bits, group_size, codes.sym, codes.desc_act)
+        for part, spec in packed_specs(wanted).items():
             stored = folder.tensors.get(f"{module}.{part}")
             if stored and stored.spec != spec:
                 yield f"{module}.{part} is {stored.spec}, not {spec}"

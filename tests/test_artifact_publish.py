@@ -301,3 +301,27 @@ def test_too_little_room_is_told_before_any_work(tmp_path: Path) -> None:
     disk.ensure_space(tmp_path / "not" / "yet" / "there", 1)
     with pytest.raises(ResourceError, match="not enough room"):
         disk.ensure_space(tmp_path / "not" / "yet" / "there", 10**18)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", ["move_into_place", "_remove"])
+def test_once_it_is_at_its_path_the_artifact_is_finished_whatever_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, number: int
+) -> None:
+    """Ctrl-C would leave the marker or the old folder behind, and a run that says that nothing was published."""
+    honest = getattr(publish, moment)
+
+    def interrupted(*args: Path) -> object:
+        result = honest(*args)
+        os.kill(os.getpid(), number)
+        return result
+
+    before = signal.signal(number, signal.default_int_handler)
+    try:
+        monkeypatch.setattr(publish, moment, interrupted)
+        run(old_output(tmp_path), Publication.publish, force=True)
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, before)
+    assert names(tmp_path) == ["out"]
+    assert tree(tmp_path / "out") == NEW

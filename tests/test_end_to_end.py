@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -16,9 +17,10 @@ import factories
 from adapters import merge_with_peft, save_adapter
 from qexport.artifact.folder import open_artifact
 from qexport.artifact.manifest import MANIFEST_NAME
-from qexport.errors import InputError, NumericalError, QexportError, RecipeError
+from qexport.errors import InputError, NumericalError, QexportError, RecipeError, ResourceError
 from qexport.export.tgi.config import tgi_config
 from qexport.pipeline import Result, plan, run
+from qexport.quantize.parking import Parking
 from qexport.reading.artifact_source import ArtifactSource
 from qexport.recipe import load_recipe
 from qexport.verifying.verification import verify
@@ -340,3 +342,20 @@ def test_a_prompt_beyond_the_models_positions_is_refused_before_any_work(tmp_pat
         finish(tmp_path)
     assert "long" in str(caught.value.where)
     assert "short" not in str(caught.value.where)
+
+
+def test_a_full_disk_under_gptq_frees_what_waited_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The waiting activations lie in a file without a name; a program that goes on must not keep it."""
+    prepare(tmp_path, factories.llama_config(), ["q_proj"])
+    honest = Parking._write
+
+    def full(self: Parking, storage: torch.UntypedStorage, place: int) -> None:
+        honest(self, storage, place)
+        if place:
+            raise OSError(errno.ENOSPC, "planted")
+
+    monkeypatch.setattr(Parking, "_write", full)
+    with pytest.raises(ResourceError, match="disk is full"):
+        finish(tmp_path)
+    opened = [str(path.readlink()) for path in list(Path("/proc/self/fd").iterdir()) if path.is_symlink()]
+    assert not [path for path in opened if path.startswith(str(tmp_path / "out"))]

@@ -5,7 +5,10 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from contextlib import suppress
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -112,18 +115,33 @@ class Publication:
     def _move_to(self, target: Path) -> None:
         """Keeps the locked marker until the rename is done, so that no other run can take the folder before it."""
         sync_tree(self.folder)
-        replaced = move_into_place(self.folder, target)
-        (target / MARKER_NAME).unlink()
-        self._release()
-        if replaced is not None:
-            lock = _lock(replaced)
-            _remove(replaced)
-            os.close(lock)
+        with _uninterrupted():
+            replaced = move_into_place(self.folder, target)
+            (target / MARKER_NAME).unlink()
+            self._release()
+            if replaced is not None:
+                lock = _lock(replaced)
+                _remove(replaced)
+                os.close(lock)
 
     def _release(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ignores Ctrl-C and SIGTERM: once the artifact is at its path, the run is done and must not say otherwise."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _is_complete(folder: Path) -> bool:

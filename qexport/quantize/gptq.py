@@ -81,19 +81,20 @@ def quantize(
         OSError: the disk is full.
     """
     runner = BlockRunner(checkpoint.config, checkpoint.weights, dtype=dtype, device=device)
-    work = _Pass(runner, settings, calibration, scratch)
-    tokens = calibration.input_ids.numel()
-    total = len(runner.structure.blocks)
-    report(Progress("quantize", 0, total, "block"))
-    for name in _outside(checkpoint, runner.structure, work.chosen):
-        yield TensorRecord(name, checkpoint.weights.read(name))
-    for index in range(total):
-        records = work.block(index)
-        report(Progress("quantize", index + 1, total, "block", _summary(records), (index + 1) * tokens))
-        yield from records
-        _tell_fallbacks(records, report)
-    if runner.structure.head in work.chosen:
-        yield work.head()
+    with Parking(scratch) as parking:
+        work = _Pass(runner, settings, calibration, parking)
+        tokens = calibration.input_ids.numel()
+        total = len(runner.structure.blocks)
+        report(Progress("quantize", 0, total, "block"))
+        for name in _outside(checkpoint, runner.structure, work.chosen):
+            yield TensorRecord(name, checkpoint.weights.read(name))
+        for index in range(total):
+            records = work.block(index)
+            report(Progress("quantize", index + 1, total, "block", _summary(records), (index + 1) * tokens))
+            yield from records
+            _tell_fallbacks(records, report)
+        if runner.structure.head in work.chosen:
+            yield work.head()
 
 
 def _outside(checkpoint: Checkpoint, structure: Structure, chosen: Mapping[str, Options]) -> list[str]:
@@ -109,8 +110,10 @@ def _outside(checkpoint: Checkpoint, structure: Structure, chosen: Mapping[str, 
 class _Pass:
     """One pass of the calibration tokens through the model."""
 
-    def __init__(self, runner: BlockRunner, settings: GptqSettings, calibration: CalibrationSet, scratch: Path) -> None:
-        self._runner, self._settings, self._parking = runner, settings, Parking(scratch)
+    def __init__(
+        self, runner: BlockRunner, settings: GptqSettings, calibration: CalibrationSet, parking: Parking
+    ) -> None:
+        self._runner, self._settings, self._parking = runner, settings, parking
         self.chosen = select(runner.structure, settings)
         self._linears = candidates(runner.structure, settings)
         length = calibration.input_ids.shape[1]

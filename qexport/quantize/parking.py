@@ -7,26 +7,38 @@ import io
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import torch
 from torch import Tensor
 
 
 class Parking:
-    """Takes the bytes of tensors whose owners wait, and gives them back in place.
+    """Takes the bytes of tensors whose owners wait, and gives them back in place. A context manager.
 
     The tensors stay where they are, as objects: their storage is emptied, and filled again before anybody looks. The
     file is as large as what is parked for one block.
 
     Args:
-        folder: where the file is made. It has no name there, and ends with the process.
+        folder: where the file is made. It has no name there, and ends with the context: forwards that an
+            error has left waiting hold on to it, and a program may go on after the error.
     """
 
     def __init__(self, folder: Path) -> None:
-        file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - lives as long as the pass
+        file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - closed by __exit__
         assert isinstance(file, io.FileIO)
         self._file = file
         self._end = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Frees the disk. What is still parked is lost."""
+        self._file.close()
 
     def empty(self) -> None:
         """Makes the whole file free again; everything that was parked must have been given back."""

@@ -17,7 +17,6 @@ from qexport.export.gptq_config import gptq_config
 from qexport.export.model_files import write_model_files
 from qexport.export.safetensors_layout import SafetensorsLayout
 from qexport.export.settings import SafetensorsSettings
-from qexport.export.shards import INDEX_NAME
 from qexport.packing import gptq
 from qexport.tensors import (
     Checkpoint,
@@ -29,6 +28,7 @@ from qexport.tensors import (
     OutputSpec,
     TensorRecord,
 )
+from qexport.tensors.safetensors_folder import INDEX_NAME
 from quantized_models import DEFAULT, FILES, QuantizedModel, Tensors, gptq_method
 
 SETTINGS = SafetensorsSettings(layout="safetensors")

@@ -54,7 +54,7 @@ def test_what_vllm_would_not_serve_is_refused_with_the_way_out(model: QuantizedM
 def test_bitsandbytes_is_refused(method: FourBit | LlmInt8) -> None:
     model = llama(special={})
     with pytest.raises(CompatibilityError, match="vLLM") as caught:
-        refuse(Outputs(method, dict(model.specs)), model.structure, model.checkpoint.config, "gptq")
+        refuse(Outputs(method, dict(model.specs)), model.structure, model.checkpoint, "gptq")
     assert "dropped bitsandbytes in 0.28" in str(caught.value)
 
 
@@ -71,8 +71,17 @@ def test_dtypes_and_families_that_vllm_does_not_run_are_refused(
 ) -> None:
     model = QuantizedModel(factories.build(factories.llama_config(), dtype=dtype))
     with pytest.raises(CompatibilityError) as caught:
-        refuse(model.outputs, model.structure, {**model.checkpoint.config, **changes}, "gptq")
+        changed = replace(model.checkpoint, config={**model.checkpoint.config, **changes})
+        refuse(model.outputs, model.structure, changed, "gptq")
     assert words in str(caught.value)
+
+
+def test_a_base_without_a_tokenizer_is_refused_by_the_plan() -> None:
+    model = llama(special={})
+    bare = replace(model.checkpoint, files={})
+    with pytest.raises(CompatibilityError) as caught:
+        refuse(model.outputs, model.structure, bare, "gptq")
+    assert "tokenizer.json" in str(caught.value)
 
 
 def test_all_problems_are_in_one_message() -> None:

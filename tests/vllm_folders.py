@@ -25,7 +25,7 @@ def llama(**changes: Any) -> QuantizedModel:
 
 def layout(model: QuantizedModel, form: Form = "gptq", outputs: Outputs | None = None) -> VllmLayout:
     settings = VllmSettings(layout="vllm", format=form)
-    return VllmLayout(settings, outputs or model.outputs, model.structure, model.checkpoint.config)
+    return VllmLayout(settings, outputs or model.outputs, model.structure, model.checkpoint)
 
 
 def write(folder: Path, kind: str) -> Path:

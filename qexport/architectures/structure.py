@@ -96,6 +96,17 @@ def parse_config(config: Mapping[str, Any]) -> PretrainedConfig:
     return parsed
 
 
+def refuse_impossible_depth(config: PretrainedConfig, tensors: int) -> None:
+    """Holds the number of layers against the tensors that are there, before a model is built.
+
+    Raises:
+        InputError: there are more layers than tensors.
+    """
+    layers = getattr(config, "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > tensors:
+        raise InputError(f"{layers} layers cannot come from {tensors} tensors", where="config.json")
+
+
 @contextmanager
 def _somebody_elses_values() -> Iterator[None]:
     """Every family fails in its own way on a config.json that contradicts itself."""

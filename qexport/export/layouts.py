@@ -30,4 +30,4 @@ def make_layout(settings: ExportSettings, outputs: Outputs, structure: Structure
         case TgiSettings():
             return TgiLayout(settings, outputs, structure, checkpoint)
         case VllmSettings():
-            return VllmLayout(settings, outputs, structure, checkpoint.config)
+            return VllmLayout(settings, outputs, structure, checkpoint)

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from qexport.architectures.naming import name_parameters
-from qexport.architectures.structure import build_on_meta, parse_config
+from qexport.architectures.structure import build_on_meta, parse_config, refuse_impossible_depth
 from qexport.errors import InputError, listed
 from qexport.tensors.finite import is_finite
 from qexport.tensors.source import TensorSpec, WeightSource
@@ -85,9 +85,7 @@ def build_model(config: Mapping[str, Any], *, tensors: int) -> PreTrainedModel:
         CompatibilityError: transformers does not know the family, or loads its weights in a way that qexport does not.
     """
     parsed = parse_config(config)
-    layers = getattr(parsed, "num_hidden_layers", 0)
-    if isinstance(layers, int) and layers > tensors:
-        raise InputError(f"{layers} layers cannot come from {tensors} tensors", where="config.json")
+    refuse_impossible_depth(parsed, tensors)
     model = build_on_meta(parsed)
     name_parameters(model)
     return model

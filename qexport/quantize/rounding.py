@@ -68,6 +68,11 @@ def select(structure: Structure, settings: RoundingSettings) -> list[LinearSpec]
     chosen = [linear for linear in linears if linear.name not in kept and not _any(settings.skip_modules, linear.name)]
     if not chosen and not problems:
         problems.append("no layer is left to quantize: every linear layer is dense by skip_modules or family")
+    problems += [
+        f"{linear.name} is named by skip_modules and by force_modules"
+        for linear in linears
+        if _any(settings.skip_modules, linear.name) and _any(settings.force_modules, linear.name)
+    ]
     if isinstance(settings, W8a8Settings) and any(linear.transposed for linear in chosen):
         problems.append(
             "w8a8 does not fit layers whose weights are stored [in, out] (GPT-2's Conv1D): compressed-tensors knows no "

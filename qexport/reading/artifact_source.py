@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 
 from qexport.architectures.code_keys import without_code_keys
-from qexport.architectures.structure import Structure, describe
+from qexport.architectures.structure import Structure, describe, parse_config, refuse_impossible_depth
 from qexport.errors import InputError, listed
 from qexport.reading.dequantization import dequantize
 from qexport.reading.formats import stored_format
@@ -52,6 +52,7 @@ class ArtifactSource:
         self._format = stored_format(self.quantization)
         self._folder = SafetensorsFolder(folder)
         try:
+            refuse_impossible_depth(parse_config(self.config), len(self._folder.specs()))
             self.quantized: Mapping[str, StoredWeight] = self._format.weights(self._folder)
             if self.quantization is not None and not self.quantized:
                 raise _nothing_quantized(self.quantization, folder)

@@ -24,7 +24,7 @@ from qexport.export.tgi.kernels import Codes, choose_sym, kernel
 from qexport.export.tgi.launch import Figures, launch_files
 from qexport.export.tgi.linears import ServedLinear, Shape, served_linears
 from qexport.export.tgi.parallel import degrees
-from qexport.export.tgi.refusals import flag, gptq_faults, refuse_family, refuse_quantized, w8a8_faults
+from qexport.export.tgi.refusals import flag, gptq_faults, refuse_dtype, refuse_family, refuse_quantized, w8a8_faults
 from qexport.export.tgi.tokenizer import tgi_tokenizer_files
 from qexport.export.weight_files import WeightFiles
 from qexport.tensors import W8A8, Checkpoint, Dense, FourBit, Gptq, LlmInt8, Method, Outputs, QuantizedSpec
@@ -55,6 +55,7 @@ class TgiLayout:
         self._outputs, self._structure, self._config = outputs, structure, tgi_config(checkpoint.config)
         self._files = tgi_tokenizer_files(checkpoint.files)
         refuse_family(self._config, outputs.method)
+        refuse_dtype(self._dense_dtype)
         self._codes, self._reason = _codes(outputs.method, self._linears)
         refuse_quantized(self._faults())
         self.weights = WeightFiles(_encoding(outputs.method), outputs, parse_size(settings.max_shard_size))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+import torch
+
 from qexport.errors import CompatibilityError, listed
 from qexport.export.tgi.families import OWN_MODELS, Backend, backend
 from qexport.export.tgi.kernels import Codes, fault
@@ -86,6 +88,18 @@ def w8a8_faults(linears: Sequence[ServedLinear], dense: Sequence[str]) -> list[s
         elif not left and any(count % CUTLASS_MULTIPLE for count in linear.shape):
             faults.append(f"{linear.name}: {linear.shape} are no multiples of {CUTLASS_MULTIPLE}")
     return faults
+
+
+def refuse_dtype(dtype: torch.dtype) -> None:
+    """Refuses weights in float32: the launcher's `--dtype` knows float16 and bfloat16 (`launcher/src/main.rs`).
+
+    Raises:
+        CompatibilityError: always for float32.
+    """
+    if dtype == torch.float32:
+        raise CompatibilityError(
+            "TGI serves 16-bit weights, not float32", where="merge: dtype", mend="set merge.dtype to bfloat16"
+        )
 
 
 def refuse_quantized(faults: Sequence[str]) -> None:

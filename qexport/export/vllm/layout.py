@@ -32,7 +32,7 @@ class VllmLayout:
         settings: the recipe's.
         outputs: what the pass will yield.
         structure: the model's.
-        config: the base's config.json.
+        checkpoint: the merged model, of which only config and file names are looked at.
 
     Raises:
         CompatibilityError: vLLM would refuse the model or its codes, with the reason and the way out.
@@ -41,12 +41,10 @@ class VllmLayout:
     name = "vllm"
     readers = ("vLLM 0.32",)
 
-    def __init__(
-        self, settings: VllmSettings, outputs: Outputs, structure: Structure, config: Mapping[str, Any]
-    ) -> None:
-        self._outputs, self._structure, self._config = outputs, structure, config
+    def __init__(self, settings: VllmSettings, outputs: Outputs, structure: Structure, checkpoint: Checkpoint) -> None:
+        self._outputs, self._structure, self._config = outputs, structure, checkpoint.config
         self._form = settings.format
-        refuse(outputs, structure, config, self._form)
+        refuse(outputs, structure, checkpoint, self._form)
         self.weights = WeightFiles(_encoding(outputs.method, self._form), outputs, parse_size(settings.max_shard_size))
         self.weights.refuse_faults()
 

@@ -13,6 +13,7 @@ from qexport.errors import CompatibilityError, listed
 from qexport.export.vllm.architectures import ARCHITECTURES, VERSION
 from qexport.export.vllm.fused import disagreements, joined_modules
 from qexport.tensors import (
+    Checkpoint,
     FourBit,
     Gptq,
     GroupQuantizedSpec,
@@ -32,6 +33,9 @@ NO_FLOAT16: Final = ("gemma2", "gemma3", "gemma3_text", "glm4")
 CPU_MULTIPLE: Final = 32
 """`vllm/model_executor/kernels/linear/mixed_precision/cpu.py`."""
 
+TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "tekken.json")
+"""`vllm/tokenizers`: it reads one of these."""
+
 _FALCON_ACTIVATION: Final = "gelu"
 
 
@@ -41,19 +45,22 @@ def architecture(config: Mapping[str, Any]) -> str:
     return str(named[0])
 
 
-def refuse(outputs: Outputs, structure: Structure, config: Mapping[str, Any], form: str) -> None:
+def refuse(outputs: Outputs, structure: Structure, checkpoint: Checkpoint, form: str) -> None:
     """Refuses what vLLM would refuse, or serve wrongly.
 
     Args:
         outputs: what the pass will yield.
         structure: the model's.
-        config: the base's config.json.
+        checkpoint: the merged model, of which only config and file names are looked at.
         form: `gptq` or `compressed-tensors`, for GPTQ codes.
 
     Raises:
         CompatibilityError: with every reason, and the way out of each.
     """
+    config = checkpoint.config
     problems = [*_family(config), *_dtype(outputs, structure, config), *_method(outputs, form)]
+    if not any(name in checkpoint.files for name in TOKENIZERS):
+        problems.append(f"the base has none of {', '.join(TOKENIZERS)}: save its tokenizer into its folder")
     if outputs.quantized:
         problems += [*_layers(outputs, structure), *_conv1d(structure), *_experts(outputs.specs)]
     if problems:

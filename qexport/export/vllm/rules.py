@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from qexport.errors import InputError
+from qexport.export.contract import Rule
 from qexport.export.vllm.architectures import ARCHITECTURES
 from qexport.export.vllm.folder import ServedFolder
 from qexport.export.vllm.launch import max_model_len
 from qexport.export.vllm.parallel import heads
-from qexport.export.vllm.refusals import GROUP_SIZES, NO_FLOAT16, architecture, falcon_faults
+from qexport.export.vllm.refusals import GROUP_SIZES, NO_FLOAT16, TOKENIZERS, architecture, falcon_faults
 
 CONFIG: Final = "vllm/transformers_utils/config.py"
 MODEL_CONFIG: Final = "vllm/config/model.py"
@@ -27,22 +27,6 @@ _DTYPES: Final = ("float16", "bfloat16", "float32")
 _METHODS: Final = ("gptq", "compressed-tensors")
 _INT8: Final = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
 _TOKEN: Final = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
-_TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "tekken.json")
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One demand of vLLM.
-
-    Attributes:
-        name: the demand in a few words; no two rules have the same.
-        source: the file of vLLM that it comes from.
-        faults: everything in a folder that breaks it.
-    """
-
-    name: str
-    source: str
-    faults: Callable[[ServedFolder], Iterator[str]]
 
 
 def _readable(folder: ServedFolder) -> Iterator[str]:
@@ -150,8 +134,8 @@ def _holds(says: Mapping[str, Any], demanded: Mapping[str, Any]) -> bool:
 
 
 def _tokenizer(folder: ServedFolder) -> Iterator[str]:
-    if not any((folder.path / name).is_file() for name in _TOKENIZERS):
-        yield f"none of {', '.join(_TOKENIZERS)}"
+    if not any((folder.path / name).is_file() for name in TOKENIZERS):
+        yield f"none of {', '.join(TOKENIZERS)}"
 
 
 def _launch_length(folder: ServedFolder) -> Iterator[str]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from qexport.errors import InputError
+from qexport.export.contract import Rule
 from qexport.export.vllm.architectures import ARCHITECTURES
 from qexport.export.vllm.folder import ServedFolder
 from qexport.export.vllm.launch import max_model_len
@@ -28,21 +28,6 @@ _METHODS: Final = ("gptq", "compressed-tensors")
 _INT8: Final = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
 _TOKEN: Final = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
 _TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "tekken.json")
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One demand of vLLM.
-
-    Attributes:
-        name: the demand in a few words; no two rules have the same.
-        source: the file of vLLM that it comes from.
-        faults: everything in a folder that breaks it.
-    """
-
-    name: str
-    source: str
-    faults: Callable[[ServedFolder], Iterator[str]]
 
 
 def _readable(folder: ServedFolder) -> Iterator[str]:

@@ -9,9 +9,10 @@ import torch
 
 from qexport.architectures.structure import LinearSpec
 from qexport.errors import InputError
+from qexport.export.contract import Rule
 from qexport.export.vllm.folder import Scheme, ServedFolder
 from qexport.export.vllm.fused import disagreements, joined_modules
-from qexport.export.vllm.rules import COMPRESSED, GPTQ, GPTQ_UTILS, Rule
+from qexport.export.vllm.rules import COMPRESSED, GPTQ, GPTQ_UTILS
 from qexport.tensors import TensorSpec
 
 WEIGHT_UTILS: Final = "vllm/model_executor/model_loader/weight_utils.py"

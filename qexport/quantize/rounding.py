@@ -5,7 +5,8 @@ No forward pass, no model: tensors are read, merged, quantized and handed on one
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 
 import torch
@@ -31,6 +32,7 @@ from qexport.tensors import (
     RowQuantizedSpec,
     TensorRecord,
     TensorSpec,
+    WeightSource,
 )
 from qexport.tensors.quantized import LayerMethod
 
@@ -97,9 +99,9 @@ def quantize(
     Raises:
         InputError: a tensor cannot be read.
     """
-    for done, (name, spec) in enumerate(outputs.specs.items()):
+    merged_ahead = _ahead(checkpoint.weights, outputs.specs)
+    for done, ((name, spec), merged) in enumerate(zip(outputs.specs.items(), merged_ahead, strict=True)):
         report(Progress("quantize", done, len(outputs.specs), "tensor", name))
-        merged = checkpoint.weights.read(name)
         if isinstance(spec, TensorSpec):
             yield TensorRecord(name, merged)
             continue
@@ -109,6 +111,19 @@ def quantize(
         value = _quantized(matrix.to(device), spec, outputs.method)
         yield TensorRecord(name, value, layer, merged)
     report(Progress("quantize", len(outputs.specs), len(outputs.specs), "tensor"))
+
+
+def _ahead(weights: WeightSource, names: Iterable[str]) -> Iterator[torch.Tensor]:
+    """The tensors in their order; the next one is read and merged in a thread while the one before is worked on."""
+    with ThreadPoolExecutor(1) as reader:
+        remaining = iter(names)
+        pending = reader.submit(weights.read, next(remaining))
+        for name in remaining:
+            found = pending.result()
+            pending = reader.submit(weights.read, name)
+            yield found
+            del found
+        yield pending.result()
 
 
 def _quantized(merged: torch.Tensor, spec: QuantizedSpec, method: Method) -> Quantized:

@@ -70,8 +70,8 @@ def test_dtypes_and_families_that_vllm_does_not_run_are_refused(
     dtype: torch.dtype, changes: Mapping[str, Any], words: str
 ) -> None:
     model = QuantizedModel(factories.build(factories.llama_config(), dtype=dtype))
+    changed = replace(model.checkpoint, config={**model.checkpoint.config, **changes})
     with pytest.raises(CompatibilityError) as caught:
-        changed = replace(model.checkpoint, config={**model.checkpoint.config, **changes})
         refuse(model.outputs, model.structure, changed, "gptq")
     assert words in str(caught.value)
 

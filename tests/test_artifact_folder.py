@@ -19,12 +19,12 @@ def make(folder: Path) -> Path:
     (folder / "config.json").write_text("{}")
     (folder / "sub" / "weights").write_bytes(bytes(range(256)))
     (folder / MARKER_NAME).touch()
-    manifest(files=digest_files(folder)).write(folder)
+    manifest(files=digest_files(folder, {})).write(folder)
     return folder
 
 
 def test_every_file_but_the_manifest_is_digested(tmp_path: Path) -> None:
-    files = digest_files(make(tmp_path))
+    files = digest_files(make(tmp_path), {})
     assert {name: record.size for name, record in files.items()} == {"config.json": 2, "sub/weights": 256}
     assert files["sub/weights"].sha256 == hashlib.sha256(bytes(range(256))).hexdigest()
 

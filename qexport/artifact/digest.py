@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
-
-_THREADS: Final = 2
-"""More would only wait for the disk."""
 
 
 def sha256_bytes(content: bytes | memoryview) -> str:
@@ -28,16 +24,6 @@ def sha256_file(path: Path) -> str:
     """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sha256_files(paths: Iterable[Path]) -> Iterator[str]:
-    """The hex digests of files, in their order, two files at a time.
-
-    Raises:
-        OSError: a file cannot be read.
-    """
-    with ThreadPoolExecutor(_THREADS) as pool:
-        yield from pool.map(sha256_file, paths)
 
 
 def sha256_chunks(chunks: Iterable[memoryview]) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qexport.artifact.digest import sha256_file, sha256_files
+from qexport.artifact.digest import sha256_file
 from qexport.artifact.manifest import MANIFEST_NAME, FileRecord, Manifest
 from qexport.artifact.publish import MARKER_NAME
 from qexport.errors import InputError
@@ -44,11 +44,17 @@ def open_artifact(path: Path) -> Artifact:
     return Artifact(path, manifest)
 
 
-def digest_files(folder: Path) -> dict[str, FileRecord]:
-    """Size and digest of every file in a folder but the manifest, by its path inside the folder."""
-    found = dict(_files(folder))
-    digests = zip(found.items(), sha256_files(found.values()), strict=True)
-    return {name: FileRecord(size=path.stat().st_size, sha256=digest) for (name, path), digest in digests}
+def digest_files(folder: Path, known: Mapping[str, str]) -> dict[str, FileRecord]:
+    """Size and digest of every file in a folder but the manifest, by its path inside the folder.
+
+    Args:
+        folder: the artifact.
+        known: digests that need not be taken again, by path.
+    """
+    return {
+        name: FileRecord(size=path.stat().st_size, sha256=known[name] if name in known else sha256_file(path))
+        for name, path in _files(folder)
+    }
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:

@@ -14,6 +14,7 @@ from types import TracebackType
 
 import torch
 
+from qexport.artifact.file_digests import FileDigests
 from qexport.errors import CompatibilityError, listed
 from qexport.export.encodings import Encoding
 from qexport.export.shards import ShardWriter
@@ -87,12 +88,12 @@ class WrittenWeights:
     Attributes:
         specs: every tensor.
         digests: the hex SHA-256 of each tensor's bytes.
-        files: the names of the files.
+        files: the hex SHA-256 of each file, by its name; see `FileDigests`.
     """
 
     specs: Mapping[str, TensorSpec]
     digests: Mapping[str, str]
-    files: tuple[str, ...]
+    files: Mapping[str, str]
 
     @property
     def total_bytes(self) -> int:
@@ -115,7 +116,7 @@ class WeightWriter:
     """
 
     def __init__(self, files: WeightFiles, folder: Path) -> None:
-        self._files = files
+        self._files, self._folder = files, folder
         self._shards = ShardWriter(folder, files.specs, files.max_shard_size)
         self._thread = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
@@ -142,7 +143,7 @@ class WeightWriter:
         """
         self._wait()
         names = self._shards.finish()
-        return WrittenWeights(self._shards.written, self._shards.digests, names)
+        return WrittenWeights(self._shards.written, self._shards.digests, FileDigests(self._folder, names, {}))
 
     def __enter__(self) -> WeightWriter:
         return self

@@ -67,7 +67,7 @@ def make_manifest(
         quantization=dict(layout.quantization) if layout.quantization else None,
         layers=[_layer(layer, planned.outputs) for layer in layers],
         sizes=Sizes(parameters=parameters, total_bytes=total_bytes, bits_per_weight=8 * total_bytes / parameters),
-        files=digest_files(folder),
+        files=digest_files(folder, record.written.files),
         verification=_with_unconfirmed(record),
     )
 

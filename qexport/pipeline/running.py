@@ -69,7 +69,10 @@ def run(recipe: Recipe, *, force: bool = False, device: str = "auto", report: Re
     with Publication(output, force=force) as publication:
         with taken_meanwhile(planned.merged.checkpoint.origin.sha256):
             layers, written = _write(planned, texts, publication.folder, where, report)
-        figures = _check(planned, texts, written, publication.folder, where, report)
+        with ExitStack() as hashing:
+            for weights in written.values():
+                hashing.enter_context(taken_meanwhile(weights.files))
+            figures = _check(planned, texts, written, publication.folder, where, report)
         manifests = {}
         for layout in planned.layouts:
             folder = planned.folder(publication.folder, layout)

@@ -49,7 +49,7 @@ def verdicts(found: Folder) -> dict[str, str]:
         (folder(GPTQ, shapes={"m.experts.0.w1": (64, 64)}), {"gptqmodel": "untried", "qexport.load": "yes"}),
         (folder(stored_models.NF4), {"transformers + bitsandbytes": "yes", "vLLM": "no", "TGI": "no"}),
         (folder(stored_models.NF4, model_type="falcon"), {"transformers + bitsandbytes": "no", "qexport.load": "yes"}),
-        (folder(stored_models.W8A8), {"transformers + compressed-tensors": "untried", "qexport.load": "yes"}),
+        (folder(stored_models.W8A8), {"transformers + compressed-tensors": "yes", "qexport.load": "yes"}),
         (folder(stored_models.W8A8, layout="vllm"), {"vLLM": "yes"}),
     ],
 )

@@ -1,6 +1,7 @@
 """Who can load an artifact: the table of what was tried, and what those who cannot say or silently do.
 
-Tried on the CPU with transformers 5.23, bitsandbytes 0.50, gptqmodel 7.6.0 and optimum; see docs/artifact.md.
+Tried on the CPU with transformers 5.23, bitsandbytes 0.50, gptqmodel 7.6.0 and optimum, compressed-tensors 0.17 with
+transformers 5.19; see docs/artifact.md.
 """
 
 from __future__ import annotations
@@ -142,6 +143,8 @@ _TABLE: Final = (
         "not on CPUs with AVX512-BF16, where it asks for multiples of 32 outputs",
     ),
     _Row(_WITH_BITSANDBYTES, _is("bitsandbytes"), "yes"),
+    _Row(_WITH_COMPRESSED, _is_falcon("compressed-tensors"), "no", "it does not know FalconLinear for a linear layer"),
+    _Row(_WITH_COMPRESSED, _is("compressed-tensors", format="int-quantized"), "yes"),
     _Row(_WITH_COMPRESSED, _is("compressed-tensors"), "untried"),
     _Row(QEXPORT, _always, "yes"),
     _Row("vLLM", _is("bitsandbytes"), "no", "it has no reader for bitsandbytes since 0.28"),
@@ -183,7 +186,7 @@ def warnings(folder: Folder) -> list[str]:
 def python_lines(folder: Folder, path: str) -> tuple[str, str]:
     """Two lines of Python that load the artifact: with transformers where it takes it, else with qexport."""
     works = {loader.name for loader in loaders(folder) if loader.verdict == "yes" and not loader.reason}
-    if works & {TRANSFORMERS, _WITH_GPTQMODEL, _WITH_BITSANDBYTES}:
+    if works & {TRANSFORMERS, _WITH_GPTQMODEL, _WITH_BITSANDBYTES, _WITH_COMPRESSED}:
         call = f'model = AutoModelForCausalLM.from_pretrained("{path}", dtype="auto")'
         return "from transformers import AutoModelForCausalLM", call
     return "import qexport", f'model = qexport.load("{path}")'

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import quantize_4bit
 from bitsandbytes.nn.modules import Linear4bit
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedCon
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 import factories
+import qexport
 from adapters import load_adapter, save_adapter
 from qexport.errors import CompatibilityError
 from qexport.loading.checkpoint import load_checkpoint
@@ -145,6 +147,21 @@ def test_tied_heads_and_odd_widths_are_no_exception(tmp_path: Path, name: str) -
     result = execute(tmp_path, settings)
     assert_same_files(result.artifact_path, saved_by_transformers(tmp_path, options))
     load(result.artifact_path)
+
+
+@pytest.mark.parametrize("block_size", [32, 128, 4096])
+def test_transformers_reads_other_block_sizes_than_it_makes(tmp_path: Path, block_size: int) -> None:
+    base(tmp_path)
+    artifact = execute(tmp_path, {"method": "nf4", "block_size": block_size}).artifact_path
+    model = qexport.load(artifact, device="cpu")
+    ids = torch.arange(1, 17)[None]
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, load(artifact)(input_ids=ids).logits)
+    weight = load_file(tmp_path / "base" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    codes, state = quantize_4bit(weight, blocksize=block_size, quant_type="nf4")
+    written = load_file(artifact / "model.safetensors")
+    assert torch.equal(written["model.layers.0.mlp.up_proj.weight"], codes)
+    assert torch.equal(written["model.layers.0.mlp.up_proj.weight.absmax"], state.absmax)
 
 
 @pytest.mark.parametrize("name", ["nf4, double", "int8"])

@@ -150,8 +150,8 @@ class Nf4Settings(_Rounding):
     quant_type: Literal["nf4", "fp4"] = "nf4"
     """The code book: NormalFloat, or 4-bit floating point."""
 
-    block_size: Literal[64] = 64
-    """Values that share an absmax. transformers creates bitsandbytes layers with 64 and cannot be told otherwise."""
+    block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
+    """Values that share an absmax. transformers itself only makes 64, and reads all of them."""
 
     double_quant: bool = False
     """Quantize the absmaxes too, which saves 0.4 bits a weight."""

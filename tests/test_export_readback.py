@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -128,3 +130,19 @@ def test_a_folder_that_claims_codes_and_holds_none_is_refused(tmp_path: Path, mo
     written = replace(model, special=dict.fromkeys(linears)).write(tmp_path)
     with pytest.raises(QexportError, match="claims gptq codes"):
         check(tmp_path, written)
+
+
+def test_links_to_a_checked_folder_are_not_hashed_again_and_copies_are(
+    tmp_path: Path, model: QuantizedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, linked, copied = (tmp_path / name for name in ("first", "linked", "copied"))
+    written = write_in_shards(first, model)
+    shutil.copytree(first, linked, copy_function=os.link)
+    shutil.copytree(first, copied)
+    flip_a_bit(copied)
+    with pytest.raises(QexportError, match="not those written"):
+        check(copied, written, checked=first)
+    monkeypatch.setattr("qexport.export.readback.sha256_chunks", lambda chunks: "hashed")
+    check(linked, written, checked=first)
+    with pytest.raises(QexportError, match="not those written"):
+        check(linked, written)

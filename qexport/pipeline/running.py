@@ -147,7 +147,8 @@ def _check(
     for group in planned.distinct:
         for layout in group:
             folder = planned.folder(output, layout)
-            readback.check(folder, written[layout.name])
+            first = None if layout is group[0] else planned.folder(output, group[0])
+            readback.check(folder, written[layout.name], checked=first)
             layout.check(folder)
             check_headers(planned.merged.checkpoint, folder)
         measured = _verify(planned, texts, planned.folder(output, group[0]), device, report)

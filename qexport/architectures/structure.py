@@ -69,6 +69,11 @@ class Structure:
     positions: int | None = None
 
     @property
+    def block_linears(self) -> tuple[LinearSpec, ...]:
+        """The linear layers inside all blocks, in order."""
+        return tuple(linear for block in self.blocks for linear in self.linears[block])
+
+    @property
     def vocab_size(self) -> int:
         """Rows of the input embedding."""
         return self.parameters[f"{self.embedding}.weight"][0]

@@ -79,5 +79,5 @@ def _rule(blocks: list[str], suffix: str, *, dense: bool) -> str:
 
 
 def _quantized_linears(specs: Specs, structure: Structure) -> list[str]:
-    linears = [linear.name for block in structure.linears.values() for linear in block]
+    linears = [linear.name for linear in structure.block_linears]
     return [name for name in linears if isinstance(specs[f"{name}.weight"], GroupQuantizedSpec)]

@@ -60,9 +60,7 @@ def select(structure: Structure, settings: RoundingSettings) -> list[LinearSpec]
         CompatibilityError: a pattern matches nothing, or nothing is left to quantize. All problems are in one message.
     """
     with_experts = isinstance(settings, W8a8Settings)
-    linears = [
-        linear for block in structure.blocks for linear in structure.linears[block] if with_experts or not linear.expert
-    ]
+    linears = [linear for linear in structure.block_linears if with_experts or not linear.expert]
     kept = {name for name in (linear.name for linear in linears) if matching(_kept(structure), name) is not None}
     problems = _unmatched("skip_modules", settings.skip_modules, {linear.name for linear in linears})
     problems += _unmatched("force_modules", settings.force_modules, kept)

@@ -42,7 +42,7 @@ def select(structure: Structure, settings: GptqSettings) -> dict[str, Options]:
 
 def candidates(structure: Structure, settings: GptqSettings) -> dict[str, LinearSpec]:
     """The linear layers among which the recipe chooses, by name: all inside the blocks, and the head if it says so."""
-    linears = [linear for block in structure.blocks for linear in structure.linears[block]]
+    linears = list(structure.block_linears)
     if settings.lm_head and not structure.tied:
         out_features, in_features = structure.parameters[f"{structure.head}.weight"]
         linears.append(LinearSpec(structure.head, out_features, in_features))

@@ -144,8 +144,8 @@ class ArtifactSource:
     @cached_property
     def _transposed(self) -> frozenset[str]:
         """The modules whose dense weight is [in, out] (GPT-2's Conv1D); codes are always [out, in]."""
-        linears = describe(without_code_keys(self.config)[0]).linears.values()
-        return frozenset(linear.name for block in linears for linear in block if linear.transposed)
+        linears = describe(without_code_keys(self.config)[0]).block_linears
+        return frozenset(linear.name for linear in linears if linear.transposed)
 
     def _finite(self, name: str) -> torch.Tensor:
         tensor = self._folder.read(name)

@@ -29,7 +29,7 @@ class _Claims:
 
     def claimed(self, structure: Structure) -> set[str]:
         """The modules that the config calls quantized, by path."""
-        linears = {linear.name for block in structure.linears.values() for linear in block if not linear.expert}
+        linears = {linear.name for linear in structure.block_linears if not linear.expert}
         if self._skip is None:
             return linears
         heads = set() if structure.tied else {structure.head}

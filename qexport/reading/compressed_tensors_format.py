@@ -97,7 +97,7 @@ class CompressedTensorsFormat:
 
     def claimed(self, structure: Structure) -> set[str]:
         """The modules that the config calls quantized: linears of the blocks, and the head unless it is tied."""
-        linears = {linear.name for block in structure.linears.values() for linear in block}
+        linears = {linear.name for linear in structure.block_linears}
         heads = set() if structure.tied else {structure.head}
         return {module for module in linears | heads if self._rules.scheme(module)}
 

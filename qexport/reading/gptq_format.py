@@ -68,7 +68,7 @@ class GptqFormat:
 
     def claimed(self, structure: Structure) -> set[str]:
         """The blocks' linears but those that a rule of `dynamic` leaves dense, and the head where `lm_head` is set."""
-        linears = {linear.name for block in structure.linears.values() for linear in block}
+        linears = {linear.name for linear in structure.block_linears}
         claimed = {name for name in linears if self._rules.scheme(name)}
         return claimed | ({structure.head} if self._rules.lm_head else set())
 

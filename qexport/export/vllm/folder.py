@@ -60,8 +60,7 @@ class ServedFolder:
     @cached_property
     def linears(self) -> list[LinearSpec]:
         """The linear layers of the blocks."""
-        blocks = self.structure.linears.values() if self.structure else ()
-        return [linear for block in blocks for linear in block]
+        return list(self.structure.block_linears) if self.structure else []
 
     @cached_property
     def schemes(self) -> dict[str, Scheme | None]:

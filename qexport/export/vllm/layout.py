@@ -95,7 +95,7 @@ class VllmLayout:
     def _degrees(self) -> list[int]:
         quantized = self._outputs.quantized
         linears = []
-        for linear in (each for block in self._structure.linears.values() for each in block):
+        for linear in self._structure.block_linears:
             spec = quantized.get(linear.name)
             grouped = isinstance(spec, GroupQuantizedSpec)
             group_size = spec.group_size if isinstance(spec, GroupQuantizedSpec) and spec.groups > 1 else None

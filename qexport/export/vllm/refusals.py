@@ -145,7 +145,7 @@ def _layers(outputs: Outputs, structure: Structure) -> list[str]:
     problems = []
     if structure.head in outputs.quantized:
         problems.append(f"{structure.head} is quantized, which was not tried in vLLM: leave lm_head out")
-    linears = [linear.name for block in structure.linears.values() for linear in block]
+    linears = [linear.name for linear in structure.block_linears]
     schemes = {name: _scheme(outputs.specs[f"{name}.weight"]) for name in linears if f"{name}.weight" in outputs.specs}
     return problems + disagreements(schemes)
 

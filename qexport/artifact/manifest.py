@@ -10,22 +10,17 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import ValidationError, model_validator
 
 from qexport.artifact.digest import sha256_json
 from qexport.artifact.environment import Environment
+from qexport.artifact.figures import Figure, GateResult, Verdict, find_figure
+from qexport.artifact.protocol import Identity, Protocol
+from qexport.artifact.record import Record
 from qexport.errors import InputError
 
 MANIFEST_NAME = "qexport-manifest.json"
 SCHEMA_VERSION = 1
-
-
-class Record(BaseModel):
-    """A part of the manifest: strict types, no unknown keys, finite floats, unchangeable."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 class FileRecord(Record):
@@ -93,67 +88,37 @@ class Sizes(Record):
     """8 * total_bytes / parameters: scales, zero points and the layers left at 16 bits included."""
 
 
-class Gate(Record):
-    """A limit that the recipe sets, and what was measured."""
-
-    name: str
-    value: float
-    limit: float
-    passed: bool
-
-
-class Comparison(Record):
-    """The greedy continuations of one prompt by the reference and by the artifact."""
-
-    id: str
-    prompt: str
-    reference: str
-    artifact: str
-
-    first_difference: int | None
-    """Index of the first new token that differs; None where all are equal."""
-
-
-class Generations(Record):
-    """Greedy continuations of the recipe's prompts."""
-
-    prompts: int
-    identical: int
-    max_new_tokens: int
-    comparisons: list[Comparison]
-
-
 class Verification(Record):
-    """The artifact, read back from disk, held against the merged reference."""
+    """The artifact, read back from disk, held against the merged reference: the report's main points."""
 
-    reference_perplexity: float
-    artifact_perplexity: float
+    verdict: Verdict
 
-    mean_kl: float
-    """Mean of KL(reference || artifact) over the tokens, in nats."""
+    figures: list[Figure]
+    """Over all text; the report has each domain's too."""
 
-    top1_agreement: float
-    """Share of the tokens, 0 to 1, where both models' likeliest next token is the same."""
-
-    tokens: int
-    """Tokens that were predicted."""
-
-    windows: int
-    sequence_length: int
-
-    text_sha256: str
-    """The digest of the held-out text."""
-
-    generations: Generations | None
-    """None where the recipe has no prompts or the model does not fit in memory."""
-
-    gates: list[Gate]
+    gates: list[GateResult]
+    identity: Identity
+    protocol: Protocol
 
     readers: list[str]
     """The readers that confirmed these figures, with their versions."""
 
     unconfirmed: list[str]
     """What no reader has confirmed."""
+
+    report_sha256: str
+    """The digest of the report without its timings, which differ from run to run."""
+
+    def value(self, name: str) -> float:
+        """The value of a figure.
+
+        Raises:
+            KeyError: it was not measured.
+        """
+        found = find_figure(self.figures, name)
+        if found is None:
+            raise KeyError(name)
+        return found.value
 
 
 class Manifest(Record):
@@ -190,7 +155,7 @@ class Manifest(Record):
     sizes: Sizes
 
     files: dict[str, FileRecord]
-    """Every file of the artifact but the manifest, by its path inside the folder."""
+    """Every file of the artifact but the manifest and the report, by its path inside the folder."""
 
     verification: Verification | None
 

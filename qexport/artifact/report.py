@@ -153,6 +153,10 @@ class SampledComparison(Record):
     """Continuations sampled by both models with the same seed."""
 
     id: str
+
+    sample: int
+    """Which of the prompt's samples, from 0."""
+
     seed: int
     reference: str
     artifact: str

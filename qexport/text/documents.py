@@ -21,6 +21,7 @@ Document = str | tuple[Message, ...]
 """A text, or a conversation."""
 
 _MESSAGES: Final = "messages"
+_DOMAIN: Final = "domain"
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,21 @@ class Documents:
     Attributes:
         items: texts, and conversations.
         origin: the files' names or the dataset's id, without any path of this machine.
+        domains: what kind of text each item is, None where a line has no `domain`; empty where none has.
     """
 
     items: tuple[Document, ...]
     origin: str
+    domains: tuple[str | None, ...] = ()
+
+    def by_domain(self) -> dict[str | None, Documents]:
+        """The documents of each domain, domains in the order of their first document."""
+        if not self.domains:
+            return {None: self}
+        found: dict[str | None, list[Document]] = {}
+        for item, domain in zip(self.items, self.domains, strict=True):
+            found.setdefault(domain, []).append(item)
+        return {domain: Documents(tuple(items), self.origin) for domain, items in found.items()}
 
     @cached_property
     def sha256(self) -> str:
@@ -55,7 +67,7 @@ def read_documents(
     """Reads files and hub datasets.
 
     A `.txt` file is one document. In a `.jsonl` file, as in a dataset, each line is one: its `field` (a text, or a
-    list of messages), or where it has no such field its `messages`.
+    list of messages), or where it has no such field its `messages`. Its `domain` says what kind of text it is.
 
     Args:
         sources: paths that end in `.jsonl` or `.txt`, and `hub:org/dataset`.
@@ -66,13 +78,15 @@ def read_documents(
     Raises:
         InputError: a source cannot be read, or a line has neither text nor messages; with file and line.
     """
-    items: list[Document] = []
+    found: list[tuple[Document, str | None]] = []
     for source in sources:
-        read = [item for item in _read(source, field, split, revision) if _without_white_space(item)]
+        read = [(item, domain) for item, domain in _read(source, field, split, revision) if _without_white_space(item)]
         if not read:
             raise InputError("there is no text in it", where=source)
-        items += read
-    return Documents(tuple(items), ", ".join(_origin(source, split, revision) for source in sources))
+        found += read
+    items, domains = zip(*found, strict=True)
+    origin = ", ".join(_origin(source, split, revision) for source in sources)
+    return Documents(items, origin, domains if any(domains) else ())
 
 
 def refuse_shared(calibration: Documents, held_out: Documents) -> None:
@@ -90,7 +104,7 @@ def refuse_shared(calibration: Documents, held_out: Documents) -> None:
         )
 
 
-def _read(source: str, field: str, split: str, revision: str | None) -> Iterator[Document]:
+def _read(source: str, field: str, split: str, revision: str | None) -> Iterator[tuple[Document, str | None]]:
     if source.startswith(HUB_PREFIX):
         rows = read_hub_dataset(source, split=split, revision=revision)
         return (_document(row, field, f"{source}, row {number}") for number, row in enumerate(rows))
@@ -98,7 +112,7 @@ def _read(source: str, field: str, split: str, revision: str | None) -> Iterator
     if path.suffix == ".jsonl":
         return (_document(row, field, where) for where, row in read_json_lines(path))
     if path.suffix == ".txt":
-        return iter([_read_text(path)])
+        return iter([(_read_text(path), None)])
     raise InputError(
         f"text is read from .jsonl and .txt files, not from {path.suffix or 'files without an ending'}",
         where=source,
@@ -118,7 +132,14 @@ def _read_text(path: Path) -> str:
         ) from error
 
 
-def _document(row: Mapping[str, Any], field: str, where: str) -> Document:
+def _document(row: Mapping[str, Any], field: str, where: str) -> tuple[Document, str | None]:
+    domain = row.get(_DOMAIN)
+    if domain is not None and not isinstance(domain, str):
+        raise InputError(f"domain must be a text, not {type(domain).__name__}", where=where)
+    return _content(row, field, where), domain or None
+
+
+def _content(row: Mapping[str, Any], field: str, where: str) -> Document:
     name = field if field in row else _MESSAGES
     if name not in row:
         close = get_close_matches(field, row, n=1)

@@ -1,4 +1,4 @@
-"""Pydantic's errors in the recipe's words, each at its place."""
+"""Pydantic's errors in the words of the file, each at its place."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from qexport.recipe.document import Keys, Node, Problem, dotted, entry_at
+from qexport.yaml.document import Keys, Node, Problem, dotted, entry_at
 
 _KINDS = {
     "string_type": "must be text",
@@ -62,7 +62,7 @@ def _told(details: ErrorDetails, root: Node, model: type[BaseModel]) -> tuple[Ke
         case "value_error":
             return keys, str(context["error"])
         case "combination":
-            return tuple(context["field"].split(".")), details["msg"]
+            return (*keys, *context["field"].split(".")), details["msg"]
         case _:
             return keys, _wrong_value(kind, details)
 
@@ -110,7 +110,7 @@ def _joined(messages: list[str]) -> str:
 
 
 def _known_keys(model: type[BaseModel], keys: Keys, root: Node) -> list[str]:
-    """The fields of the settings at a path; of a union, those of the member that the recipe chose."""
+    """The fields of the settings at a path; of a union, those of the member that the file chose."""
     models = [model]
     for depth, key in enumerate(keys, start=1):
         if isinstance(key, int):
@@ -129,7 +129,7 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def _is_chosen(model: type[BaseModel], keys: Keys, root: Node) -> bool:
-    """Whether the recipe's discriminators at this path (method, layout) are this model's."""
+    """Whether the discriminators at this path (method, layout) are this model's."""
     tags = {name: get_args(field.annotation) for name, field in model.model_fields.items() if field.is_required()}
     tags = {name: options for name, options in tags.items() if len(options) == 1 and isinstance(options[0], str)}
     entries = {name: entry_at(root, (*keys, name)) for name in tags}

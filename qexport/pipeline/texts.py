@@ -13,7 +13,7 @@ from qexport.quantize.settings import CalibrationSettings, GptqSettings
 from qexport.recipe.model import Recipe
 from qexport.tensors import CalibrationSet, Checkpoint
 from qexport.text.documents import Documents, read_documents, refuse_shared
-from qexport.text.prompts import Prompt, read_prompts, refuse_long
+from qexport.text.prompts import EncodedPrompts, encode_prompts, read_prompts, refuse_long
 from qexport.text.windows import make_windows
 from qexport.verifying.settings import VerifySettings
 
@@ -25,12 +25,12 @@ class Texts:
     Attributes:
         calibration: windows for the method; None where it looks at no text.
         held_out: windows for verification; None where the recipe has none.
-        prompts: prompts to continue.
+        prompts: prompts to continue; None where the recipe has none.
     """
 
     calibration: CalibrationSet | None
     held_out: CalibrationSet | None
-    prompts: list[Prompt]
+    prompts: EncodedPrompts | None
 
 
 def read_texts(recipe: Recipe, checkpoint: Checkpoint, structure: Structure) -> Texts:
@@ -46,12 +46,14 @@ def read_texts(recipe: Recipe, checkpoint: Checkpoint, structure: Structure) -> 
         documents = _calibration_documents(recipe.quantize.calibration)
         calibration = _calibration_windows(documents, recipe.quantize.calibration, tokenizer, vocab_size)
     if recipe.verify is None:
-        return Texts(calibration, None, [])
+        return Texts(calibration, None, None)
     held_out = read_documents(_listed(recipe.verify.text), field=recipe.verify.field)
     if documents is not None:
         refuse_shared(documents, held_out)
-    prompts = read_prompts(Path(recipe.verify.prompts)) if recipe.verify.prompts else []
-    refuse_long(prompts, tokenizer, structure.positions, recipe.verify.max_new_tokens)
+    prompts = None
+    if recipe.verify.prompts:
+        prompts = encode_prompts(read_prompts(Path(recipe.verify.prompts)), tokenizer)
+        refuse_long(prompts, structure.positions, recipe.verify.max_new_tokens)
     return Texts(calibration, _held_out_windows(held_out, recipe.verify, tokenizer, vocab_size), prompts)
 
 

@@ -107,10 +107,10 @@ def refuse_shared(calibration: Documents, held_out: Documents) -> None:
 def _read(source: str, field: str, split: str, revision: str | None) -> Iterator[tuple[Document, str | None]]:
     if source.startswith(HUB_PREFIX):
         rows = read_hub_dataset(source, split=split, revision=revision)
-        return (_document(row, field, f"{source}, row {number}") for number, row in enumerate(rows))
+        return (_row(row, field, f"{source}, row {number}") for number, row in enumerate(rows))
     path = Path(source)
     if path.suffix == ".jsonl":
-        return (_document(row, field, where) for where, row in read_json_lines(path))
+        return (_row(row, field, where) for where, row in read_json_lines(path))
     if path.suffix == ".txt":
         return iter([(_read_text(path), None)])
     raise InputError(
@@ -132,14 +132,19 @@ def _read_text(path: Path) -> str:
         ) from error
 
 
-def _document(row: Mapping[str, Any], field: str, where: str) -> tuple[Document, str | None]:
+def _row(row: Mapping[str, Any], field: str, where: str) -> tuple[Document, str | None]:
     domain = row.get(_DOMAIN)
     if domain is not None and not isinstance(domain, str):
         raise InputError(f"domain must be a text, not {type(domain).__name__}", where=where)
-    return _content(row, field, where), domain or None
+    return as_document(row, field, where), domain or None
 
 
-def _content(row: Mapping[str, Any], field: str, where: str) -> Document:
+def as_document(row: Mapping[str, Any], field: str, where: str) -> Document:
+    """The text or the conversation in a row: its `field`, or where it has none its `messages`.
+
+    Raises:
+        InputError: neither is there or of the right type, or there is half a character in it; with `where`.
+    """
     name = field if field in row else _MESSAGES
     if name not in row:
         close = get_close_matches(field, row, n=1)
@@ -147,7 +152,7 @@ def _content(row: Mapping[str, Any], field: str, where: str) -> Document:
         raise InputError(f"there is neither a field {field!r} nor messages", where=where, mend=hint)
     value = row[name]
     if isinstance(value, str):
-        return _encodable(value, where)
+        return encodable(value, where)
     if isinstance(value, list) and value and all(isinstance(message, Mapping) for message in value):
         return tuple(_message(message, where) for message in value)
     raise InputError(f"{name} must be a text or a list of messages, not {type(value).__name__}", where=where)
@@ -157,10 +162,15 @@ def _message(message: Mapping[str, Any], where: str) -> Message:
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or not isinstance(content, str):
         raise InputError("a message needs role and content, both texts", where=where)
-    return {"role": _encodable(role, where), "content": _encodable(content, where)}
+    return {"role": encodable(role, where), "content": encodable(content, where)}
 
 
-def _encodable(text: str, where: str) -> str:
+def encodable(text: str, where: str) -> str:
+    """The text itself, which UTF-8 can write.
+
+    Raises:
+        InputError: it holds half a character; with `where`.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:

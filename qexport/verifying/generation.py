@@ -40,7 +40,7 @@ def compare_generations(
     comparisons = [
         Comparison(
             id=prompt.id,
-            prompt=prompt.prompt,
+            prompt=prompt.shown,
             reference=_decode(tokenizer, own),
             artifact=_decode(tokenizer, other),
             first_difference=first_difference(own, other),

@@ -14,14 +14,15 @@ from transformers import PreTrainedTokenizerBase
 
 from qexport.architectures.runner import BlockRunner
 from qexport.architectures.structure import describe
-from qexport.artifact.manifest import Gate, Generations, Verification
+from qexport.artifact.manifest import Comparison, Gate, Generations, Verification
 from qexport.progress import Notice, Progress, Reporter, silent
 from qexport.reading.artifact_source import ArtifactSource
 from qexport.tensors import CalibrationSet, Checkpoint
-from qexport.text.prompts import Prompt
+from qexport.text.prompts import Prompt, encode_prompt
 from qexport.verifying.config_comparison import refuse_other_config
+from qexport.verifying.continuation import greedy_settings
 from qexport.verifying.divergence import TokenFigures, compare
-from qexport.verifying.generation import compare_generations, greedy_settings
+from qexport.verifying.generation import GenerationFigures, compare_generations
 from qexport.verifying.lockstep import run_in_lockstep, windows_at_once
 from qexport.verifying.memory import available_memory, needed_memory
 from qexport.verifying.settings import VerifySettings
@@ -71,9 +72,11 @@ def verify(
         generations = None
         if generates:
             greedy = greedy_settings(reference, tokenizer, max_new_tokens=settings.max_new_tokens)
-            generations = compare_generations(
-                ours, theirs, prompts, tokenizer, greedy, lambda: steps.finished("continuing the prompts")
+            inputs = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+            found = compare_generations(
+                ours, theirs, prompts, inputs, tokenizer, greedy, lambda: steps.finished("continuing the prompts")
             )
+            generations = _generations(found, prompts)
     unconfirmed = [_GENERATIONS] if prompts and not generates else []
     return _verification(figures, windows, settings, generations, unconfirmed)
 
@@ -143,6 +146,23 @@ def _verification(
         gates=judge(figures.mean_kl, settings),
         readers=[f"qexport {version('qexport')}"],
         unconfirmed=unconfirmed,
+    )
+
+
+def _generations(figures: GenerationFigures, prompts: Sequence[Prompt]) -> Generations:
+    comparisons = [
+        Comparison(
+            id=prompt.id,
+            prompt=prompt.prompt,
+            reference=result.reference,
+            artifact=result.artifact,
+            first_difference=result.first_difference,
+        )
+        for prompt, result in zip(prompts, figures.prompts, strict=True)
+    ]
+    identical = sum(result.identical for result in figures.prompts)
+    return Generations(
+        prompts=len(prompts), identical=identical, max_new_tokens=figures.max_new_tokens, comparisons=comparisons
     )
 
 

@@ -115,13 +115,16 @@ def compare_speed(
     if reason := _obstacle(reference, artifact, prompt.shape[1] + settings.new_tokens, dtype, device):
         return NotMeasured(reason)
     own = dense_model(reference.config, reference.weights, dtype=dtype, device=device)
-    return measure_speed((own, load(artifact, device=str(device))), prompt, settings)
+    other = load(artifact, device=str(device))
+    for model in (own, other):
+        model.generation_config = GenerationConfig()  # no token ends the text, nothing is penalized
+    return measure_speed((own, other), prompt, settings)
 
 
 def measure_speed(
     models: tuple[PreTrainedModel, PreTrainedModel], prompt: Tensor, settings: SpeedSettings
 ) -> SpeedFigures:
-    """Both models continue the prompt in turns, after each has done it once unmeasured; each goes first every other time.
+    """Both models continue the prompt in turns, each first every other time, after each has done it once unmeasured.
 
     Args:
         models: the reference and the artifact.
@@ -141,8 +144,8 @@ def measure_speed(
 def median_interval(values: Sequence[float] | NDArray[np.float64]) -> Median:
     """The median and a 95 % interval between two order statistics, whatever the distribution.
 
-    The k-th smallest and k-th largest of n values enclose the median with probability 1 - 2 P(X < k), X binomial(n, 1/2);
-    k is the largest for which that is at least 95 % (David and Nagaraja, Order Statistics, 7.1).
+    The k-th smallest and k-th largest of n values enclose the median with probability 1 - 2 P(X < k), where X is
+    binomial(n, 1/2); k is the largest for which that is at least 95 % (David and Nagaraja, Order Statistics, 7.1).
 
     Args:
         values: at least 6; fewer give no such interval.
@@ -156,7 +159,7 @@ def median_interval(values: Sequence[float] | NDArray[np.float64]) -> Median:
 
 
 def _is_enclosed(count: int, rank: int) -> bool:
-    outside = 2 * sum(math.comb(count, below) for below in range(rank)) / 2**count
+    outside = sum(math.comb(count, below) for below in range(rank)) / 2.0 ** (count - 1)
     return 1 - outside >= _COVERAGE
 
 
@@ -174,7 +177,7 @@ class _Clock(LogitsProcessor):
 
 @torch.no_grad()
 def _times(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> list[float]:
-    """Seconds from the start to each new token; no token ends the text."""
+    """Seconds from the start to each new token."""
     assert isinstance(model, GenerationMixin)
     clock, prompt = _Clock(), prompt.to(model.device)
     settings = GenerationConfig(
@@ -182,7 +185,6 @@ def _times(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> list[floa
         num_beams=1,
         use_cache=True,
         max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens,
         pad_token_id=0,
     )
     _wait(model.device)
@@ -214,9 +216,11 @@ def _obstacle(
     structure = describe(reference.config)
     if structure.positions is not None and length > structure.positions:
         return f"{length} tokens are more than the {structure.positions} positions of the model"
-    stored = sum(path.stat().st_size for path in model_folder(artifact).glob("*.safetensors"))
     dense = bytes_in_memory(structure, dtype)
-    needed, free = _HEADROOM * (dense + stored), available_memory(device)
+    stored = sum(path.stat().st_size for path in model_folder(artifact).glob("*.safetensors"))
+    experts = any(linear.expert for linears in structure.linears.values() for linear in linears)
+    needed = _HEADROOM * (dense + (dense if experts else stored))  # `load` makes experts dense
+    free = available_memory(device)
     if needed > free:
         return f"both models together need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
     return None

@@ -9,6 +9,35 @@ from pydantic import Field
 from qexport.settings import Settings
 
 
+class SamplingSettings(Settings):
+    """Sampled continuations beside the greedy ones; both models sample with the same random numbers."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    """The same seed gives the same texts again."""
+
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Logits are divided by it."""
+
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """Only the likeliest tokens that together have this probability are drawn."""
+
+    samples: Annotated[int, Field(ge=1)] = 1
+    """Texts for each prompt."""
+
+
+class SpeedSettings(Settings):
+    """Timing of both models as users load them, where both fit in memory together."""
+
+    repeats: Annotated[int, Field(ge=6)] = 7
+    """Measurements of each model, in turns. Fewer than 6 give no 95 % interval of a median."""
+
+    prompt_tokens: Annotated[int, Field(ge=1)] = 128
+    """Tokens of held-out text that are read before the first new one."""
+
+    new_tokens: Annotated[int, Field(ge=2)] = 16
+    """Tokens that are generated, one after the other."""
+
+
 class VerifySettings(Settings):
     """How the finished artifact is held against the merged reference."""
 
@@ -29,6 +58,12 @@ class VerifySettings(Settings):
 
     max_new_tokens: Annotated[int, Field(ge=1)] = 32
     """Tokens to generate for each prompt."""
+
+    sampling: SamplingSettings | None = None
+    """Sampled continuations of the prompts too; none by default."""
+
+    speed: SpeedSettings | None = None
+    """Tokens per second and time to first token; not measured by default."""
 
     max_kl: Annotated[float, Field(gt=0)] | None = None
     """Gate: the largest mean KL divergence per token (nats) that is published. Exit code 6 above it."""

@@ -106,12 +106,13 @@ def _merge_gate(figures: Sequence[Figure]) -> _Gate:
 
 
 def _checked(name: str, checks: Sequence[Check]) -> GateResult:
-    if not checks:
-        return GateResult(name=name, verdict="undecided", reason="nothing was checked")
-    failed = [f"{check.name} ({check.detail})" for check in checks if not check.passed]
+    passed = sum(check.passed is True for check in checks)
+    failed = [f"{check.name} ({check.detail})" for check in checks if check.passed is False]
     if failed:
         return GateResult(name=name, verdict="fail", reason=f"not as in the reference: {', '.join(failed)}")
-    count = "1 check" if len(checks) == 1 else f"{len(checks)} checks"
+    if not passed:
+        return GateResult(name=name, verdict="undecided", reason="nothing was checked")
+    count = "1 check" if passed == 1 else f"{passed} checks"
     return GateResult(name=name, verdict="pass", reason=f"{count} passed")
 
 

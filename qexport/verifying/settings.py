@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from qexport.gates.settings import GateSettings, ProfileName
 from qexport.settings import Settings
 
 
@@ -47,8 +48,11 @@ class VerifySettings(Settings):
     field: str = "text"
     """The field of a JSON line that holds the text."""
 
-    windows: Annotated[int, Field(ge=1)] = 32
-    """How many windows to take; fewer where the text ends before."""
+    windows: Annotated[int, Field(ge=1)] = 16
+    """How many windows to measure before the gates are looked at for the first time."""
+
+    max_windows: Annotated[int, Field(ge=1)] = 64
+    """How many windows to measure at most, while a gate is undecided; fewer where the text ends before."""
 
     sequence_length: Annotated[int, Field(ge=2)] = 512
     """Tokens in a window. Windows do not overlap."""
@@ -65,5 +69,8 @@ class VerifySettings(Settings):
     speed: SpeedSettings | None = None
     """Tokens per second and time to first token; not measured by default."""
 
-    max_kl: Annotated[float, Field(gt=0)] | None = None
-    """Gate: the largest mean KL divergence per token (nats) that is published. Exit code 6 above it."""
+    profile: ProfileName = "auto"
+    """The limits to start from: by method and size, a named one, or none with `off`."""
+
+    gates: GateSettings = {}
+    """Limits on figures, over the profile's; null removes one of the profile's. Exit code 6 where one is broken."""

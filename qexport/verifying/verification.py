@@ -16,7 +16,7 @@ from qexport.architectures.code_keys import without_code_keys
 from qexport.architectures.runner import BlockRunner
 from qexport.architectures.structure import describe
 from qexport.artifact.figures import Figure, GateResult
-from qexport.artifact.report import BlockDrift, Check, Generations, Timings
+from qexport.artifact.report import BlockDrift, Check, Generations, TaskRecord, Timings
 from qexport.errors import InputError
 from qexport.gates.deciding import needs_more
 from qexport.progress import Notice, Reporter, silent
@@ -42,7 +42,7 @@ Judge = Callable[[Sequence[Figure], Sequence[Check]], list[GateResult]]
 """The gates, decided on what is known."""
 
 _COARSE_BITS: Final = 4
-"""With more, rounding to nearest is so near that nothing can be better by more than noise."""
+"""With more, rounding to nearest is so near the reference that hardly anything can be nearer by more than noise."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,7 @@ class Measurement:
         looks: how many windows had been measured at each look at the gates.
         block_drift: see `qexport.verifying.lockstep`.
         generations: None where there are no prompts or the model does not fit in memory.
+        tasks: of lm-evaluation-harness.
         unconfirmed: what could not be measured, and why.
         timings: how long it took.
     """
@@ -97,6 +98,7 @@ class Measurement:
     looks: list[int]
     block_drift: list[BlockDrift]
     generations: Generations | None
+    tasks: list[TaskRecord]
     unconfirmed: list[str]
     timings: Timings
 
@@ -142,9 +144,15 @@ def verify(
         looks=measured.looks,
         block_drift=[BlockDrift(name=name, relative_error=error) for name, error in drift],
         generations=generations.record if generations else None,
+        tasks=[],
         unconfirmed=[*given.prepared.unconfirmed, *unconfirmed],
         timings=_timings(time.monotonic() - started),
     )
+
+
+def has_nearest_rival(grids: Mapping[str, GroupQuantizedSpec]) -> bool:
+    """Whether an artifact whose layers have these grids is held against the model rounded to nearest on them."""
+    return bool(grids) and min(grid.bits for grid in grids.values()) <= _COARSE_BITS
 
 
 def check_headers(reference: Checkpoint, artifact: Path) -> None:
@@ -178,7 +186,7 @@ def _models(given: Given, source: ArtifactSource) -> Models:
     config, _ = without_code_keys(source.config)
     artifact = BlockRunner(config, source, dtype=given.dtype, device=given.device)
     nearest = None
-    if source.grids and min(grid.bits for grid in source.grids.values()) <= _COARSE_BITS:
+    if has_nearest_rival(source.grids):
         rounded = given.nearest(source.grids, source.transposed)
         nearest = runner(replace(given.reference, weights=rounded))
     return Models(reference, artifact, nearest, runner(given.base) if given.base else None)

@@ -108,7 +108,9 @@ def inspect_artifact(path: Path, *, server: Server | None = None) -> Inspection:
         dense = len(source.specs()) - len(shapes)
         size = source.stored_bytes
     checks = _check(path, server) if server else []
-    return Inspection(path, layout, describe_method(folder.quantization), len(shapes), dense, size, loaders(folder), server, checks)
+    return Inspection(
+        path, layout, describe_method(folder.quantization), len(shapes), dense, size, loaders(folder), server, checks
+    )
 
 
 def _check(path: Path, server: Server) -> list[Check]:

@@ -12,7 +12,7 @@ import torch
 
 from qexport.architectures.structure import Structure
 from qexport.artifact.file_digests import FileDigests
-from qexport.artifact.manifest import LayerRecord, Manifest, Sizes
+from qexport.artifact.manifest import LayerRecord, Sizes
 from qexport.artifact.report import Subject
 from qexport.reading.artifact_source import ArtifactSource
 from qexport.reading.bitsandbytes_format import FourBitWeight, LlmInt8Weight

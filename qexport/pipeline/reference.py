@@ -56,9 +56,7 @@ class Reference:
             NumericalError: logits hold NaN or Inf.
         """
         live = LiveAdapter(merged.base, merged.adapter.folder) if merged.adapter else None
-        prepared = prepare(
-            merged.checkpoint, live, evaluation.held_out, dtype=dtype, device=device, report=report
-        )
+        prepared = prepare(merged.checkpoint, live, evaluation.held_out, dtype=dtype, device=device, report=report)
         return cls(merged, evaluation, settings, prepared, dtype, device)
 
     @property

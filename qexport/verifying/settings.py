@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from qexport.gates.settings import GateSettings, ProfileName
 from qexport.settings import Settings
 
 
@@ -30,5 +31,9 @@ class VerifySettings(Settings):
     max_new_tokens: Annotated[int, Field(ge=1)] = 32
     """Tokens to generate for each prompt."""
 
-    max_kl: Annotated[float, Field(gt=0)] | None = None
-    """Gate: the largest mean KL divergence per token (nats) that is published. Exit code 6 above it."""
+    profile: ProfileName = "auto"
+    """The limits to start from. `auto` chooses by method and size; `off` sets none."""
+
+    gates: GateSettings = {}
+    """Limits on figures by name, in place of the profile's; null removes one of them. A gate that fails ends the run with
+    exit code 6, one that is not decided with 7. docs/gates.md lists figures and profiles."""

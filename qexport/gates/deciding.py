@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from qexport.artifact.catalogue import CATALOGUE
 from qexport.artifact.figures import Figure, GateResult, Verdict, find_figure
@@ -123,19 +123,19 @@ def _gate(limit: Limit) -> _Gate:
 def _decided(gate: _Gate, figures: Sequence[Figure]) -> GateResult:
     figure = find_figure(figures, gate.figure, gate.domain)
     verdict, reason = _verdict(gate, figure)
+    measured: dict[str, Any] = {}
+    if figure is not None:
+        ends = {"low": figure.sequence_low, "high": figure.sequence_high}
+        measured = {"value": figure.value, **ends, "n": figure.n, "unit": figure.unit}
     return GateResult(
         name=gate.name,
         figure=gate.figure,
         domain=gate.domain,
         bound=gate.bound,
         limit=gate.limit,
-        value=figure and figure.value,
-        low=figure and figure.sequence_low,
-        high=figure and figure.sequence_high,
-        n=figure.n if figure else 0,
-        unit=figure and figure.unit,
         verdict=verdict,
         reason=reason,
+        **measured,
     )
 
 
@@ -159,13 +159,13 @@ def _held_against(gate: _Gate, limit: float, low: float, high: float, counted: s
     # mirrored for at_least, so that the limit is always the larger end
     best, worst = (low, high) if gate.bound == "at_most" else (-high, -low)
     end = limit if gate.bound == "at_most" else -limit
-    interval = f"{low:.4g} to {high:.4g}" if low != high else f"exactly {low:.4g}"
     words = f"{'below' if gate.strict else gate.bound.replace('_', ' ')} {limit:.4g}"
+    place = f"lies at {low:.4g} to {high:.4g}" if low != high else f"is exactly {low:.4g}"
     if worst < end or (worst == end and not gate.strict):
-        return "pass", f"{words}, as it must be: {interval}"
-    if best > end or (best == worst == end):
-        return "fail", f"not {words}: {interval}"
-    return "undecided", f"{counted} do not tell whether it is {words}: {interval}"
+        return "pass", f"{place}, {'all of it ' if low != high else ''}{words}"
+    if best > end or (best == end and gate.strict):
+        return "fail", f"{place}, {'none of it' if low != high else 'not'} {words}"
+    return "undecided", f"{place}, part of it {words}: not decided by {counted}"
 
 
 def _counted(figure: Figure) -> str:

@@ -70,7 +70,8 @@ class VerifySettings(Settings):
     """Tokens per second and time to first token; not measured by default."""
 
     profile: ProfileName = "auto"
-    """The limits to start from: by method and size, a named one, or none with `off`."""
+    """The limits to start from. `auto` chooses by method and size; `off` sets none."""
 
     gates: GateSettings = {}
-    """Limits on figures, over the profile's; null removes one of the profile's. Exit code 6 where one is broken."""
+    """Limits on figures by name, in place of the profile's; null removes one of them. A gate that fails ends the run with
+    exit code 6, one that is not decided with 7. docs/gates.md lists figures and profiles."""

@@ -14,8 +14,10 @@ import tqdm
 from transformers import PreTrainedModel
 
 import factories
+import qexport
 from qexport.architectures.runner import BlockRunner
 from qexport.errors import InputError, NumericalError, QexportError, RecipeError
+from qexport.reading.artifact_source import ArtifactSource
 from qexport.verifying.settings import TaskSettings
 from qexport.verifying.tasks.measuring import OpenModel, measure_tasks, require_harness
 from qexport.verifying.tasks.pairing import TaskResult
@@ -161,6 +163,20 @@ def test_a_block_runners_model_is_measured_and_left_as_it_was(tied: bool, tmp_pa
     assert told == ["local", "local"]
 
 
+def test_an_artifact_is_measured_as_it_lies_on_disk(tmp_path: Path) -> None:
+    model = QuantizedModel(factories.build(factories.llama_config()))
+    model.write(tmp_path / "artifact")
+    task = write_task(tmp_path, ROWS, CHOICE)
+    loaded = qexport.load(tmp_path / "artifact", device="cpu")
+    with ArtifactSource(tmp_path / "artifact", dtype=torch.bfloat16) as source:
+        runner = BlockRunner(source.config, source, dtype=torch.bfloat16, device=torch.device("cpu"))
+        settings = TaskSettings(tasks=[str(task)])
+        (result,) = measure_tasks(opened(loaded), runner.whole, TOKENIZER, settings, lambda _: None)
+        with runner.whole() as whole:
+            assert result.artifact == tuple(right_by_hand(whole, row) for row in ROWS)
+    assert result.reference == tuple(right_by_hand(loaded, row) for row in ROWS)
+
+
 def test_the_pages_example_runs(models: Models, tmp_path: Path) -> None:
     from_the_page(tmp_path)
     (result,) = measure(*models, f"{tmp_path}/")
@@ -234,8 +250,10 @@ def test_a_task_that_comes_twice_is_refused(models: Models, tmp_path: Path) -> N
 def test_what_the_harness_had_is_put_back_and_nothing_is_printed(
     models: Models, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    rows = [{"question": row["question"], "answer": "?"} for row in ROWS]
+    tasks = (write_task(tmp_path, ROWS, CHOICE), write_task(tmp_path, rows, GENERATION, name="written"))
     before: list[Callable[..., Any] | Any] = [lm_eval.utils.env, tqdm.tqdm.__init__]
-    measure(*models, write_task(tmp_path, ROWS, CHOICE))
+    measure(*models, *tasks)
     assert [lm_eval.utils.env, tqdm.tqdm.__init__] == before
     assert "tie_weights" not in vars(models[0])
     assert TOKENIZER.padding_side == factories.tokenizer().padding_side

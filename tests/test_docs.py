@@ -38,7 +38,7 @@ def test_make_targets_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_commands_are_ones_that_the_command_line_knows(page: Path) -> None:
     used = set(re.findall(r"^(?: {4}|\$ )qexport (\w+)", page.read_text(), flags=re.MULTILINE))
-    assert used <= {"run", "validate", "schema"}
+    assert used <= {"run", "validate", "gate", "schema"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)

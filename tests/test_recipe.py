@@ -18,12 +18,12 @@ from ruamel.yaml import YAML
 from factories import gptq
 from qexport.errors import RecipeError
 from qexport.recipe import Recipe, load_recipe
-from qexport.recipe.document import Origin, plain
-from qexport.recipe.problems import problems_of
 from qexport.recipe.reference import fields, updated
 from qexport.recipe.schema import recipe_schema
-from qexport.recipe.yaml import SyntaxProblem, parse, scalar
 from qexport.settings import Settings
+from qexport.yaml.document import Origin, plain
+from qexport.yaml.parsing import SyntaxProblem, parse, scalar
+from qexport.yaml.problems import problems_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -373,7 +373,7 @@ def test_overrides_get_the_same_checks(folder: Path) -> None:
         "command line: a..b=1: write key=value, for example quantize.bits=8",
         "command line: quantize.sym: no valid YAML: while parsing a flow sequence, expected ',' or ']', but got "
         "'<stream end>'",
-        "command line: quantize.sym: the tag tag:yaml.org,2002:str is not allowed in a recipe: remove it",
+        "command line: quantize.sym: the tag tag:yaml.org,2002:str is not allowed: remove it",
         "command line: merge.dtype.a: duplicate key",
         "command line: merge.dtype: must be 'bfloat16', 'float16' or 'float32'",
         "command line: quantize.bits: must be 2, 3, 4 or 8, not 9",

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import platform
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
-import torch
 from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Environment(BaseModel):
@@ -32,6 +35,8 @@ class Environment(BaseModel):
 
 def describe_environment(device: torch.device) -> Environment:
     """What a run on `device` on this machine depends on."""
+    import torch
+
     return Environment(
         python=platform.python_version(),
         torch=version("torch"),
@@ -46,6 +51,8 @@ def describe_environment(device: torch.device) -> Environment:
 
 def _cpu_capability() -> str:
     """The vector level, and the bfloat16 instructions, which choose other kernels on top of it."""
+    import torch
+
     found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not tell
     return " ".join(
         [torch.backends.cpu.get_cpu_capability(), *(n for n in ("avx512_bf16", "amx_bf16") if found.get(n))]

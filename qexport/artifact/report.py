@@ -52,13 +52,15 @@ class Reference(Record):
 
 
 class Check(Record):
-    """A check that is passed or not, without statistics."""
+    """A check without statistics."""
 
     gate: str
     """The gate that it belongs to: `config` or `tokenizer`."""
 
     name: str
-    passed: bool
+
+    passed: bool | None
+    """None where there was nothing to check."""
 
     detail: str
     """What was found."""
@@ -153,6 +155,10 @@ class SampledComparison(Record):
     """Continuations sampled by both models with the same seed."""
 
     id: str
+
+    sample: int
+    """Which of the prompt's samples, from 0."""
+
     seed: int
     reference: str
     artifact: str

@@ -17,6 +17,7 @@ from qexport.cli.terminal import stderr, stdout, write, write_json
 from qexport.errors import CompatibilityError, GateFailed, RecipeError, listed
 
 if TYPE_CHECKING:
+    from qexport.artifact.figures import GateResult
     from qexport.pipeline import Result
     from qexport.progress import Reporter
 
@@ -167,6 +168,46 @@ def _inspect(
     what = f"{len(found.failed)} of {len(found.checks)} demands of {server} are not met"
     names = listed([check.name for check in found.failed])
     return Failure(what, CompatibilityError.exit_code, where=names, mend=f"export the layout {server}")
+
+
+@app.command()
+def gate(
+    report: Annotated[
+        Path, typer.Argument(metavar="REPORT", help="The report.json, or the folder of an artifact that was verified.")
+    ],
+    gates: Annotated[Path, typer.Option(metavar="FILE", help="The limits, a YAML file with profile and gates.")],
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Decide on a report's figures with other limits, without measuring again."""
+    with told(as_json=as_json, debug=debug):
+        from rich.text import Text
+
+        from qexport.artifact.report import Report
+        from qexport.cli.gates import gates_failure, gates_shown
+        from qexport.gates.again import decide_again
+        from qexport.gates.files import read_gates
+
+        settings = read_gates(gates)
+        results, notes = decide_again(Report.read(report), settings)
+        failure = gates_failure(results, str(report))
+        if as_json:
+            _write_gates(results, notes)
+        else:
+            for note in notes:
+                stderr().print(Text.assemble(("note: ", "yellow"), note), soft_wrap=True)
+            stdout().print(gates_shown(results))
+    if failure:
+        failure.show(as_json=False)
+        raise typer.Exit(failure.exit_code)
+
+
+def _write_gates(results: Sequence[GateResult], notes: Sequence[str]) -> None:
+    from qexport.artifact.figures import overall
+
+    verdict = overall(result.verdict for result in results)
+    gates = [result.model_dump(mode="json") for result in results]
+    write_json({"verdict": verdict, "gates": gates, "notes": list(notes)})
 
 
 @app.command()

@@ -28,12 +28,14 @@ class MergedAdapter:
 
     Attributes:
         peft_type: for example `LORA`.
+        folder: where it lies on this machine.
         origin: where the adapter came from.
         changed: the tensors of the base that it changes, in the base's order.
         notes: what a user was told, for example that the adapter names another base.
     """
 
     peft_type: str
+    folder: Path
     origin: Origin
     changed: tuple[str, ...]
     notes: tuple[str, ...]
@@ -46,10 +48,12 @@ class Merged:
     Attributes:
         checkpoint: the base's configuration with the merged dtype, its files, and the merged tensors.
         adapter: None where the recipe has none.
+        base: the model without the adapter.
     """
 
     checkpoint: Checkpoint
     adapter: MergedAdapter | None
+    base: Checkpoint
 
 
 def merge(
@@ -74,7 +78,7 @@ def merge(
         CompatibilityError: its type, a variant, or a module that it changes cannot be merged.
     """
     if adapter is None:
-        return Merged(_with_weights(checkpoint, {}, _no_factors, settings), None)
+        return Merged(_with_weights(checkpoint, {}, _no_factors, settings), None, checkpoint)
     if adapter_origin is None:
         raise ValueError("an adapter needs its origin")
     return _merge_adapter(checkpoint, read_adapter(adapter), settings, adapter_origin, report)
@@ -92,7 +96,8 @@ def _merge_adapter(
         report(Notice(note))
     changed = tuple(name for name in plan.base.weights if name in changes)
     merged = _with_weights(checkpoint, changes, adapter.read, settings)
-    return Merged(merged, MergedAdapter(adapter.peft_type, origin, changed, notes))
+    described = MergedAdapter(adapter.peft_type, adapter.folder, origin, changed, notes)
+    return Merged(merged, described, checkpoint)
 
 
 def _notes(checkpoint: Checkpoint, adapter: Adapter, settings: MergeSettings) -> list[str]:

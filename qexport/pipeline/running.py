@@ -21,7 +21,7 @@ from qexport.loading.tokenizer import open_tokenizer
 from qexport.pipeline.planning import Plan, plan
 from qexport.pipeline.recording import Record, make_manifest
 from qexport.pipeline.texts import Texts, read_texts
-from qexport.progress import Progress, Reporter, silent
+from qexport.progress import Notice, Progress, Reporter, silent
 from qexport.quantize.methods import quantize
 from qexport.recipe.model import Recipe
 from qexport.tensors import LayerReport
@@ -66,6 +66,8 @@ def run(recipe: Recipe, *, force: bool = False, device: str = "auto", report: Re
     planned = plan(recipe, report=report)
     ensure_space(output, planned.total_bytes)
     texts = read_texts(recipe, planned.merged.checkpoint, planned.structure)
+    for prompt, reason in texts.prompts.skipped.items() if texts.prompts else ():
+        report(Notice(f"the prompt {prompt} is not continued: {reason}"))
     with Publication(output, force=force) as publication:
         with taken_meanwhile(planned.merged.checkpoint.origin.sha256):
             layers, written = _write(planned, texts, publication.folder, where, report)
@@ -163,7 +165,7 @@ def _verify(planned: Plan, texts: Texts, folder: Path, device: torch.device, rep
         planned.merged.checkpoint,
         folder,
         texts.held_out,
-        texts.prompts,
+        texts.prompts.prompts if texts.prompts else (),
         planned.recipe.verify,
         open_tokenizer(planned.merged.checkpoint),
         dtype=getattr(torch, planned.recipe.merge.dtype),

@@ -14,9 +14,9 @@ from qexport.architectures.code_keys import without_code_keys
 from qexport.architectures.structure import Structure, describe, parse_config, refuse_impossible_depth
 from qexport.errors import InputError, listed
 from qexport.reading.dequantization import dequantize
-from qexport.reading.formats import stored_format
+from qexport.reading.formats import group_spec, stored_format
 from qexport.reading.stored_format import StoredWeight
-from qexport.tensors import TensorSpec
+from qexport.tensors import GroupQuantizedSpec, TensorSpec
 from qexport.tensors.contained_path import contained_path
 from qexport.tensors.finite import is_finite
 from qexport.tensors.safetensors_folder import SafetensorsFolder
@@ -74,7 +74,7 @@ class ArtifactSource:
         module = name.removesuffix(".weight")
         if name.endswith(".weight") and module in self.quantized:
             weight = dequantize(self.quantized[module].quantized(self.tensors(module)), self._dtype)
-            return weight.t().contiguous() if module in self._transposed else weight
+            return weight.t().contiguous() if module in self.transposed else weight
         return self._finite(name)
 
     @property
@@ -139,10 +139,15 @@ class ArtifactSource:
 
     def _shape(self, module: str) -> tuple[int, ...]:
         shape = self.quantized[module].shape
-        return shape[::-1] if module in self._transposed else shape
+        return shape[::-1] if module in self.transposed else shape
+
+    @property
+    def grids(self) -> dict[str, GroupQuantizedSpec]:
+        """Bits, groups and symmetry of each module that is quantized in groups along its inputs, by its path."""
+        return {module: spec for module, weight in self.quantized.items() if (spec := group_spec(weight)) is not None}
 
     @cached_property
-    def _transposed(self) -> frozenset[str]:
+    def transposed(self) -> frozenset[str]:
         """The modules whose dense weight is [in, out] (GPT-2's Conv1D); codes are always [out, in]."""
         linears = describe(without_code_keys(self.config)[0]).block_linears
         return frozenset(linear.name for linear in linears if linear.transposed)

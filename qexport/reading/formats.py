@@ -6,10 +6,11 @@ from typing import Any
 
 from qexport.errors import InputError
 from qexport.reading.bitsandbytes_format import bitsandbytes_format
-from qexport.reading.compressed_tensors_format import CompressedTensorsFormat
+from qexport.reading.compressed_tensors_format import CompressedTensorsFormat, PackedWeight
 from qexport.reading.dense_format import DenseFormat
-from qexport.reading.gptq_format import GptqFormat
-from qexport.reading.stored_format import WHERE, StoredFormat
+from qexport.reading.gptq_format import GptqFormat, GptqWeight
+from qexport.reading.stored_format import WHERE, StoredFormat, StoredWeight
+from qexport.tensors import GroupQuantizedSpec
 
 
 def stored_format(config: Any) -> StoredFormat:
@@ -37,3 +38,14 @@ def stored_format(config: Any) -> StoredFormat:
                 f"quant_method is {method!r}; this reader knows gptq, bitsandbytes and compressed-tensors",
                 where=WHERE,
             )
+
+
+def group_spec(weight: StoredWeight) -> GroupQuantizedSpec | None:
+    """Bits, groups and symmetry of a module whose codes lie in groups of equal size along its inputs, else None."""
+    if not isinstance(weight, GptqWeight | PackedWeight) or weight.scheme is None:
+        return None
+    scheme, (rows, columns) = weight.scheme, weight.shape
+    group_size = columns if scheme.group_size == -1 else scheme.group_size
+    if columns % group_size:
+        return None
+    return GroupQuantizedSpec(rows, columns, scheme.bits, group_size, scheme.sym, scheme.desc_act)

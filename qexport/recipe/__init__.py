@@ -1,4 +1,4 @@
-"""Recipes: reading YAML with line numbers, checking, the schema."""
+"""Recipes: the model, overrides, checking, the schema."""
 
 from qexport.recipe.model import Recipe
 from qexport.recipe.reading import load_recipe

@@ -6,7 +6,6 @@ from collections import Counter
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, model_validator
-from pydantic_core import PydanticCustomError
 
 from qexport.export.settings import ExportSettings
 from qexport.loading.settings import LoadSettings
@@ -15,6 +14,7 @@ from qexport.quantize.settings import GptqSettings, QuantizeSettings
 from qexport.recipe.paths import portable
 from qexport.settings import Settings
 from qexport.verifying.settings import VerifySettings
+from qexport.yaml.problems import combination
 
 
 def _each_layout_once(exports: list[ExportSettings]) -> list[ExportSettings]:
@@ -55,7 +55,7 @@ class Recipe(Settings):
             return self
         if shared := set(_listed(self.verify.text)) & set(_listed(self.quantize.calibration.source)):
             message = f"{min(shared)} is the calibration text too: verify on text that the method has not seen"
-            raise PydanticCustomError("combination", "{message}", {"message": message, "field": "verify.text"})
+            raise combination({"verify.text": message})
         return self
 
     def portable(self) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from qexport.recipe.document import Keys, Node, Origin, Problem, child, dotted, replaced
-from qexport.recipe.yaml import SyntaxProblem, parse
+from qexport.yaml.document import Keys, Node, Origin, Problem, child, dotted, replaced
+from qexport.yaml.parsing import SyntaxProblem, parse
 
 
 def override(root: Node, overrides: Sequence[str]) -> tuple[Node, list[Problem]]:

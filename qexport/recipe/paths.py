@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from qexport.recipe.document import Keys, Node, Problem, dotted, entry_at, replaced
+from qexport.yaml.document import Keys, Node, Problem, dotted, entry_at, replaced
 
 _PACKAGED = re.compile(r"pkg:[A-Za-z_]\w*/.+\.gguf", re.ASCII)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)

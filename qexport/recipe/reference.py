@@ -55,6 +55,8 @@ def _references(field: dict[str, Any], suffix: str = "") -> Iterator[tuple[str, 
         yield field["$ref"].rpartition("/")[2], suffix
     if "items" in field:
         yield from _references(field["items"], "[]")
+    if "additionalProperties" in field:
+        yield from _references(field["additionalProperties"], f"{suffix}.*")
     for option in [*field.get("anyOf", ()), *field.get("oneOf", ())]:
         yield from _references(option, suffix)
 
@@ -81,6 +83,8 @@ def _type(field: dict[str, Any]) -> str:
         return ", ".join(f"`{value}`" for value in field.get("enum", [field.get("const")]))
     if field["type"] == "array":
         return f"list of {_type(field['items'])}s"
+    if field["type"] == "object":
+        return f"mapping of names to {_type(field['additionalProperties'])}"
     bounds = [f"{words} {field[bound]}" for bound, words in _BOUNDS.items() if bound in field]
     return " ".join([_TYPES[field["type"]], " and ".join(bounds)]).strip()
 

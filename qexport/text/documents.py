@@ -21,6 +21,7 @@ Document = str | tuple[Message, ...]
 """A text, or a conversation."""
 
 _MESSAGES: Final = "messages"
+_DOMAIN: Final = "domain"
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,21 @@ class Documents:
     Attributes:
         items: texts, and conversations.
         origin: the files' names or the dataset's id, without any path of this machine.
+        domains: what kind of text each item is, None where a line has no `domain`; empty where none has.
     """
 
     items: tuple[Document, ...]
     origin: str
+    domains: tuple[str | None, ...] = ()
+
+    def by_domain(self) -> dict[str | None, Documents]:
+        """The documents of each domain, domains in the order of their first document."""
+        if not self.domains:
+            return {None: self}
+        found: dict[str | None, list[Document]] = {}
+        for item, domain in zip(self.items, self.domains, strict=True):
+            found.setdefault(domain, []).append(item)
+        return {domain: Documents(tuple(items), self.origin) for domain, items in found.items()}
 
     @cached_property
     def sha256(self) -> str:
@@ -55,7 +67,7 @@ def read_documents(
     """Reads files and hub datasets.
 
     A `.txt` file is one document. In a `.jsonl` file, as in a dataset, each line is one: its `field` (a text, or a
-    list of messages), or where it has no such field its `messages`.
+    list of messages), or where it has no such field its `messages`. Its `domain` says what kind of text it is.
 
     Args:
         sources: paths that end in `.jsonl` or `.txt`, and `hub:org/dataset`.
@@ -66,13 +78,15 @@ def read_documents(
     Raises:
         InputError: a source cannot be read, or a line has neither text nor messages; with file and line.
     """
-    items: list[Document] = []
+    found: list[tuple[Document, str | None]] = []
     for source in sources:
-        read = [item for item in _read(source, field, split, revision) if _without_white_space(item)]
+        read = [(item, domain) for item, domain in _read(source, field, split, revision) if _without_white_space(item)]
         if not read:
             raise InputError("there is no text in it", where=source)
-        items += read
-    return Documents(tuple(items), ", ".join(_origin(source, split, revision) for source in sources))
+        found += read
+    items, domains = zip(*found, strict=True)
+    origin = ", ".join(_origin(source, split, revision) for source in sources)
+    return Documents(items, origin, domains if any(domains) else ())
 
 
 def refuse_shared(calibration: Documents, held_out: Documents) -> None:
@@ -90,15 +104,15 @@ def refuse_shared(calibration: Documents, held_out: Documents) -> None:
         )
 
 
-def _read(source: str, field: str, split: str, revision: str | None) -> Iterator[Document]:
+def _read(source: str, field: str, split: str, revision: str | None) -> Iterator[tuple[Document, str | None]]:
     if source.startswith(HUB_PREFIX):
         rows = read_hub_dataset(source, split=split, revision=revision)
-        return (_document(row, field, f"{source}, row {number}") for number, row in enumerate(rows))
+        return (_row(row, field, f"{source}, row {number}") for number, row in enumerate(rows))
     path = Path(source)
     if path.suffix == ".jsonl":
-        return (_document(row, field, where) for where, row in read_json_lines(path))
+        return (_row(row, field, where) for where, row in read_json_lines(path))
     if path.suffix == ".txt":
-        return iter([_read_text(path)])
+        return iter([(_read_text(path), None)])
     raise InputError(
         f"text is read from .jsonl and .txt files, not from {path.suffix or 'files without an ending'}",
         where=source,
@@ -118,7 +132,19 @@ def _read_text(path: Path) -> str:
         ) from error
 
 
-def _document(row: Mapping[str, Any], field: str, where: str) -> Document:
+def _row(row: Mapping[str, Any], field: str, where: str) -> tuple[Document, str | None]:
+    domain = row.get(_DOMAIN)
+    if domain is not None and not isinstance(domain, str):
+        raise InputError(f"domain must be a text, not {type(domain).__name__}", where=where)
+    return as_document(row, field, where), domain or None
+
+
+def as_document(row: Mapping[str, Any], field: str, where: str) -> Document:
+    """The text or the conversation in a row: its `field`, or where it has none its `messages`.
+
+    Raises:
+        InputError: neither is there or of the right type, or there is half a character in it; with `where`.
+    """
     name = field if field in row else _MESSAGES
     if name not in row:
         close = get_close_matches(field, row, n=1)
@@ -126,7 +152,7 @@ def _document(row: Mapping[str, Any], field: str, where: str) -> Document:
         raise InputError(f"there is neither a field {field!r} nor messages", where=where, mend=hint)
     value = row[name]
     if isinstance(value, str):
-        return _encodable(value, where)
+        return encodable(value, where)
     if isinstance(value, list) and value and all(isinstance(message, Mapping) for message in value):
         return tuple(_message(message, where) for message in value)
     raise InputError(f"{name} must be a text or a list of messages, not {type(value).__name__}", where=where)
@@ -136,10 +162,15 @@ def _message(message: Mapping[str, Any], where: str) -> Message:
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or not isinstance(content, str):
         raise InputError("a message needs role and content, both texts", where=where)
-    return {"role": _encodable(role, where), "content": _encodable(content, where)}
+    return {"role": encodable(role, where), "content": encodable(content, where)}
 
 
-def _encodable(text: str, where: str) -> str:
+def encodable(text: str, where: str) -> str:
+    """The text itself, which UTF-8 can write.
+
+    Raises:
+        InputError: it holds half a character; with `where`.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:

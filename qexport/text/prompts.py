@@ -2,55 +2,165 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any, Final, Literal, cast, get_args
 
 from transformers import PreTrainedTokenizerBase
 
+from qexport.artifact.digest import sha256_json
 from qexport.errors import InputError, listed
 from qexport.text.chat import render_chat
+from qexport.text.documents import Document, as_document, encodable
 from qexport.text.json_lines import read_json_lines
 from qexport.text.tokens import tokenize
+
+Style = Literal["clean", "messy"]
+"""Well written, or as people type in a hurry."""
+
+NO_DOMAIN: Final = "unnamed"
+"""The domain of prompts that name none."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt with a name of its own."""
+    """A prompt with a name of its own.
+
+    Attributes:
+        id: unique in its set.
+        prompt: a text, which may be empty, or a conversation that ends with a user's message.
+        domain: what it is about; figures are told by domain.
+        style: how it is written.
+        pair: what the clean and the messy form of one request share; None for a prompt without a counterpart.
+    """
 
     id: str
-    prompt: str
+    prompt: Document
+    domain: str = NO_DOMAIN
+    style: Style = "clean"
+    pair: str | None = None
+
+    @property
+    def shown(self) -> str:
+        """The prompt for people to read. Models see a conversation through their chat template alone."""
+        if isinstance(self.prompt, str):
+            return self.prompt
+        return "\n".join(f"{message['role']}: {message['content']}" for message in self.prompt)
 
 
-def read_prompts(path: Path) -> list[Prompt]:
-    """The prompts of a JSONL file: `id` and `prompt` in each line, other fields are passed over.
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts in the order of their file.
+
+    Attributes:
+        prompts: with unique ids; each pair has one clean and one messy prompt, both of one domain.
+        origin: the file's name, without any path of this machine.
+    """
+
+    prompts: tuple[Prompt, ...]
+    origin: str
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hex digest of ids, domains, styles, pairs and prompts in their order, whatever else the file holds."""
+        return sha256_json([sha256_json(_identity(prompt)) for prompt in self.prompts])
+
+
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """Prompts as the model sees them.
+
+    Attributes:
+        prompt_set: all of them.
+        prompts: those that the model can continue, in the set's order.
+        input_ids: the tokens of each, at least one.
+        skipped: why the others cannot be continued, by their ids.
+    """
+
+    prompt_set: PromptSet
+    prompts: tuple[Prompt, ...]
+    input_ids: tuple[list[int], ...]
+    skipped: Mapping[str, str]
+
+
+def read_prompts(path: Path) -> PromptSet:
+    """The prompts of a JSONL file.
+
+    Each line has `id`, and either `prompt`, a text, or `messages`. It may have `domain`, `style` and `pair`; other
+    fields are passed over.
 
     Raises:
-        InputError: the file cannot be read or is empty, a field is missing, blank or no text, or an id comes twice.
+        InputError: the file cannot be read or is empty, a field is missing or of the wrong type, an id comes twice, a
+            conversation does not end with the user, or a pair is not one clean and one messy prompt of one domain;
+            with file and line.
     """
     prompts: dict[str, Prompt] = {}
+    pairs: dict[str, list[tuple[str, Prompt]]] = defaultdict(list)
     for where, row in read_json_lines(path):
-        for field in ("id", "prompt"):
-            if not isinstance(row.get(field), str) or not row[field].strip():
-                raise InputError(f"each prompt needs the field {field!r}, a text that is not blank", where=where)
-        if row["id"] in prompts:
-            raise InputError(f"the id {row['id']!r} comes twice", where=where, mend="give each prompt an id of its own")
-        prompts[row["id"]] = Prompt(row["id"], row["prompt"])
+        prompt = _prompt(row, where)
+        if prompt.id in prompts:
+            raise InputError(f"the id {prompt.id!r} comes twice", where=where, mend="give each prompt an id of its own")
+        prompts[prompt.id] = prompt
+        if prompt.pair is not None:
+            pairs[prompt.pair].append((where, prompt))
     if not prompts:
         raise InputError("there are no prompts in it", where=str(path))
-    return list(prompts.values())
+    for name, members in pairs.items():
+        _check_pair(name, members)
+    return PromptSet(tuple(prompts.values()), path.name)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """The prompt's tokens, through the model's chat template where it has one."""
+    """The prompt's tokens, through the model's chat template where it has one.
+
+    With a template an empty prompt is an empty message. Without one it has no tokens, and since a model cannot
+    continue nothing, it becomes the token that texts begin with, or where the tokenizer has none the one that they
+    end with: what stands before a new text in training.
+
+    Raises:
+        InputError: a conversation without a chat template (how to write it down would be our invention), a template
+            that does not take the conversation, or an empty prompt with neither of these tokens.
+    """
     if tokenizer.chat_template:
         return tokenize(tokenizer, render_chat(tokenizer, prompt.prompt, reply=True), special_tokens=False)
-    return tokenize(tokenizer, prompt.prompt, special_tokens=True)
+    if not isinstance(prompt.prompt, str):
+        raise InputError("a conversation needs a chat template, and the tokenizer has none", where=prompt.id)
+    ids = tokenize(tokenizer, prompt.prompt, special_tokens=True)
+    if ids:
+        return ids
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if isinstance(token, int):
+            return [token]
+    raise InputError("an empty prompt needs a token to begin with, and the tokenizer has none", where=prompt.id)
 
 
-def refuse_long(
-    prompts: Iterable[Prompt], tokenizer: PreTrainedTokenizerBase, positions: int | None, max_new_tokens: int
-) -> None:
+def encode_prompts(prompt_set: PromptSet, tokenizer: PreTrainedTokenizerBase) -> EncodedPrompts:
+    """Encodes what `encode_prompt` can encode; the rest is skipped, and named with its reason.
+
+    Raises:
+        InputError: none of them can be encoded.
+    """
+    encoded: list[tuple[Prompt, list[int]]] = []
+    skipped: dict[str, str] = {}
+    for prompt in prompt_set.prompts:
+        try:
+            encoded.append((prompt, encode_prompt(tokenizer, prompt)))
+        except InputError as error:
+            skipped[prompt.id] = error.what
+    if not encoded:
+        raise InputError(
+            "the model can continue none of the prompts",
+            where=listed([f"{name}: {reason}" for name, reason in skipped.items()]),
+            mend="name prompts that are texts, or a model with a chat template",
+        )
+    prompts, input_ids = zip(*encoded, strict=True)
+    return EncodedPrompts(prompt_set, prompts, input_ids, skipped)
+
+
+def refuse_long(encoded: EncodedPrompts, positions: int | None, max_new_tokens: int) -> None:
     """Holds each prompt with its continuation against the positions that the model has learned, where it has.
 
     Raises:
@@ -58,11 +168,62 @@ def refuse_long(
     """
     if positions is None:
         return
-    lengths = {prompt.id: len(encode_prompt(tokenizer, prompt)) for prompt in prompts}
-    too_long = [f"{name}: {length} tokens" for name, length in lengths.items() if length + max_new_tokens > positions]
+    lengths = [(prompt.id, len(ids)) for prompt, ids in zip(encoded.prompts, encoded.input_ids, strict=True)]
+    too_long = [f"{name}: {length} tokens" for name, length in lengths if length + max_new_tokens > positions]
     if too_long:
         raise InputError(
             f"with {max_new_tokens} new tokens, prompts are longer than the {positions} positions of the model",
             where=listed(too_long),
             mend="shorten them, or lower verify.max_new_tokens",
         )
+
+
+def _prompt(row: Mapping[str, Any], where: str) -> Prompt:
+    style = row.get("style", "clean")
+    if style not in get_args(Style):
+        raise InputError(f"the style must be one of {', '.join(get_args(Style))}, not {style!r}", where=where)
+    return Prompt(
+        id=_name(row, "id", where),
+        prompt=_request(row, where),
+        domain=_name(row, "domain", where) if "domain" in row else NO_DOMAIN,
+        style=cast(Style, style),
+        pair=_name(row, "pair", where) if row.get("pair") is not None else None,
+    )
+
+
+def _name(row: Mapping[str, Any], field: str, where: str) -> str:
+    value = row.get(field)
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"the field {field!r} must be a text that is not blank", where=where)
+    return encodable(value, where)
+
+
+def _request(row: Mapping[str, Any], where: str) -> Document:
+    if "prompt" in row and "messages" in row:
+        raise InputError("there are both a prompt and messages", where=where, mend="keep one of them")
+    document = as_document(row, "prompt", where)
+    if not isinstance(document, str) and document[-1]["role"] != "user":
+        raise InputError(
+            f"the last message must be the user's, not that of {document[-1]['role']!r}",
+            where=where,
+            mend="end with what the model is to answer",
+        )
+    return document
+
+
+def _check_pair(name: str, members: Sequence[tuple[str, Prompt]]) -> None:
+    where = members[-1][0]
+    styles = sorted(prompt.style for _, prompt in members)
+    if styles != ["clean", "messy"]:
+        raise InputError(
+            f"the pair {name!r} must be one clean and one messy prompt, it is: {', '.join(styles)}", where=where
+        )
+    domains = {prompt.domain for _, prompt in members}
+    if len(domains) > 1:
+        raise InputError(
+            f"the two prompts of the pair {name!r} are of the domains {' and '.join(sorted(domains))}", where=where
+        )
+
+
+def _identity(prompt: Prompt) -> list[Any]:
+    return [prompt.id, prompt.domain, prompt.style, prompt.pair, prompt.prompt]

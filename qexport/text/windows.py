@@ -19,6 +19,11 @@ from qexport.text.tokens import tokenize
 
 Packing = Literal["packed", "document"]
 
+
+class TooLittleText(InputError):
+    """The text has fewer windows than are wanted."""
+
+
 _CHARACTERS_PER_TOKEN: Final = 8
 """How much of a long text is tokenized at first for each token wanted; most text has 2 to 5."""
 
@@ -152,14 +157,14 @@ def _one_a_document(order: list[Document], encode: _Encoder, samples: int, lengt
 
 def _too_little(
     documents: Documents, encode: _Encoder, found: int, samples: int, length: int, packing: Packing
-) -> InputError:
+) -> TooLittleText:
     if packing == "packed":
         missing = f"{samples * length - encode.tokens} tokens are missing"
     else:
         missing = (
             f"only {found} of {len(documents.items)} documents have {length} tokens, the longest has {encode.longest}"
         )
-    return InputError(
+    return TooLittleText(
         f"too little text: {found} windows of {length} tokens where {samples} are wanted; {missing}",
         where=documents.origin,
         mend="name more text, or lower the number of windows or sequence_length",

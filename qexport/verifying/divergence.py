@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Final
 
 import torch
@@ -22,100 +22,142 @@ _TOKENS_AT_ONCE: Final = 128
 _DOUBLES_AT_ONCE: Final = 1 << 20
 
 
+Pair = tuple[int, int]
+"""Which model is the reference and which the artifact, as indices into the models that were run."""
+
+
 @dataclass(frozen=True)
 class TokenFigures:
-    """Figures for every predicted token; natural logarithms. All tensors are on the CPU.
+    """Figures for every predicted token; natural logarithms. All tensors are on the CPU and of the same shape,
+    [windows, sequence_length - 1].
 
     Attributes:
-        reference_nll: float64 [windows, sequence_length - 1], -log p(token) under the reference.
+        reference_nll: float64, -log p(token) under the reference.
         artifact_nll: the same under the artifact.
-        kl: float64 of the same shape, KL(reference || artifact) of the two distributions of the token.
-        same_top: bool of the same shape, both models hold the same token for the likeliest.
+        kl: float64, KL(reference || artifact) of the two distributions of the token.
+        margin: float64, by how much the reference's likeliest token is likelier than its second, as a difference of
+            log-probabilities.
+        reference_top: int32, the reference's likeliest token; of equally likely ones that with the lowest id.
+        artifact_top: the artifact's.
     """
 
     reference_nll: Tensor
     artifact_nll: Tensor
     kl: Tensor
-    same_top: Tensor
+    margin: Tensor
+    reference_top: Tensor
+    artifact_top: Tensor
 
     @property
-    def reference_perplexity(self) -> float:
-        """Exp of the mean negative log-likelihood of the reference."""
-        return _perplexity(self.reference_nll)
+    def flipped(self) -> Tensor:
+        """Bool: the two models hold different tokens for the likeliest."""
+        return self.reference_top != self.artifact_top
 
     @property
-    def artifact_perplexity(self) -> float:
-        """Exp of the mean negative log-likelihood of the artifact."""
-        return _perplexity(self.artifact_nll)
-
-    @property
-    def mean_kl(self) -> float:
-        """Mean over the tokens, in nats."""
-        return _mean(self.kl)
-
-    @property
-    def top1_agreement(self) -> float:
-        """Share of the tokens, 0 to 1."""
-        return int(self.same_top.sum()) / self.same_top.numel()
+    def probability_change(self) -> Tensor:
+        """float64, the true token's probability under the artifact less that under the reference."""
+        return self.artifact_nll.neg().exp() - self.reference_nll.neg().exp()
 
     def reshape(self, windows: int) -> TokenFigures:
         """The same with one row a window."""
         return TokenFigures(**{field.name: getattr(self, field.name).reshape(windows, -1) for field in fields(self)})
 
+    @classmethod
+    def joined(cls, parts: Sequence[TokenFigures]) -> TokenFigures:
+        """The tokens of one part after those of another."""
+        names = [field.name for field in fields(cls)]
+        return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+
 
 @torch.no_grad()
 def compare(
-    reference: BlockRunner,
-    artifact: BlockRunner,
-    batches: tuple[Sequence[Batch], Sequence[Batch]],
+    runners: Sequence[BlockRunner],
+    batches: Sequence[Sequence[Batch]],
+    pairs: Sequence[Pair],
     input_ids: Tensor,
     finished: Callable[[int], None],
-) -> TokenFigures:
+) -> list[TokenFigures]:
     """Figures from the hidden states behind the last block. Logits are made, compared and dropped in small pieces.
 
     Every token of a window but the first is predicted, from the tokens before it in the window.
 
     Args:
-        reference: the merged model.
-        artifact: the artifact.
-        batches: the two models' hidden states, as `run_in_lockstep` returns them.
+        runners: the models.
+        batches: each model's hidden states, as `run_in_lockstep` returns them.
+        pairs: which models to compare.
         input_ids: int64 [windows, sequence_length].
         finished: is told after each batch how many windows are compared.
+
+    Returns:
+        For each pair its figures.
 
     Raises:
         NumericalError: a model's logits hold NaN or Inf.
     """
     targets = input_ids[:, 1:]
-    parts: list[TokenFigures] = []
+    parts: list[list[TokenFigures]] = [[] for _ in pairs]
     first = 0
-    with _heads(reference, artifact) as heads:
-        for ours, theirs in zip(*batches, strict=True):
-            last = first + len(ours.hidden)
-            parts += _compare_hidden(heads, ours.hidden, theirs.hidden, targets[first:last])
+    with _heads(runners) as heads:
+        for models in zip(*batches, strict=True):
+            last = first + len(models[0].hidden)
+            for found in _compare_hidden(heads, [batch.hidden for batch in models], pairs, targets[first:last]):
+                for own, figures in zip(parts, found, strict=True):
+                    own.append(figures)
             first = last
             finished(last)
-    return _joined(parts).reshape(len(input_ids))
+    return [TokenFigures.joined(own).reshape(len(input_ids)) for own in parts]
 
 
-def compare_logits(reference: Tensor, artifact: Tensor, targets: Tensor) -> TokenFigures:
-    """Figures of float logits [tokens, vocabulary] and int64 targets [tokens], computed in float64.
+def compare_logits(logits: Sequence[Tensor], pairs: Sequence[Pair], targets: Tensor) -> list[TokenFigures]:
+    """Figures of each model's float logits [tokens, vocabulary] and int64 targets [tokens], computed in float64.
 
     With log-probabilities `p` and `q`: nll = -p[target], KL = sum over the vocabulary of exp(p) * (p - q). Each row is
     reduced by itself, so that neither the number of threads nor the size of the pieces matters.
     """
-    rows = max(1, _DOUBLES_AT_ONCE // reference.shape[1])
-    pieces = zip(reference.split(rows), artifact.split(rows), targets.split(rows), strict=True)
-    return _joined([_compare_rows(*piece) for piece in pieces])
+    rows = max(1, _DOUBLES_AT_ONCE // logits[0].shape[1])
+    pieces = zip(*(each.split(rows) for each in logits), strict=True)
+    found = [_compare_rows(piece, pairs, wanted) for piece, wanted in zip(pieces, targets.split(rows), strict=True)]
+    return [TokenFigures.joined(own) for own in zip(*found, strict=True)]
 
 
-def _compare_rows(reference: Tensor, artifact: Tensor, targets: Tensor) -> TokenFigures:
-    same_top = reference.argmax(-1) == artifact.argmax(-1)
-    p, q = (torch.log_softmax(logits, -1, dtype=torch.float64) for logits in (reference, artifact))
-    columns = targets.to(p.device)[:, None]
-    reference_nll, artifact_nll = -p.gather(1, columns)[:, 0], -q.gather(1, columns)[:, 0]
-    difference = q.neg_().add_(p)
-    kl = _row_sums(difference.mul_(p.exp_()))
-    return TokenFigures(reference_nll.cpu(), artifact_nll.cpu(), kl.cpu(), same_top.cpu())
+def _compare_rows(logits: Sequence[Tensor], pairs: Sequence[Pair], targets: Tensor) -> list[TokenFigures]:
+    models = [_Predictions.of(each, targets) for each in logits]
+    return [models[first].against(models[second]) for first, second in pairs]
+
+
+@dataclass(frozen=True)
+class _Predictions:
+    """One model's distributions of some tokens.
+
+    Attributes:
+        log_probabilities: float64 [tokens, vocabulary].
+        nll: float64 [tokens], of the targets.
+        best: the log-probabilities of the two likeliest tokens [tokens, 2].
+        top: the likeliest token.
+    """
+
+    log_probabilities: Tensor
+    nll: Tensor
+    best: Tensor
+    top: Tensor
+
+    @cached_property
+    def _probabilities(self) -> Tensor:
+        return self.log_probabilities.exp()
+
+    @classmethod
+    def of(cls, logits: Tensor, targets: Tensor) -> _Predictions:
+        log_probabilities = torch.log_softmax(logits, -1, dtype=torch.float64)
+        nll = -log_probabilities.gather(1, targets.to(logits.device)[:, None])[:, 0]
+        best = logits.topk(2, -1).values.to(torch.float64)
+        return cls(log_probabilities, nll, best, logits.argmax(-1))
+
+    def against(self, other: _Predictions) -> TokenFigures:
+        difference = self.log_probabilities - other.log_probabilities
+        kl = _row_sums(difference.mul_(self._probabilities))
+        margin = self.best[:, 0] - self.best[:, 1]
+        tops = (each.top.to(torch.int32).cpu() for each in (self, other))
+        return TokenFigures(self.nll.cpu(), other.nll.cpu(), kl.cpu(), margin.cpu(), *tops)
 
 
 def _row_sums(values: Tensor) -> Tensor:
@@ -123,18 +165,20 @@ def _row_sums(values: Tensor) -> Tensor:
     return values.expand(2, -1).sum(-1)[:1] if len(values) == 1 else values.sum(-1)
 
 
-def _compare_hidden(heads: tuple[Head, Head], ours: Tensor, theirs: Tensor, targets: Tensor) -> Iterator[TokenFigures]:
+def _compare_hidden(
+    heads: Sequence[Head], hidden: Sequence[Tensor], pairs: Sequence[Pair], targets: Tensor
+) -> Iterator[list[TokenFigures]]:
     """The figures of hidden states [windows, sequence_length, hidden_size]; what follows a window is not known."""
-    own, other = (hidden[:, :-1].flatten(0, 1).split(_TOKENS_AT_ONCE) for hidden in (ours, theirs))
-    for left, right, wanted in zip(own, other, targets.flatten().split(_TOKENS_AT_ONCE), strict=True):
-        reference, artifact = _finite(heads[0](left)[0], "reference"), _finite(heads[1](right)[0], "artifact")
-        yield compare_logits(reference, artifact, wanted)
+    pieces = [states[:, :-1].flatten(0, 1).split(_TOKENS_AT_ONCE) for states in hidden]
+    for states, wanted in zip(zip(*pieces, strict=True), targets.flatten().split(_TOKENS_AT_ONCE), strict=True):
+        logits = [_finite(head(own)[0]) for head, own in zip(heads, states, strict=True)]
+        yield compare_logits(logits, pairs, wanted)
 
 
-def _finite(logits: Tensor, model: str) -> Tensor:
+def _finite(logits: Tensor) -> Tensor:
     if not is_finite(logits):
         raise NumericalError(
-            f"the {model}'s logits hold NaN or Inf",
+            "a model's logits hold NaN or Inf",
             where="verify",
             mend="an activation overflows: compute in a wider dtype (bfloat16 or float32), or look at the layer losses",
         )
@@ -142,11 +186,18 @@ def _finite(logits: Tensor, model: str) -> Tensor:
 
 
 @contextmanager
-def _heads(reference: BlockRunner, artifact: BlockRunner) -> Iterator[tuple[Head, Head]]:
-    """Both heads; in memory only once where the artifact's is the reference's, bit for bit."""
-    same = all(torch.equal(reference.read(name), artifact.read(name)) for name in _head_parameters(reference))
-    with reference.head() as head, ExitStack() as stack:
-        yield head, head if same else stack.enter_context(artifact.head())
+def _heads(runners: Sequence[BlockRunner]) -> Iterator[list[Head]]:
+    """Every model's head; in memory only once where it is the first one's, bit for bit."""
+    with ExitStack() as stack:
+        heads = [stack.enter_context(runners[0].head())]
+        for runner in runners[1:]:
+            heads.append(heads[0] if _same_head(runners[0], runner) else stack.enter_context(runner.head()))
+        yield heads
+
+
+def _same_head(one: BlockRunner, other: BlockRunner) -> bool:
+    names = _head_parameters(one)
+    return one.dtype == other.dtype and all(torch.equal(one.read(name), other.read(name)) for name in names)
 
 
 def _head_parameters(runner: BlockRunner) -> list[str]:
@@ -155,20 +206,3 @@ def _head_parameters(runner: BlockRunner) -> list[str]:
     before = () if structure.tied else (f"{structure.embedding}.",)
     skipped = (*before, *(f"{block}." for block in structure.blocks))
     return [name for name in structure.parameters if not name.startswith(skipped)]
-
-
-def _joined(parts: Sequence[TokenFigures]) -> TokenFigures:
-    names = [field.name for field in fields(TokenFigures)]
-    return TokenFigures(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
-
-
-def _mean(values: Tensor) -> float:
-    """The exactly rounded sum over the number of values, whatever their order."""
-    return math.fsum(values.flatten().tolist()) / values.numel()
-
-
-def _perplexity(nll: Tensor) -> float:
-    try:
-        return math.exp(_mean(nll))
-    except OverflowError as error:
-        raise NumericalError("a perplexity is larger than any number", where="verify") from error

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Final
 
+import torch
 from torch import Tensor
 
 from qexport.architectures.runner import Batch, BlockRunner
@@ -20,24 +22,42 @@ def windows_at_once(sequence_length: int) -> int:
 
 def run_in_lockstep(
     runners: Sequence[BlockRunner], input_ids: Tensor, finished: Callable[[int], None]
-) -> list[list[Batch]]:
+) -> tuple[list[list[Batch]], list[float]]:
     """The hidden states behind the last block, for each model.
 
     Each block is run by one model, given back, and then run by the next.
 
     Args:
-        runners: models with the same number of blocks.
+        runners: two models or more, with the same number of blocks.
         input_ids: int64 [windows, sequence_length].
         finished: is told the number of blocks that all models have run.
 
     Returns:
-        One list of batches a model, with the same windows in the same order.
+        One list of batches a model, with the same windows in the same order; and behind each block, how far the second
+        model's hidden states are from the first one's: the norm of the difference over the norm of the first one's.
     """
     batches = [runner.embed(input_ids, windows_at_once(input_ids.shape[1])) for runner in runners]
+    drift = []
     for index in range(len(runners[0].structure.blocks)):
         for runner, own in zip(runners, batches, strict=True):
             with runner.block(index) as block:
                 for batch in own:
                     runner.forward(index, block, batch)
+        drift.append(_relative_error(batches[0], batches[1]))
         finished(index + 1)
-    return batches
+    return batches, drift
+
+
+def _relative_error(ours: Sequence[Batch], theirs: Sequence[Batch]) -> float:
+    """In float32 a window at a time, summed in an order that no number of threads changes."""
+    difference, norm = 0.0, 0.0
+    for own, other in zip(ours, theirs, strict=True):
+        for states, others in zip(own.hidden, other.hidden, strict=True):
+            wide = states.to(torch.float32)
+            difference += _sum_of_squares(wide - others.to(torch.float32))
+            norm += _sum_of_squares(wide)
+    return math.sqrt(difference / norm) if norm else 0.0
+
+
+def _sum_of_squares(values: Tensor) -> float:
+    return math.fsum(values.square_().sum(-1, dtype=torch.float64).tolist())

@@ -2,80 +2,157 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib.metadata import version
+import resource
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from qexport.architectures.code_keys import without_code_keys
 from qexport.architectures.runner import BlockRunner
 from qexport.architectures.structure import describe
-from qexport.artifact.manifest import Gate, Generations, Verification
-from qexport.progress import Notice, Progress, Reporter, silent
+from qexport.artifact.figures import Figure, GateResult
+from qexport.artifact.report import BlockDrift, Check, Generations, TaskRecord, Timings
+from qexport.errors import InputError
+from qexport.gates.deciding import needs_more
+from qexport.progress import Notice, Reporter, silent
 from qexport.reading.artifact_source import ArtifactSource
-from qexport.tensors import CalibrationSet, Checkpoint
-from qexport.text.prompts import Prompt
+from qexport.tensors import Checkpoint, GroupQuantizedSpec, WeightSource
+from qexport.text.held_out import HeldOut
+from qexport.text.prompts import EncodedPrompts
 from qexport.verifying.config_comparison import refuse_other_config
-from qexport.verifying.divergence import TokenFigures, compare
-from qexport.verifying.generation import compare_generations, greedy_settings
-from qexport.verifying.lockstep import run_in_lockstep, windows_at_once
+from qexport.verifying.divergence import TokenFigures
+from qexport.verifying.estimates import Units, divergence_figures, rival_figures
 from qexport.verifying.memory import available_memory, needed_memory
+from qexport.verifying.preparation import Preparation
+from qexport.verifying.prompt_figures import MeasuredGenerations, measure_generations
+from qexport.verifying.rounds import Measured, Models, measure
 from qexport.verifying.settings import VerifySettings
+from qexport.verifying.steps import Steps
 
-_GENERATIONS: Final = "greedy generations (the model does not fit in memory)"
+Nearest = Callable[[Mapping[str, GroupQuantizedSpec], frozenset[str]], WeightSource]
+"""From the grids of an artifact's layers, and the layers whose weights are [in, out] in files, to the merged model
+rounded to nearest on those grids."""
+
+Judge = Callable[[Sequence[Figure], Sequence[Check]], list[GateResult]]
+"""The gates, decided on what is known."""
+
+_COARSE_BITS: Final = 4
+"""With more, rounding to nearest is so near the reference that hardly anything can be nearer by more than noise."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What an artifact is held against, and on what.
+
+    Attributes:
+        reference: the merged model, read from its source again.
+        base: the model without the adapter, None where there is none or it has other shapes.
+        nearest: makes the merged model rounded to nearest.
+        prepared: what was measured of the reference alone.
+        held_out: the text, as many windows as may be taken.
+        prompts: what both models continue; None for nothing.
+        tokenizer: the reference's.
+        settings: the recipe's `verify`.
+        dtype: what the blocks compute in: the merged model's dtype.
+        device: where to compute.
+    """
+
+    reference: Checkpoint
+    base: Checkpoint | None
+    nearest: Nearest
+    prepared: Preparation
+    held_out: HeldOut
+    prompts: EncodedPrompts | None
+    tokenizer: PreTrainedTokenizerBase
+    settings: VerifySettings
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was found.
+
+    Attributes:
+        figures: of the held-out text and the prompts.
+        gates: their decisions.
+        checks: those that were given, and that of config.json.
+        tokens: the artifact against the reference, for every predicted token.
+        looks: how many windows had been measured at each look at the gates.
+        block_drift: see `qexport.verifying.lockstep`.
+        generations: None where there are no prompts or the model does not fit in memory.
+        tasks: of lm-evaluation-harness.
+        unconfirmed: what could not be measured, and why.
+        timings: how long it took.
+    """
+
+    figures: list[Figure]
+    gates: list[GateResult]
+    checks: list[Check]
+    tokens: TokenFigures
+    looks: list[int]
+    block_drift: list[BlockDrift]
+    generations: Generations | None
+    tasks: list[TaskRecord]
+    unconfirmed: list[str]
+    timings: Timings
 
 
 def verify(
-    reference: Checkpoint,
-    artifact: Path,
-    windows: CalibrationSet,
-    prompts: Sequence[Prompt],
-    settings: VerifySettings,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    report: Reporter = silent,
-) -> Verification:
-    """Measures perplexity, KL divergence and top-1 agreement, and continues the prompts where the model fits in memory.
+    artifact: Path, given: Given, judge: Judge, checks: Sequence[Check] = (), *, report: Reporter = silent
+) -> Measurement:
+    """Measures the artifact until its gates are decided or the text is used up. A failed gate is recorded, not raised.
 
-    Both models run block by block; a failed gate is recorded, not raised. docs/verification.md defines every figure.
+    All models run block by block; prompts are continued where a whole model fits in memory. docs/verification.md
+    defines every figure.
 
     Args:
-        reference: the merged model, read from its source again.
-        artifact: the folder, in the safetensors layout.
-        windows: held-out tokens; see `qexport.text.windows`.
-        prompts: what both models continue greedily; may be empty.
-        settings: the recipe's `verify`.
-        tokenizer: the model's.
-        dtype: what the blocks compute in: the merged model's dtype.
-        device: where to compute.
+        artifact: the folder, in any format that `qexport.load` reads.
+        given: what to hold it against.
+        judge: the gates.
+        checks: what has been checked already, for the gates.
         report: is told of each step.
 
     Raises:
-        InputError: the artifact cannot be read, or is not a quantized form of the reference.
+        InputError: the artifact cannot be read, or is not a form of the reference.
         NumericalError: logits hold NaN or Inf.
     """
-    with ArtifactSource(artifact, dtype=dtype) as source:
-        refuse_other_config(reference.config, source.config)
-        ours = BlockRunner(reference.config, reference.weights, dtype=dtype, device=device)
-        source.check_complete(ours.structure)
-        theirs = BlockRunner(source.config, source, dtype=dtype, device=device)
-        generates = bool(prompts) and _fits_in_memory(ours, report)
-        steps = _Steps(report, _step_count(ours, windows.input_ids, len(prompts) if generates else 0))
-        figures = _measure(ours, theirs, windows.input_ids, steps)
-        generations = None
-        if generates:
-            greedy = greedy_settings(reference, tokenizer, max_new_tokens=settings.max_new_tokens)
-            generations = compare_generations(
-                ours, theirs, prompts, tokenizer, greedy, lambda: steps.finished("continuing the prompts")
-            )
-    unconfirmed = [_GENERATIONS] if prompts and not generates else []
-    return _verification(figures, windows, settings, generations, unconfirmed)
+    started, steps = time.monotonic(), Steps(report)
+    with ArtifactSource(artifact, dtype=given.dtype) as source:
+        found_checks = [*checks, _config_check(given.reference, source)]
+        models = _models(given, source)
+
+        def decide(found: Measured) -> list[GateResult]:
+            return judge(_figures(found, given), found_checks)
+
+        measured = measure(models, given.held_out.input_ids, given.settings.windows, decide, needs_more, steps)
+        figures = _figures(measured, given)
+        generations, unconfirmed = _generations(models, given, steps, report)
+    if generations is not None:
+        figures += generations.figures
+    drift = zip(models.reference.structure.blocks, measured.block_drift, strict=True)
+    return Measurement(
+        figures=figures,
+        gates=judge(figures, found_checks),
+        checks=found_checks,
+        tokens=measured.tokens()["artifact"],
+        looks=measured.looks,
+        block_drift=[BlockDrift(name=name, relative_error=error) for name, error in drift],
+        generations=generations.record if generations else None,
+        tasks=[],
+        unconfirmed=[*given.prepared.unconfirmed, *unconfirmed],
+        timings=_timings(time.monotonic() - started),
+    )
+
+
+def has_nearest_rival(grids: Mapping[str, GroupQuantizedSpec]) -> bool:
+    """Whether an artifact whose layers have these grids is held against the model rounded to nearest on them."""
+    return bool(grids) and min(grid.bits for grid in grids.values()) <= _COARSE_BITS
 
 
 def check_headers(reference: Checkpoint, artifact: Path) -> None:
@@ -89,73 +166,65 @@ def check_headers(reference: Checkpoint, artifact: Path) -> None:
         source.check_complete(describe(reference.config))
 
 
-@dataclass
-class _Steps:
-    """The blocks, then the batches whose predictions are compared, then the continuations of both models."""
-
-    report: Reporter
-    total: int
-    done: int = 0
-    tokens: int = 0
-
-    def __post_init__(self) -> None:
-        self.report(Progress("verify", 0, self.total, "step"))
-
-    def finished(self, detail: str, tokens: int = 0) -> None:
-        self.done += 1
-        self.tokens += tokens
-        self.report(Progress("verify", self.done, self.total, "step", detail, self.tokens))
+def _config_check(reference: Checkpoint, source: ArtifactSource) -> Check:
+    name = "config.json means the reference"
+    try:
+        refuse_other_config(reference.config, source.config)
+    except InputError as error:
+        return Check(gate="config", name=name, passed=False, detail=error.where or error.what)
+    return Check(gate="config", name=name, passed=True, detail="every key")
 
 
-def _step_count(runner: BlockRunner, input_ids: torch.Tensor, prompts: int) -> int:
-    windows, length = input_ids.shape
-    return len(runner.structure.blocks) + math.ceil(windows / windows_at_once(length)) + 2 * prompts
+def _models(given: Given, source: ArtifactSource) -> Models:
+    """The runners. The artifact runs as its own config.json says, as its users will run it."""
+
+    def runner(checkpoint: Checkpoint) -> BlockRunner:
+        return BlockRunner(checkpoint.config, checkpoint.weights, dtype=given.dtype, device=given.device)
+
+    reference = runner(given.reference)
+    source.check_complete(reference.structure)
+    config, _ = without_code_keys(source.config)
+    artifact = BlockRunner(config, source, dtype=given.dtype, device=given.device)
+    nearest = None
+    if has_nearest_rival(source.grids):
+        rounded = given.nearest(source.grids, source.transposed)
+        nearest = runner(replace(given.reference, weights=rounded))
+    return Models(reference, artifact, nearest, runner(given.base) if given.base else None)
 
 
-def _measure(reference: BlockRunner, artifact: BlockRunner, input_ids: torch.Tensor, steps: _Steps) -> TokenFigures:
-    def ran(blocks: int) -> None:
-        steps.finished(f"block {blocks} of both models", tokens=2 * input_ids.numel())
-
-    def compared(windows: int) -> None:
-        steps.finished(f"predictions in {windows} windows")
-
-    ours, theirs = run_in_lockstep((reference, artifact), input_ids, ran)
-    return compare(reference, artifact, (ours, theirs), input_ids, compared)
-
-
-def _verification(
-    figures: TokenFigures,
-    windows: CalibrationSet,
-    settings: VerifySettings,
-    generations: Generations | None,
-    unconfirmed: list[str],
-) -> Verification:
-    return Verification(
-        reference_perplexity=figures.reference_perplexity,
-        artifact_perplexity=figures.artifact_perplexity,
-        mean_kl=figures.mean_kl,
-        top1_agreement=figures.top1_agreement,
-        tokens=figures.kl.numel(),
-        windows=windows.input_ids.shape[0],
-        sequence_length=windows.input_ids.shape[1],
-        text_sha256=windows.sha256,
-        generations=generations,
-        gates=judge(figures.mean_kl, settings),
-        readers=[f"qexport {version('qexport')}"],
-        unconfirmed=unconfirmed,
-    )
+def _figures(found: Measured, given: Given) -> list[Figure]:
+    """Everything that is known of the text, with the noise floor beside it."""
+    tokens = found.tokens()
+    units = Units(given.held_out.domains[: found.windows], "window", tokens["artifact"].kl.shape[1], found.looks[0])
+    floor = given.prepared.noise_floor
+    own = [
+        figure.model_copy(update={"noise_floor": floor.get(figure.name)}) if figure.domain is None else figure
+        for figure in divergence_figures(tokens["artifact"], units)
+    ]
+    return [*own, *rival_figures(tokens, units), *given.prepared.figures]
 
 
-def judge(mean_kl: float, settings: VerifySettings) -> list[Gate]:
-    """The gates that the recipe sets."""
-    if settings.max_kl is None:
-        return []
-    return [Gate(name="max_kl", value=mean_kl, limit=settings.max_kl, passed=mean_kl <= settings.max_kl)]
-
-
-def _fits_in_memory(runner: BlockRunner, report: Reporter) -> bool:
-    needed, available = needed_memory(runner), available_memory(runner.device)
+def _generations(
+    models: Models, given: Given, steps: Steps, report: Reporter
+) -> tuple[MeasuredGenerations | None, list[str]]:
+    if given.prompts is None:
+        return None, []
+    needed, available = needed_memory(models.reference), available_memory(given.device)
     if needed > available:
-        sizes = f"it needs {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free"
-        report(Notice(f"no greedy generations: the whole model does not fit in memory ({sizes})"))
-    return needed <= available
+        sizes = f"the whole model needs {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free"
+        report(Notice(f"no prompts were continued: {sizes}"))
+        return None, ["generations (the model does not fit in memory)"]
+    return measure_generations(
+        models.reference, models.artifact, given.prompts, given.tokenizer, given.reference, given.settings, steps
+    ), []
+
+
+def _timings(seconds: float) -> Timings:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return Timings(
+        seconds=seconds,
+        peak_memory_bytes=peak,
+        speed=None,
+        speed_unmeasured="the recipe has no verify.speed",
+        figures=[],
+    )

@@ -1,4 +1,4 @@
-"""Pydantic's errors in the recipe's words, each at its place."""
+"""Pydantic's errors in the words of the file, each at its place."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, get_args
+from typing import Any, Final, get_args
 
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, PydanticCustomError
 
-from qexport.recipe.document import Keys, Node, Problem, dotted, entry_at
+from qexport.yaml.document import Keys, Node, Problem, dotted, entry_at
+
+_COMBINATION: Final = "combination"
 
 _KINDS = {
     "string_type": "must be text",
@@ -35,22 +37,38 @@ def problems_of(error: ValidationError, root: Node, model: type[BaseModel]) -> l
     messages: dict[Keys, list[str]] = {}
     new_keys = set()
     for details in error.errors(include_url=False):
-        keys, message = _told(details, root, model)
-        if message not in messages.setdefault(keys, []):
-            messages[keys].append(message)
-        if details["type"] == "extra_forbidden":
-            new_keys.add(keys)
+        for keys, message in _told(details, root, model):
+            if message not in messages.setdefault(keys, []):
+                messages[keys].append(message)
+            if details["type"] == "extra_forbidden":
+                new_keys.add(keys)
     deepest = [keys for keys in messages if not any(other[: len(keys)] == keys != other for other in messages)]
     return [_placed(root, keys, _joined(messages[keys]), at_key=keys in new_keys) for keys in deepest]
 
 
-def _told(details: ErrorDetails, root: Node, model: type[BaseModel]) -> tuple[Keys, str]:
-    kind, context = details["type"], details.get("ctx", {})
+def combination(problems: Mapping[str, str]) -> PydanticCustomError:
+    """What a validator raises where values that are right by themselves do not fit together.
+
+    Args:
+        problems: messages by the dotted path of the value to change, from the validated value on.
+    """
+    message = "; ".join(problems.values())
+    return PydanticCustomError(_COMBINATION, "{message}", {"message": message, "problems": dict(problems)})
+
+
+def _told(details: ErrorDetails, root: Node, model: type[BaseModel]) -> list[tuple[Keys, str]]:
     keys = _keys(details, root)
+    if details["type"] == _COMBINATION:
+        return [((*keys, *field.split(".")), message) for field, message in details["ctx"]["problems"].items()]
+    return [_told_of_one(details, keys, root, model)]
+
+
+def _told_of_one(details: ErrorDetails, keys: Keys, root: Node, model: type[BaseModel]) -> tuple[Keys, str]:
+    kind, context = details["type"], details.get("ctx", {})
     match kind:
         case "extra_forbidden":
             known = _known_keys(model, keys[:-1], root)
-            return keys, f"unknown key{_suggestion(str(keys[-1]), known) or '; known are ' + ', '.join(known)}"
+            return keys, f"unknown key{suggestion(str(keys[-1]), known) or '; known are ' + ', '.join(known)}"
         case "missing":
             return keys, "missing"
         case "union_tag_not_found":
@@ -61,8 +79,6 @@ def _told(details: ErrorDetails, root: Node, model: type[BaseModel]) -> tuple[Ke
             return keys, _choice(context["expected"], details["input"])
         case "value_error":
             return keys, str(context["error"])
-        case "combination":
-            return tuple(context["field"].split(".")), details["msg"]
         case _:
             return keys, _wrong_value(kind, details)
 
@@ -90,7 +106,7 @@ def _wrong_value(kind: str, details: ErrorDetails) -> str:
 def _choice(expected: str, value: Any) -> str:
     options = re.findall(r"'([^']*)'", expected)
     what = expected if isinstance(value, dict | list) else f"{expected}, not {_shown(value)}"
-    return f"must be {what}{_suggestion(str(value), options) if isinstance(value, str) else ''}"
+    return f"must be {what}{suggestion(str(value), options) if isinstance(value, str) else ''}"
 
 
 def _shown(value: Any) -> str:
@@ -98,7 +114,8 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:60] + "…"
 
 
-def _suggestion(word: str, known: list[str]) -> str:
+def suggestion(word: str, known: list[str]) -> str:
+    """`; did you mean ...?` where a known word is near, else nothing."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -110,11 +127,11 @@ def _joined(messages: list[str]) -> str:
 
 
 def _known_keys(model: type[BaseModel], keys: Keys, root: Node) -> list[str]:
-    """The fields of the settings at a path; of a union, those of the member that the recipe chose."""
+    """The fields of the settings at a path; of a union, those of the member that the file chose."""
     models = [model]
     for depth, key in enumerate(keys, start=1):
-        if isinstance(key, int):
-            continue
+        if not any(key in m.model_fields for m in models):
+            continue  # the index of a list, or the key of a mapping of any keys
         annotations = [m.model_fields[key].annotation for m in models if key in m.model_fields]
         found = [m for annotation in annotations for m in _models(annotation)]
         models = [m for m in found if _is_chosen(m, keys[:depth], root)] or found
@@ -129,7 +146,7 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def _is_chosen(model: type[BaseModel], keys: Keys, root: Node) -> bool:
-    """Whether the recipe's discriminators at this path (method, layout) are this model's."""
+    """Whether the discriminators at this path (method, layout) are this model's."""
     tags = {name: get_args(field.annotation) for name, field in model.model_fields.items() if field.is_required()}
     tags = {name: options for name, options in tags.items() if len(options) == 1 and isinstance(options[0], str)}
     entries = {name: entry_at(root, (*keys, name)) for name in tags}

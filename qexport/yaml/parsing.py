@@ -1,4 +1,4 @@
-"""YAML 1.2 text into a tree with line numbers; what a recipe does not need of YAML is refused."""
+"""YAML 1.2 text into a tree with line numbers; what settings do not need of YAML is refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ruamel.yaml.events import (
 )
 from ruamel.yaml.reader import ReaderError
 
-from qexport.recipe.document import Entry, Node, Origin, Problem, Scalar, dotted
+from qexport.yaml.document import Entry, Node, Origin, Problem, Scalar, dotted
 
 MAX_DEPTH = 50
 
@@ -154,7 +154,7 @@ class _Builder:
     def check_tag(self, event: NodeEvent, keys: tuple[str, ...]) -> None:
         tag = getattr(event, "tag", None)
         if tag is not None:
-            self.problem(self.line(event), keys, f"the tag {tag} is not allowed in a recipe: remove it")
+            self.problem(self.line(event), keys, f"the tag {tag} is not allowed: remove it")
 
     def line(self, event: Event) -> int | None:
         return event.start_mark.line + 1 if self.numbered else None

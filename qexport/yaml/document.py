@@ -1,4 +1,4 @@
-"""A recipe as it was written: a tree of values that know the line and the folder they came from."""
+"""A YAML file as it was written: a tree of values that know the line and the folder they came from."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong in a recipe, at its place."""
+    """Something wrong in a file or on the command line, at its place."""
 
     origin: Origin
     line: int | None

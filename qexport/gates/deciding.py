@@ -1,0 +1,172 @@
+"""Deciding gates: pass, fail or undecided, on confidence sequences, so that one may look after every window.
+
+A gate passes only where the whole 95 % confidence sequence keeps the limit, and fails only where the whole of it breaks
+the limit. What was not measured, or has no interval, is undecided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from qexport.artifact.catalogue import CATALOGUE
+from qexport.artifact.figures import Figure, GateResult, Verdict, find_figure
+from qexport.artifact.report import Check
+from qexport.gates.limits import NOISE_MARGIN, Bound, Limit
+
+BuiltIn = Literal["config", "tokenizer", "merge", "adapter", "better_than_rtn"]
+"""Gates that need no limit from anyone. Each is decided where it is expected, whether or not it was measured."""
+
+BUILT_IN: Final[tuple[BuiltIn, ...]] = ("config", "tokenizer", "merge", "adapter", "better_than_rtn")
+
+
+@dataclass(frozen=True)
+class _Gate:
+    """A gate on a figure's interval.
+
+    Attributes:
+        name: the result's.
+        figure: the name of what it limits.
+        domain: None for all text.
+        bound: which side is limited.
+        limit: None where it is not known, which leaves the gate undecided.
+        strict: whether a value on the limit breaks it.
+        unknown: why the limit is not known.
+        equal: what a value that is on a strict limit exactly means; None where that is a failure.
+    """
+
+    name: str
+    figure: str
+    domain: str | None
+    bound: Bound
+    limit: float | None
+    strict: bool = False
+    unknown: str = ""
+    equal: str | None = None
+
+
+def decide(
+    limits: Sequence[Limit], figures: Sequence[Figure], checks: Sequence[Check], expected: Sequence[BuiltIn]
+) -> list[GateResult]:
+    """Decides every gate.
+
+    Args:
+        limits: those of `qexport.gates.limits`.
+        figures: what was measured, over all text and by domain.
+        checks: passed or not, without statistics.
+        expected: the built-in gates that apply: `merge` and `adapter` where there is an adapter, `better_than_rtn` for
+            GPTQ. One that is expected and was not measured is undecided.
+
+    Returns:
+        The built-in gates first, then one result for each limit. Names are unique.
+    """
+    return [*_built_in(figures, checks, expected), *(_decided(_gate(limit), figures) for limit in limits)]
+
+
+def needs_more(results: Sequence[GateResult]) -> bool:
+    """Whether a gate is undecided that more windows could decide: one with an interval, which they make narrower."""
+    return any(
+        result.verdict == "undecided"
+        and result.figure is not None
+        and CATALOGUE[result.figure].teacher_forced
+        and None not in (result.limit, result.low, result.high)
+        and result.low != result.high
+        for result in results
+    )
+
+
+def _built_in(figures: Sequence[Figure], checks: Sequence[Check], expected: Sequence[BuiltIn]) -> Iterator[GateResult]:
+    for name in BUILT_IN:
+        if name in expected:
+            match name:
+                case "config" | "tokenizer":
+                    yield _checked(name, [check for check in checks if check.gate == name])
+                case "merge":
+                    yield _decided(_merge_gate(figures), figures)
+                case "adapter":
+                    yield _decided(_ADAPTER, figures)
+                case "better_than_rtn":
+                    yield _decided(_BETTER_THAN_RTN, figures)
+
+
+_ADAPTER: Final = _Gate(
+    "adapter", "kl_over_base", None, "at_most", 0.0, strict=True,
+    equal="the adapter changes no prediction on this text, so nothing tells whether it was applied",
+)  # fmt: skip
+
+_BETTER_THAN_RTN: Final = _Gate("better_than_rtn", "kl_over_rtn", None, "at_most", 0.0, strict=True)
+
+
+def _merge_gate(figures: Sequence[Figure]) -> _Gate:
+    drift = find_figure(figures, "mean_kl")
+    floor = None if drift is None else drift.noise_floor
+    limit = None if floor is None else NOISE_MARGIN * floor
+    return _Gate("merge", "merge_kl", None, "at_most", limit, unknown="the noise floor was not measured")
+
+
+def _checked(name: str, checks: Sequence[Check]) -> GateResult:
+    passed = sum(check.passed is True for check in checks)
+    failed = [f"{check.name} ({check.detail})" for check in checks if check.passed is False]
+    if failed:
+        return GateResult(name=name, verdict="fail", reason=f"not as in the reference: {', '.join(failed)}")
+    if not passed:
+        return GateResult(name=name, verdict="undecided", reason="nothing was checked")
+    count = "1 check" if passed == 1 else f"{passed} checks"
+    return GateResult(name=name, verdict="pass", reason=f"{count} passed")
+
+
+def _gate(limit: Limit) -> _Gate:
+    return _Gate(limit.name, limit.figure, limit.domain, limit.bound, limit.value)
+
+
+def _decided(gate: _Gate, figures: Sequence[Figure]) -> GateResult:
+    figure = find_figure(figures, gate.figure, gate.domain)
+    verdict, reason = _verdict(gate, figure)
+    measured: dict[str, Any] = {}
+    if figure is not None:
+        ends = {"low": figure.sequence_low, "high": figure.sequence_high}
+        measured = {"value": figure.value, **ends, "n": figure.n, "unit": figure.unit}
+    return GateResult(
+        name=gate.name,
+        figure=gate.figure,
+        domain=gate.domain,
+        bound=gate.bound,
+        limit=gate.limit,
+        verdict=verdict,
+        reason=reason,
+        **measured,
+    )
+
+
+def _verdict(gate: _Gate, figure: Figure | None) -> tuple[Verdict, str]:
+    if figure is None or figure.n < 1:
+        return "undecided", "not measured"
+    low, high = figure.sequence_low, figure.sequence_high
+    if low is None or high is None:
+        return "undecided", f"measured on {_counted(figure)}, which gives no interval to decide on"
+    if low > high:
+        return "undecided", f"its interval is empty: {low:.4g} to {high:.4g}"
+    if gate.limit is None:
+        return "undecided", gate.unknown
+    return _held_against(gate, gate.limit, low, high, _counted(figure))
+
+
+def _held_against(gate: _Gate, limit: float, low: float, high: float, counted: str) -> tuple[Verdict, str]:
+    """The verdict on a complete interval."""
+    if gate.equal is not None and low == high == limit:
+        return "undecided", gate.equal
+    # mirrored for at_least, so that the limit is always the larger end
+    best, worst = (low, high) if gate.bound == "at_most" else (-high, -low)
+    end = limit if gate.bound == "at_most" else -limit
+    words = f"{'below' if gate.strict else gate.bound.replace('_', ' ')} {limit:.4g}"
+    place = f"lies at {low:.4g} to {high:.4g}" if low != high else f"is exactly {low:.4g}"
+    if worst < end or (worst == end and not gate.strict):
+        return "pass", f"{place}, {'all of it ' if low != high else ''}{words}"
+    if best > end or (best == end and gate.strict):
+        return "fail", f"{place}, {'none of it' if low != high else 'not'} {words}"
+    return "undecided", f"{place}, part of it {words}: not decided by {counted}"
+
+
+def _counted(figure: Figure) -> str:
+    return f"1 {figure.unit}" if figure.n == 1 else f"{figure.n} {figure.unit}s"

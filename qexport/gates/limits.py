@@ -1,0 +1,137 @@
+"""Which limits hold for an artifact: the profile's, the user's over them, and no tighter than can be measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final, Literal
+
+from qexport.artifact.catalogue import CATALOGUE
+from qexport.errors import RecipeError, listed
+from qexport.gates.profiles import PROFILES
+from qexport.gates.settings import Bounds, DomainBounds, HasGates, ProfileName
+
+NOISE_MARGIN: Final = 3.0
+"""A limit must allow at least this many times the drift that computing in another dtype alone brings."""
+
+_ROUNDING: Final = 1e-9
+"""So that 0.3 is not tighter than 3 * 0.1."""
+
+_LOOSEST: Final = PROFILES["gptq-2bit"]
+"""What no profile's limit is moved beyond: a gate there would pass a broken artifact."""
+
+Bound = Literal["at_most", "at_least"]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One bound on one figure.
+
+    Attributes:
+        figure: its name in the catalogue.
+        domain: None for all text.
+        bound: which side.
+        value: in the figure's own unit.
+        by_user: whether a recipe or a file of gates says so, and not a profile.
+        one_sided: whether the figure has no other bound there.
+    """
+
+    figure: str
+    domain: str | None
+    bound: Bound
+    value: float
+    by_user: bool
+    one_sided: bool = True
+
+    @property
+    def name(self) -> str:
+        """The gate's name: `mean_kl`, `mean_kl[code]`, or with its bound where the figure has both."""
+        place = self.figure if self.domain is None else f"{self.figure}[{self.domain}]"
+        return place if self.one_sided else f"{place} {self.bound}"
+
+
+def limits_of(settings: HasGates, profile: ProfileName) -> list[Limit]:
+    """The profile's limits with the user's over them, in the catalogue's order, each figure's domains behind it.
+
+    Args:
+        settings: the user's. Bounds over all text replace those of the profile, both sides; null removes them; bounds
+            for domains alone leave them.
+        profile: what the settings' own profile has been resolved to; never `auto`.
+    """
+    ours = PROFILES[profile]
+    names = [name for name in CATALOGUE if name in ours or name in settings.gates]
+    return [limit for name in names for limit in _limits(name, ours.get(name), settings)]
+
+
+def above_floor(limits: Sequence[Limit], floors: Mapping[str, float]) -> tuple[list[Limit], list[str]]:
+    """The limits, none of them tighter than three times the noise floor, and a note for each that was moved.
+
+    A profile's limit that is tighter is moved to three times the floor, since no user has asked for it.
+
+    Args:
+        limits: what shall hold.
+        floors: by figure, its value between the reference and itself computed in a wider dtype.
+
+    Raises:
+        RecipeError: a user's limit is tighter, or a profile's would have to be moved beyond the loosest profile's. All
+            of them are named, each with the tightest that can be had.
+    """
+    tightest = {limit: _tightest(limit, floors) for limit in limits}
+    tighter = {limit: value for limit, value in tightest.items() if value is not None}
+    refused = [each for each, value in tighter.items() if each.by_user or _is_beyond_all(each, value)]
+    if refused:
+        raise RecipeError(
+            "limits are tighter than three times the noise floor, what computing in a wider dtype changes by itself",
+            where=listed([f"{each.name}: {_at_best(each, tighter[each])}" for each in refused]),
+            mend="loosen these limits in verify.gates, or merge in a wider dtype",
+        )
+    notes = [
+        f"the limit of {limit.name} is {value:.4g}, not the profile's {limit.value:g}: three times the noise floor"
+        for limit, value in tighter.items()
+    ]
+    return [replace(limit, value=tighter.get(limit, limit.value)) for limit in limits], notes
+
+
+def _limits(name: str, ours: Bounds | None, settings: HasGates) -> Iterator[Limit]:
+    asked = settings.gates.get(name)
+    removed = name in settings.gates and asked is None
+    replaced = asked is not None and (asked.at_most is not None or asked.at_least is not None)
+    if replaced or removed:
+        ours = None
+    for bounds, by_user in ((ours, False), (asked if replaced else None, True)):
+        yield from _sides(name, None, bounds, by_user=by_user)
+    for domain, inner in (asked.domains if asked else {}).items():
+        yield from _sides(name, domain, inner, by_user=True)
+
+
+def _sides(name: str, domain: str | None, bounds: DomainBounds | None, *, by_user: bool) -> Iterator[Limit]:
+    if bounds is None:
+        return
+    one_sided = bounds.at_most is None or bounds.at_least is None
+    if bounds.at_most is not None:
+        yield Limit(name, domain, "at_most", bounds.at_most, by_user, one_sided)
+    if bounds.at_least is not None:
+        yield Limit(name, domain, "at_least", bounds.at_least, by_user, one_sided)
+
+
+def _tightest(limit: Limit, floors: Mapping[str, float]) -> float | None:
+    """Three times the noise floor as a limit, where the limit is tighter than that."""
+    kind = CATALOGUE[limit.figure]
+    if kind.ideal is None or limit.figure not in floors:
+        return None
+    room = NOISE_MARGIN * abs(floors[limit.figure] - kind.ideal)
+    if abs(limit.value - kind.ideal) >= room * (1 - _ROUNDING):
+        return None
+    return kind.ideal + room if limit.bound == "at_most" else kind.ideal - room
+
+
+def _is_beyond_all(limit: Limit, moved: float) -> bool:
+    loosest = _LOOSEST[limit.figure]
+    if loosest.at_most is not None:
+        return moved > loosest.at_most
+    return loosest.at_least is not None and moved < loosest.at_least
+
+
+def _at_best(limit: Limit, value: float) -> str:
+    words = "at most" if limit.bound == "at_most" else "at least"
+    return f"{words} {limit.value:g}, where {words} {value:.4g} is the tightest that can be told from noise"

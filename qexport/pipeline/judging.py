@@ -1,0 +1,59 @@
+"""The gates of one artifact: which limits hold, and which checks are expected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qexport.artifact.figures import Figure, GateResult
+from qexport.artifact.report import Check
+from qexport.gates.deciding import BuiltIn, decide
+from qexport.gates.limits import Limit, above_floor, limits_of
+from qexport.gates.settings import HasGates, ProfileName
+from qexport.verifying.preparation import Preparation
+
+
+@dataclass(frozen=True)
+class Gates:
+    """Decides what it was made for.
+
+    Attributes:
+        limits: on figures.
+        expected: the built-in gates that apply.
+        notes: limits of a profile that had to be moved.
+    """
+
+    limits: Sequence[Limit]
+    expected: Sequence[BuiltIn]
+    notes: Sequence[str]
+
+    def __call__(self, figures: Sequence[Figure], checks: Sequence[Check]) -> list[GateResult]:
+        """The decisions on what is known."""
+        return decide(self.limits, figures, checks, self.expected)
+
+
+def make_gates(
+    settings: HasGates, auto: ProfileName, prepared: Preparation, *, without_adapter: bool, nearest: bool
+) -> Gates:
+    """The gates of an artifact.
+
+    Args:
+        settings: the user's.
+        auto: what `profile: auto` means for this artifact.
+        prepared: what was measured of the reference.
+        without_adapter: whether the base is run without the adapter.
+        nearest: whether the model rounded to nearest is run.
+
+    Raises:
+        RecipeError: a limit is tighter than three times the noise floor.
+    """
+    profile = auto if settings.profile == "auto" else settings.profile
+    limits, notes = above_floor(limits_of(settings, profile), prepared.noise_floor)
+    applies: dict[BuiltIn, bool] = {
+        "config": True,
+        "tokenizer": True,
+        "merge": bool(prepared.figures),
+        "adapter": without_adapter,
+        "better_than_rtn": nearest,
+    }
+    return Gates(limits, [name for name, expected in applies.items() if expected], notes)

@@ -1,0 +1,178 @@
+"""From tokens to figures: each over all text and over each domain, with what is known of its uncertainty."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from qexport.artifact.catalogue import PROBABILITY_QUANTILES, QUANTILES
+from qexport.artifact.figures import Figure, Unit
+from qexport.statistics.means import stratified_mean
+from qexport.statistics.quantiles import quantile_interval
+from qexport.statistics.samples import NOT_NEGATIVE, REAL, SHARE, Interval, Range, Sample, transformed
+from qexport.statistics.sequences import confidence_sequence
+from qexport.verifying.divergence import TokenFigures
+from qexport.verifying.rounds import Comparison
+from qexport.verifying.tails import decisive_flips
+
+Array = NDArray[np.float64]
+
+_NO_DOMAIN: Final = ""
+
+
+@dataclass(frozen=True)
+class Units:
+    """What a figure was measured on.
+
+    Attributes:
+        domains: of each unit, None where it has none.
+        unit: what a unit is.
+        tokens: predicted tokens in a unit, None where they do not say anything.
+        planned: the number of units at which confidence sequences shall be narrow.
+    """
+
+    domains: Sequence[str | None]
+    unit: Unit
+    tokens: int | None
+    planned: int
+
+    @property
+    def strata(self) -> list[str]:
+        """The domains, for the statistics."""
+        return [domain or _NO_DOMAIN for domain in self.domains]
+
+    def first(self, count: int) -> Units:
+        """The first `count` of them."""
+        return replace(self, domains=self.domains[:count])
+
+    def figure(self, name: str, fixed: Interval, sequence: Interval) -> Figure:
+        """The figure with both of its intervals."""
+        return Figure(
+            name=name,
+            value=fixed.value,
+            low=fixed.low,
+            high=fixed.high,
+            sequence_low=sequence.low,
+            sequence_high=sequence.high,
+            n=fixed.n,
+            unit=self.unit,
+            tokens=None if self.tokens is None else self.tokens * fixed.n,
+        )
+
+    def mean(
+        self,
+        name: str,
+        values: Array,
+        within: Range = REAL,
+        *,
+        trials: int | None = None,
+        function: Callable[[float], float] | None = None,
+    ) -> Figure:
+        """The figure that is the mean of the units' values, or an increasing function of it.
+
+        Args:
+            name: of the figure.
+            values: float64 [units].
+            within: the values that the mean can have.
+            trials: of a share, what each unit's value is a share of.
+            function: for example exp, where the values are logarithms.
+        """
+        sample = Sample(values, self.strata, trials)
+        intervals = (
+            stratified_mean(sample, within),
+            confidence_sequence(sample, within, planned=self.planned),
+        )
+        if function is not None:
+            intervals = (transformed(intervals[0], function), transformed(intervals[1], function))
+        return self.figure(name, *intervals)
+
+    def quantile(self, name: str, values: Array, q: float) -> Figure:
+        """The figure that is a quantile of all tokens' values [units, tokens]."""
+        found = quantile_interval(values, self.strata, q, planned=self.planned)
+        return self.figure(name, found.fixed, found.sequence)
+
+
+def by_domain(units: Units, estimate: Callable[[Units, NDArray[np.bool_]], list[Figure]]) -> list[Figure]:
+    """Figures over all units, then over each domain's.
+
+    Args:
+        units: all of them.
+        estimate: from a selection, and the mask [units] that makes it, to its figures.
+    """
+    domains = np.asarray(units.strata)
+    figures = estimate(units, np.ones(len(domains), dtype=bool))
+    for domain in dict.fromkeys(units.domains):
+        if domain is not None:
+            mask = domains == domain
+            chosen = replace(units, domains=[domain] * int(mask.sum()))
+            figures += [figure.model_copy(update={"domain": domain}) for figure in estimate(chosen, mask)]
+    return figures
+
+
+def divergence_figures(tokens: TokenFigures, units: Units) -> list[Figure]:
+    """The artifact against the reference: perplexity, divergence, agreement; overall and by domain."""
+
+    def estimate(chosen: Units, mask: NDArray[np.bool_]) -> list[Figure]:
+        return _means(tokens, chosen, mask) + _quantiles(tokens, chosen, mask)
+
+    return by_domain(units, estimate)
+
+
+def rival_figures(tokens: Mapping[Comparison, TokenFigures], units: Units) -> list[Figure]:
+    """Round-to-nearest and the base without the adapter, over the windows that they were run on."""
+    figures = []
+    artifact = window_means(tokens["artifact"].kl)
+    if "nearest" in tokens:
+        nearest = window_means(tokens["nearest"].kl)
+        chosen = units.first(len(nearest))
+        figures += [
+            chosen.mean("rtn_mean_kl", nearest, NOT_NEGATIVE),
+            chosen.mean("kl_over_rtn", artifact[: len(nearest)] - nearest),
+        ]
+    if "base" in tokens:
+        base, from_base = (window_means(tokens[name].kl) for name in ("base", "artifact_from_base"))
+        chosen = units.first(len(base))
+        figures += [
+            chosen.mean("adapter_effect", base, NOT_NEGATIVE),
+            chosen.mean("kl_over_base", artifact[: len(base)] - from_base),
+        ]
+    return figures
+
+
+def _means(tokens: TokenFigures, units: Units, mask: NDArray[np.bool_]) -> list[Figure]:
+    def mean(values: torch.Tensor) -> Array:
+        return window_means(values)[mask]
+
+    trials = tokens.kl.shape[1]
+    change = tokens.probability_change
+    return [
+        units.mean("reference_perplexity", mean(tokens.reference_nll), NOT_NEGATIVE, function=math.exp),
+        units.mean("artifact_perplexity", mean(tokens.artifact_nll), NOT_NEGATIVE, function=math.exp),
+        units.mean("perplexity_ratio", mean(tokens.artifact_nll - tokens.reference_nll), function=math.exp),
+        units.mean("mean_kl", mean(tokens.kl), NOT_NEGATIVE),
+        units.mean("top1_agreement", mean(~tokens.flipped), SHARE, trials=trials),
+        units.mean("decisive_flips", mean(decisive_flips(tokens)), SHARE, trials=trials),
+        units.mean("probability_change", mean(change)),
+        units.mean("probability_change_rms", mean(change.square()), NOT_NEGATIVE, function=math.sqrt),
+    ]
+
+
+def _quantiles(tokens: TokenFigures, units: Units, mask: NDArray[np.bool_]) -> list[Figure]:
+    kl, change = tokens.kl.numpy()[mask], tokens.probability_change.numpy()[mask]
+    largest = Interval(float(kl.max()), None, None, len(kl))
+    return [
+        *(units.quantile(name, kl, q) for name, q in QUANTILES.items()),
+        units.figure("max_kl", largest, largest),
+        *(units.quantile(name, change, q) for name, q in PROBABILITY_QUANTILES.items()),
+    ]
+
+
+def window_means(values: torch.Tensor) -> Array:
+    """Each window's mean; numpy sums a row in the same order whatever the number of threads."""
+    return np.asarray(values.numpy().astype(np.float64).mean(axis=1))

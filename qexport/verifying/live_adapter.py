@@ -1,0 +1,121 @@
+"""The merged model against the base with the adapter live in PEFT: the proof that the merge is the adapter's."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from qexport.architectures.runner import BlockRunner
+from qexport.tensors import Checkpoint
+from qexport.verifying.divergence import TokenFigures, compare_logits
+from qexport.verifying.lockstep import windows_at_once
+from qexport.verifying.memory import available_memory, needed_memory
+from qexport.verifying.steps import Steps
+
+WINDOWS: Final = 8
+"""Of the held-out text. Statistics need several."""
+_TOKENS: Final = 64
+"""Of each window."""
+
+_MISSING: Final = "missing adapter keys"
+
+
+@dataclass(frozen=True)
+class LiveAdapter:
+    """What is needed to run the adapter in PEFT.
+
+    Attributes:
+        base: the model without it.
+        folder: the adapter's.
+    """
+
+    base: Checkpoint
+    folder: Path
+
+
+class NotMeasured(Exception):
+    """Why the merge could not be held against PEFT."""
+
+
+def compare_merge(
+    merged: Checkpoint,
+    live: LiveAdapter,
+    input_ids: Tensor,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    steps: Steps,
+) -> TokenFigures:
+    """The figures of base and adapter as PEFT computes them, as the reference, and of the merged model.
+
+    One whole model after the other is in memory, with the first one's logits. Only the beginnings of some windows are
+    taken: an adapter that is missing or wrong shows itself in hundreds of tokens.
+
+    Args:
+        merged: the merged model.
+        live: base and adapter.
+        input_ids: int64 [windows, sequence_length].
+        dtype: what both compute in.
+        device: where to compute.
+        steps: is told of each.
+
+    Raises:
+        NotMeasured: a whole model does not fit in memory, or PEFT cannot load the adapter into this base.
+    """
+    ids = input_ids[:WINDOWS, :_TOKENS]
+    runners = [BlockRunner(each.config, each.weights, dtype=dtype, device=device) for each in (live.base, merged)]
+    if needed_memory(runners[1]) + _logits_bytes(runners[1], ids) > available_memory(device):
+        raise NotMeasured("the whole model does not fit in memory")
+    steps.expect(2)
+    own = _live_logits(runners[0], live.folder, ids)
+    steps.finished("base and adapter in PEFT", ids.numel())
+    with runners[1].whole() as model:
+        other = _logits(model, ids, device)
+    steps.finished("the merged model", ids.numel())
+    (figures,) = compare_logits([own, other], [(0, 1)], ids[:, 1:].flatten())
+    return figures.reshape(len(ids))
+
+
+def _live_logits(base: BlockRunner, adapter: Path, ids: Tensor) -> Tensor:
+    with base.whole() as model:
+        live = _with_adapter(model, adapter)
+        try:
+            live.eval()
+            return _logits(live, ids, base.device)
+        finally:
+            live.unload()
+
+
+def _with_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
+    """PEFT only warns of tensors that it misses, and would leave their layers as they are in the base."""
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        try:
+            live = PeftModel.from_pretrained(model, str(adapter), is_trainable=False)
+        except Exception as error:  # PEFT raises what it comes upon
+            raise NotMeasured(f"PEFT cannot load the adapter: {error}") from error
+    if any(_MISSING in str(warning.message) for warning in heard):
+        live.unload()
+        raise NotMeasured("PEFT does not find all tensors of the adapter")
+    return live
+
+
+@torch.no_grad()
+def _logits(model: torch.nn.Module, ids: Tensor, device: torch.device) -> Tensor:
+    """float32 [predicted tokens, vocabulary], on the CPU."""
+    parts = [
+        model(input_ids=part.to(device), use_cache=False).logits[:, :-1].float().flatten(0, 1).cpu()
+        for part in ids.split(windows_at_once(ids.shape[1]))
+    ]
+    return torch.cat(parts)
+
+
+def _logits_bytes(runner: BlockRunner, ids: Tensor) -> int:
+    return 2 * ids.numel() * runner.structure.vocab_size * torch.float32.itemsize

@@ -1,0 +1,57 @@
+"""How far the reference is from itself, computed in a wider dtype: smaller differences mean nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from qexport.architectures.runner import BlockRunner
+from qexport.tensors import Checkpoint
+from qexport.verifying.divergence import compare
+from qexport.verifying.estimates import Units, divergence_figures
+from qexport.verifying.lockstep import run_in_lockstep
+from qexport.verifying.steps import Steps
+
+WINDOWS: Final = 4
+"""Enough: the divergence between two dtypes is nearly the same on every text."""
+
+
+def noise_floor(
+    reference: Checkpoint,
+    input_ids: Tensor,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    steps: Steps,
+) -> Mapping[str, float]:
+    """Every teacher-forced figure of the reference against the same weights computed in a wider dtype: float32 for
+    models in 16 bits, float64 for those in 32.
+
+    Args:
+        reference: the merged model.
+        input_ids: int64 [windows, sequence_length]; the first `WINDOWS` are taken.
+        dtype: what the blocks compute in.
+        device: where to compute.
+        steps: is told of each.
+
+    Returns:
+        The figures' values by their names.
+    """
+    ids = input_ids[:WINDOWS]
+    wide = torch.float64 if dtype == torch.float32 else torch.float32
+    runners = [_runner(reference, kind, device) for kind in (dtype, wide)]
+    steps.expect(len(runners[0].structure.blocks))
+    batches, _ = run_in_lockstep(
+        runners, ids, lambda block: steps.finished(f"noise floor, block {block}", 2 * ids.numel())
+    )
+    (tokens,) = compare(runners, batches, [(0, 1)], ids, lambda _: None)
+    units = Units([None] * len(ids), "window", tokens.kl.shape[1], len(ids))
+    return {figure.name: figure.value for figure in divergence_figures(tokens, units)}
+
+
+def _runner(reference: Checkpoint, dtype: torch.dtype, device: torch.device) -> BlockRunner:
+    config: dict[str, Any] = {**reference.config, "dtype": str(dtype).removeprefix("torch.")}
+    return BlockRunner(config, reference.weights, dtype=dtype, device=device)

@@ -1,0 +1,158 @@
+"""The continuations of the prompts as figures: the prompt is the unit, its domain the stratum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from qexport.architectures.runner import BlockRunner
+from qexport.artifact.figures import Figure
+from qexport.artifact.report import Comparison, Generations, SampledComparison
+from qexport.statistics.samples import NOT_NEGATIVE, REAL, SHARE, Range
+from qexport.tensors import Checkpoint
+from qexport.text.prompts import EncodedPrompts, Prompt
+from qexport.verifying.estimates import Units, by_domain
+from qexport.verifying.generation import (
+    GenerationFigures,
+    PromptResult,
+    compare_generations,
+    greedy_settings,
+    style_sensitivity,
+)
+from qexport.verifying.settings import VerifySettings
+from qexport.verifying.steps import Steps
+
+_PERCENT: Final = Range(0.0, 100.0)
+
+_FIGURES: Final[Sequence[tuple[str, Callable[[PromptResult], float], Range]]] = (
+    ("identical_generations", lambda result: float(result.identical), SHARE),
+    ("first_divergence", lambda result: result.agreed_share, SHARE),
+    ("generation_flips", lambda result: result.flips / result.reference_tokens, SHARE),
+    ("edit_distance", lambda result: result.edit_distance, SHARE),
+    ("chrf", lambda result: result.chrf, _PERCENT),
+    ("rouge_l", lambda result: result.rouge_l, SHARE),
+    ("repetition_change", lambda result: result.repetition_artifact - result.repetition_reference, REAL),
+    ("length_limit_change", lambda result: float(result.limit_artifact) - float(result.limit_reference), REAL),
+    ("length_ratio", lambda result: result.length_ratio, NOT_NEGATIVE),
+)
+
+
+@dataclass(frozen=True)
+class MeasuredGenerations:
+    """Continuations for the report, and the figures over them."""
+
+    record: Generations
+    figures: list[Figure]
+
+
+def measure_generations(
+    reference: BlockRunner,
+    artifact: BlockRunner,
+    prompts: EncodedPrompts,
+    tokenizer: PreTrainedTokenizerBase,
+    checkpoint: Checkpoint,
+    settings: VerifySettings,
+    steps: Steps,
+) -> MeasuredGenerations:
+    """Lets both models continue every prompt, one whole model after the other.
+
+    Args:
+        reference: the merged model.
+        artifact: the artifact.
+        prompts: what to continue.
+        tokenizer: the model's.
+        checkpoint: the merged model's files, which name the tokens that end a text.
+        settings: the recipe's `verify`.
+        steps: is told of each continuation.
+    """
+    rounds = 1 + (settings.sampling.samples if settings.sampling else 0)
+    steps.expect(2 * rounds * len(prompts.prompts))
+    found = compare_generations(
+        reference,
+        artifact,
+        prompts.prompts,
+        prompts.input_ids,
+        tokenizer,
+        greedy_settings(checkpoint, tokenizer, max_new_tokens=settings.max_new_tokens),
+        lambda: steps.finished("continuing the prompts"),
+        settings.sampling,
+    )
+    return MeasuredGenerations(_record(found, prompts, settings), _figures(found, prompts.prompts))
+
+
+def _record(found: GenerationFigures, prompts: EncodedPrompts, settings: VerifySettings) -> Generations:
+    seed = settings.sampling.seed if settings.sampling else 0
+    pairs = zip(prompts.prompts, found.prompts, strict=True)
+    samples = [
+        SampledComparison(
+            id=each.id, sample=each.sample, seed=seed, reference=each.reference, artifact=each.artifact, chrf=each.chrf
+        )
+        for each in found.samples
+    ]
+    return Generations(
+        prompts=len(found.prompts),
+        identical=sum(result.identical for result in found.prompts),
+        max_new_tokens=found.max_new_tokens,
+        comparisons=[_comparison(prompt, result) for prompt, result in pairs],
+        samples=samples,
+        skipped=dict(prompts.skipped),
+    )
+
+
+def _comparison(prompt: Prompt, result: PromptResult) -> Comparison:
+    return Comparison(
+        id=prompt.id,
+        domain=prompt.domain,
+        style=prompt.style,
+        pair=prompt.pair,
+        prompt=prompt.shown,
+        reference=result.reference,
+        artifact=result.artifact,
+        reference_tokens=result.reference_tokens,
+        artifact_tokens=result.artifact_tokens,
+        first_difference=result.first_difference,
+        margin=result.margin_there,
+        flips=result.flips,
+        edit_distance=result.edit_distance,
+        chrf=result.chrf,
+        rouge_l=result.rouge_l,
+        reference_repetition=result.repetition_reference,
+        artifact_repetition=result.repetition_artifact,
+        reference_hit_limit=result.limit_reference,
+        artifact_hit_limit=result.limit_artifact,
+    )
+
+
+def _figures(found: GenerationFigures, prompts: Sequence[Prompt]) -> list[Figure]:
+    results = found.prompts
+    units = Units([prompt.domain for prompt in prompts], "prompt", None, len(prompts))
+
+    def estimate(chosen: Units, mask: NDArray[np.bool_]) -> list[Figure]:
+        return [
+            chosen.mean(name, np.array([value(result) for result in results])[mask], within)
+            for name, value, within in _FIGURES
+        ]
+
+    return [*by_domain(units, estimate), *_sensitivity(results, prompts), *_sampled(found, len(prompts))]
+
+
+def _sensitivity(results: Sequence[PromptResult], prompts: Sequence[Prompt]) -> list[Figure]:
+    differences = style_sensitivity({result.id: result.edit_distance for result in results}, prompts)
+    if not differences:
+        return []
+    domains = {prompt.pair: prompt.domain for prompt in prompts if prompt.pair is not None}
+    units = Units([domains[pair] for pair in differences], "pair", None, len(differences))
+    return [units.mean("style_sensitivity", np.array(list(differences.values())))]
+
+
+def _sampled(found: GenerationFigures, prompts: int) -> list[Figure]:
+    """The unit is the prompt, whose samples are averaged."""
+    if not found.samples:
+        return []
+    values = np.array([each.chrf for each in found.samples]).reshape(-1, prompts).mean(axis=0)
+    return [Units([None] * prompts, "prompt", None, prompts).mean("sampled_chrf", values, _PERCENT)]

@@ -1,0 +1,145 @@
+"""Measuring on as many windows as the gates need: more are added until each is decided or the budget is spent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+from torch import Tensor
+
+from qexport.architectures.runner import BlockRunner
+from qexport.artifact.figures import GateResult
+from qexport.verifying.divergence import Pair, TokenFigures, compare
+from qexport.verifying.lockstep import run_in_lockstep, windows_at_once
+from qexport.verifying.steps import Steps
+
+Comparison = Literal["artifact", "nearest", "base", "artifact_from_base"]
+"""What is held against the reference; `artifact_from_base` is the artifact held against the base."""
+
+_GROWTH: Final = 2
+"""By how much the windows grow from one look at the gates to the next."""
+
+_RIVAL_GATES: Final[Mapping[str, str]] = {"nearest": "better_than_rtn", "base": "adapter"}
+"""What a rival is run for. Once that is decided it rests."""
+
+
+@dataclass(frozen=True)
+class Models:
+    """What runs in lockstep.
+
+    Attributes:
+        reference: the merged model.
+        artifact: the artifact.
+        nearest: the merged model rounded to nearest on the artifact's grids.
+        base: the model without the adapter.
+    """
+
+    reference: BlockRunner
+    artifact: BlockRunner
+    nearest: BlockRunner | None = None
+    base: BlockRunner | None = None
+
+
+@dataclass
+class Measured:
+    """What has been measured so far.
+
+    Attributes:
+        parts: for each comparison its tokens, a look after the other.
+        looks: how many windows had been measured at each look.
+        block_drift: see `run_in_lockstep`; of the first look.
+    """
+
+    parts: dict[Comparison, list[TokenFigures]] = field(default_factory=dict)
+    looks: list[int] = field(default_factory=list)
+    block_drift: list[float] = field(default_factory=list)
+
+    @property
+    def windows(self) -> int:
+        """How many windows have been measured."""
+        return self.looks[-1] if self.looks else 0
+
+    def tokens(self) -> dict[Comparison, TokenFigures]:
+        """Each comparison over its windows, which are the first ones: a rival may have been given fewer."""
+        return {name: TokenFigures.joined(parts) for name, parts in self.parts.items()}
+
+
+def measure(
+    models: Models,
+    input_ids: Tensor,
+    first_look: int,
+    decide: Callable[[Measured], Sequence[GateResult]],
+    wants_more: Callable[[Sequence[GateResult]], bool],
+    steps: Steps,
+) -> Measured:
+    """Runs the models over the windows until the gates are decided.
+
+    Args:
+        models: what to run.
+        input_ids: int64 [windows, sequence_length], as many as may be taken.
+        first_look: windows before the gates are looked at for the first time; their number doubles from look to look.
+        decide: the gates, with what has been measured so far.
+        wants_more: whether more windows could decide them.
+        steps: is told of each.
+
+    Raises:
+        NumericalError: logits hold NaN or Inf.
+    """
+    found, gates = Measured(), list[GateResult]()
+    for first, last in _looks(len(input_ids), first_look):
+        _look(_taking_part(models, gates), input_ids[first:last], found, steps)
+        gates = list(decide(found))
+        if not wants_more(gates):
+            break
+    return found
+
+
+def _looks(windows: int, first_look: int) -> Iterator[tuple[int, int]]:
+    first, last = 0, min(windows, first_look)
+    while first < windows:
+        yield first, last
+        first, last = last, min(windows, _GROWTH * last)
+
+
+def _taking_part(models: Models, gates: Sequence[GateResult]) -> dict[str, BlockRunner]:
+    """The models of the next look. `gates` is empty before the first one."""
+    decided = {gate.name for gate in gates if gate.verdict != "undecided"}
+    rivals = {"nearest": models.nearest, "base": models.base}
+    chosen = {"reference": models.reference, "artifact": models.artifact}
+    return chosen | {
+        name: runner for name, runner in rivals.items() if runner is not None and _RIVAL_GATES[name] not in decided
+    }
+
+
+def _pairs(names: Sequence[str]) -> dict[Comparison, Pair]:
+    pairs: dict[Comparison, Pair] = {"artifact": (0, 1)}
+    if "nearest" in names:
+        pairs["nearest"] = (0, names.index("nearest"))
+    if "base" in names:
+        base = names.index("base")
+        pairs |= {"base": (0, base), "artifact_from_base": (base, 1)}
+    return pairs
+
+
+def _look(runners: Mapping[str, BlockRunner], input_ids: Tensor, found: Measured, steps: Steps) -> None:
+    """Measures further windows and adds them to what was found."""
+    pairs, models = _pairs(list(runners)), list(runners.values())
+    windows, length = input_ids.shape
+    steps.expect(len(models[0].structure.blocks) + math.ceil(windows / windows_at_once(length)))
+    names, tokens = f"{len(models)} models", len(models) * input_ids.numel()
+    batches, drift = run_in_lockstep(
+        models, input_ids, lambda block: steps.finished(f"block {block} of {names}", tokens)
+    )
+    figures = compare(
+        models,
+        batches,
+        list(pairs.values()),
+        input_ids,
+        lambda done: steps.finished(f"predictions in {found.windows + done} windows"),
+    )
+    for name, own in zip(pairs, figures, strict=True):
+        found.parts.setdefault(name, []).append(own)
+    found.looks.append(found.windows + windows)
+    found.block_drift = found.block_drift or drift

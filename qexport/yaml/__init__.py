@@ -1,0 +1,1 @@
+"""YAML files with line numbers: parsing, and what is wrong with their values, each at its place."""

@@ -127,7 +127,9 @@ def worst_tokens() -> list[WorstToken]:
 def generations(chance: random.Random) -> Generations:
     comparisons = [generated(index, chance) for index in range(60)]
     identical = sum(each.first_difference is None for each in comparisons)
-    sample = SampledComparison(id="news-1", seed=3, reference="A calm day.", artifact="A windy day.", chrf=57.0)
+    sample = SampledComparison(
+        id="news-1", sample=0, seed=3, reference="A calm day.", artifact="A windy day.", chrf=57.0
+    )
     return Generations(prompts=60, identical=identical, max_new_tokens=48, comparisons=comparisons, samples=[sample],
                        skipped={"long-2": "longer than the model's context"})  # fmt: skip
 

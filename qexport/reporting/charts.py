@@ -11,8 +11,8 @@ from markupsafe import Markup
 from qexport.artifact.catalogue import QUANTILES
 from qexport.artifact.figures import Figure, GateResult, find_figure
 from qexport.artifact.report import BlockDrift, Histogram, MarginBin
-from qexport.reporting.svg import WIDTH, Axis, chart, cut, line, linear_axis, tag, text, tick_text
-from qexport.reporting.units import counted
+from qexport.reporting.svg import WIDTH, Axis, chart, line, linear_axis, tag, text, tick_text
+from qexport.reporting.units import counted, cut
 from qexport.reporting.values import figure_interval, figure_value, label_of
 
 _LEFT: Final = 52.0

@@ -128,10 +128,13 @@ def _beats(other: tuple[int, float], cost: tuple[int, float]) -> bool:
 
 
 def _labels(reports: Sequence[Report]) -> list[str]:
-    """Names; with the method where several share one, and numbered where they still do."""
+    """Names; methods where all share one name, both where some do, and numbers where that is still not enough."""
     names = [report.subject.name for report in reports]
-    if len(set(names)) < len(names):
-        names = [f"{report.subject.name}, {report.subject.method}" for report in reports]
+    methods = [report.subject.method for report in reports]
+    if len(reports) > 1 and len(set(names)) == 1:
+        names = methods
+    elif len(set(names)) < len(names):
+        names = [f"{name}, {method}" for name, method in zip(names, methods, strict=True)]
     counts, seen = Counter(names), Counter[str]()
     labels = []
     for name in names:

@@ -14,9 +14,9 @@ from qexport.reporting.comparison import Comparison, Entry
 from qexport.reporting.markdown import escaped, markdown_table
 from qexport.reporting.page import render
 from qexport.reporting.selection import IDENTITY_LABELS, VERDICT_WORDS
-from qexport.reporting.svg import WIDTH, Axis, chart, cut, line, linear_axis, tag, text, tick_text
+from qexport.reporting.svg import WIDTH, Axis, chart, line, linear_axis, tag, text, tick_text
 from qexport.reporting.terminal import VERDICT_STYLES, new_table
-from qexport.reporting.units import size
+from qexport.reporting.units import cut, size
 from qexport.reporting.values import UNMEASURED, figure_interval, figure_value
 from qexport.reporting.visible_text import visible
 

@@ -16,6 +16,7 @@ from qexport.reporting.layer_chart import layer_chart
 from qexport.reporting.page import render
 from qexport.reporting.selection import (
     IDENTITY_LABELS,
+    by_result,
     by_urgency,
     domain_figures,
     fallen_back,
@@ -81,6 +82,7 @@ def report_html(report: Report) -> str:
         sentence=sentence(report),
         sections=[(name, label) for name, label in _SECTIONS if name != "tasks" or report.tasks],
         gates=by_urgency(report.gates),
+        checks=by_result(report.checks),
         tiles=list(_tiles(report)),
         figures=sorted(report.all_figures, key=lambda figure: figure.domain is not None),
         kl_histogram=kl_histogram(report.kl_histogram, report.figures),

@@ -10,7 +10,7 @@ from typing import Final
 from qexport.artifact.figures import Figure, GateResult, Verdict
 from qexport.artifact.report import Comparison, Report
 from qexport.reporting.selection import VERDICT_WORDS, by_urgency, key_figures, sentence, worst_prompts
-from qexport.reporting.units import size
+from qexport.reporting.units import cut, size
 from qexport.reporting.values import (
     figure_interval,
     figure_value,
@@ -24,6 +24,7 @@ from qexport.reporting.visible_text import visible
 from qexport.reporting.word_diff import Piece, word_diff
 
 _SIGNS: Final[dict[Verdict, str]] = {"pass": "✅", "fail": "❌", "undecided": "❔"}
+_LONGEST_PROMPT: Final = 2000
 _SPECIAL: Final = re.compile(r"[\\`*_\[\]|~:$]")
 _CALLS: Final = re.compile(r"[@#!]")
 
@@ -89,7 +90,7 @@ def _prompt(prompt: Comparison) -> Iterator[str]:
     reference, artifact = word_diff(prompt.reference, prompt.artifact)
     yield f"<details><summary>Worst prompt: {escaped(prompt.id)}, edit distance {prompt.edit_distance:.0%}</summary>"
     for label, content in (
-        ("prompt", _escaped_html(prompt.prompt)),
+        ("prompt", _escaped_html(cut(prompt.prompt, _LONGEST_PROMPT))),
         ("reference", _marked(reference, "del")),
         ("artifact", _marked(artifact, "ins")),
     ):

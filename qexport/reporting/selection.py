@@ -7,7 +7,7 @@ from typing import Final
 
 from qexport.artifact.figures import Figure, GateResult, Verdict, find_figure
 from qexport.artifact.manifest import LayerRecord
-from qexport.artifact.report import Comparison, Report, WorstToken
+from qexport.artifact.report import Check, Comparison, Report, WorstToken
 from qexport.reporting.units import counted
 
 WORST: Final = 5
@@ -61,6 +61,11 @@ def sentence(report: Report) -> str:
     if parts:
         return f"{'; '.join(parts)}."
     return "The only gate passed." if len(report.gates) == 1 else f"All {total} passed."
+
+
+def by_result(checks: Iterable[Check]) -> list[Check]:
+    """Failed checks first, then those that had nothing to check."""
+    return sorted(checks, key=lambda check: (check.passed is not False, check.passed is not None))
 
 
 def key_figures(report: Report) -> list[Figure]:

@@ -10,7 +10,6 @@ from typing import Final
 from markupsafe import Markup, escape
 
 WIDTH: Final = 480.0
-_ELLIPSIS: Final = "…"
 
 
 def tag(name: str, *children: str | Markup, **attributes: str | float) -> Markup:
@@ -57,11 +56,6 @@ def text(x: float, y: float, content: str, *, anchor: str = "start", class_: str
 def line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Markup:
     """A straight line."""
     return tag("line", x1=x1, y1=y1, x2=x2, y2=y2, class_=class_)
-
-
-def cut(name: str, length: int) -> str:
-    """A name that fits beside a chart."""
-    return name if len(name) <= length else name[: length - 1] + _ELLIPSIS
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from rich.text import Text
 from qexport.artifact.figures import GateResult, Verdict
 from qexport.artifact.report import Comparison, Report
 from qexport.reporting.selection import VERDICT_WORDS, by_urgency, key_figures, sentence, worst_prompts
-from qexport.reporting.units import counted, size
+from qexport.reporting.units import counted, cut, size
 from qexport.reporting.values import (
     figure_interval,
     figure_value,
@@ -86,7 +86,7 @@ def prompt_table(prompts: Sequence[Comparison]) -> Table:
     for each in prompts:
         reference, artifact = word_diff(each.reference, each.artifact)
         marked = (_marked(reference, "strike red"), _marked(artifact, "underline green"))
-        table.add_row(Text(_shortened(each.prompt)), *marked)
+        table.add_row(Text(cut(" ".join(visible(each.prompt).split()), _LONGEST_PROMPT)), *marked)
     return table
 
 
@@ -97,8 +97,3 @@ def new_table() -> Table:
 
 def _marked(pieces: Sequence[Piece], style: str) -> Text:
     return Text.assemble(*((visible(piece.text), "" if piece.shared else style) for piece in pieces))
-
-
-def _shortened(prompt: str) -> str:
-    text = " ".join(visible(prompt).split())
-    return text if len(text) <= _LONGEST_PROMPT else text[: _LONGEST_PROMPT - 1] + "…"

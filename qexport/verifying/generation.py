@@ -14,7 +14,8 @@ from qexport.architectures.runner import BlockRunner
 from qexport.text.prompts import Prompt
 from qexport.verifying.continuation import Continuation, Opinion, continue_all, ends_of, judge_all
 from qexport.verifying.memory import has_room_for_float32
-from qexport.verifying.prompt_batches import Padding, PromptBatch, batch_prompts, check_padding
+from qexport.verifying.padding import Padding, check_padding
+from qexport.verifying.prompt_batches import PromptBatch, batch_prompts
 from qexport.verifying.sampling import sampling_noise
 from qexport.verifying.settings import SamplingSettings
 from qexport.verifying.text_similarity import chrf, edit_distance, first_difference, repetition_rate, rouge_l
@@ -153,7 +154,7 @@ def compare_generations(
     ids, held = [prompt.id for prompt in prompts], has_room_for_float32(reference)
     batch = partial(batch_prompts, inputs, new_tokens=_limit(settings), fill=_fill(settings))
     with reference.whole(held_in_float32=held) as model:
-        padding = check_padding(model, batch(padded=True))
+        padding = check_padding(model, batch(padded=True), settings)
         batches = batch(padded=padding.allowed)
         own = continue_all(model, batches, settings, finished)
         own_samples = _samples(model, batches, ids, settings, sampling, finished)

@@ -108,19 +108,3 @@ def test_equal_arguments_are_kept_once_for_all_batches() -> None:
     batches = runner.embed(token_windows(count=5), 2)
     assert batches[1].calls is batches[0].calls
     assert batches[2].calls is not batches[0].calls
-
-
-def test_a_whole_model_holds_large_weights_in_float32_only_where_that_is_asked_for_and_of_use() -> None:
-    model = factories.build(factories.llama_config(intermediate_size=1024))
-    runner = BlockRunner(model.config.to_dict(), StateDict(model), dtype=torch.bfloat16, device=torch.device("cpu"))
-    up = "model.layers.0.mlp.up_proj"
-    for useful in (True, False):
-        runner.multiplies_in_float32 = useful
-        for asked in (True, False):
-            with runner.whole(held_in_float32=asked) as whole:
-                assert whole.get_parameter(f"{up}.weight").dtype == (
-                    torch.float32 if useful and asked else torch.bfloat16
-                )
-                assert whole.get_parameter("model.layers.0.self_attn.q_proj.weight").dtype == torch.bfloat16
-    with runner.whole() as whole:
-        assert whole.get_parameter(f"{up}.weight").dtype == torch.bfloat16

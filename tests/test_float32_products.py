@@ -8,7 +8,7 @@ from torch import nn
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from qexport.architectures import float32_products
-from qexport.architectures.float32_products import hold_in_float32, multiply_in_float32
+from qexport.architectures.float32_products import multiply_in_float32
 
 
 @pytest.mark.parametrize("kind", [nn.Linear, FalconLinear])
@@ -39,31 +39,6 @@ def test_few_rows_and_other_dtypes_go_the_usual_way(rows: int) -> None:
     inputs = torch.randn(rows, 256)
     assert torch.equal(linear(inputs), usual(inputs))
     assert torch.equal(linear.bfloat16()(inputs.bfloat16()), usual.bfloat16()(inputs.bfloat16()))
-
-
-@pytest.mark.parametrize("kind", [nn.Linear, FalconLinear])
-@pytest.mark.parametrize("rows", [1, 16, 40])
-def test_held_weights_give_the_products_that_turning_them_each_time_gives(
-    kind: type[nn.Linear], rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(float32_products, "_FEWEST_ROWS", 1)
-    torch.manual_seed(0)
-    model = nn.Sequential(kind(256, 320).bfloat16())
-    multiply_in_float32(model)
-    inputs = torch.randn(rows, 256).bfloat16()
-    with torch.no_grad():
-        expected = model(inputs)
-        hold_in_float32(model)
-        found = model(inputs)
-    assert model[0].weight.dtype == torch.float32
-    assert found.dtype == torch.bfloat16
-    assert torch.equal(found, expected)
-
-
-def test_small_layers_are_not_held() -> None:
-    linear = nn.Linear(16, 16).bfloat16()
-    hold_in_float32(linear)
-    assert linear.weight.dtype == torch.bfloat16
 
 
 def test_small_layers_keep_their_forward() -> None:

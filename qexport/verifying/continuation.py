@@ -23,7 +23,7 @@ from qexport.tensors.strict_json import parse_json
 from qexport.verifying.prompt_batches import PromptBatch
 
 _GENERATION_CONFIG: Final = "generation_config.json"
-_LOGITS_AT_ONCE: Final = 1 << 25
+_LOGITS_AT_ONCE: Final = 1 << 24
 
 Noise = Callable[[Sequence[int]], LogitsProcessorList]
 """From the prompts of a batch to what changes their logits before the likeliest token is taken."""

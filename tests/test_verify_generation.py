@@ -197,7 +197,9 @@ def test_batches_hold_every_prompt_once_and_keep_their_limits() -> None:
 
 
 class Unmasked(BlockRunner):
-    """A family that does not heed the mask: padding enters its arithmetic."""
+    """A family that does not heed the mask, always or only behind the prompt: padding enters its arithmetic."""
+
+    only_behind = False
 
     @contextmanager
     def whole(self) -> Iterator[PreTrainedModel]:
@@ -206,6 +208,8 @@ class Unmasked(BlockRunner):
 
             @functools.wraps(usual)
             def forward(*args: Any, **kwargs: Any) -> Any:
+                if self.only_behind and kwargs["input_ids"].shape[1] > 1:
+                    return usual(*args, **kwargs)
                 return usual(*args, **(kwargs | {"attention_mask": None, "position_ids": None}))
 
             model.forward = forward
@@ -215,8 +219,10 @@ class Unmasked(BlockRunner):
                 del model.forward
 
 
-def unmasked() -> Unmasked:
-    return Unmasked(llama().checkpoint.config, llama().checkpoint.weights, dtype=torch.float32, device=CPU)
+def unmasked(only_behind: bool) -> Unmasked:
+    runner = Unmasked(llama().checkpoint.config, llama().checkpoint.weights, dtype=torch.float32, device=CPU)
+    runner.only_behind = only_behind
+    return runner
 
 
 def compare(
@@ -227,14 +233,15 @@ def compare(
     return compare_generations(reference, artifact, prompts, inputs, TOKENIZER, GREEDY, nothing, sampling)
 
 
-def test_left_padding_without_a_mask_is_noticed_and_only_equal_lengths_share_a_batch() -> None:
+@pytest.mark.parametrize("only_behind", [True, False])
+def test_left_padding_without_a_mask_is_noticed_and_only_equal_lengths_share_a_batch(only_behind: bool) -> None:
     inputs = inputs_of()
     alone = [continued(runner_of(llama()), [ids], GREEDY)[0].tokens for ids in inputs]
-    beside = [each.tokens for each in continued(unmasked(), inputs, GREEDY)]
+    beside = [each.tokens for each in continued(unmasked(only_behind), inputs, GREEDY)]
     assert [own == other for own, other in zip(alone, beside, strict=True)].count(True) <= 1
-    apart = [each.tokens for each in continued(unmasked(), inputs, GREEDY, padded=False)]
+    apart = [each.tokens for each in continued(unmasked(only_behind), inputs, GREEDY, padded=False)]
     assert apart == alone
-    found = compare(unmasked(), unmasked())
+    found = compare(unmasked(only_behind), unmasked(only_behind))
     assert not found.padding.allowed
     assert found.padding.kl is not None
     assert found.padding.kl > 0.01

@@ -99,8 +99,8 @@ _BETTER_THAN_RTN: Final = _Gate("better_than_rtn", "kl_over_rtn", None, "at_most
 
 
 def _merge_gate(figures: Sequence[Figure]) -> _Gate:
-    drift = find_figure(figures, "mean_kl")
-    floor = None if drift is None else drift.noise_floor
+    measured = find_figure(figures, "merge_kl")
+    floor = None if measured is None else measured.noise_floor
     limit = None if floor is None else NOISE_MARGIN * floor
     return _Gate("merge", "merge_kl", None, "at_most", limit, unknown="the noise floor was not measured")
 

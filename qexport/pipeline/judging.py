@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from qexport.artifact.figures import Figure, GateResult
 from qexport.artifact.report import Check
+from qexport.errors import GateFailed
 from qexport.gates.deciding import BuiltIn, decide
 from qexport.gates.limits import Limit, above_floor, limits_of
 from qexport.gates.settings import HasGates, ProfileName
@@ -57,3 +58,29 @@ def make_gates(
         "better_than_rtn": nearest,
     }
     return Gates(limits, [name for name, expected in applies.items() if expected], notes)
+
+
+def refuse_unmeasurable(settings: HasGates, prepared: Preparation) -> None:
+    """Refuses limits of the user's that noise alone would break, before any work is done for them.
+
+    Raises:
+        RecipeError: a limit is tighter than three times the noise floor.
+    """
+    above_floor(limits_of(settings, "off"), prepared.noise_floor)
+
+
+def refuse_wrong_merge(prepared: Preparation) -> None:
+    """Refuses to quantize a merge that is not what PEFT makes of the adapter.
+
+    Raises:
+        GateFailed: it is further from base and adapter in PEFT than three times the noise floor.
+    """
+    if not prepared.figures:
+        return
+    (gate,) = decide([], prepared.figures, [], ["merge"])
+    if gate.verdict == "fail":
+        raise GateFailed(
+            f"the merged model is not base and adapter as PEFT computes them: {gate.reason}",
+            where=f"gate merge, mean KL divergence {gate.value:.4g} nats a token",
+            mend="check that the adapter was made for this base; if it was, please report this",
+        )

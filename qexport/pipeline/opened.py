@@ -146,9 +146,8 @@ def _scheme(weight: StoredWeight) -> tuple[LayerMethod, int, int]:
         case RowWeight():
             return "w8a8", 8, weight.shape[1]
         case _:
-            spec = group_spec(weight)
-            assert spec is not None
-            return "gptq", spec.bits, spec.group_size
+            grid = group_spec(weight)
+            return ("gptq", grid.bits, grid.group_size) if grid else ("gptq", 4, -1)
 
 
 def _weight_files(folder: Path) -> list[str]:

@@ -11,13 +11,13 @@ import torch
 
 from qexport.artifact.digest import sha256_json
 from qexport.artifact.environment import describe_environment
-from qexport.artifact.figures import overall
+from qexport.artifact.figures import GateResult, overall
 from qexport.artifact.manifest import LayerRecord, SourceRecord, Verification
 from qexport.artifact.protocol import Identity, Protocol
-from qexport.artifact.report import Reference, Report, Subject
+from qexport.artifact.report import Check, Reference, Report, Subject
 from qexport.merge.merging import Merged
 from qexport.tensors import Origin
-from qexport.text.preflight import template_digest, tokenizer_digest
+from qexport.text.tokenizer_identity import template_digest, tokenizer_digest
 from qexport.verifying.tails import flips_by_margin, kl_histogram, worst_tokens
 from qexport.verifying.verification import Given, Measurement
 
@@ -43,12 +43,19 @@ class Described:
     command: str
 
 
-def make_report(described: Described, measured: Measurement, given: Given, merged: Merged) -> Report:
+def make_report(
+    described: Described,
+    measured: Measurement,
+    gates: Sequence[GateResult],
+    checks: Sequence[Check],
+    given: Given,
+    merged: Merged,
+) -> Report:
     """The report; the same bytes but for `timings` where the same was measured on the same type of machine."""
     return Report(
         schema_version=1,
         qexport_version=version("qexport"),
-        verdict=overall(gate.verdict for gate in measured.gates),
+        verdict=overall(gate.verdict for gate in gates),
         subject=described.subject,
         reference=Reference(
             base=source_record(merged.base.origin),
@@ -58,8 +65,8 @@ def make_report(described: Described, measured: Measurement, given: Given, merge
         identity=_identity(given, merged),
         protocol=_protocol(given, measured),
         figures=measured.figures,
-        gates=measured.gates,
-        checks=measured.checks,
+        gates=list(gates),
+        checks=list(checks),
         kl_histogram=kl_histogram(measured.tokens),
         flips_by_margin=flips_by_margin(measured.tokens),
         block_drift=measured.block_drift,

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qexport.architectures.structure import Structure
 from qexport.loading.tokenizer import open_tokenizer
+from qexport.progress import Notice, Reporter, silent
 from qexport.quantize.settings import CalibrationSettings, GptqSettings
 from qexport.recipe.model import Recipe
 from qexport.tensors import CalibrationSet, Checkpoint
@@ -45,7 +46,7 @@ class Texts:
     evaluation: Evaluation | None
 
 
-def read_texts(recipe: Recipe, checkpoint: Checkpoint, structure: Structure) -> Texts:
+def read_texts(recipe: Recipe, checkpoint: Checkpoint, structure: Structure, *, report: Reporter = silent) -> Texts:
     """Reads every text that the recipe names. The tokenizer, tens of megabytes, is not kept.
 
     Raises:
@@ -59,7 +60,9 @@ def read_texts(recipe: Recipe, checkpoint: Checkpoint, structure: Structure) -> 
         calibration = _calibration_windows(documents, recipe.quantize.calibration, tokenizer, structure.vocab_size)
     if recipe.verify is None:
         return Texts(calibration, None)
-    return Texts(calibration, read_evaluation(recipe.verify, tokenizer, structure, calibration=documents))
+    return Texts(
+        calibration, read_evaluation(recipe.verify, tokenizer, structure, calibration=documents, report=report)
+    )
 
 
 def read_evaluation(
@@ -68,6 +71,7 @@ def read_evaluation(
     structure: Structure,
     *,
     calibration: Documents | None = None,
+    report: Reporter = silent,
 ) -> Evaluation:
     """Reads the held-out text and the prompts.
 
@@ -76,6 +80,7 @@ def read_evaluation(
         tokenizer: the model's.
         structure: the model's.
         calibration: text that the held-out text must not share documents with.
+        report: is told of prompts that cannot be continued.
 
     Raises:
         InputError: see `read_texts`.
@@ -86,6 +91,8 @@ def read_evaluation(
     prompts = None
     if settings.prompts:
         prompts = encode_prompts(read_prompts(Path(settings.prompts)), tokenizer)
+        for prompt, reason in prompts.skipped.items():
+            report(Notice(f"the prompt {prompt} is not continued: {reason}"))
         refuse_long(prompts, structure.positions, settings.max_new_tokens)
     held_out = make_held_out(
         documents,

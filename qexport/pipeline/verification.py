@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,27 +16,25 @@ from qexport.artifact.manifest import MANIFEST_NAME
 from qexport.artifact.report import Check, Report
 from qexport.errors import CompatibilityError
 from qexport.gates.profiles import profile_of_layers
-from qexport.gates.settings import HasGates
 from qexport.loading.adapter import locate_adapter
 from qexport.loading.checkpoint import load_checkpoint
 from qexport.loading.settings import LoadSettings
 from qexport.loading.sidecars import read_sidecars
-from qexport.loading.tokenizer import open_tokenizer
+from qexport.loading.tokenizer import has_tokenizer, open_tokenizer, tokenizer_from_files
 from qexport.merge.merging import merge
 from qexport.merge.settings import MergeSettings
-from qexport.pipeline.judging import make_gates
+from qexport.pipeline.judging import Gates, make_gates
 from qexport.pipeline.opened import Opened, open_folder
 from qexport.pipeline.reference import Reference
 from qexport.pipeline.reporting import Described, make_report
 from qexport.pipeline.texts import read_evaluation
 from qexport.progress import Reporter, silent
 from qexport.reading.artifact_source import model_folder
-from qexport.tensors import Checkpoint, Origin
 from qexport.tensors.strict_json import read_json_object
 from qexport.text.preflight import TokenizerFolder, preflight
 from qexport.verifying import verification
 from qexport.verifying.settings import VerifySettings
-from qexport.verifying.verification import Given, has_nearest_rival
+from qexport.verifying.verification import Given, Measurement, check_config, has_nearest_rival
 
 _CONFIG_LIMIT: Final = 1 << 24
 
@@ -76,36 +75,54 @@ def verify(
     structure, dtype = describe(merged.checkpoint.config), getattr(torch, merging.dtype)
     refuse_long_windows(settings, structure)
     opened = _open(folder, structure, dtype)
-    evaluation = read_evaluation(settings, open_tokenizer(merged.checkpoint), structure)
+    evaluation = read_evaluation(settings, open_tokenizer(merged.checkpoint), structure, report=report)
     reference = Reference.prepare(merged, evaluation, settings, dtype=dtype, device=where, report=report)
-    return verify_folder(reference, opened, settings, command=command, report=report)
+    return measure_folder(reference, opened, report=report).report_on(opened, command=command)
 
 
-def verify_folder(
-    reference: Reference,
-    opened: Opened,
-    settings: HasGates,
-    *,
-    command: str,
-    unread: Sequence[str] = (),
-    report: Reporter = silent,
-) -> Report:
-    """Measures a folder, decides its gates and makes the report.
+@dataclass(frozen=True)
+class Verified:
+    """What was measured of weights, to be told of each folder that has them.
 
-    Args:
-        reference: what to hold it against.
-        opened: the folder.
-        settings: the gates.
-        command: for the report, what measures the same again.
-        unread: readers that the folder is for and that have not looked at it.
-        report: is told of progress.
+    Attributes:
+        reference: what they were held against.
+        given: the same for the stage.
+        gates: what decides.
+        measured: what was found.
+    """
+
+    reference: Reference
+    given: Given
+    gates: Gates
+    measured: Measurement
+
+    def report_on(self, opened: Opened, *, command: str, unread: Sequence[str] = ()) -> Report:
+        """Checks a folder's config.json and tokenizer, and makes its report.
+
+        Args:
+            opened: the folder.
+            command: for the report, what measures the same again.
+            unread: readers that the folder is for and that have not looked at it.
+
+        Raises:
+            InputError: a file of the folder cannot be read.
+        """
+        checks = [check_config(self.given.reference, opened.folder), *_check_tokenizer(self.given, opened.folder)]
+        left_out = [f"too little text for a window, left out: {name}" for name in self.given.held_out.left_out]
+        described = Described(opened.subject(), opened.layers, [*self.gates.notes, *left_out], unread, command)
+        decided = self.gates(self.measured.figures, checks)
+        return make_report(described, self.measured, decided, checks, self.given, self.reference.merged)
+
+
+def measure_folder(reference: Reference, opened: Opened, *, report: Reporter = silent) -> Verified:
+    """Measures a folder's weights until its gates are decided.
 
     Raises:
         RecipeError: a limit is tighter than three times the noise floor.
         InputError: the folder is not a form of the reference.
         NumericalError: logits hold NaN or Inf.
     """
-    given = reference.given()
+    given, settings = reference.given(), reference.settings
     auto = profile_of_layers(opened.layers, opened.sizes) if settings.profile == "auto" else settings.profile
     gates = make_gates(
         settings,
@@ -114,10 +131,8 @@ def verify_folder(
         without_adapter=given.base is not None,
         nearest=has_nearest_rival(opened.grids),
     )
-    measured = verification.verify(opened.folder, given, gates, _check_tokenizer(given, opened.folder), report=report)
-    left_out = [f"too little text for a window, left out: {domain}" for domain in given.held_out.left_out]
-    described = Described(opened.subject(), opened.layers, [*gates.notes, *left_out], unread, command)
-    return make_report(described, measured, given, reference.merged)
+    measured = verification.verify(opened.folder, given, lambda figures: gates(figures, []), report=report)
+    return Verified(reference, given, gates, measured)
 
 
 def refuse_long_windows(settings: VerifySettings, structure: Structure) -> None:
@@ -151,10 +166,11 @@ def _check_tokenizer(given: Given, folder: Path) -> list[Check]:
     """The artifact's tokenizer against the reference's."""
     files = read_sidecars(folder)
     config: dict[str, Any] = read_json_object(folder / "config.json", limit=_CONFIG_LIMIT)
-    stored = Checkpoint(config, given.reference.weights, files, Origin("folder", folder.name))
     found = preflight(
         TokenizerFolder(given.tokenizer, given.reference.files, given.reference.config),
-        TokenizerFolder(open_tokenizer(stored), files, config),
+        TokenizerFolder(
+            tokenizer_from_files(files, config, name=folder.name) if has_tokenizer(files) else None, files, config
+        ),
         prompts=given.prompts.prompt_set.prompts if given.prompts else (),
         embedding_rows=describe(given.reference.config).vocab_size,
     )

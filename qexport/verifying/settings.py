@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -39,6 +39,28 @@ class SpeedSettings(Settings):
     """Tokens that are generated, one after the other."""
 
 
+class TaskSettings(Settings):
+    """Task accuracy of the reference and the artifact, by lm-evaluation-harness (the extra `tasks`)."""
+
+    tasks: Annotated[list[str], Field(min_length=1)]
+    """Names of the harness's tasks or groups, and task files of your own (`.yaml`) or folders of them."""
+
+    metric: Literal["acc", "acc_norm", "exact_match"] | None = None
+    """What makes an item right. By default acc, or exact_match where a task has no acc."""
+
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    """Solved examples before each item, except in tasks that set 0 themselves. By default the task's own number."""
+
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """The first items of each task to take; all of them by default."""
+
+    batch_size: Annotated[int, Field(ge=1)] = 1
+    """Requests that go through the model at once."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Decides which solved examples an item gets: the same ones for both models."""
+
+
 class VerifySettings(Settings):
     """How the finished artifact is held against the merged reference."""
 
@@ -58,7 +80,8 @@ class VerifySettings(Settings):
     """Tokens in a window. Windows do not overlap."""
 
     prompts: str | None = None
-    """A JSONL file with `id` and `prompt`; both models continue each one greedily."""
+    """A JSONL file with `id`, `prompt` or `messages`, and perhaps `domain`, `style` and `pair`; both models continue each
+    prompt greedily."""
 
     max_new_tokens: Annotated[int, Field(ge=1)] = 32
     """Tokens to generate for each prompt."""
@@ -69,9 +92,12 @@ class VerifySettings(Settings):
     speed: SpeedSettings | None = None
     """Tokens per second and time to first token; not measured by default."""
 
+    tasks: TaskSettings | None = None
+    """Task accuracy by lm-evaluation-harness; not measured by default."""
+
     profile: ProfileName = "auto"
     """The limits to start from. `auto` chooses by method and size; `off` sets none."""
 
     gates: GateSettings = {}
-    """Limits on figures by name, in place of the profile's; null removes one of them. A gate that fails ends the run with
-    exit code 6, one that is not decided with 7. docs/gates.md lists figures and profiles."""
+    """Limits on figures by name, in place of the profile's; null removes one of them. A gate that fails ends the run
+    with exit code 6, one that is not decided with 7. docs/gates.md lists figures and profiles."""

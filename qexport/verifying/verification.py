@@ -38,8 +38,8 @@ Nearest = Callable[[Mapping[str, GroupQuantizedSpec], frozenset[str]], WeightSou
 """From the grids of an artifact's layers, and the layers whose weights are [in, out] in files, to the merged model
 rounded to nearest on those grids."""
 
-Judge = Callable[[Sequence[Figure], Sequence[Check]], list[GateResult]]
-"""The gates, decided on what is known."""
+Judge = Callable[[Sequence[Figure]], list[GateResult]]
+"""The gates on figures, decided on what is known."""
 
 _COARSE_BITS: Final = 4
 """With more, rounding to nearest is so near the reference that hardly anything can be nearer by more than noise."""
@@ -80,8 +80,6 @@ class Measurement:
 
     Attributes:
         figures: of the held-out text and the prompts.
-        gates: their decisions.
-        checks: those that were given, and that of config.json.
         tokens: the artifact against the reference, for every predicted token.
         looks: how many windows had been measured at each look at the gates.
         block_drift: see `qexport.verifying.lockstep`.
@@ -92,8 +90,6 @@ class Measurement:
     """
 
     figures: list[Figure]
-    gates: list[GateResult]
-    checks: list[Check]
     tokens: TokenFigures
     looks: list[int]
     block_drift: list[BlockDrift]
@@ -103,10 +99,8 @@ class Measurement:
     timings: Timings
 
 
-def verify(
-    artifact: Path, given: Given, judge: Judge, checks: Sequence[Check] = (), *, report: Reporter = silent
-) -> Measurement:
-    """Measures the artifact until its gates are decided or the text is used up. A failed gate is recorded, not raised.
+def verify(artifact: Path, given: Given, judge: Judge, *, report: Reporter = silent) -> Measurement:
+    """Measures the artifact until its gates are decided or the text is used up.
 
     All models run block by block; prompts are continued where a whole model fits in memory. docs/verification.md
     defines every figure.
@@ -115,31 +109,24 @@ def verify(
         artifact: the folder, in any format that `qexport.load` reads.
         given: what to hold it against.
         judge: the gates.
-        checks: what has been checked already, for the gates.
         report: is told of each step.
 
     Raises:
-        InputError: the artifact cannot be read, or is not a form of the reference.
+        InputError: the artifact cannot be read, or its tensors are not those of the reference.
         NumericalError: logits hold NaN or Inf.
     """
     started, steps = time.monotonic(), Steps(report)
+
+    def decide(found: Measured) -> list[GateResult]:
+        return judge(_figures(found, given))
+
     with ArtifactSource(artifact, dtype=given.dtype) as source:
-        found_checks = [*checks, _config_check(given.reference, source)]
         models = _models(given, source)
-
-        def decide(found: Measured) -> list[GateResult]:
-            return judge(_figures(found, given), found_checks)
-
         measured = measure(models, given.held_out.input_ids, given.settings.windows, decide, needs_more, steps)
-        figures = _figures(measured, given)
         generations, unconfirmed = _generations(models, given, steps, report)
-    if generations is not None:
-        figures += generations.figures
     drift = zip(models.reference.structure.blocks, measured.block_drift, strict=True)
     return Measurement(
-        figures=figures,
-        gates=judge(figures, found_checks),
-        checks=found_checks,
+        figures=[*_figures(measured, given), *(generations.figures if generations else [])],
         tokens=measured.tokens()["artifact"],
         looks=measured.looks,
         block_drift=[BlockDrift(name=name, relative_error=error) for name, error in drift],
@@ -155,6 +142,17 @@ def has_nearest_rival(grids: Mapping[str, GroupQuantizedSpec]) -> bool:
     return bool(grids) and min(grid.bits for grid in grids.values()) <= _COARSE_BITS
 
 
+def check_config(reference: Checkpoint, artifact: Path) -> Check:
+    """Whether the artifact's config.json means the reference's model."""
+    name = "config.json"
+    try:
+        with ArtifactSource(artifact, dtype=torch.float32) as source:
+            refuse_other_config(reference.config, source.config)
+    except InputError as error:
+        return Check(gate="config", name=name, passed=False, detail=error.where or error.what)
+    return Check(gate="config", name=name, passed=True, detail="every key means the reference's model")
+
+
 def check_headers(reference: Checkpoint, artifact: Path) -> None:
     """Holds the artifact's config.json and headers against the reference; reads no weights.
 
@@ -164,15 +162,6 @@ def check_headers(reference: Checkpoint, artifact: Path) -> None:
     with ArtifactSource(artifact, dtype=torch.float32) as source:
         refuse_other_config(reference.config, source.config)
         source.check_complete(describe(reference.config))
-
-
-def _config_check(reference: Checkpoint, source: ArtifactSource) -> Check:
-    name = "config.json means the reference"
-    try:
-        refuse_other_config(reference.config, source.config)
-    except InputError as error:
-        return Check(gate="config", name=name, passed=False, detail=error.where or error.what)
-    return Check(gate="config", name=name, passed=True, detail="every key")
 
 
 def _models(given: Given, source: ArtifactSource) -> Models:

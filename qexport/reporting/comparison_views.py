@@ -71,7 +71,8 @@ def comparison_markdown(comparison: Comparison) -> str:
         for entry in comparison.entries
     ]
     table = markdown_table(_HEAD, rows, range(_TEXT_COLUMNS, len(_HEAD)))
-    return f"### Artifacts compared\n\n{table}\n\nOn the front: no other is at least as small and as near to the reference.\n"
+    told = "On the front: no other is at least as small and as near to the reference."
+    return f"### Artifacts compared\n\n{table}\n\n{told}\n"
 
 
 def _front(entry: Entry) -> str:

@@ -42,15 +42,14 @@ def _parts(report: Report) -> Iterator[RenderableType]:
     yield Text.assemble((visible(report.subject.name), "bold"), f"  {visible(how)}")
     yield Text.assemble(verdict, f"  {visible(sentence(report))}")
     if report.gates:
-        yield Padding(gate_table(report.gates), (1, 0))
-        yield from gate_reasons(report.gates)
+        yield Padding(gate_table(report.gates), (1, 0, 0, 0))
     yield Padding(figures_table(report), (1, 0, 0, 0))
     if prompts := worst_prompts(report):
         yield Padding(prompt_table(prompts[:1]), (1, 0, 0, 0))
 
 
 def gate_table(gates: Sequence[GateResult]) -> Table:
-    """A row a gate, failed ones first. `gate_reasons` tells what no column has room for."""
+    """A row a gate, failed ones first; below the table, the reason of each one that did not pass."""
     table = new_table()
     table.add_column("gate", style="bold", overflow="fold", min_width=14)
     table.add_column("verdict", no_wrap=True)
@@ -60,14 +59,19 @@ def gate_table(gates: Sequence[GateResult]) -> Table:
         verdict = Text(VERDICT_WORDS[gate.verdict].lower(), VERDICT_STYLES[gate.verdict])
         measured = (gate_value(gate), gate_interval(gate), gate_limit(gate), f"{gate.n:,}" if gate.unit else "")
         table.add_row(Text(visible(gate.name)), verdict, *map(Text, measured))
+    if not all(gate.passed for gate in gates):
+        table.caption = _reasons(by_urgency(gates))
+        table.caption_style, table.caption_justify = "", "left"
     return table
 
 
-def gate_reasons(gates: Sequence[GateResult]) -> Iterator[Text]:
-    """A line for each gate that did not pass."""
-    for gate in by_urgency(gates):
-        if not gate.passed:
-            yield Text.assemble((f"{visible(gate.name)}: ", VERDICT_STYLES[gate.verdict]), visible(gate.reason))
+def _reasons(gates: Sequence[GateResult]) -> Text:
+    lines = [
+        Text.assemble((f"{visible(gate.name)}: ", VERDICT_STYLES[gate.verdict]), visible(gate.reason))
+        for gate in gates
+        if not gate.passed
+    ]
+    return Text("\n").join(lines)
 
 
 def figures_table(report: Report) -> Table:

@@ -22,8 +22,8 @@ from qexport.reporting.comparison_views import comparison_html
 from qexport.reporting.html import report_html
 
 QUIET: Final = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--hide-scrollbars",
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
 )  # fmt: skip
 PHONE: Final = 360
 DESKTOP: Final = 1200
@@ -228,6 +228,14 @@ def test_every_section_shows(browser: Browser, page: str) -> None:
     for chart in browser.driver.find_elements(By.CSS_SELECTOR, "svg[role=img]"):
         assert chart.size["width"] > 200
         assert chart.size["height"] > 80
+
+
+def test_tiles_of_a_row_begin_on_one_line(browser: Browser, rich: str) -> None:
+    browser.open(rich)
+    tiles = browser.driver.find_elements(By.CLASS_NAME, "tile")
+    tops = [tile.location["y"] for tile in tiles]
+    assert len(tops) == 8
+    assert len(set(tops)) == 2
 
 
 def test_what_is_folded_opens(browser: Browser, rich: str) -> None:

@@ -181,6 +181,13 @@ class TaskRecord(Record):
 
     task: str
     metric: str
+
+    num_fewshot: int
+    """Solved examples before each item."""
+
+    sha256: str
+    """Of the items: accuracies are comparable only where it is equal."""
+
     items: int
     reference_accuracy: float
     artifact_accuracy: float

@@ -18,6 +18,7 @@ from qexport.text.held_out import HeldOut, make_held_out
 from qexport.text.prompts import EncodedPrompts, encode_prompts, read_prompts, refuse_long
 from qexport.text.windows import make_windows
 from qexport.verifying.settings import VerifySettings
+from qexport.verifying.tasks.measuring import require_harness
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,8 @@ def read_evaluation(
     Raises:
         InputError: see `read_texts`.
     """
+    if settings.tasks is not None:
+        require_harness()
     documents = read_documents(_listed(settings.text), field=settings.field)
     if calibration is not None:
         refuse_shared(calibration, documents)

@@ -110,7 +110,7 @@ class Verified:
         checks = [check_config(self.given.reference, opened.folder), *_check_tokenizer(self.given, opened.folder)]
         left_out = [f"too little text for a window, left out: {name}" for name in self.given.held_out.left_out]
         described = Described(opened.subject(), opened.layers, [*self.gates.notes, *left_out], unread, command)
-        decided = self.gates(self.measured.figures, checks)
+        decided = self.gates([*self.measured.figures, *self.measured.timings.figures], checks)
         return make_report(described, self.measured, decided, checks, self.given, self.reference.merged)
 
 

@@ -19,7 +19,7 @@ from qexport.artifact.figures import Figure, GateResult
 from qexport.artifact.report import BlockDrift, Check, Generations, TaskRecord, Timings
 from qexport.errors import InputError
 from qexport.gates.deciding import needs_more
-from qexport.progress import Notice, Reporter, silent
+from qexport.progress import Reporter, silent
 from qexport.reading.artifact_source import ArtifactSource
 from qexport.tensors import Checkpoint, GroupQuantizedSpec, WeightSource
 from qexport.text.held_out import HeldOut
@@ -27,12 +27,11 @@ from qexport.text.prompts import EncodedPrompts
 from qexport.verifying.config_comparison import refuse_other_config
 from qexport.verifying.divergence import TokenFigures
 from qexport.verifying.estimates import Units, divergence_figures, rival_figures
-from qexport.verifying.memory import available_memory, needed_memory
 from qexport.verifying.preparation import Preparation
-from qexport.verifying.prompt_figures import MeasuredGenerations, measure_generations
 from qexport.verifying.rounds import Measured, Models, measure
 from qexport.verifying.settings import VerifySettings
 from qexport.verifying.steps import Steps
+from qexport.verifying.whole_models import MeasuredSpeed, Pair, measure_speed, measure_whole
 
 Nearest = Callable[[Mapping[str, GroupQuantizedSpec], frozenset[str]], WeightSource]
 """From the grids of an artifact's layers, and the layers whose weights are [in, out] in files, to the merged model
@@ -123,17 +122,19 @@ def verify(artifact: Path, given: Given, judge: Judge, *, report: Reporter = sil
     with ArtifactSource(artifact, dtype=given.dtype) as source:
         models = _models(given, source)
         measured = measure(models, given.held_out.input_ids, given.settings.windows, decide, needs_more, steps)
-        generations, unconfirmed = _generations(models, given, steps, report)
+        pair = Pair(models.reference, models.artifact, given.reference, artifact, given.tokenizer)
+        whole = measure_whole(pair, given.prompts, given.settings, steps, report)
+        speed = measure_speed(pair, given.held_out.input_ids, given.settings.speed, given.dtype, report)
     drift = zip(models.reference.structure.blocks, measured.block_drift, strict=True)
     return Measurement(
-        figures=[*_figures(measured, given), *(generations.figures if generations else [])],
+        figures=[*_figures(measured, given), *whole.figures],
         tokens=measured.tokens()["artifact"],
         looks=measured.looks,
         block_drift=[BlockDrift(name=name, relative_error=error) for name, error in drift],
-        generations=generations.record if generations else None,
-        tasks=[],
-        unconfirmed=[*given.prepared.unconfirmed, *unconfirmed],
-        timings=_timings(time.monotonic() - started),
+        generations=whole.generations,
+        tasks=whole.tasks,
+        unconfirmed=[*given.prepared.unconfirmed, *whole.unconfirmed],
+        timings=_timings(time.monotonic() - started, speed),
     )
 
 
@@ -193,27 +194,11 @@ def _figures(found: Measured, given: Given) -> list[Figure]:
     return [*own, *rival_figures(tokens, units), *given.prepared.figures]
 
 
-def _generations(
-    models: Models, given: Given, steps: Steps, report: Reporter
-) -> tuple[MeasuredGenerations | None, list[str]]:
-    if given.prompts is None:
-        return None, []
-    needed, available = needed_memory(models.reference), available_memory(given.device)
-    if needed > available:
-        sizes = f"the whole model needs {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free"
-        report(Notice(f"no prompts were continued: {sizes}"))
-        return None, ["generations (the model does not fit in memory)"]
-    return measure_generations(
-        models.reference, models.artifact, given.prompts, given.tokenizer, given.reference, given.settings, steps
-    ), []
-
-
-def _timings(seconds: float) -> Timings:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _timings(seconds: float, measured: MeasuredSpeed) -> Timings:
     return Timings(
         seconds=seconds,
-        peak_memory_bytes=peak,
-        speed=None,
-        speed_unmeasured="the recipe has no verify.speed",
-        figures=[],
+        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        speed=measured.speed,
+        speed_unmeasured=measured.unmeasured,
+        figures=measured.figures,
     )

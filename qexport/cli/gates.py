@@ -65,18 +65,18 @@ def _in_short(result: GateResult) -> str:
     if result.value is None or result.limit is None:
         return f"{result.name} ({result.reason})"
     bound = "at most" if result.bound == "at_most" else "at least"
-    return f"{result.name} is {result.value:.4g} where the limit is {bound} {result.limit:.4g}"
+    return f"{result.name} is {result.value:.5g} where the limit is {bound} {result.limit:.5g}"
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
+    return "" if value is None else f"{value:.5g}"
 
 
 def _interval(result: GateResult) -> str:
-    return "" if result.low is None or result.high is None else f"{result.low:.4g} to {result.high:.4g}"
+    return "" if result.low is None or result.high is None else f"{result.low:.5g} to {result.high:.5g}"
 
 
 def _limit(result: GateResult) -> str:
     if result.limit is None:
         return ""
-    return f"{'≤' if result.bound == 'at_most' else '≥'} {result.limit:.4g}"
+    return f"{'≤' if result.bound == 'at_most' else '≥'} {result.limit:.5g}"

@@ -35,5 +35,5 @@ class VerifySettings(Settings):
     """The limits to start from. `auto` chooses by method and size; `off` sets none."""
 
     gates: GateSettings = {}
-    """Limits on figures by name, in place of the profile's; null removes one of them. A gate that fails ends the run with
-    exit code 6, one that is not decided with 7. docs/gates.md lists figures and profiles."""
+    """Limits on figures by name, in place of the profile's; null removes one of them. A gate that fails ends the run
+    with exit code 6, one that is not decided with 7. docs/gates.md lists figures and profiles."""

@@ -161,6 +161,7 @@ def test_differences_must_be_below_zero(low: float, high: float, better: str, ap
 def test_an_adapter_without_effect_is_undecided_and_told_so() -> None:
     result = built_in("adapter", between(0.0, 0.0, name="kl_over_base"))
     assert result.reason.startswith("the adapter changes no prediction")
+    assert built_in("adapter", between(-0.3, 0.0, name="kl_over_base")).reason.startswith("lies at -0.3 to 0, part of")
 
 
 def test_an_artifact_that_is_round_to_nearest_is_not_better_than_it() -> None:
@@ -280,7 +281,10 @@ def test_checks_are_decided_even_where_the_report_has_none() -> None:
 def test_limits_below_the_reports_noise_floor_are_refused() -> None:
     with pytest.raises(RecipeError, match="noise floor"):
         again(gates={"mean_kl": {"at_most": 0.0002}})
-    assert noise_floors(report().figures)["mean_kl"] == 0.0001
+    of_domain = between(0.1, 0.2, name="chrf", domain="code", noise_floor=0.1)
+    assert noise_floors([*report().figures, of_domain]) == {
+        "perplexity_ratio": 1.0001, "mean_kl": 0.0001, "top1_agreement": 0.999, "decisive_flips": 0.0,
+    }  # fmt: skip
     figures = [between(0.0, 0.0, noise_floor=0.002)]
     results, notes = decide_again(report(figures=figures), GatesFile(profile="16bit"))
     assert [result.limit for result in results if result.name == "mean_kl"] == [pytest.approx(0.006)]

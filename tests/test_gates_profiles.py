@@ -70,7 +70,7 @@ def page() -> str:
         ("gptq", 2, 7_000_000_000, "gptq-2bit"),
         ("gptq", 2, 135_000_000, "tiny"),
         ("nf4", 4, 135_000_000, "tiny"),
-        ("nf4", 4, 7_000_000_000, "nf4"),
+        ("nf4", 4, 500_000_000, "nf4"),
         ("fp4", 4, 7_000_000_000, "nf4"),
     ],
 )
@@ -185,6 +185,12 @@ def test_the_tightest_limit_that_an_error_names_is_accepted(floor: float, figure
     named = re.findall(r"at most ([\d.e+-]+) is the tightest", caught.value.where or "")
     accepted = [limit(figure, float(named[0]))]
     assert above_floor(accepted, floors) == (accepted, [])
+
+
+def test_the_tightest_limit_has_three_digits() -> None:
+    with pytest.raises(RecipeError) as caught:
+        above_floor([limit("mean_kl", 0.001)], {"mean_kl": 0.00123456})
+    assert "where at most 0.00371 is the tightest" in (caught.value.where or "")
 
 
 def test_three_times_the_noise_floor_itself_is_allowed() -> None:

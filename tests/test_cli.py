@@ -35,7 +35,7 @@ from qexport.cli.commands import app
 from qexport.cli.memory import resident
 from qexport.cli.progress import PLAIN_INTERVAL, PlainLines, Stopwatch, reporter
 from qexport.cli.summary import summary
-from qexport.cli.units import duration, size
+from qexport.reporting.units import duration, size
 from qexport.errors import (
     CompatibilityError,
     GateFailed,

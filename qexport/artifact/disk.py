@@ -51,6 +51,27 @@ def sync_tree(folder: Path) -> None:
         _sync(Path(parent))
 
 
+def write_whole(path: Path, content: str) -> None:
+    """Writes a file as UTF-8 beside its path and renames it there, so that a reader sees the old content or the new.
+
+    Args:
+        path: where a file may stand already; its folder exists.
+        content: the new text.
+
+    Raises:
+        OSError: it could not be written; the path is as it was.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        beside.write_bytes(content.encode())
+        _sync(beside)
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
 def move_into_place(source: Path, target: Path) -> Path | None:
     """Renames a folder to `target`, in one step also where a folder stands there already.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qexport.artifact.digest import sha256_file
-from qexport.artifact.manifest import MANIFEST_NAME, FileRecord, Manifest
+from qexport.artifact.manifest import MANIFEST_NAME, REPORT_FOLDER, FileRecord, Manifest
 from qexport.artifact.publish import MARKER_NAME
 from qexport.errors import InputError
 
@@ -45,7 +45,7 @@ def open_artifact(path: Path) -> Artifact:
 
 
 def digest_files(folder: Path, known: Mapping[str, str]) -> dict[str, FileRecord]:
-    """Size and digest of every file in a folder but the manifest, by its path inside the folder.
+    """Size and digest of every file in a folder but manifest and report, by its path inside the folder.
 
     Args:
         folder: the artifact.
@@ -60,7 +60,8 @@ def digest_files(folder: Path, known: Mapping[str, str]) -> dict[str, FileRecord
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and name not in (MANIFEST_NAME, MARKER_NAME):
+        own = name in (MANIFEST_NAME, MARKER_NAME) or name.startswith(f"{REPORT_FOLDER}/")
+        if path.is_file() and not own:
             yield name, path
 
 

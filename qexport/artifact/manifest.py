@@ -20,6 +20,7 @@ from qexport.artifact.record import Record
 from qexport.errors import InputError
 
 MANIFEST_NAME = "qexport-manifest.json"
+REPORT_FOLDER = "report"
 SCHEMA_VERSION = 1
 
 

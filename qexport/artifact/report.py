@@ -12,12 +12,11 @@ from pydantic import ValidationError
 from qexport.artifact.digest import sha256_json
 from qexport.artifact.environment import Environment
 from qexport.artifact.figures import Figure, GateResult, Verdict
-from qexport.artifact.manifest import LayerRecord, Sizes, SourceRecord
+from qexport.artifact.manifest import REPORT_FOLDER, LayerRecord, Sizes, SourceRecord
 from qexport.artifact.protocol import Identity, Protocol
 from qexport.artifact.record import Record
 from qexport.errors import InputError
 
-REPORT_FOLDER: Final = "report"
 REPORT_NAME: Final = "report.json"
 SCHEMA_VERSION: Final = 1
 
@@ -52,13 +51,15 @@ class Reference(Record):
 
 
 class Check(Record):
-    """A check that is passed or not, without statistics."""
+    """A check without statistics."""
 
     gate: str
     """The gate that it belongs to: `config` or `tokenizer`."""
 
     name: str
-    passed: bool
+
+    passed: bool | None
+    """None where there was nothing to check."""
 
     detail: str
     """What was found."""

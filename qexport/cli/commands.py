@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -211,12 +212,50 @@ def _write_gates(results: Sequence[GateResult], notes: Sequence[str]) -> None:
 
 
 @app.command()
-def schema() -> None:
-    """Print the JSON Schema of recipes, for editors."""
-    with told():
-        from qexport.recipe.schema import recipe_schema
+def report(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="REPORT...", help="A report.json, or the folder of an artifact that was verified."),
+    ],
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a page that stands there.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, for a pull request.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Show a report, or compare several: size against drift."""
+    with told(as_json=as_json, debug=debug):
+        if as_markdown and as_json:
+            raise RecipeError("--markdown and --json exclude each other", mend="leave one of them out")
+        from qexport.cli.reports import check_page, views_of, write_page
 
-        write(recipe_schema())
+        if html is not None:
+            check_page(html, force=force)
+        views = views_of(paths)
+        if html is not None:
+            write_page(html, views.page())
+        if as_json:
+            write_json(views.document())
+        elif as_markdown:
+            write(views.markdown())
+        else:
+            stdout().print(views.table())
+
+
+@app.command()
+def schema(
+    of: Annotated[Literal["recipe", "report"], typer.Argument(metavar="[recipe|report]", help="Of what.")] = "recipe",
+) -> None:
+    """Print the JSON Schema of recipes, for editors, or of report.json."""
+    with told():
+        if of == "report":
+            from qexport.artifact.report import report_schema
+
+            write(json.dumps(report_schema(), indent=2))
+        else:
+            from qexport.recipe.schema import recipe_schema
+
+            write(recipe_schema())
 
 
 @contextmanager

@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from qexport.cli.failures import Failure
-from qexport.cli.units import counted
 from qexport.errors import GateFailed, GateUndecided
+from qexport.reporting.units import counted
 
 if TYPE_CHECKING:
     from qexport.artifact.figures import GateResult

@@ -12,8 +12,8 @@ from rich.table import Column
 from rich.text import Text
 
 from qexport.cli.memory import resident
-from qexport.cli.units import duration, size
 from qexport.progress import Notice, Progress, Reporter, Stage
+from qexport.reporting.units import duration, size
 
 PLAIN_INTERVAL = 5.0
 """Seconds between two plain lines of a stage. Its start and its end are always told."""

@@ -15,7 +15,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from qexport.cli.units import counted, size
+from qexport.reporting.units import counted, size
 
 if TYPE_CHECKING:
     from qexport.artifact.manifest import Comparison, Generations, LayerRecord, Manifest, Verification

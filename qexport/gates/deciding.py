@@ -99,19 +99,20 @@ _BETTER_THAN_RTN: Final = _Gate("better_than_rtn", "kl_over_rtn", None, "at_most
 
 
 def _merge_gate(figures: Sequence[Figure]) -> _Gate:
-    drift = find_figure(figures, "mean_kl")
-    floor = None if drift is None else drift.noise_floor
+    measured = find_figure(figures, "merge_kl")
+    floor = None if measured is None else measured.noise_floor
     limit = None if floor is None else NOISE_MARGIN * floor
     return _Gate("merge", "merge_kl", None, "at_most", limit, unknown="the noise floor was not measured")
 
 
 def _checked(name: str, checks: Sequence[Check]) -> GateResult:
-    if not checks:
-        return GateResult(name=name, verdict="undecided", reason="nothing was checked")
-    failed = [f"{check.name} ({check.detail})" for check in checks if not check.passed]
+    passed = sum(check.passed is True for check in checks)
+    failed = [f"{check.name} ({check.detail})" for check in checks if check.passed is False]
     if failed:
         return GateResult(name=name, verdict="fail", reason=f"not as in the reference: {', '.join(failed)}")
-    count = "1 check" if len(checks) == 1 else f"{len(checks)} checks"
+    if not passed:
+        return GateResult(name=name, verdict="undecided", reason="nothing was checked")
+    count = "1 check" if passed == 1 else f"{passed} checks"
     return GateResult(name=name, verdict="pass", reason=f"{count} passed")
 
 

@@ -15,6 +15,7 @@ from qexport.artifact.folder import open_artifact
 from qexport.artifact.manifest import MANIFEST_NAME
 from qexport.export.contract import Check
 from qexport.export.loaders import Folder, Loader, Verdict, loaders
+from qexport.pipeline.opened import describe_method
 from qexport.reading.artifact_source import ArtifactSource, model_folder
 
 Server = Literal["tgi", "vllm"]
@@ -107,7 +108,9 @@ def inspect_artifact(path: Path, *, server: Server | None = None) -> Inspection:
         dense = len(source.specs()) - len(shapes)
         size = source.stored_bytes
     checks = _check(path, server) if server else []
-    return Inspection(path, layout, _method(folder), len(shapes), dense, size, loaders(folder), server, checks)
+    return Inspection(
+        path, layout, describe_method(folder.quantization), len(shapes), dense, size, loaders(folder), server, checks
+    )
 
 
 def _check(path: Path, server: Server) -> list[Check]:
@@ -124,20 +127,3 @@ def _check(path: Path, server: Server) -> list[Check]:
 
 def _told(check: Check) -> str:
     return f"{check.name} ({check.source})" if check.passed else f"{check.name}: {check.detail} ({check.source})"
-
-
-def _method(folder: Folder) -> str:
-    config = folder.quantization or {}
-    match folder.method:
-        case "gptq":
-            symmetry = "symmetric" if config["sym"] else "asymmetric"
-            return f"GPTQ, {config['bits']} bits, group_size {config['group_size']}, {symmetry}"
-        case "bitsandbytes" if config.get("load_in_4bit"):
-            double = ", double quantization" if config.get("bnb_4bit_use_double_quant") else ""
-            return f"{str(config.get('bnb_4bit_quant_type', 'fp4')).upper()}{double}"
-        case "bitsandbytes":
-            return "LLM.int8"
-        case "compressed-tensors":
-            return f"compressed-tensors, {config['format']}"
-        case name:
-            return name

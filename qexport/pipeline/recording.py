@@ -12,16 +12,17 @@ import torch
 from qexport.artifact.digest import sha256_bytes, sha256_json
 from qexport.artifact.environment import describe_environment
 from qexport.artifact.folder import digest_files
-from qexport.artifact.manifest import CalibrationRecord, LayerRecord, Manifest, Sizes, SourceRecord, Verification
+from qexport.artifact.manifest import CalibrationRecord, LayerRecord, Manifest, Sizes
+from qexport.artifact.report import Report
 from qexport.export.layout import Layout
 from qexport.export.weight_files import WrittenWeights
 from qexport.pipeline.planning import Plan
+from qexport.pipeline.reporting import source_record, verification_of
 from qexport.tensors import (
     BlockQuantizedSpec,
     CalibrationSet,
     GroupQuantizedSpec,
     LayerReport,
-    Origin,
     Outputs,
     RowQuantizedSpec,
 )
@@ -33,25 +34,38 @@ class Record:
 
     Attributes:
         layout: the layout.
-        layers: what quantizing each layer did.
+        folder: where it lies.
+        layers: what quantizing each layer did; empty where the layout has 16-bit weights.
         written: its weights.
-        figures: how it compares with the reference.
+        notes: what a user should know.
     """
 
     layout: Layout
-    layers: Sequence[LayerReport]
+    folder: Path
+    layers: Sequence[LayerRecord]
     written: WrittenWeights
-    figures: Verification | None
+    notes: Sequence[str]
+
+
+def make_record(
+    planned: Plan, layout: Layout, output: Path, layers: Sequence[LayerReport], written: WrittenWeights
+) -> Record:
+    """What is known of a layout once its files are written."""
+    own = layers if layout.quantization else ()
+    fallen = [f"{layer.name} was rounded to nearest" for layer in own if layer.method == "round_to_nearest"]
+    adapter = planned.merged.adapter
+    notes = [*(adapter.notes if adapter else ()), *layout.notes, *fallen]
+    records = [_layer(layer, planned.outputs) for layer in own]
+    return Record(layout, planned.folder(output, layout), records, written, notes)
 
 
 def make_manifest(
-    planned: Plan, calibration: CalibrationSet | None, record: Record, folder: Path, device: torch.device
+    planned: Plan, calibration: CalibrationSet | None, record: Record, report: Report | None, device: torch.device
 ) -> Manifest:
-    """Says what lies in `folder`, what it was made from, and how it compares with its reference."""
+    """Says what lies in the folder, what it was made from, and how it compares with its reference."""
     recipe, checkpoint, adapter = planned.recipe.portable(), planned.merged.checkpoint, planned.merged.adapter
-    layout, layers = record.layout, record.layers if record.layout.quantization else ()
-    fallen = [f"{layer.name} was rounded to nearest" for layer in layers if layer.method == "round_to_nearest"]
-    total_bytes, parameters = record.written.total_bytes, layout.weights.parameters
+    layout, total_bytes = record.layout, record.written.total_bytes
+    parameters = layout.weights.parameters
     return Manifest(
         schema_version=1,
         qexport_version=version("qexport"),
@@ -59,29 +73,17 @@ def make_manifest(
         layout=layout.name,
         recipe=recipe,
         recipe_sha256=sha256_json(recipe),
-        base=_source(checkpoint.origin),
-        adapter=_source(adapter.origin) if adapter else None,
-        notes=[*(adapter.notes if adapter else ()), *layout.notes, *fallen],
+        base=source_record(checkpoint.origin),
+        adapter=source_record(adapter.origin) if adapter else None,
+        notes=list(record.notes),
         calibration=_calibration(calibration) if calibration else None,
         tokenizer={name: sha256_bytes(content) for name, content in sorted(checkpoint.files.items())},
         quantization=dict(layout.quantization) if layout.quantization else None,
-        layers=[_layer(layer, planned.outputs) for layer in layers],
+        layers=list(record.layers),
         sizes=Sizes(parameters=parameters, total_bytes=total_bytes, bits_per_weight=8 * total_bytes / parameters),
-        files=digest_files(folder, record.written.files),
-        verification=_with_unconfirmed(record),
+        files=digest_files(record.folder, record.written.files),
+        verification=verification_of(report) if report else None,
     )
-
-
-def _with_unconfirmed(record: Record) -> Verification | None:
-    """The figures, with the readers that the folder is for and that have not looked at it."""
-    if record.figures is None:
-        return None
-    unread = [f"loading with {reader}" for reader in record.layout.readers]
-    return record.figures.model_copy(update={"unconfirmed": [*unread, *record.figures.unconfirmed]})
-
-
-def _source(origin: Origin) -> SourceRecord:
-    return SourceRecord(kind=origin.kind, name=origin.name, revision=origin.revision, sha256=dict(origin.sha256))
 
 
 def _calibration(calibration: CalibrationSet) -> CalibrationRecord:

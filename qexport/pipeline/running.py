@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,21 +11,27 @@ import torch
 
 from qexport.architectures.devices import find_device
 from qexport.artifact.disk import ensure_space
+from qexport.artifact.figures import Verdict, overall
 from qexport.artifact.file_digests import taken_meanwhile
-from qexport.artifact.manifest import Manifest, Verification
+from qexport.artifact.manifest import REPORT_FOLDER, Manifest
 from qexport.artifact.publish import Publication, check_output
+from qexport.artifact.report import Report
 from qexport.errors import RecipeError
 from qexport.export import readback
 from qexport.export.weight_files import WrittenWeights
-from qexport.loading.tokenizer import open_tokenizer
+from qexport.pipeline.judging import refuse_unmeasurable, refuse_wrong_merge
+from qexport.pipeline.opened import Opened, open_folder
 from qexport.pipeline.planning import Plan, plan
-from qexport.pipeline.recording import Record, make_manifest
-from qexport.pipeline.texts import Texts, read_texts
-from qexport.progress import Notice, Progress, Reporter, silent
+from qexport.pipeline.recording import Record, make_manifest, make_record
+from qexport.pipeline.reference import Reference
+from qexport.pipeline.texts import Evaluation, Texts, read_texts
+from qexport.pipeline.verification import measure_folder
+from qexport.progress import Progress, Reporter, silent
 from qexport.quantize.methods import quantize
 from qexport.recipe.model import Recipe
+from qexport.reporting.writing import write_report
 from qexport.tensors import LayerReport
-from qexport.verifying.verification import check_headers, verify
+from qexport.verifying.verification import check_headers
 
 
 @dataclass(frozen=True)
@@ -35,12 +41,19 @@ class Result:
     Attributes:
         artifact_path: the published folder, or the one set aside where a gate failed.
         manifests: the manifest of each layout's folder, by the layout's name, in the recipe's order.
-        passed: every gate passed.
+        reports: the report of each layout's folder; empty where the recipe has no `verify`.
+        verdict: over all gates.
     """
 
     artifact_path: Path
     manifests: Mapping[str, Manifest]
-    passed: bool
+    reports: Mapping[str, Report]
+    verdict: Verdict
+
+    @property
+    def passed(self) -> bool:
+        """Every gate passed."""
+        return self.verdict == "pass"
 
     @property
     def manifest(self) -> Manifest:
@@ -48,42 +61,73 @@ class Result:
         return next(iter(self.manifests.values()))
 
 
-def run(recipe: Recipe, *, force: bool = False, device: str = "auto", report: Reporter = silent) -> Result:
+def run(
+    recipe: Recipe,
+    *,
+    force: bool = False,
+    device: str = "auto",
+    name: str = "RECIPE.yaml",
+    report: Reporter = silent,
+) -> Result:
     """Merges, quantizes, exports and verifies; publishes the artifact with one rename.
 
-    Where a gate fails, the artifact is set aside as `<output>.rejected/`, and the result says so.
+    Where a gate fails or is undecided, the artifact is set aside as `<output>.rejected/`, and the result says so.
 
     Args:
         recipe: what to make of which model.
         force: replace an output folder that is not empty.
         device: `auto`, `cpu` or `cuda`.
+        name: of the recipe's file, for the command in the report.
         report: is told of progress, and of what a user should know.
 
     Raises:
+        GateFailed: the merge is not what PEFT makes of the adapter; found out before anything is quantized.
         QexportError: one of its kinds, see `qexport.errors`. Nothing new is at the final path then.
     """
     output, where = _output(recipe, force=force), find_device(device)
     planned = plan(recipe, report=report)
     ensure_space(output, planned.total_bytes)
-    texts = read_texts(recipe, planned.merged.checkpoint, planned.structure)
-    for prompt, reason in texts.prompts.skipped.items() if texts.prompts else ():
-        report(Notice(f"the prompt {prompt} is not continued: {reason}"))
+    texts = read_texts(recipe, planned.merged.checkpoint, planned.structure, report=report)
     with Publication(output, force=force) as publication:
         with taken_meanwhile(planned.merged.checkpoint.origin.sha256):
+            reference = _reference(planned, texts.evaluation, where, report)
             layers, written = _write(planned, texts, publication.folder, where, report)
+        records = [
+            make_record(planned, layout, publication.folder, layers, written[layout.name]) for layout in planned.layouts
+        ]
         with ExitStack() as hashing:
             for weights in written.values():
                 hashing.enter_context(taken_meanwhile(weights.files))
-            figures = _check(planned, texts, written, publication.folder, where, report)
+            reports = _check(planned, reference, records, f"qexport verify . --reference {name}", report)
         manifests = {}
-        for layout in planned.layouts:
-            folder = planned.folder(publication.folder, layout)
-            record = Record(layout, layers, written[layout.name], figures[layout.name])
-            manifests[layout.name] = make_manifest(planned, texts.calibration, record, folder, where)
-            manifests[layout.name].write(folder)
-        passed = all(gate.passed for each in figures.values() if each for gate in each.gates)
-        path = publication.publish() if passed else publication.reject()
-    return Result(path, manifests, passed)
+        for record in records:
+            found = reports.get(record.layout.name)
+            if found:
+                write_report(found, record.folder / REPORT_FOLDER)
+            manifests[record.layout.name] = make_manifest(planned, texts.calibration, record, found, where)
+            manifests[record.layout.name].write(record.folder)
+        verdict = overall(each.verdict for each in reports.values())
+        path = publication.publish() if verdict == "pass" else publication.reject()
+    return Result(path, manifests, reports, verdict)
+
+
+def _reference(
+    planned: Plan, evaluation: Evaluation | None, device: torch.device, report: Reporter
+) -> Reference | None:
+    """Measures the reference alone, so that what can be known before the work is not found out after it.
+
+    Raises:
+        RecipeError: a limit of the recipe is tighter than three times the noise floor.
+        GateFailed: the merge is not what PEFT makes of the adapter.
+    """
+    settings = planned.recipe.verify
+    if evaluation is None or settings is None:
+        return None
+    dtype: torch.dtype = getattr(torch, planned.recipe.merge.dtype)
+    reference = Reference.prepare(planned.merged, evaluation, settings, dtype=dtype, device=device, report=report)
+    refuse_unmeasurable(settings, reference.prepared)
+    refuse_wrong_merge(reference.prepared)
+    return reference
 
 
 def _write(
@@ -137,40 +181,38 @@ def _write_weights(
 
 
 def _check(
-    planned: Plan,
-    texts: Texts,
-    written: Mapping[str, WrittenWeights],
-    output: Path,
-    device: torch.device,
-    report: Reporter,
-) -> dict[str, Verification | None]:
-    """Reads every folder back; weights that layouts share are measured once, their configs are not the same."""
-    figures: dict[str, Verification | None] = {}
+    planned: Plan, reference: Reference | None, records: Sequence[Record], command: str, report: Reporter
+) -> dict[str, Report]:
+    """Reads every folder back; weights that layouts share are measured once, their other files are not the same."""
+    reports: dict[str, Report] = {}
     for group in planned.distinct:
-        for layout in group:
-            folder = planned.folder(output, layout)
-            first = None if layout is group[0] else planned.folder(output, group[0])
-            readback.check(folder, written[layout.name], checked=first)
-            layout.check(folder)
-            check_headers(planned.merged.checkpoint, folder)
-        measured = _verify(planned, texts, planned.folder(output, group[0]), device, report)
-        figures |= dict.fromkeys((layout.name for layout in group), measured)
-    return figures
+        members = [record for record in records if record.layout in group]
+        for record in members:
+            readback.check(record.folder, record.written, checked=None if record is members[0] else members[0].folder)
+            record.layout.check(record.folder)
+            check_headers(planned.merged.checkpoint, record.folder)
+        if reference is not None:
+            verified = measure_folder(reference, _open(planned, members[0]), report=report)
+            reports |= {
+                record.layout.name: verified.report_on(
+                    _open(planned, record), command=command, unread=record.layout.readers
+                )
+                for record in members
+            }
+    return reports
 
 
-def _verify(planned: Plan, texts: Texts, folder: Path, device: torch.device, report: Reporter) -> Verification | None:
-    if planned.recipe.verify is None or texts.held_out is None:
-        return None
-    return verify(
-        planned.merged.checkpoint,
-        folder,
-        texts.held_out,
-        texts.prompts.prompts if texts.prompts else (),
-        planned.recipe.verify,
-        open_tokenizer(planned.merged.checkpoint),
-        dtype=getattr(torch, planned.recipe.merge.dtype),
-        device=device,
-        report=report,
+def _open(planned: Plan, record: Record) -> Opened:
+    merged = planned.merged
+    origins = [merged.checkpoint.origin, *([merged.adapter.origin] if merged.adapter else [])]
+    return open_folder(
+        record.folder,
+        planned.structure,
+        getattr(torch, planned.recipe.merge.dtype),
+        name=" + ".join(origin.name.rpartition("/")[2] for origin in origins),
+        layouts=[record.layout.name],
+        layers=record.layers,
+        digests=record.written.files,
     )
 
 

@@ -9,13 +9,28 @@ from transformers import PreTrainedTokenizerBase
 
 from qexport.architectures.structure import Structure
 from qexport.loading.tokenizer import open_tokenizer
+from qexport.progress import Notice, Reporter, silent
 from qexport.quantize.settings import CalibrationSettings, GptqSettings
 from qexport.recipe.model import Recipe
 from qexport.tensors import CalibrationSet, Checkpoint
 from qexport.text.documents import Documents, read_documents, refuse_shared
+from qexport.text.held_out import HeldOut, make_held_out
 from qexport.text.prompts import EncodedPrompts, encode_prompts, read_prompts, refuse_long
 from qexport.text.windows import make_windows
 from qexport.verifying.settings import VerifySettings
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an artifact is judged by.
+
+    Attributes:
+        held_out: windows, as many as verification may take.
+        prompts: prompts to continue, None where there are none.
+    """
+
+    held_out: HeldOut
+    prompts: EncodedPrompts | None
 
 
 @dataclass(frozen=True)
@@ -24,37 +39,69 @@ class Texts:
 
     Attributes:
         calibration: windows for the method; None where it looks at no text.
-        held_out: windows for verification; None where the recipe has none.
-        prompts: prompts to continue; None where the recipe has none.
+        evaluation: None where the recipe has no `verify`.
     """
 
     calibration: CalibrationSet | None
-    held_out: CalibrationSet | None
-    prompts: EncodedPrompts | None
+    evaluation: Evaluation | None
 
 
-def read_texts(recipe: Recipe, checkpoint: Checkpoint, structure: Structure) -> Texts:
+def read_texts(recipe: Recipe, checkpoint: Checkpoint, structure: Structure, *, report: Reporter = silent) -> Texts:
     """Reads every text that the recipe names. The tokenizer, tens of megabytes, is not kept.
 
     Raises:
         InputError: a file cannot be read or holds too little text, or the held-out text is in the calibration set,
             or a prompt is longer than the model's positions.
     """
-    tokenizer, vocab_size = open_tokenizer(checkpoint), structure.vocab_size
     documents, calibration = None, None
+    tokenizer = open_tokenizer(checkpoint)
     if isinstance(recipe.quantize, GptqSettings):
         documents = _calibration_documents(recipe.quantize.calibration)
-        calibration = _calibration_windows(documents, recipe.quantize.calibration, tokenizer, vocab_size)
+        calibration = _calibration_windows(documents, recipe.quantize.calibration, tokenizer, structure.vocab_size)
     if recipe.verify is None:
-        return Texts(calibration, None, None)
-    held_out = read_documents(_listed(recipe.verify.text), field=recipe.verify.field)
-    if documents is not None:
-        refuse_shared(documents, held_out)
+        return Texts(calibration, None)
+    return Texts(
+        calibration, read_evaluation(recipe.verify, tokenizer, structure, calibration=documents, report=report)
+    )
+
+
+def read_evaluation(
+    settings: VerifySettings,
+    tokenizer: PreTrainedTokenizerBase,
+    structure: Structure,
+    *,
+    calibration: Documents | None = None,
+    report: Reporter = silent,
+) -> Evaluation:
+    """Reads the held-out text and the prompts.
+
+    Args:
+        settings: the recipe's `verify`.
+        tokenizer: the model's.
+        structure: the model's.
+        calibration: text that the held-out text must not share documents with.
+        report: is told of prompts that cannot be continued.
+
+    Raises:
+        InputError: see `read_texts`.
+    """
+    documents = read_documents(_listed(settings.text), field=settings.field)
+    if calibration is not None:
+        refuse_shared(calibration, documents)
     prompts = None
-    if recipe.verify.prompts:
-        prompts = encode_prompts(read_prompts(Path(recipe.verify.prompts)), tokenizer)
-        refuse_long(prompts, structure.positions, recipe.verify.max_new_tokens)
-    return Texts(calibration, _held_out_windows(held_out, recipe.verify, tokenizer, vocab_size), prompts)
+    if settings.prompts:
+        prompts = encode_prompts(read_prompts(Path(settings.prompts)), tokenizer)
+        for prompt, reason in prompts.skipped.items():
+            report(Notice(f"the prompt {prompt} is not continued: {reason}"))
+        refuse_long(prompts, structure.positions, settings.max_new_tokens)
+    held_out = make_held_out(
+        documents,
+        tokenizer,
+        windows=settings.max_windows,
+        sequence_length=settings.sequence_length,
+        vocab_size=structure.vocab_size,
+    )
+    return Evaluation(held_out, prompts)
 
 
 def _calibration_documents(settings: CalibrationSettings) -> Documents:
@@ -75,19 +122,6 @@ def _calibration_windows(
         packing=settings.packing,
         seed=settings.seed,
         chat_template=settings.chat_template,
-    )
-
-
-def _held_out_windows(
-    documents: Documents, settings: VerifySettings, tokenizer: PreTrainedTokenizerBase, vocab_size: int
-) -> CalibrationSet:
-    return make_windows(
-        documents,
-        tokenizer,
-        samples=settings.windows,
-        sequence_length=settings.sequence_length,
-        vocab_size=vocab_size,
-        allow_fewer=True,
     )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from qexport.architectures.structure import Structure, build_on_meta, describe_m
 from qexport.errors import InputError, QexportError, listed
 from qexport.reading.artifact_source import ArtifactSource, model_folder
 from qexport.reading.quantized_linear import QuantizedLinear
+from qexport.tensors import WeightSource
 from qexport.tensors.contained_path import contained_path
 from qexport.tensors.strict_json import read_json_object
 
@@ -53,6 +55,33 @@ def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = 
     _refuse_empty(model)
     if (generation := contained_path(folder, _GENERATION_NAME)).is_file():
         model.generation_config = GenerationConfig.from_dict(read_json_object(generation, limit=_GENERATION_LIMIT))
+    model.eval()
+    return model
+
+
+def dense_model(
+    config: Mapping[str, Any], weights: WeightSource, *, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """A model from any source of dense weights, as transformers would hold it, ready for `generate`.
+
+    Args:
+        config: the content of config.json.
+        weights: named as in files; every one of them is read, once.
+        dtype: of the floating weights.
+        device: where to put it.
+
+    Raises:
+        CompatibilityError: transformers does not know the family.
+    """
+    parsed = parse_config(config)
+    parsed.dtype = dtype
+    with torch.no_grad():
+        model = build_on_meta(parsed)
+        compute_buffers(model, device)
+        for name, part in name_parameters(model).parts.items():
+            _put(model, part, weights.read(name), device)
+    model.tie_weights()
+    _refuse_empty(model)
     model.eval()
     return model
 

@@ -1,107 +1,280 @@
-"""Greedy continuations by both models."""
+"""Continuations of prompts by both models, and how far they are apart."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import fmean
+from typing import Final, Protocol
 
-import torch
-from transformers import GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from qexport.architectures.runner import BlockRunner
-from qexport.artifact.manifest import Comparison, Generations
-from qexport.tensors import Checkpoint
-from qexport.tensors.strict_json import parse_json
-from qexport.text.prompts import Prompt, encode_prompt
+from qexport.text.prompts import Prompt
+from qexport.verifying.continuation import Continuation, Opinion, continue_all, ends_of, judge_all
+from qexport.verifying.memory import has_room_for_float32
+from qexport.verifying.prompt_batches import Padding, PromptBatch, batch_prompts, check_padding
+from qexport.verifying.sampling import sampling_noise
+from qexport.verifying.settings import SamplingSettings
+from qexport.verifying.text_similarity import chrf, edit_distance, first_difference, repetition_rate, rouge_l
 
-_GENERATION_CONFIG: Final = "generation_config.json"
+DECISIVE_MARGIN: Final = 0.5
+"""Nats that the reference's likeliest token is ahead of the second where it counts as a decision."""
+
+
+@dataclass(frozen=True)
+class PromptResult:
+    """The greedy continuations of one prompt by both models.
+
+    Attributes:
+        id: the prompt's.
+        reference: the reference's text, without special tokens.
+        artifact: the artifact's.
+        reference_tokens: new tokens, an end token counted; at least 1.
+        artifact_tokens: the same of the artifact.
+        first_difference: index of the first new token that differs; None where all are equal.
+        margin_there: nats that the reference's token was ahead of its second likeliest there; None where all are equal.
+        flips: tokens of the reference that were ahead by more than `DECISIVE_MARGIN` and in whose place the artifact
+            holds another for the likeliest, given the prompt and the reference's tokens before it.
+        mean_log_probability: of the reference's tokens under the artifact; nats.
+        edit_distance: see `text_similarity.edit_distance`; of the tokens.
+        chrf: see `text_similarity.chrf`, 0 to 100.
+        rouge_l: see `text_similarity.rouge_l`, 0 to 1.
+        repetition_reference: see `text_similarity.repetition_rate`; of the reference's tokens.
+        repetition_artifact: the same of the artifact.
+        limit_reference: the reference had not ended when it reached the largest number of new tokens.
+        limit_artifact: the same of the artifact.
+    """
+
+    id: str
+    reference: str
+    artifact: str
+    reference_tokens: int
+    artifact_tokens: int
+    first_difference: int | None
+    margin_there: float | None
+    flips: int
+    mean_log_probability: float
+    edit_distance: float
+    chrf: float
+    rouge_l: float
+    repetition_reference: float
+    repetition_artifact: float
+    limit_reference: bool
+    limit_artifact: bool
+
+    @property
+    def identical(self) -> bool:
+        """Whether all tokens are equal."""
+        return self.first_difference is None
+
+    @property
+    def agreed_share(self) -> float:
+        """Share of the reference's tokens before the first difference, 0 to 1; 1 where all tokens are equal."""
+        return 1.0 if self.first_difference is None else self.first_difference / self.reference_tokens
+
+    @property
+    def length_ratio(self) -> float:
+        """The artifact's tokens over the reference's."""
+        return self.artifact_tokens / self.reference_tokens
+
+
+@dataclass(frozen=True)
+class SampleResult:
+    """A sampled continuation of one prompt by both models, drawn with the same random numbers.
+
+    Attributes:
+        id: the prompt's.
+        sample: which of its samples, from 0.
+        reference: the reference's text, without special tokens.
+        artifact: the artifact's.
+        chrf: as in `PromptResult`.
+        repetition_reference: as in `PromptResult`.
+        repetition_artifact: as in `PromptResult`.
+    """
+
+    id: str
+    sample: int
+    reference: str
+    artifact: str
+    chrf: float
+    repetition_reference: float
+    repetition_artifact: float
+
+
+@dataclass(frozen=True)
+class GenerationFigures:
+    """What both models make of the prompts.
+
+    Attributes:
+        prompts: one result a prompt, in the order of the prompts.
+        samples: sample by sample, each in the order of the prompts; empty where none were asked for.
+        max_new_tokens: the limit of every continuation.
+        padding: whether prompts of different lengths were continued side by side, and what that changes.
+        held_in_float32: whether large weights were in float32, see `BlockRunner.whole`. Only rounding depends on it.
+    """
+
+    prompts: tuple[PromptResult, ...]
+    samples: tuple[SampleResult, ...]
+    max_new_tokens: int
+    padding: Padding
+    held_in_float32: bool
 
 
 def compare_generations(
     reference: BlockRunner,
     artifact: BlockRunner,
     prompts: Sequence[Prompt],
+    inputs: Sequence[Sequence[int]],
     tokenizer: PreTrainedTokenizerBase,
     settings: GenerationConfig,
     finished: Callable[[], None],
-) -> Generations:
-    """Lets one model after the other continue every prompt. Each is wholly in memory meanwhile.
+    sampling: SamplingSettings | None = None,
+) -> GenerationFigures:
+    """Lets one model after the other continue every prompt. Each is wholly in memory meanwhile, never both.
+
+    Both continue the same batches, so equal models give equal texts. Compared with continuing the prompts one by one,
+    batches round in another order, which can decide between tokens that are nearly equally likely.
 
     Args:
         reference: the merged model.
         artifact: the artifact.
-        prompts: what to continue, through the model's chat template where it has one.
+        prompts: what to continue; only their ids are used.
+        inputs: their token ids, at least one for each prompt.
         tokenizer: the model's.
         settings: from `greedy_settings`.
-        finished: is told of each continuation.
+        finished: is told of each continuation: twice for each prompt, and twice for each of its samples.
+        sampling: the recipe's `verify.sampling`.
+
+    Raises:
+        NumericalError: logits hold NaN or Inf.
     """
-    inputs = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    ours, theirs = (continue_all(runner, inputs, settings, finished) for runner in (reference, artifact))
-    comparisons = [
-        Comparison(
-            id=prompt.id,
-            prompt=prompt.shown,
-            reference=_decode(tokenizer, own),
-            artifact=_decode(tokenizer, other),
-            first_difference=first_difference(own, other),
-        )
-        for prompt, own, other in zip(prompts, ours, theirs, strict=True)
+    ids, held = [prompt.id for prompt in prompts], has_room_for_float32(reference)
+    batch = partial(batch_prompts, inputs, new_tokens=_limit(settings), fill=_fill(settings))
+    with reference.whole(held_in_float32=held) as model:
+        padding = check_padding(model, batch(padded=True))
+        batches = batch(padded=padding.allowed)
+        own = continue_all(model, batches, settings, finished)
+        own_samples = _samples(model, batches, ids, settings, sampling, finished)
+    with artifact.whole(held_in_float32=held) as model:
+        other = continue_all(model, batches, settings, finished)
+        opinions = judge_all(model, batches, own)
+        other_samples = _samples(model, batches, ids, settings, sampling, finished)
+    results = (
+        _compare(name, ours, theirs, opinion, tokenizer, settings)
+        for name, ours, theirs, opinion in zip(ids, own, other, opinions, strict=True)
+    )
+    samples = (
+        _compare_samples(name, sample, ours, theirs, tokenizer)
+        for sample, both in enumerate(zip(own_samples, other_samples, strict=True))
+        for name, ours, theirs in zip(ids, *both, strict=True)
+    )
+    return GenerationFigures(tuple(results), tuple(samples), _limit(settings), padding, held)
+
+
+def _samples(
+    model: PreTrainedModel,
+    batches: Sequence[PromptBatch],
+    ids: Sequence[str],
+    settings: GenerationConfig,
+    sampling: SamplingSettings | None,
+    finished: Callable[[], None],
+) -> list[list[Continuation]]:
+    """For each sample the continuations of all prompts."""
+    if sampling is None:
+        return []
+
+    def noise(sample: int, indices: Sequence[int]) -> LogitsProcessorList:
+        return sampling_noise(sampling, [ids[index] for index in indices], sample)
+
+    return [
+        continue_all(model, batches, settings, finished, partial(noise, sample)) for sample in range(sampling.samples)
     ]
-    identical = sum(comparison.first_difference is None for comparison in comparisons)
-    return Generations(
-        prompts=len(prompts), identical=identical, max_new_tokens=settings.max_new_tokens, comparisons=comparisons
+
+
+def _compare(
+    name: str,
+    own: Continuation,
+    other: Continuation,
+    opinion: Opinion,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: GenerationConfig,
+) -> PromptResult:
+    texts = _decode(tokenizer, own.tokens), _decode(tokenizer, other.tokens)
+    difference = first_difference(own.tokens, other.tokens)
+    along = zip(own.tokens, opinion.top, own.margins, strict=True)
+    return PromptResult(
+        id=name,
+        reference=texts[0],
+        artifact=texts[1],
+        reference_tokens=len(own.tokens),
+        artifact_tokens=len(other.tokens),
+        first_difference=difference,
+        margin_there=None if difference is None else own.margins[difference],
+        flips=sum(token != top and margin > DECISIVE_MARGIN for token, top, margin in along),
+        mean_log_probability=fmean(opinion.log_probabilities),
+        edit_distance=edit_distance(own.tokens, other.tokens),
+        chrf=chrf(*texts),
+        rouge_l=rouge_l(*texts),
+        repetition_reference=repetition_rate(own.tokens),
+        repetition_artifact=repetition_rate(other.tokens),
+        limit_reference=own.tokens[-1] not in ends_of(settings),
+        limit_artifact=other.tokens[-1] not in ends_of(settings),
     )
 
 
-def greedy_settings(
-    checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, *, max_new_tokens: int
-) -> GenerationConfig:
-    """The likeliest token each time, up to one that the model's files call an end."""
-    content = checkpoint.files.get(_GENERATION_CONFIG, b"{}")
-    named = [parse_json(content, where=_GENERATION_CONFIG), checkpoint.config]
-    ends = {token for config in named for token in _listed(config.get("eos_token_id"))}
-    ends |= set(_listed(tokenizer.eos_token_id))
-    return GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        use_cache=True,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(ends) or None,
-        pad_token_id=min(ends, default=0),
-    )
+def _compare_samples(
+    name: str, sample: int, own: Continuation, other: Continuation, tokenizer: PreTrainedTokenizerBase
+) -> SampleResult:
+    texts = _decode(tokenizer, own.tokens), _decode(tokenizer, other.tokens)
+    repeated = repetition_rate(own.tokens), repetition_rate(other.tokens)
+    return SampleResult(name, sample, *texts, chrf(*texts), *repeated)
 
 
-@torch.no_grad()
-def continue_all(
-    runner: BlockRunner, inputs: Sequence[list[int]], settings: GenerationConfig, finished: Callable[[], None]
-) -> list[list[int]]:
-    """The new tokens for each prompt, one prompt at a time: padding would change the arithmetic."""
-    continuations = []
-    with runner.whole() as model:
-        assert isinstance(model, GenerationMixin)
-        for ids in inputs:
-            prompt = torch.tensor([ids], device=runner.device)
-            output = model.generate(  # type: ignore[misc]  # transformers gives self the type of a protocol
-                prompt, attention_mask=torch.ones_like(prompt), generation_config=settings
-            )
-            assert isinstance(output, torch.Tensor)
-            continuations.append(output[0, len(ids) :].tolist())
-            finished()
-    return continuations
+class StyledPrompt(Protocol):
+    """A prompt that may be one half of a pair: the same request, written cleanly and written messily."""
+
+    @property
+    def id(self) -> str:
+        """The prompt's name."""
+
+    @property
+    def style(self) -> str | None:
+        """`clean`, `messy`, or another that pairs nothing."""
+
+    @property
+    def pair(self) -> str | None:
+        """What both halves share."""
 
 
-def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
-    """The first index at which two sequences differ, or one of them has ended; None where they are equal."""
-    pairs = enumerate(zip(ours, theirs, strict=False))
-    shorter = None if len(ours) == len(theirs) else min(len(ours), len(theirs))
-    return next((index for index, (own, other) in pairs if own != other), shorter)
+def style_sensitivity(values: Mapping[str, float], prompts: Sequence[StyledPrompt]) -> dict[str, float]:
+    """For each pair of prompts the value of the messy one minus that of the clean one, by the pair's name.
+
+    Args:
+        values: a figure by the prompt's id, for example `edit_distance`.
+        prompts: those without a pair, and pairs of which a half has no value, are passed over.
+    """
+    halves: dict[str, dict[str, float]] = {}
+    for prompt in prompts:
+        if prompt.pair is not None and prompt.style is not None and prompt.id in values:
+            halves.setdefault(prompt.pair, {})[prompt.style] = values[prompt.id]
+    return {
+        pair: found["messy"] - found["clean"] for pair, found in halves.items() if {"messy", "clean"} <= found.keys()
+    }
 
 
-def _decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
-    text = tokenizer.decode(tokens, skip_special_tokens=True)
+def _decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    text = tokenizer.decode(list(tokens), skip_special_tokens=True)
     assert isinstance(text, str)
     return text
 
 
-def _listed(value: Any) -> list[int]:
-    return [token for token in (value if isinstance(value, list) else [value]) if type(token) is int]
+def _limit(settings: GenerationConfig) -> int:
+    assert isinstance(settings.max_new_tokens, int)
+    return settings.max_new_tokens
+
+
+def _fill(settings: GenerationConfig) -> int:
+    assert isinstance(settings.pad_token_id, int)
+    return settings.pad_token_id

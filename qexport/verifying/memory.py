@@ -10,6 +10,7 @@ from typing import Final
 import torch
 
 from qexport.architectures.runner import BlockRunner
+from qexport.architectures.structure import Structure
 
 _HEADROOM: Final = 1.25
 """For the activations, the key-value cache, and what the allocator cannot use again."""
@@ -21,9 +22,18 @@ _CGROUP: Final = Path("/sys/fs/cgroup")
 def needed_memory(runner: BlockRunner) -> int:
     """Bytes that `BlockRunner.whole` and a short generation take, roughly."""
     structure = runner.structure
-    weights = sum(math.prod(shape) for shape in structure.parameters.values()) * runner.dtype.itemsize
     head = structure.parameters[f"{structure.embedding if structure.tied else structure.head}.weight"]
-    return int((weights + math.prod(head) * torch.float32.itemsize) * _HEADROOM)
+    return int((bytes_in_memory(structure, runner.dtype) + math.prod(head) * torch.float32.itemsize) * _HEADROOM)
+
+
+def bytes_in_memory(structure: Structure, dtype: torch.dtype) -> int:
+    """Bytes of a dense model's weights."""
+    return sum(math.prod(shape) for shape in structure.parameters.values()) * dtype.itemsize
+
+
+def has_room_for_float32(runner: BlockRunner) -> bool:
+    """Whether `BlockRunner.whole` may hold its weights in float32: on top of what it needs anyway."""
+    return 2 * needed_memory(runner) <= available_memory(runner.device)
 
 
 def available_memory(device: torch.device) -> float:

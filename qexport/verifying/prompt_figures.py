@@ -16,14 +16,9 @@ from qexport.artifact.report import Comparison, Generations, SampledComparison
 from qexport.statistics.samples import NOT_NEGATIVE, REAL, SHARE, Range
 from qexport.tensors import Checkpoint
 from qexport.text.prompts import EncodedPrompts, Prompt
+from qexport.verifying.continuation import greedy_settings
 from qexport.verifying.estimates import Units, by_domain
-from qexport.verifying.generation import (
-    GenerationFigures,
-    PromptResult,
-    compare_generations,
-    greedy_settings,
-    style_sensitivity,
-)
+from qexport.verifying.generation import GenerationFigures, PromptResult, compare_generations, style_sensitivity
 from qexport.verifying.settings import VerifySettings
 from qexport.verifying.steps import Steps
 

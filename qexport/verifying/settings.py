@@ -2,12 +2,63 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from qexport.gates.settings import GateSettings, ProfileName
 from qexport.settings import Settings
+
+
+class SamplingSettings(Settings):
+    """Sampled continuations beside the greedy ones; both models sample with the same random numbers."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    """The same seed gives the same texts again."""
+
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Logits are divided by it."""
+
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """Only the likeliest tokens that together have this probability are drawn."""
+
+    samples: Annotated[int, Field(ge=1)] = 1
+    """Texts for each prompt."""
+
+
+class SpeedSettings(Settings):
+    """Timing of both models as users load them, where both fit in memory together."""
+
+    repeats: Annotated[int, Field(ge=6)] = 7
+    """Measurements of each model, in turns. Fewer than 6 give no 95 % interval of a median."""
+
+    prompt_tokens: Annotated[int, Field(ge=1)] = 128
+    """Tokens of held-out text that are read before the first new one."""
+
+    new_tokens: Annotated[int, Field(ge=2)] = 16
+    """Tokens that are generated, one after the other."""
+
+
+class TaskSettings(Settings):
+    """Task accuracy of the reference and the artifact, by lm-evaluation-harness (the extra `tasks`)."""
+
+    tasks: Annotated[list[str], Field(min_length=1)]
+    """Names of the harness's tasks or groups, and task files of your own (`.yaml`) or folders of them."""
+
+    metric: Literal["acc", "acc_norm", "exact_match"] | None = None
+    """What makes an item right. By default acc, or exact_match where a task has no acc."""
+
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    """Solved examples before each item, except in tasks that set 0 themselves. By default the task's own number."""
+
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """The first items of each task to take; all of them by default."""
+
+    batch_size: Annotated[int, Field(ge=1)] = 1
+    """Requests that go through the model at once."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Decides which solved examples an item gets: the same ones for both models."""
 
 
 class VerifySettings(Settings):
@@ -19,17 +70,30 @@ class VerifySettings(Settings):
     field: str = "text"
     """The field of a JSON line that holds the text."""
 
-    windows: Annotated[int, Field(ge=1)] = 32
-    """How many windows to take; fewer where the text ends before."""
+    windows: Annotated[int, Field(ge=1)] = 16
+    """How many windows to measure before the gates are looked at for the first time."""
+
+    max_windows: Annotated[int, Field(ge=1)] = 64
+    """How many windows to measure at most, while a gate is undecided; fewer where the text ends before."""
 
     sequence_length: Annotated[int, Field(ge=2)] = 512
     """Tokens in a window. Windows do not overlap."""
 
     prompts: str | None = None
-    """A JSONL file with `id` and `prompt`; both models continue each one greedily."""
+    """A JSONL file with `id`, `prompt` or `messages`, and perhaps `domain`, `style` and `pair`; both models continue each
+    prompt greedily."""
 
     max_new_tokens: Annotated[int, Field(ge=1)] = 32
     """Tokens to generate for each prompt."""
+
+    sampling: SamplingSettings | None = None
+    """Sampled continuations of the prompts too; none by default."""
+
+    speed: SpeedSettings | None = None
+    """Tokens per second and time to first token; not measured by default."""
+
+    tasks: TaskSettings | None = None
+    """Task accuracy by lm-evaluation-harness; not measured by default."""
 
     profile: ProfileName = "auto"
     """The limits to start from. `auto` chooses by method and size; `off` sets none."""

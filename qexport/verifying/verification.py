@@ -16,7 +16,7 @@ from qexport.architectures.code_keys import without_code_keys
 from qexport.architectures.runner import BlockRunner
 from qexport.architectures.structure import describe
 from qexport.artifact.figures import Figure, GateResult
-from qexport.artifact.report import BlockDrift, Check, Generations, Timings
+from qexport.artifact.report import BlockDrift, Check, Generations, TaskRecord, Timings
 from qexport.errors import InputError
 from qexport.gates.deciding import needs_more
 from qexport.progress import Notice, Reporter, silent
@@ -38,11 +38,11 @@ Nearest = Callable[[Mapping[str, GroupQuantizedSpec], frozenset[str]], WeightSou
 """From the grids of an artifact's layers, and the layers whose weights are [in, out] in files, to the merged model
 rounded to nearest on those grids."""
 
-Judge = Callable[[Sequence[Figure], Sequence[Check]], list[GateResult]]
-"""The gates, decided on what is known."""
+Judge = Callable[[Sequence[Figure]], list[GateResult]]
+"""The gates on figures, decided on what is known."""
 
 _COARSE_BITS: Final = 4
-"""With more, rounding to nearest is so near that nothing can be better by more than noise."""
+"""With more, rounding to nearest is so near the reference that hardly anything can be nearer by more than noise."""
 
 
 @dataclass(frozen=True)
@@ -80,31 +80,27 @@ class Measurement:
 
     Attributes:
         figures: of the held-out text and the prompts.
-        gates: their decisions.
-        checks: those that were given, and that of config.json.
         tokens: the artifact against the reference, for every predicted token.
         looks: how many windows had been measured at each look at the gates.
         block_drift: see `qexport.verifying.lockstep`.
         generations: None where there are no prompts or the model does not fit in memory.
+        tasks: of lm-evaluation-harness.
         unconfirmed: what could not be measured, and why.
         timings: how long it took.
     """
 
     figures: list[Figure]
-    gates: list[GateResult]
-    checks: list[Check]
     tokens: TokenFigures
     looks: list[int]
     block_drift: list[BlockDrift]
     generations: Generations | None
+    tasks: list[TaskRecord]
     unconfirmed: list[str]
     timings: Timings
 
 
-def verify(
-    artifact: Path, given: Given, judge: Judge, checks: Sequence[Check] = (), *, report: Reporter = silent
-) -> Measurement:
-    """Measures the artifact until its gates are decided or the text is used up. A failed gate is recorded, not raised.
+def verify(artifact: Path, given: Given, judge: Judge, *, report: Reporter = silent) -> Measurement:
+    """Measures the artifact until its gates are decided or the text is used up.
 
     All models run block by block; prompts are continued where a whole model fits in memory. docs/verification.md
     defines every figure.
@@ -113,38 +109,48 @@ def verify(
         artifact: the folder, in any format that `qexport.load` reads.
         given: what to hold it against.
         judge: the gates.
-        checks: what has been checked already, for the gates.
         report: is told of each step.
 
     Raises:
-        InputError: the artifact cannot be read, or is not a form of the reference.
+        InputError: the artifact cannot be read, or its tensors are not those of the reference.
         NumericalError: logits hold NaN or Inf.
     """
     started, steps = time.monotonic(), Steps(report)
+
+    def decide(found: Measured) -> list[GateResult]:
+        return judge(_figures(found, given))
+
     with ArtifactSource(artifact, dtype=given.dtype) as source:
-        found_checks = [*checks, _config_check(given.reference, source)]
         models = _models(given, source)
-
-        def decide(found: Measured) -> list[GateResult]:
-            return judge(_figures(found, given), found_checks)
-
         measured = measure(models, given.held_out.input_ids, given.settings.windows, decide, needs_more, steps)
-        figures = _figures(measured, given)
         generations, unconfirmed = _generations(models, given, steps, report)
-    if generations is not None:
-        figures += generations.figures
     drift = zip(models.reference.structure.blocks, measured.block_drift, strict=True)
     return Measurement(
-        figures=figures,
-        gates=judge(figures, found_checks),
-        checks=found_checks,
+        figures=[*_figures(measured, given), *(generations.figures if generations else [])],
         tokens=measured.tokens()["artifact"],
         looks=measured.looks,
         block_drift=[BlockDrift(name=name, relative_error=error) for name, error in drift],
         generations=generations.record if generations else None,
+        tasks=[],
         unconfirmed=[*given.prepared.unconfirmed, *unconfirmed],
         timings=_timings(time.monotonic() - started),
     )
+
+
+def has_nearest_rival(grids: Mapping[str, GroupQuantizedSpec]) -> bool:
+    """Whether an artifact whose layers have these grids is held against the model rounded to nearest on them."""
+    return bool(grids) and min(grid.bits for grid in grids.values()) <= _COARSE_BITS
+
+
+def check_config(reference: Checkpoint, artifact: Path) -> Check:
+    """Whether the artifact's config.json means the reference's model."""
+    name = "config.json"
+    try:
+        with ArtifactSource(artifact, dtype=torch.float32) as source:
+            refuse_other_config(reference.config, source.config)
+    except InputError as error:
+        return Check(gate="config", name=name, passed=False, detail=error.where or error.what)
+    return Check(gate="config", name=name, passed=True, detail="every key means the reference's model")
 
 
 def check_headers(reference: Checkpoint, artifact: Path) -> None:
@@ -158,15 +164,6 @@ def check_headers(reference: Checkpoint, artifact: Path) -> None:
         source.check_complete(describe(reference.config))
 
 
-def _config_check(reference: Checkpoint, source: ArtifactSource) -> Check:
-    name = "config.json means the reference"
-    try:
-        refuse_other_config(reference.config, source.config)
-    except InputError as error:
-        return Check(gate="config", name=name, passed=False, detail=error.where or error.what)
-    return Check(gate="config", name=name, passed=True, detail="every key")
-
-
 def _models(given: Given, source: ArtifactSource) -> Models:
     """The runners. The artifact runs as its own config.json says, as its users will run it."""
 
@@ -178,7 +175,7 @@ def _models(given: Given, source: ArtifactSource) -> Models:
     config, _ = without_code_keys(source.config)
     artifact = BlockRunner(config, source, dtype=given.dtype, device=given.device)
     nearest = None
-    if source.grids and min(grid.bits for grid in source.grids.values()) <= _COARSE_BITS:
+    if has_nearest_rival(source.grids):
         rounded = given.nearest(source.grids, source.transposed)
         nearest = runner(replace(given.reference, weights=rounded))
     return Models(reference, artifact, nearest, runner(given.base) if given.base else None)

@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Numbers as people read them, and texts that must not be longer than their place."""
 
 from __future__ import annotations
 
@@ -22,3 +22,8 @@ def duration(seconds: float) -> str:
 def counted(count: int, noun: str) -> str:
     """`1 layer`, `210 layers`."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def cut(text: str, length: int) -> str:
+    """The text, or its first characters and an ellipsis: at most `length` characters together."""
+    return text if len(text) <= length else text[: length - 1] + "…"

@@ -1,0 +1,86 @@
+"""The gates of one artifact: which limits hold, and which checks are expected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qexport.artifact.figures import Figure, GateResult
+from qexport.artifact.report import Check
+from qexport.errors import GateFailed
+from qexport.gates.deciding import BuiltIn, decide
+from qexport.gates.limits import Limit, above_floor, limits_of
+from qexport.gates.settings import HasGates, ProfileName
+from qexport.verifying.preparation import Preparation
+
+
+@dataclass(frozen=True)
+class Gates:
+    """Decides what it was made for.
+
+    Attributes:
+        limits: on figures.
+        expected: the built-in gates that apply.
+        notes: limits of a profile that had to be moved.
+    """
+
+    limits: Sequence[Limit]
+    expected: Sequence[BuiltIn]
+    notes: Sequence[str]
+
+    def __call__(self, figures: Sequence[Figure], checks: Sequence[Check]) -> list[GateResult]:
+        """The decisions on what is known."""
+        return decide(self.limits, figures, checks, self.expected)
+
+
+def make_gates(
+    settings: HasGates, auto: ProfileName, prepared: Preparation, *, without_adapter: bool, nearest: bool
+) -> Gates:
+    """The gates of an artifact.
+
+    Args:
+        settings: the user's.
+        auto: what `profile: auto` means for this artifact.
+        prepared: what was measured of the reference.
+        without_adapter: whether the base is run without the adapter.
+        nearest: whether the model rounded to nearest is run.
+
+    Raises:
+        RecipeError: a limit is tighter than three times the noise floor.
+    """
+    profile = auto if settings.profile == "auto" else settings.profile
+    limits, notes = above_floor(limits_of(settings, profile), prepared.noise_floor)
+    applies: dict[BuiltIn, bool] = {
+        "config": True,
+        "tokenizer": True,
+        "merge": bool(prepared.figures),
+        "adapter": without_adapter,
+        "better_than_rtn": nearest,
+    }
+    return Gates(limits, [name for name, expected in applies.items() if expected], notes)
+
+
+def refuse_unmeasurable(settings: HasGates, prepared: Preparation) -> None:
+    """Refuses limits of the user's that noise alone would break, before any work is done for them.
+
+    Raises:
+        RecipeError: a limit is tighter than three times the noise floor.
+    """
+    above_floor(limits_of(settings, "off"), prepared.noise_floor)
+
+
+def refuse_wrong_merge(prepared: Preparation) -> None:
+    """Refuses to quantize a merge that is not what PEFT makes of the adapter.
+
+    Raises:
+        GateFailed: it is further from base and adapter in PEFT than three times the noise floor.
+    """
+    if not prepared.figures:
+        return
+    (gate,) = decide([], prepared.figures, [], ["merge"])
+    if gate.verdict == "fail":
+        raise GateFailed(
+            f"the merged model is not base and adapter as PEFT computes them: {gate.reason}",
+            where=f"gate merge, mean KL divergence {gate.value:.4g} nats a token",
+            mend="check that the adapter was made for this base; if it was, please report this",
+        )

@@ -1,0 +1,222 @@
+"""The charts of a report, as inline SVG. Colours come from the page's style sheet, by class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Final
+
+from markupsafe import Markup
+
+from qexport.artifact.catalogue import QUANTILES
+from qexport.artifact.figures import Figure, GateResult, find_figure
+from qexport.artifact.report import BlockDrift, Histogram, MarginBin
+from qexport.reporting.svg import WIDTH, Axis, chart, line, linear_axis, tag, text, tick_text
+from qexport.reporting.units import counted, cut
+from qexport.reporting.values import figure_interval, figure_value, label_of
+
+_LEFT: Final = 52.0
+_RIGHT: Final = WIDTH - 14.0
+_NAMES: Final = 118.0
+_VALUES: Final = 84.0
+_ROW: Final = 30.0
+_DECISIVE_MARGIN: Final = 0.5
+_LONGEST_NAME: Final = 15
+_LABEL_ROOM: Final = 46.0
+
+
+def kl_histogram(histogram: Histogram, figures: Sequence[Figure]) -> Markup:
+    """How the KL divergence is spread over tokens, on a logarithmic axis, and below it the share of tokens beyond each
+    value, logarithmic too, which shows the tail. The quantiles are marked in both.
+    """
+    edges = _positive(histogram.edges)
+    across = Axis(edges[0], edges[-1], _LEFT, _RIGHT, logarithmic=True)
+    marks = [(tick_text(100 * share), find_figure(figures, name)) for name, share in QUANTILES.items()]
+    quantiles = [(f"{label}%", figure) for label, figure in marks if figure is not None]
+    largest = find_figure(figures, "max_kl")
+    marked = [*quantiles, *([("max", largest)] if largest else [])]
+    told = ", ".join(f"{label}: {figure_value(figure)}" for label, figure in marked)
+    return chart(
+        "kl-histogram",
+        "KL divergence of each token",
+        f"Histogram of {sum(histogram.counts):,} tokens on a logarithmic axis, with quantiles. {told}.",
+        372,
+        *_bars(histogram.counts, edges, across),
+        *_survival(histogram.counts, edges, across),
+        *_quantile_lines(marked, across),
+        *(text(across.place(tick), 344, tick_text(tick), anchor="middle") for tick in across.ticks(8)),
+        text((_LEFT + _RIGHT) / 2, 366, "KL divergence of a token, nats", anchor="middle", class_="axis-label"),
+    )
+
+
+def _positive(edges: Sequence[float]) -> list[float]:
+    """The edges, with one below the first bin's where that starts at zero, which no logarithm has."""
+    if edges[0] > 0:
+        return list(edges)
+    step = edges[2] / edges[1] if len(edges) > 2 else 10.0
+    return [edges[1] / step, *edges[1:]]
+
+
+def _bars(counts: Sequence[int], edges: Sequence[float], across: Axis) -> list[Markup]:
+    total = sum(counts) or 1
+    up = Axis(0, max(*counts, 1) / total, 188, 56)
+    drawn = [text(_LEFT - 8, up.place(tick) + 4, f"{100 * tick:g}%", anchor="end") for tick in up.ticks(3)]
+    drawn += [line(_LEFT, up.place(tick), _RIGHT, up.place(tick), "grid") for tick in up.ticks(3)]
+    for count, low, high in zip(counts, edges, edges[1:], strict=False):
+        left, right, top = across.place(low), across.place(high), up.place(count / total)
+        told = tag("title", f"{tick_text(low)} to {tick_text(high)} nats: {count:,} tokens, {count / total:.2%}")
+        width = max(right - left - 0.8, 0.5)
+        drawn.append(tag("rect", told, x=left, y=top, width=width, height=188 - top, class_="bar"))
+    return [*drawn, line(_LEFT, 188, _RIGHT, 188, "axis")]
+
+
+def _survival(counts: Sequence[int], edges: Sequence[float], across: Axis) -> list[Markup]:
+    total = sum(counts) or 1
+    beyond = [1 - before / total for before in accumulate(counts, initial=0)]
+    up = Axis(min(0.5 / total, 0.1), 1.0, 324, 216, logarithmic=True)
+    points = [(across.place(edge), up.place(share)) for edge, share in zip(edges, beyond, strict=True)]
+    path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+    floor = f"L{points[-1][0]:.1f} 324L{points[0][0]:.1f} 324Z"
+    grid = [line(_LEFT, up.place(tick), _RIGHT, up.place(tick), "grid") for tick in up.ticks(4)]
+    labels = [text(_LEFT - 8, up.place(tick) + 4, f"{100 * tick:g}%", anchor="end") for tick in up.ticks(4)]
+    return [
+        *grid,
+        *labels,
+        tag("path", d=path + floor, class_="area"),
+        tag("path", d=path, class_="curve"),
+        line(_LEFT, 324, _RIGHT, 324, "axis"),
+        text(_RIGHT, 210, "share of tokens beyond", anchor="end", class_="axis-label"),
+    ]
+
+
+def _quantile_lines(marked: Sequence[tuple[str, Figure]], across: Axis) -> list[Markup]:
+    """High quantiles lie close together: each label goes to the first line where it has room."""
+    drawn = []
+    taken = [-_LABEL_ROOM] * 3
+    for label, figure in marked:
+        x = across.place(figure.value)
+        row = next((index for index, last in enumerate(taken) if x - last >= _LABEL_ROOM), len(taken) - 1)
+        taken[row] = x
+        y = 10 + 16 * row
+        drawn.append(line(x, y + 4, x, 324, "quantile"))
+        told = tag("title", f"{label_of(figure.name)}: {figure_value(figure)}")
+        drawn.append(tag("text", told, label, x=x, y=y, text_anchor="middle", class_="mark"))
+    return drawn
+
+
+def forest(figures: Sequence[Figure], gates: Sequence[GateResult], ideal: float | None) -> Markup:
+    """A figure over all text and over each domain, with its 95 % confidence interval.
+
+    Args:
+        figures: of one name, that over all text first.
+        gates: their limits are drawn as ticks in the rows that they hold for.
+        ideal: where a dotted line is drawn.
+    """
+    name = figures[0].name
+    limits = {gate.domain: gate.limit for gate in gates if gate.figure == name and gate.limit is not None}
+    ends = [end for figure in figures for end in (figure.low, figure.value, figure.high) if end is not None]
+    across = linear_axis([*ends, *limits.values(), *([] if ideal is None else [ideal])], _NAMES, WIDTH - _VALUES)
+    bottom = 12 + _ROW * len(figures)
+    rows = [
+        _forest_row(figure, 12 + _ROW * (index + 0.5), across, limits.get(figure.domain))
+        for index, figure in enumerate(figures)
+    ]
+    told = "; ".join(f"{figure.domain or 'all text'} {figure_value(figure)}" for figure in figures)
+    ideal_line = [] if ideal is None else [line(across.place(ideal), 6, across.place(ideal), bottom, "ideal")]
+    return chart(
+        f"forest-{name}",
+        f"{label_of(name)}, by domain",
+        f"With 95 % confidence intervals: {told}.",
+        bottom + 28,
+        *(line(across.place(tick), 6, across.place(tick), bottom, "grid") for tick in across.ticks(4)),
+        *ideal_line,
+        *rows,
+        line(_NAMES, bottom, WIDTH - _VALUES, bottom, "axis"),
+        *(text(across.place(tick), bottom + 20, tick_text(tick), anchor="middle") for tick in across.ticks(4)),
+    )
+
+
+def _forest_row(figure: Figure, y: float, across: Axis, limit: float | None) -> Markup:
+    whole = figure.domain is None
+    name = figure.domain or "all text"
+    told = f"{name}: {figure_value(figure)}, 95 % interval {figure_interval(figure)}, {counted(figure.n, figure.unit)}"
+    parts = [tag("title", told)]
+    if figure.low is not None and figure.high is not None:
+        parts.append(line(across.place(figure.low), y, across.place(figure.high), y, "whisker"))
+    x, half = across.place(figure.value), 6.0 if whole else 4.5
+    shape = f"M{x - half:.1f} {y:.1f}L{x:.1f} {y - half:.1f}L{x + half:.1f} {y:.1f}L{x:.1f} {y + half:.1f}Z"
+    parts.append(tag("path", d=shape, class_="point") if whole else tag("circle", cx=x, cy=y, r=half, class_="point"))
+    if limit is not None:
+        parts.append(line(across.place(limit), y - 11, across.place(limit), y + 11, "limit"))
+    class_ = "row-name whole" if whole else "row-name"
+    parts.append(text(_NAMES - 10, y + 4, cut(name, _LONGEST_NAME), anchor="end", class_=class_))
+    parts.append(text(WIDTH - 4, y + 4, figure_value(figure).removesuffix(" nats"), anchor="end", class_=class_))
+    return tag("g", *parts)
+
+
+def flips_by_margin(bins: Sequence[MarginBin]) -> Markup:
+    """The share of tokens whose likeliest token changed, by how sure the reference was."""
+    shares = [each.flips / each.tokens if each.tokens else 0.0 for each in bins]
+    up = Axis(0, max(*shares, 0.01) * 1.12, 210, 26)
+    step = (_RIGHT - _LEFT) / len(bins)
+    drawn: list[Markup] = []
+    for index, (each, share) in enumerate(zip(bins, shares, strict=True)):
+        x = _LEFT + step * index
+        told = f"margin {_margin(each)} nats: {each.flips:,} of {each.tokens:,} tokens"
+        class_ = "bar decisive" if each.low >= _DECISIVE_MARGIN else "bar"
+        top = up.place(share)
+        bar = tag("rect", x=x + step * 0.12, y=top, width=step * 0.76, height=210 - top, class_=class_)
+        value = text(x + step / 2, top - 6, _percent(share), anchor="middle", class_="mark")
+        drawn.append(tag("g", tag("title", told), bar, value))
+        drawn.append(text(x, 228, f"{each.low:g}", anchor="middle"))
+    told = "; ".join(f"{_margin(each)} nats {_percent(share)}" for each, share in zip(bins, shares, strict=True))
+    return chart(
+        "flips-by-margin",
+        "Flips by the reference's margin",
+        f"Share of tokens that changed, by the margin of the reference's likeliest token: {told}.",
+        254,
+        *(line(_LEFT, up.place(tick), _RIGHT, up.place(tick), "grid") for tick in up.ticks(4)),
+        *(text(_LEFT - 8, up.place(tick) + 4, f"{100 * tick:g}%", anchor="end") for tick in up.ticks(4)),
+        *drawn,
+        line(_LEFT, 210, _RIGHT, 210, "axis"),
+        text(_RIGHT, 228, "∞" if bins[-1].high is None else f"{bins[-1].high:g}", anchor="middle"),
+        text((_LEFT + _RIGHT) / 2, 250, "margin of the reference, nats", anchor="middle", class_="axis-label"),
+    )
+
+
+def _margin(each: MarginBin) -> str:
+    return f"≥ {each.low:g}" if each.high is None else f"{each.low:g}–{each.high:g}"
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}" if share >= 0.001 or not share else f"{share:.3%}"
+
+
+def block_drift(drift: Sequence[BlockDrift]) -> Markup:
+    """The relative error of the hidden states behind each block, in the model's order."""
+    up = Axis(0, max(each.relative_error for each in drift) * 1.1 or 1.0, 286, 14)
+    across = Axis(0, max(len(drift) - 1, 1), _LEFT + 8, _RIGHT - 8)
+    places = [(across.place(index), up.place(each.relative_error)) for index, each in enumerate(drift)]
+    path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
+    points = [
+        tag("circle", tag("title", f"{each.name}: {each.relative_error:.3g}"), cx=x, cy=y, r=3.2, class_="point")
+        for (x, y), each in zip(places, drift, strict=True)
+    ]
+    last = drift[-1]
+    return chart(
+        "block-drift",
+        "Drift behind each block",
+        f"Relative error of the hidden states behind {len(drift)} blocks; {last.relative_error:.3g} behind the last.",
+        340,
+        *(line(_LEFT, up.place(tick), _RIGHT, up.place(tick), "grid") for tick in up.ticks(4)),
+        *(text(_LEFT - 8, up.place(tick) + 4, tick_text(tick), anchor="end") for tick in up.ticks(4)),
+        tag("path", d=path, class_="curve"),
+        *points,
+        line(_LEFT, 286, _RIGHT, 286, "axis"),
+        *(
+            text(across.place(tick), 306, f"{tick:g}", anchor="middle")
+            for tick in across.ticks(6)
+            if tick.is_integer() and tick < len(drift)
+        ),
+        text((_LEFT + _RIGHT) / 2, 330, "block", anchor="middle", class_="axis-label"),
+    )

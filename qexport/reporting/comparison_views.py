@@ -1,0 +1,137 @@
+"""A comparison as a page, as a table on the terminal, and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from markupsafe import Markup
+from rich.table import Table
+from rich.text import Text
+
+from qexport.artifact.figures import find_figure
+from qexport.reporting.comparison import Comparison, Entry
+from qexport.reporting.markdown import escaped, markdown_table
+from qexport.reporting.page import render
+from qexport.reporting.selection import IDENTITY_LABELS, VERDICT_WORDS
+from qexport.reporting.svg import WIDTH, Axis, chart, line, linear_axis, tag, text, tick_text
+from qexport.reporting.terminal import VERDICT_STYLES, new_table
+from qexport.reporting.units import cut, size
+from qexport.reporting.values import UNMEASURED, figure_interval, figure_value
+from qexport.reporting.visible_text import visible
+
+_FIGURES: Final = ("perplexity_ratio", "top1_agreement", "decisive_flips")
+_HEAD: Final = (
+    "artifact", "verdict", "size", "bits a weight", "mean KL", "95% interval", "perplexity ratio", "top-1",
+    "decisive flips", "front",
+)  # fmt: skip
+_LEFT: Final = 60.0
+_FLOOR: Final = 250.0
+_WIDE_RANGE: Final = 20.0
+_LONGEST_LABEL: Final = 26
+
+
+def comparison_html(comparison: Comparison) -> str:
+    """One self-contained page: the Pareto plot and the table."""
+    first = comparison.entries[0].report
+    return render(
+        "comparison.html.jinja",
+        entries=[(entry, _measured(entry)) for entry in comparison.entries],
+        front=comparison.front,
+        head=_HEAD,
+        plot=pareto_plot(comparison),
+        protocol=first.protocol,
+        identity=[(label, getattr(first.identity, name)) for name, label in IDENTITY_LABELS.items()],
+    )
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """For the terminal."""
+    table = new_table()
+    for index, name in enumerate(_HEAD):
+        table.add_column(name, justify="left" if index < 2 else "right", style="bold" if index == 0 else None)
+    for entry in comparison.entries:
+        verdict = Text(VERDICT_WORDS[entry.report.verdict].lower(), VERDICT_STYLES[entry.report.verdict])
+        table.add_row(Text(visible(entry.label)), verdict, *map(Text, _measured(entry)), "●" if entry.on_front else "")
+    return table
+
+
+def comparison_markdown(comparison: Comparison) -> str:
+    """For a pull request."""
+    rows = [
+        [
+            escaped(entry.label),
+            VERDICT_WORDS[entry.report.verdict].lower(),
+            *map(escaped, _measured(entry)),
+            "●" if entry.on_front else "",
+        ]
+        for entry in comparison.entries
+    ]
+    table = markdown_table(_HEAD, rows, range(2, len(_HEAD) - 1))
+    return f"### Artifacts compared\n\n{table}\n\n●: no other is at least as small and as near to the reference.\n"
+
+
+def _measured(entry: Entry) -> list[str]:
+    sizes = entry.report.subject.sizes
+    others = (find_figure(entry.report.figures, name) for name in _FIGURES)
+    return [
+        size(sizes.total_bytes),
+        f"{sizes.bits_per_weight:.2f}",
+        figure_value(entry.mean_kl),
+        figure_interval(entry.mean_kl),
+        *(figure_value(figure) if figure else UNMEASURED for figure in others),
+    ]
+
+
+def pareto_plot(comparison: Comparison) -> Markup:
+    """Size across, mean KL divergence with its interval up; a line joins the artifacts that no other beats."""
+    across = linear_axis([entry.total_bytes for entry in comparison.entries], _LEFT, WIDTH - 20)
+    up = _drift_axis(comparison.entries)
+    told = "; ".join(
+        f"{entry.label}: {size(entry.total_bytes)}, {figure_value(entry.mean_kl)}" for entry in comparison.entries
+    )
+    return chart(
+        "pareto",
+        "Size against mean KL divergence",
+        f"On the front: {', '.join(entry.label for entry in comparison.front)}. All: {told}.",
+        _FLOOR + 54,
+        *(line(_LEFT, up.place(tick), WIDTH - 20, up.place(tick), "grid") for tick in up.ticks(5)),
+        *(text(_LEFT - 8, up.place(tick) + 4, tick_text(tick), anchor="end") for tick in up.ticks(5)),
+        line(_LEFT, _FLOOR, WIDTH - 20, _FLOOR, "axis"),
+        *(text(across.place(tick), _FLOOR + 20, size(round(tick)), anchor="middle") for tick in across.ticks(4)),
+        text((_LEFT + WIDTH - 20) / 2, _FLOOR + 46, "bytes of all tensors", anchor="middle", class_="axis-label"),
+        text(_LEFT, 12, "mean KL divergence, nats", class_="axis-label"),
+        _front_line(comparison.front, across, up),
+        *(_point(entry, across, up) for entry in comparison.entries),
+    )
+
+
+def _drift_axis(entries: Sequence[Entry]) -> Axis:
+    """Logarithmic where the drifts are of different orders."""
+    ends = [end for e in entries for end in (e.mean_kl.low, e.mean_kl.value, e.mean_kl.high) if end is not None]
+    low, high = min(ends), max(ends)
+    if low > 0 and high / low > _WIDE_RANGE:
+        return Axis(low / 1.5, high * 1.5, _FLOOR, 26, logarithmic=True)
+    return linear_axis([0.0, *ends], _FLOOR, 26)
+
+
+def _front_line(front: Sequence[Entry], across: Axis, up: Axis) -> Markup:
+    """Steps: what lies above and right of them is beaten."""
+    x, y = across.place(front[0].total_bytes), up.place(front[0].mean_kl.value)
+    steps = "".join(f"H{across.place(e.total_bytes):.1f}V{up.place(e.mean_kl.value):.1f}" for e in front[1:])
+    return tag("path", d=f"M{x:.1f} {y:.1f}{steps}", class_="front")
+
+
+def _point(entry: Entry, across: Axis, up: Axis) -> Markup:
+    x, y = across.place(entry.total_bytes), up.place(entry.mean_kl.value)
+    label = f"{entry.label}: {size(entry.total_bytes)}, {figure_value(entry.mean_kl)} {figure_interval(entry.mean_kl)}"
+    parts = [tag("title", label)]
+    if entry.mean_kl.low is not None and entry.mean_kl.high is not None:
+        parts.append(line(x, up.place(entry.mean_kl.low), x, up.place(entry.mean_kl.high), "whisker"))
+    parts.append(tag("circle", cx=x, cy=y, r=5.5, class_="point" if entry.on_front else "beaten"))
+    left = x > (_LEFT + WIDTH) / 2
+    anchor = "end" if left else "start"
+    parts.append(
+        text(x - 10 if left else x + 10, y - 9, cut(entry.label, _LONGEST_LABEL), anchor=anchor, class_="mark")
+    )
+    return tag("g", *parts)

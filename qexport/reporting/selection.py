@@ -1,0 +1,114 @@
+"""What of a report comes first: the order and the choice that every way of showing it shares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from qexport.artifact.figures import Figure, GateResult, Verdict, find_figure
+from qexport.artifact.manifest import LayerRecord
+from qexport.artifact.report import Check, Comparison, Report, WorstToken
+from qexport.reporting.units import counted
+
+WORST: Final = 5
+"""How many tokens, prompts and layers are shown in full."""
+
+VERDICT_WORDS: Final[dict[Verdict, str]] = {"pass": "Passed", "fail": "Failed", "undecided": "Undecided"}
+
+KEY_FIGURES: Final = (
+    "reference_perplexity",
+    "artifact_perplexity",
+    "perplexity_ratio",
+    "mean_kl",
+    "kl_p99",
+    "top1_agreement",
+    "decisive_flips",
+    "identical_generations",
+    "edit_distance",
+    "speed_ratio",
+    "first_token_ratio",
+)
+"""Over all text, for the places that have no room for every figure."""
+
+IDENTITY_LABELS: Final = {
+    "base_sha256": "base",
+    "adapter_sha256": "adapter",
+    "text_sha256": "held-out text",
+    "prompts_sha256": "prompts",
+    "tokenizer_sha256": "tokenizer",
+    "template_sha256": "chat template",
+}
+"""The digests of `Identity`, as people call them."""
+
+_URGENCY: Final[dict[Verdict, int]] = {"fail": 0, "undecided": 1, "pass": 2}
+
+
+def by_urgency(gates: Iterable[GateResult]) -> list[GateResult]:
+    """Failed gates first, then undecided ones; otherwise in the report's order."""
+    return sorted(gates, key=lambda gate: _URGENCY[gate.verdict])
+
+
+def sentence(report: Report) -> str:
+    """What the verdict rests on, in one sentence."""
+    if not report.gates:
+        return "No gate was set."
+    total = counted(len(report.gates), "gate")
+    parts = []
+    for verdict, word in (("fail", "failed"), ("undecided", "undecided")):
+        names = [gate.name for gate in report.gates if gate.verdict == verdict]
+        if names:
+            parts.append(f"{len(names)} of {total} {word}: {', '.join(names)}")
+    if parts:
+        return f"{'; '.join(parts)}."
+    return "The only gate passed." if len(report.gates) == 1 else f"All {total} passed."
+
+
+def by_result(checks: Iterable[Check]) -> list[Check]:
+    """Failed checks first, then those that had nothing to check."""
+    return sorted(checks, key=lambda check: (check.passed is not False, check.passed is not None))
+
+
+def key_figures(report: Report) -> list[Figure]:
+    """Those of `KEY_FIGURES` that were measured."""
+    found = (find_figure(report.all_figures, name) for name in KEY_FIGURES)
+    return [figure for figure in found if figure is not None]
+
+
+def domain_figures(figures: Sequence[Figure], name: str) -> list[Figure]:
+    """A figure over all text first, then over each domain."""
+    of_name = [figure for figure in figures if figure.name == name]
+    return sorted(of_name, key=lambda figure: figure.domain is not None)
+
+
+def worst_tokens(report: Report) -> list[WorstToken]:
+    """The tokens with the largest KL divergence."""
+    return sorted(report.worst_tokens, key=lambda token: -token.kl)[:WORST]
+
+
+def worst_prompts(report: Report) -> list[Comparison]:
+    """The prompts whose continuations differ most, by edit distance, then by decisive flips."""
+    if report.generations is None:
+        return []
+    differ = [each for each in report.generations.comparisons if each.first_difference is not None]
+    return sorted(differ, key=lambda each: (-each.edit_distance, -each.flips, each.id))[:WORST]
+
+
+def fallen_back(layers: Iterable[LayerRecord]) -> list[LayerRecord]:
+    """Layers that GPTQ could not solve; whole models rounded to nearest have none."""
+    layers = list(layers)
+    if not any(layer.method == "gptq" for layer in layers):
+        return []
+    return [layer for layer in layers if layer.method == "round_to_nearest"]
+
+
+def loss_ratio(layer: LayerRecord) -> float | None:
+    """GPTQ's loss over round-to-nearest's."""
+    if layer.method != "gptq" or layer.loss is None or not layer.rtn_loss:
+        return None
+    return layer.loss / layer.rtn_loss
+
+
+def worst_layers(layers: Iterable[LayerRecord]) -> list[LayerRecord]:
+    """The layers where GPTQ gained least over round-to-nearest."""
+    compared = [(ratio, layer) for layer in layers if (ratio := loss_ratio(layer)) is not None]
+    return [layer for _, layer in sorted(compared, key=lambda pair: -pair[0])[:WORST]]

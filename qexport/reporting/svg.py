@@ -1,0 +1,124 @@
+"""Drawing: escaped elements, axes, and the frame that a chart has in common with the others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from markupsafe import Markup, escape
+
+WIDTH: Final = 480.0
+
+
+def tag(name: str, *children: str | Markup, **attributes: str | float) -> Markup:
+    """An SVG element. Text and attribute values are escaped; underscores in attribute names become hyphens."""
+    written = Markup("").join(
+        Markup(' {}="{}"').format(key.strip("_").replace("_", "-"), _attribute(value))
+        for key, value in attributes.items()
+    )
+    inner = Markup("").join(escape(child) for child in children)
+    return Markup("<{}{}>{}</{}>").format(Markup(name), written, inner, Markup(name))
+
+
+def _attribute(value: str | float) -> str:
+    return value if isinstance(value, str) else f"{value:.2f}".rstrip("0").rstrip(".")
+
+
+def chart(identity: str, title: str, description: str, height: float, *children: Markup) -> Markup:
+    """A chart of `WIDTH` by `height` units, that grows with the page, with its name and its content told in words.
+
+    Args:
+        identity: its id in the page.
+        title: what is shown.
+        description: what a reader who cannot see it should know.
+        height: in units of `WIDTH`.
+        children: what is drawn.
+    """
+    names = f"{identity}-title {identity}-desc"
+    return tag(
+        "svg",
+        tag("title", title, id=f"{identity}-title"),
+        tag("desc", description, id=f"{identity}-desc"),
+        *children,
+        viewBox=f"0 0 {WIDTH:g} {height:g}",
+        role="img",
+        aria_labelledby=names,
+    )
+
+
+def text(x: float, y: float, content: str, *, anchor: str = "start", class_: str = "tick") -> Markup:
+    """A line of text whose baseline is at `y`."""
+    return tag("text", content, x=x, y=y, text_anchor=anchor, class_=class_)
+
+
+def line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Markup:
+    """A straight line."""
+    return tag("line", x1=x1, y1=y1, x2=x2, y2=y2, class_=class_)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Where values lie.
+
+    Attributes:
+        low: the value at `start`.
+        high: the value at `end`; over `low`.
+        start: in units of the chart.
+        end: in units of the chart; smaller than `start` for values that rise upward.
+        logarithmic: equal distances are equal ratios; `low` is over 0 then.
+    """
+
+    low: float
+    high: float
+    start: float
+    end: float
+    logarithmic: bool = False
+
+    def place(self, value: float) -> float:
+        """The coordinate of a value; of the nearer end where it lies outside."""
+        low, high, value = (self._scaled(each) for each in (self.low, self.high, max(value, self._floor)))
+        share = (value - low) / (high - low)
+        return self.start + min(max(share, 0.0), 1.0) * (self.end - self.start)
+
+    @property
+    def _floor(self) -> float:
+        return self.low if self.logarithmic else -math.inf
+
+    def _scaled(self, value: float) -> float:
+        return math.log10(value) if self.logarithmic else value
+
+    def ticks(self, most: int = 5) -> list[float]:
+        """Round values in the range, at most `most` of them."""
+        return _decades(self.low, self.high, most) if self.logarithmic else _steps(self.low, self.high, most)
+
+
+def linear_axis(values: Sequence[float], start: float, end: float) -> Axis:
+    """An axis that holds all values, with some air at both ends."""
+    low, high = min(values), max(values)
+    air = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
+    return Axis(low - air, high + air, start, end)
+
+
+def tick_text(value: float) -> str:
+    """A tick's label: short, with a true minus, powers of ten far from one."""
+    if value and not 1e-3 <= abs(value) < 1e5:
+        digits, _, exponent = f"{value:.0e}".partition("e")
+        power = str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+        return f"10{power}" if digits == "1" else f"{digits}·10{power}"
+    return f"{value:,.6g}".replace("-", "−")
+
+
+def _steps(low: float, high: float, most: int) -> list[float]:
+    raw = (high - low) / most
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * (1 - 1e-9))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [float(f"{index * step:.10g}") for index in range(first, last + 1)]
+
+
+def _decades(low: float, high: float, most: int) -> list[float]:
+    first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
+    stride = max(1, math.ceil((last - first + 1) / most))
+    return [10.0**exponent for exponent in range(last, first - 1, -stride)][::-1]

@@ -1,0 +1,142 @@
+"""Figures as people read them: as many digits as the interval supports, and the unit."""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+from qexport.artifact.catalogue import CATALOGUE, FigureKind, Form
+from qexport.artifact.figures import Figure, GateResult
+from qexport.reporting.units import counted
+
+UNMEASURED: Final = "–"
+_UNITS: Final[dict[Form, str]] = {"nats": " nats", "share": "%", "points": " pp", "number": "", "ratio": ""}
+_UNKNOWN: Final = FigureKind("", "number")
+_MOST_DECIMALS: Final = 6
+_SMALLEST_PLAIN: Final = 1e-4
+_SUPERSCRIPTS: Final = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def kind_of(name: str | None) -> FigureKind:
+    """What the catalogue says of a figure; a plain number for one that it does not know."""
+    return CATALOGUE.get(name, _UNKNOWN) if name else _UNKNOWN
+
+
+def label_of(name: str) -> str:
+    """The label of a figure, its name where the catalogue has none."""
+    return kind_of(name).label or name
+
+
+def figure_value(figure: Figure) -> str:
+    """The value with its unit: `0.0712 nats`, `87.6%`, `+1.20 pp`."""
+    return written(figure.name, figure.value, figure.low, figure.high)
+
+
+def figure_interval(figure: Figure) -> str:
+    """The 95 % confidence interval without a unit, a dash where there is none."""
+    return interval(figure.name, figure.value, figure.low, figure.high)
+
+
+def gate_value(gate: GateResult) -> str:
+    """What was measured, a dash where nothing was."""
+    return UNMEASURED if gate.value is None else written(gate.figure, gate.value, gate.low, gate.high)
+
+
+def gate_interval(gate: GateResult) -> str:
+    """The interval that decided."""
+    return UNMEASURED if gate.value is None else interval(gate.figure, gate.value, gate.low, gate.high)
+
+
+def gate_limit(gate: GateResult) -> str:
+    """The tolerance, for example `≤ 0.3 nats`."""
+    if gate.limit is None or gate.bound is None:
+        return UNMEASURED
+    form = kind_of(gate.figure).form
+    return f"{'≤' if gate.bound == 'at_most' else '≥'} {_shortest(gate.limit * _scale(form))}{_UNITS[form]}"
+
+
+def gate_units(gate: GateResult) -> str:
+    """On how many units it was decided: `38 windows`."""
+    if gate.unit is None:
+        return UNMEASURED
+    return counted(gate.n, gate.unit)
+
+
+def written(name: str | None, value: float, low: float | None = None, high: float | None = None) -> str:
+    """A figure's value with its unit.
+
+    Args:
+        name: the figure's, which says how its values are written.
+        value: as the report has it; shares are between 0 and 1.
+        low: lower end of its interval; the digits shown are those that the interval supports.
+        high: upper end of it.
+    """
+    kind = kind_of(name)
+    return _digits(kind, value, _decimals(kind, value, low, high)) + _UNITS[kind.form]
+
+
+def interval(name: str | None, value: float, low: float | None, high: float | None) -> str:
+    """An interval without its unit: `[0.0652, 0.0779]`."""
+    if low is None and high is None:
+        return UNMEASURED
+    kind = kind_of(name)
+    decimals = _decimals(kind, value, low, high)
+    ends = [_digits(kind, end, decimals) if end is not None else None for end in (low, high)]
+    return f"[{ends[0] or '−∞'}, {ends[1] or '∞'}]"
+
+
+def _scale(form: Form) -> float:
+    return 100.0 if form in ("share", "points") else 1.0
+
+
+def _decimals(kind: FigureKind, value: float, low: float | None, high: float | None) -> int:
+    """One or two significant digits of half the interval; where there is none, what is usual for the form."""
+    scale = _scale(kind.form)
+    if low is not None and high is not None and high > low:
+        return _clamped(_interval_decimals((high - low) / 2 * scale))
+    if value == kind.ideal:
+        return 0
+    match kind.form:
+        case "share":
+            return max(1, _clamped(1 - _exponent(min(abs(value), abs(1 - value)) * scale)))
+        case "points":
+            return max(2, _clamped(1 - _exponent(value * scale)))
+        case "ratio":
+            return max(3, _clamped(1 - _exponent(value - 1)))
+        case "nats":
+            return _clamped(2 - _exponent(value))
+        case _:
+            return _clamped(3 - _exponent(value))
+
+
+def _interval_decimals(half: float) -> int:
+    """Two digits where the first is 1 or 2, else one: the rule of the Particle Data Group, its bounds simplified."""
+    digits, _, exponent = f"{half:.1e}".partition("e")
+    return (1 if digits[0] in "12" else 0) - int(exponent)
+
+
+def _exponent(value: float) -> int:
+    return math.floor(math.log10(abs(value))) if value else 0
+
+
+def _clamped(decimals: int) -> int:
+    return min(max(decimals, 0), _MOST_DECIMALS)
+
+
+def _digits(kind: FigureKind, value: float, decimals: int) -> str:
+    value *= _scale(kind.form)
+    if kind.form == "nats" and 0 < abs(value) < _SMALLEST_PLAIN:
+        return _scientific(value)
+    signed = kind.form == "points" and kind.better == "near"
+    text = f"{value:+,.{decimals}f}" if signed and value else f"{value:,.{decimals}f}"
+    return text.replace("-", "−")
+
+
+def _scientific(value: float) -> str:
+    digits, _, exponent = f"{value:.1e}".partition("e")
+    return f"{digits.replace('-', '−')} × 10{str(int(exponent)).translate(_SUPERSCRIPTS)}"
+
+
+def _shortest(value: float) -> str:
+    """A limit as its author wrote it."""
+    return f"{float(f'{value:.10g}'):,.10g}".replace("-", "−")

@@ -1,0 +1,1 @@
+"""How sure a measured figure is: intervals for means and quantiles over windows, and a test for paired items."""

@@ -1,0 +1,106 @@
+"""Intervals of quantiles over tokens, where the tokens of a window are alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qexport.statistics.means import student_multiplier
+from qexport.statistics.moments import Array, moments
+from qexport.statistics.samples import Interval, bounded, refuse_non_finite
+from qexport.statistics.sequences import PLANNED_UNITS, mixture_multiplier
+
+# Candidates on each side of the quantile: their distances grow by 5 %, so an end is too far out by 5 % at most.
+_DISTANCES: Final = np.geomspace(1e-3, 14.0, 200)
+
+
+@dataclass(frozen=True)
+class QuantileIntervals:
+    """A quantile with the interval of a fixed sample, and with that of a confidence sequence."""
+
+    fixed: Interval
+    sequence: Interval
+
+
+def quantile_interval(
+    values: NDArray[np.floating], strata: Sequence[str], q: float, *, planned: int = PLANNED_UNITS
+) -> QuantileIntervals:
+    """A quantile over all tokens with 95 % intervals, whose unit is the window.
+
+    The interval reaches from the quantile to the nearest x on both sides whose share of values above it differs from p
+    = 1 - q. That share is a mean over windows, tested as `stratified_mean` and `confidence_sequence` test means
+    (Francisco and Fuller, Quantile estimation with a complex survey design, Ann. Statist. 19, 1991, 454-469). The true
+    quantile is tested with its own share only, so coverage carries over, also over all looks. (Far out in the tail
+    single x may pass the test again, because a handful of values says little; they do not count.) The variance of the
+    share is the one under the hypothesis: the windows' own, scaled by p (1 - p) / (m (1 - m)), and never below the p (1
+    - p) / N of N independent tokens. Without that, a tail with few values in it looks more certain than it is.
+
+    Simulated with lognormal tokens whose windows differ by 0.3 to 0.5 of the tokens' own log scatter, the fixed
+    interval covers in 93 to 98 % of the runs for q = 0.01 to 0.99 at n = 8 to 48, and the sequence misses at some look
+    in at most 4 %. Intervals that take 256 or 1023 tokens a window for independent cover in 12 to 76 %. For q = 0.999
+    with windows that differ more (0.7) both cover less: 77 to 93 %.
+
+    Args:
+        values: floating [units, tokens], one window a row.
+        strata: [units], the domain of each window.
+        q: between 0 and 1, both excluded.
+        planned: see `confidence_sequence`.
+
+    Returns:
+        The value is the smallest one that a share q of all values does not exceed. An end is None where the values do
+        not reach far enough to bound the quantile, as for the 99.9 % quantile of a few thousand tokens; both are for
+        one window.
+
+    Raises:
+        ValueError: the shape or q is wrong.
+        NumericalError: a value is NaN or infinite.
+    """
+    if values.ndim != 2 or not values.size or len(strata) != values.shape[0] or not 0 < q < 1:
+        raise ValueError(f"values of shape {list(values.shape)} with {len(strata)} strata, q = {q}")
+    refuse_non_finite(values)
+    n = values.shape[0]
+    order = np.argsort(values, axis=None)
+    ordered = values.reshape(-1)[order]
+    value = float(np.quantile(ordered, q, method="inverted_cdf"))
+    if n == 1:
+        alone = Interval(value, None, None, n)
+        return QuantileIntervals(alone, alone)
+    candidates = _candidates(ordered, q)
+    shares = _shares_above(candidates, ordered, order // values.shape[1], n)
+    found = moments(shares, strata).as_for_share(1 - q).at_least(np.full(len(candidates), q * (1 - q) / ordered.size))
+    statistic = found.statistic(1 - q)
+
+    def inverted(multiplier: Array) -> Interval:
+        return bounded(value, *_ends(value, candidates, ordered, statistic, multiplier), n)
+
+    return QuantileIntervals(inverted(student_multiplier(found)), inverted(mixture_multiplier(found, planned)))
+
+
+def _candidates(ordered: NDArray[np.floating], q: float) -> Array:
+    """Minus infinity, the least and the largest value, and quantiles whose logits lie at growing distances from q's."""
+    logits = np.log(q / (1 - q)) + np.concatenate([-_DISTANCES, [0.0], _DISTANCES])
+    ranks = np.floor(ordered.size / (1 + np.exp(-logits))).astype(np.intp)
+    inside = np.clip(ranks, 0, ordered.size - 1)
+    return np.concatenate([[-np.inf], np.unique(ordered[np.concatenate([[0], inside, [ordered.size - 1]])])])
+
+
+def _shares_above(candidates: Array, ordered: NDArray[np.floating], units: NDArray[np.intp], n: int) -> Array:
+    """The share of each unit's values above each candidate, float64 [units, candidates], in one pass."""
+    interval = np.searchsorted(candidates, ordered, side="left")
+    counts = np.bincount(interval * n + units, minlength=(len(candidates) + 1) * n).reshape(-1, n)
+    below = np.cumsum(counts[:-1], axis=0).T
+    return 1 - below / (ordered.size // n)
+
+
+def _ends(
+    value: float, candidates: Array, ordered: NDArray[np.floating], statistic: Array, multiplier: Array
+) -> tuple[float, float]:
+    """The nearest x on both sides of the quantile that are rejected; outward past values that were not tried."""
+    too_high = np.flatnonzero((statistic > multiplier) & (candidates < value))
+    too_low = np.flatnonzero((statistic < -multiplier) & (candidates >= value))
+    low = float(ordered[np.searchsorted(ordered, candidates[too_high[-1]], side="right")]) if too_high.size else -np.inf
+    return low, float(candidates[too_low[0]]) if too_low.size else np.inf

@@ -1,0 +1,138 @@
+"""What is measured on units, and the interval that follows from it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qexport.errors import NumericalError
+
+ALPHA: Final = 0.05  # every interval has 95 % confidence
+MIN_STRATUM: Final = 3
+
+
+@dataclass(frozen=True)
+class Range:
+    """What values a figure can have; None where there is no end."""
+
+    low: float | None = None
+    high: float | None = None
+
+
+REAL: Final = Range()
+SHARE: Final = Range(0.0, 1.0)
+NOT_NEGATIVE: Final = Range(low=0.0)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A figure measured on units: windows, prompts, items or repeats.
+
+    Units are independent of one another; what lies inside one (its tokens) need not be. Each value is a mean over the
+    same number of observations, so the figure is the plain mean of the values. That is the mean of the strata's means,
+    weighted with their shares of the units. A paired difference is the sample of the units' differences.
+
+    Args:
+        values: float64 [units], in the order in which they were measured.
+        strata: [units], the domain of each unit.
+        trials: for shares, the number of yes-or-no observations behind each value. Values that agree by chance (0 rare
+            events in every window) then do not count as certain; see `qexport.statistics.moments.share_floor`.
+
+    Raises:
+        ValueError: no units, or a stratum is missing.
+        NumericalError: a value is NaN or infinite.
+    """
+
+    values: NDArray[np.float64]
+    strata: Sequence[str]
+    trials: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.values.ndim != 1 or not self.values.size or len(self.strata) != self.values.size:
+            raise ValueError(f"values of shape {list(self.values.shape)} with {len(self.strata)} strata")
+        refuse_non_finite(self.values)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure with its 95 % interval.
+
+    Args:
+        value: the estimate.
+        low: the lower end; None where the units bound nothing on that side.
+        high: the upper end; likewise.
+        n: the number of units.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    n: int
+
+
+def refuse_non_finite(values: NDArray[np.floating]) -> None:
+    """Raises NumericalError where a measured value is NaN or infinite."""
+    if not np.isfinite(values).all():
+        raise NumericalError("a measured figure holds NaN or Inf", where="verify")
+
+
+def bounded(value: float, low: float, high: float, n: int, within: Range = REAL) -> Interval:
+    """An Interval from ends that may be infinite: they become None. Finite ends are clipped to the figure's range."""
+    if np.isfinite(low):
+        low = max(low, -np.inf if within.low is None else within.low)
+    if np.isfinite(high):
+        high = min(high, np.inf if within.high is None else within.high)
+    return Interval(value, float(low) if np.isfinite(low) else None, float(high) if np.isfinite(high) else None, n)
+
+
+def transformed(interval: Interval, function: Callable[[float], float]) -> Interval:
+    """The interval of an increasing function of the figure, such as `math.exp` of a mean difference of log-likelihoods.
+
+    An interval keeps its coverage when an increasing function is applied to its ends, however curved the function is.
+
+    Args:
+        interval: of the figure.
+        function: increasing; defined on all that lies in the interval.
+
+    Raises:
+        NumericalError: the value is larger than any number. An upper end that is, becomes None.
+    """
+
+    def end(bound: float | None) -> float | None:
+        try:
+            return None if bound is None else function(bound)
+        except OverflowError:
+            return None
+
+    try:
+        value = function(interval.value)
+    except OverflowError as error:
+        raise NumericalError("a figure is larger than any number", where="verify") from error
+    return replace(interval, value=value, low=end(interval.low), high=end(interval.high))
+
+
+def groups(strata: Sequence[str]) -> list[NDArray[np.intp]]:
+    """The units of each stratum, with strata too small for a variance and a skewness collapsed.
+
+    Strata with fewer than three units become one group. Where these are fewer than three units together, the smallest
+    other stratum joins them (of equals, the first by name). Size decides and not the values, since joining
+    strata whose values are near would make intervals too narrow. A collapsed group counts the differences
+    between its strata as variance, which is on average too large, never too small (Cochran, Sampling Techniques, 1977,
+    on collapsed strata).
+
+    Returns:
+        Indices of units; every unit is in one group. Only a sample of one or two units has a smaller group.
+    """
+    counts = Counter(strata)
+    names = sorted(counts, key=lambda name: (counts[name], name))
+    small = [name for name in names if counts[name] < MIN_STRATUM]
+    large = names[len(small) :]
+    if small and large and sum(counts[name] for name in small) < MIN_STRATUM:
+        small.append(large.pop(0))
+    labels = np.asarray(list(strata))
+    return [np.flatnonzero(np.isin(labels, group)) for group in [small, *([name] for name in large)] if group]

@@ -1,0 +1,192 @@
+"""What a whole model makes of prompts: continuations, and its opinion of another model's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from qexport.errors import NumericalError
+from qexport.tensors import Checkpoint
+from qexport.tensors.strict_json import parse_json
+from qexport.verifying.prompt_batches import PromptBatch, last_logits
+
+_GENERATION_CONFIG: Final = "generation_config.json"
+_LOGITS_AT_ONCE: Final = 1 << 25
+
+Noise = Callable[[Sequence[int]], LogitsProcessorList]
+"""From the prompts of a batch to what changes their logits before the likeliest token is taken."""
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """The new tokens after a prompt.
+
+    Attributes:
+        tokens: up to and with the first end token.
+        margins: for each token, how far it was ahead of the second likeliest: the difference of their
+            log-probabilities in nats.
+    """
+
+    tokens: tuple[int, ...]
+    margins: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Opinion:
+    """What a model predicts along tokens that another model has made.
+
+    Attributes:
+        top: the likeliest token in the place of each, given the prompt and the tokens before it.
+        log_probabilities: of each token itself; nats.
+    """
+
+    top: tuple[int, ...]
+    log_probabilities: tuple[float, ...]
+
+
+def greedy_settings(
+    checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, *, max_new_tokens: int
+) -> GenerationConfig:
+    """The likeliest token each time, up to one that the model's files call an end."""
+    content = checkpoint.files.get(_GENERATION_CONFIG, b"{}")
+    named = [parse_json(content, where=_GENERATION_CONFIG), checkpoint.config]
+    ends = {token for config in named for token in _listed(config.get("eos_token_id"))}
+    ends |= set(_listed(tokenizer.eos_token_id))
+    return GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=min(ends, default=0),
+    )
+
+
+def ends_of(settings: GenerationConfig) -> set[int]:
+    """The tokens that end a text."""
+    return set(_listed(settings.eos_token_id))
+
+
+@torch.no_grad()
+def continue_all(
+    model: PreTrainedModel,
+    batches: Sequence[PromptBatch],
+    settings: GenerationConfig,
+    finished: Callable[[], None],
+    noise: Noise = lambda _: LogitsProcessorList(),
+) -> list[Continuation]:
+    """The likeliest new tokens for each prompt, in the order of the list that the batches came from.
+
+    Args:
+        model: with all its weights and, for the margins, a head in float32.
+        batches: every prompt once.
+        settings: from `greedy_settings`.
+        finished: is told of each prompt.
+        noise: for sampling; see `qexport.verifying.sampling`.
+
+    Raises:
+        NumericalError: logits hold NaN or Inf.
+    """
+    assert isinstance(model, GenerationMixin)
+    found: dict[int, Continuation] = {}
+    for batch in batches:
+        margins = _Margins()
+        output = model.generate(  # type: ignore[misc]  # transformers gives self the type of a protocol
+            batch.input_ids.to(model.device),
+            attention_mask=batch.attention_mask.to(model.device),
+            generation_config=settings,
+            logits_processor=LogitsProcessorList([margins, *noise(batch.indices)]),
+        )
+        assert isinstance(output, Tensor)
+        rows = output[:, batch.input_ids.shape[1] :].tolist()
+        for index, tokens, ahead in zip(batch.indices, rows, margins.rows(), strict=True):
+            length = _length(tokens, ends_of(settings))
+            found[index] = Continuation(tuple(tokens[:length]), tuple(ahead[:length]))
+            finished()
+    return [found[index] for index in sorted(found)]
+
+
+@torch.no_grad()
+def judge_all(
+    model: PreTrainedModel, batches: Sequence[PromptBatch], continuations: Sequence[Continuation]
+) -> list[Opinion]:
+    """Predictions along given continuations: one forward over each prompt with the tokens that follow it.
+
+    Args:
+        model: with all its weights and a head in float32.
+        batches: as for `continue_all`.
+        continuations: at least one token for each prompt, in the order of the list that the batches came from.
+    """
+    found: dict[int, Opinion] = {}
+    for batch in batches:
+        longest = max(len(continuations[index].tokens) for index in batch.indices)
+        rows = max(1, _LOGITS_AT_ONCE // (longest * _vocabulary(model)))
+        pieces = (range(len(batch.indices))[first : first + rows] for first in range(0, len(batch.indices), rows))
+        for piece in pieces:
+            tokens = [continuations[batch.indices[row]].tokens for row in piece]
+            opinions = _judge(model, batch.input_ids[list(piece)], batch.attention_mask[list(piece)], tokens)
+            found |= {batch.indices[row]: opinion for row, opinion in zip(piece, opinions, strict=True)}
+    return [found[index] for index in sorted(found)]
+
+
+def _judge(
+    model: PreTrainedModel, prompts: Tensor, mask: Tensor, continuations: Sequence[Sequence[int]]
+) -> list[Opinion]:
+    """Shorter continuations are filled up behind, where no earlier token sees it; the last token predicts nothing."""
+    longest = max(map(len, continuations))
+    follow = torch.tensor([[*tokens, *[0] * (longest - len(tokens))] for tokens in continuations])[:, :-1]
+    ids, mask = torch.cat([prompts, follow], 1), torch.cat([mask, torch.ones_like(follow)], 1)
+    logits = last_logits(model, ids, mask, longest)
+    opinions = []
+    for row, tokens in zip(logits, continuations, strict=True):
+        likely = row[: len(tokens)].log_softmax(-1, dtype=torch.float32)
+        own = likely.gather(1, torch.tensor(tokens, device=row.device)[:, None])[:, 0]
+        opinions.append(Opinion(tuple(likely.argmax(-1).tolist()), tuple(own.tolist())))
+    return opinions
+
+
+class _Margins(LogitsProcessor):
+    """Notes at each step how far the likeliest token is ahead, and changes nothing."""
+
+    def __init__(self) -> None:
+        self._steps: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        first, second = scores.topk(2).values.T
+        margins = first - second  # what the logarithm of the sum adds is the same for both
+        if not bool(margins.isfinite().all()):
+            raise NumericalError(
+                "the logits hold NaN or Inf",
+                where="verify",
+                mend="an activation overflows: compute in a wider dtype, or look at the layer losses",
+            )
+        self._steps.append(margins.cpu())
+        return scores
+
+    def rows(self) -> list[list[float]]:
+        rows: list[list[float]] = torch.stack(self._steps, 1).tolist()
+        return rows
+
+
+def _length(tokens: Sequence[int], ends: set[int]) -> int:
+    return next((place + 1 for place, token in enumerate(tokens) if token in ends), len(tokens))
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    return int(model.config.get_text_config().vocab_size)
+
+
+def _listed(value: Any) -> list[int]:
+    return [token for token in (value if isinstance(value, list) else [value]) if type(token) is int]

@@ -1,0 +1,231 @@
+"""How fast both models are, as whole models in the hands of their users.
+
+Wall-clock figures: no two runs agree on them, so they are kept apart from everything that is deterministic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from qexport.architectures.structure import describe
+from qexport.reading.artifact_source import model_folder
+from qexport.reading.model import dense_model, load
+from qexport.tensors import Checkpoint
+from qexport.verifying.memory import available_memory, bytes_in_memory
+from qexport.verifying.settings import SpeedSettings
+
+Seconds = NDArray[np.float64]
+
+_COVERAGE: Final = 0.95
+_HEADROOM: Final = 1.25
+
+
+@dataclass(frozen=True)
+class Timings:
+    """One model, measured again and again.
+
+    Attributes:
+        first_token: float64 [repeats], seconds from the prompt to the first new token.
+        tokens_per_second: float64 [repeats], of the new tokens behind the first.
+        resident_bytes: of the parameters and buffers in memory.
+    """
+
+    first_token: Seconds
+    tokens_per_second: NDArray[np.float64]
+    resident_bytes: int
+
+
+@dataclass(frozen=True)
+class SpeedFigures:
+    """Reference and artifact, measured in turns.
+
+    Attributes:
+        reference: the merged model, dense, in its own dtype.
+        artifact: as `qexport.load` gives it, with its codes.
+        prompt_tokens: tokens that were read before the first new one.
+        new_tokens: tokens that were generated.
+    """
+
+    reference: Timings
+    artifact: Timings
+    prompt_tokens: int
+    new_tokens: int
+
+    @property
+    def speed_ratios(self) -> NDArray[np.float64]:
+        """float64 [repeats], the artifact's tokens per second over the reference's: above 1 is faster."""
+        return self.artifact.tokens_per_second / self.reference.tokens_per_second
+
+    @property
+    def first_token_ratios(self) -> NDArray[np.float64]:
+        """float64 [repeats], the artifact's time to first token over the reference's: below 1 is faster."""
+        return self.artifact.first_token / self.reference.first_token
+
+
+@dataclass(frozen=True)
+class NotMeasured:
+    """Why there are no figures."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Median:
+    """A median with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def compare_speed(
+    reference: Checkpoint,
+    artifact: Path,
+    input_ids: Tensor,
+    settings: SpeedSettings,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> SpeedFigures | NotMeasured:
+    """Loads both models as users do and measures them in turns, where memory has room for both.
+
+    Args:
+        reference: the merged model.
+        artifact: the artifact's folder.
+        input_ids: int64, held-out tokens of any shape; the first `settings.prompt_tokens` are the prompt.
+        settings: the recipe's `verify.speed`.
+        dtype: of the reference; the artifact computes in its own.
+        device: where to compute.
+
+    Raises:
+        InputError: the artifact cannot be read.
+    """
+    prompt = input_ids.flatten()[: settings.prompt_tokens][None]
+    if reason := _obstacle(reference, artifact, prompt.shape[1] + settings.new_tokens, dtype, device):
+        return NotMeasured(reason)
+    own = dense_model(reference.config, reference.weights, dtype=dtype, device=device)
+    other = load(artifact, device=str(device))
+    for model in (own, other):
+        model.generation_config = GenerationConfig()  # no token ends the text, nothing is penalized
+    return measure_speed((own, other), prompt, settings)
+
+
+def measure_speed(
+    models: tuple[PreTrainedModel, PreTrainedModel], prompt: Tensor, settings: SpeedSettings
+) -> SpeedFigures:
+    """Both models continue the prompt in turns, each first every other time, after each has done it once unmeasured.
+
+    Args:
+        models: the reference and the artifact.
+        prompt: int64 [1, tokens].
+        settings: the recipe's `verify.speed`.
+    """
+    clocks: tuple[list[list[float]], list[list[float]]] = ([], [])
+    for model in models:
+        _times(model, prompt, settings.new_tokens)
+    for repeat in range(settings.repeats):
+        for which in (0, 1) if repeat % 2 == 0 else (1, 0):
+            clocks[which].append(_times(models[which], prompt, settings.new_tokens))
+    own, other = (_timings(model, times) for model, times in zip(models, clocks, strict=True))
+    return SpeedFigures(own, other, prompt.shape[1], settings.new_tokens)
+
+
+def median_interval(values: Sequence[float] | NDArray[np.float64]) -> Median:
+    """The median and a 95 % interval between two order statistics, whatever the distribution.
+
+    The k-th smallest and k-th largest of n values enclose the median with probability 1 - 2 P(X < k), where X is
+    binomial(n, 1/2); k is the largest for which that is at least 95 % (David and Nagaraja, Order Statistics, 7.1).
+
+    Args:
+        values: at least 6; fewer give no such interval.
+    """
+    ordered = sorted(float(value) for value in values)
+    count = len(ordered)
+    if not _is_enclosed(count, 1):
+        raise ValueError("a 95 % interval of a median needs 6 values")
+    rank = max(rank for rank in range(1, count // 2 + 1) if _is_enclosed(count, rank))
+    return Median(float(np.median(ordered)), ordered[rank - 1], ordered[-rank])
+
+
+def _is_enclosed(count: int, rank: int) -> bool:
+    outside = sum(math.comb(count, below) for below in range(rank)) / 2.0 ** (count - 1)
+    return 1 - outside >= _COVERAGE
+
+
+class _Clock(LogitsProcessor):
+    """Notes when the logits of each new token are there."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        _wait(scores.device)
+        self.times.append(perf_counter())
+        return scores
+
+
+@torch.no_grad()
+def _times(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> list[float]:
+    """Seconds from the start to each new token."""
+    assert isinstance(model, GenerationMixin)
+    clock, prompt = _Clock(), prompt.to(model.device)
+    settings = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        max_new_tokens=new_tokens,
+        pad_token_id=0,
+    )
+    _wait(model.device)
+    start = perf_counter()
+    model.generate(  # type: ignore[misc]  # transformers gives self the type of a protocol
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        generation_config=settings,
+        logits_processor=LogitsProcessorList([clock]),
+    )
+    return [time - start for time in clock.times]
+
+
+def _timings(model: PreTrainedModel, times: Sequence[Sequence[float]]) -> Timings:
+    seconds = np.asarray(times, dtype=np.float64)
+    speed = (seconds.shape[1] - 1) / (seconds[:, -1] - seconds[:, 0])
+    return Timings(seconds[:, 0], speed, resident_bytes(model))
+
+
+def resident_bytes(model: PreTrainedModel) -> int:
+    """Bytes of all parameters and buffers; what two names share counts once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum({tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
+
+
+def _obstacle(
+    reference: Checkpoint, artifact: Path, length: int, dtype: torch.dtype, device: torch.device
+) -> str | None:
+    structure = describe(reference.config)
+    if structure.positions is not None and length > structure.positions:
+        return f"{length} tokens are more than the {structure.positions} positions of the model"
+    dense = bytes_in_memory(structure, dtype)
+    stored = sum(path.stat().st_size for path in model_folder(artifact).glob("*.safetensors"))
+    experts = any(linear.expert for linears in structure.linears.values() for linear in linears)
+    needed = _HEADROOM * (dense + (dense if experts else stored))  # `load` makes experts dense
+    free = available_memory(device)
+    if needed > free:
+        return f"both models together need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+    return None
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,1 @@
+"""Task accuracy by lm-evaluation-harness, paired by item."""

@@ -1,0 +1,267 @@
+"""The harness's tasks and its evaluation of one model. Only imported where lm-eval is installed."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from copy import deepcopy
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Final
+
+import datasets
+import evaluate as metrics_hub
+import lm_eval.utils as harness_templates
+import torch
+from jinja2 import BaseLoader, StrictUndefined
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.evaluator import evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qexport.errors import InputError, NumericalError, QexportError, RecipeError
+from qexport.verifying.settings import TaskSettings
+from qexport.verifying.tasks.local_files import LocalTask, names_file, read_local_tasks
+from qexport.verifying.tasks.pairing import Item, Scores
+
+_METRICS: Final = ("acc", "exact_match")
+"""Where the recipe names none: the first that a task has."""
+
+
+@contextmanager
+def contained() -> Iterator[None]:
+    """Holds the harness to what a run of qexport may do, as long as the context lasts.
+
+    Templates run in a sandbox, since the harness's own environment lets one reach any Python object. Metrics are not
+    fetched from the hub, since they come as code. Standard output, bars and remarks are kept from the terminal.
+    """
+    sandbox = ImmutableSandboxedEnvironment(loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True)
+    sandbox.filters.update(harness_templates.env.filters)
+    with ExitStack() as stack:
+        stack.enter_context(_replaced(harness_templates, "env", sandbox))
+        stack.enter_context(_replaced(metrics_hub, "load", _refuse_metric))
+        stack.enter_context(_replaced(tqdm, "__init__", _without_bar(tqdm.__init__)))
+        stack.enter_context(_quiet(logging.getLogger("lm_eval")))
+        stack.enter_context(redirect_stdout(sys.stderr))
+        yield
+
+
+@dataclass(frozen=True)
+class Question:
+    """A task, ready to be asked.
+
+    Attributes:
+        name: the task's.
+        task: with its data.
+        metric: what makes an item right.
+    """
+
+    name: str
+    task: ConfigurableTask
+    metric: str
+
+
+def build_questions(settings: TaskSettings) -> list[Question]:
+    """The tasks that the recipe names, groups taken apart. Only within `contained`.
+
+    Raises:
+        RecipeError: a task is named twice, the harness has none of a name, or a task has not the metric.
+        InputError: a task file is refused, data cannot be read, or a task cannot be built, draws its answers at random,
+            or runs what the model writes.
+    """
+    questions: dict[str, Question] = {}
+    named = any(not names_file(name) for name in settings.tasks)
+    manager = TaskManager() if named else None
+    for text in settings.tasks:
+        for name, task in _build(text, manager).items():
+            if name in questions:
+                raise RecipeError(f"the task {name} comes twice", where="verify.tasks", mend="name it once")
+            _refuse_sampling(name, task)
+            _set_fewshot(task, settings)
+            questions[name] = Question(name, task, _choose_metric(name, task, settings.metric))
+    return list(questions.values())
+
+
+class Subject:
+    """A model as the harness asks it. Only within `contained`.
+
+    Log-probabilities are computed in float32 from the model's logits.
+
+    Args:
+        model: ready to run; neither its weights nor their ties are changed.
+        tokenizer: the model's.
+        settings: the recipe's.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: TaskSettings) -> None:
+        self._model, self._settings = model, settings
+        # The harness ties the weights again, which would undo a head that computes in float32.
+        model.tie_weights = lambda *_, **__: None  # type: ignore[method-assign]
+        try:
+            self._harness_model = HFLM(
+                pretrained=model,
+                backend="causal",
+                tokenizer=deepcopy(tokenizer),
+                batch_size=settings.batch_size,
+                softmax_dtype=torch.float32,
+            )
+        finally:
+            del model.tie_weights
+
+    def answer(self, question: Question) -> Scores:
+        """Which items of the task the model gets right.
+
+        Raises:
+            InputError: the harness cannot ask the task, or its metric is not 0 or 1.
+            NumericalError: logits hold NaN or Inf.
+        """
+        name, task = question.name, question.task
+        task.set_fewshot_seed(seed=self._settings.seed)
+        with _finite_logits(self._model, name), _told(name):
+            results = evaluate(
+                self._harness_model,
+                {"tasks": {name: task}},
+                limit=self._settings.limit,
+                bootstrap_iters=0,
+                log_samples=True,
+            )
+        samples = results["samples"][name]
+        answers = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
+        return Scores(
+            task=name,
+            metric=question.metric,
+            filter=samples[0]["filter"],
+            num_fewshot=task.config.num_fewshot,
+            items=tuple(_item(name, sample, question.metric) for sample in answers),
+        )
+
+
+def _build(named: str, manager: TaskManager | None) -> dict[str, ConfigurableTask]:
+    if manager is None or names_file(named):
+        local = read_local_tasks(Path(named).expanduser())
+        return {task.name: _build_local(task) for task in local}
+    if named not in manager.all_tasks:
+        close = get_close_matches(named, manager.all_tasks, n=3)
+        raise RecipeError(
+            f"the harness has no task {named!r}",
+            where="verify.tasks",
+            mend=f"did you mean {', '.join(close)}?" if close else "a task file of your own is named by its path",
+        )
+    with _told(named):
+        built = manager.load([named])["tasks"]
+    return dict(built)
+
+
+def _build_local(local: LocalTask) -> ConfigurableTask:
+    config = dict(local.config)
+    with _told(local.name):
+        if local.splits is not None:
+            tables = {split: datasets.Dataset.from_list(rows) for split, rows in local.splits.items()}
+            config["custom_dataset"] = lambda **_: tables
+        return ConfigurableTask(config=config)
+
+
+def _refuse_sampling(name: str, task: ConfigurableTask) -> None:
+    config = task.config
+    problem = (
+        "runs what the model writes" if config.unsafe_code else
+        "draws its answers at random" if (config.generation_kwargs or {}).get("do_sample") else
+        "asks each item several times" if config.repeats > 1 else None
+    )  # fmt: skip
+    if problem:
+        raise InputError(f"the task {problem}", where=f"task {name}", mend="take a task with one greedy answer an item")
+
+
+def _set_fewshot(task: ConfigurableTask, settings: TaskSettings) -> None:
+    """As the harness does it: a task that says 0 keeps it."""
+    own = task.config.num_fewshot
+    wanted = own if own == 0 or settings.num_fewshot is None else settings.num_fewshot
+    task.set_config(key="num_fewshot", value=wanted or 0)
+
+
+def _choose_metric(name: str, task: ConfigurableTask, wanted: str | None) -> str:
+    measured = task.aggregation()
+    found = next((metric for metric in ([wanted] if wanted else _METRICS) if metric in measured), None)
+    if found is None:
+        raise RecipeError(
+            f"the task does not measure {wanted or ' or '.join(_METRICS)}",
+            where=f"task {name}",
+            mend=f"it measures {', '.join(measured)}: set verify.tasks.metric, or leave the task out",
+        )
+    return found
+
+
+def _item(task: str, sample: Mapping[str, Any], metric: str) -> Item:
+    value, index = float(sample[metric]), sample["doc_id"]
+    if value not in (0.0, 1.0):
+        raise InputError(f"{metric} must be 0 or 1 for each item, not {value}", where=f"task {task}, item {index}")
+    digest = ".".join(sample[f"{part}_hash"] for part in ("doc", "prompt", "target"))
+    return Item(index=index, digest=digest, right=value == 1.0)
+
+
+@contextmanager
+def _finite_logits(model: nn.Module, task: str) -> Iterator[None]:
+    def check(_: nn.Module, __: Any, output: Any) -> None:
+        if not torch.isfinite(output.logits).all():
+            raise NumericalError("logits hold NaN or Inf", where=f"task {task}")
+
+    hook = model.register_forward_hook(check)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def _told(task: str) -> Iterator[None]:
+    """Passes on what the harness, a template or a dataset's reader says."""
+    try:
+        yield
+    except (QexportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # any of them raises what it comes upon
+        raise InputError(
+            f"lm-evaluation-harness cannot run the task: {type(error).__name__}: {error}",
+            where=f"task {task}",
+            mend="mend the task file or its data; offline, only what lies in the cache can be read",
+        ) from error
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextmanager
+def _quiet(logger: logging.Logger) -> Iterator[None]:
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _without_bar(start: Callable[..., None]) -> Callable[..., None]:
+    def start_hidden(bar: Any, *args: Any, **options: Any) -> None:
+        start(bar, *args, **(options | {"disable": True}))
+
+    return start_hidden
+
+
+def _refuse_metric(name: str, *_: Any, **__: Any) -> Callable[..., Any]:
+    raise InputError(
+        "a metric would be fetched from the hub as code", where=name, mend="leave the tasks with this metric out"
+    )

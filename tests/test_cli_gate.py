@@ -27,21 +27,24 @@ def gates(folder: Path, text: str) -> str:
     return str(path)
 
 
-def test_gates_that_pass_end_with_0_and_their_table(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_gates_that_pass_end_with_0_and_their_table(
+    measured: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     assert main(["gate", str(measured), "--gates", gates(measured, "profile: auto")]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
     rows = [line.split() for line in captured.out.splitlines()]
-    assert ["mean_kl", "0.161", "0.153", "to", "0.169", "≤", "0.6", "38", "windows", "pass"] in rows
-    assert ["top1_agreement", "0.793", "0.773", "to", "0.813", "≥", "0.6", "38", "windows", "pass"] in rows
+    assert ["mean_kl", "passed", "0.161", "nats", "[0.153,", "0.169]", "≤", "0.6", "nats", "38", "windows"] in rows
+    assert ["top1_agreement", "passed", "79.3%", "[77.3,", "81.3]", "≥", "60%", "38", "windows"] in rows
 
 
 def test_a_failed_gate_ends_with_6(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
     limits = gates(measured, "gates: {mean_kl: {at_most: 0.1}, top1_agreement: {at_least: 0.79}}")
     assert main(["gate", str(measured / "report" / "report.json"), "--gates", limits]) == 6
     captured = capsys.readouterr()
-    assert "mean_kl lies at 0.153 to 0.169, none of it at most 0.1\n" in captured.out
-    assert "top1_agreement lies at 0.773 to 0.813, part of it at least 0.79: not decided" in captured.out
+    assert "\nmean_kl: lies at 0.153 to 0.169, none of it at most 0.1\n" in captured.out
+    assert "\ntop1_agreement: lies at 0.773 to 0.813, part of it at least 0.79: not decided" in captured.out
     assert captured.err.splitlines() == [
         "error: 1 gate failed: mean_kl is 0.161 where the limit is at most 0.1",
         f"where: {measured}/report/report.json",

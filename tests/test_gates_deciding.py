@@ -172,16 +172,21 @@ def test_an_artifact_that_is_round_to_nearest_is_not_better_than_it() -> None:
 @pytest.mark.parametrize(
     ("low", "high", "verdict"), [(0.001, 0.003, "pass"), (0.002, 0.004, "undecided"), (0.0031, 0.004, "fail")]
 )
-def test_the_merge_must_lie_within_three_times_the_noise_floor(low: float, high: float, verdict: str) -> None:
-    result = built_in("merge", between(low, high, name="merge_kl"), between(0.1, 0.2, noise_floor=0.001))
+def test_the_merge_must_lie_within_three_times_its_noise_floor(low: float, high: float, verdict: str) -> None:
+    result = built_in("merge", between(low, high, name="merge_kl", noise_floor=0.001))
     assert (result.verdict, result.limit) == (verdict, 0.003)
 
 
-def test_the_merge_is_undecided_without_a_noise_floor() -> None:
-    merged = between(0.0, 0.0, name="merge_kl")
-    for figures in ([merged], [merged, between(0.1, 0.2)], [merged, between(0.1, 0.2, noise_floor=0.1, domain="code")]):
-        result = built_in("merge", *figures)
-        assert (result.verdict, result.reason) == ("undecided", "the noise floor was not measured")
+def test_the_merge_is_undecided_without_its_noise_floor() -> None:
+    result = built_in("merge", between(0.0, 0.0, name="merge_kl"), between(0.1, 0.2, noise_floor=0.1))
+    assert (result.verdict, result.reason) == ("undecided", "the noise floor was not measured")
+
+
+def test_checks_that_had_nothing_to_look_at_are_undecided_together() -> None:
+    nothing, passed, failed = (Check(gate="config", name="x", passed=each, detail="") for each in (None, True, False))
+    assert built_in("config", checks=[nothing]).verdict == "undecided"
+    assert built_in("config", checks=[nothing, passed]).reason == "1 check passed"
+    assert built_in("config", checks=[nothing, passed, failed]).verdict == "fail"
 
 
 @pytest.mark.parametrize("name", ["config", "tokenizer", "merge", "adapter", "better_than_rtn"])
@@ -284,6 +289,7 @@ def test_limits_below_the_reports_noise_floor_are_refused() -> None:
     of_domain = between(0.1, 0.2, name="chrf", domain="code", noise_floor=0.1)
     assert noise_floors([*report().figures, of_domain]) == {
         "perplexity_ratio": 1.0001, "mean_kl": 0.0001, "top1_agreement": 0.999, "decisive_flips": 0.0,
+        "merge_kl": 0.0001,
     }  # fmt: skip
     figures = [between(0.0, 0.0, noise_floor=0.002)]
     results, notes = decide_again(report(figures=figures), GatesFile(profile="16bit"))

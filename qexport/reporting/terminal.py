@@ -49,19 +49,23 @@ def _parts(report: Report) -> Iterator[RenderableType]:
         yield Padding(prompt_table(prompts[:1]), (1, 0, 0, 0))
 
 
-def gate_table(gates: Sequence[GateResult]) -> Table:
-    """A row a gate, failed ones first."""
+def gate_table(gates: Sequence[GateResult]) -> RenderableType:
+    """A row a gate, failed ones first; below, why each that did not pass did not: in a column it would not fit."""
     table = new_table()
-    table.add_column("gate", style="bold")
+    table.add_column("gate", style="bold", overflow="fold")
     table.add_column("verdict")
     for name in ("value", "interval", "tolerance", "n"):
         table.add_column(name, justify="right")
-    table.add_column("reason", ratio=1, min_width=16)
+    reasons: list[RenderableType] = []
     for gate in by_urgency(gates):
         verdict = Text(VERDICT_WORDS[gate.verdict].lower(), VERDICT_STYLES[gate.verdict])
         measured = (gate_value(gate), gate_interval(gate), gate_limit(gate), gate_units(gate))
-        table.add_row(Text(visible(gate.name)), verdict, *map(Text, measured), Text(visible(gate.reason)))
-    return table
+        table.add_row(Text(visible(gate.name)), verdict, *map(Text, measured))
+        if not gate.passed:
+            reasons.append(
+                Text.assemble((visible(gate.name), VERDICT_STYLES[gate.verdict]), f": {visible(gate.reason)}")
+            )
+    return Group(table, "", *reasons) if reasons else table
 
 
 def figures_table(report: Report) -> Table:

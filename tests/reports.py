@@ -62,7 +62,7 @@ def figures() -> list[Figure]:
         figure("max_kl", 7.3, low=None, high=None, sequence_low=None, sequence_high=None),
         figure("top1_agreement", 0.793, noise_floor=0.999),
         figure("decisive_flips", 0.061, half=0.002, noise_floor=0.0),
-        figure("merge_kl", 0.00011, half=0.00001),
+        figure("merge_kl", 0.00011, half=0.00001, noise_floor=0.0001),
         figure("kl_over_base", -0.21),
         figure("kl_over_rtn", -0.35),
         figure("edit_distance", 0.62, half=0.05),

@@ -250,7 +250,7 @@ def test_verification_leaves_the_bytes_alone_and_never_runs_bitsandbytes(
     monkeypatch.setattr(Linear4bit, "forward", forward)
     base(tmp_path)
     factories.write_text(tmp_path / "held-out.jsonl")
-    verify = {"text": str(tmp_path / "held-out.jsonl"), "windows": 4, "sequence_length": 32, "max_kl": 5.0}
+    verify = {"text": str(tmp_path / "held-out.jsonl"), "windows": 4, "sequence_length": 32, "profile": "off"}
     settings, options = METHODS["nf4, double"]
     result = execute(tmp_path, settings, verify=verify)
     assert result.manifest.verification is not None

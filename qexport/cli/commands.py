@@ -242,9 +242,10 @@ def gate(
         from rich.text import Text
 
         from qexport.artifact.report import Report
-        from qexport.cli.gates import gates_failure, gates_shown
+        from qexport.cli.gates import gates_failure
         from qexport.gates.again import decide_again
         from qexport.gates.files import read_gates
+        from qexport.reporting.terminal import gate_table
 
         settings = read_gates(gates)
         results, notes = decide_again(Report.read(report), settings)
@@ -254,7 +255,7 @@ def gate(
         else:
             for note in notes:
                 stderr().print(Text.assemble(("note: ", "yellow"), note), soft_wrap=True)
-            stdout().print(gates_shown(results))
+            stdout().print(gate_table(results))
     if failure:
         failure.show(as_json=False)
         raise typer.Exit(failure.exit_code)

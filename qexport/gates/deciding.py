@@ -146,7 +146,7 @@ def _verdict(gate: _Gate, figure: Figure | None) -> tuple[Verdict, str]:
     if low is None or high is None:
         return "undecided", f"measured on {_counted(figure)}, which gives no interval to decide on"
     if low > high:
-        return "undecided", f"its interval is empty: {low:.4g} to {high:.4g}"
+        return "undecided", f"its interval is empty: {low:.5g} to {high:.5g}"
     if gate.limit is None:
         return "undecided", gate.unknown
     return _held_against(gate, gate.limit, low, high, _counted(figure))
@@ -159,8 +159,8 @@ def _held_against(gate: _Gate, limit: float, low: float, high: float, counted: s
     # mirrored for at_least, so that the limit is always the larger end
     best, worst = (low, high) if gate.bound == "at_most" else (-high, -low)
     end = limit if gate.bound == "at_most" else -limit
-    words = f"{'below' if gate.strict else gate.bound.replace('_', ' ')} {limit:.4g}"
-    place = f"lies at {low:.4g} to {high:.4g}" if low != high else f"is exactly {low:.4g}"
+    words = f"{'below' if gate.strict else gate.bound.replace('_', ' ')} {limit:.5g}"
+    place = f"lies at {low:.5g} to {high:.5g}" if low != high else f"is exactly {low:.5g}"
     if worst < end or (worst == end and not gate.strict):
         return "pass", f"{place}, {'all of it ' if low != high else ''}{words}"
     if best > end or (best == end and gate.strict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
@@ -86,7 +87,7 @@ def above_floor(limits: Sequence[Limit], floors: Mapping[str, float]) -> tuple[l
             mend="loosen these limits in verify.gates, or merge in a wider dtype",
         )
     notes = [
-        f"the limit of {limit.name} is {value:.4g}, not the profile's {limit.value:g}: three times the noise floor"
+        f"the limit of {limit.name} is {value:.10g}, not the profile's {limit.value:g}: three times the noise floor"
         for limit, value in tighter.items()
     ]
     return [replace(limit, value=tighter.get(limit, limit.value)) for limit in limits], notes
@@ -115,14 +116,20 @@ def _sides(name: str, domain: str | None, bounds: DomainBounds | None, *, by_use
 
 
 def _tightest(limit: Limit, floors: Mapping[str, float]) -> float | None:
-    """Three times the noise floor as a limit, where the limit is tighter than that."""
+    """Three times the noise floor as a limit, where the limit is tighter than that; rounded up to three digits."""
     kind = CATALOGUE[limit.figure]
     if kind.ideal is None or limit.figure not in floors:
         return None
     room = NOISE_MARGIN * abs(floors[limit.figure] - kind.ideal)
     if abs(limit.value - kind.ideal) >= room * (1 - _ROUNDING):
         return None
+    room = _rounded_up(room)
     return kind.ideal + room if limit.bound == "at_most" else kind.ideal - room
+
+
+def _rounded_up(room: float) -> float:
+    unit = 10.0 ** (math.floor(math.log10(room)) - 2)
+    return math.ceil(room / unit * (1 - _ROUNDING)) * unit
 
 
 def _is_beyond_all(limit: Limit, moved: float) -> bool:
@@ -134,4 +141,4 @@ def _is_beyond_all(limit: Limit, moved: float) -> bool:
 
 def _at_best(limit: Limit, value: float) -> str:
     words = "at most" if limit.bound == "at_most" else "at least"
-    return f"{words} {limit.value:g}, where {words} {value:.4g} is the tightest that can be told from noise"
+    return f"{words} {limit.value:g}, where {words} {value:.10g} is the tightest that can be told from noise"

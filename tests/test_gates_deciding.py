@@ -1,0 +1,303 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from qexport.artifact.catalogue import CATALOGUE
+from qexport.artifact.figures import Figure, GateResult
+from qexport.artifact.report import Check
+from qexport.errors import RecipeError
+from qexport.gates.again import decide_again, noise_floors
+from qexport.gates.deciding import BuiltIn, decide, needs_more
+from qexport.gates.limits import Bound, Limit
+from qexport.gates.settings import GatesFile
+from reports import figure, gate_result, report
+
+VERDICTS = {"fail": 0, "undecided": 1, "pass": 2}
+
+
+def between(low: float | None, high: float | None, *, name: str = "mean_kl", **changes: Any) -> Figure:
+    """A figure whose confidence sequence is that, and whose fixed-sample interval would decide anything."""
+    middle = 0.0 if low is None or high is None else low / 2 + high / 2
+    return figure(name, middle, half=0.0, sequence_low=low, sequence_high=high, **changes)
+
+
+def decided(
+    limit: float, bound: Bound, *figures: Figure, name: str = "mean_kl", domain: str | None = None
+) -> GateResult:
+    (result,) = decide([Limit(name, domain, bound, limit, True)], figures, [], [])
+    return result
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "at_most", "at_least"),
+    [
+        (0.1, 0.2, "pass", "fail"),
+        (0.1, 0.3, "pass", "undecided"),
+        (0.1, 0.4, "undecided", "undecided"),
+        (0.3, 0.4, "undecided", "pass"),
+        (0.4, 0.5, "fail", "pass"),
+        (0.3, 0.3, "pass", "pass"),
+        (0.3 - 1e-12, 0.3 - 1e-12, "pass", "fail"),
+        (0.3 + 1e-12, 0.3 + 1e-12, "fail", "pass"),
+    ],
+)
+def test_a_gate_is_decided_on_its_whole_confidence_sequence(
+    low: float, high: float, at_most: str, at_least: str
+) -> None:
+    assert decided(0.3, "at_most", between(low, high)).verdict == at_most
+    assert decided(0.3, "at_least", between(low, high)).verdict == at_least
+
+
+def test_a_result_says_what_decided_it() -> None:
+    result = decided(0.3, "at_most", between(0.1, 0.2, domain="code", n=19), domain="code")
+    assert result == GateResult(
+        name="mean_kl[code]", figure="mean_kl", domain="code", bound="at_most", limit=0.3, value=0.1 / 2 + 0.2 / 2,
+        low=0.1, high=0.2, n=19, unit="window", verdict="pass", reason="lies at 0.1 to 0.2, all of it at most 0.3",
+    )  # fmt: skip
+    assert decided(0.15, "at_most", between(0.1, 0.2)).reason == (
+        "lies at 0.1 to 0.2, part of it at most 0.15: not decided by 38 windows"
+    )
+    assert decided(0.05, "at_most", between(0.1, 0.2)).reason == "lies at 0.1 to 0.2, none of it at most 0.05"
+    assert decided(0.3, "at_least", between(0.2, 0.2)).reason == "is exactly 0.2, not at least 0.3"
+
+
+@pytest.mark.parametrize(
+    ("figures", "reason"),
+    [
+        ([], "not measured"),
+        ([between(0.1, 0.2, domain="code")], "not measured"),
+        ([between(0.1, 0.2, name="median_kl")], "not measured"),
+        ([between(0.1, 0.2, n=0)], "not measured"),
+        ([between(None, 0.2)], "measured on 38 windows, which gives no interval to decide on"),
+        ([between(0.1, None)], "measured on 38 windows, which gives no interval to decide on"),
+        ([between(None, None, n=1)], "measured on 1 window, which gives no interval to decide on"),
+        ([between(0.2, 0.1)], "its interval is empty: 0.2 to 0.1"),
+    ],
+)
+@pytest.mark.parametrize("limit", [-1e9, 0.15, 1e9])
+@pytest.mark.parametrize("bound", ["at_most", "at_least"])
+def test_what_was_not_measured_is_never_passed(figures: list[Figure], reason: str, limit: float, bound: Bound) -> None:
+    result = decided(limit, bound, *figures)
+    assert (result.verdict, result.reason) == ("undecided", reason)
+
+
+@pytest.mark.parametrize("field", ["value", "sequence_low", "sequence_high"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_figure_that_is_no_number_does_not_come_to_be(field: str, value: float) -> None:
+    with pytest.raises(ValueError, match="finite"):
+        Figure.model_validate(figure("mean_kl", 0.1).model_dump() | {field: value})
+
+
+finite = st.floats(-1e6, 1e6)
+maybe = st.none() | finite
+
+
+@given(finite, maybe, maybe, st.integers(0, 3), st.sampled_from(["at_most", "at_least"]))
+def test_no_gate_passes_whose_interval_crosses_its_limit_or_is_missing(
+    limit: float, low: float | None, high: float | None, n: int, bound: Bound
+) -> None:
+    verdict = decided(limit, bound, between(low, high, n=n)).verdict
+    if n == 0 or low is None or high is None or low > high:
+        assert verdict == "undecided"
+    elif low == high == limit:
+        assert verdict == "pass"
+    elif low < limit < high:
+        assert verdict == "undecided"
+    else:
+        kept = [value <= limit if bound == "at_most" else value >= limit for value in (low, high)]
+        assert verdict == ("pass" if all(kept) else "fail" if not any(kept) else "undecided")
+
+
+@given(finite, finite, finite, finite, st.sampled_from(["at_most", "at_least"]))
+def test_a_looser_limit_never_gives_a_worse_verdict(
+    limit: float, looser: float, low: float, high: float, bound: Bound
+) -> None:
+    assume(low <= high)
+    tight, loose = sorted((limit, looser), reverse=bound == "at_least")
+    verdicts = [VERDICTS[decided(each, bound, between(low, high)).verdict] for each in (tight, loose)]
+    assert verdicts == sorted(verdicts)
+
+
+@given(finite, finite, finite, finite, finite)
+def test_a_narrower_interval_decides_no_gate_the_other_way(
+    limit: float, a: float, b: float, c: float, d: float
+) -> None:
+    low, inner_low, inner_high, high = sorted((a, b, c, d))
+    wide = decided(limit, "at_most", between(low, high)).verdict
+    assert wide in ("undecided", decided(limit, "at_most", between(inner_low, inner_high)).verdict)
+
+
+# Built-in gates
+
+
+def built_in(name: BuiltIn, *figures: Figure, checks: Sequence[Check] = ()) -> GateResult:
+    (result,) = decide([], figures, checks, [name])
+    assert result.name == name
+    return result
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "better", "applied"),
+    [
+        (-0.3, -0.1, "pass", "pass"),
+        (-0.3, 0.1, "undecided", "undecided"),
+        (-0.3, 0.0, "undecided", "undecided"),
+        (0.1, 0.2, "fail", "fail"),
+        (0.0, 0.2, "fail", "fail"),
+        (0.0, 0.0, "fail", "undecided"),
+        (-1e-9, -1e-9, "pass", "pass"),
+    ],
+)
+def test_differences_must_be_below_zero(low: float, high: float, better: str, applied: str) -> None:
+    assert built_in("better_than_rtn", between(low, high, name="kl_over_rtn")).verdict == better
+    assert built_in("adapter", between(low, high, name="kl_over_base")).verdict == applied
+
+
+def test_an_adapter_without_effect_is_undecided_and_told_so() -> None:
+    result = built_in("adapter", between(0.0, 0.0, name="kl_over_base"))
+    assert result.reason.startswith("the adapter changes no prediction")
+    assert built_in("adapter", between(-0.3, 0.0, name="kl_over_base")).reason.startswith("lies at -0.3 to 0, part of")
+
+
+def test_an_artifact_that_is_round_to_nearest_is_not_better_than_it() -> None:
+    result = built_in("better_than_rtn", between(0.0, 0.0, name="kl_over_rtn"))
+    assert (result.verdict, result.reason) == ("fail", "is exactly 0, not below 0")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"), [(0.001, 0.003, "pass"), (0.002, 0.004, "undecided"), (0.0031, 0.004, "fail")]
+)
+def test_the_merge_must_lie_within_three_times_its_noise_floor(low: float, high: float, verdict: str) -> None:
+    result = built_in("merge", between(low, high, name="merge_kl", noise_floor=0.001))
+    assert (result.verdict, result.limit) == (verdict, 0.003)
+
+
+def test_the_merge_is_undecided_without_its_noise_floor() -> None:
+    result = built_in("merge", between(0.0, 0.0, name="merge_kl"), between(0.1, 0.2, noise_floor=0.1))
+    assert (result.verdict, result.reason) == ("undecided", "the noise floor was not measured")
+
+
+def test_checks_that_had_nothing_to_look_at_are_undecided_together() -> None:
+    nothing, passed, failed = (Check(gate="config", name="x", passed=each, detail="") for each in (None, True, False))
+    assert built_in("config", checks=[nothing]).verdict == "undecided"
+    assert built_in("config", checks=[nothing, passed]).reason == "1 check passed"
+    assert built_in("config", checks=[nothing, passed, failed]).verdict == "fail"
+
+
+@pytest.mark.parametrize("name", ["config", "tokenizer", "merge", "adapter", "better_than_rtn"])
+def test_a_built_in_gate_that_was_not_measured_is_undecided(name: BuiltIn) -> None:
+    other = Check(gate="config" if name == "tokenizer" else "tokenizer", name="x", passed=True, detail="")
+    assert built_in(name, between(0.1, 0.2, noise_floor=0.1), checks=[other]).verdict == "undecided"
+
+
+def test_checks_fail_with_the_names_of_what_failed() -> None:
+    checks = [
+        Check(gate="config", name="rope_theta", passed=False, detail="10000 for 100000"),
+        Check(gate="config", name="head_dim", passed=True, detail="equal"),
+        Check(gate="tokenizer", name="ids", passed=True, detail="equal"),
+    ]
+    config, tokenizer = decide([], [], checks, ["tokenizer", "config"])
+    assert (config.verdict, config.reason) == ("fail", "not as in the reference: rope_theta (10000 for 100000)")
+    assert (tokenizer.verdict, tokenizer.reason) == ("pass", "1 check passed")
+
+
+def test_gates_that_are_not_expected_are_not_decided() -> None:
+    assert decide([], report().figures, report().checks, []) == []
+
+
+# More windows
+
+
+def test_more_windows_are_wanted_for_what_they_can_decide() -> None:
+    undecided = decided(0.15, "at_most", between(0.1, 0.2))
+    assert needs_more([gate_result(), undecided])
+    assert needs_more([built_in("better_than_rtn", between(-0.1, 0.1, name="kl_over_rtn"))])
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        decided(0.3, "at_most", between(0.1, 0.2)),
+        decided(0.05, "at_most", between(0.1, 0.2)),
+        decided(0.15, "at_most"),
+        decided(0.15, "at_most", between(None, None)),
+        decided(0.15, "at_most", between(0.1, 0.2, name="edit_distance"), name="edit_distance"),
+        built_in("adapter", between(0.0, 0.0, name="kl_over_base")),
+        built_in("merge", between(0.1, 0.2, name="merge_kl")),
+        built_in("config"),
+    ],
+    ids=lambda result: f"{result.name} {result.verdict} {result.reason[:20]}",
+)
+def test_more_windows_are_not_wanted_where_they_change_nothing(result: GateResult) -> None:
+    assert not needs_more([gate_result(), result])
+
+
+# Deciding again
+
+
+def again(**settings: Any) -> dict[str, str]:
+    results, _ = decide_again(report(**settings.pop("report", {})), GatesFile.model_validate(settings))
+    return {result.name: result.verdict for result in results}
+
+
+def test_a_report_is_decided_again_with_other_limits() -> None:
+    sound = {
+        "config": "pass",
+        "tokenizer": "pass",
+        "perplexity_ratio": "pass",
+        "mean_kl": "pass",
+        "top1_agreement": "pass",
+        "decisive_flips": "pass",
+    }
+    assert again() == sound
+    assert again(gates={"mean_kl": {"at_most": 0.16}}) == sound | {"mean_kl": "undecided"}
+    assert again(gates={"mean_kl": {"at_most": 0.1}}) == sound | {"mean_kl": "fail"}
+    assert set(again(profile="nf4").values()) == {"pass", "fail", "undecided"}
+    assert again(profile="off") == {"config": "pass", "tokenizer": "pass"}
+
+
+def test_domains_that_the_report_lacks_are_undecided() -> None:
+    verdicts = again(gates={"mean_kl": {"domains": {"code": {"at_most": 0.3}, "law": {"at_most": 0.3}}}})
+    assert (verdicts["mean_kl"], verdicts["mean_kl[code]"], verdicts["mean_kl[law]"]) == ("pass", "pass", "undecided")
+
+
+def test_speed_is_found_among_the_timings() -> None:
+    assert again(gates={"speed_ratio": {"at_least": 0.5}})["speed_ratio"] == "pass"
+
+
+def test_built_in_gates_of_the_report_are_decided_again_from_its_figures() -> None:
+    before = [gate_result(name, verdict="fail") for name in ("merge", "adapter", "better_than_rtn")]
+    verdicts = again(report={"gates": before})
+    assert [verdicts[gate.name] for gate in before] == ["pass", "pass", "pass"]
+    missing = [each for each in report().figures if each.name != "kl_over_rtn"]
+    assert again(report={"gates": before, "figures": missing})["better_than_rtn"] == "undecided"
+
+
+def test_checks_are_decided_even_where_the_report_has_none() -> None:
+    verdicts = again(report={"checks": [], "gates": []})
+    assert (verdicts["config"], verdicts["tokenizer"]) == ("undecided", "undecided")
+
+
+def test_limits_below_the_reports_noise_floor_are_refused() -> None:
+    with pytest.raises(RecipeError, match="noise floor"):
+        again(gates={"mean_kl": {"at_most": 0.0002}})
+    of_domain = between(0.1, 0.2, name="chrf", domain="code", noise_floor=0.1)
+    assert noise_floors([*report().figures, of_domain]) == {
+        "perplexity_ratio": 1.0001, "mean_kl": 0.0001, "top1_agreement": 0.999, "decisive_flips": 0.0,
+        "merge_kl": 0.0001,
+    }  # fmt: skip
+    figures = [between(0.0, 0.0, noise_floor=0.002)]
+    results, notes = decide_again(report(figures=figures), GatesFile(profile="16bit"))
+    assert [result.limit for result in results if result.name == "mean_kl"] == [pytest.approx(0.006)]
+    assert len(notes) == 1
+
+
+@given(st.sampled_from([name for name, kind in CATALOGUE.items() if kind.gated]), finite)
+def test_a_report_without_figures_passes_no_gate_on_any(name: str, limit: float) -> None:
+    bound: Bound = "at_least" if CATALOGUE[name].better == "higher" else "at_most"
+    assert decided(limit, bound, name=name).verdict == "undecided"

@@ -100,12 +100,18 @@ def test_other_metrics_and_data_are_refused(before: str, after: str, message: st
         read_local_tasks(path)
 
 
-def test_a_folder_that_is_named_like_a_hub_dataset_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_or_script_that_is_named_like_a_hub_dataset_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "hub.yaml"
     path.write_text("task: hub\ndataset_path: org/name\ntest_split: test\n" + GENERATION)
     (task,) = read_local_tasks(path)
     assert task.splits is None
     assert task.config["dataset_path"] == "org/name"
+    script = tmp_path / "script.yaml"
+    script.write_text(path.read_text().replace("org/name", "org/name.py"))
+    with pytest.raises(InputError, match="neither json nor the id"):
+        read_local_tasks(script)
     (tmp_path / "org/name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="neither json nor the id"):

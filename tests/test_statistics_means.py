@@ -114,6 +114,13 @@ def test_shares_are_clipped_and_are_not_certain_because_windows_agree() -> None:
     assert 3 / (8 * 511) < high < 4.5 / (8 * 511)
 
 
+def test_the_variance_under_a_share_keeps_the_design_effect() -> None:
+    found = moments(np.array([[0.0, 0.5], [0.1, 0.6], [0.2, 0.7]]), ["all"] * 3)
+    under = found.as_for_share(0.3)
+    assert under.variance == pytest.approx([found.variance[0] * 0.3 * 0.7 / (0.1 * 0.9), found.variance[1]])
+    assert np.all(under.mean == found.mean)
+
+
 def test_a_share_whose_windows_differ_keeps_their_variance() -> None:
     values = (0.1, 0.3, 0.2, 0.4, 0.3, 0.2, 0.5, 0.1)
     assert stratified_mean(sample(*values, trials=511)) == stratified_mean(sample(*values))

@@ -20,15 +20,15 @@ TOKENS = 256
 WINDOW_SCATTER = 0.4
 
 
-def windows(units: int, runs: int, seed: int) -> Array:
+def windows(units: int, runs: int, seed: int, scatter: float = WINDOW_SCATTER) -> Array:
     """Lognormal tokens [runs, units, tokens] that are alike inside a window."""
     random = np.random.default_rng(seed)
-    level = WINDOW_SCATTER * random.normal(size=(runs, units, 1))
+    level = scatter * random.normal(size=(runs, units, 1))
     return np.exp(level + random.normal(size=(runs, units, TOKENS)))
 
 
-def true_quantile(q: float) -> float:
-    return float(np.exp(np.sqrt(1 + WINDOW_SCATTER**2) * ndtri(q)))
+def true_quantile(q: float, scatter: float = WINDOW_SCATTER) -> float:
+    return float(np.exp(np.sqrt(1 + scatter**2) * ndtri(q)))
 
 
 def holds(interval: Interval, truth: float) -> bool:
@@ -44,23 +44,30 @@ def token_interval(values: NDArray[np.floating], q: float) -> Interval:
 
 @pytest.mark.parametrize("q", [0.5, 0.9, 0.99])
 def test_windows_as_units_cover_and_tokens_as_units_do_not(q: float) -> None:
-    runs, truth = windows(24, 400, seed=1), true_quantile(q)
+    runs, truth = windows(24, 250, seed=1), true_quantile(q)
     strata = ["all"] * 24
     by_window = np.mean([holds(quantile_interval(run, strata, q).fixed, truth) for run in runs])
     by_token = np.mean([holds(token_interval(run, q), truth) for run in runs])
-    assert 0.92 <= by_window <= 0.985
+    # With 1200 runs it is 96 to 97 %; 250 runs have a standard error of 1 to 1.4 %.
+    assert 0.92 <= by_window <= 0.995
     assert by_token < 0.88
 
 
 @pytest.mark.parametrize("q", [0.5, 0.9])
 def test_the_sequence_hardly_ever_misses_at_any_look(q: float) -> None:
     truth, missed, peeked = true_quantile(q), [], []
-    for run in windows(48, 200, seed=2):
-        looks = [quantile_interval(run[:units], ["all"] * units, q) for units in range(8, 49, 8)]
+    for run in windows(48, 120, seed=2):
+        looks = [quantile_interval(run[:units], ["all"] * units, q) for units in (8, 16, 24, 32, 48)]
         missed.append(not all(holds(look.sequence, truth) for look in looks))
         peeked.append(not all(holds(look.fixed, truth) for look in looks))
     assert np.mean(missed) <= 0.05
     assert np.mean(peeked) > 0.1
+
+
+def test_a_thin_tail_in_unlike_windows_is_covered_because_the_variance_is_that_under_the_hypothesis() -> None:
+    truth = true_quantile(0.99, scatter=0.7)
+    found = [quantile_interval(run, ["all"] * 12, 0.99).fixed for run in windows(12, 400, seed=6, scatter=0.7)]
+    assert np.mean([holds(interval, truth) for interval in found]) > 0.92
 
 
 def test_a_tail_that_was_hardly_seen_has_no_upper_end() -> None:

@@ -28,30 +28,14 @@ def multiply_in_float32(model: nn.Module) -> None:
     The products of two bfloat16 values are exact in float32, so only the order of the sums differs.
     """
     for module in model.modules():
-        if isinstance(module, nn.Linear) and _is_large(module):
+        if isinstance(module, nn.Linear) and module.weight.numel() >= _SMALLEST:
             module.forward = partial(_forward, module, module.forward)  # type: ignore[method-assign]
-
-
-def hold_in_float32(model: nn.Module) -> None:
-    """Turns the weights of large bfloat16 linear layers into float32 once, for many products of few rows.
-
-    For a model that went through `multiply_in_float32`: outputs are still rounded to bfloat16, once. These weights take
-    twice the memory from now on.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and _is_large(module) and module.weight.dtype == torch.bfloat16:
-            module.weight = nn.Parameter(module.weight.to(torch.float32), requires_grad=False)
-
-
-def _is_large(linear: nn.Linear) -> bool:
-    return linear.weight.numel() >= _SMALLEST
 
 
 def _forward(linear: nn.Linear, usual: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
     weight, bias = linear.weight, linear.bias
     rows = inputs.numel() // inputs.shape[-1]
-    worth_it = weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and rows >= _FEWEST_ROWS)
-    if inputs.dtype != torch.bfloat16 or not worth_it:
+    if not weight.dtype == inputs.dtype == torch.bfloat16 or rows < _FEWEST_ROWS:
         return usual(inputs)
     at_once = type(linear) is nn.Linear  # Falcon's own class rounds before it adds the bias
     values, output = inputs.to(torch.float32), inputs.new_empty(*inputs.shape[:-1], len(weight))

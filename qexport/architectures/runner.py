@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from transformers import PreTrainedModel
 
 from qexport.architectures.buffers import compute_buffers
-from qexport.architectures.float32_products import has_bfloat16_instructions, hold_in_float32, multiply_in_float32
+from qexport.architectures.float32_products import has_bfloat16_instructions, multiply_in_float32
 from qexport.architectures.freed_memory import return_freed_memory
 from qexport.architectures.naming import Part, name_parameters
 from qexport.architectures.structure import LinearSpec, build_on_meta, describe_model, find_blocks, parse_config
@@ -70,10 +70,7 @@ class BlockRunner:
         self._naming = name_parameters(self._model)
         self._layers = find_blocks(self._model)[1]
         compute_buffers(self._model, device)
-        self.multiplies_in_float32 = (
-            device.type == "cpu" and dtype == torch.bfloat16 and not has_bfloat16_instructions()
-        )
-        if self.multiplies_in_float32:
+        if device.type == "cpu" and dtype == torch.bfloat16 and not has_bfloat16_instructions():
             multiply_in_float32(self._model)
 
     @torch.no_grad()
@@ -121,16 +118,9 @@ class BlockRunner:
             yield self._tail
 
     @contextmanager
-    def whole(self, *, held_in_float32: bool = False) -> Iterator[PreTrainedModel]:
-        """The model with all its weights, which are released at the end; its head computes in float32.
-
-        Args:
-            held_in_float32: on CPUs without bfloat16 instructions, turn large bfloat16 weights into float32 once and
-                not in every product: up to twice the memory, several times the speed for products of few rows.
-        """
+    def whole(self) -> Iterator[PreTrainedModel]:
+        """The model with all its weights, which are released at the end; its head computes in float32."""
         with self._loaded(self.structure.parameters), _in_float32(self._head_module()):
-            if held_in_float32 and self.multiplies_in_float32:
-                hold_in_float32(self._model)
             yield self._model
 
     @contextmanager

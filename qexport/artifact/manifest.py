@@ -21,7 +21,7 @@ from qexport.errors import InputError
 
 MANIFEST_NAME = "qexport-manifest.json"
 REPORT_FOLDER = "report"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class FileRecord(Record):
@@ -125,7 +125,7 @@ class Verification(Record):
 class Manifest(Record):
     """The content of `qexport-manifest.json`."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     qexport_version: str
     environment: Environment
 
@@ -213,6 +213,12 @@ def _check_schema_version(text: str, path: Path) -> None:
     version = content.get("schema_version") if isinstance(content, dict) else None
     if type(version) is not int or version < 1:
         raise InputError(f"schema_version must be {SCHEMA_VERSION}, not {version!r}", where=str(path))
+    if version < SCHEMA_VERSION:
+        raise InputError(
+            f"the manifest has schema_version {version}; this qexport reads {SCHEMA_VERSION}",
+            where=str(path),
+            mend="make the artifact again, or read it with the qexport that made it",
+        )
     if version > SCHEMA_VERSION:
         raise InputError(
             f"the manifest has schema_version {version}; this qexport reads up to {SCHEMA_VERSION}",

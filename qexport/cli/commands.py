@@ -15,7 +15,7 @@ import typer
 
 from qexport.cli.failures import Failure, told
 from qexport.cli.terminal import stderr, stdout, write, write_json
-from qexport.errors import CompatibilityError, GateFailed, RecipeError, listed
+from qexport.errors import CompatibilityError, RecipeError, listed
 
 if TYPE_CHECKING:
     from qexport.artifact.figures import GateResult
@@ -97,12 +97,69 @@ def run(
         from qexport import pipeline  # takes seconds, a recipe's problems need not wait for it
 
         with _reporting() as report:
-            result = pipeline.run(chosen, force=force, device=device, report=report)
+            result = pipeline.run(chosen, force=force, device=device, name=recipe.name, report=report)
     with told(as_json=as_json, debug=debug, interrupted=f"interrupted; {result.artifact_path} is complete"):
         _show(result, as_json=as_json)
-    if not result.passed:
-        _gates_failed(result).show(as_json=False)
-        raise typer.Exit(GateFailed.exit_code)
+    from qexport.cli.gates import gates_failure
+
+    gates = {gate.name: gate for each in result.reports.values() for gate in each.gates if not gate.passed}
+    if failure := gates_failure(list(gates.values()), f"{result.artifact_path} (set aside, not published)"):
+        failure.show(as_json=False)
+        raise typer.Exit(failure.exit_code)
+
+
+@app.command()
+def verify(
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A finished artifact, a folder of any maker.")],
+    reference: Annotated[
+        str, typer.Option(metavar="RECIPE|MODEL", help="A recipe, whose load, merge and verify are taken; or a model.")
+    ],
+    overrides: Overrides = None,
+    adapter: Annotated[str | None, typer.Option(help="The adapter, with a model as reference.")] = None,
+    text: Annotated[list[str] | None, typer.Option(metavar="FILE", help="Held-out text. May be given twice.")] = None,
+    prompts: Annotated[str | None, typer.Option(metavar="FILE", help="Prompts that both models continue.")] = None,
+    gates: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The limits, a YAML file with profile and gates.")
+    ] = None,
+    report_folder: Annotated[
+        Path | None, typer.Option("--report", metavar="DIR", help="Write report.html, .json, .md and junit.xml there.")
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
+) -> None:
+    """Hold a finished artifact against base and adapter, and decide its gates."""
+    with told(as_json=as_json, debug=debug, interrupted="interrupted; nothing was written"):
+        from qexport.cli.verifying import References, reference_of
+
+        chosen = reference_of(References(reference, overrides or (), adapter, text or (), prompts, gates))
+        from qexport import pipeline  # takes seconds, what is wrong with the arguments need not wait for it
+        from qexport.cli.gates import gates_failure
+
+        with _reporting() as report:
+            found = pipeline.verify(
+                artifact,
+                chosen.load,
+                chosen.settings,
+                merging=chosen.merging,
+                command=f"qexport verify {artifact.resolve().name} --reference {Path(reference).name}",
+                device=device,
+                report=report,
+            )
+        failure = gates_failure(found.gates, str(artifact))
+        if report_folder is not None:
+            from qexport.reporting.writing import write_report
+
+            write_report(found, report_folder)
+        if as_json:
+            write_json(found.model_dump(mode="json"))
+        else:
+            from qexport.reporting.terminal import report_summary
+
+            stdout().print(report_summary(found))
+    if failure:
+        failure.show(as_json=False)
+        raise typer.Exit(failure.exit_code)
 
 
 @app.command()
@@ -271,24 +328,17 @@ def _reporting() -> Iterator[Reporter]:
 def _show(result: Result, *, as_json: bool) -> None:
     if as_json:
         manifests = {layout: manifest.model_dump(mode="json") for layout, manifest in result.manifests.items()}
-        write_json({"artifact": str(result.artifact_path), "passed": result.passed, "manifests": manifests})
+        write_json(
+            {
+                "artifact": str(result.artifact_path),
+                "passed": result.passed,
+                "verdict": result.verdict,
+                "manifests": manifests,
+            }
+        )
     else:
         from qexport.cli.summary import summary
 
         path, here = result.artifact_path, Path.cwd()
         shown = path.relative_to(here) if path.is_relative_to(here) else path
-        stdout().print(summary(result.manifests, shown), crop=False)
-
-
-def _gates_failed(result: Result) -> Failure:
-    figures = {layout: manifest.verification for layout, manifest in result.manifests.items()}
-    failed = {
-        gate.name: gate for each in figures.values() if each is not None for gate in each.gates if not gate.passed
-    }
-    gates = ", ".join(f"{gate.name} is {gate.value:.4g} where the limit is {gate.limit:g}" for gate in failed.values())
-    return Failure(
-        f"the artifact drifted too far: {gates}",
-        GateFailed.exit_code,
-        where=f"{result.artifact_path} (set aside, not published)",
-        mend="try more bits or a smaller group_size, or raise the limit in verify",
-    )
+        stdout().print(summary(result, shown), crop=False)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import takewhile
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -15,38 +14,54 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from qexport.artifact.manifest import REPORT_FOLDER
+from qexport.cli.gates import gates_shown
+from qexport.reporting.selection import worst_prompts
+from qexport.reporting.terminal import prompt_table
 from qexport.reporting.units import counted, size
+from qexport.reporting.values import figure_interval, figure_value
+from qexport.reporting.writing import PAGE_NAME
 
 if TYPE_CHECKING:
-    from qexport.artifact.manifest import Comparison, Generations, LayerRecord, Manifest, Verification
+    from qexport.artifact.figures import Figure
+    from qexport.artifact.manifest import LayerRecord, Manifest, Verification
+    from qexport.pipeline import Result
 
 MAX_LAYERS_LISTED = 5
-MAX_GENERATIONS_SHOWN = 2
+MAX_PROMPTS_SHOWN = 1
+_SHOWN: Final = {
+    "mean_kl": "mean KL divergence",
+    "top1_agreement": "same likeliest token",
+    "decisive_flips": "decisive flips",
+    "identical_generations": "equal continuations",
+}
 _BYTES_PER_VALUE = {"float32": 4}
 
 
-def summary(manifests: Mapping[str, Manifest], path: Path) -> RenderableType:
-    """Figures, remarks, the first generations that differ, and how to load each layout.
+def summary(result: Result, path: Path) -> RenderableType:
+    """Figures, gates, remarks, the prompt whose continuations differ most, and how to load each layout.
 
     To be printed with `crop=False`: the last lines are there to be copied and are never broken.
 
     Args:
-        manifests: of each layout, by its name; the figures shown are those of the first.
-        path: the run's output.
+        result: of the run; the figures shown are those of the first layout.
+        path: the run's output, as it is to be shown.
     """
-    return Group(*_parts(manifests, path))
+    return Group(*_parts(result, path))
 
 
-def _parts(manifests: Mapping[str, Manifest], path: Path) -> Iterator[RenderableType]:
-    manifest = next(iter(manifests.values()))
+def _parts(result: Result, path: Path) -> Iterator[RenderableType]:
+    manifest, report = result.manifest, next(iter(result.reports.values()), None)
     yield Text("")
-    yield _headline(manifest, manifests)
+    yield _headline(manifest, result.manifests)
     yield Padding(_figures(manifest), (1, 0))
+    if report is not None:
+        yield Padding(gates_shown(report.gates), (0, 0, 1, 0))
     yield from _remarks(manifest)
-    yield from _notes(manifests)
-    if manifest.verification and manifest.verification.generations:
-        yield from _differences(manifest.verification.generations)
-    yield from _how_to_load(manifests, path)
+    yield from _notes(result.manifests)
+    if report is not None and (prompts := worst_prompts(report)):
+        yield Padding(prompt_table(prompts[:MAX_PROMPTS_SHOWN]), (1, 0, 0, 0))
+    yield from _how_to_load(result, path)
 
 
 def _headline(manifest: Manifest, layouts: Iterable[str]) -> Text:
@@ -85,21 +100,22 @@ def _figures(manifest: Manifest) -> Table:
     return table
 
 
-def _add_verification(table: Table, figures: Verification) -> None:
-    drift = figures.artifact_perplexity / figures.reference_perplexity - 1
+def _add_verification(table: Table, found: Verification) -> None:
+    values = {figure.name: figure for figure in found.figures}
+    ratio, tokens = values["perplexity_ratio"], found.protocol.tokens
     table.add_row(
         "perplexity",
-        f"{figures.reference_perplexity:.2f}",
-        f"{figures.artifact_perplexity:.2f}",
-        f"{drift:+.1%} on {figures.tokens:,} tokens, windows of {figures.sequence_length}",
+        f"{values['reference_perplexity'].value:.2f}",
+        f"{values['artifact_perplexity'].value:.2f}",
+        f"{ratio.value - 1:+.1%} on {tokens:,} tokens, windows of {found.protocol.sequence_length}",
     )
-    table.add_row("mean KL divergence", "", f"{figures.mean_kl:.4f}", "nats a token")
-    table.add_row("same likeliest token", "", f"{figures.top1_agreement:.1%}", "")
-    if generations := figures.generations:
-        table.add_row("equal generations", "", f"{generations.identical} of {generations.prompts}", "greedy")
-    for gate in figures.gates:
-        verdict = ("passed", "green") if gate.passed else ("failed", "bold red")
-        table.add_row(f"gate {gate.name}", "", f"{gate.value:.4f}", Text.assemble(verdict, f", limit {gate.limit:g}"))
+    for name, label in _SHOWN.items():
+        if name in values:
+            table.add_row(label, "", figure_value(values[name]), _interval(values[name]))
+
+
+def _interval(figure: Figure) -> str:
+    return f"{figure_interval(figure)}, {counted(figure.n, figure.unit)}"
 
 
 def _add_size(table: Table, manifest: Manifest) -> None:
@@ -149,49 +165,24 @@ def _readers(figures: Verification) -> Iterator[Text]:
         yield Text.assemble(("Unconfirmed: ", "yellow"), ", ".join(figures.unconfirmed))
 
 
-def _differences(generations: Generations) -> Iterator[RenderableType]:
-    different = [each for each in generations.comparisons if each.first_difference is not None]
-    if not different:
-        return
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, show_lines=True, expand=True)
-    table.add_column("prompt", ratio=1, style="bold")
-    table.add_column("reference goes on", ratio=2)
-    table.add_column("artifact goes on", ratio=2)
-    for each in different[:MAX_GENERATIONS_SHOWN]:
-        table.add_row(_shortened(each.prompt), *_side_by_side(each))
-    yield Padding(table, (1, 0, 0, 0))
-
-
-def _side_by_side(each: Comparison) -> tuple[Text, Text]:
-    """Both texts, with what they share dimmed."""
-    pairs = zip(each.reference, each.artifact, strict=False)
-    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-    reference, artifact = (
-        Text.assemble((text[:shared], "dim"), (text[shared:], "yellow")) for text in (each.reference, each.artifact)
-    )
-    return reference, artifact
-
-
-def _shortened(prompt: str) -> Text:
-    text = " ".join(prompt.split())
-    return Text(text if len(text) <= 120 else text[:119] + "…")
-
-
-def _how_to_load(manifests: Mapping[str, Manifest], path: Path) -> Iterator[RenderableType]:
-    passed = all(
-        gate.passed for manifest in manifests.values() if manifest.verification for gate in manifest.verification.gates
-    )
+def _how_to_load(result: Result, path: Path) -> Iterator[RenderableType]:
+    manifests, passed = result.manifests, result.passed
     style = "bold green" if passed else "bold red"
     files = sum(len(manifest.files) for manifest in manifests.values())
     where = "its manifest" if len(manifests) == 1 else "a manifest each"
     content = f"{counted(files, 'file')}, {size(_bytes_on_disk(manifests))}, checksums in {where}"
     yield Text("")
     yield _line("Artifact" if passed else "Set aside", f"{path}  ({content})", style)
+    for layout in [*result.reports][:1]:
+        yield _line("Report", str(_folder(result, path, layout) / REPORT_FOLDER / PAGE_NAME), style)
     if passed:
         for layout, manifest in manifests.items():
-            folder = path / layout if len(manifests) > 1 else path
-            for label, command in _commands(manifest, folder):
+            for label, command in _commands(manifest, _folder(result, path, layout)):
                 yield _line(label, command, style)
+
+
+def _folder(result: Result, path: Path, layout: str) -> Path:
+    return path / layout if len(result.manifests) > 1 else path
 
 
 def _line(label: str, text: str, style: str) -> Text:

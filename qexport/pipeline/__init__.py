@@ -2,5 +2,6 @@
 
 from qexport.pipeline.planning import Plan, plan
 from qexport.pipeline.running import Result, run
+from qexport.pipeline.verification import verify
 
-__all__ = ["Plan", "Result", "plan", "run"]
+__all__ = ["Plan", "Result", "plan", "run", "verify"]

@@ -67,7 +67,7 @@ def make_manifest(
     layout, total_bytes = record.layout, record.written.total_bytes
     parameters = layout.weights.parameters
     return Manifest(
-        schema_version=1,
+        schema_version=2,
         qexport_version=version("qexport"),
         environment=describe_environment(device),
         layout=layout.name,

@@ -22,9 +22,10 @@ from qexport.reporting.visible_text import visible
 
 _FIGURES: Final = ("perplexity_ratio", "top1_agreement", "decisive_flips")
 _HEAD: Final = (
-    "artifact", "verdict", "size", "bits a weight", "mean KL", "95% interval", "perplexity ratio", "top-1",
-    "decisive flips", "front",
+    "artifact", "verdict", "front", "size", "bits a weight", "mean KL", "95% interval", "perplexity ratio", "top-1",
+    "decisive flips",
 )  # fmt: skip
+_TEXT_COLUMNS: Final = 3
 _LEFT: Final = 60.0
 _FLOOR: Final = 250.0
 _WIDE_RANGE: Final = 20.0
@@ -46,13 +47,15 @@ def comparison_html(comparison: Comparison) -> str:
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """For the terminal."""
+    """For the terminal: the columns that 80 characters have room for."""
     table = new_table()
-    for index, name in enumerate(_HEAD):
-        table.add_column(name, justify="left" if index < 2 else "right", style="bold" if index == 0 else None)
+    table.add_column("artifact", style="bold", overflow="fold")
+    for name in ("verdict", "front", "size", "bits", "mean KL", "ppl ratio", "top-1"):
+        table.add_column(name, justify="left" if name in _HEAD[:_TEXT_COLUMNS] else "right", no_wrap=True)
     for entry in comparison.entries:
         verdict = Text(VERDICT_WORDS[entry.report.verdict].lower(), VERDICT_STYLES[entry.report.verdict])
-        table.add_row(Text(visible(entry.label)), verdict, *map(Text, _measured(entry)), "●" if entry.on_front else "")
+        total, bits, drift, _, ratio, agreement, _ = _measured(entry)
+        table.add_row(Text(visible(entry.label)), verdict, _front(entry), total, bits, drift, ratio, agreement)
     return table
 
 
@@ -62,13 +65,18 @@ def comparison_markdown(comparison: Comparison) -> str:
         [
             escaped(entry.label),
             VERDICT_WORDS[entry.report.verdict].lower(),
+            _front(entry),
             *map(escaped, _measured(entry)),
-            "●" if entry.on_front else "",
         ]
         for entry in comparison.entries
     ]
-    table = markdown_table(_HEAD, rows, range(2, len(_HEAD) - 1))
-    return f"### Artifacts compared\n\n{table}\n\n●: no other is at least as small and as near to the reference.\n"
+    table = markdown_table(_HEAD, rows, range(_TEXT_COLUMNS, len(_HEAD)))
+    told = "On the front: no other is at least as small and as near to the reference."
+    return f"### Artifacts compared\n\n{table}\n\n{told}\n"
+
+
+def _front(entry: Entry) -> str:
+    return "on it" if entry.on_front else ""
 
 
 def _measured(entry: Entry) -> list[str]:

@@ -60,7 +60,7 @@ def sentence(report: Report) -> str:
             parts.append(f"{len(names)} of {total} {word}: {', '.join(names)}")
     if parts:
         return f"{'; '.join(parts)}."
-    return "The only gate passed." if len(report.gates) == 1 else f"All {total} passed."
+    return "Its one gate passed." if len(report.gates) == 1 else f"All {total} passed."
 
 
 def by_result(checks: Iterable[Check]) -> list[Check]:

@@ -20,7 +20,6 @@ from qexport.reporting.values import (
     figure_value,
     gate_interval,
     gate_limit,
-    gate_units,
     gate_value,
     label_of,
 )
@@ -49,23 +48,30 @@ def _parts(report: Report) -> Iterator[RenderableType]:
         yield Padding(prompt_table(prompts[:1]), (1, 0, 0, 0))
 
 
-def gate_table(gates: Sequence[GateResult]) -> RenderableType:
-    """A row a gate, failed ones first; below, why each that did not pass did not: in a column it would not fit."""
+def gate_table(gates: Sequence[GateResult]) -> Table:
+    """A row a gate, failed ones first; below the table, the reason of each one that did not pass."""
     table = new_table()
-    table.add_column("gate", style="bold", overflow="fold")
-    table.add_column("verdict")
+    table.add_column("gate", style="bold", overflow="fold", min_width=14)
+    table.add_column("verdict", no_wrap=True)
     for name in ("value", "interval", "tolerance", "n"):
-        table.add_column(name, justify="right")
-    reasons: list[RenderableType] = []
+        table.add_column(name, justify="right", overflow="fold")
     for gate in by_urgency(gates):
         verdict = Text(VERDICT_WORDS[gate.verdict].lower(), VERDICT_STYLES[gate.verdict])
-        measured = (gate_value(gate), gate_interval(gate), gate_limit(gate), gate_units(gate))
+        measured = (gate_value(gate), gate_interval(gate), gate_limit(gate), f"{gate.n:,}" if gate.unit else "")
         table.add_row(Text(visible(gate.name)), verdict, *map(Text, measured))
-        if not gate.passed:
-            reasons.append(
-                Text.assemble((visible(gate.name), VERDICT_STYLES[gate.verdict]), f": {visible(gate.reason)}")
-            )
-    return Group(table, "", *reasons) if reasons else table
+    if not all(gate.passed for gate in gates):
+        table.caption = _reasons(by_urgency(gates))
+        table.caption_style, table.caption_justify = "", "left"
+    return table
+
+
+def _reasons(gates: Sequence[GateResult]) -> Text:
+    lines = [
+        Text.assemble((f"{visible(gate.name)}: ", VERDICT_STYLES[gate.verdict]), visible(gate.reason))
+        for gate in gates
+        if not gate.passed
+    ]
+    return Text("\n").join(lines)
 
 
 def figures_table(report: Report) -> Table:
@@ -84,9 +90,9 @@ def figures_table(report: Report) -> Table:
 def prompt_table(prompts: Sequence[Comparison]) -> Table:
     """Continuations side by side; what only one of them has is struck through or underlined."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, show_lines=True, expand=True)
-    table.add_column("prompt", ratio=1, style="bold")
-    table.add_column("reference goes on", ratio=2)
-    table.add_column("artifact goes on", ratio=2)
+    table.add_column("prompt", ratio=1, style="bold", overflow="fold")
+    table.add_column("reference goes on", ratio=2, overflow="fold")
+    table.add_column("artifact goes on", ratio=2, overflow="fold")
     for each in prompts:
         reference, artifact = word_diff(each.reference, each.artifact)
         marked = (_marked(reference, "strike red"), _marked(artifact, "underline green"))
@@ -96,7 +102,7 @@ def prompt_table(prompts: Sequence[Comparison]) -> Table:
 
 def new_table() -> Table:
     """An empty table in the style that all have."""
-    return Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    return Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
 
 
 def _marked(pieces: Sequence[Piece], style: str) -> Text:

@@ -74,7 +74,7 @@ class Moments:
         """The T of a statistic: 3 ((1 + y)^(1/3) - 1) / g, y = g (x - g / 6), written so that g may be 0."""
         shifted = statistic - self.skewness / 6
         root = np.cbrt(1 + self.skewness * shifted)
-        return 3 * shifted / (root**2 + root + 1)
+        return np.asarray(3 * shifted / (root**2 + root + 1), dtype=np.float64)
 
 
 def moments(values: Array, strata: Sequence[str]) -> Moments:

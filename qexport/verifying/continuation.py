@@ -20,10 +20,10 @@ from transformers import (
 from qexport.errors import NumericalError
 from qexport.tensors import Checkpoint
 from qexport.tensors.strict_json import parse_json
-from qexport.verifying.prompt_batches import PromptBatch, last_logits
+from qexport.verifying.prompt_batches import PromptBatch
 
 _GENERATION_CONFIG: Final = "generation_config.json"
-_LOGITS_AT_ONCE: Final = 1 << 25
+_LOGITS_AT_ONCE: Final = 1 << 24
 
 Noise = Callable[[Sequence[int]], LogitsProcessorList]
 """From the prompts of a batch to what changes their logits before the likeliest token is taken."""
@@ -148,13 +148,23 @@ def _judge(
     longest = max(map(len, continuations))
     follow = torch.tensor([[*tokens, *[0] * (longest - len(tokens))] for tokens in continuations])[:, :-1]
     ids, mask = torch.cat([prompts, follow], 1), torch.cat([mask, torch.ones_like(follow)], 1)
-    logits = last_logits(model, ids, mask, longest)
+    logits = _last_logits(model, ids, mask, longest)
     opinions = []
     for row, tokens in zip(logits, continuations, strict=True):
         likely = row[: len(tokens)].log_softmax(-1, dtype=torch.float32)
         own = likely.gather(1, torch.tensor(tokens, device=row.device)[:, None])[:, 0]
         opinions.append(Opinion(tuple(likely.argmax(-1).tolist()), tuple(own.tolist())))
     return opinions
+
+
+def _last_logits(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, count: int) -> Tensor:
+    """The logits [rows, count, vocabulary] of the last columns; positions are counted from each row's first token."""
+    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
+    on_device: dict[str, Any] = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    logits = model(**on_device, use_cache=False, logits_to_keep=count).logits
+    assert isinstance(logits, Tensor)
+    return logits
 
 
 class _Margins(LogitsProcessor):

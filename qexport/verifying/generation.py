@@ -13,8 +13,8 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from qexport.architectures.runner import BlockRunner
 from qexport.text.prompts import Prompt
 from qexport.verifying.continuation import Continuation, Opinion, continue_all, ends_of, judge_all
-from qexport.verifying.memory import has_room_for_float32
-from qexport.verifying.prompt_batches import Padding, PromptBatch, batch_prompts, check_padding
+from qexport.verifying.padding import Padding, check_padding
+from qexport.verifying.prompt_batches import PromptBatch, batch_prompts
 from qexport.verifying.sampling import sampling_noise
 from qexport.verifying.settings import SamplingSettings
 from qexport.verifying.text_similarity import chrf, edit_distance, first_difference, repetition_rate, rouge_l
@@ -112,14 +112,12 @@ class GenerationFigures:
         samples: sample by sample, each in the order of the prompts; empty where none were asked for.
         max_new_tokens: the limit of every continuation.
         padding: whether prompts of different lengths were continued side by side, and what that changes.
-        held_in_float32: whether large weights were in float32, see `BlockRunner.whole`. Only rounding depends on it.
     """
 
     prompts: tuple[PromptResult, ...]
     samples: tuple[SampleResult, ...]
     max_new_tokens: int
     padding: Padding
-    held_in_float32: bool
 
 
 def compare_generations(
@@ -150,14 +148,14 @@ def compare_generations(
     Raises:
         NumericalError: logits hold NaN or Inf.
     """
-    ids, held = [prompt.id for prompt in prompts], has_room_for_float32(reference)
+    ids = [prompt.id for prompt in prompts]
     batch = partial(batch_prompts, inputs, new_tokens=_limit(settings), fill=_fill(settings))
-    with reference.whole(held_in_float32=held) as model:
-        padding = check_padding(model, batch(padded=True))
+    with reference.whole() as model:
+        padding = check_padding(model, batch(padded=True), settings)
         batches = batch(padded=padding.allowed)
         own = continue_all(model, batches, settings, finished)
         own_samples = _samples(model, batches, ids, settings, sampling, finished)
-    with artifact.whole(held_in_float32=held) as model:
+    with artifact.whole() as model:
         other = continue_all(model, batches, settings, finished)
         opinions = judge_all(model, batches, own)
         other_samples = _samples(model, batches, ids, settings, sampling, finished)
@@ -170,7 +168,7 @@ def compare_generations(
         for sample, both in enumerate(zip(own_samples, other_samples, strict=True))
         for name, ours, theirs in zip(ids, *both, strict=True)
     )
-    return GenerationFigures(tuple(results), tuple(samples), _limit(settings), padding, held)
+    return GenerationFigures(tuple(results), tuple(samples), _limit(settings), padding)
 
 
 def _samples(

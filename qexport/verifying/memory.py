@@ -31,11 +31,6 @@ def bytes_in_memory(structure: Structure, dtype: torch.dtype) -> int:
     return sum(math.prod(shape) for shape in structure.parameters.values()) * dtype.itemsize
 
 
-def has_room_for_float32(runner: BlockRunner) -> bool:
-    """Whether `BlockRunner.whole` may hold its weights in float32: on top of what it needs anyway."""
-    return 2 * needed_memory(runner) <= available_memory(runner.device)
-
-
 def available_memory(device: torch.device) -> float:
     """Bytes that can be taken without swapping: on the accelerator, or in main memory within the control group."""
     if device.type == "cuda":

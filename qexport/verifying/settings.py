@@ -80,8 +80,8 @@ class VerifySettings(Settings):
     """Tokens in a window. Windows do not overlap."""
 
     prompts: str | None = None
-    """A JSONL file with `id`, `prompt` or `messages`, and perhaps `domain`, `style` and `pair`; both models continue each
-    prompt greedily."""
+    """A JSONL file with `id`, `prompt` or `messages`, and perhaps `domain`, `style` and `pair`; both models continue
+    each prompt greedily."""
 
     max_new_tokens: Annotated[int, Field(ge=1)] = 32
     """Tokens to generate for each prompt."""

@@ -206,8 +206,7 @@ def _timings(model: PreTrainedModel, times: Sequence[Sequence[float]]) -> Timing
 
 def resident_bytes(model: PreTrainedModel) -> int:
     """Bytes of all parameters and buffers; what two names share counts once."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return sum({tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 def _obstacle(

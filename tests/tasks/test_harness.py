@@ -163,6 +163,21 @@ def test_a_block_runners_model_is_measured_and_left_as_it_was(tied: bool, tmp_pa
     assert told == ["local", "local"]
 
 
+def test_log_probabilities_are_finer_than_the_models_dtype(tmp_path: Path) -> None:
+    model = factories.build(factories.llama_config())
+    head = model.get_output_embeddings()
+    assert isinstance(head, torch.nn.Linear)
+    with torch.no_grad():
+        head.weight.mul_(0.1)  # near -6 bfloat16 has steps of 1/32, and many choices now lie closer together
+    choices = list("abcdefghijklmnopqrstuvwxyz0123456789")
+    rows: list[dict[str, Any]] = []
+    for row in ROWS:
+        scores = [log_likelihood(model, row["question"], f" {choice}") for choice in choices]
+        rows.append({"question": row["question"], "choices": choices, "answer": scores.index(max(scores))})
+    (result,) = measure(model, model, write_task(tmp_path, rows, CHOICE))
+    assert result.reference_accuracy == 1.0
+
+
 def test_an_artifact_is_measured_as_it_lies_on_disk(tmp_path: Path) -> None:
     model = QuantizedModel(factories.build(factories.llama_config()))
     model.write(tmp_path / "artifact")
@@ -253,10 +268,13 @@ def test_what_the_harness_had_is_put_back_and_nothing_is_printed(
     rows = [{"question": row["question"], "answer": "?"} for row in ROWS]
     tasks = (write_task(tmp_path, ROWS, CHOICE), write_task(tmp_path, rows, GENERATION, name="written"))
     before: list[Callable[..., Any] | Any] = [lm_eval.utils.env, tqdm.tqdm.__init__]
-    measure(*models, *tasks)
+    tokenizer = factories.tokenizer()
+    tokenizer.pad_token = None
+    settings = TaskSettings(tasks=[str(task) for task in tasks])
+    measure_tasks(opened(models[0]), opened(models[1]), tokenizer, settings, lambda _: None)
     assert [lm_eval.utils.env, tqdm.tqdm.__init__] == before
     assert "tie_weights" not in vars(models[0])
-    assert TOKENIZER.padding_side == factories.tokenizer().padding_side
+    assert tokenizer.pad_token is None
     assert capfd.readouterr() == ("", "")
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from qexport.artifact.digest import sha256_json
 from qexport.errors import QexportError
-from qexport.statistics import mcnemar
+from qexport.statistics.paired import mcnemar
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,93 @@
+"""What `qexport verify` is to hold an artifact against, from its options."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from qexport.errors import RecipeError
+from qexport.gates.files import read_gates
+from qexport.loading.settings import LoadSettings
+from qexport.merge.settings import MergeSettings
+from qexport.recipe import load_recipe
+from qexport.verifying.settings import VerifySettings
+
+_RECIPES: Final = (".yaml", ".yml")
+
+
+@dataclass(frozen=True)
+class References:
+    """The options of the command.
+
+    Attributes:
+        reference: the path of a recipe, or a model as in a recipe's `load.base`.
+        overrides: `key=value` texts for the recipe.
+        adapter: with a model.
+        text: held-out files; replace the recipe's.
+        prompts: replaces the recipe's.
+        gates: a file; replaces the recipe's profile and gates.
+    """
+
+    reference: str
+    overrides: Sequence[str]
+    adapter: str | None
+    text: Sequence[str]
+    prompts: str | None
+    gates: Path | None
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What is to be loaded, merged and compared."""
+
+    load: LoadSettings
+    merging: MergeSettings
+    settings: VerifySettings
+
+
+def reference_of(options: References) -> Chosen:
+    """Reads the recipe and the file of gates.
+
+    Raises:
+        RecipeError: one of them is wrong, there is no held-out text, or options exclude each other.
+    """
+    chosen = _from_recipe(options) if options.reference.endswith(_RECIPES) else _from_model(options)
+    if options.gates is None:
+        return chosen
+    gates = read_gates(options.gates)
+    update = {"profile": gates.profile, "gates": gates.gates}
+    return Chosen(chosen.load, chosen.merging, chosen.settings.model_copy(update=update))
+
+
+def _from_recipe(options: References) -> Chosen:
+    if options.adapter is not None:
+        raise RecipeError("--adapter belongs to a model; a recipe names its own", mend="give load.adapter=ADAPTER")
+    recipe = load_recipe(options.reference, options.overrides)
+    if recipe.verify is None:
+        if not options.text:
+            raise _no_text(f"{options.reference} has no verify")
+        return Chosen(recipe.load, recipe.merge, _settings(options))
+    update = {"text": list(options.text)} if options.text else {}
+    prompts = {"prompts": options.prompts} if options.prompts else {}
+    return Chosen(recipe.load, recipe.merge, recipe.verify.model_copy(update={**update, **prompts}))
+
+
+def _from_model(options: References) -> Chosen:
+    if options.overrides:
+        raise RecipeError(
+            "a model has no values to replace", where=" ".join(options.overrides), mend="give a recipe as reference"
+        )
+    if not options.text:
+        raise _no_text(f"{options.reference} is a model")
+    load = LoadSettings(base=options.reference, adapter=options.adapter)
+    return Chosen(load, MergeSettings(), _settings(options))
+
+
+def _settings(options: References) -> VerifySettings:
+    return VerifySettings(text=list(options.text), prompts=options.prompts)
+
+
+def _no_text(why: str) -> RecipeError:
+    return RecipeError(f"there is no held-out text to measure on: {why}", where="--text", mend="give --text FILE")

@@ -1,0 +1,155 @@
+"""Speed: what is measured and in which order. No test depends on how fast the machine is."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import factories
+from qexport.loading.checkpoint import load_checkpoint
+from qexport.loading.settings import LoadSettings
+from qexport.reading.model import dense_model
+from qexport.verifying.settings import SpeedSettings
+from qexport.verifying.speed import (
+    NotMeasured,
+    SpeedFigures,
+    compare_speed,
+    measure_speed,
+    median_interval,
+    resident_bytes,
+)
+from quantized_models import QuantizedModel
+
+CPU = torch.device("cpu")
+PROMPT = torch.arange(1, 41).reshape(2, 20)
+SETTINGS = SpeedSettings(repeats=6, prompt_tokens=24, new_tokens=4)
+
+
+def compare(model: QuantizedModel, folder: Path, settings: SpeedSettings = SETTINGS) -> SpeedFigures | NotMeasured:
+    return compare_speed(model.checkpoint, folder, PROMPT, settings, dtype=torch.bfloat16, device=CPU)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> QuantizedModel:
+    model = QuantizedModel(factories.build(factories.llama_config()))
+    model.write(tmp_path)
+    return model
+
+
+def test_both_models_are_measured_as_they_are_loaded(model: QuantizedModel, tmp_path: Path) -> None:
+    found = compare(model, tmp_path)
+    assert isinstance(found, SpeedFigures)
+    assert (found.prompt_tokens, found.new_tokens) == (24, 4)
+    for timings in (found.reference, found.artifact):
+        assert timings.first_token.shape == timings.tokens_per_second.shape == (6,)
+        assert (timings.first_token > 0).all()
+        assert (timings.tokens_per_second > 0).all()
+    dense = sum(parameter.numel() for parameter in model.model.parameters()) * 2
+    frequencies = 2 * 4 * 16 // 2  # of the rotary embedding, in float32 and twice: as computed and as it began
+    assert found.reference.resident_bytes == dense + frequencies
+    assert found.artifact.resident_bytes < found.reference.resident_bytes
+    assert np.allclose(found.speed_ratios * found.reference.tokens_per_second, found.artifact.tokens_per_second)
+    assert np.allclose(found.first_token_ratios * found.reference.first_token, found.artifact.first_token)
+
+
+def test_models_take_turns_after_one_warm_up_each(model: QuantizedModel) -> None:
+    told: list[tuple[str, int]] = []
+
+    def listening(name: str) -> PreTrainedModel:
+        built = factories.build(factories.llama_config())
+        built.register_forward_pre_hook(
+            lambda _, args, kwargs: told.append((name, kwargs["input_ids"].shape[1])), with_kwargs=True
+        )
+        return built
+
+    measure_speed((listening("r"), listening("a")), PROMPT[:1], SETTINGS)
+    assert [name for name, tokens in told if tokens == 20] == list("ra" + "raar" * 3)
+    assert len(told) == 2 * 7 * SETTINGS.new_tokens
+
+
+def test_no_end_token_and_no_penalty_of_the_model_enters(
+    model: QuantizedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everything = list(range(factories.VOCABULARY))
+    (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {everything}, "repetition_penalty": 2.0}}')
+    found = compare(model, tmp_path)
+    assert isinstance(found, SpeedFigures)
+    assert np.isfinite(found.artifact.tokens_per_second).all()
+
+
+def test_a_slower_model_is_told_from_a_faster_one() -> None:
+    fast, slow = (factories.build(factories.llama_config()) for _ in range(2))
+    slow.register_forward_pre_hook(lambda *_: time.sleep(0.05))
+    found = measure_speed((fast, slow), PROMPT[:1], SETTINGS)
+    assert (found.artifact.first_token > 0.05).all()
+    assert (found.artifact.tokens_per_second < 20).all()
+    assert median_interval(found.speed_ratios).high < 1 < median_interval(found.first_token_ratios).low
+
+
+def test_without_room_for_both_nothing_is_measured(
+    model: QuantizedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = sum(parameter.numel() for parameter in model.model.parameters()) * 2
+    stored = (tmp_path / "model.safetensors").stat().st_size
+    needed = 1.25 * (dense + stored)
+    for free, measured in ((needed, True), (needed - 1, False)):
+        monkeypatch.setattr("qexport.verifying.speed.available_memory", lambda _, free=free: free)
+        found = compare(model, tmp_path)
+        assert isinstance(found, SpeedFigures) == measured
+    assert isinstance(found, NotMeasured)
+    assert "both models together need" in found.reason
+
+
+def test_learned_positions_are_not_passed(tmp_path: Path) -> None:
+    model = QuantizedModel(factories.build(factories.gpt2_config(n_positions=24)))
+    found = compare_speed(model.checkpoint, tmp_path, PROMPT, SETTINGS, dtype=torch.bfloat16, device=CPU)
+    assert found == NotMeasured("28 tokens are more than the 24 positions of the model")
+
+
+def test_what_two_names_share_is_in_memory_once() -> None:
+    tied, apart = (factories.build(factories.llama_config(tie_word_embeddings=tie)) for tie in (True, False))
+    assert resident_bytes(apart) - resident_bytes(tied) == factories.VOCABULARY * 64 * 2
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "falcon rw", "falcon h1", "gpt-neox", "gpt-2", "mixtral"])
+@torch.no_grad()
+def test_a_dense_model_from_a_source_is_the_one_that_transformers_loads(family: str, tmp_path: Path) -> None:
+    factories.save(factories.build(factories.FAMILIES[family]), tmp_path)
+    checkpoint = load_checkpoint(LoadSettings(base=str(tmp_path)))
+    ours = dense_model(checkpoint.config, checkpoint.weights, dtype=torch.bfloat16, device=CPU)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert torch.equal(ours(PROMPT).logits, theirs(PROMPT).logits)
+
+
+@pytest.mark.parametrize(("count", "rank"), [(6, 1), (8, 1), (9, 2), (11, 2), (12, 3), (20, 6), (25, 8)])
+def test_the_interval_of_a_median_lies_between_tabulated_ranks(count: int, rank: int) -> None:
+    """Ranks as in tables of nonparametric intervals for the median, for example Conover's."""
+    found = median_interval([float(value) for value in range(count, 0, -1)])
+    assert (found.low, found.high) == (rank, count + 1 - rank)
+    assert found.value == (count + 1) / 2
+
+
+def test_five_values_give_no_interval() -> None:
+    with pytest.raises(ValueError, match="needs 6 values"):
+        median_interval([1.0] * 5)
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=6, max_size=30))
+def test_the_interval_encloses_the_median(values: list[float]) -> None:
+    found = median_interval(values)
+    assert found.low <= found.value <= found.high
+
+
+def test_the_interval_of_a_median_covers_it_at_least_at_its_rate() -> None:
+    generator = np.random.default_rng(0)
+    runs: Any = generator.lognormal(0.0, 1.0, (2000, 7))
+    covered = np.mean([found.low <= 1.0 <= found.high for found in map(median_interval, runs)])
+    assert covered >= 0.95

@@ -35,16 +35,20 @@ def test_gates_that_pass_end_with_0_and_their_table(
     captured = capsys.readouterr()
     assert captured.err == ""
     rows = [line.split() for line in captured.out.splitlines()]
-    assert ["mean_kl", "passed", "0.161", "nats", "[0.153,", "0.169]", "≤", "0.6", "nats", "38", "windows"] in rows
-    assert ["top1_agreement", "passed", "79.3%", "[77.3,", "81.3]", "≥", "60%", "38", "windows"] in rows
+    assert ["mean_kl", "passed", "0.161", "nats", "[0.153,", "0.169]", "≤", "0.6", "nats", "38"] in rows
+    assert ["top1_agreement", "passed", "79.3%", "[77.3,", "81.3]", "≥", "60%", "38"] in rows
 
 
-def test_a_failed_gate_ends_with_6(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_gate_ends_with_6(
+    measured: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     limits = gates(measured, "gates: {mean_kl: {at_most: 0.1}, top1_agreement: {at_least: 0.79}}")
     assert main(["gate", str(measured / "report" / "report.json"), "--gates", limits]) == 6
     captured = capsys.readouterr()
-    assert "\nmean_kl: lies at 0.153 to 0.169, none of it at most 0.1\n" in captured.out
-    assert "\ntop1_agreement: lies at 0.773 to 0.813, part of it at least 0.79: not decided" in captured.out
+    lines = [line.strip() for line in captured.out.splitlines()]
+    assert "mean_kl: lies at 0.153 to 0.169, none of it at most 0.1" in lines
+    assert any(line.startswith("top1_agreement: lies at 0.773 to 0.813, part of it at least 0.79") for line in lines)
     assert captured.err.splitlines() == [
         "error: 1 gate failed: mean_kl is 0.161 where the limit is at most 0.1",
         f"where: {measured}/report/report.json",

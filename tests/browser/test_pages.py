@@ -77,7 +77,7 @@ class Browser:
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     binary, driver_binary = shutil.which("chromium"), shutil.which("chromedriver")
     if not binary or not driver_binary:
-        pytest.fail("Chromium and its driver are needed: apt-get install chromium chromium-driver", pytrace=False)
+        pytest.exit("Chromium and its driver are needed: apt-get install chromium chromium-driver", returncode=1)
     options = webdriver.ChromeOptions()
     options.binary_location = binary
     for option in (*QUIET, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):

@@ -42,7 +42,8 @@ def rich_report() -> Report:
         generations=generations(chance),
         tasks=[
             TaskRecord(task="arithmetic", metric="exact match", num_fewshot=5, sha256="0" * 64, items=1319,
-                       reference_accuracy=0.412, artifact_accuracy=0.388, only_reference=71, only_artifact=39, p_value=0.0029),
+                       reference_accuracy=0.412, artifact_accuracy=0.388, only_reference=71, only_artifact=39,
+                       p_value=0.0029),
         ],
         layers=layers(chance),
         checks=checks(),

@@ -62,7 +62,8 @@ def compare_merge(
         merged: the merged model.
         live: base and adapter.
         input_ids: int64 [windows, sequence_length].
-        dtype: what both compute in.
+        dtype: what both compute in. In one that is wider than the merged model's, only what merging has rounded is left
+            of the difference.
         device: where to compute.
         steps: is told of each.
 

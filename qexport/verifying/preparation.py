@@ -14,7 +14,7 @@ from qexport.tensors import Checkpoint
 from qexport.text.held_out import HeldOut
 from qexport.verifying.estimates import Units, window_means
 from qexport.verifying.live_adapter import LiveAdapter, NotMeasured, compare_merge
-from qexport.verifying.noise_floor import noise_floor
+from qexport.verifying.noise_floor import noise_floor, wider
 from qexport.verifying.steps import Steps
 
 
@@ -61,7 +61,7 @@ def prepare(
     if live is None:
         return Preparation(floor)
     try:
-        tokens = compare_merge(reference, live, held_out.input_ids, dtype=dtype, device=device, steps=steps)
+        tokens = compare_merge(reference, live, held_out.input_ids, dtype=wider(dtype), device=device, steps=steps)
     except NotMeasured as reason:
         report(Notice(f"the merge was not held against PEFT: {reason}"))
         return Preparation(floor, unconfirmed=[f"the merge against PEFT ({reason})"])

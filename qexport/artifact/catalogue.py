@@ -20,8 +20,8 @@ class FigureKind:
         ideal: the value of an artifact that equals its reference; None where there is no such value.
         better: which way a gate on it may point: `lower` takes at_most, `higher` at_least, `near` either.
         gated: whether it has an interval, without which no gate can be decided.
-        teacher_forced: measured on every window of the held-out text that is taken, so that more of them make its interval
-            narrower.
+        teacher_forced: measured on every window of the held-out text that is taken, so that more of them make its
+            interval narrower.
     """
 
     label: str

@@ -20,8 +20,8 @@ class FigureKind:
         ideal: the value of an artifact that equals its reference; None where there is no such value.
         better: which way a gate on it may point: `lower` takes at_most, `higher` at_least, `near` either.
         gated: whether it has an interval, without which no gate can be decided.
-        teacher_forced: measured on as many windows of the held-out text as the gates need: more of them make its interval
-            narrower.
+        teacher_forced: measured on every window of the held-out text that is taken, so that more of them make its
+            interval narrower.
     """
 
     label: str
@@ -36,7 +36,7 @@ class FigureKind:
         return None if self.ideal is None else abs(value - self.ideal)
 
 
-def _measured_once(label: str, form: Form, ideal: float, better: Better) -> FigureKind:
+def _generated(label: str, form: Form, ideal: float, better: Better) -> FigureKind:
     return FigureKind(label, form, ideal, better, teacher_forced=False)
 
 
@@ -68,21 +68,23 @@ CATALOGUE: Final[Mapping[str, FigureKind]] = {
     "kl_over_rtn": FigureKind("mean KL divergence, artifact - round-to-nearest", "nats"),
     "adapter_effect": FigureKind("mean KL divergence of the base without the adapter", "nats"),
     "kl_over_base": FigureKind("mean KL divergence from the reference - from the base", "nats"),
-    "merge_kl": _measured_once("mean KL divergence of the merge from the adapter in PEFT", "nats", 0.0, "lower"),
-    "identical_generations": _measured_once("equal continuations", "share", 1.0, "higher"),
-    "first_divergence": _measured_once("share of a continuation before the first difference", "share", 1.0, "higher"),
-    "generation_flips": _measured_once("decisive flips along the reference's continuations", "share", 0.0, "lower"),
-    "edit_distance": _measured_once("token edit distance of the continuations", "share", 0.0, "lower"),
-    "chrf": _measured_once("chrF of the continuations", "number", 100.0, "higher"),
-    "rouge_l": _measured_once("ROUGE-L of the continuations", "share", 1.0, "higher"),
-    "repetition_change": _measured_once("change of the repetition rate", "points", 0.0, "near"),
-    "length_limit_change": _measured_once("change of the share that hits the length limit", "points", 0.0, "near"),
-    "length_ratio": _measured_once("length, artifact / reference", "ratio", 1.0, "near"),
-    "style_sensitivity": _measured_once("edit distance, messy - clean prompts", "points", 0.0, "near"),
-    "sampled_chrf": _measured_once("chrF of sampled continuations", "number", 100.0, "higher"),
-    "speed_ratio": _measured_once("tokens per second, artifact / reference", "ratio", 1.0, "near"),
-    "first_token_ratio": _measured_once("time to first token, artifact / reference", "ratio", 1.0, "near"),
-    "accuracy_change": _measured_once("accuracy, artifact - reference", "points", 0.0, "near"),
+    "merge_kl": FigureKind(
+        "mean KL divergence of the merge from the adapter in PEFT", "nats", 0.0, teacher_forced=False
+    ),
+    "identical_generations": _generated("equal continuations", "share", 1.0, "higher"),
+    "first_divergence": _generated("share of a continuation before the first difference", "share", 1.0, "higher"),
+    "generation_flips": _generated("decisive flips along the reference's continuations", "share", 0.0, "lower"),
+    "edit_distance": _generated("token edit distance of the continuations", "share", 0.0, "lower"),
+    "chrf": _generated("chrF of the continuations", "number", 100.0, "higher"),
+    "rouge_l": _generated("ROUGE-L of the continuations", "share", 1.0, "higher"),
+    "repetition_change": _generated("change of the repetition rate", "points", 0.0, "near"),
+    "length_limit_change": _generated("change of the share that hits the length limit", "points", 0.0, "near"),
+    "length_ratio": _generated("length, artifact / reference", "ratio", 1.0, "near"),
+    "style_sensitivity": _generated("edit distance, messy - clean prompts", "points", 0.0, "near"),
+    "sampled_chrf": _generated("chrF of sampled continuations", "number", 100.0, "higher"),
+    "speed_ratio": _generated("tokens per second, artifact / reference", "ratio", 1.0, "near"),
+    "first_token_ratio": _generated("time to first token, artifact / reference", "ratio", 1.0, "near"),
+    "accuracy_change": _generated("accuracy, artifact - reference", "points", 0.0, "near"),
 }
 """By name. docs/verification.md has each one's formula and source."""
 

@@ -19,8 +19,8 @@ from qexport.verifying.lockstep import windows_at_once
 from qexport.verifying.memory import available_memory, needed_memory
 from qexport.verifying.steps import Steps
 
-WINDOWS: Final = 8
-"""Of the held-out text. Statistics need several."""
+WINDOWS: Final = 16
+"""Of the held-out text: enough to tell the noise of two computations from three times the noise floor."""
 _TOKENS: Final = 64
 """Of each window."""
 

@@ -36,6 +36,9 @@ _FIGURES: Final[Sequence[tuple[str, Callable[[PromptResult], float], Range]]] = 
     ("length_ratio", lambda result: result.length_ratio, NOT_NEGATIVE),
 )
 
+_TRIALS: Final = {"identical_generations": 1}
+"""Where a prompt gives yes or no: a few prompts that all say yes do not make it certain."""
+
 
 @dataclass(frozen=True)
 class MeasuredGenerations:
@@ -129,7 +132,7 @@ def _figures(found: GenerationFigures, prompts: Sequence[Prompt]) -> list[Figure
 
     def estimate(chosen: Units, mask: NDArray[np.bool_]) -> list[Figure]:
         return [
-            chosen.mean(name, np.array([value(result) for result in results])[mask], within)
+            chosen.mean(name, np.array([value(result) for result in results])[mask], within, trials=_TRIALS.get(name))
             for name, value, within in _FIGURES
         ]
 

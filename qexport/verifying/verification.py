@@ -175,6 +175,7 @@ def _models(given: Given, source: ArtifactSource) -> Models:
     source.check_complete(reference.structure)
     config, _ = without_code_keys(source.config)
     artifact = BlockRunner(config, source, dtype=given.dtype, device=given.device)
+    source.check_complete(artifact.structure)
     nearest = None
     if has_nearest_rival(source.grids):
         rounded = given.nearest(source.grids, source.transposed)

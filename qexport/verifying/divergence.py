@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import zip_longest
 from typing import Final
 
 import torch
@@ -83,8 +84,8 @@ def compare(
 
     Args:
         runners: the models.
-        batches: each model's hidden states, as `run_in_lockstep` returns them.
-        pairs: which models to compare.
+        batches: each model's hidden states, as `run_in_lockstep` returns them; some models may have only the first.
+        pairs: which models to compare, on the windows that both have.
         input_ids: int64 [windows, sequence_length].
         finished: is told after each batch how many windows are compared.
 
@@ -98,14 +99,27 @@ def compare(
     parts: list[list[TokenFigures]] = [[] for _ in pairs]
     first = 0
     with _heads(runners) as heads:
-        for models in zip(*batches, strict=True):
+        for models in zip_longest(*batches):
+            present = [index for index, batch in enumerate(models) if batch is not None]
+            chosen = {number: _among(pair, present) for number, pair in enumerate(pairs) if {*pair} <= {*present}}
             last = first + len(models[0].hidden)
-            for found in _compare_hidden(heads, [batch.hidden for batch in models], pairs, targets[first:last]):
-                for own, figures in zip(parts, found, strict=True):
-                    own.append(figures)
+            hidden, own = [models[index].hidden for index in present], [heads[index] for index in present]
+            for found in _compare_hidden(own, hidden, list(chosen.values()), targets[first:last]):
+                for number, figures in zip(chosen, found, strict=True):
+                    parts[number].append(figures)
             first = last
             finished(last)
-    return [TokenFigures.joined(own).reshape(len(input_ids)) for own in parts]
+    return [_by_window(own, targets.shape[1]) for own in parts]
+
+
+def _among(pair: Pair, present: Sequence[int]) -> Pair:
+    """The pair as indices into those that are present."""
+    return present.index(pair[0]), present.index(pair[1])
+
+
+def _by_window(parts: Sequence[TokenFigures], tokens: int) -> TokenFigures:
+    joined = TokenFigures.joined(parts)
+    return joined.reshape(joined.kl.numel() // tokens)
 
 
 def compare_logits(logits: Sequence[Tensor], pairs: Sequence[Pair], targets: Tensor) -> list[TokenFigures]:

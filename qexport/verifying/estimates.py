@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -18,7 +18,7 @@ from qexport.statistics.quantiles import quantile_interval
 from qexport.statistics.samples import NOT_NEGATIVE, REAL, SHARE, Interval, Range, Sample, transformed
 from qexport.statistics.sequences import confidence_sequence
 from qexport.verifying.divergence import TokenFigures
-from qexport.verifying.rounds import Comparison
+from qexport.verifying.rounds import Measured
 from qexport.verifying.tails import decisive_flips
 
 Array = NDArray[np.float64]
@@ -47,9 +47,9 @@ class Units:
         """The domains, for the statistics."""
         return [domain or _NO_DOMAIN for domain in self.domains]
 
-    def first(self, count: int) -> Units:
-        """The first `count` of them."""
-        return replace(self, domains=self.domains[:count])
+    def chosen(self, indices: Sequence[int]) -> Units:
+        """Some of them."""
+        return replace(self, domains=[self.domains[index] for index in indices])
 
     def figure(self, name: str, fixed: Interval, sequence: Interval) -> Figure:
         """The figure with both of its intervals."""
@@ -124,23 +124,21 @@ def divergence_figures(tokens: TokenFigures, units: Units) -> list[Figure]:
     return by_domain(units, estimate)
 
 
-def rival_figures(tokens: Mapping[Comparison, TokenFigures], units: Units) -> list[Figure]:
+def rival_figures(found: Measured, units: Units) -> list[Figure]:
     """Round-to-nearest and the base without the adapter, over the windows that they were run on."""
     figures = []
-    artifact = window_means(tokens["artifact"].kl)
-    if "nearest" in tokens:
-        nearest = window_means(tokens["nearest"].kl)
-        chosen = units.first(len(nearest))
+    means = {name: window_means(tokens.kl) for name, tokens in found.tokens().items()}
+    if "nearest" in means:
+        chosen, own = units.chosen(found.indices["nearest"]), means["artifact"][found.indices["nearest"]]
         figures += [
-            chosen.mean("rtn_mean_kl", nearest, NOT_NEGATIVE),
-            chosen.mean("kl_over_rtn", artifact[: len(nearest)] - nearest),
+            chosen.mean("rtn_mean_kl", means["nearest"], NOT_NEGATIVE),
+            chosen.mean("kl_over_rtn", own - means["nearest"]),
         ]
-    if "base" in tokens:
-        base, from_base = (window_means(tokens[name].kl) for name in ("base", "artifact_from_base"))
-        chosen = units.first(len(base))
+    if "base" in means:
+        chosen, own = units.chosen(found.indices["base"]), means["artifact"][found.indices["base"]]
         figures += [
-            chosen.mean("adapter_effect", base, NOT_NEGATIVE),
-            chosen.mean("kl_over_base", artifact[: len(base)] - from_base),
+            chosen.mean("adapter_effect", means["base"], NOT_NEGATIVE),
+            chosen.mean("kl_over_base", own - means["artifact_from_base"]),
         ]
     return figures
 

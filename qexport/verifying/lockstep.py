@@ -21,7 +21,11 @@ def windows_at_once(sequence_length: int) -> int:
 
 
 def run_in_lockstep(
-    runners: Sequence[BlockRunner], input_ids: Tensor, finished: Callable[[int], None]
+    runners: Sequence[BlockRunner],
+    input_ids: Tensor,
+    finished: Callable[[int], None],
+    *,
+    windows: Sequence[int] | None = None,
 ) -> tuple[list[list[Batch]], list[float]]:
     """The hidden states behind the last block, for each model.
 
@@ -31,12 +35,14 @@ def run_in_lockstep(
         runners: two models or more, with the same number of blocks.
         input_ids: int64 [windows, sequence_length].
         finished: is told the number of blocks that all models have run.
+        windows: how many of the first windows each model runs; all where None. The first two models run all.
 
     Returns:
         One list of batches a model, with the same windows in the same order; and behind each block, how far the second
         model's hidden states are from the first one's: the norm of the difference over the norm of the first one's.
     """
-    batches = [runner.embed(input_ids, windows_at_once(input_ids.shape[1])) for runner in runners]
+    at_once, counts = windows_at_once(input_ids.shape[1]), windows or [len(input_ids)] * len(runners)
+    batches = [runner.embed(input_ids[:count], at_once) for runner, count in zip(runners, counts, strict=True)]
     drift = []
     for index in range(len(runners[0].structure.blocks)):
         for runner, own in zip(runners, batches, strict=True):

@@ -15,7 +15,7 @@ from qexport.verifying.estimates import Units, divergence_figures
 from qexport.verifying.lockstep import run_in_lockstep
 from qexport.verifying.steps import Steps
 
-WINDOWS: Final = 4
+WINDOWS: Final = 2
 """Enough: the divergence between two dtypes is nearly the same on every text."""
 
 

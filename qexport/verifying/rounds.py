@@ -21,6 +21,9 @@ Comparison = Literal["artifact", "nearest", "base", "artifact_from_base"]
 _GROWTH: Final = 2
 """By how much the windows grow from one look at the gates to the next."""
 
+_RIVAL_WINDOWS: Final = 8
+"""Windows of a look that rivals run, rounded up to whole batches: they differ by more than the artifact does."""
+
 _RIVAL_GATES: Final[Mapping[str, str]] = {"nearest": "better_than_rtn", "base": "adapter"}
 """What a rival is run for. Once that is decided it rests."""
 
@@ -48,11 +51,13 @@ class Measured:
 
     Attributes:
         parts: for each comparison its tokens, a look after the other.
+        indices: for each comparison which windows these are; the artifact has all of them.
         looks: how many windows had been measured at each look.
         block_drift: see `run_in_lockstep`; of the first look.
     """
 
     parts: dict[Comparison, list[TokenFigures]] = field(default_factory=dict)
+    indices: dict[Comparison, list[int]] = field(default_factory=dict)
     looks: list[int] = field(default_factory=list)
     block_drift: list[float] = field(default_factory=list)
 
@@ -62,7 +67,7 @@ class Measured:
         return self.looks[-1] if self.looks else 0
 
     def tokens(self) -> dict[Comparison, TokenFigures]:
-        """Each comparison over its windows, which are the first ones: a rival may have been given fewer."""
+        """Each comparison over its windows."""
         return {name: TokenFigures.joined(parts) for name, parts in self.parts.items()}
 
 
@@ -127,10 +132,11 @@ def _look(runners: Mapping[str, BlockRunner], input_ids: Tensor, found: Measured
     """Measures further windows and adds them to what was found."""
     pairs, models = _pairs(list(runners)), list(runners.values())
     windows, length = input_ids.shape
+    counts = _windows_each(len(models), windows, length)
     steps.expect(len(models[0].structure.blocks) + math.ceil(windows / windows_at_once(length)))
-    names, tokens = f"{len(models)} models", len(models) * input_ids.numel()
+    names, tokens = f"{len(models)} models", sum(counts) * length
     batches, drift = run_in_lockstep(
-        models, input_ids, lambda block: steps.finished(f"block {block} of {names}", tokens)
+        models, input_ids, lambda block: steps.finished(f"block {block} of {names}", tokens), windows=counts
     )
     figures = compare(
         models,
@@ -141,5 +147,13 @@ def _look(runners: Mapping[str, BlockRunner], input_ids: Tensor, found: Measured
     )
     for name, own in zip(pairs, figures, strict=True):
         found.parts.setdefault(name, []).append(own)
+        found.indices.setdefault(name, []).extend(range(found.windows, found.windows + len(own.kl)))
     found.looks.append(found.windows + windows)
     found.block_drift = found.block_drift or drift
+
+
+def _windows_each(models: int, windows: int, length: int) -> list[int]:
+    """Reference and artifact run all windows of a look, rivals the first ones."""
+    at_once = windows_at_once(length)
+    fewer = min(windows, math.ceil(_RIVAL_WINDOWS / at_once) * at_once)
+    return [windows, windows, *[fewer] * (models - 2)]

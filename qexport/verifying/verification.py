@@ -191,7 +191,7 @@ def _figures(found: Measured, given: Given) -> list[Figure]:
         figure.model_copy(update={"noise_floor": floor.get(figure.name)}) if figure.domain is None else figure
         for figure in divergence_figures(tokens["artifact"], units)
     ]
-    return [*own, *rival_figures(tokens, units), *given.prepared.figures]
+    return [*own, *rival_figures(found, units), *given.prepared.figures]
 
 
 def _timings(seconds: float, measured: MeasuredSpeed) -> Timings:

@@ -195,7 +195,7 @@ def test_unmeasured_gates_show_dashes_and_limits_stay_as_written() -> None:
     assert gate_limit(gate) == "≤ 0.35 nats"
     limit = reports.gate_result(figure="top1_agreement", bound="at_least", limit=0.07)
     assert gate_limit(limit) == "≥ 7%"
-    assert written("a figure of the future", 2.5) == "2.500"
+    assert written("a figure of the future", 2.5) == "2.50"
 
 
 def marked(gate_name: str, **changes: object) -> tuple[float, float]:

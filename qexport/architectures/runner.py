@@ -172,10 +172,10 @@ class BlockRunner:
                     given, args = args[0], args[1:]
                 hidden.append(given)
                 calls.append((args, kwargs))
-                if index == len(self._layers) - 1:
-                    raise _AllRecordedError
                 if index == 0:
                     self._probe(given, calls[0])
+                if index == len(self._layers) - 1:
+                    raise _AllRecordedError
                 return (given,) if self._returns_tuple else given
 
             return record

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -89,9 +91,24 @@ def _live_logits(base: BlockRunner, adapter: Path, ids: Tensor) -> Tensor:
         live = _with_adapter(model, adapter)
         try:
             live.eval()
-            return _logits(live, ids, base.device)
+            with _head_in_float32(model):
+                return _logits(live, ids, base.device)
+        except Exception as error:  # PEFT raises what it comes upon
+            raise NotMeasured(f"PEFT cannot run the adapter: {error}") from error
         finally:
             live.unload()
+
+
+@contextmanager
+def _head_in_float32(model: PreTrainedModel) -> Iterator[None]:
+    """PEFT's layer over a tied head multiplies by itself, without the hook that widens the head's inputs."""
+    head = model.get_output_embeddings()
+    assert isinstance(head, torch.nn.Module)
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0].to(torch.float32), *args[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _with_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:

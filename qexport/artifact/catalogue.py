@@ -20,7 +20,7 @@ class FigureKind:
         ideal: the value of an artifact that equals its reference; None where there is no such value.
         better: which way a gate on it may point: `lower` takes at_most, `higher` at_least, `near` either.
         gated: whether it has an interval, without which no gate can be decided.
-        teacher_forced: measured on windows of the held-out text, so that more windows make its interval narrower.
+        teacher_forced: measured on the held-out text, on as many windows as the gates need.
     """
 
     label: str
@@ -67,7 +67,9 @@ CATALOGUE: Final[Mapping[str, FigureKind]] = {
     "kl_over_rtn": FigureKind("mean KL divergence, artifact - round-to-nearest", "nats"),
     "adapter_effect": FigureKind("mean KL divergence of the base without the adapter", "nats"),
     "kl_over_base": FigureKind("mean KL divergence from the reference - from the base", "nats"),
-    "merge_kl": FigureKind("mean KL divergence of the merge from the adapter in PEFT", "nats", 0.0),
+    "merge_kl": FigureKind(
+        "mean KL divergence of the merge from the adapter in PEFT", "nats", 0.0, teacher_forced=False
+    ),
     "identical_generations": _generated("equal continuations", "share", 1.0, "higher"),
     "first_divergence": _generated("share of a continuation before the first difference", "share", 1.0, "higher"),
     "generation_flips": _generated("decisive flips along the reference's continuations", "share", 0.0, "lower"),

@@ -140,5 +140,7 @@ def _scientific(value: float) -> str:
 
 
 def _shortest(value: float) -> str:
-    """A limit as its author wrote it; four digits of one that was computed from the noise floor."""
-    return f"{float(f'{value:.4g}'):,.10g}".replace("-", "−")
+    """A limit as its author wrote it; one that was computed has more digits than anybody reads."""
+    if 0 < abs(value) < _SMALLEST_PLAIN:
+        return _scientific(value)
+    return f"{value:,.6g}".replace("-", "−")

@@ -178,7 +178,7 @@ def test_any_text_can_stand_in_a_report(text: str) -> None:
         ("perplexity_ratio", 1.00043, None, None, "1.00043", "–"),
         ("artifact_perplexity", 36.98, 35.8, 38.2, "36.98", "[35.80, 38.20]"),
         ("artifact_perplexity", 12345.6, None, None, "12,345.60", "–"),
-        ("kl_over_rtn", -0.352, -0.38, -0.32, "−0.35 nats", "[−0.38, −0.32]"),
+        ("kl_over_rtn", -0.352, -0.38, -0.32, "−0.35", "[−0.38, −0.32]"),
     ],
 )
 def test_values_have_the_digits_that_their_interval_supports(

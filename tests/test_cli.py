@@ -452,7 +452,7 @@ def test_the_summary_shows_every_figure_of_the_manifest() -> None:
         "note: the adapter was made for another name", "Read back from disk by qexport.",
         "Unconfirmed: gptqmodel is not installed",
     ):  # fmt: skip
-        assert expected in text, figure
+        assert expected in text, expected
 
 
 def test_the_summary_ends_with_the_place_and_how_to_load_it() -> None:

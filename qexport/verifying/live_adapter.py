@@ -23,6 +23,7 @@ from qexport.verifying.steps import Steps
 
 WINDOWS: Final = 16
 """Of the held-out text: enough to tell the noise of two computations from three times the noise floor."""
+
 _TOKENS: Final = 64
 """Of each window."""
 

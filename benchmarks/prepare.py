@@ -23,9 +23,11 @@ def main() -> None:
     planned = plan(recipe)
     checkpoint = planned.merged.checkpoint
     texts = read_texts(recipe, checkpoint, planned.structure)
-    assert texts.held_out is not None
-    assert texts.calibration is not None
-    windows = {"calibration": texts.calibration, "held_out": texts.held_out}
+    assert texts.evaluation is not None
+    windows = {
+        "held_out": texts.evaluation.held_out,
+        **({"calibration": texts.calibration} if texts.calibration else {}),
+    }
     tokens = {name: found.input_ids.tolist() for name, found in windows.items()}
     (work / "tokens.json").write_text(json.dumps(tokens))
     merged = work / "merged"

@@ -24,11 +24,9 @@ def main() -> None:
     checkpoint = planned.merged.checkpoint
     texts = read_texts(recipe, checkpoint, planned.structure)
     assert texts.evaluation is not None
-    windows = {
-        "held_out": texts.evaluation.held_out,
-        **({"calibration": texts.calibration} if texts.calibration else {}),
-    }
-    tokens = {name: found.input_ids.tolist() for name, found in windows.items()}
+    tokens = {"held_out": texts.evaluation.held_out.input_ids.tolist()}
+    if texts.calibration is not None:
+        tokens["calibration"] = texts.calibration.input_ids.tolist()
     (work / "tokens.json").write_text(json.dumps(tokens))
     merged = work / "merged"
     merged.mkdir()

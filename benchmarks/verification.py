@@ -1,7 +1,7 @@
-"""What `qexport verify` costs beside the least that anybody does: the perplexity of both models with transformers alone.
+"""What `qexport verify` costs beside the least that anybody does: the perplexity of both models, with transformers.
 
-The plain script has no divergence, no intervals, no rivals, no noise floor and no continuations; it holds a whole model in
-float32 and reads the same windows. It runs once a model.
+The plain script has no divergence, no intervals, no rivals, no noise floor and no continuations; it holds a whole model
+in float32 and reads the same windows. It runs once a model.
 
     python benchmarks/verification.py --artifact out/gptq-4bit/safetensors
 """

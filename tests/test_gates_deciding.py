@@ -216,6 +216,8 @@ def test_gates_that_are_not_expected_are_not_decided() -> None:
 def test_more_windows_are_wanted_for_what_they_can_decide() -> None:
     undecided = decided(0.15, "at_most", between(0.1, 0.2))
     assert needs_more([gate_result(), undecided])
+    assert needs_more([gate_result(), decided(0.15, "at_most", between(None, None))])
+    assert needs_more([gate_result(), decided(0.15, "at_most", between(0.1, None))])
     assert needs_more([built_in("better_than_rtn", between(-0.1, 0.1, name="kl_over_rtn"))])
 
 
@@ -225,10 +227,10 @@ def test_more_windows_are_wanted_for_what_they_can_decide() -> None:
         decided(0.3, "at_most", between(0.1, 0.2)),
         decided(0.05, "at_most", between(0.1, 0.2)),
         decided(0.15, "at_most"),
-        decided(0.15, "at_most", between(None, None)),
         decided(0.15, "at_most", between(0.1, 0.2, name="edit_distance"), name="edit_distance"),
         built_in("adapter", between(0.0, 0.0, name="kl_over_base")),
         built_in("merge", between(0.1, 0.2, name="merge_kl")),
+        built_in("merge", between(0.1, 0.2, name="merge_kl", noise_floor=0.05)),
         built_in("config"),
     ],
     ids=lambda result: f"{result.name} {result.verdict} {result.reason[:20]}",

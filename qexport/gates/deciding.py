@@ -65,13 +65,15 @@ def decide(
 
 
 def needs_more(results: Sequence[GateResult]) -> bool:
-    """Whether a gate is undecided that more windows could decide: one with an interval, which they make narrower."""
+    """Whether a gate is undecided that more windows could decide: they make its interval narrower, and give one to a
+    domain or a tail that has had too few for any.
+    """
     return any(
         result.verdict == "undecided"
         and result.figure is not None
         and CATALOGUE[result.figure].teacher_forced
-        and None not in (result.limit, result.low, result.high)
-        and result.low != result.high
+        and None not in (result.limit, result.value)
+        and (result.low is None or result.low != result.high)
         for result in results
     )
 

@@ -54,7 +54,8 @@ def test_it_is_the_drift_between_whole_models_in_both_dtypes(held_out: HeldOut) 
     wide.load_state_dict({name: tensor.float() for name, tensor in model.state_dict().items()})
     expected = whole_model_figures(model, wide, held_out.input_ids[:FIRST])
     names = ("reference_perplexity", "artifact_perplexity", "mean_kl", "top1_agreement")
-    assert [found[name] for name in names] == pytest.approx(expected, rel=0.02)
+    assert [found[name] for name in names if name != "mean_kl"] == pytest.approx(expected[:2] + expected[3:], rel=0.01)
+    assert found["mean_kl"] == pytest.approx(expected[2], rel=0.2)
 
 
 def test_only_the_first_windows_are_run(held_out: HeldOut, tmp_path: Path) -> None:

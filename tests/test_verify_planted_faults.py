@@ -37,7 +37,7 @@ from qexport.verifying.settings import VerifySettings
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 GROUP = 32
-GATES = {"mean_kl": {"at_most": 0.03}, "top1_agreement": {"at_least": 0.9}}
+GATES = {"mean_kl": {"at_most": 0.03}, "top1_agreement": {"at_least": 0.85}}
 """What the sound artifact keeps with room to spare."""
 
 Tensors = dict[str, torch.Tensor]
@@ -52,6 +52,11 @@ class Sound:
     @property
     def load(self) -> LoadSettings:
         return LoadSettings(base=str(self.folder / "base"), adapter=str(self.folder / "adapter"))
+
+    @cached_property
+    def intact(self) -> Report:
+        """The report of the sound GPTQ artifact."""
+        return self.verify(self.gptq)
 
     @cached_property
     def gptq(self) -> Path:
@@ -151,7 +156,7 @@ def value(report: Report, name: str = "mean_kl") -> float:
 
 
 def test_the_sound_artifact_passes_every_gate_at_its_first_look(sound: Sound) -> None:
-    report = sound.verify(sound.gptq)
+    report = sound.intact
     assert report.verdict == "pass"
     assert verdicts(report) == dict.fromkeys(
         ["config", "tokenizer", "merge", "adapter", "better_than_rtn", *GATES], "pass"
@@ -165,11 +170,11 @@ def test_the_sound_artifact_passes_every_gate_at_its_first_look(sound: Sound) ->
 def test_one_corrupted_layer_fails_the_divergence_and_shows_in_its_block(sound: Sound, copy: Path, block: int) -> None:
     name = f"model.layers.{block}.mlp.down_proj.qweight"
     edit_tensors(copy, lambda tensors: tensors[name].copy_(tensors[name].flip(0)))
-    report, before = sound.verify(copy), sound.verify(sound.gptq)
+    report = sound.verify(copy)
     assert report.verdict == "fail"
     assert {"mean_kl", "better_than_rtn"} <= failed(report)
     drift = [drift.relative_error for drift in report.block_drift]
-    intact = [drift.relative_error for drift in before.block_drift]
+    intact = [drift.relative_error for drift in sound.intact.block_drift]
     assert drift[:block] == intact[:block]
     assert drift[block] > 1.5 * intact[block]
 
@@ -288,7 +293,7 @@ def test_an_artifact_that_equals_its_reference_has_no_divergence_at_all_and_pass
 def test_sixteen_bits_against_thirty_two_are_at_the_noise_floor_and_pass(sound: Sound) -> None:
     wide = MergeSettings(dtype="float32")
     report = sound.verify(sound.dense, merging=wide, windows=64, max_windows=256, profile="16bit", gates={})
-    floor = find_figure(sound.verify(sound.dense).figures, "mean_kl")
+    floor = find_figure(sound.intact.figures, "mean_kl")
     assert floor is not None
     assert floor.noise_floor is not None
     assert 0 < value(report) < 3 * floor.noise_floor
@@ -314,7 +319,7 @@ def test_round_to_nearest_in_place_of_gptq_fails_the_gate_of_that_name(sound: So
 
 
 def test_a_limit_that_the_text_cannot_decide_spends_the_budget_and_stays_undecided(sound: Sound) -> None:
-    near = value(sound.verify(sound.gptq, windows=64))
+    near = value(sound.verify(sound.gptq, windows=64, gates={}))
     report = sound.verify(sound.gptq, gates={"mean_kl": {"at_most": near}})
     assert report.protocol.looks == [16, 32, 64]
     assert (report.verdict, named(report, "mean_kl").verdict) == ("undecided", "undecided")
@@ -322,13 +327,13 @@ def test_a_limit_that_the_text_cannot_decide_spends_the_budget_and_stays_undecid
 
 
 def test_more_windows_decide_what_the_first_look_could_not(sound: Sound) -> None:
-    first = named(sound.verify(sound.gptq), "mean_kl")
-    assert first.high is not None
-    assert first.value is not None
-    limit = (first.value + 2 * first.high) / 3
-    report = sound.verify(sound.gptq, gates={"mean_kl": {"at_most": limit}})
-    assert report.verdict == "pass", [gate.reason for gate in report.gates]
-    assert len(report.protocol.looks) > 1
+    gates = {"mean_kl": {"at_most": 0.02}}
+    few = sound.verify(sound.gptq, windows=6, max_windows=6, gates=gates)
+    assert (few.verdict, named(few, "mean_kl").verdict) == ("undecided", "undecided")
+    more = sound.verify(sound.gptq, windows=6, gates=gates)
+    assert more.verdict == "pass", [gate.reason for gate in more.gates]
+    assert more.protocol.looks[0] == 6
+    assert more.protocol.windows == more.protocol.looks[-1] > 6
 
 
 def test_what_was_not_measured_is_not_passed(sound: Sound) -> None:
@@ -347,7 +352,7 @@ def test_a_domain_that_the_text_does_not_have_is_not_passed(sound: Sound) -> Non
 
 
 def test_a_limit_under_three_times_the_noise_floor_is_refused(sound: Sound) -> None:
-    floor = find_figure(sound.verify(sound.gptq).figures, "mean_kl")
+    floor = find_figure(sound.intact.figures, "mean_kl")
     assert floor is not None
     assert floor.noise_floor is not None
     with pytest.raises(RecipeError, match="three times the noise floor"):
@@ -357,6 +362,6 @@ def test_a_limit_under_three_times_the_noise_floor_is_refused(sound: Sound) -> N
 
 
 def test_the_same_verification_gives_the_same_report_but_for_timings(sound: Sound) -> None:
-    one, other = sound.verify(sound.gptq), sound.verify(sound.gptq)
+    one, other = sound.intact, sound.verify(sound.gptq)
     assert one.digest() == other.digest()
     assert one.model_copy(update={"timings": other.timings}) == other

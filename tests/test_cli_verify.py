@@ -205,7 +205,9 @@ def test_a_folder_that_is_no_form_of_the_reference_is_refused(
     assert verified(artifact, made / "recipe.yaml", "--report", str(tmp_path / "report")) == 3
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert ("model.layers.2.mlp.up_proj.weight: unexpected" if fault == "another shape" else str(artifact)) in captured.err
+    assert (
+        "model.layers.2.mlp.up_proj.weight: unexpected" if fault == "another shape" else str(artifact)
+    ) in captured.err
     assert not (tmp_path / "report").exists()
 
 

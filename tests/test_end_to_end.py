@@ -239,7 +239,7 @@ def test_a_failed_gate_leaves_its_report_beside_the_artifact(tmp_path: Path) -> 
     assert [gate.name for gate in report.gates if gate.verdict == "fail"] == ["mean_kl"]
     assert result.manifest.verification is not None
     assert result.manifest.verification.verdict == "fail"
-    assert REPORT_FILES <= contents(result.artifact_path).keys()
+    assert contents(result.artifact_path).keys() >= REPORT_FILES
 
 
 def test_an_undecided_gate_sets_the_artifact_aside_too(tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ def test_every_layout_has_its_report_and_its_manifest_has_the_reports_digest(tmp
     for layout, manifest in result.manifests.items():
         folder = result.artifact_path / layout
         report = Report.read(folder)
-        assert REPORT_FILES <= contents(folder).keys()
+        assert contents(folder).keys() >= REPORT_FILES
         assert report.subject.layouts == [layout]
         assert manifest.verification is not None
         assert manifest.verification.report_sha256 == report.digest()

@@ -23,10 +23,10 @@ def main() -> None:
     planned = plan(recipe)
     checkpoint = planned.merged.checkpoint
     texts = read_texts(recipe, checkpoint, planned.structure)
-    assert texts.held_out is not None
+    assert texts.evaluation is not None
     assert texts.calibration is not None
-    windows = {"calibration": texts.calibration, "held_out": texts.held_out}
-    tokens = {name: found.input_ids.tolist() for name, found in windows.items()}
+    windows = {"calibration": texts.calibration.input_ids, "held_out": texts.evaluation.held_out.input_ids}
+    tokens = {name: ids.tolist() for name, ids in windows.items()}
     (work / "tokens.json").write_text(json.dumps(tokens))
     merged = work / "merged"
     merged.mkdir()

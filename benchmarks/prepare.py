@@ -24,9 +24,9 @@ def main() -> None:
     checkpoint = planned.merged.checkpoint
     texts = read_texts(recipe, checkpoint, planned.structure)
     assert texts.evaluation is not None
-    assert texts.calibration is not None
-    windows = {"calibration": texts.calibration.input_ids, "held_out": texts.evaluation.held_out.input_ids}
-    tokens = {name: ids.tolist() for name, ids in windows.items()}
+    tokens = {"held_out": texts.evaluation.held_out.input_ids.tolist()}
+    if texts.calibration is not None:
+        tokens["calibration"] = texts.calibration.input_ids.tolist()
     (work / "tokens.json").write_text(json.dumps(tokens))
     merged = work / "merged"
     merged.mkdir()

@@ -24,6 +24,7 @@ CONFIGS = {
     "falcon 7b": factories.falcon_config(),
     "falcon 7b biases": factories.falcon_config(bias=True),
     "falcon 40b": factories.falcon_40b_config(),
+    "one block": factories.llama_config(num_hidden_layers=1),
     "falcon rw": factories.falcon_config(
         alibi=True, multi_query=False, parallel_attn=False, bias=True, tie_word_embeddings=False
     ),

@@ -442,7 +442,7 @@ def test_a_full_disk_under_stdout_exits_with_8() -> None:
 
 def test_the_summary_shows_every_figure_of_the_manifest() -> None:
     text = shown(manifest())
-    for told in (
+    for expected in (
         "SmolLM2.gguf + release-notes", "GPTQ 4-bit, group 64, safetensors",
         "20.00", "22.00", "+10.0% on 16,384 tokens, windows of 512", "mean KL divergence", "same likeliest token",
         "equal continuations", "40 prompts", "mean_kl", "passed", "≤", "200 MB", "60 MB", "30%, 4.80 bits a weight",
@@ -452,7 +452,7 @@ def test_the_summary_shows_every_figure_of_the_manifest() -> None:
         "note: the adapter was made for another name", "Read back from disk by qexport.",
         "Unconfirmed: gptqmodel is not installed",
     ):  # fmt: skip
-        assert told in text, told
+        assert expected in text, expected
 
 
 def test_the_summary_ends_with_the_place_and_how_to_load_it() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -18,16 +18,18 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 import factories
 import qexport.verifying.lockstep as lockstep
 from qexport.architectures.runner import BlockRunner
-from qexport.artifact.manifest import Verification
+from qexport.artifact.figures import find_figure
 from qexport.errors import InputError, NumericalError
-from qexport.progress import Notice, Progress
-from qexport.tensors import CalibrationSet, Checkpoint, TensorSpec
+from qexport.progress import Notice, Progress, Reporter, silent
+from qexport.quantize.nearest import NearestSource
+from qexport.tensors import Checkpoint, TensorSpec
 from qexport.text.documents import Documents
-from qexport.text.prompts import Prompt
-from qexport.text.windows import make_windows
-from qexport.verifying.divergence import TokenFigures, compare
+from qexport.text.held_out import HeldOut, make_held_out
+from qexport.text.prompts import Prompt, PromptSet, encode_prompts
+from qexport.verifying.divergence import compare
+from qexport.verifying.preparation import Preparation
 from qexport.verifying.settings import VerifySettings
-from qexport.verifying.verification import judge, verify
+from qexport.verifying.verification import Given, Measurement, check_config, check_headers, verify
 from quantized_models import QuantizedModel, Tensors, dequantized, gptq_method
 
 CPU = torch.device("cpu")
@@ -40,21 +42,43 @@ def shared_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @cache
-def held_out() -> CalibrationSet:
-    documents = Documents(tuple(f"{index}. {text}" for index in range(4) for text in factories.TEXT), "held-out.jsonl")
-    return make_windows(
-        documents, shared_tokenizer(), samples=7, sequence_length=32, vocab_size=factories.VOCABULARY, seed=0
+def held_out() -> HeldOut:
+    items = tuple(f"{index}. {text}" for index in range(4) for text in factories.TEXT)
+    return make_held_out(
+        Documents(items, "held-out.jsonl"),
+        shared_tokenizer(),
+        windows=7,
+        sequence_length=32,
+        vocab_size=factories.VOCABULARY,
     )
 
 
-def measure(
-    reference: Checkpoint, artifact: Path, *, dtype: torch.dtype = torch.bfloat16, **options: Any
-) -> Verification:
-    settings = VerifySettings(text="held-out.jsonl", max_kl=options.pop("max_kl", None), max_new_tokens=4)
-    windows, prompts = options.pop("windows", held_out()), options.pop("prompts", [])
-    return verify(
-        reference, artifact, windows, prompts, settings, shared_tokenizer(), dtype=dtype, device=CPU, **options
+def given_of(
+    reference: Checkpoint, *, dtype: torch.dtype = torch.bfloat16, prompts: Sequence[Prompt] = (), windows: int = 7
+) -> Given:
+    encoded = encode_prompts(PromptSet(tuple(prompts), "prompts.jsonl"), shared_tokenizer()) if prompts else None
+    return Given(
+        reference=reference,
+        base=None,
+        nearest=lambda grids, transposed: NearestSource(reference.weights, grids, transposed),
+        prepared=Preparation({}),
+        held_out=held_out(),
+        prompts=encoded,
+        tokenizer=shared_tokenizer(),
+        settings=VerifySettings(text="held-out.jsonl", max_new_tokens=4, windows=windows),
+        dtype=dtype,
+        device=CPU,
     )
+
+
+def measure(reference: Checkpoint, artifact: Path, *, report: Reporter = silent, **options: Any) -> Measurement:
+    return verify(artifact, given_of(reference, **options), lambda figures: [], report=report)
+
+
+def value(found: Measurement, name: str = "mean_kl") -> float:
+    figure = find_figure(found.figures, name)
+    assert figure is not None
+    return figure.value
 
 
 def with_its_codes(model: QuantizedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -113,11 +137,11 @@ def test_the_figures_are_those_of_whole_models(
     reference = factories.build(CONFIGS[name], dtype=torch.float32)
     reference = filled(reference, dict(model.model.named_parameters()), dtype)
     expected = whole_model_figures(reference, with_its_codes(model, dtype), held_out().input_ids)
-    figures = [found.reference_perplexity, found.artifact_perplexity, found.mean_kl, found.top1_agreement]
-    assert figures == pytest.approx(expected, rel=1e-5)
-    assert found.mean_kl > 1e-3
-    assert (found.tokens, found.windows, found.sequence_length) == (7 * 31, 7, 32)
-    assert found.text_sha256 == held_out().sha256
+    names = ("reference_perplexity", "artifact_perplexity", "mean_kl", "top1_agreement")
+    assert [value(found, name) for name in names] == pytest.approx(expected, rel=1e-5)
+    assert value(found) > 1e-3
+    assert found.tokens.kl.shape == (7, 31)
+    assert all((figure.n, figure.tokens) == (7, 7 * 31) for figure in found.figures)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2 tied", "falcon 7b"])
@@ -126,9 +150,10 @@ def test_an_artifact_that_equals_its_reference_has_exactly_no_divergence(name: s
     model.write(tmp_path / "a")
     same = replace(model, model=with_its_codes(model, torch.bfloat16))
     found = measure(same.checkpoint, tmp_path / "a", prompts=PROMPTS if name == "llama" else [])
-    assert found.mean_kl == 0.0
-    assert found.top1_agreement == 1.0
-    assert found.reference_perplexity == found.artifact_perplexity
+    assert not found.tokens.kl.any()
+    assert value(found) == value(found, "decisive_flips") == 0.0
+    assert value(found, "top1_agreement") == value(found, "perplexity_ratio") == 1.0
+    assert [block.relative_error for block in found.block_drift] == [0.0, 0.0]
     if found.generations:
         assert found.generations.identical == found.generations.prompts == 2
 
@@ -142,13 +167,20 @@ def test_the_same_figures_come_from_one_and_two_threads(tmp_path: Path) -> None:
         torch.set_num_threads(count)
         found.append(measure(model.checkpoint, tmp_path / "a"))
     torch.set_num_threads(threads)
-    assert found[0] == found[1]
+    assert found[0].figures == found[1].figures
+    assert found[0].block_drift == found[1].block_drift
+    assert torch.equal(found[0].tokens.kl, found[1].tokens.kl)
 
 
 def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
+
+
+def edit_config(folder: Path, changes: Mapping[str, Any]) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 DOWN = "model.layers.1.mlp.down_proj"
@@ -174,46 +206,20 @@ def test_a_damaged_artifact_shows_in_the_divergence(
     intact = measure(model.checkpoint, tmp_path / "a")
     edit_tensors(tmp_path / "a", fault)
     damaged = measure(model.checkpoint, tmp_path / "a")
-    assert damaged.mean_kl > 3 * intact.mean_kl
-    assert damaged.reference_perplexity == intact.reference_perplexity
+    assert value(damaged) > 3 * value(intact)
+    assert value(damaged, "reference_perplexity") == value(intact, "reference_perplexity")
 
 
-def test_an_adapter_that_was_not_applied_shows_in_the_divergence(tmp_path: Path) -> None:
-    base = QuantizedModel(factories.build(factories.llama_config()))
-    base.write(tmp_path / "without")
-    merged = factories.build(factories.llama_config())
-    with torch.no_grad():
-        for name, weight in merged.named_parameters():
-            if "v_proj" in name:
-                weight.add_(torch.randn(64 // 2, 4) @ torch.randn(4, 64) * 0.1)
-    adapted = replace(base, model=merged)
-    adapted.write(tmp_path / "with")
-    right = measure(adapted.checkpoint, tmp_path / "with", max_kl=0.05)
-    wrong = measure(adapted.checkpoint, tmp_path / "without", max_kl=0.05)
-    assert wrong.mean_kl > 5 * right.mean_kl
-    assert [gate.passed for gate in right.gates + wrong.gates] == [True, False]
-
-
-def test_the_gate_holds_the_mean_divergence_against_its_limit(tmp_path: Path) -> None:
-    assert judge(0.5, VerifySettings(text="x")) == []
-    (at_limit,) = judge(0.5, VerifySettings(text="x", max_kl=0.5))
-    (above,) = judge(0.5000001, VerifySettings(text="x", max_kl=0.5))
-    assert (at_limit.name, at_limit.limit, at_limit.value, at_limit.passed) == ("max_kl", 0.5, 0.5, True)
-    assert not above.passed
-    with pytest.raises(ValueError, match="finite"):
-        judge(float("nan"), VerifySettings(text="x", max_kl=0.5))
-
-
-@pytest.mark.parametrize(("side", "scale"), [("artifact", 3e38), ("reference", 3e38)])
-def test_logits_that_are_not_finite_are_an_error(side: str, scale: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("side", ["artifact", "reference"])
+def test_logits_that_are_not_finite_are_an_error(side: str, tmp_path: Path) -> None:
     model = QuantizedModel(factories.build(factories.llama_config()))
     model.write(tmp_path / "a")
     tensors = {name: model.checkpoint.weights.read(name) for name in model.checkpoint.weights.specs()}
     if side == "artifact":
-        edit_tensors(tmp_path / "a", lambda saved: saved["lm_head.weight"].fill_(scale))
+        edit_tensors(tmp_path / "a", lambda saved: saved["lm_head.weight"].fill_(3e38))
     else:
-        tensors["lm_head.weight"].fill_(scale)
-    with pytest.raises(NumericalError, match=f"the {side}'s logits"):
+        tensors["lm_head.weight"].fill_(3e38)
+    with pytest.raises(NumericalError, match="logits hold NaN or Inf"):
         measure(replace(model.checkpoint, weights=Tensors(tensors)), tmp_path / "a")
 
 
@@ -251,9 +257,10 @@ def test_the_models_take_turns_block_by_block_and_each_block_is_read_once(monkey
             assert {name.split(".")[2] for name in read} == {str(index) for index in range(blocks)}
             assert len(read) == len(set(read))
 
-    batches = lockstep.run_in_lockstep((ours, theirs), held_out().input_ids, finished)
+    batches, drift = lockstep.run_in_lockstep((ours, theirs), held_out().input_ids, finished)
     assert left == [0, 0, 0]
-    figures: TokenFigures = compare(ours, theirs, (batches[0], batches[1]), held_out().input_ids, counts.append)
+    assert drift == [0.0, 0.0, 0.0]
+    (figures,) = compare((ours, theirs), batches, [(0, 1)], held_out().input_ids, counts.append)
     assert counts == [2, 4, 6, 7]
     assert figures.kl.shape == (7, 31)
     assert all(parameter.is_meta for parameter in ours._model.parameters())
@@ -268,10 +275,23 @@ def test_a_tied_head_or_norm_of_the_artifacts_own_is_used(name: str) -> None:
         BlockRunner(model.checkpoint.config, Tensors(each), dtype=torch.bfloat16, device=CPU)
         for each in (tensors, changed)
     )
-    batches = lockstep.run_in_lockstep((ours,), held_out().input_ids, lambda _: None)[0]
+    (batches, _), _ = lockstep.run_in_lockstep((ours, ours), held_out().input_ids, lambda _: None)
     theirs.embed(held_out().input_ids[:1], 1)
-    figures = compare(ours, theirs, (batches, batches), held_out().input_ids, lambda _: None)
-    assert figures.mean_kl > 1e-4
+    (figures,) = compare((ours, theirs), (batches, batches), [(0, 1)], held_out().input_ids, lambda _: None)
+    assert float(figures.kl.mean()) > 1e-4
+
+
+def test_a_head_that_another_config_changes_is_not_taken_for_the_references() -> None:
+    model = QuantizedModel(factories.build(factories.llama_config(rms_norm_eps=1e-6)))
+    config = {**model.checkpoint.config, "rms_norm_eps": 1.0}
+    ours, theirs = (
+        BlockRunner(each, model.checkpoint.weights, dtype=torch.float32, device=CPU)
+        for each in (model.checkpoint.config, config)
+    )
+    (batches, _), _ = lockstep.run_in_lockstep((ours, ours), held_out().input_ids, lambda _: None)
+    theirs.embed(held_out().input_ids[:1], 1)
+    (figures,) = compare((ours, theirs), (batches, batches), [(0, 1)], held_out().input_ids, lambda _: None)
+    assert float(figures.kl.mean()) > 1e-4
 
 
 def test_an_artifact_with_a_tensor_too_many_is_refused(tmp_path: Path) -> None:
@@ -288,34 +308,58 @@ def test_an_artifact_of_another_model_is_refused(tmp_path: Path) -> None:
         tmp_path / "a"
     )
     with pytest.raises(InputError, match=r"intermediate_size is 64, not 128\n +rms_norm_eps is"):
+        check_headers(model.checkpoint, tmp_path / "a")
+    with pytest.raises(InputError, match=r"shape \[64, 64\], the model asks for \[128, 64\]"):
+        measure(model.checkpoint, tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_hidden_layers": 1}, {"hidden_size": 32}, {"num_key_value_heads": 4}, {"vocab_size": 100}],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_weights_that_are_not_those_of_their_own_config_are_refused(changes: dict[str, int], tmp_path: Path) -> None:
+    model = QuantizedModel(factories.build(factories.llama_config()))
+    model.write(tmp_path / "a")
+    edit_config(tmp_path / "a", changes)
+    with pytest.raises(InputError, match="not the model that it claims to be"):
         measure(model.checkpoint, tmp_path / "a")
 
 
 @pytest.mark.parametrize("key", ["auto_map", "_attn_implementation"])
-def test_an_artifact_whose_config_would_load_code_is_refused(tmp_path: Path, key: str) -> None:
+def test_an_artifact_whose_config_would_load_code_is_told_and_not_obeyed(tmp_path: Path, key: str) -> None:
     model = QuantizedModel(factories.build(factories.llama_config()))
     model.write(tmp_path / "a")
-    path = tmp_path / "a" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {key: "org/name"}))
+    assert check_config(model.checkpoint, tmp_path / "a").passed
+    intact = measure(model.checkpoint, tmp_path / "a")
+    edit_config(tmp_path / "a", {key: "org/name"})
     with pytest.raises(InputError, match=key):
-        measure(model.checkpoint, tmp_path / "a")
+        check_headers(model.checkpoint, tmp_path / "a")
+    check = check_config(model.checkpoint, tmp_path / "a")
+    assert (check.gate, check.passed) == ("config", False)
+    assert key in check.detail
+    assert measure(model.checkpoint, tmp_path / "a").figures == intact.figures
 
 
-def test_progress_counts_every_step_and_names_what_was_not_confirmed(
+def test_progress_counts_every_step_and_names_what_was_not_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = QuantizedModel(factories.build(factories.llama_config()))
     model.write(tmp_path / "a")
     events: list[Progress | Notice] = []
     found = measure(model.checkpoint, tmp_path / "a", prompts=PROMPTS, report=events.append)
-    assert [(event.done, event.total) for event in events if isinstance(event, Progress)] == [(n, 7) for n in range(8)]
-    assert found.readers[0].startswith("qexport ")
+    steps = [event for event in events if isinstance(event, Progress)]
+    finished = [step for step in steps if step.detail]
+    assert [step.done for step in finished] == list(range(1, 8))  # two blocks, one batch, two prompts of two models
+    assert all(step.done <= step.total for step in steps)
+    assert (finished[-1].done, finished[-1].total) == (7, 7)
+    assert finished[-1].tokens == 2 * 3 * held_out().input_ids.numel()
     assert found.unconfirmed == []
 
-    monkeypatch.setattr("qexport.verifying.verification.available_memory", lambda device: 1000.0)
+    monkeypatch.setattr("qexport.verifying.whole_models.available_memory", lambda device: 1000.0)
     events.clear()
     found = measure(model.checkpoint, tmp_path / "a", prompts=PROMPTS, report=events.append)
     assert found.generations is None
-    assert found.unconfirmed == ["greedy generations (the model does not fit in memory)"]
-    assert "does not fit in memory" in next(event.text for event in events if isinstance(event, Notice))
-    assert [event.total for event in events if isinstance(event, Progress)] == [3, 3, 3, 3]
+    assert find_figure(found.figures, "edit_distance") is None
+    assert found.unconfirmed == ["generations (the model does not fit in memory)"]
+    assert "not measured: generations" in next(event.text for event in events if isinstance(event, Notice))

@@ -56,12 +56,16 @@ class BlockRunner:
         source: the weights, named as in `Structure.parameters`, which is as in files.
         dtype: the dtype to compute in.
         device: where to compute.
+
+    Attributes:
+        config: as it was given.
+        structure: the model's.
     """
 
     def __init__(
         self, config: Mapping[str, Any], source: WeightSource, *, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.dtype, self.device, self._source = dtype, device, source
+        self.config, self.dtype, self.device, self._source = config, dtype, device, source
         self._model = build_on_meta(parse_config(config))
         self._model.config.use_cache = False
         for parameter in self._model.parameters():
@@ -168,10 +172,10 @@ class BlockRunner:
                     given, args = args[0], args[1:]
                 hidden.append(given)
                 calls.append((args, kwargs))
-                if index == len(self._layers) - 1:
-                    raise _AllRecordedError
                 if index == 0:
                     self._probe(given, calls[0])
+                if index == len(self._layers) - 1:
+                    raise _AllRecordedError
                 return (given,) if self._returns_tuple else given
 
             return record

@@ -102,7 +102,7 @@ def inspect_artifact(path: Path, *, server: Server | None = None) -> Inspection:
         server: whose rules to hold it against.
 
     Raises:
-        InputError: a file or the report is not as the manifest says, or the tensors are not those of the model that
+        InputError: a file or the report is not as its manifest says, or the tensors are not those of the model that
             config.json describes.
         CompatibilityError: transformers does not know the family.
     """

@@ -64,11 +64,12 @@ def make_held_out(
     if short:
         items: tuple[Document, ...] = tuple(item for domain in short for item in parts[domain].items)
         rest, still_short = _cut_each({OTHER: Documents(items, documents.origin)}, cut, not found)
-        found |= rest
+        for domain, ids in rest.items():  # the text may have a domain of that name
+            found[domain] = torch.cat([found[domain], ids]) if domain in found else ids
         short = short if still_short else []
     order = list(_mixed({domain: len(ids) for domain, ids in found.items()}))[:windows]
     input_ids = torch.stack([found[domain][index] for domain, index in order])
-    left_out = tuple(str(domain) for domain in short)
+    left_out = tuple(domain or "text without a domain" for domain in short)
     return HeldOut(input_ids, tuple(domain for domain, _ in order), documents.sha256, documents.origin, left_out)
 
 

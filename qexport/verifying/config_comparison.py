@@ -33,6 +33,16 @@ def refuse_other_config(reference: Mapping[str, Any], artifact: Mapping[str, Any
     Raises:
         InputError: a key is missing, has another value, or is new and does not follow from the reference.
     """
+    if problems := config_differences(reference, artifact):
+        raise InputError(
+            "the artifact's config.json is not the reference's",
+            where=f"config.json: {listed(problems)}",
+            mend="verify the artifact against the model that it was made from",
+        )
+
+
+def config_differences(reference: Mapping[str, Any], artifact: Mapping[str, Any]) -> list[str]:
+    """Each key that means another model, with what it says and should say; see `refuse_other_config`."""
     ours = _plain(reference)
     expected = _implied(ours)
     problems = []
@@ -40,12 +50,7 @@ def refuse_other_config(reference: Mapping[str, Any], artifact: Mapping[str, Any
         found, wanted = artifact.get(key, _ABSENT), expected.get(key, ours.get(key, _ABSENT))
         if key not in _MAY_DIFFER and found not in (wanted, ours.get(key, wanted)):
             problems.append(f"{key}{_told(found, wanted)}")
-    if problems:
-        raise InputError(
-            "the artifact's config.json is not the reference's",
-            where=f"config.json: {listed(problems)}",
-            mend="verify the artifact against the model that it was made from",
-        )
+    return problems
 
 
 def _told(found: Any, wanted: Any) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 from qexport.architectures.runner import Batch, BlockRunner
 from qexport.errors import NumericalError
 from qexport.tensors.finite import is_finite
+from qexport.verifying.config_comparison import config_differences
 
 Head = Callable[[Tensor], Tensor]
 """From hidden states [..., tokens, hidden_size] to float32 logits [..., tokens, vocabulary]."""
@@ -210,8 +211,10 @@ def _heads(runners: Sequence[BlockRunner]) -> Iterator[list[Head]]:
 
 
 def _same_head(one: BlockRunner, other: BlockRunner) -> bool:
-    names = _head_parameters(one)
-    return one.dtype == other.dtype and all(torch.equal(one.read(name), other.read(name)) for name in names)
+    """Weights are not all of it: a config.json may say another epsilon of the norm, or scale the logits."""
+    if one.dtype != other.dtype or config_differences(one.config, other.config):
+        return False
+    return all(torch.equal(one.read(name), other.read(name)) for name in _head_parameters(one))
 
 
 def _head_parameters(runner: BlockRunner) -> list[str]:

@@ -55,15 +55,15 @@ def run_in_lockstep(
 
 
 def _relative_error(ours: Sequence[Batch], theirs: Sequence[Batch]) -> float:
-    """In float32 a window at a time, summed in an order that no number of threads changes."""
+    """In float64 a window at a time, summed in an order that no number of threads changes."""
     difference, norm = 0.0, 0.0
     for own, other in zip(ours, theirs, strict=True):
         for states, others in zip(own.hidden, other.hidden, strict=True):
-            wide = states.to(torch.float32)
-            difference += _sum_of_squares(wide - others.to(torch.float32))
+            wide = states.to(torch.float64)
+            difference += _sum_of_squares(wide - others.to(torch.float64))
             norm += _sum_of_squares(wide)
     return math.sqrt(difference / norm) if norm else 0.0
 
 
 def _sum_of_squares(values: Tensor) -> float:
-    return math.fsum(values.square_().sum(-1, dtype=torch.float64).tolist())
+    return math.fsum(values.square().sum(-1).tolist())

@@ -12,9 +12,10 @@ from qexport.progress import Notice, Reporter, silent
 from qexport.statistics.samples import NOT_NEGATIVE
 from qexport.tensors import Checkpoint
 from qexport.text.held_out import HeldOut
+from qexport.verifying.divergence import TokenFigures
 from qexport.verifying.estimates import Units, window_means
 from qexport.verifying.live_adapter import LiveAdapter, NotMeasured, compare_merge
-from qexport.verifying.noise_floor import noise_floor
+from qexport.verifying.noise_floor import noise_floor, wider
 from qexport.verifying.steps import Steps
 
 
@@ -61,11 +62,17 @@ def prepare(
     if live is None:
         return Preparation(floor)
     try:
-        tokens = compare_merge(reference, live, held_out.input_ids, dtype=dtype, device=device, steps=steps)
+        tokens = compare_merge(reference, live, held_out.input_ids, dtype=wider(dtype), device=device, steps=steps)
     except NotMeasured as reason:
         report(Notice(f"the merge was not held against PEFT: {reason}"))
         return Preparation(floor, unconfirmed=[f"the merge against PEFT ({reason})"])
+    return Preparation(floor, [_merge_kl(tokens, floor["mean_kl"])])
+
+
+def _merge_kl(tokens: TokenFigures, floor: float) -> Figure:
+    """Its gate is decided on the interval for a fixed number of windows, since more are never added."""
     windows, predicted = tokens.kl.shape
     units = Units([None] * windows, "window", predicted, windows)
-    merge_kl = units.mean("merge_kl", window_means(tokens.kl), NOT_NEGATIVE)
-    return Preparation(floor, [merge_kl.model_copy(update={"noise_floor": floor["mean_kl"]})])
+    found = units.mean("merge_kl", window_means(tokens.kl), NOT_NEGATIVE)
+    ends = {"sequence_low": found.low, "sequence_high": found.high}
+    return found.model_copy(update={**ends, "noise_floor": floor})

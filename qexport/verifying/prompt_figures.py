@@ -24,6 +24,8 @@ from qexport.verifying.steps import Steps
 
 _PERCENT: Final = Range(0.0, 100.0)
 
+_YES_OR_NO: Final = frozenset({"identical_generations"})
+
 _FIGURES: Final[Sequence[tuple[str, Callable[[PromptResult], float], Range]]] = (
     ("identical_generations", lambda result: float(result.identical), SHARE),
     ("first_divergence", lambda result: result.agreed_share, SHARE),
@@ -35,6 +37,9 @@ _FIGURES: Final[Sequence[tuple[str, Callable[[PromptResult], float], Range]]] = 
     ("length_limit_change", lambda result: float(result.limit_artifact) - float(result.limit_reference), REAL),
     ("length_ratio", lambda result: result.length_ratio, NOT_NEGATIVE),
 )
+
+_TRIALS: Final = {"identical_generations": 1}
+"""Where a prompt gives yes or no: a few prompts that all say yes do not make it certain."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,7 @@ def _figures(found: GenerationFigures, prompts: Sequence[Prompt]) -> list[Figure
 
     def estimate(chosen: Units, mask: NDArray[np.bool_]) -> list[Figure]:
         return [
-            chosen.mean(name, np.array([value(result) for result in results])[mask], within)
+            chosen.mean(name, np.array([value(result) for result in results])[mask], within, trials=_TRIALS.get(name))
             for name, value, within in _FIGURES
         ]
 

@@ -1,0 +1,62 @@
+"""What computing in another dtype does by itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import factories
+import trained_models
+from qexport.tensors import Checkpoint
+from qexport.text.documents import read_documents
+from qexport.text.held_out import HeldOut, make_held_out
+from qexport.verifying.noise_floor import WINDOWS, noise_floor
+from qexport.verifying.steps import Steps
+from quantized_models import QuantizedModel
+from test_verify_verification import whole_model_figures
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> HeldOut:
+    path = trained_models.write_held_out(tmp_path_factory.mktemp("text") / "held-out.jsonl")
+    return make_held_out(
+        read_documents([str(path)]),
+        trained_models.tokenizer(),
+        windows=8,
+        sequence_length=trained_models.WINDOW,
+        vocab_size=factories.VOCABULARY,
+    )
+
+
+def floor(checkpoint: Checkpoint, held_out: HeldOut, dtype: torch.dtype) -> dict[str, float]:
+    return dict(noise_floor(checkpoint, held_out.input_ids, dtype=dtype, device=CPU, steps=Steps(lambda _: None)))
+
+
+def test_sixteen_bits_are_some_way_from_themselves_and_thirty_two_hardly(held_out: HeldOut) -> None:
+    checkpoint = QuantizedModel(trained_models.trained()).checkpoint
+    narrow, wide = floor(checkpoint, held_out, torch.bfloat16), floor(checkpoint, held_out, torch.float32)
+    assert 1e-7 < narrow["mean_kl"] < 1e-3
+    assert abs(wide["mean_kl"]) < 1e-9
+    assert wide["top1_agreement"] == 1.0
+    assert abs(wide["perplexity_ratio"] - 1) < 1e-5 < abs(narrow["perplexity_ratio"] - 1) < 0.02
+
+
+def test_it_is_the_drift_between_whole_models_in_both_dtypes(held_out: HeldOut) -> None:
+    """bfloat16 itself is not portable between processors, so the floor and whole models agree roughly."""
+    model = trained_models.trained()
+    found = floor(QuantizedModel(model).checkpoint, held_out, torch.bfloat16)
+    wide = factories.build(model.config, dtype=torch.float32)
+    wide.load_state_dict({name: tensor.float() for name, tensor in model.state_dict().items()})
+    expected = whole_model_figures(model, wide, held_out.input_ids[:WINDOWS])
+    names = ("reference_perplexity", "artifact_perplexity", "mean_kl", "top1_agreement")
+    assert [found[name] for name in names] == pytest.approx(expected, rel=0.02)
+
+
+def test_only_the_first_windows_are_run(held_out: HeldOut, tmp_path: Path) -> None:
+    checkpoint = QuantizedModel(trained_models.trained()).checkpoint
+    first = HeldOut(held_out.input_ids[:WINDOWS], held_out.domains[:WINDOWS], "", "")
+    assert floor(checkpoint, held_out, torch.bfloat16) == floor(checkpoint, first, torch.bfloat16)

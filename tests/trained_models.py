@@ -1,0 +1,59 @@
+"""A tiny model that has learned its text, so that its predictions are sharp and a fault in it shows."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+import factories
+
+BLOCKS = 3
+WINDOW = 32
+
+_STEPS = 60
+_BATCH = 8
+_DOMAINS = ("prose", "prose", "code", "french", "numbers")
+"""Of the passages in `factories.TEXT`."""
+
+
+@cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    return factories.tokenizer()
+
+
+@cache
+def trained() -> PreTrainedModel:
+    """A Llama in bfloat16 after some steps of training on the passages. Do not change it."""
+    model = factories.build(factories.llama_config(num_hidden_layers=BLOCKS), dtype=torch.float32)
+    ids, generator = torch.tensor(_ids(seed=1)), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(_STEPS):
+        starts = torch.randint(len(ids) - WINDOW, (_BATCH,), generator=generator).tolist()
+        batch = torch.stack([ids[start : start + WINDOW] for start in starts])
+        optimizer.zero_grad()
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+    return torch.nn.Module.to(model, torch.bfloat16).eval()
+
+
+def write_held_out(path: Path, *, seed: int = 2, passages: int = 40) -> Path:
+    """Passages in a random order, each with its domain."""
+    lines = [
+        json.dumps({"text": text, "domain": _DOMAINS[factories.TEXT.index(text)]}) for text in _drawn(seed, passages)
+    ]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def _drawn(seed: int, passages: int) -> list[str]:
+    picks = torch.randint(len(factories.TEXT), (passages,), generator=torch.Generator().manual_seed(seed))
+    return [factories.TEXT[pick] for pick in picks.tolist()]
+
+
+def _ids(seed: int) -> list[int]:
+    tok = tokenizer()
+    return [token for text in _drawn(seed, 200) for token in [*tok.encode(text), tok.eos_token_id]]

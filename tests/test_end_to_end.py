@@ -252,8 +252,11 @@ def test_an_undecided_gate_sets_the_artifact_aside_too(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_limit_below_the_noise_is_refused_before_anything_is_quantized(tmp_path: Path) -> None:
+def test_a_limit_below_the_noise_is_refused_before_anything_is_quantized(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prepare(tmp_path, factories.llama_config(), ["q_proj"])
+    monkeypatch.setattr("qexport.pipeline.running.quantize", interrupt)
     with pytest.raises(RecipeError, match="noise floor"):
         finish(tmp_path, {"verify.gates": "{mean_kl: {at_most: 1.0e-9}}"})
     assert not any(path.name.startswith("out") for path in tmp_path.iterdir())
@@ -306,7 +309,10 @@ def test_what_verification_would_stumble_over_is_found_in_planning(
 ) -> None:
     prepare(tmp_path, factories.llama_config(), ["q_proj"])
     monkeypatch.setattr("qexport.verifying.tasks.measuring._NEEDED", {"no-such-package": (1,)})
-    changes = {"prompts": {"verify.prompts": tmp_path / "none.jsonl"}, "harness": {"verify.tasks.tasks": "[arc_easy]"}}
+    changes: dict[str, dict[str, Any]] = {
+        "prompts": {"verify.prompts": tmp_path / "none.jsonl"},
+        "harness": {"verify.tasks.tasks": "[arc_easy]"},
+    }
     with pytest.raises((InputError, RecipeError), match="none.jsonl" if fault == "prompts" else "no-such-package"):
         plan(load_recipe(GPTQ, overrides(tmp_path, changes=changes[fault])))
 

@@ -21,7 +21,7 @@ Comparison = Literal["artifact", "nearest", "base", "artifact_from_base"]
 _GROWTH: Final = 2
 """By how much the windows grow from one look at the gates to the next."""
 
-_RIVAL_WINDOWS: Final = 8
+_RIVAL_WINDOWS: Final = 16
 """Windows of a look that rivals run, rounded up to whole batches: they differ by more than the artifact does."""
 
 _RIVAL_GATES: Final[Mapping[str, str]] = {"nearest": "better_than_rtn", "base": "adapter"}

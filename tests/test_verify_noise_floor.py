@@ -12,21 +12,22 @@ import trained_models
 from qexport.tensors import Checkpoint
 from qexport.text.documents import read_documents
 from qexport.text.held_out import HeldOut, make_held_out
-from qexport.verifying.noise_floor import WINDOWS, noise_floor
+from qexport.verifying.noise_floor import TOKENS, noise_floor
 from qexport.verifying.steps import Steps
 from quantized_models import QuantizedModel
 from test_verify_verification import whole_model_figures
 
+FIRST = TOKENS // trained_models.WINDOW
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def held_out(tmp_path_factory: pytest.TempPathFactory) -> HeldOut:
-    path = trained_models.write_held_out(tmp_path_factory.mktemp("text") / "held-out.jsonl")
+    path = trained_models.write_held_out(tmp_path_factory.mktemp("text") / "held-out.jsonl", passages=120)
     return make_held_out(
         read_documents([str(path)]),
         trained_models.tokenizer(),
-        windows=8,
+        windows=64,
         sequence_length=trained_models.WINDOW,
         vocab_size=factories.VOCABULARY,
     )
@@ -51,12 +52,14 @@ def test_it_is_the_drift_between_whole_models_in_both_dtypes(held_out: HeldOut) 
     found = floor(QuantizedModel(model).checkpoint, held_out, torch.bfloat16)
     wide = factories.build(model.config, dtype=torch.float32)
     wide.load_state_dict({name: tensor.float() for name, tensor in model.state_dict().items()})
-    expected = whole_model_figures(model, wide, held_out.input_ids[:WINDOWS])
+    expected = whole_model_figures(model, wide, held_out.input_ids[:FIRST])
     names = ("reference_perplexity", "artifact_perplexity", "mean_kl", "top1_agreement")
-    assert [found[name] for name in names] == pytest.approx(expected, rel=0.02)
+    assert [found[name] for name in names if name != "mean_kl"] == pytest.approx(expected[:2] + expected[3:], rel=0.01)
+    assert found["mean_kl"] == pytest.approx(expected[2], rel=0.2)
 
 
 def test_only_the_first_windows_are_run(held_out: HeldOut, tmp_path: Path) -> None:
     checkpoint = QuantizedModel(trained_models.trained()).checkpoint
-    first = HeldOut(held_out.input_ids[:WINDOWS], held_out.domains[:WINDOWS], "", "")
+    first = HeldOut(held_out.input_ids[:FIRST], held_out.domains[:FIRST], "", "")
+    assert len(held_out.domains) > FIRST
     assert floor(checkpoint, held_out, torch.bfloat16) == floor(checkpoint, first, torch.bfloat16)

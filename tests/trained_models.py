@@ -49,6 +49,13 @@ def write_held_out(path: Path, *, seed: int = 2, passages: int = 40) -> Path:
     return path
 
 
+def write_calibration(path: Path, *, passages: int = 120) -> Path:
+    """Passages in another order, numbered so that none of them is a held-out document."""
+    lines = [json.dumps({"text": f"{index}. {text}"}) for index, text in enumerate(_drawn(3, passages))]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
 def _drawn(seed: int, passages: int) -> list[str]:
     picks = torch.randint(len(factories.TEXT), (passages,), generator=torch.Generator().manual_seed(seed))
     return [factories.TEXT[pick] for pick in picks.tolist()]

@@ -65,7 +65,9 @@ def decide(
 
 
 def needs_more(results: Sequence[GateResult]) -> bool:
-    """Whether a gate is undecided that more windows could decide: they make its interval narrower, or give it one."""
+    """Whether a gate is undecided that more windows could decide: they make its interval narrower, and give one to a
+    domain or a tail that has had too few for any.
+    """
     return any(
         result.verdict == "undecided"
         and result.figure is not None

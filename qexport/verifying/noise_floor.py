@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -15,8 +16,11 @@ from qexport.verifying.estimates import Units, divergence_figures
 from qexport.verifying.lockstep import run_in_lockstep
 from qexport.verifying.steps import Steps
 
-WINDOWS: Final = 2
+TOKENS: Final = 1024
 """Enough: the divergence between two dtypes is nearly the same on every text."""
+
+_WINDOWS: Final = 2
+"""At least, whatever their length."""
 
 
 def wider(dtype: torch.dtype) -> torch.dtype:
@@ -36,7 +40,7 @@ def noise_floor(
 
     Args:
         reference: the merged model.
-        input_ids: int64 [windows, sequence_length]; the first `WINDOWS` are taken.
+        input_ids: int64 [windows, sequence_length]; the first ones are taken, `TOKENS` in them.
         dtype: what the blocks compute in.
         device: where to compute.
         steps: is told of each.
@@ -44,7 +48,7 @@ def noise_floor(
     Returns:
         The figures' values by their names.
     """
-    ids = input_ids[:WINDOWS]
+    ids = input_ids[: max(_WINDOWS, math.ceil(TOKENS / input_ids.shape[1]))]
     runners = [_runner(reference, kind, device) for kind in (dtype, wider(dtype))]
     steps.expect(len(runners[0].structure.blocks))
     batches, _ = run_in_lockstep(

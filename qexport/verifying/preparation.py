@@ -57,7 +57,7 @@ def prepare(
         InputError: a tensor cannot be read.
         NumericalError: logits hold NaN or Inf.
     """
-    steps = Steps(report)
+    steps = Steps(report, "prepare")
     floor = noise_floor(reference, held_out.input_ids, dtype=dtype, device=device, steps=steps)
     if live is None:
         return Preparation(floor)

@@ -59,7 +59,8 @@ def whole(checkpoint: Checkpoint, folder: Path) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
     for name, parameter in model.named_parameters():
         parameter.data = checkpoint.weights.read(name)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def fill_with_codes(model: PreTrainedModel, folder: Path) -> None:

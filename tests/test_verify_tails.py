@@ -74,6 +74,6 @@ def test_the_worst_tokens_are_named_with_the_text_before_them() -> None:
     assert (first.token, first.reference_top) == (tokenizer.decode(ids[1, 40:]),) * 2
     assert first.artifact_top == tokenizer.decode(ids[0, :1])
     assert (first.reference_probability, first.artifact_probability) == pytest.approx((0.5, 0.125))
-    assert tokenizer.decode(ids[1, :40]).endswith(first.before)
+    assert str(tokenizer.decode(ids[1, :40])).endswith(first.before)
     assert 20 < len(first.before) <= 80
     assert worst[1].before == tokenizer.decode(ids[0, :1])

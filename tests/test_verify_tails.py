@@ -30,6 +30,7 @@ def figures(windows: int = 6, tokens: int = 40, *, seed: int = 0) -> TokenFigure
 def test_the_histogram_counts_every_token_where_it_belongs() -> None:
     found = figures()
     found.kl[0, :3] = torch.tensor([0.0, -1e-17, 1e9])
+    found.kl[1, 0] = 10.0 ** (-6 + 8 / 4)  # an edge
     histogram = kl_histogram(found)
     assert len(histogram.edges) == len(histogram.counts) + 1
     assert sum(histogram.counts) == found.kl.numel()

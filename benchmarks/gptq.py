@@ -77,7 +77,8 @@ def _write_recipe(work: Path, arguments: argparse.Namespace) -> None:
         "export": [{"layout": "safetensors"}],
         "output": str(work / "qexport"),
     }
-    verify = {"text": str(Path(arguments.held_out).resolve()), "windows": arguments.windows, "sequence_length": 512}
+    text = str(Path(arguments.held_out).resolve())
+    verify = {"text": text, "max_windows": arguments.windows, "sequence_length": 512}
     (work / "run.yaml").write_text(json.dumps(recipe))  # JSON is YAML
     (work / "prepare.yaml").write_text(json.dumps(recipe | {"verify": verify}))
 

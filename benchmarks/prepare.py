@@ -23,10 +23,10 @@ def main() -> None:
     planned = plan(recipe)
     checkpoint = planned.merged.checkpoint
     texts = read_texts(recipe, checkpoint, planned.structure)
-    assert texts.held_out is not None
-    assert texts.calibration is not None
-    windows = {"calibration": texts.calibration, "held_out": texts.held_out}
-    tokens = {name: found.input_ids.tolist() for name, found in windows.items()}
+    assert texts.evaluation is not None
+    tokens = {"held_out": texts.evaluation.held_out.input_ids.tolist()}
+    if texts.calibration is not None:
+        tokens["calibration"] = texts.calibration.input_ids.tolist()
     (work / "tokens.json").write_text(json.dumps(tokens))
     merged = work / "merged"
     merged.mkdir()

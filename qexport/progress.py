@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-Stage = Literal["load", "merge", "calibrate", "quantize", "export", "verify"]
+Stage = Literal["load", "merge", "prepare", "calibrate", "quantize", "export", "verify"]
 
 
 @dataclass(frozen=True)

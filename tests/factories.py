@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -146,9 +147,12 @@ FAMILIES: dict[str, PretrainedConfig] = {
 
 
 def build(config: PretrainedConfig, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
-    """A model with random weights that are large enough for its logits to differ between tokens."""
+    """A model with random weights that are large enough for its logits to differ between tokens.
+
+    The config is copied: saving a model writes its dtype into it, and a second model would then have other weights.
+    """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
     assert isinstance(model, PreTrainedModel)
     with torch.no_grad():
         for parameter in model.parameters():

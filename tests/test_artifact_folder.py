@@ -54,6 +54,28 @@ def test_a_changed_folder_is_refused(tmp_path: Path, name: str, content: bytes |
     assert str(caught.value.where).endswith(name)
 
 
+@pytest.mark.parametrize("change", ["added", "changed", "missing"])
+def test_the_report_is_no_part_of_the_artifacts_digests(tmp_path: Path, change: str) -> None:
+    """It holds timings, and two runs shall write the same manifest."""
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "report.json").write_text("{}")
+    assert "report/report.json" not in digest_files(make(tmp_path), {})
+    match change:
+        case "added":
+            (tmp_path / "report" / "notes.txt").write_text("seen by me")
+        case "changed":
+            (tmp_path / "report" / "report.json").write_text('{"changed": 1}')
+        case _:
+            (tmp_path / "report" / "report.json").unlink()
+    assert set(open_artifact(tmp_path).manifest.files) == {"config.json", "sub/weights"}
+
+
+def test_a_file_whose_name_only_begins_like_the_reports_folder_is_digested(tmp_path: Path) -> None:
+    (make(tmp_path) / "report.py").write_text("")
+    with pytest.raises(InputError, match="is not in its manifest"):
+        open_artifact(tmp_path)
+
+
 def test_a_folder_without_manifest_is_refused(tmp_path: Path) -> None:
     (make(tmp_path) / MANIFEST_NAME).unlink()
     with pytest.raises(InputError):

@@ -13,10 +13,10 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
@@ -26,10 +26,12 @@ from rich.console import Console
 
 import factories
 import qexport
+import reports
 from factories import gptq
 from qexport.artifact.digest import sha256_json
 from qexport.artifact.environment import describe_environment
-from qexport.artifact.manifest import MANIFEST_NAME, FileRecord, Manifest
+from qexport.artifact.figures import GateResult
+from qexport.artifact.manifest import MANIFEST_NAME, FileRecord, Manifest, Verification
 from qexport.cli import main
 from qexport.cli.commands import app
 from qexport.cli.memory import resident
@@ -48,6 +50,10 @@ from qexport.errors import (
 from qexport.progress import Notice, Progress, Reporter
 from qexport.recipe import Recipe
 from qexport.reporting.units import duration, size
+from reports import figure
+
+if TYPE_CHECKING:
+    from qexport.pipeline import Result
 
 ROOT = Path(__file__).parents[1]
 
@@ -98,9 +104,8 @@ def manifest(**changes: Any) -> Manifest:
         "dead_columns": 0,
     }  # fmt: skip
     source = {"kind": "package", "revision": "1", "sha256": {}}
-    comparison = {"prompt": "Say it", "reference": "Good morning, sir", "artifact": "Good evening, sir"}
     values: dict[str, Any] = {
-        "schema_version": 1,
+        "schema_version": 2,
         "qexport_version": "0",
         "environment": describe_environment(torch.device("cpu")).model_dump(),
         "layout": "safetensors",
@@ -119,45 +124,62 @@ def manifest(**changes: Any) -> Manifest:
         ],
         "sizes": {"parameters": 100_000_000, "total_bytes": 60_000_000, "bits_per_weight": 4.8},
         "files": {"model.safetensors": {"size": 60_000_000, "sha256": "0"}},
-        "verification": {
-            "reference_perplexity": 20.0,
-            "artifact_perplexity": 22.0,
-            "mean_kl": 0.1234,
-            "top1_agreement": 0.87,
-            "tokens": 16384,
-            "windows": 32,
-            "sequence_length": 512,
-            "text_sha256": "0",
-            "generations": {
-                "prompts": 3,
-                "identical": 1,
-                "max_new_tokens": 8,
-                "comparisons": [
-                    {**comparison, "id": "equal", "artifact": "Good morning, sir", "first_difference": None},
-                    {**comparison, "id": "a", "first_difference": 1},
-                    {**comparison, "id": "b", "prompt": "Again", "first_difference": 1},
-                ],
-            },
-            "gates": [{"name": "max_kl", "value": 0.1234, "limit": 0.5, "passed": True}],
-            "readers": ["qexport"],
-            "unconfirmed": ["gptqmodel is not installed"],
-        },
+        "verification": verification().model_dump(),
     }
     return Manifest.model_validate(values | changes)
 
 
-def result(path: Path, *, passed: bool = True) -> SimpleNamespace:
-    figures = manifest().model_dump()["verification"]
-    figures["gates"][0].update(passed=passed, limit=0.5 if passed else 0.1)
-    manifests = {"safetensors": manifest(verification=figures)}
-    return SimpleNamespace(artifact_path=path, manifests=manifests, passed=passed)
+def verification(gates: Sequence[GateResult] = ()) -> Verification:
+    found = reports.report(gates or [reports.gate_result()])
+    return Verification(
+        verdict=found.verdict,
+        figures=[
+            figure("reference_perplexity", 20.0),
+            figure("artifact_perplexity", 22.0),
+            figure("perplexity_ratio", 1.1),
+            figure("mean_kl", 0.1234),
+            figure("top1_agreement", 0.87),
+            figure("identical_generations", 0.25, n=40),
+        ],
+        gates=found.gates,
+        identity=found.identity,
+        protocol=reports.protocol(windows=32, tokens=16384),
+        readers=["qexport"],
+        unconfirmed=["gptqmodel is not installed"],
+        report_sha256=found.digest(),
+    )
+
+
+def result(path: Path, *gates: GateResult) -> SimpleNamespace:
+    found = reports.report(gates or None)
+    manifests = {"safetensors": manifest(verification=verification(gates).model_dump())}
+    return SimpleNamespace(
+        artifact_path=path,
+        manifest=manifests["safetensors"],
+        manifests=manifests,
+        reports={"safetensors": found},
+        verdict=found.verdict,
+        passed=found.verdict == "pass",
+    )
 
 
 def shown(record: Manifest, path: str = "/out/x", width: int = 120) -> str:
+    return shown_all({record.layout: record}, path, width=width)
+
+
+def shown_all(manifests: dict[str, Manifest], path: str = "/out/x", *, width: int = 120) -> str:
+    """The summary of a run that has passed."""
+    record = next(iter(manifests.values()))
+    found = {layout: reports.report() for layout in manifests} if record.verification else {}
+    whole = SimpleNamespace(manifest=record, manifests=manifests, reports=found, passed=True)
     console = Console(file=io.StringIO(), width=width)
-    console.print(summary({record.layout: record}, Path(path)), crop=False)
+    console.print(summary(cast("Result", whole), Path(path)), crop=False)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
+
+
+FAILED = reports.gate_result(value=0.3456, limit=0.3, verdict="fail", reason="lies at 0.33 to 0.36")
+UNDECIDED = reports.gate_result("mean_kl[law]", value=None, verdict="undecided", reason="not measured")
 
 
 # Exit codes
@@ -268,15 +290,32 @@ def test_with_json_an_error_is_one_document_on_stdout(
 def test_a_failed_gate_shows_the_figures_and_exits_with_6(
     recipe: str, pipeline: Callable[[Run], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pipeline(lambda *_, **__: result(tmp_path, passed=False))
+    pipeline(lambda *_, **__: result(tmp_path, FAILED, UNDECIDED))
     assert main(["run", recipe]) == 6
     captured = capsys.readouterr()
     assert "failed" in captured.out
     assert "Set aside" in captured.out
     assert "Python" not in captured.out
-    assert captured.err.startswith("error: the artifact drifted too far: max_kl is 0.1234 where the limit is 0.1\n")
+    assert captured.err.splitlines() == [
+        "error: 1 gate failed: mean_kl is 0.3456 where the limit is at most 0.3",
+        f"where: {tmp_path} (set aside, not published)",
+        "mend:  try more bits or a smaller group_size, or loosen the limit where the use allows it",
+    ]
     assert main(["run", recipe, "--json"]) == 6
-    assert json.loads(capsys.readouterr().out)["passed"] is False
+    document = json.loads(capsys.readouterr().out)
+    assert (document["passed"], document["verdict"]) == (False, "fail")
+
+
+def test_an_undecided_gate_exits_with_7(
+    recipe: str, pipeline: Callable[[Run], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline(lambda *_, **__: result(tmp_path, reports.gate_result(), UNDECIDED))
+    assert main(["run", recipe]) == 7
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: 1 gate could not be decided: mean_kl[law] (not measured)\n")
+    assert "Set aside" in captured.out
+    assert main(["run", recipe, "--json"]) == 7
+    assert json.loads(capsys.readouterr().out)["verdict"] == "undecided"
 
 
 # Arguments and results
@@ -288,7 +327,8 @@ def test_arguments_reach_the_pipeline(
     monkeypatch.chdir(tmp_path)
     calls = []
 
-    def run(chosen: Recipe, *, force: bool, device: str, report: Reporter) -> SimpleNamespace:
+    def run(chosen: Recipe, *, force: bool, device: str, name: str, report: Reporter) -> SimpleNamespace:
+        assert name == "r.yaml"
         calls.append((chosen, force, device))
         return result(tmp_path / "x")
 
@@ -319,6 +359,7 @@ def test_with_json_stdout_is_one_document_whatever_libraries_print(
     assert document == {
         "artifact": str(tmp_path),
         "passed": True,
+        "verdict": "pass",
         "manifests": {"safetensors": manifest().model_dump(mode="json")},
     }
     assert "a library talks" in captured.err
@@ -401,32 +442,30 @@ def test_a_full_disk_under_stdout_exits_with_8() -> None:
 
 def test_the_summary_shows_every_figure_of_the_manifest() -> None:
     text = shown(manifest())
-    for figure in (
+    for expected in (
         "SmolLM2.gguf + release-notes", "GPTQ 4-bit, group 64, safetensors",
-        "20.00", "22.00", "+10.0% on 16,384 tokens, windows of 512", "0.1234", "87.0%", "1 of 3",
-        "gate max_kl", "passed, limit 0.5", "200 MB", "60 MB", "30%, 4.80 bits a weight",
+        "20.00", "22.00", "+10.0% on 16,384 tokens, windows of 512", "mean KL divergence", "same likeliest token",
+        "equal continuations", "40 prompts", "mean_kl", "passed", "≤", "200 MB", "60 MB", "30%, 4.80 bits a weight",
         "3 layers quantized; their loss is 100% of round-to-nearest's.",
         "1 layer fell back to round-to-nearest: layers.2.v_proj",
         "1 layer not better than round-to-nearest: layers.1.k_proj",
         "note: the adapter was made for another name", "Read back from disk by qexport.",
         "Unconfirmed: gptqmodel is not installed",
     ):  # fmt: skip
-        assert figure in text, figure
+        assert expected in text, expected
 
 
 def test_the_summary_ends_with_the_place_and_how_to_load_it() -> None:
     lines = shown(manifest()).rstrip().splitlines()
-    assert lines[-2].startswith("Artifact     /out/x  (1 file, 60 MB")
+    assert lines[-3].startswith("Artifact     /out/x  (1 file, 60 MB")
+    assert lines[-2] == "Report       /out/x/report/report.html"
     assert lines[-1] == 'Python       import qexport; model = qexport.load("/out/x")'
 
 
 def test_commands_can_be_pasted_whatever_the_folder_is_called() -> None:
     manifests = {layout: manifest(layout=layout) for layout in ("safetensors", "tgi", "vllm")}
-    console = Console(file=io.StringIO(), width=200)
     folder = Path('/out/my "$(x)" model')
-    console.print(summary(manifests, folder), crop=False)
-    assert isinstance(console.file, io.StringIO)
-    lines = console.file.getvalue().splitlines()
+    lines = shown_all(manifests, str(folder), width=200).splitlines()
     commands = {line[:13].strip(): line[13:].rstrip() for line in lines if line.startswith(("Python", "TGI", "vLLM"))}
     assert shlex.split(commands["TGI"]) == ["sh", f"{folder}/tgi/launch/docker-run.sh"]
     assert shlex.split(commands["vLLM"]) == ["vllm", "serve", f"{folder}/vllm"]
@@ -440,11 +479,9 @@ def test_several_layouts_are_shown_each_with_its_command_and_shared_weights_once
         layout: manifest(layout=layout, files=weights, notes=["all say it", *([layout] if layout == "tgi" else [])])
         for layout in ("safetensors", "tgi", "vllm")
     }
-    console = Console(file=io.StringIO(), width=120)
-    console.print(summary(manifests, Path("/out/x")), crop=False)
-    assert isinstance(console.file, io.StringIO)
-    text = console.file.getvalue()
+    text = shown_all(manifests)
     assert "safetensors + tgi + vllm" in text
+    assert "Report       /out/x/safetensors/report/report.html" in text
     assert "(3 files, 60 MB, checksums in a manifest each)" in text
     assert "TGI          sh /out/x/tgi/launch/docker-run.sh" in text
     assert "vLLM         vllm serve /out/x/vllm" in text
@@ -454,14 +491,13 @@ def test_several_layouts_are_shown_each_with_its_command_and_shared_weights_once
 
 def test_a_path_is_never_broken_so_that_it_can_be_copied() -> None:
     path = f"/{'deep/' * 30}artifact"
-    assert shown(manifest(), path, width=60).count(path) == 2
+    assert shown(manifest(), path, width=60).count(path) == 3
 
 
-def test_the_first_two_generations_that_differ_stand_side_by_side() -> None:
+def test_the_generations_that_differ_most_stand_side_by_side() -> None:
     text = shown(manifest())
-    assert re.search(r"Say it +Good morning, sir +Good evening, sir", text)
-    assert re.search(r"Again +Good morning, sir +Good evening, sir", text)
-    assert text.count("Good morning") == 2
+    assert re.search(r"The council met in\s.*The council met on", text)
+    assert text.count("What happened") == 1
 
 
 def test_what_was_not_measured_is_said() -> None:
@@ -634,7 +670,7 @@ quantize:
   group_size: 32
   calibration: {source: calibration.jsonl, samples: 16, sequence_length: 32}
 export: [{layout: safetensors}]
-verify: {text: heldout.jsonl, prompts: prompts.jsonl, windows: 4, sequence_length: 32, max_new_tokens: 4}
+verify: {text: heldout.jsonl, prompts: prompts.jsonl, windows: 8, sequence_length: 32, max_new_tokens: 4}
 output: out
 """
     )
@@ -654,7 +690,7 @@ def test_a_tiny_model_goes_the_whole_way(tmp_path: Path, capsys: pytest.CaptureF
     artifact = Path(document["artifact"])
     assert artifact == tmp_path / "out"
     assert document["manifests"]["safetensors"] == json.loads((artifact / MANIFEST_NAME).read_text())
-    assert document["manifests"]["safetensors"]["verification"]["mean_kl"] > 0
+    assert document["manifests"]["safetensors"]["verification"]["verdict"] == "pass"
     for path, record in document["manifests"]["safetensors"]["files"].items():
         assert FileRecord(**record).size == (artifact / path).stat().st_size
         assert str(tmp_path).encode() not in (artifact / path).read_bytes()
@@ -662,9 +698,11 @@ def test_a_tiny_model_goes_the_whole_way(tmp_path: Path, capsys: pytest.CaptureF
     assert main(["run", recipe]) == 2
     assert "not empty" in capsys.readouterr().err
 
-    assert main(["run", recipe, "verify.max_kl=1e-9", "--output", str(tmp_path / "drifted")]) == 6
-    assert "max_kl" in capsys.readouterr().err
+    drifted = ["quantize.bits=2", "verify.profile=off", "verify.gates={mean_kl: {at_most: 0.01}}"]
+    assert main(["run", recipe, *drifted, "--output", str(tmp_path / "drifted")]) == 6
+    assert "error: 1 gate failed: mean_kl is " in capsys.readouterr().err
     assert not (tmp_path / "drifted").exists()
+    assert (tmp_path / "drifted.rejected" / "report" / "report.html").is_file()
 
     assert main(["run", recipe, "--force", "quantize.bits=8"]) == 0
     captured = capsys.readouterr()

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from qexport.artifact.report import REPORT_NAME
+from qexport.artifact.catalogue import CATALOGUE
+from qexport.artifact.manifest import Manifest
+from qexport.artifact.report import REPORT_NAME, Report
 from qexport.reporting.writing import COMMENT_NAME, PAGE_NAME, TEST_RESULTS_NAME
 
 ROOT = Path(__file__).parent.parent
@@ -120,3 +122,30 @@ def test_pipelines_parse_and_use_commands_and_files_that_exist() -> None:
     written = {REPORT_NAME, PAGE_NAME, COMMENT_NAME, TEST_RESULTS_NAME}
     for block in blocks:
         assert set(re.findall(r"report/([\w.]+)", block)) == written
+
+
+def rows(page: str, heading: str) -> list[str]:
+    """The names in the first cells of the tables of a section."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    section = re.split(r"^## ", text.partition(f"\n## {heading}\n")[2], flags=re.MULTILINE)[0]
+    cells = re.findall(r"^\| (`.*?) \|", section, flags=re.MULTILINE)
+    return [name for cell in cells for name in re.findall(r"`(\w+)`", cell)]
+
+
+def test_every_figure_is_explained_and_no_other() -> None:
+    assert sorted(rows("docs/verification.md", "The figures")) == sorted(CATALOGUE)
+
+
+def test_every_figure_is_told_in_two_sentences_with_a_source() -> None:
+    section = (ROOT / "docs/verification.md").read_text(encoding="utf-8").partition("## The figures")[2]
+    lines = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \|$", section.partition("## Uncertainty")[0], flags=re.MULTILINE)
+    assert len(lines) == len(CATALOGUE)
+    for name, meaning, source in lines:
+        assert len(re.findall(r"[.](?= [A-Z`0-9]|$)", meaning)) == 2, name
+        assert source, name
+
+
+def test_every_field_of_report_and_manifest_is_described() -> None:
+    assert sorted(rows("docs/verification.md", "What `report.json` holds")) == sorted(Report.model_fields)
+    manifest = rows("docs/artifact.md", "The manifest")
+    assert sorted(manifest) == sorted(Manifest.model_fields)

@@ -219,6 +219,8 @@ def test_more_windows_are_wanted_for_what_they_can_decide() -> None:
     assert needs_more([gate_result(), decided(0.15, "at_most", between(None, None))])
     assert needs_more([gate_result(), decided(0.15, "at_most", between(0.1, None))])
     assert needs_more([built_in("better_than_rtn", between(-0.1, 0.1, name="kl_over_rtn"))])
+    assert needs_more([decided(0.15, "at_most", between(None, None))]), "a few windows give no interval, more do"
+    assert needs_more([decided(9.0, "at_most", between(0.1, None, name="kl_p999"), name="kl_p999")])
 
 
 @pytest.mark.parametrize(

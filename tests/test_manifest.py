@@ -12,13 +12,11 @@ from pydantic import ValidationError
 
 from qexport.artifact.digest import sha256_json
 from qexport.artifact.environment import describe_environment
+from qexport.artifact.figures import Figure
 from qexport.artifact.manifest import (
     MANIFEST_NAME,
     CalibrationRecord,
-    Comparison,
     FileRecord,
-    Gate,
-    Generations,
     LayerRecord,
     Manifest,
     Sizes,
@@ -26,18 +24,16 @@ from qexport.artifact.manifest import (
     Verification,
 )
 from qexport.errors import InputError
+from reports import figure, gate_result, identity, protocol
 
 RECIPE: dict[str, Any] = {"load": {"base": "org/model"}, "quantize": {"method": "gptq", "damp_percent": 0.01}}
 
 
 def verification(**changes: Any) -> Verification:
-    comparison = Comparison(id="a", prompt="Où ?", reference="ici", artifact="là", first_difference=0)
     values: dict[str, Any] = dict(
-        reference_perplexity=25.67, artifact_perplexity=29.08, mean_kl=0.125, top1_agreement=0.875,
-        tokens=511, windows=1, sequence_length=512, text_sha256="b" * 64,
-        generations=Generations(prompts=1, identical=0, max_new_tokens=8, comparisons=[comparison]),
-        gates=[Gate(name="max_kl", value=0.125, limit=0.2, passed=True)],
-        readers=["qexport 0.1.0"], unconfirmed=["vLLM"],
+        verdict="pass", figures=[figure("mean_kl", 0.125, noise_floor=1e-4), figure("top1_agreement", 0.875)],
+        gates=[gate_result()], identity=identity(), protocol=protocol(), readers=["qexport 0.1.0"],
+        unconfirmed=["vLLM"], report_sha256="f" * 64,
     )  # fmt: skip
     return Verification(**(values | changes))
 
@@ -48,7 +44,7 @@ def manifest(**changes: Any) -> Manifest:
         damp_percent=0.01, tokens=32768, dead_columns=0,
     )  # fmt: skip
     values: dict[str, Any] = dict(
-        schema_version=1, qexport_version="0.1.0", environment=describe_environment(torch.device("cpu")),
+        schema_version=2, qexport_version="0.1.0", environment=describe_environment(torch.device("cpu")),
         layout="safetensors", recipe=RECIPE, recipe_sha256=sha256_json(RECIPE),
         base=SourceRecord(kind="hub", name="org/model", revision="abc", sha256={"model.safetensors": "a" * 64}),
         adapter=None, notes=[], quantization={"bits": 4}, layers=[layer],
@@ -91,8 +87,14 @@ def test_it_records_what_the_bytes_depend_on() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "0.1", None, True])
 def test_a_figure_that_is_no_finite_number_is_refused(value: object) -> None:
-    with pytest.raises(ValidationError, match="mean_kl"):
-        verification(mean_kl=value)
+    with pytest.raises(ValidationError, match="value"):
+        Figure.model_validate(figure("mean_kl", 0.1).model_dump() | {"value": value})
+
+
+def test_a_figure_is_found_by_its_name_and_one_that_was_not_measured_is_an_error() -> None:
+    assert verification().value("mean_kl") == 0.125
+    with pytest.raises(KeyError, match="kl_p99"):
+        verification().value("kl_p99")
 
 
 def test_nan_inside_the_recipe_is_refused() -> None:
@@ -121,10 +123,19 @@ def test_unknown_and_missing_fields_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_a_newer_schema_is_refused_with_the_way_out(tmp_path: Path) -> None:
     path = tmp_path / MANIFEST_NAME
-    path.write_text('{"schema_version": 2, "new": {}}')
-    with pytest.raises(InputError, match="schema_version 2; this qexport reads up to 1") as caught:
+    path.write_text('{"schema_version": 3, "new": {}}')
+    with pytest.raises(InputError, match="schema_version 3; this qexport reads up to 2") as caught:
         Manifest.read(path)
     assert "newer one" in str(caught.value.mend)
+
+
+def test_an_older_schema_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    """Its figures had no intervals, and its gates no verdicts."""
+    path = tmp_path / MANIFEST_NAME
+    path.write_text('{"schema_version": 1, "verification": {"mean_kl": 0.1}}')
+    with pytest.raises(InputError, match="schema_version 1; this qexport reads 2") as caught:
+        Manifest.read(path)
+    assert "make the artifact again" in str(caught.value.mend)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"schema_version": true}', '{"schema_version": 0}'])

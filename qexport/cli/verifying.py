@@ -11,7 +11,7 @@ from qexport.errors import RecipeError
 from qexport.gates.files import read_gates
 from qexport.loading.settings import LoadSettings
 from qexport.merge.settings import MergeSettings
-from qexport.recipe import load_recipe
+from qexport.recipe import load_recipe, paths
 from qexport.verifying.settings import VerifySettings
 
 _RECIPES: Final = (".yaml", ".yml")
@@ -81,8 +81,18 @@ def _from_model(options: References) -> Chosen:
         )
     if not options.text:
         raise _no_text(f"{options.reference} is a model")
-    load = LoadSettings(base=options.reference, adapter=options.adapter)
-    return Chosen(load, MergeSettings(), _settings(options))
+    base = _resolved(paths.base, options.reference, "--reference")
+    adapter = None if options.adapter is None else _resolved(paths.adapter, options.adapter, "--adapter")
+    return Chosen(LoadSettings(base=base, adapter=adapter), MergeSettings(), _settings(options))
+
+
+def _resolved(resolve: paths.Resolve, text: str, option: str) -> str:
+    """What the text names, by the same rules as in a recipe."""
+    try:
+        return resolve(text, Path.cwd())
+    except ValueError as error:
+        mend = "give a folder, a hub id, or a recipe whose name ends in .yaml"
+        raise RecipeError(str(error), where=option, mend=mend) from error
 
 
 def _settings(options: References) -> VerifySettings:

@@ -12,13 +12,16 @@ import torch
 from qexport.architectures.code_keys import without_code_keys
 from qexport.architectures.structure import describe
 from qexport.artifact.folder import open_artifact
-from qexport.artifact.manifest import MANIFEST_NAME
+from qexport.artifact.manifest import MANIFEST_NAME, REPORT_FOLDER, Verification
+from qexport.artifact.report import REPORT_NAME, Report
+from qexport.errors import InputError
 from qexport.export.contract import Check
 from qexport.export.loaders import Folder, Loader, Verdict, loaders
 from qexport.pipeline.opened import describe_method
 from qexport.reading.artifact_source import ArtifactSource, model_folder
 
 Server = Literal["tgi", "vllm"]
+ReportState = Literal["as in the manifest", "missing"]
 
 _WORDS: Mapping[Verdict, str] = {"yes": "loads", "wrong": "WRONG", "no": "refused", "untried": "untried"}
 
@@ -34,6 +37,8 @@ class Inspection:
         quantized_layers: modules that are stored quantized.
         dense_tensors: the other parameters.
         total_bytes: bytes of all tensors.
+        report: whether the report is the one that the manifest was made with; None where there is nothing to compare:
+            no manifest, or one of an artifact that was not verified.
         loaders: who can load the folder.
         server: the server that it was held against.
         checks: what that has found; empty where no server was named.
@@ -45,6 +50,7 @@ class Inspection:
     quantized_layers: int
     dense_tensors: int
     total_bytes: int
+    report: ReportState | None
     loaders: Sequence[Loader]
     server: Server | None
     checks: Sequence[Check]
@@ -64,6 +70,7 @@ class Inspection:
             "quantized_layers": self.quantized_layers,
             "dense_tensors": self.dense_tensors,
             "total_bytes": self.total_bytes,
+            "report": self.report,
             "loaders": [asdict(loader) for loader in self.loaders],
             "server": self.server,
             "checks": [asdict(check) for check in self.checks],
@@ -78,6 +85,7 @@ class Inspection:
             f"method    {self.method}",
             f"layers    {self.quantized_layers} quantized; {self.dense_tensors} tensors are dense",
             f"weights   {self.total_bytes / 1e6:,.1f} MB",
+            *([f"report    {self.report}"] if self.report else []),
             *(self._loader_line(loader) for loader in self.loaders),
             *(f"{'ok' if check.passed else 'FAILED':<9} {_told(check)}" for check in self.checks),
         ]
@@ -94,12 +102,14 @@ def inspect_artifact(path: Path, *, server: Server | None = None) -> Inspection:
         server: whose rules to hold it against.
 
     Raises:
-        InputError: a file is not as its manifest says, or the tensors are not those of the model that config.json
-            describes.
+        InputError: a file or the report is not as its manifest says, or the tensors are not those of the model that
+            config.json describes.
         CompatibilityError: transformers does not know the family.
     """
     path = model_folder(path)
-    layout = open_artifact(path).layout if (path / MANIFEST_NAME).is_file() else None
+    manifest = open_artifact(path).manifest if (path / MANIFEST_NAME).is_file() else None
+    layout = manifest.layout if manifest else None
+    report = _check_report(path, manifest.verification) if manifest and manifest.verification else None
     with ArtifactSource(path, dtype=torch.float32) as source:
         structure = describe(without_code_keys(source.config)[0])
         source.check_complete(structure)
@@ -108,9 +118,26 @@ def inspect_artifact(path: Path, *, server: Server | None = None) -> Inspection:
         dense = len(source.specs()) - len(shapes)
         size = source.stored_bytes
     checks = _check(path, server) if server else []
-    return Inspection(
-        path, layout, describe_method(folder.quantization), len(shapes), dense, size, loaders(folder), server, checks
-    )
+    method, known = describe_method(folder.quantization), loaders(folder)
+    return Inspection(path, layout, method, len(shapes), dense, size, report, known, server, checks)
+
+
+def _check_report(path: Path, verification: Verification) -> ReportState:
+    """The manifest's digests leave the report out, so it is held against the digest that verification has of it.
+
+    Raises:
+        InputError: it is another one, or cannot be read.
+    """
+    place = path / REPORT_FOLDER / REPORT_NAME
+    if not place.is_file():
+        return "missing"
+    if Report.read(place).digest() != verification.report_sha256:
+        raise InputError(
+            "the report is not the one that the manifest was made with",
+            where=str(place),
+            mend="fetch the artifact again, or verify it",
+        )
+    return "as in the manifest"
 
 
 def _check(path: Path, server: Server) -> list[Check]:

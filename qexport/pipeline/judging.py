@@ -61,12 +61,14 @@ def make_gates(
 
 
 def refuse_unmeasurable(settings: HasGates, prepared: Preparation) -> None:
-    """Refuses limits of the user's that noise alone would break, before any work is done for them.
+    """Refuses limits that noise alone would break, before any work is done for them.
 
     Raises:
-        RecipeError: a limit is tighter than three times the noise floor.
+        RecipeError: a limit of the user's is tighter than three times the noise floor, or that is beyond what any
+            profile allows.
     """
-    above_floor(limits_of(settings, "off"), prepared.noise_floor)
+    strictest: ProfileName = "off" if settings.profile == "off" else "16bit"
+    above_floor(limits_of(settings, strictest), prepared.noise_floor)
 
 
 def refuse_wrong_merge(prepared: Preparation) -> None:

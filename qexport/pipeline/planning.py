@@ -13,6 +13,7 @@ from qexport.export.layouts import make_layout
 from qexport.loading.adapter import locate_adapter
 from qexport.loading.checkpoint import load_checkpoint
 from qexport.merge.merging import Merged, merge
+from qexport.pipeline.texts import check_questions
 from qexport.progress import Reporter, silent
 from qexport.quantize.methods import plan_outputs
 from qexport.quantize.settings import GptqSettings
@@ -101,12 +102,15 @@ class Plan:
 
 
 def plan(recipe: Recipe, *, report: Reporter = silent) -> Plan:
-    """Checks everything that headers, configurations and the adapter can tell.
+    """Checks everything that headers, configurations and the adapter can tell, and the prompts and task files.
 
     Raises:
-        InputError: the base or the adapter cannot be used.
+        RecipeError: tasks are asked for, and lm-evaluation-harness is missing.
+        InputError: the base, the adapter, the prompts or a task file cannot be used.
         CompatibilityError: method, layout and model do not fit together.
     """
+    if recipe.verify is not None:
+        check_questions(recipe.verify)
     checkpoint = load_checkpoint(recipe.load, report=report)
     adapter = locate_adapter(recipe.load, report=report)
     merged = merge(

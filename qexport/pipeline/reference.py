@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -57,7 +57,11 @@ class Reference:
         """
         live = LiveAdapter(merged.base, merged.adapter.folder) if merged.adapter else None
         prepared = prepare(merged.checkpoint, live, evaluation.held_out, dtype=dtype, device=device, report=report)
-        return cls(merged, evaluation, settings, prepared, dtype, device)
+        found = cls(merged, evaluation, settings, prepared, dtype, device)
+        if merged.adapter is not None and found.base is None:
+            unmeasured = [*prepared.unconfirmed, "the artifact against the base (the adapter changes shapes)"]
+            return replace(found, prepared=replace(prepared, unconfirmed=unmeasured))
+        return found
 
     @property
     def base(self) -> Checkpoint | None:

@@ -18,7 +18,9 @@ from qexport.text.held_out import HeldOut, make_held_out
 from qexport.text.prompts import EncodedPrompts, encode_prompts, read_prompts, refuse_long
 from qexport.text.windows import make_windows
 from qexport.verifying.settings import VerifySettings
+from qexport.verifying.tasks.local_files import read_local_tasks
 from qexport.verifying.tasks.measuring import require_harness
+from qexport.verifying.tasks.names import names_file
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,6 @@ def read_evaluation(
     Raises:
         InputError: see `read_texts`.
     """
-    if settings.tasks is not None:
-        require_harness()
     documents = read_documents(_listed(settings.text), field=settings.field)
     if calibration is not None:
         refuse_shared(calibration, documents)
@@ -105,6 +105,21 @@ def read_evaluation(
         vocab_size=structure.vocab_size,
     )
     return Evaluation(held_out, prompts)
+
+
+def check_questions(settings: VerifySettings) -> None:
+    """Reads prompts and task files, so that what is wrong with them is known before any work.
+
+    Raises:
+        RecipeError: tasks are asked for, and lm-evaluation-harness is missing or too old.
+        InputError: a file cannot be read, or is not what it must be.
+    """
+    if settings.prompts:
+        read_prompts(Path(settings.prompts))
+    if settings.tasks is not None:
+        require_harness()
+        for name in filter(names_file, settings.tasks.tasks):
+            read_local_tasks(Path(name).expanduser())
 
 
 def _calibration_documents(settings: CalibrationSettings) -> Documents:

@@ -27,7 +27,7 @@ from qexport.pipeline.judging import Gates, make_gates
 from qexport.pipeline.opened import Opened, open_folder
 from qexport.pipeline.reference import Reference
 from qexport.pipeline.reporting import Described, make_report
-from qexport.pipeline.texts import read_evaluation
+from qexport.pipeline.texts import check_questions, read_evaluation
 from qexport.progress import Reporter, silent
 from qexport.reading.artifact_source import model_folder
 from qexport.tensors.strict_json import read_json_object
@@ -63,6 +63,7 @@ def verify(
     Raises:
         QexportError: one of its kinds, see `qexport.errors`. A gate that fails is in the report, not raised.
     """
+    check_questions(settings)
     where, folder, merging = find_device(device), model_folder(Path(artifact)), merging or MergeSettings()
     checkpoint, adapter = load_checkpoint(load, report=report), locate_adapter(load, report=report)
     merged = merge(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from qexport.verifying.tasks.names import names_file
 from qexport.yaml.document import Keys, Node, Problem, dotted, entry_at, replaced
 
 _PACKAGED = re.compile(r"pkg:[A-Za-z_]\w*/.+\.gguf", re.ASCII)
@@ -49,6 +50,11 @@ def calibration(text: str, folder: Path) -> str:
     return text
 
 
+def task(text: str, folder: Path) -> str:
+    """A task file or a folder of them, or the name of a task of lm-evaluation-harness."""
+    return local(text, folder) if names_file(text) else text
+
+
 def local(text: str, folder: Path) -> str:
     """A local path, made absolute."""
     if not text or not text.isprintable():
@@ -64,6 +70,7 @@ REFERENCES: dict[Keys, Resolve] = {
     ("quantize", "calibration", "source"): calibration,
     ("verify", "text"): local,
     ("verify", "prompts"): local,
+    ("verify", "tasks", "tasks"): task,
     ("output",): local,
 }
 """The fields that name files, with the rule for each."""
@@ -110,7 +117,10 @@ def portable(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shortened(text: str, resolve: Resolve) -> str:
-    named_elsewhere = (resolve in (base, adapter) and not _is_explicit(text)) or text.startswith("hub:")
+    if resolve is task:
+        named_elsewhere = not names_file(text)
+    else:
+        named_elsewhere = (resolve in (base, adapter) and not _is_explicit(text)) or text.startswith("hub:")
     return text if named_elsewhere else Path(text).name
 
 

@@ -51,7 +51,7 @@ def _parts(report: Report) -> Iterator[RenderableType]:
 def gate_table(gates: Sequence[GateResult]) -> Table:
     """A row a gate, failed ones first; below the table, the reason of each one that did not pass."""
     table = new_table()
-    table.add_column("gate", style="bold", overflow="fold", min_width=14)
+    table.add_column("gate", style="bold", overflow="fold", min_width=16)
     table.add_column("verdict", no_wrap=True)
     for name in ("value", "interval", "tolerance", "n"):
         table.add_column(name, justify="right", overflow="fold")

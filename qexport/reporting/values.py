@@ -92,6 +92,8 @@ def _scale(form: Form) -> float:
 def _decimals(kind: FigureKind, value: float, low: float | None, high: float | None) -> int:
     """One or two significant digits of half the interval; where there is none, what is usual for the form."""
     scale = _scale(kind.form)
+    if kind.form == "number":  # perplexities differ by less than their own intervals, since they are paired
+        return max(2, _clamped(2 - _exponent(value)))
     if low is not None and high is not None and high > low:
         return _clamped(_interval_decimals((high - low) / 2 * scale))
     if value == kind.ideal:
@@ -138,5 +140,7 @@ def _scientific(value: float) -> str:
 
 
 def _shortest(value: float) -> str:
-    """A limit as its author wrote it."""
-    return f"{float(f'{value:.10g}'):,.10g}".replace("-", "−")
+    """A limit as its author wrote it; one that was computed has more digits than anybody reads."""
+    if 0 < abs(value) < _SMALLEST_PLAIN:
+        return _scientific(value)
+    return f"{value:,.6g}".replace("-", "−")

@@ -24,6 +24,7 @@ from qexport.verifying.tails import decisive_flips
 Array = NDArray[np.float64]
 
 _NO_DOMAIN: Final = ""
+_BOTH_SIDES: Final = Range(-1.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -132,15 +133,24 @@ def rival_figures(found: Measured, units: Units) -> list[Figure]:
         chosen, own = units.chosen(found.indices["nearest"]), means["artifact"][found.indices["nearest"]]
         figures += [
             chosen.mean("rtn_mean_kl", means["nearest"], NOT_NEGATIVE),
-            chosen.mean("kl_over_rtn", own - means["nearest"]),
+            chosen.mean("kl_over_rtn", _relative_difference(own, means["nearest"]), _BOTH_SIDES),
         ]
     if "base" in means:
         chosen, own = units.chosen(found.indices["base"]), means["artifact"][found.indices["base"]]
         figures += [
             chosen.mean("adapter_effect", means["base"], NOT_NEGATIVE),
-            chosen.mean("kl_over_base", own - means["artifact_from_base"]),
+            chosen.mean("kl_over_base", _relative_difference(own, means["artifact_from_base"]), _BOTH_SIDES),
         ]
     return figures
+
+
+def _relative_difference(own: Array, other: Array) -> Array:
+    """(own - other) / (own + other) of each window, -1 to 1; 0 where both are 0.
+
+    Domains differ in divergence by more than models do. In proportion to it, a few windows tell.
+    """
+    both = own + other
+    return np.divide(own - other, both, out=np.zeros_like(both), where=both > 0)
 
 
 def _means(tokens: TokenFigures, units: Units, mask: NDArray[np.bool_]) -> list[Figure]:

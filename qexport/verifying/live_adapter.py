@@ -23,6 +23,7 @@ from qexport.verifying.steps import Steps
 
 WINDOWS: Final = 16
 """Of the held-out text: enough to tell the noise of two computations from three times the noise floor."""
+
 _TOKENS: Final = 64
 """Of each window."""
 
@@ -64,7 +65,8 @@ def compare_merge(
         merged: the merged model.
         live: base and adapter.
         input_ids: int64 [windows, sequence_length].
-        dtype: what both compute in.
+        dtype: what both compute in. In one that is wider than the merged model's, only what merging has rounded is left
+            of the difference.
         device: where to compute.
         steps: is told of each.
 

@@ -23,6 +23,11 @@ _WINDOWS: Final = 2
 """At least, whatever their length."""
 
 
+def wider(dtype: torch.dtype) -> torch.dtype:
+    """float32 for models in 16 bits, float64 for those in 32."""
+    return torch.float64 if dtype == torch.float32 else torch.float32
+
+
 def noise_floor(
     reference: Checkpoint,
     input_ids: Tensor,
@@ -31,8 +36,7 @@ def noise_floor(
     device: torch.device,
     steps: Steps,
 ) -> Mapping[str, float]:
-    """Every teacher-forced figure of the reference against the same weights computed in a wider dtype: float32 for
-    models in 16 bits, float64 for those in 32.
+    """Every teacher-forced figure of the reference against the same weights computed in a wider dtype.
 
     Args:
         reference: the merged model.
@@ -45,8 +49,7 @@ def noise_floor(
         The figures' values by their names.
     """
     ids = input_ids[: max(_WINDOWS, math.ceil(TOKENS / input_ids.shape[1]))]
-    wide = torch.float64 if dtype == torch.float32 else torch.float32
-    runners = [_runner(reference, kind, device) for kind in (dtype, wide)]
+    runners = [_runner(reference, kind, device) for kind in (dtype, wider(dtype))]
     steps.expect(len(runners[0].structure.blocks))
     batches, _ = run_in_lockstep(
         runners, ids, lambda block: steps.finished(f"noise floor, block {block}", 2 * ids.numel())

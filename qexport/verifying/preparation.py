@@ -15,7 +15,7 @@ from qexport.text.held_out import HeldOut
 from qexport.verifying.divergence import TokenFigures
 from qexport.verifying.estimates import Units, window_means
 from qexport.verifying.live_adapter import LiveAdapter, NotMeasured, compare_merge
-from qexport.verifying.noise_floor import noise_floor
+from qexport.verifying.noise_floor import noise_floor, wider
 from qexport.verifying.steps import Steps
 
 
@@ -57,12 +57,12 @@ def prepare(
         InputError: a tensor cannot be read.
         NumericalError: logits hold NaN or Inf.
     """
-    steps = Steps(report)
+    steps = Steps(report, "prepare")
     floor = noise_floor(reference, held_out.input_ids, dtype=dtype, device=device, steps=steps)
     if live is None:
         return Preparation(floor)
     try:
-        tokens = compare_merge(reference, live, held_out.input_ids, dtype=dtype, device=device, steps=steps)
+        tokens = compare_merge(reference, live, held_out.input_ids, dtype=wider(dtype), device=device, steps=steps)
     except NotMeasured as reason:
         report(Notice(f"the merge was not held against PEFT: {reason}"))
         return Preparation(floor, unconfirmed=[f"the merge against PEFT ({reason})"])

@@ -24,6 +24,8 @@ from qexport.verifying.steps import Steps
 
 _PERCENT: Final = Range(0.0, 100.0)
 
+_YES_OR_NO: Final = frozenset({"identical_generations"})
+
 _FIGURES: Final[Sequence[tuple[str, Callable[[PromptResult], float], Range]]] = (
     ("identical_generations", lambda result: float(result.identical), SHARE),
     ("first_divergence", lambda result: result.agreed_share, SHARE),

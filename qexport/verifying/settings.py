@@ -70,7 +70,7 @@ class VerifySettings(Settings):
     field: str = "text"
     """The field of a JSON line that holds the text."""
 
-    windows: Annotated[int, Field(ge=1)] = 16
+    windows: Annotated[int, Field(ge=1)] = 24
     """How many windows to measure before the gates are looked at for the first time."""
 
     max_windows: Annotated[int, Field(ge=1)] = 64

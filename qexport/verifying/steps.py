@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from qexport.progress import Progress, Reporter
 
@@ -13,12 +14,14 @@ class Steps:
 
     Attributes:
         report: is told of each.
+        stage: `prepare` before anything is quantized, `verify` after it.
         total: steps that are expected so far.
         done: steps that are finished.
         tokens: that went through the models in them.
     """
 
     report: Reporter
+    stage: Literal["prepare", "verify"] = "verify"
     total: int = 0
     done: int = 0
     tokens: int = 0
@@ -35,4 +38,4 @@ class Steps:
         self._tell(detail)
 
     def _tell(self, detail: str) -> None:
-        self.report(Progress("verify", self.done, max(self.total, self.done), "step", detail, self.tokens))
+        self.report(Progress(self.stage, self.done, max(self.total, self.done), "step", detail, self.tokens))

@@ -21,6 +21,7 @@ from qexport.errors import InputError
 from qexport.gates.deciding import needs_more
 from qexport.progress import Reporter, silent
 from qexport.reading.artifact_source import ArtifactSource
+from qexport.statistics.sequences import PLANNED_UNITS
 from qexport.tensors import Checkpoint, GroupQuantizedSpec, WeightSource
 from qexport.text.held_out import HeldOut
 from qexport.text.prompts import EncodedPrompts
@@ -186,7 +187,7 @@ def _models(given: Given, source: ArtifactSource) -> Models:
 def _figures(found: Measured, given: Given) -> list[Figure]:
     """Everything that is known of the text, with the noise floor beside it."""
     tokens = found.tokens()
-    units = Units(given.held_out.domains[: found.windows], "window", tokens["artifact"].kl.shape[1], found.looks[0])
+    units = Units(given.held_out.domains[: found.windows], "window", tokens["artifact"].kl.shape[1], PLANNED_UNITS)
     floor = given.prepared.noise_floor
     own = [
         figure.model_copy(update={"noise_floor": floor.get(figure.name)}) if figure.domain is None else figure

@@ -18,11 +18,10 @@ from qexport.errors import InputError, listed
 from qexport.settings import Settings
 from qexport.tensors.strict_json import parse_json
 from qexport.text.json_lines import read_json_lines
+from qexport.verifying.tasks.names import ENDINGS
 
 Row = dict[str, Any]
 
-_ENDINGS: Final = (".yaml", ".yml")
-_EXPLICIT: Final = ("./", "../", "/", "~")
 _LARGEST: Final = 1 << 20
 _DEEPEST: Final = 20
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -128,11 +127,6 @@ class LocalTask:
     splits: Mapping[str, list[Row]] | None
 
 
-def names_file(task: str) -> bool:
-    """Whether a recipe's text names a task file or a folder of them, not a task of the harness."""
-    return task.startswith(_EXPLICIT) or task in {".", ".."} or task.endswith(_ENDINGS)
-
-
 def read_local_tasks(path: Path) -> list[LocalTask]:
     """The task of a file, or of each `.yaml` and `.yml` file in a folder, in the order of their names.
 
@@ -143,7 +137,7 @@ def read_local_tasks(path: Path) -> list[LocalTask]:
     """
     if not path.is_dir():
         return [_read_task(path)]
-    files = sorted(file for file in path.iterdir() if file.suffix in _ENDINGS)
+    files = sorted(file for file in path.iterdir() if file.suffix in ENDINGS)
     if not files:
         raise InputError("there are no task files in the folder", where=str(path), mend="name them .yaml")
     return [_read_task(file) for file in files]

@@ -1,0 +1,262 @@
+"""`qexport verify`: a finished folder, of qexport or of another maker, against a recipe or a model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+import factories
+from adapters import load_adapter
+from qexport.artifact.figures import find_figure
+from qexport.artifact.manifest import MANIFEST_NAME
+from qexport.artifact.report import Report
+from qexport.cli import main
+from test_cli import tiny_run
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe, what it names, and its artifact in `out`."""
+    folder = tmp_path_factory.mktemp("made")
+    assert main(["run", str(tiny_run(folder)), "--device", "cpu"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def of_transformers(made: Path) -> Path:
+    """The merged model in NF4, as transformers saves it with bitsandbytes."""
+    merged = load_adapter(AutoModelForCausalLM.from_pretrained(made / "model"), made / "adapter").merge_and_unload()
+    merged.save_pretrained(made / "merged")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16")
+    model = AutoModelForCausalLM.from_pretrained(made / "merged", quantization_config=config)
+    assert isinstance(model, PreTrainedModel)
+    model.save_pretrained(made / "theirs")
+    for path in (made / "model").iterdir():
+        if not path.name.endswith(".safetensors") and path.name != "config.json":
+            shutil.copy(path, made / "theirs")
+    return made / "theirs"
+
+
+def verified(artifact: Path, reference: Path, *options: str) -> int:
+    return main(["verify", str(artifact), "--reference", str(reference), "--device", "cpu", *options])
+
+
+def limits(folder: Path, text: str) -> str:
+    path = folder / "gates.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_recipe_measures_what_its_run_has_measured(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert verified(made / "out", made / "recipe.yaml", "--json", "--report", str(tmp_path / "report")) == 0
+    captured = capsys.readouterr()
+    found, before = Report.model_validate_json(captured.out), Report.read(made / "out")
+    assert (found.figures, found.gates, found.generations) == (before.figures, before.gates, before.generations)
+    assert (found.identity, found.protocol, found.layers) == (before.identity, before.protocol, before.layers)
+    assert found.subject.weights_sha256 == before.subject.weights_sha256
+    assert found.command == "qexport verify out --reference recipe.yaml"
+    assert Report.read(tmp_path / "report") == found
+    written = sorted(path.name for path in (tmp_path / "report").iterdir())
+    assert written == ["junit.xml", "report.html", "report.json", "report.md"]
+    assert str(made) not in captured.out
+
+
+def test_the_reports_table_is_shown(
+    made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    assert verified(made / "out", made / "recipe.yaml", "verify.gates={median_kl: {at_most: 9.0}}") == 0
+    captured = capsys.readouterr()
+    assert any(line.split()[:2] == ["median_kl", "passed"] for line in captured.out.splitlines())
+    assert "verify " in captured.err
+
+
+def test_a_model_with_its_adapter_is_a_reference_too(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder is named as in a recipe: here by its name in the current directory."""
+    monkeypatch.chdir(made)
+    gates = limits(tmp_path, "profile: off\ngates: {mean_kl: {at_most: 0.9}}")
+    text = [*short_text(made, tmp_path), "--gates", gates, "--json"]
+    assert verified(made / "out", Path("model"), "--adapter", "adapter", *text) == 0
+    found = Report.model_validate_json(capsys.readouterr().out)
+    assert found.identity.adapter_sha256 == Report.read(made / "out").identity.adapter_sha256
+    assert [gate.name for gate in found.gates if gate.limit == 0.9] == ["mean_kl"]
+
+
+def short_text(made: Path, folder: Path) -> list[str]:
+    """Held-out text of some windows of 512 tokens, which is what `verify` takes where no recipe says otherwise."""
+    path = factories.write_text(folder / "text.jsonl", passages=120, seed=2)
+    return ["--text", str(path)]
+
+
+def test_without_the_adapter_the_artifact_is_another_model(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gates = limits(tmp_path, "profile: off\ngates: {mean_kl: {at_most: 0.02}}")
+    assert verified(made / "out", made / "model", *short_text(made, tmp_path), "--gates", gates) == 6
+    assert "error: 2 gates failed: better_than_rtn is " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("gates", "code", "words"),
+    [
+        ("profile: off\ngates: {mean_kl: {at_most: 0.001}}", 6, "error: 1 gate failed: mean_kl is "),
+        ("profile: off\ngates: {mean_kl: {domains: {law: {at_most: 9.0}}}}", 7, "error: 1 gate could not be decided"),
+        ("profile: off\ngates: {mean_kl: {at_most: 1.0e-9}}", 2, "noise floor"),
+        ("profile: of", 2, "gates.yaml:1: profile: "),
+    ],
+    ids=["failed", "undecided", "below the noise", "no gates"],
+)
+def test_gates_decide_the_exit_code(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], gates: str, code: int, words: str
+) -> None:
+    report = tmp_path / "report"
+    options = ["--gates", limits(tmp_path, gates), "--report", str(report), "--json"]
+    assert verified(made / "out", made / "recipe.yaml", *options) == code
+    captured = capsys.readouterr()
+    assert words in captured.err
+    document = json.loads(captured.out)
+    if code == 2:
+        assert document["error"]["exit_code"] == 2
+        assert not report.exists()
+    else:
+        assert document["verdict"] == Report.read(report).verdict == {6: "fail", 7: "undecided"}[code]
+
+
+@pytest.mark.parametrize(
+    ("reference", "options", "words"),
+    [
+        ("recipe.yaml", ["--adapter", "adapter"], "--adapter belongs to a model"),
+        ("model", ["merge.dtype=float32", "--text", "heldout.jsonl"], "a model has no values to replace"),
+        ("model", ["--adapter", "adapter"], "there is no held-out text to measure on"),
+        ("bare.yaml", [], "there is no held-out text to measure on: "),
+        ("none.yaml", [], "the recipe cannot be read"),
+        ("no such model", ["--text", "heldout.jsonl"], "is no hub id"),
+        ("model", ["--adapter", "no such", "--text", "heldout.jsonl"], "is no hub id"),
+        ("recipe.yaml", ["--gates", "none.yaml"], "the file of gates cannot be read"),
+        ("recipe.yaml", ["verify.windows=0"], "verify.windows"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(
+    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    reference: str, options: list[str], words: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(made)
+    recipe = (made / "recipe.yaml").read_text().splitlines()
+    (made / "bare.yaml").write_text("\n".join(line for line in recipe if not line.startswith("verify")))
+    assert verified(made / "out", Path(reference), *options) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert words in captured.err
+
+
+def test_a_reference_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "out"]) == 2
+    assert "--reference" in capsys.readouterr().err
+
+
+def test_a_recipe_without_verify_takes_the_text_of_the_command_line(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gates = limits(tmp_path, "profile: off\ngates: {mean_kl: {at_most: 0.9}}")
+    options = ["verify=null", *short_text(made, tmp_path), "--prompts", str(made / "prompts.jsonl"), "--gates", gates]
+    assert verified(made / "out", made / "recipe.yaml", *options, "--json") == 0
+    found = Report.model_validate_json(capsys.readouterr().out)
+    assert found.generations is not None
+    assert [each.id for each in found.generations.comparisons] == ["mill"]
+
+
+def test_text_and_prompts_of_the_command_line_replace_the_recipes(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "p.jsonl").write_text('{"id": "other", "prompt": "A letter"}\n')
+    options = [*short_text(made, tmp_path), "--prompts", str(tmp_path / "p.jsonl"), "--json"]
+    assert verified(made / "out", made / "recipe.yaml", *options) == 0
+    found, before = Report.model_validate_json(capsys.readouterr().out), Report.read(made / "out")
+    assert found.generations is not None
+    assert [each.id for each in found.generations.comparisons] == ["other"]
+    assert found.identity.text_sha256 != before.identity.text_sha256
+    assert found.protocol.sequence_length == 32
+
+
+@pytest.mark.parametrize("fault", ["no folder", "no model", "another file", "another shape"])
+def test_a_folder_that_is_no_form_of_the_reference_is_refused(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: str
+) -> None:
+    artifact = tmp_path / "a"
+    match fault:
+        case "no model":
+            artifact.mkdir()
+        case "another file":
+            shutil.copytree(made / "out", artifact)
+            (artifact / "extra.py").write_text("")
+        case "another shape":
+            factories.save(factories.build(factories.llama_config(num_hidden_layers=3)), artifact)
+    assert verified(artifact, made / "recipe.yaml", "--report", str(tmp_path / "report")) == 3
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert (
+        "model.layers.2.mlp.up_proj.weight: unexpected" if fault == "another shape" else str(artifact)
+    ) in captured.err
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_folder_without_a_manifest_is_measured_all_the_same(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    artifact = shutil.copytree(made / "out", tmp_path / "a")
+    (artifact / MANIFEST_NAME).unlink()
+    shutil.rmtree(artifact / "report")
+    assert verified(artifact, made / "recipe.yaml", "--json") == 0
+    found, before = Report.model_validate_json(capsys.readouterr().out), Report.read(made / "out")
+    assert found.figures == before.figures
+    assert (found.subject.name, found.subject.layouts, found.subject.method) == ("a", [], before.subject.method)
+    assert found.subject.weights_sha256 == before.subject.weights_sha256
+    assert {(layer.name, layer.bits) for layer in found.layers} == {(layer.name, layer.bits) for layer in before.layers}
+    assert {layer.loss for layer in found.layers} == {None}, "nobody has told"
+    assert not [path.name for path in artifact.iterdir() if path.name in ("report", MANIFEST_NAME)]
+
+
+def test_what_transformers_has_saved_with_bitsandbytes_is_measured(
+    made: Path, of_transformers: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert verified(of_transformers, made / "recipe.yaml", "verify.profile=off", "--json") == 0
+    found = Report.model_validate_json(capsys.readouterr().out)
+    assert found.subject.method == "NF4"
+    assert {layer.method for layer in found.layers} == {"nf4"}
+    kl = find_figure(found.figures, "mean_kl")
+    assert kl is not None
+    assert kl.value == pytest.approx(independent_kl(made, of_transformers, found), rel=0.15)
+    assert "better_than_rtn" not in {gate.name for gate in found.gates}
+
+
+@torch.no_grad()
+def independent_kl(made: Path, artifact: Path, found: Report) -> float:
+    """The mean over another cut of the same text, by transformers alone: near, not equal."""
+    tokenizer: Any = factories.tokenizer()
+    lines = [json.loads(line)["text"] for line in (made / "heldout.jsonl").read_text().splitlines()]
+    ids = [token for text in lines for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+    count = found.protocol.windows
+    windows = torch.tensor(ids[: count * 32]).reshape(count, 32)
+    own, other = (
+        AutoModelForCausalLM.from_pretrained(folder)(windows).logits[:, :-1].double().log_softmax(-1)
+        for folder in (made / "merged", artifact)
+    )
+    return float((own.exp() * (own - other)).sum(-1).mean())
+
+
+def test_the_layouts_above_a_folder_are_named(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for layout in ("safetensors", "vllm"):
+        shutil.copytree(made / "out", tmp_path / "several" / layout, copy_function=os.link)
+    assert verified(tmp_path / "several", made / "recipe.yaml") == 3
+    assert str(tmp_path / "several" / "vllm") in capsys.readouterr().err

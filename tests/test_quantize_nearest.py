@@ -44,7 +44,7 @@ def source(
 
 
 def spec(weight: torch.Tensor, *, bits: int = 4, group_size: int = 32, sym: bool = True) -> GroupQuantizedSpec:
-    return GroupQuantizedSpec(*weight.shape, bits, group_size, sym=sym, desc_act=False)
+    return GroupQuantizedSpec(weight.shape[0], weight.shape[1], bits, group_size, sym=sym, desc_act=False)
 
 
 @settings(max_examples=30, deadline=None)

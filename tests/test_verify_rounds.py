@@ -35,7 +35,16 @@ def models(*, rivals: bool = False) -> Models:
 
 def gate(name: str, verdict: Verdict) -> GateResult:
     return GateResult(
-        name=name, figure="mean_kl", limit=0.1, low=0.0, high=1.0, n=4, unit="window", verdict=verdict, reason="so"
+        name=name,
+        figure="mean_kl",
+        limit=0.1,
+        value=0.5,
+        low=0.0,
+        high=1.0,
+        n=4,
+        unit="window",
+        verdict=verdict,
+        reason="so",
     )
 
 

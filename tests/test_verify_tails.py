@@ -30,6 +30,7 @@ def figures(windows: int = 6, tokens: int = 40, *, seed: int = 0) -> TokenFigure
 def test_the_histogram_counts_every_token_where_it_belongs() -> None:
     found = figures()
     found.kl[0, :3] = torch.tensor([0.0, -1e-17, 1e9])
+    found.kl[1, 0] = 10.0 ** (-6 + 8 / 4)  # an edge
     histogram = kl_histogram(found)
     assert len(histogram.edges) == len(histogram.counts) + 1
     assert sum(histogram.counts) == found.kl.numel()
@@ -74,6 +75,6 @@ def test_the_worst_tokens_are_named_with_the_text_before_them() -> None:
     assert (first.token, first.reference_top) == (tokenizer.decode(ids[1, 40:]),) * 2
     assert first.artifact_top == tokenizer.decode(ids[0, :1])
     assert (first.reference_probability, first.artifact_probability) == pytest.approx((0.5, 0.125))
-    assert tokenizer.decode(ids[1, :40]).endswith(first.before)
+    assert str(tokenizer.decode(ids[1, :40])).endswith(first.before)
     assert 20 < len(first.before) <= 80
     assert worst[1].before == tokenizer.decode(ids[0, :1])

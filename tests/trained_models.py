@@ -37,7 +37,9 @@ def trained() -> PreTrainedModel:
         optimizer.zero_grad()
         model(input_ids=batch, labels=batch).loss.backward()
         optimizer.step()
-    return torch.nn.Module.to(model, torch.bfloat16).eval()
+    torch.nn.Module.to(model, torch.bfloat16)
+    model.eval()
+    return model
 
 
 def write_held_out(path: Path, *, seed: int = 2, passages: int = 40) -> Path:

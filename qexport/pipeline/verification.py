@@ -142,7 +142,7 @@ def _check_tokenizer(given: Given, folder: Path) -> list[Check]:
     """The artifact's tokenizer against the reference's."""
     files = read_sidecars(folder)
     config: dict[str, Any] = read_json_object(folder / "config.json", limit=_CONFIG_LIMIT)
-    found = preflight(
+    return preflight(
         TokenizerFolder(given.tokenizer, given.reference.files, given.reference.config),
         TokenizerFolder(
             tokenizer_from_files(files, config, name=folder.name) if has_tokenizer(files) else None, files, config
@@ -150,4 +150,3 @@ def _check_tokenizer(given: Given, folder: Path) -> list[Check]:
         prompts=given.prompts.prompt_set.prompts if given.prompts else (),
         embedding_rows=describe(given.reference.config).vocab_size,
     )
-    return [Check(gate="tokenizer", name=each.name, passed=each.passed, detail=each.detail) for each in found]

@@ -32,9 +32,9 @@ from qexport.artifact.digest import sha256_json
 from qexport.artifact.environment import describe_environment
 from qexport.artifact.figures import GateResult
 from qexport.artifact.manifest import MANIFEST_NAME, FileRecord, Manifest, Verification
+from qexport.artifact.resident_memory import resident
 from qexport.cli import main
 from qexport.cli.commands import app
-from qexport.cli.memory import resident
 from qexport.cli.progress import PLAIN_INTERVAL, PlainLines, Stopwatch, reporter
 from qexport.cli.summary import summary
 from qexport.errors import (
@@ -325,10 +325,10 @@ def test_arguments_reach_the_pipeline(
     recipe: str, pipeline: Callable[[Run], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    calls = []
+    calls, commands = [], list[str]()
 
-    def run(chosen: Recipe, *, force: bool, device: str, name: str, report: Reporter) -> SimpleNamespace:
-        assert name == "r.yaml"
+    def run(chosen: Recipe, *, force: bool, device: str, command: str, report: Reporter) -> SimpleNamespace:
+        commands.append(command)
         calls.append((chosen, force, device))
         return result(tmp_path / "x")
 
@@ -338,6 +338,8 @@ def test_arguments_reach_the_pipeline(
     assert main(["run", recipe]) == 0
     options = ["--force", "--device", "cpu", "quantize.group_size=32", "--output", "here"]
     assert main(["run", recipe, "quantize.bits=8", *options]) == 0
+    again = "qexport verify . --reference r.yaml"
+    assert commands == [again, f"{again} quantize.bits=8 quantize.group_size=32"]
     (plain, *defaults), (changed, *given) = calls
     assert (defaults, given) == ([False, "auto"], [True, "cpu"])
     assert (gptq(plain).bits, gptq(changed).bits, gptq(changed).group_size) == (4, 8, 32)

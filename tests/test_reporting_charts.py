@@ -70,7 +70,7 @@ def test_a_histogram_that_begins_at_zero_can_be_drawn() -> None:
 
 def test_a_forest_shows_both_limits_of_a_figure() -> None:
     figures = [reports.figure("perplexity_ratio", 1.0, half=0.01)]
-    gates = [reports.gate_result("perplexity_ratio", limit=1.1), reports.gate_result("perplexity_ratio", limit=0.9)]
+    gates = [reports.gate_result("both", figure="perplexity_ratio", limit=limit) for limit in (1.1, 0.9)]
     assert len(drawn(forest(figures, gates, 1.0), "line", "limit")) == 2
 
 

@@ -11,7 +11,7 @@ from rich.console import Console, RenderableType
 from rich.table import Column
 from rich.text import Text
 
-from qexport.cli.memory import resident
+from qexport.artifact.resident_memory import resident
 from qexport.progress import Notice, Progress, Reporter, Stage
 from qexport.reporting.units import duration, size
 

@@ -32,9 +32,12 @@ def bytes_in_memory(structure: Structure, dtype: torch.dtype) -> int:
 
 
 def available_memory(device: torch.device) -> float:
-    """Bytes that can be taken without swapping: on the accelerator, or in main memory within the control group."""
+    """Bytes that can be taken without swapping: on the accelerator, with what torch holds of it and does not use; or in
+    main memory within the control group.
+    """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     return min(_free_in_system(), _free_in_control_group())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,8 @@ from qexport.architectures.runner import BlockRunner
 from qexport.architectures.structure import describe
 from qexport.artifact.figures import Figure, GateResult
 from qexport.artifact.report import BlockDrift, Check, Generations, TaskRecord, Timings
-from qexport.errors import InputError
+from qexport.artifact.resident_memory import resident
+from qexport.errors import listed
 from qexport.gates.deciding import needs_more
 from qexport.progress import Reporter, silent
 from qexport.reading.artifact_source import ArtifactSource
@@ -25,7 +25,7 @@ from qexport.statistics.sequences import PLANNED_UNITS
 from qexport.tensors import Checkpoint, GroupQuantizedSpec, WeightSource
 from qexport.text.held_out import HeldOut
 from qexport.text.prompts import EncodedPrompts
-from qexport.verifying.config_comparison import refuse_other_config
+from qexport.verifying.config_comparison import config_differences, refuse_other_config
 from qexport.verifying.divergence import TokenFigures
 from qexport.verifying.estimates import Units, divergence_figures, rival_figures
 from qexport.verifying.preparation import Preparation
@@ -148,14 +148,15 @@ def has_nearest_rival(grids: Mapping[str, GroupQuantizedSpec]) -> bool:
 
 
 def check_config(reference: Checkpoint, artifact: Path) -> Check:
-    """Whether the artifact's config.json means the reference's model."""
-    name = "config.json"
-    try:
-        with ArtifactSource(artifact, dtype=torch.float32) as source:
-            refuse_other_config(reference.config, source.config)
-    except InputError as error:
-        return Check(gate="config", name=name, passed=False, detail=error.where or error.what)
-    return Check(gate="config", name=name, passed=True, detail="every key means the reference's model")
+    """Whether the artifact's config.json means the reference's model.
+
+    Raises:
+        InputError: the artifact cannot be read.
+    """
+    with ArtifactSource(artifact, dtype=torch.float32) as source:
+        problems = config_differences(reference.config, source.config)
+    detail = listed(problems) if problems else "every key means the reference's model"
+    return Check(gate="config", name="config.json", passed=not problems, detail=detail)
 
 
 def check_headers(reference: Checkpoint, artifact: Path) -> None:
@@ -202,7 +203,7 @@ def _figures(found: Measured, given: Given) -> list[Figure]:
 def _timings(seconds: float, measured: MeasuredSpeed) -> Timings:
     return Timings(
         seconds=seconds,
-        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_memory_bytes=resident().peak,
         speed=measured.speed,
         speed_unmeasured=measured.unmeasured,
         figures=measured.figures,

@@ -93,8 +93,10 @@ limits: 1
         ),
         (
             "speed_ratio: {at_least: 0.5, domains: {code: {at_least: 0.4}}}",
-            "speed_ratio is measured over all repeats, not by domain",
+            "speed_ratio is measured as a whole, not by domain",
         ),
+        ("kl_over_rtn: {domains: {code: {at_most: 0}}}", "kl_over_rtn is measured as a whole, not by domain"),
+        ("accuracy_change: {at_least: -0.02}", "accuracy_change is measured by task: give the limit below domains"),
     ],
 )
 def test_a_limit_that_cannot_do_what_it_says_is_refused(tmp_path: Path, line: str, problem: str) -> None:

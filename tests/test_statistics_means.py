@@ -14,7 +14,7 @@ from qexport.errors import NumericalError
 from qexport.statistics.means import stratified_mean, student_multiplier
 from qexport.statistics.moments import Array, moments
 from qexport.statistics.paired import mcnemar
-from qexport.statistics.samples import SHARE, Interval, Sample, groups, transformed
+from qexport.statistics.samples import DIFFERENCE, SHARE, Interval, Sample, groups, transformed
 
 THOUSANDTHS = st.integers(-(10**6), 10**6).map(lambda thousandths: thousandths / 1000)
 
@@ -112,6 +112,17 @@ def test_shares_are_clipped_and_are_not_certain_because_windows_agree() -> None:
     low, high = ends(stratified_mean(none_seen, SHARE))
     assert low == 0
     assert 3 / (8 * 511) < high < 4.5 / (8 * 511)
+
+
+def test_no_changed_answer_in_a_few_items_is_not_certainty() -> None:
+    unchanged, few = sample(*[0.0] * 20, trials=1), sample(*[0.0] * 18, 1.0, -1.0, trials=1)
+    low, high = ends(stratified_mean(unchanged, DIFFERENCE))
+    assert low == -high
+    assert 2 / 20 < high < 4 / 20  # the rule of three: up to 3 of 20 may change
+    lost = ends(stratified_mean(sample(*[0.0] * 19, -1.0, trials=1), DIFFERENCE))
+    gained = ends(stratified_mean(sample(*[0.0] * 19, 1.0, trials=1), DIFFERENCE))
+    assert lost == pytest.approx((-gained[1], -gained[0]))
+    assert ends(stratified_mean(few, DIFFERENCE))[1] > 2 / 20
 
 
 def test_the_variance_under_a_share_keeps_the_design_effect() -> None:

@@ -17,6 +17,7 @@ from qexport.verifying.settings import TaskSettings
 from qexport.verifying.tasks import measuring
 from qexport.verifying.tasks.measuring import measure_tasks, require_harness
 from qexport.verifying.tasks.pairing import Item, Scores, pair
+from qexport.verifying.whole_models import accuracy_change
 
 Answers = list[tuple[bool, bool]]
 
@@ -73,6 +74,15 @@ def test_other_items_are_an_error(fault: str) -> None:
         pair(reference, other)
     assert caught.value.where is not None
     assert caught.value.where.startswith("task local: ")
+
+
+def test_equal_answers_to_a_few_items_leave_the_change_of_accuracy_open() -> None:
+    answers = scores([True, False] * 5)
+    figure = accuracy_change(pair(answers, answers))
+    assert (figure.domain, figure.value, figure.n, figure.unit) == ("local", 0, 10, "item")
+    assert figure.low is not None
+    assert figure.sequence_low is not None
+    assert figure.sequence_low < figure.low < -0.1
 
 
 def test_the_digest_is_that_of_what_was_asked_not_of_the_answers() -> None:

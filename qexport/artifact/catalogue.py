@@ -30,10 +30,6 @@ class FigureKind:
     gated: bool = True
     teacher_forced: bool = True
 
-    def drift(self, value: float) -> float | None:
-        """How far a value is from the ideal one."""
-        return None if self.ideal is None else abs(value - self.ideal)
-
 
 def _generated(label: str, form: Form, ideal: float, better: Better) -> FigureKind:
     return FigureKind(label, form, ideal, better, teacher_forced=False)
@@ -86,6 +82,9 @@ CATALOGUE: Final[Mapping[str, FigureKind]] = {
     "accuracy_change": _generated("accuracy, artifact - reference", "points", 0.0, "near"),
 }
 """By name. docs/verification.md has each one's formula and source."""
+
+DECISIVE_MARGIN: Final = 0.5
+"""In nats. Where the reference's two likeliest tokens are no further apart, a change of places says little."""
 
 QUANTILES: Final[Mapping[str, float]] = {
     "median_kl": 0.5,

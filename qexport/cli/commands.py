@@ -95,9 +95,11 @@ def run(
         if output is not None:
             chosen = chosen.model_copy(update={"output": str(output.absolute())})
         from qexport import pipeline  # takes seconds, a recipe's problems need not wait for it
+        from qexport.cli.again import verify_command
 
         with _reporting() as report:
-            result = pipeline.run(chosen, force=force, device=device, name=recipe.name, report=report)
+            command = verify_command(".", str(recipe), overrides or (), {})
+            result = pipeline.run(chosen, force=force, device=device, command=command, report=report)
     with told(as_json=as_json, debug=debug, interrupted=f"interrupted; {result.artifact_path} is complete"):
         _show(result, as_json=as_json)
     from qexport.cli.gates import gates_failure
@@ -134,15 +136,18 @@ def verify(
 
         chosen = reference_of(References(reference, overrides or (), adapter, text or (), prompts, gates))
         from qexport import pipeline  # takes seconds, what is wrong with the arguments need not wait for it
+        from qexport.cli.again import verify_command
         from qexport.cli.gates import gates_failure
 
+        options = {"--adapter": [adapter], "--text": text or [], "--prompts": [prompts]}
+        options["--gates"] = [None if gates is None else str(gates)]
         with _reporting() as report:
             found = pipeline.verify(
                 artifact,
                 chosen.load,
                 chosen.settings,
                 merging=chosen.merging,
-                command=f"qexport verify {artifact.resolve().name} --reference {Path(reference).name}",
+                command=verify_command(artifact.resolve().name, reference, overrides or (), options),
                 device=device,
                 report=report,
             )

@@ -66,7 +66,7 @@ def run(
     *,
     force: bool = False,
     device: str = "auto",
-    name: str = "RECIPE.yaml",
+    command: str = "qexport verify . --reference RECIPE.yaml",
     report: Reporter = silent,
 ) -> Result:
     """Merges, quantizes, exports and verifies; publishes the artifact with one rename.
@@ -77,7 +77,7 @@ def run(
         recipe: what to make of which model.
         force: replace an output folder that is not empty.
         device: `auto`, `cpu` or `cuda`.
-        name: of the recipe's file, for the command in the report.
+        command: for the report, what measures the same again.
         report: is told of progress, and of what a user should know.
 
     Raises:
@@ -98,7 +98,7 @@ def run(
         with ExitStack() as hashing:
             for weights in written.values():
                 hashing.enter_context(taken_meanwhile(weights.files))
-            reports = _check(planned, reference, records, f"qexport verify . --reference {name}", report)
+            reports = _check(planned, reference, records, command, report)
         manifests = {}
         for record in records:
             found = reports.get(record.layout.name)

@@ -8,7 +8,7 @@ from typing import Final
 
 from markupsafe import Markup
 
-from qexport.artifact.catalogue import QUANTILES
+from qexport.artifact.catalogue import DECISIVE_MARGIN, QUANTILES
 from qexport.artifact.figures import Figure, GateResult, find_figure
 from qexport.artifact.report import BlockDrift, Histogram, MarginBin
 from qexport.reporting.svg import WIDTH, Axis, chart, line, linear_axis, tag, text, tick_text
@@ -20,7 +20,6 @@ _RIGHT: Final = WIDTH - 14.0
 _NAMES: Final = 118.0
 _VALUES: Final = 84.0
 _ROW: Final = 30.0
-_DECISIVE_MARGIN: Final = 0.5
 _LONGEST_NAME: Final = 15
 _LABEL_ROOM: Final = 46.0
 
@@ -163,7 +162,7 @@ def flips_by_margin(bins: Sequence[MarginBin]) -> Markup:
     for index, (each, share) in enumerate(zip(bins, shares, strict=True)):
         x = _LEFT + step * index
         told = f"margin {_margin(each)} nats: {each.flips:,} of {each.tokens:,} tokens"
-        class_ = "bar decisive" if each.low >= _DECISIVE_MARGIN else "bar"
+        class_ = "bar decisive" if each.low >= DECISIVE_MARGIN else "bar"
         top = up.place(share)
         bar = tag("rect", x=x + step * 0.12, y=top, width=step * 0.76, height=210 - top, class_=class_)
         value = text(x + step / 2, top - 6, _percent(share), anchor="middle", class_="mark")

@@ -39,7 +39,7 @@ def interval_of_mean(sample: Sample, within: Range, multiplier: Callable[[Moment
         return Interval(mean, None, None, n)
     found = moments(sample.values, sample.strata)
     if sample.trials is not None:
-        found = found.at_least(share_floor(found.mean, n * sample.trials))
+        found = found.at_least(share_floor(np.abs(found.mean), n * sample.trials))
     low, high = found.interval(multiplier(found))
     return bounded(mean, float(low), float(high), n, within)
 

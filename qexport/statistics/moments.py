@@ -102,13 +102,14 @@ def moments(values: Array, strata: Sequence[str]) -> Moments:
 
 
 def share_floor(mean: Array, observations: int) -> Array:
-    """The least variance that a share of so many yes-or-no observations can honestly have.
+    """The least variance that a share of so many yes-or-no observations, or a difference of two, can honestly have.
 
     p (1 - p) / N with p = (N m + 2) / (N + 4) (Agresti and Coull 1998). Tokens of a window are alike rather than
-    different, so this is a lower limit; it matters where events are so rare that windows agree by chance.
+    different, so this is a lower limit; it matters where events are so rare that windows agree by chance. Paired
+    differences of yes and no (+1, 0, -1) with the mean d scatter by at least |d| (1 - |d|), so it is theirs as well.
 
     Args:
-        mean: float64 [...], the observed shares.
+        mean: float64 [...], the observed shares, or the sizes of the observed differences.
         observations: N, in all units together.
     """
     share = (observations * mean + 2) / (observations + 4)

@@ -11,7 +11,7 @@ def mcnemar(only_reference: int, only_artifact: int) -> float:
     Of the b + c items that only one model answers rightly, each would be the reference's with probability 1/2:
     p = min(1, 2 P(X <= min(b, c))), X binomial(b + c, 1/2). (McNemar 1947, with the binomial in place of chi-squared.)
 
-    The difference of the accuracies with its interval is `stratified_mean` of +1, 0 and -1 per item.
+    The difference of the accuracies with its interval is `stratified_mean` of +1, 0 and -1 per item, with `trials` 1.
 
     Args:
         only_reference: b, the number of items that only the reference answers rightly.

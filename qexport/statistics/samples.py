@@ -27,6 +27,8 @@ class Range:
 REAL: Final = Range()
 SHARE: Final = Range(0.0, 1.0)
 NOT_NEGATIVE: Final = Range(low=0.0)
+DIFFERENCE: Final = Range(-1.0, 1.0)
+"""Of two shares."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,9 @@ class Sample:
     Args:
         values: float64 [units], in the order in which they were measured.
         strata: [units], the domain of each unit.
-        trials: for shares, the number of yes-or-no observations behind each value. Values that agree by chance (0 rare
-            events in every window) then do not count as certain; see `qexport.statistics.moments.share_floor`.
+        trials: for shares and paired differences of them, the number of yes-or-no observations behind each value.
+            Values that agree by chance (0 rare events in every window, no changed answer in a few items) then do not
+            count as certain; see `qexport.statistics.moments.share_floor`.
 
     Raises:
         ValueError: no units, or a stratum is missing.

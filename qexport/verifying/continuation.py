@@ -1,4 +1,4 @@
-"""What a whole model makes of prompts: continuations, and its opinion of another model's."""
+"""What a whole model makes of prompts: continuations, and its predictions along another model's."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from transformers import (
 
 from qexport.errors import NumericalError
 from qexport.tensors import Checkpoint
+from qexport.tensors.finite import is_finite
 from qexport.tensors.strict_json import parse_json
 from qexport.verifying.prompt_batches import PromptBatch
 
@@ -41,19 +42,6 @@ class Continuation:
 
     tokens: tuple[int, ...]
     margins: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Opinion:
-    """What a model predicts along tokens that another model has made.
-
-    Attributes:
-        top: the likeliest token in the place of each, given the prompt and the tokens before it.
-        log_probabilities: of each token itself; nats.
-    """
-
-    top: tuple[int, ...]
-    log_probabilities: tuple[float, ...]
 
 
 def greedy_settings(
@@ -119,42 +107,41 @@ def continue_all(
 
 
 @torch.no_grad()
-def judge_all(
+def likeliest_along(
     model: PreTrainedModel, batches: Sequence[PromptBatch], continuations: Sequence[Continuation]
-) -> list[Opinion]:
-    """Predictions along given continuations: one forward over each prompt with the tokens that follow it.
+) -> list[tuple[int, ...]]:
+    """For each prompt the likeliest token in the place of each token of a given continuation, predicted from the prompt
+    and the tokens before that place: one forward over all of them.
 
     Args:
         model: with all its weights and a head in float32.
         batches: as for `continue_all`.
         continuations: at least one token for each prompt, in the order of the list that the batches came from.
+
+    Raises:
+        NumericalError: logits hold NaN or Inf.
     """
-    found: dict[int, Opinion] = {}
+    found: dict[int, tuple[int, ...]] = {}
     for batch in batches:
         longest = max(len(continuations[index].tokens) for index in batch.indices)
         rows = max(1, _LOGITS_AT_ONCE // (longest * _vocabulary(model)))
         pieces = (range(len(batch.indices))[first : first + rows] for first in range(0, len(batch.indices), rows))
         for piece in pieces:
             tokens = [continuations[batch.indices[row]].tokens for row in piece]
-            opinions = _judge(model, batch.input_ids[list(piece)], batch.attention_mask[list(piece)], tokens)
-            found |= {batch.indices[row]: opinion for row, opinion in zip(piece, opinions, strict=True)}
+            tops = _likeliest(model, batch.input_ids[list(piece)], batch.attention_mask[list(piece)], tokens)
+            found |= {batch.indices[row]: top for row, top in zip(piece, tops, strict=True)}
     return [found[index] for index in sorted(found)]
 
 
-def _judge(
+def _likeliest(
     model: PreTrainedModel, prompts: Tensor, mask: Tensor, continuations: Sequence[Sequence[int]]
-) -> list[Opinion]:
+) -> list[tuple[int, ...]]:
     """Shorter continuations are filled up behind, where no earlier token sees it; the last token predicts nothing."""
     longest = max(map(len, continuations))
     follow = torch.tensor([[*tokens, *[0] * (longest - len(tokens))] for tokens in continuations])[:, :-1]
     ids, mask = torch.cat([prompts, follow], 1), torch.cat([mask, torch.ones_like(follow)], 1)
-    logits = _last_logits(model, ids, mask, longest)
-    opinions = []
-    for row, tokens in zip(logits, continuations, strict=True):
-        likely = row[: len(tokens)].log_softmax(-1, dtype=torch.float32)
-        own = likely.gather(1, torch.tensor(tokens, device=row.device)[:, None])[:, 0]
-        opinions.append(Opinion(tuple(likely.argmax(-1).tolist()), tuple(own.tolist())))
-    return opinions
+    rows = zip(_last_logits(model, ids, mask, longest), map(len, continuations), strict=True)
+    return [tuple(_finite(row[:length]).argmax(-1).tolist()) for row, length in rows]
 
 
 def _last_logits(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, count: int) -> Tensor:
@@ -175,19 +162,23 @@ class _Margins(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         first, second = scores.topk(2).values.T
-        margins = first - second  # what the logarithm of the sum adds is the same for both
-        if not bool(margins.isfinite().all()):
-            raise NumericalError(
-                "the logits hold NaN or Inf",
-                where="verify",
-                mend="an activation overflows: compute in a wider dtype, or look at the layer losses",
-            )
+        margins = _finite(first - second)  # what the logarithm of the sum adds is the same for both
         self._steps.append(margins.cpu())
         return scores
 
     def rows(self) -> list[list[float]]:
         rows: list[list[float]] = torch.stack(self._steps, 1).tolist()
         return rows
+
+
+def _finite(values: Tensor) -> Tensor:
+    if not is_finite(values):
+        raise NumericalError(
+            "the logits hold NaN or Inf",
+            where="verify",
+            mend="an activation overflows: compute in a wider dtype, or look at the layer losses",
+        )
+    return values
 
 
 def _length(tokens: Sequence[int], ends: set[int]) -> int:

@@ -15,7 +15,7 @@ from qexport.artifact.catalogue import PROBABILITY_QUANTILES, QUANTILES
 from qexport.artifact.figures import Figure, Unit
 from qexport.statistics.means import stratified_mean
 from qexport.statistics.quantiles import quantile_interval
-from qexport.statistics.samples import NOT_NEGATIVE, REAL, SHARE, Interval, Range, Sample, transformed
+from qexport.statistics.samples import DIFFERENCE, NOT_NEGATIVE, REAL, SHARE, Interval, Range, Sample, transformed
 from qexport.statistics.sequences import confidence_sequence
 from qexport.verifying.divergence import TokenFigures
 from qexport.verifying.rounds import Measured
@@ -24,7 +24,6 @@ from qexport.verifying.tails import decisive_flips
 Array = NDArray[np.float64]
 
 _NO_DOMAIN: Final = ""
-_BOTH_SIDES: Final = Range(-1.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class Units:
             name: of the figure.
             values: float64 [units].
             within: the values that the mean can have.
-            trials: of a share, what each unit's value is a share of.
+            trials: of a share or a difference of shares, how many observations each unit's value is over.
             function: for example exp, where the values are logarithms.
         """
         sample = Sample(values, self.strata, trials)
@@ -133,13 +132,13 @@ def rival_figures(found: Measured, units: Units) -> list[Figure]:
         chosen, own = units.chosen(found.indices["nearest"]), means["artifact"][found.indices["nearest"]]
         figures += [
             chosen.mean("rtn_mean_kl", means["nearest"], NOT_NEGATIVE),
-            chosen.mean("kl_over_rtn", _relative_difference(own, means["nearest"]), _BOTH_SIDES),
+            chosen.mean("kl_over_rtn", _relative_difference(own, means["nearest"]), DIFFERENCE),
         ]
     if "base" in means:
         chosen, own = units.chosen(found.indices["base"]), means["artifact"][found.indices["base"]]
         figures += [
             chosen.mean("adapter_effect", means["base"], NOT_NEGATIVE),
-            chosen.mean("kl_over_base", _relative_difference(own, means["artifact_from_base"]), _BOTH_SIDES),
+            chosen.mean("kl_over_base", _relative_difference(own, means["artifact_from_base"]), DIFFERENCE),
         ]
     return figures
 

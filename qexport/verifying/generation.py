@@ -5,22 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from statistics import fmean
-from typing import Final, Protocol
 
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from qexport.architectures.runner import BlockRunner
+from qexport.artifact.catalogue import DECISIVE_MARGIN
 from qexport.text.prompts import Prompt
-from qexport.verifying.continuation import Continuation, Opinion, continue_all, ends_of, judge_all
+from qexport.verifying.continuation import Continuation, continue_all, ends_of, likeliest_along
 from qexport.verifying.padding import Padding, check_padding
 from qexport.verifying.prompt_batches import PromptBatch, batch_prompts
 from qexport.verifying.sampling import sampling_noise
 from qexport.verifying.settings import SamplingSettings
 from qexport.verifying.text_similarity import chrf, edit_distance, first_difference, repetition_rate, rouge_l
-
-DECISIVE_MARGIN: Final = 0.5
-"""Nats that the reference's likeliest token is ahead of the second where it counts as a decision."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +33,6 @@ class PromptResult:
         margin_there: nats that the reference's token was ahead of its second likeliest there; None where all are equal.
         flips: tokens of the reference that were ahead by more than `DECISIVE_MARGIN` and in whose place the artifact
             holds another for the likeliest, given the prompt and the reference's tokens before it.
-        mean_log_probability: of the reference's tokens under the artifact; nats.
         edit_distance: see `text_similarity.edit_distance`; of the tokens.
         chrf: see `text_similarity.chrf`, 0 to 100.
         rouge_l: see `text_similarity.rouge_l`, 0 to 1.
@@ -55,7 +50,6 @@ class PromptResult:
     first_difference: int | None
     margin_there: float | None
     flips: int
-    mean_log_probability: float
     edit_distance: float
     chrf: float
     rouge_l: float
@@ -90,8 +84,6 @@ class SampleResult:
         reference: the reference's text, without special tokens.
         artifact: the artifact's.
         chrf: as in `PromptResult`.
-        repetition_reference: as in `PromptResult`.
-        repetition_artifact: as in `PromptResult`.
     """
 
     id: str
@@ -99,8 +91,6 @@ class SampleResult:
     reference: str
     artifact: str
     chrf: float
-    repetition_reference: float
-    repetition_artifact: float
 
 
 @dataclass(frozen=True)
@@ -157,11 +147,11 @@ def compare_generations(
         own_samples = _samples(model, batches, ids, settings, sampling, finished)
     with artifact.whole() as model:
         other = continue_all(model, batches, settings, finished)
-        opinions = judge_all(model, batches, own)
+        tops = likeliest_along(model, batches, own)
         other_samples = _samples(model, batches, ids, settings, sampling, finished)
     results = (
-        _compare(name, ours, theirs, opinion, tokenizer, settings)
-        for name, ours, theirs, opinion in zip(ids, own, other, opinions, strict=True)
+        _compare(name, ours, theirs, top, tokenizer, settings)
+        for name, ours, theirs, top in zip(ids, own, other, tops, strict=True)
     )
     samples = (
         _compare_samples(name, sample, ours, theirs, tokenizer)
@@ -195,13 +185,13 @@ def _compare(
     name: str,
     own: Continuation,
     other: Continuation,
-    opinion: Opinion,
+    top: Sequence[int],
     tokenizer: PreTrainedTokenizerBase,
     settings: GenerationConfig,
 ) -> PromptResult:
     texts = _decode(tokenizer, own.tokens), _decode(tokenizer, other.tokens)
     difference = first_difference(own.tokens, other.tokens)
-    along = zip(own.tokens, opinion.top, own.margins, strict=True)
+    along = zip(own.tokens, top, own.margins, strict=True)
     return PromptResult(
         id=name,
         reference=texts[0],
@@ -210,8 +200,7 @@ def _compare(
         artifact_tokens=len(other.tokens),
         first_difference=difference,
         margin_there=None if difference is None else own.margins[difference],
-        flips=sum(token != top and margin > DECISIVE_MARGIN for token, top, margin in along),
-        mean_log_probability=fmean(opinion.log_probabilities),
+        flips=sum(token != likeliest and margin > DECISIVE_MARGIN for token, likeliest, margin in along),
         edit_distance=edit_distance(own.tokens, other.tokens),
         chrf=chrf(*texts),
         rouge_l=rouge_l(*texts),
@@ -226,27 +215,10 @@ def _compare_samples(
     name: str, sample: int, own: Continuation, other: Continuation, tokenizer: PreTrainedTokenizerBase
 ) -> SampleResult:
     texts = _decode(tokenizer, own.tokens), _decode(tokenizer, other.tokens)
-    repeated = repetition_rate(own.tokens), repetition_rate(other.tokens)
-    return SampleResult(name, sample, *texts, chrf(*texts), *repeated)
+    return SampleResult(name, sample, *texts, chrf(*texts))
 
 
-class StyledPrompt(Protocol):
-    """A prompt that may be one half of a pair: the same request, written cleanly and written messily."""
-
-    @property
-    def id(self) -> str:
-        """The prompt's name."""
-
-    @property
-    def style(self) -> str | None:
-        """`clean`, `messy`, or another that pairs nothing."""
-
-    @property
-    def pair(self) -> str | None:
-        """What both halves share."""
-
-
-def style_sensitivity(values: Mapping[str, float], prompts: Sequence[StyledPrompt]) -> dict[str, float]:
+def style_sensitivity(values: Mapping[str, float], prompts: Sequence[Prompt]) -> dict[str, float]:
     """For each pair of prompts the value of the messy one minus that of the clean one, by the pair's name.
 
     Args:
@@ -255,7 +227,7 @@ def style_sensitivity(values: Mapping[str, float], prompts: Sequence[StyledPromp
     """
     halves: dict[str, dict[str, float]] = {}
     for prompt in prompts:
-        if prompt.pair is not None and prompt.style is not None and prompt.id in values:
+        if prompt.pair is not None and prompt.id in values:
             halves.setdefault(prompt.pair, {})[prompt.style] = values[prompt.id]
     return {
         pair: found["messy"] - found["clean"] for pair, found in halves.items() if {"messy", "clean"} <= found.keys()

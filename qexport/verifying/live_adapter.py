@@ -44,7 +44,9 @@ class LiveAdapter:
 
 
 class NotMeasured(Exception):
-    """Why the merge could not be held against PEFT."""
+    """Why the merge could not be held against PEFT. Goes into the manifest, so PEFT's own words, in which paths stand, are
+    only in the exception's cause.
+    """
 
 
 def compare_merge(
@@ -95,7 +97,7 @@ def _live_logits(base: BlockRunner, adapter: Path, ids: Tensor) -> Tensor:
             with _head_in_float32(model):
                 return _logits(live, ids, base.device)
         except Exception as error:  # PEFT raises what it comes upon
-            raise NotMeasured(f"PEFT cannot run the adapter: {error}") from error
+            raise NotMeasured("PEFT cannot run the adapter") from error
         finally:
             live.unload()
 
@@ -119,7 +121,7 @@ def _with_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
         try:
             live = PeftModel.from_pretrained(model, str(adapter), is_trainable=False)
         except Exception as error:  # PEFT raises what it comes upon
-            raise NotMeasured(f"PEFT cannot load the adapter: {error}") from error
+            raise NotMeasured("PEFT cannot load the adapter") from error
     if any(_MISSING in str(warning.message) for warning in heard):
         live.unload()
         raise NotMeasured("PEFT does not find all tensors of the adapter")

@@ -64,7 +64,8 @@ def prepare(
     try:
         tokens = compare_merge(reference, live, held_out.input_ids, dtype=wider(dtype), device=device, steps=steps)
     except NotMeasured as reason:
-        report(Notice(f"the merge was not held against PEFT: {reason}"))
+        cause = f" ({reason.__cause__})" if reason.__cause__ else ""
+        report(Notice(f"the merge was not held against PEFT: {reason}{cause}"))
         return Preparation(floor, unconfirmed=[f"the merge against PEFT ({reason})"])
     return Preparation(floor, [_merge_kl(tokens, floor["mean_kl"])])
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from qexport.architectures.runner import BlockRunner
 from qexport.artifact.figures import Figure
 from qexport.artifact.report import Comparison, Generations, SampledComparison
-from qexport.statistics.samples import NOT_NEGATIVE, REAL, SHARE, Range
+from qexport.statistics.samples import DIFFERENCE, NOT_NEGATIVE, SHARE, Range
 from qexport.tensors import Checkpoint
 from qexport.text.prompts import EncodedPrompts, Prompt
 from qexport.verifying.continuation import greedy_settings
@@ -24,8 +24,6 @@ from qexport.verifying.steps import Steps
 
 _PERCENT: Final = Range(0.0, 100.0)
 
-_YES_OR_NO: Final = frozenset({"identical_generations"})
-
 _FIGURES: Final[Sequence[tuple[str, Callable[[PromptResult], float], Range]]] = (
     ("identical_generations", lambda result: float(result.identical), SHARE),
     ("first_divergence", lambda result: result.agreed_share, SHARE),
@@ -33,13 +31,13 @@ _FIGURES: Final[Sequence[tuple[str, Callable[[PromptResult], float], Range]]] = 
     ("edit_distance", lambda result: result.edit_distance, SHARE),
     ("chrf", lambda result: result.chrf, _PERCENT),
     ("rouge_l", lambda result: result.rouge_l, SHARE),
-    ("repetition_change", lambda result: result.repetition_artifact - result.repetition_reference, REAL),
-    ("length_limit_change", lambda result: float(result.limit_artifact) - float(result.limit_reference), REAL),
+    ("repetition_change", lambda result: result.repetition_artifact - result.repetition_reference, DIFFERENCE),
+    ("length_limit_change", lambda result: float(result.limit_artifact) - float(result.limit_reference), DIFFERENCE),
     ("length_ratio", lambda result: result.length_ratio, NOT_NEGATIVE),
 )
 
-_TRIALS: Final = {"identical_generations": 1}
-"""Where a prompt gives yes or no: a few prompts that all say yes do not make it certain."""
+_TRIALS: Final = {"identical_generations": 1, "length_limit_change": 1}
+"""Where a prompt gives yes or no, or a difference of two: a few prompts that all say yes do not make it certain."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +145,7 @@ def _sensitivity(results: Sequence[PromptResult], prompts: Sequence[Prompt]) -> 
         return []
     domains = {prompt.pair: prompt.domain for prompt in prompts if prompt.pair is not None}
     units = Units([domains[pair] for pair in differences], "pair", None, len(differences))
-    return [units.mean("style_sensitivity", np.array(list(differences.values())))]
+    return [units.mean("style_sensitivity", np.array(list(differences.values())), DIFFERENCE)]
 
 
 def _sampled(found: GenerationFigures, prompts: int) -> list[Figure]:

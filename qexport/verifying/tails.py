@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from qexport.artifact.catalogue import DECISIVE_MARGIN
 from qexport.artifact.report import Histogram, MarginBin, WorstToken
 from qexport.text.held_out import HeldOut
 from qexport.verifying.divergence import TokenFigures
-
-DECISIVE_MARGIN: Final = 0.5
-"""In nats. Where the reference's two likeliest tokens are nearer, a change of places says little."""
 
 _DECADES: Final = (-6, 2)
 _BINS_PER_DECADE: Final = 4

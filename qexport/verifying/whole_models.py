@@ -14,6 +14,7 @@ from qexport.architectures.runner import BlockRunner
 from qexport.artifact.figures import Figure
 from qexport.artifact.report import Generations, Speed, TaskRecord
 from qexport.progress import Notice, Reporter
+from qexport.statistics.samples import DIFFERENCE
 from qexport.tensors import Checkpoint
 from qexport.text.prompts import EncodedPrompts
 from qexport.verifying.estimates import Units
@@ -99,7 +100,7 @@ def measure_whole(
     if settings.tasks is not None:
         results = _ask(pair, settings.tasks, steps)
         found.tasks = [_task_record(result) for result in results]
-        found.figures += [_accuracy_change(result) for result in results]
+        found.figures += [accuracy_change(result) for result in results]
     return found
 
 
@@ -150,9 +151,11 @@ def _task_record(result: TaskResult) -> TaskRecord:
     )
 
 
-def _accuracy_change(result: TaskResult) -> Figure:
+def accuracy_change(result: TaskResult) -> Figure:
+    """The figure of one task. A few items of which none has changed do not make it certain that none ever does."""
     units = Units([None] * result.items, "item", None, result.items)
-    figure = units.mean("accuracy_change", np.array(result.differences, dtype=np.float64))
+    differences = np.array(result.differences, dtype=np.float64)
+    figure = units.mean("accuracy_change", differences, DIFFERENCE, trials=1)
     return figure.model_copy(update={"domain": result.task})
 
 

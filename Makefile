@@ -11,7 +11,7 @@ TASKS_VENV ?= .venv-tasks
 TASKS_READY := $(TASKS_VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-servers test-tasks check format lint types imports docs benchmark clean
+.PHONY: help demo test test-servers test-tasks test-browser check format lint types imports docs benchmark clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12

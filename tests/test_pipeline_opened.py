@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,16 @@ def test_gptq_layers_of_other_bits_are_told_apart(tmp_path: Path) -> None:
     layers = {layer.name: (layer.bits, layer.group_size) for layer in opened(tmp_path).layers}
     assert layers.pop(up) == (8, 64)
     assert set(layers.values()) == {(4, 32)}
+
+
+def test_codes_of_which_the_config_says_nothing_are_refused(tmp_path: Path) -> None:
+    up = "model.layers.0.mlp.up_proj"
+    QuantizedModel(MODEL).write(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["dynamic"] = {f"-:{up}": {}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="should be dense"):
+        opened(tmp_path)
 
 
 def test_what_is_known_of_the_layers_is_kept(tmp_path: Path) -> None:

@@ -68,6 +68,12 @@ def test_a_histogram_that_begins_at_zero_can_be_drawn() -> None:
     assert len(drawn(kl_histogram(histogram, []), "rect", "bar")) == 2
 
 
+def test_a_forest_shows_both_limits_of_a_figure() -> None:
+    figures = [reports.figure("perplexity_ratio", 1.0, half=0.01)]
+    gates = [reports.gate_result("perplexity_ratio", limit=1.1), reports.gate_result("perplexity_ratio", limit=0.9)]
+    assert len(drawn(forest(figures, gates, 1.0), "line", "limit")) == 2
+
+
 def test_a_forest_has_the_ends_of_each_interval_and_the_limits() -> None:
     figures = [reports.figure("mean_kl", 0.2, half=0.1), reports.figure("mean_kl", 0.4, half=0.05, domain="code")]
     gates = [reports.gate_result(limit=0.3), reports.gate_result(domain="code", limit=0.5)]

@@ -69,6 +69,16 @@ def test_reports_of_other_digests_or_another_protocol_are_refused(changes: dict[
     assert "report 2" not in (refused.value.where or "")
 
 
+def test_continuations_of_other_lengths_are_not_compared() -> None:
+    first = artifact(1, 0.1)
+    assert first.generations is not None
+    longer = first.generations.model_copy(update={"max_new_tokens": 7})
+    with pytest.raises(InputError) as refused:
+        compare([first, artifact(2, 0.2, generations=longer)])
+    assert "max_new_tokens" in (refused.value.where or "")
+    compare([first, artifact(2, 0.2, generations=None)])
+
+
 def test_more_windows_are_no_other_protocol() -> None:
     assert len(compare([artifact(1, 0.1), artifact(2, 0.2, protocol=reports.protocol(windows=76))]).entries) == 2
 

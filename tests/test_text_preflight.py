@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 import factories
+from qexport.artifact.report import Check
 from qexport.errors import InputError
 from qexport.export.tgi.tokenizer import tgi_tokenizer_files
 from qexport.loading.sidecars import read_sidecars
 from qexport.loading.tokenizer import has_tokenizer, tokenizer_from_files
-from qexport.text.preflight import CHECKS, Check, TokenizerFolder, preflight
+from qexport.text.preflight import CHECKS, TokenizerFolder, preflight
 from qexport.text.prompts import Prompt, read_prompts
 from qexport.text.tokenizer_identity import template_digest, tokenizer_digest
 from qexport.text.torture import TORTURE
@@ -226,7 +227,7 @@ def test_an_end_that_the_files_deny_fails_although_the_base_has_it_too(saved: Fi
 
 def test_where_generation_config_names_no_end_that_of_config_json_counts(saved: Files) -> None:
     base = {**saved, "generation_config.json": b"{}"}
-    assert compared(base, nothing)["end_token"] == Check("end_token", True, "'<|end|>' is 0, as in config.json")
+    assert compared(base, nothing)["end_token"].detail == "'<|end|>' is 0, as in config.json"
     sides = [opened(base, {"model_type": "llama", "eos_token_id": 2}) for _ in range(2)]
     ends = {check.name: check for check in preflight(*sides, prompts=[], embedding_rows=384)}["end_token"]
     assert ends.passed is False

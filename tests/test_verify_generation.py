@@ -27,6 +27,7 @@ from qexport.verifying.generation import GenerationFigures, compare_generations,
 from qexport.verifying.memory import available_memory, needed_memory
 from qexport.verifying.padding import check_padding
 from qexport.verifying.prompt_batches import PromptBatch, batch_prompts
+from qexport.verifying.prompt_figures import padding_notes
 from qexport.verifying.settings import SamplingSettings
 from quantized_models import QuantizedModel, Tensors
 from test_text_similarity import distance_by_table
@@ -243,6 +244,8 @@ def test_left_padding_without_a_mask_is_noticed_and_only_equal_lengths_share_a_b
     assert not found.padding.allowed
     assert found.padding.kl is not None
     assert found.padding.kl > 0.01
+    (note,) = padding_notes(found.padding)
+    assert note.startswith("only prompts of equal length were continued side by side")
     assert [each.reference for each in found.prompts] == [
         TOKENIZER.decode(list(tokens), skip_special_tokens=True) for tokens in alone
     ]

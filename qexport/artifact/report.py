@@ -31,7 +31,7 @@ class Subject(Record):
     """The layouts whose weights these are; empty for a folder of another maker."""
 
     method: str
-    """For a reader, for example `GPTQ 4-bit, group 64`."""
+    """For a reader, for example `GPTQ, 4 bits, group_size 64, symmetric`."""
 
     sizes: Sizes
     reference_bytes: int
@@ -221,7 +221,7 @@ class Timings(Record):
     """How long verification took."""
 
     peak_memory_bytes: int | None
-    """The process's peak resident memory."""
+    """The process's peak resident main memory since its start: in a run the work before verification counts too."""
 
     speed: Speed | None
     speed_unmeasured: str | None

@@ -13,7 +13,7 @@ _EXPLICIT: Final = ("./", "../", "/", "~")
 
 
 def verify_command(
-    artifact: str, reference: str, overrides: Sequence[str], options: Mapping[str, Sequence[str | None]]
+    artifact: str, reference: str, overrides: Sequence[str], options: Mapping[str, Sequence[str | Path | None]]
 ) -> str:
     """`qexport verify` with everything that decides what is measured.
 
@@ -30,7 +30,7 @@ def verify_command(
     words += [_portable(each) for each in overrides if not each.startswith("output=")]
     for name, values in options.items():
         for value in values:
-            words += [name, _portable(value)] if value is not None else []
+            words += [name, _portable(str(value))] if value is not None else []
     return shlex.join(words)
 
 

@@ -139,8 +139,12 @@ def verify(
         from qexport.cli.again import verify_command
         from qexport.cli.gates import gates_failure
 
-        options = {"--adapter": [adapter], "--text": text or [], "--prompts": [prompts]}
-        options["--gates"] = [None if gates is None else str(gates)]
+        options: dict[str, Sequence[str | Path | None]] = {
+            "--adapter": [adapter],
+            "--text": text or [],
+            "--prompts": [prompts],
+            "--gates": [gates],
+        }
         with _reporting() as report:
             found = pipeline.verify(
                 artifact,

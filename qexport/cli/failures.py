@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import signal
 import sys
 import threading
@@ -14,11 +13,11 @@ from dataclasses import asdict, dataclass
 import typer
 from rich.text import Text
 
+from qexport.artifact.disk import is_disk_full
 from qexport.cli.terminal import stderr, write_json
 from qexport.errors import QexportError, ResourceError
 
 INTERRUPTED = 130
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def failure_of(error: Exception) -> Failure:
     """The failure that an exception means."""
     if isinstance(error, QexportError) and type(error) is not QexportError:
         return Failure(error.what, error.exit_code, error.where, error.mend)
-    if isinstance(error, OSError) and error.errno in _NO_SPACE:
+    if isinstance(error, OSError) and is_disk_full(error):
         mend = "free some space, or choose an output on another disk"
         return Failure("the disk is full", ResourceError.exit_code, error.filename, mend)
     if isinstance(error, MemoryError) or _is_torch_out_of_memory(error):

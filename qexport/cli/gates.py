@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Final
 
 from qexport.cli.failures import Failure
 from qexport.errors import GateFailed, GateUndecided
@@ -11,6 +11,18 @@ from qexport.reporting.units import counted
 
 if TYPE_CHECKING:
     from qexport.artifact.figures import GateResult
+
+_DRIFTED: Final = "try more bits or a smaller group_size, or loosen the limit where the use allows it"
+
+_OTHER_MODEL: Final = "verify it against the base and the adapter that it was made from, or make it again from them"
+_MENDS: Final[Mapping[str, str]] = {
+    "config": _OTHER_MODEL,
+    "tokenizer": _OTHER_MODEL,
+    "adapter": _OTHER_MODEL,
+    "merge": "check that the adapter was made for this base; if it was, please report this",
+    "better_than_rtn": "look at the calibration text and the layer losses: calibration has gained nothing here",
+}
+"""What no limit loosens, by gate: more bits would not help."""
 
 
 def gates_failure(results: Sequence[GateResult], where: str) -> Failure | None:
@@ -24,7 +36,7 @@ def gates_failure(results: Sequence[GateResult], where: str) -> Failure | None:
     undecided = [each for each in results if each.verdict == "undecided"]
     if failed:
         what = f"{counted(len(failed), 'gate')} failed: {_named(failed)}"
-        mend = "try more bits or a smaller group_size, or loosen the limit where the use allows it"
+        mend = next((_MENDS[each.name] for each in failed if each.name in _MENDS), _DRIFTED)
         return Failure(what, GateFailed.exit_code, where, mend)
     if undecided:
         what = f"{counted(len(undecided), 'gate')} could not be decided: {_named(undecided)}"

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qexport.artifact.manifest import REPORT_FOLDER
-from qexport.reporting.selection import worst_prompts
+from qexport.reporting.selection import fallen_back, worst_prompts
 from qexport.reporting.terminal import gate_table, prompt_table
 from qexport.reporting.units import counted, size
 from qexport.reporting.values import figure_interval, figure_value
@@ -126,7 +126,7 @@ def _add_size(table: Table, manifest: Manifest) -> None:
 
 def _remarks(manifest: Manifest) -> Iterator[RenderableType]:
     layers = manifest.layers
-    fallen = [layer for layer in layers if layer.method == "round_to_nearest"]
+    fallen = fallen_back(layers)
     losses = [(layer, layer.loss, layer.rtn_loss) for layer in layers if layer not in fallen]
     compared = [(layer, loss, rtn) for layer, loss, rtn in losses if loss is not None and rtn is not None]
     no_better = [layer for layer, loss, rtn in compared if loss >= rtn]

@@ -8,22 +8,27 @@ from typing import Final
 
 from qexport.errors import InputError
 from qexport.tensors.contained_path import contained_path
+from qexport.text.tokenizer_files import (
+    CHAT_TEMPLATE,
+    GENERATION_CONFIG,
+    OLD_TEMPLATE,
+    TEMPLATES_FOLDER,
+    TOKENIZER_CONFIG,
+)
 
 SIDECAR_NAMES: Final = (
     "tokenizer.json",
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
     "spiece.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
+    CHAT_TEMPLATE,
+    OLD_TEMPLATE,
+    GENERATION_CONFIG,
 )
-
-TEMPLATES_FOLDER: Final = "additional_chat_templates"
 
 
 def read_sidecars(folder: Path, *, trusted_root: Path | None = None) -> Mapping[str, bytes]:

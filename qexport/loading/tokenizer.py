@@ -15,8 +15,7 @@ from qexport.errors import InputError
 from qexport.loading.config_file import CONFIG_NAME
 from qexport.tensors.checkpoint import Checkpoint
 from qexport.tensors.strict_json import parse_json
-
-TOKENIZER_CONFIG: Final = "tokenizer_config.json"
+from qexport.text.tokenizer_files import TOKENIZER_CONFIG
 
 _VOCABULARIES: Final = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json")
 

@@ -14,11 +14,12 @@ from qexport.architectures.structure import Structure
 from qexport.artifact.file_digests import FileDigests
 from qexport.artifact.manifest import LayerRecord, Sizes
 from qexport.artifact.report import Subject
+from qexport.errors import InputError
 from qexport.reading.artifact_source import ArtifactSource
 from qexport.reading.bitsandbytes_format import FourBitWeight, LlmInt8Weight
-from qexport.reading.compressed_tensors_format import RowWeight
-from qexport.reading.formats import group_spec
-from qexport.reading.stored_format import StoredWeight
+from qexport.reading.compressed_tensors_format import PackedWeight, RowWeight
+from qexport.reading.gptq_format import GptqWeight
+from qexport.reading.stored_format import Scheme, StoredWeight
 from qexport.tensors import GroupQuantizedSpec
 from qexport.tensors.quantized import LayerMethod
 
@@ -122,7 +123,7 @@ def describe_method(quantization: Mapping[str, Any] | None) -> str:
 
 
 def _layer(module: str, weight: StoredWeight) -> LayerRecord:
-    method, bits, group_size = _scheme(weight)
+    method, bits, group_size = _scheme(module, weight)
     return LayerRecord(
         name=module,
         method=method,
@@ -136,8 +137,12 @@ def _layer(module: str, weight: StoredWeight) -> LayerRecord:
     )
 
 
-def _scheme(weight: StoredWeight) -> tuple[LayerMethod, int, int]:
-    """Method, bits, and values that share a scale."""
+def _scheme(module: str, weight: StoredWeight) -> tuple[LayerMethod, int, int]:
+    """Method, bits, and values that share a scale.
+
+    Raises:
+        InputError: there are codes, and the config says nothing of them.
+    """
     match weight:
         case FourBitWeight(spec=spec):
             return spec.quant_type, 4, spec.block_size
@@ -145,9 +150,14 @@ def _scheme(weight: StoredWeight) -> tuple[LayerMethod, int, int]:
             return "int8", 8, weight.shape[1]
         case RowWeight():
             return "w8a8", 8, weight.shape[1]
+        case GptqWeight(scheme=Scheme() as scheme) | PackedWeight(scheme=Scheme() as scheme):
+            return "gptq", scheme.bits, weight.shape[1] if scheme.group_size == -1 else scheme.group_size
         case _:
-            grid = group_spec(weight)
-            return ("gptq", grid.bits, grid.group_size) if grid else ("gptq", 4, -1)
+            raise InputError(
+                "a module is quantized that should be dense",
+                where=f"config.json: quantization_config, {module}",
+                mend="fetch the artifact again, or ask its maker: weights and config.json do not belong together",
+            )
 
 
 def _weight_files(folder: Path) -> list[str]:

@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from qexport.architectures.structure import Structure, describe
-from qexport.errors import CompatibilityError, listed
 from qexport.export.layout import Layout
 from qexport.export.layouts import make_layout
-from qexport.loading.adapter import locate_adapter
-from qexport.loading.checkpoint import load_checkpoint
-from qexport.merge.merging import Merged, merge
-from qexport.pipeline.texts import check_questions
+from qexport.merge.merging import Merged
+from qexport.pipeline.loaded import load_merged
+from qexport.pipeline.texts import check_questions, refuse_long_windows
 from qexport.progress import Reporter, silent
 from qexport.quantize.methods import plan_outputs
 from qexport.quantize.settings import GptqSettings
@@ -111,15 +109,7 @@ def plan(recipe: Recipe, *, report: Reporter = silent) -> Plan:
     """
     if recipe.verify is not None:
         check_questions(recipe.verify)
-    checkpoint = load_checkpoint(recipe.load, report=report)
-    adapter = locate_adapter(recipe.load, report=report)
-    merged = merge(
-        checkpoint,
-        adapter.path if adapter else None,
-        recipe.merge,
-        adapter_origin=adapter.origin if adapter else None,
-        report=report,
-    )
+    merged = load_merged(recipe.load, recipe.merge, report=report)
     structure = describe(merged.checkpoint.config)
     _check_windows(recipe, structure)
     outputs = plan_outputs(merged.checkpoint, structure, recipe.quantize)
@@ -128,17 +118,9 @@ def plan(recipe: Recipe, *, report: Reporter = silent) -> Plan:
 
 
 def _check_windows(recipe: Recipe, structure: Structure) -> None:
-    """Refuses windows that are longer than the positions that the model has learned."""
     lengths: dict[str, int] = {}
     if isinstance(recipe.quantize, GptqSettings):
         lengths["quantize.calibration.sequence_length"] = recipe.quantize.calibration.sequence_length
     if recipe.verify is not None:
         lengths["verify.sequence_length"] = recipe.verify.sequence_length
-    longest = structure.positions
-    too_long = [f"{key}: {length}" for key, length in lengths.items() if longest is not None and length > longest]
-    if too_long:
-        raise CompatibilityError(
-            f"the model has learned {longest} positions, and windows are longer",
-            where=listed(too_long),
-            mend=f"set sequence_length to {longest} or less",
-        )
+    refuse_long_windows(lengths, structure)

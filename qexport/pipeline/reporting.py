@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Final
 
 import torch
 
@@ -16,12 +15,11 @@ from qexport.artifact.manifest import LayerRecord, SourceRecord, Verification
 from qexport.artifact.protocol import Identity, Protocol
 from qexport.artifact.report import Check, Reference, Report, Subject
 from qexport.merge.merging import Merged
+from qexport.statistics.samples import ALPHA
 from qexport.tensors import Origin
 from qexport.text.tokenizer_identity import template_digest, tokenizer_digest
 from qexport.verifying.tails import flips_by_margin, kl_histogram, worst_tokens
 from qexport.verifying.verification import Given, Measurement
-
-CONFIDENCE: Final = 0.95
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ def make_report(
         generations=measured.generations,
         tasks=measured.tasks,
         layers=list(described.layers),
-        notes=list(described.notes),
+        notes=[*described.notes, *measured.notes],
         readers=[f"qexport {version('qexport')}"],
         unconfirmed=[*(f"loading with {reader}" for reader in described.unread), *measured.unconfirmed],
         environment=describe_environment(given.device),
@@ -123,7 +121,7 @@ def _protocol(given: Given, measured: Measurement) -> Protocol:
         windows=windows,
         tokens=windows * predicted,
         looks=measured.looks,
-        confidence=CONFIDENCE,
+        confidence=1 - ALPHA,
     )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from qexport.architectures.structure import Structure
+from qexport.errors import CompatibilityError, listed
 from qexport.loading.tokenizer import open_tokenizer
 from qexport.progress import Notice, Reporter, silent
 from qexport.quantize.settings import CalibrationSettings, GptqSettings
@@ -120,6 +122,26 @@ def check_questions(settings: VerifySettings) -> None:
         require_harness()
         for name in filter(names_file, settings.tasks.tasks):
             read_local_tasks(Path(name).expanduser())
+
+
+def refuse_long_windows(lengths: Mapping[str, int], structure: Structure) -> None:
+    """Refuses windows that are longer than the positions that the model has learned.
+
+    Args:
+        lengths: of windows, by the setting that says so.
+        structure: the model's.
+
+    Raises:
+        CompatibilityError: they are.
+    """
+    longest = structure.positions
+    too_long = [f"{key}: {length}" for key, length in lengths.items() if longest is not None and length > longest]
+    if too_long:
+        raise CompatibilityError(
+            f"the model has learned {longest} positions, and windows are longer",
+            where=listed(too_long),
+            mend=f"set sequence_length to {longest} or less",
+        )
 
 
 def _calibration_documents(settings: CalibrationSettings) -> Documents:

@@ -14,20 +14,17 @@ from qexport.architectures.structure import Structure, describe
 from qexport.artifact.folder import open_artifact
 from qexport.artifact.manifest import MANIFEST_NAME
 from qexport.artifact.report import Check, Report
-from qexport.errors import CompatibilityError
 from qexport.gates.profiles import profile_of_layers
-from qexport.loading.adapter import locate_adapter
-from qexport.loading.checkpoint import load_checkpoint
 from qexport.loading.settings import LoadSettings
 from qexport.loading.sidecars import read_sidecars
 from qexport.loading.tokenizer import has_tokenizer, open_tokenizer, tokenizer_from_files
-from qexport.merge.merging import merge
 from qexport.merge.settings import MergeSettings
 from qexport.pipeline.judging import Gates, make_gates
+from qexport.pipeline.loaded import load_merged
 from qexport.pipeline.opened import Opened, open_folder
 from qexport.pipeline.reference import Reference
 from qexport.pipeline.reporting import Described, make_report
-from qexport.pipeline.texts import check_questions, read_evaluation
+from qexport.pipeline.texts import check_questions, read_evaluation, refuse_long_windows
 from qexport.progress import Reporter, silent
 from qexport.reading.artifact_source import model_folder
 from qexport.tensors.strict_json import read_json_object
@@ -65,16 +62,9 @@ def verify(
     """
     check_questions(settings)
     where, folder, merging = find_device(device), model_folder(Path(artifact)), merging or MergeSettings()
-    checkpoint, adapter = load_checkpoint(load, report=report), locate_adapter(load, report=report)
-    merged = merge(
-        checkpoint,
-        adapter.path if adapter else None,
-        merging,
-        adapter_origin=adapter.origin if adapter else None,
-        report=report,
-    )
+    merged = load_merged(load, merging, report=report)
     structure, dtype = describe(merged.checkpoint.config), getattr(torch, merging.dtype)
-    refuse_long_windows(settings, structure)
+    refuse_long_windows({"verify.sequence_length": settings.sequence_length}, structure)
     opened = _open(folder, structure, dtype)
     evaluation = read_evaluation(settings, open_tokenizer(merged.checkpoint), structure, report=report)
     reference = Reference.prepare(merged, evaluation, settings, dtype=dtype, device=where, report=report)
@@ -136,21 +126,6 @@ def measure_folder(reference: Reference, opened: Opened, *, report: Reporter = s
     return Verified(reference, given, gates, measured)
 
 
-def refuse_long_windows(settings: VerifySettings, structure: Structure) -> None:
-    """Refuses windows that are longer than the positions that the model has learned.
-
-    Raises:
-        CompatibilityError: they are.
-    """
-    longest = structure.positions
-    if longest is not None and settings.sequence_length > longest:
-        raise CompatibilityError(
-            f"the model has learned {longest} positions, and windows are longer",
-            where=f"verify.sequence_length: {settings.sequence_length}",
-            mend=f"set sequence_length to {longest} or less",
-        )
-
-
 def _open(folder: Path, structure: Structure, dtype: torch.dtype) -> Opened:
     """The folder, with what its manifest says where it has one; every file is held against that."""
     name = folder.resolve().name
@@ -167,7 +142,7 @@ def _check_tokenizer(given: Given, folder: Path) -> list[Check]:
     """The artifact's tokenizer against the reference's."""
     files = read_sidecars(folder)
     config: dict[str, Any] = read_json_object(folder / "config.json", limit=_CONFIG_LIMIT)
-    found = preflight(
+    return preflight(
         TokenizerFolder(given.tokenizer, given.reference.files, given.reference.config),
         TokenizerFolder(
             tokenizer_from_files(files, config, name=folder.name) if has_tokenizer(files) else None, files, config
@@ -175,4 +150,3 @@ def _check_tokenizer(given: Given, folder: Path) -> list[Check]:
         prompts=given.prompts.prompt_set.prompts if given.prompts else (),
         embedding_rows=describe(given.reference.config).vocab_size,
     )
-    return [Check(gate="tokenizer", name=each.name, passed=each.passed, detail=each.detail) for each in found]

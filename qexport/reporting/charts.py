@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Final
 
 from markupsafe import Markup
@@ -112,12 +112,17 @@ def forest(figures: Sequence[Figure], gates: Sequence[GateResult], ideal: float 
         ideal: where a dotted line is drawn.
     """
     name = figures[0].name
-    limits = {gate.domain: gate.limit for gate in gates if gate.figure == name and gate.limit is not None}
+    limits: dict[str | None, list[float]] = {}
+    for gate in gates:
+        if gate.figure == name and gate.limit is not None:
+            limits.setdefault(gate.domain, []).append(gate.limit)
     ends = [end for figure in figures for end in (figure.low, figure.value, figure.high) if end is not None]
-    across = linear_axis([*ends, *limits.values(), *([] if ideal is None else [ideal])], _NAMES, WIDTH - _VALUES)
+    across = linear_axis(
+        [*ends, *chain(*limits.values()), *([] if ideal is None else [ideal])], _NAMES, WIDTH - _VALUES
+    )
     bottom = 12 + _ROW * len(figures)
     rows = [
-        _forest_row(figure, 12 + _ROW * (index + 0.5), across, limits.get(figure.domain))
+        _forest_row(figure, 12 + _ROW * (index + 0.5), across, limits.get(figure.domain, []))
         for index, figure in enumerate(figures)
     ]
     told = "; ".join(f"{figure.domain or 'all text'} {figure_value(figure)}" for figure in figures)
@@ -135,7 +140,7 @@ def forest(figures: Sequence[Figure], gates: Sequence[GateResult], ideal: float 
     )
 
 
-def _forest_row(figure: Figure, y: float, across: Axis, limit: float | None) -> Markup:
+def _forest_row(figure: Figure, y: float, across: Axis, limits: Sequence[float]) -> Markup:
     whole = figure.domain is None
     name = figure.domain or "all text"
     told = f"{name}: {figure_value(figure)}, 95 % interval {figure_interval(figure)}, {counted(figure.n, figure.unit)}"
@@ -145,8 +150,7 @@ def _forest_row(figure: Figure, y: float, across: Axis, limit: float | None) -> 
     x, half = across.place(figure.value), 6.0 if whole else 4.5
     shape = f"M{x - half:.1f} {y:.1f}L{x:.1f} {y - half:.1f}L{x + half:.1f} {y:.1f}L{x:.1f} {y + half:.1f}Z"
     parts.append(tag("path", d=shape, class_="point") if whole else tag("circle", cx=x, cy=y, r=half, class_="point"))
-    if limit is not None:
-        parts.append(line(across.place(limit), y - 11, across.place(limit), y + 11, "limit"))
+    parts += [line(across.place(limit), y - 11, across.place(limit), y + 11, "limit") for limit in limits]
     class_ = "row-name whole" if whole else "row-name"
     parts.append(text(_NAMES - 10, y + 4, cut(name, _LONGEST_NAME), anchor="end", class_=class_))
     parts.append(text(WIDTH - 4, y + 4, figure_value(figure).removesuffix(" nats"), anchor="end", class_=class_))

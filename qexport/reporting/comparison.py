@@ -99,6 +99,8 @@ def _differences(first: Report, second: Report) -> Iterator[tuple[str, object, o
         yield from _difference(field, first.identity, second.identity)
     for field in _PROTOCOL:
         yield from _difference(field, first.protocol, second.protocol)
+    if first.generations and second.generations:
+        yield from _difference("max_new_tokens", first.generations, second.generations)
 
 
 def _difference(field: str, first: object, second: object) -> Iterator[tuple[str, object, object]]:

@@ -133,7 +133,10 @@ def _cost_tiles(report: Report) -> Iterator[_Tile]:
         share = f"{_share(speed.artifact_bytes, speed.reference_bytes)} of {size(speed.reference_bytes)}"
         yield _Tile("memory when loaded", size(speed.artifact_bytes), (share,))
         ours, theirs = median(speed.artifact_tokens_per_second), median(speed.reference_tokens_per_second)
-        yield _Tile("speed with qexport.load", f"{ours:.3g} tokens/s", (f"reference {theirs:.3g} tokens/s", f"ratio {ours / theirs:.2f}"))
+        ratio = _speed_ratio(report, "speed_ratio", ours / theirs)
+        yield _Tile(
+            "speed with qexport.load", f"{ours:.3g} tokens/s", (f"reference {theirs:.3g} tokens/s", f"ratio {ratio}")
+        )
     else:
         yield _Tile("speed", UNMEASURED, ("not measured",))
 
@@ -141,6 +144,12 @@ def _cost_tiles(report: Report) -> Iterator[_Tile]:
 def _whole(figure: Figure) -> str:
     shown = figure_interval(figure)
     return figure_value(figure) if shown == UNMEASURED else f"{figure_value(figure)} {shown}"
+
+
+def _speed_ratio(report: Report, name: str, of_medians: float) -> str:
+    """The figure, the median of the repeats' ratios; where the report has none, the ratio of the medians."""
+    figure = find_figure(report.all_figures, name)
+    return _whole(figure) if figure else f"{of_medians:.2f}"
 
 
 def _share(part: int, whole: int) -> str:
@@ -174,6 +183,5 @@ def _costs(report: Report) -> Iterator[_Cost]:
         ),
     )
     for label, theirs, ours, name in rows:
-        figure = find_figure(report.all_figures, name)
-        ratio = _whole(figure) if figure else f"{median(ours) / median(theirs):.2f}"
+        ratio = _speed_ratio(report, name, median(ours) / median(theirs))
         yield _Cost(label, f"{median(theirs):.3g}", f"{median(ours):.3g}", ratio)

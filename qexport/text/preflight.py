@@ -13,32 +13,17 @@ from typing import Any, Final
 
 from transformers import PreTrainedTokenizerBase
 
+from qexport.artifact.report import Check
 from qexport.errors import InputError
 from qexport.text.chat import render_chat
 from qexport.text.prompts import Prompt
+from qexport.text.tokenizer_files import GENERATION_CONFIG
 from qexport.text.tokenizer_identity import json_object, stored_templates
 from qexport.text.tokens import tokenize
 from qexport.text.torture import TORTURE
 
-GENERATION_CONFIG: Final = "generation_config.json"
-
 _EXAMPLES: Final = 3
 """How many differences a detail names."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """What one comparison found.
-
-    Attributes:
-        name: one of `CHECKS`.
-        passed: None where it could not be measured.
-        detail: what was compared, or what differs.
-    """
-
-    name: str
-    passed: bool | None
-    detail: str
 
 
 @dataclass(frozen=True)
@@ -88,11 +73,15 @@ def preflight(
         InputError: a JSON file among the files is malformed.
     """
     if base.tokenizer is None:
-        return [Check(name, None, "not measured: the base has no tokenizer") for name in CHECKS]
+        return [_check(name, None, "not measured: the base has no tokenizer") for name in CHECKS]
     if artifact.tokenizer is None:
-        return [Check(name, False, "the artifact has no tokenizer, the base has one") for name in CHECKS]
+        return [_check(name, False, "the artifact has no tokenizer, the base has one") for name in CHECKS]
     compared = _Compared(base.tokenizer, artifact.tokenizer, base, artifact, prompts, embedding_rows)
-    return [Check(name, *check(compared)) for name, check in CHECKS.items()]
+    return [_check(name, *check(compared)) for name, check in CHECKS.items()]
+
+
+def _check(name: str, passed: bool | None, detail: str) -> Check:
+    return Check(gate="tokenizer", name=name, passed=passed, detail=detail)
 
 
 @dataclass(frozen=True)

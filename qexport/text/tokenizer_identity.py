@@ -12,11 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from qexport.artifact.digest import sha256_bytes, sha256_json
 from qexport.errors import InputError
 from qexport.tensors.strict_json import parse_json
-
-TOKENIZER_CONFIG: Final = "tokenizer_config.json"
-CHAT_TEMPLATE: Final = "chat_template.jinja"
-TEMPLATES_FOLDER: Final = "additional_chat_templates"
-OLD_TEMPLATE: Final = "chat_template.json"
+from qexport.text.tokenizer_files import CHAT_TEMPLATE, OLD_TEMPLATE, TEMPLATES_FOLDER, TOKENIZER_CONFIG
 
 _TEMPLATE_KEY: Final = "chat_template"
 

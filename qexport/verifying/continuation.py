@@ -21,9 +21,9 @@ from qexport.errors import NumericalError
 from qexport.tensors import Checkpoint
 from qexport.tensors.finite import is_finite
 from qexport.tensors.strict_json import parse_json
+from qexport.text.tokenizer_files import GENERATION_CONFIG
 from qexport.verifying.prompt_batches import PromptBatch
 
-_GENERATION_CONFIG: Final = "generation_config.json"
 _LOGITS_AT_ONCE: Final = 1 << 24
 
 Noise = Callable[[Sequence[int]], LogitsProcessorList]
@@ -48,8 +48,8 @@ def greedy_settings(
     checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, *, max_new_tokens: int
 ) -> GenerationConfig:
     """The likeliest token each time, up to one that the model's files call an end."""
-    content = checkpoint.files.get(_GENERATION_CONFIG, b"{}")
-    named = [parse_json(content, where=_GENERATION_CONFIG), checkpoint.config]
+    content = checkpoint.files.get(GENERATION_CONFIG, b"{}")
+    named = [parse_json(content, where=GENERATION_CONFIG), checkpoint.config]
     ends = {token for config in named for token in _listed(config.get("eos_token_id"))}
     ends |= set(_listed(tokenizer.eos_token_id))
     return GenerationConfig(

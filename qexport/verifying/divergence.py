@@ -169,7 +169,7 @@ class _Predictions:
 
     def against(self, other: _Predictions) -> TokenFigures:
         difference = self.log_probabilities - other.log_probabilities
-        kl = _row_sums(difference.mul_(self._probabilities))
+        kl = _row_sums(difference.mul_(self._probabilities)).clamp(min=0.0)  # rounding alone can make it negative
         margin = self.best[:, 0] - self.best[:, 1]
         tops = (each.top.to(torch.int32).cpu() for each in (self, other))
         return TokenFigures(self.nll.cpu(), other.nll.cpu(), kl.cpu(), margin.cpu(), *tops)

@@ -44,8 +44,9 @@ class LiveAdapter:
 
 
 class NotMeasured(Exception):
-    """Why the merge could not be held against PEFT. Goes into the manifest, so PEFT's own words, in which paths stand, are
-    only in the exception's cause.
+    """Why the merge could not be held against PEFT.
+
+    It goes into the manifest, so PEFT's own words, in which paths stand, are only in the exception's cause.
     """
 
 

@@ -12,7 +12,7 @@ import torch
 from qexport.architectures.runner import BlockRunner
 from qexport.architectures.structure import Structure
 
-_HEADROOM: Final = 1.25
+HEADROOM: Final = 1.25
 """For the activations, the key-value cache, and what the allocator cannot use again."""
 
 _MEMINFO: Final = Path("/proc/meminfo")
@@ -23,7 +23,7 @@ def needed_memory(runner: BlockRunner) -> int:
     """Bytes that `BlockRunner.whole` and a short generation take, roughly."""
     structure = runner.structure
     head = structure.parameters[f"{structure.embedding if structure.tied else structure.head}.weight"]
-    return int((bytes_in_memory(structure, runner.dtype) + math.prod(head) * torch.float32.itemsize) * _HEADROOM)
+    return int((bytes_in_memory(structure, runner.dtype) + math.prod(head) * torch.float32.itemsize) * HEADROOM)
 
 
 def bytes_in_memory(structure: Structure, dtype: torch.dtype) -> int:

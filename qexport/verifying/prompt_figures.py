@@ -19,6 +19,7 @@ from qexport.text.prompts import EncodedPrompts, Prompt
 from qexport.verifying.continuation import greedy_settings
 from qexport.verifying.estimates import Units, by_domain
 from qexport.verifying.generation import GenerationFigures, PromptResult, compare_generations, style_sensitivity
+from qexport.verifying.padding import Padding
 from qexport.verifying.settings import VerifySettings
 from qexport.verifying.steps import Steps
 
@@ -42,10 +43,11 @@ _TRIALS: Final = {"identical_generations": 1, "length_limit_change": 1}
 
 @dataclass(frozen=True)
 class MeasuredGenerations:
-    """Continuations for the report, and the figures over them."""
+    """Continuations for the report, the figures over them, and what a reader should know of how they were made."""
 
     record: Generations
     figures: list[Figure]
+    notes: list[str]
 
 
 def measure_generations(
@@ -80,7 +82,19 @@ def measure_generations(
         lambda: steps.finished("continuing the prompts"),
         settings.sampling,
     )
-    return MeasuredGenerations(_record(found, prompts, settings), _figures(found, prompts.prompts))
+    return MeasuredGenerations(
+        _record(found, prompts, settings), _figures(found, prompts.prompts), padding_notes(found.padding)
+    )
+
+
+def padding_notes(padding: Padding) -> list[str]:
+    """Says so where prompts of different lengths could not share a batch."""
+    if padding.allowed or padding.kl is None:
+        return []
+    return [
+        "only prompts of equal length were continued side by side: padding changes the model's predictions "
+        f"by {padding.kl:.2g} nats"
+    ]
 
 
 def _record(found: GenerationFigures, prompts: EncodedPrompts, settings: VerifySettings) -> Generations:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Final
 
 import numpy as np
 import torch
@@ -21,14 +20,12 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, Log
 from qexport.architectures.structure import describe
 from qexport.reading.artifact_source import model_folder
 from qexport.reading.model import dense_model, load
+from qexport.statistics.samples import ALPHA
 from qexport.tensors import Checkpoint
-from qexport.verifying.memory import available_memory, bytes_in_memory
+from qexport.verifying.memory import HEADROOM, available_memory, bytes_in_memory
 from qexport.verifying.settings import SpeedSettings
 
 Seconds = NDArray[np.float64]
-
-_COVERAGE: Final = 0.95
-_HEADROOM: Final = 1.25
 
 
 @dataclass(frozen=True)
@@ -160,7 +157,7 @@ def median_interval(values: Sequence[float] | NDArray[np.float64]) -> Median:
 
 def _is_enclosed(count: int, rank: int) -> bool:
     outside = sum(math.comb(count, below) for below in range(rank)) / 2.0 ** (count - 1)
-    return 1 - outside >= _COVERAGE
+    return outside <= ALPHA
 
 
 class _Clock(LogitsProcessor):
@@ -218,7 +215,7 @@ def _obstacle(
     dense = bytes_in_memory(structure, dtype)
     stored = sum(path.stat().st_size for path in model_folder(artifact).glob("*.safetensors"))
     experts = any(linear.expert for linears in structure.linears.values() for linear in linears)
-    needed = _HEADROOM * (dense + (dense if experts else stored))  # `load` makes experts dense
+    needed = HEADROOM * (dense + (dense if experts else stored))  # `load` makes experts dense
     free = available_memory(device)
     if needed > free:
         return f"both models together need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"

@@ -86,6 +86,7 @@ class Measurement:
         generations: None where there are no prompts or the model does not fit in memory.
         tasks: of lm-evaluation-harness.
         unconfirmed: what could not be measured, and why.
+        notes: for the reader.
         timings: how long it took.
     """
 
@@ -96,6 +97,7 @@ class Measurement:
     generations: Generations | None
     tasks: list[TaskRecord]
     unconfirmed: list[str]
+    notes: list[str]
     timings: Timings
 
 
@@ -135,6 +137,7 @@ def verify(artifact: Path, given: Given, judge: Judge, *, report: Reporter = sil
         generations=whole.generations,
         tasks=whole.tasks,
         unconfirmed=[*given.prepared.unconfirmed, *whole.unconfirmed],
+        notes=whole.notes,
         timings=_timings(time.monotonic() - started, speed),
     )
 

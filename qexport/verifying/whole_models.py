@@ -55,12 +55,14 @@ class Whole:
         generations: None where no prompts were continued.
         tasks: of lm-evaluation-harness.
         unconfirmed: what could not be measured, and why.
+        notes: for the reader.
     """
 
     figures: list[Figure] = field(default_factory=list)
     generations: Generations | None = None
     tasks: list[TaskRecord] = field(default_factory=list)
     unconfirmed: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def measure_whole(
         measured = measure_generations(
             pair.reference, pair.artifact, prompts, pair.tokenizer, pair.checkpoint, settings, steps
         )
-        found.generations, found.figures = measured.record, measured.figures
+        found.generations, found.figures, found.notes = measured.record, measured.figures, measured.notes
     if settings.tasks is not None:
         results = _ask(pair, settings.tasks, steps)
         found.tasks = [_task_record(result) for result in results]

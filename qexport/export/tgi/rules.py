@@ -11,7 +11,8 @@ from qexport.export.tgi.config import FALCON_KEYS
 from qexport.export.tgi.families import OWN_MODELS, Backend, backend
 from qexport.export.tgi.folder import RESERVED_WORDS, ServedFolder
 from qexport.export.tgi.refusals import falcon_faults
-from qexport.export.tgi.tokenizer import CHAT_TEMPLATE, NEW_CLASSES, TEMPLATES_FOLDER, TOKENIZER, TOKENIZER_CONFIG
+from qexport.export.tgi.tokenizer import NEW_CLASSES, TOKENIZER
+from qexport.text.tokenizer_files import CHAT_TEMPLATE, TEMPLATES_FOLDER, TOKENIZER_CONFIG
 
 LAUNCHER: Final = "launcher/src/main.rs"
 ROUTER: Final = "router/src/server.rs"

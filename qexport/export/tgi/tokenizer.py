@@ -13,11 +13,9 @@ from typing import Any, Final
 
 from qexport.errors import CompatibilityError, InputError
 from qexport.tensors.strict_json import parse_json
+from qexport.text.tokenizer_files import CHAT_TEMPLATE, TEMPLATES_FOLDER, TOKENIZER_CONFIG
 
 TOKENIZER: Final = "tokenizer.json"
-TOKENIZER_CONFIG: Final = "tokenizer_config.json"
-CHAT_TEMPLATE: Final = "chat_template.jinja"
-TEMPLATES_FOLDER: Final = "additional_chat_templates"
 
 NEW_CLASSES: Final = ("TokenizersBackend", "PythonBackend", "SentencePieceBackend", "MistralCommonBackend")
 """Classes that transformers 5 writes and 4.51 does not know."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from qexport.cli.failures import Failure
 from qexport.errors import GateFailed, GateUndecided
@@ -11,6 +11,16 @@ from qexport.reporting.units import counted
 
 if TYPE_CHECKING:
     from qexport.artifact.figures import GateResult
+
+_MAX_NAMED: Final = 12
+_MEND_OF_LIMITS: Final = "try more bits or a smaller group_size, or loosen the limit where the use allows it"
+_MEND: Final = {
+    "config": "bring config.json to what the reference's says",
+    "tokenizer": "take the tokenizer's files from the base",
+    "merge": "check that the adapter was made for this base",
+    "adapter": "check that the artifact was made with this adapter",
+    "better_than_rtn": "calibrate with more or other text, or check that this reference is the artifact's",
+}
 
 
 def gates_failure(results: Sequence[GateResult], where: str) -> Failure | None:
@@ -24,7 +34,7 @@ def gates_failure(results: Sequence[GateResult], where: str) -> Failure | None:
     undecided = [each for each in results if each.verdict == "undecided"]
     if failed:
         what = f"{counted(len(failed), 'gate')} failed: {_named(failed)}"
-        mend = "try more bits or a smaller group_size, or loosen the limit where the use allows it"
+        mend = "; ".join(dict.fromkeys(_MEND.get(each.name, _MEND_OF_LIMITS) for each in failed))
         return Failure(what, GateFailed.exit_code, where, mend)
     if undecided:
         what = f"{counted(len(undecided), 'gate')} could not be decided: {_named(undecided)}"
@@ -34,7 +44,8 @@ def gates_failure(results: Sequence[GateResult], where: str) -> Failure | None:
 
 
 def _named(results: Sequence[GateResult]) -> str:
-    return ", ".join(map(_in_short, results))
+    rest = [f"and {len(results) - _MAX_NAMED} more"] if len(results) > _MAX_NAMED else []
+    return ", ".join([*map(_in_short, results[:_MAX_NAMED]), *rest])
 
 
 def _in_short(result: GateResult) -> str:

@@ -256,6 +256,35 @@ def test_a_rejected_folder_is_kept_beside_the_output(tmp_path: Path) -> None:
         assert names(tmp_path) == ["out.rejected"]
 
 
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_what_is_in_the_way_of_a_rejected_artifact_is_kept_and_told_before_the_work(tmp_path: Path, kind: str) -> None:
+    rejected, mine = tmp_path / "out.rejected", tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("mine")
+    match kind:
+        case "folder":
+            mine.rename(rejected)
+        case "file":
+            rejected.write_text("mine")
+        case "link":
+            rejected.symlink_to(mine)
+    before = tree(tmp_path)
+    with pytest.raises(RecipeError, match="rejected artifact"):
+        check_output(tmp_path / "out", force=True)
+    assert tree(tmp_path) == before
+
+
+def test_a_folder_that_appears_in_place_of_the_rejected_one_is_kept(tmp_path: Path) -> None:
+    def reject(publication: Publication) -> None:
+        (tmp_path / "out.rejected").mkdir()
+        (tmp_path / "out.rejected" / "thesis.txt").write_text("mine")
+        publication.reject()
+
+    with pytest.raises(RecipeError, match="not qexport's"):
+        run(tmp_path / "out", reject)
+    assert tree(tmp_path) == {"out.rejected/thesis.txt": "mine"}
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, code: int) -> None:
     with pytest.raises(ResourceError, match="disk is full"):

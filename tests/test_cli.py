@@ -203,6 +203,8 @@ UNDECIDED = reports.gate_result("mean_kl[law]", value=None, verdict="undecided",
         (QexportError("x"), 1),
         (KeyError("x"), 1),
         (OSError(errno.EIO, "Input/output error"), 1),
+        (PermissionError(errno.EACCES, "Permission denied", "/out/model"), 2),
+        (OSError(errno.EROFS, "Read-only file system", "/out/model"), 2),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), 1),
     ],
 )
@@ -223,6 +225,14 @@ def test_an_error_is_three_lines_on_stderr_and_nothing_on_stdout(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == f"error: what is wrong\nwhere: {where}\nmend:  how to mend it\n"
+
+
+def test_names_steer_no_terminal(
+    recipe: str, pipeline: Callable[[Run], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline(raising(InputError("what is wrong", where="a\x1b[2J\x9b31m\u202eb")))
+    assert main(["run", recipe]) == 3
+    assert capsys.readouterr().err == "error: what is wrong\nwhere: a␛[2J⟨U+009B⟩31m⟨U+202E⟩b\n"
 
 
 def test_a_defect_shows_its_traceback_only_with_debug(

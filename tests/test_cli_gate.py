@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qexport.artifact.report import Report
+from qexport.artifact.report import Check, Report
 from qexport.cli import main
 from qexport.errors import InputError
 from reports import report, written
@@ -35,7 +35,7 @@ def test_gates_that_pass_end_with_0_and_their_table(
     captured = capsys.readouterr()
     assert captured.err == ""
     rows = [line.split() for line in captured.out.splitlines()]
-    assert ["mean_kl", "passed", "0.161", "nats", "[0.153,", "0.169]", "≤", "0.6", "nats", "38"] in rows
+    assert ["mean_kl", "passed", "0.161", "nats", "[0.153,", "0.169]", "≤", "0.6", "38"] in rows
     assert ["top1_agreement", "passed", "79.3%", "[77.3,", "81.3]", "≥", "60%", "38"] in rows
 
 
@@ -72,8 +72,25 @@ def test_json_is_one_document_with_every_gate(measured: Path, capsys: pytest.Cap
     assert [(gate["name"], gate["verdict"]) for gate in document["gates"]] == [
         ("config", "pass"),
         ("tokenizer", "pass"),
+        ("merge", "pass"),
+        ("adapter", "pass"),
+        ("better_than_rtn", "pass"),
         ("mean_kl", "fail"),
     ]
+
+
+def test_of_many_gates_the_first_are_named(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    domains = ", ".join(f"d{number}: {{at_most: 0.3}}" for number in range(2000))
+    limits = gates(measured, f"profile: 'off'\ngates: {{mean_kl: {{domains: {{{domains}}}}}}}")
+    assert main(["gate", str(measured), "--gates", limits, "--json"]) == 7
+    assert capsys.readouterr().err.splitlines()[0].endswith("mean_kl[d11] (not measured), and 1988 more")
+
+
+def test_the_mend_is_that_of_the_gate_that_failed(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checks = [Check(gate="tokenizer", name="ids", passed=False, detail="others")]
+    written(measured / "report", report(checks=checks))
+    assert main(["gate", str(measured), "--gates", gates(measured, "profile: auto")]) == 6
+    assert "mend:  take the tokenizer's files from the base" in capsys.readouterr().err.splitlines()
 
 
 def test_a_moved_limit_is_noted_on_stderr(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:

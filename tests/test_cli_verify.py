@@ -145,6 +145,8 @@ def test_gates_decide_the_exit_code(
         ("model", ["--adapter", "no such", "--text", "heldout.jsonl"], "is no hub id"),
         ("recipe.yaml", ["--gates", "none.yaml"], "the file of gates cannot be read"),
         ("recipe.yaml", ["verify.windows=0"], "verify.windows"),
+        ("recipe.yaml", ["verify.text=[]"], "verify.text"),
+        ("recipe.yaml", ["--report", "recipe.yaml"], "a file is in the way of the report's folder"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(

@@ -250,9 +250,9 @@ def again(**settings: Any) -> dict[str, str]:
 
 
 def test_a_report_is_decided_again_with_other_limits() -> None:
+    built_in = dict.fromkeys(("config", "tokenizer", "merge", "adapter", "better_than_rtn"), "pass")
     sound = {
-        "config": "pass",
-        "tokenizer": "pass",
+        **built_in,
         "perplexity_ratio": "pass",
         "mean_kl": "pass",
         "top1_agreement": "pass",
@@ -262,7 +262,37 @@ def test_a_report_is_decided_again_with_other_limits() -> None:
     assert again(gates={"mean_kl": {"at_most": 0.16}}) == sound | {"mean_kl": "undecided"}
     assert again(gates={"mean_kl": {"at_most": 0.1}}) == sound | {"mean_kl": "fail"}
     assert set(again(profile="nf4").values()) == {"pass", "fail", "undecided"}
-    assert again(profile="off") == {"config": "pass", "tokenizer": "pass"}
+    assert again(profile="off") == built_in
+
+
+@pytest.mark.parametrize("name", ["merge", "adapter", "better_than_rtn"])
+def test_a_gate_that_was_taken_out_of_a_report_is_decided_on_its_figure(name: str) -> None:
+    limited = {"merge": "merge_kl", "adapter": "kl_over_base", "better_than_rtn": "kl_over_rtn"}[name]
+    broken = [
+        each.model_copy(update={"value": 0.5, "sequence_low": 0.4, "sequence_high": 0.6})
+        if each.name == limited
+        else each
+        for each in report().figures
+    ]
+    assert again(report={"figures": broken, "gates": []})[name] == "fail"
+
+
+def test_a_value_over_the_limit_is_no_pass_whatever_its_interval_says() -> None:
+    edited = [figure("mean_kl", 5.0, sequence_low=0.15, sequence_high=0.17), figure("top1_agreement", 0.9)]
+    limits = {"mean_kl": {"at_most": 0.3}, "top1_agreement": {"at_least": 0.8}}
+    verdicts = again(profile="off", gates=limits, report={"figures": edited})
+    assert (verdicts["mean_kl"], verdicts["top1_agreement"]) == ("undecided", "pass")
+
+
+@pytest.mark.parametrize("floor", [5e-324, 1e308])
+def test_a_noise_floor_of_no_ordinary_size_is_no_defect(floor: float) -> None:
+    figures = [figure("mean_kl", 0.1, noise_floor=floor)]
+    settings = GatesFile.model_validate({"profile": "off", "gates": {"mean_kl": {"at_most": 0.3}}})
+    if floor < 1:
+        assert decide_again(report(figures=figures), settings)[1] == []
+    else:
+        with pytest.raises(RecipeError, match="noise floor"):
+            decide_again(report(figures=figures), settings)
 
 
 def test_domains_that_the_report_lacks_are_undecided() -> None:

@@ -16,6 +16,7 @@ from rich.console import Console
 import reports
 import rich_report
 from qexport.artifact.report import Report
+from qexport.errors import RecipeError
 from qexport.reporting.gauge import gauge
 from qexport.reporting.html import report_html
 from qexport.reporting.junit import report_junit
@@ -24,7 +25,7 @@ from qexport.reporting.terminal import figures_table, gate_table, report_summary
 from qexport.reporting.values import figure_interval, figure_value, gate_limit, gate_value, written
 from qexport.reporting.visible_text import visible, visible_token
 from qexport.reporting.word_diff import word_diff
-from qexport.reporting.writing import write_report
+from qexport.reporting.writing import check_report_folder, write_report
 
 VOID = {"meta", "wbr", "br"}
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=40)
@@ -390,3 +391,57 @@ def test_a_file_that_could_not_be_written_is_as_it_was(tmp_path: Path, monkeypat
         write_report(reports.report([reports.gate_result(verdict="fail")]), tmp_path)
     assert (tmp_path / "report.json").read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("nth", range(4))
+def test_all_files_are_new_or_none_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nth: int, error: BaseException
+) -> None:
+    """The nth file finds the disk full, or Ctrl-C comes while it is written."""
+    write_report(reports.report(), tmp_path / "old")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()}
+    write, written = Path.write_bytes, []
+
+    def limited(path: Path, content: bytes) -> int:
+        written.append(path)
+        if len(written) > nth:
+            write(path, content[:10])
+            raise error
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", limited)
+    for folder in (tmp_path / "old", tmp_path / "new" / "report"):
+        written.clear()
+        with pytest.raises(type(error)):
+            write_report(reports.report([reports.gate_result(verdict="fail")]), folder)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()} == before
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_in_place_of_the_last_file_leaves_the_first_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "junit.xml").mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_report(reports.report(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["junit.xml"]
+
+
+@pytest.mark.parametrize("fault", ["file", "file above", "link to nothing", "folder"])
+def test_what_is_in_the_way_of_a_report_is_told_before_it_is_measured(tmp_path: Path, fault: str) -> None:
+    folder = tmp_path / "report"
+    match fault:
+        case "file" | "file above":
+            folder.write_text("mine")
+        case "link to nothing":
+            folder.symlink_to("nowhere")
+        case "folder":
+            (folder / "report.md").mkdir(parents=True)
+    with pytest.raises(RecipeError, match="in the way"):
+        check_report_folder(folder / "deep" if fault == "file above" else folder)
+
+
+@pytest.mark.parametrize("value", [1e308, 5e-324])
+def test_a_model_that_is_beyond_all_measure_has_a_page_too(value: float) -> None:
+    broken = reports.figure("mean_kl", value, low=value, high=value, sequence_low=value, sequence_high=value)
+    layers = [reports.layer(loss=value, rtn_loss=1e-320)]
+    assert "<svg" in report_html(reports.report(figures=[broken], layers=layers))

@@ -6,6 +6,10 @@ import ctypes
 import errno
 import os
 import shutil
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from qexport.errors import ResourceError
@@ -61,15 +65,51 @@ def write_whole(path: Path, content: str) -> None:
     Raises:
         OSError: it could not be written; the path is as it was.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    write_together(path.parent, {path.name: content})
+
+
+def write_together(folder: Path, contents: Mapping[str, str]) -> None:
+    """Writes files as UTF-8 beside their paths and renames them once all are there: all of them are new, or none is.
+
+    Args:
+        folder: of them all; it exists.
+        contents: the new text of each file, by its name. Files may stand there already, folders may not.
+
+    Raises:
+        OSError: one could not be written; all are as they were.
+    """
+    beside = {folder / name: folder / f".{name}.{os.getpid()}.partial" for name in contents}
+    path = folder
     try:
-        beside.write_bytes(content.encode())
-        _sync(beside)
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
+        for (path, partial), content in zip(beside.items(), contents.values(), strict=True):
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+            partial.write_bytes(content.encode())
+            _sync(partial)
+        with uninterrupted():
+            for path, partial in beside.items():
+                partial.replace(path)
+            _sync(folder)
+    except BaseException as error:
+        for partial in beside.values():
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):  # a full disk names no path, the others name one that the user never gave
+            error.filename = str(path)
         raise
-    _sync(path.parent)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ignores Ctrl-C and SIGTERM while something is moved to its path: it must not say that nothing was done."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def move_into_place(source: Path, target: Path) -> Path | None:

@@ -208,7 +208,7 @@ def _read_text(path: Path) -> str:
 def _check_schema_version(text: str, path: Path) -> None:
     try:
         content = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"the manifest is no JSON: {error}", where=str(path)) from error
     version = content.get("schema_version") if isinstance(content, dict) else None
     if type(version) is not int or version < 1:

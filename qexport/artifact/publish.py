@@ -5,15 +5,12 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from qexport.artifact.disk import is_disk_full, move_into_place, sync_tree
+from qexport.artifact.disk import is_disk_full, move_into_place, sync_tree, uninterrupted
 from qexport.artifact.manifest import MANIFEST_NAME
 from qexport.errors import QexportError, RecipeError, ResourceError
 
@@ -21,7 +18,7 @@ MARKER_NAME = ".qexport-partial"
 
 
 def check_output(output: Path, *, force: bool) -> Path:
-    """Checks that an artifact may be published at a path, before any work is done.
+    """Checks that an artifact may be published at a path, or set aside beside it, before any work is done.
 
     Args:
         output: the final path; a link is followed.
@@ -44,7 +41,29 @@ def check_output(output: Path, *, force: bool) -> Path:
             where=str(output),
             mend="choose another output, or replace it with --force",
         )
+    _check_set_aside(_set_aside(resolved))
     return resolved
+
+
+def _set_aside(output: Path) -> Path:
+    """Where an artifact goes that a gate has stopped."""
+    return output.with_name(output.name + ".rejected")
+
+
+def _check_set_aside(rejected: Path) -> None:
+    """Refuses what is no older artifact of qexport, which would be deleted.
+
+    Raises:
+        RecipeError: something else is in the way.
+    """
+    mend = "move or remove it, or choose another output"
+    if rejected.is_symlink() or (rejected.exists() and not rejected.is_dir()):
+        raise RecipeError("something is in the way of a rejected artifact's folder", where=str(rejected), mend=mend)
+    if rejected.is_dir() and any(rejected.iterdir()) and not _is_complete(rejected):
+        what = "the folder for a rejected artifact holds files that are not qexport's"
+        raise RecipeError(what, where=str(rejected), mend=mend)
+    if Path.cwd().is_relative_to(rejected):
+        raise RecipeError("you stand in the folder for a rejected artifact", where=str(rejected), mend="leave it")
 
 
 class Publication:
@@ -107,15 +126,20 @@ class Publication:
         return self.output
 
     def reject(self) -> Path:
-        """Moves the folder to `<output>.rejected/`, in place of an older one, and returns that path."""
-        rejected = check_output(self.output.with_name(self.output.name + ".rejected"), force=True)
+        """Moves the folder to `<output>.rejected/`, in place of an older one, and returns that path.
+
+        Raises:
+            RecipeError: meanwhile something else has appeared there.
+        """
+        rejected = _set_aside(self.output)
+        _check_set_aside(rejected)
         self._move_to(rejected)
         return rejected
 
     def _move_to(self, target: Path) -> None:
         """Keeps the locked marker until the rename is done, so that no other run can take the folder before it."""
         sync_tree(self.folder)
-        with _uninterrupted():
+        with uninterrupted():
             replaced = move_into_place(self.folder, target)
             (target / MARKER_NAME).unlink()
             self._release()
@@ -128,20 +152,6 @@ class Publication:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ignores Ctrl-C and SIGTERM: once the artifact is at its path, the run is done and must not say otherwise."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _is_complete(folder: Path) -> bool:

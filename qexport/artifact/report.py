@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from pydantic import ValidationError
 
+from qexport.artifact.consistency import contradictions
 from qexport.artifact.digest import sha256_json
 from qexport.artifact.environment import Environment
 from qexport.artifact.figures import Figure, GateResult, Verdict
 from qexport.artifact.manifest import REPORT_FOLDER, LayerRecord, Sizes, SourceRecord
 from qexport.artifact.protocol import Identity, Protocol
 from qexport.artifact.record import Record
-from qexport.errors import InputError
+from qexport.errors import InputError, listed
 
 REPORT_NAME: Final = "report.json"
 SCHEMA_VERSION: Final = 1
@@ -287,7 +289,8 @@ class Report(Record):
             path: the file, an artifact's folder, or its report's folder.
 
         Raises:
-            InputError: there is none, it is no JSON, a newer qexport wrote it, or a field is wrong.
+            InputError: there is none, it is no JSON, a newer qexport wrote it, a field is wrong, or it contradicts
+                itself.
         """
         place = _place(path)
         content = _read_object(place)
@@ -299,10 +302,15 @@ class Report(Record):
                 mend="read it with the qexport that wrote it, or verify the artifact again",
             )
         try:
-            return cls.model_validate_json(json.dumps(content))
+            found = cls.model_validate_json(json.dumps(content))
         except ValidationError as error:
-            problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-            raise InputError(f"the report is malformed: {problems}", where=str(place)) from error
+            problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+            raise InputError(f"the report is malformed: {listed(problems)}", where=str(place)) from error
+        if wrong := contradictions(found):
+            raise InputError(
+                f"the report contradicts itself: {listed(wrong)}", where=str(place), mend="verify the artifact again"
+            )
+        return found
 
 
 def report_schema() -> dict[str, Any]:
@@ -311,18 +319,25 @@ def report_schema() -> dict[str, Any]:
 
 
 def _place(path: Path) -> Path:
-    if not path.is_dir():
-        return path
-    return next((place for place in (path / REPORT_FOLDER / REPORT_NAME, path / REPORT_NAME) if place.is_file()), path)
+    with suppress(OSError):  # a path that cannot be looked at cannot be read either, which is told there
+        return next((at for at in (path / REPORT_FOLDER / REPORT_NAME, path / REPORT_NAME) if at.is_file()), path)
+    return path
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("an object has a key twice")
+    return found
 
 
 def _read_object(place: Path) -> Mapping[str, Any]:
     try:
-        content = json.loads(place.read_text(encoding="utf-8"))
+        content = json.loads(place.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
     except (OSError, UnicodeDecodeError) as error:
         mend = "name a report.json, or a folder that was verified"
         raise InputError("the report cannot be read", where=str(place), mend=mend) from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"the report is no JSON: {error}", where=str(place)) from error
     if not isinstance(content, dict):
         raise InputError("the report is no JSON object", where=str(place))

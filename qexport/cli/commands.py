@@ -133,7 +133,10 @@ def verify(
     """Hold a finished artifact against base and adapter, and decide its gates."""
     with told(as_json=as_json, debug=debug, interrupted="interrupted; nothing was written"):
         from qexport.cli.verifying import References, reference_of
+        from qexport.reporting.writing import check_report_folder, write_report
 
+        if report_folder is not None:
+            check_report_folder(report_folder)
         chosen = reference_of(References(reference, overrides or (), adapter, text or (), prompts, gates))
         from qexport import pipeline  # takes seconds, what is wrong with the arguments need not wait for it
         from qexport.cli.again import verify_command
@@ -157,9 +160,9 @@ def verify(
             )
         failure = gates_failure(found.gates, str(artifact))
         if report_folder is not None:
-            from qexport.reporting.writing import write_report
-
             write_report(found, report_folder)
+    written = "" if report_folder is None else f"; the report in {report_folder} is complete"
+    with told(as_json=as_json, debug=debug, interrupted=f"interrupted{written}"):
         if as_json:
             write_json(found.model_dump(mode="json"))
         else:

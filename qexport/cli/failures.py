@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 import threading
@@ -15,9 +16,11 @@ from rich.text import Text
 
 from qexport.artifact.disk import is_disk_full
 from qexport.cli.terminal import stderr, write_json
-from qexport.errors import QexportError, ResourceError
+from qexport.errors import QexportError, RecipeError, ResourceError
+from qexport.reporting.visible_text import visible
 
 INTERRUPTED = 130
+_OF_A_PATH = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Failure:
         lines = (("error", self.what, "bold red"), ("where", self.where, "bold"), ("mend", self.mend, "bold"))
         for label, text, style in lines:
             if text:
-                stderr().print(Text.assemble((f"{label}: ".ljust(7), style), text), soft_wrap=True)
+                stderr().print(Text.assemble((f"{label}: ".ljust(7), style), visible(text)), soft_wrap=True)
         if as_json:
             with suppress(OSError):  # stdout cannot be written: stderr has told it
                 write_json({"error": asdict(self)})
@@ -72,6 +75,9 @@ def failure_of(error: Exception) -> Failure:
     if isinstance(error, OSError) and is_disk_full(error):
         mend = "free some space, or choose an output on another disk"
         return Failure("the disk is full", ResourceError.exit_code, error.filename, mend)
+    if isinstance(error, OSError) and error.errno in _OF_A_PATH and error.filename is not None:
+        mend = "check the path and who may read and write there"
+        return Failure(f"a path cannot be used: {error.strerror}", RecipeError.exit_code, str(error.filename), mend)
     if isinstance(error, MemoryError) or _is_torch_out_of_memory(error):
         mend = "close other programs, take fewer or shorter calibration samples, or a machine with more memory"
         return Failure("there is not enough memory", ResourceError.exit_code, mend=mend)

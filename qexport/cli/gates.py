@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from qexport.cli.failures import Failure
@@ -12,17 +12,15 @@ from qexport.reporting.units import counted
 if TYPE_CHECKING:
     from qexport.artifact.figures import GateResult
 
-_DRIFTED: Final = "try more bits or a smaller group_size, or loosen the limit where the use allows it"
-
-_OTHER_MODEL: Final = "verify it against the base and the adapter that it was made from, or make it again from them"
-_MENDS: Final[Mapping[str, str]] = {
-    "config": _OTHER_MODEL,
-    "tokenizer": _OTHER_MODEL,
-    "adapter": _OTHER_MODEL,
-    "merge": "check that the adapter was made for this base; if it was, please report this",
-    "better_than_rtn": "look at the calibration text and the layer losses: calibration has gained nothing here",
+_MAX_NAMED: Final = 12
+_MEND_OF_LIMITS: Final = "try more bits or a smaller group_size, or loosen the limit where the use allows it"
+_MEND: Final = {
+    "config": "bring config.json to what the reference's says",
+    "tokenizer": "take the tokenizer's files from the base",
+    "merge": "check that the adapter was made for this base",
+    "adapter": "check that the artifact was made with this adapter",
+    "better_than_rtn": "calibrate with more or other text, or check that this reference is the artifact's",
 }
-"""What no limit loosens, by gate: more bits would not help."""
 
 
 def gates_failure(results: Sequence[GateResult], where: str) -> Failure | None:
@@ -36,7 +34,7 @@ def gates_failure(results: Sequence[GateResult], where: str) -> Failure | None:
     undecided = [each for each in results if each.verdict == "undecided"]
     if failed:
         what = f"{counted(len(failed), 'gate')} failed: {_named(failed)}"
-        mend = next((_MENDS[each.name] for each in failed if each.name in _MENDS), _DRIFTED)
+        mend = "; ".join(dict.fromkeys(_MEND.get(each.name, _MEND_OF_LIMITS) for each in failed))
         return Failure(what, GateFailed.exit_code, where, mend)
     if undecided:
         what = f"{counted(len(undecided), 'gate')} could not be decided: {_named(undecided)}"
@@ -46,7 +44,8 @@ def gates_failure(results: Sequence[GateResult], where: str) -> Failure | None:
 
 
 def _named(results: Sequence[GateResult]) -> str:
-    return ", ".join(map(_in_short, results))
+    rest = [f"and {len(results) - _MAX_NAMED} more"] if len(results) > _MAX_NAMED else []
+    return ", ".join([*map(_in_short, results[:_MAX_NAMED]), *rest])
 
 
 def _in_short(result: GateResult) -> str:

@@ -7,7 +7,7 @@ from typing import Final
 
 from qexport.artifact.figures import Figure, GateResult
 from qexport.artifact.report import Report
-from qexport.gates.deciding import BUILT_IN, decide
+from qexport.gates.deciding import BUILT_IN, FIGURE_OF, decide
 from qexport.gates.limits import above_floor, limits_of
 from qexport.gates.profiles import profile_of_layers
 from qexport.gates.settings import HasGates
@@ -18,7 +18,8 @@ _ALWAYS: Final = ("config", "tokenizer")
 def decide_again(report: Report, settings: HasGates) -> tuple[list[GateResult], list[str]]:
     """Decides the gates of other settings on a report's figures.
 
-    Of the built-in gates, those of the artifact's checks are decided always, the others where the report has them.
+    Of the built-in gates, those of the artifact's checks are decided always, the others where the report has them or
+    the figure that they limit.
 
     Returns:
         The results, and a note for each limit of the profile that the noise floor has moved.
@@ -31,7 +32,10 @@ def decide_again(report: Report, settings: HasGates) -> tuple[list[GateResult], 
         profile = profile_of_layers(report.layers, report.subject.sizes)
     limits, notes = above_floor(limits_of(settings, profile), noise_floors(report.figures))
     decided_before = {result.name for result in report.gates}
-    expected = [name for name in BUILT_IN if name in _ALWAYS or name in decided_before]
+    measured = {figure.name for figure in report.figures}
+    expected = [
+        name for name in BUILT_IN if name in _ALWAYS or name in decided_before or FIGURE_OF.get(name) in measured
+    ]
     return decide(limits, report.all_figures, report.checks, expected), notes
 
 

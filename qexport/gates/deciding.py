@@ -6,7 +6,7 @@ the limit. What was not measured, or has no interval, is undecided.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -19,6 +19,13 @@ BuiltIn = Literal["config", "tokenizer", "merge", "adapter", "better_than_rtn"]
 """Gates that need no limit from anyone. Each is decided where it is expected, whether or not it was measured."""
 
 BUILT_IN: Final[tuple[BuiltIn, ...]] = ("config", "tokenizer", "merge", "adapter", "better_than_rtn")
+
+FIGURE_OF: Final[Mapping[BuiltIn, str]] = {
+    "merge": "merge_kl",
+    "adapter": "kl_over_base",
+    "better_than_rtn": "kl_over_rtn",
+}
+"""What they limit; the others are decided on checks."""
 
 
 @dataclass(frozen=True)
@@ -93,18 +100,18 @@ def _built_in(figures: Sequence[Figure], checks: Sequence[Check], expected: Sequ
 
 
 _ADAPTER: Final = _Gate(
-    "adapter", "kl_over_base", None, "at_most", 0.0, strict=True,
+    "adapter", FIGURE_OF["adapter"], None, "at_most", 0.0, strict=True,
     equal="the adapter changes no prediction on this text, so nothing tells whether it was applied",
 )  # fmt: skip
 
-_BETTER_THAN_RTN: Final = _Gate("better_than_rtn", "kl_over_rtn", None, "at_most", 0.0, strict=True)
+_BETTER_THAN_RTN: Final = _Gate("better_than_rtn", FIGURE_OF["better_than_rtn"], None, "at_most", 0.0, strict=True)
 
 
 def _merge_gate(figures: Sequence[Figure]) -> _Gate:
-    measured = find_figure(figures, "merge_kl")
+    measured = find_figure(figures, FIGURE_OF["merge"])
     floor = None if measured is None else measured.noise_floor
     limit = None if floor is None else NOISE_MARGIN * floor
-    return _Gate("merge", "merge_kl", None, "at_most", limit, unknown="the noise floor was not measured")
+    return _Gate("merge", FIGURE_OF["merge"], None, "at_most", limit, unknown="the noise floor was not measured")
 
 
 def _checked(name: str, checks: Sequence[Check]) -> GateResult:
@@ -151,7 +158,11 @@ def _verdict(gate: _Gate, figure: Figure | None) -> tuple[Verdict, str]:
         return "undecided", f"its interval is empty: {low:.5g} to {high:.5g}"
     if gate.limit is None:
         return "undecided", gate.unknown
-    return _held_against(gate, gate.limit, low, high, _counted(figure))
+    verdict, reason = _held_against(gate, gate.limit, low, high, _counted(figure))
+    excess = figure.value - gate.limit if gate.bound == "at_most" else gate.limit - figure.value
+    if verdict == "pass" and excess > 0:
+        return "undecided", f"the value, {figure.value:.5g}, breaks the limit although its interval does not"
+    return verdict, reason
 
 
 def _held_against(gate: _Gate, limit: float, low: float, high: float, counted: str) -> tuple[Verdict, str]:

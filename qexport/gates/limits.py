@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
@@ -128,6 +129,9 @@ def _tightest(limit: Limit, floors: Mapping[str, float]) -> float | None:
 
 
 def _rounded_up(room: float) -> float:
+    """To three digits; a room that is no ordinary number is left as it is."""
+    if not sys.float_info.min * 1e3 < room < sys.float_info.max / 1e3:
+        return room
     unit = 10.0 ** (math.floor(math.log10(room)) - 2)
     return math.ceil(room / unit * (1 - _ROUNDING)) * unit
 

@@ -23,7 +23,7 @@ GroupSize = Annotated[int, AfterValidator(_check_group_size)]
 class CalibrationSettings(Settings):
     """The text that the method looks at."""
 
-    source: str | list[str]
+    source: str | Annotated[list[str], Field(min_length=1)]
     """Files (`.jsonl` with a `text` or `messages` field, or `.txt`), or `hub:org/dataset` (extra `datasets`)."""
 
     split: str = "train"

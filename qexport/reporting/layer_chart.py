@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from qexport.artifact.manifest import LayerRecord
 from qexport.reporting.selection import fallen_back, loss_ratio
-from qexport.reporting.svg import WIDTH, Axis, chart, line, tag, text, tick_text
+from qexport.reporting.svg import LARGEST, WIDTH, Axis, chart, line, tag, text, tick_text
 
 _LEFT: Final = 52.0
 _RIGHT: Final = WIDTH - 14.0
@@ -27,7 +27,7 @@ def layer_chart(layers: Sequence[LayerRecord]) -> Markup:
     """
     across = Axis(0, max(len(layers) - 1, 1), _LEFT + 8, _RIGHT - 8)
     ratios = [ratio for layer in layers if (ratio := loss_ratio(layer)) is not None]
-    up = Axis(0, max([1.0, *ratios]) * 1.12, _FLOOR, _TOP)
+    up = Axis(0, min(max([1.0, *ratios]), LARGEST) * 1.12, _FLOOR, _TOP)
     fallen = {layer.name for layer in fallen_back(layers)}
     drawn = [
         _cross(layer, across.place(index), up.place(1.0))

@@ -11,6 +11,9 @@ from markupsafe import Markup, escape
 
 WIDTH: Final = 480.0
 
+LARGEST: Final = 1e300
+"""Beyond it lies what a broken model's perplexity may reach; an axis ends there, so that its length is a number."""
+
 
 def tag(name: str, *children: str | Markup, **attributes: str | float) -> Markup:
     """An SVG element. Text and attribute values are escaped; underscores in attribute names become hyphens."""
@@ -96,7 +99,8 @@ class Axis:
 
 def linear_axis(values: Sequence[float], start: float, end: float) -> Axis:
     """An axis that holds all values, with some air at both ends."""
-    low, high = min(values), max(values)
+    bounded = [min(max(value, -LARGEST), LARGEST) for value in values]
+    low, high = min(bounded), max(bounded)
     air = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
     return Axis(low - air, high + air, start, end)
 

@@ -53,11 +53,13 @@ def gate_table(gates: Sequence[GateResult]) -> Table:
     table = new_table()
     table.add_column("gate", style="bold", overflow="fold", min_width=16)
     table.add_column("verdict", no_wrap=True)
-    for name in ("value", "interval", "tolerance", "n"):
+    for name in ("value", "interval", "tolerance"):
         table.add_column(name, justify="right", overflow="fold")
+    table.add_column("n", justify="right", no_wrap=True)
     for gate in by_urgency(gates):
         verdict = Text(VERDICT_WORDS[gate.verdict].lower(), VERDICT_STYLES[gate.verdict])
-        measured = (gate_value(gate), gate_interval(gate), gate_limit(gate), f"{gate.n:,}" if gate.unit else "")
+        units = f"{gate.n:,}" if gate.unit else ""
+        measured = (gate_value(gate), gate_interval(gate), gate_limit(gate, unit=False), units)
         table.add_row(Text(visible(gate.name)), verdict, *map(Text, measured))
     if not all(gate.passed for gate in gates):
         table.caption = _reasons(by_urgency(gates))

@@ -47,12 +47,13 @@ def gate_interval(gate: GateResult) -> str:
     return UNMEASURED if gate.value is None else interval(gate.figure, gate.value, gate.low, gate.high)
 
 
-def gate_limit(gate: GateResult) -> str:
-    """The tolerance, for example `≤ 0.3 nats`."""
+def gate_limit(gate: GateResult, *, unit: bool = True) -> str:
+    """The tolerance, for example `≤ 0.3 nats`; without the unit, where the value beside it has it, `≤ 0.3`."""
     if gate.limit is None or gate.bound is None:
         return UNMEASURED
     form = kind_of(gate.figure).form
-    return f"{'≤' if gate.bound == 'at_most' else '≥'} {_shortest(gate.limit * _scale(form))}{_UNITS[form]}"
+    shown = _UNITS[form] if unit or form == "share" else ""
+    return f"{'≤' if gate.bound == 'at_most' else '≥'} {_shortest(gate.limit * _scale(form))}{shown}"
 
 
 def gate_units(gate: GateResult) -> str:
@@ -143,4 +144,4 @@ def _shortest(value: float) -> str:
     """A limit as its author wrote it; one that was computed has more digits than anybody reads."""
     if 0 < abs(value) < _SMALLEST_PLAIN:
         return _scientific(value)
-    return f"{value:,.6g}".replace("-", "−")
+    return f"{float(f'{value:.4g}'):,.10g}".replace("-", "−")

@@ -64,7 +64,7 @@ class TaskSettings(Settings):
 class VerifySettings(Settings):
     """How the finished artifact is held against the merged reference."""
 
-    text: str | list[str]
+    text: str | Annotated[list[str], Field(min_length=1)]
     """Held-out files (`.jsonl` with a `text` field, or `.txt`). Never the calibration text."""
 
     field: str = "text"

@@ -62,5 +62,5 @@ class FileKind:
             raise RecipeError(
                 f"the {self.name} cannot be read: {error.strerror}",
                 where=str(path),
-                mend=f"give the path of a {self.name}'s YAML file",
+                mend="give the path of a YAML file",
             ) from error

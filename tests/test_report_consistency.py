@@ -1,0 +1,87 @@
+"""Reports that fit the schema and cannot be true, and files that are no report at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qexport.artifact.consistency import contradictions
+from qexport.artifact.report import Report
+from qexport.cli import main
+from qexport.errors import InputError
+from reports import report, written
+from rich_report import rich_report
+
+Content = dict[str, Any]
+
+
+def mean_kl(content: Content) -> Content:
+    return next(figure for figure in content["figures"] if figure["name"] == "mean_kl" and figure["domain"] is None)
+
+
+def twice(content: Content) -> None:
+    content["figures"].append(mean_kl(content) | {"value": 9.0, "sequence_low": 8.0, "sequence_high": 10.0})
+
+
+def twice_with_speed(content: Content) -> None:
+    content["timings"]["figures"].append(dict(mean_kl(content)))
+
+
+FAULTS: dict[str, tuple[Callable[[Content], object], str]] = {
+    "a figure twice": (twice, "mean_kl: stands there more than once"),
+    "a figure among the timings too": (twice_with_speed, "mean_kl: stands there more than once"),
+    "a figure of no catalogue": (lambda c: mean_kl(c).update(name="mean_kll"), "mean_kll: there is no such figure"),
+    "fewer than no units": (lambda c: mean_kl(c).update(n=-5), "mean_kl: measured on -5 units"),
+    "an interval the wrong way round": (lambda c: mean_kl(c).update(low=9.0, high=1.0), "an interval from 9 to 1"),
+    "a sequence the wrong way round": (lambda c: mean_kl(c).update(sequence_low=9.0), "an interval from 9 to "),
+    "no bins": (lambda c: c["kl_histogram"].update(edges=[], counts=[]), "kl_histogram"),
+    "bins that do not rise": (lambda c: c["kl_histogram"].update(edges=[1.0, 1.0], counts=[5]), "kl_histogram"),
+    "more flips than tokens": (lambda c: c["flips_by_margin"][0].update(flips=10**6), "flips_by_margin"),
+    "an error below 0": (lambda c: c["block_drift"][0].update(relative_error=-1.0), "block_drift"),
+    "5 bits": (lambda c: c["layers"][0].update(bits=5), "q_proj: 5 bits"),
+    "a loss below 0": (lambda c: c["layers"][0].update(loss=-1.0), "q_proj: a loss"),
+    "no parameters": (lambda c: c["subject"]["sizes"].update(parameters=0), "subject: a size"),
+    "another verdict": (lambda c: c.update(verdict="fail"), "verdict: fail, where that of its gates is pass"),
+    "passed on nothing": (lambda c: c["gates"][0].update(value=None), "passed on what was not measured"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_report_that_contradicts_itself_is_refused_by_every_reader(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: str
+) -> None:
+    change, words = FAULTS[fault]
+    content = json.loads(report().to_json())
+    change(content)
+    path = written(tmp_path)
+    path.write_text(json.dumps(content))
+    (tmp_path / "gates.yaml").write_text("profile: tiny")
+    for command in (["gate", str(path), "--gates", str(tmp_path / "gates.yaml")], ["report", str(path)]):
+        assert main(command) == 3
+        message = capsys.readouterr().err
+        assert "the report contradicts itself" in message
+        assert words in message
+
+
+def test_what_qexport_writes_does_not_contradict_itself() -> None:
+    assert contradictions(report()) == contradictions(rich_report()) == []
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 10**5, '{"a":' * 10**5, f'{{"n": {"9" * 5000}}}', '{"schema_version": 1, "schema_version": 1}'],
+    ids=["lists in lists", "objects in objects", "too many digits", "a key twice"],
+)  # fmt: skip
+def test_json_that_cannot_be_a_report_is_an_input_error(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match="no JSON"):
+        Report.read(path)
+
+
+def test_a_path_that_no_system_takes_is_an_input_error() -> None:
+    with pytest.raises(InputError, match="cannot be read"):
+        Report.read(Path("a" * 5000))

@@ -109,8 +109,9 @@ def test_a_rival_whose_gate_is_decided_rests_and_keeps_the_first_windows() -> No
     torch.testing.assert_close(found["nearest"].kl, alone["nearest"].kl[:6], rtol=1e-4, atol=1e-6)
 
 
-def test_rivals_run_the_first_eight_windows_of_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rivals_run_the_first_windows_of_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lockstep, "BATCH_TOKENS", 3 * 8)
+    monkeypatch.setattr("qexport.verifying.rounds._RIVAL_WINDOWS", 8)
     every = measured(lambda found: [], rivals=True, first_look=13)
     twice = measured(lambda found: [gate("mean_kl", "undecided")], rivals=True, first_look=11)
     nine = list(range(9))  # eight, in whole batches of three

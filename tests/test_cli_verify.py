@@ -162,6 +162,13 @@ def test_options_that_do_not_go_together_are_refused(
     assert words in captured.err
 
 
+def test_windows_beyond_the_most_are_told(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verified(made / "out", made / "recipe.yaml", "verify.max_windows=7", "verify.windows=8", "--json") in (0, 7)
+    captured = capsys.readouterr()
+    assert "note: of verify.windows, 8, max_windows lets 7 be measured" in captured.err
+    assert Report.model_validate_json(captured.out).protocol.windows == 7
+
+
 def test_a_reference_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "out"]) == 2
     assert "--reference" in capsys.readouterr().err

@@ -440,6 +440,16 @@ def test_what_is_in_the_way_of_a_report_is_told_before_it_is_measured(tmp_path: 
         check_report_folder(folder / "deep" if fault == "file above" else folder)
 
 
+def test_a_comment_and_a_table_stay_short_however_long_the_continuations_are() -> None:
+    """GitHub takes comments of at most 65,536 characters."""
+    endless = reports.comparison(prompt="a " * 50_000, reference="b " * 50_000, artifact="c " * 50_000)
+    generations = reports.report().generations
+    assert generations is not None
+    found = reports.report(generations=generations.model_copy(update={"comparisons": [endless]}))
+    assert len(report_markdown(found)) < 20_000
+    assert len(printed(report_summary(found))) < 40_000
+
+
 @pytest.mark.parametrize("value", [1e308, 5e-324])
 def test_a_model_that_is_beyond_all_measure_has_a_page_too(value: float) -> None:
     broken = reports.figure("mean_kl", value, low=value, high=value, sequence_low=value, sequence_high=value)

@@ -85,12 +85,14 @@ def read_evaluation(
         tokenizer: the model's.
         structure: the model's.
         calibration: text that the held-out text must not share documents with.
-        report: is told of prompts that cannot be continued.
+        report: is told of prompts that cannot be continued, and of windows that are not measured.
 
     Raises:
         InputError: see `read_texts`.
     """
     documents = read_documents(_listed(settings.text), field=settings.field)
+    if settings.windows > settings.max_windows:
+        report(Notice(f"of verify.windows, {settings.windows}, max_windows lets {settings.max_windows} be measured"))
     if calibration is not None:
         refuse_shared(calibration, documents)
     prompts = None

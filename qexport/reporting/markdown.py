@@ -24,7 +24,7 @@ from qexport.reporting.visible_text import visible
 from qexport.reporting.word_diff import Piece, word_diff
 
 _SIGNS: Final[dict[Verdict, str]] = {"pass": "✅", "fail": "❌", "undecided": "❔"}
-_LONGEST_PROMPT: Final = 2000
+_LONGEST_TEXT: Final = 2000
 _SPECIAL: Final = re.compile(r"[\\`*_\[\]|~:$]")
 _CALLS: Final = re.compile(r"[@#!]")
 
@@ -87,10 +87,10 @@ def _figure_row(figure: Figure) -> list[str]:
 
 def _prompt(prompt: Comparison) -> Iterator[str]:
     """Inside `pre` nothing is Markdown, so HTML's escapes are enough."""
-    reference, artifact = word_diff(prompt.reference, prompt.artifact)
+    reference, artifact = word_diff(*(cut(text, _LONGEST_TEXT) for text in (prompt.reference, prompt.artifact)))
     yield f"<details><summary>Worst prompt: {escaped(prompt.id)}, edit distance {prompt.edit_distance:.0%}</summary>"
     for label, content in (
-        ("prompt", _escaped_html(cut(prompt.prompt, _LONGEST_PROMPT))),
+        ("prompt", _escaped_html(cut(prompt.prompt, _LONGEST_TEXT))),
         ("reference", _marked(reference, "del")),
         ("artifact", _marked(artifact, "ins")),
     ):

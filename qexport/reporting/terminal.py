@@ -28,6 +28,7 @@ from qexport.reporting.word_diff import Piece, word_diff
 
 VERDICT_STYLES: Final[dict[Verdict, str]] = {"pass": "green", "fail": "bold red", "undecided": "bold yellow"}
 _LONGEST_PROMPT: Final = 240
+_LONGEST_CONTINUATION: Final = 2000
 
 
 def report_summary(report: Report) -> RenderableType:
@@ -96,7 +97,7 @@ def prompt_table(prompts: Sequence[Comparison]) -> Table:
     table.add_column("reference goes on", ratio=2, overflow="fold")
     table.add_column("artifact goes on", ratio=2, overflow="fold")
     for each in prompts:
-        reference, artifact = word_diff(each.reference, each.artifact)
+        reference, artifact = word_diff(*(cut(text, _LONGEST_CONTINUATION) for text in (each.reference, each.artifact)))
         marked = (_marked(reference, "strike red"), _marked(artifact, "underline green"))
         table.add_row(Text(cut(" ".join(visible(each.prompt).split()), _LONGEST_PROMPT)), *marked)
     return table

@@ -22,7 +22,7 @@ def word_diff(reference: str, artifact: str) -> tuple[list[Piece], list[Piece]]:
     """
     left, right = _words(reference), _words(artifact)
     pieces: tuple[list[Piece], list[Piece]] = ([], [])
-    matcher = SequenceMatcher(a=left, b=right, autojunk=False)
+    matcher = SequenceMatcher(a=left, b=right)  # its heuristic stays on: repetitions of a broken model cost cubic time
     for kind, left_start, left_end, right_start, right_end in matcher.get_opcodes():
         for side, words in zip(pieces, (left[left_start:left_end], right[right_start:right_end]), strict=True):
             if words:

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Final
 
 from qexport.artifact.figures import Figure, GateResult
 from qexport.artifact.report import Report
-from qexport.gates.deciding import BUILT_IN, FIGURE_OF, decide
+from qexport.gates.deciding import FIGURE_OF, BuiltIn, decide, waived
 from qexport.gates.limits import above_floor, limits_of
 from qexport.gates.profiles import profile_of_layers
 from qexport.gates.settings import HasGates
-
-_ALWAYS: Final = ("config", "tokenizer")
 
 
 def decide_again(report: Report, settings: HasGates) -> tuple[list[GateResult], list[str]]:
     """Decides the gates of other settings on a report's figures.
 
-    Of the built-in gates, those of the artifact's checks are decided always, the others where the report has them or
-    the figure that they limit.
+    Of the built-in gates, those of the artifact's checks are decided always, those of the adapter where there is one,
+    and `better_than_rtn` where the report has it or its figure; none that the settings waive.
 
     Returns:
-        The results, and a note for each limit of the profile that the noise floor has moved.
+        The results, and a note for each limit of the profile that the noise floor has moved and each waived gate.
 
     Raises:
         RecipeError: a limit is tighter than three times the noise floor, or `auto` cannot choose a profile.
@@ -31,12 +28,21 @@ def decide_again(report: Report, settings: HasGates) -> tuple[list[GateResult], 
     if profile == "auto":
         profile = profile_of_layers(report.layers, report.subject.sizes)
     limits, notes = above_floor(limits_of(settings, profile), noise_floors(report.figures))
-    decided_before = {result.name for result in report.gates}
-    measured = {figure.name for figure in report.figures}
-    expected = [
-        name for name in BUILT_IN if name in _ALWAYS or name in decided_before or FIGURE_OF.get(name) in measured
-    ]
-    return decide(limits, report.all_figures, report.checks, expected), notes
+    expected, given_up = _expected(report), waived(settings)
+    results = decide(limits, report.all_figures, report.checks, [name for name in expected if name not in given_up])
+    return results, [*notes, *(note for name, note in given_up.items() if name in expected)]
+
+
+def _expected(report: Report) -> list[BuiltIn]:
+    rounded = FIGURE_OF["better_than_rtn"] in {figure.name for figure in report.figures}
+    applies: dict[BuiltIn, bool] = {
+        "config": True,
+        "tokenizer": True,
+        "merge": report.reference.adapter is not None,
+        "adapter": report.reference.adapter is not None,
+        "better_than_rtn": rounded or "better_than_rtn" in {result.name for result in report.gates},
+    }
+    return [name for name, expected in applies.items() if expected]
 
 
 def noise_floors(figures: Sequence[Figure]) -> Mapping[str, float]:

@@ -14,6 +14,7 @@ from qexport.artifact.catalogue import CATALOGUE
 from qexport.artifact.figures import Figure, GateResult, Verdict, find_figure
 from qexport.artifact.report import Check
 from qexport.gates.limits import NOISE_MARGIN, Bound, Limit
+from qexport.gates.settings import HasGates
 
 BuiltIn = Literal["config", "tokenizer", "merge", "adapter", "better_than_rtn"]
 """Gates that need no limit from anyone. Each is decided where it is expected, whether or not it was measured."""
@@ -26,6 +27,15 @@ FIGURE_OF: Final[Mapping[BuiltIn, str]] = {
     "better_than_rtn": "kl_over_rtn",
 }
 """What they limit; the others are decided on checks."""
+
+
+def waived(settings: HasGates) -> dict[BuiltIn, str]:
+    """The built-in gates that a user has given up by setting their figure to null, with a note on each."""
+    return {
+        name: f"the gate {name} is waived: verify.gates sets {figure} to null"
+        for name, figure in FIGURE_OF.items()
+        if figure in settings.gates and settings.gates[figure] is None
+    }
 
 
 @dataclass(frozen=True)

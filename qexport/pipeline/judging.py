@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from qexport.artifact.figures import Figure, GateResult
 from qexport.artifact.report import Check
-from qexport.errors import GateFailed
-from qexport.gates.deciding import BuiltIn, decide
+from qexport.errors import GateFailed, GateUndecided
+from qexport.gates.deciding import BuiltIn, decide, waived
 from qexport.gates.limits import Limit, above_floor, limits_of
 from qexport.gates.settings import HasGates, ProfileName
 from qexport.verifying.preparation import Preparation
@@ -33,16 +33,14 @@ class Gates:
         return decide(self.limits, figures, checks, self.expected)
 
 
-def make_gates(
-    settings: HasGates, auto: ProfileName, prepared: Preparation, *, without_adapter: bool, nearest: bool
-) -> Gates:
+def make_gates(settings: HasGates, auto: ProfileName, prepared: Preparation, *, adapter: bool, nearest: bool) -> Gates:
     """The gates of an artifact.
 
     Args:
         settings: the user's.
         auto: what `profile: auto` means for this artifact.
         prepared: what was measured of the reference.
-        without_adapter: whether the base is run without the adapter.
+        adapter: whether there is one.
         nearest: whether the model rounded to nearest is run.
 
     Raises:
@@ -53,11 +51,13 @@ def make_gates(
     applies: dict[BuiltIn, bool] = {
         "config": True,
         "tokenizer": True,
-        "merge": bool(prepared.figures),
-        "adapter": without_adapter,
+        "merge": adapter,
+        "adapter": adapter,
         "better_than_rtn": nearest,
     }
-    return Gates(limits, [name for name, expected in applies.items() if expected], notes)
+    given_up = waived(settings)
+    notes += [note for name, note in given_up.items() if applies[name]]
+    return Gates(limits, [name for name, expected in applies.items() if expected and name not in given_up], notes)
 
 
 def refuse_unmeasurable(settings: HasGates, prepared: Preparation) -> None:
@@ -71,13 +71,14 @@ def refuse_unmeasurable(settings: HasGates, prepared: Preparation) -> None:
     above_floor(limits_of(settings, strictest), prepared.noise_floor)
 
 
-def refuse_wrong_merge(prepared: Preparation) -> None:
-    """Refuses to quantize a merge that is not what PEFT makes of the adapter.
+def refuse_unproven_merge(settings: HasGates, prepared: Preparation) -> None:
+    """Refuses to quantize a merge that is not what PEFT makes of the adapter, or cannot be held against it.
 
     Raises:
         GateFailed: it is further from base and adapter in PEFT than three times the noise floor.
+        GateUndecided: nobody can tell, and the user has not waived the gate.
     """
-    if not prepared.figures:
+    if "merge" in waived(settings):
         return
     (gate,) = decide([], prepared.figures, [], ["merge"])
     if gate.verdict == "fail":
@@ -85,4 +86,10 @@ def refuse_wrong_merge(prepared: Preparation) -> None:
             f"the merged model is not base and adapter as PEFT computes them: {gate.reason}",
             where=f"gate merge, mean KL divergence {gate.value:.4g} nats a token",
             mend="check that the adapter was made for this base; if it was, please report this",
+        )
+    if gate.verdict == "undecided":
+        raise GateUndecided(
+            "that the merge is the adapter's could not be proven, so nothing was quantized",
+            where=f"gate merge: {'; '.join([*prepared.unconfirmed]) or gate.reason}",
+            mend="take a machine with more memory, or waive the gate: verify.gates.merge_kl=null",
         )

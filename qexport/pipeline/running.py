@@ -19,7 +19,7 @@ from qexport.artifact.report import Report
 from qexport.errors import RecipeError
 from qexport.export import readback
 from qexport.export.weight_files import WrittenWeights
-from qexport.pipeline.judging import refuse_unmeasurable, refuse_wrong_merge
+from qexport.pipeline.judging import refuse_unmeasurable, refuse_unproven_merge
 from qexport.pipeline.opened import Opened, open_folder
 from qexport.pipeline.planning import Plan, plan
 from qexport.pipeline.recording import Record, make_manifest, make_record
@@ -82,6 +82,7 @@ def run(
 
     Raises:
         GateFailed: the merge is not what PEFT makes of the adapter; found out before anything is quantized.
+        GateUndecided: that could not be found out, and the recipe does not waive the gate.
         QexportError: one of its kinds, see `qexport.errors`. Nothing new is at the final path then.
     """
     output, where = _output(recipe, force=force), find_device(device)
@@ -119,6 +120,7 @@ def _reference(
     Raises:
         RecipeError: a limit of the recipe is tighter than three times the noise floor.
         GateFailed: the merge is not what PEFT makes of the adapter.
+        GateUndecided: that could not be found out, and the gate is not waived.
     """
     settings = planned.recipe.verify
     if evaluation is None or settings is None:
@@ -126,7 +128,8 @@ def _reference(
     dtype: torch.dtype = getattr(torch, planned.recipe.merge.dtype)
     reference = Reference.prepare(planned.merged, evaluation, settings, dtype=dtype, device=device, report=report)
     refuse_unmeasurable(settings, reference.prepared)
-    refuse_wrong_merge(reference.prepared)
+    if planned.merged.adapter is not None:
+        refuse_unproven_merge(settings, reference.prepared)
     return reference
 
 

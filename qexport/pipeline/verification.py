@@ -119,7 +119,7 @@ def measure_folder(reference: Reference, opened: Opened, *, report: Reporter = s
         settings,
         auto,
         reference.prepared,
-        without_adapter=given.base is not None,
+        adapter=reference.merged.adapter is not None,
         nearest=has_nearest_rival(opened.grids),
     )
     measured = verification.verify(opened.folder, given, lambda figures: gates(figures, []), report=report)

@@ -269,3 +269,22 @@ def test_the_layouts_above_a_folder_are_named(made: Path, tmp_path: Path, capsys
         shutil.copytree(made / "out", tmp_path / "several" / layout, copy_function=os.link)
     assert verified(tmp_path / "several", made / "recipe.yaml") == 3
     assert str(tmp_path / "several" / "vllm") in capsys.readouterr().err
+
+
+def test_a_merge_that_cannot_be_proven_ends_the_run_before_its_work(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qexport.verifying.live_adapter.available_memory", lambda device: 1000.0)
+    with monkeypatch.context() as until_quantizing:
+        until_quantizing.setattr("qexport.pipeline.running.quantize", lambda *_, **__: pytest.fail("it went on"))
+        run = ["run", str(made / "recipe.yaml"), "--device", "cpu", "--output", str(tmp_path / "out")]
+        assert main(run) == 7
+    assert "the whole model does not fit in memory" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    assert verified(made / "out", made / "recipe.yaml") == 7
+    assert "1 gate could not be decided: merge (" in capsys.readouterr().err
+    waived = limits(tmp_path, "profile: off\ngates: {merge_kl: null}")
+    assert verified(made / "out", made / "recipe.yaml", "--gates", waived, "--json") == 0
+    found = Report.model_validate_json(capsys.readouterr().out)
+    assert "merge" not in {gate.name for gate in found.gates}
+    assert "the gate merge is waived: verify.gates sets merge_kl to null" in found.notes

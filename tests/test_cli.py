@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
@@ -256,6 +257,21 @@ def test_an_interrupted_run_says_in_one_line_that_nothing_was_published(
     assert main(["run", recipe]) == 130
     assert capsys.readouterr().err == "error: interrupted; nothing was published\n"
     assert signal.signal(signal.SIGTERM, before) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_that_a_library_swallows_is_raised_again(
+    recipe: str, pipeline: Callable[[Run], None], capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    def run(*_: Any, report: Reporter, **__: Any) -> SimpleNamespace:
+        with suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+        report(Progress("load", 0, 1, "file"))
+        pytest.fail("it went on")
+
+    pipeline(run)
+    assert main(["run", recipe]) == 130
+    assert capsys.readouterr().err == "error: interrupted; nothing was published\n"
 
 
 @pytest.mark.parametrize(

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from qexport.cli.failures import Failure, told
+from qexport.cli.failures import Failure, raise_if_interrupted, told
 from qexport.cli.terminal import stderr, stdout, write, write_json
 from qexport.errors import CompatibilityError, RecipeError, listed
 
 if TYPE_CHECKING:
     from qexport.artifact.figures import GateResult
     from qexport.pipeline import Result
-    from qexport.progress import Reporter
+    from qexport.progress import Notice, Progress, Reporter
 
 app = typer.Typer(
     help="From a base model and a LoRA adapter to a verified, quantized, servable artifact, in one streaming pass.",
@@ -333,7 +333,12 @@ def _reporting() -> Iterator[Reporter]:
     """Progress on stderr. What a library prints meanwhile goes there too, since stdout is for results."""
     from qexport.cli.progress import reporter
 
-    with reporter(stderr()) as report, redirect_stdout(sys.stderr):
+    with reporter(stderr()) as shown, redirect_stdout(sys.stderr):
+
+        def report(event: Progress | Notice) -> None:
+            raise_if_interrupted()
+            shown(event)
+
         yield report
 
 

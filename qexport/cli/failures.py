@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from types import FrameType
 
 import typer
 from rich.text import Text
@@ -97,14 +98,35 @@ def _is_torch_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
+_heard: list[int] = []
+"""Signals that asked to stop, since the command began."""
+
+
+def raise_if_interrupted() -> None:
+    """Raises again what a library has swallowed while it was imported or called back.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C or SIGTERM has come.
+    """
+    if _heard:
+        raise KeyboardInterrupt
+
+
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt, so that both ways of stopping clean up alike."""
+    """SIGTERM raises KeyboardInterrupt as Ctrl-C does, so that both ways of stopping clean up alike."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _heard.clear()
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(number: int, _: FrameType | None) -> None:
+    _heard.append(number)
+    raise KeyboardInterrupt

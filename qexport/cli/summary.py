@@ -16,7 +16,7 @@ from rich.text import Text
 
 from qexport.artifact.manifest import REPORT_FOLDER
 from qexport.reporting.selection import fallen_back, worst_prompts
-from qexport.reporting.terminal import gate_table, prompt_table
+from qexport.reporting.terminal import gate_table, prompt_table, verdict_line
 from qexport.reporting.units import counted, size
 from qexport.reporting.values import figure_interval, figure_value
 from qexport.reporting.writing import PAGE_NAME
@@ -55,7 +55,8 @@ def _parts(result: Result, path: Path) -> Iterator[RenderableType]:
     yield _headline(manifest, result.manifests)
     yield Padding(_figures(manifest), (1, 0))
     if report is not None:
-        yield Padding(gate_table(report.gates), (0, 0, 1, 0))
+        yield verdict_line(report)
+        yield Padding(gate_table(report.gates), (1, 0))
     yield from _remarks(manifest)
     yield from _notes(result.manifests)
     if report is not None and (prompts := worst_prompts(report)):

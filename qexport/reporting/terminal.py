@@ -37,16 +37,21 @@ def report_summary(report: Report) -> RenderableType:
 
 
 def _parts(report: Report) -> Iterator[RenderableType]:
-    verdict = (VERDICT_WORDS[report.verdict], VERDICT_STYLES[report.verdict])
     sizes = report.subject.sizes
     how = f"{report.subject.method}, {size(sizes.total_bytes)}, {sizes.bits_per_weight:.2f} bits a weight"
     yield Text.assemble((visible(report.subject.name), "bold"), f"  {visible(how)}")
-    yield Text.assemble(verdict, f"  {visible(sentence(report))}")
+    yield verdict_line(report)
     if report.gates:
         yield Padding(gate_table(report.gates), (1, 0, 0, 0))
     yield Padding(figures_table(report), (1, 0, 0, 0))
     if prompts := worst_prompts(report):
         yield Padding(prompt_table(prompts[:1]), (1, 0, 0, 0))
+
+
+def verdict_line(report: Report) -> Text:
+    """The verdict, and what it rests on."""
+    verdict = (VERDICT_WORDS[report.verdict], VERDICT_STYLES[report.verdict])
+    return Text.assemble(verdict, f"  {visible(sentence(report))}")
 
 
 def gate_table(gates: Sequence[GateResult]) -> Table:

@@ -131,7 +131,7 @@ def generations(chance: random.Random) -> Generations:
     sample = SampledComparison(
         id="news-1", sample=0, seed=3, reference="A calm day.", artifact="A windy day.", chrf=57.0
     )
-    return Generations(prompts=60, identical=identical, max_new_tokens=48, comparisons=comparisons, samples=[sample],
+    return Generations(prompts=60, identical=identical, max_new_tokens=32, comparisons=comparisons, samples=[sample],
                        skipped={"long-2": "longer than the model's context"})  # fmt: skip
 
 

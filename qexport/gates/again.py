@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from qexport.artifact.figures import Figure, GateResult
 from qexport.artifact.report import Report
-from qexport.gates.deciding import FIGURE_OF, BuiltIn, decide, waived
+from qexport.gates.deciding import FIGURE_OF, decide, expected_gates
 from qexport.gates.limits import above_floor, limits_of
-from qexport.gates.profiles import profile_of_layers
+from qexport.gates.profiles import profile_for
 from qexport.gates.settings import HasGates
 
 
@@ -24,25 +24,15 @@ def decide_again(report: Report, settings: HasGates) -> tuple[list[GateResult], 
     Raises:
         RecipeError: a limit is tighter than three times the noise floor, or `auto` cannot choose a profile.
     """
-    profile = settings.profile
-    if profile == "auto":
-        profile = profile_of_layers(report.layers, report.subject.sizes)
+    profile = profile_for(settings, report.layers, report.subject.sizes)
     limits, notes = above_floor(limits_of(settings, profile), noise_floors(report.figures))
-    expected, given_up = _expected(report), waived(settings)
-    results = decide(limits, report.all_figures, report.checks, [name for name in expected if name not in given_up])
-    return results, [*notes, *(note for name, note in given_up.items() if name in expected)]
-
-
-def _expected(report: Report) -> list[BuiltIn]:
     rounded = FIGURE_OF["better_than_rtn"] in {figure.name for figure in report.figures}
-    applies: dict[BuiltIn, bool] = {
-        "config": True,
-        "tokenizer": True,
-        "merge": report.reference.adapter is not None,
-        "adapter": report.reference.adapter is not None,
-        "better_than_rtn": rounded or "better_than_rtn" in {result.name for result in report.gates},
-    }
-    return [name for name, expected in applies.items() if expected]
+    expected, waived = expected_gates(
+        settings,
+        adapter=report.reference.adapter is not None,
+        nearest=rounded or "better_than_rtn" in {result.name for result in report.gates},
+    )
+    return decide(limits, report.all_figures, report.checks, expected), [*notes, *waived]
 
 
 def noise_floors(figures: Sequence[Figure]) -> Mapping[str, float]:

@@ -38,6 +38,26 @@ def waived(settings: HasGates) -> dict[BuiltIn, str]:
     }
 
 
+def expected_gates(settings: HasGates, *, adapter: bool, nearest: bool) -> tuple[list[BuiltIn], list[str]]:
+    """The built-in gates that apply and are not waived, and a note on each that would apply.
+
+    Args:
+        settings: the user's.
+        adapter: whether there is one.
+        nearest: whether the model rounded to nearest is run.
+    """
+    applies: dict[BuiltIn, bool] = {
+        "config": True,
+        "tokenizer": True,
+        "merge": adapter,
+        "adapter": adapter,
+        "better_than_rtn": nearest,
+    }
+    given_up = waived(settings)
+    expected = [name for name, applying in applies.items() if applying and name not in given_up]
+    return expected, [note for name, note in given_up.items() if applies[name]]
+
+
 @dataclass(frozen=True)
 class _Gate:
     """A gate on a figure's interval.

@@ -11,7 +11,7 @@ from typing import Final, Literal
 
 from qexport.artifact.manifest import LayerRecord, Sizes
 from qexport.errors import RecipeError
-from qexport.gates.settings import Bounds, ProfileName
+from qexport.gates.settings import Bounds, HasGates, ProfileName
 
 Method = Literal["none", "gptq", "round_to_nearest", "nf4", "fp4", "int8", "w8a8"]
 """The methods of recipes, and of the layers in reports."""
@@ -85,3 +85,12 @@ def profile_of_layers(layers: Sequence[LayerRecord], sizes: Sizes) -> ProfileNam
         where="profile: auto",
         mend="name the profile in the file of gates, for example gptq-4bit",
     )
+
+
+def profile_for(settings: HasGates, layers: Sequence[LayerRecord], sizes: Sizes) -> ProfileName:
+    """The profile that the settings name, with what `auto` means for an artifact.
+
+    Raises:
+        RecipeError: see `profile_of_layers`.
+    """
+    return profile_of_layers(layers, sizes) if settings.profile == "auto" else settings.profile

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from qexport.artifact.figures import Figure, GateResult
 from qexport.artifact.report import Check
 from qexport.errors import GateFailed, GateUndecided
-from qexport.gates.deciding import BuiltIn, decide, waived
+from qexport.gates.deciding import BuiltIn, decide, expected_gates, waived
 from qexport.gates.limits import Limit, above_floor, limits_of
 from qexport.gates.settings import HasGates, ProfileName
 from qexport.verifying.preparation import Preparation
@@ -33,12 +33,14 @@ class Gates:
         return decide(self.limits, figures, checks, self.expected)
 
 
-def make_gates(settings: HasGates, auto: ProfileName, prepared: Preparation, *, adapter: bool, nearest: bool) -> Gates:
+def make_gates(
+    settings: HasGates, profile: ProfileName, prepared: Preparation, *, adapter: bool, nearest: bool
+) -> Gates:
     """The gates of an artifact.
 
     Args:
         settings: the user's.
-        auto: what `profile: auto` means for this artifact.
+        profile: what the settings' own profile has been resolved to; never `auto`.
         prepared: what was measured of the reference.
         adapter: whether there is one.
         nearest: whether the model rounded to nearest is run.
@@ -46,18 +48,9 @@ def make_gates(settings: HasGates, auto: ProfileName, prepared: Preparation, *, 
     Raises:
         RecipeError: a limit is tighter than three times the noise floor.
     """
-    profile = auto if settings.profile == "auto" else settings.profile
     limits, notes = above_floor(limits_of(settings, profile), prepared.noise_floor)
-    applies: dict[BuiltIn, bool] = {
-        "config": True,
-        "tokenizer": True,
-        "merge": adapter,
-        "adapter": adapter,
-        "better_than_rtn": nearest,
-    }
-    given_up = waived(settings)
-    notes += [note for name, note in given_up.items() if applies[name]]
-    return Gates(limits, [name for name, expected in applies.items() if expected and name not in given_up], notes)
+    expected, given_up = expected_gates(settings, adapter=adapter, nearest=nearest)
+    return Gates(limits, expected, [*notes, *given_up])
 
 
 def refuse_unmeasurable(settings: HasGates, prepared: Preparation) -> None:

@@ -14,7 +14,7 @@ from qexport.architectures.structure import Structure, describe
 from qexport.artifact.folder import open_artifact
 from qexport.artifact.manifest import MANIFEST_NAME
 from qexport.artifact.report import Check, Report
-from qexport.gates.profiles import profile_of_layers
+from qexport.gates.profiles import profile_for
 from qexport.loading.settings import LoadSettings
 from qexport.loading.sidecars import read_sidecars
 from qexport.loading.tokenizer import has_tokenizer, open_tokenizer, tokenizer_from_files
@@ -114,10 +114,9 @@ def measure_folder(reference: Reference, opened: Opened, *, report: Reporter = s
         NumericalError: logits hold NaN or Inf.
     """
     given, settings = reference.given(), reference.settings
-    auto = profile_of_layers(opened.layers, opened.sizes) if settings.profile == "auto" else settings.profile
     gates = make_gates(
         settings,
-        auto,
+        profile_for(settings, opened.layers, opened.sizes),
         reference.prepared,
         adapter=reference.merged.adapter is not None,
         nearest=has_nearest_rival(opened.grids),

@@ -195,13 +195,11 @@ def _check(
             record.layout.check(record.folder)
             check_headers(planned.merged.checkpoint, record.folder)
         if reference is not None:
-            verified = measure_folder(reference, _open(planned, members[0]), report=report)
-            reports |= {
-                record.layout.name: verified.report_on(
-                    _open(planned, record), command=command, unread=record.layout.readers
-                )
-                for record in members
-            }
+            folders = [_open(planned, record) for record in members]
+            verified = measure_folder(reference, folders[0], report=report)
+            for record, opened in zip(members, folders, strict=True):
+                unread = record.layout.readers
+                reports[record.layout.name] = verified.report_on(opened, command=command, unread=unread)
     return reports
 
 

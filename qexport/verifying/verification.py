@@ -118,9 +118,11 @@ def verify(artifact: Path, given: Given, judge: Judge, *, report: Reporter = sil
         NumericalError: logits hold NaN or Inf.
     """
     started, steps = time.monotonic(), Steps(report)
+    figures: list[Figure] = []
 
     def decide(found: Measured) -> list[GateResult]:
-        return judge(_figures(found, given))
+        figures[:] = _figures(found, given)
+        return judge(figures)
 
     with ArtifactSource(artifact, dtype=given.dtype) as source:
         models = _models(given, source)
@@ -130,7 +132,7 @@ def verify(artifact: Path, given: Given, judge: Judge, *, report: Reporter = sil
         speed = measure_speed(pair, given.held_out.input_ids, given.settings.speed, given.dtype, report)
     drift = zip(models.reference.structure.blocks, measured.block_drift, strict=True)
     return Measurement(
-        figures=[*_figures(measured, given), *whole.figures],
+        figures=[*figures, *whole.figures],
         tokens=measured.tokens()["artifact"],
         looks=measured.looks,
         block_drift=[BlockDrift(name=name, relative_error=error) for name, error in drift],

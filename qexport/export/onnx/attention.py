@@ -1,0 +1,196 @@
+"""Attention and rotary embeddings in ONNX's operators, or in those of ONNX Runtime that fuse them."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import onnx_ir as ir
+
+from qexport.export.onnx.emitter import MICROSOFT, Emitter
+
+_SWAPPED_HEADS: Final = [0, 2, 1, 3]
+"""[batch, sequence, heads, head_dim] to [batch, heads, sequence, head_dim], and back."""
+
+
+class PlainAttention:
+    """Matrix products and softmax. Heads that share keys and values are multiplied with them as one matrix.
+
+    Args:
+        emit: writes the nodes.
+        activations: the dtype of the scores.
+    """
+
+    def __init__(self, emit: Emitter, activations: ir.DataType) -> None:
+        self._emit, self._masks = emit, AdditiveMasks(emit, activations)
+        self._activations = activations
+
+    def attention(self, node: ir.Node) -> list[ir.Value]:
+        """The values that replace the outputs of an `Attention`."""
+        emit = self._emit
+        query, key, value, past_key, past_value, mask = (_given(found) for found in node.inputs)
+        heads, shared, head_dim = _size(query, 1), _size(past_key, 1), _size(past_value, 3)
+        keys, values = emit.one("Concat", past_key, key, axis=2), emit.one("Concat", past_value, value, axis=2)
+        query = emit.one("Mul", query, self._number(node.attributes.get_float("scale", 1.0)))
+        if heads != shared:
+            query = emit.one("Reshape", query, emit.constant([0, shared, -1, _size(past_key, 3)]))
+        scores = emit.one("MatMul", query, emit.one("Transpose", keys, perm=[0, 1, 3, 2]))
+        if heads != shared:
+            scores = emit.one("Reshape", scores, emit.constant([0, heads, -1, 0]))
+        if cap := node.attributes.get_float("softcap", 0.0):
+            scores = emit.one("Div", scores, self._number(cap))
+            scores = emit.one("Mul", emit.one("Tanh", scores), self._number(cap))
+        scores = emit.one("Softmax", emit.one("Add", scores, self._masks.additive(mask)), axis=-1)
+        if heads != shared:
+            scores = emit.one("Reshape", scores, emit.constant([0, shared, -1, 0]))
+        output = emit.one("MatMul", scores, values)
+        if heads != shared:
+            output = emit.one("Reshape", output, emit.constant([0, heads, -1, head_dim]))
+        return [output, keys, values]
+
+    def rotary(self, node: ir.Node) -> ir.Value:
+        """The value that replaces the output of a `Rotary`."""
+        emit = self._emit
+        states, cos, sin = (_given(found) for found in node.inputs)
+        channels, rotated = _size(states, 3), _size(cos, 2)
+        passed = None
+        if rotated < channels:
+            states, passed = emit("Split", states, emit.constant([rotated, channels - rotated]), axis=-1, outputs=2)
+        cos, sin = (emit.one("Unsqueeze", found, emit.constant([1])) for found in (cos, sin))
+        first, second = emit("Split", states, axis=-1, num_outputs=2, outputs=2)
+        turned = emit.one("Concat", emit.one("Neg", second), first, axis=-1)
+        output = emit.one("Add", emit.one("Mul", states, cos), emit.one("Mul", turned, sin))
+        return output if passed is None else emit.one("Concat", output, passed, axis=-1)
+
+    def _number(self, value: float) -> ir.Value:
+        return self._emit.constant(np.array(value, dtype=self._activations.numpy()))
+
+
+class FusedAttention:
+    """ONNX Runtime's GroupQueryAttention and RotaryEmbedding.
+
+    The mask goes in as a bias on the scores, so that padding, sliding windows and ALiBi are as the model has them.
+
+    Args:
+        emit: writes the nodes.
+        activations: the dtype of the scores.
+    """
+
+    def __init__(self, emit: Emitter, activations: ir.DataType) -> None:
+        self._emit, self._masks = emit, AdditiveMasks(emit, activations)
+        self._lengths: tuple[ir.Value, ir.Value] | None = None
+        self._row_numbers: ir.Value | None = None
+        self._tables: dict[ir.Value, ir.Value] = {}
+
+    def attention(self, node: ir.Node) -> list[ir.Value]:
+        """The values that replace the outputs of an `Attention`."""
+        emit = self._emit
+        query, key, value, past_key, past_value, mask = (_given(found) for found in node.inputs)
+        heads, shared = _size(query, 1), _size(past_key, 1)
+        last, total = self._sequence_lengths()
+        output, keys, values = emit(
+            "GroupQueryAttention",
+            *(self._by_token(states, count) for states, count in ((query, heads), (key, shared), (value, shared))),
+            past_key,
+            past_value,
+            last,
+            total,
+            None,
+            None,
+            None,
+            self._masks.additive(mask),
+            domain=MICROSOFT,
+            outputs=3,
+            num_heads=heads,
+            kv_num_heads=shared,
+            scale=node.attributes.get_float("scale", 1.0),
+            softcap=node.attributes.get_float("softcap", 0.0),
+        )
+        output = emit.one("Reshape", output, emit.constant([0, 0, heads, -1]))
+        return [emit.one("Transpose", output, perm=_SWAPPED_HEADS), keys, values]
+
+    def rotary(self, node: ir.Node) -> ir.Value:
+        """The value that replaces the output of a `Rotary`. Its table has a row for each token of the batch, so that
+        every way to scale the angles is the model's own.
+        """
+        emit = self._emit
+        states, cos, sin = (_given(found) for found in node.inputs)
+        heads, channels, rotated = _size(states, 1), _size(states, 3), _size(cos, 2)
+        attributes = dict(num_heads=heads, rotary_embedding_dim=rotated) if rotated < channels else {}
+        return emit.one(
+            "RotaryEmbedding", states, self._rows(), self._table(cos), self._table(sin), domain=MICROSOFT, **attributes
+        )
+
+    def _table(self, cos_or_sin: ir.Value) -> ir.Value:
+        """[batch, sequence, channels] -> [batch * sequence, channels / 2]."""
+        if cos_or_sin not in self._tables:
+            emit, half = self._emit, _size(cos_or_sin, 2) // 2
+            rows = emit.one("Reshape", cos_or_sin, emit.constant([-1, 2 * half]))
+            bounds = (emit.constant([number]) for number in (0, half, 1))
+            self._tables[cos_or_sin] = emit.one("Slice", rows, *bounds)
+        return self._tables[cos_or_sin]
+
+    def _rows(self) -> ir.Value:
+        """int64 [batch, sequence]: the table's row of each token."""
+        if self._row_numbers is None:
+            emit = self._emit
+            shape = emit.one("Shape", emit.graph.inputs[0])
+            count = emit.one("Squeeze", emit.one("ReduceProd", shape, keepdims=1))
+            zero, one = emit.constant(np.array(0, dtype=np.int64)), emit.constant(np.array(1, dtype=np.int64))
+            self._row_numbers = emit.one("Reshape", emit.one("Range", zero, count, one), shape)
+        return self._row_numbers
+
+    def _sequence_lengths(self) -> tuple[ir.Value, ir.Value]:
+        """int32 [batch], the last token's place, and the number of tokens. Padding counts, the mask leaves it out."""
+        if self._lengths is None:
+            emit = self._emit
+            batch, total = emit("Split", emit.one("Shape", emit.graph.inputs[1]), axis=0, num_outputs=2, outputs=2)
+            total = emit.one("Cast", total, to=ir.DataType.INT32)
+            last = emit.one("Sub", total, emit.constant(np.array([1], dtype=np.int32)))
+            self._lengths = emit.one("Expand", last, batch), emit.one("Squeeze", total)
+        return self._lengths
+
+    def _by_token(self, states: ir.Value, heads: int) -> ir.Value:
+        """[batch, heads, sequence, head_dim] -> [batch, sequence, heads * head_dim]."""
+        swapped = self._emit.one("Transpose", states, perm=_SWAPPED_HEADS)
+        return self._emit.one("Reshape", swapped, self._emit.constant([0, 0, heads * _size(states, 3)]))
+
+
+class AdditiveMasks:
+    """Masks that are added to the scores, each made once.
+
+    What is masked is pushed down by half of the dtype's range and not to minus infinity: the rows of padding tokens see
+    nothing, and must stay numbers, since their keys and values are multiplied with zeros later.
+
+    Args:
+        emit: writes the nodes.
+        activations: the dtype of the scores.
+    """
+
+    def __init__(self, emit: Emitter, activations: ir.DataType) -> None:
+        self._emit, self._made = emit, dict[ir.Value, ir.Value]()
+        dtype = activations.numpy()
+        self._lowest = np.array(np.finfo(dtype).min / 2, dtype=dtype)
+        self._zero = np.array(0, dtype=dtype)
+
+    def additive(self, mask: ir.Value) -> ir.Value:
+        """The mask as numbers in the dtype of the scores; one that holds numbers already, as far as they are in range."""
+        if mask not in self._made:
+            emit, lowest = self._emit, self._emit.constant(self._lowest)
+            if mask.dtype == ir.DataType.BOOL:
+                self._made[mask] = emit.one("Where", mask, emit.constant(self._zero), lowest)
+            else:
+                self._made[mask] = emit.one("Max", mask, lowest)
+        return self._made[mask]
+
+
+def _given(value: ir.Value | None) -> ir.Value:
+    assert value is not None
+    return value
+
+
+def _size(value: ir.Value, axis: int) -> int:
+    assert value.shape is not None
+    size = value.shape[axis]
+    assert isinstance(size, int), f"{value.name} has a dynamic axis {axis}"
+    return size

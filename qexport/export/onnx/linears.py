@@ -1,0 +1,144 @@
+"""The product with each weight in the operator that takes its codes as they are."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import onnx_ir as ir
+
+from qexport.export.onnx.emitter import MICROSOFT, Emitter
+from qexport.export.onnx.weights import Weights
+from qexport.packing import matmul_nbits
+from qexport.tensors import (
+    BlockQuantizedSpec,
+    GroupQuantizedSpec,
+    LlmInt8,
+    Outputs,
+    RowQuantizedSpec,
+    TensorSpec,
+)
+
+_QUANT_TYPES: Final = {"fp4": 0, "nf4": 1}
+
+_MIDDLE: Final = 128
+"""The zero point of codes of 8 bits without a sign."""
+
+
+class Linears:
+    """What replaces the nodes `Linear` of `qexport.export.onnx.placeholders`.
+
+    Args:
+        emit: writes the nodes.
+        weights: the initializers.
+        outputs: how each weight is quantized.
+        activations: the dtype of inputs and outputs.
+        accuracy_level: of MatMulNBits: 4 lets it quantize the inputs to 8 bits, 0 does not.
+    """
+
+    def __init__(
+        self, emit: Emitter, weights: Weights, outputs: Outputs, activations: ir.DataType, accuracy_level: int
+    ) -> None:
+        self._emit, self._weights, self._outputs = emit, weights, outputs
+        self._activations, self._accuracy_level = activations, accuracy_level
+
+    def linear(self, node: ir.Node) -> ir.Value:
+        """The value that replaces the output."""
+        inputs, weight = node.inputs
+        assert inputs is not None
+        assert weight is not None
+        name = str(weight.name)
+        module = name.removesuffix(".weight")
+        match self._outputs.specs[name]:
+            case TensorSpec():
+                return self._dense(inputs, name, transposed=bool(node.attributes.get_int("transposed", 0)))
+            case GroupQuantizedSpec() as groups:
+                return self._groups(inputs, module, groups)
+            case BlockQuantizedSpec() as blocks:
+                return self._in_float32(inputs, module, blocks)
+            case RowQuantizedSpec() as rows:
+                return self._in_float32(inputs, module, rows)
+
+    def _dense(self, inputs: ir.Value, name: str, *, transposed: bool) -> ir.Value:
+        weight = self._weights.dense(name)
+        if not transposed:
+            weight = self._emit.one("Transpose", weight, perm=[1, 0])
+        return self._emit.one("MatMul", inputs, weight, name=name.removesuffix(".weight"))
+
+    def _groups(self, inputs: ir.Value, module: str, spec: GroupQuantizedSpec) -> ir.Value:
+        if spec.desc_act:
+            inputs = self._emit.one("Gather", inputs, self._weights.stored(f"{module}.order"), axis=-1)
+        zeros = None if spec.sym else self._weights.stored(f"{module}.zero_points")
+        return self._matmul_nbits(inputs, module, spec, spec.bits, zeros)
+
+    def _in_float32(self, inputs: ir.Value, module: str, spec: BlockQuantizedSpec | RowQuantizedSpec) -> ir.Value:
+        """Their scales are float32, which the operators ask of the inputs too; float16 scales would be other weights."""
+        narrow = self._activations != ir.DataType.FLOAT
+        if narrow:
+            inputs = self._emit.one("Cast", inputs, to=ir.DataType.FLOAT)
+        if isinstance(spec, BlockQuantizedSpec):
+            output = self._matmul_bnb4(inputs, module, spec)
+        elif isinstance(self._outputs.method, LlmInt8):
+            output = self._matmul_nbits(inputs, module, spec, 8, None)
+        else:
+            output = self._matmul_integer(inputs, module)
+        return self._emit.one("Cast", output, to=self._activations) if narrow else output
+
+    def _matmul_nbits(
+        self,
+        inputs: ir.Value,
+        module: str,
+        spec: GroupQuantizedSpec | RowQuantizedSpec,
+        bits: int,
+        zeros: ir.Value | None,
+    ) -> ir.Value:
+        codes, scales = (self._weights.stored(f"{module}.{part}") for part in ("qweight", "scales"))
+        return self._emit.one(
+            "MatMulNBits",
+            *(inputs, codes, scales, *([zeros] if zeros is not None else [])),
+            domain=MICROSOFT,
+            name=module,
+            K=spec.in_features,
+            N=spec.out_features,
+            bits=bits,
+            block_size=matmul_nbits.block_size(spec),
+            accuracy_level=self._accuracy_level,
+        )
+
+    def _matmul_bnb4(self, inputs: ir.Value, module: str, spec: BlockQuantizedSpec) -> ir.Value:
+        return self._emit.one(
+            "MatMulBnb4",
+            inputs,
+            self._weights.stored(f"{module}.weight"),
+            self._weights.stored(f"{module}.weight.absmax"),
+            domain=MICROSOFT,
+            name=module,
+            K=spec.in_features,
+            N=spec.out_features,
+            block_size=spec.block_size,
+            quant_type=_QUANT_TYPES[spec.quant_type],
+        )
+
+    def _matmul_integer(self, inputs: ir.Value, module: str) -> ir.Value:
+        """W8A8: each token's inputs are rounded to 127ths of their largest magnitude, as the servers of compressed-tensors do.
+
+        Both sides are stored without a sign around 128: with signed weights, kernels of processors without VNNI
+        instructions saturate the sums of two products.
+        """
+        emit = self._emit
+        largest = emit.one("ReduceMax", emit.one("Abs", inputs), emit.constant([-1]), keepdims=1)
+        scale = emit.one("Div", largest, emit.constant(np.array(127, dtype=np.float32)))
+        scale = emit.one("Max", scale, emit.constant(np.array(np.finfo(np.float32).tiny, dtype=np.float32)))
+        codes = emit.one("Round", emit.one("Div", inputs, scale))
+        shifted = emit.one("Add", codes, emit.constant(np.array(_MIDDLE, dtype=np.float32)))
+        middle = emit.constant(np.array(_MIDDLE, dtype=np.uint8))
+        product = emit.one(
+            "MatMulInteger",
+            emit.one("Cast", shifted, to=ir.DataType.UINT8),
+            self._weights.stored(f"{module}.qweight"),
+            middle,
+            middle,
+            name=module,
+        )
+        output = emit.one("Mul", emit.one("Cast", product, to=ir.DataType.FLOAT), scale)
+        return emit.one("Mul", output, self._weights.stored(f"{module}.scales"))

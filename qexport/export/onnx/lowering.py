@@ -1,0 +1,115 @@
+"""From a traced graph to one of ONNX's and ONNX Runtime's operators, with the weights in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final, Literal
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common
+
+from qexport.errors import CompatibilityError
+from qexport.export.onnx.attention import FusedAttention, PlainAttention
+from qexport.export.onnx.emitter import MICROSOFT, Emitter
+from qexport.export.onnx.linears import Linears
+from qexport.export.onnx.placeholders import DOMAIN
+from qexport.export.onnx.scan import selective_scan
+from qexport.export.onnx.tracing import Trace
+from qexport.export.onnx.weights import DTYPES, Place, Weights
+from qexport.tensors import Outputs, TensorSpec
+
+_ATTENTION: Final = {"plain": PlainAttention, "fused": FusedAttention}
+
+
+def lower(
+    trace: Trace,
+    outputs: Outputs,
+    places: Mapping[str, Place],
+    *,
+    activations: torch.dtype,
+    attention: Literal["plain", "fused"],
+    accuracy_level: int,
+) -> ir.Model:
+    """The finished graph. The trace is used up.
+
+    Args:
+        trace: from `trace`, with the same activations.
+        outputs: how each weight is quantized.
+        places: where the tensors lie, by the names that `OnnxInitializers` gives them.
+        activations: what the graph computes in.
+        attention: ONNX's operators, or ONNX Runtime's GroupQueryAttention and RotaryEmbedding.
+        accuracy_level: of MatMulNBits.
+
+    Raises:
+        CompatibilityError: a quantized weight is used in another way than by a linear layer.
+    """
+    graph, dtype = trace.model.graph, DTYPES[activations]
+    parameters = [value for value in graph.inputs if value.name in outputs.specs]
+    emit = Emitter(graph)
+    weights = Weights(emit, places, dtype)
+    linears = Linears(emit, weights, outputs, dtype, accuracy_level)
+    attend = _ATTENTION[attention](emit, dtype)
+    for node in [node for node in graph if node.domain == DOMAIN]:
+        emit.before = node
+        match node.op_type:
+            case "Linear":
+                _replace(node, [linears.linear(node)])
+            case "Attention":
+                _replace(node, attend.attention(node))
+            case "Rotary":
+                _replace(node, [attend.rotary(node)])
+            case "SelectiveScan":
+                _replace(node, selective_scan(emit, node))
+    for parameter in parameters:
+        _place(parameter, outputs, weights, emit)
+        graph.inputs.remove(parameter)
+    _finish(trace.model)
+    return trace.model
+
+
+def _replace(node: ir.Node, values: list[ir.Value]) -> None:
+    """The values take the place, the name and, where they have none, the type of the node's outputs."""
+    for old, new in zip(node.outputs, values, strict=True):
+        name, is_output = old.name, old.is_graph_output()
+        new.type, new.shape = new.type or old.type, new.shape or old.shape
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
+        if is_output:
+            old.name, new.name = None, name
+    assert node.graph is not None
+    node.graph.remove(node, safe=True)
+
+
+def _place(parameter: ir.Value, outputs: Outputs, weights: Weights, emit: Emitter) -> None:
+    """Puts a dense parameter where something else than a linear layer wants it."""
+    name = str(parameter.name)
+    uses = list(parameter.uses())
+    if uses and not isinstance(outputs.specs[name], TensorSpec):
+        raise CompatibilityError(
+            f"a quantized weight is used by {uses[0].node.op_type}",
+            where=f"export: onnx, {name}",
+            mend="leave this layer dense: add it to `quantize.exclude`",
+        )
+    for use in uses:
+        emit.before = use.node
+        if use.node.op_type == "Gather" and use.idx == 0:
+            _replace(use.node, [weights.rows(name, use.node.inputs[1], **_axis(use.node))])
+        else:
+            use.node.replace_input_with(use.idx, weights.dense(name))
+
+
+def _axis(node: ir.Node) -> dict[str, int]:
+    return {"axis": node.attributes.get_int("axis", 0)}
+
+
+def _finish(model: ir.Model) -> None:
+    """Sorts the nodes and says which operators there are. Axes inside the graph are left to the runtime."""
+    graph = model.graph
+    ends = {*graph.inputs, *graph.outputs, *graph.initializers.values()}
+    for value in (value for node in graph for value in node.outputs if value not in ends):
+        value.shape = None
+    for change in (common.CommonSubexpressionEliminationPass(), common.RemoveUnusedNodesPass(), common.NameFixPass()):
+        change(model)
+    graph.sort()
+    del graph.opset_imports[DOMAIN]
+    graph.opset_imports[MICROSOFT] = 1

@@ -1,0 +1,102 @@
+"""Nodes of a domain of our own, which stand in a traced graph for what `lowering` writes in ONNX's operators.
+
+So the graph is traced once, whatever the method, and no pattern of operators has to be found again in it.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.onnx.ops import symbolic, symbolic_multi_out
+
+DOMAIN: Final = "qexport"
+
+
+def linear(inputs: Tensor, weight: Tensor, *, transposed: bool) -> Tensor:
+    """`Linear`: the product of inputs [..., in] with a weight [out, in], or [in, out] where transposed: [..., out]."""
+    out_features = weight.shape[1 if transposed else 0]
+    return symbolic(
+        f"{DOMAIN}::Linear",
+        (inputs, weight),
+        {"transposed": int(transposed)},
+        dtype=inputs.dtype,
+        shape=(*inputs.shape[:-1], out_features),
+        version=1,
+    )
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, past: tuple[Tensor, Tensor], mask: Tensor, scale: float, softcap: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`Attention` over the past and the new tokens.
+
+    Args:
+        query: [batch, heads, sequence, head_dim].
+        key: of the new tokens [batch, kv_heads, sequence, head_dim].
+        value: likewise.
+        past: keys and values of the tokens before [batch, kv_heads, past, head_dim].
+        mask: [batch, heads or 1, sequence, past + sequence]: bool, true where a token is seen, or to be added to the
+            scores.
+        scale: what the scores are multiplied with.
+        softcap: scores become `softcap * tanh(score / softcap)` before the mask; 0 for none.
+
+    Returns:
+        The output [batch, heads, sequence, head_dim], and keys and values of all tokens.
+    """
+    batch, heads, sequence, _ = query.shape
+    total = past[0].shape[2] + key.shape[2]
+    outputs = symbolic_multi_out(
+        f"{DOMAIN}::Attention",
+        (query, key, value, *past, mask),
+        {"scale": scale, "softcap": softcap},
+        dtypes=(query.dtype, key.dtype, value.dtype),
+        shapes=(
+            (batch, heads, sequence, value.shape[3]),
+            (batch, key.shape[1], total, key.shape[3]),
+            (batch, value.shape[1], total, value.shape[3]),
+        ),
+        version=1,
+    )
+    return outputs[0], outputs[1], outputs[2]
+
+
+def rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`Rotary`: states [batch, heads, sequence, head_dim] with the first channels turned by half rotation.
+
+    Args:
+        states: queries or keys.
+        cos: [batch, sequence, rotated channels], the same in both halves.
+        sin: likewise.
+    """
+    return symbolic(
+        f"{DOMAIN}::Rotary", (states, cos, sin), {}, dtype=states.dtype, shape=tuple(states.shape), version=1
+    )
+
+
+def selective_scan(
+    inputs: Tensor, decay: Tensor, keys: Tensor, queries: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`SelectiveScan`, the recurrence of Mamba 2 (arXiv:2405.21060, section 3): for each token t,
+    `state = state * decay[t] + inputs[t] * keys[t]` and `output[t] = state . queries[t]`.
+
+    Args:
+        inputs: float32 [batch, sequence, heads, head_dim], multiplied with the time step.
+        decay: float32 [batch, sequence, heads], a factor.
+        keys: float32 [batch, sequence, heads, state_size], the paper's B.
+        queries: float32 [batch, sequence, heads, state_size], the paper's C.
+        state: float32 [batch, heads, head_dim, state_size].
+
+    Returns:
+        The outputs, shaped as the inputs, and the last state.
+    """
+    outputs = symbolic_multi_out(
+        f"{DOMAIN}::SelectiveScan",
+        (inputs, decay, keys, queries, state),
+        {},
+        dtypes=(torch.float32, torch.float32),
+        shapes=(tuple(inputs.shape), tuple(state.shape)),
+        version=1,
+    )
+    return outputs[0], outputs[1]

@@ -1,0 +1,190 @@
+"""A model's graph, traced once and without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
+
+from qexport.architectures.buffers import compute_buffers
+from qexport.architectures.naming import Naming, name_parameters
+from qexport.architectures.structure import build_on_meta, parse_config
+from qexport.export.onnx.bfloat16 import compute_in_float32
+from qexport.export.onnx.interception import intercepted
+from qexport.export.onnx.simplifying import simplify
+from qexport.export.onnx.traced_cache import CacheTensor, Handover, TracedCache, cache_tensors
+
+OPSET: Final = 21
+"""Of the operators of ONNX; onnxruntime has it from 1.20 on."""
+
+_SAMPLE: Final = {"batch": 3, "sequence": 7, "past": 5}
+"""None is 0 or 1, which torch.export would take for constants, and no two of them make a third."""
+
+Cache = Sequence[tuple[CacheTensor, ...]]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A model's graph.
+
+    Attributes:
+        model: the graph. The model's parameters are its inputs behind those of `inputs`, under their names in files, in
+            the activations' dtype. Linears, attention, rotary embeddings and scans are nodes of
+            `qexport.export.onnx.placeholders`.
+        cache: what each layer keeps.
+    """
+
+    model: ir.Model
+    cache: Cache
+
+
+def trace(config: Mapping[str, Any], activations: torch.dtype) -> Trace:
+    """The graph of the model that config.json names.
+
+    Parameters are never allocated: they are fake tensors, so memory and time grow with the number of layers, not with
+    their size.
+
+    Args:
+        config: the content of config.json.
+        activations: what the model computes in.
+
+    Raises:
+        CompatibilityError: a layer of the family keeps something else than keys and values, or a mamba mixer's states.
+    """
+    model = build_on_meta(parse_config(config))
+    nn.Module.to(model, dtype=activations)
+    cache, naming = cache_tensors(model), name_parameters(model)
+    compute_buffers(model, torch.device("cpu"))
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    _make_fake(model, mode)
+    handover = Handover()
+    with intercepted(model, handover), mode, torch.no_grad():
+        traced = _Traced(model, cache, handover)
+        exported = torch.export.export(traced, _sample(cache), dynamic_shapes=_dynamic(cache), strict=False)
+    program = torch.onnx.export(exported, args=(), opset_version=OPSET, optimize=False, verbose=False)
+    assert program is not None
+    _name_ends(program.model.graph, cache)
+    _parameters_to_inputs(program.model.graph, naming)
+    simplify(program.model)
+    compute_in_float32(program.model.graph)
+    return Trace(program.model, cache)
+
+
+class _Traced(nn.Module):
+    """The model with its cache as plain tensors."""
+
+    def __init__(self, model: PreTrainedModel, cache: Cache, handover: Handover) -> None:
+        super().__init__()
+        self.model, self._cache, self._handover = model, cache, handover
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: Sequence[Sequence[Tensor]]
+    ) -> tuple[Tensor, list[list[Tensor]]]:
+        layers = [
+            {tensor.name: value for tensor, value in zip(tensors, values, strict=True)}
+            for tensors, values in zip(self._cache, past, strict=True)
+        ]
+        cache = TracedCache(layers, self._handover)
+        logits = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        ).logits
+        return logits, cache.outputs()
+
+
+def _make_fake(model: PreTrainedModel, mode: FakeTensorMode) -> None:
+    """Gives parameters, and persistent buffers, shape and dtype on the CPU, and no storage."""
+    known: dict[int, Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None or not tensor.is_meta:
+                    continue
+                if id(tensor) not in known:
+                    with mode:
+                        empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    known[id(tensor)] = nn.Parameter(empty, False) if tensors is module._parameters else empty
+                tensors[name] = known[id(tensor)]
+
+
+def _sample(cache: Cache) -> tuple[Any, ...]:
+    batch, sequence, past = _SAMPLE["batch"], _SAMPLE["sequence"], _SAMPLE["past"]
+    ids = torch.zeros((batch, sequence), dtype=torch.int64)
+    mask = torch.ones((batch, past + sequence), dtype=torch.int64)
+    layers = [
+        [
+            torch.empty((batch, *(past if size is None else size for size in tensor.shape)), dtype=tensor.dtype)
+            for tensor in tensors
+        ]
+        for tensors in cache
+    ]
+    return ids, mask, torch.zeros_like(ids), layers
+
+
+def _dynamic(cache: Cache) -> tuple[Any, ...]:
+    free = torch.export.Dim.AUTO
+    layers = [
+        [{0: free} | {1 + axis: free for axis, size in enumerate(tensor.shape) if size is None} for tensor in tensors]
+        for tensors in cache
+    ]
+    return {0: free, 1: free}, {0: free, 1: free}, {0: free, 1: free}, layers
+
+
+def past_name(layer: int, tensor: CacheTensor) -> str:
+    """The graph's input."""
+    return f"past_key_values.{layer}.{tensor.name}"
+
+
+def present_name(layer: int, tensor: CacheTensor) -> str:
+    """The graph's output."""
+    return f"present.{layer}.{tensor.name}"
+
+
+def _name_ends(graph: ir.Graph, cache: Cache) -> None:
+    """Inputs and outputs by the names and axes that optimum and onnxruntime-genai know."""
+    layers = [(layer, tensor) for layer, tensors in enumerate(cache) for tensor in tensors]
+    tokens = [("input_ids", "sequence"), ("attention_mask", "total"), ("position_ids", "sequence")]
+    ends: list[tuple[ir.Value, str, list[int | str]]] = []
+    for value, (name, axis) in zip(graph.inputs, tokens, strict=False):
+        ends.append((value, name, ["batch", axis]))
+    for value, (layer, tensor) in zip(graph.inputs[len(tokens) :], layers, strict=True):
+        ends.append((value, past_name(layer, tensor), _axes(tensor, "past")))
+    ends.append((graph.outputs[0], "logits", ["batch", "sequence", _last(graph.outputs[0])]))
+    for value, (layer, tensor) in zip(graph.outputs[1:], layers, strict=True):
+        ends.append((value, present_name(layer, tensor), _axes(tensor, "total")))
+    for value, name, axes in ends:
+        value.name, value.shape = name, ir.Shape(axes)
+
+
+def _axes(tensor: CacheTensor, tokens: str) -> list[int | str]:
+    return ["batch", *(tokens if size is None else size for size in tensor.shape)]
+
+
+def _last(value: ir.Value) -> int:
+    assert value.shape is not None
+    return int(value.shape[-1])
+
+
+def _parameters_to_inputs(graph: ir.Graph, naming: Naming) -> None:
+    """So that nobody looks for their values; under their names in files, copies of tied weights under the original's."""
+    found: dict[str, ir.Value] = {}
+    for name, value in list(graph.initializers.items()):
+        file_name = naming.files.get(name.removeprefix("model."))
+        if file_name is None:
+            continue
+        del graph.initializers[name]
+        value.const_value, value.name = None, naming.tied.get(file_name, file_name)
+        if value.name in found:
+            value.replace_all_uses_with(found[value.name])
+        else:
+            found[value.name] = value
+            graph.inputs.append(value)

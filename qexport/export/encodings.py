@@ -5,12 +5,21 @@ Bit layouts are in `qexport.packing`; here is which tensors, under which names, 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from qexport.errors import QexportError
-from qexport.packing import bitsandbytes_4bit, compressed_tensors, gptq, llm_int8
+from qexport.packing import (
+    bitsandbytes_4bit,
+    compressed_tensors,
+    gptq,
+    llm_int8,
+    matmul_bnb4,
+    matmul_integer,
+    matmul_nbits,
+)
 from qexport.tensors import (
     BlockQuantized,
     BlockQuantizedSpec,
@@ -27,7 +36,7 @@ from qexport.tensors import (
 
 
 class Encoding(Protocol):
-    """One format of tensors. Two encodings of the same class are equal."""
+    """One format of tensors. Encodings are equal where they store the same bytes for the same record."""
 
     def specs(self, name: str, spec: OutputSpec) -> dict[str, TensorSpec]:
         """The tensors that will be stored for a parameter, by name."""
@@ -42,6 +51,7 @@ class Encoding(Protocol):
         ...
 
 
+@dataclass(frozen=True)
 class Merged16:
     """The merged model's own tensors, also of what was quantized: for servers that quantize by themselves."""
 
@@ -63,6 +73,7 @@ class Merged16:
         return None
 
 
+@dataclass(frozen=True)
 class AutoGptq:
     """AutoGPTQ v1: qweight, qzeros, scales, g_idx; see `qexport.packing.gptq`."""
 
@@ -87,6 +98,7 @@ class AutoGptq:
         return gptq.check_shape(spec.out_features, spec.in_features, spec.bits, spec.group_size)
 
 
+@dataclass(frozen=True)
 class CompressedTensors:
     """compressed-tensors: `int-quantized` rows, `pack-quantized` groups; see `qexport.packing.compressed_tensors`."""
 
@@ -119,6 +131,7 @@ class CompressedTensors:
         return compressed_tensors.check_groups(spec) if isinstance(spec, GroupQuantizedSpec) else None
 
 
+@dataclass(frozen=True)
 class Bitsandbytes:
     """bitsandbytes' tensors of 4 bits or LLM.int8; see `qexport.packing.bitsandbytes_4bit` and `.llm_int8`."""
 
@@ -151,6 +164,58 @@ class Bitsandbytes:
     def fault(self, spec: QuantizedSpec) -> str | None:
         """Every matrix can be stored so."""
         return None
+
+
+@dataclass(frozen=True)
+class OnnxInitializers:
+    """The initializers of an ONNX graph; see `qexport.packing.matmul_nbits`, `.matmul_bnb4` and `.matmul_integer`.
+
+    Attributes:
+        dtype: of the activations, float32 or float16, which the scales of groups are stored in. Rows and blocks keep
+            float32 scales: their nodes compute in float32.
+        int8_activations: rows are multiplied with int8 activations (W8A8), not dequantized (LLM.int8).
+    """
+
+    dtype: torch.dtype
+    int8_activations: bool = False
+
+    def specs(self, name: str, spec: OutputSpec) -> dict[str, TensorSpec]:
+        """Two to four initializers for a quantized weight."""
+        match spec:
+            case TensorSpec():
+                return {name: spec}
+            case GroupQuantizedSpec():
+                packed = matmul_nbits.group_specs(spec, self.dtype)
+            case BlockQuantizedSpec():
+                packed = matmul_bnb4.specs(spec)
+            case RowQuantizedSpec() if self.int8_activations:
+                packed = matmul_integer.specs(spec)
+            case RowQuantizedSpec():
+                packed = matmul_nbits.row_specs(spec, torch.float32)
+        return {f"{_module(name)}.{part}": part_spec for part, part_spec in packed.items()}
+
+    def tensors(self, record: TensorRecord) -> dict[str, torch.Tensor]:
+        """Two to four initializers for a quantized weight."""
+        match record.value:
+            case torch.Tensor():
+                return {record.name: record.value}
+            case GroupQuantized():
+                packed = matmul_nbits.pack_groups(record.value, self.dtype)
+            case BlockQuantized():
+                packed = matmul_bnb4.pack(record.value)
+            case RowQuantized() if self.int8_activations:
+                packed = matmul_integer.pack(record.value)
+            case RowQuantized():
+                packed = matmul_nbits.pack_rows(record.value, torch.float32)
+        return {f"{_module(record.name)}.{part}": tensor for part, tensor in packed.items()}
+
+    def fault(self, spec: QuantizedSpec) -> str | None:
+        """Blocks must be those that the operators of ONNX Runtime have."""
+        if isinstance(spec, BlockQuantizedSpec):
+            return matmul_bnb4.fault(spec)
+        if isinstance(spec, RowQuantizedSpec) and self.int8_activations:
+            return matmul_integer.fault(spec)
+        return matmul_nbits.fault(spec)
 
 
 def _module(name: str) -> str:

@@ -56,7 +56,7 @@ class WeightFiles:
 
     def equal(self, other: WeightFiles) -> bool:
         """Whether both would write the same bytes from the same pass."""
-        return type(self.encoding) is type(other.encoding) and self.max_shard_size == other.max_shard_size
+        return self.encoding == other.encoding and self.max_shard_size == other.max_shard_size
 
     def refuse_faults(self) -> None:
         """Holds every quantized matrix against the format.

@@ -1,14 +1,14 @@
 """The graph of an ONNX artifact, as its file describes it, without the weights.
 
 `model.onnx` is a protocol buffer that somebody else may have written. Nothing outside of its folder is read for it,
-and only graphs in which every weight lies in the open are accepted: no functions, no subgraphs, no sparse tensors. The
-format is that of the ONNX specification (`onnx.proto3`, `docs/ExternalData.md`).
+and only graphs in which every weight lies in the open are accepted: no functions, no sparse tensors, and no weights in
+the bodies of loops. The format is that of the ONNX specification (`onnx.proto3`, `docs/ExternalData.md`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -28,7 +28,9 @@ GRAPH_NAME: Final = "model.onnx"
 MICROSOFT: Final = "com.microsoft"
 
 _GRAPH_LIMIT: Final = 1 << 27
-_DOMAINS: Final = ("", "ai.onnx", MICROSOFT)
+_BODY_LIMIT: Final = 1 << 12
+"""Bytes of a constant in the body of a loop."""
+
 _OUTSIDE: Final = ("EPContext",)
 """Operators that read files of their own."""
 
@@ -96,26 +98,31 @@ class Graph:
 
     Attributes:
         path: the graph's file.
-        nodes: all operators but `Constant`, in the file's order.
+        nodes: all operators but `Constant` and those in the bodies of loops.
         initializers: every tensor that is known before the graph runs, by name; outputs of `Constant` among them.
+        used: the values that some operator reads, also in a body.
 
     Raises:
-        InputError: the file is missing, too large, or no ONNX graph; it has functions, subgraphs, sparse tensors or
-            operators of unknown domains; a name stands for two things; a tensor has an unknown dtype, or its bytes are
-            not where the graph says (see `DataFiles.place`).
+        InputError: the file is missing, too large, or no ONNX graph; it has functions, sparse tensors, operators of
+            unknown domains or weights in the body of a loop; a name stands for two values; a tensor has an unknown
+            dtype, or its bytes are not where the graph says (see `DataFiles.place`).
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = contained_path(folder, GRAPH_NAME)
         model = _parse(self.path)
-        _refuse_hiding_places(model, self.path)
+        if model.functions or model.training_info:
+            raise InputError("functions and training graphs are not read", where=str(self.path), mend="inline them")
+        _refuse_hidden_weights(model.graph, self.path)
+        constants = [_constant(node, self.path) for node in model.graph.node if node.op_type == "Constant"]
+        tensors = [*((tensor.name, tensor) for tensor in model.graph.initializer), *constants]
         self.nodes = tuple(_node(node) for node in model.graph.node if node.op_type != "Constant")
-        tensors = [(tensor.name, tensor) for tensor in model.graph.initializer]
-        tensors += [_constant(node, self.path) for node in model.graph.node if node.op_type == "Constant"]
-        self._refuse_ambiguous(name for name, _ in tensors)
-        self._refuse_ambiguous([*(name for name, _ in tensors), *(value.name for value in model.graph.input)])
-        outputs = (output for node in self.nodes for output in node.outputs if output)
-        self._refuse_ambiguous([*(name for name, _ in tensors), *outputs])
+        self.used = frozenset(_names_read(model.graph))
+        self._refuse_ambiguous(
+            *(name for name, _ in tensors),
+            *(value.name for value in model.graph.input),
+            *(output for node in self.nodes for output in node.outputs if output),
+        )
         files = DataFiles(folder)
         self.initializers = {name: self._initializer(name, tensor, files) for name, tensor in tensors}
 
@@ -140,7 +147,7 @@ class Graph:
         """The place of a node or an initializer, for an error."""
         return f"{self.path}: {name}"
 
-    def _refuse_ambiguous(self, names: Iterable[str]) -> None:
+    def _refuse_ambiguous(self, *names: str) -> None:
         if twice := [name for name, count in Counter(names).items() if count > 1]:
             raise InputError("a name stands for two values", where=self.where(twice[0]), mend=_MEND)
 
@@ -169,32 +176,44 @@ def _parse(path: Path) -> onnx.ModelProto:
     return model
 
 
-def _refuse_hiding_places(model: onnx.ModelProto, path: Path) -> None:
-    """Everything in which weights, or paths to them, would not be found among the initializers."""
-    graph = model.graph
-    if model.functions or model.training_info or graph.sparse_initializer:
-        raise InputError(
-            "functions, training graphs and sparse tensors are not read", where=str(path), mend="inline them"
-        )
+def _refuse_hidden_weights(graph: onnx.GraphProto, path: Path, *, body: bool = False) -> None:
+    """Refuses everything in which weights, or paths to them, would not be found among the initializers."""
+    if graph.sparse_initializer:
+        raise InputError("sparse tensors are not read", where=str(path), mend=_MEND)
+    if body and any(_is_external(tensor) or tensor.ByteSize() > _BODY_LIMIT for tensor in graph.initializer):
+        raise InputError("there are weights in the body of an operator", where=str(path), mend=_MEND)
+    domains = ("", "ai.onnx") if body else ("", "ai.onnx", MICROSOFT)
     for node in graph.node:
         where = f"{path}: {node.name or node.op_type}"
-        if node.domain not in _DOMAINS or node.op_type in _OUTSIDE:
+        if node.domain not in domains or node.op_type in _OUTSIDE:
             raise InputError(
-                f"the operator {node.domain or 'ai.onnx'}.{node.op_type} is not read",
+                f"the operator {node.domain or 'ai.onnx'}.{node.op_type} is not read{' in a body' if body else ''}",
                 where=where,
                 mend=f"only operators of ONNX and of {MICROSOFT} are, which ONNX Runtime has itself",
             )
         for attribute in node.attribute:
-            if attribute.HasField("g") or attribute.graphs:
-                raise InputError(f"the subgraph {attribute.name!r} is not read", where=where, mend="inline it")
-            if attribute.HasField("sparse_tensor") or attribute.sparse_tensors:
-                raise InputError("sparse tensors are not read", where=where, mend=_MEND)
-            if any(_is_external(tensor) for tensor in (attribute.t, *attribute.tensors)):
+            tensors = (attribute.t, *attribute.tensors)
+            if attribute.HasField("sparse_tensor") or attribute.sparse_tensors or any(map(_is_external, tensors)):
                 raise InputError(
-                    f"the bytes of the attribute {attribute.name!r} lie in another file",
-                    where=where,
-                    mend="only initializers may lie outside of the graph",
+                    f"the attribute {attribute.name!r} is sparse, or lies in another file", where=where, mend=_MEND
                 )
+            if body and any(tensor.ByteSize() > _BODY_LIMIT for tensor in tensors):
+                raise InputError("there are weights in the body of an operator", where=where, mend=_MEND)
+            for inner in _bodies(attribute):
+                _refuse_hidden_weights(inner, path, body=True)
+
+
+def _names_read(graph: onnx.GraphProto) -> Iterator[str]:
+    for node in graph.node:
+        yield from node.input
+        for attribute in node.attribute:
+            for body in _bodies(attribute):
+                yield from _names_read(body)
+                yield from (output.name for output in body.output)
+
+
+def _bodies(attribute: onnx.AttributeProto) -> list[onnx.GraphProto]:
+    return [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]
 
 
 def _is_external(tensor: onnx.TensorProto) -> bool:

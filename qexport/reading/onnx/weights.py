@@ -87,7 +87,7 @@ class OnnxWeights:
         """Holds the graph against the model of its config.json, without reading weights.
 
         Raises:
-            InputError: parameters are missing, unexpected or of another shape.
+            InputError: parameters are missing, unexpected or of another shape, or no operator reads one.
         """
         expected, found = self.structure.parameters, self._specs
         problems = [f"{name}: missing" for name in expected if name not in found]
@@ -97,6 +97,8 @@ class OnnxWeights:
             for name, shape in expected.items()
             if name in found and found[name].shape != shape
         ]
+        dense = [name for name in found if name.removesuffix(".weight") not in self.quantized]
+        problems += [f"{name}: no operator reads it" for name in dense if name not in self._graph.used]
         if problems:
             raise InputError("the graph is not the model of its config.json", where=listed(problems))
 

@@ -12,11 +12,14 @@ from hypothesis import strategies as st
 
 from qexport.errors import CompatibilityError, QexportError
 from qexport.export.encodings import AutoGptq, Encoding, Merged16, OnnxInitializers
+from qexport.export.weight_files import WeightFiles
 from qexport.packing import bitsandbytes_4bit, matmul_bnb4, matmul_integer, matmul_nbits
 from qexport.tensors import (
     BlockQuantizedSpec,
+    Dense,
     GroupQuantized,
     GroupQuantizedSpec,
+    Outputs,
     Quantized,
     QuantizedSpec,
     RowQuantized,
@@ -267,3 +270,12 @@ def test_encodings_are_equal_where_they_store_the_same() -> None:
     plain: list[Encoding] = [AutoGptq(), Merged16()]
     assert plain[0] == AutoGptq()
     assert plain[0] != plain[1]
+
+
+def test_layouts_share_initializers_only_of_the_same_dtype() -> None:
+    outputs = Outputs(Dense(), {})
+    single, half = (WeightFiles(OnnxInitializers(dtype), outputs, 100) for dtype in (torch.float32, torch.float16))
+    assert single.equal(WeightFiles(OnnxInitializers(torch.float32), outputs, 100))
+    assert not single.equal(WeightFiles(OnnxInitializers(torch.float32), outputs, 99))
+    assert not single.equal(half)
+    assert not single.equal(WeightFiles(Merged16(), outputs, 100))

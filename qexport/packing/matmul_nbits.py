@@ -48,7 +48,7 @@ def block_size(spec: GroupQuantizedSpec | RowQuantizedSpec) -> int:
 
     Several groups are cut into whole blocks. A row with one scale may end in a padded block. Of the sizes left, the one
     with the fewest bytes of codes and float32 scales is taken; ties go to the larger. Timed with 8-bit rows and one
-    token on an AVX2 processor, it was the fastest or at most a tenth slower than that.
+    token on an AVX2 processor, its best time was within a tenth of that of the fastest size.
 
     Raises:
         CompatibilityError: the codes cannot be stored.

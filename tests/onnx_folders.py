@@ -88,10 +88,14 @@ class Builder:
             case BlockQuantized():
                 y = self._bnb4(x, module, value)
             case _:
-                weight = self.weight(f"{module}.weight", value)
-                wide = weight if value.dtype == torch.float32 else self.add("Cast", weight, to=TensorProto.FLOAT)
+                wide = self.wide(f"{module}.weight", value)
                 y = self.add("MatMul", x, self.add("Transpose", wide, perm=[1, 0]))
-        return y if bias is None else self.add("Add", y, self.weight(f"{module}.bias", bias))
+        return y if bias is None else self.add("Add", y, self.wide(f"{module}.bias", bias))
+
+    def wide(self, name: str, tensor: Tensor) -> str:
+        """A parameter in its own dtype, and behind it in float32."""
+        weight = self.weight(name, tensor)
+        return weight if tensor.dtype == torch.float32 else self.add("Cast", weight, to=TensorProto.FLOAT)
 
     def _groups(self, x: str, module: str, value: GroupQuantized) -> str:
         if value.desc_act:
@@ -190,8 +194,8 @@ class _Llama(Builder):
         self.dim = config.head_dim or config.hidden_size // self.heads
         for name, size in {"input_ids": "sequence", "attention_mask": "total", "position_ids": "sequence"}.items():
             self.inputs.append(helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", size]))
-        hidden = self.add("Gather", self.weight("model.embed_tokens.weight", self.plain("model.embed_tokens.weight")),
-                          "input_ids")  # fmt: skip
+        embedding = self.parameter("model.embed_tokens.weight")
+        hidden = self.add("Gather", embedding, "input_ids")
         self.rotation(), self.mask()
         for layer in range(config.num_hidden_layers):
             hidden = self.block(f"model.layers.{layer}", layer, hidden)
@@ -200,10 +204,10 @@ class _Llama(Builder):
         shape = ["batch", "sequence", config.vocab_size]
         self.outputs.insert(0, helper.make_tensor_value_info("logits", TensorProto.FLOAT, shape))
 
-    def plain(self, name: str) -> Tensor:
+    def parameter(self, name: str) -> str:
         value = self.values[name]
         assert isinstance(value, Tensor)
-        return value
+        return self.wide(name, value)
 
     def project(self, module: str, x: str) -> str:
         value, bias = self.values[f"{module}.weight"], self.values.get(f"{module}.bias")
@@ -232,8 +236,7 @@ class _Llama(Builder):
     def norm(self, module: str, x: str) -> str:
         mean = self.add("ReduceMean", self.add("Mul", x, x), self.constant([-1]), keepdims=1)
         root = self.add("Sqrt", self.add("Add", mean, self.constant(self.config.rms_norm_eps, np.float32)))
-        weight = self.weight(f"{module}.weight", self.plain(f"{module}.weight"))
-        return self.add("Mul", self.add("Div", x, root), weight)
+        return self.add("Mul", self.add("Div", x, root), self.parameter(f"{module}.weight"))
 
     def split(self, x: str, heads: int) -> str:
         return self.add("Transpose", self.add("Reshape", x, self.constant([0, 0, heads, self.dim])), perm=[0, 2, 1, 3])

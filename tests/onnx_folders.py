@@ -190,18 +190,19 @@ class _Llama(Builder):
     def __init__(self, values: Mapping[str, Tensor | Quantized], config: LlamaConfig, integers: bool) -> None:
         super().__init__()
         self.values, self.config, self.use_integers = values, config, integers
-        self.heads, self.kv = config.num_attention_heads, config.num_key_value_heads
+        self.heads, self.kv = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
         self.dim = config.head_dim or config.hidden_size // self.heads
         for name, size in {"input_ids": "sequence", "attention_mask": "total", "position_ids": "sequence"}.items():
             self.inputs.append(helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", size]))
         embedding = self.parameter("model.embed_tokens.weight")
         hidden = self.add("Gather", embedding, "input_ids")
-        self.rotation(), self.mask()
+        self.rotation()
+        self.mask()
         for layer in range(config.num_hidden_layers):
             hidden = self.block(f"model.layers.{layer}", layer, hidden)
         logits = self.project("lm_head", self.norm("model.norm", hidden))
         self.named("logits", logits)
-        shape = ["batch", "sequence", config.vocab_size]
+        shape: list[str | int | None] = ["batch", "sequence", config.vocab_size]
         self.outputs.insert(0, helper.make_tensor_value_info("logits", TensorProto.FLOAT, shape))
 
     def parameter(self, name: str) -> str:
@@ -217,7 +218,7 @@ class _Llama(Builder):
         return self.linear(x, module, value, bias=bias)
 
     def rotation(self) -> None:
-        theta = self.config.rope_parameters["rope_theta"]
+        theta: Any = (self.config.rope_parameters or {})["rope_theta"]
         frequencies = 1.0 / theta ** (np.arange(0, self.dim, 2, dtype=np.float32) / self.dim)
         where = self.add("Cast", self.add("Unsqueeze", "position_ids", self.constant([1, 3])), to=TensorProto.FLOAT)
         angles = self.add("Mul", where, self.constant(np.tile(frequencies, 2), np.float32))
@@ -249,7 +250,7 @@ class _Llama(Builder):
         return self.add("Add", self.add("Mul", x, self.cos), self.add("Mul", turned, self.sin))
 
     def cached(self, layer: int, name: str, x: str) -> str:
-        shape = ["batch", self.kv, f"past{layer}{name}", self.dim]
+        shape: list[str | int | None] = ["batch", self.kv, f"past{layer}{name}", self.dim]
         past, present = f"past_key_values.{layer}.{name}", f"present.{layer}.{name}"
         self.inputs.append(helper.make_tensor_value_info(past, TensorProto.FLOAT, shape))
         self.outputs.append(

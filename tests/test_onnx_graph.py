@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -69,7 +70,7 @@ def test_every_dtype_comes_back_bit_for_bit(dtype: torch.dtype, tmp_path: Path) 
 
 def test_constants_of_every_form_are_read(tmp_path: Path) -> None:
     graph = onnx_folders.Builder()
-    values = {"value_float": 0.5, "value_floats": [0.5, 1.5], "value_int": 3, "value_ints": [3, 4]}
+    values: dict[str, Any] = {"value_float": 0.5, "value_floats": [0.5, 1.5], "value_int": 3, "value_ints": [3, 4]}
     names = [graph.add("Constant", **{form: value}) for form, value in values.items()]
     scalar = graph.add("Constant", value=numpy_helper.from_array(np.array(128, np.uint8)))
     found = Graph(graph.write(tmp_path, {}))
@@ -137,7 +138,8 @@ PLACES = {
     "no length": (lambda model: model.graph.initializer[0].external_data.pop(), "once each"),
     "unknown key": (lambda model: model.graph.initializer[0].external_data.add(key="prepacked_0", value="x"), "once"),
     "another shape": (lambda model: model.graph.initializer[0].dims.append(2), "takes 96 bytes"),
-    "negative shape": (lambda model: model.graph.initializer[0].dims.append(-1), "negative size"),
+    "negative shape": (lambda model: model.graph.initializer[0].dims.append(-1), "no shape"),
+    "giant and empty": (lambda model: model.graph.initializer[0].dims.extend([0, 1 << 62, 1 << 62]), "no shape"),
     "unknown dtype": (lambda model: setattr(model.graph.initializer[0], "data_type", 8), "unknown dtype"),
     "in both places": (
         lambda model: setattr(model.graph.initializer[0], "data_location", TensorProto.DEFAULT),
@@ -163,7 +165,7 @@ def body(*nodes: onnx.NodeProto, weights: list[onnx.TensorProto] | None = None) 
     return helper.make_graph(list(nodes), "body", [], [helper.make_tensor_value_info("b", 1, None)], weights or [])
 
 
-def append(op: str, *, domain: str = "", **attributes: object) -> Edit:
+def append(op: str, *, domain: str = "", **attributes: Any) -> Edit:
     return lambda model: model.graph.node.append(
         helper.make_node(op, ["w"], ["new"], name="n", domain=domain, **attributes)
     )

@@ -112,7 +112,7 @@ def test_rows_of_matmulinteger(tmp_path: Path, dense: dict[str, Tensor]) -> None
     weight = dense[f"{Q_PROJ}.weight"].float()
     absmax = weight.abs().amax(1)
     rows = RowQuantized((weight / (absmax / 127)[:, None]).round().to(torch.int8), absmax)
-    values = {**dense, f"{Q_PROJ}.weight": rows}
+    values: dict[str, Tensor | Quantized] = {**dense, f"{Q_PROJ}.weight": rows}
     folder = onnx_folders.llama(values, CONFIG, tmp_path, integers=True)
     found = OnnxWeights(folder, dtype=torch.float32)
     assert torch.equal(found.read(f"{Q_PROJ}.weight"), rows.dequantize())
@@ -136,7 +136,8 @@ def change(folder: Path, edit: Any) -> Path:
 
 
 def node(graph: onnx.GraphProto) -> onnx.NodeProto:
-    return next(node for node in graph.node if node.op_type.startswith("MatMul"))
+    found: list[onnx.NodeProto] = [node for node in graph.node if node.op_type.startswith("MatMul")]
+    return found[0]
 
 
 def set_attribute(name: str, value: int) -> Any:
@@ -202,7 +203,7 @@ def test_values_that_are_no_numbers_are_refused(tmp_path: Path, dense: dict[str,
 def test_rows_that_no_absmax_gives_are_refused(tmp_path: Path, dense: dict[str, Tensor]) -> None:
     codes = torch.zeros(64, 64, dtype=torch.int8)
     codes[5, 5] = -128
-    values = {**dense, f"{Q_PROJ}.weight": RowQuantized(codes, torch.ones(64))}
+    values: dict[str, Tensor | Quantized] = {**dense, f"{Q_PROJ}.weight": RowQuantized(codes, torch.ones(64))}
     found = OnnxWeights(onnx_folders.llama(values, CONFIG, tmp_path, integers=True), dtype=torch.float32)
     with pytest.raises(InputError, match="-128"):
         found.read(f"{Q_PROJ}.weight")

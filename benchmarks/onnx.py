@@ -34,6 +34,7 @@ from tokenizers import Tokenizer
 
 PEERS = Path(__file__).parent / "peers"
 SHORT, LONG = 64, 512
+ONNXRUNTIME = "onnxruntime_generation.py"
 LEVELS = (0, 4)
 EXCLUDED = "/lm_head/MatMul,/model/embed_tokens/Gather"
 
@@ -70,6 +71,8 @@ def main() -> None:
         baseline = arguments.baseline or next(iter(contestants))
         if baseline not in contestants:
             raise SystemExit(f"--baseline {baseline}: one of {', '.join(contestants)}")
+        if arguments.peer:
+            _build(arguments, work)
         job = _job(arguments, next(iter(contestants.values())).folder)
         rows: Rows = {name: [] for name in contestants}
         for number in range(arguments.rounds):
@@ -121,26 +124,31 @@ def _peer(text: str) -> str:
 def _contestants(arguments: argparse.Namespace, work: Path) -> dict[str, Contestant]:
     found: dict[str, Contestant] = {}
     if arguments.dense:
+        script, folder = "transformers_generation.py", arguments.dense.resolve()
         for dtype in ("bfloat16", "float32"):
-            found[f"transformers {dtype}"] = Contestant(
-                sys.executable, "transformers_generation.py", arguments.dense.resolve(), dtype
-            )
+            found[f"transformers {dtype}"] = Contestant(sys.executable, script, folder, dtype)
     for name, folder in arguments.folder:
-        found[name] = Contestant(sys.executable, "onnxruntime_generation.py", folder)
+        if name in found:
+            raise SystemExit(f"--folder {name}: two rows of one name")
+        found[name] = Contestant(sys.executable, ONNXRUNTIME, folder)
     for level in LEVELS if arguments.peer else ():
-        folder = _built(arguments.peer, arguments.checkpoint.resolve(), work, level)
-        found[f"builder, level {level}"] = Contestant(sys.executable, "onnxruntime_generation.py", folder)
+        folder = _built(work, level)
+        found[f"builder, level {level}"] = Contestant(sys.executable, ONNXRUNTIME, folder)
         found[f"genai, level {level}"] = Contestant(arguments.peer, "genai_generation.py", folder)
     return found
 
 
-def _built(python: str, checkpoint: Path, work: Path, level: int) -> Path:
-    """The builder's graph of the checkpoint's codes. Left alone, it would round embedding and head to 4 bits too."""
-    folder = work / f"builder-{level}"
-    options = [f"accuracy_level={level}", f"nodes_to_exclude={EXCLUDED}"]
-    command = [python, "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint), "-o", str(folder)]
-    measure([*command, "-p", "int4", "-e", "cpu", "-c", str(work / "cache"), "--extra_options", *options], work)
-    return folder
+def _built(work: Path, level: int) -> Path:
+    return work / f"builder-{level}"
+
+
+def _build(arguments: argparse.Namespace, work: Path) -> None:
+    """The builder's graphs of the checkpoint's codes. Left alone, it would round embedding and head to 4 bits too."""
+    source = ["-i", str(arguments.checkpoint.resolve()), "-p", "int4", "-e", "cpu", "-c", str(work / "cache")]
+    for level in LEVELS:
+        options = ["--extra_options", f"accuracy_level={level}", f"nodes_to_exclude={EXCLUDED}"]
+        module = [arguments.peer, "-m", "onnxruntime_genai.models.builder"]
+        measure([*module, *source, "-o", str(_built(work, level)), *options], work)
 
 
 def _job(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:

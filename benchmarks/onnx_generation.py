@@ -4,9 +4,9 @@ Greedy, batch 1, on the CPU: decoding after a prompt of 64 tokens, and the first
 measurement is a process of its own. All are measured in every round, one after the other, in the opposite order in
 every second round, and a ratio compares what two did in the same round.
 
-    python benchmarks/onnx.py --folder int4=out/gptq-4bit/onnx
-    python benchmarks/onnx.py --folder int4=out/gptq-4bit/onnx --dense out/dense/safetensors --baseline int4
-    python benchmarks/onnx.py --checkpoint out/gptq-4bit/safetensors --peer genai=/path/to/its/env/bin/python
+    python benchmarks/onnx_generation.py --folder int4=out/gptq-4bit/onnx
+    python benchmarks/onnx_generation.py --folder int4=out/gptq-4bit/onnx --dense out/dense/safetensors --baseline int4
+    python benchmarks/onnx_generation.py --checkpoint out/gptq-4bit/safetensors --peer genai=/path/to/its/env/bin/python
 
 `--dense` adds transformers in bfloat16 and float32. With `--peer genai=...`, onnxruntime-genai's builder makes graphs
 of the GPTQ checkpoint's codes, embedding and head in float32, at accuracy levels 0 and 4; they run through the same

@@ -87,6 +87,10 @@ class SafetensorsFile:
         """Every tensor's name, shape and dtype, in the order of the bytes."""
         return {name: entry.spec for name, entry in self._entries.items()}
 
+    def offsets(self) -> Mapping[str, int]:
+        """Where each tensor's bytes begin, counted from the start of the file."""
+        return {name: entry.offset for name, entry in self._entries.items()}
+
     def read(self, name: str) -> torch.Tensor:
         """The tensor in memory of its own. Its values are not looked at.
 

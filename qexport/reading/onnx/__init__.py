@@ -1,0 +1,1 @@
+"""Finished ONNX artifacts, read back from disk and run. Needs the extra `onnx`."""

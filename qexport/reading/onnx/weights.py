@@ -1,0 +1,152 @@
+"""The parameters of a model, read back from its ONNX artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from qexport.architectures.code_keys import without_code_keys
+from qexport.architectures.structure import Structure, describe, parse_config, refuse_impossible_depth
+from qexport.errors import InputError, listed
+from qexport.reading.dequantization import dequantize
+from qexport.reading.onnx.graph import Graph
+from qexport.reading.onnx.stored_weights import KINDS, StoredMatrix, stored_matrix
+from qexport.tensors import TensorSpec
+from qexport.tensors.contained_path import contained_path
+from qexport.tensors.finite import is_finite
+from qexport.tensors.strict_json import read_json_object
+
+_CONFIG_LIMIT: Final = 1 << 24
+
+
+class OnnxWeights:
+    """The parameters of a model in an ONNX artifact, by their names in a checkpoint's files. A `WeightSource`.
+
+    A quantized module appears as its `weight`, dequantized when it is read: the values that the graph multiplies with
+    where its activations are float32. Those of MatMulBnb4 are not rounded to the dtype that was quantized, as
+    bitsandbytes does it, so they are equal to those of a safetensors artifact in that dtype only.
+
+    Args:
+        folder: the artifact.
+        dtype: of dequantized weights.
+
+    Attributes:
+        config: the content of config.json.
+        structure: the model's.
+        quantized: how each quantized module is stored, by its path.
+
+    Raises:
+        InputError: config.json or the graph are missing or malformed (see `qexport.reading.onnx.graph.Graph`), or an
+            operator's codes contradict its attributes.
+        CompatibilityError: transformers does not know the family.
+    """
+
+    def __init__(self, folder: Path, *, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self.config = read_config(folder)
+        self._graph = Graph(folder)
+        refuse_impossible_depth(parse_config(self.config), len(self._graph.initializers))
+        self.structure: Structure = describe(without_code_keys(self.config)[0])
+        self.quantized: Mapping[str, StoredMatrix] = _quantized(self._graph)
+
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """The shape and dtype of every parameter that the graph holds, quantized ones as they are read.
+
+        What the graph has beside parameters (tables of positions, constants of its operators) is left out.
+        """
+        return self._specs
+
+    def read(self, name: str) -> torch.Tensor:
+        """The parameter in memory of its own.
+
+        Raises:
+            InputError: the graph does not hold it, its file has become shorter, it holds NaN or Inf, or a code is none
+                of its method.
+        """
+        module = name.removesuffix(".weight")
+        if name.endswith(".weight") and module in self.quantized:
+            weight = dequantize(self.quantized[module].quantized(self._graph), self._dtype)
+            return weight.t().contiguous() if module in self._transposed else weight
+        tensor = self._graph.read(name)
+        if not is_finite(tensor):
+            raise InputError("there is NaN or Inf in it", where=self._graph.where(name))
+        return tensor
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all parameters as they are stored."""
+        parts = {part for weight in self.quantized.values() for part in weight.parts}
+        stored = parts | (self._specs.keys() & self._graph.initializers.keys())
+        return sum(self._graph.initializers[name].spec.nbytes for name in stored)
+
+    def check_complete(self) -> None:
+        """Holds the graph against the model of its config.json, without reading weights.
+
+        Raises:
+            InputError: parameters are missing, unexpected or of another shape, or no operator reads one.
+        """
+        expected, found = self.structure.parameters, self._specs
+        problems = [f"{name}: missing" for name in expected if name not in found]
+        problems += [f"{name}: unexpected" for name in found if name not in expected]
+        problems += [
+            f"{name}: shape {list(found[name].shape)}, the model asks for {list(shape)}"
+            for name, shape in expected.items()
+            if name in found and found[name].shape != shape
+        ]
+        dense = [name for name in found if name.removesuffix(".weight") not in self.quantized]
+        problems += [f"{name}: no operator reads it" for name in dense if name not in self._graph.used]
+        if problems:
+            raise InputError("the graph is not the model of its config.json", where=listed(problems))
+
+    @cached_property
+    def _specs(self) -> dict[str, TensorSpec]:
+        """In the order of the model's parameters."""
+        quantized = {
+            f"{module}.weight": TensorSpec(
+                weight.shape[::-1] if module in self._transposed else weight.shape, self._dtype
+            )
+            for module, weight in self.quantized.items()
+        }
+        initializers = self._graph.initializers
+        dense = {name: initializers[name].spec for name in self.structure.parameters if name in initializers}
+        found = dense | quantized
+        ordered = {name: found[name] for name in self.structure.parameters if name in found}
+        return ordered | found
+
+    @cached_property
+    def _transposed(self) -> frozenset[str]:
+        """The modules whose dense weight is [in, out] (GPT-2's Conv1D); codes are always [out, in]."""
+        return frozenset(linear.name for linear in self.structure.block_linears if linear.transposed)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of an ONNX artifact's config.json.
+
+    Raises:
+        InputError: it is missing or malformed, or names a quantization, which is that of safetensors files.
+    """
+    config = read_json_object(contained_path(folder, "config.json"), limit=_CONFIG_LIMIT)
+    if "quantization_config" in config:
+        raise InputError(
+            "an ONNX artifact's config.json has a quantization_config",
+            where=str(folder / "config.json"),
+            mend="the graph itself says how its weights are stored: take the key out, or export the model again",
+        )
+    return config
+
+
+def _quantized(graph: Graph) -> dict[str, StoredMatrix]:
+    producers = {output: node for node in graph.nodes for output in node.outputs}
+    found: dict[str, StoredMatrix] = {}
+    for node in graph.nodes:
+        if (node.domain, node.op_type) in KINDS:
+            module, weight = stored_matrix(graph, node, producers)
+            if found.setdefault(module, weight) != weight:
+                raise InputError("two operators read the same codes in two ways", where=graph.where(module))
+            if weight.codes != f"{module}.weight" and f"{module}.weight" in graph.initializers:
+                raise InputError("a module is there both dense and quantized", where=graph.where(module))
+    return found

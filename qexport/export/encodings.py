@@ -218,6 +218,31 @@ class OnnxInitializers:
         return matmul_nbits.fault(spec)
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """Another encoding without some of its tensors, which lie elsewhere.
+
+    Attributes:
+        encoding: the other.
+        names: the tensors.
+    """
+
+    encoding: Encoding
+    names: frozenset[str]
+
+    def specs(self, name: str, spec: OutputSpec) -> dict[str, TensorSpec]:
+        """What is left of a parameter; perhaps nothing."""
+        return {part: stored for part, stored in self.encoding.specs(name, spec).items() if part not in self.names}
+
+    def tensors(self, record: TensorRecord) -> dict[str, torch.Tensor]:
+        """What is left of a parameter; perhaps nothing."""
+        return {part: tensor for part, tensor in self.encoding.tensors(record).items() if part not in self.names}
+
+    def fault(self, spec: QuantizedSpec) -> str | None:
+        """The other's."""
+        return self.encoding.fault(spec)
+
+
 def _module(name: str) -> str:
     return name.removesuffix(".weight")
 

@@ -11,7 +11,7 @@ import torch
 
 from qexport.artifact.digest import sha256_chunks
 from qexport.errors import QexportError
-from qexport.export.weight_files import WrittenWeights
+from qexport.export.written_weights import WrittenWeights
 from qexport.tensors import TensorSpec
 from qexport.tensors.safetensors_file import SafetensorsFile
 from qexport.tensors.safetensors_folder import INDEX_NAME

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from qexport.artifact.digest import sha256_bytes, tensor_bytes
 from qexport.errors import QexportError
+from qexport.export.tensor_writer import PlacedTensors, write_at, write_fully
 from qexport.tensors import TensorSpec
 from qexport.tensors.safetensors_folder import INDEX_NAME, SINGLE_NAME
 
@@ -59,74 +59,43 @@ def plan_shards(specs: Mapping[str, TensorSpec], max_shard_size: int) -> list[Sh
         specs: every tensor of the artifact.
         max_shard_size: bytes of tensors in one file; a tensor that is larger gets a file of its own.
     """
-    groups: list[dict[str, TensorSpec]] = [{}]
-    filled = 0
-    for name, spec in specs.items():
-        if groups[-1] and filled + spec.nbytes > max_shard_size:
-            groups.append({})
-            filled = 0
-        groups[-1][name] = spec
-        filled += spec.nbytes
+    groups = split_by_size(specs, max_shard_size)
     if len(groups) == 1:
         return [Shard(SINGLE_NAME, groups[0])]
     count = len(groups)
     return [Shard(f"model-{number:05d}-of-{count:05d}.safetensors", group) for number, group in enumerate(groups, 1)]
 
 
-class ShardWriter:
-    """Writes tensors into the shards of a folder, each exactly once.
+def split_by_size(specs: Mapping[str, TensorSpec], max_size: int) -> list[dict[str, TensorSpec]]:
+    """Fills one group after the other, in the order given, up to so many bytes each; at least one tensor each."""
+    groups: list[dict[str, TensorSpec]] = [{}]
+    filled = 0
+    for name, spec in specs.items():
+        if groups[-1] and filled + spec.nbytes > max_size:
+            groups.append({})
+            filled = 0
+        groups[-1][name] = spec
+        filled += spec.nbytes
+    return groups
+
+
+class ShardWriter(PlacedTensors):
+    """Writes tensors into the shards of a folder.
 
     Args:
         folder: an existing folder without such files.
         specs: every tensor that will come.
         max_shard_size: bytes of tensors in one file.
-
-    Attributes:
-        digests: the hex SHA-256 of each tensor's bytes, as far as written.
-        written: what has come in each tensor's place, as far as written.
     """
 
     def __init__(self, folder: Path, specs: Mapping[str, TensorSpec], max_shard_size: int) -> None:
-        self.digests: dict[str, str] = {}
-        self.written: dict[str, TensorSpec] = {}
         self._folder = folder
-        self._specs = specs
         self._shards = plan_shards(specs, max_shard_size)
-        self._places: dict[str, tuple[Path, int]] = {}
+        places: dict[str, tuple[Path, int]] = {}
         for shard in self._shards:
             header, offsets = _header(shard.specs)
-            self._places |= {name: (folder / shard.name, len(header) + offset) for name, offset in offsets.items()}
-
-    def check(self, name: str, tensor: torch.Tensor) -> None:
-        """Holds a tensor against the plan.
-
-        Raises:
-            QexportError: the tensor was not planned so, or was written before.
-        """
-        found = TensorSpec(tuple(tensor.shape), tensor.dtype)
-        if name not in self._specs:
-            raise QexportError("a tensor that was not planned has reached the export", where=name)
-        if not self._specs[name].admits(found):
-            raise QexportError(f"a tensor is {found} where {self._specs[name]} was planned", where=name)
-        if name in self.digests:
-            raise QexportError("a tensor has reached the export twice", where=name)
-
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Puts one tensor into its place.
-
-        Args:
-            name: one of the planned names.
-            tensor: on the CPU, with the planned shape and dtype.
-
-        Raises:
-            QexportError: see `check`.
-            OSError: the disk is full or failed.
-        """
-        self.check(name, tensor)
-        content = tensor_bytes(tensor)
-        _write_at(*self._places[name], content)
-        self.digests[name] = sha256_bytes(content)
-        self.written[name] = TensorSpec(tuple(tensor.shape), tensor.dtype)
+            places |= {name: (folder / shard.name, len(header) + offset) for name, offset in offsets.items()}
+        super().__init__(specs, places)
 
     def finish(self) -> tuple[str, ...]:
         """Closes the gaps that shorter vectors have left, writes the headers, and the index where there are shards.
@@ -137,9 +106,7 @@ class ShardWriter:
         Raises:
             QexportError: a planned tensor never came, or a file has become shorter.
         """
-        missing = [name for name in self._specs if name not in self.digests]
-        if missing:
-            raise QexportError(f"{len(missing)} tensors never reached the export", where=", ".join(missing[:5]))
+        self.refuse_missing()
         for shard in self._shards:
             self._complete(self._folder / shard.name, {name: self.written[name] for name in shard.specs})
         names = tuple(shard.name for shard in self._shards)
@@ -153,9 +120,9 @@ class ShardWriter:
         header, offsets = _header(specs)
         size = len(header)
         for name, spec in _in_file_order(specs):
-            _move_down(path, self._places[name][1], len(header) + offsets[name], spec.nbytes)
+            _move_down(path, self.places[name][1], len(header) + offsets[name], spec.nbytes)
             size += spec.nbytes
-        _write_at(path, 0, memoryview(header))
+        write_at(path, 0, memoryview(header))
         os.truncate(path, size)
 
     def _index(self) -> str:
@@ -195,21 +162,5 @@ def _move_down(path: Path, source: int, target: int, count: int) -> None:
             piece = os.pread(file.fileno(), min(_CHUNK_BYTES, count - done), source + done)
             if not piece:
                 raise QexportError("a shard has become shorter while it was written", where=str(path))
-            _write_fully(file.fileno(), target + done, memoryview(piece))
+            write_fully(file.fileno(), target + done, memoryview(piece))
             done += len(piece)
-
-
-def _write_at(path: Path, offset: int, content: memoryview) -> None:
-    """Writes all of it, into a new file where there is none."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
-    try:
-        _write_fully(descriptor, offset, content)
-    finally:
-        os.close(descriptor)
-
-
-def _write_fully(descriptor: int, offset: int, content: memoryview) -> None:
-    """Writes all of it; one call of the system takes at most 2 GiB."""
-    while content:
-        written = os.pwrite(descriptor, content, offset)
-        content, offset = content[written:], offset + written

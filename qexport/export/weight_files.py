@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,8 +14,11 @@ import torch
 
 from qexport.artifact.file_digests import FileDigests
 from qexport.errors import CompatibilityError, listed
+from qexport.export import readback
 from qexport.export.encodings import Encoding
 from qexport.export.shards import ShardWriter
+from qexport.export.tensor_writer import TensorWriter
+from qexport.export.written_weights import WrittenWeights
 from qexport.tensors import Outputs, TensorRecord, TensorSpec
 
 
@@ -80,33 +81,13 @@ class WeightFiles:
         """Starts the files in an existing, empty folder."""
         return WeightWriter(self, folder)
 
+    def container(self, folder: Path) -> TensorWriter:
+        """What the tensors are put into: shards of safetensors."""
+        return ShardWriter(folder, self.specs, self.max_shard_size)
 
-@dataclass(frozen=True)
-class WrittenWeights:
-    """What lies in a folder after `WeightWriter.finish`.
-
-    Attributes:
-        specs: every tensor.
-        digests: the hex SHA-256 of each tensor's bytes.
-        files: the hex SHA-256 of each file, by its name; see `FileDigests`.
-    """
-
-    specs: Mapping[str, TensorSpec]
-    digests: Mapping[str, str]
-    files: Mapping[str, str]
-
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(spec.nbytes for spec in self.specs.values())
-
-    def link_into(self, source: Path, target: Path) -> None:
-        """Puts the same files into another folder: as hard links where the file system can, else as copies."""
-        for name in self.files:
-            try:
-                os.link(source / name, target / name)
-            except OSError:
-                shutil.copyfile(source / name, target / name)
+    def read_back(self, folder: Path, written: WrittenWeights, *, checked: Path | None = None) -> None:
+        """Compares what lies on the disk with what was computed; see `readback.check`."""
+        readback.check(folder, written, checked=checked)
 
 
 class WeightWriter:
@@ -116,8 +97,7 @@ class WeightWriter:
     """
 
     def __init__(self, files: WeightFiles, folder: Path) -> None:
-        self._files, self._folder = files, folder
-        self._shards = ShardWriter(folder, files.specs, files.max_shard_size)
+        self._encoding, self._folder, self._container = files.encoding, folder, files.container(folder)
         self._thread = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
 
@@ -128,10 +108,10 @@ class WeightWriter:
             QexportError: it was not planned so, or was written before.
             OSError: the disk is full or failed.
         """
-        tensors = self._files.encoding.tensors(record)
+        tensors = self._encoding.tensors(record)
         self._wait()
         for name, tensor in tensors.items():
-            self._shards.check(name, tensor)
+            self._container.check(name, tensor)
         self._pending = self._thread.submit(self._put, tensors)
 
     def finish(self) -> WrittenWeights:
@@ -142,8 +122,8 @@ class WeightWriter:
             OSError: the disk is full or failed.
         """
         self._wait()
-        names = self._shards.finish()
-        return WrittenWeights(self._shards.written, self._shards.digests, FileDigests(self._folder, names, {}))
+        names = self._container.finish()
+        return WrittenWeights(self._container.written, self._container.digests, FileDigests(self._folder, names, {}))
 
     def __enter__(self) -> WeightWriter:
         return self
@@ -161,4 +141,4 @@ class WeightWriter:
 
     def _put(self, tensors: Mapping[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items():
-            self._shards.write(name, tensor)
+            self._container.write(name, tensor)

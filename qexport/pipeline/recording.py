@@ -15,7 +15,7 @@ from qexport.artifact.folder import digest_files
 from qexport.artifact.manifest import CalibrationRecord, LayerRecord, Manifest, Sizes
 from qexport.artifact.report import Report
 from qexport.export.layout import Layout
-from qexport.export.weight_files import WrittenWeights
+from qexport.export.written_weights import WrittenWeights
 from qexport.pipeline.planning import Plan
 from qexport.pipeline.reporting import source_record, verification_of
 from qexport.tensors import (

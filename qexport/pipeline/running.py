@@ -17,8 +17,7 @@ from qexport.artifact.manifest import REPORT_FOLDER, Manifest
 from qexport.artifact.publish import Publication, check_output
 from qexport.artifact.report import Report
 from qexport.errors import RecipeError
-from qexport.export import readback
-from qexport.export.weight_files import WrittenWeights
+from qexport.export.written_weights import WrittenWeights
 from qexport.pipeline.judging import refuse_unmeasurable, refuse_unproven_merge
 from qexport.pipeline.opened import Opened, open_folder
 from qexport.pipeline.planning import Plan, plan
@@ -191,7 +190,8 @@ def _check(
     for group in planned.distinct:
         members = [record for record in records if record.layout in group]
         for record in members:
-            readback.check(record.folder, record.written, checked=None if record is members[0] else members[0].folder)
+            weights, checked = record.layout.weights, None if record is members[0] else members[0].folder
+            weights.read_back(record.folder, record.written, checked=checked)
             record.layout.check(record.folder)
             check_headers(planned.merged.checkpoint, record.folder)
         if reference is not None:

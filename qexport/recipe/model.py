@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, model_validator
 
-from qexport.export.settings import ExportSettings
+from qexport.export.settings import ExportSettings, OnnxSettings
 from qexport.loading.settings import LoadSettings
 from qexport.merge.settings import MergeSettings
 from qexport.quantize.settings import GptqSettings, QuantizeSettings
@@ -48,6 +48,15 @@ class Recipe(Settings):
 
     output: str | None = None
     """The artifact's folder. `--output` on the command line replaces it."""
+
+    @model_validator(mode="after")
+    def _shared_weights_are_there(self) -> Recipe:
+        if "safetensors" not in {each.layout for each in self.export}:
+            for index, each in enumerate(self.export):
+                if isinstance(each, OnnxSettings) and each.share_weights:
+                    message = "there is nothing to share: add the layout safetensors, or leave share_weights out"
+                    raise combination({f"export.{index}.share_weights": message})
+        return self
 
     @model_validator(mode="after")
     def _held_out_text_is_not_the_calibration_text(self) -> Recipe:

@@ -1,0 +1,109 @@
+"""Writing tensors straight to their places in files, in whatever order they come."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from qexport.artifact.digest import sha256_bytes, tensor_bytes
+from qexport.errors import QexportError
+from qexport.tensors import TensorSpec
+
+
+class TensorWriter(Protocol):
+    """The files of one kind of container."""
+
+    digests: dict[str, str]
+    written: dict[str, TensorSpec]
+
+    def check(self, name: str, tensor: torch.Tensor) -> None:
+        """Holds a tensor against the plan."""
+        ...
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Puts one tensor into its place."""
+        ...
+
+    def finish(self) -> tuple[str, ...]:
+        """Completes the files, and returns their names."""
+        ...
+
+
+class PlacedTensors:
+    """Writes each planned tensor exactly once, to a place that is known before.
+
+    Args:
+        specs: every tensor that will come.
+        places: for each its file and its offset there.
+
+    Attributes:
+        digests: the hex SHA-256 of each tensor's bytes, as far as written.
+        written: what has come in each tensor's place, as far as written.
+    """
+
+    def __init__(self, specs: Mapping[str, TensorSpec], places: Mapping[str, tuple[Path, int]]) -> None:
+        self.digests: dict[str, str] = {}
+        self.written: dict[str, TensorSpec] = {}
+        self.places = places
+        self._specs = specs
+
+    def check(self, name: str, tensor: torch.Tensor) -> None:
+        """Holds a tensor against the plan.
+
+        Raises:
+            QexportError: the tensor was not planned so, or was written before.
+        """
+        found = TensorSpec(tuple(tensor.shape), tensor.dtype)
+        if name not in self._specs:
+            raise QexportError("a tensor that was not planned has reached the export", where=name)
+        if not self._specs[name].admits(found):
+            raise QexportError(f"a tensor is {found} where {self._specs[name]} was planned", where=name)
+        if name in self.digests:
+            raise QexportError("a tensor has reached the export twice", where=name)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Puts one tensor into its place.
+
+        Args:
+            name: one of the planned names.
+            tensor: on the CPU, with the planned shape and dtype.
+
+        Raises:
+            QexportError: see `check`.
+            OSError: the disk is full or failed.
+        """
+        self.check(name, tensor)
+        content = tensor_bytes(tensor)
+        write_at(*self.places[name], content)
+        self.digests[name] = sha256_bytes(content)
+        self.written[name] = TensorSpec(tuple(tensor.shape), tensor.dtype)
+
+    def refuse_missing(self) -> None:
+        """Asks for every planned tensor.
+
+        Raises:
+            QexportError: one never came.
+        """
+        missing = [name for name in self._specs if name not in self.digests]
+        if missing:
+            raise QexportError(f"{len(missing)} tensors never reached the export", where=", ".join(missing[:5]))
+
+
+def write_at(path: Path, offset: int, content: memoryview) -> None:
+    """Writes all of it, into a new file where there is none."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+    try:
+        write_fully(descriptor, offset, content)
+    finally:
+        os.close(descriptor)
+
+
+def write_fully(descriptor: int, offset: int, content: memoryview) -> None:
+    """Writes all of it; one call of the system takes at most 2 GiB."""
+    while content:
+        written = os.pwrite(descriptor, content, offset)
+        content, offset = content[written:], offset + written

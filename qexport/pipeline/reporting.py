@@ -73,7 +73,7 @@ def make_report(
         tasks=measured.tasks,
         layers=list(described.layers),
         notes=[*described.notes, *measured.notes],
-        readers=[f"qexport {version('qexport')}"],
+        readers=measured.readers,
         unconfirmed=[*(f"loading with {reader}" for reader in described.unread), *measured.unconfirmed],
         environment=describe_environment(given.device),
         command=described.command,

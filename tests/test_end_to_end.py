@@ -389,11 +389,11 @@ def test_the_artifact_is_split_into_shards_of_the_size_asked_for(tmp_path: Path)
 def test_codes_on_the_disk_are_those_that_were_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A layout that wrote other codes than it was given is caught by reading back."""
     prepare(tmp_path, factories.llama_config(), ["q_proj"])
-    from qexport.export import shards
+    from qexport.export import tensor_writer
 
-    honest = shards._write_at
+    honest = tensor_writer.write_at
     monkeypatch.setattr(
-        shards, "_write_at", lambda path, at, content: honest(path, at, flipped(content) if at else content)
+        tensor_writer, "write_at", lambda path, at, content: honest(path, at, flipped(content) if at else content)
     )
     with pytest.raises(QexportError, match="bytes on the disk"):
         finish(tmp_path)

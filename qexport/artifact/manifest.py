@@ -89,6 +89,24 @@ class Sizes(Record):
     """8 * total_bytes / parameters: scales, zero points and the layers left at 16 bits included."""
 
 
+class GraphRecord(Record):
+    """The graph of the layout onnx."""
+
+    ir_version: int
+
+    opsets: dict[str, int]
+    """The version of each domain's operators; an empty name stands for ONNX's own."""
+
+    minimum_onnxruntime: str
+    """The oldest ONNX Runtime that runs such graphs. Which providers have computed is in `verification.readers`."""
+
+    activations: Literal["float32", "float16"]
+    attention: Literal["plain", "fused"]
+
+    accuracy_level: int
+    """Of MatMulNBits; 4 lets ONNX Runtime round activations to 8 bits."""
+
+
 class Verification(Record):
     """The artifact, read back from disk, held against the merged reference: the report's main points."""
 
@@ -151,6 +169,9 @@ class Manifest(Record):
 
     quantization: dict[str, Any] | None
     """The artifact's `quantization_config`; None where it holds 16-bit weights."""
+
+    graph: GraphRecord | None = None
+    """What runs the layout onnx; None for the others."""
 
     layers: list[LayerRecord]
     sizes: Sizes

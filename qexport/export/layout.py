@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from qexport.artifact.manifest import GraphRecord
 from qexport.export.weight_files import WeightFiles
 from qexport.tensors import Checkpoint
 
@@ -36,6 +37,19 @@ class Layout(Protocol):
     @property
     def notes(self) -> Sequence[str]:
         """What a user of this folder should know."""
+        ...
+
+    @property
+    def graph(self) -> GraphRecord | None:
+        """What the manifest says of a graph in the folder; None where there is none."""
+        ...
+
+    def prepare(self) -> None:
+        """Does, before anything is quantized, what needs no weights and may fail.
+
+        Raises:
+            CompatibilityError: the model cannot be laid out so.
+        """
         ...
 
     def write_files(self, folder: Path, checkpoint: Checkpoint) -> None:

@@ -30,6 +30,7 @@ class SafetensorsLayout:
     """
 
     name = "safetensors"
+    graph = None
 
     def __init__(self, settings: SafetensorsSettings, outputs: Outputs, structure: Structure) -> None:
         self._outputs, self._structure = outputs, structure
@@ -55,6 +56,9 @@ class SafetensorsLayout:
     def _folder(self) -> Folder:
         shapes = {module: spec.shape for module, spec in self._outputs.quantized.items()}
         return Folder(self.quantization, shapes, self._structure.model_type, self._structure.head, self.name)
+
+    def prepare(self) -> None:
+        """There is nothing that could fail late."""
 
     def write_files(self, folder: Path, checkpoint: Checkpoint) -> None:
         """Writes config, tokenizer and model card.

@@ -59,16 +59,16 @@ class OnnxSettings(_Shards):
     """What the graph computes in. Weights keep the dtype of the merge, and are cast where it is another."""
 
     accuracy_level: Literal[0, 1, 2, 3, 4] = 0
-    """Of the products with GPTQ and LLM.int8 codes: 0 keeps the activations as they are, 4 lets ONNX Runtime round them to 8 bits,
-    which is faster and no longer exact."""
+    """Of the products with GPTQ and LLM.int8 codes: 0 keeps the activations as they are, 4 lets ONNX Runtime round them
+    to 8 bits, which is faster and no longer exact."""
 
     attention: Literal["plain", "fused"] = "plain"
-    """`plain` is made of ONNX's operators; `fused` takes ONNX Runtime's GroupQueryAttention and RotaryEmbedding, which are
-    faster, and take more than one new token with a past for a batch of one only."""
+    """`plain` is made of ONNX's operators; `fused` takes ONNX Runtime's GroupQueryAttention and RotaryEmbedding, which
+    are faster, and take more than one new token with a past for a batch of one only."""
 
     share_weights: bool = False
-    """Tensors that the layout `safetensors` of the same recipe has in the same bytes are not written again: its files are
-    linked into the folder, and the graph points into them."""
+    """Tensors that the layout `safetensors` of the same recipe has in the same bytes are not written again: its files
+    are linked into the folder, and the graph points into them."""
 
 
 ExportSettings = Annotated[

@@ -51,6 +51,11 @@ class WeightFiles:
         return sum(spec.nbytes for spec in self.specs.values())
 
     @property
+    def shared_bytes(self) -> int:
+        """Bytes of tensors that lie in another layout's files."""
+        return 0
+
+    @property
     def parameters(self) -> int:
         """Parameters of the model, each quantized weight counted once."""
         return sum(prod(spec.shape) for spec in self.outputs.specs.values())

@@ -33,7 +33,12 @@ class WrittenWeights:
     def link_into(self, source: Path, target: Path) -> None:
         """Puts the same files into another folder: as hard links where the file system can, else as copies."""
         for name in self.files:
-            try:
-                os.link(source / name, target / name)
-            except OSError:
-                shutil.copyfile(source / name, target / name)
+            link_or_copy(source / name, target / name)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """The same file under a second path: a hard link where the file system can, else a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

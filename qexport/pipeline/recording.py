@@ -64,7 +64,8 @@ def make_manifest(
 ) -> Manifest:
     """Says what lies in the folder, what it was made from, and how it compares with its reference."""
     recipe, checkpoint, adapter = planned.recipe.portable(), planned.merged.checkpoint, planned.merged.adapter
-    layout, total_bytes = record.layout, record.written.total_bytes
+    layout = record.layout
+    total_bytes = record.written.total_bytes + layout.weights.shared_bytes
     parameters = layout.weights.parameters
     return Manifest(
         schema_version=2,
@@ -79,6 +80,7 @@ def make_manifest(
         calibration=_calibration(calibration) if calibration else None,
         tokenizer={name: sha256_bytes(content) for name, content in sorted(checkpoint.files.items())},
         quantization=dict(layout.quantization) if layout.quantization else None,
+        graph=layout.graph,
         layers=list(record.layers),
         sizes=Sizes(parameters=parameters, total_bytes=total_bytes, bits_per_weight=8 * total_bytes / parameters),
         files=digest_files(record.folder, record.written.files),

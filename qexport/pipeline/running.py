@@ -88,6 +88,8 @@ def run(
     output, where = _output(recipe, force=force), find_device(device)
     planned = plan(recipe, report=report)
     ensure_space(output, planned.total_bytes)
+    for layout in planned.layouts:
+        layout.prepare()
     texts = read_texts(recipe, planned.merged.checkpoint, planned.structure, report=report)
     with Publication(output, force=force) as publication:
         with taken_meanwhile(planned.merged.checkpoint.origin.sha256):

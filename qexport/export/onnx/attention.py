@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import onnx_ir as ir
@@ -116,7 +116,7 @@ class FusedAttention:
         emit = self._emit
         states, cos, sin = (_given(found) for found in node.inputs)
         heads, channels, rotated = _size(states, 1), _size(states, 3), _size(cos, 2)
-        attributes = dict(num_heads=heads, rotary_embedding_dim=rotated) if rotated < channels else {}
+        attributes: dict[str, Any] = {"num_heads": heads, "rotary_embedding_dim": rotated} if rotated < channels else {}
         return emit.one(
             "RotaryEmbedding", states, self._rows(), self._table(cos), self._table(sin), domain=MICROSOFT, **attributes
         )
@@ -174,7 +174,7 @@ class AdditiveMasks:
         self._zero = np.array(0, dtype=dtype)
 
     def additive(self, mask: ir.Value) -> ir.Value:
-        """The mask as numbers in the dtype of the scores; one that holds numbers already, as far as they are in range."""
+        """The mask as numbers in the dtype of the scores; numbers stay what they are, as far as they are in range."""
         if mask not in self._made:
             emit, lowest = self._emit, self._emit.constant(self._lowest)
             if mask.dtype == ir.DataType.BOOL:

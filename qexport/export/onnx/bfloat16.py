@@ -24,7 +24,7 @@ _MOVING: Final = {
 
 
 def compute_in_float32(graph: ir.Graph) -> None:
-    """Lets each operator that computes in bfloat16 compute in float32 and round once, as torch does (Falcon's ALiBi)."""
+    """Lets operators that compute in bfloat16 compute in float32 and round once, as torch does (Falcon's ALiBi)."""
     emit = Emitter(graph)
     for node in list(graph):
         if node.op_type in _MOVING or all(value.dtype != ir.DataType.BFLOAT16 for value in node.outputs):

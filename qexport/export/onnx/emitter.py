@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import onnx_ir as ir
 
 MICROSOFT: Final = "com.microsoft"
-
-Attribute = int | float | str | Sequence[int] | ir.Graph
 
 
 class Emitter:
@@ -35,7 +33,7 @@ class Emitter:
         domain: str = "",
         name: str | None = None,
         outputs: int = 1,
-        **attributes: Attribute,
+        **attributes: Any,
     ) -> tuple[ir.Value, ...]:
         """A node, and its outputs."""
         assert self.before is not None
@@ -49,7 +47,7 @@ class Emitter:
         *inputs: ir.Value | None,
         domain: str = "",
         name: str | None = None,
-        **attributes: Attribute,
+        **attributes: Any,
     ) -> ir.Value:
         """A node with one output."""
         (output,) = self(op_type, *inputs, domain=domain, name=name, **attributes)

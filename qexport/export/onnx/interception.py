@@ -133,7 +133,7 @@ def _chunk_scan(
 
 
 def _each_head(states: Tensor, heads: int) -> Tensor:
-    """[batch, sequence, groups, state_size] -> [batch, sequence, heads, state_size]; the heads of a group are together."""
+    """[batch, sequence, groups, state_size] -> [batch, sequence, heads, state_size]; a group's heads are together."""
     batch, sequence, groups, size = states.shape
     widened = states.float()[:, :, :, None].expand(batch, sequence, groups, heads // groups, size)
     return widened.reshape(batch, sequence, heads, size)

@@ -72,7 +72,7 @@ class Linears:
         return self._matmul_nbits(inputs, module, spec, spec.bits, zeros)
 
     def _in_float32(self, inputs: ir.Value, module: str, spec: BlockQuantizedSpec | RowQuantizedSpec) -> ir.Value:
-        """Their scales are float32, which the operators ask of the inputs too; float16 scales would be other weights."""
+        """Their scales are float32, and the operators want inputs alike; float16 scales would be other weights."""
         narrow = self._activations != ir.DataType.FLOAT
         if narrow:
             inputs = self._emit.one("Cast", inputs, to=ir.DataType.FLOAT)
@@ -120,7 +120,7 @@ class Linears:
         )
 
     def _matmul_integer(self, inputs: ir.Value, module: str) -> ir.Value:
-        """W8A8: each token's inputs are rounded to 127ths of their largest magnitude, as the servers of compressed-tensors do.
+        """W8A8: each token's inputs are rounded to 127ths of their largest magnitude, as compressed-tensors does it.
 
         Both sides are stored without a sign around 128: with signed weights, kernels of processors without VNNI
         instructions saturate the sums of two products.

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import Final, Literal
 
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import common
 
-from qexport.errors import CompatibilityError
+from qexport.errors import CompatibilityError, listed
 from qexport.export.onnx.attention import FusedAttention, PlainAttention
 from qexport.export.onnx.emitter import MICROSOFT, Emitter
 from qexport.export.onnx.linears import Linears
 from qexport.export.onnx.placeholders import DOMAIN
 from qexport.export.onnx.scan import selective_scan
 from qexport.export.onnx.tracing import Trace
-from qexport.export.onnx.weights import DTYPES, Place, Weights
+from qexport.export.onnx.weights import DTYPES, Weights
 from qexport.tensors import Outputs, TensorSpec
 
-_ATTENTION: Final = {"plain": PlainAttention, "fused": FusedAttention}
+_ATTENTION: Final[Mapping[str, type[PlainAttention] | type[FusedAttention]]] = {
+    "plain": PlainAttention,
+    "fused": FusedAttention,
+}
 
 
 def lower(
     trace: Trace,
     outputs: Outputs,
-    places: Mapping[str, Place],
+    specs: Mapping[str, TensorSpec],
     *,
     activations: torch.dtype,
     attention: Literal["plain", "fused"],
@@ -36,18 +40,21 @@ def lower(
     Args:
         trace: from `trace`, with the same activations.
         outputs: how each weight is quantized.
-        places: where the tensors lie, by the names that `OnnxInitializers` gives them.
+        specs: every tensor of the files, by the names that `OnnxInitializers` gives them.
         activations: what the graph computes in.
         attention: ONNX's operators, or ONNX Runtime's GroupQueryAttention and RotaryEmbedding.
         accuracy_level: of MatMulNBits.
 
+    Returns:
+        The graph, with initializers that have no place so far; see `put_in_place`.
+
     Raises:
-        CompatibilityError: a quantized weight is used in another way than by a linear layer.
+        CompatibilityError: a quantized weight is used in another way than by a linear layer, or a weight is not used.
     """
     graph, dtype = trace.model.graph, DTYPES[activations]
     parameters = [value for value in graph.inputs if value.name in outputs.specs]
     emit = Emitter(graph)
-    weights = Weights(emit, places, dtype)
+    weights = Weights(emit, specs, dtype)
     linears = Linears(emit, weights, outputs, dtype, accuracy_level)
     attend = _ATTENTION[attention](emit, dtype)
     for node in [node for node in graph if node.domain == DOMAIN]:
@@ -65,6 +72,12 @@ def lower(
         _place(parameter, outputs, weights, emit)
         graph.inputs.remove(parameter)
     _finish(trace.model)
+    if unused := [name for name in specs if name not in graph.initializers]:
+        raise CompatibilityError(
+            "the traced graph does not use these weights",
+            where=f"export: onnx, {listed(unused)}",
+            mend="this family is not supported yet",
+        )
     return trace.model
 
 
@@ -91,15 +104,17 @@ def _place(parameter: ir.Value, outputs: Outputs, weights: Weights, emit: Emitte
             mend="leave this layer dense: add it to `quantize.exclude`",
         )
     for use in uses:
-        emit.before = use.node
-        if use.node.op_type == "Gather" and use.idx == 0:
-            _replace(use.node, [weights.rows(name, use.node.inputs[1], **_axis(use.node))])
+        node, indices = use.node, use.node.inputs[-1]
+        emit.before = node
+        if (
+            node.op_type == "Gather"
+            and use.idx == 0
+            and node.attributes.get_int("axis", 0) == 0
+            and indices is not None
+        ):
+            _replace(node, [weights.rows(name, indices)])
         else:
-            use.node.replace_input_with(use.idx, weights.dense(name))
-
-
-def _axis(node: ir.Node) -> dict[str, int]:
-    return {"axis": node.attributes.get_int("axis", 0)}
+            node.replace_input_with(use.idx, weights.dense(name))
 
 
 def _finish(model: ir.Model) -> None:
@@ -108,8 +123,16 @@ def _finish(model: ir.Model) -> None:
     ends = {*graph.inputs, *graph.outputs, *graph.initializers.values()}
     for value in (value for node in graph for value in node.outputs if value not in ends):
         value.shape = None
-    for change in (common.CommonSubexpressionEliminationPass(), common.RemoveUnusedNodesPass(), common.NameFixPass()):
+    changes = (
+        common.CommonSubexpressionEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        common.NameFixPass(),
+        common.ClearMetadataAndDocStringPass(),  # the tracer notes paths of this machine there
+    )
+    for change in changes:
         change(model)
     graph.sort()
+    graph.name = "model"
     del graph.opset_imports[DOMAIN]
     graph.opset_imports[MICROSOFT] = 1
+    model.producer_name, model.producer_version = "qexport", version("qexport")

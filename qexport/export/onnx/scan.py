@@ -31,8 +31,8 @@ def selective_scan(emit: Emitter, node: ir.Node) -> list[ir.Value]:
 
 
 def _step() -> ir.Graph:
-    """One token: state [batch, heads, head_dim, state_size], inputs [batch, heads, head_dim], decay [batch, heads], keys and
-    queries [batch, heads, state_size].
+    """One token: state [batch, heads, head_dim, state_size], inputs [batch, heads, head_dim], decay [batch, heads],
+    keys and queries [batch, heads, state_size].
     """
     names = ("state", "inputs", "decay", "keys", "queries")
     state, inputs, decay, keys, queries = values = [

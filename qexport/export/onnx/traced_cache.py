@@ -53,9 +53,12 @@ def _layer_tensors(layer: Any) -> list[CacheTensor]:
             f"a layer keeps a {type(layer).__name__}; the onnx layout knows attention, and attention beside mamba",
             where="export: onnx",
         )
-    _, heads, _, head_dim = layer.keys.shape
-    found = [CacheTensor("key", (heads, None, head_dim), layer.keys.dtype)]
-    found.append(CacheTensor("value", (layer.values.shape[1], None, layer.values.shape[3]), layer.values.dtype))
+    assert layer.keys is not None
+    assert layer.values is not None
+    found = [
+        CacheTensor(name, (states.shape[1], None, states.shape[3]), states.dtype)
+        for name, states in (("key", layer.keys), ("value", layer.values))
+    ]
     if isinstance(layer, LinearAttentionLayer):
         found += [
             CacheTensor(name, tuple(states[0].shape[1:]), states[0].dtype)
@@ -82,7 +85,7 @@ class Handover:
         return pending
 
 
-class TracedLayer(LinearAttentionLayer, DynamicLayer):
+class TracedLayer(LinearAttentionLayer, DynamicLayer):  # type: ignore[misc, override] # as in transformers
     """One layer of the cache. Keys and values are joined by the attention's node, so `update` only passes them on."""
 
     def __init__(self, tensors: dict[str, Tensor], handover: Handover) -> None:

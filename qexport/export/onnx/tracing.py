@@ -21,7 +21,10 @@ from qexport.export.onnx.simplifying import simplify
 from qexport.export.onnx.traced_cache import CacheTensor, Handover, TracedCache, cache_tensors
 
 OPSET: Final = 21
-"""Of the operators of ONNX; onnxruntime has it from 1.20 on."""
+"""Of the operators of ONNX."""
+
+MINIMUM_RUNTIME: Final = "1.23"
+"""The oldest ONNX Runtime that was seen to run graphs of every kind."""
 
 _SAMPLE: Final = {"batch": 3, "sequence": 7, "past": 5}
 """None is 0 or 1, which torch.export would take for constants, and no two of them make a third."""
@@ -105,15 +108,13 @@ def _make_fake(model: PreTrainedModel, mode: FakeTensorMode) -> None:
     """Gives parameters, and persistent buffers, shape and dtype on the CPU, and no storage."""
     known: dict[int, Tensor] = {}
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is None or not tensor.is_meta:
-                    continue
-                if id(tensor) not in known:
-                    with mode:
-                        empty = torch.empty(tensor.shape, dtype=tensor.dtype)
-                    known[id(tensor)] = nn.Parameter(empty, False) if tensors is module._parameters else empty
-                tensors[name] = known[id(tensor)]
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if tensor.is_meta and id(tensor) not in known:
+                with mode:
+                    empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+                known[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
+            if tensor.is_meta:
+                setattr(module, name, known[id(tensor)])
 
 
 def _sample(cache: Cache) -> tuple[Any, ...]:
@@ -171,11 +172,13 @@ def _axes(tensor: CacheTensor, tokens: str) -> list[int | str]:
 
 def _last(value: ir.Value) -> int:
     assert value.shape is not None
-    return int(value.shape[-1])
+    size = value.shape[-1]
+    assert isinstance(size, int)
+    return size
 
 
 def _parameters_to_inputs(graph: ir.Graph, naming: Naming) -> None:
-    """So that nobody looks for their values; under their names in files, copies of tied weights under the original's."""
+    """So that nobody looks for their values; named as in files, copies of tied weights as the original."""
     found: dict[str, ir.Value] = {}
     for name, value in list(graph.initializers.items()):
         file_name = naming.files.get(name.removeprefix("model."))

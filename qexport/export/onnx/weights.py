@@ -43,25 +43,21 @@ class Weights:
 
     Args:
         emit: writes the nodes.
-        places: every tensor that there is, by name.
+        specs: every tensor that there is, by name.
         activations: the dtype that dense weights are cast to.
     """
 
-    def __init__(self, emit: Emitter, places: Mapping[str, Place], activations: ir.DataType) -> None:
-        self._emit, self._places, self._activations = emit, places, activations
+    def __init__(self, emit: Emitter, specs: Mapping[str, TensorSpec], activations: ir.DataType) -> None:
+        self._emit, self._specs, self._activations = emit, specs, activations
         self._cast: dict[str, ir.Value] = {}
 
     def stored(self, name: str) -> ir.Value:
-        """The tensor as it lies in the file."""
+        """The tensor as it lies in the file, without a place so far."""
         graph = self._emit.graph
         if name not in graph.initializers:
-            place = self._places[name]
-            dtype, shape = DTYPES[place.spec.dtype], ir.Shape(place.spec.shape)
-            tensor = ir.ExternalTensor(
-                location=place.file, offset=place.offset, length=place.spec.nbytes, dtype=dtype, shape=shape, name=name
-            )
-            value = ir.Value(name=name, const_value=tensor, shape=shape, type=ir.TensorType(dtype))
-            graph.register_initializer(value)
+            spec = self._specs[name]
+            value = ir.Value(name=name, shape=ir.Shape(spec.shape), type=ir.TensorType(DTYPES[spec.dtype]))
+            graph.initializers.add(value)
         return graph.initializers[name]
 
     def dense(self, name: str) -> ir.Value:
@@ -70,10 +66,25 @@ class Weights:
             self._cast[name] = self._in_activations(self.stored(name), name)
         return self._cast[name]
 
-    def rows(self, name: str, indices: ir.Value, **attributes: int) -> ir.Value:
+    def rows(self, name: str, indices: ir.Value) -> ir.Value:
         """Rows of a parameter; only these are cast."""
-        return self._in_activations(self._emit.one("Gather", self.stored(name), indices, **attributes), name)
+        return self._in_activations(self._emit.one("Gather", self.stored(name), indices, axis=0), name)
 
     def _in_activations(self, value: ir.Value, name: str) -> ir.Value:
-        stored = DTYPES[self._places[name].spec.dtype]
+        stored = DTYPES[self._specs[name].dtype]
         return value if stored == self._activations else self._emit.one("Cast", value, to=self._activations)
+
+
+def put_in_place(graph: ir.Graph, places: Mapping[str, Place]) -> None:
+    """Points each initializer to its bytes."""
+    for name, value in graph.initializers.items():
+        if value.const_value is None:
+            place = places[name]
+            value.const_value = ir.ExternalTensor(
+                location=place.file,
+                offset=place.offset,
+                length=place.spec.nbytes,
+                dtype=DTYPES[place.spec.dtype],
+                shape=ir.Shape(place.spec.shape),
+                name=name,
+            )

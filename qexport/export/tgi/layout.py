@@ -49,6 +49,7 @@ class TgiLayout:
     """
 
     name = "tgi"
+    graph = None
     readers = ("TGI 3.3",)
 
     def __init__(self, settings: TgiSettings, outputs: Outputs, structure: Structure, checkpoint: Checkpoint) -> None:
@@ -79,6 +80,9 @@ class TgiLayout:
         working = ", ".join(map(str, self._figures.degrees))
         notes.append(f"TGI can split it into this many shards (NUM_SHARD): {working}")
         return notes
+
+    def prepare(self) -> None:
+        """There is nothing that could fail late."""
 
     def write_files(self, folder: Path, checkpoint: Checkpoint) -> None:
         """Writes configs, tokenizer, model card and launch files.

@@ -39,6 +39,7 @@ class VllmLayout:
     """
 
     name = "vllm"
+    graph = None
     readers = ("vLLM 0.32",)
 
     def __init__(self, settings: VllmSettings, outputs: Outputs, structure: Structure, checkpoint: Checkpoint) -> None:
@@ -63,6 +64,9 @@ class VllmLayout:
             notes.append("vLLM rounds the scales to its dtype; only --dtype float16 reads them as they are")
         working = ", ".join(map(str, self._degrees))
         return [*notes, f"vLLM can split it among this many GPUs (--tensor-parallel-size): {working}"]
+
+    def prepare(self) -> None:
+        """There is nothing that could fail late."""
 
     def write_files(self, folder: Path, checkpoint: Checkpoint) -> None:
         """Writes config, tokenizer, model card and launch files.

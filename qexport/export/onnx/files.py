@@ -1,0 +1,131 @@
+"""The weights of the onnx layout: plain data files, every tensor at the beginning of a page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Final
+
+from qexport.artifact.digest import sha256_bytes, tensor_bytes
+from qexport.errors import QexportError
+from qexport.export.encodings import LeftOut, OnnxInitializers
+from qexport.export.onnx.weights import Place
+from qexport.export.shards import split_by_size
+from qexport.export.tensor_writer import PlacedTensors
+from qexport.export.weight_files import WeightFiles
+from qexport.export.written_weights import WrittenWeights
+from qexport.reading.onnx.external_data import ExternalData
+from qexport.reading.onnx.graph import Graph
+from qexport.tensors import BlockQuantizedSpec, Outputs, TensorSpec
+
+_PAGE: Final = 4096
+"""Runtimes map pages of a file into memory."""
+
+
+@dataclass(frozen=True)
+class OnnxFiles(WeightFiles):
+    """What will be written: initializers without headers, `model.onnx.data` or several files of that kind."""
+
+    @cached_property
+    def places(self) -> Mapping[str, Place]:
+        """Where every tensor will lie."""
+        groups = split_by_size(self.specs, self.max_shard_size)
+        return {
+            name: Place(file, offset, group[name])
+            for file, group in zip(_names(len(groups)), groups, strict=True)
+            for name, offset in _offsets(group).items()
+        }
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of the initializers that lie in the files of the safetensors layout."""
+        if not isinstance(self.encoding, LeftOut):
+            return 0
+        every = OnnxFiles(self.encoding.encoding, self.outputs, self.max_shard_size).specs
+        return sum(every[name].nbytes for name in self.encoding.names)
+
+    def container(self, folder: Path) -> DataWriter:
+        """The files, in an existing folder without such."""
+        return DataWriter(folder, self.specs, self.places)
+
+    def read_back(self, folder: Path, written: WrittenWeights, *, checked: Path | None = None) -> None:
+        """Compares every initializer, where the graph on the disk points to, with what was computed.
+
+        Raises:
+            QexportError: one is missing, of another shape or dtype, or has other bytes.
+        """
+        graph = Graph(folder)
+        for name, spec in written.specs.items():
+            found = graph.initializers.get(name)
+            if found is None or found.spec != spec or not isinstance(found.place, ExternalData):
+                raise QexportError(f"the graph does not hold the {spec} that was written", where=f"model.onnx: {name}")
+            if sha256_bytes(tensor_bytes(graph.read(name))) != written.digests[name]:
+                raise QexportError(
+                    "a tensor's bytes on the disk are not those written",
+                    where=f"{found.place.path.name}: {name}",
+                    mend="check the disk, then run again",
+                )
+
+
+class DataWriter(PlacedTensors):
+    """Writes tensors into the data files of a folder.
+
+    Args:
+        folder: an existing folder without such files.
+        specs: every tensor that will come.
+        places: where each one goes.
+    """
+
+    def __init__(self, folder: Path, specs: Mapping[str, TensorSpec], places: Mapping[str, Place]) -> None:
+        super().__init__(specs, {name: (folder / place.file, place.offset) for name, place in places.items()})
+
+    def finish(self) -> tuple[str, ...]:
+        """The names of all files.
+
+        Raises:
+            QexportError: a planned tensor never came.
+        """
+        self.refuse_missing()
+        return tuple(sorted({path.name for path, _ in self.places.values()}))
+
+
+def shared_names(outputs: Outputs) -> frozenset[str]:
+    """The initializers whose bytes lie in a safetensors artifact under the same name: dense weights, and bitsandbytes'
+    codes of 4 bits with their absmaxes, unless those are quantized too.
+    """
+    names: set[str] = set()
+    for name, spec in outputs.specs.items():
+        if isinstance(spec, TensorSpec):
+            names.add(name)
+        elif isinstance(spec, BlockQuantizedSpec):
+            names |= {name} if spec.double_quant else {name, f"{name}.absmax"}
+    return frozenset(names)
+
+
+def onnx_files(outputs: Outputs, encoding: OnnxInitializers, max_shard_size: int, *, shared: bool) -> OnnxFiles:
+    """The files of the layout.
+
+    Args:
+        outputs: what the pass will yield.
+        encoding: how it is stored.
+        max_shard_size: bytes of tensors in one file.
+        shared: leave out what the safetensors layout has.
+    """
+    kept = LeftOut(encoding, shared_names(outputs)) if shared else encoding
+    return OnnxFiles(kept, outputs, max_shard_size)
+
+
+def _names(count: int) -> list[str]:
+    if count == 1:
+        return ["model.onnx.data"]
+    return [f"model-{number:05d}-of-{count:05d}.onnx.data" for number in range(1, count + 1)]
+
+
+def _offsets(specs: Mapping[str, TensorSpec]) -> dict[str, int]:
+    offsets, end = {}, 0
+    for name, spec in specs.items():
+        offsets[name] = end
+        end += -(-spec.nbytes // _PAGE) * _PAGE
+    return offsets

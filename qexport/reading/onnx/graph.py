@@ -7,8 +7,9 @@ the bodies of loops. The format is that of the ONNX specification (`onnx.proto3`
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -40,6 +41,8 @@ _BODY_LIMIT: Final = 1 << 12
 
 _OUTSIDE: Final = ("EPContext",)
 """Operators that read files of their own."""
+
+_MOST_VALUES: Final = 1 << 48
 
 _DTYPES: Final[Mapping[int, torch.dtype]] = {
     onnx.TensorProto.BOOL: torch.bool,
@@ -160,13 +163,19 @@ class Graph:
 
     def _initializer(self, name: str, tensor: onnx.TensorProto, files: DataFiles) -> Initializer:
         where = self.where(name)
-        if not name or tensor.data_type not in _DTYPES or any(size < 0 for size in tensor.dims):
-            raise InputError("an initializer has no name, an unknown dtype or a negative size", where=where, mend=_MEND)
+        sizes = tensor.dims
+        if not name or tensor.data_type not in _DTYPES or min(sizes, default=0) < 0 or _product(sizes) > _MOST_VALUES:
+            raise InputError("an initializer has no name, an unknown dtype or no shape", where=where, mend=_MEND)
         spec = TensorSpec(tuple(tensor.dims), _DTYPES[tensor.data_type])
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             entries = [(entry.key, entry.value) for entry in tensor.external_data]
             return Initializer(spec, files.place(entries, name, spec, where))
         return Initializer(spec, _content(tensor, spec, where))
+
+
+def _product(sizes: Iterable[int]) -> int:
+    """Of all sizes but 0, since torch cannot make even an empty tensor of giant ones."""
+    return math.prod(size for size in sizes if size)
 
 
 def _parse(path: Path) -> onnx.ModelProto:

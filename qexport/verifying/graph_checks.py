@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from qexport.artifact.report import Check
-from qexport.verifying.padding import STEPS, check_padding, log_likelihoods
+from qexport.verifying.padding import STEPS, check_padding, log_likelihoods, mean_kl
 from qexport.verifying.prompt_batches import batch_prompts
 
 _MOST_KL: Final = 1e-3
@@ -30,7 +30,7 @@ def check_graph(model: PreTrainedModel, input_ids: Tensor) -> list[Check]:
         model: the graph.
         input_ids: int64 [windows, sequence_length], held-out text.
     """
-    longer = input_ids[0, :_TOKENS].tolist()
+    longer = input_ids[0, : min(_TOKENS, max(2, input_ids.shape[1] - STEPS))].tolist()
     shorter = input_ids[-1, : max(1, len(longer) // 3)].tolist()
     return [
         _check("padding", "left padding", _padding(model, shorter, longer)),
@@ -53,5 +53,4 @@ def _decoding(model: PreTrainedModel, ids: Tensor) -> float:
     cached = log_likelihoods(model, ids, torch.ones_like(ids), _SETTINGS)
     full = torch.cat([ids, ids[:, -1:].expand(1, STEPS - 1)], 1)
     logits = model(input_ids=full.to(model.device), use_cache=False, logits_to_keep=STEPS).logits[0]
-    own = logits.log_softmax(-1, dtype=torch.float64)
-    return max(0.0, float((own.exp() * (own - cached)).sum(-1).mean()))
+    return mean_kl(logits.log_softmax(-1, dtype=torch.float64), cached)

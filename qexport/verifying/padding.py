@@ -50,8 +50,13 @@ def check_padding(model: PreTrainedModel, batches: Sequence[PromptBatch], settin
     tried.max_new_tokens, tried.eos_token_id = min(STEPS, settings.max_new_tokens or STEPS), None
     alone = log_likelihoods(model, most.input_ids[:1, most.padded :], most.attention_mask[:1, most.padded :], tried)
     beside = log_likelihoods(model, most.input_ids[[0, -1]], most.attention_mask[[0, -1]], tried)
-    kl = max(0.0, float((alone.exp() * (alone - beside)).sum(-1).mean()))
+    kl = mean_kl(alone, beside)
     return Padding(allowed=kl <= _MOST_KL, kl=kl)
+
+
+def mean_kl(ours: Tensor, theirs: Tensor) -> float:
+    """The mean KL divergence (nats) of log-probabilities [tokens, vocabulary]; NaN where there is one."""
+    return float((ours.exp() * (ours - theirs)).sum(-1).mean().clamp(min=0.0))
 
 
 def log_likelihoods(model: PreTrainedModel, ids: Tensor, mask: Tensor, settings: GenerationConfig) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 from qexport.reading.onnx.stored_weights import Bnb4Matrix, NBitsMatrix, StoredMatrix
@@ -12,16 +13,28 @@ _INTEGER_INPUTS: Final = 4
 """The accuracy level at which the inputs of MatMulNBits are rounded to 8 bits."""
 
 
-def described(matrix: StoredMatrix) -> str:
-    """The operator with its attributes, for a reader."""
+def described(matrices: Iterable[StoredMatrix]) -> str:
+    """Every operator with its attributes, for a reader; `dense` where there is none."""
+    blocks: dict[str, set[int]] = {}
+    for matrix in matrices:
+        blocks.setdefault(_operator(matrix), set()).add(matrix.block_size)
+    told = [f"{name} {_listed(sizes)}" if name.endswith("blocks of") else name for name, sizes in blocks.items()]
+    return "; ".join(sorted(told)) or "dense"
+
+
+def _operator(matrix: StoredMatrix) -> str:
     match matrix:
         case NBitsMatrix():
             rounded = ", inputs rounded to 8 bits" if matrix.accuracy_level == _INTEGER_INPUTS else ""
-            return f"MatMulNBits, {matrix.bits} bits, blocks of {matrix.block_size}{rounded}"
+            return f"MatMulNBits, {matrix.bits} bits{rounded}, blocks of"
         case Bnb4Matrix():
-            return f"MatMulBnb4, {matrix.quant_type.upper()}, blocks of {matrix.block_size}"
+            return f"MatMulBnb4, {matrix.quant_type.upper()}, blocks of"
         case _:
             return f"{matrix.kind}, {matrix.bits} bits"
+
+
+def _listed(sizes: Iterable[int]) -> str:
+    return " and ".join(map(str, sorted(sizes)))
 
 
 def stored_layer(matrix: StoredMatrix) -> StoredLayer:

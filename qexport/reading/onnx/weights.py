@@ -94,8 +94,7 @@ class OnnxWeights:
     @property
     def method(self) -> str:
         """How the weights are stored, for a reader."""
-        kinds = sorted({described(matrix) for matrix in self.quantized.values()})
-        return f"ONNX, {' and '.join(kinds) or 'dense'}"
+        return f"ONNX, {described(self.quantized.values())}"
 
     @property
     def layers(self) -> dict[str, StoredLayer]:

@@ -16,7 +16,7 @@ from qexport.verifying.prompt_batches import PromptBatch
 STEPS: Final = 4
 """The prompt itself, and steps that read what the key-value cache or a recurrent state holds of it."""
 
-_MOST_KL: Final = 0.01
+MOST_KL: Final = 0.01
 """Rounding stays far below (bfloat16 against float32: 0.001 nat), a mask that is not heeded far above (0.4 nat)."""
 
 
@@ -51,7 +51,7 @@ def check_padding(model: PreTrainedModel, batches: Sequence[PromptBatch], settin
     alone = log_likelihoods(model, most.input_ids[:1, most.padded :], most.attention_mask[:1, most.padded :], tried)
     beside = log_likelihoods(model, most.input_ids[[0, -1]], most.attention_mask[[0, -1]], tried)
     kl = mean_kl(alone, beside)
-    return Padding(allowed=kl <= _MOST_KL, kl=kl)
+    return Padding(allowed=kl <= MOST_KL, kl=kl)
 
 
 def mean_kl(ours: Tensor, theirs: Tensor) -> float:

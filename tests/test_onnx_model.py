@@ -136,6 +136,24 @@ def test_without_the_cache_only_logits_are_asked_for(model: OnnxCausalLM, monkey
     assert cache.states == before
 
 
+def test_positions_are_counted_from_each_rows_first_token(model: OnnxCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rotary embeddings would not show it: only differences of positions count in them."""
+    given: list[Tensor] = []
+    run = model.session.run
+
+    def watch(inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
+        given.append(inputs["position_ids"])
+        run(inputs, outputs)
+
+    monkeypatch.setattr(model.session, "run", watch)
+    cache = model(IDS[:, :10], attention_mask=MASK[:, :10]).past_key_values
+    model(IDS[:, 10:], attention_mask=MASK, past_key_values=cache)
+    model(IDS[:, :1], past_key_values=model(IDS).past_key_values)
+    assert given[0].tolist() == [[*range(10)], [0, 0, 0, 0, *range(6)], [0] * 10]
+    assert given[1].tolist() == [[10, 11], [6, 7], [1, 2]]
+    assert given[3].tolist() == [[12], [12], [12]]
+
+
 @torch.no_grad()
 def test_the_last_logits_and_chosen_ones(model: OnnxCausalLM) -> None:
     whole = model(IDS).logits

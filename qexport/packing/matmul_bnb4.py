@@ -1,9 +1,11 @@
 """The initializers of ONNX Runtime's MatMulBnb4: bitsandbytes' 4-bit codes and one absmax a block.
 
-The reference is the operator's description in ONNX Runtime 1.31 (`docs/ContribOperators.md`). Bytes and code books are
-bitsandbytes' own. The operator knows no double quantization, so absmaxes are written as bitsandbytes reads them. It
-computes with `value of the code * absmax` in float32, where bitsandbytes rounds that product to the dtype that was
-quantized.
+The reference is ONNX Runtime 1.31.1. Bytes and code books are bitsandbytes' own. The operator knows no double
+quantization, so absmaxes are written as bitsandbytes reads them. It computes with `value of the code * absmax` in
+float32, where bitsandbytes rounds that product to the dtype that was quantized.
+
+Matrices whose blocks cross rows are refused. Not all kernels take them: CUDA's for single tokens does not
+(`contrib_ops/cuda/quantization/matmul_bnb4.cu`).
 
 Absmaxes are float32 and the operator wants its activations in the same dtype: float16 ones go through Casts.
 """
@@ -27,7 +29,7 @@ def fault(spec: BlockQuantizedSpec) -> str | None:
     if spec.block_size not in BLOCK_SIZES:
         return f"MatMulBnb4 has blocks of 16 to 256 values, not {spec.block_size}"
     if spec.in_features % spec.block_size:
-        return f"block_size {spec.block_size} does not divide {spec.in_features} inputs, as MatMulBnb4 wants it"
+        return f"block_size {spec.block_size} does not divide {spec.in_features} inputs: blocks would cross rows"
     return None
 
 

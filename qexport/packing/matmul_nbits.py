@@ -1,15 +1,15 @@
 """The initializers of ONNX Runtime's MatMulNBits: codes in blocks along the inputs, first code in the lowest bits.
 
-The reference is the operator's description in ONNX Runtime 1.31 (`docs/ContribOperators.md`) and the checks in
-`contrib_ops/cpu/quantization/matmul_nbits_helper.h`. The operator computes with `(code - zero point) * scale`, each
-value rounded once to float32.
+The reference for shapes and bits is ONNX Runtime (`contrib_ops/cpu/quantization/matmul_nbits_helper.h`), for values its
+release 1.31.1: `(code - zero point) * scale`, rounded once to float32.
 
 Scales have the dtype of the node's inputs; the operator refuses any other. A scale that this dtype cannot hold is never
 rounded but refused. The scales of rows are `absmax / 127` in float32, which float16 holds only by chance: their node
 must compute in float32, between two Casts where the activations are float16.
 
-The operator's own input for the group of each column is not used: together with packed zero points, ONNX Runtime gives
-wrong numbers for it. The columns are sorted by group instead, and `order` says which input belongs to each.
+The operator's own input for the group of each column is not used: ONNX Runtime 1.31.1 gives wrong numbers for it with
+packed zero points or 2 bits, and refuses 8. The columns are sorted by group instead, and `order` says which input
+belongs to each.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def block_size(spec: GroupQuantizedSpec | RowQuantizedSpec) -> int:
     """Inputs in a block of the node: its attribute `block_size`.
 
     Several groups are cut into whole blocks. A row with one scale may end in a padded block. Of the sizes left, the one
-    with the fewest bytes is taken: decoding waits for memory, and padded codes are computed with too.
+    with the fewest bytes of codes and float32 scales is taken; ties go to the larger. Timed with 8-bit rows and one
+    token on an AVX2 processor, its best time was within a tenth of that of the fastest size.
 
     Raises:
         CompatibilityError: the codes cannot be stored.

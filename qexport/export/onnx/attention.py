@@ -81,6 +81,7 @@ class FusedAttention:
         self._lengths: tuple[ir.Value, ir.Value] | None = None
         self._row_numbers: ir.Value | None = None
         self._tables: dict[ir.Value, ir.Value] = {}
+        self._tokens: dict[ir.Value, ir.Value] = {}
 
     def attention(self, node: ir.Node) -> list[ir.Value]:
         """The values that replace the outputs of an `Attention`."""
@@ -90,7 +91,7 @@ class FusedAttention:
         last, total = self._sequence_lengths()
         output, keys, values = emit(
             "GroupQueryAttention",
-            *(self._by_token(states, count) for states, count in ((query, heads), (key, shared), (value, shared))),
+            *(self._by_token(states) for states in (query, key, value)),
             past_key,
             past_value,
             last,
@@ -106,20 +107,28 @@ class FusedAttention:
             scale=node.attributes.get_float("scale", 1.0),
             softcap=node.attributes.get_float("softcap", 0.0),
         )
-        output = emit.one("Reshape", output, emit.constant([0, 0, heads, -1]))
-        return [emit.one("Transpose", output, perm=_SWAPPED_HEADS), keys, values]
+        _skip_swapping(node.outputs[0], output)
+        return [self._by_head(output, heads), keys, values]
 
     def rotary(self, node: ir.Node) -> ir.Value:
         """The value that replaces the output of a `Rotary`. Its table has a row for each token of the batch, so that
         every way to scale the angles is the model's own.
         """
-        emit = self._emit
         states, cos, sin = (_given(found) for found in node.inputs)
         heads, channels, rotated = _size(states, 1), _size(states, 3), _size(cos, 2)
-        attributes: dict[str, Any] = {"num_heads": heads, "rotary_embedding_dim": rotated} if rotated < channels else {}
-        return emit.one(
-            "RotaryEmbedding", states, self._rows(), self._table(cos), self._table(sin), domain=MICROSOFT, **attributes
+        turned = self._emit.one(
+            "RotaryEmbedding",
+            self._by_token(states),
+            self._rows(),
+            self._table(cos),
+            self._table(sin),
+            domain=MICROSOFT,
+            num_heads=heads,
+            rotary_embedding_dim=rotated if rotated < channels else 0,
         )
+        by_head = self._by_head(turned, heads)
+        self._tokens[by_head] = turned
+        return by_head
 
     def _table(self, cos_or_sin: ir.Value) -> ir.Value:
         """[batch, sequence, channels] -> [batch * sequence, channels / 2]."""
@@ -150,10 +159,47 @@ class FusedAttention:
             self._lengths = emit.one("Expand", last, batch), emit.one("Squeeze", total)
         return self._lengths
 
-    def _by_token(self, states: ir.Value, heads: int) -> ir.Value:
-        """[batch, heads, sequence, head_dim] -> [batch, sequence, heads * head_dim]."""
-        swapped = self._emit.one("Transpose", states, perm=_SWAPPED_HEADS)
-        return self._emit.one("Reshape", swapped, self._emit.constant([0, 0, heads * _size(states, 3)]))
+    def _by_token(self, states: ir.Value) -> ir.Value:
+        """[batch, heads, sequence, head_dim] -> [batch, sequence, heads * head_dim], which linears and rotations give."""
+        if states in self._tokens:
+            return self._tokens[states]
+        width = _size(states, 1) * _size(states, 3)
+        swapped = _input_of(states, "Transpose")
+        if swapped is None:
+            swapped = self._emit.one("Transpose", states, perm=_SWAPPED_HEADS)
+        elif (joined := _input_of(swapped, "Reshape")) is not None and _is_by_token(joined, width):
+            return joined
+        return self._emit.one("Reshape", swapped, self._emit.constant([0, 0, width]))
+
+    def _by_head(self, states: ir.Value, heads: int) -> ir.Value:
+        """[batch, sequence, heads * head_dim] -> [batch, heads, sequence, head_dim]."""
+        parted = self._emit.one("Reshape", states, self._emit.constant([0, 0, heads, -1]))
+        return self._emit.one("Transpose", parted, perm=_SWAPPED_HEADS)
+
+
+def _skip_swapping(by_head: ir.Value, by_token: ir.Value) -> None:
+    """Where the model itself puts the heads of a token side by side again, it gets what is so already."""
+    width = _size(by_head, 1) * _size(by_head, 3)
+    for swap in [use.node for use in by_head.uses() if _swaps_heads(use.node)]:
+        for join in [use.node for use in swap.outputs[0].uses() if use.node.op_type == "Reshape"]:
+            if _is_by_token(join.outputs[0], width):
+                join.outputs[0].replace_all_uses_with(by_token)
+
+
+def _swaps_heads(node: ir.Node) -> bool:
+    return node.op_type == "Transpose" and list(node.attributes.get_ints("perm", [])) == _SWAPPED_HEADS
+
+
+def _input_of(value: ir.Value, op_type: str) -> ir.Value | None:
+    """The input of the node that gives the value, if that is a Reshape, or a Transpose of heads and tokens."""
+    node = value.producer()
+    if node is None or node.op_type != op_type or (op_type == "Transpose" and not _swaps_heads(node)):
+        return None
+    return node.inputs[0]
+
+
+def _is_by_token(value: ir.Value, width: int) -> bool:
+    return value.shape is not None and len(value.shape) == 3 and value.shape[2] == width
 
 
 class AdditiveMasks:

@@ -1,0 +1,161 @@
+"""ONNX Runtime is the oracle: fed with unit vectors, a node must give back the dequantized matrix, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+from qexport.packing import bitsandbytes_4bit, matmul_bnb4, matmul_integer, matmul_nbits
+from qexport.tensors import GroupQuantized, RowQuantized, RowQuantizedSpec
+from test_packing_gptq import make
+from test_packing_onnx import rows, spec_of
+
+pytest.importorskip("onnxruntime")
+
+from onnx_nodes import OneNode
+
+WHOLE = 10**6
+
+
+def groups_node(layer: GroupQuantized, dtype: torch.dtype = torch.float32) -> OneNode:
+    parts: dict[str, torch.Tensor | None] = {"qweight": None, "scales": None}
+    spec = spec_of(layer)
+    return OneNode(
+        "MatMulNBits",
+        parts | matmul_nbits.pack_groups(layer, dtype),
+        dtype=dtype,
+        K=spec.in_features,
+        N=spec.out_features,
+        bits=layer.bits,
+        block_size=matmul_nbits.block_size(spec),
+        accuracy_level=0,
+    )
+
+
+def rows_node(layer: RowQuantized) -> OneNode:
+    out_features, in_features = layer.codes.shape
+    block = matmul_nbits.block_size(RowQuantizedSpec(out_features, in_features, torch.float32))
+    packed = matmul_nbits.pack_rows(layer, torch.float32)
+    return OneNode(
+        "MatMulNBits",
+        packed,
+        dtype=torch.float32,
+        K=in_features,
+        N=out_features,
+        bits=8,
+        block_size=block,
+        accuracy_level=0,
+    )
+
+
+SHAPES = [(576, 16), (576, 32), (576, 64), (576, 96), (576, 192), (576, 288), (576, 576), (1024, 512)]
+RAGGED = [(568, 568), (600, 600), (24, 24), (7, 7)]
+
+
+@pytest.mark.parametrize(("in_features", "group_size"), SHAPES + RAGGED)
+@pytest.mark.parametrize("desc_act", [False, True])
+@pytest.mark.parametrize("sym", [False, True])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_groups_are_exact(bits: int, sym: bool, desc_act: bool, in_features: int, group_size: int) -> None:
+    for out_features in (13, 40):
+        layer = make(bits, out_features, in_features, group_size, sym=sym, seed=int(desc_act))
+        node, expected = groups_node(layer), layer.dequantize()
+        for at_once in (WHOLE, 16):
+            assert torch.equal(node.matrix(in_features, torch.float32, at_once), expected)
+        units = torch.eye(in_features)[:: in_features // 7]
+        singles = torch.cat([node(unit[None]) for unit in units])
+        assert torch.equal(singles, expected.t()[:: in_features // 7])
+
+
+@pytest.mark.parametrize(("in_features", "group_size"), [(576, 64), (576, 288), (568, 568)])
+@pytest.mark.parametrize("desc_act", [False, True])
+@pytest.mark.parametrize("sym", [False, True])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_groups_are_rounded_once_with_float16_activations(
+    bits: int, sym: bool, desc_act: bool, in_features: int, group_size: int
+) -> None:
+    layer = make(bits, 13, in_features, group_size, sym=sym, seed=int(desc_act))
+    node, expected = groups_node(layer, torch.float16), layer.dequantize(torch.float16)
+    for at_once in (WHOLE, 16):
+        assert torch.equal(node.matrix(in_features, torch.float16, at_once), expected)
+    assert torch.equal(node(torch.eye(in_features).half()[5:6])[0], expected[:, 5])
+
+
+@pytest.mark.parametrize("in_features", [16, 31, 568, 576, 600, 1024])
+@pytest.mark.parametrize("out_features", [3, 13, 40])
+def test_rows_are_exact(in_features: int, out_features: int) -> None:
+    layer = rows(out_features, in_features)
+    node, expected = rows_node(layer), layer.dequantize()
+    for at_once in (WHOLE, 16):
+        assert torch.equal(node.matrix(in_features, torch.float32, at_once), expected)
+    assert torch.equal(node(torch.eye(in_features)[5:6])[0], expected[:, 5])
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_products_with_any_activations_are_those_of_float32_sums(bits: int, tokens: int) -> None:
+    """Unit vectors show the matrix, not what becomes of sums. The bound is that of a sum in any order."""
+    layer = make(bits, 13, 568, 568, seed=1)
+    torch.manual_seed(0)
+    x, weight = torch.randn(tokens, 568), layer.dequantize().double()
+    bound = (568 + 2) * 2**-24 * (x.double().abs() @ weight.abs().t())
+    assert bool(((groups_node(layer)(x) - x.double() @ weight.t()).abs() <= bound).all())
+
+
+@pytest.mark.parametrize(
+    ("quant_type", "block_size", "shape"),
+    [
+        ("nf4", 64, (13, 576)),
+        ("fp4", 64, (13, 576)),
+        ("nf4", 32, (3, 96)),
+        ("fp4", 128, (40, 640)),
+        ("nf4", 256, (1, 256)),
+    ],
+)
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_blocks_are_those_of_bitsandbytes(
+    quant_type: str, block_size: int, shape: tuple[int, int], double_quant: bool
+) -> None:
+    torch.manual_seed(0)
+    codes, state = quantize_4bit(
+        torch.randn(shape), blocksize=block_size, compress_statistics=double_quant, quant_type=quant_type
+    )
+    stored = {"weight": codes} | {f"weight.{name}": part for name, part in state.as_dict(packed=True).items()}
+    quantized = bitsandbytes_4bit.unpack(stored)
+    packed = {name.replace(".", "_"): part for name, part in matmul_bnb4.pack(quantized).items()}
+    assert matmul_bnb4.fault(quantized.spec) is None
+    node = OneNode(
+        "MatMulBnb4",
+        packed,
+        dtype=torch.float32,
+        K=shape[1],
+        N=shape[0],
+        block_size=block_size,
+        quant_type=int(quant_type == "nf4"),
+    )
+    with torch.compiler.set_stance("force_eager"):
+        expected = dequantize_4bit(codes, state).reshape(shape)
+    for at_once in (WHOLE, 16, 1):
+        assert torch.equal(node.matrix(shape[1], torch.float32, at_once), expected)
+    assert torch.equal(expected, bitsandbytes_4bit.dequantize(quantized))
+
+
+def integer_node(layer: RowQuantized) -> OneNode:
+    zero = torch.tensor(matmul_integer.ZERO_POINT, dtype=torch.uint8)
+    parts = {"qweight": matmul_integer.pack(layer)["qweight"], "x_zero": zero, "zero": zero}
+    return OneNode("MatMulInteger", parts, dtype=torch.uint8, result=torch.int32, domain="")
+
+
+@pytest.mark.parametrize(("out_features", "in_features"), [(13, 568), (40, 576), (300, 4544), (3, 31)])
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_integer_sums_are_exact_at_the_extremes(tokens: int, out_features: int, in_features: int) -> None:
+    """Kernels that add pairs of products in 16 bits would saturate."""
+    generator = torch.Generator().manual_seed(0)
+    ones = torch.ones(out_features, in_features, dtype=torch.int8)
+    signs = torch.randint(0, 2, ones.shape, generator=generator, dtype=torch.int8) * 2 - 1
+    for codes in (127 * ones, -127 * ones, 127 * signs, rows(out_features, in_features).codes):
+        node = integer_node(RowQuantized(codes, torch.ones(out_features)))
+        for token in (127 * ones[:1], -127 * ones[:1], 127 * signs[:1], -128 * ones[:1]):
+            x = token.to(torch.int64).expand(tokens, -1).contiguous()
+            assert torch.equal(node((x + 128).to(torch.uint8)), (x @ codes.to(torch.int64).t()).to(torch.int32))

@@ -24,7 +24,6 @@ from qexport.verifying.speed import (
     compare_speed,
     measure_speed,
     median_interval,
-    resident_bytes,
 )
 from quantized_models import QuantizedModel
 
@@ -116,7 +115,7 @@ def test_learned_positions_are_not_passed(tmp_path: Path) -> None:
 
 def test_what_two_names_share_is_in_memory_once() -> None:
     tied, apart = (factories.build(factories.llama_config(tie_word_embeddings=tie)) for tie in (True, False))
-    assert resident_bytes(apart) - resident_bytes(tied) == factories.VOCABULARY * 64 * 2
+    assert apart.get_memory_footprint() - tied.get_memory_footprint() == factories.VOCABULARY * 64 * 2
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "falcon rw", "falcon h1", "gpt-neox", "gpt-2", "mixtral"])

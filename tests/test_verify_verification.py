@@ -27,6 +27,7 @@ from qexport.text.documents import Documents
 from qexport.text.held_out import HeldOut, make_held_out
 from qexport.text.prompts import Prompt, PromptSet, encode_prompts
 from qexport.verifying.divergence import compare
+from qexport.verifying.predictors import predictors
 from qexport.verifying.preparation import Preparation
 from qexport.verifying.settings import VerifySettings
 from qexport.verifying.verification import Given, Measurement, check_config, check_headers, verify
@@ -260,7 +261,8 @@ def test_the_models_take_turns_block_by_block_and_each_block_is_read_once(monkey
     batches, drift = lockstep.run_in_lockstep((ours, theirs), held_out().input_ids, finished)
     assert left == [0, 0, 0]
     assert drift == [0.0, 0.0, 0.0]
-    (figures,) = compare((ours, theirs), batches, [(0, 1)], held_out().input_ids, counts.append)
+    with predictors((ours, theirs), batches) as models:
+        (figures,) = compare(models, [(0, 1)], held_out().input_ids, counts.append)
     assert counts == [2, 4, 6, 7]
     assert figures.kl.shape == (7, 31)
     assert all(parameter.is_meta for parameter in ours._model.parameters())
@@ -277,7 +279,8 @@ def test_a_tied_head_or_norm_of_the_artifacts_own_is_used(name: str) -> None:
     )
     (batches, _), _ = lockstep.run_in_lockstep((ours, ours), held_out().input_ids, lambda _: None)
     theirs.embed(held_out().input_ids[:1], 1)
-    (figures,) = compare((ours, theirs), (batches, batches), [(0, 1)], held_out().input_ids, lambda _: None)
+    with predictors((ours, theirs), (batches, batches)) as models:
+        (figures,) = compare(models, [(0, 1)], held_out().input_ids, lambda _: None)
     assert float(figures.kl.mean()) > 1e-4
 
 
@@ -290,7 +293,8 @@ def test_a_head_that_another_config_changes_is_not_taken_for_the_references() ->
     )
     (batches, _), _ = lockstep.run_in_lockstep((ours, ours), held_out().input_ids, lambda _: None)
     theirs.embed(held_out().input_ids[:1], 1)
-    (figures,) = compare((ours, theirs), (batches, batches), [(0, 1)], held_out().input_ids, lambda _: None)
+    with predictors((ours, theirs), (batches, batches)) as models:
+        (figures,) = compare(models, [(0, 1)], held_out().input_ids, lambda _: None)
     assert float(figures.kl.mean()) > 1e-4
 
 

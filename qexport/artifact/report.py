@@ -56,7 +56,7 @@ class Check(Record):
     """A check without statistics."""
 
     gate: str
-    """The gate that it belongs to: `config` or `tokenizer`."""
+    """The gate that it belongs to: `config`, `tokenizer` or `graph`."""
 
     name: str
 

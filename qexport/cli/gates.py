@@ -17,6 +17,7 @@ _MEND_OF_LIMITS: Final = "try more bits or a smaller group_size, or loosen the l
 _MEND: Final = {
     "config": "bring config.json to what the reference's says",
     "tokenizer": "take the tokenizer's files from the base",
+    "graph": "export the model again: this graph does not heed its attention mask or its cache",
     "merge": "check that the adapter was made for this base",
     "adapter": "check that the artifact was made with this adapter",
     "better_than_rtn": "calibrate with more or other text, or check that this reference is the artifact's",

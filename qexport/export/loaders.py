@@ -24,6 +24,7 @@ class Folder:
         model_type: the family.
         head: the path of the output head.
         layout: the layout's name; None for a folder of another maker.
+        graph: whether its model is an ONNX graph.
     """
 
     quantization: Mapping[str, Any] | None
@@ -31,6 +32,7 @@ class Folder:
     model_type: str
     head: str
     layout: str | None
+    graph: bool = False
 
     def says(self, **values: Any) -> bool:
         """Whether the `quantization_config` has these values."""
@@ -40,7 +42,9 @@ class Folder:
 
     @property
     def method(self) -> str:
-        """Its `quant_method`, `dense` where nothing is quantized."""
+        """Its `quant_method`, `dense` where nothing is quantized, `onnx` for a graph."""
+        if self.graph:
+            return "onnx"
         return "dense" if self.quantization is None else str(self.quantization["quant_method"])
 
     @property
@@ -79,6 +83,7 @@ class _Row:
 TRANSFORMERS: Final = "transformers"
 GPTQMODEL: Final = "gptqmodel"
 QEXPORT: Final = "qexport.load"
+ONNXRUNTIME: Final = "onnxruntime"
 _WITH_GPTQMODEL: Final = "transformers + gptqmodel"
 _WITH_BITSANDBYTES: Final = "transformers + bitsandbytes"
 _WITH_COMPRESSED: Final = "transformers + compressed-tensors"
@@ -118,11 +123,16 @@ def _always(_: Folder) -> bool:
     return True
 
 
+def _is_graph(folder: Folder) -> bool:
+    return folder.graph
+
+
 def _is_dense(folder: Folder) -> bool:
     return folder.method == "dense"
 
 
 _TABLE: Final = (
+    _Row(ONNXRUNTIME, _is_graph, "yes"),
     _Row(TRANSFORMERS, _is_dense, "yes"),
     _Row(_WITH_GPTQMODEL, _is_falcon("gptq"), "wrong", f"it fills the quantized layers {_AT_RANDOM}"),
     _Row(_WITH_GPTQMODEL, _has_quantized_head("gptq"), "wrong", f"it fills the quantized head {_AT_RANDOM}"),
@@ -146,12 +156,15 @@ _TABLE: Final = (
     _Row(_WITH_COMPRESSED, _is_falcon("compressed-tensors"), "no", "it does not know FalconLinear for a linear layer"),
     _Row(_WITH_COMPRESSED, _is("compressed-tensors", format="int-quantized"), "yes"),
     _Row(_WITH_COMPRESSED, _is("compressed-tensors"), "untried"),
+    _Row(QEXPORT, _is_graph, "yes", "with qexport[onnx]"),
     _Row(QEXPORT, _always, "yes"),
+    _Row("vLLM", _is_graph, "no", "it reads safetensors files"),
     _Row("vLLM", _is("bitsandbytes"), "no", "it has no reader for bitsandbytes since 0.28"),
     _Row("vLLM", _is("gptq", sym=False), "no", "it refuses asymmetric GPTQ"),
     _Row("vLLM", _is("gptq", desc_act=True), "no", "it refuses desc_act"),
     _Row("vLLM", _in_layout("vllm"), "yes"),
     _Row("vLLM", _always, "untried", "the layout vllm is made for it"),
+    _Row("TGI", _is_graph, "no", "it reads safetensors files"),
     _Row("TGI", _in_layout("tgi"), "yes"),
     _Row("TGI", _is("bitsandbytes"), "no", "it quantizes by itself, from the 16-bit weights in the layout tgi"),
     _Row("TGI", _always, "no", "it wants the words of the layout tgi in config.json and tokenizer_config.json"),

@@ -16,7 +16,7 @@ def decide_again(report: Report, settings: HasGates) -> tuple[list[GateResult], 
     """Decides the gates of other settings on a report's figures.
 
     Of the built-in gates, those of the artifact's checks are decided always, those of the adapter where there is one,
-    and `better_than_rtn` where the report has it or its figure; none that the settings waive.
+    `graph` and `better_than_rtn` where the report has them or what they are decided on; none that the settings waive.
 
     Returns:
         The results, and a note for each limit of the profile that the noise floor has moved and each waived gate.
@@ -26,11 +26,13 @@ def decide_again(report: Report, settings: HasGates) -> tuple[list[GateResult], 
     """
     profile = profile_for(settings, report.layers, report.subject.sizes)
     limits, notes = above_floor(limits_of(settings, profile), noise_floors(report.figures))
+    decided = {result.name for result in report.gates}
     rounded = FIGURE_OF["better_than_rtn"] in {figure.name for figure in report.figures}
     expected, waived = expected_gates(
         settings,
         adapter=report.reference.adapter is not None,
-        nearest=rounded or "better_than_rtn" in {result.name for result in report.gates},
+        nearest=rounded or "better_than_rtn" in decided,
+        graph="graph" in decided or any(check.gate == "graph" for check in report.checks),
     )
     return decide(limits, report.all_figures, report.checks, expected), [*notes, *waived]
 

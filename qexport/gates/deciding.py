@@ -16,10 +16,10 @@ from qexport.artifact.report import Check
 from qexport.gates.limits import NOISE_MARGIN, Bound, Limit
 from qexport.gates.settings import HasGates
 
-BuiltIn = Literal["config", "tokenizer", "merge", "adapter", "better_than_rtn"]
+BuiltIn = Literal["config", "tokenizer", "graph", "merge", "adapter", "better_than_rtn"]
 """Gates that need no limit from anyone. Each is decided where it is expected, whether or not it was measured."""
 
-BUILT_IN: Final[tuple[BuiltIn, ...]] = ("config", "tokenizer", "merge", "adapter", "better_than_rtn")
+BUILT_IN: Final[tuple[BuiltIn, ...]] = ("config", "tokenizer", "graph", "merge", "adapter", "better_than_rtn")
 
 FIGURE_OF: Final[Mapping[BuiltIn, str]] = {
     "merge": "merge_kl",
@@ -38,17 +38,19 @@ def waived(settings: HasGates) -> dict[BuiltIn, str]:
     }
 
 
-def expected_gates(settings: HasGates, *, adapter: bool, nearest: bool) -> tuple[list[BuiltIn], list[str]]:
+def expected_gates(settings: HasGates, *, adapter: bool, nearest: bool, graph: bool) -> tuple[list[BuiltIn], list[str]]:
     """The built-in gates that apply and are not waived, and a note on each that would apply.
 
     Args:
         settings: the user's.
         adapter: whether there is one.
         nearest: whether the model rounded to nearest is run.
+        graph: whether the artifact is an ONNX graph.
     """
     applies: dict[BuiltIn, bool] = {
         "config": True,
         "tokenizer": True,
+        "graph": graph,
         "merge": adapter,
         "adapter": adapter,
         "better_than_rtn": nearest,
@@ -92,8 +94,8 @@ def decide(
         limits: those of `qexport.gates.limits`.
         figures: what was measured, over all text and by domain.
         checks: passed or not, without statistics.
-        expected: the built-in gates that apply: `merge` and `adapter` where there is an adapter, `better_than_rtn` for
-            GPTQ. One that is expected and was not measured is undecided.
+        expected: the built-in gates that apply: `graph` for ONNX, `merge` and `adapter` where there is an adapter,
+            `better_than_rtn` for GPTQ. One that is expected and was not measured is undecided.
 
     Returns:
         The built-in gates first, then one result for each limit. Names are unique.
@@ -119,7 +121,7 @@ def _built_in(figures: Sequence[Figure], checks: Sequence[Check], expected: Sequ
     for name in BUILT_IN:
         if name in expected:
             match name:
-                case "config" | "tokenizer":
+                case "config" | "tokenizer" | "graph":
                     yield _checked(name, [check for check in checks if check.gate == name])
                 case "merge":
                     yield _decided(_merge_gate(figures), figures)

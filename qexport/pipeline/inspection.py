@@ -17,8 +17,8 @@ from qexport.artifact.report import REPORT_NAME, Report
 from qexport.errors import InputError
 from qexport.export.contract import Check
 from qexport.export.loaders import Folder, Loader, Verdict, loaders
-from qexport.pipeline.opened import describe_method
-from qexport.reading.artifact_source import ArtifactSource, model_folder
+from qexport.reading.artifact_source import model_folder
+from qexport.reading.stored_model import holds_graph, open_stored
 
 Server = Literal["tgi", "vllm"]
 ReportState = Literal["as in the manifest", "missing"]
@@ -110,16 +110,16 @@ def inspect_artifact(path: Path, *, server: Server | None = None) -> Inspection:
     manifest = open_artifact(path).manifest if (path / MANIFEST_NAME).is_file() else None
     layout = manifest.layout if manifest else None
     report = _check_report(path, manifest.verification) if manifest and manifest.verification else None
-    with ArtifactSource(path, dtype=torch.float32) as source:
+    with open_stored(path, dtype=torch.float32) as source:
         structure = describe(without_code_keys(source.config)[0])
         source.check_complete(structure)
-        shapes = {module: weight.shape for module, weight in source.quantized.items()}
-        folder = Folder(source.quantization, shapes, structure.model_type, structure.head, layout)
+        shapes = {module: layer.shape for module, layer in source.layers.items()}
+        graph = holds_graph(path)
+        folder = Folder(source.quantization, shapes, structure.model_type, structure.head, layout, graph)
         dense = len(source.specs()) - len(shapes)
-        size = source.stored_bytes
+        method, size = source.method, source.stored_bytes
     checks = _check(path, server) if server else []
-    method, known = describe_method(folder.quantization), loaders(folder)
-    return Inspection(path, layout, method, len(shapes), dense, size, report, known, server, checks)
+    return Inspection(path, layout, method, len(shapes), dense, size, report, loaders(folder), server, checks)
 
 
 def _check_report(path: Path, verification: Verification) -> ReportState:

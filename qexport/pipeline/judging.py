@@ -34,7 +34,7 @@ class Gates:
 
 
 def make_gates(
-    settings: HasGates, profile: ProfileName, prepared: Preparation, *, adapter: bool, nearest: bool
+    settings: HasGates, profile: ProfileName, prepared: Preparation, *, adapter: bool, nearest: bool, graph: bool
 ) -> Gates:
     """The gates of an artifact.
 
@@ -44,12 +44,13 @@ def make_gates(
         prepared: what was measured of the reference.
         adapter: whether there is one.
         nearest: whether the model rounded to nearest is run.
+        graph: whether the artifact is an ONNX graph.
 
     Raises:
         RecipeError: a limit is tighter than three times the noise floor.
     """
     limits, notes = above_floor(limits_of(settings, profile), prepared.noise_floor)
-    expected, given_up = expected_gates(settings, adapter=adapter, nearest=nearest)
+    expected, given_up = expected_gates(settings, adapter=adapter, nearest=nearest, graph=graph)
     return Gates(limits, expected, [*notes, *given_up])
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
 
 import torch
 
@@ -14,14 +14,9 @@ from qexport.architectures.structure import Structure
 from qexport.artifact.file_digests import FileDigests
 from qexport.artifact.manifest import LayerRecord, Sizes
 from qexport.artifact.report import Subject
-from qexport.errors import InputError
-from qexport.reading.artifact_source import ArtifactSource
-from qexport.reading.bitsandbytes_format import FourBitWeight, LlmInt8Weight
-from qexport.reading.compressed_tensors_format import PackedWeight, RowWeight
-from qexport.reading.gptq_format import GptqWeight
-from qexport.reading.stored_format import Scheme, StoredWeight
+from qexport.reading.stored_format import StoredLayer
+from qexport.reading.stored_model import holds_graph, open_stored
 from qexport.tensors import GroupQuantizedSpec
-from qexport.tensors.quantized import LayerMethod
 
 
 @dataclass(frozen=True)
@@ -37,7 +32,9 @@ class Opened:
         reference_bytes: of the merged model's.
         layers: of each quantized layer; what quantizing it did, where the manifest tells.
         grids: of the layers that are quantized in groups.
-        digests: of the weight files.
+        graph: whether its model is an ONNX graph.
+        files: the names of the files with the weights.
+        digests: of these files among others, in parts.
     """
 
     folder: Path
@@ -48,7 +45,9 @@ class Opened:
     reference_bytes: int
     layers: Sequence[LayerRecord]
     grids: Mapping[str, GroupQuantizedSpec]
-    digests: Mapping[str, str]
+    graph: bool
+    files: Sequence[str]
+    digests: Sequence[Mapping[str, str]]
 
     def subject(self) -> Subject:
         """The same for the report. Waits for the digests."""
@@ -58,7 +57,7 @@ class Opened:
             method=self.method,
             sizes=self.sizes,
             reference_bytes=self.reference_bytes,
-            weights_sha256=dict(self.digests),
+            weights_sha256={name: next(part[name] for part in self.digests if name in part) for name in self.files},
         )
 
 
@@ -70,7 +69,7 @@ def open_folder(
     name: str,
     layouts: Sequence[str] = (),
     layers: Sequence[LayerRecord] = (),
-    digests: Mapping[str, str] | None = None,
+    digests: Mapping[str, str] = MappingProxyType({}),
 ) -> Opened:
     """Reads headers and config.json.
 
@@ -81,54 +80,35 @@ def open_folder(
         name: for a reader.
         layouts: whose weights these are.
         layers: what is known of the quantized layers; found out from the headers where nothing is.
-        digests: of the weight files; taken when they are first asked for where None.
+        digests: of files that are known; those of other weight files are taken when they are first asked for.
 
     Raises:
         InputError: the folder cannot be read.
     """
-    with ArtifactSource(folder, dtype=dtype) as source:
+    with open_stored(folder, dtype=dtype) as source:
         parameters = sum(math.prod(shape) for shape in structure.parameters.values())
         total = source.stored_bytes
         return Opened(
             folder=folder,
             name=name,
             layouts=layouts,
-            method=describe_method(source.quantization),
+            method=source.method,
             sizes=Sizes(parameters=parameters, total_bytes=total, bits_per_weight=8 * total / parameters),
             reference_bytes=parameters * dtype.itemsize,
-            layers=layers or [_layer(module, weight) for module, weight in source.quantized.items()],
-            grids=source.grids,
-            digests=digests if digests is not None else FileDigests(folder, _weight_files(folder), {}),
+            layers=layers or [_record(module, layer) for module, layer in source.layers.items()],
+            grids=_told_grids(source.grids, layers),
+            graph=holds_graph(folder),
+            files=source.files,
+            digests=_digests(folder, source.files, digests),
         )
 
 
-def describe_method(quantization: Mapping[str, Any] | None) -> str:
-    """A `quantization_config` for a reader."""
-    config = quantization or {}
-    match config.get("quant_method"):
-        case None:
-            return "dense"
-        case "gptq":
-            symmetry = "symmetric" if config["sym"] else "asymmetric"
-            return f"GPTQ, {config['bits']} bits, group_size {config['group_size']}, {symmetry}"
-        case "bitsandbytes" if config.get("load_in_4bit"):
-            double = ", double quantization" if config.get("bnb_4bit_use_double_quant") else ""
-            return f"{str(config.get('bnb_4bit_quant_type', 'fp4')).upper()}{double}"
-        case "bitsandbytes":
-            return "LLM.int8"
-        case "compressed-tensors":
-            return f"compressed-tensors, {config['format']}"
-        case name:
-            return str(name)
-
-
-def _layer(module: str, weight: StoredWeight) -> LayerRecord:
-    method, bits, group_size = _scheme(module, weight)
+def _record(module: str, layer: StoredLayer) -> LayerRecord:
     return LayerRecord(
         name=module,
-        method=method,
-        bits=bits,
-        group_size=group_size,
+        method=layer.method,
+        bits=layer.bits,
+        group_size=layer.group_size,
         loss=None,
         rtn_loss=None,
         damp_percent=None,
@@ -137,28 +117,27 @@ def _layer(module: str, weight: StoredWeight) -> LayerRecord:
     )
 
 
-def _scheme(module: str, weight: StoredWeight) -> tuple[LayerMethod, int, int]:
-    """Method, bits, and values that share a scale.
-
-    Raises:
-        InputError: there are codes, and the config says nothing of them.
+def _told_grids(
+    grids: Mapping[str, GroupQuantizedSpec], layers: Sequence[LayerRecord]
+) -> dict[str, GroupQuantizedSpec]:
+    """With the groups that the layers were quantized in, where that is known: a graph may hold a group as several
+    blocks, and rounding on those would be finer. Codes with one scale a row have no groups.
     """
-    match weight:
-        case FourBitWeight(spec=spec):
-            return spec.quant_type, 4, spec.block_size
-        case LlmInt8Weight():
-            return "int8", 8, weight.shape[1]
-        case RowWeight():
-            return "w8a8", 8, weight.shape[1]
-        case GptqWeight(scheme=Scheme() as scheme) | PackedWeight(scheme=Scheme() as scheme):
-            return "gptq", scheme.bits, weight.shape[1] if scheme.group_size == -1 else scheme.group_size
-        case _:
-            raise InputError(
-                "a module is quantized that should be dense",
-                where=f"config.json: quantization_config, {module}",
-                mend="fetch the artifact again, or ask its maker: weights and config.json do not belong together",
-            )
+    told = {layer.name: layer for layer in layers}
+    in_rows = {layer.name for layer in layers if layer.method not in ("gptq", "round_to_nearest")}
+    return {
+        module: replace(grid, group_size=_group_size(grid, told.get(module)))
+        for module, grid in grids.items()
+        if module not in in_rows
+    }
 
 
-def _weight_files(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.glob("*.safetensors"))
+def _group_size(grid: GroupQuantizedSpec, told: LayerRecord | None) -> int:
+    if told is None or told.group_size < 1 or grid.in_features % told.group_size:
+        return grid.group_size
+    return told.group_size
+
+
+def _digests(folder: Path, files: Sequence[str], known: Mapping[str, str]) -> list[Mapping[str, str]]:
+    """What is known, and the rest, to be taken."""
+    return [known, FileDigests(folder, [name for name in files if name not in known], {})]

@@ -73,8 +73,8 @@ def make_report(
         tasks=measured.tasks,
         layers=list(described.layers),
         notes=[*described.notes, *measured.notes],
-        readers=[f"qexport {version('qexport')}"],
-        unconfirmed=[*(f"loading with {reader}" for reader in described.unread), *measured.unconfirmed],
+        readers=measured.readers,
+        unconfirmed=[*_unconfirmed(described, measured), *measured.unconfirmed],
         environment=describe_environment(given.device),
         command=described.command,
         timings=measured.timings,
@@ -98,6 +98,12 @@ def verification_of(report: Report) -> Verification:
 def source_record(origin: Origin) -> SourceRecord:
     """Where a base or an adapter came from."""
     return SourceRecord(kind=origin.kind, name=origin.name, revision=origin.revision, sha256=dict(origin.sha256))
+
+
+def _unconfirmed(described: Described, measured: Measurement) -> list[str]:
+    """Readers that have measured the folder have loaded it."""
+    seen = {reader.partition(" ")[0] for reader in measured.readers}
+    return [f"loading with {reader}" for reader in described.unread if reader not in seen]
 
 
 def _identity(given: Given, merged: Merged) -> Identity:

@@ -27,6 +27,7 @@ from qexport.pipeline.texts import Evaluation, Texts, read_texts
 from qexport.pipeline.verification import measure_folder
 from qexport.progress import Progress, Reporter, silent
 from qexport.quantize.methods import quantize
+from qexport.reading.stored_model import holds_graph
 from qexport.recipe.model import Recipe
 from qexport.reporting.writing import write_report
 from qexport.tensors import LayerReport
@@ -196,13 +197,22 @@ def _check(
             weights.read_back(record.folder, record.written, checked=checked)
             record.layout.check(record.folder)
             check_headers(planned.merged.checkpoint, record.folder)
-        if reference is not None:
-            folders = [_open(planned, record) for record in members]
+        if reference is None:
+            continue
+        for alike in _alike(members):
+            folders = [_open(planned, record) for record in alike]
             verified = measure_folder(reference, folders[0], report=report)
-            for record, opened in zip(members, folders, strict=True):
+            for record, opened in zip(alike, folders, strict=True):
                 unread = record.layout.readers
                 reports[record.layout.name] = verified.report_on(opened, command=command, unread=unread)
     return reports
+
+
+def _alike(records: Sequence[Record]) -> list[list[Record]]:
+    """Those together that are run alike: a graph computes by itself, even where it shares the files of its weights."""
+    graphs = [record for record in records if holds_graph(record.folder)]
+    others = [record for record in records if record not in graphs]
+    return [alike for alike in (others, graphs) if alike]
 
 
 def _open(planned: Plan, record: Record) -> Opened:

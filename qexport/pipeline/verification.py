@@ -98,7 +98,11 @@ class Verified:
         Raises:
             InputError: a file of the folder cannot be read.
         """
-        checks = [check_config(self.given.reference, opened.folder), *_check_tokenizer(self.given, opened.folder)]
+        checks = [
+            check_config(self.given.reference, opened.folder),
+            *_check_tokenizer(self.given, opened.folder),
+            *self.measured.checks,
+        ]
         left_out = [f"too little text for a window, left out: {name}" for name in self.given.held_out.left_out]
         described = Described(opened.subject(), opened.layers, [*self.gates.notes, *left_out], unread, command)
         decided = self.gates([*self.measured.figures, *self.measured.timings.figures], checks)
@@ -120,8 +124,11 @@ def measure_folder(reference: Reference, opened: Opened, *, report: Reporter = s
         reference.prepared,
         adapter=reference.merged.adapter is not None,
         nearest=has_nearest_rival(opened.grids),
+        graph=opened.graph,
     )
-    measured = verification.verify(opened.folder, given, lambda figures: gates(figures, []), report=report)
+    measured = verification.verify(
+        opened.folder, given, lambda figures: gates(figures, []), grids=opened.grids, report=report
+    )
     return Verified(reference, given, gates, measured)
 
 
@@ -131,7 +138,7 @@ def _open(folder: Path, structure: Structure, dtype: torch.dtype) -> Opened:
     if not (folder / MANIFEST_NAME).is_file():
         return open_folder(folder, structure, dtype, name=name)
     manifest = open_artifact(folder).manifest
-    digests = {path: record.sha256 for path, record in manifest.files.items() if path.endswith(".safetensors")}
+    digests = {path: record.sha256 for path, record in manifest.files.items()}
     return open_folder(
         folder, structure, dtype, name=name, layouts=[manifest.layout], layers=manifest.layers, digests=digests
     )

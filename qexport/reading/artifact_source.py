@@ -14,8 +14,8 @@ from qexport.architectures.code_keys import without_code_keys
 from qexport.architectures.structure import Structure, describe, parse_config, refuse_impossible_depth
 from qexport.errors import InputError, listed
 from qexport.reading.dequantization import dequantize
-from qexport.reading.formats import group_spec, stored_format
-from qexport.reading.stored_format import StoredWeight
+from qexport.reading.formats import describe_method, group_spec, stored_format, stored_layer
+from qexport.reading.stored_format import StoredLayer, StoredWeight
 from qexport.tensors import GroupQuantizedSpec, TensorSpec
 from qexport.tensors.contained_path import contained_path
 from qexport.tensors.finite import is_finite
@@ -51,6 +51,7 @@ class ArtifactSource:
         self.quantization = self.config.pop("quantization_config", None)
         self._format = stored_format(self.quantization)
         self._folder = SafetensorsFolder(folder)
+        self._files = sorted(path.name for path in folder.glob("*.safetensors"))
         try:
             refuse_impossible_depth(parse_config(self.config), len(self._folder.specs()))
             self.quantized: Mapping[str, StoredWeight] = self._format.weights(self._folder)
@@ -76,6 +77,25 @@ class ArtifactSource:
             weight = dequantize(self.quantized[module].quantized(self.tensors(module)), self._dtype)
             return weight.t().contiguous() if module in self.transposed else weight
         return self._finite(name)
+
+    @property
+    def method(self) -> str:
+        """How the weights are stored, for a reader."""
+        return describe_method(self.quantization)
+
+    @property
+    def layers(self) -> dict[str, StoredLayer]:
+        """Each quantized module, by its path.
+
+        Raises:
+            InputError: a module has codes, and the config says nothing of them.
+        """
+        return {module: stored_layer(module, weight) for module, weight in self.quantized.items()}
+
+    @property
+    def files(self) -> list[str]:
+        """The names of the files with the weights, sorted."""
+        return self._files
 
     @property
     def stored_bytes(self) -> int:

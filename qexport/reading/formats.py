@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from qexport.errors import InputError
-from qexport.reading.bitsandbytes_format import bitsandbytes_format
-from qexport.reading.compressed_tensors_format import CompressedTensorsFormat, PackedWeight
+from qexport.reading.bitsandbytes_format import FourBitWeight, LlmInt8Weight, bitsandbytes_format
+from qexport.reading.compressed_tensors_format import CompressedTensorsFormat, PackedWeight, RowWeight
 from qexport.reading.dense_format import DenseFormat
 from qexport.reading.gptq_format import GptqFormat, GptqWeight
-from qexport.reading.stored_format import WHERE, StoredFormat, StoredWeight
+from qexport.reading.stored_format import WHERE, Scheme, StoredFormat, StoredLayer, StoredWeight
 from qexport.tensors import GroupQuantizedSpec
 
 
@@ -49,3 +50,47 @@ def group_spec(weight: StoredWeight) -> GroupQuantizedSpec | None:
     if columns % group_size:
         return None
     return GroupQuantizedSpec(rows, columns, scheme.bits, group_size, scheme.sym, scheme.desc_act)
+
+
+def stored_layer(module: str, weight: StoredWeight) -> StoredLayer:
+    """A quantized module for a reader.
+
+    Raises:
+        InputError: there are codes, and the config says nothing of them.
+    """
+    match weight:
+        case FourBitWeight(spec=spec):
+            return StoredLayer(spec.quant_type, 4, spec.block_size, weight.shape)
+        case LlmInt8Weight():
+            return StoredLayer("int8", 8, weight.shape[1], weight.shape)
+        case RowWeight():
+            return StoredLayer("w8a8", 8, weight.shape[1], weight.shape)
+        case GptqWeight(scheme=Scheme() as scheme) | PackedWeight(scheme=Scheme() as scheme):
+            group_size = weight.shape[1] if scheme.group_size == -1 else scheme.group_size
+            return StoredLayer("gptq", scheme.bits, group_size, weight.shape)
+        case _:
+            raise InputError(
+                "a module is quantized that should be dense",
+                where=f"config.json: quantization_config, {module}",
+                mend="fetch the artifact again, or ask its maker: weights and config.json do not belong together",
+            )
+
+
+def describe_method(quantization: Mapping[str, Any] | None) -> str:
+    """A `quantization_config` for a reader."""
+    config = quantization or {}
+    match config.get("quant_method"):
+        case None:
+            return "dense"
+        case "gptq":
+            symmetry = "symmetric" if config["sym"] else "asymmetric"
+            return f"GPTQ, {config['bits']} bits, group_size {config['group_size']}, {symmetry}"
+        case "bitsandbytes" if config.get("load_in_4bit"):
+            double = ", double quantization" if config.get("bnb_4bit_use_double_quant") else ""
+            return f"{str(config.get('bnb_4bit_quant_type', 'fp4')).upper()}{double}"
+        case "bitsandbytes":
+            return "LLM.int8"
+        case "compressed-tensors":
+            return f"compressed-tensors, {config['format']}"
+        case name:
+            return str(name)

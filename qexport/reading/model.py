@@ -15,9 +15,10 @@ from qexport.architectures.code_keys import without_code_keys
 from qexport.architectures.devices import find_device
 from qexport.architectures.naming import Part, name_parameters
 from qexport.architectures.structure import Structure, build_on_meta, describe_model, parse_config
-from qexport.errors import InputError, QexportError, listed
+from qexport.errors import InputError, QexportError, RecipeError, listed
 from qexport.reading.artifact_source import ArtifactSource, model_folder
 from qexport.reading.quantized_linear import QuantizedLinear
+from qexport.reading.stored_model import holds_graph
 from qexport.tensors import WeightSource
 from qexport.tensors.contained_path import contained_path
 from qexport.tensors.strict_json import read_json_object
@@ -36,16 +37,19 @@ def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = 
 
     Args:
         path: an artifact of qexport (of several layouts, the folder of one of them), or a folder of another maker in
-            one of the formats: dense, AutoGPTQ v1, bitsandbytes, compressed-tensors.
+            one of the formats: dense, AutoGPTQ v1, bitsandbytes, compressed-tensors; or an ONNX graph, which ONNX
+            Runtime computes.
         device: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:1`.
-        dtype: to compute in; the dtype of the artifact's dense weights where None.
+        dtype: to compute in; the dtype of the artifact's dense weights where None. A graph has its own.
 
     Raises:
-        RecipeError: the device is not there.
+        RecipeError: the device is not there, the extra `onnx` is not installed, or a graph computes in another dtype.
         InputError: a file is missing or malformed, or the tensors are not those of the model.
         CompatibilityError: transformers does not know the family.
     """
     folder, where = model_folder(Path(path)), find_device(device)
+    if holds_graph(folder):
+        return _open_graph(folder, where, dtype)
     with torch.no_grad(), ArtifactSource(folder, dtype=torch.float32) as source:
         model = _build(source, dtype)
         source.check_complete(describe_model(model))
@@ -83,6 +87,19 @@ def dense_model(
     model.tie_weights()
     _refuse_empty(model)
     model.eval()
+    return model
+
+
+def _open_graph(folder: Path, device: torch.device, dtype: torch.dtype | None) -> PreTrainedModel:
+    from qexport.reading.onnx.model import open_model
+
+    model = open_model(folder, device=device)
+    if dtype not in (None, model.dtype):
+        raise RecipeError(
+            f"the graph computes in {model.dtype}, not in {dtype}",
+            where=str(folder),
+            mend="leave `dtype` out, or export the model with other `activations`",
+        )
     return model
 
 

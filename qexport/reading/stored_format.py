@@ -11,6 +11,7 @@ import torch
 from qexport.architectures.structure import Structure
 from qexport.errors import InputError
 from qexport.tensors import Quantized, TensorSpec, WeightSource
+from qexport.tensors.quantized import LayerMethod
 
 WHERE: Final = "config.json: quantization_config"
 
@@ -26,6 +27,23 @@ class Scheme:
     group_size: int
     sym: bool
     desc_act: bool
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """One quantized module, as a reader is told of it.
+
+    Attributes:
+        method: how it was quantized, as far as its format tells: `gptq` for all codes in groups along the inputs.
+        bits: of a code.
+        group_size: values that share a scale.
+        shape: [out, in].
+    """
+
+    method: LayerMethod
+    bits: int
+    group_size: int
+    shape: tuple[int, int]
 
 
 class StoredWeight(Protocol):

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
-from itertools import zip_longest
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from qexport.architectures.runner import Batch, BlockRunner
 from qexport.errors import NumericalError
 from qexport.tensors.finite import is_finite
-from qexport.verifying.config_comparison import config_differences
+from qexport.verifying.lockstep import windows_at_once
+from qexport.verifying.predictors import TOKENS_AT_ONCE, Predictor
 
-Head = Callable[[Tensor], Tensor]
-"""From hidden states [..., tokens, hidden_size] to float32 logits [..., tokens, vocabulary]."""
-
-_TOKENS_AT_ONCE: Final = 128
 _DOUBLES_AT_ONCE: Final = 1 << 20
 
 
@@ -73,19 +67,14 @@ class TokenFigures:
 
 @torch.no_grad()
 def compare(
-    runners: Sequence[BlockRunner],
-    batches: Sequence[Sequence[Batch]],
-    pairs: Sequence[Pair],
-    input_ids: Tensor,
-    finished: Callable[[int], None],
+    models: Sequence[Predictor], pairs: Sequence[Pair], input_ids: Tensor, finished: Callable[[int], None]
 ) -> list[TokenFigures]:
-    """Figures from the hidden states behind the last block. Logits are made, compared and dropped in small pieces.
+    """Figures from the models' logits, which are made, compared and dropped in small pieces.
 
     Every token of a window but the first is predicted, from the tokens before it in the window.
 
     Args:
-        runners: the models.
-        batches: each model's hidden states, as `run_in_lockstep` returns them; some models may have only the first.
+        models: what they predict; some may have only the first windows.
         pairs: which models to compare, on the windows that both have.
         input_ids: int64 [windows, sequence_length].
         finished: is told after each batch how many windows are compared.
@@ -96,20 +85,17 @@ def compare(
     Raises:
         NumericalError: a model's logits hold NaN or Inf.
     """
-    targets = input_ids[:, 1:]
+    targets, at_once = input_ids[:, 1:], windows_at_once(input_ids.shape[1])
     parts: list[list[TokenFigures]] = [[] for _ in pairs]
-    first = 0
-    with _heads(runners) as heads:
-        for models in zip_longest(*batches):
-            present = [index for index, batch in enumerate(models) if batch is not None]
-            chosen = {number: _among(pair, present) for number, pair in enumerate(pairs) if {*pair} <= {*present}}
-            last = first + len(models[0].hidden)
-            hidden, own = [models[index].hidden for index in present], [heads[index] for index in present]
-            for found in _compare_hidden(own, hidden, list(chosen.values()), targets[first:last]):
-                for number, figures in zip(chosen, found, strict=True):
-                    parts[number].append(figures)
-            first = last
-            finished(last)
+    for first in range(0, len(input_ids), at_once):
+        windows = range(first, min(first + at_once, len(input_ids)))
+        present = [index for index, model in enumerate(models) if model.windows > first]
+        chosen = {number: _among(pair, present) for number, pair in enumerate(pairs) if {*pair} <= {*present}}
+        logits = [models[index].logits(windows) for index in present]
+        for found in _compare_pieces(logits, list(chosen.values()), targets[windows.start : windows.stop]):
+            for number, figures in zip(chosen, found, strict=True):
+                parts[number].append(figures)
+        finished(windows.stop)
     return [_by_window(own, targets.shape[1]) for own in parts]
 
 
@@ -180,14 +166,12 @@ def _row_sums(values: Tensor) -> Tensor:
     return values.expand(2, -1).sum(-1)[:1] if len(values) == 1 else values.sum(-1)
 
 
-def _compare_hidden(
-    heads: Sequence[Head], hidden: Sequence[Tensor], pairs: Sequence[Pair], targets: Tensor
+def _compare_pieces(
+    logits: Sequence[Iterator[Tensor]], pairs: Sequence[Pair], targets: Tensor
 ) -> Iterator[list[TokenFigures]]:
-    """The figures of hidden states [windows, sequence_length, hidden_size]; what follows a window is not known."""
-    pieces = [states[:, :-1].flatten(0, 1).split(_TOKENS_AT_ONCE) for states in hidden]
-    for states, wanted in zip(zip(*pieces, strict=True), targets.flatten().split(_TOKENS_AT_ONCE), strict=True):
-        logits = [_finite(head(own)[0]) for head, own in zip(heads, states, strict=True)]
-        yield compare_logits(logits, pairs, wanted)
+    """The figures of a batch of windows; what follows a window is not known."""
+    for *pieces, wanted in zip(*logits, targets.flatten().split(TOKENS_AT_ONCE), strict=True):
+        yield compare_logits([_finite(piece) for piece in pieces], pairs, wanted)
 
 
 def _finite(logits: Tensor) -> Tensor:
@@ -198,28 +182,3 @@ def _finite(logits: Tensor) -> Tensor:
             mend="an activation overflows: compute in a wider dtype (bfloat16 or float32), or look at the layer losses",
         )
     return logits
-
-
-@contextmanager
-def _heads(runners: Sequence[BlockRunner]) -> Iterator[list[Head]]:
-    """Every model's head; in memory only once where it is the first one's, bit for bit."""
-    with ExitStack() as stack:
-        heads = [stack.enter_context(runners[0].head())]
-        for runner in runners[1:]:
-            heads.append(heads[0] if _same_head(runners[0], runner) else stack.enter_context(runner.head()))
-        yield heads
-
-
-def _same_head(one: BlockRunner, other: BlockRunner) -> bool:
-    """Weights are not all of it: a config.json may say another epsilon of the norm, or scale the logits."""
-    if one.dtype != other.dtype or config_differences(one.config, other.config):
-        return False
-    return all(torch.equal(one.read(name), other.read(name)) for name in _head_parameters(one))
-
-
-def _head_parameters(runner: BlockRunner) -> list[str]:
-    """What stands outside the blocks and behind them (a model may have other embeddings, which do no harm here)."""
-    structure = runner.structure
-    before = () if structure.tied else (f"{structure.embedding}.",)
-    skipped = (*before, *(f"{block}." for block in structure.blocks))
-    return [name for name in structure.parameters if not name.startswith(skipped)]

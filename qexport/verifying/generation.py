@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-from qexport.architectures.runner import BlockRunner
 from qexport.artifact.catalogue import DECISIVE_MARGIN
 from qexport.text.prompts import Prompt
 from qexport.verifying.continuation import Continuation, continue_all, ends_of, likeliest_along
@@ -17,6 +18,14 @@ from qexport.verifying.prompt_batches import PromptBatch, batch_prompts
 from qexport.verifying.sampling import sampling_noise
 from qexport.verifying.settings import SamplingSettings
 from qexport.verifying.text_similarity import chrf, edit_distance, first_difference, repetition_rate, rouge_l
+
+
+class Openable(Protocol):
+    """A model that can be held in memory as a whole."""
+
+    def whole(self) -> AbstractContextManager[PreTrainedModel]:
+        """The model with all its weights, which are released at the end; its logits are float32, or the graph's."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -111,8 +120,8 @@ class GenerationFigures:
 
 
 def compare_generations(
-    reference: BlockRunner,
-    artifact: BlockRunner,
+    reference: Openable,
+    artifact: Openable,
     prompts: Sequence[Prompt],
     inputs: Sequence[Sequence[int]],
     tokenizer: PreTrainedTokenizerBase,

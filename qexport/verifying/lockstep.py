@@ -26,32 +26,36 @@ def run_in_lockstep(
     finished: Callable[[int], None],
     *,
     windows: Sequence[int] | None = None,
+    drift: bool = True,
 ) -> tuple[list[list[Batch]], list[float]]:
     """The hidden states behind the last block, for each model.
 
     Each block is run by one model, given back, and then run by the next.
 
     Args:
-        runners: two models or more, with the same number of blocks.
+        runners: the models, with the same number of blocks.
         input_ids: int64 [windows, sequence_length].
         finished: is told the number of blocks that all models have run.
-        windows: how many of the first windows each model runs; all where None. The first two models run all.
+        windows: how many of the first windows each model runs; all where None. The first model runs all.
+        drift: whether the second model runs all too, and is followed.
 
     Returns:
-        One list of batches a model, with the same windows in the same order; and behind each block, how far the second
-        model's hidden states are from the first one's: the norm of the difference over the norm of the first one's.
+        One list of batches a model, with the same windows in the same order; and, where `drift` is asked for, how far
+        the second model's hidden states are from the first one's behind each block: the norm of the difference over
+        the norm of the first one's.
     """
     at_once, counts = windows_at_once(input_ids.shape[1]), windows or [len(input_ids)] * len(runners)
     batches = [runner.embed(input_ids[:count], at_once) for runner, count in zip(runners, counts, strict=True)]
-    drift = []
+    errors = []
     for index in range(len(runners[0].structure.blocks)):
         for runner, own in zip(runners, batches, strict=True):
             with runner.block(index) as block:
                 for batch in own:
                     runner.forward(index, block, batch)
-        drift.append(_relative_error(batches[0], batches[1]))
+        if drift:
+            errors.append(_relative_error(batches[0], batches[1]))
         finished(index + 1)
-    return batches, drift
+    return batches, errors
 
 
 def _relative_error(ours: Sequence[Batch], theirs: Sequence[Batch]) -> float:

@@ -14,6 +14,7 @@ from qexport.tensors import Checkpoint
 from qexport.verifying.divergence import compare
 from qexport.verifying.estimates import Units, divergence_figures
 from qexport.verifying.lockstep import run_in_lockstep
+from qexport.verifying.predictors import predictors
 from qexport.verifying.steps import Steps
 
 TOKENS: Final = 1024
@@ -52,9 +53,10 @@ def noise_floor(
     runners = [_runner(reference, kind, device) for kind in (dtype, wider(dtype))]
     steps.expect(len(runners[0].structure.blocks))
     batches, _ = run_in_lockstep(
-        runners, ids, lambda block: steps.finished(f"noise floor, block {block}", 2 * ids.numel())
+        runners, ids, lambda block: steps.finished(f"noise floor, block {block}", 2 * ids.numel()), drift=False
     )
-    (tokens,) = compare(runners, batches, [(0, 1)], ids, lambda _: None)
+    with predictors(runners, batches) as models:
+        (tokens,) = compare(models, [(0, 1)], ids, lambda _: None)
     units = Units([None] * len(ids), "window", tokens.kl.shape[1], len(ids))
     return {figure.name: figure.value for figure in divergence_figures(tokens, units)}
 

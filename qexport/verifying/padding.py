@@ -13,10 +13,10 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, Log
 
 from qexport.verifying.prompt_batches import PromptBatch
 
-_STEPS: Final = 4
+STEPS: Final = 4
 """The prompt itself, and steps that read what the key-value cache or a recurrent state holds of it."""
 
-_MOST_KL: Final = 0.01
+MOST_KL: Final = 0.01
 """Rounding stays far below (bfloat16 against float32: 0.001 nat), a mask that is not heeded far above (0.4 nat)."""
 
 
@@ -47,15 +47,27 @@ def check_padding(model: PreTrainedModel, batches: Sequence[PromptBatch], settin
     if most is None or not most.padded:
         return Padding(allowed=True, kl=None)
     tried = deepcopy(settings)
-    tried.max_new_tokens, tried.eos_token_id = min(_STEPS, settings.max_new_tokens or _STEPS), None
-    alone = _likelihoods(model, most.input_ids[:1, most.padded :], most.attention_mask[:1, most.padded :], tried)
-    beside = _likelihoods(model, most.input_ids[[0, -1]], most.attention_mask[[0, -1]], tried)
-    kl = max(0.0, float((alone.exp() * (alone - beside)).sum(-1).mean()))
-    return Padding(allowed=kl <= _MOST_KL, kl=kl)
+    tried.max_new_tokens, tried.eos_token_id = min(STEPS, settings.max_new_tokens or STEPS), None
+    alone = log_likelihoods(model, most.input_ids[:1, most.padded :], most.attention_mask[:1, most.padded :], tried)
+    beside = log_likelihoods(model, most.input_ids[[0, -1]], most.attention_mask[[0, -1]], tried)
+    kl = mean_kl(alone, beside)
+    return Padding(allowed=kl <= MOST_KL, kl=kl)
 
 
-def _likelihoods(model: PreTrainedModel, ids: Tensor, mask: Tensor, settings: GenerationConfig) -> Tensor:
-    """Log-probabilities [tokens, vocabulary] behind the first row."""
+def mean_kl(ours: Tensor, theirs: Tensor) -> float:
+    """The mean KL divergence (nats) of log-probabilities [tokens, vocabulary]; NaN where there is one."""
+    return float((ours.exp() * (ours - theirs)).sum(-1).mean().clamp(min=0.0))
+
+
+def log_likelihoods(model: PreTrainedModel, ids: Tensor, mask: Tensor, settings: GenerationConfig) -> Tensor:
+    """Log-probabilities, float64 [tokens, vocabulary], behind the first row. Its last token is taken again each time.
+
+    Args:
+        model: with all its weights.
+        ids: int64 [rows, tokens].
+        mask: the same, 0 for padding.
+        settings: how many tokens to generate.
+    """
     assert isinstance(model, GenerationMixin)
     watched = _Watched()
     model.generate(  # type: ignore[misc]  # transformers gives self the type of a protocol

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from qexport.architectures.runner import BlockRunner
 from qexport.artifact.figures import Figure
 from qexport.artifact.report import Comparison, Generations, SampledComparison
 from qexport.statistics.samples import DIFFERENCE, NOT_NEGATIVE, SHARE, Range
@@ -18,7 +17,13 @@ from qexport.tensors import Checkpoint
 from qexport.text.prompts import EncodedPrompts, Prompt
 from qexport.verifying.continuation import greedy_settings
 from qexport.verifying.estimates import Units, by_domain
-from qexport.verifying.generation import GenerationFigures, PromptResult, compare_generations, style_sensitivity
+from qexport.verifying.generation import (
+    GenerationFigures,
+    Openable,
+    PromptResult,
+    compare_generations,
+    style_sensitivity,
+)
 from qexport.verifying.padding import Padding
 from qexport.verifying.settings import VerifySettings
 from qexport.verifying.steps import Steps
@@ -51,8 +56,8 @@ class MeasuredGenerations:
 
 
 def measure_generations(
-    reference: BlockRunner,
-    artifact: BlockRunner,
+    reference: Openable,
+    artifact: Openable,
     prompts: EncodedPrompts,
     tokenizer: PreTrainedTokenizerBase,
     checkpoint: Checkpoint,

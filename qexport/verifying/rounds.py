@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final, Literal, Protocol
 
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from qexport.architectures.runner import BlockRunner
 from qexport.artifact.figures import GateResult
 from qexport.verifying.divergence import Pair, TokenFigures, compare
 from qexport.verifying.lockstep import run_in_lockstep, windows_at_once
+from qexport.verifying.predictors import Predictor, predictors
 from qexport.verifying.steps import Steps
 
 Comparison = Literal["artifact", "nearest", "base", "artifact_from_base"]
@@ -28,19 +30,27 @@ _RIVAL_GATES: Final[Mapping[str, str]] = {"nearest": "better_than_rtn", "base": 
 """What a rival is run for. Once that is decided it rests."""
 
 
+class WindowRunner(Protocol):
+    """A model that gives the logits of windows and lets nobody see what is in between."""
+
+    def predictor(self, input_ids: Tensor) -> AbstractContextManager[Predictor]:
+        """Its predictions in windows [windows, sequence_length], as long as the context lasts."""
+        ...
+
+
 @dataclass(frozen=True)
 class Models:
-    """What runs in lockstep.
+    """What runs side by side.
 
     Attributes:
         reference: the merged model.
-        artifact: the artifact.
+        artifact: the artifact, block by block, or as a graph that can only be run whole.
         nearest: the merged model rounded to nearest on the artifact's grids.
         base: the model without the adapter.
     """
 
     reference: BlockRunner
-    artifact: BlockRunner
+    artifact: BlockRunner | WindowRunner
     nearest: BlockRunner | None = None
     base: BlockRunner | None = None
 
@@ -53,7 +63,7 @@ class Measured:
         parts: for each comparison its tokens, a look after the other.
         indices: for each comparison which windows these are; the artifact has all of them.
         looks: how many windows had been measured at each look.
-        block_drift: see `run_in_lockstep`; of the first look.
+        block_drift: see `run_in_lockstep`; of the first look. Empty where the artifact does not run block by block.
     """
 
     parts: dict[Comparison, list[TokenFigures]] = field(default_factory=dict)
@@ -108,11 +118,11 @@ def _looks(windows: int, first_look: int) -> Iterator[tuple[int, int]]:
         first, last = last, min(windows, _GROWTH * last)
 
 
-def _taking_part(models: Models, gates: Sequence[GateResult]) -> dict[str, BlockRunner]:
+def _taking_part(models: Models, gates: Sequence[GateResult]) -> dict[str, BlockRunner | WindowRunner]:
     """The models of the next look. `gates` is empty before the first one."""
     decided = {gate.name for gate in gates if gate.verdict != "undecided"}
     rivals = {"nearest": models.nearest, "base": models.base}
-    chosen = {"reference": models.reference, "artifact": models.artifact}
+    chosen: dict[str, BlockRunner | WindowRunner] = {"reference": models.reference, "artifact": models.artifact}
     return chosen | {
         name: runner for name, runner in rivals.items() if runner is not None and _RIVAL_GATES[name] not in decided
     }
@@ -128,32 +138,51 @@ def _pairs(names: Sequence[str]) -> dict[Comparison, Pair]:
     return pairs
 
 
-def _look(runners: Mapping[str, BlockRunner], input_ids: Tensor, found: Measured, steps: Steps) -> None:
+def _look(models: Mapping[str, BlockRunner | WindowRunner], input_ids: Tensor, found: Measured, steps: Steps) -> None:
     """Measures further windows and adds them to what was found."""
-    pairs, models = _pairs(list(runners)), list(runners.values())
-    windows, length = input_ids.shape
-    counts = _windows_each(len(models), windows, length)
-    steps.expect(len(models[0].structure.blocks) + math.ceil(windows / windows_at_once(length)))
-    names, tokens = f"{len(models)} models", sum(counts) * length
-    batches, drift = run_in_lockstep(
-        models, input_ids, lambda block: steps.finished(f"block {block} of {names}", tokens), windows=counts
-    )
-    figures = compare(
-        models,
-        batches,
-        list(pairs.values()),
-        input_ids,
-        lambda done: steps.finished(f"predictions in {found.windows + done} windows"),
-    )
+    pairs = _pairs(list(models))
+    with _predictors(models, input_ids, found, steps) as predicting:
+        figures = compare(
+            predicting,
+            list(pairs.values()),
+            input_ids,
+            lambda done: steps.finished(f"predictions in {found.windows + done} windows"),
+        )
     for name, own in zip(pairs, figures, strict=True):
         found.parts.setdefault(name, []).append(own)
         found.indices.setdefault(name, []).extend(range(found.windows, found.windows + len(own.kl)))
-    found.looks.append(found.windows + windows)
+    found.looks.append(found.windows + len(input_ids))
+
+
+@contextmanager
+def _predictors(
+    models: Mapping[str, BlockRunner | WindowRunner], input_ids: Tensor, found: Measured, steps: Steps
+) -> Iterator[list[Predictor]]:
+    """Runs what runs block by block, and gives every model's predictions, in the order of the models."""
+    runners = {name: model for name, model in models.items() if isinstance(model, BlockRunner)}
+    windows, length = input_ids.shape
+    counts = [_windows_of(name, windows, length) for name in runners]
+    blocks, told = list(runners.values()), f"{len(runners)} models" if len(runners) > 1 else "the reference"
+    steps.expect(len(blocks[0].structure.blocks) + math.ceil(windows / windows_at_once(length)))
+    batches, drift = run_in_lockstep(
+        blocks,
+        input_ids,
+        lambda block: steps.finished(f"block {block} of {told}", sum(counts) * length),
+        windows=counts,
+        drift="artifact" in runners,
+    )
     found.block_drift = found.block_drift or drift
+    with ExitStack() as stack:
+        ready = dict(zip(runners, stack.enter_context(predictors(blocks, batches)), strict=True))
+        for name, model in models.items():
+            if not isinstance(model, BlockRunner):
+                ready[name] = stack.enter_context(model.predictor(input_ids))
+        yield [ready[name] for name in models]
 
 
-def _windows_each(models: int, windows: int, length: int) -> list[int]:
+def _windows_of(model: str, windows: int, length: int) -> int:
     """Reference and artifact run all windows of a look, rivals the first ones."""
+    if model not in _RIVAL_GATES:
+        return windows
     at_once = windows_at_once(length)
-    fewer = min(windows, math.ceil(_RIVAL_WINDOWS / at_once) * at_once)
-    return [windows, windows, *[fewer] * (models - 2)]
+    return min(windows, math.ceil(_RIVAL_WINDOWS / at_once) * at_once)

@@ -20,6 +20,7 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, Log
 from qexport.architectures.structure import describe
 from qexport.reading.artifact_source import model_folder
 from qexport.reading.model import dense_model, load
+from qexport.reading.stored_model import open_stored
 from qexport.statistics.samples import ALPHA
 from qexport.tensors import Checkpoint
 from qexport.verifying.memory import HEADROOM, available_memory, bytes_in_memory
@@ -198,12 +199,7 @@ def _times(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> list[floa
 def _timings(model: PreTrainedModel, times: Sequence[Sequence[float]]) -> Timings:
     seconds = np.asarray(times, dtype=np.float64)
     speed = (seconds.shape[1] - 1) / (seconds[:, -1] - seconds[:, 0])
-    return Timings(seconds[:, 0], speed, resident_bytes(model))
-
-
-def resident_bytes(model: PreTrainedModel) -> int:
-    """Bytes of all parameters and buffers; what two names share counts once."""
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    return Timings(seconds[:, 0], speed, int(model.get_memory_footprint()))
 
 
 def _obstacle(
@@ -213,7 +209,9 @@ def _obstacle(
     if structure.positions is not None and length > structure.positions:
         return f"{length} tokens are more than the {structure.positions} positions of the model"
     dense = bytes_in_memory(structure, dtype)
-    stored = sum(path.stat().st_size for path in model_folder(artifact).glob("*.safetensors"))
+    folder = model_folder(artifact)
+    with open_stored(folder, dtype=dtype) as source:
+        stored = sum((folder / name).stat().st_size for name in source.files)
     experts = any(linear.expert for linears in structure.linears.values() for linear in linears)
     needed = HEADROOM * (dense + (dense if experts else stored))  # `load` makes experts dense
     free = available_memory(device)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -20,7 +21,7 @@ from qexport.artifact.resident_memory import resident
 from qexport.errors import listed
 from qexport.gates.deciding import needs_more
 from qexport.progress import Reporter, silent
-from qexport.reading.artifact_source import ArtifactSource
+from qexport.reading.stored_model import StoredModel, holds_graph, open_stored
 from qexport.statistics.sequences import PLANNED_UNITS
 from qexport.tensors import Checkpoint, GroupQuantizedSpec, WeightSource
 from qexport.text.held_out import HeldOut
@@ -33,6 +34,9 @@ from qexport.verifying.rounds import Measured, Models, measure
 from qexport.verifying.settings import VerifySettings
 from qexport.verifying.steps import Steps
 from qexport.verifying.whole_models import MeasuredSpeed, Pair, measure_speed, measure_whole
+
+if TYPE_CHECKING:
+    from qexport.verifying.graph_runner import GraphRunner
 
 Nearest = Callable[[Mapping[str, GroupQuantizedSpec], frozenset[str]], WeightSource]
 """From the grids of an artifact's layers, and the layers whose weights are [in, out] in files, to the merged model
@@ -82,9 +86,11 @@ class Measurement:
         figures: of the held-out text and the prompts.
         tokens: the artifact against the reference, for every predicted token.
         looks: how many windows had been measured at each look at the gates.
-        block_drift: see `qexport.verifying.lockstep`.
+        block_drift: see `qexport.verifying.lockstep`; empty for an ONNX graph, which shows no hidden states.
         generations: None where there are no prompts or the model does not fit in memory.
         tasks: of lm-evaluation-harness.
+        checks: of the gate `graph`, where the artifact is an ONNX graph.
+        readers: what read the artifact for these figures, with its version.
         unconfirmed: what could not be measured, and why.
         notes: for the reader.
         timings: how long it took.
@@ -96,24 +102,35 @@ class Measurement:
     block_drift: list[BlockDrift]
     generations: Generations | None
     tasks: list[TaskRecord]
+    checks: list[Check]
+    readers: list[str]
     unconfirmed: list[str]
     notes: list[str]
     timings: Timings
 
 
-def verify(artifact: Path, given: Given, judge: Judge, *, report: Reporter = silent) -> Measurement:
+def verify(
+    artifact: Path,
+    given: Given,
+    judge: Judge,
+    *,
+    grids: Mapping[str, GroupQuantizedSpec] | None = None,
+    report: Reporter = silent,
+) -> Measurement:
     """Measures the artifact until its gates are decided or the text is used up.
 
-    All models run block by block; prompts are continued where a whole model fits in memory. docs/verification.md
-    defines every figure.
+    All models run block by block but an ONNX graph, which ONNX Runtime runs a window at a time; prompts are continued
+    where a whole model fits in memory. docs/verification.md defines every figure.
 
     Args:
         artifact: the folder, in any format that `qexport.load` reads.
         given: what to hold it against.
         judge: the gates.
+        grids: of the artifact's layers, where more is known than its files tell.
         report: is told of each step.
 
     Raises:
+        RecipeError: it is an ONNX artifact, and the extra `onnx` is not installed.
         InputError: the artifact cannot be read, or its tensors are not those of the reference.
         NumericalError: logits hold NaN or Inf.
     """
@@ -124,13 +141,17 @@ def verify(artifact: Path, given: Given, judge: Judge, *, report: Reporter = sil
         figures[:] = _figures(found, given)
         return judge(figures)
 
-    with ArtifactSource(artifact, dtype=given.dtype) as source:
-        models = _models(given, source)
+    with open_stored(artifact, dtype=given.dtype) as source:
+        reference = _runner(given, given.reference)
+        source.check_complete(reference.structure)
+        reading = _read_graph(artifact, given) if holds_graph(artifact) else _read_blocks(source, given)
+        rivals = _rivals(given, source.grids if grids is None else grids, source.transposed)
+        models = Models(reference, reading.runner, *rivals)
         measured = measure(models, given.held_out.input_ids, given.settings.windows, decide, needs_more, steps)
-        pair = Pair(models.reference, models.artifact, given.reference, artifact, given.tokenizer)
+        pair = Pair(reference, reading.runner, given.reference, artifact, given.tokenizer)
         whole = measure_whole(pair, given.prompts, given.settings, steps, report)
         speed = measure_speed(pair, given.held_out.input_ids, given.settings.speed, given.dtype, report)
-    drift = zip(models.reference.structure.blocks, measured.block_drift, strict=True)
+    drift = zip(reference.structure.blocks, measured.block_drift, strict=bool(measured.block_drift))
     return Measurement(
         figures=[*figures, *whole.figures],
         tokens=measured.tokens()["artifact"],
@@ -138,8 +159,10 @@ def verify(artifact: Path, given: Given, judge: Judge, *, report: Reporter = sil
         block_drift=[BlockDrift(name=name, relative_error=error) for name, error in drift],
         generations=whole.generations,
         tasks=whole.tasks,
+        checks=reading.checks,
+        readers=[reading.reader],
         unconfirmed=[*given.prepared.unconfirmed, *whole.unconfirmed],
-        notes=whole.notes,
+        notes=[*reading.notes, *whole.notes],
         timings=_timings(time.monotonic() - started, speed),
     )
 
@@ -155,7 +178,7 @@ def check_config(reference: Checkpoint, artifact: Path) -> Check:
     Raises:
         InputError: the artifact cannot be read.
     """
-    with ArtifactSource(artifact, dtype=torch.float32) as source:
+    with open_stored(artifact, dtype=torch.float32) as source:
         problems = config_differences(reference.config, source.config)
     detail = listed(problems) if problems else "every key means the reference's model"
     return Check(gate="config", name="config.json", passed=not problems, detail=detail)
@@ -167,27 +190,68 @@ def check_headers(reference: Checkpoint, artifact: Path) -> None:
     Raises:
         InputError: the artifact cannot be read, or is not a form of the reference.
     """
-    with ArtifactSource(artifact, dtype=torch.float32) as source:
+    with open_stored(artifact, dtype=torch.float32) as source:
         refuse_other_config(reference.config, source.config)
         source.check_complete(describe(reference.config))
 
 
-def _models(given: Given, source: ArtifactSource) -> Models:
-    """The runners. The artifact runs as its own config.json says, as its users will run it."""
+@dataclass(frozen=True)
+class _Reading:
+    """How an artifact is run.
 
-    def runner(checkpoint: Checkpoint) -> BlockRunner:
-        return BlockRunner(checkpoint.config, checkpoint.weights, dtype=given.dtype, device=given.device)
+    Attributes:
+        runner: runs it.
+        reader: what that is, with its version.
+        checks: of a graph.
+        notes: for the reader.
+    """
 
-    reference = runner(given.reference)
-    source.check_complete(reference.structure)
+    runner: BlockRunner | GraphRunner
+    reader: str
+    checks: list[Check] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def _runner(given: Given, checkpoint: Checkpoint) -> BlockRunner:
+    return BlockRunner(checkpoint.config, checkpoint.weights, dtype=given.dtype, device=given.device)
+
+
+def _read_blocks(source: StoredModel, given: Given) -> _Reading:
+    """The artifact runs as its own config.json says, as its users will run it."""
     config, _ = without_code_keys(source.config)
-    artifact = BlockRunner(config, source, dtype=given.dtype, device=given.device)
-    source.check_complete(artifact.structure)
+    runner = BlockRunner(config, source, dtype=given.dtype, device=given.device)
+    source.check_complete(runner.structure)
+    return _Reading(runner, f"qexport {version('qexport')}")
+
+
+def _read_graph(artifact: Path, given: Given) -> _Reading:
+    """The graph in ONNX Runtime, after what windows of text do not show of it has been tried."""
+    from qexport.verifying.graph_checks import check_graph
+    from qexport.verifying.graph_runner import GraphRunner
+
+    runner = GraphRunner(artifact, given.device)
+    with runner.whole() as model:
+        checks = check_graph(model, given.held_out.input_ids)
+        reader = f"onnxruntime {model.session.version} ({model.session.provider})"
+        dtype = model.dtype
+    return _Reading(runner, reader, checks, [] if dtype == given.dtype else [_other_dtype(dtype, given)])
+
+
+def _other_dtype(dtype: torch.dtype, given: Given) -> str:
+    own, other = (str(each).removeprefix("torch.") for each in (dtype, given.dtype))
+    floor = given.prepared.noise_floor.get("mean_kl")
+    share = f": about {floor:.2g} of mean_kl is rounding, the noise floor" if floor else ""
+    return f"the graph computes in {own}, the reference in {other}{share}"
+
+
+def _rivals(
+    given: Given, grids: Mapping[str, GroupQuantizedSpec], transposed: frozenset[str]
+) -> tuple[BlockRunner | None, BlockRunner | None]:
+    """The merged model rounded to nearest, and the base without the adapter, where there are such."""
     nearest = None
-    if has_nearest_rival(source.grids):
-        rounded = given.nearest(source.grids, source.transposed)
-        nearest = runner(replace(given.reference, weights=rounded))
-    return Models(reference, artifact, nearest, runner(given.base) if given.base else None)
+    if has_nearest_rival(grids):
+        nearest = _runner(given, replace(given.reference, weights=given.nearest(grids, transposed)))
+    return nearest, _runner(given, given.base) if given.base else None
 
 
 def _figures(found: Measured, given: Given) -> list[Figure]:

@@ -18,6 +18,7 @@ from qexport.statistics.samples import DIFFERENCE
 from qexport.tensors import Checkpoint
 from qexport.text.prompts import EncodedPrompts
 from qexport.verifying.estimates import Units
+from qexport.verifying.generation import Openable
 from qexport.verifying.memory import available_memory, needed_memory
 from qexport.verifying.prompt_figures import measure_generations
 from qexport.verifying.settings import SpeedSettings, TaskSettings, VerifySettings
@@ -40,7 +41,7 @@ class Pair:
     """
 
     reference: BlockRunner
-    artifact: BlockRunner
+    artifact: Openable
     checkpoint: Checkpoint
     folder: Path
     tokenizer: PreTrainedTokenizerBase

@@ -15,15 +15,22 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-import onnx
 import torch
 from google.protobuf.message import DecodeError
-from onnx import numpy_helper
 
-from qexport.errors import InputError
+from qexport.errors import InputError, RecipeError
 from qexport.reading.onnx.external_data import DataFiles, ExternalData
 from qexport.tensors import TensorSpec
 from qexport.tensors.contained_path import contained_path
+
+try:
+    import onnx
+    from onnx import numpy_helper
+except ImportError as missing:
+    raise RecipeError(
+        "reading an ONNX artifact needs the package onnx, which is not installed",
+        mend="pip install 'qexport[onnx]', or 'qexport[gpu]' on a machine with CUDA",
+    ) from missing
 
 GRAPH_NAME: Final = "model.onnx"
 MICROSOFT: Final = "com.microsoft"

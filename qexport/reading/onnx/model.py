@@ -69,6 +69,10 @@ class OnnxCausalLM(PreTrainedModel, GenerationMixin):
         """Of the logits and the cache."""
         return self._logits.dtype
 
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of the weights as they are stored; what ONNX Runtime makes of them is not known."""
+        return self.stored_bytes
+
     @torch.no_grad()
     def forward(
         self,

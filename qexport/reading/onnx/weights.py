@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import torch
 
@@ -13,9 +13,12 @@ from qexport.architectures.code_keys import without_code_keys
 from qexport.architectures.structure import Structure, describe, parse_config, refuse_impossible_depth
 from qexport.errors import InputError, listed
 from qexport.reading.dequantization import dequantize
+from qexport.reading.onnx.external_data import ExternalData
 from qexport.reading.onnx.graph import Graph
+from qexport.reading.onnx.stored_layers import block_grid, described, stored_layer
 from qexport.reading.onnx.stored_weights import KINDS, StoredMatrix, stored_matrix
-from qexport.tensors import TensorSpec
+from qexport.reading.stored_format import StoredLayer
+from qexport.tensors import GroupQuantizedSpec, TensorSpec
 from qexport.tensors.contained_path import contained_path
 from qexport.tensors.finite import is_finite
 from qexport.tensors.strict_json import read_json_object
@@ -83,13 +86,53 @@ class OnnxWeights:
         stored = parts | (self._specs.keys() & self._graph.initializers.keys())
         return sum(self._graph.initializers[name].spec.nbytes for name in stored)
 
-    def check_complete(self) -> None:
-        """Holds the graph against the model of its config.json, without reading weights.
+    @property
+    def quantization(self) -> None:
+        """None: the graph itself says how its weights are stored."""
+        return None
+
+    @property
+    def method(self) -> str:
+        """How the weights are stored, for a reader."""
+        return f"ONNX, {described(self.quantized.values())}"
+
+    @property
+    def layers(self) -> dict[str, StoredLayer]:
+        """Each quantized module, by its path."""
+        return {module: stored_layer(matrix) for module, matrix in self.quantized.items()}
+
+    @property
+    def grids(self) -> dict[str, GroupQuantizedSpec]:
+        """Bits, blocks and symmetry of each module whose codes lie in blocks along its inputs, by its path."""
+        return {module: spec for module, matrix in self.quantized.items() if (spec := block_grid(matrix)) is not None}
+
+    @property
+    def transposed(self) -> frozenset[str]:
+        """The modules whose dense weight is [in, out] (GPT-2's Conv1D); codes are always [out, in]."""
+        return self._transposed
+
+    @property
+    def files(self) -> list[str]:
+        """The names of the graph's file and of those that it has its weights in, sorted."""
+        places = (found.place for found in self._graph.initializers.values())
+        return sorted(
+            {self._graph.path.name, *(place.path.name for place in places if isinstance(place, ExternalData))}
+        )
+
+    def __enter__(self) -> Self:
+        """The same object."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is open between two reads."""
+
+    def check_complete(self, structure: Structure | None = None) -> None:
+        """Holds the graph against a model, without reading weights: that of its config.json where None is given.
 
         Raises:
             InputError: parameters are missing, unexpected or of another shape, or no operator reads one.
         """
-        expected, found = self.structure.parameters, self._specs
+        expected, found = (structure or self.structure).parameters, self._specs
         problems = [f"{name}: missing" for name in expected if name not in found]
         problems += [f"{name}: unexpected" for name in found if name not in expected]
         problems += [

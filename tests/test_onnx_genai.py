@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -141,3 +143,9 @@ def test_a_window_that_no_layer_has_is_not_warned_of() -> None:
     assert genai_notes(mapping(config), cache_of(config)) == []
     qwen = factories.qwen2_config(sliding_window=8, use_sliding_window=False)
     assert genai_notes(mapping(qwen), cache_of(qwen)) == []
+
+
+def test_the_documentation_has_the_same_table() -> None:
+    page = (Path(__file__).parent.parent / "docs/onnx.md").read_text()
+    section = page.partition("\n## onnxruntime-genai\n")[2]
+    assert dict(re.findall(r"^\| `(\w+)` \| `(\w+)` \|$", section, flags=re.MULTILINE)) == TYPES

@@ -53,7 +53,7 @@ def generated(folder: Path, *arguments: str) -> str:
 def transformers_text(folder: OnnxFolder, new: int, ends: list[int]) -> tuple[list[int], str]:
     tokenizer = factories.tokenizer()
     prompt = tokenizer(PROMPT, return_tensors="pt")
-    tokens = folder.model.generate(
+    tokens = folder.model.generate(  # type: ignore[operator]
         **prompt, max_new_tokens=new, do_sample=False, eos_token_id=ends or None, pad_token_id=0
     )[0, prompt["input_ids"].shape[1] :]
     return tokens.tolist(), str(tokenizer.decode(tokens, skip_special_tokens=True))

@@ -70,7 +70,7 @@ def _build(config: PretrainedConfig, seed: int) -> PreTrainedModel:
     """A small embedding, since a tied head would otherwise say the last token again and again."""
     model = factories.build(config, seed=seed, dtype=torch.float32)
     with torch.no_grad():
-        model.get_input_embeddings().weight.mul_(0.2)
+        model.get_input_embeddings().weight.mul_(0.2)  # type: ignore[operator]
     return model
 
 

@@ -15,6 +15,7 @@ import onnxruntime
 import pytest
 import torch
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
+from tokenizers import Tokenizer
 from transformers import PretrainedConfig
 
 import factories
@@ -63,6 +64,19 @@ def test_the_script_says_what_transformers_says(folder: OnnxFolder) -> None:
     tokens, text = transformers_text(folder, 24, list(folder.generation.ends))
     assert len(set(tokens)) > 4
     assert generated(folder.path, PROMPT, "24") == text
+
+
+def test_the_script_minds_no_truncation_or_padding_of_training(folder: OnnxFolder) -> None:
+    file = folder.path / "tokenizer.json"
+    kept, expected = file.read_bytes(), generated(folder.path, PROMPT, "8")
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=64)
+    tokenizer.save(str(file))
+    try:
+        assert generated(folder.path, PROMPT, "8") == expected
+    finally:
+        file.write_bytes(kept)
 
 
 def test_the_script_stops_at_an_end(folder: OnnxFolder) -> None:
@@ -126,7 +140,8 @@ def test_triton_is_told_each_dtype() -> None:
     assert kinds["position_ids"] == ("TYPE_INT64", [-1, -1])
     assert kinds["logits"] == ("TYPE_FP16", [-1, -1, 384])
     assert kinds["past_key_values.1.key"] == kinds["present.1.key"] == ("TYPE_FP16", [-1, 2, -1, 16])
-    assert kinds["present.0.recurrent_state"] == ("TYPE_FP32", [-1, 8, 8, 16])
+    state = ("TYPE_FP32", [-1, 8, 8, 16])
+    assert kinds["past_key_values.0.recurrent_state"] == kinds["present.0.recurrent_state"] == state
     assert len(kinds) == 12
 
 

@@ -47,7 +47,7 @@ def generation(checkpoint: Checkpoint) -> Generation:
         ends=tuple(sorted(set(tokens("eos_token_id")))),
         begin=next(iter(tokens("bos_token_id")), None),
         padding=next(iter(tokens("pad_token_id")), None),
-        sampling={key: value for key in _SAMPLING if _usable(value := configs[0].get(key))},
+        sampling={key: configs[0][key] for key in _SAMPLING if _usable(configs[0].get(key))},
     )
 
 

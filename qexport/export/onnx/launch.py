@@ -70,6 +70,7 @@ from tokenizers import Tokenizer
 
 folder, ends = Path(__file__).resolve().parent.parent, set()
 tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+tokenizer.no_truncation(), tokenizer.no_padding()  # of training, if the file has them
 providers = [name for name in ort.get_available_providers() if name.startswith(("CUDA", "CPU"))]
 session = ort.InferenceSession(str(folder / "model.onnx"), providers=providers)
 device = "cuda" if "CUDAExecutionProvider" in session.get_providers() else "cpu"
@@ -83,9 +84,9 @@ tokens, new, answer = [], tokenizer.encode(sys.argv[1]).ids, []
 while len(answer) < (int(sys.argv[2]) if len(sys.argv) > 2 else 128):
     tokens += new
     binding = session.io_binding()
-    binding.bind_cpu_input("input_ids", np.array([new]))
+    binding.bind_cpu_input("input_ids", np.array([new], np.int64))
     binding.bind_cpu_input("attention_mask", np.ones((1, len(tokens)), np.int64))
-    binding.bind_cpu_input("position_ids", np.arange(len(tokens) - len(new), len(tokens))[None])
+    binding.bind_cpu_input("position_ids", np.arange(len(tokens) - len(new), len(tokens), dtype=np.int64)[None])
     for name, value in cache.items():
         binding.bind_ortvalue_input(name, value)
     for value in session.get_outputs():

@@ -7,11 +7,13 @@ READY := $(VENV)/.ready
 BROWSER_READY := $(VENV)/.browser-ready
 VLLM_VENV ?= .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
+GENAI_VENV ?= .venv-genai
+GENAI_READY := $(GENAI_VENV)/.ready
 TASKS_VENV ?= .venv-tasks
 TASKS_READY := $(TASKS_VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-servers test-tasks test-browser check format lint types imports docs benchmark clean
+.PHONY: help demo test test-servers test-genai test-tasks test-browser check format lint types imports docs benchmark clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,6 +26,9 @@ test: $(READY) ## Run the tests
 
 test-servers: $(READY) $(VLLM_READY) ## Serve artifacts with vLLM's CPU build and hold its answers against ours (minutes)
 	QEXPORT_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python -m pytest tests/servers -s
+
+test-genai: $(READY) $(GENAI_READY) ## Run ONNX folders with onnxruntime-genai and hold its tokens against ONNX Runtime's (minutes)
+	QEXPORT_GENAI_PYTHON=$(abspath $(GENAI_VENV))/bin/python $(BIN)/python -m pytest tests/servers/test_genai.py
 
 test-tasks: $(TASKS_READY) ## Measure task accuracy with lm-evaluation-harness on tiny models and on SmolLM2 (minutes)
 	$(TASKS_VENV)/bin/python -m pytest tests/tasks
@@ -72,6 +77,11 @@ $(VLLM_READY):
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
+$(GENAI_READY):
+	$(PYTHON) -m venv $(GENAI_VENV)
+	$(GENAI_VENV)/bin/python -m pip install --quiet onnxruntime-genai==0.18.0
+	@touch $@
+
 # The harness brings some forty packages, so it stays out of the environment of the other tests.
 $(TASKS_READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(TASKS_VENV)
@@ -81,4 +91,4 @@ $(TASKS_READY): pyproject.toml constraints.txt
 	@touch $@
 
 clean: ## Remove the environments and what runs have written
-	rm -rf $(VENV) $(VLLM_VENV) $(TASKS_VENV) out
+	rm -rf $(VENV) $(VLLM_VENV) $(GENAI_VENV) $(TASKS_VENV) out

@@ -68,6 +68,8 @@ class OnnxLayout:
             notes.append("fused attention takes several new tokens with a past for a batch of one only")
         if self._settings.accuracy_level == 4:
             notes.append("accuracy_level 4: ONNX Runtime rounds the inputs of quantized layers to 8 bits")
+        if self._shared:
+            notes.append("onnx.load refuses data files that have a second link, ONNX Runtime does not; a copy has none")
         return notes
 
     @property
@@ -110,13 +112,19 @@ class OnnxLayout:
         Raises:
             QexportError: it is no valid graph.
         """
+        path = folder / GRAPH_NAME
         try:
-            onnx.checker.check_model(str(folder / GRAPH_NAME))
+            # By its path the checker also opens the data, and refuses files with a second link for an attack.
+            onnx.checker.check_model(onnx.load(path, load_external_data=False) if self._shared else str(path))
         except onnx.checker.ValidationError as error:
             raise QexportError(f"onnx.checker refuses the graph: {error}", where=GRAPH_NAME) from error
         unplaced = self._specs.keys() - Graph(folder).initializers.keys()
         if unplaced:
             raise QexportError("weights are not in the graph", where=listed(sorted(unplaced)))
+
+    @property
+    def _shared(self) -> bool:
+        return self._settings.share_weights
 
     @cached_property
     def _lowered(self) -> ir.Model:
@@ -146,7 +154,7 @@ class OnnxLayout:
         would take them for weights.
         """
         places: dict[str, Place] = {}
-        if not self._settings.share_weights:
+        if not self._shared:
             return places
         wanted = shared_names(self._outputs)
         for source in sorted((folder.parent / _SHARED_FROM).glob("*.safetensors")):

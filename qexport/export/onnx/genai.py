@@ -1,0 +1,115 @@
+"""genai_config.json, by which onnxruntime-genai runs the folder.
+
+Written for onnxruntime-genai 0.18, and tried with it: `make test-genai`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from transformers import PretrainedConfig
+
+from qexport.architectures.structure import parse_config
+from qexport.export.onnx.generation import Generation
+from qexport.export.onnx.tracing import Cache
+
+FILE_NAME: Final = "genai_config.json"
+
+TYPES: Final[Mapping[str, str]] = {
+    "falcon": "decoder",
+    "falcon_h1": "decoder",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3_text",
+    "gpt2": "decoder",
+    "gpt_neox": "decoder",
+    "llama": "llama",
+    "mistral": "mistral",
+    "phi3": "phi3",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+}
+"""What the runtime calls a `model_type`. `decoder` is its name for any graph with our inputs, and serves the families
+that it has no name for; its own `gpt2` wants other inputs.
+"""
+
+_STATES: Final = {"conv_state": "conv_names", "recurrent_state": "recurrent_names"}
+
+
+def genai_config(config: Mapping[str, Any], cache: Cache, generation: Generation) -> dict[str, Any] | None:
+    """The content of genai_config.json; None for a family that was not tried with the runtime.
+
+    The buffer of keys and values is not shared between past and present: the runtime would hand over one as long as the
+    longest text, and the graph takes the past's length for the number of tokens.
+
+    Args:
+        config: the content of config.json.
+        cache: what each layer keeps.
+        generation: tokens and sampling.
+    """
+    model_type = TYPES.get(str(config.get("model_type")))
+    if model_type is None:
+        return None
+    parsed = parse_config(config)
+    context = int(parsed.max_position_embeddings)
+    tokens = {
+        "bos_token_id": generation.begin,
+        "eos_token_id": _one_or_list(generation.ends),
+        "pad_token_id": padding_token(generation),
+    }
+    model = {key: value for key, value in tokens.items() if value is not None} | {
+        "context_length": context,
+        "decoder": _decoder(parsed, cache),
+        "type": model_type,
+        "vocab_size": int(parsed.vocab_size),
+    }
+    search = {"do_sample": False, "num_beams": 1, **generation.sampling, "max_length": context}
+    return {"model": model, "search": search | {"past_present_share_buffer": False}}
+
+
+def padding_token(generation: Generation) -> int:
+    """The token that the runtime fills up a batch with: an end, or the first token, where the model names none."""
+    return next((token for token in (generation.padding, *generation.ends) if token is not None), 0)
+
+
+def genai_notes(config: Mapping[str, Any], cache: Cache) -> list[str]:
+    """What is wrong with batches in the runtime, which fills them up on the right; empty where nothing is."""
+    if str(config.get("model_type")) not in TYPES:
+        return []
+    if any(not tensor.grows for tensors in cache for tensor in tensors):
+        return [_ONE_LENGTH.format("the mamba states would go on through the padding")]
+    if window := _window(parse_config(config)):
+        return [_ONE_LENGTH.format(f"past {window} tokens the sliding window would count the padding")]
+    return []
+
+
+_ONE_LENGTH: Final = "onnxruntime-genai: batch only prompts of equal length; it fills up on the right, and {}."
+
+
+def _decoder(parsed: PretrainedConfig, cache: Cache) -> dict[str, Any]:
+    key = cache[0][0]
+    states = {_STATES[tensor.name]: tensor.name for tensor in cache[0] if tensor.name in _STATES}
+    kept = {"key_names": "key", "value_names": "value"} | states
+    return {
+        "filename": "model.onnx",
+        "head_size": key.shape[2],
+        "hidden_size": int(parsed.hidden_size),
+        "inputs": {name: name for name in ("input_ids", "attention_mask", "position_ids")}
+        | {f"past_{role}": f"past_key_values.%d.{name}" for role, name in kept.items()},
+        "num_attention_heads": int(parsed.num_attention_heads),
+        "num_hidden_layers": len(cache),
+        "num_key_value_heads": key.shape[0],
+        "outputs": {"logits": "logits"} | {f"present_{role}": f"present.%d.{name}" for role, name in kept.items()},
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+    }
+
+
+def _one_or_list(tokens: tuple[int, ...]) -> int | list[int] | None:
+    return tokens[0] if len(tokens) == 1 else list(tokens) or None
+
+
+def _window(parsed: PretrainedConfig) -> int | None:
+    """Tokens that a layer looks back at most; None where every layer sees all."""
+    window = getattr(parsed, "sliding_window", None)
+    kinds = getattr(parsed, "layer_types", None) or ["sliding_attention"]
+    return int(window) if window and "sliding_attention" in kinds else None

@@ -1,0 +1,75 @@
+"""onnxruntime-genai, in an environment of its own, runs the folders of the layout onnx and says what ONNX Runtime says.
+
+`make test-genai` runs this; `QEXPORT_GENAI_PYTHON` names that environment's interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import factories
+import onnx_served
+from qexport.export.onnx.genai import FILE_NAME, TYPES, genai_notes
+
+PYTHON = os.environ.get("QEXPORT_GENAI_PYTHON", "")
+TEXTS = [factories.TEXT[1][:40], onnx_served.PROMPT + ". " + factories.TEXT[0], "Total: 12"]
+NEW = 16
+FAMILIES = {name: config for name, config in factories.FAMILIES.items() if config.model_type in TYPES}
+
+pytestmark = pytest.mark.skipif(not PYTHON, reason="QEXPORT_GENAI_PYTHON names no interpreter")
+
+
+def run_genai(folder: Path) -> dict[str, Any]:
+    request, response = folder.parent / "request.json", folder.parent / "response.json"
+    request.write_text(json.dumps({"texts": TEXTS, "max_tokens": NEW}))
+    script = Path(__file__).with_name("generate_with_genai.py")
+    run = subprocess.run(
+        [PYTHON, script, folder, request, response],
+        env=os.environ | {"PYTHONPATH": ""}, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-4000:]
+    answer: dict[str, Any] = json.loads(response.read_text())
+    return answer
+
+
+def up_to_end(tokens: list[int], ends: tuple[int, ...]) -> list[int]:
+    return tokens[: next((index + 1 for index, token in enumerate(tokens) if token in ends), len(tokens))]
+
+
+@pytest.mark.parametrize("attention", ["plain", "fused"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_runtime_says_what_onnxruntime_says(family: str, attention: onnx_served.Attention, tmp_path: Path) -> None:
+    folder = onnx_served.write(tmp_path / "folder", FAMILIES[family], attention)
+    answer = run_genai(folder.path)
+    tokenizer = factories.tokenizer()
+    assert answer["version"].startswith("0.18.")
+    assert answer["prompts"] == [tokenizer(text)["input_ids"] for text in TEXTS]
+    ends = folder.generation.ends
+    expected = [up_to_end(onnx_served.greedy(folder, prompt, NEW), ends) for prompt in answer["prompts"]]
+    assert len({token for tokens in expected for token in tokens}) > 5
+    assert [up_to_end(tokens, ends) for tokens in answer["alone"]] == expected
+    if not genai_notes(folder.config, folder.cache):
+        assert [up_to_end(tokens, ends) for tokens in answer["together"]] == expected
+
+
+def test_a_sliding_window_counts_the_padding_of_a_batch(tmp_path: Path) -> None:
+    folder = onnx_served.write(tmp_path / "folder", factories.mistral_config())
+    answer = run_genai(folder.path)
+    assert genai_notes(folder.config, folder.cache)
+    assert answer["together"] != answer["alone"]
+
+
+def test_the_shared_buffer_is_refused_by_the_graph(tmp_path: Path) -> None:
+    """So that nobody switches it on for the few per cent that it is worth."""
+    folder = onnx_served.write(tmp_path / "folder", factories.llama_config(), "fused")
+    content = json.loads((folder.path / FILE_NAME).read_text())
+    content["search"]["past_present_share_buffer"] = True
+    (folder.path / FILE_NAME).write_text(json.dumps(content))
+    with pytest.raises(AssertionError, match="Non-zero status code"):
+        run_genai(folder.path)

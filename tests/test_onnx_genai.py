@@ -141,8 +141,9 @@ def test_batches_are_warned_of_where_padding_on_the_right_is_seen(family: str) -
 def test_a_window_that_no_layer_has_is_not_warned_of() -> None:
     config = factories.mistral_config(sliding_window=None)
     assert genai_notes(mapping(config), cache_of(config)) == []
-    qwen = factories.qwen2_config(sliding_window=8, use_sliding_window=False)
-    assert genai_notes(mapping(qwen), cache_of(qwen)) == []
+    for window_layers, count in ((2, 0), (1, 1)):
+        qwen = factories.qwen2_config(sliding_window=8, use_sliding_window=True, max_window_layers=window_layers)
+        assert len(genai_notes(mapping(qwen), cache_of(qwen))) == count
 
 
 def test_the_documentation_has_the_same_table() -> None:

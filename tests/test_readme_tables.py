@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -17,14 +18,16 @@ from transformers.utils import logging
 import factories
 from qexport.architectures.structure import Structure, describe
 from qexport.errors import CompatibilityError
-from qexport.export import readback
 from qexport.export.layouts import make_layout
+from qexport.export.onnx import layout as onnx_layout
+from qexport.export.onnx import tracing
+from qexport.export.onnx.tracing import Trace
 from qexport.export.settings import ExportSettings
 from qexport.loading.checkpoint import load_checkpoint
 from qexport.loading.settings import LoadSettings
 from qexport.quantize.methods import plan_outputs, quantize
 from qexport.quantize.settings import QuantizeSettings
-from qexport.reading.artifact_source import ArtifactSource
+from qexport.reading.stored_model import open_stored
 from qexport.tensors import CalibrationSet, Checkpoint, Outputs
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -76,6 +79,23 @@ def loaded(folder: Path) -> tuple[Checkpoint, Structure]:
     return checkpoint, describe(checkpoint.config)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def traced_once() -> Iterator[None]:
+    """Tracing a graph takes seconds; lowering uses the trace up, so each one gets a clone."""
+
+    @cache
+    def traced(config: str, activations: torch.dtype) -> Trace:
+        return tracing.trace(json.loads(config), activations)
+
+    def trace(config: dict[str, Any], activations: torch.dtype) -> Trace:
+        found = traced(json.dumps(config), activations)
+        return Trace(found.model.clone(), found.cache)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_layout, "trace", trace)
+        yield
+
+
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     logging.disable_progress_bar()
@@ -118,11 +138,11 @@ def write(folder: Path, method: dict[str, Any], layout: str, target: Path) -> No
         writer.write(record)
     written = writer.finish()
     made.write_files(target, checkpoint)
-    readback.check(target, written)
+    made.weights.read_back(target, written)
     made.check(target)
-    with ArtifactSource(target, dtype=torch.bfloat16) as source:
+    with open_stored(target, dtype=torch.bfloat16) as source:
         source.check_complete(structure)
-        assert set(source.quantized) == (set(outputs.quantized) if made.quantization else set())
+        assert set(source.layers) == (set(outputs.quantized) if made.quantization else set())
 
 
 @pytest.mark.parametrize(("named", "layout", "verdict"), list(cells()), ids=lambda value: str(value).replace("`", ""))

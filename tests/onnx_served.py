@@ -22,7 +22,7 @@ from qexport.export.onnx.generation import Generation, generation
 from qexport.export.onnx.launch import Figures, launch_files
 from qexport.export.onnx.lowering import lower
 from qexport.export.onnx.tracing import Cache, trace
-from qexport.export.onnx.weights import Place
+from qexport.export.onnx.weights import Place, put_in_place
 from qexport.tensors import Dense, Outputs, TensorSpec
 from quantized_models import QuantizedModel
 
@@ -55,7 +55,9 @@ def write(folder: Path, config: PretrainedConfig, attention: Attention = "plain"
     places = _write_weights(folder, model)
     traced = trace(checkpoint.config, torch.float32)
     outputs = Outputs(Dense(), {name: place.spec for name, place in places.items()})
-    graph = lower(traced, outputs, places, activations=torch.float32, attention=attention, accuracy_level=0)
+    specs = {name: place.spec for name, place in places.items()}
+    graph = lower(traced, outputs, specs, activations=torch.float32, attention=attention, accuracy_level=0)
+    put_in_place(graph.graph, places)
     ir.save(graph, folder / "model.onnx")
     made = OnnxFolder(folder, model, traced.cache, checkpoint.config, generation(checkpoint))
     figures = Figures(name, traced.cache, torch.float32, factories.VOCABULARY, [DATA], made.generation.ends, True)

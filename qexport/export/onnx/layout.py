@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import onnx
@@ -15,14 +21,19 @@ from qexport.architectures.structure import Structure
 from qexport.artifact.manifest import GraphRecord
 from qexport.errors import CompatibilityError, QexportError, listed
 from qexport.export.encodings import OnnxInitializers
+from qexport.export.loaders import Folder, loading_section
 from qexport.export.model_files import write_model_files
 from qexport.export.onnx.files import OnnxFiles, onnx_files, shared_names
+from qexport.export.onnx.genai import FILE_NAME, genai_config, genai_notes
+from qexport.export.onnx.generation import generation
+from qexport.export.onnx.launch import Figures, launch_files
 from qexport.export.onnx.lowering import lower
-from qexport.export.onnx.tracing import MINIMUM_RUNTIME, Trace, trace
+from qexport.export.onnx.tracing import MINIMUM_RUNTIME, Cache, kept, trace
 from qexport.export.onnx.weights import DTYPES, Place, put_in_place
 from qexport.export.quantization_config import quantization_config
 from qexport.export.settings import OnnxSettings
 from qexport.export.size import parse_size
+from qexport.export.vllm.launch import served_name
 from qexport.export.written_weights import link_or_copy
 from qexport.reading.onnx.graph import GRAPH_NAME, Graph
 from qexport.tensors import W8A8, Checkpoint, Outputs
@@ -68,6 +79,7 @@ class OnnxLayout:
             notes.append("fused attention takes several new tokens with a past for a batch of one only")
         if self._settings.accuracy_level == 4:
             notes.append("accuracy_level 4: ONNX Runtime rounds the inputs of quantized layers to 8 bits")
+        notes += genai_notes(self._checkpoint.config, self._cache)
         if self._shared:
             notes.append("onnx.load refuses data files that have a second link, ONNX Runtime does not; a copy has none")
         return notes
@@ -99,12 +111,36 @@ class OnnxLayout:
         Raises:
             QexportError: a file of the checkpoint would leave the folder or replace another file.
         """
-        embedding = f"{self._structure.embedding}.weight"
-        write_model_files(
-            folder, checkpoint, self._outputs.method, None, self._outputs.dense_dtype(embedding), self.notes
-        )
-        put_in_place(self._lowered.graph, {**self.weights.places, **self._share(folder)})
+        places = {**self.weights.places, **self._share(folder)}
+        put_in_place(self._lowered.graph, places)
         ir.save(self._lowered, folder / GRAPH_NAME)
+        beside = self._beside(checkpoint, sorted({place.file for place in places.values()}))
+        files = replace(checkpoint, files={**checkpoint.files, **beside})
+        dtype = self._outputs.dense_dtype(f"{self._structure.embedding}.weight")
+        write_model_files(
+            folder, files, self._outputs.method, None, dtype, self.notes, loading_section(self._loaders_see)
+        )
+
+    @property
+    def _loaders_see(self) -> Folder:
+        shapes = {module: spec.shape for module, spec in self._outputs.quantized.items()}
+        return Folder(None, shapes, self._structure.model_type, self._structure.head, self.name, graph=True)
+
+    def _beside(self, checkpoint: Checkpoint, data_files: Sequence[str]) -> dict[str, bytes]:
+        """What runs the graph: launch files, and genai_config.json where the runtime knows the family."""
+        ends = generation(checkpoint)
+        figures = Figures(
+            name=served_name(checkpoint.origin.name),
+            cache=self._cache,
+            activations=self._activations,
+            vocab_size=self._structure.vocab_size,
+            data_files=data_files,
+            ends=ends.ends,
+            tokenizer="tokenizer.json" in checkpoint.files,
+        )
+        config = genai_config(checkpoint.config, self._cache, ends)
+        own = {FILE_NAME: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode("ascii")} if config else {}
+        return launch_files(figures) | own
 
     def check(self, folder: Path) -> None:
         """Holds the folder against ONNX's own checker and our reader: every weight lies inside the folder.
@@ -112,10 +148,9 @@ class OnnxLayout:
         Raises:
             QexportError: it is no valid graph.
         """
-        path = folder / GRAPH_NAME
         try:
-            # By its path the checker also opens the data, and refuses files with a second link for an attack.
-            onnx.checker.check_model(onnx.load(path, load_external_data=False) if self._shared else str(path))
+            with _without_links(folder) as checked:
+                onnx.checker.check_model(str(checked / GRAPH_NAME))
         except onnx.checker.ValidationError as error:
             raise QexportError(f"onnx.checker refuses the graph: {error}", where=GRAPH_NAME) from error
         unplaced = self._specs.keys() - Graph(folder).initializers.keys()
@@ -129,7 +164,7 @@ class OnnxLayout:
     @cached_property
     def _lowered(self) -> ir.Model:
         return lower(
-            self._trace,
+            trace(self._checkpoint.config, self._activations),
             self._outputs,
             self._specs,
             activations=self._activations,
@@ -138,8 +173,8 @@ class OnnxLayout:
         )
 
     @cached_property
-    def _trace(self) -> Trace:
-        return trace(self._checkpoint.config, self._activations)
+    def _cache(self) -> Cache:
+        return kept(self._checkpoint.config, self._activations)
 
     @property
     def _specs(self) -> dict[str, Any]:
@@ -176,3 +211,17 @@ class OnnxLayout:
         dtypes = {spec.dtype for spec in self._specs.values()} - DTYPES.keys()
         if dtypes:
             raise CompatibilityError(f"the onnx layout cannot hold {sorted(map(str, dtypes))}", where="export: onnx")
+
+
+@contextmanager
+def _without_links(folder: Path) -> Iterator[Path]:
+    """The graph beside empty files of the sizes of its data. The checker takes data files with a second link for an
+    attack; it looks at their sizes alone.
+    """
+    with TemporaryDirectory() as name:
+        beside = Path(name)
+        shutil.copyfile(folder / GRAPH_NAME, beside / GRAPH_NAME)
+        for data in [*folder.glob("*.onnx.data"), *folder.glob("*.safetensors")]:
+            (beside / data.name).touch()
+            os.truncate(beside / data.name, data.stat().st_size)
+        yield beside

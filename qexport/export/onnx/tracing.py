@@ -50,6 +50,15 @@ class Trace:
     cache: Cache
 
 
+def kept(config: Mapping[str, Any], activations: torch.dtype) -> Cache:
+    """What each layer of the model keeps of the tokens before.
+
+    Raises:
+        CompatibilityError: something else than keys and values, or the states of a mamba mixer.
+    """
+    return cache_tensors(_built(config, activations))
+
+
 def trace(config: Mapping[str, Any], activations: torch.dtype) -> Trace:
     """The graph of the model that config.json names.
 
@@ -63,8 +72,7 @@ def trace(config: Mapping[str, Any], activations: torch.dtype) -> Trace:
     Raises:
         CompatibilityError: a layer of the family keeps something else than keys and values, or a mamba mixer's states.
     """
-    model = build_on_meta(parse_config(config))
-    nn.Module.to(model, dtype=activations)
+    model = _built(config, activations)
     cache, naming = cache_tensors(model), name_parameters(model)
     compute_buffers(model, torch.device("cpu"))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -81,6 +89,12 @@ def trace(config: Mapping[str, Any], activations: torch.dtype) -> Trace:
     simplify(program.model)
     compute_in_float32(program.model.graph)
     return Trace(program.model, cache)
+
+
+def _built(config: Mapping[str, Any], activations: torch.dtype) -> PreTrainedModel:
+    model = build_on_meta(parse_config(config))
+    nn.Module.to(model, dtype=activations)
+    return model
 
 
 @contextmanager

@@ -258,6 +258,19 @@ def test_data_that_is_cut_short_meanwhile_is_noticed(folder: Path) -> None:
         graph.read("w")
 
 
+@pytest.mark.parametrize("text", [b"model.onnx.data", b"location", b"Identity", b"value_0"])
+def test_names_that_are_no_text_are_refused(tmp_path: Path, text: bytes) -> None:
+    """The library hands them out as bytes."""
+    builder = onnx_folders.Builder()
+    builder.add("Identity", builder.weight("w", WEIGHT))
+    folder = builder.write(tmp_path, {})
+    content = (folder / "model.onnx").read_bytes()
+    assert text in content
+    (folder / "model.onnx").write_bytes(content.replace(text, b"\xff" + text[1:]))
+    with pytest.raises(InputError, match="a name in the graph is no text"):
+        Graph(folder)
+
+
 @settings(max_examples=150, deadline=None)
 @given(place=st.integers(0, 400), bits=st.integers(1, 255), cut=st.booleans())
 def test_damaged_graphs_are_refused_or_read(

@@ -148,6 +148,23 @@ def test_equal_models_differ_in_no_item_and_solved_examples_are_the_same_for_bot
     assert other.sha256 != result.sha256
 
 
+def test_a_graph_in_onnx_runtime_answers_as_its_model_does(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    import onnx_folders
+    from qexport.verifying.graph_runner import GraphRunner
+
+    config = factories.llama_config()
+    model = factories.build(config, dtype=torch.float32)
+    graph = GraphRunner(onnx_folders.llama(dict(model.state_dict()), config, tmp_path / "graph"), torch.device("cpu"))
+    answers = [{**row, "answer": continued(model, row["question"], count=4)} for row in ROWS]
+    tasks = (write_task(tmp_path, ROWS, CHOICE), write_task(tmp_path, answers, GENERATION, name="written"))
+    settings = TaskSettings(tasks=[str(task) for task in tasks])
+    chosen, written = measure_tasks(opened(model), graph.whole, TOKENIZER, settings, lambda _: None)
+    assert 0 < sum(chosen.reference) < len(ROWS)
+    assert chosen.artifact == chosen.reference
+    assert all(written.artifact)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_block_runners_model_is_measured_and_left_as_it_was(tied: bool, tmp_path: Path) -> None:
     model = factories.build(factories.llama_config(tie_word_embeddings=tied))

@@ -16,7 +16,8 @@ from typing import Final
 
 import numpy as np
 import torch
-from google.protobuf.message import DecodeError
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import DecodeError, Message
 
 from qexport.errors import InputError, RecipeError
 from qexport.reading.onnx.external_data import DataFiles, ExternalData
@@ -189,7 +190,17 @@ def _parse(path: Path) -> onnx.ModelProto:
         raise InputError(f"the graph cannot be read: {error}", where=str(path), mend=_MEND) from error
     if not model.graph.node or not model.opset_import:
         raise InputError("the file holds no graph", where=str(path), mend=_MEND)
+    if not all(isinstance(text, str) for text in _texts(model)):
+        raise InputError("a name in the graph is no text", where=str(path), mend=_MEND)
     return model
+
+
+def _texts(message: Message) -> Iterator[str | bytes]:
+    """Every field of text, at any depth. The library hands out what is not UTF-8 as bytes."""
+    for field, value in message.ListFields():
+        if field.type in (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_MESSAGE):
+            for inner in [value] if isinstance(value, str | bytes | Message) else value:
+                yield from _texts(inner) if isinstance(inner, Message) else [inner]
 
 
 def _refuse_hidden_weights(graph: onnx.GraphProto, path: Path, *, body: bool = False) -> None:

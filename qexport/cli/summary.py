@@ -43,7 +43,7 @@ def summary(result: Result, path: Path) -> RenderableType:
     To be printed with `crop=False`: the last lines are there to be copied and are never broken.
 
     Args:
-        result: of the run; the figures shown are those of the first layout.
+        result: of the run; layouts with the same figures and gates are shown once.
         path: the run's output, as it is to be shown.
     """
     return Group(*_parts(result, path))
@@ -53,15 +53,42 @@ def _parts(result: Result, path: Path) -> Iterator[RenderableType]:
     manifest, report = result.manifest, next(iter(result.reports.values()), None)
     yield Text("")
     yield _headline(manifest, result.manifests)
-    yield Padding(_figures(manifest), (1, 0))
-    if report is not None:
-        yield verdict_line(report)
-        yield Padding(gate_table(report.gates), (1, 0))
+    measured = _measured_apart(result)
+    for layouts in measured:
+        if len(measured) > 1:
+            yield Text.assemble("\n", (" + ".join(layouts), "bold"), _readers_of(result.manifests[layouts[0]]))
+        yield Padding(_figures(result.manifests[layouts[0]]), (1, 0))
+        if (own := result.reports.get(layouts[0])) is not None:
+            yield verdict_line(own)
+            yield Padding(gate_table(own.gates), (1, 0))
     yield from _remarks(manifest)
     yield from _notes(result.manifests)
     if report is not None and (prompts := worst_prompts(report)):
         yield Padding(prompt_table(prompts[:MAX_PROMPTS_SHOWN]), (1, 0, 0, 0))
     yield from _how_to_load(result, path)
+
+
+def _measured_apart(result: Result) -> list[list[str]]:
+    """The layouts, those together that have the same figures and gates: what computes them may be another program."""
+    groups: list[tuple[Verification | None, list[str]]] = []
+    for layout, manifest in result.manifests.items():
+        found = manifest.verification
+        own = next((names for other, names in groups if _same(found, other)), None)
+        if own is None:
+            groups.append((found, [layout]))
+        else:
+            own.append(layout)
+    return [names for _, names in groups]
+
+
+def _same(one: Verification | None, other: Verification | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return (one.figures, one.gates) == (other.figures, other.gates)
+
+
+def _readers_of(manifest: Manifest) -> str:
+    return f", measured by {', '.join(manifest.verification.readers)}" if manifest.verification else ""
 
 
 def _headline(manifest: Manifest, layouts: Iterable[str]) -> Text:
@@ -202,5 +229,7 @@ def _commands(manifest: Manifest, folder: Path) -> list[tuple[str, str]]:
             return [("TGI", f"sh {quote(str(folder / 'launch' / 'docker-run.sh'))}")]
         case "vllm":
             return [("vLLM", f"vllm serve {quote(str(folder))}")]
+        case "onnx" if "launch/generate.py" in manifest.files:
+            return [("ONNX", f'python {quote(str(folder / "launch" / "generate.py"))} "TEXT"')]
         case _:
             return [("Python", f"import qexport; model = qexport.load({json.dumps(str(folder))})")]

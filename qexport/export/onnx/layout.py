@@ -111,7 +111,7 @@ class OnnxLayout:
             QexportError: it is no valid graph.
         """
         try:
-            onnx.checker.check_model(str(folder / GRAPH_NAME))
+            onnx.checker.check_model(_without_data(folder / GRAPH_NAME))
         except onnx.checker.ValidationError as error:
             raise QexportError(f"onnx.checker refuses the graph: {error}", where=GRAPH_NAME) from error
         unplaced = self._specs.keys() - Graph(folder).initializers.keys()
@@ -168,3 +168,16 @@ class OnnxLayout:
         dtypes = {spec.dtype for spec in self._specs.values()} - DTYPES.keys()
         if dtypes:
             raise CompatibilityError(f"the onnx layout cannot hold {sorted(map(str, dtypes))}", where="export: onnx")
+
+
+def _without_data(path: Path) -> onnx.ModelProto:
+    """The graph with inputs in place of what lies in other files. Our own reader looks at those: the checker refuses
+    files that have a second hard link, as shared ones do.
+    """
+    model = onnx.load(path, load_external_data=False)
+    graph = model.graph
+    outside = [tensor for tensor in graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
+    for tensor in outside:
+        graph.initializer.remove(tensor)
+        graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    return model

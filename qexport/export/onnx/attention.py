@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import onnx_ir as ir
@@ -160,7 +160,7 @@ class FusedAttention:
         return self._lengths
 
     def _by_token(self, states: ir.Value) -> ir.Value:
-        """[batch, heads, sequence, head_dim] -> [batch, sequence, heads * head_dim], which linears and rotations give."""
+        """[batch, heads, sequence, head_dim] -> [batch, sequence, heads * head_dim], as linears give it."""
         if states in self._tokens:
             return self._tokens[states]
         width = _size(states, 1) * _size(states, 3)

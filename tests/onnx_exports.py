@@ -231,10 +231,10 @@ def prompts(length: int = 40, seed: int = 1) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def steps(model: Any, ids: Tensor, mask: Tensor, tokens: Tensor, *, past: Any = None) -> list[Tensor]:
+def steps(model: Any, ids: Tensor, mask: Tensor, tokens: Tensor) -> list[Tensor]:
     """The logits of each real token of the prompt, then those of each of the tokens [rows, steps], one by one."""
-    found = []
-    given, real = ids, mask.bool()
+    found: list[Tensor] = []
+    given, real, past = ids, mask.bool(), None
     for step in range(tokens.shape[1] + 1):
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -given.shape[1] :]
         output = model(

@@ -15,6 +15,7 @@ import factories
 import onnx_served
 from qexport.architectures.structure import parse_config
 from qexport.errors import CompatibilityError
+from qexport.export.onnx.attention import refuse_unfused
 from qexport.export.onnx.frequencies import switching_length
 from qexport.export.onnx.tracing import kept, trace
 from qexport.reading.onnx.model import OnnxCausalLM, open_model
@@ -74,6 +75,15 @@ def test_frequencies_that_grow_with_the_text_are_refused_before_anything_is_trac
     several["rope_parameters"]["full_attention"] = LONG_AND_SHORT
     with pytest.raises(CompatibilityError, match="default, longrope"):
         kept(several, torch.float32)
+
+
+def test_heads_that_fused_attention_cannot_take_are_refused_before_anything_is_traced() -> None:
+    narrow, wide = (kept(as_json(factories.llama_config(head_dim=size)), torch.float32) for size in (12, 24))
+    refuse_unfused(wide)
+    with pytest.raises(CompatibilityError, match="a multiple of 8; not 12"):
+        refuse_unfused([*wide, *narrow])
+    with pytest.raises(CompatibilityError, match="not 12 and 24"):
+        refuse_unfused([(narrow[0][0], wide[0][1])])
 
 
 @pytest.mark.parametrize(

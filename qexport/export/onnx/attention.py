@@ -7,7 +7,9 @@ from typing import Final
 import numpy as np
 import onnx_ir as ir
 
+from qexport.errors import CompatibilityError
 from qexport.export.onnx.emitter import MICROSOFT, Emitter
+from qexport.export.onnx.tracing import Cache
 
 _SWAPPED_HEADS: Final = [0, 2, 1, 3]
 """[batch, sequence, heads, head_dim] to [batch, heads, sequence, head_dim], and back."""
@@ -64,6 +66,21 @@ class PlainAttention:
 
     def _number(self, value: float) -> ir.Value:
         return self._emit.constant(np.array(value, dtype=self._activations.numpy()))
+
+
+def refuse_unfused(cache: Cache) -> None:
+    """Holds the heads against GroupQueryAttention, which ONNX Runtime looks at only when the graph runs.
+
+    Raises:
+        CompatibilityError: their size is no multiple of 8, or keys and values differ in it.
+    """
+    layers = {tuple(sorted({tensor.shape[-1] or 0 for tensor in tensors if tensor.grows})) for tensors in cache}
+    if wrong := sorted(sizes for sizes in layers if len(sizes) > 1 or sizes[0] % 8):
+        raise CompatibilityError(
+            f"GroupQueryAttention has one head_dim in a layer, a multiple of 8; not {' and '.join(map(str, wrong[0]))}",
+            where="export: onnx, attention",
+            mend="take `attention: plain`",
+        )
 
 
 class FusedAttention:

@@ -23,6 +23,7 @@ from qexport.errors import CompatibilityError, QexportError, listed
 from qexport.export.encodings import OnnxInitializers
 from qexport.export.loaders import Folder, loading_section
 from qexport.export.model_files import write_model_files
+from qexport.export.onnx.attention import refuse_unfused
 from qexport.export.onnx.files import OnnxFiles, onnx_files, shared_names
 from qexport.export.onnx.frequencies import switching_length
 from qexport.export.onnx.genai import FILE_NAME, genai_config, genai_notes
@@ -67,6 +68,8 @@ class OnnxLayout:
         self.weights: OnnxFiles = onnx_files(outputs, self._encoding, size, shared=settings.share_weights)
         self._refuse_what_cannot_be()
         self._cache = kept(checkpoint.config, self._activations)
+        if settings.attention == "fused":
+            refuse_unfused(self._cache)
 
     @property
     def quantization(self) -> Mapping[str, Any] | None:
@@ -191,13 +194,14 @@ class OnnxLayout:
         places: dict[str, Place] = {}
         if not self._shared:
             return places
-        wanted = shared_names(self._outputs)
+        wanted, specs = shared_names(self._outputs), self._specs
         for source in sorted((folder.parent / _SHARED_FROM).glob("*.safetensors")):
-            target = folder / source.name.replace("model", "shared", 1)
-            link_or_copy(source, target)
-            with SafetensorsFile(target) as file:
-                offsets, specs = file.offsets(), self._specs
-            places |= {name: Place(target.name, offsets[name], specs[name]) for name in wanted & offsets.keys()}
+            with SafetensorsFile(source) as file:
+                offsets = {name: offset for name, offset in file.offsets().items() if name in wanted}
+            if offsets:
+                target = folder / source.name.replace("model", "shared", 1)
+                link_or_copy(source, target)
+                places |= {name: Place(target.name, offset, specs[name]) for name, offset in offsets.items()}
         return places
 
     def _refuse_what_cannot_be(self) -> None:

@@ -120,7 +120,8 @@ class Linears:
         )
 
     def _matmul_integer(self, inputs: ir.Value, module: str) -> ir.Value:
-        """W8A8: each token's inputs are rounded to 127ths of their largest magnitude, as compressed-tensors does it.
+        """W8A8: each token's inputs are rounded to 127ths of their largest magnitude, as vLLM's kernels do it
+        (`csrc/quantization/compressed_tensors/int8_quant_kernels.cu`); the library compressed-tensors has 127.5.
 
         Both sides are stored without a sign around 128: with signed weights, kernels of processors without VNNI
         instructions saturate the sums of two products.

@@ -217,8 +217,13 @@ def test_generation_config_comes_before_the_config() -> None:
     assert generation(replace(checkpoint(b"{}", eos_token_id=1), files={})) == Generation((1,), 0, 0, {})
 
 
-@pytest.mark.parametrize("value", ['"0}; import os"', "true", "-1", "1.5", "null", "[]", '["x", null]', "{}"])
+@pytest.mark.parametrize(
+    "value", ['"0}; import os"', "true", "-1", "1.5", "null", "[]", '["x", null]', "{}", "9" * 400]
+)
 def test_what_is_no_token_reaches_no_script(value: str) -> None:
-    made = checkpoint(f'{{"eos_token_id": {value}, "temperature": "x", "top_p": NaN}}'.encode(), eos_token_id=None)
+    made = checkpoint(
+        f'{{"eos_token_id": {value}, "temperature": "x", "top_p": NaN, "top_k": 1{"0" * 400}}}'.encode(),
+        eos_token_id=None,
+    )
     assert generation(made).ends == ()
     assert generation(made).sampling == {}

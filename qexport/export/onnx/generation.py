@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -10,6 +9,9 @@ from typing import Any, Final
 from qexport.tensors import Checkpoint
 from qexport.tensors.strict_json import parse_json
 from qexport.text.tokenizer_files import GENERATION_CONFIG
+
+_NUMBERS: Final = 1 << 31
+"""onnxruntime-genai reads numbers of 32 bits."""
 
 _SAMPLING: Final = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 
@@ -53,8 +55,9 @@ def generation(checkpoint: Checkpoint) -> Generation:
 
 def _tokens(value: Any) -> list[int]:
     values = value if isinstance(value, list) else [value]
-    return [token for token in values if type(token) is int and token >= 0]
+    return [token for token in values if type(token) is int and 0 <= token < _NUMBERS]
 
 
 def _usable(value: Any) -> bool:
-    return isinstance(value, (bool, int, float)) and math.isfinite(value)
+    """NaN and infinity are in no range."""
+    return isinstance(value, (bool, int, float)) and -_NUMBERS < value < _NUMBERS

@@ -38,7 +38,7 @@ from qexport.export.size import parse_size
 from qexport.export.vllm.launch import served_name
 from qexport.export.written_weights import link_or_copy
 from qexport.reading.onnx.graph import GRAPH_NAME, Graph
-from qexport.tensors import W8A8, Checkpoint, Outputs
+from qexport.tensors import W8A8, Checkpoint, Outputs, TensorSpec
 from qexport.tensors.safetensors_file import SafetensorsFile
 
 _SHARED_FROM: Final = "safetensors"
@@ -179,8 +179,8 @@ class OnnxLayout:
             accuracy_level=self._settings.accuracy_level,
         )
 
-    @property
-    def _specs(self) -> dict[str, Any]:
+    @cached_property
+    def _specs(self) -> dict[str, TensorSpec]:
         """Every initializer, shared ones too."""
         outputs = self._outputs.specs.items()
         return {part: found for name, spec in outputs for part, found in self._encoding.specs(name, spec).items()}

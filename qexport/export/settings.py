@@ -58,7 +58,7 @@ class OnnxSettings(_Shards):
     activations: Literal["float32", "float16"] = "float32"
     """What the graph computes in. Weights keep the dtype of the merge, and are cast where it is another."""
 
-    accuracy_level: Literal[0, 1, 2, 3, 4] = 0
+    accuracy_level: Literal[0, 4] = 0
     """Of the products with GPTQ and LLM.int8 codes: 0 keeps the activations as they are, 4 lets ONNX Runtime round them
     to 8 bits, which is faster and no longer exact."""
 

@@ -189,9 +189,7 @@ def _held_exactly(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     held = scales.to(dtype).contiguous()
     if bool((held.to(scales.dtype) != scales).any()):
         name = str(dtype).removeprefix("torch.")
-        raise QexportError(
-            f"a scale would be rounded in {name}", mend="compute this node in float32, between two Casts"
-        )
+        raise QexportError(f"a scale would be rounded in {name}", mend="this is a defect of qexport; please report it")
     return held
 
 

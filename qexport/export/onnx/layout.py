@@ -30,7 +30,7 @@ from qexport.export.onnx.genai import FILE_NAME, genai_config, genai_notes
 from qexport.export.onnx.generation import generation
 from qexport.export.onnx.launch import Figures, launch_files
 from qexport.export.onnx.lowering import lower
-from qexport.export.onnx.tracing import MINIMUM_RUNTIME, kept, trace
+from qexport.export.onnx.tracing import MINIMUM_RUNTIME, NARROW_2_BIT_RUNTIME, kept, trace
 from qexport.export.onnx.weights import DTYPES, Place, put_in_place
 from qexport.export.quantization_config import quantization_config
 from qexport.export.settings import OnnxSettings
@@ -38,7 +38,8 @@ from qexport.export.size import parse_size
 from qexport.export.vllm.launch import served_name
 from qexport.export.written_weights import link_or_copy
 from qexport.reading.onnx.graph import GRAPH_NAME, Graph
-from qexport.tensors import W8A8, Checkpoint, Outputs, TensorSpec
+from qexport.reading.onnx.session import refuse_unloadable
+from qexport.tensors import W8A8, Checkpoint, GroupQuantizedSpec, Outputs, TensorSpec
 from qexport.tensors.safetensors_file import SafetensorsFile
 
 _SHARED_FROM: Final = "safetensors"
@@ -98,11 +99,19 @@ class OnnxLayout:
         return GraphRecord(
             ir_version=graph.ir_version,
             opsets=dict(graph.graph.opset_imports),
-            minimum_onnxruntime=MINIMUM_RUNTIME,
+            minimum_onnxruntime=self._minimum_runtime,
             activations=settings.activations,
             attention=settings.attention,
             accuracy_level=settings.accuracy_level,
         )
+
+    @property
+    def _minimum_runtime(self) -> str:
+        """Codes of 2 bits with inputs in float16 came later than all else."""
+        narrow = self._activations == torch.float16
+        quantized = self._outputs.quantized.values()
+        coarse = any(isinstance(spec, GroupQuantizedSpec) and spec.bits == 2 for spec in quantized)
+        return NARROW_2_BIT_RUNTIME if narrow and coarse else MINIMUM_RUNTIME
 
     def prepare(self) -> None:
         """Traces the graph. After hours of quantizing it would be too late to learn that it cannot be.
@@ -150,7 +159,8 @@ class OnnxLayout:
         return launch_files(figures) | own
 
     def check(self, folder: Path) -> None:
-        """Holds the folder against ONNX's own checker and our reader: every weight lies inside the folder.
+        """Holds the folder against ONNX's own checker, ONNX Runtime's types and kernels, and our reader, for which every
+        weight lies inside the folder.
 
         Raises:
             QexportError: it is no valid graph.
@@ -160,6 +170,7 @@ class OnnxLayout:
                 onnx.checker.check_model(str(checked / GRAPH_NAME))
         except onnx.checker.ValidationError as error:
             raise QexportError(f"onnx.checker refuses the graph: {error}", where=GRAPH_NAME) from error
+        refuse_unloadable(folder)
         unplaced = self._specs.keys() - Graph(folder).initializers.keys()
         if unplaced:
             raise QexportError("weights are not in the graph", where=listed(sorted(unplaced)))

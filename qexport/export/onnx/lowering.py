@@ -137,5 +137,6 @@ def _finish(model: ir.Model) -> None:
     graph.sort()
     graph.name = "model"
     del graph.opset_imports[DOMAIN]
-    graph.opset_imports[MICROSOFT] = 1
+    if any(node.domain == MICROSOFT for node in graph):
+        graph.opset_imports[MICROSOFT] = 1
     model.producer_name, model.producer_version = "qexport", version("qexport")

@@ -120,13 +120,7 @@ def open_session(folder: Path, *, device: torch.device) -> Session:
     Raises:
         InputError: ONNX Runtime cannot load the graph, or has no CUDA provider that starts where one is asked for.
     """
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.inter_op_num_threads = 1
-    options.use_deterministic_compute = True
-    options.log_severity_level = _ERRORS_ONLY
-    for key, value in _EXACT.items():
-        options.add_session_config_entry(key, value)
+    options = _options()
     device = torch.device("cuda", device.index or 0) if device.type == "cuda" else torch.device("cpu")
     providers: list[Any] = [CPU]
     if device.type == "cuda":
@@ -137,6 +131,31 @@ def open_session(folder: Path, *, device: torch.device) -> Session:
     if device.type == "cuda":
         _refuse_without_cuda(session.get_providers())
     return Session(session, device)
+
+
+def refuse_unloadable(folder: Path) -> None:
+    """Lets ONNX Runtime's CPU provider look at every operator and its types. Weights are not prepared, so memory does
+    not grow with them.
+
+    Raises:
+        InputError: it cannot load the graph.
+    """
+    options = _options()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    with _told("load"):
+        onnxruntime.InferenceSession(str(folder / GRAPH_NAME), options, providers=[CPU])
+
+
+def _options() -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.inter_op_num_threads = 1
+    options.use_deterministic_compute = True
+    options.log_severity_level = _ERRORS_ONLY
+    for key, value in _EXACT.items():
+        options.add_session_config_entry(key, value)
+    return options
 
 
 def _refuse_without_cuda(providers: list[str]) -> None:

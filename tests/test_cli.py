@@ -517,6 +517,34 @@ def test_several_layouts_are_shown_each_with_its_command_and_shared_weights_once
     assert "note: tgi: tgi" in text
 
 
+def test_a_layout_that_was_measured_apart_has_its_own_figures_and_gates() -> None:
+    """A gate that fails for one layout must not hide behind another's."""
+    other = verification([FAILED]).model_copy(update={"readers": ["onnxruntime 1"]})
+    other = other.model_copy(update={"figures": [figure("mean_kl", 0.777), *other.figures]})
+    script = {"launch/generate.py": FileRecord(size=9, sha256="b" * 64)}
+    manifests = {
+        "safetensors": manifest(),
+        "tgi": manifest(layout="tgi"),
+        "onnx": manifest(layout="onnx", verification=other.model_dump(), files=script),
+    }
+    found = {"safetensors": reports.report(), "tgi": reports.report(), "onnx": reports.report([FAILED])}
+    whole = SimpleNamespace(manifest=manifests["safetensors"], manifests=manifests, reports=found, passed=False)
+    console = Console(file=io.StringIO(), width=120)
+    console.print(summary(cast("Result", whole), Path("/out/x")), crop=False)
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert text.count("Passed") == 1
+    assert "safetensors + tgi, measured by qexport" in text
+    assert "onnx, measured by onnxruntime 1" in text.partition("Passed")[2]
+    assert "failed" in text.partition("onnx, measured by")[2]
+
+
+def test_the_script_of_an_onnx_folder_is_named_where_there_is_one() -> None:
+    script = {"launch/generate.py": FileRecord(size=9, sha256="b" * 64)}
+    assert 'ONNX         python /out/x/launch/generate.py "TEXT"' in shown(manifest(layout="onnx", files=script))
+    assert 'qexport.load("/out/x")' in shown(manifest(layout="onnx"))
+
+
 def test_a_path_is_never_broken_so_that_it_can_be_copied() -> None:
     path = f"/{'deep/' * 30}artifact"
     assert shown(manifest(), path, width=60).count(path) == 3

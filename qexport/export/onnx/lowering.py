@@ -121,8 +121,11 @@ def _finish(model: ir.Model) -> None:
     """Sorts the nodes and says which operators there are. Axes inside the graph are left to the runtime."""
     graph = model.graph
     ends = {*graph.inputs, *graph.outputs, *graph.initializers.values()}
-    for value in (value for node in graph for value in node.outputs if value not in ends):
+    inner = [value for node in graph for value in node.outputs if value not in ends]
+    for value in inner:
         value.shape = None
+    for value in (*ends, *inner):
+        value.metadata_props.clear()  # the tracer's notes, which the pass below leaves on values
     changes = (
         common.CommonSubexpressionEliminationPass(),
         common.RemoveUnusedNodesPass(),

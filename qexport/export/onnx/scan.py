@@ -32,21 +32,23 @@ def selective_scan(emit: Emitter, node: ir.Node) -> list[ir.Value]:
 
 def _step() -> ir.Graph:
     """One token: state [batch, heads, head_dim, state_size], inputs [batch, heads, head_dim], decay [batch, heads],
-    keys and queries [batch, heads, state_size].
+    keys and queries [batch, heads, state_size]. Its names must differ from all of the graph around it, also from those
+    that are given later, so they begin with `step`.
     """
     names = ("state", "inputs", "decay", "keys", "queries")
     state, inputs, decay, keys, queries = values = [
-        ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT)) for name in names
+        ir.Value(name=f"step.{name}", type=ir.TensorType(ir.DataType.FLOAT)) for name in names
     ]
     graph = ir.Graph(values, [], nodes=[], name="step", opset_imports={"": OPSET})
     nodes: list[ir.Node] = []
 
     def add(op_type: str, *given: ir.Value) -> ir.Value:
         nodes.append(ir.node(op_type, given))
+        nodes[-1].outputs[0].name = f"step.{len(nodes)}"
         return nodes[-1].outputs[0]
 
     def axes(*numbers: int) -> ir.Value:
-        name = "axes" + "".join(f".{number}" for number in numbers)
+        name = "step.axes" + "".join(f".{number}" for number in numbers)
         value = ir.Value(name=name, const_value=ir.tensor(np.array(numbers, dtype=np.int64), name=name))
         if name not in graph.initializers:
             graph.register_initializer(value)
@@ -57,6 +59,6 @@ def _step() -> ir.Graph:
     output = add("Squeeze", add("MatMul", after, add("Unsqueeze", queries, axes(3))), axes(3))
     graph.extend(nodes)
     for value, name in ((after, "state_after"), (output, "output")):
-        value.name, value.type = name, ir.TensorType(ir.DataType.FLOAT)
+        value.name, value.type = f"step.{name}", ir.TensorType(ir.DataType.FLOAT)
         graph.outputs.append(value)
     return graph

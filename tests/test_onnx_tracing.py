@@ -1,0 +1,76 @@
+"""Tracing: without weights, with every size that may change left open, and leaving nothing changed behind."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama import modeling_llama
+
+import factories
+from onnx_exports import FAMILIES, exported
+from qexport.architectures.structure import describe
+from qexport.export.onnx.tracing import trace
+
+TINY = factories.falcon_config()
+LARGE = factories.falcon_config(hidden_size=5632, num_attention_heads=88, vocab_size=49152)
+
+MEASURE = """
+import resource, sys
+sys.path.insert(0, {tests!r})
+import torch
+import test_onnx_tracing as cases
+from qexport.export.onnx.tracing import trace
+peaks = []
+for config in (cases.TINY, cases.TINY, cases.LARGE):
+    trace(config.to_dict(), torch.float32)
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(*peaks)
+"""
+
+
+def test_memory_does_not_grow_with_the_weights() -> None:
+    parameters = sum(torch.Size(shape).numel() for shape in describe(LARGE.to_dict()).parameters.values())
+    assert 4 * parameters > 4e9
+    code = MEASURE.format(tests=str(Path(__file__).parent))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    _, tiny, large = (int(kilobytes) for kilobytes in done.stdout.split())
+    assert large - tiny < 200_000, f"{tiny} kB and {large} kB"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_inputs_and_outputs_are_those_of_the_contract(family: str) -> None:
+    session = exported(family, "gptq").model().session
+    layers, mamba = range(2), family == "falcon h1"
+    kinds = ("key", "value", "conv_state", "recurrent_state") if mamba else ("key", "value")
+    tokens = ("input_ids", "attention_mask", "position_ids")
+    given = [name for name in session.inputs if name in tokens]
+    assert tuple(given) == tuple(name for name in tokens if name in given)
+    assert {"input_ids", "attention_mask"} <= set(given)
+    states = [f"{layer}.{kind}" for layer in layers for kind in kinds]
+    assert list(session.inputs) == [*given, *(f"past_key_values.{state}" for state in states)]
+    assert list(session.outputs) == ["logits", *(f"present.{state}" for state in states)]
+    assert session.outputs["logits"].shape == (None, None, factories.VOCABULARY)
+    for name, value in session.inputs.items():
+        grows = name.endswith((".key", ".value"))
+        assert [size is None for size in value.shape] == (
+            [True, True] if name in tokens else [True, False, grows, False][: len(value.shape)]
+        ), name
+
+
+def test_transformers_is_left_as_it_was() -> None:
+    before = (
+        functional.scaled_dot_product_attention, modeling_llama.apply_rotary_pos_emb,
+        set(ALL_ATTENTION_FUNCTIONS), set(ALL_MASK_ATTENTION_FUNCTIONS),
+    )  # fmt: skip
+    trace(factories.llama_config(num_hidden_layers=1).to_dict(), torch.float32)
+    assert before == (
+        functional.scaled_dot_product_attention, modeling_llama.apply_rotary_pos_emb,
+        set(ALL_ATTENTION_FUNCTIONS), set(ALL_MASK_ATTENTION_FUNCTIONS),
+    )  # fmt: skip

@@ -183,7 +183,7 @@ class OnnxLayout:
         return {part: found for name, spec in outputs for part, found in self._encoding.specs(name, spec).items()}
 
     def _share(self, folder: Path) -> dict[str, Place]:
-        """Links the files of the safetensors layout into the folder, and finds the shared tensors in them.
+        """Links files of the safetensors layout that have shared tensors into the folder, and finds these in them.
 
         They get other names, since config.json says nothing of codes: a loader that finds `model.safetensors` beside it
         would take them for weights.
@@ -193,11 +193,12 @@ class OnnxLayout:
             return places
         wanted = shared_names(self._outputs)
         for source in sorted((folder.parent / _SHARED_FROM).glob("*.safetensors")):
-            target = folder / source.name.replace("model", "shared", 1)
-            link_or_copy(source, target)
-            with SafetensorsFile(target) as file:
+            with SafetensorsFile(source) as file:
                 offsets, specs = file.offsets(), self._specs
-            places |= {name: Place(target.name, offsets[name], specs[name]) for name in wanted & offsets.keys()}
+            if shared := wanted & offsets.keys():
+                target = folder / source.name.replace("model", "shared", 1)
+                link_or_copy(source, target)
+                places |= {name: Place(target.name, offsets[name], specs[name]) for name in shared}
         return places
 
     def _refuse_what_cannot_be(self) -> None:

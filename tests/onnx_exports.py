@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 import factories
 from qexport.architectures.naming import name_parameters
 from qexport.architectures.structure import Structure, describe
+from qexport.export.layout import Layout
 from qexport.export.onnx import layout as layout_module
 from qexport.export.onnx.layout import OnnxLayout
 from qexport.export.onnx.tracing import Trace, trace
@@ -132,7 +133,8 @@ def transformers_model(config: Mapping[str, Any], tensors: Mapping[str, Tensor],
     save_file(wide, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(dict(config)))
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def checkpoint(config: PretrainedConfig, dtype: torch.dtype) -> Checkpoint:
@@ -184,7 +186,8 @@ def export(done: Pass, folder: Path, *, max_shard_size: str = "5GB", **settings:
     with traced_once():
         graph = OnnxLayout(chosen, outputs, structure, given)
         graph.prepare()
-    layouts, folders = (stock, graph), (folder / "safetensors", folder / "onnx")
+    layouts: tuple[Layout, ...] = (stock, graph)
+    folders = (folder / "safetensors", folder / "onnx")
     for each in folders:
         each.mkdir(parents=True)
     writers = [layout.weights.writer(each) for layout, each in zip(layouts, folders, strict=True)]
@@ -228,10 +231,10 @@ def prompts(length: int = 40, seed: int = 1) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def steps(model: Any, ids: Tensor, mask: Tensor, tokens: Tensor, *, past: Any = None) -> list[Tensor]:
+def steps(model: Any, ids: Tensor, mask: Tensor, tokens: Tensor) -> list[Tensor]:
     """The logits of each real token of the prompt, then those of each of the tokens [rows, steps], one by one."""
-    found = []
-    given, real = ids, mask.bool()
+    found: list[Tensor] = []
+    given, real, past = ids, mask.bool(), None
     for step in range(tokens.shape[1] + 1):
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -given.shape[1] :]
         output = model(
@@ -248,6 +251,12 @@ def greedy(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     """The tokens that follow, [rows, 32]."""
     found: Tensor = model.generate(ids, attention_mask=mask, **GREEDY)
     return found[:, ids.shape[1] :]
+
+
+def greedy_logits(model: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The tokens that follow, [rows, 32], and the logits [rows, vocabulary] that each was taken from."""
+    found = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, output_logits=True, **GREEDY)
+    return found.sequences[:, ids.shape[1] :], list(found.logits)
 
 
 def deviation(found: list[Tensor], expected: list[Tensor]) -> float:

@@ -47,20 +47,26 @@ class OnnxFolder:
         return onnxruntime.InferenceSession(str(self.path / "model.onnx"), options, providers=["CPUExecutionProvider"])
 
 
-def write(folder: Path, config: PretrainedConfig, attention: Attention = "plain", name: str = "tiny") -> OnnxFolder:
-    """The model of the config, whose random weights are the same each time."""
+def write(
+    folder: Path,
+    config: PretrainedConfig,
+    attention: Attention = "plain",
+    name: str = "tiny",
+    activations: torch.dtype = torch.float32,
+) -> OnnxFolder:
+    """The model of the config, whose random weights are the same each time, and float32 in every graph."""
     model = max(map(partial(_build, config), range(4)), key=_variety)
     files = _save(folder, model)
     checkpoint = replace(QuantizedModel(model).checkpoint, files=files)
     places = _write_weights(folder, model)
-    traced = trace(checkpoint.config, torch.float32)
+    traced = trace(checkpoint.config, activations)
     outputs = Outputs(Dense(), {name: place.spec for name, place in places.items()})
     specs = {name: place.spec for name, place in places.items()}
-    graph = lower(traced, outputs, specs, activations=torch.float32, attention=attention, accuracy_level=0)
+    graph = lower(traced, outputs, specs, activations=activations, attention=attention, accuracy_level=0)
     put_in_place(graph.graph, places)
     ir.save(graph, folder / "model.onnx")
     made = OnnxFolder(folder, model, traced.cache, checkpoint.config, generation(checkpoint))
-    figures = Figures(name, traced.cache, torch.float32, factories.VOCABULARY, [DATA], made.generation.ends, True)
+    figures = Figures(name, traced.cache, activations, factories.VOCABULARY, [DATA], made.generation.ends, True)
     for file, content in launch_files(figures).items():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_bytes(content)

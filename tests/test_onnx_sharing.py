@@ -1,4 +1,4 @@
-"""Where the bytes of an ONNX artifact lie: shared with the safetensors artifact, in several files, the same each time."""
+"""Where the bytes of an ONNX artifact lie: shared with another, in several files, the same each time."""
 
 from __future__ import annotations
 

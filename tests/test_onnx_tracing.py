@@ -19,7 +19,7 @@ from qexport.architectures.structure import describe
 from qexport.export.onnx.tracing import trace
 
 TINY = factories.falcon_config()
-LARGE = factories.falcon_config(hidden_size=5632, num_attention_heads=88, vocab_size=49152)
+LARGE = factories.falcon_config(hidden_size=6144, num_attention_heads=96, vocab_size=49152)
 
 MEASURE = """
 import resource, sys

@@ -5,6 +5,7 @@ The places are those that transformers (5.23) gives its attention, rotary embedd
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from qexport.export.onnx import placeholders
+from qexport.export.onnx.frequencies import LONGROPE, switched
 from qexport.export.onnx.traced_cache import Handover
 
 _ATTENTION: Final = "qexport"
@@ -28,7 +30,8 @@ _ATTENTION: Final = "qexport"
 
 @contextmanager
 def intercepted(model: PreTrainedModel, handover: Handover) -> Iterator[None]:
-    """Inside, linears, attention, rotary embeddings and mamba's scan become nodes of our own.
+    """Inside, linears, attention, rotary embeddings and mamba's scan become nodes of our own; LongRoPE chooses its
+    frequencies in the graph.
 
     Args:
         model: the model, which will be called with a `TracedCache`.
@@ -38,6 +41,8 @@ def intercepted(model: PreTrainedModel, handover: Handover) -> Iterator[None]:
     with ExitStack() as stack:
         for linear in (found for found in model.modules() if isinstance(found, nn.Linear | Conv1D)):
             stack.enter_context(patch.object(linear, "forward", _linear_forward(linear)))
+        for rotary in (found for found in model.modules() if getattr(found, "rope_type", None) == LONGROPE):
+            stack.enter_context(patch.object(rotary, "forward", switched(rotary)))
         stack.enter_context(_attention_intercepted(model, handover))
         if _turns_halves(getattr(module, "apply_rotary_pos_emb", None)):
             stack.enter_context(patch.object(module, "apply_rotary_pos_emb", _apply_rotary))
@@ -91,7 +96,7 @@ def _attention_intercepted(model: PreTrainedModel, handover: Handover) -> Iterat
 
 def _turns_halves(function: Callable[..., Any] | None) -> bool:
     """Whether it is the rotation of `placeholders.rotary`: found out by calling it."""
-    if function is None:
+    if function is None or list(inspect.signature(function).parameters)[:4] != ["q", "k", "cos", "sin"]:
         return False
     random = torch.Generator().manual_seed(0)
     query, key = (torch.randn(1, 2, 3, 8, generator=random) for _ in range(2))
@@ -105,9 +110,13 @@ def _turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return states * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
 
 
-def _apply_rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    assert not args or args == (1,), "heads are expected on the second axis"
-    return placeholders.rotary(query, cos, sin), placeholders.rotary(key, cos, sin)
+def _apply_rotary(
+    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+) -> tuple[Tensor, Tensor]:
+    """In the dtype of the angles, which some families (OLMo) leave in float32."""
+    assert unsqueeze_dim == 1, "heads are expected on the second axis"
+    query_wide, key_wide = (placeholders.rotary(states.to(cos.dtype), cos, sin) for states in (query, key))
+    return query_wide.to(query.dtype), key_wide.to(key.dtype)
 
 
 def _chunk_scan(

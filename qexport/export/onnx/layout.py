@@ -17,18 +17,19 @@ import onnx
 import onnx_ir as ir
 import torch
 
-from qexport.architectures.structure import Structure
+from qexport.architectures.structure import Structure, parse_config
 from qexport.artifact.manifest import GraphRecord
 from qexport.errors import CompatibilityError, QexportError, listed
 from qexport.export.encodings import OnnxInitializers
 from qexport.export.loaders import Folder, loading_section
 from qexport.export.model_files import write_model_files
 from qexport.export.onnx.files import OnnxFiles, onnx_files, shared_names
+from qexport.export.onnx.frequencies import switching_length
 from qexport.export.onnx.genai import FILE_NAME, genai_config, genai_notes
 from qexport.export.onnx.generation import generation
 from qexport.export.onnx.launch import Figures, launch_files
 from qexport.export.onnx.lowering import lower
-from qexport.export.onnx.tracing import MINIMUM_RUNTIME, Cache, kept, trace
+from qexport.export.onnx.tracing import MINIMUM_RUNTIME, kept, trace
 from qexport.export.onnx.weights import DTYPES, Place, put_in_place
 from qexport.export.quantization_config import quantization_config
 from qexport.export.settings import OnnxSettings
@@ -52,7 +53,7 @@ class OnnxLayout:
         checkpoint: the merged model.
 
     Raises:
-        CompatibilityError: a layer cannot be stored, or the family cannot be traced.
+        CompatibilityError: a layer cannot be stored, or the family is one that the layout cannot carry.
     """
 
     name = "onnx"
@@ -65,6 +66,7 @@ class OnnxLayout:
         size = parse_size(settings.max_shard_size)
         self.weights: OnnxFiles = onnx_files(outputs, self._encoding, size, shared=settings.share_weights)
         self._refuse_what_cannot_be()
+        self._cache = kept(checkpoint.config, self._activations)
 
     @property
     def quantization(self) -> Mapping[str, Any] | None:
@@ -79,6 +81,8 @@ class OnnxLayout:
             notes.append("fused attention takes several new tokens with a past for a batch of one only")
         if self._settings.accuracy_level == 4:
             notes.append("accuracy_level 4: ONNX Runtime rounds the inputs of quantized layers to 8 bits")
+        if length := switching_length(parse_config(self._checkpoint.config)):
+            notes.append(f"a text that grows past {length} tokens must begin anew there, without a cache: LongRoPE")
         notes += genai_notes(self._checkpoint.config, self._cache)
         if self._shared:
             notes.append("onnx.load refuses data files that have a second link, ONNX Runtime does not; a copy has none")
@@ -171,10 +175,6 @@ class OnnxLayout:
             attention=self._settings.attention,
             accuracy_level=self._settings.accuracy_level,
         )
-
-    @cached_property
-    def _cache(self) -> Cache:
-        return kept(self._checkpoint.config, self._activations)
 
     @property
     def _specs(self) -> dict[str, Any]:

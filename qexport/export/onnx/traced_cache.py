@@ -75,7 +75,7 @@ class Handover:
 
     def give(self, tensors: dict[str, Tensor], key: Tensor, value: Tensor) -> None:
         """A layer's tensors, and the new keys and values."""
-        assert self._pending is None, "keys and values that no attention has taken"
+        self.finish()
         self._pending = tensors, key, value
 
     def take(self) -> tuple[dict[str, Tensor], Tensor, Tensor]:
@@ -83,6 +83,10 @@ class Handover:
         assert self._pending is not None, "attention without a cache"
         pending, self._pending = self._pending, None
         return pending
+
+    def finish(self) -> None:
+        """What was given is taken."""
+        assert self._pending is None, "keys and values that no attention has taken"
 
 
 class TracedLayer(LinearAttentionLayer, DynamicLayer):  # type: ignore[misc, override] # as in transformers

@@ -18,7 +18,9 @@ from transformers import PreTrainedModel
 from qexport.architectures.buffers import compute_buffers
 from qexport.architectures.naming import Naming, name_parameters
 from qexport.architectures.structure import build_on_meta, parse_config
+from qexport.errors import CompatibilityError, QexportError
 from qexport.export.onnx.bfloat16 import compute_in_float32
+from qexport.export.onnx.frequencies import refuse_growing
 from qexport.export.onnx.interception import intercepted
 from qexport.export.onnx.simplifying import simplify
 from qexport.export.onnx.traced_cache import CacheTensor, Handover, TracedCache, cache_tensors
@@ -54,9 +56,11 @@ def kept(config: Mapping[str, Any], activations: torch.dtype) -> Cache:
     """What each layer of the model keeps of the tokens before.
 
     Raises:
-        CompatibilityError: something else than keys and values, or the states of a mamba mixer.
+        CompatibilityError: something else than keys and values, or the states of a mamba mixer; or its rotary
+            frequencies follow the length of the text (see `refuse_growing`).
     """
-    return cache_tensors(_built(config, activations))
+    with _refusing(config):
+        return cache_tensors(_built(config, activations))
 
 
 def trace(config: Mapping[str, Any], activations: torch.dtype) -> Trace:
@@ -70,30 +74,40 @@ def trace(config: Mapping[str, Any], activations: torch.dtype) -> Trace:
         activations: what the model computes in.
 
     Raises:
-        CompatibilityError: a layer of the family keeps something else than keys and values, or a mamba mixer's states.
+        CompatibilityError: see `kept`; or the family's forward cannot be traced.
     """
-    model = _built(config, activations)
-    cache, naming = cache_tensors(model), name_parameters(model)
-    compute_buffers(model, torch.device("cpu"))
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with _refusing(config):
+        model = _built(config, activations)
+        cache, naming = cache_tensors(model), name_parameters(model)
+        compute_buffers(model, torch.device("cpu"))
+        traced = _exported(model, cache)
+        _name_ends(traced.graph, cache)
+        _parameters_to_inputs(traced.graph, naming)
+        simplify(traced)
+        compute_in_float32(traced.graph)
+    return Trace(traced, cache)
+
+
+def _exported(model: PreTrainedModel, cache: Cache) -> ir.Model:
+    mode, handover = FakeTensorMode(allow_non_fake_inputs=True), Handover()
     _make_fake(model, mode)
-    handover = Handover()
-    traced = _Traced(model, cache, handover)
     with _without_remarks():
         with intercepted(model, handover), mode, torch.no_grad():
-            exported = torch.export.export(traced, _sample(cache), dynamic_shapes=_dynamic(cache), strict=False)
+            exported = torch.export.export(
+                _Traced(model, cache, handover), _sample(cache), dynamic_shapes=_dynamic(cache), strict=False
+            )
         program = torch.onnx.export(exported, args=(), opset_version=OPSET, optimize=False, verbose=False)
     assert program is not None
-    _name_ends(program.model.graph, cache)
-    _parameters_to_inputs(program.model.graph, naming)
-    simplify(program.model)
-    compute_in_float32(program.model.graph)
-    return Trace(program.model, cache)
+    return program.model
 
 
 def _built(config: Mapping[str, Any], activations: torch.dtype) -> PreTrainedModel:
-    model = build_on_meta(parse_config(config))
-    nn.Module.to(model, dtype=activations)
+    """Buffers stay in their own dtype: rotary frequencies in float16 would be other angles."""
+    parsed = parse_config(config)
+    refuse_growing(parsed)
+    model = build_on_meta(parsed)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(activations)
     return model
 
 
@@ -109,6 +123,22 @@ def _without_remarks() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(usual)
+
+
+@contextmanager
+def _refusing(config: Mapping[str, Any]) -> Iterator[None]:
+    """Families that are not known here fail in ways of their own; torch's messages go on for pages."""
+    try:
+        yield
+    except QexportError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CompatibilityError(
+            f"the model cannot be traced: {type(error).__name__}: {reason}",
+            where=f"export: onnx, model_type {config.get('model_type')}",
+            mend="leave this layout out; docs/onnx.md says what it asks of a family",
+        ) from error
 
 
 class _Traced(nn.Module):
@@ -133,6 +163,7 @@ class _Traced(nn.Module):
             past_key_values=cache,
             use_cache=True,
         ).logits
+        self._handover.finish()
         return logits, cache.outputs()
 
 
@@ -183,7 +214,11 @@ def present_name(layer: int, tensor: CacheTensor) -> str:
 
 
 def _name_ends(graph: ir.Graph, cache: Cache) -> None:
-    """Inputs and outputs by the names and axes that optimum and onnxruntime-genai know."""
+    """Inputs and outputs by the names and axes that optimum and onnxruntime-genai know.
+
+    Raises:
+        CompatibilityError: the model works for the sizes of the sample only.
+    """
     layers = [(layer, tensor) for layer, tensors in enumerate(cache) for tensor in tensors]
     tokens = [("input_ids", "sequence"), ("attention_mask", "total"), ("position_ids", "sequence")]
     ends: list[tuple[ir.Value, str, list[int | str]]] = []
@@ -195,7 +230,16 @@ def _name_ends(graph: ir.Graph, cache: Cache) -> None:
     for value, (layer, tensor) in zip(graph.outputs[1:], layers, strict=True):
         ends.append((value, present_name(layer, tensor), _axes(tensor, "total")))
     for value, name, axes in ends:
+        _refuse_fixed(name, axes, value)
         value.name, value.shape = name, ir.Shape(axes)
+
+
+def _refuse_fixed(name: str, axes: Sequence[int | str], value: ir.Value) -> None:
+    assert value.shape is not None
+    if any(isinstance(size, str) and isinstance(found, int) for size, found in zip(axes, value.shape, strict=True)):
+        raise CompatibilityError(
+            f"the model works for the sizes of the trace's sample only: {name} {value.shape}", where="export: onnx"
+        )
 
 
 def _axes(tensor: CacheTensor, tokens: str) -> list[int | str]:

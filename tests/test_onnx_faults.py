@@ -183,6 +183,18 @@ def test_data_that_lies_outside_of_the_folder(location: str, tmp_path: Path) -> 
         wrong.layout.check(wrong.onnx)
 
 
+def test_types_that_do_not_fit_are_seen_without_verification(tmp_path: Path) -> None:
+    """onnx.checker knows no types; the folder must not be published for ONNX Runtime to refuse it."""
+    honest = made(tmp_path / "honest", method="none bf16")
+    graph = onnx.load(honest.onnx / GRAPH_NAME, load_external_data=False)
+    cast = next(node for node in graph.graph.node if node.op_type == "Cast" and node.input[0].endswith(".weight"))
+    cast.attribute[0].i = onnx.TensorProto.DOUBLE
+    (honest.onnx / GRAPH_NAME).write_bytes(graph.SerializeToString())
+    onnx.checker.check_model(str(honest.onnx / GRAPH_NAME))
+    with pytest.raises(InputError, match="cannot load the graph"):
+        honest.layout.check(honest.onnx)
+
+
 def test_without_a_fault_nothing_is_seen(tmp_path: Path) -> None:
     """The checks above do not fail by themselves."""
     assert METHODS["gptq act-order"].quantize["desc_act"]

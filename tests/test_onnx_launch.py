@@ -41,12 +41,16 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return onnx_served.write(tmp_path_factory.mktemp("onnx") / "a b", CONFIGS[request.param])
 
 
-def generated(folder: Path, *arguments: str) -> str:
+def started(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
+    return subprocess.run(
         [sys.executable, "launch/generate.py", *arguments],
         cwd=folder, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
+
+
+def generated(folder: Path, *arguments: str) -> str:
+    run = started(folder, *arguments)
     assert run.returncode == 0, run.stderr
     return run.stdout.removesuffix("\n")
 
@@ -77,6 +81,14 @@ def test_the_script_minds_no_truncation_or_padding_of_training(folder: OnnxFolde
         assert generated(folder.path, PROMPT, "8") == expected
     finally:
         file.write_bytes(kept)
+
+
+@pytest.mark.parametrize("arguments", [[], [""]])
+def test_the_script_says_how_it_is_called_where_there_is_no_text(folder: OnnxFolder, arguments: list[str]) -> None:
+    run = started(folder.path, *arguments)
+    assert run.returncode == 1
+    assert run.stderr.startswith("Continues a text")
+    assert "Traceback" not in run.stderr
 
 
 def test_the_script_stops_at_an_end(folder: OnnxFolder) -> None:

@@ -361,6 +361,8 @@ def test_graphs_that_are_no_language_models_are_refused(tmp_path: Path) -> None:
         OnnxCausalLM(CONFIG, session, stored_bytes=0)
     with pytest.raises(InputError, match="cannot run"):
         session.run({"x": torch.zeros(4, 63)}, {"y": torch.zeros(4, 64)})
+    with pytest.raises(InputError, match="cannot run"):
+        session.run({"x": torch.zeros(0, 64)}, {"y": torch.zeros(0, 64)})
 
 
 def test_a_cache_that_does_not_come_out_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

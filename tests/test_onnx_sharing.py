@@ -67,6 +67,16 @@ def test_nothing_is_written_twice(method: str, tmp_path: Path) -> None:
     assert (made.onnx / "model.onnx").stat().st_size < 200_000, "weights are in the graph"
 
 
+def test_files_without_shared_tensors_stay_out(tmp_path: Path) -> None:
+    made = shared("gptq", tmp_path, max_shard_size="1KB")
+    linked = sorted(made.onnx.glob("*.safetensors"))
+    assert 0 < len(linked) < len(list(made.safetensors.glob("*.safetensors")))
+    for path in linked:
+        with SafetensorsFile(path) as file:
+            assert file.offsets().keys() & shared_names(made.passed.outputs)
+    assert_same_weights(made)
+
+
 @pytest.mark.parametrize("method", ["none bf16", "gptq", "nf4"])
 def test_the_graph_computes_the_same_wherever_its_weights_lie(method: str, tmp_path: Path) -> None:
     ids, mask = prompts()

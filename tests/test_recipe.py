@@ -246,6 +246,12 @@ verify:
     ]
 
 
+def test_a_key_of_another_layout_is_not_suggested_to_itself(folder: Path) -> None:
+    assert problems(folder, SHORTEST + "    activations: float16\n") == [
+        "r.yaml:9: export.0.activations: unknown key; known are max_shard_size, layout"
+    ]
+
+
 def test_an_unknown_key_far_from_all_others_lists_them(folder: Path) -> None:
     assert problems(folder, SHORTEST + "zzz: 1\n") == [
         "r.yaml:9: zzz: unknown key; known are load, merge, quantize, export, verify, output"

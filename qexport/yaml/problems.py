@@ -130,8 +130,9 @@ def _known_keys(model: type[BaseModel], keys: Keys, root: Node) -> list[str]:
     """The fields of the settings at a path; of a union, those of the member that the file chose."""
     models = [model]
     for depth, key in enumerate(keys, start=1):
-        if not any(key in m.model_fields for m in models):
-            continue  # the index of a list, or the key of a mapping of any keys
+        if not any(key in m.model_fields for m in models):  # the index of a list, or the key of a mapping of any keys
+            models = [m for m in models if _is_chosen(m, keys[:depth], root)] or models
+            continue
         annotations = [m.model_fields[key].annotation for m in models if key in m.model_fields]
         found = [m for annotation in annotations for m in _models(annotation)]
         models = [m for m in found if _is_chosen(m, keys[:depth], root)] or found

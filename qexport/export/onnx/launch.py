@@ -80,7 +80,8 @@ for value in session.get_inputs()[3:]:
     dtype = np.float16 if value.type == "tensor(float16)" else np.float32
     cache[value.name] = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype))
 
-tokens, new, answer = [], tokenizer.encode(sys.argv[1]).ids, []
+tokens, new, answer = [], tokenizer.encode(" ".join(sys.argv[1:2])).ids, []
+new or sys.exit(__doc__)
 while len(answer) < (int(sys.argv[2]) if len(sys.argv) > 2 else 128):
     tokens += new
     binding = session.io_binding()

@@ -159,8 +159,8 @@ class OnnxLayout:
         return launch_files(figures) | own
 
     def check(self, folder: Path) -> None:
-        """Holds the folder against ONNX's own checker, ONNX Runtime's types and kernels, and our reader, for which every
-        weight lies inside the folder.
+        """Holds the folder against ONNX's own checker, ONNX Runtime's types and kernels, and our own reader, for which
+        every weight lies inside the folder.
 
         Raises:
             QexportError: it is no valid graph.
@@ -197,7 +197,7 @@ class OnnxLayout:
         return {part: found for name, spec in outputs for part, found in self._encoding.specs(name, spec).items()}
 
     def _share(self, folder: Path) -> dict[str, Place]:
-        """Links the files of the safetensors layout into the folder, and finds the shared tensors in them.
+        """Links files of the safetensors layout that have shared tensors into the folder, and finds these in them.
 
         They get other names, since config.json says nothing of codes: a loader that finds `model.safetensors` beside it
         would take them for weights.
@@ -233,7 +233,7 @@ def _without_links(folder: Path) -> Iterator[Path]:
     """The graph beside empty files of the sizes of its data. The checker takes data files with a second link for an
     attack; it looks at their sizes alone.
     """
-    with TemporaryDirectory() as name:
+    with TemporaryDirectory(dir=folder) as name:
         beside = Path(name)
         shutil.copyfile(folder / GRAPH_NAME, beside / GRAPH_NAME)
         for data in [*folder.glob("*.onnx.data"), *folder.glob("*.safetensors")]:

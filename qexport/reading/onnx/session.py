@@ -90,13 +90,13 @@ class Session:
             InputError: ONNX Runtime cannot run the graph with these inputs.
         """
         binding = self._session.io_binding()
-        for name, tensor in inputs.items():
-            binding.bind_input(name, *self._buffer(tensor))
-        for name, tensor in outputs.items():
-            binding.bind_output(name, *self._buffer(tensor))
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
         with _told("run"):
+            for name, tensor in inputs.items():
+                binding.bind_input(name, *self._buffer(tensor))
+            for name, tensor in outputs.items():
+                binding.bind_output(name, *self._buffer(tensor))
+            if self.device.type == "cuda":
+                torch.cuda.current_stream(self.device).synchronize()
             self._session.run_with_iobinding(binding)
         binding.synchronize_outputs()
 

@@ -16,12 +16,13 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 import factories
+from onnx_exports import copied_trace
 from qexport.architectures.naming import name_parameters
 from qexport.export.onnx.genai import FILE_NAME, genai_config
 from qexport.export.onnx.generation import Generation, generation
 from qexport.export.onnx.launch import Figures, launch_files
 from qexport.export.onnx.lowering import lower
-from qexport.export.onnx.tracing import Cache, trace
+from qexport.export.onnx.tracing import Cache
 from qexport.export.onnx.weights import Place, put_in_place
 from qexport.tensors import Dense, Outputs, TensorSpec
 from quantized_models import QuantizedModel
@@ -59,7 +60,7 @@ def write(
     files = _save(folder, model)
     checkpoint = replace(QuantizedModel(model).checkpoint, files=files)
     places = _write_weights(folder, model)
-    traced = trace(checkpoint.config, activations)
+    traced = copied_trace(checkpoint.config, activations)
     outputs = Outputs(Dense(), {name: place.spec for name, place in places.items()})
     specs = {name: place.spec for name, place in places.items()}
     graph = lower(traced, outputs, specs, activations=activations, attention=attention, accuracy_level=0)

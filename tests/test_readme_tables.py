@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -16,12 +15,10 @@ from transformers import Phi3Config, PretrainedConfig
 from transformers.utils import logging
 
 import factories
+from onnx_exports import traced_once
 from qexport.architectures.structure import Structure, describe
 from qexport.errors import CompatibilityError
 from qexport.export.layouts import make_layout
-from qexport.export.onnx import layout as onnx_layout
-from qexport.export.onnx import tracing
-from qexport.export.onnx.tracing import Trace
 from qexport.export.settings import ExportSettings
 from qexport.loading.checkpoint import load_checkpoint
 from qexport.loading.settings import LoadSettings
@@ -79,20 +76,9 @@ def loaded(folder: Path) -> tuple[Checkpoint, Structure]:
     return checkpoint, describe(checkpoint.config)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def traced_once() -> Iterator[None]:
-    """Tracing a graph takes seconds; lowering uses the trace up, so each one gets a clone."""
-
-    @cache
-    def traced(config: str, activations: torch.dtype) -> Trace:
-        return tracing.trace(json.loads(config), activations)
-
-    def trace(config: dict[str, Any], activations: torch.dtype) -> Trace:
-        found = traced(json.dumps(config), activations)
-        return Trace(found.model.clone(), found.cache)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnx_layout, "trace", trace)
+@pytest.fixture(autouse=True)
+def each_model_is_traced_once() -> Iterator[None]:
+    with traced_once():
         yield
 
 

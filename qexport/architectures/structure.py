@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from qexport.architectures.experts import can_stage
 from qexport.architectures.naming import Naming, Part, name_parameters
 from qexport.errors import CompatibilityError, InputError
+from qexport.tensors import TensorSpec
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,22 @@ class Structure:
     def block_linears(self) -> tuple[LinearSpec, ...]:
         """The linear layers inside all blocks, in order."""
         return tuple(linear for block in self.blocks for linear in self.linears[block])
+
+    @property
+    def transposed(self) -> frozenset[str]:
+        """The modules whose dense weight is [in, out] (GPT-2's Conv1D)."""
+        return frozenset(linear.name for linear in self.block_linears if linear.transposed)
+
+    def differences(self, found: Mapping[str, TensorSpec]) -> list[str]:
+        """What parameters lack, have too much or have in another shape, against this model's; one line each."""
+        expected = self.parameters
+        problems = [f"{name}: missing" for name in expected if name not in found]
+        problems += [f"{name}: unexpected" for name in found if name not in expected]
+        return problems + [
+            f"{name}: shape {list(found[name].shape)}, the model asks for {list(shape)}"
+            for name, shape in expected.items()
+            if name in found and found[name].shape != shape
+        ]
 
     @property
     def vocab_size(self) -> int:

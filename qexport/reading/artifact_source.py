@@ -117,14 +117,7 @@ class ArtifactSource:
             InputError: parameters are missing, unexpected or of another shape, or a linear is dense where the
                 quantization config says that it is quantized, or the other way round.
         """
-        expected, found = structure.parameters, self._specs
-        problems = [f"{name}: missing" for name in expected if name not in found]
-        problems += [f"{name}: unexpected" for name in found if name not in expected]
-        problems += [
-            f"{name}: shape {list(found[name].shape)}, the model asks for {list(shape)}"
-            for name, shape in expected.items()
-            if name in found and found[name].shape != shape
-        ]
+        problems = structure.differences(self._specs)
         claimed, quantized = self._format.claimed(structure), self.quantized.keys()
         problems += [f"{module}: dense, but quantized by its config" for module in sorted(claimed - quantized)]
         problems += [f"{module}: quantized, but dense by its config" for module in sorted(quantized - claimed)]
@@ -169,8 +162,7 @@ class ArtifactSource:
     @cached_property
     def transposed(self) -> frozenset[str]:
         """The modules whose dense weight is [in, out] (GPT-2's Conv1D); codes are always [out, in]."""
-        linears = describe(without_code_keys(self.config)[0]).block_linears
-        return frozenset(linear.name for linear in linears if linear.transposed)
+        return describe(without_code_keys(self.config)[0]).transposed
 
     def _finite(self, name: str) -> torch.Tensor:
         tensor = self._folder.read(name)

@@ -73,7 +73,7 @@ class OnnxWeights:
         module = name.removesuffix(".weight")
         if name.endswith(".weight") and module in self.quantized:
             weight = dequantize(self.quantized[module].quantized(self._graph), self._dtype)
-            return weight.t().contiguous() if module in self._transposed else weight
+            return weight.t().contiguous() if module in self.transposed else weight
         tensor = self._graph.read(name)
         if not is_finite(tensor):
             raise InputError("there is NaN or Inf in it", where=self._graph.where(name))
@@ -106,10 +106,10 @@ class OnnxWeights:
         """Bits, blocks and symmetry of each module whose codes lie in blocks along its inputs, by its path."""
         return {module: spec for module, matrix in self.quantized.items() if (spec := block_grid(matrix)) is not None}
 
-    @property
+    @cached_property
     def transposed(self) -> frozenset[str]:
         """The modules whose dense weight is [in, out] (GPT-2's Conv1D); codes are always [out, in]."""
-        return self._transposed
+        return self.structure.transposed
 
     @property
     def files(self) -> list[str]:
@@ -132,15 +132,8 @@ class OnnxWeights:
         Raises:
             InputError: parameters are missing, unexpected or of another shape, or no operator reads one.
         """
-        expected, found = (structure or self.structure).parameters, self._specs
-        problems = [f"{name}: missing" for name in expected if name not in found]
-        problems += [f"{name}: unexpected" for name in found if name not in expected]
-        problems += [
-            f"{name}: shape {list(found[name].shape)}, the model asks for {list(shape)}"
-            for name, shape in expected.items()
-            if name in found and found[name].shape != shape
-        ]
-        dense = [name for name in found if name.removesuffix(".weight") not in self.quantized]
+        problems = (structure or self.structure).differences(self._specs)
+        dense = [name for name in self._specs if name.removesuffix(".weight") not in self.quantized]
         problems += [f"{name}: no operator reads it" for name in dense if name not in self._graph.used]
         if problems:
             raise InputError("the graph is not the model of its config.json", where=listed(problems))
@@ -150,7 +143,7 @@ class OnnxWeights:
         """In the order of the model's parameters."""
         quantized = {
             f"{module}.weight": TensorSpec(
-                weight.shape[::-1] if module in self._transposed else weight.shape, self._dtype
+                weight.shape[::-1] if module in self.transposed else weight.shape, self._dtype
             )
             for module, weight in self.quantized.items()
         }
@@ -159,11 +152,6 @@ class OnnxWeights:
         found = dense | quantized
         ordered = {name: found[name] for name in self.structure.parameters if name in found}
         return ordered | found
-
-    @cached_property
-    def _transposed(self) -> frozenset[str]:
-        """The modules whose dense weight is [in, out] (GPT-2's Conv1D); codes are always [out, in]."""
-        return frozenset(linear.name for linear in self.structure.block_linears if linear.transposed)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Final
@@ -41,10 +41,19 @@ class OnnxFiles(WeightFiles):
     @property
     def shared_bytes(self) -> int:
         """Bytes of the initializers that lie in the files of the safetensors layout."""
+        return sum(self.initializers[name].nbytes for name in self.shared)
+
+    @property
+    def shared(self) -> frozenset[str]:
+        """The initializers that lie in the files of the safetensors layout."""
+        return self.encoding.names if isinstance(self.encoding, LeftOut) else frozenset()
+
+    @cached_property
+    def initializers(self) -> Mapping[str, TensorSpec]:
+        """Every tensor of the graph, shared ones too."""
         if not isinstance(self.encoding, LeftOut):
-            return 0
-        every = OnnxFiles(self.encoding.encoding, self.outputs, self.max_shard_size).specs
-        return sum(every[name].nbytes for name in self.encoding.names)
+            return self.specs
+        return replace(self, encoding=self.encoding.encoding).specs
 
     def container(self, folder: Path) -> DataWriter:
         """The files, in an existing folder without such."""

@@ -24,7 +24,7 @@ from qexport.export.encodings import OnnxInitializers
 from qexport.export.loaders import Folder, loading_section
 from qexport.export.model_files import write_model_files
 from qexport.export.onnx.attention import refuse_unfused
-from qexport.export.onnx.files import OnnxFiles, onnx_files, shared_names
+from qexport.export.onnx.files import OnnxFiles, onnx_files
 from qexport.export.onnx.frequencies import switching_length
 from qexport.export.onnx.genai import FILE_NAME, genai_config, genai_notes
 from qexport.export.onnx.generation import generation
@@ -39,7 +39,7 @@ from qexport.export.vllm.launch import served_name
 from qexport.export.written_weights import link_or_copy
 from qexport.reading.onnx.graph import GRAPH_NAME, Graph
 from qexport.reading.onnx.session import refuse_unloadable
-from qexport.tensors import W8A8, Checkpoint, GroupQuantizedSpec, Outputs, TensorSpec
+from qexport.tensors import W8A8, Checkpoint, GroupQuantizedSpec, Outputs
 from qexport.tensors.safetensors_file import SafetensorsFile
 
 _SHARED_FROM: Final = "safetensors"
@@ -64,9 +64,9 @@ class OnnxLayout:
     def __init__(self, settings: OnnxSettings, outputs: Outputs, structure: Structure, checkpoint: Checkpoint) -> None:
         self._settings, self._outputs, self._structure, self._checkpoint = settings, outputs, structure, checkpoint
         self._activations: torch.dtype = getattr(torch, settings.activations)
-        self._encoding = OnnxInitializers(self._activations, isinstance(outputs.method, W8A8))
+        encoding = OnnxInitializers(self._activations, isinstance(outputs.method, W8A8))
         size = parse_size(settings.max_shard_size)
-        self.weights: OnnxFiles = onnx_files(outputs, self._encoding, size, shared=settings.share_weights)
+        self.weights: OnnxFiles = onnx_files(outputs, encoding, size, shared=settings.share_weights)
         self._refuse_what_cannot_be()
         self._cache = kept(checkpoint.config, self._activations)
         if settings.attention == "fused":
@@ -171,7 +171,7 @@ class OnnxLayout:
         except onnx.checker.ValidationError as error:
             raise QexportError(f"onnx.checker refuses the graph: {error}", where=GRAPH_NAME) from error
         refuse_unloadable(folder)
-        unplaced = self._specs.keys() - Graph(folder).initializers.keys()
+        unplaced = self.weights.initializers.keys() - Graph(folder).initializers.keys()
         if unplaced:
             raise QexportError("weights are not in the graph", where=listed(sorted(unplaced)))
 
@@ -184,17 +184,11 @@ class OnnxLayout:
         return lower(
             trace(self._checkpoint.config, self._activations),
             self._outputs,
-            self._specs,
+            self.weights.initializers,
             activations=self._activations,
             attention=self._settings.attention,
             accuracy_level=self._settings.accuracy_level,
         )
-
-    @cached_property
-    def _specs(self) -> dict[str, TensorSpec]:
-        """Every initializer, shared ones too."""
-        outputs = self._outputs.specs.items()
-        return {part: found for name, spec in outputs for part, found in self._encoding.specs(name, spec).items()}
 
     def _share(self, folder: Path) -> dict[str, Place]:
         """Links files of the safetensors layout that have shared tensors into the folder, and finds these in them.
@@ -205,7 +199,7 @@ class OnnxLayout:
         places: dict[str, Place] = {}
         if not self._shared:
             return places
-        wanted, specs = shared_names(self._outputs), self._specs
+        wanted, specs = self.weights.shared, self.weights.initializers
         for source in sorted((folder.parent / _SHARED_FROM).glob("*.safetensors")):
             with SafetensorsFile(source) as file:
                 offsets = {name: offset for name, offset in file.offsets().items() if name in wanted}
@@ -223,7 +217,7 @@ class OnnxLayout:
                 where="export: onnx",
                 mend="leave this layout out; safetensors, tgi and vllm take them",
             )
-        dtypes = {spec.dtype for spec in self._specs.values()} - DTYPES.keys()
+        dtypes = {spec.dtype for spec in self.weights.initializers.values()} - DTYPES.keys()
         if dtypes:
             raise CompatibilityError(f"the onnx layout cannot hold {sorted(map(str, dtypes))}", where="export: onnx")
 

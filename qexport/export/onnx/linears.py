@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from qexport.export.onnx.emitter import MICROSOFT, Emitter
 from qexport.export.onnx.weights import Weights
-from qexport.packing import matmul_nbits
+from qexport.packing import matmul_integer, matmul_nbits
 from qexport.tensors import (
     BlockQuantizedSpec,
     GroupQuantizedSpec,
@@ -20,9 +20,6 @@ from qexport.tensors import (
 )
 
 _QUANT_TYPES: Final = {"fp4": 0, "nf4": 1}
-
-_MIDDLE: Final = 128
-"""The zero point of codes of 8 bits without a sign."""
 
 
 class Linears:
@@ -131,8 +128,8 @@ class Linears:
         scale = emit.one("Div", largest, emit.constant(np.array(127, dtype=np.float32)))
         scale = emit.one("Max", scale, emit.constant(np.array(np.finfo(np.float32).tiny, dtype=np.float32)))
         codes = emit.one("Round", emit.one("Div", inputs, scale))
-        shifted = emit.one("Add", codes, emit.constant(np.array(_MIDDLE, dtype=np.float32)))
-        middle = emit.constant(np.array(_MIDDLE, dtype=np.uint8))
+        shifted = emit.one("Add", codes, emit.constant(np.array(matmul_integer.ZERO_POINT, dtype=np.float32)))
+        middle = emit.constant(np.array(matmul_integer.ZERO_POINT, dtype=np.uint8))
         product = emit.one(
             "MatMulInteger",
             emit.one("Cast", shifted, to=ir.DataType.UINT8),

@@ -6,7 +6,7 @@ from typing import Final
 
 import numpy as np
 
-from qexport.statistics.moments import Array
+from qexport.statistics.means import Array
 
 DOMAINS: Final = 8
 LOOKS: Final = tuple(range(8, 65, 8))

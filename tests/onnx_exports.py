@@ -22,13 +22,13 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 import factories
 from qexport.architectures.naming import name_parameters
 from qexport.architectures.structure import Structure, describe
-from qexport.export.layout import Layout
+from qexport.export.layouts import Layout
 from qexport.export.onnx import layout as layout_module
 from qexport.export.onnx.layout import OnnxLayout
 from qexport.export.onnx.tracing import Trace, trace
 from qexport.export.safetensors_layout import SafetensorsLayout
 from qexport.export.settings import OnnxSettings, SafetensorsSettings
-from qexport.export.written_weights import WrittenWeights
+from qexport.export.tensor_writer import WrittenWeights
 from qexport.packing.bitsandbytes_4bit import dequantize
 from qexport.quantize.methods import plan_outputs, quantize
 from qexport.quantize.settings import QuantizeSettings

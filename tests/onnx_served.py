@@ -18,12 +18,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 import factories
 from onnx_exports import copied_trace
 from qexport.architectures.naming import name_parameters
-from qexport.export.onnx.genai import FILE_NAME, genai_config
-from qexport.export.onnx.generation import Generation, generation
+from qexport.export.onnx.files import Place, put_in_place
+from qexport.export.onnx.genai import FILE_NAME, Generation, genai_config, generation
 from qexport.export.onnx.launch import Figures, launch_files
 from qexport.export.onnx.lowering import lower
 from qexport.export.onnx.tracing import Cache
-from qexport.export.onnx.weights import Place, put_in_place
 from qexport.tensors import Dense, Outputs, TensorSpec
 from quantized_models import QuantizedModel
 

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from qexport.architectures.structure import Structure, describe
 from qexport.export.safetensors_layout import SafetensorsLayout
 from qexport.export.settings import SafetensorsSettings
+from qexport.export.tensor_writer import WrittenWeights
 from qexport.export.weight_files import WeightFiles
-from qexport.export.written_weights import WrittenWeights
 from qexport.tensors import (
     Checkpoint,
     Gptq,

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qexport.artifact.catalogue import CATALOGUE
-from qexport.artifact.environment import Environment
-from qexport.artifact.figures import Figure, GateResult, overall
+from qexport.artifact.figures import CATALOGUE, Figure, GateResult, overall
 from qexport.artifact.manifest import LayerRecord, Sizes, SourceRecord
-from qexport.artifact.protocol import Identity, Protocol
+from qexport.artifact.record import Environment, Identity, Protocol
 from qexport.artifact.report import (
     REPORT_NAME,
     BlockDrift,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qexport.artifact.digest import sha256_bytes, sha256_file, sha256_json, tensor_bytes
+from qexport.artifact.digests import sha256_bytes, sha256_file, sha256_json, tensor_bytes
 from qexport.artifact.folder import digest_files, open_artifact
 from qexport.artifact.manifest import MANIFEST_NAME
 from qexport.artifact.publish import MARKER_NAME

@@ -29,11 +29,11 @@ import factories
 import qexport
 import reports
 from factories import gptq
-from qexport.artifact.digest import sha256_json
-from qexport.artifact.environment import describe_environment
+from qexport.architectures.memory import resident
+from qexport.artifact.digests import sha256_json
 from qexport.artifact.figures import GateResult
 from qexport.artifact.manifest import MANIFEST_NAME, FileRecord, Manifest, Verification
-from qexport.artifact.resident_memory import resident
+from qexport.artifact.record import describe_environment
 from qexport.cli import main
 from qexport.cli.commands import app
 from qexport.cli.progress import PLAIN_INTERVAL, PlainLines, Stopwatch, reporter
@@ -50,7 +50,7 @@ from qexport.errors import (
 )
 from qexport.progress import Notice, Progress, Reporter
 from qexport.recipe import Recipe
-from qexport.reporting.units import duration, size
+from qexport.reporting.values import duration, size
 from reports import figure
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qexport.cli.again import verify_command
+from qexport.cli.verifying import verify_command
 
 
 def test_local_paths_are_named_by_their_last_component(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

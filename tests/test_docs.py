@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from qexport.artifact.catalogue import CATALOGUE
+from qexport.artifact.figures import CATALOGUE
 from qexport.artifact.manifest import Manifest
 from qexport.artifact.report import REPORT_NAME, Report
 from qexport.reporting.writing import COMMENT_NAME, PAGE_NAME, TEST_RESULTS_NAME

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import factories
 from qexport.errors import QexportError
 from qexport.export.readback import check
-from qexport.export.written_weights import WrittenWeights
+from qexport.export.tensor_writer import WrittenWeights
 from qexport.tensors.safetensors_folder import INDEX_NAME
 from quantized_models import QuantizedModel
 

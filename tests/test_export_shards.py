@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save, save_file
 
 from qexport.errors import QexportError
 from qexport.export import shards
+from qexport.export.settings import parse_size
 from qexport.export.shards import ShardWriter, plan_shards
-from qexport.export.size import parse_size
 from qexport.tensors import LargestSpec, TensorSpec
 from qexport.tensors.safetensors_folder import INDEX_NAME
 

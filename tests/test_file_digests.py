@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qexport.artifact.file_digests import FileDigests, taken_meanwhile
+from qexport.artifact.digests import FileDigests, taken_meanwhile
 
 
 def files(folder: Path) -> dict[str, str]:

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
-from qexport.architectures import float32_products
-from qexport.architectures.float32_products import multiply_in_float32
+from qexport.architectures import devices
+from qexport.architectures.devices import multiply_in_float32
 
 
 @pytest.mark.parametrize("kind", [nn.Linear, FalconLinear])

@@ -7,12 +7,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from qexport.artifact.catalogue import CATALOGUE
-from qexport.artifact.figures import Figure, GateResult
+from qexport.artifact.figures import CATALOGUE, Figure, GateResult
 from qexport.artifact.report import Check
 from qexport.errors import RecipeError
-from qexport.gates.again import decide_again, noise_floors
-from qexport.gates.deciding import BuiltIn, decide, needs_more
+from qexport.gates.deciding import BuiltIn, decide, decide_again, needs_more, noise_floors
 from qexport.gates.limits import Bound, Limit
 from qexport.gates.settings import GatesFile
 from reports import figure, gate_result, report

@@ -9,10 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from qexport.artifact.catalogue import CATALOGUE
+from qexport.artifact.figures import CATALOGUE
 from qexport.errors import RecipeError
-from qexport.gates.files import read_gates
-from qexport.gates.settings import Bounds, DomainBounds, GatesFile
+from qexport.gates.settings import Bounds, DomainBounds, GatesFile, read_gates
 from qexport.verifying.settings import VerifySettings
 
 DOCS = Path(__file__).parent.parent / "docs" / "gates.md"

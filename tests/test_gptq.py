@@ -19,8 +19,7 @@ from qexport.architectures.structure import describe
 from qexport.errors import CompatibilityError, NumericalError
 from qexport.progress import Notice, Progress
 from qexport.quantize.gptq import output_specs, quantize
-from qexport.quantize.hessian import Hessian
-from qexport.quantize.layer import solve_together
+from qexport.quantize.layer import Hessian, solve_together
 from qexport.quantize.selection import select
 from qexport.quantize.settings import GptqSettings
 from qexport.tensors import CalibrationSet, Checkpoint, GroupQuantized, GroupQuantizedSpec, Origin, TensorRecord

@@ -18,8 +18,7 @@ from qexport.architectures.structure import build_on_meta, describe
 from qexport.errors import NumericalError
 from qexport.progress import Notice
 from qexport.quantize import gptq
-from qexport.quantize.hessian import Hessian
-from qexport.quantize.layer import solve_together
+from qexport.quantize.layer import Hessian, solve_together
 from qexport.quantize.selection import select
 from qexport.tensors import Checkpoint, GroupQuantized, Origin, TensorRecord
 from test_block_runner import StateDict

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from qexport.errors import NumericalError
 from qexport.quantize import solver
-from qexport.quantize.hessian import Hessian
-from qexport.quantize.layer import output_error, solve_together
+from qexport.quantize.layer import Hessian, output_error, solve_together
 from qexport.quantize.solver import Options, factorize, round_to_nearest, solve
 
 OPTIONS = Options(bits=4, group_size=32, order="original", sym=True, damp_percent=0.01, search=False)

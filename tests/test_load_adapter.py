@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qexport.errors import InputError, RecipeError
-from qexport.loading.adapter import locate_adapter
+from qexport.loading.checkpoint import locate_adapter
 from qexport.loading.settings import LoadSettings
 
 

@@ -16,8 +16,7 @@ import torch
 
 import factories
 from qexport.errors import InputError
-from qexport.loading.adapter import locate_adapter
-from qexport.loading.checkpoint import load_checkpoint
+from qexport.loading.checkpoint import load_checkpoint, locate_adapter
 from qexport.loading.settings import LoadSettings
 from qexport.tensors.checkpoint import Checkpoint
 

@@ -11,7 +11,7 @@ import factories
 from qexport.errors import InputError
 from qexport.loading.checkpoint import load_checkpoint
 from qexport.loading.settings import LoadSettings
-from qexport.loading.tokenizer import open_tokenizer
+from qexport.loading.small_files import open_tokenizer
 
 
 @pytest.fixture(scope="session")

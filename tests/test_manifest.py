@@ -10,8 +10,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from qexport.artifact.digest import sha256_json
-from qexport.artifact.environment import describe_environment
+from qexport.artifact.digests import sha256_json
 from qexport.artifact.figures import Figure
 from qexport.artifact.manifest import (
     MANIFEST_NAME,
@@ -23,6 +22,7 @@ from qexport.artifact.manifest import (
     SourceRecord,
     Verification,
 )
+from qexport.artifact.record import describe_environment
 from qexport.errors import InputError
 from reports import figure, gate_result, identity, protocol
 

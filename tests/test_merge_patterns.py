@@ -15,11 +15,10 @@ from peft.utils.other import get_pattern_key
 import adapters
 import factories
 from qexport.errors import InputError
-from qexport.merge import patterns
+from qexport.merge import targets
+from qexport.merge.adapter import AdapterOptions
 from qexport.merge.base import BaseModel, look_at
-from qexport.merge.options import AdapterOptions
-from qexport.merge.patterns import full_matches, suffix_matches
-from qexport.merge.targets import targeted
+from qexport.merge.targets import full_matches, suffix_matches, targeted
 
 LLAMA: BaseModel = look_at(adapters.headers_of(factories.build(factories.llama_config(num_hidden_layers=3))))
 NAMES = list(LLAMA.modules)

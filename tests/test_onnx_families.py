@@ -16,7 +16,7 @@ import onnx_served
 from qexport.architectures.structure import parse_config
 from qexport.errors import CompatibilityError
 from qexport.export.onnx.attention import refuse_unfused
-from qexport.export.onnx.frequencies import switching_length
+from qexport.export.onnx.interception import switching_length
 from qexport.export.onnx.tracing import kept, trace
 from qexport.reading.onnx.model import OnnxCausalLM, open_model
 

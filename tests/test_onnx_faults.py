@@ -17,8 +17,8 @@ import onnx_exports
 from onnx_exports import METHODS, Export, assert_same_model, assert_same_weights, export, passed_once
 from qexport.errors import CompatibilityError, InputError, QexportError
 from qexport.export.onnx.attention import AdditiveMasks
-from qexport.export.onnx.emitter import Emitter
 from qexport.export.onnx.linears import Linears
+from qexport.export.onnx.nodes import Emitter
 from qexport.export.onnx.tracing import Trace
 from qexport.packing import matmul_nbits
 from qexport.reading.onnx.graph import GRAPH_NAME

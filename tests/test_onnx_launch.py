@@ -21,7 +21,7 @@ from transformers import PretrainedConfig
 import factories
 import onnx_served
 from onnx_served import PROMPT, OnnxFolder
-from qexport.export.onnx.generation import Generation, generation
+from qexport.export.onnx.genai import Generation, generation
 from qexport.export.onnx.launch import Figures, launch_files
 from qexport.export.onnx.traced_cache import CacheTensor
 from qexport.export.vllm.launch import served_name

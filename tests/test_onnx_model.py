@@ -28,8 +28,7 @@ from qexport.reading.onnx.session import open_session
 from qexport.reading.onnx.weights import OnnxWeights
 from qexport.tensors import Quantized, RowQuantized
 from qexport.verifying.continuation import continue_all, likeliest_along
-from qexport.verifying.padding import check_padding
-from qexport.verifying.prompt_batches import batch_prompts
+from qexport.verifying.prompt_batches import batch_prompts, check_padding
 from qexport.verifying.settings import SpeedSettings
 from qexport.verifying.speed import measure_speed
 

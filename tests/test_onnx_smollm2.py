@@ -14,7 +14,7 @@ from torch import Tensor
 from onnx_exports import Export, Method, assert_same_weights, deviation, export, greedy_logits, passed, steps, unrounded
 from qexport.loading.checkpoint import load_checkpoint
 from qexport.loading.settings import LoadSettings
-from qexport.loading.tokenizer import open_tokenizer
+from qexport.loading.small_files import open_tokenizer
 from qexport.merge.merging import merge
 from qexport.merge.settings import MergeSettings
 from qexport.tensors import Checkpoint

@@ -19,8 +19,7 @@ from factories import gptq
 from qexport.errors import RecipeError
 from qexport.gates.settings import Bounds
 from qexport.recipe import Recipe, load_recipe
-from qexport.recipe.reference import fields, updated
-from qexport.recipe.schema import recipe_schema
+from qexport.recipe.reference import fields, recipe_schema, updated
 from qexport.settings import Settings
 from qexport.yaml.document import Origin, plain
 from qexport.yaml.parsing import SyntaxProblem, parse, scalar

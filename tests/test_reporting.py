@@ -17,15 +17,13 @@ import reports
 import rich_report
 from qexport.artifact.report import Report
 from qexport.errors import RecipeError
-from qexport.reporting.gauge import gauge
 from qexport.reporting.html import report_html
-from qexport.reporting.junit import report_junit
 from qexport.reporting.markdown import escaped, report_markdown
+from qexport.reporting.svg import gauge
 from qexport.reporting.terminal import figures_table, gate_table, report_summary
 from qexport.reporting.values import figure_interval, figure_value, gate_limit, gate_value, written
-from qexport.reporting.visible_text import visible, visible_token
-from qexport.reporting.word_diff import word_diff
-from qexport.reporting.writing import check_report_folder, write_report
+from qexport.reporting.visible_text import visible, visible_token, word_diff
+from qexport.reporting.writing import check_report_folder, report_junit, write_report
 
 VOID = {"meta", "wbr", "br"}
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=40)

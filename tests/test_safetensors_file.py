@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
 from qexport.errors import InputError
-from qexport.tensors.finite import is_finite
 from qexport.tensors.safetensors_file import DTYPES, SafetensorsFile
+from qexport.tensors.source import is_finite
 
 SAVED_DTYPES = [dtype for name, dtype in DTYPES.items() if name != "F8_E8M0"]
 

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from drift import MEAN, SCALES, drift, misses, strata_of
 from qexport.errors import NumericalError
-from qexport.statistics.means import stratified_mean, student_multiplier
-from qexport.statistics.moments import Array, moments
+from qexport.statistics.means import Array, moments, stratified_mean, student_multiplier
 from qexport.statistics.paired import mcnemar
 from qexport.statistics.samples import DIFFERENCE, SHARE, Interval, Sample, groups, transformed
 

@@ -12,7 +12,7 @@ from scipy.special import ndtri
 from scipy.stats import binom
 
 from qexport.errors import NumericalError
-from qexport.statistics.moments import Array
+from qexport.statistics.means import Array
 from qexport.statistics.quantiles import quantile_interval
 from qexport.statistics.samples import Interval
 

@@ -14,8 +14,7 @@ import factories
 from qexport.artifact.report import Check
 from qexport.errors import InputError
 from qexport.export.tgi.tokenizer import tgi_tokenizer_files
-from qexport.loading.sidecars import read_sidecars
-from qexport.loading.tokenizer import has_tokenizer, tokenizer_from_files
+from qexport.loading.small_files import has_tokenizer, read_sidecars, tokenizer_from_files
 from qexport.text.preflight import CHECKS, TokenizerFolder, preflight
 from qexport.text.prompts import Prompt, read_prompts
 from qexport.text.tokenizer_identity import template_digest, tokenizer_digest

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from qexport.artifact.catalogue import CATALOGUE
-from qexport.artifact.figures import Figure, find_figure
+from qexport.artifact.figures import CATALOGUE, Figure, find_figure
 from qexport.statistics.samples import SHARE, Range, Sample
 from qexport.statistics.sequences import confidence_sequence
 from qexport.verifying.divergence import TokenFigures

@@ -25,8 +25,7 @@ from qexport.text.prompts import Prompt, Style
 from qexport.verifying.continuation import Continuation, continue_all, greedy_settings, likeliest_along
 from qexport.verifying.generation import GenerationFigures, compare_generations, style_sensitivity
 from qexport.verifying.memory import available_memory, needed_memory
-from qexport.verifying.padding import check_padding
-from qexport.verifying.prompt_batches import PromptBatch, batch_prompts
+from qexport.verifying.prompt_batches import PromptBatch, batch_prompts, check_padding
 from qexport.verifying.prompt_figures import padding_notes
 from qexport.verifying.settings import SamplingSettings
 from quantized_models import QuantizedModel, Tensors

@@ -23,8 +23,7 @@ from qexport.tensors import Checkpoint
 from qexport.text.held_out import HeldOut
 from qexport.verifying.divergence import TokenFigures
 from qexport.verifying.live_adapter import LiveAdapter, NotMeasured, compare_merge
-from qexport.verifying.noise_floor import noise_floor
-from qexport.verifying.preparation import Preparation, prepare
+from qexport.verifying.preparation import Preparation, noise_floor, prepare
 from qexport.verifying.steps import Steps
 
 CPU = torch.device("cpu")

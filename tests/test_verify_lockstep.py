@@ -10,9 +10,9 @@ import torch
 from transformers import PreTrainedModel
 
 import factories
-import qexport.verifying.lockstep as lockstep
+import qexport.verifying.predictors as lockstep
 from qexport.architectures.runner import BlockRunner
-from qexport.verifying.lockstep import run_in_lockstep
+from qexport.verifying.predictors import run_in_lockstep
 from quantized_models import QuantizedModel, Tensors
 
 BLOCKS = 4

@@ -12,7 +12,7 @@ import trained_models
 from qexport.tensors import Checkpoint
 from qexport.text.documents import read_documents
 from qexport.text.held_out import HeldOut, make_held_out
-from qexport.verifying.noise_floor import TOKENS, noise_floor
+from qexport.verifying.preparation import TOKENS, noise_floor
 from qexport.verifying.steps import Steps
 from quantized_models import QuantizedModel
 from test_verify_verification import whole_model_figures

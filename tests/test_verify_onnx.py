@@ -31,10 +31,10 @@ from qexport.artifact.figures import Figure, find_figure
 from qexport.artifact.manifest import MANIFEST_NAME, LayerRecord, Manifest
 from qexport.artifact.report import Report
 from qexport.errors import InputError, NumericalError, RecipeError
-from qexport.gates.again import decide_again
+from qexport.gates.deciding import decide_again
 from qexport.loading.checkpoint import load_checkpoint
 from qexport.loading.settings import LoadSettings
-from qexport.loading.tokenizer import open_tokenizer
+from qexport.loading.small_files import open_tokenizer
 from qexport.pipeline import run
 from qexport.pipeline.inspection import inspect_artifact
 from qexport.pipeline.opened import Opened, open_folder
@@ -45,7 +45,7 @@ from qexport.reading.onnx.model import OnnxCausalLM
 from qexport.recipe import load_recipe
 from qexport.reporting.html import report_html
 from qexport.tensors import Checkpoint
-from qexport.verifying.graph_runner import GraphRunner, WindowByWindow
+from qexport.verifying.graphs import GraphRunner, WindowByWindow
 from qexport.verifying.predictors import TOKENS_AT_ONCE
 from qexport.verifying.settings import VerifySettings
 from qexport.verifying.verification import check_headers

@@ -192,7 +192,7 @@ def test_a_merge_that_forgot_the_adapter_fails_the_merge(sound: Sound, monkeypat
         right, forgotten = merge(*args, **options), merge(args[0], None, args[2])
         return replace(right, checkpoint=forgotten.checkpoint)
 
-    monkeypatch.setattr("qexport.pipeline.loaded.merge", forgetful)
+    monkeypatch.setattr("qexport.pipeline.planning.merge", forgetful)
     report = sound.verify(sound.without_adapter)
     assert report.verdict == "fail"
     assert "merge" in failed(report)

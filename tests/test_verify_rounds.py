@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import factories
-import qexport.verifying.lockstep as lockstep
+import qexport.verifying.predictors as lockstep
 from qexport.architectures.runner import BlockRunner
 from qexport.artifact.figures import GateResult, Verdict
 from qexport.gates.deciding import needs_more

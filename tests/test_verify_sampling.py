@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from qexport.verifying.sampling import sampling_noise
+from qexport.verifying.continuation import sampling_noise
 from qexport.verifying.settings import SamplingSettings
 
 LOGITS: Any = torch.tensor([2.0, 1.0, 0.0, -1.0, -4.0])

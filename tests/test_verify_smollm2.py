@@ -18,7 +18,7 @@ import stored_models
 from qexport.artifact.figures import find_figure
 from qexport.loading.checkpoint import load_checkpoint
 from qexport.loading.settings import LoadSettings
-from qexport.loading.tokenizer import open_tokenizer
+from qexport.loading.small_files import open_tokenizer
 from qexport.merge.merging import merge
 from qexport.merge.settings import MergeSettings
 from qexport.quantize.nearest import NearestSource

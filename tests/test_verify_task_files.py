@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qexport.errors import InputError
+from qexport.verifying.settings import names_file
 from qexport.verifying.tasks.local_files import read_local_tasks
-from qexport.verifying.tasks.names import names_file
 from task_files import CHOICE, GENERATION, from_the_page, write_task
 
 ROWS: list[dict[str, Any]] = [{"question": "Who?", "choices": ["the miller", "the tide"], "answer": 0}]

@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 import factories
-import qexport.verifying.lockstep as lockstep
+import qexport.verifying.predictors as lockstep
 from qexport.architectures.runner import BlockRunner
 from qexport.artifact.figures import find_figure
 from qexport.errors import InputError, NumericalError

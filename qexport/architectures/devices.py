@@ -1,10 +1,14 @@
-"""Where to compute."""
+"""Where to compute, and linear layers in bfloat16 on CPUs without instructions for it."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import partial
+from typing import Final
 
 import torch
+from torch import Tensor, nn
 
 from qexport.errors import RecipeError
 
@@ -24,3 +28,41 @@ def find_device(name: str) -> torch.device:
     if device.type == "cuda" and not available:
         raise RecipeError("there is no CUDA device", where=f"device {name}", mend="take the device cpu, or auto")
     return device
+
+
+_VALUES_AT_ONCE: Final = 1 << 24
+_FEWEST_ROWS: Final = 16
+"""Below, turning the weights into float32 costs more than the product."""
+
+_SMALLEST: Final = 1 << 16
+"""Values of a weight for which another way is worth its name."""
+
+
+def has_bfloat16_instructions() -> bool:
+    """Whether oneDNN multiplies bfloat16 here. Elsewhere a loop of torch does, four times slower than float32."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def multiply_in_float32(model: nn.Module) -> None:
+    """Lets large linear layers in bfloat16 on the CPU compute in float32 and round once, as the instructions would.
+
+    The products of two bfloat16 values are exact in float32, so only the order of the sums differs.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.weight.numel() >= _SMALLEST:
+            module.forward = partial(_forward, module, module.forward)  # type: ignore[method-assign]
+
+
+def _forward(linear: nn.Linear, usual: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+    weight, bias = linear.weight, linear.bias
+    rows = inputs.numel() // inputs.shape[-1]
+    if not weight.dtype == inputs.dtype == torch.bfloat16 or rows < _FEWEST_ROWS:
+        return usual(inputs)
+    at_once = type(linear) is nn.Linear  # Falcon's own class rounds before it adds the bias
+    values, output = inputs.to(torch.float32), inputs.new_empty(*inputs.shape[:-1], len(weight))
+    step = max(1, _VALUES_AT_ONCE // weight.shape[1])
+    for start in range(0, len(weight), step):
+        part = slice(start, start + step)
+        added = bias[part].to(torch.float32) if at_once and bias is not None else None
+        output[..., part] = nn.functional.linear(values, weight[part].to(torch.float32), added)
+    return output if at_once or bias is None else output.add_(bias)

@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from transformers import PreTrainedModel
 
 from qexport.architectures.buffers import compute_buffers
-from qexport.architectures.float32_products import has_bfloat16_instructions, multiply_in_float32
-from qexport.architectures.freed_memory import return_freed_memory
+from qexport.architectures.devices import has_bfloat16_instructions, multiply_in_float32
+from qexport.architectures.memory import return_freed_memory
 from qexport.architectures.naming import Part, name_parameters
 from qexport.architectures.structure import LinearSpec, build_on_meta, describe_model, find_blocks, parse_config
 from qexport.tensors import WeightSource

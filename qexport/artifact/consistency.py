@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
-from qexport.artifact.catalogue import CATALOGUE
-from qexport.artifact.figures import Figure, overall
+from qexport.artifact.figures import CATALOGUE, Figure, overall
 
 if TYPE_CHECKING:
     from qexport.artifact.manifest import LayerRecord

@@ -1,11 +1,111 @@
-"""What verification measured, and what gates said of it."""
+"""The figures that verification measures, their names and meanings, and what gates said of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final, Literal
 
 from qexport.artifact.record import Record
+
+Better = Literal["lower", "higher", "near"]
+Form = Literal["number", "share", "nats", "ratio", "points"]
+
+
+@dataclass(frozen=True)
+class FigureKind:
+    """What a figure's name stands for.
+
+    Attributes:
+        label: for a reader, with no unit in it.
+        form: how to write its values.
+        ideal: the value of an artifact that equals its reference; None where there is no such value.
+        better: which way a gate on it may point: `lower` takes at_most, `higher` at_least, `near` either.
+        gated: whether it has an interval, without which no gate can be decided.
+        teacher_forced: measured on the held-out text, on as many windows as the gates need.
+    """
+
+    label: str
+    form: Form
+    ideal: float | None = None
+    better: Better = "lower"
+    gated: bool = True
+    teacher_forced: bool = True
+
+
+def _generated(label: str, form: Form, ideal: float, better: Better) -> FigureKind:
+    return FigureKind(label, form, ideal, better, teacher_forced=False)
+
+
+CATALOGUE: Final[Mapping[str, FigureKind]] = {
+    "reference_perplexity": FigureKind("perplexity of the reference", "number"),
+    "artifact_perplexity": FigureKind("perplexity of the artifact", "number"),
+    "perplexity_ratio": FigureKind("perplexity, artifact / reference", "ratio", 1.0, "near"),
+    "mean_kl": FigureKind("mean KL divergence", "nats", 0.0),
+    "median_kl": FigureKind("median KL divergence", "nats", 0.0),
+    "kl_p90": FigureKind("KL divergence, 90 % quantile", "nats", 0.0),
+    "kl_p95": FigureKind("KL divergence, 95 % quantile", "nats", 0.0),
+    "kl_p99": FigureKind("KL divergence, 99 % quantile", "nats", 0.0),
+    "kl_p999": FigureKind("KL divergence, 99.9 % quantile", "nats", 0.0),
+    "max_kl": FigureKind("KL divergence, largest", "nats", 0.0, gated=False),
+    "top1_agreement": FigureKind("same likeliest token", "share", 1.0, "higher"),
+    "decisive_flips": FigureKind("decisive flips", "share", 0.0),
+    "probability_change": FigureKind("change of the true token's probability", "points", 0.0, "near"),
+    "probability_change_rms": FigureKind("change of the true token's probability, RMS", "points", 0.0),
+    "probability_change_p01": FigureKind("change of the true token's probability, 1 % quantile", "points", 0.0, "near"),
+    "probability_change_p05": FigureKind("change of the true token's probability, 5 % quantile", "points", 0.0, "near"),
+    "probability_change_p50": FigureKind("change of the true token's probability, median", "points", 0.0, "near"),
+    "probability_change_p95": FigureKind(
+        "change of the true token's probability, 95 % quantile", "points", 0.0, "near"
+    ),
+    "probability_change_p99": FigureKind(
+        "change of the true token's probability, 99 % quantile", "points", 0.0, "near"
+    ),
+    "rtn_mean_kl": FigureKind("mean KL divergence of round-to-nearest", "nats"),
+    "kl_over_rtn": FigureKind("KL divergence against round-to-nearest's, relative", "ratio"),
+    "adapter_effect": FigureKind("mean KL divergence of the base without the adapter", "nats"),
+    "kl_over_base": FigureKind("KL divergence from the reference against that from the base, relative", "ratio"),
+    "merge_kl": FigureKind(
+        "mean KL divergence of the merge from the adapter in PEFT", "nats", 0.0, teacher_forced=False
+    ),
+    "identical_generations": _generated("equal continuations", "share", 1.0, "higher"),
+    "first_divergence": _generated("share of a continuation before the first difference", "share", 1.0, "higher"),
+    "generation_flips": _generated("decisive flips along the reference's continuations", "share", 0.0, "lower"),
+    "edit_distance": _generated("token edit distance of the continuations", "share", 0.0, "lower"),
+    "chrf": _generated("chrF of the continuations", "number", 100.0, "higher"),
+    "rouge_l": _generated("ROUGE-L of the continuations", "share", 1.0, "higher"),
+    "repetition_change": _generated("change of the repetition rate", "points", 0.0, "near"),
+    "length_limit_change": _generated("change of the share that hits the length limit", "points", 0.0, "near"),
+    "length_ratio": _generated("length, artifact / reference", "ratio", 1.0, "near"),
+    "style_sensitivity": _generated("edit distance, messy - clean prompts", "points", 0.0, "near"),
+    "sampled_chrf": _generated("chrF of sampled continuations", "number", 100.0, "higher"),
+    "speed_ratio": _generated("tokens per second, artifact / reference", "ratio", 1.0, "near"),
+    "first_token_ratio": _generated("time to first token, artifact / reference", "ratio", 1.0, "near"),
+    "accuracy_change": _generated("accuracy, artifact - reference", "points", 0.0, "near"),
+}
+"""By name. docs/verification.md has each one's formula and source."""
+
+DECISIVE_MARGIN: Final = 0.5
+"""In nats. Where the reference's two likeliest tokens are no further apart, a change of places says little."""
+
+QUANTILES: Final[Mapping[str, float]] = {
+    "median_kl": 0.5,
+    "kl_p90": 0.9,
+    "kl_p95": 0.95,
+    "kl_p99": 0.99,
+    "kl_p999": 0.999,
+}
+"""The quantiles of the KL divergence over tokens."""
+
+PROBABILITY_QUANTILES: Final[Mapping[str, float]] = {
+    "probability_change_p01": 0.01,
+    "probability_change_p05": 0.05,
+    "probability_change_p50": 0.5,
+    "probability_change_p95": 0.95,
+    "probability_change_p99": 0.99,
+}
+"""The quantiles over tokens of the change of the true token's probability."""
+
 
 Verdict = Literal["pass", "fail", "undecided"]
 
@@ -14,7 +114,7 @@ Unit = Literal["window", "prompt", "pair", "item", "repeat"]
 
 
 class Figure(Record):
-    """One figure, over all text or over one domain of it. `qexport.artifact.catalogue` says what each name means."""
+    """One figure, over all text or over one domain of it. `qexport.artifact.figures` says what each name means."""
 
     name: str
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qexport.artifact.digest import sha256_file
+from qexport.artifact.digests import sha256_file
 from qexport.artifact.manifest import MANIFEST_NAME, REPORT_FOLDER, FileRecord, Manifest
 from qexport.artifact.publish import MARKER_NAME
 from qexport.errors import InputError

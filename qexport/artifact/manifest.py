@@ -12,11 +12,9 @@ from typing import Any, Literal
 
 from pydantic import ValidationError, model_validator
 
-from qexport.artifact.digest import sha256_json
-from qexport.artifact.environment import Environment
+from qexport.artifact.digests import sha256_json
 from qexport.artifact.figures import Figure, GateResult, Verdict, find_figure
-from qexport.artifact.protocol import Identity, Protocol
-from qexport.artifact.record import Record
+from qexport.artifact.record import Environment, Identity, Protocol, Record
 from qexport.errors import InputError
 
 MANIFEST_NAME = "qexport-manifest.json"

@@ -11,12 +11,10 @@ from typing import Any, Final, Literal
 from pydantic import ValidationError
 
 from qexport.artifact.consistency import contradictions
-from qexport.artifact.digest import sha256_json
-from qexport.artifact.environment import Environment
+from qexport.artifact.digests import sha256_json
 from qexport.artifact.figures import Figure, GateResult, Verdict
 from qexport.artifact.manifest import REPORT_FOLDER, LayerRecord, Sizes, SourceRecord
-from qexport.artifact.protocol import Identity, Protocol
-from qexport.artifact.record import Record
+from qexport.artifact.record import Environment, Identity, Protocol, Record
 from qexport.errors import InputError, listed
 
 REPORT_NAME: Final = "report.json"

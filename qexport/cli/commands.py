@@ -95,14 +95,14 @@ def run(
         if output is not None:
             chosen = chosen.model_copy(update={"output": str(output.absolute())})
         from qexport import pipeline  # takes seconds, a recipe's problems need not wait for it
-        from qexport.cli.again import verify_command
+        from qexport.cli.verifying import verify_command
 
         with _reporting() as report:
             command = verify_command(".", str(recipe), overrides or (), {})
             result = pipeline.run(chosen, force=force, device=device, command=command, report=report)
     with told(as_json=as_json, debug=debug, interrupted=f"interrupted; {result.artifact_path} is complete"):
         _show(result, as_json=as_json)
-    from qexport.cli.gates import gates_failure
+    from qexport.cli.failures import gates_failure
 
     gates = {gate.name: gate for each in result.reports.values() for gate in each.gates if not gate.passed}
     if failure := gates_failure(list(gates.values()), f"{result.artifact_path} (set aside, not published)"):
@@ -139,8 +139,8 @@ def verify(
             check_report_folder(report_folder)
         chosen = reference_of(References(reference, overrides or (), adapter, text or (), prompts, gates))
         from qexport import pipeline  # takes seconds, what is wrong with the arguments need not wait for it
-        from qexport.cli.again import verify_command
-        from qexport.cli.gates import gates_failure
+        from qexport.cli.failures import gates_failure
+        from qexport.cli.verifying import verify_command
 
         options: dict[str, Sequence[str | Path | None]] = {
             "--adapter": [adapter],
@@ -254,9 +254,9 @@ def gate(
         from rich.text import Text
 
         from qexport.artifact.report import Report
-        from qexport.cli.gates import gates_failure
-        from qexport.gates.again import decide_again
-        from qexport.gates.files import read_gates
+        from qexport.cli.failures import gates_failure
+        from qexport.gates.deciding import decide_again
+        from qexport.gates.settings import read_gates
         from qexport.reporting.terminal import gate_table
 
         settings = read_gates(gates)
@@ -323,7 +323,7 @@ def schema(
 
             write(json.dumps(report_schema(), indent=2))
         else:
-            from qexport.recipe.schema import recipe_schema
+            from qexport.recipe.reference import recipe_schema
 
             write(recipe_schema())
 

@@ -17,8 +17,7 @@ from rich.text import Text
 from qexport.artifact.manifest import REPORT_FOLDER
 from qexport.reporting.selection import fallen_back, worst_prompts
 from qexport.reporting.terminal import gate_table, prompt_table, verdict_line
-from qexport.reporting.units import counted, size
-from qexport.reporting.values import figure_interval, figure_value
+from qexport.reporting.values import counted, figure_interval, figure_value, size
 from qexport.reporting.writing import PAGE_NAME
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from typing import Any, Final
 
 import torch
 
-from qexport.artifact.digest import sha256_chunks
+from qexport.artifact.digests import sha256_chunks
 from qexport.errors import QexportError
-from qexport.export.written_weights import WrittenWeights
+from qexport.export.tensor_writer import WrittenWeights
 from qexport.tensors import TensorSpec
 from qexport.tensors.safetensors_file import SafetensorsFile
 from qexport.tensors.safetensors_folder import INDEX_NAME

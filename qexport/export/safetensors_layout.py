@@ -11,8 +11,7 @@ from qexport.export.encodings import AutoGptq, Bitsandbytes, CompressedTensors, 
 from qexport.export.loaders import Folder, loading_section, stock_loaders, warnings
 from qexport.export.model_files import write_model_files
 from qexport.export.quantization_config import quantization_config
-from qexport.export.settings import SafetensorsSettings
-from qexport.export.size import parse_size
+from qexport.export.settings import SafetensorsSettings, parse_size
 from qexport.export.weight_files import WeightFiles
 from qexport.tensors import W8A8, Checkpoint, Dense, FourBit, Gptq, LlmInt8, Method, Outputs
 

@@ -12,13 +12,12 @@ from types import TracebackType
 
 import torch
 
-from qexport.artifact.file_digests import FileDigests
+from qexport.artifact.digests import FileDigests
 from qexport.errors import CompatibilityError, listed
 from qexport.export import readback
 from qexport.export.encodings import Encoding
 from qexport.export.shards import ShardWriter
-from qexport.export.tensor_writer import TensorWriter
-from qexport.export.written_weights import WrittenWeights
+from qexport.export.tensor_writer import TensorWriter, WrittenWeights
 from qexport.tensors import Outputs, TensorRecord, TensorSpec
 
 

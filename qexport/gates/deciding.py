@@ -1,8 +1,4 @@
-"""Deciding gates: pass, fail or undecided, on confidence sequences, so that one may look after every window.
-
-A gate passes only where the whole 95 % confidence sequence keeps the limit, and fails only where the whole of it breaks
-the limit. What was not measured, or has no interval, is undecided.
-"""
+"""Deciding gates: pass, fail or undecided, on confidence sequences, so that one may look after every round."""
 
 from __future__ import annotations
 
@@ -10,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from qexport.artifact.catalogue import CATALOGUE
-from qexport.artifact.figures import Figure, GateResult, Verdict, find_figure
-from qexport.artifact.report import Check
-from qexport.gates.limits import NOISE_MARGIN, Bound, Limit
+from qexport.artifact.figures import CATALOGUE, Figure, GateResult, Verdict, find_figure
+from qexport.artifact.report import Check, Report
+from qexport.gates.limits import NOISE_MARGIN, Bound, Limit, above_floor, limits_of
+from qexport.gates.profiles import profile_for
 from qexport.gates.settings import HasGates
 
 BuiltIn = Literal["config", "tokenizer", "graph", "merge", "adapter", "better_than_rtn"]
@@ -215,3 +211,37 @@ def _held_against(gate: _Gate, limit: float, low: float, high: float, counted: s
 
 def _counted(figure: Figure) -> str:
     return f"1 {figure.unit}" if figure.n == 1 else f"{figure.n} {figure.unit}s"
+
+
+def decide_again(report: Report, settings: HasGates) -> tuple[list[GateResult], list[str]]:
+    """Decides the gates of other settings on a report's figures.
+
+    Of the built-in gates, those of the artifact's checks are decided always, those of the adapter where there is one,
+    `graph` and `better_than_rtn` where the report has them or what they are decided on; none that the settings waive.
+
+    Returns:
+        The results, and a note for each limit of the profile that the noise floor has moved and each waived gate.
+
+    Raises:
+        RecipeError: a limit is tighter than three times the noise floor, or `auto` cannot choose a profile.
+    """
+    profile = profile_for(settings, report.layers, report.subject.sizes)
+    limits, notes = above_floor(limits_of(settings, profile), noise_floors(report.figures))
+    decided = {result.name for result in report.gates}
+    rounded = FIGURE_OF["better_than_rtn"] in {figure.name for figure in report.figures}
+    expected, waived = expected_gates(
+        settings,
+        adapter=report.reference.adapter is not None,
+        nearest=rounded or "better_than_rtn" in decided,
+        graph="graph" in decided or any(check.gate == "graph" for check in report.checks),
+    )
+    return decide(limits, report.all_figures, report.checks, expected), [*notes, *waived]
+
+
+def noise_floors(figures: Sequence[Figure]) -> Mapping[str, float]:
+    """The noise floor of each figure over all text that has one, by its name."""
+    return {
+        figure.name: figure.noise_floor
+        for figure in figures
+        if figure.domain is None and figure.noise_floor is not None
+    }

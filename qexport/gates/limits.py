@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
-from qexport.artifact.catalogue import CATALOGUE
+from qexport.artifact.figures import CATALOGUE
 from qexport.errors import RecipeError, listed
 from qexport.gates.profiles import PROFILES
 from qexport.gates.settings import Bounds, DomainBounds, HasGates, ProfileName

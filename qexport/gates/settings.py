@@ -1,15 +1,18 @@
-"""The recipe's `verify.profile` and `verify.gates`, and a file of gates."""
+"""The recipe's `verify.profile` and `verify.gates`, and the file of gates."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Final, Literal, Protocol
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from qexport.artifact.catalogue import CATALOGUE, FigureKind
+from qexport.artifact.figures import CATALOGUE, FigureKind
 from qexport.settings import Settings
-from qexport.yaml.problems import combination, suggestion
+from qexport.yaml.document import plain
+from qexport.yaml.parsing import FileKind
+from qexport.yaml.problems import combination, problems_of, suggestion
 
 ProfileName = Literal[
     "auto", "16bit", "gptq-8bit", "int8", "w8a8", "gptq-4bit", "nf4", "gptq-3bit", "gptq-2bit", "tiny", "off"
@@ -132,3 +135,24 @@ class GatesFile(Settings):
 
     gates: GateSettings = {}
     """Limits on figures, over the profile's; null removes one of the profile's."""
+
+
+_GATES: Final = FileKind(
+    "file of gates", needs="give profile, gates or both", reference="docs/gates.md describes every field"
+)
+
+
+def read_gates(path: Path) -> GatesFile:
+    """Reads a YAML file with `profile` and `gates`.
+
+    Raises:
+        RecipeError: with every problem that was found, each as `file:line: field: message`.
+    """
+    root, problems = _GATES.read(path)
+    try:
+        settings = GatesFile.model_validate(plain(root))
+    except ValidationError as error:
+        problems += problems_of(error, root, GatesFile)
+    if problems:
+        raise _GATES.error(path, problems)
+    return settings

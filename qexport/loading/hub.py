@@ -17,12 +17,11 @@ from huggingface_hub.errors import (
 
 from qexport.errors import InputError
 from qexport.loading.base_reference import HubReference
-from qexport.loading.config_file import CONFIG_NAME
-from qexport.loading.sidecars import SIDECAR_NAMES
+from qexport.loading.small_files import CONFIG_NAME, SIDECAR_NAMES
 from qexport.progress import Notice, Reporter
-from qexport.tensors.contained_path import contained_path
 from qexport.tensors.safetensors_folder import INDEX_NAME, SINGLE_NAME, read_index
-from qexport.text.tokenizer_files import TEMPLATES_FOLDER
+from qexport.tensors.strict_files import contained_path
+from qexport.text.tokenizer_identity import TEMPLATES_FOLDER
 
 _BASE_FILES: Final = (CONFIG_NAME, INDEX_NAME, SINGLE_NAME, *SIDECAR_NAMES, f"{TEMPLATES_FOLDER}/*.jinja")
 

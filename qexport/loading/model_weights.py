@@ -12,8 +12,7 @@ from transformers import PreTrainedModel
 from qexport.architectures.naming import name_parameters
 from qexport.architectures.structure import build_on_meta, parse_config, refuse_impossible_depth
 from qexport.errors import InputError, listed
-from qexport.tensors.finite import is_finite
-from qexport.tensors.source import TensorSpec, WeightSource
+from qexport.tensors.source import TensorSpec, WeightSource, is_finite
 
 FLOAT_DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
 

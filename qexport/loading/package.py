@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qexport.errors import InputError
 from qexport.loading.base_reference import PackageReference
-from qexport.tensors.contained_path import contained_path
+from qexport.tensors.strict_files import contained_path
 
 
 @dataclass(frozen=True)

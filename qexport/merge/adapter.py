@@ -1,17 +1,88 @@
-"""A PEFT adapter as it lies in its folder."""
+"""A PEFT adapter as it lies in its folder: its tensors, and the fields of adapter_config.json."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final, Self
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from qexport.errors import InputError
+from qexport.errors import CompatibilityError, InputError
 from qexport.tensors.safetensors_file import SafetensorsFile
-from qexport.tensors.strict_json import read_json_object
+from qexport.tensors.strict_files import read_json_object
+
+_PROVENANCE = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "inference_mode",
+        "peft_version",
+        "revision",
+        "runtime_config",
+        "task_type",
+    }
+)
+
+
+class AdapterOptions(BaseModel):
+    """What decides which modules an adapter changes. Types that have more options add them."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+    without_effect: ClassVar[frozenset[str]] = frozenset()
+    """Fields of this type that steer the training and leave no trace in a merge."""
+
+    peft_type: str
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    bias: str = "none"
+
+    @classmethod
+    def parse(cls, config: Mapping[str, Any]) -> Self:
+        """The options of an adapter_config.json.
+
+        A field that is not known here and is switched off (null, false, zero, empty) is one that a newer PEFT has
+        added; any other could change the arithmetic.
+
+        Raises:
+            InputError: a field has the wrong type or an impossible value; all of them are named.
+            CompatibilityError: a field is set that this version does not know.
+        """
+        try:
+            options = cls.model_validate(dict(config))
+        except ValidationError as error:
+            problems = "; ".join(f"{_path(item['loc'])}: {item['msg']}" for item in error.errors())
+            raise InputError(f"impossible values: {problems}", where="adapter_config.json") from error
+        unknown = sorted(
+            name
+            for name, value in (options.model_extra or {}).items()
+            if value and name not in _PROVENANCE and name not in cls.without_effect
+        )
+        if unknown:
+            raise CompatibilityError(
+                f"this version of qexport does not know these options of {options.peft_type}: {', '.join(unknown)}",
+                where="adapter_config.json",
+                mend=MERGE_WITH_PEFT,
+            )
+        return options
+
+
+MERGE_WITH_PEFT = (
+    "merge with PEFT (merge_and_unload, then save_pretrained of the model and its tokenizer) and give that folder "
+    "as load.base, without an adapter"
+)
+"""The way out for what PEFT can merge and qexport cannot."""
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in location)
+
 
 CONFIG_FILE: Final = "adapter_config.json"
 WEIGHTS_FILE: Final = "adapter_model.safetensors"

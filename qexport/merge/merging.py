@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 
-from qexport.errors import InputError
+from qexport.errors import InputError, NumericalError
 from qexport.merge.adapter import CONFIG_FILE, Adapter, read_adapter
 from qexport.merge.base import look_at
 from qexport.merge.changes import Change, ReadFactor
-from qexport.merge.notes import other_base, other_files
 from qexport.merge.plan import Plan
 from qexport.merge.settings import MergeSettings
-from qexport.merge.source import MergedSource
 from qexport.merge.types import planner
 from qexport.progress import Notice, Reporter, silent
 from qexport.tensors.checkpoint import Checkpoint, Origin
+from qexport.tensors.source import TensorSpec, WeightSource, is_finite
 
 
 @dataclass(frozen=True)
@@ -122,3 +122,81 @@ def _with_weights(
 
 def _no_factors(key: str) -> torch.Tensor:
     raise LookupError(key)
+
+
+_QUANTIZATION = re.compile(r"[.-](i?q\d\w*|bf16|f16|f32)$", re.IGNORECASE)
+
+
+def other_base(config: Mapping[str, Any], base_name: str) -> str | None:
+    """Says so where an adapter names no base, or another one than the base's origin. Only last components count."""
+    named = config.get("base_model_name_or_path")
+    if not isinstance(named, str) or not named:
+        return "the adapter does not say for which base model it was made"
+    if _plain_name(named) == _plain_name(base_name):
+        return None
+    return f"the adapter was made for {_last_component(named)}, the base is {_last_component(base_name)}"
+
+
+def other_files(adapter: Path, checkpoint: Checkpoint) -> Iterator[str]:
+    """Tells of tokenizer files beside the adapter that differ from the base's, which are the ones that travel on."""
+    for name, content in checkpoint.files.items():
+        beside = adapter / name
+        if beside.is_file() and beside.read_bytes() != content:
+            yield f"the adapter's folder has another {name} than the base; the base's is used"
+
+
+def _plain_name(name: str) -> str:
+    """`pkg/SmolLM2-135M-Instruct.Q4_1.gguf` and `HuggingFaceTB/SmolLM2-135M-Instruct` are the same model."""
+    return _QUANTIZATION.sub("", _last_component(name).lower().removesuffix(".gguf"))
+
+
+def _last_component(name: str) -> str:
+    parts = PurePosixPath(name.replace("\\", "/").rstrip("/")).parts
+    cached = [part for part in parts if part.startswith("models--")]
+    if cached:  # a snapshot in the hub's cache: .../models--org--name/snapshots/commit
+        return cached[-1].rpartition("--")[2]
+    return parts[-1] if parts else name
+
+
+class MergedSource:
+    """A `WeightSource` over a base: floating-point tensors in one dtype, some of them changed by an adapter.
+
+    Holds no tensor between reads. A read needs the tensor, its merged copy in float32, and its factors.
+    """
+
+    def __init__(
+        self, base: WeightSource, changes: Mapping[str, tuple[Change, ...]], read_factor: ReadFactor, dtype: torch.dtype
+    ) -> None:
+        self._base = base
+        self._changes = changes
+        self._read_factor = read_factor
+        self._dtype = dtype
+
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """The base's tensors in their order; those of floating point have the merged dtype."""
+        return {
+            name: replace(spec, dtype=self._dtype) if spec.dtype.is_floating_point else spec
+            for name, spec in self._base.specs().items()
+        }
+
+    def read(self, name: str) -> torch.Tensor:
+        """The merged tensor: changed in float32 and rounded once.
+
+        Raises:
+            InputError: the base's tensor is missing, cut short, or holds NaN or Inf.
+            NumericalError: the merged tensor does, which means that it overflowed.
+        """
+        tensor = self._base.read(name)
+        changes = self._changes.get(name, ())
+        if not tensor.is_floating_point() or (not changes and tensor.dtype == self._dtype):
+            return tensor
+        for change in changes:
+            tensor = change.apply(tensor, self._read_factor)
+        merged = tensor.to(self._dtype).contiguous()
+        if not is_finite(merged):
+            raise NumericalError(
+                f"the merged tensor is not finite in {str(self._dtype).removeprefix('torch.')}",
+                where=name,
+                mend="merge.dtype float32 has the widest range; else the adapter's scale is out of bounds",
+            )
+        return merged

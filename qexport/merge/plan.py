@@ -9,11 +9,10 @@ import torch
 
 from qexport.architectures.families import family, matching
 from qexport.errors import CompatibilityError, InputError, listed
-from qexport.merge.adapter import PREFIX, Adapter
+from qexport.merge.adapter import MERGE_WITH_PEFT, PREFIX, Adapter
 from qexport.merge.base import BaseModel
 from qexport.merge.changes import Change, Replace, ReplaceRows
-from qexport.merge.options import MERGE_WITH_PEFT
-from qexport.tensors.finite import is_finite
+from qexport.tensors.source import is_finite
 
 _NAMED = 4
 """How many tensors of one fault a message names."""

@@ -17,13 +17,11 @@ import torch
 from torch import nn
 
 from qexport.errors import CompatibilityError
-from qexport.merge.adapter import PREFIX
+from qexport.merge.adapter import MERGE_WITH_PEFT, PREFIX, AdapterOptions
 from qexport.merge.changes import ReadFactor
-from qexport.merge.options import MERGE_WITH_PEFT, AdapterOptions
-from qexport.merge.patterns import suffix_matches
 from qexport.merge.plan import Plan
-from qexport.merge.targets import targeted
-from qexport.merge.whole import plan_whole_tensors
+from qexport.merge.targets import suffix_matches, targeted
+from qexport.merge.whole_tensors import plan_whole_tensors
 
 # Which modules it is, qexport has found out already.
 _MATCHING = frozenset(

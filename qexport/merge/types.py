@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from qexport.errors import CompatibilityError, InputError
-from qexport.merge.adalora import plan_adalora
-from qexport.merge.ia3 import plan_ia3
-from qexport.merge.lora import plan_lora
-from qexport.merge.norms import plan_ln_tuning
-from qexport.merge.options import MERGE_WITH_PEFT
+from qexport.merge.adapter import MERGE_WITH_PEFT
+from qexport.merge.lora import plan_adalora, plan_lora
 from qexport.merge.plan import Plan
+from qexport.merge.small_types import plan_ia3, plan_ln_tuning, plan_vera
 from qexport.merge.through_peft import plan_through_peft
-from qexport.merge.tokens import plan_token_adapter
-from qexport.merge.vera import plan_vera
+from qexport.merge.whole_tensors import plan_token_adapter
 
 Planner = Callable[[Plan], None]
 

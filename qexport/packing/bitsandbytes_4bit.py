@@ -17,7 +17,7 @@ from qexport.errors import InputError
 from qexport.packing.checks import check_specs, place
 from qexport.packing.code_books import QuantType, dynamic_values, four_bit_values
 from qexport.tensors import BlockQuantized, BlockQuantizedSpec, LargestSpec, NestedAbsmax, TensorSpec
-from qexport.tensors.strict_json import parse_json
+from qexport.tensors.strict_files import parse_json
 
 NESTED_BLOCK_SIZE: Final = 256
 STATE_PREFIX: Final = "weight.quant_state.bitsandbytes__"

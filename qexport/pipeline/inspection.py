@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from qexport.architectures.code_keys import without_code_keys
+from qexport.architectures.config_keys import without_code_keys
 from qexport.architectures.structure import describe
 from qexport.artifact.folder import open_artifact
 from qexport.artifact.manifest import MANIFEST_NAME, REPORT_FOLDER, Verification

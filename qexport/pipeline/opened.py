@@ -11,7 +11,7 @@ from types import MappingProxyType
 import torch
 
 from qexport.architectures.structure import Structure
-from qexport.artifact.file_digests import FileDigests
+from qexport.artifact.digests import FileDigests
 from qexport.artifact.manifest import LayerRecord, Sizes
 from qexport.artifact.report import Subject
 from qexport.reading.stored_format import StoredLayer

@@ -7,16 +7,33 @@ from pathlib import Path
 from typing import Any
 
 from qexport.architectures.structure import Structure, describe
-from qexport.export.layout import Layout
-from qexport.export.layouts import make_layout
-from qexport.merge.merging import Merged
-from qexport.pipeline.loaded import load_merged
+from qexport.export.layouts import Layout, make_layout
+from qexport.loading.checkpoint import load_checkpoint, locate_adapter
+from qexport.loading.settings import LoadSettings
+from qexport.merge.merging import Merged, merge
+from qexport.merge.settings import MergeSettings
 from qexport.pipeline.texts import check_questions, refuse_long_windows
 from qexport.progress import Reporter, silent
 from qexport.quantize.methods import plan_outputs
 from qexport.quantize.settings import GptqSettings
 from qexport.recipe.model import Recipe
 from qexport.tensors import Gptq, Outputs
+
+
+def load_merged(load: LoadSettings, merging: MergeSettings, *, report: Reporter) -> Merged:
+    """The merged model; of the base only headers have been read.
+
+    Raises:
+        QexportError: base or adapter cannot be used, or they do not fit together.
+    """
+    checkpoint, adapter = load_checkpoint(load, report=report), locate_adapter(load, report=report)
+    return merge(
+        checkpoint,
+        adapter.path if adapter else None,
+        merging,
+        adapter_origin=adapter.origin if adapter else None,
+        report=report,
+    )
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from qexport.loading.tokenizer import open_tokenizer
+from qexport.loading.small_files import open_tokenizer
 from qexport.merge.merging import Merged
 from qexport.pipeline.texts import Evaluation
 from qexport.progress import Reporter, silent

@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 
 from qexport.architectures.devices import find_device
+from qexport.artifact.digests import taken_meanwhile
 from qexport.artifact.disk import ensure_space
 from qexport.artifact.figures import Verdict, overall
-from qexport.artifact.file_digests import taken_meanwhile
 from qexport.artifact.manifest import REPORT_FOLDER, Manifest
 from qexport.artifact.publish import Publication, check_output
 from qexport.artifact.report import Report
 from qexport.errors import RecipeError
-from qexport.export.written_weights import WrittenWeights
+from qexport.export.tensor_writer import WrittenWeights
 from qexport.pipeline.judging import refuse_unmeasurable, refuse_unproven_merge
 from qexport.pipeline.opened import Opened, open_folder
 from qexport.pipeline.planning import Plan, plan

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qexport.architectures.structure import Structure
 from qexport.errors import CompatibilityError, listed
-from qexport.loading.tokenizer import open_tokenizer
+from qexport.loading.small_files import open_tokenizer
 from qexport.progress import Notice, Reporter, silent
 from qexport.quantize.settings import CalibrationSettings, GptqSettings
 from qexport.recipe.model import Recipe
@@ -19,10 +19,9 @@ from qexport.text.documents import Documents, read_documents, refuse_shared
 from qexport.text.held_out import HeldOut, make_held_out
 from qexport.text.prompts import EncodedPrompts, encode_prompts, read_prompts, refuse_long
 from qexport.text.windows import make_windows
-from qexport.verifying.settings import VerifySettings
+from qexport.verifying.settings import VerifySettings, names_file
 from qexport.verifying.tasks.local_files import read_local_tasks
 from qexport.verifying.tasks.measuring import require_harness
-from qexport.verifying.tasks.names import names_file
 
 
 @dataclass(frozen=True)

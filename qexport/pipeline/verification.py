@@ -16,18 +16,17 @@ from qexport.artifact.manifest import MANIFEST_NAME
 from qexport.artifact.report import Check, Report
 from qexport.gates.profiles import profile_for
 from qexport.loading.settings import LoadSettings
-from qexport.loading.sidecars import read_sidecars
-from qexport.loading.tokenizer import has_tokenizer, open_tokenizer, tokenizer_from_files
+from qexport.loading.small_files import has_tokenizer, open_tokenizer, read_sidecars, tokenizer_from_files
 from qexport.merge.settings import MergeSettings
 from qexport.pipeline.judging import Gates, make_gates
-from qexport.pipeline.loaded import load_merged
 from qexport.pipeline.opened import Opened, open_folder
+from qexport.pipeline.planning import load_merged
+from qexport.pipeline.recording import Described, make_report
 from qexport.pipeline.reference import Reference
-from qexport.pipeline.reporting import Described, make_report
 from qexport.pipeline.texts import check_questions, read_evaluation, refuse_long_windows
 from qexport.progress import Reporter, silent
 from qexport.reading.artifact_source import model_folder
-from qexport.tensors.strict_json import read_json_object
+from qexport.tensors.strict_files import read_json_object
 from qexport.text.preflight import TokenizerFolder, preflight
 from qexport.verifying import verification
 from qexport.verifying.settings import VerifySettings

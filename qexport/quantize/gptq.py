@@ -10,17 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from qexport.architectures.experts import ExpertStop, staged
-from qexport.architectures.freed_memory import return_freed_memory
+from qexport.architectures.memory import return_freed_memory
 from qexport.architectures.runner import Batch, BlockRunner
 from qexport.architectures.structure import LinearSpec, Structure
 from qexport.errors import CompatibilityError
 from qexport.progress import Notice, Progress, Reporter, silent
-from qexport.quantize.groups import Group, find_groups
-from qexport.quantize.hessian import Hessian
-from qexport.quantize.layer import SolvedLayer, solve_together
-from qexport.quantize.parking import Parking
-from qexport.quantize.pauses import PausedForward, pausing_at
-from qexport.quantize.selection import candidates, select
+from qexport.quantize.layer import Hessian, SolvedLayer, solve_together
+from qexport.quantize.pauses import Parking, PausedForward, pausing_at
+from qexport.quantize.selection import Group, candidates, find_groups, select
 from qexport.quantize.settings import GptqSettings
 from qexport.quantize.solver import Options
 from qexport.tensors import CalibrationSet, Checkpoint, GroupQuantizedSpec, OutputSpec, TensorRecord

@@ -9,7 +9,7 @@ import torch
 
 from qexport.errors import NumericalError
 from qexport.tensors import RowQuantized
-from qexport.tensors.finite import is_finite
+from qexport.tensors.source import is_finite
 
 _VALUES_AT_ONCE: Final = 1 << 20
 

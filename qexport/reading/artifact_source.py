@@ -10,17 +10,16 @@ from typing import Any, Final
 
 import torch
 
-from qexport.architectures.code_keys import without_code_keys
+from qexport.architectures.config_keys import without_code_keys
 from qexport.architectures.structure import Structure, describe, parse_config, refuse_impossible_depth
 from qexport.errors import InputError, listed
 from qexport.reading.dequantization import dequantize
 from qexport.reading.formats import describe_method, group_spec, stored_format, stored_layer
 from qexport.reading.stored_format import StoredLayer, StoredWeight
 from qexport.tensors import GroupQuantizedSpec, TensorSpec
-from qexport.tensors.contained_path import contained_path
-from qexport.tensors.finite import is_finite
 from qexport.tensors.safetensors_folder import SafetensorsFolder
-from qexport.tensors.strict_json import read_json_object
+from qexport.tensors.source import is_finite
+from qexport.tensors.strict_files import contained_path, read_json_object
 
 _CONFIG_LIMIT: Final = 1 << 24
 

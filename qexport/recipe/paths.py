@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from qexport.verifying.tasks.names import names_file
+from qexport.verifying.settings import names_file
 from qexport.yaml.document import Keys, Node, Problem, dotted, entry_at, replaced
 
 _PACKAGED = re.compile(r"pkg:[A-Za-z_]\w*/.+\.gguf", re.ASCII)

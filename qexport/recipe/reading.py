@@ -2,18 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 from pydantic import ValidationError
 
 from qexport.recipe.model import Recipe
-from qexport.recipe.overrides import override
 from qexport.recipe.paths import resolved
-from qexport.yaml.document import plain
+from qexport.yaml.document import Keys, Node, Origin, Problem, child, dotted, plain, replaced
+from qexport.yaml.parsing import FileKind, SyntaxProblem, parse
 from qexport.yaml.problems import problems_of
-from qexport.yaml.reading import FileKind
+
+
+def override(root: Node, overrides: Sequence[str]) -> tuple[Node, list[Problem]]:
+    """The tree with the overrides in it, in their order, and those that name no place or hold no value.
+
+    Args:
+        root: the recipe's root, a mapping.
+        overrides: each `key=value`: a dotted path, numbers for the items of a list (`export.0.layout=safetensors`), and
+            a YAML scalar or flow value. Parts that are missing on the way are made; unknown keys are left to the
+            recipe's own checks.
+    """
+    origin = Origin("command line", Path.cwd())
+    problems = []
+    for text in overrides:
+        path, equals, value = text.partition("=")
+        if not equals or not all(path.split(".")):
+            problems.append(Problem(origin, None, text, "write key=value, for example quantize.bits=8"))
+            continue
+        try:
+            keys = _keys(root, path)
+            node, found = parse(value, origin, numbered=False)
+            root = replaced(root, keys, node or Node(None, origin, None))
+            problems += [Problem(origin, None, ".".join(filter(None, (path, p.field))), p.message) for p in found]
+        except SyntaxProblem as error:
+            problems.append(Problem(origin, None, path, error.problem.message))
+        except LookupError as error:
+            problems.append(Problem(origin, None, path, str(error.args[0])))
+    return root, problems
+
+
+def _keys(root: Node, path: str) -> Keys:
+    """The path as keys and indexes; a LookupError says where it leaves the recipe."""
+    keys: list[str | int] = []
+    node: Node | None = root
+    for part in path.split("."):
+        key: str | int = part
+        if node is not None and isinstance(node.value, tuple):
+            if not part.isdecimal() or int(part) >= len(node.value):
+                raise LookupError(f"{dotted(keys)} is a list of {len(node.value)}: give a number below that")
+            key = int(part)
+        elif node is not None and not isinstance(node.value, Mapping | None):
+            raise LookupError(f"{dotted(keys)} is a single value and has no {part}")
+        keys.append(key)
+        below = child(node, key) if node else None
+        node = below.node if below else None
+    return tuple(keys)
+
 
 _RECIPE: Final = FileKind(
     "recipe", needs="it needs at least load, quantize and export", reference="docs/recipe.md describes every field"

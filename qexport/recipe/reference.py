@@ -1,7 +1,4 @@
-"""The fields of a recipe as Markdown, made from the settings' docstrings.
-
-`python -m qexport.recipe.reference docs/recipe.md` writes them between the marks in that page.
-"""
+"""The fields of a recipe as Markdown and as a JSON Schema, made from the settings' docstrings."""
 
 from __future__ import annotations
 
@@ -10,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from pydantic.json_schema import GenerateJsonSchema
 
 from qexport.recipe.model import Recipe
 
@@ -101,3 +100,9 @@ def _one_line(text: str) -> str:
 if __name__ == "__main__":
     page = Path(sys.argv[1])
     page.write_text(updated(page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def recipe_schema() -> str:
+    """The schema (draft 2020-12) as JSON text; `recipes/recipe.schema.json` is a copy of it."""
+    schema = {"$schema": GenerateJsonSchema.schema_dialect, **Recipe.model_json_schema(mode="validation")}
+    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"

@@ -8,12 +8,10 @@ from typing import Final
 
 from markupsafe import Markup
 
-from qexport.artifact.catalogue import DECISIVE_MARGIN, QUANTILES
-from qexport.artifact.figures import Figure, GateResult, find_figure
+from qexport.artifact.figures import DECISIVE_MARGIN, QUANTILES, Figure, GateResult, find_figure
 from qexport.artifact.report import BlockDrift, Histogram, MarginBin
 from qexport.reporting.svg import WIDTH, Axis, chart, line, linear_axis, tag, text, tick_text
-from qexport.reporting.units import counted, cut
-from qexport.reporting.values import figure_interval, figure_value, label_of
+from qexport.reporting.values import counted, cut, figure_interval, figure_value, label_of
 
 _LEFT: Final = 52.0
 _RIGHT: Final = WIDTH - 14.0

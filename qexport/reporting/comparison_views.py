@@ -16,8 +16,7 @@ from qexport.reporting.page import render
 from qexport.reporting.selection import IDENTITY_LABELS, VERDICT_WORDS
 from qexport.reporting.svg import WIDTH, Axis, chart, line, linear_axis, tag, text, tick_text
 from qexport.reporting.terminal import VERDICT_STYLES, new_table
-from qexport.reporting.units import cut, size
-from qexport.reporting.values import UNMEASURED, figure_interval, figure_value
+from qexport.reporting.values import UNMEASURED, cut, figure_interval, figure_value, size
 from qexport.reporting.visible_text import visible
 
 _FIGURES: Final = ("perplexity_ratio", "top1_agreement", "decisive_flips")

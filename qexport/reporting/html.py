@@ -26,9 +26,8 @@ from qexport.reporting.selection import (
     worst_prompts,
     worst_tokens,
 )
-from qexport.reporting.units import size
-from qexport.reporting.values import UNMEASURED, figure_interval, figure_value, kind_of, label_of
-from qexport.reporting.word_diff import Piece, word_diff
+from qexport.reporting.values import UNMEASURED, figure_interval, figure_value, kind_of, label_of, size
+from qexport.reporting.visible_text import Piece, word_diff
 
 _SECTIONS: Final = (
     ("gates", "Gates"),

@@ -10,8 +10,8 @@ from typing import Final
 from qexport.artifact.figures import Figure, GateResult, Verdict
 from qexport.artifact.report import Comparison, Report
 from qexport.reporting.selection import VERDICT_WORDS, by_urgency, key_figures, sentence, worst_prompts
-from qexport.reporting.units import cut, size
 from qexport.reporting.values import (
+    cut,
     figure_interval,
     figure_value,
     gate_interval,
@@ -19,9 +19,9 @@ from qexport.reporting.values import (
     gate_units,
     gate_value,
     label_of,
+    size,
 )
-from qexport.reporting.visible_text import visible
-from qexport.reporting.word_diff import Piece, word_diff
+from qexport.reporting.visible_text import Piece, visible, word_diff
 
 _SIGNS: Final[dict[Verdict, str]] = {"pass": "✅", "fail": "❌", "undecided": "❔"}
 _LONGEST_TEXT: Final = 2000

@@ -7,10 +7,11 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from qexport.reporting.gauge import gauge
 from qexport.reporting.selection import VERDICT_WORDS
-from qexport.reporting.units import counted, duration, size
+from qexport.reporting.svg import gauge
 from qexport.reporting.values import (
+    counted,
+    duration,
     figure_interval,
     figure_value,
     gate_interval,
@@ -18,6 +19,7 @@ from qexport.reporting.values import (
     gate_units,
     gate_value,
     label_of,
+    size,
     written,
 )
 from qexport.reporting.visible_text import visible, visible_token

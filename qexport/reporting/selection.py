@@ -8,7 +8,7 @@ from typing import Final
 from qexport.artifact.figures import Figure, GateResult, Verdict, find_figure
 from qexport.artifact.manifest import LayerRecord
 from qexport.artifact.report import Check, Comparison, Report, WorstToken
-from qexport.reporting.units import counted
+from qexport.reporting.values import counted
 
 WORST: Final = 5
 """How many tokens, prompts and layers are shown in full."""

@@ -14,17 +14,18 @@ from rich.text import Text
 from qexport.artifact.figures import GateResult, Verdict
 from qexport.artifact.report import Comparison, Report
 from qexport.reporting.selection import VERDICT_WORDS, by_urgency, key_figures, sentence, worst_prompts
-from qexport.reporting.units import counted, cut, size
 from qexport.reporting.values import (
+    counted,
+    cut,
     figure_interval,
     figure_value,
     gate_interval,
     gate_limit,
     gate_value,
     label_of,
+    size,
 )
-from qexport.reporting.visible_text import visible
-from qexport.reporting.word_diff import Piece, word_diff
+from qexport.reporting.visible_text import Piece, visible, word_diff
 
 VERDICT_STYLES: Final[dict[Verdict, str]] = {"pass": "green", "fail": "bold red", "undecided": "bold yellow"}
 _LONGEST_PROMPT: Final = 240

@@ -1,14 +1,120 @@
-"""Fixed-sample intervals of stratified means."""
+"""Stratified means: their moments, and intervals that take skewness into account."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import stdtrit
 
-from qexport.statistics.moments import Array, Moments, moments, share_floor
-from qexport.statistics.samples import ALPHA, REAL, Interval, Range, Sample, bounded
+from qexport.statistics.samples import ALPHA, MIN_STRATUM, REAL, Interval, Range, Sample, bounded, groups
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """The estimated mean of several figures, measured on the same units, and how the estimates scatter.
+
+    Args:
+        mean: float64 [...], m = sum W_h m_h with W_h = n_h / n, that is the plain mean.
+        variance: float64 [...], of that mean: V = sum W_h^2 s_h^2 / n_h, from within strata.
+        skewness: float64 [...], of that mean: g = (sum W_h^3 k_h / n_h^2) / V^(3/2), k_h the
+            unbiased third central moment of a stratum.
+        degrees: float64 [...], of freedom of V (Satterthwaite 1946, Welch 1947):
+            V^2 / sum((W_h^2 s_h^2 / n_h)^2 / (n_h - 1)).
+        n: the number of units.
+    """
+
+    mean: Array
+    variance: Array
+    skewness: Array
+    degrees: Array
+    n: int
+
+    def at_least(self, variance: Array) -> Moments:
+        """The same with a variance that is nowhere below another one."""
+        raised = np.maximum(self.variance, variance)
+        ratio = np.divide(self.variance, raised, out=np.ones_like(raised), where=raised > 0)
+        return replace(self, variance=raised, skewness=self.skewness * ratio**1.5)
+
+    def as_for_share(self, share: float) -> Moments:
+        """For means of yes-or-no observations: the variance that fits if the true share is the one given.
+
+        V p (1 - p) / (m (1 - m)) where that is larger: the design effect of the clusters stays, the binomial part is
+        that of p. Where m is 0 or 1 no design effect is known, and V stays.
+        """
+        observed, binomial = self.mean * (1 - self.mean), share * (1 - share)
+        factor = np.divide(binomial, observed, out=np.ones_like(observed), where=observed > 0)
+        return replace(self, variance=self.variance * np.maximum(factor, 1.0))
+
+    def statistic(self, mean: float) -> Array:
+        """Hall's transformed Student statistic of the hypothesis that the mean is the one given, float64 [...].
+
+        T + g T^2 / 3 + g^2 T^3 / 27 + g / 6 with T = (m - mean) / sqrt(V); V must be above 0.
+        """
+        t = (self.mean - mean) / np.sqrt(self.variance)
+        corrected = t + self.skewness * t**2 / 3 + self.skewness**2 * t**3 / 27 + self.skewness / 6
+        return np.asarray(corrected, dtype=np.float64)
+
+    def interval(self, multiplier: Array) -> tuple[Array, Array]:
+        """The means whose statistic lies within plus or minus the multiplier; without variance only the mean itself.
+
+        Args:
+            multiplier: float64 [...]; where it is infinite, so are both ends.
+        """
+        error = np.sqrt(self.variance)
+        finite = np.where(np.isfinite(multiplier), multiplier, 0.0)
+        ends = [self.mean - error * self._inverse(sign * finite) for sign in (1, -1)]
+        unbounded = ~np.isfinite(multiplier) & (self.variance > 0)
+        return np.where(unbounded, -np.inf, ends[0]), np.where(unbounded, np.inf, ends[1])
+
+    def _inverse(self, statistic: Array) -> Array:
+        """The T of a statistic: 3 ((1 + y)^(1/3) - 1) / g, y = g (x - g / 6), written so that g may be 0."""
+        shifted = statistic - self.skewness / 6
+        root = np.cbrt(1 + self.skewness * shifted)
+        return np.asarray(3 * shifted / (root**2 + root + 1), dtype=np.float64)
+
+
+def moments(values: Array, strata: Sequence[str]) -> Moments:
+    """The moments of stratified means.
+
+    Args:
+        values: float64 [units, ...], two units or more; each column is a figure of its own.
+        strata: [units]; small ones are collapsed, see `qexport.statistics.samples.groups`.
+    """
+    n = values.shape[0]
+    variance, third, squares = (np.zeros(values.shape[1:]) for _ in range(3))
+    parts = groups(strata)
+    for units in parts:
+        part, size = values[units] - values[units[0]], len(units)  # equal values differ by exactly 0
+        deviations = part - part.mean(axis=0)
+        share = size * (deviations**2).sum(axis=0) / (size - 1) / n**2
+        variance += share
+        squares += share**2 / (size - 1)
+        if size >= MIN_STRATUM:
+            third += size**2 / ((size - 1) * (size - 2)) * (deviations**3).sum(axis=0) / n**3
+    varies = variance > 0
+    skewness = np.divide(third, variance**1.5, out=np.zeros_like(third), where=varies)
+    degrees = np.divide(variance**2, squares, out=np.full_like(variance, n - len(parts)), where=varies)
+    return Moments(values.mean(axis=0), variance, skewness, degrees, n)
+
+
+def share_floor(mean: Array, observations: int) -> Array:
+    """The least variance that a share of so many yes-or-no observations, or a difference of two, can honestly have.
+
+    p (1 - p) / N with p = (N m + 2) / (N + 4) (Agresti and Coull 1998). Tokens of a window are alike rather than
+    different, so this is a lower limit; it matters where events are so rare that windows agree by chance. Paired
+    differences of yes and no (+1, 0, -1) with the mean d scatter by at least |d| (1 - |d|), so it is theirs as well.
+
+    Args:
+        mean: float64 [...], the observed shares, or the sizes of the observed differences.
+        observations: N, in all units together.
+    """
+    share = (observations * mean + 2) / (observations + 4)
+    return share * (1 - share) / observations
 
 
 def stratified_mean(sample: Sample, within: Range = REAL) -> Interval:
@@ -17,7 +123,7 @@ def stratified_mean(sample: Sample, within: Range = REAL) -> Interval:
     The interval holds all means mu with |h(T)| <= t(0.975, v): T = (m - mu) / sqrt(V) is Student's statistic with the
     variance from within strata, v the Welch-Satterthwaite degrees of freedom, h Hall's monotone cubic transformation
     that removes the first term of skewness (P. Hall, On the removal of skewness by transformation, J. R. Stat. Soc. B
-    54, 1992, 221-228). The formulas are at `qexport.statistics.moments.Moments`.
+    54, 1992, 221-228). The formulas are at `qexport.statistics.means.Moments`.
 
     Why transformed: means of KL over windows are skewed to the right, and the plain t interval then lies too low. In
     simulations with 8 strata whose scales differ fourfold and n = 24 to 64, the plain interval covers lognormal values

@@ -9,8 +9,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from qexport.statistics.means import student_multiplier
-from qexport.statistics.moments import Array, moments
+from qexport.statistics.means import Array, moments, student_multiplier
 from qexport.statistics.samples import Interval, bounded, refuse_non_finite
 from qexport.statistics.sequences import PLANNED_UNITS, mixture_multiplier
 

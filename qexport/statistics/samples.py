@@ -44,7 +44,7 @@ class Sample:
         strata: [units], the domain of each unit.
         trials: for shares and paired differences of them, the number of yes-or-no observations behind each value.
             Values that agree by chance (0 rare events in every window, no changed answer in a few items) then do not
-            count as certain; see `qexport.statistics.moments.share_floor`.
+            count as certain; see `qexport.statistics.means.share_floor`.
 
     Raises:
         ValueError: no units, or a stratum is missing.

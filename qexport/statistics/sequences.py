@@ -7,8 +7,7 @@ from typing import Final
 import numpy as np
 from scipy.special import lambertw
 
-from qexport.statistics.means import interval_of_mean
-from qexport.statistics.moments import Array, Moments
+from qexport.statistics.means import Array, Moments, interval_of_mean
 from qexport.statistics.samples import ALPHA, REAL, Interval, Range, Sample
 
 PLANNED_UNITS: Final = 16

@@ -1,7 +1,6 @@
 """The data types that flow between the stages."""
 
-from qexport.tensors.calibration import CalibrationSet
-from qexport.tensors.checkpoint import Checkpoint, Origin
+from qexport.tensors.checkpoint import CalibrationSet, Checkpoint, Origin
 from qexport.tensors.methods import W8A8, Dense, FourBit, Gptq, LlmInt8, Method, Outputs
 from qexport.tensors.quantized import (
     BlockQuantized,

@@ -1,10 +1,12 @@
-"""A model as it was found: configuration, weights, and the files that travel with it."""
+"""A model as it was found: configuration, weights, and the files that travel with it; and token windows."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+import torch
 
 from qexport.tensors.source import WeightSource
 
@@ -41,3 +43,18 @@ class Checkpoint:
     weights: WeightSource
     files: Mapping[str, bytes]
     origin: Origin
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Token windows of one length.
+
+    Attributes:
+        input_ids: int64 [samples, sequence_length].
+        sha256: hex digest of the text that the tokens were made from.
+        origin: the files' names or the dataset's id, without any path of this machine.
+    """
+
+    input_ids: torch.Tensor
+    sha256: str
+    origin: str

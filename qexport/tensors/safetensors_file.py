@@ -17,7 +17,7 @@ import torch
 
 from qexport.errors import InputError
 from qexport.tensors.source import TensorSpec
-from qexport.tensors.strict_json import parse_json
+from qexport.tensors.strict_files import parse_json
 
 DTYPES: Final[Mapping[str, torch.dtype]] = {
     "BOOL": torch.bool,

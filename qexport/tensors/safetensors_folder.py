@@ -10,10 +10,9 @@ from typing import Final
 import torch
 
 from qexport.errors import InputError, listed
-from qexport.tensors.contained_path import contained_path
 from qexport.tensors.safetensors_file import SafetensorsFile
 from qexport.tensors.source import TensorSpec
-from qexport.tensors.strict_json import read_json_object
+from qexport.tensors.strict_files import contained_path, read_json_object
 
 SINGLE_NAME: Final = "model.safetensors"
 INDEX_NAME: Final = "model.safetensors.index.json"

@@ -1,18 +1,68 @@
-"""Documents: the texts and conversations that a recipe names."""
+"""Documents: the texts and conversations that a recipe names, from files and from datasets of the hub."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
-from qexport.artifact.digest import sha256_json
+from qexport.artifact.digests import sha256_json
 from qexport.errors import InputError
-from qexport.text.hub_dataset import HUB_PREFIX, read_hub_dataset
-from qexport.text.json_lines import read_json_lines
+from qexport.tensors.strict_files import parse_json
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields each object with its place, `file:line`, for errors. Blank lines are passed over.
+
+    Raises:
+        InputError: the file cannot be read, or a line is not UTF-8, not JSON, or no object.
+    """
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield f"{path}:{number}", _parse_object(line, f"{path}:{number}")
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", where=str(path)) from error
+
+
+def _parse_object(line: bytes, where: str) -> dict[str, Any]:
+    value = parse_json(line.removeprefix(b"\xef\xbb\xbf"), where=where)
+    if not isinstance(value, dict):
+        raise InputError(f"each line must hold a JSON object, not {type(value).__name__}", where=where)
+    return value
+
+
+HUB_PREFIX: Final = "hub:"
+
+
+def read_hub_dataset(source: str, *, split: str, revision: str | None) -> Iterable[Mapping[str, Any]]:
+    """The rows of `hub:org/dataset`. HF_HUB_OFFLINE, HF_HOME and HF_TOKEN mean what they mean to `datasets`.
+
+    Raises:
+        InputError: `datasets` is not installed, or it cannot read the dataset (what it says is passed on).
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(
+            "hub datasets need the package datasets",
+            where=source,
+            mend="pip install qexport[datasets], or name a .jsonl or .txt file",
+        ) from error
+    try:
+        rows = datasets.load_dataset(source.removeprefix(HUB_PREFIX), split=split, revision=revision)
+    except Exception as error:  # the package raises what it, the hub client or a file reader comes upon
+        raise InputError(
+            f"datasets cannot read it: {error}",
+            where=f"{source}, split {split}",
+            mend="check the id, split and revision; offline, only what lies in the cache can be read",
+        ) from error
+    return cast(Iterable[Mapping[str, Any]], rows)
+
 
 Message = dict[str, str]
 """`role` and `content`."""

@@ -15,11 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from qexport.artifact.report import Check
 from qexport.errors import InputError
-from qexport.text.chat import render_chat
 from qexport.text.prompts import Prompt
-from qexport.text.tokenizer_files import GENERATION_CONFIG
-from qexport.text.tokenizer_identity import json_object, stored_templates
-from qexport.text.tokens import tokenize
+from qexport.text.tokenizer_identity import GENERATION_CONFIG, json_object, stored_templates
+from qexport.text.tokens import render_chat, tokenize
 from qexport.text.torture import TORTURE
 
 _EXAMPLES: Final = 3

@@ -11,12 +11,10 @@ from typing import Any, Final, Literal, cast, get_args
 
 from transformers import PreTrainedTokenizerBase
 
-from qexport.artifact.digest import sha256_json
+from qexport.artifact.digests import sha256_json
 from qexport.errors import InputError, listed
-from qexport.text.chat import render_chat
-from qexport.text.documents import Document, as_document, encodable
-from qexport.text.json_lines import read_json_lines
-from qexport.text.tokens import tokenize
+from qexport.text.documents import Document, as_document, encodable, read_json_lines
+from qexport.text.tokens import render_chat, tokenize
 
 Style = Literal["clean", "messy"]
 """Well written, or as people type in a hurry."""

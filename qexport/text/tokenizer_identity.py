@@ -1,4 +1,4 @@
-"""Which tokenizer and which chat template: their digests, and where templates stand in files."""
+"""Which tokenizer and which chat template: the names of their files, their digests, and where templates stand."""
 
 from __future__ import annotations
 
@@ -9,10 +9,16 @@ from typing import Any, Final
 
 from transformers import PreTrainedTokenizerBase
 
-from qexport.artifact.digest import sha256_bytes, sha256_json
+from qexport.artifact.digests import sha256_bytes, sha256_json
 from qexport.errors import InputError
-from qexport.tensors.strict_json import parse_json
-from qexport.text.tokenizer_files import CHAT_TEMPLATE, OLD_TEMPLATE, TEMPLATES_FOLDER, TOKENIZER_CONFIG
+from qexport.tensors.strict_files import parse_json
+
+TOKENIZER_CONFIG: Final = "tokenizer_config.json"
+GENERATION_CONFIG: Final = "generation_config.json"
+CHAT_TEMPLATE: Final = "chat_template.jinja"
+TEMPLATES_FOLDER: Final = "additional_chat_templates"
+OLD_TEMPLATE: Final = "chat_template.json"
+
 
 _TEMPLATE_KEY: Final = "chat_template"
 

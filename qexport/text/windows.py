@@ -13,9 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from qexport.errors import InputError
 from qexport.tensors import CalibrationSet
-from qexport.text.chat import render_chat
 from qexport.text.documents import Document, Documents
-from qexport.text.tokens import tokenize
+from qexport.text.tokens import render_chat, tokenize
 
 Packing = Literal["packed", "document"]
 

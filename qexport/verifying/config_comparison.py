@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from qexport.architectures.older_keys import older_keys
+from qexport.architectures.config_keys import older_keys
 from qexport.architectures.structure import parse_config
 from qexport.errors import InputError, listed
 

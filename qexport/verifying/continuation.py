@@ -1,7 +1,8 @@
-"""What a whole model makes of prompts: continuations, and its predictions along another model's."""
+"""What a whole model makes of prompts: continuations, greedy or sampled, and its predictions along another model's."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -15,14 +16,47 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
 )
 
 from qexport.errors import NumericalError
 from qexport.tensors import Checkpoint
-from qexport.tensors.finite import is_finite
-from qexport.tensors.strict_json import parse_json
-from qexport.text.tokenizer_files import GENERATION_CONFIG
+from qexport.tensors.source import is_finite
+from qexport.tensors.strict_files import parse_json
+from qexport.text.tokenizer_identity import GENERATION_CONFIG
 from qexport.verifying.prompt_batches import PromptBatch
+from qexport.verifying.settings import SamplingSettings
+
+
+def sampling_noise(settings: SamplingSettings, ids: Sequence[str], sample: int) -> LogitsProcessorList:
+    """What turns the likeliest token into a sample: temperature, top-p, and noise.
+
+    Args:
+        settings: the recipe's `verify.sampling`.
+        ids: the prompts of a batch, in its order.
+        sample: which of the samples of each prompt, from 0.
+    """
+    processors = LogitsProcessorList([TemperatureLogitsWarper(settings.temperature)])
+    if settings.top_p < 1:
+        processors.append(TopPLogitsWarper(settings.top_p))
+    processors.append(_GumbelNoise([_generator(settings.seed, sample, name) for name in ids]))
+    return processors
+
+
+class _GumbelNoise(LogitsProcessor):
+    def __init__(self, generators: Sequence[torch.Generator]) -> None:
+        self._generators = generators
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        draws = [torch.empty(scores.shape[1]).exponential_(generator=generator) for generator in self._generators]
+        return scores - torch.stack(draws).log().to(scores.device)
+
+
+def _generator(seed: int, sample: int, name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed} {sample} {name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
 
 _LOGITS_AT_ONCE: Final = 1 << 24
 
@@ -82,7 +116,7 @@ def continue_all(
         batches: every prompt once.
         settings: from `greedy_settings`.
         finished: is told of each prompt.
-        noise: for sampling; see `qexport.verifying.sampling`.
+        noise: for sampling; see `qexport.verifying.continuation`.
 
     Raises:
         NumericalError: logits hold NaN or Inf.

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from qexport.errors import NumericalError
-from qexport.tensors.finite import is_finite
-from qexport.verifying.lockstep import windows_at_once
-from qexport.verifying.predictors import TOKENS_AT_ONCE, Predictor
+from qexport.tensors.source import is_finite
+from qexport.verifying.predictors import TOKENS_AT_ONCE, Predictor, windows_at_once
 
 _DOUBLES_AT_ONCE: Final = 1 << 20
 

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qexport.artifact.catalogue import PROBABILITY_QUANTILES, QUANTILES
-from qexport.artifact.figures import Figure, Unit
+from qexport.artifact.figures import PROBABILITY_QUANTILES, QUANTILES, Figure, Unit
 from qexport.statistics.means import stratified_mean
 from qexport.statistics.quantiles import quantile_interval
 from qexport.statistics.samples import DIFFERENCE, NOT_NEGATIVE, REAL, SHARE, Interval, Range, Sample, transformed

@@ -10,12 +10,10 @@ from typing import Protocol
 
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-from qexport.artifact.catalogue import DECISIVE_MARGIN
+from qexport.artifact.figures import DECISIVE_MARGIN
 from qexport.text.prompts import Prompt
-from qexport.verifying.continuation import Continuation, continue_all, ends_of, likeliest_along
-from qexport.verifying.padding import Padding, check_padding
-from qexport.verifying.prompt_batches import PromptBatch, batch_prompts
-from qexport.verifying.sampling import sampling_noise
+from qexport.verifying.continuation import Continuation, continue_all, ends_of, likeliest_along, sampling_noise
+from qexport.verifying.prompt_batches import Padding, PromptBatch, batch_prompts, check_padding
 from qexport.verifying.settings import SamplingSettings
 from qexport.verifying.text_similarity import chrf, edit_distance, first_difference, repetition_rate, rouge_l
 

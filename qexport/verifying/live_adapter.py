@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from qexport.architectures.runner import BlockRunner
 from qexport.tensors import Checkpoint
 from qexport.verifying.divergence import TokenFigures, compare_logits
-from qexport.verifying.lockstep import windows_at_once
 from qexport.verifying.memory import available_memory, needed_memory
+from qexport.verifying.predictors import windows_at_once
 from qexport.verifying.steps import Steps
 
 WINDOWS: Final = 16

@@ -24,7 +24,7 @@ from qexport.verifying.generation import (
     compare_generations,
     style_sensitivity,
 )
-from qexport.verifying.padding import Padding
+from qexport.verifying.prompt_batches import Padding
 from qexport.verifying.settings import VerifySettings
 from qexport.verifying.steps import Steps
 

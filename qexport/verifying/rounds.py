@@ -13,8 +13,7 @@ from torch import Tensor
 from qexport.architectures.runner import BlockRunner
 from qexport.artifact.figures import GateResult
 from qexport.verifying.divergence import Pair, TokenFigures, compare
-from qexport.verifying.lockstep import run_in_lockstep, windows_at_once
-from qexport.verifying.predictors import Predictor, predictors
+from qexport.verifying.predictors import Predictor, predictors, run_in_lockstep, windows_at_once
 from qexport.verifying.steps import Steps
 
 Comparison = Literal["artifact", "nearest", "base", "artifact_from_base"]

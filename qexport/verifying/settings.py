@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
 from qexport.gates.settings import GateSettings, ProfileName
 from qexport.settings import Settings
+
+ENDINGS: Final = (".yaml", ".yml")
+"""Of task files."""
+
+_EXPLICIT: Final = ("./", "../", "/", "~")
+
+
+def names_file(task: str) -> bool:
+    """Whether a recipe's text names a task file or a folder of them, not a task of the harness."""
+    return task.startswith(_EXPLICIT) or task in {".", ".."} or task.endswith(ENDINGS)
 
 
 class SamplingSettings(Settings):

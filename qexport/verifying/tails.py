@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from qexport.artifact.catalogue import DECISIVE_MARGIN
+from qexport.artifact.figures import DECISIVE_MARGIN
 from qexport.artifact.report import Histogram, MarginBin, WorstToken
 from qexport.text.held_out import HeldOut
 from qexport.verifying.divergence import TokenFigures

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Final
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from qexport.architectures.code_keys import without_code_keys
+from qexport.architectures.config_keys import without_code_keys
+from qexport.architectures.memory import resident
 from qexport.architectures.runner import BlockRunner
 from qexport.architectures.structure import describe
 from qexport.artifact.figures import Figure, GateResult
 from qexport.artifact.report import BlockDrift, Check, Generations, TaskRecord, Timings
-from qexport.artifact.resident_memory import resident
 from qexport.errors import listed
 from qexport.gates.deciding import needs_more
 from qexport.progress import Reporter, silent
@@ -36,7 +36,7 @@ from qexport.verifying.steps import Steps
 from qexport.verifying.whole_models import MeasuredSpeed, Pair, measure_speed, measure_whole
 
 if TYPE_CHECKING:
-    from qexport.verifying.graph_runner import GraphRunner
+    from qexport.verifying.graphs import GraphRunner
 
 Nearest = Callable[[Mapping[str, GroupQuantizedSpec], frozenset[str]], WeightSource]
 """From the grids of an artifact's layers, and the layers whose weights are [in, out] in files, to the merged model
@@ -86,7 +86,7 @@ class Measurement:
         figures: of the held-out text and the prompts.
         tokens: the artifact against the reference, for every predicted token.
         looks: how many windows had been measured at each look at the gates.
-        block_drift: see `qexport.verifying.lockstep`; empty for an ONNX graph, which shows no hidden states.
+        block_drift: see `qexport.verifying.predictors`; empty for an ONNX graph, which shows no hidden states.
         generations: None where there are no prompts or the model does not fit in memory.
         tasks: of lm-evaluation-harness.
         checks: of the gate `graph`, where the artifact is an ONNX graph.
@@ -226,8 +226,7 @@ def _read_blocks(source: StoredModel, given: Given) -> _Reading:
 
 def _read_graph(artifact: Path, given: Given) -> _Reading:
     """The graph in ONNX Runtime, after what windows of text do not show of it has been tried."""
-    from qexport.verifying.graph_checks import check_graph
-    from qexport.verifying.graph_runner import GraphRunner
+    from qexport.verifying.graphs import GraphRunner, check_graph
 
     runner = GraphRunner(artifact, given.device)
     with runner.whole() as model:

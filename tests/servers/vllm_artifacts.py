@@ -15,7 +15,7 @@ from qexport.export.layouts import make_layout
 from qexport.export.settings import VllmSettings
 from qexport.loading.checkpoint import load_checkpoint
 from qexport.loading.settings import LoadSettings
-from qexport.loading.tokenizer import open_tokenizer
+from qexport.loading.small_files import open_tokenizer
 from qexport.merge.merging import merge
 from qexport.merge.settings import MergeSettings
 from qexport.quantize.methods import plan_outputs, quantize

@@ -151,7 +151,7 @@ def test_equal_models_differ_in_no_item_and_solved_examples_are_the_same_for_bot
 def test_a_graph_in_onnx_runtime_answers_as_its_model_does(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     import onnx_folders
-    from qexport.verifying.graph_runner import GraphRunner
+    from qexport.verifying.graphs import GraphRunner
 
     config = factories.llama_config()
     model = factories.build(config, dtype=torch.float32)

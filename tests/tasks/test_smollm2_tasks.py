@@ -14,7 +14,7 @@ from torch import Tensor
 from qexport.architectures.runner import BlockRunner
 from qexport.loading.checkpoint import load_checkpoint
 from qexport.loading.settings import LoadSettings
-from qexport.loading.tokenizer import open_tokenizer
+from qexport.loading.small_files import open_tokenizer
 from qexport.tensors import TensorSpec, WeightSource
 from qexport.verifying.settings import TaskSettings
 from qexport.verifying.tasks.measuring import measure_tasks

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qexport.errors import CompatibilityError
-from qexport.export.onnx.emitter import MICROSOFT, Emitter
+from qexport.export.onnx.nodes import MICROSOFT, Emitter
 from qexport.export.onnx.tracing import Cache
 
 _SWAPPED_HEADS: Final = [0, 2, 1, 3]

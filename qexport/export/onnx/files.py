@@ -8,17 +8,97 @@ from functools import cached_property
 from pathlib import Path
 from typing import Final
 
-from qexport.artifact.digest import sha256_bytes, tensor_bytes
+import onnx_ir as ir
+import torch
+
+from qexport.artifact.digests import sha256_bytes, tensor_bytes
 from qexport.errors import QexportError
 from qexport.export.encodings import LeftOut, OnnxInitializers
-from qexport.export.onnx.weights import Place
+from qexport.export.onnx.nodes import Emitter
 from qexport.export.shards import split_by_size
-from qexport.export.tensor_writer import PlacedTensors
+from qexport.export.tensor_writer import PlacedTensors, WrittenWeights
 from qexport.export.weight_files import WeightFiles
-from qexport.export.written_weights import WrittenWeights
 from qexport.reading.onnx.external_data import ExternalData
 from qexport.reading.onnx.graph import Graph
 from qexport.tensors import BlockQuantizedSpec, Outputs, TensorSpec
+
+DTYPES: Final = {
+    torch.float32: ir.DataType.FLOAT,
+    torch.float16: ir.DataType.FLOAT16,
+    torch.bfloat16: ir.DataType.BFLOAT16,
+    torch.uint8: ir.DataType.UINT8,
+    torch.int64: ir.DataType.INT64,
+    torch.bool: ir.DataType.BOOL,
+}
+"""What a graph can hold here."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the bytes of a tensor lie.
+
+    Attributes:
+        file: the name of a file in the folder of the graph.
+        offset: bytes from its beginning.
+        spec: shape and dtype; the bytes are little-endian, row after row.
+    """
+
+    file: str
+    offset: int
+    spec: TensorSpec
+
+
+class Weights:
+    """Brings initializers into a graph when a node wants them.
+
+    Args:
+        emit: writes the nodes.
+        specs: every tensor that there is, by name.
+        activations: the dtype that dense weights are cast to.
+    """
+
+    def __init__(self, emit: Emitter, specs: Mapping[str, TensorSpec], activations: ir.DataType) -> None:
+        self._emit, self._specs, self._activations = emit, specs, activations
+        self._cast: dict[str, ir.Value] = {}
+
+    def stored(self, name: str) -> ir.Value:
+        """The tensor as it lies in the file, without a place so far."""
+        graph = self._emit.graph
+        if name not in graph.initializers:
+            spec = self._specs[name]
+            value = ir.Value(name=name, shape=ir.Shape(spec.shape), type=ir.TensorType(DTYPES[spec.dtype]))
+            graph.initializers.add(value)
+        return graph.initializers[name]
+
+    def dense(self, name: str) -> ir.Value:
+        """A parameter in the dtype of the activations."""
+        if name not in self._cast:
+            self._cast[name] = self._in_activations(self.stored(name), name)
+        return self._cast[name]
+
+    def rows(self, name: str, indices: ir.Value) -> ir.Value:
+        """Rows of a parameter; only these are cast."""
+        return self._in_activations(self._emit.one("Gather", self.stored(name), indices, axis=0), name)
+
+    def _in_activations(self, value: ir.Value, name: str) -> ir.Value:
+        stored = DTYPES[self._specs[name].dtype]
+        return value if stored == self._activations else self._emit.one("Cast", value, to=self._activations)
+
+
+def put_in_place(graph: ir.Graph, places: Mapping[str, Place]) -> None:
+    """Points each initializer to its bytes."""
+    for name, value in graph.initializers.items():
+        if value.const_value is None:
+            place = places[name]
+            value.const_value = ir.ExternalTensor(
+                location=place.file,
+                offset=place.offset,
+                length=place.spec.nbytes,
+                dtype=DTYPES[place.spec.dtype],
+                shape=ir.Shape(place.spec.shape),
+                name=name,
+            )
+
 
 _PAGE: Final = 4096
 """Runtimes map pages of a file into memory."""

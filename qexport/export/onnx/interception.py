@@ -1,29 +1,83 @@
-"""Where a model's forward is turned aside while it is traced, so that what matters arrives as one node.
-
-The places are those that transformers (5.23) gives its attention, rotary embeddings and mixers in every family.
-"""
+"""Where a model's forward is replaced while it is traced, so that what matters arrives as one node each."""
 
 from __future__ import annotations
 
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any, Final
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
-from qexport.export.onnx import placeholders
-from qexport.export.onnx.frequencies import LONGROPE, switched
+from qexport.errors import CompatibilityError
+from qexport.export.onnx import nodes
 from qexport.export.onnx.traced_cache import Handover
+
+LONGROPE: Final = "longrope"
+
+
+def refuse_growing(config: PretrainedConfig) -> None:
+    """Refuses frequencies that transformers computes anew as a text grows: a trace would hold those of its sample.
+
+    Raises:
+        CompatibilityError: the model has such.
+    """
+    several = _kinds(config)
+    kinds = {str(kind.get("rope_type")) for kind in several}
+    if any("dynamic" in kind for kind in kinds) or (LONGROPE in kinds and len(several) > 1):
+        raise CompatibilityError(
+            f"a graph cannot compute rotary frequencies of the kind {', '.join(sorted(kinds))}",
+            where="export: onnx, config.json: rope_parameters",
+            mend="leave this layout out; the others take the model as it is",
+        )
+
+
+def switching_length(config: PretrainedConfig) -> int | None:
+    """Tokens after which LongRoPE (arXiv:2402.13753) takes its long factors; None for other kinds."""
+    lengths = (kind["original_max_position_embeddings"] for kind in _kinds(config) if kind.get("rope_type") == LONGROPE)
+    return next(map(int, lengths), None)
+
+
+def switched(rotary: nn.Module) -> Callable[..., Any]:
+    """A forward for a module of LongRoPE that chooses its frequencies in the graph, by the last position of the batch.
+
+    transformers chooses so too, but writes what it has chosen into a buffer, which torch.export does not let pass.
+    """
+    config, short = rotary.config, rotary.original_inv_freq
+    assert isinstance(config, PretrainedConfig)
+    assert isinstance(short, Tensor)
+    length = switching_length(config)
+    assert length is not None
+    long, _ = ROPE_INIT_FUNCTIONS[LONGROPE](config, torch.device("cpu"), seq_len=length + 1)
+    compute = inspect.unwrap(type(rotary).forward)
+
+    def forward(states: Tensor, position_ids: Tensor) -> Any:
+        chosen = torch.where(position_ids.max() + 1 > length, long, short)
+        return compute(
+            SimpleNamespace(inv_freq=chosen, attention_scaling=rotary.attention_scaling), states, position_ids
+        )
+
+    return forward
+
+
+def _kinds(config: PretrainedConfig) -> list[Mapping[str, Any]]:
+    """What config.json says of the frequencies, once for each kind of layers that has its own."""
+    found = getattr(config, "rope_parameters", None) or {}
+    if "rope_type" in found:
+        return [found]
+    return [kind for kind in found.values() if isinstance(kind, Mapping)]
+
 
 _ATTENTION: Final = "qexport"
 
@@ -53,7 +107,7 @@ def intercepted(model: PreTrainedModel, handover: Handover) -> Iterator[None]:
 
 def _linear_forward(linear: nn.Linear | Conv1D) -> Callable[[Tensor], Tensor]:
     def forward(inputs: Tensor) -> Tensor:
-        product = placeholders.linear(inputs, linear.weight, transposed=isinstance(linear, Conv1D))
+        product = nodes.linear(inputs, linear.weight, transposed=isinstance(linear, Conv1D))
         return product if linear.bias is None else product + linear.bias
 
     return forward
@@ -67,7 +121,7 @@ def _attention_intercepted(model: PreTrainedModel, handover: Handover) -> Iterat
         tensors, key, value = handover.take()
         scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
         past = tensors["key"], tensors["value"]
-        output, *joined = placeholders.attention(query, key, value, past, mask, scale, float(softcap or 0))
+        output, *joined = nodes.attention(query, key, value, past, mask, scale, float(softcap or 0))
         tensors["key"], tensors["value"] = joined
         return output
 
@@ -95,7 +149,7 @@ def _attention_intercepted(model: PreTrainedModel, handover: Handover) -> Iterat
 
 
 def _turns_halves(function: Callable[..., Any] | None) -> bool:
-    """Whether it is the rotation of `placeholders.rotary`: found out by calling it."""
+    """Whether it is the rotation of `nodes.rotary`: found out by calling it."""
     if function is None or list(inspect.signature(function).parameters)[:4] != ["q", "k", "cos", "sin"]:
         return False
     random = torch.Generator().manual_seed(0)
@@ -115,7 +169,7 @@ def _apply_rotary(
 ) -> tuple[Tensor, Tensor]:
     """In the dtype of the angles, which some families (OLMo) leave in float32."""
     assert unsqueeze_dim == 1, "heads are expected on the second axis"
-    query_wide, key_wide = (placeholders.rotary(states.to(cos.dtype), cos, sin) for states in (query, key))
+    query_wide, key_wide = (nodes.rotary(states.to(cos.dtype), cos, sin) for states in (query, key))
     return query_wide.to(query.dtype), key_wide.to(key.dtype)
 
 
@@ -135,7 +189,7 @@ def _chunk_scan(
     heads = hidden_states.shape[2]
     step = functional.softplus(dt + dt_bias.to(dt.dtype)).clamp(*dt_limit).float()
     inputs = hidden_states.float()
-    outputs, state = placeholders.selective_scan(
+    outputs, state = nodes.selective_scan(
         inputs * step[..., None], (A.float() * step).exp(), _each_head(B, heads), _each_head(C, heads), initial_states
     )
     return outputs + D[:, None] * inputs, state

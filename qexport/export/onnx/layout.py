@@ -24,19 +24,16 @@ from qexport.export.encodings import OnnxInitializers
 from qexport.export.loaders import Folder, loading_section
 from qexport.export.model_files import write_model_files
 from qexport.export.onnx.attention import refuse_unfused
-from qexport.export.onnx.files import OnnxFiles, onnx_files
-from qexport.export.onnx.frequencies import switching_length
-from qexport.export.onnx.genai import FILE_NAME, genai_config, genai_notes
-from qexport.export.onnx.generation import generation
+from qexport.export.onnx.files import DTYPES, OnnxFiles, Place, onnx_files, put_in_place
+from qexport.export.onnx.genai import FILE_NAME, genai_config, genai_notes, generation
+from qexport.export.onnx.interception import switching_length
 from qexport.export.onnx.launch import Figures, launch_files
 from qexport.export.onnx.lowering import lower
 from qexport.export.onnx.tracing import MINIMUM_RUNTIME, NARROW_2_BIT_RUNTIME, kept, trace
-from qexport.export.onnx.weights import DTYPES, Place, put_in_place
 from qexport.export.quantization_config import quantization_config
-from qexport.export.settings import OnnxSettings
-from qexport.export.size import parse_size
+from qexport.export.settings import OnnxSettings, parse_size
+from qexport.export.tensor_writer import link_or_copy
 from qexport.export.vllm.launch import served_name
-from qexport.export.written_weights import link_or_copy
 from qexport.reading.onnx.graph import GRAPH_NAME, Graph
 from qexport.reading.onnx.session import refuse_unloadable
 from qexport.tensors import W8A8, Checkpoint, GroupQuantizedSpec, Outputs

@@ -7,8 +7,8 @@ from typing import Final
 import numpy as np
 import onnx_ir as ir
 
-from qexport.export.onnx.emitter import MICROSOFT, Emitter
-from qexport.export.onnx.weights import Weights
+from qexport.export.onnx.files import Weights
+from qexport.export.onnx.nodes import MICROSOFT, Emitter
 from qexport.packing import matmul_integer, matmul_nbits
 from qexport.tensors import (
     BlockQuantizedSpec,
@@ -23,7 +23,7 @@ _QUANT_TYPES: Final = {"fp4": 0, "nf4": 1}
 
 
 class Linears:
-    """What replaces the nodes `Linear` of `qexport.export.onnx.placeholders`.
+    """What replaces the nodes `Linear` of `qexport.export.onnx.nodes`.
 
     Args:
         emit: writes the nodes.

@@ -12,12 +12,11 @@ from onnx_ir.passes import common
 
 from qexport.errors import CompatibilityError, listed
 from qexport.export.onnx.attention import FusedAttention, PlainAttention
-from qexport.export.onnx.emitter import MICROSOFT, Emitter
+from qexport.export.onnx.files import DTYPES, Weights
 from qexport.export.onnx.linears import Linears
-from qexport.export.onnx.placeholders import DOMAIN
+from qexport.export.onnx.nodes import DOMAIN, MICROSOFT, Emitter
 from qexport.export.onnx.scan import selective_scan
 from qexport.export.onnx.tracing import Trace
-from qexport.export.onnx.weights import DTYPES, Weights
 from qexport.tensors import Outputs, TensorSpec
 
 _ATTENTION: Final[Mapping[str, type[PlainAttention] | type[FusedAttention]]] = {

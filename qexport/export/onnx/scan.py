@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from qexport.export.onnx.emitter import Emitter
+from qexport.export.onnx.nodes import Emitter
 from qexport.export.onnx.tracing import OPSET
 
 _TOKENS = 1
 
 
 def selective_scan(emit: Emitter, node: ir.Node) -> list[ir.Value]:
-    """The values that replace the outputs of a `SelectiveScan` of `qexport.export.onnx.placeholders`."""
+    """The values that replace the outputs of a `SelectiveScan` of `qexport.export.onnx.nodes`."""
     inputs, decay, keys, queries, state = node.inputs
     last, outputs = emit(
         "Scan",

@@ -19,10 +19,8 @@ from qexport.architectures.buffers import compute_buffers
 from qexport.architectures.naming import Naming, name_parameters
 from qexport.architectures.structure import build_on_meta, parse_config
 from qexport.errors import CompatibilityError, QexportError
-from qexport.export.onnx.bfloat16 import compute_in_float32
-from qexport.export.onnx.frequencies import refuse_growing
-from qexport.export.onnx.interception import intercepted
-from qexport.export.onnx.simplifying import simplify
+from qexport.export.onnx.after_tracing import compute_in_float32, simplify
+from qexport.export.onnx.interception import intercepted, refuse_growing
 from qexport.export.onnx.traced_cache import CacheTensor, Handover, TracedCache, cache_tensors
 
 OPSET: Final = 21
@@ -47,7 +45,7 @@ class Trace:
     Attributes:
         model: the graph. The model's parameters are its inputs behind those of `inputs`, under their names in files, in
             the activations' dtype. Linears, attention, rotary embeddings and scans are nodes of
-            `qexport.export.onnx.placeholders`.
+            `qexport.export.onnx.nodes`.
         cache: what each layer keeps.
     """
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from transformers import PreTrainedConfig
 
-from qexport.architectures.older_keys import older_keys
+from qexport.architectures.config_keys import older_keys
 from qexport.architectures.structure import parse_config
 
 _GENERAL: Final = frozenset(PreTrainedConfig().to_dict()) | {"rope_parameters", "layer_types"}

@@ -18,7 +18,7 @@ from qexport.export.tgi.launch import ENVIRONMENT, FOLDER
 from qexport.export.tgi.linears import ServedLinear, Shape, served_linears
 from qexport.tensors import TensorSpec
 from qexport.tensors.safetensors_file import SafetensorsFile
-from qexport.tensors.strict_json import read_json_object
+from qexport.tensors.strict_files import read_json_object
 
 RESERVED_WORDS: Final = ("arguments", "args", "adapter", "training")
 """Words that make TGI skip a file of weights (`utils/hub.py`)."""

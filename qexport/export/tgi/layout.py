@@ -15,8 +15,7 @@ from qexport.export.contract import refuse_failed
 from qexport.export.encodings import AutoGptq, CompressedTensors, Encoding, Merged16
 from qexport.export.model_files import write_model_files
 from qexport.export.quantization_config import quantization_config
-from qexport.export.settings import TgiSettings
-from qexport.export.size import parse_size
+from qexport.export.settings import TgiSettings, parse_size
 from qexport.export.tgi.config import tgi_config
 from qexport.export.tgi.contract import SERVER, check_folder
 from qexport.export.tgi.families import OWN_MODELS, Backend, OwnModel, backend

@@ -12,7 +12,7 @@ from qexport.export.tgi.families import OWN_MODELS, Backend, backend
 from qexport.export.tgi.folder import RESERVED_WORDS, ServedFolder
 from qexport.export.tgi.refusals import falcon_faults
 from qexport.export.tgi.tokenizer import NEW_CLASSES, TOKENIZER
-from qexport.text.tokenizer_files import CHAT_TEMPLATE, TEMPLATES_FOLDER, TOKENIZER_CONFIG
+from qexport.text.tokenizer_identity import CHAT_TEMPLATE, TEMPLATES_FOLDER, TOKENIZER_CONFIG
 
 LAUNCHER: Final = "launcher/src/main.rs"
 ROUTER: Final = "router/src/server.rs"

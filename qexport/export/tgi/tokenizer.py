@@ -12,8 +12,8 @@ from pathlib import PurePosixPath
 from typing import Any, Final
 
 from qexport.errors import CompatibilityError, InputError
-from qexport.tensors.strict_json import parse_json
-from qexport.text.tokenizer_files import CHAT_TEMPLATE, TEMPLATES_FOLDER, TOKENIZER_CONFIG
+from qexport.tensors.strict_files import parse_json
+from qexport.text.tokenizer_identity import CHAT_TEMPLATE, TEMPLATES_FOLDER, TOKENIZER_CONFIG
 
 TOKENIZER: Final = "tokenizer.json"
 

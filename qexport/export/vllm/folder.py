@@ -15,7 +15,7 @@ from qexport.reading.compressed_tensors_rules import CompressedTensorsRules
 from qexport.reading.gptq_rules import QuantizationRules
 from qexport.tensors import TensorSpec
 from qexport.tensors.safetensors_folder import SafetensorsFolder
-from qexport.tensors.strict_json import read_json_object
+from qexport.tensors.strict_files import read_json_object
 
 _LIMIT: Final = 1 << 26
 

@@ -15,8 +15,7 @@ from qexport.export.contract import refuse_failed
 from qexport.export.encodings import AutoGptq, CompressedTensors, Encoding, Merged16
 from qexport.export.model_files import write_model_files
 from qexport.export.quantization_config import quantization_config
-from qexport.export.settings import VllmSettings
-from qexport.export.size import parse_size
+from qexport.export.settings import VllmSettings, parse_size
 from qexport.export.vllm.contract import SERVER, check_folder
 from qexport.export.vllm.launch import Figures, launch_files, max_model_len, served_name
 from qexport.export.vllm.parallel import SplitLinear, degrees

@@ -10,8 +10,8 @@ from typing import Final
 
 from qexport.errors import InputError
 from qexport.tensors import TensorSpec
-from qexport.tensors.contained_path import contained_path
 from qexport.tensors.safetensors_file import SafetensorsFile
+from qexport.tensors.strict_files import contained_path
 
 _KEYS: Final = ("location", "offset", "length")
 _MOST_DIGITS: Final = 18

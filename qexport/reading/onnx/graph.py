@@ -22,7 +22,7 @@ from google.protobuf.message import DecodeError, Message
 from qexport.errors import InputError, RecipeError
 from qexport.reading.onnx.external_data import DataFiles, ExternalData
 from qexport.tensors import TensorSpec
-from qexport.tensors.contained_path import contained_path
+from qexport.tensors.strict_files import contained_path
 
 try:
     import onnx

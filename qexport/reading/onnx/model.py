@@ -10,14 +10,13 @@ from torch import Tensor
 from transformers import Cache, GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from qexport.architectures.code_keys import without_code_keys
+from qexport.architectures.config_keys import without_code_keys
 from qexport.architectures.structure import parse_config
 from qexport.errors import CompatibilityError, InputError
 from qexport.reading.onnx.cache import PAST, OnnxCache, check_states
 from qexport.reading.onnx.session import Session, open_session
 from qexport.reading.onnx.weights import OnnxWeights
-from qexport.tensors.contained_path import contained_path
-from qexport.tensors.strict_json import read_json_object
+from qexport.tensors.strict_files import contained_path, read_json_object
 
 _INPUTS: Final = ("input_ids", "attention_mask", "position_ids")
 _GENERATION_NAME: Final = "generation_config.json"

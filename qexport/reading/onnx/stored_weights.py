@@ -15,7 +15,7 @@ from torch import Tensor
 from qexport.errors import InputError
 from qexport.reading.onnx.graph import MICROSOFT, Graph, Node
 from qexport.tensors import BlockQuantized, BlockQuantizedSpec, GroupQuantized, Quantized, RowQuantized, TensorSpec
-from qexport.tensors.finite import is_finite
+from qexport.tensors.source import is_finite
 
 Kind = Literal["MatMulNBits", "MatMulBnb4", "MatMulInteger"]
 KINDS: Final[Mapping[tuple[str, str], Kind]] = {

@@ -9,7 +9,7 @@ from typing import Any, Final, Self
 
 import torch
 
-from qexport.architectures.code_keys import without_code_keys
+from qexport.architectures.config_keys import without_code_keys
 from qexport.architectures.structure import Structure, describe, parse_config, refuse_impossible_depth
 from qexport.errors import InputError, listed
 from qexport.reading.dequantization import dequantize
@@ -19,9 +19,8 @@ from qexport.reading.onnx.stored_layers import block_grid, described, stored_lay
 from qexport.reading.onnx.stored_weights import KINDS, StoredMatrix, stored_matrix
 from qexport.reading.stored_format import StoredLayer
 from qexport.tensors import GroupQuantizedSpec, TensorSpec
-from qexport.tensors.contained_path import contained_path
-from qexport.tensors.finite import is_finite
-from qexport.tensors.strict_json import read_json_object
+from qexport.tensors.source import is_finite
+from qexport.tensors.strict_files import contained_path, read_json_object
 
 _CONFIG_LIMIT: Final = 1 << 24
 

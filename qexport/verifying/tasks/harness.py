@@ -27,9 +27,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qexport.errors import InputError, NumericalError, QexportError, RecipeError
-from qexport.verifying.settings import TaskSettings
+from qexport.verifying.settings import TaskSettings, names_file
 from qexport.verifying.tasks.local_files import LocalTask, read_local_tasks
-from qexport.verifying.tasks.names import names_file
 from qexport.verifying.tasks.pairing import Item, Scores
 
 _METRICS: Final = ("acc", "exact_match")

@@ -16,9 +16,9 @@ from ruamel.yaml.reader import ReaderError
 
 from qexport.errors import InputError, listed
 from qexport.settings import Settings
-from qexport.tensors.strict_json import parse_json
-from qexport.text.json_lines import read_json_lines
-from qexport.verifying.tasks.names import ENDINGS
+from qexport.tensors.strict_files import parse_json
+from qexport.text.documents import read_json_lines
+from qexport.verifying.settings import ENDINGS
 
 Row = dict[str, Any]
 

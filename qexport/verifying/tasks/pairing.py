@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qexport.artifact.digest import sha256_json
+from qexport.artifact.digests import sha256_json
 from qexport.errors import QexportError
 from qexport.statistics.paired import mcnemar
 

@@ -1,7 +1,8 @@
-"""The memory that this process holds."""
+"""The memory that this process holds, and what malloc keeps of it after it was freed."""
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
 from dataclasses import dataclass
@@ -34,3 +35,13 @@ def _status() -> dict[str, int]:
         return {}
     fields = (line.split() for line in lines if line.endswith(" kB"))
     return {name.rstrip(":"): int(kilobytes) * 1024 for name, kilobytes, _ in fields}
+
+
+def return_freed_memory() -> None:
+    """Gives free pages back to the system where the C library can (glibc); elsewhere nothing happens.
+
+    Activations of many sizes come and go between tensors that stay, and malloc keeps the gaps: without this they add
+    up to 100 MB on a model whose block has 7.
+    """
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)

@@ -16,7 +16,7 @@ from qexport.architectures.devices import multiply_in_float32
 def test_products_are_those_of_bfloat16_but_for_the_order_of_sums(
     kind: type[nn.Linear], bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(float32_products, "_VALUES_AT_ONCE", 1 << 14)
+    monkeypatch.setattr(devices, "_VALUES_AT_ONCE", 1 << 14)
     torch.manual_seed(0)
     usual = kind(256, 320, bias=bias).bfloat16()
     ours = copy.deepcopy(usual)

@@ -79,7 +79,7 @@ def test_keys_that_are_regular_expressions_match_as_pefts(key: str) -> None:
 
 
 def test_a_pattern_that_backtracks_without_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patterns, "TIME_LIMIT", 0.5)
+    monkeypatch.setattr(targets, "TIME_LIMIT", 0.5)
     start = time.monotonic()
     with pytest.raises(InputError, match=r"takes longer than 0.5 s over") as caught:
         full_matches(r"(([a-z_.0-9])*)*X", NAMES, field="target_modules")
@@ -94,5 +94,5 @@ def test_what_is_no_regular_expression_is_refused(pattern: str) -> None:
 
 
 def test_plain_names_start_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patterns, "_match_in_child", None)
+    monkeypatch.setattr(targets, "_match_in_child", None)
     assert len(suffix_matches("self_attn.q_proj", NAMES, field="alpha_pattern")) == 3

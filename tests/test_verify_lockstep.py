@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 import factories
-import qexport.verifying.predictors as lockstep
 from qexport.architectures.runner import BlockRunner
+from qexport.verifying import predictors as predicting
 from qexport.verifying.predictors import run_in_lockstep
 from quantized_models import QuantizedModel, Tensors
 
@@ -63,7 +63,7 @@ def test_a_corrupted_block_is_the_first_where_drift_shows(block: int, dtype: tor
 
 
 def test_drift_is_that_of_whole_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lockstep, "BATCH_TOKENS", 2 * 12)
+    monkeypatch.setattr(predicting, "BATCH_TOKENS", 2 * 12)
     ours, theirs = hidden_states(tensors()), hidden_states(corrupted(1))
     expected = [float((one - two).norm() / one.norm()) for one, two in zip(ours, theirs, strict=True)]
     assert drift(corrupted(1)) == pytest.approx(expected, rel=1e-5, abs=1e-7)

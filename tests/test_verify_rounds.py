@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import factories
-import qexport.verifying.predictors as lockstep
 from qexport.architectures.runner import BlockRunner
 from qexport.artifact.figures import GateResult, Verdict
 from qexport.gates.deciding import needs_more
 from qexport.progress import Progress
+from qexport.verifying import predictors as predicting
 from qexport.verifying.rounds import Measured, Models, measure
 from qexport.verifying.steps import Steps
 from quantized_models import QuantizedModel
@@ -110,7 +110,7 @@ def test_a_rival_whose_gate_is_decided_rests_and_keeps_the_first_windows() -> No
 
 
 def test_rivals_run_the_first_windows_of_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lockstep, "BATCH_TOKENS", 3 * 8)
+    monkeypatch.setattr(predicting, "BATCH_TOKENS", 3 * 8)
     monkeypatch.setattr("qexport.verifying.rounds._RIVAL_WINDOWS", 8)
     every = measured(lambda found: [], rivals=True, first_look=13)
     twice = measured(lambda found: [gate("mean_kl", "undecided")], rivals=True, first_look=11)

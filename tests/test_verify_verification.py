@@ -16,7 +16,6 @@ from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 import factories
-import qexport.verifying.predictors as lockstep
 from qexport.architectures.runner import BlockRunner
 from qexport.artifact.figures import find_figure
 from qexport.errors import InputError, NumericalError
@@ -26,6 +25,7 @@ from qexport.tensors import Checkpoint, TensorSpec
 from qexport.text.documents import Documents
 from qexport.text.held_out import HeldOut, make_held_out
 from qexport.text.prompts import Prompt, PromptSet, encode_prompts
+from qexport.verifying import predictors as predicting
 from qexport.verifying.divergence import compare
 from qexport.verifying.predictors import predictors
 from qexport.verifying.preparation import Preparation
@@ -131,7 +131,7 @@ def whole_model_figures(reference: PreTrainedModel, artifact: PreTrainedModel, w
 def test_the_figures_are_those_of_whole_models(
     name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lockstep, "BATCH_TOKENS", 3 * 32)
+    monkeypatch.setattr(predicting, "BATCH_TOKENS", 3 * 32)
     model = QuantizedModel(factories.build(CONFIGS[name]))
     model.write(tmp_path / "a")
     found = measure(model.checkpoint, tmp_path / "a", dtype=dtype)
@@ -242,7 +242,7 @@ class Watched(Tensors):
 
 
 def test_the_models_take_turns_block_by_block_and_each_block_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lockstep, "BATCH_TOKENS", 64)
+    monkeypatch.setattr(predicting, "BATCH_TOKENS", 64)
     model = QuantizedModel(factories.build(factories.llama_config(num_hidden_layers=3)))
     sources = [Watched(dict(model.model.state_dict())) for _ in range(2)]
     ours, theirs = (

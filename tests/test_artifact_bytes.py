@@ -41,7 +41,7 @@ from qexport.recipe import Recipe
 RECORD = Path(__file__).with_name("artifact_bytes.json")
 COMMAND = f"python tests/{Path(__file__).name} --write"
 EMULATION = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
-PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "onnx", "onnx-ir", "onnxscript")
+PACKAGES = ("qexport", "torch", "transformers", "tokenizers", "safetensors", "numpy", "onnx", "onnx-ir", "onnxscript")
 MANIFEST_PARTS = ("recipe", "layers")
 
 Digests = dict[str, str]

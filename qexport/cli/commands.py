@@ -257,10 +257,11 @@ def gate(
         from qexport.cli.failures import gates_failure
         from qexport.gates.deciding import decide_again
         from qexport.gates.settings import read_gates
+        from qexport.quantize.methods import profile_of_layer
         from qexport.reporting.terminal import gate_table
 
         settings = read_gates(gates)
-        results, notes = decide_again(Report.read(report), settings)
+        results, notes = decide_again(Report.read(report), settings, profile_of_layer)
         failure = gates_failure(results, str(report))
         if as_json:
             _write_gates(results, notes)

@@ -26,7 +26,6 @@ from qexport.pipeline.reference import Reference
 from qexport.pipeline.texts import Evaluation, Texts, read_texts
 from qexport.pipeline.verification import measure_folder
 from qexport.progress import Progress, Reporter, silent
-from qexport.quantize.methods import quantize
 from qexport.reading.stored_model import holds_graph
 from qexport.recipe.model import Recipe
 from qexport.reporting.writing import write_report
@@ -163,10 +162,9 @@ def _write_weights(
 ) -> tuple[list[LayerReport], list[WrittenWeights]]:
     """Every tensor is read, merged, quantized and handed to the writers before the next block is read."""
     layers: list[LayerReport] = []
-    stream = quantize(
+    stream = planned.recipe.quantize.quantize(
         planned.merged.checkpoint,
         planned.outputs,
-        planned.recipe.quantize,
         texts.calibration,
         dtype=getattr(torch, planned.recipe.merge.dtype),
         device=device,

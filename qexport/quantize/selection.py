@@ -1,106 +1,39 @@
-"""Which linear layers are quantized, with what, and which of a block are solved together."""
+"""Which linear layers a method quantizes, and with what. Known from the headers, before anything is loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from math import gcd
-from typing import Any
-
-from torch import Tensor, nn
 
 from qexport.architectures.families import family, matching
 from qexport.architectures.structure import LinearSpec, Structure
 from qexport.errors import CompatibilityError
-from qexport.quantize.settings import GptqSettings, Override
+from qexport.quantize.gptq import Gptq, Override
+from qexport.quantize.method import Method, RoundingMethod
 from qexport.quantize.solver import Options
-
-
-@dataclass(frozen=True)
-class Group:
-    """Layers whose inputs are known when a forward is about to call one module.
-
-    Attributes:
-        stop: that module: the first of the layers, or an `ExpertStop`.
-        members: the names of the layers that share an input, one tuple for each input.
-        experts: for an `ExpertStop`, the expert of each of `members`.
-    """
-
-    stop: nn.Module
-    members: tuple[tuple[str, ...], ...]
-    experts: tuple[int, ...] | None = None
-
-    def inputs(self, args: tuple[Any, ...]) -> list[Tensor]:
-        """The input of each of `members` [..., tokens, in], from what `stop` is called with."""
-        if self.experts is None:
-            return [args[0]]
-        states, counts = args
-        parts = states.split(list(counts))
-        return [parts[expert] for expert in self.experts]
-
-
-def find_groups(
-    layers: Mapping[str, nn.Module], of_experts: Sequence[Group], forward: Callable[[], None]
-) -> list[Group]:
-    """Runs a forward once, and gives the groups in the order of its calls. Layers share the very same tensor.
-
-    Args:
-        layers: the modules to group, by name.
-        of_experts: the groups that are known beforehand.
-        forward: runs the block.
-    """
-    inputs: list[Tensor | None] = []
-    groups: list[Group] = []
-
-    def note(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
-            for index, seen in enumerate(inputs):
-                if seen is args[0]:
-                    groups[index] = Group(groups[index].stop, ((*groups[index].members[0], name),))
-                    return
-            inputs.append(args[0])
-            groups.append(Group(layer, ((name,),)))
-
-        return hook
-
-    def note_experts(group: Group) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(_: nn.Module, __: tuple[Any, ...]) -> None:
-            inputs.append(None)
-            groups.append(group)
-
-        return hook
-
-    hooks = [layer.register_forward_pre_hook(note(name)) for name, layer in layers.items()]
-    hooks += [group.stop.register_forward_pre_hook(note_experts(group)) for group in of_experts]
-    try:
-        forward()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return groups
-
+from qexport.tensors import OutputSpec, TensorSpec
 
 _LISTED = 8
 
 
-def select(structure: Structure, settings: GptqSettings) -> dict[str, Options]:
+def select(structure: Structure, method: Gptq) -> dict[str, Options]:
     """The options of each linear layer to quantize, by module path; every other layer stays dense.
 
     Raises:
         CompatibilityError: a group size that does not divide a layer, an override that matches nothing, a tied head,
             or nothing left to quantize. All problems are in one message.
     """
-    linears = candidates(structure, settings)
-    problems = _unmatched(linears, settings.overrides) + _tied_head(structure, settings)
+    linears = candidates(structure, method)
+    problems = _unmatched(linears, method.overrides) + _tied_head(structure, method)
     chosen: dict[str, Options] = {}
     for linear in linears.values():
-        override = _override(linear.name, settings.overrides)
+        override = _override(linear.name, method.overrides)
         insisted = override is not None and not override.dense
-        kept = matching(family(structure.model_type).keep_dense, linear.name) is not None
+        kept = _kept_by_family(structure, linear.name)
         if (kept and not insisted) or (override is not None and override.dense):
             continue
-        chosen[linear.name] = _options(linear, settings, override)
+        chosen[linear.name] = _options(linear, method, override)
     problems += _ragged(linears, chosen)
     if not chosen and not problems:
         problems.append("no layer is left to quantize: every linear layer is dense by override or family")
@@ -109,25 +42,34 @@ def select(structure: Structure, settings: GptqSettings) -> dict[str, Options]:
     return chosen
 
 
-def candidates(structure: Structure, settings: GptqSettings) -> dict[str, LinearSpec]:
+def _kept_by_family(structure: Structure, name: str) -> bool:
+    return matching(family(structure.model_type).keep_dense, name) is not None
+
+
+def candidates(structure: Structure, method: Gptq) -> dict[str, LinearSpec]:
     """The linear layers among which the recipe chooses, by name: all inside the blocks, and the head if it says so."""
     linears = list(structure.block_linears)
-    if settings.lm_head and not structure.tied:
+    if method.lm_head and not structure.tied:
         out_features, in_features = structure.parameters[f"{structure.head}.weight"]
         linears.append(LinearSpec(structure.head, out_features, in_features))
     return {linear.name: linear for linear in linears}
 
 
-def _options(linear: LinearSpec, settings: GptqSettings, override: Override | None) -> Options:
-    bits = override.bits if override and override.bits else settings.bits
-    group_size = override.group_size if override and override.group_size else settings.group_size
+def _options(linear: LinearSpec, method: Gptq, override: Override | None) -> Options:
+    bits = override.bits if override and override.bits else method.bits
+    group_size = override.group_size if override and override.group_size else method.group_size
+    return solver_options(method, bits, linear.in_features if group_size == -1 else group_size)
+
+
+def solver_options(method: Gptq, bits: int, group_size: int) -> Options:
+    """The method's settings for a layer of so many bits and inputs in a group, as the solver takes them."""
     return Options(
         bits=bits,
-        group_size=linear.in_features if group_size == -1 else group_size,
-        order="dynamic" if settings.desc_act else "static" if settings.static_groups else "original",
-        sym=settings.sym,
-        damp_percent=settings.damp_percent,
-        search=settings.mse,
+        group_size=group_size,
+        order=method.order,
+        sym=method.sym,
+        damp_percent=method.damp_percent,
+        search=method.mse,
     )
 
 
@@ -145,8 +87,8 @@ def _unmatched(candidates: Iterable[str], overrides: Iterable[Override]) -> list
     ]
 
 
-def _tied_head(structure: Structure, settings: GptqSettings) -> list[str]:
-    if settings.lm_head and structure.tied:
+def _tied_head(structure: Structure, method: Gptq) -> list[str]:
+    if method.lm_head and structure.tied:
         return ["lm_head: true needs a head of its own, but this model's head is tied to its embedding"]
     return []
 
@@ -170,3 +112,64 @@ def _ragged_text(group_size: int, linears: list[LinearSpec]) -> str:
         f"group_size {group_size} does not divide the inputs of {len(linears)} layers: {names}{more}; "
         f"sizes that fit them all: {', '.join(map(str, [*fits, -1]))}"
     )
+
+
+def select_rounded(structure: Structure, method: RoundingMethod) -> list[LinearSpec]:
+    """The linear layers that a rounding method quantizes: all inside the blocks but those that the family or the recipe
+    keeps at 16 bits.
+
+    Raises:
+        CompatibilityError: a pattern matches nothing, a layer is refused, or nothing is left to quantize. All problems
+            are in one message.
+    """
+    linears = [linear for linear in structure.block_linears if method.experts or not linear.expert]
+    kept = {linear.name for linear in linears if _kept_by_family(structure, linear.name)}
+    problems = _unmatched_patterns("skip_modules", method.skip_modules, {linear.name for linear in linears})
+    problems += _unmatched_patterns("force_modules", method.force_modules, kept)
+    kept = {name for name in kept if not _any(method.force_modules, name)}
+    chosen = [linear for linear in linears if linear.name not in kept and not _any(method.skip_modules, linear.name)]
+    if not chosen and not problems:
+        problems.append("no layer is left to quantize: every linear layer is dense by skip_modules or family")
+    problems += [
+        f"{linear.name} is named by skip_modules and by force_modules"
+        for linear in linears
+        if _any(method.skip_modules, linear.name) and _any(method.force_modules, linear.name)
+    ]
+    problems += dict.fromkeys(reason for linear in chosen if (reason := method.refusal(linear)))
+    if problems:
+        raise CompatibilityError("\n".join(problems), where="quantize")
+    return chosen
+
+
+def _any(patterns: list[str], name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _unmatched_patterns(key: str, patterns: list[str], names: set[str]) -> list[str]:
+    example = f", for example {min(names)}" if names else "; this family has none"
+    what = "linear layer" if key == "skip_modules" else "linear layer that its family keeps dense"
+    return [
+        f"{key}: {pattern!r} matches no {what}{example}"
+        for pattern in patterns
+        if not any(fnmatchcase(name, pattern) for name in names)
+    ]
+
+
+def notes_on_experts(structure: Structure, specs: Mapping[str, OutputSpec], method: Method) -> tuple[str, ...]:
+    """Tells of experts that stay at 16 bits, since they are most of a mixture's weights.
+
+    Args:
+        structure: the model's.
+        specs: what the method will yield.
+        method: the method.
+    """
+    blocks = tuple(f"{block}." for block in structure.blocks)
+    kept = [
+        name
+        for name, spec in specs.items()
+        if name.startswith(blocks) and ".experts." in name and isinstance(spec, TensorSpec) and len(spec.shape) > 1
+    ]
+    if not kept:
+        return ()
+    reason = ": bitsandbytes quantizes no experts" if isinstance(method, RoundingMethod) and not method.experts else ""
+    return (f"{len(kept)} tensors of experts stay at 16 bits{reason}",)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
 from qexport.progress import Reporter, silent
-from qexport.settings import Settings
+from qexport.settings import Settings, required_in_recipes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,17 +53,6 @@ class CalibrationSettings(Settings):
     """Which documents come first."""
 
 
-def _required_in_recipes(schema: dict[str, Any]) -> None:
-    """Recipes name the method and its calibration text; in Python the class is the name, and text is given apart."""
-    fields = schema["properties"]
-    schema["required"] = [name for name in ("method", "calibration") if name in fields]
-    for name in schema["required"]:
-        del fields[name]["default"]
-    if "calibration" in fields:
-        (reference, _null) = fields["calibration"].pop("anyOf")
-        fields["calibration"] = {**reference, **fields["calibration"]}
-
-
 class Method(Settings, ABC):
     """One method: the fields are what a recipe's `quantize` may say of it.
 
@@ -74,7 +63,7 @@ class Method(Settings, ABC):
         layer_methods: the names by which reports tell how a layer's codes were found.
     """
 
-    model_config = ConfigDict(json_schema_extra=_required_in_recipes)
+    model_config = ConfigDict(json_schema_extra=required_in_recipes("method", "calibration"))
 
     method: str
 

@@ -24,8 +24,8 @@ from rich.table import Table
 from transformers import FalconConfig
 
 from qexport.architectures.structure import describe
-from qexport.quantize.gptq import Gptq
-from qexport.quantize.method import CalibrationSettings
+from qexport.quantizing.gptq import Gptq
+from qexport.quantizing.method import CalibrationSettings
 from qexport.tensors import CalibrationSet, Checkpoint, LayerReport, Origin, TensorSpec
 
 WINDOWS, LENGTH, VOCABULARY = 8, 512, 1024

@@ -39,12 +39,12 @@ if TYPE_CHECKING:
     from qexport.merge.settings import MergeSettings
     from qexport.pipeline import Plan, Result, plan, quantize, run, verify
     from qexport.progress import Notice, Progress
-    from qexport.quantize.gptq import Gptq, Override
-    from qexport.quantize.int8 import Int8
-    from qexport.quantize.method import CalibrationSettings
-    from qexport.quantize.nf4 import Nf4
-    from qexport.quantize.none import NoQuantization
-    from qexport.quantize.w8a8 import W8a8
+    from qexport.quantizing.gptq import Gptq, Override
+    from qexport.quantizing.int8 import Int8
+    from qexport.quantizing.method import CalibrationSettings
+    from qexport.quantizing.nf4 import Nf4
+    from qexport.quantizing.none import NoQuantization
+    from qexport.quantizing.w8a8 import W8a8
     from qexport.reading.model import load
     from qexport.recipe import Recipe, load_recipe
     from qexport.verifying.settings import SamplingSettings, SpeedSettings, TaskSettings, VerifySettings
@@ -69,12 +69,12 @@ _NAMES = {
     "merge.settings": ("MergeSettings",),
     "pipeline": ("Plan", "Result", "plan", "quantize", "run", "verify"),
     "progress": ("Notice", "Progress"),
-    "quantize.gptq": ("Gptq", "Override"),
-    "quantize.int8": ("Int8",),
-    "quantize.method": ("CalibrationSettings",),
-    "quantize.nf4": ("Nf4",),
-    "quantize.none": ("NoQuantization",),
-    "quantize.w8a8": ("W8a8",),
+    "quantizing.gptq": ("Gptq", "Override"),
+    "quantizing.int8": ("Int8",),
+    "quantizing.method": ("CalibrationSettings",),
+    "quantizing.nf4": ("Nf4",),
+    "quantizing.none": ("NoQuantization",),
+    "quantizing.w8a8": ("W8a8",),
     "reading.model": ("load",),
     "recipe": ("Recipe", "load_recipe"),
     "verifying.settings": ("SamplingSettings", "SpeedSettings", "TaskSettings", "VerifySettings"),

@@ -30,7 +30,7 @@ from qexport.export.safetensors_layout import SafetensorsLayout
 from qexport.export.settings import OnnxSettings, SafetensorsSettings
 from qexport.export.tensor_writer import WrittenWeights
 from qexport.packing.bitsandbytes_4bit import dequantize
-from qexport.quantize.methods import AnyMethod
+from qexport.quantizing.methods import AnyMethod
 from qexport.reading.artifact_source import ArtifactSource
 from qexport.reading.onnx.graph import Graph
 from qexport.reading.onnx.model import OnnxCausalLM, open_model

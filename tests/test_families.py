@@ -29,8 +29,8 @@ from qexport.merge.adapter import PREFIX
 from qexport.merge.merging import merge
 from qexport.merge.settings import MergeSettings
 from qexport.pipeline.planning import plan as make_plan
-from qexport.quantize.method import Method
-from qexport.quantize.methods import AnyMethod
+from qexport.quantizing.method import Method
+from qexport.quantizing.methods import AnyMethod
 from qexport.recipe.model import Recipe
 from qexport.tensors import (
     BlockQuantized,

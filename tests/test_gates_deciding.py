@@ -13,7 +13,7 @@ from qexport.errors import RecipeError
 from qexport.gates.deciding import BuiltIn, decide, decide_again, needs_more, noise_floors
 from qexport.gates.limits import Bound, Limit
 from qexport.gates.settings import GatesFile
-from qexport.quantize.methods import profile_of_layer
+from qexport.quantizing.methods import profile_of_layer
 from reports import figure, gate_result, report
 
 VERDICTS = {"fail": 0, "undecided": 1, "pass": 2}

@@ -19,9 +19,9 @@ import factories
 from qexport.architectures.structure import describe
 from qexport.errors import CompatibilityError, NumericalError
 from qexport.progress import Notice, Progress
-from qexport.quantize.gptq import Gptq
-from qexport.quantize.layer import Hessian, solve_together
-from qexport.quantize.selection import select
+from qexport.quantizing.gptq import Gptq
+from qexport.quantizing.layer import Hessian, solve_together
+from qexport.quantizing.selection import select
 from qexport.tensors import CalibrationSet, Checkpoint, GroupQuantized, GroupQuantizedSpec, Origin, TensorRecord
 from test_block_runner import StateDict, token_windows
 
@@ -290,7 +290,7 @@ MEMORY_SCRIPT = """
 import json, resource, sys
 sys.path.insert(0, sys.argv[1])
 import torch, factories
-from qexport.quantize.gptq import Gptq
+from qexport.quantizing.gptq import Gptq
 from qexport.tensors import CalibrationSet, Checkpoint, Origin, TensorSpec
 
 class Random:

@@ -17,9 +17,9 @@ from qexport.architectures.experts import can_stage, staged
 from qexport.architectures.structure import build_on_meta, describe
 from qexport.errors import NumericalError
 from qexport.progress import Notice
-from qexport.quantize import gptq_pass
-from qexport.quantize.layer import Hessian, solve_together
-from qexport.quantize.selection import select
+from qexport.quantizing import gptq_pass
+from qexport.quantizing.layer import Hessian, solve_together
+from qexport.quantizing.selection import select
 from qexport.tensors import Checkpoint, GroupQuantized, Origin, TensorRecord
 from test_block_runner import StateDict
 from test_gptq import CPU, calibration, run, settings

@@ -15,8 +15,8 @@ from qexport.loading.checkpoint import load_checkpoint
 from qexport.loading.settings import LoadSettings
 from qexport.merge.merging import merge
 from qexport.merge.settings import MergeSettings
-from qexport.quantize.gptq import Gptq
-from qexport.quantize.method import CalibrationSettings
+from qexport.quantizing.gptq import Gptq
+from qexport.quantizing.method import CalibrationSettings
 from qexport.tensors import CalibrationSet, Checkpoint, TensorRecord, TensorSpec, WeightSource
 from test_gptq import assert_same_bytes
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qexport.errors import NumericalError
-from qexport.quantize import solver
-from qexport.quantize.layer import Hessian, output_error, solve_together
-from qexport.quantize.solver import Options, factorize, round_to_nearest, solve
+from qexport.quantizing import solver
+from qexport.quantizing.layer import Hessian, output_error, solve_together
+from qexport.quantizing.solver import Options, factorize, round_to_nearest, solve
 
 OPTIONS = Options(bits=4, group_size=32, order="original", sym=True, damp_percent=0.01, search=False)
 

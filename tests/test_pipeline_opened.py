@@ -20,7 +20,7 @@ from qexport.merge.merging import Merged, MergedAdapter
 from qexport.pipeline.opened import Opened, open_folder
 from qexport.pipeline.reference import Reference
 from qexport.pipeline.texts import Evaluation
-from qexport.quantize.methods import profile_of_layer
+from qexport.quantizing.methods import profile_of_layer
 from qexport.tensors import Checkpoint, Origin
 from qexport.text.held_out import HeldOut
 from qexport.verifying.preparation import Preparation

@@ -22,8 +22,8 @@ from qexport.export.layouts import make_layout
 from qexport.export.settings import ExportSettings
 from qexport.loading.checkpoint import load_checkpoint
 from qexport.loading.settings import LoadSettings
-from qexport.quantize.method import Method
-from qexport.quantize.methods import AnyMethod
+from qexport.quantizing.method import Method
+from qexport.quantizing.methods import AnyMethod
 from qexport.reading.stored_model import open_stored
 from qexport.tensors import CalibrationSet, Checkpoint, Outputs
 

@@ -22,8 +22,8 @@ from qexport.errors import QexportError
 from qexport.export.contract import Check, check_rules, refuse_failed
 from qexport.export.tgi.contract import RULES, check_folder
 from qexport.export.tgi.folder import read_folder
-from qexport.quantize.none import NoQuantization
-from qexport.quantize.w8a8 import W8a8
+from qexport.quantizing.none import NoQuantization
+from qexport.quantizing.w8a8 import W8a8
 from quantized_models import gptq_method
 from tgi_folders import TgiModel, failed, falcon, falcon_40b, llama
 

@@ -38,10 +38,10 @@ from qexport.loading.small_files import open_tokenizer
 from qexport.pipeline import run
 from qexport.pipeline.inspection import inspect_artifact
 from qexport.pipeline.opened import Opened, open_folder
-from qexport.pipeline.running import Result
+from qexport.pipeline.result import Result
 from qexport.pipeline.texts import read_evaluation
 from qexport.pipeline.verification import verify
-from qexport.quantize.methods import profile_of_layer
+from qexport.quantizing.methods import profile_of_layer
 from qexport.reading.onnx.model import OnnxCausalLM
 from qexport.recipe import load_recipe
 from qexport.reporting.html import report_html

@@ -17,8 +17,8 @@ from qexport.export.layouts import make_layout
 from qexport.export.settings import TgiSettings
 from qexport.export.tgi.contract import check_folder
 from qexport.export.tgi.layout import TgiLayout
-from qexport.quantize.method import RoundingMethod
-from qexport.quantize.none import NoQuantization
+from qexport.quantizing.method import RoundingMethod
+from qexport.quantizing.none import NoQuantization
 from qexport.tensors import Checkpoint, Gptq, Outputs, TensorRecord
 from quantized_models import QuantizedModel, gptq_method
 

@@ -255,7 +255,7 @@ def gate(
         from qexport.gates.deciding import decide_again
         from qexport.gates.errors import gates_error
         from qexport.gates.settings import read_gates
-        from qexport.quantize.methods import profile_of_layer
+        from qexport.quantizing.methods import profile_of_layer
         from qexport.reporting.terminal import gate_table
 
         settings = read_gates(gates)

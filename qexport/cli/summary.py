@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qexport.artifact.manifest import REPORT_FOLDER
-from qexport.quantize.methods import recorded_method
+from qexport.quantizing.methods import recorded_method
 from qexport.reporting.selection import fallen_back, worst_prompts
 from qexport.reporting.terminal import gate_table, prompt_table, verdict_line
 from qexport.reporting.values import counted, figure_interval, figure_value, size

@@ -12,7 +12,7 @@ from qexport.architectures.structure import Structure
 from qexport.errors import CompatibilityError, listed
 from qexport.loading.small_files import open_tokenizer
 from qexport.progress import Notice, Reporter, silent
-from qexport.quantize.method import CalibrationSettings
+from qexport.quantizing.method import CalibrationSettings
 from qexport.recipe.model import Recipe
 from qexport.tensors import CalibrationSet, Checkpoint
 from qexport.text.documents import Documents, read_documents, refuse_shared

@@ -25,7 +25,7 @@ from qexport.pipeline.recording import Described, make_report
 from qexport.pipeline.reference import Reference
 from qexport.pipeline.texts import check_questions, read_evaluation, refuse_long_windows
 from qexport.progress import Reporter, silent
-from qexport.quantize.methods import profile_of_layer
+from qexport.quantizing.methods import profile_of_layer
 from qexport.reading.artifact_source import model_folder
 from qexport.tensors.strict_files import read_json_object
 from qexport.text.preflight import TokenizerFolder, preflight

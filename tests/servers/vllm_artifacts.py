@@ -18,11 +18,11 @@ from qexport.loading.settings import LoadSettings
 from qexport.loading.small_files import open_tokenizer
 from qexport.merge.merging import merge
 from qexport.merge.settings import MergeSettings
-from qexport.quantize.gptq import Gptq
-from qexport.quantize.method import CalibrationSettings
-from qexport.quantize.methods import AnyMethod
-from qexport.quantize.none import NoQuantization
-from qexport.quantize.w8a8 import W8a8
+from qexport.quantizing.gptq import Gptq
+from qexport.quantizing.method import CalibrationSettings
+from qexport.quantizing.methods import AnyMethod
+from qexport.quantizing.none import NoQuantization
+from qexport.quantizing.w8a8 import W8a8
 from qexport.tensors import CalibrationSet, Checkpoint
 from qexport.text.documents import read_documents
 from qexport.text.windows import make_windows

@@ -9,9 +9,9 @@ from math import gcd
 from qexport.architectures.families import family, matching
 from qexport.architectures.structure import LinearSpec, Structure
 from qexport.errors import CompatibilityError
-from qexport.quantize.gptq import Gptq, Override
-from qexport.quantize.method import Method, RoundingMethod
-from qexport.quantize.solver import Options
+from qexport.quantizing.gptq import Gptq, Override
+from qexport.quantizing.method import Method, RoundingMethod
+from qexport.quantizing.solver import Options
 from qexport.tensors import OutputSpec, TensorSpec
 
 _LISTED = 8

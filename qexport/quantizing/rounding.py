@@ -9,8 +9,8 @@ import torch
 
 from qexport.architectures.structure import Structure
 from qexport.progress import Progress, Reporter, silent
-from qexport.quantize.method import RoundingMethod
-from qexport.quantize.selection import notes_on_experts, select_rounded
+from qexport.quantizing.method import RoundingMethod
+from qexport.quantizing.selection import notes_on_experts, select_rounded
 from qexport.tensors import (
     Checkpoint,
     GroupQuantizedSpec,

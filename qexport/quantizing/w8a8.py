@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from qexport.quantize.method import RoundingMethod
+from qexport.quantizing.method import RoundingMethod
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +61,6 @@ class W8a8(RoundingMethod):
 
     def codes(self, weight: torch.Tensor, spec: QuantizedSpec) -> Quantized:
         """Each row rounded to 127 steps on either side of zero."""
-        from qexport.quantize.row_int8 import w8a8
+        from qexport.quantizing.row_int8 import w8a8
 
         return w8a8(weight)

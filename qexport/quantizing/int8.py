@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from qexport.quantize.method import RoundingMethod
+from qexport.quantizing.method import RoundingMethod
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +58,6 @@ class Int8(RoundingMethod):
 
     def codes(self, weight: torch.Tensor, spec: QuantizedSpec) -> Quantized:
         """The codes that bitsandbytes would find, from the weight rounded to float16."""
-        from qexport.quantize.row_int8 import llm_int8
+        from qexport.quantizing.row_int8 import llm_int8
 
         return llm_int8(weight)

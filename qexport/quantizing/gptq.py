@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from qexport.gates.profiles import TINY_PARAMETERS
 from qexport.progress import Reporter, silent
-from qexport.quantize.method import CalibrationSettings, Method
+from qexport.quantizing.method import CalibrationSettings, Method
 from qexport.settings import Settings
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from qexport.gates.settings import ProfileName
     from qexport.tensors import CalibrationSet, Checkpoint, Outputs, TensorRecord
     from qexport.tensors import Method as Description
+
 
 Bits = Literal[2, 3, 4, 8]
 
@@ -156,7 +157,7 @@ class Gptq(Method):
 
     def plan(self, checkpoint: Checkpoint, structure: Structure) -> Outputs:
         """All linears in the blocks, but those that the family or an override keeps at 16 bits; the head if asked."""
-        from qexport.quantize.gptq_pass import plan
+        from qexport.quantizing.gptq_pass import plan
 
         return plan(self, checkpoint, structure)
 
@@ -172,7 +173,7 @@ class Gptq(Method):
         report: Reporter = silent,
     ) -> Iterator[TensorRecord]:
         """Block by block, each layer solved with inputs from the quantized layers before it."""
-        from qexport.quantize.gptq_pass import quantize
+        from qexport.quantizing.gptq_pass import quantize
 
         assert calibration is not None, "a run reads the text of every method that needs calibration"
         return quantize(

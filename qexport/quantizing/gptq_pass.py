@@ -15,11 +15,11 @@ from qexport.architectures.runner import Batch, BlockRunner
 from qexport.architectures.structure import LinearSpec, Structure
 from qexport.errors import CompatibilityError
 from qexport.progress import Notice, Progress, Reporter, silent
-from qexport.quantize.gptq import Gptq
-from qexport.quantize.layer import Hessian, SolvedLayer, solve_together
-from qexport.quantize.pauses import Group, Parking, PausedForward, find_groups, pausing_at
-from qexport.quantize.selection import candidates, notes_on_experts, select, solver_options
-from qexport.quantize.solver import Options
+from qexport.quantizing.gptq import Gptq
+from qexport.quantizing.layer import Hessian, SolvedLayer, solve_together
+from qexport.quantizing.pauses import Group, Parking, PausedForward, find_groups, pausing_at
+from qexport.quantizing.selection import candidates, notes_on_experts, select, solver_options
+from qexport.quantizing.solver import Options
 from qexport.tensors import CalibrationSet, Checkpoint, GroupQuantizedSpec, Outputs, OutputSpec, TensorRecord
 
 BATCH_TOKENS = 2048

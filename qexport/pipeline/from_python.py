@@ -15,15 +15,17 @@ from qexport.errors import InputError, RecipeError, listed
 from qexport.export.settings import ExportSettings
 from qexport.loading.settings import LoadSettings
 from qexport.merge.settings import MergeSettings
-from qexport.pipeline.running import Result, run
+from qexport.pipeline.result import Result
+from qexport.pipeline.running import run
 from qexport.progress import Reporter, silent
-from qexport.quantize.method import CalibrationSettings, Method
+from qexport.quantizing.method import CalibrationSettings, Method
 from qexport.recipe.model import Recipe
 from qexport.verifying.settings import VerifySettings
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 Texts = Iterable[str | Mapping[str, Any]]
 """Texts, or rows of a dataset with a field `text` or `messages`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from qexport.progress import Reporter, silent
-from qexport.quantize.method import Method
+from qexport.quantizing.method import Method
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,6 +52,6 @@ class NoQuantization(Method):
         report: Reporter = silent,
     ) -> Iterator[TensorRecord]:
         """Tensor after tensor."""
-        from qexport.quantize.rounding import quantize
+        from qexport.quantizing.rounding import quantize
 
         return quantize(None, checkpoint, outputs, device=device, report=report)

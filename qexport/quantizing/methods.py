@@ -8,12 +8,12 @@ from typing import Annotated, Any, Final, get_args
 from pydantic import Field, TypeAdapter
 
 from qexport.gates.settings import ProfileName
-from qexport.quantize.gptq import Gptq
-from qexport.quantize.int8 import Int8
-from qexport.quantize.method import Method
-from qexport.quantize.nf4 import Nf4
-from qexport.quantize.none import NoQuantization
-from qexport.quantize.w8a8 import W8a8
+from qexport.quantizing.gptq import Gptq
+from qexport.quantizing.int8 import Int8
+from qexport.quantizing.method import Method
+from qexport.quantizing.nf4 import Nf4
+from qexport.quantizing.none import NoQuantization
+from qexport.quantizing.w8a8 import W8a8
 
 AnyMethod = Annotated[Gptq | Nf4 | Int8 | W8a8 | NoQuantization, Field(discriminator="method")]
 

@@ -176,7 +176,7 @@ class RoundingMethod(Method):
 
     def plan(self, checkpoint: Checkpoint, structure: Structure) -> Outputs:
         """All linears in the blocks, but those that the family or the recipe keeps at 16 bits."""
-        from qexport.quantize.rounding import plan
+        from qexport.quantizing.rounding import plan
 
         return plan(self, checkpoint, structure)
 
@@ -192,6 +192,6 @@ class RoundingMethod(Method):
         report: Reporter = silent,
     ) -> Iterator[TensorRecord]:
         """Tensor after tensor; no model is built."""
-        from qexport.quantize.rounding import quantize
+        from qexport.quantizing.rounding import quantize
 
         return quantize(self, checkpoint, outputs, device=device, report=report)

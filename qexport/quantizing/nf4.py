@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from qexport.gates.profiles import TINY_PARAMETERS
-from qexport.quantize.method import RoundingMethod
+from qexport.quantizing.method import RoundingMethod
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +74,7 @@ class Nf4(RoundingMethod):
 
     def codes(self, weight: torch.Tensor, spec: QuantizedSpec) -> Quantized:
         """The bytes that bitsandbytes would find."""
-        from qexport.quantize.bitsandbytes_4bit import quantize
+        from qexport.quantizing.bitsandbytes_4bit import quantize
         from qexport.tensors import BlockQuantizedSpec
 
         assert isinstance(spec, BlockQuantizedSpec)

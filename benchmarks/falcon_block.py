@@ -24,8 +24,8 @@ from rich.table import Table
 from transformers import FalconConfig
 
 from qexport.architectures.structure import describe
-from qexport.quantize.gptq import quantize
-from qexport.quantize.settings import CalibrationSettings, GptqSettings
+from qexport.quantizing.gptq import Gptq
+from qexport.quantizing.method import CalibrationSettings
 from qexport.tensors import CalibrationSet, Checkpoint, LayerReport, Origin, TensorSpec
 
 WINDOWS, LENGTH, VOCABULARY = 8, 512, 1024
@@ -67,13 +67,13 @@ def main() -> None:
     content = json.loads(config.to_json_string())
     checkpoint = Checkpoint(content, RandomWeights(describe(content).parameters), {}, Origin("folder", "falcon-block"))
     tokens = torch.randint(VOCABULARY, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(0))
-    settings = GptqSettings(method="gptq", bits=4, group_size=64, calibration=CalibrationSettings(source="-"))
+    settings = Gptq(method="gptq", bits=4, group_size=64, calibration=CalibrationSettings(source="-"))
     started, before = time.perf_counter(), _cpu_seconds()
     layers: list[LayerReport] = []
     with tempfile.TemporaryDirectory() as scratch:
-        stream = quantize(
+        stream = settings.quantize(
             checkpoint,
-            settings,
+            settings.plan(checkpoint, describe(content)),
             CalibrationSet(tokens, sha256="", origin="random"),
             dtype=torch.bfloat16,
             device=torch.device("cpu"),

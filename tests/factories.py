@@ -29,7 +29,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from qexport.quantize.settings import GptqSettings
+from qexport.quantizing.gptq import Gptq
+from qexport.quantizing.method import CalibrationSettings
 from qexport.recipe import Recipe
 
 VOCABULARY = 384
@@ -204,7 +205,14 @@ def write_text(path: Path, *, passages: int = 40, seed: int = 0) -> Path:
     return path
 
 
-def gptq(recipe: Recipe) -> GptqSettings:
+def gptq(recipe: Recipe) -> Gptq:
     """The recipe's settings of GPTQ."""
-    assert isinstance(recipe.quantize, GptqSettings)
+    assert isinstance(recipe.quantize, Gptq)
     return recipe.quantize
+
+
+def calibration_of(recipe: Recipe) -> CalibrationSettings:
+    """The recipe's calibration text."""
+    found = gptq(recipe).calibration
+    assert found is not None
+    return found

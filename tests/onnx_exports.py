@@ -30,8 +30,7 @@ from qexport.export.safetensors_layout import SafetensorsLayout
 from qexport.export.settings import OnnxSettings, SafetensorsSettings
 from qexport.export.tensor_writer import WrittenWeights
 from qexport.packing.bitsandbytes_4bit import dequantize
-from qexport.quantize.methods import plan_outputs, quantize
-from qexport.quantize.settings import QuantizeSettings
+from qexport.quantizing.methods import AnyMethod
 from qexport.reading.artifact_source import ArtifactSource
 from qexport.reading.onnx.graph import Graph
 from qexport.reading.onnx.model import OnnxCausalLM, open_model
@@ -153,11 +152,11 @@ def run_pass(config: PretrainedConfig, method: Method) -> Pass:
 
 def passed(given: Checkpoint, method: Method, windows: Tensor) -> Pass:
     """Quantizes a model in memory, with these tokens where the method wants any."""
-    settings = TypeAdapter[Any](QuantizeSettings).validate_python(dict(method.quantize))
+    settings = TypeAdapter[Any](AnyMethod).validate_python(dict(method.quantize))
     structure = describe(given.config)
-    outputs = plan_outputs(given, structure, settings)
-    stream = quantize(
-        given, outputs, settings, CalibrationSet(windows, "0" * 64, "test"),
+    outputs = settings.plan(given, structure)
+    stream = settings.quantize(
+        given, outputs, CalibrationSet(windows, "0" * 64, "test"),
         dtype=method.merged, device=CPU, scratch=Path(tempfile.gettempdir()),
     )  # fmt: skip
     return Pass(given, structure, outputs, tuple(stream))

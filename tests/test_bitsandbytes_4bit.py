@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qexport.packing.code_books import QuantType, four_bit_values
-from qexport.quantize import bitsandbytes_4bit
+from qexport.quantizing import bitsandbytes_4bit
 from qexport.tensors import BlockQuantizedSpec
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

@@ -26,7 +26,7 @@ from qexport.pipeline.opened import Opened
 from qexport.pipeline.reference import Reference
 from qexport.pipeline.verification import Verified, measure_folder
 from qexport.progress import Reporter
-from qexport.quantize.pauses import Parking
+from qexport.quantizing.pauses import Parking
 from qexport.reading.artifact_source import ArtifactSource
 from qexport.recipe import load_recipe
 

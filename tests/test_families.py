@@ -29,8 +29,8 @@ from qexport.merge.adapter import PREFIX
 from qexport.merge.merging import merge
 from qexport.merge.settings import MergeSettings
 from qexport.pipeline.planning import plan as make_plan
-from qexport.quantize.methods import plan_outputs, quantize
-from qexport.quantize.settings import QuantizeSettings
+from qexport.quantizing.method import Method
+from qexport.quantizing.methods import AnyMethod
 from qexport.recipe.model import Recipe
 from qexport.tensors import (
     BlockQuantized,
@@ -80,25 +80,25 @@ def load(folder: Path) -> Checkpoint:
     return load_checkpoint(LoadSettings(base=str(folder)))
 
 
-def parse(method: str, **changes: Any) -> Any:
+def parse(method: str, **changes: Any) -> Method:
     values: dict[str, Any] = {"method": method}
     if method == "gptq":
         values |= {"group_size": 32, "calibration": {"source": "unused"}}
-    return TypeAdapter(QuantizeSettings).validate_python(values | changes)
+    return TypeAdapter(AnyMethod).validate_python(values | changes)
 
 
 def plan(folder: Path, method: str, **changes: Any) -> Outputs:
     checkpoint = load(folder)
-    return plan_outputs(checkpoint, describe(checkpoint.config), parse(method, **changes))
+    return parse(method, **changes).plan(checkpoint, describe(checkpoint.config))
 
 
-def records(checkpoint: Checkpoint, settings: Any, windows: Tensor | None = None) -> dict[str, TensorRecord]:
+def records(checkpoint: Checkpoint, settings: Method, windows: Tensor | None = None) -> dict[str, TensorRecord]:
     """Everything that the pass yields, each tensor once."""
-    outputs = plan_outputs(checkpoint, describe(checkpoint.config), settings)
+    outputs = settings.plan(checkpoint, describe(checkpoint.config))
     calibration = CalibrationSet(token_windows(12, 48) if windows is None else windows, "0" * 64, "test")
     found = list(
-        quantize(
-            checkpoint, outputs, settings, calibration,
+        settings.quantize(
+            checkpoint, outputs, calibration,
             dtype=torch.float32, device=CPU, scratch=Path(tempfile.gettempdir()),
         )
     )  # fmt: skip

@@ -13,6 +13,7 @@ from qexport.errors import RecipeError
 from qexport.gates.deciding import BuiltIn, decide, decide_again, needs_more, noise_floors
 from qexport.gates.limits import Bound, Limit
 from qexport.gates.settings import GatesFile
+from qexport.quantizing.methods import profile_of_layer
 from reports import figure, gate_result, report
 
 VERDICTS = {"fail": 0, "undecided": 1, "pass": 2}
@@ -259,7 +260,9 @@ def test_one_verdict_that_is_no_pass_keeps_the_whole_from_passing(verdicts: list
 
 
 def again(**settings: Any) -> dict[str, str]:
-    results, _ = decide_again(report(**settings.pop("report", {})), GatesFile.model_validate(settings))
+    results, _ = decide_again(
+        report(**settings.pop("report", {})), GatesFile.model_validate(settings), profile_of_layer
+    )
     return {result.name: result.verdict for result in results}
 
 
@@ -303,10 +306,10 @@ def test_a_noise_floor_of_no_ordinary_size_is_no_defect(floor: float) -> None:
     figures = [figure("mean_kl", 0.1, noise_floor=floor)]
     settings = GatesFile.model_validate({"profile": "off", "gates": {"mean_kl": {"at_most": 0.3}}})
     if floor < 1:
-        assert decide_again(report(figures=figures), settings)[1] == []
+        assert decide_again(report(figures=figures), settings, profile_of_layer)[1] == []
     else:
         with pytest.raises(RecipeError, match="noise floor"):
-            decide_again(report(figures=figures), settings)
+            decide_again(report(figures=figures), settings, profile_of_layer)
 
 
 def test_domains_that_the_report_lacks_are_undecided() -> None:
@@ -349,7 +352,7 @@ def test_limits_below_the_reports_noise_floor_are_refused() -> None:
         "merge_kl": 0.0001,
     }  # fmt: skip
     figures = [between(0.0, 0.0, noise_floor=0.002)]
-    results, notes = decide_again(report(figures=figures), GatesFile(profile="16bit"))
+    results, notes = decide_again(report(figures=figures), GatesFile(profile="16bit"), profile_of_layer)
     assert [result.limit for result in results if result.name == "mean_kl"] == [pytest.approx(0.006)]
     assert len(notes) == 1
 

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from qexport.artifact.manifest import Sizes
 from qexport.errors import RecipeError
 from qexport.gates.limits import Limit, above_floor, limits_of
-from qexport.gates.profiles import PROFILES, Method, auto_profile, profile_of_layers
+from qexport.gates.profiles import PROFILES, profile_of_layers
 from qexport.gates.settings import GatesFile, ProfileName
+from qexport.quantizing.methods import profile_of_layer
+from qexport.quantizing.none import NoQuantization
 from reports import layer
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -59,7 +61,6 @@ def page() -> str:
 @pytest.mark.parametrize(
     ("method", "bits", "parameters", "profile"),
     [
-        ("none", 16, 135_000_000, "16bit"),
         ("gptq", 8, 135_000_000, "gptq-8bit"),
         ("int8", 8, 135_000_000, "int8"),
         ("w8a8", 8, 7_000_000_000, "w8a8"),
@@ -74,13 +75,19 @@ def page() -> str:
         ("fp4", 4, 7_000_000_000, "nf4"),
     ],
 )
-def test_auto_chooses_by_method_bits_and_size(method: Method, bits: int, parameters: int, profile: str) -> None:
-    assert auto_profile(method, bits, parameters) == profile
+def test_auto_chooses_by_method_bits_and_size(method: str, bits: int, parameters: int, profile: str) -> None:
+    assert profile_of_layer(method, bits, parameters) == profile
+
+
+def test_auto_chooses_for_merged_weights_what_16_bits_can_keep() -> None:
+    assert NoQuantization().profile(16, 135_000_000) == "16bit"
 
 
 def test_what_was_measured_passes_its_profile_and_a_broken_artifact_passes_none() -> None:
     for (method, bits), (kl, ratio, agreement) in MEASURED.items():
-        limits = PROFILES[auto_profile(method, bits, 134_515_008)]  # type: ignore[arg-type]
+        profile = profile_of_layer(method, bits, 134_515_008)
+        assert profile is not None
+        limits = PROFILES[profile]
         assert limits["mean_kl"].at_most is not None
         assert limits["mean_kl"].at_most >= 1.5 * kl
         assert ratio is None or ratio < (limits["perplexity_ratio"].at_most or 0)
@@ -93,15 +100,20 @@ SMALL = Sizes(parameters=135_000_000, total_bytes=119_000_000, bits_per_weight=7
 
 def test_of_a_report_the_profile_is_that_of_most_layers() -> None:
     layers = [layer("a"), layer("b"), layer("c", bits=8)]
-    assert profile_of_layers(layers, SMALL) == "tiny"
-    assert profile_of_layers(layers, SMALL.model_copy(update={"parameters": 7_000_000_000})) == "gptq-4bit"
-    assert profile_of_layers([], SMALL.model_copy(update={"bits_per_weight": 16.0})) == "16bit"
+    assert profile_of_layers(layers, SMALL, profile_of_layer) == "tiny"
+    assert (
+        profile_of_layers(layers, SMALL.model_copy(update={"parameters": 7_000_000_000}), profile_of_layer)
+        == "gptq-4bit"
+    )
+    assert profile_of_layers([], SMALL.model_copy(update={"bits_per_weight": 16.0}), profile_of_layer) == "16bit"
 
 
 def test_an_artifact_of_an_unknown_method_needs_a_named_profile() -> None:
     with pytest.raises(RecipeError, match="nothing is known of the layers' method") as caught:
-        profile_of_layers([], SMALL)
+        profile_of_layers([], SMALL, profile_of_layer)
     assert caught.value.mend == "name the profile in the file of gates, for example gptq-4bit"
+    with pytest.raises(RecipeError, match="nothing is known of the layers' method"):
+        profile_of_layers([layer("a").model_copy(update={"method": "of-another-maker"})], SMALL, profile_of_layer)
 
 
 # Which limits hold

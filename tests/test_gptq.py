@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,9 @@ import factories
 from qexport.architectures.structure import describe
 from qexport.errors import CompatibilityError, NumericalError
 from qexport.progress import Notice, Progress
-from qexport.quantize.gptq import output_specs, quantize
-from qexport.quantize.layer import Hessian, solve_together
-from qexport.quantize.selection import select
-from qexport.quantize.settings import GptqSettings
+from qexport.quantizing.gptq import Gptq
+from qexport.quantizing.layer import Hessian, solve_together
+from qexport.quantizing.selection import select
 from qexport.tensors import CalibrationSet, Checkpoint, GroupQuantized, GroupQuantizedSpec, Origin, TensorRecord
 from test_block_runner import StateDict, token_windows
 
@@ -35,10 +35,8 @@ CONFIGS = {
 }
 
 
-def settings(**changes: Any) -> GptqSettings:
-    return GptqSettings.model_validate(
-        {"method": "gptq", "group_size": 32, "calibration": {"source": "unused"}} | changes
-    )
+def settings(**changes: Any) -> Gptq:
+    return Gptq.model_validate({"method": "gptq", "group_size": 32, "calibration": {"source": "unused"}} | changes)
 
 
 def checkpoint(config: PretrainedConfig, model: PreTrainedModel) -> Checkpoint:
@@ -49,7 +47,13 @@ def calibration(windows: Tensor | None = None) -> CalibrationSet:
     return CalibrationSet(token_windows(12, 48) if windows is None else windows, "0" * 64, "test")
 
 
-def quantized(config: PretrainedConfig, options: GptqSettings, **changes: Any) -> dict[str, TensorRecord]:
+def run(source: Checkpoint, options: Gptq, calibration: CalibrationSet, **arguments: Any) -> Iterator[TensorRecord]:
+    """Plans and quantizes."""
+    outputs = options.plan(source, describe(source.config))
+    return options.quantize(source, outputs, calibration, **arguments)
+
+
+def quantized(config: PretrainedConfig, options: Gptq, **changes: Any) -> dict[str, TensorRecord]:
     model = factories.build(config, dtype=changes.pop("dtype", torch.float32))
     source = checkpoint(config, model)
     arguments: dict[str, Any] = {
@@ -57,7 +61,7 @@ def quantized(config: PretrainedConfig, options: GptqSettings, **changes: Any) -
         "device": CPU,
         "scratch": Path(tempfile.gettempdir()),
     } | changes
-    records = list(quantize(source, options, arguments.pop("calibration", calibration()), **arguments))
+    records = list(run(source, options, arguments.pop("calibration", calibration()), **arguments))
     names = [record.name for record in records]
     assert sorted(names) == sorted(source.weights.specs()), "every tensor must come exactly once"
     return {record.name: record for record in records}
@@ -182,7 +186,7 @@ def test_overrides_change_bits_and_groups_or_leave_layers_dense() -> None:
     )
     config = factories.llama_config()
     records = quantized(config, options)
-    specs = output_specs(checkpoint(config, factories.build(config)), describe(config.to_dict()), options)
+    specs = options.plan(checkpoint(config, factories.build(config)), describe(config.to_dict())).specs
     up, attention = (
         records["model.layers.0.mlp.up_proj.weight"].value,
         records["model.layers.0.self_attn.q_proj.weight"].value,
@@ -252,14 +256,12 @@ def test_a_fallback_to_rounding_is_recorded_and_told(tmp_path: Path) -> None:
         model.get_parameter("model.layers.1.input_layernorm.weight").fill_(float("inf"))
     source = checkpoint(factories.llama_config(), model)
     with pytest.raises(NumericalError, match="not finite") as caught:
-        list(quantize(source, settings(), calibration(), dtype=torch.float32, device=CPU, scratch=tmp_path))
+        list(run(source, settings(), calibration(), dtype=torch.float32, device=CPU, scratch=tmp_path))
     assert "model.layers.1.self_attn.q_proj" in str(caught.value)
     events: list[Progress | Notice] = []
     options = settings(on_failure="round_to_nearest")
     records = list(
-        quantize(
-            source, options, calibration(), dtype=torch.float32, device=CPU, scratch=tmp_path, report=events.append
-        )
+        run(source, options, calibration(), dtype=torch.float32, device=CPU, scratch=tmp_path, report=events.append)
     )
     fallen = {record.report.name for record in records if record.report and record.report.method != "gptq"}
     assert "model.layers.1.self_attn.q_proj" in fallen
@@ -273,7 +275,7 @@ def test_a_layer_that_the_forward_never_calls_is_an_error(tmp_path: Path, monkey
     monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: self.down_proj(self.up_proj(x)))
     source = checkpoint(CONFIGS["llama"], factories.build(CONFIGS["llama"], dtype=torch.float32))
     with pytest.raises(CompatibilityError, match="does not call") as caught:
-        list(quantize(source, settings(), calibration(), dtype=torch.float32, device=CPU, scratch=tmp_path))
+        list(run(source, settings(), calibration(), dtype=torch.float32, device=CPU, scratch=tmp_path))
     assert caught.value.where == "model.layers.0.mlp.gate_proj"
 
 
@@ -288,8 +290,7 @@ MEMORY_SCRIPT = """
 import json, resource, sys
 sys.path.insert(0, sys.argv[1])
 import torch, factories
-from qexport.quantize.gptq import quantize
-from qexport.quantize.settings import GptqSettings
+from qexport.quantizing.gptq import Gptq
 from qexport.tensors import CalibrationSet, Checkpoint, Origin, TensorSpec
 
 class Random:
@@ -304,12 +305,13 @@ config = factories.llama_config(
 ).to_dict()
 source = Checkpoint(config, Random(describe(config).parameters), {}, Origin("folder", "random"))
 narrow = {"modules": "*.down_proj", "dense": True}  # its 3072 columns would only take time
-settings = GptqSettings(method="gptq", group_size=64, mse=False, overrides=[narrow], calibration={"source": "unused"})
+settings = Gptq(method="gptq", group_size=64, mse=False, overrides=[narrow], calibration={"source": "unused"})
 ids = torch.randint(factories.VOCABULARY, (8, 64))
 count = 0
 from pathlib import Path
 options = {"dtype": torch.bfloat16, "device": torch.device("cpu"), "scratch": Path("/tmp")}
-for record in quantize(source, settings, CalibrationSet(ids, "", ""), **options):
+outputs = settings.plan(source, describe(config))
+for record in settings.quantize(source, outputs, CalibrationSet(ids, "", ""), **options):
     count += record.report is not None
 print(json.dumps([count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))
 """

@@ -17,12 +17,12 @@ from qexport.architectures.experts import can_stage, staged
 from qexport.architectures.structure import build_on_meta, describe
 from qexport.errors import NumericalError
 from qexport.progress import Notice
-from qexport.quantize import gptq
-from qexport.quantize.layer import Hessian, solve_together
-from qexport.quantize.selection import select
+from qexport.quantizing import gptq_pass
+from qexport.quantizing.layer import Hessian, solve_together
+from qexport.quantizing.selection import select
 from qexport.tensors import Checkpoint, GroupQuantized, Origin, TensorRecord
 from test_block_runner import StateDict
-from test_gptq import CPU, calibration, settings
+from test_gptq import CPU, calibration, run, settings
 
 CONFIG = factories.mixtral_config()
 BLOCK = "model.layers.0.block_sparse_moe.experts"
@@ -46,7 +46,7 @@ def quantized(
     source: Files, *, config: PretrainedConfig = CONFIG, report: Any = lambda _: None, **options: Any
 ) -> dict[str, TensorRecord]:
     checkpoint = Checkpoint(config.to_dict(), source, {}, Origin("folder", "tiny"))
-    found = gptq.quantize(
+    found = run(
         checkpoint, settings(**options), calibration(),
         dtype=torch.float32, device=CPU, scratch=Path(tempfile.gettempdir()), report=report,
     )  # fmt: skip
@@ -103,7 +103,7 @@ def test_codes_equal_those_of_plain_forwards(source: Files, true_sequential: boo
     seen: list[tuple[Tensor, ...]] = []
     hook = mixture.register_forward_pre_hook(lambda _, args: seen.append(args))
     with torch.no_grad():
-        for part in calibration().input_ids.split(gptq.BATCH_TOKENS // 48):
+        for part in calibration().input_ids.split(gptq_pass.BATCH_TOKENS // 48):
             model(part)
     hook.remove()
     chosen = select(describe(CONFIG.to_dict()), options)
@@ -131,7 +131,7 @@ def test_codes_equal_those_of_plain_forwards(source: Files, true_sequential: boo
 
 def test_one_expert_at_a_time_gives_the_same_bytes(source: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     together = quantized(source)
-    monkeypatch.setattr(gptq, "HESSIAN_BYTES", 0)
+    monkeypatch.setattr(gptq_pass, "HESSIAN_BYTES", 0)
     alone = quantized(source)
     assert all(torch.equal(codes(alone[name]), codes(record)) for name, record in together.items() if record.report)
 

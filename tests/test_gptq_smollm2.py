@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from qexport.architectures.structure import describe
 from qexport.loading.checkpoint import load_checkpoint
 from qexport.loading.settings import LoadSettings
 from qexport.merge.merging import merge
 from qexport.merge.settings import MergeSettings
-from qexport.quantize.gptq import quantize
-from qexport.quantize.settings import CalibrationSettings, GptqSettings
+from qexport.quantizing.gptq import Gptq
+from qexport.quantizing.method import CalibrationSettings
 from qexport.tensors import CalibrationSet, Checkpoint, TensorRecord, TensorSpec, WeightSource
 from test_gptq import assert_same_bytes
 
@@ -48,14 +49,14 @@ def checkpoint() -> Checkpoint:
 
 
 def quantized(checkpoint: Checkpoint, scratch: Path, threads: int) -> dict[str, TensorRecord]:
-    settings = GptqSettings(method="gptq", group_size=64, calibration=CalibrationSettings(source="unused"))
+    settings = Gptq(method="gptq", group_size=64, calibration=CalibrationSettings(source="unused"))
     ids = torch.randint(49152, (8, 256), generator=torch.Generator().manual_seed(0))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        records = quantize(
+        records = settings.quantize(
             checkpoint,
-            settings,
+            settings.plan(checkpoint, describe(checkpoint.config)),
             CalibrationSet(ids, "0" * 64, "random tokens"),
             dtype=torch.bfloat16,
             device=torch.device("cpu"),

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qexport.errors import NumericalError
-from qexport.quantize import scales, solver
-from qexport.quantize.layer import Hessian, output_error, solve_together
-from qexport.quantize.scales import fit
-from qexport.quantize.solver import Options, factorize, round_to_nearest, solve
+from qexport.quantizing import scales, solver
+from qexport.quantizing.layer import Hessian, output_error, solve_together
+from qexport.quantizing.scales import fit
+from qexport.quantizing.solver import Options, factorize, round_to_nearest, solve
 
 CPU = torch.device("cpu")
 OPTIONS = Options(bits=4, group_size=32, order="original", sym=True, damp_percent=0.01, search=False)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from qexport.errors import InputError, QexportError
 from qexport.packing import compressed_tensors, gptq
-from qexport.quantize.row_int8 import w8a8
+from qexport.quantizing.row_int8 import w8a8
 from qexport.tensors import GroupQuantized, GroupQuantizedSpec, RowQuantized, RowQuantizedSpec, TensorSpec
 from test_packing_gptq import make, read_stream
 

@@ -20,6 +20,7 @@ from qexport.merge.merging import Merged, MergedAdapter
 from qexport.pipeline.opened import Opened, open_folder
 from qexport.pipeline.reference import Reference
 from qexport.pipeline.texts import Evaluation
+from qexport.quantizing.methods import profile_of_layer
 from qexport.tensors import Checkpoint, Origin
 from qexport.text.held_out import HeldOut
 from qexport.verifying.preparation import Preparation
@@ -58,7 +59,7 @@ def test_each_format_tells_its_layers_and_its_profile(name: str, tmp_path: Path)
     linears = {linear.name for block in structure().linears.values() for linear in block}
     assert {layer.name for layer in found.layers} == linears
     assert set(found.grids) == (linears if schemes == {("gptq", 4, 32)} else set())
-    assert profile_of_layers(found.layers, found.sizes) == profile
+    assert profile_of_layers(found.layers, found.sizes, profile_of_layer) == profile
     assert all(layer.loss is None and layer.tokens == 0 for layer in found.layers)
 
 
@@ -70,7 +71,7 @@ def test_a_dense_folder_has_no_layers_and_its_own_size(tmp_path: Path) -> None:
     assert (found.sizes.parameters, found.sizes.total_bytes) == (parameters, 2 * parameters)
     assert found.sizes.bits_per_weight == 16
     assert found.reference_bytes == 2 * parameters
-    assert profile_of_layers(found.layers, found.sizes) == "16bit"
+    assert profile_of_layers(found.layers, found.sizes, profile_of_layer) == "16bit"
     subject = found.subject()
     digest = hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
     assert dict(subject.weights_sha256) == {"model.safetensors": digest}

@@ -22,8 +22,8 @@ from qexport.export.layouts import make_layout
 from qexport.export.settings import ExportSettings
 from qexport.loading.checkpoint import load_checkpoint
 from qexport.loading.settings import LoadSettings
-from qexport.quantize.methods import plan_outputs, quantize
-from qexport.quantize.settings import QuantizeSettings
+from qexport.quantizing.method import Method
+from qexport.quantizing.methods import AnyMethod
 from qexport.reading.stored_model import open_stored
 from qexport.tensors import CalibrationSet, Checkpoint, Outputs
 
@@ -94,10 +94,10 @@ def base(bases: dict[str, Path], name: str, config: PretrainedConfig, factory: p
     return bases[name]
 
 
-def planned(folder: Path, method: dict[str, Any]) -> tuple[Outputs, Any]:
+def planned(folder: Path, method: dict[str, Any]) -> tuple[Outputs, Method]:
     checkpoint, structure = loaded(folder)
-    chosen = TypeAdapter(QuantizeSettings).validate_python(method)
-    return plan_outputs(checkpoint, structure, chosen), chosen
+    chosen: Method = TypeAdapter(AnyMethod).validate_python(method)
+    return chosen.plan(checkpoint, structure), chosen
 
 
 def layout_of(folder: Path, outputs: Outputs, layout: str) -> Any:
@@ -112,10 +112,9 @@ def write(folder: Path, method: dict[str, Any], layout: str, target: Path) -> No
     made = layout_of(folder, outputs, layout)
     windows = torch.randint(factories.VOCABULARY, (4, 64), generator=torch.Generator().manual_seed(1))
     writer = made.weights.writer(target)
-    for record in quantize(
+    for record in chosen.quantize(
         checkpoint,
         outputs,
-        chosen,
         CalibrationSet(windows, sha256="", origin="random"),
         dtype=torch.bfloat16,
         device=torch.device("cpu"),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import Field, ValidationError
 from ruamel.yaml import YAML
 
-from factories import gptq
+from factories import calibration_of, gptq
 from qexport.errors import RecipeError
 from qexport.gates.settings import Bounds
 from qexport.recipe import Recipe, load_recipe
@@ -148,7 +148,7 @@ def test_aliases_work(folder: Path) -> None:
     text = changed("source: text.jsonl", "source: &text text.jsonl") + "verify:\n  prompts: *text\n  text: other.txt\n"
     recipe = read(folder, text)
     assert recipe.verify is not None
-    assert recipe.verify.prompts == gptq(recipe).calibration.source
+    assert recipe.verify.prompts == calibration_of(recipe).source
 
 
 def test_an_alias_bomb_does_not_grow(folder: Path) -> None:
@@ -261,6 +261,11 @@ def test_an_unknown_key_far_from_all_others_lists_them(folder: Path) -> None:
     ("old", "new", "problem"),
     [
         ("  method: gptq\n", "", "r.yaml:3: quantize.method: missing"),
+        (
+            "  calibration:\n    source: text.jsonl\n",
+            "",
+            "r.yaml:3: quantize.calibration: missing: gptq needs calibration text",
+        ),
         (
             "method: gptq",
             "method: gtpq",
@@ -398,20 +403,20 @@ def test_an_override_mends_what_is_wrong_in_the_file(folder: Path) -> None:
 def test_relative_paths_start_from_the_recipe_or_from_the_current_directory(folder: Path) -> None:
     text = SHORTEST + "verify: {text: [a.txt, ../b.txt], prompts: p.jsonl}\noutput: out\n"
     recipe = read(folder, text)
-    assert gptq(recipe).calibration.source == str(folder / "text.jsonl")
+    assert calibration_of(recipe).source == str(folder / "text.jsonl")
     assert recipe.verify is not None
     assert recipe.verify.text == [str(folder / "a.txt"), str(folder.parent / "b.txt")]
     assert recipe.verify.prompts == str(folder / "p.jsonl")
     assert recipe.output == str(folder / "out")
     recipe = read(folder, text, "output=out", "quantize.calibration.source=[c.txt]")
     assert recipe.output == str(Path.cwd() / "out")
-    assert gptq(recipe).calibration.source == [str(Path.cwd() / "c.txt")]
+    assert calibration_of(recipe).source == [str(Path.cwd() / "c.txt")]
 
 
 def test_a_recipe_named_relatively_resolves_to_absolute_paths(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "r.yaml").write_text(SHORTEST)
     monkeypatch.chdir(folder.parent)
-    assert gptq(load_recipe("recipes/r.yaml")).calibration.source == str(folder / "text.jsonl")
+    assert calibration_of(load_recipe("recipes/r.yaml")).source == str(folder / "text.jsonl")
 
 
 def test_a_base_is_a_folder_where_it_says_so_or_exists(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -432,7 +437,7 @@ def test_a_base_is_a_folder_where_it_says_so_or_exists(folder: Path, monkeypatch
 
 
 def test_a_hub_dataset_is_no_path(folder: Path) -> None:
-    source = gptq(read(folder, changed("text.jsonl", "hub:org/data"))).calibration.source
+    source = calibration_of(read(folder, changed("text.jsonl", "hub:org/data"))).source
     assert source == "hub:org/data"
 
 

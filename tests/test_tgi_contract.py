@@ -23,7 +23,8 @@ from qexport.errors import QexportError
 from qexport.export.contract import Check, check_rules, refuse_failed
 from qexport.export.tgi.contract import RULES, check_folder
 from qexport.export.tgi.folder import Stored, read_folder
-from qexport.quantize.settings import NoneSettings, W8a8Settings
+from qexport.quantizing.none import NoQuantization
+from qexport.quantizing.w8a8 import W8a8
 from qexport.tensors import TensorSpec
 from quantized_models import gptq_method
 from tgi_folders import TgiModel, failed, falcon, falcon_40b, llama
@@ -34,8 +35,8 @@ MODELS = {
     "gptq": TgiModel(llama()),
     "desc_act": TgiModel(llama(), gptq_method(desc_act=True)),
     "one group": TgiModel(llama(), gptq_method(group_size=-1)),
-    "16-bit": TgiModel(llama(), NoneSettings(method="none")),
-    "w8a8": TgiModel(llama(), W8a8Settings(method="w8a8")),
+    "16-bit": TgiModel(llama(), NoQuantization(method="none")),
+    "w8a8": TgiModel(llama(), W8a8(method="w8a8")),
     "falcon": TgiModel(falcon()),
     "falcon 40b": TgiModel(falcon_40b()),
 }

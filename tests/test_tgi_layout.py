@@ -33,7 +33,10 @@ from qexport.export.tgi.launch import ENVIRONMENT, IMAGE
 from qexport.export.tgi.linears import ServedLinear
 from qexport.export.tgi.refusals import refuse_family
 from qexport.export.tgi.tokenizer import tgi_tokenizer_files
-from qexport.quantize.settings import Int8Settings, Nf4Settings, NoneSettings, W8a8Settings
+from qexport.quantizing.int8 import Int8
+from qexport.quantizing.nf4 import Nf4
+from qexport.quantizing.none import NoQuantization
+from qexport.quantizing.w8a8 import W8a8
 from qexport.tensors import Dense
 from qexport.tensors.safetensors_folder import SafetensorsFolder
 from quantized_models import gptq_method
@@ -44,10 +47,10 @@ SMALL: dict[str, Any] = dict(
     vocab_size=factories.VOCABULARY, max_position_embeddings=256, bos_token_id=0, eos_token_id=0, pad_token_id=0,
 )  # fmt: skip
 NEOX = GPTNeoXConfig(**(SMALL | {"num_key_value_heads": None, "rotary_pct": 0.5}))
-NONE = NoneSettings(method="none")
-NF4 = Nf4Settings(method="nf4")
-INT8 = Int8Settings(method="int8")
-W8A8 = W8a8Settings(method="w8a8")
+NONE = NoQuantization(method="none")
+NF4 = Nf4(method="nf4")
+INT8 = Int8(method="int8")
+W8A8 = W8a8(method="w8a8")
 
 FALCON_7B = [
     ServedLinear((name,), ((out_features, in_features),), row, False)
@@ -173,14 +176,14 @@ def test_families_newer_than_the_pinned_transformers_are_refused(model_type: str
 
 
 def test_w8a8_layers_that_tgi_joins_must_be_quantized_together() -> None:
-    settings = W8a8Settings(method="w8a8", skip_modules=["*.k_proj"])
+    settings = W8a8(method="w8a8", skip_modules=["*.k_proj"])
     with pytest.raises(CompatibilityError, match="cannot serve") as caught:
         _ = TgiModel(llama(), settings).layout
     assert "joins these layers, and only model.layers.0.self_attn.k_proj is not quantized" in str(caught.value)
 
 
 def test_a_w8a8_layer_that_stands_alone_may_stay_dense(tmp_path: Path) -> None:
-    settings = W8a8Settings(method="w8a8", skip_modules=["*.o_proj"])
+    settings = W8a8(method="w8a8", skip_modules=["*.o_proj"])
     assert failed(TgiModel(llama(), settings).write(tmp_path / "out")) == {}
 
 
@@ -204,12 +207,12 @@ def test_families_without_a_model_of_tgi_are_served_in_16_bits_and_said_to_be(
     ("method", "flag", "note"),
     [
         (NF4, "bitsandbytes-nf4", "always with double quantization and blocks of 64"),
-        (Nf4Settings(method="nf4", quant_type="fp4"), "bitsandbytes-fp4", "bitsandbytes-fp4"),
+        (Nf4(method="nf4", quant_type="fp4"), "bitsandbytes-fp4", "bitsandbytes-fp4"),
         (INT8, "bitsandbytes", "a threshold of 6.0"),
     ],
 )  # fmt: skip
 def test_what_only_the_server_can_quantize_is_merged_weights_and_a_flag(
-    method: Nf4Settings | Int8Settings, flag: str, note: str, tmp_path: Path
+    method: Nf4 | Int8, flag: str, note: str, tmp_path: Path
 ) -> None:
     made = TgiModel(llama(), method)
     assert made.layout.quantization is None
@@ -234,8 +237,8 @@ def test_merged_weights_lie_as_the_base_has_them_also_where_codes_would_be_trans
 
 
 def test_double_quantization_has_no_flag_and_the_notes_say_so() -> None:
-    plain = TgiModel(llama(), Nf4Settings(method="nf4", double_quant=False)).layout.notes[0]
-    double = TgiModel(llama(), Nf4Settings(method="nf4", double_quant=True)).layout.notes[0]
+    plain = TgiModel(llama(), Nf4(method="nf4", double_quant=False)).layout.notes[0]
+    double = TgiModel(llama(), Nf4(method="nf4", double_quant=True)).layout.notes[0]
     assert "not what the recipe asks for" in plain
     assert "not what the recipe asks for" not in double
 

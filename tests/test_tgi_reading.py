@@ -17,7 +17,8 @@ from transformers.models.falcon.modeling_falcon import FalconAttention
 
 import factories
 from qexport.export.tgi.config import tgi_config
-from qexport.quantize.settings import NoneSettings, W8a8Settings
+from qexport.quantizing.none import NoQuantization
+from qexport.quantizing.w8a8 import W8a8
 from qexport.tensors import GroupQuantized, RowQuantized
 from quantized_models import gptq_method
 from tgi_folders import TgiModel, falcon, falcon_40b, llama
@@ -134,7 +135,7 @@ def test_the_server_computes_with_the_weights_that_were_found(
 
 
 def test_int8_weights_and_their_scales_are_joined_and_read(tmp_path: Path) -> None:
-    made = TgiModel(llama(), W8a8Settings(method="w8a8"))
+    made = TgiModel(llama(), W8a8(method="w8a8"))
     server = StandIn(made.write(tmp_path / "out"), 2, 1)
     names = [f"model.layers.0.{module}" for module in LLAMA["column"][0]]
     codes = torch.cat([server.sharded(f"{name}.weight", 0) for name in names])
@@ -145,7 +146,7 @@ def test_int8_weights_and_their_scales_are_joined_and_read(tmp_path: Path) -> No
 
 
 def test_16_bit_weights_are_the_merged_ones(tmp_path: Path) -> None:
-    made = TgiModel(falcon(), NoneSettings(method="none"))
+    made = TgiModel(falcon(), NoQuantization(method="none"))
     server = StandIn(made.write(tmp_path / "out"))
     source = made.checkpoint.weights
     assert all(torch.equal(server.tensor(name), source.read(name)) for name in source.specs())

@@ -38,9 +38,10 @@ from qexport.loading.small_files import open_tokenizer
 from qexport.pipeline import run
 from qexport.pipeline.inspection import inspect_artifact
 from qexport.pipeline.opened import Opened, open_folder
-from qexport.pipeline.running import Result
+from qexport.pipeline.result import Result
 from qexport.pipeline.texts import read_evaluation
 from qexport.pipeline.verification import verify
+from qexport.quantizing.methods import profile_of_layer
 from qexport.reading.onnx.model import OnnxCausalLM
 from qexport.recipe import load_recipe
 from qexport.reporting.html import report_html
@@ -409,9 +410,9 @@ def test_verifying_later_tells_the_same_as_the_run(sound: Sound) -> None:
 
 def test_the_gate_stays_where_others_are_decided_again(sound: Sound) -> None:
     others = sound.settings(gates={})
-    gates, _ = decide_again(sound.run.reports["onnx"], others)
+    gates, _ = decide_again(sound.run.reports["onnx"], others, profile_of_layer)
     assert [gate.name for gate in gates] == ["config", "tokenizer", "graph", "better_than_rtn"]
-    gates, _ = decide_again(sound.run.reports["safetensors"], others)
+    gates, _ = decide_again(sound.run.reports["safetensors"], others, profile_of_layer)
     assert "graph" not in {gate.name for gate in gates}
 
 

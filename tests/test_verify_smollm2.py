@@ -21,7 +21,7 @@ from qexport.loading.settings import LoadSettings
 from qexport.loading.small_files import open_tokenizer
 from qexport.merge.merging import merge
 from qexport.merge.settings import MergeSettings
-from qexport.quantize.nearest import NearestSource
+from qexport.quantizing.nearest import NearestSource
 from qexport.tensors import Checkpoint
 from qexport.text.documents import read_documents
 from qexport.text.held_out import HeldOut, make_held_out

@@ -20,7 +20,7 @@ from qexport.architectures.runner import BlockRunner
 from qexport.artifact.figures import find_figure
 from qexport.errors import InputError, NumericalError
 from qexport.progress import Notice, Progress, Reporter, silent
-from qexport.quantize.nearest import NearestSource
+from qexport.quantizing.nearest import NearestSource
 from qexport.tensors import Checkpoint, TensorSpec
 from qexport.text.documents import Documents
 from qexport.text.held_out import HeldOut, make_held_out

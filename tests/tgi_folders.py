@@ -17,8 +17,8 @@ from qexport.export.layouts import make_layout
 from qexport.export.settings import TgiSettings
 from qexport.export.tgi.contract import check_folder
 from qexport.export.tgi.layout import TgiLayout
-from qexport.quantize.methods import plan_outputs, quantize
-from qexport.quantize.settings import NoneSettings, RoundingSettings
+from qexport.quantizing.method import RoundingMethod
+from qexport.quantizing.none import NoQuantization
 from qexport.tensors import Checkpoint, Gptq, Outputs, TensorRecord
 from quantized_models import QuantizedModel, gptq_method
 
@@ -42,7 +42,7 @@ class TgiModel:
     """A tiny model on its way to a folder; `method` is GPTQ by plain rounding, or the settings of a rounding method."""
 
     config: PretrainedConfig
-    method: Gptq | RoundingSettings | NoneSettings = field(default_factory=gptq_method)
+    method: Gptq | RoundingMethod | NoQuantization = field(default_factory=gptq_method)
     special: dict[str, tuple[int, int] | None] = field(default_factory=dict)
 
     @cached_property
@@ -58,7 +58,7 @@ class TgiModel:
     def outputs(self) -> Outputs:
         if isinstance(self.method, Gptq):
             return self.model.outputs
-        return plan_outputs(self.checkpoint, self.model.structure, self.method)
+        return self.method.plan(self.checkpoint, self.model.structure)
 
     @cached_property
     def layout(self) -> TgiLayout:
@@ -80,7 +80,7 @@ class TgiModel:
         if isinstance(self.method, Gptq):
             return self.model.records()
         cpu, dtype = torch.device("cpu"), torch.bfloat16
-        return quantize(self.checkpoint, self.outputs, self.method, None, dtype=dtype, device=cpu, scratch=Path())
+        return self.method.quantize(self.checkpoint, self.outputs, None, dtype=dtype, device=cpu, scratch=Path())
 
 
 def failed(folder: Path) -> dict[str, Check]:

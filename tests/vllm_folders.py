@@ -10,8 +10,8 @@ import torch
 import factories
 from qexport.export.settings import VllmSettings
 from qexport.export.vllm.layout import VllmLayout
-from qexport.quantize.methods import plan_outputs, quantize
-from qexport.quantize.settings import NoneSettings, W8a8Settings
+from qexport.quantizing.none import NoQuantization
+from qexport.quantizing.w8a8 import W8a8
 from qexport.tensors import Outputs
 from quantized_models import QuantizedModel, gptq_method
 
@@ -32,7 +32,7 @@ def write(folder: Path, kind: str) -> Path:
     """`gptq`, `w4a16`, `asymmetric`, `w8a8`, `none`, `falcon`, or `gpt2` with nothing quantized."""
     folder.mkdir()
     if kind in CONFIGS or kind in ("w8a8", "none"):
-        settings = W8a8Settings(method="w8a8") if kind == "w8a8" else NoneSettings(method="none")
+        settings = W8a8(method="w8a8") if kind == "w8a8" else NoQuantization(method="none")
         config = CONFIGS[kind]() if kind in CONFIGS else factories.llama_config()
         return _write_rounded(folder, QuantizedModel(factories.build(config)), settings)
     model = llama(method=gptq_method(sym=kind != "asymmetric"))
@@ -47,14 +47,13 @@ def write(folder: Path, kind: str) -> Path:
     return folder
 
 
-def _write_rounded(folder: Path, model: QuantizedModel, settings: W8a8Settings | NoneSettings) -> Path:
-    outputs = plan_outputs(model.checkpoint, model.structure, settings)
+def _write_rounded(folder: Path, model: QuantizedModel, settings: W8a8 | NoQuantization) -> Path:
+    outputs = settings.plan(model.checkpoint, model.structure)
     made = layout(model, outputs=outputs)
     writer = made.weights.writer(folder)
-    stream = quantize(
+    stream = settings.quantize(
         model.checkpoint,
         outputs,
-        settings,
         None,
         dtype=torch.bfloat16,
         device=torch.device("cpu"),

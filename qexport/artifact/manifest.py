@@ -61,7 +61,9 @@ class LayerRecord(Record):
     """What quantizing one layer did; losses as in `qexport.tensors.LayerReport`, None where there is none."""
 
     name: str
-    method: Literal["gptq", "round_to_nearest", "nf4", "fp4", "int8", "w8a8"]
+    method: str
+    """How the codes were found: the method's name, or `round_to_nearest` where a calibrated method could not."""
+
     bits: int
 
     group_size: int

@@ -100,14 +100,12 @@ def run(
         with _reporting() as report:
             command = verify_command(".", str(recipe), overrides or (), {})
             result = pipeline.run(chosen, force=force, device=device, command=command, report=report)
+        if result.unproven_merge is not None:
+            result.raise_for_verdict()
     with told(as_json=as_json, debug=debug, interrupted=f"interrupted; {result.artifact_path} is complete"):
         _show(result, as_json=as_json)
-    from qexport.cli.failures import gates_failure
-
-    gates = {gate.name: gate for each in result.reports.values() for gate in each.gates if not gate.passed}
-    if failure := gates_failure(list(gates.values()), f"{result.artifact_path} (set aside, not published)"):
-        failure.show(as_json=False)
-        raise typer.Exit(failure.exit_code)
+    with told(debug=debug):
+        result.raise_for_verdict()
 
 
 @app.command()
@@ -139,8 +137,8 @@ def verify(
             check_report_folder(report_folder)
         chosen = reference_of(References(reference, overrides or (), adapter, text or (), prompts, gates))
         from qexport import pipeline  # takes seconds, what is wrong with the arguments need not wait for it
-        from qexport.cli.failures import gates_failure
         from qexport.cli.verifying import verify_command
+        from qexport.gates.errors import gates_error
 
         options: dict[str, Sequence[str | Path | None]] = {
             "--adapter": [adapter],
@@ -158,7 +156,7 @@ def verify(
                 device=device,
                 report=report,
             )
-        failure = gates_failure(found.gates, str(artifact))
+        unmet = gates_error(found.gates, str(artifact))
         if report_folder is not None:
             write_report(found, report_folder)
     written = "" if report_folder is None else f"; the report in {report_folder} is complete"
@@ -169,9 +167,9 @@ def verify(
             from qexport.reporting.terminal import report_summary
 
             stdout().print(report_summary(found))
-    if failure:
-        failure.show(as_json=False)
-        raise typer.Exit(failure.exit_code)
+    with told(debug=debug):
+        if unmet:
+            raise unmet
 
 
 @app.command()
@@ -254,23 +252,24 @@ def gate(
         from rich.text import Text
 
         from qexport.artifact.report import Report
-        from qexport.cli.failures import gates_failure
         from qexport.gates.deciding import decide_again
+        from qexport.gates.errors import gates_error
         from qexport.gates.settings import read_gates
+        from qexport.quantizing.methods import profile_of_layer
         from qexport.reporting.terminal import gate_table
 
         settings = read_gates(gates)
-        results, notes = decide_again(Report.read(report), settings)
-        failure = gates_failure(results, str(report))
+        results, notes = decide_again(Report.read(report), settings, profile_of_layer)
+        unmet = gates_error(results, str(report))
         if as_json:
             _write_gates(results, notes)
         else:
             for note in notes:
                 stderr().print(Text.assemble(("note: ", "yellow"), note), soft_wrap=True)
             stdout().print(gate_table(results))
-    if failure:
-        failure.show(as_json=False)
-        raise typer.Exit(failure.exit_code)
+    with told(debug=debug):
+        if unmet:
+            raise unmet
 
 
 def _write_gates(results: Sequence[GateResult], notes: Sequence[str]) -> None:

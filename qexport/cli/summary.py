@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qexport.artifact.manifest import REPORT_FOLDER
+from qexport.quantizing.methods import recorded_method
 from qexport.reporting.selection import fallen_back, worst_prompts
 from qexport.reporting.terminal import gate_table, prompt_table, verdict_line
 from qexport.reporting.values import counted, figure_interval, figure_value, size
@@ -91,25 +92,9 @@ def _readers_of(manifest: Manifest) -> str:
 
 
 def _headline(manifest: Manifest, layouts: Iterable[str]) -> Text:
-    quantize = manifest.recipe["quantize"]
     names = [source.name.rpartition("/")[2] for source in (manifest.base, manifest.adapter) if source]
-    how = f"{_method(quantize)}, {' + '.join(layouts)}"
+    how = f"{recorded_method(manifest.recipe['quantize']).title}, {' + '.join(layouts)}"
     return Text.assemble((" + ".join(names), "bold"), f"  →  {how}")
-
-
-def _method(quantize: dict[str, Any]) -> str:
-    match quantize["method"]:
-        case "gptq":
-            group = "one group a row" if quantize["group_size"] == -1 else f"group {quantize['group_size']}"
-            return f"GPTQ {quantize['bits']}-bit, {group}"
-        case "nf4":
-            return f"{quantize['quant_type'].upper()}{', double quantization' if quantize['double_quant'] else ''}"
-        case "int8":
-            return "LLM.int8"
-        case "none":
-            return "16 bits"
-        case name:
-            return str(name).upper()
 
 
 def _figures(manifest: Manifest) -> Table:

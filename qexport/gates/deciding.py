@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 from qexport.artifact.figures import CATALOGUE, Figure, GateResult, Verdict, find_figure
 from qexport.artifact.report import Check, Report
 from qexport.gates.limits import NOISE_MARGIN, Bound, Limit, above_floor, limits_of
-from qexport.gates.profiles import profile_for
+from qexport.gates.profiles import ProfileOfLayer, profile_for
 from qexport.gates.settings import HasGates
 
 BuiltIn = Literal["config", "tokenizer", "graph", "merge", "adapter", "better_than_rtn"]
@@ -213,11 +213,16 @@ def _counted(figure: Figure) -> str:
     return f"1 {figure.unit}" if figure.n == 1 else f"{figure.n} {figure.unit}s"
 
 
-def decide_again(report: Report, settings: HasGates) -> tuple[list[GateResult], list[str]]:
+def decide_again(report: Report, settings: HasGates, of_layer: ProfileOfLayer) -> tuple[list[GateResult], list[str]]:
     """Decides the gates of other settings on a report's figures.
 
     Of the built-in gates, those of the artifact's checks are decided always, those of the adapter where there is one,
     `graph` and `better_than_rtn` where the report has them or what they are decided on; none that the settings waive.
+
+    Args:
+        report: what was measured.
+        settings: the limits.
+        of_layer: what `auto` means; see `qexport.gates.profiles`.
 
     Returns:
         The results, and a note for each limit of the profile that the noise floor has moved and each waived gate.
@@ -225,7 +230,7 @@ def decide_again(report: Report, settings: HasGates) -> tuple[list[GateResult], 
     Raises:
         RecipeError: a limit is tighter than three times the noise floor, or `auto` cannot choose a profile.
     """
-    profile = profile_for(settings, report.layers, report.subject.sizes)
+    profile = profile_for(settings, report.layers, report.subject.sizes, of_layer)
     limits, notes = above_floor(limits_of(settings, profile), noise_floors(report.figures))
     decided = {result.name for result in report.gates}
     rounded = FIGURE_OF["better_than_rtn"] in {figure.name for figure in report.figures}

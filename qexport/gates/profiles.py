@@ -6,15 +6,16 @@ docs/gates.md has the same table with the measurements, published and our own, t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Final, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
 
 from qexport.artifact.manifest import LayerRecord, Sizes
 from qexport.errors import RecipeError
 from qexport.gates.settings import Bounds, HasGates, ProfileName
 
-Method = Literal["none", "gptq", "round_to_nearest", "nf4", "fp4", "int8", "w8a8"]
-"""The methods of recipes, and of the layers in reports."""
+ProfileOfLayer = Callable[[str, int, int], ProfileName | None]
+"""From how a layer's codes were found, their bits, and the model's parameters to a profile; each method knows its own
+(`qexport.quantizing.methods.profile_of_layer`)."""
 
 TINY_PARAMETERS: Final = 500_000_000
 """Below it, 4 bits cost so much more than they cost larger models that other limits hold."""
@@ -44,53 +45,41 @@ PROFILES: Final[Mapping[ProfileName, Mapping[str, Bounds]]] = {
     "tiny": _limits(0.6, 1.8, 0.6, 0.2),
     "off": {},
 }
-"""Limits over all text by profile and figure. `auto` is one of these, see `auto_profile`."""
-
-_BY_METHOD: Final[Mapping[Method, ProfileName]] = {"none": "16bit", "int8": "int8", "w8a8": "w8a8"}
-_BY_BITS: Final[Mapping[int, ProfileName]] = {8: "gptq-8bit", 4: "gptq-4bit", 3: "gptq-3bit", 2: "gptq-2bit"}
+"""Limits over all text by profile and figure. `auto` is one of these, chosen by the method."""
 
 
-def auto_profile(method: Method, bits: int, parameters: int) -> ProfileName:
-    """The profile that `auto` means.
-
-    Args:
-        method: of the recipe, or of most of the artifact's layers.
-        bits: of one code; counts for GPTQ and round-to-nearest alone.
-        parameters: of the merged model; a tied head counts once.
-    """
-    if method in _BY_METHOD:
-        return _BY_METHOD[method]
-    if method in ("nf4", "fp4"):
-        return "tiny" if parameters < TINY_PARAMETERS else "nf4"
-    return "tiny" if bits <= 4 and parameters < TINY_PARAMETERS else _BY_BITS[bits]
-
-
-def profile_of_layers(layers: Sequence[LayerRecord], sizes: Sizes) -> ProfileName:
-    """The profile that `auto` means for an artifact whose recipe is not known: that of most of its layers.
+def profile_of_layers(layers: Sequence[LayerRecord], sizes: Sizes, of_layer: ProfileOfLayer) -> ProfileName:
+    """The profile that `auto` means for an artifact: that of most of its layers.
 
     Args:
         layers: as the report holds them; none where nothing is quantized, or where another tool made the artifact.
         sizes: the artifact's.
+        of_layer: each method's own choice.
 
     Raises:
-        RecipeError: no layers are known, and the artifact has fewer bits than one that is not quantized.
+        RecipeError: nothing is known of the layers' method, and the artifact has fewer bits than one that is not
+            quantized.
     """
     if layers:
         (method, bits), _ = Counter((layer.method, layer.bits) for layer in layers).most_common(1)[0]
-        return auto_profile(method, bits, sizes.parameters)
-    if sizes.bits_per_weight >= _WIDE_BITS:
-        return "16bit"
-    raise RecipeError(
-        "nothing is known of the layers' method, so no profile can be chosen for them",
-        where="profile: auto",
-        mend="name the profile in the file of gates, for example gptq-4bit",
-    )
+        found = of_layer(method, bits, sizes.parameters)
+    else:
+        found = "16bit" if sizes.bits_per_weight >= _WIDE_BITS else None
+    if found is None:
+        raise RecipeError(
+            "nothing is known of the layers' method, so no profile can be chosen for them",
+            where="profile: auto",
+            mend="name the profile in the file of gates, for example gptq-4bit",
+        )
+    return found
 
 
-def profile_for(settings: HasGates, layers: Sequence[LayerRecord], sizes: Sizes) -> ProfileName:
+def profile_for(
+    settings: HasGates, layers: Sequence[LayerRecord], sizes: Sizes, of_layer: ProfileOfLayer
+) -> ProfileName:
     """The profile that the settings name, with what `auto` means for an artifact.
 
     Raises:
         RecipeError: see `profile_of_layers`.
     """
-    return profile_of_layers(layers, sizes) if settings.profile == "auto" else settings.profile
+    return profile_of_layers(layers, sizes, of_layer) if settings.profile == "auto" else settings.profile

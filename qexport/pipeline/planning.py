@@ -14,10 +14,8 @@ from qexport.merge.merging import Merged, merge
 from qexport.merge.settings import MergeSettings
 from qexport.pipeline.texts import check_questions, refuse_long_windows
 from qexport.progress import Reporter, silent
-from qexport.quantize.methods import plan_outputs
-from qexport.quantize.settings import GptqSettings
 from qexport.recipe.model import Recipe
-from qexport.tensors import Gptq, Outputs
+from qexport.tensors import Outputs
 
 
 def load_merged(load: LoadSettings, merging: MergeSettings, *, report: Reporter) -> Merged:
@@ -101,15 +99,11 @@ class Plan:
         return [
             f"base      {figures['base']}, {figures['blocks']} blocks, {figures['parameters'] / 1e6:,.1f}M parameters",
             f"adapter   {adapter if self.merged.adapter else 'none'}",
-            f"quantize  {figures['quantized_layers']} layers with {self._method()}; "
+            f"quantize  {figures['quantized_layers']} layers with {self.recipe.quantize.title}; "
             f"{figures['dense_tensors']} tensors stay dense",
             f"export    {layouts}{shared}",
             *(f"note      {note}" for note in figures["notes"]),
         ]
-
-    def _method(self) -> str:
-        name, method = self.recipe.quantize.method, self.outputs.method
-        return f"{name}, {method.bits} bits, group_size {method.group_size}" if isinstance(method, Gptq) else name
 
     def _layout_notes(self) -> list[str]:
         several = len(self.layouts) > 1
@@ -129,15 +123,15 @@ def plan(recipe: Recipe, *, report: Reporter = silent) -> Plan:
     merged = load_merged(recipe.load, recipe.merge, report=report)
     structure = describe(merged.checkpoint.config)
     _check_windows(recipe, structure)
-    outputs = plan_outputs(merged.checkpoint, structure, recipe.quantize)
+    outputs = recipe.quantize.plan(merged.checkpoint, structure)
     layouts = tuple(make_layout(settings, outputs, structure, merged.checkpoint) for settings in recipe.export)
     return Plan(recipe, merged, structure, outputs, layouts)
 
 
 def _check_windows(recipe: Recipe, structure: Structure) -> None:
     lengths: dict[str, int] = {}
-    if isinstance(recipe.quantize, GptqSettings):
-        lengths["quantize.calibration.sequence_length"] = recipe.quantize.calibration.sequence_length
+    if (calibration := recipe.quantize.calibration_settings) is not None:
+        lengths["quantize.calibration.sequence_length"] = calibration.sequence_length
     if recipe.verify is not None:
         lengths["verify.sequence_length"] = recipe.verify.sequence_length
     refuse_long_windows(lengths, structure)

@@ -10,7 +10,7 @@ from qexport.loading.small_files import open_tokenizer
 from qexport.merge.merging import Merged
 from qexport.pipeline.texts import Evaluation
 from qexport.progress import Reporter, silent
-from qexport.quantize.nearest import NearestSource
+from qexport.quantizing.nearest import NearestSource
 from qexport.tensors import Checkpoint
 from qexport.verifying.live_adapter import LiveAdapter
 from qexport.verifying.preparation import Preparation, prepare

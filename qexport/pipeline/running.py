@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,53 +11,26 @@ import torch
 from qexport.architectures.devices import find_device
 from qexport.artifact.digests import taken_meanwhile
 from qexport.artifact.disk import ensure_space
-from qexport.artifact.figures import Verdict, overall
-from qexport.artifact.manifest import REPORT_FOLDER, Manifest
+from qexport.artifact.figures import overall
+from qexport.artifact.manifest import REPORT_FOLDER
 from qexport.artifact.publish import Publication, check_output
 from qexport.artifact.report import Report
 from qexport.errors import RecipeError
 from qexport.export.tensor_writer import WrittenWeights
-from qexport.pipeline.judging import refuse_unmeasurable, refuse_unproven_merge
+from qexport.pipeline.judging import refuse_unmeasurable, unproven_merge
 from qexport.pipeline.opened import Opened, open_folder
 from qexport.pipeline.planning import Plan, plan
 from qexport.pipeline.recording import Record, make_manifest, make_record
 from qexport.pipeline.reference import Reference
+from qexport.pipeline.result import Result, UnprovenMerge
 from qexport.pipeline.texts import Evaluation, Texts, read_texts
 from qexport.pipeline.verification import measure_folder
 from qexport.progress import Progress, Reporter, silent
-from qexport.quantize.methods import quantize
 from qexport.reading.stored_model import holds_graph
 from qexport.recipe.model import Recipe
 from qexport.reporting.writing import write_report
 from qexport.tensors import LayerReport
 from qexport.verifying.verification import check_headers
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run left behind.
-
-    Attributes:
-        artifact_path: the published folder, or the one set aside where a gate failed.
-        manifests: the manifest of each layout's folder, by the layout's name, in the recipe's order.
-        reports: the report of each layout's folder; empty where the recipe has no `verify`.
-        verdict: over all gates.
-    """
-
-    artifact_path: Path
-    manifests: Mapping[str, Manifest]
-    reports: Mapping[str, Report]
-    verdict: Verdict
-
-    @property
-    def passed(self) -> bool:
-        """Every gate passed."""
-        return self.verdict == "pass"
-
-    @property
-    def manifest(self) -> Manifest:
-        """The manifest of the first layout."""
-        return next(iter(self.manifests.values()))
 
 
 def run(
@@ -71,7 +43,8 @@ def run(
 ) -> Result:
     """Merges, quantizes, exports and verifies; publishes the artifact with one rename.
 
-    Where a gate fails or is undecided, the artifact is set aside as `<output>.rejected/`, and the result says so.
+    Where a gate fails or is undecided, the artifact is set aside as `<output>.rejected/`; where the merge is not what
+    PEFT makes of the adapter, nothing is quantized. The result says so; see `Result.raise_for_verdict`.
 
     Args:
         recipe: what to make of which model.
@@ -81,8 +54,6 @@ def run(
         report: is told of progress, and of what a user should know.
 
     Raises:
-        GateFailed: the merge is not what PEFT makes of the adapter; found out before anything is quantized.
-        GateUndecided: that could not be found out, and the recipe does not waive the gate.
         QexportError: one of its kinds, see `qexport.errors`. Nothing new is at the final path then.
     """
     output, where = _output(recipe, force=force), find_device(device)
@@ -94,6 +65,8 @@ def run(
     with Publication(output, force=force) as publication:
         with taken_meanwhile(planned.merged.checkpoint.origin.sha256):
             reference = _reference(planned, texts.evaluation, where, report)
+            if unproven := _unproven_merge(planned, reference):
+                return Result(None, {}, {}, unproven.gate.verdict, unproven)
             layers, written = _write(planned, texts, publication.folder, where, report)
         records = [
             make_record(planned, layout, publication.folder, layers, written[layout.name]) for layout in planned.layouts
@@ -121,8 +94,6 @@ def _reference(
 
     Raises:
         RecipeError: a limit of the recipe is tighter than three times the noise floor.
-        GateFailed: the merge is not what PEFT makes of the adapter.
-        GateUndecided: that could not be found out, and the gate is not waived.
     """
     settings = planned.recipe.verify
     if evaluation is None or settings is None:
@@ -130,9 +101,14 @@ def _reference(
     dtype: torch.dtype = getattr(torch, planned.recipe.merge.dtype)
     reference = Reference.prepare(planned.merged, evaluation, settings, dtype=dtype, device=device, report=report)
     refuse_unmeasurable(settings, reference.prepared)
-    if planned.merged.adapter is not None:
-        refuse_unproven_merge(settings, reference.prepared)
     return reference
+
+
+def _unproven_merge(planned: Plan, reference: Reference | None) -> UnprovenMerge | None:
+    settings = planned.recipe.verify
+    if reference is None or settings is None or planned.merged.adapter is None:
+        return None
+    return unproven_merge(settings, reference.prepared)
 
 
 def _write(
@@ -163,10 +139,9 @@ def _write_weights(
 ) -> tuple[list[LayerReport], list[WrittenWeights]]:
     """Every tensor is read, merged, quantized and handed to the writers before the next block is read."""
     layers: list[LayerReport] = []
-    stream = quantize(
+    stream = planned.recipe.quantize.quantize(
         planned.merged.checkpoint,
         planned.outputs,
-        planned.recipe.quantize,
         texts.calibration,
         dtype=getattr(torch, planned.recipe.merge.dtype),
         device=device,

@@ -12,7 +12,7 @@ from qexport.architectures.structure import Structure
 from qexport.errors import CompatibilityError, listed
 from qexport.loading.small_files import open_tokenizer
 from qexport.progress import Notice, Reporter, silent
-from qexport.quantize.settings import CalibrationSettings, GptqSettings
+from qexport.quantizing.method import CalibrationSettings
 from qexport.recipe.model import Recipe
 from qexport.tensors import CalibrationSet, Checkpoint
 from qexport.text.documents import Documents, read_documents, refuse_shared
@@ -59,9 +59,9 @@ def read_texts(recipe: Recipe, checkpoint: Checkpoint, structure: Structure, *, 
     """
     documents, calibration = None, None
     tokenizer = open_tokenizer(checkpoint)
-    if isinstance(recipe.quantize, GptqSettings):
-        documents = _calibration_documents(recipe.quantize.calibration)
-        calibration = _calibration_windows(documents, recipe.quantize.calibration, tokenizer, structure.vocab_size)
+    if (settings := recipe.quantize.calibration_settings) is not None:
+        documents = _calibration_documents(settings)
+        calibration = _calibration_windows(documents, settings, tokenizer, structure.vocab_size)
     if recipe.verify is None:
         return Texts(calibration, None)
     return Texts(

@@ -25,6 +25,7 @@ from qexport.pipeline.recording import Described, make_report
 from qexport.pipeline.reference import Reference
 from qexport.pipeline.texts import check_questions, read_evaluation, refuse_long_windows
 from qexport.progress import Reporter, silent
+from qexport.quantizing.methods import profile_of_layer
 from qexport.reading.artifact_source import model_folder
 from qexport.tensors.strict_files import read_json_object
 from qexport.text.preflight import TokenizerFolder, preflight
@@ -119,7 +120,7 @@ def measure_folder(reference: Reference, opened: Opened, *, report: Reporter = s
     given, settings = reference.given(), reference.settings
     gates = make_gates(
         settings,
-        profile_for(settings, opened.layers, opened.sizes),
+        profile_for(settings, opened.layers, opened.sizes, profile_of_layer),
         reference.prepared,
         adapter=reference.merged.adapter is not None,
         nearest=has_nearest_rival(opened.grids),

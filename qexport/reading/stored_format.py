@@ -11,7 +11,6 @@ import torch
 from qexport.architectures.structure import Structure
 from qexport.errors import InputError
 from qexport.tensors import Quantized, TensorSpec, WeightSource
-from qexport.tensors.quantized import LayerMethod
 
 WHERE: Final = "config.json: quantization_config"
 
@@ -40,7 +39,7 @@ class StoredLayer:
         shape: [out, in].
     """
 
-    method: LayerMethod
+    method: str
     bits: int
     group_size: int
     shape: tuple[int, int]

@@ -10,7 +10,8 @@ from pydantic import AfterValidator, Field, model_validator
 from qexport.export.settings import ExportSettings, OnnxSettings
 from qexport.loading.settings import LoadSettings
 from qexport.merge.settings import MergeSettings
-from qexport.quantize.settings import GptqSettings, QuantizeSettings
+from qexport.quantizing.method import Method
+from qexport.quantizing.methods import AnyMethod
 from qexport.recipe.paths import portable
 from qexport.settings import Settings
 from qexport.verifying.settings import VerifySettings
@@ -22,6 +23,12 @@ def _each_layout_once(exports: list[ExportSettings]) -> list[ExportSettings]:
     if twice := [layout for layout, count in counts.items() if count > 1]:
         raise ValueError(f"the layout {twice[0]} stands there {counts[twice[0]]} times: once is enough")
     return exports
+
+
+def _calibration_text_is_named(method: Method) -> Method:
+    if method.needs_calibration and method.calibration_settings is None:
+        raise combination({"calibration": f"missing: {method.method} needs calibration text"})
+    return method
 
 
 class Recipe(Settings):
@@ -37,7 +44,7 @@ class Recipe(Settings):
     merge: MergeSettings = MergeSettings()
     """The arithmetic of the merge."""
 
-    quantize: QuantizeSettings
+    quantize: Annotated[AnyMethod, AfterValidator(_calibration_text_is_named)]
     """The method and its settings."""
 
     export: Annotated[list[ExportSettings], Field(min_length=1), AfterValidator(_each_layout_once)]
@@ -60,9 +67,10 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _held_out_text_is_not_the_calibration_text(self) -> Recipe:
-        if not self.verify or not isinstance(self.quantize, GptqSettings):
+        calibration = self.quantize.calibration_settings
+        if not self.verify or calibration is None:
             return self
-        if shared := set(_listed(self.verify.text)) & set(_listed(self.quantize.calibration.source)):
+        if shared := set(_listed(self.verify.text)) & set(_listed(calibration.source)):
             message = f"{min(shared)} is the calibration text too: verify on text that the method has not seen"
             raise combination({"verify.text": message})
         return self

@@ -94,16 +94,15 @@ def worst_prompts(report: Report) -> list[Comparison]:
 
 
 def fallen_back(layers: Iterable[LayerRecord]) -> list[LayerRecord]:
-    """Layers that GPTQ could not solve; whole models rounded to nearest have none."""
+    """Layers that a calibrated method could not solve; whole models rounded to nearest have none."""
     layers = list(layers)
-    if not any(layer.method == "gptq" for layer in layers):
-        return []
-    return [layer for layer in layers if layer.method == "round_to_nearest"]
+    fallen = [layer for layer in layers if layer.method == "round_to_nearest"]
+    return fallen if len(fallen) < len(layers) else []
 
 
 def loss_ratio(layer: LayerRecord) -> float | None:
-    """GPTQ's loss over round-to-nearest's."""
-    if layer.method != "gptq" or layer.loss is None or not layer.rtn_loss:
+    """The loss of the method over round-to-nearest's; None for layers that were rounded to nearest."""
+    if layer.method == "round_to_nearest" or layer.loss is None or not layer.rtn_loss:
         return None
     return layer.loss / layer.rtn_loss
 

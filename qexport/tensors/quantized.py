@@ -200,9 +200,6 @@ OutputSpec = TensorSpec | QuantizedSpec
 """What leaves the pass under one parameter's name."""
 
 
-LayerMethod = Literal["gptq", "round_to_nearest", "nf4", "fp4", "int8", "w8a8"]
-
-
 @dataclass(frozen=True)
 class LayerReport:
     """What quantizing one layer did.
@@ -220,7 +217,7 @@ class LayerReport:
     """
 
     name: str
-    method: LayerMethod
+    method: str
     loss: float | None = None
     rtn_loss: float | None = None
     damp_percent: float | None = None

@@ -18,14 +18,11 @@ from qexport.loading.settings import LoadSettings
 from qexport.loading.small_files import open_tokenizer
 from qexport.merge.merging import merge
 from qexport.merge.settings import MergeSettings
-from qexport.quantize.methods import plan_outputs, quantize
-from qexport.quantize.settings import (
-    CalibrationSettings,
-    GptqSettings,
-    NoneSettings,
-    QuantizeSettings,
-    W8a8Settings,
-)
+from qexport.quantizing.gptq import Gptq
+from qexport.quantizing.method import CalibrationSettings
+from qexport.quantizing.methods import AnyMethod
+from qexport.quantizing.none import NoQuantization
+from qexport.quantizing.w8a8 import W8a8
 from qexport.tensors import CalibrationSet, Checkpoint
 from qexport.text.documents import read_documents
 from qexport.text.windows import make_windows
@@ -33,8 +30,8 @@ from quantized_models import QuantizedModel, gptq_method
 
 TEXT = Path(__file__).parents[2] / "calibration" / "general.jsonl"
 
-NONE, W8A8 = NoneSettings(method="none"), W8a8Settings(method="w8a8")
-GPTQ = GptqSettings(
+NONE, W8A8 = NoQuantization(method="none"), W8a8(method="w8a8")
+GPTQ = Gptq(
     method="gptq",
     group_size=64,
     mse=False,
@@ -50,18 +47,17 @@ def smollm2() -> Checkpoint:
     return merge(base, None, MergeSettings(), adapter_origin=None).checkpoint
 
 
-def write(checkpoint: Checkpoint, settings: QuantizeSettings, layouts: dict[Path, VllmSettings]) -> None:
+def write(checkpoint: Checkpoint, settings: AnyMethod, layouts: dict[Path, VllmSettings]) -> None:
     """One pass into every folder; each is held against the contract."""
     structure = describe(checkpoint.config)
-    outputs = plan_outputs(checkpoint, structure, settings)
+    outputs = settings.plan(checkpoint, structure)
     made = {folder: make_layout(form, outputs, structure, checkpoint) for folder, form in layouts.items()}
     for folder in made:
         folder.mkdir(parents=True)
     writers = [layout.weights.writer(folder) for folder, layout in made.items()]
-    stream = quantize(
+    stream = settings.quantize(
         checkpoint,
         outputs,
-        settings,
         _calibration(checkpoint, structure.vocab_size) if settings is GPTQ else None,
         dtype=torch.bfloat16,
         device=torch.device("cpu"),

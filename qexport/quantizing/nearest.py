@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from qexport.quantize.solver import Options, round_to_nearest
+from qexport.quantizing.solver import Options, round_to_nearest
 from qexport.tensors import GroupQuantizedSpec, TensorSpec, WeightSource
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qexport.errors import NumericalError
-from qexport.quantize.solver import Factor, Options, factorize, round_to_nearest, solve
+from qexport.quantizing.solver import Factor, Options, factorize, round_to_nearest, solve
 from qexport.tensors import GroupQuantized, LayerReport
 
 _COLUMNS = 128

@@ -17,7 +17,7 @@ import torch
 
 from qexport.packing.bitsandbytes_4bit import NESTED_BLOCK_SIZE
 from qexport.packing.code_books import QuantType, four_bit_values
-from qexport.quantize.solver import single_thread
+from qexport.quantizing.solver import single_thread
 from qexport.tensors import BlockQuantized, BlockQuantizedSpec, NestedAbsmax
 
 _VALUES_AT_ONCE: Final = 1 << 18

@@ -1,4 +1,4 @@
-"""The method `gptq`: block by block, each layer solved with inputs from the quantized layers before it."""
+"""The pass of GPTQ: block by block, each layer solved with inputs from the quantized layers before it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from qexport.architectures.runner import Batch, BlockRunner
 from qexport.architectures.structure import LinearSpec, Structure
 from qexport.errors import CompatibilityError
 from qexport.progress import Notice, Progress, Reporter, silent
-from qexport.quantize.layer import Hessian, SolvedLayer, solve_together
-from qexport.quantize.pauses import Parking, PausedForward, pausing_at
-from qexport.quantize.selection import Group, candidates, find_groups, select
-from qexport.quantize.settings import GptqSettings
-from qexport.quantize.solver import Options
-from qexport.tensors import CalibrationSet, Checkpoint, GroupQuantizedSpec, OutputSpec, TensorRecord
+from qexport.quantizing.gptq import Gptq
+from qexport.quantizing.layer import Hessian, SolvedLayer, solve_together
+from qexport.quantizing.pauses import Group, Parking, PausedForward, find_groups, pausing_at
+from qexport.quantizing.selection import candidates, notes_on_experts, select, solver_options
+from qexport.quantizing.solver import Options
+from qexport.tensors import CalibrationSet, Checkpoint, GroupQuantizedSpec, Outputs, OutputSpec, TensorRecord
 
 BATCH_TOKENS = 2048
 """Tokens that go through a block at a time."""
@@ -29,15 +29,15 @@ HESSIAN_BYTES = 1 << 30
 """Bytes for the Hessians of a mixture's experts that are summed at a time, each [in, in] in float32."""
 
 
-def output_specs(checkpoint: Checkpoint, structure: Structure, settings: GptqSettings) -> dict[str, OutputSpec]:
-    """What `quantize` will yield, by parameter name.
+def plan(method: Gptq, checkpoint: Checkpoint, structure: Structure) -> Outputs:
+    """What `quantize` will yield.
 
     Raises:
         CompatibilityError: see `selection.select`.
     """
     specs: dict[str, OutputSpec] = dict(checkpoint.weights.specs())
-    linears = candidates(structure, settings)
-    for name, options in select(structure, settings).items():
+    linears = candidates(structure, method)
+    for name, options in select(structure, method).items():
         specs[f"{name}.weight"] = GroupQuantizedSpec(
             out_features=linears[name].out_features,
             in_features=linears[name].in_features,
@@ -46,13 +46,14 @@ def output_specs(checkpoint: Checkpoint, structure: Structure, settings: GptqSet
             sym=options.sym,
             desc_act=options.order == "dynamic",
         )
-    return specs
+    return Outputs(method.describe(), specs, notes_on_experts(structure, specs, method))
 
 
 @torch.no_grad()
 def quantize(
+    method: Gptq,
     checkpoint: Checkpoint,
-    settings: GptqSettings,
+    outputs: Outputs,
     calibration: CalibrationSet,
     *,
     dtype: torch.dtype,
@@ -63,8 +64,9 @@ def quantize(
     """Yields every tensor of the model, the chosen linears quantized, with the memory of one block.
 
     Args:
+        method: the recipe's `quantize`.
         checkpoint: the merged model.
-        settings: the recipe's `quantize`.
+        outputs: what `plan` gave for it: which layers are quantized, with how many bits, in which groups.
         calibration: the tokens to look at.
         dtype: the merged model's dtype, which the forward computes in.
         device: where to compute.
@@ -79,7 +81,7 @@ def quantize(
     """
     runner = BlockRunner(checkpoint.config, checkpoint.weights, dtype=dtype, device=device)
     with Parking(scratch) as parking:
-        work = _Pass(runner, settings, calibration, parking)
+        work = _Pass(runner, method, outputs, calibration, parking)
         tokens = calibration.input_ids.numel()
         total = len(runner.structure.blocks)
         report(Progress("quantize", 0, total, "block"))
@@ -92,6 +94,15 @@ def quantize(
             _tell_fallbacks(records, report)
         if runner.structure.head in work.chosen:
             yield work.head()
+
+
+def _options(method: Gptq, outputs: Outputs) -> dict[str, Options]:
+    """How each layer that `outputs` calls quantized is solved."""
+    options = {}
+    for name, spec in outputs.quantized.items():
+        assert isinstance(spec, GroupQuantizedSpec)
+        options[name] = solver_options(method, spec.bits, spec.group_size)
+    return options
 
 
 def _outside(checkpoint: Checkpoint, structure: Structure, chosen: Mapping[str, Options]) -> list[str]:
@@ -108,11 +119,11 @@ class _Pass:
     """One pass of the calibration tokens through the model."""
 
     def __init__(
-        self, runner: BlockRunner, settings: GptqSettings, calibration: CalibrationSet, parking: Parking
+        self, runner: BlockRunner, method: Gptq, outputs: Outputs, calibration: CalibrationSet, parking: Parking
     ) -> None:
-        self._runner, self._settings, self._parking = runner, settings, parking
-        self.chosen = select(runner.structure, settings)
-        self._linears = candidates(runner.structure, settings)
+        self._runner, self._method, self._parking = runner, method, parking
+        self.chosen = _options(method, outputs)
+        self._linears = candidates(runner.structure, method)
         length = calibration.input_ids.shape[1]
         self._batches = runner.embed(calibration.input_ids, max(1, BATCH_TOKENS // length))
         self._probe = runner.embed(calibration.input_ids[:1, :8], 1)[0]
@@ -123,7 +134,7 @@ class _Pass:
         chosen = [linear for linear in self._runner.structure.linears[name] if linear.name in self.chosen]
         with self._runner.block(index) as block, self._stops(chosen) as of_experts:
             groups = self._groups(index, block, chosen, of_experts)
-            solve = self._in_one_forward if self._settings.true_sequential else self._in_two_forwards
+            solve = self._in_one_forward if self._method.true_sequential else self._in_two_forwards
             solved = solve(index, block, groups)
             names = [parameter for parameter in self._runner.structure.parameters if parameter.startswith(f"{name}.")]
             return [_record(parameter, self._runner.parameter(parameter), solved) for parameter in names]
@@ -157,7 +168,7 @@ class _Pass:
             for batch in self._batches:
                 hessian.add(inputs(batch.hidden))
         weight = self._runner.read(f"{name}.weight").to(torch.float32)
-        solved = solve_together({name: weight}, hessian, self.chosen, self._settings.on_failure)
+        solved = solve_together({name: weight}, hessian, self.chosen, self._method.on_failure)
         return _record(f"{name}.weight", weight, solved)
 
     def _in_one_forward(self, index: int, block: nn.Module, groups: Sequence[Group]) -> dict[str, SolvedLayer]:
@@ -225,7 +236,7 @@ class _Pass:
         solved: dict[str, SolvedLayer] = {}
         for names in group.members:
             weights = {name: self._matrix(name).to(torch.float32).contiguous() for name in names}
-            solved |= solve_together(weights, hessians.pop(0), self.chosen, self._settings.on_failure)
+            solved |= solve_together(weights, hessians.pop(0), self.chosen, self._method.on_failure)
             for name in names:
                 matrix = self._matrix(name)
                 matrix.copy_(solved[name].quantized.dequantize(matrix.dtype))

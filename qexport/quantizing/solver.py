@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qexport.errors import NumericalError
-from qexport.quantize.scales import Grid, fit
+from qexport.quantizing.scales import Grid, fit
 from qexport.tensors import GroupQuantized
 
 COLUMN_BLOCK = 128

@@ -147,7 +147,8 @@ def test_what_cannot_be_taken_is_said_and_nothing_is_left(
     assert "is merged into the base" in refused(live, **given)
     live.unmerge_adapter()
     live.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
-    live.base_model.set_adapter(["default", "second"])
+    whole: Any = live.base_model
+    whole.set_adapter(["default", "second"])
     assert "one of 2 that are active" in refused(live, **given)
     assert "has its own tokenizer" in refused(str(base), **given)
     there = {"output": tmp_path / "out"}

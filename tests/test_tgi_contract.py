@@ -432,7 +432,7 @@ def test_a_folder_beside_the_weights_is_not_looked_into(good: Mapping[str, Path]
 
 def test_a_falcon_with_alibi_is_not_held_against_the_rules_of_tgis_own_falcon(tmp_path: Path) -> None:
     """Transformers runs it, with defaults that are its own; without ALiBi the same folder breaks them."""
-    folder = TgiModel(factories.falcon_rw_config(), NoneSettings(method="none")).write(tmp_path / "rw")
+    folder = TgiModel(factories.falcon_rw_config(), NoQuantization(method="none")).write(tmp_path / "rw")
     config(drop="parallel_attn", num_kv_heads=3)(folder)
     assert failed(folder) == {}
     config(alibi=False)(folder)

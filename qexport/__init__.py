@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from qexport.reading.model import load
     from qexport.recipe import Recipe, load_recipe
 
+    __version__: str
+
 _PLACES = {
     "Manifest": "qexport.artifact.manifest",
     "Plan": "qexport.pipeline",
@@ -81,4 +83,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _PLACES:
         return getattr(import_module(_PLACES[name]), name)
+    if name == "__version__":
+        return import_module("importlib.metadata").version("qexport")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

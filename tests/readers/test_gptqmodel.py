@@ -1,0 +1,118 @@
+"""gptqmodel, in an environment of its own, loads GPTQ artifacts and computes what `qexport.load` computes.
+
+`make test-readers` runs this; `QEXPORT_GPTQMODEL_PYTHON` names that environment's interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PretrainedConfig
+
+import factories
+import qexport
+from qexport.reading.quantized_linear import QuantizedLinear
+
+PYTHON = os.environ.get("QEXPORT_GPTQMODEL_PYTHON", "")
+MODELS: dict[str, PretrainedConfig] = {"llama": factories.llama_config(), "falcon": factories.falcon_config()}
+METHODS: dict[str, dict[str, Any]] = {
+    "4 bits": {"bits": 4},
+    "8 bits": {"bits": 8},
+    "desc_act": {"bits": 4, "desc_act": True, "static_groups": False},
+}
+TOKENS = torch.randint(5, factories.VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
+CLOSE = 1e-4
+"""Largest difference of two logits, whose standard deviation is 0.6: sums of float32 in another order."""
+
+pytestmark = pytest.mark.skipif(not PYTHON, reason="QEXPORT_GPTQMODEL_PYTHON names no interpreter")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What gptqmodel's model computes, and what it holds.
+
+    Attributes:
+        logits: `[rows, length, vocabulary]`, float32.
+        kernels: the class of every layer that is held as codes, by the layer's name.
+        foreign: the parameters whose values are not those of the file.
+    """
+
+    version: str
+    logits: Tensor
+    kernels: dict[str, str]
+    foreign: list[str]
+
+
+def make(folder: Path, config: PretrainedConfig, changes: dict[str, Any]) -> Path:
+    """The artifact of one method, by a run without an adapter and without verification."""
+    factories.save(factories.build(config), folder / "base")
+    calibration = {"source": str(factories.write_text(folder / "text.jsonl")), "samples": 16, "sequence_length": 48}
+    recipe = {
+        "load": {"base": "./base"},
+        "quantize": {"method": "gptq", "group_size": 32, "sym": True, "calibration": calibration} | changes,
+        "export": [{"layout": "safetensors"}],
+        "output": "./artifact",
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    qexport.run(qexport.load_recipe(folder / "recipe.yaml"))
+    return folder / "artifact"
+
+
+def ask(artifact: Path, backend: str = "TORCH") -> Answer:
+    """What gptqmodel says of an artifact."""
+    request, response = artifact.parent / "request.json", artifact.parent / "response.safetensors"
+    request.write_text(json.dumps({"tokens": TOKENS.tolist(), "backend": backend}))
+    script = Path(__file__).with_name("load_with_gptqmodel.py")
+    run = subprocess.run(
+        [PYTHON, script, artifact, request, response],
+        env=os.environ | {"PYTHONPATH": ""}, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-4000:]
+    with safe_open(response, "pt") as answer:
+        told = answer.metadata()
+        logits = answer.get_tensor("logits")
+    return Answer(told["version"], logits, json.loads(told["kernels"]), json.loads(told["foreign"]))
+
+
+def ours(artifact: Path) -> tuple[Tensor, set[str]]:
+    """Logits of `qexport.load` in float32, and the names of the quantized layers."""
+    model = qexport.load(artifact, device="cpu", dtype=torch.float32)
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=TOKENS).logits
+    return logits, {name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+
+
+@pytest.fixture(scope="module", params=[(model, method) for model in MODELS for method in METHODS], ids=", ".join)
+def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model, method = request.param
+    return make(tmp_path_factory.mktemp("artifact"), MODELS[model], METHODS[method])
+
+
+def test_gptqmodel_computes_what_qexport_computes(artifact: Path) -> None:
+    answer = ask(artifact)
+    logits, quantized = ours(artifact)
+    assert answer.version == "7.6.0"
+    assert answer.foreign == []
+    assert answer.kernels == dict.fromkeys(quantized, "TorchLinear")
+    assert logits.std() > 0.3
+    torch.testing.assert_close(answer.logits, logits, rtol=0.0, atol=CLOSE)
+
+
+def test_one_changed_code_is_seen(tmp_path: Path) -> None:
+    """So that equal logits mean equal codes: the comparison above sees the smallest change there can be."""
+    artifact = make(tmp_path, MODELS["llama"], METHODS["4 bits"])
+    logits, _ = ours(artifact)
+    tensors = load_file(artifact / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.qweight"][0, 0] ^= 1
+    save_file(tensors, artifact / "model.safetensors", metadata={"format": "pt"})
+    assert (ask(artifact).logits - logits).abs().max() > 2 * CLOSE

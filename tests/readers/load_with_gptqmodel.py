@@ -2,10 +2,10 @@
 
     python load_with_gptqmodel.py FOLDER REQUEST RESPONSE
 
-REQUEST holds `tokens` (rows of one length) and `backend` (a name of gptqmodel's BACKEND). RESPONSE is a safetensors file
-with `logits` in float32, `[rows, length, vocabulary]`, and in its metadata `version`, `kernels` (the class of every
-layer that gptqmodel holds as codes) and `foreign` (the parameters whose values are not those of the file, so that they were
-initialised instead of read).
+REQUEST holds `tokens` (rows of one length) and `backend` (a name of gptqmodel's BACKEND). RESPONSE is a safetensors
+file with `logits` in float32, `[rows, length, vocabulary]`, and in its metadata `version`, `kernels` (the class of
+every layer that gptqmodel holds as codes) and `foreign` (the parameters whose values are not those of the file: they
+were initialised instead of read).
 """
 
 from __future__ import annotations

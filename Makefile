@@ -25,13 +25,13 @@ SELF := -m pip install --quiet --no-deps --no-build-isolation --editable .
 .PHONY: help demo test test-servers test-genai test-tasks test-readers test-browser test-docs check format lint types imports docs benchmark lock clean
 
 help: ## Show the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 demo: $(READY) ## Merge, quantize, export and verify a real 135M model with its adapter (minutes)
 	$(BIN)/qexport run recipes/gptq-4bit.yaml --force
 
 test: $(READY) ## Run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(COVERAGE)
 
 test-servers: $(READY) $(VLLM_READY) ## Serve artifacts with vLLM's CPU build and hold its answers against ours (minutes)
 	QEXPORT_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python -m pytest tests/servers -s
@@ -51,7 +51,8 @@ test-browser: $(READY) ## Open the pages of reports in headless Chromium (wants 
 test-docs: $(READY) ## Run the checks of the documentation alone
 	$(BIN)/python -m pytest tests/test_docs.py
 
-check: format lint types imports test ## Everything that a change must pass
+check: COVERAGE := --cov --cov-report=term
+check: format lint types imports test ## Everything that a change must pass, with the tests' coverage
 
 format: $(READY) ## Check the formatting
 	$(BIN)/ruff format --check .
@@ -66,7 +67,7 @@ imports: $(READY) ## Check which room imports which
 	$(BIN)/lint-imports
 
 docs: $(DOCS_READY) ## Build the documentation as a site, in out/site
-	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
 
 benchmark: $(READY) ## Time and memory of the demo's job, with the peers that are installed (see benchmarks/README.md)
 	$(BIN)/python benchmarks/gptq.py

@@ -1,11 +1,11 @@
-"""Runs in the environment of gptqmodel: loads a folder with its own loader and writes what the model computes.
+"""Runs in the environment of gptqmodel: loads folders with its own loader and writes what the models compute.
 
-    python load_with_gptqmodel.py FOLDER REQUEST RESPONSE
+    python load_with_gptqmodel.py REQUEST
 
-REQUEST holds `tokens` (rows of one length) and `backend` (a name of gptqmodel's BACKEND). RESPONSE is a safetensors
-file with `logits` in float32, `[rows, length, vocabulary]`, and in its metadata `version`, `kernels` (the class of
-every layer that gptqmodel holds as codes) and `foreign` (the parameters whose values are not those of the file: they
-were initialised instead of read).
+REQUEST holds `tokens` (rows of one length) and `folders`. Into each folder's parent goes `answer.safetensors`: `logits`
+in float32, `[rows, length, vocabulary]`, and in its metadata `version`, `kernels` (the class of every layer that
+gptqmodel holds as codes) and `foreign` (the parameters whose values are not those of the file: they were initialised
+instead of read).
 """
 
 from __future__ import annotations
@@ -25,9 +25,12 @@ from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 from safetensors.torch import load_file, save_file
 
 
-def load(folder: Path, backend: str) -> torch.nn.Module:
-    """The model, in float32 after loading: the kernels refuse to be loaded in it, and compute in it all the same."""
-    wrapper = GPTQModel.load(str(folder), device="cpu", backend=BACKEND[backend], dtype=torch.float16)
+def load(folder: Path) -> torch.nn.Module:
+    """The model, in float32 after loading: the kernel refuses to be loaded in it, and computes in it all the same.
+
+    The kernel is named, because the one that gptqmodel chooses by itself on CPUs rounds weights and activations.
+    """
+    wrapper = GPTQModel.load(str(folder), device="cpu", backend=BACKEND.GPTQ_TORCH, dtype=torch.float16)
     model: torch.nn.Module = wrapper.model
     return model.float().eval()
 
@@ -38,26 +41,33 @@ def foreign(model: torch.nn.Module, folder: Path) -> list[str]:
     return [
         name
         for name, value in model.named_parameters()
-        if name not in stored or not torch.equal(value, stored[name].float())
+        if name not in stored or not torch.equal(value, stored[name].half().float())
     ]
 
 
-def main(folder: Path, request: Path, response: Path) -> None:
-    """Answers one request."""
-    asked: dict[str, Any] = json.loads(request.read_text())
-    model = load(folder, asked["backend"])
+def answer(folder: Path, tokens: torch.Tensor) -> None:
+    """Writes the answer for one folder."""
+    model = load(folder)
     kernels = {
         name: type(module).__name__ for name, module in model.named_modules() if isinstance(module, BaseQuantLinear)
     }
     with torch.no_grad():
-        logits = model(input_ids=torch.tensor(asked["tokens"])).logits
-    answer = {
+        logits = model(input_ids=tokens).logits
+    assert logits.dtype == torch.float32
+    told = {
         "version": gptqmodel.__version__,
         "kernels": json.dumps(kernels),
         "foreign": json.dumps(foreign(model, folder)),
     }
-    save_file({"logits": logits.float().contiguous()}, response, metadata=answer)
+    save_file({"logits": logits.contiguous()}, folder.parent / "answer.safetensors", metadata=told)
+
+
+def main(request: Path) -> None:
+    """Answers one request."""
+    asked: dict[str, Any] = json.loads(request.read_text())
+    for folder in asked["folders"]:
+        answer(Path(folder), torch.tensor(asked["tokens"]))
 
 
 if __name__ == "__main__":
-    main(*(Path(argument) for argument in sys.argv[1:]))
+    main(Path(sys.argv[1]))

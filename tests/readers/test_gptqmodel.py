@@ -33,8 +33,8 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 CASES = {f"{model}, {method}": (model, method) for model in MODELS for method in METHODS}
 TOKENS = torch.randint(5, factories.VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
-CLOSE = 1e-4
-"""Largest difference of two logits, whose standard deviation is 0.6: sums of float32 in another order."""
+CLOSE = 1e-5
+"""Largest difference of two logits, whose standard deviation is 0.6. It was 1.2e-7: sums of float32 in another order."""
 
 pytestmark = pytest.mark.skipif(not PYTHON, reason="QEXPORT_GPTQMODEL_PYTHON names no interpreter")
 
@@ -131,4 +131,4 @@ def test_gptqmodel_computes_what_qexport_computes(case: str, artifacts: dict[str
 def test_one_changed_code_is_seen(artifacts: dict[str, Path]) -> None:
     """So that equal logits mean equal codes."""
     logits, _ = ours(artifacts["llama, 4 bits"])
-    assert (answer(artifacts["changed"]).logits - logits).abs().max() > 2 * CLOSE
+    assert (answer(artifacts["changed"]).logits - logits).abs().max() > 20 * CLOSE

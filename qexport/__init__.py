@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from qexport.recipe import Recipe, load_recipe
     from qexport.verifying.settings import SamplingSettings, SpeedSettings, TaskSettings, VerifySettings
 
+    __version__: str
+
 _NAMES = {
     "artifact.figures": ("Figure", "GateResult", "Verdict"),
     "artifact.manifest": ("Manifest",),
@@ -130,4 +132,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _PLACES:
         return getattr(import_module(f"qexport.{_PLACES[name]}"), name)
+    if name == "__version__":
+        return import_module("importlib.metadata").version("qexport")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -79,7 +79,7 @@ def test_both_configs_tell_readers_the_same(tmp_path: Path) -> None:
     assert quantization == read_json(tmp_path / "quantize_config.json")
     expected = {"quant_method": "gptq", "checkpoint_format": "gptq", "bits": 4, "group_size": 32, "lm_head": False}
     assert quantization.items() >= expected.items()
-    assert quantization["meta"] == {"quantizer": ["qexport:0.1.0"]}
+    assert quantization["meta"] == {"quantizer": ["qexport:0.2.0"]}
     assert not {"dynamic", "modules_in_block_to_quantize"} & quantization.keys()
 
 

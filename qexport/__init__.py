@@ -14,6 +14,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from qexport.hidden_packages import hidden
+
 if TYPE_CHECKING:
     from qexport.artifact.manifest import Manifest
     from qexport.artifact.report import Report
@@ -80,5 +82,6 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _PLACES:
-        return getattr(import_module(_PLACES[name]), name)
+        with hidden("kernels"):
+            return getattr(import_module(_PLACES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,6 +9,7 @@ from typing import Any
 from qexport.architectures.structure import Structure, describe
 from qexport.export.layout import Layout
 from qexport.export.layouts import make_layout
+from qexport.hidden_packages import hidden
 from qexport.merge.merging import Merged
 from qexport.pipeline.loaded import load_merged
 from qexport.pipeline.texts import check_questions, refuse_long_windows
@@ -99,6 +100,7 @@ class Plan:
         return [f"{layout.name}: {note}" if several else note for layout in self.layouts for note in layout.notes]
 
 
+@hidden("kernels")
 def plan(recipe: Recipe, *, report: Reporter = silent) -> Plan:
     """Checks everything that headers, configurations and the adapter can tell, and the prompts and task files.
 

@@ -18,6 +18,7 @@ from qexport.artifact.publish import Publication, check_output
 from qexport.artifact.report import Report
 from qexport.errors import RecipeError
 from qexport.export.written_weights import WrittenWeights
+from qexport.hidden_packages import hidden
 from qexport.pipeline.judging import refuse_unmeasurable, refuse_unproven_merge
 from qexport.pipeline.opened import Opened, open_folder
 from qexport.pipeline.planning import Plan, plan
@@ -61,6 +62,7 @@ class Result:
         return next(iter(self.manifests.values()))
 
 
+@hidden("kernels")
 def run(
     recipe: Recipe,
     *,

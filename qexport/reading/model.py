@@ -16,6 +16,7 @@ from qexport.architectures.devices import find_device
 from qexport.architectures.naming import Part, name_parameters
 from qexport.architectures.structure import Structure, build_on_meta, describe_model, parse_config
 from qexport.errors import InputError, QexportError, RecipeError, listed
+from qexport.hidden_packages import hidden
 from qexport.reading.artifact_source import ArtifactSource, model_folder
 from qexport.reading.quantized_linear import QuantizedLinear
 from qexport.reading.stored_model import holds_graph
@@ -27,6 +28,7 @@ _GENERATION_NAME: Final = "generation_config.json"
 _GENERATION_LIMIT: Final = 1 << 20
 
 
+@hidden("kernels")
 def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model in a finished folder, ready for `generate`.
 

@@ -19,6 +19,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from qexport.hidden_packages import hidden
+
 if TYPE_CHECKING:
     from qexport.artifact.figures import Figure, GateResult, Verdict
     from qexport.artifact.manifest import Manifest
@@ -131,7 +133,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _PLACES:
-        return getattr(import_module(f"qexport.{_PLACES[name]}"), name)
+        with hidden("kernels"):
+            return getattr(import_module(f"qexport.{_PLACES[name]}"), name)
     if name == "__version__":
         return import_module("importlib.metadata").version("qexport")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -21,6 +21,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 import factories
 import stored_models
+from bitsandbytes_oracle import own_values, reads_right, values
 from qexport.architectures.structure import Structure, describe
 from qexport.errors import InputError
 from qexport.packing import bitsandbytes_4bit
@@ -147,7 +148,9 @@ def test_four_bits_mean_what_bitsandbytes_says(
         source.check_complete(structure(tmp_path / "a"))
         assert len(source.quantized) == 14
         assert source.specs()[f"{UP}.weight"].dtype == dtype
-        assert torch.equal(source.read(f"{UP}.weight"), functional.dequantize_4bit(codes, state).to(dtype))
+        assert torch.equal(source.read(f"{UP}.weight"), values(codes, state).to(dtype))
+        assert reads_right(weight.shape, state.blocksize)
+        assert torch.equal(source.read(f"{UP}.weight"), own_values(codes, state).to(dtype))
 
 
 def test_int8_means_codes_times_absmax_over_127(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import typer
 from qexport.cli.failures import Failure, raise_if_interrupted, told
 from qexport.cli.terminal import stderr, stdout, write, write_json
 from qexport.errors import CompatibilityError, RecipeError, listed
+from qexport.hidden_packages import hidden
 
 if TYPE_CHECKING:
     from qexport.artifact.figures import GateResult
@@ -52,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # torch's idle threads spin, which costs an eighth of the processor time here, and far more beside other programs
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        return app(arguments, prog_name="qexport", standalone_mode=False) or 0
+        with hidden("kernels"):
+            return app(arguments, prog_name="qexport", standalone_mode=False) or 0
     except typer.TyperException as error:
         failure = Failure(error.format_message(), RecipeError.exit_code, mend=_help_for(arguments))
         failure.show(as_json="--json" in arguments)

@@ -17,6 +17,7 @@ from qexport.artifact.report import REPORT_NAME, Report
 from qexport.errors import InputError
 from qexport.export.contract import Check
 from qexport.export.loaders import Folder, Loader, Verdict, loaders
+from qexport.hidden_packages import hidden
 from qexport.reading.artifact_source import model_folder
 from qexport.reading.stored_model import holds_graph, open_stored
 
@@ -94,6 +95,7 @@ class Inspection:
         return f"{_WORDS[loader.verdict]:<9} {loader.name}{': ' if loader.reason else ''}{loader.reason}"
 
 
+@hidden("kernels")
 def inspect_artifact(path: Path, *, server: Server | None = None) -> Inspection:
     """Checks a finished folder of qexport or of another maker.
 
@@ -115,7 +117,8 @@ def inspect_artifact(path: Path, *, server: Server | None = None) -> Inspection:
         source.check_complete(structure)
         shapes = {module: layer.shape for module, layer in source.layers.items()}
         graph = holds_graph(path)
-        folder = Folder(source.quantization, shapes, structure.model_type, structure.head, layout, graph)
+        blocks = {name: each.group_size for name, each in source.layers.items() if each.method in ("nf4", "fp4")}
+        folder = Folder(source.quantization, shapes, structure.model_type, structure.head, layout, graph, blocks)
         dense = len(source.specs()) - len(shapes)
         method, size = source.method, source.stored_bytes
     checks = _check(path, server) if server else []

@@ -8,6 +8,7 @@ from typing import Any
 
 from qexport.architectures.structure import Structure, describe
 from qexport.export.layouts import Layout, make_layout
+from qexport.hidden_packages import hidden
 from qexport.loading.checkpoint import load_checkpoint, locate_adapter
 from qexport.loading.settings import LoadSettings
 from qexport.merge.merging import Merged, merge
@@ -110,6 +111,7 @@ class Plan:
         return [f"{layout.name}: {note}" if several else note for layout in self.layouts for note in layout.notes]
 
 
+@hidden("kernels")
 def plan(recipe: Recipe, *, report: Reporter = silent) -> Plan:
     """Checks everything that headers, configurations and the adapter can tell, and the prompts and task files.
 

@@ -17,6 +17,7 @@ from qexport.artifact.publish import Publication, check_output
 from qexport.artifact.report import Report
 from qexport.errors import RecipeError
 from qexport.export.tensor_writer import WrittenWeights
+from qexport.hidden_packages import hidden
 from qexport.pipeline.judging import refuse_unmeasurable, unproven_merge
 from qexport.pipeline.opened import Opened, open_folder
 from qexport.pipeline.planning import Plan, plan
@@ -33,6 +34,7 @@ from qexport.tensors import LayerReport
 from qexport.verifying.verification import check_headers
 
 
+@hidden("kernels")
 def run(
     recipe: Recipe,
     *,

@@ -15,6 +15,7 @@ from qexport.artifact.folder import open_artifact
 from qexport.artifact.manifest import MANIFEST_NAME
 from qexport.artifact.report import Check, Report
 from qexport.gates.profiles import profile_for
+from qexport.hidden_packages import hidden
 from qexport.loading.settings import LoadSettings
 from qexport.loading.small_files import has_tokenizer, open_tokenizer, read_sidecars, tokenizer_from_files
 from qexport.merge.settings import MergeSettings
@@ -36,6 +37,7 @@ from qexport.verifying.verification import Given, Measurement, check_config, has
 _CONFIG_LIMIT: Final = 1 << 24
 
 
+@hidden("kernels")
 def verify(
     artifact: str | Path,
     load: LoadSettings,

@@ -16,7 +16,7 @@ from typing import Final
 import torch
 
 from qexport.packing.bitsandbytes_4bit import NESTED_BLOCK_SIZE
-from qexport.packing.code_books import QuantType, four_bit_values
+from qexport.packing.code_books import QuantType, dynamic_values, four_bit_values
 from qexport.quantizing.solver import single_thread
 from qexport.tensors import BlockQuantized, BlockQuantizedSpec, NestedAbsmax
 
@@ -26,6 +26,7 @@ _VALUES_AT_ONCE: Final = 1 << 18
 _SMALLEST_ABSMAX: Final = 1e-38
 _HALF: Final = 16
 _LOW_HALF: Final = 0xFFFF
+_LAST_STEP: Final = 65535
 _MAGNITUDE: Final = 0x7FFFFFFF
 
 
@@ -63,13 +64,28 @@ def _encode_rest(values: torch.Tensor, encoder: _Encoder, codes: torch.Tensor) -
 
 
 def _quantize_absmax(absmax: torch.Tensor) -> tuple[torch.Tensor, NestedAbsmax]:
-    """The second level. It has a 64th of the values, and bitsandbytes' own kernel, whose search it is to equal."""
-    from bitsandbytes.functional import quantize_blockwise
+    """The second level: uint8 [blocks], one dynamic code an absmax.
 
+    Reference: bitsandbytes 0.50, `quantize_cpu_impl` in `csrc/cpu_ops.cpp`. A value times the reciprocal of its block's
+    largest is rounded to the nearest of 65536 steps from -1 to 1, and each step has its code.
+    """
     with single_thread():  # the bits of a mean depend on the number of threads
         offset = absmax.mean()
-    codes, state = quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK_SIZE)
-    return codes, NestedAbsmax(state.absmax, float(offset))
+    padding = -absmax.numel() % NESTED_BLOCK_SIZE
+    blocks = torch.nn.functional.pad(absmax - offset, (0, padding)).view(-1, NESTED_BLOCK_SIZE)
+    largest = blocks.abs().amax(1)
+    scaled = (blocks * (1.0 / largest)[:, None]).clamp_(-1, 1)
+    steps = ((scaled + 1) * 0.5 * _LAST_STEP + 0.5).nan_to_num_(0)  # of a block of zeros, as the reference does
+    codes = _codes_of_steps()[steps.int()].view(-1)[: absmax.numel()]
+    return codes, NestedAbsmax(largest, float(offset))
+
+
+@cache
+def _codes_of_steps() -> torch.Tensor:
+    """uint8 [65536]: the dynamic code nearest to each step."""
+    values = dynamic_values()
+    steps = torch.arange(_LAST_STEP + 1, dtype=torch.float32).mul_(2).div_(_LAST_STEP).sub_(1)
+    return torch.searchsorted((values[:-1] + values[1:]) * 0.5, steps).to(torch.uint8)
 
 
 class _Encoder:

@@ -18,6 +18,7 @@ from qexport.architectures.devices import find_device
 from qexport.architectures.naming import Part, name_parameters
 from qexport.architectures.structure import Structure, build_on_meta, describe_model, parse_config
 from qexport.errors import CompatibilityError, InputError, QexportError, RecipeError, listed
+from qexport.hidden_packages import hidden
 from qexport.reading.artifact_source import ArtifactSource, model_folder
 from qexport.reading.dequantization import dequantize
 from qexport.reading.stored_format import StoredWeight, Tensors
@@ -95,6 +96,7 @@ _GENERATION_NAME: Final = "generation_config.json"
 _GENERATION_LIMIT: Final = 1 << 20
 
 
+@hidden("kernels")
 def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model in a finished folder, ready for `generate`.
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from qexport.reading.quantized_linear import QuantizedLinear
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -23,6 +22,7 @@ from transformers import PretrainedConfig
 
 import factories
 import qexport
+from qexport.reading.model import QuantizedLinear
 
 PYTHON = os.environ.get("QEXPORT_GPTQMODEL_PYTHON", "")
 MODELS: dict[str, PretrainedConfig] = {"llama": factories.llama_config(), "falcon": factories.falcon_config()}

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from qexport.architectures.architecture import Architecture
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.architectures.structure import Structure, describe
 from qexport.export.safetensors_layout import SafetensorsLayout
 from qexport.export.settings import SafetensorsSettings
 from qexport.export.tensor_writer import WrittenWeights
 from qexport.export.weight_files import WeightFiles
 from qexport.tensors import (
-    Checkpoint,
     Gptq,
     GroupQuantized,
     GroupQuantizedSpec,
@@ -85,7 +86,9 @@ class QuantizedModel:
         weights = {
             name: tensor for name, tensor in self.model.state_dict().items() if name in self.structure.parameters
         }
-        return Checkpoint(json.loads(self.model.config.to_json_string()), Tensors(weights), FILES, self.origin)
+        return Checkpoint(
+            Architecture(json.loads(self.model.config.to_json_string())), Tensors(weights), FILES, self.origin
+        )
 
     @cached_property
     def outputs(self) -> Outputs:

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 import factories
 from adapters import ORIGIN, load_adapter, save_adapter, write_tensors
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.architectures.runner import BlockRunner
 from qexport.architectures.structure import Structure, describe
 from qexport.errors import CompatibilityError
@@ -32,15 +33,7 @@ from qexport.pipeline.planning import plan as make_plan
 from qexport.quantize.methods import plan_outputs, quantize
 from qexport.quantize.settings import QuantizeSettings
 from qexport.recipe.model import Recipe
-from qexport.tensors import (
-    BlockQuantized,
-    CalibrationSet,
-    Checkpoint,
-    GroupQuantized,
-    Outputs,
-    RowQuantized,
-    TensorRecord,
-)
+from qexport.tensors import BlockQuantized, CalibrationSet, GroupQuantized, Outputs, RowQuantized, TensorRecord
 from test_block_runner import run, token_windows
 
 CPU = torch.device("cpu")
@@ -119,7 +112,7 @@ def logits(folder: Path, ids: Tensor) -> Tensor:
 
 def block_by_block(folder: Path, ids: Tensor) -> Tensor:
     checkpoint = load(folder)
-    return run(BlockRunner(checkpoint.config, checkpoint.weights, dtype=torch.float32, device=CPU), ids)
+    return run(BlockRunner(checkpoint.architecture, checkpoint.weights, dtype=torch.float32, device=CPU), ids)
 
 
 def test_logits_equal_those_of_transformers_bit_for_bit(base: Path) -> None:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 import factories
+from qexport.architectures.architecture import Architecture
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.architectures.structure import describe
 from qexport.errors import CompatibilityError, NumericalError
 from qexport.progress import Notice, Progress
@@ -22,7 +24,7 @@ from qexport.quantize.gptq import output_specs, quantize
 from qexport.quantize.layer import Hessian, solve_together
 from qexport.quantize.selection import select
 from qexport.quantize.settings import GptqSettings
-from qexport.tensors import CalibrationSet, Checkpoint, GroupQuantized, GroupQuantizedSpec, Origin, TensorRecord
+from qexport.tensors import CalibrationSet, GroupQuantized, GroupQuantizedSpec, Origin, TensorRecord
 from test_block_runner import StateDict, token_windows
 
 CPU = torch.device("cpu")
@@ -42,7 +44,7 @@ def settings(**changes: Any) -> GptqSettings:
 
 
 def checkpoint(config: PretrainedConfig, model: PreTrainedModel) -> Checkpoint:
-    return Checkpoint(config.to_dict(), StateDict(model), {}, Origin("folder", "tiny"))
+    return Checkpoint(Architecture(config.to_dict()), StateDict(model), {}, Origin("folder", "tiny"))
 
 
 def calibration(windows: Tensor | None = None) -> CalibrationSet:
@@ -290,19 +292,21 @@ sys.path.insert(0, sys.argv[1])
 import torch, factories
 from qexport.quantize.gptq import quantize
 from qexport.quantize.settings import GptqSettings
-from qexport.tensors import CalibrationSet, Checkpoint, Origin, TensorSpec
+from qexport.architectures.architecture import Architecture
+from qexport.architectures.checkpoint import Checkpoint
+from qexport.tensors import CalibrationSet, Origin, TensorSpec
 
 class Random:
     def __init__(self, shapes): self.shapes = shapes
     def specs(self): return {n: TensorSpec(s, torch.bfloat16) for n, s in self.shapes.items()}
     def read(self, name): return torch.full(self.shapes[name], 0.02).normal_(0, 0.05).bfloat16()
 
-from qexport.architectures.structure import describe
 config = factories.llama_config(
     hidden_size=192, intermediate_size=3072, num_hidden_layers=int(sys.argv[2]), num_attention_heads=4,
     num_key_value_heads=2,
 ).to_dict()
-source = Checkpoint(config, Random(describe(config).parameters), {}, Origin("folder", "random"))
+architecture = Architecture(config)
+source = Checkpoint(architecture, Random(architecture.structure.parameters), {}, Origin("folder", "random"))
 narrow = {"modules": "*.down_proj", "dense": True}  # its 3072 columns would only take time
 settings = GptqSettings(method="gptq", group_size=64, mse=False, overrides=[narrow], calibration={"source": "unused"})
 ids = torch.randint(factories.VOCABULARY, (8, 64))

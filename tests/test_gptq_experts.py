@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 import factories
+from qexport.architectures.architecture import Architecture
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.architectures.experts import can_stage, staged
 from qexport.architectures.structure import build_on_meta, describe
 from qexport.errors import NumericalError
@@ -20,7 +22,7 @@ from qexport.progress import Notice
 from qexport.quantize import gptq
 from qexport.quantize.layer import Hessian, solve_together
 from qexport.quantize.selection import select
-from qexport.tensors import Checkpoint, GroupQuantized, Origin, TensorRecord
+from qexport.tensors import GroupQuantized, Origin, TensorRecord
 from test_block_runner import StateDict
 from test_gptq import CPU, calibration, settings
 
@@ -45,7 +47,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Files:
 def quantized(
     source: Files, *, config: PretrainedConfig = CONFIG, report: Any = lambda _: None, **options: Any
 ) -> dict[str, TensorRecord]:
-    checkpoint = Checkpoint(config.to_dict(), source, {}, Origin("folder", "tiny"))
+    checkpoint = Checkpoint(Architecture(config.to_dict()), source, {}, Origin("folder", "tiny"))
     found = gptq.quantize(
         checkpoint, settings(**options), calibration(),
         dtype=torch.float32, device=CPU, scratch=Path(tempfile.gettempdir()), report=report,

@@ -10,13 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from qexport.architectures.architecture import Architecture
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.loading.checkpoint import load_checkpoint
 from qexport.loading.settings import LoadSettings
 from qexport.merge.merging import merge
 from qexport.merge.settings import MergeSettings
 from qexport.quantize.gptq import quantize
 from qexport.quantize.settings import CalibrationSettings, GptqSettings
-from qexport.tensors import CalibrationSet, Checkpoint, TensorRecord, TensorSpec, WeightSource
+from qexport.tensors import CalibrationSet, TensorRecord, TensorSpec, WeightSource
 from test_gptq import assert_same_bytes
 
 pytestmark = pytest.mark.smollm2
@@ -44,7 +46,9 @@ class FirstBlock:
 @pytest.fixture(scope="module")
 def checkpoint() -> Checkpoint:
     whole = merge(load_checkpoint(LoadSettings(base=BASE)), None, MergeSettings()).checkpoint
-    return replace(whole, config={**whole.config, "num_hidden_layers": 1}, weights=FirstBlock(whole.weights))
+    return replace(
+        whole, architecture=Architecture({**whole.config, "num_hidden_layers": 1}), weights=FirstBlock(whole.weights)
+    )
 
 
 def quantized(checkpoint: Checkpoint, scratch: Path, threads: int) -> dict[str, TensorRecord]:

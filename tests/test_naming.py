@@ -14,7 +14,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 import factories
-from qexport.architectures import naming, runner
+from qexport.architectures import architecture, naming
 from qexport.architectures.naming import Naming, name_parameters
 from qexport.architectures.structure import build_on_meta, describe
 from qexport.errors import CompatibilityError, InputError
@@ -80,7 +80,7 @@ def test_the_comparison_with_transformers_notices(
     expected = logits(folder, ids)
     assert torch.equal(block_by_block(folder, ids), expected)
     right = name_parameters
-    monkeypatch.setattr(runner, "name_parameters", lambda model: replace(right(model), parts=fault(right(model))))
+    monkeypatch.setattr(architecture, "name_parameters", lambda model: replace(right(model), parts=fault(right(model))))
     assert not torch.allclose(block_by_block(folder, ids), expected, atol=1e-3)
 
 

@@ -15,6 +15,7 @@ from transformers.models.llama import modeling_llama
 
 import factories
 from onnx_exports import FAMILIES, exported
+from qexport.architectures.architecture import Architecture
 from qexport.architectures.structure import describe
 from qexport.export.onnx.tracing import trace
 
@@ -26,10 +27,11 @@ import resource, sys
 sys.path.insert(0, {tests!r})
 import torch
 import test_onnx_tracing as cases
+from qexport.architectures.architecture import Architecture
 from qexport.export.onnx.tracing import trace
 peaks = []
 for config in (cases.TINY, cases.TINY, cases.LARGE):
-    trace(config.to_dict(), torch.float32)
+    trace(Architecture(config.to_dict()), torch.float32)
     peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 print(*peaks)
 """
@@ -69,7 +71,7 @@ def test_transformers_is_left_as_it_was() -> None:
         functional.scaled_dot_product_attention, modeling_llama.apply_rotary_pos_emb,
         set(ALL_ATTENTION_FUNCTIONS), set(ALL_MASK_ATTENTION_FUNCTIONS),
     )  # fmt: skip
-    trace(factories.llama_config(num_hidden_layers=1).to_dict(), torch.float32)
+    trace(Architecture(factories.llama_config(num_hidden_layers=1).to_dict()), torch.float32)
     assert before == (
         functional.scaled_dot_product_attention, modeling_llama.apply_rotary_pos_emb,
         set(ALL_ATTENTION_FUNCTIONS), set(ALL_MASK_ATTENTION_FUNCTIONS),

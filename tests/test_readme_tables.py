@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 import factories
 from onnx_exports import traced_once
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.architectures.structure import Structure, describe
 from qexport.errors import CompatibilityError
 from qexport.export.layouts import make_layout
@@ -25,7 +26,7 @@ from qexport.loading.settings import LoadSettings
 from qexport.quantize.methods import plan_outputs, quantize
 from qexport.quantize.settings import QuantizeSettings
 from qexport.reading.stored_model import open_stored
-from qexport.tensors import CalibrationSet, Checkpoint, Outputs
+from qexport.tensors import CalibrationSet, Outputs
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 WIDE = factories.llama_config(hidden_size=128, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2)

@@ -177,13 +177,17 @@ def describe(config: Mapping[str, Any]) -> Structure:
         CompatibilityError: the family is unknown, or its decoder layers cannot be found.
         InputError: the configuration contradicts itself.
     """
-    parsed = parse_config(config)
-    return describe_model(build_on_meta(parsed))
+    model = build_on_meta(parse_config(config))
+    return describe_model(model, name_parameters(model))
 
 
-def describe_model(model: PreTrainedModel) -> Structure:
-    """The structure of a model that is already built (on any device)."""
-    naming = name_parameters(model)
+def describe_model(model: PreTrainedModel, naming: Naming) -> Structure:
+    """The structure of a model that is already built (on any device).
+
+    Args:
+        model: the model.
+        naming: its names in files.
+    """
     prefix, layers = find_blocks(model)
     paths = {module: path for path, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()

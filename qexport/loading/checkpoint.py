@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.artifact.digests import sha256_file
 from qexport.errors import InputError
 from qexport.loading.base_reference import FolderReference, HubReference, parse_base, parse_folder_or_hub
@@ -15,7 +16,7 @@ from qexport.loading.hub import fetch, fetch_base
 from qexport.loading.package import find_package_file
 from qexport.loading.settings import LoadSettings
 from qexport.progress import Reporter, silent
-from qexport.tensors.checkpoint import Checkpoint, Origin
+from qexport.tensors.checkpoint import Origin
 from qexport.tensors.strict_files import contained_path
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qexport.architectures.structure import Structure, describe
+from qexport.architectures.structure import Structure
 from qexport.export.layouts import Layout, make_layout
 from qexport.loading.checkpoint import load_checkpoint, locate_adapter
 from qexport.loading.settings import LoadSettings
@@ -127,7 +127,7 @@ def plan(recipe: Recipe, *, report: Reporter = silent) -> Plan:
     if recipe.verify is not None:
         check_questions(recipe.verify)
     merged = load_merged(recipe.load, recipe.merge, report=report)
-    structure = describe(merged.checkpoint.config)
+    structure = merged.checkpoint.architecture.structure
     _check_windows(recipe, structure)
     outputs = plan_outputs(merged.checkpoint, structure, recipe.quantize)
     layouts = tuple(make_layout(settings, outputs, structure, merged.checkpoint) for settings in recipe.export)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.architectures.experts import ExpertStop, staged
 from qexport.architectures.memory import return_freed_memory
 from qexport.architectures.runner import Batch, BlockRunner
@@ -20,7 +21,7 @@ from qexport.quantize.pauses import Parking, PausedForward, pausing_at
 from qexport.quantize.selection import Group, candidates, find_groups, select
 from qexport.quantize.settings import GptqSettings
 from qexport.quantize.solver import Options
-from qexport.tensors import CalibrationSet, Checkpoint, GroupQuantizedSpec, OutputSpec, TensorRecord
+from qexport.tensors import CalibrationSet, GroupQuantizedSpec, OutputSpec, TensorRecord
 
 BATCH_TOKENS = 2048
 """Tokens that go through a block at a time."""
@@ -77,7 +78,7 @@ def quantize(
         InputError: a tensor cannot be read.
         OSError: the disk is full.
     """
-    runner = BlockRunner(checkpoint.config, checkpoint.weights, dtype=dtype, device=device)
+    runner = BlockRunner(checkpoint.architecture, checkpoint.weights, dtype=dtype, device=device)
     with Parking(scratch) as parking:
         work = _Pass(runner, settings, calibration, parking)
         tokens = calibration.input_ids.numel()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.architectures.structure import Structure
 from qexport.progress import Reporter, silent
 from qexport.quantize import gptq, rounding
@@ -21,7 +22,6 @@ from qexport.quantize.settings import (
 from qexport.tensors import (
     W8A8,
     CalibrationSet,
-    Checkpoint,
     Dense,
     FourBit,
     Gptq,

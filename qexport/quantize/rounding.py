@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 
 import torch
 
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.architectures.families import family, matching
 from qexport.architectures.structure import LinearSpec, Structure
 from qexport.errors import CompatibilityError
@@ -20,7 +21,6 @@ from qexport.quantize.settings import Nf4Settings, RoundingSettings, W8a8Setting
 from qexport.tensors import (
     W8A8,
     BlockQuantizedSpec,
-    Checkpoint,
     FourBit,
     GroupQuantizedSpec,
     LayerReport,

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 import vllm_artifacts as artifacts
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.export.vllm.architectures import ARCHITECTURES
-from qexport.tensors import Checkpoint
 from reference import Comparison, Tolerance, compare
 
 PYTHON = os.environ.get("QEXPORT_VLLM_PYTHON", "")

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import factories
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.architectures.structure import describe
 from qexport.export.layouts import make_layout
 from qexport.export.settings import VllmSettings
@@ -26,7 +27,7 @@ from qexport.quantize.settings import (
     QuantizeSettings,
     W8a8Settings,
 )
-from qexport.tensors import CalibrationSet, Checkpoint
+from qexport.tensors import CalibrationSet
 from qexport.text.documents import read_documents
 from qexport.text.windows import make_windows
 from quantized_models import QuantizedModel, gptq_method

@@ -23,7 +23,7 @@ import factories
 from qexport.architectures.architecture import Architecture
 from qexport.architectures.checkpoint import Checkpoint
 from qexport.architectures.naming import name_parameters
-from qexport.architectures.structure import Structure, describe
+from qexport.architectures.structure import Structure
 from qexport.export.layouts import Layout
 from qexport.export.onnx import layout as layout_module
 from qexport.export.onnx.layout import OnnxLayout
@@ -165,7 +165,7 @@ def run_pass(config: PretrainedConfig, method: Method) -> Pass:
 def passed(given: Checkpoint, method: Method, windows: Tensor) -> Pass:
     """Quantizes a model in memory, with these tokens where the method wants any."""
     settings = TypeAdapter[Any](QuantizeSettings).validate_python(dict(method.quantize))
-    structure = describe(given.config)
+    structure = given.architecture.structure
     outputs = plan_outputs(given, structure, settings)
     stream = quantize(
         given, outputs, settings, CalibrationSet(windows, "0" * 64, "test"),

@@ -17,7 +17,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 import factories
 from qexport.architectures.architecture import Architecture
 from qexport.architectures.checkpoint import Checkpoint
-from qexport.architectures.structure import describe
 from qexport.errors import CompatibilityError, NumericalError
 from qexport.progress import Notice, Progress
 from qexport.quantize.gptq import output_specs, quantize
@@ -68,7 +67,7 @@ def quantized(config: PretrainedConfig, options: GptqSettings, **changes: Any) -
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_linear_of_every_block_is_quantized_and_nothing_else(name: str) -> None:
     config = CONFIGS[name]
-    structure = describe(config.to_dict())
+    structure = Architecture(config.to_dict()).structure
     records = quantized(config, settings())
     linears = {f"{linear.name}.weight" for block in structure.blocks for linear in structure.linears[block]}
     assert {name for name, record in records.items() if isinstance(record.value, GroupQuantized)} == linears
@@ -100,7 +99,7 @@ def test_codes_equal_those_of_whole_model_forwards_with_hooks(name: str, true_se
     config, options = CONFIGS[name], settings(true_sequential=true_sequential)
     records = quantized(config, options)
     model = factories.build(config, dtype=torch.float32)
-    structure = describe(config.to_dict())
+    structure = Architecture(config.to_dict()).structure
     chosen = select(structure, options)
     for block in structure.blocks:
         groups = plain_groups(name, block)
@@ -130,7 +129,7 @@ def plain_groups(name: str, block: str) -> list[list[str]]:
 
 
 def describe_linears(name: str, block: str) -> Any:
-    return describe(CONFIGS[name].to_dict()).linears[block]
+    return Architecture(CONFIGS[name].to_dict()).structure.linears[block]
 
 
 @torch.no_grad()
@@ -184,7 +183,7 @@ def test_overrides_change_bits_and_groups_or_leave_layers_dense() -> None:
     )
     config = factories.llama_config()
     records = quantized(config, options)
-    specs = output_specs(checkpoint(config, factories.build(config)), describe(config.to_dict()), options)
+    specs = output_specs(checkpoint(config, factories.build(config)), Architecture(config.to_dict()).structure, options)
     up, attention = (
         records["model.layers.0.mlp.up_proj.weight"].value,
         records["model.layers.0.self_attn.q_proj.weight"].value,
@@ -215,7 +214,7 @@ def test_the_head_is_quantized_when_asked_for() -> None:
 
 def refusal(config: PretrainedConfig, **changes: Any) -> str:
     with pytest.raises(CompatibilityError) as caught:
-        select(describe(config.to_dict()), settings(**changes))
+        select(Architecture(config.to_dict()).structure, settings(**changes))
     return str(caught.value)
 
 

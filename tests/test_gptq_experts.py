@@ -16,7 +16,7 @@ import factories
 from qexport.architectures.architecture import Architecture
 from qexport.architectures.checkpoint import Checkpoint
 from qexport.architectures.experts import can_stage, staged
-from qexport.architectures.structure import build_on_meta, describe
+from qexport.architectures.structure import build_on_meta
 from qexport.errors import NumericalError
 from qexport.progress import Notice
 from qexport.quantize import gptq
@@ -108,7 +108,7 @@ def test_codes_equal_those_of_plain_forwards(source: Files, true_sequential: boo
         for part in calibration().input_ids.split(gptq.BATCH_TOKENS // 48):
             model(part)
     hook.remove()
-    chosen = select(describe(CONFIG.to_dict()), options)
+    chosen = select(Architecture(CONFIG.to_dict()).structure, options)
     for expert in range(4):
         up, down = Hessian(64, CPU), Hessian(96, CPU)
         states = [hidden[(index == expert).any(1)] for hidden, index, _ in seen]

@@ -15,8 +15,9 @@ from transformers.core_model_loading import WeightRenaming
 
 import factories
 from qexport.architectures import architecture, naming
+from qexport.architectures.architecture import Architecture
 from qexport.architectures.naming import Naming, name_parameters
-from qexport.architectures.structure import build_on_meta, describe
+from qexport.architectures.structure import build_on_meta
 from qexport.errors import CompatibilityError, InputError
 from test_block_runner import token_windows
 from test_families import block_by_block, load, logits
@@ -51,7 +52,7 @@ def test_a_tied_head_of_another_name_is_known_by_its_name_in_the_files() -> None
     config = factories.FAMILIES["gpt-neox"]
     tied = type(config)(**{**config.to_dict(), "tie_word_embeddings": True})
     assert name_parameters(build_on_meta(tied)).tied == {"embed_out.weight": "gpt_neox.embed_in.weight"}
-    assert describe(tied.to_dict()).head == "embed_out"
+    assert Architecture(tied.to_dict()).structure.head == "embed_out"
 
 
 def swapped_experts(found: Naming) -> dict[str, naming.Part]:

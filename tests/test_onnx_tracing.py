@@ -16,7 +16,6 @@ from transformers.models.llama import modeling_llama
 import factories
 from onnx_exports import FAMILIES, exported
 from qexport.architectures.architecture import Architecture
-from qexport.architectures.structure import describe
 from qexport.export.onnx.tracing import trace
 
 TINY = factories.falcon_config()
@@ -38,7 +37,7 @@ print(*peaks)
 
 
 def test_memory_does_not_grow_with_the_weights() -> None:
-    parameters = sum(torch.Size(shape).numel() for shape in describe(LARGE.to_dict()).parameters.values())
+    parameters = sum(torch.Size(shape).numel() for shape in Architecture(LARGE.to_dict()).structure.parameters.values())
     assert 4 * parameters > 4e9
     code = MEASURE.format(tests=str(Path(__file__).parent))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

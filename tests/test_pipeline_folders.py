@@ -16,7 +16,7 @@ import factories
 import stored_models
 from qexport.architectures.architecture import Architecture
 from qexport.architectures.checkpoint import Checkpoint
-from qexport.architectures.structure import Structure, describe
+from qexport.architectures.structure import Structure
 from qexport.errors import InputError
 from qexport.gates.profiles import profile_of_layers
 from qexport.loading.small_files import open_tokenizer
@@ -44,7 +44,7 @@ EXPECTED: dict[str, tuple[str, set[tuple[str, int, int]], str]] = {
 
 
 def structure() -> Structure:
-    return describe(MODEL.config.to_dict())
+    return Architecture(MODEL.config.to_dict()).structure
 
 
 def opened(folder: Path, **options: Any) -> ArtifactFolder:

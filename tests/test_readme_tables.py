@@ -17,7 +17,7 @@ from transformers.utils import logging
 import factories
 from onnx_exports import traced_once
 from qexport.architectures.checkpoint import Checkpoint
-from qexport.architectures.structure import Structure, describe
+from qexport.architectures.structure import Structure
 from qexport.errors import CompatibilityError
 from qexport.export.layouts import make_layout
 from qexport.export.settings import ExportSettings
@@ -74,7 +74,7 @@ def family_cells() -> Iterator[tuple[str, str, str, str]]:
 @cache
 def loaded(folder: Path) -> tuple[Checkpoint, Structure]:
     checkpoint = load_checkpoint(LoadSettings(base=str(folder)))
-    return checkpoint, describe(checkpoint.config)
+    return checkpoint, checkpoint.architecture.structure
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,6 @@ import qexport
 import trained_models
 from qexport.architectures.architecture import Architecture
 from qexport.architectures.checkpoint import Checkpoint
-from qexport.architectures.structure import describe
 from qexport.artifact.figures import Figure, find_figure
 from qexport.artifact.manifest import MANIFEST_NAME, LayerRecord, Manifest
 from qexport.artifact.report import Report
@@ -174,7 +173,9 @@ def edit_weight(folder: Path, name: str, change: Callable[[np.ndarray[Any, Any]]
 
 
 def windows(sound: Sound, count: int) -> torch.Tensor:
-    evaluation = read_evaluation(sound.settings(), open_tokenizer(sound.checkpoint), describe(sound.checkpoint.config))
+    evaluation = read_evaluation(
+        sound.settings(), open_tokenizer(sound.checkpoint), sound.checkpoint.architecture.structure
+    )
     return evaluation.held_out.input_ids[:count]
 
 

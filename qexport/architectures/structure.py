@@ -21,7 +21,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from qexport.architectures.experts import can_stage
-from qexport.architectures.naming import Naming, Part, name_parameters
+from qexport.architectures.naming import Naming, Part
 from qexport.errors import CompatibilityError, InputError
 from qexport.tensors import TensorSpec
 
@@ -168,17 +168,6 @@ def build_on_meta(config: PretrainedConfig) -> PreTrainedModel:
     assert isinstance(model, PreTrainedModel)
     model.eval()
     return model
-
-
-def describe(config: Mapping[str, Any]) -> Structure:
-    """The structure of the model that config.json names. Allocates no weights.
-
-    Raises:
-        CompatibilityError: the family is unknown, or its decoder layers cannot be found.
-        InputError: the configuration contradicts itself.
-    """
-    model = build_on_meta(parse_config(config))
-    return describe_model(model, name_parameters(model))
 
 
 def describe_model(model: PreTrainedModel, naming: Naming) -> Structure:

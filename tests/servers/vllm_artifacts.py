@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 
 import factories
 from qexport.architectures.checkpoint import Checkpoint
-from qexport.architectures.structure import describe
 from qexport.export.layouts import make_layout
 from qexport.export.settings import VllmSettings
 from qexport.loading.checkpoint import load_checkpoint
@@ -53,7 +52,7 @@ def smollm2() -> Checkpoint:
 
 def write(checkpoint: Checkpoint, settings: QuantizeSettings, layouts: dict[Path, VllmSettings]) -> None:
     """One pass into every folder; each is held against the contract."""
-    structure = describe(checkpoint.config)
+    structure = checkpoint.architecture.structure
     outputs = plan_outputs(checkpoint, structure, settings)
     made = {folder: make_layout(form, outputs, structure, checkpoint) for folder, form in layouts.items()}
     for folder in made:

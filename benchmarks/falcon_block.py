@@ -23,10 +23,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import FalconConfig
 
-from qexport.architectures.structure import describe
+from qexport.architectures.architecture import Architecture
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.quantizing.gptq import Gptq
 from qexport.quantizing.method import CalibrationSettings
-from qexport.tensors import CalibrationSet, Checkpoint, LayerReport, Origin, TensorSpec
+from qexport.tensors import CalibrationSet, LayerReport, Origin, TensorSpec
 
 WINDOWS, LENGTH, VOCABULARY = 8, 512, 1024
 
@@ -65,7 +66,10 @@ def main() -> None:
         new_decoder_architecture=False,
     )
     content = json.loads(config.to_json_string())
-    checkpoint = Checkpoint(content, RandomWeights(describe(content).parameters), {}, Origin("folder", "falcon-block"))
+    architecture = Architecture(content)
+    checkpoint = Checkpoint(
+        architecture, RandomWeights(architecture.structure.parameters), {}, Origin("folder", "falcon-block")
+    )
     tokens = torch.randint(VOCABULARY, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(0))
     settings = Gptq(method="gptq", bits=4, group_size=64, calibration=CalibrationSettings(source="-"))
     started, before = time.perf_counter(), _cpu_seconds()
@@ -73,7 +77,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         stream = settings.quantize(
             checkpoint,
-            settings.plan(checkpoint, describe(content)),
+            settings.plan(checkpoint),
             CalibrationSet(tokens, sha256="", origin="random"),
             dtype=torch.bfloat16,
             device=torch.device("cpu"),

@@ -31,10 +31,10 @@ from transformers import GPT2Config, PreTrainedModel
 
 import adapters
 import factories
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.merge.merging import Merged, merge
 from qexport.merge.settings import MergeSettings
 from qexport.merge.types import PLANNERS
-from qexport.tensors import Checkpoint
 
 
 @dataclass(frozen=True)

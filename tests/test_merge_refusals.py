@@ -27,12 +27,12 @@ from transformers import FalconH1Config, PreTrainedModel
 
 import adapters
 import factories
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.architectures.structure import build_on_meta
 from qexport.errors import CompatibilityError, InputError, QexportError
 from qexport.merge.merging import merge
 from qexport.merge.settings import MergeSettings
 from qexport.merge.types import LEFT_TO_PEFT, PLANNERS, UNMERGEABLE
-from qexport.tensors import Checkpoint
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 

@@ -22,7 +22,8 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 import factories
 import stored_models
 from bitsandbytes_oracle import own_values, reads_right, values
-from qexport.architectures.structure import Structure, describe
+from qexport.architectures.architecture import Architecture
+from qexport.architectures.structure import Structure
 from qexport.errors import InputError
 from qexport.packing import bitsandbytes_4bit
 from qexport.reading.artifact_source import ArtifactSource
@@ -68,7 +69,7 @@ def written(folder: Path, name: str) -> Path:
 def structure(folder: Path) -> Structure:
     config = json.loads((folder / "config.json").read_text())
     config.pop("quantization_config", None)
-    return describe(config)
+    return Architecture(config).structure
 
 
 def read_all(folder: Path) -> None:
@@ -388,7 +389,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
     max_leaves=5,
 )
-LLAMA = describe(json.loads(factories.llama_config().to_json_string()))
+LLAMA = Architecture(json.loads(factories.llama_config().to_json_string())).structure
 
 
 @given(name=st.sampled_from(sorted(QUANTIZATIONS)), value=JSON, data=st.data())

@@ -15,6 +15,7 @@ from ruamel.yaml import YAML
 
 import factories
 import vllm_folders
+from qexport.architectures.architecture import Architecture
 from qexport.errors import CompatibilityError
 from qexport.export.safetensors_layout import SafetensorsLayout
 from qexport.export.settings import SafetensorsSettings
@@ -70,7 +71,7 @@ def test_dtypes_and_families_that_vllm_does_not_run_are_refused(
     dtype: torch.dtype, changes: Mapping[str, Any], words: str
 ) -> None:
     model = QuantizedModel(factories.build(factories.llama_config(), dtype=dtype))
-    changed = replace(model.checkpoint, config={**model.checkpoint.config, **changes})
+    changed = replace(model.checkpoint, architecture=Architecture({**model.checkpoint.config, **changes}))
     with pytest.raises(CompatibilityError) as caught:
         refuse(model.outputs, model.structure, changed, "gptq")
     assert words in str(caught.value)

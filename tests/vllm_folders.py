@@ -48,7 +48,7 @@ def write(folder: Path, kind: str) -> Path:
 
 
 def _write_rounded(folder: Path, model: QuantizedModel, settings: W8a8 | NoQuantization) -> Path:
-    outputs = settings.plan(model.checkpoint, model.structure)
+    outputs = settings.plan(model.checkpoint)
     made = layout(model, outputs=outputs)
     writer = made.weights.writer(folder)
     stream = settings.quantize(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qexport.architectures.structure import Structure, describe
+from qexport.architectures.structure import Structure
 from qexport.export.layouts import Layout, make_layout
 from qexport.hidden_packages import hidden
 from qexport.loading.checkpoint import load_checkpoint, locate_adapter
@@ -123,9 +123,9 @@ def plan(recipe: Recipe, *, report: Reporter = silent) -> Plan:
     if recipe.verify is not None:
         check_questions(recipe.verify)
     merged = load_merged(recipe.load, recipe.merge, report=report)
-    structure = describe(merged.checkpoint.config)
+    structure = merged.checkpoint.architecture.structure
     _check_windows(recipe, structure)
-    outputs = recipe.quantize.plan(merged.checkpoint, structure)
+    outputs = recipe.quantize.plan(merged.checkpoint)
     layouts = tuple(make_layout(settings, outputs, structure, merged.checkpoint) for settings in recipe.export)
     return Plan(recipe, merged, structure, outputs, layouts)
 

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
     import torch
 
-    from qexport.architectures.structure import Structure
+    from qexport.architectures.checkpoint import Checkpoint
     from qexport.gates.settings import ProfileName
-    from qexport.tensors import CalibrationSet, Checkpoint, Outputs, TensorRecord
+    from qexport.tensors import CalibrationSet, Outputs, TensorRecord
     from qexport.tensors import Method as Description
 
 
@@ -155,11 +155,11 @@ class Gptq(Method):
             true_sequential=self.true_sequential,
         )
 
-    def plan(self, checkpoint: Checkpoint, structure: Structure) -> Outputs:
+    def plan(self, checkpoint: Checkpoint) -> Outputs:
         """All linears in the blocks, but those that the family or an override keeps at 16 bits; the head if asked."""
         from qexport.quantizing.gptq_pass import plan
 
-        return plan(self, checkpoint, structure)
+        return plan(self, checkpoint)
 
     def quantize(
         self,

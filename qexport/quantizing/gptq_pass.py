@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.architectures.experts import ExpertStop, staged
 from qexport.architectures.memory import return_freed_memory
 from qexport.architectures.runner import Batch, BlockRunner
@@ -20,7 +21,7 @@ from qexport.quantizing.layer import Hessian, SolvedLayer, solve_together
 from qexport.quantizing.pauses import Group, Parking, PausedForward, find_groups, pausing_at
 from qexport.quantizing.selection import candidates, notes_on_experts, select, solver_options
 from qexport.quantizing.solver import Options
-from qexport.tensors import CalibrationSet, Checkpoint, GroupQuantizedSpec, Outputs, OutputSpec, TensorRecord
+from qexport.tensors import CalibrationSet, GroupQuantizedSpec, Outputs, OutputSpec, TensorRecord
 
 BATCH_TOKENS = 2048
 """Tokens that go through a block at a time."""
@@ -29,12 +30,13 @@ HESSIAN_BYTES = 1 << 30
 """Bytes for the Hessians of a mixture's experts that are summed at a time, each [in, in] in float32."""
 
 
-def plan(method: Gptq, checkpoint: Checkpoint, structure: Structure) -> Outputs:
+def plan(method: Gptq, checkpoint: Checkpoint) -> Outputs:
     """What `quantize` will yield.
 
     Raises:
         CompatibilityError: see `selection.select`.
     """
+    structure = checkpoint.architecture.structure
     specs: dict[str, OutputSpec] = dict(checkpoint.weights.specs())
     linears = candidates(structure, method)
     for name, options in select(structure, method).items():
@@ -79,7 +81,7 @@ def quantize(
         InputError: a tensor cannot be read.
         OSError: the disk is full.
     """
-    runner = BlockRunner(checkpoint.config, checkpoint.weights, dtype=dtype, device=device)
+    runner = BlockRunner(checkpoint.architecture, checkpoint.weights, dtype=dtype, device=device)
     with Parking(scratch) as parking:
         work = _Pass(runner, method, outputs, calibration, parking)
         tokens = calibration.input_ids.numel()

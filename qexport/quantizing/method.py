@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
     import torch
 
-    from qexport.architectures.structure import LinearSpec, Structure
+    from qexport.architectures.checkpoint import Checkpoint
+    from qexport.architectures.structure import LinearSpec
     from qexport.gates.settings import ProfileName
-    from qexport.tensors import CalibrationSet, Checkpoint, Outputs, Quantized, QuantizedSpec, TensorRecord, TensorSpec
+    from qexport.tensors import CalibrationSet, Outputs, Quantized, QuantizedSpec, TensorRecord, TensorSpec
     from qexport.tensors import Method as Description
 
 
@@ -95,7 +96,7 @@ class Method(Settings, ABC):
         """
 
     @abstractmethod
-    def plan(self, checkpoint: Checkpoint, structure: Structure) -> Outputs:
+    def plan(self, checkpoint: Checkpoint) -> Outputs:
         """What `quantize` will yield, from headers alone.
 
         Raises:
@@ -174,11 +175,11 @@ class RoundingMethod(Method):
         """Why the method cannot take this layer, and the way out; None where it can."""
         return None
 
-    def plan(self, checkpoint: Checkpoint, structure: Structure) -> Outputs:
+    def plan(self, checkpoint: Checkpoint) -> Outputs:
         """All linears in the blocks, but those that the family or the recipe keeps at 16 bits."""
         from qexport.quantizing.rounding import plan
 
-        return plan(self, checkpoint, structure)
+        return plan(self, checkpoint)
 
     def quantize(
         self,

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
     import torch
 
-    from qexport.architectures.structure import Structure
+    from qexport.architectures.checkpoint import Checkpoint
     from qexport.gates.settings import ProfileName
-    from qexport.tensors import CalibrationSet, Checkpoint, Outputs, TensorRecord
+    from qexport.tensors import CalibrationSet, Outputs, TensorRecord
 
 
 class NoQuantization(Method):
@@ -34,7 +34,7 @@ class NoQuantization(Method):
         """One for every size."""
         return "16bit"
 
-    def plan(self, checkpoint: Checkpoint, structure: Structure) -> Outputs:
+    def plan(self, checkpoint: Checkpoint) -> Outputs:
         """Every tensor as it is merged."""
         from qexport.tensors import Dense, Outputs
 

@@ -7,29 +7,20 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from qexport.architectures.structure import Structure
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.progress import Progress, Reporter, silent
 from qexport.quantizing.method import RoundingMethod
 from qexport.quantizing.selection import notes_on_experts, select_rounded
-from qexport.tensors import (
-    Checkpoint,
-    GroupQuantizedSpec,
-    LayerReport,
-    Outputs,
-    OutputSpec,
-    TensorRecord,
-    TensorSpec,
-    WeightSource,
-)
+from qexport.tensors import GroupQuantizedSpec, LayerReport, Outputs, OutputSpec, TensorRecord, TensorSpec, WeightSource
 
 
-def plan(method: RoundingMethod, checkpoint: Checkpoint, structure: Structure) -> Outputs:
+def plan(method: RoundingMethod, checkpoint: Checkpoint) -> Outputs:
     """What `quantize` will yield.
 
     Raises:
         CompatibilityError: a pattern matches nothing, or nothing is left to quantize.
     """
-    stored = checkpoint.weights.specs()
+    structure, stored = checkpoint.architecture.structure, checkpoint.weights.specs()
     specs: dict[str, OutputSpec] = dict(stored)
     for linear in select_rounded(structure, method):
         name = f"{linear.name}.weight"

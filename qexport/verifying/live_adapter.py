@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.architectures.runner import BlockRunner
 from qexport.hidden_packages import hidden
-from qexport.tensors import Checkpoint
 from qexport.verifying.divergence import TokenFigures, compare_logits
 from qexport.verifying.memory import available_memory, needed_memory
 from qexport.verifying.predictors import windows_at_once
@@ -80,7 +80,7 @@ def compare_merge(
         NotMeasured: a whole model does not fit in memory, or PEFT cannot load the adapter into this base.
     """
     ids = input_ids[:WINDOWS, :_TOKENS]
-    runners = [BlockRunner(each.config, each.weights, dtype=dtype, device=device) for each in (live.base, merged)]
+    runners = [BlockRunner(each.architecture, each.weights, dtype=dtype, device=device) for each in (live.base, merged)]
     if needed_memory(runners[1]) + _logits_bytes(runners[1], ids) > available_memory(device):
         raise NotMeasured("the whole model does not fit in memory")
     steps.expect(2)

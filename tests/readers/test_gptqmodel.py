@@ -22,7 +22,7 @@ from transformers import PretrainedConfig
 
 import factories
 import qexport
-from qexport.reading.model import QuantizedLinear
+from qexport.reading.filled_model import QuantizedLinear
 
 PYTHON = os.environ.get("QEXPORT_GPTQMODEL_PYTHON", "")
 MODELS: dict[str, PretrainedConfig] = {"llama": factories.llama_config(), "falcon": factories.falcon_config()}

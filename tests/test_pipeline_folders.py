@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,19 @@ import torch
 
 import factories
 import stored_models
-from qexport.architectures.structure import Structure, describe
+from qexport.architectures.architecture import Architecture
+from qexport.architectures.checkpoint import Checkpoint
+from qexport.architectures.structure import Structure
 from qexport.errors import InputError
 from qexport.gates.profiles import profile_of_layers
-from qexport.merge.merging import Merged, MergedAdapter
-from qexport.pipeline.opened import Opened, open_folder
-from qexport.pipeline.reference import Reference
-from qexport.pipeline.texts import Evaluation
+from qexport.loading.small_files import open_tokenizer
+from qexport.pipeline.folders import ArtifactFolder, open_folder
 from qexport.quantizing.methods import profile_of_layer
-from qexport.tensors import Checkpoint, Origin
+from qexport.quantizing.nearest import NearestSource
+from qexport.tensors import Origin
 from qexport.text.held_out import HeldOut
 from qexport.verifying.preparation import Preparation
+from qexport.verifying.reference import Reference
 from qexport.verifying.settings import VerifySettings
 from quantized_models import QuantizedModel, Tensors
 
@@ -42,11 +45,12 @@ EXPECTED: dict[str, tuple[str, set[tuple[str, int, int]], str]] = {
 
 
 def structure() -> Structure:
-    return describe(MODEL.config.to_dict())
+    return Architecture(MODEL.config.to_dict()).structure
 
 
-def opened(folder: Path, **options: Any) -> Opened:
-    return open_folder(folder, structure(), torch.bfloat16, name="artifact", **options)
+def opened(folder: Path, **options: Any) -> ArtifactFolder:
+    with open_folder(folder, Architecture(MODEL.config.to_dict()), torch.bfloat16, name="artifact", **options) as found:
+        return found
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -54,7 +58,7 @@ def test_each_format_tells_its_layers_and_its_profile(name: str, tmp_path: Path)
     stored_models.write(MODEL, tmp_path, stored_models.QUANTIZATIONS[name])
     found = opened(tmp_path)
     method, schemes, profile = EXPECTED[name]
-    assert found.method == method
+    assert found.artifact.method == method
     assert {(layer.method, layer.bits, layer.group_size) for layer in found.layers} == schemes
     linears = {linear.name for block in structure().linears.values() for linear in block}
     assert {layer.name for layer in found.layers} == linears
@@ -67,12 +71,12 @@ def test_a_dense_folder_has_no_layers_and_its_own_size(tmp_path: Path) -> None:
     MODEL.save_pretrained(tmp_path)
     found = opened(tmp_path)
     parameters = sum(math.prod(shape) for shape in structure().parameters.values())
-    assert (found.method, found.layers, dict(found.grids)) == ("dense", [], {})
+    assert (found.artifact.method, found.layers, dict(found.grids)) == ("dense", [], {})
     assert (found.sizes.parameters, found.sizes.total_bytes) == (parameters, 2 * parameters)
     assert found.sizes.bits_per_weight == 16
-    assert found.reference_bytes == 2 * parameters
     assert profile_of_layers(found.layers, found.sizes, profile_of_layer) == "16bit"
     subject = found.subject()
+    assert subject.reference_bytes == 2 * parameters
     digest = hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
     assert dict(subject.weights_sha256) == {"model.safetensors": digest}
     assert (subject.name, subject.layouts) == ("artifact", [])
@@ -113,29 +117,33 @@ def test_a_folder_without_weights_cannot_be_opened(tmp_path: Path) -> None:
 
 
 def checkpoint(tensors: dict[str, torch.Tensor]) -> Checkpoint:
-    return Checkpoint(MODEL.config.to_dict(), Tensors(tensors), {}, Origin("folder", "base"))
+    return Checkpoint(Architecture(MODEL.config.to_dict()), Tensors(tensors), {}, Origin("folder", "base"))
 
 
-def reference(merged: Checkpoint, base: Checkpoint, adapter: MergedAdapter | None) -> Reference:
-    evaluation = Evaluation(HeldOut(torch.zeros(1, 4, dtype=torch.int64), (None,), "0" * 64, "held-out.jsonl"), None)
+def reference(merged: Checkpoint, base: Checkpoint, adapter: Origin | None) -> Reference:
     return Reference(
-        Merged(merged, adapter, base),
-        evaluation,
-        VerifySettings(text="held-out.jsonl"),
-        Preparation({}),
-        torch.bfloat16,
-        torch.device("cpu"),
+        merged=merged,
+        base=base,
+        adapter=adapter,
+        nearest=partial(NearestSource, merged.weights),
+        prepared=Preparation({}),
+        held_out=HeldOut(torch.zeros(1, 4, dtype=torch.int64), (None,), "0" * 64, "held-out.jsonl"),
+        prompts=None,
+        open_tokenizer=partial(open_tokenizer, merged),
+        settings=VerifySettings(text="held-out.jsonl"),
+        dtype=torch.bfloat16,
+        device=torch.device("cpu"),
     )
 
 
-ADAPTER = MergedAdapter("LORA", Path("adapter"), Origin("folder", "adapter"), (), ())
+ADAPTER = Origin("folder", "adapter")
 
 
 def test_the_base_runs_beside_the_merged_model_where_an_adapter_keeps_its_shapes() -> None:
     tensors = {"model.embed_tokens.weight": torch.zeros(8, 4)}
     base, grown = checkpoint(tensors), checkpoint({"model.embed_tokens.weight": torch.zeros(10, 4)})
     narrow = checkpoint({name: tensor.half() for name, tensor in tensors.items()})
-    assert reference(narrow, base, ADAPTER).base is base
-    assert reference(grown, base, ADAPTER).base is None  # an adapter that adds tokens
-    assert reference(checkpoint({}), base, ADAPTER).base is None
-    assert reference(base, base, None).base is None
+    assert reference(narrow, base, ADAPTER).base_rival is base
+    assert reference(grown, base, ADAPTER).base_rival is None  # an adapter that adds tokens
+    assert reference(checkpoint({}), base, ADAPTER).base_rival is None
+    assert reference(base, base, None).base_rival is None

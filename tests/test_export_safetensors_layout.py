@@ -13,21 +13,13 @@ from transformers import AutoModelForCausalLM
 
 import factories
 from qexport.errors import CompatibilityError, QexportError
-from qexport.export.gptq_config import gptq_config
 from qexport.export.model_files import write_model_files
 from qexport.export.safetensors_layout import SafetensorsLayout
 from qexport.export.settings import SafetensorsSettings
-from qexport.packing import gptq
-from qexport.tensors import (
-    Checkpoint,
-    Gptq,
-    GroupQuantized,
-    GroupQuantizedSpec,
-    Origin,
-    Outputs,
-    OutputSpec,
-    TensorRecord,
-)
+from qexport.formats import GptqFormat, Outputs
+from qexport.formats.gptq import tensors as gptq
+from qexport.formats.gptq.format import gptq_config
+from qexport.tensors import Checkpoint, GroupQuantized, GroupQuantizedSpec, Origin, OutputSpec, TensorRecord
 from qexport.tensors.safetensors_folder import INDEX_NAME
 from quantized_models import DEFAULT, FILES, QuantizedModel, Tensors, gptq_method
 
@@ -55,7 +47,7 @@ def test_the_folder_holds_what_readers_look_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "method", [gptq_method(), gptq_method(sym=False), gptq_method(bits=3), gptq_method(desc_act=True, group_size=16)]
 )
-def test_codes_and_dense_weights_come_back_as_they_were(tmp_path: Path, method: Gptq) -> None:
+def test_codes_and_dense_weights_come_back_as_they_were(tmp_path: Path, method: GptqFormat) -> None:
     quantized = llama(method=method)
     quantized.write(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")

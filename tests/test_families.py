@@ -23,6 +23,7 @@ from adapters import ORIGIN, load_adapter, save_adapter, write_tensors
 from qexport.architectures.runner import BlockRunner
 from qexport.architectures.structure import Structure, describe
 from qexport.errors import CompatibilityError
+from qexport.formats import Outputs
 from qexport.loading.checkpoint import load_checkpoint
 from qexport.loading.settings import LoadSettings
 from qexport.merge.adapter import PREFIX
@@ -32,15 +33,7 @@ from qexport.pipeline.planning import plan as make_plan
 from qexport.quantize.methods import plan_outputs, quantize
 from qexport.quantize.settings import QuantizeSettings
 from qexport.recipe.model import Recipe
-from qexport.tensors import (
-    BlockQuantized,
-    CalibrationSet,
-    Checkpoint,
-    GroupQuantized,
-    Outputs,
-    RowQuantized,
-    TensorRecord,
-)
+from qexport.tensors import BlockQuantized, CalibrationSet, Checkpoint, GroupQuantized, RowQuantized, TensorRecord
 from test_block_runner import run, token_windows
 
 CPU = torch.device("cpu")

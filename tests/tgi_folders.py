@@ -17,9 +17,10 @@ from qexport.export.layouts import make_layout
 from qexport.export.settings import TgiSettings
 from qexport.export.tgi.contract import check_folder
 from qexport.export.tgi.layout import TgiLayout
+from qexport.formats import GptqFormat, Outputs
 from qexport.quantize.methods import plan_outputs, quantize
 from qexport.quantize.settings import NoneSettings, RoundingSettings
-from qexport.tensors import Checkpoint, Gptq, Outputs, TensorRecord
+from qexport.tensors import Checkpoint, TensorRecord
 from quantized_models import QuantizedModel, gptq_method
 
 
@@ -42,12 +43,12 @@ class TgiModel:
     """A tiny model on its way to a folder; `method` is GPTQ by plain rounding, or the settings of a rounding method."""
 
     config: PretrainedConfig
-    method: Gptq | RoundingSettings | NoneSettings = field(default_factory=gptq_method)
+    method: GptqFormat | RoundingSettings | NoneSettings = field(default_factory=gptq_method)
     special: dict[str, tuple[int, int] | None] = field(default_factory=dict)
 
     @cached_property
     def model(self) -> QuantizedModel:
-        method = self.method if isinstance(self.method, Gptq) else gptq_method()
+        method = self.method if isinstance(self.method, GptqFormat) else gptq_method()
         return QuantizedModel(factories.build(self.config), method, special=self.special)
 
     @cached_property
@@ -56,7 +57,7 @@ class TgiModel:
 
     @cached_property
     def outputs(self) -> Outputs:
-        if isinstance(self.method, Gptq):
+        if isinstance(self.method, GptqFormat):
             return self.model.outputs
         return plan_outputs(self.checkpoint, self.model.structure, self.method)
 
@@ -77,7 +78,7 @@ class TgiModel:
         return folder
 
     def records(self) -> Iterable[TensorRecord]:
-        if isinstance(self.method, Gptq):
+        if isinstance(self.method, GptqFormat):
             return self.model.records()
         cpu, dtype = torch.device("cpu"), torch.bfloat16
         return quantize(self.checkpoint, self.outputs, self.method, None, dtype=dtype, device=cpu, scratch=Path())

@@ -10,9 +10,9 @@ import torch
 import factories
 from qexport.export.settings import VllmSettings
 from qexport.export.vllm.layout import VllmLayout
+from qexport.formats import Outputs
 from qexport.quantize.methods import plan_outputs, quantize
 from qexport.quantize.settings import NoneSettings, W8a8Settings
-from qexport.tensors import Outputs
 from quantized_models import QuantizedModel, gptq_method
 
 Form = Literal["gptq", "compressed-tensors"]

@@ -14,7 +14,8 @@ from qexport.export.settings import ExportSettings, OnnxSettings, SafetensorsSet
 from qexport.export.tgi.layout import TgiLayout
 from qexport.export.vllm.layout import VllmLayout
 from qexport.export.weight_files import WeightFiles
-from qexport.tensors import Checkpoint, Outputs
+from qexport.formats import Outputs
+from qexport.tensors import Checkpoint
 
 
 class Layout(Protocol):

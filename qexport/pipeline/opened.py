@@ -14,7 +14,7 @@ from qexport.architectures.structure import Structure
 from qexport.artifact.digests import FileDigests
 from qexport.artifact.manifest import LayerRecord, Sizes
 from qexport.artifact.report import Subject
-from qexport.reading.stored_format import StoredLayer
+from qexport.formats.stored_weight import StoredLayer
 from qexport.reading.stored_model import holds_graph, open_stored
 from qexport.tensors import GroupQuantizedSpec
 
@@ -104,7 +104,7 @@ def open_folder(
 
 
 def _record(module: str, layer: StoredLayer) -> LayerRecord:
-    return LayerRecord(
+    known = dict(
         name=module,
         method=layer.method,
         bits=layer.bits,
@@ -115,6 +115,7 @@ def _record(module: str, layer: StoredLayer) -> LayerRecord:
         tokens=0,
         dead_columns=0,
     )
+    return LayerRecord.model_validate(known)
 
 
 def _told_grids(

@@ -8,6 +8,7 @@ from typing import Any
 
 from qexport.architectures.structure import Structure, describe
 from qexport.export.layouts import Layout, make_layout
+from qexport.formats import GptqFormat, Outputs
 from qexport.loading.checkpoint import load_checkpoint, locate_adapter
 from qexport.loading.settings import LoadSettings
 from qexport.merge.merging import Merged, merge
@@ -17,7 +18,6 @@ from qexport.progress import Reporter, silent
 from qexport.quantize.methods import plan_outputs
 from qexport.quantize.settings import GptqSettings
 from qexport.recipe.model import Recipe
-from qexport.tensors import Gptq, Outputs
 
 
 def load_merged(load: LoadSettings, merging: MergeSettings, *, report: Reporter) -> Merged:
@@ -108,8 +108,8 @@ class Plan:
         ]
 
     def _method(self) -> str:
-        name, method = self.recipe.quantize.method, self.outputs.method
-        return f"{name}, {method.bits} bits, group_size {method.group_size}" if isinstance(method, Gptq) else name
+        name, method = self.recipe.quantize.method, self.outputs.format
+        return f"{name}, {method.bits} bits, group_size {method.group_size}" if isinstance(method, GptqFormat) else name
 
     def _layout_notes(self) -> list[str]:
         several = len(self.layouts) > 1

@@ -17,18 +17,11 @@ from qexport.artifact.record import Identity, Protocol, describe_environment
 from qexport.artifact.report import Check, Reference, Report, Subject
 from qexport.export.layouts import Layout
 from qexport.export.tensor_writer import WrittenWeights
+from qexport.formats import Outputs
 from qexport.merge.merging import Merged
 from qexport.pipeline.planning import Plan
 from qexport.statistics.samples import ALPHA
-from qexport.tensors import (
-    BlockQuantizedSpec,
-    CalibrationSet,
-    GroupQuantizedSpec,
-    LayerReport,
-    Origin,
-    Outputs,
-    RowQuantizedSpec,
-)
+from qexport.tensors import CalibrationSet, LayerReport, Origin
 from qexport.text.tokenizer_identity import template_digest, tokenizer_digest
 from qexport.verifying.tails import flips_by_margin, kl_histogram, worst_tokens
 from qexport.verifying.verification import Given, Measurement
@@ -220,11 +213,4 @@ def _calibration(calibration: CalibrationSet) -> CalibrationRecord:
 
 def _layer(layer: LayerReport, outputs: Outputs) -> LayerRecord:
     spec = outputs.quantized[layer.name]
-    match spec:
-        case GroupQuantizedSpec():
-            bits, group_size = spec.bits, spec.group_size
-        case BlockQuantizedSpec():
-            bits, group_size = 4, spec.block_size
-        case RowQuantizedSpec():
-            bits, group_size = 8, spec.in_features
-    return LayerRecord(bits=bits, group_size=group_size, **asdict(layer))
+    return LayerRecord(bits=spec.bits, group_size=spec.group_size, **asdict(layer))

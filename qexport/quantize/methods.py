@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from qexport.architectures.structure import Structure
+from qexport.formats import Format, FourBitFormat, GptqFormat, LlmInt8Format, MergedFormat, Outputs, W8A8Format
 from qexport.progress import Reporter, silent
 from qexport.quantize import gptq, rounding
 from qexport.quantize.settings import (
@@ -18,20 +19,7 @@ from qexport.quantize.settings import (
     QuantizeSettings,
     W8a8Settings,
 )
-from qexport.tensors import (
-    W8A8,
-    CalibrationSet,
-    Checkpoint,
-    Dense,
-    FourBit,
-    Gptq,
-    LlmInt8,
-    Method,
-    Outputs,
-    OutputSpec,
-    TensorRecord,
-    TensorSpec,
-)
+from qexport.tensors import CalibrationSet, Checkpoint, OutputSpec, TensorRecord, TensorSpec
 
 
 def plan_outputs(checkpoint: Checkpoint, structure: Structure, settings: QuantizeSettings) -> Outputs:
@@ -100,10 +88,10 @@ def _notes(structure: Structure, specs: Mapping[str, OutputSpec], settings: Quan
         yield f"{len(dense)} tensors of experts stay at 16 bits{reason}"
 
 
-def _method(settings: QuantizeSettings) -> Method:
+def _method(settings: QuantizeSettings) -> Format:
     match settings:
         case GptqSettings():
-            return Gptq(
+            return GptqFormat(
                 bits=settings.bits,
                 group_size=settings.group_size,
                 sym=settings.sym,
@@ -113,10 +101,12 @@ def _method(settings: QuantizeSettings) -> Method:
                 true_sequential=settings.true_sequential,
             )
         case Nf4Settings():
-            return FourBit(settings.quant_type, settings.block_size, settings.double_quant, settings.compute_dtype)
+            return FourBitFormat(
+                settings.quant_type, settings.block_size, settings.double_quant, settings.compute_dtype
+            )
         case Int8Settings():
-            return LlmInt8(settings.threshold)
+            return LlmInt8Format(settings.threshold)
         case W8a8Settings():
-            return W8A8()
+            return W8A8Format()
         case NoneSettings():
-            return Dense()
+            return MergedFormat()

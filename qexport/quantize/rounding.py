@@ -14,18 +14,15 @@ import torch
 from qexport.architectures.families import family, matching
 from qexport.architectures.structure import LinearSpec, Structure
 from qexport.errors import CompatibilityError
+from qexport.formats import Format, FourBitFormat, Outputs, W8A8Format
 from qexport.progress import Progress, Reporter, silent
 from qexport.quantize import bitsandbytes_4bit, row_int8
 from qexport.quantize.settings import Nf4Settings, RoundingSettings, W8a8Settings
 from qexport.tensors import (
-    W8A8,
     BlockQuantizedSpec,
     Checkpoint,
-    FourBit,
     GroupQuantizedSpec,
     LayerReport,
-    Method,
-    Outputs,
     OutputSpec,
     Quantized,
     QuantizedSpec,
@@ -34,7 +31,6 @@ from qexport.tensors import (
     TensorSpec,
     WeightSource,
 )
-from qexport.tensors.quantized import LayerMethod
 
 
 def output_specs(checkpoint: Checkpoint, structure: Structure, settings: RoundingSettings) -> dict[str, OutputSpec]:
@@ -103,10 +99,10 @@ def quantize(
         if isinstance(spec, TensorSpec):
             yield TensorRecord(name, merged)
             continue
-        layer = LayerReport(name.removesuffix(".weight"), _layer_method(outputs.method))
+        layer = LayerReport(name.removesuffix(".weight"), _layer_method(outputs.format))
         assert not isinstance(spec, GroupQuantizedSpec)
         matrix = merged.t().contiguous() if spec.transposed else merged  # every format has the codes [out, in]
-        value = _quantized(matrix.to(device), spec, outputs.method)
+        value = _quantized(matrix.to(device), spec, outputs.format)
         yield TensorRecord(name, value, layer, merged)
     report(Progress("quantize", len(outputs.specs), len(outputs.specs), "tensor"))
 
@@ -124,10 +120,10 @@ def _ahead(weights: WeightSource, names: Iterable[str]) -> Iterator[torch.Tensor
         yield pending.result()
 
 
-def _quantized(merged: torch.Tensor, spec: QuantizedSpec, method: Method) -> Quantized:
+def _quantized(merged: torch.Tensor, spec: QuantizedSpec, method: Format) -> Quantized:
     if isinstance(spec, BlockQuantizedSpec):
         return bitsandbytes_4bit.quantize(merged, spec)
-    return row_int8.w8a8(merged) if isinstance(method, W8A8) else row_int8.llm_int8(merged)
+    return row_int8.w8a8(merged) if isinstance(method, W8A8Format) else row_int8.llm_int8(merged)
 
 
 def _spec(linear: LinearSpec, dense: TensorSpec, settings: RoundingSettings) -> QuantizedSpec:
@@ -144,10 +140,10 @@ def _spec(linear: LinearSpec, dense: TensorSpec, settings: RoundingSettings) -> 
     return RowQuantizedSpec(linear.out_features, linear.in_features, dense.dtype, linear.transposed)
 
 
-def _layer_method(method: Method) -> LayerMethod:
-    if isinstance(method, FourBit):
+def _layer_method(method: Format) -> str:
+    if isinstance(method, FourBitFormat):
         return method.quant_type
-    return "w8a8" if isinstance(method, W8A8) else "int8"
+    return "w8a8" if isinstance(method, W8A8Format) else "int8"
 
 
 def _kept(structure: Structure) -> Mapping[str, str]:

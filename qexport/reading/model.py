@@ -18,9 +18,9 @@ from qexport.architectures.devices import find_device
 from qexport.architectures.naming import Part, name_parameters
 from qexport.architectures.structure import Structure, build_on_meta, describe_model, parse_config
 from qexport.errors import CompatibilityError, InputError, QexportError, RecipeError, listed
+from qexport.formats.dequantization import dequantize
+from qexport.formats.stored_weight import StoredWeight, Tensors
 from qexport.reading.artifact_source import ArtifactSource, model_folder
-from qexport.reading.dequantization import dequantize
-from qexport.reading.stored_format import StoredWeight, Tensors
 from qexport.reading.stored_model import holds_graph
 from qexport.tensors import WeightSource
 from qexport.tensors.strict_files import contained_path, read_json_object

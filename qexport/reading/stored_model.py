@@ -10,8 +10,8 @@ from typing import Any, Final, Protocol, Self
 import torch
 
 from qexport.architectures.structure import Structure
+from qexport.formats.stored_weight import StoredLayer
 from qexport.reading.artifact_source import ArtifactSource
-from qexport.reading.stored_format import StoredLayer
 from qexport.tensors import GroupQuantizedSpec, TensorSpec
 
 _GRAPH_NAME: Final = "model.onnx"

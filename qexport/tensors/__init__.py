@@ -1,7 +1,6 @@
 """The data types that flow between the stages."""
 
 from qexport.tensors.checkpoint import CalibrationSet, Checkpoint, Origin
-from qexport.tensors.methods import W8A8, Dense, FourBit, Gptq, LlmInt8, Method, Outputs
 from qexport.tensors.quantized import (
     BlockQuantized,
     BlockQuantizedSpec,
@@ -19,24 +18,17 @@ from qexport.tensors.quantized import (
 from qexport.tensors.source import LargestSpec, TensorSpec, WeightSource
 
 __all__ = [
-    "W8A8",
     "BlockQuantized",
     "BlockQuantizedSpec",
     "CalibrationSet",
     "Checkpoint",
-    "Dense",
-    "FourBit",
-    "Gptq",
     "GroupQuantized",
     "GroupQuantizedSpec",
     "LargestSpec",
     "LayerReport",
-    "LlmInt8",
-    "Method",
     "NestedAbsmax",
     "Origin",
     "OutputSpec",
-    "Outputs",
     "Quantized",
     "QuantizedSpec",
     "RowQuantized",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -138,6 +138,13 @@ class BlockQuantizedSpec:
     dtype: torch.dtype
     transposed: bool = False
 
+    bits: ClassVar[int] = 4
+
+    @property
+    def group_size(self) -> int:
+        """Values that share a scale."""
+        return self.block_size
+
     @property
     def shape(self) -> tuple[int, int]:
         """[out, in]."""
@@ -188,6 +195,13 @@ class RowQuantizedSpec:
     dtype: torch.dtype
     transposed: bool = False
 
+    bits: ClassVar[int] = 8
+
+    @property
+    def group_size(self) -> int:
+        """Values that share a scale: a row."""
+        return self.in_features
+
     @property
     def shape(self) -> tuple[int, int]:
         """[out, in]."""
@@ -200,16 +214,13 @@ OutputSpec = TensorSpec | QuantizedSpec
 """What leaves the pass under one parameter's name."""
 
 
-LayerMethod = Literal["gptq", "round_to_nearest", "nf4", "fp4", "int8", "w8a8"]
-
-
 @dataclass(frozen=True)
 class LayerReport:
     """What quantizing one layer did.
 
     Attributes:
         name: the module's path.
-        method: how the codes were found.
+        method: how the codes were found, for example `gptq`, `round_to_nearest` or `nf4`.
         loss: mean squared error of the layer's outputs on the calibration tokens, relative to the mean square
             of the outputs; None where that ratio does not exist, or the method has not looked.
         rtn_loss: the same for plain round-to-nearest with the same bits and groups.
@@ -220,7 +231,7 @@ class LayerReport:
     """
 
     name: str
-    method: LayerMethod
+    method: str
     loss: float | None = None
     rtn_loss: float | None = None
     damp_percent: float | None = None

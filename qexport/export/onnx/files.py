@@ -13,14 +13,15 @@ import torch
 
 from qexport.artifact.digests import sha256_bytes, tensor_bytes
 from qexport.errors import QexportError
-from qexport.export.encodings import LeftOut, OnnxInitializers
 from qexport.export.onnx.nodes import Emitter
 from qexport.export.shards import split_by_size
 from qexport.export.tensor_writer import PlacedTensors, WrittenWeights
 from qexport.export.weight_files import WeightFiles
+from qexport.formats import Outputs
+from qexport.formats.onnx.format import LeftOut, OnnxFormat
 from qexport.reading.onnx.external_data import ExternalData
 from qexport.reading.onnx.graph import Graph
-from qexport.tensors import BlockQuantizedSpec, Outputs, TensorSpec
+from qexport.tensors import BlockQuantizedSpec, TensorSpec
 
 DTYPES: Final = {
     torch.float32: ir.DataType.FLOAT,
@@ -193,7 +194,7 @@ def shared_names(outputs: Outputs) -> frozenset[str]:
     return frozenset(names)
 
 
-def onnx_files(outputs: Outputs, encoding: OnnxInitializers, max_shard_size: int, *, shared: bool) -> OnnxFiles:
+def onnx_files(outputs: Outputs, encoding: OnnxFormat, max_shard_size: int, *, shared: bool) -> OnnxFiles:
     """The files of the layout.
 
     Args:

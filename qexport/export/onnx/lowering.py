@@ -17,7 +17,8 @@ from qexport.export.onnx.linears import Linears
 from qexport.export.onnx.nodes import DOMAIN, MICROSOFT, Emitter
 from qexport.export.onnx.scan import selective_scan
 from qexport.export.onnx.tracing import Trace
-from qexport.tensors import Outputs, TensorSpec
+from qexport.formats import Outputs
+from qexport.tensors import TensorSpec
 
 _ATTENTION: Final[Mapping[str, type[PlainAttention] | type[FusedAttention]]] = {
     "plain": PlainAttention,

@@ -2,7 +2,7 @@
 
 The reference is compressed-tensors 0.17.0 (`compressors/naive_quantized/base.py`, `compressors/pack_quantized`), which
 vLLM, TGI and transformers read with. Codes and zero points are stored without an offset, as streams of bits in int32
-words (see `qexport.packing.words`): codes along the inputs, zero points along the outputs.
+words (see `qexport.formats.int32_words`): codes along the inputs, zero points along the outputs.
 
 3 bits are not written: compressed-tensors leaves two bits of each word empty, vLLM expects none.
 """
@@ -14,8 +14,8 @@ from collections.abc import Mapping
 import torch
 
 from qexport.errors import InputError, QexportError
-from qexport.packing.checks import check_specs, place
-from qexport.packing.words import WORD_BITS, from_words, to_words
+from qexport.formats.int32_words import WORD_BITS, from_words, to_words
+from qexport.formats.stored_weight import check_specs, place
 from qexport.tensors import GroupQuantized, GroupQuantizedSpec, RowQuantized, RowQuantizedSpec, TensorSpec
 
 _ROWS_AT_ONCE = 512

@@ -18,7 +18,6 @@ from qexport.export.safetensors_layout import SafetensorsLayout
 from qexport.export.settings import SafetensorsSettings
 from qexport.formats import GptqFormat, Outputs
 from qexport.formats.gptq import tensors as gptq
-from qexport.formats.gptq.format import gptq_config
 from qexport.tensors import Checkpoint, GroupQuantized, GroupQuantizedSpec, Origin, OutputSpec, TensorRecord
 from qexport.tensors.safetensors_folder import INDEX_NAME
 from quantized_models import DEFAULT, FILES, QuantizedModel, Tensors, gptq_method
@@ -155,7 +154,7 @@ def matches(dynamic: dict[str, Any], module: str) -> list[str]:
 
 def test_modules_that_differ_are_named_in_gptqmodels_and_in_transformers_words() -> None:
     quantized = llama(special={DOWN0: None, DOWN1: (8, 32), Q0: (4, -1)})
-    config = gptq_config(quantized.method, quantized.specs, quantized.structure)
+    config = quantized.method.quantization_config(quantized.specs, quantized.structure)
     linears = [linear.name for block in quantized.structure.linears.values() for linear in block]
     rules = {module: found for module in linears if (found := matches(config["dynamic"], module))}
     assert rules.keys() == {DOWN0, DOWN1, Q0}
@@ -170,7 +169,7 @@ def test_layers_with_the_same_difference_share_a_rule_that_matches_no_other_laye
     model = factories.build(factories.llama_config(num_hidden_layers=12))
     special = {f"model.layers.{index}.mlp.up_proj": (8, 32) for index in (1, 11)}
     quantized = QuantizedModel(model, special=special)
-    dynamic = gptq_config(quantized.method, quantized.specs, quantized.structure)["dynamic"]
+    dynamic = quantized.method.quantization_config(quantized.specs, quantized.structure)["dynamic"]
     assert len(dynamic) == 1
     linears = [linear.name for block in quantized.structure.linears.values() for linear in block]
     assert {name for name in linears if matches(dynamic, name)} == special.keys()
@@ -181,14 +180,14 @@ def test_layers_with_the_same_difference_share_a_rule_that_matches_no_other_laye
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_group_size_of_minus_one_needs_no_rule(bits: int) -> None:
     quantized = llama(method=gptq_method(bits=bits, group_size=-1))
-    config = gptq_config(quantized.method, quantized.specs, quantized.structure)
+    config = quantized.method.quantization_config(quantized.specs, quantized.structure)
     assert config["group_size"] == -1
     assert "dynamic" not in config
 
 
 def test_a_quantized_head_is_told() -> None:
     quantized = llama(special={"lm_head": (4, 32)})
-    assert gptq_config(quantized.method, quantized.specs, quantized.structure)["lm_head"] is True
+    assert quantized.method.quantization_config(quantized.specs, quantized.structure)["lm_head"] is True
 
 
 def test_layers_that_cannot_be_packed_are_all_listed_before_anything_is_written() -> None:

@@ -79,7 +79,7 @@ class WeightFiles:
             raise CompatibilityError(
                 f"{len(faults)} layers do not fit the format of the file",
                 where=listed(faults),
-                mend="choose other bits or groups for these layers, or leave them dense",
+                mend="choose other bits or groups for these layers, or leave them unquantized",
             )
 
     def writer(self, folder: Path) -> WeightWriter:

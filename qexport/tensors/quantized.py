@@ -36,6 +36,12 @@ class GroupQuantized:
     sym: bool
     desc_act: bool
 
+    @property
+    def spec(self) -> GroupQuantizedSpec:
+        """What was known before the codes were."""
+        rows, columns = self.codes.shape
+        return GroupQuantizedSpec(rows, columns, self.bits, self.group_size, self.sym, self.desc_act)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The matrix [out, in], computed in float32 and rounded once to `dtype`."""
         group = self.g_idx.long()

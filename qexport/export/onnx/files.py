@@ -55,7 +55,7 @@ class Weights:
     Args:
         emit: writes the nodes.
         specs: every tensor that there is, by name.
-        activations: the dtype that dense weights are cast to.
+        activations: the dtype that unquantized weights are cast to.
     """
 
     def __init__(self, emit: Emitter, specs: Mapping[str, TensorSpec], activations: ir.DataType) -> None:
@@ -71,7 +71,7 @@ class Weights:
             graph.initializers.add(value)
         return graph.initializers[name]
 
-    def dense(self, name: str) -> ir.Value:
+    def unquantized(self, name: str) -> ir.Value:
         """A parameter in the dtype of the activations."""
         if name not in self._cast:
             self._cast[name] = self._in_activations(self.stored(name), name)
@@ -182,8 +182,8 @@ class DataWriter(PlacedTensors):
 
 
 def shared_names(outputs: Outputs) -> frozenset[str]:
-    """The initializers whose bytes lie in a safetensors artifact under the same name: dense weights, and bitsandbytes'
-    codes of 4 bits with their absmaxes, unless those are quantized too.
+    """The initializers whose bytes lie in a safetensors artifact under the same name: unquantized weights, and
+    bitsandbytes' codes of 4 bits with their absmaxes, unless those are quantized too.
     """
     names: set[str] = set()
     for name, spec in outputs.specs.items():

@@ -6,9 +6,10 @@ import numpy as np
 import onnx_ir as ir
 
 from qexport.export.onnx.files import Weights
-from qexport.export.onnx.nodes import MICROSOFT, Emitter
+from qexport.export.onnx.nodes import Emitter
 from qexport.formats import LlmInt8Format, Outputs
 from qexport.formats.onnx import matmul_bnb4, matmul_integer, matmul_nbits
+from qexport.formats.onnx.operators import MICROSOFT
 from qexport.tensors import BlockQuantizedSpec, GroupQuantizedSpec, RowQuantizedSpec, TensorSpec
 
 
@@ -38,7 +39,7 @@ class Linears:
         module = name.removesuffix(".weight")
         match self._outputs.specs[name]:
             case TensorSpec():
-                return self._dense(inputs, name, transposed=bool(node.attributes.get_int("transposed", 0)))
+                return self._unquantized(inputs, name, transposed=bool(node.attributes.get_int("transposed", 0)))
             case GroupQuantizedSpec() as groups:
                 return self._groups(inputs, module, groups)
             case BlockQuantizedSpec() as blocks:
@@ -46,8 +47,8 @@ class Linears:
             case RowQuantizedSpec() as rows:
                 return self._in_float32(inputs, module, rows)
 
-    def _dense(self, inputs: ir.Value, name: str, *, transposed: bool) -> ir.Value:
-        weight = self._weights.dense(name)
+    def _unquantized(self, inputs: ir.Value, name: str, *, transposed: bool) -> ir.Value:
+        weight = self._weights.unquantized(name)
         if not transposed:
             weight = self._emit.one("Transpose", weight, perm=[1, 0])
         return self._emit.one("MatMul", inputs, weight, name=name.removesuffix(".weight"))

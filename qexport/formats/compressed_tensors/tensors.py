@@ -60,7 +60,7 @@ def pack_groups(quantized: GroupQuantized) -> dict[str, torch.Tensor]:
     Raises:
         QexportError: the shape cannot be packed.
     """
-    spec = _spec(quantized)
+    spec = quantized.spec
     if reason := check_groups(spec):
         raise QexportError(f"codes cannot be packed: {reason}")
     packed = torch.empty(group_specs(spec)["weight_packed"].shape, dtype=torch.int32)
@@ -159,11 +159,6 @@ def unpack_rows(tensors: Mapping[str, torch.Tensor], *, module: str = "") -> Row
 def _ordered(spec: GroupQuantizedSpec) -> bool:
     """Whether the format holds the group of each input: one group has no order."""
     return spec.desc_act and spec.groups > 1
-
-
-def _spec(quantized: GroupQuantized) -> GroupQuantizedSpec:
-    rows, columns = quantized.codes.shape
-    return GroupQuantizedSpec(rows, columns, quantized.bits, quantized.group_size, quantized.sym, quantized.desc_act)
 
 
 def _weight_shape(tensors: Mapping[str, torch.Tensor], module: str) -> tuple[int, int]:

@@ -59,8 +59,31 @@ class GptqFormat(ModuleEncoding):
         return check_shape(spec.out_features, spec.in_features, spec.bits, spec.group_size)
 
     def quantization_config(self, specs: Specs, structure: Structure) -> dict[str, Any]:
-        """See `gptq_config`."""
-        return gptq_config(self, specs, structure)
+        """The `quantization_config` of an artifact.
+
+        Modules that differ from this are named twice, because readers differ: gptqmodel and vLLM look at `dynamic`
+        (a regular expression, `-:` before it for an unquantized module), transformers at
+        `modules_in_block_to_quantize`, which cannot say that a module has other bits.
+        """
+        config: dict[str, Any] = {
+            "quant_method": "gptq",
+            "checkpoint_format": "gptq",
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "sym": self.sym,
+            "desc_act": self.desc_act,
+            "static_groups": self.static_groups,
+            "damp_percent": self.damp_percent,
+            "true_sequential": self.true_sequential,
+            "lm_head": isinstance(specs.get(f"{structure.head}.weight"), GroupQuantizedSpec),
+            "pack_dtype": "int32",
+            "meta": {"quantizer": [f"qexport:{version('qexport')}"]},
+        }
+        if dynamic := _dynamic(self, specs, structure):
+            config["dynamic"] = dynamic
+        if any(rule.startswith("-:") for rule in dynamic):
+            config["modules_in_block_to_quantize"] = [_quantized_linears(specs, structure)]
+        return config
 
     @property
     def card(self) -> Card:
@@ -78,34 +101,6 @@ class GptqFormat(ModuleEncoding):
     def reader(config: Mapping[str, Any]) -> GptqReader:
         """See `GptqReader`."""
         return GptqReader(config)
-
-
-def gptq_config(common: GptqFormat, specs: Specs, structure: Structure) -> dict[str, Any]:
-    """The `quantization_config` of an artifact.
-
-    Modules that differ from `common` are named twice, because readers differ: gptqmodel and vLLM look at `dynamic`
-    (a regular expression, `-:` before it for an unquantized module), transformers at `modules_in_block_to_quantize`,
-    which cannot say that a module has other bits.
-    """
-    config: dict[str, Any] = {
-        "quant_method": "gptq",
-        "checkpoint_format": "gptq",
-        "bits": common.bits,
-        "group_size": common.group_size,
-        "sym": common.sym,
-        "desc_act": common.desc_act,
-        "static_groups": common.static_groups,
-        "damp_percent": common.damp_percent,
-        "true_sequential": common.true_sequential,
-        "lm_head": isinstance(specs.get(f"{structure.head}.weight"), GroupQuantizedSpec),
-        "pack_dtype": "int32",
-        "meta": {"quantizer": [f"qexport:{version('qexport')}"]},
-    }
-    if dynamic := _dynamic(common, specs, structure):
-        config["dynamic"] = dynamic
-    if any(rule.startswith("-:") for rule in dynamic):
-        config["modules_in_block_to_quantize"] = [_quantized_linears(specs, structure)]
-    return config
 
 
 def _dynamic(common: GptqFormat, specs: Specs, structure: Structure) -> dict[str, dict[str, int]]:

@@ -97,7 +97,7 @@ def pack_groups(quantized: GroupQuantized, dtype: torch.dtype) -> dict[str, torc
         CompatibilityError: the codes cannot be stored.
         QexportError: a code, zero point or group is out of range, or `dtype` does not hold a scale exactly.
     """
-    spec = _spec(quantized)
+    spec = quantized.spec
     blocks = _blocks(spec)
     _check_content(quantized, spec)
     order = quantized.g_idx.argsort(stable=True) if spec.desc_act else None
@@ -187,11 +187,6 @@ def _held_exactly(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         name = str(dtype).removeprefix("torch.")
         raise QexportError(f"a scale would be rounded in {name}", mend="this is a defect of qexport; please report it")
     return held
-
-
-def _spec(quantized: GroupQuantized) -> GroupQuantizedSpec:
-    rows, columns = quantized.codes.shape
-    return GroupQuantizedSpec(rows, columns, quantized.bits, quantized.group_size, quantized.sym, quantized.desc_act)
 
 
 def _check_content(quantized: GroupQuantized, spec: GroupQuantizedSpec) -> None:

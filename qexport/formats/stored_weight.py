@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import ClassVar, Final, Protocol
 
 import torch
 
@@ -96,6 +96,9 @@ class GroupedWeight:
     scheme: Scheme | None
     parts: tuple[str, ...]
 
+    method: ClassVar[str] = "gptq"
+    """What users are told of the layer, see `StoredLayer`."""
+
     @property
     def layer(self) -> StoredLayer:
         """See `StoredWeight.layer`."""
@@ -105,7 +108,7 @@ class GroupedWeight:
                 where=f"{WHERE}, {self.module}",
                 mend="fetch the artifact again, or ask its maker: weights and config.json do not belong together",
             )
-        return StoredLayer("gptq", self.scheme.bits, self._group_size(self.scheme), self.shape)
+        return StoredLayer(self.method, self.scheme.bits, self._group_size(self.scheme), self.shape)
 
     @property
     def grid(self) -> GroupQuantizedSpec | None:

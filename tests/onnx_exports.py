@@ -31,13 +31,14 @@ from qexport.export.onnx.tracing import Trace, trace
 from qexport.export.safetensors_layout import SafetensorsLayout
 from qexport.export.settings import OnnxSettings, SafetensorsSettings
 from qexport.export.tensor_writer import WrittenWeights
-from qexport.packing.bitsandbytes_4bit import dequantize
+from qexport.formats import Outputs
+from qexport.formats.bitsandbytes.four_bit_tensors import dequantize
 from qexport.quantizing.methods import AnyMethod
 from qexport.reading.artifact_source import ArtifactSource
 from qexport.reading.onnx.graph import Graph
 from qexport.reading.onnx.model import OnnxCausalLM
 from qexport.reading.onnx.weights import OnnxWeights
-from qexport.tensors import BlockQuantized, CalibrationSet, Origin, Outputs, TensorRecord
+from qexport.tensors import BlockQuantized, CalibrationSet, Origin, TensorRecord
 from quantized_models import Tensors
 
 FAMILIES = [name for name in factories.FAMILIES if name not in ("mixtral", "qwen3 moe")]

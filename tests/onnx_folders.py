@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 from transformers import LlamaConfig
 
-from qexport.packing.bitsandbytes_4bit import flat_absmax
+from qexport.formats.bitsandbytes.four_bit_tensors import flat_absmax
 from qexport.tensors import BlockQuantized, GroupQuantized, Quantized, RowQuantized
 
 MICROSOFT = "com.microsoft"

@@ -23,7 +23,8 @@ from qexport.export.onnx.genai import FILE_NAME, Generation, genai_config, gener
 from qexport.export.onnx.launch import Figures, launch_files
 from qexport.export.onnx.lowering import lower
 from qexport.export.onnx.tracing import Cache
-from qexport.tensors import Dense, Outputs, TensorSpec
+from qexport.formats import MergedFormat, Outputs
+from qexport.tensors import TensorSpec
 from quantized_models import QuantizedModel
 
 Attention = Literal["plain", "fused"]
@@ -60,7 +61,7 @@ def write(
     checkpoint = replace(QuantizedModel(model).checkpoint, files=files)
     places = _write_weights(folder, model)
     traced = copied_trace(checkpoint.architecture, activations)
-    outputs = Outputs(Dense(), {name: place.spec for name, place in places.items()})
+    outputs = Outputs(MergedFormat(), {name: place.spec for name, place in places.items()})
     specs = {name: place.spec for name, place in places.items()}
     graph = lower(traced, outputs, specs, activations=activations, attention=attention, accuracy_level=0)
     put_in_place(graph.graph, places)

@@ -19,16 +19,8 @@ from qexport.export.safetensors_layout import SafetensorsLayout
 from qexport.export.settings import SafetensorsSettings
 from qexport.export.tensor_writer import WrittenWeights
 from qexport.export.weight_files import WeightFiles
-from qexport.tensors import (
-    Gptq,
-    GroupQuantized,
-    GroupQuantizedSpec,
-    Origin,
-    Outputs,
-    OutputSpec,
-    TensorRecord,
-    TensorSpec,
-)
+from qexport.formats import GptqFormat, Outputs
+from qexport.tensors import GroupQuantized, GroupQuantizedSpec, Origin, OutputSpec, TensorRecord, TensorSpec
 
 FILES = {
     "tokenizer.json": b'{"tokens": "\xc3\xa9"}\r\n',
@@ -37,7 +29,7 @@ FILES = {
 }
 
 
-DEFAULT = Gptq(
+DEFAULT = GptqFormat(
     bits=4,
     group_size=32,
     sym=True,
@@ -48,7 +40,7 @@ DEFAULT = Gptq(
 )
 
 
-def gptq_method(**changes: Any) -> Gptq:
+def gptq_method(**changes: Any) -> GptqFormat:
     return replace(DEFAULT, **changes)
 
 
@@ -73,7 +65,7 @@ class QuantizedModel:
     """
 
     model: PreTrainedModel
-    method: Gptq = DEFAULT
+    method: GptqFormat = DEFAULT
     special: Mapping[str, tuple[int, int] | None] = field(default_factory=dict)
     origin: Origin = field(default_factory=lambda: Origin("folder", "tiny"))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qexport.architectures.architecture import Architecture
-from qexport.packing import gptq
+from qexport.formats.gptq import tensors as gptq
 from qexport.tensors import GroupQuantizedSpec
 from quantized_models import round_off
 

@@ -15,12 +15,12 @@ import factories
 from qexport.architectures.architecture import Architecture
 from qexport.architectures.checkpoint import Checkpoint
 from qexport.errors import CompatibilityError, QexportError
-from qexport.export.gptq_config import gptq_config
 from qexport.export.model_files import write_model_files
 from qexport.export.safetensors_layout import SafetensorsLayout
 from qexport.export.settings import SafetensorsSettings
-from qexport.packing import gptq
-from qexport.tensors import Gptq, GroupQuantized, GroupQuantizedSpec, Origin, Outputs, OutputSpec, TensorRecord
+from qexport.formats import GptqFormat, Outputs
+from qexport.formats.gptq import tensors as gptq
+from qexport.tensors import GroupQuantized, GroupQuantizedSpec, Origin, OutputSpec, TensorRecord
 from qexport.tensors.safetensors_folder import INDEX_NAME
 from quantized_models import DEFAULT, FILES, QuantizedModel, Tensors, gptq_method
 
@@ -48,7 +48,7 @@ def test_the_folder_holds_what_readers_look_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "method", [gptq_method(), gptq_method(sym=False), gptq_method(bits=3), gptq_method(desc_act=True, group_size=16)]
 )
-def test_codes_and_dense_weights_come_back_as_they_were(tmp_path: Path, method: Gptq) -> None:
+def test_codes_and_dense_weights_come_back_as_they_were(tmp_path: Path, method: GptqFormat) -> None:
     quantized = llama(method=method)
     quantized.write(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -156,7 +156,7 @@ def matches(dynamic: dict[str, Any], module: str) -> list[str]:
 
 def test_modules_that_differ_are_named_in_gptqmodels_and_in_transformers_words() -> None:
     quantized = llama(special={DOWN0: None, DOWN1: (8, 32), Q0: (4, -1)})
-    config = gptq_config(quantized.method, quantized.specs, quantized.structure)
+    config = quantized.method.quantization_config(quantized.specs, quantized.structure)
     linears = [linear.name for block in quantized.structure.linears.values() for linear in block]
     rules = {module: found for module in linears if (found := matches(config["dynamic"], module))}
     assert rules.keys() == {DOWN0, DOWN1, Q0}
@@ -171,7 +171,7 @@ def test_layers_with_the_same_difference_share_a_rule_that_matches_no_other_laye
     model = factories.build(factories.llama_config(num_hidden_layers=12))
     special = {f"model.layers.{index}.mlp.up_proj": (8, 32) for index in (1, 11)}
     quantized = QuantizedModel(model, special=special)
-    dynamic = gptq_config(quantized.method, quantized.specs, quantized.structure)["dynamic"]
+    dynamic = quantized.method.quantization_config(quantized.specs, quantized.structure)["dynamic"]
     assert len(dynamic) == 1
     linears = [linear.name for block in quantized.structure.linears.values() for linear in block]
     assert {name for name in linears if matches(dynamic, name)} == special.keys()
@@ -182,14 +182,14 @@ def test_layers_with_the_same_difference_share_a_rule_that_matches_no_other_laye
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_group_size_of_minus_one_needs_no_rule(bits: int) -> None:
     quantized = llama(method=gptq_method(bits=bits, group_size=-1))
-    config = gptq_config(quantized.method, quantized.specs, quantized.structure)
+    config = quantized.method.quantization_config(quantized.specs, quantized.structure)
     assert config["group_size"] == -1
     assert "dynamic" not in config
 
 
 def test_a_quantized_head_is_told() -> None:
     quantized = llama(special={"lm_head": (4, 32)})
-    assert gptq_config(quantized.method, quantized.specs, quantized.structure)["lm_head"] is True
+    assert quantized.method.quantization_config(quantized.specs, quantized.structure)["lm_head"] is True
 
 
 def test_layers_that_cannot_be_packed_are_all_listed_before_anything_is_written() -> None:

@@ -25,6 +25,7 @@ from qexport.architectures.checkpoint import Checkpoint
 from qexport.architectures.runner import BlockRunner
 from qexport.architectures.structure import Structure
 from qexport.errors import CompatibilityError
+from qexport.formats import Outputs
 from qexport.loading.checkpoint import load_checkpoint
 from qexport.loading.settings import LoadSettings
 from qexport.merge.adapter import PREFIX
@@ -34,7 +35,7 @@ from qexport.pipeline.planning import plan as make_plan
 from qexport.quantizing.method import Method
 from qexport.quantizing.methods import AnyMethod
 from qexport.recipe.model import Recipe
-from qexport.tensors import BlockQuantized, CalibrationSet, GroupQuantized, Outputs, RowQuantized, TensorRecord
+from qexport.tensors import BlockQuantized, CalibrationSet, GroupQuantized, RowQuantized, TensorRecord
 from test_block_runner import run, token_windows
 
 CPU = torch.device("cpu")

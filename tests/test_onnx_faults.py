@@ -20,7 +20,7 @@ from qexport.export.onnx.attention import AdditiveMasks
 from qexport.export.onnx.linears import Linears
 from qexport.export.onnx.nodes import Emitter
 from qexport.export.onnx.tracing import Trace
-from qexport.packing import matmul_nbits
+from qexport.formats.onnx import matmul_nbits
 from qexport.reading.onnx.graph import GRAPH_NAME
 
 

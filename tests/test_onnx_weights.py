@@ -20,7 +20,7 @@ import factories
 import onnx_folders
 import stored_models
 from qexport.errors import InputError
-from qexport.packing.bitsandbytes_4bit import dequantize
+from qexport.formats.bitsandbytes.four_bit_tensors import dequantize
 from qexport.reading.artifact_source import ArtifactSource
 from qexport.reading.onnx.weights import OnnxWeights
 from qexport.tensors import BlockQuantized, GroupQuantized, Quantized, RowQuantized

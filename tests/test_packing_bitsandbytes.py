@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 
 from bitsandbytes_oracle import own_values, reads_right, values
 from qexport.errors import InputError
-from qexport.packing import bitsandbytes_4bit, llm_int8
-from qexport.packing.code_books import QuantType, dynamic_values, four_bit_values
+from qexport.formats.bitsandbytes import four_bit_tensors as bitsandbytes_4bit
+from qexport.formats.bitsandbytes import llm_int8
+from qexport.formats.bitsandbytes.code_books import QuantType, dynamic_values, four_bit_values
 from qexport.tensors import BlockQuantizedSpec, RowQuantizedSpec, TensorSpec
 
 

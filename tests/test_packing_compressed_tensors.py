@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qexport.errors import InputError, QexportError
-from qexport.packing import compressed_tensors, gptq
+from qexport.formats.compressed_tensors import tensors as compressed_tensors
+from qexport.formats.gptq import tensors as gptq
 from qexport.quantizing.row_int8 import w8a8
 from qexport.tensors import GroupQuantized, GroupQuantizedSpec, RowQuantized, RowQuantizedSpec, TensorSpec
 from test_packing_gptq import make, read_stream

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qexport.errors import InputError, QexportError
-from qexport.packing import gptq
+from qexport.formats.gptq import tensors as gptq
 from qexport.tensors import GroupQuantized, GroupQuantizedSpec, TensorSpec
 
 BITS = (2, 3, 4, 8)

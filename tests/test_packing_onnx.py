@@ -11,15 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qexport.errors import CompatibilityError, QexportError
-from qexport.export.encodings import AutoGptq, Encoding, Merged16, OnnxInitializers
 from qexport.export.weight_files import WeightFiles
-from qexport.packing import bitsandbytes_4bit, matmul_bnb4, matmul_integer, matmul_nbits
+from qexport.formats import MergedFormat, Outputs
+from qexport.formats.bitsandbytes import four_bit_tensors as bitsandbytes_4bit
+from qexport.formats.format import Encoding
+from qexport.formats.onnx import matmul_bnb4, matmul_integer, matmul_nbits
+from qexport.formats.onnx.format import OnnxFormat
 from qexport.tensors import (
     BlockQuantizedSpec,
-    Dense,
     GroupQuantized,
     GroupQuantizedSpec,
-    Outputs,
     Quantized,
     QuantizedSpec,
     RowQuantized,
@@ -27,6 +28,7 @@ from qexport.tensors import (
     TensorRecord,
     TensorSpec,
 )
+from quantized_models import gptq_method
 from test_packing_gptq import make
 
 
@@ -242,12 +244,12 @@ def test_bnb4_blocks_that_do_not_fit_are_refused_from_the_spec(in_features: int,
 
 
 def test_the_encoding_names_initializers_after_their_module() -> None:
-    single, half = OnnxInitializers(torch.float32), OnnxInitializers(torch.float16)
-    integer = OnnxInitializers(torch.float32, int8_activations=True)
+    single, half = OnnxFormat(torch.float32), OnnxFormat(torch.float16)
+    integer = OnnxFormat(torch.float32, int8_activations=True)
     groups, row = make(4, 8, 64, 32, seed=1), rows(8, 64)
     row_spec = RowQuantizedSpec(8, 64, torch.bfloat16)
     dense = torch.ones(3, dtype=torch.bfloat16)
-    cases: list[tuple[OnnxInitializers, Quantized, QuantizedSpec, list[str]]] = [
+    cases: list[tuple[OnnxFormat, Quantized, QuantizedSpec, list[str]]] = [
         (half, groups, spec_of(groups), ["qweight", "scales", "zero_points", "order"]),
         (half, row, row_spec, ["qweight", "scales"]),
         (integer, row, row_spec, ["qweight", "scales"]),
@@ -264,18 +266,18 @@ def test_the_encoding_names_initializers_after_their_module() -> None:
 
 
 def test_encodings_are_equal_where_they_store_the_same() -> None:
-    assert OnnxInitializers(torch.float32) == OnnxInitializers(torch.float32)
-    assert OnnxInitializers(torch.float32) != OnnxInitializers(torch.float16)
-    assert OnnxInitializers(torch.float32) != OnnxInitializers(torch.float32, int8_activations=True)
-    plain: list[Encoding] = [AutoGptq(), Merged16()]
-    assert plain[0] == AutoGptq()
+    assert OnnxFormat(torch.float32) == OnnxFormat(torch.float32)
+    assert OnnxFormat(torch.float32) != OnnxFormat(torch.float16)
+    assert OnnxFormat(torch.float32) != OnnxFormat(torch.float32, int8_activations=True)
+    plain: list[Encoding] = [gptq_method(), MergedFormat()]
+    assert plain[0] == gptq_method()
     assert plain[0] != plain[1]
 
 
 def test_layouts_share_initializers_only_of_the_same_dtype() -> None:
-    outputs = Outputs(Dense(), {})
-    single, half = (WeightFiles(OnnxInitializers(dtype), outputs, 100) for dtype in (torch.float32, torch.float16))
-    assert single.equal(WeightFiles(OnnxInitializers(torch.float32), outputs, 100))
-    assert not single.equal(WeightFiles(OnnxInitializers(torch.float32), outputs, 99))
+    outputs = Outputs(MergedFormat(), {})
+    single, half = (WeightFiles(OnnxFormat(dtype), outputs, 100) for dtype in (torch.float32, torch.float16))
+    assert single.equal(WeightFiles(OnnxFormat(torch.float32), outputs, 100))
+    assert not single.equal(WeightFiles(OnnxFormat(torch.float32), outputs, 99))
     assert not single.equal(half)
-    assert not single.equal(WeightFiles(Merged16(), outputs, 100))
+    assert not single.equal(WeightFiles(MergedFormat(), outputs, 100))

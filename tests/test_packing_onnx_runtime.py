@@ -7,7 +7,8 @@ import torch
 from bitsandbytes.functional import quantize_4bit
 
 from bitsandbytes_oracle import own_values, reads_right, values
-from qexport.packing import bitsandbytes_4bit, matmul_bnb4, matmul_integer, matmul_nbits
+from qexport.formats.bitsandbytes import four_bit_tensors as bitsandbytes_4bit
+from qexport.formats.onnx import matmul_bnb4, matmul_integer, matmul_nbits
 from qexport.tensors import GroupQuantized, RowQuantized, RowQuantizedSpec
 from test_packing_gptq import make
 from test_packing_onnx import rows, spec_of

@@ -67,11 +67,11 @@ def test_each_format_tells_its_layers_and_its_profile(name: str, tmp_path: Path)
     assert all(layer.loss is None and layer.tokens == 0 for layer in found.layers)
 
 
-def test_a_dense_folder_has_no_layers_and_its_own_size(tmp_path: Path) -> None:
+def test_an_unquantized_folder_has_no_layers_and_its_own_size(tmp_path: Path) -> None:
     MODEL.save_pretrained(tmp_path)
     found = opened(tmp_path)
     parameters = sum(math.prod(shape) for shape in structure().parameters.values())
-    assert (found.artifact.method, found.layers, dict(found.grids)) == ("dense", [], {})
+    assert (found.artifact.method, found.layers, dict(found.grids)) == ("unquantized", [], {})
     assert (found.sizes.parameters, found.sizes.total_bytes) == (parameters, 2 * parameters)
     assert found.sizes.bits_per_weight == 16
     assert profile_of_layers(found.layers, found.sizes, profile_of_layer) == "16bit"
@@ -96,7 +96,7 @@ def test_codes_of_which_the_config_says_nothing_are_refused(tmp_path: Path) -> N
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"]["dynamic"] = {f"-:{up}": {}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="should be dense"):
+    with pytest.raises(InputError, match="should be unquantized"):
         opened(tmp_path)
 
 

@@ -25,12 +25,12 @@ from bitsandbytes_oracle import own_values, reads_right, values
 from qexport.architectures.architecture import Architecture
 from qexport.architectures.structure import Structure
 from qexport.errors import InputError
-from qexport.packing import bitsandbytes_4bit
+from qexport.formats.bitsandbytes import four_bit_tensors as bitsandbytes_4bit
+from qexport.formats.compressed_tensors.reading import CompressedTensorsRules
+from qexport.formats.module_patterns import SkipList
+from qexport.formats.registry import reader_of
+from qexport.formats.stored_weight import Scheme
 from qexport.reading.artifact_source import ArtifactSource
-from qexport.reading.compressed_tensors_rules import CompressedTensorsRules
-from qexport.reading.formats import stored_format
-from qexport.reading.module_patterns import SkipList
-from qexport.reading.stored_format import Scheme
 from quantized_models import QuantizedModel
 from stored_models import FP4, NF4, NF4_DOUBLE, QUANTIZATIONS, W4A16
 
@@ -399,7 +399,7 @@ def test_a_config_with_any_other_value_is_followed_or_refused(name: str, value: 
     place = data.draw(st.sampled_from(places))
     place[data.draw(st.sampled_from(sorted(place)))] = value
     with suppress(InputError):
-        stored_format(config).claimed(LLAMA)
+        reader_of(config).claimed(LLAMA)
 
 
 @given(changes=st.dictionaries(st.sampled_from(["quant_type", "blocksize", "dtype", "shape", "nested_offset"]), JSON))

@@ -21,12 +21,13 @@ from qexport.architectures.structure import Structure
 from qexport.errors import CompatibilityError
 from qexport.export.layouts import make_layout
 from qexport.export.settings import ExportSettings
+from qexport.formats import Outputs
 from qexport.loading.checkpoint import load_checkpoint
 from qexport.loading.settings import LoadSettings
 from qexport.quantizing.method import Method
 from qexport.quantizing.methods import AnyMethod
 from qexport.reading.stored_model import open_stored
-from qexport.tensors import CalibrationSet, Outputs
+from qexport.tensors import CalibrationSet
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 WIDE = factories.llama_config(hidden_size=128, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2)

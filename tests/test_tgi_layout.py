@@ -33,11 +33,11 @@ from qexport.export.tgi.launch import ENVIRONMENT, IMAGE
 from qexport.export.tgi.linears import ServedLinear
 from qexport.export.tgi.refusals import refuse_family
 from qexport.export.tgi.tokenizer import tgi_tokenizer_files
+from qexport.formats import MergedFormat
 from qexport.quantizing.int8 import Int8
 from qexport.quantizing.nf4 import Nf4
 from qexport.quantizing.none import NoQuantization
 from qexport.quantizing.w8a8 import W8a8
-from qexport.tensors import Dense
 from qexport.tensors.safetensors_folder import SafetensorsFolder
 from quantized_models import gptq_method
 from tgi_folders import TgiModel, failed, falcon, falcon_40b, llama, tokenizer_files
@@ -172,7 +172,7 @@ def test_what_tgi_does_not_serve_is_refused_before_any_work(made: TgiModel, reas
 @pytest.mark.parametrize("model_type", ["falcon_h1", "smollm3"])
 def test_families_newer_than_the_pinned_transformers_are_refused(model_type: str) -> None:
     with pytest.raises(CompatibilityError, match=f"no model for {model_type}"):
-        refuse_family({"model_type": model_type}, Dense())
+        refuse_family({"model_type": model_type}, MergedFormat())
 
 
 def test_w8a8_layers_that_tgi_joins_must_be_quantized_together() -> None:

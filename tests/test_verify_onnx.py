@@ -258,7 +258,7 @@ def test_unquantized_weights_in_float32_are_at_the_noise_floor_and_keep_the_16_b
     assert 0.5 < measured.value / measured.noise_floor < 2
     limits = {gate.figure: gate.limit for gate in report.gates if gate.limit is not None}
     assert limits["mean_kl"] >= 3 * measured.noise_floor
-    assert report.subject.method == "ONNX, dense"
+    assert report.subject.method == "ONNX, unquantized"
     assert "better_than_rtn" not in verdicts(report)
 
 

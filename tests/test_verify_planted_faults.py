@@ -22,11 +22,11 @@ from qexport.artifact.figures import GateResult, find_figure
 from qexport.artifact.manifest import MANIFEST_NAME
 from qexport.artifact.report import Report
 from qexport.errors import InputError, RecipeError
+from qexport.formats.gptq import tensors as gptq
 from qexport.loading.checkpoint import load_checkpoint
 from qexport.loading.settings import LoadSettings
 from qexport.merge.merging import Merged, merge
 from qexport.merge.settings import MergeSettings
-from qexport.packing import gptq
 from qexport.pipeline import run
 from qexport.pipeline.verification import verify
 from qexport.quantizing.solver import Options, round_to_nearest

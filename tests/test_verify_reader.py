@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 import factories
 from qexport.architectures.architecture import Architecture
 from qexport.errors import InputError
+from qexport.formats.gptq.reading import GptqRules
+from qexport.formats.stored_weight import Scheme
 from qexport.reading.artifact_source import ArtifactSource
-from qexport.reading.gptq_rules import QuantizationRules
-from qexport.reading.stored_format import Scheme
 from quantized_models import QuantizedModel, dequantized, gptq_method
 
 DOWN = "model.layers.0.mlp.down_proj"
@@ -55,7 +55,7 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], objec
 def test_every_parameter_is_read_as_it_was_written(
     model: QuantizedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qexport.reading.dequantization._ROWS_AT_ONCE", 48)
+    monkeypatch.setattr("qexport.formats.dequantization._ROWS_AT_ONCE", 48)
     model.write(tmp_path / "artifact", max_shard_size="40KB")
     with ArtifactSource(tmp_path / "artifact", dtype=torch.bfloat16) as source:
         source.check_complete(model.structure)
@@ -191,7 +191,7 @@ def test_a_dense_folder_is_read_as_it_is(tmp_path: Path) -> None:
 def test_the_first_rule_that_matches_holds() -> None:
     common = {"quant_method": "gptq", "checkpoint_format": "gptq"} | vars(Scheme(4, 64, sym=True, desc_act=False))
     dynamic = {r"-:^a\.(0|1)\.q$": {}, r"+:^a\.(1|2)\.q$": {"bits": 8}, r"a\.3": {"group_size": -1}}
-    rules = QuantizationRules(common | {"dynamic": dynamic})
+    rules = GptqRules(common | {"dynamic": dynamic})
     assert rules.scheme("a.0.q") is None
     assert rules.scheme("a.1.q") is None
     assert rules.scheme("a.2.q") == Scheme(8, 64, sym=True, desc_act=False)

@@ -22,7 +22,7 @@ from qexport.export.settings import SafetensorsSettings
 from qexport.export.vllm.launch import Figures, launch_files, max_model_len, served_name
 from qexport.export.vllm.parallel import SplitLinear, degrees
 from qexport.export.vllm.refusals import refuse
-from qexport.tensors import FourBit, LlmInt8, Outputs
+from qexport.formats import FourBitFormat, LlmInt8Format, Outputs
 from quantized_models import QuantizedModel, gptq_method
 from vllm_folders import Form, layout, llama
 
@@ -51,8 +51,8 @@ def test_what_vllm_would_not_serve_is_refused_with_the_way_out(model: QuantizedM
     assert words in str(caught.value)
 
 
-@pytest.mark.parametrize("method", [FourBit("nf4", 64, False, "bfloat16"), LlmInt8(6.0)])
-def test_bitsandbytes_is_refused(method: FourBit | LlmInt8) -> None:
+@pytest.mark.parametrize("method", [FourBitFormat("nf4", 64, False, "bfloat16"), LlmInt8Format(6.0)])
+def test_bitsandbytes_is_refused(method: FourBitFormat | LlmInt8Format) -> None:
     model = llama(special={})
     with pytest.raises(CompatibilityError, match="vLLM") as caught:
         refuse(Outputs(method, dict(model.specs)), model.structure, model.checkpoint, "gptq")

@@ -18,9 +18,10 @@ from qexport.export.layouts import make_layout
 from qexport.export.settings import TgiSettings
 from qexport.export.tgi.contract import check_folder
 from qexport.export.tgi.layout import TgiLayout
+from qexport.formats import GptqFormat, Outputs
 from qexport.quantizing.method import RoundingMethod
 from qexport.quantizing.none import NoQuantization
-from qexport.tensors import Gptq, Outputs, TensorRecord
+from qexport.tensors import TensorRecord
 from quantized_models import QuantizedModel, gptq_method
 
 
@@ -43,12 +44,12 @@ class TgiModel:
     """A tiny model on its way to a folder; `method` is GPTQ by plain rounding, or the settings of a rounding method."""
 
     config: PretrainedConfig
-    method: Gptq | RoundingMethod | NoQuantization = field(default_factory=gptq_method)
+    method: GptqFormat | RoundingMethod | NoQuantization = field(default_factory=gptq_method)
     special: dict[str, tuple[int, int] | None] = field(default_factory=dict)
 
     @cached_property
     def model(self) -> QuantizedModel:
-        method = self.method if isinstance(self.method, Gptq) else gptq_method()
+        method = self.method if isinstance(self.method, GptqFormat) else gptq_method()
         return QuantizedModel(factories.build(self.config), method, special=self.special)
 
     @cached_property
@@ -57,7 +58,7 @@ class TgiModel:
 
     @cached_property
     def outputs(self) -> Outputs:
-        if isinstance(self.method, Gptq):
+        if isinstance(self.method, GptqFormat):
             return self.model.outputs
         return self.method.plan(self.checkpoint)
 
@@ -78,7 +79,7 @@ class TgiModel:
         return folder
 
     def records(self) -> Iterable[TensorRecord]:
-        if isinstance(self.method, Gptq):
+        if isinstance(self.method, GptqFormat):
             return self.model.records()
         cpu, dtype = torch.device("cpu"), torch.bfloat16
         return self.method.quantize(self.checkpoint, self.outputs, None, dtype=dtype, device=cpu, scratch=Path())

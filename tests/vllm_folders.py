@@ -10,9 +10,9 @@ import torch
 import factories
 from qexport.export.settings import VllmSettings
 from qexport.export.vllm.layout import VllmLayout
+from qexport.formats import Outputs
 from qexport.quantizing.none import NoQuantization
 from qexport.quantizing.w8a8 import W8a8
-from qexport.tensors import Outputs
 from quantized_models import QuantizedModel, gptq_method
 
 Form = Literal["gptq", "compressed-tensors"]

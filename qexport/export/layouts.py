@@ -15,7 +15,7 @@ from qexport.export.settings import ExportSettings, OnnxSettings, SafetensorsSet
 from qexport.export.tgi.layout import TgiLayout
 from qexport.export.vllm.layout import VllmLayout
 from qexport.export.weight_files import WeightFiles
-from qexport.tensors import Outputs
+from qexport.formats import Outputs
 
 
 class Layout(Protocol):

@@ -8,13 +8,12 @@ from typing import Any
 
 from qexport.architectures.checkpoint import Checkpoint
 from qexport.architectures.structure import Structure
-from qexport.export.encodings import AutoGptq, Bitsandbytes, CompressedTensors, Encoding, Merged16
 from qexport.export.loaders import Folder, loading_section, stock_loaders, warnings
 from qexport.export.model_files import write_model_files
-from qexport.export.quantization_config import quantization_config
 from qexport.export.settings import SafetensorsSettings, parse_size
 from qexport.export.weight_files import WeightFiles
-from qexport.tensors import W8A8, BlockQuantizedSpec, Dense, FourBit, Gptq, LlmInt8, Method, Outputs
+from qexport.formats import Outputs
+from qexport.tensors import BlockQuantizedSpec
 
 
 class SafetensorsLayout:
@@ -34,13 +33,13 @@ class SafetensorsLayout:
 
     def __init__(self, settings: SafetensorsSettings, outputs: Outputs, structure: Structure) -> None:
         self._outputs, self._structure = outputs, structure
-        self.weights = WeightFiles(_encoding(outputs.method), outputs, parse_size(settings.max_shard_size))
+        self.weights = WeightFiles(outputs.format, outputs, parse_size(settings.max_shard_size))
         self.weights.refuse_faults()
 
     @property
     def quantization(self) -> Mapping[str, Any] | None:
         """What config.json says of the codes."""
-        return quantization_config(self._outputs, self._structure)
+        return self._outputs.format.quantization_config(self._outputs.specs, self._structure)
 
     @property
     def readers(self) -> list[str]:
@@ -79,23 +78,11 @@ class SafetensorsLayout:
         write_model_files(
             folder,
             checkpoint,
-            outputs.method,
+            outputs.format,
             self.quantization,
-            outputs.dense_dtype(embedding),
+            outputs.unquantized_dtype(embedding),
             loading=loading_section(self._folder),
         )
 
     def check(self, folder: Path) -> None:
         """Nothing beyond what `readback` holds against every layout."""
-
-
-def _encoding(method: Method) -> Encoding:
-    match method:
-        case Dense():
-            return Merged16()
-        case Gptq():
-            return AutoGptq()
-        case W8A8():
-            return CompressedTensors()
-        case FourBit() | LlmInt8():
-            return Bitsandbytes()

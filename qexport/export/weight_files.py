@@ -15,10 +15,11 @@ import torch
 from qexport.artifact.digests import FileDigests
 from qexport.errors import CompatibilityError, listed
 from qexport.export import readback
-from qexport.export.encodings import Encoding
 from qexport.export.shards import ShardWriter
 from qexport.export.tensor_writer import TensorWriter, WrittenWeights
-from qexport.tensors import Outputs, TensorRecord, TensorSpec
+from qexport.formats import Outputs
+from qexport.formats.format import Encoding
+from qexport.tensors import TensorRecord, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class WeightFiles:
             raise CompatibilityError(
                 f"{len(faults)} layers do not fit the format of the file",
                 where=listed(faults),
-                mend="choose other bits or groups for these layers, or leave them dense",
+                mend="choose other bits or groups for these layers, or leave them unquantized",
             )
 
     def writer(self, folder: Path) -> WeightWriter:

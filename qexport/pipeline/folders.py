@@ -17,10 +17,11 @@ from qexport.artifact.manifest import LayerRecord, Sizes
 from qexport.artifact.report import Subject
 from qexport.export.layouts import Layout
 from qexport.export.tensor_writer import WrittenWeights
+from qexport.formats.outputs import Outputs
+from qexport.formats.stored_weight import StoredLayer
 from qexport.pipeline.planning import Plan
-from qexport.reading.stored_format import StoredLayer
 from qexport.reading.stored_model import StoredModel, open_stored
-from qexport.tensors import BlockQuantizedSpec, GroupQuantizedSpec, LayerReport, Outputs, RowQuantizedSpec
+from qexport.tensors import GroupQuantizedSpec, LayerReport
 
 
 @dataclass(frozen=True)
@@ -197,11 +198,4 @@ def _group_size(grid: GroupQuantizedSpec, told: LayerRecord | None) -> int:
 
 def _layer(layer: LayerReport, outputs: Outputs) -> LayerRecord:
     spec = outputs.quantized[layer.name]
-    match spec:
-        case GroupQuantizedSpec():
-            bits, group_size = spec.bits, spec.group_size
-        case BlockQuantizedSpec():
-            bits, group_size = 4, spec.block_size
-        case RowQuantizedSpec():
-            bits, group_size = 8, spec.in_features
-    return LayerRecord(bits=bits, group_size=group_size, **asdict(layer))
+    return LayerRecord(bits=spec.bits, group_size=spec.group_size, **asdict(layer))

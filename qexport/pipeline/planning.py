@@ -8,6 +8,7 @@ from typing import Any
 
 from qexport.architectures.structure import Structure
 from qexport.export.layouts import Layout, make_layout
+from qexport.formats import Outputs
 from qexport.hidden_packages import hidden
 from qexport.loading.checkpoint import load_checkpoint, locate_adapter
 from qexport.loading.settings import LoadSettings
@@ -16,7 +17,6 @@ from qexport.merge.settings import MergeSettings
 from qexport.pipeline.texts import check_questions, refuse_long_windows
 from qexport.progress import Reporter, silent
 from qexport.recipe.model import Recipe
-from qexport.tensors import Outputs
 
 
 def load_merged(load: LoadSettings, merging: MergeSettings, *, report: Reporter) -> Merged:

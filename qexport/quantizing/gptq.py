@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     import torch
 
     from qexport.architectures.checkpoint import Checkpoint
+    from qexport.formats import Format
+    from qexport.formats.outputs import Outputs
     from qexport.gates.settings import ProfileName
-    from qexport.tensors import CalibrationSet, Outputs, TensorRecord
-    from qexport.tensors import Method as Description
+    from qexport.tensors import CalibrationSet, TensorRecord
 
 
 Bits = Literal[2, 3, 4, 8]
@@ -141,11 +142,11 @@ class Gptq(Method):
             return "tiny"
         return _PROFILES[bits]
 
-    def describe(self) -> Description:
+    def format(self) -> Format:
         """As in AutoGPTQ's quantize_config.json."""
-        from qexport.tensors import Gptq as GptqDescription
+        from qexport.formats import GptqFormat
 
-        return GptqDescription(
+        return GptqFormat(
             bits=self.bits,
             group_size=self.group_size,
             sym=self.sym,

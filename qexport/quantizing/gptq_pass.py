@@ -15,13 +15,14 @@ from qexport.architectures.memory import return_freed_memory
 from qexport.architectures.runner import Batch, BlockRunner
 from qexport.architectures.structure import LinearSpec, Structure
 from qexport.errors import CompatibilityError
+from qexport.formats.outputs import Outputs
 from qexport.progress import Notice, Progress, Reporter, silent
 from qexport.quantizing.gptq import Gptq
 from qexport.quantizing.layer import Hessian, SolvedLayer, solve_together
 from qexport.quantizing.pauses import Group, Parking, PausedForward, find_groups, pausing_at
 from qexport.quantizing.selection import candidates, notes_on_experts, select, solver_options
 from qexport.quantizing.solver import Options
-from qexport.tensors import CalibrationSet, GroupQuantizedSpec, Outputs, OutputSpec, TensorRecord
+from qexport.tensors import CalibrationSet, GroupQuantizedSpec, OutputSpec, TensorRecord
 
 BATCH_TOKENS = 2048
 """Tokens that go through a block at a time."""
@@ -48,7 +49,7 @@ def plan(method: Gptq, checkpoint: Checkpoint) -> Outputs:
             sym=options.sym,
             desc_act=options.order == "dynamic",
         )
-    return Outputs(method.describe(), specs, notes_on_experts(structure, specs, method))
+    return Outputs(method.format(), specs, notes_on_experts(structure, specs, method))
 
 
 @torch.no_grad()

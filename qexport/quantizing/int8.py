@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     import torch
 
     from qexport.architectures.structure import LinearSpec
+    from qexport.formats import Format
     from qexport.gates.settings import ProfileName
-    from qexport.tensors import Method as Description
     from qexport.tensors import Quantized, QuantizedSpec, TensorSpec
 
 
@@ -44,11 +44,11 @@ class Int8(RoundingMethod):
         """One for every size."""
         return "int8"
 
-    def describe(self) -> Description:
+    def format(self) -> Format:
         """As bitsandbytes' LLM.int8 layers."""
-        from qexport.tensors import LlmInt8
+        from qexport.formats import LlmInt8Format
 
-        return LlmInt8(self.threshold)
+        return LlmInt8Format(self.threshold)
 
     def spec(self, linear: LinearSpec, stored: TensorSpec) -> QuantizedSpec:
         """Rows of int8 codes."""

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
     from qexport.architectures.checkpoint import Checkpoint
     from qexport.architectures.structure import LinearSpec
+    from qexport.formats import Format
+    from qexport.formats.outputs import Outputs
     from qexport.gates.settings import ProfileName
-    from qexport.tensors import CalibrationSet, Outputs, Quantized, QuantizedSpec, TensorRecord, TensorSpec
-    from qexport.tensors import Method as Description
+    from qexport.tensors import CalibrationSet, Quantized, QuantizedSpec, TensorRecord, TensorSpec
 
 
 class CalibrationSettings(Settings):
@@ -146,8 +147,8 @@ class RoundingMethod(Method):
     """Whether the experts of a mixture are quantized; else they stay at 16 bits."""
 
     @abstractmethod
-    def describe(self) -> Description:
-        """What files that hold the weights must say of them."""
+    def format(self) -> Format:
+        """The stored format of the quantized layers."""
 
     @property
     @abstractmethod

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     import torch
 
     from qexport.architectures.structure import LinearSpec
+    from qexport.formats import Format
     from qexport.gates.settings import ProfileName
-    from qexport.tensors import Method as Description
     from qexport.tensors import Quantized, QuantizedSpec, TensorSpec
 
 
@@ -52,11 +52,11 @@ class Nf4(RoundingMethod):
         """Tiny models have limits of their own."""
         return "tiny" if parameters < TINY_PARAMETERS else "nf4"
 
-    def describe(self) -> Description:
+    def format(self) -> Format:
         """As bitsandbytes' 4-bit layers."""
-        from qexport.tensors import FourBit
+        from qexport.formats import FourBitFormat
 
-        return FourBit(self.quant_type, self.block_size, self.double_quant, self.compute_dtype)
+        return FourBitFormat(self.quant_type, self.block_size, self.double_quant, self.compute_dtype)
 
     def spec(self, linear: LinearSpec, stored: TensorSpec) -> QuantizedSpec:
         """Blocks of the flattened matrix."""

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     import torch
 
     from qexport.architectures.checkpoint import Checkpoint
+    from qexport.formats.outputs import Outputs
     from qexport.gates.settings import ProfileName
-    from qexport.tensors import CalibrationSet, Outputs, TensorRecord
+    from qexport.tensors import CalibrationSet, TensorRecord
 
 
 class NoQuantization(Method):
@@ -36,9 +37,9 @@ class NoQuantization(Method):
 
     def plan(self, checkpoint: Checkpoint) -> Outputs:
         """Every tensor as it is merged."""
-        from qexport.tensors import Dense, Outputs
+        from qexport.formats import MergedFormat, Outputs
 
-        return Outputs(Dense(), dict(checkpoint.weights.specs()))
+        return Outputs(MergedFormat(), dict(checkpoint.weights.specs()))
 
     def quantize(
         self,

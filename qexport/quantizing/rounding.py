@@ -8,10 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from qexport.architectures.checkpoint import Checkpoint
+from qexport.formats.outputs import Outputs
 from qexport.progress import Progress, Reporter, silent
 from qexport.quantizing.method import RoundingMethod
 from qexport.quantizing.selection import notes_on_experts, select_rounded
-from qexport.tensors import GroupQuantizedSpec, LayerReport, Outputs, OutputSpec, TensorRecord, TensorSpec, WeightSource
+from qexport.tensors import GroupQuantizedSpec, LayerReport, OutputSpec, TensorRecord, TensorSpec, WeightSource
 
 
 def plan(method: RoundingMethod, checkpoint: Checkpoint) -> Outputs:
@@ -25,7 +26,7 @@ def plan(method: RoundingMethod, checkpoint: Checkpoint) -> Outputs:
     for linear in select_rounded(structure, method):
         name = f"{linear.name}.weight"
         specs[name] = method.spec(linear, stored[name])
-    return Outputs(method.describe(), specs, notes_on_experts(structure, specs, method))
+    return Outputs(method.format(), specs, notes_on_experts(structure, specs, method))
 
 
 def quantize(

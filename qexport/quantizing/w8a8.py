@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     import torch
 
     from qexport.architectures.structure import LinearSpec
+    from qexport.formats import Format
     from qexport.gates.settings import ProfileName
-    from qexport.tensors import Method as Description
     from qexport.tensors import Quantized, QuantizedSpec, TensorSpec
 
 
@@ -38,11 +38,11 @@ class W8a8(RoundingMethod):
         """One for every size."""
         return "w8a8"
 
-    def describe(self) -> Description:
+    def format(self) -> Format:
         """Rows of int8 codes for int8 activations."""
-        from qexport.tensors import W8A8
+        from qexport.formats import W8A8Format
 
-        return W8A8()
+        return W8A8Format()
 
     def refusal(self, linear: LinearSpec) -> str | None:
         """compressed-tensors has no layers whose weights are stored [in, out]."""

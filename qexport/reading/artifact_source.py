@@ -16,10 +16,10 @@ from qexport.architectures.architecture import Architecture
 from qexport.architectures.config_keys import without_code_keys
 from qexport.architectures.structure import Structure, refuse_impossible_depth
 from qexport.errors import InputError, listed
-from qexport.reading.dequantization import dequantize
+from qexport.formats.dequantization import dequantize
+from qexport.formats.registry import reader_of
+from qexport.formats.stored_weight import StoredLayer, StoredWeight
 from qexport.reading.filled_model import quantized_model, read_generation
-from qexport.reading.formats import describe_method, group_spec, stored_format, stored_layer
-from qexport.reading.stored_format import StoredLayer, StoredWeight
 from qexport.tensors import GroupQuantizedSpec, TensorSpec
 from qexport.tensors.safetensors_folder import SafetensorsFolder
 from qexport.tensors.source import is_finite
@@ -58,7 +58,7 @@ class ArtifactSource:
         self.folder, self._dtype = folder, dtype
         self.config: dict[str, Any] = read_json_object(contained_path(folder, "config.json"), limit=_CONFIG_LIMIT)
         self.quantization = self.config.pop("quantization_config", None)
-        self._format = stored_format(self.quantization)
+        self._format = reader_of(self.quantization)
         self._folder = SafetensorsFolder(folder)
         self._files = sorted(path.name for path in folder.glob("*.safetensors"))
         try:
@@ -91,7 +91,7 @@ class ArtifactSource:
     @property
     def method(self) -> str:
         """How the weights are stored, for a reader."""
-        return describe_method(self.quantization)
+        return self._format.words
 
     @property
     def layers(self) -> dict[str, StoredLayer]:
@@ -100,7 +100,7 @@ class ArtifactSource:
         Raises:
             InputError: a module has codes, and the config says nothing of them.
         """
-        return {module: stored_layer(module, weight) for module, weight in self.quantized.items()}
+        return {module: weight.layer for module, weight in self.quantized.items()}
 
     @property
     def files(self) -> list[str]:
@@ -185,7 +185,7 @@ class ArtifactSource:
     @property
     def grids(self) -> dict[str, GroupQuantizedSpec]:
         """Bits, groups and symmetry of each module that is quantized in groups along its inputs, by its path."""
-        return {module: spec for module, weight in self.quantized.items() if (spec := group_spec(weight)) is not None}
+        return {module: spec for module, weight in self.quantized.items() if (spec := weight.grid) is not None}
 
     @property
     def transposed(self) -> frozenset[str]:

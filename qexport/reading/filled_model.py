@@ -16,8 +16,8 @@ from qexport.architectures.architecture import Architecture
 from qexport.architectures.buffers import compute_buffers
 from qexport.architectures.naming import Part
 from qexport.errors import CompatibilityError, QexportError, listed
-from qexport.reading.dequantization import dequantize
-from qexport.reading.stored_format import StoredWeight, Tensors
+from qexport.formats.dequantization import dequantize
+from qexport.formats.stored_weight import StoredWeight, Tensors
 from qexport.tensors import WeightSource
 from qexport.tensors.strict_files import contained_path, read_json_object
 

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from qexport.architectures.architecture import Architecture
 from qexport.architectures.structure import Structure
 from qexport.errors import InputError
+from qexport.formats.stored_weight import StoredLayer
 from qexport.reading.artifact_source import ArtifactSource
-from qexport.reading.stored_format import StoredLayer
 from qexport.tensors import GroupQuantizedSpec, TensorSpec
 
 Kind = Literal["weights", "graph"]

@@ -1,7 +1,6 @@
 """The data types that flow between the stages."""
 
 from qexport.tensors.checkpoint import CalibrationSet, Origin
-from qexport.tensors.methods import W8A8, Dense, FourBit, Gptq, LlmInt8, Method, Outputs
 from qexport.tensors.quantized import (
     BlockQuantized,
     BlockQuantizedSpec,
@@ -19,23 +18,16 @@ from qexport.tensors.quantized import (
 from qexport.tensors.source import LargestSpec, TensorSpec, WeightSource
 
 __all__ = [
-    "W8A8",
     "BlockQuantized",
     "BlockQuantizedSpec",
     "CalibrationSet",
-    "Dense",
-    "FourBit",
-    "Gptq",
     "GroupQuantized",
     "GroupQuantizedSpec",
     "LargestSpec",
     "LayerReport",
-    "LlmInt8",
-    "Method",
     "NestedAbsmax",
     "Origin",
     "OutputSpec",
-    "Outputs",
     "Quantized",
     "QuantizedSpec",
     "RowQuantized",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -35,6 +35,12 @@ class GroupQuantized:
     group_size: int
     sym: bool
     desc_act: bool
+
+    @property
+    def spec(self) -> GroupQuantizedSpec:
+        """What was known before the codes were."""
+        rows, columns = self.codes.shape
+        return GroupQuantizedSpec(rows, columns, self.bits, self.group_size, self.sym, self.desc_act)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The matrix [out, in], computed in float32 and rounded once to `dtype`."""
@@ -138,6 +144,13 @@ class BlockQuantizedSpec:
     dtype: torch.dtype
     transposed: bool = False
 
+    bits: ClassVar[int] = 4
+
+    @property
+    def group_size(self) -> int:
+        """Values that share a scale."""
+        return self.block_size
+
     @property
     def shape(self) -> tuple[int, int]:
         """[out, in]."""
@@ -188,6 +201,13 @@ class RowQuantizedSpec:
     dtype: torch.dtype
     transposed: bool = False
 
+    bits: ClassVar[int] = 8
+
+    @property
+    def group_size(self) -> int:
+        """Values that share a scale: a row."""
+        return self.in_features
+
     @property
     def shape(self) -> tuple[int, int]:
         """[out, in]."""
@@ -206,7 +226,7 @@ class LayerReport:
 
     Attributes:
         name: the module's path.
-        method: how the codes were found.
+        method: how the codes were found, for example `gptq`, `round_to_nearest` or `nf4`.
         loss: mean squared error of the layer's outputs on the calibration tokens, relative to the mean square
             of the outputs; None where that ratio does not exist, or the method has not looked.
         rtn_loss: the same for plain round-to-nearest with the same bits and groups.

@@ -8,8 +8,9 @@ import numpy as np
 import onnx_ir as ir
 
 from qexport.errors import CompatibilityError
-from qexport.export.onnx.nodes import MICROSOFT, Emitter
+from qexport.export.onnx.nodes import Emitter
 from qexport.export.onnx.tracing import Cache
+from qexport.formats.onnx.operators import MICROSOFT
 
 _SWAPPED_HEADS: Final = [0, 2, 1, 3]
 """[batch, sequence, heads, head_dim] to [batch, heads, sequence, head_dim], and back."""

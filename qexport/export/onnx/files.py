@@ -13,14 +13,15 @@ import torch
 
 from qexport.artifact.digests import sha256_bytes, tensor_bytes
 from qexport.errors import QexportError
-from qexport.export.encodings import LeftOut, OnnxInitializers
 from qexport.export.onnx.nodes import Emitter
 from qexport.export.shards import split_by_size
 from qexport.export.tensor_writer import PlacedTensors, WrittenWeights
 from qexport.export.weight_files import WeightFiles
+from qexport.formats import Outputs
+from qexport.formats.onnx.format import LeftOut, OnnxFormat
 from qexport.reading.onnx.external_data import ExternalData
 from qexport.reading.onnx.graph import Graph
-from qexport.tensors import BlockQuantizedSpec, Outputs, TensorSpec
+from qexport.tensors import BlockQuantizedSpec, TensorSpec
 
 DTYPES: Final = {
     torch.float32: ir.DataType.FLOAT,
@@ -54,7 +55,7 @@ class Weights:
     Args:
         emit: writes the nodes.
         specs: every tensor that there is, by name.
-        activations: the dtype that dense weights are cast to.
+        activations: the dtype that unquantized weights are cast to.
     """
 
     def __init__(self, emit: Emitter, specs: Mapping[str, TensorSpec], activations: ir.DataType) -> None:
@@ -70,7 +71,7 @@ class Weights:
             graph.initializers.add(value)
         return graph.initializers[name]
 
-    def dense(self, name: str) -> ir.Value:
+    def unquantized(self, name: str) -> ir.Value:
         """A parameter in the dtype of the activations."""
         if name not in self._cast:
             self._cast[name] = self._in_activations(self.stored(name), name)
@@ -181,8 +182,8 @@ class DataWriter(PlacedTensors):
 
 
 def shared_names(outputs: Outputs) -> frozenset[str]:
-    """The initializers whose bytes lie in a safetensors artifact under the same name: dense weights, and bitsandbytes'
-    codes of 4 bits with their absmaxes, unless those are quantized too.
+    """The initializers whose bytes lie in a safetensors artifact under the same name: unquantized weights, and
+    bitsandbytes' codes of 4 bits with their absmaxes, unless those are quantized too.
     """
     names: set[str] = set()
     for name, spec in outputs.specs.items():
@@ -193,7 +194,7 @@ def shared_names(outputs: Outputs) -> frozenset[str]:
     return frozenset(names)
 
 
-def onnx_files(outputs: Outputs, encoding: OnnxInitializers, max_shard_size: int, *, shared: bool) -> OnnxFiles:
+def onnx_files(outputs: Outputs, encoding: OnnxFormat, max_shard_size: int, *, shared: bool) -> OnnxFiles:
     """The files of the layout.
 
     Args:

@@ -21,7 +21,6 @@ from qexport.architectures.checkpoint import Checkpoint
 from qexport.architectures.structure import Structure
 from qexport.artifact.manifest import GraphRecord
 from qexport.errors import CompatibilityError, QexportError, listed
-from qexport.export.encodings import OnnxInitializers
 from qexport.export.loaders import Folder, loading_section
 from qexport.export.model_files import write_model_files
 from qexport.export.onnx.attention import refuse_unfused
@@ -31,13 +30,14 @@ from qexport.export.onnx.interception import switching_length
 from qexport.export.onnx.launch import Figures, launch_files
 from qexport.export.onnx.lowering import lower
 from qexport.export.onnx.tracing import MINIMUM_RUNTIME, NARROW_2_BIT_RUNTIME, kept, trace
-from qexport.export.quantization_config import quantization_config
 from qexport.export.settings import OnnxSettings, parse_size
 from qexport.export.tensor_writer import link_or_copy
 from qexport.export.vllm.launch import served_name
+from qexport.formats import Outputs, W8A8Format
+from qexport.formats.onnx.format import OnnxFormat
 from qexport.reading.onnx.graph import GRAPH_NAME, Graph
 from qexport.reading.onnx.session import refuse_unloadable
-from qexport.tensors import W8A8, GroupQuantizedSpec, Outputs
+from qexport.tensors import GroupQuantizedSpec
 from qexport.tensors.safetensors_file import SafetensorsFile
 
 _SHARED_FROM: Final = "safetensors"
@@ -62,7 +62,7 @@ class OnnxLayout:
     def __init__(self, settings: OnnxSettings, outputs: Outputs, structure: Structure, checkpoint: Checkpoint) -> None:
         self._settings, self._outputs, self._structure, self._checkpoint = settings, outputs, structure, checkpoint
         self._activations: torch.dtype = getattr(torch, settings.activations)
-        encoding = OnnxInitializers(self._activations, isinstance(outputs.method, W8A8))
+        encoding = OnnxFormat(self._activations, isinstance(outputs.format, W8A8Format))
         size = parse_size(settings.max_shard_size)
         self.weights: OnnxFiles = onnx_files(outputs, encoding, size, shared=settings.share_weights)
         self._refuse_what_cannot_be()
@@ -73,7 +73,7 @@ class OnnxLayout:
     @property
     def quantization(self) -> Mapping[str, Any] | None:
         """How the codes came about. config.json does not say it: who reads that would look for other tensors."""
-        return quantization_config(self._outputs, self._structure)
+        return self._outputs.format.quantization_config(self._outputs.specs, self._structure)
 
     @property
     def notes(self) -> list[str]:
@@ -130,9 +130,9 @@ class OnnxLayout:
         ir.save(self._lowered, folder / GRAPH_NAME)
         beside = self._beside(checkpoint, sorted({place.file for place in places.values()}))
         files = replace(checkpoint, files={**checkpoint.files, **beside})
-        dtype = self._outputs.dense_dtype(f"{self._structure.embedding}.weight")
+        dtype = self._outputs.unquantized_dtype(f"{self._structure.embedding}.weight")
         write_model_files(
-            folder, files, self._outputs.method, None, dtype, self.notes, loading_section(self._loaders_see)
+            folder, files, self._outputs.format, None, dtype, self.notes, loading_section(self._loaders_see)
         )
 
     @property

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 import numpy as np
 import onnx_ir as ir
 
 from qexport.export.onnx.files import Weights
-from qexport.export.onnx.nodes import MICROSOFT, Emitter
-from qexport.packing import matmul_integer, matmul_nbits
-from qexport.tensors import (
-    BlockQuantizedSpec,
-    GroupQuantizedSpec,
-    LlmInt8,
-    Outputs,
-    RowQuantizedSpec,
-    TensorSpec,
-)
-
-_QUANT_TYPES: Final = {"fp4": 0, "nf4": 1}
+from qexport.export.onnx.nodes import Emitter
+from qexport.formats import LlmInt8Format, Outputs
+from qexport.formats.onnx import matmul_bnb4, matmul_integer, matmul_nbits
+from qexport.formats.onnx.operators import MICROSOFT
+from qexport.tensors import BlockQuantizedSpec, GroupQuantizedSpec, RowQuantizedSpec, TensorSpec
 
 
 class Linears:
@@ -48,7 +39,7 @@ class Linears:
         module = name.removesuffix(".weight")
         match self._outputs.specs[name]:
             case TensorSpec():
-                return self._dense(inputs, name, transposed=bool(node.attributes.get_int("transposed", 0)))
+                return self._unquantized(inputs, name, transposed=bool(node.attributes.get_int("transposed", 0)))
             case GroupQuantizedSpec() as groups:
                 return self._groups(inputs, module, groups)
             case BlockQuantizedSpec() as blocks:
@@ -56,8 +47,8 @@ class Linears:
             case RowQuantizedSpec() as rows:
                 return self._in_float32(inputs, module, rows)
 
-    def _dense(self, inputs: ir.Value, name: str, *, transposed: bool) -> ir.Value:
-        weight = self._weights.dense(name)
+    def _unquantized(self, inputs: ir.Value, name: str, *, transposed: bool) -> ir.Value:
+        weight = self._weights.unquantized(name)
         if not transposed:
             weight = self._emit.one("Transpose", weight, perm=[1, 0])
         return self._emit.one("MatMul", inputs, weight, name=name.removesuffix(".weight"))
@@ -66,7 +57,7 @@ class Linears:
         if spec.desc_act:
             inputs = self._emit.one("Gather", inputs, self._weights.stored(f"{module}.order"), axis=-1)
         zeros = None if spec.sym else self._weights.stored(f"{module}.zero_points")
-        return self._matmul_nbits(inputs, module, spec, spec.bits, zeros)
+        return self._matmul_nbits(inputs, module, spec, zeros)
 
     def _in_float32(self, inputs: ir.Value, module: str, spec: BlockQuantizedSpec | RowQuantizedSpec) -> ir.Value:
         """Their scales are float32, and the operators want inputs alike; float16 scales would be other weights."""
@@ -75,8 +66,8 @@ class Linears:
             inputs = self._emit.one("Cast", inputs, to=ir.DataType.FLOAT)
         if isinstance(spec, BlockQuantizedSpec):
             output = self._matmul_bnb4(inputs, module, spec)
-        elif isinstance(self._outputs.method, LlmInt8):
-            output = self._matmul_nbits(inputs, module, spec, 8, None)
+        elif isinstance(self._outputs.format, LlmInt8Format):
+            output = self._matmul_nbits(inputs, module, spec, None)
         else:
             output = self._matmul_integer(inputs, module)
         return self._emit.one("Cast", output, to=self._activations) if narrow else output
@@ -86,7 +77,6 @@ class Linears:
         inputs: ir.Value,
         module: str,
         spec: GroupQuantizedSpec | RowQuantizedSpec,
-        bits: int,
         zeros: ir.Value | None,
     ) -> ir.Value:
         codes, scales = (self._weights.stored(f"{module}.{part}") for part in ("qweight", "scales"))
@@ -97,7 +87,7 @@ class Linears:
             name=module,
             K=spec.in_features,
             N=spec.out_features,
-            bits=bits,
+            bits=spec.bits,
             block_size=matmul_nbits.block_size(spec),
             accuracy_level=self._accuracy_level,
         )
@@ -113,7 +103,7 @@ class Linears:
             K=spec.in_features,
             N=spec.out_features,
             block_size=spec.block_size,
-            quant_type=_QUANT_TYPES[spec.quant_type],
+            quant_type=matmul_bnb4.QUANT_TYPES[spec.quant_type],
         )
 
     def _matmul_integer(self, inputs: ir.Value, module: str) -> ir.Value:

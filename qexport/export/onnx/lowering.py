@@ -14,10 +14,12 @@ from qexport.errors import CompatibilityError, listed
 from qexport.export.onnx.attention import FusedAttention, PlainAttention
 from qexport.export.onnx.files import DTYPES, Weights
 from qexport.export.onnx.linears import Linears
-from qexport.export.onnx.nodes import DOMAIN, MICROSOFT, Emitter
+from qexport.export.onnx.nodes import DOMAIN, Emitter
 from qexport.export.onnx.scan import selective_scan
 from qexport.export.onnx.tracing import Trace
-from qexport.tensors import Outputs, TensorSpec
+from qexport.formats import Outputs
+from qexport.formats.onnx.operators import MICROSOFT
+from qexport.tensors import TensorSpec
 
 _ATTENTION: Final[Mapping[str, type[PlainAttention] | type[FusedAttention]]] = {
     "plain": PlainAttention,
@@ -93,14 +95,14 @@ def _replace(node: ir.Node, values: list[ir.Value]) -> None:
 
 
 def _place(parameter: ir.Value, outputs: Outputs, weights: Weights, emit: Emitter) -> None:
-    """Puts a dense parameter where something else than a linear layer wants it."""
+    """Puts an unquantized parameter where something else than a linear layer wants it."""
     name = str(parameter.name)
     uses = list(parameter.uses())
     if uses and not isinstance(outputs.specs[name], TensorSpec):
         raise CompatibilityError(
             f"a quantized weight is used by {uses[0].node.op_type}",
             where=f"export: onnx, {name}",
-            mend="leave this layer dense: add it to `quantize.exclude`",
+            mend="leave this layer unquantized: add it to `quantize.exclude`",
         )
     for use in uses:
         node, indices = use.node, use.node.inputs[-1]
@@ -113,7 +115,7 @@ def _place(parameter: ir.Value, outputs: Outputs, weights: Weights, emit: Emitte
         ):
             _replace(node, [weights.rows(name, indices)])
         else:
-            node.replace_input_with(use.idx, weights.dense(name))
+            node.replace_input_with(use.idx, weights.unquantized(name))
 
 
 def _finish(model: ir.Model) -> None:

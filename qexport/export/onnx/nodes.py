@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.onnx.ops import symbolic, symbolic_multi_out
 
-MICROSOFT: Final = "com.microsoft"
-
 
 class Emitter:
     """Makes nodes and inserts them before `before`.

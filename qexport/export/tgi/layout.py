@@ -14,9 +14,7 @@ from qexport.architectures.architecture import Architecture
 from qexport.architectures.checkpoint import Checkpoint
 from qexport.architectures.structure import Structure
 from qexport.export.contract import refuse_failed
-from qexport.export.encodings import AutoGptq, CompressedTensors, Encoding, Merged16
 from qexport.export.model_files import write_model_files
-from qexport.export.quantization_config import quantization_config
 from qexport.export.settings import TgiSettings, parse_size
 from qexport.export.tgi.config import tgi_config
 from qexport.export.tgi.contract import SERVER, check_folder
@@ -28,7 +26,9 @@ from qexport.export.tgi.parallel import degrees
 from qexport.export.tgi.refusals import flag, gptq_faults, refuse_dtype, refuse_family, refuse_quantized, w8a8_faults
 from qexport.export.tgi.tokenizer import tgi_tokenizer_files
 from qexport.export.weight_files import WeightFiles
-from qexport.tensors import W8A8, Dense, FourBit, Gptq, LlmInt8, Method, Outputs, QuantizedSpec
+from qexport.formats import Format, FourBitFormat, GptqFormat, LlmInt8Format, MergedFormat, Outputs, W8A8Format
+from qexport.formats.format import Encoding
+from qexport.tensors import QuantizedSpec
 
 _SERVER_THRESHOLD = 6.0
 _SERVER_BLOCK_SIZE = 64
@@ -56,25 +56,25 @@ class TgiLayout:
     def __init__(self, settings: TgiSettings, outputs: Outputs, structure: Structure, checkpoint: Checkpoint) -> None:
         self._outputs, self._structure, self._config = outputs, structure, tgi_config(checkpoint.config)
         self._files = tgi_tokenizer_files(checkpoint.files)
-        refuse_family(self._config, outputs.method)
+        refuse_family(self._config, outputs.format)
         refuse_dtype(self._dense_dtype)
-        self._codes, self._reason = _codes(outputs.method, self._linears)
+        self._codes, self._reason = _codes(outputs.format, self._linears)
         refuse_quantized(self._faults())
-        self.weights = WeightFiles(_encoding(outputs.method), outputs, parse_size(settings.max_shard_size))
+        self.weights = WeightFiles(_stored_as(outputs.format), outputs, parse_size(settings.max_shard_size))
         self.weights.refuse_faults()
 
     @property
     def quantization(self) -> Mapping[str, Any] | None:
         """What config.json says of the codes; None where the server quantizes 16-bit weights by itself."""
-        if not isinstance(self._outputs.method, Gptq | W8A8):
+        if not isinstance(self._outputs.format, GptqFormat | W8A8Format):
             return None
-        config = quantization_config(self._outputs, self._structure) or {}
+        config = self._outputs.format.quantization_config(self._outputs.specs, self._structure) or {}
         return config | {"sym": self._codes.sym} if self._codes else config
 
     @property
     def notes(self) -> list[str]:
         """What the server does with the folder, and why the config says what it says."""
-        notes = [*self._kernel_notes(), *_server_notes(self._outputs.method)]
+        notes = [*self._kernel_notes(), *_server_notes(self._outputs.format)]
         runs = backend(self._config)
         if runs is not None and runs is not Backend.OWN:
             notes.append(f"TGI 3.3 has no model of its own for {self._config['model_type']}: it is run by {runs.value}")
@@ -94,7 +94,7 @@ class TgiLayout:
         served = replace(
             checkpoint, architecture=Architecture(self._config), files=self._files | launch_files(self._figures)
         )
-        method = self._outputs.method if self.quantization else Dense()
+        method = self._outputs.format if self.quantization else MergedFormat()
         write_model_files(folder, served, method, self.quantization, self._dense_dtype, self.notes)
 
     def check(self, folder: Path) -> None:
@@ -117,24 +117,24 @@ class TgiLayout:
             self._config,
             _served_bytes(self.weights),
             degrees(self._config, self._linears, self._codes),
-            flag(self._outputs.method),
+            flag(self._outputs.format),
             None if self.quantization else dtype,
         )
 
     @property
     def _dense_dtype(self) -> torch.dtype:
-        return self._outputs.dense_dtype(f"{self._structure.embedding}.weight")
+        return self._outputs.unquantized_dtype(f"{self._structure.embedding}.weight")
 
     def _faults(self) -> list[str]:
         """Everything about quantized layers that TGI does not serve."""
-        method = self._outputs.method
-        if not isinstance(method, Gptq | W8A8):
+        method = self._outputs.format
+        if not isinstance(method, GptqFormat | W8A8Format):
             return []
         quantized = self._outputs.quantized
         inside = {module for linear in self._linears for module in linear.modules}
         faults = [f"{module}: TGI reads it as 16-bit weights" for module in quantized if module not in inside]
         dense = sorted(inside - set(quantized))
-        if isinstance(method, W8A8):
+        if isinstance(method, W8A8Format):
             return faults + w8a8_faults(self._linears, dense)
         assert self._codes is not None
         rules = (self.quantization or {}).get("dynamic", {})
@@ -150,27 +150,21 @@ class TgiLayout:
         return [f"config.json says sym: {sym}, so TGI computes with {' and '.join(kernels)}; {self._reason}"]
 
 
-def _codes(method: Method, linears: list[ServedLinear]) -> tuple[Codes | None, str]:
-    if not isinstance(method, Gptq):
+def _codes(method: Format, linears: list[ServedLinear]) -> tuple[Codes | None, str]:
+    if not isinstance(method, GptqFormat):
         return None, ""
     return choose_sym(Codes(method.bits, method.group_size, method.sym, method.desc_act), linears)
 
 
-def _encoding(method: Method) -> Encoding:
-    """The same formats as in the safetensors layout where TGI reads them, else the merged weights."""
-    match method:
-        case Gptq():
-            return AutoGptq()
-        case W8A8():
-            return CompressedTensors()
-        case Dense() | FourBit() | LlmInt8():
-            return Merged16()
+def _stored_as(method: Format) -> Encoding:
+    """The same format as in the safetensors layout where TGI reads it, else the merged weights."""
+    return MergedFormat() if isinstance(method, FourBitFormat | LlmInt8Format) else method
 
 
-def _server_notes(method: Method) -> list[str]:
+def _server_notes(method: Format) -> list[str]:
     """How far what the server makes of 16-bit weights is from what the recipe asks for."""
     match method:
-        case FourBit():
+        case FourBitFormat():
             block = f" and blocks of {_SERVER_BLOCK_SIZE}"
             asked = method.double_quant and method.block_size == _SERVER_BLOCK_SIZE
             differs = "" if asked else ", which is not what the recipe asks for; no flag changes it"
@@ -178,7 +172,7 @@ def _server_notes(method: Method) -> list[str]:
                 "the folder holds the merged 16-bit weights; TGI quantizes every linear by itself when it starts, with "
                 f"--quantize bitsandbytes-{method.quant_type}: always with double quantization{block}{differs}",
             ]
-        case LlmInt8():
+        case LlmInt8Format():
             asked = method.threshold == _SERVER_THRESHOLD
             differs = "" if asked else f", not the recipe's {method.threshold}"
             return [
@@ -203,16 +197,16 @@ def _served_bytes(weights: WeightFiles) -> int:
     """Bytes of the weights in the server's memory, after it has quantized what it quantizes."""
     saved = 0.0
     for spec in weights.outputs.quantized.values():
-        saved += _saved_bytes(spec, weights.outputs.method)
+        saved += _saved_bytes(spec, weights.outputs.format)
     return weights.total_bytes - int(saved)
 
 
-def _saved_bytes(spec: QuantizedSpec, method: Method) -> float:
+def _saved_bytes(spec: QuantizedSpec, method: Format) -> float:
     count = spec.shape[0] * spec.shape[1]
     match method:
-        case FourBit():
+        case FourBitFormat():
             return count * (2 - _FOUR_BIT_BYTES)
-        case LlmInt8():
+        case LlmInt8Format():
             return float(count)
         case _:
             return 0.0

@@ -11,14 +11,14 @@ from qexport.errors import CompatibilityError, listed
 from qexport.export.tgi.families import OWN_MODELS, Backend, backend
 from qexport.export.tgi.kernels import Codes, fault
 from qexport.export.tgi.linears import ServedLinear
-from qexport.tensors import W8A8, Dense, FourBit, Gptq, LlmInt8, Method
+from qexport.formats import Format, FourBitFormat, GptqFormat, LlmInt8Format, MergedFormat, W8A8Format
 
 CUTLASS_MULTIPLE: Final = 16
 
 _EIGHTY: Final = 80
 
 
-def refuse_family(config: Mapping[str, Any], method: Method) -> None:
+def refuse_family(config: Mapping[str, Any], method: Format) -> None:
     """Holds the family against TGI's list of models, and the method against what runs the family.
 
     Raises:
@@ -46,12 +46,12 @@ def refuse_family(config: Mapping[str, Any], method: Method) -> None:
         )
 
 
-def _method_fault(model_type: str, runs: Backend, method: Method) -> str | None:
-    if isinstance(method, Dense):
+def _method_fault(model_type: str, runs: Backend, method: Format) -> str | None:
+    if isinstance(method, MergedFormat):
         return None
     if runs is not Backend.OWN:
-        return None if isinstance(method, LlmInt8) else f"it is run by {runs.value}, which takes 16-bit weights"
-    return OWN_MODELS[model_type].prequantized if isinstance(method, Gptq | W8A8) else None
+        return None if isinstance(method, LlmInt8Format) else f"it is run by {runs.value}, which takes 16-bit weights"
+    return OWN_MODELS[model_type].prequantized if isinstance(method, GptqFormat | W8A8Format) else None
 
 
 def falcon_faults(config: Mapping[str, Any]) -> list[str]:
@@ -117,16 +117,6 @@ def refuse_quantized(faults: Sequence[str]) -> None:
         )
 
 
-def flag(method: Method) -> str | None:
+def flag(method: Format) -> str | None:
     """The value of `--quantize` that the launch files give; None for 16-bit weights."""
-    match method:
-        case Dense():
-            return None
-        case Gptq():
-            return "gptq"
-        case FourBit(quant_type=name):
-            return f"bitsandbytes-{name}"
-        case LlmInt8():
-            return "bitsandbytes"
-        case W8A8():
-            return "compressed-tensors"
+    return f"bitsandbytes-{method.quant_type}" if isinstance(method, FourBitFormat) else method.quant_method

@@ -14,7 +14,7 @@ from qexport.export.tgi.kernels import fault
 from qexport.export.tgi.parallel import degrees
 from qexport.export.tgi.refusals import w8a8_faults
 from qexport.export.tgi.rules import LAUNCHER, MODELS, PEFT, WEIGHTS
-from qexport.packing.gptq import packed_specs
+from qexport.formats.gptq.tensors import packed_specs
 from qexport.tensors import GroupQuantizedSpec
 
 _QUANTIZATION: Final = "server/text_generation_server/utils/quantization.py"

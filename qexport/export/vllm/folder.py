@@ -12,8 +12,8 @@ from qexport.architectures.architecture import Architecture
 from qexport.architectures.structure import LinearSpec, Structure
 from qexport.errors import InputError, QexportError
 from qexport.export.vllm.launch import FOLDER
-from qexport.reading.compressed_tensors_rules import CompressedTensorsRules
-from qexport.reading.gptq_rules import QuantizationRules
+from qexport.formats.compressed_tensors.reading import CompressedTensorsRules
+from qexport.formats.gptq.reading import GptqRules
 from qexport.tensors import TensorSpec
 from qexport.tensors.safetensors_folder import SafetensorsFolder
 from qexport.tensors.strict_files import read_json_object
@@ -81,7 +81,7 @@ class ServedFolder:
 
     def _scheme_of(self) -> Any:
         if self.method == "gptq":
-            gptq = QuantizationRules(self.quantization)
+            gptq = GptqRules(self.quantization)
             return lambda name: None if (s := gptq.scheme(name)) is None else (s.bits, s.group_size, s.sym)
         if self.method == "compressed-tensors":
             rules = CompressedTensorsRules(self.quantization)

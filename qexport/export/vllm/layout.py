@@ -5,24 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from qexport.architectures.checkpoint import Checkpoint
 from qexport.architectures.structure import Structure
-from qexport.export.compressed_tensors_config import compressed_tensors_config
 from qexport.export.contract import refuse_failed
-from qexport.export.encodings import AutoGptq, CompressedTensors, Encoding, Merged16
 from qexport.export.model_files import write_model_files
-from qexport.export.quantization_config import quantization_config
 from qexport.export.settings import VllmSettings, parse_size
 from qexport.export.vllm.contract import SERVER, check_folder
 from qexport.export.vllm.launch import Figures, launch_files, max_model_len, served_name
 from qexport.export.vllm.parallel import SplitLinear, degrees
 from qexport.export.vllm.refusals import kernel_notes, refuse
 from qexport.export.weight_files import WeightFiles
-from qexport.tensors import W8A8, Gptq, GroupQuantizedSpec, Method, Outputs
+from qexport.formats import GptqFormat, Outputs
+from qexport.formats.compressed_tensors.format import PackQuantizedFormat
+from qexport.formats.format import StoredFormat
+from qexport.tensors import GroupQuantizedSpec
 
 
 class VllmLayout:
@@ -46,21 +46,19 @@ class VllmLayout:
         self._outputs, self._structure, self._config = outputs, structure, checkpoint.config
         self._form = settings.format
         refuse(outputs, structure, checkpoint, self._form)
-        self.weights = WeightFiles(_encoding(outputs.method, self._form), outputs, parse_size(settings.max_shard_size))
+        self.weights = WeightFiles(self._stored_as, outputs, parse_size(settings.max_shard_size))
         self.weights.refuse_faults()
 
     @property
     def quantization(self) -> Mapping[str, Any] | None:
         """What config.json says of the codes."""
-        if isinstance(self._outputs.method, Gptq) and self._form == "compressed-tensors":
-            return compressed_tensors_config(self._outputs, self._structure)
-        return quantization_config(self._outputs, self._structure)
+        return self._stored_as.quantization_config(self._outputs.specs, self._structure)
 
     @property
     def notes(self) -> list[str]:
         """What the server does with the folder."""
         notes = kernel_notes(self._outputs)
-        if isinstance(self._outputs.method, Gptq) and self._dense_dtype == torch.bfloat16:
+        if isinstance(self._outputs.format, GptqFormat) and self._dense_dtype == torch.bfloat16:
             notes.append("vLLM rounds the scales to its dtype; only --dtype float16 reads them as they are")
         working = ", ".join(map(str, self._degrees))
         return [*notes, f"vLLM can split it among this many GPUs (--tensor-parallel-size): {working}"]
@@ -81,7 +79,7 @@ class VllmLayout:
             self._degrees,
         )
         served = replace(checkpoint, files={**checkpoint.files, **launch_files(figures)})
-        write_model_files(folder, served, self._outputs.method, self.quantization, self._dense_dtype, self.notes)
+        write_model_files(folder, served, self._outputs.format, self.quantization, self._dense_dtype, self.notes)
 
     def check(self, folder: Path) -> None:
         """Holds the finished folder against what vLLM's config and loaders demand.
@@ -92,8 +90,14 @@ class VllmLayout:
         refuse_failed(check_folder(folder), SERVER)
 
     @property
+    def _stored_as(self) -> StoredFormat:
+        """The same format as in the safetensors layout, unless the recipe asks for another one for GPTQ's codes."""
+        packed = isinstance(self._outputs.format, GptqFormat) and self._form == "compressed-tensors"
+        return PackQuantizedFormat() if packed else self._outputs.format
+
+    @property
     def _dense_dtype(self) -> torch.dtype:
-        return self._outputs.dense_dtype(f"{self._structure.embedding}.weight")
+        return self._outputs.unquantized_dtype(f"{self._structure.embedding}.weight")
 
     @property
     def _degrees(self) -> list[int]:
@@ -105,13 +109,3 @@ class VllmLayout:
             group_size = spec.group_size if isinstance(spec, GroupQuantizedSpec) and spec.groups > 1 else None
             linears.append(SplitLinear(linear.name, linear.out_features, linear.in_features, group_size, grouped))
         return degrees(self._config, linears)
-
-
-def _encoding(method: Method, form: Literal["gptq", "compressed-tensors"]) -> Encoding:
-    match method:
-        case Gptq():
-            return AutoGptq() if form == "gptq" else CompressedTensors()
-        case W8A8():
-            return CompressedTensors()
-        case _:
-            return Merged16()

@@ -13,7 +13,8 @@ from qexport.architectures.structure import Structure
 from qexport.errors import CompatibilityError, listed
 from qexport.export.vllm.architectures import ARCHITECTURES, VERSION
 from qexport.export.vllm.fused import disagreements, joined_modules
-from qexport.tensors import FourBit, Gptq, GroupQuantizedSpec, LlmInt8, Outputs, OutputSpec, QuantizedSpec, TensorSpec
+from qexport.formats import FourBitFormat, GptqFormat, LlmInt8Format, Outputs
+from qexport.tensors import GroupQuantizedSpec, OutputSpec, QuantizedSpec, TensorSpec
 
 GROUP_SIZES: Final = (-1, 32, 64, 128)
 """`vllm/model_executor/layers/quantization/utils/marlin_utils.py`, asked for every GPTQ layer on every platform."""
@@ -78,28 +79,28 @@ def _family(config: Mapping[str, Any]) -> list[str]:
 
 
 def _dtype(outputs: Outputs, structure: Structure, config: Mapping[str, Any]) -> list[str]:
-    dtype = outputs.dense_dtype(f"{structure.embedding}.weight")
+    dtype = outputs.unquantized_dtype(f"{structure.embedding}.weight")
     if dtype == torch.float16 and config.get("model_type") in NO_FLOAT16:
         return [f"vLLM does not run {config['model_type']} in float16: set merge.dtype to bfloat16"]
-    if dtype == torch.float32 and isinstance(outputs.method, Gptq):
+    if dtype == torch.float32 and isinstance(outputs.format, GptqFormat):
         return ["vLLM reads GPTQ codes beside 16-bit weights only: set merge.dtype to bfloat16 or float16"]
     return []
 
 
 def _method(outputs: Outputs, form: str) -> list[str]:
-    match outputs.method:
-        case FourBit() | LlmInt8():
+    match outputs.format:
+        case FourBitFormat() | LlmInt8Format():
             return [
                 "vLLM has dropped bitsandbytes in 0.28: use method gptq (4 bits) or w8a8 (8 bits), "
                 "or layout safetensors for transformers"
             ]
-        case Gptq() as method:
+        case GptqFormat() as method:
             return _gptq(method, outputs, form)
         case _:
             return []
 
 
-def _gptq(method: Gptq, outputs: Outputs, form: str) -> list[str]:
+def _gptq(method: GptqFormat, outputs: Outputs, form: str) -> list[str]:
     specs = {module: spec for module, spec in outputs.quantized.items() if isinstance(spec, GroupQuantizedSpec)}
     problems = []
     if other := sorted({spec.bits for spec in specs.values()} - {4}):
@@ -117,7 +118,7 @@ def _gptq(method: Gptq, outputs: Outputs, form: str) -> list[str]:
     return problems + _unnamed(method, specs)
 
 
-def _unnamed(method: Gptq, specs: Mapping[str, GroupQuantizedSpec]) -> list[str]:
+def _unnamed(method: GptqFormat, specs: Mapping[str, GroupQuantizedSpec]) -> list[str]:
     """Joined layers in other groups than the method's: no rule with their own names reaches the layer they become."""
     schemes = {module: _scheme(spec) for module, spec in specs.items()}
     return [
@@ -163,7 +164,7 @@ def _experts(specs: Mapping[str, OutputSpec]) -> list[str]:
 
 def kernel_notes(outputs: Outputs) -> list[str]:
     """Which shapes want which processor."""
-    if not isinstance(outputs.method, Gptq):
+    if not isinstance(outputs.format, GptqFormat):
         return []
     notes = ["vLLM's kernels for 4 bits need AVX-512 on x86 CPUs, compute capability 7.5 on NVIDIA GPUs"]
     uneven = [module for module, spec in outputs.quantized.items() if any(side % CPU_MULTIPLE for side in spec.shape)]

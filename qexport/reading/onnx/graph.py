@@ -20,6 +20,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 
 from qexport.errors import InputError, RecipeError
+from qexport.formats.onnx.operators import MICROSOFT
 from qexport.reading.onnx.external_data import DataFiles, ExternalData
 from qexport.tensors import TensorSpec
 from qexport.tensors.strict_files import contained_path
@@ -34,7 +35,6 @@ except ImportError as missing:
     ) from missing
 
 GRAPH_NAME: Final = "model.onnx"
-MICROSOFT: Final = "com.microsoft"
 
 _GRAPH_LIMIT: Final = 1 << 27
 _BODY_LIMIT: Final = 1 << 12

@@ -14,13 +14,13 @@ from qexport.architectures.architecture import Architecture
 from qexport.architectures.config_keys import without_code_keys
 from qexport.architectures.structure import Structure, refuse_impossible_depth
 from qexport.errors import InputError, RecipeError, listed
-from qexport.reading.dequantization import dequantize
+from qexport.formats.dequantization import dequantize
+from qexport.formats.onnx.format import OPERATORS, described, stored_matrix
+from qexport.formats.onnx.operators import StoredMatrix
+from qexport.formats.stored_weight import StoredLayer
 from qexport.reading.filled_model import read_generation
 from qexport.reading.onnx.external_data import ExternalData
 from qexport.reading.onnx.graph import Graph
-from qexport.reading.onnx.stored_layers import block_grid, described, stored_layer
-from qexport.reading.onnx.stored_weights import KINDS, StoredMatrix, stored_matrix
-from qexport.reading.stored_format import StoredLayer
 from qexport.tensors import GroupQuantizedSpec, TensorSpec
 from qexport.tensors.source import is_finite
 from qexport.tensors.strict_files import contained_path, read_json_object
@@ -109,12 +109,12 @@ class OnnxWeights:
     @property
     def layers(self) -> dict[str, StoredLayer]:
         """Each quantized module, by its path."""
-        return {module: stored_layer(matrix) for module, matrix in self.quantized.items()}
+        return {module: matrix.layer for module, matrix in self.quantized.items()}
 
     @property
     def grids(self) -> dict[str, GroupQuantizedSpec]:
         """Bits, blocks and symmetry of each module whose codes lie in blocks along its inputs, by its path."""
-        return {module: spec for module, matrix in self.quantized.items() if (spec := block_grid(matrix)) is not None}
+        return {module: spec for module, matrix in self.quantized.items() if (spec := matrix.grid) is not None}
 
     @property
     def transposed(self) -> frozenset[str]:
@@ -212,7 +212,7 @@ def _quantized(graph: Graph) -> dict[str, StoredMatrix]:
     producers = {output: node for node in graph.nodes for output in node.outputs}
     found: dict[str, StoredMatrix] = {}
     for node in graph.nodes:
-        if (node.domain, node.op_type) in KINDS:
+        if (node.domain, node.op_type) in OPERATORS:
             module, weight = stored_matrix(graph, node, producers)
             if found.setdefault(module, weight) != weight:
                 raise InputError("two operators read the same codes in two ways", where=graph.where(module))

@@ -2,7 +2,7 @@
 
 The reference is compressed-tensors 0.17.0 (`compressors/naive_quantized/base.py`, `compressors/pack_quantized`), which
 vLLM, TGI and transformers read with. Codes and zero points are stored without an offset, as streams of bits in int32
-words (see `qexport.packing.words`): codes along the inputs, zero points along the outputs.
+words (see `qexport.formats.int32_words`): codes along the inputs, zero points along the outputs.
 
 3 bits are not written: compressed-tensors leaves two bits of each word empty, vLLM expects none.
 """
@@ -14,8 +14,8 @@ from collections.abc import Mapping
 import torch
 
 from qexport.errors import InputError, QexportError
-from qexport.packing.checks import check_specs, place
-from qexport.packing.words import WORD_BITS, from_words, to_words
+from qexport.formats.int32_words import WORD_BITS, from_words, to_words
+from qexport.formats.stored_weight import check_specs, place
 from qexport.tensors import GroupQuantized, GroupQuantizedSpec, RowQuantized, RowQuantizedSpec, TensorSpec
 
 _ROWS_AT_ONCE = 512
@@ -60,7 +60,7 @@ def pack_groups(quantized: GroupQuantized) -> dict[str, torch.Tensor]:
     Raises:
         QexportError: the shape cannot be packed.
     """
-    spec = _spec(quantized)
+    spec = quantized.spec
     if reason := check_groups(spec):
         raise QexportError(f"codes cannot be packed: {reason}")
     packed = torch.empty(group_specs(spec)["weight_packed"].shape, dtype=torch.int32)
@@ -159,11 +159,6 @@ def unpack_rows(tensors: Mapping[str, torch.Tensor], *, module: str = "") -> Row
 def _ordered(spec: GroupQuantizedSpec) -> bool:
     """Whether the format holds the group of each input: one group has no order."""
     return spec.desc_act and spec.groups > 1
-
-
-def _spec(quantized: GroupQuantized) -> GroupQuantizedSpec:
-    rows, columns = quantized.codes.shape
-    return GroupQuantizedSpec(rows, columns, quantized.bits, quantized.group_size, quantized.sym, quantized.desc_act)
 
 
 def _weight_shape(tensors: Mapping[str, torch.Tensor], module: str) -> tuple[int, int]:

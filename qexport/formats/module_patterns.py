@@ -46,7 +46,7 @@ def strings(value: Any, where: str) -> list[str]:
 
 
 class SkipList:
-    """Modules that stay dense, in transformers' matching (`quantizers_utils.should_convert_module`, 5.23).
+    """Modules that stay unquantized, in transformers' matching (`quantizers_utils.should_convert_module`, 5.23).
 
     A pattern matches a module from the start of its path up to a dot, as an expression, or as the end of its path.
 
@@ -63,5 +63,5 @@ class SkipList:
         self._starts = [compiled(pattern, where, template=_TO_A_BOUNDARY) for pattern in patterns]
 
     def matches(self, module: str) -> bool:
-        """Whether the module stays dense."""
+        """Whether the module stays unquantized."""
         return module.endswith(self._suffixes) or any(start.match(module) for start in self._starts)

@@ -17,8 +17,8 @@ from math import gcd
 import torch
 
 from qexport.errors import InputError, QexportError
-from qexport.packing.checks import check_specs, place
-from qexport.packing.words import WORD_BITS, from_words, to_words
+from qexport.formats.int32_words import WORD_BITS, from_words, to_words
+from qexport.formats.stored_weight import check_specs, place
 from qexport.tensors import GroupQuantized, GroupQuantizedSpec, TensorSpec
 
 _ROWS_AT_ONCE = 512

@@ -1,4 +1,4 @@
-"""From codes back to one dense weight, with temporaries of some rows only."""
+"""From codes back to one 16-bit or 32-bit weight, with temporaries of some rows only."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Final
 
 import torch
 
-from qexport.packing import bitsandbytes_4bit
+from qexport.formats.bitsandbytes import four_bit_tensors
 from qexport.tensors import BlockQuantized, Quantized
 
 _ROWS_AT_ONCE: Final = 512
@@ -18,7 +18,7 @@ def dequantize(quantized: Quantized, dtype: torch.dtype) -> torch.Tensor:
     bitsandbytes' 4-bit codes are rounded to the dtype that was quantized before, as bitsandbytes does.
     """
     if isinstance(quantized, BlockQuantized):
-        return bitsandbytes_4bit.dequantize(quantized).to(dtype)
+        return four_bit_tensors.dequantize(quantized).to(dtype)
     weight = torch.empty(quantized.codes.shape, dtype=dtype, device=quantized.codes.device)
     for start in range(0, len(weight), _ROWS_AT_ONCE):
         end = start + _ROWS_AT_ONCE

@@ -15,8 +15,8 @@ from typing import Any, Final
 import torch
 
 from qexport.errors import InputError
-from qexport.packing.checks import check_specs, place
-from qexport.packing.code_books import QuantType, dynamic_values, four_bit_values
+from qexport.formats.bitsandbytes.code_books import QuantType, dynamic_values, four_bit_values
+from qexport.formats.stored_weight import check_specs, place
 from qexport.tensors import BlockQuantized, BlockQuantizedSpec, LargestSpec, NestedAbsmax, TensorSpec
 from qexport.tensors.strict_files import parse_json
 

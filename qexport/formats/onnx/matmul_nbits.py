@@ -19,11 +19,10 @@ from typing import Final
 import torch
 
 from qexport.errors import CompatibilityError, QexportError
-from qexport.packing.words import WORD_BITS, to_words
+from qexport.formats.int32_words import WORD_BITS, to_words
 from qexport.tensors import GroupQuantized, GroupQuantizedSpec, RowQuantized, RowQuantizedSpec, TensorSpec
 
 BLOCK_SIZES: Final = (16, 32, 64, 128, 256)
-ROW_BITS: Final = 8
 
 _ROW_ZERO: Final = 128
 _ROWS_AT_ONCE: Final = 512
@@ -58,8 +57,9 @@ def block_size(spec: GroupQuantizedSpec | RowQuantizedSpec) -> int:
     sizes: tuple[int, ...] = BLOCK_SIZES
     if isinstance(spec, GroupQuantizedSpec) and spec.groups > 1:
         sizes = tuple(size for size in BLOCK_SIZES if spec.group_size % size == 0)
-    bits = _bits(spec)
-    return min(reversed(sizes), key=lambda size: -(-spec.in_features // size) * (size * bits // 8 + _BYTES_OF_A_SCALE))
+    return min(
+        reversed(sizes), key=lambda size: -(-spec.in_features // size) * (size * spec.bits // 8 + _BYTES_OF_A_SCALE)
+    )
 
 
 def group_specs(spec: GroupQuantizedSpec, dtype: torch.dtype) -> dict[str, TensorSpec]:
@@ -97,7 +97,7 @@ def pack_groups(quantized: GroupQuantized, dtype: torch.dtype) -> dict[str, torc
         CompatibilityError: the codes cannot be stored.
         QexportError: a code, zero point or group is out of range, or `dtype` does not hold a scale exactly.
     """
-    spec = _spec(quantized)
+    spec = quantized.spec
     blocks = _blocks(spec)
     _check_content(quantized, spec)
     order = quantized.g_idx.argsort(stable=True) if spec.desc_act else None
@@ -148,12 +148,8 @@ def pack_rows(quantized: RowQuantized, dtype: torch.dtype) -> dict[str, torch.Te
     for start in range(0, spec.out_features, _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)
         codes = quantized.codes[rows].view(torch.uint8) ^ _ROW_ZERO  # adds 128, as both wrap at 256
-        qweight[rows] = _packed_blocks(codes, padding, block_size(spec), ROW_BITS)
+        qweight[rows] = _packed_blocks(codes, padding, block_size(spec), spec.bits)
     return {"qweight": qweight, "scales": scales}
-
-
-def _bits(spec: GroupQuantizedSpec | RowQuantizedSpec) -> int:
-    return spec.bits if isinstance(spec, GroupQuantizedSpec) else ROW_BITS
 
 
 def _blocks(spec: GroupQuantizedSpec | RowQuantizedSpec) -> int:
@@ -163,7 +159,7 @@ def _blocks(spec: GroupQuantizedSpec | RowQuantizedSpec) -> int:
 def _code_specs(spec: GroupQuantizedSpec | RowQuantizedSpec, dtype: torch.dtype) -> dict[str, TensorSpec]:
     rows, blocks = spec.out_features, _blocks(spec)
     return {
-        "qweight": TensorSpec((rows, blocks, block_size(spec) * _bits(spec) // 8), torch.uint8),
+        "qweight": TensorSpec((rows, blocks, block_size(spec) * spec.bits // 8), torch.uint8),
         "scales": TensorSpec((rows, blocks), dtype),
     }
 
@@ -191,11 +187,6 @@ def _held_exactly(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         name = str(dtype).removeprefix("torch.")
         raise QexportError(f"a scale would be rounded in {name}", mend="this is a defect of qexport; please report it")
     return held
-
-
-def _spec(quantized: GroupQuantized) -> GroupQuantizedSpec:
-    rows, columns = quantized.codes.shape
-    return GroupQuantizedSpec(rows, columns, quantized.bits, quantized.group_size, quantized.sym, quantized.desc_act)
 
 
 def _check_content(quantized: GroupQuantized, spec: GroupQuantizedSpec) -> None:

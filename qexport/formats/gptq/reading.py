@@ -1,0 +1,156 @@
+"""AutoGPTQ v1 read back: what a `quantization_config` says of each module, as gptqmodel reads it, and the codes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from qexport.architectures.structure import Structure
+from qexport.errors import InputError
+from qexport.formats.gptq.tensors import unpack
+from qexport.formats.module_patterns import compiled
+from qexport.formats.stored_weight import (
+    WHERE,
+    GroupedWeight,
+    Scheme,
+    StoredWeight,
+    Tensors,
+    modules_with,
+    refuse_missing,
+)
+from qexport.tensors import GroupQuantized, TensorSpec, WeightSource
+
+_PARTS: Final = ("qweight", "qzeros", "scales", "g_idx")
+_SCHEME_TYPES: Final = {"bits": int, "group_size": int, "sym": bool, "desc_act": bool}
+
+
+class GptqRules:
+    """The `quantization_config` of an artifact in AutoGPTQ's v1 format.
+
+    Args:
+        config: the content.
+
+    Attributes:
+        common: how modules are quantized that no rule names.
+        lm_head: the head is quantized.
+
+    Raises:
+        InputError: another format, a field that is missing or of another type, or a rule that is no plain
+            regular expression (one that repeats could be made to hang).
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        if config.get("checkpoint_format") != "gptq":
+            found = config.get("checkpoint_format")
+            raise InputError(f"checkpoint_format is {found!r}; this reader knows 'gptq'", where=WHERE)
+        self.lm_head = config.get("lm_head", False)
+        if type(self.lm_head) is not bool:
+            raise InputError("lm_head must be true or false", where=WHERE)
+        self.common = _scheme(config, WHERE)
+        self._rules = [_rule(pattern, {**config, **changes}) for pattern, changes in _dynamic(config).items()]
+
+    def scheme(self, module: str) -> Scheme | None:
+        """How the module is quantized, None where it is unquantized. The first rule of `dynamic` that matches holds."""
+        for pattern, scheme in self._rules:
+            if pattern.match(module):
+                return scheme
+        return self.common
+
+
+def _dynamic(config: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    dynamic = config.get("dynamic") or {}
+    if not isinstance(dynamic, Mapping) or not all(isinstance(changes, Mapping) for changes in dynamic.values()):
+        raise InputError("dynamic must map patterns to objects", where=WHERE)
+    return dynamic
+
+
+def _rule(pattern: str, config: Mapping[str, Any]) -> tuple[re.Pattern[str], Scheme | None]:
+    where = f"{WHERE}: dynamic: {pattern}"
+    expression = compiled(pattern.removeprefix("-:").removeprefix("+:"), where)
+    return expression, None if pattern.startswith("-:") else _scheme(config, where)
+
+
+def _scheme(config: Mapping[str, Any], where: str) -> Scheme:
+    for key, kind in _SCHEME_TYPES.items():
+        if type(config.get(key)) is not kind:
+            raise InputError(f"{key} must be there and be of type {kind.__name__}", where=where)
+    if config["bits"] not in (2, 3, 4, 8) or not (config["group_size"] == -1 or config["group_size"] > 0):
+        raise InputError(f"no reader knows {config['bits']} bits in groups of {config['group_size']}", where=where)
+    return Scheme(**{key: config[key] for key in _SCHEME_TYPES})
+
+
+@dataclass(frozen=True)
+class GptqWeight(GroupedWeight):
+    """One module's four tensors."""
+
+    parts: tuple[str, ...] = _PARTS
+
+    def quantized(self, tensors: Tensors) -> GroupQuantized:
+        """The codes.
+
+        Raises:
+            InputError: shapes or dtypes contradict the config, g_idx leaves the groups, or `sym` does not hold.
+        """
+        if self.scheme is None:
+            raise InputError(
+                "a module is quantized that should be unquantized", where=f"{WHERE}: dynamic, {self.module}"
+            )
+        return unpack(
+            tensors,
+            bits=self.scheme.bits,
+            group_size=self.scheme.group_size,
+            sym=self.scheme.sym,
+            desc_act=self.scheme.desc_act,
+            module=self.module,
+        )
+
+
+class GptqReader:
+    """`quant_method: gptq`.
+
+    Args:
+        config: the `quantization_config`.
+
+    Raises:
+        InputError: it cannot be followed; see `GptqRules`.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._rules = GptqRules(config)
+
+    @property
+    def words(self) -> str:
+        """Bits, groups and symmetry of the modules that no rule names."""
+        common = self._rules.common
+        symmetry = "symmetric" if common.sym else "asymmetric"
+        return f"GPTQ, {common.bits} bits, group_size {common.group_size}, {symmetry}"
+
+    def weights(self, source: WeightSource) -> dict[str, StoredWeight]:
+        """The modules that have a `qweight`.
+
+        Raises:
+            InputError: one of the four tensors is missing.
+        """
+        specs = source.specs()
+        return {
+            module: GptqWeight(module, _shape(module, specs), self._rules.scheme(module))
+            for module in modules_with(".qweight", specs)
+        }
+
+    def claimed(self, structure: Structure) -> set[str]:
+        """The blocks' linears but those that a rule of `dynamic` leaves unquantized, and the head where `lm_head` is
+        set.
+        """
+        linears = {linear.name for linear in structure.block_linears}
+        claimed = {name for name in linears if self._rules.scheme(name)}
+        return claimed | ({structure.head} if self._rules.lm_head else set())
+
+
+def _shape(module: str, specs: Mapping[str, TensorSpec]) -> tuple[int, int]:
+    refuse_missing(module, _PARTS, specs)
+    scales, g_idx = specs[f"{module}.scales"].shape, specs[f"{module}.g_idx"].shape
+    if len(scales) != 2 or len(g_idx) != 1:
+        raise InputError(f"scales {list(scales)} and g_idx {list(g_idx)} are no [groups, out] and [in]", where=module)
+    return scales[1], g_idx[0]

@@ -1,0 +1,86 @@
+"""The merged 16-bit weights as they are, without a `quantization_config`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final
+
+import torch
+
+from qexport.architectures.structure import Structure
+from qexport.errors import InputError, listed
+from qexport.formats.format import Card, Specs
+from qexport.formats.stored_weight import StoredWeight
+from qexport.tensors import GroupQuantizedSpec, OutputSpec, QuantizedSpec, TensorRecord, TensorSpec, WeightSource
+
+_QUANTIZED_PARTS: Final = (
+    ".qweight", ".SCB", ".weight.absmax", ".weight_packed", ".weight_scale",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MergedFormat:
+    """The merged model's own tensors, also of what was quantized: for servers that quantize by themselves."""
+
+    quant_method: ClassVar[str | None] = None
+    config_file: ClassVar[str | None] = None
+
+    def specs(self, name: str, spec: OutputSpec) -> dict[str, TensorSpec]:
+        """The parameter as it was merged."""
+        if isinstance(spec, TensorSpec):
+            return {name: spec}
+        assert not isinstance(spec, GroupQuantizedSpec)
+        return {name: TensorSpec(spec.shape[::-1] if spec.transposed else spec.shape, spec.dtype)}
+
+    def tensors(self, record: TensorRecord) -> dict[str, torch.Tensor]:
+        """The parameter as it was merged."""
+        value = record.value if isinstance(record.value, torch.Tensor) else record.merged
+        assert value is not None, f"{record.name} came without its merged weight"
+        return {record.name: value}
+
+    def fault(self, spec: QuantizedSpec) -> str | None:
+        """Every matrix can be stored so."""
+        return None
+
+    def quantization_config(self, specs: Specs, structure: Structure) -> None:
+        """None."""
+        return None
+
+    @property
+    def card(self) -> Card:
+        """For the model card."""
+        return Card("merged", "16-bit", "the merged weights, not quantized")
+
+    @classmethod
+    def reads(cls, config: Mapping[str, Any] | None) -> bool:
+        """Whether there is no `quantization_config`."""
+        return config is None
+
+    @staticmethod
+    def reader(config: Mapping[str, Any]) -> MergedReader:
+        """The same for every folder."""
+        return MergedReader()
+
+
+class MergedReader:
+    """A folder without a `quantization_config`: every weight is there as it is."""
+
+    words = "unquantized"
+
+    def weights(self, source: WeightSource) -> dict[str, StoredWeight]:
+        """None.
+
+        Raises:
+            InputError: tensors are there that only quantized modules have.
+        """
+        if quantized := [name for name in source.specs() if name.endswith(_QUANTIZED_PARTS)]:
+            raise InputError(
+                f"{len(quantized)} tensors belong to quantized layers, but config.json has no quantization_config",
+                where=listed(quantized),
+            )
+        return {}
+
+    def claimed(self, structure: Structure) -> set[str]:
+        """None."""
+        return set()

@@ -1,0 +1,136 @@
+"""The initializers of ONNX Runtime's MatMulBnb4: bitsandbytes' 4-bit codes and one absmax a block.
+
+The reference is ONNX Runtime 1.31.1, and for reading its `docs/ContribOperators.md`. Bytes and code books are
+bitsandbytes' own. The operator knows no double quantization, so absmaxes are written as bitsandbytes reads them. It
+computes with `value of the code * absmax` in float32, where bitsandbytes rounds that product to the dtype that was
+quantized.
+
+Matrices whose blocks cross rows are refused. Not all kernels take them: CUDA's for single tokens does not
+(`contrib_ops/cuda/quantization/matmul_bnb4.cu`).
+
+Absmaxes are float32 and the operator wants its activations in the same dtype: float16 ones go through Casts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar, Final
+
+import torch
+
+from qexport.errors import CompatibilityError, InputError
+from qexport.formats.bitsandbytes.code_books import QuantType
+from qexport.formats.bitsandbytes.four_bit_tensors import flat_absmax
+from qexport.formats.onnx.operators import MEND, GraphTensors, Operator, attribute, module_of, require, scales_of
+from qexport.formats.stored_weight import StoredLayer
+from qexport.tensors import BlockQuantized, BlockQuantizedSpec, TensorSpec
+
+BLOCK_SIZES: Final = (16, 32, 64, 128, 256)
+QUANT_TYPES: Final[Mapping[QuantType, int]] = {"fp4": 0, "nf4": 1}
+"""The operator's attribute `quant_type`."""
+
+_BY_CODE: Final[Mapping[int, QuantType]] = {code: name for name, code in QUANT_TYPES.items()}
+
+
+def fault(spec: BlockQuantizedSpec) -> str | None:
+    """Why codes cannot be stored, or None where they can. Needs no weights."""
+    if spec.block_size not in BLOCK_SIZES:
+        return f"MatMulBnb4 has blocks of 16 to 256 values, not {spec.block_size}"
+    if spec.in_features % spec.block_size:
+        return f"block_size {spec.block_size} does not divide {spec.in_features} inputs: blocks would cross rows"
+    return None
+
+
+def specs(spec: BlockQuantizedSpec) -> dict[str, TensorSpec]:
+    """The shapes and dtypes of what `pack` makes, by the initializer's name inside the module.
+
+    Raises:
+        CompatibilityError: the codes cannot be stored.
+    """
+    if reason := fault(spec):
+        raise CompatibilityError(f"codes cannot be stored: {reason}")
+    values = prod(spec.shape)
+    return {
+        "weight": TensorSpec((values // 2,), torch.uint8),
+        "weight.absmax": TensorSpec((values // spec.block_size,), torch.float32),
+    }
+
+
+def pack(quantized: BlockQuantized) -> dict[str, torch.Tensor]:
+    """The initializers of a linear.
+
+    Returns:
+        weight uint8 [out * in / 2], the earlier value in the high bits, and weight.absmax float32 [blocks].
+
+    Raises:
+        CompatibilityError: the codes cannot be stored.
+    """
+    if reason := fault(quantized.spec):
+        raise CompatibilityError(f"codes cannot be stored: {reason}")
+    return {"weight": quantized.codes.reshape(-1), "weight.absmax": flat_absmax(quantized)}
+
+
+@dataclass(frozen=True)
+class Bnb4Matrix:
+    """A weight of MatMulBnb4.
+
+    Attributes:
+        shape: [out, in].
+        block_size: values that share an absmax, row after row.
+        quant_type: the code book.
+        codes: the initializer uint8 [out * in / 2], the earlier value in the high bits.
+        absmax: float32 [blocks].
+    """
+
+    shape: tuple[int, int]
+    block_size: int
+    quant_type: QuantType
+    codes: str
+    absmax: str
+    bits: int = 4
+
+    kind: ClassVar[str] = "MatMulBnb4"
+    grid = None
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of its initializers."""
+        return self.codes, self.absmax
+
+    @property
+    def words(self) -> str:
+        """See `StoredMatrix.words`."""
+        return f"{self.kind}, {self.quant_type.upper()}, blocks of"
+
+    @property
+    def layer(self) -> StoredLayer:
+        """What a user is told of the module."""
+        return StoredLayer(self.quant_type, self.bits, self.block_size, self.shape)
+
+    def quantized(self, graph: GraphTensors) -> BlockQuantized:
+        """The codes; their matrix is float32, since the operator does not round it as bitsandbytes does.
+
+        Raises:
+            InputError: see `StoredMatrix.quantized`.
+        """
+        spec = BlockQuantizedSpec(
+            *self.shape, self.quant_type, self.block_size, double_quant=False, dtype=torch.float32
+        )
+        return BlockQuantized(graph.read(self.codes), scales_of(graph, self.absmax), None, spec)
+
+
+def read_bnb4(graph: GraphTensors, node: Operator, producers: Mapping[str, Operator]) -> tuple[str, Bnb4Matrix]:
+    """The path of a module, and its weight; see `qexport.formats.onnx.format.stored_matrix`."""
+    rows, columns, block, code = (attribute(graph, node, key) for key in ("N", "K", "block_size", "quant_type"))
+    if code not in _BY_CODE or block < 2 or columns % block:
+        raise InputError(
+            f"code book {code} with {columns} inputs in blocks of {block}", where=graph.where(node.name), mend=MEND
+        )
+    if node.integers.get("training_mode", 0) or node.integers.get("transB", 1) != 1:
+        raise InputError("MatMulBnb4 is used with a transposed weight", where=graph.where(node.name), mend=MEND)
+    matrix = Bnb4Matrix((rows, columns), block, _BY_CODE[code], node.input(1), node.input(2))
+    require(graph, matrix.codes, (rows * columns // 2,), torch.uint8)
+    require(graph, matrix.absmax, (rows * columns // block,), torch.float32)
+    return module_of(graph, node, matrix.codes, ".weight"), matrix

@@ -1,0 +1,148 @@
+"""Weights of MatMulNBits read back from a graph, unpacked from the operator's own definition.
+
+The reference is ONNX Runtime's `docs/ContribOperators.md`. The writing side is `matmul_nbits`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Final
+
+import torch
+from torch import Tensor
+
+from qexport.errors import InputError
+from qexport.formats.onnx.matmul_nbits import BLOCK_SIZES
+from qexport.formats.onnx.operators import MEND, GraphTensors, Operator, attribute, module_of, require, scales_of
+from qexport.formats.stored_weight import StoredLayer
+from qexport.tensors import GroupQuantized, GroupQuantizedSpec
+
+_BITS: Final = (2, 4, 8)
+_INTEGER_INPUTS: Final = 4
+"""The accuracy level at which the inputs are rounded to 8 bits."""
+
+
+@dataclass(frozen=True)
+class NBitsMatrix:
+    """A weight of MatMulNBits.
+
+    Attributes:
+        shape: [out, in].
+        bits: 2, 4 or 8.
+        block_size: inputs that share a scale and a zero point; the last block of a row may be shorter.
+        accuracy_level: what the activations are rounded to: 0 or 1 nothing, 4 int8.
+        codes: the initializer uint8 [out, blocks, block_size * bits / 8], low bits first.
+        scales: float32 or float16 [out, blocks].
+        zero_points: uint8 [out, ceil(blocks * bits / 8)], low bits first; empty where all are 2**(bits - 1).
+        order: int64 [in], the input that each column is multiplied with; empty where they are in order.
+    """
+
+    shape: tuple[int, int]
+    bits: int
+    block_size: int
+    accuracy_level: int
+    codes: str
+    scales: str
+    zero_points: str
+    order: str
+
+    kind: ClassVar[str] = "MatMulNBits"
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of its initializers."""
+        return tuple(part for part in (self.codes, self.scales, self.zero_points, self.order) if part)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of a row."""
+        return -(-self.shape[1] // self.block_size)
+
+    @property
+    def words(self) -> str:
+        """See `StoredMatrix.words`."""
+        rounded = ", inputs rounded to 8 bits" if self.accuracy_level == _INTEGER_INPUTS else ""
+        return f"{self.kind}, {self.bits} bits{rounded}, blocks of"
+
+    @property
+    def layer(self) -> StoredLayer:
+        """The module. MatMulNBits does not tell GPTQ's groups from LLM.int8's rows, whose scale stands in every block;
+        they count as groups here, and a manifest knows better.
+        """
+        return StoredLayer("gptq", self.bits, min(self.block_size, self.shape[1]), self.shape)
+
+    @property
+    def grid(self) -> GroupQuantizedSpec:
+        """The blocks as groups. A last block that is shorter is found only where there is one group a row."""
+        columns = self.shape[1]
+        group_size = columns if columns % self.block_size else self.block_size
+        sym, desc_act = not self.zero_points, bool(self.order)
+        return GroupQuantizedSpec(*self.shape, self.bits, group_size, sym, desc_act)
+
+    def quantized(self, graph: GraphTensors) -> GroupQuantized:
+        """The codes in the order of the inputs, a block as a group. Scales keep their dtype.
+
+        Raises:
+            InputError: see `StoredMatrix.quantized`; or `order` has not each input once.
+        """
+        rows, columns = self.shape
+        codes = _unpacked(graph.read(self.codes).reshape(rows, -1), self.bits)[:, :columns]
+        groups = torch.arange(columns, dtype=torch.int32) // self.block_size
+        if self.order:
+            order = graph.read(self.order)
+            if not torch.equal(order.sort().values, torch.arange(columns)):
+                raise InputError("the order has not each input once", where=graph.where(self.order), mend=MEND)
+            codes, groups = codes[:, order.argsort()], groups[order.argsort()]
+        return GroupQuantized(
+            codes=codes.contiguous(),
+            scales=scales_of(graph, self.scales).t().contiguous(),
+            zeros=self._zeros(graph).t().contiguous(),
+            g_idx=groups,
+            bits=self.bits,
+            group_size=min(self.block_size, columns),
+            sym=not self.zero_points,
+            desc_act=bool(self.order),
+        )
+
+    def _zeros(self, graph: GraphTensors) -> Tensor:
+        if not self.zero_points:
+            return torch.full((self.shape[0], self.blocks), 2 ** (self.bits - 1), dtype=torch.uint8)
+        return _unpacked(graph.read(self.zero_points), self.bits)[:, : self.blocks]
+
+
+def read_nbits(graph: GraphTensors, node: Operator, producers: Mapping[str, Operator]) -> tuple[str, NBitsMatrix]:
+    """The path of a module, and its weight; see `qexport.formats.onnx.format.stored_matrix`."""
+    rows, columns, bits, block = (attribute(graph, node, key) for key in ("N", "K", "bits", "block_size"))
+    level = node.integers.get("accuracy_level", 0)
+    if bits not in _BITS or block not in BLOCK_SIZES or level not in range(5):
+        raise InputError(f"{bits} bits in blocks of {block} at level {level}", where=graph.where(node.name), mend=MEND)
+    if node.input(4):
+        raise InputError(
+            "MatMulNBits has a g_idx, which ONNX Runtime reads wrongly",
+            where=graph.where(node.name),
+            mend="export the model again: qexport sorts the columns instead",
+        )
+    module = module_of(graph, node, node.input(1), ".qweight")
+    gather = producers.get(node.input(0))
+    order = gather.input(1) if gather is not None and _is_order(gather) else ""
+    matrix = NBitsMatrix((rows, columns), bits, block, level, node.input(1), node.input(2), node.input(3), order)
+    require(graph, matrix.codes, (rows, matrix.blocks, block * bits // 8), torch.uint8)
+    require(graph, matrix.scales, (rows, matrix.blocks), torch.float32, torch.float16)
+    if matrix.zero_points:
+        require(graph, matrix.zero_points, (rows, -(-matrix.blocks * bits // 8)), torch.uint8)
+    if order:
+        require(graph, order, (columns,), torch.int64)
+    elif f"{module}.order" in graph.initializers:
+        raise InputError("the order of the columns is not applied", where=graph.where(f"{module}.order"), mend=MEND)
+    return module, matrix
+
+
+def _is_order(node: Operator) -> bool:
+    return node.op_type == "Gather" and node.integers.get("axis") == -1 and node.input(1).endswith(".order")
+
+
+def _unpacked(rows: Tensor, bits: int) -> Tensor:
+    """uint8 [rows, n] as uint8 [rows, n * 8 / bits], the low bits first."""
+    pieces = [rows >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)]
+    return pieces[0] if bits == 8 else torch.stack(pieces, 2).reshape(len(rows), -1)

@@ -1,0 +1,176 @@
+"""What the operators that multiply with codes have in common: their graph, the weight that each reads, checks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final, Protocol
+
+import torch
+from torch import Tensor
+
+from qexport.errors import InputError
+from qexport.formats.stored_weight import StoredLayer
+from qexport.tensors import GroupQuantizedSpec, Quantized, TensorSpec
+from qexport.tensors.source import is_finite
+
+MICROSOFT: Final = "com.microsoft"
+"""The domain of ONNX Runtime's own operators."""
+
+MEND: Final = "export the model again; this graph is damaged, or of another maker"
+
+
+class Operator(Protocol):
+    """A node of a graph, see `qexport.reading.onnx.graph.Node`."""
+
+    @property
+    def domain(self) -> str:
+        """`""` for ONNX's own operators."""
+        ...
+
+    @property
+    def op_type(self) -> str:
+        """The operator."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """The node's; may be empty."""
+        ...
+
+    @property
+    def integers(self) -> Mapping[str, int]:
+        """Its attributes that are whole numbers."""
+        ...
+
+    def input(self, index: int) -> str:
+        """The name of an input; empty where it is left out."""
+        ...
+
+
+class _Initializer(Protocol):
+    @property
+    def spec(self) -> TensorSpec: ...
+
+
+class GraphTensors(Protocol):
+    """The tensors of a graph, see `qexport.reading.onnx.graph.Graph`."""
+
+    @property
+    def initializers(self) -> Mapping[str, _Initializer]:
+        """Every tensor that is known before the graph runs, by name."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """An initializer in memory of its own. Its values are not looked at.
+
+        Raises:
+            InputError: there is none of that name, or its file has become shorter.
+        """
+        ...
+
+    def where(self, name: str) -> str:
+        """The place of a node or an initializer, for an error."""
+        ...
+
+
+class StoredMatrix(Protocol):
+    """One quantized weight in a graph. Holds none of its large tensors."""
+
+    @property
+    def kind(self) -> str:
+        """The operator that multiplies with it."""
+        ...
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        ...
+
+    @property
+    def block_size(self) -> int:
+        """Inputs that share a scale."""
+        ...
+
+    @property
+    def codes(self) -> str:
+        """The name of the initializer with its codes."""
+        ...
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of its initializers."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[out, in]."""
+        ...
+
+    @property
+    def words(self) -> str:
+        """The operator with its attributes, for a user; where it ends in `blocks of`, the block size comes next."""
+        ...
+
+    @property
+    def layer(self) -> StoredLayer:
+        """What a user is told of the module."""
+        ...
+
+    @property
+    def grid(self) -> GroupQuantizedSpec | None:
+        """The blocks as groups; None where the codes do not lie along the inputs."""
+        ...
+
+    def quantized(self, graph: GraphTensors) -> Quantized:
+        """The codes, read from the files.
+
+        Raises:
+            InputError: a file has become shorter, a scale is no number, or a code is none of its method.
+        """
+        ...
+
+
+def attribute(graph: GraphTensors, node: Operator, key: str) -> int:
+    """A whole number that the operator must have.
+
+    Raises:
+        InputError: it is missing, or too small.
+    """
+    if node.integers.get(key, -1) < (0 if key == "quant_type" else 1):
+        raise InputError(f"{node.op_type} lacks the attribute {key}", where=graph.where(node.name), mend=MEND)
+    return node.integers[key]
+
+
+def module_of(graph: GraphTensors, node: Operator, codes: str, suffix: str) -> str:
+    """The path of the module whose codes have this name.
+
+    Raises:
+        InputError: the name does not end in `suffix`.
+    """
+    if not codes.endswith(suffix):
+        raise InputError(f"the codes {codes!r} belong to no module", where=graph.where(node.name), mend=MEND)
+    return codes.removesuffix(suffix)
+
+
+def require(graph: GraphTensors, name: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
+    """Refuses a graph without an initializer of this shape and one of these dtypes.
+
+    Raises:
+        InputError: it is missing or different.
+    """
+    found = graph.initializers.get(name)
+    if found is None or found.spec not in [TensorSpec(shape, dtype) for dtype in dtypes]:
+        given = "nothing that the graph holds" if found is None else f"{found.spec.dtype} {list(found.spec.shape)}"
+        raise InputError(f"expected {dtypes[0]} {list(shape)}, found {given}", where=graph.where(name), mend=MEND)
+
+
+def scales_of(graph: GraphTensors, name: str) -> Tensor:
+    """Scales or absmaxes.
+
+    Raises:
+        InputError: one is negative, NaN or Inf.
+    """
+    scales = graph.read(name)
+    if not is_finite(scales) or bool((scales < 0).any()):
+        raise InputError("a scale is negative, NaN or Inf", where=graph.where(name), mend=MEND)
+    return scales

@@ -1,0 +1,177 @@
+"""What a quantized weight in a finished folder is to its reader, and checks of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Final, Protocol
+
+import torch
+
+from qexport.errors import InputError
+from qexport.tensors import GroupQuantizedSpec, Quantized, TensorSpec
+
+WHERE: Final = "config.json: quantization_config"
+
+Tensors = Mapping[str, torch.Tensor]
+"""The tensors of one module, by their names inside it: `qweight`, or `weight.absmax`."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a module's codes are to be read. `group_size` is -1 for one group per row."""
+
+    bits: int
+    group_size: int
+    sym: bool
+    desc_act: bool
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """One quantized module, as a user is told of it.
+
+    Attributes:
+        method: how it was quantized, as far as its format tells: `gptq` for all codes in groups along the inputs.
+        bits: of a code.
+        group_size: values that share a scale.
+        shape: [out, in].
+    """
+
+    method: str
+    bits: int
+    group_size: int
+    shape: tuple[int, int]
+
+
+class StoredWeight(Protocol):
+    """One quantized weight, as headers and config describe it. Holds none of its large tensors."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of its tensors inside the module."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[out, in]."""
+        ...
+
+    @property
+    def layer(self) -> StoredLayer:
+        """What a user is told of it.
+
+        Raises:
+            InputError: there are codes, and the config says nothing of them.
+        """
+        ...
+
+    @property
+    def grid(self) -> GroupQuantizedSpec | None:
+        """Bits, groups and symmetry where the codes lie in groups of equal size along the inputs, else None."""
+        ...
+
+    def quantized(self, tensors: Tensors) -> Quantized:
+        """The codes in those tensors, on the device where the tensors are.
+
+        Raises:
+            InputError: the tensors contradict each other or the config, or a value is out of range.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class GroupedWeight:
+    """What formats with codes in groups along the inputs share.
+
+    Attributes:
+        module: its path.
+        shape: [out, in].
+        scheme: how the codes are to be read; None where the config says that the module is unquantized.
+        parts: the names of its tensors inside the module.
+    """
+
+    module: str
+    shape: tuple[int, int]
+    scheme: Scheme | None
+    parts: tuple[str, ...]
+
+    method: ClassVar[str] = "gptq"
+    """What users are told of the layer, see `StoredLayer`."""
+
+    @property
+    def layer(self) -> StoredLayer:
+        """See `StoredWeight.layer`."""
+        if self.scheme is None:
+            raise InputError(
+                "a module is quantized that should be unquantized",
+                where=f"{WHERE}, {self.module}",
+                mend="fetch the artifact again, or ask its maker: weights and config.json do not belong together",
+            )
+        return StoredLayer(self.method, self.scheme.bits, self._group_size(self.scheme), self.shape)
+
+    @property
+    def grid(self) -> GroupQuantizedSpec | None:
+        """See `StoredWeight.grid`."""
+        if self.scheme is None or self.shape[1] % self._group_size(self.scheme):
+            return None
+        bits, sym, desc_act = self.scheme.bits, self.scheme.sym, self.scheme.desc_act
+        return GroupQuantizedSpec(*self.shape, bits, self._group_size(self.scheme), sym, desc_act)
+
+    def _group_size(self, scheme: Scheme) -> int:
+        return self.shape[1] if scheme.group_size == -1 else scheme.group_size
+
+
+def check_specs(tensors: Tensors, specs: Mapping[str, TensorSpec], module: str) -> None:
+    """Compares tensors that were read with what they should be; further ones are not looked at.
+
+    Args:
+        tensors: by their names inside the module.
+        specs: what they should be.
+        module: the layer's path; may be empty.
+
+    Raises:
+        InputError: a tensor is missing, or has another shape or dtype.
+    """
+    for name, expected in specs.items():
+        if name not in tensors:
+            raise InputError("a tensor of a quantized layer is missing", where=place(module, name))
+        found = TensorSpec(tuple(tensors[name].shape), tensors[name].dtype)
+        if not expected.admits(found):
+            raise InputError(
+                f"expected {expected.dtype} {list(expected.shape)}, found {found.dtype} {list(found.shape)}",
+                where=place(module, name),
+                mend="check the quantization config against the tensors",
+            )
+
+
+def place(module: str, name: str) -> str:
+    """Where a tensor lies, for an error."""
+    return f"{module}.{name}" if module else name
+
+
+def refuse_missing(module: str, parts: Iterable[str], specs: Mapping[str, TensorSpec]) -> None:
+    """Refuses a quantized module that lacks one of its tensors.
+
+    Raises:
+        InputError: all that are missing are named.
+    """
+    if missing := [part for part in parts if f"{module}.{part}" not in specs]:
+        raise InputError(f"a quantized module lacks {', '.join(missing)}", where=module)
+
+
+def int8_shape(module: str, specs: Mapping[str, TensorSpec]) -> tuple[int, int]:
+    """[out, in] of a module whose `weight` is a matrix of int8 codes.
+
+    Raises:
+        InputError: it is none.
+    """
+    codes = specs[f"{module}.weight"]
+    if len(codes.shape) != 2 or codes.dtype != torch.int8:
+        raise InputError(f"{codes.dtype} {list(codes.shape)} is no int8 matrix", where=f"{module}.weight")
+    return codes.shape[0], codes.shape[1]
+
+
+def modules_with(suffix: str, names: Iterable[str]) -> list[str]:
+    """The paths of the modules that have a tensor of this name, which begins with a dot."""
+    return [name.removesuffix(suffix) for name in names if name.endswith(suffix)]

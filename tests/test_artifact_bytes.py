@@ -1,8 +1,8 @@
 """Every file of every artifact has the bytes on record, for each method and layout; what is refused stays refused.
 
 `artifact_bytes.json` holds the SHA-256 of every file but README.md, which is prose, and the report. The versions in
-the manifest and in model.onnx are taken out first. Write it anew where bytes are meant to change, and on a processor or
-version of torch that has no record (there on a commit whose bytes are right), and look at the difference:
+the manifest, in configs and in model.onnx are taken out first. Write it anew where bytes are meant to change, and on a
+processor or version of torch that has no record (there on a commit whose bytes are right), and look at the difference:
 
     python tests/test_artifact_bytes.py --write
 
@@ -43,6 +43,9 @@ COMMAND = f"python tests/{Path(__file__).name} --write"
 EMULATION = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 PACKAGES = ("qexport", "torch", "transformers", "tokenizers", "safetensors", "numpy", "onnx", "onnx-ir", "onnxscript")
 MANIFEST_PARTS = ("recipe", "layers")
+
+QUANTIZER = f"qexport:{version('qexport')}".encode()
+"""What GPTQ's config says of its maker; as every version, it is taken out."""
 
 Digests = dict[str, str]
 """By the name of a file; a file inside one of several layouts has the layout's name in front."""
@@ -114,6 +117,8 @@ def digests(folder: Path) -> Iterator[tuple[str, str]]:
     for name in manifest.files:
         if name == "model.onnx":
             yield name, sha256_bytes(without_version((folder / name).read_bytes()))
+        elif name.endswith(".json"):
+            yield name, sha256_bytes((folder / name).read_bytes().replace(QUANTIZER, b"qexport"))
         elif name != "README.md":
             yield name, sha256_file(folder / name)
     content = manifest.model_dump(mode="json")
@@ -122,7 +127,7 @@ def digests(folder: Path) -> Iterator[tuple[str, str]]:
     content["files"] = sorted(content["files"])  # their digests are compared one by one
     for part in MANIFEST_PARTS:
         yield f"{MANIFEST_NAME} {part}", sha256_json(content.pop(part))
-    yield MANIFEST_NAME, sha256_json(content)
+    yield MANIFEST_NAME, sha256_bytes(json.dumps(content, sort_keys=True).encode().replace(QUANTIZER, b"qexport"))
 
 
 def without_version(graph: bytes) -> bytes:

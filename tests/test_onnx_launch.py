@@ -21,10 +21,10 @@ from transformers import PretrainedConfig
 import factories
 import onnx_served
 from onnx_served import PROMPT, OnnxFolder
+from qexport.export.launch import served_name
 from qexport.export.onnx.genai import Generation, generation
 from qexport.export.onnx.launch import Figures, launch_files
 from qexport.export.onnx.traced_cache import CacheTensor
-from qexport.export.vllm.launch import served_name
 from qexport.tensors import Checkpoint
 from quantized_models import QuantizedModel
 

@@ -16,9 +16,10 @@ from ruamel.yaml import YAML
 import factories
 import vllm_folders
 from qexport.errors import CompatibilityError
+from qexport.export.launch import served_name
 from qexport.export.safetensors_layout import SafetensorsLayout
 from qexport.export.settings import SafetensorsSettings
-from qexport.export.vllm.launch import Figures, launch_files, max_model_len, served_name
+from qexport.export.vllm.launch import Figures, launch_files, max_model_len
 from qexport.export.vllm.parallel import SplitLinear, degrees
 from qexport.export.vllm.refusals import refuse
 from qexport.tensors import FourBit, LlmInt8, Outputs

@@ -21,6 +21,7 @@ from qexport.architectures.structure import Structure, parse_config
 from qexport.artifact.manifest import GraphRecord
 from qexport.errors import CompatibilityError, QexportError, listed
 from qexport.export.encodings import OnnxInitializers
+from qexport.export.launch import served_name
 from qexport.export.loaders import Folder, loading_section
 from qexport.export.model_files import write_model_files
 from qexport.export.onnx.attention import refuse_unfused
@@ -33,7 +34,6 @@ from qexport.export.onnx.tracing import MINIMUM_RUNTIME, NARROW_2_BIT_RUNTIME, k
 from qexport.export.quantization_config import quantization_config
 from qexport.export.settings import OnnxSettings, parse_size
 from qexport.export.tensor_writer import link_or_copy
-from qexport.export.vllm.launch import served_name
 from qexport.reading.onnx.graph import GRAPH_NAME, Graph
 from qexport.reading.onnx.session import refuse_unloadable
 from qexport.tensors import W8A8, Checkpoint, GroupQuantizedSpec, Outputs

@@ -12,9 +12,10 @@ from typing import Any, Final
 import torch
 
 from qexport.errors import InputError
+from qexport.export.launch import FOLDER
 from qexport.export.tgi.families import OWN_MODELS, OwnModel
 from qexport.export.tgi.kernels import Codes
-from qexport.export.tgi.launch import ENVIRONMENT, FOLDER
+from qexport.export.tgi.launch import ENVIRONMENT
 from qexport.export.tgi.linears import ServedLinear, Shape, served_linears
 from qexport.tensors import TensorSpec
 from qexport.tensors.safetensors_file import SafetensorsFile

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from qexport.architectures.structure import LinearSpec, Structure, describe
 from qexport.errors import InputError, QexportError
-from qexport.export.vllm.launch import FOLDER
+from qexport.export.launch import FOLDER
 from qexport.reading.compressed_tensors_rules import CompressedTensorsRules
 from qexport.reading.gptq_rules import QuantizationRules
 from qexport.tensors import TensorSpec

@@ -13,11 +13,12 @@ from qexport.architectures.structure import Structure
 from qexport.export.compressed_tensors_config import compressed_tensors_config
 from qexport.export.contract import refuse_failed
 from qexport.export.encodings import AutoGptq, CompressedTensors, Encoding, Merged16
+from qexport.export.launch import served_name
 from qexport.export.model_files import write_model_files
 from qexport.export.quantization_config import quantization_config
 from qexport.export.settings import VllmSettings, parse_size
 from qexport.export.vllm.contract import SERVER, check_folder
-from qexport.export.vllm.launch import Figures, launch_files, max_model_len, served_name
+from qexport.export.vllm.launch import Figures, launch_files, max_model_len
 from qexport.export.vllm.parallel import SplitLinear, degrees
 from qexport.export.vllm.refusals import kernel_notes, refuse
 from qexport.export.weight_files import WeightFiles

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 
 import factories
 from qexport.errors import QexportError
-from qexport.export.contract import Check, check_rules, refuse_failed
-from qexport.export.tgi.contract import RULES, check_folder
-from qexport.export.tgi.folder import read_folder
-from qexport.quantize.settings import NoneSettings, W8a8Settings
+from qexport.export.served import Rule, Server
+from qexport.export.tgi.rules import TGI
+from qexport.export.tgi.served import ServedByTgi
+from qexport.quantize.settings import Nf4Settings, NoneSettings, W8a8Settings
 from quantized_models import gptq_method
 from tgi_folders import TgiModel, failed, falcon, falcon_40b, llama
 
@@ -33,6 +33,7 @@ MODELS = {
     "desc_act": TgiModel(llama(), gptq_method(desc_act=True)),
     "16-bit": TgiModel(llama(), NoneSettings(method="none")),
     "w8a8": TgiModel(llama(), W8a8Settings(method="w8a8")),
+    "nf4": TgiModel(llama(), Nf4Settings(method="nf4")),
     "falcon": TgiModel(falcon()),
     "falcon 40b": TgiModel(falcon_40b()),
 }
@@ -159,6 +160,7 @@ FAULTS: list[tuple[str, str, Plant]] = [
     ("the quantization method is one that is served prequantized", "16-bit",
      config(quantization_config={"quant_method": "bitsandbytes"})),
     ("a quantized model is run by TGI's own model", "gptq", config(model_type="qwen3")),
+    ("a quantized model is run by TGI's own model", "nf4", config(model_type="qwen3")),
     ("torch_dtype is given", "gptq", config(drop="torch_dtype")),
     ("tie_word_embeddings is given", "gptq", config(drop="tie_word_embeddings")),
     ("rope_theta is given", "gptq", config(drop="rope_theta")),
@@ -228,6 +230,8 @@ FAULTS: list[tuple[str, str, Plant]] = [
      replace_tensor(f"{Q}.weight", lambda weight: weight.half())),
     ("launch: NUM_SHARD is a degree that works", "falcon", settings("NUM_SHARD", "2")),
     ("launch: NUM_SHARD is a degree that works", "gptq", settings("NUM_SHARD", "3")),
+    ("launch: the dtype is one that the launcher knows", "16-bit", settings("DTYPE", "float32")),
+    ("launch: the dtype is one that the launcher knows", "gptq", config(torch_dtype="float32")),
     ("launch: dtype and method do not exclude each other", "gptq", settings("DTYPE", "float16")),
     ("launch: QUANTIZE fits the weights", "gptq", settings("QUANTIZE", "bitsandbytes-nf4")),
     ("launch: QUANTIZE fits the weights", "16-bit", settings("QUANTIZE", "gptq")),
@@ -251,14 +255,14 @@ def test_a_planted_fault_is_caught_by_its_rule(
 
 
 def test_every_rule_has_a_planted_fault_and_a_name_of_its_own() -> None:
-    names = [rule.name for rule in RULES]
+    names = [rule.name for rule in TGI.rules]
     assert len(set(names)) == len(names)
     assert {rule for rule, _, _ in FAULTS} == set(names)
 
 
 def test_every_folder_is_held_against_every_rule(good: Mapping[str, Path], tmp_path: Path) -> None:
     for folder in (*good.values(), tmp_path):
-        assert [check.name for check in check_folder(folder)] == [rule.name for rule in RULES]
+        assert [check.name for check in TGI.check(folder)] == [rule.name for rule in TGI.rules]
 
 
 def test_a_folder_beside_the_weights_is_not_looked_into(good: Mapping[str, Path], tmp_path: Path) -> None:
@@ -288,10 +292,10 @@ def test_a_malformed_config_is_a_failed_check_and_never_a_crash(data: st.DataObj
     places = [(config, key) for config in _objects(found.config) for key in config]
     config, key = data.draw(st.sampled_from(places))
     config[key] = data.draw(ODD)
-    assert [check.name for check in check_rules(RULES, found)] == [rule.name for rule in RULES]
+    assert [rule.check(found).name for rule in TGI.rules] == [rule.name for rule in TGI.rules]
 
 
-_read = cache(read_folder)
+_read = cache(ServedByTgi.on_disk)
 
 
 def _objects(value: Any) -> list[dict[str, Any]]:
@@ -301,11 +305,13 @@ def _objects(value: Any) -> list[dict[str, Any]]:
     return [value, *(inner for item in value.values() for inner in _objects(item))]
 
 
-def test_failed_checks_are_listed_with_their_sources() -> None:
-    checks = [Check("a", "x.py", True, ""), Check("b", "y.py", False, "too small"), Check("c", "z.py", False, "gone")]
-    refuse_failed(checks[:1], "S")
+def test_failed_checks_are_listed_with_their_sources(tmp_path: Path) -> None:
+    kept = Rule[ServedByTgi]("a", "x.py", lambda model: iter(()))
+    small = Rule[ServedByTgi]("b", "y.py", lambda model: iter(["too small"]))
+    gone = Rule[ServedByTgi]("c", "z.py", lambda model: iter(["gone"]))
+    Server("S", ServedByTgi, [kept]).refuse_folder(tmp_path)
     with pytest.raises(QexportError, match="2 of 3 demands of S are not met") as caught:
-        refuse_failed(checks, "S")
+        Server("S", ServedByTgi, [kept, small, gone]).refuse_folder(tmp_path)
     assert str(caught.value.where).split() == ["b:", "too", "small", "(y.py)", "c:", "gone", "(z.py)"]
 
 
@@ -313,4 +319,4 @@ def test_the_documentation_lists_every_rule_with_its_source() -> None:
     page = (Path(__file__).parent.parent / "docs/tgi.md").read_text().partition("## The contract")[2]
     rows = re.findall(r"^\| (.+?) \| (.+?) \|$", page, flags=re.MULTILINE)[1:]
     stated = {name: source.replace("`", "").replace(", ", ": ") for name, source in rows if name != "---"}
-    assert stated == {rule.name: rule.source for rule in RULES}
+    assert stated == {rule.name: rule.source for rule in TGI.rules}

@@ -18,11 +18,12 @@ import vllm_folders
 from qexport.errors import CompatibilityError
 from qexport.export.launch import served_name
 from qexport.export.safetensors_layout import SafetensorsLayout
-from qexport.export.settings import SafetensorsSettings
+from qexport.export.settings import SafetensorsSettings, VllmSettings
 from qexport.export.vllm.launch import Figures, launch_files, max_model_len
+from qexport.export.vllm.layout import VllmLayout
 from qexport.export.vllm.parallel import SplitLinear, degrees
-from qexport.export.vllm.refusals import refuse
-from qexport.tensors import FourBit, LlmInt8, Outputs
+from qexport.quantize.methods import plan_outputs
+from qexport.quantize.settings import Int8Settings, Nf4Settings
 from quantized_models import QuantizedModel, gptq_method
 from vllm_folders import Form, layout, llama
 
@@ -51,11 +52,11 @@ def test_what_vllm_would_not_serve_is_refused_with_the_way_out(model: QuantizedM
     assert words in str(caught.value)
 
 
-@pytest.mark.parametrize("method", [FourBit("nf4", 64, False, "bfloat16"), LlmInt8(6.0)])
-def test_bitsandbytes_is_refused(method: FourBit | LlmInt8) -> None:
+@pytest.mark.parametrize("method", [Nf4Settings(method="nf4"), Int8Settings(method="int8")])
+def test_bitsandbytes_is_refused(method: Nf4Settings | Int8Settings) -> None:
     model = llama(special={})
     with pytest.raises(CompatibilityError, match="vLLM") as caught:
-        refuse(Outputs(method, dict(model.specs)), model.structure, model.checkpoint, "gptq")
+        layout(model, outputs=plan_outputs(model.checkpoint, model.structure, method))
     assert "dropped bitsandbytes in 0.28" in str(caught.value)
 
 
@@ -73,7 +74,7 @@ def test_dtypes_and_families_that_vllm_does_not_run_are_refused(
     model = QuantizedModel(factories.build(factories.llama_config(), dtype=dtype))
     changed = replace(model.checkpoint, config={**model.checkpoint.config, **changes})
     with pytest.raises(CompatibilityError) as caught:
-        refuse(model.outputs, model.structure, changed, "gptq")
+        VllmLayout(VllmSettings(layout="vllm"), model.outputs, model.structure, changed)
     assert words in str(caught.value)
 
 
@@ -81,7 +82,7 @@ def test_a_base_without_a_tokenizer_is_refused_by_the_plan() -> None:
     model = llama(special={})
     bare = replace(model.checkpoint, files={})
     with pytest.raises(CompatibilityError) as caught:
-        refuse(model.outputs, model.structure, bare, "gptq")
+        VllmLayout(VllmSettings(layout="vllm"), model.outputs, model.structure, bare)
     assert "tokenizer.json" in str(caught.value)
 
 

@@ -12,11 +12,11 @@ import torch
 from transformers import FalconConfig, PretrainedConfig
 
 import factories
-from qexport.export.contract import Check
 from qexport.export.layouts import make_layout
+from qexport.export.served import Check
 from qexport.export.settings import TgiSettings
-from qexport.export.tgi.contract import check_folder
 from qexport.export.tgi.layout import TgiLayout
+from qexport.export.tgi.rules import TGI
 from qexport.quantize.methods import plan_outputs, quantize
 from qexport.quantize.settings import NoneSettings, RoundingSettings
 from qexport.tensors import Checkpoint, Gptq, Outputs, TensorRecord
@@ -85,7 +85,7 @@ class TgiModel:
 
 def failed(folder: Path) -> dict[str, Check]:
     """The rules that a folder breaks, by name."""
-    return {check.name: check for check in check_folder(folder) if not check.passed}
+    return {check.name: check for check in TGI.check(folder) if not check.passed}
 
 
 def tokenizer_files() -> dict[str, bytes]:

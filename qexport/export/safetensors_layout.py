@@ -9,7 +9,7 @@ from typing import Any
 from qexport.architectures.structure import Structure
 from qexport.export.encodings import AutoGptq, Bitsandbytes, CompressedTensors, Encoding, Merged16
 from qexport.export.loaders import Folder, loading_section, stock_loaders, warnings
-from qexport.export.model_files import write_model_files
+from qexport.export.model_files import model_files, write_files
 from qexport.export.quantization_config import quantization_config
 from qexport.export.settings import SafetensorsSettings, parse_size
 from qexport.export.weight_files import WeightFiles
@@ -66,14 +66,8 @@ class SafetensorsLayout:
             QexportError: a file of the checkpoint would leave the folder or replace another file.
         """
         outputs, embedding = self._outputs, f"{self._structure.embedding}.weight"
-        write_model_files(
-            folder,
-            checkpoint,
-            outputs.method,
-            self.quantization,
-            outputs.dense_dtype(embedding),
-            loading=loading_section(self._folder),
-        )
+        dtype, loading = outputs.dense_dtype(embedding), loading_section(self._folder)
+        write_files(folder, model_files(checkpoint, outputs.method, self.quantization, dtype, loading=loading))
 
     def check(self, folder: Path) -> None:
         """Nothing beyond what `readback` holds against every layout."""

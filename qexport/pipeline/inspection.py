@@ -15,8 +15,8 @@ from qexport.artifact.folder import open_artifact
 from qexport.artifact.manifest import MANIFEST_NAME, REPORT_FOLDER, Verification
 from qexport.artifact.report import REPORT_NAME, Report
 from qexport.errors import InputError
-from qexport.export.contract import Check
 from qexport.export.loaders import Folder, Loader, Verdict, loaders
+from qexport.export.served import Check
 from qexport.reading.artifact_source import model_folder
 from qexport.reading.stored_model import holds_graph, open_stored
 
@@ -143,14 +143,14 @@ def _check_report(path: Path, verification: Verification) -> ReportState:
 def _check(path: Path, server: Server) -> list[Check]:
     match server:
         case "tgi":
-            from qexport.export.tgi.contract import check_folder as check_tgi
+            from qexport.export.tgi.rules import TGI
 
-            return check_tgi(path)
+            return TGI.check(path)
         case "vllm":
-            from qexport.export.vllm.contract import check_folder as check_vllm
+            from qexport.export.vllm.rules import VLLM
 
-            return check_vllm(path)
+            return VLLM.check(path)
 
 
 def _told(check: Check) -> str:
-    return f"{check.name} ({check.source})" if check.passed else f"{check.name}: {check.detail} ({check.source})"
+    return f"{check.name} ({check.source})" if check.passed else str(check)

@@ -23,7 +23,7 @@ from qexport.errors import CompatibilityError, QexportError, listed
 from qexport.export.encodings import OnnxInitializers
 from qexport.export.launch import served_name
 from qexport.export.loaders import Folder, loading_section
-from qexport.export.model_files import write_model_files
+from qexport.export.model_files import model_files, write_files
 from qexport.export.onnx.attention import refuse_unfused
 from qexport.export.onnx.files import DTYPES, OnnxFiles, Place, onnx_files, put_in_place
 from qexport.export.onnx.genai import FILE_NAME, genai_config, genai_notes, generation
@@ -130,9 +130,8 @@ class OnnxLayout:
         beside = self._beside(checkpoint, sorted({place.file for place in places.values()}))
         files = replace(checkpoint, files={**checkpoint.files, **beside})
         dtype = self._outputs.dense_dtype(f"{self._structure.embedding}.weight")
-        write_model_files(
-            folder, files, self._outputs.method, None, dtype, self.notes, loading_section(self._loaders_see)
-        )
+        loading = loading_section(self._loaders_see)
+        write_files(folder, model_files(files, self._outputs.method, None, dtype, self.notes, loading))
 
     @property
     def _loaders_see(self) -> Folder:

@@ -49,8 +49,7 @@ class Figures:
     @property
     def context(self) -> int:
         """Tokens of prompt and answer that the model was made for."""
-        keys = ("max_position_embeddings", "n_positions", "max_seq_len")
-        return next((int(self.config[key]) for key in keys if self.config.get(key)), _UNKNOWN_CONTEXT)
+        return self._count("max_position_embeddings", "n_positions", "max_seq_len") or _UNKNOWN_CONTEXT
 
     @property
     def total_tokens(self) -> int:
@@ -65,11 +64,10 @@ class Figures:
     @property
     def kv_bytes(self) -> int:
         """Bytes of keys and values for one token, in 16 bits."""
-        config = self.config
-        layers = config.get("num_hidden_layers") or config["n_layer"]
-        heads = config.get("num_attention_heads") or config["n_head"]
-        head_dim = config.get("head_dim") or (config.get("hidden_size") or config["n_embd"]) // heads
-        return int(2 * layers * num_kv_heads(config) * head_dim * _KV_BYTES)
+        layers = self._count("num_hidden_layers", "n_layer", "n_layers")
+        heads = self._count("num_attention_heads", "n_head", "n_heads")
+        head_dim = self._count("head_dim") or self._count("hidden_size", "n_embd", "d_model") // max(1, heads)
+        return 2 * layers * num_kv_heads(self.config) * head_dim * _KV_BYTES
 
     def gpu_bytes(self, degree: int) -> int:
         """Memory that each of `degree` GPUs needs: its weights, one request of full length, and a reserve."""
@@ -93,6 +91,9 @@ class Figures:
             "MAX_BATCH_PREFILL_TOKENS": str(self.input_tokens),
         }
         return {key: value for key, value in values.items() if value is not None}
+
+    def _count(self, *keys: str) -> int:
+        return next((int(self.config[key]) for key in keys if self.config.get(key)), 0)
 
 
 def launch_files(figures: Figures) -> dict[str, bytes]:

@@ -5,24 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 
 from qexport.architectures.structure import Structure
 from qexport.export.compressed_tensors_config import compressed_tensors_config
-from qexport.export.contract import refuse_failed
 from qexport.export.encodings import AutoGptq, CompressedTensors, Encoding, Merged16
 from qexport.export.launch import served_name
-from qexport.export.model_files import write_model_files
+from qexport.export.model_files import model_files, write_files
 from qexport.export.quantization_config import quantization_config
 from qexport.export.settings import VllmSettings, parse_size
-from qexport.export.vllm.contract import SERVER, check_folder
 from qexport.export.vllm.launch import Figures, launch_files, max_model_len
 from qexport.export.vllm.parallel import SplitLinear, degrees
-from qexport.export.vllm.refusals import kernel_notes, refuse
+from qexport.export.vllm.rules import VLLM
+from qexport.export.vllm.served import ServedByVllm
 from qexport.export.weight_files import WeightFiles
 from qexport.tensors import W8A8, Checkpoint, Gptq, GroupQuantizedSpec, Method, Outputs
+
+_CPU_MULTIPLE: Final = 32
+"""`vllm/model_executor/kernels/linear/mixed_precision/cpu.py`."""
 
 
 class VllmLayout:
@@ -35,7 +37,7 @@ class VllmLayout:
         checkpoint: the merged model, of which only config and file names are looked at.
 
     Raises:
-        CompatibilityError: vLLM would refuse the model or its codes, with the reason and the way out.
+        CompatibilityError: the artifact would break a rule of vLLM, or a layer cannot be stored.
     """
 
     name = "vllm"
@@ -45,8 +47,9 @@ class VllmLayout:
     def __init__(self, settings: VllmSettings, outputs: Outputs, structure: Structure, checkpoint: Checkpoint) -> None:
         self._outputs, self._structure, self._config = outputs, structure, checkpoint.config
         self._form = settings.format
-        refuse(outputs, structure, checkpoint, self._form)
         self.weights = WeightFiles(_encoding(outputs.method, self._form), outputs, parse_size(settings.max_shard_size))
+        planned = ServedByVllm.planned(self._files(checkpoint), self.weights.specs)
+        VLLM.refuse_plan(replace(planned, plan=structure))
         self.weights.refuse_faults()
 
     @property
@@ -59,7 +62,7 @@ class VllmLayout:
     @property
     def notes(self) -> list[str]:
         """What the server does with the folder."""
-        notes = kernel_notes(self._outputs)
+        notes = _kernel_notes(self._outputs)
         if isinstance(self._outputs.method, Gptq) and self._dense_dtype == torch.bfloat16:
             notes.append("vLLM rounds the scales to its dtype; only --dtype float16 reads them as they are")
         working = ", ".join(map(str, self._degrees))
@@ -74,14 +77,7 @@ class VllmLayout:
         Raises:
             QexportError: a file of the checkpoint would leave the folder or replace another file.
         """
-        figures = Figures(
-            served_name(checkpoint.origin.name),
-            max_model_len(self._config),
-            str(self._dense_dtype).removeprefix("torch."),
-            self._degrees,
-        )
-        served = replace(checkpoint, files={**checkpoint.files, **launch_files(figures)})
-        write_model_files(folder, served, self._outputs.method, self.quantization, self._dense_dtype, self.notes)
+        write_files(folder, self._files(checkpoint))
 
     def check(self, folder: Path) -> None:
         """Holds the finished folder against what vLLM's config and loaders demand.
@@ -89,7 +85,18 @@ class VllmLayout:
         Raises:
             QexportError: a rule is broken; all that are broken are listed.
         """
-        refuse_failed(check_folder(folder), SERVER)
+        VLLM.refuse_folder(folder)
+
+    def _files(self, checkpoint: Checkpoint) -> dict[str, bytes]:
+        """Everything beside the weights and the manifest."""
+        figures = Figures(
+            served_name(checkpoint.origin.name),
+            max_model_len(self._config),
+            str(self._dense_dtype).removeprefix("torch."),
+            self._degrees,
+        )
+        served = replace(checkpoint, files={**checkpoint.files, **launch_files(figures)})
+        return model_files(served, self._outputs.method, self.quantization, self._dense_dtype, self.notes)
 
     @property
     def _dense_dtype(self) -> torch.dtype:
@@ -115,3 +122,16 @@ def _encoding(method: Method, form: Literal["gptq", "compressed-tensors"]) -> En
             return CompressedTensors()
         case _:
             return Merged16()
+
+
+def _kernel_notes(outputs: Outputs) -> list[str]:
+    """Which shapes want which processor."""
+    if not isinstance(outputs.method, Gptq):
+        return []
+    notes = ["vLLM's kernels for 4 bits need AVX-512 on x86 CPUs, compute capability 7.5 on NVIDIA GPUs"]
+    uneven = [module for module, spec in outputs.quantized.items() if any(side % _CPU_MULTIPLE for side in spec.shape)]
+    if uneven:
+        notes.append(
+            f"vLLM on CPUs wants inputs and outputs in multiples of {_CPU_MULTIPLE}, which {len(uneven)} layers are not"
+        )
+    return notes

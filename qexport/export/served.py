@@ -1,0 +1,275 @@
+"""What a server will see of an artifact, planned or on the disk, and the rules that it holds either against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Generic, Self, TypeVar
+
+from qexport.errors import CompatibilityError, InputError, QexportError, listed
+from qexport.tensors import TensorSpec
+from qexport.tensors.strict_files import parse_json
+
+CONFIG: Final = "config.json"
+OTHER_LAYOUT: Final = "leave this layout out and choose another one"
+
+_LARGEST: Final = 1 << 26
+
+
+@dataclass(frozen=True)
+class ServedWeights:
+    """The tensors that a server loads.
+
+    Attributes:
+        specs: shape and dtype by stored name; of a tensor that is in several files, those of the first file.
+        files: the file of each tensor, by the tensor's name. Empty in a plan.
+        twice: tensors that are in several files.
+        unreadable: files that cannot be read, with the reason.
+    """
+
+    specs: Mapping[str, TensorSpec]
+    files: Mapping[str, str] = field(default_factory=dict)
+    twice: tuple[str, ...] = ()
+    unreadable: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """An artifact as a server finds it. Each server has a class of its own, with what it derives from these.
+
+    Attributes:
+        files: the files beside the weights, by name; a folder has the name with a slash at its end and no content.
+        weights: the tensors.
+        folder: where it lies on the disk; None for a plan.
+    """
+
+    files: Mapping[str, bytes]
+    weights: ServedWeights
+    folder: Path | None = None
+    _objects: dict[str, tuple[dict[str, Any], str | None]] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def planned(cls, files: Mapping[str, bytes], tensors: Mapping[str, TensorSpec]) -> Self:
+        """The artifact that will be written.
+
+        Args:
+            files: those that will lie beside the weights.
+            tensors: those that the weights will consist of, by stored name.
+        """
+        return cls(files, ServedWeights(tensors))
+
+    @classmethod
+    def on_disk(cls, folder: Path) -> Self:
+        """A finished folder, read as the server reads it: small files when asked for, and the headers of the weights.
+
+        What cannot be read is a broken rule, and not an error here.
+        """
+        return cls(FolderFiles(folder), cls.read_weights(folder), folder)
+
+    @staticmethod
+    def read_weights(folder: Path) -> ServedWeights:
+        """The tensors that the server finds in a folder."""
+        raise NotImplementedError
+
+    @property
+    def tensors(self) -> Mapping[str, TensorSpec]:
+        """Shape and dtype of every tensor that is loaded, by stored name."""
+        return self.weights.specs
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """config.json; empty where it cannot be read."""
+        return self.json(CONFIG)
+
+    @property
+    def quantization(self) -> Mapping[str, Any]:
+        """`quantization_config` of config.json; empty where there is none."""
+        value = self.config.get("quantization_config")
+        return value if isinstance(value, Mapping) else {}
+
+    @property
+    def method(self) -> str | None:
+        """The method that config.json names; None where there is none."""
+        method = self.quantization.get("quant_method")
+        return method if isinstance(method, str) else None
+
+    def json(self, name: str) -> Mapping[str, Any]:
+        """The object in a JSON file; empty where it cannot be read."""
+        return self._parsed(name)[0]
+
+    def json_fault(self, name: str) -> str | None:
+        """Why a JSON file cannot be read; None where it can."""
+        return self._parsed(name)[1]
+
+    def _parsed(self, name: str) -> tuple[dict[str, Any], str | None]:
+        if name not in self._objects:
+            self._objects[name] = _parse(self.files, name)
+        return self._objects[name]
+
+
+class FolderFiles(Mapping[str, bytes]):
+    """The files of a folder by name, each read when it is asked for; folders have a slash at the end of the name."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        found = sorted(folder.rglob("*"))
+        files = [path.relative_to(folder).as_posix() for path in found if path.is_file()]
+        self._names = dict.fromkeys([*files, *(f"{path.relative_to(folder)}/" for path in found if path.is_dir())])
+
+    def __getitem__(self, name: str) -> bytes:
+        """The content.
+
+        Raises:
+            KeyError: there is no such file.
+            InputError: it cannot be read, or is too large for a file that is no weights.
+        """
+        if name not in self._names:
+            raise KeyError(name)
+        path = self._folder / name
+        try:
+            if (size := path.stat().st_size) > _LARGEST:
+                raise InputError(f"{size} bytes are too many for this file; at most {_LARGEST} are read", where=name)
+            return b"" if name.endswith("/") else path.read_bytes()
+        except OSError as error:
+            raise InputError(f"cannot be read: {error.strerror}", where=name) from error
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _parse(files: Mapping[str, bytes], name: str) -> tuple[dict[str, Any], str | None]:
+    if name not in files:
+        return {}, f"there is no {name}"
+    try:
+        value = parse_json(files[name], where=name)
+    except InputError as error:
+        return {}, error.what
+    return (value, None) if isinstance(value, dict) else ({}, f"must hold a JSON object, not {type(value).__name__}")
+
+
+ModelT = TypeVar("ModelT", bound=ServedModel)
+Faults = Callable[[ModelT], Iterator[str]]
+
+
+@dataclass(frozen=True)
+class Check:
+    """What holding an artifact against one rule has found.
+
+    Attributes:
+        name: the rule, in a few words.
+        source: where the rule comes from: a file of the server's repository.
+        passed: the artifact keeps it.
+        detail: what was found.
+    """
+
+    name: str
+    source: str
+    passed: bool
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.detail} ({self.source})"
+
+
+@dataclass(frozen=True)
+class Rule(Generic[ModelT]):
+    """One demand of a server.
+
+    Attributes:
+        name: the demand in a few words; no two rules of a server have the same.
+        source: the file of the server's repository that it comes from.
+        faults: everything in an artifact that breaks the rule.
+        mend: what can be done about it in a recipe, or in the base.
+        disk: it asks for what only a finished folder has, so a plan is not held against it.
+    """
+
+    name: str
+    source: str
+    faults: Faults[ModelT]
+    mend: str = OTHER_LAYOUT
+    disk: bool = False
+
+    def check(self, model: ModelT) -> Check:
+        """Holds an artifact against the rule. Values of a kind that the rule cannot judge break it."""
+        try:
+            faults = list(self.faults(model))
+        except (ArithmeticError, AttributeError, InputError, LookupError, TypeError, ValueError) as error:
+            faults = [f"cannot be judged: {type(error).__name__}: {error}"]
+        detail = listed(faults, limit=3) if faults else "as demanded"
+        return Check(self.name, self.source, not faults, detail)
+
+
+class Rules(list[Rule[ModelT]]):
+    """The rules of a server, or a part of them, each made of the function that looks for its faults."""
+
+    def rule(
+        self, name: str, source: str, mend: str = OTHER_LAYOUT, *, disk: bool = False
+    ) -> Callable[[Faults[ModelT]], Faults[ModelT]]:
+        """Adds the function that follows as a rule; see `Rule` for the arguments."""
+
+        def add(faults: Faults[ModelT]) -> Faults[ModelT]:
+            self.append(Rule(name, source, faults, mend, disk))
+            return faults
+
+        return add
+
+
+@dataclass(frozen=True)
+class Server(Generic[ModelT]):
+    """A server, and what it demands of an artifact.
+
+    Attributes:
+        name: with the version that the rules were read in.
+        model: how it sees an artifact.
+        rules: everything that it demands.
+    """
+
+    name: str
+    model: type[ModelT]
+    rules: Sequence[Rule[ModelT]]
+
+    def check(self, folder: Path) -> list[Check]:
+        """One check for each rule, made from what lies on the disk: small files, and the headers of the weights.
+
+        Rules that do not concern the folder (those of GPTQ, say, where nothing is quantized) pass.
+
+        Args:
+            folder: an artifact of any layout, or any folder that `save_pretrained` has written.
+        """
+        model = self.model.on_disk(folder)
+        return [rule.check(model) for rule in self.rules]
+
+    def refuse_folder(self, folder: Path) -> None:
+        """Refuses a finished folder that breaks a rule.
+
+        Raises:
+            QexportError: with every rule that is broken.
+        """
+        checks = self.check(folder)
+        if failed := [check for check in checks if not check.passed]:
+            raise QexportError(
+                f"{len(failed)} of {len(checks)} demands of {self.name} are not met",
+                where=listed(list(map(str, failed))),
+            )
+
+    def refuse_plan(self, model: ModelT) -> None:
+        """Refuses a planned artifact that would break a rule.
+
+        Raises:
+            CompatibilityError: with every rule that would be broken, and what can be done about each.
+        """
+        checks = {rule: rule.check(model) for rule in self.rules if not rule.disk}
+        if failed := {rule: check for rule, check in checks.items() if not check.passed}:
+            mends = list(dict.fromkeys(rule.mend for rule in failed if rule.mend != OTHER_LAYOUT))
+            raise CompatibilityError(
+                f"{self.name} cannot serve this model as the recipe wants it",
+                where=listed(list(map(str, failed.values()))),
+                mend=listed(mends or [OTHER_LAYOUT]),
+            )

@@ -57,7 +57,7 @@ class SafetensorsLayout:
         return Folder(self.quantization, shapes, self._structure.model_type, self._structure.head, self.name)
 
     def prepare(self) -> None:
-        """There is nothing that could fail late."""
+        """Nothing: what can fail without weights was tried when the layout was made."""
 
     def write_files(self, folder: Path, checkpoint: Checkpoint) -> None:
         """Writes config, tokenizer and model card.
@@ -70,7 +70,7 @@ class SafetensorsLayout:
         write_files(folder, model_files(checkpoint, outputs.method, self.quantization, dtype, loading=loading))
 
     def check(self, folder: Path) -> None:
-        """Nothing beyond what `readback` holds against every layout."""
+        """Nothing: `readback` checks all there is to check, as in every layout."""
 
 
 def _encoding(method: Method) -> Encoding:

@@ -1,4 +1,8 @@
-"""What a server will see of an artifact, planned or on the disk, and the rules that it holds either against."""
+"""What a server sees of an artifact, planned or on the disk, and the rules that the artifact must keep in both cases.
+
+A plan is checked before any work, a folder when it is finished. The folder is read from the disk alone, as the server
+would read it: nothing here knows how it was written.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +43,7 @@ class ServedModel:
     """An artifact as a server finds it. Each server has a class of its own, with what it derives from these.
 
     Attributes:
-        files: the files beside the weights, by name; a folder has the name with a slash at its end and no content.
+        files: the files beside the weights, by name. A folder is an entry without content, its name ends with a slash.
         weights: the tensors.
         folder: where it lies on the disk; None for a plan.
     """
@@ -160,7 +164,7 @@ Faults = Callable[[ModelT], Iterator[str]]
 
 @dataclass(frozen=True)
 class Check:
-    """What holding an artifact against one rule has found.
+    """The result of one rule for one artifact.
 
     Attributes:
         name: the rule, in a few words.
@@ -187,7 +191,7 @@ class Rule(Generic[ModelT]):
         source: the file of the server's repository that it comes from.
         faults: everything in an artifact that breaks the rule.
         mend: what can be done about it in a recipe, or in the base.
-        disk: it asks for what only a finished folder has, so a plan is not held against it.
+        disk: it needs what only a finished folder has, so it is left out for a plan.
     """
 
     name: str
@@ -197,7 +201,7 @@ class Rule(Generic[ModelT]):
     disk: bool = False
 
     def check(self, model: ModelT) -> Check:
-        """Holds an artifact against the rule. Values of a kind that the rule cannot judge break it."""
+        """Whether an artifact keeps the rule. Values of a kind that the rule cannot judge break it."""
         try:
             faults = list(self.faults(model))
         except (ArithmeticError, AttributeError, InputError, LookupError, TypeError, ValueError) as error:

@@ -40,7 +40,7 @@ class Inspection:
         report: whether the report is the one that the manifest was made with; None where there is nothing to compare:
             no manifest, or one of an artifact that was not verified.
         loaders: who can load the folder.
-        server: the server that it was held against.
+        server: the server whose rules were checked.
         checks: what that has found; empty where no server was named.
     """
 
@@ -99,7 +99,7 @@ def inspect_artifact(path: Path, *, server: Server | None = None) -> Inspection:
 
     Args:
         path: the folder; of several layouts that of one.
-        server: whose rules to hold it against.
+        server: whose rules to check.
 
     Raises:
         InputError: a file or the report is not as its manifest says, or the tensors are not those of the model that

@@ -74,7 +74,7 @@ class TgiLayout:
         return notes
 
     def prepare(self) -> None:
-        """There is nothing that could fail late."""
+        """Nothing: what can fail without weights was tried when the layout was made."""
 
     def write_files(self, folder: Path, checkpoint: Checkpoint) -> None:
         """Writes configs, tokenizer, model card and launch files.
@@ -85,7 +85,7 @@ class TgiLayout:
         write_files(folder, self._files(checkpoint))
 
     def check(self, folder: Path) -> None:
-        """Holds the finished folder against every rule of TGI's launcher, router and loader.
+        """Checks the finished folder: every rule of TGI's launcher, router and loader.
 
         Raises:
             QexportError: a rule is broken; all that are broken are listed.

@@ -69,7 +69,7 @@ class VllmLayout:
         return [*notes, f"vLLM can split it among this many GPUs (--tensor-parallel-size): {working}"]
 
     def prepare(self) -> None:
-        """There is nothing that could fail late."""
+        """Nothing: what can fail without weights was tried when the layout was made."""
 
     def write_files(self, folder: Path, checkpoint: Checkpoint) -> None:
         """Writes config, tokenizer, model card and launch files.
@@ -80,7 +80,7 @@ class VllmLayout:
         write_files(folder, self._files(checkpoint))
 
     def check(self, folder: Path) -> None:
-        """Holds the finished folder against what vLLM's config and loaders demand.
+        """Checks the finished folder: every rule of vLLM's config and loaders.
 
         Raises:
             QexportError: a rule is broken; all that are broken are listed.

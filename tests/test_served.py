@@ -18,7 +18,8 @@ import vllm_folders
 from qexport.errors import CompatibilityError, QexportError
 from qexport.export import launch
 from qexport.export.launch import render_launch_files
-from qexport.export.served import OTHER_LAYOUT, FolderFiles, Rule, Rules, ServedModel, ServedWeights, Server
+from qexport.export.rules import OTHER_LAYOUT, Rule, Rules, Server
+from qexport.export.served import FolderFiles, ServedModel, ServedWeights
 from qexport.export.tgi.rules import TGI
 from qexport.export.tgi.served import ServedByTgi
 from qexport.export.vllm.launch import Figures as VllmFigures

@@ -13,7 +13,7 @@ from transformers import FalconConfig, PretrainedConfig
 
 import factories
 from qexport.export.layouts import make_layout
-from qexport.export.served import Check
+from qexport.export.rules import Check
 from qexport.export.settings import TgiSettings
 from qexport.export.tgi.layout import TgiLayout
 from qexport.export.tgi.rules import TGI

@@ -16,7 +16,7 @@ from qexport.artifact.manifest import MANIFEST_NAME, REPORT_FOLDER, Verification
 from qexport.artifact.report import REPORT_NAME, Report
 from qexport.errors import InputError
 from qexport.export.loaders import Folder, Loader, Verdict, loaders
-from qexport.export.served import Check
+from qexport.export.rules import Check
 from qexport.reading.artifact_source import model_folder
 from qexport.reading.stored_model import holds_graph, open_stored
 

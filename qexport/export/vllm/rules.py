@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from qexport.errors import InputError
-from qexport.export.served import CONFIG, Rules, Server
+from qexport.export.rules import Rules, Server
+from qexport.export.served import CONFIG
 from qexport.export.vllm.architectures import ARCHITECTURES, VERSION
 from qexport.export.vllm.launch import max_model_len
 from qexport.export.vllm.parallel import heads

@@ -8,7 +8,7 @@ from typing import Final
 import torch
 
 from qexport.architectures.structure import LinearSpec
-from qexport.export.served import Rules
+from qexport.export.rules import Rules
 from qexport.export.vllm.parallel import joined_modules
 from qexport.export.vllm.served import ServedByVllm
 from qexport.packing import compressed_tensors, gptq

@@ -107,7 +107,7 @@ def test_a_broken_plan_is_refused_with_every_rule_and_every_way_to_mend_it(tmp_p
     def second(model: Stored) -> Iterator[str]:
         yield "three"
 
-    with pytest.raises(CompatibilityError, match="S cannot serve") as caught:
+    with pytest.raises(CompatibilityError, match="S would not serve this") as caught:
         Server("S", Stored, rules).refuse_plan(Stored.planned({}, SPECS))
     assert str(caught.value.where).split() == ["first:", "one", "two", "(b.py)", "second:", "three", "(c.py)"]
     assert caught.value.mend == "do this"

@@ -33,9 +33,10 @@ from qexport.export.tgi.kernels import Codes, choose_sym, fault, kernel
 from qexport.export.tgi.launch import ENVIRONMENT, IMAGE
 from qexport.export.tgi.rules import TGI
 from qexport.export.tgi.served import ServedByTgi
+from qexport.quantize.methods import plan_outputs
 from qexport.quantize.settings import Int8Settings, Nf4Settings, NoneSettings, W8a8Settings
 from qexport.tensors.safetensors_folder import SafetensorsFolder
-from quantized_models import gptq_method
+from quantized_models import QuantizedModel, gptq_method
 from tgi_folders import TgiModel, failed, falcon, falcon_40b, llama, tokenizer_files
 
 SMALL: dict[str, Any] = dict(
@@ -169,6 +170,15 @@ def test_what_tgi_does_not_serve_is_refused_before_any_work(made: TgiModel, reas
     assert caught.value.mend
 
 
+def test_weights_in_float32_are_refused_before_any_work() -> None:
+    model = QuantizedModel(factories.build(llama(), dtype=torch.float32))
+    checkpoint = replace(model.checkpoint, files=tokenizer_files())
+    for outputs in (model.outputs, plan_outputs(checkpoint, model.structure, NONE)):
+        with pytest.raises(CompatibilityError, match="16-bit weights, not float32") as caught:
+            make_layout(TgiSettings(layout="tgi"), outputs, model.structure, checkpoint)
+        assert caught.value.mend == "set merge.dtype to bfloat16"
+
+
 @pytest.mark.parametrize("model_type", ["falcon_h1", "smollm3"])
 def test_families_newer_than_the_pinned_transformers_are_refused(model_type: str) -> None:
     made = TgiModel(llama(), NONE)
@@ -181,7 +191,7 @@ def test_families_newer_than_the_pinned_transformers_are_refused(model_type: str
 
 def test_w8a8_layers_that_tgi_joins_must_be_quantized_together() -> None:
     settings = W8a8Settings(method="w8a8", skip_modules=["*.k_proj"])
-    with pytest.raises(CompatibilityError, match="cannot serve") as caught:
+    with pytest.raises(CompatibilityError, match="would not serve") as caught:
         _ = TgiModel(llama(), settings).layout
     assert "joins these layers, and only model.layers.0.self_attn.k_proj is not quantized" in str(caught.value)
 

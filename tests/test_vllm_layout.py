@@ -28,6 +28,7 @@ from quantized_models import QuantizedModel, gptq_method
 from vllm_folders import Form, layout, llama
 
 Q0, DOWN0, UP0 = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj"
+EXPERT = "model.layers.0.block_sparse_moe.experts.0.w1"
 ALL_UP0 = (UP0, "model.layers.0.mlp.gate_proj")
 
 
@@ -44,6 +45,12 @@ ALL_UP0 = (UP0, "model.layers.0.mlp.gate_proj")
         (llama(special={UP0: (4, 64)}), "compressed-tensors", "cannot be quantized in two ways"),
         (llama(special=dict.fromkeys(ALL_UP0, (4, 64))), "gptq", "reads joined layers with group_size 32"),
         (QuantizedModel(factories.build(factories.falcon_config(ffn_hidden_size=128))), "gptq", "ffn_hidden_size"),
+        (QuantizedModel(factories.build(factories.gpt2_config())), "gptq", "turns GPT-2's matrices around"),
+        (
+            QuantizedModel(factories.build(factories.mixtral_config()), special={EXPERT: None}),
+            "compressed-tensors",
+            "takes all experts for quantized",
+        ),
     ],
 )
 def test_what_vllm_would_not_serve_is_refused_with_the_way_out(model: QuantizedModel, form: Form, words: str) -> None:

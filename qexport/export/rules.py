@@ -127,7 +127,7 @@ class Server(Generic[ModelT]):
         if failed := {rule: check for rule, check in checks.items() if not check.passed}:
             mends = list(dict.fromkeys(rule.mend for rule in failed if rule.mend != OTHER_LAYOUT))
             raise CompatibilityError(
-                f"{self.name} cannot serve this model as the recipe wants it",
+                f"{self.name} would not serve this",
                 where=listed(list(map(str, failed.values()))),
                 mend=listed(mends or [OTHER_LAYOUT]),
             )

@@ -79,8 +79,11 @@ class QuantizedModel:
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
+        """Experts lie together in memory; here the matrix that the files have for each is zeros."""
+        stored, dtype = self.model.state_dict(), self.model.dtype
         weights = {
-            name: tensor for name, tensor in self.model.state_dict().items() if name in self.structure.parameters
+            name: stored[name] if name in stored else torch.zeros(shape, dtype=dtype)
+            for name, shape in self.structure.parameters.items()
         }
         return Checkpoint(self.architecture, Tensors(weights), FILES, self.origin)
 

@@ -15,7 +15,7 @@ import factories
 from qexport.architectures.architecture import Architecture
 from qexport.architectures.checkpoint import Checkpoint
 from qexport.errors import CompatibilityError, QexportError
-from qexport.export.model_files import write_model_files
+from qexport.export.model_files import model_files, write_files
 from qexport.export.safetensors_layout import SafetensorsLayout
 from qexport.export.settings import SafetensorsSettings
 from qexport.formats import GptqFormat, Outputs
@@ -88,7 +88,7 @@ def test_the_base_config_is_kept(tmp_path: Path) -> None:
 def test_the_dtype_is_told_under_the_keys_that_the_base_had(tmp_path: Path, keys: tuple[str, ...]) -> None:
     config = {"model_type": "llama", "_name_or_path": "/secret/folder"} | dict.fromkeys(keys, "float32")
     checkpoint = Checkpoint(Architecture(config), Tensors({}), {}, Origin("folder", "tiny"))
-    write_model_files(tmp_path, checkpoint, DEFAULT, {"quant_method": "gptq"}, torch.float16)
+    write_files(tmp_path, model_files(checkpoint, DEFAULT, {"quant_method": "gptq"}, torch.float16))
     written = read_json(tmp_path / "config.json")
     assert {key: value for key, value in written.items() if "dtype" in key} == dict.fromkeys(
         keys or ["dtype"], "float16"
@@ -229,7 +229,7 @@ def test_a_file_of_the_base_cannot_leave_the_folder_or_replace_ours(tmp_path: Pa
     quantized = llama()
     checkpoint = replace(quantized.checkpoint, files={name: b"x"})
     with pytest.raises(QexportError, match=r"outside|same name") as caught:
-        write_model_files(tmp_path, checkpoint, DEFAULT, {"quant_method": "gptq"}, torch.bfloat16)
+        write_files(tmp_path, model_files(checkpoint, DEFAULT, {"quant_method": "gptq"}, torch.bfloat16))
     assert caught.value.where == name
 
 

@@ -23,10 +23,10 @@ import onnx_served
 from onnx_served import PROMPT, OnnxFolder
 from qexport.architectures.architecture import Architecture
 from qexport.architectures.checkpoint import Checkpoint
+from qexport.export.launch import served_name
 from qexport.export.onnx.genai import Generation, generation
 from qexport.export.onnx.launch import Figures, launch_files
 from qexport.export.onnx.traced_cache import CacheTensor
-from qexport.export.vllm.launch import served_name
 from quantized_models import QuantizedModel
 
 CONFIGS: dict[str, PretrainedConfig] = {

@@ -13,7 +13,7 @@ import pytest
 import factories
 from qexport.artifact.report import Check
 from qexport.errors import InputError
-from qexport.export.tgi.tokenizer import tgi_tokenizer_files
+from qexport.export.tgi.config import tgi_tokenizer_files
 from qexport.loading.small_files import has_tokenizer, read_sidecars, tokenizer_from_files
 from qexport.text.preflight import CHECKS, TokenizerFolder, preflight
 from qexport.text.prompts import Prompt, read_prompts

@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 
 import factories
 from qexport.errors import QexportError
-from qexport.export.contract import Check, check_rules, refuse_failed
-from qexport.export.tgi.contract import RULES, check_folder
-from qexport.export.tgi.folder import Stored, read_folder
+from qexport.export.rules import Rule, Server
+from qexport.export.tgi.rules import TGI
+from qexport.export.tgi.served import ServedByTgi
+from qexport.quantizing.nf4 import Nf4
 from qexport.quantizing.none import NoQuantization
 from qexport.quantizing.w8a8 import W8a8
 from qexport.tensors import TensorSpec
@@ -37,6 +38,7 @@ MODELS = {
     "one group": TgiModel(llama(), gptq_method(group_size=-1)),
     "16-bit": TgiModel(llama(), NoQuantization(method="none")),
     "w8a8": TgiModel(llama(), W8a8(method="w8a8")),
+    "nf4": TgiModel(llama(), Nf4(method="nf4")),
     "falcon": TgiModel(falcon()),
     "falcon 40b": TgiModel(falcon_40b()),
 }
@@ -165,6 +167,7 @@ FAULTS: list[tuple[str, str, Plant]] = [
     ("the quantization method is one that is served prequantized", "16-bit",
      config(quantization_config={"quant_method": "bitsandbytes"})),
     ("a quantized model is run by TGI's own model", "gptq", config(model_type="qwen3")),
+    ("a quantized model is run by TGI's own model", "nf4", config(model_type="qwen3")),
     ("torch_dtype is given", "gptq", config(drop="torch_dtype")),
     ("tie_word_embeddings is given", "gptq", config(drop="tie_word_embeddings")),
     ("rope_theta is given", "gptq", config(drop="rope_theta")),
@@ -236,6 +239,8 @@ FAULTS: list[tuple[str, str, Plant]] = [
      replace_tensor(f"{Q}.weight", lambda weight: weight.half())),
     ("launch: NUM_SHARD is a degree that works", "falcon", settings("NUM_SHARD", "2")),
     ("launch: NUM_SHARD is a degree that works", "gptq", settings("NUM_SHARD", "3")),
+    ("launch: the dtype is one that the launcher knows", "16-bit", settings("DTYPE", "float32")),
+    ("launch: the dtype is one that the launcher knows", "gptq", config(torch_dtype="float32")),
     ("launch: dtype and method do not exclude each other", "gptq", settings("DTYPE", "float16")),
     ("launch: QUANTIZE fits the weights", "gptq", settings("QUANTIZE", "bitsandbytes-nf4")),
     ("launch: QUANTIZE fits the weights", "16-bit", settings("QUANTIZE", "gptq")),
@@ -259,14 +264,14 @@ def test_a_planted_fault_is_caught_by_its_rule(
 
 
 def test_every_rule_has_a_planted_fault_and_a_name_of_its_own() -> None:
-    names = [rule.name for rule in RULES]
+    names = [rule.name for rule in TGI.rules]
     assert len(set(names)) == len(names)
     assert {rule for rule, _, _ in FAULTS} == set(names)
 
 
 def test_every_folder_is_held_against_every_rule(good: Mapping[str, Path], tmp_path: Path) -> None:
     for folder in (*good.values(), tmp_path):
-        assert [check.name for check in check_folder(folder)] == [rule.name for rule in RULES]
+        assert [check.name for check in TGI.check(folder)] == [rule.name for rule in TGI.rules]
 
 
 def broken(
@@ -278,18 +283,16 @@ def broken(
     **changes: Any,
 ) -> set[str]:
     """The rules that a good folder breaks with other values in its configs, launch files or headers; None removes."""
-    found = _read(folder)
-    file = next(iter(found.tensors.values())).file
-    changed = {name: spec and Stored(file, spec) for name, spec in (specs or {}).items()}
-    served = replace(
-        found,
-        config={**found.config, **changes},
-        tokenizer_config={**found.tokenizer_config, **(tokenizer or {})},
-        tensors={name: stored for name, stored in {**found.tensors, **changed}.items() if stored},
-    )
-    if environment is not None:
-        served.__dict__["environment"] = {**(found.environment or {}), **environment}
-    return {check.name for check in check_rules(RULES, served) if not check.passed}
+    found = ServedByTgi.on_disk(folder)
+    files: dict[str, bytes] = dict(found.files)
+    files["config.json"] = json.dumps({**found.config, **changes}).encode()
+    files["tokenizer_config.json"] = json.dumps({**found.tokenizer_config, **(tokenizer or {})}).encode()
+    settings = {**(found.environment or {}), **(environment or {})}
+    files["launch/tgi.env"] = "".join(f"{key}={value}\n" for key, value in settings.items()).encode()
+    tensors = {name: spec for name, spec in {**found.tensors, **(specs or {})}.items() if spec}
+    weights = replace(found.weights, specs=tensors)
+    served = ServedByTgi(files, weights, folder)
+    return {rule.name for rule in TGI.rules if not rule.check(served).passed}
 
 
 def without_tensors(folder: Path, *ends: str) -> dict[str, None]:
@@ -462,10 +465,10 @@ def test_a_malformed_config_is_a_failed_check_and_never_a_crash(data: st.DataObj
     places = [(config, key) for config in _objects(found.config) for key in config]
     config, key = data.draw(st.sampled_from(places))
     config[key] = data.draw(ODD)
-    assert [check.name for check in check_rules(RULES, found)] == [rule.name for rule in RULES]
+    assert [rule.check(found).name for rule in TGI.rules] == [rule.name for rule in TGI.rules]
 
 
-_read = cache(read_folder)
+_read = cache(ServedByTgi.on_disk)
 
 
 def _objects(value: Any) -> list[dict[str, Any]]:
@@ -475,11 +478,13 @@ def _objects(value: Any) -> list[dict[str, Any]]:
     return [value, *(inner for item in value.values() for inner in _objects(item))]
 
 
-def test_failed_checks_are_listed_with_their_sources() -> None:
-    checks = [Check("a", "x.py", True, ""), Check("b", "y.py", False, "too small"), Check("c", "z.py", False, "gone")]
-    refuse_failed(checks[:1], "S")
+def test_failed_checks_are_listed_with_their_sources(tmp_path: Path) -> None:
+    kept = Rule[ServedByTgi]("a", "x.py", lambda model: iter(()))
+    small = Rule[ServedByTgi]("b", "y.py", lambda model: iter(["too small"]))
+    gone = Rule[ServedByTgi]("c", "z.py", lambda model: iter(["gone"]))
+    Server("S", ServedByTgi, [kept]).refuse_folder(tmp_path)
     with pytest.raises(QexportError, match="2 of 3 demands of S are not met") as caught:
-        refuse_failed(checks, "S")
+        Server("S", ServedByTgi, [kept, small, gone]).refuse_folder(tmp_path)
     assert str(caught.value.where).split() == ["b:", "too", "small", "(y.py)", "c:", "gone", "(z.py)"]
 
 
@@ -487,4 +492,4 @@ def test_the_documentation_lists_every_rule_with_its_source() -> None:
     page = (Path(__file__).parent.parent / "docs/tgi.md").read_text().partition("## The contract")[2]
     rows = re.findall(r"^\| (.+?) \| (.+?) \|$", page, flags=re.MULTILINE)[1:]
     stated = {name: source.replace("`", "").replace(", ", ": ") for name, source in rows if name != "---"}
-    assert stated == {rule.name: rule.source for rule in RULES}
+    assert stated == {rule.name: rule.source for rule in TGI.rules}

@@ -27,19 +27,18 @@ from qexport.errors import CompatibilityError, QexportError
 from qexport.export.layouts import make_layout
 from qexport.export.safetensors_layout import SafetensorsLayout
 from qexport.export.settings import SafetensorsSettings, TgiSettings
-from qexport.export.tgi.config import tgi_config
+from qexport.export.tgi.config import tgi_config, tgi_tokenizer_files
+from qexport.export.tgi.families import ServedLinear
 from qexport.export.tgi.kernels import Codes, choose_sym, fault, kernel
 from qexport.export.tgi.launch import ENVIRONMENT, IMAGE
-from qexport.export.tgi.linears import ServedLinear
-from qexport.export.tgi.refusals import refuse_family
-from qexport.export.tgi.tokenizer import tgi_tokenizer_files
-from qexport.formats import MergedFormat
+from qexport.export.tgi.rules import TGI
+from qexport.export.tgi.served import ServedByTgi
 from qexport.quantizing.int8 import Int8
 from qexport.quantizing.nf4 import Nf4
 from qexport.quantizing.none import NoQuantization
 from qexport.quantizing.w8a8 import W8a8
 from qexport.tensors.safetensors_folder import SafetensorsFolder
-from quantized_models import gptq_method
+from quantized_models import QuantizedModel, gptq_method
 from tgi_folders import TgiModel, failed, falcon, falcon_40b, llama, tokenizer_files
 
 SMALL: dict[str, Any] = dict(
@@ -88,7 +87,11 @@ def test_a_broken_folder_is_refused_with_the_rule_and_its_source(tmp_path: Path)
     (folder / "tokenizer.json").unlink()
     with pytest.raises(QexportError, match=r"1 of \d+ demands of TGI") as caught:
         made.layout.check(folder)
-    assert caught.value.where == "there is a fast tokenizer: there is none (router/src/server.rs)"
+    assert (
+        caught.value.where
+        == "there is a fast tokenizer: there is no tokenizer.json, which the router counts tokens with "
+        "(router/src/server.rs)"
+    )
 
 
 def test_marlin_stays_where_it_takes_every_layer_and_sym_goes_where_it_does_not() -> None:
@@ -169,15 +172,28 @@ def test_what_tgi_does_not_serve_is_refused_before_any_work(made: TgiModel, reas
     assert caught.value.mend
 
 
+def test_weights_in_float32_are_refused_before_any_work() -> None:
+    model = QuantizedModel(factories.build(llama(), dtype=torch.float32))
+    checkpoint = replace(model.checkpoint, files=tokenizer_files())
+    for outputs in (model.outputs, NONE.plan(checkpoint)):
+        with pytest.raises(CompatibilityError, match="16-bit weights, not float32") as caught:
+            make_layout(TgiSettings(layout="tgi"), outputs, model.structure, checkpoint)
+        assert caught.value.mend == "set merge.dtype to bfloat16"
+
+
 @pytest.mark.parametrize("model_type", ["falcon_h1", "smollm3"])
 def test_families_newer_than_the_pinned_transformers_are_refused(model_type: str) -> None:
-    with pytest.raises(CompatibilityError, match=f"no model for {model_type}"):
-        refuse_family({"model_type": model_type}, MergedFormat())
+    made = TgiModel(llama(), NONE)
+    config = json.dumps({**made.checkpoint.config, "model_type": model_type}).encode()
+    planned = ServedByTgi.planned({"config.json": config}, made.layout.weights.specs)
+    with pytest.raises(CompatibilityError, match=f"no model for {model_type}") as caught:
+        TGI.refuse_plan(planned)
+    assert "choose the layout vllm" in str(caught.value.mend)
 
 
 def test_w8a8_layers_that_tgi_joins_must_be_quantized_together() -> None:
     settings = W8a8(method="w8a8", skip_modules=["*.k_proj"])
-    with pytest.raises(CompatibilityError, match="cannot serve") as caught:
+    with pytest.raises(CompatibilityError, match="would not serve") as caught:
         _ = TgiModel(llama(), settings).layout
     assert "joins these layers, and only model.layers.0.self_attn.k_proj is not quantized" in str(caught.value)
 

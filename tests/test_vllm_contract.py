@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 import vllm_folders
 from qexport.errors import QexportError
-from qexport.export.contract import refuse_failed
-from qexport.export.vllm.contract import RULES, check_folder
+from qexport.export.vllm.rules import VLLM
 
 Q0, UP0 = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
+EXPERT = "model.layers.0.mlp.experts.0.up_proj"
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +37,12 @@ def copied(source: Path, target: Path) -> Path:
 
 @pytest.mark.parametrize("kind", ["gptq", "w4a16", "asymmetric", "w8a8", "none", "falcon", "gpt2"])
 def test_what_the_layout_writes_passes_every_check(kind: str, intact: dict[str, Path]) -> None:
-    assert [check for check in check_folder(intact[kind]) if not check.passed] == []
+    assert [check for check in VLLM.check(intact[kind]) if not check.passed] == []
 
 
 def test_every_rule_has_a_name_of_its_own_and_a_source() -> None:
-    assert len({rule.name for rule in RULES}) == len(RULES)
-    assert all(rule.source.startswith("vllm/") and rule.source.endswith(".py") for rule in RULES)
+    assert len({rule.name for rule in VLLM.rules}) == len(VLLM.rules)
+    assert all(rule.source.startswith("vllm/") and rule.source.endswith(".py") for rule in VLLM.rules)
 
 
 def config(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
@@ -105,6 +105,7 @@ FAULTS: list[tuple[str, Callable[[Path], object], str]] = [
     ("gptq", quantization(desc_act=True), "in the order of the inputs"),
     ("gptq", quantization(group_size=16), "of a size that is read"),
     ("gptq", config(lambda content: content.update(dtype="float32")), "beside 16-bit weights"),
+    ("w4a16", config(lambda content: content.update(dtype="float32")), "beside 16-bit weights"),
     ("w4a16", group(actorder="group"), "W8A8 or W4A16"),
     ("w4a16", group(num_bits=8), "W8A8 or W4A16"),
     ("w8a8", group(symmetric=False), "W8A8 or W4A16"),
@@ -119,6 +120,12 @@ FAULTS: list[tuple[str, Callable[[Path], object], str]] = [
     ("gptq", tensors(lambda stored: stored.pop("model.norm.weight")), "no tensor of the model"),
     ("none", tensors(lambda stored: stored.update({"model.norm.weight": torch.ones(3)})), "no tensor of the model"),
     ("gptq", quantization(lm_head=True), "the head is 16-bit"),
+    (
+        "gpt2",
+        config(lambda content: content.update(quantization_config={"quant_method": "gptq"})),
+        "GPT-2's matrices are not quantized",
+    ),
+    ("gptq", tensors(lambda stored: stored.update({f"{EXPERT}.weight": torch.ones(3, 3)})), "experts are quantized"),
     ("gptq", tensors(lambda stored: stored.update({"lm_head.qweight": torch.zeros(8, 384).int()})), "the head is"),
     ("gptq", quantization(dynamic={f"-:^{Q0.replace('.', r'[.]')}$": {}}), "are quantized alike"),
     ("w8a8", config(lambda content: content["quantization_config"]["ignore"].append(UP0)), "are quantized alike"),
@@ -159,7 +166,7 @@ def test_what_vllm_reads_as_well_passes_the_check(
 ) -> None:
     folder = copied(intact[kind], tmp_path / "folder")
     plant(folder)
-    assert [check.passed for check in check_folder(folder) if name in check.name] == [True]
+    assert [check.passed for check in VLLM.check(folder) if name in check.name] == [True]
 
 
 @pytest.mark.parametrize(("kind", "plant", "name"), FAULTS)
@@ -168,12 +175,11 @@ def test_a_planted_fault_fails_its_check(
 ) -> None:
     folder = copied(intact[kind], tmp_path / "folder")
     plant(folder)
-    checks = check_folder(folder)
-    failed = [check for check in checks if not check.passed]
+    failed = [check for check in VLLM.check(folder) if not check.passed]
     assert [check for check in failed if name in check.name], failed
     with pytest.raises(QexportError, match="vLLM"):
-        refuse_failed(checks, "vLLM")
+        VLLM.refuse_folder(folder)
 
 
 def test_every_rule_has_a_planted_fault() -> None:
-    assert [rule.name for rule in RULES if not any(name in rule.name for _, _, name in FAULTS)] == []
+    assert [rule.name for rule in VLLM.rules if not any(name in rule.name for _, _, name in FAULTS)] == []

@@ -17,16 +17,19 @@ import factories
 import vllm_folders
 from qexport.architectures.architecture import Architecture
 from qexport.errors import CompatibilityError
+from qexport.export.launch import served_name
 from qexport.export.safetensors_layout import SafetensorsLayout
-from qexport.export.settings import SafetensorsSettings
-from qexport.export.vllm.launch import Figures, launch_files, max_model_len, served_name
+from qexport.export.settings import SafetensorsSettings, VllmSettings
+from qexport.export.vllm.launch import Figures, launch_files, max_model_len
+from qexport.export.vllm.layout import VllmLayout
 from qexport.export.vllm.parallel import SplitLinear, degrees
-from qexport.export.vllm.refusals import refuse
-from qexport.formats import FourBitFormat, LlmInt8Format, Outputs
+from qexport.quantizing.int8 import Int8
+from qexport.quantizing.nf4 import Nf4
 from quantized_models import QuantizedModel, gptq_method
 from vllm_folders import Form, layout, llama
 
 Q0, DOWN0, UP0 = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj"
+EXPERT = "model.layers.0.block_sparse_moe.experts.0.w1"
 ALL_UP0 = (UP0, "model.layers.0.mlp.gate_proj")
 
 
@@ -43,6 +46,12 @@ ALL_UP0 = (UP0, "model.layers.0.mlp.gate_proj")
         (llama(special={UP0: (4, 64)}), "compressed-tensors", "cannot be quantized in two ways"),
         (llama(special=dict.fromkeys(ALL_UP0, (4, 64))), "gptq", "reads joined layers with group_size 32"),
         (QuantizedModel(factories.build(factories.falcon_config(ffn_hidden_size=128))), "gptq", "ffn_hidden_size"),
+        (QuantizedModel(factories.build(factories.gpt2_config())), "gptq", "turns GPT-2's matrices around"),
+        (
+            QuantizedModel(factories.build(factories.mixtral_config()), special={EXPERT: None}),
+            "compressed-tensors",
+            "takes all experts for quantized",
+        ),
     ],
 )
 def test_what_vllm_would_not_serve_is_refused_with_the_way_out(model: QuantizedModel, form: Form, words: str) -> None:
@@ -51,11 +60,11 @@ def test_what_vllm_would_not_serve_is_refused_with_the_way_out(model: QuantizedM
     assert words in str(caught.value)
 
 
-@pytest.mark.parametrize("method", [FourBitFormat("nf4", 64, False, "bfloat16"), LlmInt8Format(6.0)])
-def test_bitsandbytes_is_refused(method: FourBitFormat | LlmInt8Format) -> None:
+@pytest.mark.parametrize("method", [Nf4(method="nf4"), Int8(method="int8")])
+def test_bitsandbytes_is_refused(method: Nf4 | Int8) -> None:
     model = llama(special={})
     with pytest.raises(CompatibilityError, match="vLLM") as caught:
-        refuse(Outputs(method, dict(model.specs)), model.structure, model.checkpoint, "gptq")
+        layout(model, outputs=method.plan(model.checkpoint))
     assert "dropped bitsandbytes in 0.28" in str(caught.value)
 
 
@@ -73,7 +82,7 @@ def test_dtypes_and_families_that_vllm_does_not_run_are_refused(
     model = QuantizedModel(factories.build(factories.llama_config(), dtype=dtype))
     changed = replace(model.checkpoint, architecture=Architecture({**model.checkpoint.config, **changes}))
     with pytest.raises(CompatibilityError) as caught:
-        refuse(model.outputs, model.structure, changed, "gptq")
+        VllmLayout(VllmSettings(layout="vllm"), model.outputs, model.structure, changed)
     assert words in str(caught.value)
 
 
@@ -81,7 +90,7 @@ def test_a_base_without_a_tokenizer_is_refused_by_the_plan() -> None:
     model = llama(special={})
     bare = replace(model.checkpoint, files={})
     with pytest.raises(CompatibilityError) as caught:
-        refuse(model.outputs, model.structure, bare, "gptq")
+        VllmLayout(VllmSettings(layout="vllm"), model.outputs, model.structure, bare)
     assert "tokenizer.json" in str(caught.value)
 
 

@@ -13,11 +13,11 @@ from transformers import FalconConfig, PretrainedConfig
 
 import factories
 from qexport.architectures.checkpoint import Checkpoint
-from qexport.export.contract import Check
 from qexport.export.layouts import make_layout
+from qexport.export.rules import Check
 from qexport.export.settings import TgiSettings
-from qexport.export.tgi.contract import check_folder
 from qexport.export.tgi.layout import TgiLayout
+from qexport.export.tgi.rules import TGI
 from qexport.formats import GptqFormat, Outputs
 from qexport.quantizing.method import RoundingMethod
 from qexport.quantizing.none import NoQuantization
@@ -87,7 +87,7 @@ class TgiModel:
 
 def failed(folder: Path) -> dict[str, Check]:
     """The rules that a folder breaks, by name."""
-    return {check.name: check for check in check_folder(folder) if not check.passed}
+    return {check.name: check for check in TGI.check(folder) if not check.passed}
 
 
 def tokenizer_files() -> dict[str, bytes]:

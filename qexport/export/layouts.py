@@ -68,10 +68,10 @@ class Layout(Protocol):
         ...
 
     def check(self, folder: Path) -> None:
-        """Holds the finished folder against what its readers demand.
+        """Checks the finished folder: every rule of its readers.
 
         Raises:
-            QexportError: a demand is not met.
+            QexportError: a rule is broken.
         """
         ...
 

@@ -40,20 +40,18 @@ def model_card(origin: Origin, stored: Format, notes: Sequence[str] = (), loadin
     )
 
 
-def write_model_files(
-    folder: Path,
+def model_files(
     checkpoint: Checkpoint,
     stored: Format,
     quantization: Mapping[str, Any] | None,
     unquantized_dtype: torch.dtype,
     notes: Sequence[str] = (),
     loading: str = "",
-) -> None:
-    """Writes every file of an artifact but the weights and the manifest.
+) -> dict[str, bytes]:
+    """Every file of an artifact but the weights and the manifest, by name.
 
     Args:
-        folder: an existing folder.
-        checkpoint: the merged model; its files are copied byte for byte.
+        checkpoint: the merged model; its files are taken byte for byte.
         stored: how the weights in the folder are quantized.
         quantization: the `quantization_config`, None where nothing is quantized.
         unquantized_dtype: the dtype of the weights that stay unquantized.
@@ -61,14 +59,24 @@ def write_model_files(
         loading: the model card's section on loading.
 
     Raises:
-        QexportError: a file of the checkpoint would leave the folder or replace another file.
+        QexportError: a file of the checkpoint has the name of another file.
     """
-    config = _model_config(checkpoint.config, quantization, unquantized_dtype)
-    _write_new(folder, "config.json", _json(config))
+    files = {"config.json": _json(_model_config(checkpoint.config, quantization, unquantized_dtype))}
     if quantization and (second := config_file(quantization)):
-        _write_new(folder, second, _json(quantization))
-    _write_new(folder, "README.md", model_card(checkpoint.origin, stored, notes, loading).encode("utf-8"))
-    for name, content in checkpoint.files.items():
+        files[second] = _json(quantization)
+    files["README.md"] = model_card(checkpoint.origin, stored, notes, loading).encode("utf-8")
+    for name in sorted(checkpoint.files.keys() & files.keys()):
+        raise _same_name(name)
+    return files | dict(checkpoint.files)
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Writes files into an existing folder.
+
+    Raises:
+        QexportError: a file would be written outside the folder, or replace another one.
+    """
+    for name, content in files.items():
         _write_new(folder, name, content)
 
 
@@ -98,4 +106,8 @@ def _write_new(folder: Path, name: str, content: bytes) -> None:
         with path.open("xb") as file:
             file.write(content)
     except FileExistsError as error:
-        raise QexportError("two files of the artifact have the same name", where=name) from error
+        raise _same_name(name) from error
+
+
+def _same_name(name: str) -> QexportError:
+    return QexportError("two files of the artifact have the same name", where=name)

@@ -9,7 +9,7 @@ from typing import Any
 from qexport.architectures.checkpoint import Checkpoint
 from qexport.architectures.structure import Structure
 from qexport.export.loaders import Folder, loading_section, stock_loaders, warnings
-from qexport.export.model_files import write_model_files
+from qexport.export.model_files import model_files, write_files
 from qexport.export.settings import SafetensorsSettings, parse_size
 from qexport.export.weight_files import WeightFiles
 from qexport.formats import Outputs
@@ -66,7 +66,7 @@ class SafetensorsLayout:
         )
 
     def prepare(self) -> None:
-        """There is nothing that could fail late."""
+        """Nothing: what can fail without weights was tried when the layout was made."""
 
     def write_files(self, folder: Path, checkpoint: Checkpoint) -> None:
         """Writes config, tokenizer and model card.
@@ -75,14 +75,8 @@ class SafetensorsLayout:
             QexportError: a file of the checkpoint would leave the folder or replace another file.
         """
         outputs, embedding = self._outputs, f"{self._structure.embedding}.weight"
-        write_model_files(
-            folder,
-            checkpoint,
-            outputs.format,
-            self.quantization,
-            outputs.unquantized_dtype(embedding),
-            loading=loading_section(self._folder),
-        )
+        dtype, loading = outputs.unquantized_dtype(embedding), loading_section(self._folder)
+        write_files(folder, model_files(checkpoint, outputs.format, self.quantization, dtype, loading=loading))
 
     def check(self, folder: Path) -> None:
-        """Nothing beyond what `readback` holds against every layout."""
+        """Nothing: `readback` checks all there is to check, as in every layout."""

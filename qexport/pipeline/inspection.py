@@ -13,8 +13,8 @@ from qexport.artifact.folder import open_artifact
 from qexport.artifact.manifest import MANIFEST_NAME, REPORT_FOLDER, Verification
 from qexport.artifact.report import REPORT_NAME, Report
 from qexport.errors import InputError
-from qexport.export.contract import Check
 from qexport.export.loaders import Folder, Loader, Verdict, loaders
+from qexport.export.rules import Check
 from qexport.hidden_packages import hidden
 from qexport.reading.stored_model import model_folder, open_stored
 
@@ -38,7 +38,7 @@ class Inspection:
         report: whether the report is the one that the manifest was made with; None where there is nothing to compare:
             no manifest, or one of an artifact that was not verified.
         loaders: who can load the folder.
-        server: the server that it was held against.
+        server: the server whose rules were checked.
         checks: what that has found; empty where no server was named.
     """
 
@@ -98,7 +98,7 @@ def inspect_artifact(path: Path, *, server: Server | None = None) -> Inspection:
 
     Args:
         path: the folder; of several layouts that of one.
-        server: whose rules to hold it against.
+        server: whose rules to check.
 
     Raises:
         InputError: a file or the report is not as its manifest says, or the tensors are not those of the model that
@@ -143,14 +143,14 @@ def _check_report(path: Path, verification: Verification) -> ReportState:
 def _check(path: Path, server: Server) -> list[Check]:
     match server:
         case "tgi":
-            from qexport.export.tgi.contract import check_folder as check_tgi
+            from qexport.export.tgi.rules import TGI
 
-            return check_tgi(path)
+            return TGI.check(path)
         case "vllm":
-            from qexport.export.vllm.contract import check_folder as check_vllm
+            from qexport.export.vllm.rules import VLLM
 
-            return check_vllm(path)
+            return VLLM.check(path)
 
 
 def _told(check: Check) -> str:
-    return f"{check.name} ({check.source})" if check.passed else f"{check.name}: {check.detail} ({check.source})"
+    return f"{check.name} ({check.source})" if check.passed else str(check)

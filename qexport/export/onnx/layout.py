@@ -21,8 +21,9 @@ from qexport.architectures.checkpoint import Checkpoint
 from qexport.architectures.structure import Structure
 from qexport.artifact.manifest import GraphRecord
 from qexport.errors import CompatibilityError, QexportError, listed
+from qexport.export.launch import served_name
 from qexport.export.loaders import Folder, loading_section
-from qexport.export.model_files import write_model_files
+from qexport.export.model_files import model_files, write_files
 from qexport.export.onnx.attention import refuse_unfused
 from qexport.export.onnx.files import DTYPES, OnnxFiles, Place, onnx_files, put_in_place
 from qexport.export.onnx.genai import FILE_NAME, genai_config, genai_notes, generation
@@ -32,7 +33,6 @@ from qexport.export.onnx.lowering import lower
 from qexport.export.onnx.tracing import MINIMUM_RUNTIME, NARROW_2_BIT_RUNTIME, kept, trace
 from qexport.export.settings import OnnxSettings, parse_size
 from qexport.export.tensor_writer import link_or_copy
-from qexport.export.vllm.launch import served_name
 from qexport.formats import Outputs, W8A8Format
 from qexport.formats.onnx.format import OnnxFormat
 from qexport.reading.onnx.graph import GRAPH_NAME, Graph
@@ -131,9 +131,8 @@ class OnnxLayout:
         beside = self._beside(checkpoint, sorted({place.file for place in places.values()}))
         files = replace(checkpoint, files={**checkpoint.files, **beside})
         dtype = self._outputs.unquantized_dtype(f"{self._structure.embedding}.weight")
-        write_model_files(
-            folder, files, self._outputs.format, None, dtype, self.notes, loading_section(self._loaders_see)
-        )
+        loading = loading_section(self._loaders_see)
+        write_files(folder, model_files(files, self._outputs.format, None, dtype, self.notes, loading))
 
     @property
     def _loaders_see(self) -> Folder:

@@ -1,15 +1,24 @@
-"""config.json in the words of transformers 4.51 and of TGI's own config classes, from one of any version."""
+"""config.json and the tokenizer's files in the words of transformers 4.51 and TGI, from those of any version.
+
+Sources: `router/src/lib.rs` (`HubTokenizerConfig`) and `router/src/server.rs`, which look for the chat template in
+tokenizer_config.json only; transformers 4.51.3, `tokenization_utils_base.py`.
+"""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
+from pathlib import PurePosixPath
 from typing import Any, Final
 
 from transformers import PreTrainedConfig
 
 from qexport.architectures.config_keys import older_keys
 from qexport.architectures.structure import parse_config
+from qexport.errors import InputError
+from qexport.tensors.strict_files import parse_json
+from qexport.text.tokenizer_identity import CHAT_TEMPLATE, TEMPLATES_FOLDER, TOKENIZER_CONFIG
 
 _GENERAL: Final = frozenset(PreTrainedConfig().to_dict()) | {"rope_parameters", "layer_types"}
 """What every configuration of transformers has, or no older version knows."""
@@ -54,11 +63,9 @@ def tgi_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def num_kv_heads(config: Mapping[str, Any]) -> int:
-    """Heads of keys and values, from a configuration that `tgi_config` has made."""
-    for key in ("num_kv_heads", "num_key_value_heads"):
-        if config.get(key) is not None:
-            return int(config[key])
-    return int(config.get("num_attention_heads") or config["n_head"])
+    """Heads of keys and values, from a configuration that `tgi_config` has made; 0 where there is no attention."""
+    keys = ("num_kv_heads", "num_key_value_heads", "num_attention_heads", "n_head", "n_heads")
+    return next((int(config[key]) for key in keys if config.get(key) is not None), 0)
 
 
 def _plain(value: Any) -> bool:
@@ -70,3 +77,55 @@ def _plain(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(_plain(item) for item in value)
     return isinstance(value, str | int)
+
+
+TOKENIZER: Final = "tokenizer.json"
+
+NEW_CLASSES: Final = ("TokenizersBackend", "PythonBackend", "SentencePieceBackend", "MistralCommonBackend")
+"""Classes that transformers 5 writes and 4.51 does not know."""
+
+_NEW_KEYS: Final = ("backend", "is_local")
+
+
+def tgi_tokenizer_files(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The files that travel with a checkpoint, with a tokenizer_config.json that TGI understands.
+
+    Args:
+        files: by name, as the base has them.
+
+    Raises:
+        InputError: a file is malformed.
+    """
+    config = _read_tokenizer_config(files)
+    if config.get("tokenizer_class") in NEW_CLASSES:
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(extra := config.get("extra_special_tokens"), list):
+        del config["extra_special_tokens"]
+        config["additional_special_tokens"] = [*config.get("additional_special_tokens", []), *extra]
+    if not config.get("chat_template") and (template := _chat_template(files)):
+        config["chat_template"] = template
+    kept = {key: value for key, value in config.items() if key not in _NEW_KEYS}
+    return {**files, TOKENIZER_CONFIG: (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode("utf-8")}
+
+
+def _read_tokenizer_config(files: Mapping[str, bytes]) -> dict[str, Any]:
+    if TOKENIZER_CONFIG not in files:
+        return {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config = parse_json(files[TOKENIZER_CONFIG], where=TOKENIZER_CONFIG)
+    if not isinstance(config, dict):
+        raise InputError("must hold a JSON object", where=TOKENIZER_CONFIG)
+    return config
+
+
+def _chat_template(files: Mapping[str, bytes]) -> str | list[dict[str, str]] | None:
+    """One template, or all by name where there are others beside the default."""
+    named = {
+        PurePosixPath(name).stem: content for name, content in files.items() if name.startswith(f"{TEMPLATES_FOLDER}/")
+    }
+    if CHAT_TEMPLATE not in files:
+        return None
+    default = files[CHAT_TEMPLATE].decode("utf-8")
+    if not named:
+        return default
+    others = [{"name": name, "template": content.decode("utf-8")} for name, content in sorted(named.items())]
+    return [{"name": "default", "template": default}, *others]

@@ -13,18 +13,14 @@ import torch
 from qexport.architectures.architecture import Architecture
 from qexport.architectures.checkpoint import Checkpoint
 from qexport.architectures.structure import Structure
-from qexport.export.contract import refuse_failed
-from qexport.export.model_files import write_model_files
+from qexport.export.model_files import model_files, write_files
 from qexport.export.settings import TgiSettings, parse_size
-from qexport.export.tgi.config import tgi_config
-from qexport.export.tgi.contract import SERVER, check_folder
-from qexport.export.tgi.families import OWN_MODELS, Backend, OwnModel, backend
-from qexport.export.tgi.kernels import Codes, choose_sym, kernel
+from qexport.export.tgi.config import tgi_config, tgi_tokenizer_files
+from qexport.export.tgi.families import OWN_MODELS, Backend, OwnModel, ServedLinear, Shape, backend, served_linears
+from qexport.export.tgi.kernels import Codes, choose_sym, degrees, kernel
 from qexport.export.tgi.launch import Figures, launch_files
-from qexport.export.tgi.linears import ServedLinear, Shape, served_linears
-from qexport.export.tgi.parallel import degrees
-from qexport.export.tgi.refusals import flag, gptq_faults, refuse_dtype, refuse_family, refuse_quantized, w8a8_faults
-from qexport.export.tgi.tokenizer import tgi_tokenizer_files
+from qexport.export.tgi.rules import TGI
+from qexport.export.tgi.served import ServedByTgi
 from qexport.export.weight_files import WeightFiles
 from qexport.formats import Format, FourBitFormat, GptqFormat, LlmInt8Format, MergedFormat, Outputs, W8A8Format
 from qexport.formats.format import Encoding
@@ -45,7 +41,7 @@ class TgiLayout:
         checkpoint: the merged model, of which only config and tokenizer are looked at.
 
     Raises:
-        CompatibilityError: TGI has no model for the family, no kernel for the layers, or no tokenizer.json to read.
+        CompatibilityError: the artifact would break a rule of TGI, or a layer cannot be stored.
         InputError: tokenizer_config.json is malformed.
     """
 
@@ -55,12 +51,9 @@ class TgiLayout:
 
     def __init__(self, settings: TgiSettings, outputs: Outputs, structure: Structure, checkpoint: Checkpoint) -> None:
         self._outputs, self._structure, self._config = outputs, structure, tgi_config(checkpoint.config)
-        self._files = tgi_tokenizer_files(checkpoint.files)
-        refuse_family(self._config, outputs.format)
-        refuse_dtype(self._dense_dtype)
         self._codes, self._reason = _codes(outputs.format, self._linears)
-        refuse_quantized(self._faults())
         self.weights = WeightFiles(_stored_as(outputs.format), outputs, parse_size(settings.max_shard_size))
+        TGI.refuse_plan(ServedByTgi.planned(self._files(checkpoint), self.weights.specs))
         self.weights.refuse_faults()
 
     @property
@@ -83,7 +76,7 @@ class TgiLayout:
         return notes
 
     def prepare(self) -> None:
-        """There is nothing that could fail late."""
+        """Nothing: what can fail without weights was tried when the layout was made."""
 
     def write_files(self, folder: Path, checkpoint: Checkpoint) -> None:
         """Writes configs, tokenizer, model card and launch files.
@@ -91,19 +84,22 @@ class TgiLayout:
         Raises:
             QexportError: a file of the checkpoint would leave the folder or replace another file.
         """
-        served = replace(
-            checkpoint, architecture=Architecture(self._config), files=self._files | launch_files(self._figures)
-        )
-        method = self._outputs.format if self.quantization else MergedFormat()
-        write_model_files(folder, served, method, self.quantization, self._dense_dtype, self.notes)
+        write_files(folder, self._files(checkpoint))
 
     def check(self, folder: Path) -> None:
-        """Holds the finished folder against every rule of TGI's launcher, router and loader.
+        """Checks the finished folder: every rule of TGI's launcher, router and loader.
 
         Raises:
             QexportError: a rule is broken; all that are broken are listed.
         """
-        refuse_failed(check_folder(folder), SERVER)
+        TGI.refuse_folder(folder)
+
+    def _files(self, checkpoint: Checkpoint) -> dict[str, bytes]:
+        """Everything beside the weights and the manifest."""
+        beside = tgi_tokenizer_files(checkpoint.files) | launch_files(self._figures)
+        stored = self._outputs.format if self.quantization else MergedFormat()
+        served = replace(checkpoint, architecture=Architecture(self._config), files=beside)
+        return model_files(served, stored, self.quantization, self._dense_dtype, self.notes)
 
     @cached_property
     def _linears(self) -> list[ServedLinear]:
@@ -112,35 +108,18 @@ class TgiLayout:
 
     @cached_property
     def _figures(self) -> Figures:
-        dtype = "float16" if self._dense_dtype == torch.float16 else "bfloat16"
+        dtype = str(self._dense_dtype).removeprefix("torch.")
         return Figures(
             self._config,
             _served_bytes(self.weights),
             degrees(self._config, self._linears, self._codes),
-            flag(self._outputs.format),
+            _flag(self._outputs.format),
             None if self.quantization else dtype,
         )
 
     @property
     def _dense_dtype(self) -> torch.dtype:
         return self._outputs.unquantized_dtype(f"{self._structure.embedding}.weight")
-
-    def _faults(self) -> list[str]:
-        """Everything about quantized layers that TGI does not serve."""
-        method = self._outputs.format
-        if not isinstance(method, GptqFormat | W8A8Format):
-            return []
-        quantized = self._outputs.quantized
-        inside = {module for linear in self._linears for module in linear.modules}
-        faults = [f"{module}: TGI reads it as 16-bit weights" for module in quantized if module not in inside]
-        dense = sorted(inside - set(quantized))
-        if isinstance(method, W8A8Format):
-            return faults + w8a8_faults(self._linears, dense)
-        assert self._codes is not None
-        rules = (self.quantization or {}).get("dynamic", {})
-        faults += [f"{module}: TGI reads every linear of the blocks as quantized" for module in dense]
-        faults += [f"{rule}: TGI reads the same bits and groups everywhere" for rule in rules if rule[0] != "-"]
-        return faults + gptq_faults(self._linears, self._codes)
 
     def _kernel_notes(self) -> list[str]:
         if self._codes is None:
@@ -159,6 +138,21 @@ def _codes(method: Format, linears: list[ServedLinear]) -> tuple[Codes | None, s
 def _stored_as(method: Format) -> Encoding:
     """The same format as in the safetensors layout where TGI reads it, else the merged weights."""
     return MergedFormat() if isinstance(method, FourBitFormat | LlmInt8Format) else method
+
+
+def _flag(method: Format) -> str | None:
+    """The value of `--quantize` that the launch files give; None for 16-bit weights."""
+    match method:
+        case MergedFormat():
+            return None
+        case GptqFormat():
+            return "gptq"
+        case FourBitFormat(quant_type=name):
+            return f"bitsandbytes-{name}"
+        case LlmInt8Format():
+            return "bitsandbytes"
+        case W8A8Format():
+            return "compressed-tensors"
 
 
 def _server_notes(method: Format) -> list[str]:

@@ -1,161 +1,199 @@
-"""The rules of TGI's launcher, router and model classes: configs, tokenizer, and which files there are."""
+"""The rules of TGI's launcher and router: config.json, the tokenizer's files, the launch settings; and all of TGI's."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any, Final
 
-from qexport.errors import listed
-from qexport.export.contract import Rule
-from qexport.export.tgi.config import FALCON_KEYS
-from qexport.export.tgi.families import OWN_MODELS, Backend, backend
-from qexport.export.tgi.folder import RESERVED_WORDS, ServedFolder
-from qexport.export.tgi.refusals import falcon_faults
-from qexport.export.tgi.tokenizer import NEW_CLASSES, TOKENIZER
+from qexport.export.rules import Rules, Server
+from qexport.export.served import CONFIG
+from qexport.export.tgi.config import FALCON_KEYS, NEW_CLASSES, TOKENIZER
+from qexport.export.tgi.families import Backend, backend
+from qexport.export.tgi.kernels import degrees
+from qexport.export.tgi.served import ServedByTgi
+from qexport.export.tgi.weight_rules import MODELS, NOT_QUANTIZED, WEIGHT_RULES, WEIGHTS
 from qexport.text.tokenizer_identity import CHAT_TEMPLATE, TEMPLATES_FOLDER, TOKENIZER_CONFIG
 
-LAUNCHER: Final = "launcher/src/main.rs"
-ROUTER: Final = "router/src/server.rs"
-MODELS: Final = "server/text_generation_server/models/__init__.py"
-MODELING: Final = "server/text_generation_server/models/custom_modeling"
-FALCON: Final = f"{MODELING}/flash_rw_modeling.py"
-HUB: Final = "server/text_generation_server/utils/hub.py"
-WEIGHTS: Final = "server/text_generation_server/utils/weights.py"
-PEFT: Final = "server/text_generation_server/cli.py"
+_LAUNCHER: Final = "launcher/src/main.rs"
+_ROUTER: Final = "router/src/lib.rs"
+_CLI: Final = "server/text_generation_server/cli.py"
+_ROTARY: Final = "server/text_generation_server/layers/rotary.py"
+_FALCON: Final = "server/text_generation_server/models/custom_modeling/flash_rw_modeling.py"
+_TRANSFORMERS: Final = "transformers 4.51: configuration_utils.py"
 
+_VLLM: Final = "serve it with vLLM: choose the layout vllm"
 _COUNTS: Final = (
     "max_position_embeddings", "n_positions", "max_seq_len", "n_embd", "hidden_size", "intermediate_size",
     "num_attention_heads", "num_key_value_heads", "num_hidden_layers", "head_dim", "num_experts_per_tok",
 )  # fmt: skip
 _METHODS: Final = ("gptq", "compressed-tensors")
+_LAYERS_OF_FALCON_180B: Final = 80
+_TOKEN_LIMITS: Final = ("MAX_INPUT_TOKENS", "MAX_TOTAL_TOKENS", "MAX_BATCH_PREFILL_TOKENS")
+
+_RULES: Final = Rules[ServedByTgi]()
+_rule: Final = _RULES.rule
 
 
-def _config_readable(folder: ServedFolder) -> Iterator[str]:
-    if "config.json" in folder.unreadable:
-        yield folder.unreadable["config.json"]
+@_rule("config.json is a JSON object", _LAUNCHER)
+def _config(model: ServedByTgi) -> Iterator[str]:
+    if reason := model.json_fault(CONFIG):
+        yield reason
 
 
-def _config_counts(folder: ServedFolder) -> Iterator[str]:
+@_rule("config.json has counts where the launcher parses counts", _LAUNCHER)
+def _config_counts(model: ServedByTgi) -> Iterator[str]:
     """The launcher parses these as counts, and drops the whole config with its quantization where one is not."""
     for key in _COUNTS:
-        value = folder.config.get(key)
+        value = model.config.get(key)
         if value is not None and (type(value) is not int or value < 0):
             yield f"{key} is {value!r}"
 
 
-def _family(folder: ServedFolder) -> Iterator[str]:
-    if backend(folder.config) is None:
-        yield f"no model for model_type {folder.config.get('model_type')!r}"
+@_rule("the family has a model", MODELS, _VLLM)
+def _family(model: ServedByTgi) -> Iterator[str]:
+    if backend(model.config) is None:
+        yield f"no model for {model.config.get('model_type')}, neither in TGI 3.3 nor in transformers 4.51"
 
 
-def _method(folder: ServedFolder) -> Iterator[str]:
+@_rule("the quantization method is one that is served prequantized", _LAUNCHER)
+def _method(model: ServedByTgi) -> Iterator[str]:
     """`bitsandbytes` would make the launcher quantize packed codes once more."""
-    if folder.config.get("quantization_config") is not None and folder.method not in _METHODS:
-        yield f"quant_method is {folder.quantization.get('quant_method')!r}; known: {', '.join(_METHODS)}"
+    if model.config.get("quantization_config") is not None and model.method not in _METHODS:
+        yield f"quant_method is {model.quantization.get('quant_method')!r}; known: {', '.join(_METHODS)}"
 
 
-def _own_model(folder: ServedFolder) -> Iterator[str]:
-    if folder.method and backend(folder.config) is not Backend.OWN:
-        yield f"{folder.method} is not taken for {folder.config.get('model_type')!r}, which transformers runs"
+@_rule("a quantized model is run by TGI's own model", MODELS, NOT_QUANTIZED)
+def _own_model(model: ServedByTgi) -> Iterator[str]:
+    """`bitsandbytes` without a type, LLM.int8, is the one method that TGI hands on to transformers."""
+    runs, flag = backend(model.config), (model.environment or {}).get("QUANTIZE")
+    asked = model.method or (flag if flag != "bitsandbytes" else None)
+    if asked and runs is not Backend.OWN:
+        by = runs.value if runs else "nothing in TGI"
+        yield f"{model.config.get('model_type')} is run by {by}, which takes 16-bit weights, not {asked}"
 
 
-def _dtype(folder: ServedFolder) -> Iterator[str]:
-    if folder.config.get("torch_dtype") not in ("float16", "bfloat16", "float32"):
-        yield f"torch_dtype is {folder.config.get('torch_dtype')!r}"
+@_rule("torch_dtype is given", _TRANSFORMERS)
+def _dtype(model: ServedByTgi) -> Iterator[str]:
+    if model.config.get("torch_dtype") not in ("float16", "bfloat16", "float32"):
+        yield f"torch_dtype is {model.config.get('torch_dtype')!r}"
 
 
-def _tied(folder: ServedFolder) -> Iterator[str]:
-    if not isinstance(folder.config.get("tie_word_embeddings"), bool):
-        yield f"tie_word_embeddings is {folder.config.get('tie_word_embeddings')!r}, and its default differs"
+@_rule("tie_word_embeddings is given", _TRANSFORMERS)
+def _tied(model: ServedByTgi) -> Iterator[str]:
+    if not isinstance(model.config.get("tie_word_embeddings"), bool):
+        yield f"tie_word_embeddings is {model.config.get('tie_word_embeddings')!r}, and its default differs"
 
 
-def _rope_theta(folder: ServedFolder) -> Iterator[str]:
+@_rule("rope_theta is given", _ROTARY)
+def _rope_theta(model: ServedByTgi) -> Iterator[str]:
     """The pinned transformers does not know `rope_parameters`; without `rope_theta` TGI computes with 10,000."""
-    parameters = folder.config.get("rope_parameters")
+    parameters = model.config.get("rope_parameters")
     if isinstance(parameters, dict):
         main = parameters.get("full_attention", parameters)
-        if folder.config.get("rope_theta") != main.get("rope_theta"):
-            yield f"rope_theta is {folder.config.get('rope_theta')!r}, rope_parameters say {main.get('rope_theta')!r}"
+        if model.config.get("rope_theta") != main.get("rope_theta"):
+            yield f"rope_theta is {model.config.get('rope_theta')!r}, rope_parameters say {main.get('rope_theta')!r}"
 
 
-def _rope_scaling(folder: ServedFolder) -> Iterator[str]:
-    parameters = folder.config.get("rope_parameters")
+@_rule("rope_scaling is given", _ROTARY)
+def _rope_scaling(model: ServedByTgi) -> Iterator[str]:
+    parameters = model.config.get("rope_parameters")
     if isinstance(parameters, dict):
         kind = parameters.get("full_attention", parameters).get("rope_type", "default")
-        scaling = folder.config.get("rope_scaling") or {}
+        scaling = model.config.get("rope_scaling") or {}
         if kind != "default" and kind not in (scaling.get("rope_type"), scaling.get("type")):
-            yield f"rope_parameters say {kind!r}, rope_scaling is {folder.config.get('rope_scaling')!r}"
+            yield f"rope_parameters say {kind!r}, rope_scaling is {model.config.get('rope_scaling')!r}"
 
 
-def _is_falcon(folder: ServedFolder) -> bool:
-    return folder.config.get("model_type") == "falcon" and not folder.config.get("alibi")
+def _is_falcon(model: ServedByTgi) -> bool:
+    return model.config.get("model_type") == "falcon" and not model.config.get("alibi")
 
 
-def _falcon_keys(folder: ServedFolder) -> Iterator[str]:
-    if _is_falcon(folder):
-        yield from (f"{key} is missing" for key in FALCON_KEYS if folder.config.get(key) is None)
+@_rule("Falcon's config leaves nothing to defaults", _FALCON)
+def _falcon_keys(model: ServedByTgi) -> Iterator[str]:
+    if _is_falcon(model):
+        yield from (f"{key} is missing" for key in FALCON_KEYS if model.config.get(key) is None)
 
 
-def _falcon_kv_heads(folder: ServedFolder) -> Iterator[str]:
-    config = folder.config
-    if _is_falcon(folder) and not config.get("new_decoder_architecture"):
+@_rule("Falcon's heads of keys and values are counted", _FALCON)
+def _falcon_kv_heads(model: ServedByTgi) -> Iterator[str]:
+    config = model.config
+    if _is_falcon(model) and not config.get("new_decoder_architecture"):
         wanted = 1 if config.get("multi_query") else config.get("num_attention_heads")
         if config.get("num_kv_heads") != wanted:
             yield f"num_kv_heads is {config.get('num_kv_heads')!r}, not {wanted}"
 
 
-def _falcon_norms(folder: ServedFolder) -> Iterator[str]:
+@_rule("Falcon's layer norms are counted", _FALCON)
+def _falcon_norms(model: ServedByTgi) -> Iterator[str]:
     """The number of layer norms decides which ones are loaded, and has no default."""
-    config = folder.config
-    if not _is_falcon(folder) or not config.get("new_decoder_architecture"):
+    if not _is_falcon(model) or not model.config.get("new_decoder_architecture"):
         return
-    stored = 2 if any(name.endswith(".ln_attn.weight") for name in folder.tensors) else 1
-    if config.get("num_ln_in_parallel_attn") != stored:
-        yield f"num_ln_in_parallel_attn is {config.get('num_ln_in_parallel_attn')!r}, the weights have {stored}"
+    stored = 2 if any(name.endswith(".ln_attn.weight") for name in model.tensors) else 1
+    if model.config.get("num_ln_in_parallel_attn") != stored:
+        given = model.config.get("num_ln_in_parallel_attn")
+        yield f"num_ln_in_parallel_attn is {given!r}, the weights have {stored}"
 
 
-def _falcon_variant(folder: ServedFolder) -> Iterator[str]:
-    if _is_falcon(folder) and all(folder.config.get(key) is not None for key in FALCON_KEYS):
-        yield from falcon_faults({"num_ln_in_parallel_attn": None, **folder.config})
+@_rule("Falcon's variant is one that TGI reads rightly", _FALCON, _VLLM)
+def _falcon_variant(model: ServedByTgi) -> Iterator[str]:
+    config = model.config
+    if not _is_falcon(model) or any(config.get(key) is None for key in FALCON_KEYS):
+        return
+    new = config["new_decoder_architecture"]
+    if not new and not config["multi_query"]:
+        yield "multi_query: false: queries, keys and values lie head by head, TGI reads them one after another"
+    if new and not config["parallel_attn"]:
+        yield "parallel_attn: false is not known together with new_decoder_architecture"
+    two_norms = new and config.get("num_ln_in_parallel_attn") == 2
+    if config["num_hidden_layers"] == _LAYERS_OF_FALCON_180B and not two_norms:
+        yield "80 layers are taken for Falcon-180B, with two layer norms in a layer"
 
 
-def _tokenizer(folder: ServedFolder) -> Iterator[str]:
-    if not (folder.path / TOKENIZER).is_file():
-        yield "there is none"
+@_rule(
+    "there is a fast tokenizer",
+    "router/src/server.rs",
+    "AutoTokenizer.from_pretrained(BASE).save_pretrained(BASE) writes a tokenizer.json into the base",
+)
+def _tokenizer(model: ServedByTgi) -> Iterator[str]:
+    if TOKENIZER not in model.files:
+        yield f"there is no {TOKENIZER}, which the router counts tokens with"
 
 
-def _tokenizer_config(folder: ServedFolder) -> Iterator[str]:
-    if TOKENIZER_CONFIG in folder.unreadable:
-        yield folder.unreadable[TOKENIZER_CONFIG]
+@_rule("tokenizer_config.json can be parsed", _ROUTER)
+def _tokenizer_config(model: ServedByTgi) -> Iterator[str]:
+    if reason := model.json_fault(TOKENIZER_CONFIG):
+        yield reason
     for key in ("bos_token", "eos_token"):
-        if not _is_token(folder.tokenizer_config.get(key)):
+        if not _is_token(model.tokenizer_config.get(key)):
             yield f"{key} is neither a string nor an object with content"
     for key in ("add_bos_token", "add_eos_token"):
-        if not isinstance(folder.tokenizer_config.get(key), bool | None):
+        if not isinstance(model.tokenizer_config.get(key), bool | None):
             yield f"{key} is neither true nor false"
 
 
 def _is_token(value: Any) -> bool:
-    return (
-        value is None or isinstance(value, str) or (isinstance(value, dict) and isinstance(value.get("content"), str))
-    )
+    content = value.get("content") if isinstance(value, dict) else value
+    return value is None or isinstance(content, str)
 
 
-def _tokenizer_class(folder: ServedFolder) -> Iterator[str]:
-    if (name := folder.tokenizer_config.get("tokenizer_class")) in NEW_CLASSES:
+@_rule("the tokenizer's class is known", "transformers 4.51: tokenization_auto.py")
+def _tokenizer_class(model: ServedByTgi) -> Iterator[str]:
+    if (name := model.tokenizer_config.get("tokenizer_class")) in NEW_CLASSES:
         yield f"transformers 4.51 has no {name}"
 
 
-def _special_tokens(folder: ServedFolder) -> Iterator[str]:
-    if not isinstance(folder.tokenizer_config.get("extra_special_tokens"), dict | None):
+@_rule("the special tokens can be read", "transformers 4.51: tokenization_utils_base.py")
+def _special_tokens(model: ServedByTgi) -> Iterator[str]:
+    if not isinstance(model.tokenizer_config.get("extra_special_tokens"), dict | None):
         yield "extra_special_tokens must be an object for transformers 4.51"
 
 
-def _chat_template(folder: ServedFolder) -> Iterator[str]:
-    template = folder.tokenizer_config.get("chat_template")
-    if (folder.path / CHAT_TEMPLATE).is_file() and not template:
+@_rule("the chat template is in tokenizer_config.json", _ROUTER)
+def _chat_template(model: ServedByTgi) -> Iterator[str]:
+    template = model.tokenizer_config.get("chat_template")
+    if CHAT_TEMPLATE in model.files and not template:
         yield f"the template is in {CHAT_TEMPLATE} only, which the router does not read"
-    elif (folder.path / TEMPLATES_FOLDER).is_dir() and not isinstance(template, list):
+    elif any(name.startswith(f"{TEMPLATES_FOLDER}/") for name in model.files) and not isinstance(template, list):
         yield f"the templates in {TEMPLATES_FOLDER} are missing"
     elif isinstance(template, list) and not all(
         isinstance(item, dict) and {"name", "template"} <= item.keys() for item in template
@@ -163,92 +201,61 @@ def _chat_template(folder: ServedFolder) -> Iterator[str]:
         yield "a list of templates must give each a name"
 
 
-def _weights_there(folder: ServedFolder) -> Iterator[str]:
-    if not folder.tensors:
-        yield "no *.safetensors in the folder itself"
-
-
-def _reserved(folder: ServedFolder) -> Iterator[str]:
-    for path in sorted(folder.path.glob("*.safetensors")):
-        if any(word in path.name for word in RESERVED_WORDS):
-            yield f"{path.name} would be skipped"
-
-
-def _headers(folder: ServedFolder) -> Iterator[str]:
-    for name, reason in folder.unreadable.items():
-        if name.endswith(".safetensors"):
-            yield f"{name}: {reason}"
-
-
-def _once(folder: ServedFolder) -> Iterator[str]:
-    if folder.twice:
-        yield f"{len(folder.twice)} tensors are in two files: {listed(folder.twice, limit=3)}"
-
-
-def _all_layers(folder: ServedFolder) -> Iterator[str]:
-    """TGI asks for the same tensors in each of `num_hidden_layers` layers."""
-    if not _known(folder):
-        return
-    count, layers = folder.config.get("num_hidden_layers"), folder.layers
-    if sorted(layers) != list(range(count or 0)):
-        yield f"num_hidden_layers is {count!r}, the weights have {len(layers)} layers"
-    everything = set().union(*layers.values())
-    for number, modules in sorted(layers.items()):
-        yield from (f"layer {number} has no {module}" for module in sorted(everything - modules))
-
-
-def _head(folder: ServedFolder) -> Iterator[str]:
-    """Falcon's head and embedding stand in for each other; elsewhere the config decides which one is loaded."""
-    name = "embed_out.weight" if folder.config.get("model_type") == "gpt_neox" else "lm_head.weight"
-    untied = _known(folder) and not _is_falcon(folder) and not folder.config.get("tie_word_embeddings")
-    if untied and name not in folder.tensors:
-        yield f"tie_word_embeddings is false, and there is no {name}"
-
-
-def _known(folder: ServedFolder) -> bool:
-    """Whether the family is one of TGI's own, with layers that are all alike."""
-    model = OWN_MODELS.get(str(folder.config.get("model_type")))
-    return model is not None and bool(model.row) and backend(folder.config) is Backend.OWN
-
-
-def _no_adapter(folder: ServedFolder) -> Iterator[str]:
-    if (folder.path / "adapter_config.json").exists():
+@_rule("the folder is no adapter", _CLI)
+def _no_adapter(model: ServedByTgi) -> Iterator[str]:
+    if "adapter_config.json" in model.files:
         yield "adapter_config.json makes TGI take the folder for an adapter"
 
 
-def _shard_files(folder: ServedFolder) -> Iterator[str]:
-    """Every file is loaded, so a set of shards must be alone: two sets have the same tensors, or a mixture of two."""
-    names = {stored.file for stored in folder.tensors.values()}
-    counts = {name.rpartition("-of-")[2] for name in names}
-    if len(counts) > 1:
-        yield f"files of more than one set: {', '.join(sorted(names))}"
+@_rule("launch: NUM_SHARD is a degree that works", WEIGHTS)
+def _shards(model: ServedByTgi) -> Iterator[str]:
+    if not model.environment or model.json_fault(CONFIG) or not model.linears:
+        return
+    working = [str(degree) for degree in degrees(model.config, model.linears, model.codes)]
+    if model.environment.get("NUM_SHARD") not in working:
+        yield f"NUM_SHARD is {model.environment.get('NUM_SHARD')}; these work: {', '.join(working)}"
 
 
-GENERAL_RULES: Final = (
-    Rule("config.json is a JSON object", LAUNCHER, _config_readable),
-    Rule("config.json has counts where the launcher parses counts", LAUNCHER, _config_counts),
-    Rule("the family has a model", MODELS, _family),
-    Rule("the quantization method is one that is served prequantized", LAUNCHER, _method),
-    Rule("a quantized model is run by TGI's own model", MODELS, _own_model),
-    Rule("torch_dtype is given", "transformers 4.51: configuration_utils.py", _dtype),
-    Rule("tie_word_embeddings is given", "transformers 4.51: configuration_utils.py", _tied),
-    Rule("rope_theta is given", "server/text_generation_server/layers/rotary.py", _rope_theta),
-    Rule("rope_scaling is given", "server/text_generation_server/layers/rotary.py", _rope_scaling),
-    Rule("Falcon's config leaves nothing to defaults", FALCON, _falcon_keys),
-    Rule("Falcon's heads of keys and values are counted", FALCON, _falcon_kv_heads),
-    Rule("Falcon's layer norms are counted", FALCON, _falcon_norms),
-    Rule("Falcon's variant is one that TGI reads rightly", FALCON, _falcon_variant),
-    Rule("there is a fast tokenizer", ROUTER, _tokenizer),
-    Rule("tokenizer_config.json can be parsed", "router/src/lib.rs", _tokenizer_config),
-    Rule("the tokenizer's class is known", "transformers 4.51: tokenization_auto.py", _tokenizer_class),
-    Rule("the special tokens can be read", "transformers 4.51: tokenization_utils_base.py", _special_tokens),
-    Rule("the chat template is in tokenizer_config.json", "router/src/lib.rs", _chat_template),
-    Rule("there are weights", HUB, _weights_there),
-    Rule("no file of weights has a reserved word in its name", HUB, _reserved),
-    Rule("the files of weights can be opened", WEIGHTS, _headers),
-    Rule("each tensor is in one file", WEIGHTS, _once),
-    Rule("there is one set of weights", WEIGHTS, _shard_files),
-    Rule("every layer is complete", f"{MODELING}/flash_*_modeling.py", _all_layers),
-    Rule("the output head is there", f"{MODELING}/flash_*_modeling.py", _head),
-    Rule("the folder is no adapter", PEFT, _no_adapter),
-)
+@_rule("launch: the dtype is one that the launcher knows", _LAUNCHER, "set merge.dtype to bfloat16")
+def _launch_dtype(model: ServedByTgi) -> Iterator[str]:
+    if model.environment is not None:
+        dtype = model.environment.get("DTYPE", model.config.get("torch_dtype"))
+        if dtype not in ("float16", "bfloat16"):
+            yield f"TGI serves 16-bit weights, not {dtype}"
+
+
+@_rule("launch: dtype and method do not exclude each other", _CLI)
+def _dtype_or_method(model: ServedByTgi) -> Iterator[str]:
+    environment = model.environment or {}
+    method = environment.get("QUANTIZE") or model.method
+    if "DTYPE" in environment and method and not method.startswith("bitsandbytes"):
+        yield f"DTYPE and {method} exclude each other"
+
+
+@_rule("launch: QUANTIZE fits the weights", _LAUNCHER)
+def _flag_fits(model: ServedByTgi) -> Iterator[str]:
+    if model.environment is None:
+        return
+    flag = model.environment.get("QUANTIZE")
+    if model.method and flag != model.method:
+        yield f"QUANTIZE is {flag}, the weights are {model.method}"
+    if not model.method and flag is not None and not flag.startswith("bitsandbytes"):
+        yield f"QUANTIZE is {flag}, the weights are 16-bit"
+
+
+@_rule("launch: the token limits fit together", _LAUNCHER)
+def _token_limits(model: ServedByTgi) -> Iterator[str]:
+    if model.environment is None:
+        return
+    values = [model.environment.get(key, "") for key in _TOKEN_LIMITS]
+    if not all(value.isascii() and value.isdigit() for value in values):
+        yield f"{', '.join(_TOKEN_LIMITS)} must be counts"
+        return
+    most_input, most_total, prefill = map(int, values)
+    if most_input >= most_total:
+        yield f"MAX_INPUT_TOKENS {most_input} must be less than MAX_TOTAL_TOKENS {most_total}"
+    if prefill < most_input:
+        yield f"MAX_BATCH_PREFILL_TOKENS {prefill} must be at least MAX_INPUT_TOKENS {most_input}"
+
+
+TGI: Final = Server("TGI 3.3", ServedByTgi, (*_RULES, *WEIGHT_RULES))

@@ -1,4 +1,4 @@
-"""The rules of TGI's loaders: quantized tensors, kernels, and the settings in `launch/`."""
+"""The rules of TGI's loaders: which tensors there must be, how they are quantized, and what its kernels take."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from typing import Final
 
 import torch
 
-from qexport.export.contract import Rule
-from qexport.export.tgi.families import OWN_MODELS
-from qexport.export.tgi.folder import ServedFolder
+from qexport.errors import listed
+from qexport.export.rules import Rules
+from qexport.export.tgi.families import Backend, backend
 from qexport.export.tgi.kernels import fault
-from qexport.export.tgi.parallel import degrees
-from qexport.export.tgi.refusals import w8a8_faults
-from qexport.export.tgi.rules import LAUNCHER, MODELS, PEFT, WEIGHTS
+from qexport.export.tgi.served import RESERVED_WORDS, ServedByTgi
 from qexport.formats.gptq.tensors import packed_specs
 from qexport.tensors import GroupQuantizedSpec
 
+MODELS: Final = "server/text_generation_server/models/__init__.py"
+WEIGHTS: Final = "server/text_generation_server/utils/weights.py"
+_MODELING: Final = "server/text_generation_server/models/custom_modeling/flash_*_modeling.py"
+_HUB: Final = "server/text_generation_server/utils/hub.py"
 _QUANTIZATION: Final = "server/text_generation_server/utils/quantization.py"
 _GPTQ: Final = "server/text_generation_server/layers/gptq/__init__.py"
 _MARLIN: Final = "server/text_generation_server/layers/marlin/gptq.py"
@@ -24,217 +26,235 @@ _PARALLEL: Final = "server/text_generation_server/layers/tensor_parallel.py"
 _COMPRESSED: Final = "server/text_generation_server/layers/compressed_tensors/loader.py"
 _INT8: Final = "server/text_generation_server/layers/compressed_tensors/w8a8_int.py"
 
-_PARTS: Final = ("qweight", "qzeros", "scales", "g_idx")
+NOT_QUANTIZED: Final = "use method: none for this layout, or serve it with vLLM: choose the layout vllm"
+_ALIKE: Final = (
+    "quantize all linears of the blocks, and only those, with the same bits and a group_size of 64 or 128 (4 bits fit "
+    "most shapes), or choose another layout"
+)
+
 _FLOATS: Final = (torch.float16, torch.bfloat16, torch.float32)
+_CUTLASS_MULTIPLE: Final = 16
+
+WEIGHT_RULES: Final = Rules[ServedByTgi]()
+_rule: Final = WEIGHT_RULES.rule
 
 
-def _gptq(folder: ServedFolder) -> bool:
-    return folder.method == "gptq"
+@_rule("there are weights", _HUB)
+def _weights(model: ServedByTgi) -> Iterator[str]:
+    if not model.tensors:
+        yield "no *.safetensors in the folder itself"
 
 
-def _gptq_fields(folder: ServedFolder) -> Iterator[str]:
-    if _gptq(folder) and folder.codes is None:
+@_rule("no file of weights has a reserved word in its name", _HUB, disk=True)
+def _reserved(model: ServedByTgi) -> Iterator[str]:
+    for name in model.files:
+        if "/" not in name and name.endswith(".safetensors") and any(word in name for word in RESERVED_WORDS):
+            yield f"{name} would be skipped"
+
+
+@_rule("the files of weights can be opened", WEIGHTS, disk=True)
+def _headers(model: ServedByTgi) -> Iterator[str]:
+    yield from (f"{name}: {reason}" for name, reason in model.weights.unreadable.items())
+
+
+@_rule("each tensor is in one file", WEIGHTS, disk=True)
+def _once(model: ServedByTgi) -> Iterator[str]:
+    if twice := model.weights.twice:
+        yield f"{len(twice)} tensors are in two files: {listed(twice, limit=3)}"
+
+
+@_rule("there is one set of weights", WEIGHTS, disk=True)
+def _one_set(model: ServedByTgi) -> Iterator[str]:
+    """Every file is loaded, so a set of shards must be alone: two sets have the same tensors, or a mixture of two."""
+    names = set(model.weights.files.values())
+    if len({name.rpartition("-of-")[2] for name in names}) > 1:
+        yield f"files of more than one set: {', '.join(sorted(names))}"
+
+
+@_rule("every layer is complete", _MODELING)
+def _all_layers(model: ServedByTgi) -> Iterator[str]:
+    """TGI asks for the same tensors in each of `num_hidden_layers` layers."""
+    if not _known(model):
+        return
+    count, layers = model.config.get("num_hidden_layers"), model.layers
+    if sorted(layers) != list(range(count or 0)):
+        yield f"num_hidden_layers is {count!r}, the weights have {len(layers)} layers"
+    everything = set().union(*layers.values())
+    for number, modules in sorted(layers.items()):
+        yield from (f"layer {number} has no {module}" for module in sorted(everything - modules))
+
+
+@_rule("the output head is there", _MODELING)
+def _head(model: ServedByTgi) -> Iterator[str]:
+    """Falcon's head and embedding stand in for each other; elsewhere the config decides which one is loaded."""
+    model_type = model.config.get("model_type")
+    head = "embed_out" if model_type == "gpt_neox" else "lm_head"
+    untied = _known(model) and model_type != "falcon" and not model.config.get("tie_word_embeddings")
+    if untied and not any(f"{head}.{part}" in model.tensors for part in ("weight", "qweight")):
+        yield f"tie_word_embeddings is false, and there is no {head}.weight"
+
+
+def _known(model: ServedByTgi) -> bool:
+    """Whether the family is one of TGI's own, with layers that are all alike."""
+    return model.family is not None and bool(model.family.row) and backend(model.config) is Backend.OWN
+
+
+@_rule("head and embedding are 16-bit", _PARALLEL, _ALIKE)
+def _head_dense(model: ServedByTgi) -> Iterator[str]:
+    for name, spec in model.tensors.items():
+        module, _, part = name.rpartition(".")
+        if not any(word.isdigit() for word in name.split(".")) and spec.dtype not in _FLOATS:
+            yield f"{module}: TGI reads it as 16-bit weights, its {part} is {spec.dtype}"
+
+
+@_rule("weights are 16-bit where nothing says otherwise", WEIGHTS)
+def _no_leftovers(model: ServedByTgi) -> Iterator[str]:
+    """16-bit weights are all that TGI reads where config.json names no method."""
+    if model.method is None and model.quantized:
+        yield f"{len(model.quantized)} modules are GPTQ codes, and config.json says nothing of it"
+    for name, spec in model.tensors.items():
+        if name.endswith(".weight") and model.method != "compressed-tensors" and spec.dtype not in _FLOATS:
+            yield f"{name} is {spec.dtype}"
+
+
+@_rule("quantized tensors of the family are read rightly", MODELS, NOT_QUANTIZED)
+def _family_prequantized(model: ServedByTgi) -> Iterator[str]:
+    if model.method and model.family and model.family.prequantized:
+        yield model.family.prequantized
+
+
+@_rule("GPTQ: config.json gives bits, group_size, sym and desc_act", _QUANTIZATION)
+def _gptq_fields(model: ServedByTgi) -> Iterator[str]:
+    if model.method == "gptq" and model.codes is None:
         yield "bits, group_size, sym and desc_act must all be there, else TGI goes on with defaults"
 
 
-def _both_configs(folder: ServedFolder) -> Iterator[str]:
-    if folder.quantize_config is not None and folder.quantize_config != folder.config.get("quantization_config"):
+@_rule("GPTQ: both configs say the same", _QUANTIZATION)
+def _both_configs(model: ServedByTgi) -> Iterator[str]:
+    name = "quantize_config.json"
+    if name in model.files and model.json(name) != model.config.get("quantization_config"):
         yield "quantize_config.json and quantization_config differ"
 
 
-def _zero_points(folder: ServedFolder) -> Iterator[str]:
-    if _gptq(folder) and folder.quantization.get("checkpoint_format", "gptq") != "gptq":
-        yield f"checkpoint_format is {folder.quantization['checkpoint_format']!r}; TGI adds one in any case"
+@_rule("GPTQ: zero points are stored less one", _GPTQ)
+def _zero_points(model: ServedByTgi) -> Iterator[str]:
+    if model.method == "gptq" and model.quantization.get("checkpoint_format", "gptq") != "gptq":
+        yield f"checkpoint_format is {model.quantization['checkpoint_format']!r}; TGI adds one in any case"
 
 
-def _same_everywhere(folder: ServedFolder) -> Iterator[str]:
-    if not _gptq(folder):
+@_rule("GPTQ: bits and groups are the same everywhere", _QUANTIZATION, _ALIKE)
+def _same_everywhere(model: ServedByTgi) -> Iterator[str]:
+    if model.method != "gptq":
         return
-    for key in ("dynamic", "modules_to_not_convert", "modules_in_block_to_quantize"):
-        if folder.quantization.get(key):
-            yield f"{key} is not followed"
-    if folder.quantization.get("lm_head"):
-        yield "lm_head: true is not followed"
+    for key in ("dynamic", "modules_to_not_convert", "modules_in_block_to_quantize", "lm_head"):
+        if value := model.quantization.get(key):
+            named = ", ".join(value) if isinstance(value, dict) else ""
+            yield f"{named or key}: TGI reads the same bits and groups everywhere, and does not follow {key}"
 
 
-def _four_parts(folder: ServedFolder) -> Iterator[str]:
-    if _gptq(folder):
-        for module in folder.quantized:
-            yield from (f"{module}.{part} is missing" for part in _PARTS if f"{module}.{part}" not in folder.tensors)
+@_rule("GPTQ: every module has qweight, qzeros, scales and g_idx", _GPTQ)
+def _four_parts(model: ServedByTgi) -> Iterator[str]:
+    if model.method == "gptq":
+        names = (f"{module}.{part}" for module in model.quantized for part in ("qzeros", "scales", "g_idx"))
+        yield from (f"{name} is missing" for name in names if name not in model.tensors)
 
 
-def _quantized_linears(folder: ServedFolder) -> Iterator[str]:
-    if _gptq(folder):
-        if not folder.quantized:
-            yield "nothing is quantized"
-        yield from (f"{module} is not quantized" for module in folder.dense)
-
-
-def _no_leftovers(folder: ServedFolder) -> Iterator[str]:
-    """16-bit weights are all that TGI reads where config.json names no method."""
-    if folder.method is None and folder.quantized:
-        yield f"{len(folder.quantized)} modules are GPTQ codes, and config.json says nothing of it"
-    for name, stored in folder.tensors.items():
-        if name.endswith(".weight") and folder.method != "compressed-tensors" and stored.spec.dtype not in _FLOATS:
-            yield f"{name} is {stored.spec.dtype}"
-
-
-def _part_specs(folder: ServedFolder) -> Iterator[str]:
-    if folder.codes is None:
+@_rule("GPTQ: the tensors have the dtypes and shapes of config.json", _GPTQ)
+def _part_specs(model: ServedByTgi) -> Iterator[str]:
+    if (codes := model.codes) is None:
         return
-    for module, (out_features, in_features) in folder.quantized.items():
-        codes = folder.codes
+    for module, (out_features, in_features) in model.quantized.items():
         group_size = in_features if codes.group_size == -1 else codes.group_size
         wanted = GroupQuantizedSpec(out_features, in_features, codes.bits, group_size, codes.sym, codes.desc_act)
         for part, spec in packed_specs(wanted).items():
-            stored = folder.tensors.get(f"{module}.{part}")
-            if stored and stored.spec != spec:
-                yield f"{module}.{part} is {stored.spec}, not {spec}"
+            stored = model.tensors.get(f"{module}.{part}", spec)
+            if stored != spec:
+                yield f"{module}.{part} is {stored}, not {spec}"
 
 
-def _head_dense(folder: ServedFolder) -> Iterator[str]:
-    for name, stored in folder.tensors.items():
-        in_block = any(part.isdigit() for part in name.split("."))
-        if not in_block and stored.spec.dtype not in _FLOATS:
-            yield f"{name} is {stored.spec.dtype}"
+@_rule("GPTQ: every linear of the blocks is quantized", _GPTQ, _ALIKE)
+def _quantized_linears(model: ServedByTgi) -> Iterator[str]:
+    if model.method == "gptq":
+        if not model.quantized:
+            yield "nothing is quantized"
+        yield from (f"{module}: TGI reads every linear of the blocks as quantized" for module in model.dense)
 
 
-def _kernels(folder: ServedFolder) -> Iterator[str]:
-    if folder.codes:
-        for linear in folder.linears:
-            if linear.modules[0] in folder.quantized and (reason := fault(folder.codes, linear)):
+@_rule("GPTQ: a kernel takes every layer", _MARLIN, _ALIKE)
+def _kernels(model: ServedByTgi) -> Iterator[str]:
+    if model.codes:
+        for linear in model.linears:
+            if linear.modules[0] in model.quantized and (reason := fault(model.codes, linear)):
                 yield f"{linear.name}: {reason}"
 
 
-def _family_prequantized(folder: ServedFolder) -> Iterator[str]:
-    model = OWN_MODELS.get(str(folder.config.get("model_type")))
-    if folder.method and model and model.prequantized:
-        yield model.prequantized
-
-
-def _joined_order(folder: ServedFolder) -> Iterator[str]:
+@_rule("GPTQ: joined layers have the same g_idx", _GPTQ, disk=True)
+def _joined_order(model: ServedByTgi) -> Iterator[str]:
     """Joined layers share the first one's g_idx. Without desc_act the order is always the same."""
-    if folder.codes is None or not folder.codes.desc_act:
+    if model.codes is None or not model.codes.desc_act:
         return
-    for linear in folder.linears:
+    for linear in model.linears:
         names = [f"{module}.g_idx" for module in linear.modules]
-        if len(names) > 1 and all(name in folder.tensors for name in names):
-            first = folder.read(names[0])
-            if not all(torch.equal(first, folder.read(name)) for name in names[1:]):
+        if len(names) > 1 and all(name in model.tensors for name in names):
+            first = model.read(names[0])
+            if not all(torch.equal(first, model.read(name)) for name in names[1:]):
                 yield f"{linear.name}: g_idx differs"
 
 
-def _compressed(folder: ServedFolder) -> bool:
-    return folder.method == "compressed-tensors"
-
-
-def _compressed_config(folder: ServedFolder) -> Iterator[str]:
-    if not _compressed(folder):
+@_rule("compressed-tensors: the config is one of int8 weights", _COMPRESSED)
+def _compressed_config(model: ServedByTgi) -> Iterator[str]:
+    config = model.quantization
+    if model.method != "compressed-tensors":
         return
-    config = folder.quantization
     if config.get("quantization_status") not in ("compressed", "frozen"):
         yield f"quantization_status is {config.get('quantization_status')!r}"
     if config.get("format") != "int-quantized":
         yield f"format is {config.get('format')!r}; of those that qexport writes, TGI reads int-quantized"
     for name, group in (config.get("config_groups") or {}).items():
         weights = group.get("weights") or {}
-        scheme = [weights.get(key) for key in ("num_bits", "type", "symmetric", "dynamic")]
-        if scheme != [8, "int", True, False]:
+        if [weights.get(key) for key in ("num_bits", "type", "symmetric", "dynamic")] != [8, "int", True, False]:
             yield f"{name}: weights must be symmetric 8-bit integers with stored scales"
     if not config.get("config_groups"):
         yield "config_groups is empty"
 
 
-def _ignored_head(folder: ServedFolder) -> Iterator[str]:
-    if not _compressed(folder):
-        return
-    ignored = folder.quantization.get("ignore") or []
-    for module in folder.dense:
-        if folder.tensors[f"{module}.weight"].spec.dtype != torch.int8 and module not in ignored:
-            yield f"{module} is not quantized, and not in ignore"
+@_rule("compressed-tensors: what is not quantized is ignored", _COMPRESSED)
+def _ignored(model: ServedByTgi) -> Iterator[str]:
+    ignored = model.quantization.get("ignore") or []
+    yield from (f"{module} is not quantized, and not in ignore" for module in _left(model) if module not in ignored)
 
 
-def _int8_tensors(folder: ServedFolder) -> Iterator[str]:
-    if not _compressed(folder):
+@_rule("compressed-tensors: every int8 weight has its scales", _INT8)
+def _int8_tensors(model: ServedByTgi) -> Iterator[str]:
+    if model.method != "compressed-tensors":
         return
-    int8 = [name for name, stored in folder.tensors.items() if stored.spec.dtype == torch.int8]
+    int8 = [name for name, spec in model.tensors.items() if spec.dtype == torch.int8]
     if not int8:
         yield "nothing is quantized"
     for name in int8:
-        scale, rows = folder.tensors.get(f"{name}_scale"), folder.tensors[name].spec.shape[0]
+        scale, rows = model.tensors.get(f"{name}_scale"), model.tensors[name].shape[0]
         if scale is None:
             yield f"{name}_scale is missing"
-        elif scale.spec.shape not in ((rows, 1), (rows,)) or scale.spec.dtype not in _FLOATS:
-            yield f"{name}_scale is {scale.spec}"
+        elif scale.shape not in ((rows, 1), (rows,)) or scale.dtype not in _FLOATS:
+            yield f"{name}_scale is {scale}"
 
 
-def _int8_shapes(folder: ServedFolder) -> Iterator[str]:
-    if _compressed(folder):
-        left = [module for module in folder.dense if folder.tensors[f"{module}.weight"].spec.dtype != torch.int8]
-        yield from w8a8_faults(folder.linears, left)
-
-
-def _shards(folder: ServedFolder) -> Iterator[str]:
-    if not folder.environment or "config.json" in folder.unreadable or not folder.linears:
+@_rule("compressed-tensors: the kernel takes every layer", _INT8, _ALIKE)
+def _int8_shapes(model: ServedByTgi) -> Iterator[str]:
+    """The loader looks up the first of the joined modules for all of them; CUTLASS wants rows of 16 bytes."""
+    if model.method != "compressed-tensors":
         return
-    working = degrees(folder.config, folder.linears, folder.codes)
-    if folder.environment.get("NUM_SHARD") not in [str(degree) for degree in working]:
-        yield f"NUM_SHARD is {folder.environment.get('NUM_SHARD')}; these work: {', '.join(map(str, working))}"
+    not_quantized = set(_left(model))
+    for linear in model.linears:
+        left = [module for module in linear.modules if module in not_quantized]
+        if left and len(left) < len(linear.modules):
+            yield f"{linear.name}: TGI joins these layers, and only {', '.join(left)} is not quantized"
+        elif not left and any(count % _CUTLASS_MULTIPLE for count in linear.shape):
+            yield f"{linear.name}: {linear.shape} are no multiples of {_CUTLASS_MULTIPLE}"
 
 
-def _dtype_or_method(folder: ServedFolder) -> Iterator[str]:
-    environment = folder.environment or {}
-    method = environment.get("QUANTIZE") or folder.method
-    if "DTYPE" in environment and method and not method.startswith("bitsandbytes"):
-        yield f"DTYPE and {method} exclude each other"
-
-
-def _flag_fits(folder: ServedFolder) -> Iterator[str]:
-    environment = folder.environment
-    if environment is None:
-        return
-    flag = environment.get("QUANTIZE")
-    if folder.method and flag != folder.method:
-        yield f"QUANTIZE is {flag}, the weights are {folder.method}"
-    if not folder.method and flag is not None and not flag.startswith("bitsandbytes"):
-        yield f"QUANTIZE is {flag}, the weights are 16-bit"
-
-
-def _token_limits(folder: ServedFolder) -> Iterator[str]:
-    environment = folder.environment
-    if environment is None:
-        return
-    keys = ("MAX_INPUT_TOKENS", "MAX_TOTAL_TOKENS", "MAX_BATCH_PREFILL_TOKENS")
-    values = [environment.get(key, "") for key in keys]
-    if not all(value.isascii() and value.isdigit() for value in values):
-        yield f"{', '.join(keys)} must be counts"
-        return
-    most_input, most_total, prefill = map(int, values)
-    if most_input >= most_total:
-        yield f"MAX_INPUT_TOKENS {most_input} must be less than MAX_TOTAL_TOKENS {most_total}"
-    if prefill < most_input:
-        yield f"MAX_BATCH_PREFILL_TOKENS {prefill} must be at least MAX_INPUT_TOKENS {most_input}"
-
-
-WEIGHT_RULES: Final = (
-    Rule("GPTQ: config.json gives bits, group_size, sym and desc_act", _QUANTIZATION, _gptq_fields),
-    Rule("GPTQ: both configs say the same", _QUANTIZATION, _both_configs),
-    Rule("GPTQ: zero points are stored less one", _GPTQ, _zero_points),
-    Rule("GPTQ: bits and groups are the same everywhere", _QUANTIZATION, _same_everywhere),
-    Rule("GPTQ: every module has qweight, qzeros, scales and g_idx", _GPTQ, _four_parts),
-    Rule("GPTQ: the tensors have the dtypes and shapes of config.json", _GPTQ, _part_specs),
-    Rule("GPTQ: every linear of the blocks is quantized", _GPTQ, _quantized_linears),
-    Rule("GPTQ: a kernel takes every layer", _MARLIN, _kernels),
-    Rule("GPTQ: joined layers have the same g_idx", _GPTQ, _joined_order),
-    Rule("quantized tensors of the family are read rightly", MODELS, _family_prequantized),
-    Rule("head and embedding are 16-bit", _PARALLEL, _head_dense),
-    Rule("weights are 16-bit where nothing says otherwise", WEIGHTS, _no_leftovers),
-    Rule("compressed-tensors: the config is one of int8 weights", _COMPRESSED, _compressed_config),
-    Rule("compressed-tensors: what is not quantized is ignored", _COMPRESSED, _ignored_head),
-    Rule("compressed-tensors: every int8 weight has its scales", _INT8, _int8_tensors),
-    Rule("compressed-tensors: the kernel takes every layer", _INT8, _int8_shapes),
-    Rule("launch: NUM_SHARD is a degree that works", WEIGHTS, _shards),
-    Rule("launch: dtype and method do not exclude each other", PEFT, _dtype_or_method),
-    Rule("launch: QUANTIZE fits the weights", LAUNCHER, _flag_fits),
-    Rule("launch: the token limits fit together", LAUNCHER, _token_limits),
-)
+def _left(model: ServedByTgi) -> list[str]:
+    """Modules of the blocks that are not quantized, where others are quantized to int8."""
+    if model.method != "compressed-tensors":
+        return []
+    return [module for module in model.dense if model.tensors[f"{module}.weight"].dtype != torch.int8]

@@ -5,24 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from qexport.architectures.checkpoint import Checkpoint
 from qexport.architectures.structure import Structure
-from qexport.export.contract import refuse_failed
-from qexport.export.model_files import write_model_files
+from qexport.export.launch import served_name
+from qexport.export.model_files import model_files, write_files
 from qexport.export.settings import VllmSettings, parse_size
-from qexport.export.vllm.contract import SERVER, check_folder
-from qexport.export.vllm.launch import Figures, launch_files, max_model_len, served_name
+from qexport.export.vllm.launch import Figures, launch_files, max_model_len
 from qexport.export.vllm.parallel import SplitLinear, degrees
-from qexport.export.vllm.refusals import kernel_notes, refuse
+from qexport.export.vllm.rules import VLLM
+from qexport.export.vllm.served import ServedByVllm
 from qexport.export.weight_files import WeightFiles
 from qexport.formats import GptqFormat, Outputs
 from qexport.formats.compressed_tensors.format import PackQuantizedFormat
 from qexport.formats.format import StoredFormat
 from qexport.tensors import GroupQuantizedSpec
+
+_CPU_MULTIPLE: Final = 32
+"""`vllm/model_executor/kernels/linear/mixed_precision/cpu.py`."""
 
 
 class VllmLayout:
@@ -35,7 +38,7 @@ class VllmLayout:
         checkpoint: the merged model, of which only config and file names are looked at.
 
     Raises:
-        CompatibilityError: vLLM would refuse the model or its codes, with the reason and the way out.
+        CompatibilityError: the artifact would break a rule of vLLM, or a layer cannot be stored.
     """
 
     name = "vllm"
@@ -45,8 +48,9 @@ class VllmLayout:
     def __init__(self, settings: VllmSettings, outputs: Outputs, structure: Structure, checkpoint: Checkpoint) -> None:
         self._outputs, self._structure, self._config = outputs, structure, checkpoint.config
         self._form = settings.format
-        refuse(outputs, structure, checkpoint, self._form)
         self.weights = WeightFiles(self._stored_as, outputs, parse_size(settings.max_shard_size))
+        planned = ServedByVllm.planned(self._files(checkpoint), self.weights.specs)
+        VLLM.refuse_plan(replace(planned, plan=structure))
         self.weights.refuse_faults()
 
     @property
@@ -57,14 +61,14 @@ class VllmLayout:
     @property
     def notes(self) -> list[str]:
         """What the server does with the folder."""
-        notes = kernel_notes(self._outputs)
+        notes = _kernel_notes(self._outputs)
         if isinstance(self._outputs.format, GptqFormat) and self._dense_dtype == torch.bfloat16:
             notes.append("vLLM rounds the scales to its dtype; only --dtype float16 reads them as they are")
         working = ", ".join(map(str, self._degrees))
         return [*notes, f"vLLM can split it among this many GPUs (--tensor-parallel-size): {working}"]
 
     def prepare(self) -> None:
-        """There is nothing that could fail late."""
+        """Nothing: what can fail without weights was tried when the layout was made."""
 
     def write_files(self, folder: Path, checkpoint: Checkpoint) -> None:
         """Writes config, tokenizer, model card and launch files.
@@ -72,6 +76,18 @@ class VllmLayout:
         Raises:
             QexportError: a file of the checkpoint would leave the folder or replace another file.
         """
+        write_files(folder, self._files(checkpoint))
+
+    def check(self, folder: Path) -> None:
+        """Checks the finished folder: every rule of vLLM's config and loaders.
+
+        Raises:
+            QexportError: a rule is broken; all that are broken are listed.
+        """
+        VLLM.refuse_folder(folder)
+
+    def _files(self, checkpoint: Checkpoint) -> dict[str, bytes]:
+        """Everything beside the weights and the manifest."""
         figures = Figures(
             served_name(checkpoint.origin.name),
             max_model_len(self._config),
@@ -79,15 +95,7 @@ class VllmLayout:
             self._degrees,
         )
         served = replace(checkpoint, files={**checkpoint.files, **launch_files(figures)})
-        write_model_files(folder, served, self._outputs.format, self.quantization, self._dense_dtype, self.notes)
-
-    def check(self, folder: Path) -> None:
-        """Holds the finished folder against what vLLM's config and loaders demand.
-
-        Raises:
-            QexportError: a rule is broken; all that are broken are listed.
-        """
-        refuse_failed(check_folder(folder), SERVER)
+        return model_files(served, self._outputs.format, self.quantization, self._dense_dtype, self.notes)
 
     @property
     def _stored_as(self) -> StoredFormat:
@@ -109,3 +117,16 @@ class VllmLayout:
             group_size = spec.group_size if isinstance(spec, GroupQuantizedSpec) and spec.groups > 1 else None
             linears.append(SplitLinear(linear.name, linear.out_features, linear.in_features, group_size, grouped))
         return degrees(self._config, linears)
+
+
+def _kernel_notes(outputs: Outputs) -> list[str]:
+    """Which shapes want which processor."""
+    if not isinstance(outputs.format, GptqFormat):
+        return []
+    notes = ["vLLM's kernels for 4 bits need AVX-512 on x86 CPUs, compute capability 7.5 on NVIDIA GPUs"]
+    uneven = [module for module, spec in outputs.quantized.items() if any(side % _CPU_MULTIPLE for side in spec.shape)]
+    if uneven:
+        notes.append(
+            f"vLLM on CPUs wants inputs and outputs in multiples of {_CPU_MULTIPLE}, which {len(uneven)} layers are not"
+        )
+    return notes

@@ -1,14 +1,30 @@
-"""Among how many GPUs vLLM can split a model.
+"""The linear layers that vLLM joins into one, and among how many GPUs it can split a model.
 
-Sources in vLLM: `vllm/config/model.py` (`verify_with_parallel_config`), the attention classes in
-`vllm/model_executor/models`, `vllm/distributed/utils.py` (`verify_group_size_divides_partition`).
+Sources in vLLM: `packed_modules_mapping` and `orig_to_new_stacked` of the classes in `vllm/model_executor/models`, and
+their attention; `vllm/config/model.py` (`verify_with_parallel_config`), `vllm/distributed/utils.py`
+(`verify_group_size_divides_partition`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
+
+JOINED: Final = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+"""Names of siblings that become `qkv_proj` and `gate_up_proj`."""
+
+
+def joined_modules(modules: Mapping[str, Hashable]) -> list[list[str]]:
+    """The modules that become one layer, together; modules that stay alone are left out."""
+    groups: dict[tuple[str, int], list[str]] = {}
+    for module in modules:
+        parent, _, leaf = module.rpartition(".")
+        for index, names in enumerate(JOINED):
+            if leaf in names:
+                groups.setdefault((parent, index), []).append(module)
+    return [group for group in groups.values() if len(group) > 1]
+
 
 LARGEST_DEGREE: Final = 16
 

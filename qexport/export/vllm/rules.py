@@ -1,4 +1,4 @@
-"""The rules of vLLM's configuration: what config.json may say."""
+"""The rules of vLLM's configuration: config.json, the tokenizer, the launch files; and all of vLLM's."""
 
 from __future__ import annotations
 
@@ -6,120 +6,161 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from qexport.errors import InputError
-from qexport.export.contract import Rule
-from qexport.export.vllm.architectures import ARCHITECTURES
-from qexport.export.vllm.folder import ServedFolder
+from qexport.export.rules import Rules, Server
+from qexport.export.served import CONFIG
+from qexport.export.vllm.architectures import ARCHITECTURES, VERSION
 from qexport.export.vllm.launch import max_model_len
 from qexport.export.vllm.parallel import heads
-from qexport.export.vllm.refusals import GROUP_SIZES, NO_FLOAT16, TOKENIZERS, architecture, falcon_faults
+from qexport.export.vllm.served import ServedByVllm
+from qexport.export.vllm.weight_rules import COMPRESSED, GPTQ, GPTQ_UTILS, WEIGHT_RULES
 
-CONFIG: Final = "vllm/transformers_utils/config.py"
-MODEL_CONFIG: Final = "vllm/config/model.py"
-REGISTRY: Final = "vllm/model_executor/models/registry.py"
-FALCON: Final = "vllm/model_executor/models/falcon.py"
-GPTQ: Final = "vllm/model_executor/layers/quantization/auto_gptq.py"
-GPTQ_UTILS: Final = "vllm/model_executor/layers/quantization/utils/gptq_utils.py"
-MARLIN_UTILS: Final = "vllm/model_executor/layers/quantization/utils/marlin_utils.py"
-COMPRESSED: Final = "vllm/model_executor/layers/quantization/compressed_tensors/compressed_tensors.py"
-TOKENIZER: Final = "vllm/tokenizers/hf.py"
+_CONFIG: Final = "vllm/transformers_utils/config.py"
+_MODEL_CONFIG: Final = "vllm/config/model.py"
+_REGISTRY: Final = "vllm/model_executor/models/registry.py"
+_FALCON: Final = "vllm/model_executor/models/falcon.py"
+_MARLIN_UTILS: Final = "vllm/model_executor/layers/quantization/utils/marlin_utils.py"
 
 _DTYPES: Final = ("float16", "bfloat16", "float32")
 _METHODS: Final = ("gptq", "compressed-tensors")
+_GROUP_SIZES: Final = (-1, 32, 64, 128)
+"""Asked for every GPTQ layer on every platform."""
+_NO_FLOAT16: Final = ("gemma2", "gemma3", "gemma3_text", "glm4")
+_TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "tekken.json")
+"""`vllm/tokenizers`: it reads one of these."""
+_FALCON_ACTIVATION: Final = "gelu"
 _INT8: Final = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
 _TOKEN: Final = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
+_OTHER_BITS: Final = "use bits: 4, or method w8a8 for 8 bits"
+_STATIC: Final = "use static_groups: true, which needs no order in the file"
+
+_RULES: Final = Rules[ServedByVllm]()
+_rule: Final = _RULES.rule
 
 
-def _readable(folder: ServedFolder) -> Iterator[str]:
-    if "config" in folder.unreadable:
-        yield folder.unreadable["config"]
+@_rule("config.json can be read", _CONFIG)
+def _readable(model: ServedByVllm) -> Iterator[str]:
+    if reason := model.json_fault(CONFIG):
+        yield reason
 
 
-def _architecture(folder: ServedFolder) -> Iterator[str]:
-    name = architecture(folder.config)
-    if name not in ARCHITECTURES:
-        yield f"no class for {name!r}"
-    elif folder.structure is None:
-        yield folder.unreadable["structure"]
+@_rule("vLLM has a class for the architecture", _REGISTRY)
+def _architecture(model: ServedByVllm) -> Iterator[str]:
+    """What has no class, vLLM would run through transformers, which was not tried."""
+    if model.architecture not in ARCHITECTURES:
+        yield f"{model.architecture!r} has no class in vLLM"
+    elif isinstance(model.described, str):
+        yield model.described
 
 
-def _no_code(folder: ServedFolder) -> Iterator[str]:
-    if "auto_map" in folder.config:
+@_rule("no code is loaded from the folder", _CONFIG)
+def _no_code(model: ServedByVllm) -> Iterator[str]:
+    if "auto_map" in model.config:
         yield "auto_map asks for --trust-remote-code"
 
 
-def _dtype(folder: ServedFolder) -> Iterator[str]:
-    if folder.dtype not in _DTYPES:
-        yield f"dtype is {folder.dtype!r}"
-    if folder.dtype == "float16" and folder.config.get("model_type") in NO_FLOAT16:
-        yield f"{folder.config['model_type']} does not run in float16"
+@_rule("the dtype is one that the model runs in", _MODEL_CONFIG, "set merge.dtype to bfloat16")
+def _dtype(model: ServedByVllm) -> Iterator[str]:
+    if model.dtype not in _DTYPES:
+        yield f"dtype is {model.dtype!r}"
+    if model.dtype == "float16" and model.config.get("model_type") in _NO_FLOAT16:
+        yield f"vLLM does not run {model.config['model_type']} in float16"
 
 
-def _falcon(folder: ServedFolder) -> Iterator[str]:
-    yield from falcon_faults(folder.config)
+@_rule("a Falcon has the shape that vLLM's class has", _FALCON)
+def _falcon(model: ServedByVllm) -> Iterator[str]:
+    config = model.config
+    if config.get("model_type") != "falcon":
+        return
+    hidden, inner = config.get("hidden_size", 0), config.get("ffn_hidden_size")
+    if inner is not None and inner != 4 * hidden:
+        yield f"ffn_hidden_size {inner}: vLLM's Falcon has 4 * hidden_size = {4 * hidden}"
+    if config.get("activation", _FALCON_ACTIVATION) != _FALCON_ACTIVATION:
+        yield f"activation {config['activation']!r}: vLLM's Falcon has {_FALCON_ACTIVATION!r}"
 
 
-def _method(folder: ServedFolder) -> Iterator[str]:
-    if folder.config.get("quantization_config") is not None and folder.method not in _METHODS:
-        yield f"quant_method is {folder.method!r}; vLLM reads {', '.join(_METHODS)}"
+@_rule(
+    "the quantization method is in vLLM's core",
+    _MODEL_CONFIG,
+    "use method gptq (4 bits) or w8a8 (8 bits), or layout safetensors for transformers",
+)
+def _method(model: ServedByVllm) -> Iterator[str]:
+    method = model.quantization.get("quant_method")
+    if method == "bitsandbytes":
+        yield "vLLM has dropped bitsandbytes in 0.28"
+    elif model.config.get("quantization_config") is not None and method not in _METHODS:
+        yield f"quant_method is {method!r}; vLLM reads {', '.join(_METHODS)}"
 
 
-def _followed(folder: ServedFolder) -> Iterator[str]:
+@_rule("the quantization config can be followed", COMPRESSED)
+def _followed(model: ServedByVllm) -> Iterator[str]:
     try:
-        schemes = folder.schemes
+        schemes = model.schemes
     except InputError as error:
         yield error.what
         return
-    if folder.quantization and folder.structure and not any(schemes.values()):
+    if model.method in _METHODS and model.structure and not any(schemes.values()):
         yield "no layer is quantized by it"
 
 
-def _gptq_codes(folder: ServedFolder) -> Iterator[str]:
-    if folder.method != "gptq":
-        return
-    for place, says in _gptq_says(folder):
-        if (says.get("bits"), says.get("sym")) != (4, True):
-            yield f"{place}: bits {says.get('bits')!r}, sym {says.get('sym')!r}; 4 and true are read on every platform"
+@_rule(
+    "GPTQ codes are 4 bits and symmetric",
+    GPTQ,
+    f"{_OTHER_BITS}; use sym: true, or format: compressed-tensors, which has zero points",
+)
+def _gptq_codes(model: ServedByVllm) -> Iterator[str]:
+    for place, says in _gptq_says(model):
+        if says.get("bits") != 4:
+            yield f"{place}: bits {says.get('bits')!r}: vLLM has kernels for 4 bits everywhere"
+        if says.get("sym") is not True:
+            yield f"{place}: sym: {str(says.get('sym')).lower()}: vLLM reads symmetric codes only"
 
 
-def _gptq_order(folder: ServedFolder) -> Iterator[str]:
-    if folder.method != "gptq":
-        return
-    for place, says in _gptq_says(folder):
+@_rule("GPTQ groups are in the order of the inputs", GPTQ_UTILS, _STATIC)
+def _gptq_order(model: ServedByVllm) -> Iterator[str]:
+    for place, says in _gptq_says(model):
         if says.get("desc_act") is not False and says.get("group_size") != -1:
             yield f"{place}: desc_act is {says.get('desc_act')!r}"
 
 
-def _gptq_groups(folder: ServedFolder) -> Iterator[str]:
-    if folder.method != "gptq":
+@_rule(
+    "GPTQ groups are of a size that is read",
+    _MARLIN_UTILS,
+    f"use a group_size of {', '.join(map(str, _GROUP_SIZES))}, or format: compressed-tensors",
+)
+def _gptq_groups(model: ServedByVllm) -> Iterator[str]:
+    for place, says in _gptq_says(model):
+        if says.get("group_size") not in _GROUP_SIZES:
+            yield f"{place}: group_size {says.get('group_size')!r}"
+
+
+def _gptq_says(model: ServedByVllm) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The quantization_config of GPTQ, and with each rule of `dynamic` laid over it."""
+    if model.method != "gptq":
         return
-    for place, says in _gptq_says(folder):
-        if says.get("group_size") not in GROUP_SIZES:
-            yield f"{place}: group_size is {says.get('group_size')!r}"
-
-
-def _gptq_says(folder: ServedFolder) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The quantization_config, and with each rule of `dynamic` laid over it."""
-    yield "quantization_config", folder.quantization
-    dynamic = folder.quantization.get("dynamic")
+    yield "quantization_config", model.quantization
+    dynamic = model.quantization.get("dynamic")
     for pattern, changes in dynamic.items() if isinstance(dynamic, Mapping) else ():
         if not pattern.startswith("-:") and isinstance(changes, Mapping):
-            yield f"dynamic: {pattern}", {**folder.quantization, **changes}
+            yield f"dynamic: {pattern}", {**model.quantization, **changes}
 
 
-def _gptq_dtype(folder: ServedFolder) -> Iterator[str]:
-    if folder.method == "gptq" and folder.dtype == "float32":
+@_rule("4-bit codes stand beside 16-bit weights", GPTQ, "set merge.dtype to bfloat16 or float16")
+def _packed_dtype(model: ServedByVllm) -> Iterator[str]:
+    packed = model.method == "gptq" or model.quantization.get("format") == "pack-quantized"
+    if packed and model.dtype == "float32":
         yield "dtype is float32; the kernels compute in 16 bits"
 
 
-def _schemes(folder: ServedFolder) -> Iterator[str]:
-    if folder.method != "compressed-tensors":
+@_rule("compressed-tensors schemes are W8A8 or W4A16", COMPRESSED, f"{_OTHER_BITS}; instead of desc_act {_STATIC}")
+def _schemes(model: ServedByVllm) -> Iterator[str]:
+    if model.method != "compressed-tensors":
         return
-    groups = folder.quantization.get("config_groups")
+    groups = model.quantization.get("config_groups")
     for name, group in groups.items() if isinstance(groups, Mapping) else ():
         weights, activations = group.get("weights") or {}, group.get("input_activations")
         if weights.get("actorder") in ("group", "dynamic"):
             yield f"{name}: actorder {weights['actorder']!r}"
-        elif folder.quantization.get("format") == "int-quantized":
+        elif model.quantization.get("format") == "int-quantized":
             if not _holds(weights, _INT8) or weights.get("strategy") != "channel":
                 yield f"{name}: weights are not symmetric int8 with a scale for each output"
             if not _holds(activations or {}, _TOKEN):
@@ -133,41 +174,28 @@ def _holds(says: Mapping[str, Any], demanded: Mapping[str, Any]) -> bool:
     return all(says.get(key, defaults.get(key)) == value for key, value in demanded.items())
 
 
-def _tokenizer(folder: ServedFolder) -> Iterator[str]:
-    if not any((folder.path / name).is_file() for name in TOKENIZERS):
-        yield f"none of {', '.join(TOKENIZERS)}"
+@_rule("there is a tokenizer", "vllm/tokenizers/hf.py", "save the base's tokenizer into its folder")
+def _tokenizer(model: ServedByVllm) -> Iterator[str]:
+    if not any(name in model.files for name in _TOKENIZERS):
+        yield f"none of {', '.join(_TOKENIZERS)}"
 
 
-def _launch_length(folder: ServedFolder) -> Iterator[str]:
-    longest = max_model_len(folder.config)
-    for place, arguments in folder.engine_arguments:
+@_rule("launch files ask for no longer sequences than the model's", _MODEL_CONFIG)
+def _launch_length(model: ServedByVllm) -> Iterator[str]:
+    longest = max_model_len(model.config)
+    for place, arguments in model.engine_arguments:
         length = arguments.get("max_model_len")
         if longest is not None and length is not None and length > longest:
             yield f"{place}: max_model_len {length}, the model was made for {longest}"
 
 
-def _launch_parallel(folder: ServedFolder) -> Iterator[str]:
-    count, _ = heads(folder.config)
-    for place, arguments in folder.engine_arguments:
+@_rule("launch files split the heads evenly", _MODEL_CONFIG)
+def _launch_parallel(model: ServedByVllm) -> Iterator[str]:
+    count, _ = heads(model.config)
+    for place, arguments in model.engine_arguments:
         degree = arguments.get("tensor_parallel_size", 1)
         if count % degree:
             yield f"{place}: tensor_parallel_size {degree} does not divide {count} heads"
 
 
-CONFIG_RULES: Final = (
-    Rule("config.json can be read", CONFIG, _readable),
-    Rule("vLLM has a class for the architecture", REGISTRY, _architecture),
-    Rule("no code is loaded from the folder", CONFIG, _no_code),
-    Rule("the dtype is one that the model runs in", MODEL_CONFIG, _dtype),
-    Rule("a Falcon has the shape that vLLM's class has", FALCON, _falcon),
-    Rule("the quantization method is in vLLM's core", MODEL_CONFIG, _method),
-    Rule("the quantization config can be followed", COMPRESSED, _followed),
-    Rule("GPTQ codes are 4 bits and symmetric", GPTQ, _gptq_codes),
-    Rule("GPTQ groups are in the order of the inputs", GPTQ_UTILS, _gptq_order),
-    Rule("GPTQ groups are of a size that is read", MARLIN_UTILS, _gptq_groups),
-    Rule("GPTQ codes stand beside 16-bit weights", GPTQ, _gptq_dtype),
-    Rule("compressed-tensors schemes are W8A8 or W4A16", COMPRESSED, _schemes),
-    Rule("there is a tokenizer", TOKENIZER, _tokenizer),
-    Rule("launch files ask for no longer sequences than the model's", MODEL_CONFIG, _launch_length),
-    Rule("launch files split the heads evenly", MODEL_CONFIG, _launch_parallel),
-)
+VLLM: Final = Server(f"vLLM {VERSION}", ServedByVllm, (*_RULES, *WEIGHT_RULES))

@@ -1,4 +1,4 @@
-"""The rules of vLLM's loaders: which tensors a folder must hold."""
+"""The rules of vLLM's loaders: which tensors there must be, and in which ways layers may be quantized."""
 
 from __future__ import annotations
 
@@ -8,147 +8,157 @@ from typing import Final
 import torch
 
 from qexport.architectures.structure import LinearSpec
-from qexport.errors import InputError
-from qexport.export.contract import Rule
-from qexport.export.vllm.folder import Scheme, ServedFolder
-from qexport.export.vllm.fused import disagreements, joined_modules
-from qexport.export.vllm.rules import COMPRESSED, GPTQ, GPTQ_UTILS
-from qexport.tensors import TensorSpec
+from qexport.export.rules import Rules
+from qexport.export.vllm.parallel import joined_modules
+from qexport.export.vllm.served import ServedByVllm
+from qexport.formats.compressed_tensors.tensors import group_specs, row_specs
+from qexport.formats.gptq.tensors import packed_specs
+from qexport.formats.stored_weight import Scheme
+from qexport.tensors import GroupQuantizedSpec, RowQuantizedSpec, TensorSpec
 
-WEIGHT_UTILS: Final = "vllm/model_executor/model_loader/weight_utils.py"
-LOADER: Final = "vllm/model_executor/model_loader/default_loader.py"
-LINEAR: Final = "vllm/model_executor/layers/linear.py"
-INT8: Final = "vllm/model_executor/layers/quantization/compressed_tensors/schemes/compressed_tensors_w8a8_int8.py"
-PACKED: Final = "vllm/model_executor/layers/quantization/compressed_tensors/schemes/compressed_tensors_wNa16.py"
+GPTQ: Final = "vllm/model_executor/layers/quantization/auto_gptq.py"
+GPTQ_UTILS: Final = "vllm/model_executor/layers/quantization/utils/gptq_utils.py"
+COMPRESSED: Final = "vllm/model_executor/layers/quantization/compressed_tensors/compressed_tensors.py"
+_SCHEMES: Final = "vllm/model_executor/layers/quantization/compressed_tensors/schemes"
+_WEIGHT_UTILS: Final = "vllm/model_executor/model_loader/weight_utils.py"
+_LOADER: Final = "vllm/model_executor/model_loader/default_loader.py"
+_LINEAR: Final = "vllm/model_executor/layers/linear.py"
 
-_WORD: Final = 8
-_CODES: Final = ("qweight", "weight_packed", "weight_scale")
+_CODES: Final = (
+    "qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point",
+    "weight_g_idx",
+)  # fmt: skip
+_FLOATS: Final = (torch.float16, torch.bfloat16, torch.float32)
+
+WEIGHT_RULES: Final = Rules[ServedByVllm]()
+_rule: Final = WEIGHT_RULES.rule
 
 
-def _files(folder: ServedFolder) -> Iterator[str]:
-    if "weights" in folder.unreadable:
-        yield folder.unreadable["weights"]
+@_rule("the weights can be read, all that the index names", _WEIGHT_UTILS, disk=True)
+def _files(model: ServedByVllm) -> Iterator[str]:
+    yield from model.weights.unreadable.values()
 
 
-def _complete(folder: ServedFolder) -> Iterator[str]:
+@_rule("no tensor of the model is missing", _LOADER)
+def _complete(model: ServedByVllm) -> Iterator[str]:
     """VLLM notices missing tensors only where nothing is quantized."""
-    if folder.structure is None or "weights" in folder.unreadable:
+    if model.structure is None or model.weights.unreadable:
         return
-    linear = {f"{spec.name}.weight" for spec in folder.linears}
-    for name, shape in folder.structure.parameters.items():
-        if name in linear or ".experts." in name:
+    elsewhere = {f"{spec.name}.weight" for spec in model.linears}
+    if _has_codes(model, model.structure.head):
+        elsewhere.add(f"{model.structure.head}.weight")
+    for name, shape in model.structure.parameters.items():
+        if name in elsewhere or ".experts." in name:
             continue
-        if name not in folder.tensors:
+        if name not in model.tensors:
             yield f"{name} is missing"
-        elif folder.tensors[name].shape != shape:
-            yield f"{name} is {list(folder.tensors[name].shape)}, the model has {list(shape)}"
+        elif model.tensors[name].shape != shape:
+            yield f"{name} is {list(model.tensors[name].shape)}, the model has {list(shape)}"
 
 
-def _head(folder: ServedFolder) -> Iterator[str]:
-    if folder.structure is None:
+@_rule("the head is 16-bit", GPTQ, "leave lm_head out of what is quantized: it was not tried in vLLM")
+def _head(model: ServedByVllm) -> Iterator[str]:
+    if model.structure is None:
         return
-    parts = [f"{folder.structure.head}.{part}" for part in _CODES]
-    if folder.quantization.get("lm_head") or any(part in folder.tensors for part in parts):
-        yield f"{folder.structure.head} is quantized"
+    if model.quantization.get("lm_head") or _has_codes(model, model.structure.head):
+        yield f"{model.structure.head} is quantized"
 
 
-def _joined(folder: ServedFolder) -> Iterator[str]:
-    yield from disagreements(_schemes(folder))
+def _has_codes(model: ServedByVllm, module: str) -> bool:
+    return any(f"{module}.{part}" in model.tensors for part in _CODES)
 
 
-def _reached(folder: ServedFolder) -> Iterator[str]:
-    """A rule that names `q_proj` does not reach `qkv_proj`, which is what vLLM looks it up by."""
-    if folder.method != "gptq":
+@_rule("GPT-2's matrices are not quantized", "vllm/model_executor/models/gpt2.py", "use method none for this layout")
+def _conv1d(model: ServedByVllm) -> Iterator[str]:
+    if model.config.get("model_type") == "gpt2" and model.method is not None:
+        yield "vLLM turns GPT-2's matrices around when it loads them, codes or not"
+
+
+@_rule("experts are quantized where anything is", COMPRESSED, "use method none for this layout, or quantize them too")
+def _experts(model: ServedByVllm) -> Iterator[str]:
+    if model.method is None:
         return
-    schemes, common = _schemes(folder), folder.quantization.get("group_size")
-    for group in joined_modules(schemes):
-        for module in group:
-            scheme = schemes[module]
-            if scheme is not None and scheme[1] != common:
-                yield f"{module}: group_size {scheme[1]}, but vLLM takes {common} for what it becomes part of"
+    for name, spec in model.tensors.items():
+        if ".experts." in name and spec.dtype.is_floating_point and name.rpartition(".")[2] not in _CODES:
+            yield f"{name} is not quantized, and vLLM takes all experts for quantized"
 
 
-def _dense(folder: ServedFolder) -> Iterator[str]:
-    yield from _stored(folder, lambda scheme: scheme is None)
+@_rule("layers that vLLM joins are quantized alike", _LINEAR, "quantize them all in the same way, or none of them")
+def _joined(model: ServedByVllm) -> Iterator[str]:
+    for group in joined_modules(model.followed):
+        if len({model.followed[module] for module in group}) > 1:
+            yield f"{', '.join(group)}: vLLM makes them one layer, which cannot be quantized in two ways"
 
 
-def _gptq(folder: ServedFolder) -> Iterator[str]:
-    if folder.method == "gptq":
-        yield from _stored(folder, lambda scheme: scheme is not None)
-
-
-def _rows(folder: ServedFolder) -> Iterator[str]:
-    if folder.quantization.get("format") == "int-quantized":
-        yield from _stored(folder, lambda scheme: scheme is not None)
-
-
-def _packed(folder: ServedFolder) -> Iterator[str]:
-    if folder.quantization.get("format") == "pack-quantized":
-        yield from _stored(folder, lambda scheme: scheme is not None)
-
-
-def _stored(folder: ServedFolder, concerned: object) -> Iterator[str]:
-    """Layers whose tensors are not those that vLLM makes room for."""
-    assert callable(concerned)
-    if "weights" in folder.unreadable:
-        return
-    schemes = _schemes(folder)
-    for linear in folder.linears:
-        if linear.name not in schemes or not concerned(schemes[linear.name]):
-            continue
-        for part, expected in _expected(folder, linear, schemes[linear.name]).items():
-            found = folder.tensors.get(f"{linear.name}.{part}")
-            if found is None:
-                yield f"{linear.name}.{part} is missing"
-            elif found.shape != expected.shape or found.dtype not in _dtypes(expected.dtype):
-                yield f"{linear.name}.{part} is {found.dtype} {list(found.shape)}, not {list(expected.shape)}"
-
-
-def _expected(folder: ServedFolder, linear: LinearSpec, scheme: Scheme | None) -> Mapping[str, TensorSpec]:
-    rows, columns = linear.out_features, linear.in_features
-    if scheme is None:
-        return {"weight": TensorSpec((columns, rows) if linear.transposed else (rows, columns), torch.bfloat16)}
-    groups = 1 if scheme[1] == -1 else columns // scheme[1]
-    if folder.method == "gptq":
-        return {
-            "qweight": TensorSpec((columns // _WORD, rows), torch.int32),
-            "qzeros": TensorSpec((groups, rows // _WORD), torch.int32),
-            "scales": TensorSpec((groups, rows), torch.float16),
-        }
-    if folder.quantization.get("format") == "int-quantized":
-        return {
-            "weight": TensorSpec((rows, columns), torch.int8),
-            "weight_scale": TensorSpec((rows, 1), torch.float32),
-        }
-    parts = {
-        "weight_packed": TensorSpec((rows, columns // _WORD), torch.int32),
-        "weight_scale": TensorSpec((rows, groups), torch.float16),
-        "weight_shape": TensorSpec((2,), torch.int64),
-    }
-    return parts if scheme[2] else parts | {"weight_zero_point": TensorSpec((rows // _WORD, groups), torch.int32)}
-
-
-def _dtypes(expected: torch.dtype) -> tuple[torch.dtype, ...]:
-    """VLLM copies floating numbers of any width, and only those of one kind of integers."""
-    return (torch.float16, torch.bfloat16, torch.float32) if expected.is_floating_point else (expected,)
-
-
-def _schemes(folder: ServedFolder) -> dict[str, Scheme | None]:
-    """Empty where the quantization config cannot be followed, which is a fault of its own."""
-    try:
-        return folder.schemes
-    except InputError:
-        return {}
-
-
-WEIGHT_RULES: Final = (
-    Rule("the weights can be read, all that the index names", WEIGHT_UTILS, _files),
-    Rule("no tensor of the model is missing", LOADER, _complete),
-    Rule("the head is 16-bit", GPTQ, _head),
-    Rule("layers that vLLM joins are quantized alike", LINEAR, _joined),
-    Rule("GPTQ rules reach the layers that vLLM joins", GPTQ_UTILS, _reached),
-    Rule("layers that the config calls dense are stored so", COMPRESSED, _dense),
-    Rule("GPTQ layers have codes, zero points and scales", GPTQ, _gptq),
-    Rule("W8A8 layers have codes and scales", INT8, _rows),
-    Rule("W4A16 layers have words, scales and their shape", PACKED, _packed),
+@_rule(
+    "GPTQ rules reach the layers that vLLM joins",
+    GPTQ_UTILS,
+    "use the method's group_size for joined layers too, or format: compressed-tensors",
 )
+def _reached(model: ServedByVllm) -> Iterator[str]:
+    """A rule that names `q_proj` does not reach `qkv_proj`, which is what vLLM looks it up by."""
+    if model.method != "gptq":
+        return
+    common = model.quantization.get("group_size")
+    for group in joined_modules(model.followed):
+        found = {scheme.group_size for module in group if (scheme := model.followed[module])}
+        if other := ", ".join(map(str, sorted(found - {common}))):
+            yield f"{', '.join(group)}: vLLM reads joined layers with group_size {common}, not {other}"
+
+
+@_rule("layers that the config calls dense are stored so", COMPRESSED)
+def _dense(model: ServedByVllm) -> Iterator[str]:
+    for linear, scheme in _layers(model):
+        if scheme is None:
+            shape = linear.out_features, linear.in_features
+            wanted = TensorSpec(shape[::-1] if linear.transposed else shape, torch.bfloat16)
+            yield from _stored(model, linear.name, {"weight": wanted})
+
+
+@_rule("GPTQ layers have codes, zero points and scales", GPTQ)
+def _gptq(model: ServedByVllm) -> Iterator[str]:
+    if model.method == "gptq":
+        for linear, scheme in _layers(model):
+            if scheme is not None:
+                parts = packed_specs(_groups(linear, scheme))
+                yield from _stored(model, linear.name, {part: parts[part] for part in ("qweight", "qzeros", "scales")})
+
+
+@_rule("W8A8 layers have codes and scales", f"{_SCHEMES}/compressed_tensors_w8a8_int8.py")
+def _rows(model: ServedByVllm) -> Iterator[str]:
+    if model.quantization.get("format") == "int-quantized":
+        for linear, scheme in _layers(model):
+            if scheme is not None:
+                spec = RowQuantizedSpec(linear.out_features, linear.in_features, torch.float32)
+                yield from _stored(model, linear.name, row_specs(spec))
+
+
+@_rule("W4A16 layers have words, scales and their shape", f"{_SCHEMES}/compressed_tensors_wNa16.py")
+def _packed(model: ServedByVllm) -> Iterator[str]:
+    if model.quantization.get("format") == "pack-quantized":
+        for linear, scheme in _layers(model):
+            if scheme is not None:
+                yield from _stored(model, linear.name, group_specs(_groups(linear, scheme)))
+
+
+def _layers(model: ServedByVllm) -> Iterator[tuple[LinearSpec, Scheme | None]]:
+    """The linear layers with what the config says of each; none where weights or config cannot be read."""
+    if not model.weights.unreadable and (schemes := model.followed):
+        yield from ((linear, schemes[linear.name]) for linear in model.linears)
+
+
+def _groups(linear: LinearSpec, scheme: Scheme) -> GroupQuantizedSpec:
+    group_size = linear.in_features if scheme.group_size == -1 else scheme.group_size
+    rows, columns = linear.out_features, linear.in_features
+    return GroupQuantizedSpec(rows, columns, scheme.bits, group_size, scheme.sym, scheme.desc_act)
+
+
+def _stored(model: ServedByVllm, module: str, wanted: Mapping[str, TensorSpec]) -> Iterator[str]:
+    """Tensors of a layer that are not those that vLLM makes room for. It copies floating numbers of any width."""
+    for part, spec in wanted.items():
+        found = model.tensors.get(f"{module}.{part}")
+        dtypes = _FLOATS if spec.dtype.is_floating_point else (spec.dtype,)
+        if found is None:
+            yield f"{module}.{part} is missing"
+        elif found.shape != spec.shape or found.dtype not in dtypes:
+            yield f"{module}.{part} is {found.dtype} {list(found.shape)}, not {list(spec.shape)}"

@@ -1,0 +1,119 @@
+"""An artifact as TGI finds it: which tensors it loads, and what it makes of them and of the config."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from qexport.errors import InputError
+from qexport.export.launch import FOLDER
+from qexport.export.served import ServedModel, ServedWeights
+from qexport.export.tgi.families import OWN_MODELS, OwnModel, ServedLinear, Shape, served_linears
+from qexport.export.tgi.kernels import Codes
+from qexport.export.tgi.launch import ENVIRONMENT
+from qexport.tensors import TensorSpec
+from qexport.tensors.safetensors_file import SafetensorsFile
+from qexport.text.tokenizer_identity import TOKENIZER_CONFIG
+
+RESERVED_WORDS: Final = ("arguments", "args", "adapter", "training")
+"""Words that make TGI skip a file of weights (`utils/hub.py`)."""
+
+_IN_BLOCK: Final = re.compile(r".+\.(?:layers|h|blocks)\.(?P<layer>\d+)\.(?P<module>.+)")
+_CODE_KEYS: Final = {"bits": int, "group_size": int, "sym": bool, "desc_act": bool}
+
+
+class ServedByTgi(ServedModel):
+    """See `ServedModel`."""
+
+    @staticmethod
+    def read_weights(folder: Path) -> ServedWeights:
+        """Every `*.safetensors` in the folder itself, without a look at the index (`utils/hub.py`)."""
+        specs: dict[str, TensorSpec] = {}
+        files: dict[str, str] = {}
+        twice, unreadable = list[str](), dict[str, str]()
+        for path in sorted(folder.glob("*.safetensors")):
+            if any(word in path.name for word in RESERVED_WORDS):
+                continue
+            try:
+                with SafetensorsFile(path) as opened:
+                    found = opened.specs()
+            except InputError as error:
+                unreadable[path.name] = error.what
+                continue
+            twice += [name for name in found if name in specs]
+            specs = {**found, **specs}
+            files = {**dict.fromkeys(found, path.name), **files}
+        return ServedWeights(specs, files, tuple(twice), unreadable)
+
+    @property
+    def family(self) -> OwnModel | None:
+        """TGI's own model of the family; None where it has none."""
+        return OWN_MODELS.get(str(self.config.get("model_type")))
+
+    @property
+    def tokenizer_config(self) -> Mapping[str, Any]:
+        """tokenizer_config.json; empty where it cannot be read."""
+        return self.json(TOKENIZER_CONFIG)
+
+    @cached_property
+    def codes(self) -> Codes | None:
+        """What config.json says of GPTQ codes; None where it does not say it, or there are none."""
+        if self.method != "gptq":
+            return None
+        values = {key: self.quantization.get(key) for key in _CODE_KEYS}
+        if any(type(values[key]) is not kind for key, kind in _CODE_KEYS.items()) or values["bits"] not in range(1, 33):
+            return None
+        return Codes(**values)  # type: ignore[arg-type]
+
+    @cached_property
+    def quantized(self) -> dict[str, Shape]:
+        """Outputs and inputs of the modules that have a `qweight`, by path."""
+        bits = self.codes.bits if self.codes else 4
+        return {
+            name.removesuffix(".qweight"): (spec.shape[1], spec.shape[0] * 32 // bits)
+            for name, spec in self.tensors.items()
+            if name.endswith(".qweight") and len(spec.shape) == 2
+        }
+
+    @cached_property
+    def dense(self) -> dict[str, Shape]:
+        """Outputs and inputs of the matrices in the blocks that are stored as `weight`, by module path."""
+        return {
+            name.removesuffix(".weight"): (spec.shape[0], spec.shape[1])
+            for name, spec in self.tensors.items()
+            if name.endswith(".weight") and _IN_BLOCK.fullmatch(name) and len(spec.shape) == 2
+        }
+
+    @cached_property
+    def layers(self) -> dict[int, set[str]]:
+        """The modules of each decoder layer that have tensors, by the layer's number."""
+        layers: dict[int, set[str]] = {}
+        for name in self.tensors:
+            if found := _IN_BLOCK.fullmatch(name):
+                layers.setdefault(int(found["layer"]), set()).add(found["module"].rpartition(".")[0])
+        return layers
+
+    @cached_property
+    def linears(self) -> list[ServedLinear]:
+        """The linears of the blocks as TGI joins them."""
+        return served_linears({**self.quantized, **self.dense}, self.family or OwnModel())
+
+    @property
+    def environment(self) -> dict[str, str] | None:
+        """The launch files' settings; None where there are none."""
+        name = f"{FOLDER}/{ENVIRONMENT}"
+        if name not in self.files:
+            return None
+        lines = self.files[name].decode("utf-8").splitlines()
+        return dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor of a folder on the disk."""
+        assert self.folder is not None
+        with SafetensorsFile(self.folder / self.weights.files[name]) as file:
+            return file.read(name)

@@ -183,6 +183,21 @@ class GateResult(Record):
         return self.verdict == "pass"
 
 
+class CheckResult(Record):
+    """A check without statistics."""
+
+    gate: str
+    """The gate that it belongs to: `config`, `tokenizer` or `graph`."""
+
+    name: str
+
+    passed: bool | None
+    """None where there was nothing to check."""
+
+    detail: str
+    """What was found."""
+
+
 def overall(verdicts: Iterable[Verdict]) -> Verdict:
     """`fail` where one failed, else `undecided` where one is undecided, else `pass`."""
     found = set(verdicts)

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 
 from qexport.artifact.digests import sha256_bytes, sha256_json
-from qexport.artifact.figures import GateResult, overall
+from qexport.artifact.figures import CheckResult, GateResult, overall
 from qexport.artifact.folder import digest_files
 from qexport.artifact.manifest import CalibrationRecord, LayerRecord, Manifest, Sizes, SourceRecord, Verification
 from qexport.artifact.record import Identity, Protocol, describe_environment
-from qexport.artifact.report import Check, Reference, Report, Subject
+from qexport.artifact.report import ReferenceRecord, Report, Subject
 from qexport.export.layouts import Layout
 from qexport.export.tensor_writer import WrittenWeights
 from qexport.merge.merging import Merged
@@ -57,7 +57,7 @@ def make_report(
     described: Described,
     measured: Measurement,
     gates: Sequence[GateResult],
-    checks: Sequence[Check],
+    checks: Sequence[CheckResult],
     given: Given,
     merged: Merged,
 ) -> Report:
@@ -67,7 +67,7 @@ def make_report(
         qexport_version=version("qexport"),
         verdict=overall(gate.verdict for gate in gates),
         subject=described.subject,
-        reference=Reference(
+        reference=ReferenceRecord(
             base=source_record(merged.base.origin),
             adapter=source_record(merged.adapter.origin) if merged.adapter else None,
             dtype=_name(given.dtype),

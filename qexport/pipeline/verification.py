@@ -11,9 +11,10 @@ import torch
 
 from qexport.architectures.devices import find_device
 from qexport.architectures.structure import Structure, describe
+from qexport.artifact.figures import CheckResult
 from qexport.artifact.folder import open_artifact
 from qexport.artifact.manifest import MANIFEST_NAME
-from qexport.artifact.report import Check, Report
+from qexport.artifact.report import Report
 from qexport.gates.profiles import profile_for
 from qexport.loading.settings import LoadSettings
 from qexport.loading.small_files import has_tokenizer, open_tokenizer, read_sidecars, tokenizer_from_files
@@ -144,7 +145,7 @@ def _open(folder: Path, structure: Structure, dtype: torch.dtype) -> Opened:
     )
 
 
-def _check_tokenizer(given: Given, folder: Path) -> list[Check]:
+def _check_tokenizer(given: Given, folder: Path) -> list[CheckResult]:
     """The artifact's tokenizer against the reference's."""
     files = read_sidecars(folder)
     config: dict[str, Any] = read_json_object(folder / "config.json", limit=_CONFIG_LIMIT)

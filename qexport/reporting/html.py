@@ -10,7 +10,8 @@ from typing import Final
 from markupsafe import Markup
 
 from qexport.artifact.figures import Figure, find_figure
-from qexport.artifact.report import Comparison, Report
+from qexport.artifact.measurements import PromptComparison
+from qexport.artifact.report import Report
 from qexport.reporting.charts import block_drift, flips_by_margin, forest, kl_histogram
 from qexport.reporting.layer_chart import layer_chart
 from qexport.reporting.page import render
@@ -62,7 +63,7 @@ class _Cost:
 
 @dataclass(frozen=True)
 class _Prompt:
-    comparison: Comparison
+    comparison: PromptComparison
     reference: list[Piece]
     artifact: list[Piece]
 

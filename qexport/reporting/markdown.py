@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from qexport.artifact.figures import Figure, GateResult, Verdict
-from qexport.artifact.report import Comparison, Report
+from qexport.artifact.measurements import PromptComparison
+from qexport.artifact.report import Report
 from qexport.reporting.selection import VERDICT_WORDS, by_urgency, key_figures, sentence, worst_prompts
 from qexport.reporting.values import (
     cut,
@@ -85,7 +86,7 @@ def _figure_row(figure: Figure) -> list[str]:
     return [escaped(label_of(figure.name)), escaped(figure_value(figure)), escaped(figure_interval(figure))]
 
 
-def _prompt(prompt: Comparison) -> Iterator[str]:
+def _prompt(prompt: PromptComparison) -> Iterator[str]:
     """Inside `pre` nothing is Markdown, so HTML's escapes are enough."""
     reference, artifact = word_diff(*(cut(text, _LONGEST_TEXT) for text in (prompt.reference, prompt.artifact)))
     yield f"<details><summary>Worst prompt: {escaped(prompt.id)}, edit distance {prompt.edit_distance:.0%}</summary>"

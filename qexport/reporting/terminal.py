@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from qexport.artifact.figures import GateResult, Verdict
-from qexport.artifact.report import Comparison, Report
+from qexport.artifact.measurements import PromptComparison
+from qexport.artifact.report import Report
 from qexport.reporting.selection import VERDICT_WORDS, by_urgency, key_figures, sentence, worst_prompts
 from qexport.reporting.values import (
     counted,
@@ -96,7 +97,7 @@ def figures_table(report: Report) -> Table:
     return table
 
 
-def prompt_table(prompts: Sequence[Comparison]) -> Table:
+def prompt_table(prompts: Sequence[PromptComparison]) -> Table:
     """Continuations side by side; what only one of them has is struck through or underlined."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, show_lines=True, expand=True)
     table.add_column("prompt", ratio=1, style="bold", overflow="fold")

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from qexport.artifact.figures import Figure
-from qexport.artifact.report import Comparison, Generations, SampledComparison
+from qexport.artifact.measurements import Generations, PromptComparison, SampledComparison
 from qexport.statistics.samples import DIFFERENCE, NOT_NEGATIVE, SHARE, Range
 from qexport.tensors import Checkpoint
 from qexport.text.prompts import EncodedPrompts, Prompt
@@ -121,8 +121,8 @@ def _record(found: GenerationFigures, prompts: EncodedPrompts, settings: VerifyS
     )
 
 
-def _comparison(prompt: Prompt, result: PromptResult) -> Comparison:
-    return Comparison(
+def _comparison(prompt: Prompt, result: PromptResult) -> PromptComparison:
+    return PromptComparison(
         id=prompt.id,
         domain=prompt.domain,
         style=prompt.style,

@@ -16,8 +16,8 @@ from qexport.architectures.config_keys import without_code_keys
 from qexport.architectures.memory import resident
 from qexport.architectures.runner import BlockRunner
 from qexport.architectures.structure import describe
-from qexport.artifact.figures import Figure, GateResult
-from qexport.artifact.report import BlockDrift, Check, Generations, TaskRecord, Timings
+from qexport.artifact.figures import CheckResult, Figure, GateResult
+from qexport.artifact.measurements import BlockDrift, Generations, TaskRecord, Timings
 from qexport.errors import listed
 from qexport.gates.deciding import needs_more
 from qexport.progress import Reporter, silent
@@ -102,7 +102,7 @@ class Measurement:
     block_drift: list[BlockDrift]
     generations: Generations | None
     tasks: list[TaskRecord]
-    checks: list[Check]
+    checks: list[CheckResult]
     readers: list[str]
     unconfirmed: list[str]
     notes: list[str]
@@ -172,7 +172,7 @@ def has_nearest_rival(grids: Mapping[str, GroupQuantizedSpec]) -> bool:
     return bool(grids) and min(grid.bits for grid in grids.values()) <= _COARSE_BITS
 
 
-def check_config(reference: Checkpoint, artifact: Path) -> Check:
+def check_config(reference: Checkpoint, artifact: Path) -> CheckResult:
     """Whether the artifact's config.json means the reference's model.
 
     Raises:
@@ -181,7 +181,7 @@ def check_config(reference: Checkpoint, artifact: Path) -> Check:
     with open_stored(artifact, dtype=torch.float32) as source:
         problems = config_differences(reference.config, source.config)
     detail = listed(problems) if problems else "every key means the reference's model"
-    return Check(gate="config", name="config.json", passed=not problems, detail=detail)
+    return CheckResult(gate="config", name="config.json", passed=not problems, detail=detail)
 
 
 def check_headers(reference: Checkpoint, artifact: Path) -> None:
@@ -208,7 +208,7 @@ class _Reading:
 
     runner: BlockRunner | GraphRunner
     reader: str
-    checks: list[Check] = field(default_factory=list)
+    checks: list[CheckResult] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qexport.architectures.runner import BlockRunner
 from qexport.artifact.figures import Figure
-from qexport.artifact.report import Generations, Speed, TaskRecord
+from qexport.artifact.measurements import Generations, Speed, TaskRecord
 from qexport.progress import Notice, Reporter
 from qexport.statistics.samples import DIFFERENCE
 from qexport.tensors import Checkpoint

@@ -59,12 +59,12 @@ def measure_tasks(
         NumericalError: logits hold NaN or Inf.
     """
     require_harness()
-    from qexport.verifying.tasks.harness import Subject, build_questions, contained
+    from qexport.verifying.tasks.harness import HarnessModel, build_questions, contained
 
     def answers(open_model: OpenModel) -> list[Scores]:
         scores = []
         with open_model() as model:
-            subject = Subject(model, tokenizer, settings)
+            subject = HarnessModel(model, tokenizer, settings)
             for question in questions:
                 scores.append(subject.answer(question))
                 finished(question.name)

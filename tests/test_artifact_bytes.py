@@ -27,13 +27,13 @@ from typing import Any
 
 import pytest
 import torch
-from qexport.artifact.digests import sha256_bytes, sha256_file, sha256_json
-from qexport.artifact.record import describe_environment
 
 from artifact_cases import CASES, LAYOUTS, MODELS, TOGETHER, layouts_of, prepare, recipe
 from onnx_exports import traced_once
+from qexport.artifact.digests import sha256_bytes, sha256_file, sha256_json
 from qexport.artifact.folder import open_artifact
 from qexport.artifact.manifest import MANIFEST_NAME
+from qexport.artifact.record import describe_environment
 from qexport.errors import CompatibilityError
 from qexport.pipeline import run
 from qexport.recipe import Recipe

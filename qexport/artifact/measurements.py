@@ -144,15 +144,37 @@ class Speed(Record):
     """Both models as a user runs them, in turn. Lists have one value a repeat."""
 
     prompt_tokens: int
+    """Read before the first new token."""
+
     new_tokens: int
+    """Generated."""
+
     reference_tokens_per_second: list[float]
+    """Of the new tokens behind the first."""
+
     artifact_tokens_per_second: list[float]
     reference_first_token_seconds: list[float]
+    """From the prompt to the first new token."""
+
     artifact_first_token_seconds: list[float]
     reference_bytes: int
     """Parameters and buffers in memory."""
 
     artifact_bytes: int
+
+    @property
+    def speed_ratios(self) -> list[float]:
+        """Of each repeat, the artifact's tokens per second over the reference's: above 1 is faster."""
+        return _ratios(self.artifact_tokens_per_second, self.reference_tokens_per_second)
+
+    @property
+    def first_token_ratios(self) -> list[float]:
+        """Of each repeat, the artifact's time to first token over the reference's: below 1 is faster."""
+        return _ratios(self.artifact_first_token_seconds, self.reference_first_token_seconds)
+
+
+def _ratios(artifact: list[float], reference: list[float]) -> list[float]:
+    return [own / other for own, other in zip(artifact, reference, strict=True)]
 
 
 class Timings(Record):

@@ -32,8 +32,9 @@ from qexport.verifying.estimates import Units, divergence_figures, rival_figures
 from qexport.verifying.preparation import Preparation
 from qexport.verifying.rounds import Measured, Models, measure
 from qexport.verifying.settings import VerifySettings
+from qexport.verifying.speed import MeasuredSpeed
 from qexport.verifying.steps import Steps
-from qexport.verifying.whole_models import MeasuredSpeed, Pair, measure_speed, measure_whole
+from qexport.verifying.whole_models import Pair, measure_speed, measure_whole
 
 if TYPE_CHECKING:
     from qexport.verifying.graphs import GraphRunner

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qexport.errors import RecipeError
 from qexport.verifying.settings import TaskSettings
-from qexport.verifying.tasks.pairing import Scores, TaskResult, pair
+from qexport.verifying.tasks.pairing import PairedTask, Scores, pair
 
 OpenModel = Callable[[], AbstractContextManager[PreTrainedModel]]
 """Gives the model as long as the context lasts, for example `BlockRunner.whole`."""
@@ -43,7 +43,7 @@ def measure_tasks(
     tokenizer: PreTrainedTokenizerBase,
     settings: TaskSettings,
     finished: Callable[[str], None],
-) -> list[TaskResult]:
+) -> list[PairedTask]:
     """Asks each model the same items of every task; never are both in memory.
 
     Args:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qexport.artifact.figures import CATALOGUE, CheckResult, Figure, GateResult, overall
-from qexport.artifact.manifest import LayerRecord, Sizes, SourceRecord
+from qexport.artifact.manifest import Sizes, SourceRecord
 from qexport.artifact.measurements import (
     BlockDrift,
     Generations,
@@ -20,6 +20,7 @@ from qexport.artifact.measurements import (
 )
 from qexport.artifact.record import Environment, Identity, Protocol
 from qexport.artifact.report import REPORT_NAME, ReferenceRecord, Report, Subject
+from qexport.records import LayerRecord
 
 DOMAINS = ("code", "news")
 

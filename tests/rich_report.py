@@ -7,7 +7,6 @@ import random
 
 import reports
 from qexport.artifact.figures import CheckResult, Figure, GateResult
-from qexport.artifact.manifest import LayerRecord
 from qexport.artifact.measurements import (
     BlockDrift,
     Generations,
@@ -19,6 +18,7 @@ from qexport.artifact.measurements import (
     WorstToken,
 )
 from qexport.artifact.report import Report
+from qexport.records import LayerRecord
 
 DOMAINS = ("creative", "code", "chat", "french", "legal", "medical", "news", "release notes")
 SCRIPT = "<script>alert('caught')</script>"

@@ -186,7 +186,7 @@ def test_inputs_that_are_not_finite_are_an_error_that_names_the_layer(value: flo
         solve_together(weights, layer_hessian(inputs), options, "error")
     assert caught.value.where == "model.layers.0.mlp.up_proj"
     rounded = solve_together(weights, layer_hessian(inputs), options, "round_to_nearest")
-    assert rounded["model.layers.0.mlp.up_proj"].report.method == "round_to_nearest"
+    assert rounded["model.layers.0.mlp.up_proj"].record.method == "round_to_nearest"
 
 
 def test_a_layer_that_no_token_reached_is_an_error() -> None:
@@ -200,7 +200,7 @@ def test_dead_inputs_are_counted_and_keep_their_weights() -> None:
     inputs[:, [3, 40]] = 0
     weight = torch.randn(16, 64)
     layer = solve_together({"a": weight}, layer_hessian(inputs), {"a": OPTIONS}, "error")["a"]
-    assert layer.report.dead_columns == 2
+    assert layer.record.dead_columns == 2
     assert torch.allclose(layer.quantized.dequantize()[:, [3, 40]], weight[:, [3, 40]], atol=0.3)
 
 
@@ -209,16 +209,16 @@ def test_dead_inputs_are_counted_where_the_factorization_fails_too(monkeypatch: 
     inputs[:, [3, 40]] = 0
     monkeypatch.setattr(solver, "DAMPING_STEPS", (-1e6,))
     layer = solve_together({"a": torch.randn(16, 64)}, layer_hessian(inputs), {"a": OPTIONS}, "round_to_nearest")["a"]
-    assert layer.report.method == "round_to_nearest"
-    assert layer.report.dead_columns == 2
+    assert layer.record.method == "round_to_nearest"
+    assert layer.record.dead_columns == 2
 
 
 def test_too_few_tokens_raise_the_damping_and_say_so() -> None:
     solved_layer = solve_together(
         {"a": torch.randn(16, 64)}, layer_hessian(torch.randn(32, 64)), {"a": OPTIONS}, "error"
     )
-    assert solved_layer["a"].report.tokens == 32
-    assert solved_layer["a"].report.damp_percent == pytest.approx(OPTIONS.damp_percent * solver.DAMPING_STEPS[1])
+    assert solved_layer["a"].record.tokens == 32
+    assert solved_layer["a"].record.damp_percent == pytest.approx(OPTIONS.damp_percent * solver.DAMPING_STEPS[1])
 
 
 def test_layers_solved_together_equal_layers_solved_alone() -> None:
@@ -229,7 +229,7 @@ def test_layers_solved_together_equal_layers_solved_alone() -> None:
     for name, weight in weights.items():
         alone = solve_together({name: weight}, layer_hessian(inputs), options, "error")[name]
         assert torch.equal(together[name].quantized.codes, alone.quantized.codes)
-        assert together[name].report.loss == pytest.approx(alone.report.loss, rel=1e-5)
+        assert together[name].record.loss == pytest.approx(alone.record.loss, rel=1e-5)
 
 
 @pytest.mark.parametrize("width", [576, 1536])

@@ -28,7 +28,7 @@ import qexport
 import trained_models
 from qexport.architectures.structure import describe
 from qexport.artifact.figures import Figure, find_figure
-from qexport.artifact.manifest import MANIFEST_NAME, LayerRecord, Manifest
+from qexport.artifact.manifest import MANIFEST_NAME, Manifest
 from qexport.artifact.report import Report
 from qexport.errors import InputError, NumericalError, RecipeError
 from qexport.gates.deciding import decide_again
@@ -44,6 +44,7 @@ from qexport.pipeline.verification import verify
 from qexport.quantize.methods import profile_of_layer
 from qexport.reading.onnx.model import OnnxCausalLM
 from qexport.recipe import load_recipe
+from qexport.records import LayerRecord
 from qexport.reporting.html import report_html
 from qexport.tensors import Checkpoint
 from qexport.verifying.graphs import GraphRunner, WindowByWindow

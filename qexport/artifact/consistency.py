@@ -10,8 +10,9 @@ from itertools import pairwise
 from typing import Final
 
 from qexport.artifact.figures import CATALOGUE, Figure, GateResult, Verdict, overall
-from qexport.artifact.manifest import LayerRecord, Sizes
+from qexport.artifact.manifest import Sizes
 from qexport.artifact.measurements import BlockDrift, Histogram, MarginBin
+from qexport.records import LayerRecord
 
 _BITS: Final = (2, 3, 4, 8)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from qexport.artifact.record import Record
+from qexport.records import Record
 
 Better = Literal["lower", "higher", "near"]
 Form = Literal["number", "share", "nats", "ratio", "points"]

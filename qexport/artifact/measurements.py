@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qexport.artifact.figures import Figure
-from qexport.artifact.record import Record
+from qexport.records import Record
 
 
 class Histogram(Record):
@@ -69,8 +69,13 @@ class PromptComparison(Record):
     """As a reader would write it; messages one a line."""
 
     reference: str
+    """The reference's text, without special tokens."""
+
     artifact: str
+
     reference_tokens: int
+    """At least 1."""
+
     artifact_tokens: int
 
     first_difference: int | None
@@ -80,15 +85,42 @@ class PromptComparison(Record):
     """The reference's margin there, in nats."""
 
     flips: int
-    """Decisive flips along the reference's own tokens."""
+    """Decisive flips along the reference's own tokens: those that were ahead by more than
+    `qexport.artifact.figures.DECISIVE_MARGIN` and in whose place the artifact holds another for the likeliest, given
+    the prompt and the reference's tokens before it.
+    """
 
     edit_distance: float
+    """Of the tokens, 0 to 1; this and the next figures are those of `qexport.verifying.text_similarity`."""
+
     chrf: float
+    """0 to 100."""
+
     rouge_l: float
+    """0 to 1."""
+
     reference_repetition: float
     artifact_repetition: float
+
     reference_hit_limit: bool
+    """The reference had not ended when it reached the largest number of new tokens."""
+
     artifact_hit_limit: bool
+
+    @property
+    def identical(self) -> bool:
+        """Whether all tokens are equal."""
+        return self.first_difference is None
+
+    @property
+    def agreed_share(self) -> float:
+        """Share of the reference's tokens before the first difference, 0 to 1; 1 where all tokens are equal."""
+        return 1.0 if self.first_difference is None else self.first_difference / self.reference_tokens
+
+    @property
+    def length_ratio(self) -> float:
+        """The artifact's tokens over the reference's."""
+        return self.artifact_tokens / self.reference_tokens
 
 
 class SampledComparison(Record):

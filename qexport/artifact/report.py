@@ -19,7 +19,7 @@ from qexport.artifact.consistency import (
 )
 from qexport.artifact.digests import sha256_json
 from qexport.artifact.figures import CheckResult, Figure, GateResult, Verdict
-from qexport.artifact.manifest import REPORT_FOLDER, LayerRecord, Sizes, SourceRecord
+from qexport.artifact.manifest import REPORT_FOLDER, Sizes, SourceRecord
 from qexport.artifact.measurements import (
     BlockDrift,
     Generations,
@@ -29,8 +29,9 @@ from qexport.artifact.measurements import (
     Timings,
     WorstToken,
 )
-from qexport.artifact.record import Environment, Identity, Protocol, Record
+from qexport.artifact.record import Environment, Identity, Protocol
 from qexport.errors import InputError, listed
+from qexport.records import LayerRecord, Record
 
 REPORT_NAME: Final = "report.json"
 SCHEMA_VERSION: Final = 1

@@ -23,8 +23,9 @@ from qexport.reporting.writing import PAGE_NAME
 
 if TYPE_CHECKING:
     from qexport.artifact.figures import Figure
-    from qexport.artifact.manifest import LayerRecord, Manifest, Verification
+    from qexport.artifact.manifest import Manifest, Verification
     from qexport.pipeline import Result
+    from qexport.records import LayerRecord
 
 MAX_LAYERS_LISTED = 5
 MAX_PROMPTS_SHOWN = 1

@@ -12,10 +12,10 @@ import torch
 
 from qexport.architectures.structure import Structure
 from qexport.artifact.digests import FileDigests
-from qexport.artifact.manifest import LayerRecord, Sizes
+from qexport.artifact.manifest import Sizes
 from qexport.artifact.report import Subject
-from qexport.reading.stored_format import StoredLayer
 from qexport.reading.stored_model import holds_graph, open_stored
+from qexport.records import LayerRecord
 from qexport.tensors import GroupQuantizedSpec
 
 
@@ -95,26 +95,16 @@ def open_folder(
             method=source.method,
             sizes=Sizes(parameters=parameters, total_bytes=total, bits_per_weight=8 * total / parameters),
             reference_bytes=parameters * dtype.itemsize,
-            layers=layers or [_record(module, layer) for module, layer in source.layers.items()],
+            layers=layers
+            or [
+                LayerRecord.uncalibrated(module, layer.method, layer.bits, layer.group_size)
+                for module, layer in source.layers.items()
+            ],
             grids=_told_grids(source.grids, layers),
             graph=holds_graph(folder),
             files=source.files,
             digests=_digests(folder, source.files, digests),
         )
-
-
-def _record(module: str, layer: StoredLayer) -> LayerRecord:
-    return LayerRecord(
-        name=module,
-        method=layer.method,
-        bits=layer.bits,
-        group_size=layer.group_size,
-        loss=None,
-        rtn_loss=None,
-        damp_percent=None,
-        tokens=0,
-        dead_columns=0,
-    )
 
 
 def _told_grids(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,23 +12,16 @@ import torch
 from qexport.artifact.digests import sha256_bytes, sha256_json
 from qexport.artifact.figures import CheckResult, GateResult, overall
 from qexport.artifact.folder import digest_files
-from qexport.artifact.manifest import CalibrationRecord, LayerRecord, Manifest, Sizes, SourceRecord, Verification
+from qexport.artifact.manifest import CalibrationRecord, Manifest, Sizes, SourceRecord, Verification
 from qexport.artifact.record import Identity, Protocol, describe_environment
 from qexport.artifact.report import ReferenceRecord, Report, Subject
 from qexport.export.layouts import Layout
 from qexport.export.tensor_writer import WrittenWeights
 from qexport.merge.merging import Merged
 from qexport.pipeline.planning import Plan
+from qexport.records import LayerRecord
 from qexport.statistics.samples import ALPHA
-from qexport.tensors import (
-    BlockQuantizedSpec,
-    CalibrationSet,
-    GroupQuantizedSpec,
-    LayerReport,
-    Origin,
-    Outputs,
-    RowQuantizedSpec,
-)
+from qexport.tensors import CalibrationSet, Origin
 from qexport.text.tokenizer_identity import template_digest, tokenizer_digest
 from qexport.verifying.tails import flips_by_margin, kl_histogram, worst_tokens
 from qexport.verifying.verification import Given, Measurement
@@ -171,15 +164,14 @@ class Record:
 
 
 def make_record(
-    planned: Plan, layout: Layout, output: Path, layers: Sequence[LayerReport], written: WrittenWeights
+    planned: Plan, layout: Layout, output: Path, layers: Sequence[LayerRecord], written: WrittenWeights
 ) -> Record:
     """What is known of a layout once its files are written."""
     own = layers if layout.quantization else ()
     fallen = [f"{layer.name} was rounded to nearest" for layer in own if layer.method == "round_to_nearest"]
     adapter = planned.merged.adapter
     notes = [*(adapter.notes if adapter else ()), *layout.notes, *fallen]
-    records = [_layer(layer, planned.outputs) for layer in own]
-    return Record(layout, planned.folder(output, layout), records, written, notes)
+    return Record(layout, planned.folder(output, layout), own, written, notes)
 
 
 def make_manifest(
@@ -216,15 +208,3 @@ def _calibration(calibration: CalibrationSet) -> CalibrationRecord:
     return CalibrationRecord(
         sha256=calibration.sha256, origin=calibration.origin, samples=samples, sequence_length=sequence_length
     )
-
-
-def _layer(layer: LayerReport, outputs: Outputs) -> LayerRecord:
-    spec = outputs.quantized[layer.name]
-    match spec:
-        case GroupQuantizedSpec():
-            bits, group_size = spec.bits, spec.group_size
-        case BlockQuantizedSpec():
-            bits, group_size = 4, spec.block_size
-        case RowQuantizedSpec():
-            bits, group_size = 8, spec.in_features
-    return LayerRecord(bits=bits, group_size=group_size, **asdict(layer))

@@ -28,8 +28,8 @@ from qexport.pipeline.verification import measure_folder
 from qexport.progress import Progress, Reporter, silent
 from qexport.reading.stored_model import holds_graph
 from qexport.recipe.model import Recipe
+from qexport.records import LayerRecord
 from qexport.reporting.writing import write_report
-from qexport.tensors import LayerReport
 from qexport.verifying.verification import check_headers
 
 
@@ -136,7 +136,7 @@ def _reference(
 
 def _write(
     planned: Plan, texts: Texts, output: Path, device: torch.device, report: Reporter
-) -> tuple[list[LayerReport], dict[str, WrittenWeights]]:
+) -> tuple[list[LayerRecord], dict[str, WrittenWeights]]:
     """The one pass, and what lies beside the weights.
 
     Layouts that want the same weights get them once, as links to the same files.
@@ -159,9 +159,9 @@ def _write(
 
 def _write_weights(
     planned: Plan, texts: Texts, output: Path, device: torch.device, report: Reporter
-) -> tuple[list[LayerReport], list[WrittenWeights]]:
+) -> tuple[list[LayerRecord], list[WrittenWeights]]:
     """Every tensor is read, merged, quantized and handed to the writers before the next block is read."""
-    layers: list[LayerReport] = []
+    layers: list[LayerRecord] = []
     stream = planned.recipe.quantize.quantize(
         planned.merged.checkpoint,
         planned.outputs,
@@ -178,8 +178,8 @@ def _write_weights(
         for record in stream:
             for writer in writers:
                 writer.write(record)
-            if record.report:
-                layers.append(record.report)
+            if record.layer:
+                layers.append(record.layer)
         return layers, [writer.finish() for writer in writers]
 
 

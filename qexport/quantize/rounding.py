@@ -11,16 +11,8 @@ from qexport.architectures.structure import Structure
 from qexport.progress import Progress, Reporter, silent
 from qexport.quantize.method import RoundingMethod
 from qexport.quantize.selection import notes_on_experts, select_rounded
-from qexport.tensors import (
-    Checkpoint,
-    GroupQuantizedSpec,
-    LayerReport,
-    Outputs,
-    OutputSpec,
-    TensorRecord,
-    TensorSpec,
-    WeightSource,
-)
+from qexport.records import LayerRecord
+from qexport.tensors import Checkpoint, GroupQuantizedSpec, Outputs, OutputSpec, TensorRecord, TensorSpec, WeightSource
 
 
 def plan(method: RoundingMethod, checkpoint: Checkpoint, structure: Structure) -> Outputs:
@@ -67,7 +59,7 @@ def quantize(
         assert method is not None
         assert not isinstance(spec, GroupQuantizedSpec)
         matrix = merged.t().contiguous() if spec.transposed else merged  # every format has the codes [out, in]
-        layer = LayerReport(name.removesuffix(".weight"), method.layer_method)
+        layer = LayerRecord.uncalibrated(name.removesuffix(".weight"), method.layer_method, spec.bits, spec.group_size)
         yield TensorRecord(name, method.codes(matrix.to(device), spec), layer, merged)
     report(Progress("quantize", len(outputs.specs), len(outputs.specs), "tensor"))
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 from qexport.artifact.figures import CheckResult, Figure, GateResult, Verdict, find_figure
-from qexport.artifact.manifest import LayerRecord
 from qexport.artifact.measurements import PromptComparison, WorstToken
 from qexport.artifact.report import Report
+from qexport.records import LayerRecord
 from qexport.reporting.values import counted
 
 WORST: Final = 5

@@ -29,6 +29,7 @@ import factories
 import qexport
 import reports
 from factories import gptq
+from qexport.amounts import duration, size
 from qexport.architectures.memory import resident
 from qexport.artifact.digests import sha256_json
 from qexport.artifact.figures import GateResult
@@ -50,7 +51,6 @@ from qexport.errors import (
 )
 from qexport.progress import Notice, Progress, Reporter
 from qexport.recipe import Recipe
-from qexport.reporting.values import duration, size
 from reports import figure
 
 if TYPE_CHECKING:

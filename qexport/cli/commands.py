@@ -259,6 +259,7 @@ def gate(
         from qexport.gates.settings import read_gates
         from qexport.quantize.methods import profile_of_layer
         from qexport.reporting.terminal import gate_table
+        from qexport.reporting.view import gate_rows
 
         settings = read_gates(gates)
         results, notes = decide_again(Report.read(report), settings, profile_of_layer)
@@ -268,7 +269,7 @@ def gate(
         else:
             for note in notes:
                 stderr().print(Text.assemble(("note: ", "yellow"), note), soft_wrap=True)
-            stdout().print(gate_table(results))
+            stdout().print(gate_table(gate_rows(results)))
     if failure:
         failure.show(as_json=False)
         raise typer.Exit(failure.exit_code)

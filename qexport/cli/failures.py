@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Final
 import typer
 from rich.text import Text
 
+from qexport.amounts import counted
 from qexport.artifact.disk import is_disk_full
 from qexport.cli.terminal import stderr, write_json
 from qexport.errors import GateFailed, GateUndecided, QexportError, RecipeError, ResourceError
-from qexport.reporting.values import counted
 from qexport.reporting.visible_text import visible
 
 if TYPE_CHECKING:

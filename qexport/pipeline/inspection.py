@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from qexport.amounts import size
 from qexport.architectures.config_keys import without_code_keys
 from qexport.architectures.structure import describe
 from qexport.artifact.folder import open_artifact
@@ -84,7 +85,7 @@ class Inspection:
             f"layout    {layout}",
             f"method    {self.method}",
             f"layers    {self.quantized_layers} quantized; {self.dense_tensors} tensors are dense",
-            f"weights   {self.total_bytes / 1e6:,.1f} MB",
+            f"weights   {size(self.total_bytes, decimals=1)}",
             *([f"report    {self.report}"] if self.report else []),
             *(self._loader_line(loader) for loader in self.loaders),
             *(f"{'ok' if check.passed else 'FAILED':<9} {_told(check)}" for check in self.checks),

@@ -9,14 +9,16 @@ from markupsafe import Markup
 from rich.table import Table
 from rich.text import Text
 
+from qexport.amounts import size
 from qexport.artifact.figures import find_figure
 from qexport.reporting.comparison import ArtifactComparison, ComparedArtifact
 from qexport.reporting.markdown import escaped, markdown_table
 from qexport.reporting.page import render
-from qexport.reporting.selection import IDENTITY_LABELS, VERDICT_WORDS
+from qexport.reporting.selection import IDENTITY_LABELS
 from qexport.reporting.svg import WIDTH, Axis, chart, line, linear_axis, tag, text, tick_text
 from qexport.reporting.terminal import VERDICT_STYLES, new_table
-from qexport.reporting.values import UNMEASURED, cut, figure_interval, figure_value, size
+from qexport.reporting.values import UNMEASURED, cut
+from qexport.reporting.view import VERDICT_WORDS, figure_row, size_view
 from qexport.reporting.visible_text import visible
 
 _FIGURES: Final = ("perplexity_ratio", "top1_agreement", "decisive_flips")
@@ -79,14 +81,15 @@ def _front(entry: ComparedArtifact) -> str:
 
 
 def _measured(entry: ComparedArtifact) -> list[str]:
-    sizes = entry.report.subject.sizes
+    sizes = size_view(entry.report.subject.sizes, entry.report.subject.reference_bytes)
+    drift = figure_row(entry.mean_kl)
     others = (find_figure(entry.report.figures, name) for name in _FIGURES)
     return [
-        size(sizes.total_bytes),
-        f"{sizes.bits_per_weight:.2f}",
-        figure_value(entry.mean_kl),
-        figure_interval(entry.mean_kl),
-        *(figure_value(figure) if figure else UNMEASURED for figure in others),
+        sizes.total,
+        sizes.bits,
+        drift.value,
+        drift.interval,
+        *(figure_row(figure).value if figure else UNMEASURED for figure in others),
     ]
 
 
@@ -95,7 +98,7 @@ def pareto_plot(comparison: ArtifactComparison) -> Markup:
     across = linear_axis([entry.total_bytes for entry in comparison.entries], _LEFT, WIDTH - 20)
     up = _drift_axis(comparison.entries)
     told = "; ".join(
-        f"{entry.label}: {size(entry.total_bytes)}, {figure_value(entry.mean_kl)}" for entry in comparison.entries
+        f"{entry.label}: {size(entry.total_bytes)}, {figure_row(entry.mean_kl).value}" for entry in comparison.entries
     )
     return chart(
         "pareto",
@@ -131,7 +134,7 @@ def _front_line(front: Sequence[ComparedArtifact], across: Axis, up: Axis) -> Ma
 
 def _point(entry: ComparedArtifact, across: Axis, up: Axis) -> Markup:
     x, y = across.place(entry.total_bytes), up.place(entry.mean_kl.value)
-    label = f"{entry.label}: {size(entry.total_bytes)}, {figure_value(entry.mean_kl)} {figure_interval(entry.mean_kl)}"
+    label = f"{entry.label}: {size(entry.total_bytes)}, {figure_row(entry.mean_kl).whole}"
     parts = [tag("title", label)]
     if entry.mean_kl.low is not None and entry.mean_kl.high is not None:
         parts.append(line(x, up.place(entry.mean_kl.low), x, up.place(entry.mean_kl.high), "whisker"))

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Final
 
+from qexport.amounts import counted
 from qexport.artifact.figures import CheckResult, Figure, GateResult, Verdict, find_figure
 from qexport.artifact.measurements import PromptComparison, WorstToken
 from qexport.artifact.report import Report
 from qexport.records import LayerRecord
-from qexport.reporting.values import counted
 
 WORST: Final = 5
 """How many tokens, prompts and layers are shown in full."""
-
-VERDICT_WORDS: Final[dict[Verdict, str]] = {"pass": "Passed", "fail": "Failed", "undecided": "Undecided"}
 
 KEY_FIGURES: Final = (
     "reference_perplexity",

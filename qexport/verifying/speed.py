@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from qexport.amounts import size
 from qexport.architectures.structure import describe
 from qexport.artifact.figures import Figure
 from qexport.artifact.measurements import Speed
@@ -211,7 +212,7 @@ def _obstacle(
     needed = HEADROOM * (dense + (dense if experts else stored))  # `load` makes experts dense
     free = available_memory(device)
     if needed > free:
-        return f"both models together need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+        return f"both models together need {size(needed, decimals=1)}, {size(free, decimals=1)} are free"
     return None
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from qexport.amounts import size
 from qexport.architectures.runner import BlockRunner
 from qexport.artifact.figures import Figure
 from qexport.artifact.measurements import Generations, TaskRecord
@@ -79,7 +80,7 @@ def measure_whole(
     needed, available = needed_memory(pair.reference), available_memory(pair.reference.device)
     if any(wanted.values()) and needed > available:
         names = [name for name, is_wanted in wanted.items() if is_wanted]
-        sizes = f"the whole model needs {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free"
+        sizes = f"the whole model needs {size(needed, decimals=1)}, {size(available, decimals=1)} are free"
         report(Notice(f"not measured: {' and '.join(names)}; {sizes}"))
         return Whole(unconfirmed=[f"{name} (the model does not fit in memory)" for name in names])
     found = Whole()

@@ -36,7 +36,7 @@ from qexport.artifact.figures import GateResult
 from qexport.artifact.manifest import MANIFEST_NAME, FileRecord, Manifest, Verification
 from qexport.artifact.record import describe_environment
 from qexport.cli import main
-from qexport.cli.commands import app
+from qexport.cli.app import app
 from qexport.cli.progress import PLAIN_INTERVAL, PlainLines, Stopwatch, reporter
 from qexport.cli.summary import summary
 from qexport.errors import (

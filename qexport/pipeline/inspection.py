@@ -118,9 +118,9 @@ def inspect_artifact(path: Path, *, server: Server | None = None) -> Inspection:
         graph = holds_graph(path)
         folder = Folder(source.quantization, shapes, structure.model_type, structure.head, layout, graph)
         dense = len(source.specs()) - len(shapes)
-        method, size = source.method, source.stored_bytes
+        method, total = source.method, source.stored_bytes
     checks = _check(path, server) if server else []
-    return Inspection(path, layout, method, len(shapes), dense, size, report, loaders(folder), server, checks)
+    return Inspection(path, layout, method, len(shapes), dense, total, report, loaders(folder), server, checks)
 
 
 def _check_report(path: Path, verification: Verification) -> ReportState:

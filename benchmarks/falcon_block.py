@@ -23,11 +23,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers import FalconConfig
 
-from qexport.architectures.structure import describe
-from qexport.quantize.gptq import Gptq
-from qexport.quantize.method import CalibrationSettings
+from qexport.architectures.architecture import Architecture
+from qexport.architectures.checkpoint import Checkpoint
+from qexport.quantizing.gptq import Gptq
+from qexport.quantizing.method import CalibrationSettings
 from qexport.records import LayerRecord
-from qexport.tensors import CalibrationSet, Checkpoint, Origin, TensorSpec
+from qexport.tensors import CalibrationSet, Origin, TensorSpec
 
 WINDOWS, LENGTH, VOCABULARY = 8, 512, 1024
 
@@ -66,7 +67,10 @@ def main() -> None:
         new_decoder_architecture=False,
     )
     content = json.loads(config.to_json_string())
-    checkpoint = Checkpoint(content, RandomWeights(describe(content).parameters), {}, Origin("folder", "falcon-block"))
+    architecture = Architecture(content)
+    checkpoint = Checkpoint(
+        architecture, RandomWeights(architecture.structure.parameters), {}, Origin("folder", "falcon-block")
+    )
     tokens = torch.randint(VOCABULARY, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(0))
     settings = Gptq(method="gptq", bits=4, group_size=64, calibration=CalibrationSettings(source="-"))
     started, before = time.perf_counter(), _cpu_seconds()
@@ -74,7 +78,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         stream = settings.quantize(
             checkpoint,
-            settings.plan(checkpoint, describe(content)),
+            settings.plan(checkpoint),
             CalibrationSet(tokens, sha256="", origin="random"),
             dtype=torch.bfloat16,
             device=torch.device("cpu"),

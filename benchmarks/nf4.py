@@ -29,7 +29,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from transformers import FalconConfig, PreTrainedTokenizerFast
 
-from qexport.architectures.structure import Structure, describe
+from qexport.architectures.architecture import Architecture
+from qexport.architectures.structure import Structure
 
 RANK = 16
 _POOL = 1 << 24
@@ -76,7 +77,7 @@ def _prepare(work: Path, blocks: int, *, double_quant: bool) -> Structure:
     )  # fmt: skip
     base = work / "base"
     config.save_pretrained(base)
-    structure = describe(json.loads((base / "config.json").read_text()))
+    structure = Architecture(json.loads((base / "config.json").read_text())).structure
     tokenizer = Tokenizer(models.WordLevel({"<|endoftext|>": 0, "<unk>": 1}, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(base)
     _write_base(base, structure)
@@ -134,7 +135,7 @@ def _bitsandbytes(work: Path, blocks: int) -> None:
     from bitsandbytes.functional import quantize_4bit
 
     double_quant = json.loads((work / "recipe.yaml").read_text())["quantize"]["double_quant"]
-    structure = describe(json.loads((work / "base" / "config.json").read_text()))
+    structure = Architecture(json.loads((work / "base" / "config.json").read_text())).structure
     quantized = {f"{linear.name}.weight" for linears in structure.linears.values() for linear in linears}
     seconds, cpu, count = 0.0, 0.0, 0
     for path in itertools.islice(_shards(work / "base"), blocks + 1):

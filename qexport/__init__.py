@@ -1,12 +1,17 @@
 """Merge, quantize, export and verify language models in one streaming pass.
 
     >>> import qexport
-    >>> recipe = qexport.load_recipe("recipes/gptq-4bit.yaml", ["output=/tmp/model"])
-    >>> result = qexport.run(recipe)
-    >>> result.manifest.verification.value("mean_kl")
-    >>> model = qexport.load("/tmp/model")
+    >>> result = qexport.quantize(
+    ...     "./my-model",
+    ...     adapter="./my-adapter",
+    ...     method=qexport.Gptq(bits=4, group_size=64),
+    ...     calibration=["Some text.", "Some more text."],
+    ...     layouts=["safetensors", "vllm"],
+    ...     output="out/my-model-gptq",
+    ... )
+    >>> model = qexport.load("out/my-model-gptq/safetensors")
 
-Names are imported when they are first used, so that `import qexport` is quick.
+Names are imported when they are first used, so that `import qexport` is quick. docs/python.md describes them.
 """
 
 from __future__ import annotations
@@ -14,7 +19,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from qexport.hidden_packages import hidden
+
 if TYPE_CHECKING:
+    from qexport.artifact.figures import Figure, GateResult, Verdict
     from qexport.artifact.manifest import Manifest
     from qexport.artifact.report import Report
     from qexport.errors import (
@@ -27,23 +35,29 @@ if TYPE_CHECKING:
         RecipeError,
         ResourceError,
     )
-    from qexport.pipeline import Plan, Result, plan, run, verify
+    from qexport.export.settings import OnnxSettings, SafetensorsSettings, TgiSettings, VllmSettings
+    from qexport.gates.settings import Bounds
+    from qexport.loading.settings import LoadSettings
+    from qexport.merge.settings import MergeSettings
+    from qexport.pipeline import Plan, Result, plan, quantize, run, verify
+    from qexport.progress import Notice, Progress
+    from qexport.quantizing.gptq import Gptq, Override
+    from qexport.quantizing.int8 import Int8
+    from qexport.quantizing.method import CalibrationSettings
+    from qexport.quantizing.nf4 import Nf4
+    from qexport.quantizing.none import NoQuantization
+    from qexport.quantizing.w8a8 import W8a8
     from qexport.reading.model import load
     from qexport.recipe import Recipe, load_recipe
+    from qexport.verifying.settings import SamplingSettings, SpeedSettings, TaskSettings, VerifySettings
 
-_PLACES = {
-    "Manifest": "qexport.artifact.manifest",
-    "Plan": "qexport.pipeline",
-    "Recipe": "qexport.recipe",
-    "Report": "qexport.artifact.report",
-    "Result": "qexport.pipeline",
-    "load": "qexport.reading.model",
-    "load_recipe": "qexport.recipe",
-    "plan": "qexport.pipeline",
-    "run": "qexport.pipeline",
-    "verify": "qexport.pipeline",
-} | dict.fromkeys(
-    (
+    __version__: str
+
+_NAMES = {
+    "artifact.figures": ("Figure", "GateResult", "Verdict"),
+    "artifact.manifest": ("Manifest",),
+    "artifact.report": ("Report",),
+    "errors": (
         "CompatibilityError",
         "GateFailed",
         "GateUndecided",
@@ -53,26 +67,65 @@ _PLACES = {
         "RecipeError",
         "ResourceError",
     ),
-    "qexport.errors",
-)
+    "export.settings": ("OnnxSettings", "SafetensorsSettings", "TgiSettings", "VllmSettings"),
+    "gates.settings": ("Bounds",),
+    "loading.settings": ("LoadSettings",),
+    "merge.settings": ("MergeSettings",),
+    "pipeline": ("Plan", "Result", "plan", "quantize", "run", "verify"),
+    "progress": ("Notice", "Progress"),
+    "quantizing.gptq": ("Gptq", "Override"),
+    "quantizing.int8": ("Int8",),
+    "quantizing.method": ("CalibrationSettings",),
+    "quantizing.nf4": ("Nf4",),
+    "quantizing.none": ("NoQuantization",),
+    "quantizing.w8a8": ("W8a8",),
+    "reading.model": ("load",),
+    "recipe": ("Recipe", "load_recipe"),
+    "verifying.settings": ("SamplingSettings", "SpeedSettings", "TaskSettings", "VerifySettings"),
+}
+_PLACES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
+    "Bounds",
+    "CalibrationSettings",
     "CompatibilityError",
+    "Figure",
     "GateFailed",
+    "GateResult",
     "GateUndecided",
+    "Gptq",
     "InputError",
+    "Int8",
+    "LoadSettings",
     "Manifest",
+    "MergeSettings",
+    "Nf4",
+    "NoQuantization",
+    "Notice",
     "NumericalError",
+    "OnnxSettings",
+    "Override",
     "Plan",
+    "Progress",
     "QexportError",
     "Recipe",
     "RecipeError",
     "Report",
     "ResourceError",
     "Result",
+    "SafetensorsSettings",
+    "SamplingSettings",
+    "SpeedSettings",
+    "TaskSettings",
+    "TgiSettings",
+    "Verdict",
+    "VerifySettings",
+    "VllmSettings",
+    "W8a8",
     "load",
     "load_recipe",
     "plan",
+    "quantize",
     "run",
     "verify",
 ]
@@ -80,5 +133,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _PLACES:
-        return getattr(import_module(_PLACES[name]), name)
+        with hidden("kernels"):
+            return getattr(import_module(f"qexport.{_PLACES[name]}"), name)
+    if name == "__version__":
+        return import_module("importlib.metadata").version("qexport")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

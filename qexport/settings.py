@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -11,3 +14,20 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+
+def required_in_recipes(*fields: str) -> Callable[[dict[str, Any]], None]:
+    """For a part's JSON Schema: fields that a recipe must name although they have a default in Python.
+
+    There the class is the name of a method or a layout, and calibration text is given apart.
+    """
+
+    def mark(schema: dict[str, Any]) -> None:
+        found = schema["properties"]
+        schema["required"] = [*(name for name in fields if name in found), *schema.get("required", ())]
+        for name in fields:
+            if found.get(name, {}).pop("default", "") is None:
+                (reference, _null) = found[name].pop("anyOf")
+                found[name] = {**reference, **found[name]}
+
+    return mark

@@ -14,7 +14,9 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from qexport.tensors import Checkpoint, Origin, TensorSpec
+from qexport.architectures.architecture import Architecture
+from qexport.architectures.checkpoint import Checkpoint
+from qexport.tensors import Origin, TensorSpec
 from qexport.tensors.safetensors_file import SafetensorsFile
 
 ORIGIN = Origin("folder", "adapter")
@@ -71,7 +73,9 @@ def save_base(model: PreTrainedModel, folder: Path) -> Checkpoint:
     """Writes a model and opens it as a base."""
     model.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
-    return Checkpoint(config, SafetensorsFile(folder / "model.safetensors"), {}, Origin("folder", folder.name))
+    return Checkpoint(
+        Architecture(config), SafetensorsFile(folder / "model.safetensors"), {}, Origin("folder", folder.name)
+    )
 
 
 class Headers:
@@ -91,4 +95,4 @@ class Headers:
 
 def headers_of(model: PreTrainedModel, *, name: str = "base") -> Checkpoint:
     """A base of which no tensor can be read."""
-    return Checkpoint(model.config.to_dict(), Headers(model), {}, Origin("folder", name))
+    return Checkpoint(Architecture(model.config.to_dict()), Headers(model), {}, Origin("folder", name))

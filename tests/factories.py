@@ -29,8 +29,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from qexport.quantize.gptq import Gptq
-from qexport.quantize.method import CalibrationSettings
+from qexport.quantizing.gptq import Gptq
+from qexport.quantizing.method import CalibrationSettings
 from qexport.recipe import Recipe
 
 VOCABULARY = 384

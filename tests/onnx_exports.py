@@ -20,8 +20,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 import factories
+from qexport.architectures.architecture import Architecture
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.architectures.naming import name_parameters
-from qexport.architectures.structure import Structure, describe
+from qexport.architectures.structure import Structure
 from qexport.export.layouts import Layout
 from qexport.export.onnx import layout as layout_module
 from qexport.export.onnx.layout import OnnxLayout
@@ -30,12 +32,12 @@ from qexport.export.safetensors_layout import SafetensorsLayout
 from qexport.export.settings import OnnxSettings, SafetensorsSettings
 from qexport.export.tensor_writer import WrittenWeights
 from qexport.packing.bitsandbytes_4bit import dequantize
-from qexport.quantize.methods import AnyMethod
+from qexport.quantizing.methods import AnyMethod
 from qexport.reading.artifact_source import ArtifactSource
 from qexport.reading.onnx.graph import Graph
-from qexport.reading.onnx.model import OnnxCausalLM, open_model
+from qexport.reading.onnx.model import OnnxCausalLM
 from qexport.reading.onnx.weights import OnnxWeights
-from qexport.tensors import BlockQuantized, CalibrationSet, Checkpoint, Origin, Outputs, TensorRecord
+from qexport.tensors import BlockQuantized, CalibrationSet, Origin, Outputs, TensorRecord
 from quantized_models import Tensors
 
 FAMILIES = [name for name in factories.FAMILIES if name not in ("mixtral", "qwen3 moe")]
@@ -122,7 +124,14 @@ class Export:
 
     def model(self) -> OnnxCausalLM:
         """The graph in ONNX Runtime."""
-        return open_model(self.onnx, device=CPU)
+        return open_graph(self.onnx)
+
+
+def open_graph(folder: Path) -> OnnxCausalLM:
+    """The graph of an artifact in ONNX Runtime, as `qexport.load` opens it."""
+    weights = OnnxWeights(folder, dtype=torch.float32)
+    weights.check_complete()
+    return weights.model(device=CPU)
 
 
 def transformers_model(config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> PreTrainedModel:
@@ -141,7 +150,9 @@ def checkpoint(config: PretrainedConfig, dtype: torch.dtype) -> Checkpoint:
     model = factories.build(config, dtype=dtype)
     state = model.state_dict()
     tensors = {name: part.of(state[part.parameter]).contiguous() for name, part in name_parameters(model).parts.items()}
-    return Checkpoint(json.loads(model.config.to_json_string()), Tensors(tensors), {}, Origin("folder", "tiny"))
+    return Checkpoint(
+        Architecture(json.loads(model.config.to_json_string())), Tensors(tensors), {}, Origin("folder", "tiny")
+    )
 
 
 def run_pass(config: PretrainedConfig, method: Method) -> Pass:
@@ -153,8 +164,8 @@ def run_pass(config: PretrainedConfig, method: Method) -> Pass:
 def passed(given: Checkpoint, method: Method, windows: Tensor) -> Pass:
     """Quantizes a model in memory, with these tokens where the method wants any."""
     settings = TypeAdapter[Any](AnyMethod).validate_python(dict(method.quantize))
-    structure = describe(given.config)
-    outputs = settings.plan(given, structure)
+    structure = given.architecture.structure
+    outputs = settings.plan(given)
     stream = settings.quantize(
         given, outputs, CalibrationSet(windows, "0" * 64, "test"),
         dtype=method.merged, device=CPU, scratch=Path(tempfile.gettempdir()),
@@ -210,15 +221,15 @@ def traced_once() -> Iterator[None]:
         yield
 
 
-def copied_trace(config: Mapping[str, Any], activations: torch.dtype) -> Trace:
-    keys = {key: value for key, value in config.items() if key not in ("dtype", "architectures")}
+def copied_trace(architecture: Architecture, activations: torch.dtype) -> Trace:
+    keys = {key: value for key, value in architecture.config.items() if key not in ("dtype", "architectures")}
     found = _trace(json.dumps(keys, sort_keys=True), activations)
     return Trace(found.model.clone(), found.cache)
 
 
 @cache
 def _trace(config: str, activations: torch.dtype) -> Trace:
-    return trace(json.loads(config), activations)
+    return trace(Architecture(json.loads(config)), activations)
 
 
 def prompts(length: int = 40, seed: int = 1) -> tuple[Tensor, Tensor]:

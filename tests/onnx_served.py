@@ -59,7 +59,7 @@ def write(
     files = _save(folder, model)
     checkpoint = replace(QuantizedModel(model).checkpoint, files=files)
     places = _write_weights(folder, model)
-    traced = copied_trace(checkpoint.config, activations)
+    traced = copied_trace(checkpoint.architecture, activations)
     outputs = Outputs(Dense(), {name: place.spec for name, place in places.items()})
     specs = {name: place.spec for name, place in places.items()}
     graph = lower(traced, outputs, specs, activations=activations, attention=attention, accuracy_level=0)

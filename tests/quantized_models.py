@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from qexport.architectures.structure import Structure, describe
+from qexport.architectures.architecture import Architecture
+from qexport.architectures.checkpoint import Checkpoint
+from qexport.architectures.structure import Structure
 from qexport.export.safetensors_layout import SafetensorsLayout
 from qexport.export.settings import SafetensorsSettings
 from qexport.export.tensor_writer import WrittenWeights
 from qexport.export.weight_files import WeightFiles
 from qexport.tensors import (
-    Checkpoint,
     Gptq,
     GroupQuantized,
     GroupQuantizedSpec,
@@ -77,15 +78,19 @@ class QuantizedModel:
     origin: Origin = field(default_factory=lambda: Origin("folder", "tiny"))
 
     @cached_property
+    def architecture(self) -> Architecture:
+        return Architecture(json.loads(self.model.config.to_json_string()))
+
+    @property
     def structure(self) -> Structure:
-        return describe(json.loads(self.model.config.to_json_string()))
+        return self.architecture.structure
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
         weights = {
             name: tensor for name, tensor in self.model.state_dict().items() if name in self.structure.parameters
         }
-        return Checkpoint(json.loads(self.model.config.to_json_string()), Tensors(weights), FILES, self.origin)
+        return Checkpoint(self.architecture, Tensors(weights), FILES, self.origin)
 
     @cached_property
     def outputs(self) -> Outputs:

@@ -99,7 +99,7 @@ def report(gates: Sequence[GateResult] | None = None, **changes: Any) -> Report:
     """A report of a sound 4-bit artifact; its verdict follows from its gates."""
     gates = [gate_result()] if gates is None else list(gates)
     values: dict[str, Any] = dict(
-        schema_version=1, qexport_version="0.1.0", verdict=overall(gate.verdict for gate in gates),
+        schema_version=1, qexport_version="0.2.0", verdict=overall(gate.verdict for gate in gates),
         subject=subject(), reference=reference(), identity=identity(), protocol=protocol(), figures=figures(),
         gates=gates,
         checks=[
@@ -126,7 +126,7 @@ def report(gates: Sequence[GateResult] | None = None, **changes: Any) -> Report:
                            first_difference=None, margin=None, flips=0, edit_distance=0.0, chrf=100.0, rouge_l=1.0),
             ],
         ),
-        tasks=[], layers=[layer()], notes=[], readers=["qexport 0.1.0"], unconfirmed=["vLLM"],
+        tasks=[], layers=[layer()], notes=[], readers=["qexport 0.2.0"], unconfirmed=["vLLM"],
         environment=environment(), command="qexport verify artifact --reference recipes/gptq-4bit.yaml",
         timings=timings(),
     )  # fmt: skip

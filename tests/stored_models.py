@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qexport.architectures.structure import describe
+from qexport.architectures.architecture import Architecture
 from qexport.packing import gptq
 from qexport.tensors import GroupQuantizedSpec
 from quantized_models import round_off
@@ -74,7 +74,7 @@ def write(model: PreTrainedModel, folder: Path, quantization: dict[str, Any]) ->
     model.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     tensors = load_file(folder / "model.safetensors")
-    structure = describe(config)
+    structure = Architecture(config).structure
     if "ignore" in quantization:
         quantization = quantization | {"ignore": [structure.head]}
     for block in structure.linears.values():

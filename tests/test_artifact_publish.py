@@ -9,6 +9,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -38,8 +39,8 @@ def run(output: Path, then: Callable[[Publication], object], *, force: bool = Fa
         then(publication)
 
 
-def failing(error: BaseException) -> Callable[[Publication], None]:
-    def fail(_: Publication) -> None:
+def failing(error: BaseException) -> Callable[[object], None]:
+    def fail(_: object) -> None:
         raise error
 
     return fail
@@ -79,6 +80,17 @@ def test_an_error_leaves_nothing_behind(tmp_path: Path, error: type[BaseExceptio
     assert names(tmp_path) == []
 
 
+def test_the_error_under_way_is_told_and_not_that_of_cleaning_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publish, "_remove", failing(PermissionError()))
+    with pytest.raises(ValueError, match="the first"):
+        run(tmp_path / "out", failing(ValueError("the first")))
+    monkeypatch.undo()
+    run(tmp_path / "out", Publication.publish)  # the lock is free, and what was left is removed
+    assert names(tmp_path) == ["out"]
+
+
 def test_a_folder_without_manifest_is_never_published(tmp_path: Path) -> None:
     def publish_without_manifest(publication: Publication) -> None:
         (publication.folder / MANIFEST_NAME).unlink()
@@ -87,6 +99,43 @@ def test_a_folder_without_manifest_is_never_published(tmp_path: Path) -> None:
     with pytest.raises(QexportError, match="manifest"):
         run(tmp_path / "out", publish_without_manifest)
     assert names(tmp_path) == []
+
+
+def test_an_empty_folder_is_never_published(tmp_path: Path) -> None:
+    with Publication(tmp_path / "out") as publication, pytest.raises(QexportError, match="manifest"):
+        publication.publish()
+    assert names(tmp_path) == []
+
+
+def fill_layouts(folder: Path, *finished: str, unfinished: tuple[str, ...] = ()) -> None:
+    for name in (*finished, *unfinished):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "weights").write_text(name)
+    for name in finished:
+        (folder / name / MANIFEST_NAME).write_text(name)
+
+
+def test_a_folder_of_layouts_is_published_where_each_has_its_manifest(tmp_path: Path) -> None:
+    with Publication(tmp_path / "out") as publication:
+        fill_layouts(publication.folder, "tgi", "vllm")
+        publication.publish()
+    assert names(tmp_path / "out") == ["tgi", "vllm"]
+
+
+def test_a_folder_of_layouts_of_which_one_is_unfinished_is_never_published(tmp_path: Path) -> None:
+    with Publication(tmp_path / "out") as publication:
+        fill_layouts(publication.folder, "tgi", unfinished=("vllm",))
+        with pytest.raises(QexportError, match="without its manifest"):
+            publication.publish()
+    assert names(tmp_path) == []
+
+
+def test_a_rejected_folder_with_a_stray_folder_in_it_is_not_deleted(tmp_path: Path) -> None:
+    fill_layouts(tmp_path / "out.rejected", "tgi", unfinished=("thesis",))
+    with pytest.raises(RecipeError, match="not qexport's"):
+        check_output(tmp_path / "out", force=True)
+    shutil.rmtree(tmp_path / "out.rejected" / "thesis")
+    check_output(tmp_path / "out", force=True)
 
 
 def test_a_non_empty_output_is_refused_before_any_work(tmp_path: Path) -> None:
@@ -122,6 +171,16 @@ def test_force_never_replaces_a_folder_that_the_user_stands_in(tmp_path: Path, m
         check_output(Path("/"), force=True)
 
 
+def test_the_folder_of_rejected_artifacts_is_never_replaced_under_the_users_feet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill_layouts(tmp_path / "out.rejected", "tgi")
+    check_output(tmp_path / "out", force=False)
+    monkeypatch.chdir(tmp_path / "out.rejected" / "tgi")
+    with pytest.raises(RecipeError, match="you stand in the folder for a rejected artifact"):
+        check_output(tmp_path / "out", force=False)
+
+
 def test_a_linked_output_is_followed(tmp_path: Path) -> None:
     (tmp_path / "far").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "far" / "out")
@@ -147,6 +206,22 @@ def test_force_replaces_the_old_folder(tmp_path: Path, monkeypatch: pytest.Monke
         publication.publish()
     assert tree(output) == NEW
     assert names(tmp_path) == ["out"]
+
+
+def test_the_replaced_folder_is_locked_until_it_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lies where the next run builds, and must be known as qexport's if its removal is cut short."""
+    remove, removed = publish._remove, []
+
+    def watched(folder: Path) -> None:
+        with pytest.raises(RecipeError, match="another run"):
+            publish._lock(folder)
+        removed.append(names(folder))
+        remove(folder)
+
+    output = old_output(tmp_path)
+    monkeypatch.setattr(publish, "_remove", watched)
+    run(output, Publication.publish, force=True)
+    assert removed == [[MARKER_NAME, "old"]]
 
 
 @pytest.mark.parametrize("exchange", [True, False])
@@ -244,6 +319,29 @@ def test_a_link_in_place_of_the_partial_folder_is_not_followed(tmp_path: Path) -
         pass
 
 
+def test_a_link_in_place_of_the_marker_is_not_followed(tmp_path: Path) -> None:
+    """The lock would be taken on a file that is not qexport's."""
+    other, folder = tmp_path / "other", tmp_path / "out.partial"
+    other.write_text("mine")
+    folder.mkdir()
+    (folder / MARKER_NAME).symlink_to(other)
+    with pytest.raises(OSError, match=os.strerror(errno.ELOOP)), Publication(tmp_path / "out"):
+        pass
+    assert other.read_text() == "mine"
+
+
+def test_a_link_to_a_folder_that_a_killed_run_left_is_removed_and_not_followed(tmp_path: Path) -> None:
+    mine, folder = tmp_path / "mine", tmp_path / "out.partial"
+    for path in (mine, folder):
+        path.mkdir()
+    (mine / "thesis.txt").write_text("mine")
+    (folder / MARKER_NAME).touch()
+    (folder / "link").symlink_to(mine)
+    with Publication(tmp_path / "out") as publication:
+        assert names(publication.folder) == [MARKER_NAME]
+    assert tree(mine) == {"thesis.txt": "mine"}
+
+
 def test_a_rejected_folder_is_kept_beside_the_output(tmp_path: Path) -> None:
     def reject(publication: Publication) -> None:
         assert publication.reject() == tmp_path / "out.rejected"
@@ -272,6 +370,18 @@ def test_what_is_in_the_way_of_a_rejected_artifact_is_kept_and_told_before_the_w
     with pytest.raises(RecipeError, match="rejected artifact"):
         check_output(tmp_path / "out", force=True)
     assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_link_in_place_of_the_rejected_folder_is_not_followed_whatever_lies_there(
+    tmp_path: Path, finished: bool
+) -> None:
+    (tmp_path / "mine").mkdir()
+    if finished:
+        fill(tmp_path / "mine")
+    (tmp_path / "out.rejected").symlink_to(tmp_path / "mine")
+    with pytest.raises(RecipeError, match="in the way of a rejected artifact"):
+        check_output(tmp_path / "out", force=True)
 
 
 def test_a_folder_that_appears_in_place_of_the_rejected_one_is_kept(tmp_path: Path) -> None:
@@ -330,6 +440,13 @@ def test_too_little_room_is_told_before_any_work(tmp_path: Path) -> None:
     disk.ensure_space(tmp_path / "not" / "yet" / "there", 1)
     with pytest.raises(ResourceError, match="not enough room"):
         disk.ensure_space(tmp_path / "not" / "yet" / "there", 10**18)
+
+
+def test_just_enough_room_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    disk.ensure_space(tmp_path, 1000)
+    with pytest.raises(ResourceError, match="not enough room"):
+        disk.ensure_space(tmp_path, 1001)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from bitsandbytes.functional import quantize_4bit
+from bitsandbytes.functional import quantize_4bit, quantize_blockwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qexport.packing.code_books import QuantType, four_bit_values
-from qexport.quantize import bitsandbytes_4bit
+from qexport.quantizing import bitsandbytes_4bit
 from qexport.tensors import BlockQuantizedSpec
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -96,6 +96,32 @@ def test_blocks_of_zeros_and_of_nearly_nothing(quant_type: QuantType, dtype: tor
     rows = [torch.zeros(64), -torch.zeros(64), torch.full((64,), tiny), torch.linspace(-tiny, tiny, 64) / 4]
     assert_same_bytes(torch.stack(rows).to(dtype), quant_type)
     assert_same_bytes(torch.zeros(3, 5, dtype=dtype), quant_type)
+
+
+def absmaxes_between_two_steps() -> torch.Tensor:
+    """Where the rounding to one of 65536 steps turns over, and the neighbours of these values, in blocks up to 1."""
+    edges = ((torch.arange(65536, dtype=torch.float64) - 0.5) / 65535 * 2 - 1).clamp(-1, 1).float()
+    up, down = (torch.nextafter(edges, torch.full_like(edges, sign * math.inf)) for sign in (1, -1))
+    values = torch.cat([up, edges, down]).clamp(-1, 1).view(-1, 192)
+    return torch.cat([torch.ones(len(values), 32), values, -torch.ones(len(values), 32)], 1).view(-1)
+
+
+@pytest.mark.parametrize(
+    "absmax",
+    [
+        absmaxes_between_two_steps(),
+        torch.rand(1_000_003, generator=torch.Generator().manual_seed(0)) ** 3,
+        torch.rand(300, generator=torch.Generator().manual_seed(0)).mul_(1e-39),
+        torch.full((300,), 0.25),
+        torch.ones(1),
+    ],
+    ids=["between two steps", "random", "denormal", "equal", "one"],
+)
+def test_the_second_level_of_double_quantization(absmax: torch.Tensor) -> None:
+    codes, nested = bitsandbytes_4bit._quantize_absmax(absmax)
+    expected, state = quantize_blockwise(absmax - absmax.mean(), blocksize=256)
+    assert torch.equal(codes, expected)
+    assert torch.equal(nested.absmax, state.absmax)
 
 
 def test_matrices_of_several_pieces_with_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:

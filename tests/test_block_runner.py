@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 import factories
+from qexport.architectures.architecture import Architecture
 from qexport.architectures.runner import BlockRunner
 from qexport.tensors import TensorSpec
 
@@ -65,7 +66,9 @@ def test_logits_equal_the_whole_models_bit_for_bit_in_float32(name: str) -> None
     config = CONFIGS[name]
     model = factories.build(config, dtype=torch.float32)
     ids = token_windows()
-    runner = BlockRunner(config.to_dict(), StateDict(model), dtype=torch.float32, device=torch.device("cpu"))
+    runner = BlockRunner(
+        Architecture(config.to_dict()), StateDict(model), dtype=torch.float32, device=torch.device("cpu")
+    )
     with torch.no_grad():
         expected = torch.cat([model(part).logits for part in ids.split(2)])
     assert torch.equal(run(runner, ids), expected)
@@ -80,7 +83,9 @@ def test_hidden_states_equal_the_whole_models_bit_for_bit_in_bfloat16(name: str)
             if parameter is not None:
                 parameter.data = parameter.data.bfloat16()
     ids = token_windows()
-    runner = BlockRunner(config.to_dict(), StateDict(model), dtype=torch.bfloat16, device=torch.device("cpu"))
+    runner = BlockRunner(
+        Architecture(config.to_dict()), StateDict(model), dtype=torch.bfloat16, device=torch.device("cpu")
+    )
     with torch.no_grad():
         expected = torch.cat([model.base_model(part)[0] for part in ids.split(2)])
     batches = runner.embed(ids, 2)
@@ -95,7 +100,7 @@ def test_hidden_states_equal_the_whole_models_bit_for_bit_in_bfloat16(name: str)
 def test_every_block_is_read_once_and_given_back() -> None:
     config = factories.llama_config(num_hidden_layers=3)
     source = StateDict(factories.build(config))
-    runner = BlockRunner(config.to_dict(), source, dtype=torch.bfloat16, device=torch.device("cpu"))
+    runner = BlockRunner(Architecture(config.to_dict()), source, dtype=torch.bfloat16, device=torch.device("cpu"))
     run(runner, token_windows())
     in_blocks = [name for name in source.reads if ".layers." in name]
     assert sorted(in_blocks) == sorted(set(in_blocks)) == sorted(n for n in source.tensors if ".layers." in n)
@@ -105,7 +110,7 @@ def test_every_block_is_read_once_and_given_back() -> None:
 def test_equal_arguments_are_kept_once_for_all_batches() -> None:
     config = factories.falcon_config()
     source = StateDict(factories.build(config))
-    runner = BlockRunner(config.to_dict(), source, dtype=torch.bfloat16, device=torch.device("cpu"))
+    runner = BlockRunner(Architecture(config.to_dict()), source, dtype=torch.bfloat16, device=torch.device("cpu"))
     batches = runner.embed(token_windows(count=5), 2)
     assert batches[1].calls is batches[0].calls
     assert batches[2].calls is not batches[0].calls

@@ -21,14 +21,14 @@ from qexport.artifact.report import Report
 from qexport.errors import InputError, NumericalError, QexportError, RecipeError, ResourceError
 from qexport.export.tgi.config import tgi_config
 from qexport.pipeline import Result, plan, run
+from qexport.pipeline.folders import ArtifactFolder
 from qexport.pipeline.inspection import inspect_artifact
-from qexport.pipeline.opened import Opened
-from qexport.pipeline.reference import Reference
 from qexport.pipeline.verification import Verified, measure_folder
 from qexport.progress import Reporter
-from qexport.quantize.pauses import Parking
+from qexport.quantizing.pauses import Parking
 from qexport.reading.artifact_source import ArtifactSource
 from qexport.recipe import load_recipe
+from qexport.verifying.reference import Reference
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 GPTQ = next(path for path in RECIPES if path.name == "gptq-4bit.yaml")
@@ -256,7 +256,7 @@ def test_a_limit_below_the_noise_is_refused_before_anything_is_quantized(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare(tmp_path, factories.llama_config(), ["q_proj"])
-    monkeypatch.setattr("qexport.quantize.gptq.Gptq.quantize", interrupt)
+    monkeypatch.setattr("qexport.quantizing.gptq.Gptq.quantize", interrupt)
     with pytest.raises(RecipeError, match="noise floor"):
         finish(tmp_path, {"verify.gates": "{mean_kl: {at_most: 1.0e-9}}"})
     assert not any(path.name.startswith("out") for path in tmp_path.iterdir())
@@ -422,8 +422,8 @@ def test_weights_that_layouts_share_are_measured_once(tmp_path: Path, monkeypatc
     prepare(tmp_path, factories.llama_config(), ["q_proj"])
     measured: list[str] = []
 
-    def counting(reference: Reference, opened: Opened, *, report: Reporter) -> Verified:
-        measured.append(opened.folder.name)
+    def counting(reference: Reference, opened: ArtifactFolder, *, report: Reporter) -> Verified:
+        measured.append(opened.artifact.folder.name)
         return measure_folder(reference, opened, report=report)
 
     monkeypatch.setattr("qexport.pipeline.running.measure_folder", counting)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,13 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 import factories
 import qexport
 from adapters import load_adapter, save_adapter
+from bitsandbytes_oracle import TORCH_USES_AVX512, reads_right, values
 from qexport.errors import CompatibilityError
+from qexport.export.loaders import misread_with_avx512
 from qexport.loading.checkpoint import load_checkpoint
 from qexport.loading.settings import LoadSettings
-from qexport.pipeline import Result, run
+from qexport.pipeline import Result, plan, run
+from qexport.pipeline.inspection import inspect_artifact
 from qexport.recipe import load_recipe
 
 DOWN = "model.layers.1.mlp.down_proj"
@@ -149,19 +153,64 @@ def test_tied_heads_and_odd_widths_are_no_exception(tmp_path: Path, name: str) -
     load(result.artifact_path)
 
 
+def read_by_the_oracle(artifact: Path, base: Path, block_size: int) -> Path:
+    """A folder of the base with the values that the artifact's codes stand for."""
+    weights, written = load_file(base / "model.safetensors"), load_file(artifact / "model.safetensors")
+    for name in [name for name in written if f"{name}.absmax" in written]:
+        codes, state = quantize_4bit(weights[name], blocksize=block_size, quant_type="nf4")
+        assert torch.equal(written[name], codes)
+        assert torch.equal(written[f"{name}.absmax"], state.absmax)
+        weights[name] = values(codes, state)
+    folder = Path(shutil.copytree(base, base.with_name("oracle")))
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def load_without_repacking(folder: Path) -> PreTrainedModel:
+    """As transformers and bitsandbytes compute without AVX512-BF16, where layers repack their weights for a kernel that
+    rounds the absmaxes and takes no blocks across rows."""
+    model = load(folder)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
 @pytest.mark.parametrize("block_size", [32, 128, 4096])
 def test_transformers_reads_other_block_sizes_than_it_makes(tmp_path: Path, block_size: int) -> None:
     base(tmp_path)
     artifact = execute(tmp_path, {"method": "nf4", "block_size": block_size}).artifact_path
-    model = qexport.load(artifact, device="cpu")
+    oracle = read_by_the_oracle(artifact, tmp_path / "base", block_size)
+    shapes = [each.shape for name, each in load_file(oracle / "model.safetensors").items() if "_proj" in name]
     ids = torch.arange(1, 17)[None]
     with torch.no_grad():
-        assert torch.equal(model(input_ids=ids).logits, load(artifact)(input_ids=ids).logits)
-    weight = load_file(tmp_path / "base" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
-    codes, state = quantize_4bit(weight, blocksize=block_size, quant_type="nf4")
-    written = load_file(artifact / "model.safetensors")
-    assert torch.equal(written["model.layers.0.mlp.up_proj.weight"], codes)
-    assert torch.equal(written["model.layers.0.mlp.up_proj.weight.absmax"], state.absmax)
+        found = load(oracle)(input_ids=ids).logits
+        assert torch.equal(qexport.load(artifact, device="cpu")(input_ids=ids).logits, found)
+        right = torch.equal(load_without_repacking(artifact)(input_ids=ids).logits, found)
+    assert right == all(reads_right(each, block_size) for each in shapes)
+    card, misread = (artifact / "README.md").read_text(), any(misread_with_avx512(each, block_size) for each in shapes)
+    assert ("takes the scales of other blocks" in card) == misread
+    notes = plan(load_recipe(tmp_path / "recipe.yaml")).as_dict()["notes"]
+    assert any("gets this artifact wrong: on CPUs with AVX512" in note for note in notes) == misread
+    assert any("asks for inputs in multiples" in note for note in notes) == (block_size == 4096)
+    verdicts = {loader.name: loader.verdict for loader in inspect_artifact(artifact).loaders}
+    assert verdicts["transformers + bitsandbytes"] == ("wrong" if misread else "yes")
+    assert right or misread or not TORCH_USES_AVX512
+
+
+@pytest.mark.parametrize("block_size", [32, 128, 256])
+def test_transformers_reads_other_block_sizes_on_every_cpu_where_they_divide_the_inputs(
+    tmp_path: Path, block_size: int
+) -> None:
+    base(tmp_path, factories.llama_config(hidden_size=256, intermediate_size=512))
+    artifact = execute(tmp_path, {"method": "nf4", "block_size": block_size}).artifact_path
+    ids = torch.arange(1, 17)[None]
+    with torch.no_grad():
+        ours = qexport.load(artifact, device="cpu")(input_ids=ids).logits
+        assert torch.equal(load_without_repacking(artifact)(input_ids=ids).logits, ours)
+        repacked = load(artifact)(input_ids=ids).logits
+    assert ((repacked - ours).norm() / ours.norm()).item() < 0.05
+    assert "AVX512" not in (artifact / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["nf4, double", "int8"])

@@ -49,6 +49,9 @@ def verdicts(found: Folder) -> dict[str, str]:
         (folder(GPTQ, shapes={"m.experts.0.w1": (64, 64)}), {"gptqmodel": "untried", "qexport.load": "yes"}),
         (folder(stored_models.NF4), {"transformers + bitsandbytes": "yes", "vLLM": "no", "TGI": "no"}),
         (folder(stored_models.NF4, model_type="falcon"), {"transformers + bitsandbytes": "no", "qexport.load": "yes"}),
+        (folder(stored_models.NF4, block_sizes={UP: 64}), {"transformers + bitsandbytes": "yes"}),
+        (folder(stored_models.NF4, block_sizes={UP: 128}), {"transformers + bitsandbytes": "wrong"}),
+        (folder(stored_models.NF4, block_sizes={UP: 4096}), {"transformers + bitsandbytes": "yes"}),
         (folder(stored_models.W8A8), {"transformers + compressed-tensors": "yes", "qexport.load": "yes"}),
         (folder(stored_models.W8A8, layout="vllm"), {"vLLM": "yes"}),
     ],
@@ -66,6 +69,30 @@ def test_two_lines_of_python_name_transformers_only_where_it_takes_the_artifact(
     assert "AutoModelForCausalLM" in python_lines(folder(GPTQ), "x")[1]
     for other in (folder(GPTQ, model_type="falcon"), folder(stored_models.NF4, model_type="falcon")):
         assert python_lines(other, "x") == ("import qexport", 'model = qexport.load("x")')
+
+
+@pytest.mark.parametrize(
+    ("shape", "block_size", "verdict", "words"),
+    [
+        ((128, 64), 64, "yes", ""),
+        ((576, 576), 128, "wrong", "takes the scales of other blocks"),
+        ((576, 1536), 128, "yes", ""),
+        ((576, 1536), 1024, "wrong", "takes the scales of other blocks"),
+        ((576, 1536), 2048, "yes", "asks for inputs in multiples of the block size"),
+        ((64, 40), 64, "yes", "asks for inputs in multiples of the block size"),
+        ((1, 576), 128, "yes", "asks for inputs in multiples of the block size"),
+        ((40, 64), 64, "yes", "asks for multiples of 32 outputs"),
+    ],
+)
+def test_what_bitsandbytes_makes_of_a_block_size_depends_on_the_shapes(
+    shape: tuple[int, int], block_size: int, verdict: str, words: str
+) -> None:
+    found = folder(stored_models.NF4, shapes={UP: shape}, block_sizes={UP: block_size})
+    [loader] = [loader for loader in loaders(found) if loader.name == "transformers + bitsandbytes"]
+    assert loader.verdict == verdict
+    assert words in loader.reason
+    assert bool(words) == bool(loader.reason)
+    assert bool(warnings(found)) == (verdict == "wrong" or "block size" in words)
 
 
 def test_silent_faults_are_warned_of_and_stand_in_the_model_card(tmp_path: Path) -> None:

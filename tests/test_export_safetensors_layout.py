@@ -12,22 +12,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import factories
+from qexport.architectures.architecture import Architecture
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.errors import CompatibilityError, QexportError
 from qexport.export.gptq_config import gptq_config
 from qexport.export.model_files import write_model_files
 from qexport.export.safetensors_layout import SafetensorsLayout
 from qexport.export.settings import SafetensorsSettings
 from qexport.packing import gptq
-from qexport.tensors import (
-    Checkpoint,
-    Gptq,
-    GroupQuantized,
-    GroupQuantizedSpec,
-    Origin,
-    Outputs,
-    OutputSpec,
-    TensorRecord,
-)
+from qexport.tensors import Gptq, GroupQuantized, GroupQuantizedSpec, Origin, Outputs, OutputSpec, TensorRecord
 from qexport.tensors.safetensors_folder import INDEX_NAME
 from quantized_models import DEFAULT, FILES, QuantizedModel, Tensors, gptq_method
 
@@ -79,7 +72,7 @@ def test_both_configs_tell_readers_the_same(tmp_path: Path) -> None:
     assert quantization == read_json(tmp_path / "quantize_config.json")
     expected = {"quant_method": "gptq", "checkpoint_format": "gptq", "bits": 4, "group_size": 32, "lm_head": False}
     assert quantization.items() >= expected.items()
-    assert quantization["meta"] == {"quantizer": ["qexport:0.1.0"]}
+    assert quantization["meta"] == {"quantizer": ["qexport:0.2.0"]}
     assert not {"dynamic", "modules_in_block_to_quantize"} & quantization.keys()
 
 
@@ -94,7 +87,7 @@ def test_the_base_config_is_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("keys", [("dtype",), ("torch_dtype",), ("dtype", "torch_dtype"), ()])
 def test_the_dtype_is_told_under_the_keys_that_the_base_had(tmp_path: Path, keys: tuple[str, ...]) -> None:
     config = {"model_type": "llama", "_name_or_path": "/secret/folder"} | dict.fromkeys(keys, "float32")
-    checkpoint = Checkpoint(config, Tensors({}), {}, Origin("folder", "tiny"))
+    checkpoint = Checkpoint(Architecture(config), Tensors({}), {}, Origin("folder", "tiny"))
     write_model_files(tmp_path, checkpoint, DEFAULT, {"quant_method": "gptq"}, torch.float16)
     written = read_json(tmp_path / "config.json")
     assert {key: value for key, value in written.items() if "dtype" in key} == dict.fromkeys(

@@ -20,8 +20,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 import factories
 from adapters import ORIGIN, load_adapter, save_adapter, write_tensors
+from qexport.architectures.architecture import Architecture
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.architectures.runner import BlockRunner
-from qexport.architectures.structure import Structure, describe
+from qexport.architectures.structure import Structure
 from qexport.errors import CompatibilityError
 from qexport.loading.checkpoint import load_checkpoint
 from qexport.loading.settings import LoadSettings
@@ -29,18 +31,10 @@ from qexport.merge.adapter import PREFIX
 from qexport.merge.merging import merge
 from qexport.merge.settings import MergeSettings
 from qexport.pipeline.planning import plan as make_plan
-from qexport.quantize.method import Method
-from qexport.quantize.methods import AnyMethod
+from qexport.quantizing.method import Method
+from qexport.quantizing.methods import AnyMethod
 from qexport.recipe.model import Recipe
-from qexport.tensors import (
-    BlockQuantized,
-    CalibrationSet,
-    Checkpoint,
-    GroupQuantized,
-    Outputs,
-    RowQuantized,
-    TensorRecord,
-)
+from qexport.tensors import BlockQuantized, CalibrationSet, GroupQuantized, Outputs, RowQuantized, TensorRecord
 from test_block_runner import run, token_windows
 
 CPU = torch.device("cpu")
@@ -89,12 +83,12 @@ def parse(method: str, **changes: Any) -> Method:
 
 def plan(folder: Path, method: str, **changes: Any) -> Outputs:
     checkpoint = load(folder)
-    return parse(method, **changes).plan(checkpoint, describe(checkpoint.config))
+    return parse(method, **changes).plan(checkpoint)
 
 
 def records(checkpoint: Checkpoint, settings: Method, windows: Tensor | None = None) -> dict[str, TensorRecord]:
     """Everything that the pass yields, each tensor once."""
-    outputs = settings.plan(checkpoint, describe(checkpoint.config))
+    outputs = settings.plan(checkpoint)
     calibration = CalibrationSet(token_windows(12, 48) if windows is None else windows, "0" * 64, "test")
     found = list(
         settings.quantize(
@@ -119,7 +113,7 @@ def logits(folder: Path, ids: Tensor) -> Tensor:
 
 def block_by_block(folder: Path, ids: Tensor) -> Tensor:
     checkpoint = load(folder)
-    return run(BlockRunner(checkpoint.config, checkpoint.weights, dtype=torch.float32, device=CPU), ids)
+    return run(BlockRunner(checkpoint.architecture, checkpoint.weights, dtype=torch.float32, device=CPU), ids)
 
 
 def test_logits_equal_those_of_transformers_bit_for_bit(base: Path) -> None:
@@ -129,7 +123,7 @@ def test_logits_equal_those_of_transformers_bit_for_bit(base: Path) -> None:
 
 def test_the_structure_names_every_tensor_as_the_files_do(base: Path, family: str) -> None:
     stored = {name: tuple(tensor.shape) for name, tensor in load_file(base / "model.safetensors").items()}
-    structure = describe(json.loads((base / "config.json").read_text()))
+    structure = Architecture(json.loads((base / "config.json").read_text())).structure
     assert structure.parameters == stored
     assert f"{structure.embedding}.weight" in stored
     assert structure.tied or f"{structure.head}.weight" in stored
@@ -142,7 +136,9 @@ def test_the_structure_names_every_tensor_as_the_files_do(base: Path, family: st
 
 def test_a_lora_merge_equals_pefts_bit_for_bit(base: Path, family: str, tmp_path: Path) -> None:
     model = build(family)
-    targets = [name for name in linears(describe(model.config.to_dict())) if not name.endswith(".mamba.out_proj")]
+    targets = [
+        name for name in linears(Architecture(model.config.to_dict()).structure) if not name.endswith(".mamba.out_proj")
+    ]
     if family in EXPERTS:  # PEFT lays an adapter on an expert's matrices over the parameter that holds all of them
         targets = [name for name in targets if ".self_attn." in name]
     leaves = sorted({name.rpartition(".")[2] for name in targets})
@@ -159,7 +155,7 @@ def test_a_lora_merge_equals_pefts_bit_for_bit(base: Path, family: str, tmp_path
 
 
 def test_gptq_quantizes_every_planned_layer(base: Path, family: str) -> None:
-    checkpoint, structure = load(base), describe(FAMILIES[family].to_dict())
+    checkpoint, structure = load(base), Architecture(FAMILIES[family].to_dict()).structure
     found = records(checkpoint, parse("gptq"))
     quantized = {name: record for name, record in found.items() if isinstance(record.value, GroupQuantized)}
     assert len(quantized) == LINEARS[family] - KEPT.get(family, 0)
@@ -234,7 +230,7 @@ def test_gpt2s_codes_are_those_that_transformers_saves(method: str, tmp_path: Pa
 @pytest.mark.parametrize("family", EXPERTS, indirect=True)
 def test_an_adapter_with_factors_for_each_expert_is_merged_as_peft_merges_it(base: Path, tmp_path: Path) -> None:
     """Such adapters were trained with transformers 4, where each matrix was a module; PEFT converts them."""
-    experts = {name: linear for name, linear in linears(describe(load(base).config)).items() if linear.expert}
+    experts = {name: linear for name, linear in linears(load(base).architecture.structure).items() if linear.expert}
     generator = torch.Generator().manual_seed(3)
     factors: dict[str, Tensor] = {}
     for name, linear in experts.items():
@@ -277,6 +273,6 @@ def test_windows_longer_than_learned_positions_are_refused_before_any_work(posit
 
 
 def test_computed_positions_have_no_end() -> None:
-    found = {name: describe(config.to_dict()).positions for name, config in FAMILIES.items()}
+    found = {name: Architecture(config.to_dict()).structure.positions for name, config in FAMILIES.items()}
     assert {name for name, positions in found.items() if positions} == {"gpt-2"}
     assert found["gpt-2"] == 256

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from qexport.artifact.figures import CATALOGUE, CheckResult, Figure, GateResult
+from qexport.artifact.figures import CATALOGUE, CheckResult, Figure, GateResult, Verdict, overall
 from qexport.errors import RecipeError
 from qexport.gates.deciding import BuiltIn, decide, decide_again, needs_more, noise_floors
 from qexport.gates.limits import Bound, Limit
 from qexport.gates.settings import GatesFile
-from qexport.quantize.methods import profile_of_layer
+from qexport.quantizing.methods import profile_of_layer
 from reports import figure, gate_result, report
 
 VERDICTS = {"fail": 0, "undecided": 1, "pass": 2}
@@ -20,7 +20,7 @@ VERDICTS = {"fail": 0, "undecided": 1, "pass": 2}
 
 def between(low: float | None, high: float | None, *, name: str = "mean_kl", **changes: Any) -> Figure:
     """A figure whose confidence sequence is that, and whose fixed-sample interval would decide anything."""
-    middle = 0.0 if low is None or high is None else low / 2 + high / 2
+    middle = 0.0 if low is None or high is None else low + (high - low) / 2  # halves of the least numbers are 0
     return figure(name, middle, half=0.0, sequence_low=low, sequence_high=high, **changes)
 
 
@@ -241,6 +241,22 @@ def test_more_windows_are_not_wanted_where_they_change_nothing(result: GateResul
     assert not needs_more([gate_result(), result])
 
 
+@pytest.mark.parametrize(
+    ("verdicts", "whole"),
+    [
+        (["pass", "pass"], "pass"),
+        (["pass", "undecided"], "undecided"),
+        (["undecided", "pass", "fail"], "fail"),
+        (["pass", "fail"], "fail"),
+        (["undecided"], "undecided"),
+        ([], "pass"),
+    ],
+)
+def test_one_verdict_that_is_no_pass_keeps_the_whole_from_passing(verdicts: list[Verdict], whole: Verdict) -> None:
+    """Of gates in a report, and of reports in a run, whose layouts are published together."""
+    assert overall(verdicts) == overall(reversed(verdicts)) == whole
+
+
 # Deciding again
 
 
@@ -312,6 +328,15 @@ def test_built_in_gates_of_the_report_are_decided_again_from_its_figures() -> No
     assert [verdicts[gate.name] for gate in before] == ["pass", "pass", "pass"]
     missing = [each for each in report().figures if each.name != "kl_over_rtn"]
     assert again(report={"gates": before, "figures": missing})["better_than_rtn"] == "undecided"
+    assert again(report={"gates": []})["better_than_rtn"] == "pass"
+    assert "better_than_rtn" not in again(report={"gates": [], "figures": missing}), "no method that it is held against"
+
+
+def test_the_gate_on_graphs_is_decided_again_where_there_was_a_graph() -> None:
+    checked = [*report().checks, CheckResult(gate="graph", name="x", passed=True, detail="")]
+    assert again(report={"checks": checked, "gates": []})["graph"] == "pass"
+    assert again(report={"gates": [gate_result("graph", figure=None)]})["graph"] == "undecided"
+    assert "graph" not in again()
 
 
 def test_checks_are_decided_even_where_the_report_has_none() -> None:

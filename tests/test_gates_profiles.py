@@ -14,8 +14,8 @@ from qexport.errors import RecipeError
 from qexport.gates.limits import Limit, above_floor, limits_of
 from qexport.gates.profiles import PROFILES, profile_of_layers
 from qexport.gates.settings import GatesFile, ProfileName
-from qexport.quantize.methods import profile_of_layer
-from qexport.quantize.none import NoQuantization
+from qexport.quantizing.methods import profile_of_layer
+from qexport.quantizing.none import NoQuantization
 from reports import layer
 
 DOCS = Path(__file__).parent.parent / "docs"

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 import factories
-from qexport.architectures.structure import describe
+from qexport.architectures.architecture import Architecture
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.errors import CompatibilityError, NumericalError
 from qexport.progress import Notice, Progress
-from qexport.quantize.gptq import Gptq
-from qexport.quantize.layer import Hessian, solve_together
-from qexport.quantize.selection import select
-from qexport.tensors import CalibrationSet, Checkpoint, GroupQuantized, GroupQuantizedSpec, Origin, TensorRecord
+from qexport.quantizing.gptq import Gptq
+from qexport.quantizing.layer import Hessian, solve_together
+from qexport.quantizing.selection import select
+from qexport.tensors import CalibrationSet, GroupQuantized, GroupQuantizedSpec, Origin, TensorRecord
 from test_block_runner import StateDict, token_windows
 
 CPU = torch.device("cpu")
@@ -40,7 +41,7 @@ def settings(**changes: Any) -> Gptq:
 
 
 def checkpoint(config: PretrainedConfig, model: PreTrainedModel) -> Checkpoint:
-    return Checkpoint(config.to_dict(), StateDict(model), {}, Origin("folder", "tiny"))
+    return Checkpoint(Architecture(config.to_dict()), StateDict(model), {}, Origin("folder", "tiny"))
 
 
 def calibration(windows: Tensor | None = None) -> CalibrationSet:
@@ -49,7 +50,7 @@ def calibration(windows: Tensor | None = None) -> CalibrationSet:
 
 def run(source: Checkpoint, options: Gptq, calibration: CalibrationSet, **arguments: Any) -> Iterator[TensorRecord]:
     """Plans and quantizes."""
-    outputs = options.plan(source, describe(source.config))
+    outputs = options.plan(source)
     return options.quantize(source, outputs, calibration, **arguments)
 
 
@@ -70,7 +71,7 @@ def quantized(config: PretrainedConfig, options: Gptq, **changes: Any) -> dict[s
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_linear_of_every_block_is_quantized_and_nothing_else(name: str) -> None:
     config = CONFIGS[name]
-    structure = describe(config.to_dict())
+    structure = Architecture(config.to_dict()).structure
     records = quantized(config, settings())
     linears = {f"{linear.name}.weight" for block in structure.blocks for linear in structure.linears[block]}
     assert {name for name, record in records.items() if isinstance(record.value, GroupQuantized)} == linears
@@ -100,7 +101,7 @@ def test_codes_equal_those_of_whole_model_forwards_with_hooks(name: str, true_se
     config, options = CONFIGS[name], settings(true_sequential=true_sequential)
     records = quantized(config, options)
     model = factories.build(config, dtype=torch.float32)
-    structure = describe(config.to_dict())
+    structure = Architecture(config.to_dict()).structure
     chosen = select(structure, options)
     for block in structure.blocks:
         groups = plain_groups(name, block)
@@ -130,7 +131,7 @@ def plain_groups(name: str, block: str) -> list[list[str]]:
 
 
 def describe_linears(name: str, block: str) -> Any:
-    return describe(CONFIGS[name].to_dict()).linears[block]
+    return Architecture(CONFIGS[name].to_dict()).structure.linears[block]
 
 
 @torch.no_grad()
@@ -184,7 +185,7 @@ def test_overrides_change_bits_and_groups_or_leave_layers_dense() -> None:
     )
     config = factories.llama_config()
     records = quantized(config, options)
-    specs = options.plan(checkpoint(config, factories.build(config)), describe(config.to_dict())).specs
+    specs = options.plan(checkpoint(config, factories.build(config))).specs
     up, attention = (
         records["model.layers.0.mlp.up_proj.weight"].value,
         records["model.layers.0.self_attn.q_proj.weight"].value,
@@ -215,7 +216,7 @@ def test_the_head_is_quantized_when_asked_for() -> None:
 
 def refusal(config: PretrainedConfig, **changes: Any) -> str:
     with pytest.raises(CompatibilityError) as caught:
-        select(describe(config.to_dict()), settings(**changes))
+        select(Architecture(config.to_dict()).structure, settings(**changes))
     return str(caught.value)
 
 
@@ -288,27 +289,29 @@ MEMORY_SCRIPT = """
 import json, resource, sys
 sys.path.insert(0, sys.argv[1])
 import torch, factories
-from qexport.quantize.gptq import Gptq
-from qexport.tensors import CalibrationSet, Checkpoint, Origin, TensorSpec
+from qexport.quantizing.gptq import Gptq
+from qexport.architectures.architecture import Architecture
+from qexport.architectures.checkpoint import Checkpoint
+from qexport.tensors import CalibrationSet, Origin, TensorSpec
 
 class Random:
     def __init__(self, shapes): self.shapes = shapes
     def specs(self): return {n: TensorSpec(s, torch.bfloat16) for n, s in self.shapes.items()}
     def read(self, name): return torch.full(self.shapes[name], 0.02).normal_(0, 0.05).bfloat16()
 
-from qexport.architectures.structure import describe
 config = factories.llama_config(
     hidden_size=192, intermediate_size=3072, num_hidden_layers=int(sys.argv[2]), num_attention_heads=4,
     num_key_value_heads=2,
 ).to_dict()
-source = Checkpoint(config, Random(describe(config).parameters), {}, Origin("folder", "random"))
+architecture = Architecture(config)
+source = Checkpoint(architecture, Random(architecture.structure.parameters), {}, Origin("folder", "random"))
 narrow = {"modules": "*.down_proj", "dense": True}  # its 3072 columns would only take time
 settings = Gptq(method="gptq", group_size=64, mse=False, overrides=[narrow], calibration={"source": "unused"})
 ids = torch.randint(factories.VOCABULARY, (8, 64))
 count = 0
 from pathlib import Path
 options = {"dtype": torch.bfloat16, "device": torch.device("cpu"), "scratch": Path("/tmp")}
-outputs = settings.plan(source, describe(config))
+outputs = settings.plan(source)
 for record in settings.quantize(source, outputs, CalibrationSet(ids, "", ""), **options):
     count += record.layer is not None
 print(json.dumps([count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))

@@ -13,14 +13,16 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 import factories
+from qexport.architectures.architecture import Architecture
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.architectures.experts import can_stage, staged
-from qexport.architectures.structure import build_on_meta, describe
+from qexport.architectures.structure import build_on_meta
 from qexport.errors import NumericalError
 from qexport.progress import Notice
-from qexport.quantize import gptq_pass
-from qexport.quantize.layer import Hessian, solve_together
-from qexport.quantize.selection import select
-from qexport.tensors import Checkpoint, GroupQuantized, Origin, TensorRecord
+from qexport.quantizing import gptq_pass
+from qexport.quantizing.layer import Hessian, solve_together
+from qexport.quantizing.selection import select
+from qexport.tensors import GroupQuantized, Origin, TensorRecord
 from test_block_runner import StateDict
 from test_gptq import CPU, calibration, run, settings
 
@@ -45,7 +47,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Files:
 def quantized(
     source: Files, *, config: PretrainedConfig = CONFIG, report: Any = lambda _: None, **options: Any
 ) -> dict[str, TensorRecord]:
-    checkpoint = Checkpoint(config.to_dict(), source, {}, Origin("folder", "tiny"))
+    checkpoint = Checkpoint(Architecture(config.to_dict()), source, {}, Origin("folder", "tiny"))
     found = run(
         checkpoint, settings(**options), calibration(),
         dtype=torch.float32, device=CPU, scratch=Path(tempfile.gettempdir()), report=report,
@@ -106,7 +108,7 @@ def test_codes_equal_those_of_plain_forwards(source: Files, true_sequential: boo
         for part in calibration().input_ids.split(gptq_pass.BATCH_TOKENS // 48):
             model(part)
     hook.remove()
-    chosen = select(describe(CONFIG.to_dict()), options)
+    chosen = select(Architecture(CONFIG.to_dict()).structure, options)
     for expert in range(4):
         up, down = Hessian(64, CPU), Hessian(96, CPU)
         states = [hidden[(index == expert).any(1)] for hidden, index, _ in seen]

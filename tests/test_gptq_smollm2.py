@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from qexport.architectures.structure import describe
+from qexport.architectures.architecture import Architecture
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.loading.checkpoint import load_checkpoint
 from qexport.loading.settings import LoadSettings
 from qexport.merge.merging import merge
 from qexport.merge.settings import MergeSettings
-from qexport.quantize.gptq import Gptq
-from qexport.quantize.method import CalibrationSettings
-from qexport.tensors import CalibrationSet, Checkpoint, TensorRecord, TensorSpec, WeightSource
+from qexport.quantizing.gptq import Gptq
+from qexport.quantizing.method import CalibrationSettings
+from qexport.tensors import CalibrationSet, TensorRecord, TensorSpec, WeightSource
 from test_gptq import assert_same_bytes
 
 pytestmark = pytest.mark.smollm2
@@ -45,7 +46,9 @@ class FirstBlock:
 @pytest.fixture(scope="module")
 def checkpoint() -> Checkpoint:
     whole = merge(load_checkpoint(LoadSettings(base=BASE)), None, MergeSettings()).checkpoint
-    return replace(whole, config={**whole.config, "num_hidden_layers": 1}, weights=FirstBlock(whole.weights))
+    return replace(
+        whole, architecture=Architecture({**whole.config, "num_hidden_layers": 1}), weights=FirstBlock(whole.weights)
+    )
 
 
 def quantized(checkpoint: Checkpoint, scratch: Path, threads: int) -> dict[str, TensorRecord]:
@@ -56,7 +59,7 @@ def quantized(checkpoint: Checkpoint, scratch: Path, threads: int) -> dict[str, 
     try:
         records = settings.quantize(
             checkpoint,
-            settings.plan(checkpoint, describe(checkpoint.config)),
+            settings.plan(checkpoint),
             CalibrationSet(ids, "0" * 64, "random tokens"),
             dtype=torch.bfloat16,
             device=torch.device("cpu"),

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, HrmTextConfig, PretrainedConfig
 
 import factories
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.artifact.digests import FileDigests
 from qexport.errors import CompatibilityError, InputError, QexportError, RecipeError
 from qexport.loading.checkpoint import load_checkpoint
 from qexport.loading.settings import LoadSettings
 from qexport.progress import Notice, Progress
-from qexport.tensors.checkpoint import Checkpoint
 
 CONFIGS: dict[str, Callable[..., PretrainedConfig]] = {
     "llama": factories.llama_config,

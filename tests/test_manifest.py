@@ -32,7 +32,7 @@ RECIPE: dict[str, Any] = {"load": {"base": "org/model"}, "quantize": {"method": 
 def verification(**changes: Any) -> Verification:
     values: dict[str, Any] = dict(
         verdict="pass", figures=[figure("mean_kl", 0.125, noise_floor=1e-4), figure("top1_agreement", 0.875)],
-        gates=[gate_result()], identity=identity(), protocol=protocol(), readers=["qexport 0.1.0"],
+        gates=[gate_result()], identity=identity(), protocol=protocol(), readers=["qexport 0.2.0"],
         unconfirmed=["vLLM"], report_sha256="f" * 64,
     )  # fmt: skip
     return Verification(**(values | changes))
@@ -44,7 +44,7 @@ def manifest(**changes: Any) -> Manifest:
         damp_percent=0.01, tokens=32768, dead_columns=0,
     )  # fmt: skip
     values: dict[str, Any] = dict(
-        schema_version=2, qexport_version="0.1.0", environment=describe_environment(torch.device("cpu")),
+        schema_version=2, qexport_version="0.2.0", environment=describe_environment(torch.device("cpu")),
         layout="safetensors", recipe=RECIPE, recipe_sha256=sha256_json(RECIPE),
         base=SourceRecord(kind="hub", name="org/model", revision="abc", sha256={"model.safetensors": "a" * 64}),
         adapter=None, notes=[], quantization={"bits": 4}, layers=[layer],

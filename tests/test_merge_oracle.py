@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +31,10 @@ from transformers import GPT2Config, PreTrainedModel
 
 import adapters
 import factories
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.merge.merging import Merged, merge
 from qexport.merge.settings import MergeSettings
 from qexport.merge.types import PLANNERS
-from qexport.tensors import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,12 @@ LLAMA: Mapping[str, PeftConfig] = {
     "rank and alpha patterns": lora(
         "q_proj", "v_proj", rank_pattern={"layers.0.self_attn.q_proj": 2}, alpha_pattern={"^model.layers.1.*v_proj": 3}
     ),
+    "patterns of which two match": lora(  # PEFT saves the keys sorted, and takes the first that matches
+        "q_proj",
+        "v_proj",
+        rank_pattern={"layers.1.self_attn.v_proj": 5, "v_proj": 3},
+        alpha_pattern={"layers.0.self_attn.q_proj": 11, "q_proj": 3},
+    ),
     "rslora with patterns": lora("q_proj", "v_proj", use_rslora=True, rank_pattern={"v_proj": 9}),
     "dora": lora("q_proj", "down_proj", use_dora=True),
     "all biases": lora("q_proj", bias="all"),
@@ -81,6 +88,7 @@ LLAMA: Mapping[str, PeftConfig] = {
     "ia3": IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "ia3 with a saved head": IA3Config(target_modules=["k_proj"], feedforward_modules=[], modules_to_save=["lm_head"]),
     "adalora": AdaLoraConfig(target_modules=["q_proj", "down_proj"], init_r=6, total_step=10, lora_alpha=5),
+    "adalora with an alpha of 0": AdaLoraConfig(target_modules=["q_proj"], init_r=6, total_step=10, lora_alpha=0),
     "loha": LoHaConfig(target_modules=["q_proj", "down_proj"], r=4, alpha=3, alpha_pattern={"down_proj": 5}),
     "lokr": LoKrConfig(target_modules=["q_proj", "down_proj"], r=2, alpha=3, decompose_both=True, decompose_factor=4),
     "oft": OFTConfig(target_modules=["q_proj", "down_proj"], oft_block_size=8),
@@ -242,6 +250,28 @@ def test_adalora_with_pruned_ranks_equals_pefts(bases: Mapping[str, Base], tmp_p
     # Over a bfloat16 base PEFT would round the factors that it has cut.
     assert differing(found, adapters.merge_with_peft(base.wide, adapter)) == []
     assert differing(found, base.model.state_dict()) == ["model.layers.0.self_attn.q_proj.weight"]
+
+
+@pytest.mark.parametrize(
+    ("config", "left_out"),
+    [
+        (LoraConfig(target_modules=["q_proj"], init_lora_weights=False), {"r", "lora_alpha", "use_rslora", "bias"}),
+        (AdaLoraConfig(target_modules=["q_proj"], total_step=10), {"init_r", "lora_alpha", "bias"}),
+        (VeraConfig(target_modules=["q_proj"]), {"r", "save_projection", "bias"}),
+    ],
+    ids=["lora", "adalora", "vera"],
+)
+def test_what_a_config_leaves_out_is_what_peft_takes_it_for(
+    bases: Mapping[str, Base], config: PeftConfig, left_out: set[str], tmp_path: Path
+) -> None:
+    base = bases["llama"]
+    adapter = adapters.save_adapter(base.model, config, tmp_path / "adapter")
+    path = adapter / "adapter_config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in content.items() if key not in left_out}))
+    assert left_out <= content.keys()
+    found = tensors_of(merged(base.checkpoint, adapter, "bfloat16"))
+    assert differing(found, adapters.merge_with_peft(base.model, adapter)) == []
 
 
 def test_embeddings_saved_beside_the_adapter_take_the_bases_place(bases: Mapping[str, Base], tmp_path: Path) -> None:

@@ -40,6 +40,8 @@ def by_peft(config: PeftConfig) -> list[str]:
         {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.1.self_attn.q_proj"]},
         {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*layers\.[12].*"},
         {"target_modules": ["q_proj"], "layers_to_transform": 1},
+        {"target_modules": ["q_proj"], "layers_to_transform": []},
+        {"target_modules": ["q_proj"], "layers_to_transform": 0},
         {"target_modules": ["q_proj", "model.layers.0.mlp.up_proj"], "layers_to_transform": [1, 2]},
         {"target_modules": ["q_proj", "lm_head"], "layers_to_transform": [0], "layers_pattern": ["h", "layers"]},
         {"target_modules": ["q_proj", "up_proj"], "modules_to_save": ["self_attn"]},
@@ -96,3 +98,12 @@ def test_what_is_no_regular_expression_is_refused(pattern: str) -> None:
 def test_plain_names_start_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(targets, "_match_in_child", None)
     assert len(suffix_matches("self_attn.q_proj", NAMES, field="alpha_pattern")) == 3
+
+
+@pytest.mark.parametrize(
+    "pattern", [".*q_proj", "q_proj|v_proj", "(q)_proj", "[qv]_proj", "q+_proj", "q?_proj", "q{1}"]
+)
+def test_whatever_repeats_or_branches_is_not_plain(pattern: str) -> None:
+    """Only what is plain may be matched where it cannot be stopped."""
+    assert not targets.is_plain(pattern)
+    assert targets.is_plain("model.layers.0.self_attn.q_proj-1")

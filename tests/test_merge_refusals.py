@@ -27,12 +27,12 @@ from transformers import FalconH1Config, PreTrainedModel
 
 import adapters
 import factories
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.architectures.structure import build_on_meta
 from qexport.errors import CompatibilityError, InputError, QexportError
 from qexport.merge.merging import merge
 from qexport.merge.settings import MergeSettings
 from qexport.merge.types import LEFT_TO_PEFT, PLANNERS, UNMERGEABLE
-from qexport.tensors import Checkpoint
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 
@@ -129,6 +129,7 @@ def test_every_type_of_peft_is_in_one_table() -> None:
         ({"megatron_config": {"tensor_model_parallel_size": 2}}, "Megatron"),
         ({"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "PiSSA_niter_16"}, "path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "olora"}, "path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "corda"}, "path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "loftq"}, "path_initial_model_for_weight_conversion"),
@@ -258,7 +259,13 @@ def test_a_resized_vocabulary_is_refused_with_the_way_out(model: PreTrainedModel
 
 
 @pytest.mark.parametrize(
-    ("indices", "word"), [([3, 400], r"tokens [400] are outside"), ([-1], "outside"), ([3, 3], "twice")]
+    ("indices", "word"),
+    [
+        ([3, 400], r"tokens [400] are outside"),
+        ([3, factories.VOCABULARY], f"tokens [{factories.VOCABULARY}] are outside"),
+        ([-1], "outside"),
+        ([3, 3], "twice"),
+    ],
 )
 def test_tokens_that_the_base_does_not_have_are_refused(
     model: PreTrainedModel, tmp_path: Path, indices: list[int], word: str

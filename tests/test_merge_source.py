@@ -18,10 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import adapters
 import factories
+from qexport.architectures.architecture import Architecture
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.errors import NumericalError
 from qexport.merge.merging import Merged, merge
 from qexport.merge.settings import MergeSettings
-from qexport.tensors import Checkpoint, Origin, TensorSpec
+from qexport.tensors import Origin, TensorSpec
 from qexport.tensors.safetensors_file import SafetensorsFile
 
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -41,7 +43,7 @@ class Fixed:
 
 
 def cast(tensors: Mapping[str, torch.Tensor], **config: Any) -> Checkpoint:
-    checkpoint = Checkpoint({"model_type": "llama"}, Fixed(tensors), {}, Origin("folder", "base"))
+    checkpoint = Checkpoint(Architecture({"model_type": "llama"}), Fixed(tensors), {}, Origin("folder", "base"))
     return merge(checkpoint, None, MergeSettings(**config)).checkpoint
 
 
@@ -65,7 +67,9 @@ def test_a_tensor_that_overflows_the_merged_dtype_is_an_error() -> None:
 
 
 def test_the_configuration_names_the_merged_dtype_and_no_other() -> None:
-    checkpoint = Checkpoint({"model_type": "llama", "torch_dtype": "float32"}, Fixed({}), {}, Origin("folder", "base"))
+    checkpoint = Checkpoint(
+        Architecture({"model_type": "llama", "torch_dtype": "float32"}), Fixed({}), {}, Origin("folder", "base")
+    )
     merged = merge(checkpoint, None, MergeSettings(dtype="float16"))
     assert merged.checkpoint.config == {"model_type": "llama", "dtype": "float16"}
     assert merged.adapter is None
@@ -206,12 +210,14 @@ import json, sys
 from pathlib import Path
 from qexport.merge.merging import merge
 from qexport.merge.settings import MergeSettings
-from qexport.tensors import Checkpoint, Origin
+from qexport.architectures.architecture import Architecture
+from qexport.architectures.checkpoint import Checkpoint
+from qexport.tensors import Origin
 from qexport.tensors.safetensors_file import SafetensorsFile
 base, adapter = map(Path, sys.argv[1:])
 config = json.loads((base / "config.json").read_text())
 origin = Origin("folder", "x")
-checkpoint = Checkpoint(config, SafetensorsFile(base / "model.safetensors"), {}, origin)
+checkpoint = Checkpoint(Architecture(config), SafetensorsFile(base / "model.safetensors"), {}, origin)
 merged = merge(checkpoint, adapter, MergeSettings(), adapter_origin=origin)
 for name in merged.adapter.changed:
     merged.checkpoint.weights.read(name)

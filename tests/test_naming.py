@@ -14,9 +14,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 import factories
-from qexport.architectures import naming, runner
+from qexport.architectures import architecture, naming
+from qexport.architectures.architecture import Architecture
 from qexport.architectures.naming import Naming, name_parameters
-from qexport.architectures.structure import build_on_meta, describe
+from qexport.architectures.structure import build_on_meta
 from qexport.errors import CompatibilityError, InputError
 from test_block_runner import token_windows
 from test_families import block_by_block, load, logits
@@ -51,7 +52,7 @@ def test_a_tied_head_of_another_name_is_known_by_its_name_in_the_files() -> None
     config = factories.FAMILIES["gpt-neox"]
     tied = type(config)(**{**config.to_dict(), "tie_word_embeddings": True})
     assert name_parameters(build_on_meta(tied)).tied == {"embed_out.weight": "gpt_neox.embed_in.weight"}
-    assert describe(tied.to_dict()).head == "embed_out"
+    assert Architecture(tied.to_dict()).structure.head == "embed_out"
 
 
 def swapped_experts(found: Naming) -> dict[str, naming.Part]:
@@ -80,7 +81,7 @@ def test_the_comparison_with_transformers_notices(
     expected = logits(folder, ids)
     assert torch.equal(block_by_block(folder, ids), expected)
     right = name_parameters
-    monkeypatch.setattr(runner, "name_parameters", lambda model: replace(right(model), parts=fault(right(model))))
+    monkeypatch.setattr(architecture, "name_parameters", lambda model: replace(right(model), parts=fault(right(model))))
     assert not torch.allclose(block_by_block(folder, ids), expected, atol=1e-3)
 
 

@@ -13,12 +13,14 @@ from transformers import BloomConfig, GPTJConfig, Mamba2Config, OlmoConfig, Phi3
 
 import factories
 import onnx_served
+from onnx_exports import open_graph
+from qexport.architectures.architecture import Architecture
 from qexport.architectures.structure import parse_config
 from qexport.errors import CompatibilityError
 from qexport.export.onnx.attention import refuse_unfused
 from qexport.export.onnx.interception import switching_length
 from qexport.export.onnx.tracing import kept, trace
-from qexport.reading.onnx.model import OnnxCausalLM, open_model
+from qexport.reading.onnx.model import OnnxCausalLM
 
 VOCABULARY = factories.VOCABULARY
 SIZES: dict[str, Any] = dict(
@@ -49,7 +51,7 @@ def test_longrope_takes_its_long_factors_where_the_text_is_long(
     tmp_path: Path, attention: onnx_served.Attention
 ) -> None:
     folder = onnx_served.write(tmp_path / "tiny", LONGROPE, attention)
-    graph = open_model(folder.path, device=torch.device("cpu"))
+    graph = open_graph(folder.path)
     ids = torch.randint(1, VOCABULARY, (1, 2 * SHORT_TEXT), generator=torch.Generator().manual_seed(0))
     for length in (1, SHORT_TEXT, SHORT_TEXT + 1, 2 * SHORT_TEXT):
         expected, found = (model(input_ids=ids[:, :length]).logits for model in (folder.model, graph))
@@ -70,15 +72,17 @@ def _decoded(model: Any, ids: Tensor) -> Tensor:
 
 def test_frequencies_that_grow_with_the_text_are_refused_before_anything_is_traced() -> None:
     with pytest.raises(CompatibilityError, match="rotary frequencies of the kind dynamic"):
-        kept(as_json(DYNAMIC), torch.float32)
+        kept(Architecture(as_json(DYNAMIC)), torch.float32)
     several = factories.FAMILIES["gemma 3"].to_dict()
     several["rope_parameters"]["full_attention"] = LONG_AND_SHORT
     with pytest.raises(CompatibilityError, match="default, longrope"):
-        kept(several, torch.float32)
+        kept(Architecture(several), torch.float32)
 
 
 def test_heads_that_fused_attention_cannot_take_are_refused_before_anything_is_traced() -> None:
-    narrow, wide = (kept(as_json(factories.llama_config(head_dim=size)), torch.float32) for size in (12, 24))
+    narrow, wide = (
+        kept(Architecture(as_json(factories.llama_config(head_dim=size))), torch.float32) for size in (12, 24)
+    )
     refuse_unfused(wide)
     with pytest.raises(CompatibilityError, match="a multiple of 8; not 12"):
         refuse_unfused([*wide, *narrow])
@@ -97,7 +101,7 @@ def test_heads_that_fused_attention_cannot_take_are_refused_before_anything_is_t
 )
 def test_a_family_with_a_forward_of_its_own_is_refused_in_one_line(config: PretrainedConfig) -> None:
     with pytest.raises(CompatibilityError) as refused:
-        trace(as_json(config), torch.float32)
+        trace(Architecture(as_json(config)), torch.float32)
     assert config.model_type in str(refused.value.where)
     assert refused.value.mend
     assert "\n" not in refused.value.what
@@ -105,7 +109,7 @@ def test_a_family_with_a_forward_of_its_own_is_refused_in_one_line(config: Pretr
 
 def test_far_positions_are_as_exact_in_float16_as_near_ones(tmp_path: Path) -> None:
     folder = onnx_served.write(tmp_path / "tiny", factories.llama_config(), activations=torch.float16)
-    graph = open_model(folder.path, device=torch.device("cpu"))
+    graph = open_graph(folder.path)
     ids = torch.randint(1, VOCABULARY, (1, 24), generator=torch.Generator().manual_seed(0))
     near, far = (_at_distance(folder.model, graph, ids, distance) for distance in (1, 200))
     assert near < 5e-3
@@ -123,5 +127,5 @@ def _at_distance(reference: Any, graph: OnnxCausalLM, ids: Tensor, distance: int
 def test_angles_that_a_family_leaves_in_float32_turn_float16_states(tmp_path: Path) -> None:
     folder = onnx_served.write(tmp_path / "tiny", OlmoConfig(**SIZES), "fused", activations=torch.float16)
     ids = torch.randint(1, VOCABULARY, (1, 24), generator=torch.Generator().manual_seed(0))
-    graph = open_model(folder.path, device=torch.device("cpu"))
+    graph = open_graph(folder.path)
     assert _at_distance(folder.model, graph, ids, 1) < 5e-3

@@ -21,11 +21,12 @@ from transformers import PretrainedConfig
 import factories
 import onnx_served
 from onnx_served import PROMPT, OnnxFolder
+from qexport.architectures.architecture import Architecture
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.export.onnx.genai import Generation, generation
 from qexport.export.onnx.launch import Figures, launch_files
 from qexport.export.onnx.traced_cache import CacheTensor
 from qexport.export.vllm.launch import served_name
-from qexport.tensors import Checkpoint
 from quantized_models import QuantizedModel
 
 CONFIGS: dict[str, PretrainedConfig] = {
@@ -218,7 +219,9 @@ def test_a_hostile_name_stays_in_its_place(origin: str) -> None:
 
 def checkpoint(generation_config: bytes, **changes: Any) -> Checkpoint:
     made = QuantizedModel(factories.build(factories.llama_config())).checkpoint
-    return replace(made, files={"generation_config.json": generation_config}, config={**made.config, **changes})
+    return replace(
+        made, files={"generation_config.json": generation_config}, architecture=Architecture({**made.config, **changes})
+    )
 
 
 def test_generation_config_comes_before_the_config() -> None:

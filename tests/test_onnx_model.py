@@ -18,12 +18,13 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, Pr
 import factories
 import onnx_folders
 import stored_models
+from onnx_exports import open_graph
 from qexport.errors import CompatibilityError, InputError, RecipeError
 from qexport.reading.artifact_source import ArtifactSource
-from qexport.reading.model import dense_model
+from qexport.reading.filled_model import dense_model
 from qexport.reading.onnx import session as session_module
 from qexport.reading.onnx.cache import OnnxCache
-from qexport.reading.onnx.model import OnnxCausalLM, open_model
+from qexport.reading.onnx.model import OnnxCausalLM
 from qexport.reading.onnx.session import open_session
 from qexport.reading.onnx.weights import OnnxWeights
 from qexport.tensors import Quantized, RowQuantized
@@ -56,7 +57,7 @@ def write(folder: Path, name: str) -> Path:
 
 def reference(folder: Path) -> PreTrainedModel:
     weights = OnnxWeights(folder, dtype=torch.float32)
-    return dense_model(weights.config, weights, dtype=torch.float32, device=CPU)
+    return dense_model(weights.architecture, weights, dtype=torch.float32, device=CPU)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> OnnxCausalLM:
-    return open_model(folder, device=CPU)
+    return open_graph(folder)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,7 @@ def test_logits_are_those_of_transformers(model: OnnxCausalLM, own: PreTrainedMo
 @torch.no_grad()
 def test_quantized_graphs_compute_with_the_weights_that_are_read(name: str, tmp_path: Path) -> None:
     folder = write(tmp_path, name)
-    model, own = open_model(folder, device=CPU), reference(folder)
+    model, own = open_graph(folder), reference(folder)
     assert error(model(IDS).logits, own(IDS).logits) < 1e-5
     assert torch.equal(generate(model, IDS, **GREEDY), generate(own, IDS, **GREEDY))
 
@@ -218,7 +219,7 @@ def test_the_generation_config_is_read(folder: Path, tmp_path: Path) -> None:
     for path in folder.iterdir():
         (tmp_path / path.name).hardlink_to(path)
     (tmp_path / "generation_config.json").write_text('{"max_new_tokens": 3, "eos_token_id": 1}')
-    assert generate(open_model(tmp_path, device=CPU), IDS).shape == (3, 15)
+    assert generate(open_graph(tmp_path), IDS).shape == (3, 15)
 
 
 def test_a_cache_of_another_model_is_refused(model: OnnxCausalLM) -> None:
@@ -248,7 +249,7 @@ def test_w8a8_rounds_activations_per_token(tmp_path: Path) -> None:
             absmax = weight.float().abs().amax(1)
             rows[name] = RowQuantized((weight / (absmax / 127)[:, None]).round().to(torch.int8), absmax)
     folder = onnx_folders.llama(state | rows, CONFIG, tmp_path, integers=True)
-    model, own = open_model(folder, device=CPU), reference(folder)
+    model, own = open_graph(folder), reference(folder)
     for name, module in own.named_modules():
         if name.endswith("_proj"):
             module.register_forward_pre_hook(lambda _, inputs: (fake_int8(inputs[0]),))

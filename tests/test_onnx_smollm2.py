@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from onnx_exports import Export, Method, assert_same_weights, deviation, export, greedy_logits, passed, steps, unrounded
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.loading.checkpoint import load_checkpoint
 from qexport.loading.settings import LoadSettings
 from qexport.loading.small_files import open_tokenizer
 from qexport.merge.merging import merge
 from qexport.merge.settings import MergeSettings
-from qexport.tensors import Checkpoint
 from quantized_models import Tensors
 
 pytestmark = pytest.mark.smollm2

@@ -15,7 +15,7 @@ from transformers.models.llama import modeling_llama
 
 import factories
 from onnx_exports import FAMILIES, exported
-from qexport.architectures.structure import describe
+from qexport.architectures.architecture import Architecture
 from qexport.export.onnx.tracing import trace
 
 TINY = factories.falcon_config()
@@ -26,17 +26,18 @@ import resource, sys
 sys.path.insert(0, {tests!r})
 import torch
 import test_onnx_tracing as cases
+from qexport.architectures.architecture import Architecture
 from qexport.export.onnx.tracing import trace
 peaks = []
 for config in (cases.TINY, cases.TINY, cases.LARGE):
-    trace(config.to_dict(), torch.float32)
+    trace(Architecture(config.to_dict()), torch.float32)
     peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 print(*peaks)
 """
 
 
 def test_memory_does_not_grow_with_the_weights() -> None:
-    parameters = sum(torch.Size(shape).numel() for shape in describe(LARGE.to_dict()).parameters.values())
+    parameters = sum(torch.Size(shape).numel() for shape in Architecture(LARGE.to_dict()).structure.parameters.values())
     assert 4 * parameters > 4e9
     code = MEASURE.format(tests=str(Path(__file__).parent))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -69,7 +70,7 @@ def test_transformers_is_left_as_it_was() -> None:
         functional.scaled_dot_product_attention, modeling_llama.apply_rotary_pos_emb,
         set(ALL_ATTENTION_FUNCTIONS), set(ALL_MASK_ATTENTION_FUNCTIONS),
     )  # fmt: skip
-    trace(factories.llama_config(num_hidden_layers=1).to_dict(), torch.float32)
+    trace(Architecture(factories.llama_config(num_hidden_layers=1).to_dict()), torch.float32)
     assert before == (
         functional.scaled_dot_product_attention, modeling_llama.apply_rotary_pos_emb,
         set(ALL_ATTENTION_FUNCTIONS), set(ALL_MASK_ATTENTION_FUNCTIONS),

@@ -10,7 +10,6 @@ import pytest
 import torch
 from bitsandbytes.functional import (
     create_dynamic_map,
-    dequantize_4bit,
     get_4bit_type,
     int8_vectorwise_quant,
     quantize_4bit,
@@ -18,6 +17,7 @@ from bitsandbytes.functional import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bitsandbytes_oracle import own_values, reads_right, values
 from qexport.errors import InputError
 from qexport.packing import bitsandbytes_4bit, llm_int8
 from qexport.packing.code_books import QuantType, dynamic_values, four_bit_values
@@ -75,17 +75,33 @@ def test_tensors_and_values_are_those_of_bitsandbytes(
     assert all(same_bits(again[name], stored[name]) for name in stored)
     planned = bitsandbytes_4bit.packed_specs(spec)
     assert all(planned[name].admits(TensorSpec(tuple(part.shape), part.dtype)) for name, part in stored.items())
-    with torch.compiler.set_stance("force_eager"):  # bitsandbytes compiles for each odd shape
-        values = dequantize_4bit(stored["weight"], state).reshape(spec.shape)  # one byte of codes comes back transposed
-    assert torch.equal(bitsandbytes_4bit.dequantize(quantized), values)
+    assert torch.equal(bitsandbytes_4bit.dequantize(quantized), values(stored["weight"], state))
+    if reads_right(spec.shape, block_size):
+        assert torch.equal(bitsandbytes_4bit.dequantize(quantized), own_values(stored["weight"], state))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("block_size", [32, 64, 128, 512, 1024, 2048, 4096])
+@pytest.mark.parametrize("shape", [(1, 48), (2, 16), (3, 24), (5, 48), (40, 64), (6, 576), (3, 896), (2, 4160)])
+def test_bitsandbytes_reads_right_just_where_the_oracle_says(
+    shape: tuple[int, int], block_size: int, dtype: torch.dtype
+) -> None:
+    """Every block has another absmax, so that a wrong one is seen."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).flatten()
+    for index, block in enumerate(weight.split(block_size)):
+        block.mul_((index + 2) / block.abs().max())
+    codes, state = quantize_4bit(weight.view(shape).to(dtype), blocksize=block_size, quant_type="nf4")
+    right = torch.equal(own_values(codes, state), values(codes, state))
+    assert right == reads_right(shape, block_size)
 
 
 def test_values_of_more_than_one_piece_are_those_of_bitsandbytes() -> None:
     spec = BlockQuantizedSpec(1100, 1001, "nf4", 64, True, torch.bfloat16)
     stored, state = stored_by_bitsandbytes(torch.randn(spec.shape, dtype=spec.dtype), spec)
-    values = bitsandbytes_4bit.dequantize(bitsandbytes_4bit.unpack(stored))
-    with torch.compiler.set_stance("force_eager"):
-        assert torch.equal(values, dequantize_4bit(stored["weight"], state))
+    found = bitsandbytes_4bit.dequantize(bitsandbytes_4bit.unpack(stored))
+    assert torch.equal(found, values(stored["weight"], state))
+    assert reads_right(spec.shape, spec.block_size)
+    assert torch.equal(found, own_values(stored["weight"], state))
 
 
 def change_state(**changes: Any) -> Callable[[dict[str, torch.Tensor]], object]:

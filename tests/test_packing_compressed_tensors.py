@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from qexport.errors import InputError, QexportError
 from qexport.packing import compressed_tensors, gptq
-from qexport.quantize.row_int8 import w8a8
+from qexport.quantizing.row_int8 import w8a8
 from qexport.tensors import GroupQuantized, GroupQuantizedSpec, RowQuantized, RowQuantizedSpec, TensorSpec
 from test_packing_gptq import make, read_stream
 
@@ -61,6 +61,17 @@ def test_unpacking_gives_back_what_was_packed(layer: GroupQuantized) -> None:
         assert torch.equal(found, value) if isinstance(value, torch.Tensor) else found == value, name
 
 
+def test_a_group_size_of_minus_one_means_one_group_over_all_inputs() -> None:
+    layer = make(4, 16, 64, 64)
+    packed = compressed_tensors.pack_groups(layer)
+    again = compressed_tensors.unpack_groups(packed, bits=4, group_size=-1, sym=False, desc_act=False)
+    assert again.group_size == 64
+    assert torch.equal(again.dequantize(), layer.dequantize())
+    two = compressed_tensors.pack_groups(make(4, 16, 64, 32))
+    with pytest.raises(InputError, match=r"expected .* found"):  # two groups are not one
+        compressed_tensors.unpack_groups(two, bits=4, group_size=-1, sym=False, desc_act=False)
+
+
 @settings(max_examples=30, deadline=None)
 @given(layers())
 def test_the_specs_known_beforehand_are_those_of_the_packed_tensors(layer: GroupQuantized) -> None:
@@ -106,6 +117,14 @@ def test_shapes_that_cannot_be_packed_are_told_beforehand(spec: GroupQuantizedSp
     assert reason is None if words is None else words in str(reason)
 
 
+def test_one_group_has_no_order_whatever_desc_act_says() -> None:
+    layer = make(4, 16, 64, 64, seed=1)
+    packed = compressed_tensors.pack_groups(layer)
+    assert layer.desc_act
+    assert "weight_g_idx" not in packed
+    assert torch.equal(unpack(packed, layer).dequantize(), layer.dequantize())
+
+
 def test_three_bits_are_not_packed() -> None:
     with pytest.raises(QexportError, match="3 bits"):
         compressed_tensors.pack_groups(make(3, 32, 96, 32))
@@ -141,6 +160,7 @@ def test_every_scale_of_a_binade_comes_back() -> None:
         ({"weight_scale": torch.ones(16, 2)}, "float16"),
         ({"weight_zero_point": None}, "missing"),
         ({"weight_g_idx": torch.full((64,), 2, dtype=torch.int32)}, "outside the 2 groups"),
+        ({"weight_g_idx": torch.full((64,), -1, dtype=torch.int32)}, "outside the 2 groups"),
     ],
 )
 def test_packed_tensors_that_do_not_fit_together_are_refused(fault: dict[str, torch.Tensor | None], words: str) -> None:

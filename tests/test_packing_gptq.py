@@ -93,6 +93,15 @@ def test_unpacking_gives_back_what_was_packed(layer: GroupQuantized) -> None:
     assert torch.equal(again.dequantize(), layer.dequantize())
 
 
+def test_a_group_size_of_minus_one_means_one_group_over_all_inputs() -> None:
+    layer = make(4, 16, 64, 64)
+    again = gptq.unpack(gptq.pack(layer), bits=4, group_size=-1, sym=False, desc_act=False)
+    assert again.group_size == 64
+    assert torch.equal(again.dequantize(), layer.dequantize())
+    with pytest.raises(InputError, match=r"expected .* found"):  # two groups are not one
+        gptq.unpack(gptq.pack(make(4, 16, 64, 32)), bits=4, group_size=-1, sym=False, desc_act=False)
+
+
 @settings(max_examples=30, deadline=None)
 @given(layers())
 def test_the_specs_known_beforehand_are_those_of_the_packed_tensors(layer: GroupQuantized) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from qexport.quantize.pauses import Parking
+from qexport.quantizing.pauses import Parking
 
 
 def test_what_was_parked_comes_back_in_place_and_costs_no_memory_meanwhile(tmp_path: Path) -> None:

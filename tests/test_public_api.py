@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import qexport
 
@@ -11,20 +12,46 @@ import qexport
 def test_every_public_name_can_be_imported() -> None:
     assert all(getattr(qexport, name) for name in qexport.__all__)
     assert set(qexport.__all__) == set(qexport._PLACES)
+    rooms = {path.stem for path in Path(qexport.__file__).parent.iterdir()}
+    assert not rooms & set(qexport.__all__), "an imported room would hide the name"
 
 
 def test_the_surface_is_what_it_is_on_purpose() -> None:
     classes = {name: found for name in qexport.__all__ if isinstance(found := getattr(qexport, name), type)}
     errors = {name for name, found in classes.items() if issubclass(found, qexport.QexportError)}
     assert set(qexport.__all__) - errors == {
+        "Bounds",
+        "CalibrationSettings",
+        "Figure",
+        "GateResult",
+        "Gptq",
+        "Int8",
+        "LoadSettings",
         "Manifest",
+        "MergeSettings",
+        "Nf4",
+        "NoQuantization",
+        "Notice",
+        "OnnxSettings",
+        "Override",
         "Plan",
+        "Progress",
         "Recipe",
         "Report",
         "Result",
+        "SafetensorsSettings",
+        "SamplingSettings",
+        "SpeedSettings",
+        "TaskSettings",
+        "TgiSettings",
+        "Verdict",
+        "VerifySettings",
+        "VllmSettings",
+        "W8a8",
         "load",
         "load_recipe",
         "plan",
+        "quantize",
         "run",
         "verify",
     }

@@ -21,7 +21,9 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 import factories
 import stored_models
-from qexport.architectures.structure import Structure, describe
+from bitsandbytes_oracle import own_values, reads_right, values
+from qexport.architectures.architecture import Architecture
+from qexport.architectures.structure import Structure
 from qexport.errors import InputError
 from qexport.packing import bitsandbytes_4bit
 from qexport.reading.artifact_source import ArtifactSource
@@ -67,7 +69,7 @@ def written(folder: Path, name: str) -> Path:
 def structure(folder: Path) -> Structure:
     config = json.loads((folder / "config.json").read_text())
     config.pop("quantization_config", None)
-    return describe(config)
+    return Architecture(config).structure
 
 
 def read_all(folder: Path) -> None:
@@ -147,7 +149,9 @@ def test_four_bits_mean_what_bitsandbytes_says(
         source.check_complete(structure(tmp_path / "a"))
         assert len(source.quantized) == 14
         assert source.specs()[f"{UP}.weight"].dtype == dtype
-        assert torch.equal(source.read(f"{UP}.weight"), functional.dequantize_4bit(codes, state).to(dtype))
+        assert torch.equal(source.read(f"{UP}.weight"), values(codes, state).to(dtype))
+        assert reads_right(weight.shape, state.blocksize)
+        assert torch.equal(source.read(f"{UP}.weight"), own_values(codes, state).to(dtype))
 
 
 def test_int8_means_codes_times_absmax_over_127(tmp_path: Path) -> None:
@@ -385,7 +389,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
     max_leaves=5,
 )
-LLAMA = describe(json.loads(factories.llama_config().to_json_string()))
+LLAMA = Architecture(json.loads(factories.llama_config().to_json_string())).structure
 
 
 @given(name=st.sampled_from(sorted(QUANTIZATIONS)), value=JSON, data=st.data())

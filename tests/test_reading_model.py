@@ -25,7 +25,7 @@ import qexport
 import stored_models
 from qexport.errors import CompatibilityError, InputError, RecipeError
 from qexport.reading.artifact_source import ArtifactSource
-from qexport.reading.model import QuantizedLinear
+from qexport.reading.filled_model import QuantizedLinear
 from quantized_models import QuantizedModel, gptq_method
 
 IDS = torch.randint(factories.VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(1))

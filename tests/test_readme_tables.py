@@ -16,16 +16,17 @@ from transformers.utils import logging
 
 import factories
 from onnx_exports import traced_once
-from qexport.architectures.structure import Structure, describe
+from qexport.architectures.checkpoint import Checkpoint
+from qexport.architectures.structure import Structure
 from qexport.errors import CompatibilityError
 from qexport.export.layouts import make_layout
 from qexport.export.settings import ExportSettings
 from qexport.loading.checkpoint import load_checkpoint
 from qexport.loading.settings import LoadSettings
-from qexport.quantize.method import Method
-from qexport.quantize.methods import AnyMethod
+from qexport.quantizing.method import Method
+from qexport.quantizing.methods import AnyMethod
 from qexport.reading.stored_model import open_stored
-from qexport.tensors import CalibrationSet, Checkpoint, Outputs
+from qexport.tensors import CalibrationSet, Outputs
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 WIDE = factories.llama_config(hidden_size=128, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2)
@@ -73,7 +74,7 @@ def family_cells() -> Iterator[tuple[str, str, str, str]]:
 @cache
 def loaded(folder: Path) -> tuple[Checkpoint, Structure]:
     checkpoint = load_checkpoint(LoadSettings(base=str(folder)))
-    return checkpoint, describe(checkpoint.config)
+    return checkpoint, checkpoint.architecture.structure
 
 
 @pytest.fixture(autouse=True)
@@ -95,9 +96,9 @@ def base(bases: dict[str, Path], name: str, config: PretrainedConfig, factory: p
 
 
 def planned(folder: Path, method: dict[str, Any]) -> tuple[Outputs, Method]:
-    checkpoint, structure = loaded(folder)
+    checkpoint, _ = loaded(folder)
     chosen: Method = TypeAdapter(AnyMethod).validate_python(method)
-    return chosen.plan(checkpoint, structure), chosen
+    return chosen.plan(checkpoint), chosen
 
 
 def layout_of(folder: Path, outputs: Outputs, layout: str) -> Any:

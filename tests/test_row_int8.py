@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qexport.errors import NumericalError
-from qexport.quantize import row_int8
-from qexport.quantize.row_int8 import llm_int8, w8a8
+from qexport.quantizing import row_int8
+from qexport.quantizing.row_int8 import llm_int8, w8a8
 from qexport.tensors import RowQuantized
 
 

@@ -131,6 +131,15 @@ def test_the_variance_under_a_share_keeps_the_design_effect() -> None:
     assert np.all(under.mean == found.mean)
 
 
+def test_a_variance_that_is_raised_keeps_the_third_moment_and_so_less_skewness() -> None:
+    """Skewness is the third central moment over the 1.5th power of the variance."""
+    found = moments(np.array([[0.0, 0.0, 1.0], [1.0, 1.0, 1.0], [5.0, 5.0, 1.0]]), ["all"] * 3)
+    raised = found.at_least(np.array([4.0, 0.25, 1.0]) * np.where(found.variance > 0, found.variance, 1.0))
+    assert raised.variance == pytest.approx([4 * found.variance[0], found.variance[1], 1.0])
+    assert raised.skewness == pytest.approx([found.skewness[0] / 8, found.skewness[1], 0.0])
+    assert found.skewness[0] > 0
+
+
 def test_a_share_whose_windows_differ_keeps_their_variance() -> None:
     values = (0.1, 0.3, 0.2, 0.4, 0.3, 0.2, 0.5, 0.1)
     assert stratified_mean(sample(*values, trials=511)) == stratified_mean(sample(*values))

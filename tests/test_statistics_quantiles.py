@@ -70,6 +70,17 @@ def test_a_thin_tail_in_unlike_windows_is_covered_because_the_variance_is_that_u
     assert np.mean([holds(interval, truth) for interval in found]) > 0.92
 
 
+@pytest.mark.parametrize("q", [0.3, 0.45, 0.5])
+def test_the_quantile_of_the_mirrored_tokens_has_the_mirrored_interval(q: float) -> None:
+    """Few enough values that each is tried: then both ends are the outermost values that are not rejected."""
+    values = np.random.default_rng(12).permutation(63).reshape(9, 7).astype(np.float64)
+    found, mirrored = (quantile_interval(sign * values, ["all"] * 9, p) for sign, p in ((1, q), (-1, 1 - q)))
+    for ours, theirs in ((found.fixed, mirrored.fixed), (found.sequence, mirrored.sequence)):
+        assert ours.low is not None
+        assert ours.high is not None
+        assert theirs == Interval(-ours.value, -ours.high, -ours.low, 9)
+
+
 def test_a_tail_that_was_hardly_seen_has_no_upper_end() -> None:
     run = windows(8, 1, seed=3)[0]
     tail = quantile_interval(run, ["all"] * 8, 0.999)
@@ -77,6 +88,17 @@ def test_a_tail_that_was_hardly_seen_has_no_upper_end() -> None:
     assert tail.fixed.low is not None
     assert tail.fixed.low < tail.fixed.value < run.max()
     assert quantile_interval(-run, ["all"] * 8, 0.001).fixed.low is None
+
+
+def test_the_sequence_is_narrower_where_so_many_windows_are_planned() -> None:
+    run = windows(24, 1, seed=13)[0]
+    widths = []
+    for planned in (24, 100):
+        interval = quantile_interval(run, ["all"] * 24, 0.5, planned=planned).sequence
+        assert interval.low is not None
+        assert interval.high is not None
+        widths.append(interval.high - interval.low)
+    assert widths[0] < widths[1]
 
 
 def test_equal_tokens_have_that_value_and_no_width() -> None:

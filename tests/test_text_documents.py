@@ -59,6 +59,19 @@ def test_the_digest_depends_on_the_text_alone(tmp_path: Path) -> None:
     assert from_text.sha256 != Documents(("one",), "").sha256
 
 
+def test_domains_are_those_of_the_lines_and_there_are_none_where_no_line_has_one(tmp_path: Path) -> None:
+    rows = [{"text": "one", "domain": "law"}, {"text": "two", "domain": ""}, {"text": "three"}]
+    with_one = read_documents([write_lines(tmp_path / "a.jsonl", *rows)])
+    assert with_one.domains == ("law", None, None)
+    assert {domain: found.items for domain, found in with_one.by_domain().items()} == {
+        "law": ("one",),
+        None: ("two", "three"),
+    }
+    without = read_documents([write_lines(tmp_path / "b.jsonl", *rows[1:])])
+    assert without.domains == ()
+    assert without.by_domain() == {None: without}
+
+
 def test_the_digest_of_a_text_stays_what_it_is() -> None:
     assert Documents(("The miller.",), "").sha256 == "661908f9b7f9c52056f1674bc718ab6375d4d7a8413558efee3d0d5035114877"
 
@@ -71,6 +84,15 @@ def test_a_held_out_document_that_was_calibrated_on_is_refused_wherever_it_lies(
     refuse_shared(calibration, read_documents([write_lines(tmp_path / "c.jsonl", {"text": "three"})]))
 
 
+def test_a_conversation_is_known_again_by_its_words_and_roles_whatever_its_white_space() -> None:
+    def said(role: str, content: str) -> Documents:
+        return Documents((({"role": role, "content": content},),), "")
+
+    with pytest.raises(InputError, match="1 of the 1 held-out documents"):
+        refuse_shared(said("user", "Is it  open?"), said("user", " Is it\nopen?"))
+    refuse_shared(said("user", "Is it open?"), said("assistant", "Is it open?"))
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -80,6 +102,8 @@ def test_a_held_out_document_that_was_calibrated_on_is_refused_wherever_it_lies(
         ('{"tekst": "one"}', "did you mean 'tekst'"),
         ('{"body": "one", "n": 1}', "set field to one of: body, n"),
         ('{"text": 5}', "must be a text or a list of messages, not int"),
+        ('{"messages": [{"role": "user", "content": "a"}, "b"]}', "must be a text or a list of messages, not list"),
+        ('{"text": "one", "domain": 5}', "domain must be a text, not int"),
         ('{"text": []}', "must be a text or a list of messages"),
         ('{"messages": [{"role": "user"}]}', "needs role and content"),
         ('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "needs role and content"),

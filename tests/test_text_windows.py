@@ -91,6 +91,14 @@ def test_one_document_a_sample_takes_its_beginning_and_skips_the_short_ones() ->
     assert windows.input_ids.tolist() == [tokens_of(first)[:16], tokens_of(second)[:16]]
 
 
+def test_a_document_of_just_enough_tokens_is_taken_and_one_a_token_shorter_is_not() -> None:
+    length = len(tokens_of(factories.TEXT[0])) - 1  # without the end of text
+    windows = windows_of(factories.TEXT[0], samples=1, sequence_length=length, packing="document")
+    assert windows.input_ids.tolist() == [tokens_of(factories.TEXT[0])[:length]]
+    with pytest.raises(InputError, match=f"only 0 of 1 documents have {length + 1} tokens, the longest has {length}"):
+        windows_of(factories.TEXT[0], samples=1, sequence_length=length + 1, packing="document")
+
+
 def test_too_few_long_documents_are_told_with_their_number() -> None:
     longest = len(shared_tokenizer()(factories.TEXT[3])["input_ids"])
     with pytest.raises(InputError, match="only 1 of 2 documents have 16 tokens, the longest has 16") as caught:

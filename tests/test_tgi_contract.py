@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from copy import deepcopy
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ import factories
 from qexport.errors import QexportError
 from qexport.export.contract import Check, check_rules, refuse_failed
 from qexport.export.tgi.contract import RULES, check_folder
-from qexport.export.tgi.folder import read_folder
-from qexport.quantize.none import NoQuantization
-from qexport.quantize.w8a8 import W8a8
+from qexport.export.tgi.folder import Stored, read_folder
+from qexport.quantizing.none import NoQuantization
+from qexport.quantizing.w8a8 import W8a8
+from qexport.tensors import TensorSpec
 from quantized_models import gptq_method
 from tgi_folders import TgiModel, failed, falcon, falcon_40b, llama
 
@@ -32,6 +34,7 @@ Plant = Callable[[Path], None]
 MODELS = {
     "gptq": TgiModel(llama()),
     "desc_act": TgiModel(llama(), gptq_method(desc_act=True)),
+    "one group": TgiModel(llama(), gptq_method(group_size=-1)),
     "16-bit": TgiModel(llama(), NoQuantization(method="none")),
     "w8a8": TgiModel(llama(), W8a8(method="w8a8")),
     "falcon": TgiModel(falcon()),
@@ -156,6 +159,8 @@ FAULTS: list[tuple[str, str, Plant]] = [
     ("config.json is a JSON object", "gptq", file("config.json", "{")),
     ("config.json is a JSON object", "gptq", file("config.json", '{"a": 1, "a": 2}')),
     ("config.json has counts where the launcher parses counts", "gptq", config(intermediate_size=[256, 256])),
+    ("config.json has counts where the launcher parses counts", "gptq", config(max_position_embeddings=-1)),
+    ("config.json has counts where the launcher parses counts", "gptq", config(num_experts_per_tok=True)),
     ("the family has a model", "gptq", config(model_type="falcon_h1")),
     ("the quantization method is one that is served prequantized", "16-bit",
      config(quantization_config={"quant_method": "bitsandbytes"})),
@@ -194,10 +199,12 @@ FAULTS: list[tuple[str, str, Plant]] = [
     ("GPTQ: config.json gives bits, group_size, sym and desc_act", "gptq",
      config(within="quantization_config", drop="desc_act")),
     ("GPTQ: both configs say the same", "gptq", config("quantize_config.json", sym=False)),
+    ("GPTQ: both configs say the same", "gptq", file("quantize_config.json", "{}")),
     ("GPTQ: zero points are stored less one", "gptq", quantization(checkpoint_format="gptq_v2")),
     ("GPTQ: bits and groups are the same everywhere", "gptq", quantization(dynamic={"^a$": {"bits": 8}})),
     ("GPTQ: bits and groups are the same everywhere", "gptq", quantization(modules_to_not_convert=[UP])),
     ("GPTQ: bits and groups are the same everywhere", "gptq", quantization(lm_head=True)),
+    ("GPTQ: bits and groups are the same everywhere", "gptq", quantization(modules_in_block_to_quantize=[["q_proj"]])),
     ("GPTQ: every module has qweight, qzeros, scales and g_idx", "gptq",
      tensors(lambda content: content.pop(f"{UP}.g_idx"))),
     ("GPTQ: the tensors have the dtypes and shapes of config.json", "gptq",
@@ -262,10 +269,176 @@ def test_every_folder_is_held_against_every_rule(good: Mapping[str, Path], tmp_p
         assert [check.name for check in check_folder(folder)] == [rule.name for rule in RULES]
 
 
+def broken(
+    folder: Path,
+    *,
+    tokenizer: Mapping[str, Any] | None = None,
+    environment: Mapping[str, str] | None = None,
+    specs: Mapping[str, TensorSpec | None] | None = None,
+    **changes: Any,
+) -> set[str]:
+    """The rules that a good folder breaks with other values in its configs, launch files or headers; None removes."""
+    found = _read(folder)
+    file = next(iter(found.tensors.values())).file
+    changed = {name: spec and Stored(file, spec) for name, spec in (specs or {}).items()}
+    served = replace(
+        found,
+        config={**found.config, **changes},
+        tokenizer_config={**found.tokenizer_config, **(tokenizer or {})},
+        tensors={name: stored for name, stored in {**found.tensors, **changed}.items() if stored},
+    )
+    if environment is not None:
+        served.__dict__["environment"] = {**(found.environment or {}), **environment}
+    return {check.name for check in check_rules(RULES, served) if not check.passed}
+
+
+def without_tensors(folder: Path, *ends: str) -> dict[str, None]:
+    return dict.fromkeys(name for name in _read(folder).tensors if name.endswith(ends))
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["max_position_embeddings", "n_positions", "max_seq_len", "n_embd", "hidden_size", "intermediate_size",
+     "num_attention_heads", "num_key_value_heads", "num_hidden_layers", "head_dim", "num_experts_per_tok"],
+)  # fmt: skip
+def test_whatever_the_launcher_counts_must_be_a_count(key: str, good: Mapping[str, Path]) -> None:
+    rule = "config.json has counts where the launcher parses counts"
+    values: list[tuple[Any, bool]] = [
+        (-1, False), (1.5, False), (True, False), ("7", False), ([7], False), (None, True), (0, True), (7, True),
+    ]  # fmt: skip
+    for value, is_count in values:
+        changes: dict[str, Any] = {key: value}
+        assert (rule not in broken(good["gptq"], **changes)) == is_count, value
+
+
+KEPT: list[tuple[str, dict[str, Any]]] = [
+    ("gptq", {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 5e5}}}),
+    ("gptq", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5}, "rope_scaling": {"rope_type": "yarn"}}),
+    ("gptq", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5}, "rope_scaling": {"type": "yarn"}}),
+    ("gptq", {"tokenizer": {"bos_token": {"content": "<|start|>"}, "eos_token": None, "add_eos_token": False}}),
+    ("gptq", {"tokenizer": {"chat_template": [{"name": "default", "template": "x"}]}}),
+]
+
+
+@pytest.mark.parametrize(("base", "changes"), KEPT, ids=str)
+def test_what_tgi_reads_as_well_breaks_no_rule(base: str, changes: dict[str, Any], good: Mapping[str, Path]) -> None:
+    assert broken(good[base], **changes) == set()
+
+
+TEMPLATES = [{"name": "default", "template": "x"}, {"name": "tools"}]
+BROKEN: list[tuple[str, str, dict[str, Any]]] = [
+    ("rope_theta is given", "gptq", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}),
+    (
+        "rope_scaling is given",
+        "gptq",
+        {"rope_parameters": {"full_attention": {"rope_type": "yarn", "rope_theta": 5e5}}},
+    ),
+    ("tokenizer_config.json can be parsed", "gptq", {"tokenizer": {"bos_token": 5}}),
+    ("tokenizer_config.json can be parsed", "gptq", {"tokenizer": {"eos_token": {"text": "<|end|>"}}}),
+    ("tokenizer_config.json can be parsed", "gptq", {"tokenizer": {"add_eos_token": "yes"}}),
+    ("the chat template is in tokenizer_config.json", "gptq", {"tokenizer": {"chat_template": TEMPLATES}}),
+]
+
+
+@pytest.mark.parametrize(("rule", "base", "changes"), BROKEN, ids=str)
+def test_a_value_that_tgi_does_not_read_breaks_its_rule(
+    rule: str, base: str, changes: dict[str, Any], good: Mapping[str, Path]
+) -> None:
+    assert broken(good[base], **changes) == {rule}
+
+
+def test_what_the_layout_writes_breaks_no_rule(good: Mapping[str, Path]) -> None:
+    assert {name: failed(folder) for name, folder in good.items()} == {name: {} for name in good}
+
+
+def test_the_head_of_gpt_neox_has_a_name_of_its_own_and_falcons_is_its_embedding(good: Mapping[str, Path]) -> None:
+    rule = "the output head is there"
+    head = TensorSpec((384, 128), torch.float16)
+    assert rule in broken(good["16-bit"], model_type="gpt_neox")
+    assert rule not in broken(good["16-bit"], model_type="gpt_neox", specs={"embed_out.weight": head})
+    assert broken(good["falcon"], tie_word_embeddings=False) == set()
+    assert broken(good["gptq"], specs={"lm_head.weight": None}, tie_word_embeddings=True) == set()
+
+
+def test_a_folder_that_says_it_is_quantized_and_has_no_codes_breaks_a_rule(good: Mapping[str, Path]) -> None:
+    codes = without_tensors(good["gptq"], ".qweight", ".qzeros", ".scales", ".g_idx")
+    assert "GPTQ: every linear of the blocks is quantized" in broken(good["gptq"], specs=codes)
+    rows = without_tensors(good["w8a8"], "_proj.weight", "_proj.weight_scale")
+    assert "compressed-tensors: every int8 weight has its scales" in broken(good["w8a8"], specs=rows)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "read"),
+    [
+        ((256, 1), torch.float32, True),
+        ((256,), torch.float32, True),
+        ((256, 1), torch.bfloat16, True),
+        ((256, 1), torch.int32, False),
+        ((1, 256), torch.float32, False),
+    ],
+)
+def test_int8_scales_are_numbers_for_each_row(
+    shape: tuple[int, ...], dtype: torch.dtype, read: bool, good: Mapping[str, Path]
+) -> None:
+    scales = {f"{UP}.weight_scale": TensorSpec(shape, dtype)}
+    expected = set() if read else {"compressed-tensors: every int8 weight has its scales"}
+    assert broken(good["w8a8"], specs=scales) == expected
+
+
+INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
+
+
+@pytest.mark.parametrize(
+    ("changes", "read"),
+    [
+        ({}, True),
+        ({"quantization_status": "frozen"}, True),
+        ({"config_groups": {}}, False),
+        ({"config_groups": {"group_0": {"weights": INT8}}}, True),
+        *(({"config_groups": {"group_0": {"weights": INT8 | {key: value}}}}, False)
+          for key, value in (("num_bits", 4), ("type", "float"), ("symmetric", False), ("dynamic", True))),
+    ],
+)  # fmt: skip
+def test_int8_configs_say_what_tgis_loader_asks_for(
+    changes: dict[str, Any], read: bool, good: Mapping[str, Path]
+) -> None:
+    quantization = {**_read(good["w8a8"]).quantization, **changes}
+    expected = set() if read else {"compressed-tensors: the config is one of int8 weights"}
+    assert broken(good["w8a8"], quantization_config=quantization) == expected
+
+
+@pytest.mark.parametrize(
+    ("base", "environment", "rules"),
+    [
+        ("16-bit", {"DTYPE": "bfloat16"}, set()),
+        ("16-bit", {"QUANTIZE": "bitsandbytes-nf4", "DTYPE": "bfloat16"}, set()),
+        ("gptq", {"MAX_INPUT_TOKENS": "100", "MAX_TOTAL_TOKENS": "101", "MAX_BATCH_PREFILL_TOKENS": "100"}, set()),
+        ("gptq", {"MAX_INPUT_TOKENS": "100", "MAX_TOTAL_TOKENS": "100"}, {"launch: the token limits fit together"}),
+        ("gptq", {"MAX_INPUT_TOKENS": "100", "MAX_BATCH_PREFILL_TOKENS": "99"},
+         {"launch: the token limits fit together"}),
+    ],
+)  # fmt: skip
+def test_launch_settings_may_go_as_far_as_tgi_does(
+    base: str, environment: dict[str, str], rules: set[str], good: Mapping[str, Path]
+) -> None:
+    assert broken(good[base], environment=environment) == rules
+
+
 def test_a_folder_beside_the_weights_is_not_looked_into(good: Mapping[str, Path], tmp_path: Path) -> None:
     folder = shutil.copytree(good["gptq"], tmp_path / "copy")
     shutil.copyfile(min(folder.glob("*.safetensors")), folder / "launch" / "model.safetensors")
     assert failed(folder) == {}
+
+
+def test_a_falcon_with_alibi_is_not_held_against_the_rules_of_tgis_own_falcon(tmp_path: Path) -> None:
+    """Transformers runs it, with defaults that are its own; without ALiBi the same folder breaks them."""
+    folder = TgiModel(factories.falcon_rw_config(), NoQuantization(method="none")).write(tmp_path / "rw")
+    config(drop="parallel_attn", num_kv_heads=3)(folder)
+    assert failed(folder) == {}
+    config(alibi=False)(folder)
+    assert {"Falcon's config leaves nothing to defaults", "Falcon's heads of keys and values are counted"} <= set(
+        failed(folder)
+    )
 
 
 def test_a_folder_as_transformers_writes_it_fails_for_what_is_known_to_break_tgi(tmp_path: Path) -> None:

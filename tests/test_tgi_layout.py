@@ -33,10 +33,10 @@ from qexport.export.tgi.launch import ENVIRONMENT, IMAGE
 from qexport.export.tgi.linears import ServedLinear
 from qexport.export.tgi.refusals import refuse_family
 from qexport.export.tgi.tokenizer import tgi_tokenizer_files
-from qexport.quantize.int8 import Int8
-from qexport.quantize.nf4 import Nf4
-from qexport.quantize.none import NoQuantization
-from qexport.quantize.w8a8 import W8a8
+from qexport.quantizing.int8 import Int8
+from qexport.quantizing.nf4 import Nf4
+from qexport.quantizing.none import NoQuantization
+from qexport.quantizing.w8a8 import W8a8
 from qexport.tensors import Dense
 from qexport.tensors.safetensors_folder import SafetensorsFolder
 from quantized_models import gptq_method

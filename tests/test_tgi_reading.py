@@ -17,8 +17,8 @@ from transformers.models.falcon.modeling_falcon import FalconAttention
 
 import factories
 from qexport.export.tgi.config import tgi_config
-from qexport.quantize.none import NoQuantization
-from qexport.quantize.w8a8 import W8a8
+from qexport.quantizing.none import NoQuantization
+from qexport.quantizing.w8a8 import W8a8
 from qexport.tensors import GroupQuantized, RowQuantized
 from quantized_models import gptq_method
 from tgi_folders import TgiModel, falcon, falcon_40b, llama

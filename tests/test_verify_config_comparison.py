@@ -9,6 +9,7 @@ import pytest
 from transformers import Gemma3TextConfig, GPTNeoXConfig, PretrainedConfig
 
 import factories
+from qexport.architectures.architecture import Architecture
 from qexport.errors import InputError
 from qexport.verifying.config_comparison import refuse_other_config
 
@@ -41,7 +42,7 @@ def content(config: PretrainedConfig) -> dict[str, Any]:
     ],
 )
 def test_what_follows_from_the_reference_may_be_added(config: PretrainedConfig, added: dict[str, Any]) -> None:
-    refuse_other_config(content(config), content(config) | added)
+    refuse_other_config(Architecture(content(config)), content(config) | added)
 
 
 @pytest.mark.parametrize(
@@ -70,26 +71,26 @@ def test_what_follows_from_the_reference_may_be_added(config: PretrainedConfig, 
 def test_what_means_something_else_is_refused(config: PretrainedConfig, changed: dict[str, Any]) -> None:
     reference = content(config) | {"architectures": ["LlamaForCausalLM"]}
     with pytest.raises(InputError, match="not the reference's") as caught:
-        refuse_other_config(reference, reference | changed)
+        refuse_other_config(Architecture(reference), reference | changed)
     assert next(iter(changed)) in str(caught.value)
 
 
 def test_a_default_may_be_spelled_out_and_no_other_value() -> None:
     short = {key: value for key, value in content(LLAMA).items() if key != "rms_norm_eps"}
-    refuse_other_config(short, content(LLAMA))
+    refuse_other_config(Architecture(short), content(LLAMA))
     with pytest.raises(InputError, match="rms_norm_eps"):
-        refuse_other_config(short, content(LLAMA) | {"rms_norm_eps": 0.5})
+        refuse_other_config(Architecture(short), content(LLAMA) | {"rms_norm_eps": 0.5})
 
 
 def test_a_missing_key_is_refused() -> None:
     values = content(LLAMA)
     for key in ("hidden_size", "rope_parameters"):
         with pytest.raises(InputError, match=f"{key} is missing"):
-            refuse_other_config(values, {name: value for name, value in values.items() if name != key})
+            refuse_other_config(Architecture(values), {name: value for name, value in values.items() if name != key})
 
 
 def test_the_name_of_the_class_may_be_added() -> None:
     reference = {key: value for key, value in content(LLAMA).items() if key != "architectures"}
-    refuse_other_config(reference, reference | {"architectures": ["LlamaForCausalLM"]})
+    refuse_other_config(Architecture(reference), reference | {"architectures": ["LlamaForCausalLM"]})
     with pytest.raises(InputError, match="architectures"):
-        refuse_other_config(reference, reference | {"architectures": ["FalconForCausalLM"]})
+        refuse_other_config(Architecture(reference), reference | {"architectures": ["FalconForCausalLM"]})

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from qexport.artifact.figures import CATALOGUE, Figure, find_figure
+from qexport.statistics.quantiles import quantile_interval
 from qexport.statistics.samples import SHARE, Range, Sample
 from qexport.statistics.sequences import confidence_sequence
 from qexport.verifying.divergence import TokenFigures
@@ -94,10 +97,19 @@ def test_the_interval_of_a_logarithm_is_carried_through_its_exponential() -> Non
     assert (ratio.sequence_low, ratio.sequence_high) == pytest.approx((np.exp(expected.low), np.exp(expected.high)))
 
 
+def test_sequences_of_quantiles_are_narrow_where_it_is_planned() -> None:
+    found = tokens()
+    for planned in (12, 200):
+        figure = find_figure(divergence_figures(found, units(planned=planned)), "median_kl")
+        assert figure is not None
+        expected = quantile_interval(found.kl.numpy(), units().strata, 0.5, planned=planned).sequence
+        assert (figure.sequence_low, figure.sequence_high) == (expected.low, expected.high)
+
+
 def test_rivals_are_paired_with_the_artifact_on_their_own_windows() -> None:
     looks: dict[Comparison, list[int]] = {
         "artifact": list(range(24)),
-        "nearest": [*range(8), *range(12, 20)],
+        "nearest": [*range(8), *range(13, 21)],  # other domains than those of the first sixteen
         "base": list(range(8)),
         "artifact_from_base": list(range(8)),
     }
@@ -116,14 +128,53 @@ def test_rivals_are_paired_with_the_artifact_on_their_own_windows() -> None:
     assert {figure.name: figure.n for figure in figures} == dict(
         rtn_mean_kl=16, kl_over_rtn=16, adapter_effect=8, kl_over_base=8
     )
-    strata = units().chosen(looks["nearest"]).strata
+    strata = [DOMAINS[window] or "" for window in looks["nearest"]]
     paired = confidence_sequence(Sample(relative, strata), Range(-1.0, 1.0), planned=12)
     assert (figures[1].sequence_low, figures[1].sequence_high) == (paired.low, paired.high)
+
+
+def test_intervals_end_where_the_figures_do() -> None:
+    """One window of eight scatters so far that plain intervals would reach below 0, or below -1."""
+    rows = [0.0] * 7 + [5.0]
+    kl = torch.tensor(rows, dtype=torch.float64)[:, None].expand(8, TOKENS).contiguous()
+    own = replace(tokens(8), kl=kl, reference_nll=kl, artifact_nll=kl)
+    alone = Units([None] * 8, "window", TOKENS, planned=12)
+    figures = divergence_figures(own, alone)
+    for name, lowest in (("mean_kl", 0.0), ("reference_perplexity", 1.0), ("artifact_perplexity", 1.0)):
+        figure = find_figure(figures, name)
+        assert figure is not None
+        assert (figure.low, figure.sequence_low) == (lowest, lowest)
+    looks: dict[Comparison, list[int]] = {name: list(range(8)) for name in ("artifact", "nearest", "base")}
+    looks["artifact_from_base"] = list(range(8))
+    worse = [replace(own, kl=kl + 1e-9 + (kl == 0) * 3)]
+    parts: dict[Comparison, list[TokenFigures]] = {"artifact": [own], "nearest": worse, "base": [own]}
+    parts["artifact_from_base"] = worse
+    rivals = {figure.name: figure for figure in rival_figures(Measured(parts, looks, looks=[8]), alone)}
+    for name in ("kl_over_rtn", "kl_over_base"):
+        assert (rivals[name].low, rivals[name].sequence_low) == (-1.0, -1.0)
+    assert rivals["adapter_effect"].sequence_low == 0.0
 
 
 def test_without_rivals_there_are_no_figures_of_them() -> None:
     alone = Measured(parts={"artifact": [tokens()]}, indices={"artifact": list(range(24))}, looks=[24])
     assert rival_figures(alone, units()) == []
+
+
+def test_shares_that_no_window_showed_are_not_certain() -> None:
+    """Twelve windows of 50 tokens without a flip: by the rule of three up to 3 in 600 may flip elsewhere."""
+    found = tokens(12)
+    figures = divergence_figures(replace(found, artifact_top=found.reference_top), units(12))
+    flips, agreement = (find_figure(figures, name) for name in ("decisive_flips", "top1_agreement"))
+    assert flips is not None
+    assert agreement is not None
+    assert (flips.value, flips.low, agreement.value, agreement.high) == (0.0, 0.0, 1.0, 1.0)
+    for end, wider in (
+        (flips.high, flips.sequence_high),
+        (1 - (agreement.low or 0), 1 - (agreement.sequence_low or 0)),
+    ):
+        assert end is not None
+        assert wider is not None
+        assert 3 / 600 < end < wider < 20 / 600
 
 
 def figure_of_share(values: list[float], trials: int | None) -> Figure:

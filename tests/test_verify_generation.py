@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 import factories
+from qexport.architectures.architecture import Architecture
 from qexport.architectures.runner import BlockRunner
 from qexport.errors import NumericalError
 from qexport.loading.checkpoint import load_checkpoint
@@ -54,12 +55,12 @@ def nothing() -> None:
 
 
 def runner_of(model: QuantizedModel, dtype: torch.dtype = torch.float32) -> BlockRunner:
-    return BlockRunner(model.checkpoint.config, model.checkpoint.weights, dtype=dtype, device=CPU)
+    return BlockRunner(model.checkpoint.architecture, model.checkpoint.weights, dtype=dtype, device=CPU)
 
 
 def changed_runner(model: QuantizedModel, **changes: torch.Tensor) -> BlockRunner:
     tensors = dict(model.model.state_dict()) | {name.replace("__", "."): value for name, value in changes.items()}
-    return BlockRunner(model.checkpoint.config, Tensors(tensors), dtype=torch.float32, device=CPU)
+    return BlockRunner(model.checkpoint.architecture, Tensors(tensors), dtype=torch.float32, device=CPU)
 
 
 def continued(
@@ -81,7 +82,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def load_runner(folder: Path, dtype: torch.dtype) -> BlockRunner:
     checkpoint = load_checkpoint(LoadSettings(base=str(folder)))
-    return BlockRunner(checkpoint.config, checkpoint.weights, dtype=dtype, device=CPU)
+    return BlockRunner(checkpoint.architecture, checkpoint.weights, dtype=dtype, device=CPU)
 
 
 GREEDY = GenerationConfig(do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=[0], pad_token_id=0)
@@ -165,7 +166,7 @@ def test_sampling_and_penalties_of_the_models_own_config_do_not_enter() -> None:
     inputs = [TOKENIZER(factories.TEXT[0])["input_ids"]]
     plain, changed = (
         continued(
-            BlockRunner(config, llama().checkpoint.weights, dtype=torch.float32, device=CPU),
+            BlockRunner(Architecture(config), llama().checkpoint.weights, dtype=torch.float32, device=CPU),
             inputs,
             greedy_settings(replace(llama().checkpoint, files=given), TOKENIZER, max_new_tokens=12),
         )
@@ -218,7 +219,7 @@ class Unmasked(BlockRunner):
 
 
 def unmasked(only_behind: bool) -> Unmasked:
-    runner = Unmasked(llama().checkpoint.config, llama().checkpoint.weights, dtype=torch.float32, device=CPU)
+    runner = Unmasked(llama().checkpoint.architecture, llama().checkpoint.weights, dtype=torch.float32, device=CPU)
     runner.only_behind = only_behind
     return runner
 

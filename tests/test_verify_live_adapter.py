@@ -14,12 +14,12 @@ from transformers import PreTrainedModel
 import adapters
 import factories
 import trained_models
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.artifact.figures import find_figure
 from qexport.gates.deciding import decide
 from qexport.merge.merging import merge
 from qexport.merge.settings import MergeSettings
 from qexport.progress import Notice
-from qexport.tensors import Checkpoint
 from qexport.text.held_out import HeldOut
 from qexport.verifying.divergence import TokenFigures
 from qexport.verifying.live_adapter import LiveAdapter, NotMeasured, compare_merge

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 import factories
+from qexport.architectures.architecture import Architecture
 from qexport.architectures.runner import BlockRunner
 from qexport.verifying import predictors as predicting
 from qexport.verifying.predictors import run_in_lockstep
@@ -35,7 +36,7 @@ def corrupted(block: int) -> dict[str, torch.Tensor]:
 
 def runner(weights: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> BlockRunner:
     config = {**intact().checkpoint.config, "dtype": str(dtype).removeprefix("torch.")}
-    return BlockRunner(config, Tensors(weights), dtype=dtype, device=torch.device("cpu"))
+    return BlockRunner(Architecture(config), Tensors(weights), dtype=dtype, device=torch.device("cpu"))
 
 
 def drift(weights: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> list[float]:

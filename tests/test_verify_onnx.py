@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 import onnx_folders
 import qexport
 import trained_models
-from qexport.architectures.structure import describe
+from qexport.architectures.architecture import Architecture
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.artifact.figures import Figure, find_figure
 from qexport.artifact.manifest import MANIFEST_NAME, Manifest
 from qexport.artifact.report import Report
@@ -36,17 +37,18 @@ from qexport.loading.checkpoint import load_checkpoint
 from qexport.loading.settings import LoadSettings
 from qexport.loading.small_files import open_tokenizer
 from qexport.pipeline import run
+from qexport.pipeline.folders import ArtifactFolder, open_folder
 from qexport.pipeline.inspection import inspect_artifact
-from qexport.pipeline.opened import Opened, open_folder
-from qexport.pipeline.running import Result
+from qexport.pipeline.result import Result
 from qexport.pipeline.texts import read_evaluation
 from qexport.pipeline.verification import verify
-from qexport.quantize.methods import profile_of_layer
+from qexport.quantizing.methods import profile_of_layer
 from qexport.reading.onnx.model import OnnxCausalLM
+from qexport.reading.onnx.weights import OnnxWeights
+from qexport.reading.stored_model import open_stored
 from qexport.recipe import load_recipe
 from qexport.records import LayerRecord
 from qexport.reporting.html import report_html
-from qexport.tensors import Checkpoint
 from qexport.verifying.graphs import GraphRunner, WindowByWindow
 from qexport.verifying.predictors import TOKENS_AT_ONCE
 from qexport.verifying.settings import VerifySettings
@@ -173,7 +175,9 @@ def edit_weight(folder: Path, name: str, change: Callable[[np.ndarray[Any, Any]]
 
 
 def windows(sound: Sound, count: int) -> torch.Tensor:
-    evaluation = read_evaluation(sound.settings(), open_tokenizer(sound.checkpoint), describe(sound.checkpoint.config))
+    evaluation = read_evaluation(
+        sound.settings(), open_tokenizer(sound.checkpoint), sound.checkpoint.architecture.structure
+    )
     return evaluation.held_out.input_ids[:count]
 
 
@@ -223,7 +227,7 @@ def test_the_figures_are_those_of_whole_models(sound: Sound) -> None:
 
 def test_logits_come_in_the_pieces_of_the_other_models(sound: Sound) -> None:
     ids = windows(sound, 11)
-    with GraphRunner(sound.gptq, CPU).predictor(ids) as predictor:
+    with GraphRunner(OnnxWeights(sound.gptq, dtype=torch.float32), CPU).predictor(ids) as predictor:
         assert predictor.windows == 11
         pieces = list(predictor.logits(range(2, 11)))
     assert [len(piece) for piece in pieces] == [TOKENS_AT_ONCE, TOKENS_AT_ONCE, 9 * 31 - 2 * TOKENS_AT_ONCE]
@@ -358,25 +362,30 @@ def test_padding_that_makes_nan_never_passes(sound: Sound, copy: Path) -> None:
     assert failed(report) == {"graph"}
 
 
+def refuse_headers(reference: Checkpoint, artifact: Path) -> None:
+    with open_stored(artifact, dtype=torch.bfloat16) as stored:
+        check_headers(reference, stored)
+
+
 def test_headers_are_held_against_the_reference(sound: Sound, copy: Path) -> None:
-    check_headers(sound.checkpoint, copy)
+    refuse_headers(sound.checkpoint, copy)
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
     with pytest.raises(InputError, match="not the reference's"):
-        check_headers(sound.checkpoint, copy)
+        refuse_headers(sound.checkpoint, copy)
     assert failed(sound.verify(copy, windows=2, max_windows=2, gates={})) == {"config"}
     (copy / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
     with pytest.raises(InputError):
-        check_headers(sound.checkpoint, copy)
+        refuse_headers(sound.checkpoint, copy)
 
 
 def test_a_graph_with_another_models_parameters_is_refused(sound: Sound, copy: Path) -> None:
-    other = replace(sound.checkpoint, config={**sound.checkpoint.config, "num_hidden_layers": 4})
+    other = replace(sound.checkpoint, architecture=Architecture({**sound.checkpoint.config, "num_hidden_layers": 4}))
     shutil.copyfile(copy / "config.json", copy / "kept")
     config = json.loads((copy / "kept").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
     with pytest.raises(InputError, match=r"model\.layers\.3\..* missing"):
-        check_headers(other, copy)
+        refuse_headers(other, copy)
 
 
 def test_an_artifact_without_a_tokenizer_fails_the_tokenizer(sound: Sound, copy: Path) -> None:
@@ -417,8 +426,9 @@ def test_the_gate_stays_where_others_are_decided_again(sound: Sound) -> None:
     assert "graph" not in {gate.name for gate in gates}
 
 
-def opened(sound: Sound, **options: Any) -> Opened:
-    return open_folder(sound.gptq, describe(sound.checkpoint.config), torch.bfloat16, name="artifact", **options)
+def opened(sound: Sound, **options: Any) -> ArtifactFolder:
+    with open_folder(sound.gptq, sound.checkpoint.architecture, torch.bfloat16, name="artifact", **options) as found:
+        return found
 
 
 def record(name: str, group_size: int, method: Any = "gptq") -> LayerRecord:
@@ -467,7 +477,7 @@ def test_without_the_extra_the_error_names_it(sound: Sound, monkeypatch: pytest.
 
 def test_a_graph_is_opened_anew_for_each_use(sound: Sound) -> None:
     """So that its weights are not in memory while another whole model is."""
-    runner = GraphRunner(sound.dense, CPU)
+    runner = GraphRunner(OnnxWeights(sound.dense, dtype=torch.float32), CPU)
     with runner.whole() as model:
         alive = weakref.ref(model)
     del model

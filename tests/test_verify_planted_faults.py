@@ -29,7 +29,7 @@ from qexport.merge.settings import MergeSettings
 from qexport.packing import gptq
 from qexport.pipeline import run
 from qexport.pipeline.verification import verify
-from qexport.quantize.solver import Options, round_to_nearest
+from qexport.quantizing.solver import Options, round_to_nearest
 from qexport.reading.artifact_source import ArtifactSource
 from qexport.recipe import load_recipe
 from qexport.tensors import Origin

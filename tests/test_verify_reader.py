@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import factories
-from qexport.architectures.structure import describe
+from qexport.architectures.architecture import Architecture
 from qexport.errors import InputError
 from qexport.reading.artifact_source import ArtifactSource
 from qexport.reading.gptq_rules import QuantizationRules
@@ -182,7 +182,7 @@ def test_a_dense_folder_is_read_as_it_is(tmp_path: Path) -> None:
     model = factories.build(factories.llama_config())
     factories.save(model, tmp_path / "a")
     with ArtifactSource(tmp_path / "a", dtype=torch.bfloat16) as source:
-        source.check_complete(describe(source.config))
+        source.check_complete(Architecture(source.config).structure)
         assert not source.quantized
         for name, tensor in model.state_dict().items():
             assert torch.equal(source.read(name), tensor)

@@ -25,7 +25,7 @@ WINDOWS = torch.randint(factories.VOCABULARY, (13, 8), generator=torch.Generator
 def runner(seed: int) -> BlockRunner:
     model = QuantizedModel(factories.build(factories.llama_config(num_hidden_layers=1), seed=seed))
     return BlockRunner(
-        model.checkpoint.config, model.checkpoint.weights, dtype=torch.float32, device=torch.device("cpu")
+        model.checkpoint.architecture, model.checkpoint.weights, dtype=torch.float32, device=torch.device("cpu")
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,19 +16,21 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import stored_models
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.artifact.figures import find_figure
 from qexport.loading.checkpoint import load_checkpoint
 from qexport.loading.settings import LoadSettings
 from qexport.loading.small_files import open_tokenizer
 from qexport.merge.merging import merge
 from qexport.merge.settings import MergeSettings
-from qexport.quantize.nearest import NearestSource
-from qexport.tensors import Checkpoint
+from qexport.quantizing.nearest import NearestSource
+from qexport.reading.stored_model import open_stored
 from qexport.text.documents import read_documents
 from qexport.text.held_out import HeldOut, make_held_out
 from qexport.verifying.preparation import Preparation
+from qexport.verifying.reference import Reference
 from qexport.verifying.settings import VerifySettings
-from qexport.verifying.verification import Given, Measurement, verify
+from qexport.verifying.verification import Measurement, check_parameters, verify
 from quantized_models import Tensors
 
 pytestmark = pytest.mark.smollm2
@@ -92,19 +95,22 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
     reference = logits_of(wide, held_out.input_ids)
     fill_with_codes(wide, folder / "nf4")
     artifact = logits_of(wide, held_out.input_ids)
-    given = Given(
-        reference=checkpoint,
-        base=None,
-        nearest=lambda grids, transposed: NearestSource(checkpoint.weights, grids, transposed),
+    against = Reference(
+        merged=checkpoint,
+        base=checkpoint,
+        adapter=None,
+        nearest=partial(NearestSource, checkpoint.weights),
         prepared=Preparation({}),
         held_out=held_out,
         prompts=None,
-        tokenizer=tokenizer,
+        open_tokenizer=partial(open_tokenizer, checkpoint),
         settings=VerifySettings(text="heldout.jsonl", windows=8),
         dtype=torch.float32,
         device=CPU,
     )
-    return Measured(verify(folder / "nf4", given, lambda figures: []), held_out, reference, artifact)
+    with open_stored(folder / "nf4", dtype=torch.float32) as stored:
+        check_parameters(checkpoint, stored)
+        return Measured(verify(stored, against, lambda figures: []), held_out, reference, artifact)
 
 
 def value(found: Measurement, name: str, domain: str | None = None) -> float:

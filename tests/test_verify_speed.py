@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import factories
 from qexport.loading.checkpoint import load_checkpoint
 from qexport.loading.settings import LoadSettings
-from qexport.reading.model import dense_model
+from qexport.reading.filled_model import dense_model
+from qexport.reading.stored_model import open_stored
 from qexport.verifying.settings import SpeedSettings
 from qexport.verifying.speed import (
     MeasuredSpeed,
@@ -32,7 +33,8 @@ SETTINGS = SpeedSettings(repeats=6, prompt_tokens=24, new_tokens=4)
 
 
 def compare(model: QuantizedModel, folder: Path, settings: SpeedSettings = SETTINGS) -> MeasuredSpeed:
-    return compare_speed(model.checkpoint, folder, PROMPT, settings, dtype=torch.bfloat16, device=CPU)
+    with open_stored(folder, dtype=torch.bfloat16) as artifact:
+        return compare_speed(model.checkpoint, artifact, PROMPT, settings, dtype=torch.bfloat16, device=CPU)
 
 
 @pytest.fixture
@@ -119,7 +121,8 @@ def test_without_room_for_both_nothing_is_measured(
 
 def test_learned_positions_are_not_passed(tmp_path: Path) -> None:
     model = QuantizedModel(factories.build(factories.gpt2_config(n_positions=24)))
-    found = compare_speed(model.checkpoint, tmp_path, PROMPT, SETTINGS, dtype=torch.bfloat16, device=CPU)
+    model.model.save_pretrained(tmp_path)
+    found = compare(model, tmp_path)
     assert found == MeasuredSpeed(None, "28 tokens are more than the 24 positions of the model")
 
 
@@ -133,7 +136,7 @@ def test_what_two_names_share_is_in_memory_once() -> None:
 def test_a_dense_model_from_a_source_is_the_one_that_transformers_loads(family: str, tmp_path: Path) -> None:
     factories.save(factories.build(factories.FAMILIES[family]), tmp_path)
     checkpoint = load_checkpoint(LoadSettings(base=str(tmp_path)))
-    ours = dense_model(checkpoint.config, checkpoint.weights, dtype=torch.bfloat16, device=CPU)
+    ours = dense_model(checkpoint.architecture, checkpoint.weights, dtype=torch.bfloat16, device=CPU)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert torch.equal(ours(PROMPT).logits, theirs(PROMPT).logits)
 

@@ -16,12 +16,15 @@ from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 import factories
+from qexport.architectures.architecture import Architecture
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.architectures.runner import BlockRunner
-from qexport.artifact.figures import find_figure
+from qexport.artifact.figures import CheckResult, find_figure
 from qexport.errors import InputError, NumericalError
 from qexport.progress import Notice, Progress, Reporter, silent
-from qexport.quantize.nearest import NearestSource
-from qexport.tensors import Checkpoint, TensorSpec
+from qexport.quantizing.nearest import NearestSource
+from qexport.reading.stored_model import open_stored
+from qexport.tensors import TensorSpec
 from qexport.text.documents import Documents
 from qexport.text.held_out import HeldOut, make_held_out
 from qexport.text.prompts import Prompt, PromptSet, encode_prompts
@@ -29,8 +32,9 @@ from qexport.verifying import predictors as predicting
 from qexport.verifying.divergence import compare
 from qexport.verifying.predictors import predictors
 from qexport.verifying.preparation import Preparation
+from qexport.verifying.reference import Reference
 from qexport.verifying.settings import VerifySettings
-from qexport.verifying.verification import Given, Measurement, check_config, check_headers, verify
+from qexport.verifying.verification import Measurement, check_config, check_headers, check_parameters, verify
 from quantized_models import QuantizedModel, Tensors, dequantized, gptq_method
 
 CPU = torch.device("cpu")
@@ -56,16 +60,17 @@ def held_out() -> HeldOut:
 
 def given_of(
     reference: Checkpoint, *, dtype: torch.dtype = torch.bfloat16, prompts: Sequence[Prompt] = (), windows: int = 7
-) -> Given:
+) -> Reference:
     encoded = encode_prompts(PromptSet(tuple(prompts), "prompts.jsonl"), shared_tokenizer()) if prompts else None
-    return Given(
-        reference=reference,
-        base=None,
+    return Reference(
+        merged=reference,
+        base=reference,
+        adapter=None,
         nearest=lambda grids, transposed: NearestSource(reference.weights, grids, transposed),
         prepared=Preparation({}),
         held_out=held_out(),
         prompts=encoded,
-        tokenizer=shared_tokenizer(),
+        open_tokenizer=shared_tokenizer,
         settings=VerifySettings(text="held-out.jsonl", max_new_tokens=4, windows=windows),
         dtype=dtype,
         device=CPU,
@@ -73,7 +78,19 @@ def given_of(
 
 
 def measure(reference: Checkpoint, artifact: Path, *, report: Reporter = silent, **options: Any) -> Measurement:
-    return verify(artifact, given_of(reference, **options), lambda figures: [], report=report)
+    with open_stored(artifact, dtype=torch.bfloat16) as stored:
+        check_parameters(reference, stored)
+        return verify(stored, given_of(reference, **options), lambda figures: [], report=report)
+
+
+def refuse_headers(reference: Checkpoint, artifact: Path) -> None:
+    with open_stored(artifact, dtype=torch.bfloat16) as stored:
+        check_headers(reference, stored)
+
+
+def config_check(reference: Checkpoint, artifact: Path) -> CheckResult:
+    with open_stored(artifact, dtype=torch.bfloat16) as stored:
+        return check_config(reference, stored)
 
 
 def value(found: Measurement, name: str = "mean_kl") -> float:
@@ -246,7 +263,7 @@ def test_the_models_take_turns_block_by_block_and_each_block_is_read_once(monkey
     model = QuantizedModel(factories.build(factories.llama_config(num_hidden_layers=3)))
     sources = [Watched(dict(model.model.state_dict())) for _ in range(2)]
     ours, theirs = (
-        BlockRunner(model.checkpoint.config, source, dtype=torch.bfloat16, device=CPU) for source in sources
+        BlockRunner(model.checkpoint.architecture, source, dtype=torch.bfloat16, device=CPU) for source in sources
     )
     left: list[int] = []
     counts: list[int] = []
@@ -274,7 +291,7 @@ def test_a_tied_head_or_norm_of_the_artifacts_own_is_used(name: str) -> None:
     tensors = dict(model.model.state_dict())
     changed = tensors | {name: tensors[name].roll(1, 0)}
     ours, theirs = (
-        BlockRunner(model.checkpoint.config, Tensors(each), dtype=torch.bfloat16, device=CPU)
+        BlockRunner(model.checkpoint.architecture, Tensors(each), dtype=torch.bfloat16, device=CPU)
         for each in (tensors, changed)
     )
     (batches, _), _ = predicting.run_in_lockstep((ours, ours), held_out().input_ids, lambda _: None)
@@ -288,7 +305,7 @@ def test_a_head_that_another_config_changes_is_not_taken_for_the_references() ->
     model = QuantizedModel(factories.build(factories.llama_config(rms_norm_eps=1e-6)))
     config = {**model.checkpoint.config, "rms_norm_eps": 1.0}
     ours, theirs = (
-        BlockRunner(each, model.checkpoint.weights, dtype=torch.float32, device=CPU)
+        BlockRunner(Architecture(each), model.checkpoint.weights, dtype=torch.float32, device=CPU)
         for each in (model.checkpoint.config, config)
     )
     (batches, _), _ = predicting.run_in_lockstep((ours, ours), held_out().input_ids, lambda _: None)
@@ -312,7 +329,7 @@ def test_an_artifact_of_another_model_is_refused(tmp_path: Path) -> None:
         tmp_path / "a"
     )
     with pytest.raises(InputError, match=r"intermediate_size is 64, not 128\n +rms_norm_eps is"):
-        check_headers(model.checkpoint, tmp_path / "a")
+        refuse_headers(model.checkpoint, tmp_path / "a")
     with pytest.raises(InputError, match=r"shape \[64, 64\], the model asks for \[128, 64\]"):
         measure(model.checkpoint, tmp_path / "a")
 
@@ -334,12 +351,12 @@ def test_weights_that_are_not_those_of_their_own_config_are_refused(changes: dic
 def test_an_artifact_whose_config_would_load_code_is_told_and_not_obeyed(tmp_path: Path, key: str) -> None:
     model = QuantizedModel(factories.build(factories.llama_config()))
     model.write(tmp_path / "a")
-    assert check_config(model.checkpoint, tmp_path / "a").passed
+    assert config_check(model.checkpoint, tmp_path / "a").passed
     intact = measure(model.checkpoint, tmp_path / "a")
     edit_config(tmp_path / "a", {key: "org/name"})
     with pytest.raises(InputError, match=key):
-        check_headers(model.checkpoint, tmp_path / "a")
-    check = check_config(model.checkpoint, tmp_path / "a")
+        refuse_headers(model.checkpoint, tmp_path / "a")
+    check = config_check(model.checkpoint, tmp_path / "a")
     assert (check.gate, check.passed) == ("config", False)
     assert key in check.detail
     assert measure(model.checkpoint, tmp_path / "a").figures == intact.figures

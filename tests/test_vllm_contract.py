@@ -109,6 +109,9 @@ FAULTS: list[tuple[str, Callable[[Path], object], str]] = [
     ("w4a16", group(num_bits=8), "W8A8 or W4A16"),
     ("w8a8", group(symmetric=False), "W8A8 or W4A16"),
     ("w8a8", group(input_activations=None), "W8A8 or W4A16"),
+    ("w8a8", group(strategy="tensor"), "W8A8 or W4A16"),
+    ("w4a16", group(type="float"), "W8A8 or W4A16"),
+    ("w4a16", group(input_activations={"num_bits": 8}), "W8A8 or W4A16"),
     ("none", lambda folder: (folder / "tokenizer.json").unlink(), "there is a tokenizer"),
     ("none", engine(max_model_len=100_000), "no longer sequences"),
     ("none", engine(tensor_parallel_size=3), "split the heads evenly"),
@@ -116,6 +119,7 @@ FAULTS: list[tuple[str, Callable[[Path], object], str]] = [
     ("gptq", tensors(lambda stored: stored.pop("model.norm.weight")), "no tensor of the model"),
     ("none", tensors(lambda stored: stored.update({"model.norm.weight": torch.ones(3)})), "no tensor of the model"),
     ("gptq", quantization(lm_head=True), "the head is 16-bit"),
+    ("gptq", tensors(lambda stored: stored.update({"lm_head.qweight": torch.zeros(8, 384).int()})), "the head is"),
     ("gptq", quantization(dynamic={f"-:^{Q0.replace('.', r'[.]')}$": {}}), "are quantized alike"),
     ("w8a8", config(lambda content: content["quantization_config"]["ignore"].append(UP0)), "are quantized alike"),
     ("gptq", quantization(dynamic={r"^model\.layers\.0\.mlp": {"group_size": 64}}), "GPTQ rules reach"),
@@ -125,9 +129,37 @@ FAULTS: list[tuple[str, Callable[[Path], object], str]] = [
     ("gptq", quantization(group_size=64), "GPTQ layers have"),
     ("w8a8", tensors(lambda stored: stored.pop(f"{UP0}.weight_scale")), "W8A8 layers have"),
     ("w8a8", tensors(lambda stored: stored.update({f"{UP0}.weight": torch.ones(128, 64)})), "W8A8 layers have"),
+    ("w8a8", tensors(lambda stored: stored.update({f"{UP0}.weight_scale": torch.ones(128, 1).int()})), "W8A8 layers"),
     ("w4a16", tensors(lambda stored: stored.pop(f"{UP0}.weight_shape")), "W4A16 layers have"),
+    ("w4a16", tensors(lambda stored: stored.update({f"{UP0}.weight_packed": torch.zeros(128, 8)})), "W4A16 layers"),
     ("asymmetric", tensors(lambda stored: stored.pop(f"{UP0}.weight_zero_point")), "W4A16 layers have"),
 ]
+
+
+def act_order(content: dict[str, Any]) -> None:
+    content["quantization_config"]["desc_act"] = True
+    content["quantization_config"]["group_size"] = -1
+
+
+KEPT: list[tuple[str, Callable[[Path], object], str]] = [
+    ("none", config(lambda content: content.update(dtype="bfloat16", model_type="gemma2")), "the dtype"),
+    ("none", config(lambda content: content.update(dtype="float16")), "the dtype"),
+    ("gptq", config(act_order), "in the order of the inputs"),
+    ("gptq", quantization(dynamic={"-:^model": {"bits": 8, "group_size": 16}}), "4 bits and symmetric"),
+    ("gptq", quantization(dynamic={"-:^model": {"bits": 8, "group_size": 16}}), "of a size that is read"),
+    ("w8a8", tensors(lambda stored: stored.update({f"{UP0}.weight_scale": torch.ones(128, 1).half()})), "W8A8 layers"),
+    ("none", engine(max_model_len=256), "no longer sequences"),
+    ("none", engine(tensor_parallel_size=2), "split the heads evenly"),
+]
+
+
+@pytest.mark.parametrize(("kind", "plant", "name"), KEPT)
+def test_what_vllm_reads_as_well_passes_the_check(
+    kind: str, plant: Callable[[Path], object], name: str, intact: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = copied(intact[kind], tmp_path / "folder")
+    plant(folder)
+    assert [check.passed for check in check_folder(folder) if name in check.name] == [True]
 
 
 @pytest.mark.parametrize(("kind", "plant", "name"), FAULTS)

@@ -15,6 +15,7 @@ from ruamel.yaml import YAML
 
 import factories
 import vllm_folders
+from qexport.architectures.architecture import Architecture
 from qexport.errors import CompatibilityError
 from qexport.export.safetensors_layout import SafetensorsLayout
 from qexport.export.settings import SafetensorsSettings
@@ -70,7 +71,7 @@ def test_dtypes_and_families_that_vllm_does_not_run_are_refused(
     dtype: torch.dtype, changes: Mapping[str, Any], words: str
 ) -> None:
     model = QuantizedModel(factories.build(factories.llama_config(), dtype=dtype))
-    changed = replace(model.checkpoint, config={**model.checkpoint.config, **changes})
+    changed = replace(model.checkpoint, architecture=Architecture({**model.checkpoint.config, **changes}))
     with pytest.raises(CompatibilityError) as caught:
         refuse(model.outputs, model.structure, changed, "gptq")
     assert words in str(caught.value)
@@ -245,6 +246,33 @@ def test_degrees_leave_whole_heads_and_groups(config: dict[str, Any], group_size
         SplitLinear("a.down_proj", 4096, 8192, group_size, True),
     ]
     assert degrees(config, linears) == expected
+
+
+@pytest.mark.parametrize(
+    ("linear", "expected"),
+    [
+        (SplitLinear("a.o_proj", 64, 256, None, False), [1, 2, 4, 8, 16]),
+        (SplitLinear("a.o_proj", 64, 256, 64, False), [1, 2, 4]),  # whole groups
+        (SplitLinear("a.o_proj", 64, 32, None, True), [1, 2, 4]),  # whole words
+        (SplitLinear("a.up_proj", 32, 64, 64, True), [1, 2, 4]),  # whole words of the outputs' zero points
+        (SplitLinear("a.up_proj", 32, 64, 64, False), [1, 2, 4, 8, 16]),
+        (SplitLinear("a.up_proj", 24, 64, None, False), [1, 2, 4, 8]),
+        (SplitLinear("a.k_proj", 3, 64, None, True), [1, 2, 4, 8, 16]),  # goes by the heads
+    ],
+)
+@pytest.mark.parametrize("others", [(), (SplitLinear("b.up_proj", 4096, 4096, None, True),)])
+def test_every_layer_must_be_divisible(
+    linear: SplitLinear, others: tuple[SplitLinear, ...], expected: list[int]
+) -> None:
+    assert degrees({"num_attention_heads": 16, "num_key_value_heads": 16}, [linear, *others]) == expected
+
+
+@pytest.mark.parametrize(
+    ("heads", "shared", "expected"),
+    [(12, 12, [1, 2, 3, 4, 6, 12]), (12, 4, [1, 2, 4, 12]), (12, 3, [1, 3, 6, 12]), (12, 1, [1, 2, 3, 4, 6, 12])],
+)
+def test_heads_of_keys_are_divided_or_copied_whole(heads: int, shared: int, expected: list[int]) -> None:
+    assert degrees({"num_attention_heads": heads, "num_key_value_heads": shared}, []) == expected
 
 
 def test_notes_say_what_the_kernels_want() -> None:

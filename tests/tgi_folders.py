@@ -12,14 +12,15 @@ import torch
 from transformers import FalconConfig, PretrainedConfig
 
 import factories
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.export.contract import Check
 from qexport.export.layouts import make_layout
 from qexport.export.settings import TgiSettings
 from qexport.export.tgi.contract import check_folder
 from qexport.export.tgi.layout import TgiLayout
-from qexport.quantize.method import RoundingMethod
-from qexport.quantize.none import NoQuantization
-from qexport.tensors import Checkpoint, Gptq, Outputs, TensorRecord
+from qexport.quantizing.method import RoundingMethod
+from qexport.quantizing.none import NoQuantization
+from qexport.tensors import Gptq, Outputs, TensorRecord
 from quantized_models import QuantizedModel, gptq_method
 
 
@@ -58,7 +59,7 @@ class TgiModel:
     def outputs(self) -> Outputs:
         if isinstance(self.method, Gptq):
             return self.model.outputs
-        return self.method.plan(self.checkpoint, self.model.structure)
+        return self.method.plan(self.checkpoint)
 
     @cached_property
     def layout(self) -> TgiLayout:

@@ -10,8 +10,8 @@ import torch
 import factories
 from qexport.export.settings import VllmSettings
 from qexport.export.vllm.layout import VllmLayout
-from qexport.quantize.none import NoQuantization
-from qexport.quantize.w8a8 import W8a8
+from qexport.quantizing.none import NoQuantization
+from qexport.quantizing.w8a8 import W8a8
 from qexport.tensors import Outputs
 from quantized_models import QuantizedModel, gptq_method
 
@@ -48,7 +48,7 @@ def write(folder: Path, kind: str) -> Path:
 
 
 def _write_rounded(folder: Path, model: QuantizedModel, settings: W8a8 | NoQuantization) -> Path:
-    outputs = settings.plan(model.checkpoint, model.structure)
+    outputs = settings.plan(model.checkpoint)
     made = layout(model, outputs=outputs)
     writer = made.weights.writer(folder)
     stream = settings.quantize(

@@ -1,13 +1,13 @@
 """A model's forward pass, one block at a time, with the memory of one block.
 
-The model is built on the meta device. Its own forward is run with every block's forward replaced, first by one that
+The model has no storage. Its own forward is run with every block's forward replaced, first by one that
 records what the model passes to each block (masks, position embeddings: they may differ per layer), at the end
 by one that hands over the last hidden states. So embeddings, masks, final norm and head are the model's own code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 from transformers import PreTrainedModel
 
-from qexport.architectures.buffers import compute_buffers
-from qexport.architectures.devices import has_bfloat16_instructions, multiply_in_float32
-from qexport.architectures.memory import return_freed_memory
-from qexport.architectures.naming import Part, name_parameters
-from qexport.architectures.structure import LinearSpec, build_on_meta, describe_model, find_blocks, parse_config
-from qexport.tensors import WeightSource
+from qexport.architectures.lazy_model import LazyModel, in_float32
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments that a block takes besides the hidden states."""
@@ -45,37 +40,12 @@ class Batch:
     calls: Sequence[Call]
 
 
-class BlockRunner:
+class BlockRunner(LazyModel):
     """Runs a model block by block from a source of weights.
 
     Bit for bit equal to the whole model in float32, and in bfloat16 up to the head, which computes in float32. On CPUs
-    without bfloat16 instructions, large layers in bfloat16 sum in another order; see `float32_products`.
-
-    Args:
-        config: the content of config.json.
-        source: the weights, named as in `Structure.parameters`, which is as in files.
-        dtype: the dtype to compute in.
-        device: where to compute.
-
-    Attributes:
-        config: as it was given.
-        structure: the model's.
+    without bfloat16 instructions, large layers in bfloat16 sum in another order; see `qexport.architectures.devices`.
     """
-
-    def __init__(
-        self, config: Mapping[str, Any], source: WeightSource, *, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self.config, self.dtype, self.device, self._source = config, dtype, device, source
-        self._model = build_on_meta(parse_config(config))
-        self._model.config.use_cache = False
-        for parameter in self._model.parameters():
-            parameter.data = parameter.data.to(dtype)
-        self.structure = describe_model(self._model)
-        self._naming = name_parameters(self._model)
-        self._layers = find_blocks(self._model)[1]
-        compute_buffers(self._model, device)
-        if device.type == "cpu" and dtype == torch.bfloat16 and not has_bfloat16_instructions():
-            multiply_in_float32(self._model)
 
     @torch.no_grad()
     def embed(self, input_ids: Tensor, batch_size: int) -> list[Batch]:
@@ -95,14 +65,6 @@ class BlockRunner:
                 batches.append(batch)
         return batches
 
-    @contextmanager
-    def block(self, index: int) -> Iterator[nn.Module]:
-        """The block with its weights, which are released at the end."""
-        prefix = self.structure.blocks[index] + "."
-        names = [name for name in self.structure.parameters if name.startswith(prefix)]
-        with self._loaded(names):
-            yield self._layers[index]
-
     @torch.no_grad()
     def forward(self, index: int, block: nn.Module, batch: Batch) -> None:
         """Runs one block and replaces the batch's hidden states by its output."""
@@ -118,14 +80,8 @@ class BlockRunner:
         """
         skip = () if self.structure.tied else (f"{self.structure.embedding}.",)
         names = [name for name in self._outside_blocks() if not name.startswith(skip)]
-        with self._loaded(names), _in_float32(self._head_module()):
+        with self._loaded(names), in_float32(self._head_module()):
             yield self._tail
-
-    @contextmanager
-    def whole(self) -> Iterator[PreTrainedModel]:
-        """The model with all its weights, which are released at the end; its head computes in float32."""
-        with self._loaded(self.structure.parameters), _in_float32(self._head_module()):
-            yield self._model
 
     @contextmanager
     def head_inputs(self) -> Iterator[Callable[[Tensor], Tensor]]:
@@ -198,79 +154,6 @@ class BlockRunner:
         inside = tuple(f"{block}." for block in self.structure.blocks)
         return [name for name in self.structure.parameters if not name.startswith(inside)]
 
-    def _head_module(self) -> nn.Module:
-        head = self._model.get_output_embeddings()
-        assert isinstance(head, nn.Module)
-        return head
-
-    def module(self, linear: LinearSpec) -> nn.Module:
-        """The module that computes a linear layer: its own, or for the matrix of an expert that of all experts."""
-        return self._model.get_submodule(self.part(linear).parameter.rpartition(".")[0])
-
-    def part(self, linear: LinearSpec) -> Part:
-        """Where the weight of a linear layer lies in the model."""
-        return self._naming.parts[f"{linear.name}.weight"]
-
-    def parameter(self, name: str) -> Tensor:
-        """A loaded tensor by its name in the files, as a view of the parameter in memory."""
-        part = self._naming.parts[name]
-        return part.of(self._state(part.parameter))
-
-    @contextmanager
-    def _loaded(self, names: Iterable[str]) -> Iterator[None]:
-        before: dict[str, Tensor] = {}
-        try:
-            for name in names:
-                self._load(name, before)
-            yield
-        finally:
-            for path, meta in before.items():
-                self._put(path, meta)
-            return_freed_memory()
-
-    def read(self, name: str) -> Tensor:
-        """A tensor in the runner's dtype (where it is floating) on the runner's device."""
-        tensor = self._source.read(name)
-        dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
-        return tensor.to(device=self.device, dtype=dtype)
-
-    def _load(self, name: str, before: dict[str, Tensor]) -> None:
-        """Reads a tensor to its place, and notes what was there."""
-        tensor, part = self.read(name), self._naming.parts[name]
-        paths = [part.parameter]
-        if self.structure.tied and name == f"{self.structure.embedding}.weight":
-            paths += [
-                path for path, original in self._model.all_tied_weights_keys.items() if original == part.parameter
-            ]
-        for path in paths:
-            if path not in before:
-                before[path] = self._state(path)
-                self._put(path, tensor if part.expert is None else self._room(before[path]))
-        if part.expert is not None:
-            part.of(self._state(part.parameter)).copy_(tensor)
-
-    def _room(self, meta: Tensor) -> Tensor:
-        """A parameter that is read in parts; what no part fills is not a number."""
-        return torch.full(meta.shape, torch.nan, dtype=self.dtype, device=self.device)
-
-    def _state(self, path: str) -> Tensor:
-        module, _, leaf = path.rpartition(".")
-        state: Tensor = self._model.get_submodule(module).state_dict(keep_vars=True)[leaf]
-        return state
-
-    def _put(self, path: str, tensor: Tensor) -> None:
-        module, _, leaf = path.rpartition(".")
-        _put(self._model.get_submodule(module), leaf, tensor)
-
-
-def _put(module: nn.Module, leaf: str, tensor: Tensor) -> None:
-    if leaf in module._buffers:
-        module._buffers[leaf] = tensor
-    elif isinstance(tensor, nn.Parameter):
-        module._parameters[leaf] = tensor
-    else:
-        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-
 
 @contextmanager
 def _replaced(layers: nn.ModuleList, forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
@@ -307,23 +190,6 @@ def _countable_experts(model: PreTrainedModel) -> Iterator[None]:
     finally:
         if before[""] is not None:
             model.set_experts_implementation(before)
-
-
-@contextmanager
-def _in_float32(head: nn.Module) -> Iterator[None]:
-    weight, bias = head._parameters["weight"], head._parameters.get("bias")
-    assert weight is not None
-    _put(head, "weight", weight.to(torch.float32))
-    if bias is not None:
-        _put(head, "bias", bias.to(torch.float32))
-    hook = head.register_forward_pre_hook(lambda _, args: (args[0].to(torch.float32), *args[1:]))
-    try:
-        yield
-    finally:
-        hook.remove()
-        _put(head, "weight", weight)
-        if bias is not None:
-            _put(head, "bias", bias)
 
 
 def _same(ours: Sequence[Call], theirs: Sequence[Call]) -> bool:

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from qexport.architectures.experts import can_stage
-from qexport.architectures.naming import Naming, Part, name_parameters
+from qexport.architectures.naming import Naming, Part
 from qexport.errors import CompatibilityError, InputError
 from qexport.tensors import TensorSpec
 
@@ -170,20 +170,13 @@ def build_on_meta(config: PretrainedConfig) -> PreTrainedModel:
     return model
 
 
-def describe(config: Mapping[str, Any]) -> Structure:
-    """The structure of the model that config.json names. Allocates no weights.
+def describe_model(model: PreTrainedModel, naming: Naming) -> Structure:
+    """The structure of a model that is already built (on any device).
 
-    Raises:
-        CompatibilityError: the family is unknown, or its decoder layers cannot be found.
-        InputError: the configuration contradicts itself.
+    Args:
+        model: the model.
+        naming: its names in files.
     """
-    parsed = parse_config(config)
-    return describe_model(build_on_meta(parsed))
-
-
-def describe_model(model: PreTrainedModel) -> Structure:
-    """The structure of a model that is already built (on any device)."""
-    naming = name_parameters(model)
     prefix, layers = find_blocks(model)
     paths = {module: path for path, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()

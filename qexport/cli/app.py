@@ -15,6 +15,7 @@ import typer
 from qexport.cli.failures import Failure, raise_if_interrupted
 from qexport.cli.terminal import stderr, write
 from qexport.errors import RecipeError
+from qexport.hidden_packages import hidden
 
 if TYPE_CHECKING:
     from qexport.progress import Notice, Progress, Reporter
@@ -49,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # torch's idle threads spin, which costs an eighth of the processor time here, and far more beside other programs
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        return app(arguments, prog_name="qexport", standalone_mode=False) or 0
+        with hidden("kernels"):
+            return app(arguments, prog_name="qexport", standalone_mode=False) or 0
     except typer.TyperException as error:
         failure = Failure(error.format_message(), RecipeError.exit_code, mend=_help_for(arguments))
         failure.show(as_json="--json" in arguments)

@@ -44,14 +44,12 @@ def run(
         with reporting() as report:
             command = verify_command(".", str(recipe), overrides or (), {})
             result = pipeline.run(chosen, force=force, device=device, command=command, report=report)
+        if result.unproven_merge is not None:
+            result.raise_for_verdict()
     with told(as_json=as_json, debug=debug, interrupted=f"interrupted; {result.artifact_path} is complete"):
         _show(result, as_json=as_json)
-    from qexport.cli.failures import gates_failure
-
-    gates = {gate.name: gate for each in result.reports.values() for gate in each.gates if not gate.passed}
-    if failure := gates_failure(list(gates.values()), f"{result.artifact_path} (set aside, not published)"):
-        failure.show(as_json=False)
-        raise typer.Exit(failure.exit_code)
+    with told(debug=debug):
+        result.raise_for_verdict()
 
 
 @app.command()
@@ -83,8 +81,8 @@ def verify(
             check_report_folder(report_folder)
         chosen = reference_of(References(reference, overrides or (), adapter, text or (), prompts, gates))
         from qexport import pipeline  # takes seconds, what is wrong with the arguments need not wait for it
-        from qexport.cli.failures import gates_failure
         from qexport.cli.verifying import verify_command
+        from qexport.gates.errors import gates_error
 
         options: dict[str, Sequence[str | Path | None]] = {
             "--adapter": [adapter],
@@ -102,7 +100,7 @@ def verify(
                 device=device,
                 report=report,
             )
-        failure = gates_failure(found.gates, str(artifact))
+        unmet = gates_error(found.gates, str(artifact))
         if report_folder is not None:
             write_report(found, report_folder)
     written = "" if report_folder is None else f"; the report in {report_folder} is complete"
@@ -113,9 +111,9 @@ def verify(
             from qexport.reporting.terminal import report_summary
 
             stdout().print(report_summary(found))
-    if failure:
-        failure.show(as_json=False)
-        raise typer.Exit(failure.exit_code)
+    with told(debug=debug):
+        if unmet:
+            raise unmet
 
 
 @app.command()

@@ -32,25 +32,25 @@ def gate(
         from rich.text import Text
 
         from qexport.artifact.report import Report
-        from qexport.cli.failures import gates_failure
         from qexport.gates.deciding import decide_again
+        from qexport.gates.errors import gates_error
         from qexport.gates.settings import read_gates
-        from qexport.quantize.methods import profile_of_layer
+        from qexport.quantizing.methods import profile_of_layer
         from qexport.reporting.terminal import gate_table
         from qexport.reporting.view import gate_rows
 
         settings = read_gates(gates)
         results, notes = decide_again(Report.read(report), settings, profile_of_layer)
-        failure = gates_failure(results, str(report))
+        unmet = gates_error(results, str(report))
         if as_json:
             _write_gates(results, notes)
         else:
             for note in notes:
                 stderr().print(Text.assemble(("note: ", "yellow"), note), soft_wrap=True)
             stdout().print(gate_table(gate_rows(results)))
-    if failure:
-        failure.show(as_json=False)
-        raise typer.Exit(failure.exit_code)
+    with told(debug=debug):
+        if unmet:
+            raise unmet
 
 
 def _write_gates(results: Sequence[GateResult], notes: Sequence[str]) -> None:

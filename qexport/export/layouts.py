@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.architectures.structure import Structure
 from qexport.artifact.manifest import GraphRecord
 from qexport.errors import RecipeError
@@ -14,7 +15,7 @@ from qexport.export.settings import ExportSettings, OnnxSettings, SafetensorsSet
 from qexport.export.tgi.layout import TgiLayout
 from qexport.export.vllm.layout import VllmLayout
 from qexport.export.weight_files import WeightFiles
-from qexport.tensors import Checkpoint, Outputs
+from qexport.tensors import Outputs
 
 
 class Layout(Protocol):

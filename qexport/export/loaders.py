@@ -7,7 +7,7 @@ transformers 5.19; see docs/artifact.md.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 Verdict = Literal["yes", "no", "wrong", "untried"]
@@ -25,6 +25,8 @@ class Folder:
         head: the path of the output head.
         layout: the layout's name; None for a folder of another maker.
         graph: whether its model is an ONNX graph.
+        block_sizes: values that share an absmax in each module with bitsandbytes' 4-bit codes, which its config.json
+            does not say.
     """
 
     quantization: Mapping[str, Any] | None
@@ -33,6 +35,7 @@ class Folder:
     head: str
     layout: str | None
     graph: bool = False
+    block_sizes: Mapping[str, int] = field(default_factory=dict)
 
     def says(self, **values: Any) -> bool:
         """Whether the `quantization_config` has these values."""
@@ -55,6 +58,33 @@ class Folder:
     def outputs_divisible_by(self, number: int) -> bool:
         """Whether every quantized layer has a multiple of so many outputs."""
         return all(shape[0] % number == 0 for shape in self.shapes.values())
+
+    @property
+    def blocks_cross_rows(self) -> bool:
+        """Whether a block of bitsandbytes' 4-bit codes holds values of two rows of a matrix."""
+        return any(self.shapes[module][1] % size != 0 for module, size in self.block_sizes.items())
+
+    @property
+    def misread_with_avx512(self) -> bool:
+        """See the function of this name."""
+        return any(misread_with_avx512(self.shapes[module], size) for module, size in self.block_sizes.items())
+
+
+def misread_with_avx512(shape: tuple[int, ...], block_size: int) -> bool:
+    """Whether bitsandbytes takes a wrong absmax for some values of a 4-bit matrix on x86 CPUs with AVX-512.
+
+    Its kernel (`dequantizeBlockwise4bitCpu` in `csrc/cpu_ops.cpp`, tried with 0.50.2) counts the blocks of each row
+    from the row's start, as if every row held the same whole number of blocks. It takes matrices whose inputs are a
+    multiple of 16. Where torch computes with AVX-512, as it does by default on such CPUs, block sizes from 2048 on do
+    not reach it.
+
+    Args:
+        shape: [out, in] of the matrix.
+        block_size: values that share an absmax, counted row after row.
+    """
+    rows, columns = shape
+    crosses = columns % block_size != 0 and rows > 1 and rows * columns > block_size
+    return crosses and columns % 16 == 0 and block_size < 2048
 
 
 @dataclass(frozen=True)
@@ -87,6 +117,7 @@ ONNXRUNTIME: Final = "onnxruntime"
 _WITH_GPTQMODEL: Final = "transformers + gptqmodel"
 _WITH_BITSANDBYTES: Final = "transformers + bitsandbytes"
 _WITH_COMPRESSED: Final = "transformers + compressed-tensors"
+_WHOLE_BLOCKS: Final = "not on CPUs with AVX512-BF16, where it asks for inputs in multiples of the block size"
 _AT_RANDOM: Final = "at random, with only a warning"
 
 
@@ -113,6 +144,14 @@ def _has_other_bits(folder: Folder) -> bool:
 
 def _is_ragged(method: str, number: int, **says: Any) -> Callable[[Folder], bool]:
     return lambda folder: _is(method, **says)(folder) and not folder.outputs_divisible_by(number)
+
+
+def _is_misread_with_avx512(folder: Folder) -> bool:
+    return folder.method == "bitsandbytes" and folder.misread_with_avx512
+
+
+def _has_blocks_across_rows(folder: Folder) -> bool:
+    return folder.method == "bitsandbytes" and folder.blocks_cross_rows
 
 
 def _in_layout(name: str) -> Callable[[Folder], bool]:
@@ -145,7 +184,20 @@ _TABLE: Final = (
     _Row(GPTQMODEL, _is_ragged("gptq", 16, bits=4), "yes", "with backend=BACKEND.TORCH only"),
     _Row(GPTQMODEL, _is("gptq"), "yes"),
     _Row(_WITH_BITSANDBYTES, _is_falcon("bitsandbytes"), "no", "it does not know FalconLinear for a linear layer"),
+    _Row(
+        _WITH_BITSANDBYTES,
+        _is_misread_with_avx512,
+        "wrong",
+        "on CPUs with AVX512, where it takes the scales of other blocks, because the block size does not divide a "
+        "layer's inputs; on those with AVX512-BF16 its forward ends in an error",
+    ),
     _Row(_WITH_BITSANDBYTES, _has_quantized_head("bitsandbytes"), "untried", "the head is quantized"),
+    _Row(
+        _WITH_BITSANDBYTES,
+        _has_blocks_across_rows,
+        "yes",
+        _WHOLE_BLOCKS,
+    ),
     _Row(
         _WITH_BITSANDBYTES,
         _is_ragged("bitsandbytes", 32, load_in_4bit=True),
@@ -188,11 +240,15 @@ def stock_loaders(folder: Folder) -> list[str]:
 
 
 def warnings(folder: Folder) -> list[str]:
-    """What a user must be told: loaders that get the artifact wrong without an error."""
+    """What a user must be told: loaders that get the artifact wrong without an error, or refuse its block size."""
+    found = loaders(folder)
     return [
-        f"{loader.name} gets this artifact wrong: {loader.reason}; load it with qexport.load(path)"
-        for loader in loaders(folder)
-        if loader.verdict == "wrong"
+        *(
+            f"{loader.name} gets this artifact wrong: {loader.reason}; load it with qexport.load(path)"
+            for loader in found
+            if loader.verdict == "wrong"
+        ),
+        *(f"{loader.name} reads it, but {loader.reason}" for loader in found if loader.reason == _WHOLE_BLOCKS),
     ]
 
 

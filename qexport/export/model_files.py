@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.errors import QexportError
-from qexport.tensors import W8A8, Checkpoint, Dense, FourBit, Gptq, LlmInt8, Method, Origin
+from qexport.tensors import W8A8, Dense, FourBit, Gptq, LlmInt8, Method, Origin
 
 
 def model_card(origin: Origin, method: Method, notes: Sequence[str] = (), loading: str = "") -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.architectures.structure import Structure
 from qexport.export.encodings import AutoGptq, Bitsandbytes, CompressedTensors, Encoding, Merged16
 from qexport.export.loaders import Folder, loading_section, stock_loaders, warnings
@@ -13,7 +14,7 @@ from qexport.export.model_files import write_model_files
 from qexport.export.quantization_config import quantization_config
 from qexport.export.settings import SafetensorsSettings, parse_size
 from qexport.export.weight_files import WeightFiles
-from qexport.tensors import W8A8, Checkpoint, Dense, FourBit, Gptq, LlmInt8, Method, Outputs
+from qexport.tensors import W8A8, BlockQuantizedSpec, Dense, FourBit, Gptq, LlmInt8, Method, Outputs
 
 
 class SafetensorsLayout:
@@ -53,8 +54,17 @@ class SafetensorsLayout:
 
     @property
     def _folder(self) -> Folder:
-        shapes = {module: spec.shape for module, spec in self._outputs.quantized.items()}
-        return Folder(self.quantization, shapes, self._structure.model_type, self._structure.head, self.name)
+        quantized = self._outputs.quantized
+        return Folder(
+            self.quantization,
+            {module: spec.shape for module, spec in quantized.items()},
+            self._structure.model_type,
+            self._structure.head,
+            self.name,
+            block_sizes={
+                module: spec.block_size for module, spec in quantized.items() if isinstance(spec, BlockQuantizedSpec)
+            },
+        )
 
     def prepare(self) -> None:
         """There is nothing that could fail late."""

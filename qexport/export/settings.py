@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, ConfigDict, Field
 
-from qexport.settings import Settings
+from qexport.settings import Settings, required_in_recipes
 
 _UNITS = {
     "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -37,6 +37,8 @@ def _check_size(text: str) -> str:
 class _Shards(Settings):
     """What the layouts in safetensors shards have in common."""
 
+    model_config = ConfigDict(json_schema_extra=required_in_recipes("layout"))
+
     max_shard_size: Annotated[str, AfterValidator(_check_size)] = "5GB"
     """The largest size of one file, for example `5GB` or `500MB` (powers of ten). A larger tensor has its own file."""
 
@@ -46,21 +48,21 @@ class SafetensorsSettings(_Shards):
     compressed-tensors, or 16-bit weights.
     """
 
-    layout: Literal["safetensors"]
+    layout: Literal["safetensors"] = "safetensors"
     """One folder of safetensors shards with config and tokenizer."""
 
 
 class TgiSettings(_Shards):
     """The folder that Text Generation Inference 3.3 serves, with launch files."""
 
-    layout: Literal["tgi"]
+    layout: Literal["tgi"] = "tgi"
     """Shards, configs in the words that TGI reads, `launch/`."""
 
 
 class VllmSettings(_Shards):
     """The folder that vLLM serves, with launch files."""
 
-    layout: Literal["vllm"]
+    layout: Literal["vllm"] = "vllm"
     """Shards, configs in the words that vLLM reads, `launch/`."""
 
     format: Literal["gptq", "compressed-tensors"] = "gptq"
@@ -71,7 +73,7 @@ class VllmSettings(_Shards):
 class OnnxSettings(_Shards):
     """The folder that ONNX Runtime runs: one graph for prefill and decoding, with a cache of keys and values."""
 
-    layout: Literal["onnx"]
+    layout: Literal["onnx"] = "onnx"
     """`model.onnx`, its weights in files beside it, `launch/`. Needs the extra: `pip install 'qexport[onnx]'`."""
 
     activations: Literal["float32", "float16"] = "float32"

@@ -16,7 +16,7 @@ from qexport.records import LayerRecord
 
 ProfileOfLayer = Callable[[str, int, int], ProfileName | None]
 """From how a layer's codes were found, their bits, and the model's parameters to a profile; each method knows its own
-(`qexport.quantize.methods.profile_of_layer`)."""
+(`qexport.quantizing.methods.profile_of_layer`)."""
 
 TINY_PARAMETERS: Final = 500_000_000
 """Below it, 4 bits cost so much more than they cost larger models that other limits hold."""

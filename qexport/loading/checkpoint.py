@@ -6,16 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.artifact.digests import sha256_file
-from qexport.errors import InputError
-from qexport.loading.base_reference import FolderReference, HubReference, parse_base, parse_folder_or_hub
+from qexport.errors import InputError, RecipeError
 from qexport.loading.folder import read_folder
 from qexport.loading.gguf_checkpoint import read_gguf
 from qexport.loading.hub import fetch, fetch_base
 from qexport.loading.package import find_package_file
 from qexport.loading.settings import LoadSettings
 from qexport.progress import Reporter, silent
-from qexport.tensors.checkpoint import Checkpoint, Origin
+from qexport.references import HubReference, LocalReference, PackageReference, parse_reference
+from qexport.tensors.checkpoint import Origin
 from qexport.tensors.strict_files import contained_path
 
 
@@ -29,9 +30,9 @@ def load_checkpoint(settings: LoadSettings, *, report: Reporter = silent) -> Che
         CompatibilityError: qexport cannot handle the model's family.
         RecipeError: a revision for a local folder.
     """
-    reference = parse_base(settings.base, settings.revision)
-    if isinstance(reference, FolderReference):
-        return read_folder(reference.path, kind="folder", name=reference.path.resolve().name, report=report)
+    reference = _found(settings.base, settings.revision, field="load.base")
+    if isinstance(reference, Path):
+        return read_folder(reference, kind="folder", name=reference.resolve().name, report=report)
     if isinstance(reference, HubReference):
         snapshot = fetch_base(reference, report=report)
         return read_folder(
@@ -43,6 +44,34 @@ def load_checkpoint(settings: LoadSettings, *, report: Reporter = silent) -> Che
             report=report,
         )
     return read_gguf(find_package_file(reference), report=report)
+
+
+def _found(text: str, revision: str | None, *, field: str) -> Path | HubReference | PackageReference:
+    """What a field of the recipe names; of local paths only folders that are there."""
+    try:
+        reference = parse_reference(text)
+    except ValueError as error:
+        raise InputError(str(error), where=field) from error
+    if isinstance(reference, HubReference):
+        return HubReference(reference.repo_id, revision)
+    return _folder(reference, revision, field) if isinstance(reference, LocalReference) else reference
+
+
+def _folder(reference: LocalReference, revision: str | None, field: str) -> Path:
+    path = Path(reference.text).expanduser()
+    if not path.is_dir():
+        raise InputError(
+            f"{reference.text!r} is a file, not a folder"
+            if path.exists()
+            else f"there is no folder {reference.text!r}",
+            where=field,
+            mend="name the folder that holds config.json, or a hub id such as org/name",
+        )
+    if revision is not None:
+        raise RecipeError(
+            f"a revision was given for the local folder {reference.text!r}", where=field, mend="remove it"
+        )
+    return path
 
 
 ADAPTER_CONFIG: Final = "adapter_config.json"
@@ -67,10 +96,12 @@ def locate_adapter(settings: LoadSettings, *, report: Reporter = silent) -> Adap
     """
     if settings.adapter is None:
         return None
-    reference = parse_folder_or_hub(settings.adapter, settings.adapter_revision, field="load.adapter")
-    if isinstance(reference, FolderReference):
-        digests = _check_files(reference.path, None)
-        return AdapterFolder(reference.path, Origin("folder", reference.path.resolve().name, sha256=digests))
+    reference = _found(settings.adapter, settings.adapter_revision, field="load.adapter")
+    if isinstance(reference, PackageReference):
+        raise InputError("an adapter is no file inside a package", where="load.adapter", mend="name its folder")
+    if isinstance(reference, Path):
+        digests = _check_files(reference, None)
+        return AdapterFolder(reference, Origin("folder", reference.resolve().name, sha256=digests))
     snapshot = fetch(reference, (ADAPTER_CONFIG, ADAPTER_WEIGHTS), report=report)
     digests = _check_files(snapshot.path, snapshot.trusted_root)
     return AdapterFolder(snapshot.path, Origin("hub", reference.repo_id, snapshot.commit, digests))

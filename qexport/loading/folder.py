@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import PreTrainedModel
 
-from qexport.architectures.naming import name_parameters
+from qexport.architectures.architecture import Architecture
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.artifact.digests import FileDigests, sha256_bytes
-from qexport.loading.model_weights import ChunkedSource, build_model, fit_to_model, refuse_untied_copies
+from qexport.loading.model_weights import ChunkedSource, find_architecture, fit_to_model, refuse_untied_copies
 from qexport.loading.small_files import CONFIG_NAME, read_config, read_sidecars
 from qexport.progress import Reporter
-from qexport.tensors.checkpoint import Checkpoint, Origin
+from qexport.tensors.checkpoint import Origin
 from qexport.tensors.safetensors_folder import SafetensorsFolder
 from qexport.tensors.source import TensorSpec
 
@@ -46,25 +46,25 @@ def read_folder(
     files = read_sidecars(folder, trusted_root=trusted_root)
     source = SafetensorsFolder(folder, trusted_root=trusted_root)
     try:
-        model = build_model(config, tensors=len(source.specs()))
-        named = with_prefix(source, model)
-        weights = fit_to_model(named, model)
-        refuse_untied_copies(named, name_parameters(model).tied)
+        architecture = find_architecture(config, tensors=len(source.specs()))
+        named = with_prefix(source, architecture)
+        weights = fit_to_model(named, architecture)
+        refuse_untied_copies(named, architecture.naming.tied)
         known = {file: sha256_bytes(content) for file, content in files.items()}
         digests = FileDigests(folder, (CONFIG_NAME, *source.files()), known)
     except BaseException:
         source.close()
         raise
     origin = Origin(kind, name, revision, digests)
-    return Checkpoint(config, weights, files, origin)
+    return Checkpoint(architecture, weights, files, origin)
 
 
-def with_prefix(source: ChunkedSource, model: PreTrainedModel) -> ChunkedSource:
+def with_prefix(source: ChunkedSource, architecture: Architecture) -> ChunkedSource:
     """The source under the names of the whole model, which transformers takes such a checkpoint for.
 
     Left as it is where any name has the prefix, or none is known with it.
     """
-    known, prefix = name_parameters(model).parts, f"{model.base_model_prefix}."
+    known, prefix = architecture.naming.parts, f"{architecture.skeleton.base_model_prefix}."
     names = list(source.specs())
     inside = {name for name in names if name not in known and f"{prefix}{name}" in known}
     if not inside or any(name.startswith(prefix) for name in names):

@@ -14,14 +14,15 @@ import numpy as np
 import torch
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedTokenizerFast
 
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.artifact.digests import sha256_file
 from qexport.errors import CompatibilityError, InputError
 from qexport.loading.gguf_file import GgufFile
-from qexport.loading.model_weights import build_model, fit_to_model
+from qexport.loading.model_weights import find_architecture, fit_to_model
 from qexport.loading.package import PackageFile
 from qexport.loading.small_files import read_sidecars
 from qexport.progress import Progress, Reporter
-from qexport.tensors.checkpoint import Checkpoint, Origin
+from qexport.tensors.checkpoint import Origin
 from qexport.tensors.source import TensorSpec
 
 
@@ -75,18 +76,17 @@ def read_gguf(found: PackageFile, *, report: Reporter) -> Checkpoint:
         family = _family(file)
         config = _config(file, family)
         values = json.loads(config.to_json_string())
-        model = build_model(values, tensors=len(file.tensors))
-        source = GgufWeights(
-            file, arch=family.arch, config=config, parameters=model.state_dict(), permuted=family.permuted
-        )
-        weights = fit_to_model(source, model)
+        architecture = find_architecture(values, tensors=len(file.tensors))
+        parameters = architecture.skeleton.state_dict()
+        source = GgufWeights(file, arch=family.arch, config=config, parameters=parameters, permuted=family.permuted)
+        weights = fit_to_model(source, architecture)
         files = _files(found.path, config)
         origin = Origin("package", found.name, found.version, {found.path.name: sha256_file(found.path)})
     except BaseException:
         file.close()
         raise
     report(Progress("load", 1, 1, "file", detail=found.path.name))
-    return Checkpoint(values, weights, files, origin)
+    return Checkpoint(architecture, weights, files, origin)
 
 
 def _family(file: GgufFile) -> _Family:

@@ -16,9 +16,9 @@ from huggingface_hub.errors import (
 )
 
 from qexport.errors import InputError
-from qexport.loading.base_reference import HubReference
 from qexport.loading.small_files import CONFIG_NAME, SIDECAR_NAMES
 from qexport.progress import Notice, Reporter
+from qexport.references import HubReference
 from qexport.tensors.safetensors_folder import INDEX_NAME, SINGLE_NAME, read_index
 from qexport.tensors.strict_files import contained_path
 from qexport.text.tokenizer_identity import TEMPLATES_FOLDER

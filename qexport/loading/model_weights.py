@@ -9,8 +9,8 @@ from typing import Any, Final, Protocol
 import torch
 from transformers import PreTrainedModel
 
-from qexport.architectures.naming import name_parameters
-from qexport.architectures.structure import build_on_meta, parse_config, refuse_impossible_depth
+from qexport.architectures.architecture import Architecture
+from qexport.architectures.structure import refuse_impossible_depth
 from qexport.errors import InputError, listed
 from qexport.tensors.source import TensorSpec, WeightSource, is_finite
 
@@ -72,8 +72,8 @@ class ModelWeights:
         return tensor
 
 
-def build_model(config: Mapping[str, Any], *, tensors: int) -> PreTrainedModel:
-    """The model that the configuration describes, without storage.
+def find_architecture(config: Mapping[str, Any], *, tensors: int) -> Architecture:
+    """The architecture that the configuration names.
 
     Args:
         config: the content of config.json.
@@ -83,11 +83,10 @@ def build_model(config: Mapping[str, Any], *, tensors: int) -> PreTrainedModel:
         InputError: the configuration contradicts itself or the checkpoint.
         CompatibilityError: transformers does not know the family, or loads its weights in a way that qexport does not.
     """
-    parsed = parse_config(config)
-    refuse_impossible_depth(parsed, tensors)
-    model = build_on_meta(parsed)
-    name_parameters(model)
-    return model
+    architecture = Architecture(config)
+    refuse_impossible_depth(architecture.parsed, tensors)
+    assert architecture.naming
+    return architecture
 
 
 def refuse_untied_copies(source: ChunkedSource, tied: Mapping[str, str]) -> None:
@@ -115,14 +114,14 @@ def refuse_untied_copies(source: ChunkedSource, tied: Mapping[str, str]) -> None
             )
 
 
-def fit_to_model(source: PlacedSource, model: PreTrainedModel) -> ModelWeights:
+def fit_to_model(source: PlacedSource, architecture: Architecture) -> ModelWeights:
     """The source's tensors as the model's weights.
 
     Raises:
         InputError: tensors are missing, unexpected, or of another shape or dtype than the architecture's; all of them
             are listed.
     """
-    naming, found = name_parameters(model), source.specs()
+    model, naming, found = architecture.skeleton, architecture.naming, source.specs()
     expected = naming.parts
     passed_over = set(naming.tied) | {name for name in found if _is_ignorable(name, model)}
     missing = [name for name in expected if name not in found]

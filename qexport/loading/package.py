@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from qexport.errors import InputError
-from qexport.loading.base_reference import PackageReference
+from qexport.references import PackageReference
 from qexport.tensors.strict_files import contained_path
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pydantic import model_validator
 
+from qexport.references import PACKAGE_PREFIX, is_explicit_path
 from qexport.settings import Settings
-
-_NOT_ON_THE_HUB = ("pkg:", "/", "./", "../", "~")
 
 
 class LoadSettings(Settings):
@@ -26,8 +25,12 @@ class LoadSettings(Settings):
 
     @model_validator(mode="after")
     def _only_a_hub_id_has_revisions(self) -> LoadSettings:
-        if self.revision is not None and self.base.startswith(_NOT_ON_THE_HUB):
+        if self.revision is not None and _is_elsewhere(self.base):
             raise ValueError(f"revision belongs to a hub id, and {self.base} is none: remove it")
-        if self.adapter_revision is not None and (self.adapter or "/").startswith(_NOT_ON_THE_HUB):
+        if self.adapter_revision is not None and _is_elsewhere(self.adapter or "/"):
             raise ValueError(f"adapter_revision belongs to a hub id, and adapter is {self.adapter}: remove it")
         return self
+
+
+def _is_elsewhere(text: str) -> bool:
+    return is_explicit_path(text) or text.startswith(PACKAGE_PREFIX)

@@ -11,10 +11,10 @@ from typing import Any, Final
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.architectures.config_keys import without_code_keys
 from qexport.errors import InputError
 from qexport.progress import Notice, Reporter
-from qexport.tensors.checkpoint import Checkpoint
 from qexport.tensors.strict_files import contained_path, parse_json, read_json_object
 from qexport.text.tokenizer_identity import (
     CHAT_TEMPLATE,

@@ -9,9 +9,9 @@ from typing import Literal
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from qexport.architectures.naming import Naming, name_parameters
-from qexport.architectures.structure import Structure, build_on_meta, describe_model, parse_config
-from qexport.tensors.checkpoint import Checkpoint
+from qexport.architectures.checkpoint import Checkpoint
+from qexport.architectures.naming import Naming
+from qexport.architectures.structure import Structure
 from qexport.tensors.source import TensorSpec
 
 Kind = Literal["linear", "conv1d", "embedding", "other"]
@@ -73,12 +73,13 @@ class BaseModel:
 
 
 def look_at(checkpoint: Checkpoint) -> BaseModel:
-    """The model that a checkpoint's configuration names, built without storage.
+    """The modules of a checkpoint's architecture, and its tensors.
 
     Raises:
         CompatibilityError: transformers does not know the family.
     """
-    model = build_on_meta(parse_config(checkpoint.config))
+    architecture = checkpoint.architecture
+    model, naming = architecture.skeleton, architecture.naming
     modules = {
         path: Module(_kind(module), {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()})
         for path, module in model.named_modules()
@@ -87,13 +88,12 @@ def look_at(checkpoint: Checkpoint) -> BaseModel:
     paths = {module: path for path, module in model.named_modules()}
     embedding, head = paths[model.get_input_embeddings()], paths[model.get_output_embeddings()]
     weights = checkpoint.weights.specs()
-    naming = name_parameters(model)
     experts = {
         name.removesuffix(".weight"): Module("linear", {"weight": part.shape})
         for name, part in naming.parts.items()
         if part.expert is not None and name.endswith(".weight")
     }
-    return BaseModel(describe_model(model), modules | experts, embedding, head, naming, weights)
+    return BaseModel(architecture.structure, modules | experts, embedding, head, naming, weights)
 
 
 def _kind(module: nn.Module) -> Kind:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.errors import InputError, NumericalError
 from qexport.merge.adapter import CONFIG_FILE, Adapter, read_adapter
 from qexport.merge.base import look_at
@@ -18,7 +19,7 @@ from qexport.merge.plan import Plan
 from qexport.merge.settings import MergeSettings
 from qexport.merge.types import planner
 from qexport.progress import Notice, Reporter, silent
-from qexport.tensors.checkpoint import Checkpoint, Origin
+from qexport.tensors.checkpoint import Origin
 from qexport.tensors.source import TensorSpec, WeightSource, is_finite
 
 
@@ -114,10 +115,9 @@ def _notes(checkpoint: Checkpoint, adapter: Adapter, settings: MergeSettings) ->
 def _with_weights(
     checkpoint: Checkpoint, changes: Mapping[str, tuple[Change, ...]], read: ReadFactor, settings: MergeSettings
 ) -> Checkpoint:
-    config: dict[str, Any] = {**checkpoint.config, "dtype": settings.dtype}
-    config.pop("torch_dtype", None)  # what older versions of transformers called it
     dtype: torch.dtype = getattr(torch, settings.dtype)
-    return replace(checkpoint, config=config, weights=MergedSource(checkpoint.weights, changes, read, dtype))
+    weights = MergedSource(checkpoint.weights, changes, read, dtype)
+    return replace(checkpoint, architecture=checkpoint.architecture.in_dtype(dtype), weights=weights)
 
 
 def _no_factors(key: str) -> torch.Tensor:

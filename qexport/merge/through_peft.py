@@ -2,7 +2,7 @@
 
 A layer of the base is put alone into an empty tree of modules that gives it its own path; PEFT lays the adapter over
 it, loads the adapter's tensors and merges. So the arithmetic is PEFT's, and the memory is one layer's. Only types whose
-layers know nothing of each other can go this way. PEFT is imported here and nowhere else, because the import costs
+layers know nothing of each other can go this way. PEFT is imported only when it is needed, because the import costs
 about 100 MB.
 """
 
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from qexport.errors import CompatibilityError
+from qexport.hidden_packages import hidden
 from qexport.merge.adapter import MERGE_WITH_PEFT, PREFIX, AdapterOptions
 from qexport.merge.changes import ReadFactor
 from qexport.merge.plan import Plan
@@ -43,6 +44,7 @@ class MergedByPeft:
     config: Mapping[str, Any]
     keys: tuple[str, ...]
 
+    @hidden("bitsandbytes")
     def apply(self, weight: torch.Tensor, read: ReadFactor) -> torch.Tensor:
         """See `Change.apply`."""
         from peft import set_peft_model_state_dict
@@ -60,6 +62,7 @@ class MergedByPeft:
         return merged
 
 
+@hidden("bitsandbytes")
 def plan_through_peft(plan: Plan) -> None:
     """Plans the merge of an adapter whose linear layers PEFT merges.
 

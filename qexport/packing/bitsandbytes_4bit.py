@@ -1,7 +1,8 @@
 """bitsandbytes' 4-bit tensors: the codes, their absmaxes, the code books, and a JSON text as bytes.
 
 The reference for the names and bytes is bitsandbytes 0.50 (`QuantState.as_dict(packed=True)` and
-`Linear4bit._save_to_state_dict`), for the values its CPU `dequantize_4bit`. bitsandbytes itself is not needed here.
+`Linear4bit._save_to_state_dict`), for the values its code tables: on some CPUs its own `dequantize_4bit` is wrong for
+some shapes. bitsandbytes itself is not needed here.
 """
 
 from __future__ import annotations

@@ -10,16 +10,14 @@ from typing import Any, Literal
 import torch
 
 from qexport.amounts import size
-from qexport.architectures.config_keys import without_code_keys
-from qexport.architectures.structure import describe
 from qexport.artifact.folder import open_artifact
 from qexport.artifact.manifest import MANIFEST_NAME, REPORT_FOLDER, Verification
 from qexport.artifact.report import REPORT_NAME, Report
 from qexport.errors import InputError
 from qexport.export.contract import Check
 from qexport.export.loaders import Folder, Loader, Verdict, loaders
-from qexport.reading.artifact_source import model_folder
-from qexport.reading.stored_model import holds_graph, open_stored
+from qexport.hidden_packages import hidden
+from qexport.reading.stored_model import model_folder, open_stored
 
 Server = Literal["tgi", "vllm"]
 ReportState = Literal["as in the manifest", "missing"]
@@ -95,6 +93,7 @@ class Inspection:
         return f"{_WORDS[loader.verdict]:<9} {loader.name}{': ' if loader.reason else ''}{loader.reason}"
 
 
+@hidden("kernels")
 def inspect_artifact(path: Path, *, server: Server | None = None) -> Inspection:
     """Checks a finished folder of qexport or of another maker.
 
@@ -112,11 +111,12 @@ def inspect_artifact(path: Path, *, server: Server | None = None) -> Inspection:
     layout = manifest.layout if manifest else None
     report = _check_report(path, manifest.verification) if manifest and manifest.verification else None
     with open_stored(path, dtype=torch.float32) as source:
-        structure = describe(without_code_keys(source.config)[0])
-        source.check_complete(structure)
+        structure = source.architecture.structure
+        source.check_complete()
         shapes = {module: layer.shape for module, layer in source.layers.items()}
-        graph = holds_graph(path)
-        folder = Folder(source.quantization, shapes, structure.model_type, structure.head, layout, graph)
+        graph = source.kind == "graph"
+        blocks = {name: each.group_size for name, each in source.layers.items() if each.method in ("nf4", "fp4")}
+        folder = Folder(source.quantization, shapes, structure.model_type, structure.head, layout, graph, blocks)
         dense = len(source.specs()) - len(shapes)
         method, total = source.method, source.stored_bytes
     checks = _check(path, server) if server else []

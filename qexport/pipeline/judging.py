@@ -10,6 +10,7 @@ from qexport.errors import GateFailed, GateUndecided
 from qexport.gates.deciding import BuiltIn, decide, expected_gates, waived
 from qexport.gates.limits import Limit, above_floor, limits_of
 from qexport.gates.settings import HasGates, ProfileName
+from qexport.pipeline.result import UnprovenMerge
 from qexport.verifying.preparation import Preparation
 
 
@@ -64,25 +65,25 @@ def refuse_unmeasurable(settings: HasGates, prepared: Preparation) -> None:
     above_floor(limits_of(settings, strictest), prepared.noise_floor)
 
 
-def refuse_unproven_merge(settings: HasGates, prepared: Preparation) -> None:
-    """Refuses to quantize a merge that is not what PEFT makes of the adapter, or cannot be held against it.
-
-    Raises:
-        GateFailed: it is further from base and adapter in PEFT than three times the noise floor.
-        GateUndecided: nobody can tell, and the user has not waived the gate.
+def unproven_merge(settings: HasGates, prepared: Preparation) -> UnprovenMerge | None:
+    """A merge that is further from base and adapter in PEFT than three times the noise floor, or that could not be
+    compared with them and whose gate the user has not waived; None where the merge is proven or waived.
     """
     if "merge" in waived(settings):
-        return
+        return None
     (gate,) = decide([], prepared.figures, [], ["merge"])
     if gate.verdict == "fail":
-        raise GateFailed(
+        failed = GateFailed(
             f"the merged model is not base and adapter as PEFT computes them: {gate.reason}",
             where=f"gate merge, mean KL divergence {gate.value:.4g} nats a token",
             mend="check that the adapter was made for this base; if it was, please report this",
         )
+        return UnprovenMerge(gate, failed)
     if gate.verdict == "undecided":
-        raise GateUndecided(
+        undecided = GateUndecided(
             "that the merge is the adapter's could not be proven, so nothing was quantized",
             where=f"gate merge: {'; '.join([*prepared.unconfirmed]) or gate.reason}",
             mend="take a machine with more memory, or waive the gate: verify.gates.merge_kl=null",
         )
+        return UnprovenMerge(gate, undecided)
+    return None

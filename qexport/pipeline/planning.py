@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from qexport.amounts import size
-from qexport.architectures.structure import Structure, describe
+from qexport.architectures.structure import Structure
 from qexport.export.layouts import Layout, make_layout
+from qexport.hidden_packages import hidden
 from qexport.loading.checkpoint import load_checkpoint, locate_adapter
 from qexport.loading.settings import LoadSettings
 from qexport.merge.merging import Merged, merge
@@ -111,6 +112,7 @@ class Plan:
         return [f"{layout.name}: {note}" if several else note for layout in self.layouts for note in layout.notes]
 
 
+@hidden("kernels")
 def plan(recipe: Recipe, *, report: Reporter = silent) -> Plan:
     """Checks everything that headers, configurations and the adapter can tell, and the prompts and task files.
 
@@ -122,9 +124,9 @@ def plan(recipe: Recipe, *, report: Reporter = silent) -> Plan:
     if recipe.verify is not None:
         check_questions(recipe.verify)
     merged = load_merged(recipe.load, recipe.merge, report=report)
-    structure = describe(merged.checkpoint.config)
+    structure = merged.checkpoint.architecture.structure
     _check_windows(recipe, structure)
-    outputs = recipe.quantize.plan(merged.checkpoint, structure)
+    outputs = recipe.quantize.plan(merged.checkpoint)
     layouts = tuple(make_layout(settings, outputs, structure, merged.checkpoint) for settings in recipe.export)
     return Plan(recipe, merged, structure, outputs, layouts)
 

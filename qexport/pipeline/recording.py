@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 
@@ -14,74 +12,65 @@ from qexport.artifact.figures import CheckResult, GateResult, overall
 from qexport.artifact.folder import digest_files
 from qexport.artifact.manifest import CalibrationRecord, Manifest, Sizes, SourceRecord, Verification
 from qexport.artifact.record import Identity, Protocol, describe_environment
-from qexport.artifact.report import ReferenceRecord, Report, Subject
-from qexport.export.layouts import Layout
-from qexport.export.tensor_writer import WrittenWeights
-from qexport.merge.merging import Merged
+from qexport.artifact.report import ReferenceRecord, Report
+from qexport.pipeline.folders import ArtifactFolder, LayoutFolder
 from qexport.pipeline.planning import Plan
-from qexport.records import LayerRecord
 from qexport.statistics.samples import ALPHA
 from qexport.tensors import CalibrationSet, Origin
 from qexport.text.tokenizer_identity import template_digest, tokenizer_digest
+from qexport.verifying.reference import Reference
 from qexport.verifying.tails import flips_by_margin, kl_histogram, worst_tokens
-from qexport.verifying.verification import Given, Measurement
-
-
-@dataclass(frozen=True)
-class Described:
-    """What is known of the artifact beside its figures.
-
-    Attributes:
-        subject: what it is.
-        layers: what quantizing each layer did; empty where nobody has recorded it.
-        notes: for the reader.
-        unread: readers that it is for and that have not looked at it.
-        command: measures the same again.
-    """
-
-    subject: Subject
-    layers: Sequence[LayerRecord]
-    notes: Sequence[str]
-    unread: Sequence[str]
-    command: str
+from qexport.verifying.verification import Measurement
 
 
 def make_report(
-    described: Described,
+    opened: ArtifactFolder,
     measured: Measurement,
     gates: Sequence[GateResult],
     checks: Sequence[CheckResult],
-    given: Given,
-    merged: Merged,
+    reference: Reference,
+    *,
+    notes: Sequence[str],
+    command: str,
 ) -> Report:
-    """The report; the same bytes but for `timings` where the same was measured on the same type of machine."""
+    """The report; the same bytes but for `timings` where the same was measured on the same type of machine.
+
+    Args:
+        opened: the folder that it is about.
+        measured: its figures.
+        gates: the decisions on them.
+        checks: what was checked beside the figures.
+        reference: what it was measured against.
+        notes: for the reader, beside those of the measurement.
+        command: measures the same again.
+    """
     return Report(
         schema_version=1,
         qexport_version=version("qexport"),
         verdict=overall(gate.verdict for gate in gates),
-        subject=described.subject,
+        subject=opened.subject(),
         reference=ReferenceRecord(
-            base=source_record(merged.base.origin),
-            adapter=source_record(merged.adapter.origin) if merged.adapter else None,
-            dtype=_name(given.dtype),
+            base=source_record(reference.base.origin),
+            adapter=source_record(reference.adapter) if reference.adapter else None,
+            dtype=_name(reference.dtype),
         ),
-        identity=_identity(given, merged),
-        protocol=_protocol(given, measured),
+        identity=_identity(reference),
+        protocol=_protocol(reference, measured),
         figures=measured.figures,
         gates=list(gates),
         checks=list(checks),
         kl_histogram=kl_histogram(measured.tokens),
         flips_by_margin=flips_by_margin(measured.tokens),
         block_drift=measured.block_drift,
-        worst_tokens=worst_tokens(measured.tokens, given.held_out, given.tokenizer),
+        worst_tokens=worst_tokens(measured.tokens, reference.held_out, reference.tokenizer),
         generations=measured.generations,
         tasks=measured.tasks,
-        layers=list(described.layers),
-        notes=[*described.notes, *measured.notes],
+        layers=list(opened.layers),
+        notes=[*notes, *measured.notes],
         readers=measured.readers,
-        unconfirmed=[*_unconfirmed(described, measured), *measured.unconfirmed],
-        environment=describe_environment(given.device),
-        command=described.command,
+        unconfirmed=[*_unconfirmed(opened, measured), *measured.unconfirmed],
+        environment=describe_environment(reference.device),
+        command=command,
         timings=measured.timings,
     )
 
@@ -105,28 +94,28 @@ def source_record(origin: Origin) -> SourceRecord:
     return SourceRecord(kind=origin.kind, name=origin.name, revision=origin.revision, sha256=dict(origin.sha256))
 
 
-def _unconfirmed(described: Described, measured: Measurement) -> list[str]:
+def _unconfirmed(opened: ArtifactFolder, measured: Measurement) -> list[str]:
     """Readers that have measured the folder have loaded it."""
     seen = {reader.partition(" ")[0] for reader in measured.readers}
-    return [f"loading with {reader}" for reader in described.unread if reader not in seen]
+    return [f"loading with {reader}" for reader in opened.readers if reader not in seen]
 
 
-def _identity(given: Given, merged: Merged) -> Identity:
+def _identity(reference: Reference) -> Identity:
     return Identity(
-        base_sha256=_one_digest(merged.base.origin.sha256),
-        adapter_sha256=_one_digest(merged.adapter.origin.sha256) if merged.adapter else None,
-        text_sha256=given.held_out.sha256,
-        prompts_sha256=given.prompts.prompt_set.sha256 if given.prompts else None,
-        tokenizer_sha256=tokenizer_digest(given.reference.files),
-        template_sha256=template_digest(given.tokenizer),
+        base_sha256=_one_digest(reference.base.origin.sha256),
+        adapter_sha256=_one_digest(reference.adapter.sha256) if reference.adapter else None,
+        text_sha256=reference.held_out.sha256,
+        prompts_sha256=reference.prompts.prompt_set.sha256 if reference.prompts else None,
+        tokenizer_sha256=tokenizer_digest(reference.merged.files),
+        template_sha256=template_digest(reference.tokenizer),
     )
 
 
-def _protocol(given: Given, measured: Measurement) -> Protocol:
+def _protocol(reference: Reference, measured: Measurement) -> Protocol:
     windows, predicted = measured.tokens.kl.shape
-    length = given.held_out.input_ids.shape[1]
+    length = reference.held_out.input_ids.shape[1]
     return Protocol(
-        dtype=_name(given.dtype),
+        dtype=_name(reference.dtype),
         sequence_length=length,
         stride=length,
         windows=windows,
@@ -144,43 +133,13 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-@dataclass(frozen=True)
-class Record:
-    """What is known of one layout's folder.
-
-    Attributes:
-        layout: the layout.
-        folder: where it lies.
-        layers: what quantizing each layer did; empty where the layout has 16-bit weights.
-        written: its weights.
-        notes: what a user should know.
-    """
-
-    layout: Layout
-    folder: Path
-    layers: Sequence[LayerRecord]
-    written: WrittenWeights
-    notes: Sequence[str]
-
-
-def make_record(
-    planned: Plan, layout: Layout, output: Path, layers: Sequence[LayerRecord], written: WrittenWeights
-) -> Record:
-    """What is known of a layout once its files are written."""
-    own = layers if layout.quantization else ()
-    fallen = [f"{layer.name} was rounded to nearest" for layer in own if layer.method == "round_to_nearest"]
-    adapter = planned.merged.adapter
-    notes = [*(adapter.notes if adapter else ()), *layout.notes, *fallen]
-    return Record(layout, planned.folder(output, layout), own, written, notes)
-
-
 def make_manifest(
-    planned: Plan, calibration: CalibrationSet | None, record: Record, report: Report | None, device: torch.device
+    planned: Plan, calibration: CalibrationSet | None, folder: LayoutFolder, report: Report | None, device: torch.device
 ) -> Manifest:
     """Says what lies in the folder, what it was made from, and how it compares with its reference."""
     recipe, checkpoint, adapter = planned.recipe.portable(), planned.merged.checkpoint, planned.merged.adapter
-    layout = record.layout
-    total_bytes = record.written.total_bytes + layout.weights.shared_bytes
+    layout, opened = folder.layout, folder.opened
+    total_bytes = folder.written.total_bytes + layout.weights.shared_bytes
     parameters = layout.weights.parameters
     return Manifest(
         schema_version=2,
@@ -191,14 +150,14 @@ def make_manifest(
         recipe_sha256=sha256_json(recipe),
         base=source_record(checkpoint.origin),
         adapter=source_record(adapter.origin) if adapter else None,
-        notes=list(record.notes),
+        notes=list(folder.notes),
         calibration=_calibration(calibration) if calibration else None,
         tokenizer={name: sha256_bytes(content) for name, content in sorted(checkpoint.files.items())},
         quantization=dict(layout.quantization) if layout.quantization else None,
         graph=layout.graph,
-        layers=list(record.layers),
+        layers=list(opened.layers),
         sizes=Sizes(parameters=parameters, total_bytes=total_bytes, bits_per_weight=8 * total_bytes / parameters),
-        files=digest_files(record.folder, record.written.files),
+        files=digest_files(opened.artifact.folder, folder.written.files),
         verification=verification_of(report) if report else None,
     )
 

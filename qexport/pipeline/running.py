@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,54 +11,30 @@ import torch
 from qexport.architectures.devices import find_device
 from qexport.artifact.digests import taken_meanwhile
 from qexport.artifact.disk import ensure_space
-from qexport.artifact.figures import Verdict, overall
-from qexport.artifact.manifest import REPORT_FOLDER, Manifest
+from qexport.artifact.figures import overall
+from qexport.artifact.manifest import REPORT_FOLDER
 from qexport.artifact.publish import Publication, check_output
 from qexport.artifact.report import Report
 from qexport.errors import RecipeError
 from qexport.export.tensor_writer import WrittenWeights
-from qexport.pipeline.judging import refuse_unmeasurable, refuse_unproven_merge
-from qexport.pipeline.opened import Opened, open_folder
+from qexport.hidden_packages import hidden
+from qexport.pipeline.folders import LayoutFolder, open_layout
+from qexport.pipeline.judging import refuse_unmeasurable, unproven_merge
 from qexport.pipeline.planning import Plan, plan
-from qexport.pipeline.recording import Record, make_manifest, make_record
-from qexport.pipeline.reference import Reference
+from qexport.pipeline.recording import make_manifest
+from qexport.pipeline.reference import prepare_reference
+from qexport.pipeline.result import Result, UnprovenMerge
 from qexport.pipeline.texts import Evaluation, Texts, read_texts
 from qexport.pipeline.verification import measure_folder
 from qexport.progress import Progress, Reporter, silent
-from qexport.reading.stored_model import holds_graph
 from qexport.recipe.model import Recipe
 from qexport.records import LayerRecord
 from qexport.reporting.writing import write_report
+from qexport.verifying.reference import Reference
 from qexport.verifying.verification import check_headers
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a run left behind.
-
-    Attributes:
-        artifact_path: the published folder, or the one set aside where a gate failed.
-        manifests: the manifest of each layout's folder, by the layout's name, in the recipe's order.
-        reports: the report of each layout's folder; empty where the recipe has no `verify`.
-        verdict: over all gates.
-    """
-
-    artifact_path: Path
-    manifests: Mapping[str, Manifest]
-    reports: Mapping[str, Report]
-    verdict: Verdict
-
-    @property
-    def passed(self) -> bool:
-        """Every gate passed."""
-        return self.verdict == "pass"
-
-    @property
-    def manifest(self) -> Manifest:
-        """The manifest of the first layout."""
-        return next(iter(self.manifests.values()))
-
-
+@hidden("kernels")
 def run(
     recipe: Recipe,
     *,
@@ -70,7 +45,8 @@ def run(
 ) -> Result:
     """Merges, quantizes, exports and verifies; publishes the artifact with one rename.
 
-    Where a gate fails or is undecided, the artifact is set aside as `<output>.rejected/`, and the result says so.
+    Where a gate fails or is undecided, the artifact is set aside as `<output>.rejected/`; where the merge is not what
+    PEFT makes of the adapter, nothing is quantized. The result says so; see `Result.raise_for_verdict`.
 
     Args:
         recipe: what to make of which model.
@@ -80,8 +56,6 @@ def run(
         report: is told of progress, and of what a user should know.
 
     Raises:
-        GateFailed: the merge is not what PEFT makes of the adapter; found out before anything is quantized.
-        GateUndecided: that could not be found out, and the recipe does not waive the gate.
         QexportError: one of its kinds, see `qexport.errors`. Nothing new is at the final path then.
     """
     output, where = _output(recipe, force=force), find_device(device)
@@ -93,21 +67,22 @@ def run(
     with Publication(output, force=force) as publication:
         with taken_meanwhile(planned.merged.checkpoint.origin.sha256):
             reference = _reference(planned, texts.evaluation, where, report)
+            if unproven := _unproven_merge(planned, reference):
+                return Result(None, {}, {}, unproven.gate.verdict, unproven)
             layers, written = _write(planned, texts, publication.folder, where, report)
-        records = [
-            make_record(planned, layout, publication.folder, layers, written[layout.name]) for layout in planned.layouts
-        ]
-        with ExitStack() as hashing:
+        with ExitStack() as stack:
             for weights in written.values():
-                hashing.enter_context(taken_meanwhile(weights.files))
-            reports = _check(planned, reference, records, command, report)
+                stack.enter_context(taken_meanwhile(weights.files))
+            folders = _read_back(planned, publication.folder, layers, written, stack)
+            reports = _measure(planned, reference, folders, command, report)
         manifests = {}
-        for record in records:
-            found = reports.get(record.layout.name)
+        for layout in planned.layouts:
+            folder, found = folders[layout.name], reports.get(layout.name)
+            path = folder.opened.artifact.folder
             if found:
-                write_report(found, record.folder / REPORT_FOLDER)
-            manifests[record.layout.name] = make_manifest(planned, texts.calibration, record, found, where)
-            manifests[record.layout.name].write(record.folder)
+                write_report(found, path / REPORT_FOLDER)
+            manifests[layout.name] = make_manifest(planned, texts.calibration, folder, found, where)
+            manifests[layout.name].write(path)
         verdict = overall(each.verdict for each in reports.values())
         path = publication.publish() if verdict == "pass" else publication.reject()
     return Result(path, manifests, reports, verdict)
@@ -120,18 +95,21 @@ def _reference(
 
     Raises:
         RecipeError: a limit of the recipe is tighter than three times the noise floor.
-        GateFailed: the merge is not what PEFT makes of the adapter.
-        GateUndecided: that could not be found out, and the gate is not waived.
     """
     settings = planned.recipe.verify
     if evaluation is None or settings is None:
         return None
     dtype: torch.dtype = getattr(torch, planned.recipe.merge.dtype)
-    reference = Reference.prepare(planned.merged, evaluation, settings, dtype=dtype, device=device, report=report)
+    reference = prepare_reference(planned.merged, evaluation, settings, dtype=dtype, device=device, report=report)
     refuse_unmeasurable(settings, reference.prepared)
-    if planned.merged.adapter is not None:
-        refuse_unproven_merge(settings, reference.prepared)
     return reference
+
+
+def _unproven_merge(planned: Plan, reference: Reference | None) -> UnprovenMerge | None:
+    settings = planned.recipe.verify
+    if reference is None or settings is None or planned.merged.adapter is None:
+        return None
+    return unproven_merge(settings, reference.prepared)
 
 
 def _write(
@@ -183,48 +161,47 @@ def _write_weights(
         return layers, [writer.finish() for writer in writers]
 
 
-def _check(
-    planned: Plan, reference: Reference | None, records: Sequence[Record], command: str, report: Reporter
-) -> dict[str, Report]:
-    """Reads every folder back; weights that layouts share are measured once, their other files are not the same."""
-    reports: dict[str, Report] = {}
+def _read_back(
+    planned: Plan, output: Path, layers: Sequence[LayerRecord], written: Mapping[str, WrittenWeights], stack: ExitStack
+) -> dict[str, LayoutFolder]:
+    """Reads every folder back from the disk, and leaves it open as long as the stack lasts.
+
+    Returns:
+        The folders by their layouts' names, those together that share the bytes of their weights.
+    """
+    folders: dict[str, LayoutFolder] = {}
     for group in planned.distinct:
-        members = [record for record in records if record.layout in group]
-        for record in members:
-            weights, checked = record.layout.weights, None if record is members[0] else members[0].folder
-            weights.read_back(record.folder, record.written, checked=checked)
-            record.layout.check(record.folder)
-            check_headers(planned.merged.checkpoint, record.folder)
-        if reference is None:
-            continue
-        for alike in _alike(members):
-            folders = [_open(planned, record) for record in alike]
-            verified = measure_folder(reference, folders[0], report=report)
-            for record, opened in zip(alike, folders, strict=True):
-                unread = record.layout.readers
-                reports[record.layout.name] = verified.report_on(opened, command=command, unread=unread)
+        first = planned.folder(output, group[0])
+        for layout in group:
+            path, weights = planned.folder(output, layout), written[layout.name]
+            layout.weights.read_back(path, weights, checked=None if layout is group[0] else first)
+            layout.check(path)
+            folder = stack.enter_context(open_layout(planned, layout, path, layers, weights))
+            check_headers(planned.merged.checkpoint, folder.opened.artifact)
+            folders[layout.name] = folder
+    return folders
+
+
+def _measure(
+    planned: Plan, reference: Reference | None, folders: Mapping[str, LayoutFolder], command: str, report: Reporter
+) -> dict[str, Report]:
+    """Weights that layouts share are measured once; their other files are not the same."""
+    reports: dict[str, Report] = {}
+    if reference is None:
+        return reports
+    for group in planned.distinct:
+        for alike in _alike([folders[layout.name] for layout in group]):
+            verified = measure_folder(reference, alike[0].opened, report=report)
+            for folder in alike:
+                reports[folder.layout.name] = verified.report_on(folder.opened, command=command)
     return reports
 
 
-def _alike(records: Sequence[Record]) -> list[list[Record]]:
+def _alike(folders: Sequence[LayoutFolder]) -> list[list[LayoutFolder]]:
     """Those together that are run alike: a graph computes by itself, even where it shares the files of its weights."""
-    graphs = [record for record in records if holds_graph(record.folder)]
-    others = [record for record in records if record not in graphs]
-    return [alike for alike in (others, graphs) if alike]
-
-
-def _open(planned: Plan, record: Record) -> Opened:
-    merged = planned.merged
-    origins = [merged.checkpoint.origin, *([merged.adapter.origin] if merged.adapter else [])]
-    return open_folder(
-        record.folder,
-        planned.structure,
-        getattr(torch, planned.recipe.merge.dtype),
-        name=" + ".join(origin.name.rpartition("/")[2] for origin in origins),
-        layouts=[record.layout.name],
-        layers=record.layers,
-        digests=record.written.files,
-    )
+    kinds = ("weights", "graph")
+    sorted_out = ([folder for folder in folders if folder.opened.artifact.kind == kind] for kind in kinds)
+    return [alike for alike in sorted_out if alike]
 
 
 def _output(recipe: Recipe, *, force: bool) -> Path:

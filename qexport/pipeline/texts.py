@@ -8,13 +8,14 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.architectures.structure import Structure
 from qexport.errors import CompatibilityError, listed
 from qexport.loading.small_files import open_tokenizer
 from qexport.progress import Notice, Reporter, silent
-from qexport.quantize.method import CalibrationSettings
+from qexport.quantizing.method import CalibrationSettings
 from qexport.recipe.model import Recipe
-from qexport.tensors import CalibrationSet, Checkpoint
+from qexport.tensors import CalibrationSet
 from qexport.text.documents import Documents, read_documents, refuse_shared
 from qexport.text.held_out import HeldOut, make_held_out
 from qexport.text.prompts import EncodedPrompts, encode_prompts, read_prompts, refuse_long

@@ -1,7 +1,8 @@
-"""qexport's own reader of finished artifacts."""
+"""qexport's own reader of artifacts whose weights lie in safetensors files."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -9,11 +10,14 @@ from types import TracebackType
 from typing import Any, Final
 
 import torch
+from transformers import GenerationConfig, PreTrainedModel
 
+from qexport.architectures.architecture import Architecture
 from qexport.architectures.config_keys import without_code_keys
-from qexport.architectures.structure import Structure, describe, parse_config, refuse_impossible_depth
+from qexport.architectures.structure import Structure, refuse_impossible_depth
 from qexport.errors import InputError, listed
 from qexport.reading.dequantization import dequantize
+from qexport.reading.filled_model import quantized_model, read_generation
 from qexport.reading.formats import describe_method, group_spec, stored_format, stored_layer
 from qexport.reading.stored_format import StoredLayer, StoredWeight
 from qexport.tensors import GroupQuantizedSpec, TensorSpec
@@ -33,10 +37,14 @@ class ArtifactSource:
     Args:
         folder: the artifact.
         dtype: of dequantized weights.
+        like: an architecture that the folder's is likely to equal; what was built of it is shared then.
 
     Attributes:
+        folder: as it was given.
+        kind: `weights`.
         config: the content of config.json without its `quantization_config`.
         quantization: the `quantization_config`, None where there is none.
+        architecture: that of its config.json.
         quantized: how each quantized module is stored, by its path.
 
     Raises:
@@ -44,15 +52,18 @@ class ArtifactSource:
             quantized although the config names a method.
     """
 
-    def __init__(self, folder: Path, *, dtype: torch.dtype) -> None:
-        self._dtype = dtype
+    kind: Final = "weights"
+
+    def __init__(self, folder: Path, *, dtype: torch.dtype, like: Architecture | None = None) -> None:
+        self.folder, self._dtype = folder, dtype
         self.config: dict[str, Any] = read_json_object(contained_path(folder, "config.json"), limit=_CONFIG_LIMIT)
         self.quantization = self.config.pop("quantization_config", None)
         self._format = stored_format(self.quantization)
         self._folder = SafetensorsFolder(folder)
         self._files = sorted(path.name for path in folder.glob("*.safetensors"))
         try:
-            refuse_impossible_depth(parse_config(self.config), len(self._folder.specs()))
+            self.architecture = Architecture.of_config(without_code_keys(self.config)[0], like)
+            refuse_impossible_depth(self.architecture.parsed, len(self._folder.specs()))
             self.quantized: Mapping[str, StoredWeight] = self._format.weights(self._folder)
             if self.quantization is not None and not self.quantized:
                 raise _nothing_quantized(self.quantization, folder)
@@ -109,13 +120,31 @@ class ArtifactSource:
         """
         return {part: self._finite(f"{module}.{part}") for part in self.quantized[module].parts}
 
-    def check_complete(self, structure: Structure) -> None:
-        """Holds the artifact against the model that it is to be, from the headers alone.
+    def model(self, *, device: torch.device, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """The model, ready for `generate`; see `qexport.load`. `check_complete` comes before.
+
+        Raises:
+            InputError: a tensor cannot be read.
+        """
+        exact = self._in_dtype(torch.float32)
+        own = exact.specs()[f"{self.architecture.structure.embedding}.weight"].dtype
+        model = quantized_model(self.architecture, exact, dtype=dtype or own, device=device)
+        if self._generation is not None:
+            model.generation_config = GenerationConfig.from_dict(self._generation)
+        return model
+
+    @cached_property
+    def _generation(self) -> dict[str, Any] | None:
+        return read_generation(self.folder)
+
+    def check_complete(self, structure: Structure | None = None) -> None:
+        """Holds the artifact against a model, from the headers alone: that of its config.json where None is given.
 
         Raises:
             InputError: parameters are missing, unexpected or of another shape, or a linear is dense where the
                 quantization config says that it is quantized, or the other way round.
         """
+        structure = structure or self.architecture.structure
         problems = structure.differences(self._specs)
         claimed, quantized = self._format.claimed(structure), self.quantized.keys()
         problems += [f"{module}: dense, but quantized by its config" for module in sorted(claimed - quantized)]
@@ -158,29 +187,23 @@ class ArtifactSource:
         """Bits, groups and symmetry of each module that is quantized in groups along its inputs, by its path."""
         return {module: spec for module, weight in self.quantized.items() if (spec := group_spec(weight)) is not None}
 
-    @cached_property
+    @property
     def transposed(self) -> frozenset[str]:
         """The modules whose dense weight is [in, out] (GPT-2's Conv1D); codes are always [out, in]."""
-        return describe(without_code_keys(self.config)[0]).transposed
+        return self.architecture.structure.transposed
+
+    def _in_dtype(self, dtype: torch.dtype) -> ArtifactSource:
+        """The same open files, dequantized to another dtype."""
+        other = copy.copy(self)
+        other._dtype = dtype
+        other._specs = other._merged()
+        return other
 
     def _finite(self, name: str) -> torch.Tensor:
         tensor = self._folder.read(name)
         if not is_finite(tensor):
             raise InputError("there is NaN or Inf in it", where=self._folder.place(name))
         return tensor
-
-
-def model_folder(path: Path) -> Path:
-    """The same path.
-
-    Raises:
-        InputError: it is no folder with a config.json; perhaps the one above several layouts.
-    """
-    if not (path / "config.json").is_file():
-        layouts = sorted(str(found.parent) for found in path.glob("*/config.json"))
-        mend = f"load one of its layouts: {', '.join(layouts)}" if layouts else "name the folder of an artifact"
-        raise InputError("the folder holds no config.json", where=str(path), mend=mend)
-    return path
 
 
 def _nothing_quantized(quantization: Mapping[str, Any], folder: Path) -> InputError:

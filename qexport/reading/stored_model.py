@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Protocol, Self
+from typing import Any, Final, Literal, Protocol, Self
 
 import torch
+from transformers import PreTrainedModel
 
+from qexport.architectures.architecture import Architecture
 from qexport.architectures.structure import Structure
+from qexport.errors import InputError
 from qexport.reading.artifact_source import ArtifactSource
 from qexport.reading.stored_format import StoredLayer
 from qexport.tensors import GroupQuantizedSpec, TensorSpec
+
+Kind = Literal["weights", "graph"]
+"""Weights in safetensors files, which models of transformers take; or an ONNX graph, for a runtime of its own."""
 
 _GRAPH_NAME: Final = "model.onnx"
 """As in `qexport.reading.onnx.graph`, which needs the extra `onnx`."""
@@ -20,6 +26,21 @@ _GRAPH_NAME: Final = "model.onnx"
 
 class StoredModel(Protocol):
     """What is in a folder. A `WeightSource` and a context manager; weights are read when they are asked for."""
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+        ...
+
+    @property
+    def kind(self) -> Kind:
+        """What the weights are stored in."""
+        ...
+
+    @property
+    def architecture(self) -> Architecture:
+        """That of its config.json."""
+        ...
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -77,8 +98,21 @@ class StoredModel(Protocol):
         """
         ...
 
-    def check_complete(self, structure: Structure) -> None:
-        """Holds the headers against a model.
+    def model(self, *, device: torch.device, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """The model as its users load it, ready for `generate`. `check_complete` comes before.
+
+        Args:
+            device: where to compute.
+            dtype: to compute in; that of the dense weights where None. A graph has its own.
+
+        Raises:
+            RecipeError: a graph computes in another dtype, or the extra `onnx` is not installed.
+            InputError: a tensor cannot be read, or ONNX Runtime cannot load the graph on this device.
+        """
+        ...
+
+    def check_complete(self, structure: Structure | None = None) -> None:
+        """Holds the headers against a model: that of its config.json where None is given.
 
         Raises:
             InputError: parameters are missing, unexpected or of another shape.
@@ -96,25 +130,34 @@ class StoredModel(Protocol):
         ...
 
 
-def holds_graph(folder: Path) -> bool:
-    """Whether the folder's model is an ONNX graph, which only a runtime of its own can run."""
-    return (folder / _GRAPH_NAME).is_file()
-
-
-def open_stored(folder: Path, *, dtype: torch.dtype) -> StoredModel:
+def open_stored(folder: Path, *, dtype: torch.dtype, like: Architecture | None = None) -> StoredModel:
     """The reader of a folder.
 
     Args:
         folder: the artifact.
         dtype: of dequantized weights.
+        like: an architecture that the folder's is likely to equal; what was built of it is shared then.
 
     Raises:
         RecipeError: it is an ONNX artifact, and the extra `onnx` is not installed.
         InputError: a file is missing or malformed, or files contradict each other.
         CompatibilityError: transformers does not know the family.
     """
-    if not holds_graph(folder):
-        return ArtifactSource(folder, dtype=dtype)
+    if not (folder / _GRAPH_NAME).is_file():
+        return ArtifactSource(folder, dtype=dtype, like=like)
     from qexport.reading.onnx.weights import OnnxWeights
 
-    return OnnxWeights(folder, dtype=dtype)
+    return OnnxWeights(folder, dtype=dtype, like=like)
+
+
+def model_folder(path: Path) -> Path:
+    """The same path.
+
+    Raises:
+        InputError: it is no folder with a config.json; perhaps the one above several layouts.
+    """
+    if not (path / "config.json").is_file():
+        layouts = sorted(str(found.parent) for found in path.glob("*/config.json"))
+        mend = f"load one of its layouts: {', '.join(layouts)}" if layouts else "name the folder of an artifact"
+        raise InputError("the folder holds no config.json", where=str(path), mend=mend)
+    return path

@@ -10,8 +10,8 @@ from pydantic import AfterValidator, Field, model_validator
 from qexport.export.settings import ExportSettings, OnnxSettings
 from qexport.loading.settings import LoadSettings
 from qexport.merge.settings import MergeSettings
-from qexport.quantize.method import Method
-from qexport.quantize.methods import AnyMethod
+from qexport.quantizing.method import Method
+from qexport.quantizing.methods import AnyMethod
 from qexport.recipe.paths import portable
 from qexport.settings import Settings
 from qexport.verifying.settings import VerifySettings

@@ -7,45 +7,44 @@ given on the command line.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from qexport.references import (
+    DATASET_PREFIX,
+    PACKAGE_PREFIX,
+    PackageReference,
+    is_explicit_path,
+    is_hub_id,
+    parse_reference,
+)
 from qexport.verifying.settings import names_file
 from qexport.yaml.document import Keys, Problem, YamlNode, dotted, entry_at, replaced
-
-_PACKAGED = re.compile(r"pkg:[A-Za-z_]\w*/.+\.gguf", re.ASCII)
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-_EXPLICIT = ("./", "../", "/", "~")
 
 Resolve = Callable[[str, Path], str]
 
 
 def base(text: str, folder: Path) -> str:
     """A base model: `pkg:package/file.gguf`, or as for `adapter`."""
-    if not text.startswith("pkg:"):
-        return adapter(text, folder)
-    if not _PACKAGED.fullmatch(text):
-        raise ValueError(f"{text!r} names no GGUF file inside a package: write pkg:package/file.gguf")
-    return text
+    return text if isinstance(parse_reference(text), PackageReference) else adapter(text, folder)
 
 
 def adapter(text: str, folder: Path) -> str:
     """A folder, where the text says so (`./`, `../`, `/`, `~`) or such a folder exists; else a hub id."""
     path = local(text, folder)
-    if _is_explicit(text) or Path(path).is_dir():
+    if is_explicit_path(text) or Path(path).is_dir():
         return path
-    if not _HUB_ID.fullmatch(text) or ".." in text:
+    if not is_hub_id(text):
         raise ValueError(f"{text!r} is no hub id (org/name), and there is no folder {path}")
     return text
 
 
 def calibration(text: str, folder: Path) -> str:
     """A file, or `hub:org/dataset`."""
-    if not text.startswith("hub:"):
+    if not text.startswith(DATASET_PREFIX):
         return local(text, folder)
-    if not _HUB_ID.fullmatch(text.removeprefix("hub:")):
+    if not is_hub_id(text.removeprefix(DATASET_PREFIX)):
         raise ValueError(f"{text!r} names no hub dataset: write hub:org/dataset")
     return text
 
@@ -59,7 +58,7 @@ def local(text: str, folder: Path) -> str:
     """A local path, made absolute."""
     if not text or not text.isprintable():
         raise ValueError(f"{text!r} is no path")
-    if text.startswith(("hub:", "pkg:")):
+    if text.startswith((DATASET_PREFIX, PACKAGE_PREFIX)):
         raise ValueError(f"{text!r} is no local file, and nothing else is read here")
     return os.path.abspath(folder / os.path.expanduser(text))  # noqa: PTH100, PTH111 - resolve() would follow links
 
@@ -120,9 +119,5 @@ def _shortened(text: str, resolve: Resolve) -> str:
     if resolve is task:
         named_elsewhere = not names_file(text)
     else:
-        named_elsewhere = (resolve in (base, adapter) and not _is_explicit(text)) or text.startswith("hub:")
+        named_elsewhere = (resolve in (base, adapter) and not is_explicit_path(text)) or text.startswith(DATASET_PREFIX)
     return text if named_elsewhere else Path(text).name
-
-
-def _is_explicit(text: str) -> bool:
-    return text.startswith(_EXPLICIT) or text in {".", ".."}

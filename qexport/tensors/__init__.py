@@ -1,6 +1,6 @@
 """The data types that flow between the stages."""
 
-from qexport.tensors.checkpoint import CalibrationSet, Checkpoint, Origin
+from qexport.tensors.checkpoint import CalibrationSet, Origin
 from qexport.tensors.methods import W8A8, Dense, FourBit, Gptq, LlmInt8, Method, Outputs
 from qexport.tensors.quantized import (
     BlockQuantized,
@@ -22,7 +22,6 @@ __all__ = [
     "BlockQuantized",
     "BlockQuantizedSpec",
     "CalibrationSet",
-    "Checkpoint",
     "Dense",
     "FourBit",
     "Gptq",

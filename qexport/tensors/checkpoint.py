@@ -1,14 +1,12 @@
-"""A model as it was found: configuration, weights, and the files that travel with it; and token windows."""
+"""Where a checkpoint or an adapter came from; and token windows."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-
-from qexport.tensors.source import WeightSource
 
 
 @dataclass(frozen=True)
@@ -26,23 +24,6 @@ class Origin:
     name: str
     revision: str | None = None
     sha256: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A base model, or a base model with its adapter merged.
-
-    Attributes:
-        config: the content of config.json, without the keys that would load code.
-        weights: the tensors, named as in the checkpoint's files.
-        files: tokenizer, chat template and generation config by file name, byte for byte.
-        origin: where it came from.
-    """
-
-    config: Mapping[str, Any]
-    weights: WeightSource
-    files: Mapping[str, bytes]
-    origin: Origin
 
 
 @dataclass(frozen=True)

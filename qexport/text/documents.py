@@ -11,6 +11,7 @@ from typing import Any, Final, cast
 
 from qexport.artifact.digests import sha256_json
 from qexport.errors import InputError
+from qexport.references import DATASET_PREFIX
 from qexport.tensors.strict_files import parse_json
 
 
@@ -36,9 +37,6 @@ def _parse_object(line: bytes, where: str) -> dict[str, Any]:
     return value
 
 
-HUB_PREFIX: Final = "hub:"
-
-
 def read_hub_dataset(source: str, *, split: str, revision: str | None) -> Iterable[Mapping[str, Any]]:
     """The rows of `hub:org/dataset`. HF_HUB_OFFLINE, HF_HOME and HF_TOKEN mean what they mean to `datasets`.
 
@@ -54,7 +52,7 @@ def read_hub_dataset(source: str, *, split: str, revision: str | None) -> Iterab
             mend="pip install qexport[datasets], or name a .jsonl or .txt file",
         ) from error
     try:
-        rows = datasets.load_dataset(source.removeprefix(HUB_PREFIX), split=split, revision=revision)
+        rows = datasets.load_dataset(source.removeprefix(DATASET_PREFIX), split=split, revision=revision)
     except Exception as error:  # the package raises what it, the hub client or a file reader comes upon
         raise InputError(
             f"datasets cannot read it: {error}",
@@ -155,7 +153,7 @@ def refuse_shared(calibration: Documents, held_out: Documents) -> None:
 
 
 def _read(source: str, field: str, split: str, revision: str | None) -> Iterator[tuple[Document, str | None]]:
-    if source.startswith(HUB_PREFIX):
+    if source.startswith(DATASET_PREFIX):
         rows = read_hub_dataset(source, split=split, revision=revision)
         return (_row(row, field, f"{source}, row {number}") for number, row in enumerate(rows))
     path = Path(source)
@@ -235,6 +233,6 @@ def _without_white_space(document: Document) -> str | list[list[str]]:
 
 
 def _origin(source: str, split: str, revision: str | None) -> str:
-    if not source.startswith(HUB_PREFIX):
+    if not source.startswith(DATASET_PREFIX):
         return Path(source).name
     return f"{source}@{revision} [{split}]" if revision else f"{source} [{split}]"

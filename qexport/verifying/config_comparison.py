@@ -10,10 +10,11 @@ import json
 from collections.abc import Mapping
 from typing import Any, Final
 
+from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from qexport.architectures.architecture import Architecture
 from qexport.architectures.config_keys import older_keys
-from qexport.architectures.structure import parse_config
 from qexport.errors import InputError, listed
 
 _MAY_DIFFER: Final = frozenset({"dtype", "torch_dtype", "_name_or_path"})
@@ -22,7 +23,7 @@ _MAY_DIFFER: Final = frozenset({"dtype", "torch_dtype", "_name_or_path"})
 _ABSENT: Final = object()
 
 
-def refuse_other_config(reference: Mapping[str, Any], artifact: Mapping[str, Any]) -> None:
+def refuse_other_config(reference: Architecture, artifact: Mapping[str, Any]) -> None:
     """Compares two contents of config.json. The artifact's is another file, perhaps another's: what it adds could load
     code, or say something else to a server than to transformers.
 
@@ -41,10 +42,10 @@ def refuse_other_config(reference: Mapping[str, Any], artifact: Mapping[str, Any
         )
 
 
-def config_differences(reference: Mapping[str, Any], artifact: Mapping[str, Any]) -> list[str]:
+def config_differences(reference: Architecture, artifact: Mapping[str, Any]) -> list[str]:
     """Each key that means another model, with what it says and should say; see `refuse_other_config`."""
-    ours = _plain(reference)
-    expected = _implied(ours)
+    ours = _plain(reference.config)
+    expected = _implied(ours, reference.parsed)
     problems = []
     for key in sorted(ours.keys() | artifact.keys()):
         found, wanted = artifact.get(key, _ABSENT), expected.get(key, ours.get(key, _ABSENT))
@@ -65,11 +66,11 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _implied(config: Mapping[str, Any]) -> dict[str, Any]:
+def _implied(config: Mapping[str, Any], read: PretrainedConfig) -> dict[str, Any]:
     """What each key must say where an artifact says it: every value that transformers reads out of the config, and the
     older keys in which other readers look for it.
     """
-    parsed = _plain(parse_config(config).to_dict())
+    parsed = _plain(read.to_dict())
     values = {key: value for key, value in parsed.items() if key not in config}
     values |= {"partial_rotary_factor": 1.0} | older_keys(parsed)
     if not config.get("architectures"):

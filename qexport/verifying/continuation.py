@@ -20,8 +20,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.errors import NumericalError
-from qexport.tensors import Checkpoint
 from qexport.tensors.source import is_finite
 from qexport.tensors.strict_files import parse_json
 from qexport.text.tokenizer_identity import GENERATION_CONFIG

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Final
 
 import torch
@@ -13,7 +12,8 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from qexport.artifact.figures import CheckResult
 from qexport.errors import NumericalError
-from qexport.reading.onnx.model import OnnxCausalLM, open_model
+from qexport.reading.onnx.model import OnnxCausalLM
+from qexport.reading.stored_model import StoredModel
 from qexport.tensors.source import is_finite
 from qexport.verifying.predictors import TOKENS_AT_ONCE
 from qexport.verifying.prompt_batches import MOST_KL, STEPS, batch_prompts, check_padding, log_likelihoods, mean_kl
@@ -23,15 +23,12 @@ class GraphRunner:
     """Opens the graph each time that it is asked for, so that the weights are in memory only meanwhile.
 
     Args:
-        folder: the artifact.
+        artifact: an ONNX artifact, complete.
         device: where to compute.
-
-    Attributes:
-        folder: the artifact.
     """
 
-    def __init__(self, folder: Path, device: torch.device) -> None:
-        self.folder, self._device = folder, device
+    def __init__(self, artifact: StoredModel, device: torch.device) -> None:
+        self._artifact, self._device = artifact, device
 
     @contextmanager
     def whole(self) -> Iterator[OnnxCausalLM]:
@@ -40,9 +37,10 @@ class GraphRunner:
 
         Raises:
             RecipeError: ONNX Runtime is not installed.
-            InputError: the folder is damaged, or ONNX Runtime cannot load it on this device.
+            InputError: ONNX Runtime cannot load the graph on this device.
         """
-        model = open_model(self.folder, device=self._device)
+        model = self._artifact.model(device=self._device)
+        assert isinstance(model, OnnxCausalLM)
         model.generation_config = GenerationConfig.from_model_config(model.config)
         yield model
 
@@ -54,7 +52,7 @@ class GraphRunner:
             input_ids: int64 [windows, sequence_length].
         """
         with self.whole() as model:
-            yield WindowByWindow(model, input_ids, where=str(self.folder))
+            yield WindowByWindow(model, input_ids, where=str(self._artifact.folder))
 
 
 class WindowByWindow:

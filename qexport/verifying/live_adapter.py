@@ -7,19 +7,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.architectures.runner import BlockRunner
-from qexport.tensors import Checkpoint
+from qexport.hidden_packages import hidden
 from qexport.verifying.divergence import TokenFigures, compare_logits
 from qexport.verifying.memory import available_memory, needed_memory
 from qexport.verifying.predictors import windows_at_once
 from qexport.verifying.steps import Steps
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 WINDOWS: Final = 16
 """Of the held-out text: enough to tell the noise of two computations from three times the noise floor."""
@@ -77,7 +80,7 @@ def compare_merge(
         NotMeasured: a whole model does not fit in memory, or PEFT cannot load the adapter into this base.
     """
     ids = input_ids[:WINDOWS, :_TOKENS]
-    runners = [BlockRunner(each.config, each.weights, dtype=dtype, device=device) for each in (live.base, merged)]
+    runners = [BlockRunner(each.architecture, each.weights, dtype=dtype, device=device) for each in (live.base, merged)]
     if needed_memory(runners[1]) + _logits_bytes(runners[1], ids) > available_memory(device):
         raise NotMeasured("the whole model does not fit in memory")
     steps.expect(2)
@@ -90,6 +93,7 @@ def compare_merge(
     return figures.reshape(len(ids))
 
 
+@hidden("bitsandbytes")
 def _live_logits(base: BlockRunner, adapter: Path, ids: Tensor) -> Tensor:
     with base.whole() as model:
         live = _with_adapter(model, adapter)
@@ -117,6 +121,8 @@ def _head_in_float32(model: PreTrainedModel) -> Iterator[None]:
 
 def _with_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
     """PEFT only warns of tensors that it misses, and would leave their layers as they are in the base."""
+    from peft import PeftModel
+
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         try:

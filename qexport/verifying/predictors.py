@@ -77,7 +77,7 @@ def predictors(runners: Sequence[BlockRunner], batches: Sequence[Sequence[Batch]
 
 def _same_head(one: BlockRunner, other: BlockRunner) -> bool:
     """Weights are not all of it: a config.json may say another epsilon of the norm, or scale the logits."""
-    if one.dtype != other.dtype or config_differences(one.config, other.config):
+    if one.dtype != other.dtype or config_differences(one.architecture, other.architecture.config):
         return False
     return all(torch.equal(one.read(name), other.read(name)) for name in _head_parameters(one))
 

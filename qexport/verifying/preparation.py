@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.architectures.runner import BlockRunner
 from qexport.artifact.figures import Figure
 from qexport.progress import Notice, Reporter, silent
 from qexport.statistics.samples import NOT_NEGATIVE
-from qexport.tensors import Checkpoint
 from qexport.text.held_out import HeldOut
 from qexport.verifying.divergence import TokenFigures, compare
 from qexport.verifying.estimates import Units, divergence_figures, window_means
@@ -67,8 +67,7 @@ def noise_floor(
 
 
 def _runner(reference: Checkpoint, dtype: torch.dtype, device: torch.device) -> BlockRunner:
-    config: dict[str, Any] = {**reference.config, "dtype": str(dtype).removeprefix("torch.")}
-    return BlockRunner(config, reference.weights, dtype=dtype, device=device)
+    return BlockRunner(reference.architecture.in_dtype(dtype), reference.weights, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)

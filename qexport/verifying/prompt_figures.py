@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.artifact.figures import Figure
 from qexport.artifact.measurements import Generations, PromptComparison
 from qexport.statistics.samples import DIFFERENCE, NOT_NEGATIVE, SHARE, Range
-from qexport.tensors import Checkpoint
 from qexport.text.prompts import EncodedPrompts, Prompt
 from qexport.verifying.continuation import greedy_settings
 from qexport.verifying.estimates import Units, by_domain

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from time import perf_counter
 
 import numpy as np
@@ -18,14 +17,12 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from qexport.amounts import size
-from qexport.architectures.structure import describe
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.artifact.figures import Figure
 from qexport.artifact.measurements import Speed
-from qexport.reading.artifact_source import model_folder
-from qexport.reading.model import dense_model, load
-from qexport.reading.stored_model import open_stored
+from qexport.reading.filled_model import dense_model
+from qexport.reading.stored_model import StoredModel
 from qexport.statistics.samples import ALPHA
-from qexport.tensors import Checkpoint
 from qexport.verifying.memory import HEADROOM, available_memory, bytes_in_memory
 from qexport.verifying.settings import SpeedSettings
 
@@ -63,7 +60,7 @@ class Median:
 
 def compare_speed(
     reference: Checkpoint,
-    artifact: Path,
+    artifact: StoredModel,
     input_ids: Tensor,
     settings: SpeedSettings,
     *,
@@ -74,7 +71,7 @@ def compare_speed(
 
     Args:
         reference: the merged model.
-        artifact: the artifact's folder.
+        artifact: the artifact, complete.
         input_ids: int64, held-out tokens of any shape; the first `settings.prompt_tokens` are the prompt.
         settings: the recipe's `verify.speed`.
         dtype: of the reference; the artifact computes in its own.
@@ -86,8 +83,8 @@ def compare_speed(
     prompt = input_ids.flatten()[: settings.prompt_tokens][None]
     if reason := _obstacle(reference, artifact, prompt.shape[1] + settings.new_tokens, dtype, device):
         return MeasuredSpeed(None, reason)
-    own = dense_model(reference.config, reference.weights, dtype=dtype, device=device)
-    other = load(artifact, device=str(device))
+    own = dense_model(reference.architecture, reference.weights, dtype=dtype, device=device)
+    other = artifact.model(device=device)
     for model in (own, other):
         model.generation_config = GenerationConfig()  # no token ends the text, nothing is penalized
     return MeasuredSpeed(measure_speed((own, other), prompt, settings))
@@ -199,15 +196,13 @@ def _times(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> list[floa
 
 
 def _obstacle(
-    reference: Checkpoint, artifact: Path, length: int, dtype: torch.dtype, device: torch.device
+    reference: Checkpoint, artifact: StoredModel, length: int, dtype: torch.dtype, device: torch.device
 ) -> str | None:
-    structure = describe(reference.config)
+    structure = reference.architecture.structure
     if structure.positions is not None and length > structure.positions:
         return f"{length} tokens are more than the {structure.positions} positions of the model"
     dense = bytes_in_memory(structure, dtype)
-    folder = model_folder(artifact)
-    with open_stored(folder, dtype=dtype) as source:
-        stored = sum((folder / name).stat().st_size for name in source.files)
+    stored = sum((artifact.folder / name).stat().st_size for name in artifact.files)
     experts = any(linear.expert for linears in structure.linears.values() for linear in linears)
     needed = HEADROOM * (dense + (dense if experts else stored))  # `load` makes experts dense
     free = available_memory(device)

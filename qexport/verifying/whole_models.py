@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from qexport.amounts import size
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.architectures.runner import BlockRunner
 from qexport.artifact.figures import Figure
 from qexport.artifact.measurements import Generations, TaskRecord
 from qexport.progress import Notice, Reporter
-from qexport.tensors import Checkpoint
+from qexport.reading.stored_model import StoredModel
 from qexport.text.prompts import EncodedPrompts
 from qexport.verifying.generation import Openable
 from qexport.verifying.memory import available_memory, needed_memory
@@ -34,14 +34,14 @@ class Pair:
         reference: the merged model.
         artifact: the artifact.
         checkpoint: the merged model's files.
-        folder: the artifact's.
+        stored: the artifact as it lies on the disk.
         tokenizer: the reference's.
     """
 
     reference: BlockRunner
     artifact: Openable
     checkpoint: Checkpoint
-    folder: Path
+    stored: StoredModel
     tokenizer: PreTrainedTokenizerBase
 
 
@@ -110,7 +110,7 @@ def measure_speed(
     """
     if settings is None:
         return MeasuredSpeed(None, "the recipe has no verify.speed")
-    found = compare_speed(pair.checkpoint, pair.folder, input_ids, settings, dtype=dtype, device=pair.reference.device)
+    found = compare_speed(pair.checkpoint, pair.stored, input_ids, settings, dtype=dtype, device=pair.reference.device)
     if found.unmeasured:
         report(Notice(f"speed was not measured: {found.unmeasured}"))
     return found

@@ -67,7 +67,7 @@ def compare(folder: Path, prompts: list[list[int]], answers: list[dict[str, Any]
     distances: list[Tensor] = []
     precision: torch.dtype = getattr(torch, dtype)
     with ArtifactSource(folder, dtype=precision) as source:
-        runner = BlockRunner(source.config, source, dtype=precision, device=torch.device("cpu"))
+        runner = BlockRunner(source.architecture, source, dtype=precision, device=torch.device("cpu"))
         int8 = set(source.quantized) if (source.quantization or {}).get("format") == "int-quantized" else set()
         with runner.whole() as model, _int8_activations(model, int8):
             for prompt, answer in zip(prompts, answers, strict=True):

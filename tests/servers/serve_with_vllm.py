@@ -86,8 +86,8 @@ def int8_error(operators: Any) -> float:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randint(-127, 128, (64, 256), generator=generator, dtype=torch.int8)
     codes = torch.randint(-127, 128, (4, 256), generator=generator, dtype=torch.int8)
-    handler = operators.create_onednn_scaled_mm(weight.t(), torch.ones(64, 1), torch.bfloat16, True, False, 32)
-    out = torch.empty(4, 64, dtype=torch.bfloat16)
+    scales, out = torch.ones(64, 1), torch.empty(4, 64)  # the handler points to the scales, and does not keep them
+    handler = operators.create_onednn_scaled_mm(weight.t(), scales, out.dtype, True, False, 32)
     operators.onednn_scaled_mm(handler, codes, out, torch.ones(4, 1), None, None, None)
     exact = codes.double() @ weight.t().double()
     return float((out.double() - exact).norm() / exact.norm())

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import vllm_artifacts as artifacts
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.export.vllm.architectures import ARCHITECTURES
-from qexport.tensors import Checkpoint
 from reference import Comparison, Tolerance, compare
 
 PYTHON = os.environ.get("QEXPORT_VLLM_PYTHON", "")
@@ -39,6 +40,8 @@ W8A8 magnifies the last bit of a sum: an int8 code of an activation turns over, 
 of two computations have nothing in common. Our reader in float32 is 0.20 off our reader in float64. That the numbers
 are right is seen in a model of two layers.
 """
+INSTRUCTIONS = {"4-bit": "avx512_bf16", "int8": "avx512_vnni"}
+"""Where the CPU has these, vLLM's own kernels must have computed."""
 TINY_PROMPTS = [[1, 104, 105, 82, 75, 114], [1, 28, 116, 253, 155, 28, 39, 200, 201, 300]]
 
 pytestmark = pytest.mark.skipif(not PYTHON, reason="QEXPORT_VLLM_PYTHON names no interpreter")
@@ -58,6 +61,9 @@ def serve(folder: Path, prompts: list[list[int]], scratch: Path, dtype: str) -> 
     in_vllm(str(Path(__file__).with_name("serve_with_vllm.py")), str(folder), str(request), str(response))
     content = json.loads(response.read_text())
     print(f"\n{folder.name}: kernels computed in plain torch: {content['replaced'] or 'none'}", file=sys.stderr)
+    cpu = torch.cpu.get_capabilities()
+    needless = [kernel for kernel in content["replaced"] if cpu.get(INSTRUCTIONS[kernel])]
+    assert not needless, f"vLLM's own kernels were not tried: {needless}"
     answers: list[dict[str, Any]] = content["answers"]
     return answers
 

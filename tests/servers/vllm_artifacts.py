@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import factories
-from qexport.architectures.structure import describe
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.export.layouts import make_layout
 from qexport.export.settings import VllmSettings
 from qexport.loading.checkpoint import load_checkpoint
@@ -18,12 +18,12 @@ from qexport.loading.settings import LoadSettings
 from qexport.loading.small_files import open_tokenizer
 from qexport.merge.merging import merge
 from qexport.merge.settings import MergeSettings
-from qexport.quantize.gptq import Gptq
-from qexport.quantize.method import CalibrationSettings
-from qexport.quantize.methods import AnyMethod
-from qexport.quantize.none import NoQuantization
-from qexport.quantize.w8a8 import W8a8
-from qexport.tensors import CalibrationSet, Checkpoint
+from qexport.quantizing.gptq import Gptq
+from qexport.quantizing.method import CalibrationSettings
+from qexport.quantizing.methods import AnyMethod
+from qexport.quantizing.none import NoQuantization
+from qexport.quantizing.w8a8 import W8a8
+from qexport.tensors import CalibrationSet
 from qexport.text.documents import read_documents
 from qexport.text.windows import make_windows
 from quantized_models import QuantizedModel, gptq_method
@@ -49,8 +49,8 @@ def smollm2() -> Checkpoint:
 
 def write(checkpoint: Checkpoint, settings: AnyMethod, layouts: dict[Path, VllmSettings]) -> None:
     """One pass into every folder; each is held against the contract."""
-    structure = describe(checkpoint.config)
-    outputs = settings.plan(checkpoint, structure)
+    structure = checkpoint.architecture.structure
+    outputs = settings.plan(checkpoint)
     made = {folder: make_layout(form, outputs, structure, checkpoint) for folder, form in layouts.items()}
     for folder in made:
         folder.mkdir(parents=True)

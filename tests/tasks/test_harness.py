@@ -152,11 +152,13 @@ def test_equal_models_differ_in_no_item_and_solved_examples_are_the_same_for_bot
 def test_a_graph_in_onnx_runtime_answers_as_its_model_does(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     import onnx_folders
+    from qexport.reading.onnx.weights import OnnxWeights
     from qexport.verifying.graphs import GraphRunner
 
     config = factories.llama_config()
     model = factories.build(config, dtype=torch.float32)
-    graph = GraphRunner(onnx_folders.llama(dict(model.state_dict()), config, tmp_path / "graph"), torch.device("cpu"))
+    folder = onnx_folders.llama(dict(model.state_dict()), config, tmp_path / "graph")
+    graph = GraphRunner(OnnxWeights(folder, dtype=torch.float32), torch.device("cpu"))
     answers = [{**row, "answer": continued(model, row["question"], count=4)} for row in ROWS]
     tasks = (write_task(tmp_path, ROWS, CHOICE), write_task(tmp_path, answers, GENERATION, name="written"))
     settings = TaskSettings(tasks=[str(task) for task in tasks])
@@ -170,7 +172,7 @@ def test_a_graph_in_onnx_runtime_answers_as_its_model_does(tmp_path: Path) -> No
 def test_a_block_runners_model_is_measured_and_left_as_it_was(tied: bool, tmp_path: Path) -> None:
     model = factories.build(factories.llama_config(tie_word_embeddings=tied))
     checkpoint = QuantizedModel(model).checkpoint
-    runner = BlockRunner(checkpoint.config, checkpoint.weights, dtype=torch.bfloat16, device=torch.device("cpu"))
+    runner = BlockRunner(checkpoint.architecture, checkpoint.weights, dtype=torch.bfloat16, device=torch.device("cpu"))
     task = write_task(tmp_path, ROWS, CHOICE)
     settings = TaskSettings(tasks=[str(task)])
     told: list[str] = []
@@ -202,7 +204,7 @@ def test_an_artifact_is_measured_as_it_lies_on_disk(tmp_path: Path) -> None:
     task = write_task(tmp_path, ROWS, CHOICE)
     loaded = qexport.load(tmp_path / "artifact", device="cpu")
     with ArtifactSource(tmp_path / "artifact", dtype=torch.bfloat16) as source:
-        runner = BlockRunner(source.config, source, dtype=torch.bfloat16, device=torch.device("cpu"))
+        runner = BlockRunner(source.architecture, source, dtype=torch.bfloat16, device=torch.device("cpu"))
         settings = TaskSettings(tasks=[str(task)])
         (result,) = measure_tasks(opened(loaded), runner.whole, TOKENIZER, settings, lambda _: None)
         with runner.whole() as whole:

@@ -64,7 +64,8 @@ def test_smollm2_knows_facts_that_three_levels_forget(tmp_path: Path) -> None:
     checkpoint = load_checkpoint(LoadSettings(base=BASE))
     sources = (checkpoint.weights, Coarse(checkpoint.weights))
     ours, theirs = (
-        BlockRunner(checkpoint.config, source, dtype=torch.bfloat16, device=torch.device("cpu")) for source in sources
+        BlockRunner(checkpoint.architecture, source, dtype=torch.bfloat16, device=torch.device("cpu"))
+        for source in sources
     )
     settings = TaskSettings(tasks=[str(write_task(tmp_path, ROWS, CHOICE))], num_fewshot=0)
     (result,) = measure_tasks(ours.whole, theirs.whole, open_tokenizer(checkpoint), settings, lambda _: None)

@@ -8,9 +8,9 @@ from typing import Any, Final
 
 from transformers import PretrainedConfig
 
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.architectures.structure import parse_config
 from qexport.export.onnx.tracing import Cache
-from qexport.tensors import Checkpoint
 from qexport.tensors.strict_files import parse_json
 from qexport.text.tokenizer_identity import GENERATION_CONFIG
 

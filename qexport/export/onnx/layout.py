@@ -17,7 +17,8 @@ import onnx
 import onnx_ir as ir
 import torch
 
-from qexport.architectures.structure import Structure, parse_config
+from qexport.architectures.checkpoint import Checkpoint
+from qexport.architectures.structure import Structure
 from qexport.artifact.manifest import GraphRecord
 from qexport.errors import CompatibilityError, QexportError, listed
 from qexport.export.encodings import OnnxInitializers
@@ -36,7 +37,7 @@ from qexport.export.tensor_writer import link_or_copy
 from qexport.export.vllm.launch import served_name
 from qexport.reading.onnx.graph import GRAPH_NAME, Graph
 from qexport.reading.onnx.session import refuse_unloadable
-from qexport.tensors import W8A8, Checkpoint, GroupQuantizedSpec, Outputs
+from qexport.tensors import W8A8, GroupQuantizedSpec, Outputs
 from qexport.tensors.safetensors_file import SafetensorsFile
 
 _SHARED_FROM: Final = "safetensors"
@@ -65,7 +66,7 @@ class OnnxLayout:
         size = parse_size(settings.max_shard_size)
         self.weights: OnnxFiles = onnx_files(outputs, encoding, size, shared=settings.share_weights)
         self._refuse_what_cannot_be()
-        self._cache = kept(checkpoint.config, self._activations)
+        self._cache = kept(checkpoint.architecture, self._activations)
         if settings.attention == "fused":
             refuse_unfused(self._cache)
 
@@ -82,7 +83,7 @@ class OnnxLayout:
             notes.append("fused attention takes several new tokens with a past for a batch of one only")
         if self._settings.accuracy_level == 4:
             notes.append("accuracy_level 4: ONNX Runtime rounds the inputs of quantized layers to 8 bits")
-        if length := switching_length(parse_config(self._checkpoint.config)):
+        if length := switching_length(self._checkpoint.architecture.parsed):
             notes.append(f"a text that grows past {length} tokens must begin anew there, without a cache: LongRoPE")
         notes += genai_notes(self._checkpoint.config, self._cache)
         if self._shared:
@@ -179,7 +180,7 @@ class OnnxLayout:
     @cached_property
     def _lowered(self) -> ir.Model:
         return lower(
-            trace(self._checkpoint.config, self._activations),
+            trace(self._checkpoint.architecture, self._activations),
             self._outputs,
             self.weights.initializers,
             activations=self._activations,

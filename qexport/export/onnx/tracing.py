@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
+from qexport.architectures.architecture import Architecture
 from qexport.architectures.buffers import compute_buffers
-from qexport.architectures.naming import Naming, name_parameters
-from qexport.architectures.structure import build_on_meta, parse_config
+from qexport.architectures.naming import Naming
 from qexport.errors import CompatibilityError, QexportError
 from qexport.export.onnx.after_tracing import compute_in_float32, simplify
 from qexport.export.onnx.interception import intercepted, refuse_growing
@@ -53,33 +53,33 @@ class Trace:
     cache: Cache
 
 
-def kept(config: Mapping[str, Any], activations: torch.dtype) -> Cache:
+def kept(architecture: Architecture, activations: torch.dtype) -> Cache:
     """What each layer of the model keeps of the tokens before.
 
     Raises:
         CompatibilityError: something else than keys and values, or the states of a mamba mixer; or its rotary
             frequencies follow the length of the text (see `refuse_growing`).
     """
-    with _refusing(config):
-        return cache_tensors(_built(config, activations))
+    with _refusing(architecture.config):
+        return cache_tensors(_built(architecture, activations))
 
 
-def trace(config: Mapping[str, Any], activations: torch.dtype) -> Trace:
-    """The graph of the model that config.json names.
+def trace(architecture: Architecture, activations: torch.dtype) -> Trace:
+    """The graph of a model.
 
     Parameters are never allocated: they are fake tensors, so memory and time grow with the number of layers, not with
     their size.
 
     Args:
-        config: the content of config.json.
+        architecture: the model's.
         activations: what the model computes in.
 
     Raises:
         CompatibilityError: see `kept`; or the family's forward cannot be traced.
     """
-    with _refusing(config):
-        model = _built(config, activations)
-        cache, naming = cache_tensors(model), name_parameters(model)
+    with _refusing(architecture.config):
+        model, naming = _built(architecture, activations), architecture.naming
+        cache = cache_tensors(model)
         compute_buffers(model, torch.device("cpu"))
         traced = _exported(model, cache)
         _name_ends(traced.graph, cache)
@@ -102,11 +102,10 @@ def _exported(model: PreTrainedModel, cache: Cache) -> ir.Model:
     return program.model
 
 
-def _built(config: Mapping[str, Any], activations: torch.dtype) -> PreTrainedModel:
+def _built(architecture: Architecture, activations: torch.dtype) -> PreTrainedModel:
     """Buffers stay in their own dtype: rotary frequencies in float16 would be other angles."""
-    parsed = parse_config(config)
-    refuse_growing(parsed)
-    model = build_on_meta(parsed)
+    refuse_growing(architecture.parsed)
+    model = architecture.empty_model()
     for parameter in model.parameters():
         parameter.data = parameter.data.to(activations)
     return model

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from qexport.architectures.architecture import Architecture
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.architectures.structure import Structure
 from qexport.export.contract import refuse_failed
 from qexport.export.encodings import AutoGptq, CompressedTensors, Encoding, Merged16
@@ -26,7 +28,7 @@ from qexport.export.tgi.parallel import degrees
 from qexport.export.tgi.refusals import flag, gptq_faults, refuse_dtype, refuse_family, refuse_quantized, w8a8_faults
 from qexport.export.tgi.tokenizer import tgi_tokenizer_files
 from qexport.export.weight_files import WeightFiles
-from qexport.tensors import W8A8, Checkpoint, Dense, FourBit, Gptq, LlmInt8, Method, Outputs, QuantizedSpec
+from qexport.tensors import W8A8, Dense, FourBit, Gptq, LlmInt8, Method, Outputs, QuantizedSpec
 
 _SERVER_THRESHOLD = 6.0
 _SERVER_BLOCK_SIZE = 64
@@ -89,7 +91,9 @@ class TgiLayout:
         Raises:
             QexportError: a file of the checkpoint would leave the folder or replace another file.
         """
-        served = replace(checkpoint, config=self._config, files=self._files | launch_files(self._figures))
+        served = replace(
+            checkpoint, architecture=Architecture(self._config), files=self._files | launch_files(self._figures)
+        )
         method = self._outputs.method if self.quantization else Dense()
         write_model_files(folder, served, method, self.quantization, self._dense_dtype, self.notes)
 

@@ -8,7 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from qexport.architectures.structure import LinearSpec, Structure, describe
+from qexport.architectures.architecture import Architecture
+from qexport.architectures.structure import LinearSpec, Structure
 from qexport.errors import InputError, QexportError
 from qexport.export.vllm.launch import FOLDER
 from qexport.reading.compressed_tensors_rules import CompressedTensorsRules
@@ -98,7 +99,9 @@ def read_folder(path: Path) -> ServedFolder:
     except InputError as error:
         unreadable["config"] = error.what
     try:
-        structure = describe({key: value for key, value in config.items() if key != "quantization_config"})
+        structure = Architecture(
+            {key: value for key, value in config.items() if key != "quantization_config"}
+        ).structure
     except (QexportError, AttributeError, TypeError, ValueError) as error:
         unreadable["structure"] = str(error).partition("\n")[0]
     try:

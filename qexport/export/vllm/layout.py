@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.architectures.structure import Structure
 from qexport.export.compressed_tensors_config import compressed_tensors_config
 from qexport.export.contract import refuse_failed
@@ -21,7 +22,7 @@ from qexport.export.vllm.launch import Figures, launch_files, max_model_len, ser
 from qexport.export.vllm.parallel import SplitLinear, degrees
 from qexport.export.vllm.refusals import kernel_notes, refuse
 from qexport.export.weight_files import WeightFiles
-from qexport.tensors import W8A8, Checkpoint, Gptq, GroupQuantizedSpec, Method, Outputs
+from qexport.tensors import W8A8, Gptq, GroupQuantizedSpec, Method, Outputs
 
 
 class VllmLayout:

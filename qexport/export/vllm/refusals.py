@@ -8,21 +8,12 @@ from typing import Any, Final
 import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from qexport.architectures.checkpoint import Checkpoint
 from qexport.architectures.structure import Structure
 from qexport.errors import CompatibilityError, listed
 from qexport.export.vllm.architectures import ARCHITECTURES, VERSION
 from qexport.export.vllm.fused import disagreements, joined_modules
-from qexport.tensors import (
-    Checkpoint,
-    FourBit,
-    Gptq,
-    GroupQuantizedSpec,
-    LlmInt8,
-    Outputs,
-    OutputSpec,
-    QuantizedSpec,
-    TensorSpec,
-)
+from qexport.tensors import FourBit, Gptq, GroupQuantizedSpec, LlmInt8, Outputs, OutputSpec, QuantizedSpec, TensorSpec
 
 GROUP_SIZES: Final = (-1, 32, 64, 128)
 """`vllm/model_executor/layers/quantization/utils/marlin_utils.py`, asked for every GPTQ layer on every platform."""

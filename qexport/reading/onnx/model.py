@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import copy
 from typing import Any, Final, cast
 
 import torch
 from torch import Tensor
-from transformers import Cache, GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import Cache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from qexport.architectures.config_keys import without_code_keys
-from qexport.architectures.structure import parse_config
 from qexport.errors import CompatibilityError, InputError
 from qexport.reading.onnx.cache import PAST, OnnxCache, check_states
 from qexport.reading.onnx.session import Session, open_session
 from qexport.reading.onnx.weights import OnnxWeights
-from qexport.tensors.strict_files import contained_path, read_json_object
 
 _INPUTS: Final = ("input_ids", "attention_mask", "position_ids")
-_GENERATION_NAME: Final = "generation_config.json"
-_GENERATION_LIMIT: Final = 1 << 20
 
 
 class OnnxCausalLM(PreTrainedModel, GenerationMixin):
@@ -135,29 +130,21 @@ class OnnxCausalLM(PreTrainedModel, GenerationMixin):
         return False
 
 
-def open_model(folder: Path, *, device: torch.device) -> OnnxCausalLM:
-    """The model in the folder of an ONNX artifact, ready for `generate`.
+def open_model(weights: OnnxWeights, *, device: torch.device) -> OnnxCausalLM:
+    """An ONNX artifact's model, ready for `generate`.
 
-    Everything that the graph names is looked at before ONNX Runtime opens it; nothing outside of the folder is read.
+    Everything that the graph names was looked at when the artifact was opened; nothing outside of the folder is read.
 
     Args:
-        folder: the artifact.
+        weights: the artifact, complete.
         device: `cpu`, or a CUDA device.
 
     Raises:
-        RecipeError: ONNX Runtime is not installed.
-        InputError: a file is missing or malformed, the graph is not the model of its config.json, or ONNX Runtime
-            cannot load it on that device.
-        CompatibilityError: transformers does not know the family.
+        InputError: ONNX Runtime cannot load the graph on that device, or it is no causal language model.
     """
-    weights = OnnxWeights(folder, dtype=torch.float32)
-    weights.check_complete()
-    config = parse_config(without_code_keys(weights.config)[0])
-    session = open_session(folder, device=device)
-    model = OnnxCausalLM(config, session, stored_bytes=weights.stored_bytes)
-    if (generation := contained_path(folder, _GENERATION_NAME)).is_file():
-        model.generation_config = GenerationConfig.from_dict(read_json_object(generation, limit=_GENERATION_LIMIT))
-    return model
+    session = open_session(weights.folder, device=device)
+    config = copy.deepcopy(weights.architecture.parsed)
+    return OnnxCausalLM(config, session, stored_bytes=weights.stored_bytes)
 
 
 def _kept(logits: Tensor, keep: int | Tensor) -> Tensor:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import torch
+from transformers import GenerationConfig
 
+from qexport.architectures.architecture import Architecture
 from qexport.architectures.config_keys import without_code_keys
-from qexport.architectures.structure import Structure, describe, parse_config, refuse_impossible_depth
-from qexport.errors import InputError, listed
+from qexport.architectures.structure import Structure, refuse_impossible_depth
+from qexport.errors import InputError, RecipeError, listed
 from qexport.reading.dequantization import dequantize
+from qexport.reading.filled_model import read_generation
 from qexport.reading.onnx.external_data import ExternalData
 from qexport.reading.onnx.graph import Graph
 from qexport.reading.onnx.stored_layers import block_grid, described, stored_layer
@@ -21,6 +24,9 @@ from qexport.reading.stored_format import StoredLayer
 from qexport.tensors import GroupQuantizedSpec, TensorSpec
 from qexport.tensors.source import is_finite
 from qexport.tensors.strict_files import contained_path, read_json_object
+
+if TYPE_CHECKING:
+    from qexport.reading.onnx.model import OnnxCausalLM
 
 _CONFIG_LIMIT: Final = 1 << 24
 
@@ -35,10 +41,13 @@ class OnnxWeights:
     Args:
         folder: the artifact.
         dtype: of dequantized weights.
+        like: an architecture that the folder's is likely to equal; what was built of it is shared then.
 
     Attributes:
+        folder: as it was given.
+        kind: `graph`.
         config: the content of config.json.
-        structure: the model's.
+        architecture: that of its config.json.
         quantized: how each quantized module is stored, by its path.
 
     Raises:
@@ -47,12 +56,14 @@ class OnnxWeights:
         CompatibilityError: transformers does not know the family.
     """
 
-    def __init__(self, folder: Path, *, dtype: torch.dtype) -> None:
-        self._dtype = dtype
+    kind: Final = "graph"
+
+    def __init__(self, folder: Path, *, dtype: torch.dtype, like: Architecture | None = None) -> None:
+        self.folder, self._dtype = folder, dtype
         self.config = read_config(folder)
         self._graph = Graph(folder)
-        refuse_impossible_depth(parse_config(self.config), len(self._graph.initializers))
-        self.structure: Structure = describe(without_code_keys(self.config)[0])
+        self.architecture = Architecture.of_config(without_code_keys(self.config)[0], like)
+        refuse_impossible_depth(self.architecture.parsed, len(self._graph.initializers))
         self.quantized: Mapping[str, StoredMatrix] = _quantized(self._graph)
 
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -105,10 +116,10 @@ class OnnxWeights:
         """Bits, blocks and symmetry of each module whose codes lie in blocks along its inputs, by its path."""
         return {module: spec for module, matrix in self.quantized.items() if (spec := block_grid(matrix)) is not None}
 
-    @cached_property
+    @property
     def transposed(self) -> frozenset[str]:
         """The modules whose dense weight is [in, out] (GPT-2's Conv1D); codes are always [out, in]."""
-        return self.structure.transposed
+        return self.architecture.structure.transposed
 
     @property
     def files(self) -> list[str]:
@@ -125,13 +136,41 @@ class OnnxWeights:
     def __exit__(self, *_: object) -> None:
         """Nothing is open between two reads."""
 
+    def model(self, *, device: torch.device, dtype: torch.dtype | None = None) -> OnnxCausalLM:
+        """The graph in ONNX Runtime, ready for `generate`. `check_complete` comes before.
+
+        Args:
+            device: `cpu`, or a CUDA device.
+            dtype: what the graph must compute in, if anything.
+
+        Raises:
+            RecipeError: ONNX Runtime is not installed, or the graph computes in another dtype.
+            InputError: ONNX Runtime cannot load the graph on that device.
+        """
+        from qexport.reading.onnx.model import open_model
+
+        model = open_model(self, device=device)
+        if self._generation is not None:
+            model.generation_config = GenerationConfig.from_dict(self._generation)
+        if dtype not in (None, model.dtype):
+            raise RecipeError(
+                f"the graph computes in {model.dtype}, not in {dtype}",
+                where=str(self.folder),
+                mend="leave `dtype` out, or export the model with other `activations`",
+            )
+        return model
+
+    @cached_property
+    def _generation(self) -> dict[str, Any] | None:
+        return read_generation(self.folder)
+
     def check_complete(self, structure: Structure | None = None) -> None:
         """Holds the graph against a model, without reading weights: that of its config.json where None is given.
 
         Raises:
             InputError: parameters are missing, unexpected or of another shape, or no operator reads one.
         """
-        problems = (structure or self.structure).differences(self._specs)
+        problems = (structure or self.architecture.structure).differences(self._specs)
         dense = [name for name in self._specs if name.removesuffix(".weight") not in self.quantized]
         problems += [f"{name}: no operator reads it" for name in dense if name not in self._graph.used]
         if problems:
@@ -146,10 +185,10 @@ class OnnxWeights:
             )
             for module, weight in self.quantized.items()
         }
-        initializers = self._graph.initializers
-        dense = {name: initializers[name].spec for name in self.structure.parameters if name in initializers}
+        initializers, parameters = self._graph.initializers, self.architecture.structure.parameters
+        dense = {name: initializers[name].spec for name in parameters if name in initializers}
         found = dense | quantized
-        ordered = {name: found[name] for name in self.structure.parameters if name in found}
+        ordered = {name: found[name] for name in parameters if name in found}
         return ordered | found
 
 

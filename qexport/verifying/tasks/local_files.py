@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEv
 from ruamel.yaml.reader import ReaderError
 
 from qexport.errors import InputError, listed
+from qexport.references import is_hub_id
 from qexport.settings import Settings
 from qexport.tensors.strict_files import parse_json
 from qexport.text.documents import read_json_lines
@@ -24,7 +24,6 @@ Row = dict[str, Any]
 
 _LARGEST: Final = 1 << 20
 _DEEPEST: Final = 20
-_HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _NO_CODE: Final = "nothing that a task file names is executed: write the task with data and templates alone"
 
 _CODE: Final = {
@@ -212,7 +211,7 @@ def _splits(content: _Content, path: Path) -> dict[str, list[Row]] | None:
 
 
 def _check_hub_id(name: str, has_files: bool, path: Path) -> None:
-    if not _HUB_ID.fullmatch(name) or name.endswith(".py") or Path(name).exists() or has_files:
+    if not is_hub_id(name) or name.endswith(".py") or Path(name).exists() or has_files:
         raise InputError(
             f"dataset_path {name!r} is neither json nor the id of a hub dataset",
             where=str(path),

@@ -11,6 +11,7 @@ from typing import Final
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qexport.errors import RecipeError
+from qexport.hidden_packages import hidden
 from qexport.verifying.settings import TaskSettings
 from qexport.verifying.tasks.pairing import PairedTask, Scores, pair
 
@@ -59,7 +60,8 @@ def measure_tasks(
         NumericalError: logits hold NaN or Inf.
     """
     require_harness()
-    from qexport.verifying.tasks.harness import HarnessModel, build_questions, contained
+    with hidden("bitsandbytes"):  # the harness imports PEFT
+        from qexport.verifying.tasks.harness import HarnessModel, build_questions, contained
 
     def answers(open_model: OpenModel) -> list[Scores]:
         scores = []

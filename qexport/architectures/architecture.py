@@ -1,0 +1,97 @@
+"""The architecture that a config.json names: made once for a checkpoint, and passed on with it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from qexport.architectures.naming import Naming, name_parameters
+from qexport.architectures.structure import Structure, build_on_meta, describe_model, parse_config
+
+
+class Architecture:
+    """The model that a config.json describes, without weights. Each part is made when it is first asked for, and kept.
+
+    Args:
+        config: the content of config.json.
+        like: an architecture that differs at most in its dtype; what was built of it is shared.
+
+    Attributes:
+        config: as it was given.
+    """
+
+    def __init__(self, config: Mapping[str, Any], *, like: Architecture | None = None) -> None:
+        self.config = config
+        self._like = like
+        self._skeletons: dict[torch.dtype | str | None, PreTrainedModel] = {} if like is None else like._skeletons
+
+    @cached_property
+    def parsed(self) -> PretrainedConfig:
+        """The configuration as transformers reads it. It is shared: copy it before a change.
+
+        Raises:
+            CompatibilityError: transformers does not know the `model_type`.
+            InputError: a value cannot be used.
+        """
+        return parse_config(self.config)
+
+    @property
+    def skeleton(self) -> PreTrainedModel:
+        """The model on the meta device, to look at. It is shared: `empty_model` gives a copy that may be changed.
+
+        Raises:
+            CompatibilityError: the family has no causal language model in transformers.
+            InputError: the configuration contradicts itself.
+        """
+        if self.parsed.dtype not in self._skeletons:
+            self._skeletons[self.parsed.dtype] = build_on_meta(self.parsed)
+        return self._skeletons[self.parsed.dtype]
+
+    @cached_property
+    def naming(self) -> Naming:
+        """What the tensors are called in files.
+
+        Raises:
+            CompatibilityError: transformers reshapes weights while it loads them, in a way that qexport does not know.
+        """
+        return name_parameters(self.skeleton) if self._like is None else self._like.naming
+
+    @cached_property
+    def structure(self) -> Structure:
+        """The blocks, the linear layers and the shapes of all parameters.
+
+        Raises:
+            CompatibilityError: the decoder layers cannot be found.
+        """
+        return describe_model(self.skeleton, self.naming) if self._like is None else self._like.structure
+
+    def empty_model(self) -> PreTrainedModel:
+        """A copy of the skeleton, to be filled with weights."""
+        return copy.deepcopy(self.skeleton)
+
+    def in_dtype(self, dtype: torch.dtype) -> Architecture:
+        """The same architecture with another `dtype` in config.json, which decides that of some buffers."""
+        others = {key: value for key, value in self.config.items() if key not in ("dtype", "torch_dtype")}
+        return Architecture({**others, "dtype": str(dtype).removeprefix("torch.")}, like=self)
+
+    @classmethod
+    def of_config(cls, config: Mapping[str, Any], known: Architecture | None) -> Architecture:
+        """The architecture of a config.json. It shares what was built of a known one where transformers reads the same
+        from both but for the dtype.
+
+        Args:
+            config: the content of config.json.
+            known: one that it is likely to equal.
+        """
+        found = cls(config)
+        same = known is not None and _without_dtype(found.parsed) == _without_dtype(known.parsed)
+        return cls(config, like=known) if same else found
+
+
+def _without_dtype(config: PretrainedConfig) -> dict[str, Any]:
+    return {key: value for key, value in config.to_dict().items() if key != "dtype"}

@@ -1,0 +1,152 @@
+"""A model without storage, whose tensors are read from a source of weights for as long as they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qexport.architectures.architecture import Architecture
+from qexport.architectures.buffers import compute_buffers
+from qexport.architectures.devices import has_bfloat16_instructions, multiply_in_float32
+from qexport.architectures.memory import return_freed_memory
+from qexport.architectures.naming import Part
+from qexport.architectures.structure import LinearSpec, find_blocks
+from qexport.tensors import WeightSource
+
+
+class LazyModel:
+    """A copy of an architecture's model on the meta device. Parts of it get their weights for a while.
+
+    Args:
+        architecture: the model's.
+        source: the weights, named as in `Structure.parameters`, which is as in files.
+        dtype: the dtype to compute in.
+        device: where to compute.
+
+    Attributes:
+        architecture: as it was given.
+        structure: the model's.
+    """
+
+    def __init__(
+        self, architecture: Architecture, source: WeightSource, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.architecture, self.structure = architecture, architecture.structure
+        self.dtype, self.device, self._source, self._naming = dtype, device, source, architecture.naming
+        self._model = architecture.empty_model()
+        self._model.config.use_cache = False
+        for parameter in self._model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        self._layers = find_blocks(self._model)[1]
+        compute_buffers(self._model, device)
+        if device.type == "cpu" and dtype == torch.bfloat16 and not has_bfloat16_instructions():
+            multiply_in_float32(self._model)
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """The block with its weights, which are released at the end."""
+        prefix = self.structure.blocks[index] + "."
+        names = [name for name in self.structure.parameters if name.startswith(prefix)]
+        with self._loaded(names):
+            yield self._layers[index]
+
+    @contextmanager
+    def whole(self) -> Iterator[PreTrainedModel]:
+        """The model with all its weights, which are released at the end; its head computes in float32."""
+        with self._loaded(self.structure.parameters), in_float32(self._head_module()):
+            yield self._model
+
+    def module(self, linear: LinearSpec) -> nn.Module:
+        """The module that computes a linear layer: its own, or for the matrix of an expert that of all experts."""
+        return self._model.get_submodule(self.part(linear).parameter.rpartition(".")[0])
+
+    def part(self, linear: LinearSpec) -> Part:
+        """Where the weight of a linear layer lies in the model."""
+        return self._naming.parts[f"{linear.name}.weight"]
+
+    def parameter(self, name: str) -> Tensor:
+        """A loaded tensor by its name in the files, as a view of the parameter in memory."""
+        part = self._naming.parts[name]
+        return part.of(self._state(part.parameter))
+
+    @contextmanager
+    def _loaded(self, names: Iterable[str]) -> Iterator[None]:
+        before: dict[str, Tensor] = {}
+        try:
+            for name in names:
+                self._load(name, before)
+            yield
+        finally:
+            for path, meta in before.items():
+                self._put(path, meta)
+            return_freed_memory()
+
+    def read(self, name: str) -> Tensor:
+        """A tensor in the model's dtype (where it is floating) on its device."""
+        tensor = self._source.read(name)
+        dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
+        return tensor.to(device=self.device, dtype=dtype)
+
+    def _load(self, name: str, before: dict[str, Tensor]) -> None:
+        """Reads a tensor to its place, and notes what was there."""
+        tensor, part = self.read(name), self._naming.parts[name]
+        paths = [part.parameter]
+        if self.structure.tied and name == f"{self.structure.embedding}.weight":
+            paths += [
+                path for path, original in self._model.all_tied_weights_keys.items() if original == part.parameter
+            ]
+        for path in paths:
+            if path not in before:
+                before[path] = self._state(path)
+                self._put(path, tensor if part.expert is None else self._room(before[path]))
+        if part.expert is not None:
+            part.of(self._state(part.parameter)).copy_(tensor)
+
+    def _room(self, meta: Tensor) -> Tensor:
+        """A parameter that is read in parts; what no part fills is not a number."""
+        return torch.full(meta.shape, torch.nan, dtype=self.dtype, device=self.device)
+
+    def _state(self, path: str) -> Tensor:
+        module, _, leaf = path.rpartition(".")
+        state: Tensor = self._model.get_submodule(module).state_dict(keep_vars=True)[leaf]
+        return state
+
+    def _put(self, path: str, tensor: Tensor) -> None:
+        module, _, leaf = path.rpartition(".")
+        _put(self._model.get_submodule(module), leaf, tensor)
+
+    def _head_module(self) -> nn.Module:
+        head = self._model.get_output_embeddings()
+        assert isinstance(head, nn.Module)
+        return head
+
+
+def _put(module: nn.Module, leaf: str, tensor: Tensor) -> None:
+    if leaf in module._buffers:
+        module._buffers[leaf] = tensor
+    elif isinstance(tensor, nn.Parameter):
+        module._parameters[leaf] = tensor
+    else:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+
+@contextmanager
+def in_float32(head: nn.Module) -> Iterator[None]:
+    """Lets an output head that has its weights compute in float32."""
+    weight, bias = head._parameters["weight"], head._parameters.get("bias")
+    assert weight is not None
+    _put(head, "weight", weight.to(torch.float32))
+    if bias is not None:
+        _put(head, "bias", bias.to(torch.float32))
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0].to(torch.float32), *args[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
+        _put(head, "weight", weight)
+        if bias is not None:
+            _put(head, "bias", bias)

@@ -1,0 +1,57 @@
+"""The error that stands for gates that did not pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from qexport.artifact.figures import GateResult
+from qexport.errors import GateFailed, GateUndecided
+
+_MAX_NAMED: Final = 12
+_MEND_OF_LIMITS: Final = "try more bits or a smaller group_size, or loosen the limit where the use allows it"
+_MEND: Final = {
+    "config": "bring config.json to what the reference's says",
+    "tokenizer": "take the tokenizer's files from the base",
+    "graph": "export the model again: this graph does not heed its attention mask or its cache",
+    "merge": "check that the adapter was made for this base",
+    "adapter": "check that the artifact was made with this adapter",
+    "better_than_rtn": "calibrate with more or other text, or check that this reference is the artifact's",
+}
+
+
+def gates_error(results: Sequence[GateResult], where: str) -> GateFailed | GateUndecided | None:
+    """An error where not every gate passed: `GateFailed` where one failed, else `GateUndecided`.
+
+    Args:
+        results: of all gates.
+        where: the artifact or the report that they belong to.
+    """
+    failed = [each for each in results if each.verdict == "fail"]
+    undecided = [each for each in results if each.verdict == "undecided"]
+    if failed:
+        mend = "; ".join(dict.fromkeys(_MEND.get(each.name, _MEND_OF_LIMITS) for each in failed))
+        return GateFailed(f"{_counted(failed)} failed: {_named(failed)}", where=where, mend=mend)
+    if undecided:
+        return GateUndecided(
+            f"{_counted(undecided)} could not be decided: {_named(undecided)}",
+            where=where,
+            mend="verify with more windows, or loosen or remove what cannot be measured",
+        )
+    return None
+
+
+def _counted(results: Sequence[GateResult]) -> str:
+    return "1 gate" if len(results) == 1 else f"{len(results)} gates"
+
+
+def _named(results: Sequence[GateResult]) -> str:
+    rest = [f"and {len(results) - _MAX_NAMED} more"] if len(results) > _MAX_NAMED else []
+    return ", ".join([*map(_in_short, results[:_MAX_NAMED]), *rest])
+
+
+def _in_short(result: GateResult) -> str:
+    if result.value is None or result.limit is None:
+        return f"{result.name} ({result.reason})"
+    bound = "at most" if result.bound == "at_most" else "at least"
+    return f"{result.name} is {result.value:.5g} where the limit is {bound} {result.limit:.5g}"

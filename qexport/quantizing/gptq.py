@@ -1,0 +1,181 @@
+"""The method `gptq`: its settings and its words. `selection` chooses the layers, `gptq_pass` quantizes them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from qexport.gates.profiles import TINY_PARAMETERS
+from qexport.progress import Reporter, silent
+from qexport.quantizing.method import CalibrationSettings, Method
+from qexport.settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    import torch
+
+    from qexport.architectures.checkpoint import Checkpoint
+    from qexport.gates.settings import ProfileName
+    from qexport.tensors import CalibrationSet, Outputs, TensorRecord
+    from qexport.tensors import Method as Description
+
+
+Bits = Literal[2, 3, 4, 8]
+
+
+def _check_group_size(group_size: int) -> int:
+    if group_size != -1 and not 16 <= group_size <= 1024:
+        raise ValueError(f"must be -1 or 16 to 1024, not {group_size}")
+    return group_size
+
+
+GroupSize = Annotated[int, AfterValidator(_check_group_size)]
+
+_PROFILES: Final[dict[int, ProfileName]] = {8: "gptq-8bit", 4: "gptq-4bit", 3: "gptq-3bit", 2: "gptq-2bit"}
+
+
+class Override(Settings):
+    """Other settings for the modules that a pattern names."""
+
+    modules: str
+    """A shell-style pattern of module paths, for example `*.mlp.down_proj`. It must match something."""
+
+    bits: Bits | None = None
+    """Bits of one code, instead of the method's."""
+
+    group_size: GroupSize | None = None
+    """Inputs that share a scale, instead of the method's."""
+
+    dense: bool = False
+    """Leave these modules at 16 bits."""
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Override:
+        if self.dense == (self.bits is not None or self.group_size is not None):
+            raise ValueError("give either dense: true, or bits and/or group_size")
+        return self
+
+
+class Gptq(Method):
+    """GPTQ (arXiv:2210.17323) with calibration data."""
+
+    method: Literal["gptq"] = "gptq"
+    """GPTQ: each column's rounding error is spread over the columns that are still to come."""
+
+    bits: Bits = 4
+    """Bits of one code."""
+
+    group_size: GroupSize = 128
+    """Inputs that share a scale and a zero point: 16 to 1024, or -1 for a whole row. Must divide the inputs of every
+    layer."""
+
+    sym: bool = True
+    """Symmetric codes: every zero point is 2**(bits-1). vLLM and the fast kernels demand it."""
+
+    desc_act: bool = False
+    """Dynamic act-order: groups follow activation order. Slower to serve; vLLM refuses it. See `static_groups`."""
+
+    static_groups: bool = True
+    """Quantize columns by falling activation, with groups and scales fixed beforehand in the original order:
+    act-order's gain in a plain `desc_act: false` file."""
+
+    damp_percent: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """Added to the Hessian's diagonal, as a fraction of its mean (percdamp, dampening_frac)."""
+
+    true_sequential: bool = True
+    """Quantize the linears of a block one after the other, each with inputs from the quantized ones before."""
+
+    mse: bool = True
+    """Search the clipping range of each group, instead of taking its largest value."""
+
+    on_failure: Literal["error", "round_to_nearest"] = "error"
+    """What to do with a layer whose Hessian cannot be factorized at any damping. Recorded either way."""
+
+    lm_head: bool = False
+    """Quantize the output head too (never with tied embeddings)."""
+
+    overrides: list[Override] = []
+    """Per-module settings; the last that matches holds."""
+
+    calibration: CalibrationSettings | None = None
+    """The text that the Hessians are made from."""
+
+    layer_methods: ClassVar[tuple[str, ...]] = ("gptq", "round_to_nearest")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Gptq:
+        if self.desc_act and self.static_groups:
+            raise ValueError("desc_act and static_groups exclude each other: set static_groups: false with desc_act")
+        return self
+
+    @property
+    def needs_calibration(self) -> bool:
+        """The Hessians are sums over calibration text."""
+        return True
+
+    @property
+    def calibration_settings(self) -> CalibrationSettings | None:
+        """The recipe's `quantize.calibration`."""
+        return self.calibration
+
+    @property
+    def title(self) -> str:
+        """For example `GPTQ 4-bit, group 64`."""
+        group = "one group a row" if self.group_size == -1 else f"group {self.group_size}"
+        return f"GPTQ {self.bits}-bit, {group}"
+
+    @property
+    def order(self) -> Literal["original", "static", "dynamic"]:
+        """The order in which columns are solved."""
+        if self.desc_act:
+            return "dynamic"
+        return "static" if self.static_groups else "original"
+
+    @classmethod
+    def profile(cls, bits: int, parameters: int) -> ProfileName:
+        """By bits; tiny models have limits of their own at 4 bits and fewer."""
+        if bits <= 4 and parameters < TINY_PARAMETERS:
+            return "tiny"
+        return _PROFILES[bits]
+
+    def describe(self) -> Description:
+        """As in AutoGPTQ's quantize_config.json."""
+        from qexport.tensors import Gptq as GptqDescription
+
+        return GptqDescription(
+            bits=self.bits,
+            group_size=self.group_size,
+            sym=self.sym,
+            desc_act=self.desc_act,
+            static_groups=self.static_groups,
+            damp_percent=self.damp_percent,
+            true_sequential=self.true_sequential,
+        )
+
+    def plan(self, checkpoint: Checkpoint) -> Outputs:
+        """All linears in the blocks, but those that the family or an override keeps at 16 bits; the head if asked."""
+        from qexport.quantizing.gptq_pass import plan
+
+        return plan(self, checkpoint)
+
+    def quantize(
+        self,
+        checkpoint: Checkpoint,
+        outputs: Outputs,
+        calibration: CalibrationSet | None,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        scratch: Path,
+        report: Reporter = silent,
+    ) -> Iterator[TensorRecord]:
+        """Block by block, each layer solved with inputs from the quantized layers before it."""
+        from qexport.quantizing.gptq_pass import quantize
+
+        assert calibration is not None, "a run reads the text of every method that needs calibration"
+        return quantize(
+            self, checkpoint, outputs, calibration, dtype=dtype, device=device, scratch=scratch, report=report
+        )

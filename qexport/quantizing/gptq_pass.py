@@ -1,0 +1,277 @@
+"""The pass of GPTQ: block by block, each layer solved with inputs from the quantized layers before it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qexport.architectures.checkpoint import Checkpoint
+from qexport.architectures.experts import ExpertStop, staged
+from qexport.architectures.memory import return_freed_memory
+from qexport.architectures.runner import Batch, BlockRunner
+from qexport.architectures.structure import LinearSpec, Structure
+from qexport.errors import CompatibilityError
+from qexport.progress import Notice, Progress, Reporter, silent
+from qexport.quantizing.gptq import Gptq
+from qexport.quantizing.layer import Hessian, SolvedLayer, solve_together
+from qexport.quantizing.pauses import Group, Parking, PausedForward, find_groups, pausing_at
+from qexport.quantizing.selection import candidates, notes_on_experts, select, solver_options
+from qexport.quantizing.solver import Options
+from qexport.tensors import CalibrationSet, GroupQuantizedSpec, Outputs, OutputSpec, TensorRecord
+
+BATCH_TOKENS = 2048
+"""Tokens that go through a block at a time."""
+
+HESSIAN_BYTES = 1 << 30
+"""Bytes for the Hessians of a mixture's experts that are summed at a time, each [in, in] in float32."""
+
+
+def plan(method: Gptq, checkpoint: Checkpoint) -> Outputs:
+    """What `quantize` will yield.
+
+    Raises:
+        CompatibilityError: see `selection.select`.
+    """
+    structure = checkpoint.architecture.structure
+    specs: dict[str, OutputSpec] = dict(checkpoint.weights.specs())
+    linears = candidates(structure, method)
+    for name, options in select(structure, method).items():
+        specs[f"{name}.weight"] = GroupQuantizedSpec(
+            out_features=linears[name].out_features,
+            in_features=linears[name].in_features,
+            bits=options.bits,
+            group_size=options.group_size,
+            sym=options.sym,
+            desc_act=options.order == "dynamic",
+        )
+    return Outputs(method.describe(), specs, notes_on_experts(structure, specs, method))
+
+
+@torch.no_grad()
+def quantize(
+    method: Gptq,
+    checkpoint: Checkpoint,
+    outputs: Outputs,
+    calibration: CalibrationSet,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    scratch: Path,
+    report: Reporter = silent,
+) -> Iterator[TensorRecord]:
+    """Yields every tensor of the model, the chosen linears quantized, with the memory of one block.
+
+    Args:
+        method: the recipe's `quantize`.
+        checkpoint: the merged model.
+        outputs: what `plan` gave for it: which layers are quantized, with how many bits, in which groups.
+        calibration: the tokens to look at.
+        dtype: the merged model's dtype, which the forward computes in.
+        device: where to compute.
+        scratch: a folder on a disk with room for a block's activations; nothing is left in it.
+        report: is told of each block.
+
+    Raises:
+        NumericalError: a layer's Hessian is not finite or cannot be factorized, and `on_failure` is `error`.
+        CompatibilityError: a block's forward does not call one of its layers.
+        InputError: a tensor cannot be read.
+        OSError: the disk is full.
+    """
+    runner = BlockRunner(checkpoint.architecture, checkpoint.weights, dtype=dtype, device=device)
+    with Parking(scratch) as parking:
+        work = _Pass(runner, method, outputs, calibration, parking)
+        tokens = calibration.input_ids.numel()
+        total = len(runner.structure.blocks)
+        report(Progress("quantize", 0, total, "block"))
+        for name in _outside(checkpoint, runner.structure, work.chosen):
+            yield TensorRecord(name, checkpoint.weights.read(name))
+        for index in range(total):
+            records = work.block(index)
+            report(Progress("quantize", index + 1, total, "block", _summary(records), (index + 1) * tokens))
+            yield from records
+            _tell_fallbacks(records, report)
+        if runner.structure.head in work.chosen:
+            yield work.head()
+
+
+def _options(method: Gptq, outputs: Outputs) -> dict[str, Options]:
+    """How each layer that `outputs` calls quantized is solved."""
+    options = {}
+    for name, spec in outputs.quantized.items():
+        assert isinstance(spec, GroupQuantizedSpec)
+        options[name] = solver_options(method, spec.bits, spec.group_size)
+    return options
+
+
+def _outside(checkpoint: Checkpoint, structure: Structure, chosen: Mapping[str, Options]) -> list[str]:
+    """The tensors that belong to no block and are not quantized."""
+    blocks = tuple(f"{block}." for block in structure.blocks)
+    return [
+        name
+        for name in checkpoint.weights.specs()
+        if not name.startswith(blocks) and name.removesuffix(".weight") not in chosen
+    ]
+
+
+class _Pass:
+    """One pass of the calibration tokens through the model."""
+
+    def __init__(
+        self, runner: BlockRunner, method: Gptq, outputs: Outputs, calibration: CalibrationSet, parking: Parking
+    ) -> None:
+        self._runner, self._method, self._parking = runner, method, parking
+        self.chosen = _options(method, outputs)
+        self._linears = candidates(runner.structure, method)
+        length = calibration.input_ids.shape[1]
+        self._batches = runner.embed(calibration.input_ids, max(1, BATCH_TOKENS // length))
+        self._probe = runner.embed(calibration.input_ids[:1, :8], 1)[0]
+
+    def block(self, index: int) -> list[TensorRecord]:
+        """Quantizes one block and takes every batch through it."""
+        name = self._runner.structure.blocks[index]
+        chosen = [linear for linear in self._runner.structure.linears[name] if linear.name in self.chosen]
+        with self._runner.block(index) as block, self._stops(chosen) as of_experts:
+            groups = self._groups(index, block, chosen, of_experts)
+            solve = self._in_one_forward if self._method.true_sequential else self._in_two_forwards
+            solved = solve(index, block, groups)
+            names = [parameter for parameter in self._runner.structure.parameters if parameter.startswith(f"{name}.")]
+            return [_record(parameter, self._runner.parameter(parameter), solved) for parameter in names]
+
+    @contextmanager
+    def _stops(self, chosen: Sequence[LinearSpec]) -> Iterator[list[Group]]:
+        """Makes the block's experts stop before their products, and gives the groups of those that are chosen."""
+        experts = [linear for linear in chosen if linear.expert]
+        with ExitStack() as stack:
+            groups = []
+            for module in dict.fromkeys(self._runner.module(linear) for linear in experts):
+                of_module = [linear for linear in experts if self._runner.module(linear) is module]
+                for stop in stack.enter_context(staged(module, HESSIAN_BYTES)):
+                    groups += self._of_experts(stop, of_module)
+            yield groups
+
+    def _of_experts(self, stop: ExpertStop, linears: Sequence[LinearSpec]) -> list[Group]:
+        """The layers that a stop announces as one group, if any are to be quantized."""
+        by_expert: dict[int, list[str]] = {}
+        for linear in linears:
+            part = self._runner.part(linear)
+            if part.expert is not None and part.expert in stop.experts and _leaf(part.parameter) == stop.parameter:
+                by_expert.setdefault(part.expert, []).append(linear.name)
+        return [Group(stop, tuple(map(tuple, by_expert.values())), tuple(by_expert))] if by_expert else []
+
+    def head(self) -> TensorRecord:
+        """Quantizes the output head."""
+        name = self._runner.structure.head
+        with self._runner.head_inputs() as inputs:
+            hessian = Hessian(self._runner.structure.parameters[f"{name}.weight"][1], self._runner.device)
+            for batch in self._batches:
+                hessian.add(inputs(batch.hidden))
+        weight = self._runner.read(f"{name}.weight").to(torch.float32)
+        solved = solve_together({name: weight}, hessian, self.chosen, self._method.on_failure)
+        return _record(f"{name}.weight", weight, solved)
+
+    def _in_one_forward(self, index: int, block: nn.Module, groups: Sequence[Group]) -> dict[str, SolvedLayer]:
+        """Each batch's forward waits before each group of layers until the group is solved.
+
+        The groups' inputs and the block's wait on the disk meanwhile: they would be most of the memory.
+        """
+        forwards = [self._paused(index, block, batch) for batch in self._batches]
+        solved: dict[str, SolvedLayer] = {}
+        with pausing_at([group.stop for group in groups]):
+            for group in groups:
+                hessians = self._hessians(group)
+                for forward, batch in zip(forwards, self._batches, strict=True):
+                    args = forward.advance()
+                    _add(hessians, group.inputs(args))
+                    forward.park(self._parking, (args[0], batch.hidden))
+                return_freed_memory()
+                solved |= self._solve(group, hessians)
+                return_freed_memory()
+            for forward in forwards:
+                forward.finish()
+        self._parking.empty()
+        return solved
+
+    def _in_two_forwards(self, index: int, block: nn.Module, groups: Sequence[Group]) -> dict[str, SolvedLayer]:
+        """All layers are solved with inputs from the block's own weights; then the quantized block runs once more."""
+        hessians = [self._hessians(group) for group in groups]
+        with pausing_at([group.stop for group in groups]):
+            for batch in self._batches:
+                forward = self._paused(index, block, Batch(batch.hidden, batch.calls))
+                for group, of_group in zip(groups, hessians, strict=True):
+                    _add(of_group, group.inputs(forward.advance()))
+                forward.finish()
+        solved: dict[str, SolvedLayer] = {}
+        for group, of_group in zip(groups, hessians, strict=True):
+            solved |= self._solve(group, of_group)
+        for batch in self._batches:
+            self._runner.forward(index, block, batch)
+        return solved
+
+    def _groups(
+        self, index: int, block: nn.Module, chosen: Sequence[LinearSpec], of_experts: Sequence[Group]
+    ) -> list[Group]:
+        probe = Batch(self._probe.hidden, self._probe.calls)
+        layers = {linear.name: self._runner.module(linear) for linear in chosen if not linear.expert}
+        groups = find_groups(layers, of_experts, lambda: self._runner.forward(index, block, probe))
+        reached = {name for group in groups for names in group.members for name in names}
+        if unreached := {linear.name for linear in chosen} - reached:
+            raise CompatibilityError(
+                "the block's forward does not call these layers, so that nothing is known of their inputs",
+                where=", ".join(sorted(unreached)),
+                mend="leave them dense with quantize.overrides",
+            )
+        return groups
+
+    def _paused(self, index: int, block: nn.Module, batch: Batch) -> PausedForward:
+        return PausedForward(lambda: self._runner.forward(index, block, batch))
+
+    def _hessians(self, group: Group) -> list[Hessian]:
+        """One for each input of the group."""
+        return [Hessian(self._linears[names[0]].in_features, self._runner.device) for names in group.members]
+
+    def _solve(self, group: Group, hessians: list[Hessian]) -> dict[str, SolvedLayer]:
+        """Solves a group and gives its layers the quantized weights. Each Hessian is freed after its use."""
+        solved: dict[str, SolvedLayer] = {}
+        for names in group.members:
+            weights = {name: self._matrix(name).to(torch.float32).contiguous() for name in names}
+            solved |= solve_together(weights, hessians.pop(0), self.chosen, self._method.on_failure)
+            for name in names:
+                matrix = self._matrix(name)
+                matrix.copy_(solved[name].quantized.dequantize(matrix.dtype))
+        return solved
+
+    def _matrix(self, name: str) -> Tensor:
+        """A loaded layer's weight [out, in], as a view of the parameter in memory."""
+        weight = self._runner.parameter(f"{name}.weight")
+        return weight.t() if self._linears[name].transposed else weight
+
+
+def _leaf(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def _add(hessians: Sequence[Hessian], inputs: Sequence[Tensor]) -> None:
+    for hessian, tensor in zip(hessians, inputs, strict=True):
+        hessian.add(tensor)
+
+
+def _record(name: str, tensor: Tensor, solved: Mapping[str, SolvedLayer]) -> TensorRecord:
+    layer = solved.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+    if layer is None:
+        return TensorRecord(name, tensor.detach().cpu())
+    return TensorRecord(name, layer.quantized.cpu(), layer.record)
+
+
+def _summary(records: list[TensorRecord]) -> str:
+    losses = [record.layer.loss for record in records if record.layer and record.layer.loss is not None]
+    return f"loss {max(losses):.4f}" if losses else "dense"
+
+
+def _tell_fallbacks(records: list[TensorRecord], report: Reporter) -> None:
+    for record in records:
+        if record.layer and record.layer.method == "round_to_nearest":
+            report(Notice(f"{record.layer.name} was rounded to nearest: its Hessian could not be used"))

@@ -1,0 +1,63 @@
+"""The method `int8`: bitsandbytes' LLM.int8."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from qexport.quantizing.method import RoundingMethod
+
+if TYPE_CHECKING:
+    import torch
+
+    from qexport.architectures.structure import LinearSpec
+    from qexport.gates.settings import ProfileName
+    from qexport.tensors import Method as Description
+    from qexport.tensors import Quantized, QuantizedSpec, TensorSpec
+
+
+class Int8(RoundingMethod):
+    """bitsandbytes' LLM.int8 (arXiv:2208.07339), for transformers; no calibration data."""
+
+    method: Literal["int8"] = "int8"
+    """Symmetric int8 codes with one scale an output."""
+
+    threshold: Annotated[float, Field(ge=0)] = 6.0
+    """Activations above it are multiplied in 16 bits when serving (llm_int8_threshold)."""
+
+    layer_methods: ClassVar[tuple[str, ...]] = ("int8",)
+    experts: ClassVar[bool] = False
+
+    @property
+    def title(self) -> str:
+        """The paper's name."""
+        return "LLM.int8"
+
+    @property
+    def layer_method(self) -> str:
+        """`int8`."""
+        return self.method
+
+    @classmethod
+    def profile(cls, bits: int, parameters: int) -> ProfileName:
+        """One for every size."""
+        return "int8"
+
+    def describe(self) -> Description:
+        """As bitsandbytes' LLM.int8 layers."""
+        from qexport.tensors import LlmInt8
+
+        return LlmInt8(self.threshold)
+
+    def spec(self, linear: LinearSpec, stored: TensorSpec) -> QuantizedSpec:
+        """Rows of int8 codes."""
+        from qexport.tensors import RowQuantizedSpec
+
+        return RowQuantizedSpec(linear.out_features, linear.in_features, stored.dtype, linear.transposed)
+
+    def codes(self, weight: torch.Tensor, spec: QuantizedSpec) -> Quantized:
+        """The codes that bitsandbytes would find, from the weight rounded to float16."""
+        from qexport.quantizing.row_int8 import llm_int8
+
+        return llm_int8(weight)

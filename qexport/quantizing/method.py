@@ -1,0 +1,198 @@
+"""What a method is to the rest of qexport: its settings, what it yields, its pass over the model, and its words."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import ConfigDict, Field
+
+from qexport.progress import Reporter, silent
+from qexport.settings import Settings, required_in_recipes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    import torch
+
+    from qexport.architectures.checkpoint import Checkpoint
+    from qexport.architectures.structure import LinearSpec
+    from qexport.gates.settings import ProfileName
+    from qexport.tensors import CalibrationSet, Outputs, Quantized, QuantizedSpec, TensorRecord, TensorSpec
+    from qexport.tensors import Method as Description
+
+
+class CalibrationSettings(Settings):
+    """The text that the method looks at."""
+
+    source: str | Annotated[list[str], Field(min_length=1)]
+    """Files (`.jsonl` with a `text` or `messages` field, or `.txt`), or `hub:org/dataset` (extra `datasets`)."""
+
+    split: str = "train"
+    """The split of a hub dataset."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub dataset."""
+
+    field: str = "text"
+    """The field of a JSON line that holds the text."""
+
+    chat_template: bool = False
+    """Render each text as a user's message (or its `messages`) with the model's chat template."""
+
+    samples: Annotated[int, Field(ge=1)] = 128
+    """How many windows to take."""
+
+    sequence_length: Annotated[int, Field(ge=2)] = 512
+    """Tokens in a window."""
+
+    packing: Literal["packed", "document"] = "packed"
+    """`packed` joins documents with the end-of-text token and cuts windows; `document` takes one a sample."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Which documents come first."""
+
+
+class Method(Settings, ABC):
+    """One method: the fields are what a recipe's `quantize` may say of it.
+
+    A subclass a file. It imports neither torch nor transformers before it is used, so that a recipe is checked at once.
+
+    Attributes:
+        method: the name in a recipe.
+        layer_methods: the names by which reports tell how a layer's codes were found.
+    """
+
+    model_config = ConfigDict(json_schema_extra=required_in_recipes("method", "calibration"))
+
+    method: str
+
+    layer_methods: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether it looks at calibration text."""
+        return False
+
+    @property
+    def calibration_settings(self) -> CalibrationSettings | None:
+        """The text that it looks at; None where it looks at none, or the recipe names none."""
+        return None
+
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """The method in a few words, for people."""
+
+    @classmethod
+    @abstractmethod
+    def profile(cls, bits: int, parameters: int) -> ProfileName:
+        """The profile of gates for an artifact whose layers are mostly quantized so.
+
+        Args:
+            bits: of one code.
+            parameters: of the merged model; a tied head counts once.
+        """
+
+    @abstractmethod
+    def plan(self, checkpoint: Checkpoint) -> Outputs:
+        """What `quantize` will yield, from headers alone.
+
+        Raises:
+            CompatibilityError: the settings do not fit the model, or nothing would be quantized.
+        """
+
+    @abstractmethod
+    def quantize(
+        self,
+        checkpoint: Checkpoint,
+        outputs: Outputs,
+        calibration: CalibrationSet | None,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        scratch: Path,
+        report: Reporter = silent,
+    ) -> Iterator[TensorRecord]:
+        """Yields every tensor of the model as `plan` has said, with the memory of one block at most.
+
+        Args:
+            checkpoint: the merged model.
+            outputs: what `plan` gave for it.
+            calibration: the tokens to look at, for the methods that need calibration.
+            dtype: the merged model's dtype.
+            device: where to compute.
+            scratch: a folder on a disk with room for a block's activations; nothing is left in it.
+            report: is told of progress.
+
+        Raises:
+            NumericalError: the numbers do not allow it; see the method.
+            InputError: a tensor cannot be read.
+            OSError: the disk is full.
+        """
+
+
+class RoundingMethod(Method):
+    """A method that rounds each weight on its own: no forward pass, no calibration text."""
+
+    skip_modules: list[str] = []
+    """Shell-style patterns of module paths that stay at 16 bits, for example `*.mlp.down_proj`. Each must match."""
+
+    force_modules: list[str] = []
+    """Patterns of modules to quantize although their family keeps them at 16 bits. Each must match such a module."""
+
+    experts: ClassVar[bool] = True
+    """Whether the experts of a mixture are quantized; else they stay at 16 bits."""
+
+    @abstractmethod
+    def describe(self) -> Description:
+        """What files that hold the weights must say of them."""
+
+    @property
+    @abstractmethod
+    def layer_method(self) -> str:
+        """Which of `layer_methods` these settings mean."""
+
+    @abstractmethod
+    def spec(self, linear: LinearSpec, stored: TensorSpec) -> QuantizedSpec:
+        """What a layer will be quantized to.
+
+        Args:
+            linear: the layer.
+            stored: its merged weight.
+        """
+
+    @abstractmethod
+    def codes(self, weight: torch.Tensor, spec: QuantizedSpec) -> Quantized:
+        """Rounds one merged matrix [out, in].
+
+        Raises:
+            NumericalError: a value is out of the method's range.
+        """
+
+    def refusal(self, linear: LinearSpec) -> str | None:
+        """Why the method cannot take this layer, and the way out; None where it can."""
+        return None
+
+    def plan(self, checkpoint: Checkpoint) -> Outputs:
+        """All linears in the blocks, but those that the family or the recipe keeps at 16 bits."""
+        from qexport.quantizing.rounding import plan
+
+        return plan(self, checkpoint)
+
+    def quantize(
+        self,
+        checkpoint: Checkpoint,
+        outputs: Outputs,
+        calibration: CalibrationSet | None,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        scratch: Path,
+        report: Reporter = silent,
+    ) -> Iterator[TensorRecord]:
+        """Tensor after tensor; no model is built."""
+        from qexport.quantizing.rounding import quantize
+
+        return quantize(self, checkpoint, outputs, device=device, report=report)

@@ -1,0 +1,81 @@
+"""The method `nf4`: bitsandbytes' 4-bit code books, NF4 and FP4."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from qexport.gates.profiles import TINY_PARAMETERS
+from qexport.quantizing.method import RoundingMethod
+
+if TYPE_CHECKING:
+    import torch
+
+    from qexport.architectures.structure import LinearSpec
+    from qexport.gates.settings import ProfileName
+    from qexport.tensors import Method as Description
+    from qexport.tensors import Quantized, QuantizedSpec, TensorSpec
+
+
+class Nf4(RoundingMethod):
+    """bitsandbytes' 4 bits (arXiv:2305.14314), for transformers; no calibration data."""
+
+    method: Literal["nf4"] = "nf4"
+    """Codes from a code book of 16 values, blocks of the flattened matrix."""
+
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    """The code book: NormalFloat, or 4-bit floating point."""
+
+    block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
+    """Values that share an absmax. transformers itself only makes 64, and reads all of them."""
+
+    double_quant: bool = False
+    """Quantize the absmaxes too, which saves 0.4 bits a weight."""
+
+    compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """What transformers multiplies the dequantized weights in."""
+
+    layer_methods: ClassVar[tuple[str, ...]] = ("nf4", "fp4")
+    experts: ClassVar[bool] = False
+
+    @property
+    def title(self) -> str:
+        """`NF4`, `FP4`, with double quantization where it is on."""
+        return f"{self.quant_type.upper()}{', double quantization' if self.double_quant else ''}"
+
+    @property
+    def layer_method(self) -> str:
+        """The code book."""
+        return self.quant_type
+
+    @classmethod
+    def profile(cls, bits: int, parameters: int) -> ProfileName:
+        """Tiny models have limits of their own."""
+        return "tiny" if parameters < TINY_PARAMETERS else "nf4"
+
+    def describe(self) -> Description:
+        """As bitsandbytes' 4-bit layers."""
+        from qexport.tensors import FourBit
+
+        return FourBit(self.quant_type, self.block_size, self.double_quant, self.compute_dtype)
+
+    def spec(self, linear: LinearSpec, stored: TensorSpec) -> QuantizedSpec:
+        """Blocks of the flattened matrix."""
+        from qexport.tensors import BlockQuantizedSpec
+
+        return BlockQuantizedSpec(
+            linear.out_features,
+            linear.in_features,
+            self.quant_type,
+            self.block_size,
+            self.double_quant,
+            stored.dtype,
+            linear.transposed,
+        )
+
+    def codes(self, weight: torch.Tensor, spec: QuantizedSpec) -> Quantized:
+        """The bytes that bitsandbytes would find."""
+        from qexport.quantizing.bitsandbytes_4bit import quantize
+        from qexport.tensors import BlockQuantizedSpec
+
+        assert isinstance(spec, BlockQuantizedSpec)
+        return quantize(weight, spec)

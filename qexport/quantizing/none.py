@@ -1,0 +1,57 @@
+"""The method `none`: the merged model as it is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from qexport.progress import Reporter, silent
+from qexport.quantizing.method import Method
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    import torch
+
+    from qexport.architectures.checkpoint import Checkpoint
+    from qexport.gates.settings import ProfileName
+    from qexport.tensors import CalibrationSet, Outputs, TensorRecord
+
+
+class NoQuantization(Method):
+    """No quantization: the merged model in `merge.dtype` is the artifact."""
+
+    method: Literal["none"] = "none"
+    """The merged weights as they are."""
+
+    @property
+    def title(self) -> str:
+        """What the weights are."""
+        return "16 bits"
+
+    @classmethod
+    def profile(cls, bits: int, parameters: int) -> ProfileName:
+        """One for every size."""
+        return "16bit"
+
+    def plan(self, checkpoint: Checkpoint) -> Outputs:
+        """Every tensor as it is merged."""
+        from qexport.tensors import Dense, Outputs
+
+        return Outputs(Dense(), dict(checkpoint.weights.specs()))
+
+    def quantize(
+        self,
+        checkpoint: Checkpoint,
+        outputs: Outputs,
+        calibration: CalibrationSet | None,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        scratch: Path,
+        report: Reporter = silent,
+    ) -> Iterator[TensorRecord]:
+        """Tensor after tensor."""
+        from qexport.quantizing.rounding import quantize
+
+        return quantize(None, checkpoint, outputs, device=device, report=report)

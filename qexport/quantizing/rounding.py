@@ -1,0 +1,77 @@
+"""The pass of the methods that need no forward: tensors are read, merged, rounded and handed on one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from qexport.architectures.checkpoint import Checkpoint
+from qexport.progress import Progress, Reporter, silent
+from qexport.quantizing.method import RoundingMethod
+from qexport.quantizing.selection import notes_on_experts, select_rounded
+from qexport.records import LayerRecord
+from qexport.tensors import GroupQuantizedSpec, Outputs, OutputSpec, TensorRecord, TensorSpec, WeightSource
+
+
+def plan(method: RoundingMethod, checkpoint: Checkpoint) -> Outputs:
+    """What `quantize` will yield.
+
+    Raises:
+        CompatibilityError: a pattern matches nothing, or nothing is left to quantize.
+    """
+    structure, stored = checkpoint.architecture.structure, checkpoint.weights.specs()
+    specs: dict[str, OutputSpec] = dict(stored)
+    for linear in select_rounded(structure, method):
+        name = f"{linear.name}.weight"
+        specs[name] = method.spec(linear, stored[name])
+    return Outputs(method.describe(), specs, notes_on_experts(structure, specs, method))
+
+
+def quantize(
+    method: RoundingMethod | None,
+    checkpoint: Checkpoint,
+    outputs: Outputs,
+    *,
+    device: torch.device,
+    report: Reporter = silent,
+) -> Iterator[TensorRecord]:
+    """Yields every tensor of the model, one after the other, quantized where `outputs` says so.
+
+    Args:
+        method: what rounds a matrix; None where nothing is quantized.
+        checkpoint: the merged model.
+        outputs: what will come.
+        device: where to compute.
+        report: is told of each tensor.
+
+    Raises:
+        InputError: a tensor cannot be read.
+        NumericalError: a value is out of the method's range.
+    """
+    merged_ahead = _ahead(checkpoint.weights, outputs.specs)
+    for done, ((name, spec), merged) in enumerate(zip(outputs.specs.items(), merged_ahead, strict=True)):
+        report(Progress("quantize", done, len(outputs.specs), "tensor", name))
+        if isinstance(spec, TensorSpec):
+            yield TensorRecord(name, merged)
+            continue
+        assert method is not None
+        assert not isinstance(spec, GroupQuantizedSpec)
+        matrix = merged.t().contiguous() if spec.transposed else merged  # every format has the codes [out, in]
+        layer = LayerRecord.uncalibrated(name.removesuffix(".weight"), method.layer_method, spec.bits, spec.group_size)
+        yield TensorRecord(name, method.codes(matrix.to(device), spec), layer, merged)
+    report(Progress("quantize", len(outputs.specs), len(outputs.specs), "tensor"))
+
+
+def _ahead(weights: WeightSource, names: Iterable[str]) -> Iterator[torch.Tensor]:
+    """The tensors in their order; the next one is read and merged in a thread while the one before is worked on."""
+    with ThreadPoolExecutor(1) as reader:
+        remaining = iter(names)
+        pending = reader.submit(weights.read, next(remaining))
+        for name in remaining:
+            found = pending.result()
+            pending = reader.submit(weights.read, name)
+            yield found
+            del found
+        yield pending.result()

@@ -1,0 +1,175 @@
+"""Which linear layers a method quantizes, and with what. Known from the headers, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from math import gcd
+
+from qexport.architectures.families import family, matching
+from qexport.architectures.structure import LinearSpec, Structure
+from qexport.errors import CompatibilityError
+from qexport.quantizing.gptq import Gptq, Override
+from qexport.quantizing.method import Method, RoundingMethod
+from qexport.quantizing.solver import Options
+from qexport.tensors import OutputSpec, TensorSpec
+
+_LISTED = 8
+
+
+def select(structure: Structure, method: Gptq) -> dict[str, Options]:
+    """The options of each linear layer to quantize, by module path; every other layer stays dense.
+
+    Raises:
+        CompatibilityError: a group size that does not divide a layer, an override that matches nothing, a tied head,
+            or nothing left to quantize. All problems are in one message.
+    """
+    linears = candidates(structure, method)
+    problems = _unmatched(linears, method.overrides) + _tied_head(structure, method)
+    chosen: dict[str, Options] = {}
+    for linear in linears.values():
+        override = _override(linear.name, method.overrides)
+        insisted = override is not None and not override.dense
+        kept = _kept_by_family(structure, linear.name)
+        if (kept and not insisted) or (override is not None and override.dense):
+            continue
+        chosen[linear.name] = _options(linear, method, override)
+    problems += _ragged(linears, chosen)
+    if not chosen and not problems:
+        problems.append("no layer is left to quantize: every linear layer is dense by override or family")
+    if problems:
+        raise CompatibilityError("\n".join(problems), where="quantize")
+    return chosen
+
+
+def _kept_by_family(structure: Structure, name: str) -> bool:
+    return matching(family(structure.model_type).keep_dense, name) is not None
+
+
+def candidates(structure: Structure, method: Gptq) -> dict[str, LinearSpec]:
+    """The linear layers among which the recipe chooses, by name: all inside the blocks, and the head if it says so."""
+    linears = list(structure.block_linears)
+    if method.lm_head and not structure.tied:
+        out_features, in_features = structure.parameters[f"{structure.head}.weight"]
+        linears.append(LinearSpec(structure.head, out_features, in_features))
+    return {linear.name: linear for linear in linears}
+
+
+def _options(linear: LinearSpec, method: Gptq, override: Override | None) -> Options:
+    bits = override.bits if override and override.bits else method.bits
+    group_size = override.group_size if override and override.group_size else method.group_size
+    return solver_options(method, bits, linear.in_features if group_size == -1 else group_size)
+
+
+def solver_options(method: Gptq, bits: int, group_size: int) -> Options:
+    """The method's settings for a layer of so many bits and inputs in a group, as the solver takes them."""
+    return Options(
+        bits=bits,
+        group_size=group_size,
+        order=method.order,
+        sym=method.sym,
+        damp_percent=method.damp_percent,
+        search=method.mse,
+    )
+
+
+def _override(name: str, overrides: Iterable[Override]) -> Override | None:
+    found = [override for override in overrides if fnmatchcase(name, override.modules)]
+    return found[-1] if found else None
+
+
+def _unmatched(candidates: Iterable[str], overrides: Iterable[Override]) -> list[str]:
+    names = list(candidates)
+    return [
+        f"the override for {override.modules!r} matches no linear layer, for example {names[0]}"
+        for override in overrides
+        if not any(fnmatchcase(name, override.modules) for name in names)
+    ]
+
+
+def _tied_head(structure: Structure, method: Gptq) -> list[str]:
+    if method.lm_head and structure.tied:
+        return ["lm_head: true needs a head of its own, but this model's head is tied to its embedding"]
+    return []
+
+
+def _ragged(candidates: Mapping[str, LinearSpec], chosen: Mapping[str, Options]) -> list[str]:
+    """One problem for each group size, with the layers that it does not divide and the sizes that would fit."""
+    ragged: dict[int, list[LinearSpec]] = {}
+    for name, options in chosen.items():
+        if candidates[name].in_features % options.group_size:
+            ragged.setdefault(options.group_size, []).append(candidates[name])
+    return [_ragged_text(group_size, linears) for group_size, linears in ragged.items()]
+
+
+def _ragged_text(group_size: int, linears: list[LinearSpec]) -> str:
+    common = gcd(*(linear.in_features for linear in linears))
+    divisors = [size for size in range(16, 1025) if common % size == 0]
+    fits = [size for size in divisors if size.bit_count() == 1] or divisors  # kernels know powers of two best
+    names = ", ".join(f"{linear.name} ({linear.in_features} inputs)" for linear in linears[:_LISTED])
+    more = f" and {len(linears) - _LISTED} more" if len(linears) > _LISTED else ""
+    return (
+        f"group_size {group_size} does not divide the inputs of {len(linears)} layers: {names}{more}; "
+        f"sizes that fit them all: {', '.join(map(str, [*fits, -1]))}"
+    )
+
+
+def select_rounded(structure: Structure, method: RoundingMethod) -> list[LinearSpec]:
+    """The linear layers that a rounding method quantizes: all inside the blocks but those that the family or the recipe
+    keeps at 16 bits.
+
+    Raises:
+        CompatibilityError: a pattern matches nothing, a layer is refused, or nothing is left to quantize. All problems
+            are in one message.
+    """
+    linears = [linear for linear in structure.block_linears if method.experts or not linear.expert]
+    kept = {linear.name for linear in linears if _kept_by_family(structure, linear.name)}
+    problems = _unmatched_patterns("skip_modules", method.skip_modules, {linear.name for linear in linears})
+    problems += _unmatched_patterns("force_modules", method.force_modules, kept)
+    kept = {name for name in kept if not _any(method.force_modules, name)}
+    chosen = [linear for linear in linears if linear.name not in kept and not _any(method.skip_modules, linear.name)]
+    if not chosen and not problems:
+        problems.append("no layer is left to quantize: every linear layer is dense by skip_modules or family")
+    problems += [
+        f"{linear.name} is named by skip_modules and by force_modules"
+        for linear in linears
+        if _any(method.skip_modules, linear.name) and _any(method.force_modules, linear.name)
+    ]
+    problems += dict.fromkeys(reason for linear in chosen if (reason := method.refusal(linear)))
+    if problems:
+        raise CompatibilityError("\n".join(problems), where="quantize")
+    return chosen
+
+
+def _any(patterns: list[str], name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _unmatched_patterns(key: str, patterns: list[str], names: set[str]) -> list[str]:
+    example = f", for example {min(names)}" if names else "; this family has none"
+    what = "linear layer" if key == "skip_modules" else "linear layer that its family keeps dense"
+    return [
+        f"{key}: {pattern!r} matches no {what}{example}"
+        for pattern in patterns
+        if not any(fnmatchcase(name, pattern) for name in names)
+    ]
+
+
+def notes_on_experts(structure: Structure, specs: Mapping[str, OutputSpec], method: Method) -> tuple[str, ...]:
+    """Tells of experts that stay at 16 bits, since they are most of a mixture's weights.
+
+    Args:
+        structure: the model's.
+        specs: what the method will yield.
+        method: the method.
+    """
+    blocks = tuple(f"{block}." for block in structure.blocks)
+    kept = [
+        name
+        for name, spec in specs.items()
+        if name.startswith(blocks) and ".experts." in name and isinstance(spec, TensorSpec) and len(spec.shape) > 1
+    ]
+    if not kept:
+        return ()
+    reason = ": bitsandbytes quantizes no experts" if isinstance(method, RoundingMethod) and not method.experts else ""
+    return (f"{len(kept)} tensors of experts stay at 16 bits{reason}",)

@@ -1,0 +1,209 @@
+"""GPTQ: codes for the rows of a matrix that minimise the error of its outputs.
+
+Algorithm 1 of arXiv:2210.17323; the reference implementation is `fasterquant` in IST-DASLab/gptq. The weights are kept
+transposed, [in, out], so that a column of the paper is a contiguous row here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qexport.errors import NumericalError
+from qexport.quantizing.scales import Grid, fit
+from qexport.tensors import GroupQuantized
+
+COLUMN_BLOCK = 128
+"""At most so many columns wait before their errors reach the rest of the matrix (the paper's B)."""
+
+DAMPING_STEPS = (1.0, 3.0, 10.0, 30.0)
+"""Multiples of damp_percent that are tried, in this order, until the Hessian factorizes."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The settings of one solve; `GptqSettings` explains each.
+
+    Attributes:
+        bits: 2, 3, 4 or 8.
+        group_size: inputs in a group, a divisor of the number of inputs.
+        order: `original`, `static` (static act-order) or `dynamic` (desc_act).
+        sym: zero points fixed at 2**(bits-1).
+        damp_percent: fraction of the mean diagonal that is added to the diagonal.
+        search: look for each group's clipping range.
+    """
+
+    bits: int
+    group_size: int
+    order: str
+    sym: bool
+    damp_percent: float
+    search: bool
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What a Hessian becomes before columns are solved with it.
+
+    Attributes:
+        upper: float32 [in, in], U with H^-1 = U^T U, for the permuted inputs.
+        order: int64 [in], the inputs in the order in which they are solved.
+        damp_percent: the damping that the factorization needed.
+    """
+
+    upper: Tensor
+    order: Tensor
+    damp_percent: float
+
+
+def factorize(hessian: Tensor, options: Options, *, rank_deficient: bool = False) -> Factor:
+    """Orders, damps and factorizes a Hessian [in, in]. Dead inputs must have a diagonal above zero already.
+
+    A Hessian of fewer tokens than inputs starts with the second damping step, because its null space is exact.
+
+    The upper factor of the inverse comes from one Cholesky factorization with rows and columns reversed and one
+    triangular inversion, instead of the reference's two factorizations around an explicit inverse.
+
+    Raises:
+        NumericalError: not positive definite at any damping in `DAMPING_STEPS`.
+    """
+    inputs = hessian.shape[0]
+    diagonal = hessian.diagonal()
+    original = torch.arange(inputs, device=hessian.device)
+    order = original if options.order == "original" else torch.argsort(diagonal, descending=True, stable=True)
+    reverse = order.flip(0)
+    mean = float(diagonal.mean())
+    with single_thread():
+        for step in DAMPING_STEPS[int(rank_deficient) :]:
+            matrix = hessian[reverse[:, None], reverse]
+            matrix.diagonal().add_(options.damp_percent * step * mean)
+            lower, failed = torch.linalg.cholesky_ex(matrix)
+            if not failed and bool(torch.isfinite(lower.diagonal()).all()):
+                inverse = matrix.copy_(torch.eye(inputs, device=hessian.device))
+                torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+                return Factor(inverse.flip(0, 1), order, options.damp_percent * step)
+    raise NumericalError(
+        f"the Hessian is not positive definite, even with {options.damp_percent * DAMPING_STEPS[-1]:g} of damping",
+        mend="give more calibration tokens, raise quantize.damp_percent, or set on_failure: round_to_nearest",
+    )
+
+
+def solve(weight: Tensor, hessian: Tensor, factor: Factor, options: Options) -> GroupQuantized:
+    """The codes of a matrix.
+
+    Args:
+        weight: float32 [out, in].
+        hessian: float32 [in, in]; its diagonal weighs the search for clipping ranges.
+        factor: from `factorize` with the same options.
+        options: bits, groups and order.
+    """
+    columns = weight.t()[factor.order].contiguous()
+    importance = hessian.diagonal()
+    groups = weight.shape[1] // options.group_size
+    original = torch.arange(weight.shape[1], device=weight.device) // options.group_size
+    if options.order == "static":
+        group_of, grid = original[factor.order], fit_matrix(weight, options, importance)
+    else:
+        empty = torch.empty(groups, weight.shape[0], device=weight.device, dtype=weight.dtype)
+        group_of, grid = original, Grid(empty, empty.clone(), options.bits)
+    with single_thread():
+        codes = _columns(columns, factor.upper, group_of, grid, importance[factor.order], options)
+    inverse = torch.argsort(factor.order)
+    g_idx = original if options.order != "dynamic" else original[inverse]
+    return _quantized(codes[inverse].t(), grid, g_idx, options)
+
+
+def round_to_nearest(weight: Tensor, options: Options) -> GroupQuantized:
+    """Plain rounding on grids that span each group's largest value, without calibration.
+
+    Args:
+        weight: float32 [out, in].
+        options: bits and groups; order and search are not used.
+    """
+    grid = fit_matrix(weight, options, None)
+    g_idx = torch.arange(weight.shape[1], device=weight.device) // options.group_size
+    codes = grid.codes(weight.t(), g_idx)
+    return _quantized(codes.t(), grid, g_idx, options)
+
+
+def fit_matrix(weight: Tensor, options: Options, importance: Tensor | None) -> Grid:
+    """The grids of all groups of a matrix [out, in]; searched where `importance` [in] is given and options say so."""
+    grouped = weight.t().reshape(-1, options.group_size, weight.shape[0])
+    weights = None if importance is None else importance.reshape(-1, options.group_size)
+    search = options.search and importance is not None
+    return fit(grouped, bits=options.bits, sym=options.sym, search=search, importance=weights)
+
+
+def _columns(
+    columns: Tensor, upper: Tensor, group_of: Tensor, grid: Grid, importance: Tensor, options: Options
+) -> Tensor:
+    """Quantizes column after column and spreads each one's error over the columns that follow.
+
+    `columns` [in, out] is overwritten; where the grids are not static, `grid` is filled at the start of each group.
+    """
+    inputs = columns.shape[0]
+    codes = torch.empty_like(columns, dtype=torch.uint8)
+    groups = group_of.tolist()
+    for start, end in _column_blocks(inputs, options.group_size):
+        errors = torch.empty_like(columns[start:end])
+        for index in range(start, end):
+            group = groups[index]
+            if options.order != "static" and index % options.group_size == 0:
+                _fit_group(columns, grid, group, index, importance, options)
+            column = columns[index]
+            code = grid.codes(column, group)
+            codes[index] = code
+            error = errors[index - start]
+            torch.sub(column, grid.values(code, group), out=error).div_(upper[index, index])
+            columns[index + 1 : end].addr_(upper[index, index + 1 : end], error, alpha=-1)
+        columns[end:].addmm_(upper[start:end, end:].t(), errors, alpha=-1)
+    return codes
+
+
+def _column_blocks(inputs: int, group_size: int) -> Iterator[tuple[int, int]]:
+    """Bounds of blocks in which no group begins that ends in a later one, so that a group's grid sees every update."""
+    span = group_size if group_size > COLUMN_BLOCK else COLUMN_BLOCK // group_size * group_size
+    for first in range(0, inputs, span):
+        last = min(first + span, inputs)
+        for start in range(first, last, COLUMN_BLOCK):
+            yield start, min(start + COLUMN_BLOCK, last)
+
+
+def _fit_group(columns: Tensor, grid: Grid, group: int, start: int, importance: Tensor, options: Options) -> None:
+    part = slice(start, start + options.group_size)
+    found = fit(
+        columns[None, part],
+        bits=options.bits,
+        sym=options.sym,
+        search=options.search,
+        importance=importance[None, part],
+    )
+    grid.scales[group], grid.zeros[group] = found.scales[0], found.zeros[0]
+
+
+def _quantized(codes: Tensor, grid: Grid, g_idx: Tensor, options: Options) -> GroupQuantized:
+    return GroupQuantized(
+        codes=codes.to(torch.uint8).contiguous(),
+        scales=grid.scales.to(torch.float16),
+        zeros=grid.zeros.to(torch.uint8),
+        g_idx=g_idx.to(torch.int32),
+        bits=options.bits,
+        group_size=options.group_size,
+        sym=options.sym,
+        desc_act=options.order == "dynamic",
+    )
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """One thread for the factorizations and the column loop, whose bits depend on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,201 @@
+"""Models of transformers, filled with dense weights, or with the codes of an artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Final, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from qexport.architectures.architecture import Architecture
+from qexport.architectures.buffers import compute_buffers
+from qexport.architectures.naming import Part
+from qexport.errors import CompatibilityError, QexportError, listed
+from qexport.reading.dequantization import dequantize
+from qexport.reading.stored_format import StoredWeight, Tensors
+from qexport.tensors import WeightSource
+from qexport.tensors.strict_files import contained_path, read_json_object
+
+_GENERATION_NAME: Final = "generation_config.json"
+_GENERATION_LIMIT: Final = 1 << 20
+
+
+class QuantizedWeights(WeightSource, Protocol):
+    """Weights, some of which are stored as codes."""
+
+    @property
+    def quantized(self) -> Mapping[str, StoredWeight]:
+        """How each quantized module is stored, by its path."""
+        ...
+
+    def tensors(self, module: str) -> Tensors:
+        """The tensors of a quantized module as they are stored, by their names inside the module.
+
+        Raises:
+            InputError: one is cut short, or holds NaN or Inf.
+        """
+        ...
+
+
+class QuantizedLinear(nn.Module):
+    """Takes the place of a linear layer; holds the tensors of the file and dequantizes them in each forward.
+
+    The product is the one of the class that it replaces (`nn.Linear`, `FalconLinear`, GPT-2's `Conv1D`), so that the
+    outputs are those of the dense layer with the dequantized weight, bit for bit.
+
+    Args:
+        linear: the layer to replace, on any device.
+        weight: how the weight is stored.
+        tensors: the weight, as `weight.parts` names it.
+        bias: [out], or None.
+
+    Raises:
+        InputError: the tensors contradict each other or the config, or a value is out of range.
+    """
+
+    def __init__(self, linear: nn.Module, weight: StoredWeight, tensors: Tensors, bias: Tensor | None) -> None:
+        super().__init__()
+        weight.quantized(tensors)
+        self.out_features, self.in_features = weight.shape
+        self._weight = weight
+        self._transposed = isinstance(linear, Conv1D)
+        self._product: Callable[..., Tensor] = type(linear).forward
+        for part in weight.parts:
+            self.register_buffer(_attribute(part), tensors[part])
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The layer's outputs [..., out] for inputs [..., in], with the weight in the dtype of the inputs."""
+        with torch.no_grad():
+            weight = self.dequantized(inputs.dtype)
+            weight = weight.t().contiguous() if self._transposed else weight
+        return self._product(SimpleNamespace(weight=weight, bias=self.bias, nf=self.out_features), inputs)
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in]."""
+        tensors = {part: getattr(self, _attribute(part)) for part in self._weight.parts}
+        return dequantize(self._weight.quantized(tensors), dtype)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"{self.in_features}, {self.out_features}, {type(self._weight).__name__}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        """Codes and scales follow to another device; `model.half()` and its like change the bias only."""
+        stored = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in stored.items():
+            moved = self._buffers[name]
+            if tensor is not None and moved is not None and moved.dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(moved.device)
+        return self
+
+    def _save_to_state_dict(self, *_: Any) -> None:
+        raise CompatibilityError(
+            "a loaded artifact cannot be saved again: readers would take its codes for weights",
+            mend="copy the artifact's folder",
+        )
+
+
+def _attribute(part: str) -> str:
+    """A buffer's name has no dots."""
+    return part.replace(".", "_")
+
+
+def dense_model(
+    architecture: Architecture, weights: WeightSource, *, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """A model from any source of dense weights, as transformers would hold it, ready for `generate`.
+
+    Args:
+        architecture: the model's.
+        weights: named as in files; every one of them is read, once.
+        dtype: of the floating weights.
+        device: where to put it.
+
+    Raises:
+        CompatibilityError: transformers does not know the family.
+    """
+    with torch.no_grad():
+        model = architecture.in_dtype(dtype).empty_model()
+        compute_buffers(model, device)
+        for name, part in architecture.naming.parts.items():
+            _put(model, part, weights.read(name), device)
+    return _finished(model)
+
+
+def quantized_model(
+    architecture: Architecture, weights: QuantizedWeights, *, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """A model whose linear layers keep their codes, ready for `generate`.
+
+    Args:
+        architecture: the model's.
+        weights: dense and quantized ones, complete.
+        dtype: to compute in.
+        device: where to put it.
+    """
+    with torch.no_grad():
+        model = architecture.in_dtype(dtype).empty_model()
+        compute_buffers(model, device)
+        _fill(model, architecture.naming.parts, weights, device)
+    return _finished(model)
+
+
+def read_generation(folder: Path) -> dict[str, Any] | None:
+    """The content of generation_config.json; None where there is none.
+
+    Raises:
+        InputError: it is malformed.
+    """
+    path = contained_path(folder, _GENERATION_NAME)
+    return read_json_object(path, limit=_GENERATION_LIMIT) if path.is_file() else None
+
+
+def _finished(model: PreTrainedModel) -> PreTrainedModel:
+    model.tie_weights()
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    if empty := [name for name, tensor in tensors if tensor.is_meta]:
+        raise QexportError("parts of the model were never loaded", where=listed(empty))
+    model.eval()
+    return model
+
+
+def _fill(model: PreTrainedModel, parts: Mapping[str, Part], source: QuantizedWeights, device: torch.device) -> None:
+    """Loads what is dense, biases among it, then puts quantized layers in the place of linears."""
+    layers = {name for name, part in parts.items() if _is_layer(name, part, source)}
+    for name, part in parts.items():
+        if name not in layers:
+            _put(model, part, source.read(name), device)
+    for name in layers:
+        module, path = name.removesuffix(".weight"), parts[name].parameter.rpartition(".")[0]
+        linear = model.get_submodule(path)
+        assert linear.bias is None or isinstance(linear.bias, torch.Tensor)
+        layer = QuantizedLinear(linear, source.quantized[module], source.tensors(module), linear.bias)
+        model.set_submodule(path, layer.to(device))
+
+
+def _is_layer(name: str, part: Part, source: QuantizedWeights) -> bool:
+    return name.removesuffix(".weight") in source.quantized and part.expert is None
+
+
+def _put(model: PreTrainedModel, part: Part, tensor: torch.Tensor, device: torch.device) -> None:
+    """A dense parameter or persistent buffer, floating ones in the model's dtype; or an expert's share of one."""
+    path, _, leaf = part.parameter.rpartition(".")
+    module = model.get_submodule(path)
+    tensor = tensor.to(device=device, dtype=model.dtype if tensor.is_floating_point() else tensor.dtype)
+    if part.expert is not None:
+        whole = module.get_parameter(leaf).data
+        if whole.is_meta:
+            whole = torch.full(whole.shape, torch.nan, dtype=model.dtype, device=device)
+        part.of(whole).copy_(tensor)
+        tensor = whole
+    if leaf in module._buffers:
+        module._buffers[leaf] = tensor
+    else:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)

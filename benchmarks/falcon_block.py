@@ -27,7 +27,8 @@ from qexport.architectures.architecture import Architecture
 from qexport.architectures.checkpoint import Checkpoint
 from qexport.quantizing.gptq import Gptq
 from qexport.quantizing.method import CalibrationSettings
-from qexport.tensors import CalibrationSet, LayerReport, Origin, TensorSpec
+from qexport.records import LayerRecord
+from qexport.tensors import CalibrationSet, Origin, TensorSpec
 
 WINDOWS, LENGTH, VOCABULARY = 8, 512, 1024
 
@@ -73,7 +74,7 @@ def main() -> None:
     tokens = torch.randint(VOCABULARY, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(0))
     settings = Gptq(method="gptq", bits=4, group_size=64, calibration=CalibrationSettings(source="-"))
     started, before = time.perf_counter(), _cpu_seconds()
-    layers: list[LayerReport] = []
+    layers: list[LayerRecord] = []
     with tempfile.TemporaryDirectory() as scratch:
         stream = settings.quantize(
             checkpoint,
@@ -83,7 +84,7 @@ def main() -> None:
             device=torch.device("cpu"),
             scratch=Path(scratch),
         )
-        layers = [record.report for record in stream if record.report]
+        layers = [record.layer for record in stream if record.layer]
     wall, cpu = time.perf_counter() - started, _cpu_seconds() - before
     _show(layers, wall, cpu)
 
@@ -93,7 +94,7 @@ def _cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def _show(layers: list[LayerReport], wall: float, cpu: float) -> None:
+def _show(layers: list[LayerRecord], wall: float, cpu: float) -> None:
     table = Table("layer", "loss", "round-to-nearest", "damping")
     for layer in layers:
         table.add_row(layer.name, f"{layer.loss:.5f}", f"{layer.rtn_loss:.5f}", f"{layer.damp_percent:g}")

@@ -6,24 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qexport.artifact.figures import CATALOGUE, Figure, GateResult, overall
-from qexport.artifact.manifest import LayerRecord, Sizes, SourceRecord
-from qexport.artifact.record import Environment, Identity, Protocol
-from qexport.artifact.report import (
-    REPORT_NAME,
+from qexport.artifact.figures import CATALOGUE, CheckResult, Figure, GateResult, overall
+from qexport.artifact.manifest import Sizes, SourceRecord
+from qexport.artifact.measurements import (
     BlockDrift,
-    Check,
-    Comparison,
     Generations,
     Histogram,
     MarginBin,
-    Reference,
-    Report,
+    PromptComparison,
     Speed,
-    Subject,
     Timings,
     WorstToken,
 )
+from qexport.artifact.record import Environment, Identity, Protocol
+from qexport.artifact.report import REPORT_NAME, ReferenceRecord, Report, Subject
+from qexport.records import LayerRecord
 
 DOMAINS = ("code", "news")
 
@@ -77,7 +74,7 @@ def figures() -> list[Figure]:
     return [*overall_figures, *domains, *ratios]
 
 
-def comparison(identifier: str = "news-1", **changes: Any) -> Comparison:
+def comparison(identifier: str = "news-1", **changes: Any) -> PromptComparison:
     """Two continuations that part after their third token."""
     values: dict[str, Any] = dict(
         id=identifier, domain="news", style="clean", pair=None, prompt="What happened today?",
@@ -86,7 +83,7 @@ def comparison(identifier: str = "news-1", **changes: Any) -> Comparison:
         rouge_l=0.66, reference_repetition=0.0, artifact_repetition=0.1, reference_hit_limit=False,
         artifact_hit_limit=False,
     )  # fmt: skip
-    return Comparison(**(values | changes))
+    return PromptComparison(**(values | changes))
 
 
 def layer(name: str = "model.layers.0.self_attn.q_proj", **changes: Any) -> LayerRecord:
@@ -106,8 +103,8 @@ def report(gates: Sequence[GateResult] | None = None, **changes: Any) -> Report:
         subject=subject(), reference=reference(), identity=identity(), protocol=protocol(), figures=figures(),
         gates=gates,
         checks=[
-            Check(gate="config", name="rope_theta", passed=True, detail="equal"),
-            Check(gate="tokenizer", name="ids", passed=True, detail="equal on 160 texts"),
+            CheckResult(gate="config", name="rope_theta", passed=True, detail="equal"),
+            CheckResult(gate="tokenizer", name="ids", passed=True, detail="equal on 160 texts"),
         ],
         kl_histogram=Histogram(edges=[1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0], counts=[900, 4100, 7800, 5700, 918]),
         flips_by_margin=[
@@ -145,9 +142,9 @@ def subject() -> Subject:
     )  # fmt: skip
 
 
-def reference() -> Reference:
+def reference() -> ReferenceRecord:
     """A base from the hub and an adapter from a folder."""
-    return Reference(
+    return ReferenceRecord(
         base=SourceRecord(kind="hub", name="org/model", revision="abc", sha256={"model.safetensors": "b" * 64}),
         adapter=SourceRecord(
             kind="folder", name="adapter", revision=None, sha256={"adapter_model.safetensors": "c" * 64}

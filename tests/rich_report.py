@@ -6,20 +6,19 @@ import math
 import random
 
 import reports
-from qexport.artifact.figures import Figure, GateResult
-from qexport.artifact.manifest import LayerRecord
-from qexport.artifact.report import (
+from qexport.artifact.figures import CheckResult, Figure, GateResult
+from qexport.artifact.measurements import (
     BlockDrift,
-    Check,
-    Comparison,
     Generations,
     Histogram,
     MarginBin,
-    Report,
+    PromptComparison,
     SampledComparison,
     TaskRecord,
     WorstToken,
 )
+from qexport.artifact.report import Report
+from qexport.records import LayerRecord
 
 DOMAINS = ("creative", "code", "chat", "french", "legal", "medical", "news", "release notes")
 SCRIPT = "<script>alert('caught')</script>"
@@ -135,7 +134,7 @@ def generations(chance: random.Random) -> Generations:
                        skipped={"long-2": "longer than the model's context"})  # fmt: skip
 
 
-def generated(index: int, chance: random.Random) -> Comparison:
+def generated(index: int, chance: random.Random) -> PromptComparison:
     domain, style = DOMAINS[index % 8], ("clean", "messy")[index % 2]
     if index % 5 == 0:
         same = " The release is out and every test has passed."
@@ -174,12 +173,14 @@ def layers(chance: random.Random) -> list[LayerRecord]:
     return found
 
 
-def checks() -> list[Check]:
+def checks() -> list[CheckResult]:
     names = ("ids", "end of sequence", "padding side", "template", "added tokens", "generation_config")
-    tokenizer = [Check(gate="tokenizer", name=name, passed=True, detail="equal to the base's") for name in names]
-    config = [Check(gate="config", name=name, passed=True, detail="equal") for name in ("rope_theta", "vocab_size")]
+    tokenizer = [CheckResult(gate="tokenizer", name=name, passed=True, detail="equal to the base's") for name in names]
+    config = [
+        CheckResult(gate="config", name=name, passed=True, detail="equal") for name in ("rope_theta", "vocab_size")
+    ]
     return [
         *config,
         *tokenizer,
-        Check(gate="config", name="sliding_window", passed=False, detail="4096, base has none"),
+        CheckResult(gate="config", name="sliding_window", passed=False, detail="4096, base has none"),
     ]

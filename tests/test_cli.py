@@ -29,13 +29,14 @@ import factories
 import qexport
 import reports
 from factories import gptq
+from qexport.amounts import duration, size
 from qexport.architectures.memory import resident
 from qexport.artifact.digests import sha256_json
 from qexport.artifact.figures import GateResult
 from qexport.artifact.manifest import MANIFEST_NAME, FileRecord, Manifest, Verification
 from qexport.artifact.record import describe_environment
 from qexport.cli import main
-from qexport.cli.commands import app
+from qexport.cli.app import app
 from qexport.cli.progress import PLAIN_INTERVAL, PlainLines, Stopwatch, reporter
 from qexport.cli.summary import summary
 from qexport.errors import (
@@ -50,7 +51,6 @@ from qexport.errors import (
 )
 from qexport.progress import Notice, Progress, Reporter
 from qexport.recipe import Recipe
-from qexport.reporting.values import duration, size
 from reports import figure
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from qexport.artifact.report import Check, Report
+from qexport.artifact.figures import CheckResult
+from qexport.artifact.report import Report
 from qexport.cli import main
 from qexport.errors import InputError
 from reports import report, written
@@ -87,7 +88,7 @@ def test_of_many_gates_the_first_are_named(measured: Path, capsys: pytest.Captur
 
 
 def test_the_mend_is_that_of_the_gate_that_failed(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    checks = [Check(gate="tokenizer", name="ids", passed=False, detail="others")]
+    checks = [CheckResult(gate="tokenizer", name="ids", passed=False, detail="others")]
     written(measured / "report", report(checks=checks))
     assert main(["gate", str(measured), "--gates", gates(measured, "profile: auto")]) == 6
     assert "mend:  take the tokenizer's files from the base" in capsys.readouterr().err.splitlines()

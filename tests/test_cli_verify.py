@@ -276,7 +276,7 @@ def test_a_merge_that_cannot_be_proven_ends_the_run_before_its_work(
 ) -> None:
     monkeypatch.setattr("qexport.verifying.live_adapter.available_memory", lambda device: 1000.0)
     with monkeypatch.context() as until_quantizing:
-        until_quantizing.setattr("qexport.pipeline.running.quantize", lambda *_, **__: pytest.fail("it went on"))
+        until_quantizing.setattr("qexport.quantizing.gptq.Gptq.quantize", lambda *_, **__: pytest.fail("it went on"))
         run = ["run", str(made / "recipe.yaml"), "--device", "cpu", "--output", str(tmp_path / "out")]
         assert main(run) == 7
     assert "the whole model does not fit in memory" in capsys.readouterr().err

@@ -256,7 +256,7 @@ def test_a_limit_below_the_noise_is_refused_before_anything_is_quantized(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare(tmp_path, factories.llama_config(), ["q_proj"])
-    monkeypatch.setattr("qexport.pipeline.running.quantize", interrupt)
+    monkeypatch.setattr("qexport.quantizing.gptq.Gptq.quantize", interrupt)
     with pytest.raises(RecipeError, match="noise floor"):
         finish(tmp_path, {"verify.gates": "{mean_kl: {at_most: 1.0e-9}}"})
     assert not any(path.name.startswith("out") for path in tmp_path.iterdir())

@@ -164,10 +164,10 @@ def test_gptq_quantizes_every_planned_layer(base: Path, family: str) -> None:
         record = found[f"{name}.weight"]
         if isinstance(record.value, GroupQuantized):
             assert record.value.codes.shape == (linear.out_features, linear.in_features)
-            assert record.report is not None
-            assert record.report.loss is not None
-            assert record.report.rtn_loss is not None
-            assert record.report.loss < record.report.rtn_loss < 0.1
+            assert record.layer is not None
+            assert record.layer.loss is not None
+            assert record.layer.rtn_loss is not None
+            assert record.layer.loss < record.layer.rtn_loss < 0.1
     for name, record in found.items():
         if isinstance(record.value, Tensor):
             assert torch.equal(record.value, checkpoint.weights.read(name)), name
@@ -216,7 +216,7 @@ def test_gpt2s_codes_are_those_that_transformers_saves(method: str, tmp_path: Pa
     )
     model.save_pretrained(tmp_path / method)
     saved = load_file(tmp_path / method / "model.safetensors")
-    found = {name: record for name, record in records(load(base), parse(method)).items() if record.report}
+    found = {name: record for name, record in records(load(base), parse(method)).items() if record.layer}
     assert len(found) == LINEARS["gpt-2"]
     for name, record in found.items():
         assert isinstance(record.value, BlockQuantized | RowQuantized)

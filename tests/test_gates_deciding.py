@@ -7,8 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from qexport.artifact.figures import CATALOGUE, Figure, GateResult, Verdict, overall
-from qexport.artifact.report import Check
+from qexport.artifact.figures import CATALOGUE, CheckResult, Figure, GateResult, Verdict, overall
 from qexport.errors import RecipeError
 from qexport.gates.deciding import BuiltIn, decide, decide_again, needs_more, noise_floors
 from qexport.gates.limits import Bound, Limit
@@ -134,7 +133,7 @@ def test_a_narrower_interval_decides_no_gate_the_other_way(
 # Built-in gates
 
 
-def built_in(name: BuiltIn, *figures: Figure, checks: Sequence[Check] = ()) -> GateResult:
+def built_in(name: BuiltIn, *figures: Figure, checks: Sequence[CheckResult] = ()) -> GateResult:
     (result,) = decide([], figures, checks, [name])
     assert result.name == name
     return result
@@ -182,7 +181,9 @@ def test_the_merge_is_undecided_without_its_noise_floor() -> None:
 
 
 def test_checks_that_had_nothing_to_look_at_are_undecided_together() -> None:
-    nothing, passed, failed = (Check(gate="config", name="x", passed=each, detail="") for each in (None, True, False))
+    nothing, passed, failed = (
+        CheckResult(gate="config", name="x", passed=each, detail="") for each in (None, True, False)
+    )
     assert built_in("config", checks=[nothing]).verdict == "undecided"
     assert built_in("config", checks=[nothing, passed]).reason == "1 check passed"
     assert built_in("config", checks=[nothing, passed, failed]).verdict == "fail"
@@ -190,15 +191,15 @@ def test_checks_that_had_nothing_to_look_at_are_undecided_together() -> None:
 
 @pytest.mark.parametrize("name", ["config", "tokenizer", "merge", "adapter", "better_than_rtn"])
 def test_a_built_in_gate_that_was_not_measured_is_undecided(name: BuiltIn) -> None:
-    other = Check(gate="config" if name == "tokenizer" else "tokenizer", name="x", passed=True, detail="")
+    other = CheckResult(gate="config" if name == "tokenizer" else "tokenizer", name="x", passed=True, detail="")
     assert built_in(name, between(0.1, 0.2, noise_floor=0.1), checks=[other]).verdict == "undecided"
 
 
 def test_checks_fail_with_the_names_of_what_failed() -> None:
     checks = [
-        Check(gate="config", name="rope_theta", passed=False, detail="10000 for 100000"),
-        Check(gate="config", name="head_dim", passed=True, detail="equal"),
-        Check(gate="tokenizer", name="ids", passed=True, detail="equal"),
+        CheckResult(gate="config", name="rope_theta", passed=False, detail="10000 for 100000"),
+        CheckResult(gate="config", name="head_dim", passed=True, detail="equal"),
+        CheckResult(gate="tokenizer", name="ids", passed=True, detail="equal"),
     ]
     config, tokenizer = decide([], [], checks, ["tokenizer", "config"])
     assert (config.verdict, config.reason) == ("fail", "not as in the reference: rope_theta (10000 for 100000)")
@@ -332,7 +333,7 @@ def test_built_in_gates_of_the_report_are_decided_again_from_its_figures() -> No
 
 
 def test_the_gate_on_graphs_is_decided_again_where_there_was_a_graph() -> None:
-    checked = [*report().checks, Check(gate="graph", name="x", passed=True, detail="")]
+    checked = [*report().checks, CheckResult(gate="graph", name="x", passed=True, detail="")]
     assert again(report={"checks": checked, "gates": []})["graph"] == "pass"
     assert again(report={"gates": [gate_result("graph", figure=None)]})["graph"] == "undecided"
     assert "graph" not in again()

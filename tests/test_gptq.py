@@ -75,16 +75,14 @@ def test_every_linear_of_every_block_is_quantized_and_nothing_else(name: str) ->
     records = quantized(config, settings())
     linears = {f"{linear.name}.weight" for block in structure.blocks for linear in structure.linears[block]}
     assert {name for name, record in records.items() if isinstance(record.value, GroupQuantized)} == linears
-    assert {record.report.name for record in records.values() if record.report} == {
-        n[: -len(".weight")] for n in linears
-    }
+    assert {record.layer.name for record in records.values() if record.layer} == {n[: -len(".weight")] for n in linears}
     for record in records.values():
-        if record.report:
-            assert record.report.method == "gptq"
-            assert record.report.loss is not None
-            assert record.report.rtn_loss is not None
-            assert record.report.loss < record.report.rtn_loss
-            assert record.report.tokens == 12 * 48
+        if record.layer:
+            assert record.layer.method == "gptq"
+            assert record.layer.loss is not None
+            assert record.layer.rtn_loss is not None
+            assert record.layer.loss < record.layer.rtn_loss
+            assert record.layer.tokens == 12 * 48
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -167,7 +165,7 @@ def assert_same_bytes(ours: dict[str, TensorRecord], theirs: dict[str, TensorRec
     assert ours.keys() == theirs.keys()
     for name, record in ours.items():
         other = theirs[name]
-        assert record.report == other.report
+        assert record.layer == other.layer
         if isinstance(record.value, GroupQuantized):
             assert isinstance(other.value, GroupQuantized)
             for part in ("codes", "scales", "zeros", "g_idx"):
@@ -212,8 +210,8 @@ def test_the_head_is_quantized_when_asked_for() -> None:
     records = quantized(config, settings(lm_head=True))
     head = records["lm_head.weight"]
     assert isinstance(head.value, GroupQuantized)
-    assert head.report is not None
-    assert head.report.tokens == 12 * 48
+    assert head.layer is not None
+    assert head.layer.tokens == 12 * 48
 
 
 def refusal(config: PretrainedConfig, **changes: Any) -> str:
@@ -264,7 +262,7 @@ def test_a_fallback_to_rounding_is_recorded_and_told(tmp_path: Path) -> None:
     records = list(
         run(source, options, calibration(), dtype=torch.float32, device=CPU, scratch=tmp_path, report=events.append)
     )
-    fallen = {record.report.name for record in records if record.report and record.report.method != "gptq"}
+    fallen = {record.layer.name for record in records if record.layer and record.layer.method != "gptq"}
     assert "model.layers.1.self_attn.q_proj" in fallen
     assert not any(name.startswith("model.layers.0.") for name in fallen)
     assert {notice.text.split()[0] for notice in events if isinstance(notice, Notice)} == fallen
@@ -292,9 +290,6 @@ import json, resource, sys
 sys.path.insert(0, sys.argv[1])
 import torch, factories
 from qexport.quantizing.gptq import Gptq
-from qexport.tensors import CalibrationSet, Checkpoint, Origin, TensorSpec
-from qexport.quantizing.gptq import quantize
-from qexport.quantize.settings import GptqSettings
 from qexport.architectures.architecture import Architecture
 from qexport.architectures.checkpoint import Checkpoint
 from qexport.tensors import CalibrationSet, Origin, TensorSpec
@@ -318,7 +313,7 @@ from pathlib import Path
 options = {"dtype": torch.bfloat16, "device": torch.device("cpu"), "scratch": Path("/tmp")}
 outputs = settings.plan(source)
 for record in settings.quantize(source, outputs, CalibrationSet(ids, "", ""), **options):
-    count += record.report is not None
+    count += record.layer is not None
 print(json.dumps([count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))
 """
 

@@ -95,7 +95,7 @@ def test_codes_equal_those_of_plain_forwards(source: Files, true_sequential: boo
     found = quantized(source, true_sequential=true_sequential)
     model: Any = factories.build(CONFIG, dtype=torch.float32)
     model.set_experts_implementation("eager")
-    attention = [name for name in found if name.startswith("model.layers.0.self_attn.") and found[name].report]
+    attention = [name for name in found if name.startswith("model.layers.0.self_attn.") and found[name].layer]
     mixture = model.get_submodule("model.layers.0.mlp.experts")
     if true_sequential:  # before the experts are solved, the attention is
         for name in attention:
@@ -126,7 +126,7 @@ def test_codes_equal_those_of_plain_forwards(source: Files, true_sequential: boo
         name = f"{BLOCK}.{expert}.w2"
         codes_of = solve_together({name: source.read(f"{name}.weight")}, down, chosen, "error")[name].quantized.codes
         assert (codes(found[f"{name}.weight"]) == codes_of).float().mean() > 0.99
-        report = found[f"{name}.weight"].report
+        report = found[f"{name}.weight"].layer
         assert report is not None
         assert report.tokens == down.tokens > 0
 
@@ -135,7 +135,7 @@ def test_one_expert_at_a_time_gives_the_same_bytes(source: Files, monkeypatch: p
     together = quantized(source)
     monkeypatch.setattr(gptq_pass, "HESSIAN_BYTES", 0)
     alone = quantized(source)
-    assert all(torch.equal(codes(alone[name]), codes(record)) for name, record in together.items() if record.report)
+    assert all(torch.equal(codes(alone[name]), codes(record)) for name, record in together.items() if record.layer)
 
 
 @pytest.fixture
@@ -163,7 +163,7 @@ def test_an_expert_that_no_token_reaches_is_an_error_that_names_it(idle: Files) 
 def test_an_expert_that_no_token_reaches_is_rounded_where_the_recipe_allows_it(idle: Files) -> None:
     told: list[Any] = []
     found = quantized(idle, config=ONE_EXPERT, report=told.append, on_failure="round_to_nearest")
-    reports = [record.report for record in found.values() if record.report]
+    reports = [record.layer for record in found.values() if record.layer]
     rounded = [report for report in reports if report.method == "round_to_nearest"]
     assert [report.name for report in rounded] == [f"{BLOCK}.2.{leaf}" for leaf in ("w1", "w3", "w2")]
     assert all((report.tokens, report.loss) == (0, None) for report in rounded)
@@ -172,7 +172,7 @@ def test_an_expert_that_no_token_reaches_is_rounded_where_the_recipe_allows_it(i
 
 def test_experts_that_the_recipe_leaves_dense_pass_unchanged(source: Files) -> None:
     found = quantized(source, overrides=[{"modules": "*.experts.*", "dense": True}])
-    assert len([record for record in found.values() if record.report]) == 8
+    assert len([record for record in found.values() if record.layer]) == 8
     for name, record in found.items():
         if ".experts." in name:
             assert isinstance(record.value, Tensor)
@@ -181,7 +181,7 @@ def test_experts_that_the_recipe_leaves_dense_pass_unchanged(source: Files) -> N
 
 def test_single_experts_can_be_left_dense(source: Files) -> None:
     found = quantized(source, overrides=[{"modules": "*.experts.1.w1", "dense": True}])
-    assert len([record for record in found.values() if record.report]) == 2 * 16 - 2
+    assert len([record for record in found.values() if record.layer]) == 2 * 16 - 2
     dense = found[f"{BLOCK}.1.w1.weight"].value
     assert isinstance(dense, Tensor)
     assert torch.equal(dense, source.tensors[f"{BLOCK}.1.w1.weight"])

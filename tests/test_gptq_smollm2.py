@@ -76,7 +76,7 @@ def test_a_real_block_has_the_same_bytes_with_one_and_two_threads_and_again(
     first = quantized(checkpoint, tmp_path, 2)
     for threads in (1, 2):
         assert_same_bytes(first, quantized(checkpoint, tmp_path, threads))
-    reports = [record.report for record in first.values() if record.report]
+    reports = [record.layer for record in first.values() if record.layer]
     assert len(reports) == 7
     for report in reports:
         assert report.loss is not None

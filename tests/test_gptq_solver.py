@@ -263,7 +263,7 @@ def test_inputs_that_are_not_finite_are_an_error_that_names_the_layer(value: flo
         solve_together(weights, layer_hessian(inputs), options, "error")
     assert caught.value.where == "model.layers.0.mlp.up_proj"
     rounded = solve_together(weights, layer_hessian(inputs), options, "round_to_nearest")
-    assert rounded["model.layers.0.mlp.up_proj"].report.method == "round_to_nearest"
+    assert rounded["model.layers.0.mlp.up_proj"].record.method == "round_to_nearest"
 
 
 def test_a_layer_that_no_token_reached_is_an_error() -> None:
@@ -276,8 +276,8 @@ def test_a_layer_that_no_token_reached_is_rounded_to_nearest_where_that_is_asked
     weight = torch.randn(8, 64)
     layer = solve_together({"a": weight}, Hessian(64, CPU), {"a": OPTIONS}, "round_to_nearest")["a"]
     assert torch.equal(layer.quantized.codes, round_to_nearest(weight, OPTIONS).codes)
-    assert (layer.report.method, layer.report.tokens, layer.report.loss) == ("round_to_nearest", 0, None)
-    assert layer.report.dead_columns == 64
+    assert (layer.record.method, layer.record.tokens, layer.record.loss) == ("round_to_nearest", 0, None)
+    assert layer.record.dead_columns == 64
 
 
 def test_dead_inputs_are_counted_and_keep_their_weights() -> None:
@@ -285,7 +285,7 @@ def test_dead_inputs_are_counted_and_keep_their_weights() -> None:
     inputs[:, [3, 40]] = 0
     weight = torch.randn(16, 64)
     layer = solve_together({"a": weight}, layer_hessian(inputs), {"a": OPTIONS}, "error")["a"]
-    assert layer.report.dead_columns == 2
+    assert layer.record.dead_columns == 2
     assert torch.allclose(layer.quantized.dequantize()[:, [3, 40]], weight[:, [3, 40]], atol=0.3)
 
 
@@ -303,7 +303,7 @@ def test_dead_inputs_do_not_count_by_the_size_of_the_others() -> None:
 def test_a_layer_whose_inputs_are_all_zero_is_rounded_to_nearest() -> None:
     weight = torch.randn(16, 64)
     layer = solve_together({"a": weight}, layer_hessian(torch.zeros(512, 64)), {"a": OPTIONS}, "error")["a"]
-    assert layer.report.dead_columns == 64
+    assert layer.record.dead_columns == 64
     assert torch.equal(layer.quantized.codes, round_to_nearest(weight, OPTIONS).codes)
 
 
@@ -312,29 +312,29 @@ def test_dead_inputs_are_counted_where_the_factorization_fails_too(monkeypatch: 
     inputs[:, [3, 40]] = 0
     monkeypatch.setattr(solver, "DAMPING_STEPS", (-1e6,))
     layer = solve_together({"a": torch.randn(16, 64)}, layer_hessian(inputs), {"a": OPTIONS}, "round_to_nearest")["a"]
-    assert layer.report.method == "round_to_nearest"
-    assert layer.report.dead_columns == 2
+    assert layer.record.method == "round_to_nearest"
+    assert layer.record.dead_columns == 2
 
 
 def test_too_few_tokens_raise_the_damping_and_say_so() -> None:
     solved_layer = solve_together(
         {"a": torch.randn(16, 64)}, layer_hessian(torch.randn(32, 64)), {"a": OPTIONS}, "error"
     )
-    assert solved_layer["a"].report.tokens == 32
-    assert solved_layer["a"].report.damp_percent == pytest.approx(OPTIONS.damp_percent * solver.DAMPING_STEPS[1])
+    assert solved_layer["a"].record.tokens == 32
+    assert solved_layer["a"].record.damp_percent == pytest.approx(OPTIONS.damp_percent * solver.DAMPING_STEPS[1])
 
 
 def test_as_many_tokens_as_inputs_need_no_more_damping() -> None:
     solved_layer = solve_together(
         {"a": torch.randn(16, 64)}, layer_hessian(torch.randn(64, 64)), {"a": OPTIONS}, "error"
     )
-    assert solved_layer["a"].report.damp_percent == pytest.approx(OPTIONS.damp_percent)
+    assert solved_layer["a"].record.damp_percent == pytest.approx(OPTIONS.damp_percent)
 
 
 def test_a_layer_is_reported_beside_plain_rounding_with_its_own_options() -> None:
     weight, hessian = torch.randn(16, 64), layer_hessian(torch.randn(512, 64))
     options = Options(3, 32, "original", True, 0.01, True)
-    report = solve_together({"a": weight}, hessian, {"a": options}, "error")["a"].report
+    report = solve_together({"a": weight}, hessian, {"a": options}, "error")["a"].record
     assert report.rtn_loss == output_error(weight, round_to_nearest(weight, options), hessian.matrix())
     assert report.loss is not None
     assert report.rtn_loss is not None
@@ -349,7 +349,7 @@ def test_layers_solved_together_equal_layers_solved_alone() -> None:
     for name, weight in weights.items():
         alone = solve_together({name: weight}, layer_hessian(inputs), options, "error")[name]
         assert torch.equal(together[name].quantized.codes, alone.quantized.codes)
-        assert together[name].report.loss == pytest.approx(alone.report.loss, rel=1e-5)
+        assert together[name].record.loss == pytest.approx(alone.record.loss, rel=1e-5)
 
 
 @pytest.mark.parametrize("width", [576, 1536])

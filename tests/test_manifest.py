@@ -16,7 +16,6 @@ from qexport.artifact.manifest import (
     MANIFEST_NAME,
     CalibrationRecord,
     FileRecord,
-    LayerRecord,
     Manifest,
     Sizes,
     SourceRecord,
@@ -24,6 +23,7 @@ from qexport.artifact.manifest import (
 )
 from qexport.artifact.record import describe_environment
 from qexport.errors import InputError
+from qexport.records import LayerRecord
 from reports import figure, gate_result, identity, protocol
 
 RECIPE: dict[str, Any] = {"load": {"base": "org/model"}, "quantize": {"method": "gptq", "damp_percent": 0.01}}

@@ -196,7 +196,7 @@ def test_verification_runs_with_it(model: OnnxCausalLM, own: PreTrainedModel) ->
     assert likeliest_along(model, batches, found) == [each.tokens for each in found]
     prompt = torch.tensor([prompts[1]])
     speed = measure_speed((own, model), prompt, SpeedSettings(prompt_tokens=16, new_tokens=8, repeats=6))
-    assert (speed.artifact.tokens_per_second > 0).all()
+    assert min(speed.artifact_tokens_per_second) > 0
 
 
 def test_it_is_a_model_of_transformers(model: OnnxCausalLM, folder: Path) -> None:

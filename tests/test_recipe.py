@@ -21,7 +21,7 @@ from qexport.gates.settings import Bounds
 from qexport.recipe import Recipe, load_recipe
 from qexport.recipe.reference import fields, recipe_schema, updated
 from qexport.settings import Settings
-from qexport.yaml.document import Origin, plain
+from qexport.yaml.document import YamlOrigin, plain
 from qexport.yaml.parsing import SyntaxProblem, parse, scalar
 from qexport.yaml.problems import problems_of
 
@@ -95,7 +95,7 @@ def json_like(words: st.SearchStrategy[str]) -> st.SearchStrategy[Any]:
 
 @given(json_like(WORDS), st.sampled_from([None, 1]))
 def test_json_is_read_as_json_reads_it(value: Any, indent: int | None) -> None:
-    root, found = parse(json.dumps(value, ensure_ascii=False, indent=indent), Origin("x", Path("/")))
+    root, found = parse(json.dumps(value, ensure_ascii=False, indent=indent), YamlOrigin("x", Path("/")))
     assert root is not None
     assert found == []
     assert plain(root) == value
@@ -107,7 +107,7 @@ def test_block_style_is_read_as_ruamels_own_loader_reads_it(value: Any) -> None:
     yaml.default_flow_style = False
     text = io.StringIO()
     yaml.dump(value, text)
-    root, _ = parse(text.getvalue(), Origin("x", Path("/")))
+    root, _ = parse(text.getvalue(), YamlOrigin("x", Path("/")))
     assert root is not None
     assert plain(root) == yaml.load(text.getvalue())
 
@@ -115,7 +115,7 @@ def test_block_style_is_read_as_ruamels_own_loader_reads_it(value: Any) -> None:
 @given(st.text(max_size=40) | st.text(alphabet="{}[]*&!|>-:?#'\" \n\tab1,", max_size=40))
 def test_any_text_is_read_or_refused_with_a_problem(text: str) -> None:
     try:
-        root, _ = parse(text, Origin("x", Path("/")))
+        root, _ = parse(text, YamlOrigin("x", Path("/")))
     except SyntaxProblem:
         return
     assert root is None or plain(root) is not NotImplemented
@@ -325,7 +325,7 @@ class _TwoMethods(Settings):
     ],
 )  # fmt: skip
 def test_a_second_method_needs_no_more_than_its_name_in_the_union(text: str, problem: str) -> None:
-    root, _ = parse(f"quantize: {text}", Origin("x", Path("/")))
+    root, _ = parse(f"quantize: {text}", YamlOrigin("x", Path("/")))
     assert root is not None
     with pytest.raises(ValidationError) as caught:
         _TwoMethods.model_validate(plain(root))

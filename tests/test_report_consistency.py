@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from qexport.artifact.consistency import contradictions
 from qexport.artifact.report import Report
 from qexport.cli import main
 from qexport.errors import InputError
@@ -80,7 +79,7 @@ def test_a_report_that_contradicts_itself_is_refused_by_every_reader(
 
 
 def test_what_qexport_writes_does_not_contradict_itself() -> None:
-    assert contradictions(report()) == contradictions(rich_report()) == []
+    assert report().contradictions() == rich_report().contradictions() == []
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from qexport.reporting.markdown import escaped, report_markdown
 from qexport.reporting.svg import gauge
 from qexport.reporting.terminal import figures_table, gate_table, report_summary
 from qexport.reporting.values import figure_interval, figure_value, gate_limit, gate_value, written
+from qexport.reporting.view import summarize
 from qexport.reporting.visible_text import visible, visible_token, word_diff
 from qexport.reporting.writing import check_report_folder, report_junit, write_report
 
@@ -335,7 +336,8 @@ def test_markdown_formats_calls_and_links_nothing(text: str) -> None:
 
 
 def test_tables_are_plain_text_where_there_is_no_terminal(rich: Report) -> None:
-    text = printed(gate_table(rich.gates), figures_table(rich))
+    shown = summarize(rich)
+    text = printed(gate_table(shown.gates), figures_table(shown.figures))
     assert "\x1b" not in text
     rows = [line.split()[:2] for line in text.splitlines()[2:5]]
     assert rows == [["mean_kl[code]", "failed"], ["top1_agreement", "undecided"], ["config", "passed"]]

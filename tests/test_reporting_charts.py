@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 import reports
 import rich_report
-from qexport.artifact.report import BlockDrift, Histogram, MarginBin
+from qexport.artifact.measurements import BlockDrift, Histogram, MarginBin
 from qexport.reporting.charts import block_drift, flips_by_margin, forest, kl_histogram
 from qexport.reporting.layer_chart import layer_chart
 from qexport.reporting.svg import Axis, linear_axis, tag, tick_text

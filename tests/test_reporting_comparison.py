@@ -17,7 +17,7 @@ from qexport.artifact.manifest import Sizes
 from qexport.artifact.report import Report, report_schema
 from qexport.cli import main
 from qexport.errors import InputError
-from qexport.reporting.comparison import Comparison, compare
+from qexport.reporting.comparison import ArtifactComparison, compare
 from qexport.reporting.comparison_views import comparison_html, comparison_markdown
 
 ROOT = Path(__file__).parents[1]
@@ -32,7 +32,7 @@ def artifact(megabytes: int, drift: float, method: str = "GPTQ 4-bit", **changes
     return reports.report(subject=subject, **{"figures": figures, **changes})
 
 
-def of_every_method() -> Comparison:
+def of_every_method() -> ArtifactComparison:
     return compare([artifact(size, drift, method) for method, (size, drift) in METHODS.items()])
 
 

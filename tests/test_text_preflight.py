@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import factories
-from qexport.artifact.report import Check
+from qexport.artifact.figures import CheckResult
 from qexport.errors import InputError
 from qexport.export.tgi.config import tgi_tokenizer_files
 from qexport.loading.small_files import has_tokenizer, read_sidecars, tokenizer_from_files
@@ -43,7 +43,7 @@ def opened(files: Files, config: dict[str, Any]) -> TokenizerFolder:
     return TokenizerFolder(tokenizer, files, config)
 
 
-def compared(base: Files, fault: Fault, *, rows: int = factories.VOCABULARY) -> dict[str, Check]:
+def compared(base: Files, fault: Fault, *, rows: int = factories.VOCABULARY) -> dict[str, CheckResult]:
     files, config = dict(base), dict(CONFIG)
     fault(files, config)
     checks = preflight(opened(base, CONFIG), opened(files, config), prompts=PROMPTS, embedding_rows=rows)
@@ -51,7 +51,7 @@ def compared(base: Files, fault: Fault, *, rows: int = factories.VOCABULARY) -> 
     return {check.name: check for check in checks}
 
 
-def failed(checks: dict[str, Check]) -> set[str]:
+def failed(checks: dict[str, CheckResult]) -> set[str]:
     assert all(check.detail for check in checks.values())
     return {name for name, check in checks.items() if check.passed is False}
 

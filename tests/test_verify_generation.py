@@ -22,9 +22,9 @@ from qexport.architectures.runner import BlockRunner
 from qexport.errors import NumericalError
 from qexport.loading.checkpoint import load_checkpoint
 from qexport.loading.settings import LoadSettings
-from qexport.text.prompts import Prompt, Style
+from qexport.text.prompts import EncodedPrompts, Prompt, PromptSet, Style
 from qexport.verifying.continuation import Continuation, continue_all, greedy_settings, likeliest_along
-from qexport.verifying.generation import GenerationFigures, compare_generations, style_sensitivity
+from qexport.verifying.generation import ComparedPrompts, compare_generations, style_sensitivity
 from qexport.verifying.memory import available_memory, needed_memory
 from qexport.verifying.prompt_batches import PromptBatch, batch_prompts, check_padding
 from qexport.verifying.prompt_figures import padding_notes
@@ -224,12 +224,16 @@ def unmasked(only_behind: bool) -> Unmasked:
     return runner
 
 
+def encoded(names: Sequence[str], inputs: Sequence[list[int]]) -> EncodedPrompts:
+    prompts = tuple(Prompt(name, "") for name in names)
+    return EncodedPrompts(PromptSet(prompts, "prompts.jsonl"), prompts, tuple(inputs), {})
+
+
 def compare(
     reference: BlockRunner, artifact: BlockRunner, sampling: SamplingSettings | None = None, count: int = len(LENGTHS)
-) -> GenerationFigures:
-    inputs = inputs_of()[:count]
-    prompts = [Prompt(f"p{index}", "") for index in range(count)]
-    return compare_generations(reference, artifact, prompts, inputs, TOKENIZER, GREEDY, nothing, sampling)
+) -> ComparedPrompts:
+    prompts = encoded([f"p{index}" for index in range(count)], inputs_of()[:count])
+    return compare_generations(reference, artifact, prompts, TOKENIZER, GREEDY, nothing, sampling)
 
 
 @pytest.mark.parametrize("only_behind", [True, False])
@@ -246,7 +250,7 @@ def test_left_padding_without_a_mask_is_noticed_and_only_equal_lengths_share_a_b
     assert found.padding.kl > 0.01
     (note,) = padding_notes(found.padding)
     assert note.startswith("only prompts of equal length were continued side by side")
-    assert [each.reference for each in found.prompts] == [
+    assert [each.reference for each in found.generations.comparisons] == [
         TOKENIZER.decode(list(tokens), skip_special_tokens=True) for tokens in alone
     ]
 
@@ -259,15 +263,15 @@ def test_equal_lengths_need_no_trial() -> None:
 
 def test_equal_models_differ_nowhere() -> None:
     found = compare(runner_of(llama()), runner_of(llama()), SamplingSettings())
-    assert found.max_new_tokens == NEW_TOKENS
-    for each in found.prompts:
+    assert found.generations.max_new_tokens == NEW_TOKENS
+    for each in found.generations.comparisons:
         assert each.identical
         assert each.reference == each.artifact
         assert (each.agreed_share, each.length_ratio, each.chrf, each.rouge_l) == (1, 1, 100, 1)
-        assert (each.flips, each.edit_distance, each.margin_there) == (0, 0, None)
-        assert each.repetition_reference == each.repetition_artifact
-        assert each.limit_reference == each.limit_artifact
-    assert all(each.reference == each.artifact for each in found.samples)
+        assert (each.flips, each.edit_distance, each.margin) == (0, 0, None)
+        assert each.reference_repetition == each.artifact_repetition
+        assert each.reference_hit_limit == each.artifact_hit_limit
+    assert all(each.reference == each.artifact for each in found.generations.samples)
 
 
 @torch.no_grad()
@@ -278,7 +282,7 @@ def test_the_figures_of_a_prompt_are_those_of_its_two_continuations(tmp_path: Pa
     settings, inputs = GREEDY, inputs_of()
     ours = continued(runner_of(llama()), inputs, settings)
     theirs = continued(changed_runner(llama(), lm_head__weight=other), inputs, settings)
-    found = compare(runner_of(llama()), changed_runner(llama(), lm_head__weight=other)).prompts
+    found = compare(runner_of(llama()), changed_runner(llama(), lm_head__weight=other)).generations.comparisons
     artifact = AutoModelForCausalLM.from_pretrained(factories.save(llama().model, tmp_path), dtype=torch.float32)
     artifact.lm_head.weight.copy_(other)
     for ids, own, changed, figures in zip(inputs, ours, theirs, found, strict=True):
@@ -294,9 +298,9 @@ def test_the_figures_of_a_prompt_are_those_of_its_two_continuations(tmp_path: Pa
         assert figures.flips == sum(
             decision and token != likeliest for decision, token, likeliest in zip(decided, own.tokens, top, strict=True)
         )
-        assert figures.limit_reference == (own.tokens[-1] != 0)
+        assert figures.reference_hit_limit == (own.tokens[-1] != 0)
         if figures.first_difference is not None:
-            assert figures.margin_there == own.margins[figures.first_difference]
+            assert figures.margin == own.margins[figures.first_difference]
             assert figures.agreed_share == figures.first_difference / len(own.tokens)
     assert {True, False} >= {each.identical for each in found}
     assert 0 < sum(each.flips for each in found) < sum(each.reference_tokens for each in found)
@@ -304,9 +308,9 @@ def test_the_figures_of_a_prompt_are_those_of_its_two_continuations(tmp_path: Pa
 
 def test_each_prompt_and_sample_of_both_models_is_told() -> None:
     told: list[int] = []
-    prompts = [Prompt("a", ""), Prompt("b", "")]
+    prompts = encoded(["a", "b"], inputs_of([3, 4]))
     compare_generations(
-        runner_of(llama()), runner_of(llama()), prompts, inputs_of([3, 4]), TOKENIZER, GREEDY, lambda: told.append(1),
+        runner_of(llama()), runner_of(llama()), prompts, TOKENIZER, GREEDY, lambda: told.append(1),
         SamplingSettings(samples=2),
     )  # fmt: skip
     assert len(told) == 2 * 2 * 3
@@ -314,7 +318,7 @@ def test_each_prompt_and_sample_of_both_models_is_told() -> None:
 
 def test_a_seed_gives_the_same_samples_again_and_other_prompts_have_no_say() -> None:
     def samples(settings: SamplingSettings, count: int = len(LENGTHS)) -> dict[tuple[str, int], str]:
-        found = compare(runner_of(llama()), runner_of(llama()), settings, count).samples
+        found = compare(runner_of(llama()), runner_of(llama()), settings, count).generations.samples
         return {(each.id, each.sample): each.artifact for each in found}
 
     twice = SamplingSettings(seed=3, samples=2)
@@ -330,7 +334,7 @@ def test_a_seed_gives_the_same_samples_again_and_other_prompts_have_no_say() -> 
 def test_samples_of_different_models_are_compared() -> None:
     head = llama().model.state_dict()["lm_head.weight"]
     other = changed_runner(llama(), lm_head__weight=head.roll(1, 0))
-    for each in compare(runner_of(llama()), other, SamplingSettings()).samples:
+    for each in compare(runner_of(llama()), other, SamplingSettings()).generations.samples:
         assert each.reference != each.artifact
         assert each.chrf == sacrebleu.sentence_chrf(each.artifact, [each.reference]).score
 

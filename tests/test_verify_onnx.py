@@ -29,7 +29,7 @@ import trained_models
 from qexport.architectures.architecture import Architecture
 from qexport.architectures.checkpoint import Checkpoint
 from qexport.artifact.figures import Figure, find_figure
-from qexport.artifact.manifest import MANIFEST_NAME, LayerRecord, Manifest
+from qexport.artifact.manifest import MANIFEST_NAME, Manifest
 from qexport.artifact.report import Report
 from qexport.errors import InputError, NumericalError, RecipeError
 from qexport.gates.deciding import decide_again
@@ -47,6 +47,7 @@ from qexport.reading.onnx.model import OnnxCausalLM
 from qexport.reading.onnx.weights import OnnxWeights
 from qexport.reading.stored_model import open_stored
 from qexport.recipe import load_recipe
+from qexport.records import LayerRecord
 from qexport.reporting.html import report_html
 from qexport.verifying.graphs import GraphRunner, WindowByWindow
 from qexport.verifying.predictors import TOKENS_AT_ONCE

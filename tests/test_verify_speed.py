@@ -20,8 +20,7 @@ from qexport.reading.filled_model import dense_model
 from qexport.reading.stored_model import open_stored
 from qexport.verifying.settings import SpeedSettings
 from qexport.verifying.speed import (
-    NotMeasured,
-    SpeedFigures,
+    MeasuredSpeed,
     compare_speed,
     measure_speed,
     median_interval,
@@ -33,7 +32,7 @@ PROMPT = torch.arange(1, 41).reshape(2, 20)
 SETTINGS = SpeedSettings(repeats=6, prompt_tokens=24, new_tokens=4)
 
 
-def compare(model: QuantizedModel, folder: Path, settings: SpeedSettings = SETTINGS) -> SpeedFigures | NotMeasured:
+def compare(model: QuantizedModel, folder: Path, settings: SpeedSettings = SETTINGS) -> MeasuredSpeed:
     with open_stored(folder, dtype=torch.bfloat16) as artifact:
         return compare_speed(model.checkpoint, artifact, PROMPT, settings, dtype=torch.bfloat16, device=CPU)
 
@@ -46,19 +45,29 @@ def model(tmp_path: Path) -> QuantizedModel:
 
 
 def test_both_models_are_measured_as_they_are_loaded(model: QuantizedModel, tmp_path: Path) -> None:
-    found = compare(model, tmp_path)
-    assert isinstance(found, SpeedFigures)
+    measured = compare(model, tmp_path)
+    found = measured.speed
+    assert found is not None
+    assert measured.unmeasured is None
     assert (found.prompt_tokens, found.new_tokens) == (24, 4)
-    for timings in (found.reference, found.artifact):
-        assert timings.first_token.shape == timings.tokens_per_second.shape == (6,)
-        assert (timings.first_token > 0).all()
-        assert (timings.tokens_per_second > 0).all()
+    for first_token, tokens_per_second in (
+        (found.reference_first_token_seconds, found.reference_tokens_per_second),
+        (found.artifact_first_token_seconds, found.artifact_tokens_per_second),
+    ):
+        assert len(first_token) == len(tokens_per_second) == 6
+        assert min(first_token) > 0
+        assert min(tokens_per_second) > 0
     dense = sum(parameter.numel() for parameter in model.model.parameters()) * 2
     frequencies = 2 * 4 * 16 // 2  # of the rotary embedding, in float32 and twice: as computed and as it began
-    assert found.reference.resident_bytes == dense + frequencies
-    assert found.artifact.resident_bytes < found.reference.resident_bytes
-    assert np.allclose(found.speed_ratios * found.reference.tokens_per_second, found.artifact.tokens_per_second)
-    assert np.allclose(found.first_token_ratios * found.reference.first_token, found.artifact.first_token)
+    assert found.reference_bytes == dense + frequencies
+    assert found.artifact_bytes < found.reference_bytes
+    ratios = np.array(found.speed_ratios), np.array(found.first_token_ratios)
+    assert np.allclose(ratios[0] * found.reference_tokens_per_second, found.artifact_tokens_per_second)
+    assert np.allclose(ratios[1] * found.reference_first_token_seconds, found.artifact_first_token_seconds)
+    assert [(figure.name, figure.value) for figure in measured.figures] == [
+        ("speed_ratio", np.median(ratios[0])),
+        ("first_token_ratio", np.median(ratios[1])),
+    ]
 
 
 def test_models_take_turns_after_one_warm_up_each(model: QuantizedModel) -> None:
@@ -81,17 +90,17 @@ def test_no_end_token_and_no_penalty_of_the_model_enters(
 ) -> None:
     everything = list(range(factories.VOCABULARY))
     (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {everything}, "repetition_penalty": 2.0}}')
-    found = compare(model, tmp_path)
-    assert isinstance(found, SpeedFigures)
-    assert np.isfinite(found.artifact.tokens_per_second).all()
+    found = compare(model, tmp_path).speed
+    assert found is not None
+    assert np.isfinite(found.artifact_tokens_per_second).all()
 
 
 def test_a_slower_model_is_told_from_a_faster_one() -> None:
     fast, slow = (factories.build(factories.llama_config()) for _ in range(2))
     slow.register_forward_pre_hook(lambda *_: time.sleep(0.05))
     found = measure_speed((fast, slow), PROMPT[:1], SETTINGS)
-    assert (found.artifact.first_token > 0.05).all()
-    assert (found.artifact.tokens_per_second < 20).all()
+    assert min(found.artifact_first_token_seconds) > 0.05
+    assert max(found.artifact_tokens_per_second) < 20
     assert median_interval(found.speed_ratios).high < 1 < median_interval(found.first_token_ratios).low
 
 
@@ -104,16 +113,17 @@ def test_without_room_for_both_nothing_is_measured(
     for free, measured in ((needed, True), (needed - 1, False)):
         monkeypatch.setattr("qexport.verifying.speed.available_memory", lambda _, free=free: free)
         found = compare(model, tmp_path)
-        assert isinstance(found, SpeedFigures) == measured
-    assert isinstance(found, NotMeasured)
-    assert "both models together need" in found.reason
+        assert (found.speed is not None) == measured
+    assert found.unmeasured is not None
+    assert "both models together need" in found.unmeasured
+    assert found.figures == []
 
 
 def test_learned_positions_are_not_passed(tmp_path: Path) -> None:
     model = QuantizedModel(factories.build(factories.gpt2_config(n_positions=24)))
     model.model.save_pretrained(tmp_path)
     found = compare(model, tmp_path)
-    assert found == NotMeasured("28 tokens are more than the 24 positions of the model")
+    assert found == MeasuredSpeed(None, "28 tokens are more than the 24 positions of the model")
 
 
 def test_what_two_names_share_is_in_memory_once() -> None:

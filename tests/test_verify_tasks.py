@@ -17,7 +17,6 @@ from qexport.verifying.settings import TaskSettings
 from qexport.verifying.tasks import measuring
 from qexport.verifying.tasks.measuring import measure_tasks, require_harness
 from qexport.verifying.tasks.pairing import Item, Scores, pair
-from qexport.verifying.whole_models import accuracy_change
 
 Answers = list[tuple[bool, bool]]
 
@@ -37,23 +36,26 @@ def split_by_chance(one: int, other: int) -> float:
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))
 def test_items_are_counted_by_who_got_them_right(answers: Answers) -> None:
     reference, artifact = ([answer[side] for answer in answers] for side in (0, 1))
-    result = pair(scores(reference), scores(artifact))
-    assert result.both == answers.count((True, True))
+    paired = pair(scores(reference), scores(artifact))
+    result = paired.record
+    both = round(result.reference_accuracy * result.items) - result.only_reference
+    neither = round((1 - result.artifact_accuracy) * result.items) - result.only_reference
+    assert both == answers.count((True, True))
     assert result.only_reference == answers.count((True, False))
     assert result.only_artifact == answers.count((False, True))
-    assert result.both + result.only_reference + result.only_artifact + result.neither == result.items == len(answers)
+    assert both + result.only_reference + result.only_artifact + neither == result.items == len(answers)
     assert result.reference_accuracy == reference.count(True) / len(answers)
     assert result.artifact_accuracy == artifact.count(True) / len(answers)
     change = result.artifact_accuracy - result.reference_accuracy
-    assert sum(result.differences) / result.items == pytest.approx(change, abs=1e-12)
+    assert sum(paired.differences) / result.items == pytest.approx(change, abs=1e-12)
     assert result.p_value == pytest.approx(split_by_chance(result.only_reference, result.only_artifact), rel=1e-9)
 
 
 def test_a_loss_that_repeats_itself_is_told_from_chance() -> None:
     one_sided = pair(scores([True] * 100), scores([True] * 90 + [False] * 10))
     mixed = pair(scores([True] * 95 + [False] * 5), scores([True] * 90 + [False] * 5 + [True] * 5))
-    assert one_sided.p_value == 2 / 2**10
-    assert mixed.p_value == 1.0
+    assert one_sided.record.p_value == 2 / 2**10
+    assert mixed.record.p_value == 1.0
 
 
 @pytest.mark.parametrize("fault", ["task", "metric", "filter", "num_fewshot", "prompt", "order", "fewer", "more"])
@@ -78,7 +80,7 @@ def test_other_items_are_an_error(fault: str) -> None:
 
 def test_equal_answers_to_a_few_items_leave_the_change_of_accuracy_open() -> None:
     answers = scores([True, False] * 5)
-    figure = accuracy_change(pair(answers, answers))
+    figure = pair(answers, answers).accuracy_change
     assert (figure.domain, figure.value, figure.n, figure.unit) == ("local", 0, 10, "item")
     assert figure.low is not None
     assert figure.sequence_low is not None
@@ -87,8 +89,8 @@ def test_equal_answers_to_a_few_items_leave_the_change_of_accuracy_open() -> Non
 
 def test_the_digest_is_that_of_what_was_asked_not_of_the_answers() -> None:
     first, second = pair(scores([True]), scores([False])), pair(scores([False]), scores([False]))
-    assert first.sha256 == second.sha256
-    assert pair(scores([True, True]), scores([True, True])).sha256 != first.sha256
+    assert first.record.sha256 == second.record.sha256
+    assert pair(scores([True, True]), scores([True, True])).record.sha256 != first.record.sha256
 
 
 def test_without_the_harness_tasks_are_refused_before_a_model_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,8 +19,7 @@ import factories
 from qexport.architectures.architecture import Architecture
 from qexport.architectures.checkpoint import Checkpoint
 from qexport.architectures.runner import BlockRunner
-from qexport.artifact.figures import find_figure
-from qexport.artifact.report import Check
+from qexport.artifact.figures import CheckResult, find_figure
 from qexport.errors import InputError, NumericalError
 from qexport.progress import Notice, Progress, Reporter, silent
 from qexport.quantizing.nearest import NearestSource
@@ -89,7 +88,7 @@ def refuse_headers(reference: Checkpoint, artifact: Path) -> None:
         check_headers(reference, stored)
 
 
-def config_check(reference: Checkpoint, artifact: Path) -> Check:
+def config_check(reference: Checkpoint, artifact: Path) -> CheckResult:
     with open_stored(artifact, dtype=torch.bfloat16) as stored:
         return check_config(reference, stored)
 

@@ -1,33 +1,24 @@
-"""Whether a report agrees with itself: a file that was edited, merged or cut may fit the schema and mean nothing."""
+"""Whether the records of a report agree with each other: a file that was edited, merged or cut may fit the schema and
+mean nothing. Each function yields one sentence for each thing that cannot be true of any measurement.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from qexport.artifact.figures import CATALOGUE, Figure, overall
-
-if TYPE_CHECKING:
-    from qexport.artifact.manifest import LayerRecord
-    from qexport.artifact.report import Report
+from qexport.artifact.figures import CATALOGUE, Figure, GateResult, Verdict, overall
+from qexport.artifact.manifest import Sizes
+from qexport.artifact.measurements import BlockDrift, Histogram, MarginBin
+from qexport.records import LayerRecord
 
 _BITS: Final = (2, 3, 4, 8)
 
 
-def contradictions(report: Report) -> list[str]:
-    """What cannot be true of any measurement, one sentence each; none in a report that qexport has written."""
-    return [
-        *_of_figures(report.all_figures),
-        *_of_charts(report),
-        *(problem for layer in report.layers for problem in _of_layer(layer)),
-        *_of_sizes(report),
-        *_of_verdict(report),
-    ]
-
-
-def _of_figures(figures: list[Figure]) -> Iterator[str]:
+def impossible_figures(figures: Sequence[Figure]) -> Iterator[str]:
+    """Of the figures of the measurement and of the speed together."""
     counted = Counter((figure.name, figure.domain) for figure in figures)
     for figure in figures:
         place = figure.name if figure.domain is None else f"{figure.name}[{figure.domain}]"
@@ -42,33 +33,37 @@ def _of_figures(figures: list[Figure]) -> Iterator[str]:
                 yield f"{place}: an interval from {low:g} to {high:g}"
 
 
-def _of_charts(report: Report) -> Iterator[str]:
-    edges, counts = report.kl_histogram.edges, report.kl_histogram.counts
+def impossible_drift(histogram: Histogram, flips: Sequence[MarginBin], blocks: Sequence[BlockDrift]) -> Iterator[str]:
+    """Of where the drift sits."""
+    edges, counts = histogram.edges, histogram.counts
     rising = all(low < high for low, high in pairwise(edges))
     if len(counts) < 1 or len(edges) != len(counts) + 1 or not rising or edges[0] < 0 or min(counts) < 0:
         yield "kl_histogram: edges and counts do not fit together"
-    if any(each.flips < 0 or each.tokens < each.flips for each in report.flips_by_margin):
+    if any(each.flips < 0 or each.tokens < each.flips for each in flips):
         yield "flips_by_margin: more flips than tokens"
-    if any(each.relative_error < 0 for each in report.block_drift):
+    if any(each.relative_error < 0 for each in blocks):
         yield "block_drift: an error below 0"
 
 
-def _of_layer(layer: LayerRecord) -> Iterator[str]:
-    if layer.bits not in _BITS:
-        yield f"{layer.name}: {layer.bits} bits"
-    if any(value is not None and value < 0 for value in (layer.loss, layer.rtn_loss, layer.damp_percent)):
-        yield f"{layer.name}: a loss or damping below 0"
+def impossible_layers(layers: Sequence[LayerRecord]) -> Iterator[str]:
+    """Of what quantizing the layers did."""
+    for layer in layers:
+        if layer.bits not in _BITS:
+            yield f"{layer.name}: {layer.bits} bits"
+        if any(value is not None and value < 0 for value in (layer.loss, layer.rtn_loss, layer.damp_percent)):
+            yield f"{layer.name}: a loss or damping below 0"
 
 
-def _of_sizes(report: Report) -> Iterator[str]:
-    sizes = report.subject.sizes
-    if min(sizes.parameters, sizes.total_bytes, report.subject.reference_bytes) < 1 or sizes.bits_per_weight <= 0:
+def impossible_sizes(sizes: Sizes, reference_bytes: int) -> Iterator[str]:
+    """Of the artifact and the merged model."""
+    if min(sizes.parameters, sizes.total_bytes, reference_bytes) < 1 or sizes.bits_per_weight <= 0:
         yield "subject: a size that is not over 0"
 
 
-def _of_verdict(report: Report) -> Iterator[str]:
-    if report.verdict != (found := overall(gate.verdict for gate in report.gates)):
-        yield f"verdict: {report.verdict}, where that of its gates is {found}"
-    for gate in report.gates:
+def impossible_verdict(verdict: Verdict, gates: Sequence[GateResult]) -> Iterator[str]:
+    """Of the whole and of each gate."""
+    if verdict != (found := overall(gate.verdict for gate in gates)):
+        yield f"verdict: {verdict}, where that of its gates is {found}"
+    for gate in gates:
         if gate.passed and gate.figure is not None and None in (gate.value, gate.low, gate.high, gate.limit):
             yield f"gate {gate.name}: passed on what was not measured"

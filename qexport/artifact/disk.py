@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from qexport.amounts import size
 from qexport.errors import ResourceError
 
 _AT_FDCWD = -100
@@ -36,7 +37,7 @@ def ensure_space(path: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise ResourceError(
-            f"not enough room on the disk: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free",
+            f"not enough room on the disk: {size(needed, decimals=2)} needed, {size(free, decimals=2)} free",
             where=str(path),
             mend="free some space, or choose an output on another disk",
         )

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from qexport.artifact.record import Record
+from qexport.records import Record
 
 Better = Literal["lower", "higher", "near"]
 Form = Literal["number", "share", "nats", "ratio", "points"]
@@ -181,6 +181,21 @@ class GateResult(Record):
     def passed(self) -> bool:
         """Whether the verdict is `pass`."""
         return self.verdict == "pass"
+
+
+class CheckResult(Record):
+    """A check without statistics."""
+
+    gate: str
+    """The gate that it belongs to: `config`, `tokenizer` or `graph`."""
+
+    name: str
+
+    passed: bool | None
+    """None where there was nothing to check."""
+
+    detail: str
+    """What was found."""
 
 
 def overall(verdicts: Iterable[Verdict]) -> Verdict:

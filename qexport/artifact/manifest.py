@@ -14,8 +14,9 @@ from pydantic import ValidationError, model_validator
 
 from qexport.artifact.digests import sha256_json
 from qexport.artifact.figures import Figure, GateResult, Verdict, find_figure
-from qexport.artifact.record import Environment, Identity, Protocol, Record
+from qexport.artifact.record import Environment, Identity, Protocol
 from qexport.errors import InputError
+from qexport.records import LayerRecord, Record
 
 MANIFEST_NAME = "qexport-manifest.json"
 REPORT_FOLDER = "report"
@@ -55,25 +56,6 @@ class CalibrationRecord(Record):
     origin: str
     samples: int
     sequence_length: int
-
-
-class LayerRecord(Record):
-    """What quantizing one layer did; losses as in `qexport.tensors.LayerReport`, None where there is none."""
-
-    name: str
-    method: str
-    """How the codes were found: the method's name, or `round_to_nearest` where a calibrated method could not."""
-
-    bits: int
-
-    group_size: int
-    """Values that share a scale: along the inputs (for nf4 and fp4, along the flattened matrix)."""
-
-    loss: float | None
-    rtn_loss: float | None
-    damp_percent: float | None
-    tokens: int
-    dead_columns: int
 
 
 class Sizes(Record):

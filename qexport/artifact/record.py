@@ -1,4 +1,4 @@
-"""The base of everything that is written as JSON into or about an artifact, and the records of how it came about."""
+"""How an artifact or a report came about: the environment, and what makes figures comparable."""
 
 from __future__ import annotations
 
@@ -8,16 +8,10 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from qexport.records import Record
+
 if TYPE_CHECKING:
     import torch
-
-
-class Record(BaseModel):
-    """Strict types, no unknown keys, finite floats, unchangeable."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 class Environment(BaseModel):

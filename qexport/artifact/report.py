@@ -10,12 +10,28 @@ from typing import Any, Final, Literal
 
 from pydantic import ValidationError
 
-from qexport.artifact.consistency import contradictions
+from qexport.artifact.consistency import (
+    impossible_drift,
+    impossible_figures,
+    impossible_layers,
+    impossible_sizes,
+    impossible_verdict,
+)
 from qexport.artifact.digests import sha256_json
-from qexport.artifact.figures import Figure, GateResult, Verdict
-from qexport.artifact.manifest import REPORT_FOLDER, LayerRecord, Sizes, SourceRecord
-from qexport.artifact.record import Environment, Identity, Protocol, Record
+from qexport.artifact.figures import CheckResult, Figure, GateResult, Verdict
+from qexport.artifact.manifest import REPORT_FOLDER, Sizes, SourceRecord
+from qexport.artifact.measurements import (
+    BlockDrift,
+    Generations,
+    Histogram,
+    MarginBin,
+    TaskRecord,
+    Timings,
+    WorstToken,
+)
+from qexport.artifact.record import Environment, Identity, Protocol
 from qexport.errors import InputError, listed
+from qexport.records import LayerRecord, Record
 
 REPORT_NAME: Final = "report.json"
 SCHEMA_VERSION: Final = 1
@@ -41,193 +57,13 @@ class Subject(Record):
     """The digest of each weight file, by its name."""
 
 
-class Reference(Record):
+class ReferenceRecord(Record):
     """What the artifact was held against."""
 
     base: SourceRecord
     adapter: SourceRecord | None
     dtype: str
     """What the blocks computed in."""
-
-
-class Check(Record):
-    """A check without statistics."""
-
-    gate: str
-    """The gate that it belongs to: `config`, `tokenizer` or `graph`."""
-
-    name: str
-
-    passed: bool | None
-    """None where there was nothing to check."""
-
-    detail: str
-    """What was found."""
-
-
-class Histogram(Record):
-    """How many tokens have a KL divergence in which range."""
-
-    edges: list[float]
-    """Nats, rising; one more than bins. Values below the first edge and above the last are in the outer bins."""
-
-    counts: list[int]
-
-
-class MarginBin(Record):
-    """Tokens by the reference's margin: the difference of its two likeliest tokens' log-probabilities, in nats."""
-
-    low: float
-    high: float | None
-    """None: no upper end."""
-
-    tokens: int
-
-    flips: int
-    """Those where the artifact holds another token for the likeliest."""
-
-
-class BlockDrift(Record):
-    """How far the hidden states behind a block are from the reference's."""
-
-    name: str
-
-    relative_error: float
-    """Norm of the difference / norm of the reference's, over the measured windows of the first round."""
-
-
-class WorstToken(Record):
-    """A token where the artifact is far from the reference."""
-
-    domain: str | None
-    window: int
-    position: int
-
-    before: str
-    """The text before it, cut to its last characters."""
-
-    token: str
-    kl: float
-    reference_top: str
-    reference_probability: float
-    """Of the token that stands in the text; so are the artifact's."""
-
-    artifact_top: str
-    artifact_probability: float
-
-
-class Comparison(Record):
-    """The greedy continuations of one prompt. Tokens are counted up to and with an end."""
-
-    id: str
-    domain: str | None
-    style: str | None
-    pair: str | None
-
-    prompt: str
-    """As a reader would write it; messages one a line."""
-
-    reference: str
-    artifact: str
-    reference_tokens: int
-    artifact_tokens: int
-
-    first_difference: int | None
-    """Index of the first new token that differs; None where all are equal."""
-
-    margin: float | None
-    """The reference's margin there, in nats."""
-
-    flips: int
-    """Decisive flips along the reference's own tokens."""
-
-    edit_distance: float
-    chrf: float
-    rouge_l: float
-    reference_repetition: float
-    artifact_repetition: float
-    reference_hit_limit: bool
-    artifact_hit_limit: bool
-
-
-class SampledComparison(Record):
-    """Continuations sampled by both models with the same seed."""
-
-    id: str
-
-    sample: int
-    """Which of the prompt's samples, from 0."""
-
-    seed: int
-    reference: str
-    artifact: str
-    chrf: float
-
-
-class Generations(Record):
-    """Continuations of the prompts."""
-
-    prompts: int
-    identical: int
-    max_new_tokens: int
-    comparisons: list[Comparison]
-    samples: list[SampledComparison]
-    skipped: dict[str, str]
-    """Prompts that were not continued, by their id, and why."""
-
-
-class TaskRecord(Record):
-    """A task of lm-evaluation-harness, paired by item."""
-
-    task: str
-    metric: str
-
-    num_fewshot: int
-    """Solved examples before each item."""
-
-    sha256: str
-    """Of the items: accuracies are comparable only where it is equal."""
-
-    items: int
-    reference_accuracy: float
-    artifact_accuracy: float
-    only_reference: int
-    """Items that only the reference got right."""
-
-    only_artifact: int
-    p_value: float
-    """Exact two-sided McNemar test."""
-
-
-class Speed(Record):
-    """Both models as a user runs them, in turn. Lists have one value a repeat."""
-
-    prompt_tokens: int
-    new_tokens: int
-    reference_tokens_per_second: list[float]
-    artifact_tokens_per_second: list[float]
-    reference_first_token_seconds: list[float]
-    artifact_first_token_seconds: list[float]
-    reference_bytes: int
-    """Parameters and buffers in memory."""
-
-    artifact_bytes: int
-
-
-class Timings(Record):
-    """What differs from run to run."""
-
-    seconds: float
-    """How long verification took."""
-
-    peak_memory_bytes: int | None
-    """The process's peak resident main memory since its start: in a run the work before verification counts too."""
-
-    speed: Speed | None
-    speed_unmeasured: str | None
-    """Why there is none."""
-
-    figures: list[Figure]
 
 
 class Report(Record):
@@ -237,12 +73,12 @@ class Report(Record):
     qexport_version: str
     verdict: Verdict
     subject: Subject
-    reference: Reference
+    reference: ReferenceRecord
     identity: Identity
     protocol: Protocol
     figures: list[Figure]
     gates: list[GateResult]
-    checks: list[Check]
+    checks: list[CheckResult]
     kl_histogram: Histogram
     flips_by_margin: list[MarginBin]
     block_drift: list[BlockDrift]
@@ -270,6 +106,16 @@ class Report(Record):
         """The domains of the held-out text, in their order."""
         found = (f.domain for f in self.figures if f.unit == "window" and f.domain is not None)
         return list(dict.fromkeys(found))
+
+    def contradictions(self) -> list[str]:
+        """What cannot be true of any measurement, one sentence each; none in a report that qexport has written."""
+        return [
+            *impossible_figures(self.all_figures),
+            *impossible_drift(self.kl_histogram, self.flips_by_margin, self.block_drift),
+            *impossible_layers(self.layers),
+            *impossible_sizes(self.subject.sizes, self.subject.reference_bytes),
+            *impossible_verdict(self.verdict, self.gates),
+        ]
 
     def digest(self) -> str:
         """The hex digest of all but `timings`, which is the same for the same artifact, text and machine type."""
@@ -304,7 +150,7 @@ class Report(Record):
         except ValidationError as error:
             problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
             raise InputError(f"the report is malformed: {listed(problems)}", where=str(place)) from error
-        if wrong := contradictions(found):
+        if wrong := found.contradictions():
             raise InputError(
                 f"the report contradicts itself: {listed(wrong)}", where=str(place), mend="verify the artifact again"
             )

@@ -11,9 +11,9 @@ from rich.console import Console, RenderableType
 from rich.table import Column
 from rich.text import Text
 
+from qexport.amounts import duration, size
 from qexport.architectures.memory import resident
 from qexport.progress import Notice, Progress, Reporter, Stage
-from qexport.reporting.values import duration, size
 
 PLAIN_INTERVAL = 5.0
 """Seconds between two plain lines of a stage. Its start and its end are always told."""

@@ -11,7 +11,7 @@ from rich.console import RenderableType
 from qexport.artifact.disk import write_whole
 from qexport.artifact.report import Report
 from qexport.errors import RecipeError
-from qexport.reporting.comparison import Comparison, compare
+from qexport.reporting.comparison import ArtifactComparison, compare
 from qexport.reporting.comparison_views import comparison_html, comparison_markdown, comparison_table
 from qexport.reporting.html import report_html
 from qexport.reporting.markdown import report_markdown
@@ -56,7 +56,7 @@ class _One:
 
 
 class _Several:
-    def __init__(self, comparison: Comparison) -> None:
+    def __init__(self, comparison: ArtifactComparison) -> None:
         self._comparison = comparison
 
     def page(self) -> str:

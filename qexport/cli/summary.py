@@ -14,26 +14,21 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from qexport.amounts import counted, size
 from qexport.artifact.manifest import REPORT_FOLDER
 from qexport.quantizing.methods import recorded_method
-from qexport.reporting.selection import fallen_back, worst_prompts
+from qexport.reporting.selection import fallen_back
 from qexport.reporting.terminal import gate_table, prompt_table, verdict_line
-from qexport.reporting.values import counted, figure_interval, figure_value, size
+from qexport.reporting.view import figure_row, size_view, summarize
 from qexport.reporting.writing import PAGE_NAME
 
 if TYPE_CHECKING:
-    from qexport.artifact.figures import Figure
-    from qexport.artifact.manifest import LayerRecord, Manifest, Verification
+    from qexport.artifact.manifest import Manifest, Verification
     from qexport.pipeline import Result
+    from qexport.records import LayerRecord
 
 MAX_LAYERS_LISTED = 5
-MAX_PROMPTS_SHOWN = 1
-_SHOWN: Final = {
-    "mean_kl": "mean KL divergence",
-    "top1_agreement": "same likeliest token",
-    "decisive_flips": "decisive flips",
-    "identical_generations": "equal continuations",
-}
+_SHOWN: Final = ("mean_kl", "top1_agreement", "decisive_flips", "identical_generations")
 _BYTES_PER_VALUE = {"float32": 4}
 
 
@@ -59,12 +54,13 @@ def _parts(result: Result, path: Path) -> Iterator[RenderableType]:
             yield Text.assemble("\n", (" + ".join(layouts), "bold"), _readers_of(result.manifests[layouts[0]]))
         yield Padding(_figures(result.manifests[layouts[0]]), (1, 0))
         if (own := result.reports.get(layouts[0])) is not None:
-            yield verdict_line(own)
-            yield Padding(gate_table(own.gates), (1, 0))
+            shown = summarize(own)
+            yield verdict_line(shown)
+            yield Padding(gate_table(shown.gates), (1, 0))
     yield from _remarks(manifest)
     yield from _notes(result.manifests)
-    if report is not None and (prompts := worst_prompts(report)):
-        yield Padding(prompt_table(prompts[:MAX_PROMPTS_SHOWN]), (1, 0, 0, 0))
+    if report is not None and (prompts := summarize(report).prompts):
+        yield Padding(prompt_table(prompts), (1, 0, 0, 0))
     yield from _how_to_load(result, path)
 
 
@@ -120,20 +116,15 @@ def _add_verification(table: Table, found: Verification) -> None:
         f"{values['artifact_perplexity'].value:.2f}",
         f"{ratio.value - 1:+.1%} on {tokens:,} tokens, windows of {found.protocol.sequence_length}",
     )
-    for name, label in _SHOWN.items():
-        if name in values:
-            table.add_row(label, "", figure_value(values[name]), _interval(values[name]))
-
-
-def _interval(figure: Figure) -> str:
-    return f"{figure_interval(figure)}, {counted(figure.n, figure.unit)}"
+    for row in (figure_row(values[name]) for name in _SHOWN if name in values):
+        table.add_row(row.label, "", row.value, f"{row.interval}, {row.units}")
 
 
 def _add_size(table: Table, manifest: Manifest) -> None:
     sizes = manifest.sizes
     reference = sizes.parameters * _BYTES_PER_VALUE.get(manifest.recipe["merge"]["dtype"], 2)
-    share = f"{sizes.total_bytes / reference:.0%}, {sizes.bits_per_weight:.2f} bits a weight"
-    table.add_row("weights", size(reference), size(sizes.total_bytes), share)
+    shown = size_view(sizes, reference)
+    table.add_row("weights", shown.reference, shown.total, f"{shown.share}, {shown.bits_per_weight}")
 
 
 def _remarks(manifest: Manifest) -> Iterator[RenderableType]:

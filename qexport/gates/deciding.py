@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from qexport.artifact.figures import CATALOGUE, Figure, GateResult, Verdict, find_figure
-from qexport.artifact.report import Check, Report
+from qexport.artifact.figures import CATALOGUE, CheckResult, Figure, GateResult, Verdict, find_figure
+from qexport.artifact.report import Report
 from qexport.gates.limits import NOISE_MARGIN, Bound, Limit, above_floor, limits_of
 from qexport.gates.profiles import ProfileOfLayer, profile_for
 from qexport.gates.settings import HasGates
@@ -82,7 +82,7 @@ class _Gate:
 
 
 def decide(
-    limits: Sequence[Limit], figures: Sequence[Figure], checks: Sequence[Check], expected: Sequence[BuiltIn]
+    limits: Sequence[Limit], figures: Sequence[Figure], checks: Sequence[CheckResult], expected: Sequence[BuiltIn]
 ) -> list[GateResult]:
     """Decides every gate.
 
@@ -113,7 +113,9 @@ def needs_more(results: Sequence[GateResult]) -> bool:
     )
 
 
-def _built_in(figures: Sequence[Figure], checks: Sequence[Check], expected: Sequence[BuiltIn]) -> Iterator[GateResult]:
+def _built_in(
+    figures: Sequence[Figure], checks: Sequence[CheckResult], expected: Sequence[BuiltIn]
+) -> Iterator[GateResult]:
     for name in BUILT_IN:
         if name in expected:
             match name:
@@ -142,7 +144,7 @@ def _merge_gate(figures: Sequence[Figure]) -> _Gate:
     return _Gate("merge", FIGURE_OF["merge"], None, "at_most", limit, unknown="the noise floor was not measured")
 
 
-def _checked(name: str, checks: Sequence[Check]) -> GateResult:
+def _checked(name: str, checks: Sequence[CheckResult]) -> GateResult:
     passed = sum(check.passed is True for check in checks)
     failed = [f"{check.name} ({check.detail})" for check in checks if check.passed is False]
     if failed:

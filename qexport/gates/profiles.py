@@ -9,9 +9,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
-from qexport.artifact.manifest import LayerRecord, Sizes
+from qexport.artifact.manifest import Sizes
 from qexport.errors import RecipeError
 from qexport.gates.settings import Bounds, HasGates, ProfileName
+from qexport.records import LayerRecord
 
 ProfileOfLayer = Callable[[str, int, int], ProfileName | None]
 """From how a layer's codes were found, their bits, and the model's parameters to a profile; each method knows its own

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -13,15 +13,14 @@ import torch
 
 from qexport.architectures.architecture import Architecture
 from qexport.artifact.digests import FileDigests
-from qexport.artifact.manifest import LayerRecord, Sizes
+from qexport.artifact.manifest import Sizes
 from qexport.artifact.report import Subject
 from qexport.export.layouts import Layout
 from qexport.export.tensor_writer import WrittenWeights
-from qexport.formats.outputs import Outputs
-from qexport.formats.stored_weight import StoredLayer
 from qexport.pipeline.planning import Plan
 from qexport.reading.stored_model import StoredModel, open_stored
-from qexport.tensors import GroupQuantizedSpec, LayerReport
+from qexport.records import LayerRecord
+from qexport.tensors import GroupQuantizedSpec
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,11 @@ def open_folder(
             artifact=artifact,
             name=name,
             layouts=layouts,
-            layers=layers or [_record(module, layer) for module, layer in artifact.layers.items()],
+            layers=layers
+            or [
+                LayerRecord.uncalibrated(module, layer.method, layer.bits, layer.group_size)
+                for module, layer in artifact.layers.items()
+            ],
             grids=_told_grids(artifact.grids, layers),
             dtype=dtype,
             digests=[digests, FileDigests(folder, unknown, {})],
@@ -132,7 +135,7 @@ def open_folder(
 
 @contextmanager
 def open_layout(
-    planned: Plan, layout: Layout, folder: Path, layers: Sequence[LayerReport], written: WrittenWeights
+    planned: Plan, layout: Layout, folder: Path, layers: Sequence[LayerRecord], written: WrittenWeights
 ) -> Iterator[LayoutFolder]:
     """Opens the folder of a layout once its files are written, for as long as the context lasts.
 
@@ -153,26 +156,12 @@ def open_layout(
         getattr(torch, planned.recipe.merge.dtype),
         name=" + ".join(origin.name.rpartition("/")[2] for origin in origins),
         layouts=[layout.name],
-        layers=[_layer(layer, planned.outputs) for layer in own],
+        layers=own,
         digests=written.files,
         readers=layout.readers,
     ) as opened:
         notes = [*(merged.adapter.notes if merged.adapter else ()), *layout.notes, *fallen]
         yield LayoutFolder(opened, layout, written, notes)
-
-
-def _record(module: str, layer: StoredLayer) -> LayerRecord:
-    return LayerRecord(
-        name=module,
-        method=layer.method,
-        bits=layer.bits,
-        group_size=layer.group_size,
-        loss=None,
-        rtn_loss=None,
-        damp_percent=None,
-        tokens=0,
-        dead_columns=0,
-    )
 
 
 def _told_grids(
@@ -194,8 +183,3 @@ def _group_size(grid: GroupQuantizedSpec, told: LayerRecord | None) -> int:
     if told is None or told.group_size < 1 or grid.in_features % told.group_size:
         return grid.group_size
     return told.group_size
-
-
-def _layer(layer: LayerReport, outputs: Outputs) -> LayerRecord:
-    spec = outputs.quantized[layer.name]
-    return LayerRecord(bits=spec.bits, group_size=spec.group_size, **asdict(layer))

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from qexport.amounts import size
 from qexport.artifact.folder import open_artifact
 from qexport.artifact.manifest import MANIFEST_NAME, REPORT_FOLDER, Verification
 from qexport.artifact.report import REPORT_NAME, Report
@@ -82,7 +83,7 @@ class Inspection:
             f"layout    {layout}",
             f"method    {self.method}",
             f"layers    {self.quantized_layers} quantized; {self.dense_tensors} tensors are dense",
-            f"weights   {self.total_bytes / 1e6:,.1f} MB",
+            f"weights   {size(self.total_bytes, decimals=1)}",
             *([f"report    {self.report}"] if self.report else []),
             *(self._loader_line(loader) for loader in self.loaders),
             *(f"{'ok' if check.passed else 'FAILED':<9} {_told(check)}" for check in self.checks),
@@ -117,9 +118,9 @@ def inspect_artifact(path: Path, *, server: Server | None = None) -> Inspection:
         blocks = {name: each.group_size for name, each in source.layers.items() if each.method in ("nf4", "fp4")}
         folder = Folder(source.quantization, shapes, structure.model_type, structure.head, layout, graph, blocks)
         dense = len(source.specs()) - len(shapes)
-        method, size = source.method, source.stored_bytes
+        method, total = source.method, source.stored_bytes
     checks = _check(path, server) if server else []
-    return Inspection(path, layout, method, len(shapes), dense, size, report, loaders(folder), server, checks)
+    return Inspection(path, layout, method, len(shapes), dense, total, report, loaders(folder), server, checks)
 
 
 def _check_report(path: Path, verification: Verification) -> ReportState:

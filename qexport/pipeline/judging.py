@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qexport.artifact.figures import Figure, GateResult
-from qexport.artifact.report import Check
+from qexport.artifact.figures import CheckResult, Figure, GateResult
 from qexport.errors import GateFailed, GateUndecided
 from qexport.gates.deciding import BuiltIn, decide, expected_gates, waived
 from qexport.gates.limits import Limit, above_floor, limits_of
@@ -29,7 +28,7 @@ class Gates:
     expected: Sequence[BuiltIn]
     notes: Sequence[str]
 
-    def __call__(self, figures: Sequence[Figure], checks: Sequence[Check]) -> list[GateResult]:
+    def __call__(self, figures: Sequence[Figure], checks: Sequence[CheckResult]) -> list[GateResult]:
         """The decisions on what is known."""
         return decide(self.limits, figures, checks, self.expected)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qexport.amounts import size
 from qexport.architectures.structure import Structure
 from qexport.export.layouts import Layout, make_layout
 from qexport.formats import Outputs
@@ -95,8 +96,8 @@ class Plan:
         """The plan for a reader at the terminal."""
         figures = self.as_dict()
         adapter = f"{figures['adapter']}, changes {figures['changed_tensors']} tensors"
-        layouts = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in figures["layouts"].items())
-        shared = f" (on the disk {self.total_bytes / 1e6:,.1f} MB)" if len(self.layouts) > 1 else ""
+        layouts = ", ".join(f"{name} {size(count, decimals=1)}" for name, count in figures["layouts"].items())
+        shared = f" (on the disk {size(self.total_bytes, decimals=1)})" if len(self.layouts) > 1 else ""
         return [
             f"base      {figures['base']}, {figures['blocks']} blocks, {figures['parameters'] / 1e6:,.1f}M parameters",
             f"adapter   {adapter if self.merged.adapter else 'none'}",

@@ -8,12 +8,11 @@ from importlib.metadata import version
 import torch
 
 from qexport.artifact.digests import sha256_bytes, sha256_json
-from qexport.artifact.figures import GateResult, overall
+from qexport.artifact.figures import CheckResult, GateResult, overall
 from qexport.artifact.folder import digest_files
 from qexport.artifact.manifest import CalibrationRecord, Manifest, Sizes, SourceRecord, Verification
 from qexport.artifact.record import Identity, Protocol, describe_environment
-from qexport.artifact.report import Check, Report
-from qexport.artifact.report import Reference as ReferenceRecord
+from qexport.artifact.report import ReferenceRecord, Report
 from qexport.pipeline.folders import ArtifactFolder, LayoutFolder
 from qexport.pipeline.planning import Plan
 from qexport.statistics.samples import ALPHA
@@ -28,7 +27,7 @@ def make_report(
     opened: ArtifactFolder,
     measured: Measurement,
     gates: Sequence[GateResult],
-    checks: Sequence[Check],
+    checks: Sequence[CheckResult],
     reference: Reference,
     *,
     notes: Sequence[str],

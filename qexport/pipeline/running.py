@@ -28,8 +28,8 @@ from qexport.pipeline.texts import Evaluation, Texts, read_texts
 from qexport.pipeline.verification import measure_folder
 from qexport.progress import Progress, Reporter, silent
 from qexport.recipe.model import Recipe
+from qexport.records import LayerRecord
 from qexport.reporting.writing import write_report
-from qexport.tensors import LayerReport
 from qexport.verifying.reference import Reference
 from qexport.verifying.verification import check_headers
 
@@ -114,7 +114,7 @@ def _unproven_merge(planned: Plan, reference: Reference | None) -> UnprovenMerge
 
 def _write(
     planned: Plan, texts: Texts, output: Path, device: torch.device, report: Reporter
-) -> tuple[list[LayerReport], dict[str, WrittenWeights]]:
+) -> tuple[list[LayerRecord], dict[str, WrittenWeights]]:
     """The one pass, and what lies beside the weights.
 
     Layouts that want the same weights get them once, as links to the same files.
@@ -137,9 +137,9 @@ def _write(
 
 def _write_weights(
     planned: Plan, texts: Texts, output: Path, device: torch.device, report: Reporter
-) -> tuple[list[LayerReport], list[WrittenWeights]]:
+) -> tuple[list[LayerRecord], list[WrittenWeights]]:
     """Every tensor is read, merged, quantized and handed to the writers before the next block is read."""
-    layers: list[LayerReport] = []
+    layers: list[LayerRecord] = []
     stream = planned.recipe.quantize.quantize(
         planned.merged.checkpoint,
         planned.outputs,
@@ -156,13 +156,13 @@ def _write_weights(
         for record in stream:
             for writer in writers:
                 writer.write(record)
-            if record.report:
-                layers.append(record.report)
+            if record.layer:
+                layers.append(record.layer)
         return layers, [writer.finish() for writer in writers]
 
 
 def _read_back(
-    planned: Plan, output: Path, layers: Sequence[LayerReport], written: Mapping[str, WrittenWeights], stack: ExitStack
+    planned: Plan, output: Path, layers: Sequence[LayerRecord], written: Mapping[str, WrittenWeights], stack: ExitStack
 ) -> dict[str, LayoutFolder]:
     """Reads every folder back from the disk, and leaves it open as long as the stack lasts.
 

@@ -10,9 +10,10 @@ import torch
 
 from qexport.architectures.checkpoint import Checkpoint
 from qexport.architectures.devices import find_device
+from qexport.artifact.figures import CheckResult
 from qexport.artifact.folder import open_artifact
 from qexport.artifact.manifest import MANIFEST_NAME
-from qexport.artifact.report import Check, Report
+from qexport.artifact.report import Report
 from qexport.gates.profiles import profile_for
 from qexport.hidden_packages import hidden
 from qexport.loading.settings import LoadSettings
@@ -147,7 +148,7 @@ def _open(folder: Path, merged: Checkpoint, dtype: torch.dtype) -> AbstractConte
     )
 
 
-def _check_tokenizer(reference: Reference, artifact: StoredModel) -> list[Check]:
+def _check_tokenizer(reference: Reference, artifact: StoredModel) -> list[CheckResult]:
     """The artifact's tokenizer against the reference's."""
     files, merged = read_sidecars(artifact.folder), reference.merged
     tokenizer = (

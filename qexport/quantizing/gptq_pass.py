@@ -264,15 +264,15 @@ def _record(name: str, tensor: Tensor, solved: Mapping[str, SolvedLayer]) -> Ten
     layer = solved.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
     if layer is None:
         return TensorRecord(name, tensor.detach().cpu())
-    return TensorRecord(name, layer.quantized.cpu(), layer.report)
+    return TensorRecord(name, layer.quantized.cpu(), layer.record)
 
 
 def _summary(records: list[TensorRecord]) -> str:
-    losses = [record.report.loss for record in records if record.report and record.report.loss is not None]
+    losses = [record.layer.loss for record in records if record.layer and record.layer.loss is not None]
     return f"loss {max(losses):.4f}" if losses else "dense"
 
 
 def _tell_fallbacks(records: list[TensorRecord], report: Reporter) -> None:
     for record in records:
-        if record.report and record.report.method == "round_to_nearest":
-            report(Notice(f"{record.report.name} was rounded to nearest: its Hessian could not be used"))
+        if record.layer and record.layer.method == "round_to_nearest":
+            report(Notice(f"{record.layer.name} was rounded to nearest: its Hessian could not be used"))

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from qexport.errors import NumericalError
 from qexport.quantizing.solver import Factor, Options, factorize, round_to_nearest, solve
-from qexport.tensors import GroupQuantized, LayerReport
+from qexport.records import LayerRecord
+from qexport.tensors import GroupQuantized
 
 _COLUMNS = 128
 """Columns of one strip. Only the strips' upper parts are multiplied, half of the square for a wide layer."""
@@ -83,7 +84,7 @@ class SolvedLayer:
     """A layer's codes and what finding them did."""
 
     quantized: GroupQuantized
-    report: LayerReport
+    record: LayerRecord
 
 
 def solve_together(
@@ -147,25 +148,36 @@ def _solve_rows(
     for name, weight in weights.items():
         quantized = joined.rows(start, start + weight.shape[0])
         start += weight.shape[0]
-        report = LayerReport(
+        record = LayerRecord(
             name=name,
             method="gptq",
+            bits=quantized.bits,
+            group_size=quantized.group_size,
             loss=output_error(weight, quantized, matrix),
             rtn_loss=output_error(weight, round_to_nearest(weight, options), matrix),
             damp_percent=factor.damp_percent,
             tokens=tokens,
             dead_columns=dead,
         )
-        solved[name] = SolvedLayer(quantized, report)
+        solved[name] = SolvedLayer(quantized, record)
     return solved
 
 
 def _rounded(name: str, weight: Tensor, options: Options, hessian: Hessian, dead: int) -> SolvedLayer:
     quantized = round_to_nearest(weight, options)
     loss = output_error(weight, quantized, hessian.matrix())
-    return SolvedLayer(
-        quantized, LayerReport(name, "round_to_nearest", loss, loss, options.damp_percent, hessian.tokens, dead)
+    record = LayerRecord(
+        name=name,
+        method="round_to_nearest",
+        bits=quantized.bits,
+        group_size=quantized.group_size,
+        loss=loss,
+        rtn_loss=loss,
+        damp_percent=options.damp_percent,
+        tokens=hessian.tokens,
+        dead_columns=dead,
     )
+    return SolvedLayer(quantized, record)
 
 
 def output_error(weight: Tensor, quantized: GroupQuantized, matrix: Tensor) -> float | None:

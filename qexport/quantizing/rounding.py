@@ -12,7 +12,8 @@ from qexport.formats.outputs import Outputs
 from qexport.progress import Progress, Reporter, silent
 from qexport.quantizing.method import RoundingMethod
 from qexport.quantizing.selection import notes_on_experts, select_rounded
-from qexport.tensors import GroupQuantizedSpec, LayerReport, OutputSpec, TensorRecord, TensorSpec, WeightSource
+from qexport.records import LayerRecord
+from qexport.tensors import GroupQuantizedSpec, OutputSpec, TensorRecord, TensorSpec, WeightSource
 
 
 def plan(method: RoundingMethod, checkpoint: Checkpoint) -> Outputs:
@@ -59,7 +60,7 @@ def quantize(
         assert method is not None
         assert not isinstance(spec, GroupQuantizedSpec)
         matrix = merged.t().contiguous() if spec.transposed else merged  # every format has the codes [out, in]
-        layer = LayerReport(name.removesuffix(".weight"), method.layer_method)
+        layer = LayerRecord.uncalibrated(name.removesuffix(".weight"), method.layer_method, spec.bits, spec.group_size)
         yield TensorRecord(name, method.codes(matrix.to(device), spec), layer, merged)
     report(Progress("quantize", len(outputs.specs), len(outputs.specs), "tensor"))
 

@@ -20,7 +20,7 @@ from qexport.references import (
     parse_reference,
 )
 from qexport.verifying.settings import names_file
-from qexport.yaml.document import Keys, Node, Problem, dotted, entry_at, replaced
+from qexport.yaml.document import Keys, Problem, YamlNode, dotted, entry_at, replaced
 
 Resolve = Callable[[str, Path], str]
 
@@ -75,7 +75,7 @@ REFERENCES: dict[Keys, Resolve] = {
 """The fields that name files, with the rule for each."""
 
 
-def resolved(root: Node) -> tuple[Node, list[Problem]]:
+def resolved(root: YamlNode) -> tuple[YamlNode, list[Problem]]:
     """The tree with absolute local paths, and what names nothing that could exist. Wrong types are left alone."""
     problems = []
     for keys, resolve in REFERENCES.items():
@@ -84,7 +84,7 @@ def resolved(root: Node) -> tuple[Node, list[Problem]]:
             assert entry is not None
             node = entry.node
             try:
-                new = Node(resolve(str(node.value), node.origin.folder), node.origin, node.line)
+                new = YamlNode(resolve(str(node.value), node.origin.folder), node.origin, node.line)
             except ValueError as error:
                 problems.append(Problem(node.origin, node.line, dotted(place), str(error)))
             else:
@@ -92,7 +92,7 @@ def resolved(root: Node) -> tuple[Node, list[Problem]]:
     return root, problems
 
 
-def _texts(root: Node, keys: Keys) -> Iterator[Keys]:
+def _texts(root: YamlNode, keys: Keys) -> Iterator[Keys]:
     entry = entry_at(root, keys)
     if entry is None:
         return

@@ -10,12 +10,12 @@ from pydantic import ValidationError
 
 from qexport.recipe.model import Recipe
 from qexport.recipe.paths import resolved
-from qexport.yaml.document import Keys, Node, Origin, Problem, child, dotted, plain, replaced
+from qexport.yaml.document import Keys, Problem, YamlNode, YamlOrigin, child, dotted, plain, replaced
 from qexport.yaml.parsing import FileKind, SyntaxProblem, parse
 from qexport.yaml.problems import problems_of
 
 
-def override(root: Node, overrides: Sequence[str]) -> tuple[Node, list[Problem]]:
+def override(root: YamlNode, overrides: Sequence[str]) -> tuple[YamlNode, list[Problem]]:
     """The tree with the overrides in it, in their order, and those that name no place or hold no value.
 
     Args:
@@ -24,7 +24,7 @@ def override(root: Node, overrides: Sequence[str]) -> tuple[Node, list[Problem]]
             a YAML scalar or flow value. Parts that are missing on the way are made; unknown keys are left to the
             recipe's own checks.
     """
-    origin = Origin("command line", Path.cwd())
+    origin = YamlOrigin("command line", Path.cwd())
     problems = []
     for text in overrides:
         path, equals, value = text.partition("=")
@@ -34,7 +34,7 @@ def override(root: Node, overrides: Sequence[str]) -> tuple[Node, list[Problem]]
         try:
             keys = _keys(root, path)
             node, found = parse(value, origin, numbered=False)
-            root = replaced(root, keys, node or Node(None, origin, None))
+            root = replaced(root, keys, node or YamlNode(None, origin, None))
             problems += [Problem(origin, None, ".".join(filter(None, (path, p.field))), p.message) for p in found]
         except SyntaxProblem as error:
             problems.append(Problem(origin, None, path, error.problem.message))
@@ -43,10 +43,10 @@ def override(root: Node, overrides: Sequence[str]) -> tuple[Node, list[Problem]]
     return root, problems
 
 
-def _keys(root: Node, path: str) -> Keys:
+def _keys(root: YamlNode, path: str) -> Keys:
     """The path as keys and indexes; a LookupError says where it leaves the recipe."""
     keys: list[str | int] = []
-    node: Node | None = root
+    node: YamlNode | None = root
     for part in path.split("."):
         key: str | int = part
         if node is not None and isinstance(node.value, tuple):

@@ -8,10 +8,11 @@ from typing import Final
 
 from markupsafe import Markup
 
+from qexport.amounts import counted
 from qexport.artifact.figures import DECISIVE_MARGIN, QUANTILES, Figure, GateResult, find_figure
-from qexport.artifact.report import BlockDrift, Histogram, MarginBin
+from qexport.artifact.measurements import BlockDrift, Histogram, MarginBin
 from qexport.reporting.svg import WIDTH, Axis, chart, line, linear_axis, tag, text, tick_text
-from qexport.reporting.values import counted, cut, figure_interval, figure_value, label_of
+from qexport.reporting.values import cut, figure_interval, figure_value, label_of
 
 _LEFT: Final = 52.0
 _RIGHT: Final = WIDTH - 14.0

@@ -16,7 +16,7 @@ _PROTOCOL: Final = ("sequence_length", "dtype", "perplexity")
 
 
 @dataclass(frozen=True)
-class Entry:
+class ComparedArtifact:
     """One artifact of a comparison.
 
     Attributes:
@@ -38,13 +38,13 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ArtifactComparison:
     """Artifacts whose figures were measured alike, smallest first."""
 
-    entries: tuple[Entry, ...]
+    entries: tuple[ComparedArtifact, ...]
 
     @property
-    def front(self) -> list[Entry]:
+    def front(self) -> list[ComparedArtifact]:
         """The Pareto front of size and mean KL divergence."""
         return [entry for entry in self.entries if entry.on_front]
 
@@ -58,7 +58,7 @@ class Comparison:
         }
 
 
-def compare(reports: Sequence[Report]) -> Comparison:
+def compare(reports: Sequence[Report]) -> ArtifactComparison:
     """Puts reports side by side.
 
     Args:
@@ -72,10 +72,12 @@ def compare(reports: Sequence[Report]) -> Comparison:
     points = [(report.subject.sizes.total_bytes, _mean_kl(report)) for report in reports]
     costs = [(size, figure.value) for size, figure in points]
     entries = [
-        Entry(label, report, figure, on_front=not any(_beats(other, cost) for other in costs))
+        ComparedArtifact(label, report, figure, on_front=not any(_beats(other, cost) for other in costs))
         for label, report, (_, figure), cost in zip(_labels(reports), reports, points, costs, strict=True)
     ]
-    return Comparison(tuple(sorted(entries, key=lambda entry: (entry.total_bytes, entry.mean_kl.value, entry.label))))
+    return ArtifactComparison(
+        tuple(sorted(entries, key=lambda entry: (entry.total_bytes, entry.mean_kl.value, entry.label)))
+    )
 
 
 def _check_comparable(reports: Sequence[Report]) -> None:
@@ -145,7 +147,7 @@ def _labels(reports: Sequence[Report]) -> list[str]:
     return labels
 
 
-def _as_dict(entry: Entry) -> dict[str, Any]:
+def _as_dict(entry: ComparedArtifact) -> dict[str, Any]:
     subject = entry.report.subject
     figures = {
         figure.name: {"value": figure.value, "low": figure.low, "high": figure.high}

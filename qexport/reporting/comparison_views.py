@@ -9,14 +9,16 @@ from markupsafe import Markup
 from rich.table import Table
 from rich.text import Text
 
+from qexport.amounts import size
 from qexport.artifact.figures import find_figure
-from qexport.reporting.comparison import Comparison, Entry
+from qexport.reporting.comparison import ArtifactComparison, ComparedArtifact
 from qexport.reporting.markdown import escaped, markdown_table
 from qexport.reporting.page import render
-from qexport.reporting.selection import IDENTITY_LABELS, VERDICT_WORDS
+from qexport.reporting.selection import IDENTITY_LABELS
 from qexport.reporting.svg import WIDTH, Axis, chart, line, linear_axis, tag, text, tick_text
 from qexport.reporting.terminal import VERDICT_STYLES, new_table
-from qexport.reporting.values import UNMEASURED, cut, figure_interval, figure_value, size
+from qexport.reporting.values import UNMEASURED, cut
+from qexport.reporting.view import VERDICT_WORDS, figure_row, size_view
 from qexport.reporting.visible_text import visible
 
 _FIGURES: Final = ("perplexity_ratio", "top1_agreement", "decisive_flips")
@@ -31,7 +33,7 @@ _WIDE_RANGE: Final = 20.0
 _LONGEST_LABEL: Final = 26
 
 
-def comparison_html(comparison: Comparison) -> str:
+def comparison_html(comparison: ArtifactComparison) -> str:
     """One self-contained page: the Pareto plot and the table."""
     first = comparison.entries[0].report
     return render(
@@ -45,7 +47,7 @@ def comparison_html(comparison: Comparison) -> str:
     )
 
 
-def comparison_table(comparison: Comparison) -> Table:
+def comparison_table(comparison: ArtifactComparison) -> Table:
     """For the terminal: the columns that 80 characters have room for."""
     table = new_table()
     table.add_column("artifact", style="bold", overflow="fold")
@@ -58,7 +60,7 @@ def comparison_table(comparison: Comparison) -> Table:
     return table
 
 
-def comparison_markdown(comparison: Comparison) -> str:
+def comparison_markdown(comparison: ArtifactComparison) -> str:
     """For a pull request."""
     rows = [
         [
@@ -74,28 +76,29 @@ def comparison_markdown(comparison: Comparison) -> str:
     return f"### Artifacts compared\n\n{table}\n\n{told}\n"
 
 
-def _front(entry: Entry) -> str:
+def _front(entry: ComparedArtifact) -> str:
     return "on it" if entry.on_front else ""
 
 
-def _measured(entry: Entry) -> list[str]:
-    sizes = entry.report.subject.sizes
+def _measured(entry: ComparedArtifact) -> list[str]:
+    sizes = size_view(entry.report.subject.sizes, entry.report.subject.reference_bytes)
+    drift = figure_row(entry.mean_kl)
     others = (find_figure(entry.report.figures, name) for name in _FIGURES)
     return [
-        size(sizes.total_bytes),
-        f"{sizes.bits_per_weight:.2f}",
-        figure_value(entry.mean_kl),
-        figure_interval(entry.mean_kl),
-        *(figure_value(figure) if figure else UNMEASURED for figure in others),
+        sizes.total,
+        sizes.bits,
+        drift.value,
+        drift.interval,
+        *(figure_row(figure).value if figure else UNMEASURED for figure in others),
     ]
 
 
-def pareto_plot(comparison: Comparison) -> Markup:
+def pareto_plot(comparison: ArtifactComparison) -> Markup:
     """Size across, mean KL divergence with its interval up; a line joins the artifacts that no other beats."""
     across = linear_axis([entry.total_bytes for entry in comparison.entries], _LEFT, WIDTH - 20)
     up = _drift_axis(comparison.entries)
     told = "; ".join(
-        f"{entry.label}: {size(entry.total_bytes)}, {figure_value(entry.mean_kl)}" for entry in comparison.entries
+        f"{entry.label}: {size(entry.total_bytes)}, {figure_row(entry.mean_kl).value}" for entry in comparison.entries
     )
     return chart(
         "pareto",
@@ -113,7 +116,7 @@ def pareto_plot(comparison: Comparison) -> Markup:
     )
 
 
-def _drift_axis(entries: Sequence[Entry]) -> Axis:
+def _drift_axis(entries: Sequence[ComparedArtifact]) -> Axis:
     """Logarithmic where the drifts are of different orders."""
     ends = [end for e in entries for end in (e.mean_kl.low, e.mean_kl.value, e.mean_kl.high) if end is not None]
     low, high = min(ends), max(ends)
@@ -122,16 +125,16 @@ def _drift_axis(entries: Sequence[Entry]) -> Axis:
     return linear_axis([0.0, *ends], _FLOOR, 26)
 
 
-def _front_line(front: Sequence[Entry], across: Axis, up: Axis) -> Markup:
+def _front_line(front: Sequence[ComparedArtifact], across: Axis, up: Axis) -> Markup:
     """Steps: what lies above and right of them is beaten."""
     x, y = across.place(front[0].total_bytes), up.place(front[0].mean_kl.value)
     steps = "".join(f"H{across.place(e.total_bytes):.1f}V{up.place(e.mean_kl.value):.1f}" for e in front[1:])
     return tag("path", d=f"M{x:.1f} {y:.1f}{steps}", class_="front")
 
 
-def _point(entry: Entry, across: Axis, up: Axis) -> Markup:
+def _point(entry: ComparedArtifact, across: Axis, up: Axis) -> Markup:
     x, y = across.place(entry.total_bytes), up.place(entry.mean_kl.value)
-    label = f"{entry.label}: {size(entry.total_bytes)}, {figure_value(entry.mean_kl)} {figure_interval(entry.mean_kl)}"
+    label = f"{entry.label}: {size(entry.total_bytes)}, {figure_row(entry.mean_kl).whole}"
     parts = [tag("title", label)]
     if entry.mean_kl.low is not None and entry.mean_kl.high is not None:
         parts.append(line(x, up.place(entry.mean_kl.low), x, up.place(entry.mean_kl.high), "whisker"))

@@ -9,25 +9,24 @@ from typing import Final
 
 from markupsafe import Markup
 
-from qexport.artifact.figures import Figure, find_figure
-from qexport.artifact.report import Comparison, Report
+from qexport.amounts import size
+from qexport.artifact.figures import find_figure
+from qexport.artifact.report import Report
 from qexport.reporting.charts import block_drift, flips_by_margin, forest, kl_histogram
 from qexport.reporting.layer_chart import layer_chart
 from qexport.reporting.page import render
 from qexport.reporting.selection import (
     IDENTITY_LABELS,
     by_result,
-    by_urgency,
     domain_figures,
     fallen_back,
     loss_ratio,
-    sentence,
     worst_layers,
     worst_prompts,
     worst_tokens,
 )
-from qexport.reporting.values import UNMEASURED, figure_interval, figure_value, kind_of, label_of, size
-from qexport.reporting.visible_text import Piece, word_diff
+from qexport.reporting.values import UNMEASURED, kind_of
+from qexport.reporting.view import figure_row, prompt_view, share, size_view, summarize
 
 _SECTIONS: Final = (
     ("gates", "Gates"),
@@ -61,13 +60,6 @@ class _Cost:
 
 
 @dataclass(frozen=True)
-class _Prompt:
-    comparison: Comparison
-    reference: list[Piece]
-    artifact: list[Piece]
-
-
-@dataclass(frozen=True)
 class _Forest:
     title: str
     chart: Markup
@@ -78,12 +70,14 @@ def report_html(report: Report) -> str:
     return render(
         "report.html.jinja",
         report=report,
-        sentence=sentence(report),
+        summary=summarize(report),
         sections=[(name, label) for name, label in _SECTIONS if name != "tasks" or report.tasks],
-        gates=by_urgency(report.gates),
         checks=by_result(report.checks),
         tiles=list(_tiles(report)),
-        figures=sorted(report.all_figures, key=lambda figure: figure.domain is not None),
+        figures=[
+            (figure, figure_row(figure))
+            for figure in sorted(report.all_figures, key=lambda figure: figure.domain is not None)
+        ],
         kl_histogram=kl_histogram(report.kl_histogram, report.figures),
         flips_by_margin=flips_by_margin(report.flips_by_margin) if report.flips_by_margin else None,
         block_drift=block_drift(report.block_drift) if report.block_drift else None,
@@ -92,7 +86,8 @@ def report_html(report: Report) -> str:
         worst_layers=worst_layers(report.layers),
         fallen_back=fallen_back(report.layers),
         worst_tokens=worst_tokens(report),
-        prompts=[_Prompt(each, *word_diff(each.reference, each.artifact)) for each in worst_prompts(report)],
+        prompts=[prompt_view(each) for each in worst_prompts(report)],
+        sizes=size_view(report.subject.sizes, report.subject.reference_bytes),
         cost=list(_costs(report)),
         identity=[(label, getattr(report.identity, name)) for name, label in IDENTITY_LABELS.items()],
         environment=report.environment.model_dump().items(),
@@ -100,59 +95,50 @@ def report_html(report: Report) -> str:
 
 
 def _tiles(report: Report) -> Iterator[_Tile]:
-    figures = report.all_figures
-    ratio, reference = find_figure(figures, "perplexity_ratio"), find_figure(figures, "reference_perplexity")
-    if artifact := find_figure(figures, "artifact_perplexity"):
-        notes = [f"reference {figure_value(reference)}" if reference else "", f"ratio {_whole(ratio)}" if ratio else ""]
-        yield _Tile("perplexity", figure_value(artifact), tuple(filter(None, notes)))
-    if mean := find_figure(figures, "mean_kl"):
-        tail = find_figure(figures, "kl_p99")
-        yield _tile(mean, f"99% quantile {figure_value(tail)}" if tail else "")
-    for name in ("top1_agreement", "decisive_flips"):
-        if figure := find_figure(figures, name):
-            yield _tile(figure)
+    rows = {figure.name: figure_row(figure) for figure in report.all_figures if figure.domain is None}
+    if artifact := rows.get("artifact_perplexity"):
+        reference, ratio = rows.get("reference_perplexity"), rows.get("perplexity_ratio")
+        yield _tile(
+            "perplexity",
+            artifact.value,
+            f"reference {reference.value}" if reference else None,
+            f"ratio {ratio.whole}" if ratio else None,
+        )
+    for name in ("mean_kl", "top1_agreement", "decisive_flips"):
+        if row := rows.get(name):
+            tail = rows.get("kl_p99") if name == "mean_kl" else None
+            measured = None if row.interval == UNMEASURED else f"95% interval {row.interval}"
+            yield _tile(row.label, row.value, measured, f"99% quantile {tail.value}" if tail else None)
     if report.generations:
-        equal, distance = report.generations, find_figure(figures, "edit_distance")
-        share = f"{equal.identical} of {equal.prompts}"
-        yield _Tile("equal continuations", share, (f"edit distance {_whole(distance)}",) if distance else ())
+        distance, equal = rows.get("edit_distance"), report.generations
+        told = f"edit distance {distance.whole}" if distance else None
+        yield _tile("equal continuations", f"{equal.identical} of {equal.prompts}", told)
     yield from _cost_tiles(report)
 
 
-def _tile(figure: Figure, note: str = "") -> _Tile:
-    shown = figure_interval(figure)
-    notes = ("" if shown == UNMEASURED else f"95% interval {shown}", note)
-    return _Tile(label_of(figure.name), figure_value(figure), tuple(filter(None, notes)))
+def _tile(label: str, value: str, *notes: str | None) -> _Tile:
+    return _Tile(label, value, tuple(note for note in notes if note))
 
 
 def _cost_tiles(report: Report) -> Iterator[_Tile]:
-    sizes, reference = report.subject.sizes, report.subject.reference_bytes
-    share = f"{_share(sizes.total_bytes, reference)} of {size(reference)}"
-    yield _Tile("size", size(sizes.total_bytes), (share, f"{sizes.bits_per_weight:.2f} bits a weight"))
+    sizes = size_view(report.subject.sizes, report.subject.reference_bytes)
+    yield _tile("size", sizes.total, f"{sizes.share} of {sizes.reference}", sizes.bits_per_weight)
     if speed := report.timings.speed:
-        share = f"{_share(speed.artifact_bytes, speed.reference_bytes)} of {size(speed.reference_bytes)}"
-        yield _Tile("memory when loaded", size(speed.artifact_bytes), (share,))
+        loaded = f"{share(speed.artifact_bytes, speed.reference_bytes)} of {size(speed.reference_bytes)}"
+        yield _tile("memory when loaded", size(speed.artifact_bytes), loaded)
         ours, theirs = median(speed.artifact_tokens_per_second), median(speed.reference_tokens_per_second)
         ratio = _speed_ratio(report, "speed_ratio", ours / theirs)
-        yield _Tile(
-            "speed with qexport.load", f"{ours:.3g} tokens/s", (f"reference {theirs:.3g} tokens/s", f"ratio {ratio}")
+        yield _tile(
+            "speed with qexport.load", f"{ours:.3g} tokens/s", f"reference {theirs:.3g} tokens/s", f"ratio {ratio}"
         )
     else:
-        yield _Tile("speed", UNMEASURED, ("not measured",))
-
-
-def _whole(figure: Figure) -> str:
-    shown = figure_interval(figure)
-    return figure_value(figure) if shown == UNMEASURED else f"{figure_value(figure)} {shown}"
+        yield _tile("speed", UNMEASURED, "not measured")
 
 
 def _speed_ratio(report: Report, name: str, of_medians: float) -> str:
     """The figure, the median of the repeats' ratios; where the report has none, the ratio of the medians."""
     figure = find_figure(report.all_figures, name)
-    return _whole(figure) if figure else f"{of_medians:.2f}"
-
-
-def _share(part: int, whole: int) -> str:
-    return f"{part / whole:.0%}" if whole else UNMEASURED
+    return figure_row(figure).whole if figure else f"{of_medians:.2f}"
 
 
 def _forests(report: Report) -> Iterator[_Forest]:
@@ -165,12 +151,12 @@ def _forests(report: Report) -> Iterator[_Forest]:
 
 
 def _costs(report: Report) -> Iterator[_Cost]:
-    reference, artifact = report.subject.reference_bytes, report.subject.sizes.total_bytes
-    yield _Cost("tensors on disk", size(reference), size(artifact), _share(artifact, reference))
+    sizes = size_view(report.subject.sizes, report.subject.reference_bytes)
+    yield _Cost("tensors on disk", sizes.reference, sizes.total, sizes.share)
     speed = report.timings.speed
     if speed is None:
         return
-    memory = _share(speed.artifact_bytes, speed.reference_bytes)
+    memory = share(speed.artifact_bytes, speed.reference_bytes)
     yield _Cost("parameters and buffers in memory", size(speed.reference_bytes), size(speed.artifact_bytes), memory)
     rows = (
         ("tokens per second", speed.reference_tokens_per_second, speed.artifact_tokens_per_second, "speed_ratio"),

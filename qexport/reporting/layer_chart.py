@@ -8,7 +8,7 @@ from typing import Final
 
 from markupsafe import Markup
 
-from qexport.artifact.manifest import LayerRecord
+from qexport.records import LayerRecord
 from qexport.reporting.selection import fallen_back, loss_ratio
 from qexport.reporting.svg import LARGEST, WIDTH, Axis, chart, line, tag, text, tick_text
 

@@ -7,24 +7,14 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from qexport.artifact.figures import Figure, GateResult, Verdict
-from qexport.artifact.report import Comparison, Report
-from qexport.reporting.selection import VERDICT_WORDS, by_urgency, key_figures, sentence, worst_prompts
-from qexport.reporting.values import (
-    cut,
-    figure_interval,
-    figure_value,
-    gate_interval,
-    gate_limit,
-    gate_units,
-    gate_value,
-    label_of,
-    size,
-)
-from qexport.reporting.visible_text import Piece, visible, word_diff
+from qexport.artifact.figures import Verdict
+from qexport.artifact.report import Report
+from qexport.reporting.values import cut
+from qexport.reporting.view import GateRow, PromptView, summarize
+from qexport.reporting.visible_text import Piece, visible
 
 _SIGNS: Final[dict[Verdict, str]] = {"pass": "✅", "fail": "❌", "undecided": "❔"}
-_LONGEST_TEXT: Final = 2000
+_LONGEST_PROMPT: Final = 2000
 _SPECIAL: Final = re.compile(r"[\\`*_\[\]|~:$]")
 _CALLS: Final = re.compile(r"[@#!]")
 
@@ -56,43 +46,34 @@ def escaped(text: str) -> str:
 
 
 def _parts(report: Report) -> Iterator[str]:
-    verdict = f"{_SIGNS[report.verdict]} {VERDICT_WORDS[report.verdict]}"
-    yield f"### {verdict}: {escaped(report.subject.name)}"
-    yield f"{escaped(sentence(report))} {escaped(report.subject.method)}, {_size(report)}."
-    if report.gates:
+    summary = summarize(report)
+    yield f"### {_SIGNS[summary.verdict]} {summary.word}: {escaped(summary.name)}"
+    yield f"{escaped(summary.sentence)} {escaped(summary.how)}."
+    if summary.gates:
         head = ("gate", "verdict", "value", "interval", "tolerance", "n", "reason")
-        yield markdown_table(head, [_gate_row(gate) for gate in by_urgency(report.gates)], (2, 3, 4, 5))
-    figures = key_figures(report)
-    if figures:
-        yield markdown_table(("figure", "value", "95% interval"), [_figure_row(figure) for figure in figures], (1, 2))
-    for prompt in worst_prompts(report)[:1]:
+        yield markdown_table(head, [_gate_row(gate) for gate in summary.gates], (2, 3, 4, 5))
+    if summary.figures:
+        rows = [[escaped(text) for text in (row.label, row.value, row.interval)] for row in summary.figures]
+        yield markdown_table(("figure", "value", "95% interval"), rows, (1, 2))
+    for prompt in summary.prompts:
         yield from _prompt(prompt)
     yield f"<sub>qexport {escaped(report.qexport_version)}, report `{report.digest()[:12]}`</sub>"
 
 
-def _size(report: Report) -> str:
-    sizes = report.subject.sizes
-    return f"{size(sizes.total_bytes)}, {sizes.bits_per_weight:.2f} bits a weight"
+def _gate_row(gate: GateRow) -> list[str]:
+    verdict = f"{_SIGNS[gate.result.verdict]} {gate.word}"
+    measured = (gate.value, gate.interval, gate.tolerance, gate.units)
+    return [escaped(gate.result.name), verdict, *map(escaped, measured), escaped(gate.result.reason)]
 
 
-def _gate_row(gate: GateResult) -> list[str]:
-    verdict = f"{_SIGNS[gate.verdict]} {VERDICT_WORDS[gate.verdict].lower()}"
-    measured = (gate_value(gate), gate_interval(gate), gate_limit(gate), gate_units(gate))
-    return [escaped(gate.name), verdict, *(escaped(text) for text in measured), escaped(gate.reason)]
-
-
-def _figure_row(figure: Figure) -> list[str]:
-    return [escaped(label_of(figure.name)), escaped(figure_value(figure)), escaped(figure_interval(figure))]
-
-
-def _prompt(prompt: Comparison) -> Iterator[str]:
+def _prompt(prompt: PromptView) -> Iterator[str]:
     """Inside `pre` nothing is Markdown, so HTML's escapes are enough."""
-    reference, artifact = word_diff(*(cut(text, _LONGEST_TEXT) for text in (prompt.reference, prompt.artifact)))
-    yield f"<details><summary>Worst prompt: {escaped(prompt.id)}, edit distance {prompt.edit_distance:.0%}</summary>"
+    found = prompt.comparison
+    yield f"<details><summary>Worst prompt: {escaped(found.id)}, edit distance {found.edit_distance:.0%}</summary>"
     for label, content in (
-        ("prompt", _escaped_html(cut(prompt.prompt, _LONGEST_TEXT))),
-        ("reference", _marked(reference, "del")),
-        ("artifact", _marked(artifact, "ins")),
+        ("prompt", _escaped_html(cut(found.prompt, _LONGEST_PROMPT))),
+        ("reference", _marked(prompt.reference, "del")),
+        ("artifact", _marked(prompt.artifact, "ins")),
     ):
         yield f"{label}:\n<pre>{content}</pre>"
     yield "</details>"

@@ -7,21 +7,10 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from qexport.reporting.selection import VERDICT_WORDS
+from qexport.amounts import counted, duration, size
 from qexport.reporting.svg import gauge
-from qexport.reporting.values import (
-    counted,
-    duration,
-    figure_interval,
-    figure_value,
-    gate_interval,
-    gate_limit,
-    gate_units,
-    gate_value,
-    label_of,
-    size,
-    written,
-)
+from qexport.reporting.values import written
+from qexport.reporting.view import VERDICT_WORDS
 from qexport.reporting.visible_text import visible, visible_token
 
 
@@ -40,10 +29,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    filters = (
-        figure_value, figure_interval, gate_value, gate_interval, gate_limit, gate_units, label_of, written, visible,
-        visible_token, gauge, size, duration, counted,
-    )  # fmt: skip
+    filters = (written, visible, visible_token, gauge, size, duration, counted)
     environment.filters.update({function.__name__: function for function in filters})
     environment.globals["verdict_words"] = VERDICT_WORDS
     return environment

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from qexport.artifact.figures import Figure, GateResult, Verdict, find_figure
-from qexport.artifact.manifest import LayerRecord
-from qexport.artifact.report import Check, Comparison, Report, WorstToken
-from qexport.reporting.values import counted
+from qexport.amounts import counted
+from qexport.artifact.figures import CheckResult, Figure, GateResult, Verdict, find_figure
+from qexport.artifact.measurements import PromptComparison, WorstToken
+from qexport.artifact.report import Report
+from qexport.records import LayerRecord
 
 WORST: Final = 5
 """How many tokens, prompts and layers are shown in full."""
-
-VERDICT_WORDS: Final[dict[Verdict, str]] = {"pass": "Passed", "fail": "Failed", "undecided": "Undecided"}
 
 KEY_FIGURES: Final = (
     "reference_perplexity",
@@ -63,7 +62,7 @@ def sentence(report: Report) -> str:
     return "Its one gate passed." if len(report.gates) == 1 else f"All {total} passed."
 
 
-def by_result(checks: Iterable[Check]) -> list[Check]:
+def by_result(checks: Iterable[CheckResult]) -> list[CheckResult]:
     """Failed checks first, then those that had nothing to check."""
     return sorted(checks, key=lambda check: (check.passed is not False, check.passed is not None))
 
@@ -85,7 +84,7 @@ def worst_tokens(report: Report) -> list[WorstToken]:
     return sorted(report.worst_tokens, key=lambda token: -token.kl)[:WORST]
 
 
-def worst_prompts(report: Report) -> list[Comparison]:
+def worst_prompts(report: Report) -> list[PromptComparison]:
     """The prompts whose continuations differ most, by edit distance, then by decisive flips."""
     if report.generations is None:
         return []

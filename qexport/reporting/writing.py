@@ -11,13 +11,13 @@ from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement
 
 from qexport.artifact.disk import write_together
-from qexport.artifact.figures import Figure, GateResult
+from qexport.artifact.figures import Figure
 from qexport.artifact.report import REPORT_NAME, Report
 from qexport.errors import RecipeError
 from qexport.reporting.html import report_html
 from qexport.reporting.markdown import report_markdown
 from qexport.reporting.selection import sentence
-from qexport.reporting.values import gate_interval, gate_limit, gate_units, gate_value
+from qexport.reporting.view import GateRow, gate_row
 from qexport.reporting.visible_text import visible
 
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -40,7 +40,7 @@ def report_junit(report: Report) -> str:
     suite = SubElement(root, "testsuite", {"name": name, **counts, "skipped": "0"})
     _add_properties(suite, report)
     for gate in report.gates:
-        _add_case(suite, gate, _clean(report.subject.name))
+        _add_case(suite, gate_row(gate), _clean(report.subject.name))
     SubElement(suite, "system-out").text = _clean(f"{sentence(report)}\n{report.command}")
     ElementTree.indent(root)
     body = ElementTree.tostring(root, encoding="unicode")
@@ -66,11 +66,10 @@ def _name(figure: Figure) -> str:
     return figure.name if figure.domain is None else f"{figure.name}[{figure.domain}]"
 
 
-def _add_case(suite: Element, gate: GateResult, subject: str) -> None:
+def _add_case(suite: Element, row: GateRow, subject: str) -> None:
+    gate = row.result
     case = SubElement(suite, "testcase", {"name": _clean(gate.name), "classname": subject, "time": "0"})
-    detail = (
-        f"value {gate_value(gate)}, interval {gate_interval(gate)}, tolerance {gate_limit(gate)}, n {gate_units(gate)}"
-    )
+    detail = f"value {row.value}, interval {row.interval}, tolerance {row.tolerance}, n {row.units}"
     if gate.verdict == "pass":
         SubElement(case, "system-out").text = _clean(f"{gate.reason}\n{detail}")
         return

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 import torch
 
+from qexport.records import LayerRecord
 from qexport.tensors.source import TensorSpec
 
 
@@ -221,43 +222,18 @@ OutputSpec = TensorSpec | QuantizedSpec
 
 
 @dataclass(frozen=True)
-class LayerReport:
-    """What quantizing one layer did.
-
-    Attributes:
-        name: the module's path.
-        method: how the codes were found, for example `gptq`, `round_to_nearest` or `nf4`.
-        loss: mean squared error of the layer's outputs on the calibration tokens, relative to the mean square
-            of the outputs; None where that ratio does not exist, or the method has not looked.
-        rtn_loss: the same for plain round-to-nearest with the same bits and groups.
-        damp_percent: the damping that the factorization used, as a fraction of the mean of the Hessian's diagonal;
-            None where there was none.
-        tokens: calibration tokens that the layer saw.
-        dead_columns: inputs that were zero for every token.
-    """
-
-    name: str
-    method: str
-    loss: float | None = None
-    rtn_loss: float | None = None
-    damp_percent: float | None = None
-    tokens: int = 0
-    dead_columns: int = 0
-
-
-@dataclass(frozen=True)
 class TensorRecord:
     """One named tensor on its way to the layouts.
 
     Attributes:
         name: the parameter's name, for example `model.layers.0.self_attn.q_proj.weight`.
         value: the tensor as it is, or quantized.
-        report: what quantizing it did, where it was quantized.
+        layer: what quantizing it did, where it was quantized.
         merged: the tensor before it was quantized, for layouts whose servers quantize by themselves; given by the
             methods that no server reads.
     """
 
     name: str
     value: torch.Tensor | Quantized
-    report: LayerReport | None = None
+    layer: LayerRecord | None = None
     merged: torch.Tensor | None = None

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from transformers import PreTrainedTokenizerBase
 
-from qexport.artifact.report import Check
+from qexport.artifact.figures import CheckResult
 from qexport.errors import InputError
 from qexport.text.prompts import Prompt
 from qexport.text.tokenizer_identity import GENERATION_CONFIG, json_object, stored_templates
@@ -41,7 +41,7 @@ class TokenizerFolder:
 
 def preflight(
     base: TokenizerFolder, artifact: TokenizerFolder, *, prompts: Sequence[Prompt], embedding_rows: int
-) -> list[Check]:
+) -> list[CheckResult]:
     """Compares two tokenizers in every way that changes what a model sees, or when it ends.
 
     - `vocabulary`: each token has the same id in both, and there are equally many.
@@ -78,8 +78,8 @@ def preflight(
     return [_check(name, *check(compared)) for name, check in CHECKS.items()]
 
 
-def _check(name: str, passed: bool | None, detail: str) -> Check:
-    return Check(gate="tokenizer", name=name, passed=passed, detail=detail)
+def _check(name: str, passed: bool | None, detail: str) -> CheckResult:
+    return CheckResult(gate="tokenizer", name=name, passed=passed, detail=detail)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from typing import Protocol
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from qexport.artifact.figures import DECISIVE_MARGIN
-from qexport.text.prompts import Prompt
+from qexport.artifact.measurements import Generations, PromptComparison, SampledComparison
+from qexport.text.prompts import EncodedPrompts, Prompt
 from qexport.verifying.continuation import Continuation, continue_all, ends_of, likeliest_along, sampling_noise
 from qexport.verifying.prompt_batches import Padding, PromptBatch, batch_prompts, check_padding
 from qexport.verifying.settings import SamplingSettings
@@ -27,106 +28,27 @@ class Openable(Protocol):
 
 
 @dataclass(frozen=True)
-class PromptResult:
-    """The greedy continuations of one prompt by both models.
-
-    Attributes:
-        id: the prompt's.
-        reference: the reference's text, without special tokens.
-        artifact: the artifact's.
-        reference_tokens: new tokens, an end token counted; at least 1.
-        artifact_tokens: the same of the artifact.
-        first_difference: index of the first new token that differs; None where all are equal.
-        margin_there: nats that the reference's token was ahead of its second likeliest there; None where all are equal.
-        flips: tokens of the reference that were ahead by more than `DECISIVE_MARGIN` and in whose place the artifact
-            holds another for the likeliest, given the prompt and the reference's tokens before it.
-        edit_distance: see `text_similarity.edit_distance`; of the tokens.
-        chrf: see `text_similarity.chrf`, 0 to 100.
-        rouge_l: see `text_similarity.rouge_l`, 0 to 1.
-        repetition_reference: see `text_similarity.repetition_rate`; of the reference's tokens.
-        repetition_artifact: the same of the artifact.
-        limit_reference: the reference had not ended when it reached the largest number of new tokens.
-        limit_artifact: the same of the artifact.
-    """
-
-    id: str
-    reference: str
-    artifact: str
-    reference_tokens: int
-    artifact_tokens: int
-    first_difference: int | None
-    margin_there: float | None
-    flips: int
-    edit_distance: float
-    chrf: float
-    rouge_l: float
-    repetition_reference: float
-    repetition_artifact: float
-    limit_reference: bool
-    limit_artifact: bool
-
-    @property
-    def identical(self) -> bool:
-        """Whether all tokens are equal."""
-        return self.first_difference is None
-
-    @property
-    def agreed_share(self) -> float:
-        """Share of the reference's tokens before the first difference, 0 to 1; 1 where all tokens are equal."""
-        return 1.0 if self.first_difference is None else self.first_difference / self.reference_tokens
-
-    @property
-    def length_ratio(self) -> float:
-        """The artifact's tokens over the reference's."""
-        return self.artifact_tokens / self.reference_tokens
-
-
-@dataclass(frozen=True)
-class SampleResult:
-    """A sampled continuation of one prompt by both models, drawn with the same random numbers.
-
-    Attributes:
-        id: the prompt's.
-        sample: which of its samples, from 0.
-        reference: the reference's text, without special tokens.
-        artifact: the artifact's.
-        chrf: as in `PromptResult`.
-    """
-
-    id: str
-    sample: int
-    reference: str
-    artifact: str
-    chrf: float
-
-
-@dataclass(frozen=True)
-class GenerationFigures:
+class ComparedPrompts:
     """What both models make of the prompts.
 
     Attributes:
-        prompts: one result a prompt, in the order of the prompts.
-        samples: sample by sample, each in the order of the prompts; empty where none were asked for.
-        max_new_tokens: the limit of every continuation.
+        generations: for the report.
         padding: whether prompts of different lengths were continued side by side, and what that changes.
     """
 
-    prompts: tuple[PromptResult, ...]
-    samples: tuple[SampleResult, ...]
-    max_new_tokens: int
+    generations: Generations
     padding: Padding
 
 
 def compare_generations(
     reference: Openable,
     artifact: Openable,
-    prompts: Sequence[Prompt],
-    inputs: Sequence[Sequence[int]],
+    prompts: EncodedPrompts,
     tokenizer: PreTrainedTokenizerBase,
     settings: GenerationConfig,
     finished: Callable[[], None],
     sampling: SamplingSettings | None = None,
-) -> GenerationFigures:
+) -> ComparedPrompts:
     """Lets one model after the other continue every prompt. Each is wholly in memory meanwhile, never both.
 
     Both continue the same batches, so equal models give equal texts. Compared with continuing the prompts one by one,
@@ -135,8 +57,7 @@ def compare_generations(
     Args:
         reference: the merged model.
         artifact: the artifact.
-        prompts: what to continue; only their ids are used.
-        inputs: their token ids, at least one for each prompt.
+        prompts: what to continue.
         tokenizer: the model's.
         settings: from `greedy_settings`.
         finished: is told of each continuation: twice for each prompt, and twice for each of its samples.
@@ -145,8 +66,8 @@ def compare_generations(
     Raises:
         NumericalError: logits hold NaN or Inf.
     """
-    ids = [prompt.id for prompt in prompts]
-    batch = partial(batch_prompts, inputs, new_tokens=_limit(settings), fill=_fill(settings))
+    ids = [prompt.id for prompt in prompts.prompts]
+    batch = partial(batch_prompts, prompts.input_ids, new_tokens=_limit(settings), fill=_fill(settings))
     with reference.whole() as model:
         padding = check_padding(model, batch(padded=True), settings)
         batches = batch(padded=padding.allowed)
@@ -156,16 +77,25 @@ def compare_generations(
         other = continue_all(model, batches, settings, finished)
         tops = likeliest_along(model, batches, own)
         other_samples = _samples(model, batches, ids, settings, sampling, finished)
-    results = (
-        _compare(name, ours, theirs, top, tokenizer, settings)
-        for name, ours, theirs, top in zip(ids, own, other, tops, strict=True)
-    )
-    samples = (
-        _compare_samples(name, sample, ours, theirs, tokenizer)
+    comparisons = [
+        _compare(prompt, ours, theirs, top, tokenizer, settings)
+        for prompt, ours, theirs, top in zip(prompts.prompts, own, other, tops, strict=True)
+    ]
+    seed = sampling.seed if sampling else 0
+    samples = [
+        _compare_samples(name, sample, seed, (ours, theirs), tokenizer)
         for sample, both in enumerate(zip(own_samples, other_samples, strict=True))
         for name, ours, theirs in zip(ids, *both, strict=True)
+    ]
+    generations = Generations(
+        prompts=len(comparisons),
+        identical=sum(each.identical for each in comparisons),
+        max_new_tokens=_limit(settings),
+        comparisons=comparisons,
+        samples=samples,
+        skipped=dict(prompts.skipped),
     )
-    return GenerationFigures(tuple(results), tuple(samples), _limit(settings), padding)
+    return ComparedPrompts(generations, padding)
 
 
 def _samples(
@@ -189,40 +119,46 @@ def _samples(
 
 
 def _compare(
-    name: str,
+    prompt: Prompt,
     own: Continuation,
     other: Continuation,
     top: Sequence[int],
     tokenizer: PreTrainedTokenizerBase,
     settings: GenerationConfig,
-) -> PromptResult:
+) -> PromptComparison:
     texts = _decode(tokenizer, own.tokens), _decode(tokenizer, other.tokens)
     difference = first_difference(own.tokens, other.tokens)
     along = zip(own.tokens, top, own.margins, strict=True)
-    return PromptResult(
-        id=name,
+    return PromptComparison(
+        id=prompt.id,
+        domain=prompt.domain,
+        style=prompt.style,
+        pair=prompt.pair,
+        prompt=prompt.shown,
         reference=texts[0],
         artifact=texts[1],
         reference_tokens=len(own.tokens),
         artifact_tokens=len(other.tokens),
         first_difference=difference,
-        margin_there=None if difference is None else own.margins[difference],
+        margin=None if difference is None else own.margins[difference],
         flips=sum(token != likeliest and margin > DECISIVE_MARGIN for token, likeliest, margin in along),
         edit_distance=edit_distance(own.tokens, other.tokens),
         chrf=chrf(*texts),
         rouge_l=rouge_l(*texts),
-        repetition_reference=repetition_rate(own.tokens),
-        repetition_artifact=repetition_rate(other.tokens),
-        limit_reference=own.tokens[-1] not in ends_of(settings),
-        limit_artifact=other.tokens[-1] not in ends_of(settings),
+        reference_repetition=repetition_rate(own.tokens),
+        artifact_repetition=repetition_rate(other.tokens),
+        reference_hit_limit=own.tokens[-1] not in ends_of(settings),
+        artifact_hit_limit=other.tokens[-1] not in ends_of(settings),
     )
 
 
 def _compare_samples(
-    name: str, sample: int, own: Continuation, other: Continuation, tokenizer: PreTrainedTokenizerBase
-) -> SampleResult:
-    texts = _decode(tokenizer, own.tokens), _decode(tokenizer, other.tokens)
-    return SampleResult(name, sample, *texts, chrf(*texts))
+    name: str, sample: int, seed: int, both: tuple[Continuation, Continuation], tokenizer: PreTrainedTokenizerBase
+) -> SampledComparison:
+    reference, artifact = (_decode(tokenizer, each.tokens) for each in both)
+    return SampledComparison(
+        id=name, sample=sample, seed=seed, reference=reference, artifact=artifact, chrf=chrf(reference, artifact)
+    )
 
 
 def style_sensitivity(values: Mapping[str, float], prompts: Sequence[Prompt]) -> dict[str, float]:

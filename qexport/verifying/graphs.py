@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from qexport.artifact.report import Check
+from qexport.artifact.figures import CheckResult
 from qexport.errors import NumericalError
 from qexport.reading.onnx.model import OnnxCausalLM
 from qexport.reading.stored_model import StoredModel
@@ -115,7 +115,7 @@ _SETTINGS: Final = GenerationConfig(do_sample=False, num_beams=1, use_cache=True
 
 
 @torch.no_grad()
-def check_graph(model: PreTrainedModel, input_ids: Tensor) -> list[Check]:
+def check_graph(model: PreTrainedModel, input_ids: Tensor) -> list[CheckResult]:
     """Tries whether left padding stays out of the arithmetic, and whether decoding with the cache predicts what one
     forward over all tokens does. Both are the graph's own affair, so no reference is needed.
 
@@ -131,9 +131,9 @@ def check_graph(model: PreTrainedModel, input_ids: Tensor) -> list[Check]:
     ]
 
 
-def _check(name: str, what: str, kl: float, most: float) -> Check:
+def _check(name: str, what: str, kl: float, most: float) -> CheckResult:
     changes = f"{what} changes the predictions by {kl:.2g} nats"
-    return Check(gate="graph", name=name, passed=kl <= most, detail=changes)
+    return CheckResult(gate="graph", name=name, passed=kl <= most, detail=changes)
 
 
 def _padding(model: PreTrainedModel, shorter: list[int], longer: list[int]) -> float:

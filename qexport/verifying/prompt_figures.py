@@ -12,15 +12,13 @@ from transformers import PreTrainedTokenizerBase
 
 from qexport.architectures.checkpoint import Checkpoint
 from qexport.artifact.figures import Figure
-from qexport.artifact.report import Comparison, Generations, SampledComparison
+from qexport.artifact.measurements import Generations, PromptComparison
 from qexport.statistics.samples import DIFFERENCE, NOT_NEGATIVE, SHARE, Range
 from qexport.text.prompts import EncodedPrompts, Prompt
 from qexport.verifying.continuation import greedy_settings
 from qexport.verifying.estimates import Units, by_domain
 from qexport.verifying.generation import (
-    GenerationFigures,
     Openable,
-    PromptResult,
     compare_generations,
     style_sensitivity,
 )
@@ -30,15 +28,19 @@ from qexport.verifying.steps import Steps
 
 _PERCENT: Final = Range(0.0, 100.0)
 
-_FIGURES: Final[Sequence[tuple[str, Callable[[PromptResult], float], Range]]] = (
+_FIGURES: Final[Sequence[tuple[str, Callable[[PromptComparison], float], Range]]] = (
     ("identical_generations", lambda result: float(result.identical), SHARE),
     ("first_divergence", lambda result: result.agreed_share, SHARE),
     ("generation_flips", lambda result: result.flips / result.reference_tokens, SHARE),
     ("edit_distance", lambda result: result.edit_distance, SHARE),
     ("chrf", lambda result: result.chrf, _PERCENT),
     ("rouge_l", lambda result: result.rouge_l, SHARE),
-    ("repetition_change", lambda result: result.repetition_artifact - result.repetition_reference, DIFFERENCE),
-    ("length_limit_change", lambda result: float(result.limit_artifact) - float(result.limit_reference), DIFFERENCE),
+    ("repetition_change", lambda result: result.artifact_repetition - result.reference_repetition, DIFFERENCE),
+    (
+        "length_limit_change",
+        lambda result: float(result.artifact_hit_limit) - float(result.reference_hit_limit),
+        DIFFERENCE,
+    ),
     ("length_ratio", lambda result: result.length_ratio, NOT_NEGATIVE),
 )
 
@@ -80,16 +82,14 @@ def measure_generations(
     found = compare_generations(
         reference,
         artifact,
-        prompts.prompts,
-        prompts.input_ids,
+        prompts,
         tokenizer,
         greedy_settings(checkpoint, tokenizer, max_new_tokens=settings.max_new_tokens),
         lambda: steps.finished("continuing the prompts"),
         settings.sampling,
     )
-    return MeasuredGenerations(
-        _record(found, prompts, settings), _figures(found, prompts.prompts), padding_notes(found.padding)
-    )
+    record = found.generations
+    return MeasuredGenerations(record, _figures(record, prompts.prompts), padding_notes(found.padding))
 
 
 def padding_notes(padding: Padding) -> list[str]:
@@ -102,51 +102,8 @@ def padding_notes(padding: Padding) -> list[str]:
     ]
 
 
-def _record(found: GenerationFigures, prompts: EncodedPrompts, settings: VerifySettings) -> Generations:
-    seed = settings.sampling.seed if settings.sampling else 0
-    pairs = zip(prompts.prompts, found.prompts, strict=True)
-    samples = [
-        SampledComparison(
-            id=each.id, sample=each.sample, seed=seed, reference=each.reference, artifact=each.artifact, chrf=each.chrf
-        )
-        for each in found.samples
-    ]
-    return Generations(
-        prompts=len(found.prompts),
-        identical=sum(result.identical for result in found.prompts),
-        max_new_tokens=found.max_new_tokens,
-        comparisons=[_comparison(prompt, result) for prompt, result in pairs],
-        samples=samples,
-        skipped=dict(prompts.skipped),
-    )
-
-
-def _comparison(prompt: Prompt, result: PromptResult) -> Comparison:
-    return Comparison(
-        id=prompt.id,
-        domain=prompt.domain,
-        style=prompt.style,
-        pair=prompt.pair,
-        prompt=prompt.shown,
-        reference=result.reference,
-        artifact=result.artifact,
-        reference_tokens=result.reference_tokens,
-        artifact_tokens=result.artifact_tokens,
-        first_difference=result.first_difference,
-        margin=result.margin_there,
-        flips=result.flips,
-        edit_distance=result.edit_distance,
-        chrf=result.chrf,
-        rouge_l=result.rouge_l,
-        reference_repetition=result.repetition_reference,
-        artifact_repetition=result.repetition_artifact,
-        reference_hit_limit=result.limit_reference,
-        artifact_hit_limit=result.limit_artifact,
-    )
-
-
-def _figures(found: GenerationFigures, prompts: Sequence[Prompt]) -> list[Figure]:
-    results = found.prompts
+def _figures(found: Generations, prompts: Sequence[Prompt]) -> list[Figure]:
+    results = found.comparisons
     units = Units([prompt.domain for prompt in prompts], "prompt", None, len(prompts))
 
     def estimate(chosen: Units, mask: NDArray[np.bool_]) -> list[Figure]:
@@ -158,7 +115,7 @@ def _figures(found: GenerationFigures, prompts: Sequence[Prompt]) -> list[Figure
     return [*by_domain(units, estimate), *_sensitivity(results, prompts), *_sampled(found, len(prompts))]
 
 
-def _sensitivity(results: Sequence[PromptResult], prompts: Sequence[Prompt]) -> list[Figure]:
+def _sensitivity(results: Sequence[PromptComparison], prompts: Sequence[Prompt]) -> list[Figure]:
     differences = style_sensitivity({result.id: result.edit_distance for result in results}, prompts)
     if not differences:
         return []
@@ -167,7 +124,7 @@ def _sensitivity(results: Sequence[PromptResult], prompts: Sequence[Prompt]) -> 
     return [units.mean("style_sensitivity", np.array(list(differences.values())), DIFFERENCE)]
 
 
-def _sampled(found: GenerationFigures, prompts: int) -> list[Figure]:
+def _sampled(found: Generations, prompts: int) -> list[Figure]:
     """The unit is the prompt, whose samples are averaged."""
     if not found.samples:
         return []

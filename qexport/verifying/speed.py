@@ -16,63 +16,37 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from qexport.amounts import size
 from qexport.architectures.checkpoint import Checkpoint
+from qexport.artifact.figures import Figure
+from qexport.artifact.measurements import Speed
 from qexport.reading.filled_model import dense_model
 from qexport.reading.stored_model import StoredModel
 from qexport.statistics.samples import ALPHA
 from qexport.verifying.memory import HEADROOM, available_memory, bytes_in_memory
 from qexport.verifying.settings import SpeedSettings
 
-Seconds = NDArray[np.float64]
-
 
 @dataclass(frozen=True)
-class Timings:
-    """One model, measured again and again.
+class MeasuredSpeed:
+    """The speed of both models, or why it was not measured.
 
     Attributes:
-        first_token: float64 [repeats], seconds from the prompt to the first new token.
-        tokens_per_second: float64 [repeats], of the new tokens behind the first.
-        resident_bytes: of the parameters and buffers in memory.
+        speed: for the report; the reference is the merged model, dense, in its own dtype, and the artifact is as
+            `qexport.load` gives it, with its codes.
+        unmeasured: why there is none.
     """
 
-    first_token: Seconds
-    tokens_per_second: NDArray[np.float64]
-    resident_bytes: int
-
-
-@dataclass(frozen=True)
-class SpeedFigures:
-    """Reference and artifact, measured in turns.
-
-    Attributes:
-        reference: the merged model, dense, in its own dtype.
-        artifact: as `qexport.load` gives it, with its codes.
-        prompt_tokens: tokens that were read before the first new one.
-        new_tokens: tokens that were generated.
-    """
-
-    reference: Timings
-    artifact: Timings
-    prompt_tokens: int
-    new_tokens: int
+    speed: Speed | None
+    unmeasured: str | None = None
 
     @property
-    def speed_ratios(self) -> NDArray[np.float64]:
-        """float64 [repeats], the artifact's tokens per second over the reference's: above 1 is faster."""
-        return self.artifact.tokens_per_second / self.reference.tokens_per_second
-
-    @property
-    def first_token_ratios(self) -> NDArray[np.float64]:
-        """float64 [repeats], the artifact's time to first token over the reference's: below 1 is faster."""
-        return self.artifact.first_token / self.reference.first_token
-
-
-@dataclass(frozen=True)
-class NotMeasured:
-    """Why there are no figures."""
-
-    reason: str
+    def figures(self) -> list[Figure]:
+        """The medians of the repeats' ratios."""
+        if self.speed is None:
+            return []
+        ratios = {"speed_ratio": self.speed.speed_ratios, "first_token_ratio": self.speed.first_token_ratios}
+        return [_median_figure(name, values) for name, values in ratios.items()]
 
 
 @dataclass(frozen=True)
@@ -92,7 +66,7 @@ def compare_speed(
     *,
     dtype: torch.dtype,
     device: torch.device,
-) -> SpeedFigures | NotMeasured:
+) -> MeasuredSpeed:
     """Loads both models as users do and measures them in turns, where memory has room for both.
 
     Args:
@@ -108,17 +82,15 @@ def compare_speed(
     """
     prompt = input_ids.flatten()[: settings.prompt_tokens][None]
     if reason := _obstacle(reference, artifact, prompt.shape[1] + settings.new_tokens, dtype, device):
-        return NotMeasured(reason)
+        return MeasuredSpeed(None, reason)
     own = dense_model(reference.architecture, reference.weights, dtype=dtype, device=device)
     other = artifact.model(device=device)
     for model in (own, other):
         model.generation_config = GenerationConfig()  # no token ends the text, nothing is penalized
-    return measure_speed((own, other), prompt, settings)
+    return MeasuredSpeed(measure_speed((own, other), prompt, settings))
 
 
-def measure_speed(
-    models: tuple[PreTrainedModel, PreTrainedModel], prompt: Tensor, settings: SpeedSettings
-) -> SpeedFigures:
+def measure_speed(models: tuple[PreTrainedModel, PreTrainedModel], prompt: Tensor, settings: SpeedSettings) -> Speed:
     """Both models continue the prompt in turns, each first every other time, after each has done it once unmeasured.
 
     Args:
@@ -132,11 +104,26 @@ def measure_speed(
     for repeat in range(settings.repeats):
         for which in (0, 1) if repeat % 2 == 0 else (1, 0):
             clocks[which].append(_times(models[which], prompt, settings.new_tokens))
-    own, other = (_timings(model, times) for model, times in zip(models, clocks, strict=True))
-    return SpeedFigures(own, other, prompt.shape[1], settings.new_tokens)
+    own, other = (np.asarray(each, dtype=np.float64) for each in clocks)
+    return Speed(
+        prompt_tokens=prompt.shape[1],
+        new_tokens=settings.new_tokens,
+        reference_tokens_per_second=_tokens_per_second(own),
+        artifact_tokens_per_second=_tokens_per_second(other),
+        reference_first_token_seconds=own[:, 0].tolist(),
+        artifact_first_token_seconds=other[:, 0].tolist(),
+        reference_bytes=int(models[0].get_memory_footprint()),
+        artifact_bytes=int(models[1].get_memory_footprint()),
+    )
 
 
-def median_interval(values: Sequence[float] | NDArray[np.float64]) -> Median:
+def _tokens_per_second(times: NDArray[np.float64]) -> list[float]:
+    """From seconds [repeats, tokens] since the start: of the tokens behind the first."""
+    speed: list[float] = ((times.shape[1] - 1) / (times[:, -1] - times[:, 0])).tolist()
+    return speed
+
+
+def median_interval(values: Sequence[float]) -> Median:
     """The median and a 95 % interval between two order statistics, whatever the distribution.
 
     The k-th smallest and k-th largest of n values enclose the median with probability 1 - 2 P(X < k), where X is
@@ -151,6 +138,21 @@ def median_interval(values: Sequence[float] | NDArray[np.float64]) -> Median:
         raise ValueError("a 95 % interval of a median needs 6 values")
     rank = max(rank for rank in range(1, count // 2 + 1) if _is_enclosed(count, rank))
     return Median(float(np.median(ordered)), ordered[rank - 1], ordered[-rank])
+
+
+def _median_figure(name: str, values: Sequence[float]) -> Figure:
+    """Gates are decided on the same interval: the number of repeats is fixed before."""
+    found = median_interval(values)
+    return Figure(
+        name=name,
+        value=found.value,
+        low=found.low,
+        high=found.high,
+        sequence_low=found.low,
+        sequence_high=found.high,
+        n=len(values),
+        unit="repeat",
+    )
 
 
 def _is_enclosed(count: int, rank: int) -> bool:
@@ -193,12 +195,6 @@ def _times(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> list[floa
     return [time - start for time in clock.times]
 
 
-def _timings(model: PreTrainedModel, times: Sequence[Sequence[float]]) -> Timings:
-    seconds = np.asarray(times, dtype=np.float64)
-    speed = (seconds.shape[1] - 1) / (seconds[:, -1] - seconds[:, 0])
-    return Timings(seconds[:, 0], speed, int(model.get_memory_footprint()))
-
-
 def _obstacle(
     reference: Checkpoint, artifact: StoredModel, length: int, dtype: torch.dtype, device: torch.device
 ) -> str | None:
@@ -211,7 +207,7 @@ def _obstacle(
     needed = HEADROOM * (dense + (dense if experts else stored))  # `load` makes experts dense
     free = available_memory(device)
     if needed > free:
-        return f"both models together need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+        return f"both models together need {size(needed, decimals=1)}, {size(free, decimals=1)} are free"
     return None
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from qexport.artifact.figures import DECISIVE_MARGIN
-from qexport.artifact.report import Histogram, MarginBin, WorstToken
+from qexport.artifact.measurements import Histogram, MarginBin, WorstToken
 from qexport.text.held_out import HeldOut
 from qexport.verifying.divergence import TokenFigures
 

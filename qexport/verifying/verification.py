@@ -13,8 +13,8 @@ import torch
 from qexport.architectures.checkpoint import Checkpoint
 from qexport.architectures.memory import resident
 from qexport.architectures.runner import BlockRunner
-from qexport.artifact.figures import Figure, GateResult
-from qexport.artifact.report import BlockDrift, Check, Generations, TaskRecord, Timings
+from qexport.artifact.figures import CheckResult, Figure, GateResult
+from qexport.artifact.measurements import BlockDrift, Generations, TaskRecord, Timings
 from qexport.errors import listed
 from qexport.gates.deciding import needs_more
 from qexport.progress import Reporter, silent
@@ -26,8 +26,9 @@ from qexport.verifying.divergence import TokenFigures
 from qexport.verifying.estimates import Units, divergence_figures, rival_figures
 from qexport.verifying.reference import Reference
 from qexport.verifying.rounds import Measured, Models, measure
+from qexport.verifying.speed import MeasuredSpeed
 from qexport.verifying.steps import Steps
-from qexport.verifying.whole_models import MeasuredSpeed, Pair, measure_speed, measure_whole
+from qexport.verifying.whole_models import Pair, measure_speed, measure_whole
 
 if TYPE_CHECKING:
     from qexport.verifying.graphs import GraphRunner
@@ -63,7 +64,7 @@ class Measurement:
     block_drift: list[BlockDrift]
     generations: Generations | None
     tasks: list[TaskRecord]
-    checks: list[Check]
+    checks: list[CheckResult]
     readers: list[str]
     unconfirmed: list[str]
     notes: list[str]
@@ -130,11 +131,11 @@ def has_nearest_rival(grids: Mapping[str, GroupQuantizedSpec]) -> bool:
     return bool(grids) and min(grid.bits for grid in grids.values()) <= _COARSE_BITS
 
 
-def check_config(reference: Checkpoint, artifact: StoredModel) -> Check:
+def check_config(reference: Checkpoint, artifact: StoredModel) -> CheckResult:
     """Whether the artifact's config.json means the reference's model."""
     problems = config_differences(reference.architecture, artifact.config)
     detail = listed(problems) if problems else "every key means the reference's model"
-    return Check(gate="config", name="config.json", passed=not problems, detail=detail)
+    return CheckResult(gate="config", name="config.json", passed=not problems, detail=detail)
 
 
 def check_headers(reference: Checkpoint, artifact: StoredModel) -> None:
@@ -172,7 +173,7 @@ class _Reading:
 
     runner: BlockRunner | GraphRunner
     reader: str
-    checks: list[Check] = field(default_factory=list)
+    checks: list[CheckResult] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 

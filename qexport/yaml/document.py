@@ -13,7 +13,7 @@ Keys = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
-class Origin:
+class YamlOrigin:
     """Where a value was written.
 
     Attributes:
@@ -26,7 +26,7 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Node:
+class YamlNode:
     """A value with its place.
 
     Attributes:
@@ -35,16 +35,16 @@ class Node:
         line: counted from 1; None on the command line.
     """
 
-    value: Scalar | Mapping[str, Entry] | tuple[Node, ...]
-    origin: Origin
+    value: Scalar | Mapping[str, YamlEntry] | tuple[YamlNode, ...]
+    origin: YamlOrigin
     line: int | None
 
 
 @dataclass(frozen=True)
-class Entry:
+class YamlEntry:
     """A value under a key of a mapping; `line` is the key's."""
 
-    node: Node
+    node: YamlNode
     line: int | None
 
 
@@ -52,7 +52,7 @@ class Entry:
 class Problem:
     """Something wrong in a file or on the command line, at its place."""
 
-    origin: Origin
+    origin: YamlOrigin
     line: int | None
     field: str
     message: str
@@ -67,40 +67,40 @@ def dotted(keys: Iterable[str | int]) -> str:
     return ".".join(map(str, keys))
 
 
-def child(node: Node, key: str | int) -> Entry | None:
+def child(node: YamlNode, key: str | int) -> YamlEntry | None:
     """The entry below a mapping's key or a list's index, or None where there is none."""
     if isinstance(node.value, Mapping):
         return node.value.get(str(key))
     if isinstance(node.value, tuple) and isinstance(key, int) and 0 <= key < len(node.value):
         item = node.value[key]
-        return Entry(item, item.line)
+        return YamlEntry(item, item.line)
     return None
 
 
-def entry_at(root: Node, keys: Keys) -> Entry | None:
+def entry_at(root: YamlNode, keys: Keys) -> YamlEntry | None:
     """The entry at the end of a path, or None where the path ends before."""
-    entry: Entry | None = Entry(root, root.line)
+    entry: YamlEntry | None = YamlEntry(root, root.line)
     for key in keys:
         entry = child(entry.node, key) if entry else None
     return entry
 
 
-def replaced(root: Node, keys: Keys, new: Node) -> Node:
+def replaced(root: YamlNode, keys: Keys, new: YamlNode) -> YamlNode:
     """The tree with one value replaced, or added to a mapping. Nodes on the way are copied, all others shared."""
     if not keys:
         return new
     key, rest = keys[0], keys[1:]
     below = child(root, key)
-    value = replaced(below.node if below else Node({}, new.origin, new.line), rest, new)
+    value = replaced(below.node if below else YamlNode({}, new.origin, new.line), rest, new)
     if isinstance(root.value, Mapping):
         line = new.line if not below or not rest else below.line
-        return Node({**root.value, str(key): Entry(value, line)}, root.origin, root.line)
+        return YamlNode({**root.value, str(key): YamlEntry(value, line)}, root.origin, root.line)
     if isinstance(root.value, tuple) and below is not None and isinstance(key, int):
-        return Node((*root.value[:key], value, *root.value[key + 1 :]), root.origin, root.line)
+        return YamlNode((*root.value[:key], value, *root.value[key + 1 :]), root.origin, root.line)
     raise KeyError(key)
 
 
-def plain(node: Node, known: dict[int, Any] | None = None) -> Any:
+def plain(node: YamlNode, known: dict[int, Any] | None = None) -> Any:
     """The tree as dicts, lists and scalars. What aliases share stays shared, so that it cannot grow."""
     known = {} if known is None else known
     if id(node) not in known:

@@ -25,7 +25,7 @@ from ruamel.yaml.events import (
 from ruamel.yaml.reader import ReaderError
 
 from qexport.errors import RecipeError
-from qexport.yaml.document import Entry, Node, Origin, Problem, Scalar, dotted
+from qexport.yaml.document import Problem, Scalar, YamlEntry, YamlNode, YamlOrigin, dotted
 
 MAX_DEPTH = 50
 
@@ -46,7 +46,7 @@ class SyntaxProblem(Exception):
         self.problem = problem
 
 
-def parse(text: str, origin: Origin, *, numbered: bool = True) -> tuple[Node | None, list[Problem]]:
+def parse(text: str, origin: YamlOrigin, *, numbered: bool = True) -> tuple[YamlNode | None, list[Problem]]:
     """Reads one document.
 
     Args:
@@ -80,14 +80,14 @@ class _Builder:
     value is complete, so that no alias can close a circle.
     """
 
-    def __init__(self, events: Iterator[Any], origin: Origin, numbered: bool) -> None:
+    def __init__(self, events: Iterator[Any], origin: YamlOrigin, numbered: bool) -> None:
         self.events = events
         self.origin = origin
         self.numbered = numbered
         self.problems: list[Problem] = []
-        self.anchors: dict[str, Node] = {}
+        self.anchors: dict[str, YamlNode] = {}
 
-    def document(self) -> Node | None:
+    def document(self) -> YamlNode | None:
         event = next(self.events)
         while not isinstance(event, DocumentStartEvent | StreamEndEvent):
             event = next(self.events)
@@ -100,7 +100,7 @@ class _Builder:
             raise self.fatal(after, "only one document is allowed: remove what follows `---`")
         return root
 
-    def node(self, event: Event, keys: tuple[str, ...]) -> Node:
+    def node(self, event: Event, keys: tuple[str, ...]) -> YamlNode:
         if isinstance(event, AliasEvent):
             return self.alias(event)
         if len(keys) > MAX_DEPTH:
@@ -116,13 +116,13 @@ class _Builder:
         else:
             assert isinstance(event, ScalarEvent)
             value = event.value if event.style else scalar(event.value)
-        node = Node(value, self.origin, line)
+        node = YamlNode(value, self.origin, line)
         if event.anchor is not None:
             self.anchors[event.anchor] = node
         return node
 
-    def mapping(self, keys: tuple[str, ...]) -> dict[str, Entry]:
-        entries: dict[str, Entry] = {}
+    def mapping(self, keys: tuple[str, ...]) -> dict[str, YamlEntry]:
+        entries: dict[str, YamlEntry] = {}
         while not isinstance(event := next(self.events), MappingEndEvent):
             key = self.node(event, keys)
             line = self.line(event)
@@ -132,21 +132,21 @@ class _Builder:
                 first = f"; it stands on line {entries[name].line} too" if self.numbered else ""
                 self.problem(line, (*keys, name), f"duplicate key{first}")
             else:
-                entries[name] = Entry(value, line)
+                entries[name] = YamlEntry(value, line)
         return entries
 
-    def sequence(self, keys: tuple[str, ...]) -> tuple[Node, ...]:
-        items: list[Node] = []
+    def sequence(self, keys: tuple[str, ...]) -> tuple[YamlNode, ...]:
+        items: list[YamlNode] = []
         while not isinstance(event := next(self.events), SequenceEndEvent):
             items.append(self.node(event, (*keys, str(len(items)))))
         return tuple(items)
 
-    def alias(self, event: AliasEvent) -> Node:
+    def alias(self, event: AliasEvent) -> YamlNode:
         if event.anchor not in self.anchors:
             raise self.fatal(event, f"*{event.anchor} names no value that was completed before; quote it if it is text")
         return self.anchors[event.anchor]
 
-    def key_name(self, event: Event, key: Node, keys: tuple[str, ...]) -> str:
+    def key_name(self, event: Event, key: YamlNode, keys: tuple[str, ...]) -> str:
         if isinstance(event, ScalarEvent):
             return str(event.value)
         if isinstance(key.value, str):
@@ -200,14 +200,14 @@ class FileKind:
     needs: str
     reference: str
 
-    def read(self, path: Path) -> tuple[Node, list[Problem]]:
+    def read(self, path: Path) -> tuple[YamlNode, list[Problem]]:
         """The root, a mapping, and what was wrong with the YAML.
 
         Raises:
             RecipeError: there is no such file, it is not UTF-8, no YAML, or no mapping.
         """
         text = self._text(path)
-        origin = Origin(str(path), path.absolute().parent)
+        origin = YamlOrigin(str(path), path.absolute().parent)
         try:
             root, problems = parse(text, origin)
         except SyntaxProblem as error:

@@ -11,7 +11,7 @@ from typing import Any, Final, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from qexport.yaml.document import Keys, Node, Problem, dotted, entry_at
+from qexport.yaml.document import Keys, Problem, YamlNode, dotted, entry_at
 
 _COMBINATION: Final = "combination"
 
@@ -28,7 +28,7 @@ _KINDS = {
 }
 
 
-def problems_of(error: ValidationError, root: Node, model: type[BaseModel]) -> list[Problem]:
+def problems_of(error: ValidationError, root: YamlNode, model: type[BaseModel]) -> list[Problem]:
     """One problem for each field that is wrong.
 
     Where a field may be of several types, pydantic reports each of them: these become one message, and an error inside
@@ -56,14 +56,14 @@ def combination(problems: Mapping[str, str]) -> PydanticCustomError:
     return PydanticCustomError(_COMBINATION, "{message}", {"message": message, "problems": dict(problems)})
 
 
-def _told(details: ErrorDetails, root: Node, model: type[BaseModel]) -> list[tuple[Keys, str]]:
+def _told(details: ErrorDetails, root: YamlNode, model: type[BaseModel]) -> list[tuple[Keys, str]]:
     keys = _keys(details, root)
     if details["type"] == _COMBINATION:
         return [((*keys, *field.split(".")), message) for field, message in details["ctx"]["problems"].items()]
     return [_told_of_one(details, keys, root, model)]
 
 
-def _told_of_one(details: ErrorDetails, keys: Keys, root: Node, model: type[BaseModel]) -> tuple[Keys, str]:
+def _told_of_one(details: ErrorDetails, keys: Keys, root: YamlNode, model: type[BaseModel]) -> tuple[Keys, str]:
     kind, context = details["type"], details.get("ctx", {})
     match kind:
         case "extra_forbidden":
@@ -83,7 +83,7 @@ def _told_of_one(details: ErrorDetails, keys: Keys, root: Node, model: type[Base
             return keys, _wrong_value(kind, details)
 
 
-def _keys(details: ErrorDetails, root: Node) -> Keys:
+def _keys(details: ErrorDetails, root: YamlNode) -> Keys:
     """The error's path without the names of union members, which pydantic puts between the keys."""
     keys: Keys = ()
     names = details["loc"]
@@ -126,7 +126,7 @@ def _joined(messages: list[str]) -> str:
     return " or ".join([heads[0], *(h.removeprefix("must be ") for h in heads[1:])]) + messages[-1][len(heads[-1]) :]
 
 
-def _known_keys(model: type[BaseModel], keys: Keys, root: Node) -> list[str]:
+def _known_keys(model: type[BaseModel], keys: Keys, root: YamlNode) -> list[str]:
     """The fields of the settings at a path; of a union, those of the member that the file chose."""
     models = [model]
     for depth, key in enumerate(keys, start=1):
@@ -146,7 +146,7 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _models(argument)
 
 
-def _is_chosen(model: type[BaseModel], keys: Keys, root: Node) -> bool:
+def _is_chosen(model: type[BaseModel], keys: Keys, root: YamlNode) -> bool:
     """Whether the discriminators at this path (method, layout) are this model's."""
     tags = {name: get_args(field.annotation) for name, field in model.model_fields.items() if field.is_required()}
     tags = {name: options for name, options in tags.items() if len(options) == 1 and isinstance(options[0], str)}
@@ -154,7 +154,7 @@ def _is_chosen(model: type[BaseModel], keys: Keys, root: Node) -> bool:
     return all(entry is None or entry.node.value in tags[name] for name, entry in entries.items())
 
 
-def _placed(root: Node, keys: Keys, message: str, *, at_key: bool) -> Problem:
+def _placed(root: YamlNode, keys: Keys, message: str, *, at_key: bool) -> Problem:
     """The problem at the line of the value, or of the key for mappings, lists, null and what is not there."""
     depth = len(keys)
     while (entry := entry_at(root, keys[:depth])) is None:

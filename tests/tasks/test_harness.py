@@ -20,7 +20,7 @@ from qexport.errors import InputError, NumericalError, QexportError, RecipeError
 from qexport.reading.artifact_source import ArtifactSource
 from qexport.verifying.settings import TaskSettings
 from qexport.verifying.tasks.measuring import OpenModel, measure_tasks, require_harness
-from qexport.verifying.tasks.pairing import TaskResult
+from qexport.verifying.tasks.pairing import PairedTask
 from quantized_models import QuantizedModel
 from task_files import CHOICE, GENERATION, from_the_page, write_task
 
@@ -40,7 +40,7 @@ def opened(model: PreTrainedModel) -> OpenModel:
     return open_model
 
 
-def measure(ours: PreTrainedModel, theirs: PreTrainedModel, *tasks: Path | str, **settings: Any) -> list[TaskResult]:
+def measure(ours: PreTrainedModel, theirs: PreTrainedModel, *tasks: Path | str, **settings: Any) -> list[PairedTask]:
     wanted = TaskSettings(tasks=[str(task) for task in tasks], **settings)
     return measure_tasks(opened(ours), opened(theirs), TOKENIZER, wanted, lambda _: None)
 
@@ -87,14 +87,15 @@ def test_multiple_choice_agrees_with_log_likelihoods_computed_directly(models: M
     results = {}
     for metric, per_character in (("acc", False), ("acc_norm", True)):
         (result,) = measure(*models, task, metric=metric)
-        for model, measured in zip(models, (result.reference, result.artifact), strict=True):
+        for model, measured in zip(models, (result.reference.right, result.artifact.right), strict=True):
             by_hand = tuple(right_by_hand(model, row, per_character=per_character) for row in ROWS)
             assert measured == by_hand
             assert 0 < sum(by_hand) < len(ROWS)
-        assert (result.task, result.metric, result.items, result.num_fewshot) == ("local", metric, 24, 0)
+        record = result.record
+        assert (record.task, record.metric, record.items, record.num_fewshot) == ("local", metric, 24, 0)
         results[metric] = result
-    assert results["acc"].reference != results["acc"].artifact
-    assert results["acc"].reference != results["acc_norm"].reference
+    assert results["acc"].reference.right != results["acc"].artifact.right
+    assert results["acc"].reference.right != results["acc_norm"].reference.right
 
 
 def test_batches_and_limits_change_no_answer(models: Models, tmp_path: Path) -> None:
@@ -103,8 +104,8 @@ def test_batches_and_limits_change_no_answer(models: Models, tmp_path: Path) -> 
     (batched,) = measure(*models, task, batch_size=5)
     (part,) = measure(*models, task, limit=7)
     assert batched == whole
-    assert (part.reference, part.artifact) == (whole.reference[:7], whole.artifact[:7])
-    assert part.sha256 != whole.sha256
+    assert (part.reference.items, part.artifact.items) == (whole.reference.items[:7], whole.artifact.items[:7])
+    assert part.record.sha256 != whole.record.sha256
 
 
 def test_generated_answers_agree_with_continuations_token_by_token(models: Models, tmp_path: Path) -> None:
@@ -115,10 +116,10 @@ def test_generated_answers_agree_with_continuations_token_by_token(models: Model
         for i, (text, answer) in enumerate(zip(texts, ours, strict=True))
     ]
     (result,) = measure(*models, write_task(tmp_path, rows, GENERATION))
-    assert result.metric == "exact_match"
-    assert result.reference == tuple(i % 2 == 1 for i in range(24))
+    assert result.record.metric == "exact_match"
+    assert result.reference.right == tuple(i % 2 == 1 for i in range(24))
     theirs = [continued(models[1], text, count=4) for text in texts]
-    assert result.artifact == tuple(row["answer"] == own for row, own in zip(rows, theirs, strict=True))
+    assert result.artifact.right == tuple(row["answer"] == own for row, own in zip(rows, theirs, strict=True))
 
 
 def test_the_first_chain_of_filters_counts(models: Models, tmp_path: Path) -> None:
@@ -132,8 +133,8 @@ filter_list:
     rows = [{"question": ROWS[0]["question"], "answer": continued(models[0], ROWS[0]["question"], count=4)}]
     (plain,) = measure(*models, write_task(tmp_path, rows, GENERATION))
     (filtered,) = measure(*models, write_task(tmp_path, rows, GENERATION + filters))
-    assert plain.reference == (True,)
-    assert (filtered.reference, filtered.filter) == ((False,), "none_is_right")
+    assert plain.reference.right == (True,)
+    assert (filtered.reference.right, filtered.reference.filter) == ((False,), "none_is_right")
 
 
 def test_equal_models_differ_in_no_item_and_solved_examples_are_the_same_for_both(
@@ -142,10 +143,10 @@ def test_equal_models_differ_in_no_item_and_solved_examples_are_the_same_for_bot
     task = write_task(tmp_path, ROWS, CHOICE)
     (result,) = measure(models[0], models[0], task, num_fewshot=2)
     assert result.differences == (0,) * 24
-    assert (result.p_value, result.num_fewshot) == (1.0, 2)
+    assert (result.record.p_value, result.record.num_fewshot) == (1.0, 2)
     (again,), (other,) = (measure(models[0], models[0], task, num_fewshot=2, seed=seed) for seed in (0, 1))
     assert again == result
-    assert other.sha256 != result.sha256
+    assert other.record.sha256 != result.record.sha256
 
 
 def test_a_graph_in_onnx_runtime_answers_as_its_model_does(tmp_path: Path) -> None:
@@ -162,9 +163,9 @@ def test_a_graph_in_onnx_runtime_answers_as_its_model_does(tmp_path: Path) -> No
     tasks = (write_task(tmp_path, ROWS, CHOICE), write_task(tmp_path, answers, GENERATION, name="written"))
     settings = TaskSettings(tasks=[str(task) for task in tasks])
     chosen, written = measure_tasks(opened(model), graph.whole, TOKENIZER, settings, lambda _: None)
-    assert 0 < sum(chosen.reference) < len(ROWS)
+    assert 0 < sum(chosen.reference.right) < len(ROWS)
     assert chosen.artifact == chosen.reference
-    assert all(written.artifact)
+    assert all(written.artifact.right)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -177,7 +178,7 @@ def test_a_block_runners_model_is_measured_and_left_as_it_was(tied: bool, tmp_pa
     told: list[str] = []
     (result,) = measure_tasks(runner.whole, runner.whole, TOKENIZER, settings, told.append)
     with runner.whole() as whole:
-        assert result.reference == tuple(right_by_hand(whole, row) for row in ROWS)
+        assert result.reference.right == tuple(right_by_hand(whole, row) for row in ROWS)
     assert result.artifact == result.reference
     assert told == ["local", "local"]
 
@@ -194,7 +195,7 @@ def test_log_probabilities_are_finer_than_the_models_dtype(tmp_path: Path) -> No
         scores = [log_likelihood(model, row["question"], f" {choice}") for choice in choices]
         rows.append({"question": row["question"], "choices": choices, "answer": scores.index(max(scores))})
     (result,) = measure(model, model, write_task(tmp_path, rows, CHOICE))
-    assert result.reference_accuracy == 1.0
+    assert result.record.reference_accuracy == 1.0
 
 
 def test_an_artifact_is_measured_as_it_lies_on_disk(tmp_path: Path) -> None:
@@ -207,14 +208,14 @@ def test_an_artifact_is_measured_as_it_lies_on_disk(tmp_path: Path) -> None:
         settings = TaskSettings(tasks=[str(task)])
         (result,) = measure_tasks(opened(loaded), runner.whole, TOKENIZER, settings, lambda _: None)
         with runner.whole() as whole:
-            assert result.artifact == tuple(right_by_hand(whole, row) for row in ROWS)
-    assert result.reference == tuple(right_by_hand(loaded, row) for row in ROWS)
+            assert result.artifact.right == tuple(right_by_hand(whole, row) for row in ROWS)
+    assert result.reference.right == tuple(right_by_hand(loaded, row) for row in ROWS)
 
 
 def test_the_pages_example_runs(models: Models, tmp_path: Path) -> None:
     from_the_page(tmp_path)
     (result,) = measure(*models, f"{tmp_path}/")
-    assert (result.task, result.items) == ("harbour", 4)
+    assert (result.record.task, result.record.items) == ("harbour", 4)
 
 
 def test_nan_in_the_logits_is_an_error(models: Models, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_smollm2_knows_facts_that_three_levels_forget(tmp_path: Path) -> None:
     )
     settings = TaskSettings(tasks=[str(write_task(tmp_path, ROWS, CHOICE))], num_fewshot=0)
     (result,) = measure_tasks(ours.whole, theirs.whole, open_tokenizer(checkpoint), settings, lambda _: None)
-    assert result.reference_accuracy >= 0.75
-    assert result.artifact_accuracy <= 0.5
-    assert result.only_reference > result.only_artifact
-    assert result.p_value < 0.1
+    assert result.record.reference_accuracy >= 0.75
+    assert result.record.artifact_accuracy <= 0.5
+    assert result.record.only_reference > result.record.only_artifact
+    assert result.record.p_value < 0.1

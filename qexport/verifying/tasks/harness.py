@@ -89,7 +89,7 @@ def build_questions(settings: TaskSettings) -> list[Question]:
     return list(questions.values())
 
 
-class Subject:
+class HarnessModel:
     """A model as the harness asks it. Only within `contained`.
 
     Log-probabilities are computed in float32 from the model's logits.
@@ -105,7 +105,7 @@ class Subject:
         # The harness ties the weights again, which would undo a head that computes in float32.
         model.tie_weights = lambda *_, **__: None  # type: ignore[method-assign]
         try:
-            self._harness_model = HFLM(
+            self._lm = HFLM(
                 pretrained=model,
                 backend="causal",
                 tokenizer=deepcopy(tokenizer),
@@ -126,7 +126,7 @@ class Subject:
         task.set_fewshot_seed(seed=self._settings.seed)
         with _finite_logits(self._model, name), _told(name):
             results = evaluate(
-                self._harness_model,
+                self._lm,
                 {"tasks": {name: task}},
                 limit=self._settings.limit,
                 bootstrap_iters=0,

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qexport.errors import RecipeError
 from qexport.hidden_packages import hidden
 from qexport.verifying.settings import TaskSettings
-from qexport.verifying.tasks.pairing import Scores, TaskResult, pair
+from qexport.verifying.tasks.pairing import PairedTask, Scores, pair
 
 OpenModel = Callable[[], AbstractContextManager[PreTrainedModel]]
 """Gives the model as long as the context lasts, for example `BlockRunner.whole`."""
@@ -44,7 +44,7 @@ def measure_tasks(
     tokenizer: PreTrainedTokenizerBase,
     settings: TaskSettings,
     finished: Callable[[str], None],
-) -> list[TaskResult]:
+) -> list[PairedTask]:
     """Asks each model the same items of every task; never are both in memory.
 
     Args:
@@ -61,12 +61,12 @@ def measure_tasks(
     """
     require_harness()
     with hidden("bitsandbytes"):  # the harness imports PEFT
-        from qexport.verifying.tasks.harness import Subject, build_questions, contained
+        from qexport.verifying.tasks.harness import HarnessModel, build_questions, contained
 
     def answers(open_model: OpenModel) -> list[Scores]:
         scores = []
         with open_model() as model:
-            subject = Subject(model, tokenizer, settings)
+            subject = HarnessModel(model, tokenizer, settings)
             for question in questions:
                 scores.append(subject.answer(question))
                 finished(question.name)

@@ -1,13 +1,21 @@
-"""Which items of a task each model got right, and McNemar's test on them."""
+"""Which items of a task each model got right: the record for the report, with McNemar's test, and the figure."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
 
 from qexport.artifact.digests import sha256_json
+from qexport.artifact.figures import Figure
+from qexport.artifact.measurements import TaskRecord
 from qexport.errors import QexportError
 from qexport.statistics.paired import mcnemar
+from qexport.statistics.samples import DIFFERENCE
+from qexport.verifying.estimates import Units
 
 
 @dataclass(frozen=True)
@@ -43,79 +51,63 @@ class Scores:
     num_fewshot: int
     items: tuple[Item, ...]
 
+    @property
+    def right(self) -> tuple[bool, ...]:
+        """For each item, whether the model got it right."""
+        return tuple(item.right for item in self.items)
+
+    @property
+    def accuracy(self) -> float:
+        """The share of items that the model got right."""
+        return sum(self.right) / len(self.items)
+
 
 @dataclass(frozen=True)
-class TaskResult:
-    """Both models' answers to one task.
+class PairedTask:
+    """Both models' answers to the same items of one task.
 
     Attributes:
-        task: the task's name.
-        metric: what makes an item right.
-        filter: the task's chain of filters that the answers went through.
-        num_fewshot: solved examples before each item.
-        sha256: of the items' documents, prompts and targets; results are comparable only where it is equal.
-        reference: for each item, whether the reference got it right.
-        artifact: for each item, whether the artifact got it right.
+        reference: the merged model's.
+        artifact: the artifact's; the task, its settings and its items are those of `reference`.
     """
 
-    task: str
-    metric: str
-    filter: str
-    num_fewshot: int
-    sha256: str
-    reference: tuple[bool, ...]
-    artifact: tuple[bool, ...]
+    reference: Scores
+    artifact: Scores
 
-    @property
-    def items(self) -> int:
-        """How many items were measured."""
-        return len(self.reference)
-
-    @property
-    def reference_accuracy(self) -> float:
-        """The share of items that the reference got right."""
-        return sum(self.reference) / self.items
-
-    @property
-    def artifact_accuracy(self) -> float:
-        """The share of items that the artifact got right."""
-        return sum(self.artifact) / self.items
+    @cached_property
+    def record(self) -> TaskRecord:
+        """For the report."""
+        pairs = Counter(zip(self.reference.right, self.artifact.right, strict=True))
+        return TaskRecord(
+            task=self.reference.task,
+            metric=self.reference.metric,
+            num_fewshot=self.reference.num_fewshot,
+            sha256=sha256_json([item.digest for item in self.reference.items]),
+            items=len(self.reference.items),
+            reference_accuracy=self.reference.accuracy,
+            artifact_accuracy=self.artifact.accuracy,
+            only_reference=pairs[True, False],
+            only_artifact=pairs[False, True],
+            p_value=mcnemar(pairs[True, False], pairs[False, True]),
+        )
 
     @property
     def differences(self) -> tuple[int, ...]:
         """For each item +1 where only the artifact got it right, -1 where only the reference did, else 0."""
-        return tuple(int(own) - int(other) for other, own in zip(self.reference, self.artifact, strict=True))
+        return tuple(
+            int(own) - int(other) for other, own in zip(self.reference.right, self.artifact.right, strict=True)
+        )
 
     @property
-    def both(self) -> int:
-        """Items that both got right."""
-        return self._count(reference=True, artifact=True)
-
-    @property
-    def only_reference(self) -> int:
-        """Items that only the reference got right."""
-        return self._count(reference=True, artifact=False)
-
-    @property
-    def only_artifact(self) -> int:
-        """Items that only the artifact got right."""
-        return self._count(reference=False, artifact=True)
-
-    @property
-    def neither(self) -> int:
-        """Items that neither got right."""
-        return self._count(reference=False, artifact=False)
-
-    @property
-    def p_value(self) -> float:
-        """McNemar's exact two-sided test: how likely so uneven a split of the changed items is by chance alone."""
-        return mcnemar(self.only_reference, self.only_artifact)
-
-    def _count(self, *, reference: bool, artifact: bool) -> int:
-        return list(zip(self.reference, self.artifact, strict=True)).count((reference, artifact))
+    def accuracy_change(self) -> Figure:
+        """A few items of which none has changed do not make it certain that none ever does."""
+        units = Units([None] * len(self.differences), "item", None, len(self.differences))
+        differences = np.array(self.differences, dtype=np.float64)
+        figure = units.mean("accuracy_change", differences, DIFFERENCE, trials=1)
+        return figure.model_copy(update={"domain": self.reference.task})
 
 
-def pair(reference: Scores, artifact: Scores) -> TaskResult:
+def pair(reference: Scores, artifact: Scores) -> PairedTask:
     """Lays the answers to the same items side by side.
 
     Raises:
@@ -128,15 +120,7 @@ def pair(reference: Scores, artifact: Scores) -> TaskResult:
             where=f"task {reference.task}: {_first_difference(ours, theirs)}",
             mend="measure both again, with the same task files, data and versions",
         )
-    return TaskResult(
-        task=reference.task,
-        metric=reference.metric,
-        filter=reference.filter,
-        num_fewshot=reference.num_fewshot,
-        sha256=sha256_json([item.digest for item in reference.items]),
-        reference=tuple(item.right for item in reference.items),
-        artifact=tuple(item.right for item in artifact.items),
-    )
+    return PairedTask(reference, artifact)
 
 
 def _measured(scores: Scores) -> list[tuple[str, object]]:

@@ -1,82 +1,24 @@
-"""The commands. Each one checks its arguments, calls one function below the command line, and prints its result."""
+"""The commands that make an artifact, measure one, or look into one. Each one checks its arguments, calls one function
+below the command line, and prints its result.
+"""
 
 from __future__ import annotations
 
-import json
-import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
-from importlib.metadata import version
+from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from qexport.cli.failures import Failure, raise_if_interrupted, told
-from qexport.cli.terminal import stderr, stdout, write, write_json
+from qexport.cli.app import AsJson, Debug, Overrides, RecipePath, app, reporting
+from qexport.cli.failures import Failure, told
+from qexport.cli.terminal import stdout, write, write_json
 from qexport.errors import CompatibilityError, RecipeError, listed
-from qexport.hidden_packages import hidden
 
 if TYPE_CHECKING:
-    from qexport.artifact.figures import GateResult
     from qexport.pipeline import Result
-    from qexport.progress import Notice, Progress, Reporter
-
-app = typer.Typer(
-    help="From a base model and a LoRA adapter to a verified, quantized, servable artifact, in one streaming pass.",
-    epilog="Exit codes: 0 done, 1 a defect in qexport, 2 usage or recipe, 3 model, adapter or data, 4 these do not fit "
-    "together, 5 numerical, 6 a gate failed, 7 a gate was not decided, 8 no disk or memory left, 130 interrupted.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="key=value", help="Replaces a value of the recipe, for example quantize.bits=8."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line.
-
-    Args:
-        arguments: what follows the program's name; those of the process where None.
-
-    Returns:
-        The exit code.
-    """
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    # torch's idle threads spin, which costs an eighth of the processor time here, and far more beside other programs
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    try:
-        with hidden("kernels"):
-            return app(arguments, prog_name="qexport", standalone_mode=False) or 0
-    except typer.TyperException as error:
-        failure = Failure(error.format_message(), RecipeError.exit_code, mend=_help_for(arguments))
-        failure.show(as_json="--json" in arguments)
-        return failure.exit_code
-
-
-def _help_for(arguments: Sequence[str]) -> str:
-    names = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
-    command = next((word for word in arguments if word in names), None)
-    return f"qexport {command} --help" if command else "qexport --help"
-
-
-@app.callback(invoke_without_command=True)
-def _qexport(
-    context: typer.Context,
-    show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-) -> None:
-    if show_version:
-        write(f"qexport {version('qexport')}")
-        raise typer.Exit
-    if context.invoked_subcommand is None:
-        context.get_help()
 
 
 @app.command()
@@ -99,7 +41,7 @@ def run(
         from qexport import pipeline  # takes seconds, a recipe's problems need not wait for it
         from qexport.cli.verifying import verify_command
 
-        with _reporting() as report:
+        with reporting() as report:
             command = verify_command(".", str(recipe), overrides or (), {})
             result = pipeline.run(chosen, force=force, device=device, command=command, report=report)
         if result.unproven_merge is not None:
@@ -148,7 +90,7 @@ def verify(
             "--prompts": [prompts],
             "--gates": [gates],
         }
-        with _reporting() as report:
+        with reporting() as report:
             found = pipeline.verify(
                 artifact,
                 chosen.load,
@@ -211,7 +153,7 @@ def _print_plan(recipe: Path, overrides: list[str] | None, *, as_json: bool) -> 
     chosen = load_recipe(recipe, overrides or ())
     from qexport import pipeline
 
-    with _reporting() as report:
+    with reporting() as report:
         plan = pipeline.plan(chosen, report=report)
     if as_json:
         write_json(plan.as_dict())
@@ -238,109 +180,6 @@ def _inspect(
     what = f"{len(found.failed)} of {len(found.checks)} demands of {server} are not met"
     names = listed([check.name for check in found.failed])
     return Failure(what, CompatibilityError.exit_code, where=names, mend=f"export the layout {server}")
-
-
-@app.command()
-def gate(
-    report: Annotated[
-        Path, typer.Argument(metavar="REPORT", help="The report.json, or the folder of an artifact that was verified.")
-    ],
-    gates: Annotated[Path, typer.Option(metavar="FILE", help="The limits, a YAML file with profile and gates.")],
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """Decide on a report's figures with other limits, without measuring again."""
-    with told(as_json=as_json, debug=debug):
-        from rich.text import Text
-
-        from qexport.artifact.report import Report
-        from qexport.gates.deciding import decide_again
-        from qexport.gates.errors import gates_error
-        from qexport.gates.settings import read_gates
-        from qexport.quantizing.methods import profile_of_layer
-        from qexport.reporting.terminal import gate_table
-
-        settings = read_gates(gates)
-        results, notes = decide_again(Report.read(report), settings, profile_of_layer)
-        unmet = gates_error(results, str(report))
-        if as_json:
-            _write_gates(results, notes)
-        else:
-            for note in notes:
-                stderr().print(Text.assemble(("note: ", "yellow"), note), soft_wrap=True)
-            stdout().print(gate_table(results))
-    with told(debug=debug):
-        if unmet:
-            raise unmet
-
-
-def _write_gates(results: Sequence[GateResult], notes: Sequence[str]) -> None:
-    from qexport.artifact.figures import overall
-
-    verdict = overall(result.verdict for result in results)
-    gates = [result.model_dump(mode="json") for result in results]
-    write_json({"verdict": verdict, "gates": gates, "notes": list(notes)})
-
-
-@app.command()
-def report(
-    paths: Annotated[
-        list[Path],
-        typer.Argument(metavar="REPORT...", help="A report.json, or the folder of an artifact that was verified."),
-    ],
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a page that stands there.")] = False,
-    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, for a pull request.")] = False,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """Show a report, or compare several: size against drift."""
-    with told(as_json=as_json, debug=debug):
-        if as_markdown and as_json:
-            raise RecipeError("--markdown and --json exclude each other", mend="leave one of them out")
-        from qexport.cli.reports import check_page, views_of, write_page
-
-        if html is not None:
-            check_page(html, force=force)
-        views = views_of(paths)
-        if html is not None:
-            write_page(html, views.page())
-        if as_json:
-            write_json(views.document())
-        elif as_markdown:
-            write(views.markdown())
-        else:
-            stdout().print(views.table())
-
-
-@app.command()
-def schema(
-    of: Annotated[Literal["recipe", "report"], typer.Argument(metavar="[recipe|report]", help="Of what.")] = "recipe",
-) -> None:
-    """Print the JSON Schema of recipes, for editors, or of report.json."""
-    with told():
-        if of == "report":
-            from qexport.artifact.report import report_schema
-
-            write(json.dumps(report_schema(), indent=2))
-        else:
-            from qexport.recipe.reference import recipe_schema
-
-            write(recipe_schema())
-
-
-@contextmanager
-def _reporting() -> Iterator[Reporter]:
-    """Progress on stderr. What a library prints meanwhile goes there too, since stdout is for results."""
-    from qexport.cli.progress import reporter
-
-    with reporter(stderr()) as shown, redirect_stdout(sys.stderr):
-
-        def report(event: Progress | Notice) -> None:
-            raise_if_interrupted()
-            shown(event)
-
-        yield report
 
 
 def _show(result: Result, *, as_json: bool) -> None:

@@ -1,0 +1,225 @@
+"""What verification measures beside its figures: where the drift sits, continuations, tasks, speed."""
+
+from __future__ import annotations
+
+from qexport.artifact.figures import Figure
+from qexport.records import Record
+
+
+class Histogram(Record):
+    """How many tokens have a KL divergence in which range."""
+
+    edges: list[float]
+    """Nats, rising; one more than bins. Values below the first edge and above the last are in the outer bins."""
+
+    counts: list[int]
+
+
+class MarginBin(Record):
+    """Tokens by the reference's margin: the difference of its two likeliest tokens' log-probabilities, in nats."""
+
+    low: float
+    high: float | None
+    """None: no upper end."""
+
+    tokens: int
+
+    flips: int
+    """Those where the artifact holds another token for the likeliest."""
+
+
+class BlockDrift(Record):
+    """How far the hidden states behind a block are from the reference's."""
+
+    name: str
+
+    relative_error: float
+    """Norm of the difference / norm of the reference's, over the measured windows of the first round."""
+
+
+class WorstToken(Record):
+    """A token where the artifact is far from the reference."""
+
+    domain: str | None
+    window: int
+    position: int
+
+    before: str
+    """The text before it, cut to its last characters."""
+
+    token: str
+    kl: float
+    reference_top: str
+    reference_probability: float
+    """Of the token that stands in the text; so are the artifact's."""
+
+    artifact_top: str
+    artifact_probability: float
+
+
+class PromptComparison(Record):
+    """The greedy continuations of one prompt. Tokens are counted up to and with an end."""
+
+    id: str
+    domain: str | None
+    style: str | None
+    pair: str | None
+
+    prompt: str
+    """As a reader would write it; messages one a line."""
+
+    reference: str
+    """The reference's text, without special tokens."""
+
+    artifact: str
+
+    reference_tokens: int
+    """At least 1."""
+
+    artifact_tokens: int
+
+    first_difference: int | None
+    """Index of the first new token that differs; None where all are equal."""
+
+    margin: float | None
+    """The reference's margin there, in nats."""
+
+    flips: int
+    """Decisive flips along the reference's own tokens: those that were ahead by more than
+    `qexport.artifact.figures.DECISIVE_MARGIN` and in whose place the artifact holds another for the likeliest, given
+    the prompt and the reference's tokens before it.
+    """
+
+    edit_distance: float
+    """Of the tokens, 0 to 1; this and the next figures are those of `qexport.verifying.text_similarity`."""
+
+    chrf: float
+    """0 to 100."""
+
+    rouge_l: float
+    """0 to 1."""
+
+    reference_repetition: float
+    artifact_repetition: float
+
+    reference_hit_limit: bool
+    """The reference had not ended when it reached the largest number of new tokens."""
+
+    artifact_hit_limit: bool
+
+    @property
+    def identical(self) -> bool:
+        """Whether all tokens are equal."""
+        return self.first_difference is None
+
+    @property
+    def agreed_share(self) -> float:
+        """Share of the reference's tokens before the first difference, 0 to 1; 1 where all tokens are equal."""
+        return 1.0 if self.first_difference is None else self.first_difference / self.reference_tokens
+
+    @property
+    def length_ratio(self) -> float:
+        """The artifact's tokens over the reference's."""
+        return self.artifact_tokens / self.reference_tokens
+
+
+class SampledComparison(Record):
+    """Continuations sampled by both models with the same seed."""
+
+    id: str
+
+    sample: int
+    """Which of the prompt's samples, from 0."""
+
+    seed: int
+    reference: str
+    artifact: str
+    chrf: float
+
+
+class Generations(Record):
+    """Continuations of the prompts."""
+
+    prompts: int
+    identical: int
+    max_new_tokens: int
+    comparisons: list[PromptComparison]
+    samples: list[SampledComparison]
+    skipped: dict[str, str]
+    """Prompts that were not continued, by their id, and why."""
+
+
+class TaskRecord(Record):
+    """A task of lm-evaluation-harness, paired by item."""
+
+    task: str
+    metric: str
+
+    num_fewshot: int
+    """Solved examples before each item."""
+
+    sha256: str
+    """Of the items: accuracies are comparable only where it is equal."""
+
+    items: int
+    reference_accuracy: float
+    artifact_accuracy: float
+    only_reference: int
+    """Items that only the reference got right."""
+
+    only_artifact: int
+    p_value: float
+    """Exact two-sided McNemar test."""
+
+
+class Speed(Record):
+    """Both models as a user runs them, in turn. Lists have one value a repeat."""
+
+    prompt_tokens: int
+    """Read before the first new token."""
+
+    new_tokens: int
+    """Generated."""
+
+    reference_tokens_per_second: list[float]
+    """Of the new tokens behind the first."""
+
+    artifact_tokens_per_second: list[float]
+    reference_first_token_seconds: list[float]
+    """From the prompt to the first new token."""
+
+    artifact_first_token_seconds: list[float]
+    reference_bytes: int
+    """Parameters and buffers in memory."""
+
+    artifact_bytes: int
+
+    @property
+    def speed_ratios(self) -> list[float]:
+        """Of each repeat, the artifact's tokens per second over the reference's: above 1 is faster."""
+        return _ratios(self.artifact_tokens_per_second, self.reference_tokens_per_second)
+
+    @property
+    def first_token_ratios(self) -> list[float]:
+        """Of each repeat, the artifact's time to first token over the reference's: below 1 is faster."""
+        return _ratios(self.artifact_first_token_seconds, self.reference_first_token_seconds)
+
+
+def _ratios(artifact: list[float], reference: list[float]) -> list[float]:
+    return [own / other for own, other in zip(artifact, reference, strict=True)]
+
+
+class Timings(Record):
+    """What differs from run to run."""
+
+    seconds: float
+    """How long verification took."""
+
+    peak_memory_bytes: int | None
+    """The process's peak resident main memory since its start: in a run the work before verification counts too."""
+
+    speed: Speed | None
+    speed_unmeasured: str | None
+    """Why there is none."""
+
+    figures: list[Figure]

@@ -1,0 +1,108 @@
+"""The commands on reports that exist already, and on the schemas: none of them measures anything."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from qexport.cli.app import AsJson, Debug, app
+from qexport.cli.failures import told
+from qexport.cli.terminal import stderr, stdout, write, write_json
+from qexport.errors import RecipeError
+
+if TYPE_CHECKING:
+    from qexport.artifact.figures import GateResult
+
+
+@app.command()
+def gate(
+    report: Annotated[
+        Path, typer.Argument(metavar="REPORT", help="The report.json, or the folder of an artifact that was verified.")
+    ],
+    gates: Annotated[Path, typer.Option(metavar="FILE", help="The limits, a YAML file with profile and gates.")],
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Decide on a report's figures with other limits, without measuring again."""
+    with told(as_json=as_json, debug=debug):
+        from rich.text import Text
+
+        from qexport.artifact.report import Report
+        from qexport.gates.deciding import decide_again
+        from qexport.gates.errors import gates_error
+        from qexport.gates.settings import read_gates
+        from qexport.quantizing.methods import profile_of_layer
+        from qexport.reporting.terminal import gate_table
+        from qexport.reporting.view import gate_rows
+
+        settings = read_gates(gates)
+        results, notes = decide_again(Report.read(report), settings, profile_of_layer)
+        unmet = gates_error(results, str(report))
+        if as_json:
+            _write_gates(results, notes)
+        else:
+            for note in notes:
+                stderr().print(Text.assemble(("note: ", "yellow"), note), soft_wrap=True)
+            stdout().print(gate_table(gate_rows(results)))
+    with told(debug=debug):
+        if unmet:
+            raise unmet
+
+
+def _write_gates(results: Sequence[GateResult], notes: Sequence[str]) -> None:
+    from qexport.artifact.figures import overall
+
+    verdict = overall(result.verdict for result in results)
+    gates = [result.model_dump(mode="json") for result in results]
+    write_json({"verdict": verdict, "gates": gates, "notes": list(notes)})
+
+
+@app.command()
+def report(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="REPORT...", help="A report.json, or the folder of an artifact that was verified."),
+    ],
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a page that stands there.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, for a pull request.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Show a report, or compare several: size against drift."""
+    with told(as_json=as_json, debug=debug):
+        if as_markdown and as_json:
+            raise RecipeError("--markdown and --json exclude each other", mend="leave one of them out")
+        from qexport.cli.reports import check_page, views_of, write_page
+
+        if html is not None:
+            check_page(html, force=force)
+        views = views_of(paths)
+        if html is not None:
+            write_page(html, views.page())
+        if as_json:
+            write_json(views.document())
+        elif as_markdown:
+            write(views.markdown())
+        else:
+            stdout().print(views.table())
+
+
+@app.command()
+def schema(
+    of: Annotated[Literal["recipe", "report"], typer.Argument(metavar="[recipe|report]", help="Of what.")] = "recipe",
+) -> None:
+    """Print the JSON Schema of recipes, for editors, or of report.json."""
+    with told():
+        if of == "report":
+            from qexport.artifact.report import report_schema
+
+            write(json.dumps(report_schema(), indent=2))
+        else:
+            from qexport.recipe.reference import recipe_schema
+
+            write(recipe_schema())

@@ -1,0 +1,64 @@
+"""The base of everything that is written as JSON into or about an artifact; and the record of a layer, which the pass
+carries beside the layer's tensors to the manifest and the report. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Record(BaseModel):
+    """Strict types, no unknown keys, finite floats, unchangeable."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class LayerRecord(Record):
+    """What quantizing one layer did."""
+
+    name: str
+    """The module's path."""
+
+    method: str
+    """How the codes were found: the method's name, or `round_to_nearest` where a calibrated method could not."""
+
+    bits: int
+
+    group_size: int
+    """Values that share a scale: along the inputs (for nf4 and fp4, along the flattened matrix)."""
+
+    loss: float | None
+    """Mean squared error of the layer's outputs on the calibration tokens, relative to the mean square of the outputs;
+    None where that ratio does not exist, or nobody has looked.
+    """
+
+    rtn_loss: float | None
+    """The same for plain round-to-nearest with the same bits and groups."""
+
+    damp_percent: float | None
+    """The damping that the factorization used, as a fraction of the mean of the Hessian's diagonal; None where there
+    was none.
+    """
+
+    tokens: int
+    """Calibration tokens that the layer saw."""
+
+    dead_columns: int
+    """Inputs that were zero for every token."""
+
+    @classmethod
+    def uncalibrated(cls, name: str, method: str, bits: int, group_size: int) -> LayerRecord:
+        """Of a layer that was quantized without calibration, or by somebody who has recorded none."""
+        return cls(
+            name=name,
+            method=method,
+            bits=bits,
+            group_size=group_size,
+            loss=None,
+            rtn_loss=None,
+            damp_percent=None,
+            tokens=0,
+            dead_columns=0,
+        )

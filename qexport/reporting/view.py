@@ -1,0 +1,199 @@
+"""What is shown of a report, chosen and worded once: for the terminal, Markdown, the page and the test results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from qexport.amounts import counted, size
+from qexport.artifact.figures import Figure, GateResult, Verdict
+from qexport.artifact.manifest import Sizes
+from qexport.artifact.measurements import PromptComparison
+from qexport.artifact.report import Report
+from qexport.reporting.selection import by_urgency, key_figures, sentence, worst_prompts
+from qexport.reporting.values import (
+    UNMEASURED,
+    cut,
+    figure_interval,
+    figure_value,
+    gate_interval,
+    gate_limit,
+    gate_units,
+    gate_value,
+    label_of,
+)
+from qexport.reporting.visible_text import Piece, word_diff
+
+VERDICT_WORDS: Final[dict[Verdict, str]] = {"pass": "Passed", "fail": "Failed", "undecided": "Undecided"}
+
+_LONGEST_TEXT: Final = 2000
+
+
+@dataclass(frozen=True)
+class GateRow:
+    """A gate and its decision.
+
+    Attributes:
+        result: the gate.
+        word: the verdict, for example `passed`.
+        value: what was measured, a dash where nothing was.
+        interval: that decided.
+        tolerance: the limit, with its unit.
+        units: on how many of what it was decided.
+    """
+
+    result: GateResult
+    word: str
+    value: str
+    interval: str
+    tolerance: str
+    units: str
+
+
+@dataclass(frozen=True)
+class FigureRow:
+    """A figure.
+
+    Attributes:
+        label: what it is.
+        value: with its unit.
+        interval: the 95 % confidence interval without a unit, a dash where there is none.
+        units: on how many of what it was measured.
+    """
+
+    label: str
+    value: str
+    interval: str
+    units: str
+
+    @property
+    def whole(self) -> str:
+        """The value, with its interval where there is one."""
+        return self.value if self.interval == UNMEASURED else f"{self.value} {self.interval}"
+
+
+@dataclass(frozen=True)
+class SizeView:
+    """How large the artifact is.
+
+    Attributes:
+        total: of all its tensors.
+        reference: of the merged model's.
+        share: the one over the other.
+        bits: of a weight, scales and unquantized layers included; a number alone.
+    """
+
+    total: str
+    reference: str
+    share: str
+    bits: str
+
+    @property
+    def bits_per_weight(self) -> str:
+        """In words."""
+        return f"{self.bits} bits a weight"
+
+
+@dataclass(frozen=True)
+class PromptView:
+    """The continuations of one prompt, as pieces that both have and that only one has."""
+
+    comparison: PromptComparison
+    reference: list[Piece]
+    artifact: list[Piece]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A report in short.
+
+    Attributes:
+        name: of the artifact.
+        how: its method and size.
+        verdict: of all gates.
+        word: the same, for example `Passed`.
+        sentence: what the verdict rests on.
+        gates: failed ones first.
+        figures: the key figures, over all text.
+        prompts: the one whose continuations differ most, with long texts cut; empty where none differ.
+    """
+
+    name: str
+    how: str
+    verdict: Verdict
+    word: str
+    sentence: str
+    gates: list[GateRow]
+    figures: list[FigureRow]
+    prompts: list[PromptView]
+
+
+def summarize(report: Report) -> Summary:
+    """What there is room for on a terminal and in a comment on a pull request."""
+    sizes = size_view(report.subject.sizes, report.subject.reference_bytes)
+    return Summary(
+        name=report.subject.name,
+        how=f"{report.subject.method}, {sizes.total}, {sizes.bits_per_weight}",
+        verdict=report.verdict,
+        word=VERDICT_WORDS[report.verdict],
+        sentence=sentence(report),
+        gates=gate_rows(report.gates),
+        figures=[figure_row(figure) for figure in key_figures(report)],
+        prompts=[prompt_view(each, _LONGEST_TEXT) for each in worst_prompts(report)[:1]],
+    )
+
+
+def gate_rows(gates: Iterable[GateResult]) -> list[GateRow]:
+    """A row for each gate, failed ones first, then undecided ones."""
+    return [gate_row(gate) for gate in by_urgency(gates)]
+
+
+def gate_row(gate: GateResult) -> GateRow:
+    """A gate in words."""
+    return GateRow(
+        result=gate,
+        word=VERDICT_WORDS[gate.verdict].lower(),
+        value=gate_value(gate),
+        interval=gate_interval(gate),
+        tolerance=gate_limit(gate),
+        units=gate_units(gate),
+    )
+
+
+def figure_row(figure: Figure) -> FigureRow:
+    """A figure in words."""
+    return FigureRow(
+        label=label_of(figure.name),
+        value=figure_value(figure),
+        interval=figure_interval(figure),
+        units=counted(figure.n, figure.unit),
+    )
+
+
+def size_view(sizes: Sizes, reference_bytes: int) -> SizeView:
+    """An artifact's size beside the merged model's."""
+    return SizeView(
+        total=size(sizes.total_bytes),
+        reference=size(reference_bytes),
+        share=share(sizes.total_bytes, reference_bytes),
+        bits=f"{sizes.bits_per_weight:.2f}",
+    )
+
+
+def share(part: int, whole: int) -> str:
+    """In percent; a dash where the whole is nothing."""
+    return f"{part / whole:.0%}" if whole else UNMEASURED
+
+
+def prompt_view(comparison: PromptComparison, longest: int | None = None) -> PromptView:
+    """Both continuations as pieces.
+
+    Args:
+        comparison: of the two.
+        longest: characters that are shown of each; None for all.
+    """
+    texts: Sequence[str] = (comparison.reference, comparison.artifact)
+    if longest is not None:
+        texts = [cut(text, longest) for text in texts]
+    return PromptView(comparison, *word_diff(*texts))

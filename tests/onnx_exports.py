@@ -34,10 +34,10 @@ from qexport.export.tensor_writer import WrittenWeights
 from qexport.formats import Outputs
 from qexport.formats.bitsandbytes.four_bit_tensors import dequantize
 from qexport.quantizing.methods import AnyMethod
-from qexport.reading.artifact_source import ArtifactSource
 from qexport.reading.onnx.graph import Graph
 from qexport.reading.onnx.model import OnnxCausalLM
 from qexport.reading.onnx.weights import OnnxWeights
+from qexport.reading.safetensors_weights import SafetensorsWeights
 from qexport.tensors import BlockQuantized, CalibrationSet, Origin, TensorRecord
 from quantized_models import Tensors
 
@@ -105,7 +105,7 @@ class Export:
 
     def stored(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """Every parameter, as qexport reads the safetensors artifact."""
-        with ArtifactSource(self.safetensors, dtype=dtype) as source:
+        with SafetensorsWeights(self.safetensors, dtype=dtype) as source:
             return {name: source.read(name) for name in source.specs()}
 
     def weights(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

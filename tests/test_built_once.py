@@ -16,8 +16,8 @@ from qexport.architectures import architecture
 from qexport.architectures.architecture import Architecture
 from qexport.loading.settings import LoadSettings
 from qexport.pipeline import run, verify
-from qexport.reading.artifact_source import ArtifactSource
 from qexport.reading.onnx.weights import OnnxWeights
+from qexport.reading.safetensors_weights import SafetensorsWeights
 from qexport.recipe import load_recipe
 from qexport.verifying.settings import VerifySettings
 from test_end_to_end import GPTQ, overrides, prepare
@@ -43,7 +43,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         count(architecture, "build_on_meta", lambda config: f"model {json.dumps(config.to_dict(), sort_keys=True)}")
         count(architecture, "name_parameters", lambda model: "names")
         count(architecture, "describe_model", lambda model, naming: "structure")
-        for kind in (ArtifactSource, OnnxWeights):
+        for kind in (SafetensorsWeights, OnnxWeights):
             count(kind, "__init__", lambda artifact, folder: f"open {folder.name}")
             count(kind, "check_complete", lambda artifact, *_: f"check {artifact.folder.name}")
         yield counts
@@ -108,6 +108,6 @@ def test_a_folder_that_is_checked_again_is_noticed(artifact: Path, monkeypatch: 
     assert not once(measured(artifact, monkeypatch))
 
 
-def check_twice(reference: Any, artifact: ArtifactSource) -> None:
+def check_twice(reference: Any, artifact: SafetensorsWeights) -> None:
     artifact.check_complete(reference.architecture.structure)
     artifact.check_complete()

@@ -26,7 +26,7 @@ from qexport.pipeline.inspection import inspect_artifact
 from qexport.pipeline.verification import Verified, measure_folder
 from qexport.progress import Reporter
 from qexport.quantizing.pauses import Parking
-from qexport.reading.artifact_source import ArtifactSource
+from qexport.reading.safetensors_weights import SafetensorsWeights
 from qexport.recipe import load_recipe
 from qexport.verifying.reference import Reference
 
@@ -115,7 +115,7 @@ def test_a_model_goes_the_whole_way(name: str, tmp_path: Path) -> None:
     not_passed = {gate.name: gate.verdict for gate in manifest.verification.gates if not gate.passed}
     assert not_passed in ({}, {"merge": "undecided"} if name == "mixtral" else {})
     merged = merge_with_peft(model, tmp_path / "adapter")
-    with ArtifactSource(result.artifact_path, dtype=torch.float32) as source:
+    with SafetensorsWeights(result.artifact_path, dtype=torch.float32) as source:
         if name != "mixtral":  # its experts are no linear layers in memory
             assert {layer.name for layer in manifest.layers} == set(linear_names(model))
         for layer in manifest.layers:

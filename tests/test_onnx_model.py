@@ -20,13 +20,13 @@ import onnx_folders
 import stored_models
 from onnx_exports import open_graph
 from qexport.errors import CompatibilityError, InputError, RecipeError
-from qexport.reading.artifact_source import ArtifactSource
 from qexport.reading.filled_model import dense_model
 from qexport.reading.onnx import session as session_module
 from qexport.reading.onnx.cache import OnnxCache
 from qexport.reading.onnx.model import OnnxCausalLM
 from qexport.reading.onnx.session import open_session
 from qexport.reading.onnx.weights import OnnxWeights
+from qexport.reading.safetensors_weights import SafetensorsWeights
 from qexport.tensors import Quantized, RowQuantized
 from qexport.verifying.continuation import continue_all, likeliest_along
 from qexport.verifying.prompt_batches import batch_prompts, check_padding
@@ -47,7 +47,7 @@ def write(folder: Path, name: str) -> Path:
     model = factories.build(CONFIG)
     values: dict[str, Tensor | Quantized] = dict(model.state_dict())
     if quantization is not None:
-        with ArtifactSource(
+        with SafetensorsWeights(
             stored_models.write(model, folder / "safetensors", quantization), dtype=torch.float32
         ) as source:
             codes = {module: weight.quantized(source.tensors(module)) for module, weight in source.quantized.items()}

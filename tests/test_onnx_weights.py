@@ -21,15 +21,15 @@ import onnx_folders
 import stored_models
 from qexport.errors import InputError
 from qexport.formats.bitsandbytes.four_bit_tensors import dequantize
-from qexport.reading.artifact_source import ArtifactSource
 from qexport.reading.onnx.weights import OnnxWeights
+from qexport.reading.safetensors_weights import SafetensorsWeights
 from qexport.tensors import BlockQuantized, GroupQuantized, Quantized, RowQuantized
 
 CONFIG = factories.llama_config(num_hidden_layers=1, attention_bias=True)
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 
 
-def stored(source: ArtifactSource) -> dict[str, Tensor | Quantized]:
+def stored(source: SafetensorsWeights) -> dict[str, Tensor | Quantized]:
     """Everything in an artifact, with its codes as they are."""
     values: dict[str, Tensor | Quantized] = {name: source.read(name) for name in source.specs()}
     return values | {
@@ -50,7 +50,7 @@ def test_weights_are_those_of_the_safetensors_artifact(
     """MatMulBnb4 multiplies with float32 products, which a bfloat16 artifact has rounded: equal in bfloat16."""
     dtype = torch.bfloat16 if quantization.get("load_in_4bit") else torch.float32
     folder = stored_models.write(factories.build(config), tmp_path / "safetensors", quantization)
-    with ArtifactSource(folder, dtype=dtype) as source:
+    with SafetensorsWeights(folder, dtype=dtype) as source:
         onnx_folders.parameters(stored(source), source.config, tmp_path / "onnx")
         found = OnnxWeights(tmp_path / "onnx", dtype=dtype)
         found.check_complete()
@@ -301,7 +301,7 @@ def test_two_readings_of_the_same_codes_are_refused(tmp_path: Path, dense: dict[
 def test_blocks_keep_float32_products(tmp_path: Path) -> None:
     """What the operator multiplies with, not what bitsandbytes rounds it to."""
     folder = stored_models.write(factories.build(CONFIG), tmp_path / "a", stored_models.NF4)
-    with ArtifactSource(folder, dtype=torch.float32) as source:
+    with SafetensorsWeights(folder, dtype=torch.float32) as source:
         onnx_folders.parameters(stored(source), source.config, tmp_path / "b")
         codes = source.quantized[Q_PROJ].quantized(source.tensors(Q_PROJ))
         found = OnnxWeights(tmp_path / "b", dtype=torch.float32).read(f"{Q_PROJ}.weight")

@@ -30,7 +30,7 @@ from qexport.formats.compressed_tensors.reading import CompressedTensorsRules
 from qexport.formats.module_patterns import SkipList
 from qexport.formats.registry import reader_of
 from qexport.formats.stored_weight import Scheme
-from qexport.reading.artifact_source import ArtifactSource
+from qexport.reading.safetensors_weights import SafetensorsWeights
 from quantized_models import QuantizedModel
 from stored_models import FP4, NF4, NF4_DOUBLE, QUANTIZATIONS, W4A16
 
@@ -74,7 +74,7 @@ def structure(folder: Path) -> Structure:
 
 def read_all(folder: Path) -> None:
     """What verification and `qexport.load` do."""
-    with ArtifactSource(folder, dtype=torch.float32) as source:
+    with SafetensorsWeights(folder, dtype=torch.float32) as source:
         source.check_complete(structure(folder))
         for name in source.specs():
             source.read(name)
@@ -95,13 +95,13 @@ def test_a_folder_that_claims_a_method_and_holds_no_quantized_layer_is_refused(g
     quantization = json.loads((gptq / "config.json").read_text())["quantization_config"]
     edit_config(dense, lambda config: config.update(quantization_config=quantization))
     with pytest.raises(InputError, match="claims quant_method 'gptq', but no layer is quantized"):
-        ArtifactSource(dense, dtype=torch.float32)
+        SafetensorsWeights(dense, dtype=torch.float32)
 
 
 def test_quantized_tensors_without_a_quantization_config_are_refused(gptq: Path) -> None:
     edit_config(gptq, lambda config: config.pop("quantization_config"))
     with pytest.raises(InputError, match="14 tensors belong to quantized layers"):
-        ArtifactSource(gptq, dtype=torch.float32)
+        SafetensorsWeights(gptq, dtype=torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_quantized_tensors_without_a_quantization_config_are_refused(gptq: Path)
 def test_a_method_that_no_reader_knows_is_refused(gptq: Path, quantization: Any, message: str) -> None:
     edit_config(gptq, lambda config: config.update(quantization_config=quantization))
     with pytest.raises(InputError, match=message):
-        ArtifactSource(gptq, dtype=torch.float32)
+        SafetensorsWeights(gptq, dtype=torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_a_part_with_other_dimensions_is_refused(gptq: Path, part: str, tensor: 
     module = "model.layers.0.mlp.up_proj"
     save_file(load_file(gptq / "model.safetensors") | {f"{module}.{part}": tensor}, gptq / "model.safetensors")
     with pytest.raises(InputError, match=r"are no \[groups, out\] and \[in\]") as caught:
-        ArtifactSource(gptq, dtype=torch.float32)
+        SafetensorsWeights(gptq, dtype=torch.float32)
     assert caught.value.where == module
 
 
@@ -145,7 +145,7 @@ def test_four_bits_mean_what_bitsandbytes_says(
         compress_statistics=quantization["bnb_4bit_use_double_quant"],
     )
     stored_models.write(model, tmp_path / "a", quantization)
-    with ArtifactSource(tmp_path / "a", dtype=dtype) as source:
+    with SafetensorsWeights(tmp_path / "a", dtype=dtype) as source:
         source.check_complete(structure(tmp_path / "a"))
         assert len(source.quantized) == 14
         assert source.specs()[f"{UP}.weight"].dtype == dtype
@@ -158,7 +158,7 @@ def test_int8_means_codes_times_absmax_over_127(tmp_path: Path) -> None:
     written(tmp_path / "a", "int8")
     tensors = load_file(tmp_path / "a" / "model.safetensors")
     exact = tensors[f"{UP}.weight"].double() * tensors[f"{UP}.SCB"].double()[:, None] / 127
-    with ArtifactSource(tmp_path / "a", dtype=torch.float32) as source:
+    with SafetensorsWeights(tmp_path / "a", dtype=torch.float32) as source:
         read = source.read(f"{UP}.weight")
     assert torch.allclose(read.double(), exact, rtol=2**-22, atol=0)
 
@@ -166,7 +166,7 @@ def test_int8_means_codes_times_absmax_over_127(tmp_path: Path) -> None:
 def test_w8a8_means_codes_times_scale(tmp_path: Path) -> None:
     written(tmp_path / "a", "w8a8")
     tensors = load_file(tmp_path / "a" / "model.safetensors")
-    with ArtifactSource(tmp_path / "a", dtype=torch.float32) as source:
+    with SafetensorsWeights(tmp_path / "a", dtype=torch.float32) as source:
         expected = tensors[f"{UP}.weight"].float() * tensors[f"{UP}.weight_scale"]
         assert torch.equal(source.read(f"{UP}.weight"), expected)
 
@@ -177,7 +177,7 @@ def test_w4a16_means_codes_less_eight_times_scale(tmp_path: Path) -> None:
     words = tensors[f"{UP}.weight_packed"].long() & 0xFFFFFFFF
     codes = ((words[:, :, None] >> torch.arange(0, 32, 4)) & 15).flatten(1)
     scale = tensors[f"{UP}.weight_scale"].float().repeat_interleave(32, dim=1)
-    with ArtifactSource(tmp_path / "a", dtype=torch.float32) as source:
+    with SafetensorsWeights(tmp_path / "a", dtype=torch.float32) as source:
         assert torch.equal(source.read(f"{UP}.weight"), (codes - 8) * scale)
 
 
@@ -349,7 +349,7 @@ def test_a_config_that_cannot_be_followed_or_contradicts_the_tensors_is_refused(
 def test_a_dense_model_that_claims_a_method_is_refused(dense: Path, quantization: dict[str, Any]) -> None:
     edit_config(dense, lambda config: config.update(quantization_config=quantization))
     with pytest.raises(InputError, match="no layer is quantized"):
-        ArtifactSource(dense, dtype=torch.float32)
+        SafetensorsWeights(dense, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("name", QUANTIZATIONS)
@@ -357,7 +357,7 @@ def test_the_tensors_of_each_format_are_noticed_where_nothing_claims_them(tmp_pa
     written(tmp_path / "a", name)
     edit_config(tmp_path / "a", lambda config: config.pop("quantization_config"))
     with pytest.raises(InputError, match="belong to quantized layers"):
-        ArtifactSource(tmp_path / "a", dtype=torch.float32)
+        SafetensorsWeights(tmp_path / "a", dtype=torch.float32)
 
 
 NAMES = st.lists(st.sampled_from(["model", "layers", "1", "11", "mlp", "gate", "gate_proj", "fc1"]), min_size=1).map(

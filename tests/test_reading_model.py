@@ -24,8 +24,8 @@ import factories
 import qexport
 import stored_models
 from qexport.errors import CompatibilityError, InputError, RecipeError
-from qexport.reading.artifact_source import ArtifactSource
 from qexport.reading.filled_model import QuantizedLinear
+from qexport.reading.safetensors_weights import SafetensorsWeights
 from quantized_models import QuantizedModel, gptq_method
 
 IDS = torch.randint(factories.VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -68,7 +68,7 @@ def stock(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The class of transformers, with what our reader dequantizes."""
     dense = folder.parent / "dense"
     dense.mkdir(exist_ok=True)
-    with ArtifactSource(folder, dtype=dtype) as source:
+    with SafetensorsWeights(folder, dtype=dtype) as source:
         save_file({name: source.read(name).to(dtype) for name in source.specs()}, dense / "model.safetensors")
         (dense / "config.json").write_text(json.dumps(source.config))
     loaded: Any = AutoModelForCausalLM.from_pretrained(dense, dtype=dtype, output_loading_info=True)

@@ -30,7 +30,7 @@ from qexport.merge.settings import MergeSettings
 from qexport.pipeline import run
 from qexport.pipeline.verification import verify
 from qexport.quantizing.solver import Options, round_to_nearest
-from qexport.reading.artifact_source import ArtifactSource
+from qexport.reading.safetensors_weights import SafetensorsWeights
 from qexport.recipe import load_recipe
 from qexport.tensors import Origin
 from qexport.verifying.settings import VerifySettings
@@ -270,7 +270,7 @@ def test_left_padding_without_a_mask_fails_the_divergence(
     sound: Sound, monkeypatch: pytest.MonkeyPatch, padding: int
 ) -> None:
     def runner(config: Any, source: Any, **options: Any) -> BlockRunner:
-        kind = LeftPadded if isinstance(source, ArtifactSource) else BlockRunner
+        kind = LeftPadded if isinstance(source, SafetensorsWeights) else BlockRunner
         return kind(config, source, **options)
 
     monkeypatch.setattr(LeftPadded, "padding", padding)
@@ -303,7 +303,7 @@ def test_sixteen_bits_against_thirty_two_are_at_the_noise_floor_and_pass(sound: 
 
 def test_round_to_nearest_in_place_of_gptq_fails_the_gate_of_that_name(sound: Sound, copy: Path) -> None:
     weights = sound.merged().checkpoint.weights
-    with ArtifactSource(copy, dtype=torch.float32) as source:
+    with SafetensorsWeights(copy, dtype=torch.float32) as source:
         modules = list(source.quantized)
 
     def round_all(tensors: Tensors) -> None:

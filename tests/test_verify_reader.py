@@ -16,7 +16,7 @@ from qexport.architectures.architecture import Architecture
 from qexport.errors import InputError
 from qexport.formats.gptq.reading import GptqRules
 from qexport.formats.stored_weight import Scheme
-from qexport.reading.artifact_source import ArtifactSource
+from qexport.reading.safetensors_weights import SafetensorsWeights
 from quantized_models import QuantizedModel, dequantized, gptq_method
 
 DOWN = "model.layers.0.mlp.down_proj"
@@ -57,7 +57,7 @@ def test_every_parameter_is_read_as_it_was_written(
 ) -> None:
     monkeypatch.setattr("qexport.formats.dequantization._ROWS_AT_ONCE", 48)
     model.write(tmp_path / "artifact", max_shard_size="40KB")
-    with ArtifactSource(tmp_path / "artifact", dtype=torch.bfloat16) as source:
+    with SafetensorsWeights(tmp_path / "artifact", dtype=torch.bfloat16) as source:
         source.check_complete(model.structure)
         assert source.specs().keys() == model.structure.parameters.keys()
         for record in model.records():
@@ -84,14 +84,17 @@ def test_codes_that_contradict_the_config_are_refused(
 ) -> None:
     quantized_model().write(tmp_path / "a")
     edit_config(tmp_path / "a", change)
-    with ArtifactSource(tmp_path / "a", dtype=torch.bfloat16) as source, pytest.raises(InputError, match=message):
+    with SafetensorsWeights(tmp_path / "a", dtype=torch.bfloat16) as source, pytest.raises(InputError, match=message):
         source.read(f"{DOWN}.weight")
 
 
 def test_asymmetric_zero_points_that_are_called_symmetric_are_refused(tmp_path: Path) -> None:
     quantized_model(method=gptq_method(sym=False)).write(tmp_path / "a")
     edit_config(tmp_path / "a", lambda config: config.update(sym=True))
-    with ArtifactSource(tmp_path / "a", dtype=torch.bfloat16) as source, pytest.raises(InputError, match="says sym"):
+    with (
+        SafetensorsWeights(tmp_path / "a", dtype=torch.bfloat16) as source,
+        pytest.raises(InputError, match="says sym"),
+    ):
         source.read(f"{DOWN}.weight")
 
 
@@ -117,7 +120,7 @@ def test_a_quantization_config_that_cannot_be_followed_is_refused(
     quantized_model().write(tmp_path / "a")
     edit_config(tmp_path / "a", change)
     with pytest.raises(InputError, match=message):
-        ArtifactSource(tmp_path / "a", dtype=torch.bfloat16)
+        SafetensorsWeights(tmp_path / "a", dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +136,7 @@ def test_half_a_module_or_one_and_a_half_are_refused(
     quantized_model().write(tmp_path / "a")
     edit_tensors(tmp_path / "a", change)
     with pytest.raises(InputError, match=message):
-        ArtifactSource(tmp_path / "a", dtype=torch.bfloat16)
+        SafetensorsWeights(tmp_path / "a", dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", [f"{DOWN}.scales", "model.norm.weight"])
@@ -141,7 +144,7 @@ def test_nan_in_the_artifact_is_refused(tmp_path: Path, name: str) -> None:
     quantized_model().write(tmp_path / "a")
     edit_tensors(tmp_path / "a", lambda tensors: tensors[name].view(-1)[3:4].fill_(torch.nan))
     with (
-        ArtifactSource(tmp_path / "a", dtype=torch.bfloat16) as source,
+        SafetensorsWeights(tmp_path / "a", dtype=torch.bfloat16) as source,
         pytest.raises(InputError, match="NaN") as caught,
     ):
         source.read(name.replace(".scales", ".weight"))
@@ -156,7 +159,7 @@ def test_a_missing_an_unexpected_and_a_misshapen_parameter_are_listed_at_once(tm
     model = quantized_model()
     model.write(tmp_path / "a")
     edit_tensors(tmp_path / "a", change)
-    with ArtifactSource(tmp_path / "a", dtype=torch.bfloat16) as source, pytest.raises(InputError) as caught:
+    with SafetensorsWeights(tmp_path / "a", dtype=torch.bfloat16) as source, pytest.raises(InputError) as caught:
         source.check_complete(model.structure)
     for problem in (
         "model.norm.weight: missing",
@@ -172,7 +175,7 @@ def test_a_linear_that_is_dense_though_its_config_says_quantized_is_told_and_the
     model = quantized_model(special={DOWN: None})
     model.write(tmp_path / "a")
     edit_config(tmp_path / "a", lambda config: config.update(dynamic={f"-:^{UP}$": {}}))
-    with ArtifactSource(tmp_path / "a", dtype=torch.bfloat16) as source, pytest.raises(InputError) as caught:
+    with SafetensorsWeights(tmp_path / "a", dtype=torch.bfloat16) as source, pytest.raises(InputError) as caught:
         source.check_complete(model.structure)
     assert f"{DOWN}: dense, but quantized by its config" in str(caught.value)
     assert f"{UP}: quantized, but dense by its config" in str(caught.value)
@@ -181,7 +184,7 @@ def test_a_linear_that_is_dense_though_its_config_says_quantized_is_told_and_the
 def test_a_dense_folder_is_read_as_it_is(tmp_path: Path) -> None:
     model = factories.build(factories.llama_config())
     factories.save(model, tmp_path / "a")
-    with ArtifactSource(tmp_path / "a", dtype=torch.bfloat16) as source:
+    with SafetensorsWeights(tmp_path / "a", dtype=torch.bfloat16) as source:
         source.check_complete(Architecture(source.config).structure)
         assert not source.quantized
         for name, tensor in model.state_dict().items():

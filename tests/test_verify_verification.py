@@ -58,7 +58,7 @@ def held_out() -> HeldOut:
     )
 
 
-def given_of(
+def reference_of(
     reference: Checkpoint, *, dtype: torch.dtype = torch.bfloat16, prompts: Sequence[Prompt] = (), windows: int = 7
 ) -> Reference:
     encoded = encode_prompts(PromptSet(tuple(prompts), "prompts.jsonl"), shared_tokenizer()) if prompts else None
@@ -78,9 +78,10 @@ def given_of(
 
 
 def measure(reference: Checkpoint, artifact: Path, *, report: Reporter = silent, **options: Any) -> Measurement:
-    with open_stored(artifact, dtype=torch.bfloat16) as stored:
+    against = reference_of(reference, **options)
+    with open_stored(artifact, dtype=against.dtype) as stored:
         check_parameters(reference, stored)
-        return verify(stored, given_of(reference, **options), lambda figures: [], report=report)
+        return verify(stored, against, lambda figures: [], report=report)
 
 
 def refuse_headers(reference: Checkpoint, artifact: Path) -> None:

@@ -49,7 +49,8 @@ class Architecture:
             InputError: the configuration contradicts itself.
         """
         if self.parsed.dtype not in self._skeletons:
-            self._skeletons[self.parsed.dtype] = build_on_meta(self.parsed)
+            own = copy.deepcopy(self.parsed)  # transformers notes in it how this model's attention is computed
+            self._skeletons[self.parsed.dtype] = build_on_meta(own)
         return self._skeletons[self.parsed.dtype]
 
     @cached_property

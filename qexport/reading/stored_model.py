@@ -14,7 +14,7 @@ from qexport.architectures.architecture import Architecture
 from qexport.architectures.structure import Structure
 from qexport.errors import InputError
 from qexport.formats.stored_weight import StoredLayer
-from qexport.reading.artifact_source import ArtifactSource
+from qexport.reading.safetensors_weights import SafetensorsWeights
 from qexport.tensors import GroupQuantizedSpec, TensorSpec
 
 Kind = Literal["weights", "graph"]
@@ -144,7 +144,7 @@ def open_stored(folder: Path, *, dtype: torch.dtype, like: Architecture | None =
         CompatibilityError: transformers does not know the family.
     """
     if not (folder / _GRAPH_NAME).is_file():
-        return ArtifactSource(folder, dtype=dtype, like=like)
+        return SafetensorsWeights(folder, dtype=dtype, like=like)
     from qexport.reading.onnx.weights import OnnxWeights
 
     return OnnxWeights(folder, dtype=dtype, like=like)

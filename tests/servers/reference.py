@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qexport.architectures.runner import BlockRunner
-from qexport.reading.artifact_source import ArtifactSource
+from qexport.reading.safetensors_weights import SafetensorsWeights
 
 TIE = 0.5
 """In nats. Where our choice is no further ahead, the other side may choose another token."""
@@ -66,7 +66,7 @@ def compare(folder: Path, prompts: list[list[int]], answers: list[dict[str, Any]
     largest_margin = 0.0
     distances: list[Tensor] = []
     precision: torch.dtype = getattr(torch, dtype)
-    with ArtifactSource(folder, dtype=precision) as source:
+    with SafetensorsWeights(folder, dtype=precision) as source:
         runner = BlockRunner(source.architecture, source, dtype=precision, device=torch.device("cpu"))
         int8 = set(source.quantized) if (source.quantization or {}).get("format") == "int-quantized" else set()
         with runner.whole() as model, _int8_activations(model, int8):

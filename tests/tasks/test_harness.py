@@ -17,7 +17,7 @@ import factories
 import qexport
 from qexport.architectures.runner import BlockRunner
 from qexport.errors import InputError, NumericalError, QexportError, RecipeError
-from qexport.reading.artifact_source import ArtifactSource
+from qexport.reading.safetensors_weights import SafetensorsWeights
 from qexport.verifying.settings import TaskSettings
 from qexport.verifying.tasks.measuring import OpenModel, measure_tasks, require_harness
 from qexport.verifying.tasks.pairing import PairedTask
@@ -203,7 +203,7 @@ def test_an_artifact_is_measured_as_it_lies_on_disk(tmp_path: Path) -> None:
     model.write(tmp_path / "artifact")
     task = write_task(tmp_path, ROWS, CHOICE)
     loaded = qexport.load(tmp_path / "artifact", device="cpu")
-    with ArtifactSource(tmp_path / "artifact", dtype=torch.bfloat16) as source:
+    with SafetensorsWeights(tmp_path / "artifact", dtype=torch.bfloat16) as source:
         runner = BlockRunner(source.architecture, source, dtype=torch.bfloat16, device=torch.device("cpu"))
         settings = TaskSettings(tasks=[str(task)])
         (result,) = measure_tasks(opened(loaded), runner.whole, TOKENIZER, settings, lambda _: None)

@@ -28,7 +28,7 @@ from qexport.tensors.strict_files import contained_path, read_json_object
 _CONFIG_LIMIT: Final = 1 << 24
 
 
-class ArtifactSource:
+class SafetensorsWeights:
     """The tensors of a finished folder, read from disk. A `WeightSource` and a context manager.
 
     A quantized module appears as its `weight`, dequantized when it is read. Only headers, and tensors of a few bytes
@@ -156,7 +156,7 @@ class ArtifactSource:
         """Closes every shard."""
         self._folder.close()
 
-    def __enter__(self) -> ArtifactSource:
+    def __enter__(self) -> SafetensorsWeights:
         return self
 
     def __exit__(
@@ -192,7 +192,7 @@ class ArtifactSource:
         """The modules whose dense weight is [in, out] (GPT-2's Conv1D); codes are always [out, in]."""
         return self.architecture.structure.transposed
 
-    def _in_dtype(self, dtype: torch.dtype) -> ArtifactSource:
+    def _in_dtype(self, dtype: torch.dtype) -> SafetensorsWeights:
         """The same open files, dequantized to another dtype."""
         other = copy.copy(self)
         other._dtype = dtype

@@ -12,8 +12,11 @@ GENAI_READY := $(GENAI_VENV)/.ready
 TASKS_VENV ?= .venv-tasks
 TASKS_READY := $(TASKS_VENV)/.ready
 
+# A worker for each core, but no more than four: each needs some 1.5 GB.
+PARALLEL := --numprocesses logical --maxprocesses 4 --dist worksteal
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-servers test-genai test-tasks test-browser check format lint types imports docs benchmark clean
+.PHONY: help demo test quick test-servers test-genai test-tasks test-browser check format lint types imports docs benchmark clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -21,8 +24,11 @@ help: ## Show the targets
 demo: $(READY) ## Merge, quantize, export and verify a real 135M model with its adapter (minutes)
 	$(BIN)/qexport run recipes/gptq-4bit.yaml --force
 
-test: $(READY) ## Run the tests
-	$(BIN)/python -m pytest
+test: $(READY) ## Run the tests (under five minutes on two cores)
+	$(BIN)/python -m pytest $(PARALLEL)
+
+quick: $(READY) ## Run the tests that take no second each (under a minute on two cores)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 test-servers: $(READY) $(VLLM_READY) ## Serve artifacts with vLLM's CPU build and hold its answers against ours (minutes)
 	QEXPORT_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python -m pytest tests/servers -s

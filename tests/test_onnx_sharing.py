@@ -135,15 +135,15 @@ def test_there_is_nothing_to_share_without_the_safetensors_layout() -> None:
 
 
 def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
-    """This one and another with another number of threads, another seed of Python's hashes and a graph of its own
-    tracing, in folders of other names.
+    """This one and another with another number of threads, another seed of Python's hashes and a trace of its own, in
+    folders of other names.
     """
     seed = 1 + (os.environ.get("PYTHONHASHSEED") == "1")
     tests, threads = Path(__file__).parent, 2
     code = (
         f"import sys, torch; sys.path.insert(0, {str(tests)!r}); torch.set_num_threads({threads})\n"
-        "from pathlib import Path; import onnx_exports; from qexport.export.onnx.tracing import trace\n"
-        "onnx_exports.copied_trace = trace\n"
+        "from pathlib import Path; import disk_cache, onnx_exports\n"
+        f"disk_cache.FOLDER = Path({str(tmp_path / 'cache')!r})\n"
         "done = onnx_exports.passed_once('falcon h1', 'gptq asymmetric')\n"
         f"onnx_exports.export(done, Path({str(tmp_path / 'another one')!r}))"
     )

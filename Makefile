@@ -21,8 +21,11 @@ LOCKED := -m pip install --quiet --no-deps --require-hashes --requirement
 TORCH := -m pip install --quiet --requirement requirements/torch.txt
 SELF := -m pip install --quiet --no-deps --no-build-isolation --editable .
 
+# A worker for each core, but no more than four: each needs some 1.5 GB.
+PARALLEL := --numprocesses logical --maxprocesses 4 --dist worksteal
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-servers test-genai test-tasks test-readers test-browser test-docs check format lint types imports docs benchmark lock clean
+.PHONY: help demo test quick test-servers test-genai test-tasks test-readers test-browser test-docs check format lint types imports docs benchmark lock clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -30,8 +33,11 @@ help: ## Show the targets
 demo: $(READY) ## Merge, quantize, export and verify a real 135M model with its adapter (minutes)
 	$(BIN)/qexport run recipes/gptq-4bit.yaml --force
 
-test: $(READY) ## Run the tests
-	$(BIN)/python -m pytest $(COVERAGE)
+test: $(READY) ## Run the tests (under five minutes on two cores)
+	$(BIN)/python -m pytest $(PARALLEL) $(COVERAGE)
+
+quick: $(READY) ## Run the tests that take no second each (under a minute on two cores)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 test-servers: $(READY) $(VLLM_READY) ## Serve artifacts with vLLM's CPU build and hold its answers against ours (minutes)
 	QEXPORT_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python -m pytest tests/servers -s

@@ -1,12 +1,87 @@
 """What holds for every test."""
 
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+# Tiny models gain nothing from a second thread, and lose much where other programs keep the cores busy. Tests that are
+# about threads set their own number. OpenMP reads its variables once, when torch is imported. Threads without work are
+# to sleep: another worker needs their core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 from hypothesis import settings
 
-# Tiny models gain nothing from a second thread, and lose much where other programs keep the cores busy. Tests that are
-# about threads set their own number.
+import disk_cache
+
 torch.set_num_threads(1)
 
 # Speed is measured in benchmarks/, not in tests: coverage and busy cores make single examples slow.
 settings.register_profile("qexport", deadline=None)
 settings.load_profile("qexport")
+
+disk_cache.start()  # before the tests import qexport
+
+SLOW = Path(__file__).parent / "slow.txt"
+"""What `make quick` leaves out, one a line: seconds or a reason, then a file or one of its functions. The lines with
+seconds are those whose cases take more than `LIMIT` seconds of processor time together; `pytest --measure-slow` writes
+them anew and leaves the others."""
+
+LIMIT = 1.0
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--measure-slow", action="store_true", help="write the seconds in tests/slow.txt anew")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--measure-slow"):
+        config.pluginmanager.register(Measure())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The only place where tests are marked as slow. Those of the real model come first: their fixtures take up to half
+    a minute and are then made in one worker, since what another takes over lies at the end of its tests.
+    """
+    slow = {name for _, name in slow_tests()}
+    for item in items:
+        if slow & {function_of(item), item.path.name}:
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: item.get_closest_marker("smollm2") is None)
+
+
+def slow_tests() -> list[tuple[str, str]]:
+    """The lines of the list: why, and what."""
+    lines = SLOW.read_text(encoding="utf-8").splitlines()
+    return [(reason, name) for reason, name in map(str.split, lines)]
+
+
+def function_of(item: pytest.Item) -> str:
+    """Its file and function, without its case."""
+    return item.nodeid.removeprefix("tests/").partition("[")[0]
+
+
+class Measure:
+    """Adds up what each function takes, with the processes that it starts and the fixtures that are made for it."""
+
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, bool | None, bool | None]:
+        before = os.times()
+        try:
+            return (yield)
+        finally:
+            self.seconds[function_of(item)] += sum(os.times()[:4]) - sum(before[:4])
+
+    def pytest_sessionfinish(self) -> None:
+        kept = [line for line in slow_tests() if not line[0][0].isdigit()]
+        found = [(f"{seconds:.1f}", name) for name, seconds in sorted(self.seconds.items()) if seconds > LIMIT]
+        SLOW.write_text("".join(f"{reason} {name}\n" for reason, name in kept + found), encoding="utf-8")

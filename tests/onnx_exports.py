@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import tempfile
 from atexit import register
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import onnx
+import onnx_ir as ir
 import torch
 from pydantic import TypeAdapter
 from safetensors.torch import save_file
@@ -20,6 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 import factories
+from disk_cache import kept
 from qexport.architectures.architecture import Architecture
 from qexport.architectures.checkpoint import Checkpoint
 from qexport.architectures.naming import name_parameters
@@ -230,7 +234,14 @@ def copied_trace(architecture: Architecture, activations: torch.dtype) -> Trace:
 
 @cache
 def _trace(config: str, activations: torch.dtype) -> Trace:
-    return trace(Architecture(json.loads(config)), activations)
+    """From the disk even where it was made just now, so that it is the same in every session."""
+    model, states = pickle.loads(kept(f"trace of {config} in {activations}", lambda: _traced(config, activations)))
+    return Trace(ir.from_proto(onnx.ModelProto.FromString(model)), states)
+
+
+def _traced(config: str, activations: torch.dtype) -> bytes:
+    found = trace(Architecture(json.loads(config)), activations)
+    return pickle.dumps((ir.to_proto(found.model).SerializeToString(), found.cache))
 
 
 def prompts(length: int = 40, seed: int = 1) -> tuple[Tensor, Tensor]:

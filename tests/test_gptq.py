@@ -294,12 +294,6 @@ from qexport.architectures.architecture import Architecture
 from qexport.architectures.checkpoint import Checkpoint
 from qexport.tensors import CalibrationSet, Origin, TensorSpec
 from pathlib import Path
-from qexport.architectures.structure import describe
-from qexport.quantize.gptq import quantize
-from qexport.quantize.settings import GptqSettings
-from qexport.architectures.architecture import Architecture
-from qexport.architectures.checkpoint import Checkpoint
-from qexport.tensors import CalibrationSet, Origin, TensorSpec
 
 class Random:
     def __init__(self, shapes): self.shapes = shapes

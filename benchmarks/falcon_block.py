@@ -23,8 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import FalconConfig
 
-from qexport.architectures.architecture import Architecture
-from qexport.architectures.checkpoint import Checkpoint
+from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.quantizing.gptq import Gptq
 from qexport.quantizing.method import CalibrationSettings
 from qexport.records import LayerRecord

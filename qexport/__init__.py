@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from qexport.quantizing.nf4 import Nf4
     from qexport.quantizing.none import NoQuantization
     from qexport.quantizing.w8a8 import W8a8
-    from qexport.reading.model import load
+    from qexport.reading.stored_model import load
     from qexport.recipe import Recipe, load_recipe
     from qexport.verifying.settings import SamplingSettings, SpeedSettings, TaskSettings, VerifySettings
 

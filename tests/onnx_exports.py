@@ -24,15 +24,13 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 import factories
 from disk_cache import kept
-from qexport.architectures.architecture import Architecture
-from qexport.architectures.checkpoint import Checkpoint
+from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.architectures.naming import name_parameters
 from qexport.architectures.structure import Structure
-from qexport.export.layouts import Layout
+from qexport.export.layouts import Layout, SafetensorsLayout
 from qexport.export.onnx import layout as layout_module
 from qexport.export.onnx.layout import OnnxLayout
 from qexport.export.onnx.tracing import Trace, trace
-from qexport.export.safetensors_layout import SafetensorsLayout
 from qexport.export.settings import OnnxSettings, SafetensorsSettings
 from qexport.export.tensor_writer import WrittenWeights
 from qexport.formats import Outputs

@@ -19,8 +19,7 @@ import factories
 from onnx_exports import copied_trace
 from qexport.architectures.naming import name_parameters
 from qexport.export.onnx.files import Place, put_in_place
-from qexport.export.onnx.genai import FILE_NAME, Generation, genai_config, generation
-from qexport.export.onnx.launch import Figures, launch_files
+from qexport.export.onnx.launch import FILE_NAME, Figures, Generation, genai_config, generation, launch_files
 from qexport.export.onnx.lowering import lower
 from qexport.export.onnx.tracing import Cache
 from qexport.formats import MergedFormat, Outputs

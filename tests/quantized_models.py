@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from qexport.architectures.architecture import Architecture
-from qexport.architectures.checkpoint import Checkpoint
+from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.architectures.structure import Structure
-from qexport.export.safetensors_layout import SafetensorsLayout
+from qexport.export.layouts import SafetensorsLayout
 from qexport.export.settings import SafetensorsSettings
 from qexport.export.tensor_writer import WrittenWeights
 from qexport.export.weight_files import WeightFiles

@@ -10,7 +10,7 @@ from bitsandbytes.functional import quantize_4bit, quantize_blockwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qexport.formats.bitsandbytes.code_books import QuantType, four_bit_values
+from qexport.formats.bitsandbytes.four_bit_tensors import QuantType, four_bit_values
 from qexport.quantizing import bitsandbytes_4bit
 from qexport.tensors import BlockQuantizedSpec
 

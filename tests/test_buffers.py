@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import factories
-from qexport.architectures.buffers import compute_buffers
+from qexport.architectures.lazy_model import compute_buffers
 from qexport.architectures.structure import build_on_meta
 from qexport.errors import CompatibilityError
 

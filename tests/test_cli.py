@@ -37,8 +37,8 @@ from qexport.artifact.manifest import MANIFEST_NAME, FileRecord, Manifest, Verif
 from qexport.artifact.record import describe_environment
 from qexport.cli import main
 from qexport.cli.app import app
-from qexport.cli.progress import PLAIN_INTERVAL, PlainLines, Stopwatch, reporter
 from qexport.cli.summary import summary
+from qexport.cli.terminal import PLAIN_INTERVAL, PlainLines, Stopwatch, reporter
 from qexport.errors import (
     CompatibilityError,
     GateFailed,

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import factories
 from qexport.errors import QexportError
-from qexport.export.readback import check
 from qexport.export.tensor_writer import WrittenWeights
+from qexport.export.weight_files import check_written
 from qexport.tensors.safetensors_folder import INDEX_NAME
 from quantized_models import QuantizedModel
 
@@ -29,7 +29,7 @@ def model() -> QuantizedModel:
 @pytest.mark.parametrize("max_shard_size", ["5GB", "50KB"])
 def test_what_was_written_is_found_again(tmp_path: Path, model: QuantizedModel, max_shard_size: str) -> None:
     written = model.write(tmp_path, max_shard_size=max_shard_size)
-    check(tmp_path, written)
+    check_written(tmp_path, written)
     assert sum(name.endswith(".qweight") for name in written.specs) == 14
 
 
@@ -118,7 +118,7 @@ def test_a_planted_fault_is_found(
     written = write_in_shards(tmp_path, model)
     plant(tmp_path)
     with pytest.raises(QexportError, match=words):
-        check(tmp_path, written)
+        check_written(tmp_path, written)
 
 
 def write_in_shards(folder: Path, model: QuantizedModel) -> WrittenWeights:
@@ -129,7 +129,7 @@ def test_a_folder_that_claims_codes_and_holds_none_is_refused(tmp_path: Path, mo
     linears = [linear.name for block in model.structure.linears.values() for linear in block]
     written = replace(model, special=dict.fromkeys(linears)).write(tmp_path)
     with pytest.raises(QexportError, match="claims gptq codes"):
-        check(tmp_path, written)
+        check_written(tmp_path, written)
 
 
 def test_links_to_a_checked_folder_are_not_hashed_again_and_copies_are(
@@ -141,8 +141,8 @@ def test_links_to_a_checked_folder_are_not_hashed_again_and_copies_are(
     shutil.copytree(first, copied)
     flip_a_bit(copied)
     with pytest.raises(QexportError, match="not those written"):
-        check(copied, written, checked=first)
-    monkeypatch.setattr("qexport.export.readback.sha256_chunks", lambda chunks: "hashed")
-    check(linked, written, checked=first)
+        check_written(copied, written, checked=first)
+    monkeypatch.setattr("qexport.export.weight_files.sha256_chunks", lambda chunks: "hashed")
+    check_written(linked, written, checked=first)
     with pytest.raises(QexportError, match="not those written"):
-        check(linked, written)
+        check_written(linked, written)

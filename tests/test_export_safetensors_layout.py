@@ -12,11 +12,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import factories
-from qexport.architectures.architecture import Architecture
-from qexport.architectures.checkpoint import Checkpoint
+from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.errors import CompatibilityError, QexportError
+from qexport.export.layouts import SafetensorsLayout
 from qexport.export.model_files import model_files, write_files
-from qexport.export.safetensors_layout import SafetensorsLayout
 from qexport.export.settings import SafetensorsSettings
 from qexport.formats import GptqFormat, Outputs
 from qexport.formats.gptq import tensors as gptq

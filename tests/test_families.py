@@ -20,8 +20,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 import factories
 from adapters import ORIGIN, load_adapter, save_adapter, write_tensors
-from qexport.architectures.architecture import Architecture
-from qexport.architectures.checkpoint import Checkpoint
+from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.architectures.runner import BlockRunner
 from qexport.architectures.structure import Structure
 from qexport.errors import CompatibilityError

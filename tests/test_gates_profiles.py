@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from qexport.artifact.manifest import Sizes
 from qexport.errors import RecipeError
-from qexport.gates.limits import Limit, above_floor, limits_of
-from qexport.gates.profiles import PROFILES, profile_of_layers
+from qexport.gates.limits import PROFILES, Limit, above_floor, limits_of, profile_of_layers
 from qexport.gates.settings import GatesFile, ProfileName
 from qexport.quantizing.methods import profile_of_layer
 from qexport.quantizing.none import NoQuantization

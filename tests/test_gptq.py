@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 import factories
-from qexport.architectures.architecture import Architecture
-from qexport.architectures.checkpoint import Checkpoint
+from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.errors import CompatibilityError, NumericalError
 from qexport.progress import Notice, Progress
 from qexport.quantizing.gptq import Gptq
@@ -291,7 +290,7 @@ sys.path.insert(0, sys.argv[1])
 import torch, factories
 from qexport.quantizing.gptq import Gptq
 from qexport.architectures.architecture import Architecture
-from qexport.architectures.checkpoint import Checkpoint
+from qexport.architectures.architecture import Checkpoint
 from qexport.tensors import CalibrationSet, Origin, TensorSpec
 from pathlib import Path
 

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 import factories
-from qexport.architectures.architecture import Architecture
-from qexport.architectures.checkpoint import Checkpoint
-from qexport.architectures.experts import can_stage, staged
+from qexport.architectures.architecture import Architecture, Checkpoint
+from qexport.architectures.families import can_stage, staged
 from qexport.architectures.structure import build_on_meta
 from qexport.errors import NumericalError
 from qexport.progress import Notice

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, HrmTextConfig, PretrainedConfig
 
 import factories
-from qexport.architectures.checkpoint import Checkpoint
+from qexport.architectures.architecture import Checkpoint
 from qexport.artifact.digests import FileDigests
 from qexport.errors import CompatibilityError, InputError, QexportError, RecipeError
 from qexport.loading.checkpoint import load_checkpoint

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PretrainedConfig
 
 import factories
-from qexport.architectures.checkpoint import Checkpoint
+from qexport.architectures.architecture import Checkpoint
 from qexport.errors import CompatibilityError, InputError, QexportError
 from qexport.loading.checkpoint import load_checkpoint
 from qexport.loading.gguf_file import GgufFile

@@ -31,7 +31,7 @@ from transformers import GPT2Config, PreTrainedModel
 
 import adapters
 import factories
-from qexport.architectures.checkpoint import Checkpoint
+from qexport.architectures.architecture import Checkpoint
 from qexport.merge.merging import Merged, merge
 from qexport.merge.settings import MergeSettings
 from qexport.merge.types import PLANNERS

@@ -27,7 +27,7 @@ from transformers import FalconH1Config, PreTrainedModel
 
 import adapters
 import factories
-from qexport.architectures.checkpoint import Checkpoint
+from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.structure import build_on_meta
 from qexport.errors import CompatibilityError, InputError, QexportError
 from qexport.merge.merging import merge

@@ -18,8 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import adapters
 import factories
-from qexport.architectures.architecture import Architecture
-from qexport.architectures.checkpoint import Checkpoint
+from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.errors import NumericalError
 from qexport.merge.merging import Merged, merge
 from qexport.merge.settings import MergeSettings
@@ -211,7 +210,7 @@ from pathlib import Path
 from qexport.merge.merging import merge
 from qexport.merge.settings import MergeSettings
 from qexport.architectures.architecture import Architecture
-from qexport.architectures.checkpoint import Checkpoint
+from qexport.architectures.architecture import Checkpoint
 from qexport.tensors import Origin
 from qexport.tensors.safetensors_file import SafetensorsFile
 base, adapter = map(Path, sys.argv[1:])

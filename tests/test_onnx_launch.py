@@ -21,11 +21,9 @@ from transformers import PretrainedConfig
 import factories
 import onnx_served
 from onnx_served import PROMPT, OnnxFolder
-from qexport.architectures.architecture import Architecture
-from qexport.architectures.checkpoint import Checkpoint
-from qexport.export.launch import served_name
-from qexport.export.onnx.genai import Generation, generation
-from qexport.export.onnx.launch import Figures, launch_files
+from qexport.architectures.architecture import Architecture, Checkpoint
+from qexport.export.model_files import served_name
+from qexport.export.onnx.launch import Figures, Generation, generation, launch_files
 from qexport.export.onnx.traced_cache import CacheTensor
 from quantized_models import QuantizedModel
 

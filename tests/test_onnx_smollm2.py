@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from onnx_exports import Export, Method, assert_same_weights, deviation, export, greedy_logits, passed, steps, unrounded
-from qexport.architectures.checkpoint import Checkpoint
+from qexport.architectures.architecture import Checkpoint
 from qexport.loading.checkpoint import load_checkpoint
 from qexport.loading.settings import LoadSettings
 from qexport.loading.small_files import open_tokenizer

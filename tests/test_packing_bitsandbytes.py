@@ -21,7 +21,7 @@ from bitsandbytes_oracle import own_values, reads_right, values
 from qexport.errors import InputError
 from qexport.formats.bitsandbytes import four_bit_tensors as bitsandbytes_4bit
 from qexport.formats.bitsandbytes import llm_int8
-from qexport.formats.bitsandbytes.code_books import QuantType, dynamic_values, four_bit_values
+from qexport.formats.bitsandbytes.four_bit_tensors import QuantType, dynamic_values, four_bit_values
 from qexport.tensors import BlockQuantizedSpec, RowQuantizedSpec, TensorSpec
 
 

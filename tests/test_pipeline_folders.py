@@ -14,15 +14,14 @@ import torch
 
 import factories
 import stored_models
-from qexport.architectures.architecture import Architecture
-from qexport.architectures.checkpoint import Checkpoint
+from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.architectures.structure import Structure
 from qexport.errors import InputError
-from qexport.gates.profiles import profile_of_layers
+from qexport.gates.limits import profile_of_layers
 from qexport.loading.small_files import open_tokenizer
 from qexport.pipeline.folders import ArtifactFolder, open_folder
 from qexport.quantizing.methods import profile_of_layer
-from qexport.quantizing.nearest import NearestSource
+from qexport.quantizing.rounding import NearestSource
 from qexport.tensors import Origin
 from qexport.text.held_out import HeldOut
 from qexport.verifying.preparation import Preparation

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import factories
-from qexport.quantizing.nearest import NearestSource
+from qexport.quantizing.rounding import NearestSource
 from qexport.tensors import GroupQuantizedSpec
 from quantized_models import QuantizedModel, Tensors
 

@@ -27,9 +27,8 @@ from qexport.architectures.structure import Structure
 from qexport.errors import InputError
 from qexport.formats.bitsandbytes import four_bit_tensors as bitsandbytes_4bit
 from qexport.formats.compressed_tensors.reading import CompressedTensorsRules
-from qexport.formats.module_patterns import SkipList
 from qexport.formats.registry import reader_of
-from qexport.formats.stored_weight import Scheme
+from qexport.formats.stored_weight import Scheme, SkipList
 from qexport.reading.safetensors_weights import SafetensorsWeights
 from quantized_models import QuantizedModel
 from stored_models import FP4, NF4, NF4_DOUBLE, QUANTIZATIONS, W4A16

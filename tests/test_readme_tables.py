@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 import factories
 from onnx_exports import traced_once
-from qexport.architectures.checkpoint import Checkpoint
+from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.structure import Structure
 from qexport.errors import CompatibilityError
 from qexport.export.layouts import make_layout

@@ -16,10 +16,9 @@ from ruamel.yaml import YAML
 
 import vllm_folders
 from qexport.errors import CompatibilityError, QexportError
-from qexport.export import launch
-from qexport.export.launch import render_launch_files
-from qexport.export.rules import OTHER_LAYOUT, Rule, Rules, Server
-from qexport.export.served import FolderFiles, ServedModel, ServedWeights
+from qexport.export import model_files
+from qexport.export.model_files import render_launch_files
+from qexport.export.served import OTHER_LAYOUT, FolderFiles, Rule, Rules, ServedModel, ServedWeights, Server
 from qexport.export.tgi.rules import TGI
 from qexport.export.tgi.served import ServedByTgi
 from qexport.export.vllm.launch import Figures as VllmFigures
@@ -174,7 +173,7 @@ def package(root: Path, template: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "templates" / "a.jinja").write_text(template)
     monkeypatch.syspath_prepend(root)
     monkeypatch.delitem(sys.modules, "planted_layout", raising=False)
-    launch._environment.cache_clear()
+    model_files._environment.cache_clear()
 
 
 def test_the_engine_arguments_are_json_for_any_length() -> None:

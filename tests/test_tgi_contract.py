@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import factories
 from qexport.errors import QexportError
-from qexport.export.rules import Rule, Server
+from qexport.export.served import Rule, Server
 from qexport.export.tgi.rules import TGI
 from qexport.export.tgi.served import ServedByTgi
 from qexport.quantizing.nf4 import Nf4

@@ -24,8 +24,7 @@ from transformers import (
 import factories
 from qexport.architectures.structure import parse_config
 from qexport.errors import CompatibilityError, QexportError
-from qexport.export.layouts import make_layout
-from qexport.export.safetensors_layout import SafetensorsLayout
+from qexport.export.layouts import SafetensorsLayout, make_layout
 from qexport.export.settings import SafetensorsSettings, TgiSettings
 from qexport.export.tgi.config import tgi_config, tgi_tokenizer_files
 from qexport.export.tgi.families import ServedLinear

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 import adapters
 import factories
 import trained_models
-from qexport.architectures.checkpoint import Checkpoint
+from qexport.architectures.architecture import Checkpoint
 from qexport.artifact.figures import find_figure
 from qexport.gates.deciding import decide
 from qexport.merge.merging import merge

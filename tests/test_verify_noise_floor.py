@@ -9,7 +9,7 @@ import torch
 
 import factories
 import trained_models
-from qexport.architectures.checkpoint import Checkpoint
+from qexport.architectures.architecture import Checkpoint
 from qexport.text.documents import read_documents
 from qexport.text.held_out import HeldOut, make_held_out
 from qexport.verifying.preparation import TOKENS, noise_floor

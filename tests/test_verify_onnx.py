@@ -26,8 +26,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 import onnx_folders
 import qexport
 import trained_models
-from qexport.architectures.architecture import Architecture
-from qexport.architectures.checkpoint import Checkpoint
+from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.artifact.figures import Figure, find_figure
 from qexport.artifact.manifest import MANIFEST_NAME, Manifest
 from qexport.artifact.report import Report

@@ -12,7 +12,7 @@ import torch
 import factories
 from qexport.text.held_out import HeldOut
 from qexport.verifying.divergence import TokenFigures
-from qexport.verifying.tails import decisive_flips, flips_by_margin, kl_histogram, worst_tokens
+from qexport.verifying.estimates import decisive_flips, flips_by_margin, kl_histogram, worst_tokens
 
 MARGIN_ENDS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, math.inf)
 

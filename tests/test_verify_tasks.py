@@ -15,8 +15,7 @@ import factories
 from qexport.errors import QexportError, RecipeError
 from qexport.verifying.settings import TaskSettings
 from qexport.verifying.tasks import measuring
-from qexport.verifying.tasks.measuring import measure_tasks, require_harness
-from qexport.verifying.tasks.pairing import Item, Scores, pair
+from qexport.verifying.tasks.measuring import Item, Scores, measure_tasks, pair, require_harness
 
 Answers = list[tuple[bool, bool]]
 

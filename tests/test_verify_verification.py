@@ -16,13 +16,12 @@ from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 import factories
-from qexport.architectures.architecture import Architecture
-from qexport.architectures.checkpoint import Checkpoint
+from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.architectures.runner import BlockRunner
 from qexport.artifact.figures import CheckResult, find_figure
 from qexport.errors import InputError, NumericalError
 from qexport.progress import Notice, Progress, Reporter, silent
-from qexport.quantizing.nearest import NearestSource
+from qexport.quantizing.rounding import NearestSource
 from qexport.reading.stored_model import open_stored
 from qexport.tensors import TensorSpec
 from qexport.text.documents import Documents

@@ -12,9 +12,9 @@ import torch
 from transformers import FalconConfig, PretrainedConfig
 
 import factories
-from qexport.architectures.checkpoint import Checkpoint
+from qexport.architectures.architecture import Checkpoint
 from qexport.export.layouts import make_layout
-from qexport.export.rules import Check
+from qexport.export.served import Check
 from qexport.export.settings import TgiSettings
 from qexport.export.tgi.layout import TgiLayout
 from qexport.export.tgi.rules import TGI

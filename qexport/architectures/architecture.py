@@ -1,9 +1,10 @@
-"""The architecture that a config.json names: made once for a checkpoint, and passed on with it."""
+"""A model as it was found: the architecture that a config.json names, its weights, and the files beside them."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from qexport.architectures.naming import Naming, name_parameters
 from qexport.architectures.structure import Structure, build_on_meta, describe_model, parse_config
+from qexport.tensors.source import Origin, WeightSource
 
 
 class Architecture:
@@ -96,3 +98,25 @@ class Architecture:
 
 def _without_dtype(config: PretrainedConfig) -> dict[str, Any]:
     return {key: value for key, value in config.to_dict().items() if key != "dtype"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A base model, or a base model with its adapter merged.
+
+    Attributes:
+        architecture: that of its config.json, which is without the keys that would load code.
+        weights: the tensors, named as in the checkpoint's files.
+        files: tokenizer, chat template and generation config by file name, byte for byte.
+        origin: where it came from.
+    """
+
+    architecture: Architecture
+    weights: WeightSource
+    files: Mapping[str, bytes]
+    origin: Origin
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The content of config.json."""
+        return self.architecture.config

@@ -1,10 +1,16 @@
-"""What is special about a family. A family without an entry goes the general way."""
+"""What is special about a family: layers that stay unquantized, experts, and keys of config.json."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
 
 
 @dataclass(frozen=True)
@@ -38,3 +44,173 @@ def family(model_type: str) -> Family:
 def matching(patterns: Mapping[str, str], module: str) -> str | None:
     """The reason of the first pattern (fnmatch, case-sensitive) that `module` matches, or None."""
     return next((reason for pattern, reason in patterns.items() if fnmatchcase(module, pattern)), None)
+
+
+CODE_KEYS: Final = frozenset(
+    {
+        "auto_map",
+        "custom_pipelines",
+        "trust_remote_code",
+        "attn_implementation",
+        "_attn_implementation",
+        "_attn_implementation_internal",
+        "experts_implementation",
+        "_experts_implementation",
+        "_experts_implementation_internal",
+        "use_kernels",
+        "kernel_config",
+    }
+)
+"""Keys by which transformers finds code outside itself: Python files of the model's, or kernels of a hub."""
+
+_MACHINE_KEYS: Final = frozenset({"_name_or_path", "_commit_hash"})
+"""Keys that say where a file lay on somebody's machine."""
+
+
+def without_code_keys(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The configuration without `CODE_KEYS` and machine paths at any depth, and the code keys that were dropped."""
+    dropped: list[str] = []
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, list):
+            return [clean(item) for item in value]
+        if not isinstance(value, Mapping):
+            return value
+        dropped.extend(key for key in value if key in CODE_KEYS)
+        return {key: clean(item) for key, item in value.items() if key not in CODE_KEYS | _MACHINE_KEYS}
+
+    return clean(config), sorted(set(dropped))
+
+
+def older_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What each older key says where a configuration has it; which of them a reader needs depends on the family.
+
+    Args:
+        config: every value of a configuration, defaults included: `to_dict()` of a parsed one.
+    """
+    keys = _rotary(config.get("rope_parameters") or {})
+    if config["model_type"] == "falcon":
+        keys |= _falcon(config)
+    if layers := config.get("layer_types"):
+        keys["sliding_window_pattern"] = _pattern(list(layers), config)
+    return keys
+
+
+def _rotary(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Families with two kinds of layers have one set of parameters for each kind."""
+    main = parameters.get("full_attention", parameters)
+    if not isinstance(main, Mapping) or "rope_theta" not in main:
+        return {}
+    moved = ("rope_theta", "partial_rotary_factor")
+    scaling = {key: value for key, value in main.items() if key not in moved}
+    keys = {
+        "rope_theta": main["rope_theta"],
+        "rotary_emb_base": main["rope_theta"],
+        "rotary_pct": main.get("partial_rotary_factor", 1.0),
+        "rope_scaling": None if scaling.get("rope_type", "default") == "default" else scaling,
+    }
+    if "partial_rotary_factor" in main:
+        keys["partial_rotary_factor"] = main["partial_rotary_factor"]
+    if isinstance(local := parameters.get("sliding_attention"), Mapping):
+        keys["rope_local_base_freq"] = local["rope_theta"]
+    return keys
+
+
+def _falcon(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Heads of keys and values, and layer norms in a layer; transformers finds them from other keys."""
+    if config["new_decoder_architecture"]:
+        norms = config.get("num_ln_in_parallel_attn")
+        return {"num_kv_heads": config["num_kv_heads"], "num_ln_in_parallel_attn": 2 if norms is None else norms}
+    return {"num_kv_heads": 1 if config["multi_query"] else config["num_attention_heads"]}
+
+
+def _pattern(layers: list[str], config: Mapping[str, Any]) -> int:
+    """Every how many layers one has full attention."""
+    if "full_attention" in layers:
+        return layers.index("full_attention") + 1
+    return int(config.get("_sliding_window_pattern", len(layers) + 1))
+
+
+class ExpertStop(nn.Module):
+    """Where a forward is about to multiply its tokens by the matrices of some experts.
+
+    It is called with the tokens' states [tokens, in], ordered by expert, and the number of tokens of each expert.
+
+    Args:
+        parameter: `gate_up_proj` or `down_proj`.
+        experts: the experts whose matrices come next.
+    """
+
+    def __init__(self, parameter: str, experts: range) -> None:
+        super().__init__()
+        self.parameter, self.experts = parameter, experts
+
+    def forward(self, states: Tensor, counts: Sequence[int]) -> None:
+        """Does nothing."""
+
+
+def can_stage(module: nn.Module) -> bool:
+    """Whether a module computes its experts as `staged` does: transformers' plain gated experts, without biases."""
+    plain = {
+        "has_gate": True,
+        "is_concatenated": True,
+        "is_transposed": False,
+        "has_bias": False,
+        "has_post_expert_norm": False,
+    }
+    return all(getattr(module, name, None) is value for name, value in plain.items()) and {
+        name for name, _ in module.named_parameters()
+    } == {"gate_up_proj", "down_proj"}
+
+
+@contextmanager
+def staged(module: nn.Module, square_bytes: int) -> Iterator[list[ExpertStop]]:
+    """Gives an experts' module a forward in two stages: all experts' inputs, then all experts' hidden states.
+
+    The result is that of transformers' eager experts, bit for bit: the same products of the same tokens in the same
+    order.
+
+    Args:
+        module: one that `can_stage`.
+        square_bytes: bytes for the square matrices [in, in] of those experts that one stop announces; one expert is
+            announced in any case.
+    """
+    stops = [
+        ExpertStop(name, experts)
+        for name in ("gate_up_proj", "down_proj")
+        for experts in _portions(module.get_parameter(name), square_bytes)
+    ]
+    module.forward = _forward(module, stops)
+    try:
+        yield stops
+    finally:
+        del module.forward
+
+
+def _portions(parameter: Tensor, square_bytes: int) -> list[range]:
+    count, _, inputs = parameter.shape
+    step = max(1, square_bytes // (inputs * inputs * torch.float32.itemsize))
+    return [range(start, min(start + step, count)) for start in range(0, count, step)]
+
+
+def _forward(module: Any, stops: Sequence[ExpertStop]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def products(name: str, states: Tensor, counts: Sequence[int]) -> Tensor:
+        parts = states.split(list(counts))
+        outputs = []
+        for stop in (stop for stop in stops if stop.parameter == name):
+            stop(states, counts)
+            weights = module.get_parameter(name)
+            outputs += [functional.linear(parts[expert], weights[expert]) for expert in stop.experts]
+        return torch.cat(outputs)
+
+    def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        chosen = top_k_index.t().reshape(-1)
+        order = torch.argsort(chosen, stable=True)
+        counts = torch.bincount(chosen, minlength=len(module.get_parameter("down_proj"))).tolist()
+        tokens = order % len(hidden_states)
+        gated = module._apply_gate(products("gate_up_proj", hidden_states[tokens], counts))
+        outputs = products("down_proj", gated, counts)
+        outputs = outputs * top_k_weights.t().reshape(-1)[order, None]
+        return torch.zeros_like(hidden_states).index_add_(0, tokens, outputs.to(hidden_states.dtype))
+
+    return forward

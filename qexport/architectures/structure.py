@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from qexport.architectures.experts import can_stage
+from qexport.architectures.families import can_stage
 from qexport.architectures.naming import Naming, Part
 from qexport.errors import CompatibilityError, InputError
 from qexport.tensors import TensorSpec

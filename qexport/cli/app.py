@@ -79,7 +79,7 @@ def _qexport(
 @contextmanager
 def reporting() -> Iterator[Reporter]:
     """Progress on stderr. What a library prints meanwhile goes there too, since stdout is for results."""
-    from qexport.cli.progress import reporter
+    from qexport.cli.terminal import reporter
 
     with reporter(stderr()) as shown, redirect_stdout(sys.stderr):
 

@@ -1,13 +1,23 @@
-"""stdout carries results, stderr everything else. A reader that goes away early stops neither."""
+"""stdout carries results, stderr progress and everything else. A reader that goes away early stops neither."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import IO, Any
 
-from rich.console import Console
+from rich import progress as bars
+from rich.console import Console, RenderableType
+from rich.table import Column
+from rich.text import Text
+
+from qexport.amounts import duration, size
+from qexport.architectures.memory import resident
+from qexport.progress import Notice, Progress, Reporter, Stage
 
 
 class Terminal(Console):
@@ -52,3 +62,125 @@ def _discard(stream: IO[str]) -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, stream.fileno())
     os.close(null)
+
+
+PLAIN_INTERVAL = 5.0
+"""Seconds between two plain lines of a stage. Its start and its end are always told."""
+
+_WIDEST_STAGE = len("calibrate")
+
+
+@contextmanager
+def reporter(console: Console) -> Iterator[Reporter]:
+    """The reporter that fits the console."""
+    if console.is_terminal and not console.is_dumb_terminal:
+        with _Bars(console) as live:
+            yield live.report
+    else:
+        yield PlainLines(console).report
+
+
+class Stopwatch:
+    """When each stage began, and how long it will take or has taken."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self.starts: dict[Stage, tuple[float, int]] = {}
+
+    def told(self, event: Progress) -> str:
+        """`1:05 left` at the pace since the stage's first event, `took 2:10` at its end, or nothing."""
+        began, already_done = self.starts.setdefault(event.stage, (self.clock(), event.done))
+        elapsed, finished = self.clock() - began, event.done - already_done
+        if finished <= 0 or event.total <= 0:
+            return ""
+        if event.done >= event.total:
+            return f"took {duration(elapsed)}"
+        return f"{duration(elapsed / finished * (event.total - event.done))} left"
+
+
+class PlainLines:
+    """One line for a step of a stage: its start, its end, and between them one every few seconds."""
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self.console = console
+        self.clock = clock
+        self.stopwatch = Stopwatch(clock)
+        self.told: dict[Stage, float] = {}
+
+    def report(self, event: Progress | Notice) -> None:
+        """Prints the event, or lets it pass."""
+        if isinstance(event, Notice):
+            _print_note(self.console, event)
+            return
+        timing = self.stopwatch.told(event)
+        is_due = self.clock() - self.told.get(event.stage, float("-inf")) >= PLAIN_INTERVAL
+        if is_due or (event.total and event.done >= event.total):
+            self.told[event.stage] = self.clock()
+            parts = (position(event), tokens(event), timing, memory(), event.detail)
+            line = f"{event.stage:<{_WIDEST_STAGE}}  {', '.join(filter(None, parts))}"
+            self.console.print(Text(line), soft_wrap=True)
+
+
+class _Bars(bars.Progress):
+    """A bar for each stage that has begun, and the memory below."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(
+            bars.TextColumn("{task.description}", table_column=Column(min_width=_WIDEST_STAGE)),
+            bars.BarColumn(bar_width=24),
+            bars.TextColumn("{task.fields[position]}", table_column=Column(no_wrap=True)),
+            bars.TextColumn("{task.fields[tokens]}", style="dim", table_column=Column(no_wrap=True)),
+            bars.TextColumn("{task.fields[time]}", style="cyan", table_column=Column(no_wrap=True)),
+            bars.TextColumn(
+                "{task.fields[detail]}", style="dim", markup=False, table_column=Column(no_wrap=True, ratio=1)
+            ),
+            console=console,
+            refresh_per_second=2,
+            redirect_stdout=False,
+            expand=True,
+        )
+        self.stopwatch = Stopwatch()
+        self.rows: dict[Stage, bars.TaskID] = {}
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """What rich draws: the bars and the memory."""
+        yield self.make_tasks_table(self.tasks)
+        yield Text(memory(), style="dim")
+
+    def report(self, event: Progress | Notice) -> None:
+        """Draws the event."""
+        if isinstance(event, Notice):
+            _print_note(self.console, event)
+            return
+        if event.stage not in self.rows:
+            self.rows[event.stage] = self.add_task(event.stage, position="", tokens="", time="", detail="")
+        self.update(
+            self.rows[event.stage],
+            completed=event.done,
+            total=event.total or None,
+            position=position(event),
+            tokens=tokens(event),
+            time=self.stopwatch.told(event),
+            detail=event.detail,
+        )
+
+
+def position(event: Progress) -> str:
+    """`block 12 of 30`, or `12 files` where the total is not known."""
+    return f"{event.unit} {event.done} of {event.total}" if event.total else f"{event.done} {event.unit}s"
+
+
+def tokens(event: Progress) -> str:
+    """`32,768 tokens`, or nothing."""
+    return f"{event.tokens:,} tokens" if event.tokens else ""
+
+
+def memory() -> str:
+    """`memory 512 MB, at peak 640 MB`."""
+    held = resident()
+    now = "" if held.now is None else f"{size(held.now)}, "
+    return f"memory {now}at peak {size(held.peak)}"
+
+
+def _print_note(console: Console, notice: Notice) -> None:
+    console.print(Text.assemble(("note: ", "yellow"), notice.text), soft_wrap=True)

@@ -1,4 +1,4 @@
-"""What a layout is, and the layouts that a recipe's `export` asks for."""
+"""What a layout is, the layouts that a recipe's `export` asks for, and the plainest one: safetensors."""
 
 from __future__ import annotations
 
@@ -6,16 +6,91 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from qexport.architectures.checkpoint import Checkpoint
+from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.structure import Structure
 from qexport.artifact.manifest import GraphRecord
 from qexport.errors import RecipeError
-from qexport.export.safetensors_layout import SafetensorsLayout
-from qexport.export.settings import ExportSettings, OnnxSettings, SafetensorsSettings, TgiSettings, VllmSettings
+from qexport.export.loaders import Folder, loading_section, stock_loaders, warnings
+from qexport.export.model_files import model_files, write_files
+from qexport.export.settings import (
+    ExportSettings,
+    OnnxSettings,
+    SafetensorsSettings,
+    TgiSettings,
+    VllmSettings,
+    parse_size,
+)
 from qexport.export.tgi.layout import TgiLayout
 from qexport.export.vllm.layout import VllmLayout
 from qexport.export.weight_files import WeightFiles
 from qexport.formats import Outputs
+from qexport.tensors import BlockQuantizedSpec
+
+
+class SafetensorsLayout:
+    """The method's own format, as the libraries that know it read it.
+
+    Args:
+        settings: the recipe's.
+        outputs: what the pass will yield.
+        structure: the model's.
+
+    Raises:
+        CompatibilityError: a layer cannot be stored.
+    """
+
+    name = "safetensors"
+    graph = None
+
+    def __init__(self, settings: SafetensorsSettings, outputs: Outputs, structure: Structure) -> None:
+        self._outputs, self._structure = outputs, structure
+        self.weights = WeightFiles(outputs.format, outputs, parse_size(settings.max_shard_size))
+        self.weights.refuse_faults()
+
+    @property
+    def quantization(self) -> Mapping[str, Any] | None:
+        """What config.json says of the codes."""
+        return self._outputs.format.quantization_config(self._outputs.specs, self._structure)
+
+    @property
+    def readers(self) -> list[str]:
+        """The libraries that load it without a reservation."""
+        return stock_loaders(self._folder)
+
+    @property
+    def notes(self) -> list[str]:
+        """What stock loaders get wrong with this artifact, silently."""
+        return warnings(self._folder)
+
+    @property
+    def _folder(self) -> Folder:
+        quantized = self._outputs.quantized
+        return Folder(
+            self.quantization,
+            {module: spec.shape for module, spec in quantized.items()},
+            self._structure.model_type,
+            self._structure.head,
+            self.name,
+            block_sizes={
+                module: spec.block_size for module, spec in quantized.items() if isinstance(spec, BlockQuantizedSpec)
+            },
+        )
+
+    def prepare(self) -> None:
+        """Nothing: what can fail without weights was tried when the layout was made."""
+
+    def write_files(self, folder: Path, checkpoint: Checkpoint) -> None:
+        """Writes config, tokenizer and model card.
+
+        Raises:
+            QexportError: a file of the checkpoint would leave the folder or replace another file.
+        """
+        outputs, embedding = self._outputs, f"{self._structure.embedding}.weight"
+        dtype, loading = outputs.unquantized_dtype(embedding), loading_section(self._folder)
+        write_files(folder, model_files(checkpoint, outputs.format, self.quantization, dtype, loading=loading))
+
+    def check(self, folder: Path) -> None:
+        """Nothing: the weights are read back as in every layout."""
 
 
 class Layout(Protocol):

@@ -1,20 +1,77 @@
-"""The files beside the weights: config.json, quantize_config.json, tokenizer, generation config, README."""
+"""The files beside the weights: config.json, tokenizer, generation config, README, and launch files."""
 
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Mapping, Sequence
+from functools import cache
+from io import StringIO
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Final
 
 import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from ruamel.yaml import YAML
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from qexport.architectures.checkpoint import Checkpoint
+from qexport.architectures.architecture import Checkpoint
 from qexport.errors import QexportError
 from qexport.formats import Format
 from qexport.formats.registry import config_file
 from qexport.tensors import Origin
+
+FOLDER: Final = "launch"
+
+_NAME_LIMIT: Final = 63 - len("-predictor")  # which KServe adds
+
+
+def served_name(origin: str) -> str:
+    """A name that requests, Triton and KServe all take: small letters, digits and dashes, a letter first."""
+    words = re.sub(r"[^a-z0-9]+", "-", origin.rpartition("/")[2].lower().removesuffix(".gguf")).strip("-")
+    name = words if words[:1].isalpha() else f"model-{words}"
+    return name[:_NAME_LIMIT].strip("-")
+
+
+def render_launch_files(layout: str, templates: Mapping[str, str], figures: object) -> dict[str, bytes]:
+    """The content of the folder `launch`, by the name inside the artifact.
+
+    Args:
+        layout: the package of the layout, which has a folder `templates`.
+        templates: the template of each launch file, by the file's name inside `launch`.
+        figures: what the templates know as `figures`.
+
+    Raises:
+        jinja2.UndefinedError: a template asks for a figure that is not there.
+    """
+    environment = _environment(layout)
+    return {
+        f"{FOLDER}/{name}": environment.get_template(template).render(figures=figures).encode("utf-8")
+        for name, template in templates.items()
+    }
+
+
+@cache
+def _environment(layout: str) -> Environment:
+    environment = Environment(
+        loader=PackageLoader(layout),
+        autoescape=False,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"shell": shlex.quote, "yaml": _yaml_scalar}
+    return environment
+
+
+def _yaml_scalar(value: Any) -> str:
+    """A value as it stands in a block of YAML: strings that would be read as something else are quoted."""
+    yaml, stream = YAML(), StringIO()
+    yaml.width = 1 << 20
+    yaml.dump([value], stream)
+    return stream.getvalue().removeprefix("- ").rstrip("\n")
 
 
 def model_card(origin: Origin, stored: Format, notes: Sequence[str] = (), loading: str = "") -> str:

@@ -5,7 +5,6 @@ from qexport.formats.bitsandbytes.llm_int8 import LlmInt8Format
 from qexport.formats.compressed_tensors.format import W8A8Format
 from qexport.formats.gptq.format import GptqFormat
 from qexport.formats.merged import MergedFormat
-from qexport.formats.outputs import Outputs
-from qexport.formats.registry import Format
+from qexport.formats.registry import Format, Outputs
 
 __all__ = ["Format", "FourBitFormat", "GptqFormat", "LlmInt8Format", "MergedFormat", "Outputs", "W8A8Format"]

@@ -8,8 +8,7 @@ from typing import Any, Final, Literal
 
 from qexport.artifact.figures import CATALOGUE, CheckResult, Figure, GateResult, Verdict, find_figure
 from qexport.artifact.report import Report
-from qexport.gates.limits import NOISE_MARGIN, Bound, Limit, above_floor, limits_of
-from qexport.gates.profiles import ProfileOfLayer, profile_for
+from qexport.gates.limits import NOISE_MARGIN, Bound, Limit, ProfileOfLayer, above_floor, limits_of, profile_for
 from qexport.gates.settings import HasGates
 
 BuiltIn = Literal["config", "tokenizer", "graph", "merge", "adapter", "better_than_rtn"]
@@ -224,7 +223,7 @@ def decide_again(report: Report, settings: HasGates, of_layer: ProfileOfLayer) -
     Args:
         report: what was measured.
         settings: the limits.
-        of_layer: what `auto` means; see `qexport.gates.profiles`.
+        of_layer: what `auto` means; see `qexport.gates.limits`.
 
     Returns:
         The results, and a note for each limit of the profile that the noise floor has moved and each waived gate.

@@ -6,17 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from qexport.architectures.checkpoint import Checkpoint
+from qexport.architectures.architecture import Checkpoint
 from qexport.artifact.digests import sha256_file
 from qexport.errors import InputError, RecipeError
 from qexport.loading.folder import read_folder
 from qexport.loading.gguf_checkpoint import read_gguf
-from qexport.loading.hub import fetch, fetch_base
-from qexport.loading.package import find_package_file
+from qexport.loading.hub import fetch, fetch_base, find_package_file
 from qexport.loading.settings import LoadSettings
 from qexport.progress import Reporter, silent
 from qexport.references import HubReference, LocalReference, PackageReference, parse_reference
-from qexport.tensors.checkpoint import Origin
+from qexport.tensors.source import Origin
 from qexport.tensors.strict_files import contained_path
 
 

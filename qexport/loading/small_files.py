@@ -11,8 +11,8 @@ from typing import Any, Final
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qexport.architectures.checkpoint import Checkpoint
-from qexport.architectures.config_keys import without_code_keys
+from qexport.architectures.architecture import Checkpoint
+from qexport.architectures.families import without_code_keys
 from qexport.errors import InputError
 from qexport.progress import Notice, Reporter
 from qexport.tensors.strict_files import contained_path, parse_json, read_json_object

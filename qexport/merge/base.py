@@ -9,7 +9,7 @@ from typing import Literal
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from qexport.architectures.checkpoint import Checkpoint
+from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.naming import Naming
 from qexport.architectures.structure import Structure
 from qexport.tensors.source import TensorSpec

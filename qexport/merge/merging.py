@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from qexport.architectures.checkpoint import Checkpoint
+from qexport.architectures.architecture import Checkpoint
 from qexport.errors import InputError, NumericalError
 from qexport.merge.adapter import CONFIG_FILE, Adapter, read_adapter
 from qexport.merge.base import look_at
@@ -19,8 +19,7 @@ from qexport.merge.plan import Plan
 from qexport.merge.settings import MergeSettings
 from qexport.merge.types import planner
 from qexport.progress import Notice, Reporter, silent
-from qexport.tensors.checkpoint import Origin
-from qexport.tensors.source import TensorSpec, WeightSource, is_finite
+from qexport.tensors.source import Origin, TensorSpec, WeightSource, is_finite
 
 
 @dataclass(frozen=True)

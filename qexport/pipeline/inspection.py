@@ -15,7 +15,7 @@ from qexport.artifact.manifest import MANIFEST_NAME, REPORT_FOLDER, Verification
 from qexport.artifact.report import REPORT_NAME, Report
 from qexport.errors import InputError
 from qexport.export.loaders import Folder, Loader, Verdict, loaders
-from qexport.export.rules import Check
+from qexport.export.served import Check
 from qexport.hidden_packages import hidden
 from qexport.reading.stored_model import model_folder, open_stored
 

@@ -18,8 +18,8 @@ from qexport.pipeline.planning import Plan
 from qexport.statistics.samples import ALPHA
 from qexport.tensors import CalibrationSet, Origin
 from qexport.text.tokenizer_identity import template_digest, tokenizer_digest
+from qexport.verifying.estimates import flips_by_margin, kl_histogram, worst_tokens
 from qexport.verifying.reference import Reference
-from qexport.verifying.tails import flips_by_margin, kl_histogram, worst_tokens
 from qexport.verifying.verification import Measurement
 
 

@@ -19,10 +19,9 @@ from qexport.errors import RecipeError
 from qexport.export.tensor_writer import WrittenWeights
 from qexport.hidden_packages import hidden
 from qexport.pipeline.folders import LayoutFolder, open_layout
-from qexport.pipeline.judging import refuse_unmeasurable, unproven_merge
 from qexport.pipeline.planning import Plan, plan
 from qexport.pipeline.recording import make_manifest
-from qexport.pipeline.reference import prepare_reference
+from qexport.pipeline.reference import prepare_reference, refuse_unmeasurable, unproven_merge
 from qexport.pipeline.result import Result, UnprovenMerge
 from qexport.pipeline.texts import Evaluation, Texts, read_texts
 from qexport.pipeline.verification import measure_folder

@@ -8,22 +8,21 @@ from pathlib import Path
 
 import torch
 
-from qexport.architectures.checkpoint import Checkpoint
+from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.devices import find_device
 from qexport.artifact.figures import CheckResult
 from qexport.artifact.folder import open_artifact
 from qexport.artifact.manifest import MANIFEST_NAME
 from qexport.artifact.report import Report
-from qexport.gates.profiles import profile_for
+from qexport.gates.limits import profile_for
 from qexport.hidden_packages import hidden
 from qexport.loading.settings import LoadSettings
 from qexport.loading.small_files import has_tokenizer, open_tokenizer, read_sidecars, tokenizer_from_files
 from qexport.merge.settings import MergeSettings
 from qexport.pipeline.folders import ArtifactFolder, open_folder
-from qexport.pipeline.judging import Gates, make_gates
 from qexport.pipeline.planning import load_merged
 from qexport.pipeline.recording import make_report
-from qexport.pipeline.reference import prepare_reference
+from qexport.pipeline.reference import Gates, make_gates, prepare_reference
 from qexport.pipeline.texts import check_questions, read_evaluation, refuse_long_windows
 from qexport.progress import Reporter, silent
 from qexport.quantizing.methods import profile_of_layer

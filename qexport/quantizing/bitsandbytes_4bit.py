@@ -15,8 +15,7 @@ from typing import Final
 
 import torch
 
-from qexport.formats.bitsandbytes.code_books import QuantType, dynamic_values, four_bit_values
-from qexport.formats.bitsandbytes.four_bit_tensors import NESTED_BLOCK_SIZE
+from qexport.formats.bitsandbytes.four_bit_tensors import NESTED_BLOCK_SIZE, QuantType, dynamic_values, four_bit_values
 from qexport.quantizing.solver import single_thread
 from qexport.tensors import BlockQuantized, BlockQuantizedSpec, NestedAbsmax
 

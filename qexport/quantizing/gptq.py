@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from qexport.gates.profiles import TINY_PARAMETERS
+from qexport.gates.limits import TINY_PARAMETERS
 from qexport.progress import Reporter, silent
 from qexport.quantizing.method import CalibrationSettings, Method
 from qexport.settings import Settings
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
     import torch
 
-    from qexport.architectures.checkpoint import Checkpoint
+    from qexport.architectures.architecture import Checkpoint
     from qexport.formats import Format
-    from qexport.formats.outputs import Outputs
+    from qexport.formats.registry import Outputs
     from qexport.gates.settings import ProfileName
     from qexport.tensors import CalibrationSet, TensorRecord
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qexport.architectures.checkpoint import Checkpoint
-from qexport.architectures.experts import ExpertStop, staged
+from qexport.architectures.architecture import Checkpoint
+from qexport.architectures.families import ExpertStop, staged
 from qexport.architectures.memory import return_freed_memory
 from qexport.architectures.runner import Batch, BlockRunner
 from qexport.architectures.structure import LinearSpec, Structure
 from qexport.errors import CompatibilityError
-from qexport.formats.outputs import Outputs
+from qexport.formats.registry import Outputs
 from qexport.progress import Notice, Progress, Reporter, silent
 from qexport.quantizing.gptq import Gptq
 from qexport.quantizing.layer import Hessian, SolvedLayer, solve_together

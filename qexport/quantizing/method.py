@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
     import torch
 
-    from qexport.architectures.checkpoint import Checkpoint
+    from qexport.architectures.architecture import Checkpoint
     from qexport.architectures.structure import LinearSpec
     from qexport.formats import Format
-    from qexport.formats.outputs import Outputs
+    from qexport.formats.registry import Outputs
     from qexport.gates.settings import ProfileName
     from qexport.tensors import CalibrationSet, Quantized, QuantizedSpec, TensorRecord, TensorSpec
 

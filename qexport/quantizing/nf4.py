@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from qexport.gates.profiles import TINY_PARAMETERS
+from qexport.gates.limits import TINY_PARAMETERS
 from qexport.quantizing.method import RoundingMethod
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from qexport.architectures.checkpoint import Checkpoint
-    from qexport.formats.outputs import Outputs
+    from qexport.architectures.architecture import Checkpoint
+    from qexport.formats.registry import Outputs
     from qexport.gates.settings import ProfileName
     from qexport.tensors import CalibrationSet, TensorRecord
 

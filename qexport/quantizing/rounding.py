@@ -1,19 +1,58 @@
-"""The pass of the methods that need no forward: tensors are read, merged, rounded and handed on one after the other."""
+"""Rounding weight by weight: the pass of the methods without a forward, and a model rounded to nearest."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from qexport.architectures.checkpoint import Checkpoint
-from qexport.formats.outputs import Outputs
+from qexport.architectures.architecture import Checkpoint
+from qexport.formats.registry import Outputs
 from qexport.progress import Progress, Reporter, silent
 from qexport.quantizing.method import RoundingMethod
 from qexport.quantizing.selection import notes_on_experts, select_rounded
+from qexport.quantizing.solver import Options, round_to_nearest
 from qexport.records import LayerRecord
 from qexport.tensors import GroupQuantizedSpec, OutputSpec, TensorRecord, TensorSpec, WeightSource
+
+
+class NearestSource:
+    """A `WeightSource` over a merged model. Its linear layers are rounded to nearest when they are read.
+
+    Each group's grid spans its largest value (symmetric) or its range (asymmetric), without a search and without
+    calibration.
+
+    Args:
+        weights: the merged model.
+        grids: bits, groups and symmetry of each layer to round, by its path.
+        transposed: the layers whose weights are [in, out] in files.
+    """
+
+    def __init__(
+        self, weights: WeightSource, grids: Mapping[str, GroupQuantizedSpec], transposed: frozenset[str]
+    ) -> None:
+        self._weights = weights
+        self._grids = grids
+        self._transposed = transposed
+
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """The merged model's."""
+        return self._weights.specs()
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor, in the merged model's dtype."""
+        tensor = self._weights.read(name)
+        module = name.removesuffix(".weight")
+        if not name.endswith(".weight") or module not in self._grids:
+            return tensor
+        matrix = tensor.t() if module in self._transposed else tensor
+        rounded = round_to_nearest(matrix.to(torch.float32), _options(self._grids[module])).dequantize(tensor.dtype)
+        return rounded.t().contiguous() if module in self._transposed else rounded
+
+
+def _options(grid: GroupQuantizedSpec) -> Options:
+    return Options(grid.bits, grid.group_size, "original", grid.sym, damp_percent=0.0, search=False)
 
 
 def plan(method: RoundingMethod, checkpoint: Checkpoint) -> Outputs:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qexport.architectures.architecture import Architecture
-from qexport.architectures.buffers import compute_buffers
+from qexport.architectures.lazy_model import compute_buffers
 from qexport.architectures.naming import Part
 from qexport.errors import CompatibilityError, QexportError, listed
 from qexport.formats.dequantization import dequantize

@@ -1,4 +1,4 @@
-"""A finished folder, whatever its weights are stored in: safetensors files, or an ONNX graph."""
+"""A finished folder, whatever its weights are stored in, and `qexport.load`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import torch
 from transformers import PreTrainedModel
 
 from qexport.architectures.architecture import Architecture
+from qexport.architectures.devices import find_device
 from qexport.architectures.structure import Structure
 from qexport.errors import InputError
 from qexport.formats.stored_weight import StoredLayer
+from qexport.hidden_packages import hidden
 from qexport.reading.safetensors_weights import SafetensorsWeights
 from qexport.tensors import GroupQuantizedSpec, TensorSpec
 
@@ -161,3 +163,30 @@ def model_folder(path: Path) -> Path:
         mend = f"load one of its layouts: {', '.join(layouts)}" if layouts else "name the folder of an artifact"
         raise InputError("the folder holds no config.json", where=str(path), mend=mend)
     return path
+
+
+@hidden("kernels")
+def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model in a finished folder, ready for `generate`.
+
+    Quantized layers keep the tensors of the file, so the model takes the memory of the artifact; each forward
+    dequantizes one weight after the other. The experts of a mixture are the exception: transformers holds them in one
+    parameter, so they are dequantized here and take the memory of a dense model. Neither bitsandbytes nor gptqmodel is
+    needed, and nothing from the folder is executed.
+
+    Args:
+        path: an artifact of qexport (of several layouts, the folder of one of them), or a folder of another maker in
+            one of the formats: dense, AutoGPTQ v1, bitsandbytes, compressed-tensors; or an ONNX graph, which ONNX
+            Runtime computes.
+        device: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:1`.
+        dtype: to compute in; the dtype of the artifact's dense weights where None. A graph has its own.
+
+    Raises:
+        RecipeError: the device is not there, the extra `onnx` is not installed, or a graph computes in another dtype.
+        InputError: a file is missing or malformed, or the tensors are not those of the model.
+        CompatibilityError: transformers does not know the family.
+    """
+    folder, where = model_folder(Path(path)), find_device(device)
+    with open_stored(folder, dtype=torch.float32) as artifact:
+        artifact.check_complete()
+        return artifact.model(device=where, dtype=dtype)

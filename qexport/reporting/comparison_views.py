@@ -12,8 +12,8 @@ from rich.text import Text
 from qexport.amounts import size
 from qexport.artifact.figures import find_figure
 from qexport.reporting.comparison import ArtifactComparison, ComparedArtifact
+from qexport.reporting.html import render
 from qexport.reporting.markdown import escaped, markdown_table
-from qexport.reporting.page import render
 from qexport.reporting.selection import IDENTITY_LABELS
 from qexport.reporting.svg import WIDTH, Axis, chart, line, linear_axis, tag, text, tick_text
 from qexport.reporting.terminal import VERDICT_STYLES, new_table

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from statistics import median
-from typing import Final
+from typing import Any, Final
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from qexport.amounts import size
+from qexport.amounts import counted, duration, size
 from qexport.artifact.figures import find_figure
 from qexport.artifact.report import Report
 from qexport.reporting.charts import block_drift, flips_by_margin, forest, kl_histogram
 from qexport.reporting.layer_chart import layer_chart
-from qexport.reporting.page import render
 from qexport.reporting.selection import (
     IDENTITY_LABELS,
     by_result,
@@ -25,8 +26,32 @@ from qexport.reporting.selection import (
     worst_prompts,
     worst_tokens,
 )
-from qexport.reporting.values import UNMEASURED, kind_of
-from qexport.reporting.view import figure_row, prompt_view, share, size_view, summarize
+from qexport.reporting.svg import gauge
+from qexport.reporting.values import UNMEASURED, kind_of, written
+from qexport.reporting.view import VERDICT_WORDS, figure_row, prompt_view, share, size_view, summarize
+from qexport.reporting.visible_text import visible, visible_token
+
+
+def render(template: str, **content: Any) -> str:
+    """A page from one of the templates beside this file."""
+    return _environment().get_template(template).render(**content)
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("qexport.reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    filters = (written, visible, visible_token, gauge, size, duration, counted)
+    environment.filters.update({function.__name__: function for function in filters})
+    environment.globals["verdict_words"] = VERDICT_WORDS
+    return environment
+
 
 _SECTIONS: Final = (
     ("gates", "Gates"),

@@ -1,6 +1,5 @@
 """The data types that flow between the stages."""
 
-from qexport.tensors.checkpoint import CalibrationSet, Origin
 from qexport.tensors.quantized import (
     BlockQuantized,
     BlockQuantizedSpec,
@@ -14,7 +13,7 @@ from qexport.tensors.quantized import (
     RowQuantizedSpec,
     TensorRecord,
 )
-from qexport.tensors.source import LargestSpec, TensorSpec, WeightSource
+from qexport.tensors.source import CalibrationSet, LargestSpec, Origin, TensorSpec, WeightSource
 
 __all__ = [
     "BlockQuantized",

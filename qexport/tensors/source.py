@@ -1,11 +1,11 @@
-"""Named tensors that are read one at a time, and the check for NaN and Inf."""
+"""Named tensors that are read one at a time, where they came from, and the check for NaN and Inf."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
 import torch
 
@@ -65,3 +65,35 @@ def is_finite(tensor: torch.Tensor) -> bool:
         return True
     low, high = torch.aminmax(tensor)
     return math.isfinite(low.item()) and math.isfinite(high.item())
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a checkpoint or an adapter came from, without any path of this machine.
+
+    Attributes:
+        kind: a local folder, a model hub, or a file inside an installed package.
+        name: the folder's last component, the hub id, or `package/file`.
+        revision: the commit that a hub id resolved to, or the package's version.
+        sha256: hex digest of each file read, by its name inside the folder.
+    """
+
+    kind: Literal["folder", "hub", "package"]
+    name: str
+    revision: str | None = None
+    sha256: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Token windows of one length.
+
+    Attributes:
+        input_ids: int64 [samples, sequence_length].
+        sha256: hex digest of the text that the tokens were made from.
+        origin: the files' names or the dataset's id, without any path of this machine.
+    """
+
+    input_ids: torch.Tensor
+    sha256: str
+    origin: str

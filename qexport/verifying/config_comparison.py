@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qexport.architectures.architecture import Architecture
-from qexport.architectures.config_keys import older_keys
+from qexport.architectures.families import older_keys
 from qexport.errors import InputError, listed
 
 _MAY_DIFFER: Final = frozenset({"dtype", "torch_dtype", "_name_or_path"})

@@ -20,7 +20,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from qexport.architectures.checkpoint import Checkpoint
+from qexport.architectures.architecture import Checkpoint
 from qexport.errors import NumericalError
 from qexport.tensors.source import is_finite
 from qexport.tensors.strict_files import parse_json

@@ -10,7 +10,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from qexport.architectures.checkpoint import Checkpoint
+from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.runner import BlockRunner
 from qexport.artifact.figures import Figure
 from qexport.progress import Notice, Reporter, silent

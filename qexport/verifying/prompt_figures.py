@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from qexport.architectures.checkpoint import Checkpoint
+from qexport.architectures.architecture import Checkpoint
 from qexport.artifact.figures import Figure
 from qexport.artifact.measurements import Generations, PromptComparison
 from qexport.statistics.samples import DIFFERENCE, NOT_NEGATIVE, SHARE, Range

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from qexport.architectures.checkpoint import Checkpoint
+from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.runner import BlockRunner
 from qexport.tensors import GroupQuantizedSpec, Origin, WeightSource
 from qexport.text.held_out import HeldOut

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from qexport.amounts import size
-from qexport.architectures.checkpoint import Checkpoint
+from qexport.architectures.architecture import Checkpoint
 from qexport.artifact.figures import Figure
 from qexport.artifact.measurements import Speed
 from qexport.reading.filled_model import dense_model

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from qexport.architectures.checkpoint import Checkpoint
+from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.memory import resident
 from qexport.architectures.runner import BlockRunner
 from qexport.artifact.figures import CheckResult, Figure, GateResult

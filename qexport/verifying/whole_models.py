@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from qexport.amounts import size
-from qexport.architectures.checkpoint import Checkpoint
+from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.runner import BlockRunner
 from qexport.artifact.figures import Figure
 from qexport.artifact.measurements import Generations, TaskRecord
@@ -22,8 +22,7 @@ from qexport.verifying.prompt_figures import measure_generations
 from qexport.verifying.settings import SpeedSettings, TaskSettings, VerifySettings
 from qexport.verifying.speed import MeasuredSpeed, compare_speed
 from qexport.verifying.steps import Steps
-from qexport.verifying.tasks.measuring import measure_tasks
-from qexport.verifying.tasks.pairing import PairedTask
+from qexport.verifying.tasks.measuring import PairedTask, measure_tasks
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import pytest
 
 import factories
 import onnx_served
-from qexport.export.onnx.genai import FILE_NAME, TYPES, genai_notes
+from qexport.export.onnx.launch import FILE_NAME, TYPES, genai_notes
 
 PYTHON = os.environ.get("QEXPORT_GENAI_PYTHON", "")
 TEXTS = [factories.TEXT[1][:40], onnx_served.PROMPT + ". " + factories.TEXT[0], "Total: 12"]

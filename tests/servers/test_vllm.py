@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import vllm_artifacts as artifacts
-from qexport.architectures.checkpoint import Checkpoint
-from qexport.export.vllm.architectures import ARCHITECTURES
+from qexport.architectures.architecture import Checkpoint
+from qexport.export.vllm.families import ARCHITECTURES
 from reference import Comparison, Tolerance, compare
 
 PYTHON = os.environ.get("QEXPORT_VLLM_PYTHON", "")

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import factories
-from qexport.architectures.checkpoint import Checkpoint
+from qexport.architectures.architecture import Checkpoint
 from qexport.export.layouts import make_layout
 from qexport.export.settings import VllmSettings
 from qexport.loading.checkpoint import load_checkpoint

@@ -19,8 +19,7 @@ from qexport.architectures.runner import BlockRunner
 from qexport.errors import InputError, NumericalError, QexportError, RecipeError
 from qexport.reading.safetensors_weights import SafetensorsWeights
 from qexport.verifying.settings import TaskSettings
-from qexport.verifying.tasks.measuring import OpenModel, measure_tasks, require_harness
-from qexport.verifying.tasks.pairing import PairedTask
+from qexport.verifying.tasks.measuring import OpenModel, PairedTask, measure_tasks, require_harness
 from quantized_models import QuantizedModel
 from task_files import CHOICE, GENERATION, from_the_page, write_task
 

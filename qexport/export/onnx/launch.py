@@ -1,16 +1,175 @@
-"""The launch files: a script that generates text with ONNX Runtime alone, and a Triton repository."""
+"""What runs the folder: genai_config.json, a script with ONNX Runtime alone, a Triton repository."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
+from transformers import PretrainedConfig
 
-from qexport.export.launch import render_launch_files
+from qexport.architectures.architecture import Checkpoint
+from qexport.architectures.structure import parse_config
+from qexport.export.model_files import render_launch_files
 from qexport.export.onnx.traced_cache import CacheTensor
 from qexport.export.onnx.tracing import Cache, past_name, present_name
+from qexport.tensors.strict_files import parse_json
+from qexport.text.tokenizer_identity import GENERATION_CONFIG
+
+_NUMBERS: Final = 1 << 31
+"""onnxruntime-genai reads numbers of 32 bits."""
+
+_SAMPLING: Final = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a program that generates text must know besides the graph.
+
+    Attributes:
+        ends: the tokens that end a text, in rising order; none where the files name none.
+        begin: the token that begins a text, if there is one.
+        padding: the token that fills up a batch, if there is one.
+        sampling: `do_sample`, `temperature` and the like, as far as generation_config.json gives them.
+    """
+
+    ends: tuple[int, ...]
+    begin: int | None
+    padding: int | None
+    sampling: Mapping[str, bool | int | float]
+
+
+def generation(checkpoint: Checkpoint) -> Generation:
+    """From generation_config.json, and from config.json where that is silent. What is no token's number is left out.
+
+    Raises:
+        InputError: generation_config.json is no JSON.
+    """
+    own = parse_json(checkpoint.files.get(GENERATION_CONFIG, b"{}"), where=GENERATION_CONFIG)
+    configs = [own if isinstance(own, dict) else {}, checkpoint.config]
+
+    def tokens(key: str) -> list[int]:
+        return next((found for config in configs if (found := _tokens(config.get(key)))), [])
+
+    return Generation(
+        ends=tuple(sorted(set(tokens("eos_token_id")))),
+        begin=next(iter(tokens("bos_token_id")), None),
+        padding=next(iter(tokens("pad_token_id")), None),
+        sampling={key: configs[0][key] for key in _SAMPLING if _usable(configs[0].get(key))},
+    )
+
+
+def _tokens(value: Any) -> list[int]:
+    values = value if isinstance(value, list) else [value]
+    return [token for token in values if type(token) is int and 0 <= token < _NUMBERS]
+
+
+def _usable(value: Any) -> bool:
+    """NaN and infinity are in no range."""
+    return isinstance(value, (bool, int, float)) and -_NUMBERS < value < _NUMBERS
+
+
+FILE_NAME: Final = "genai_config.json"
+
+TYPES: Final[Mapping[str, str]] = {
+    "falcon": "decoder",
+    "falcon_h1": "decoder",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3_text",
+    "gpt2": "decoder",
+    "gpt_neox": "decoder",
+    "llama": "llama",
+    "mistral": "mistral",
+    "phi3": "phi3",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+}
+"""What the runtime calls a `model_type`. `decoder` is its name for any graph with our inputs, and serves the families
+that it has no name for; its own `gpt2` wants other inputs.
+"""
+
+_STATES: Final = {"conv_state": "conv_names", "recurrent_state": "recurrent_names"}
+
+
+def genai_config(config: Mapping[str, Any], cache: Cache, generation: Generation) -> dict[str, Any] | None:
+    """The content of genai_config.json; None for a family that was not tried with the runtime.
+
+    The buffer of keys and values is not shared between past and present: the runtime would hand over one as long as the
+    longest text, and the graph takes the past's length for the number of tokens.
+
+    Args:
+        config: the content of config.json.
+        cache: what each layer keeps.
+        generation: tokens and sampling.
+    """
+    model_type = TYPES.get(str(config.get("model_type")))
+    if model_type is None:
+        return None
+    parsed = parse_config(config)
+    context = int(parsed.max_position_embeddings)
+    tokens = {
+        "bos_token_id": generation.begin,
+        "eos_token_id": _one_or_list(generation.ends),
+        "pad_token_id": padding_token(generation),
+    }
+    model = {key: value for key, value in tokens.items() if value is not None} | {
+        "context_length": context,
+        "decoder": _decoder(parsed, cache),
+        "type": model_type,
+        "vocab_size": int(parsed.vocab_size),
+    }
+    search = {"do_sample": False, "num_beams": 1, **generation.sampling, "max_length": context}
+    return {"model": model, "search": search | {"past_present_share_buffer": False}}
+
+
+def padding_token(generation: Generation) -> int:
+    """The token that the runtime fills up a batch with: an end, or the first token, where the model names none."""
+    return next((token for token in (generation.padding, *generation.ends) if token is not None), 0)
+
+
+def genai_notes(config: Mapping[str, Any], cache: Cache) -> list[str]:
+    """What is wrong with batches in the runtime, which fills them up on the right; empty where nothing is."""
+    if str(config.get("model_type")) not in TYPES:
+        return []
+    if any(not tensor.grows for tensors in cache for tensor in tensors):
+        return [_ONE_LENGTH.format("the mamba states would go on through the padding")]
+    if window := _window(parse_config(config)):
+        return [_ONE_LENGTH.format(f"past {window} tokens the sliding window would count the padding")]
+    return []
+
+
+_ONE_LENGTH: Final = "onnxruntime-genai: batch only prompts of equal length; it fills up on the right, and {}."
+
+
+def _decoder(parsed: PretrainedConfig, cache: Cache) -> dict[str, Any]:
+    key = cache[0][0]
+    states = {_STATES[tensor.name]: tensor.name for tensor in cache[0] if tensor.name in _STATES}
+    kept = {"key_names": "key", "value_names": "value"} | states
+    return {
+        "filename": "model.onnx",
+        "head_size": key.shape[2],
+        "hidden_size": int(parsed.hidden_size),
+        "inputs": {name: name for name in ("input_ids", "attention_mask", "position_ids")}
+        | {f"past_{role}": f"past_key_values.%d.{name}" for role, name in kept.items()},
+        "num_attention_heads": int(parsed.num_attention_heads),
+        "num_hidden_layers": len(cache),
+        "num_key_value_heads": key.shape[0],
+        "outputs": {"logits": "logits"} | {f"present_{role}": f"present.%d.{name}" for role, name in kept.items()},
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+    }
+
+
+def _one_or_list(tokens: tuple[int, ...]) -> int | list[int] | None:
+    return tokens[0] if len(tokens) == 1 else list(tokens) or None
+
+
+def _window(parsed: PretrainedConfig) -> int | None:
+    """Tokens that a layer looks back at most; None where every layer sees all."""
+    window = getattr(parsed, "sliding_window", None)
+    kinds = getattr(parsed, "layer_types", None) or ["sliding_attention"]
+    return int(window) if window and "sliding_attention" in kinds else None
+
 
 _TRITON_TYPES: Final = {torch.int64: "TYPE_INT64", torch.float32: "TYPE_FP32", torch.float16: "TYPE_FP16"}
 _FREE: Final = -1
@@ -42,7 +201,7 @@ class Figures:
     """What the launch files are made from.
 
     Attributes:
-        name: of the model, as `qexport.export.launch.served_name` makes it.
+        name: of the model, as `qexport.export.model_files.served_name` makes it.
         cache: what each layer keeps.
         activations: the dtype of the logits.
         vocab_size: tokens of the logits.

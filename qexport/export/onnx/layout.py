@@ -17,18 +17,16 @@ import onnx
 import onnx_ir as ir
 import torch
 
-from qexport.architectures.checkpoint import Checkpoint
+from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.structure import Structure
 from qexport.artifact.manifest import GraphRecord
 from qexport.errors import CompatibilityError, QexportError, listed
-from qexport.export.launch import served_name
 from qexport.export.loaders import Folder, loading_section
-from qexport.export.model_files import model_files, write_files
+from qexport.export.model_files import model_files, served_name, write_files
 from qexport.export.onnx.attention import refuse_unfused
 from qexport.export.onnx.files import DTYPES, OnnxFiles, Place, onnx_files, put_in_place
-from qexport.export.onnx.genai import FILE_NAME, genai_config, genai_notes, generation
 from qexport.export.onnx.interception import switching_length
-from qexport.export.onnx.launch import Figures, launch_files
+from qexport.export.onnx.launch import FILE_NAME, Figures, genai_config, genai_notes, generation, launch_files
 from qexport.export.onnx.lowering import lower
 from qexport.export.onnx.tracing import MINIMUM_RUNTIME, NARROW_2_BIT_RUNTIME, kept, trace
 from qexport.export.settings import OnnxSettings, parse_size

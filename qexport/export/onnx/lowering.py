@@ -13,9 +13,8 @@ from onnx_ir.passes import common
 from qexport.errors import CompatibilityError, listed
 from qexport.export.onnx.attention import FusedAttention, PlainAttention
 from qexport.export.onnx.files import DTYPES, Weights
-from qexport.export.onnx.linears import Linears
+from qexport.export.onnx.linears import Linears, selective_scan
 from qexport.export.onnx.nodes import DOMAIN, Emitter
-from qexport.export.onnx.scan import selective_scan
 from qexport.export.onnx.tracing import Trace
 from qexport.formats import Outputs
 from qexport.formats.onnx.operators import MICROSOFT

@@ -16,11 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from qexport.architectures.architecture import Architecture
-from qexport.architectures.buffers import compute_buffers
+from qexport.architectures.lazy_model import compute_buffers
 from qexport.architectures.naming import Naming
 from qexport.errors import CompatibilityError, QexportError
-from qexport.export.onnx.after_tracing import compute_in_float32, simplify
 from qexport.export.onnx.interception import intercepted, refuse_growing
+from qexport.export.onnx.nodes import compute_in_float32, simplify
 from qexport.export.onnx.traced_cache import CacheTensor, Handover, TracedCache, cache_tensors
 
 OPSET: Final = 21

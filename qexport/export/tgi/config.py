@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from transformers import PreTrainedConfig
 
-from qexport.architectures.config_keys import older_keys
+from qexport.architectures.families import older_keys
 from qexport.architectures.structure import parse_config
 from qexport.errors import InputError
 from qexport.tensors.strict_files import parse_json

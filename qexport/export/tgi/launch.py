@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from qexport.export.launch import render_launch_files
+from qexport.export.model_files import render_launch_files
 from qexport.export.tgi.config import num_kv_heads
 
 IMAGE: Final = "ghcr.io/huggingface/text-generation-inference:3.3.5"

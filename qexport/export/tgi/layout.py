@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from qexport.architectures.architecture import Architecture
-from qexport.architectures.checkpoint import Checkpoint
+from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.architectures.structure import Structure
 from qexport.export.model_files import model_files, write_files
 from qexport.export.settings import TgiSettings, parse_size

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Final
 
-from qexport.export.rules import Rules, Server
-from qexport.export.served import CONFIG
+from qexport.export.served import CONFIG, Rules, Server
 from qexport.export.tgi.config import FALCON_KEYS, NEW_CLASSES, TOKENIZER
 from qexport.export.tgi.families import Backend, backend
 from qexport.export.tgi.kernels import degrees

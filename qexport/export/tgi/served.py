@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 
 from qexport.errors import InputError
-from qexport.export.launch import FOLDER
+from qexport.export.model_files import FOLDER
 from qexport.export.served import ServedModel, ServedWeights
 from qexport.export.tgi.families import OWN_MODELS, OwnModel, ServedLinear, Shape, served_linears
 from qexport.export.tgi.kernels import Codes

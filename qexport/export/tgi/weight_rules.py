@@ -8,7 +8,7 @@ from typing import Final
 import torch
 
 from qexport.errors import listed
-from qexport.export.rules import Rules
+from qexport.export.served import Rules
 from qexport.export.tgi.families import Backend, backend
 from qexport.export.tgi.kernels import fault
 from qexport.export.tgi.served import RESERVED_WORDS, ServedByTgi

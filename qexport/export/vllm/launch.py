@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from qexport.export.launch import render_launch_files
+from qexport.export.model_files import render_launch_files
 
 IMAGE: Final = "vllm/vllm-openai:v0.32.0"
 

@@ -9,13 +9,12 @@ from typing import Any, Final
 
 import torch
 
-from qexport.architectures.checkpoint import Checkpoint
+from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.structure import Structure
-from qexport.export.launch import served_name
-from qexport.export.model_files import model_files, write_files
+from qexport.export.model_files import model_files, served_name, write_files
 from qexport.export.settings import VllmSettings, parse_size
+from qexport.export.vllm.families import SplitLinear, degrees
 from qexport.export.vllm.launch import Figures, launch_files, max_model_len
-from qexport.export.vllm.parallel import SplitLinear, degrees
 from qexport.export.vllm.rules import VLLM
 from qexport.export.vllm.served import ServedByVllm
 from qexport.export.weight_files import WeightFiles

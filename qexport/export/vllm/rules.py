@@ -6,11 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from qexport.errors import InputError
-from qexport.export.rules import Rules, Server
-from qexport.export.served import CONFIG
-from qexport.export.vllm.architectures import ARCHITECTURES, VERSION
+from qexport.export.served import CONFIG, Rules, Server
+from qexport.export.vllm.families import ARCHITECTURES, VERSION, heads
 from qexport.export.vllm.launch import max_model_len
-from qexport.export.vllm.parallel import heads
 from qexport.export.vllm.served import ServedByVllm
 from qexport.export.vllm.weight_rules import COMPRESSED, GPTQ, GPTQ_UTILS, WEIGHT_RULES
 

@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from qexport.architectures.architecture import Architecture
 from qexport.architectures.structure import LinearSpec, Structure
 from qexport.errors import InputError, QexportError
-from qexport.export.launch import FOLDER
+from qexport.export.model_files import FOLDER
 from qexport.export.served import ServedModel, ServedWeights
 from qexport.formats.compressed_tensors.reading import CompressedTensorsRules
 from qexport.formats.gptq.reading import GptqRules

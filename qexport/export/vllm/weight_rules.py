@@ -8,8 +8,8 @@ from typing import Final
 import torch
 
 from qexport.architectures.structure import LinearSpec
-from qexport.export.rules import Rules
-from qexport.export.vllm.parallel import joined_modules
+from qexport.export.served import Rules
+from qexport.export.vllm.families import joined_modules
 from qexport.export.vllm.served import ServedByVllm
 from qexport.formats.compressed_tensors.tensors import group_specs, row_specs
 from qexport.formats.gptq.tensors import packed_specs

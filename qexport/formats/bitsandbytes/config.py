@@ -8,8 +8,7 @@ from typing import Any
 from qexport.architectures.structure import Structure
 from qexport.errors import InputError
 from qexport.formats.format import Specs, quantized_modules
-from qexport.formats.module_patterns import SkipList, strings
-from qexport.formats.stored_weight import WHERE
+from qexport.formats.stored_weight import WHERE, SkipList, strings
 
 QUANT_METHOD = "bitsandbytes"
 

@@ -10,9 +10,15 @@ import torch
 
 from qexport.architectures.structure import Structure
 from qexport.errors import InputError
-from qexport.formats.bitsandbytes.code_books import QuantType
 from qexport.formats.bitsandbytes.config import QUANT_METHOD, Claims, bitsandbytes_config, loaded_bits
-from qexport.formats.bitsandbytes.four_bit_tensors import STATE_PREFIX, pack, packed_specs, state_spec, unpack
+from qexport.formats.bitsandbytes.four_bit_tensors import (
+    STATE_PREFIX,
+    QuantType,
+    pack,
+    packed_specs,
+    state_spec,
+    unpack,
+)
 from qexport.formats.format import Card, ModuleEncoding, Specs
 from qexport.formats.stored_weight import WHERE, StoredLayer, StoredWeight, Tensors, modules_with, refuse_missing
 from qexport.tensors import BlockQuantized, BlockQuantizedSpec, Quantized, QuantizedSpec, TensorSpec, WeightSource

@@ -1,1 +1,1 @@
-"""compressed-tensors: `tensors` (codes in words), `config` (written and read), `format` (both sides of a folder)."""
+"""compressed-tensors: `format` (what is written), `reading` (the way back), `tensors` (codes in words)."""

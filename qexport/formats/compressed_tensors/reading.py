@@ -16,7 +16,6 @@ import torch
 from qexport.architectures.structure import Structure
 from qexport.errors import InputError
 from qexport.formats.compressed_tensors.tensors import unpack_groups, unpack_rows
-from qexport.formats.module_patterns import compiled, strings
 from qexport.formats.stored_weight import (
     WHERE,
     GroupedWeight,
@@ -24,9 +23,11 @@ from qexport.formats.stored_weight import (
     StoredLayer,
     StoredWeight,
     Tensors,
+    compiled,
     int8_shape,
     modules_with,
     refuse_missing,
+    strings,
 )
 from qexport.tensors import GroupQuantized, RowQuantized, TensorSpec, WeightSource
 

@@ -1,1 +1,1 @@
-"""AutoGPTQ v1: `tensors` (bits in words), `config` (written and read), `format` (both sides of a folder)."""
+"""AutoGPTQ v1: `format` (what is written), `reading` (the way back), `tensors` (bits in words)."""

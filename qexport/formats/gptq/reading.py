@@ -10,13 +10,13 @@ from typing import Any, Final
 from qexport.architectures.structure import Structure
 from qexport.errors import InputError
 from qexport.formats.gptq.tensors import unpack
-from qexport.formats.module_patterns import compiled
 from qexport.formats.stored_weight import (
     WHERE,
     GroupedWeight,
     Scheme,
     StoredWeight,
     Tensors,
+    compiled,
     modules_with,
     refuse_missing,
 )

@@ -21,8 +21,7 @@ from typing import ClassVar, Final
 import torch
 
 from qexport.errors import CompatibilityError, InputError
-from qexport.formats.bitsandbytes.code_books import QuantType
-from qexport.formats.bitsandbytes.four_bit_tensors import flat_absmax
+from qexport.formats.bitsandbytes.four_bit_tensors import QuantType, flat_absmax
 from qexport.formats.onnx.operators import MEND, GraphTensors, Operator, attribute, module_of, require, scales_of
 from qexport.formats.stored_weight import StoredLayer
 from qexport.tensors import BlockQuantized, BlockQuantizedSpec, TensorSpec

@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig
 
 from qexport.architectures.architecture import Architecture
-from qexport.architectures.config_keys import without_code_keys
+from qexport.architectures.families import without_code_keys
 from qexport.architectures.structure import Structure, refuse_impossible_depth
 from qexport.errors import InputError, RecipeError, listed
 from qexport.formats.dequantization import dequantize

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qexport.errors import InputError, NumericalError, QexportError, RecipeError
 from qexport.verifying.settings import TaskSettings, names_file
 from qexport.verifying.tasks.local_files import LocalTask, read_local_tasks
-from qexport.verifying.tasks.pairing import Item, Scores
+from qexport.verifying.tasks.measuring import Item, Scores
 
 _METRICS: Final = ("acc", "exact_match")
 """Where the recipe names none: the first that a task has."""

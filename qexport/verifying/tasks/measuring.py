@@ -1,19 +1,147 @@
-"""Task accuracy of two models, one after the other in memory."""
+"""Task accuracy of two models, one after the other in memory, and the record of it, paired by item."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
+import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qexport.errors import RecipeError
+from qexport.artifact.digests import sha256_json
+from qexport.artifact.figures import Figure
+from qexport.artifact.measurements import TaskRecord
+from qexport.errors import QexportError, RecipeError
 from qexport.hidden_packages import hidden
+from qexport.statistics.paired import mcnemar
+from qexport.statistics.samples import DIFFERENCE
+from qexport.verifying.estimates import Units
 from qexport.verifying.settings import TaskSettings
-from qexport.verifying.tasks.pairing import PairedTask, Scores, pair
+
+
+@dataclass(frozen=True)
+class Item:
+    """One model's answer to one item of a task.
+
+    Attributes:
+        index: the item's place in the task's documents.
+        digest: of its document, prompt and target, by which the same item is known.
+        right: whether the metric is 1.
+    """
+
+    index: int
+    digest: str
+    right: bool
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One model's answers to a task.
+
+    Attributes:
+        task: the task's name.
+        metric: what makes an item right.
+        filter: the task's chain of filters that the answers went through.
+        num_fewshot: solved examples before each item.
+        items: in the order of the task's documents.
+    """
+
+    task: str
+    metric: str
+    filter: str
+    num_fewshot: int
+    items: tuple[Item, ...]
+
+    @property
+    def right(self) -> tuple[bool, ...]:
+        """For each item, whether the model got it right."""
+        return tuple(item.right for item in self.items)
+
+    @property
+    def accuracy(self) -> float:
+        """The share of items that the model got right."""
+        return sum(self.right) / len(self.items)
+
+
+@dataclass(frozen=True)
+class PairedTask:
+    """Both models' answers to the same items of one task.
+
+    Attributes:
+        reference: the merged model's.
+        artifact: the artifact's; the task, its settings and its items are those of `reference`.
+    """
+
+    reference: Scores
+    artifact: Scores
+
+    @cached_property
+    def record(self) -> TaskRecord:
+        """For the report."""
+        pairs = Counter(zip(self.reference.right, self.artifact.right, strict=True))
+        return TaskRecord(
+            task=self.reference.task,
+            metric=self.reference.metric,
+            num_fewshot=self.reference.num_fewshot,
+            sha256=sha256_json([item.digest for item in self.reference.items]),
+            items=len(self.reference.items),
+            reference_accuracy=self.reference.accuracy,
+            artifact_accuracy=self.artifact.accuracy,
+            only_reference=pairs[True, False],
+            only_artifact=pairs[False, True],
+            p_value=mcnemar(pairs[True, False], pairs[False, True]),
+        )
+
+    @property
+    def differences(self) -> tuple[int, ...]:
+        """For each item +1 where only the artifact got it right, -1 where only the reference did, else 0."""
+        return tuple(
+            int(own) - int(other) for other, own in zip(self.reference.right, self.artifact.right, strict=True)
+        )
+
+    @property
+    def accuracy_change(self) -> Figure:
+        """A few items of which none has changed do not make it certain that none ever does."""
+        units = Units([None] * len(self.differences), "item", None, len(self.differences))
+        differences = np.array(self.differences, dtype=np.float64)
+        figure = units.mean("accuracy_change", differences, DIFFERENCE, trials=1)
+        return figure.model_copy(update={"domain": self.reference.task})
+
+
+def pair(reference: Scores, artifact: Scores) -> PairedTask:
+    """Lays the answers to the same items side by side.
+
+    Raises:
+        QexportError: the two do not hold the same task, metric and items.
+    """
+    ours, theirs = _measured(reference), _measured(artifact)
+    if ours != theirs:
+        raise QexportError(
+            "the two models were not asked the same items",
+            where=f"task {reference.task}: {_first_difference(ours, theirs)}",
+            mend="measure both again, with the same task files, data and versions",
+        )
+    return PairedTask(reference, artifact)
+
+
+def _measured(scores: Scores) -> list[tuple[str, object]]:
+    """What must be equal, each with its name."""
+    named = ("task", "metric", "filter", "num_fewshot")
+    items: list[tuple[str, object]] = [(f"item {item.index}", item.digest) for item in scores.items]
+    return [*((name, getattr(scores, name)) for name in named), ("number of items", len(items)), *items]
+
+
+def _first_difference(ours: Sequence[tuple[str, object]], theirs: Sequence[tuple[str, object]]) -> str:
+    pairs = zip(ours, theirs, strict=False)
+    own, other = next((own, other) for own, other in pairs if own != other)
+    return f"{own[0]} is {own[1]} for the reference, {other[0]} is {other[1]} for the artifact"
+
 
 OpenModel = Callable[[], AbstractContextManager[PreTrainedModel]]
 """Gives the model as long as the context lasts, for example `BlockRunner.whole`."""

@@ -1,8 +1,10 @@
-"""The architectures that vLLM has a class of its own for."""
+"""The architectures that vLLM has a class for, the linear layers that it joins, and among how many GPUs it splits."""
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
 
 VERSION: Final = "0.32"
 """Of vLLM; what this package says of it was read in, and tried with, 0.32.0."""
@@ -41,3 +43,82 @@ ARCHITECTURES: Final = frozenset(
 
 What is not here, vLLM runs through transformers, which was not tried.
 """
+
+
+JOINED: Final = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+"""Names of siblings that become `qkv_proj` and `gate_up_proj`."""
+
+
+def joined_modules(modules: Mapping[str, Hashable]) -> list[list[str]]:
+    """The modules that become one layer, together; modules that stay alone are left out."""
+    groups: dict[tuple[str, int], list[str]] = {}
+    for module in modules:
+        parent, _, leaf = module.rpartition(".")
+        for index, names in enumerate(JOINED):
+            if leaf in names:
+                groups.setdefault((parent, index), []).append(module)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+LARGEST_DEGREE: Final = 16
+
+ROW: Final = ("o_proj", "down_proj", "out_proj", "dense", "dense_4h_to_h", "c_proj", "fc2", "w2")
+"""Layers that are split along their inputs; the others are split along their outputs."""
+
+_KEYS_AND_VALUES: Final = ("k_proj", "v_proj", "query_key_value", "qkv_proj", "c_attn")
+_PACKED: Final = 8
+
+
+@dataclass(frozen=True)
+class SplitLinear:
+    """A linear layer as splitting sees it.
+
+    Attributes:
+        name: the module path.
+        out_features: rows of the matrix.
+        in_features: columns of the matrix.
+        group_size: inputs that share a scale; None where all do, or the layer is dense.
+        packed: eight codes share a word.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    group_size: int | None
+    packed: bool
+
+    def fits(self, degree: int) -> bool:
+        """Whether each of `degree` GPUs gets whole rows or columns, groups and words."""
+        leaf = self.name.rpartition(".")[2]
+        if leaf in ROW:
+            whole = self.in_features % (degree * (self.group_size or 1)) == 0
+            return whole and (not self.packed or self.in_features % (degree * _PACKED) == 0)
+        if leaf in _KEYS_AND_VALUES:
+            return True
+        return self.out_features % (degree * (_PACKED if self.packed else 1)) == 0
+
+
+def heads(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Heads of the queries and of the keys, as vLLM counts them."""
+    count = int(config.get("num_attention_heads") or config.get("n_head") or 1)
+    if config.get("model_type") == "falcon" and not config.get("new_decoder_architecture"):
+        return count, 1 if config.get("multi_query", True) else count
+    return count, int(config.get("num_key_value_heads") or config.get("num_kv_heads") or count)
+
+
+def degrees(config: Mapping[str, Any], linears: Iterable[SplitLinear]) -> list[int]:
+    """The tensor-parallel degrees from 1 to 16 that work; 1 alone where there are other mixers than attention."""
+    count, shared = heads(config)
+    if any(key.startswith(("mamba_", "ssm_")) for key in config):
+        return [1]
+    known = list(linears)
+    return [
+        degree
+        for degree in range(1, LARGEST_DEGREE + 1)
+        if degree == 1
+        or (
+            count % degree == 0
+            and (shared % degree == 0 or degree % shared == 0)
+            and all(linear.fits(degree) for linear in known)
+        )
+    ]

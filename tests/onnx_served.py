@@ -19,7 +19,7 @@ import factories
 from onnx_exports import copied_trace
 from qexport.architectures.naming import name_parameters
 from qexport.export.onnx.files import Place, put_in_place
-from qexport.export.onnx.launch import FILE_NAME, Figures, Generation, genai_config, generation, launch_files
+from qexport.export.onnx.launch import FILE_NAME, Generation, OnnxLaunch, genai_config, generation, launch_files
 from qexport.export.onnx.lowering import lower
 from qexport.export.onnx.tracing import Cache
 from qexport.formats import MergedFormat, Outputs
@@ -66,7 +66,7 @@ def write(
     put_in_place(graph.graph, places)
     ir.save(graph, folder / "model.onnx")
     made = OnnxFolder(folder, model, traced.cache, checkpoint.config, generation(checkpoint))
-    figures = Figures(name, traced.cache, activations, factories.VOCABULARY, [DATA], made.generation.ends, True)
+    figures = OnnxLaunch(name, traced.cache, activations, factories.VOCABULARY, [DATA], made.generation.ends, True)
     for file, content in launch_files(figures).items():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_bytes(content)

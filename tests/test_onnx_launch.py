@@ -23,7 +23,7 @@ import onnx_served
 from onnx_served import PROMPT, OnnxFolder
 from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.export.model_files import served_name
-from qexport.export.onnx.launch import Figures, Generation, generation, launch_files
+from qexport.export.onnx.launch import Generation, OnnxLaunch, generation, launch_files
 from qexport.export.onnx.traced_cache import CacheTensor
 from quantized_models import QuantizedModel
 
@@ -32,7 +32,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "falcon-h1": factories.falcon_h1_config(num_hidden_layers=1),
 }
 KEPT = CacheTensor("key", (2, None, 16), torch.float16), CacheTensor("recurrent_state", (8, 8, 16), torch.float32)
-FIGURES = Figures("tiny", [KEPT, KEPT], torch.float16, 384, ["model.onnx.data"], (0, 7), True)
+FIGURES = OnnxLaunch("tiny", [KEPT, KEPT], torch.float16, 384, ["model.onnx.data"], (0, 7), True)
 
 
 @pytest.fixture(scope="module", params=CONFIGS)

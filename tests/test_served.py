@@ -21,8 +21,7 @@ from qexport.export.model_files import render_launch_files
 from qexport.export.served import OTHER_LAYOUT, FolderFiles, Rule, Rules, ServedModel, ServedWeights, Server
 from qexport.export.tgi.rules import TGI
 from qexport.export.tgi.served import ServedByTgi
-from qexport.export.vllm.launch import Figures as VllmFigures
-from qexport.export.vllm.launch import launch_files
+from qexport.export.vllm.launch import VllmLaunch, launch_files
 from qexport.export.vllm.rules import VLLM
 from qexport.export.vllm.served import ServedByVllm
 from qexport.quantizing.int8 import Int8
@@ -146,7 +145,7 @@ def test_files_of_a_folder_are_named_and_read_when_asked_for(tmp_path: Path) -> 
 
 
 @dataclass(frozen=True)
-class Figures:
+class VllmLaunch:
     value: Any = "null"
 
 
@@ -155,14 +154,14 @@ def test_values_in_yaml_are_the_values_that_were_meant(
     value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package(tmp_path, "figures:\n- {{ figures.value | yaml }}\n- last\n", monkeypatch)
-    [text] = render_launch_files("planted_layout", {"a.yaml": "a.jinja"}, Figures(value)).values()
+    [text] = render_launch_files("planted_layout", {"a.yaml": "a.jinja"}, VllmLaunch(value)).values()
     assert YAML(typ="safe").load(text.decode()) == {"figures": [value, "last"]}
 
 
 def test_a_figure_that_is_not_there_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package(tmp_path, "{{ figures.valeu }}", monkeypatch)
     with pytest.raises(UndefinedError, match="valeu"):
-        render_launch_files("planted_layout", {"a.yaml": "a.jinja"}, Figures())
+        render_launch_files("planted_layout", {"a.yaml": "a.jinja"}, VllmLaunch())
 
 
 def package(root: Path, template: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,5 +177,5 @@ def package(root: Path, template: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_engine_arguments_are_json_for_any_length() -> None:
     for length in (None, 1, 131072):
-        made = json.loads(launch_files(VllmFigures("a", length, "float16", [1]))["launch/triton/a/1/model.json"])
+        made = json.loads(launch_files(VllmLaunch("a", length, "float16", [1]))["launch/triton/a/1/model.json"])
         assert made.get("max_model_len") == length

@@ -21,7 +21,7 @@ from qexport.export.layouts import SafetensorsLayout
 from qexport.export.model_files import served_name
 from qexport.export.settings import SafetensorsSettings, VllmSettings
 from qexport.export.vllm.families import SplitLinear, degrees
-from qexport.export.vllm.launch import Figures, launch_files, max_model_len
+from qexport.export.vllm.launch import VllmLaunch, launch_files, max_model_len
 from qexport.export.vllm.layout import VllmLayout
 from qexport.quantizing.int8 import Int8
 from qexport.quantizing.nf4 import Nf4
@@ -235,7 +235,7 @@ def test_names_are_ones_that_kubernetes_takes(origin: str, name: str) -> None:
 def test_the_length_is_the_smallest_that_the_config_says() -> None:
     assert max_model_len({"max_position_embeddings": 4096, "seq_length": 2048}) == 2048
     assert max_model_len({}) is None
-    files = launch_files(Figures("tiny", None, "float16", [1]))
+    files = launch_files(VllmLaunch("tiny", None, "float16", [1]))
     assert all(b"max-model-len" not in content and b"max_model_len" not in content for content in files.values())
 
 

@@ -11,7 +11,7 @@ from pydantic import Field
 from qexport.merge.adapter import MERGE_WITH_PEFT, AdapterOptions
 from qexport.merge.base import Module
 from qexport.merge.changes import Add, LowRank, SingularValues, WeightDecomposed
-from qexport.merge.plan import Plan
+from qexport.merge.plan import MergePlan
 from qexport.merge.targets import suffix_matches, targeted
 from qexport.merge.whole_tensors import plan_trainable_tokens, plan_whole_tensors
 
@@ -65,7 +65,7 @@ class LoraOptions(AdapterOptions):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 
 
-def plan_lora(plan: Plan) -> None:
+def plan_lora(plan: MergePlan) -> None:
     """Plans the merge of a LORA adapter.
 
     Raises:
@@ -85,7 +85,7 @@ def plan_lora(plan: Plan) -> None:
     plan_trainable_tokens(plan, options.trainable_token_indices, wrapped=set(targets))
 
 
-def _refuse_variants(plan: Plan, options: LoraOptions) -> None:
+def _refuse_variants(plan: MergePlan, options: LoraOptions) -> None:
     for name, (reason, mend) in _REFUSED.items():
         if plan.adapter.config.get(name):
             plan.refuse(f"{name}: {reason}", mend)
@@ -110,7 +110,7 @@ def _by_module(pattern: Mapping[str, Any] | None, default: float, targets: list[
     return {name: values.get(name, default) for name in targets}
 
 
-def _plan_module(plan: Plan, path: str, options: LoraOptions, rank: int, alpha: float) -> None:
+def _plan_module(plan: MergePlan, path: str, options: LoraOptions, rank: int, alpha: float) -> None:
     module = plan.base.modules[path]
     if module.kind == "other":
         plan.refuse(f"{path}: LoRA on a layer that is neither linear nor an embedding", MERGE_WITH_PEFT)
@@ -126,7 +126,7 @@ def _plan_module(plan: Plan, path: str, options: LoraOptions, rank: int, alpha: 
         _plan_bias(plan, path, module, low_rank.scaling)
 
 
-def _low_rank(plan: Plan, path: str, module: Module, rank: int, scaling: float) -> LowRank:
+def _low_rank(plan: MergePlan, path: str, module: Module, rank: int, scaling: float) -> LowRank:
     a, b = (
         ("lora_embedding_A", "lora_embedding_B") if module.kind == "embedding" else ("lora_A.weight", "lora_B.weight")
     )
@@ -138,7 +138,7 @@ def _low_rank(plan: Plan, path: str, module: Module, rank: int, scaling: float) 
     )
 
 
-def _plan_bias(plan: Plan, path: str, module: Module, scaling: float) -> None:
+def _plan_bias(plan: MergePlan, path: str, module: Module, scaling: float) -> None:
     if not module.has_bias:
         plan.refuse(f"{path}: lora_bias needs a bias in the base, and there is none", "train without lora_bias")
         return
@@ -159,7 +159,7 @@ class AdaLoraOptions(AdapterOptions):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 
 
-def plan_adalora(plan: Plan) -> None:
+def plan_adalora(plan: MergePlan) -> None:
     """Plans the merge of an ADALORA adapter.
 
     Raises:
@@ -175,7 +175,7 @@ def plan_adalora(plan: Plan) -> None:
     plan_trainable_tokens(plan, options.trainable_token_indices, wrapped=set(targets))
 
 
-def _plan_adalora_module(plan: Plan, path: str, options: AdaLoraOptions, rank: int) -> None:
+def _plan_adalora_module(plan: MergePlan, path: str, options: AdaLoraOptions, rank: int) -> None:
     module = plan.base.modules[path]
     if module.kind not in ("linear", "conv1d"):
         plan.refuse(f"{path}: AdaLoRA on a layer that is not linear", MERGE_WITH_PEFT)

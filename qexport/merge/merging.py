@@ -15,7 +15,7 @@ from qexport.errors import InputError, NumericalError
 from qexport.merge.adapter import CONFIG_FILE, Adapter, read_adapter
 from qexport.merge.base import look_at
 from qexport.merge.changes import Change, ReadFactor
-from qexport.merge.plan import Plan
+from qexport.merge.plan import MergePlan
 from qexport.merge.settings import MergeSettings
 from qexport.merge.types import planner
 from qexport.progress import Notice, Reporter, silent
@@ -88,7 +88,7 @@ def _merge_adapter(
     checkpoint: Checkpoint, adapter: Adapter, settings: MergeSettings, origin: Origin, report: Reporter
 ) -> Merged:
     notes = tuple(_notes(checkpoint, adapter, settings))
-    plan = Plan(adapter, look_at(checkpoint))
+    plan = MergePlan(adapter, look_at(checkpoint))
     planner(adapter.peft_type)(plan)
     changes = plan.settle()
     plan.check_finite()

@@ -25,7 +25,7 @@ _RESIZE = "resize the base's embeddings as for the training (resize_token_embedd
 
 
 @dataclass
-class Plan:
+class MergePlan:
     """The changes to each tensor of the base, and the tensors that the adapter must have for them.
 
     Attributes:

@@ -7,7 +7,7 @@ from typing import ClassVar
 from qexport.merge.adapter import MERGE_WITH_PEFT, AdapterOptions
 from qexport.merge.changes import Replace, Scale, SharedProjections
 from qexport.merge.lora import Rank
-from qexport.merge.plan import Plan
+from qexport.merge.plan import MergePlan
 from qexport.merge.targets import full_matches, targeted
 from qexport.merge.whole_tensors import plan_whole_tensors
 
@@ -20,7 +20,7 @@ class Ia3Options(AdapterOptions):
     feedforward_modules: list[str] | str
 
 
-def plan_ia3(plan: Plan) -> None:
+def plan_ia3(plan: MergePlan) -> None:
     """Plans the merge of an IA3 adapter: inputs are scaled in feedforward modules, outputs in the others.
 
     Raises:
@@ -61,7 +61,7 @@ class VeraOptions(AdapterOptions):
     save_projection: bool = True
 
 
-def plan_vera(plan: Plan) -> None:
+def plan_vera(plan: MergePlan) -> None:
     """Plans the merge of a VERA adapter, whose file must hold the projections that all its layers share.
 
     Raises:
@@ -83,7 +83,7 @@ def plan_vera(plan: Plan) -> None:
         _plan_module(plan, path, a, b, options.r)
 
 
-def _plan_module(plan: Plan, path: str, a: str, b: str, rank: int) -> None:
+def _plan_module(plan: MergePlan, path: str, a: str, b: str, rank: int) -> None:
     module = plan.base.modules[path]
     plan.adapts(path)
     change = SharedProjections(
@@ -97,7 +97,7 @@ def _plan_module(plan: Plan, path: str, a: str, b: str, rank: int) -> None:
     plan.change(f"{path}.weight", change)
 
 
-def plan_ln_tuning(plan: Plan) -> None:
+def plan_ln_tuning(plan: MergePlan) -> None:
     """Plans the merge of an LN_TUNING adapter.
 
     Raises:

@@ -20,7 +20,7 @@ from qexport.errors import CompatibilityError
 from qexport.hidden_packages import hidden
 from qexport.merge.adapter import MERGE_WITH_PEFT, PREFIX, AdapterOptions
 from qexport.merge.changes import ReadFactor
-from qexport.merge.plan import Plan
+from qexport.merge.plan import MergePlan
 from qexport.merge.targets import suffix_matches, targeted
 from qexport.merge.whole_tensors import plan_whole_tensors
 
@@ -63,7 +63,7 @@ class MergedByPeft:
 
 
 @hidden("bitsandbytes")
-def plan_through_peft(plan: Plan) -> None:
+def plan_through_peft(plan: MergePlan) -> None:
     """Plans the merge of an adapter whose linear layers PEFT merges.
 
     Raises:
@@ -85,7 +85,7 @@ def plan_through_peft(plan: Plan) -> None:
         _plan_layer(plan, path, {**config, "target_modules": [path]})
 
 
-def _plan_layer(plan: Plan, path: str, config: Mapping[str, Any]) -> None:
+def _plan_layer(plan: MergePlan, path: str, config: Mapping[str, Any]) -> None:
     from peft import get_peft_model_state_dict
 
     module = plan.base.modules[path]

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from qexport.errors import CompatibilityError, InputError
 from qexport.merge.adapter import MERGE_WITH_PEFT
 from qexport.merge.lora import plan_adalora, plan_lora
-from qexport.merge.plan import Plan
+from qexport.merge.plan import MergePlan
 from qexport.merge.small_types import plan_ia3, plan_ln_tuning, plan_vera
 from qexport.merge.through_peft import plan_through_peft
 from qexport.merge.whole_tensors import plan_token_adapter
 
-Planner = Callable[[Plan], None]
+Planner = Callable[[MergePlan], None]
 
 PLANNERS: Mapping[str, Planner] = {
     "LORA": plan_lora,

@@ -8,11 +8,11 @@ from typing import ClassVar
 from qexport.errors import CompatibilityError, InputError
 from qexport.merge.adapter import MERGE_WITH_PEFT, PREFIX, AdapterOptions
 from qexport.merge.changes import Replace, ReplaceRows
-from qexport.merge.plan import Plan
+from qexport.merge.plan import MergePlan
 from qexport.merge.targets import saved, targeted
 
 
-def plan_whole_tensors(plan: Plan, options: AdapterOptions, targets: list[str]) -> None:
+def plan_whole_tensors(plan: MergePlan, options: AdapterOptions, targets: list[str]) -> None:
     """Plans what replaces tensors of the base. Comes before the changes that are computed from them."""
     modules = saved(options, plan.base)
     for module in modules:
@@ -22,7 +22,7 @@ def plan_whole_tensors(plan: Plan, options: AdapterOptions, targets: list[str]) 
     _plan_biases(plan, options.bias, set(targets), set(modules))
 
 
-def _plan_embedding_copies(plan: Plan, targets: set[str], modules: set[str]) -> None:
+def _plan_embedding_copies(plan: MergePlan, targets: set[str], modules: set[str]) -> None:
     """PEFT's save_embedding_layers stores the base's own embeddings too; they count as the base's from then on."""
     for end in (plan.base.embedding, plan.base.head):
         name = "base_layer.weight" if end in targets else "weight"
@@ -31,7 +31,7 @@ def _plan_embedding_copies(plan: Plan, targets: set[str], modules: set[str]) -> 
             plan.change(f"{end}.weight", Replace(plan.factor(end, name, shape)))
 
 
-def _plan_biases(plan: Plan, bias: str, targets: set[str], modules: set[str]) -> None:
+def _plan_biases(plan: MergePlan, bias: str, targets: set[str], modules: set[str]) -> None:
     """`all`: every bias of the model; `lora_only` and its like: those of the targeted modules."""
     if bias == "none":
         return
@@ -56,7 +56,7 @@ class TrainableTokensOptions(AdapterOptions):
     token_indices: list[int]
 
 
-def plan_token_adapter(plan: Plan) -> None:
+def plan_token_adapter(plan: MergePlan) -> None:
     """Plans the merge of a TRAINABLE_TOKENS adapter.
 
     Raises:
@@ -72,7 +72,7 @@ def plan_token_adapter(plan: Plan) -> None:
 
 
 def plan_trainable_tokens(
-    plan: Plan, indices: list[int] | Mapping[str, list[int]] | None, *, wrapped: set[str]
+    plan: MergePlan, indices: list[int] | Mapping[str, list[int]] | None, *, wrapped: set[str]
 ) -> None:
     """Plans the trainable_token_indices of another type of adapter, which targets the modules `wrapped`.
 
@@ -93,7 +93,7 @@ def plan_trainable_tokens(
                 _plan_rows(plan, module, f"token_adapter.{_DELTA}", tokens)
 
 
-def _follows_embedding(plan: Plan, module: str, suffix: str, by_name: Mapping[str, list[int]]) -> bool:
+def _follows_embedding(plan: MergePlan, module: str, suffix: str, by_name: Mapping[str, list[int]]) -> bool:
     """A tied head with the embedding's own tokens, which PEFT stores once."""
     structure = plan.base.structure
     if not (structure.tied and module == plan.base.head):
@@ -101,7 +101,7 @@ def _follows_embedding(plan: Plan, module: str, suffix: str, by_name: Mapping[st
     return any(plan.base.embedding.endswith(name) and by_name[name] == by_name[suffix] for name in by_name)
 
 
-def _plan_rows(plan: Plan, module: str, name: str, indices: list[int]) -> None:
+def _plan_rows(plan: MergePlan, module: str, name: str, indices: list[int]) -> None:
     shape = plan.base.modules[module].tensors.get("weight", ())
     tokens = shape[0] if len(shape) == 2 else 0
     outside = sorted(index for index in indices if not 0 <= index < tokens)

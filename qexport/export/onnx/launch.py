@@ -197,7 +197,7 @@ class TritonValue:
 
 
 @dataclass(frozen=True)
-class Figures:
+class OnnxLaunch:
     """What the launch files are made from.
 
     Attributes:
@@ -236,7 +236,7 @@ class Figures:
         return [(layer, tensor) for layer, tensors in enumerate(self.cache) for tensor in tensors]
 
 
-def launch_files(figures: Figures) -> dict[str, bytes]:
+def launch_files(figures: OnnxLaunch) -> dict[str, bytes]:
     """The content of the folder `launch`, by the name inside the artifact."""
     triton = f"triton/{figures.name}"
     templates = {

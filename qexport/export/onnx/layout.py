@@ -26,7 +26,7 @@ from qexport.export.model_files import model_files, served_name, write_files
 from qexport.export.onnx.attention import refuse_unfused
 from qexport.export.onnx.files import DTYPES, OnnxFiles, Place, onnx_files, put_in_place
 from qexport.export.onnx.interception import switching_length
-from qexport.export.onnx.launch import FILE_NAME, Figures, genai_config, genai_notes, generation, launch_files
+from qexport.export.onnx.launch import FILE_NAME, OnnxLaunch, genai_config, genai_notes, generation, launch_files
 from qexport.export.onnx.lowering import lower
 from qexport.export.onnx.tracing import MINIMUM_RUNTIME, NARROW_2_BIT_RUNTIME, kept, trace
 from qexport.export.settings import OnnxSettings, parse_size
@@ -140,7 +140,7 @@ class OnnxLayout:
     def _beside(self, checkpoint: Checkpoint, data_files: Sequence[str]) -> dict[str, bytes]:
         """What runs the graph: launch files, and genai_config.json where the runtime knows the family."""
         ends = generation(checkpoint)
-        figures = Figures(
+        figures = OnnxLaunch(
             name=served_name(checkpoint.origin.name),
             cache=self._cache,
             activations=self._activations,

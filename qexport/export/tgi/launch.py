@@ -23,7 +23,7 @@ _FILES: Final = ("README.md", ENVIRONMENT, "docker-run.sh", "compose.yaml", "kub
 
 
 @dataclass(frozen=True)
-class Figures:
+class TgiLaunch:
     """What the launch files are made from.
 
     Attributes:
@@ -96,6 +96,6 @@ class Figures:
         return next((int(self.config[key]) for key in keys if self.config.get(key)), 0)
 
 
-def launch_files(figures: Figures) -> dict[str, bytes]:
+def launch_files(figures: TgiLaunch) -> dict[str, bytes]:
     """The content of the folder `launch`, by the name inside the artifact."""
     return render_launch_files("qexport.export.tgi", {name: f"{name}.jinja" for name in _FILES}, figures)

@@ -17,7 +17,7 @@ from qexport.export.settings import TgiSettings, parse_size
 from qexport.export.tgi.config import tgi_config, tgi_tokenizer_files
 from qexport.export.tgi.families import OWN_MODELS, Backend, OwnModel, ServedLinear, Shape, backend, served_linears
 from qexport.export.tgi.kernels import Codes, choose_sym, degrees, kernel
-from qexport.export.tgi.launch import Figures, launch_files
+from qexport.export.tgi.launch import TgiLaunch, launch_files
 from qexport.export.tgi.rules import TGI
 from qexport.export.tgi.served import ServedByTgi
 from qexport.export.weight_files import WeightFiles
@@ -106,9 +106,9 @@ class TgiLayout:
         return served_linears(_block_matrices(self._outputs, self._structure), model)
 
     @cached_property
-    def _figures(self) -> Figures:
+    def _figures(self) -> TgiLaunch:
         dtype = str(self._dense_dtype).removeprefix("torch.")
-        return Figures(
+        return TgiLaunch(
             self._config,
             _served_bytes(self.weights),
             degrees(self._config, self._linears, self._codes),

@@ -20,7 +20,7 @@ _FILES: Final = ("README.md", "vllm-serve.sh", "compose.yaml", "kserve.yaml")
 
 
 @dataclass(frozen=True)
-class Figures:
+class VllmLaunch:
     """What the launch files are made from.
 
     Attributes:
@@ -54,7 +54,7 @@ def max_model_len(config: Mapping[str, Any]) -> int | None:
     return min(lengths, default=None)
 
 
-def launch_files(figures: Figures) -> dict[str, bytes]:
+def launch_files(figures: VllmLaunch) -> dict[str, bytes]:
     """The content of the folder `launch`, by the name inside the artifact."""
     triton = f"triton/{figures.name}"
     templates = {name: f"{name}.jinja" for name in _FILES}

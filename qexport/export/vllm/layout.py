@@ -14,7 +14,7 @@ from qexport.architectures.structure import Structure
 from qexport.export.model_files import model_files, served_name, write_files
 from qexport.export.settings import VllmSettings, parse_size
 from qexport.export.vllm.families import SplitLinear, degrees
-from qexport.export.vllm.launch import Figures, launch_files, max_model_len
+from qexport.export.vllm.launch import VllmLaunch, launch_files, max_model_len
 from qexport.export.vllm.rules import VLLM
 from qexport.export.vllm.served import ServedByVllm
 from qexport.export.weight_files import WeightFiles
@@ -87,7 +87,7 @@ class VllmLayout:
 
     def _files(self, checkpoint: Checkpoint) -> dict[str, bytes]:
         """Everything beside the weights and the manifest."""
-        figures = Figures(
+        figures = VllmLaunch(
             served_name(checkpoint.origin.name),
             max_model_len(self._config),
             str(self._dense_dtype).removeprefix("torch."),

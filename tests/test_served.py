@@ -145,7 +145,7 @@ def test_files_of_a_folder_are_named_and_read_when_asked_for(tmp_path: Path) -> 
 
 
 @dataclass(frozen=True)
-class VllmLaunch:
+class Values:
     value: Any = "null"
 
 
@@ -154,14 +154,14 @@ def test_values_in_yaml_are_the_values_that_were_meant(
     value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package(tmp_path, "figures:\n- {{ figures.value | yaml }}\n- last\n", monkeypatch)
-    [text] = render_launch_files("planted_layout", {"a.yaml": "a.jinja"}, VllmLaunch(value)).values()
+    [text] = render_launch_files("planted_layout", {"a.yaml": "a.jinja"}, Values(value)).values()
     assert YAML(typ="safe").load(text.decode()) == {"figures": [value, "last"]}
 
 
 def test_a_figure_that_is_not_there_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package(tmp_path, "{{ figures.valeu }}", monkeypatch)
     with pytest.raises(UndefinedError, match="valeu"):
-        render_launch_files("planted_layout", {"a.yaml": "a.jinja"}, VllmLaunch())
+        render_launch_files("planted_layout", {"a.yaml": "a.jinja"}, Values())
 
 
 def package(root: Path, template: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What a stage tells about its progress. Stages call a `Reporter`; the command line draws it."""
+"""What stages say of their progress. They call a `ProgressCallback`; the command line shows it."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Notice:
     text: str
 
 
-Reporter = Callable[[Progress | Notice], None]
+ProgressCallback = Callable[[Progress | Notice], None]
 
 
 def silent(event: Progress | Notice) -> None:
-    """A reporter that drops every event."""
+    """Drops every event."""

@@ -38,7 +38,7 @@ from qexport.artifact.record import describe_environment
 from qexport.cli import main
 from qexport.cli.app import app
 from qexport.cli.summary import summary
-from qexport.cli.terminal import PLAIN_INTERVAL, PlainLines, Stopwatch, reporter
+from qexport.cli.terminal import PLAIN_INTERVAL, PlainLines, Stopwatch, progress_display
 from qexport.errors import (
     CompatibilityError,
     GateFailed,
@@ -49,7 +49,7 @@ from qexport.errors import (
     RecipeError,
     ResourceError,
 )
-from qexport.progress import Notice, Progress, Reporter
+from qexport.progress import Notice, Progress, ProgressCallback
 from qexport.recipe import Recipe
 from reports import figure
 
@@ -263,10 +263,10 @@ def test_an_interrupted_run_says_in_one_line_that_nothing_was_published(
 def test_an_interruption_that_a_library_swallows_is_raised_again(
     recipe: str, pipeline: Callable[[Run], None], capsys: pytest.CaptureFixture[str], number: signal.Signals
 ) -> None:
-    def run(*_: Any, report: Reporter, **__: Any) -> SimpleNamespace:
+    def run(*_: Any, progress: ProgressCallback, **__: Any) -> SimpleNamespace:
         with suppress(KeyboardInterrupt):
             os.kill(os.getpid(), number)
-        report(Progress("load", 0, 1, "file"))
+        progress(Progress("load", 0, 1, "file"))
         pytest.fail("it went on")
 
     pipeline(run)
@@ -353,7 +353,7 @@ def test_arguments_reach_the_pipeline(
     monkeypatch.chdir(tmp_path)
     calls, commands = [], list[str]()
 
-    def run(chosen: Recipe, *, force: bool, device: str, command: str, report: Reporter) -> SimpleNamespace:
+    def run(chosen: Recipe, *, force: bool, device: str, command: str, progress: ProgressCallback) -> SimpleNamespace:
         commands.append(command)
         calls.append((chosen, force, device))
         return result(tmp_path / "x")
@@ -375,9 +375,9 @@ def test_arguments_reach_the_pipeline(
 def test_with_json_stdout_is_one_document_whatever_libraries_print(
     recipe: str, pipeline: Callable[[Run], None], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    def run(*_: object, report: Reporter, **__: object) -> SimpleNamespace:
+    def run(*_: object, progress: ProgressCallback, **__: object) -> SimpleNamespace:
         print("a library talks")  # noqa: T201
-        report(Notice("something to know"))
+        progress(Notice("something to know"))
         return result(tmp_path)
 
     pipeline(run)
@@ -583,7 +583,7 @@ def plain(events: list[tuple[float, Progress | Notice]]) -> list[str]:
     lines = PlainLines(console, clock)
     for seconds, event in events:
         clock.now += seconds
-        lines.report(event)
+        lines.show(event)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue().splitlines()
 
@@ -613,22 +613,22 @@ def test_stages_that_take_turns_have_lines_of_their_own() -> None:
 def test_the_time_left_counts_from_where_the_stage_began() -> None:
     clock = Clock()
     watch = Stopwatch(clock)
-    assert watch.told(Progress("verify", 10, 30, "window")) == ""
+    assert watch.words(Progress("verify", 10, 30, "window")) == ""
     clock.now += 10
-    assert watch.told(Progress("verify", 20, 30, "window")) == "0:10 left"
-    assert watch.told(Progress("verify", 25, 0, "window")) == ""
+    assert watch.words(Progress("verify", 20, 30, "window")) == "0:10 left"
+    assert watch.words(Progress("verify", 25, 0, "window")) == ""
     clock.now += 65
-    assert watch.told(Progress("verify", 30, 30, "window")) == "took 1:15"
+    assert watch.words(Progress("verify", 30, 30, "window")) == "took 1:15"
 
 
 def drawn(monkeypatch: pytest.MonkeyPatch, **environment: str) -> str:
     for name, value in {"TERM": "xterm-256color", **environment}.items():
         monkeypatch.setenv(name, value)
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
-    with reporter(console) as report:
-        report(Progress("quantize", 3, 30, "block", "layer [0]", 4096))
-        report(Progress("export", 3, 30, "block"))
-        report(Notice("another base"))
+    with progress_display(console) as show:
+        show(Progress("quantize", 3, 30, "block", "layer [0]", 4096))
+        show(Progress("export", 3, 30, "block"))
+        show(Notice("another base"))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 

@@ -24,7 +24,7 @@ from qexport.pipeline import Result, plan, run
 from qexport.pipeline.folders import ArtifactFolder
 from qexport.pipeline.inspection import inspect_artifact
 from qexport.pipeline.verification import Verified, measure_folder
-from qexport.progress import Reporter
+from qexport.progress import ProgressCallback
 from qexport.quantizing.pauses import Parking
 from qexport.reading.safetensors_weights import SafetensorsWeights
 from qexport.recipe import load_recipe
@@ -422,9 +422,9 @@ def test_weights_that_layouts_share_are_measured_once(tmp_path: Path, monkeypatc
     prepare(tmp_path, factories.llama_config(), ["q_proj"])
     measured: list[str] = []
 
-    def counting(reference: Reference, opened: ArtifactFolder, *, report: Reporter) -> Verified:
+    def counting(reference: Reference, opened: ArtifactFolder, *, progress: ProgressCallback) -> Verified:
         measured.append(opened.artifact.folder.name)
-        return measure_folder(reference, opened, report=report)
+        return measure_folder(reference, opened, progress=progress)
 
     monkeypatch.setattr("qexport.pipeline.running.measure_folder", counting)
     nf4 = next(path for path in RECIPES if path.name == "nf4.yaml")

@@ -259,7 +259,7 @@ def test_a_fallback_to_rounding_is_recorded_and_told(tmp_path: Path) -> None:
     events: list[Progress | Notice] = []
     options = settings(on_failure="round_to_nearest")
     records = list(
-        run(source, options, calibration(), dtype=torch.float32, device=CPU, scratch=tmp_path, report=events.append)
+        run(source, options, calibration(), dtype=torch.float32, device=CPU, scratch=tmp_path, progress=events.append)
     )
     fallen = {record.layer.name for record in records if record.layer and record.layer.method != "gptq"}
     assert "model.layers.1.self_attn.q_proj" in fallen
@@ -279,7 +279,7 @@ def test_a_layer_that_the_forward_never_calls_is_an_error(tmp_path: Path, monkey
 
 def test_progress_counts_blocks_and_tokens() -> None:
     events: list[Progress | Notice] = []
-    quantized(factories.llama_config(), settings(), report=events.append)
+    quantized(factories.llama_config(), settings(), progress=events.append)
     steps = [(event.done, event.total, event.tokens) for event in events if isinstance(event, Progress)]
     assert steps == [(0, 2, 0), (1, 2, 576), (2, 2, 1152)]
 

@@ -44,12 +44,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 
 def quantized(
-    source: Files, *, config: PretrainedConfig = CONFIG, report: Any = lambda _: None, **options: Any
+    source: Files, *, config: PretrainedConfig = CONFIG, progress: Any = lambda _: None, **options: Any
 ) -> dict[str, TensorRecord]:
     checkpoint = Checkpoint(Architecture(config.to_dict()), source, {}, Origin("folder", "tiny"))
     found = run(
         checkpoint, settings(**options), calibration(),
-        dtype=torch.float32, device=CPU, scratch=Path(tempfile.gettempdir()), report=report,
+        dtype=torch.float32, device=CPU, scratch=Path(tempfile.gettempdir()), progress=progress,
     )  # fmt: skip
     return {record.name: record for record in found}
 
@@ -161,7 +161,7 @@ def test_an_expert_that_no_token_reaches_is_an_error_that_names_it(idle: Files) 
 
 def test_an_expert_that_no_token_reaches_is_rounded_where_the_recipe_allows_it(idle: Files) -> None:
     told: list[Any] = []
-    found = quantized(idle, config=ONE_EXPERT, report=told.append, on_failure="round_to_nearest")
+    found = quantized(idle, config=ONE_EXPERT, progress=told.append, on_failure="round_to_nearest")
     reports = [record.layer for record in found.values() if record.layer]
     rounded = [report for report in reports if report.method == "round_to_nearest"]
     assert [report.name for report in rounded] == [f"{BLOCK}.2.{leaf}" for leaf in ("w1", "w3", "w2")]

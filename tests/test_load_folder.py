@@ -134,7 +134,7 @@ def test_keys_that_load_code_are_dropped_at_every_depth_and_told(model: Path) ->
     }
     change_config(model, **evil)
     events: list[Progress | Notice] = []
-    config = load_checkpoint(LoadSettings(base=str(model)), report=events.append).config
+    config = load_checkpoint(LoadSettings(base=str(model)), progress=events.append).config
     assert not {"auto_map", "_attn_implementation", "trust_remote_code", "_name_or_path"} & set(config)
     assert config["vision"] == {"keep": [{"b": 2}]}
     assert config["hidden_size"] == 64

@@ -438,7 +438,7 @@ def test_another_base_is_noted_and_refused_where_the_recipe_is_strict(
 ) -> None:
     told: list[Any] = []
     checkpoint = named(model, lora, name)
-    result = merge(checkpoint, lora, MergeSettings(), adapter_origin=adapters.ORIGIN, report=told.append)
+    result = merge(checkpoint, lora, MergeSettings(), adapter_origin=adapters.ORIGIN, progress=told.append)
     assert result.adapter is not None
     assert note in result.adapter.notes[0]
     assert [event.text for event in told] == list(result.adapter.notes)

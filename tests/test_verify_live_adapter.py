@@ -144,7 +144,7 @@ def test_models_that_do_not_fit_in_memory_are_not_measured(tmp_path: Path, monke
 
 
 def prepared(merged: Checkpoint, live: LiveAdapter | None, told: list[object]) -> Preparation:
-    return prepare(merged, live, HELD_OUT, dtype=torch.bfloat16, device=CPU, report=told.append)
+    return prepare(merged, live, HELD_OUT, dtype=torch.bfloat16, device=CPU, progress=told.append)
 
 
 def test_the_gate_passes_a_right_merge_and_fails_a_wrong_one(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.architectures.runner import BlockRunner
 from qexport.artifact.figures import CheckResult, find_figure
 from qexport.errors import InputError, NumericalError
-from qexport.progress import Notice, Progress, Reporter, silent
+from qexport.progress import Notice, Progress, ProgressCallback, silent
 from qexport.quantizing.rounding import NearestSource
 from qexport.reading.stored_model import open_stored
 from qexport.tensors import TensorSpec
@@ -76,11 +76,13 @@ def reference_of(
     )
 
 
-def measure(reference: Checkpoint, artifact: Path, *, report: Reporter = silent, **options: Any) -> Measurement:
+def measure(
+    reference: Checkpoint, artifact: Path, *, progress: ProgressCallback = silent, **options: Any
+) -> Measurement:
     against = reference_of(reference, **options)
     with open_stored(artifact, dtype=against.dtype) as stored:
         check_parameters(reference, stored)
-        return verify(stored, against, lambda figures: [], report=report)
+        return verify(stored, against, lambda figures: [], progress=progress)
 
 
 def refuse_headers(reference: Checkpoint, artifact: Path) -> None:
@@ -368,7 +370,7 @@ def test_progress_counts_every_step_and_names_what_was_not_measured(
     model = QuantizedModel(factories.build(factories.llama_config()))
     model.write(tmp_path / "a")
     events: list[Progress | Notice] = []
-    found = measure(model.checkpoint, tmp_path / "a", prompts=PROMPTS, report=events.append)
+    found = measure(model.checkpoint, tmp_path / "a", prompts=PROMPTS, progress=events.append)
     steps = [event for event in events if isinstance(event, Progress)]
     finished = [step for step in steps if step.detail]
     assert [step.done for step in finished] == list(range(1, 8))  # two blocks, one batch, two prompts of two models
@@ -379,7 +381,7 @@ def test_progress_counts_every_step_and_names_what_was_not_measured(
 
     monkeypatch.setattr("qexport.verifying.whole_models.available_memory", lambda device: 1000.0)
     events.clear()
-    found = measure(model.checkpoint, tmp_path / "a", prompts=PROMPTS, report=events.append)
+    found = measure(model.checkpoint, tmp_path / "a", prompts=PROMPTS, progress=events.append)
     assert found.generations is None
     assert find_figure(found.figures, "edit_distance") is None
     assert found.unconfirmed == ["generations (the model does not fit in memory)"]

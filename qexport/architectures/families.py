@@ -18,11 +18,11 @@ class Family:
     """The quirks of one `model_type`.
 
     Attributes:
-        keep_dense: patterns of module paths that no method quantizes unless the recipe insists, with the reason.
+        keep_unquantized: patterns of module paths that no method quantizes unless the recipe insists, with the reason.
         unmergeable: patterns of module paths that an adapter must not touch, with the reason.
     """
 
-    keep_dense: Mapping[str, str] = field(default_factory=dict)
+    keep_unquantized: Mapping[str, str] = field(default_factory=dict)
     unmergeable: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -30,7 +30,7 @@ _MAMBA = "the fused mamba kernel takes this weight directly and would bypass the
 
 FAMILIES: Mapping[str, Family] = {
     "falcon_h1": Family(
-        keep_dense={"*.mamba.out_proj": _MAMBA, "*.mamba.conv1d": _MAMBA},
+        keep_unquantized={"*.mamba.out_proj": _MAMBA, "*.mamba.conv1d": _MAMBA},
         unmergeable={"*.mamba.out_proj": _MAMBA, "*.mamba.conv1d": _MAMBA},
     ),
 }

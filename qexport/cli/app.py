@@ -18,7 +18,7 @@ from qexport.errors import RecipeError
 from qexport.hidden_packages import hidden
 
 if TYPE_CHECKING:
-    from qexport.progress import Notice, Progress, Reporter
+    from qexport.progress import Notice, Progress, ProgressCallback
 
 app = typer.Typer(
     help="From a base model and a LoRA adapter to a verified, quantized, servable artifact, in one streaming pass.",
@@ -77,14 +77,14 @@ def _qexport(
 
 
 @contextmanager
-def reporting() -> Iterator[Reporter]:
+def showing_progress() -> Iterator[ProgressCallback]:
     """Progress on stderr. What a library prints meanwhile goes there too, since stdout is for results."""
-    from qexport.cli.terminal import reporter
+    from qexport.cli.terminal import progress_display
 
-    with reporter(stderr()) as shown, redirect_stdout(sys.stderr):
+    with progress_display(stderr()) as shown, redirect_stdout(sys.stderr):
 
-        def report(event: Progress | Notice) -> None:
+        def show(event: Progress | Notice) -> None:
             raise_if_interrupted()
             shown(event)
 
-        yield report
+        yield show

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from qexport.cli.app import AsJson, Debug, Overrides, RecipePath, app, reporting
-from qexport.cli.failures import Failure, told
+from qexport.cli.app import AsJson, Debug, Overrides, RecipePath, app, showing_progress
+from qexport.cli.failures import Failure, reporting_errors
 from qexport.cli.terminal import stdout, write, write_json
 from qexport.errors import CompatibilityError, RecipeError, listed
 
@@ -32,7 +32,7 @@ def run(
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
 ) -> None:
     """Merge, quantize, export and verify, as the recipe says."""
-    with told(as_json=as_json, debug=debug, interrupted="interrupted; nothing was published"):
+    with reporting_errors(as_json=as_json, debug=debug, interrupted="interrupted; nothing was published"):
         from qexport.recipe import load_recipe
 
         chosen = load_recipe(recipe, overrides or ())
@@ -41,14 +41,14 @@ def run(
         from qexport import pipeline  # takes seconds, a recipe's problems need not wait for it
         from qexport.cli.verifying import verify_command
 
-        with reporting() as report:
+        with showing_progress() as progress:
             command = verify_command(".", str(recipe), overrides or (), {})
-            result = pipeline.run(chosen, force=force, device=device, command=command, report=report)
+            result = pipeline.run(chosen, force=force, device=device, command=command, progress=progress)
         if result.unproven_merge is not None:
             result.raise_for_verdict()
-    with told(as_json=as_json, debug=debug, interrupted=f"interrupted; {result.artifact_path} is complete"):
+    with reporting_errors(as_json=as_json, debug=debug, interrupted=f"interrupted; {result.artifact_path} is complete"):
         _show(result, as_json=as_json)
-    with told(debug=debug):
+    with reporting_errors(debug=debug):
         result.raise_for_verdict()
 
 
@@ -73,9 +73,9 @@ def verify(
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
 ) -> None:
     """Hold a finished artifact against base and adapter, and decide its gates."""
-    with told(as_json=as_json, debug=debug, interrupted="interrupted; nothing was written"):
+    with reporting_errors(as_json=as_json, debug=debug, interrupted="interrupted; nothing was written"):
         from qexport.cli.verifying import References, reference_of
-        from qexport.reporting.writing import check_report_folder, write_report
+        from qexport.showing_progress.writing import check_report_folder, write_report
 
         if report_folder is not None:
             check_report_folder(report_folder)
@@ -90,7 +90,7 @@ def verify(
             "--prompts": [prompts],
             "--gates": [gates],
         }
-        with reporting() as report:
+        with showing_progress() as progress:
             found = pipeline.verify(
                 artifact,
                 chosen.load,
@@ -98,20 +98,20 @@ def verify(
                 merging=chosen.merging,
                 command=verify_command(artifact.resolve().name, reference, overrides or (), options),
                 device=device,
-                report=report,
+                progress=progress,
             )
         unmet = gates_error(found.gates, str(artifact))
         if report_folder is not None:
             write_report(found, report_folder)
     written = "" if report_folder is None else f"; the report in {report_folder} is complete"
-    with told(as_json=as_json, debug=debug, interrupted=f"interrupted{written}"):
+    with reporting_errors(as_json=as_json, debug=debug, interrupted=f"interrupted{written}"):
         if as_json:
             write_json(found.model_dump(mode="json"))
         else:
             from qexport.reporting.terminal import report_summary
 
             stdout().print(report_summary(found))
-    with told(debug=debug):
+    with reporting_errors(debug=debug):
         if unmet:
             raise unmet
 
@@ -132,7 +132,7 @@ def validate(
     """Check a recipe against its model and adapter, from their headers alone, and print the plan; or check a finished
     artifact: digests, headers, and what a server demands.
     """
-    with told(as_json=as_json, debug=debug):
+    with reporting_errors(as_json=as_json, debug=debug):
         if subject.is_dir():
             failed = _inspect(subject, overrides, server, as_json=as_json)
         elif server is not None:
@@ -153,8 +153,8 @@ def _print_plan(recipe: Path, overrides: list[str] | None, *, as_json: bool) -> 
     chosen = load_recipe(recipe, overrides or ())
     from qexport import pipeline
 
-    with reporting() as report:
-        plan = pipeline.plan(chosen, report=report)
+    with showing_progress() as progress:
+        plan = pipeline.plan(chosen, progress=progress)
     if as_json:
         write_json(plan.as_dict())
     else:

@@ -45,7 +45,7 @@ class Failure:
 
 
 @contextmanager
-def told(*, as_json: bool = False, debug: bool = False, interrupted: str = "interrupted") -> Iterator[None]:
+def reporting_errors(*, as_json: bool = False, debug: bool = False, interrupted: str = "interrupted") -> Iterator[None]:
     """Tells any exception of the block and leaves with its exit code.
 
     Args:

@@ -13,7 +13,7 @@ from rich.console import RenderableType
 from qexport.artifact.disk import write_whole
 from qexport.artifact.report import Report
 from qexport.cli.app import AsJson, Debug, app
-from qexport.cli.failures import told
+from qexport.cli.failures import reporting_errors
 from qexport.cli.terminal import stderr, stdout, write, write_json
 from qexport.errors import RecipeError
 from qexport.reporting.comparison import ArtifactComparison, compare
@@ -128,7 +128,7 @@ def gate(
     debug: Debug = False,
 ) -> None:
     """Decide on a report's figures with other limits, without measuring again."""
-    with told(as_json=as_json, debug=debug):
+    with reporting_errors(as_json=as_json, debug=debug):
         from rich.text import Text
 
         from qexport.artifact.report import Report
@@ -148,7 +148,7 @@ def gate(
             for note in notes:
                 stderr().print(Text.assemble(("note: ", "yellow"), note), soft_wrap=True)
             stdout().print(gate_table(gate_rows(results)))
-    with told(debug=debug):
+    with reporting_errors(debug=debug):
         if unmet:
             raise unmet
 
@@ -174,7 +174,7 @@ def report(
     debug: Debug = False,
 ) -> None:
     """Show a report, or compare several: size against drift."""
-    with told(as_json=as_json, debug=debug):
+    with reporting_errors(as_json=as_json, debug=debug):
         if as_markdown and as_json:
             raise RecipeError("--markdown and --json exclude each other", mend="leave one of them out")
         from qexport.cli.report_commands import check_page, views_of, write_page
@@ -197,7 +197,7 @@ def schema(
     of: Annotated[Literal["recipe", "report"], typer.Argument(metavar="[recipe|report]", help="Of what.")] = "recipe",
 ) -> None:
     """Print the JSON Schema of recipes, for editors, or of report.json."""
-    with told():
+    with reporting_errors():
         if of == "report":
             from qexport.artifact.report import report_schema
 

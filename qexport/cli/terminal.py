@@ -17,7 +17,7 @@ from rich.text import Text
 
 from qexport.amounts import duration, size
 from qexport.architectures.memory import resident
-from qexport.progress import Notice, Progress, Reporter, Stage
+from qexport.progress import Notice, Progress, ProgressCallback, Stage
 
 
 class Terminal(Console):
@@ -71,13 +71,13 @@ _WIDEST_STAGE = len("calibrate")
 
 
 @contextmanager
-def reporter(console: Console) -> Iterator[Reporter]:
-    """The reporter that fits the console."""
+def progress_display(console: Console) -> Iterator[ProgressCallback]:
+    """What shows progress on this console: bars, or plain lines."""
     if console.is_terminal and not console.is_dumb_terminal:
         with _Bars(console) as live:
-            yield live.report
+            yield live.show
     else:
-        yield PlainLines(console).report
+        yield PlainLines(console).show
 
 
 class Stopwatch:
@@ -87,7 +87,7 @@ class Stopwatch:
         self.clock = clock
         self.starts: dict[Stage, tuple[float, int]] = {}
 
-    def told(self, event: Progress) -> str:
+    def words(self, event: Progress) -> str:
         """`1:05 left` at the pace since the stage's first event, `took 2:10` at its end, or nothing."""
         began, already_done = self.starts.setdefault(event.stage, (self.clock(), event.done))
         elapsed, finished = self.clock() - began, event.done - already_done
@@ -107,12 +107,12 @@ class PlainLines:
         self.stopwatch = Stopwatch(clock)
         self.told: dict[Stage, float] = {}
 
-    def report(self, event: Progress | Notice) -> None:
+    def show(self, event: Progress | Notice) -> None:
         """Prints the event, or lets it pass."""
         if isinstance(event, Notice):
             _print_note(self.console, event)
             return
-        timing = self.stopwatch.told(event)
+        timing = self.stopwatch.words(event)
         is_due = self.clock() - self.told.get(event.stage, float("-inf")) >= PLAIN_INTERVAL
         if is_due or (event.total and event.done >= event.total):
             self.told[event.stage] = self.clock()
@@ -147,7 +147,7 @@ class _Bars(bars.Progress):
         yield self.make_tasks_table(self.tasks)
         yield Text(memory(), style="dim")
 
-    def report(self, event: Progress | Notice) -> None:
+    def show(self, event: Progress | Notice) -> None:
         """Draws the event."""
         if isinstance(event, Notice):
             _print_note(self.console, event)
@@ -160,7 +160,7 @@ class _Bars(bars.Progress):
             total=event.total or None,
             position=position(event),
             tokens=tokens(event),
-            time=self.stopwatch.told(event),
+            time=self.stopwatch.words(event),
             detail=event.detail,
         )
 

@@ -13,13 +13,13 @@ from qexport.loading.folder import read_folder
 from qexport.loading.gguf_checkpoint import read_gguf
 from qexport.loading.hub import fetch, fetch_base, find_package_file
 from qexport.loading.settings import LoadSettings
-from qexport.progress import Reporter, silent
+from qexport.progress import ProgressCallback, silent
 from qexport.references import HubReference, LocalReference, PackageReference, parse_reference
 from qexport.tensors.source import Origin
 from qexport.tensors.strict_files import contained_path
 
 
-def load_checkpoint(settings: LoadSettings, *, report: Reporter = silent) -> Checkpoint:
+def load_checkpoint(settings: LoadSettings, *, progress: ProgressCallback = silent) -> Checkpoint:
     """The base model: configuration, lazily read weights, tokenizer files, origin with digests.
 
     Every header is held against the configuration here; values are checked for NaN and Inf as they are read.
@@ -31,18 +31,18 @@ def load_checkpoint(settings: LoadSettings, *, report: Reporter = silent) -> Che
     """
     reference = _found(settings.base, settings.revision, field="load.base")
     if isinstance(reference, Path):
-        return read_folder(reference, kind="folder", name=reference.resolve().name, report=report)
+        return read_folder(reference, kind="folder", name=reference.resolve().name, progress=progress)
     if isinstance(reference, HubReference):
-        snapshot = fetch_base(reference, report=report)
+        snapshot = fetch_base(reference, progress=progress)
         return read_folder(
             snapshot.path,
             kind="hub",
             name=reference.repo_id,
             revision=snapshot.commit,
             trusted_root=snapshot.trusted_root,
-            report=report,
+            progress=progress,
         )
-    return read_gguf(find_package_file(reference), report=report)
+    return read_gguf(find_package_file(reference), progress=progress)
 
 
 def _found(text: str, revision: str | None, *, field: str) -> Path | HubReference | PackageReference:
@@ -85,7 +85,7 @@ class AdapterFolder:
     origin: Origin
 
 
-def locate_adapter(settings: LoadSettings, *, report: Reporter = silent) -> AdapterFolder | None:
+def locate_adapter(settings: LoadSettings, *, progress: ProgressCallback = silent) -> AdapterFolder | None:
     """The recipe's adapter, fetched where it is on the hub; None where the recipe names none.
 
     Raises:
@@ -101,7 +101,7 @@ def locate_adapter(settings: LoadSettings, *, report: Reporter = silent) -> Adap
     if isinstance(reference, Path):
         digests = _check_files(reference, None)
         return AdapterFolder(reference, Origin("folder", reference.resolve().name, sha256=digests))
-    snapshot = fetch(reference, (ADAPTER_CONFIG, ADAPTER_WEIGHTS), report=report)
+    snapshot = fetch(reference, (ADAPTER_CONFIG, ADAPTER_WEIGHTS), progress=progress)
     digests = _check_files(snapshot.path, snapshot.trusted_root)
     return AdapterFolder(snapshot.path, Origin("hub", reference.repo_id, snapshot.commit, digests))
 

@@ -12,7 +12,7 @@ from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.artifact.digests import FileDigests, sha256_bytes
 from qexport.loading.model_weights import ChunkedSource, find_architecture, fit_to_model, refuse_untied_copies
 from qexport.loading.small_files import CONFIG_NAME, read_config, read_sidecars
-from qexport.progress import Reporter
+from qexport.progress import ProgressCallback
 from qexport.tensors.safetensors_folder import SafetensorsFolder
 from qexport.tensors.source import Origin, TensorSpec
 
@@ -24,7 +24,7 @@ def read_folder(
     name: str,
     revision: str | None = None,
     trusted_root: Path | None = None,
-    report: Reporter,
+    progress: ProgressCallback,
 ) -> Checkpoint:
     """The model in a folder. Headers are held against config.json; the digests of the weights are taken later.
 
@@ -34,13 +34,13 @@ def read_folder(
         name: the origin's name.
         revision: the commit, for a hub's model.
         trusted_root: where symbolic links may lead; the folder itself where None.
-        report: is told of keys of config.json that are dropped.
+        progress: is called with keys of config.json that are dropped.
 
     Raises:
         InputError: something is missing, malformed, unsafe or contradicts config.json.
         CompatibilityError: qexport cannot handle the family.
     """
-    config = read_config(folder, trusted_root=trusted_root, report=report)
+    config = read_config(folder, trusted_root=trusted_root, progress=progress)
     files = read_sidecars(folder, trusted_root=trusted_root)
     source = SafetensorsFolder(folder, trusted_root=trusted_root)
     try:

@@ -21,7 +21,7 @@ from qexport.loading.gguf_file import GgufFile
 from qexport.loading.hub import PackageFile
 from qexport.loading.model_weights import find_architecture, fit_to_model
 from qexport.loading.small_files import read_sidecars
-from qexport.progress import Progress, Reporter
+from qexport.progress import Progress, ProgressCallback
 from qexport.tensors.source import Origin, TensorSpec
 
 
@@ -63,7 +63,7 @@ _OPTIONAL: Final = {
 _TOKENS: Final = {"bos": "bos_token_id", "eos": "eos_token_id", "unknown": "unk_token_id", "padding": "pad_token_id"}
 
 
-def read_gguf(found: PackageFile, *, report: Reporter) -> Checkpoint:
+def read_gguf(found: PackageFile, *, progress: ProgressCallback) -> Checkpoint:
     """The model in a GGUF file. Weights are dequantized to float32 as they are read.
 
     Raises:
@@ -84,7 +84,7 @@ def read_gguf(found: PackageFile, *, report: Reporter) -> Checkpoint:
     except BaseException:
         file.close()
         raise
-    report(Progress("load", 1, 1, "file", detail=found.path.name))
+    progress(Progress("load", 1, 1, "file", detail=found.path.name))
     return Checkpoint(architecture, weights, files, origin)
 
 

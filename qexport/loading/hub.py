@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 
 from qexport.errors import InputError
 from qexport.loading.small_files import CONFIG_NAME, SIDECAR_NAMES
-from qexport.progress import Notice, Reporter
+from qexport.progress import Notice, ProgressCallback
 from qexport.references import HubReference, PackageReference
 from qexport.tensors.safetensors_folder import INDEX_NAME, SINGLE_NAME, read_index
 from qexport.tensors.strict_files import contained_path
@@ -93,28 +93,28 @@ class Snapshot:
     trusted_root: Path
 
 
-def fetch_base(reference: HubReference, *, report: Reporter) -> Snapshot:
+def fetch_base(reference: HubReference, *, progress: ProgressCallback) -> Snapshot:
     """Fetches a base model's files, or finds them in the cache.
 
     Raises:
         InputError: the model or revision does not exist, is gated, or cannot be reached and is not in the cache.
     """
-    snapshot = fetch(reference, _BASE_FILES, report=report)
+    snapshot = fetch(reference, _BASE_FILES, progress=progress)
     index = contained_path(snapshot.path, INDEX_NAME, root=snapshot.trusted_root)
     if index.is_file():
         shards = sorted(set(read_index(index).values()))
         at_commit = HubReference(reference.repo_id, snapshot.commit)
-        fetch(at_commit, tuple(glob.escape(shard) for shard in shards), report=report)
+        fetch(at_commit, tuple(glob.escape(shard) for shard in shards), progress=progress)
     return snapshot
 
 
-def fetch(reference: HubReference, patterns: tuple[str, ...], *, report: Reporter) -> Snapshot:
+def fetch(reference: HubReference, patterns: tuple[str, ...], *, progress: ProgressCallback) -> Snapshot:
     """Fetches the files that match any of the patterns, or finds them in the cache.
 
     Raises:
         InputError: the model or revision does not exist, is gated, or cannot be reached and is not in the cache.
     """
-    report(Notice(f"fetching {reference.repo_id} ({reference.revision or 'main'})"))
+    progress(Notice(f"fetching {reference.repo_id} ({reference.revision or 'main'})"))
     try:
         path = snapshot_download(reference.repo_id, revision=reference.revision, allow_patterns=list(patterns))
     except Exception as error:  # the client raises its own errors, the network's and the operating system's

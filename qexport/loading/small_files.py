@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.families import without_code_keys
 from qexport.errors import InputError
-from qexport.progress import Notice, Reporter
+from qexport.progress import Notice, ProgressCallback
 from qexport.tensors.strict_files import contained_path, parse_json, read_json_object
 from qexport.text.tokenizer_identity import (
     CHAT_TEMPLATE,
@@ -29,13 +29,13 @@ CONFIG_NAME: Final = "config.json"
 _LIMIT: Final = 1 << 24
 
 
-def read_config(folder: Path, *, trusted_root: Path | None, report: Reporter) -> dict[str, Any]:
+def read_config(folder: Path, *, trusted_root: Path | None, progress: ProgressCallback) -> dict[str, Any]:
     """The content of the folder's config.json without the keys that would load code.
 
     Args:
         folder: the model's folder.
         trusted_root: where symbolic links may lead; the folder itself where None.
-        report: is told which keys were dropped.
+        progress: is called with the keys that were dropped.
 
     Raises:
         InputError: the file is missing, not a JSON object, has a key twice or no model_type, or describes weights that
@@ -47,7 +47,7 @@ def read_config(folder: Path, *, trusted_root: Path | None, report: Reporter) ->
     raw = read_json_object(path, limit=_LIMIT)
     config, dropped = without_code_keys(_with_marked_floats(raw))
     if dropped:
-        report(Notice(f"config.json: dropped {', '.join(dropped)}; nothing from a model folder is executed"))
+        progress(Notice(f"config.json: dropped {', '.join(dropped)}; nothing from a model folder is executed"))
     if not isinstance(config.get("model_type"), str):
         raise InputError("model_type must name the model's family", where=str(path), mend="fetch the model anew")
     _refuse_quantized(config, str(path))

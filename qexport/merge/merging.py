@@ -18,7 +18,7 @@ from qexport.merge.changes import Change, ReadFactor
 from qexport.merge.plan import MergePlan
 from qexport.merge.settings import MergeSettings
 from qexport.merge.types import planner
-from qexport.progress import Notice, Reporter, silent
+from qexport.progress import Notice, ProgressCallback, silent
 from qexport.tensors.source import Origin, TensorSpec, WeightSource, is_finite
 
 
@@ -62,7 +62,7 @@ def merge(
     settings: MergeSettings,
     *,
     adapter_origin: Origin | None = None,
-    report: Reporter = silent,
+    progress: ProgressCallback = silent,
 ) -> Merged:
     """Lays an adapter over a base. No tensor of the base is read; every tensor of the adapter is, one at a time.
 
@@ -71,7 +71,7 @@ def merge(
         adapter: the folder of a PEFT adapter, or None to cast the base only.
         settings: the recipe's `merge`.
         adapter_origin: where the adapter came from; needed with one.
-        report: gets a `Notice` for everything that is recorded in `MergedAdapter.notes`.
+        progress: gets a `Notice` for everything that is recorded in `MergedAdapter.notes`.
 
     Raises:
         InputError: the adapter is malformed, holds NaN or Inf, or was made for another base.
@@ -81,11 +81,11 @@ def merge(
         return Merged(_with_weights(checkpoint, {}, _no_factors, settings), None, checkpoint)
     if adapter_origin is None:
         raise ValueError("an adapter needs its origin")
-    return _merge_adapter(checkpoint, read_adapter(adapter), settings, adapter_origin, report)
+    return _merge_adapter(checkpoint, read_adapter(adapter), settings, adapter_origin, progress)
 
 
 def _merge_adapter(
-    checkpoint: Checkpoint, adapter: Adapter, settings: MergeSettings, origin: Origin, report: Reporter
+    checkpoint: Checkpoint, adapter: Adapter, settings: MergeSettings, origin: Origin, progress: ProgressCallback
 ) -> Merged:
     notes = tuple(_notes(checkpoint, adapter, settings))
     plan = MergePlan(adapter, look_at(checkpoint))
@@ -93,7 +93,7 @@ def _merge_adapter(
     changes = plan.settle()
     plan.check_finite()
     for note in notes:
-        report(Notice(note))
+        progress(Notice(note))
     changed = tuple(name for name in plan.base.weights if name in changes)
     merged = _with_weights(checkpoint, changes, adapter.read, settings)
     described = MergedAdapter(adapter.peft_type, adapter.folder, origin, changed, notes)

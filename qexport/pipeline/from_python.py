@@ -17,7 +17,7 @@ from qexport.loading.settings import LoadSettings
 from qexport.merge.settings import MergeSettings
 from qexport.pipeline.result import Result
 from qexport.pipeline.running import run
-from qexport.progress import Reporter, silent
+from qexport.progress import ProgressCallback, silent
 from qexport.quantizing.method import CalibrationSettings, Method
 from qexport.recipe.model import Recipe
 from qexport.verifying.settings import VerifySettings
@@ -48,7 +48,7 @@ def quantize(
     merge: MergeSettings | None = None,
     force: bool = False,
     device: str = "auto",
-    report: Reporter = silent,
+    progress: ProgressCallback = silent,
 ) -> Result:
     """Merges the adapter, quantizes, exports and, where `verify` is given, verifies.
 
@@ -70,7 +70,7 @@ def quantize(
         merge: the arithmetic of the merge.
         force: replace an output folder that is not empty.
         device: `auto`, `cpu` or `cuda`.
-        report: is told of progress, and of what a user should know.
+        progress: is called with each step, and with what a user should know.
 
     Returns:
         What lies where, and the verdict; see `Result.raise_for_verdict`.
@@ -90,7 +90,7 @@ def quantize(
             verify=inputs.verification(verify),
             output=str(output),
         )
-        return run(recipe, force=force, device=device, report=report)
+        return run(recipe, force=force, device=device, progress=progress)
 
 
 def _recipe(**parts: Any) -> Recipe:

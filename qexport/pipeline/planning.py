@@ -16,23 +16,23 @@ from qexport.loading.settings import LoadSettings
 from qexport.merge.merging import Merged, merge
 from qexport.merge.settings import MergeSettings
 from qexport.pipeline.texts import check_questions, refuse_long_windows
-from qexport.progress import Reporter, silent
+from qexport.progress import ProgressCallback, silent
 from qexport.recipe.model import Recipe
 
 
-def load_merged(load: LoadSettings, merging: MergeSettings, *, report: Reporter) -> Merged:
+def load_merged(load: LoadSettings, merging: MergeSettings, *, progress: ProgressCallback) -> Merged:
     """The merged model; of the base only headers have been read.
 
     Raises:
         QexportError: base or adapter cannot be used, or they do not fit together.
     """
-    checkpoint, adapter = load_checkpoint(load, report=report), locate_adapter(load, report=report)
+    checkpoint, adapter = load_checkpoint(load, progress=progress), locate_adapter(load, progress=progress)
     return merge(
         checkpoint,
         adapter.path if adapter else None,
         merging,
         adapter_origin=adapter.origin if adapter else None,
-        report=report,
+        progress=progress,
     )
 
 
@@ -113,7 +113,7 @@ class Plan:
 
 
 @hidden("kernels")
-def plan(recipe: Recipe, *, report: Reporter = silent) -> Plan:
+def plan(recipe: Recipe, *, progress: ProgressCallback = silent) -> Plan:
     """Checks everything that headers, configurations and the adapter can tell, and the prompts and task files.
 
     Raises:
@@ -123,7 +123,7 @@ def plan(recipe: Recipe, *, report: Reporter = silent) -> Plan:
     """
     if recipe.verify is not None:
         check_questions(recipe.verify)
-    merged = load_merged(recipe.load, recipe.merge, report=report)
+    merged = load_merged(recipe.load, recipe.merge, progress=progress)
     structure = merged.checkpoint.architecture.structure
     _check_windows(recipe, structure)
     outputs = recipe.quantize.plan(merged.checkpoint)

@@ -17,7 +17,7 @@ from qexport.loading.small_files import open_tokenizer
 from qexport.merge.merging import Merged
 from qexport.pipeline.result import UnprovenMerge
 from qexport.pipeline.texts import Evaluation
-from qexport.progress import Reporter, silent
+from qexport.progress import ProgressCallback, silent
 from qexport.quantizing.rounding import NearestSource
 from qexport.verifying.live_adapter import LiveAdapter
 from qexport.verifying.preparation import Preparation, prepare
@@ -107,7 +107,7 @@ def prepare_reference(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    report: Reporter = silent,
+    progress: ProgressCallback = silent,
 ) -> Reference:
     """Measures what the reference alone can tell: the noise floor and the proof of the merge.
 
@@ -117,7 +117,7 @@ def prepare_reference(
         settings: how to compare.
         dtype: what the blocks compute in.
         device: where to compute.
-        report: is told of each step.
+        progress: is called with each step.
 
     Raises:
         InputError: a tensor cannot be read.
@@ -130,7 +130,7 @@ def prepare_reference(
         base=merged.base,
         adapter=adapter.origin if adapter else None,
         nearest=partial(NearestSource, checkpoint.weights),
-        prepared=prepare(checkpoint, live, evaluation.held_out, dtype=dtype, device=device, report=report),
+        prepared=prepare(checkpoint, live, evaluation.held_out, dtype=dtype, device=device, progress=progress),
         held_out=evaluation.held_out,
         prompts=evaluation.prompts,
         open_tokenizer=partial(open_tokenizer, checkpoint),

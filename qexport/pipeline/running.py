@@ -25,7 +25,7 @@ from qexport.pipeline.reference import prepare_reference, refuse_unmeasurable, u
 from qexport.pipeline.result import Result, UnprovenMerge
 from qexport.pipeline.texts import Evaluation, Texts, read_texts
 from qexport.pipeline.verification import measure_folder
-from qexport.progress import Progress, Reporter, silent
+from qexport.progress import Progress, ProgressCallback, silent
 from qexport.recipe.model import Recipe
 from qexport.records import LayerRecord
 from qexport.reporting.writing import write_report
@@ -40,7 +40,7 @@ def run(
     force: bool = False,
     device: str = "auto",
     command: str = "qexport verify . --reference RECIPE.yaml",
-    report: Reporter = silent,
+    progress: ProgressCallback = silent,
 ) -> Result:
     """Merges, quantizes, exports and verifies; publishes the artifact with one rename.
 
@@ -52,28 +52,28 @@ def run(
         force: replace an output folder that is not empty.
         device: `auto`, `cpu` or `cuda`.
         command: for the report, what measures the same again.
-        report: is told of progress, and of what a user should know.
+        progress: is called with each step, and with what a user should know.
 
     Raises:
         QexportError: one of its kinds, see `qexport.errors`. Nothing new is at the final path then.
     """
     output, where = _output(recipe, force=force), find_device(device)
-    planned = plan(recipe, report=report)
+    planned = plan(recipe, progress=progress)
     ensure_space(output, planned.total_bytes)
     for layout in planned.layouts:
         layout.prepare()
-    texts = read_texts(recipe, planned.merged.checkpoint, planned.structure, report=report)
+    texts = read_texts(recipe, planned.merged.checkpoint, planned.structure, progress=progress)
     with Publication(output, force=force) as publication:
         with taken_meanwhile(planned.merged.checkpoint.origin.sha256):
-            reference = _reference(planned, texts.evaluation, where, report)
+            reference = _reference(planned, texts.evaluation, where, progress)
             if unproven := _unproven_merge(planned, reference):
                 return Result(None, {}, {}, unproven.gate.verdict, unproven)
-            layers, written = _write(planned, texts, publication.folder, where, report)
+            layers, written = _write(planned, texts, publication.folder, where, progress)
         with ExitStack() as stack:
             for weights in written.values():
                 stack.enter_context(taken_meanwhile(weights.files))
             folders = _read_back(planned, publication.folder, layers, written, stack)
-            reports = _measure(planned, reference, folders, command, report)
+            reports = _measure(planned, reference, folders, command, progress)
         manifests = {}
         for layout in planned.layouts:
             folder, found = folders[layout.name], reports.get(layout.name)
@@ -88,7 +88,7 @@ def run(
 
 
 def _reference(
-    planned: Plan, evaluation: Evaluation | None, device: torch.device, report: Reporter
+    planned: Plan, evaluation: Evaluation | None, device: torch.device, progress: ProgressCallback
 ) -> Reference | None:
     """Measures the reference alone, so that what can be known before the work is not found out after it.
 
@@ -99,7 +99,7 @@ def _reference(
     if evaluation is None or settings is None:
         return None
     dtype: torch.dtype = getattr(torch, planned.recipe.merge.dtype)
-    reference = prepare_reference(planned.merged, evaluation, settings, dtype=dtype, device=device, report=report)
+    reference = prepare_reference(planned.merged, evaluation, settings, dtype=dtype, device=device, progress=progress)
     refuse_unmeasurable(settings, reference.prepared)
     return reference
 
@@ -112,7 +112,7 @@ def _unproven_merge(planned: Plan, reference: Reference | None) -> UnprovenMerge
 
 
 def _write(
-    planned: Plan, texts: Texts, output: Path, device: torch.device, report: Reporter
+    planned: Plan, texts: Texts, output: Path, device: torch.device, progress: ProgressCallback
 ) -> tuple[list[LayerRecord], dict[str, WrittenWeights]]:
     """The one pass, and what lies beside the weights.
 
@@ -120,8 +120,8 @@ def _write(
     """
     for layout in planned.layouts:
         planned.folder(output, layout).mkdir(exist_ok=True)
-    layers, weights_of = _write_weights(planned, texts, output, device, report)
-    report(Progress("export", 0, len(planned.layouts), "layout", "finishing"))
+    layers, weights_of = _write_weights(planned, texts, output, device, progress)
+    progress(Progress("export", 0, len(planned.layouts), "layout", "finishing"))
     written: dict[str, WrittenWeights] = {}
     for group, weights in zip(planned.distinct, weights_of, strict=True):
         for layout in group:
@@ -130,12 +130,12 @@ def _write(
                 weights.link_into(planned.folder(output, group[0]), folder)
             layout.write_files(folder, planned.merged.checkpoint)
             written[layout.name] = weights
-            report(Progress("export", len(written), len(planned.layouts), "layout", layout.name))
+            progress(Progress("export", len(written), len(planned.layouts), "layout", layout.name))
     return layers, written
 
 
 def _write_weights(
-    planned: Plan, texts: Texts, output: Path, device: torch.device, report: Reporter
+    planned: Plan, texts: Texts, output: Path, device: torch.device, progress: ProgressCallback
 ) -> tuple[list[LayerRecord], list[WrittenWeights]]:
     """Every tensor is read, merged, quantized and handed to the writers before the next block is read."""
     layers: list[LayerRecord] = []
@@ -146,7 +146,7 @@ def _write_weights(
         dtype=getattr(torch, planned.recipe.merge.dtype),
         device=device,
         scratch=output,
-        report=report,
+        progress=progress,
     )
     with ExitStack() as stack:
         writers = [
@@ -182,7 +182,11 @@ def _read_back(
 
 
 def _measure(
-    planned: Plan, reference: Reference | None, folders: Mapping[str, LayoutFolder], command: str, report: Reporter
+    planned: Plan,
+    reference: Reference | None,
+    folders: Mapping[str, LayoutFolder],
+    command: str,
+    progress: ProgressCallback,
 ) -> dict[str, Report]:
     """Weights that layouts share are measured once; their other files are not the same."""
     reports: dict[str, Report] = {}
@@ -190,7 +194,7 @@ def _measure(
         return reports
     for group in planned.distinct:
         for alike in _alike([folders[layout.name] for layout in group]):
-            verified = measure_folder(reference, alike[0].opened, report=report)
+            verified = measure_folder(reference, alike[0].opened, progress=progress)
             for folder in alike:
                 reports[folder.layout.name] = verified.report_on(folder.opened, command=command)
     return reports

@@ -12,7 +12,7 @@ from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.structure import Structure
 from qexport.errors import CompatibilityError, listed
 from qexport.loading.small_files import open_tokenizer
-from qexport.progress import Notice, Reporter, silent
+from qexport.progress import Notice, ProgressCallback, silent
 from qexport.quantizing.method import CalibrationSettings
 from qexport.recipe.model import Recipe
 from qexport.tensors import CalibrationSet
@@ -51,7 +51,9 @@ class Texts:
     evaluation: Evaluation | None
 
 
-def read_texts(recipe: Recipe, checkpoint: Checkpoint, structure: Structure, *, report: Reporter = silent) -> Texts:
+def read_texts(
+    recipe: Recipe, checkpoint: Checkpoint, structure: Structure, *, progress: ProgressCallback = silent
+) -> Texts:
     """Reads every text that the recipe names. The tokenizer, tens of megabytes, is not kept.
 
     Raises:
@@ -66,7 +68,7 @@ def read_texts(recipe: Recipe, checkpoint: Checkpoint, structure: Structure, *, 
     if recipe.verify is None:
         return Texts(calibration, None)
     return Texts(
-        calibration, read_evaluation(recipe.verify, tokenizer, structure, calibration=documents, report=report)
+        calibration, read_evaluation(recipe.verify, tokenizer, structure, calibration=documents, progress=progress)
     )
 
 
@@ -76,7 +78,7 @@ def read_evaluation(
     structure: Structure,
     *,
     calibration: Documents | None = None,
-    report: Reporter = silent,
+    progress: ProgressCallback = silent,
 ) -> Evaluation:
     """Reads the held-out text and the prompts.
 
@@ -85,21 +87,21 @@ def read_evaluation(
         tokenizer: the model's.
         structure: the model's.
         calibration: text that the held-out text must not share documents with.
-        report: is told of prompts that cannot be continued, and of windows that are not measured.
+        progress: is called with prompts that cannot be continued, and with windows that are not measured.
 
     Raises:
         InputError: see `read_texts`.
     """
     documents = read_documents(_listed(settings.text), field=settings.field)
     if settings.windows > settings.max_windows:
-        report(Notice(f"of verify.windows, {settings.windows}, max_windows lets {settings.max_windows} be measured"))
+        progress(Notice(f"of verify.windows, {settings.windows}, max_windows lets {settings.max_windows} be measured"))
     if calibration is not None:
         refuse_shared(calibration, documents)
     prompts = None
     if settings.prompts:
         prompts = encode_prompts(read_prompts(Path(settings.prompts)), tokenizer)
         for prompt, reason in prompts.skipped.items():
-            report(Notice(f"the prompt {prompt} is not continued: {reason}"))
+            progress(Notice(f"the prompt {prompt} is not continued: {reason}"))
         refuse_long(prompts, structure.positions, settings.max_new_tokens)
     held_out = make_held_out(
         documents,

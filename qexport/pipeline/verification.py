@@ -24,7 +24,7 @@ from qexport.pipeline.planning import load_merged
 from qexport.pipeline.recording import make_report
 from qexport.pipeline.reference import Gates, make_gates, prepare_reference
 from qexport.pipeline.texts import check_questions, read_evaluation, refuse_long_windows
-from qexport.progress import Reporter, silent
+from qexport.progress import ProgressCallback, silent
 from qexport.quantizing.methods import profile_of_layer
 from qexport.reading.stored_model import StoredModel, model_folder
 from qexport.text.preflight import TokenizerFolder, preflight
@@ -43,7 +43,7 @@ def verify(
     merging: MergeSettings | None = None,
     command: str = "qexport.verify(...)",
     device: str = "auto",
-    report: Reporter = silent,
+    progress: ProgressCallback = silent,
 ) -> Report:
     """Holds a finished folder, of qexport or of another maker, against base and adapter.
 
@@ -54,21 +54,21 @@ def verify(
         merging: the arithmetic of the merge.
         command: for the report, what measures the same again.
         device: `auto`, `cpu` or `cuda`.
-        report: is told of progress, and of what a user should know.
+        progress: is called with each step, and with what a user should know.
 
     Raises:
         QexportError: one of its kinds, see `qexport.errors`. A gate that fails is in the report, not raised.
     """
     check_questions(settings)
     where, folder, merging = find_device(device), model_folder(Path(artifact)), merging or MergeSettings()
-    merged = load_merged(load, merging, report=report)
+    merged = load_merged(load, merging, progress=progress)
     structure, dtype = merged.checkpoint.architecture.structure, getattr(torch, merging.dtype)
     refuse_long_windows({"verify.sequence_length": settings.sequence_length}, structure)
     with _open(folder, merged.checkpoint, dtype) as opened:
         check_parameters(merged.checkpoint, opened.artifact)
-        evaluation = read_evaluation(settings, open_tokenizer(merged.checkpoint), structure, report=report)
-        reference = prepare_reference(merged, evaluation, settings, dtype=dtype, device=where, report=report)
-        return measure_folder(reference, opened, report=report).report_on(opened, command=command)
+        evaluation = read_evaluation(settings, open_tokenizer(merged.checkpoint), structure, progress=progress)
+        reference = prepare_reference(merged, evaluation, settings, dtype=dtype, device=where, progress=progress)
+        return measure_folder(reference, opened, progress=progress).report_on(opened, command=command)
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Verified:
         return make_report(opened, measured, decided, checks, reference, notes=notes, command=command)
 
 
-def measure_folder(reference: Reference, opened: ArtifactFolder, *, report: Reporter = silent) -> Verified:
+def measure_folder(reference: Reference, opened: ArtifactFolder, *, progress: ProgressCallback = silent) -> Verified:
     """Measures a folder's weights until its gates are decided.
 
     Raises:
@@ -125,7 +125,7 @@ def measure_folder(reference: Reference, opened: ArtifactFolder, *, report: Repo
         graph=opened.artifact.kind == "graph",
     )
     measured = verification.verify(
-        opened.artifact, reference, lambda figures: gates(figures, []), grids=opened.grids, report=report
+        opened.artifact, reference, lambda figures: gates(figures, []), grids=opened.grids, progress=progress
     )
     return Verified(reference, gates, measured)
 

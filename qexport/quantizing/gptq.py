@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from qexport.gates.limits import TINY_PARAMETERS
-from qexport.progress import Reporter, silent
+from qexport.progress import ProgressCallback, silent
 from qexport.quantizing.method import CalibrationSettings, Method
 from qexport.settings import Settings
 
@@ -171,12 +171,12 @@ class Gptq(Method):
         dtype: torch.dtype,
         device: torch.device,
         scratch: Path,
-        report: Reporter = silent,
+        progress: ProgressCallback = silent,
     ) -> Iterator[TensorRecord]:
         """Block by block, each layer solved with inputs from the quantized layers before it."""
         from qexport.quantizing.gptq_pass import quantize
 
         assert calibration is not None, "a run reads the text of every method that needs calibration"
         return quantize(
-            self, checkpoint, outputs, calibration, dtype=dtype, device=device, scratch=scratch, report=report
+            self, checkpoint, outputs, calibration, dtype=dtype, device=device, scratch=scratch, progress=progress
         )

@@ -16,7 +16,7 @@ from qexport.architectures.runner import Batch, BlockRunner
 from qexport.architectures.structure import LinearSpec, Structure
 from qexport.errors import CompatibilityError
 from qexport.formats.registry import Outputs
-from qexport.progress import Notice, Progress, Reporter, silent
+from qexport.progress import Notice, Progress, ProgressCallback, silent
 from qexport.quantizing.gptq import Gptq
 from qexport.quantizing.layer import Hessian, SolvedLayer, solve_together
 from qexport.quantizing.pauses import Group, Parking, PausedForward, find_groups, pausing_at
@@ -62,7 +62,7 @@ def quantize(
     dtype: torch.dtype,
     device: torch.device,
     scratch: Path,
-    report: Reporter = silent,
+    progress: ProgressCallback = silent,
 ) -> Iterator[TensorRecord]:
     """Yields every tensor of the model, the chosen linears quantized, with the memory of one block.
 
@@ -74,7 +74,7 @@ def quantize(
         dtype: the merged model's dtype, which the forward computes in.
         device: where to compute.
         scratch: a folder on a disk with room for a block's activations; nothing is left in it.
-        report: is told of each block.
+        progress: is called with each block.
 
     Raises:
         NumericalError: a layer's Hessian is not finite or cannot be factorized, and `on_failure` is `error`.
@@ -87,14 +87,14 @@ def quantize(
         work = _Pass(runner, method, outputs, calibration, parking)
         tokens = calibration.input_ids.numel()
         total = len(runner.structure.blocks)
-        report(Progress("quantize", 0, total, "block"))
+        progress(Progress("quantize", 0, total, "block"))
         for name in _outside(checkpoint, runner.structure, work.chosen):
             yield TensorRecord(name, checkpoint.weights.read(name))
         for index in range(total):
             records = work.block(index)
-            report(Progress("quantize", index + 1, total, "block", _summary(records), (index + 1) * tokens))
+            progress(Progress("quantize", index + 1, total, "block", _summary(records), (index + 1) * tokens))
             yield from records
-            _tell_fallbacks(records, report)
+            _tell_fallbacks(records, progress)
         if runner.structure.head in work.chosen:
             yield work.head()
 
@@ -272,7 +272,7 @@ def _summary(records: list[TensorRecord]) -> str:
     return f"loss {max(losses):.4f}" if losses else "dense"
 
 
-def _tell_fallbacks(records: list[TensorRecord], report: Reporter) -> None:
+def _tell_fallbacks(records: list[TensorRecord], progress: ProgressCallback) -> None:
     for record in records:
         if record.layer and record.layer.method == "round_to_nearest":
-            report(Notice(f"{record.layer.name} was rounded to nearest: its Hessian could not be used"))
+            progress(Notice(f"{record.layer.name} was rounded to nearest: its Hessian could not be used"))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
-from qexport.progress import Reporter, silent
+from qexport.progress import ProgressCallback, silent
 from qexport.settings import Settings, required_in_recipes
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class Method(Settings, ABC):
         dtype: torch.dtype,
         device: torch.device,
         scratch: Path,
-        report: Reporter = silent,
+        progress: ProgressCallback = silent,
     ) -> Iterator[TensorRecord]:
         """Yields every tensor of the model as `plan` has said, with the memory of one block at most.
 
@@ -125,7 +125,7 @@ class Method(Settings, ABC):
             dtype: the merged model's dtype.
             device: where to compute.
             scratch: a folder on a disk with room for a block's activations; nothing is left in it.
-            report: is told of progress.
+            progress: is called with each step.
 
         Raises:
             NumericalError: the numbers do not allow it; see the method.
@@ -191,9 +191,9 @@ class RoundingMethod(Method):
         dtype: torch.dtype,
         device: torch.device,
         scratch: Path,
-        report: Reporter = silent,
+        progress: ProgressCallback = silent,
     ) -> Iterator[TensorRecord]:
         """Tensor after tensor; no model is built."""
         from qexport.quantizing.rounding import quantize
 
-        return quantize(self, checkpoint, outputs, device=device, report=report)
+        return quantize(self, checkpoint, outputs, device=device, progress=progress)

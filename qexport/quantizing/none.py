@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from qexport.progress import Reporter, silent
+from qexport.progress import ProgressCallback, silent
 from qexport.quantizing.method import Method
 
 if TYPE_CHECKING:
@@ -50,9 +50,9 @@ class NoQuantization(Method):
         dtype: torch.dtype,
         device: torch.device,
         scratch: Path,
-        report: Reporter = silent,
+        progress: ProgressCallback = silent,
     ) -> Iterator[TensorRecord]:
         """Tensor after tensor."""
         from qexport.quantizing.rounding import quantize
 
-        return quantize(None, checkpoint, outputs, device=device, report=report)
+        return quantize(None, checkpoint, outputs, device=device, progress=progress)

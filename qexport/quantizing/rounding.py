@@ -9,7 +9,7 @@ import torch
 
 from qexport.architectures.architecture import Checkpoint
 from qexport.formats.registry import Outputs
-from qexport.progress import Progress, Reporter, silent
+from qexport.progress import Progress, ProgressCallback, silent
 from qexport.quantizing.method import RoundingMethod
 from qexport.quantizing.selection import notes_on_experts, select_rounded
 from qexport.quantizing.solver import Options, round_to_nearest
@@ -75,7 +75,7 @@ def quantize(
     outputs: Outputs,
     *,
     device: torch.device,
-    report: Reporter = silent,
+    progress: ProgressCallback = silent,
 ) -> Iterator[TensorRecord]:
     """Yields every tensor of the model, one after the other, quantized where `outputs` says so.
 
@@ -84,7 +84,7 @@ def quantize(
         checkpoint: the merged model.
         outputs: what will come.
         device: where to compute.
-        report: is told of each tensor.
+        progress: is called with each tensor.
 
     Raises:
         InputError: a tensor cannot be read.
@@ -92,7 +92,7 @@ def quantize(
     """
     merged_ahead = _ahead(checkpoint.weights, outputs.specs)
     for done, ((name, spec), merged) in enumerate(zip(outputs.specs.items(), merged_ahead, strict=True)):
-        report(Progress("quantize", done, len(outputs.specs), "tensor", name))
+        progress(Progress("quantize", done, len(outputs.specs), "tensor", name))
         if isinstance(spec, TensorSpec):
             yield TensorRecord(name, merged)
             continue
@@ -101,7 +101,7 @@ def quantize(
         matrix = merged.t().contiguous() if spec.transposed else merged  # every format has the codes [out, in]
         layer = LayerRecord.uncalibrated(name.removesuffix(".weight"), method.layer_method, spec.bits, spec.group_size)
         yield TensorRecord(name, method.codes(matrix.to(device), spec), layer, merged)
-    report(Progress("quantize", len(outputs.specs), len(outputs.specs), "tensor"))
+    progress(Progress("quantize", len(outputs.specs), len(outputs.specs), "tensor"))
 
 
 def _ahead(weights: WeightSource, names: Iterable[str]) -> Iterator[torch.Tensor]:

@@ -43,7 +43,7 @@ def select(structure: Structure, method: Gptq) -> dict[str, Options]:
 
 
 def _kept_by_family(structure: Structure, name: str) -> bool:
-    return matching(family(structure.model_type).keep_dense, name) is not None
+    return matching(family(structure.model_type).keep_unquantized, name) is not None
 
 
 def candidates(structure: Structure, method: Gptq) -> dict[str, LinearSpec]:

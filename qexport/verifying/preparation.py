@@ -13,7 +13,7 @@ from torch import Tensor
 from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.runner import BlockRunner
 from qexport.artifact.figures import Figure
-from qexport.progress import Notice, Reporter, silent
+from qexport.progress import Notice, ProgressCallback, silent
 from qexport.statistics.samples import NOT_NEGATIVE
 from qexport.text.held_out import HeldOut
 from qexport.verifying.divergence import TokenFigures, compare
@@ -92,7 +92,7 @@ def prepare(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    report: Reporter = silent,
+    progress: ProgressCallback = silent,
 ) -> Preparation:
     """Measures the noise floor, and holds the merge against the adapter as PEFT computes it.
 
@@ -102,13 +102,13 @@ def prepare(
         held_out: the text.
         dtype: what the blocks compute in: the merged model's dtype.
         device: where to compute.
-        report: is told of each step.
+        progress: is called with each step.
 
     Raises:
         InputError: a tensor cannot be read.
         NumericalError: logits hold NaN or Inf.
     """
-    steps = Steps(report, "prepare")
+    steps = Steps(progress, "prepare")
     floor = noise_floor(reference, held_out.input_ids, dtype=dtype, device=device, steps=steps)
     if live is None:
         return Preparation(floor)
@@ -116,7 +116,7 @@ def prepare(
         tokens = compare_merge(reference, live, held_out.input_ids, dtype=wider(dtype), device=device, steps=steps)
     except NotMeasured as reason:
         cause = f" ({reason.__cause__})" if reason.__cause__ else ""
-        report(Notice(f"the merge was not held against PEFT: {reason}{cause}"))
+        progress(Notice(f"the merge was not held against PEFT: {reason}{cause}"))
         return Preparation(floor, unconfirmed=[f"the merge against PEFT ({reason})"])
     return Preparation(floor, [_merge_kl(tokens, floor["mean_kl"])])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from qexport.progress import Progress, Reporter
+from qexport.progress import Progress, ProgressCallback
 
 
 @dataclass
@@ -20,7 +20,7 @@ class Steps:
         tokens: that went through the models in them.
     """
 
-    report: Reporter
+    report: ProgressCallback
     stage: Literal["prepare", "verify"] = "verify"
     total: int = 0
     done: int = 0

@@ -17,7 +17,7 @@ from qexport.artifact.figures import CheckResult, Figure, GateResult
 from qexport.artifact.measurements import BlockDrift, Generations, TaskRecord, Timings
 from qexport.errors import listed
 from qexport.gates.deciding import needs_more
-from qexport.progress import Reporter, silent
+from qexport.progress import ProgressCallback, silent
 from qexport.reading.stored_model import StoredModel
 from qexport.statistics.sequences import PLANNED_UNITS
 from qexport.tensors import GroupQuantizedSpec
@@ -77,7 +77,7 @@ def verify(
     judge: Judge,
     *,
     grids: Mapping[str, GroupQuantizedSpec] | None = None,
-    report: Reporter = silent,
+    progress: ProgressCallback = silent,
 ) -> Measurement:
     """Measures an artifact until its gates are decided or the text is used up.
 
@@ -89,13 +89,13 @@ def verify(
         reference: what to measure it against.
         judge: the gates.
         grids: of the artifact's layers, where more is known than its files tell.
-        report: is told of each step.
+        progress: is called with each step.
 
     Raises:
         InputError: the artifact cannot be read.
         NumericalError: logits hold NaN or Inf.
     """
-    started, steps = time.monotonic(), Steps(report)
+    started, steps = time.monotonic(), Steps(progress)
     figures: list[Figure] = []
 
     def decide(found: Measured) -> list[GateResult]:
@@ -108,8 +108,8 @@ def verify(
     models = Models(own, reading.runner, *rivals)
     measured = measure(models, reference.held_out.input_ids, settings.windows, decide, needs_more, steps)
     pair = Pair(own, reading.runner, reference.merged, artifact, reference.tokenizer)
-    whole = measure_whole(pair, reference.prompts, settings, steps, report)
-    speed = measure_speed(pair, reference.held_out.input_ids, settings.speed, reference.dtype, report)
+    whole = measure_whole(pair, reference.prompts, settings, steps, progress)
+    speed = measure_speed(pair, reference.held_out.input_ids, settings.speed, reference.dtype, progress)
     drift = zip(own.structure.blocks, measured.block_drift, strict=bool(measured.block_drift))
     return Measurement(
         figures=[*figures, *whole.figures],

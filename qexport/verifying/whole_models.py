@@ -13,7 +13,7 @@ from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.runner import BlockRunner
 from qexport.artifact.figures import Figure
 from qexport.artifact.measurements import Generations, TaskRecord
-from qexport.progress import Notice, Reporter
+from qexport.progress import Notice, ProgressCallback
 from qexport.reading.stored_model import StoredModel
 from qexport.text.prompts import EncodedPrompts
 from qexport.verifying.generation import Openable
@@ -64,7 +64,7 @@ class Whole:
 
 
 def measure_whole(
-    pair: Pair, prompts: EncodedPrompts | None, settings: VerifySettings, steps: Steps, report: Reporter
+    pair: Pair, prompts: EncodedPrompts | None, settings: VerifySettings, steps: Steps, progress: ProgressCallback
 ) -> Whole:
     """Continues the prompts and asks the tasks, one model after the other.
 
@@ -73,14 +73,14 @@ def measure_whole(
         prompts: None for nothing.
         settings: the recipe's `verify`.
         steps: is told of each.
-        report: is told what was left out.
+        progress: is called with what was left out.
     """
     wanted = {"generations": prompts is not None, "tasks": settings.tasks is not None}
     needed, available = needed_memory(pair.reference), available_memory(pair.reference.device)
     if any(wanted.values()) and needed > available:
         names = [name for name, is_wanted in wanted.items() if is_wanted]
         sizes = f"the whole model needs {size(needed, decimals=1)}, {size(available, decimals=1)} are free"
-        report(Notice(f"not measured: {' and '.join(names)}; {sizes}"))
+        progress(Notice(f"not measured: {' and '.join(names)}; {sizes}"))
         return Whole(unconfirmed=[f"{name} (the model does not fit in memory)" for name in names])
     found = Whole()
     if prompts is not None:
@@ -96,7 +96,7 @@ def measure_whole(
 
 
 def measure_speed(
-    pair: Pair, input_ids: Tensor, settings: SpeedSettings | None, dtype: torch.dtype, report: Reporter
+    pair: Pair, input_ids: Tensor, settings: SpeedSettings | None, dtype: torch.dtype, progress: ProgressCallback
 ) -> MeasuredSpeed:
     """Times both models as their users load them, where both fit in memory.
 
@@ -105,13 +105,13 @@ def measure_speed(
         input_ids: int64, held-out tokens.
         settings: the recipe's `verify.speed`.
         dtype: the reference's.
-        report: is told what was left out.
+        progress: is called with what was left out.
     """
     if settings is None:
         return MeasuredSpeed(None, "the recipe has no verify.speed")
     found = compare_speed(pair.checkpoint, pair.stored, input_ids, settings, dtype=dtype, device=pair.reference.device)
     if found.unmeasured:
-        report(Notice(f"speed was not measured: {found.unmeasured}"))
+        progress(Notice(f"speed was not measured: {found.unmeasured}"))
     return found
 
 

@@ -75,7 +75,7 @@ def verify(
     """Hold a finished artifact against base and adapter, and decide its gates."""
     with reporting_errors(as_json=as_json, debug=debug, interrupted="interrupted; nothing was written"):
         from qexport.cli.verifying import References, reference_of
-        from qexport.showing_progress.writing import check_report_folder, write_report
+        from qexport.reporting.writing import check_report_folder, write_report
 
         if report_folder is not None:
             check_report_folder(report_folder)

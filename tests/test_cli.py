@@ -473,7 +473,7 @@ def test_the_summary_shows_every_figure_of_the_manifest() -> None:
     for expected in (
         "SmolLM2.gguf + release-notes", "GPTQ 4-bit, group 64, safetensors",
         "20.00", "22.00", "+10.0% on 16,384 tokens, windows of 512", "mean KL divergence", "same likeliest token",
-        "equal continuations", "40 prompts", "mean_kl", "passed", "≤", "200 MB", "60 MB", "30%, 4.80 bits a weight",
+        "equal continuations", "40 prompts", "mean_kl", "passed", "≤", "200 MB", "60 MB", "30%, 4.80 bits per weight",
         "3 layers quantized; their loss is 100% of round-to-nearest's.",
         "1 layer fell back to round-to-nearest: layers.2.v_proj",
         "1 layer not better than round-to-nearest: layers.1.k_proj",
@@ -510,7 +510,7 @@ def test_several_layouts_are_shown_each_with_its_command_and_shared_weights_once
     text = shown_all(manifests)
     assert "safetensors + tgi + vllm" in text
     assert "Report       /out/x/safetensors/report/report.html" in text
-    assert "(3 files, 60 MB, checksums in a manifest each)" in text
+    assert "(3 files, 60 MB, checksums in the manifests)" in text
     assert "TGI          sh /out/x/tgi/launch/docker-run.sh" in text
     assert "vLLM         vllm serve /out/x/vllm" in text
     assert text.count("all say it") == 1

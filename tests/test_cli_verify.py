@@ -136,8 +136,12 @@ def test_gates_decide_the_exit_code(
 @pytest.mark.parametrize(
     ("reference", "options", "words"),
     [
-        ("recipe.yaml", ["--adapter", "adapter"], "--adapter belongs to a model"),
-        ("model", ["merge.dtype=float32", "--text", "heldout.jsonl"], "a model has no values to replace"),
+        ("recipe.yaml", ["--adapter", "adapter"], "--adapter is for a model as reference"),
+        (
+            "model",
+            ["merge.dtype=float32", "--text", "heldout.jsonl"],
+            "overrides apply to a recipe, and the reference is a model",
+        ),
         ("model", ["--adapter", "adapter"], "there is no held-out text to measure on"),
         ("bare.yaml", [], "there is no held-out text to measure on: "),
         ("none.yaml", [], "the recipe cannot be read"),
@@ -165,7 +169,7 @@ def test_options_that_do_not_go_together_are_refused(
 def test_windows_beyond_the_most_are_told(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert verified(made / "out", made / "recipe.yaml", "verify.max_windows=7", "verify.windows=8", "--json") in (0, 7)
     captured = capsys.readouterr()
-    assert "note: of verify.windows, 8, max_windows lets 7 be measured" in captured.err
+    assert "note: verify.windows is 8, but max_windows limits it to 7" in captured.err
     assert Report.model_validate_json(captured.out).protocol.windows == 7
 
 

@@ -54,7 +54,7 @@ def test_a_folder_of_another_maker_is_counted_and_its_loaders_are_named(tmp_path
     folder = stored_models.write(model, tmp_path / "a", stored_models.QUANTIZATIONS[name])
     found = inspect_artifact(folder)
     assert (found.layout, found.method, found.quantized_layers) == (None, method, 8)
-    assert found.dense_tensors == len(model.state_dict()) - 1 - 8  # the head is tied
+    assert found.unquantized_tensors == len(model.state_dict()) - 1 - 8  # the head is tied
     assert found.total_bytes == sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
     lines = found.lines()
     assert "layout    no manifest, digests unknown" in lines
@@ -71,7 +71,7 @@ def test_a_loader_that_is_silently_wrong_stands_out(tmp_path: Path) -> None:
 def test_the_layout_comes_from_the_manifest_and_every_digest_is_checked(published: Path, tmp_path: Path) -> None:
     assert inspect_artifact(published / "safetensors").layout == "safetensors"
     found = inspect_artifact(published / "tgi")
-    assert "layout    tgi; every file is as its manifest says" in found.lines()
+    assert "layout    tgi; every file is as in its manifest" in found.lines()
     assert {loader.name: loader.verdict for loader in found.loaders}["TGI"] == "yes"
 
 
@@ -137,9 +137,9 @@ def test_a_server_wants_an_artifact_and_an_artifact_no_overrides(
     published: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["validate", str(published.parent / "recipe.yaml"), "--server", "tgi"]) == 2
-    assert "--server wants an artifact" in capsys.readouterr().err
+    assert "--server requires an artifact" in capsys.readouterr().err
     assert main(["validate", str(published / "tgi"), "quantize.bits=8"]) == 2
-    assert "no values to replace" in capsys.readouterr().err
+    assert "overrides apply to a recipe, not to an artifact" in capsys.readouterr().err
 
 
 def test_codes_in_other_groups_are_told(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The program: its options that several commands share, its entry, and how a command tells of its progress."""
+"""The command-line program: its entry point, the options that several commands share, and progress on stderr."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="From a base model and a LoRA adapter to a verified, quantized, servable artifact, in one streaming pass.",
-    epilog="Exit codes: 0 done, 1 a defect in qexport, 2 usage or recipe, 3 model, adapter or data, 4 these do not fit "
-    "together, 5 numerical, 6 a gate failed, 7 a gate was not decided, 8 no disk or memory left, 130 interrupted.",
+    epilog="Exit codes: 0 success, 1 a defect in qexport, 2 usage or recipe, 3 model, adapter or data, 4 these do not "
+    "fit together, 5 numerical error, 6 a gate failed, 7 a gate is undecided, 8 out of disk or memory, 130 interrupted.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -41,13 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Args:
-        arguments: what follows the program's name; those of the process where None.
+        arguments: the arguments after the program's name; those of the process if None.
 
     Returns:
         The exit code.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    # torch's idle threads spin, which costs an eighth of the processor time here, and far more beside other programs
+    # torch's idle threads spin: that costs an eighth of a run's CPU time, and far more when other programs run too
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         with hidden("kernels"):
@@ -78,13 +78,13 @@ def _qexport(
 
 @contextmanager
 def showing_progress() -> Iterator[ProgressCallback]:
-    """Progress on stderr. What a library prints meanwhile goes there too, since stdout is for results."""
+    """Shows progress on stderr. Output of libraries is redirected there too, since stdout is for results."""
     from qexport.cli.terminal import progress_display
 
-    with progress_display(stderr()) as shown, redirect_stdout(sys.stderr):
+    with progress_display(stderr()) as display, redirect_stdout(sys.stderr):
 
         def show(event: Progress | Notice) -> None:
             raise_if_interrupted()
-            shown(event)
+            display(event)
 
         yield show

@@ -1,5 +1,5 @@
-"""The commands that make an artifact, measure one, or look into one. Each one checks its arguments, calls one function
-below the command line, and prints its result.
+"""The commands `run`, `verify` and `validate`. Each checks its arguments, calls one function of the pipeline, and
+prints the result.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def run(
     recipe: RecipePath,
     overrides: Overrides = None,
-    output: Annotated[Path | None, typer.Option(help="The artifact's folder, in place of the recipe's.")] = None,
+    output: Annotated[Path | None, typer.Option(help="The artifact's folder, instead of the recipe's.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an output folder that is not empty.")] = False,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -38,7 +38,7 @@ def run(
         chosen = load_recipe(recipe, overrides or ())
         if output is not None:
             chosen = chosen.model_copy(update={"output": str(output.absolute())})
-        from qexport import pipeline  # takes seconds, a recipe's problems need not wait for it
+        from qexport import pipeline  # takes seconds; a recipe's errors should come first
         from qexport.cli.verifying import verify_command
 
         with showing_progress() as progress:
@@ -54,25 +54,28 @@ def run(
 
 @app.command()
 def verify(
-    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A finished artifact, a folder of any maker.")],
+    artifact: Annotated[
+        Path, typer.Argument(metavar="ARTIFACT", help="The folder of a finished artifact, made by any tool.")
+    ],
     reference: Annotated[
-        str, typer.Option(metavar="RECIPE|MODEL", help="A recipe, whose load, merge and verify are taken; or a model.")
+        str, typer.Option(metavar="RECIPE|MODEL", help="A recipe, whose load, merge and verify are used; or a model.")
     ],
     overrides: Overrides = None,
-    adapter: Annotated[str | None, typer.Option(help="The adapter, with a model as reference.")] = None,
-    text: Annotated[list[str] | None, typer.Option(metavar="FILE", help="Held-out text. May be given twice.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="The adapter, if the reference is a model.")] = None,
+    text: Annotated[list[str] | None, typer.Option(metavar="FILE", help="Held-out text. May be repeated.")] = None,
     prompts: Annotated[str | None, typer.Option(metavar="FILE", help="Prompts that both models continue.")] = None,
     gates: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The limits, a YAML file with profile and gates.")
+        Path | None, typer.Option(metavar="FILE", help="The limits: a YAML file with profile and gates.")
     ] = None,
     report_folder: Annotated[
-        Path | None, typer.Option("--report", metavar="DIR", help="Write report.html, .json, .md and junit.xml there.")
+        Path | None,
+        typer.Option("--report", metavar="DIR", help="Write report.html, .json, .md and junit.xml to this folder."),
     ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
 ) -> None:
-    """Hold a finished artifact against base and adapter, and decide its gates."""
+    """Compare a finished artifact with its base and adapter, and decide its gates."""
     with reporting_errors(as_json=as_json, debug=debug, interrupted="interrupted; nothing was written"):
         from qexport.cli.verifying import References, reference_of
         from qexport.reporting.writing import check_report_folder, write_report
@@ -80,7 +83,7 @@ def verify(
         if report_folder is not None:
             check_report_folder(report_folder)
         chosen = reference_of(References(reference, overrides or (), adapter, text or (), prompts, gates))
-        from qexport import pipeline  # takes seconds, what is wrong with the arguments need not wait for it
+        from qexport import pipeline  # takes seconds; errors in the arguments should come first
         from qexport.cli.verifying import verify_command
         from qexport.gates.errors import gates_error
 
@@ -120,24 +123,24 @@ def verify(
 def validate(
     subject: Annotated[
         Path,
-        typer.Argument(metavar="RECIPE|ARTIFACT", help="The recipe, a YAML file; or a finished artifact, a folder."),
+        typer.Argument(metavar="RECIPE|ARTIFACT", help="A recipe (a YAML file), or a finished artifact (a folder)."),
     ],
     overrides: Overrides = None,
     server: Annotated[
-        Literal["tgi", "vllm"] | None, typer.Option(help="Hold an artifact against what this server demands.")
+        Literal["tgi", "vllm"] | None, typer.Option(help="Check an artifact against what this server demands.")
     ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Check a recipe against its model and adapter, from their headers alone, and print the plan; or check a finished
-    artifact: digests, headers, and what a server demands.
+    """Check a recipe against the headers of its model and adapter, and print the plan; or check a finished artifact:
+    its digests, its headers, and what a server demands.
     """
     with reporting_errors(as_json=as_json, debug=debug):
         if subject.is_dir():
             failed = _inspect(subject, overrides, server, as_json=as_json)
         elif server is not None:
             raise RecipeError(
-                "--server wants an artifact, not a recipe", where=str(subject), mend="give the folder of an artifact"
+                "--server requires an artifact, not a recipe", where=str(subject), mend="give the folder of an artifact"
             )
         else:
             _print_plan(subject, overrides, as_json=as_json)
@@ -164,9 +167,11 @@ def _print_plan(recipe: Path, overrides: list[str] | None, *, as_json: bool) -> 
 def _inspect(
     artifact: Path, overrides: list[str] | None, server: Literal["tgi", "vllm"] | None, *, as_json: bool
 ) -> Failure | None:
-    """Prints what is in an artifact, and returns what a server would refuse."""
+    """Prints what an artifact contains, and returns a failure if it does not meet a server's demands."""
     if overrides:
-        raise RecipeError("an artifact has no values to replace", where=" ".join(overrides), mend="leave them out")
+        raise RecipeError(
+            "overrides apply to a recipe, not to an artifact", where=" ".join(overrides), mend="remove them"
+        )
     from qexport.pipeline.inspection import inspect_artifact
 
     with redirect_stdout(sys.stderr):

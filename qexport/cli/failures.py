@@ -1,4 +1,4 @@
-"""From exceptions to three lines on stderr and an exit code; `qexport.errors` lists the codes."""
+"""Turns exceptions into three lines on stderr and an exit code; `qexport.errors` lists the codes."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from qexport.errors import QexportError, RecipeError, ResourceError
 from qexport.reporting.visible_text import visible
 
 INTERRUPTED = 130
-_OF_A_PATH = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+_PATH_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What the user is told, and the exit code."""
+    """An error as the user sees it, and its exit code."""
 
     what: str
     exit_code: int
@@ -40,24 +40,24 @@ class Failure:
             if text:
                 stderr().print(Text.assemble((f"{label}: ".ljust(7), style), visible(text)), soft_wrap=True)
         if as_json:
-            with suppress(OSError):  # stdout cannot be written: stderr has told it
+            with suppress(OSError):  # stdout cannot be written; stderr has the error already
                 write_json({"error": asdict(self)})
 
 
 @contextmanager
 def reporting_errors(*, as_json: bool = False, debug: bool = False, interrupted: str = "interrupted") -> Iterator[None]:
-    """Tells any exception of the block and leaves with its exit code.
+    """Prints any exception of the block and exits with its code.
 
     Args:
         as_json: print a JSON document on stdout too.
-        debug: print the traceback before.
-        interrupted: what to say after Ctrl-C or SIGTERM.
+        debug: print the traceback first.
+        interrupted: the message after Ctrl-C or SIGTERM.
 
     Raises:
-        typer.Exit: in place of every exception but itself.
+        typer.Exit: in place of any other exception.
     """
     try:
-        with _terminated_as_interrupted():
+        with _sigterm_as_interrupt():
             yield
     except typer.Exit:
         raise
@@ -70,17 +70,17 @@ def reporting_errors(*, as_json: bool = False, debug: bool = False, interrupted:
 
 
 def failure_of(error: Exception) -> Failure:
-    """The failure that an exception means."""
+    """Maps an exception to its message and exit code."""
     if isinstance(error, QexportError) and type(error) is not QexportError:
         return Failure(error.what, error.exit_code, error.where, error.mend)
     if isinstance(error, OSError) and is_disk_full(error):
         mend = "free some space, or choose an output on another disk"
         return Failure("the disk is full", ResourceError.exit_code, error.filename, mend)
-    if isinstance(error, OSError) and error.errno in _OF_A_PATH and error.filename is not None:
-        mend = "check the path and who may read and write there"
+    if isinstance(error, OSError) and error.errno in _PATH_ERRORS and error.filename is not None:
+        mend = "check the path and its permissions"
         return Failure(f"a path cannot be used: {error.strerror}", RecipeError.exit_code, str(error.filename), mend)
     if isinstance(error, MemoryError) or _is_torch_out_of_memory(error):
-        mend = "close other programs, take fewer or shorter calibration samples, or a machine with more memory"
+        mend = "close other programs, use fewer or shorter calibration samples, or a machine with more memory"
         return Failure("there is not enough memory", ResourceError.exit_code, mend=mend)
     what, where = (error.what, error.where) if isinstance(error, QexportError) else (_named(error), None)
     mend = "run it again with --debug and report the traceback"
@@ -98,27 +98,27 @@ def _is_torch_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-_heard: list[int] = []
-"""Signals that asked to stop, since the command began."""
+_received_signals: list[int] = []
+"""SIGINT and SIGTERM received since the command began."""
 
 
 def raise_if_interrupted() -> None:
-    """Raises again what a library has swallowed while it was imported or called back.
+    """Raises the interrupt again if a library swallowed it, during an import or in a callback.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C or SIGTERM has come.
+        KeyboardInterrupt: Ctrl-C or SIGTERM was received.
     """
-    if _heard:
+    if _received_signals:
         raise KeyboardInterrupt
 
 
 @contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt as Ctrl-C does, so that both ways of stopping clean up alike."""
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Makes SIGTERM raise KeyboardInterrupt, as Ctrl-C does, so that both clean up in the same way."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _heard.clear()
+    _received_signals.clear()
     before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -128,5 +128,5 @@ def _terminated_as_interrupted() -> Iterator[None]:
 
 
 def _interrupt(number: int, _: FrameType | None) -> None:
-    _heard.append(number)
+    _received_signals.append(number)
     raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""The commands on reports that exist already, and on the schemas: none of them measures anything."""
+"""The commands `gate`, `report` and `schema`. They read existing reports and measure nothing."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
 
 
 class Views(Protocol):
-    """The same content in every form."""
+    """One report, or a comparison of several, in every output format."""
 
     def page(self) -> str:
-        """HTML."""
+        """As HTML."""
         ...
 
     def document(self) -> dict[str, Any]:
-        """For JSON."""
+        """As JSON values."""
         ...
 
     def markdown(self) -> str:
-        """For a pull request."""
+        """As Markdown, for a comment on a pull request."""
         ...
 
     def table(self) -> RenderableType:
@@ -81,7 +81,7 @@ class _Several:
 
 
 def views_of(paths: Sequence[Path]) -> Views:
-    """Of the report, where there is one path; else of all of them side by side.
+    """The views of a report, or of a comparison if there are several paths.
 
     Raises:
         InputError: a report cannot be read, or they cannot be compared.
@@ -94,7 +94,7 @@ def check_page(path: Path, *, force: bool) -> None:
     """Checks that a page may be written.
 
     Raises:
-        RecipeError: a folder is in the way, or a file and `force` is not given, or its folder is missing.
+        RecipeError: the path is a folder, or a file without `force`, or its folder is missing.
     """
     if path.is_dir():
         raise RecipeError("a folder is in the way of the page", where=str(path), mend="give the path of a file")
@@ -107,7 +107,7 @@ def check_page(path: Path, *, force: bool) -> None:
 
 
 def write_page(path: Path, page: str) -> None:
-    """Writes a page whole or not at all; a link is followed.
+    """Writes a page atomically. A symbolic link is followed.
 
     Raises:
         RecipeError: the folder cannot be written.
@@ -121,9 +121,9 @@ def write_page(path: Path, page: str) -> None:
 @app.command()
 def gate(
     report: Annotated[
-        Path, typer.Argument(metavar="REPORT", help="The report.json, or the folder of an artifact that was verified.")
+        Path, typer.Argument(metavar="REPORT", help="A report.json, or the folder of a verified artifact.")
     ],
-    gates: Annotated[Path, typer.Option(metavar="FILE", help="The limits, a YAML file with profile and gates.")],
+    gates: Annotated[Path, typer.Option(metavar="FILE", help="The limits: a YAML file with profile and gates.")],
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -165,10 +165,10 @@ def _write_gates(results: Sequence[GateResult], notes: Sequence[str]) -> None:
 def report(
     paths: Annotated[
         list[Path],
-        typer.Argument(metavar="REPORT...", help="A report.json, or the folder of an artifact that was verified."),
+        typer.Argument(metavar="REPORT...", help="A report.json, or the folder of a verified artifact."),
     ],
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a page that stands there.")] = False,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write an HTML page.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing page.")] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, for a pull request.")] = False,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -176,9 +176,7 @@ def report(
     """Show a report, or compare several: size against drift."""
     with reporting_errors(as_json=as_json, debug=debug):
         if as_markdown and as_json:
-            raise RecipeError("--markdown and --json exclude each other", mend="leave one of them out")
-        from qexport.cli.report_commands import check_page, views_of, write_page
-
+            raise RecipeError("--markdown and --json exclude each other", mend="give only one of them")
         if html is not None:
             check_page(html, force=force)
         views = views_of(paths)
@@ -194,7 +192,9 @@ def report(
 
 @app.command()
 def schema(
-    of: Annotated[Literal["recipe", "report"], typer.Argument(metavar="[recipe|report]", help="Of what.")] = "recipe",
+    of: Annotated[
+        Literal["recipe", "report"], typer.Argument(metavar="[recipe|report]", help="Which schema.")
+    ] = "recipe",
 ) -> None:
     """Print the JSON Schema of recipes, for editors, or of report.json."""
     with reporting_errors():

@@ -1,4 +1,4 @@
-"""What a run reached, for the reader at the terminal: every figure comes from the manifest."""
+"""The summary of a run for the terminal. Every figure comes from the manifest."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ _BYTES_PER_VALUE = {"float32": 4}
 def summary(result: Result, path: Path) -> RenderableType:
     """Figures, gates, remarks, the prompt whose continuations differ most, and how to load each layout.
 
-    To be printed with `crop=False`: the last lines are there to be copied and are never broken.
+    Print it with `crop=False`: the last lines are commands to copy, and must not be broken.
 
     Args:
-        result: of the run; layouts with the same figures and gates are shown once.
-        path: the run's output, as it is to be shown.
+        result: the run's; layouts with the same figures and gates are shown once.
+        path: the run's output, as it is shown to the user.
     """
     return Group(*_parts(result, path))
 
@@ -48,7 +48,7 @@ def _parts(result: Result, path: Path) -> Iterator[RenderableType]:
     manifest, report = result.manifest, next(iter(result.reports.values()), None)
     yield Text("")
     yield _headline(manifest, result.manifests)
-    measured = _measured_apart(result)
+    measured = _groups_by_measurement(result)
     for layouts in measured:
         if len(measured) > 1:
             yield Text.assemble("\n", (" + ".join(layouts), "bold"), _readers_of(result.manifests[layouts[0]]))
@@ -64,8 +64,8 @@ def _parts(result: Result, path: Path) -> Iterator[RenderableType]:
     yield from _how_to_load(result, path)
 
 
-def _measured_apart(result: Result) -> list[list[str]]:
-    """The layouts, those together that have the same figures and gates: what computes them may be another program."""
+def _groups_by_measurement(result: Result) -> list[list[str]]:
+    """The layouts, grouped by figures and gates. These differ where another program runs the layout."""
     groups: list[tuple[Verification | None, list[str]]] = []
     for layout, manifest in result.manifests.items():
         found = manifest.verification
@@ -143,12 +143,12 @@ def _remarks(manifest: Manifest) -> Iterator[RenderableType]:
 
 
 def _notes(manifests: Mapping[str, Manifest]) -> Iterator[Text]:
-    """What several layouts say is said once."""
-    speakers: dict[str, list[str]] = {}
+    """A note that several layouts share is shown once."""
+    layouts_of: dict[str, list[str]] = {}
     for layout, manifest in manifests.items():
         for note in manifest.notes:
-            speakers.setdefault(note, []).append(layout)
-    for note, layouts in speakers.items():
+            layouts_of.setdefault(note, []).append(layout)
+    for note, layouts in layouts_of.items():
         of = f"{', '.join(layouts)}: " if len(layouts) < len(manifests) else ""
         yield Text.assemble(("note: ", "yellow"), of, note)
 
@@ -171,7 +171,7 @@ def _how_to_load(result: Result, path: Path) -> Iterator[RenderableType]:
     manifests, passed = result.manifests, result.passed
     style = "bold green" if passed else "bold red"
     files = sum(len(manifest.files) for manifest in manifests.values())
-    where = "its manifest" if len(manifests) == 1 else "a manifest each"
+    where = "its manifest" if len(manifests) == 1 else "the manifests"
     content = f"{counted(files, 'file')}, {size(_bytes_on_disk(manifests))}, checksums in {where}"
     yield Text("")
     yield _line("Artifact" if passed else "Set aside", f"{path}  ({content})", style)
@@ -192,7 +192,7 @@ def _line(label: str, text: str, style: str) -> Text:
 
 
 def _bytes_on_disk(manifests: Mapping[str, Manifest]) -> int:
-    """Shards that layouts share are links to the same file, and count once."""
+    """Shards that layouts share are links to one file, and count once."""
     records = [item for manifest in manifests.values() for item in manifest.files.items()]
     shards = {record.sha256: record.size for name, record in records if name.endswith(".safetensors")}
     return sum(shards.values()) + sum(record.size for name, record in records if not name.endswith(".safetensors"))

@@ -1,4 +1,4 @@
-"""stdout carries results, stderr progress and everything else. A reader that goes away early stops neither."""
+"""Results go to stdout, progress and messages to stderr. A pipe that is closed early stops neither."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from qexport.progress import Notice, Progress, ProgressCallback, Stage
 
 
 class Terminal(Console):
-    """A rich console that keeps silent once nobody reads it; the run goes on and its exit code stays."""
+    """A rich console that prints nothing more once its pipe is closed. The run goes on and keeps its exit code."""
 
     def on_broken_pipe(self) -> None:
-        """Called by rich in place of an error."""
+        """Called by rich instead of raising."""
         self.quiet = True
         _discard(sys.stderr if self.stderr else sys.stdout)
 
@@ -40,7 +40,7 @@ def stderr() -> Terminal:
 
 
 def write(text: str) -> None:
-    """Writes a result to stdout as it is, with a newline at its end.
+    """Writes a result to stdout unchanged, with one newline at its end.
 
     Raises:
         OSError: it could not be written, for example because the disk is full.
@@ -58,21 +58,21 @@ def write_json(document: Any) -> None:
 
 
 def _discard(stream: IO[str]) -> None:
-    """Lets a stream end in the null device, so that what libraries write to it later fails no run."""
+    """Redirects a stream to the null device, so that later writes of libraries cannot fail the run."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, stream.fileno())
     os.close(null)
 
 
 PLAIN_INTERVAL = 5.0
-"""Seconds between two plain lines of a stage. Its start and its end are always told."""
+"""Seconds between two plain lines of a stage. Its start and its end are always printed."""
 
 _WIDEST_STAGE = len("calibrate")
 
 
 @contextmanager
 def progress_display(console: Console) -> Iterator[ProgressCallback]:
-    """What shows progress on this console: bars, or plain lines."""
+    """A callback that shows progress on this console: bars on a terminal, else plain lines."""
     if console.is_terminal and not console.is_dumb_terminal:
         with _Bars(console) as live:
             yield live.show
@@ -81,7 +81,7 @@ def progress_display(console: Console) -> Iterator[ProgressCallback]:
 
 
 class Stopwatch:
-    """When each stage began, and how long it will take or has taken."""
+    """The elapsed and the remaining time of each stage."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
@@ -99,30 +99,30 @@ class Stopwatch:
 
 
 class PlainLines:
-    """One line for a step of a stage: its start, its end, and between them one every few seconds."""
+    """Plain lines for each stage: at its start, at its end, and every few seconds between them."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self.console = console
         self.clock = clock
         self.stopwatch = Stopwatch(clock)
-        self.told: dict[Stage, float] = {}
+        self.last_printed: dict[Stage, float] = {}
 
     def show(self, event: Progress | Notice) -> None:
-        """Prints the event, or lets it pass."""
+        """Prints the event, unless the stage has printed a line just before."""
         if isinstance(event, Notice):
             _print_note(self.console, event)
             return
         timing = self.stopwatch.words(event)
-        is_due = self.clock() - self.told.get(event.stage, float("-inf")) >= PLAIN_INTERVAL
+        is_due = self.clock() - self.last_printed.get(event.stage, float("-inf")) >= PLAIN_INTERVAL
         if is_due or (event.total and event.done >= event.total):
-            self.told[event.stage] = self.clock()
+            self.last_printed[event.stage] = self.clock()
             parts = (position(event), tokens(event), timing, memory(), event.detail)
             line = f"{event.stage:<{_WIDEST_STAGE}}  {', '.join(filter(None, parts))}"
             self.console.print(Text(line), soft_wrap=True)
 
 
 class _Bars(bars.Progress):
-    """A bar for each stage that has begun, and the memory below."""
+    """One bar per stage that has begun, and the memory below."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(

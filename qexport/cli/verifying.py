@@ -1,4 +1,4 @@
-"""What `qexport verify` compares an artifact with, from its options; and the command that measures the same again."""
+"""The reference of `qexport verify`, from its options; and the command that repeats a measurement."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _RECIPES: Final = (".yaml", ".yml")
 
 @dataclass(frozen=True)
 class References:
-    """The options of the command.
+    """The options of `qexport verify`.
 
     Attributes:
         reference: the path of a recipe, or a model as in a recipe's `load.base`.
         overrides: `key=value` texts for the recipe.
-        adapter: with a model.
+        adapter: the adapter, if the reference is a model.
         text: held-out files; replace the recipe's.
         prompts: replaces the recipe's.
         gates: a file; replaces the recipe's profile and gates.
@@ -42,7 +42,7 @@ class References:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What is to be loaded, merged and compared."""
+    """The settings to load, merge and compare with."""
 
     load: LoadSettings
     merging: MergeSettings
@@ -65,7 +65,9 @@ def reference_of(options: References) -> Chosen:
 
 def _from_recipe(options: References) -> Chosen:
     if options.adapter is not None:
-        raise RecipeError("--adapter belongs to a model; a recipe names its own", mend="give load.adapter=ADAPTER")
+        raise RecipeError(
+            "--adapter is for a model as reference; a recipe names its own adapter", mend="give load.adapter=ADAPTER"
+        )
     recipe = load_recipe(options.reference, options.overrides)
     if recipe.verify is None:
         if not options.text:
@@ -79,7 +81,9 @@ def _from_recipe(options: References) -> Chosen:
 def _from_model(options: References) -> Chosen:
     if options.overrides:
         raise RecipeError(
-            "a model has no values to replace", where=" ".join(options.overrides), mend="give a recipe as reference"
+            "overrides apply to a recipe, and the reference is a model",
+            where=" ".join(options.overrides),
+            mend="give a recipe as reference",
         )
     if not options.text:
         raise _no_text(f"{options.reference} is a model")
@@ -89,7 +93,7 @@ def _from_model(options: References) -> Chosen:
 
 
 def _resolved(resolve: paths.Resolve, text: str, option: str) -> str:
-    """What the text names, by the same rules as in a recipe."""
+    """Resolves a path or a hub id by the same rules as in a recipe."""
     try:
         return resolve(text, Path.cwd())
     except ValueError as error:
@@ -112,16 +116,16 @@ _EXPLICIT: Final = ("./", "../", "/", "~")
 def verify_command(
     artifact: str, reference: str, overrides: Sequence[str], options: Mapping[str, Sequence[str | Path | None]]
 ) -> str:
-    """`qexport verify` with everything that decides what is measured.
+    """The `qexport verify` command with every argument that affects what is measured.
 
     Local files and folders are named by their last component alone, hub ids and packages whole. An override of
-    `output` is left out, since it measures nothing.
+    `output` is omitted, since it does not affect the measurement.
 
     Args:
         artifact: the folder's name.
         reference: a recipe or a model.
         overrides: `key=value` texts.
-        options: further options with their values, None where one was not given.
+        options: further options with their values, None for one that was not given.
     """
     words = ["qexport", "verify", artifact, "--reference", _portable(reference)]
     words += [_portable(each) for each in overrides if not each.startswith("output=")]

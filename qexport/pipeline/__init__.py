@@ -1,4 +1,4 @@
-"""The stages, in the order in which the data goes through them."""
+"""Plans a run, runs the stages in order, and verifies or inspects finished folders."""
 
 from qexport.pipeline.from_python import quantize
 from qexport.pipeline.planning import Plan, plan

@@ -1,4 +1,4 @@
-"""The folder of one artifact, opened once: from the check to the measurement to the report and the manifest."""
+"""The folder of one artifact, opened once for its checks, its measurement, its report and its manifest."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from qexport.tensors import GroupQuantizedSpec
 
 @dataclass(frozen=True)
 class ArtifactFolder:
-    """An artifact of qexport or of another maker.
+    """An opened artifact, made by qexport or by another tool.
 
     Attributes:
-        artifact: its reader.
-        name: for a reader.
-        layouts: whose weights these are; empty for a folder of another maker.
-        layers: of each quantized layer; what quantizing it did, where that is known.
-        grids: of the layers that are quantized in groups.
+        artifact: reads its tensors back.
+        name: shown to people.
+        layouts: the layouts with these weights; empty if another tool made the folder.
+        layers: a record of each quantized layer, with its losses where they are known.
+        grids: by module, for the layers that are quantized in groups.
         dtype: the reference's.
-        digests: of the files with the weights among others, in parts.
-        readers: what the folder is for, besides qexport.
+        digests: hex SHA-256 by file name, in several mappings that together have all weight files.
+        loaders: the libraries that should load the folder, besides qexport.
     """
 
     artifact: StoredModel
@@ -45,16 +45,16 @@ class ArtifactFolder:
     grids: Mapping[str, GroupQuantizedSpec]
     dtype: torch.dtype
     digests: Sequence[Mapping[str, str]]
-    readers: Sequence[str]
+    loaders: Sequence[str]
 
     @property
     def sizes(self) -> Sizes:
-        """Of its tensors."""
+        """Parameters, bytes and bits per weight of its tensors."""
         parameters, total = self._parameters, self.artifact.stored_bytes
         return Sizes(parameters=parameters, total_bytes=total, bits_per_weight=8 * total / parameters)
 
     def subject(self) -> Subject:
-        """What the report says of it. Waits for the digests."""
+        """The report's part about the artifact. Waits for the digests."""
         return Subject(
             name=self.name,
             layouts=list(self.layouts),
@@ -73,7 +73,7 @@ class ArtifactFolder:
 
 @dataclass(frozen=True)
 class LayoutFolder:
-    """A layout's folder that this run has written.
+    """The folder of a layout that this run has written.
 
     Attributes:
         opened: the folder, read back.
@@ -98,19 +98,19 @@ def open_folder(
     layouts: Sequence[str] = (),
     layers: Sequence[LayerRecord] = (),
     digests: Mapping[str, str] = MappingProxyType({}),
-    readers: Sequence[str] = (),
+    loaders: Sequence[str] = (),
 ) -> Iterator[ArtifactFolder]:
-    """Opens a folder for as long as the context lasts. Reads headers and config.json.
+    """Opens a folder for the time of the context. Reads headers and config.json.
 
     Args:
-        folder: where the artifact lies.
+        folder: the artifact's.
         reference: the reference's architecture.
         dtype: the reference's.
-        name: for a reader.
-        layouts: whose weights these are.
-        layers: what is known of the quantized layers; found out from the headers where nothing is.
-        digests: of files that are known; those of other weight files are taken when they are first asked for.
-        readers: what the folder is for, besides qexport.
+        name: shown to people.
+        layouts: the layouts with these weights.
+        layers: records of the quantized layers; derived from the headers if empty.
+        digests: known digests by file name; those of other weight files are computed when they are first needed.
+        loaders: the libraries that should load the folder, besides qexport.
 
     Raises:
         InputError: the folder cannot be read.
@@ -126,10 +126,10 @@ def open_folder(
                 LayerRecord.uncalibrated(module, layer.method, layer.bits, layer.group_size)
                 for module, layer in artifact.layers.items()
             ],
-            grids=_told_grids(artifact.grids, layers),
+            grids=_grids_as_quantized(artifact.grids, layers),
             dtype=dtype,
             digests=[digests, FileDigests(folder, unknown, {})],
-            readers=readers,
+            loaders=loaders,
         )
 
 
@@ -137,13 +137,13 @@ def open_folder(
 def open_layout(
     planned: Plan, layout: Layout, folder: Path, layers: Sequence[LayerRecord], written: WrittenWeights
 ) -> Iterator[LayoutFolder]:
-    """Opens the folder of a layout once its files are written, for as long as the context lasts.
+    """Opens the folder of a layout, whose files are written, for the time of the context.
 
     Args:
         planned: the run's plan.
         layout: the layout.
         folder: its folder.
-        layers: what quantizing each layer did; the layout may have 16-bit weights.
+        layers: the records of the quantized layers, unused if the layout has 16-bit weights.
         written: its weights.
     """
     merged = planned.merged
@@ -158,28 +158,28 @@ def open_layout(
         layouts=[layout.name],
         layers=own,
         digests=written.files,
-        readers=layout.readers,
+        loaders=layout.readers,
     ) as opened:
         notes = [*(merged.adapter.notes if merged.adapter else ()), *layout.notes, *fallen]
         yield LayoutFolder(opened, layout, written, notes)
 
 
-def _told_grids(
+def _grids_as_quantized(
     grids: Mapping[str, GroupQuantizedSpec], layers: Sequence[LayerRecord]
 ) -> dict[str, GroupQuantizedSpec]:
-    """With the groups that the layers were quantized in, where that is known: a graph may hold a group as several
-    blocks, and rounding on those would be finer. Codes with one scale a row have no groups.
+    """The grids with the group sizes that the layers were quantized with, where these are known: a graph may store one
+    group as several blocks, and rounding with those would be finer. Codes with one scale per row have no groups.
     """
-    told = {layer.name: layer for layer in layers}
-    in_rows = {layer.name for layer in layers if layer.method not in ("gptq", "round_to_nearest")}
+    records = {layer.name: layer for layer in layers}
+    per_row = {layer.name for layer in layers if layer.method not in ("gptq", "round_to_nearest")}
     return {
-        module: replace(grid, group_size=_group_size(grid, told.get(module)))
+        module: replace(grid, group_size=_group_size(grid, records.get(module)))
         for module, grid in grids.items()
-        if module not in in_rows
+        if module not in per_row
     }
 
 
-def _group_size(grid: GroupQuantizedSpec, told: LayerRecord | None) -> int:
-    if told is None or told.group_size < 1 or grid.in_features % told.group_size:
+def _group_size(grid: GroupQuantizedSpec, record: LayerRecord | None) -> int:
+    if record is None or record.group_size < 1 or grid.in_features % record.group_size:
         return grid.group_size
-    return told.group_size
+    return record.group_size

@@ -52,31 +52,31 @@ def quantize(
 ) -> Result:
     """Merges the adapter, quantizes, exports and, where `verify` is given, verifies.
 
-    What is in memory (a model, texts) is written beside `output` for the time of the run, so that the artifact has the
-    same bytes as from files.
+    Inputs in memory (a model, texts) are written beside `output` for the time of the run, so that the artifact has the
+    same bytes as one made from files.
 
     Args:
-        base: a folder, a hub id, `pkg:package/file.gguf`; or a model in memory with 16-bit or float32 weights. Of a
-            `PeftModel`, base and active adapter are taken apart again.
+        base: a folder, a hub id, `pkg:package/file.gguf`; or a model in memory with 16-bit or float32 weights. A
+            `PeftModel` is split into its base and its active adapter.
         method: for example `qexport.Gptq(bits=4, group_size=64)`.
-        output: the artifact's folder; with several layouts, each has a folder of its name in it.
-        adapter: a PEFT adapter, a folder or a hub id.
-        tokenizer: of a model in memory.
-        calibration: for the methods that need it: texts, rows of a dataset, a file, or settings.
+        output: the artifact's folder; each of several layouts gets a subfolder with its name.
+        adapter: a PEFT adapter: a folder or a hub id.
+        tokenizer: the tokenizer of a model in memory.
+        calibration: text for the methods that need it: texts, rows of a dataset, a file, or settings.
         samples: how many calibration windows to take, 128 by default.
         sequence_length: tokens in a calibration window, 512 by default.
         layouts: names (`safetensors`, `tgi`, `vllm`, `onnx`), or settings such as `qexport.TgiSettings()`.
-        verify: held-out texts, a file, or settings; without it nothing is measured.
+        verify: held-out texts, a file, or settings; nothing is measured if None.
         merge: the arithmetic of the merge.
         force: replace an output folder that is not empty.
         device: `auto`, `cpu` or `cuda`.
         progress: is called with each step, and with what a user should know.
 
     Returns:
-        What lies where, and the verdict; see `Result.raise_for_verdict`.
+        The folder, its manifests and reports, and the verdict; see `Result.raise_for_verdict`.
 
     Raises:
-        QexportError: one of its kinds, see `qexport.errors`. Nothing new is at `output` then.
+        QexportError: one of its subclasses, see `qexport.errors`. `output` is unchanged then.
     """
     output = Path(output)
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ def _recipe(**parts: Any) -> Recipe:
 
 @dataclass(frozen=True)
 class _Inputs:
-    """Inputs as a recipe names them. What is in memory is written below `scratch`."""
+    """Inputs as values of a recipe. Those in memory are written below `scratch`."""
 
     scratch: Path
 
@@ -115,13 +115,13 @@ class _Inputs:
     ) -> LoadSettings:
         if isinstance(base, str | Path):
             if tokenizer is not None:
-                raise RecipeError("a base in files has its own tokenizer", where="tokenizer", mend="leave it out")
+                raise RecipeError("a base in files has its own tokenizer", where="tokenizer", mend="omit it")
             return LoadSettings(base=_named(base), adapter=None if adapter is None else _named(adapter))
         from qexport.loading.in_memory import save_model
 
         saved = save_model(base, tokenizer, self.scratch)
         if saved.adapter is not None and adapter is not None:
-            raise RecipeError("the base has an adapter already", where="adapter", mend="give one of the two")
+            raise RecipeError("the base already has an adapter", where="adapter", mend="give one of the two")
         chosen = saved.adapter or adapter
         return LoadSettings(base=str(saved.base), adapter=None if chosen is None else _named(chosen))
 
@@ -138,7 +138,7 @@ class _Inputs:
         if calibration is None and not changes:
             return method
         if not method.needs_calibration:
-            raise RecipeError(f"{method.method} looks at no calibration text", where="calibration", mend="leave it out")
+            raise RecipeError(f"{method.method} uses no calibration text", where="calibration", mend="omit it")
         if calibration is None:
             settings = method.calibration_settings
         elif isinstance(calibration, CalibrationSettings):
@@ -156,7 +156,7 @@ class _Inputs:
         return VerifySettings(text=self._file(verify, "held-out"))
 
     def _file(self, texts: str | Path | Texts, name: str) -> str:
-        """A file with the texts: the one that is named, or a new one."""
+        """The path of a file with the texts: the one given, or a new one."""
         if isinstance(texts, str | Path):
             return _named(texts)
         path = self.scratch / f"{name}.jsonl"
@@ -167,7 +167,7 @@ class _Inputs:
 
 
 def _named(place: str | Path) -> str:
-    """What a recipe would say: a `Path` is a local file or folder, whatever it is called."""
+    """The value as in a recipe. A `Path` is always a local file or folder, even if it reads like a hub id."""
     return str(place.expanduser().absolute()) if isinstance(place, Path) else place
 
 
@@ -178,7 +178,7 @@ def _layout(layout: str | ExportSettings) -> ExportSettings:
         return _LAYOUTS.validate_python({"layout": layout})
     except ValidationError as error:
         raise RecipeError(
-            f"there is no layout {layout!r}", where="layouts", mend="take safetensors, tgi, vllm or onnx"
+            f"there is no layout {layout!r}", where="layouts", mend="use safetensors, tgi, vllm or onnx"
         ) from error
 
 

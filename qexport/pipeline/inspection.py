@@ -1,4 +1,4 @@
-"""What a finished folder holds, found out from its digests and headers; and what a server's loader would say to it."""
+"""Inspects a finished folder: its digests and headers, which programs can load it, and the rules of a server."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ _WORDS: Mapping[Verdict, str] = {"yes": "loads", "wrong": "WRONG", "no": "refuse
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found in a folder whose files are those of its manifest and whose tensors are those of its model.
+    """The result for a folder whose files match its manifest and whose tensors match its model.
 
     Attributes:
         path: the folder.
-        layout: as its manifest says; None where there is no manifest, so that no digest was checked.
+        layout: from its manifest; None if it has no manifest, so that no digest was checked.
         method: how the weights are stored.
         quantized_layers: modules that are stored quantized.
-        dense_tensors: the other parameters.
+        unquantized_tensors: the other parameters.
         total_bytes: bytes of all tensors.
-        report: whether the report is the one that the manifest was made with; None where there is nothing to compare:
-            no manifest, or one of an artifact that was not verified.
-        loaders: who can load the folder.
+        report: whether the report is the one that the manifest was made with; None if there is no manifest, or if the
+            artifact was not verified.
+        loaders: which programs can load the folder.
         server: the server whose rules were checked.
-        checks: what that has found; empty where no server was named.
+        checks: their results; empty if no server was named.
     """
 
     path: Path
     layout: str | None
     method: str
     quantized_layers: int
-    dense_tensors: int
+    unquantized_tensors: int
     total_bytes: int
     report: ReportState | None
     loaders: Sequence[Loader]
@@ -67,7 +67,7 @@ class Inspection:
             "digests_checked": self.layout is not None,
             "method": self.method,
             "quantized_layers": self.quantized_layers,
-            "dense_tensors": self.dense_tensors,
+            "dense_tensors": self.unquantized_tensors,
             "total_bytes": self.total_bytes,
             "report": self.report,
             "loaders": [asdict(loader) for loader in self.loaders],
@@ -76,17 +76,17 @@ class Inspection:
         }
 
     def lines(self) -> list[str]:
-        """The same for a reader at the terminal."""
-        layout = f"{self.layout}; every file is as its manifest says" if self.layout else "no manifest, digests unknown"
+        """The same as lines for the terminal."""
+        layout = f"{self.layout}; every file is as in its manifest" if self.layout else "no manifest, digests unknown"
         return [
             f"artifact  {self.path}",
             f"layout    {layout}",
             f"method    {self.method}",
-            f"layers    {self.quantized_layers} quantized; {self.dense_tensors} tensors are dense",
+            f"layers    {self.quantized_layers} quantized; {self.unquantized_tensors} tensors are unquantized",
             f"weights   {size(self.total_bytes, decimals=1)}",
             *([f"report    {self.report}"] if self.report else []),
             *(self._loader_line(loader) for loader in self.loaders),
-            *(f"{'ok' if check.passed else 'FAILED':<9} {_told(check)}" for check in self.checks),
+            *(f"{'ok' if check.passed else 'FAILED':<9} {_check_line(check)}" for check in self.checks),
         ]
 
     def _loader_line(self, loader: Loader) -> str:
@@ -95,14 +95,14 @@ class Inspection:
 
 @hidden("kernels")
 def inspect_artifact(path: Path, *, server: Server | None = None) -> Inspection:
-    """Checks a finished folder of qexport or of another maker.
+    """Checks a finished folder, made by qexport or by another tool.
 
     Args:
-        path: the folder; of several layouts that of one.
-        server: whose rules to check.
+        path: the folder of one layout.
+        server: the server whose rules to check.
 
     Raises:
-        InputError: a file or the report is not as its manifest says, or the tensors are not those of the model that
+        InputError: a file or the report does not match the manifest, or the tensors are not those of the model that
             config.json describes.
         CompatibilityError: transformers does not know the family.
     """
@@ -117,18 +117,14 @@ def inspect_artifact(path: Path, *, server: Server | None = None) -> Inspection:
         graph = source.kind == "graph"
         blocks = {name: each.group_size for name, each in source.layers.items() if each.method in ("nf4", "fp4")}
         folder = Folder(source.quantization, shapes, structure.model_type, structure.head, layout, graph, blocks)
-        dense = len(source.specs()) - len(shapes)
+        unquantized = len(source.specs()) - len(shapes)
         method, total = source.method, source.stored_bytes
     checks = _check(path, server) if server else []
-    return Inspection(path, layout, method, len(shapes), dense, total, report, loaders(folder), server, checks)
+    return Inspection(path, layout, method, len(shapes), unquantized, total, report, loaders(folder), server, checks)
 
 
 def _check_report(path: Path, verification: Verification) -> ReportState:
-    """The manifest's digests leave the report out, so it is held against the digest that verification has of it.
-
-    Raises:
-        InputError: it is another one, or cannot be read.
-    """
+    """The manifest's file digests omit the report, so it is compared with the digest in `verification`."""
     place = path / REPORT_FOLDER / REPORT_NAME
     if not place.is_file():
         return "missing"
@@ -153,5 +149,5 @@ def _check(path: Path, server: Server) -> list[Check]:
             return VLLM.check(path)
 
 
-def _told(check: Check) -> str:
+def _check_line(check: Check) -> str:
     return f"{check.name} ({check.source})" if check.passed else str(check)

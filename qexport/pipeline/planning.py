@@ -1,4 +1,4 @@
-"""What a run would do, found out before any weight of the base is read."""
+"""What a run would do, determined before any weight of the base is read."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from qexport.loading.checkpoint import load_checkpoint, locate_adapter
 from qexport.loading.settings import LoadSettings
 from qexport.merge.merging import Merged, merge
 from qexport.merge.settings import MergeSettings
-from qexport.pipeline.texts import check_questions, refuse_long_windows
+from qexport.pipeline.texts import check_prompts_and_tasks, refuse_long_windows
 from qexport.progress import ProgressCallback, silent
 from qexport.recipe.model import Recipe
 
 
 def load_merged(load: LoadSettings, merging: MergeSettings, *, progress: ProgressCallback) -> Merged:
-    """The merged model; of the base only headers have been read.
+    """The merged model. Only headers of the base have been read.
 
     Raises:
         QexportError: base or adapter cannot be used, or they do not fit together.
@@ -44,7 +44,7 @@ class Plan:
         recipe: the recipe.
         merged: the merged model; its headers and the adapter have been read.
         structure: the model's parts.
-        outputs: what the pass would yield.
+        outputs: what quantizing would yield.
         layouts: what would be written.
     """
 
@@ -56,7 +56,7 @@ class Plan:
 
     @property
     def distinct(self) -> list[list[Layout]]:
-        """The layouts, those together that share the bytes of their weights."""
+        """The layouts, grouped by those that share the files of their weights."""
         groups: list[list[Layout]] = []
         for layout in self.layouts:
             group = next((group for group in groups if group[0].weights.equal(layout.weights)), None)
@@ -68,11 +68,11 @@ class Plan:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all tensors on the disk; shared ones count once."""
+        """Bytes of all tensors on disk; shared ones count once."""
         return sum(group[0].weights.total_bytes for group in self.distinct)
 
     def folder(self, output: Path, layout: Layout) -> Path:
-        """Where a layout goes: the output itself, or a folder of its name where there are several."""
+        """The folder of a layout: the output itself, or its subfolder with the layout's name if there are several."""
         return output / layout.name if len(self.layouts) > 1 else output
 
     def as_dict(self) -> dict[str, Any]:
@@ -93,16 +93,16 @@ class Plan:
         }
 
     def lines(self) -> list[str]:
-        """The plan for a reader at the terminal."""
+        """The plan as lines for the terminal."""
         figures = self.as_dict()
         adapter = f"{figures['adapter']}, changes {figures['changed_tensors']} tensors"
         layouts = ", ".join(f"{name} {size(count, decimals=1)}" for name, count in figures["layouts"].items())
-        shared = f" (on the disk {size(self.total_bytes, decimals=1)})" if len(self.layouts) > 1 else ""
+        shared = f" (on disk {size(self.total_bytes, decimals=1)})" if len(self.layouts) > 1 else ""
         return [
             f"base      {figures['base']}, {figures['blocks']} blocks, {figures['parameters'] / 1e6:,.1f}M parameters",
             f"adapter   {adapter if self.merged.adapter else 'none'}",
             f"quantize  {figures['quantized_layers']} layers with {self.recipe.quantize.title}; "
-            f"{figures['dense_tensors']} tensors stay dense",
+            f"{figures['dense_tensors']} tensors stay unquantized",
             f"export    {layouts}{shared}",
             *(f"note      {note}" for note in figures["notes"]),
         ]
@@ -114,15 +114,15 @@ class Plan:
 
 @hidden("kernels")
 def plan(recipe: Recipe, *, progress: ProgressCallback = silent) -> Plan:
-    """Checks everything that headers, configurations and the adapter can tell, and the prompts and task files.
+    """Checks a recipe against headers, configs and the adapter; checks the prompts and task files too.
 
     Raises:
-        RecipeError: tasks are asked for, and lm-evaluation-harness is missing.
+        RecipeError: there are tasks, and lm-evaluation-harness is missing.
         InputError: the base, the adapter, the prompts or a task file cannot be used.
         CompatibilityError: method, layout and model do not fit together.
     """
     if recipe.verify is not None:
-        check_questions(recipe.verify)
+        check_prompts_and_tasks(recipe.verify)
     merged = load_merged(recipe.load, recipe.merge, progress=progress)
     structure = merged.checkpoint.architecture.structure
     _check_windows(recipe, structure)

@@ -1,4 +1,4 @@
-"""The manifest of a run and the report of a verification, from what was measured and what is known of the artifact."""
+"""Makes the manifest of a run and the report of a verification, from the measurements and the opened artifact."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ def make_report(
     notes: Sequence[str],
     command: str,
 ) -> Report:
-    """The report; the same bytes but for `timings` where the same was measured on the same type of machine.
+    """Makes the report. Apart from `timings`, it has the same bytes each time on the same type of machine.
 
     Args:
-        opened: the folder that it is about.
+        opened: the measured folder.
         measured: its figures.
         gates: the decisions on them.
-        checks: what was checked beside the figures.
+        checks: the results of config and tokenizer checks.
         reference: what it was measured against.
-        notes: for the reader, beside those of the measurement.
-        command: measures the same again.
+        notes: what a user should know, in addition to the notes of the measurement.
+        command: the command that repeats the measurement.
     """
     return Report(
         schema_version=1,
@@ -95,9 +95,9 @@ def source_record(origin: Origin) -> SourceRecord:
 
 
 def _unconfirmed(opened: ArtifactFolder, measured: Measurement) -> list[str]:
-    """Readers that have measured the folder have loaded it."""
+    """Loading is unconfirmed with each loader that has not measured the folder."""
     seen = {reader.partition(" ")[0] for reader in measured.readers}
-    return [f"loading with {reader}" for reader in opened.readers if reader not in seen]
+    return [f"loading with {loader}" for loader in opened.loaders if loader not in seen]
 
 
 def _identity(reference: Reference) -> Identity:
@@ -136,7 +136,7 @@ def _name(dtype: torch.dtype) -> str:
 def make_manifest(
     planned: Plan, calibration: CalibrationSet | None, folder: LayoutFolder, report: Report | None, device: torch.device
 ) -> Manifest:
-    """Says what lies in the folder, what it was made from, and how it compares with its reference."""
+    """Makes the manifest: what the folder contains, what it was made from, and how it compares with its reference."""
     recipe, checkpoint, adapter = planned.recipe.portable(), planned.merged.checkpoint, planned.merged.adapter
     layout, opened = folder.layout, folder.opened
     total_bytes = folder.written.total_bytes + layout.weights.shared_bytes

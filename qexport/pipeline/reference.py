@@ -27,12 +27,12 @@ from qexport.verifying.settings import VerifySettings
 
 @dataclass(frozen=True)
 class Gates:
-    """Decides what it was made for.
+    """The gates of one artifact.
 
     Attributes:
-        limits: on figures.
+        limits: the limits on figures.
         expected: the built-in gates that apply.
-        notes: limits of a profile that had to be moved.
+        notes: which limits of a profile were moved, and which gates are waived.
     """
 
     limits: Sequence[Limit]
@@ -40,7 +40,7 @@ class Gates:
     notes: Sequence[str]
 
     def __call__(self, figures: Sequence[Figure], checks: Sequence[CheckResult]) -> list[GateResult]:
-        """The decisions on what is known."""
+        """Decides on these figures and checks."""
         return decide(self.limits, figures, checks, self.expected)
 
 
@@ -50,11 +50,11 @@ def make_gates(
     """The gates of an artifact.
 
     Args:
-        settings: the user's.
-        profile: what the settings' own profile has been resolved to; never `auto`.
+        settings: the user's limits and profile.
+        profile: the profile that the settings resolve to; never `auto`.
         prepared: what was measured of the reference.
-        adapter: whether there is one.
-        nearest: whether the model rounded to nearest is run.
+        adapter: whether the reference has an adapter.
+        nearest: whether the model rounded to nearest is measured too.
         graph: whether the artifact is an ONNX graph.
 
     Raises:
@@ -66,10 +66,10 @@ def make_gates(
 
 
 def refuse_unmeasurable(settings: HasGates, prepared: Preparation) -> None:
-    """Refuses limits that noise alone would break, before any work is done for them.
+    """Refuses limits that noise alone would exceed, before any work is done.
 
     Raises:
-        RecipeError: a limit of the user's is tighter than three times the noise floor, or that is beyond what any
+        RecipeError: a limit set by the user is tighter than three times the noise floor, or that is more than any
             profile allows.
     """
     strictest: ProfileName = "off" if settings.profile == "off" else "16bit"
@@ -77,8 +77,10 @@ def refuse_unmeasurable(settings: HasGates, prepared: Preparation) -> None:
 
 
 def unproven_merge(settings: HasGates, prepared: Preparation) -> UnprovenMerge | None:
-    """A merge that is further from base and adapter in PEFT than three times the noise floor, or that could not be
-    compared with them and whose gate the user has not waived; None where the merge is proven or waived.
+    """Why the merge is unproven; None if it is proven, or its gate is waived.
+
+    It is unproven if it differs from base and adapter in PEFT by more than three times the noise floor, or if it could
+    not be compared with them.
     """
     if "merge" in waived(settings):
         return None
@@ -86,15 +88,15 @@ def unproven_merge(settings: HasGates, prepared: Preparation) -> UnprovenMerge |
     if gate.verdict == "fail":
         failed = GateFailed(
             f"the merged model is not base and adapter as PEFT computes them: {gate.reason}",
-            where=f"gate merge, mean KL divergence {gate.value:.4g} nats a token",
+            where=f"gate merge, mean KL divergence {gate.value:.4g} nats per token",
             mend="check that the adapter was made for this base; if it was, please report this",
         )
         return UnprovenMerge(gate, failed)
     if gate.verdict == "undecided":
         undecided = GateUndecided(
-            "that the merge is the adapter's could not be proven, so nothing was quantized",
+            "the merge could not be compared with PEFT's, so nothing was quantized",
             where=f"gate merge: {'; '.join([*prepared.unconfirmed]) or gate.reason}",
-            mend="take a machine with more memory, or waive the gate: verify.gates.merge_kl=null",
+            mend="use a machine with more memory, or waive the gate: verify.gates.merge_kl=null",
         )
         return UnprovenMerge(gate, undecided)
     return None
@@ -109,7 +111,7 @@ def prepare_reference(
     device: torch.device,
     progress: ProgressCallback = silent,
 ) -> Reference:
-    """Measures what the reference alone can tell: the noise floor and the proof of the merge.
+    """Measures what needs only the reference: the noise floor and the proof of the merge.
 
     Args:
         merged: the model and what it was merged from.

@@ -1,4 +1,4 @@
-"""What a run leaves behind."""
+"""The result of a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class UnprovenMerge:
 
     Attributes:
         gate: the gate `merge`.
-        error: the same for people.
+        error: the same as an exception.
     """
 
     gate: GateResult
@@ -28,15 +28,15 @@ class UnprovenMerge:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run left behind.
+    """The result of a run.
 
     Attributes:
-        folder: the published one, or the one set aside where a gate did not pass; None where the merge is unproven,
-            since nothing was quantized then.
+        folder: the published folder, or the one set aside if a gate did not pass; None if the merge is unproven, since
+            then nothing was quantized.
         manifests: the manifest of each layout's folder, by the layout's name, in the recipe's order.
-        reports: the report of each layout's folder; empty where the recipe has no `verify`.
-        verdict: over all gates.
-        unproven_merge: why nothing was quantized, None where the run went on.
+        reports: the report of each layout's folder; empty if the recipe has no `verify`.
+        verdict: the verdict over all gates.
+        unproven_merge: why nothing was quantized; None if the run was completed.
     """
 
     folder: Path | None
@@ -47,12 +47,12 @@ class Result:
 
     @property
     def passed(self) -> bool:
-        """Every gate passed."""
+        """Whether every gate passed."""
         return self.verdict == "pass"
 
     @property
     def artifact_path(self) -> Path:
-        """The artifact's folder: the published one, or the one set aside where a gate did not pass.
+        """The artifact's folder: the published one, or the one set aside if a gate did not pass.
 
         Raises:
             QexportError: nothing was quantized.
@@ -80,12 +80,12 @@ class Result:
         """
         self._refuse_empty()
         if not self.reports:
-            raise QexportError("nothing was measured", mend="give verify")
+            raise QexportError("nothing was measured", mend="give `verify`")
         return next(iter(self.reports.values()))
 
     @property
     def gates(self) -> list[GateResult]:
-        """The results of all gates; of several layouts, a gate that not all pass is there as the one that failed."""
+        """The results of all gates. If the layouts differ in a gate, the result is one that did not pass."""
         if self.unproven_merge is not None:
             return [self.unproven_merge.gate]
         found: dict[str, GateResult] = {}
@@ -100,7 +100,7 @@ class Result:
 
         Raises:
             GateFailed: a gate failed.
-            GateUndecided: none failed, and one could not be decided.
+            GateUndecided: no gate failed, and one could not be decided.
         """
         if self.unproven_merge is not None:
             raise self.unproven_merge.error

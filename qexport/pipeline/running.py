@@ -44,18 +44,18 @@ def run(
 ) -> Result:
     """Merges, quantizes, exports and verifies; publishes the artifact with one rename.
 
-    Where a gate fails or is undecided, the artifact is set aside as `<output>.rejected/`; where the merge is not what
-    PEFT makes of the adapter, nothing is quantized. The result says so; see `Result.raise_for_verdict`.
+    If a gate fails or is undecided, the artifact is set aside as `<output>.rejected/`; if the merge differs from
+    PEFT's, nothing is quantized. The result says so; see `Result.raise_for_verdict`.
 
     Args:
-        recipe: what to make of which model.
+        recipe: the model, the method, the layouts and the gates.
         force: replace an output folder that is not empty.
         device: `auto`, `cpu` or `cuda`.
-        command: for the report, what measures the same again.
+        command: for the report, the command that repeats the measurement.
         progress: is called with each step, and with what a user should know.
 
     Raises:
-        QexportError: one of its kinds, see `qexport.errors`. Nothing new is at the final path then.
+        QexportError: one of its subclasses, see `qexport.errors`. The final path is unchanged then.
     """
     output, where = _output(recipe, force=force), find_device(device)
     planned = plan(recipe, progress=progress)
@@ -90,11 +90,7 @@ def run(
 def _reference(
     planned: Plan, evaluation: Evaluation | None, device: torch.device, progress: ProgressCallback
 ) -> Reference | None:
-    """Measures the reference alone, so that what can be known before the work is not found out after it.
-
-    Raises:
-        RecipeError: a limit of the recipe is tighter than three times the noise floor.
-    """
+    """Measures what needs only the reference, so that wrong limits and a wrong merge are found before quantizing."""
     settings = planned.recipe.verify
     if evaluation is None or settings is None:
         return None
@@ -114,9 +110,9 @@ def _unproven_merge(planned: Plan, reference: Reference | None) -> UnprovenMerge
 def _write(
     planned: Plan, texts: Texts, output: Path, device: torch.device, progress: ProgressCallback
 ) -> tuple[list[LayerRecord], dict[str, WrittenWeights]]:
-    """The one pass, and what lies beside the weights.
+    """Writes the weights in one pass, then the other files of each layout.
 
-    Layouts that want the same weights get them once, as links to the same files.
+    Weights that layouts share are written once; the other layouts get links to the files.
     """
     for layout in planned.layouts:
         planned.folder(output, layout).mkdir(exist_ok=True)
@@ -163,10 +159,10 @@ def _write_weights(
 def _read_back(
     planned: Plan, output: Path, layers: Sequence[LayerRecord], written: Mapping[str, WrittenWeights], stack: ExitStack
 ) -> dict[str, LayoutFolder]:
-    """Reads every folder back from the disk, and leaves it open as long as the stack lasts.
+    """Reads every folder back from disk, and leaves it open until the stack is closed.
 
     Returns:
-        The folders by their layouts' names, those together that share the bytes of their weights.
+        The folders by layout name; those that share weights follow one another.
     """
     folders: dict[str, LayoutFolder] = {}
     for group in planned.distinct:
@@ -188,23 +184,23 @@ def _measure(
     command: str,
     progress: ProgressCallback,
 ) -> dict[str, Report]:
-    """Weights that layouts share are measured once; their other files are not the same."""
+    """Weights that layouts share are measured once. Each folder gets its own report, since its other files differ."""
     reports: dict[str, Report] = {}
     if reference is None:
         return reports
     for group in planned.distinct:
-        for alike in _alike([folders[layout.name] for layout in group]):
-            verified = measure_folder(reference, alike[0].opened, progress=progress)
-            for folder in alike:
+        for group_of_kind in _grouped_by_kind([folders[layout.name] for layout in group]):
+            verified = measure_folder(reference, group_of_kind[0].opened, progress=progress)
+            for folder in group_of_kind:
                 reports[folder.layout.name] = verified.report_on(folder.opened, command=command)
     return reports
 
 
-def _alike(folders: Sequence[LayoutFolder]) -> list[list[LayoutFolder]]:
-    """Those together that are run alike: a graph computes by itself, even where it shares the files of its weights."""
+def _grouped_by_kind(folders: Sequence[LayoutFolder]) -> list[list[LayoutFolder]]:
+    """A graph is run differently, and so measured apart, even if it shares the files of its weights."""
     kinds = ("weights", "graph")
-    sorted_out = ([folder for folder in folders if folder.opened.artifact.kind == kind] for kind in kinds)
-    return [alike for alike in sorted_out if alike]
+    groups = ([folder for folder in folders if folder.opened.artifact.kind == kind] for kind in kinds)
+    return [group for group in groups if group]
 
 
 def _output(recipe: Recipe, *, force: bool) -> Path:

@@ -27,11 +27,11 @@ from qexport.verifying.tasks.measuring import require_harness
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an artifact is judged by.
+    """The texts that an artifact is verified on.
 
     Attributes:
         held_out: windows, as many as verification may take.
-        prompts: prompts to continue, None where there are none.
+        prompts: prompts to continue, or None.
     """
 
     held_out: HeldOut
@@ -40,11 +40,11 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Texts:
-    """What the method looks at, and what it is judged by.
+    """The texts for the method and for verification.
 
     Attributes:
-        calibration: windows for the method; None where it looks at no text.
-        evaluation: None where the recipe has no `verify`.
+        calibration: windows for the method; None if it uses no text.
+        evaluation: texts for verification; None if the recipe has no `verify`.
     """
 
     calibration: CalibrationSet | None
@@ -94,7 +94,7 @@ def read_evaluation(
     """
     documents = read_documents(_listed(settings.text), field=settings.field)
     if settings.windows > settings.max_windows:
-        progress(Notice(f"of verify.windows, {settings.windows}, max_windows lets {settings.max_windows} be measured"))
+        progress(Notice(f"verify.windows is {settings.windows}, but max_windows limits it to {settings.max_windows}"))
     if calibration is not None:
         refuse_shared(calibration, documents)
     prompts = None
@@ -113,12 +113,12 @@ def read_evaluation(
     return Evaluation(held_out, prompts)
 
 
-def check_questions(settings: VerifySettings) -> None:
-    """Reads prompts and task files, so that what is wrong with them is known before any work.
+def check_prompts_and_tasks(settings: VerifySettings) -> None:
+    """Reads prompts and task files, so that errors in them are found before any work.
 
     Raises:
-        RecipeError: tasks are asked for, and lm-evaluation-harness is missing or too old.
-        InputError: a file cannot be read, or is not what it must be.
+        RecipeError: there are tasks, and lm-evaluation-harness is missing or too old.
+        InputError: a file cannot be read or is malformed.
     """
     if settings.prompts:
         read_prompts(Path(settings.prompts))
@@ -129,14 +129,14 @@ def check_questions(settings: VerifySettings) -> None:
 
 
 def refuse_long_windows(lengths: Mapping[str, int], structure: Structure) -> None:
-    """Refuses windows that are longer than the positions that the model has learned.
+    """Refuses windows that are longer than the number of positions that the model has learned.
 
     Args:
-        lengths: of windows, by the setting that says so.
+        lengths: window lengths, by the name of their setting.
         structure: the model's.
 
     Raises:
-        CompatibilityError: they are.
+        CompatibilityError: a window is longer.
     """
     longest = structure.positions
     too_long = [f"{key}: {length}" for key, length in lengths.items() if longest is not None and length > longest]

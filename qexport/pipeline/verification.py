@@ -1,4 +1,4 @@
-"""Verification of a folder: in a run, and later of any artifact, also one that another tool made."""
+"""Verifies a folder: one of a run, or any finished artifact, also one that another tool made."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from qexport.pipeline.folders import ArtifactFolder, open_folder
 from qexport.pipeline.planning import load_merged
 from qexport.pipeline.recording import make_report
 from qexport.pipeline.reference import Gates, make_gates, prepare_reference
-from qexport.pipeline.texts import check_questions, read_evaluation, refuse_long_windows
+from qexport.pipeline.texts import check_prompts_and_tasks, read_evaluation, refuse_long_windows
 from qexport.progress import ProgressCallback, silent
 from qexport.quantizing.methods import profile_of_layer
 from qexport.reading.stored_model import StoredModel, model_folder
@@ -45,21 +45,21 @@ def verify(
     device: str = "auto",
     progress: ProgressCallback = silent,
 ) -> Report:
-    """Holds a finished folder, of qexport or of another maker, against base and adapter.
+    """Compares a finished folder, made by qexport or by another tool, with its base and adapter.
 
     Args:
-        artifact: the folder; of several layouts that of one.
-        load: base and adapter.
+        artifact: the folder of one layout.
+        load: names base and adapter.
         settings: text, prompts and gates.
         merging: the arithmetic of the merge.
-        command: for the report, what measures the same again.
+        command: for the report, the command that repeats the measurement.
         device: `auto`, `cpu` or `cuda`.
         progress: is called with each step, and with what a user should know.
 
     Raises:
-        QexportError: one of its kinds, see `qexport.errors`. A gate that fails is in the report, not raised.
+        QexportError: one of its subclasses, see `qexport.errors`. A gate that fails is in the report, not raised.
     """
-    check_questions(settings)
+    check_prompts_and_tasks(settings)
     where, folder, merging = find_device(device), model_folder(Path(artifact)), merging or MergeSettings()
     merged = load_merged(load, merging, progress=progress)
     structure, dtype = merged.checkpoint.architecture.structure, getattr(torch, merging.dtype)
@@ -73,12 +73,12 @@ def verify(
 
 @dataclass(frozen=True)
 class Verified:
-    """What was measured of weights, to be told of each folder that has them.
+    """A measurement of weights, from which each folder with these weights gets its report.
 
     Attributes:
-        reference: what they were measured against.
-        gates: what decides.
-        measured: what was found.
+        reference: what they were compared with.
+        gates: decide on the figures.
+        measured: the figures.
     """
 
     reference: Reference
@@ -90,7 +90,7 @@ class Verified:
 
         Args:
             opened: the folder.
-            command: for the report, what measures the same again.
+            command: for the report, the command that repeats the measurement.
 
         Raises:
             InputError: a file of the folder cannot be read.
@@ -131,7 +131,7 @@ def measure_folder(reference: Reference, opened: ArtifactFolder, *, progress: Pr
 
 
 def _open(folder: Path, merged: Checkpoint, dtype: torch.dtype) -> AbstractContextManager[ArtifactFolder]:
-    """The folder, with what its manifest says where it has one; every file is held against that."""
+    """Opens the folder. If it has a manifest, every file is checked against that, and its records are used."""
     name = folder.resolve().name
     if not (folder / MANIFEST_NAME).is_file():
         return open_folder(folder, merged.architecture, dtype, name=name)
@@ -148,7 +148,7 @@ def _open(folder: Path, merged: Checkpoint, dtype: torch.dtype) -> AbstractConte
 
 
 def _check_tokenizer(reference: Reference, artifact: StoredModel) -> list[CheckResult]:
-    """The artifact's tokenizer against the reference's."""
+    """Compares the artifact's tokenizer with the reference's."""
     files, merged = read_sidecars(artifact.folder), reference.merged
     tokenizer = (
         tokenizer_from_files(files, artifact.config, name=artifact.folder.name) if has_tokenizer(files) else None

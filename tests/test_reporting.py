@@ -21,7 +21,7 @@ from qexport.reporting.html import report_html
 from qexport.reporting.markdown import escaped, report_markdown
 from qexport.reporting.svg import gauge
 from qexport.reporting.terminal import figures_table, gate_table, report_summary
-from qexport.reporting.values import figure_interval, figure_value, gate_limit, gate_value, written
+from qexport.reporting.values import figure_interval, figure_value, format_value, gate_limit, gate_value
 from qexport.reporting.view import summarize
 from qexport.reporting.visible_text import visible, visible_token, word_diff
 from qexport.reporting.writing import check_report_folder, report_junit, write_report
@@ -100,7 +100,7 @@ def test_the_page_says_what_was_found(rich: Report, page: str) -> None:
         assert digest in page
     assert rich.digest() in page
     assert rich.command in page
-    for label in ("0.231 nats", "[0.212, 0.250]", "≤ 0.2 nats", "5 windows", "119 MB", "7.08 bits a weight"):
+    for label in ("0.231 nats", "[0.212, 0.250]", "≤ 0.2 nats", "5 windows", "119 MB", "7.08 bits per weight"):
         assert label in page
     assert "Fell back to round-to-nearest: " in page
     assert page.index("mean_kl[code]</bdi>") < page.index("top1_agreement</bdi>") < page.index(">config</bdi>")
@@ -136,7 +136,7 @@ def test_the_same_report_gives_the_same_page(page: str) -> None:
 @pytest.mark.parametrize("report", [minimal(), reports.report()], ids=["minimal", "small"])
 def test_what_was_not_measured_leaves_no_hole(report: Report) -> None:
     for text in (report_html(report), report_markdown(report), report_junit(report), printed(report_summary(report))):
-        assert "None" not in text.replace("None was", "").replace(">None<", "")
+        assert "None" not in text.replace(">None<", "")
         assert "nan" not in text
     Page(report_html(report))
 
@@ -195,7 +195,7 @@ def test_unmeasured_gates_show_dashes_and_limits_stay_as_written() -> None:
     assert gate_limit(gate) == "≤ 0.35 nats"
     limit = reports.gate_result(figure="top1_agreement", bound="at_least", limit=0.07)
     assert gate_limit(limit) == "≥ 7%"
-    assert written("a figure of the future", 2.5) == "2.50"
+    assert format_value("a figure of the future", 2.5) == "2.50"
 
 
 def marked(gate_name: str, **changes: object) -> tuple[float, float]:

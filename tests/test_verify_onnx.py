@@ -396,7 +396,7 @@ def test_the_report_names_the_reader_and_the_files_and_has_no_drift(sound: Sound
     found = Report.read(sound.gptq)
     assert found.digest() == sound.run.reports["onnx"].digest()
     page = report_html(found)
-    assert "Drift behind each block" not in page
+    assert "Drift after each block" not in page
     assert READER in page
     digests = {name: hashlib.sha256((sound.gptq / name).read_bytes()).hexdigest()
                for name in ("model.onnx", "model.onnx.data")}  # fmt: skip

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="From a base model and a LoRA adapter to a verified, quantized, servable artifact, in one streaming pass.",
-    epilog="Exit codes: 0 success, 1 a defect in qexport, 2 usage or recipe, 3 model, adapter or data, 4 these do not "
-    "fit together, 5 numerical error, 6 a gate failed, 7 a gate is undecided, 8 out of disk or memory, 130 interrupted.",
+    epilog="Exit codes: 0 success, 1 a defect in qexport, 2 usage or recipe, 3 model, adapter or data, 4 these "
+    "do not fit together, 5 numerical error, 6 a gate failed, 7 a gate is undecided, 8 no disk or memory left, "
+    "130 interrupted.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )

@@ -189,9 +189,9 @@ def _measure(
     if reference is None:
         return reports
     for group in planned.distinct:
-        for group_of_kind in _grouped_by_kind([folders[layout.name] for layout in group]):
-            verified = measure_folder(reference, group_of_kind[0].opened, progress=progress)
-            for folder in group_of_kind:
+        for same_kind in _grouped_by_kind([folders[layout.name] for layout in group]):
+            verified = measure_folder(reference, same_kind[0].opened, progress=progress)
+            for folder in same_kind:
                 reports[folder.layout.name] = verified.report_on(folder.opened, command=command)
     return reports
 

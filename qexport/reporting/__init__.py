@@ -1,1 +1,1 @@
-"""A report for its readers: a page, a pull request's comment, test results, tables on the terminal."""
+"""Renders reports: an HTML page, a comment on a pull request, test results, and tables on the terminal."""

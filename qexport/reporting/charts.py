@@ -16,16 +16,16 @@ from qexport.reporting.values import cut, figure_interval, figure_value, label_o
 
 _LEFT: Final = 52.0
 _RIGHT: Final = WIDTH - 14.0
-_NAMES: Final = 118.0
-_VALUES: Final = 84.0
-_ROW: Final = 30.0
+_NAME_WIDTH: Final = 118.0
+_VALUE_WIDTH: Final = 84.0
+_ROW_HEIGHT: Final = 30.0
 _LONGEST_NAME: Final = 15
-_LABEL_ROOM: Final = 46.0
+_LABEL_WIDTH: Final = 46.0
 
 
 def kl_histogram(histogram: Histogram, figures: Sequence[Figure]) -> Markup:
-    """How the KL divergence is spread over tokens, on a logarithmic axis, and below it the share of tokens beyond each
-    value, logarithmic too, which shows the tail. The quantiles are marked in both.
+    """The distribution of the tokens' KL divergence on a logarithmic axis. Below it, also logarithmic, the share of
+    tokens beyond each value, which shows the tail. The quantiles are marked in both.
     """
     edges = _positive(histogram.edges)
     across = Axis(edges[0], edges[-1], _LEFT, _RIGHT, logarithmic=True)
@@ -33,11 +33,11 @@ def kl_histogram(histogram: Histogram, figures: Sequence[Figure]) -> Markup:
     quantiles = [(f"{label}%", figure) for label, figure in marks if figure is not None]
     largest = find_figure(figures, "max_kl")
     marked = [*quantiles, *([("max", largest)] if largest else [])]
-    told = ", ".join(f"{label}: {figure_value(figure)}" for label, figure in marked)
+    described = ", ".join(f"{label}: {figure_value(figure)}" for label, figure in marked)
     return chart(
         "kl-histogram",
         "KL divergence of each token",
-        f"Histogram of {sum(histogram.counts):,} tokens on a logarithmic axis, with quantiles. {told}.",
+        f"Histogram of {sum(histogram.counts):,} tokens on a logarithmic axis, with quantiles. {described}.",
         372,
         *_bars(histogram.counts, edges, across),
         *_survival(histogram.counts, edges, across),
@@ -48,7 +48,7 @@ def kl_histogram(histogram: Histogram, figures: Sequence[Figure]) -> Markup:
 
 
 def _positive(edges: Sequence[float]) -> list[float]:
-    """The edges, with one below the first bin's where that starts at zero, which no logarithm has."""
+    """The edges. A first edge of zero, which has no logarithm, is replaced by a positive one."""
     if edges[0] > 0:
         return list(edges)
     step = edges[2] / edges[1] if len(edges) > 2 else 10.0
@@ -62,9 +62,9 @@ def _bars(counts: Sequence[int], edges: Sequence[float], across: Axis) -> list[M
     drawn += [line(_LEFT, up.place(tick), _RIGHT, up.place(tick), "grid") for tick in up.ticks(3)]
     for count, low, high in zip(counts, edges, edges[1:], strict=False):
         left, right, top = across.place(low), across.place(high), up.place(count / total)
-        told = tag("title", f"{tick_text(low)} to {tick_text(high)} nats: {count:,} tokens, {count / total:.2%}")
+        tooltip = tag("title", f"{tick_text(low)} to {tick_text(high)} nats: {count:,} tokens, {count / total:.2%}")
         width = max(right - left - 0.8, 0.5)
-        drawn.append(tag("rect", told, x=left, y=top, width=width, height=188 - top, class_="bar"))
+        drawn.append(tag("rect", tooltip, x=left, y=top, width=width, height=188 - top, class_="bar"))
     return [*drawn, line(_LEFT, 188, _RIGHT, 188, "axis")]
 
 
@@ -74,13 +74,13 @@ def _survival(counts: Sequence[int], edges: Sequence[float], across: Axis) -> li
     up = Axis(min(0.5 / total, 0.1), 1.0, 324, 216, logarithmic=True)
     points = [(across.place(edge), up.place(share)) for edge, share in zip(edges, beyond, strict=True)]
     path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-    floor = f"L{points[-1][0]:.1f} 324L{points[0][0]:.1f} 324Z"
+    closing = f"L{points[-1][0]:.1f} 324L{points[0][0]:.1f} 324Z"
     grid = [line(_LEFT, up.place(tick), _RIGHT, up.place(tick), "grid") for tick in up.ticks(4)]
     labels = [text(_LEFT - 8, up.place(tick) + 4, f"{100 * tick:g}%", anchor="end") for tick in up.ticks(4)]
     return [
         *grid,
         *labels,
-        tag("path", d=path + floor, class_="area"),
+        tag("path", d=path + closing, class_="area"),
         tag("path", d=path, class_="curve"),
         line(_LEFT, 324, _RIGHT, 324, "axis"),
         text(_RIGHT, 210, "share of tokens beyond", anchor="end", class_="axis-label"),
@@ -88,27 +88,27 @@ def _survival(counts: Sequence[int], edges: Sequence[float], across: Axis) -> li
 
 
 def _quantile_lines(marked: Sequence[tuple[str, Figure]], across: Axis) -> list[Markup]:
-    """High quantiles lie close together: each label goes to the first line where it has room."""
+    """High quantiles are close together, so each label goes to the first row where it has room."""
     drawn = []
-    taken = [-_LABEL_ROOM] * 3
+    last_x = [-_LABEL_WIDTH] * 3
     for label, figure in marked:
         x = across.place(figure.value)
-        row = next((index for index, last in enumerate(taken) if x - last >= _LABEL_ROOM), len(taken) - 1)
-        taken[row] = x
+        row = next((index for index, last in enumerate(last_x) if x - last >= _LABEL_WIDTH), len(last_x) - 1)
+        last_x[row] = x
         y = 10 + 16 * row
         drawn.append(line(x, y + 4, x, 324, "quantile"))
-        told = tag("title", f"{label_of(figure.name)}: {figure_value(figure)}")
-        drawn.append(tag("text", told, label, x=x, y=y, text_anchor="middle", class_="mark"))
+        tooltip = tag("title", f"{label_of(figure.name)}: {figure_value(figure)}")
+        drawn.append(tag("text", tooltip, label, x=x, y=y, text_anchor="middle", class_="mark"))
     return drawn
 
 
 def forest(figures: Sequence[Figure], gates: Sequence[GateResult], ideal: float | None) -> Markup:
-    """A figure over all text and over each domain, with its 95 % confidence interval.
+    """A forest plot: a figure over all text and over each domain, with 95 % confidence intervals.
 
     Args:
-        figures: of one name, that over all text first.
-        gates: their limits are drawn as ticks in the rows that they hold for.
-        ideal: where a dotted line is drawn.
+        figures: figures of one name, the one over all text first.
+        gates: their limits are drawn as ticks in the rows that they apply to.
+        ideal: the figure's ideal value, drawn as a dotted line; None for no line.
     """
     name = figures[0].name
     limits: dict[str | None, list[float]] = {}
@@ -117,24 +117,24 @@ def forest(figures: Sequence[Figure], gates: Sequence[GateResult], ideal: float 
             limits.setdefault(gate.domain, []).append(gate.limit)
     ends = [end for figure in figures for end in (figure.low, figure.value, figure.high) if end is not None]
     across = linear_axis(
-        [*ends, *chain(*limits.values()), *([] if ideal is None else [ideal])], _NAMES, WIDTH - _VALUES
+        [*ends, *chain(*limits.values()), *([] if ideal is None else [ideal])], _NAME_WIDTH, WIDTH - _VALUE_WIDTH
     )
-    bottom = 12 + _ROW * len(figures)
+    bottom = 12 + _ROW_HEIGHT * len(figures)
     rows = [
-        _forest_row(figure, 12 + _ROW * (index + 0.5), across, limits.get(figure.domain, []))
+        _forest_row(figure, 12 + _ROW_HEIGHT * (index + 0.5), across, limits.get(figure.domain, []))
         for index, figure in enumerate(figures)
     ]
-    told = "; ".join(f"{figure.domain or 'all text'} {figure_value(figure)}" for figure in figures)
+    described = "; ".join(f"{figure.domain or 'all text'} {figure_value(figure)}" for figure in figures)
     ideal_line = [] if ideal is None else [line(across.place(ideal), 6, across.place(ideal), bottom, "ideal")]
     return chart(
         f"forest-{name}",
         f"{label_of(name)}, by domain",
-        f"With 95 % confidence intervals: {told}.",
+        f"With 95 % confidence intervals: {described}.",
         bottom + 28,
         *(line(across.place(tick), 6, across.place(tick), bottom, "grid") for tick in across.ticks(4)),
         *ideal_line,
         *rows,
-        line(_NAMES, bottom, WIDTH - _VALUES, bottom, "axis"),
+        line(_NAME_WIDTH, bottom, WIDTH - _VALUE_WIDTH, bottom, "axis"),
         *(text(across.place(tick), bottom + 20, tick_text(tick), anchor="middle") for tick in across.ticks(4)),
     )
 
@@ -142,8 +142,8 @@ def forest(figures: Sequence[Figure], gates: Sequence[GateResult], ideal: float 
 def _forest_row(figure: Figure, y: float, across: Axis, limits: Sequence[float]) -> Markup:
     whole = figure.domain is None
     name = figure.domain or "all text"
-    told = f"{name}: {figure_value(figure)}, 95 % interval {figure_interval(figure)}, {counted(figure.n, figure.unit)}"
-    parts = [tag("title", told)]
+    tooltip = f"{name}: {figure_value(figure)}, 95 % interval {figure_interval(figure)}"
+    parts = [tag("title", f"{tooltip}, {counted(figure.n, figure.unit)}")]
     if figure.low is not None and figure.high is not None:
         parts.append(line(across.place(figure.low), y, across.place(figure.high), y, "whisker"))
     x, half = across.place(figure.value), 6.0 if whole else 4.5
@@ -151,31 +151,31 @@ def _forest_row(figure: Figure, y: float, across: Axis, limits: Sequence[float])
     parts.append(tag("path", d=shape, class_="point") if whole else tag("circle", cx=x, cy=y, r=half, class_="point"))
     parts += [line(across.place(limit), y - 11, across.place(limit), y + 11, "limit") for limit in limits]
     class_ = "row-name whole" if whole else "row-name"
-    parts.append(text(_NAMES - 10, y + 4, cut(name, _LONGEST_NAME), anchor="end", class_=class_))
+    parts.append(text(_NAME_WIDTH - 10, y + 4, cut(name, _LONGEST_NAME), anchor="end", class_=class_))
     parts.append(text(WIDTH - 4, y + 4, figure_value(figure).removesuffix(" nats"), anchor="end", class_=class_))
     return tag("g", *parts)
 
 
 def flips_by_margin(bins: Sequence[MarginBin]) -> Markup:
-    """The share of tokens whose likeliest token changed, by how sure the reference was."""
+    """The share of tokens whose likeliest token changed, by the reference's margin."""
     shares = [each.flips / each.tokens if each.tokens else 0.0 for each in bins]
     up = Axis(0, max(*shares, 0.01) * 1.12, 210, 26)
     step = (_RIGHT - _LEFT) / len(bins)
     drawn: list[Markup] = []
     for index, (each, share) in enumerate(zip(bins, shares, strict=True)):
         x = _LEFT + step * index
-        told = f"margin {_margin(each)} nats: {each.flips:,} of {each.tokens:,} tokens"
+        tooltip = f"margin {_margin(each)} nats: {each.flips:,} of {each.tokens:,} tokens"
         class_ = "bar decisive" if each.low >= DECISIVE_MARGIN else "bar"
         top = up.place(share)
         bar = tag("rect", x=x + step * 0.12, y=top, width=step * 0.76, height=210 - top, class_=class_)
         value = text(x + step / 2, top - 6, _percent(share), anchor="middle", class_="mark")
-        drawn.append(tag("g", tag("title", told), bar, value))
+        drawn.append(tag("g", tag("title", tooltip), bar, value))
         drawn.append(text(x, 228, f"{each.low:g}", anchor="middle"))
-    told = "; ".join(f"{_margin(each)} nats {_percent(share)}" for each, share in zip(bins, shares, strict=True))
+    described = "; ".join(f"{_margin(each)} nats {_percent(share)}" for each, share in zip(bins, shares, strict=True))
     return chart(
         "flips-by-margin",
         "Flips by the reference's margin",
-        f"Share of tokens that changed, by the margin of the reference's likeliest token: {told}.",
+        f"Share of tokens that changed, by the margin of the reference's likeliest token: {described}.",
         254,
         *(line(_LEFT, up.place(tick), _RIGHT, up.place(tick), "grid") for tick in up.ticks(4)),
         *(text(_LEFT - 8, up.place(tick) + 4, f"{100 * tick:g}%", anchor="end") for tick in up.ticks(4)),
@@ -195,7 +195,7 @@ def _percent(share: float) -> str:
 
 
 def block_drift(drift: Sequence[BlockDrift]) -> Markup:
-    """The relative error of the hidden states behind each block, in the model's order."""
+    """The relative error of the hidden states after each block, in the model's order."""
     up = Axis(0, max(each.relative_error for each in drift) * 1.1 or 1.0, 286, 14)
     across = Axis(0, max(len(drift) - 1, 1), _LEFT + 8, _RIGHT - 8)
     places = [(across.place(index), up.place(each.relative_error)) for index, each in enumerate(drift)]
@@ -207,8 +207,8 @@ def block_drift(drift: Sequence[BlockDrift]) -> Markup:
     last = drift[-1]
     return chart(
         "block-drift",
-        "Drift behind each block",
-        f"Relative error of the hidden states behind {len(drift)} blocks; {last.relative_error:.3g} behind the last.",
+        "Drift after each block",
+        f"Relative error of the hidden states after {len(drift)} blocks; {last.relative_error:.3g} after the last.",
         340,
         *(line(_LEFT, up.place(tick), _RIGHT, up.place(tick), "grid") for tick in up.ticks(4)),
         *(text(_LEFT - 8, up.place(tick) + 4, tick_text(tick), anchor="end") for tick in up.ticks(4)),

@@ -1,4 +1,4 @@
-"""Several artifacts of one model side by side: which of them no other beats in both size and drift."""
+"""Compares several artifacts of one model, and finds those that no other beats in both size and drift."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class ComparedArtifact:
 
 @dataclass(frozen=True)
 class ArtifactComparison:
-    """Artifacts whose figures were measured alike, smallest first."""
+    """Artifacts whose figures were measured in the same way, smallest first."""
 
     entries: tuple[ComparedArtifact, ...]
 
@@ -49,7 +49,7 @@ class ArtifactComparison:
         return [entry for entry in self.entries if entry.on_front]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """As JSON values."""
         first = self.entries[0].report
         return {
             "identity": first.identity.model_dump(mode="json"),
@@ -59,14 +59,14 @@ class ArtifactComparison:
 
 
 def compare(reports: Sequence[Report]) -> ArtifactComparison:
-    """Puts reports side by side.
+    """Compares reports.
 
     Args:
         reports: at least one.
 
     Raises:
-        InputError: they were measured on different text, models, tokenizers or prompts, or in another way, so that
-            their figures cannot be compared; or one of them has no mean KL divergence.
+        InputError: they were measured on different text, models, tokenizers or prompts, or with different settings, so
+            that their figures cannot be compared; or one of them has no mean KL divergence.
     """
     _check_comparable(reports)
     points = [(report.subject.sizes.total_bytes, _mean_kl(report)) for report in reports]
@@ -82,7 +82,7 @@ def compare(reports: Sequence[Report]) -> ArtifactComparison:
 
 def _check_comparable(reports: Sequence[Report]) -> None:
     first = reports[0]
-    names = _places(reports)
+    names = _numbered_names(reports)
     problems = [
         f"{field}: {names[0]} has {_short(ours)}, {name} has {_short(theirs)}"
         for name, report in zip(names[1:], reports[1:], strict=True)
@@ -90,7 +90,7 @@ def _check_comparable(reports: Sequence[Report]) -> None:
     ]
     if problems:
         raise InputError(
-            "these reports cannot be compared: they were not measured on the same things in the same way",
+            "these reports cannot be compared: they were measured on different inputs or with different settings",
             where=listed(problems),
             mend="verify the artifacts with the same base, adapter, text, prompts and verify settings",
         )
@@ -116,7 +116,7 @@ def _short(value: object) -> str:
     return text[:12] if len(text) == 64 else text
 
 
-def _places(reports: Sequence[Report]) -> list[str]:
+def _numbered_names(reports: Sequence[Report]) -> list[str]:
     return [f"report {index} ({report.subject.name})" for index, report in enumerate(reports, 1)]
 
 
@@ -132,7 +132,7 @@ def _beats(other: tuple[int, float], cost: tuple[int, float]) -> bool:
 
 
 def _labels(reports: Sequence[Report]) -> list[str]:
-    """Names; methods where all share one name, both where some do, and numbers where that is still not enough."""
+    """The names; the methods if all names are equal, both if some are, and with numbers if that is still ambiguous."""
     names = [report.subject.name for report in reports]
     methods = [report.subject.method for report in reports]
     if len(reports) > 1 and len(set(names)) == 1:

@@ -23,12 +23,12 @@ from qexport.reporting.visible_text import visible
 
 _FIGURES: Final = ("perplexity_ratio", "top1_agreement", "decisive_flips")
 _HEAD: Final = (
-    "artifact", "verdict", "front", "size", "bits a weight", "mean KL", "95% interval", "perplexity ratio", "top-1",
+    "artifact", "verdict", "front", "size", "bits per weight", "mean KL", "95% interval", "perplexity ratio", "top-1",
     "decisive flips",
 )  # fmt: skip
 _TEXT_COLUMNS: Final = 3
 _LEFT: Final = 60.0
-_FLOOR: Final = 250.0
+_BOTTOM: Final = 250.0
 _WIDE_RANGE: Final = 20.0
 _LONGEST_LABEL: Final = 26
 
@@ -48,7 +48,7 @@ def comparison_html(comparison: ArtifactComparison) -> str:
 
 
 def comparison_table(comparison: ArtifactComparison) -> Table:
-    """For the terminal: the columns that 80 characters have room for."""
+    """For the terminal: the columns that fit into 80 characters."""
     table = new_table()
     table.add_column("artifact", style="bold", overflow="fold")
     for name in ("verdict", "front", "size", "bits", "mean KL", "ppl ratio", "top-1"):
@@ -61,7 +61,7 @@ def comparison_table(comparison: ArtifactComparison) -> Table:
 
 
 def comparison_markdown(comparison: ArtifactComparison) -> str:
-    """For a pull request."""
+    """As Markdown, for a comment on a pull request."""
     rows = [
         [
             escaped(entry.label),
@@ -72,8 +72,8 @@ def comparison_markdown(comparison: ArtifactComparison) -> str:
         for entry in comparison.entries
     ]
     table = markdown_table(_HEAD, rows, range(_TEXT_COLUMNS, len(_HEAD)))
-    told = "On the front: no other is at least as small and as near to the reference."
-    return f"### Artifacts compared\n\n{table}\n\n{told}\n"
+    legend = "On the front: no other is at least as small and as near to the reference."
+    return f"### Artifacts compared\n\n{table}\n\n{legend}\n"
 
 
 def _front(entry: ComparedArtifact) -> str:
@@ -94,22 +94,22 @@ def _measured(entry: ComparedArtifact) -> list[str]:
 
 
 def pareto_plot(comparison: ArtifactComparison) -> Markup:
-    """Size across, mean KL divergence with its interval up; a line joins the artifacts that no other beats."""
+    """Size on the horizontal axis, mean KL divergence with its interval on the vertical one; a line joins the front."""
     across = linear_axis([entry.total_bytes for entry in comparison.entries], _LEFT, WIDTH - 20)
     up = _drift_axis(comparison.entries)
-    told = "; ".join(
+    described = "; ".join(
         f"{entry.label}: {size(entry.total_bytes)}, {figure_row(entry.mean_kl).value}" for entry in comparison.entries
     )
     return chart(
         "pareto",
         "Size against mean KL divergence",
-        f"On the front: {', '.join(entry.label for entry in comparison.front)}. All: {told}.",
-        _FLOOR + 54,
+        f"On the front: {', '.join(entry.label for entry in comparison.front)}. All: {described}.",
+        _BOTTOM + 54,
         *(line(_LEFT, up.place(tick), WIDTH - 20, up.place(tick), "grid") for tick in up.ticks(5)),
         *(text(_LEFT - 8, up.place(tick) + 4, tick_text(tick), anchor="end") for tick in up.ticks(5)),
-        line(_LEFT, _FLOOR, WIDTH - 20, _FLOOR, "axis"),
-        *(text(across.place(tick), _FLOOR + 20, size(round(tick)), anchor="middle") for tick in across.ticks(4)),
-        text((_LEFT + WIDTH - 20) / 2, _FLOOR + 46, "bytes of all tensors", anchor="middle", class_="axis-label"),
+        line(_LEFT, _BOTTOM, WIDTH - 20, _BOTTOM, "axis"),
+        *(text(across.place(tick), _BOTTOM + 20, size(round(tick)), anchor="middle") for tick in across.ticks(4)),
+        text((_LEFT + WIDTH - 20) / 2, _BOTTOM + 46, "bytes of all tensors", anchor="middle", class_="axis-label"),
         text(_LEFT, 12, "mean KL divergence, nats", class_="axis-label"),
         _front_line(comparison.front, across, up),
         *(_point(entry, across, up) for entry in comparison.entries),
@@ -117,16 +117,16 @@ def pareto_plot(comparison: ArtifactComparison) -> Markup:
 
 
 def _drift_axis(entries: Sequence[ComparedArtifact]) -> Axis:
-    """Logarithmic where the drifts are of different orders."""
+    """Logarithmic if the drifts differ by more than `_WIDE_RANGE`."""
     ends = [end for e in entries for end in (e.mean_kl.low, e.mean_kl.value, e.mean_kl.high) if end is not None]
     low, high = min(ends), max(ends)
     if low > 0 and high / low > _WIDE_RANGE:
-        return Axis(low / 1.5, high * 1.5, _FLOOR, 26, logarithmic=True)
-    return linear_axis([0.0, *ends], _FLOOR, 26)
+        return Axis(low / 1.5, high * 1.5, _BOTTOM, 26, logarithmic=True)
+    return linear_axis([0.0, *ends], _BOTTOM, 26)
 
 
 def _front_line(front: Sequence[ComparedArtifact], across: Axis, up: Axis) -> Markup:
-    """Steps: what lies above and right of them is beaten."""
+    """A line of steps: artifacts above it and to the right are beaten."""
     x, y = across.place(front[0].total_bytes), up.place(front[0].mean_kl.value)
     steps = "".join(f"H{across.place(e.total_bytes):.1f}V{up.place(e.mean_kl.value):.1f}" for e in front[1:])
     return tag("path", d=f"M{x:.1f} {y:.1f}{steps}", class_="front")

@@ -1,4 +1,4 @@
-"""The report as one page that needs nothing else: no script, no font, no request."""
+"""The report as one self-contained page: no script, no font, no request."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from qexport.reporting.selection import (
     worst_tokens,
 )
 from qexport.reporting.svg import gauge
-from qexport.reporting.values import UNMEASURED, kind_of, written
+from qexport.reporting.values import UNMEASURED, format_value, kind_of
 from qexport.reporting.view import VERDICT_WORDS, figure_row, prompt_view, share, size_view, summarize
 from qexport.reporting.visible_text import visible, visible_token
 
 
 def render(template: str, **content: Any) -> str:
-    """A page from one of the templates beside this file."""
+    """A page from one of the files in `templates/`."""
     return _environment().get_template(template).render(**content)
 
 
@@ -47,7 +47,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    filters = (written, visible, visible_token, gauge, size, duration, counted)
+    filters = (format_value, visible, visible_token, gauge, size, duration, counted)
     environment.filters.update({function.__name__: function for function in filters})
     environment.globals["verdict_words"] = VERDICT_WORDS
     return environment
@@ -136,8 +136,8 @@ def _tiles(report: Report) -> Iterator[_Tile]:
             yield _tile(row.label, row.value, measured, f"99% quantile {tail.value}" if tail else None)
     if report.generations:
         distance, equal = rows.get("edit_distance"), report.generations
-        told = f"edit distance {distance.whole}" if distance else None
-        yield _tile("equal continuations", f"{equal.identical} of {equal.prompts}", told)
+        note = f"edit distance {distance.whole}" if distance else None
+        yield _tile("equal continuations", f"{equal.identical} of {equal.prompts}", note)
     yield from _cost_tiles(report)
 
 
@@ -161,7 +161,7 @@ def _cost_tiles(report: Report) -> Iterator[_Tile]:
 
 
 def _speed_ratio(report: Report, name: str, of_medians: float) -> str:
-    """The figure, the median of the repeats' ratios; where the report has none, the ratio of the medians."""
+    """The figure, which is the median of the repeats' ratios; if the report has none, the ratio of the medians."""
     figure = find_figure(report.all_figures, name)
     return figure_row(figure).whole if figure else f"{of_medians:.2f}"
 

@@ -16,12 +16,12 @@ from qexport.reporting.visible_text import Piece, visible
 _SIGNS: Final[dict[Verdict, str]] = {"pass": "✅", "fail": "❌", "undecided": "❔"}
 _LONGEST_PROMPT: Final = 2000
 _SPECIAL: Final = re.compile(r"[\\`*_\[\]|~:$]")
-_CALLS: Final = re.compile(r"[@#!]")
+_MENTIONS: Final = re.compile(r"[@#!]")
 
 
 def report_markdown(report: Report) -> str:
-    """Verdict, gates, key figures, and the worst prompt, folded. Text of models and prompts is escaped: it formats
-    nothing, calls nobody and links nowhere.
+    """Verdict, gates, key figures, and the worst prompt, folded. Text of models and prompts is escaped, so
+    that it cannot add formatting, mentions or links.
     """
     return "\n\n".join(_parts(report)) + "\n"
 
@@ -31,7 +31,7 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: 
 
     Args:
         head: the columns' names.
-        rows: a cell for each column.
+        rows: one cell per column.
         numbers: the columns that are aligned to the right.
     """
     ruler = ["---:" if index in numbers else "---" for index in range(len(head))]
@@ -42,7 +42,7 @@ def escaped(text: str) -> str:
     """Text of unknown origin as one line of Markdown, also inside a table's cell."""
     line = html.escape(" ".join(visible(text).split()), quote=False)
     line = _SPECIAL.sub(r"\\\g<0>", line)
-    return _CALLS.sub(r"\g<0>&#8203;", line)
+    return _MENTIONS.sub(r"\g<0>&#8203;", line)
 
 
 def _parts(report: Report) -> Iterator[str]:
@@ -67,7 +67,7 @@ def _gate_row(gate: GateRow) -> list[str]:
 
 
 def _prompt(prompt: PromptView) -> Iterator[str]:
-    """Inside `pre` nothing is Markdown, so HTML's escapes are enough."""
+    """Markdown is not interpreted inside `pre`, so HTML's escapes are enough."""
     found = prompt.comparison
     yield f"<details><summary>Worst prompt: {escaped(found.id)}, edit distance {found.edit_distance:.0%}</summary>"
     for label, content in (

@@ -1,4 +1,4 @@
-"""What of a report comes first: the order and the choice that every way of showing it shares."""
+"""Selects and orders the contents of a report, in the same way for every output format."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KEY_FIGURES: Final = (
     "speed_ratio",
     "first_token_ratio",
 )
-"""Over all text, for the places that have no room for every figure."""
+"""Figures over all text, shown where there is no room for every figure."""
 
 IDENTITY_LABELS: Final = {
     "base_sha256": "base",
@@ -37,7 +37,7 @@ IDENTITY_LABELS: Final = {
     "tokenizer_sha256": "tokenizer",
     "template_sha256": "chat template",
 }
-"""The digests of `Identity`, as people call them."""
+"""Labels of the digests in `Identity`."""
 
 _URGENCY: Final[dict[Verdict, int]] = {"fail": 0, "undecided": 1, "pass": 2}
 
@@ -48,7 +48,7 @@ def by_urgency(gates: Iterable[GateResult]) -> list[GateResult]:
 
 
 def sentence(report: Report) -> str:
-    """What the verdict rests on, in one sentence."""
+    """The reason for the verdict, in one sentence."""
     if not report.gates:
         return "No gate was set."
     total = counted(len(report.gates), "gate")
@@ -59,7 +59,7 @@ def sentence(report: Report) -> str:
             parts.append(f"{len(names)} of {total} {word}: {', '.join(names)}")
     if parts:
         return f"{'; '.join(parts)}."
-    return "Its one gate passed." if len(report.gates) == 1 else f"All {total} passed."
+    return "The only gate passed." if len(report.gates) == 1 else f"All {total} passed."
 
 
 def by_result(checks: Iterable[CheckResult]) -> list[CheckResult]:
@@ -93,14 +93,14 @@ def worst_prompts(report: Report) -> list[PromptComparison]:
 
 
 def fallen_back(layers: Iterable[LayerRecord]) -> list[LayerRecord]:
-    """Layers that a calibrated method could not solve; whole models rounded to nearest have none."""
+    """Layers that GPTQ could not solve and rounded to nearest; none if the whole model was rounded to nearest."""
     layers = list(layers)
     fallen = [layer for layer in layers if layer.method == "round_to_nearest"]
     return fallen if len(fallen) < len(layers) else []
 
 
 def loss_ratio(layer: LayerRecord) -> float | None:
-    """The loss of the method over round-to-nearest's; None for layers that were rounded to nearest."""
+    """The method's loss divided by round-to-nearest's; None for layers that were rounded to nearest."""
     if layer.method == "round_to_nearest" or layer.loss is None or not layer.rtn_loss:
         return None
     return layer.loss / layer.rtn_loss

@@ -1,4 +1,4 @@
-"""Drawing: escaped elements, axes, the frame that charts share, and a gate's gauge."""
+"""SVG: escaped elements, axes, the frame that charts share, and a gate's gauge."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qexport.reporting.values import kind_of
 WIDTH: Final = 480.0
 
 LARGEST: Final = 1e300
-"""Beyond it lies what a broken model's perplexity may reach; an axis ends there, so that its length is a number."""
+"""No axis goes beyond it, so that its length is finite: a broken model's perplexity may be larger."""
 
 
 def tag(name: str, *children: str | Markup, **attributes: str | float) -> Markup:
@@ -33,12 +33,12 @@ def _attribute(value: str | float) -> str:
 
 
 def chart(identity: str, title: str, description: str, height: float, *children: Markup) -> Markup:
-    """A chart of `WIDTH` by `height` units, that grows with the page, with its name and its content told in words.
+    """A chart of `WIDTH` by `height` units that scales with the page, with a title and a description in words.
 
     Args:
         identity: its id in the page.
         title: what is shown.
-        description: what a reader who cannot see it should know.
+        description: its content, for people who cannot see it.
         height: in units of `WIDTH`.
         children: what is drawn.
     """
@@ -66,14 +66,14 @@ def line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Markup:
 
 @dataclass(frozen=True)
 class Axis:
-    """Where values lie.
+    """Maps values to coordinates.
 
     Attributes:
         low: the value at `start`.
-        high: the value at `end`; over `low`.
+        high: the value at `end`; larger than `low`.
         start: in units of the chart.
         end: in units of the chart; smaller than `start` for values that rise upward.
-        logarithmic: equal distances are equal ratios; `low` is over 0 then.
+        logarithmic: equal distances are equal ratios; requires a positive `low`.
     """
 
     low: float
@@ -83,13 +83,13 @@ class Axis:
     logarithmic: bool = False
 
     def place(self, value: float) -> float:
-        """The coordinate of a value; of the nearer end where it lies outside."""
-        low, high, value = (self._scaled(each) for each in (self.low, self.high, max(value, self._floor)))
+        """The coordinate of a value, or of the nearer end if it is outside."""
+        low, high, value = (self._scaled(each) for each in (self.low, self.high, max(value, self._smallest)))
         share = (value - low) / (high - low)
         return self.start + min(max(share, 0.0), 1.0) * (self.end - self.start)
 
     @property
-    def _floor(self) -> float:
+    def _smallest(self) -> float:
         return self.low if self.logarithmic else -math.inf
 
     def _scaled(self, value: float) -> float:
@@ -101,15 +101,15 @@ class Axis:
 
 
 def linear_axis(values: Sequence[float], start: float, end: float) -> Axis:
-    """An axis that holds all values, with some air at both ends."""
+    """An axis for all values, with a margin at both ends."""
     bounded = [min(max(value, -LARGEST), LARGEST) for value in values]
     low, high = min(bounded), max(bounded)
-    air = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
-    return Axis(low - air, high + air, start, end)
+    margin = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
+    return Axis(low - margin, high + margin, start, end)
 
 
 def tick_text(value: float) -> str:
-    """A tick's label: short, with a true minus, powers of ten far from one."""
+    """A tick's label: short, with a typographic minus, and powers of ten for very large or small values."""
     if value and not 1e-3 <= abs(value) < 1e5:
         digits, _, exponent = f"{value:.0e}".partition("e")
         power = str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
@@ -137,9 +137,9 @@ _LIMIT: Final = 82.0
 
 
 def gauge(gate: GateResult) -> Markup:
-    """The allowed side is always left of the limit, so every row reads alike. Empty for gates without a limit.
+    """Draws value, interval and limit, the allowed side always on the left. Empty for gates without a limit.
 
-    Hidden from screen readers: the row says the same in numbers.
+    It is hidden from screen readers, since its row has the same in numbers.
     """
     if gate.value is None or gate.limit is None:
         return Markup("")
@@ -161,7 +161,7 @@ def gauge(gate: GateResult) -> Markup:
 
 
 def _place(gate: GateResult, value: float, limit: float) -> float:
-    """The ideal value is at the left end; where there is none before the limit, distances from the limit are shown."""
+    """The ideal value is at the left end; if none is on the allowed side, the scale is the distance from the limit."""
     sign = 1.0 if gate.bound == "at_most" else -1.0
     ideal = kind_of(gate.figure).ideal
     room = sign * (limit - ideal) if ideal is not None else 0.0

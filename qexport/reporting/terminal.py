@@ -1,4 +1,4 @@
-"""The report as tables on a terminal; plain text where the console is none."""
+"""The report as tables on a terminal, or as plain text if the console is not one."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def _parts(summary: Summary) -> Iterator[RenderableType]:
 
 
 def verdict_line(summary: Summary) -> Text:
-    """The verdict, and what it rests on."""
+    """The verdict and its reason."""
     return Text.assemble((summary.word, VERDICT_STYLES[summary.verdict]), f"  {visible(summary.sentence)}")
 
 
 def gate_table(gates: Sequence[GateRow]) -> Table:
-    """A row a gate; below the table, the reason of each one that did not pass."""
+    """One row per gate; below the table, the reason of each gate that did not pass."""
     table = new_table()
     table.add_column("gate", style="bold", overflow="fold", min_width=16)
     table.add_column("verdict", no_wrap=True)
@@ -70,7 +70,7 @@ def _reasons(gates: Sequence[GateResult]) -> Text:
 
 
 def figures_table(figures: Sequence[FigureRow]) -> Table:
-    """A row a figure."""
+    """One row per figure."""
     table = new_table()
     table.add_column("figure", style="bold")
     for name in ("value", "95% interval", "n"):
@@ -81,11 +81,11 @@ def figures_table(figures: Sequence[FigureRow]) -> Table:
 
 
 def prompt_table(prompts: Sequence[PromptView]) -> Table:
-    """Continuations side by side; what only one of them has is struck through or underlined."""
+    """Both continuations side by side; words that only one of them has are struck through or underlined."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, show_lines=True, expand=True)
     table.add_column("prompt", ratio=1, style="bold", overflow="fold")
-    table.add_column("reference goes on", ratio=2, overflow="fold")
-    table.add_column("artifact goes on", ratio=2, overflow="fold")
+    table.add_column("reference continuation", ratio=2, overflow="fold")
+    table.add_column("artifact continuation", ratio=2, overflow="fold")
     for each in prompts:
         marked = (_marked(each.reference, "strike red"), _marked(each.artifact, "underline green"))
         prompt = " ".join(visible(each.comparison.prompt).split())
@@ -94,7 +94,7 @@ def prompt_table(prompts: Sequence[PromptView]) -> Table:
 
 
 def new_table() -> Table:
-    """An empty table in the style that all have."""
+    """An empty table in the style of all tables."""
     return Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
 
 

@@ -1,4 +1,4 @@
-"""Figures as people read them: as many digits as the interval supports, and the unit."""
+"""Formats figures: with as many digits as the interval supports, and with the unit."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ _SUPERSCRIPTS: Final = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸
 
 
 def kind_of(name: str | None) -> FigureKind:
-    """What the catalogue says of a figure; a plain number for one that it does not know."""
+    """A figure's entry in the catalogue; a plain number if it has none."""
     return CATALOGUE.get(name, _UNKNOWN) if name else _UNKNOWN
 
 
 def label_of(name: str) -> str:
-    """The label of a figure, its name where the catalogue has none."""
+    """The label of a figure, or its name if the catalogue has none."""
     return kind_of(name).label or name
 
 
 def figure_value(figure: Figure) -> str:
     """The value with its unit: `0.0712 nats`, `87.6%`, `+1.20 pp`."""
-    return written(figure.name, figure.value, figure.low, figure.high)
+    return format_value(figure.name, figure.value, figure.low, figure.high)
 
 
 def figure_interval(figure: Figure) -> str:
-    """The 95 % confidence interval without a unit, a dash where there is none."""
+    """The 95 % confidence interval without a unit, or a dash."""
     return interval(figure.name, figure.value, figure.low, figure.high)
 
 
 def gate_value(gate: GateResult) -> str:
-    """What was measured, a dash where nothing was."""
-    return UNMEASURED if gate.value is None else written(gate.figure, gate.value, gate.low, gate.high)
+    """The measured value, or a dash if nothing was measured."""
+    return UNMEASURED if gate.value is None else format_value(gate.figure, gate.value, gate.low, gate.high)
 
 
 def gate_interval(gate: GateResult) -> str:
@@ -53,7 +53,7 @@ def gate_interval(gate: GateResult) -> str:
 
 
 def gate_limit(gate: GateResult, *, unit: bool = True) -> str:
-    """The tolerance, for example `≤ 0.3 nats`; without the unit, where the value beside it has it, `≤ 0.3`."""
+    """The tolerance, for example `≤ 0.3 nats`; without the unit, `≤ 0.3`, for use beside a value that has it."""
     if gate.limit is None or gate.bound is None:
         return UNMEASURED
     form = kind_of(gate.figure).form
@@ -62,17 +62,17 @@ def gate_limit(gate: GateResult, *, unit: bool = True) -> str:
 
 
 def gate_units(gate: GateResult) -> str:
-    """On how many units it was decided: `38 windows`."""
+    """How much was measured for the decision: `38 windows`."""
     if gate.unit is None:
         return UNMEASURED
     return counted(gate.n, gate.unit)
 
 
-def written(name: str | None, value: float, low: float | None = None, high: float | None = None) -> str:
+def format_value(name: str | None, value: float, low: float | None = None, high: float | None = None) -> str:
     """A figure's value with its unit.
 
     Args:
-        name: the figure's, which says how its values are written.
+        name: the figure's, which determines the format.
         value: as the report has it; shares are between 0 and 1.
         low: lower end of its interval; the digits shown are those that the interval supports.
         high: upper end of it.
@@ -96,7 +96,7 @@ def _scale(form: Form) -> float:
 
 
 def _decimals(kind: FigureKind, value: float, low: float | None, high: float | None) -> int:
-    """One or two significant digits of half the interval; where there is none, what is usual for the form."""
+    """One or two significant digits of half the interval; without an interval, what is usual for the form."""
     scale = _scale(kind.form)
     if kind.form == "number":  # perplexities differ by less than their own intervals, since they are paired
         return max(2, _clamped(2 - _exponent(value)))
@@ -146,7 +146,7 @@ def _scientific(value: float) -> str:
 
 
 def _shortest(value: float) -> str:
-    """A limit as its author wrote it; one that was computed has more digits than anybody reads."""
+    """A limit with at most four significant digits: computed limits have more than are useful."""
     if 0 < abs(value) < _SMALLEST_PLAIN:
         return _scientific(value)
     return f"{float(f'{value:.4g}'):,.10g}".replace("-", "−")

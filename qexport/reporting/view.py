@@ -1,4 +1,4 @@
-"""What is shown of a report, chosen and worded once: for the terminal, Markdown, the page and the test results."""
+"""The contents of a report as text, for the terminal, Markdown, the page and the test results alike."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class GateRow:
     Attributes:
         result: the gate.
         word: the verdict, for example `passed`.
-        value: what was measured, a dash where nothing was.
-        interval: that decided.
+        value: the measured value, or a dash.
+        interval: the interval that decided.
         tolerance: the limit, with its unit.
-        units: on how many of what it was decided.
+        units: how much was measured, for example `24 windows`.
     """
 
     result: GateResult
@@ -58,8 +58,8 @@ class FigureRow:
     Attributes:
         label: what it is.
         value: with its unit.
-        interval: the 95 % confidence interval without a unit, a dash where there is none.
-        units: on how many of what it was measured.
+        interval: the 95 % confidence interval without a unit, or a dash.
+        units: how much was measured, for example `24 windows`.
     """
 
     label: str
@@ -69,7 +69,7 @@ class FigureRow:
 
     @property
     def whole(self) -> str:
-        """The value, with its interval where there is one."""
+        """The value, with its interval if it has one."""
         return self.value if self.interval == UNMEASURED else f"{self.value} {self.interval}"
 
 
@@ -78,10 +78,10 @@ class SizeView:
     """How large the artifact is.
 
     Attributes:
-        total: of all its tensors.
-        reference: of the merged model's.
-        share: the one over the other.
-        bits: of a weight, scales and unquantized layers included; a number alone.
+        total: the bytes of its tensors.
+        reference: the bytes of the merged model's tensors.
+        share: total divided by reference, in percent.
+        bits: bits per weight, with scales and unquantized layers, without a unit.
     """
 
     total: str
@@ -91,8 +91,8 @@ class SizeView:
 
     @property
     def bits_per_weight(self) -> str:
-        """In words."""
-        return f"{self.bits} bits a weight"
+        """The bits per weight with their unit."""
+        return f"{self.bits} bits per weight"
 
 
 @dataclass(frozen=True)
@@ -109,14 +109,14 @@ class Summary:
     """A report in short.
 
     Attributes:
-        name: of the artifact.
+        name: the artifact's.
         how: its method and size.
-        verdict: of all gates.
+        verdict: the verdict over all gates.
         word: the same, for example `Passed`.
-        sentence: what the verdict rests on.
+        sentence: the reason for the verdict.
         gates: failed ones first.
         figures: the key figures, over all text.
-        prompts: the one whose continuations differ most, with long texts cut; empty where none differ.
+        prompts: the prompt whose continuations differ most, with long texts cut; empty if none differ.
     """
 
     name: str
@@ -130,7 +130,7 @@ class Summary:
 
 
 def summarize(report: Report) -> Summary:
-    """What there is room for on a terminal and in a comment on a pull request."""
+    """The short form of a report, for a terminal or a comment on a pull request."""
     sizes = size_view(report.subject.sizes, report.subject.reference_bytes)
     return Summary(
         name=report.subject.name,
@@ -150,7 +150,7 @@ def gate_rows(gates: Iterable[GateResult]) -> list[GateRow]:
 
 
 def gate_row(gate: GateResult) -> GateRow:
-    """A gate in words."""
+    """The texts of a gate."""
     return GateRow(
         result=gate,
         word=VERDICT_WORDS[gate.verdict].lower(),
@@ -162,7 +162,7 @@ def gate_row(gate: GateResult) -> GateRow:
 
 
 def figure_row(figure: Figure) -> FigureRow:
-    """A figure in words."""
+    """The texts of a figure."""
     return FigureRow(
         label=label_of(figure.name),
         value=figure_value(figure),
@@ -182,7 +182,7 @@ def size_view(sizes: Sizes, reference_bytes: int) -> SizeView:
 
 
 def share(part: int, whole: int) -> str:
-    """In percent; a dash where the whole is nothing."""
+    """The share in percent; a dash if the whole is 0."""
     return f"{part / whole:.0%}" if whole else UNMEASURED
 
 
@@ -190,8 +190,8 @@ def prompt_view(comparison: PromptComparison, longest: int | None = None) -> Pro
     """Both continuations as pieces.
 
     Args:
-        comparison: of the two.
-        longest: characters that are shown of each; None for all.
+        comparison: the two continuations.
+        longest: how many characters of each to show; None for all.
     """
     texts: Sequence[str] = (comparison.reference, comparison.artifact)
     if longest is not None:

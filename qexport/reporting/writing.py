@@ -1,4 +1,4 @@
-"""The files that a verified artifact carries in `report/`, and the test results among them."""
+"""Writes the files of a verified artifact's `report/`, and makes the test results among them."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 
 
 def report_junit(report: Report) -> str:
-    """A suite with one case a gate. A failed gate is a `failure`; an undecided one is an `error` of type `undecided`,
-    since a skipped test would look like no harm. Figures are the suite's properties. The same report gives the same
-    text; no time of day is in it.
+    """A JUnit suite with one case per gate. A failed gate is a `failure`; an undecided one is an `error` of type
+    `undecided`, since a skipped test would look harmless. Figures are the suite's properties. The same report gives the
+    same text, without a timestamp.
     """
     verdicts = [gate.verdict for gate in report.gates]
     counts = {
@@ -78,7 +78,7 @@ def _add_case(suite: Element, row: GateRow, subject: str) -> None:
 
 
 def _clean(text: str) -> str:
-    """Without the characters that XML has no way to write."""
+    """Removes the characters that XML cannot represent."""
     return _NOT_XML.sub("", visible(text))
 
 
@@ -90,11 +90,11 @@ _MEND: Final = "name another folder with --report"
 
 
 def write_report(report: Report, folder: Path) -> None:
-    """Writes the report in every form, all files whole or none; files of these names are replaced.
+    """Writes the report in every format, all files or none. Existing files are replaced.
 
     Args:
-        report: what verification found.
-        folder: created with its parents where it is missing.
+        report: the report of a verification.
+        folder: created with its parents if it is missing.
 
     Raises:
         OSError: a file could not be written; files and folders are as they were.
@@ -110,14 +110,14 @@ def write_report(report: Report, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_together(folder, contents)
     except BaseException:
-        with suppress(OSError):  # not made, or somebody has put something into it
+        with suppress(OSError):  # not created, or another program has put a file into it
             for each in missing:
                 each.rmdir()
         raise
 
 
 def check_report_folder(folder: Path) -> None:
-    """Checks that a report may be written to a folder, before it is measured.
+    """Checks that a report can be written to a folder, before anything is measured.
 
     Raises:
         RecipeError: a file is in the way of the folder, a folder in the way of a file, or it cannot be written.

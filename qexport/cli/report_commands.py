@@ -81,11 +81,7 @@ class _Several:
 
 
 def views_of(paths: Sequence[Path]) -> Views:
-    """The views of a report, or of a comparison if there are several paths.
-
-    Raises:
-        InputError: a report cannot be read, or they cannot be compared.
-    """
+    """The views of a report, or of a comparison if there are several paths."""
     reports = [Report.read(path) for path in paths]
     return _One(reports[0]) if len(reports) == 1 else _Several(compare(reports))
 

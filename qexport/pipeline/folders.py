@@ -111,9 +111,6 @@ def open_folder(
         layers: records of the quantized layers; derived from the headers if empty.
         digests: known digests by file name; those of other weight files are computed when they are first needed.
         loaders: the libraries that should load the folder, besides qexport.
-
-    Raises:
-        InputError: the folder cannot be read.
     """
     with open_stored(folder, dtype=dtype, like=reference) as artifact:
         unknown = [file for file in artifact.files if file not in digests]

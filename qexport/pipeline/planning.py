@@ -21,11 +21,7 @@ from qexport.recipe.model import Recipe
 
 
 def load_merged(load: LoadSettings, merging: MergeSettings, *, progress: ProgressCallback) -> Merged:
-    """The merged model. Only headers of the base have been read.
-
-    Raises:
-        QexportError: base or adapter cannot be used, or they do not fit together.
-    """
+    """The merged model. Only headers of the base have been read."""
     checkpoint, adapter = load_checkpoint(load, progress=progress), locate_adapter(load, progress=progress)
     return merge(
         checkpoint,

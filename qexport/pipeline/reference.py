@@ -56,9 +56,6 @@ def make_gates(
         adapter: whether the reference has an adapter.
         nearest: whether the model rounded to nearest is measured too.
         graph: whether the artifact is an ONNX graph.
-
-    Raises:
-        RecipeError: a limit is tighter than three times the noise floor.
     """
     limits, notes = above_floor(limits_of(settings, profile), prepared.noise_floor)
     expected, given_up = expected_gates(settings, adapter=adapter, nearest=nearest, graph=graph)
@@ -120,10 +117,6 @@ def prepare_reference(
         dtype: what the blocks compute in.
         device: where to compute.
         progress: is called with each step.
-
-    Raises:
-        InputError: a tensor cannot be read.
-        NumericalError: logits hold NaN or Inf.
     """
     checkpoint, adapter = merged.checkpoint, merged.adapter
     live = LiveAdapter(merged.base, adapter.folder) if adapter else None

@@ -88,9 +88,6 @@ def read_evaluation(
         structure: the model's.
         calibration: text that the held-out text must not share documents with.
         progress: is called with prompts that cannot be continued, and with windows that are not measured.
-
-    Raises:
-        InputError: see `read_texts`.
     """
     documents = read_documents(_listed(settings.text), field=settings.field)
     if settings.windows > settings.max_windows:

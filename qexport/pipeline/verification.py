@@ -91,9 +91,6 @@ class Verified:
         Args:
             opened: the folder.
             command: for the report, the command that repeats the measurement.
-
-        Raises:
-            InputError: a file of the folder cannot be read.
         """
         reference, measured = self.reference, self.measured
         checks = [
@@ -108,13 +105,7 @@ class Verified:
 
 
 def measure_folder(reference: Reference, opened: ArtifactFolder, *, progress: ProgressCallback = silent) -> Verified:
-    """Measures a folder's weights until its gates are decided.
-
-    Raises:
-        RecipeError: a limit is tighter than three times the noise floor.
-        InputError: a tensor cannot be read.
-        NumericalError: logits hold NaN or Inf.
-    """
+    """Measures a folder's weights until its gates are decided."""
     settings = reference.settings
     gates = make_gates(
         settings,

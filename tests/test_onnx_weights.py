@@ -186,7 +186,7 @@ def test_an_order_that_is_no_permutation_is_refused(tmp_path: Path, dense: dict[
     )
     graph.linear(sorted_inputs, Q_PROJ, value)
     found = OnnxWeights(graph.write(tmp_path, CONFIG.to_dict()), dtype=torch.float32)
-    with pytest.raises(InputError, match="not each input once"):
+    with pytest.raises(InputError, match="does not have each input once"):
         found.read(f"{Q_PROJ}.weight")
 
 

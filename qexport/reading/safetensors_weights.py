@@ -91,7 +91,7 @@ class SafetensorsWeights:
     @property
     def method(self) -> str:
         """How the weights are stored, for a reader."""
-        return self._format.words
+        return self._format.description
 
     @property
     def layers(self) -> dict[str, StoredLayer]:

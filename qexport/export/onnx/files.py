@@ -18,7 +18,7 @@ from qexport.export.shards import split_by_size
 from qexport.export.tensor_writer import PlacedTensors, WrittenWeights
 from qexport.export.weight_files import WeightFiles
 from qexport.formats import Outputs
-from qexport.formats.onnx.format import LeftOut, OnnxFormat
+from qexport.formats.onnx.format import EncodingWithout, OnnxFormat
 from qexport.reading.onnx.external_data import ExternalData
 from qexport.reading.onnx.graph import Graph
 from qexport.tensors import BlockQuantizedSpec, TensorSpec
@@ -127,12 +127,12 @@ class OnnxFiles(WeightFiles):
     @property
     def shared(self) -> frozenset[str]:
         """The initializers that lie in the files of the safetensors layout."""
-        return self.encoding.names if isinstance(self.encoding, LeftOut) else frozenset()
+        return self.encoding.names if isinstance(self.encoding, EncodingWithout) else frozenset()
 
     @cached_property
     def initializers(self) -> Mapping[str, TensorSpec]:
         """Every tensor of the graph, shared ones too."""
-        if not isinstance(self.encoding, LeftOut):
+        if not isinstance(self.encoding, EncodingWithout):
             return self.specs
         return replace(self, encoding=self.encoding.encoding).specs
 
@@ -203,7 +203,7 @@ def onnx_files(outputs: Outputs, encoding: OnnxFormat, max_shard_size: int, *, s
         max_shard_size: bytes of tensors in one file.
         shared: leave out what the safetensors layout has.
     """
-    kept = LeftOut(encoding, shared_names(outputs)) if shared else encoding
+    kept = EncodingWithout(encoding, shared_names(outputs)) if shared else encoding
     return OnnxFiles(kept, outputs, max_shard_size)
 
 

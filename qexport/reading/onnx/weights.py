@@ -15,7 +15,7 @@ from qexport.architectures.families import without_code_keys
 from qexport.architectures.structure import Structure, refuse_impossible_depth
 from qexport.errors import InputError, RecipeError, listed
 from qexport.formats.dequantization import dequantize
-from qexport.formats.onnx.format import OPERATORS, described, stored_matrix
+from qexport.formats.onnx.format import OPERATORS, description, stored_matrix
 from qexport.formats.onnx.operators import StoredMatrix
 from qexport.formats.stored_weight import StoredLayer
 from qexport.reading.filled_model import read_generation
@@ -104,7 +104,7 @@ class OnnxWeights:
     @property
     def method(self) -> str:
         """How the weights are stored, for a reader."""
-        return f"ONNX, {described(self.quantized.values())}"
+        return f"ONNX, {description(self.quantized.values())}"
 
     @property
     def layers(self) -> dict[str, StoredLayer]:

@@ -106,7 +106,7 @@ def test_asymmetric_zero_points_that_are_called_symmetric_are_refused(tmp_path: 
         (lambda config: config.update(quant_method="awq"), "quant_method is 'awq'"),
         (lambda config: config.update(bits="4"), "bits must be given, with type int"),
         (lambda config: config.update(bits=True), "bits must be given, with type int"),
-        (lambda config: config.update(bits=5), "5 bits in groups of 64 are not supported"),
+        (lambda config: config.update(bits=5), "5 bits in groups of 32 are not supported"),
         (lambda config: config.pop("sym"), "sym must be given"),
         (lambda config: config.update(dynamic=["x"]), "dynamic must map"),
         (lambda config: config.update(dynamic={"(": {}}), "not a regular expression"),
@@ -127,7 +127,7 @@ def test_a_quantization_config_that_cannot_be_followed_is_refused(
     ("change", "message"),
     [
         (lambda tensors: tensors.pop(f"{DOWN}.g_idx"), "lacks g_idx"),
-        (lambda tensors: tensors.update({f"{DOWN}.weight": torch.zeros(64, 128)}), "both dense and quantized"),
+        (lambda tensors: tensors.update({f"{DOWN}.weight": torch.zeros(64, 128)}), "both unquantized and quantized"),
     ],
 )
 def test_half_a_module_or_one_and_a_half_are_refused(
@@ -177,7 +177,7 @@ def test_a_linear_that_is_dense_though_its_config_says_quantized_is_told_and_the
     edit_config(tmp_path / "a", lambda config: config.update(dynamic={f"-:^{UP}$": {}}))
     with SafetensorsWeights(tmp_path / "a", dtype=torch.bfloat16) as source, pytest.raises(InputError) as caught:
         source.check_complete(model.structure)
-    assert f"{DOWN}: dense, but quantized by its config" in str(caught.value)
+    assert f"{DOWN}: unquantized, but quantized according to the config" in str(caught.value)
     assert f"{UP}: quantized, but dense by its config" in str(caught.value)
 
 

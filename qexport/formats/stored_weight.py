@@ -30,7 +30,7 @@ def compiled(pattern: str, where: str, *, template: str = "{}") -> re.Pattern[st
     """
     if _REPETITION.search(_ANYTHING.sub("", pattern)) or len(_ANYTHING.findall(pattern)) > 2:
         raise InputError(
-            "patterns with repetitions (* + ? {) are not supported", where=where, mend="name the modules themselves"
+            "a pattern that repeats (* + ? {) is not supported", where=where, mend="name the modules themselves"
         )
     try:
         return re.compile(template.replace("{}", pattern))

@@ -140,7 +140,7 @@ class RowWeight:
         if self.scheme is None:
             raise _unquantized_by_config(self.module)
         if self.scheme != Scheme(8, -1, sym=True, desc_act=False):
-            raise InputError("the format int-quantized is supported for symmetric int8 rows only", where=self.module)
+            raise InputError("only symmetric int8 rows are supported in the format int-quantized", where=self.module)
         rows = unpack_rows(tensors, module=self.module)
         if int(rows.codes.min()) < -127:
             raise InputError("a code is -128", where=f"{self.module}.weight")

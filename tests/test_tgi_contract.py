@@ -260,7 +260,7 @@ def test_a_planted_fault_is_caught_by_its_rule(
     found = failed(folder)
     assert rule in found
     assert found[rule].source
-    assert found[rule].detail != "as demanded"
+    assert found[rule].detail != "as required"
 
 
 def test_every_rule_has_a_planted_fault_and_a_name_of_its_own() -> None:

@@ -35,7 +35,7 @@ class ServedByTgi(ServedModel):
         """Every `*.safetensors` in the folder itself, without a look at the index (`utils/hub.py`)."""
         specs: dict[str, TensorSpec] = {}
         files: dict[str, str] = {}
-        twice, unreadable = list[str](), dict[str, str]()
+        duplicates, unreadable = list[str](), dict[str, str]()
         for path in sorted(folder.glob("*.safetensors")):
             if any(word in path.name for word in RESERVED_WORDS):
                 continue
@@ -45,10 +45,10 @@ class ServedByTgi(ServedModel):
             except InputError as error:
                 unreadable[path.name] = error.what
                 continue
-            twice += [name for name in found if name in specs]
+            duplicates += [name for name in found if name in specs]
             specs = {**found, **specs}
             files = {**dict.fromkeys(found, path.name), **files}
-        return ServedWeights(specs, files, tuple(twice), unreadable)
+        return ServedWeights(specs, files, tuple(duplicates), unreadable)
 
     @property
     def family(self) -> OwnModel | None:

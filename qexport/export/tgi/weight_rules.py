@@ -59,8 +59,8 @@ def _headers(model: ServedByTgi) -> Iterator[str]:
 
 @_rule("each tensor is in one file", WEIGHTS, disk=True)
 def _once(model: ServedByTgi) -> Iterator[str]:
-    if twice := model.weights.twice:
-        yield f"{len(twice)} tensors are in two files: {listed(twice, limit=3)}"
+    if duplicates := model.weights.duplicates:
+        yield f"{len(duplicates)} tensors are in two files: {listed(duplicates, limit=3)}"
 
 
 @_rule("there is one set of weights", WEIGHTS, disk=True)

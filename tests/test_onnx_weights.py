@@ -294,7 +294,7 @@ def test_two_readings_of_the_same_codes_are_refused(tmp_path: Path, dense: dict[
         del other.input[3:]
         other.output[0] = "again"
 
-    with pytest.raises(InputError, match="two ways"):
+    with pytest.raises(InputError, match="read the same codes in different ways"):
         OnnxWeights(change(tmp_path, again), dtype=torch.float32)
 
 

@@ -178,7 +178,7 @@ def test_a_linear_that_is_dense_though_its_config_says_quantized_is_told_and_the
     with SafetensorsWeights(tmp_path / "a", dtype=torch.bfloat16) as source, pytest.raises(InputError) as caught:
         source.check_complete(model.structure)
     assert f"{DOWN}: unquantized, but quantized according to the config" in str(caught.value)
-    assert f"{UP}: quantized, but dense by its config" in str(caught.value)
+    assert f"{UP}: quantized, but unquantized according to the config" in str(caught.value)
 
 
 def test_a_dense_folder_is_read_as_it_is(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ class OnnxSettings(_Shards):
     faster, but accept several new tokens with a past only for a batch of one."""
 
     share_weights: bool = False
-    """Tensors that the recipe's layout `safetensors` stores in the same bytes are not written again: its files are linked
+    """Tensors that the recipe's layout `safetensors` has in the same bytes are not written again: its files are linked
     into the folder, and the graph refers to them."""
 
 

@@ -40,7 +40,7 @@ class OwnModel:
 
 _QKV: Final = ("q_proj", "k_proj", "v_proj")
 _GATED: Final = OwnModel(joined=(_QKV, ("gate_proj", "up_proj")), row=("o_proj", "down_proj"))
-_EXPERTS: Final = "the experts have kernels and a naming of their own"
+_EXPERTS: Final = "the experts have their own kernels and names"
 _MIXTURE: Final = OwnModel(joined=(_QKV,), row=("o_proj",), prequantized=_EXPERTS)
 _UNTRIED: Final = (
     "dbrx", "deepseek_v2", "deepseek_v3", "gpt2", "gptj", "gpt_bigcode", "opt", "bloom", "mpt", "mamba", "baichuan",

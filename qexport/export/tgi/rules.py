@@ -133,14 +133,14 @@ def _falcon_norms(model: ServedByTgi) -> Iterator[str]:
         yield f"num_ln_in_parallel_attn is {given!r}, the weights have {stored}"
 
 
-@_rule("Falcon's variant is one that TGI reads rightly", _FALCON, _VLLM)
+@_rule("Falcon's variant is one that TGI reads correctly", _FALCON, _VLLM)
 def _falcon_variant(model: ServedByTgi) -> Iterator[str]:
     config = model.config
     if not _is_falcon(model) or any(config.get(key) is None for key in FALCON_KEYS):
         return
     new = config["new_decoder_architecture"]
     if not new and not config["multi_query"]:
-        yield "multi_query: false: queries, keys and values lie head by head, TGI reads them one after another"
+        yield "multi_query: false: queries, keys and values are stored head by head; TGI reads them one after another"
     if new and not config["parallel_attn"]:
         yield "parallel_attn: false is not known together with new_decoder_architecture"
     two_norms = new and config.get("num_ln_in_parallel_attn") == 2
@@ -200,7 +200,7 @@ def _chat_template(model: ServedByTgi) -> Iterator[str]:
         yield "a list of templates must give each a name"
 
 
-@_rule("the folder is no adapter", _CLI)
+@_rule("the folder is not an adapter", _CLI)
 def _no_adapter(model: ServedByTgi) -> Iterator[str]:
     if "adapter_config.json" in model.files:
         yield "adapter_config.json makes TGI take the folder for an adapter"

@@ -117,7 +117,7 @@ def _no_leftovers(model: ServedByTgi) -> Iterator[str]:
             yield f"{name} is {spec.dtype}"
 
 
-@_rule("quantized tensors of the family are read rightly", MODELS, NOT_QUANTIZED)
+@_rule("quantized tensors of the family are read correctly", MODELS, NOT_QUANTIZED)
 def _family_prequantized(model: ServedByTgi) -> Iterator[str]:
     if model.method and model.family and model.family.prequantized:
         yield model.family.prequantized
@@ -254,7 +254,7 @@ def _int8_shapes(model: ServedByTgi) -> Iterator[str]:
         if left and len(left) < len(linear.modules):
             yield f"{linear.name}: TGI joins these layers, and only {', '.join(left)} is not quantized"
         elif not left and any(count % _CUTLASS_MULTIPLE for count in linear.shape):
-            yield f"{linear.name}: {linear.shape} are no multiples of {_CUTLASS_MULTIPLE}"
+            yield f"{linear.name}: {linear.shape} are not multiples of {_CUTLASS_MULTIPLE}"
 
 
 def _unquantized_modules(model: ServedByTgi) -> list[str]:

@@ -142,7 +142,7 @@ def _gptq_configs(model: ServedByVllm) -> Iterator[tuple[str, Mapping[str, Any]]
             yield f"dynamic: {pattern}", {**model.quantization, **changes}
 
 
-@_rule("4-bit codes stand beside 16-bit weights", GPTQ, "set merge.dtype to bfloat16 or float16")
+@_rule("4-bit codes are used with 16-bit weights", GPTQ, "set merge.dtype to bfloat16 or float16")
 def _packed_dtype(model: ServedByVllm) -> Iterator[str]:
     packed = model.method == "gptq" or model.quantization.get("format") == "pack-quantized"
     if packed and model.dtype == "float32":
@@ -178,7 +178,7 @@ def _tokenizer(model: ServedByVllm) -> Iterator[str]:
         yield f"none of {', '.join(_TOKENIZERS)}"
 
 
-@_rule("launch files ask for no longer sequences than the model's", _MODEL_CONFIG)
+@_rule("launch files do not exceed the model's longest sequence", _MODEL_CONFIG)
 def _launch_length(model: ServedByVllm) -> Iterator[str]:
     longest = max_model_len(model.config)
     for place, arguments in model.engine_arguments:

@@ -34,7 +34,7 @@ WEIGHT_RULES: Final = Rules[ServedByVllm]()
 _rule: Final = WEIGHT_RULES.rule
 
 
-@_rule("the weights can be read, all that the index names", _WEIGHT_UTILS, disk=True)
+@_rule("all weights that the index names can be read", _WEIGHT_UTILS, disk=True)
 def _files(model: ServedByVllm) -> Iterator[str]:
     yield from model.weights.unreadable.values()
 

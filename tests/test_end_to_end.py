@@ -395,7 +395,7 @@ def test_codes_on_the_disk_are_those_that_were_computed(tmp_path: Path, monkeypa
     monkeypatch.setattr(
         tensor_writer, "write_at", lambda path, at, content: honest(path, at, flipped(content) if at else content)
     )
-    with pytest.raises(QexportError, match="bytes on the disk"):
+    with pytest.raises(QexportError, match="bytes on disk"):
         finish(tmp_path)
     assert not (tmp_path / "out").exists()
 

@@ -81,7 +81,7 @@ def test_two_lines_of_python_name_transformers_only_where_it_takes_the_artifact(
         ((576, 1536), 2048, "yes", "asks for inputs in multiples of the block size"),
         ((64, 40), 64, "yes", "asks for inputs in multiples of the block size"),
         ((1, 576), 128, "yes", "asks for inputs in multiples of the block size"),
-        ((40, 64), 64, "yes", "asks for multiples of 32 outputs"),
+        ((40, 64), 64, "yes", "requires outputs in multiples of 32"),
     ],
 )
 def test_what_bitsandbytes_makes_of_a_block_size_depends_on_the_shapes(

@@ -19,7 +19,7 @@ from qexport.architectures.structure import parse_config
 from qexport.errors import CompatibilityError
 from qexport.export.onnx.attention import refuse_unfused
 from qexport.export.onnx.interception import switching_length
-from qexport.export.onnx.tracing import kept, trace
+from qexport.export.onnx.tracing import layer_caches, trace
 from qexport.reading.onnx.model import OnnxCausalLM
 
 VOCABULARY = factories.VOCABULARY
@@ -72,16 +72,16 @@ def _decoded(model: Any, ids: Tensor) -> Tensor:
 
 def test_frequencies_that_grow_with_the_text_are_refused_before_anything_is_traced() -> None:
     with pytest.raises(CompatibilityError, match="rotary frequencies of the kind dynamic"):
-        kept(Architecture(as_json(DYNAMIC)), torch.float32)
+        layer_caches(Architecture(as_json(DYNAMIC)), torch.float32)
     several = factories.FAMILIES["gemma 3"].to_dict()
     several["rope_parameters"]["full_attention"] = LONG_AND_SHORT
     with pytest.raises(CompatibilityError, match="default, longrope"):
-        kept(Architecture(several), torch.float32)
+        layer_caches(Architecture(several), torch.float32)
 
 
 def test_heads_that_fused_attention_cannot_take_are_refused_before_anything_is_traced() -> None:
     narrow, wide = (
-        kept(Architecture(as_json(factories.llama_config(head_dim=size))), torch.float32) for size in (12, 24)
+        layer_caches(Architecture(as_json(factories.llama_config(head_dim=size))), torch.float32) for size in (12, 24)
     )
     refuse_unfused(wide)
     with pytest.raises(CompatibilityError, match="a multiple of 8; not 12"):

@@ -126,24 +126,27 @@ def test_no_pipe_is_opened(folder: Path) -> None:
 
 
 PLACES = {
-    "before the file": (entry("offset", "-8"), "no number of bytes"),
+    "before the file": (entry("offset", "-8"), "is not a number of bytes"),
     "beyond the end": (entry("offset", "4"), "ends at byte 52"),
     "far beyond": (entry("offset", "9" * 18), "ends at byte"),
-    "a giant number": (entry("offset", "9" * 400), "no number of bytes"),
-    "no number": (entry("offset", "0x0"), "no number of bytes"),
-    "other digits": (entry("length", "٤٨"), "no number of bytes"),
+    "a giant number": (entry("offset", "9" * 400), "is not a number of bytes"),
+    "no number": (entry("offset", "0x0"), "is not a number of bytes"),
+    "other digits": (entry("length", "٤٨"), "is not a number of bytes"),
     "too short": (entry("length", "44"), "takes 48 bytes, not 44"),
     "too long": (entry("length", "52"), "takes 48 bytes, not 52"),
     "twice": (lambda model: model.graph.initializer[0].external_data.add(key="location", value="x"), "once each"),
     "no length": (lambda model: model.graph.initializer[0].external_data.pop(), "once each"),
     "unknown key": (lambda model: model.graph.initializer[0].external_data.add(key="prepacked_0", value="x"), "once"),
     "another shape": (lambda model: model.graph.initializer[0].dims.append(2), "takes 96 bytes"),
-    "negative shape": (lambda model: model.graph.initializer[0].dims.append(-1), "no shape"),
-    "giant and empty": (lambda model: model.graph.initializer[0].dims.extend([0, 1 << 62, 1 << 62]), "no shape"),
+    "negative shape": (lambda model: model.graph.initializer[0].dims.append(-1), "has no valid shape"),
+    "giant and empty": (
+        lambda model: model.graph.initializer[0].dims.extend([0, 1 << 62, 1 << 62]),
+        "has no valid shape",
+    ),
     "unknown dtype": (lambda model: setattr(model.graph.initializer[0], "data_type", 8), "unknown dtype"),
     "in both places": (
         lambda model: setattr(model.graph.initializer[0], "data_location", TensorProto.DEFAULT),
-        "in the graph and in a file",
+        "both in the graph and in a data file",
     ),
     "cut short inside": (
         lambda model: setattr(model.graph.initializer[1], "raw_data", b"1234567"),
@@ -267,7 +270,7 @@ def test_names_that_are_no_text_are_refused(tmp_path: Path, text: bytes) -> None
     content = (folder / "model.onnx").read_bytes()
     assert text in content
     (folder / "model.onnx").write_bytes(content.replace(text, b"\xff" + text[1:]))
-    with pytest.raises(InputError, match="a name in the graph is no text"):
+    with pytest.raises(InputError, match="a name in the graph is not UTF-8"):
         Graph(folder)
 
 

@@ -20,7 +20,7 @@ import onnx_folders
 import stored_models
 from onnx_exports import open_graph
 from qexport.errors import CompatibilityError, InputError, RecipeError
-from qexport.reading.filled_model import dense_model
+from qexport.reading.filled_model import unquantized_model
 from qexport.reading.onnx import session as session_module
 from qexport.reading.onnx.cache import OnnxCache
 from qexport.reading.onnx.model import OnnxCausalLM
@@ -57,7 +57,7 @@ def write(folder: Path, name: str) -> Path:
 
 def reference(folder: Path) -> PreTrainedModel:
     weights = OnnxWeights(folder, dtype=torch.float32)
-    return dense_model(weights.architecture, weights, dtype=torch.float32, device=CPU)
+    return unquantized_model(weights.architecture, weights, dtype=torch.float32, device=CPU)
 
 
 @pytest.fixture(scope="module")
@@ -357,7 +357,7 @@ def test_graphs_that_are_no_language_models_are_refused(tmp_path: Path) -> None:
     graph.outputs.append(helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 64]))
     graph.named("y", "x")
     session = open_session(graph.write(tmp_path, {}), device=CPU)
-    with pytest.raises(InputError, match="no causal language model"):
+    with pytest.raises(InputError, match="is not a causal language model"):
         OnnxCausalLM(CONFIG, session, stored_bytes=0)
     with pytest.raises(InputError, match="cannot run"):
         session.run({"x": torch.zeros(4, 63)}, {"y": torch.zeros(4, 64)})
@@ -370,7 +370,7 @@ def test_a_cache_that_does_not_come_out_is_refused(tmp_path: Path, monkeypatch: 
     session = open_session(folder, device=CPU)
     outputs = {name: value for name, value in session.outputs.items() if name != "present.0.value"}
     monkeypatch.setattr(session, "outputs", outputs)
-    with pytest.raises(InputError, match="does not pass its cache on"):
+    with pytest.raises(InputError, match="different cache inputs and outputs"):
         OnnxCausalLM(CONFIG, session, stored_bytes=0)
 
 

@@ -157,7 +157,7 @@ def with_g_idx(graph: onnx.GraphProto) -> None:
 
 EDITS = {
     "another number of bits": (set_attribute("bits", 8), "expected"),
-    "3 bits": (set_attribute("bits", 3), "3 bits in blocks"),
+    "3 bits": (set_attribute("bits", 3), "MatMulNBits with bits 3"),
     "another block size": (set_attribute("block_size", 16), "expected"),
     "a block size of zero": (set_attribute("block_size", 0), "lacks the attribute"),
     "swapped sizes": (set_attribute("K", 32), "expected"),
@@ -186,7 +186,7 @@ def test_an_order_that_is_no_permutation_is_refused(tmp_path: Path, dense: dict[
     )
     graph.linear(sorted_inputs, Q_PROJ, value)
     found = OnnxWeights(graph.write(tmp_path, CONFIG.to_dict()), dtype=torch.float32)
-    with pytest.raises(InputError, match="not each input once"):
+    with pytest.raises(InputError, match="does not have each input once"):
         found.read(f"{Q_PROJ}.weight")
 
 
@@ -274,7 +274,7 @@ def test_another_safetensors_file_is_refused(fault: str, tmp_path: Path, dense: 
             header["a"] = header.pop(first)
     text = json.dumps(header, separators=(",", ":")).encode().ljust(length)
     (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
-    with pytest.raises(InputError, match="another one than the graph was made for"):
+    with pytest.raises(InputError, match="not the safetensors file that the graph was made for"):
         OnnxWeights(folder, dtype=torch.float32)
 
 
@@ -294,7 +294,7 @@ def test_two_readings_of_the_same_codes_are_refused(tmp_path: Path, dense: dict[
         del other.input[3:]
         other.output[0] = "again"
 
-    with pytest.raises(InputError, match="two ways"):
+    with pytest.raises(InputError, match="read the same codes in different ways"):
         OnnxWeights(change(tmp_path, again), dtype=torch.float32)
 
 

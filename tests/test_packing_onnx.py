@@ -134,8 +134,8 @@ def test_blocks_of_groups(in_features: int, group_size: int, block: int) -> None
     ("spec", "reason"),
     [
         (GroupQuantizedSpec(8, 96, 3, 32, True, False), "not 3"),
-        (GroupQuantizedSpec(8, 96, 4, 8, True, False), "no multiple of 16"),
-        (GroupQuantizedSpec(8, 96, 4, 24, True, False), "no multiple of 16"),
+        (GroupQuantizedSpec(8, 96, 4, 8, True, False), "is not a multiple of 16"),
+        (GroupQuantizedSpec(8, 96, 4, 24, True, False), "is not a multiple of 16"),
         (GroupQuantizedSpec(8, 100, 4, 32, True, False), "does not divide"),
     ],
 )

@@ -126,7 +126,7 @@ def test_a_method_that_no_reader_knows_is_refused(gptq: Path, quantization: Any,
 def test_a_part_with_other_dimensions_is_refused(gptq: Path, part: str, tensor: torch.Tensor) -> None:
     module = "model.layers.0.mlp.up_proj"
     save_file(load_file(gptq / "model.safetensors") | {f"{module}.{part}": tensor}, gptq / "model.safetensors")
-    with pytest.raises(InputError, match=r"are no \[groups, out\] and \[in\]") as caught:
+    with pytest.raises(InputError, match=r"do not have the shapes \[groups, out\] and \[in\]") as caught:
         SafetensorsWeights(gptq, dtype=torch.float32)
     assert caught.value.where == module
 
@@ -258,21 +258,21 @@ FAULTS: list[tuple[str, Callable[[dict[str, torch.Tensor]], object], str]] = [
     ("int8", drop(f"{UP}.SCB"), "not the model"),
     ("int8", drop(f"{UP}.weight_format"), "lacks weight_format"),
     ("int8", put(f"{UP}.weight_format", torch.tensor(1, dtype=torch.uint8)), "row-major"),
-    ("int8", put(f"{UP}.weight", torch.zeros(128, 64)), "no int8 matrix"),
+    ("int8", put(f"{UP}.weight", torch.zeros(128, 64)), "is not an int8 matrix"),
     ("w8a8", fill(f"{UP}.weight", -128), "-128"),
     ("w8a8", fill(f"{UP}.weight_scale", torch.nan), "NaN"),
     ("w8a8", fill(f"{UP}.weight_scale", -1.0), "scale"),
     ("w8a8", drop(f"{UP}.weight"), "lacks weight"),
-    ("w8a8", put(f"{UP}.weight", torch.zeros(128, 64)), "no int8 matrix"),
+    ("w8a8", put(f"{UP}.weight", torch.zeros(128, 64)), "is not an int8 matrix"),
     ("w8a8", cut(f"{UP}.weight_scale"), "expected torch"),
     ("w8a8", put(f"{UP}.weight_zero_point", torch.zeros(1)), "not the model"),
     ("w4a16", put(f"{UP}.weight_shape", torch.tensor([64, 128])), "not the model"),
-    ("w4a16", put(f"{UP}.weight_shape", torch.tensor([0, 64])), "is no shape"),
-    ("w4a16", put(f"{UP}.weight_shape", torch.zeros(2)), "no int64"),
+    ("w4a16", put(f"{UP}.weight_shape", torch.tensor([0, 64])), "is not a shape"),
+    ("w4a16", put(f"{UP}.weight_shape", torch.zeros(2)), "must be int64"),
     ("w4a16", fill(f"{UP}.weight_scale", torch.inf), "NaN or Inf"),
     ("w4a16", cut(f"{UP}.weight_packed"), "expected torch"),
     ("w4a16", drop(f"{UP}.weight_scale"), "lacks weight_scale"),
-    ("w4a16", put(f"{UP}.weight", torch.zeros(128, 64)), "both dense and quantized"),
+    ("w4a16", put(f"{UP}.weight", torch.zeros(128, 64)), "both unquantized and quantized"),
 ]
 
 
@@ -299,23 +299,27 @@ CONTRADICTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("nf4", {"load_in_4bit": False, "load_in_8bit": True}, "no layer is quantized"),
     ("nf4", {"load_in_8bit": True}, "exactly one"),
     ("nf4", {"load_in_4bit": "yes"}, "exactly one"),
-    ("nf4", {"bnb_4bit_quant_type": "fp4"}, "is nf4, the quantization config says fp4"),
-    ("nf4", {"bnb_4bit_quant_type": "nf5"}, "cannot be read"),
+    ("nf4", {"bnb_4bit_quant_type": "fp4"}, "is nf4, but the quantization config says fp4"),
+    ("nf4", {"bnb_4bit_quant_type": "nf5"}, "bnb_4bit_quant_type must be nf4 or fp4"),
     ("nf4", {"bnb_4bit_use_double_quant": True}, "says nf4 with double quantization"),
     ("nf4", {"llm_int8_skip_modules": "lm_head"}, "list of strings"),
     ("nf4", {"llm_int8_skip_modules": ["(a+)+b"]}, "repeats"),
     ("nf4", {"llm_int8_skip_modules": ["("]}, "not a regular expression"),
-    ("nf4", {"llm_int8_skip_modules": ["lm_head", "up_proj"]}, f"{UP}: quantized, but dense by its config"),
-    ("nf4", {"llm_int8_skip_modules": []}, "lm_head: dense, but quantized by its config"),
+    (
+        "nf4",
+        {"llm_int8_skip_modules": ["lm_head", "up_proj"]},
+        f"{UP}: quantized, but unquantized according to the config",
+    ),
+    ("nf4", {"llm_int8_skip_modules": []}, "lm_head: unquantized, but quantized according to the config"),
     ("w8a8", {"format": "float-quantized"}, "format is 'float-quantized'"),
     ("w8a8", {"format": "pack-quantized"}, "no layer is quantized"),
     ("w8a8", {"kv_cache_scheme": {}}, "cache"),
     ("w8a8", {"config_groups": {}}, "config_groups must map"),
     ("w8a8", {"config_groups": {"a": {"targets": ["Linear"]}}}, "targets and weights"),
     ("w8a8", weights_scheme(), "only symmetric int8 rows"),
-    ("w8a8", {"ignore": []}, "lm_head: dense, but quantized by its config"),
-    ("w8a8", {"ignore": ["lm_head", UP]}, f"{UP}: quantized, but dense by its config"),
-    ("w8a8", {"ignore": ["lm_head", "re:.*up_proj"]}, f"{UP}: quantized, but dense by its config"),
+    ("w8a8", {"ignore": []}, "lm_head: unquantized, but quantized according to the config"),
+    ("w8a8", {"ignore": ["lm_head", UP]}, f"{UP}: quantized, but unquantized according to the config"),
+    ("w8a8", {"ignore": ["lm_head", "re:.*up_proj"]}, f"{UP}: quantized, but unquantized according to the config"),
     ("w8a8", {"ignore": ["re:(a+)+b"]}, "repeats"),
     ("w8a8", {"ignore": [1]}, "list of strings"),
     ("w4a16", weights_scheme(num_bits=8), "expected torch"),

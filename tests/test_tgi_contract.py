@@ -177,9 +177,9 @@ FAULTS: list[tuple[str, str, Plant]] = [
     ("Falcon's heads of keys and values are counted", "falcon", config(num_kv_heads=4)),
     ("Falcon's layer norms are counted", "falcon 40b", config(num_ln_in_parallel_attn=None)),
     ("Falcon's layer norms are counted", "falcon 40b", config(num_ln_in_parallel_attn=1)),
-    ("Falcon's variant is one that TGI reads rightly", "falcon", config(multi_query=False)),
-    ("Falcon's variant is one that TGI reads rightly", "falcon 40b", config(parallel_attn=False)),
-    ("Falcon's variant is one that TGI reads rightly", "falcon", config(num_hidden_layers=80)),
+    ("Falcon's variant is one that TGI reads correctly", "falcon", config(multi_query=False)),
+    ("Falcon's variant is one that TGI reads correctly", "falcon 40b", config(parallel_attn=False)),
+    ("Falcon's variant is one that TGI reads correctly", "falcon", config(num_hidden_layers=80)),
     ("there is a fast tokenizer", "gptq", without("tokenizer.json")),
     ("tokenizer_config.json can be parsed", "gptq", without("tokenizer_config.json")),
     ("tokenizer_config.json can be parsed", "gptq", config("tokenizer_config.json", eos_token=["<|end|>"])),
@@ -198,7 +198,7 @@ FAULTS: list[tuple[str, str, Plant]] = [
     ("every layer is complete", "gptq", config(num_hidden_layers=3)),
     ("every layer is complete", "16-bit", tensors(lambda content: content.pop(f"{UP}.weight"))),
     ("the output head is there", "gptq", tensors(lambda content: content.pop("lm_head.weight"))),
-    ("the folder is no adapter", "gptq", file("adapter_config.json", "{}")),
+    ("the folder is not an adapter", "gptq", file("adapter_config.json", "{}")),
     ("GPTQ: config.json gives bits, group_size, sym and desc_act", "gptq",
      config(within="quantization_config", drop="desc_act")),
     ("GPTQ: both configs say the same", "gptq", config("quantize_config.json", sym=False)),
@@ -217,7 +217,7 @@ FAULTS: list[tuple[str, str, Plant]] = [
     ("GPTQ: a kernel takes every layer", "falcon", quantization(sym=True)),
     ("GPTQ: joined layers have the same g_idx", "desc_act",
      replace_tensor(f"{K}.g_idx", lambda g_idx: g_idx.flip(0))),
-    ("quantized tensors of the family are read rightly", "gptq", take_for_neox),
+    ("quantized tensors of the family are read correctly", "gptq", take_for_neox),
     ("head and embedding are 16-bit", "gptq",
      tensors(lambda content: content.update({"lm_head.qweight": content.pop(f"{UP}.qweight")}))),
     ("weights are 16-bit where nothing says otherwise", "gptq", config(drop="quantization_config")),
@@ -260,7 +260,7 @@ def test_a_planted_fault_is_caught_by_its_rule(
     found = failed(folder)
     assert rule in found
     assert found[rule].source
-    assert found[rule].detail != "as demanded"
+    assert found[rule].detail != "as required"
 
 
 def test_every_rule_has_a_planted_fault_and_a_name_of_its_own() -> None:

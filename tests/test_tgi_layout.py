@@ -157,10 +157,10 @@ def test_a_packed_layer_never_goes_to_exllama() -> None:
         (TgiModel(NEOX, W8A8), "multiplied in the wrong order"),
         (TgiModel(Qwen3Config(**SMALL, head_dim=32)), "takes 16-bit weights"),
         (TgiModel(Qwen3Config(**SMALL, head_dim=32), NF4), "takes 16-bit weights"),
-        (TgiModel(MixtralConfig(**SMALL, num_local_experts=2)), "experts have kernels and a naming of their own"),
+        (TgiModel(MixtralConfig(**SMALL, num_local_experts=2)), "experts have their own kernels and names"),
         (TgiModel(factories.falcon_config(alibi=True)), "takes 16-bit weights"),
         (TgiModel(factories.falcon_config(multi_query=False), NONE), "head by head"),
-        (TgiModel(factories.llama_config(hidden_size=72, intermediate_size=136), W8A8), "no multiples of 16"),
+        (TgiModel(factories.llama_config(hidden_size=72, intermediate_size=136), W8A8), "not multiples of 16"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip

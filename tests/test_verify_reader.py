@@ -104,14 +104,14 @@ def test_asymmetric_zero_points_that_are_called_symmetric_are_refused(tmp_path: 
         (lambda config: config.pop("checkpoint_format"), "checkpoint_format is None"),
         (lambda config: config.update(checkpoint_format="gptq_v2"), "gptq_v2"),
         (lambda config: config.update(quant_method="awq"), "quant_method is 'awq'"),
-        (lambda config: config.update(bits="4"), "bits must be there and be of type int"),
-        (lambda config: config.update(bits=True), "bits must be there and be of type int"),
-        (lambda config: config.update(bits=5), "no reader knows 5 bits"),
-        (lambda config: config.pop("sym"), "sym must be there"),
+        (lambda config: config.update(bits="4"), "bits must be given, with type int"),
+        (lambda config: config.update(bits=True), "bits must be given, with type int"),
+        (lambda config: config.update(bits=5), "5 bits in groups of 32 are not supported"),
+        (lambda config: config.pop("sym"), "sym must be given"),
         (lambda config: config.update(dynamic=["x"]), "dynamic must map"),
         (lambda config: config.update(dynamic={"(": {}}), "not a regular expression"),
         (lambda config: config.update(dynamic={"-:(a+)+b": {}}), "a pattern that repeats"),
-        (lambda config: config.update(dynamic={"^a$": {"bits": None}}), "bits must be there"),
+        (lambda config: config.update(dynamic={"^a$": {"bits": None}}), "bits must be given"),
     ],
 )
 def test_a_quantization_config_that_cannot_be_followed_is_refused(
@@ -127,7 +127,7 @@ def test_a_quantization_config_that_cannot_be_followed_is_refused(
     ("change", "message"),
     [
         (lambda tensors: tensors.pop(f"{DOWN}.g_idx"), "lacks g_idx"),
-        (lambda tensors: tensors.update({f"{DOWN}.weight": torch.zeros(64, 128)}), "both dense and quantized"),
+        (lambda tensors: tensors.update({f"{DOWN}.weight": torch.zeros(64, 128)}), "both unquantized and quantized"),
     ],
 )
 def test_half_a_module_or_one_and_a_half_are_refused(
@@ -177,8 +177,8 @@ def test_a_linear_that_is_dense_though_its_config_says_quantized_is_told_and_the
     edit_config(tmp_path / "a", lambda config: config.update(dynamic={f"-:^{UP}$": {}}))
     with SafetensorsWeights(tmp_path / "a", dtype=torch.bfloat16) as source, pytest.raises(InputError) as caught:
         source.check_complete(model.structure)
-    assert f"{DOWN}: dense, but quantized by its config" in str(caught.value)
-    assert f"{UP}: quantized, but dense by its config" in str(caught.value)
+    assert f"{DOWN}: unquantized, but quantized according to the config" in str(caught.value)
+    assert f"{UP}: quantized, but unquantized according to the config" in str(caught.value)
 
 
 def test_a_dense_folder_is_read_as_it_is(tmp_path: Path) -> None:

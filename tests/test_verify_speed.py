@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import factories
 from qexport.loading.checkpoint import load_checkpoint
 from qexport.loading.settings import LoadSettings
-from qexport.reading.filled_model import dense_model
+from qexport.reading.filled_model import unquantized_model
 from qexport.reading.stored_model import open_stored
 from qexport.verifying.settings import SpeedSettings
 from qexport.verifying.speed import (
@@ -136,7 +136,7 @@ def test_what_two_names_share_is_in_memory_once() -> None:
 def test_a_dense_model_from_a_source_is_the_one_that_transformers_loads(family: str, tmp_path: Path) -> None:
     factories.save(factories.build(factories.FAMILIES[family]), tmp_path)
     checkpoint = load_checkpoint(LoadSettings(base=str(tmp_path)))
-    ours = dense_model(checkpoint.architecture, checkpoint.weights, dtype=torch.bfloat16, device=CPU)
+    ours = unquantized_model(checkpoint.architecture, checkpoint.weights, dtype=torch.bfloat16, device=CPU)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert torch.equal(ours(PROMPT).logits, theirs(PROMPT).logits)
 

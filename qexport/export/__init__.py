@@ -1,1 +1,1 @@
-"""One file a layout, and the shard writer they share."""
+"""The layouts that artifacts are written in, and the writer of weights that they share."""

@@ -1,4 +1,4 @@
-"""What a layout is, the layouts that a recipe's `export` asks for, and the plainest one: safetensors."""
+"""The interface of a layout, the layouts of a recipe's `export`, and the simplest one: safetensors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from qexport.tensors import BlockQuantizedSpec
 
 
 class Layout(Protocol):
-    """One folder for one kind of reader. Made from the plan alone; what it cannot carry it refuses when it is made."""
+    """A folder for one kind of loader or server. The constructor refuses a plan that the layout cannot carry."""
 
     @property
     def name(self) -> str:
@@ -37,47 +37,47 @@ class Layout(Protocol):
 
     @property
     def readers(self) -> Sequence[str]:
-        """Those who are to read the folder, besides qexport."""
+        """The libraries and servers that the folder is for, besides qexport."""
         ...
 
     @property
     def weights(self) -> WeightFiles:
-        """The weights that it wants in the folder; layouts with equal ones share the files."""
+        """The weights that the folder needs; layouts with equal weights share the files."""
         ...
 
     @property
     def quantization(self) -> Mapping[str, Any] | None:
-        """The `quantization_config` in its config.json; None where the folder holds 16-bit weights."""
+        """The `quantization_config`; None if the folder has 16-bit weights."""
         ...
 
     @property
     def notes(self) -> Sequence[str]:
-        """What a user of this folder should know."""
+        """What users of this folder should know."""
         ...
 
     @property
     def graph(self) -> GraphRecord | None:
-        """What the manifest says of a graph in the folder; None where there is none."""
+        """The manifest's record of the folder's graph; None if it has none."""
         ...
 
     def prepare(self) -> None:
-        """Does, before anything is quantized, what needs no weights and may fail.
+        """Does what needs no weights and may fail, before anything is quantized.
 
         Raises:
-            CompatibilityError: the model cannot be laid out so.
+            CompatibilityError: the layout cannot carry the model.
         """
         ...
 
     def write_files(self, folder: Path, checkpoint: Checkpoint) -> None:
-        """Writes everything but the weights and the manifest into the folder, which holds the weights.
+        """Writes everything except the manifest into the folder, which already has the weights.
 
         Raises:
-            QexportError: a file cannot be written.
+            QexportError: a file of the checkpoint would be written outside the folder, or replace another file.
         """
         ...
 
     def check(self, folder: Path) -> None:
-        """Checks the finished folder: every rule of its readers.
+        """Checks the finished folder against every rule of its loaders or server.
 
         Raises:
             QexportError: a rule is broken.
@@ -86,12 +86,12 @@ class Layout(Protocol):
 
 
 class SafetensorsLayout:
-    """The method's own format, as the libraries that know it read it.
+    """The method's own format, for the libraries that read it.
 
     Args:
-        settings: the recipe's.
+        settings: from the recipe.
         outputs: what the pass will yield.
-        structure: the model's.
+        structure: of the model.
 
     Raises:
         CompatibilityError: a layer cannot be stored.
@@ -107,17 +107,17 @@ class SafetensorsLayout:
 
     @property
     def quantization(self) -> Mapping[str, Any] | None:
-        """What config.json says of the codes."""
+        """The `quantization_config` for config.json."""
         return self._outputs.format.quantization_config(self._outputs.specs, self._structure)
 
     @property
     def readers(self) -> list[str]:
-        """The libraries that load it without a reservation."""
+        """The libraries that load it correctly."""
         return stock_loaders(self._folder)
 
     @property
     def notes(self) -> list[str]:
-        """What stock loaders get wrong with this artifact, silently."""
+        """What loaders get wrong with this artifact without an error."""
         return warnings(self._folder)
 
     @property
@@ -135,35 +135,31 @@ class SafetensorsLayout:
         )
 
     def prepare(self) -> None:
-        """Nothing: what can fail without weights was tried when the layout was made."""
+        """Does nothing: the constructor has checked everything that needs no weights."""
 
     def write_files(self, folder: Path, checkpoint: Checkpoint) -> None:
-        """Writes config, tokenizer and model card.
-
-        Raises:
-            QexportError: a file of the checkpoint would leave the folder or replace another file.
-        """
+        """Writes config, tokenizer and model card."""
         outputs, embedding = self._outputs, f"{self._structure.embedding}.weight"
         dtype, loading = outputs.unquantized_dtype(embedding), loading_section(self._folder)
         write_files(folder, model_files(checkpoint, outputs.format, self.quantization, dtype, loading=loading))
 
     def check(self, folder: Path) -> None:
-        """Nothing: the weights are read back as in every layout."""
+        """Does nothing: there are no rules besides reading the weights back, as in every layout."""
 
 
 def make_layout(settings: ExportSettings, outputs: Outputs, structure: Structure, checkpoint: Checkpoint) -> Layout:
-    """The layout that a recipe asks for.
+    """The layout for one entry of a recipe's `export`.
 
     Args:
-        settings: one entry of the recipe's `export`.
+        settings: the entry.
         outputs: what the pass will yield.
-        structure: the model's.
+        structure: of the model.
         checkpoint: the merged model.
 
     Raises:
-        RecipeError: packages that the layout needs are not installed.
-        CompatibilityError: the layout cannot carry the method or the model, with the reason.
-        InputError: a file beside the weights, which the layout rewrites, is malformed.
+        RecipeError: a package that the layout needs is not installed.
+        CompatibilityError: the layout cannot carry the method or the model; the error says why.
+        InputError: a file that the layout rewrites, such as tokenizer_config.json, is malformed.
     """
     match settings:
         case SafetensorsSettings():
@@ -177,7 +173,7 @@ def make_layout(settings: ExportSettings, outputs: Outputs, structure: Structure
 
 
 def _onnx_layout(settings: OnnxSettings, outputs: Outputs, structure: Structure, checkpoint: Checkpoint) -> Layout:
-    """Its packages are an extra, so it is imported only where it is asked for."""
+    """Its packages are an extra, so it is imported only when a recipe names it."""
     try:
         from qexport.export.onnx.layout import OnnxLayout
     except ModuleNotFoundError as error:

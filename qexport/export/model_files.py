@@ -28,22 +28,22 @@ _NAME_LIMIT: Final = 63 - len("-predictor")  # which KServe adds
 
 
 def served_name(origin: str) -> str:
-    """A name that requests, Triton and KServe all take: small letters, digits and dashes, a letter first."""
+    """A name that requests, Triton and KServe all accept: lower-case letters, digits and dashes, a letter first."""
     words = re.sub(r"[^a-z0-9]+", "-", origin.rpartition("/")[2].lower().removesuffix(".gguf")).strip("-")
     name = words if words[:1].isalpha() else f"model-{words}"
     return name[:_NAME_LIMIT].strip("-")
 
 
 def render_launch_files(layout: str, templates: Mapping[str, str], figures: object) -> dict[str, bytes]:
-    """The content of the folder `launch`, by the name inside the artifact.
+    """The files of the folder `launch`, by their name inside the artifact.
 
     Args:
-        layout: the package of the layout, which has a folder `templates`.
+        layout: the name of the layout's package, which has a folder `templates`.
         templates: the template of each launch file, by the file's name inside `launch`.
-        figures: what the templates know as `figures`.
+        figures: the variable `figures` of the templates.
 
     Raises:
-        jinja2.UndefinedError: a template asks for a figure that is not there.
+        jinja2.UndefinedError: a template uses a figure that does not exist.
     """
     environment = _environment(layout)
     return {
@@ -67,7 +67,7 @@ def _environment(layout: str) -> Environment:
 
 
 def _yaml_scalar(value: Any) -> str:
-    """A value as it stands in a block of YAML: strings that would be read as something else are quoted."""
+    """A value as YAML in block style: strings that would be read as another type are quoted."""
     yaml, stream = YAML(), StringIO()
     yaml.width = 1 << 20
     yaml.dump([value], stream)
@@ -80,8 +80,8 @@ def model_card(origin: Origin, stored: Format, notes: Sequence[str] = (), loadin
     Args:
         origin: the base.
         stored: how the weights are quantized.
-        notes: what a server's user should know.
-        loading: a section of its own, see `qexport.export.loaders`.
+        notes: what users of a server should know.
+        loading: the section on loading; see `qexport.export.loaders.loading_section`.
     """
     listed = "".join(f"- {note}\n" for note in notes)
     card = stored.card
@@ -105,14 +105,14 @@ def model_files(
     notes: Sequence[str] = (),
     loading: str = "",
 ) -> dict[str, bytes]:
-    """Every file of an artifact but the weights and the manifest, by name.
+    """Every file of an artifact except the weights and the manifest, by name.
 
     Args:
-        checkpoint: the merged model; its files are taken byte for byte.
+        checkpoint: the merged model; its files are copied byte for byte.
         stored: how the weights in the folder are quantized.
-        quantization: the `quantization_config`, None where nothing is quantized.
+        quantization: the `quantization_config`; None if nothing is quantized.
         unquantized_dtype: the dtype of the weights that stay unquantized.
-        notes: what a user of the folder should know, for the model card.
+        notes: what users of the folder should know, for the model card.
         loading: the model card's section on loading.
 
     Raises:
@@ -140,7 +140,7 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
 def _model_config(
     config: Mapping[str, Any], quantization: Mapping[str, Any] | None, unquantized_dtype: torch.dtype
 ) -> dict[str, Any]:
-    """The base's config with the quantization and the dtype, without the folder that transformers once noted in it."""
+    """The base's config with quantization and dtype, without `_name_or_path`, where transformers noted a folder."""
     result = {key: value for key, value in config.items() if key != "_name_or_path"}
     dtype_keys = [key for key in ("dtype", "torch_dtype") if key in result] or ["dtype"]
     result |= {key: str(unquantized_dtype).removeprefix("torch.") for key in dtype_keys}

@@ -1,4 +1,4 @@
-"""What a server sees of an artifact, planned or on the disk, and the rules that the artifact must keep."""
+"""An artifact as a server finds it, planned or on disk, and the rules that it must satisfy."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ class ServedWeights:
     """The tensors that a server loads.
 
     Attributes:
-        specs: shape and dtype by stored name; of a tensor that is in several files, those of the first file.
-        files: the file of each tensor, by the tensor's name. Empty in a plan.
-        twice: tensors that are in several files.
+        specs: shape and dtype by stored name; from the first file if a tensor is in several.
+        files: the file of each tensor, by the tensor's name. Empty for a plan.
+        duplicates: tensors that are in several files.
         unreadable: files that cannot be read, with the reason.
     """
 
     specs: Mapping[str, TensorSpec]
     files: Mapping[str, str] = field(default_factory=dict)
-    twice: tuple[str, ...] = ()
+    duplicates: tuple[str, ...] = ()
     unreadable: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """An artifact as a server finds it. Each server has a class of its own, with what it derives from these.
+    """An artifact as a server finds it. Each server has a subclass, with what it derives from these attributes.
 
     Attributes:
-        files: the files beside the weights, by name. A folder is an entry without content, its name ends with a slash.
+        files: the files beside the weights, by name. A folder is an empty entry whose name ends with a slash.
         weights: the tensors.
-        folder: where it lies on the disk; None for a plan.
+        folder: the path; None for a plan.
     """
 
     files: Mapping[str, bytes]
@@ -53,16 +53,16 @@ class ServedModel:
         """The artifact that will be written.
 
         Args:
-            files: those that will lie beside the weights.
-            tensors: those that the weights will consist of, by stored name.
+            files: the files beside the weights.
+            tensors: the tensors of the weights, by stored name.
         """
         return cls(files, ServedWeights(tensors))
 
     @classmethod
     def on_disk(cls, folder: Path) -> Self:
-        """A finished folder, read as the server reads it: small files when asked for, and the headers of the weights.
+        """A finished folder, read as the server reads it: small files on demand, and the headers of the weights.
 
-        What cannot be read is a broken rule, and not an error here.
+        A file that cannot be read is not an error here, but breaks a rule.
         """
         return cls(FolderFiles(folder), cls.read_weights(folder), folder)
 
@@ -78,27 +78,27 @@ class ServedModel:
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """config.json; empty where it cannot be read."""
+        """The content of config.json; empty if it cannot be read."""
         return self.json(CONFIG)
 
     @property
     def quantization(self) -> Mapping[str, Any]:
-        """`quantization_config` of config.json; empty where there is none."""
+        """The `quantization_config` of config.json; empty if there is none."""
         value = self.config.get("quantization_config")
         return value if isinstance(value, Mapping) else {}
 
     @property
     def method(self) -> str | None:
-        """The method that config.json names; None where there is none."""
+        """The `quant_method` of config.json; None if there is none."""
         method = self.quantization.get("quant_method")
         return method if isinstance(method, str) else None
 
     def json(self, name: str) -> Mapping[str, Any]:
-        """The object in a JSON file; empty where it cannot be read."""
+        """The object in a JSON file; empty if it cannot be read."""
         return self._parsed(name)[0]
 
     def json_fault(self, name: str) -> str | None:
-        """Why a JSON file cannot be read; None where it can."""
+        """Why a JSON file cannot be read; None if it can."""
         return self._parsed(name)[1]
 
     def _parsed(self, name: str) -> tuple[dict[str, Any], str | None]:
@@ -108,7 +108,7 @@ class ServedModel:
 
 
 class FolderFiles(Mapping[str, bytes]):
-    """The files of a folder by name, each read when it is asked for; folders have a slash at the end of the name."""
+    """The files of a folder by name, each read on demand; names of folders end with a slash."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -120,15 +120,15 @@ class FolderFiles(Mapping[str, bytes]):
         """The content.
 
         Raises:
-            KeyError: there is no such file.
-            InputError: it cannot be read, or is too large for a file that is no weights.
+            KeyError: the file does not exist.
+            InputError: the file cannot be read, or is too large for one without weights.
         """
         if name not in self._names:
             raise KeyError(name)
         path = self._folder / name
         try:
             if (size := path.stat().st_size) > _LARGEST:
-                raise InputError(f"{size} bytes are too many for this file; at most {_LARGEST} are read", where=name)
+                raise InputError(f"{size} bytes are too many for this file; the limit is {_LARGEST}", where=name)
             return b"" if name.endswith("/") else path.read_bytes()
         except OSError as error:
             raise InputError(f"cannot be read: {error.strerror}", where=name) from error
@@ -166,8 +166,8 @@ class Check:
     Attributes:
         name: the rule, in a few words.
         source: where the rule comes from: a file of the server's repository.
-        passed: the artifact keeps it.
-        detail: what was found.
+        passed: whether the artifact satisfies the rule.
+        detail: the faults that were found.
     """
 
     name: str
@@ -181,14 +181,14 @@ class Check:
 
 @dataclass(frozen=True)
 class Rule(Generic[ModelT]):
-    """One demand of a server.
+    """One rule of a server.
 
     Attributes:
-        name: the demand in a few words; no two rules of a server have the same.
+        name: the rule in a few words, unique for a server.
         source: the file of the server's repository that it comes from.
-        faults: everything in an artifact that breaks the rule.
-        mend: what can be done about it in a recipe, or in the base.
-        disk: it needs what only a finished folder has, so it is left out for a plan.
+        faults: the function that yields everything in an artifact that breaks the rule.
+        mend: how to satisfy it, by changing the recipe or the base.
+        disk: whether it needs a finished folder; if so it is not applied to plans.
     """
 
     name: str
@@ -198,22 +198,22 @@ class Rule(Generic[ModelT]):
     disk: bool = False
 
     def check(self, model: ModelT) -> Check:
-        """Whether an artifact keeps the rule. Values of a kind that the rule cannot judge break it."""
+        """Whether an artifact satisfies the rule. Values of types that the rule cannot handle break it."""
         try:
             faults = list(self.faults(model))
         except (ArithmeticError, AttributeError, InputError, LookupError, TypeError, ValueError) as error:
             faults = [f"cannot be judged: {type(error).__name__}: {error}"]
-        detail = listed(faults, limit=3) if faults else "as demanded"
+        detail = listed(faults, limit=3) if faults else "as required"
         return Check(self.name, self.source, not faults, detail)
 
 
 class Rules(list[Rule[ModelT]]):
-    """The rules of a server, or a part of them, each made of the function that looks for its faults."""
+    """The rules of a server, or some of them, each made from the function that finds its faults."""
 
     def rule(
         self, name: str, source: str, mend: str = OTHER_LAYOUT, *, disk: bool = False
     ) -> Callable[[Faults[ModelT]], Faults[ModelT]]:
-        """Adds the function that follows as a rule; see `Rule` for the arguments."""
+        """A decorator that adds a function as a rule; see `Rule` for the arguments."""
 
         def add(faults: Faults[ModelT]) -> Faults[ModelT]:
             self.append(Rule(name, source, faults, mend, disk))
@@ -224,12 +224,12 @@ class Rules(list[Rule[ModelT]]):
 
 @dataclass(frozen=True)
 class Server(Generic[ModelT]):
-    """A server, and what it demands of an artifact.
+    """A server and its rules for artifacts.
 
     Attributes:
-        name: with the version that the rules were read in.
-        model: how it sees an artifact.
-        rules: everything that it demands.
+        name: with the version whose sources the rules come from.
+        model: the class of an artifact as this server finds it.
+        rules: all its rules.
     """
 
     name: str
@@ -237,12 +237,12 @@ class Server(Generic[ModelT]):
     rules: Sequence[Rule[ModelT]]
 
     def check(self, folder: Path) -> list[Check]:
-        """One check for each rule, made from what lies on the disk: small files, and the headers of the weights.
+        """One check per rule, from what is on disk: small files, and the headers of the weights.
 
-        Rules that do not concern the folder (those of GPTQ, say, where nothing is quantized) pass.
+        Rules that do not apply (those for GPTQ if nothing is quantized, for example) pass.
 
         Args:
-            folder: an artifact of any layout, or any folder that `save_pretrained` has written.
+            folder: an artifact of any layout, or any folder that `save_pretrained` wrote.
         """
         model = self.model.on_disk(folder)
         return [rule.check(model) for rule in self.rules]
@@ -251,7 +251,7 @@ class Server(Generic[ModelT]):
         """Refuses a finished folder that breaks a rule.
 
         Raises:
-            QexportError: with every rule that is broken.
+            QexportError: a rule is broken; the error lists all that are.
         """
         checks = self.check(folder)
         if failed := [check for check in checks if not check.passed]:
@@ -264,7 +264,7 @@ class Server(Generic[ModelT]):
         """Refuses a planned artifact that would break a rule.
 
         Raises:
-            CompatibilityError: with every rule that would be broken, and what can be done about each.
+            CompatibilityError: a rule would be broken; the error lists all that would, and how to satisfy them.
         """
         checks = {rule: rule.check(model) for rule in self.rules if not rule.disk}
         if failed := {rule: check for rule, check in checks.items() if not check.passed}:

@@ -1,4 +1,4 @@
-"""The recipe's `export`, one class a layout. The union at the end is the registry of layouts."""
+"""The recipe's `export`, one class per layout. The union at the end is the registry of layouts."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def parse_size(text: str) -> int:
     """Bytes of a size such as `5GB`, `1.5 GB` or `500MiB` (KB is 1000 bytes, KiB 1024).
 
     Raises:
-        ValueError: it is no such size, or less than one byte.
+        ValueError: it is not a size, or less than one byte.
     """
     match = _SIZE.fullmatch(text)
     size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
     if size < 1:
-        raise ValueError(f"{text!r} is no size; write for example 5GB or 500MB")
+        raise ValueError(f"{text!r} is not a size; write for example 5GB or 500MB")
     return size
 
 
@@ -35,12 +35,12 @@ def _check_size(text: str) -> str:
 
 
 class _Shards(Settings):
-    """What the layouts in safetensors shards have in common."""
+    """What all layouts share."""
 
     model_config = ConfigDict(json_schema_extra=required_in_recipes("layout"))
 
     max_shard_size: Annotated[str, AfterValidator(_check_size)] = "5GB"
-    """The largest size of one file, for example `5GB` or `500MB` (powers of ten). A larger tensor has its own file."""
+    """The largest size of one file, for example `5GB` or `500MB` (powers of ten). A larger tensor gets its own file."""
 
 
 class SafetensorsSettings(_Shards):
@@ -56,14 +56,14 @@ class TgiSettings(_Shards):
     """The folder that Text Generation Inference 3.3 serves, with launch files."""
 
     layout: Literal["tgi"] = "tgi"
-    """Shards, configs in the words that TGI reads, `launch/`."""
+    """Shards, configs with the keys that TGI reads, `launch/`."""
 
 
 class VllmSettings(_Shards):
     """The folder that vLLM serves, with launch files."""
 
     layout: Literal["vllm"] = "vllm"
-    """Shards, configs in the words that vLLM reads, `launch/`."""
+    """Shards, configs with the keys that vLLM reads, `launch/`."""
 
     format: Literal["gptq", "compressed-tensors"] = "gptq"
     """How GPTQ codes are stored: AutoGPTQ v1 tensors, or compressed-tensors `pack-quantized`. W8A8 is always
@@ -77,19 +77,19 @@ class OnnxSettings(_Shards):
     """`model.onnx`, its weights in files beside it, `launch/`. Needs the extra: `pip install 'qexport[onnx]'`."""
 
     activations: Literal["float32", "float16"] = "float32"
-    """What the graph computes in. Weights keep the dtype of the merge, and are cast where it is another."""
+    """What the graph computes in. Weights keep the dtype of the merge, and the graph casts them if it is another."""
 
     accuracy_level: Literal[0, 4] = 0
-    """Of the products with GPTQ and LLM.int8 codes: 0 keeps the activations as they are, 4 lets ONNX Runtime round them
-    to 8 bits, which is faster and no longer exact."""
+    """For products with GPTQ and LLM.int8 codes: 0 keeps the activations as they are, 4 lets ONNX Runtime round them to
+    8 bits, which is faster but not exact."""
 
     attention: Literal["plain", "fused"] = "plain"
-    """`plain` is made of ONNX's operators; `fused` takes ONNX Runtime's GroupQueryAttention and RotaryEmbedding, which
-    are faster, and take more than one new token with a past for a batch of one only."""
+    """`plain` uses ONNX's operators; `fused` uses ONNX Runtime's GroupQueryAttention and RotaryEmbedding, which are
+    faster, but accept several new tokens with a past only for a batch of one."""
 
     share_weights: bool = False
-    """Tensors that the layout `safetensors` of the same recipe has in the same bytes are not written again: its files
-    are linked into the folder, and the graph points into them."""
+    """Tensors that the recipe's layout `safetensors` has in the same bytes are not written again: its files are linked
+    into the folder, and the graph refers to them."""
 
 
 ExportSettings = Annotated[

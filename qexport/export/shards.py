@@ -1,9 +1,9 @@
 """Writing safetensors files tensor by tensor.
 
-All names, shapes and dtypes are known before the first tensor is, so every tensor goes straight to its place, in
-whatever order they come. Where the length of a vector is only bounded (`LargestSpec`), the places are those of the
-largest, and what has come is moved down at the end. The headers are written last: a file that was not finished cannot
-be read. The bytes are those of `safetensors.torch.save_file` with metadata `{"format": "pt"}`.
+All names, shapes and dtypes are known before the first tensor, so every tensor is written directly to its place, in
+any order. If only an upper bound of a vector's length is known (`LargestSpec`), the places assume that bound, and the
+tensors are moved down at the end. The headers are written last: an unfinished file cannot be read. The bytes are
+those of `safetensors.torch.save_file` with metadata `{"format": "pt"}`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from qexport.tensors.safetensors_folder import INDEX_NAME, SINGLE_NAME
 
 _CHUNK_BYTES = 1 << 22
 
-# In the order in which safetensors lays tensors out: wide types first, so that all are aligned.
+# In the order of safetensors files: wide types first, so that all tensors are aligned.
 _DTYPE_NAMES = {
     torch.int64: "I64",
     torch.float64: "F64",
@@ -53,11 +53,11 @@ class Shard:
 
 
 def plan_shards(specs: Mapping[str, TensorSpec], max_shard_size: int) -> list[Shard]:
-    """Fills one file after the other in the order given; the sizes of headers do not count, largest sizes do.
+    """Fills one file after another in the given order. Headers do not count; a `LargestSpec` counts with its bound.
 
     Args:
         specs: every tensor of the artifact.
-        max_shard_size: bytes of tensors in one file; a tensor that is larger gets a file of its own.
+        max_shard_size: bytes of tensors in one file; a larger tensor gets its own file.
     """
     groups = split_by_size(specs, max_shard_size)
     if len(groups) == 1:
@@ -67,7 +67,7 @@ def plan_shards(specs: Mapping[str, TensorSpec], max_shard_size: int) -> list[Sh
 
 
 def split_by_size(specs: Mapping[str, TensorSpec], max_size: int) -> list[dict[str, TensorSpec]]:
-    """Fills one group after the other, in the order given, up to so many bytes each; at least one tensor each."""
+    """Fills one group after another in the given order, each with at most `max_size` bytes but at least one tensor."""
     groups: list[dict[str, TensorSpec]] = [{}]
     filled = 0
     for name, spec in specs.items():
@@ -83,7 +83,7 @@ class ShardWriter(PlacedTensors):
     """Writes tensors into the shards of a folder.
 
     Args:
-        folder: an existing folder without such files.
+        folder: an existing folder without safetensors files.
         specs: every tensor that will come.
         max_shard_size: bytes of tensors in one file.
     """
@@ -98,7 +98,7 @@ class ShardWriter(PlacedTensors):
         super().__init__(specs, places)
 
     def finish(self) -> tuple[str, ...]:
-        """Closes the gaps that shorter vectors have left, writes the headers, and the index where there are shards.
+        """Closes the gaps after shorter vectors, and writes the headers, and an index if there are several shards.
 
         Returns:
             The names of all files.
@@ -116,7 +116,7 @@ class ShardWriter(PlacedTensors):
         return (*names, INDEX_NAME)
 
     def _complete(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
-        """Moves each tensor to its final place, which is never above the one it was written to, and adds the header."""
+        """Moves each tensor down to its final offset, and adds the header."""
         header, offsets = _header(specs)
         size = len(header)
         for name, spec in _in_file_order(specs):
@@ -133,7 +133,7 @@ class ShardWriter(PlacedTensors):
 
 
 def _header(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
-    """A file's first bytes, and each tensor's offset behind them."""
+    """A file's header, and each tensor's offset after it."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offsets = {}
     end = 0
@@ -153,7 +153,7 @@ def _in_file_order(specs: Mapping[str, TensorSpec]) -> Iterator[tuple[str, Tenso
 
 
 def _move_down(path: Path, source: int, target: int, count: int) -> None:
-    """Moves bytes inside a file towards its start, piece by piece; the two ranges may overlap."""
+    """Moves bytes towards the start of a file, in pieces; the two ranges may overlap."""
     if source == target or count == 0:
         return
     with path.open("rb+", buffering=0) as file:
@@ -161,6 +161,6 @@ def _move_down(path: Path, source: int, target: int, count: int) -> None:
         while done < count:
             piece = os.pread(file.fileno(), min(_CHUNK_BYTES, count - done), source + done)
             if not piece:
-                raise QexportError("a shard has become shorter while it was written", where=str(path))
+                raise QexportError("a shard became shorter while it was written", where=str(path))
             write_fully(file.fileno(), target + done, memoryview(piece))
             done += len(piece)

@@ -1,4 +1,4 @@
-"""Writing tensors straight to their places in files, in whatever order they come; and what was written."""
+"""Writing tensors directly to their places in files, in any order; and the record of what was written."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from qexport.tensors import TensorSpec
 
 
 class TensorWriter(Protocol):
-    """The files of one kind of container."""
+    """Writes tensors into files of one container format."""
 
     digests: dict[str, str]
     written: dict[str, TensorSpec]
 
     def check(self, name: str, tensor: torch.Tensor) -> None:
-        """Holds a tensor against the plan."""
+        """Compares a tensor with the plan."""
         ...
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Puts one tensor into its place."""
+        """Writes one tensor to its place."""
         ...
 
     def finish(self) -> tuple[str, ...]:
-        """Completes the files, and returns their names."""
+        """Completes the files and returns their names."""
         ...
 
 
 class PlacedTensors:
-    """Writes each planned tensor exactly once, to a place that is known before.
+    """Writes each planned tensor exactly once, to a place that is known in advance.
 
     Args:
         specs: every tensor that will come.
-        places: for each its file and its offset there.
+        places: the file of each tensor, and its offset there.
 
     Attributes:
-        digests: the hex SHA-256 of each tensor's bytes, as far as written.
-        written: what has come in each tensor's place, as far as written.
+        digests: the hex SHA-256 of the bytes of each tensor written so far.
+        written: shape and dtype of each tensor written so far.
     """
 
     def __init__(self, specs: Mapping[str, TensorSpec], places: Mapping[str, tuple[Path, int]]) -> None:
@@ -54,10 +54,10 @@ class PlacedTensors:
         self._specs = specs
 
     def check(self, name: str, tensor: torch.Tensor) -> None:
-        """Holds a tensor against the plan.
+        """Compares a tensor with the plan.
 
         Raises:
-            QexportError: the tensor was not planned so, or was written before.
+            QexportError: the tensor differs from the plan, or was written before.
         """
         found = TensorSpec(tuple(tensor.shape), tensor.dtype)
         if name not in self._specs:
@@ -68,7 +68,7 @@ class PlacedTensors:
             raise QexportError("a tensor has reached the export twice", where=name)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Puts one tensor into its place.
+        """Writes one tensor to its place.
 
         Args:
             name: one of the planned names.
@@ -85,10 +85,10 @@ class PlacedTensors:
         self.written[name] = TensorSpec(tuple(tensor.shape), tensor.dtype)
 
     def refuse_missing(self) -> None:
-        """Asks for every planned tensor.
+        """Refuses to finish without a planned tensor.
 
         Raises:
-            QexportError: one never came.
+            QexportError: a planned tensor was not written.
         """
         missing = [name for name in self._specs if name not in self.digests]
         if missing:
@@ -96,7 +96,7 @@ class PlacedTensors:
 
 
 def write_at(path: Path, offset: int, content: memoryview) -> None:
-    """Writes all of it, into a new file where there is none."""
+    """Writes all of the content, into a new file if there is none."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
     try:
         write_fully(descriptor, offset, content)
@@ -105,7 +105,7 @@ def write_at(path: Path, offset: int, content: memoryview) -> None:
 
 
 def write_fully(descriptor: int, offset: int, content: memoryview) -> None:
-    """Writes all of it; one call of the system takes at most 2 GiB."""
+    """Writes all of the content; one system call writes at most 2 GiB."""
     while content:
         written = os.pwrite(descriptor, content, offset)
         content, offset = content[written:], offset + written
@@ -113,7 +113,7 @@ def write_fully(descriptor: int, offset: int, content: memoryview) -> None:
 
 @dataclass(frozen=True)
 class WrittenWeights:
-    """What lies in a folder after `WeightWriter.finish`.
+    """What is in a folder after `WeightWriter.finish`.
 
     Attributes:
         specs: every tensor.
@@ -131,13 +131,13 @@ class WrittenWeights:
         return sum(spec.nbytes for spec in self.specs.values())
 
     def link_into(self, source: Path, target: Path) -> None:
-        """Puts the same files into another folder: as hard links where the file system can, else as copies."""
+        """Puts the same files into another folder: as hard links if the file system can, else as copies."""
         for name in self.files:
             link_or_copy(source / name, target / name)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """The same file under a second path: a hard link where the file system can, else a copy."""
+    """Puts the same file under a second path: a hard link if the file system can, else a copy."""
     try:
         os.link(source, target)
     except OSError:

@@ -1,4 +1,4 @@
-"""The weights of an artifact as safetensors shards, fed by the pass, and read back before they are published."""
+"""The weights of an artifact as safetensors shards, written during the pass, and read back before publishing."""
 
 from __future__ import annotations
 
@@ -25,20 +25,21 @@ from qexport.tensors.safetensors_file import SafetensorsFile
 from qexport.tensors.safetensors_folder import INDEX_NAME
 
 _CODES: Final = (torch.uint8, torch.int8, torch.int32)
-"""What every format keeps its codes in, and no parameter."""
+"""The dtypes of codes, which no unquantized parameter has."""
 
 
 def check_written(folder: Path, written: WrittenWeights, *, checked: Path | None = None) -> None:
-    """Compares what lies on the disk with what was computed.
+    """Compares what is on disk with what was computed.
 
     Args:
         folder: the artifact.
-        written: every tensor that must be there, and no other, with the digest of its bytes when it was written.
-        checked: a folder that has passed already; files that are links to its files are not hashed again.
+        written: the tensors that must be there, and no others, with the digests of their bytes when written.
+        checked: a folder that has already passed; files that are hard links to its files are not hashed again.
 
     Raises:
-        QexportError: a tensor is missing, unexpected, twice there, of another shape or dtype, or has other bytes; the
-            index or one of the two quantization configs is wrong; or config.json claims codes where there are none.
+        QexportError: a tensor is missing, unexpected or duplicated, or has another shape, dtype or bytes; the index
+            does not fit the shards, or the two quantization configs differ; or config.json claims codes that do not
+            exist.
     """
     places: dict[str, str] = {}
     specs, digests = written.specs, written.digests
@@ -47,7 +48,7 @@ def check_written(folder: Path, written: WrittenWeights, *, checked: Path | None
         with SafetensorsFile(path) as file:
             _check_file(file, path.name, specs, None if linked else digests, places)
     if missing := [name for name in specs if name not in places]:
-        raise QexportError(f"{len(missing)} tensors are missing on the disk", where=", ".join(missing[:5]))
+        raise QexportError(f"{len(missing)} tensors are missing on disk", where=", ".join(missing[:5]))
     _check_index(folder, places)
     _check_configs(folder)
     _check_claim(folder, specs)
@@ -64,18 +65,20 @@ def _check_file(
     digests: Mapping[str, str] | None,
     places: dict[str, str],
 ) -> None:
-    """Every tensor as planned, and, where digests are given, with the bytes that were written."""
+    """Checks that every tensor is as planned and, if digests are given, has the bytes that were written."""
     for name, found in file.specs().items():
         where = f"{file_name}: {name}"
         if name not in specs:
-            raise QexportError("a tensor that was not planned is on the disk", where=where)
+            raise QexportError("a tensor that was not planned is on disk", where=where)
         if name in places:
-            raise QexportError(f"a tensor is on the disk twice, also in {places[name]}", where=where)
+            raise QexportError(f"a tensor is on disk twice, also in {places[name]}", where=where)
         if found != specs[name]:
-            raise QexportError(f"a tensor on the disk is {found} where {specs[name]} was planned", where=where)
+            raise QexportError(f"a tensor on disk is {found}, but {specs[name]} was planned", where=where)
         if digests is not None and sha256_chunks(file.chunks(name)) != digests[name]:
             raise QexportError(
-                "a tensor's bytes on the disk are not those written", where=where, mend="check the disk, then run again"
+                "a tensor's bytes on disk are not those written",
+                where=where,
+                mend="check the disk, then run again",
             )
         places[name] = file_name
 
@@ -88,7 +91,7 @@ def _check_index(folder: Path, places: Mapping[str, str]) -> None:
 
 
 def _check_configs(folder: Path) -> None:
-    """Readers take either of the two, so they must say the same."""
+    """Checks that both files say the same, since loaders read either of them."""
     if (folder / "quantize_config.json").exists() and _read(folder / "config.json").get("quantization_config") != _read(
         folder / "quantize_config.json"
     ):
@@ -96,7 +99,7 @@ def _check_configs(folder: Path) -> None:
 
 
 def _check_claim(folder: Path, specs: Mapping[str, TensorSpec]) -> None:
-    """Loaders take the claim for true, and fill the weights that they do not find at random."""
+    """Refuses a claim of codes without codes: loaders believe it, and initialize missing weights at random."""
     claimed = _read(folder / "config.json").get("quantization_config")
     if claimed and not any(spec.dtype in _CODES for spec in specs.values()):
         raise QexportError(
@@ -112,7 +115,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """What will be written, known before anything is loaded.
+    """The files that will be written, known before any weight is loaded.
 
     Attributes:
         encoding: the format of the tensors.
@@ -135,17 +138,17 @@ class WeightFiles:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all tensors; the most where the length of one is known only when it comes."""
+        """Bytes of all tensors; an upper bound if the length of one is not known yet."""
         return sum(spec.nbytes for spec in self.specs.values())
 
     @property
     def shared_bytes(self) -> int:
-        """Bytes of tensors that lie in another layout's files."""
+        """Bytes of tensors that are in another layout's files."""
         return 0
 
     @property
     def parameters(self) -> int:
-        """Parameters of the model, each quantized weight counted once."""
+        """Number of parameters of the model; a quantized weight counts once."""
         return sum(prod(spec.shape) for spec in self.outputs.specs.values())
 
     def equal(self, other: WeightFiles) -> bool:
@@ -153,10 +156,10 @@ class WeightFiles:
         return self.encoding == other.encoding and self.max_shard_size == other.max_shard_size
 
     def refuse_faults(self) -> None:
-        """Holds every quantized matrix against the format.
+        """Refuses a plan with matrices that the format cannot store.
 
         Raises:
-            CompatibilityError: one or more cannot be stored; all are listed.
+            CompatibilityError: a matrix cannot be stored; the error lists all that cannot.
         """
         faults = [
             f"{module}.weight: {reason}"
@@ -165,7 +168,7 @@ class WeightFiles:
         ]
         if faults:
             raise CompatibilityError(
-                f"{len(faults)} layers do not fit the format of the file",
+                f"{len(faults)} layers cannot be stored in the format of the files",
                 where=listed(faults),
                 mend="choose other bits or groups for these layers, or leave them unquantized",
             )
@@ -175,18 +178,18 @@ class WeightFiles:
         return WeightWriter(self, folder)
 
     def container(self, folder: Path) -> TensorWriter:
-        """What the tensors are put into: shards of safetensors."""
+        """The writer of the files: safetensors shards."""
         return ShardWriter(folder, self.specs, self.max_shard_size)
 
     def read_back(self, folder: Path, written: WrittenWeights, *, checked: Path | None = None) -> None:
-        """Compares what lies on the disk with what was computed; see `check_written`."""
+        """Compares what is on disk with what was computed; see `check_written`."""
         check_written(folder, written, checked=checked)
 
 
 class WeightWriter:
-    """Takes the pass's records one by one, in any order. A context manager.
+    """Writes the records of the pass one by one, in any order. A context manager.
 
-    One record is written by a thread of its own while the next is computed.
+    A second thread writes one record while the next is computed.
     """
 
     def __init__(self, files: WeightFiles, folder: Path) -> None:
@@ -195,10 +198,10 @@ class WeightWriter:
         self._pending: Future[None] | None = None
 
     def write(self, record: TensorRecord) -> None:
-        """Packs one parameter, and writes it as soon as the one before is written.
+        """Packs one parameter, and writes it as soon as the previous one is written.
 
         Raises:
-            QexportError: it was not planned so, or was written before.
+            QexportError: it differs from the plan, or was written before.
             OSError: the disk is full or failed.
         """
         tensors = self._encoding.tensors(record)
@@ -211,7 +214,7 @@ class WeightWriter:
         """Completes the files.
 
         Raises:
-            QexportError: a planned parameter never came.
+            QexportError: a planned parameter was not written.
             OSError: the disk is full or failed.
         """
         self._wait()
@@ -224,7 +227,7 @@ class WeightWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Nothing is written afterwards, not even where an error has come in between."""
+        """Waits for the thread, so that nothing is written afterwards, even after an error."""
         self._thread.shutdown()
 
     def _wait(self) -> None:

@@ -1,4 +1,4 @@
-"""Stored formats, each with its writing and its reading: bit layout, tensors, config, what its readers demand."""
+"""Stored formats, each with its writer and its reader: bit layout, tensors, config, what loaders require."""
 
 from qexport.formats.bitsandbytes.four_bit import FourBitFormat
 from qexport.formats.bitsandbytes.llm_int8 import LlmInt8Format

@@ -1,4 +1,4 @@
-"""From codes back to one 16-bit or 32-bit weight, with temporaries of some rows only."""
+"""Codes dequantized to one 16-bit or 32-bit weight, a few hundred rows at a time to save memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ROWS_AT_ONCE: Final = 512
 def dequantize(quantized: Quantized, dtype: torch.dtype) -> torch.Tensor:
     """The weight [out, in] on the device of the codes, computed in float32 and rounded to `dtype`.
 
-    bitsandbytes' 4-bit codes are rounded to the dtype that was quantized before, as bitsandbytes does.
+    bitsandbytes' 4-bit codes are first rounded to the dtype that was quantized, as bitsandbytes does.
     """
     if isinstance(quantized, BlockQuantized):
         return four_bit_tensors.dequantize(quantized).to(dtype)

@@ -1,4 +1,4 @@
-"""What a stored format is to the writer of a folder and to its reader.
+"""The interface of a stored format, for the code that writes a folder and the code that reads it back.
 
 A format is a frozen dataclass that writes (`StoredFormat`) and names the class that reads (`FormatReader`).
 """
@@ -20,22 +20,22 @@ from qexport.tensors import OutputSpec, Quantized, QuantizedSpec, TensorRecord, 
 _T = TypeVar("_T")
 
 Specs = Mapping[str, OutputSpec]
-"""Every parameter that will leave the pass, by name: unquantized with its final dtype, or quantized."""
+"""Every parameter that the pass yields, by name: unquantized with its final dtype, or quantized."""
 
 
 class Encoding(Protocol):
-    """Which tensors stand for a parameter. Encodings are equal where they store the same bytes for the same record."""
+    """Which tensors store a parameter. Encodings are equal if they store the same bytes for the same record."""
 
     def specs(self, name: str, spec: OutputSpec) -> dict[str, TensorSpec]:
         """The tensors that will be stored for a parameter, by name."""
         ...
 
     def tensors(self, record: TensorRecord) -> dict[str, torch.Tensor]:
-        """The tensors of a parameter, by name, as `specs` has said."""
+        """The tensors of a parameter, by name, with the shapes and dtypes of `specs`."""
         ...
 
     def fault(self, spec: QuantizedSpec) -> str | None:
-        """Why such a matrix cannot be stored, or None. Needs no weights."""
+        """Why this matrix cannot be stored, or None if it can. Needs no weights."""
         ...
 
 
@@ -43,26 +43,26 @@ class StoredFormat(Encoding, Protocol):
     """A format of safetensors files that config.json names.
 
     Attributes:
-        quant_method: in the `quantization_config`; None where nothing is quantized.
-        config_file: a second file with the `quantization_config`, where some readers look for one.
+        quant_method: its value in the `quantization_config`; None if nothing is quantized.
+        config_file: a second file with the `quantization_config`, if some loaders look for one.
     """
 
     quant_method: ClassVar[str | None]
     config_file: ClassVar[str | None]
 
     def quantization_config(self, specs: Specs, structure: Structure) -> dict[str, Any] | None:
-        """What config.json says of the codes; None where nothing is quantized."""
+        """The `quantization_config` for config.json; None if nothing is quantized."""
         ...
 
 
 @dataclass(frozen=True)
 class Card:
-    """A format in the words of a model card.
+    """What a model card says of a format.
 
     Attributes:
-        tag: for the hub's search.
-        title: a few words.
-        text: what the weights are, after `Made with qexport from ...:`.
+        tag: for the hub's search by tags.
+        title: a few words for the heading.
+        text: describes the weights; follows `Made with qexport from ...:`.
     """
 
     tag: str
@@ -75,51 +75,51 @@ class MethodFormat(StoredFormat, Protocol):
 
     @property
     def card(self) -> Card:
-        """For the model card."""
+        """The format on the model card."""
         ...
 
     @classmethod
     def reads(cls, config: Mapping[str, Any] | None) -> bool:
-        """Whether a `quantization_config`, or its absence, names this format.
+        """Whether a `quantization_config` (or its absence) names this format.
 
         Raises:
-            InputError: it contradicts itself.
+            InputError: the config contradicts itself.
         """
         ...
 
     @staticmethod
     def reader(config: Mapping[str, Any]) -> FormatReader:
-        """What reads a folder with this `quantization_config`.
+        """The reader of folders with this `quantization_config`.
 
         Raises:
-            InputError: the config cannot be followed.
+            InputError: the config is malformed or not supported.
         """
         ...
 
 
 class FormatReader(Protocol):
-    """One folder's format. Made from the `quantization_config`, which it checks."""
+    """Reads one folder's format. Made from its `quantization_config`, which it checks."""
 
     @property
-    def words(self) -> str:
-        """The format and its settings, for a user."""
+    def description(self) -> str:
+        """The format and its settings, for users."""
         ...
 
     def weights(self, source: WeightSource) -> dict[str, StoredWeight]:
-        """Every module that is stored quantized, by path. Reads headers, and tensors of a few bytes.
+        """Every module that is stored quantized, by path. Reads only headers and tensors of a few bytes.
 
         Raises:
-            InputError: a part of a module is missing, or has another shape or dtype than the others ask for.
+            InputError: a tensor of a module is missing, or its shape or dtype does not fit the other tensors.
         """
         ...
 
     def claimed(self, structure: Structure) -> set[str]:
-        """The modules that the config calls quantized, by path."""
+        """The modules that are quantized according to the config, by path."""
         ...
 
 
 class ModuleEncoding(ABC):
-    """The usual encoding: tensors `MODULE.part` take the place of a quantized `MODULE.weight`, the rest stays."""
+    """The usual encoding: tensors `MODULE.part` replace a quantized `MODULE.weight`; all else stays as it is."""
 
     holds: ClassVar[tuple[type[Quantized], ...]]
     """The types of codes that the format can hold."""
@@ -132,7 +132,7 @@ class ModuleEncoding(ABC):
 
     @abstractmethod
     def pack(self, value: Quantized) -> dict[str, torch.Tensor]:
-        """The tensors of a quantized module, by their names inside it, as `parts` has said."""
+        """The tensors of a quantized module, by their names inside it, with the shapes and dtypes of `parts`."""
 
     def specs(self, name: str, spec: OutputSpec) -> dict[str, TensorSpec]:
         """The parameter itself, or the tensors of its module."""
@@ -148,16 +148,16 @@ class ModuleEncoding(ABC):
             return {record.name: record.value}
         if not isinstance(record.value, self.holds):
             found = type(record.value).__name__
-            raise QexportError(f"{found} has reached a format that cannot hold it", where=record.name)
+            raise QexportError(f"{found} cannot be stored in {type(self).__name__}", where=record.name)
         return _inside(record.name, self.pack(record.value))
 
     def fault(self, spec: QuantizedSpec) -> str | None:
-        """None: every matrix can be stored so, unless the format says otherwise."""
+        """None: every matrix can be stored, unless a format overrides this."""
         return None
 
 
 def quantized_modules(specs: Specs) -> dict[str, QuantizedSpec]:
-    """What is quantized, by module path."""
+    """The quantized modules, by path."""
     return {name.removesuffix(".weight"): spec for name, spec in specs.items() if isinstance(spec, QuantizedSpec)}
 
 

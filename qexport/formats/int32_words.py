@@ -1,4 +1,4 @@
-"""Codes of a few bits as one little-endian stream of bits in int32 words, the first code in the lowest bits."""
+"""Codes of a few bits, packed as a little-endian bit stream into int32 words, the first code in the lowest bits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def to_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
 def from_words(words: torch.Tensor, bits: int) -> torch.Tensor:
     """Unpacks int32 [rows, n * bits / 32] into uint8 [rows, n]."""
     unit, width = _unit(bits)
-    words = words.clone(memory_format=torch.contiguous_format)  # contiguous() keeps odd strides of sizes of 1
+    words = words.clone(memory_format=torch.contiguous_format)  # contiguous() keeps odd strides of axes of size 1
     packed = words.view(torch.uint8).reshape(words.shape[0], -1, width)
     codes = torch.empty((*packed.shape[:2], unit), dtype=torch.uint8, device=words.device)
     for index in range(unit):

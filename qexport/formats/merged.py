@@ -1,4 +1,4 @@
-"""The merged 16-bit weights as they are, without a `quantization_config`."""
+"""The merged 16-bit weights, unquantized, without a `quantization_config`."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ _QUANTIZED_PARTS: Final = (
 
 @dataclass(frozen=True)
 class MergedFormat:
-    """The merged model's own tensors, also of what was quantized: for servers that quantize by themselves."""
+    """The merged model's own tensors, even those of quantized modules: for servers that quantize by themselves."""
 
     quant_method: ClassVar[str | None] = None
     config_file: ClassVar[str | None] = None
 
     def specs(self, name: str, spec: OutputSpec) -> dict[str, TensorSpec]:
-        """The parameter as it was merged."""
+        """The merged parameter."""
         if isinstance(spec, TensorSpec):
             return {name: spec}
         assert not isinstance(spec, GroupQuantizedSpec)
         return {name: TensorSpec(spec.shape[::-1] if spec.transposed else spec.shape, spec.dtype)}
 
     def tensors(self, record: TensorRecord) -> dict[str, torch.Tensor]:
-        """The parameter as it was merged."""
+        """The merged parameter."""
         value = record.value if isinstance(record.value, torch.Tensor) else record.merged
         assert value is not None, f"{record.name} came without its merged weight"
         return {record.name: value}
 
     def fault(self, spec: QuantizedSpec) -> str | None:
-        """Every matrix can be stored so."""
+        """None: every matrix can be stored."""
         return None
 
     def quantization_config(self, specs: Specs, structure: Structure) -> None:
-        """None."""
+        """None: nothing is quantized."""
         return None
 
     @property
     def card(self) -> Card:
-        """For the model card."""
+        """The format on the model card."""
         return Card("merged", "16-bit", "the merged weights, not quantized")
 
     @classmethod
@@ -59,20 +59,20 @@ class MergedFormat:
 
     @staticmethod
     def reader(config: Mapping[str, Any]) -> MergedReader:
-        """The same for every folder."""
+        """The reader, which is the same for every folder."""
         return MergedReader()
 
 
 class MergedReader:
-    """A folder without a `quantization_config`: every weight is there as it is."""
+    """A folder without a `quantization_config`: every weight is stored unquantized."""
 
-    words = "unquantized"
+    description = "unquantized"
 
     def weights(self, source: WeightSource) -> dict[str, StoredWeight]:
-        """None.
+        """An empty mapping.
 
         Raises:
-            InputError: tensors are there that only quantized modules have.
+            InputError: the folder has tensors that only quantized modules have.
         """
         if quantized := [name for name in source.specs() if name.endswith(_QUANTIZED_PARTS)]:
             raise InputError(
@@ -82,5 +82,5 @@ class MergedReader:
         return {}
 
     def claimed(self, structure: Structure) -> set[str]:
-        """None."""
+        """An empty set."""
         return set()

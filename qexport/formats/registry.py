@@ -1,4 +1,4 @@
-"""The formats that methods yield, what a pass will yield in one, and which format a folder's config.json names."""
+"""The formats that methods yield, the outputs of a pass, and which format a folder's config.json names."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from qexport.formats.stored_weight import WHERE
 from qexport.tensors import QuantizedSpec, TensorSpec
 
 Format = MergedFormat | GptqFormat | FourBitFormat | LlmInt8Format | W8A8Format
-"""How a method's weights are stored, with what the files must say of the method."""
+"""How a method's weights are stored, with the settings of the method that the files state."""
 
 FORMATS: Final[tuple[type[MethodFormat], ...]] = get_args(Format)
 
 
 def reader_of(config: Any) -> FormatReader:
-    """The reader of a folder.
+    """The reader for a folder's format.
 
     Args:
-        config: the `quantization_config` in its config.json; None where there is none.
+        config: the `quantization_config` in its config.json; None if it has none.
 
     Raises:
-        InputError: no reader knows the method, or the config cannot be followed.
+        InputError: no format has this `quant_method`, or the config is malformed or not supported.
     """
     if config is not None and not isinstance(config, dict):
         raise InputError("must be an object", where=WHERE)
@@ -41,24 +41,24 @@ def reader_of(config: Any) -> FormatReader:
             return each.reader(found)
     known = list(dict.fromkeys(each.quant_method for each in FORMATS if each.quant_method))
     raise InputError(
-        f"quant_method is {found.get('quant_method')!r}; this reader knows {', '.join(known[:-1])} and {known[-1]}",
+        f"quant_method is {found.get('quant_method')!r}; qexport reads {', '.join(known[:-1])} and {known[-1]}",
         where=WHERE,
     )
 
 
 def config_file(quantization: Mapping[str, Any]) -> str | None:
-    """The second file in which readers look for this `quantization_config`; None where there is none."""
+    """The second file in which loaders look for this `quantization_config`; None if they do not."""
     return next((each.config_file for each in FORMATS if each.quant_method == quantization["quant_method"]), None)
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What the pass will yield, known before anything is loaded.
+    """What the pass will yield, known before any weight is loaded.
 
     Attributes:
-        format: how the quantized weights are stored where a layout has no other format for them.
-        specs: every parameter by name, unquantized with its final dtype or quantized, in the order of the files.
-        notes: what a user should know of what stays unquantized.
+        format: how quantized weights are stored, unless a layout has its own format for them.
+        specs: every parameter by name, in the order of the files: unquantized with its final dtype, or quantized.
+        notes: what a user should know about weights that stay unquantized.
     """
 
     format: Format
@@ -67,7 +67,7 @@ class Outputs:
 
     @property
     def quantized(self) -> dict[str, QuantizedSpec]:
-        """What is quantized, by module path."""
+        """The quantized modules, by path."""
         return quantized_modules(self.specs)
 
     def unquantized_dtype(self, name: str) -> torch.dtype:

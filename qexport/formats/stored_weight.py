@@ -1,4 +1,4 @@
-"""What readers of formats share: stored weights as headers describe them, and how configs name modules."""
+"""What the readers of formats share: weights as headers describe them, and how configs name modules."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ _TO_A_BOUNDARY: Final = r"(?:{})(?:(?<=\.)|(?=\.|$))"
 
 
 def compiled(pattern: str, where: str, *, template: str = "{}") -> re.Pattern[str]:
-    """A regular expression that repeats nothing but any character (`.*`), and that at most twice.
+    """Compiles a pattern whose only repetition is `.*`, at most twice.
 
     Args:
-        pattern: from a file.
+        pattern: a regular expression from a file.
         where: its place, for the errors.
         template: an expression around it.
 
     Raises:
-        InputError: it repeats something else, which could be made to take forever, or is no regular expression.
+        InputError: it has other repetitions, which can take exponential time, or is not a regular expression.
     """
     if _REPETITION.search(_ANYTHING.sub("", pattern)) or len(_ANYTHING.findall(pattern)) > 2:
         raise InputError(
-            "a pattern that repeats (* + ? {) is not read", where=where, mend="name the modules themselves"
+            "a pattern that repeats (* + ? {) is not supported", where=where, mend="name the modules themselves"
         )
     try:
         return re.compile(template.replace("{}", pattern))
@@ -39,10 +39,10 @@ def compiled(pattern: str, where: str, *, template: str = "{}") -> re.Pattern[st
 
 
 def strings(value: Any, where: str) -> list[str]:
-    """A list of strings.
+    """The value, checked to be a list of strings.
 
     Raises:
-        InputError: it is none.
+        InputError: it is not a list of strings.
     """
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise InputError("must be a list of strings", where=where)
@@ -50,16 +50,16 @@ def strings(value: Any, where: str) -> list[str]:
 
 
 class SkipList:
-    """Modules that stay unquantized, in transformers' matching (`quantizers_utils.should_convert_module`, 5.23).
+    """Modules that stay unquantized, matched as in transformers (`quantizers_utils.should_convert_module`, 5.23).
 
-    A pattern matches a module from the start of its path up to a dot, as an expression, or as the end of its path.
+    A pattern matches as a regular expression from the start of a module's path up to a dot, or as the end of the path.
 
     Args:
         patterns: the list.
         where: its place, for the errors.
 
     Raises:
-        InputError: a pattern cannot be read.
+        InputError: a pattern is not supported; see `compiled`.
     """
 
     def __init__(self, patterns: Sequence[str], where: str) -> None:
@@ -79,7 +79,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a module's codes are to be read. `group_size` is -1 for one group per row."""
+    """How to read a module's codes. `group_size` is -1 for one group per row."""
 
     bits: int
     group_size: int
@@ -89,11 +89,11 @@ class Scheme:
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """One quantized module, as a user is told of it.
+    """One quantized module, as shown to users.
 
     Attributes:
-        method: how it was quantized, as far as its format tells: `gptq` for all codes in groups along the inputs.
-        bits: of a code.
+        method: how it was quantized, as far as its format says: `gptq` for all codes in groups along the inputs.
+        bits: bits per code.
         group_size: values that share a scale.
         shape: [out, in].
     """
@@ -105,7 +105,7 @@ class StoredLayer:
 
 
 class StoredWeight(Protocol):
-    """One quantized weight, as headers and config describe it. Holds none of its large tensors."""
+    """One quantized weight, as headers and config describe it. Holds no large tensors."""
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -119,20 +119,20 @@ class StoredWeight(Protocol):
 
     @property
     def layer(self) -> StoredLayer:
-        """What a user is told of it.
+        """The module as shown to users.
 
         Raises:
-            InputError: there are codes, and the config says nothing of them.
+            InputError: the module has codes, but is unquantized according to the config.
         """
         ...
 
     @property
     def grid(self) -> GroupQuantizedSpec | None:
-        """Bits, groups and symmetry where the codes lie in groups of equal size along the inputs, else None."""
+        """Bits, groups and symmetry if the codes are in groups of equal size along the inputs, else None."""
         ...
 
     def quantized(self, tensors: Tensors) -> Quantized:
-        """The codes in those tensors, on the device where the tensors are.
+        """The codes in these tensors, on the tensors' device.
 
         Raises:
             InputError: the tensors contradict each other or the config, or a value is out of range.
@@ -142,12 +142,12 @@ class StoredWeight(Protocol):
 
 @dataclass(frozen=True)
 class GroupedWeight:
-    """What formats with codes in groups along the inputs share.
+    """A weight of any format whose codes are in groups along the inputs.
 
     Attributes:
         module: its path.
         shape: [out, in].
-        scheme: how the codes are to be read; None where the config says that the module is unquantized.
+        scheme: how to read the codes; None if the module is unquantized according to the config.
         parts: the names of its tensors inside the module.
     """
 
@@ -157,16 +157,16 @@ class GroupedWeight:
     parts: tuple[str, ...]
 
     method: ClassVar[str] = "gptq"
-    """What users are told of the layer, see `StoredLayer`."""
+    """See `StoredLayer.method`."""
 
     @property
     def layer(self) -> StoredLayer:
         """See `StoredWeight.layer`."""
         if self.scheme is None:
             raise InputError(
-                "a module is quantized that should be unquantized",
+                "the module is quantized, but unquantized according to the config",
                 where=f"{WHERE}, {self.module}",
-                mend="fetch the artifact again, or ask its maker: weights and config.json do not belong together",
+                mend="fetch the artifact again, or ask its author: weights and config.json do not belong together",
             )
         return StoredLayer(self.method, self.scheme.bits, self._group_size(self.scheme), self.shape)
 
@@ -183,11 +183,11 @@ class GroupedWeight:
 
 
 def check_specs(tensors: Tensors, specs: Mapping[str, TensorSpec], module: str) -> None:
-    """Compares tensors that were read with what they should be; further ones are not looked at.
+    """Compares tensors with the specs that they should have; tensors without a spec are ignored.
 
     Args:
         tensors: by their names inside the module.
-        specs: what they should be.
+        specs: the expected shapes and dtypes.
         module: the layer's path; may be empty.
 
     Raises:
@@ -206,7 +206,7 @@ def check_specs(tensors: Tensors, specs: Mapping[str, TensorSpec], module: str) 
 
 
 def place(module: str, name: str) -> str:
-    """Where a tensor lies, for an error."""
+    """The place of a tensor, for an error."""
     return f"{module}.{name}" if module else name
 
 
@@ -214,7 +214,7 @@ def refuse_missing(module: str, parts: Iterable[str], specs: Mapping[str, Tensor
     """Refuses a quantized module that lacks one of its tensors.
 
     Raises:
-        InputError: all that are missing are named.
+        InputError: tensors are missing; the error names all of them.
     """
     if missing := [part for part in parts if f"{module}.{part}" not in specs]:
         raise InputError(f"a quantized module lacks {', '.join(missing)}", where=module)
@@ -224,14 +224,14 @@ def int8_shape(module: str, specs: Mapping[str, TensorSpec]) -> tuple[int, int]:
     """[out, in] of a module whose `weight` is a matrix of int8 codes.
 
     Raises:
-        InputError: it is none.
+        InputError: the weight is not an int8 matrix.
     """
     codes = specs[f"{module}.weight"]
     if len(codes.shape) != 2 or codes.dtype != torch.int8:
-        raise InputError(f"{codes.dtype} {list(codes.shape)} is no int8 matrix", where=f"{module}.weight")
+        raise InputError(f"{codes.dtype} {list(codes.shape)} is not an int8 matrix", where=f"{module}.weight")
     return codes.shape[0], codes.shape[1]
 
 
 def modules_with(suffix: str, names: Iterable[str]) -> list[str]:
-    """The paths of the modules that have a tensor of this name, which begins with a dot."""
+    """The paths of the modules that have a tensor with this suffix, which begins with a dot."""
     return [name.removesuffix(suffix) for name in names if name.endswith(suffix)]

@@ -1,4 +1,4 @@
-"""Models of transformers, filled with dense weights, or with the codes of an artifact."""
+"""transformers models, filled with unquantized weights or with the codes of an artifact."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ class QuantizedWeights(WeightSource, Protocol):
 
 
 class QuantizedLinear(nn.Module):
-    """Takes the place of a linear layer; holds the tensors of the file and dequantizes them in each forward.
+    """Replaces a linear layer; holds the stored tensors and dequantizes them in each forward.
 
-    The product is the one of the class that it replaces (`nn.Linear`, `FalconLinear`, GPT-2's `Conv1D`), so that the
-    outputs are those of the dense layer with the dequantized weight, bit for bit.
+    It calls the forward of the class that it replaces (`nn.Linear`, `FalconLinear`, GPT-2's `Conv1D`), so the outputs
+    are those of the original layer with the dequantized weight, bit for bit.
 
     Args:
         linear: the layer to replace, on any device.
         weight: how the weight is stored.
-        tensors: the weight, as `weight.parts` names it.
+        tensors: the stored tensors that `weight.parts` names.
         bias: [out], or None.
 
     Raises:
@@ -86,7 +86,7 @@ class QuantizedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, {type(self._weight).__name__}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        """Codes and scales follow to another device; `model.half()` and its like change the bias only."""
+        """Codes and scales move to another device; `model.half()` and similar calls change only the bias."""
         stored = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, tensor in stored.items():
@@ -97,24 +97,24 @@ class QuantizedLinear(nn.Module):
 
     def _save_to_state_dict(self, *_: Any) -> None:
         raise CompatibilityError(
-            "a loaded artifact cannot be saved again: readers would take its codes for weights",
+            "a loaded artifact cannot be saved again: loaders would take its codes for weights",
             mend="copy the artifact's folder",
         )
 
 
 def _attribute(part: str) -> str:
-    """A buffer's name has no dots."""
+    """The name of a part's buffer, which may not contain dots."""
     return part.replace(".", "_")
 
 
-def dense_model(
+def unquantized_model(
     architecture: Architecture, weights: WeightSource, *, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    """A model from any source of dense weights, as transformers would hold it, ready for `generate`.
+    """A transformers model from any source of unquantized weights, ready for `generate`.
 
     Args:
         architecture: the model's.
-        weights: named as in files; every one of them is read, once.
+        weights: named as in files; each is read once.
         dtype: of the floating weights.
         device: where to put it.
 
@@ -136,7 +136,7 @@ def quantized_model(
 
     Args:
         architecture: the model's.
-        weights: dense and quantized ones, complete.
+        weights: all parameters, quantized and unquantized.
         dtype: to compute in.
         device: where to put it.
     """
@@ -148,7 +148,7 @@ def quantized_model(
 
 
 def read_generation(folder: Path) -> dict[str, Any] | None:
-    """The content of generation_config.json; None where there is none.
+    """The content of generation_config.json; None if there is no such file.
 
     Raises:
         InputError: it is malformed.
@@ -167,7 +167,7 @@ def _finished(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _fill(model: PreTrainedModel, parts: Mapping[str, Part], source: QuantizedWeights, device: torch.device) -> None:
-    """Loads what is dense, biases among it, then puts quantized layers in the place of linears."""
+    """Loads the unquantized parameters, including biases, then replaces linears by quantized layers."""
     layers = {name for name, part in parts.items() if _is_layer(name, part, source)}
     for name, part in parts.items():
         if name not in layers:
@@ -185,7 +185,7 @@ def _is_layer(name: str, part: Part, source: QuantizedWeights) -> bool:
 
 
 def _put(model: PreTrainedModel, part: Part, tensor: torch.Tensor, device: torch.device) -> None:
-    """A dense parameter or persistent buffer, floating ones in the model's dtype; or an expert's share of one."""
+    """Sets an unquantized parameter, a persistent buffer, or an expert's part of a parameter, in the model's dtype."""
     path, _, leaf = part.parameter.rpartition(".")
     module = model.get_submodule(path)
     tensor = tensor.to(device=device, dtype=model.dtype if tensor.is_floating_point() else tensor.dtype)

@@ -1,4 +1,4 @@
-"""qexport's own reader of artifacts whose weights lie in safetensors files."""
+"""qexport's own reader of artifacts whose weights are in safetensors files."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ _CONFIG_LIMIT: Final = 1 << 24
 class SafetensorsWeights:
     """The tensors of a finished folder, read from disk. A `WeightSource` and a context manager.
 
-    A quantized module appears as its `weight`, dequantized when it is read. Only headers, and tensors of a few bytes
-    that describe others, are read when it is made.
+    A quantized module appears as its `weight`, dequantized on reading. The constructor reads only headers, and tensors
+    of a few bytes that describe others.
 
     Args:
         folder: the artifact.
         dtype: of dequantized weights.
-        like: an architecture that the folder's is likely to equal; what was built of it is shared then.
+        like: an architecture that is likely to equal the folder's; if it does, it is reused.
 
     Attributes:
-        folder: as it was given.
+        folder: as given.
         kind: `weights`.
         config: the content of config.json without its `quantization_config`.
-        quantization: the `quantization_config`, None where there is none.
-        architecture: that of its config.json.
+        quantization: the `quantization_config`; None if there is none.
+        architecture: the architecture that config.json describes.
         quantized: how each quantized module is stored, by its path.
 
     Raises:
@@ -73,11 +73,11 @@ class SafetensorsWeights:
             raise
 
     def specs(self) -> Mapping[str, TensorSpec]:
-        """Every parameter's shape and dtype, quantized ones as they are read."""
+        """Every parameter's shape and dtype; of quantized ones, as `read` returns them."""
         return self._specs
 
     def read(self, name: str) -> torch.Tensor:
-        """The parameter in memory of its own.
+        """A copy of the parameter, dequantized.
 
         Raises:
             InputError: it is missing, cut short, holds NaN or Inf, or its codes contradict the quantization config.
@@ -90,15 +90,15 @@ class SafetensorsWeights:
 
     @property
     def method(self) -> str:
-        """How the weights are stored, for a reader."""
-        return self._format.words
+        """How the weights are stored, for users."""
+        return self._format.description
 
     @property
     def layers(self) -> dict[str, StoredLayer]:
         """Each quantized module, by its path.
 
         Raises:
-            InputError: a module has codes, and the config says nothing of them.
+            InputError: a module has codes, but is unquantized according to the config.
         """
         return {module: weight.layer for module, weight in self.quantized.items()}
 
@@ -109,11 +109,11 @@ class SafetensorsWeights:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of all tensors as they are stored."""
+        """Bytes of all stored tensors."""
         return sum(spec.nbytes for spec in self._folder.specs().values())
 
     def tensors(self, module: str) -> dict[str, torch.Tensor]:
-        """The tensors of a quantized module as they are stored, by their names inside the module.
+        """The stored tensors of a quantized module, by their names inside the module.
 
         Raises:
             InputError: one is cut short, or holds NaN or Inf.
@@ -121,7 +121,7 @@ class SafetensorsWeights:
         return {part: self._finite(f"{module}.{part}") for part in self.quantized[module].parts}
 
     def model(self, *, device: torch.device, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """The model, ready for `generate`; see `qexport.load`. `check_complete` comes before.
+        """The model, ready for `generate`; see `qexport.load`. Call `check_complete` first.
 
         Raises:
             InputError: a tensor cannot be read.
@@ -138,17 +138,24 @@ class SafetensorsWeights:
         return read_generation(self.folder)
 
     def check_complete(self, structure: Structure | None = None) -> None:
-        """Holds the artifact against a model, from the headers alone: that of its config.json where None is given.
+        """Checks that the artifact has the parameters of a model, from the headers alone.
+
+        Args:
+            structure: the model's; None for the one of config.json.
 
         Raises:
-            InputError: parameters are missing, unexpected or of another shape, or a linear is dense where the
-                quantization config says that it is quantized, or the other way round.
+            InputError: a parameter is missing, unexpected or of another shape; or a linear is unquantized where the
+                quantization config says that it is quantized, or the reverse.
         """
         structure = structure or self.architecture.structure
         problems = structure.differences(self._specs)
         claimed, quantized = self._format.claimed(structure), self.quantized.keys()
-        problems += [f"{module}: dense, but quantized by its config" for module in sorted(claimed - quantized)]
-        problems += [f"{module}: quantized, but dense by its config" for module in sorted(quantized - claimed)]
+        problems += [
+            f"{module}: unquantized, but quantized according to the config" for module in sorted(claimed - quantized)
+        ]
+        problems += [
+            f"{module}: quantized, but unquantized according to the config" for module in sorted(quantized - claimed)
+        ]
         if problems:
             raise InputError("the artifact is not the model that it claims to be", where=listed(problems))
 
@@ -165,7 +172,7 @@ class SafetensorsWeights:
         self.close()
 
     def _merged(self) -> dict[str, TensorSpec]:
-        """One parameter for the tensors of each quantized module."""
+        """The specs of all parameters: each quantized module's tensors are one parameter."""
         found = self._folder.specs()
         modules = {f"{module}.{part}": module for module, weight in self.quantized.items() for part in weight.parts}
         specs: dict[str, TensorSpec] = {}
@@ -173,7 +180,7 @@ class SafetensorsWeights:
             if (module := modules.get(name)) is not None:
                 specs[f"{module}.weight"] = TensorSpec(self._shape(module), self._dtype)
             elif name.endswith(".weight") and name.removesuffix(".weight") in self.quantized:
-                raise InputError("a module is there both dense and quantized", where=self._folder.place(name))
+                raise InputError("the module is stored both unquantized and quantized", where=self._folder.place(name))
             else:
                 specs[name] = spec
         return specs
@@ -189,7 +196,7 @@ class SafetensorsWeights:
 
     @property
     def transposed(self) -> frozenset[str]:
-        """The modules whose dense weight is [in, out] (GPT-2's Conv1D); codes are always [out, in]."""
+        """The modules whose unquantized weight is [in, out] (GPT-2's Conv1D); codes are always [out, in]."""
         return self.architecture.structure.transposed
 
     def _in_dtype(self, dtype: torch.dtype) -> SafetensorsWeights:
@@ -202,7 +209,7 @@ class SafetensorsWeights:
     def _finite(self, name: str) -> torch.Tensor:
         tensor = self._folder.read(name)
         if not is_finite(tensor):
-            raise InputError("there is NaN or Inf in it", where=self._folder.place(name))
+            raise InputError("the tensor has NaN or Inf", where=self._folder.place(name))
         return tensor
 
 
@@ -210,5 +217,5 @@ def _nothing_quantized(quantization: Mapping[str, Any], folder: Path) -> InputEr
     return InputError(
         f"config.json claims quant_method {quantization.get('quant_method')!r}, but no layer is quantized",
         where=str(folder),
-        mend="quantize the model again; whoever made this folder quantized nothing",
+        mend="quantize the model again; the tool that made this folder quantized no layer",
     )

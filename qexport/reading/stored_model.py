@@ -1,4 +1,4 @@
-"""A finished folder, whatever its weights are stored in, and `qexport.load`."""
+"""A finished folder with weights in any format, and `qexport.load`."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from qexport.reading.safetensors_weights import SafetensorsWeights
 from qexport.tensors import GroupQuantizedSpec, TensorSpec
 
 Kind = Literal["weights", "graph"]
-"""Weights in safetensors files, which models of transformers take; or an ONNX graph, for a runtime of its own."""
+"""Weights in safetensors files, for transformers models; or an ONNX graph, for ONNX Runtime."""
 
 _GRAPH_NAME: Final = "model.onnx"
-"""As in `qexport.reading.onnx.graph`, which needs the extra `onnx`."""
+"""The same as in `qexport.reading.onnx.graph`, whose import needs the extra `onnx`."""
 
 
 class StoredModel(Protocol):
-    """What is in a folder. A `WeightSource` and a context manager; weights are read when they are asked for."""
+    """The model in a folder. A `WeightSource` and a context manager; weights are read on demand."""
 
     @property
     def folder(self) -> Path:
-        """Where it lies."""
+        """Its path."""
         ...
 
     @property
@@ -41,7 +41,7 @@ class StoredModel(Protocol):
 
     @property
     def architecture(self) -> Architecture:
-        """That of its config.json."""
+        """The architecture that config.json describes."""
         ...
 
     @property
@@ -51,12 +51,12 @@ class StoredModel(Protocol):
 
     @property
     def quantization(self) -> Mapping[str, Any] | None:
-        """The `quantization_config`; None where there is none."""
+        """The `quantization_config`; None if there is none."""
         ...
 
     @property
     def method(self) -> str:
-        """How the weights are stored, for a reader."""
+        """How the weights are stored, for users."""
         ...
 
     @property
@@ -64,7 +64,7 @@ class StoredModel(Protocol):
         """Each quantized module, by its path.
 
         Raises:
-            InputError: a module has codes, and the config says nothing of them.
+            InputError: a module has codes, but is unquantized according to the config.
         """
         ...
 
@@ -75,37 +75,37 @@ class StoredModel(Protocol):
 
     @property
     def transposed(self) -> frozenset[str]:
-        """The modules whose dense weight is [in, out]; codes are always [out, in]."""
+        """The modules whose unquantized weight is [in, out]; codes are always [out, in]."""
         ...
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of all tensors as they are stored."""
+        """Bytes of all stored tensors."""
         ...
 
     @property
     def files(self) -> Sequence[str]:
-        """The names of the files with the weights, sorted; of an ONNX folder also the graph's."""
+        """The names of the files with the weights, sorted; for ONNX also the graph's file."""
         ...
 
     def specs(self) -> Mapping[str, TensorSpec]:
-        """Every parameter's shape and dtype, quantized ones as they are read."""
+        """Every parameter's shape and dtype; of quantized ones, as `read` returns them."""
         ...
 
     def read(self, name: str) -> torch.Tensor:
-        """A parameter, dequantized, in memory of its own.
+        """A copy of a parameter, dequantized.
 
         Raises:
-            InputError: it is missing, cut short, holds NaN or Inf, or its codes are not as the folder says.
+            InputError: it is missing, cut short, holds NaN or Inf, or its codes contradict the folder's config.
         """
         ...
 
     def model(self, *, device: torch.device, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """The model as its users load it, ready for `generate`. `check_complete` comes before.
+        """The model as users load it, ready for `generate`. Call `check_complete` first.
 
         Args:
             device: where to compute.
-            dtype: to compute in; that of the dense weights where None. A graph has its own.
+            dtype: to compute in; None for that of the unquantized weights. A graph has a fixed dtype.
 
         Raises:
             RecipeError: a graph computes in another dtype, or the extra `onnx` is not installed.
@@ -114,10 +114,13 @@ class StoredModel(Protocol):
         ...
 
     def check_complete(self, structure: Structure | None = None) -> None:
-        """Holds the headers against a model: that of its config.json where None is given.
+        """Checks that the folder has the parameters of a model, from the headers alone.
+
+        Args:
+            structure: the model's; None for the one of config.json.
 
         Raises:
-            InputError: parameters are missing, unexpected or of another shape.
+            InputError: a parameter is missing, unexpected or of another shape.
         """
         ...
 
@@ -133,12 +136,12 @@ class StoredModel(Protocol):
 
 
 def open_stored(folder: Path, *, dtype: torch.dtype, like: Architecture | None = None) -> StoredModel:
-    """The reader of a folder.
+    """Opens a folder with the reader for its weights.
 
     Args:
         folder: the artifact.
         dtype: of dequantized weights.
-        like: an architecture that the folder's is likely to equal; what was built of it is shared then.
+        like: an architecture that is likely to equal the folder's; if it does, it is reused.
 
     Raises:
         RecipeError: it is an ONNX artifact, and the extra `onnx` is not installed.
@@ -153,10 +156,10 @@ def open_stored(folder: Path, *, dtype: torch.dtype, like: Architecture | None =
 
 
 def model_folder(path: Path) -> Path:
-    """The same path.
+    """The path, checked to be a folder with a config.json.
 
     Raises:
-        InputError: it is no folder with a config.json; perhaps the one above several layouts.
+        InputError: it is not one; the error names the layouts below it, if there are any.
     """
     if not (path / "config.json").is_file():
         layouts = sorted(str(found.parent) for found in path.glob("*/config.json"))
@@ -170,19 +173,19 @@ def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = 
     """The model in a finished folder, ready for `generate`.
 
     Quantized layers keep the tensors of the file, so the model takes the memory of the artifact; each forward
-    dequantizes one weight after the other. The experts of a mixture are the exception: transformers holds them in one
-    parameter, so they are dequantized here and take the memory of a dense model. Neither bitsandbytes nor gptqmodel is
-    needed, and nothing from the folder is executed.
+    dequantizes one weight after another. The experts of a mixture are the exception: transformers holds them in one
+    parameter, so they are dequantized on loading and take the memory of unquantized weights. Neither bitsandbytes nor
+    gptqmodel is needed, and nothing from the folder is executed.
 
     Args:
-        path: an artifact of qexport (of several layouts, the folder of one of them), or a folder of another maker in
-            one of the formats: dense, AutoGPTQ v1, bitsandbytes, compressed-tensors; or an ONNX graph, which ONNX
-            Runtime computes.
-        device: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:1`.
-        dtype: to compute in; the dtype of the artifact's dense weights where None. A graph has its own.
+        path: the folder of an artifact (if it has several layouts, of one layout), or a folder from another tool, in
+            one of the formats unquantized, AutoGPTQ v1, bitsandbytes or compressed-tensors, or with an ONNX graph,
+            which ONNX Runtime computes.
+        device: `auto` (CUDA if available, else the CPU), `cpu`, `cuda` or `cuda:1`.
+        dtype: to compute in; None for the dtype of the artifact's unquantized weights. A graph has a fixed dtype.
 
     Raises:
-        RecipeError: the device is not there, the extra `onnx` is not installed, or a graph computes in another dtype.
+        RecipeError: the device does not exist, the extra `onnx` is not installed, or a graph computes in another dtype.
         InputError: a file is missing or malformed, or the tensors are not those of the model.
         CompatibilityError: transformers does not know the family.
     """

@@ -20,7 +20,7 @@ from qexport.amounts import size
 from qexport.architectures.architecture import Checkpoint
 from qexport.artifact.figures import Figure
 from qexport.artifact.measurements import Speed
-from qexport.reading.filled_model import dense_model
+from qexport.reading.filled_model import unquantized_model
 from qexport.reading.stored_model import StoredModel
 from qexport.statistics.samples import ALPHA
 from qexport.verifying.memory import HEADROOM, available_memory, bytes_in_memory
@@ -83,7 +83,7 @@ def compare_speed(
     prompt = input_ids.flatten()[: settings.prompt_tokens][None]
     if reason := _obstacle(reference, artifact, prompt.shape[1] + settings.new_tokens, dtype, device):
         return MeasuredSpeed(None, reason)
-    own = dense_model(reference.architecture, reference.weights, dtype=dtype, device=device)
+    own = unquantized_model(reference.architecture, reference.weights, dtype=dtype, device=device)
     other = artifact.model(device=device)
     for model in (own, other):
         model.generation_config = GenerationConfig()  # no token ends the text, nothing is penalized

@@ -1,4 +1,4 @@
-"""The onnx layout: one graph for prefill and decoding, traced without weights, and the codes that every layout has.
+"""The onnx layout: one graph for prefill and decoding, traced without weights, with the same codes as other layouts.
 
-What is said of ONNX Runtime's own operators (domain `com.microsoft`) comes from its `docs/ContribOperators.md`.
+Facts about ONNX Runtime's own operators (domain `com.microsoft`) come from its `docs/ContribOperators.md`.
 """

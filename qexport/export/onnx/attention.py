@@ -1,4 +1,4 @@
-"""Attention and rotary embeddings in ONNX's operators, or in those of ONNX Runtime that fuse them."""
+"""Attention and rotary embeddings in ONNX's operators, or in ONNX Runtime's fused operators."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class PlainAttention:
     def attention(self, node: ir.Node) -> list[ir.Value]:
         """The values that replace the outputs of an `Attention`."""
         emit = self._emit
-        query, key, value, past_key, past_value, mask = (_given(found) for found in node.inputs)
+        query, key, value, past_key, past_value, mask = (_required(found) for found in node.inputs)
         heads, shared, head_dim = _size(query, 1), _size(past_key, 1), _size(past_value, 3)
         keys, values = emit.one("Concat", past_key, key, axis=2), emit.one("Concat", past_value, value, axis=2)
         query = emit.one("Mul", query, self._number(node.attributes.get_float("scale", 1.0)))
@@ -54,7 +54,7 @@ class PlainAttention:
     def rotary(self, node: ir.Node) -> ir.Value:
         """The value that replaces the output of a `Rotary`."""
         emit = self._emit
-        states, cos, sin = (_given(found) for found in node.inputs)
+        states, cos, sin = (_required(found) for found in node.inputs)
         channels, rotated = _size(states, 3), _size(cos, 2)
         passed = None
         if rotated < channels:
@@ -70,24 +70,24 @@ class PlainAttention:
 
 
 def refuse_unfused(cache: Cache) -> None:
-    """Holds the heads against GroupQueryAttention, which ONNX Runtime looks at only when the graph runs.
+    """Refuses head sizes that GroupQueryAttention does not take; ONNX Runtime checks them only when the graph runs.
 
     Raises:
-        CompatibilityError: their size is no multiple of 8, or keys and values differ in it.
+        CompatibilityError: the head_dim is not a multiple of 8, or differs between keys and values.
     """
     layers = {tuple(sorted({tensor.shape[-1] or 0 for tensor in tensors if tensor.grows})) for tensors in cache}
     if wrong := sorted(sizes for sizes in layers if len(sizes) > 1 or sizes[0] % 8):
         raise CompatibilityError(
-            f"GroupQueryAttention has one head_dim in a layer, a multiple of 8; not {' and '.join(map(str, wrong[0]))}",
+            f"GroupQueryAttention has one head_dim per layer, a multiple of 8, not {' and '.join(map(str, wrong[0]))}",
             where="export: onnx, attention",
-            mend="take `attention: plain`",
+            mend="use `attention: plain`",
         )
 
 
 class FusedAttention:
     """ONNX Runtime's GroupQueryAttention and RotaryEmbedding.
 
-    The mask goes in as a bias on the scores, so that padding, sliding windows and ALiBi are as the model has them.
+    The mask is passed as a bias on the scores, so padding, sliding windows and ALiBi are those of the model.
 
     Args:
         emit: writes the nodes.
@@ -104,7 +104,7 @@ class FusedAttention:
     def attention(self, node: ir.Node) -> list[ir.Value]:
         """The values that replace the outputs of an `Attention`."""
         emit = self._emit
-        query, key, value, past_key, past_value, mask = (_given(found) for found in node.inputs)
+        query, key, value, past_key, past_value, mask = (_required(found) for found in node.inputs)
         heads, shared = _size(query, 1), _size(past_key, 1)
         last, total = self._sequence_lengths()
         output, keys, values = emit(
@@ -129,10 +129,10 @@ class FusedAttention:
         return [self._by_head(output, heads), keys, values]
 
     def rotary(self, node: ir.Node) -> ir.Value:
-        """The value that replaces the output of a `Rotary`. Its table has a row for each token of the batch, so that
-        every way to scale the angles is the model's own.
+        """The value that replaces the output of a `Rotary`. The model computes its table, with one row per token of the
+        batch, so every way to scale the angles is supported.
         """
-        states, cos, sin = (_given(found) for found in node.inputs)
+        states, cos, sin = (_required(found) for found in node.inputs)
         heads, channels, rotated = _size(states, 1), _size(states, 3), _size(cos, 2)
         turned = self._emit.one(
             "RotaryEmbedding",
@@ -158,7 +158,7 @@ class FusedAttention:
         return self._tables[cos_or_sin]
 
     def _rows(self) -> ir.Value:
-        """int64 [batch, sequence]: the table's row of each token."""
+        """int64 [batch, sequence]: the row of each token in the table."""
         if self._row_numbers is None:
             emit = self._emit
             shape = emit.one("Shape", emit.graph.inputs[0])
@@ -168,7 +168,7 @@ class FusedAttention:
         return self._row_numbers
 
     def _sequence_lengths(self) -> tuple[ir.Value, ir.Value]:
-        """int32 [batch], the last token's place, and the number of tokens. Padding counts, the mask leaves it out."""
+        """int32 [batch], the last token's position, and the number of tokens. Padding counts; the mask excludes it."""
         if self._lengths is None:
             emit = self._emit
             batch, total = emit("Split", emit.one("Shape", emit.graph.inputs[1]), axis=0, num_outputs=2, outputs=2)
@@ -178,7 +178,7 @@ class FusedAttention:
         return self._lengths
 
     def _by_token(self, states: ir.Value) -> ir.Value:
-        """[batch, heads, sequence, head_dim] -> [batch, sequence, heads * head_dim], the form that linears give."""
+        """[batch, heads, sequence, head_dim] -> [batch, sequence, heads * head_dim], the shape that linears yield."""
         if states in self._tokens:
             return self._tokens[states]
         width = _size(states, 1) * _size(states, 3)
@@ -191,12 +191,12 @@ class FusedAttention:
 
     def _by_head(self, states: ir.Value, heads: int) -> ir.Value:
         """[batch, sequence, heads * head_dim] -> [batch, heads, sequence, head_dim]."""
-        parted = self._emit.one("Reshape", states, self._emit.constant([0, 0, heads, -1]))
-        return self._emit.one("Transpose", parted, perm=_SWAPPED_HEADS)
+        split = self._emit.one("Reshape", states, self._emit.constant([0, 0, heads, -1]))
+        return self._emit.one("Transpose", split, perm=_SWAPPED_HEADS)
 
 
 def _skip_swapping(by_head: ir.Value, by_token: ir.Value) -> None:
-    """Where the model itself puts the heads of a token side by side again, it gets what is so already."""
+    """If the model transposes and reshapes the output to [batch, sequence, width] again, uses `by_token` there."""
     width = _size(by_head, 1) * _size(by_head, 3)
     for swap in [use.node for use in by_head.uses() if _swaps_heads(use.node)]:
         for join in [use.node for use in swap.outputs[0].uses() if use.node.op_type == "Reshape"]:
@@ -209,7 +209,7 @@ def _swaps_heads(node: ir.Node) -> bool:
 
 
 def _input_of(value: ir.Value, op_type: str) -> ir.Value | None:
-    """The input of the node that gives the value, if that is a Reshape, or a Transpose of heads and tokens."""
+    """The input of the node that yields the value, if it is a Reshape, or a Transpose of heads and tokens."""
     node = value.producer()
     if node is None or node.op_type != op_type or (op_type == "Transpose" and not _swaps_heads(node)):
         return None
@@ -223,8 +223,8 @@ def _is_by_token(value: ir.Value, width: int) -> bool:
 class AdditiveMasks:
     """Masks that are added to the scores, each made once.
 
-    What is masked is pushed down by half of the dtype's range and not to minus infinity: the rows of padding tokens see
-    nothing, and must stay numbers, since their keys and values are multiplied with zeros later.
+    Masked scores are lowered by half of the dtype's range, not to minus infinity: padding tokens see no token, and
+    their outputs must stay finite, since their keys and values are multiplied with zeros later.
 
     Args:
         emit: writes the nodes.
@@ -238,7 +238,7 @@ class AdditiveMasks:
         self._zero = np.array(0, dtype=dtype)
 
     def additive(self, mask: ir.Value) -> ir.Value:
-        """The mask as numbers in the dtype of the scores; numbers stay what they are, as far as they are in range."""
+        """The mask in the dtype of the scores. A mask of numbers is limited to the same lowest value."""
         if mask not in self._made:
             emit, lowest = self._emit, self._emit.constant(self._lowest)
             if mask.dtype == ir.DataType.BOOL:
@@ -248,7 +248,7 @@ class AdditiveMasks:
         return self._made[mask]
 
 
-def _given(value: ir.Value | None) -> ir.Value:
+def _required(value: ir.Value | None) -> ir.Value:
     assert value is not None
     return value
 

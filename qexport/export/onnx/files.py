@@ -1,4 +1,4 @@
-"""The weights of the onnx layout: plain data files, every tensor at the beginning of a page."""
+"""The weights of the onnx layout: data files without headers, in which every tensor starts at a page."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qexport.export.shards import split_by_size
 from qexport.export.tensor_writer import PlacedTensors, WrittenWeights
 from qexport.export.weight_files import WeightFiles
 from qexport.formats import Outputs
-from qexport.formats.onnx.format import LeftOut, OnnxFormat
+from qexport.formats.onnx.format import EncodingWithout, OnnxFormat
 from qexport.reading.onnx.external_data import ExternalData
 from qexport.reading.onnx.graph import Graph
 from qexport.tensors import BlockQuantizedSpec, TensorSpec
@@ -31,16 +31,16 @@ DTYPES: Final = {
     torch.int64: ir.DataType.INT64,
     torch.bool: ir.DataType.BOOL,
 }
-"""What a graph can hold here."""
+"""The dtypes that the layout can store."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where the bytes of a tensor lie.
+    """Where the bytes of a tensor are.
 
     Attributes:
         file: the name of a file in the folder of the graph.
-        offset: bytes from its beginning.
+        offset: of the first byte in the file.
         spec: shape and dtype; the bytes are little-endian, row after row.
     """
 
@@ -50,11 +50,11 @@ class Place:
 
 
 class Weights:
-    """Brings initializers into a graph when a node wants them.
+    """Adds initializers to a graph when a node needs them.
 
     Args:
         emit: writes the nodes.
-        specs: every tensor that there is, by name.
+        specs: every tensor of the files, by name.
         activations: the dtype that unquantized weights are cast to.
     """
 
@@ -63,7 +63,7 @@ class Weights:
         self._cast: dict[str, ir.Value] = {}
 
     def stored(self, name: str) -> ir.Value:
-        """The tensor as it lies in the file, without a place so far."""
+        """The tensor as stored in the file; its place is set later, by `put_in_place`."""
         graph = self._emit.graph
         if name not in graph.initializers:
             spec = self._specs[name]
@@ -78,7 +78,7 @@ class Weights:
         return self._cast[name]
 
     def rows(self, name: str, indices: ir.Value) -> ir.Value:
-        """Rows of a parameter; only these are cast."""
+        """Some rows of a parameter; only these are cast."""
         return self._in_activations(self._emit.one("Gather", self.stored(name), indices, axis=0), name)
 
     def _in_activations(self, value: ir.Value, name: str) -> ir.Value:
@@ -87,7 +87,7 @@ class Weights:
 
 
 def put_in_place(graph: ir.Graph, places: Mapping[str, Place]) -> None:
-    """Points each initializer to its bytes."""
+    """Sets the place of each initializer's bytes."""
     for name, value in graph.initializers.items():
         if value.const_value is None:
             place = places[name]
@@ -102,16 +102,16 @@ def put_in_place(graph: ir.Graph, places: Mapping[str, Place]) -> None:
 
 
 _PAGE: Final = 4096
-"""Runtimes map pages of a file into memory."""
+"""The alignment of tensors in bytes: runtimes map whole pages of a file into memory."""
 
 
 @dataclass(frozen=True)
 class OnnxFiles(WeightFiles):
-    """What will be written: initializers without headers, `model.onnx.data` or several files of that kind."""
+    """The data files that will be written: `model.onnx.data`, or several numbered ones."""
 
     @cached_property
     def places(self) -> Mapping[str, Place]:
-        """Where every tensor will lie."""
+        """Where every tensor will be."""
         groups = split_by_size(self.specs, self.max_shard_size)
         return {
             name: Place(file, offset, group[name])
@@ -121,39 +121,39 @@ class OnnxFiles(WeightFiles):
 
     @property
     def shared_bytes(self) -> int:
-        """Bytes of the initializers that lie in the files of the safetensors layout."""
+        """Bytes of the initializers that are in the files of the safetensors layout."""
         return sum(self.initializers[name].nbytes for name in self.shared)
 
     @property
     def shared(self) -> frozenset[str]:
-        """The initializers that lie in the files of the safetensors layout."""
-        return self.encoding.names if isinstance(self.encoding, LeftOut) else frozenset()
+        """The initializers that are in the files of the safetensors layout."""
+        return self.encoding.names if isinstance(self.encoding, EncodingWithout) else frozenset()
 
     @cached_property
     def initializers(self) -> Mapping[str, TensorSpec]:
-        """Every tensor of the graph, shared ones too."""
-        if not isinstance(self.encoding, LeftOut):
+        """Every weight of the graph, including shared ones."""
+        if not isinstance(self.encoding, EncodingWithout):
             return self.specs
         return replace(self, encoding=self.encoding.encoding).specs
 
     def container(self, folder: Path) -> DataWriter:
-        """The files, in an existing folder without such."""
+        """The writer of the files, for an existing folder without data files."""
         return DataWriter(folder, self.specs, self.places)
 
     def read_back(self, folder: Path, written: WrittenWeights, *, checked: Path | None = None) -> None:
-        """Compares every initializer, where the graph on the disk points to, with what was computed.
+        """Compares every initializer, at the place that the graph on disk names, with what was computed.
 
         Raises:
-            QexportError: one is missing, of another shape or dtype, or has other bytes.
+            QexportError: an initializer is missing, or has another shape, dtype or bytes.
         """
         graph = Graph(folder)
         for name, spec in written.specs.items():
             found = graph.initializers.get(name)
             if found is None or found.spec != spec or not isinstance(found.place, ExternalData):
-                raise QexportError(f"the graph does not hold the {spec} that was written", where=f"model.onnx: {name}")
+                raise QexportError(f"the graph does not have the {spec} that was written", where=f"model.onnx: {name}")
             if sha256_bytes(tensor_bytes(graph.read(name))) != written.digests[name]:
                 raise QexportError(
-                    "a tensor's bytes on the disk are not those written",
+                    "a tensor's bytes on disk are not those written",
                     where=f"{found.place.path.name}: {name}",
                     mend="check the disk, then run again",
                 )
@@ -163,9 +163,9 @@ class DataWriter(PlacedTensors):
     """Writes tensors into the data files of a folder.
 
     Args:
-        folder: an existing folder without such files.
+        folder: an existing folder without data files.
         specs: every tensor that will come.
-        places: where each one goes.
+        places: the place of each.
     """
 
     def __init__(self, folder: Path, specs: Mapping[str, TensorSpec], places: Mapping[str, Place]) -> None:
@@ -175,15 +175,15 @@ class DataWriter(PlacedTensors):
         """The names of all files.
 
         Raises:
-            QexportError: a planned tensor never came.
+            QexportError: a planned tensor was not written.
         """
         self.refuse_missing()
         return tuple(sorted({path.name for path, _ in self.places.values()}))
 
 
 def shared_names(outputs: Outputs) -> frozenset[str]:
-    """The initializers whose bytes lie in a safetensors artifact under the same name: unquantized weights, and
-    bitsandbytes' codes of 4 bits with their absmaxes, unless those are quantized too.
+    """The initializers whose bytes are in a safetensors artifact under the same name: unquantized weights, and
+    bitsandbytes' 4-bit codes with their absmaxes, unless those are quantized too.
     """
     names: set[str] = set()
     for name, spec in outputs.specs.items():
@@ -199,11 +199,11 @@ def onnx_files(outputs: Outputs, encoding: OnnxFormat, max_shard_size: int, *, s
 
     Args:
         outputs: what the pass will yield.
-        encoding: how it is stored.
+        encoding: how parameters are stored.
         max_shard_size: bytes of tensors in one file.
-        shared: leave out what the safetensors layout has.
+        shared: whether to use the tensors of the safetensors layout instead of writing them again.
     """
-    kept = LeftOut(encoding, shared_names(outputs)) if shared else encoding
+    kept = EncodingWithout(encoding, shared_names(outputs)) if shared else encoding
     return OnnxFiles(kept, outputs, max_shard_size)
 
 

@@ -1,4 +1,4 @@
-"""Where a model's forward is replaced while it is traced, so that what matters arrives as one node each."""
+"""The parts of a model's forward that are replaced during tracing, so that each becomes one node."""
 
 from __future__ import annotations
 
@@ -27,32 +27,32 @@ from qexport.export.onnx.traced_cache import Handover
 LONGROPE: Final = "longrope"
 
 
-def refuse_growing(config: PretrainedConfig) -> None:
-    """Refuses frequencies that transformers computes anew as a text grows: a trace would hold those of its sample.
+def refuse_dynamic_frequencies(config: PretrainedConfig) -> None:
+    """Refuses rotary frequencies that depend on the text's length: a trace would have those of its sample.
 
     Raises:
-        CompatibilityError: the model has such.
+        CompatibilityError: the model has such frequencies.
     """
-    several = _kinds(config)
-    kinds = {str(kind.get("rope_type")) for kind in several}
-    if any("dynamic" in kind for kind in kinds) or (LONGROPE in kinds and len(several) > 1):
+    rotary_kinds = _kinds(config)
+    kinds = {str(kind.get("rope_type")) for kind in rotary_kinds}
+    if any("dynamic" in kind for kind in kinds) or (LONGROPE in kinds and len(rotary_kinds) > 1):
         raise CompatibilityError(
             f"a graph cannot compute rotary frequencies of the kind {', '.join(sorted(kinds))}",
             where="export: onnx, config.json: rope_parameters",
-            mend="leave this layout out; the others take the model as it is",
+            mend="leave this layout out; the others support the model",
         )
 
 
 def switching_length(config: PretrainedConfig) -> int | None:
-    """Tokens after which LongRoPE (arXiv:2402.13753) takes its long factors; None for other kinds."""
+    """Tokens after which LongRoPE (arXiv:2402.13753) uses its long factors; None for other kinds."""
     lengths = (kind["original_max_position_embeddings"] for kind in _kinds(config) if kind.get("rope_type") == LONGROPE)
     return next(map(int, lengths), None)
 
 
 def switched(rotary: nn.Module) -> Callable[..., Any]:
-    """A forward for a module of LongRoPE that chooses its frequencies in the graph, by the last position of the batch.
+    """A forward for a LongRoPE module that chooses its frequencies in the graph, by the last position of the batch.
 
-    transformers chooses so too, but writes what it has chosen into a buffer, which torch.export does not let pass.
+    transformers chooses in the same way, but writes its choice into a buffer, which torch.export does not allow.
     """
     config, short = rotary.config, rotary.original_inv_freq
     assert isinstance(config, PretrainedConfig)
@@ -72,7 +72,7 @@ def switched(rotary: nn.Module) -> Callable[..., Any]:
 
 
 def _kinds(config: PretrainedConfig) -> list[Mapping[str, Any]]:
-    """What config.json says of the frequencies, once for each kind of layers that has its own."""
+    """The rotary parameters in config.json, one entry per kind of layer that has its own."""
     found = getattr(config, "rope_parameters", None) or {}
     if "rope_type" in found:
         return [found]
@@ -84,12 +84,12 @@ _ATTENTION: Final = "qexport"
 
 @contextmanager
 def intercepted(model: PreTrainedModel, handover: Handover) -> Iterator[None]:
-    """Inside, linears, attention, rotary embeddings and mamba's scan become nodes of our own; LongRoPE chooses its
-    frequencies in the graph.
+    """In this context, linears, attention, rotary embeddings and mamba's scan become nodes of qexport's domain, and
+    LongRoPE chooses its frequencies in the graph.
 
     Args:
         model: the model, which will be called with a `TracedCache`.
-        handover: the cache's.
+        handover: of the cache.
     """
     module = sys.modules[type(model).__module__]
     with ExitStack() as stack:
@@ -98,7 +98,7 @@ def intercepted(model: PreTrainedModel, handover: Handover) -> Iterator[None]:
         for rotary in (found for found in model.modules() if getattr(found, "rope_type", None) == LONGROPE):
             stack.enter_context(patch.object(rotary, "forward", switched(rotary)))
         stack.enter_context(_attention_intercepted(model, handover))
-        if _turns_halves(getattr(module, "apply_rotary_pos_emb", None)):
+        if _is_half_rotation(getattr(module, "apply_rotary_pos_emb", None)):
             stack.enter_context(patch.object(module, "apply_rotary_pos_emb", _apply_rotary))
         if hasattr(module, "mamba2_chunk_scan"):
             stack.enter_context(patch.object(module, "mamba2_chunk_scan", _chunk_scan))
@@ -115,7 +115,7 @@ def _linear_forward(linear: nn.Linear | Conv1D) -> Callable[[Tensor], Tensor]:
 
 @contextmanager
 def _attention_intercepted(model: PreTrainedModel, handover: Handover) -> Iterator[None]:
-    """In transformers' registry of attentions, and in torch's function for the families that call it themselves."""
+    """Replaces attention in transformers' registry, and torch's function for the families that call it directly."""
 
     def attend(query: Tensor, mask: Tensor, scale: float | None, softcap: float | None) -> Tensor:
         tensors, key, value = handover.take()
@@ -131,12 +131,12 @@ def _attention_intercepted(model: PreTrainedModel, handover: Handover) -> Iterat
         output = attend(query, attention_mask, options.get("scaling"), options.get("softcap"))
         return output.transpose(1, 2), None
 
-    def torchs_own(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, **options: Any) -> Tensor:
+    def torch_function(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, **options: Any) -> Tensor:
         return attend(query, attn_mask, options.get("scale"), None)
 
-    usual = model.config._attn_implementation
+    previous = model.config._attn_implementation
     with (
-        patch.object(functional, "scaled_dot_product_attention", torchs_own),
+        patch.object(functional, "scaled_dot_product_attention", torch_function),
         patch.dict(ALL_ATTENTION_FUNCTIONS._global_mapping, {_ATTENTION: registered}),
         patch.dict(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, {_ATTENTION: sdpa_mask}),
     ):
@@ -145,21 +145,21 @@ def _attention_intercepted(model: PreTrainedModel, handover: Handover) -> Iterat
         try:
             yield
         finally:
-            model.config._attn_implementation = usual
+            model.config._attn_implementation = previous
 
 
-def _turns_halves(function: Callable[..., Any] | None) -> bool:
-    """Whether it is the rotation of `nodes.rotary`: found out by calling it."""
+def _is_half_rotation(function: Callable[..., Any] | None) -> bool:
+    """Whether the function computes the rotation of `nodes.rotary`, which is tested by calling it."""
     if function is None or list(inspect.signature(function).parameters)[:4] != ["q", "k", "cos", "sin"]:
         return False
     random = torch.Generator().manual_seed(0)
     query, key = (torch.randn(1, 2, 3, 8, generator=random) for _ in range(2))
     cos, sin = (torch.randn(1, 3, 4, generator=random).repeat(1, 1, 2) for _ in range(2))
     found = function(query, key, cos, sin)
-    return all(torch.equal(own, _turned(states, cos, sin)) for own, states in zip(found, (query, key), strict=True))
+    return all(torch.equal(own, _rotated(states, cos, sin)) for own, states in zip(found, (query, key), strict=True))
 
 
-def _turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = states.chunk(2, -1)
     return states * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
 
@@ -167,7 +167,7 @@ def _turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _apply_rotary(
     query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """In the dtype of the angles, which some families (OLMo) leave in float32."""
+    """Rotates in the dtype of the angles, which is float32 in some families (OLMo)."""
     assert unsqueeze_dim == 1, "heads are expected on the second axis"
     query_wide, key_wide = (nodes.rotary(states.to(cos.dtype), cos, sin) for states in (query, key))
     return query_wide.to(query.dtype), key_wide.to(key.dtype)
@@ -185,7 +185,7 @@ def _chunk_scan(
     dt_limit: tuple[float, float],
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Mamba 2's scan token by token: the same sum as transformers' chunks, for one token and for many."""
+    """Mamba 2's scan token by token: the same sums as transformers' scan by chunks, for any number of tokens."""
     heads = hidden_states.shape[2]
     step = functional.softplus(dt + dt_bias.to(dt.dtype)).clamp(*dt_limit).float()
     inputs = hidden_states.float()
@@ -196,7 +196,7 @@ def _chunk_scan(
 
 
 def _each_head(states: Tensor, heads: int) -> Tensor:
-    """[batch, sequence, groups, state_size] -> [batch, sequence, heads, state_size]; a group's heads are together."""
+    """[batch, sequence, groups, state_size] -> [batch, sequence, heads, state_size]; a group's heads are adjacent."""
     batch, sequence, groups, size = states.shape
     widened = states.float()[:, :, :, None].expand(batch, sequence, groups, heads // groups, size)
     return widened.reshape(batch, sequence, heads, size)

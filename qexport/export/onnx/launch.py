@@ -1,4 +1,4 @@
-"""What runs the folder: genai_config.json, a script with ONNX Runtime alone, a Triton repository."""
+"""Files to run the folder: genai_config.json, a script that needs only ONNX Runtime, a Triton repository."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from qexport.tensors.strict_files import parse_json
 from qexport.text.tokenizer_identity import GENERATION_CONFIG
 
 _NUMBERS: Final = 1 << 31
-"""onnxruntime-genai reads numbers of 32 bits."""
+"""onnxruntime-genai reads 32-bit integers."""
 
 _SAMPLING: Final = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What a program that generates text must know besides the graph.
+    """What a program that generates text needs besides the graph.
 
     Attributes:
-        ends: the tokens that end a text, in rising order; none where the files name none.
-        begin: the token that begins a text, if there is one.
-        padding: the token that fills up a batch, if there is one.
-        sampling: `do_sample`, `temperature` and the like, as far as generation_config.json gives them.
+        ends: the tokens that end a text, in ascending order; may be empty.
+        begin: the token that begins a text, or None.
+        padding: the token that pads a batch, or None.
+        sampling: `do_sample`, `temperature` and similar values of generation_config.json.
     """
 
     ends: tuple[int, ...]
@@ -41,10 +41,10 @@ class Generation:
 
 
 def generation(checkpoint: Checkpoint) -> Generation:
-    """From generation_config.json, and from config.json where that is silent. What is no token's number is left out.
+    """Read from generation_config.json; tokens also from config.json. Values that are not token ids are ignored.
 
     Raises:
-        InputError: generation_config.json is no JSON.
+        InputError: generation_config.json is not valid JSON.
     """
     own = parse_json(checkpoint.files.get(GENERATION_CONFIG, b"{}"), where=GENERATION_CONFIG)
     configs = [own if isinstance(own, dict) else {}, checkpoint.config]
@@ -66,7 +66,7 @@ def _tokens(value: Any) -> list[int]:
 
 
 def _usable(value: Any) -> bool:
-    """NaN and infinity are in no range."""
+    """Whether the runtime can read the value. NaN and infinity fail the comparison."""
     return isinstance(value, (bool, int, float)) and -_NUMBERS < value < _NUMBERS
 
 
@@ -85,22 +85,22 @@ TYPES: Final[Mapping[str, str]] = {
     "qwen2": "qwen2",
     "qwen3": "qwen3",
 }
-"""What the runtime calls a `model_type`. `decoder` is its name for any graph with our inputs, and serves the families
-that it has no name for; its own `gpt2` wants other inputs.
+"""The runtime's name for each `model_type`. `decoder` is its name for any graph with our inputs, used for families that
+have no name there, and for gpt2, since its `gpt2` requires other inputs.
 """
 
 _STATES: Final = {"conv_state": "conv_names", "recurrent_state": "recurrent_names"}
 
 
 def genai_config(config: Mapping[str, Any], cache: Cache, generation: Generation) -> dict[str, Any] | None:
-    """The content of genai_config.json; None for a family that was not tried with the runtime.
+    """The content of genai_config.json; None for a family that was not tested with the runtime.
 
-    The buffer of keys and values is not shared between past and present: the runtime would hand over one as long as the
-    longest text, and the graph takes the past's length for the number of tokens.
+    Past and present do not share a buffer of keys and values: the runtime would pass one as long as the longest text,
+    and the graph takes the length of the past for the number of tokens.
 
     Args:
         config: the content of config.json.
-        cache: what each layer keeps.
+        cache: the tensors of each layer's cache.
         generation: tokens and sampling.
     """
     model_type = TYPES.get(str(config.get("model_type")))
@@ -124,12 +124,12 @@ def genai_config(config: Mapping[str, Any], cache: Cache, generation: Generation
 
 
 def padding_token(generation: Generation) -> int:
-    """The token that the runtime fills up a batch with: an end, or the first token, where the model names none."""
+    """The token that pads a batch: the model's, else one that ends a text, else token 0."""
     return next((token for token in (generation.padding, *generation.ends) if token is not None), 0)
 
 
 def genai_notes(config: Mapping[str, Any], cache: Cache) -> list[str]:
-    """What is wrong with batches in the runtime, which fills them up on the right; empty where nothing is."""
+    """Warnings about batches in the runtime, which pads them on the right; empty if the model supports that."""
     if str(config.get("model_type")) not in TYPES:
         return []
     if any(not tensor.grows for tensors in cache for tensor in tensors):
@@ -165,7 +165,7 @@ def _one_or_list(tokens: tuple[int, ...]) -> int | list[int] | None:
 
 
 def _window(parsed: PretrainedConfig) -> int | None:
-    """Tokens that a layer looks back at most; None where every layer sees all."""
+    """How many tokens a layer can see at most; None if every layer sees all."""
     window = getattr(parsed, "sliding_window", None)
     kinds = getattr(parsed, "layer_types", None) or ["sliding_attention"]
     return int(window) if window and "sliding_attention" in kinds else None
@@ -178,12 +178,12 @@ _TOKENS: Final = (_FREE, _FREE)
 
 @dataclass(frozen=True)
 class TritonValue:
-    """One input or output of the graph, as config.pbtxt says it.
+    """One input or output of the graph in config.pbtxt.
 
     Attributes:
         name: in the graph.
         dtype: of the tensor.
-        dims: its axes, -1 where the size is free.
+        dims: its sizes; -1 for one that is free.
     """
 
     name: str
@@ -192,22 +192,22 @@ class TritonValue:
 
     @property
     def type(self) -> str:
-        """Triton's name of the dtype."""
+        """Triton's name for the dtype."""
         return _TRITON_TYPES[self.dtype]
 
 
 @dataclass(frozen=True)
 class OnnxLaunch:
-    """What the launch files are made from.
+    """The values in the launch files.
 
     Attributes:
-        name: of the model, as `qexport.export.model_files.served_name` makes it.
-        cache: what each layer keeps.
+        name: of the model; see `qexport.export.model_files.served_name`.
+        cache: the tensors of each layer's cache.
         activations: the dtype of the logits.
-        vocab_size: tokens of the logits.
+        vocab_size: logits per token.
         data_files: the files with the weights, as model.onnx names them.
         ends: the tokens that end a text.
-        tokenizer: whether the folder has a tokenizer.json, without which there is no script.
+        tokenizer: whether the folder has a tokenizer.json, which the script needs.
     """
 
     name: str
@@ -237,7 +237,7 @@ class OnnxLaunch:
 
 
 def launch_files(figures: OnnxLaunch) -> dict[str, bytes]:
-    """The content of the folder `launch`, by the name inside the artifact."""
+    """The files of the folder `launch`, by their name inside the artifact."""
     triton = f"triton/{figures.name}"
     templates = {
         "README.md": "README.md.jinja",

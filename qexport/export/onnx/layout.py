@@ -28,7 +28,7 @@ from qexport.export.onnx.files import DTYPES, OnnxFiles, Place, onnx_files, put_
 from qexport.export.onnx.interception import switching_length
 from qexport.export.onnx.launch import FILE_NAME, OnnxLaunch, genai_config, genai_notes, generation, launch_files
 from qexport.export.onnx.lowering import lower
-from qexport.export.onnx.tracing import MINIMUM_RUNTIME, NARROW_2_BIT_RUNTIME, kept, trace
+from qexport.export.onnx.tracing import MINIMUM_RUNTIME, NARROW_2_BIT_RUNTIME, layer_caches, trace
 from qexport.export.settings import OnnxSettings, parse_size
 from qexport.export.tensor_writer import link_or_copy
 from qexport.formats import Outputs, W8A8Format
@@ -45,13 +45,13 @@ class OnnxLayout:
     """One graph for prefill and decoding, and its weights beside it.
 
     Args:
-        settings: the recipe's.
+        settings: from the recipe.
         outputs: what the pass will yield.
-        structure: the model's.
+        structure: of the model.
         checkpoint: the merged model.
 
     Raises:
-        CompatibilityError: a layer cannot be stored, or the family is one that the layout cannot carry.
+        CompatibilityError: a layer cannot be stored, or the layout does not support the model.
     """
 
     name = "onnx"
@@ -63,19 +63,19 @@ class OnnxLayout:
         encoding = OnnxFormat(self._activations, isinstance(outputs.format, W8A8Format))
         size = parse_size(settings.max_shard_size)
         self.weights: OnnxFiles = onnx_files(outputs, encoding, size, shared=settings.share_weights)
-        self._refuse_what_cannot_be()
-        self._cache = kept(checkpoint.architecture, self._activations)
+        self._refuse_unsupported()
+        self._cache = layer_caches(checkpoint.architecture, self._activations)
         if settings.attention == "fused":
             refuse_unfused(self._cache)
 
     @property
     def quantization(self) -> Mapping[str, Any] | None:
-        """How the codes came about. config.json does not say it: who reads that would look for other tensors."""
+        """How the codes were made. It is not in config.json, since loaders would look for other tensors."""
         return self._outputs.format.quantization_config(self._outputs.specs, self._structure)
 
     @property
     def notes(self) -> list[str]:
-        """What a user of this folder should know."""
+        """What users of this folder should know."""
         notes = ["position_ids count each row's tokens without its padding, which is on the left"]
         if self._settings.attention == "fused":
             notes.append("fused attention takes several new tokens with a past for a batch of one only")
@@ -90,7 +90,7 @@ class OnnxLayout:
 
     @property
     def graph(self) -> GraphRecord:
-        """What the manifest says of the graph."""
+        """The manifest's record of the graph."""
         graph, settings = self._lowered, self._settings
         return GraphRecord(
             ir_version=graph.ir_version,
@@ -103,14 +103,14 @@ class OnnxLayout:
 
     @property
     def _minimum_runtime(self) -> str:
-        """Codes of 2 bits with inputs in float16 came later than all else."""
+        """The oldest ONNX Runtime. 2-bit codes with float16 inputs need a later one."""
         narrow = self._activations == torch.float16
         quantized = self._outputs.quantized.values()
         coarse = any(isinstance(spec, GroupQuantizedSpec) and spec.bits == 2 for spec in quantized)
         return NARROW_2_BIT_RUNTIME if narrow and coarse else MINIMUM_RUNTIME
 
     def prepare(self) -> None:
-        """Traces the graph. After hours of quantizing it would be too late to learn that it cannot be.
+        """Traces the graph, so that a family that cannot be traced fails before hours of quantizing.
 
         Raises:
             CompatibilityError: the family cannot be traced.
@@ -118,27 +118,23 @@ class OnnxLayout:
         assert self._lowered is not None
 
     def write_files(self, folder: Path, checkpoint: Checkpoint) -> None:
-        """Writes the graph, and what lies beside it.
-
-        Raises:
-            QexportError: a file of the checkpoint would leave the folder or replace another file.
-        """
+        """Writes the graph and the files beside it."""
         places = {**self.weights.places, **self._share(folder)}
         put_in_place(self._lowered.graph, places)
         ir.save(self._lowered, folder / GRAPH_NAME)
-        beside = self._beside(checkpoint, sorted({place.file for place in places.values()}))
+        beside = self._runtime_files(checkpoint, sorted({place.file for place in places.values()}))
         files = replace(checkpoint, files={**checkpoint.files, **beside})
         dtype = self._outputs.unquantized_dtype(f"{self._structure.embedding}.weight")
-        loading = loading_section(self._loaders_see)
+        loading = loading_section(self._folder)
         write_files(folder, model_files(files, self._outputs.format, None, dtype, self.notes, loading))
 
     @property
-    def _loaders_see(self) -> Folder:
+    def _folder(self) -> Folder:
         shapes = {module: spec.shape for module, spec in self._outputs.quantized.items()}
         return Folder(None, shapes, self._structure.model_type, self._structure.head, self.name, graph=True)
 
-    def _beside(self, checkpoint: Checkpoint, data_files: Sequence[str]) -> dict[str, bytes]:
-        """What runs the graph: launch files, and genai_config.json where the runtime knows the family."""
+    def _runtime_files(self, checkpoint: Checkpoint, data_files: Sequence[str]) -> dict[str, bytes]:
+        """Files to run the graph: launch files, and genai_config.json if onnxruntime-genai runs the family."""
         ends = generation(checkpoint)
         figures = OnnxLaunch(
             name=served_name(checkpoint.origin.name),
@@ -154,21 +150,21 @@ class OnnxLayout:
         return launch_files(figures) | own
 
     def check(self, folder: Path) -> None:
-        """Holds the folder against ONNX's own checker, ONNX Runtime's types and kernels, and our own reader, for which
-        every weight lies inside the folder.
+        """Checks the graph with ONNX's checker, with ONNX Runtime (types and kernels), and with our own reader, which
+        requires every weight to be in the folder.
 
         Raises:
-            QexportError: it is no valid graph.
+            QexportError: the graph is not valid.
         """
         try:
-            with _without_links(folder) as checked:
+            with _with_empty_data(folder) as checked:
                 onnx.checker.check_model(str(checked / GRAPH_NAME))
         except onnx.checker.ValidationError as error:
             raise QexportError(f"onnx.checker refuses the graph: {error}", where=GRAPH_NAME) from error
         refuse_unloadable(folder)
         unplaced = self.weights.initializers.keys() - Graph(folder).initializers.keys()
         if unplaced:
-            raise QexportError("weights are not in the graph", where=listed(sorted(unplaced)))
+            raise QexportError("weights are missing in the graph", where=listed(sorted(unplaced)))
 
     @property
     def _shared(self) -> bool:
@@ -186,10 +182,13 @@ class OnnxLayout:
         )
 
     def _share(self, folder: Path) -> dict[str, Place]:
-        """Links files of the safetensors layout that have shared tensors into the folder, and finds these in them.
+        """Links the files of the safetensors layout that have shared tensors into the folder.
 
-        They get other names, since config.json says nothing of codes: a loader that finds `model.safetensors` beside it
-        would take them for weights.
+        The links get other names, since config.json does not mention codes: a loader that finds `model.safetensors`
+        beside it would take them for weights.
+
+        Returns:
+            The place of each shared tensor.
         """
         places: dict[str, Place] = {}
         if not self._shared:
@@ -204,23 +203,23 @@ class OnnxLayout:
                 places |= {name: Place(target.name, offset, specs[name]) for name, offset in offsets.items()}
         return places
 
-    def _refuse_what_cannot_be(self) -> None:
+    def _refuse_unsupported(self) -> None:
         self.weights.refuse_faults()
         if any(linear.expert for linear in self._structure.block_linears):
             raise CompatibilityError(
-                "the onnx layout does not know mixtures of experts",
+                "the onnx layout does not support mixtures of experts",
                 where="export: onnx",
-                mend="leave this layout out; safetensors, tgi and vllm take them",
+                mend="leave this layout out; safetensors, tgi and vllm support them",
             )
         dtypes = {spec.dtype for spec in self.weights.initializers.values()} - DTYPES.keys()
         if dtypes:
-            raise CompatibilityError(f"the onnx layout cannot hold {sorted(map(str, dtypes))}", where="export: onnx")
+            raise CompatibilityError(f"the onnx layout cannot store {sorted(map(str, dtypes))}", where="export: onnx")
 
 
 @contextmanager
-def _without_links(folder: Path) -> Iterator[Path]:
-    """The graph beside empty files of the sizes of its data. The checker takes data files with a second link for an
-    attack; it looks at their sizes alone.
+def _with_empty_data(folder: Path) -> Iterator[Path]:
+    """A temporary folder with the graph, and empty files as large as its data. The checker refuses data files with a
+    second hard link, and checks only their sizes.
     """
     with TemporaryDirectory(dir=folder) as name:
         beside = Path(name)

@@ -1,4 +1,4 @@
-"""The product with each weight in the operator that takes its codes, and the recurrence of mamba as a Scan."""
+"""The product with each weight as the operator for its codes, and the recurrence of mamba as a Scan."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def selective_scan(emit: Emitter, node: ir.Node) -> list[ir.Value]:
 
 def _step() -> ir.Graph:
     """One token: state [batch, heads, head_dim, state_size], inputs [batch, heads, head_dim], decay [batch, heads],
-    keys and queries [batch, heads, state_size]. Its names must differ from all of the graph around it, also from those
-    that are given later, so they begin with `step`.
+    keys and queries [batch, heads, state_size]. Its names must differ from all names in the surrounding graph, even
+    those added later, so they begin with `step`.
     """
     names = ("state", "inputs", "decay", "keys", "queries")
     state, inputs, decay, keys, queries = values = [
@@ -70,14 +70,14 @@ def _step() -> ir.Graph:
 
 
 class Linears:
-    """What replaces the nodes `Linear` of `qexport.export.onnx.nodes`.
+    """Replaces the nodes `Linear` of `qexport.export.onnx.nodes`.
 
     Args:
         emit: writes the nodes.
         weights: the initializers.
         outputs: how each weight is quantized.
         activations: the dtype of inputs and outputs.
-        accuracy_level: of MatMulNBits: 4 lets it quantize the inputs to 8 bits, 0 does not.
+        accuracy_level: of MatMulNBits: with 4 it may round the inputs to 8 bits, with 0 not.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class Linears:
         return self._matmul_nbits(inputs, module, spec, zeros)
 
     def _in_float32(self, inputs: ir.Value, module: str, spec: BlockQuantizedSpec | RowQuantizedSpec) -> ir.Value:
-        """Their scales are float32, and the operators want inputs alike; float16 scales would be other weights."""
+        """The operators require inputs in the scales' dtype, float32; float16 scales would change the weights."""
         narrow = self._activations != ir.DataType.FLOAT
         if narrow:
             inputs = self._emit.one("Cast", inputs, to=ir.DataType.FLOAT)
@@ -163,10 +163,10 @@ class Linears:
         )
 
     def _matmul_integer(self, inputs: ir.Value, module: str) -> ir.Value:
-        """W8A8: each token's inputs are rounded to 127ths of their largest magnitude, as vLLM's kernels do it
-        (`csrc/quantization/compressed_tensors/int8_quant_kernels.cu`); the library compressed-tensors has 127.5.
+        """W8A8: each token's inputs are rounded to multiples of their largest magnitude / 127, as in vLLM's kernels
+        (`csrc/quantization/compressed_tensors/int8_quant_kernels.cu`); the library compressed-tensors uses 127.5.
 
-        Both sides are stored without a sign around 128: with signed weights, kernels of processors without VNNI
+        Both sides are unsigned with zero point 128: with signed weights, kernels for processors without VNNI
         instructions saturate the sums of two products.
         """
         emit = self._emit

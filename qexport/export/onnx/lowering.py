@@ -1,4 +1,4 @@
-"""From a traced graph to one of ONNX's and ONNX Runtime's operators, with the weights in place."""
+"""Lowers a traced graph to operators of ONNX and ONNX Runtime, and adds its weights."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ def lower(
     attention: Literal["plain", "fused"],
     accuracy_level: int,
 ) -> ir.Model:
-    """The finished graph. The trace is used up.
+    """The finished graph. The trace is changed, and cannot be used again.
 
     Args:
         trace: from `trace`, with the same activations.
         outputs: how each weight is quantized.
-        specs: every tensor of the files, by the names that `OnnxInitializers` gives them.
+        specs: every tensor of the files, by the names that `OnnxFormat` gives them.
         activations: what the graph computes in.
         attention: ONNX's operators, or ONNX Runtime's GroupQueryAttention and RotaryEmbedding.
         accuracy_level: of MatMulNBits.
 
     Returns:
-        The graph, with initializers that have no place so far; see `put_in_place`.
+        The graph. The places of its initializers are not set yet; see `put_in_place`.
 
     Raises:
-        CompatibilityError: a quantized weight is used in another way than by a linear layer, or a weight is not used.
+        CompatibilityError: a quantized weight is used by something else than a linear layer, or a weight is not used.
     """
     graph, dtype = trace.model.graph, DTYPES[activations]
     parameters = [value for value in graph.inputs if value.name in outputs.specs]
@@ -82,7 +82,7 @@ def lower(
 
 
 def _replace(node: ir.Node, values: list[ir.Value]) -> None:
-    """The values take the place, the name and, where they have none, the type of the node's outputs."""
+    """Replaces the node by the values, which take the names of its outputs, and types and shapes if they have none."""
     for old, new in zip(node.outputs, values, strict=True):
         name, is_output = old.name, old.is_graph_output()
         new.type, new.shape = new.type or old.type, new.shape or old.shape
@@ -94,14 +94,14 @@ def _replace(node: ir.Node, values: list[ir.Value]) -> None:
 
 
 def _place(parameter: ir.Value, outputs: Outputs, weights: Weights, emit: Emitter) -> None:
-    """Puts an unquantized parameter where something else than a linear layer wants it."""
+    """Connects an unquantized parameter with the nodes other than linear layers that use it."""
     name = str(parameter.name)
     uses = list(parameter.uses())
     if uses and not isinstance(outputs.specs[name], TensorSpec):
         raise CompatibilityError(
             f"a quantized weight is used by {uses[0].node.op_type}",
             where=f"export: onnx, {name}",
-            mend="leave this layer unquantized: add it to `quantize.exclude`",
+            mend="leave this layer unquantized: `quantize.overrides` (gptq), else `quantize.skip_modules`",
         )
     for use in uses:
         node, indices = use.node, use.node.inputs[-1]
@@ -118,19 +118,19 @@ def _place(parameter: ir.Value, outputs: Outputs, weights: Weights, emit: Emitte
 
 
 def _finish(model: ir.Model) -> None:
-    """Sorts the nodes and says which operators there are. Axes inside the graph are left to the runtime."""
+    """Simplifies and sorts the graph, and sets its opsets and producer. Shapes inside it are left to the runtime."""
     graph = model.graph
     ends = {*graph.inputs, *graph.outputs, *graph.initializers.values()}
     inner = [value for node in graph for value in node.outputs if value not in ends]
     for value in inner:
         value.shape = None
     for value in (*ends, *inner):
-        value.metadata_props.clear()  # the tracer's notes, which the pass below leaves on values
+        value.metadata_props.clear()  # the tracer's notes; the pass below does not clear them on values
     changes = (
         common.CommonSubexpressionEliminationPass(),
         common.RemoveUnusedNodesPass(),
         common.NameFixPass(),
-        common.ClearMetadataAndDocStringPass(),  # the tracer notes paths of this machine there
+        common.ClearMetadataAndDocStringPass(),  # the tracer stores paths of this machine there
     )
     for change in changes:
         change(model)

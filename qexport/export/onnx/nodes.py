@@ -1,4 +1,4 @@
-"""Nodes: of a domain of our own in the traced graph, of other domains in their place; and a traced graph mended."""
+"""Nodes of the domain `qexport` in a traced graph, the emitter of nodes, and simplifications of a traced graph."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Emitter:
         graph: the graph.
 
     Attributes:
-        before: the node that comes after those that are written.
+        before: the node before which new nodes are inserted.
     """
 
     def __init__(self, graph: ir.Graph) -> None:
@@ -38,7 +38,7 @@ class Emitter:
         outputs: int = 1,
         **attributes: Any,
     ) -> tuple[ir.Value, ...]:
-        """A node, and its outputs."""
+        """Adds a node; returns its outputs."""
         assert self.before is not None
         node = ir.node(op_type, inputs, attributes, domain=domain, name=name, num_outputs=outputs)
         self.graph.insert_before(self.before, node)
@@ -52,12 +52,12 @@ class Emitter:
         name: str | None = None,
         **attributes: Any,
     ) -> ir.Value:
-        """A node with one output."""
+        """Adds a node with one output, and returns that."""
         (output,) = self(op_type, *inputs, domain=domain, name=name, **attributes)
         return output
 
     def constant(self, values: np.ndarray | Sequence[int]) -> ir.Value:
-        """A small tensor, int64 where it is no array. Equal ones are one."""
+        """A small constant, int64 unless it is an array. Equal constants are one value."""
         array = np.ascontiguousarray(values if isinstance(values, np.ndarray) else np.array(values, dtype=np.int64))
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
@@ -72,7 +72,7 @@ DOMAIN: Final = "qexport"
 
 
 def linear(inputs: Tensor, weight: Tensor, *, transposed: bool) -> Tensor:
-    """`Linear`: the product of inputs [..., in] with a weight [out, in], or [in, out] where transposed: [..., out]."""
+    """`Linear`: inputs [..., in] times a weight [out, in], or [in, out] if transposed; the output is [..., out]."""
     out_features = weight.shape[1 if transposed else 0]
     return symbolic(
         f"{DOMAIN}::Linear",
@@ -91,12 +91,12 @@ def attention(
 
     Args:
         query: [batch, heads, sequence, head_dim].
-        key: of the new tokens [batch, kv_heads, sequence, head_dim].
+        key: keys of the new tokens [batch, kv_heads, sequence, head_dim].
         value: likewise.
-        past: keys and values of the tokens before [batch, kv_heads, past, head_dim].
-        mask: [batch, heads or 1, sequence, past + sequence]: bool, true where a token is seen, or to be added to the
-            scores.
-        scale: what the scores are multiplied with.
+        past: keys and values of earlier tokens [batch, kv_heads, past, head_dim].
+        mask: [batch, heads or 1, sequence, past + sequence]: bool, true where a token is visible, or numbers
+            that are added to the scores.
+        scale: factor of the scores.
         softcap: scores become `softcap * tanh(score / softcap)` before the mask; 0 for none.
 
     Returns:
@@ -120,7 +120,7 @@ def attention(
 
 
 def rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`Rotary`: states [batch, heads, sequence, head_dim] with the first channels turned by half rotation.
+    """`Rotary`: half rotation of the first channels of states [batch, heads, sequence, head_dim].
 
     Args:
         states: queries or keys.
@@ -146,7 +146,7 @@ def selective_scan(
         state: float32 [batch, heads, head_dim, state_size].
 
     Returns:
-        The outputs, shaped as the inputs, and the last state.
+        The outputs, with the shape of the inputs, and the last state.
     """
     outputs = symbolic_multi_out(
         f"{DOMAIN}::SelectiveScan",
@@ -160,9 +160,7 @@ def selective_scan(
 
 
 def simplify(model: ir.Model) -> None:
-    """Computes what is constant, and drops what is computed twice or not used. Parameters are inputs by now, so their
-    values, which nobody has yet, are not asked for.
-    """
+    """Folds constants, and removes duplicate and unused nodes. Parameters must be inputs: they have no values."""
     optimize(model, onnx_shape_inference=False)
     for node in list(model.graph):
         _divide(model.graph, node)
@@ -171,7 +169,7 @@ def simplify(model: ir.Model) -> None:
 
 
 def _divide(graph: ir.Graph, node: ir.Node) -> None:
-    """`x * (1 / sqrt(v))` becomes `x / sqrt(v)`, the form in which ONNX Runtime knows RMSNorm and fuses it."""
+    """`x * (1 / sqrt(v))` becomes `x / sqrt(v)`, the form in which ONNX Runtime recognizes RMSNorm and fuses it."""
     for index, factor in enumerate(node.inputs if node.op_type == "Mul" else ()):
         reciprocal = factor.producer() if factor is not None else None
         root = reciprocal.inputs[0] if reciprocal is not None and reciprocal.op_type == "Reciprocal" else None
@@ -186,7 +184,7 @@ def _divide(graph: ir.Graph, node: ir.Node) -> None:
         return
 
 
-_MOVING: Final = {
+_DATA_MOVEMENT: Final = {
     "Cast",
     "Concat",
     "Expand",
@@ -198,14 +196,14 @@ _MOVING: Final = {
     "Transpose",
     "Unsqueeze",
 }
-"""Operators that compute nothing."""
+"""Operators that copy or convert values without arithmetic."""
 
 
 def compute_in_float32(graph: ir.Graph) -> None:
-    """Lets operators that compute in bfloat16 compute in float32 and round once, as torch does (Falcon's ALiBi)."""
+    """Makes operators that compute in bfloat16 compute in float32 and round once, as torch does (Falcon's ALiBi)."""
     emit = Emitter(graph)
     for node in list(graph):
-        if node.op_type in _MOVING or all(value.dtype != ir.DataType.BFLOAT16 for value in node.outputs):
+        if node.op_type in _DATA_MOVEMENT or all(value.dtype != ir.DataType.BFLOAT16 for value in node.outputs):
             continue
         emit.before = node
         for index, value in enumerate(node.inputs):

@@ -1,4 +1,4 @@
-"""The cache that a model sees while it is traced: what comes in as the graph's inputs, and goes out as its outputs."""
+"""The cache of a model while it is traced: the graph's inputs for the past, and its outputs for the present."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class CacheTensor:
 
     Attributes:
         name: `key`, `value`, `conv_state` or `recurrent_state`.
-        shape: without the batch; None where the tokens are counted.
+        shape: without the batch; None for the axis of tokens.
         dtype: its dtype.
     """
 
@@ -31,15 +31,15 @@ class CacheTensor:
 
     @property
     def grows(self) -> bool:
-        """Whether it has one entry for each token."""
+        """Whether it has one entry per token."""
         return None in self.shape
 
 
 def cache_tensors(model: PreTrainedModel) -> list[tuple[CacheTensor, ...]]:
-    """What each layer keeps, found out by running the model on the meta device.
+    """The tensors of each layer's cache, found by running the model on the meta device.
 
     Raises:
-        CompatibilityError: a layer keeps something else than keys and values, or the states of one mamba mixer.
+        CompatibilityError: a layer's cache is something else than keys and values, and the states of one mamba mixer.
     """
     with torch.no_grad():
         ids = torch.zeros((1, 3), dtype=torch.int64, device="meta")
@@ -50,7 +50,7 @@ def cache_tensors(model: PreTrainedModel) -> list[tuple[CacheTensor, ...]]:
 def _layer_tensors(layer: Any) -> list[CacheTensor]:
     if not isinstance(layer, DynamicLayer):
         raise CompatibilityError(
-            f"a layer keeps a {type(layer).__name__}; the onnx layout knows attention, and attention beside mamba",
+            f"a layer's cache is a {type(layer).__name__}; onnx supports attention, and attention beside mamba",
             where="export: onnx",
         )
     assert layer.keys is not None
@@ -68,25 +68,25 @@ def _layer_tensors(layer: Any) -> list[CacheTensor]:
 
 
 class Handover:
-    """What the cache was given last goes to the attention that follows."""
+    """Passes the keys and values that the cache receives on to the attention node that follows."""
 
     def __init__(self) -> None:
         self._pending: tuple[dict[str, Tensor], Tensor, Tensor] | None = None
 
     def give(self, tensors: dict[str, Tensor], key: Tensor, value: Tensor) -> None:
-        """A layer's tensors, and the new keys and values."""
+        """Stores a layer's tensors, and the new keys and values."""
         self.finish()
         self._pending = tensors, key, value
 
     def take(self) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """The same, once."""
+        """Returns what `give` stored, once."""
         assert self._pending is not None, "attention without a cache"
         pending, self._pending = self._pending, None
         return pending
 
     def finish(self) -> None:
-        """What was given is taken."""
-        assert self._pending is None, "keys and values that no attention has taken"
+        """Checks that everything given was taken."""
+        assert self._pending is None, "keys and values that no attention has used"
 
 
 class TracedLayer(LinearAttentionLayer, DynamicLayer):  # type: ignore[misc, override] # as in transformers
@@ -104,15 +104,15 @@ class TracedLayer(LinearAttentionLayer, DynamicLayer):  # type: ignore[misc, ove
         return key_states, value_states
 
     def get_seq_length(self) -> int:
-        """The tokens of the past."""
+        """The number of past tokens."""
         return self.tensors["key"].shape[_TOKENS_AXIS]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """All tokens are kept, also where attention slides: the mask leaves the others out."""
+        """Past and new tokens. All are kept, even with a sliding window, which the mask applies."""
         return self.get_seq_length() + query_length, 0
 
     def update_conv_state(self, conv_states: Tensor, state_idx: int = 0, *args: Any, **kwargs: Any) -> Tensor:
-        """The state before the new inputs; zeros there are what the convolution would pad with."""
+        """The old state and the new inputs, joined. Its zeros at the start equal the padding of the convolution."""
         state = self.tensors["conv_state"]
         joined = torch.cat([state, conv_states], dim=-1)
         self.tensors["conv_state"] = joined[..., -state.shape[-1] :]
@@ -128,7 +128,7 @@ class TracedCache(Cache):
     """The cache of all layers.
 
     Args:
-        layers: the tensors of each layer by name, which are replaced by those after the new tokens.
+        layers: the tensors of each layer by name; replaced by those after the new tokens.
         handover: to the attention.
     """
 
@@ -147,5 +147,5 @@ class TracedCache(Cache):
         return cast(TracedLayer, self.layers[layer_idx]).tensors
 
     def outputs(self) -> list[list[Tensor]]:
-        """What each layer keeps after the new tokens."""
+        """The tensors of each layer's cache after the new tokens."""
         return [list(cast(TracedLayer, layer).tensors.values()) for layer in self.layers]

@@ -1,4 +1,4 @@
-"""A model's graph, traced once and without weights."""
+"""A model's graph, traced once, without weights."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from qexport.architectures.architecture import Architecture
 from qexport.architectures.lazy_model import compute_buffers
 from qexport.architectures.naming import Naming
 from qexport.errors import CompatibilityError, QexportError
-from qexport.export.onnx.interception import intercepted, refuse_growing
+from qexport.export.onnx.interception import intercepted, refuse_dynamic_frequencies
 from qexport.export.onnx.nodes import compute_in_float32, simplify
 from qexport.export.onnx.traced_cache import CacheTensor, Handover, TracedCache, cache_tensors
 
 OPSET: Final = 21
-"""Of the operators of ONNX."""
+"""The version of ONNX's operators."""
 
 MINIMUM_RUNTIME: Final = "1.24"
-"""The oldest ONNX Runtime that was seen to run these graphs."""
+"""The oldest ONNX Runtime with which these graphs were tested."""
 
 NARROW_2_BIT_RUNTIME: Final = "1.31"
-"""The same for codes of 2 bits with inputs in float16, which 1.24 refuses; none in between was tried."""
+"""The same for 2-bit codes with float16 inputs, which 1.24 refuses; versions in between were not tested."""
 
 _SAMPLE: Final = {"batch": 3, "sequence": 7, "past": 5}
-"""None is 0 or 1, which torch.export would take for constants, and no two of them make a third."""
+"""No size is 0 or 1, which torch.export would take for constants, or the sum of the two others."""
 
 Cache = Sequence[tuple[CacheTensor, ...]]
 
@@ -43,46 +43,45 @@ class Trace:
     """A model's graph.
 
     Attributes:
-        model: the graph. The model's parameters are its inputs behind those of `inputs`, under their names in files, in
-            the activations' dtype. Linears, attention, rotary embeddings and scans are nodes of
+        model: the graph. Its inputs are tokens, mask, positions and the cache, then the model's parameters, under their
+            names in files, in the activations' dtype. Linears, attention, rotary embeddings and scans are nodes of
             `qexport.export.onnx.nodes`.
-        cache: what each layer keeps.
+        cache: the tensors of each layer's cache.
     """
 
     model: ir.Model
     cache: Cache
 
 
-def kept(architecture: Architecture, activations: torch.dtype) -> Cache:
-    """What each layer of the model keeps of the tokens before.
+def layer_caches(architecture: Architecture, activations: torch.dtype) -> Cache:
+    """The tensors of each layer's cache.
 
     Raises:
-        CompatibilityError: something else than keys and values, or the states of a mamba mixer; or its rotary
-            frequencies follow the length of the text (see `refuse_growing`).
+        CompatibilityError: see `cache_tensors` and `refuse_dynamic_frequencies`.
     """
-    with _refusing(architecture.config):
+    with _trace_errors(architecture.config):
         return cache_tensors(_built(architecture, activations))
 
 
 def trace(architecture: Architecture, activations: torch.dtype) -> Trace:
     """The graph of a model.
 
-    Parameters are never allocated: they are fake tensors, so memory and time grow with the number of layers, not with
-    their size.
+    Parameters are fake tensors and never allocated, so memory and time grow with the number of layers, not with their
+    size.
 
     Args:
         architecture: the model's.
         activations: what the model computes in.
 
     Raises:
-        CompatibilityError: see `kept`; or the family's forward cannot be traced.
+        CompatibilityError: see `layer_caches`; or the family's forward cannot be traced.
     """
-    with _refusing(architecture.config):
+    with _trace_errors(architecture.config):
         model, naming = _built(architecture, activations), architecture.naming
         cache = cache_tensors(model)
         compute_buffers(model, torch.device("cpu"))
         traced = _exported(model, cache)
-        _name_ends(traced.graph, cache)
+        _name_inputs_and_outputs(traced.graph, cache)
         _parameters_to_inputs(traced.graph, naming)
         simplify(traced)
         compute_in_float32(traced.graph)
@@ -92,7 +91,7 @@ def trace(architecture: Architecture, activations: torch.dtype) -> Trace:
 def _exported(model: PreTrainedModel, cache: Cache) -> ir.Model:
     mode, handover = FakeTensorMode(allow_non_fake_inputs=True), Handover()
     _make_fake(model, mode)
-    with _without_remarks():
+    with _quiet_exporter():
         with intercepted(model, handover), mode, torch.no_grad():
             exported = torch.export.export(
                 _Traced(model, cache, handover), _sample(cache), dynamic_shapes=_dynamic(cache), strict=False
@@ -103,8 +102,8 @@ def _exported(model: PreTrainedModel, cache: Cache) -> ir.Model:
 
 
 def _built(architecture: Architecture, activations: torch.dtype) -> PreTrainedModel:
-    """Buffers stay in their own dtype: rotary frequencies in float16 would be other angles."""
-    refuse_growing(architecture.parsed)
+    """The model with parameters in the activations' dtype. Buffers keep theirs: float16 would change the angles."""
+    refuse_dynamic_frequencies(architecture.parsed)
     model = architecture.empty_model()
     for parameter in model.parameters():
         parameter.data = parameter.data.to(activations)
@@ -112,22 +111,22 @@ def _built(architecture: Architecture, activations: torch.dtype) -> PreTrainedMo
 
 
 @contextmanager
-def _without_remarks() -> Iterator[None]:
-    """The exporter remarks on packages that are not there and on its own deprecated calls."""
+def _quiet_exporter() -> Iterator[None]:
+    """Suppresses the exporter's remarks on missing packages and on its own deprecated calls."""
     logger = logging.getLogger("torch.onnx")
-    usual = logger.level
+    previous = logger.level
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(usual)
+        logger.setLevel(previous)
 
 
 @contextmanager
-def _refusing(config: Mapping[str, Any]) -> Iterator[None]:
-    """Families that are not known here fail in ways of their own; torch's messages go on for pages."""
+def _trace_errors(config: Mapping[str, Any]) -> Iterator[None]:
+    """Turns any error of the tracer into one that names the family, with the first line of torch's long message."""
     try:
         yield
     except QexportError:
@@ -137,7 +136,7 @@ def _refusing(config: Mapping[str, Any]) -> Iterator[None]:
         raise CompatibilityError(
             f"the model cannot be traced: {type(error).__name__}: {reason}",
             where=f"export: onnx, model_type {config.get('model_type')}",
-            mend="leave this layout out; docs/onnx.md says what it asks of a family",
+            mend="leave this layout out; docs/onnx.md says what it requires of a family",
         ) from error
 
 
@@ -168,7 +167,7 @@ class _Traced(nn.Module):
 
 
 def _make_fake(model: PreTrainedModel, mode: FakeTensorMode) -> None:
-    """Gives parameters, and persistent buffers, shape and dtype on the CPU, and no storage."""
+    """Replaces parameters and buffers on the meta device by fake tensors on the CPU, without storage."""
     known: dict[int, Tensor] = {}
     for module in model.modules():
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
@@ -204,21 +203,17 @@ def _dynamic(cache: Cache) -> tuple[Any, ...]:
 
 
 def past_name(layer: int, tensor: CacheTensor) -> str:
-    """The graph's input."""
+    """The name of the graph's input for a tensor of the cache."""
     return f"past_key_values.{layer}.{tensor.name}"
 
 
 def present_name(layer: int, tensor: CacheTensor) -> str:
-    """The graph's output."""
+    """The name of the graph's output for a tensor of the cache."""
     return f"present.{layer}.{tensor.name}"
 
 
-def _name_ends(graph: ir.Graph, cache: Cache) -> None:
-    """Inputs and outputs by the names and axes that optimum and onnxruntime-genai know.
-
-    Raises:
-        CompatibilityError: the model works for the sizes of the sample only.
-    """
+def _name_inputs_and_outputs(graph: ir.Graph, cache: Cache) -> None:
+    """Gives inputs and outputs the names and axes that optimum and onnxruntime-genai use."""
     layers = [(layer, tensor) for layer, tensors in enumerate(cache) for tensor in tensors]
     tokens = [("input_ids", "sequence"), ("attention_mask", "total"), ("position_ids", "sequence")]
     ends: list[tuple[ir.Value, str, list[int | str]]] = []
@@ -226,7 +221,7 @@ def _name_ends(graph: ir.Graph, cache: Cache) -> None:
         ends.append((value, name, ["batch", axis]))
     for value, (layer, tensor) in zip(graph.inputs[len(tokens) :], layers, strict=True):
         ends.append((value, past_name(layer, tensor), _axes(tensor, "past")))
-    ends.append((graph.outputs[0], "logits", ["batch", "sequence", _last(graph.outputs[0])]))
+    ends.append((graph.outputs[0], "logits", ["batch", "sequence", _last_size(graph.outputs[0])]))
     for value, (layer, tensor) in zip(graph.outputs[1:], layers, strict=True):
         ends.append((value, present_name(layer, tensor), _axes(tensor, "total")))
     for value, name, axes in ends:
@@ -238,7 +233,7 @@ def _refuse_fixed(name: str, axes: Sequence[int | str], value: ir.Value) -> None
     assert value.shape is not None
     if any(isinstance(size, str) and isinstance(found, int) for size, found in zip(axes, value.shape, strict=True)):
         raise CompatibilityError(
-            f"the model works for the sizes of the trace's sample only: {name} {value.shape}", where="export: onnx"
+            f"the traced graph works only for the sizes of its sample: {name} {value.shape}", where="export: onnx"
         )
 
 
@@ -246,7 +241,7 @@ def _axes(tensor: CacheTensor, tokens: str) -> list[int | str]:
     return ["batch", *(tokens if size is None else size for size in tensor.shape)]
 
 
-def _last(value: ir.Value) -> int:
+def _last_size(value: ir.Value) -> int:
     assert value.shape is not None
     size = value.shape[-1]
     assert isinstance(size, int)
@@ -254,7 +249,7 @@ def _last(value: ir.Value) -> int:
 
 
 def _parameters_to_inputs(graph: ir.Graph, naming: Naming) -> None:
-    """So that nobody looks for their values; named as in files, copies of tied weights as the original."""
+    """Makes parameters inputs, since they have no values, named as in files; tied weights are the original."""
     found: dict[str, ir.Value] = {}
     for name, value in list(graph.initializers.items()):
         file_name = naming.files.get(name.removeprefix("model."))

@@ -1,4 +1,4 @@
-"""config.json and the tokenizer's files in the words of transformers 4.51 and TGI, from those of any version.
+"""config.json and the tokenizer's files, converted to the keys that transformers 4.51 and TGI read.
 
 Sources: `router/src/lib.rs` (`HubTokenizerConfig`) and `router/src/server.rs`, which look for the chat template in
 tokenizer_config.json only; transformers 4.51.3, `tokenization_utils_base.py`.
@@ -21,7 +21,7 @@ from qexport.tensors.strict_files import parse_json
 from qexport.text.tokenizer_identity import CHAT_TEMPLATE, TEMPLATES_FOLDER, TOKENIZER_CONFIG
 
 _GENERAL: Final = frozenset(PreTrainedConfig().to_dict()) | {"rope_parameters", "layer_types"}
-"""What every configuration of transformers has, or no older version knows."""
+"""Keys that every configuration of transformers has, or that version 4.51 does not know."""
 
 _ROTARY: Final = ("rope_theta", "rope_local_base_freq", "rope_scaling", "partial_rotary_factor")
 _OWN: Final[Mapping[str, tuple[str, ...]]] = {
@@ -30,19 +30,19 @@ _OWN: Final[Mapping[str, tuple[str, ...]]] = {
     "gpt_neox": ("rotary_emb_base", "rotary_pct"),
 }
 _KEPT: Final = ("rope_local_base_freq", "rope_scaling", "partial_rotary_factor", "rotary_emb_base", "rotary_pct")
-"""Older keys that stay where the base has them; TGI takes the others blindly, and counts heads in its own way."""
+"""Older keys whose values in the base are kept. The others are always set, since TGI reads them without a check."""
 
 FALCON_KEYS: Final = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_kv_heads", "layer_norm_epsilon",
     "new_decoder_architecture", "multi_query", "parallel_attn", "bias", "alibi",
 )  # fmt: skip
-"""What TGI's `RWConfig` (flash_rw_modeling.py) reads, with defaults other than those of transformers."""
+"""Keys that TGI's `RWConfig` (flash_rw_modeling.py) reads, with other defaults than transformers."""
 
 
 def tgi_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration that transformers 4.51 and TGI read as transformers 5 reads `config`.
+    """A configuration from which transformers 4.51 and TGI make the same model as transformers 5 from `config`.
 
-    Every value that has a default is written: the defaults differ between versions and classes.
+    Every value that has a default is written, since defaults differ between versions and classes.
 
     Args:
         config: the base's config.json.
@@ -63,13 +63,13 @@ def tgi_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def num_kv_heads(config: Mapping[str, Any]) -> int:
-    """Heads of keys and values, from a configuration that `tgi_config` has made; 0 where there is no attention."""
+    """Heads of keys and values, from the result of `tgi_config`; 0 if there is no attention."""
     keys = ("num_kv_heads", "num_key_value_heads", "num_attention_heads", "n_head", "n_heads")
     return next((int(config[key]) for key in keys if config.get(key) is not None), 0)
 
 
 def _plain(value: Any) -> bool:
-    """Whether JSON has it."""
+    """Whether JSON can represent the value."""
     if isinstance(value, float):
         return math.isfinite(value)
     if isinstance(value, Mapping):
@@ -82,16 +82,16 @@ def _plain(value: Any) -> bool:
 TOKENIZER: Final = "tokenizer.json"
 
 NEW_CLASSES: Final = ("TokenizersBackend", "PythonBackend", "SentencePieceBackend", "MistralCommonBackend")
-"""Classes that transformers 5 writes and 4.51 does not know."""
+"""Tokenizer classes that transformers 5 writes and 4.51 does not know."""
 
 _NEW_KEYS: Final = ("backend", "is_local")
 
 
 def tgi_tokenizer_files(files: Mapping[str, bytes]) -> dict[str, bytes]:
-    """The files that travel with a checkpoint, with a tokenizer_config.json that TGI understands.
+    """A checkpoint's files, with a tokenizer_config.json that TGI can read.
 
     Args:
-        files: by name, as the base has them.
+        files: the base's files, by name.
 
     Raises:
         InputError: a file is malformed.
@@ -118,7 +118,7 @@ def _read_tokenizer_config(files: Mapping[str, bytes]) -> dict[str, Any]:
 
 
 def _chat_template(files: Mapping[str, bytes]) -> str | list[dict[str, str]] | None:
-    """One template, or all by name where there are others beside the default."""
+    """The template, or a list of all named templates if there are others beside the default."""
     named = {
         PurePosixPath(name).stem: content for name, content in files.items() if name.startswith(f"{TEMPLATES_FOLDER}/")
     }

@@ -1,7 +1,7 @@
-"""Which model of TGI serves a family, and the linear layers as it holds them: joined, and split between shards.
+"""Which of TGI's models serves a family, and its linear layers as TGI stores them: joined, and split between shards.
 
-Sources: `models/__init__.py` (the choice), `models/custom_modeling/flash_*_modeling.py` (the linears). What is not in
-TGI's own list goes to transformers 4.51, the version that TGI pins.
+Sources: `models/__init__.py` (the choice), `models/custom_modeling/flash_*_modeling.py` (the linears). Families for
+which TGI has no model are run by transformers 4.51, the version that TGI pins.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Final
 
 
 class Backend(Enum):
-    """What runs a model."""
+    """Which implementation runs a model."""
 
     OWN = "TGI's own model"
     TRANSFORMERS = "the model of transformers with TGI's attention"
@@ -23,13 +23,13 @@ class Backend(Enum):
 
 @dataclass(frozen=True)
 class OwnModel:
-    """One of TGI's own models.
+    """One of TGI's own models. Modules are named by the last part of their path.
 
     Attributes:
-        joined: modules, by their last name, that become one linear.
-        row: modules split along their inputs between shards; all others are split along their outputs.
-        packed: modules that hold several linears and are split part by part.
-        prequantized: None, or why TGI would not compute this family from quantized tensors.
+        joined: groups of modules that become one linear.
+        row: modules that are split along their inputs between shards; all others are split along their outputs.
+        packed: modules that contain several linears, each of which is split.
+        prequantized: why TGI cannot compute this family from quantized tensors; None if it can.
     """
 
     joined: tuple[tuple[str, ...], ...] = ()
@@ -40,7 +40,7 @@ class OwnModel:
 
 _QKV: Final = ("q_proj", "k_proj", "v_proj")
 _GATED: Final = OwnModel(joined=(_QKV, ("gate_proj", "up_proj")), row=("o_proj", "down_proj"))
-_EXPERTS: Final = "the experts have kernels and a naming of their own"
+_EXPERTS: Final = "the experts have their own kernels and names"
 _MIXTURE: Final = OwnModel(joined=(_QKV,), row=("o_proj",), prequantized=_EXPERTS)
 _UNTRIED: Final = (
     "dbrx", "deepseek_v2", "deepseek_v3", "gpt2", "gptj", "gpt_bigcode", "opt", "bloom", "mpt", "mamba", "baichuan",
@@ -74,7 +74,7 @@ _SLOW: Final = frozenset(
 
 
 def backend(config: Mapping[str, Any]) -> Backend | None:
-    """What TGI 3.3 would run the model with; None where it refuses the family as unsupported.
+    """Which implementation TGI 3.3 would use; None if it does not support the family.
 
     Args:
         config: the model's config.json.
@@ -98,10 +98,10 @@ class ServedLinear:
     """One linear layer in the server.
 
     Attributes:
-        modules: the module paths it is made of, in the model's order.
-        shapes: outputs and inputs of each.
-        row: split along the inputs between shards, else along the outputs.
-        packed: one module that holds several linears.
+        modules: the paths of the modules that it consists of, in the order of TGI's model.
+        shapes: outputs and inputs of each module.
+        row: whether it is split along the inputs between shards, else along the outputs.
+        packed: whether it is one module that contains several linears.
     """
 
     modules: tuple[str, ...]
@@ -117,11 +117,11 @@ class ServedLinear:
 
     @property
     def shape(self) -> Shape:
-        """Outputs and inputs of the whole."""
+        """Outputs and inputs of the whole layer."""
         return sum(out for out, _ in self.shapes), self.shapes[0][1]
 
     def sharded(self, degree: int) -> Shape | None:
-        """Outputs and inputs on one of `degree` shards; None where they cannot be divided."""
+        """Outputs and inputs on one of `degree` shards; None if they cannot be divided."""
         divided = [in_features if self.row else out_features for out_features, in_features in self.shapes]
         if any(count % degree for count in divided):
             return None
@@ -134,7 +134,7 @@ def served_linears(shapes: Mapping[str, Shape], model: OwnModel) -> list[ServedL
 
     Args:
         shapes: outputs and inputs of each linear, by module path.
-        model: the family's.
+        model: TGI's model for the family.
     """
     joined = {name: group for group in model.joined for name in group}
     keys = {module: (module.rpartition(".")[0], joined.get(_last(module), (_last(module),))) for module in shapes}

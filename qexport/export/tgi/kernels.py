@@ -1,4 +1,4 @@
-"""Which kernel TGI multiplies GPTQ codes with, which shapes it takes, and into how many shards a model can be split.
+"""Which kernel TGI uses for GPTQ codes, which shapes it takes, and into how many shards a model can be split.
 
 Sources: `utils/quantization.py` and `layers/marlin/gptq.py` (Marlin), `layers/gptq/__init__.py` (the choice between
 ExLlama and Triton), `layers/gptq/exllamav2.py`, `layers/gptq/triton.py`; for the shards
@@ -25,12 +25,12 @@ _EXLLAMA_STEP: Final = 32
 
 @dataclass(frozen=True)
 class Codes:
-    """What TGI reads of GPTQ codes in config.json.
+    """What TGI reads in config.json about GPTQ codes.
 
     Attributes:
-        bits: of a code.
-        group_size: inputs in a group; -1 for one group per row.
-        sym: every zero point is 2**(bits - 1), so far as the server is told.
+        bits: bits per code.
+        group_size: inputs per group; -1 for one group per row.
+        sym: every zero point is 2**(bits - 1), according to config.json.
         desc_act: the groups follow activation order.
     """
 
@@ -41,24 +41,24 @@ class Codes:
 
     @property
     def uses_marlin(self) -> bool:
-        """TGI takes Marlin for every layer where this holds, whatever the shapes."""
+        """Whether TGI uses Marlin, which it then does for every layer, whatever the shapes."""
         return self.sym and self.bits in MARLIN_BITS and self.group_size in MARLIN_GROUP_SIZES
 
 
 def kernel(codes: Codes, linear: ServedLinear) -> Kernel:
-    """The kernel that TGI takes for a layer on CUDA, whether or not it can compute the layer."""
+    """The kernel that TGI uses for a layer on CUDA, even if that kernel cannot compute the layer."""
     if codes.uses_marlin:
         return "marlin"
     return "exllama" if codes.bits == 4 and not codes.desc_act and not linear.packed else "triton"
 
 
 def fault(codes: Codes, linear: ServedLinear, degree: int = 1) -> str | None:
-    """Why TGI cannot compute a layer, or would compute it wrongly; None where it can.
+    """Why TGI cannot compute a layer, or would compute it wrongly; None if it can.
 
     Args:
-        codes: what config.json says.
+        codes: as config.json describes them.
         linear: the layer.
-        degree: shards.
+        degree: the number of shards.
     """
     shape = linear.sharded(degree)
     if shape is None:
@@ -75,14 +75,14 @@ def fault(codes: Codes, linear: ServedLinear, degree: int = 1) -> str | None:
 
 
 def choose_sym(codes: Codes, linears: Iterable[ServedLinear]) -> tuple[Codes, str]:
-    """The `sym` under which TGI computes all layers, with the reason. The tensors do not depend on it.
+    """The value of `sym` with which TGI can compute all layers. The tensors do not depend on it.
 
     Args:
-        codes: as they were made; only codes that are symmetric may be called symmetric.
-        linears: the model's.
+        codes: as they were made; `sym` stays false if it is.
+        linears: of the model.
 
     Returns:
-        The codes as config.json should describe them. They may still have faults, if no kernel takes them.
+        The codes as config.json should describe them, and the reason. If no kernel takes a layer, it still has a fault.
     """
     if not codes.sym:
         return codes, "the zero points differ, so Marlin is out of the question"
@@ -95,7 +95,7 @@ def choose_sym(codes: Codes, linears: Iterable[ServedLinear]) -> tuple[Codes, st
 
 
 def _marlin_fault(codes: Codes, shape: Shape) -> str | None:
-    """`_check_valid_shape` of layers/marlin/gptq.py."""
+    """See `_check_valid_shape` in layers/marlin/gptq.py."""
     out_features, in_features = shape
     if (in_features % 128 or out_features % 64) and (in_features % 64 or out_features % 128):
         return f"Marlin takes no {out_features} x {in_features}: needs multiples of (64, 128) or (128, 64)"
@@ -103,7 +103,7 @@ def _marlin_fault(codes: Codes, shape: Shape) -> str | None:
 
 
 def _exllama_fault(codes: Codes, shape: Shape) -> str | None:
-    """The kernel walks along 32 inputs at a time and looks for the next group's scales only then."""
+    """The kernel processes 32 inputs at a time, and loads the next group's scales only after them."""
     out_features, in_features = shape
     if in_features % _EXLLAMA_STEP or out_features % _EXLLAMA_STEP:
         return f"ExLlama takes no {out_features} x {in_features}: needs multiples of {_EXLLAMA_STEP}"
@@ -113,7 +113,7 @@ def _exllama_fault(codes: Codes, shape: Shape) -> str | None:
 
 
 def _triton_fault(codes: Codes, shape: Shape) -> str | None:
-    """The kernel's loads along the inputs have no mask, and its largest tile has 128 of them."""
+    """The kernel loads inputs without a mask, and its largest tile has 128 of them."""
     if codes.bits not in _TRITON_BITS:
         return f"no kernel of TGI takes {codes.bits} bits"
     if shape[1] % _TRITON_INPUTS:
@@ -128,12 +128,12 @@ LARGEST_DEGREE: Final = 16
 
 
 def degrees(config: Mapping[str, Any], linears: Sequence[ServedLinear], codes: Codes | None) -> list[int]:
-    """The tensor-parallel degrees from 1 to 16 that work; 1 alone where qexport does not know the family's rules.
+    """The tensor-parallel degrees from 1 to 16 that work; only 1 if qexport does not know the family's rules.
 
     Args:
-        config: as `tgi_config` has made it.
-        linears: the model's.
-        codes: what config.json says of GPTQ codes; None for other weights.
+        config: the result of `tgi_config`.
+        linears: of the model.
+        codes: GPTQ codes as config.json describes them; None for other weights.
     """
     if backend(config) is not Backend.OWN or not OWN_MODELS[config["model_type"]].row:
         return [1]
@@ -151,8 +151,8 @@ def _works(degree: int, config: Mapping[str, Any], linears: Sequence[ServedLinea
 
 
 def _falcon_heads(degree: int, config: Mapping[str, Any]) -> bool:
-    """The old decoder's query_key_value is cut into equal parts, but the parts are read as if each held the keys and
-    values of all heads: it cannot be split.
+    """Whether Falcon's heads can be split. The old decoder's cannot: TGI cuts query_key_value into equal parts, but
+    reads each part as if it had the keys and values of all heads.
     """
     return bool(config["new_decoder_architecture"]) and not num_kv_heads(config) % degree
 

@@ -1,4 +1,4 @@
-"""The launch files: docker run, an environment file, docker compose, Kubernetes; all from the artifact's figures."""
+"""The launch files: docker run, an environment file, docker compose, Kubernetes."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _FILES: Final = ("README.md", ENVIRONMENT, "docker-run.sh", "compose.yaml", "kub
 
 @dataclass(frozen=True)
 class TgiLaunch:
-    """What the launch files are made from.
+    """The values in the launch files.
 
     Attributes:
-        config: as `tgi_config` has made it.
-        weight_bytes: of the weights in the server's memory, all shards together.
+        config: the result of `tgi_config`.
+        weight_bytes: size of the weights in the server's memory, over all shards.
         degrees: tensor-parallel degrees that work.
-        quantize: the value of `--quantize`, None where there is none.
-        dtype: the value of `--dtype`, None where the method decides it.
-        image: of the server.
+        quantize: the value of `--quantize`; None to omit it.
+        dtype: the value of `--dtype`; None if the method decides it.
+        image: the server's container image.
         model: the folder in the container.
         environment_file: the name of the file with the settings.
     """
@@ -70,12 +70,12 @@ class TgiLaunch:
         return 2 * layers * num_kv_heads(self.config) * head_dim * _KV_BYTES
 
     def gpu_bytes(self, degree: int) -> int:
-        """Memory that each of `degree` GPUs needs: its weights, one request of full length, and a reserve."""
+        """Bytes that each of `degree` GPUs needs: its weights, one request of full length, and a reserve."""
         return (self.weight_bytes + self.kv_bytes * self.total_tokens) // degree + _RESERVE
 
     @property
     def num_shard(self) -> int:
-        """The smallest degree that fits GPUs of 80 GB; the largest there is where none does."""
+        """The smallest degree that fits GPUs of 80 GB, or the largest degree if none does."""
         return next((degree for degree in self.degrees if self.gpu_bytes(degree) <= _GPU_BYTES), self.degrees[-1])
 
     @property
@@ -97,5 +97,5 @@ class TgiLaunch:
 
 
 def launch_files(figures: TgiLaunch) -> dict[str, bytes]:
-    """The content of the folder `launch`, by the name inside the artifact."""
+    """The files of the folder `launch`, by their name inside the artifact."""
     return render_launch_files("qexport.export.tgi", {name: f"{name}.jinja" for name in _FILES}, figures)

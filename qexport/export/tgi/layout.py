@@ -31,13 +31,13 @@ _FOUR_BIT_BYTES = 0.5 + 1 / _SERVER_BLOCK_SIZE
 
 
 class TgiLayout:
-    """The weights that TGI reads, configs in its words, and `launch/`.
+    """The weights that TGI reads, configs with the keys that it reads, and `launch/`.
 
     Args:
-        settings: the recipe's.
+        settings: from the recipe.
         outputs: what the pass will yield.
-        structure: the model's.
-        checkpoint: the merged model, of which only config and tokenizer are looked at.
+        structure: of the model.
+        checkpoint: the merged model, of which only config and tokenizer are read.
 
     Raises:
         CompatibilityError: the artifact would break a rule of TGI, or a layer cannot be stored.
@@ -57,7 +57,7 @@ class TgiLayout:
 
     @property
     def quantization(self) -> Mapping[str, Any] | None:
-        """What config.json says of the codes; None where the server quantizes 16-bit weights by itself."""
+        """The `quantization_config`; None if the server quantizes 16-bit weights by itself."""
         if not isinstance(self._outputs.format, GptqFormat | W8A8Format):
             return None
         config = self._outputs.format.quantization_config(self._outputs.specs, self._structure) or {}
@@ -65,7 +65,7 @@ class TgiLayout:
 
     @property
     def notes(self) -> list[str]:
-        """What the server does with the folder, and why the config says what it says."""
+        """What the server does with the folder, and the reason for `sym` in its config."""
         notes = [*self._kernel_notes(), *_server_notes(self._outputs.format)]
         runs = backend(self._config)
         if runs is not None and runs is not Backend.OWN:
@@ -75,30 +75,22 @@ class TgiLayout:
         return notes
 
     def prepare(self) -> None:
-        """Nothing: what can fail without weights was tried when the layout was made."""
+        """Does nothing: the constructor has checked everything that needs no weights."""
 
     def write_files(self, folder: Path, checkpoint: Checkpoint) -> None:
-        """Writes configs, tokenizer, model card and launch files.
-
-        Raises:
-            QexportError: a file of the checkpoint would leave the folder or replace another file.
-        """
+        """Writes configs, tokenizer, model card and launch files."""
         write_files(folder, self._files(checkpoint))
 
     def check(self, folder: Path) -> None:
-        """Checks the finished folder: every rule of TGI's launcher, router and loader.
-
-        Raises:
-            QexportError: a rule is broken; all that are broken are listed.
-        """
+        """Checks the finished folder against every rule of TGI's launcher, router and loader."""
         TGI.refuse_folder(folder)
 
     def _files(self, checkpoint: Checkpoint) -> dict[str, bytes]:
-        """Everything beside the weights and the manifest."""
+        """All files except the weights and the manifest."""
         beside = tgi_tokenizer_files(checkpoint.files) | launch_files(self._figures)
         stored = self._outputs.format if self.quantization else MergedFormat()
         served = replace(checkpoint, architecture=Architecture(self._config), files=beside)
-        return model_files(served, stored, self.quantization, self._dense_dtype, self.notes)
+        return model_files(served, stored, self.quantization, self._unquantized_dtype, self.notes)
 
     @cached_property
     def _linears(self) -> list[ServedLinear]:
@@ -107,7 +99,7 @@ class TgiLayout:
 
     @cached_property
     def _figures(self) -> TgiLaunch:
-        dtype = str(self._dense_dtype).removeprefix("torch.")
+        dtype = str(self._unquantized_dtype).removeprefix("torch.")
         return TgiLaunch(
             self._config,
             _served_bytes(self.weights),
@@ -117,7 +109,7 @@ class TgiLayout:
         )
 
     @property
-    def _dense_dtype(self) -> torch.dtype:
+    def _unquantized_dtype(self) -> torch.dtype:
         return self._outputs.unquantized_dtype(f"{self._structure.embedding}.weight")
 
     def _kernel_notes(self) -> list[str]:
@@ -135,12 +127,12 @@ def _codes(method: Format, linears: list[ServedLinear]) -> tuple[Codes | None, s
 
 
 def _stored_as(method: Format) -> Encoding:
-    """The same format as in the safetensors layout where TGI reads it, else the merged weights."""
+    """The same format as in the safetensors layout if TGI reads it, else the merged weights."""
     return MergedFormat() if isinstance(method, FourBitFormat | LlmInt8Format) else method
 
 
 def _flag(method: Format) -> str | None:
-    """The value of `--quantize` that the launch files give; None for 16-bit weights."""
+    """The value of `--quantize` in the launch files; None for 16-bit weights."""
     match method:
         case MergedFormat():
             return None
@@ -155,19 +147,19 @@ def _flag(method: Format) -> str | None:
 
 
 def _server_notes(method: Format) -> list[str]:
-    """How far what the server makes of 16-bit weights is from what the recipe asks for."""
+    """How the server quantizes 16-bit weights, and how that differs from the recipe."""
     match method:
         case FourBitFormat():
             block = f" and blocks of {_SERVER_BLOCK_SIZE}"
-            asked = method.double_quant and method.block_size == _SERVER_BLOCK_SIZE
-            differs = "" if asked else ", which is not what the recipe asks for; no flag changes it"
+            same = method.double_quant and method.block_size == _SERVER_BLOCK_SIZE
+            differs = "" if same else ", which is not what the recipe asks for; no flag changes it"
             return [
                 "the folder holds the merged 16-bit weights; TGI quantizes every linear by itself when it starts, with "
                 f"--quantize bitsandbytes-{method.quant_type}: always with double quantization{block}{differs}",
             ]
         case LlmInt8Format():
-            asked = method.threshold == _SERVER_THRESHOLD
-            differs = "" if asked else f", not the recipe's {method.threshold}"
+            same = method.threshold == _SERVER_THRESHOLD
+            differs = "" if same else f", not the recipe's {method.threshold}"
             return [
                 "the folder holds the merged 16-bit weights; TGI quantizes every linear by itself when it starts, with "
                 f"--quantize bitsandbytes and a threshold of {_SERVER_THRESHOLD}{differs}",
@@ -187,7 +179,7 @@ def _block_matrices(outputs: Outputs, structure: Structure) -> dict[str, Shape]:
 
 
 def _served_bytes(weights: WeightFiles) -> int:
-    """Bytes of the weights in the server's memory, after it has quantized what it quantizes."""
+    """Bytes of the weights in the server's memory, after it has quantized them if it does."""
     saved = 0.0
     for spec in weights.outputs.quantized.values():
         saved += _saved_bytes(spec, weights.outputs.format)

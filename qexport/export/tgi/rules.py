@@ -1,4 +1,4 @@
-"""The rules of TGI's launcher and router: config.json, the tokenizer's files, the launch settings; and all of TGI's."""
+"""The rules of TGI's launcher and router (config.json, tokenizer files, launch settings), and the list of all rules."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _config(model: ServedByTgi) -> Iterator[str]:
 
 @_rule("config.json has counts where the launcher parses counts", _LAUNCHER)
 def _config_counts(model: ServedByTgi) -> Iterator[str]:
-    """The launcher parses these as counts, and drops the whole config with its quantization where one is not."""
+    """If one of these is not a count, the launcher ignores the whole config with its quantization."""
     for key in _COUNTS:
         value = model.config.get(key)
         if value is not None and (type(value) is not int or value < 0):
@@ -56,19 +56,19 @@ def _family(model: ServedByTgi) -> Iterator[str]:
 
 @_rule("the quantization method is one that is served prequantized", _LAUNCHER)
 def _method(model: ServedByTgi) -> Iterator[str]:
-    """`bitsandbytes` would make the launcher quantize packed codes once more."""
+    """With `bitsandbytes` the launcher would quantize the packed codes again."""
     if model.config.get("quantization_config") is not None and model.method not in _METHODS:
         yield f"quant_method is {model.quantization.get('quant_method')!r}; known: {', '.join(_METHODS)}"
 
 
 @_rule("a quantized model is run by TGI's own model", MODELS, NOT_QUANTIZED)
 def _own_model(model: ServedByTgi) -> Iterator[str]:
-    """`bitsandbytes` without a type, LLM.int8, is the one method that TGI hands on to transformers."""
+    """`bitsandbytes` (LLM.int8) is the only method that TGI passes on to transformers."""
     runs, flag = backend(model.config), (model.environment or {}).get("QUANTIZE")
-    asked = model.method or (flag if flag != "bitsandbytes" else None)
-    if asked and runs is not Backend.OWN:
+    method = model.method or (flag if flag != "bitsandbytes" else None)
+    if method and runs is not Backend.OWN:
         by = runs.value if runs else "nothing in TGI"
-        yield f"{model.config.get('model_type')} is run by {by}, which takes 16-bit weights, not {asked}"
+        yield f"{model.config.get('model_type')} is run by {by}, which takes 16-bit weights, not {method}"
 
 
 @_rule("torch_dtype is given", _TRANSFORMERS)
@@ -85,7 +85,7 @@ def _tied(model: ServedByTgi) -> Iterator[str]:
 
 @_rule("rope_theta is given", _ROTARY)
 def _rope_theta(model: ServedByTgi) -> Iterator[str]:
-    """The pinned transformers does not know `rope_parameters`; without `rope_theta` TGI computes with 10,000."""
+    """The pinned transformers does not know `rope_parameters`; without `rope_theta` TGI uses 10,000."""
     parameters = model.config.get("rope_parameters")
     if isinstance(parameters, dict):
         main = parameters.get("full_attention", parameters)
@@ -124,7 +124,7 @@ def _falcon_kv_heads(model: ServedByTgi) -> Iterator[str]:
 
 @_rule("Falcon's layer norms are counted", _FALCON)
 def _falcon_norms(model: ServedByTgi) -> Iterator[str]:
-    """The number of layer norms decides which ones are loaded, and has no default."""
+    """TGI loads layer norms according to this number, which has no default."""
     if not _is_falcon(model) or not model.config.get("new_decoder_architecture"):
         return
     stored = 2 if any(name.endswith(".ln_attn.weight") for name in model.tensors) else 1
@@ -133,14 +133,14 @@ def _falcon_norms(model: ServedByTgi) -> Iterator[str]:
         yield f"num_ln_in_parallel_attn is {given!r}, the weights have {stored}"
 
 
-@_rule("Falcon's variant is one that TGI reads rightly", _FALCON, _VLLM)
+@_rule("Falcon's variant is one that TGI reads correctly", _FALCON, _VLLM)
 def _falcon_variant(model: ServedByTgi) -> Iterator[str]:
     config = model.config
     if not _is_falcon(model) or any(config.get(key) is None for key in FALCON_KEYS):
         return
     new = config["new_decoder_architecture"]
     if not new and not config["multi_query"]:
-        yield "multi_query: false: queries, keys and values lie head by head, TGI reads them one after another"
+        yield "multi_query: false: queries, keys and values are stored head by head; TGI reads them one after another"
     if new and not config["parallel_attn"]:
         yield "parallel_attn: false is not known together with new_decoder_architecture"
     two_norms = new and config.get("num_ln_in_parallel_attn") == 2
@@ -200,7 +200,7 @@ def _chat_template(model: ServedByTgi) -> Iterator[str]:
         yield "a list of templates must give each a name"
 
 
-@_rule("the folder is no adapter", _CLI)
+@_rule("the folder is not an adapter", _CLI)
 def _no_adapter(model: ServedByTgi) -> Iterator[str]:
     if "adapter_config.json" in model.files:
         yield "adapter_config.json makes TGI take the folder for an adapter"

@@ -1,4 +1,4 @@
-"""An artifact as TGI finds it: which tensors it loads, and what it makes of them and of the config."""
+"""An artifact as TGI finds it: the tensors that it loads, and what it derives from them and the config."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _CODE_KEYS: Final = {"bits": int, "group_size": int, "sym": bool, "desc_act": bo
 
 
 class ServedByTgi(ServedModel):
-    """See `ServedModel`."""
+    """An artifact as TGI finds it; see `ServedModel`."""
 
     @staticmethod
     def read_weights(folder: Path) -> ServedWeights:
-        """Every `*.safetensors` in the folder itself, without a look at the index (`utils/hub.py`)."""
+        """The tensors of every `*.safetensors` in the folder itself; the index is ignored (`utils/hub.py`)."""
         specs: dict[str, TensorSpec] = {}
         files: dict[str, str] = {}
-        twice, unreadable = list[str](), dict[str, str]()
+        duplicates, unreadable = list[str](), dict[str, str]()
         for path in sorted(folder.glob("*.safetensors")):
             if any(word in path.name for word in RESERVED_WORDS):
                 continue
@@ -45,24 +45,24 @@ class ServedByTgi(ServedModel):
             except InputError as error:
                 unreadable[path.name] = error.what
                 continue
-            twice += [name for name in found if name in specs]
+            duplicates += [name for name in found if name in specs]
             specs = {**found, **specs}
             files = {**dict.fromkeys(found, path.name), **files}
-        return ServedWeights(specs, files, tuple(twice), unreadable)
+        return ServedWeights(specs, files, tuple(duplicates), unreadable)
 
     @property
     def family(self) -> OwnModel | None:
-        """TGI's own model of the family; None where it has none."""
+        """TGI's own model for the family; None if it has none."""
         return OWN_MODELS.get(str(self.config.get("model_type")))
 
     @property
     def tokenizer_config(self) -> Mapping[str, Any]:
-        """tokenizer_config.json; empty where it cannot be read."""
+        """The content of tokenizer_config.json; empty if it cannot be read."""
         return self.json(TOKENIZER_CONFIG)
 
     @cached_property
     def codes(self) -> Codes | None:
-        """What config.json says of GPTQ codes; None where it does not say it, or there are none."""
+        """The GPTQ codes as config.json describes them; None if there are none or a value is missing."""
         if self.method != "gptq":
             return None
         values = {key: self.quantization.get(key) for key in _CODE_KEYS}
@@ -81,8 +81,8 @@ class ServedByTgi(ServedModel):
         }
 
     @cached_property
-    def dense(self) -> dict[str, Shape]:
-        """Outputs and inputs of the matrices in the blocks that are stored as `weight`, by module path."""
+    def unquantized(self) -> dict[str, Shape]:
+        """Outputs and inputs of the blocks' matrices that are stored as `weight`, even int8 codes, by module path."""
         return {
             name.removesuffix(".weight"): (spec.shape[0], spec.shape[1])
             for name, spec in self.tensors.items()
@@ -91,7 +91,7 @@ class ServedByTgi(ServedModel):
 
     @cached_property
     def layers(self) -> dict[int, set[str]]:
-        """The modules of each decoder layer that have tensors, by the layer's number."""
+        """The modules with tensors in each decoder layer, by the layer's number."""
         layers: dict[int, set[str]] = {}
         for name in self.tensors:
             if found := _IN_BLOCK.fullmatch(name):
@@ -101,11 +101,11 @@ class ServedByTgi(ServedModel):
     @cached_property
     def linears(self) -> list[ServedLinear]:
         """The linears of the blocks as TGI joins them."""
-        return served_linears({**self.quantized, **self.dense}, self.family or OwnModel())
+        return served_linears({**self.quantized, **self.unquantized}, self.family or OwnModel())
 
     @property
     def environment(self) -> dict[str, str] | None:
-        """The launch files' settings; None where there are none."""
+        """The settings in the launch files; None if there are no launch files."""
         name = f"{FOLDER}/{ENVIRONMENT}"
         if name not in self.files:
             return None
@@ -113,7 +113,7 @@ class ServedByTgi(ServedModel):
         return dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor of a folder on the disk."""
+        """Reads one tensor of a folder on disk."""
         assert self.folder is not None
         with SafetensorsFile(self.folder / self.weights.files[name]) as file:
             return file.read(name)

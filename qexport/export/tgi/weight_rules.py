@@ -1,4 +1,4 @@
-"""The rules of TGI's loaders: which tensors there must be, how they are quantized, and what its kernels take."""
+"""The rules of TGI's loaders: the tensors that must exist, how they are quantized, and what the kernels take."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ def _headers(model: ServedByTgi) -> Iterator[str]:
 
 @_rule("each tensor is in one file", WEIGHTS, disk=True)
 def _once(model: ServedByTgi) -> Iterator[str]:
-    if twice := model.weights.twice:
-        yield f"{len(twice)} tensors are in two files: {listed(twice, limit=3)}"
+    if duplicates := model.weights.duplicates:
+        yield f"{len(duplicates)} tensors are in two files: {listed(duplicates, limit=3)}"
 
 
 @_rule("there is one set of weights", WEIGHTS, disk=True)
 def _one_set(model: ServedByTgi) -> Iterator[str]:
-    """Every file is loaded, so a set of shards must be alone: two sets have the same tensors, or a mixture of two."""
+    """TGI loads every file, so there must be only one set of shards: two would give duplicate or mixed tensors."""
     names = set(model.weights.files.values())
     if len({name.rpartition("-of-")[2] for name in names}) > 1:
         yield f"files of more than one set: {', '.join(sorted(names))}"
@@ -73,7 +73,7 @@ def _one_set(model: ServedByTgi) -> Iterator[str]:
 
 @_rule("every layer is complete", _MODELING)
 def _all_layers(model: ServedByTgi) -> Iterator[str]:
-    """TGI asks for the same tensors in each of `num_hidden_layers` layers."""
+    """TGI loads the same tensors in each of `num_hidden_layers` layers."""
     if not _known(model):
         return
     count, layers = model.config.get("num_hidden_layers"), model.layers
@@ -86,7 +86,7 @@ def _all_layers(model: ServedByTgi) -> Iterator[str]:
 
 @_rule("the output head is there", _MODELING)
 def _head(model: ServedByTgi) -> Iterator[str]:
-    """Falcon's head and embedding stand in for each other; elsewhere the config decides which one is loaded."""
+    """Falcon's head and embedding can replace each other; in other families the config decides which one is loaded."""
     model_type = model.config.get("model_type")
     head = "embed_out" if model_type == "gpt_neox" else "lm_head"
     untied = _known(model) and model_type != "falcon" and not model.config.get("tie_word_embeddings")
@@ -95,12 +95,12 @@ def _head(model: ServedByTgi) -> Iterator[str]:
 
 
 def _known(model: ServedByTgi) -> bool:
-    """Whether the family is one of TGI's own, with layers that are all alike."""
+    """Whether TGI has its own model for the family, with layers that are all alike."""
     return model.family is not None and bool(model.family.row) and backend(model.config) is Backend.OWN
 
 
 @_rule("head and embedding are 16-bit", _PARALLEL, _ALIKE)
-def _head_dense(model: ServedByTgi) -> Iterator[str]:
+def _head_unquantized(model: ServedByTgi) -> Iterator[str]:
     for name, spec in model.tensors.items():
         module, _, part = name.rpartition(".")
         if not any(word.isdigit() for word in name.split(".")) and spec.dtype not in _FLOATS:
@@ -109,7 +109,7 @@ def _head_dense(model: ServedByTgi) -> Iterator[str]:
 
 @_rule("weights are 16-bit where nothing says otherwise", WEIGHTS)
 def _no_leftovers(model: ServedByTgi) -> Iterator[str]:
-    """16-bit weights are all that TGI reads where config.json names no method."""
+    """If config.json names no method, TGI reads 16-bit weights only."""
     if model.method is None and model.quantized:
         yield f"{len(model.quantized)} modules are GPTQ codes, and config.json says nothing of it"
     for name, spec in model.tensors.items():
@@ -117,7 +117,7 @@ def _no_leftovers(model: ServedByTgi) -> Iterator[str]:
             yield f"{name} is {spec.dtype}"
 
 
-@_rule("quantized tensors of the family are read rightly", MODELS, NOT_QUANTIZED)
+@_rule("quantized tensors of the family are read correctly", MODELS, NOT_QUANTIZED)
 def _family_prequantized(model: ServedByTgi) -> Iterator[str]:
     if model.method and model.family and model.family.prequantized:
         yield model.family.prequantized
@@ -177,7 +177,7 @@ def _quantized_linears(model: ServedByTgi) -> Iterator[str]:
     if model.method == "gptq":
         if not model.quantized:
             yield "nothing is quantized"
-        yield from (f"{module}: TGI reads every linear of the blocks as quantized" for module in model.dense)
+        yield from (f"{module}: TGI reads every linear of the blocks as quantized" for module in model.unquantized)
 
 
 @_rule("GPTQ: a kernel takes every layer", _MARLIN, _ALIKE)
@@ -190,7 +190,7 @@ def _kernels(model: ServedByTgi) -> Iterator[str]:
 
 @_rule("GPTQ: joined layers have the same g_idx", _GPTQ, disk=True)
 def _joined_order(model: ServedByTgi) -> Iterator[str]:
-    """Joined layers share the first one's g_idx. Without desc_act the order is always the same."""
+    """TGI uses the g_idx of the first joined layer for all. Without desc_act it is always the same."""
     if model.codes is None or not model.codes.desc_act:
         return
     for linear in model.linears:
@@ -221,7 +221,11 @@ def _compressed_config(model: ServedByTgi) -> Iterator[str]:
 @_rule("compressed-tensors: what is not quantized is ignored", _COMPRESSED)
 def _ignored(model: ServedByTgi) -> Iterator[str]:
     ignored = model.quantization.get("ignore") or []
-    yield from (f"{module} is not quantized, and not in ignore" for module in _left(model) if module not in ignored)
+    yield from (
+        f"{module} is not quantized, and not in ignore"
+        for module in _unquantized_modules(model)
+        if module not in ignored
+    )
 
 
 @_rule("compressed-tensors: every int8 weight has its scales", _INT8)
@@ -241,20 +245,20 @@ def _int8_tensors(model: ServedByTgi) -> Iterator[str]:
 
 @_rule("compressed-tensors: the kernel takes every layer", _INT8, _ALIKE)
 def _int8_shapes(model: ServedByTgi) -> Iterator[str]:
-    """The loader looks up the first of the joined modules for all of them; CUTLASS wants rows of 16 bytes."""
+    """The loader looks up only the first of joined modules; CUTLASS requires sizes in multiples of 16."""
     if model.method != "compressed-tensors":
         return
-    not_quantized = set(_left(model))
+    not_quantized = set(_unquantized_modules(model))
     for linear in model.linears:
         left = [module for module in linear.modules if module in not_quantized]
         if left and len(left) < len(linear.modules):
             yield f"{linear.name}: TGI joins these layers, and only {', '.join(left)} is not quantized"
         elif not left and any(count % _CUTLASS_MULTIPLE for count in linear.shape):
-            yield f"{linear.name}: {linear.shape} are no multiples of {_CUTLASS_MULTIPLE}"
+            yield f"{linear.name}: {linear.shape} are not multiples of {_CUTLASS_MULTIPLE}"
 
 
-def _left(model: ServedByTgi) -> list[str]:
-    """Modules of the blocks that are not quantized, where others are quantized to int8."""
+def _unquantized_modules(model: ServedByTgi) -> list[str]:
+    """Modules of the blocks that are not quantized to int8; none with another method."""
     if model.method != "compressed-tensors":
         return []
-    return [module for module in model.dense if model.tensors[f"{module}.weight"].dtype != torch.int8]
+    return [module for module in model.unquantized if model.tensors[f"{module}.weight"].dtype != torch.int8]

@@ -1,1 +1,1 @@
-"""The vllm layout: refusals, launch files, and the checker of finished folders."""
+"""The vllm layout: a folder that vLLM serves, its launch files, and vLLM's rules for plans and folders."""

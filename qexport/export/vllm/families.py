@@ -1,4 +1,4 @@
-"""The architectures that vLLM has a class for, the linear layers that it joins, and among how many GPUs it splits."""
+"""The architectures that vLLM has a class for, the linears that it joins, and the tensor-parallel degrees that work."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 VERSION: Final = "0.32"
-"""Of vLLM; what this package says of it was read in, and tried with, 0.32.0."""
+"""The version of vLLM. Facts in this package come from the sources of 0.32.0, and were tested with it."""
 
 ARCHITECTURES: Final = frozenset(
     {
@@ -39,18 +39,18 @@ ARCHITECTURES: Final = frozenset(
         "Step3p5ForCausalLM", "TeleChat2ForCausalLM", "TeleChat3ForCausalLM", "TeleFLMForCausalLM", "Zamba2ForCausalLM",
     }
 )  # fmt: skip
-"""The text generation models of `vllm/model_executor/models/registry.py`, which `tests/servers` compares it with.
+"""The text generation models of `vllm/model_executor/models/registry.py`; `tests/servers` compares the two.
 
-What is not here, vLLM runs through transformers, which was not tried.
+vLLM runs other architectures through transformers, which was not tested.
 """
 
 
 JOINED: Final = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
-"""Names of siblings that become `qkv_proj` and `gate_up_proj`."""
+"""Sibling modules that become `qkv_proj` and `gate_up_proj`."""
 
 
 def joined_modules(modules: Mapping[str, Hashable]) -> list[list[str]]:
-    """The modules that become one layer, together; modules that stay alone are left out."""
+    """The groups of modules that become one layer each; modules that are not joined are omitted."""
     groups: dict[tuple[str, int], list[str]] = {}
     for module in modules:
         parent, _, leaf = module.rpartition(".")
@@ -71,14 +71,14 @@ _PACKED: Final = 8
 
 @dataclass(frozen=True)
 class SplitLinear:
-    """A linear layer as splitting sees it.
+    """The properties of a linear layer that decide how it can be split.
 
     Attributes:
         name: the module path.
         out_features: rows of the matrix.
         in_features: columns of the matrix.
-        group_size: inputs that share a scale; None where all do, or the layer is dense.
-        packed: eight codes share a word.
+        group_size: inputs per scale; None for one scale per row, or an unquantized layer.
+        packed: whether eight codes are in one word.
     """
 
     name: str
@@ -99,7 +99,7 @@ class SplitLinear:
 
 
 def heads(config: Mapping[str, Any]) -> tuple[int, int]:
-    """Heads of the queries and of the keys, as vLLM counts them."""
+    """The number of query heads and of key heads, as vLLM counts them."""
     count = int(config.get("num_attention_heads") or config.get("n_head") or 1)
     if config.get("model_type") == "falcon" and not config.get("new_decoder_architecture"):
         return count, 1 if config.get("multi_query", True) else count
@@ -107,7 +107,7 @@ def heads(config: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def degrees(config: Mapping[str, Any], linears: Iterable[SplitLinear]) -> list[int]:
-    """The tensor-parallel degrees from 1 to 16 that work; 1 alone where there are other mixers than attention."""
+    """The tensor-parallel degrees from 1 to 16 that work; only 1 if there are mixers other than attention."""
     count, shared = heads(config)
     if any(key.startswith(("mamba_", "ssm_")) for key in config):
         return [1]

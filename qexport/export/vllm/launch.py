@@ -1,4 +1,4 @@
-"""The launch files: a script, compose, a Triton repository and KServe; made from the artifact's figures."""
+"""The launch files: a script, docker compose, a Triton repository and KServe."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _FILES: Final = ("README.md", "vllm-serve.sh", "compose.yaml", "kserve.yaml")
 
 @dataclass(frozen=True)
 class VllmLaunch:
-    """What the launch files are made from.
+    """The values in the launch files.
 
     Attributes:
-        name: of the model, as requests say it.
-        max_model_len: tokens of prompt and answer; None where the config does not say it.
+        name: of the model in requests.
+        max_model_len: tokens of prompt and answer; None if the config does not limit them.
         dtype: what vLLM computes in.
         degrees: tensor-parallel degrees that work.
-        image: of the server.
-        model: the folder in a container.
-        port: that the server answers at.
+        image: the server's container image.
+        model: the folder in the container.
+        port: of the server.
     """
 
     name: str
@@ -55,7 +55,7 @@ def max_model_len(config: Mapping[str, Any]) -> int | None:
 
 
 def launch_files(figures: VllmLaunch) -> dict[str, bytes]:
-    """The content of the folder `launch`, by the name inside the artifact."""
+    """The files of the folder `launch`, by their name inside the artifact."""
     triton = f"triton/{figures.name}"
     templates = {name: f"{name}.jinja" for name in _FILES}
     templates |= {f"{triton}/config.pbtxt": "config.pbtxt.jinja", f"{triton}/1/model.json": "model.json.jinja"}

@@ -24,17 +24,17 @@ from qexport.formats.format import StoredFormat
 from qexport.tensors import GroupQuantizedSpec
 
 _CPU_MULTIPLE: Final = 32
-"""`vllm/model_executor/kernels/linear/mixed_precision/cpu.py`."""
+"""From `vllm/model_executor/kernels/linear/mixed_precision/cpu.py`."""
 
 
 class VllmLayout:
-    """The weights that vLLM reads, configs in its words, and `launch/`.
+    """The weights that vLLM reads, configs with the keys that it reads, and `launch/`.
 
     Args:
-        settings: the recipe's.
+        settings: from the recipe.
         outputs: what the pass will yield.
-        structure: the model's.
-        checkpoint: the merged model, of which only config and file names are looked at.
+        structure: of the model.
+        checkpoint: the merged model, of which only config and file names are read.
 
     Raises:
         CompatibilityError: the artifact would break a rule of vLLM, or a layer cannot be stored.
@@ -46,7 +46,7 @@ class VllmLayout:
 
     def __init__(self, settings: VllmSettings, outputs: Outputs, structure: Structure, checkpoint: Checkpoint) -> None:
         self._outputs, self._structure, self._config = outputs, structure, checkpoint.config
-        self._form = settings.format
+        self._format = settings.format
         self.weights = WeightFiles(self._stored_as, outputs, parse_size(settings.max_shard_size))
         planned = ServedByVllm.planned(self._files(checkpoint), self.weights.specs)
         VLLM.refuse_plan(replace(planned, plan=structure))
@@ -54,56 +54,48 @@ class VllmLayout:
 
     @property
     def quantization(self) -> Mapping[str, Any] | None:
-        """What config.json says of the codes."""
+        """The `quantization_config` for config.json."""
         return self._stored_as.quantization_config(self._outputs.specs, self._structure)
 
     @property
     def notes(self) -> list[str]:
         """What the server does with the folder."""
         notes = _kernel_notes(self._outputs)
-        if isinstance(self._outputs.format, GptqFormat) and self._dense_dtype == torch.bfloat16:
+        if isinstance(self._outputs.format, GptqFormat) and self._unquantized_dtype == torch.bfloat16:
             notes.append("vLLM rounds the scales to its dtype; only --dtype float16 reads them as they are")
         working = ", ".join(map(str, self._degrees))
         return [*notes, f"vLLM can split it among this many GPUs (--tensor-parallel-size): {working}"]
 
     def prepare(self) -> None:
-        """Nothing: what can fail without weights was tried when the layout was made."""
+        """Does nothing: the constructor has checked everything that needs no weights."""
 
     def write_files(self, folder: Path, checkpoint: Checkpoint) -> None:
-        """Writes config, tokenizer, model card and launch files.
-
-        Raises:
-            QexportError: a file of the checkpoint would leave the folder or replace another file.
-        """
+        """Writes config, tokenizer, model card and launch files."""
         write_files(folder, self._files(checkpoint))
 
     def check(self, folder: Path) -> None:
-        """Checks the finished folder: every rule of vLLM's config and loaders.
-
-        Raises:
-            QexportError: a rule is broken; all that are broken are listed.
-        """
+        """Checks the finished folder against every rule of vLLM's configuration and loaders."""
         VLLM.refuse_folder(folder)
 
     def _files(self, checkpoint: Checkpoint) -> dict[str, bytes]:
-        """Everything beside the weights and the manifest."""
+        """All files except the weights and the manifest."""
         figures = VllmLaunch(
             served_name(checkpoint.origin.name),
             max_model_len(self._config),
-            str(self._dense_dtype).removeprefix("torch."),
+            str(self._unquantized_dtype).removeprefix("torch."),
             self._degrees,
         )
         served = replace(checkpoint, files={**checkpoint.files, **launch_files(figures)})
-        return model_files(served, self._outputs.format, self.quantization, self._dense_dtype, self.notes)
+        return model_files(served, self._outputs.format, self.quantization, self._unquantized_dtype, self.notes)
 
     @property
     def _stored_as(self) -> StoredFormat:
-        """The same format as in the safetensors layout, unless the recipe asks for another one for GPTQ's codes."""
-        packed = isinstance(self._outputs.format, GptqFormat) and self._form == "compressed-tensors"
+        """The same format as in the safetensors layout, unless the recipe names another one for GPTQ codes."""
+        packed = isinstance(self._outputs.format, GptqFormat) and self._format == "compressed-tensors"
         return PackQuantizedFormat() if packed else self._outputs.format
 
     @property
-    def _dense_dtype(self) -> torch.dtype:
+    def _unquantized_dtype(self) -> torch.dtype:
         return self._outputs.unquantized_dtype(f"{self._structure.embedding}.weight")
 
     @property
@@ -119,7 +111,7 @@ class VllmLayout:
 
 
 def _kernel_notes(outputs: Outputs) -> list[str]:
-    """Which shapes want which processor."""
+    """Which processors and shapes vLLM's 4-bit kernels need."""
     if not isinstance(outputs.format, GptqFormat):
         return []
     notes = ["vLLM's kernels for 4 bits need AVX-512 on x86 CPUs, compute capability 7.5 on NVIDIA GPUs"]

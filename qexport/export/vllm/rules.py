@@ -1,4 +1,4 @@
-"""The rules of vLLM's configuration: config.json, the tokenizer, the launch files; and all of vLLM's."""
+"""The rules of vLLM's configuration (config.json, tokenizer, launch files), and the list of all rules."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _MARLIN_UTILS: Final = "vllm/model_executor/layers/quantization/utils/marlin_uti
 _DTYPES: Final = ("float16", "bfloat16", "float32")
 _METHODS: Final = ("gptq", "compressed-tensors")
 _GROUP_SIZES: Final = (-1, 32, 64, 128)
-"""Asked for every GPTQ layer on every platform."""
+"""vLLM checks this for every GPTQ layer on every platform."""
 _NO_FLOAT16: Final = ("gemma2", "gemma3", "gemma3_text", "glm4")
 _TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "tekken.json")
-"""`vllm/tokenizers`: it reads one of these."""
+"""vLLM reads one of these (`vllm/tokenizers`)."""
 _FALCON_ACTIVATION: Final = "gelu"
 _INT8: Final = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
 _TOKEN: Final = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
@@ -43,11 +43,11 @@ def _readable(model: ServedByVllm) -> Iterator[str]:
 
 @_rule("vLLM has a class for the architecture", _REGISTRY)
 def _architecture(model: ServedByVllm) -> Iterator[str]:
-    """What has no class, vLLM would run through transformers, which was not tried."""
+    """Other architectures would be run by transformers in vLLM, which was not tested."""
     if model.architecture not in ARCHITECTURES:
         yield f"{model.architecture!r} has no class in vLLM"
-    elif isinstance(model.described, str):
-        yield model.described
+    elif isinstance(model.structure_or_fault, str):
+        yield model.structure_or_fault
 
 
 @_rule("no code is loaded from the folder", _CONFIG)
@@ -106,18 +106,18 @@ def _followed(model: ServedByVllm) -> Iterator[str]:
     f"{_OTHER_BITS}; use sym: true, or format: compressed-tensors, which has zero points",
 )
 def _gptq_codes(model: ServedByVllm) -> Iterator[str]:
-    for place, says in _gptq_says(model):
-        if says.get("bits") != 4:
-            yield f"{place}: bits {says.get('bits')!r}: vLLM has kernels for 4 bits everywhere"
-        if says.get("sym") is not True:
-            yield f"{place}: sym: {str(says.get('sym')).lower()}: vLLM reads symmetric codes only"
+    for place, config in _gptq_configs(model):
+        if config.get("bits") != 4:
+            yield f"{place}: bits {config.get('bits')!r}: vLLM has kernels for 4 bits everywhere"
+        if config.get("sym") is not True:
+            yield f"{place}: sym: {str(config.get('sym')).lower()}: vLLM reads symmetric codes only"
 
 
 @_rule("GPTQ groups are in the order of the inputs", GPTQ_UTILS, _STATIC)
 def _gptq_order(model: ServedByVllm) -> Iterator[str]:
-    for place, says in _gptq_says(model):
-        if says.get("desc_act") is not False and says.get("group_size") != -1:
-            yield f"{place}: desc_act is {says.get('desc_act')!r}"
+    for place, config in _gptq_configs(model):
+        if config.get("desc_act") is not False and config.get("group_size") != -1:
+            yield f"{place}: desc_act is {config.get('desc_act')!r}"
 
 
 @_rule(
@@ -126,13 +126,13 @@ def _gptq_order(model: ServedByVllm) -> Iterator[str]:
     f"use a group_size of {', '.join(map(str, _GROUP_SIZES))}, or format: compressed-tensors",
 )
 def _gptq_groups(model: ServedByVllm) -> Iterator[str]:
-    for place, says in _gptq_says(model):
-        if says.get("group_size") not in _GROUP_SIZES:
-            yield f"{place}: group_size {says.get('group_size')!r}"
+    for place, config in _gptq_configs(model):
+        if config.get("group_size") not in _GROUP_SIZES:
+            yield f"{place}: group_size {config.get('group_size')!r}"
 
 
-def _gptq_says(model: ServedByVllm) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The quantization_config of GPTQ, and with each rule of `dynamic` laid over it."""
+def _gptq_configs(model: ServedByVllm) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """GPTQ's quantization_config, alone and with the changes of each rule of `dynamic`."""
     if model.method != "gptq":
         return
     yield "quantization_config", model.quantization
@@ -142,7 +142,7 @@ def _gptq_says(model: ServedByVllm) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield f"dynamic: {pattern}", {**model.quantization, **changes}
 
 
-@_rule("4-bit codes stand beside 16-bit weights", GPTQ, "set merge.dtype to bfloat16 or float16")
+@_rule("4-bit codes are used with 16-bit weights", GPTQ, "set merge.dtype to bfloat16 or float16")
 def _packed_dtype(model: ServedByVllm) -> Iterator[str]:
     packed = model.method == "gptq" or model.quantization.get("format") == "pack-quantized"
     if packed and model.dtype == "float32":
@@ -159,17 +159,17 @@ def _schemes(model: ServedByVllm) -> Iterator[str]:
         if weights.get("actorder") in ("group", "dynamic"):
             yield f"{name}: actorder {weights['actorder']!r}"
         elif model.quantization.get("format") == "int-quantized":
-            if not _holds(weights, _INT8) or weights.get("strategy") != "channel":
+            if not _has_values(weights, _INT8) or weights.get("strategy") != "channel":
                 yield f"{name}: weights are not symmetric int8 with a scale for each output"
-            if not _holds(activations or {}, _TOKEN):
+            if not _has_values(activations or {}, _TOKEN):
                 yield f"{name}: activations are not int8 with a scale for each token"
         elif weights.get("num_bits") != 4 or weights.get("type", "int") != "int" or activations is not None:
             yield f"{name}: packed weights are not 4-bit integers with 16-bit activations"
 
 
-def _holds(says: Mapping[str, Any], demanded: Mapping[str, Any]) -> bool:
+def _has_values(config: Mapping[str, Any], required: Mapping[str, Any]) -> bool:
     defaults = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
-    return all(says.get(key, defaults.get(key)) == value for key, value in demanded.items())
+    return all(config.get(key, defaults.get(key)) == value for key, value in required.items())
 
 
 @_rule("there is a tokenizer", "vllm/tokenizers/hf.py", "save the base's tokenizer into its folder")
@@ -178,7 +178,7 @@ def _tokenizer(model: ServedByVllm) -> Iterator[str]:
         yield f"none of {', '.join(_TOKENIZERS)}"
 
 
-@_rule("launch files ask for no longer sequences than the model's", _MODEL_CONFIG)
+@_rule("launch files do not exceed the model's longest sequence", _MODEL_CONFIG)
 def _launch_length(model: ServedByVllm) -> Iterator[str]:
     longest = max_model_len(model.config)
     for place, arguments in model.engine_arguments:

@@ -1,4 +1,4 @@
-"""An artifact as vLLM finds it: which tensors it loads, and how its config says that each layer is quantized."""
+"""An artifact as vLLM finds it: the tensors that it loads, and how each layer is quantized by its config."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from qexport.tensors.safetensors_folder import SafetensorsFolder
 
 @dataclass(frozen=True)
 class ServedByVllm(ServedModel):
-    """See `ServedModel`.
+    """An artifact as vLLM finds it; see `ServedModel`.
 
     Attributes:
-        plan: the structure of a planned model; None where config.json is to be asked.
+        plan: the structure of a planned model; None to read it from config.json.
     """
 
     plan: Structure | None = None
 
     @staticmethod
     def read_weights(folder: Path) -> ServedWeights:
-        """The tensors of the one file, or of all that the index names."""
+        """The tensors of the single file, or of all files in the index."""
         try:
             with SafetensorsFolder(folder) as weights:
                 return ServedWeights(dict(weights.specs()))
@@ -43,7 +43,7 @@ class ServedByVllm(ServedModel):
 
     @property
     def architecture(self) -> str:
-        """The class that config.json names, or that transformers would name."""
+        """The class that config.json names, or transformers' class for the family."""
         model_type = self.config.get("model_type", "")
         named = self.config.get("architectures") or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, "")]
         return str(named[0])
@@ -54,8 +54,8 @@ class ServedByVllm(ServedModel):
         return self.config.get("dtype", self.config.get("torch_dtype"))
 
     @cached_property
-    def described(self) -> Structure | str:
-        """The model that config.json names; the reason where there is none."""
+    def structure_or_fault(self) -> Structure | str:
+        """The structure of the model in config.json, or why there is none."""
         if self.plan is not None:
             return self.plan
         try:
@@ -66,8 +66,8 @@ class ServedByVllm(ServedModel):
 
     @property
     def structure(self) -> Structure | None:
-        """The model that config.json names; None where there is none."""
-        return self.described if isinstance(self.described, Structure) else None
+        """The structure of the model in config.json; None if there is none."""
+        return self.structure_or_fault if isinstance(self.structure_or_fault, Structure) else None
 
     @property
     def linears(self) -> tuple[LinearSpec, ...]:
@@ -76,17 +76,17 @@ class ServedByVllm(ServedModel):
 
     @cached_property
     def schemes(self) -> dict[str, Scheme | None]:
-        """How each linear layer of the blocks is quantized by config.json; None for a dense one.
+        """How each linear layer of the blocks is quantized by config.json; None for an unquantized one.
 
         Raises:
-            InputError: the quantization_config cannot be followed.
+            InputError: the quantization_config is malformed or not supported.
         """
         find = self._scheme_of()
         return {linear.name: find(linear.name) for linear in self.linears}
 
     @property
-    def followed(self) -> dict[str, Scheme | None]:
-        """`schemes`, or nothing where the quantization_config cannot be followed, which is a fault of its own."""
+    def schemes_or_none(self) -> dict[str, Scheme | None]:
+        """`schemes`, but empty if the quantization_config is not supported, which another rule reports."""
         try:
             return self.schemes
         except InputError:
@@ -94,7 +94,7 @@ class ServedByVllm(ServedModel):
 
     @property
     def engine_arguments(self) -> list[tuple[str, Mapping[str, Any]]]:
-        """The `model.json` of the Triton repository, with its place; none where there are no launch files."""
+        """The `model.json` of the Triton repository, with its name; empty if there are no launch files."""
         names = [name for name in self.files if fnmatch(name, f"{FOLDER}/triton/*/1/model.json")]
         return [(name, self.json(name)) for name in names]
 

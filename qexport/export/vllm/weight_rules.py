@@ -1,4 +1,4 @@
-"""The rules of vLLM's loaders: which tensors there must be, and in which ways layers may be quantized."""
+"""The rules of vLLM's loaders: the tensors that must exist, and how layers may be quantized."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ WEIGHT_RULES: Final = Rules[ServedByVllm]()
 _rule: Final = WEIGHT_RULES.rule
 
 
-@_rule("the weights can be read, all that the index names", _WEIGHT_UTILS, disk=True)
+@_rule("all weights that the index names can be read", _WEIGHT_UTILS, disk=True)
 def _files(model: ServedByVllm) -> Iterator[str]:
     yield from model.weights.unreadable.values()
 
 
 @_rule("no tensor of the model is missing", _LOADER)
 def _complete(model: ServedByVllm) -> Iterator[str]:
-    """VLLM notices missing tensors only where nothing is quantized."""
+    """Missing tensors are an error in vLLM only if nothing is quantized."""
     if model.structure is None or model.weights.unreadable:
         return
     elsewhere = {f"{spec.name}.weight" for spec in model.linears}
@@ -85,8 +85,8 @@ def _experts(model: ServedByVllm) -> Iterator[str]:
 
 @_rule("layers that vLLM joins are quantized alike", _LINEAR, "quantize them all in the same way, or none of them")
 def _joined(model: ServedByVllm) -> Iterator[str]:
-    for group in joined_modules(model.followed):
-        if len({model.followed[module] for module in group}) > 1:
+    for group in joined_modules(model.schemes_or_none):
+        if len({model.schemes_or_none[module] for module in group}) > 1:
             yield f"{', '.join(group)}: vLLM makes them one layer, which cannot be quantized in two ways"
 
 
@@ -96,18 +96,18 @@ def _joined(model: ServedByVllm) -> Iterator[str]:
     "use the method's group_size for joined layers too, or format: compressed-tensors",
 )
 def _reached(model: ServedByVllm) -> Iterator[str]:
-    """A rule that names `q_proj` does not reach `qkv_proj`, which is what vLLM looks it up by."""
+    """Rules are looked up by `qkv_proj`, which a rule for `q_proj` does not match."""
     if model.method != "gptq":
         return
     common = model.quantization.get("group_size")
-    for group in joined_modules(model.followed):
-        found = {scheme.group_size for module in group if (scheme := model.followed[module])}
+    for group in joined_modules(model.schemes_or_none):
+        found = {scheme.group_size for module in group if (scheme := model.schemes_or_none[module])}
         if other := ", ".join(map(str, sorted(found - {common}))):
             yield f"{', '.join(group)}: vLLM reads joined layers with group_size {common}, not {other}"
 
 
-@_rule("layers that the config calls dense are stored so", COMPRESSED)
-def _dense(model: ServedByVllm) -> Iterator[str]:
+@_rule("layers that the config leaves unquantized are stored unquantized", COMPRESSED)
+def _unquantized(model: ServedByVllm) -> Iterator[str]:
     for linear, scheme in _layers(model):
         if scheme is None:
             shape = linear.out_features, linear.in_features
@@ -142,8 +142,8 @@ def _packed(model: ServedByVllm) -> Iterator[str]:
 
 
 def _layers(model: ServedByVllm) -> Iterator[tuple[LinearSpec, Scheme | None]]:
-    """The linear layers with what the config says of each; none where weights or config cannot be read."""
-    if not model.weights.unreadable and (schemes := model.followed):
+    """The linear layers, each with its scheme; none if weights or config cannot be read."""
+    if not model.weights.unreadable and (schemes := model.schemes_or_none):
         yield from ((linear, schemes[linear.name]) for linear in model.linears)
 
 
@@ -154,7 +154,7 @@ def _groups(linear: LinearSpec, scheme: Scheme) -> GroupQuantizedSpec:
 
 
 def _stored(model: ServedByVllm, module: str, wanted: Mapping[str, TensorSpec]) -> Iterator[str]:
-    """Tensors of a layer that are not those that vLLM makes room for. It copies floating numbers of any width."""
+    """Tensors of a layer that do not fit vLLM's parameters, into which it copies floats of any width."""
     for part, spec in wanted.items():
         found = model.tensors.get(f"{module}.{part}")
         dtypes = _FLOATS if spec.dtype.is_floating_point else (spec.dtype,)

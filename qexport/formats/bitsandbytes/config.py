@@ -1,4 +1,4 @@
-"""The `quantization_config` of bitsandbytes' codes: the fields of transformers' `BitsAndBytesConfig.to_dict`."""
+"""The `quantization_config` of bitsandbytes' formats: the fields of transformers' `BitsAndBytesConfig.to_dict`."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def bitsandbytes_config(bits: int, specs: Specs, structure: Structure, **fields:
 
     Args:
         bits: 4 or 8.
-        specs: every parameter that will leave the pass.
+        specs: every parameter that the pass yields.
         structure: the model's.
-        fields: those that concern the format; all others have transformers' defaults.
+        fields: those that the format sets; all others have transformers' defaults.
     """
     four_bit = bits == 4
     return {
@@ -41,11 +41,11 @@ def bitsandbytes_config(bits: int, specs: Specs, structure: Structure, **fields:
 
 
 def _skip_modules(specs: Specs, structure: Structure) -> list[str] | None:
-    """The modules that transformers must not replace, by their whole path; None where its own choice is the same.
+    """The modules that transformers must not replace, by their whole path; None if its default is the same.
 
-    Left to itself transformers spares the head and what is tied to it. A list takes the place of that choice, so the
-    head stands in it. Each entry counts as a regular expression from the start of a path up to a dot or its end, and as
-    the end of a path: whole paths match themselves alone.
+    By default transformers skips the head and what is tied to it. A list replaces that default, so it must name the
+    head. Each entry is matched as a regular expression from the start of a path up to a dot or its end, and as the end
+    of a path: whole paths match only themselves.
     """
     quantized = quantized_modules(specs)
     matrices = [
@@ -59,10 +59,10 @@ def _skip_modules(specs: Specs, structure: Structure) -> list[str] | None:
 
 
 def loaded_bits(config: Mapping[str, Any] | None) -> int | None:
-    """4 or 8; None where the `quant_method` is another.
+    """4 or 8; None for another `quant_method`.
 
     Raises:
-        InputError: the config names both or none of the two formats.
+        InputError: the config names both formats, or neither.
     """
     if config is None or config.get("quant_method") != QUANT_METHOD:
         return None
@@ -72,16 +72,16 @@ def loaded_bits(config: Mapping[str, Any] | None) -> int | None:
     return 4 if four else 8
 
 
-class Claims:
-    """What the readers of both formats share: every linear is quantized but those in `llm_int8_skip_modules`; without
-    such a list the head is not. The experts of a mixture never are: transformers quantizes modules, and experts are
-    parameters.
+class BitsandbytesReader:
+    """What the readers of both formats share: every linear is quantized, except those in `llm_int8_skip_modules`, or
+    without that list the head. The experts of a mixture are never quantized: transformers quantizes modules, and
+    experts are parameters.
 
     Args:
         config: the `quantization_config`.
 
     Raises:
-        InputError: the list cannot be read.
+        InputError: the list is malformed, or a pattern is not supported.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -90,7 +90,7 @@ class Claims:
         self._skip = None if listed is None else SkipList(strings(listed, where), where)
 
     def claimed(self, structure: Structure) -> set[str]:
-        """The modules that the config calls quantized, by path."""
+        """The modules that are quantized according to the config, by path."""
         linears = {linear.name for linear in structure.block_linears if not linear.expert}
         if self._skip is None:
             return linears

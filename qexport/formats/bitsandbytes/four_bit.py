@@ -1,4 +1,4 @@
-"""bitsandbytes' 4-bit code books: what is written, and the way back. The tensors are in `four_bit_tensors`."""
+"""bitsandbytes' 4-bit formats (nf4, fp4): writing and reading. The tensors are in `four_bit_tensors`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from qexport.architectures.structure import Structure
 from qexport.errors import InputError
-from qexport.formats.bitsandbytes.config import QUANT_METHOD, Claims, bitsandbytes_config, loaded_bits
+from qexport.formats.bitsandbytes.config import QUANT_METHOD, BitsandbytesReader, bitsandbytes_config, loaded_bits
 from qexport.formats.bitsandbytes.four_bit_tensors import (
     STATE_PREFIX,
     QuantType,
@@ -30,13 +30,13 @@ _QUANT_TYPES: Final[tuple[QuantType, ...]] = ("nf4", "fp4")
 
 @dataclass(frozen=True)
 class FourBitFormat(ModuleEncoding):
-    """bitsandbytes' 4-bit code books.
+    """bitsandbytes' 4-bit formats.
 
     Attributes:
         quant_type: the code book.
         block_size: values that share an absmax.
-        double_quant: the absmaxes are quantized too.
-        compute_dtype: what the dequantized weights are multiplied in.
+        double_quant: whether the absmaxes are quantized too.
+        compute_dtype: the dtype in which the dequantized weights are multiplied.
     """
 
     quant_type: QuantType
@@ -48,12 +48,12 @@ class FourBitFormat(ModuleEncoding):
     holds: ClassVar = (BlockQuantized,)
 
     def parts(self, spec: QuantizedSpec) -> dict[str, TensorSpec]:
-        """Four tensors, six under double quantization."""
+        """Four tensors, or six with double quantization."""
         assert isinstance(spec, BlockQuantizedSpec)
         return packed_specs(spec)
 
     def pack(self, value: Quantized) -> dict[str, torch.Tensor]:
-        """Four tensors, six under double quantization."""
+        """Four tensors, or six with double quantization."""
         assert isinstance(value, BlockQuantized)
         return pack(value)
 
@@ -70,14 +70,14 @@ class FourBitFormat(ModuleEncoding):
 
     @property
     def card(self) -> Card:
-        """For the model card."""
+        """The format on the model card."""
         name = self.quant_type.upper()
         double = ", double quantization" if self.double_quant else ""
         return Card(QUANT_METHOD, name, f"{name} codes in blocks of {self.block_size}{double}")
 
     @classmethod
     def reads(cls, config: Mapping[str, Any] | None) -> bool:
-        """Whether it is bitsandbytes with `load_in_4bit`."""
+        """Whether the config names bitsandbytes with `load_in_4bit`."""
         return loaded_bits(config) == 4
 
     @staticmethod
@@ -111,45 +111,39 @@ class FourBitWeight:
         return self.spec.shape
 
     def quantized(self, tensors: Tensors) -> BlockQuantized:
-        """The codes.
-
-        Raises:
-            InputError: see `qexport.formats.bitsandbytes.four_bit_tensors.unpack`; or an absmax is negative.
-        """
+        """See `StoredWeight.quantized`."""
         blocks = unpack(tensors, module=self.module)
         if bool((blocks.absmax < 0).any()):
             raise InputError("an absmax is negative", where=f"{self.module}.weight.absmax")
         return blocks
 
 
-class FourBitReader(Claims):
-    """`quant_method: bitsandbytes` with `load_in_4bit`.
+class FourBitReader(BitsandbytesReader):
+    """The reader for `quant_method: bitsandbytes` with `load_in_4bit`.
 
     Args:
         config: the `quantization_config`.
 
     Raises:
-        InputError: a field is of another type.
+        InputError: a field is malformed.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
-        self._quant_type = config.get("bnb_4bit_quant_type", "fp4")  # transformers' own defaults
+        self._quant_type = config.get("bnb_4bit_quant_type", "fp4")  # transformers' defaults
         self._double_quant = config.get("bnb_4bit_use_double_quant", False)
         if self._quant_type not in _QUANT_TYPES or type(self._double_quant) is not bool:
-            raise InputError("bnb_4bit_quant_type or bnb_4bit_use_double_quant cannot be read", where=WHERE)
+            raise InputError(
+                "bnb_4bit_quant_type must be nf4 or fp4, and bnb_4bit_use_double_quant true or false", where=WHERE
+            )
 
     @property
-    def words(self) -> str:
-        """The code book, for a user."""
+    def description(self) -> str:
+        """The code book, for users."""
         return f"{self._quant_type.upper()}{', double quantization' if self._double_quant else ''}"
 
     def weights(self, source: WeightSource) -> dict[str, StoredWeight]:
-        """The modules that have a quant_state, which is read.
-
-        Raises:
-            InputError: the quant_state is malformed, or contradicts the config; a part is missing.
-        """
+        """The modules that have a quant_state, which is read and compared with the config."""
         return {
             module: self._weight(module, quant_type, source)
             for quant_type in _QUANT_TYPES
@@ -162,6 +156,6 @@ class FourBitReader(Claims):
         found, claimed = (quant_type, weight.spec.double_quant), (self._quant_type, self._double_quant)
         if found != claimed:
             names = [f"{name}{' with double quantization' if double else ''}" for name, double in (found, claimed)]
-            raise InputError(f"a layer is {names[0]}, the quantization config says {names[1]}", where=module)
+            raise InputError(f"a layer is {names[0]}, but the quantization config says {names[1]}", where=module)
         refuse_missing(module, weight.parts, source.specs())
         return weight

@@ -1,8 +1,8 @@
 """bitsandbytes' 4-bit tensors: the codes, their absmaxes, the code books, and a JSON text as bytes.
 
 The reference for the names and bytes is bitsandbytes 0.50 (`QuantState.as_dict(packed=True)` and
-`Linear4bit._save_to_state_dict`), for the values its code tables: on some CPUs its own `dequantize_4bit` is wrong for
-some shapes. bitsandbytes itself is not needed here.
+`Linear4bit._save_to_state_dict`); the reference for the values is its code tables, since on some CPUs its own
+`dequantize_4bit` is wrong for some shapes. bitsandbytes itself is not imported here.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _NF4 = (
     0.7229568362236023,
     1.0,
 )
-# One bit of sign, two of exponent, one of mantissa; the table is in the order of the bits, and divided by its largest.
+# One sign bit, two exponent bits, one mantissa bit; indexed by these bits, and divided by the largest value below.
 _FP4 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 _FP4_LARGEST = 12.0
 
@@ -50,7 +50,7 @@ _DYNAMIC_EXPONENTS = 7
 
 @cache
 def four_bit_values(quant_type: QuantType) -> torch.Tensor:
-    """float32 [16]: what each code stands for, relative to its block's absmax. Not to be changed."""
+    """float32 [16]: the value of each code, relative to its block's absmax. Callers must not change it."""
     if quant_type == "nf4":
         return torch.tensor(_NF4)
     magnitudes = torch.tensor(_FP4) / _FP4_LARGEST
@@ -59,10 +59,10 @@ def four_bit_values(quant_type: QuantType) -> torch.Tensor:
 
 @cache
 def dynamic_values() -> torch.Tensor:
-    """float32 [256], rising: the signed 8-bit dynamic data type (arXiv:1511.04561). Not to be changed.
+    """float32 [256], ascending: the signed 8-bit dynamic data type (arXiv:1511.04561). Callers must not change it.
 
-    Decades from 1e-6 to 1, of which the n-th has 2**n equal steps in its upper nine tenths; each step is stood for by
-    its middle. Zero and one are added.
+    There are decades from 1e-6 to 1. The upper nine tenths of the n-th are divided into 2**n equal steps, and the
+    midpoint of each step is a value. Zero and one are added.
     """
     decades = []
     for exponent in range(_DYNAMIC_EXPONENTS):
@@ -86,13 +86,13 @@ _VALUES_AT_ONCE: Final = 1 << 20
 
 
 def packed_specs(spec: BlockQuantizedSpec) -> dict[str, TensorSpec]:
-    """The shapes and dtypes of what `pack` makes, by the tensor's name inside the module.
+    """The shapes and dtypes of the tensors of `pack`, by their names inside the module.
 
-    Under double quantization the JSON text holds a number, so that only its largest length is known.
+    With double quantization the JSON text contains a float, so only its maximum length is known.
     """
     blocks = _blocks(spec)
     specs = {
-        "weight": TensorSpec((_bytes_of_codes(spec), 1), torch.uint8),
+        "weight": TensorSpec((_code_bytes(spec), 1), torch.uint8),
         "weight.absmax": TensorSpec((blocks,), torch.uint8 if spec.double_quant else torch.float32),
         "weight.quant_map": TensorSpec((16,), torch.float32),
     }
@@ -106,7 +106,7 @@ def packed_specs(spec: BlockQuantizedSpec) -> dict[str, TensorSpec]:
 
 
 def pack(quantized: BlockQuantized) -> dict[str, torch.Tensor]:
-    """The tensors of a quantized linear, as `packed_specs` has said."""
+    """The tensors of a quantized linear, with the shapes and dtypes of `packed_specs`."""
     spec, nested = quantized.spec, quantized.nested
     tensors = {
         "weight": quantized.codes.reshape(-1, 1),
@@ -129,8 +129,8 @@ def unpack(tensors: Mapping[str, torch.Tensor], *, module: str = "") -> BlockQua
         module: the layer's path, for the errors.
 
     Raises:
-        InputError: a tensor is missing, unknown, or of another shape or dtype than the JSON text asks for; the text is
-            malformed, or a code book is not bitsandbytes' own.
+        InputError: a tensor is missing or unknown, its shape or dtype does not fit the JSON text, the text is
+            malformed, or a code book is not the one of bitsandbytes.
     """
     state_name, quant_type = _find_state(tensors, module)
     spec, offset = _read_state(tensors[state_name], quant_type, place(module, state_name))
@@ -147,7 +147,7 @@ def unpack(tensors: Mapping[str, torch.Tensor], *, module: str = "") -> BlockQua
 
 
 def state_spec(content: torch.Tensor, quant_type: QuantType, *, module: str = "") -> BlockQuantizedSpec:
-    """What the JSON text of a quantized linear says, without its other tensors.
+    """The spec in the JSON text of a quantized linear, without its other tensors.
 
     Raises:
         InputError: the text is malformed.
@@ -156,7 +156,7 @@ def state_spec(content: torch.Tensor, quant_type: QuantType, *, module: str = ""
 
 
 def flat_absmax(quantized: BlockQuantized) -> torch.Tensor:
-    """float32 [blocks]: the absmaxes, read with their second level where there is one."""
+    """float32 [blocks]: the absmaxes, dequantized if they are quantized themselves."""
     nested = quantized.nested
     if nested is None:
         return quantized.absmax
@@ -185,7 +185,7 @@ def _blocks(spec: BlockQuantizedSpec) -> int:
     return -(-prod(spec.shape) // spec.block_size)
 
 
-def _bytes_of_codes(spec: BlockQuantizedSpec) -> int:
+def _code_bytes(spec: BlockQuantizedSpec) -> int:
     return -(-prod(spec.shape) // 2)
 
 
@@ -210,13 +210,13 @@ def _find_state(tensors: Mapping[str, torch.Tensor], module: str) -> tuple[str, 
     found = [(f"{STATE_PREFIX}{each}", each) for each in quant_types if f"{STATE_PREFIX}{each}" in tensors]
     if len(found) != 1:
         raise InputError(
-            f"a 4-bit layer has one quant_state, not {len(found)}", where=place(module, f"{STATE_PREFIX}nf4|fp4")
+            f"a 4-bit layer must have one quant_state, not {len(found)}", where=place(module, f"{STATE_PREFIX}nf4|fp4")
         )
     return found[0]
 
 
 def _read_state(content: torch.Tensor, quant_type: QuantType, where: str) -> tuple[BlockQuantizedSpec, float]:
-    """What the JSON text says, and the absmaxes' mean (0 without double quantization)."""
+    """The spec in the JSON text, and the mean of the absmaxes (0 without double quantization)."""
     state = parse_json(bytes(content.reshape(-1).tolist()) if content.dtype == torch.uint8 else b"", where=where)
     double_quant = isinstance(state, dict) and "nested_offset" in state
     keys = {"quant_type", "blocksize", "dtype", "shape"}
@@ -234,7 +234,7 @@ def _read_state(content: torch.Tensor, quant_type: QuantType, where: str) -> tup
         "nested_offset": not (type(offset) is float and 0 <= offset < float("inf")),
     }
     if wrong := [key for key, fault in faults.items() if fault]:
-        raise InputError(f"the quant_state cannot be read: {', '.join(wrong)}", where=where)
+        raise InputError(f"values of the quant_state that are not supported: {', '.join(wrong)}", where=where)
     out_features, in_features = shape
     dtype = _DTYPES[state["dtype"]]
     return BlockQuantizedSpec(out_features, in_features, quant_type, state["blocksize"], double_quant, dtype), offset
@@ -242,4 +242,4 @@ def _read_state(content: torch.Tensor, quant_type: QuantType, where: str) -> tup
 
 def _check_book(found: torch.Tensor, expected: torch.Tensor, where: str) -> None:
     if not torch.equal(found.cpu(), expected):
-        raise InputError("the code book is not the one that bitsandbytes has", where=where)
+        raise InputError("the code book is not the one of bitsandbytes", where=where)

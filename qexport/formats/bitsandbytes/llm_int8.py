@@ -1,6 +1,6 @@
-"""bitsandbytes' LLM.int8 tensors: the codes, the absmaxes of the rows as `SCB`, and a mark for the row-major format.
+"""bitsandbytes' LLM.int8: the codes, the absmax of each row as `SCB`, and a number for the row-major format.
 
-The reference is bitsandbytes 0.50 (`Linear8bitLt._save_to_state_dict`). bitsandbytes itself is not needed here.
+The reference is bitsandbytes 0.50 (`Linear8bitLt._save_to_state_dict`). bitsandbytes itself is not imported here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 from qexport.architectures.structure import Structure
 from qexport.errors import InputError
-from qexport.formats.bitsandbytes.config import QUANT_METHOD, Claims, bitsandbytes_config, loaded_bits
+from qexport.formats.bitsandbytes.config import QUANT_METHOD, BitsandbytesReader, bitsandbytes_config, loaded_bits
 from qexport.formats.format import Card, ModuleEncoding, Specs
 from qexport.formats.stored_weight import (
     StoredLayer,
@@ -30,7 +30,7 @@ _ROW_MAJOR = 0
 
 
 def packed_specs(spec: RowQuantizedSpec) -> dict[str, TensorSpec]:
-    """The shapes and dtypes of what `pack` makes, by the tensor's name inside the module."""
+    """The shapes and dtypes of the tensors of `pack`, by their names inside the module."""
     return {
         "weight": TensorSpec(spec.shape, torch.int8),
         "SCB": TensorSpec((spec.out_features,), torch.float32),
@@ -39,7 +39,7 @@ def packed_specs(spec: RowQuantizedSpec) -> dict[str, TensorSpec]:
 
 
 def pack(quantized: RowQuantized) -> dict[str, torch.Tensor]:
-    """The three tensors of a quantized linear, as `packed_specs` has said."""
+    """The three tensors of a quantized linear, with the shapes and dtypes of `packed_specs`."""
     return {
         "weight": quantized.codes,
         "SCB": quantized.absmax,
@@ -55,7 +55,7 @@ def unpack(tensors: Mapping[str, torch.Tensor], *, module: str = "") -> RowQuant
         module: the layer's path, for the errors.
 
     Raises:
-        InputError: a tensor is missing, unknown, or of another shape or dtype; or the format is not row-major.
+        InputError: a tensor is missing or unknown, has a wrong shape or dtype, or the format is not row-major.
     """
     weight = tensors.get("weight")
     if weight is None or weight.dim() != 2:
@@ -66,7 +66,7 @@ def unpack(tensors: Mapping[str, torch.Tensor], *, module: str = "") -> RowQuant
     if wrong := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
         raise InputError("not the tensors of an int8 layer", where=place(module, ", ".join(wrong)))
     if int(tensors["weight_format"]) != _ROW_MAJOR:
-        raise InputError("only the row-major weight_format 0 is read", where=place(module, "weight_format"))
+        raise InputError("only the row-major weight_format 0 is supported", where=place(module, "weight_format"))
     return RowQuantized(weight, tensors["SCB"])
 
 
@@ -75,7 +75,7 @@ class LlmInt8Format(ModuleEncoding):
     """bitsandbytes' LLM.int8 (arXiv:2208.07339).
 
     Attributes:
-        threshold: activations above it are multiplied in 16 bits.
+        threshold: inputs whose magnitude is above it are multiplied in 16 bits.
     """
 
     threshold: float
@@ -99,12 +99,12 @@ class LlmInt8Format(ModuleEncoding):
 
     @property
     def card(self) -> Card:
-        """For the model card."""
-        return Card(QUANT_METHOD, "LLM.int8", "int8 codes with one scale an output, for LLM.int8")
+        """The format on the model card."""
+        return Card(QUANT_METHOD, "LLM.int8", "int8 codes with one scale per output, for LLM.int8")
 
     @classmethod
     def reads(cls, config: Mapping[str, Any] | None) -> bool:
-        """Whether it is bitsandbytes with `load_in_8bit`."""
+        """Whether the config names bitsandbytes with `load_in_8bit`."""
         return loaded_bits(config) == 8
 
     @staticmethod
@@ -115,7 +115,7 @@ class LlmInt8Format(ModuleEncoding):
 
 @dataclass(frozen=True)
 class LlmInt8Weight:
-    """One module's codes, absmaxes and format mark."""
+    """One module's codes, absmaxes and weight_format."""
 
     module: str
     shape: tuple[int, int]
@@ -129,11 +129,7 @@ class LlmInt8Weight:
         return StoredLayer("int8", 8, self.shape[1], self.shape)
 
     def quantized(self, tensors: Tensors) -> RowQuantized:
-        """The codes.
-
-        Raises:
-            InputError: see `qexport.formats.bitsandbytes.llm_int8.unpack`; an absmax is negative, or a code is -128.
-        """
+        """See `StoredWeight.quantized`."""
         rows = unpack(tensors, module=self.module)
         if bool((rows.absmax < 0).any()):
             raise InputError("an absmax is negative", where=f"{self.module}.SCB")
@@ -142,17 +138,13 @@ class LlmInt8Weight:
         return rows
 
 
-class LlmInt8Reader(Claims):
-    """`quant_method: bitsandbytes` with `load_in_8bit`."""
+class LlmInt8Reader(BitsandbytesReader):
+    """The reader for `quant_method: bitsandbytes` with `load_in_8bit`."""
 
-    words = "LLM.int8"
+    description = "LLM.int8"
 
     def weights(self, source: WeightSource) -> dict[str, StoredWeight]:
-        """The modules that have an `SCB`.
-
-        Raises:
-            InputError: a part is missing, or the codes are no int8 matrix.
-        """
+        """The modules that have an `SCB`."""
         weights: dict[str, StoredWeight] = {}
         for module in modules_with(".SCB", source.specs()):
             refuse_missing(module, LlmInt8Weight.parts, source.specs())

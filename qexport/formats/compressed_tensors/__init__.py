@@ -1,1 +1,1 @@
-"""compressed-tensors: `format` (what is written), `reading` (the way back), `tensors` (codes in words)."""
+"""The format of compressed-tensors: writing (`format`), reading (`reading`), bit layout (`tensors`)."""

@@ -1,7 +1,7 @@
-"""compressed-tensors: what is written. `reading` has the way back, `tensors` the bits.
+"""compressed-tensors: writing. Reading is in `reading`, the bit layout in `tensors`.
 
-The config is in the words of the library's `QuantizationConfig`. Only keys that readers since compressed-tensors 0.9
-know are written: later ones are errors to older readers.
+The config has the keys of the library's `QuantizationConfig`. Only keys that exist since compressed-tensors 0.9 are
+written: newer ones are errors in older versions.
 """
 
 from __future__ import annotations
@@ -27,36 +27,36 @@ from qexport.tensors import (
 )
 
 Scheme = tuple[int, int, bool, bool]
-"""Bits, inputs in a group (-1: the whole row), symmetric, groups in activation order."""
+"""Bits, inputs per group (-1: one group per row), symmetric, groups in activation order."""
 
 
 @dataclass(frozen=True)
 class W8A8Format(ModuleEncoding):
-    """`int-quantized`: int8 weights with a scale per output, int8 activations with a scale per token found when
-    serving.
+    """`int-quantized`: int8 weights with one scale per output, and int8 activations with one scale per token, which the
+    server computes.
     """
 
     quant_method: ClassVar[str | None] = "compressed-tensors"
     holds: ClassVar = (RowQuantized,)
 
     def parts(self, spec: QuantizedSpec) -> dict[str, TensorSpec]:
-        """Weight and weight_scale."""
+        """The tensors weight and weight_scale."""
         assert isinstance(spec, RowQuantizedSpec)
         return row_specs(spec)
 
     def pack(self, value: Quantized) -> dict[str, torch.Tensor]:
-        """Weight and weight_scale."""
+        """The tensors weight and weight_scale."""
         assert isinstance(value, RowQuantized)
         return pack_rows(value)
 
     def quantization_config(self, specs: Specs, structure: Structure) -> dict[str, Any]:
-        """What config.json says of the codes."""
+        """The `quantization_config` for config.json."""
         return _config(specs, structure)
 
     @property
     def card(self) -> Card:
-        """For the model card."""
-        text = "int8 weights with one scale an output, int8 activations when served"
+        """The format on the model card."""
+        text = "int8 weights with one scale per output, int8 activations when served"
         return Card("compressed-tensors", "W8A8", text)
 
     @classmethod
@@ -66,24 +66,24 @@ class W8A8Format(ModuleEncoding):
 
     @staticmethod
     def reader(config: Mapping[str, Any]) -> CompressedTensorsReader:
-        """See `CompressedTensorsReader`, which knows both of the library's formats."""
+        """See `CompressedTensorsReader`, which reads both of the library's formats."""
         return CompressedTensorsReader(config)
 
 
 @dataclass(frozen=True)
 class PackQuantizedFormat(ModuleEncoding):
-    """`pack-quantized`: codes in groups. Layouts store GPTQ's codes in it for servers that read no others."""
+    """`pack-quantized`: codes in groups, for layouts whose server reads GPTQ codes in this format."""
 
     quant_method: ClassVar[str | None] = "compressed-tensors"
     holds: ClassVar = (GroupQuantized,)
 
     def parts(self, spec: QuantizedSpec) -> dict[str, TensorSpec]:
-        """Three tensors or more."""
+        """Three to five tensors; see `group_specs`."""
         assert isinstance(spec, GroupQuantizedSpec)
         return group_specs(spec)
 
     def pack(self, value: Quantized) -> dict[str, torch.Tensor]:
-        """Three tensors or more."""
+        """Three to five tensors; see `group_specs`."""
         assert isinstance(value, GroupQuantized)
         return pack_groups(value)
 
@@ -93,14 +93,14 @@ class PackQuantizedFormat(ModuleEncoding):
         return check_groups(spec)
 
     def quantization_config(self, specs: Specs, structure: Structure) -> dict[str, Any]:
-        """What config.json says of the codes."""
+        """The `quantization_config` for config.json."""
         return _config(specs, structure)
 
 
 def _config(specs: Specs, structure: Structure) -> dict[str, Any]:
-    """The `quantization_config` of an artifact whose quantized layers are all of one kind.
+    """The `quantization_config` of an artifact whose quantized layers are all of one kind, rows or groups.
 
-    Where all layers have the same scheme, it holds for every `Linear` but those in `ignore`. Else each scheme names its
+    If all layers have the same scheme, its target is every `Linear` that is not in `ignore`. Else each scheme names its
     modules.
     """
     schemes: dict[Scheme | None, list[str]] = {}
@@ -127,7 +127,7 @@ def _config(specs: Specs, structure: Structure) -> dict[str, Any]:
 
 
 def _scheme(spec: QuantizedSpec) -> Scheme | None:
-    """None for rows of int8 codes."""
+    """The scheme of codes in groups; None for rows of int8 codes."""
     if isinstance(spec, RowQuantizedSpec):
         return None
     assert isinstance(spec, GroupQuantizedSpec)
@@ -149,12 +149,12 @@ def _weights(scheme: Scheme | None) -> dict[str, Any]:
 
 
 def _token_activations() -> dict[str, Any]:
-    """Symmetric int8, one scale a token, found when serving."""
+    """Symmetric int8, with one scale per token that the server computes."""
     return {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 
 
 def _unquantized(specs: Specs, structure: Structure) -> list[str]:
-    """Every module whose matrix stays as it is, and the head: a reader may make a `Linear` of a router, say."""
+    """Every module whose matrix is unquantized, and the head: a loader may make a `Linear` of a router, for example."""
     unquantized = {
         name.removesuffix(".weight")
         for name, spec in specs.items()

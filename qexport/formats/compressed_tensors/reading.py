@@ -1,4 +1,4 @@
-"""compressed-tensors read back: what a `quantization_config` says of each module, and the codes.
+"""compressed-tensors read back: each module's scheme in the `quantization_config`, and the codes.
 
 The reference is compressed-tensors 0.17.0 (`quantization/quant_config.py`, `utils/match.py`): a target or an entry of
 `ignore` is a module's path, `re:` and an expression that matches from the start of the path, or a class (`Linear`).
@@ -36,25 +36,23 @@ _FORMATS: Final = ("int-quantized", "pack-quantized")
 
 
 class CompressedTensorsRules:
-    """What the `quantization_config` says of each module.
+    """How each module is quantized according to the `quantization_config`.
 
     Args:
-        config: the content.
+        config: the `quantization_config`.
 
     Attributes:
-        packed: the format is `pack-quantized`, else it is `int-quantized`.
+        packed: whether the format is `pack-quantized`; else it is `int-quantized`.
 
     Raises:
-        InputError: another format, a field that is missing or of another type, or a scheme that no layout here has.
+        InputError: the format or a scheme is not supported, or a field is missing or has a wrong type.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         if config.get("format") not in _FORMATS:
-            raise InputError(
-                f"format is {config.get('format')!r}; this reader knows {', '.join(_FORMATS)}", where=WHERE
-            )
+            raise InputError(f"format is {config.get('format')!r}; qexport reads {', '.join(_FORMATS)}", where=WHERE)
         if config.get("kv_cache_scheme") is not None:
-            raise InputError("a quantized cache is not read", where=f"{WHERE}: kv_cache_scheme")
+            raise InputError("a quantized cache is not supported", where=f"{WHERE}: kv_cache_scheme")
         self.packed = config["format"] == "pack-quantized"
         self._ignore = _Names(config.get("ignore") or [], f"{WHERE}: ignore")
         groups = config.get("config_groups")
@@ -63,7 +61,7 @@ class CompressedTensorsRules:
         self._groups = [_group(group, f"{WHERE}: config_groups: {name}") for name, group in groups.items()]
 
     def scheme(self, module: str) -> Scheme | None:
-        """How the linear module is quantized, None where it is unquantized. The first group that names it holds."""
+        """How the linear is quantized; None if it is not. The first group that names it applies."""
         if self._ignore.match(module):
             return None
         return next((scheme for names, scheme in self._groups if names.match(module)), None)
@@ -99,20 +97,16 @@ def _group(group: Any, where: str) -> tuple[_Names, Scheme]:
         "actorder": order not in (None, False, "group", "weight", "static"),
     }
     if wrong := [key for key, fault in faults.items() if fault]:
-        raise InputError(f"weights cannot be read: {', '.join(wrong)}", where=where)
+        raise InputError(f"values of weights that are not supported: {', '.join(wrong)}", where=where)
     return _Names(group.get("targets"), f"{where}: targets"), Scheme(bits, group_size, sym, order == "group")
 
 
 @dataclass(frozen=True)
 class PackedWeight(GroupedWeight):
-    """One module's words, scales and shape; zero points and g_idx where the scheme has them."""
+    """One module's packed codes, scales and shape, and the zero points and g_idx that its scheme requires."""
 
     def quantized(self, tensors: Tensors) -> GroupQuantized:
-        """The codes.
-
-        Raises:
-            InputError: the config calls the module unquantized; see `unpack_groups`.
-        """
+        """See `StoredWeight.quantized`."""
         if self.scheme is None:
             raise _unquantized_by_config(self.module)
         return unpack_groups(
@@ -142,16 +136,11 @@ class RowWeight:
         return StoredLayer("w8a8", 8, self.shape[1], self.shape)
 
     def quantized(self, tensors: Tensors) -> RowQuantized:
-        """The codes.
-
-        Raises:
-            InputError: the config calls the module unquantized, or something else than symmetric rows of 8 bits; a
-                code is -128; see `unpack_rows`.
-        """
+        """See `StoredWeight.quantized`."""
         if self.scheme is None:
             raise _unquantized_by_config(self.module)
         if self.scheme != Scheme(8, -1, sym=True, desc_act=False):
-            raise InputError("only symmetric int8 rows are read in the format int-quantized", where=self.module)
+            raise InputError("only symmetric int8 rows are supported in the format int-quantized", where=self.module)
         rows = unpack_rows(tensors, module=self.module)
         if int(rows.codes.min()) < -127:
             raise InputError("a code is -128", where=f"{self.module}.weight")
@@ -159,34 +148,27 @@ class RowWeight:
 
 
 class CompressedTensorsReader:
-    """`quant_method: compressed-tensors`.
+    """The reader for `quant_method: compressed-tensors`.
 
     Args:
-        config: the `quantization_config`.
+        config: the `quantization_config`; see `CompressedTensorsRules` for errors.
 
     Attributes:
-        words: the format's name, for a user.
-
-    Raises:
-        InputError: it cannot be followed; see `CompressedTensorsRules`.
+        description: the format's name, for users.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._rules = CompressedTensorsRules(config)
-        self.words = f"compressed-tensors, {config['format']}"
+        self.description = f"compressed-tensors, {config['format']}"
 
     def weights(self, source: WeightSource) -> dict[str, StoredWeight]:
-        """The modules that have a `weight_packed`, or else a `weight_scale`; shapes of packed ones are read.
-
-        Raises:
-            InputError: a part is missing, or has another shape than the others ask for.
-        """
+        """The modules with a `weight_packed` (whose `weight_shape` is read), or a `weight_scale` in `int-quantized`."""
         suffix = ".weight_packed" if self._rules.packed else ".weight_scale"
         make = self._packed if self._rules.packed else self._rows
         return {module: make(module, source) for module in modules_with(suffix, source.specs())}
 
     def claimed(self, structure: Structure) -> set[str]:
-        """The modules that the config calls quantized: linears of the blocks, and the head unless it is tied."""
+        """The quantized modules according to the config: linears of the blocks, and the head unless it is tied."""
         linears = {linear.name for linear in structure.block_linears}
         heads = set() if structure.tied else {structure.head}
         return {module for module in linears | heads if self._rules.scheme(module)}
@@ -200,10 +182,10 @@ class CompressedTensorsReader:
             parts.append("weight_g_idx")
         refuse_missing(module, parts, specs)
         if specs[f"{module}.weight_shape"] != TensorSpec((2,), torch.int64):
-            raise InputError("the shape of a packed layer is no int64 [2]", where=f"{module}.weight_shape")
+            raise InputError("the shape of a packed layer must be int64 [2]", where=f"{module}.weight_shape")
         rows, columns = source.read(f"{module}.weight_shape").tolist()
         if not (0 < rows < _LARGEST and 0 < columns < _LARGEST):
-            raise InputError(f"[{rows}, {columns}] is no shape", where=f"{module}.weight_shape")
+            raise InputError(f"[{rows}, {columns}] is not a shape", where=f"{module}.weight_shape")
         return PackedWeight(module, (rows, columns), scheme, tuple(parts))
 
     def _rows(self, module: str, source: WeightSource) -> RowWeight:
@@ -213,5 +195,6 @@ class CompressedTensorsReader:
 
 def _unquantized_by_config(module: str) -> InputError:
     return InputError(
-        "a module is quantized that should be unquantized", where=f"quantization_config: ignore, {module}"
+        "the module is quantized, but unquantized according to the config",
+        where=f"quantization_config: ignore, {module}",
     )

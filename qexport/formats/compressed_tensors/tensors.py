@@ -1,10 +1,10 @@
 """The tensors of compressed-tensors: `int-quantized` for rows of int8 codes, `pack-quantized` for codes in groups.
 
-The reference is compressed-tensors 0.17.0 (`compressors/naive_quantized/base.py`, `compressors/pack_quantized`), which
-vLLM, TGI and transformers read with. Codes and zero points are stored without an offset, as streams of bits in int32
+The reference is compressed-tensors 0.17.0 (`compressors/naive_quantized/base.py`, `compressors/pack_quantized`), whose
+formats vLLM, TGI and transformers read. Codes and zero points are stored without an offset, as bit streams in int32
 words (see `qexport.formats.int32_words`): codes along the inputs, zero points along the outputs.
 
-3 bits are not written: compressed-tensors leaves two bits of each word empty, vLLM expects none.
+3 bits are not written: compressed-tensors leaves two bits of each word empty, vLLM expects all to be used.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _ROWS_AT_ONCE = 512
 
 
 def check_groups(spec: GroupQuantizedSpec) -> str | None:
-    """Why codes in groups cannot be packed, or None where they can. Needs no weights."""
+    """Why codes in groups cannot be packed, or None if they can. Needs no weights."""
     if spec.bits not in (2, 4, 8):
-        return f"compressed-tensors has no layout of {spec.bits} bits that its readers agree on"
+        return f"compressed-tensors has no bit layout for {spec.bits} bits that all loaders share"
     multiple = WORD_BITS // spec.bits
     if spec.in_features % multiple:
         return f"{spec.bits} bits fill whole words only where the inputs are a multiple of {multiple}"
@@ -36,7 +36,7 @@ def check_groups(spec: GroupQuantizedSpec) -> str | None:
 
 
 def group_specs(spec: GroupQuantizedSpec) -> dict[str, TensorSpec]:
-    """The shapes and dtypes of what `pack_groups` makes, by the tensor's name inside the module."""
+    """The shapes and dtypes of the tensors of `pack_groups`, by their names inside the module."""
     rows, columns = spec.shape
     specs = {
         "weight_packed": TensorSpec((rows, columns * spec.bits // WORD_BITS), torch.int32),
@@ -54,8 +54,8 @@ def pack_groups(quantized: GroupQuantized) -> dict[str, torch.Tensor]:
     """The tensors of a linear in the format `pack-quantized`.
 
     Returns:
-        weight_packed int32 [out, in * bits / 32], weight_scale float16 [out, groups], weight_shape int64 [2]; where the
-        codes are asymmetric weight_zero_point int32 [out * bits / 32, groups]; with desc_act weight_g_idx int32 [in].
+        weight_packed int32 [out, in * bits / 32], weight_scale float16 [out, groups], weight_shape int64 [2]; for
+        asymmetric codes weight_zero_point int32 [out * bits / 32, groups]; with desc_act weight_g_idx int32 [in].
 
     Raises:
         QexportError: the shape cannot be packed.
@@ -87,13 +87,13 @@ def unpack_groups(
     Args:
         tensors: as `pack_groups` returns them.
         bits: 2, 4 or 8.
-        group_size: inputs in a group; -1 where there is one group.
+        group_size: inputs per group; -1 for one group per row.
         sym: the quantization config says that the codes are symmetric.
         desc_act: the quantization config says that groups follow activation order.
         module: the layer's path, for the errors.
 
     Raises:
-        InputError: a tensor is missing, has another shape or dtype than the others ask for, or a group is not there.
+        InputError: a tensor is missing, its shape or dtype does not fit the others, or a group does not exist.
     """
     out_features, in_features = _weight_shape(tensors, module)
     group_size = in_features if group_size == -1 else group_size
@@ -113,13 +113,13 @@ def unpack_groups(
     if _ordered(spec):
         g_idx = tensors["weight_g_idx"]
     if int(g_idx.min()) < 0 or int(g_idx.max()) >= spec.groups:
-        raise InputError(f"it points outside the {spec.groups} groups", where=place(module, "weight_g_idx"))
+        raise InputError(f"weight_g_idx points outside the {spec.groups} groups", where=place(module, "weight_g_idx"))
     scales = tensors["weight_scale"].t().contiguous()
     return GroupQuantized(codes, scales, zeros, g_idx, bits, group_size, sym, desc_act)
 
 
 def row_specs(spec: RowQuantizedSpec) -> dict[str, TensorSpec]:
-    """The shapes and dtypes of what `pack_rows` makes, by the tensor's name inside the module."""
+    """The shapes and dtypes of the tensors of `pack_rows`, by their names inside the module."""
     return {
         "weight": TensorSpec(spec.shape, torch.int8),
         "weight_scale": TensorSpec((spec.out_features, 1), torch.float32),
@@ -129,7 +129,7 @@ def row_specs(spec: RowQuantizedSpec) -> dict[str, TensorSpec]:
 def pack_rows(quantized: RowQuantized) -> dict[str, torch.Tensor]:
     """The tensors of a linear in the format `int-quantized`.
 
-    Scales are float32, which vLLM and TGI compute with (vLLM: `compressed_tensors_w8a8_int8.py`, TGI: `w8a8_int.py`).
+    Scales are float32, in which vLLM and TGI compute (vLLM: `compressed_tensors_w8a8_int8.py`, TGI: `w8a8_int.py`).
 
     Returns:
         weight int8 [out, in] and weight_scale float32 [out, 1].
@@ -141,8 +141,8 @@ def unpack_rows(tensors: Mapping[str, torch.Tensor], *, module: str = "") -> Row
     """The inverse of `pack_rows`, for tensors read from a file. Its `scales` are those of the file, bit for bit.
 
     Raises:
-        InputError: a tensor is missing, has another shape or dtype than the other asks for, or a scale is negative or
-            no row's absmax over 127.
+        InputError: a tensor is missing, its shape or dtype does not fit the other, or a scale is negative or cannot
+            be a row's absmax / 127.
     """
     codes = tensors.get("weight")
     if codes is None or codes.dim() != 2:
@@ -150,14 +150,14 @@ def unpack_rows(tensors: Mapping[str, torch.Tensor], *, module: str = "") -> Row
     rows, columns = codes.shape
     check_specs(tensors, row_specs(RowQuantizedSpec(rows, columns, torch.float32)), module)
     scales = tensors["weight_scale"][:, 0]
-    absmax = scales * 127  # rounded, yet over 127 it is every absmax's scale again: tried on all of a binade
+    absmax = scales * 127  # rounded, but dividing by 127 gives the scale of any absmax again: tested for a whole binade
     if bool((absmax / 127 != scales).any()) or bool((scales < 0).any()):
-        raise InputError("a scale is no row's absmax over 127", where=place(module, "weight_scale"))
+        raise InputError("a scale cannot be a row's absmax / 127", where=place(module, "weight_scale"))
     return RowQuantized(codes, absmax)
 
 
 def _ordered(spec: GroupQuantizedSpec) -> bool:
-    """Whether the format holds the group of each input: one group has no order."""
+    """Whether the format stores the group of each input: a single group has no order."""
     return spec.desc_act and spec.groups > 1
 
 

@@ -1,1 +1,1 @@
-"""AutoGPTQ v1: `format` (what is written), `reading` (the way back), `tensors` (bits in words)."""
+"""The format of AutoGPTQ v1: writing (`format`), reading (`reading`), bit layout (`tensors`)."""

@@ -1,4 +1,4 @@
-"""GPTQ codes as AutoGPTQ v1 stores them: what is written. `reading` has the way back, `tensors` the bits."""
+"""GPTQ codes as AutoGPTQ v1 stores them: writing. Reading is in `reading`, the bit layout in `tensors`."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from qexport.tensors import GroupQuantized, GroupQuantizedSpec, OutputSpec, Quan
 
 @dataclass(frozen=True)
 class GptqFormat(ModuleEncoding):
-    """AutoGPTQ v1, with what quantize_config.json says. Single modules may differ in bits and group_size.
+    """AutoGPTQ v1, with the settings in quantize_config.json. Single modules may differ in bits and group_size.
 
     Attributes:
         bits: 2, 3, 4 or 8.
-        group_size: inputs in a group; -1 for one group per row.
+        group_size: inputs per group; -1 for one group per row.
         sym: every zero point is 2**(bits - 1).
         desc_act: the groups follow activation order.
         static_groups: columns were solved in activation order, with groups in the original order.
-        damp_percent: a fraction of the mean of the Hessian's diagonal.
-        true_sequential: each linear saw inputs from the quantized ones before it.
+        damp_percent: the damping, as a fraction of the mean of the Hessian's diagonal.
+        true_sequential: each linear was quantized with inputs from the quantized linears before it.
     """
 
     bits: int
@@ -61,9 +61,9 @@ class GptqFormat(ModuleEncoding):
     def quantization_config(self, specs: Specs, structure: Structure) -> dict[str, Any]:
         """The `quantization_config` of an artifact.
 
-        Modules that differ from this are named twice, because readers differ: gptqmodel and vLLM look at `dynamic`
-        (a regular expression, `-:` before it for an unquantized module), transformers at
-        `modules_in_block_to_quantize`, which cannot say that a module has other bits.
+        Modules that differ from it are named twice, because loaders differ: gptqmodel and vLLM read `dynamic`
+        (regular expressions, with the prefix `-:` for unquantized modules), transformers reads
+        `modules_in_block_to_quantize`, which cannot give a module other bits.
         """
         config: dict[str, Any] = {
             "quant_method": "gptq",
@@ -87,7 +87,7 @@ class GptqFormat(ModuleEncoding):
 
     @property
     def card(self) -> Card:
-        """For the model card."""
+        """The format on the model card."""
         groups = "one group per row" if self.group_size == -1 else f"groups of {self.group_size}"
         kind = "symmetric" if self.sym else "asymmetric"
         return Card("gptq", f"GPTQ {self.bits}-bit", f"{self.bits}-bit GPTQ codes in {groups}, {kind}")
@@ -104,7 +104,7 @@ class GptqFormat(ModuleEncoding):
 
 
 def _dynamic(common: GptqFormat, specs: Specs, structure: Structure) -> dict[str, dict[str, int]]:
-    """One rule for each path inside a block and each way in which it differs; no two rules match the same module."""
+    """One rule per path inside a block and per difference; no two rules match the same module."""
     blocks: dict[tuple[str, tuple[tuple[str, int], ...] | None], list[str]] = {}
     for block, linears in structure.linears.items():
         for linear in linears:
@@ -119,7 +119,7 @@ def _dynamic(common: GptqFormat, specs: Specs, structure: Structure) -> dict[str
 
 
 def _difference(common: GptqFormat, spec: OutputSpec) -> dict[str, int] | None:
-    """What is not as in `common`; None for an unquantized module."""
+    """The settings that differ from `common`; None for an unquantized module."""
     if isinstance(spec, TensorSpec):
         return None
     assert isinstance(spec, GroupQuantizedSpec)

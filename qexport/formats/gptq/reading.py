@@ -1,4 +1,4 @@
-"""AutoGPTQ v1 read back: what a `quantization_config` says of each module, as gptqmodel reads it, and the codes."""
+"""AutoGPTQ v1 read back: each module's scheme, as gptqmodel reads the `quantization_config`, and the codes."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ class GptqRules:
     """The `quantization_config` of an artifact in AutoGPTQ's v1 format.
 
     Args:
-        config: the content.
+        config: the `quantization_config`.
 
     Attributes:
-        common: how modules are quantized that no rule names.
-        lm_head: the head is quantized.
+        common: how modules are quantized that no rule matches.
+        lm_head: whether the output head is quantized.
 
     Raises:
-        InputError: another format, a field that is missing or of another type, or a rule that is no plain
-            regular expression (one that repeats could be made to hang).
+        InputError: the format is not supported, a field is missing or has a wrong type, or a rule is not a regular
+            expression that `compiled` accepts.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         if config.get("checkpoint_format") != "gptq":
             found = config.get("checkpoint_format")
-            raise InputError(f"checkpoint_format is {found!r}; this reader knows 'gptq'", where=WHERE)
+            raise InputError(f"checkpoint_format is {found!r}; qexport reads 'gptq'", where=WHERE)
         self.lm_head = config.get("lm_head", False)
         if type(self.lm_head) is not bool:
             raise InputError("lm_head must be true or false", where=WHERE)
@@ -52,7 +52,7 @@ class GptqRules:
         self._rules = [_rule(pattern, {**config, **changes}) for pattern, changes in _dynamic(config).items()]
 
     def scheme(self, module: str) -> Scheme | None:
-        """How the module is quantized, None where it is unquantized. The first rule of `dynamic` that matches holds."""
+        """How the module is quantized; None if it is not. The first rule of `dynamic` that matches applies."""
         for pattern, scheme in self._rules:
             if pattern.match(module):
                 return scheme
@@ -75,9 +75,9 @@ def _rule(pattern: str, config: Mapping[str, Any]) -> tuple[re.Pattern[str], Sch
 def _scheme(config: Mapping[str, Any], where: str) -> Scheme:
     for key, kind in _SCHEME_TYPES.items():
         if type(config.get(key)) is not kind:
-            raise InputError(f"{key} must be there and be of type {kind.__name__}", where=where)
+            raise InputError(f"{key} must be given, with type {kind.__name__}", where=where)
     if config["bits"] not in (2, 3, 4, 8) or not (config["group_size"] == -1 or config["group_size"] > 0):
-        raise InputError(f"no reader knows {config['bits']} bits in groups of {config['group_size']}", where=where)
+        raise InputError(f"{config['bits']} bits in groups of {config['group_size']} are not supported", where=where)
     return Scheme(**{key: config[key] for key in _SCHEME_TYPES})
 
 
@@ -88,14 +88,11 @@ class GptqWeight(GroupedWeight):
     parts: tuple[str, ...] = _PARTS
 
     def quantized(self, tensors: Tensors) -> GroupQuantized:
-        """The codes.
-
-        Raises:
-            InputError: shapes or dtypes contradict the config, g_idx leaves the groups, or `sym` does not hold.
-        """
+        """See `StoredWeight.quantized`."""
         if self.scheme is None:
             raise InputError(
-                "a module is quantized that should be unquantized", where=f"{WHERE}: dynamic, {self.module}"
+                "the module is quantized, but unquantized according to the config",
+                where=f"{WHERE}: dynamic, {self.module}",
             )
         return unpack(
             tensors,
@@ -108,21 +105,18 @@ class GptqWeight(GroupedWeight):
 
 
 class GptqReader:
-    """`quant_method: gptq`.
+    """The reader for `quant_method: gptq`.
 
     Args:
-        config: the `quantization_config`.
-
-    Raises:
-        InputError: it cannot be followed; see `GptqRules`.
+        config: the `quantization_config`; see `GptqRules` for errors.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._rules = GptqRules(config)
 
     @property
-    def words(self) -> str:
-        """Bits, groups and symmetry of the modules that no rule names."""
+    def description(self) -> str:
+        """Bits, groups and symmetry of the modules that no rule matches."""
         common = self._rules.common
         symmetry = "symmetric" if common.sym else "asymmetric"
         return f"GPTQ, {common.bits} bits, group_size {common.group_size}, {symmetry}"
@@ -140,7 +134,7 @@ class GptqReader:
         }
 
     def claimed(self, structure: Structure) -> set[str]:
-        """The blocks' linears but those that a rule of `dynamic` leaves unquantized, and the head where `lm_head` is
+        """The blocks' linears, except those that a rule of `dynamic` leaves unquantized, and the head if `lm_head` is
         set.
         """
         linears = {linear.name for linear in structure.block_linears}
@@ -152,5 +146,7 @@ def _shape(module: str, specs: Mapping[str, TensorSpec]) -> tuple[int, int]:
     refuse_missing(module, _PARTS, specs)
     scales, g_idx = specs[f"{module}.scales"].shape, specs[f"{module}.g_idx"].shape
     if len(scales) != 2 or len(g_idx) != 1:
-        raise InputError(f"scales {list(scales)} and g_idx {list(g_idx)} are no [groups, out] and [in]", where=module)
+        raise InputError(
+            f"scales {list(scales)} and g_idx {list(g_idx)} do not have the shapes [groups, out] and [in]", where=module
+        )
     return scales[1], g_idx[0]

@@ -1,12 +1,11 @@
-"""The AutoGPTQ v1 layout: codes and zero points as a stream of bits in int32 words.
+"""The bit layout of AutoGPTQ v1: codes and zero points as a bit stream in int32 words.
 
 The reference for the behaviour is AutoGPTQ 0.7.1 (`qlinear_cuda_old.py`), which gptqmodel, transformers, vLLM and TGI
-read. A run of codes is one little-endian stream of bits, the first code in the lowest bits of the first word; with
-3 bits a code may straddle two words, and 32 codes fill 3 words.
+read. Codes are one little-endian bit stream, the first code in the lowest bits of the first word; with 3 bits a code
+may straddle two words, and 32 codes fill 3 words.
 
-Zero points are stored one too low, modulo 2**bits. A true zero point of 0 is therefore stored as 2**bits - 1: readers
-that add 1 and mask get it back, but gptqmodel (up to 7.6.0) adds 1 to whole words, so that the carry damages the
-neighbour.
+Zero points are stored minus 1, modulo 2**bits. A zero point of 0 is therefore stored as 2**bits - 1: loaders that add
+1 and mask get it back, but gptqmodel (up to 7.6.0) adds 1 to whole words, so that the carry damages the next code.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ _ROWS_AT_ONCE = 512
 
 
 def check_shape(out_features: int, in_features: int, bits: int, group_size: int) -> str | None:
-    """Why a matrix cannot be packed, or None where it can. Needs no weights.
+    """Why a matrix cannot be packed, or None if it can. Needs no weights.
 
     Args:
         out_features: rows of the matrix.
         in_features: columns of the matrix.
         bits: 2, 3, 4 or 8.
-        group_size: inputs in a group, already resolved (never -1).
+        group_size: inputs per group, already resolved (never -1).
     """
     multiple = WORD_BITS // gcd(bits, WORD_BITS)
     for side, features in (("inputs", in_features), ("outputs", out_features)):
@@ -43,7 +42,7 @@ def check_shape(out_features: int, in_features: int, bits: int, group_size: int)
 
 
 def packed_specs(spec: GroupQuantizedSpec) -> dict[str, TensorSpec]:
-    """The shapes and dtypes of what `pack` makes, by the tensor's name inside the module."""
+    """The shapes and dtypes of the tensors of `pack`, by their names inside the module."""
     rows, columns = spec.in_features * spec.bits // WORD_BITS, spec.out_features * spec.bits // WORD_BITS
     return {
         "qweight": TensorSpec((rows, spec.out_features), torch.int32),
@@ -87,14 +86,14 @@ def unpack(
     Args:
         tensors: `qweight`, `qzeros`, `scales` and `g_idx` as `pack` returns them.
         bits: 2, 3, 4 or 8.
-        group_size: inputs in a group; -1 where there is one group.
+        group_size: inputs per group; -1 for one group per row.
         sym: the quantization config claims that every zero point is 2**(bits - 1).
         desc_act: the quantization config claims groups in activation order.
         module: the layer's path, for the errors.
 
     Raises:
-        InputError: a tensor is missing, has another shape or dtype than the others ask for, points to a group
-            that is not there, or contradicts `sym`.
+        InputError: a tensor is missing, its shape or dtype does not fit the others, it points to a group that does
+            not exist, or it contradicts `sym`.
     """
     _check_presence(tensors, module)
     out_features, in_features = tensors["scales"].shape[1], tensors["g_idx"].shape[0]
@@ -106,7 +105,7 @@ def unpack(
         codes[rows] = from_words(tensors["qweight"][:, rows].t(), bits)
     zeros = (from_words(tensors["qzeros"], bits) + 1) & _largest(bits)
     if sym and bool((zeros != 1 << (bits - 1)).any()):
-        raise InputError("the quantization config says sym, the zero points differ", where=place(module, "qzeros"))
+        raise InputError("the quantization config says sym, but the zero points differ", where=place(module, "qzeros"))
     return GroupQuantized(codes, tensors["scales"], zeros, tensors["g_idx"], bits, group_size, sym, desc_act)
 
 
@@ -122,7 +121,7 @@ def _check_content(quantized: GroupQuantized) -> None:
     if reason is None and not zeros.shape == scales.shape == (groups, out_features):
         reason = f"zeros {tuple(zeros.shape)} and scales {tuple(scales.shape)} are not [{groups}, {out_features}]"
     if reason is None and not (codes.dtype == zeros.dtype == torch.uint8 and scales.dtype == torch.float16):
-        reason = f"codes {codes.dtype}, zeros {zeros.dtype}, scales {scales.dtype} have another dtype than the layout's"
+        reason = f"codes {codes.dtype}, zeros {zeros.dtype}, scales {scales.dtype} do not have the dtypes of the format"
     if reason is None and int(torch.maximum(codes.max(), zeros.max())) > _largest(quantized.bits):
         reason = f"a code or a zero point is above {_largest(quantized.bits)}"
     if reason is None and not bool((scales.isfinite() & (scales > 0)).all()):

@@ -1,4 +1,4 @@
-"""How an ONNX graph holds a model's weights: which operator multiplies with which codes, written and read back.
+"""How an ONNX graph stores a model's weights: the operator for each kind of codes, written and read back.
 
 The references are ONNX Runtime's `docs/ContribOperators.md` (MatMulNBits, MatMulBnb4) and ONNX's MatMulInteger.
 """
@@ -32,12 +32,12 @@ from qexport.tensors import (
 @dataclass(frozen=True)
 class OnnxFormat(ModuleEncoding):
     """The initializers of a graph: MatMulNBits for groups, and for rows that are dequantized (LLM.int8); MatMulBnb4 for
-    blocks; MatMulInteger for rows that meet int8 activations (W8A8).
+    blocks; MatMulInteger for rows that are multiplied with int8 activations (W8A8).
 
     Attributes:
-        dtype: of the activations, float32 or float16, which the scales of groups are stored in. Rows and blocks keep
-            float32 scales: their nodes compute in float32.
-        int8_activations: rows are multiplied with int8 activations (W8A8), not dequantized (LLM.int8).
+        dtype: float32 or float16, of the activations and of the scales of groups. Rows and blocks keep float32 scales:
+            their nodes compute in float32.
+        int8_activations: whether rows are multiplied with int8 activations (W8A8), or dequantized (LLM.int8).
     """
 
     dtype: torch.dtype
@@ -62,7 +62,7 @@ class OnnxFormat(ModuleEncoding):
         return matmul_integer.pack(value) if self.int8_activations else matmul_nbits.pack_rows(value, torch.float32)
 
     def fault(self, spec: QuantizedSpec) -> str | None:
-        """Blocks must be those that the operators of ONNX Runtime have."""
+        """Why ONNX Runtime's operator cannot take this matrix, for example because of its block size; else None."""
         if isinstance(spec, BlockQuantizedSpec):
             return matmul_bnb4.fault(spec)
         if isinstance(spec, GroupQuantizedSpec) or not self.int8_activations:
@@ -71,27 +71,27 @@ class OnnxFormat(ModuleEncoding):
 
 
 @dataclass(frozen=True)
-class LeftOut:
-    """Another encoding without some of its tensors, which lie elsewhere.
+class EncodingWithout:
+    """Another encoding without some of its tensors, which are in other files.
 
     Attributes:
-        encoding: the other.
-        names: the tensors.
+        encoding: the other encoding.
+        names: the names of the tensors that are in other files.
     """
 
     encoding: Encoding
     names: frozenset[str]
 
     def specs(self, name: str, spec: OutputSpec) -> dict[str, TensorSpec]:
-        """What is left of a parameter; perhaps nothing."""
+        """The remaining tensors of a parameter; may be empty."""
         return {part: stored for part, stored in self.encoding.specs(name, spec).items() if part not in self.names}
 
     def tensors(self, record: TensorRecord) -> dict[str, torch.Tensor]:
-        """What is left of a parameter; perhaps nothing."""
+        """The remaining tensors of a parameter; may be empty."""
         return {part: tensor for part, tensor in self.encoding.tensors(record).items() if part not in self.names}
 
     def fault(self, spec: QuantizedSpec) -> str | None:
-        """The other's."""
+        """As in the other encoding."""
         return self.encoding.fault(spec)
 
 
@@ -102,31 +102,31 @@ OPERATORS: Final[
     (MICROSOFT, "MatMulBnb4"): matmul_bnb4.read_bnb4,
     ("", "MatMulInteger"): matmul_integer.read_integer,
 }
-"""The operators that multiply with codes, by domain and type, and what finds the weight of each."""
+"""The operators that multiply with codes, by domain and type, and the function that reads the weight of each."""
 
 
 def stored_matrix(graph: GraphTensors, node: Operator, producers: Mapping[str, Operator]) -> tuple[str, StoredMatrix]:
-    """The path of a module, and how the weight is stored that one of the `OPERATORS` multiplies with.
+    """The path of a module, and how its weight is stored, for a node that is one of the `OPERATORS`.
 
     Args:
-        graph: the operator's.
+        graph: the node's graph.
         node: the operator.
-        producers: the node of each value.
+        producers: the node that yields each value, by the value's name.
 
     Raises:
-        InputError: an attribute or an input is missing or has another shape or dtype than the operator asks for; or the
-            operator has an input in which other runtimes or versions differ.
+        InputError: an attribute or an input is missing, has a shape or dtype that the operator does not take, or is one
+            that runtimes or their versions compute differently.
     """
     return OPERATORS[node.domain, node.op_type](graph, node, producers)
 
 
-def described(matrices: Iterable[StoredMatrix]) -> str:
-    """Every operator with its attributes, for a user; `unquantized` where there is none."""
+def description(matrices: Iterable[StoredMatrix]) -> str:
+    """Every operator with its attributes, for users; `unquantized` if there are none."""
     blocks: dict[str, set[int]] = {}
     for matrix in matrices:
-        blocks.setdefault(matrix.words, set()).add(matrix.block_size)
-    told = [f"{words} {_listed(sizes)}" if words.endswith("blocks of") else words for words, sizes in blocks.items()]
-    return "; ".join(sorted(told)) or "unquantized"
+        blocks.setdefault(matrix.description, set()).add(matrix.block_size)
+    operators = [f"{text} {_listed(sizes)}" if text.endswith("blocks of") else text for text, sizes in blocks.items()]
+    return "; ".join(sorted(operators)) or "unquantized"
 
 
 def _listed(sizes: Iterable[int]) -> str:

@@ -1,14 +1,13 @@
-"""The initializers of ONNX Runtime's MatMulBnb4: bitsandbytes' 4-bit codes and one absmax a block.
+"""The initializers of ONNX Runtime's MatMulBnb4: bitsandbytes' 4-bit codes and one absmax per block.
 
 The reference is ONNX Runtime 1.31.1, and for reading its `docs/ContribOperators.md`. Bytes and code books are
-bitsandbytes' own. The operator knows no double quantization, so absmaxes are written as bitsandbytes reads them. It
-computes with `value of the code * absmax` in float32, where bitsandbytes rounds that product to the dtype that was
-quantized.
+those of bitsandbytes. The operator has no double quantization, so absmaxes are written dequantized. It computes with
+`value of the code * absmax` in float32, where bitsandbytes rounds that product to the dtype that was quantized.
 
-Matrices whose blocks cross rows are refused. Not all kernels take them: CUDA's for single tokens does not
+Matrices whose blocks cross rows are refused. Not all kernels take them: the CUDA kernel for single tokens does not
 (`contrib_ops/cuda/quantization/matmul_bnb4.cu`).
 
-Absmaxes are float32 and the operator wants its activations in the same dtype: float16 ones go through Casts.
+Absmaxes are float32, and the operator requires activations of the same dtype: float16 activations go through Casts.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ _BY_CODE: Final[Mapping[int, QuantType]] = {code: name for name, code in QUANT_T
 
 
 def fault(spec: BlockQuantizedSpec) -> str | None:
-    """Why codes cannot be stored, or None where they can. Needs no weights."""
+    """Why codes cannot be stored, or None if they can. Needs no weights."""
     if spec.block_size not in BLOCK_SIZES:
         return f"MatMulBnb4 has blocks of 16 to 256 values, not {spec.block_size}"
     if spec.in_features % spec.block_size:
@@ -43,7 +42,7 @@ def fault(spec: BlockQuantizedSpec) -> str | None:
 
 
 def specs(spec: BlockQuantizedSpec) -> dict[str, TensorSpec]:
-    """The shapes and dtypes of what `pack` makes, by the initializer's name inside the module.
+    """The shapes and dtypes of the initializers of `pack`, by their names inside the module.
 
     Raises:
         CompatibilityError: the codes cannot be stored.
@@ -77,7 +76,7 @@ class Bnb4Matrix:
 
     Attributes:
         shape: [out, in].
-        block_size: values that share an absmax, row after row.
+        block_size: values per absmax, counted row after row.
         quant_type: the code book.
         codes: the initializer uint8 [out * in / 2], the earlier value in the high bits.
         absmax: float32 [blocks].
@@ -99,21 +98,17 @@ class Bnb4Matrix:
         return self.codes, self.absmax
 
     @property
-    def words(self) -> str:
-        """See `StoredMatrix.words`."""
+    def description(self) -> str:
+        """See `StoredMatrix.description`."""
         return f"{self.kind}, {self.quant_type.upper()}, blocks of"
 
     @property
     def layer(self) -> StoredLayer:
-        """What a user is told of the module."""
+        """See `StoredMatrix.layer`."""
         return StoredLayer(self.quant_type, self.bits, self.block_size, self.shape)
 
     def quantized(self, graph: GraphTensors) -> BlockQuantized:
-        """The codes; their matrix is float32, since the operator does not round it as bitsandbytes does.
-
-        Raises:
-            InputError: see `StoredMatrix.quantized`.
-        """
+        """The codes; their matrix is float32, since the operator does not round it as bitsandbytes does."""
         spec = BlockQuantizedSpec(
             *self.shape, self.quant_type, self.block_size, double_quant=False, dtype=torch.float32
         )
@@ -125,10 +120,14 @@ def read_bnb4(graph: GraphTensors, node: Operator, producers: Mapping[str, Opera
     rows, columns, block, code = (attribute(graph, node, key) for key in ("N", "K", "block_size", "quant_type"))
     if code not in _BY_CODE or block < 2 or columns % block:
         raise InputError(
-            f"code book {code} with {columns} inputs in blocks of {block}", where=graph.where(node.name), mend=MEND
+            f"MatMulBnb4 with quant_type {code}, {columns} inputs and block_size {block} is not supported",
+            where=graph.where(node.name),
+            mend=MEND,
         )
     if node.integers.get("training_mode", 0) or node.integers.get("transB", 1) != 1:
-        raise InputError("MatMulBnb4 is used with a transposed weight", where=graph.where(node.name), mend=MEND)
+        raise InputError(
+            "MatMulBnb4 with training_mode or transB 0 is not supported", where=graph.where(node.name), mend=MEND
+        )
     matrix = Bnb4Matrix((rows, columns), block, _BY_CODE[code], node.input(1), node.input(2))
     require(graph, matrix.codes, (rows * columns // 2,), torch.uint8)
     require(graph, matrix.absmax, (rows * columns // block,), torch.float32)

@@ -1,7 +1,7 @@
-"""The initializers of a W8A8 linear around ONNX's MatMulInteger: uint8 codes about 128, and a scale for each output.
+"""The initializers of a W8A8 linear with ONNX's MatMulInteger: uint8 codes around 128, and one scale per output.
 
-Codes are uint8 although they were int8: ONNX Runtime's AVX2 kernel for int8 weights adds pairs of products in 16 bits,
-which saturate. With uint8 on both sides, and zero points 128, the sums are exact.
+The int8 codes are stored as uint8, because ONNX Runtime's AVX2 kernel for int8 weights adds pairs of products in 16
+bits, which saturate. With uint8 on both sides and zero points of 128 the sums are exact.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from qexport.tensors import RowQuantized, RowQuantizedSpec, TensorSpec
 
 ZERO_POINT: Final = 128
 
-_MOST_INPUTS: Final = (2**31 - 1) // (128 * 127)
+_MAX_INPUTS: Final = (2**31 - 1) // (128 * 127)
 _ROWS_AT_ONCE: Final = 512
 
 
 def fault(spec: RowQuantizedSpec) -> str | None:
-    """Why codes cannot be stored, or None where they can. Needs no weights."""
-    if spec.in_features > _MOST_INPUTS:
-        return f"the products of {spec.in_features} inputs may not fit int32; {_MOST_INPUTS} do"
+    """Why codes cannot be stored, or None if they can. Needs no weights."""
+    if spec.in_features > _MAX_INPUTS:
+        return f"the sum over {spec.in_features} inputs may not fit int32; at most {_MAX_INPUTS} inputs do"
     return None
 
 
 def specs(spec: RowQuantizedSpec) -> dict[str, TensorSpec]:
-    """The shapes and dtypes of what `pack` makes, by the initializer's name inside the module."""
+    """The shapes and dtypes of the initializers of `pack`, by their names inside the module."""
     return {
         "qweight": TensorSpec((spec.in_features, spec.out_features), torch.uint8),
         "scales": TensorSpec((spec.out_features,), torch.float32),
@@ -76,12 +76,12 @@ class IntegerMatrix:
     bits: int = 8
 
     kind: ClassVar[str] = "MatMulInteger"
-    words = "MatMulInteger, 8 bits"
+    description = "MatMulInteger, 8 bits"
     grid = None
 
     @property
     def block_size(self) -> int:
-        """A row has one scale."""
+        """The inputs of a row, which has one scale."""
         return self.shape[1]
 
     @property
@@ -91,21 +91,17 @@ class IntegerMatrix:
 
     @property
     def layer(self) -> StoredLayer:
-        """What a user is told of the module."""
+        """See `StoredMatrix.layer`."""
         return StoredLayer("w8a8", self.bits, self.block_size, self.shape)
 
     def quantized(self, graph: GraphTensors) -> RowQuantized:
-        """The codes.
-
-        Raises:
-            InputError: see `StoredMatrix.quantized`; or a scale is no row's absmax over 127.
-        """
+        """See `StoredMatrix.quantized`."""
         scales, codes = scales_of(graph, self.scales), graph.read(self.codes)
         if not int(codes.amin()):
             raise InputError("a code is -128", where=graph.where(self.codes), mend=MEND)
         absmax = scales * 127
         if not torch.equal(absmax / 127, scales):
-            raise InputError("a scale is no row's absmax over 127", where=graph.where(self.scales), mend=MEND)
+            raise InputError("a scale cannot be a row's absmax / 127", where=graph.where(self.scales), mend=MEND)
         return RowQuantized((codes.t().contiguous() ^ ZERO_POINT).view(torch.int8), absmax)
 
 
@@ -114,7 +110,9 @@ def read_integer(graph: GraphTensors, node: Operator, producers: Mapping[str, Op
     module = module_of(graph, node, node.input(1), ".qweight")
     found = graph.initializers.get(node.input(1))
     if found is None or len(found.spec.shape) != 2:
-        raise InputError("the codes are no matrix in the graph", where=graph.where(node.input(1)), mend=MEND)
+        raise InputError(
+            "the graph has no matrix of codes for MatMulInteger", where=graph.where(node.input(1)), mend=MEND
+        )
     columns, rows = found.spec.shape
     matrix = IntegerMatrix((rows, columns), node.input(1), f"{module}.scales")
     require(graph, matrix.codes, (columns, rows), torch.uint8)

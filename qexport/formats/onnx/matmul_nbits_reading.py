@@ -1,6 +1,6 @@
-"""Weights of MatMulNBits read back from a graph, unpacked from the operator's own definition.
+"""Weights of MatMulNBits read back from a graph, unpacked by the operator's definition.
 
-The reference is ONNX Runtime's `docs/ContribOperators.md`. The writing side is `matmul_nbits`.
+The reference is ONNX Runtime's `docs/ContribOperators.md`. Writing is in `matmul_nbits`.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class NBitsMatrix:
     Attributes:
         shape: [out, in].
         bits: 2, 4 or 8.
-        block_size: inputs that share a scale and a zero point; the last block of a row may be shorter.
-        accuracy_level: what the activations are rounded to: 0 or 1 nothing, 4 int8.
+        block_size: inputs per scale and zero point; the last block of a row may be shorter.
+        accuracy_level: how activations are rounded: 0 or 1 not at all, 4 to int8.
         codes: the initializer uint8 [out, blocks, block_size * bits / 8], low bits first.
         scales: float32 or float16 [out, blocks].
-        zero_points: uint8 [out, ceil(blocks * bits / 8)], low bits first; empty where all are 2**(bits - 1).
-        order: int64 [in], the input that each column is multiplied with; empty where they are in order.
+        zero_points: uint8 [out, ceil(blocks * bits / 8)], low bits first; an empty name if all are 2**(bits - 1).
+        order: int64 [in], the input that each column is multiplied with; an empty name if they are in order.
     """
 
     shape: tuple[int, int]
@@ -56,43 +56,39 @@ class NBitsMatrix:
 
     @property
     def blocks(self) -> int:
-        """Blocks of a row."""
+        """Blocks per row."""
         return -(-self.shape[1] // self.block_size)
 
     @property
-    def words(self) -> str:
-        """See `StoredMatrix.words`."""
+    def description(self) -> str:
+        """See `StoredMatrix.description`."""
         rounded = ", inputs rounded to 8 bits" if self.accuracy_level == _INTEGER_INPUTS else ""
         return f"{self.kind}, {self.bits} bits{rounded}, blocks of"
 
     @property
     def layer(self) -> StoredLayer:
-        """The module. MatMulNBits does not tell GPTQ's groups from LLM.int8's rows, whose scale stands in every block;
-        they count as groups here, and a manifest knows better.
+        """See `StoredMatrix.layer`. MatMulNBits does not distinguish GPTQ's groups from LLM.int8's rows, whose scale is
+        repeated in every block: both are groups here; only the manifest names the method.
         """
         return StoredLayer("gptq", self.bits, min(self.block_size, self.shape[1]), self.shape)
 
     @property
     def grid(self) -> GroupQuantizedSpec:
-        """The blocks as groups. A last block that is shorter is found only where there is one group a row."""
+        """The blocks as groups. Only rows with a single group have a shorter last block."""
         columns = self.shape[1]
         group_size = columns if columns % self.block_size else self.block_size
         sym, desc_act = not self.zero_points, bool(self.order)
         return GroupQuantizedSpec(*self.shape, self.bits, group_size, sym, desc_act)
 
     def quantized(self, graph: GraphTensors) -> GroupQuantized:
-        """The codes in the order of the inputs, a block as a group. Scales keep their dtype.
-
-        Raises:
-            InputError: see `StoredMatrix.quantized`; or `order` has not each input once.
-        """
+        """The codes in the order of the inputs, with one group per block. Scales keep their dtype."""
         rows, columns = self.shape
         codes = _unpacked(graph.read(self.codes).reshape(rows, -1), self.bits)[:, :columns]
         groups = torch.arange(columns, dtype=torch.int32) // self.block_size
         if self.order:
             order = graph.read(self.order)
             if not torch.equal(order.sort().values, torch.arange(columns)):
-                raise InputError("the order has not each input once", where=graph.where(self.order), mend=MEND)
+                raise InputError("the order does not have each input once", where=graph.where(self.order), mend=MEND)
             codes, groups = codes[:, order.argsort()], groups[order.argsort()]
         return GroupQuantized(
             codes=codes.contiguous(),
@@ -116,10 +112,14 @@ def read_nbits(graph: GraphTensors, node: Operator, producers: Mapping[str, Oper
     rows, columns, bits, block = (attribute(graph, node, key) for key in ("N", "K", "bits", "block_size"))
     level = node.integers.get("accuracy_level", 0)
     if bits not in _BITS or block not in BLOCK_SIZES or level not in range(5):
-        raise InputError(f"{bits} bits in blocks of {block} at level {level}", where=graph.where(node.name), mend=MEND)
+        raise InputError(
+            f"MatMulNBits with bits {bits}, block_size {block}, accuracy_level {level} is not supported",
+            where=graph.where(node.name),
+            mend=MEND,
+        )
     if node.input(4):
         raise InputError(
-            "MatMulNBits has a g_idx, which ONNX Runtime reads wrongly",
+            "MatMulNBits has a g_idx, with which ONNX Runtime computes wrong numbers",
             where=graph.where(node.name),
             mend="export the model again: qexport sorts the columns instead",
         )

@@ -1,4 +1,4 @@
-"""What the operators that multiply with codes have in common: their graph, the weight that each reads, checks."""
+"""What the operators that multiply with codes share: the graph, the stored weight, and checks of both."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from qexport.tensors.source import is_finite
 MICROSOFT: Final = "com.microsoft"
 """The domain of ONNX Runtime's own operators."""
 
-MEND: Final = "export the model again; this graph is damaged, or of another maker"
+MEND: Final = "export the model again; this graph is damaged, or was not made by qexport"
 
 
 class Operator(Protocol):
-    """A node of a graph, see `qexport.reading.onnx.graph.Node`."""
+    """A node of a graph; see `qexport.reading.onnx.graph.Node`."""
 
     @property
     def domain(self) -> str:
@@ -29,21 +29,21 @@ class Operator(Protocol):
 
     @property
     def op_type(self) -> str:
-        """The operator."""
+        """The operator's name."""
         ...
 
     @property
     def name(self) -> str:
-        """The node's; may be empty."""
+        """The node's name; may be empty."""
         ...
 
     @property
     def integers(self) -> Mapping[str, int]:
-        """Its attributes that are whole numbers."""
+        """Its integer attributes."""
         ...
 
     def input(self, index: int) -> str:
-        """The name of an input; empty where it is left out."""
+        """The name of an input; empty if it is omitted."""
         ...
 
 
@@ -53,7 +53,7 @@ class _Initializer(Protocol):
 
 
 class GraphTensors(Protocol):
-    """The tensors of a graph, see `qexport.reading.onnx.graph.Graph`."""
+    """The tensors of a graph; see `qexport.reading.onnx.graph.Graph`."""
 
     @property
     def initializers(self) -> Mapping[str, _Initializer]:
@@ -61,10 +61,10 @@ class GraphTensors(Protocol):
         ...
 
     def read(self, name: str) -> Tensor:
-        """An initializer in memory of its own. Its values are not looked at.
+        """A copy of an initializer. Its values are not checked.
 
         Raises:
-            InputError: there is none of that name, or its file has become shorter.
+            InputError: the graph has no initializer of this name, or its file has become shorter.
         """
         ...
 
@@ -74,7 +74,7 @@ class GraphTensors(Protocol):
 
 
 class StoredMatrix(Protocol):
-    """One quantized weight in a graph. Holds none of its large tensors."""
+    """One quantized weight in a graph. Holds no large tensors."""
 
     @property
     def kind(self) -> str:
@@ -83,12 +83,12 @@ class StoredMatrix(Protocol):
 
     @property
     def bits(self) -> int:
-        """Of a code."""
+        """Bits per code."""
         ...
 
     @property
     def block_size(self) -> int:
-        """Inputs that share a scale."""
+        """Inputs per scale."""
         ...
 
     @property
@@ -107,31 +107,31 @@ class StoredMatrix(Protocol):
         ...
 
     @property
-    def words(self) -> str:
-        """The operator with its attributes, for a user; where it ends in `blocks of`, the block size comes next."""
+    def description(self) -> str:
+        """The operator with its attributes, for users. The block size is to be appended if it ends in `blocks of`."""
         ...
 
     @property
     def layer(self) -> StoredLayer:
-        """What a user is told of the module."""
+        """The module as shown to users."""
         ...
 
     @property
     def grid(self) -> GroupQuantizedSpec | None:
-        """The blocks as groups; None where the codes do not lie along the inputs."""
+        """The blocks as groups along the inputs; None for other codes."""
         ...
 
     def quantized(self, graph: GraphTensors) -> Quantized:
         """The codes, read from the files.
 
         Raises:
-            InputError: a file has become shorter, a scale is no number, or a code is none of its method.
+            InputError: a file has become shorter, or a scale, a code or the order of the inputs is out of range.
         """
         ...
 
 
 def attribute(graph: GraphTensors, node: Operator, key: str) -> int:
-    """A whole number that the operator must have.
+    """An integer attribute that the operator must have.
 
     Raises:
         InputError: it is missing, or too small.
@@ -153,19 +153,19 @@ def module_of(graph: GraphTensors, node: Operator, codes: str, suffix: str) -> s
 
 
 def require(graph: GraphTensors, name: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
-    """Refuses a graph without an initializer of this shape and one of these dtypes.
+    """Requires an initializer of this shape and one of these dtypes.
 
     Raises:
-        InputError: it is missing or different.
+        InputError: it is missing, or has another shape or dtype.
     """
     found = graph.initializers.get(name)
     if found is None or found.spec not in [TensorSpec(shape, dtype) for dtype in dtypes]:
-        given = "nothing that the graph holds" if found is None else f"{found.spec.dtype} {list(found.spec.shape)}"
+        given = "no initializer" if found is None else f"{found.spec.dtype} {list(found.spec.shape)}"
         raise InputError(f"expected {dtypes[0]} {list(shape)}, found {given}", where=graph.where(name), mend=MEND)
 
 
 def scales_of(graph: GraphTensors, name: str) -> Tensor:
-    """Scales or absmaxes.
+    """Reads scales or absmaxes.
 
     Raises:
         InputError: one is negative, NaN or Inf.

@@ -1,4 +1,4 @@
-"""What an ONNX graph keeps of the tokens that it has seen, as transformers passes it from step to step."""
+"""The cache of an ONNX graph between steps, as a cache of transformers."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class OnnxCache(Cache):
         }
 
     def follow(self, present: Mapping[str, Tensor], tokens: int) -> None:
-        """Takes over what the graph has put into the memory of `following`."""
+        """Makes the outputs that the graph has written into the memory of `following` the new states."""
         self.states = {PAST + name.removeprefix(PRESENT): state for name, state in present.items()}
         self._length += tokens
 
@@ -60,21 +60,21 @@ class OnnxCache(Cache):
         return self._length
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """Without a limit."""
+        """-1: there is no limit."""
         return -1
 
     @property
     def is_compileable(self) -> bool:
-        """Torch does not see into the graph."""
+        """False: torch cannot compile the graph."""
         return False
 
     @property
     def is_initialized(self) -> bool:
-        """Every state has its place from the start."""
+        """True: every state exists from the start."""
         return True
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Takes other rows of the batch, for beam search."""
+        """Reorders the rows of the batch, for beam search."""
         self._change(lambda state: state.index_select(0, beam_idx.to(state.device)))
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -82,45 +82,47 @@ class OnnxCache(Cache):
         self._change(lambda state: state[indices].contiguous())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Has each row of the batch several times."""
+        """Repeats each row of the batch."""
         self._change(lambda state: state.repeat_interleave(repeats, dim=0))
 
     def update(self, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Not possible: the graph joins old and new keys itself."""
+        """Not supported: the graph joins old and new keys itself."""
         raise CompatibilityError("the cache of an ONNX graph cannot be used with another model")
 
     def crop(self, *_: Any, **__: Any) -> None:
-        """Not possible: recurrent states cannot be taken back."""
+        """Not supported: recurrent states cannot go back to an earlier token."""
         raise CompatibilityError(
-            "the cache of an ONNX graph cannot be shortened", mend="generate without a model that guesses ahead"
+            "the cache of an ONNX graph cannot be shortened", mend="generate without assisted decoding"
         )
 
     def reset(self) -> None:
-        """Not possible: begin with a new cache."""
-        raise CompatibilityError("the cache of an ONNX graph cannot be emptied", mend="pass none")
+        """Not supported: make a new cache instead."""
+        raise CompatibilityError(
+            "the cache of an ONNX graph cannot be reset", mend="pass no cache at the start of a text"
+        )
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
         self.states = {name: change(state) for name, state in self.states.items()}
 
 
 def check_states(session: Session) -> None:
-    """Each state must come in and go out under its name, with the sizes that are known before the graph runs.
+    """Checks that each state is an input and an output, with all sizes known but batch and tokens.
 
     Raises:
-        InputError: one does not.
+        InputError: a state is missing on one side, or its dtype or shape differs or is not known.
     """
     past = {name.removeprefix(PAST): value for name, value in session.inputs.items() if name.startswith(PAST)}
     present = {name.removeprefix(PRESENT): value for name, value in session.outputs.items() if name.startswith(PRESENT)}
     if different := sorted(name for name in past.keys() | present.keys() if not _agree(name, past, present)):
         raise InputError(
-            "the graph does not pass its cache on as it takes it",
+            "the graph has different cache inputs and outputs",
             where=", ".join(different),
-            mend="export the model again; this graph is of another maker",
+            mend="export the model again; this graph was not made by qexport",
         )
 
 
 def _agree(name: str, past: Mapping[str, Value], present: Mapping[str, Value]) -> bool:
-    """Outputs may leave sizes open that inputs know."""
+    """Whether input and output agree. Outputs may leave sizes open that the inputs fix."""
     if name not in past or name not in present or past[name].dtype != present[name].dtype:
         return False
     free = (0, _TOKENS) if name.endswith(_GROWING) else (0,)

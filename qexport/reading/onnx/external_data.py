@@ -1,4 +1,4 @@
-"""Where a graph's weights lie: files beside it, which the graph names, so they are not to be trusted."""
+"""Where a graph's weights are: in files beside it, under names and offsets that cannot be trusted."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from qexport.tensors.safetensors_file import SafetensorsFile
 from qexport.tensors.strict_files import contained_path
 
 _KEYS: Final = ("location", "offset", "length")
-_MOST_DIGITS: Final = 18
-_MEND: Final = "fetch or export the model anew; its graph and its data do not belong together"
+_MAX_DIGITS: Final = 18
+_MEND: Final = "fetch or export the model again; its graph and its data do not belong together"
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class DataFiles:
         self._headers: dict[str, Mapping[str, tuple[TensorSpec, int]]] = {}
 
     def place(self, entries: Sequence[tuple[str, str]], name: str, spec: TensorSpec, where: str) -> ExternalData:
-        """What an initializer's `external_data` says, held against the file that it names.
+        """The place that an initializer's `external_data` names, checked against the file.
 
         Args:
             entries: keys and values, as the graph has them.
@@ -73,9 +73,9 @@ class DataFiles:
             where: the initializer, for an error.
 
         Raises:
-            InputError: a key is missing, unknown or there twice; the file does not lie in the folder itself, or a
-                link leads out of it; there is no such file, or it ends before the tensor; the length is not that of
-                the shape; or the file is a safetensors file in which that tensor is not at that place.
+            InputError: a key is missing, unknown or repeated; the file is missing, not in the folder itself, or a link
+                out of it; the file ends before the tensor does; the length does not fit the shape; or the file is a
+                safetensors file that has another tensor at this place.
         """
         values = dict(entries)
         if len(entries) != len(_KEYS) or values.keys() != set(_KEYS):
@@ -88,13 +88,15 @@ class DataFiles:
             )
         end, size = data.offset + data.length, path.stat().st_size
         if end > size:
-            raise InputError(f"the data ends at byte {end} of {path.name}, the file at {size}", where=where, mend=_MEND)
+            raise InputError(
+                f"the data ends at byte {end} of {path.name}, but the file ends at byte {size}", where=where, mend=_MEND
+            )
         if path.suffix == ".safetensors":
             self._refuse_another_tensor(data, name, spec)
         return data
 
     def _path(self, location: str, where: str) -> Path:
-        """Only files of the folder itself: ONNX Runtime gives some paths below it a meaning of their own."""
+        """The path of a file in the folder itself: ONNX Runtime treats some paths below it specially."""
         if "/" in location:
             raise InputError(f"the data file {location!r} is not beside the graph", where=where, mend=_MEND)
         path = contained_path(self._folder, location)
@@ -103,12 +105,12 @@ class DataFiles:
         return path
 
     def _refuse_another_tensor(self, data: ExternalData, name: str, spec: TensorSpec) -> None:
-        """Codes of bitsandbytes are [n, 1] in safetensors and [n] in the graph; everything else is equal."""
+        """Shapes and dtypes must be equal, but codes of bitsandbytes are [n, 1] in safetensors and [n] in the graph."""
         shapes = (spec.shape, (*spec.shape, 1)) if len(spec.shape) == 1 else (spec.shape,)
         allowed = [(TensorSpec(shape, spec.dtype), data.offset) for shape in shapes]
         if self._header(data.path).get(name) not in allowed:
             raise InputError(
-                f"{data.path.name}: the safetensors file is another one than the graph was made for",
+                f"{data.path.name}: not the safetensors file that the graph was made for",
                 where=data.where,
                 mend=_MEND,
             )
@@ -122,6 +124,6 @@ class DataFiles:
 
 
 def _count(text: str, where: str) -> int:
-    if not (text.isascii() and text.isdecimal() and len(text) <= _MOST_DIGITS):
-        raise InputError(f"{text!r} is no number of bytes", where=where, mend=_MEND)
+    if not (text.isascii() and text.isdecimal() and len(text) <= _MAX_DIGITS):
+        raise InputError(f"{text!r} is not a number of bytes", where=where, mend=_MEND)
     return int(text)

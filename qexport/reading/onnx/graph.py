@@ -1,8 +1,8 @@
 """The graph of an ONNX artifact, as its file describes it, without the weights.
 
-`model.onnx` is a protocol buffer that somebody else may have written. Nothing outside of its folder is read for it,
-and only graphs in which every weight lies in the open are accepted: no functions, no sparse tensors, and no weights in
-the bodies of loops. The format is that of the ONNX specification (`onnx.proto3`, `docs/ExternalData.md`).
+`model.onnx` is a protocol buffer that may come from an untrusted source. No file outside its folder is read, and only
+graphs whose weights are all initializers are accepted: no functions, no sparse tensors, and no weights in the bodies of
+loops. The format is that of the ONNX specification (`onnx.proto3`, `docs/ExternalData.md`).
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ GRAPH_NAME: Final = "model.onnx"
 
 _GRAPH_LIMIT: Final = 1 << 27
 _BODY_LIMIT: Final = 1 << 12
-"""Bytes of a constant in the body of a loop."""
+"""Largest constant in the body of a loop, in bytes."""
 
-_OUTSIDE: Final = ("EPContext",)
-"""Operators that read files of their own."""
+_READS_FILES: Final = ("EPContext",)
+"""Operators that read other files."""
 
-_MOST_VALUES: Final = 1 << 48
+_MAX_VALUES: Final = 1 << 48
 
 _DTYPES: Final[Mapping[int, torch.dtype]] = {
     onnx.TensorProto.BOOL: torch.bool,
@@ -60,7 +60,7 @@ _DTYPES: Final[Mapping[int, torch.dtype]] = {
     onnx.TensorProto.FLOAT: torch.float32,
     onnx.TensorProto.DOUBLE: torch.float64,
 }
-_MEND: Final = "export the model again; this file is damaged, or of another maker"
+_MEND: Final = "export the model again; this file is damaged, or was not made by qexport"
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,9 @@ class Node:
         domain: `""` for ONNX's own operators.
         op_type: the operator.
         name: the node's; may be empty.
-        inputs: names of values; an empty one stands for an input that is left out.
+        inputs: names of values; empty for an omitted input.
         outputs: names of values.
-        integers: its attributes that are whole numbers.
+        integers: its integer attributes.
     """
 
     domain: str
@@ -84,7 +84,7 @@ class Node:
     integers: Mapping[str, int]
 
     def input(self, index: int) -> str:
-        """The name of an input; empty where it is left out."""
+        """The name of an input; empty if it is omitted."""
         return self.inputs[index] if index < len(self.inputs) else ""
 
 
@@ -94,7 +94,7 @@ class Initializer:
 
     Attributes:
         spec: shape and dtype.
-        place: where its bytes lie, or the bytes themselves where they lie in the graph's file.
+        place: where its bytes are, or the bytes themselves if they are in the graph's file.
     """
 
     spec: TensorSpec
@@ -102,20 +102,20 @@ class Initializer:
 
 
 class Graph:
-    """`model.onnx` in a folder, and the places of its weights. No weight is read when it is made.
+    """`model.onnx` in a folder, and the places of its weights. Making it reads no weight.
 
     Args:
         folder: the artifact.
 
     Attributes:
         path: the graph's file.
-        nodes: all operators but `Constant` and those in the bodies of loops.
-        initializers: every tensor that is known before the graph runs, by name; outputs of `Constant` among them.
-        used: the values that some operator reads, also in a body.
+        nodes: all operators except `Constant` and those in the bodies of loops.
+        initializers: every tensor that is known before the graph runs, by name, including outputs of `Constant`.
+        used: the values that an operator reads, including operators in bodies of loops.
 
     Raises:
-        InputError: the file is missing, too large, or no ONNX graph; it has functions, sparse tensors, operators of
-            unknown domains or weights in the body of a loop; a name stands for two values; a tensor has an unknown
+        InputError: the file is missing, too large, or not an ONNX graph; it has functions, sparse tensors, operators of
+            unknown domains or weights in the body of a loop; two values have the same name; a tensor has an unknown
             dtype, or its bytes are not where the graph says (see `DataFiles.place`).
     """
 
@@ -123,7 +123,9 @@ class Graph:
         self.path = contained_path(folder, GRAPH_NAME)
         model = _parse(self.path)
         if model.functions or model.training_info:
-            raise InputError("functions and training graphs are not read", where=str(self.path), mend="inline them")
+            raise InputError(
+                "functions and training graphs are not supported", where=str(self.path), mend="inline them"
+            )
         _refuse_hidden_weights(model.graph, self.path)
         constants = [_constant(node, self.path) for node in model.graph.node if node.op_type == "Constant"]
         tensors = [*((tensor.name, tensor) for tensor in model.graph.initializer), *constants]
@@ -138,13 +140,13 @@ class Graph:
         self.initializers = {name: self._initializer(name, tensor, files) for name, tensor in tensors}
 
     def read(self, name: str) -> torch.Tensor:
-        """An initializer in memory of its own. Its values are not looked at.
+        """A copy of an initializer. Its values are not checked.
 
         Raises:
-            InputError: there is none of that name, or its file has become shorter.
+            InputError: the graph has no initializer of this name, or its file has become shorter.
         """
         if name not in self.initializers:
-            raise InputError("the graph has no such initializer", where=self.where(name), mend=_MEND)
+            raise InputError("the graph has no initializer of this name", where=self.where(name), mend=_MEND)
         found = self.initializers[name]
         tensor = torch.empty(found.spec.shape, dtype=found.spec.dtype)
         buffer = tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(bytearray())
@@ -160,13 +162,15 @@ class Graph:
 
     def _refuse_ambiguous(self, *names: str) -> None:
         if twice := [name for name, count in Counter(names).items() if count > 1]:
-            raise InputError("a name stands for two values", where=self.where(twice[0]), mend=_MEND)
+            raise InputError("two values have the same name", where=self.where(twice[0]), mend=_MEND)
 
     def _initializer(self, name: str, tensor: onnx.TensorProto, files: DataFiles) -> Initializer:
         where = self.where(name)
         sizes = tensor.dims
-        if not name or tensor.data_type not in _DTYPES or min(sizes, default=0) < 0 or _product(sizes) > _MOST_VALUES:
-            raise InputError("an initializer has no name, an unknown dtype or no shape", where=where, mend=_MEND)
+        if not name or tensor.data_type not in _DTYPES or min(sizes, default=0) < 0 or _product(sizes) > _MAX_VALUES:
+            raise InputError(
+                "an initializer has no name, has an unknown dtype, or has no valid shape", where=where, mend=_MEND
+            )
         spec = TensorSpec(tuple(tensor.dims), _DTYPES[tensor.data_type])
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             entries = [(entry.key, entry.value) for entry in tensor.external_data]
@@ -175,7 +179,7 @@ class Graph:
 
 
 def _product(sizes: Iterable[int]) -> int:
-    """Of all sizes but 0, since torch cannot make even an empty tensor of giant ones."""
+    """The product of all sizes except 0: torch cannot make even an empty tensor with giant axes."""
     return math.prod(size for size in sizes if size)
 
 
@@ -183,7 +187,7 @@ def _parse(path: Path) -> onnx.ModelProto:
     if not path.is_file():
         raise InputError("there is no such file", where=str(path), mend="name the folder of an ONNX artifact")
     if (size := path.stat().st_size) > _GRAPH_LIMIT:
-        raise InputError(f"{size} bytes are too many for a graph; at most {_GRAPH_LIMIT} are read", where=str(path))
+        raise InputError(f"{size} bytes are too many for a graph; the limit is {_GRAPH_LIMIT}", where=str(path))
     try:
         model = onnx.load_model_from_string(path.read_bytes())
     except (OSError, DecodeError) as error:
@@ -191,12 +195,12 @@ def _parse(path: Path) -> onnx.ModelProto:
     if not model.graph.node or not model.opset_import:
         raise InputError("the file holds no graph", where=str(path), mend=_MEND)
     if not all(isinstance(text, str) for text in _texts(model)):
-        raise InputError("a name in the graph is no text", where=str(path), mend=_MEND)
+        raise InputError("a name in the graph is not UTF-8", where=str(path), mend=_MEND)
     return model
 
 
 def _texts(message: Message) -> Iterator[str | bytes]:
-    """Every field of text, at any depth. The library hands out what is not UTF-8 as bytes."""
+    """Every text field, at any depth. The library returns text that is not UTF-8 as bytes."""
     for field, value in message.ListFields():
         if field.type in (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_MESSAGE):
             for inner in [value] if isinstance(value, str | bytes | Message) else value:
@@ -204,25 +208,25 @@ def _texts(message: Message) -> Iterator[str | bytes]:
 
 
 def _refuse_hidden_weights(graph: onnx.GraphProto, path: Path, *, body: bool = False) -> None:
-    """Refuses everything in which weights, or paths to them, would not be found among the initializers."""
+    """Refuses everything that could hold weights, or paths to them, outside the initializers."""
     if graph.sparse_initializer:
-        raise InputError("sparse tensors are not read", where=str(path), mend=_MEND)
+        raise InputError("sparse tensors are not supported", where=str(path), mend=_MEND)
     if body and any(_is_external(tensor) or tensor.ByteSize() > _BODY_LIMIT for tensor in graph.initializer):
         raise InputError("there are weights in the body of an operator", where=str(path), mend=_MEND)
     domains = ("", "ai.onnx") if body else ("", "ai.onnx", MICROSOFT)
     for node in graph.node:
         where = f"{path}: {node.name or node.op_type}"
-        if node.domain not in domains or node.op_type in _OUTSIDE:
+        if node.domain not in domains or node.op_type in _READS_FILES:
             raise InputError(
-                f"the operator {node.domain or 'ai.onnx'}.{node.op_type} is not read{' in a body' if body else ''}",
+                f"{node.domain or 'ai.onnx'}.{node.op_type} is not supported{' in a body' if body else ''}",
                 where=where,
-                mend=f"only operators of ONNX and of {MICROSOFT} are, which ONNX Runtime has itself",
+                mend=f"only operators of ONNX and of {MICROSOFT}, which ONNX Runtime contains, are supported",
             )
         for attribute in node.attribute:
             tensors = (attribute.t, *attribute.tensors)
             if attribute.HasField("sparse_tensor") or attribute.sparse_tensors or any(map(_is_external, tensors)):
                 raise InputError(
-                    f"the attribute {attribute.name!r} is sparse, or lies in another file", where=where, mend=_MEND
+                    f"the attribute {attribute.name!r} is sparse, or is in another file", where=where, mend=_MEND
                 )
             if body and any(tensor.ByteSize() > _BODY_LIMIT for tensor in tensors):
                 raise InputError("there are weights in the body of an operator", where=where, mend=_MEND)
@@ -257,7 +261,7 @@ def _constant(node: onnx.NodeProto, path: Path) -> tuple[str, onnx.TensorProto]:
     """The output's name and the tensor, whichever attribute holds it."""
     where = f"{path}: {node.name or node.op_type}"
     if len(node.output) != 1 or len(node.attribute) != 1:
-        raise InputError("a constant has one output and one value", where=where, mend=_MEND)
+        raise InputError("a constant must have one output and one value", where=where, mend=_MEND)
     value = node.attribute[0]
     match value.name:
         case "value":
@@ -268,16 +272,16 @@ def _constant(node: onnx.NodeProto, path: Path) -> tuple[str, onnx.TensorProto]:
         case "value_int" | "value_ints":
             integers = [*value.ints] if value.name.endswith("s") else value.i
             return node.output[0], numpy_helper.from_array(np.array(integers, np.int64))
-    raise InputError(f"a constant of the form {value.name!r} is not read", where=where, mend=_MEND)
+    raise InputError(f"a constant with the attribute {value.name!r} is not supported", where=where, mend=_MEND)
 
 
 def _content(tensor: onnx.TensorProto, spec: TensorSpec, where: str) -> bytes:
     if tensor.external_data:
-        raise InputError("an initializer lies in the graph and in a file", where=where, mend=_MEND)
+        raise InputError("an initializer is both in the graph and in a data file", where=where, mend=_MEND)
     try:
         content = numpy_helper.to_array(tensor).tobytes()
     except (ValueError, TypeError) as error:
         raise InputError(f"an initializer contradicts its shape: {error}", where=where, mend=_MEND) from error
     if len(content) != spec.nbytes:
-        raise InputError(f"{len(content)} bytes are no {spec.dtype} {list(spec.shape)}", where=where, mend=_MEND)
+        raise InputError(f"{len(content)} bytes do not fit {spec.dtype} {list(spec.shape)}", where=where, mend=_MEND)
     return content

@@ -1,4 +1,4 @@
-"""An ONNX artifact as a model of transformers, computed by ONNX Runtime."""
+"""An ONNX artifact as a transformers model, computed by ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _INPUTS: Final = ("input_ids", "attention_mask", "position_ids")
 
 
 class OnnxCausalLM(PreTrainedModel, GenerationMixin):
-    """A causal language model whose forward is a graph in ONNX Runtime. It has no parameters of its own.
+    """A causal language model whose forward runs a graph in ONNX Runtime. It has no torch parameters.
 
     Args:
         config: the model's, as transformers reads it.
         session: the graph.
-        stored_bytes: of the weights, as they are stored.
+        stored_bytes: size of the stored weights.
 
     Attributes:
         session: the graph.
-        stored_bytes: of the weights, as they are stored.
+        stored_bytes: size of the stored weights.
 
     Raises:
-        InputError: the graph has not the inputs and outputs of a model with a cache.
+        InputError: the graph does not have the inputs and outputs of a model with a cache.
     """
 
     main_input_name = "input_ids"
@@ -45,9 +45,9 @@ class OnnxCausalLM(PreTrainedModel, GenerationMixin):
         logits = session.outputs.get("logits")
         if unknown or missing or logits is None or len(logits.shape) != 3 or logits.shape[-1] is None:
             raise InputError(
-                "the graph is no causal language model",
+                "the graph is not a causal language model",
                 where=f"inputs {', '.join(session.inputs)}; outputs {', '.join(session.outputs)}",
-                mend="export the model again; this graph is of another maker",
+                mend="export the model again; this graph was not made by qexport",
             )
         self._logits, self._vocabulary = logits, logits.shape[-1]
         check_states(session)
@@ -55,16 +55,16 @@ class OnnxCausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs and outputs lie."""
+        """The device of inputs and outputs."""
         return self.session.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the logits and the cache."""
+        """The dtype of the logits and the cache."""
         return self._logits.dtype
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Bytes of the weights as they are stored; what ONNX Runtime makes of them is not known."""
+        """Bytes of the stored weights; how much memory ONNX Runtime takes is not known."""
         return self.stored_bytes
 
     @torch.no_grad()
@@ -78,36 +78,36 @@ class OnnxCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = True,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """The logits of each token, and the cache behind them.
+        """The logits of each token, and the cache after them.
 
         Args:
             input_ids: int64 [batch, sequence].
-            attention_mask: [batch, past + sequence], 0 for padding on the left; all ones where None.
-            position_ids: int64 [batch, sequence]; counted from each row's first token where None.
+            attention_mask: [batch, past + sequence], 0 for padding on the left; None for all ones.
+            position_ids: int64 [batch, sequence]; None to count from each row's first token.
             past_key_values: what an earlier forward returned, which is changed in place; None at the start.
-            use_cache: whether the cache goes on; as the config says where None. Without it nothing but the logits is
+            use_cache: whether to return the cache; None for the config's value. Without it only the logits are
                 fetched from the graph.
-            logits_to_keep: how many of the last places get logits, or which; all where 0.
+            logits_to_keep: how many of the last positions get logits, or which positions; 0 for all.
             return_dict: False for a tuple.
 
         Raises:
-            CompatibilityError: the cache is another model's.
+            CompatibilityError: the cache is not one of an ONNX graph.
             InputError: ONNX Runtime cannot run the graph with these inputs.
         """
         if past_key_values is not None and not isinstance(past_key_values, OnnxCache):
-            raise CompatibilityError(f"a {type(past_key_values).__name__} is no cache of an ONNX graph")
+            raise CompatibilityError(f"a {type(past_key_values).__name__} is not a cache of an ONNX graph")
         batch, sequence = input_ids.shape
         cache = OnnxCache.empty(self.session, batch) if past_key_values is None else past_key_values
         inputs = self._inputs(input_ids, attention_mask, position_ids, cache.get_seq_length())
         logits = torch.empty((batch, sequence, self._vocabulary), dtype=self.dtype, device=self.device)
-        keep_on = getattr(self.config, "use_cache", True) if use_cache is None else use_cache
-        present = cache.following(sequence) if keep_on else {}
+        with_cache = getattr(self.config, "use_cache", True) if use_cache is None else use_cache
+        present = cache.following(sequence) if with_cache else {}
         self.session.run(inputs | cache.states, {"logits": logits} | present)
-        if keep_on:
+        if with_cache:
             cache.follow(present, sequence)
         output = CausalLMOutputWithPast(
             logits=cast("torch.FloatTensor", _kept(logits, logits_to_keep)),
-            past_key_values=cache if keep_on else None,
+            past_key_values=cache if with_cache else None,
         )
         return output.to_tuple() if return_dict is False else output
 
@@ -126,21 +126,21 @@ class OnnxCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        """No: the first forward makes the cache."""
+        """False: the first forward makes the cache."""
         return False
 
 
 def open_model(weights: OnnxWeights, *, device: torch.device) -> OnnxCausalLM:
     """An ONNX artifact's model, ready for `generate`.
 
-    Everything that the graph names was looked at when the artifact was opened; nothing outside of the folder is read.
+    Every file that the graph names was checked when the artifact was opened; none is outside the folder.
 
     Args:
         weights: the artifact, complete.
         device: `cpu`, or a CUDA device.
 
     Raises:
-        InputError: ONNX Runtime cannot load the graph on that device, or it is no causal language model.
+        InputError: ONNX Runtime cannot load the graph on that device, or it is not a causal language model.
     """
     session = open_session(weights.folder, device=device)
     config = copy.deepcopy(weights.architecture.parsed)
@@ -148,7 +148,7 @@ def open_model(weights: OnnxWeights, *, device: torch.device) -> OnnxCausalLM:
 
 
 def _kept(logits: Tensor, keep: int | Tensor) -> Tensor:
-    """Some places in memory of their own, so that the others need not stay."""
+    """The logits to keep, copied, so that the memory of the others is freed."""
     if isinstance(keep, Tensor):
         return logits[:, keep]
     return logits[:, -keep:].clone() if 0 < keep < logits.shape[1] else logits

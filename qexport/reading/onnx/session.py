@@ -1,4 +1,4 @@
-"""ONNX Runtime, set to the arithmetic that the graph's file asks for."""
+"""ONNX Runtime, with options under which it computes exactly what the graph says."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _EXACT: Final = {
     "session.set_denormal_as_zero": "0",
     "session.load_model_format": "ONNX",
 }
-"""Most are ONNX Runtime's own defaults today; a later version, or a build of another maker, may have others."""
+"""Most are ONNX Runtime's defaults today; later versions or other builds may have different ones."""
 
 _NUMPY: Final[Mapping[torch.dtype, type[np.generic]]] = {
     torch.float32: np.float32,
@@ -53,7 +53,7 @@ class Value:
 
     Attributes:
         dtype: float32, float16 or int64.
-        shape: None for a size that is known only when the graph runs.
+        shape: the sizes; None for one that is known only when the graph runs.
     """
 
     dtype: torch.dtype
@@ -61,14 +61,14 @@ class Value:
 
 
 class Session:
-    """A graph that is ready to run. Made by `open_session`.
+    """A loaded graph. Made by `open_session`.
 
     Attributes:
-        provider: what computes: `CPUExecutionProvider` or `CUDAExecutionProvider`.
-        version: ONNX Runtime's.
-        device: where inputs and outputs lie.
+        provider: the execution provider, `CPUExecutionProvider` or `CUDAExecutionProvider`.
+        version: of ONNX Runtime.
+        device: of inputs and outputs.
         inputs: by name, in the graph's order.
-        outputs: the same.
+        outputs: likewise.
     """
 
     def __init__(self, session: Any, device: torch.device) -> None:
@@ -80,17 +80,17 @@ class Session:
         self.outputs: Mapping[str, Value] = {value.name: _value(value) for value in session.get_outputs()}
 
     def run(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
-        """Runs the graph; only what the given outputs need is fetched.
+        """Runs the graph and fetches only the given outputs.
 
         Args:
             inputs: every input, contiguous, on the session's device.
-            outputs: tensors of the right shape and dtype, contiguous, on the same device, which are filled.
+            outputs: contiguous tensors of the right shape and dtype on the same device, to be filled.
 
         Raises:
             InputError: ONNX Runtime cannot run the graph with these inputs.
         """
         binding = self._session.io_binding()
-        with _told("run"):
+        with _runtime_errors("run"):
             for name, tensor in inputs.items():
                 binding.bind_input(name, *self._buffer(tensor))
             for name, tensor in outputs.items():
@@ -101,7 +101,7 @@ class Session:
         binding.synchronize_outputs()
 
     def _buffer(self, tensor: torch.Tensor) -> tuple[str, int, type[np.generic], tuple[int, ...], int]:
-        """What a binding takes of a tensor; it holds no reference."""
+        """The arguments that bind a tensor; the binding does not keep the tensor alive."""
         assert tensor.is_contiguous()
         assert tensor.device == self.device, f"{tensor.device} is not {self.device}"
         return self.device.type, self.device.index or 0, _NUMPY[tensor.dtype], tuple(tensor.shape), tensor.data_ptr()
@@ -110,15 +110,15 @@ class Session:
 def open_session(folder: Path, *, device: torch.device) -> Session:
     """Loads an ONNX artifact's graph and weights into ONNX Runtime.
 
-    It computes with as many threads as torch. The file is trusted: look at it with `qexport.reading.onnx.graph.Graph`
-    before.
+    It computes with as many threads as torch. The file is trusted: check it with `qexport.reading.onnx.graph.Graph`
+    first.
 
     Args:
         folder: the artifact.
         device: `cpu`, or a CUDA device.
 
     Raises:
-        InputError: ONNX Runtime cannot load the graph, or has no CUDA provider that starts where one is asked for.
+        InputError: ONNX Runtime cannot load the graph, or its CUDA provider is missing or does not start.
     """
     options = _options()
     device = torch.device("cuda", device.index or 0) if device.type == "cuda" else torch.device("cpu")
@@ -126,7 +126,7 @@ def open_session(folder: Path, *, device: torch.device) -> Session:
     if device.type == "cuda":
         _refuse_without_cuda(onnxruntime.get_available_providers())
         providers = [(CUDA, {"device_id": str(device.index), "use_tf32": "0"}), CPU]
-    with _told("load"):
+    with _runtime_errors("load"):
         session = onnxruntime.InferenceSession(str(folder / GRAPH_NAME), options, providers=providers)
     if device.type == "cuda":
         _refuse_without_cuda(session.get_providers())
@@ -134,16 +134,16 @@ def open_session(folder: Path, *, device: torch.device) -> Session:
 
 
 def refuse_unloadable(folder: Path) -> None:
-    """Lets ONNX Runtime's CPU provider look at every operator and its types. Weights are not prepared, so memory does
-    not grow with them.
+    """Refuses a graph whose operators or types ONNX Runtime's CPU provider does not accept. Weights are not prepacked,
+    so memory does not grow with them.
 
     Raises:
-        InputError: it cannot load the graph.
+        InputError: ONNX Runtime cannot load the graph.
     """
     options = _options()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")
-    with _told("load"):
+    with _runtime_errors("load"):
         onnxruntime.InferenceSession(str(folder / GRAPH_NAME), options, providers=[CPU])
 
 
@@ -159,24 +159,24 @@ def _options() -> Any:
 
 
 def _refuse_without_cuda(providers: list[str]) -> None:
-    """ONNX Runtime itself goes on with the CPU where CUDA does not start."""
+    """Refuses to run without CUDA; ONNX Runtime itself would fall back to the CPU."""
     if CUDA not in providers:
         raise InputError(
-            f"ONNX Runtime has no CUDA here; it has {', '.join(providers)}",
+            f"ONNX Runtime has no CUDA provider here, only {', '.join(providers)}",
             where="device cuda",
-            mend="install qexport[gpu] in place of qexport[onnx], and the CUDA that it needs; or take the device cpu",
+            mend="install qexport[gpu] instead of qexport[onnx], and the CUDA that it needs; or use the device cpu",
         )
 
 
 def _value(value: Any) -> Value:
     if value.type not in _TYPES:
-        raise InputError(f"{value.type} is no type of a model's input or output", where=f"{GRAPH_NAME}: {value.name}")
+        raise InputError(f"{value.type} is not supported for an input or output", where=f"{GRAPH_NAME}: {value.name}")
     return Value(_TYPES[value.type], tuple(size if isinstance(size, int) else None for size in value.shape))
 
 
 @contextmanager
-def _told(action: str) -> Iterator[None]:
-    """ONNX Runtime has an exception for each of its states; none has a base of its own."""
+def _runtime_errors(action: str) -> Iterator[None]:
+    """Turns ONNX Runtime's exceptions into one error. They have no common base class."""
     try:
         yield
     except Exception as error:

@@ -15,7 +15,7 @@ from qexport.architectures.families import without_code_keys
 from qexport.architectures.structure import Structure, refuse_impossible_depth
 from qexport.errors import InputError, RecipeError, listed
 from qexport.formats.dequantization import dequantize
-from qexport.formats.onnx.format import OPERATORS, described, stored_matrix
+from qexport.formats.onnx.format import OPERATORS, description, stored_matrix
 from qexport.formats.onnx.operators import StoredMatrix
 from qexport.formats.stored_weight import StoredLayer
 from qexport.reading.filled_model import read_generation
@@ -34,24 +34,24 @@ _CONFIG_LIMIT: Final = 1 << 24
 class OnnxWeights:
     """The parameters of a model in an ONNX artifact, by their names in a checkpoint's files. A `WeightSource`.
 
-    A quantized module appears as its `weight`, dequantized when it is read: the values that the graph multiplies with
-    where its activations are float32. Those of MatMulBnb4 are not rounded to the dtype that was quantized, as
-    bitsandbytes does it, so they are equal to those of a safetensors artifact in that dtype only.
+    A quantized module appears as its `weight`, dequantized on reading: the values that the graph multiplies with if its
+    activations are float32. Unlike bitsandbytes, MatMulBnb4 does not round them to the dtype that was quantized, so
+    they equal those of a safetensors artifact only in that dtype.
 
     Args:
         folder: the artifact.
         dtype: of dequantized weights.
-        like: an architecture that the folder's is likely to equal; what was built of it is shared then.
+        like: an architecture that is likely to equal the folder's; if it does, it is reused.
 
     Attributes:
-        folder: as it was given.
+        folder: as given.
         kind: `graph`.
         config: the content of config.json.
-        architecture: that of its config.json.
+        architecture: the architecture that config.json describes.
         quantized: how each quantized module is stored, by its path.
 
     Raises:
-        InputError: config.json or the graph are missing or malformed (see `qexport.reading.onnx.graph.Graph`), or an
+        InputError: config.json or the graph is missing or malformed (see `qexport.reading.onnx.graph.Graph`), or an
             operator's codes contradict its attributes.
         CompatibilityError: transformers does not know the family.
     """
@@ -67,18 +67,18 @@ class OnnxWeights:
         self.quantized: Mapping[str, StoredMatrix] = _quantized(self._graph)
 
     def specs(self) -> Mapping[str, TensorSpec]:
-        """The shape and dtype of every parameter that the graph holds, quantized ones as they are read.
+        """The shape and dtype of every parameter in the graph; of quantized ones, as `read` returns them.
 
-        What the graph has beside parameters (tables of positions, constants of its operators) is left out.
+        Other tensors of the graph (tables of positions, constants of operators) are not included.
         """
         return self._specs
 
     def read(self, name: str) -> torch.Tensor:
-        """The parameter in memory of its own.
+        """A copy of the parameter, dequantized.
 
         Raises:
-            InputError: the graph does not hold it, its file has become shorter, it holds NaN or Inf, or a code is none
-                of its method.
+            InputError: the graph does not have it, its file has become shorter, it holds NaN or Inf, or its codes are
+                out of range.
         """
         module = name.removesuffix(".weight")
         if name.endswith(".weight") and module in self.quantized:
@@ -86,12 +86,12 @@ class OnnxWeights:
             return weight.t().contiguous() if module in self.transposed else weight
         tensor = self._graph.read(name)
         if not is_finite(tensor):
-            raise InputError("there is NaN or Inf in it", where=self._graph.where(name))
+            raise InputError("the tensor has NaN or Inf", where=self._graph.where(name))
         return tensor
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of all parameters as they are stored."""
+        """Bytes of all stored parameters."""
         parts = {part for weight in self.quantized.values() for part in weight.parts}
         stored = parts | (self._specs.keys() & self._graph.initializers.keys())
         return sum(self._graph.initializers[name].spec.nbytes for name in stored)
@@ -103,8 +103,8 @@ class OnnxWeights:
 
     @property
     def method(self) -> str:
-        """How the weights are stored, for a reader."""
-        return f"ONNX, {described(self.quantized.values())}"
+        """How the weights are stored, for users."""
+        return f"ONNX, {description(self.quantized.values())}"
 
     @property
     def layers(self) -> dict[str, StoredLayer]:
@@ -113,17 +113,17 @@ class OnnxWeights:
 
     @property
     def grids(self) -> dict[str, GroupQuantizedSpec]:
-        """Bits, blocks and symmetry of each module whose codes lie in blocks along its inputs, by its path."""
+        """Bits, blocks and symmetry of each module whose codes are in blocks along its inputs, by its path."""
         return {module: spec for module, matrix in self.quantized.items() if (spec := matrix.grid) is not None}
 
     @property
     def transposed(self) -> frozenset[str]:
-        """The modules whose dense weight is [in, out] (GPT-2's Conv1D); codes are always [out, in]."""
+        """The modules whose unquantized weight is [in, out] (GPT-2's Conv1D); codes are always [out, in]."""
         return self.architecture.structure.transposed
 
     @property
     def files(self) -> list[str]:
-        """The names of the graph's file and of those that it has its weights in, sorted."""
+        """The names of the graph's file and of its data files, sorted."""
         places = (found.place for found in self._graph.initializers.values())
         return sorted(
             {self._graph.path.name, *(place.path.name for place in places if isinstance(place, ExternalData))}
@@ -134,14 +134,14 @@ class OnnxWeights:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nothing is open between two reads."""
+        """Does nothing: no file stays open between reads."""
 
     def model(self, *, device: torch.device, dtype: torch.dtype | None = None) -> OnnxCausalLM:
-        """The graph in ONNX Runtime, ready for `generate`. `check_complete` comes before.
+        """The graph in ONNX Runtime, ready for `generate`. Call `check_complete` first.
 
         Args:
             device: `cpu`, or a CUDA device.
-            dtype: what the graph must compute in, if anything.
+            dtype: what the graph must compute in; None for any dtype.
 
         Raises:
             RecipeError: ONNX Runtime is not installed, or the graph computes in another dtype.
@@ -156,7 +156,7 @@ class OnnxWeights:
             raise RecipeError(
                 f"the graph computes in {model.dtype}, not in {dtype}",
                 where=str(self.folder),
-                mend="leave `dtype` out, or export the model with other `activations`",
+                mend="omit `dtype`, or export the model with other `activations`",
             )
         return model
 
@@ -165,14 +165,17 @@ class OnnxWeights:
         return read_generation(self.folder)
 
     def check_complete(self, structure: Structure | None = None) -> None:
-        """Holds the graph against a model, without reading weights: that of its config.json where None is given.
+        """Checks that the graph has the parameters of a model, without reading weights.
+
+        Args:
+            structure: the model's; None for the one of config.json.
 
         Raises:
-            InputError: parameters are missing, unexpected or of another shape, or no operator reads one.
+            InputError: a parameter is missing, unexpected, of another shape, or not used by any operator.
         """
         problems = (structure or self.architecture.structure).differences(self._specs)
-        dense = [name for name in self._specs if name.removesuffix(".weight") not in self.quantized]
-        problems += [f"{name}: no operator reads it" for name in dense if name not in self._graph.used]
+        unquantized = [name for name in self._specs if name.removesuffix(".weight") not in self.quantized]
+        problems += [f"{name}: no operator reads it" for name in unquantized if name not in self._graph.used]
         if problems:
             raise InputError("the graph is not the model of its config.json", where=listed(problems))
 
@@ -186,8 +189,8 @@ class OnnxWeights:
             for module, weight in self.quantized.items()
         }
         initializers, parameters = self._graph.initializers, self.architecture.structure.parameters
-        dense = {name: initializers[name].spec for name in parameters if name in initializers}
-        found = dense | quantized
+        unquantized = {name: initializers[name].spec for name in parameters if name in initializers}
+        found = unquantized | quantized
         ordered = {name: found[name] for name in parameters if name in found}
         return ordered | found
 
@@ -196,14 +199,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The content of an ONNX artifact's config.json.
 
     Raises:
-        InputError: it is missing or malformed, or names a quantization, which is that of safetensors files.
+        InputError: it is missing or malformed, or has a quantization_config, which is for safetensors files only.
     """
     config = read_json_object(contained_path(folder, "config.json"), limit=_CONFIG_LIMIT)
     if "quantization_config" in config:
         raise InputError(
             "an ONNX artifact's config.json has a quantization_config",
             where=str(folder / "config.json"),
-            mend="the graph itself says how its weights are stored: take the key out, or export the model again",
+            mend="remove the key (the graph itself says how its weights are stored), or export the model again",
         )
     return config
 
@@ -215,7 +218,7 @@ def _quantized(graph: Graph) -> dict[str, StoredMatrix]:
         if (node.domain, node.op_type) in OPERATORS:
             module, weight = stored_matrix(graph, node, producers)
             if found.setdefault(module, weight) != weight:
-                raise InputError("two operators read the same codes in two ways", where=graph.where(module))
+                raise InputError("two operators read the same codes in different ways", where=graph.where(module))
             if weight.codes != f"{module}.weight" and f"{module}.weight" in graph.initializers:
-                raise InputError("a module is there both dense and quantized", where=graph.where(module))
+                raise InputError("the module is stored both unquantized and quantized", where=graph.where(module))
     return found

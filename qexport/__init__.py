@@ -79,7 +79,7 @@ _NAMES = {
     "quantizing.nf4": ("Nf4",),
     "quantizing.none": ("NoQuantization",),
     "quantizing.w8a8": ("W8a8",),
-    "reading.model": ("load",),
+    "reading.stored_model": ("load",),
     "recipe": ("Recipe", "load_recipe"),
     "verifying.settings": ("SamplingSettings", "SpeedSettings", "TaskSettings", "VerifySettings"),
 }

@@ -25,7 +25,7 @@ SELF := -m pip install --quiet --no-deps --no-build-isolation --editable .
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick test-servers test-genai test-tasks test-readers test-browser test-docs check format lint types imports docs benchmark lock clean
+.PHONY: help demo test quick test-servers test-genai test-tasks test-readers test-browser test-docs check format lint types imports schema docs benchmark lock clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -71,6 +71,10 @@ types: $(READY) ## Check the types, strictly
 
 imports: $(READY) ## Check which room imports which
 	$(BIN)/lint-imports
+
+schema: $(READY) ## Write the recipe's JSON Schema and the tables of its fields anew
+	$(BIN)/qexport schema > recipes/recipe.schema.json
+	$(BIN)/python -m qexport.recipe.reference docs/recipe.md
 
 docs: $(DOCS_READY) ## Build the documentation as a site, in out/site
 	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict

@@ -49,6 +49,7 @@ from qexport.errors import (
     RecipeError,
     ResourceError,
 )
+from qexport.pipeline.result import Result
 from qexport.progress import Notice, Progress, ProgressCallback
 from qexport.recipe import Recipe
 from reports import figure
@@ -151,17 +152,10 @@ def verification(gates: Sequence[GateResult] = ()) -> Verification:
     )
 
 
-def result(path: Path, *gates: GateResult) -> SimpleNamespace:
+def result(path: Path, *gates: GateResult) -> Result:
     found = reports.report(gates or None)
     manifests = {"safetensors": manifest(verification=verification(gates).model_dump())}
-    return SimpleNamespace(
-        artifact_path=path,
-        manifest=manifests["safetensors"],
-        manifests=manifests,
-        reports={"safetensors": found},
-        verdict=found.verdict,
-        passed=found.verdict == "pass",
-    )
+    return Result(path, manifests, {"safetensors": found}, found.verdict)
 
 
 def shown(record: Manifest, path: str = "/out/x", width: int = 120) -> str:
@@ -263,7 +257,7 @@ def test_an_interrupted_run_says_in_one_line_that_nothing_was_published(
 def test_an_interruption_that_a_library_swallows_is_raised_again(
     recipe: str, pipeline: Callable[[Run], None], capsys: pytest.CaptureFixture[str], number: signal.Signals
 ) -> None:
-    def run(*_: Any, progress: ProgressCallback, **__: Any) -> SimpleNamespace:
+    def run(*_: Any, progress: ProgressCallback, **__: Any) -> Result:
         with suppress(KeyboardInterrupt):
             os.kill(os.getpid(), number)
         progress(Progress("load", 0, 1, "file"))
@@ -353,7 +347,7 @@ def test_arguments_reach_the_pipeline(
     monkeypatch.chdir(tmp_path)
     calls, commands = [], list[str]()
 
-    def run(chosen: Recipe, *, force: bool, device: str, command: str, progress: ProgressCallback) -> SimpleNamespace:
+    def run(chosen: Recipe, *, force: bool, device: str, command: str, progress: ProgressCallback) -> Result:
         commands.append(command)
         calls.append((chosen, force, device))
         return result(tmp_path / "x")
@@ -375,7 +369,7 @@ def test_arguments_reach_the_pipeline(
 def test_with_json_stdout_is_one_document_whatever_libraries_print(
     recipe: str, pipeline: Callable[[Run], None], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    def run(*_: object, progress: ProgressCallback, **__: object) -> SimpleNamespace:
+    def run(*_: object, progress: ProgressCallback, **__: object) -> Result:
         print("a library talks")  # noqa: T201
         progress(Notice("something to know"))
         return result(tmp_path)
@@ -438,8 +432,8 @@ def test_a_run_outlives_the_reader_of_its_progress(recipe: str) -> None:
 import sys, types, qexport
 from qexport.cli import main
 from qexport.progress import Notice
-def plan(recipe, report):
-    report(Notice("nobody reads this"))
+def plan(recipe, progress):
+    progress(Notice("nobody reads this"))
     print("nor what a library prints", flush=True)
     return types.SimpleNamespace(as_dict=lambda: {"blocks": 2})
 sys.modules["qexport.pipeline"] = qexport.pipeline = types.SimpleNamespace(plan=plan)

@@ -9,7 +9,7 @@ from pathlib import Path
 from conftest import slow_tests
 
 TESTS = Path(__file__).parent
-ROOMS = sorted(path.name.removesuffix(".py") for path in (TESTS.parent / "qexport").glob("[a-z]*"))
+ROOMS = sorted(path.stem for path in (TESTS.parent / "qexport").glob("[a-z]*") if path.suffix in ("", ".py"))
 
 
 def functions(file: Path) -> set[str]:

@@ -27,6 +27,64 @@ from qexport.formats import Outputs
 from qexport.tensors import BlockQuantizedSpec
 
 
+class Layout(Protocol):
+    """One folder for one kind of reader. Made from the plan alone; what it cannot carry it refuses when it is made."""
+
+    @property
+    def name(self) -> str:
+        """The name in the recipe's `export`."""
+        ...
+
+    @property
+    def readers(self) -> Sequence[str]:
+        """Those who are to read the folder, besides qexport."""
+        ...
+
+    @property
+    def weights(self) -> WeightFiles:
+        """The weights that it wants in the folder; layouts with equal ones share the files."""
+        ...
+
+    @property
+    def quantization(self) -> Mapping[str, Any] | None:
+        """The `quantization_config` in its config.json; None where the folder holds 16-bit weights."""
+        ...
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What a user of this folder should know."""
+        ...
+
+    @property
+    def graph(self) -> GraphRecord | None:
+        """What the manifest says of a graph in the folder; None where there is none."""
+        ...
+
+    def prepare(self) -> None:
+        """Does, before anything is quantized, what needs no weights and may fail.
+
+        Raises:
+            CompatibilityError: the model cannot be laid out so.
+        """
+        ...
+
+    def write_files(self, folder: Path, checkpoint: Checkpoint) -> None:
+        """Writes everything but the weights and the manifest into the folder, which holds the weights.
+
+        Raises:
+            QexportError: a file cannot be written.
+        """
+        ...
+
+    def check(self, folder: Path) -> None:
+        """Checks the finished folder: every rule of its readers.
+
+        Raises:
+            QexportError: a rule is broken.
+        """
+        ...
+
+
 class SafetensorsLayout:
     """The method's own format, as the libraries that know it read it.
 
@@ -91,64 +149,6 @@ class SafetensorsLayout:
 
     def check(self, folder: Path) -> None:
         """Nothing: the weights are read back as in every layout."""
-
-
-class Layout(Protocol):
-    """One folder for one kind of reader. Made from the plan alone; what it cannot carry it refuses when it is made."""
-
-    @property
-    def name(self) -> str:
-        """The name in the recipe's `export`."""
-        ...
-
-    @property
-    def readers(self) -> Sequence[str]:
-        """Those who are to read the folder, besides qexport."""
-        ...
-
-    @property
-    def weights(self) -> WeightFiles:
-        """The weights that it wants in the folder; layouts with equal ones share the files."""
-        ...
-
-    @property
-    def quantization(self) -> Mapping[str, Any] | None:
-        """The `quantization_config` in its config.json; None where the folder holds 16-bit weights."""
-        ...
-
-    @property
-    def notes(self) -> Sequence[str]:
-        """What a user of this folder should know."""
-        ...
-
-    @property
-    def graph(self) -> GraphRecord | None:
-        """What the manifest says of a graph in the folder; None where there is none."""
-        ...
-
-    def prepare(self) -> None:
-        """Does, before anything is quantized, what needs no weights and may fail.
-
-        Raises:
-            CompatibilityError: the model cannot be laid out so.
-        """
-        ...
-
-    def write_files(self, folder: Path, checkpoint: Checkpoint) -> None:
-        """Writes everything but the weights and the manifest into the folder, which holds the weights.
-
-        Raises:
-            QexportError: a file cannot be written.
-        """
-        ...
-
-    def check(self, folder: Path) -> None:
-        """Checks the finished folder: every rule of its readers.
-
-        Raises:
-            QexportError: a rule is broken.
-        """
-        ...
 
 
 def make_layout(settings: ExportSettings, outputs: Outputs, structure: Structure, checkpoint: Checkpoint) -> Layout:

@@ -90,6 +90,7 @@ def quantize(
         InputError: a tensor cannot be read.
         NumericalError: a value is out of the method's range.
     """
+    transposed = checkpoint.architecture.structure.transposed
     merged_ahead = _ahead(checkpoint.weights, outputs.specs)
     for done, ((name, spec), merged) in enumerate(zip(outputs.specs.items(), merged_ahead, strict=True)):
         progress(Progress("quantize", done, len(outputs.specs), "tensor", name))
@@ -97,9 +98,9 @@ def quantize(
             yield TensorRecord(name, merged)
             continue
         assert method is not None
-        assert not isinstance(spec, GroupQuantizedSpec)
-        matrix = merged.t().contiguous() if spec.transposed else merged  # every format has the codes [out, in]
-        layer = LayerRecord.uncalibrated(name.removesuffix(".weight"), method.layer_method, spec.bits, spec.group_size)
+        module = name.removesuffix(".weight")
+        matrix = merged.t().contiguous() if module in transposed else merged  # every format has the codes [out, in]
+        layer = LayerRecord.uncalibrated(module, method.layer_method, spec.bits, spec.group_size)
         yield TensorRecord(name, method.codes(matrix.to(device), spec), layer, merged)
     progress(Progress("quantize", len(outputs.specs), len(outputs.specs), "tensor"))
 

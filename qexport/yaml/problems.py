@@ -148,7 +148,7 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
 
 def _is_chosen(model: type[BaseModel], keys: Keys, root: YamlNode) -> bool:
     """Whether the discriminators at this path (method, layout) are this model's."""
-    tags = {name: get_args(field.annotation) for name, field in model.model_fields.items() if field.is_required()}
+    tags = {name: get_args(field.annotation) for name, field in model.model_fields.items()}
     tags = {name: options for name, options in tags.items() if len(options) == 1 and isinstance(options[0], str)}
     entries = {name: entry_at(root, (*keys, name)) for name in tags}
     return all(entry is None or entry.node.value in tags[name] for name, entry in entries.items())

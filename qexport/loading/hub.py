@@ -53,7 +53,7 @@ def find_package_file(reference: PackageReference) -> PackageFile:
         raise InputError(
             f"the package {reference.package!r} is not installed",
             where=f"pkg:{name}",
-            mend=f"install the distribution that contains it, for example: pip install --no-deps {_distribution(reference)}",
+            mend=f"install the distribution that has it, for example: pip install --no-deps {_distribution(reference)}",
         )
     for location in spec.submodule_search_locations:
         path = contained_path(Path(location), reference.file)

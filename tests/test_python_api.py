@@ -141,7 +141,7 @@ def test_what_cannot_be_taken_is_said_and_nothing_is_left(
     base: Path, adapter: Path, live: PeftModel, tmp_path: Path
 ) -> None:
     given = {"tokenizer": factories.tokenizer(), "output": tmp_path / "out"}
-    assert "without its tokenizer" in refused(live, output=tmp_path / "out")
+    assert "needs its tokenizer" in refused(live, output=tmp_path / "out")
     assert "has an adapter already" in refused(live, adapter=adapter, **given)
     live.merge_adapter()
     assert "is merged into the base" in refused(live, **given)

@@ -45,7 +45,7 @@ def find_package_file(reference: PackageReference) -> PackageFile:
     """The file that the reference names. Nothing of the package is executed.
 
     Raises:
-        InputError: the package is not installed, has no such file, or the name leaves the package.
+        InputError: the package is not installed, does not have the file, or the name leads out of the package.
     """
     name = f"{reference.package}/{reference.file}"
     spec = find_spec(reference.package)  # a name without dots is looked up, never imported

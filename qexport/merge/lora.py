@@ -135,7 +135,7 @@ def _low_rank(plan: MergePlan, path: str, module: Module, rank: int, scaling: fl
 
 def _plan_bias(plan: MergePlan, path: str, module: Module, scaling: float) -> None:
     if not module.has_bias:
-        plan.refuse(f"{path}: lora_bias needs a bias, and the base has none here", "train without lora_bias")
+        plan.refuse(f"{path}: lora_bias needs a bias in the base, which has none here", "train without lora_bias")
         return
     plan.change(f"{path}.bias", Add(plan.factor(path, "lora_B.bias", (module.outputs,)), scaling))
 

@@ -11,8 +11,8 @@ def size(count: float, *, decimals: int | None = None) -> str:
     """Bytes in powers of ten: `98 MB`, `1.3 GB`.
 
     Args:
-        count: of bytes.
-        decimals: how many, for sizes that stand beside others; where None, one below 10 and none above.
+        count: the number of bytes.
+        decimals: how many, for sizes shown next to each other; if None, one below 10 and none above.
     """
     for exponent, unit in _UNITS:
         if count >= 10**exponent:

@@ -1,6 +1,6 @@
 """The errors of qexport, and the exit code that each one means.
 
-    QexportError              1    a defect in qexport (also: any exception that is none of these)
+    QexportError              1    a defect in qexport (also: any other exception)
     ├── RecipeError           2    usage or recipe: unknown key, wrong type, impossible combination
     ├── InputError            3    model, adapter or data: missing, malformed, unsafe, of another model
     ├── CompatibilityError    4    method, layout and model do not fit together
@@ -19,7 +19,7 @@ from typing import ClassVar
 
 
 class QexportError(Exception):
-    """An error told in three lines: what happened, where, and how to mend it.
+    """An error in three lines: what happened, where, and how to fix it.
 
     Args:
         what: one sentence that says what is wrong, without the place.
@@ -87,7 +87,7 @@ class ResourceError(QexportError):
 
 
 def listed(problems: Sequence[str], *, limit: int = 12) -> str:
-    """Problems for an error's `where`, one a line: at most `limit` of them, and the count of the rest."""
+    """Problems for an error's `where`, one per line: at most `limit` of them, and the number of the others."""
     lines = list(problems[:limit])
     if len(problems) > limit:
         lines.append(f"and {len(problems) - limit} more")

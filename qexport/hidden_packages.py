@@ -1,8 +1,8 @@
-"""Packages that must not be imported on behalf of qexport, although its dependencies import them where they can.
+"""Packages that must not be imported on behalf of qexport, although its dependencies import them if they can.
 
-`kernels` downloads native code from a model hub and runs it. transformers imports it where it is installed.
-bitsandbytes asks it for code as soon as bitsandbytes itself is imported on a CPU with AVX512-BF16, and PEFT imports
-bitsandbytes for layers that qexport never has.
+`kernels` downloads native code from a model hub and runs it. transformers imports it if it is installed.
+bitsandbytes gets code from it as soon as bitsandbytes itself is imported on a CPU with AVX512-BF16, and PEFT imports
+bitsandbytes for layers that qexport never uses.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _CACHED_ANSWERS: Final[Mapping[Package, tuple[tuple[str, str], ...]]] = {
 }
 """Functions that remember whether a package can be imported.
 
-That of transformers for `kernels` keeps its answer: modules of transformers have already been imported accordingly.
+The one of transformers for `kernels` is not reset: modules of transformers have been imported according to it.
 """
 
 _MODULES: Final[dict[str, Any]] = sys.modules
@@ -37,11 +37,11 @@ _hidden: set[Package] = set()
 
 @contextmanager
 def hidden(package: Package) -> Iterator[None]:
-    """As long as the context lasts, importing the package fails as if it were not installed.
+    """Within the context, importing the package fails as if it were not installed.
 
-    A package that the process has imported before stays as it is, so that programs that use it besides qexport are not
+    A package that the process has imported before stays as it is, so that programs that also use it are not
     disturbed. The contexts of several threads may overlap; the last one that ends makes the package visible again.
-    Until then no thread can import it. Where qexport is what imports transformers first, transformers does without
+    Until then no thread can import it. If qexport is the first to import transformers, transformers does without
     `kernels` in this process from then on.
     """
     _enter(package)

@@ -1,4 +1,4 @@
-"""What stages say of their progress. They call a `ProgressCallback`; the command line shows it."""
+"""The progress of stages. They call a `ProgressCallback`; the command line shows what it gets."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Progress:
     """One step of a stage.
 
     Attributes:
-        stage: the stage that is at work.
+        stage: the running stage.
         done: units finished so far, 0 to total.
-        total: units of the whole stage; 0 where it is not known.
+        total: units of the whole stage; 0 if not known.
         unit: what is counted, for example "block" or "window".
         detail: a few words on the step, for example "loss 0.021" (may be empty).
         tokens: tokens that went through the model in this stage so far.
@@ -32,7 +32,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Notice:
-    """Something that a user should know and that stops nothing, for example a base of another name."""
+    """Something that a user should know and that does not stop the run, for example a base of another name."""
 
     text: str
 
@@ -41,4 +41,4 @@ ProgressCallback = Callable[[Progress | Notice], None]
 
 
 def silent(event: Progress | Notice) -> None:
-    """Drops every event."""
+    """Ignores every event."""

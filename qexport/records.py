@@ -1,5 +1,5 @@
-"""The base of everything that is written as JSON into or about an artifact; and the record of a layer, which the pass
-carries beside the layer's tensors to the manifest and the report. Imports no torch.
+"""The base of all JSON records of an artifact, and the record of a quantized layer, which goes with the layer's tensors
+through the pass, then into the manifest and the report. Imports no torch.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Record(BaseModel):
-    """Strict types, no unknown keys, finite floats, unchangeable."""
+    """Strict types, no unknown keys, finite floats, immutable."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -22,7 +22,7 @@ class LayerRecord(Record):
     """The module's path."""
 
     method: str
-    """How the codes were found: the method's name, or `round_to_nearest` where a calibrated method could not."""
+    """How the codes were found: the method's name, or `round_to_nearest` where a calibrated method failed."""
 
     bits: int
 
@@ -31,15 +31,15 @@ class LayerRecord(Record):
 
     loss: float | None
     """Mean squared error of the layer's outputs on the calibration tokens, relative to the mean square of the outputs;
-    None where that ratio does not exist, or nobody has looked.
+    None if the ratio is undefined, or was not measured.
     """
 
     rtn_loss: float | None
     """The same for plain round-to-nearest with the same bits and groups."""
 
     damp_percent: float | None
-    """The damping that the factorization used, as a fraction of the mean of the Hessian's diagonal; None where there
-    was none.
+    """The damping that the factorization used, as a fraction of the mean of the Hessian's diagonal; None without
+    damping.
     """
 
     tokens: int
@@ -50,7 +50,7 @@ class LayerRecord(Record):
 
     @classmethod
     def uncalibrated(cls, name: str, method: str, bits: int, group_size: int) -> LayerRecord:
-        """Of a layer that was quantized without calibration, or by somebody who has recorded none."""
+        """The record of a layer that was quantized without calibration, or by a program that recorded none."""
         return cls(
             name=name,
             method=method,

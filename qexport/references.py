@@ -1,7 +1,7 @@
-"""What texts of recipes and of the command line name: a local path, a model or data set of the hub, a packaged file.
+"""What a text in a recipe or on the command line names: a local path, a model or dataset of the hub, a packaged file.
 
-The form of the text decides, not what lies on the disk: `org/name` never means a folder. Such a relative folder is
-written `./org/name`; recipes that are read from a file hold absolute paths.
+The form of the text decides, not what is on the disk: `org/name` never means a folder. Such a relative folder is
+written as `./org/name`; recipes that are read from a file hold absolute paths.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Final
 
 DATASET_PREFIX: Final = "hub:"
-"""Before the id of a data set, where a text names a file otherwise."""
+"""The prefix of a dataset's id, in texts that otherwise name a file."""
 
 PACKAGE_PREFIX: Final = "pkg:"
-"""Before a package's import name and a file inside it."""
+"""The prefix of a package's import name and a file inside it."""
 
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _PACKAGE: Final = re.compile(r"pkg:(?P<package>[A-Za-z_]\w*)/(?P<file>[^\0\\]+\.gguf)", re.ASCII)
@@ -23,14 +23,14 @@ _EXPLICIT: Final = ("./", "../", "/", "~")
 
 @dataclass(frozen=True)
 class LocalReference:
-    """A path of this machine, absolute or from the current directory; `~` is not yet expanded."""
+    """A local path, absolute or relative to the current directory; `~` is not yet expanded."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class HubReference:
-    """A model on the hub, at a branch, tag or commit (the main branch where None)."""
+    """A model on the hub, at a branch, tag or commit (`main` if None)."""
 
     repo_id: str
     revision: str | None = None
@@ -45,10 +45,10 @@ class PackageReference:
 
 
 def parse_reference(text: str) -> LocalReference | HubReference | PackageReference:
-    """What a base model or an adapter is.
+    """What kind of place the text of a base model or an adapter names.
 
     Raises:
-        ValueError: the text begins as a file inside a package, and names none.
+        ValueError: the text begins with `pkg:`, but names no file inside a package.
     """
     if text.startswith(PACKAGE_PREFIX):
         if match := _PACKAGE.fullmatch(text):
@@ -60,10 +60,10 @@ def parse_reference(text: str) -> LocalReference | HubReference | PackageReferen
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether the text has the form of a model's or data set's id: `org/name`."""
+    """Whether the text has the form of a model's or dataset's id: `org/name`."""
     return _HUB_ID.fullmatch(text) is not None and ".." not in text
 
 
 def is_explicit_path(text: str) -> bool:
-    """Whether the text says that it is a path, so that it names one even where nothing is there."""
+    """Whether the text has the form of a path, and so names one even if nothing is there."""
     return text.startswith(_EXPLICIT) or text in (".", "..")

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Settings(BaseModel):
-    """A part of a recipe: unknown keys are errors, values keep their type, numbers are finite, nothing changes."""
+    """A part of a recipe: unknown keys are errors, types are strict, numbers finite, instances immutable."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -19,7 +19,7 @@ class Settings(BaseModel):
 def required_in_recipes(*fields: str) -> Callable[[dict[str, Any]], None]:
     """For a part's JSON Schema: fields that a recipe must name although they have a default in Python.
 
-    There the class is the name of a method or a layout, and calibration text is given apart.
+    In Python the class names the method or the layout, and calibration text is a separate argument.
     """
 
     def mark(schema: dict[str, Any]) -> None:

@@ -39,8 +39,8 @@ def test_an_artifact_that_is_as_written_opens(tmp_path: Path) -> None:
     ("name", "content", "words"),
     [
         ("sub/weights", None, "is missing"),
-        ("sub/weights", bytes(256), "is not as it was written"),
-        ("config.json", b"{} ", "is not as it was written"),
+        ("sub/weights", bytes(256), "has changed since it was written"),
+        ("config.json", b"{} ", "has changed since it was written"),
         ("pickle.bin", b"", "is not in its manifest"),
     ],
 )

@@ -157,7 +157,7 @@ def test_an_empty_output_folder_is_fine(tmp_path: Path) -> None:
 @pytest.mark.parametrize("force", [False, True])
 def test_a_file_in_the_way_is_refused(tmp_path: Path, force: bool) -> None:
     (tmp_path / "out").write_text("mine")
-    with pytest.raises(RecipeError, match="file is in the way"):
+    with pytest.raises(RecipeError, match="the output is a file"):
         Publication(tmp_path / "out", force=force)
 
 
@@ -165,9 +165,9 @@ def test_force_never_replaces_a_folder_that_the_user_stands_in(tmp_path: Path, m
     output = old_output(tmp_path)
     (output / "below").mkdir()
     monkeypatch.chdir(output / "below")
-    with pytest.raises(RecipeError, match="stand in"):
+    with pytest.raises(RecipeError, match="contain the current directory"):
         check_output(output, force=True)
-    with pytest.raises(RecipeError, match="stand in"):
+    with pytest.raises(RecipeError, match="contain the current directory"):
         check_output(Path("/"), force=True)
 
 
@@ -177,7 +177,7 @@ def test_the_folder_of_rejected_artifacts_is_never_replaced_under_the_users_feet
     fill_layouts(tmp_path / "out.rejected", "tgi")
     check_output(tmp_path / "out", force=False)
     monkeypatch.chdir(tmp_path / "out.rejected" / "tgi")
-    with pytest.raises(RecipeError, match="you stand in the folder for a rejected artifact"):
+    with pytest.raises(RecipeError, match="the current directory is in the folder for a rejected artifact"):
         check_output(tmp_path / "out", force=False)
 
 
@@ -380,7 +380,7 @@ def test_a_link_in_place_of_the_rejected_folder_is_not_followed_whatever_lies_th
     if finished:
         fill(tmp_path / "mine")
     (tmp_path / "out.rejected").symlink_to(tmp_path / "mine")
-    with pytest.raises(RecipeError, match="in the way of a rejected artifact"):
+    with pytest.raises(RecipeError, match="at the path of the folder for a rejected artifact"):
         check_output(tmp_path / "out", force=True)
 
 

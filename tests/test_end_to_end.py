@@ -243,7 +243,7 @@ def test_a_failed_gate_leaves_its_report_beside_the_artifact(tmp_path: Path) -> 
 
 
 def test_an_undecided_gate_sets_the_artifact_aside_too(tmp_path: Path) -> None:
-    """Nobody has measured this domain, and what was not measured is no pass."""
+    """Nobody has measured this domain, and without a measured value is no pass."""
     prepare(tmp_path, factories.llama_config(), ["q_proj"])
     result = finish(tmp_path, {"verify.gates": "{mean_kl: {domains: {law: {at_most: 5.0}}}}"})
     assert (result.verdict, result.artifact_path) == ("undecided", tmp_path / "out.rejected")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qexport.artifact.digests import FileDigests, taken_meanwhile
+from qexport.artifact.digests import FileDigests, hashed_in_background
 
 
 def files(folder: Path) -> dict[str, str]:
@@ -26,7 +26,7 @@ def test_digests_are_those_of_the_files(tmp_path: Path, meanwhile: bool) -> None
     digests = FileDigests(tmp_path, ["c", "b", "a"], {"known": "0"})
     assert list(digests) == sorted(expected)
     if meanwhile:
-        with taken_meanwhile(digests):
+        with hashed_in_background(digests):
             pass
     assert dict(digests) == expected
     assert "other" not in digests
@@ -36,7 +36,7 @@ def test_a_file_that_cannot_be_read_is_told_where_its_digest_is_asked_for(tmp_pa
     files(tmp_path)
     (tmp_path / "b").unlink()
     digests = FileDigests(tmp_path, ["a", "b", "c"], {})
-    with taken_meanwhile(digests):
+    with hashed_in_background(digests):
         pass
     with pytest.raises(FileNotFoundError):
         dict(digests)
@@ -48,7 +48,7 @@ def test_an_error_meanwhile_ends_the_thread(tmp_path: Path, monkeypatch: pytest.
     digests = FileDigests(tmp_path, ["endless"], {})
 
     def interrupted() -> None:
-        with taken_meanwhile(digests):
+        with hashed_in_background(digests):
             assert "digests" in thread_names()
             raise KeyboardInterrupt
 
@@ -61,5 +61,5 @@ def test_an_error_meanwhile_ends_the_thread(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_digests_that_are_there_need_no_thread() -> None:
-    with taken_meanwhile({"a": "0"}):
+    with hashed_in_background({"a": "0"}):
         assert "digests" not in thread_names()

@@ -73,7 +73,7 @@ limits: 1
         "g.yaml:9: gates.decisive_flips.domains.code.at_mst: unknown key; did you mean at_most?",
         "g.yaml:10: gates.edit_distance: at_most 0.2 is below at_least 0.3: nothing can pass",
         "g.yaml:11: gates.chrf: must be a mapping of keys to values, not 5",
-        "g.yaml:12: limits: unknown key; known are profile, gates",
+        "g.yaml:12: limits: unknown key; known keys are profile, gates",
     ]
 
 
@@ -111,7 +111,7 @@ def test_problems_of_several_figures_are_told_each_at_its_place(tmp_path: Path) 
     ]
 
 
-@pytest.mark.parametrize(("text", "what"), [("", "is empty"), ("- a", "is no mapping"), ("a: [", "no valid YAML")])
+@pytest.mark.parametrize(("text", "what"), [("", "is empty"), ("- a", "is not a mapping"), ("a: [", "not valid YAML")])
 def test_what_is_no_file_of_gates_is_told_plainly(tmp_path: Path, text: str, what: str) -> None:
     with pytest.raises(RecipeError, match=what):
         read(tmp_path, text)

@@ -85,7 +85,7 @@ def test_a_changed_file_is_refused(published: Path, capsys: pytest.CaptureFixtur
         path.write_bytes(before)
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "is not as it was written" in captured.err
+    assert "has changed since it was written" in captured.err
 
 
 def test_the_folder_above_two_layouts_names_them(published: Path) -> None:

@@ -147,13 +147,13 @@ def test_keys_that_load_code_are_dropped_at_every_depth_and_told(model: Path) ->
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"model_type": "llama", "model_type": "llama"}', "'model_type' stands there twice"),
+        (b'{"model_type": "llama", "model_type": "llama"}', "'model_type' appears twice"),
         (b"[1]", "must hold a JSON object, not list"),
         (b"{", "not valid JSON"),
         (b"\xff\xfe", "not valid JSON"),
         (b"{}", "model_type must name"),
         (b'{"model_type": 3}', "model_type must name"),
-        (b" " * (1 << 24) + b"{}", "are too many"),
+        (b" " * (1 << 24) + b"{}", "bytes; at most"),
     ],
 )
 def test_a_malformed_config_is_refused(model: Path, content: bytes, message: str) -> None:
@@ -212,7 +212,7 @@ def test_missing_unexpected_misshapen_and_mistyped_tensors_are_listed_together(m
     assert "5 tensors" in message
     assert "model.norm.weight: missing" in message
     assert "model.safetensors: model.layers.9.extra.weight: unexpected" in message
-    assert "model.safetensors: lm_head.weight: shape [3, 64], but config.json asks for [384, 64]" in message
+    assert "model.safetensors: lm_head.weight: shape [3, 64], but config.json requires [384, 64]" in message
     assert "model.layers.0.mlp.up_proj.weight: float64, but" in message
     assert "model.layers.1.mlp.up_proj.weight: int8, but" in message
 
@@ -308,7 +308,7 @@ def test_a_value_that_is_not_finite_is_found_when_its_tensor_is_read(model: Path
 
 
 def test_a_tensor_that_the_model_does_not_have_cannot_be_read(model: Path) -> None:
-    with pytest.raises(InputError, match="no such tensor"):
+    with pytest.raises(InputError, match="no tensor with this name"):
         load(model).weights.read("model.layers.7.mlp.down_proj.weight")
 
 

@@ -219,7 +219,7 @@ UNSUPPORTED: dict[str, Change] = {
 @pytest.mark.parametrize("feature", UNSUPPORTED)
 def test_what_the_config_could_not_express_is_refused(feature: str, package: Path) -> None:
     write_model(package / "tiny.gguf", factories.llama_config(), change=UNSUPPORTED[feature])
-    assert "are not read from GGUF" in refusal(CompatibilityError)
+    assert "are not supported in GGUF" in refusal(CompatibilityError)
 
 
 def test_a_storage_that_cannot_be_dequantized_is_refused(package: Path) -> None:
@@ -270,7 +270,7 @@ def test_a_value_that_is_not_finite_is_found_when_its_tensor_is_read(package: Pa
 def test_a_file_cut_short_is_refused(package: Path) -> None:
     path = write_model(package / "tiny.gguf", factories.llama_config())
     path.write_bytes(path.read_bytes()[:-1000])
-    assert "leaves the file" in refusal()
+    assert "is outside the file" in refusal()
 
 
 def string(text: str) -> bytes:
@@ -293,19 +293,19 @@ GGUF_FAULTS: dict[str, tuple[bytes, str]] = {
     "big-endian": (header([], [], version=3 << 24), "byte order"),
     "no counts": (b"GGUF" + struct.pack("<I", 3), "not a valid GGUF file"),
     "a count of values beyond the file": (b"GGUF" + struct.pack("<IQQ", 3, 0, 2**60), "more than the file can hold"),
-    "a key twice": (header([], [string("a") + struct.pack("<IB", 0, 1)] * 2), "'a' stands there twice"),
+    "a key twice": (header([], [string("a") + struct.pack("<IB", 0, 1)] * 2), "'a' appears twice"),
     "an unknown value type": (header([], [string("a") + struct.pack("<I", 99)]), "value type 99"),
     "an array of arrays": (header([], [string("a") + struct.pack("<IIQ", 9, 9, 1)]), "value type 9"),
     "an array beyond the file": (header([], [string("a") + struct.pack("<IIQ", 9, 12, 40)]), "ends inside the header"),
     "a string beyond the file": (header([], [string("a") + struct.pack("<IQ", 8, 40)]), "ends inside the header"),
     "a key that is no UTF-8": (header([], [struct.pack("<Q", 1) + b"\xff" + struct.pack("<IB", 0, 1)]), "utf-8"),
     "an alignment of 0": (header([], [string("general.alignment") + struct.pack("<II", 4, 0)]), "alignment 0"),
-    "a tensor twice": (header([tensor("a", [1], 0, 0)] * 2, []) + bytes(64), "'a' stands there twice"),
+    "a tensor twice": (header([tensor("a", [1], 0, 0)] * 2, []) + bytes(64), "'a' appears twice"),
     "no dimensions": (header([tensor("a", [], 0, 0)], []) + bytes(64), "0 dimensions"),
     "five dimensions": (header([tensor("a", [1] * 5, 0, 0)], []) + bytes(64), "5 dimensions"),
     "an unknown storage": (header([tensor("a", [1], 999, 0)], []) + bytes(64), "999"),
     "rows that are no whole blocks": (header([tensor("a", [33], 2, 0)], []) + bytes(64), "blocks of 32"),
-    "an offset beyond the file": (header([tensor("a", [1], 0, 2**40)], []) + bytes(64), "leaves the file"),
+    "an offset beyond the file": (header([tensor("a", [1], 0, 2**40)], []) + bytes(64), "is outside the file"),
     "an overlap": (header([tensor("a", [2], 0, 0), tensor("b", [2], 0, 4)], []) + bytes(96), "overlaps"),
 }
 

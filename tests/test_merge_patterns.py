@@ -17,10 +17,10 @@ import factories
 from qexport.errors import InputError
 from qexport.merge import targets
 from qexport.merge.adapter import AdapterOptions
-from qexport.merge.base import BaseModel, look_at
+from qexport.merge.base import BaseModel, describe_base
 from qexport.merge.targets import full_matches, suffix_matches, targeted
 
-LLAMA: BaseModel = look_at(adapters.headers_of(factories.build(factories.llama_config(num_hidden_layers=3))))
+LLAMA: BaseModel = describe_base(adapters.headers_of(factories.build(factories.llama_config(num_hidden_layers=3))))
 NAMES = list(LLAMA.modules)
 
 

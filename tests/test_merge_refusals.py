@@ -100,7 +100,7 @@ def test_an_unknown_type_is_refused(model: PreTrainedModel, lora: Path) -> None:
 
 def test_an_adapter_without_a_type_is_refused(model: PreTrainedModel, lora: Path) -> None:
     adapters.edit_config(lora, peft_type=None)
-    assert "does not say its peft_type" in refusal(model, lora)
+    assert "the adapter has no peft_type" in refusal(model, lora)
 
 
 def test_every_type_of_peft_is_in_one_table() -> None:
@@ -135,12 +135,12 @@ def test_every_type_of_peft_is_in_one_table() -> None:
         ({"init_lora_weights": "loftq"}, "path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "lora_ga"}, "path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "newest"}, "may have changed the base"),
-        ({"use_dora": True, "lora_bias": True}, "DoRA has no such thing"),
+        ({"use_dora": True, "lora_bias": True}, "neither PEFT nor qexport supports it with DoRA"),
         ({"lora_bias": True}, "needs a bias in the base"),
         ({"squared_scaling": True}, "does not know these options of LORA: squared_scaling"),
         ({"bias": "some"}, "unknown bias 'some'"),
-        ({"modules_to_save": ["(a|b)*c"]}, "takes only names"),
-        ({"layers_to_transform": [0], "layers_pattern": "(layers|h)"}, "takes only names"),
+        ({"modules_to_save": ["(a|b)*c"]}, "accepts only names here"),
+        ({"layers_to_transform": [0], "layers_pattern": "(layers|h)"}, "accepts only names here"),
     ],
     ids=lambda value: next(iter(value), "") if isinstance(value, dict) else "",
 )
@@ -179,7 +179,7 @@ def test_an_option_of_a_newer_peft_that_is_switched_off_is_passed_over(model: Pr
 )
 def test_an_impossible_scale_is_refused(model: PreTrainedModel, lora: Path, changes: dict[str, Any]) -> None:
     adapters.edit_config(lora, **changes)
-    assert f"impossible values: {next(iter(changes))}" in refusal(model, lora)
+    assert f"invalid values: {next(iter(changes))}" in refusal(model, lora)
 
 
 def test_an_unknown_option_of_a_type_that_peft_merges_is_refused(model: PreTrainedModel, tmp_path: Path) -> None:

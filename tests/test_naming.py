@@ -121,7 +121,7 @@ def test_a_table_that_does_not_lead_back_is_refused(monkeypatch: pytest.MonkeyPa
         WeightRenaming("gpt_neox.layers", "gpt_neox.blocks"),
     ]
     monkeypatch.setattr(naming, "get_model_conversion_mapping", lambda *_, **__: crooked)
-    with pytest.raises(CompatibilityError, match="would not take"):
+    with pytest.raises(CompatibilityError, match="would not load"):
         translated("gpt-neox")
 
 

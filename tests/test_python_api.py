@@ -141,7 +141,7 @@ def test_what_cannot_be_taken_is_said_and_nothing_is_left(
     base: Path, adapter: Path, live: PeftModel, tmp_path: Path
 ) -> None:
     given = {"tokenizer": factories.tokenizer(), "output": tmp_path / "out"}
-    assert "without its tokenizer" in refused(live, output=tmp_path / "out")
+    assert "needs its tokenizer" in refused(live, output=tmp_path / "out")
     assert "already has an adapter" in refused(live, adapter=adapter, **given)
     live.merge_adapter()
     assert "is merged into the base" in refused(live, **given)
@@ -153,7 +153,7 @@ def test_what_cannot_be_taken_is_said_and_nothing_is_left(
     assert "has its own tokenizer" in refused(str(base), **given)
     there = {"output": tmp_path / "out"}
     assert "no layout 'tgj'" in refused(str(base), layouts=["tgj"], **there)
-    assert "stands there 2 times" in refused(str(base), layouts=["tgi", "tgi"], **there)
+    assert "is listed 2 times" in refused(str(base), layouts=["tgi", "tgi"], **there)
     assert "nf4 uses no calibration text" in refused(str(base), calibration=["a"], **there)
     assert "gptq needs calibration text" in refused(str(base), method=GPTQ, samples=3, **there)
     assert "calibration text 1" in refused(str(base), method=GPTQ, calibration=["a", object()], **there)

@@ -235,7 +235,7 @@ FAULTS: list[tuple[str, Callable[[dict[str, torch.Tensor]], object], str]] = [
     ("nf4", change_state(quant_type="fp4"), "quant_type"),
     ("nf4", change_state(dtype=None), "must have the keys"),
     ("nf4", change_state(extra=1), "must have the keys"),
-    ("nf4", put(STATE, torch.tensor(list(b'{"a": 1, "a": 1}'), dtype=torch.uint8)), "stands there twice"),
+    ("nf4", put(STATE, torch.tensor(list(b'{"a": 1, "a": 1}'), dtype=torch.uint8)), "appears twice"),
     ("nf4", put(STATE, torch.tensor(list(b"{"), dtype=torch.uint8)), "not valid JSON"),
     ("nf4", put(STATE, torch.zeros(4)), "not valid JSON"),
     ("nf4", fill(f"{UP}.weight.absmax", torch.nan), "NaN"),

@@ -213,7 +213,7 @@ def test_a_folder_without_a_model_and_a_device_that_is_not_there_are_refused(fol
     if not torch.cuda.is_available():
         with pytest.raises(RecipeError, match="no CUDA device"):
             qexport.load(folder, device="cuda:0")
-    with pytest.raises(RecipeError, match="'gpu' is no device"):
+    with pytest.raises(RecipeError, match="'gpu' is not a device"):
         qexport.load(folder, device="gpu")
 
 

@@ -128,7 +128,7 @@ def test_a_number_written_as_1e_3_is_a_number(folder: Path) -> None:
 
 def test_a_key_that_stands_twice_is_refused_with_both_lines(folder: Path) -> None:
     assert problems(folder, SHORTEST + "load:\n  base: org/other\n") == [
-        "r.yaml:9: load: duplicate key; it stands on line 1 too"
+        "r.yaml:9: load: duplicate key; it is on line 1 too"
     ]
 
 
@@ -159,7 +159,7 @@ def test_an_alias_bomb_does_not_grow(folder: Path) -> None:
 
 def test_an_alias_inside_its_own_value_is_refused(folder: Path) -> None:
     assert problems(folder, "load: &a [*a]\n") == [
-        "r.yaml:1: *a names no value that was completed before; quote it if it is text"
+        "r.yaml:1: *a names no complete value above it; quote it if it is text"
     ]
 
 
@@ -172,11 +172,11 @@ def test_nesting_too_deep_is_refused(folder: Path) -> None:
     [
         ("", "the recipe is empty"),
         ("# nothing\n", "the recipe is empty"),
-        ("- a\n", "the recipe is no mapping of keys to values"),
-        ("word", "the recipe is no mapping of keys to values"),
+        ("- a\n", "the recipe is not a mapping of keys to values"),
+        ("word", "the recipe is not a mapping of keys to values"),
         (b"load: \xff", "the recipe is not UTF-8: byte 7 is 0xff"),
         ("load: \x00", "r.yaml:1: the character U+0000 is not allowed"),
-        ("a: 1\nb: [1,\n", "r.yaml:3: no valid YAML: "),
+        ("a: 1\nb: [1,\n", "r.yaml:3: not valid YAML: "),
         ("a: 1\n--- \nb: 2\n", "r.yaml:2: only one document is allowed"),
     ],
 )
@@ -228,7 +228,7 @@ verify:
 """
     assert problems(folder, text) == [
         "r.yaml:1: export: missing",
-        f"r.yaml:2: load.base: 'nowhere' is no hub id (org/name), and there is no folder {folder}/nowhere",
+        f"r.yaml:2: load.base: 'nowhere' is not a hub id (org/name), and the folder {folder}/nowhere does not exist",
         "r.yaml:3: load.revision: must be text, not 12 (put it in quotes)",
         "r.yaml:4: merge.dtype: must be 'bfloat16', 'float16' or 'float32', not 'bf16'; did you mean bfloat16?",
         "r.yaml:7: quantize.bits: must be 2, 3, 4 or 8, not 5",
@@ -247,13 +247,13 @@ verify:
 
 def test_a_key_of_another_layout_is_not_suggested_to_itself(folder: Path) -> None:
     assert problems(folder, SHORTEST + "    activations: float16\n") == [
-        "r.yaml:9: export.0.activations: unknown key; known are max_shard_size, layout"
+        "r.yaml:9: export.0.activations: unknown key; known keys are max_shard_size, layout"
     ]
 
 
 def test_an_unknown_key_far_from_all_others_lists_them(folder: Path) -> None:
     assert problems(folder, SHORTEST + "zzz: 1\n") == [
-        "r.yaml:9: zzz: unknown key; known are load, merge, quantize, export, verify, output"
+        "r.yaml:9: zzz: unknown key; known keys are load, merge, quantize, export, verify, output"
     ]
 
 
@@ -289,8 +289,8 @@ def test_a_wrong_value_is_told_in_words(folder: Path, old: str, new: str, proble
     [
         ("method: gptq", "method: gptq\n  desc_act: true", "r.yaml:3: quantize: desc_act and static_groups exclude"),
         ("- layout: safetensors", "- layout: safetensors\n  - layout: safetensors", "r.yaml:7: export: the layout"),
-        ("base: org/model", "base: ./model\n  revision: main", "r.yaml:1: load: revision belongs to a hub id"),
-        ("base: org/model", "base: org/model\n  adapter_revision: a", "r.yaml:1: load: adapter_revision belongs"),
+        ("base: org/model", "base: ./model\n  revision: main", "r.yaml:1: load: revision is only for a hub id"),
+        ("base: org/model", "base: org/model\n  adapter_revision: a", "r.yaml:1: load: adapter_revision is only"),
         ("export:", "verify: {text: ./text.jsonl}\nexport:", "r.yaml:7: verify.text: "),
     ],
 )  # fmt: skip
@@ -376,13 +376,13 @@ def test_overrides_get_the_same_checks(folder: Path) -> None:
     ]
     overrides += ["a..b=1", "quantize.sym=[1", "quantize.sym=!!str x", "merge.dtype={a: 1, a: 2}"]
     assert problems(folder, SHORTEST, *overrides) == [
-        "command line: export.1.layout: export is a list of 1: give a number below that",
-        "command line: export.x: export is a list of 1: give a number below that",
+        "command line: export.1.layout: export is a list of 1: give an index below that",
+        "command line: export.x: export is a list of 1: give an index below that",
         "command line: load.base.y: load.base is a single value and has no y",
         "command line: alone: write key=value, for example quantize.bits=8",
         "command line: =1: write key=value, for example quantize.bits=8",
         "command line: a..b=1: write key=value, for example quantize.bits=8",
-        "command line: quantize.sym: no valid YAML: while parsing a flow sequence, expected ',' or ']', but got "
+        "command line: quantize.sym: not valid YAML: while parsing a flow sequence, expected ',' or ']', but got "
         "'<stream end>'",
         "command line: quantize.sym: the tag tag:yaml.org,2002:str is not allowed: remove it",
         "command line: merge.dtype.a: duplicate key",

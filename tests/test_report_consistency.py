@@ -31,9 +31,9 @@ def twice_with_speed(content: Content) -> None:
 
 
 FAULTS: dict[str, tuple[Callable[[Content], object], str]] = {
-    "a figure twice": (twice, "mean_kl: stands there more than once"),
-    "a figure among the timings too": (twice_with_speed, "mean_kl: stands there more than once"),
-    "a figure of no catalogue": (lambda c: mean_kl(c).update(name="mean_kll"), "mean_kll: there is no such figure"),
+    "a figure twice": (twice, "mean_kl: is listed more than once"),
+    "a figure among the timings too": (twice_with_speed, "mean_kl: is listed more than once"),
+    "a figure of no catalogue": (lambda c: mean_kl(c).update(name="mean_kll"), "mean_kll: unknown figure"),
     "fewer than no units": (lambda c: mean_kl(c).update(n=-5), "mean_kl: measured on -5 units"),
     "an interval the wrong way round": (lambda c: mean_kl(c).update(low=9.0, high=1.0), "an interval from 9 to 1"),
     "a sequence the wrong way round": (lambda c: mean_kl(c).update(sequence_low=9.0), "an interval from 9 to "),
@@ -54,10 +54,10 @@ FAULTS: dict[str, tuple[Callable[[Content], object], str]] = {
     "no bytes": (lambda c: c["subject"]["sizes"].update(total_bytes=0), "subject: a size"),
     "a reference of no bytes": (lambda c: c["subject"].update(reference_bytes=0), "subject: a size"),
     "no parameters": (lambda c: c["subject"]["sizes"].update(parameters=0), "subject: a size"),
-    "another verdict": (lambda c: c.update(verdict="fail"), "verdict: fail, where that of its gates is pass"),
-    "passed without an end": (lambda c: c["gates"][0].update(high=None), "passed on what was not measured"),
-    "passed without a limit": (lambda c: c["gates"][0].update(limit=None), "passed on what was not measured"),
-    "passed on nothing": (lambda c: c["gates"][0].update(value=None), "passed on what was not measured"),
+    "another verdict": (lambda c: c.update(verdict="fail"), "verdict: fail, but its gates give pass"),
+    "passed without an end": (lambda c: c["gates"][0].update(high=None), "passed without a measured value"),
+    "passed without a limit": (lambda c: c["gates"][0].update(limit=None), "passed without a measured value"),
+    "passed on nothing": (lambda c: c["gates"][0].update(value=None), "passed without a measured value"),
 }
 
 
@@ -89,7 +89,7 @@ def test_what_qexport_writes_does_not_contradict_itself() -> None:
 def test_json_that_cannot_be_a_report_is_an_input_error(tmp_path: Path, text: str) -> None:
     path = tmp_path / "report.json"
     path.write_text(text)
-    with pytest.raises(InputError, match="no JSON"):
+    with pytest.raises(InputError, match="not JSON"):
         Report.read(path)
 
 

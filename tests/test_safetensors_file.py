@@ -91,7 +91,7 @@ FAULTS: dict[str, tuple[Any, bytes, int | None, str]] = {
         b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}',
         b"x",
         None,
-        "'a' stands there twice",
+        "'a' appears twice",
     ),
     "metadata that are no strings": ({"__metadata__": {"a": 1}}, b"", None, "strings to strings"),
     "an entry that is no object": ({"a": 1}, b"", None, "consists of"),
@@ -129,7 +129,7 @@ def test_a_file_shorter_than_its_length_field_is_refused(tmp_path: Path) -> None
 
 def test_a_folder_and_a_missing_file_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(InputError, match="no such file"):
+        with pytest.raises(InputError, match="the file does not exist"):
             SafetensorsFile(path)
 
 

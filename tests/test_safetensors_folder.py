@@ -98,7 +98,7 @@ def test_a_single_file_that_is_a_link_out_of_the_folder_is_refused(tmp_path: Pat
 
 def test_a_missing_shard_is_refused(sharded: Path) -> None:
     (sharded / "two.safetensors").unlink()
-    assert "two.safetensors: there is no such file" in refusal(sharded)
+    assert "two.safetensors: the file does not exist" in refusal(sharded)
 
 
 def test_a_tensor_that_only_the_index_has_is_refused(sharded: Path) -> None:
@@ -131,7 +131,7 @@ def test_all_problems_are_told_at_once(sharded: Path) -> None:
     message = refusal(sharded)
     for expected in (
         "two.safetensors: the header's length",
-        "three.safetensors: there is no such file",
+        "three.safetensors: the file does not exist",
         "x is missing",
         "b is in",
     ):
@@ -159,7 +159,7 @@ def test_an_index_without_a_proper_weight_map_is_refused(sharded: Path, weight_m
 
 def test_an_index_with_a_duplicate_key_is_refused(sharded: Path) -> None:
     (sharded / INDEX_NAME).write_text('{"weight_map": {"a": "one.safetensors", "a": "two.safetensors"}}')
-    assert "'a' stands there twice" in refusal(sharded)
+    assert "'a' appears twice" in refusal(sharded)
 
 
 def test_pickles_are_refused_with_the_way_to_convert_them(tmp_path: Path) -> None:

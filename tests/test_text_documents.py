@@ -97,7 +97,7 @@ def test_a_conversation_is_known_again_by_its_words_and_roles_whatever_its_white
     ("line", "message"),
     [
         ('{"text": "one"', "not valid JSON"),
-        ('{"text": "one", "text": "two"}', "stands there twice"),
+        ('{"text": "one", "text": "two"}', "appears twice"),
         ('["one"]', "must hold a JSON object, not list"),
         ('{"tekst": "one"}', "did you mean 'tekst'"),
         ('{"body": "one", "n": 1}', "set field to one of: body, n"),

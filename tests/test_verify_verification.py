@@ -332,7 +332,7 @@ def test_an_artifact_of_another_model_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match=r"intermediate_size is 64, not 128\n +rms_norm_eps is"):
         refuse_headers(model.checkpoint, tmp_path / "a")
-    with pytest.raises(InputError, match=r"shape \[64, 64\], the model asks for \[128, 64\]"):
+    with pytest.raises(InputError, match=r"shape \[64, 64\], the model requires \[128, 64\]"):
         measure(model.checkpoint, tmp_path / "a")
 
 

@@ -1,1 +1,1 @@
-"""What a model family is: its blocks, its linears, its quirks; and the block runner."""
+"""A model's structure, the quirks of model families, and the block runner."""

@@ -1,4 +1,4 @@
-"""A model as it was found: the architecture that a config.json names, its weights, and the files beside them."""
+"""A model as it was loaded: the architecture that its config.json names, its weights, and its other files."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from qexport.tensors.source import Origin, WeightSource
 
 
 class Architecture:
-    """The model that a config.json describes, without weights. Each part is made when it is first asked for, and kept.
+    """The model that a config.json describes, without weights. Each part is built on first use and cached.
 
     Args:
         config: the content of config.json.
-        like: an architecture that differs at most in its dtype; what was built of it is shared.
+        like: an architecture that differs at most in its dtype; its cached parts are reused.
 
     Attributes:
-        config: as it was given.
+        config: the content of config.json.
     """
 
     def __init__(self, config: Mapping[str, Any], *, like: Architecture | None = None) -> None:
@@ -34,43 +34,25 @@ class Architecture:
 
     @cached_property
     def parsed(self) -> PretrainedConfig:
-        """The configuration as transformers reads it. It is shared: copy it before a change.
-
-        Raises:
-            CompatibilityError: transformers does not know the `model_type`.
-            InputError: a value cannot be used.
-        """
+        """The configuration as transformers reads it. It is shared: copy it before changing it."""
         return parse_config(self.config)
 
     @property
     def skeleton(self) -> PreTrainedModel:
-        """The model on the meta device, to look at. It is shared: `empty_model` gives a copy that may be changed.
-
-        Raises:
-            CompatibilityError: the family has no causal language model in transformers.
-            InputError: the configuration contradicts itself.
-        """
+        """The model on the meta device. It is shared: `empty_model` gives a copy that may be changed."""
         if self.parsed.dtype not in self._skeletons:
-            own = copy.deepcopy(self.parsed)  # transformers notes in it how this model's attention is computed
+            own = copy.deepcopy(self.parsed)  # transformers records in it how this model computes attention
             self._skeletons[self.parsed.dtype] = build_on_meta(own)
         return self._skeletons[self.parsed.dtype]
 
     @cached_property
     def naming(self) -> Naming:
-        """What the tensors are called in files.
-
-        Raises:
-            CompatibilityError: transformers reshapes weights while it loads them, in a way that qexport does not know.
-        """
+        """The names of the tensors in files."""
         return name_parameters(self.skeleton) if self._like is None else self._like.naming
 
     @cached_property
     def structure(self) -> Structure:
-        """The blocks, the linear layers and the shapes of all parameters.
-
-        Raises:
-            CompatibilityError: the decoder layers cannot be found.
-        """
+        """The blocks, the linear layers and the shapes of all parameters."""
         return describe_model(self.skeleton, self.naming) if self._like is None else self._like.structure
 
     def empty_model(self) -> PreTrainedModel:
@@ -78,18 +60,18 @@ class Architecture:
         return copy.deepcopy(self.skeleton)
 
     def in_dtype(self, dtype: torch.dtype) -> Architecture:
-        """The same architecture with another `dtype` in config.json, which decides that of some buffers."""
+        """The same architecture with another `dtype` in config.json, which determines the dtype of some buffers."""
         others = {key: value for key, value in self.config.items() if key not in ("dtype", "torch_dtype")}
         return Architecture({**others, "dtype": str(dtype).removeprefix("torch.")}, like=self)
 
     @classmethod
     def of_config(cls, config: Mapping[str, Any], known: Architecture | None) -> Architecture:
-        """The architecture of a config.json. It shares what was built of a known one where transformers reads the same
-        from both but for the dtype.
+        """The architecture of a config.json. It reuses the parts of a known one if transformers reads the same values
+        from both, apart from the dtype.
 
         Args:
             config: the content of config.json.
-            known: one that it is likely to equal.
+            known: an architecture that is probably the same.
         """
         found = cls(config)
         same = known is not None and _without_dtype(found.parsed) == _without_dtype(known.parsed)
@@ -105,7 +87,7 @@ class Checkpoint:
     """A base model, or a base model with its adapter merged.
 
     Attributes:
-        architecture: that of its config.json, which is without the keys that would load code.
+        architecture: described by its config.json, without the keys that would load code.
         weights: the tensors, named as in the checkpoint's files.
         files: tokenizer, chat template and generation config by file name, byte for byte.
         origin: where it came from.

@@ -1,4 +1,4 @@
-"""Where to compute, and linear layers in bfloat16 on CPUs without instructions for it."""
+"""The device to compute on, and bfloat16 linear layers on CPUs without bfloat16 instructions."""
 
 from __future__ import annotations
 
@@ -14,49 +14,51 @@ from qexport.errors import RecipeError
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name; `auto` takes CUDA where there is one, else the CPU.
+    """The device with this name; `auto` is CUDA if available, else the CPU.
 
     Raises:
-        RecipeError: it is no name of a CPU or CUDA device, or CUDA is asked for, and there is none.
+        RecipeError: it is not the name of a CPU or CUDA device, or no CUDA device is available.
     """
     available = torch.cuda.is_available()
     if name == "auto":
         return torch.device("cuda" if available else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name, re.ASCII):
-        raise RecipeError(f"{name!r} is no device", where="device", mend="take auto, cpu, cuda, or for example cuda:1")
+        raise RecipeError(
+            f"{name!r} is not a device", where="device", mend="use auto, cpu, cuda or, for example, cuda:1"
+        )
     device = torch.device(name)
     if device.type == "cuda" and not available:
-        raise RecipeError("there is no CUDA device", where=f"device {name}", mend="take the device cpu, or auto")
+        raise RecipeError("no CUDA device is available", where=f"device {name}", mend="use the device cpu or auto")
     return device
 
 
 _VALUES_AT_ONCE: Final = 1 << 24
-_FEWEST_ROWS: Final = 16
-"""Below, turning the weights into float32 costs more than the product."""
+_MIN_ROWS: Final = 16
+"""With fewer rows, converting the weights to float32 costs more than the product."""
 
-_SMALLEST: Final = 1 << 16
-"""Values of a weight for which another way is worth its name."""
+_MIN_VALUES: Final = 1 << 16
+"""Values of a weight; for smaller weights the difference in time is negligible."""
 
 
 def has_bfloat16_instructions() -> bool:
-    """Whether oneDNN multiplies bfloat16 here. Elsewhere a loop of torch does, four times slower than float32."""
+    """Whether oneDNN multiplies bfloat16 on this CPU. If not, torch uses a loop, four times slower than float32."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def multiply_in_float32(model: nn.Module) -> None:
-    """Lets large linear layers in bfloat16 on the CPU compute in float32 and round once, as the instructions would.
+    """Makes large bfloat16 linear layers on the CPU compute in float32 and round once, as the instructions do.
 
     The products of two bfloat16 values are exact in float32, so only the order of the sums differs.
     """
     for module in model.modules():
-        if isinstance(module, nn.Linear) and module.weight.numel() >= _SMALLEST:
+        if isinstance(module, nn.Linear) and module.weight.numel() >= _MIN_VALUES:
             module.forward = partial(_forward, module, module.forward)  # type: ignore[method-assign]
 
 
 def _forward(linear: nn.Linear, usual: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
     weight, bias = linear.weight, linear.bias
     rows = inputs.numel() // inputs.shape[-1]
-    if not weight.dtype == inputs.dtype == torch.bfloat16 or rows < _FEWEST_ROWS:
+    if not weight.dtype == inputs.dtype == torch.bfloat16 or rows < _MIN_ROWS:
         return usual(inputs)
     at_once = type(linear) is nn.Linear  # Falcon's own class rounds before it adds the bias
     values, output = inputs.to(torch.float32), inputs.new_empty(*inputs.shape[:-1], len(weight))

@@ -1,4 +1,4 @@
-"""What is special about a family: layers that stay unquantized, experts, and keys of config.json."""
+"""The quirks of model families: layers that stay unquantized, experts, and keys of config.json."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Family:
     """The quirks of one `model_type`.
 
     Attributes:
-        keep_unquantized: patterns of module paths that no method quantizes unless the recipe insists, with the reason.
+        keep_unquantized: patterns of module paths that no method quantizes unless the recipe forces it; with reasons.
         unmergeable: patterns of module paths that an adapter must not touch, with the reason.
     """
 
@@ -37,7 +37,7 @@ FAMILIES: Mapping[str, Family] = {
 
 
 def family(model_type: str) -> Family:
-    """The quirks of `model_type`; none where the general way holds."""
+    """The quirks of `model_type`; most families have none."""
     return FAMILIES.get(model_type, Family())
 
 
@@ -61,10 +61,10 @@ CODE_KEYS: Final = frozenset(
         "kernel_config",
     }
 )
-"""Keys by which transformers finds code outside itself: Python files of the model's, or kernels of a hub."""
+"""Keys by which transformers finds code outside itself: Python files in the model's folder, or kernels from a hub."""
 
 _MACHINE_KEYS: Final = frozenset({"_name_or_path", "_commit_hash"})
-"""Keys that say where a file lay on somebody's machine."""
+"""Keys that record where the files were on the machine that saved them."""
 
 
 def without_code_keys(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -83,7 +83,7 @@ def without_code_keys(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[s
 
 
 def older_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What each older key says where a configuration has it; which of them a reader needs depends on the family.
+    """The keys of older transformers versions, with their values; which of them a runtime needs depends on the family.
 
     Args:
         config: every value of a configuration, defaults included: `to_dict()` of a parsed one.
@@ -117,7 +117,7 @@ def _rotary(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _falcon(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Heads of keys and values, and layer norms in a layer; transformers finds them from other keys."""
+    """The numbers of key-value heads and of layer norms per layer, which transformers derives from other keys."""
     if config["new_decoder_architecture"]:
         norms = config.get("num_ln_in_parallel_attn")
         return {"num_kv_heads": config["num_kv_heads"], "num_ln_in_parallel_attn": 2 if norms is None else norms}
@@ -125,20 +125,20 @@ def _falcon(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _pattern(layers: list[str], config: Mapping[str, Any]) -> int:
-    """Every how many layers one has full attention."""
+    """The n for which every n-th layer has full attention."""
     if "full_attention" in layers:
         return layers.index("full_attention") + 1
     return int(config.get("_sliding_window_pattern", len(layers) + 1))
 
 
 class ExpertStop(nn.Module):
-    """Where a forward is about to multiply its tokens by the matrices of some experts.
+    """The point of a forward just before tokens are multiplied by the matrices of some experts.
 
     It is called with the tokens' states [tokens, in], ordered by expert, and the number of tokens of each expert.
 
     Args:
         parameter: `gate_up_proj` or `down_proj`.
-        experts: the experts whose matrices come next.
+        experts: the experts whose matrices are multiplied next.
     """
 
     def __init__(self, parameter: str, experts: range) -> None:
@@ -165,15 +165,15 @@ def can_stage(module: nn.Module) -> bool:
 
 @contextmanager
 def staged(module: nn.Module, square_bytes: int) -> Iterator[list[ExpertStop]]:
-    """Gives an experts' module a forward in two stages: all experts' inputs, then all experts' hidden states.
+    """Gives a module of experts a forward in two stages: all experts' inputs, then all experts' hidden states.
 
     The result is that of transformers' eager experts, bit for bit: the same products of the same tokens in the same
     order.
 
     Args:
-        module: one that `can_stage`.
-        square_bytes: bytes for the square matrices [in, in] of those experts that one stop announces; one expert is
-            announced in any case.
+        module: one for which `can_stage` is true.
+        square_bytes: the most bytes for the square matrices [in, in] of the experts of one stop; a stop has at least
+            one expert.
     """
     stops = [
         ExpertStop(name, experts)

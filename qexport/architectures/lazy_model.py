@@ -1,4 +1,4 @@
-"""A model without storage, whose tensors are read from a source of weights for as long as they are needed."""
+"""A model on the meta device, whose weights are loaded from a source only while they are needed."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
 
     Args:
         model: its parameters may still be on the meta device.
-        device: where the buffers are wanted.
+        device: the device of the filled buffers.
 
     Raises:
-        CompatibilityError: transformers fills one in another way than by initializing its module.
+        CompatibilityError: transformers does not fill a buffer when it initializes the module.
     """
     empty = {
         f"{path}.{leaf}".lstrip("."): buffer
@@ -45,7 +45,7 @@ def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def _computed(model: PreTrainedModel, empty: dict[str, Tensor], device: torch.device, before: int) -> dict[str, Tensor]:
-    """The buffers after transformers has initialized their modules. Floating ones are not a number before."""
+    """The buffers after transformers has initialized their modules. Before, floating-point ones are NaN."""
     for name, buffer in empty.items():
         path, _, leaf = name.rpartition(".")
         value = torch.nan if buffer.is_floating_point() else before
@@ -57,16 +57,16 @@ def _computed(model: PreTrainedModel, empty: dict[str, Tensor], device: torch.de
 
 
 class LazyModel:
-    """A copy of an architecture's model on the meta device. Parts of it get their weights for a while.
+    """An architecture's model on the meta device, parts of which can be loaded for a while.
 
     Args:
         architecture: the model's.
-        source: the weights, named as in `Structure.parameters`, which is as in files.
+        source: the weights, by their names in files, as in `Structure.parameters`.
         dtype: the dtype to compute in.
         device: where to compute.
 
     Attributes:
-        architecture: as it was given.
+        architecture: the model's.
         structure: the model's.
     """
 
@@ -86,7 +86,7 @@ class LazyModel:
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
-        """The block with its weights, which are released at the end."""
+        """The block with its weights, which are released when the context ends."""
         prefix = self.structure.blocks[index] + "."
         names = [name for name in self.structure.parameters if name.startswith(prefix)]
         with self._loaded(names):
@@ -94,16 +94,16 @@ class LazyModel:
 
     @contextmanager
     def whole(self) -> Iterator[PreTrainedModel]:
-        """The model with all its weights, which are released at the end; its head computes in float32."""
+        """The model with all its weights, which are released when the context ends; its head computes in float32."""
         with self._loaded(self.structure.parameters), in_float32(self._head_module()):
             yield self._model
 
     def module(self, linear: LinearSpec) -> nn.Module:
-        """The module that computes a linear layer: its own, or for the matrix of an expert that of all experts."""
+        """The module that computes a linear layer; for the matrix of an expert, the module of all experts."""
         return self._model.get_submodule(self.part(linear).parameter.rpartition(".")[0])
 
     def part(self, linear: LinearSpec) -> Part:
-        """Where the weight of a linear layer lies in the model."""
+        """Where the weight of a linear layer is in the model."""
         return self._naming.parts[f"{linear.name}.weight"]
 
     def parameter(self, name: str) -> Tensor:
@@ -124,13 +124,13 @@ class LazyModel:
             return_freed_memory()
 
     def read(self, name: str) -> Tensor:
-        """A tensor in the model's dtype (where it is floating) on its device."""
+        """A tensor on the model's device, and in its dtype if it is floating point."""
         tensor = self._source.read(name)
         dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
         return tensor.to(device=self.device, dtype=dtype)
 
     def _load(self, name: str, before: dict[str, Tensor]) -> None:
-        """Reads a tensor to its place, and notes what was there."""
+        """Reads a tensor into the model, and adds to `before` what it replaces."""
         tensor, part = self.read(name), self._naming.parts[name]
         paths = [part.parameter]
         if self.structure.tied and name == f"{self.structure.embedding}.weight":
@@ -140,12 +140,12 @@ class LazyModel:
         for path in paths:
             if path not in before:
                 before[path] = self._state(path)
-                self._put(path, tensor if part.expert is None else self._room(before[path]))
+                self._put(path, tensor if part.expert is None else self._unfilled(before[path]))
         if part.expert is not None:
             part.of(self._state(part.parameter)).copy_(tensor)
 
-    def _room(self, meta: Tensor) -> Tensor:
-        """A parameter that is read in parts; what no part fills is not a number."""
+    def _unfilled(self, meta: Tensor) -> Tensor:
+        """Storage for a parameter that is read in parts: NaN where no part has been read."""
         return torch.full(meta.shape, torch.nan, dtype=self.dtype, device=self.device)
 
     def _state(self, path: str) -> Tensor:
@@ -174,7 +174,7 @@ def _put(module: nn.Module, leaf: str, tensor: Tensor) -> None:
 
 @contextmanager
 def in_float32(head: nn.Module) -> Iterator[None]:
-    """Lets an output head that has its weights compute in float32."""
+    """Makes an output head that has its weights compute in float32."""
     weight, bias = head._parameters["weight"], head._parameters.get("bias")
     assert weight is not None
     _put(head, "weight", weight.to(torch.float32))

@@ -1,4 +1,4 @@
-"""The memory that this process holds, and what malloc keeps of it after it was freed."""
+"""The resident memory of this process, and the freed memory that malloc keeps."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ _MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 @dataclass(frozen=True)
 class Memory:
-    """Resident memory in bytes; `now` is None where the system does not tell it."""
+    """Resident memory in bytes; `now` is None if the system does not report it."""
 
     now: int | None
     peak: int
 
 
 def resident() -> Memory:
-    """VmRSS and VmHWM of `/proc/self/status`; where the system has no VmHWM, the peak that `getrusage` tells."""
+    """VmRSS and VmHWM of `/proc/self/status`; if the system has no VmHWM, the peak that `getrusage` reports."""
     fields = _status()
     peak = fields.get("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT
     return Memory(fields.get("VmRSS"), peak)
 
 
 def _status() -> dict[str, int]:
-    """The fields of the status file that count kilobytes, in bytes; none where there is no such file."""
+    """The fields of the status file that count kilobytes, in bytes; empty if the file cannot be read."""
     try:
         lines = _STATUS.read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
@@ -38,10 +38,10 @@ def _status() -> dict[str, int]:
 
 
 def return_freed_memory() -> None:
-    """Gives free pages back to the system where the C library can (glibc); elsewhere nothing happens.
+    """Returns free pages to the system if the C library can (glibc); else does nothing.
 
-    Activations of many sizes come and go between tensors that stay, and malloc keeps the gaps: without this they add
-    up to 100 MB on a model whose block has 7.
+    Activations of many sizes are allocated and freed between tensors that stay, and malloc keeps the gaps: up to
+    100 MB on a model whose blocks have 7 MB.
     """
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)

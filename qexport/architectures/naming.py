@@ -1,8 +1,8 @@
 """How the tensors of a checkpoint's files become the parameters of a model in memory.
 
 Files keep the names that servers read, which are those that transformers' `save_pretrained` writes. In memory some
-families have other names (GPT-NeoX's head), and the experts of a mixture lie together in one parameter. transformers
-translates with an internal API (`transformers.core_model_loading`, 5.23), which only this file knows.
+families have other names (GPT-NeoX's head), and the experts of a mixture are together in one parameter. transformers
+translates with an internal API (`transformers.core_model_loading`, 5.23), which only this file uses.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from qexport.errors import CompatibilityError
 
 @dataclass(frozen=True)
 class Part:
-    """Where a tensor of the files lies in the model.
+    """Where a tensor of the files is in the model.
 
     Attributes:
         parameter: the path of the parameter or buffer in the model.
@@ -53,9 +53,9 @@ class Naming:
     """The names in the files and in the model.
 
     Attributes:
-        parts: every tensor of the files, in the model's order; copies of tied weights are left out.
-        tied: the files' names of the copies, with the name of the weight that each is tied to.
-        files: the files' name of each parameter that is a tensor of its own there, by its path in the model.
+        parts: every tensor of the files, in the model's order, without the copies of tied weights.
+        tied: the names of the copies in files, with the name of the weight that each is tied to.
+        files: the name in files of each parameter that is one tensor there, by its path in the model.
     """
 
     parts: Mapping[str, Part]
@@ -63,7 +63,7 @@ class Naming:
     files: Mapping[str, str] = field(repr=False)
 
     def module(self, path: str) -> str:
-        """The files' name of a module that has a weight."""
+        """The name in files of a module that has a weight."""
         return self.files[f"{path}.weight"].removesuffix(".weight")
 
 
@@ -124,9 +124,9 @@ class _Translation:
         )
 
     def _checked(self, name: str, part: Part, pattern: str | None) -> tuple[str, Part]:
-        """Goes the way that transformers goes when it loads, which must lead back to the parameter."""
+        """Checks that transformers maps the name back to the parameter when it loads."""
         if rename_source_key(name, self._renamings, self._converters) != (part.parameter, pattern):
-            raise self.refusal(f"would not take {name} for {part.parameter}")
+            raise self.refusal(f"would not load {name} as {part.parameter}")
         return name, part
 
 
@@ -136,13 +136,13 @@ def _split(table: Sequence[WeightTransform]) -> tuple[list[WeightRenaming], list
 
 
 def _converts(entry: WeightConverter, path: str, backwards: Sequence[WeightConverter]) -> bool:
-    """Whether this is the entry that makes the parameter. The first one that matches it backwards does."""
+    """Whether this entry makes the parameter: the first one that matches it in the reverse direction does."""
     _, pattern = rename_source_key(path, [], list(backwards))
     return pattern in entry.target_patterns
 
 
 def _stacks_experts(entry: WeightConverter) -> bool:
-    """Matrices of experts that are stacked, those of several kinds one below the other: [experts, kinds * rows, in]."""
+    """Whether the entry stacks experts' matrices, several kinds one below the other: [experts, kinds * rows, in]."""
     stacks = [(MergeModulelist, 0)] if len(entry.source_patterns) == 1 else [(MergeModulelist, 0), (Concatenate, 1)]
     found = [(type(operation), getattr(operation, "dim", None)) for operation in entry.operations]
     return found == stacks and len(entry.target_patterns) == 1 and all("*" in name for name in entry.source_patterns)

@@ -1,8 +1,8 @@
 """A model's forward pass, one block at a time, with the memory of one block.
 
-The model has no storage. Its own forward is run with every block's forward replaced, first by one that
+The model is on the meta device. Its own forward runs with every block's forward replaced: first by one that
 records what the model passes to each block (masks, position embeddings: they may differ per layer), at the end
-by one that hands over the last hidden states. So embeddings, masks, final norm and head are the model's own code.
+by one that returns the last hidden states. So embeddings, masks, final norm and head are the model's own code.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class _AllRecordedError(Exception):
 
 @dataclass
 class Batch:
-    """Some windows on their way through the model.
+    """Some windows that go through the model together.
 
     Attributes:
-        hidden: the hidden states [windows, sequence_length, hidden_size], input of the next block.
-        calls: for each block, what the model calls it with besides the hidden states.
+        hidden: the hidden states [windows, sequence_length, hidden_size], the input of the next block.
+        calls: for each block, its arguments besides the hidden states.
     """
 
     hidden: Tensor
@@ -53,7 +53,7 @@ class BlockRunner(LazyModel):
 
         Args:
             input_ids: int64 [windows, sequence_length], without padding, not longer than `Structure.positions`.
-            batch_size: windows in a batch; the last batch may be smaller.
+            batch_size: windows per batch; the last batch may be smaller.
         """
         batches: list[Batch] = []
         outside = [name for name in self._outside_blocks() if not name.startswith(f"{self.structure.head}.")]
@@ -144,10 +144,10 @@ class BlockRunner(LazyModel):
         raise AssertionError("the model's forward did not reach its last block")
 
     def _probe(self, hidden: Tensor, call: Call) -> None:
-        """Learns from a run without data whether the blocks return tuples."""
+        """Finds out, in a run on the meta device, whether the blocks return tuples."""
         args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), call)
         block = self._layers[0]
-        with _countable_experts(self._model), _on_meta(block):
+        with _experts_of_fixed_shapes(self._model), _on_meta(block):
             self._returns_tuple = isinstance(type(block).forward(block, hidden.to("meta"), *args, **kwargs), tuple)
 
     def _outside_blocks(self) -> list[str]:
@@ -168,7 +168,7 @@ def _replaced(layers: nn.ModuleList, forwards: Sequence[Callable[..., Any]]) -> 
 
 @contextmanager
 def _on_meta(block: nn.Module) -> Iterator[None]:
-    """Takes a block's computed buffers away for a while."""
+    """Moves a block's computed buffers to the meta device for a while."""
     before = [(module, leaf, buffer) for module in block.modules() for leaf, buffer in module._buffers.items()]
     for module, leaf, buffer in before:
         module._buffers[leaf] = None if buffer is None else buffer.to("meta")
@@ -180,8 +180,8 @@ def _on_meta(block: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _countable_experts(model: PreTrainedModel) -> Iterator[None]:
-    """Lets experts compute in the one way that needs no data to know its shapes."""
+def _experts_of_fixed_shapes(model: PreTrainedModel) -> Iterator[None]:
+    """Makes experts compute in the one way whose shapes do not depend on the data."""
     before = model.get_experts_implementation()
     if before[""] is not None:
         model.set_experts_implementation("batched_mm")

@@ -28,13 +28,13 @@ from qexport.tensors import TensorSpec
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """A linear layer of the files.
+    """A linear layer as files store it.
 
     Attributes:
-        name: the files' name of its weight, without `.weight`.
+        name: the name of its weight in files, without `.weight`.
         out_features: outputs.
         in_features: inputs.
-        expert: the matrix of one expert of a mixture. In memory the experts lie together in one parameter.
+        expert: it is the matrix of one expert of a mixture. In memory all experts are in one parameter.
         transposed: the weight is stored [in, out] (GPT-2's Conv1D), and not [out, in].
     """
 
@@ -56,8 +56,8 @@ class Structure:
         embedding: the input embedding.
         head: the output head.
         tied: the head uses the embedding's weight.
-        parameters: every parameter and persistent buffer with its shape; a tied head is left out.
-        positions: how many tokens a window may have, where the model has learned its positions; else None.
+        parameters: every parameter and persistent buffer with its shape, without a tied head.
+        positions: the most tokens of a window if the model has learned position embeddings; else None.
     """
 
     model_type: str
@@ -76,16 +76,16 @@ class Structure:
 
     @property
     def transposed(self) -> frozenset[str]:
-        """The modules whose dense weight is [in, out] (GPT-2's Conv1D)."""
+        """The modules whose unquantized weight is [in, out] (GPT-2's Conv1D)."""
         return frozenset(linear.name for linear in self.block_linears if linear.transposed)
 
     def differences(self, found: Mapping[str, TensorSpec]) -> list[str]:
-        """What parameters lack, have too much or have in another shape, against this model's; one line each."""
+        """How tensors differ from this model's parameters (missing, unexpected, another shape); one line each."""
         expected = self.parameters
         problems = [f"{name}: missing" for name in expected if name not in found]
         problems += [f"{name}: unexpected" for name in found if name not in expected]
         return problems + [
-            f"{name}: shape {list(found[name].shape)}, the model asks for {list(shape)}"
+            f"{name}: shape {list(found[name].shape)}, the model requires {list(shape)}"
             for name, shape in expected.items()
             if name in found and found[name].shape != shape
         ]
@@ -111,7 +111,7 @@ def parse_config(config: Mapping[str, Any]) -> PretrainedConfig:
             where="config.json: model_type",
             mend="qexport runs no code from model folders; use a checkpoint of a family that transformers knows",
         )
-    with _somebody_elses_values():
+    with _as_input_error():
         values = {key: _with_floats(value) for key, value in config.items() if key not in outside}
         parsed = AutoConfig.for_model(str(model_type), **values)
     assert isinstance(parsed, PretrainedConfig)
@@ -119,24 +119,26 @@ def parse_config(config: Mapping[str, Any]) -> PretrainedConfig:
 
 
 def refuse_impossible_depth(config: PretrainedConfig, tensors: int) -> None:
-    """Holds the number of layers against the tensors that are there, before a model is built.
+    """Checks the number of layers against the number of tensors, before a model is built.
 
     Raises:
         InputError: there are more layers than tensors.
     """
     layers = getattr(config, "num_hidden_layers", 0)
     if isinstance(layers, int) and layers > tensors:
-        raise InputError(f"{layers} layers cannot come from {tensors} tensors", where="config.json")
+        raise InputError(
+            f"{layers} layers cannot come from {tensors} tensors", where="config.json", mend="fetch the model again"
+        )
 
 
 @contextmanager
-def _somebody_elses_values() -> Iterator[None]:
-    """Every family fails in its own way on a config.json that contradicts itself."""
+def _as_input_error() -> Iterator[None]:
+    """Any error becomes an InputError: each family raises its own for a config.json that contradicts itself."""
     try:
         yield
     except Exception as error:
         raise InputError(
-            f"transformers cannot build a model from it: {error}", where="config.json", mend="fetch the model anew"
+            f"transformers cannot build a model from it: {error}", where="config.json", mend="fetch the model again"
         ) from error
 
 
@@ -152,7 +154,7 @@ def _with_floats(value: Any) -> Any:
 
 
 def build_on_meta(config: PretrainedConfig) -> PreTrainedModel:
-    """The whole model without storage, in evaluation mode, with sdpa attention where the family has it.
+    """The whole model on the meta device, in evaluation mode, with sdpa attention if the family has it.
 
     Raises:
         CompatibilityError: the family has no causal language model in transformers.
@@ -163,7 +165,7 @@ def build_on_meta(config: PretrainedConfig) -> PreTrainedModel:
             f"transformers has no causal language model for model_type {config.model_type!r}",
             where="config.json: model_type",
         )
-    with _somebody_elses_values(), torch.device("meta"):
+    with _as_input_error(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     assert isinstance(model, PreTrainedModel)
     model.eval()
@@ -199,7 +201,7 @@ def describe_model(model: PreTrainedModel, naming: Naming) -> Structure:
 
 
 def _learned_positions(model: PreTrainedModel) -> int | None:
-    """The rows of a position embedding (GPT-2's `wpe`): an embedding that is not the input's."""
+    """The rows of a position embedding (GPT-2's `wpe`): an embedding that is not the input embedding."""
     longest = getattr(model.config, "max_position_embeddings", None)
     others = (module for module in model.modules() if module is not model.get_input_embeddings())
     learned = any(isinstance(module, nn.Embedding) and module.num_embeddings == longest for module in others)
@@ -207,7 +209,7 @@ def _learned_positions(model: PreTrainedModel) -> int | None:
 
 
 def _block_name(naming: Naming, path: str) -> str:
-    """What the names of a block's tensors have in common in the files."""
+    """The common prefix of the names of a block's tensors in files."""
     names = [name.split(".") for name, part in naming.parts.items() if part.parameter.startswith(path)]
     common = takewhile(lambda components: len(set(components)) == 1, zip(*names, strict=False))
     return ".".join(components[0] for components in common)
@@ -232,7 +234,7 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The module path and the list of the decoder layers: the ModuleList with one entry per hidden layer.
 
     Raises:
-        CompatibilityError: there is none, or more than one.
+        CompatibilityError: not exactly one list has that length.
     """
     count = model.config.num_hidden_layers
     found = [
@@ -242,7 +244,7 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     ]
     if len(found) != 1:
         raise CompatibilityError(
-            f"cannot tell the decoder layers of {type(model).__name__}: {len(found)} lists have {count} entries",
+            f"cannot identify the decoder layers of {type(model).__name__}: {len(found)} lists have {count} entries",
             where="config.json: num_hidden_layers",
             mend="this family needs an entry in qexport/architectures",
         )

@@ -1,1 +1,1 @@
-"""A finished or growing folder: manifest, digests, publishing."""
+"""An artifact's folder: manifest, report, digests, publishing."""

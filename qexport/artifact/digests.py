@@ -1,4 +1,4 @@
-"""SHA-256 of bytes, tensors, JSON values and files; digests of large files are computed beside other work."""
+"""SHA-256 of bytes, tensors, JSON values and files; large files are hashed in the background."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def sha256_chunks(chunks: Iterable[memoryview]) -> str:
 
 
 def sha256_json(value: Any) -> str:
-    """The hex digest of a JSON value, whatever the order of its keys.
+    """The hex digest of a JSON value, independent of the order of its keys.
 
     Raises:
         ValueError: the value holds NaN or Inf.
@@ -48,7 +48,7 @@ def sha256_json(value: Any) -> str:
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a CPU tensor in row-major order, without a copy where it is contiguous."""
+    """The bytes of a CPU tensor in row-major order, without a copy if it is contiguous."""
     import torch
 
     flat = tensor.detach().contiguous().reshape(-1)
@@ -59,14 +59,14 @@ _PIECE: Final = 1 << 20
 
 
 class FileDigests(Mapping[str, str]):
-    """The hex SHA-256 of the files in a folder, by name; taken when one is first asked for, or in `taken_meanwhile`.
+    """The hex SHA-256 of the files in a folder, by name; computed on first use, or in `hashed_in_background`.
 
-    Hashing a model takes as long as reading it, which a plan need not wait for, and a run can do while it computes.
+    Hashing a model takes as long as reading it. A plan need not wait for it, and a run can do it while it computes.
 
     Args:
         folder: where the files are.
-        names: of the files to hash.
-        known: digests that are there already.
+        names: the files to hash.
+        known: digests that were computed before.
     """
 
     def __init__(self, folder: Path, names: Sequence[str], known: Mapping[str, str]) -> None:
@@ -78,7 +78,7 @@ class FileDigests(Mapping[str, str]):
 
     def __getitem__(self, name: str) -> str:
         if name in self._all and name not in self._found:
-            self._begin().join()
+            self._start().join()
             if self._error is not None:
                 raise self._error
         return self._found[name]
@@ -93,25 +93,25 @@ class FileDigests(Mapping[str, str]):
         return len(self._all)
 
     @contextmanager
-    def taken_meanwhile(self) -> Iterator[None]:
-        """Takes the digests in a thread; what is not finished at the end is waited for when it is asked for.
+    def hashed_in_background(self) -> Iterator[None]:
+        """Hashes in a thread. What is not finished when the context ends is waited for when it is used.
 
-        Where the context ends with an error, the thread ends too.
+        If the context ends with an error, the thread ends too.
         """
-        self._begin()
+        self._start()
         try:
             yield
         except BaseException:
             self._stopped.set()
             raise
 
-    def _begin(self) -> Thread:
+    def _start(self) -> Thread:
         if self._thread is None:
-            self._thread = Thread(target=self._take, name="digests", daemon=True)
+            self._thread = Thread(target=self._hash_all, name="digests", daemon=True)
             self._thread.start()
         return self._thread
 
-    def _take(self) -> None:
+    def _hash_all(self) -> None:
         try:
             for name in self._names:
                 if (digest := self._digest(self._folder / name)) is None:
@@ -131,10 +131,10 @@ class FileDigests(Mapping[str, str]):
 
 
 @contextmanager
-def taken_meanwhile(digests: Mapping[str, str]) -> Iterator[None]:
-    """`FileDigests.taken_meanwhile` where the digests are such; nothing where they are there already."""
+def hashed_in_background(digests: Mapping[str, str]) -> Iterator[None]:
+    """`FileDigests.hashed_in_background` for `FileDigests`; other mappings hold their digests already."""
     if isinstance(digests, FileDigests):
-        with digests.taken_meanwhile():
+        with digests.hashed_in_background():
             yield
     else:
         yield

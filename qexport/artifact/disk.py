@@ -22,14 +22,14 @@ _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 def ensure_space(path: Path, needed: int) -> None:
-    """Checks that a folder, which need not exist yet, has room.
+    """Checks that the disk has room for a folder, which need not exist yet.
 
     Args:
         path: where the bytes will go.
         needed: bytes.
 
     Raises:
-        ResourceError: its file system has less room.
+        ResourceError: the file system has less free space.
     """
     existing = path.absolute()
     while not existing.exists():
@@ -57,27 +57,27 @@ def sync_tree(folder: Path) -> None:
 
 
 def write_whole(path: Path, content: str) -> None:
-    """Writes a file as UTF-8 beside its path and renames it there, so that a reader sees the old content or the new.
+    """Writes a file as UTF-8 next to its path, then renames it, so that its content is always the old or the new.
 
     Args:
-        path: where a file may stand already; its folder exists.
+        path: of the file, which may exist; its folder must exist.
         content: the new text.
 
     Raises:
-        OSError: it could not be written; the path is as it was.
+        OSError: it could not be written; the path is unchanged.
     """
     write_together(path.parent, {path.name: content})
 
 
 def write_together(folder: Path, contents: Mapping[str, str]) -> None:
-    """Writes files as UTF-8 beside their paths and renames them once all are there: all of them are new, or none is.
+    """Writes files as UTF-8 next to their paths, then renames all of them: either all are replaced, or none is.
 
     Args:
-        folder: of them all; it exists.
-        contents: the new text of each file, by its name. Files may stand there already, folders may not.
+        folder: of all files; it must exist.
+        contents: the new text of each file, by its name. An existing file is replaced, a folder is an error.
 
     Raises:
-        OSError: one could not be written; all are as they were.
+        OSError: one could not be written; all are unchanged.
     """
     beside = {folder / name: folder / f".{name}.{os.getpid()}.partial" for name in contents}
     path = folder
@@ -94,14 +94,14 @@ def write_together(folder: Path, contents: Mapping[str, str]) -> None:
     except BaseException as error:
         for partial in beside.values():
             partial.unlink(missing_ok=True)
-        if isinstance(error, OSError):  # a full disk names no path, the others name one that the user never gave
+        if isinstance(error, OSError):  # a full disk names no path, other errors name the partial file
             error.filename = str(path)
         raise
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ignores Ctrl-C and SIGTERM while something is moved to its path: it must not say that nothing was done."""
+    """Ignores Ctrl-C and SIGTERM while something is moved to its path: the error would claim that nothing was done."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -114,14 +114,14 @@ def uninterrupted() -> Iterator[None]:
 
 
 def move_into_place(source: Path, target: Path) -> Path | None:
-    """Renames a folder to `target`, in one step also where a folder stands there already.
+    """Renames a folder to `target`, in one step even if a folder is there already.
 
     Args:
         source: a complete folder that is on the disk (`sync_tree`).
-        target: its final path, beside it.
+        target: its final path, in the same parent folder.
 
     Returns:
-        Where the folder that stood at the target lies now, for the caller to delete; None where there was none.
+        The new path of the folder that was at the target, for the caller to delete; None if there was none.
 
     Raises:
         OSError: nothing was changed.
@@ -142,7 +142,7 @@ def move_into_place(source: Path, target: Path) -> Path | None:
 
 
 def _exchange(first: Path, second: Path) -> None:
-    """Linux's renameat2 with RENAME_EXCHANGE: at no moment is either path empty."""
+    """Linux's renameat2 with RENAME_EXCHANGE: both paths exist at every moment."""
     library = ctypes.CDLL(None, use_errno=True)
     if not hasattr(library, "renameat2"):
         raise OSError(errno.ENOSYS, "renameat2 is missing")
@@ -153,7 +153,7 @@ def _exchange(first: Path, second: Path) -> None:
 
 
 def _swap_in_two_steps(source: Path, target: Path) -> Path:
-    """For systems that cannot exchange: the target is missing for a moment, but never half there."""
+    """For systems that cannot exchange: the target is missing for a moment, but never incomplete."""
     aside = target.with_name(target.name + ".replaced")
     target.rename(aside)
     try:

@@ -1,4 +1,4 @@
-"""The figures that verification measures, their names and meanings, and what gates said of them."""
+"""The figures that verification measures, their names and meanings, and the results of gates and checks."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Form = Literal["number", "share", "nats", "ratio", "points"]
 
 @dataclass(frozen=True)
 class FigureKind:
-    """What a figure's name stands for.
+    """The meaning of a figure's name.
 
     Attributes:
-        label: for a reader, with no unit in it.
+        label: for people, without a unit.
         form: how to write its values.
-        ideal: the value of an artifact that equals its reference; None where there is no such value.
+        ideal: the value of an artifact that equals its reference; None if no value means that.
         better: which way a gate on it may point: `lower` takes at_most, `higher` at_least, `near` either.
         gated: whether it has an interval, without which no gate can be decided.
         teacher_forced: measured on the held-out text, on as many windows as the gates need.
@@ -86,7 +86,7 @@ CATALOGUE: Final[Mapping[str, FigureKind]] = {
 """By name. docs/verification.md has each one's formula and source."""
 
 DECISIVE_MARGIN: Final = 0.5
-"""In nats. Where the reference's two likeliest tokens are no further apart, a change of places says little."""
+"""In nats. If the reference's two likeliest tokens are closer than this, a swap of the two says little."""
 
 QUANTILES: Final[Mapping[str, float]] = {
     "median_kl": 0.5,
@@ -110,7 +110,7 @@ PROBABILITY_QUANTILES: Final[Mapping[str, float]] = {
 Verdict = Literal["pass", "fail", "undecided"]
 
 Unit = Literal["window", "prompt", "pair", "item", "repeat"]
-"""What was drawn independently of each other; tokens of one window are not."""
+"""What was sampled independently; the tokens of one window were not."""
 
 
 class Figure(Record):
@@ -127,10 +127,10 @@ class Figure(Record):
     """Lower end of the 95 % confidence interval for the number of units that were measured."""
 
     high: float | None = None
-    """Upper end of it. Both are None where no interval can be given."""
+    """Upper end of it. Both are None if no interval can be given."""
 
     sequence_low: float | None = None
-    """Lower end of the 95 % confidence sequence, which holds however often one looks. Gates are decided on it."""
+    """Lower end of the 95 % confidence sequence, which holds however often it is evaluated. Gates use it."""
 
     sequence_high: float | None = None
     """Upper end of it."""
@@ -151,7 +151,7 @@ class GateResult(Record):
     """A gate and its decision."""
 
     name: str
-    """The figure, with its domain in brackets where it has one; or the name of a check."""
+    """The figure, with its domain, if any, in brackets; or the name of a check."""
 
     figure: str | None = None
     """The figure that it limits; None for a check that passes or fails as a whole."""
@@ -162,7 +162,7 @@ class GateResult(Record):
     limit: float | None = None
 
     value: float | None = None
-    """What was measured; None where nothing was, and the gate is then never passed."""
+    """The measured value; None if nothing was measured, and then the gate does not pass."""
 
     low: float | None = None
     """Lower end of the interval that decided."""
@@ -175,7 +175,7 @@ class GateResult(Record):
     verdict: Verdict
 
     reason: str
-    """One sentence for the reader."""
+    """One sentence for people."""
 
     @property
     def passed(self) -> bool:
@@ -192,14 +192,14 @@ class CheckResult(Record):
     name: str
 
     passed: bool | None
-    """None where there was nothing to check."""
+    """None if there was nothing to check."""
 
     detail: str
     """What was found."""
 
 
 def overall(verdicts: Iterable[Verdict]) -> Verdict:
-    """`fail` where one failed, else `undecided` where one is undecided, else `pass`."""
+    """`fail` if any is `fail`, else `undecided` if any is `undecided`, else `pass`."""
     found = set(verdicts)
     if "fail" in found:
         return "fail"
@@ -207,5 +207,5 @@ def overall(verdicts: Iterable[Verdict]) -> Verdict:
 
 
 def find_figure(figures: Iterable[Figure], name: str, domain: str | None = None) -> Figure | None:
-    """The figure of that name and domain, None where it was not measured."""
+    """The figure with this name and domain, or None if it was not measured."""
     return next((figure for figure in figures if (figure.name, figure.domain) == (name, domain)), None)

@@ -45,11 +45,11 @@ def open_artifact(path: Path) -> Artifact:
 
 
 def digest_files(folder: Path, known: Mapping[str, str]) -> dict[str, FileRecord]:
-    """Size and digest of every file in a folder but manifest and report, by its path inside the folder.
+    """Size and digest of every file in a folder except manifest and report, by its path inside the folder.
 
     Args:
         folder: the artifact.
-        known: digests that need not be taken again, by path.
+        known: digests that need not be computed again, by path.
     """
     return {
         name: FileRecord(size=path.stat().st_size, sha256=known[name] if name in known else sha256_file(path))
@@ -71,5 +71,5 @@ def _fault(record: FileRecord | None, path: Path | None) -> str | None:
     if record is None:
         return "is not in its manifest"
     if path.stat().st_size != record.size or sha256_file(path) != record.sha256:
-        return "is not as it was written"
+        return "has changed since it was written"
     return None

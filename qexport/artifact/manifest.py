@@ -1,7 +1,7 @@
 """The manifest: what an artifact consists of, what it was made from, and how it compares with its reference.
 
 It is the last file written into an artifact. No time of day, host name, user name or path of the machine enters it, so
-that two machines write equal bytes.
+that two machines write the same bytes.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Sizes(Record):
     """Bytes of all tensors in the artifact."""
 
     bits_per_weight: float
-    """8 * total_bytes / parameters: scales, zero points and the layers left at 16 bits included."""
+    """8 * total_bytes / parameters: with scales, zero points and unquantized layers."""
 
 
 class GraphRecord(Record):
@@ -80,7 +80,7 @@ class GraphRecord(Record):
     """The version of each domain's operators; an empty name stands for ONNX's own."""
 
     minimum_onnxruntime: str
-    """The oldest ONNX Runtime that runs such graphs. Which providers have computed is in `verification.readers`."""
+    """The oldest ONNX Runtime that runs such graphs. The providers that were measured are in `verification.readers`."""
 
     activations: Literal["float32", "float16"]
     attention: Literal["plain", "fused"]
@@ -90,7 +90,7 @@ class GraphRecord(Record):
 
 
 class Verification(Record):
-    """The artifact, read back from disk, held against the merged reference: the report's main points."""
+    """The artifact, read back from disk, compared with the merged reference: the report's main points."""
 
     verdict: Verdict
 
@@ -105,7 +105,7 @@ class Verification(Record):
     """The readers that confirmed these figures, with their versions."""
 
     unconfirmed: list[str]
-    """What no reader has confirmed."""
+    """What no reader confirmed."""
 
     report_sha256: str
     """The digest of the report without its timings, which differ from run to run."""
@@ -150,16 +150,16 @@ class Manifest(Record):
     """The digest of each tokenizer file, by its name."""
 
     quantization: dict[str, Any] | None
-    """The artifact's `quantization_config`; None where it holds 16-bit weights."""
+    """The artifact's `quantization_config`; None if it holds 16-bit weights."""
 
     graph: GraphRecord | None = None
-    """What runs the layout onnx; None for the others."""
+    """The graph of the layout onnx; None for other layouts."""
 
     layers: list[LayerRecord]
     sizes: Sizes
 
     files: dict[str, FileRecord]
-    """Every file of the artifact but the manifest and the report, by its path inside the folder."""
+    """Every file of the artifact except the manifest and the report, by its path inside the folder."""
 
     verification: Verification | None
 
@@ -187,7 +187,7 @@ class Manifest(Record):
             path: the file, or the artifact's folder.
 
         Raises:
-            InputError: there is none, it is no JSON, a newer qexport wrote it, or a field is wrong.
+            InputError: it is missing, not JSON, of another schema version, or a field is wrong.
         """
         path = path / MANIFEST_NAME if path.is_dir() else path
         text = _read_text(path)
@@ -212,7 +212,7 @@ def _check_schema_version(text: str, path: Path) -> None:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"the manifest is no JSON: {error}", where=str(path)) from error
+        raise InputError(f"the manifest is not JSON: {error}", where=str(path)) from error
     version = content.get("schema_version") if isinstance(content, dict) else None
     if type(version) is not int or version < 1:
         raise InputError(f"schema_version must be {SCHEMA_VERSION}, not {version!r}", where=str(path))

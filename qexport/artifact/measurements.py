@@ -1,4 +1,4 @@
-"""What verification measures beside its figures: where the drift sits, continuations, tasks, speed."""
+"""What verification measures besides its figures: distribution of the drift, continuations, tasks, speed."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from qexport.records import Record
 
 
 class Histogram(Record):
-    """How many tokens have a KL divergence in which range."""
+    """The number of tokens per range of the KL divergence."""
 
     edges: list[float]
-    """Nats, rising; one more than bins. Values below the first edge and above the last are in the outer bins."""
+    """In nats, rising; one more than bins. Values below the first edge and above the last are in the outer bins."""
 
     counts: list[int]
 
@@ -25,11 +25,11 @@ class MarginBin(Record):
     tokens: int
 
     flips: int
-    """Those where the artifact holds another token for the likeliest."""
+    """Those for which the artifact's likeliest token is another one."""
 
 
 class BlockDrift(Record):
-    """How far the hidden states behind a block are from the reference's."""
+    """How far the hidden states after a block are from the reference's."""
 
     name: str
 
@@ -51,14 +51,14 @@ class WorstToken(Record):
     kl: float
     reference_top: str
     reference_probability: float
-    """Of the token that stands in the text; so are the artifact's."""
+    """Of the token in the text; the artifact's too."""
 
     artifact_top: str
     artifact_probability: float
 
 
 class PromptComparison(Record):
-    """The greedy continuations of one prompt. Tokens are counted up to and with an end."""
+    """The greedy continuations of one prompt. Tokens are counted up to and including an end token."""
 
     id: str
     domain: str | None
@@ -66,7 +66,7 @@ class PromptComparison(Record):
     pair: str | None
 
     prompt: str
-    """As a reader would write it; messages one a line."""
+    """As plain text; one message per line."""
 
     reference: str
     """The reference's text, without special tokens."""
@@ -85,13 +85,13 @@ class PromptComparison(Record):
     """The reference's margin there, in nats."""
 
     flips: int
-    """Decisive flips along the reference's own tokens: those that were ahead by more than
-    `qexport.artifact.figures.DECISIVE_MARGIN` and in whose place the artifact holds another for the likeliest, given
-    the prompt and the reference's tokens before it.
+    """Decisive flips along the reference's own tokens: those whose margin was above
+    `qexport.artifact.figures.DECISIVE_MARGIN` and for which the artifact's likeliest token is another one, given the
+    prompt and the reference's tokens before it.
     """
 
     edit_distance: float
-    """Of the tokens, 0 to 1; this and the next figures are those of `qexport.verifying.text_similarity`."""
+    """Of the tokens, 0 to 1; this and the next figures are defined in `qexport.verifying.text_similarity`."""
 
     chrf: float
     """0 to 100."""
@@ -119,7 +119,7 @@ class PromptComparison(Record):
 
     @property
     def length_ratio(self) -> float:
-        """The artifact's tokens over the reference's."""
+        """The number of the artifact's tokens divided by the reference's."""
         return self.artifact_tokens / self.reference_tokens
 
 
@@ -173,7 +173,7 @@ class TaskRecord(Record):
 
 
 class Speed(Record):
-    """Both models as a user runs them, in turn. Lists have one value a repeat."""
+    """The speed of both models as a user runs them, measured in turn. Lists have one value per repeat."""
 
     prompt_tokens: int
     """Read before the first new token."""
@@ -182,7 +182,7 @@ class Speed(Record):
     """Generated."""
 
     reference_tokens_per_second: list[float]
-    """Of the new tokens behind the first."""
+    """Of the new tokens after the first."""
 
     artifact_tokens_per_second: list[float]
     reference_first_token_seconds: list[float]
@@ -196,12 +196,12 @@ class Speed(Record):
 
     @property
     def speed_ratios(self) -> list[float]:
-        """Of each repeat, the artifact's tokens per second over the reference's: above 1 is faster."""
+        """Per repeat, the artifact's tokens per second divided by the reference's: above 1 is faster."""
         return _ratios(self.artifact_tokens_per_second, self.reference_tokens_per_second)
 
     @property
     def first_token_ratios(self) -> list[float]:
-        """Of each repeat, the artifact's time to first token over the reference's: below 1 is faster."""
+        """Per repeat, the artifact's time to first token divided by the reference's: below 1 is faster."""
         return _ratios(self.artifact_first_token_seconds, self.reference_first_token_seconds)
 
 
@@ -220,6 +220,6 @@ class Timings(Record):
 
     speed: Speed | None
     speed_unmeasured: str | None
-    """Why there is none."""
+    """Why `speed` is None."""
 
     figures: list[Figure]

@@ -1,4 +1,4 @@
-"""Publishing: an artifact grows in a folder of its own and appears at its final path in one step."""
+"""Publishing: an artifact is written to a temporary folder and appears at its final path in one step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MARKER_NAME = ".qexport-partial"
 
 
 def check_output(output: Path, *, force: bool) -> Path:
-    """Checks that an artifact may be published at a path, or set aside beside it, before any work is done.
+    """Checks, before any work, that an artifact may be published at a path, or moved next to it if rejected.
 
     Args:
         output: the final path; a link is followed.
@@ -28,49 +28,53 @@ def check_output(output: Path, *, force: bool) -> Path:
         The path with all links resolved.
 
     Raises:
-        RecipeError: something is in the way.
+        RecipeError: a path is taken, or contains the current directory.
     """
     resolved = Path(os.path.realpath(output))
     if not resolved.name or (force and Path.cwd().is_relative_to(resolved)):
-        raise RecipeError("the output must not be a folder that you stand in", where=str(output))
+        raise RecipeError(
+            "the output must not contain the current directory", where=str(output), mend="choose another output"
+        )
     if resolved.exists() and not resolved.is_dir():
-        raise RecipeError("a file is in the way of the output folder", where=str(output), mend="choose another output")
+        raise RecipeError("the output is a file, not a folder", where=str(output), mend="choose another output")
     if not force and resolved.is_dir() and any(resolved.iterdir()):
         raise RecipeError(
             "the output folder is not empty",
             where=str(output),
             mend="choose another output, or replace it with --force",
         )
-    _check_set_aside(_set_aside(resolved))
+    _check_rejected(_rejected_path(resolved))
     return resolved
 
 
-def _set_aside(output: Path) -> Path:
-    """Where an artifact goes that a gate has stopped."""
+def _rejected_path(output: Path) -> Path:
+    """Where an artifact goes that a gate stopped."""
     return output.with_name(output.name + ".rejected")
 
 
-def _check_set_aside(rejected: Path) -> None:
-    """Refuses what is no older artifact of qexport, which would be deleted.
-
-    Raises:
-        RecipeError: something else is in the way.
-    """
+def _check_rejected(rejected: Path) -> None:
+    """Refuses anything but an older artifact of qexport, since it would be deleted."""
     mend = "move or remove it, or choose another output"
     if rejected.is_symlink() or (rejected.exists() and not rejected.is_dir()):
-        raise RecipeError("something is in the way of a rejected artifact's folder", where=str(rejected), mend=mend)
+        raise RecipeError(
+            "a file or a link is at the path of the folder for a rejected artifact", where=str(rejected), mend=mend
+        )
     if rejected.is_dir() and any(rejected.iterdir()) and not _is_complete(rejected):
         what = "the folder for a rejected artifact holds files that are not qexport's"
         raise RecipeError(what, where=str(rejected), mend=mend)
     if Path.cwd().is_relative_to(rejected):
-        raise RecipeError("you stand in the folder for a rejected artifact", where=str(rejected), mend="leave it")
+        raise RecipeError(
+            "the current directory is in the folder for a rejected artifact",
+            where=str(rejected),
+            mend="change to another directory",
+        )
 
 
 class Publication:
-    """The growing folder `<output>.partial/`, locked against other runs.
+    """The temporary folder `<output>.partial/`, locked against other runs.
 
-    Used as a context manager. `publish` moves the folder to its final path, `reject` to `<output>.rejected/`; where
-    neither was called, because of an error or Ctrl-C, the folder is removed and the final path is as it was. What a
+    Used as a context manager. `publish` moves the folder to its final path, `reject` to `<output>.rejected/`; if
+    neither was called, because of an error or Ctrl-C, the folder is removed and the final path is unchanged. What a
     killed run left behind is removed by the next one.
 
     Args:
@@ -89,7 +93,7 @@ class Publication:
 
     @property
     def folder(self) -> Path:
-        """Where the artifact grows."""
+        """Where the artifact is written."""
         return self.output.with_name(self.output.name + ".partial")
 
     def __enter__(self) -> Self:
@@ -102,7 +106,7 @@ class Publication:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._lock is not None:
-            with suppress(OSError):  # the error under way matters more, and the next run removes the rest
+            with suppress(OSError):  # the first error matters more, and the next run removes the rest
                 _remove(self.folder)
             self._release()
         if is_disk_full(error):
@@ -117,7 +121,7 @@ class Publication:
 
         Raises:
             QexportError: a manifest is missing.
-            RecipeError: meanwhile something else has appeared at the final path.
+            RecipeError: something else has appeared at the final path.
         """
         if not _is_complete(self.folder):
             raise QexportError("an artifact without its manifest cannot be published", where=str(self.folder))
@@ -129,10 +133,10 @@ class Publication:
         """Moves the folder to `<output>.rejected/`, in place of an older one, and returns that path.
 
         Raises:
-            RecipeError: meanwhile something else has appeared there.
+            RecipeError: something else has appeared there.
         """
-        rejected = _set_aside(self.output)
-        _check_set_aside(rejected)
+        rejected = _rejected_path(self.output)
+        _check_rejected(rejected)
         self._move_to(rejected)
         return rejected
 
@@ -155,7 +159,7 @@ class Publication:
 
 
 def _is_complete(folder: Path) -> bool:
-    """Whether the folder has a manifest, or consists of folders that have."""
+    """Whether the folder has a manifest, or consists of folders that have one."""
     entries = [entry for entry in folder.iterdir() if entry.name != MARKER_NAME]
     several = bool(entries) and all((entry / MANIFEST_NAME).is_file() for entry in entries)
     return several or (folder / MANIFEST_NAME).is_file()
@@ -163,19 +167,21 @@ def _is_complete(folder: Path) -> bool:
 
 def _make_folder(folder: Path) -> None:
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise RecipeError("the folder to build in is taken by something else", where=str(folder), mend="remove it")
+        raise RecipeError(
+            "the temporary folder's path is taken by a file or a link", where=str(folder), mend="remove it"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RecipeError(f"the output cannot be created: {error.strerror}", where=str(folder)) from error
     if not (folder / MARKER_NAME).exists() and any(folder.iterdir()):
         raise RecipeError(
-            "the folder to build in holds files that are not qexport's", where=str(folder), mend="move or remove it"
+            "the temporary folder holds files that are not qexport's", where=str(folder), mend="move or remove it"
         )
 
 
 def _lock(folder: Path) -> int:
-    """Opens and locks the marker. The lock ends with the descriptor, so also with a killed process."""
+    """Opens and locks the marker. The lock ends with the descriptor, so also when the process is killed."""
     marker = folder / MARKER_NAME
     descriptor = os.open(marker, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     if not _take(descriptor, marker):
@@ -185,7 +191,7 @@ def _lock(folder: Path) -> int:
 
 
 def _take(descriptor: int, marker: Path) -> bool:
-    """Locks the open marker; False where another run holds it, or has moved it away with its folder."""
+    """Locks the open marker; False if another run holds it, or has moved it away with its folder."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return os.path.samestat(os.fstat(descriptor), marker.stat())
@@ -202,7 +208,7 @@ def _empty(folder: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Removes the marker last, so that an interrupted removal is still known as qexport's."""
+    """Removes the marker last, so that an interrupted removal is still recognized as qexport's."""
     _empty(folder)
     (folder / MARKER_NAME).unlink(missing_ok=True)
     folder.rmdir()

@@ -1,4 +1,4 @@
-"""How an artifact or a report came about: the environment, and what makes figures comparable."""
+"""The environment that an artifact or a report was made in, and what makes figures comparable."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Environment(BaseModel):
-    """Versions and processor type. Names no host."""
+    """Versions and processor type, without a host name."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
@@ -52,10 +52,10 @@ def describe_environment(device: torch.device) -> Environment:
 
 
 def _cpu_capability() -> str:
-    """The vector level, and the bfloat16 instructions, which choose other kernels on top of it."""
+    """The vector instructions, and those for bfloat16, with which torch chooses other kernels."""
     import torch
 
-    found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not tell
+    found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch lack it
     return " ".join(
         [torch.backends.cpu.get_cpu_capability(), *(n for n in ("avx512_bf16", "amx_bf16") if found.get(n))]
     )
@@ -99,7 +99,7 @@ class Protocol(Record):
     """Tokens that were predicted."""
 
     looks: list[int]
-    """How many windows had been measured each time the gates were looked at."""
+    """How many windows had been measured each time the gates were evaluated."""
 
     confidence: float
     """Of every interval."""

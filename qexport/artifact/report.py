@@ -1,4 +1,4 @@
-"""The report: everything that verification found, as `report.json` holds it, and whether its records agree."""
+"""The report: everything that verification found, as `report.json` holds it, and a check for contradictions."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _BITS: Final = (2, 3, 4, 8)
 
 
 def impossible_figures(figures: Sequence[Figure]) -> Iterator[str]:
-    """Of the figures of the measurement and of the speed together."""
+    """Contradictions in the figures of the measurement and of the speed."""
     counted = Counter((figure.name, figure.domain) for figure in figures)
     for figure in figures:
         place = figure.name if figure.domain is None else f"{figure.name}[{figure.domain}]"
         if figure.name not in CATALOGUE:
-            yield f"{place}: there is no such figure"
+            yield f"{place}: unknown figure"
         if counted.pop((figure.name, figure.domain), 0) > 1:
-            yield f"{place}: stands there more than once"
+            yield f"{place}: is listed more than once"
         if figure.n < 1 or (figure.tokens is not None and figure.tokens < 0):
             yield f"{place}: measured on {figure.n} units and {figure.tokens} tokens"
         for low, high in ((figure.low, figure.high), (figure.sequence_low, figure.sequence_high)):
@@ -48,7 +48,7 @@ def impossible_figures(figures: Sequence[Figure]) -> Iterator[str]:
 
 
 def impossible_drift(histogram: Histogram, flips: Sequence[MarginBin], blocks: Sequence[BlockDrift]) -> Iterator[str]:
-    """Of where the drift sits."""
+    """Contradictions in the distribution of the drift."""
     edges, counts = histogram.edges, histogram.counts
     rising = all(low < high for low, high in pairwise(edges))
     if len(counts) < 1 or len(edges) != len(counts) + 1 or not rising or edges[0] < 0 or min(counts) < 0:
@@ -60,7 +60,7 @@ def impossible_drift(histogram: Histogram, flips: Sequence[MarginBin], blocks: S
 
 
 def impossible_layers(layers: Sequence[LayerRecord]) -> Iterator[str]:
-    """Of what quantizing the layers did."""
+    """Contradictions in the records of the layers."""
     for layer in layers:
         if layer.bits not in _BITS:
             yield f"{layer.name}: {layer.bits} bits"
@@ -69,18 +69,18 @@ def impossible_layers(layers: Sequence[LayerRecord]) -> Iterator[str]:
 
 
 def impossible_sizes(sizes: Sizes, reference_bytes: int) -> Iterator[str]:
-    """Of the artifact and the merged model."""
+    """Contradictions in the sizes of the artifact and the merged model."""
     if min(sizes.parameters, sizes.total_bytes, reference_bytes) < 1 or sizes.bits_per_weight <= 0:
-        yield "subject: a size that is not over 0"
+        yield "subject: a size that is not above 0"
 
 
 def impossible_verdict(verdict: Verdict, gates: Sequence[GateResult]) -> Iterator[str]:
-    """Of the whole and of each gate."""
+    """Contradictions in the verdicts of the whole and of each gate."""
     if verdict != (found := overall(gate.verdict for gate in gates)):
-        yield f"verdict: {verdict}, where that of its gates is {found}"
+        yield f"verdict: {verdict}, but its gates give {found}"
     for gate in gates:
         if gate.passed and gate.figure is not None and None in (gate.value, gate.low, gate.high, gate.limit):
-            yield f"gate {gate.name}: passed on what was not measured"
+            yield f"gate {gate.name}: passed without a measured value"
 
 
 REPORT_NAME: Final = "report.json"
@@ -91,13 +91,13 @@ class Subject(Record):
     """The artifact that was measured."""
 
     name: str
-    """For a reader: the folder's last component, or base and adapter."""
+    """For people: the folder's last component, or base and adapter."""
 
     layouts: list[str]
-    """The layouts whose weights these are; empty for a folder of another maker."""
+    """The layouts whose weights these are; empty for a folder that another program made."""
 
     method: str
-    """For a reader, for example `GPTQ, 4 bits, group_size 64, symmetric`."""
+    """For people, for example `GPTQ, 4 bits, group_size 64, symmetric`."""
 
     sizes: Sizes
     reference_bytes: int
@@ -108,7 +108,7 @@ class Subject(Record):
 
 
 class ReferenceRecord(Record):
-    """What the artifact was held against."""
+    """What the artifact was compared with."""
 
     base: SourceRecord
     adapter: SourceRecord | None
@@ -142,7 +142,7 @@ class Report(Record):
     environment: Environment
 
     command: str
-    """Measures the same again."""
+    """The command that repeats the measurement."""
 
     timings: Timings
 
@@ -158,7 +158,7 @@ class Report(Record):
         return list(dict.fromkeys(found))
 
     def contradictions(self) -> list[str]:
-        """What cannot be true of any measurement, one sentence each; none in a report that qexport has written."""
+        """What cannot be true of any measurement, one sentence each; empty for a report that qexport wrote."""
         return [
             *impossible_figures(self.all_figures),
             *impossible_drift(self.kl_histogram, self.flips_by_margin, self.block_drift),
@@ -183,7 +183,7 @@ class Report(Record):
             path: the file, an artifact's folder, or its report's folder.
 
         Raises:
-            InputError: there is none, it is no JSON, a newer qexport wrote it, a field is wrong, or it contradicts
+            InputError: it is missing, not JSON, of another schema version, a field is wrong, or it contradicts
                 itself.
         """
         place = _place(path)
@@ -213,7 +213,7 @@ def report_schema() -> dict[str, Any]:
 
 
 def _place(path: Path) -> Path:
-    with suppress(OSError):  # a path that cannot be looked at cannot be read either, which is told there
+    with suppress(OSError):  # reading such a path fails too, with an error
         return next((at for at in (path / REPORT_FOLDER / REPORT_NAME, path / REPORT_NAME) if at.is_file()), path)
     return path
 
@@ -232,7 +232,7 @@ def _read_object(place: Path) -> Mapping[str, Any]:
         mend = "name a report.json, or a folder that was verified"
         raise InputError("the report cannot be read", where=str(place), mend=mend) from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"the report is no JSON: {error}", where=str(place)) from error
+        raise InputError(f"the report is not JSON: {error}", where=str(place)) from error
     if not isinstance(content, dict):
-        raise InputError("the report is no JSON object", where=str(place))
+        raise InputError("the report is not a JSON object", where=str(place))
     return content

@@ -22,12 +22,12 @@ from qexport.tensors.strict_files import contained_path
 def load_checkpoint(settings: LoadSettings, *, progress: ProgressCallback = silent) -> Checkpoint:
     """The base model: configuration, lazily read weights, tokenizer files, origin with digests.
 
-    Every header is held against the configuration here; values are checked for NaN and Inf as they are read.
+    All headers are checked against the configuration here; values are checked for NaN and Inf when they are read.
 
     Raises:
         InputError: the base is missing, malformed, unsafe, or its weights do not fit its configuration.
         CompatibilityError: qexport cannot handle the model's family.
-        RecipeError: a revision for a local folder.
+        RecipeError: a revision is given for a local folder.
     """
     reference = _found(settings.base, settings.revision, field="load.base")
     if isinstance(reference, Path):
@@ -46,7 +46,7 @@ def load_checkpoint(settings: LoadSettings, *, progress: ProgressCallback = sile
 
 
 def _found(text: str, revision: str | None, *, field: str) -> Path | HubReference | PackageReference:
-    """What a field of the recipe names; of local paths only folders that are there."""
+    """What a field of the recipe names. A local path must be an existing folder."""
     try:
         reference = parse_reference(text)
     except ValueError as error:
@@ -86,18 +86,18 @@ class AdapterFolder:
 
 
 def locate_adapter(settings: LoadSettings, *, progress: ProgressCallback = silent) -> AdapterFolder | None:
-    """The recipe's adapter, fetched where it is on the hub; None where the recipe names none.
+    """The recipe's adapter, fetched if it is on the hub; None if the recipe names none.
 
     Raises:
-        InputError: neither a folder nor a model of the hub, a file is missing or leaves the folder, or the adapter
-            exists as a pickle only.
-        RecipeError: a revision for a local folder.
+        InputError: it is neither a folder nor a model of the hub, a file is missing or outside the folder, or the
+            adapter is a pickle.
+        RecipeError: a revision is given for a local folder.
     """
     if settings.adapter is None:
         return None
     reference = _found(settings.adapter, settings.adapter_revision, field="load.adapter")
     if isinstance(reference, PackageReference):
-        raise InputError("an adapter is no file inside a package", where="load.adapter", mend="name its folder")
+        raise InputError("an adapter cannot be a file inside a package", where="load.adapter", mend="name its folder")
     if isinstance(reference, Path):
         digests = _check_files(reference, None)
         return AdapterFolder(reference, Origin("folder", reference.resolve().name, sha256=digests))
@@ -123,7 +123,7 @@ def _no_weights(folder: Path) -> InputError:
         return InputError(
             "the adapter is a pickle, which is never read",
             where=f"{folder}: adapter_model.bin",
-            mend="where you trust its maker, load it with PEFT once and save it with save_pretrained",
+            mend="if you trust its maker, load it with PEFT once and save it with save_pretrained",
         )
     return InputError(
         f"the adapter has no {ADAPTER_WEIGHTS}", where=str(folder), mend="save it with PEFT's save_pretrained"

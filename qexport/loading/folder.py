@@ -26,19 +26,15 @@ def read_folder(
     trusted_root: Path | None = None,
     progress: ProgressCallback,
 ) -> Checkpoint:
-    """The model in a folder. Headers are held against config.json; the digests of the weights are taken later.
+    """The model in a folder. Headers are checked against config.json; the weights are hashed later.
 
     Args:
         folder: where the files are.
         kind: where the folder came from.
         name: the origin's name.
         revision: the commit, for a hub's model.
-        trusted_root: where symbolic links may lead; the folder itself where None.
+        trusted_root: where symbolic links may lead; the folder itself if None.
         progress: is called with keys of config.json that are dropped.
-
-    Raises:
-        InputError: something is missing, malformed, unsafe or contradicts config.json.
-        CompatibilityError: qexport cannot handle the family.
     """
     config = read_config(folder, trusted_root=trusted_root, progress=progress)
     files = read_sidecars(folder, trusted_root=trusted_root)
@@ -58,9 +54,9 @@ def read_folder(
 
 
 def with_prefix(source: ChunkedSource, architecture: Architecture) -> ChunkedSource:
-    """The source under the names of the whole model, which transformers takes such a checkpoint for.
+    """The source with the base model's prefix added to its names, as transformers adds it on loading.
 
-    Left as it is where any name has the prefix, or none is known with it.
+    It is unchanged if any name has the prefix already, or none is known with it.
     """
     known, prefix = architecture.naming.parts, f"{architecture.skeleton.base_model_prefix}."
     names = list(source.specs())
@@ -71,7 +67,7 @@ def with_prefix(source: ChunkedSource, architecture: Architecture) -> ChunkedSou
 
 
 class _Prefixed:
-    """A source under other names."""
+    """A source with other names for its tensors."""
 
     def __init__(self, source: ChunkedSource, stored: Mapping[str, str]) -> None:
         self._source, self._stored = source, stored
@@ -82,7 +78,7 @@ class _Prefixed:
         return {name: found[stored] for name, stored in self._stored.items()}
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor in memory of its own."""
+        """The tensor in newly allocated memory."""
         return self._source.read(self._stored[name])
 
     def place(self, name: str) -> str:

@@ -27,7 +27,7 @@ from qexport.tensors.source import Origin, TensorSpec
 
 @dataclass(frozen=True)
 class _Family:
-    """How llama.cpp writes an architecture.
+    """How llama.cpp stores an architecture.
 
     Attributes:
         arch: the gguf package's name for it.
@@ -93,7 +93,7 @@ def _family(file: GgufFile) -> _Family:
     family = _FAMILIES.get(str(name))
     if family is None:
         raise CompatibilityError(
-            f"GGUF files of architecture {name!r} are not read",
+            f"GGUF files of architecture {name!r} are not supported",
             where=str(file.path),
             mend=f"supported: {', '.join(_FAMILIES)}; or name the safetensors model that the file was made from",
         )
@@ -102,7 +102,7 @@ def _family(file: GgufFile) -> _Family:
     parts = file.metadata.get("split.count", 1)
     if experts or scaling != "none" or "rope_freqs.weight" in file.tensors or parts not in (0, 1):
         raise CompatibilityError(
-            "mixtures of experts, scaled rotary embeddings and files in several parts are not read from GGUF",
+            "mixtures of experts, scaled rotary embeddings and files in several parts are not supported in GGUF",
             where=str(file.path),
             mend="name the safetensors model that the file was made from",
         )
@@ -114,7 +114,7 @@ def _config(file: GgufFile, family: _Family) -> PretrainedConfig:
     prefix = str(file.metadata["general.architecture"])
     absent = [key for key in _REQUIRED if f"{prefix}.{key}" not in file.metadata]
     if absent:
-        raise InputError(f"the metadata lack {', '.join(absent)}", where=str(file.path), mend="fetch the file anew")
+        raise InputError(f"the metadata lack {', '.join(absent)}", where=str(file.path), mend="fetch the file again")
     fields = _REQUIRED | _OPTIONAL | dict(family.extra_fields)
     keys = {f"{prefix}.{key}": name for key, name in fields.items()}
     keys |= {f"tokenizer.ggml.{key}_token_id": name for key, name in _TOKENS.items()}
@@ -123,8 +123,10 @@ def _config(file: GgufFile, family: _Family) -> PretrainedConfig:
     values |= {"tie_word_embeddings": "output.weight" not in file.tensors, "architectures": [family.causal_lm]}
     try:
         config = AutoConfig.for_model(prefix, **values)
-    except Exception as error:  # the values are somebody else's, and the family's checks raise what they please
-        raise InputError(f"the metadata describe no model: {error}", where=str(file.path)) from error
+    except Exception as error:  # the values are untrusted, and each family's checks raise errors of their own
+        raise InputError(
+            f"transformers cannot build a model from the metadata: {error}", where=str(file.path)
+        ) from error
     assert isinstance(config, PretrainedConfig)
     return config
 
@@ -135,7 +137,7 @@ def _files(path: Path, config: PretrainedConfig) -> Mapping[str, bytes]:
         try:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path.parent), gguf_file=path.name)
             tokenizer.save_pretrained(folder)
-        except Exception as error:  # the conversion raises what it pleases on malformed vocabularies
+        except Exception as error:  # the conversion raises many types of errors on malformed vocabularies
             raise InputError(f"transformers cannot convert the tokenizer: {error}", where=str(path)) from error
         GenerationConfig.from_model_config(config).save_pretrained(folder)
         return read_sidecars(Path(folder))
@@ -145,9 +147,9 @@ _CHUNK_VALUES: Final = 1 << 20
 
 
 class GgufWeights:
-    """A GGUF file as a `WeightSource`: every tensor is float32, whatever it is stored as.
+    """A GGUF file as a `WeightSource`: every tensor is float32, however it is stored.
 
-    Values and order of the rows are those that transformers loads with `GgufConfig(dequantize=True)`.
+    Values and the order of rows are those that transformers loads with `GgufConfig(dequantize=True)`.
 
     Args:
         file: the open file.
@@ -173,7 +175,7 @@ class GgufWeights:
         self._heads = _permuted_heads(config) if permuted else {}
         stored = _stored_names(arch, config.num_hidden_layers, parameters)
         renamed = {name: parameter for parameter, name in stored.items() if name in file.tensors}
-        # a tensor without a place in the model keeps the file's name, so that it is reported under it
+        # a tensor without a place in the model keeps the file's name, so that errors name it
         self._stored = {renamed.get(name, name): name for name in file.tensors}
         _refuse_unreadable(file)
 
@@ -184,13 +186,13 @@ class GgufWeights:
         }
 
     def read(self, name: str) -> torch.Tensor:
-        """The dequantized tensor, float32. Its values are not looked at.
+        """The dequantized tensor, float32. Its values are not checked.
 
         Raises:
-            InputError: there is no such tensor, or the file has become shorter.
+            InputError: there is no tensor with this name, or the file has become shorter.
         """
         if name not in self._stored:
-            raise InputError("no such tensor", where=f"{self._file.path}: {name}")
+            raise InputError("there is no tensor with this name", where=f"{self._file.path}: {name}")
         tensor = self._dequantize(self._stored[name])
         heads = next((heads for module, heads in self._heads.items() if f".{module}." in name), None)
         return tensor if heads is None else _undo_permutation(tensor, heads)
@@ -200,7 +202,7 @@ class GgufWeights:
         return f"{self._file.path}: {self._stored[name]}"
 
     def _dequantize(self, stored: str) -> torch.Tensor:
-        """In pieces of rows, because `gguf.dequantize` holds its result twice."""
+        """Dequantizes some rows at a time, because `gguf.dequantize` holds its result twice."""
         tensor = self._file.tensors[stored]
         values = torch.empty(tensor.shape, dtype=torch.float32)
         rows, step = values.view(tensor.rows, tensor.shape[-1]), max(1, _CHUNK_VALUES // tensor.shape[-1])
@@ -216,7 +218,7 @@ def _permuted_heads(config: PretrainedConfig) -> dict[str, int]:
 
 
 def _undo_permutation(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows from rotary pairs side by side (ggml) back to a head's two halves (transformers).
+    """The rows in the order of transformers, a head's two halves, from ggml's order, rotary pairs side by side.
 
     Args:
         tensor: [heads * head_dim, ...].
@@ -227,7 +229,7 @@ def _undo_permutation(tensor: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def _stored_names(arch: gguf.MODEL_ARCH, layers: int, parameters: Iterable[str]) -> dict[str, str]:
-    """The file's name of each parameter that the architecture has one for."""
+    """The name in the file of each parameter that has one in the architecture."""
     names = gguf.get_tensor_name_map(arch, layers)
     stored = {}
     for parameter in parameters:

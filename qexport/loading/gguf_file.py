@@ -1,8 +1,8 @@
 """One GGUF file: its metadata, its table of tensors, and their bytes.
 
 The format is described in https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. `gguf.GGUFReader` makes several
-numpy arrays for every token of the vocabulary (150 MB and 3 s for 49,152 tokens) and maps the file; this reader steps
-over arrays and reads by position.
+numpy arrays for every token of the vocabulary (150 MB and 3 s for 49,152 tokens) and maps the file; this reader skips
+arrays and reads by position.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _STRING, _ARRAY = 8, 9
 _VERSIONS: Final = (2, 3)
 _DEFAULT_ALIGNMENT: Final = 32
 _MAX_DIMENSIONS: Final = 4
-_MEND: Final = "fetch the file anew; it is cut short, damaged, or no GGUF file"
+_MEND: Final = "fetch the file again; it is cut short, damaged, or not a GGUF file"
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,13 @@ class GgufFile:
 
     Attributes:
         path: the file.
-        metadata: the values that are numbers, truth values or strings, by key.
+        metadata: the values that are numbers, booleans or strings, by key.
         array_lengths: the number of entries of each value that is an array.
         tensors: the tensors by name, in the order of the table.
 
     Raises:
-        InputError: the file cannot be read, is no little-endian GGUF of version 2 or 3, has a name twice, or its table
-            leaves the file.
+        InputError: the file cannot be read, is not little-endian GGUF of version 2 or 3, has a name twice, or a
+            tensor is outside the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -124,7 +124,7 @@ class _Header:
     def _read_value(self) -> None:
         key, kind = self._string(), self._integer("I")
         if key in self.metadata or key in self.array_lengths:
-            raise ValueError(f"the key {key!r} stands there twice")
+            raise ValueError(f"the key {key!r} appears twice")
         if kind == _ARRAY:
             self.array_lengths[key] = self._skip_array()
         elif kind == _STRING:
@@ -137,7 +137,7 @@ class _Header:
         for _ in range(count):
             name, dimensions = self._string(), self._integer("I")
             if name in table:
-                raise ValueError(f"the tensor {name!r} stands there twice")
+                raise ValueError(f"the tensor {name!r} appears twice")
             if not 1 <= dimensions <= _MAX_DIMENSIONS:
                 raise ValueError(f"the tensor {name!r} has {dimensions} dimensions")
             sizes = [self._integer("Q") for _ in range(dimensions)]
@@ -160,13 +160,13 @@ class _Header:
                 raise ValueError(f"rows of {shape[-1]} in {name!r} do not divide into blocks of {block}")
             tensor = GgufTensor(shape, kind, start + offset, shape[-1] // block * size)
             if tensor.offset + tensor.rows * tensor.row_bytes > self._size:
-                raise ValueError(f"the tensor {name!r} leaves the file")
+                raise ValueError(f"the tensor {name!r} is outside the file")
             tensors[name] = tensor
         _refuse_overlaps(tensors)
         return tensors
 
     def _skip_array(self) -> int:
-        """Steps over an array and returns its length."""
+        """Skips an array and returns its length."""
         kind, count = self._integer("I"), self._count()
         if kind == _STRING:
             for _ in range(count):
@@ -187,7 +187,7 @@ class _Header:
         return code
 
     def _number(self, code: str) -> int | float | bool:
-        """One little-endian value; a file that ends here is a struct.error."""
+        """One little-endian value; the end of the file raises a struct.error."""
         size = struct.calcsize(f"<{code}")
         value: int | float | bool = struct.unpack(f"<{code}", self._file.read(size))[0]
         return value

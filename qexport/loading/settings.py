@@ -26,9 +26,9 @@ class LoadSettings(Settings):
     @model_validator(mode="after")
     def _only_a_hub_id_has_revisions(self) -> LoadSettings:
         if self.revision is not None and _is_elsewhere(self.base):
-            raise ValueError(f"revision belongs to a hub id, and {self.base} is none: remove it")
+            raise ValueError(f"revision is only for a hub id, and base is {self.base}: remove it")
         if self.adapter_revision is not None and _is_elsewhere(self.adapter or "/"):
-            raise ValueError(f"adapter_revision belongs to a hub id, and adapter is {self.adapter}: remove it")
+            raise ValueError(f"adapter_revision is only for a hub id, and adapter is {self.adapter}: remove it")
         return self
 
 

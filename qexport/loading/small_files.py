@@ -34,7 +34,7 @@ def read_config(folder: Path, *, trusted_root: Path | None, progress: ProgressCa
 
     Args:
         folder: the model's folder.
-        trusted_root: where symbolic links may lead; the folder itself where None.
+        trusted_root: where symbolic links may lead; the folder itself if None.
         progress: is called with the keys that were dropped.
 
     Raises:
@@ -49,13 +49,13 @@ def read_config(folder: Path, *, trusted_root: Path | None, progress: ProgressCa
     if dropped:
         progress(Notice(f"config.json: dropped {', '.join(dropped)}; nothing from a model folder is executed"))
     if not isinstance(config.get("model_type"), str):
-        raise InputError("model_type must name the model's family", where=str(path), mend="fetch the model anew")
+        raise InputError("model_type must name the model's family", where=str(path), mend="fetch the model again")
     _refuse_quantized(config, str(path))
     return config
 
 
 def _with_marked_floats(value: Any) -> Any:
-    """Infinities as transformers 5 writes them: the literals that older versions wrote are no JSON."""
+    """Infinities as transformers 5 writes them: the literals that older versions wrote are not JSON."""
     if isinstance(value, list):
         return [_with_marked_floats(item) for item in value]
     if isinstance(value, dict):
@@ -101,10 +101,10 @@ SIDECAR_NAMES: Final = (
 
 
 def read_sidecars(folder: Path, *, trusted_root: Path | None = None) -> Mapping[str, bytes]:
-    """The content of each such file that the folder has, by its name inside the folder.
+    """The content of each file of `SIDECAR_NAMES` and each chat template in the folder, by its name inside it.
 
     Raises:
-        InputError: a file cannot be read, or a symbolic link leads out of `trusted_root` (the folder where None).
+        InputError: a file cannot be read, or a symbolic link leads out of `trusted_root` (the folder if None).
     """
     templates = contained_path(folder, TEMPLATES_FOLDER, root=trusted_root)
     extra = sorted(f"{TEMPLATES_FOLDER}/{path.name}" for path in templates.glob("*.jinja"))
@@ -123,7 +123,7 @@ _VOCABULARIES: Final = ("tokenizer.json", "tokenizer.model", "spiece.model", "vo
 
 
 def open_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer as transformers reads it, with its chat template. Executes nothing of the model's.
+    """The checkpoint's tokenizer as transformers reads it, with its chat template. Executes no code of the model.
 
     Raises:
         InputError: the checkpoint has no tokenizer, or transformers cannot read it.
@@ -139,7 +139,7 @@ def has_tokenizer(files: Mapping[str, bytes]) -> bool:
 def tokenizer_from_files(
     files: Mapping[str, bytes], config: Mapping[str, Any], *, name: str
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder's files, also a finished artifact's. Executes nothing of them.
+    """The tokenizer in a folder's files, also a finished artifact's. Executes no code in them.
 
     Args:
         files: by name inside the folder, as `read_sidecars` gives them.
@@ -159,11 +159,11 @@ def tokenizer_from_files(
         _write_files(files, config, Path(folder))
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        except Exception as error:  # tokenizers and transformers raise what they please on malformed files
+        except Exception as error:  # tokenizers and transformers raise many types of errors on malformed files
             raise InputError(
                 f"transformers cannot read the tokenizer: {error}",
                 where=name,
-                mend="fetch the model's tokenizer files anew",
+                mend="fetch the model's tokenizer files again",
             ) from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     tokenizer.name_or_path = name
@@ -174,11 +174,11 @@ def _write_files(files: Mapping[str, bytes], config: Mapping[str, Any], folder: 
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(content if name != TOKENIZER_CONFIG else _harmless(content))
+        path.write_bytes(content if name != TOKENIZER_CONFIG else _without_code_keys(content))
     (folder / CONFIG_NAME).write_text(json.dumps(without_code_keys(config)[0]), encoding="utf-8")
 
 
-def _harmless(tokenizer_config: bytes) -> bytes:
+def _without_code_keys(tokenizer_config: bytes) -> bytes:
     """The file without the keys that would load code; a family that transformers knows needs none of them."""
     content = parse_json(tokenizer_config, where=TOKENIZER_CONFIG)
     if not isinstance(content, dict):

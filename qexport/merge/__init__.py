@@ -1,1 +1,1 @@
-"""Adapters as lazy weight deltas."""
+"""Merges PEFT adapters into a base, one tensor at a time."""

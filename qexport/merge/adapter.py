@@ -1,4 +1,4 @@
-"""A PEFT adapter as it lies in its folder: its tensors, and the fields of adapter_config.json."""
+"""A PEFT adapter in its folder: its tensors, and the fields of adapter_config.json."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _PROVENANCE = frozenset(
 
 
 class AdapterOptions(BaseModel):
-    """What decides which modules an adapter changes. Types that have more options add them."""
+    """The options that decide which modules an adapter changes. Subclasses add those of single types."""
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
 
     without_effect: ClassVar[frozenset[str]] = frozenset()
-    """Fields of this type that steer the training and leave no trace in a merge."""
+    """Fields of this type that affect the training only, and not a merge."""
 
     peft_type: str
     target_modules: list[str] | str | None = None
@@ -47,18 +47,18 @@ class AdapterOptions(BaseModel):
     def parse(cls, config: Mapping[str, Any]) -> Self:
         """The options of an adapter_config.json.
 
-        A field that is not known here and is switched off (null, false, zero, empty) is one that a newer PEFT has
-        added; any other could change the arithmetic.
+        An unknown field that is switched off (null, false, zero, empty) is ignored, since a newer PEFT may have added
+        it; any other could change the arithmetic.
 
         Raises:
-            InputError: a field has the wrong type or an impossible value; all of them are named.
+            InputError: fields have wrong types or invalid values; all of them are named.
             CompatibilityError: a field is set that this version does not know.
         """
         try:
             options = cls.model_validate(dict(config))
         except ValidationError as error:
             problems = "; ".join(f"{_path(item['loc'])}: {item['msg']}" for item in error.errors())
-            raise InputError(f"impossible values: {problems}", where="adapter_config.json") from error
+            raise InputError(f"invalid values: {problems}", where="adapter_config.json") from error
         unknown = sorted(
             name
             for name, value in (options.model_extra or {}).items()
@@ -77,7 +77,7 @@ MERGE_WITH_PEFT = (
     "merge with PEFT (merge_and_unload, then save_pretrained of the model and its tokenizer) and give that folder "
     "as load.base, without an adapter"
 )
-"""The way out for what PEFT can merge and qexport cannot."""
+"""What to do with an adapter that PEFT can merge and qexport cannot."""
 
 
 def _path(location: tuple[int | str, ...]) -> str:
@@ -97,7 +97,7 @@ class Adapter:
     """An adapter whose configuration and header have been read.
 
     Attributes:
-        folder: where it lies.
+        folder: where it is.
         config: the content of adapter_config.json.
         peft_type: its type, for example `LORA`.
         file: its tensors.
@@ -109,11 +109,7 @@ class Adapter:
     file: SafetensorsFile
 
     def read(self, key: str) -> torch.Tensor:
-        """One tensor as float32, which the caller owns.
-
-        Raises:
-            InputError: the file was cut short.
-        """
+        """One tensor as float32, which the caller owns."""
         return self.file.read(key).to(torch.float32)
 
 
@@ -126,5 +122,5 @@ def read_adapter(folder: Path) -> Adapter:
     config = read_json_object(folder / CONFIG_FILE, limit=_CONFIG_LIMIT)
     peft_type = config.get("peft_type")
     if not isinstance(peft_type, str):
-        raise InputError("the adapter does not say its peft_type", where=CONFIG_FILE, mend="save it with PEFT anew")
+        raise InputError("the adapter has no peft_type", where=CONFIG_FILE, mend="save it with PEFT again")
     return Adapter(folder, config, peft_type, SafetensorsFile(folder / WEIGHTS_FILE))

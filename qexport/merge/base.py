@@ -1,4 +1,4 @@
-"""The base model as an adapter sees it: module paths, their kinds, and the tensors they hold."""
+"""The base model as adapters name its parts: module paths, their kinds, and the tensors they hold."""
 
 from __future__ import annotations
 
@@ -31,36 +31,36 @@ class Module:
 
     @property
     def transposed(self) -> bool:
-        """The weight is stored with its outputs last."""
+        """Whether the weight is stored with its outputs last."""
         return self.kind in ("conv1d", "embedding")
 
     @property
     def inputs(self) -> int:
-        """How many inputs: for an embedding, tokens."""
+        """The number of inputs; for an embedding, of tokens."""
         return self.tensors["weight"][0 if self.transposed else 1]
 
     @property
     def outputs(self) -> int:
-        """How many outputs: for an embedding, dimensions."""
+        """The number of outputs; for an embedding, of dimensions."""
         return self.tensors["weight"][1 if self.transposed else 0]
 
     @property
     def has_bias(self) -> bool:
-        """A bias of its own."""
+        """Whether it has a bias."""
         return "bias" in self.tensors
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """What an adapter is laid over.
+    """The model that an adapter is merged into.
 
     Attributes:
         structure: the family, and whether embedding and head are tied; it names tensors as the files do.
-        modules: every module below the root, by path, in the order that PEFT walks them; after them the matrices of
-            experts, by their names in the files, which were the modules' names up to transformers 4.
+        modules: every module below the root, by path, in the order of PEFT; after them the matrices of experts, by
+            their names in the files, which were the modules' names up to transformers 4.
         embedding: the path of the input embedding.
         head: the path of the output head.
-        naming: what the modules' tensors are called in the checkpoint's files.
+        naming: the names of the modules' tensors in the checkpoint's files.
         weights: the checkpoint's tensors, as their headers say.
     """
 
@@ -72,12 +72,8 @@ class BaseModel:
     weights: Mapping[str, TensorSpec]
 
 
-def look_at(checkpoint: Checkpoint) -> BaseModel:
-    """The modules of a checkpoint's architecture, and its tensors.
-
-    Raises:
-        CompatibilityError: transformers does not know the family.
-    """
+def describe_base(checkpoint: Checkpoint) -> BaseModel:
+    """The modules of a checkpoint's architecture, and its tensors."""
     architecture = checkpoint.architecture
     model, naming = architecture.skeleton, architecture.naming
     modules = {

@@ -1,7 +1,7 @@
-"""What an adapter does to one tensor of the base: the arithmetic, and nothing else.
+"""The arithmetic by which an adapter changes one tensor of the base.
 
 Every change is computed in float32, in the order of operations of PEFT's own `merge`, so that a merge into bfloat16
-gives the bits that PEFT gives wherever PEFT rounds once too.
+gives the bits that PEFT gives if PEFT also rounds once.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class LowRank:
 
 @dataclass(frozen=True)
 class WeightDecomposed:
-    """DoRA (arXiv:2402.09353, equation 5): the rows of the LoRA merge, brought to a learned norm.
+    """DoRA (arXiv:2402.09353, equation 5): the rows of the LoRA merge, scaled to learned norms.
 
     Attributes:
         low_rank: the direction.
@@ -75,7 +75,7 @@ class SingularValues:
         e: key of E [r, 1].
         b: key of B [out, r].
         scaling: alpha.
-        rank: the rank that training began with; PEFT divides by it whatever rank is left.
+        rank: the rank at the start of training; PEFT divides by it even if ranks were pruned.
         transposed: the weight is [in, out].
     """
 
@@ -89,7 +89,7 @@ class SingularValues:
     def apply(self, weight: torch.Tensor, read: ReadFactor) -> torch.Tensor:
         """See `Change.apply`."""
         delta = _as_stored(read(self.b) @ (read(self.a) * read(self.e)), self.transposed)
-        # PEFT keeps a module without damping from dividing by zero this way, in float32.
+        # PEFT adds this so that it never divides by zero, in float32.
         divisor = torch.tensor(float(self.rank)) + 1e-5
         return delta.mul_(self.scaling).div_(divisor).add_(weight)
 
@@ -180,7 +180,7 @@ class ReplaceRows:
 
     Attributes:
         rows: key of the new rows [tokens, dimensions].
-        indices: the token of each row, without repetition.
+        indices: the token of each row, without duplicates.
     """
 
     rows: str

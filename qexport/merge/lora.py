@@ -24,7 +24,7 @@ TRAINING_OPTIONS = frozenset(
         "lora_ga_config", "megatron_core", "qalora_group_size",
     }
 )  # fmt: skip
-"""Fields of LoRA and its kin that leave no trace in a merge. (fan_in_fan_out: PEFT too goes by the kind of layer.)"""
+"""Fields of LoRA and similar types that do not affect a merge. (fan_in_fan_out: PEFT too uses the kind of layer.)"""
 
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _LEAVES_THE_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
@@ -66,16 +66,11 @@ class LoraOptions(AdapterOptions):
 
 
 def plan_lora(plan: MergePlan) -> None:
-    """Plans the merge of a LORA adapter.
-
-    Raises:
-        InputError: its options are impossible, or it targets nothing.
-        CompatibilityError: it uses a variant that is refused.
-    """
+    """Plans the merge of a LORA adapter."""
     options = LoraOptions.parse(plan.adapter.config)
     _refuse_variants(plan, options)
-    plan.stop_if_refused()
-    # An adapter that only trains tokens or saves modules targets nothing, and says so with an empty list.
+    plan.raise_refusals()
+    # An adapter that only trains tokens or saves modules targets nothing; its target_modules is an empty list.
     targets = [] if options.target_modules == [] else targeted(options, plan.base)
     plan_whole_tensors(plan, options, targets)
     ranks = _by_module(options.rank_pattern, options.r, targets, "rank_pattern")
@@ -90,11 +85,11 @@ def _refuse_variants(plan: MergePlan, options: LoraOptions) -> None:
         if plan.adapter.config.get(name):
             plan.refuse(f"{name}: {reason}", mend)
     if options.use_dora and options.lora_bias:
-        plan.refuse("lora_bias: DoRA has no such thing, not even in PEFT", "train without lora_bias")
+        plan.refuse("lora_bias: neither PEFT nor qexport supports it with DoRA", "train without lora_bias")
     start = options.init_lora_weights
     if isinstance(start, str) and start.lower().startswith(_CHANGES_THE_BASE):
         plan.refuse(
-            f"init_lora_weights {start!r}: training began from other base weights than this base has",
+            f"init_lora_weights {start!r}: training started from base weights other than this base's",
             "save it again as plain LoRA: PEFT's save_pretrained with path_initial_model_for_weight_conversion",
         )
     elif start is not None and start not in _LEAVES_THE_BASE:
@@ -102,7 +97,7 @@ def _refuse_variants(plan: MergePlan, options: LoraOptions) -> None:
 
 
 def _by_module(pattern: Mapping[str, Any] | None, default: float, targets: list[str], field: str) -> Mapping[str, Any]:
-    """The value of each module: that of the first key that matches its end, as PEFT's `get_pattern_key` has it."""
+    """The value of each module: that of the first key that matches its end, as in PEFT's `get_pattern_key`."""
     values: dict[str, Any] = {}
     for key, value in (pattern or {}).items():
         for name in suffix_matches(key, targets, field=field):
@@ -115,7 +110,7 @@ def _plan_module(plan: MergePlan, path: str, options: LoraOptions, rank: int, al
     if module.kind == "other":
         plan.refuse(f"{path}: LoRA on a layer that is neither linear nor an embedding", MERGE_WITH_PEFT)
         return
-    plan.adapts(path)
+    plan.refuse_unmergeable(path)
     low_rank = _low_rank(plan, path, module, rank, alpha / (math.sqrt(rank) if options.use_rslora else rank))
     if options.use_dora:
         magnitude = plan.factor(path, "lora_magnitude_vector", (module.outputs,))
@@ -140,13 +135,13 @@ def _low_rank(plan: MergePlan, path: str, module: Module, rank: int, scaling: fl
 
 def _plan_bias(plan: MergePlan, path: str, module: Module, scaling: float) -> None:
     if not module.has_bias:
-        plan.refuse(f"{path}: lora_bias needs a bias in the base, and there is none", "train without lora_bias")
+        plan.refuse(f"{path}: lora_bias needs a bias in the base, which has none here", "train without lora_bias")
         return
     plan.change(f"{path}.bias", Add(plan.factor(path, "lora_B.bias", (module.outputs,)), scaling))
 
 
 class AdaLoraOptions(AdapterOptions):
-    """Options of ADALORA that a merge depends on. It writes LoRA's own too, and heeds few of them."""
+    """Options of ADALORA that a merge depends on. Its configuration also holds those of LoRA, and it ignores most."""
 
     without_effect: ClassVar[frozenset[str]] = TRAINING_OPTIONS | {
         "alpha_pattern", "beta1", "beta2", "deltaT", "init_lora_weights", "orth_reg_weight", "r",
@@ -160,11 +155,7 @@ class AdaLoraOptions(AdapterOptions):
 
 
 def plan_adalora(plan: MergePlan) -> None:
-    """Plans the merge of an ADALORA adapter.
-
-    Raises:
-        InputError: its options are impossible, or it targets nothing.
-    """
+    """Plans the merge of an ADALORA adapter."""
     options = AdaLoraOptions.parse(plan.adapter.config)
     targets = targeted(options, plan.base)
     plan_whole_tensors(plan, options, targets)
@@ -180,12 +171,12 @@ def _plan_adalora_module(plan: MergePlan, path: str, options: AdaLoraOptions, ra
     if module.kind not in ("linear", "conv1d"):
         plan.refuse(f"{path}: AdaLoRA on a layer that is not linear", MERGE_WITH_PEFT)
         return
-    plan.adapts(path)
+    plan.refuse_unmergeable(path)
     change = SingularValues(
         a=plan.factor(path, "lora_A", (rank, module.inputs)),
         e=plan.factor(path, "lora_E", (rank, 1)),
         b=plan.factor(path, "lora_B", (module.outputs, rank)),
-        # PEFT takes the rank where alpha is not positive.
+        # PEFT uses the rank if alpha is not positive.
         scaling=options.lora_alpha if options.lora_alpha > 0 else float(rank),
         rank=options.init_r,
         transposed=module.transposed,

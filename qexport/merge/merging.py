@@ -1,4 +1,4 @@
-"""Merges an adapter into a base, lazily: everything is checked at once, tensors are merged when they are read."""
+"""Merges an adapter into a base, lazily: everything is checked first, tensors are merged when they are read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from qexport.architectures.architecture import Checkpoint
 from qexport.errors import InputError, NumericalError
 from qexport.merge.adapter import CONFIG_FILE, Adapter, read_adapter
-from qexport.merge.base import look_at
+from qexport.merge.base import describe_base
 from qexport.merge.changes import Change, ReadFactor
 from qexport.merge.plan import MergePlan
 from qexport.merge.settings import MergeSettings
@@ -28,10 +28,10 @@ class MergedAdapter:
 
     Attributes:
         peft_type: for example `LORA`.
-        folder: where it lies on this machine.
+        folder: where it is on this machine.
         origin: where the adapter came from.
         changed: the tensors of the base that it changes, in the base's order.
-        notes: what a user was told, for example that the adapter names another base.
+        notes: the notices for the user, for example that the adapter names another base.
     """
 
     peft_type: str
@@ -43,11 +43,11 @@ class MergedAdapter:
 
 @dataclass(frozen=True)
 class Merged:
-    """The model that everything after the merge sees.
+    """The merged model, for all later stages.
 
     Attributes:
         checkpoint: the base's configuration with the merged dtype, its files, and the merged tensors.
-        adapter: None where the recipe has none.
+        adapter: None if the recipe has none.
         base: the model without the adapter.
     """
 
@@ -64,13 +64,13 @@ def merge(
     adapter_origin: Origin | None = None,
     progress: ProgressCallback = silent,
 ) -> Merged:
-    """Lays an adapter over a base. No tensor of the base is read; every tensor of the adapter is, one at a time.
+    """Merges an adapter into a base. It reads no tensor of the base, and every tensor of the adapter, one by one.
 
     Args:
         checkpoint: the base, in 16 or 32 bits.
         adapter: the folder of a PEFT adapter, or None to cast the base only.
         settings: the recipe's `merge`.
-        adapter_origin: where the adapter came from; needed with one.
+        adapter_origin: where the adapter came from; required with an adapter.
         progress: gets a `Notice` for everything that is recorded in `MergedAdapter.notes`.
 
     Raises:
@@ -88,9 +88,9 @@ def _merge_adapter(
     checkpoint: Checkpoint, adapter: Adapter, settings: MergeSettings, origin: Origin, progress: ProgressCallback
 ) -> Merged:
     notes = tuple(_notes(checkpoint, adapter, settings))
-    plan = MergePlan(adapter, look_at(checkpoint))
+    plan = MergePlan(adapter, describe_base(checkpoint))
     planner(adapter.peft_type)(plan)
-    changes = plan.settle()
+    changes = plan.checked_changes()
     plan.check_finite()
     for note in notes:
         progress(Notice(note))
@@ -106,7 +106,7 @@ def _notes(checkpoint: Checkpoint, adapter: Adapter, settings: MergeSettings) ->
         raise InputError(
             other,
             where=f"{CONFIG_FILE}: base_model_name_or_path",
-            mend="give that base, or leave merge.strict_base out to be warned only",
+            mend="give that base, or remove merge.strict_base for a warning only",
         )
     return [*([other] if other else []), *other_files(adapter.folder, checkpoint)]
 
@@ -127,7 +127,7 @@ _QUANTIZATION = re.compile(r"[.-](i?q\d\w*|bf16|f16|f32)$", re.IGNORECASE)
 
 
 def other_base(config: Mapping[str, Any], base_name: str) -> str | None:
-    """Says so where an adapter names no base, or another one than the base's origin. Only last components count."""
+    """A note if the adapter names no base, or another one than `base_name`, by last components; else None."""
     named = config.get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
         return "the adapter does not say for which base model it was made"
@@ -137,7 +137,7 @@ def other_base(config: Mapping[str, Any], base_name: str) -> str | None:
 
 
 def other_files(adapter: Path, checkpoint: Checkpoint) -> Iterator[str]:
-    """Tells of tokenizer files beside the adapter that differ from the base's, which are the ones that travel on."""
+    """A note for each tokenizer file beside the adapter that differs from the base's, which is the one that is used."""
     for name, content in checkpoint.files.items():
         beside = adapter / name
         if beside.is_file() and beside.read_bytes() != content:
@@ -183,7 +183,7 @@ class MergedSource:
 
         Raises:
             InputError: the base's tensor is missing, cut short, or holds NaN or Inf.
-            NumericalError: the merged tensor does, which means that it overflowed.
+            NumericalError: the merged tensor does, because it overflowed.
         """
         tensor = self._base.read(name)
         changes = self._changes.get(name, ())
@@ -196,6 +196,6 @@ class MergedSource:
             raise NumericalError(
                 f"the merged tensor is not finite in {str(self._dtype).removeprefix('torch.')}",
                 where=name,
-                mend="merge.dtype float32 has the widest range; else the adapter's scale is out of bounds",
+                mend="set merge.dtype to float32; if that fails too, the adapter's scale is too large",
             )
         return merged

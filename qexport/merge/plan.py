@@ -1,4 +1,4 @@
-"""What a merge will do, and everything that speaks against it, found before a weight of the base is read."""
+"""The plan of a merge, and all reasons against it, found before a weight of the base is read."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from qexport.merge.base import BaseModel
 from qexport.merge.changes import Change, Replace, ReplaceRows
 from qexport.tensors.source import is_finite
 
-_NAMED = 4
-"""How many tensors of one fault a message names."""
+_MAX_NAMED = 4
+"""The most tensors with the same fault that a message names."""
 
 _UNTIE = (
     "untie the base: load it with tie_word_embeddings=False, copy the embedding into the head, save it, and give "
     "that folder as load.base with this adapter"
 )
-_RESIZE = "resize the base's embeddings as for the training (resize_token_embeddings), save it and give it as load.base"
+_RESIZE = (
+    "resize the base's embeddings as they were in training (resize_token_embeddings), save it and give it as load.base"
+)
 
 
 @dataclass
@@ -34,7 +36,7 @@ class MergePlan:
         changes: the steps for each tensor of the base, in their order, by its path in the model (the matrix of an
             expert by its name in the files).
         expected: the shape of each tensor that the adapter must hold, by its key.
-        incompatible: reasons why this adapter and this model must not be merged, each with the way out.
+        incompatible: reasons why this adapter and this model must not be merged, each with what to do about it.
     """
 
     adapter: Adapter
@@ -44,33 +46,33 @@ class MergePlan:
     incompatible: dict[str, str] = field(default_factory=dict)
 
     def factor(self, module: str, name: str, shape: tuple[int, ...]) -> str:
-        """Asks for the adapter's tensor `name` of a module, and gives its key."""
+        """Requires the adapter's tensor `name` of a module, and returns its key."""
         return self.tensor(f"{PREFIX}{module}.{name}", shape)
 
     def tensor(self, key: str, shape: tuple[int, ...]) -> str:
-        """Asks for a tensor of the adapter by its key, and gives the key."""
+        """Requires a tensor of the adapter by its key, and returns the key."""
         self.expected[key] = shape
         return key
 
     def change(self, weight: str, change: Change) -> None:
-        """Adds a step to what is done to a tensor of the base."""
+        """Adds a step to the changes of a tensor of the base."""
         self.changes.setdefault(weight, []).append(change)
 
-    def adapts(self, module: str) -> None:
-        """Notes that a module gets an adapter, which some modules of some families must not."""
+    def refuse_unmergeable(self, module: str) -> None:
+        """Refuses a module that must not be adapted in the model's family."""
         reason = matching(family(self.base.structure.model_type).unmergeable, module)
         if reason:
             self.refuse(f"{module}: {reason}", "train the adapter without this module")
 
     def refuse(self, reason: str, mend: str) -> None:
-        """Notes why the adapter cannot be merged into this model, and the way out."""
+        """Records why the adapter cannot be merged into this model, and what to do about it."""
         self.incompatible[reason] = mend
 
-    def stop_if_refused(self) -> None:
-        """Raises what has been refused so far, all of it at once.
+    def raise_refusals(self) -> None:
+        """Raises everything that has been refused so far as one error.
 
         Raises:
-            CompatibilityError: something has.
+            CompatibilityError: something has been refused.
         """
         if self.incompatible:
             raise CompatibilityError(
@@ -79,23 +81,23 @@ class MergePlan:
                 mend="; ".join(dict.fromkeys(self.incompatible.values())),
             )
 
-    def settle(self) -> Mapping[str, tuple[Change, ...]]:
+    def checked_changes(self) -> Mapping[str, tuple[Change, ...]]:
         """The changes to the tensors of the checkpoint's files, after every check that headers allow.
 
         Raises:
-            CompatibilityError: a module must not be adapted, or tied embeddings would come apart.
-            InputError: the adapter's tensors are not the ones that its configuration means for this base.
+            CompatibilityError: a module must not be adapted, or tied embeddings would differ.
+            InputError: the adapter's tensors are not those that its configuration requires for this base.
         """
         self._check_tied()
         self._check_experts()
-        self.stop_if_refused()
+        self.raise_refusals()
         self._check_tensors()
         if not self.changes:
-            raise InputError(f"the adapter {self.adapter.folder.name} changes nothing", mend="leave load.adapter out")
+            raise InputError(f"the adapter {self.adapter.folder.name} changes nothing", mend="remove load.adapter")
         return {self._file_name(path): tuple(steps) for path, steps in self.changes.items()}
 
     def _check_tied(self) -> None:
-        """Lets pass what changes both ends of a tied embedding alike, as one change of the embedding."""
+        """Accepts equal changes of a tied embedding and head as one change of the embedding; refuses any other."""
         if not self.base.structure.tied:
             return
         embedding, head = f"{self.base.embedding}.weight", f"{self.base.head}.weight"
@@ -114,9 +116,7 @@ class MergePlan:
     def _check_experts(self) -> None:
         for path in self.changes:
             if self._file_name(path) not in self.base.naming.parts:
-                self.refuse(
-                    f"{path}: the experts lie together in it, and in the files each for itself", MERGE_WITH_PEFT
-                )
+                self.refuse(f"{path}: it holds all experts, and the files hold each separately", MERGE_WITH_PEFT)
 
     def _file_name(self, path: str) -> str:
         return self.base.naming.files.get(path, path)
@@ -165,5 +165,5 @@ class MergePlan:
 
 
 def _some(names: list[str]) -> str:
-    rest = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + rest
+    rest = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+    return ", ".join(names[:_MAX_NAMED]) + rest

@@ -8,10 +8,10 @@ from qexport.settings import Settings
 
 
 class MergeSettings(Settings):
-    """How the adapter goes into the base."""
+    """How the adapter is merged into the base."""
 
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """The merged model's dtype, which is the reference's. Merged in float32 and rounded once."""
 
     strict_base: bool = False
-    """Refuse an adapter whose `base_model_name_or_path` is another name than the base's, instead of warning."""
+    """Refuse an adapter whose `base_model_name_or_path` differs from the base's name, instead of warning."""

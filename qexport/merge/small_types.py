@@ -21,11 +21,7 @@ class Ia3Options(AdapterOptions):
 
 
 def plan_ia3(plan: MergePlan) -> None:
-    """Plans the merge of an IA3 adapter: inputs are scaled in feedforward modules, outputs in the others.
-
-    Raises:
-        InputError: its options are impossible, or it targets nothing.
-    """
+    """Plans the merge of an IA3 adapter: inputs are scaled in feedforward modules, outputs in the others."""
     options = Ia3Options.parse(plan.adapter.config)
     targets = targeted(options, plan.base)
     plan_whole_tensors(plan, options, targets)
@@ -35,7 +31,7 @@ def plan_ia3(plan: MergePlan) -> None:
         if module.kind not in ("linear", "conv1d"):
             plan.refuse(f"{path}: (IA)^3 on a layer that is not linear", MERGE_WITH_PEFT)
             continue
-        plan.adapts(path)
+        plan.refuse_unmergeable(path)
         shape = (1, module.inputs) if path in feedforward else (module.outputs, 1)
         scale = Scale(plan.factor(path, "ia3_l", shape), module.transposed)
         plan.change(f"{path}.weight", scale)
@@ -46,7 +42,7 @@ def plan_ia3(plan: MergePlan) -> None:
 def _feedforward(modules: list[str] | str, targets: list[str]) -> set[str]:
     if isinstance(modules, str):
         return full_matches(modules, targets, field="feedforward_modules")
-    # PEFT compares the ends of names here, dots or no dots.
+    # PEFT compares the ends of names here, not whole components.
     return {name for name in targets if name.endswith(tuple(modules))}
 
 
@@ -62,14 +58,10 @@ class VeraOptions(AdapterOptions):
 
 
 def plan_vera(plan: MergePlan) -> None:
-    """Plans the merge of a VERA adapter, whose file must hold the projections that all its layers share.
-
-    Raises:
-        InputError: its options are impossible, or it targets nothing.
-    """
+    """Plans the merge of a VERA adapter, whose file must hold the projections that all its layers share."""
     options = VeraOptions.parse(plan.adapter.config)
     if not options.save_projection:
-        plan.refuse("save_projection: the adapter leaves its projections to a random seed", MERGE_WITH_PEFT)
+        plan.refuse("save_projection: the adapter stores only the random seed of its projections", MERGE_WITH_PEFT)
     targets = targeted(options, plan.base)
     plan_whole_tensors(plan, options, targets)
     linear = [path for path in targets if plan.base.modules[path].kind in ("linear", "conv1d")]
@@ -85,7 +77,7 @@ def plan_vera(plan: MergePlan) -> None:
 
 def _plan_module(plan: MergePlan, path: str, a: str, b: str, rank: int) -> None:
     module = plan.base.modules[path]
-    plan.adapts(path)
+    plan.refuse_unmergeable(path)
     change = SharedProjections(
         a,
         b,
@@ -98,11 +90,7 @@ def _plan_module(plan: MergePlan, path: str, a: str, b: str, rank: int) -> None:
 
 
 def plan_ln_tuning(plan: MergePlan) -> None:
-    """Plans the merge of an LN_TUNING adapter.
-
-    Raises:
-        InputError: its options are impossible, or it targets nothing.
-    """
+    """Plans the merge of an LN_TUNING adapter."""
     options = AdapterOptions.parse(plan.adapter.config)
     targets = targeted(options, plan.base)
     plan_whole_tensors(plan, options, targets)

@@ -1,4 +1,4 @@
-"""Which modules an adapter changes: PEFT's rules, and its patterns, matched so that none can hang the run."""
+"""Which modules an adapter changes: PEFT's rules, with a limit of time for its patterns."""
 
 from __future__ import annotations
 
@@ -26,25 +26,21 @@ json.dump([name for name in names if re.fullmatch(pattern, name)], sys.stdout)
 
 
 def is_plain(pattern: str) -> bool:
-    """Whether a pattern has nothing that repeats or branches, as most have: it is then matched in no time."""
+    """Whether nothing in a pattern repeats or branches, so that matching it is fast. Most patterns are so."""
     return _PLAIN.fullmatch(pattern) is not None
 
 
 def full_matches(pattern: str, names: Sequence[str], *, field: str) -> set[str]:
-    """The names that match from start to end, as `re.fullmatch` sees it.
+    """The names that match from start to end, as for `re.fullmatch`.
 
     Raises:
-        InputError: the pattern is no regular expression, or takes longer than `TIME_LIMIT`.
+        InputError: the pattern is not a regular expression, or takes longer than `TIME_LIMIT`.
     """
     return _matches(pattern, pattern, names, field)
 
 
 def suffix_matches(pattern: str, names: Sequence[str], *, field: str) -> set[str]:
-    """The names whose last components match: PEFT's rule for the keys of rank_pattern and alpha_pattern.
-
-    Raises:
-        InputError: as for `full_matches`.
-    """
+    """The names whose last components match: PEFT's rule for the keys of rank_pattern and alpha_pattern."""
     return _matches(pattern, rf"(.*\.)?({pattern})", names, field)
 
 
@@ -84,7 +80,7 @@ def targeted(options: AdapterOptions, base: BaseModel) -> list[str]:
 
     Raises:
         InputError: nothing is targeted, or a pattern cannot be matched.
-        CompatibilityError: a field holds a pattern where qexport takes only names.
+        CompatibilityError: a field holds a pattern where qexport accepts only names.
     """
     if options.target_modules is None:
         raise InputError(
@@ -103,7 +99,7 @@ def targeted(options: AdapterOptions, base: BaseModel) -> list[str]:
         raise InputError(
             f"no module of the base matches target_modules {options.target_modules!r}",
             where="adapter_config.json: target_modules",
-            mend="the adapter was made for another base model",
+            mend="give the base that the adapter was trained on",
         )
     return found
 
@@ -114,7 +110,7 @@ def ends_with(name: str, suffixes: Sequence[str]) -> bool:
 
 
 def saved(options: AdapterOptions, base: BaseModel) -> list[str]:
-    """The modules that modules_to_save stores as a whole. PEFT compares the ends of names, dots or no dots."""
+    """The modules that modules_to_save stores as a whole. PEFT compares the ends of names, not whole components."""
     return [name for name in base.modules if name.endswith(tuple(options.modules_to_save or ()))]
 
 
@@ -124,7 +120,7 @@ def _is_inner_linear(name: str, base: BaseModel) -> bool:
 
 def _excluded(options: AdapterOptions, base: BaseModel) -> set[str]:
     names = list(base.modules)
-    whole = [_only_a_name(name, "modules_to_save") for name in options.modules_to_save or ()]
+    whole = [_checked_name(name, "modules_to_save") for name in options.modules_to_save or ()]
     excluded = {name for name in names if any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in whole)}
     if isinstance(options.exclude_modules, str):
         return excluded | full_matches(options.exclude_modules, names, field="exclude_modules")
@@ -132,7 +128,7 @@ def _excluded(options: AdapterOptions, base: BaseModel) -> set[str]:
 
 
 def _named(name: str, targets: list[str], options: AdapterOptions) -> bool:
-    # PEFT looks at the layers only where a module is named by its end, not where it is named in full.
+    # PEFT checks the layers only if a module is named by its end, not if it is named in full.
     return name in targets or (ends_with(name, targets) and _in_layers(name, options))
 
 
@@ -142,17 +138,17 @@ def _in_layers(name: str, options: AdapterOptions) -> bool:
         return True
     patterns = [options.layers_pattern] if isinstance(options.layers_pattern, str) else options.layers_pattern
     if patterns:
-        wanted = "|".join(_only_a_name(pattern, "layers_pattern") for pattern in patterns)
+        wanted = "|".join(_checked_name(pattern, "layers_pattern") for pattern in patterns)
         match = re.match(rf"(?:^|.*?\.)(?:{wanted})\.(\d+)\.", name)
     else:
         match = re.match(r".*?\.[^.]*\.(\d+)\.", name)
     return match is not None and int(match[1]) in ([layers] if isinstance(layers, int) else layers)
 
 
-def _only_a_name(pattern: str, field: str) -> str:
+def _checked_name(pattern: str, field: str) -> str:
     if not is_plain(pattern):
         raise CompatibilityError(
-            f"{pattern!r} is a regular expression, where qexport takes only names",
+            f"{pattern!r} is a regular expression, but qexport accepts only names here",
             where=f"adapter_config.json: {field}",
             mend=MERGE_WITH_PEFT,
         )

@@ -1,9 +1,9 @@
 """Types that PEFT itself merges, one linear layer at a time.
 
-A layer of the base is put alone into an empty tree of modules that gives it its own path; PEFT lays the adapter over
-it, loads the adapter's tensors and merges. So the arithmetic is PEFT's, and the memory is one layer's. Only types whose
-layers know nothing of each other can go this way. PEFT is imported only when it is needed, because the import costs
-about 100 MB.
+A layer of the base is put alone into a tree of empty modules, at its own path; PEFT wraps it with the adapter, loads
+the adapter's tensors and merges. So the arithmetic is PEFT's, and the memory is that of one layer. Only types whose
+layers are independent of each other can be merged this way. PEFT is imported only when it is needed, because the
+import costs about 100 MB.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from qexport.merge.plan import MergePlan
 from qexport.merge.targets import suffix_matches, targeted
 from qexport.merge.whole_tensors import plan_whole_tensors
 
-# Which modules it is, qexport has found out already.
+# The fields that select modules, which qexport has already done.
 _MATCHING = frozenset(
     {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "bias"}
 )
@@ -36,7 +36,7 @@ class MergedByPeft:
 
     Attributes:
         module: the layer's path.
-        config: adapter_config.json, narrowed to this layer.
+        config: adapter_config.json, restricted to this layer.
         keys: the adapter's tensors for this layer.
     """
 
@@ -64,12 +64,7 @@ class MergedByPeft:
 
 @hidden("bitsandbytes")
 def plan_through_peft(plan: MergePlan) -> None:
-    """Plans the merge of an adapter whose linear layers PEFT merges.
-
-    Raises:
-        InputError: its options are impossible, or it targets nothing.
-        CompatibilityError: PEFT refuses the options, or does not know one of them.
-    """
+    """Plans the merge of an adapter whose linear layers PEFT merges."""
     known = _known_options(plan.adapter.peft_type)
     options = _options_class(known).parse(plan.adapter.config)
     targets = targeted(options, plan.base)
@@ -80,7 +75,7 @@ def plan_through_peft(plan: MergePlan) -> None:
         if module.kind != "linear":
             plan.refuse(f"{path}: {options.peft_type} on a layer that is not linear", MERGE_WITH_PEFT)
             continue
-        plan.adapts(path)
+        plan.refuse_unmergeable(path)
         config = {name: value for name, value in plan.adapter.config.items() if name in known - _MATCHING}
         _plan_layer(plan, path, {**config, "target_modules": [path]})
 
@@ -103,12 +98,12 @@ def _known_options(peft_type: str) -> frozenset[str]:
 
 
 def _options_class(known: frozenset[str]) -> type[AdapterOptions]:
-    """Options that PEFT's own configuration class knows pass; PEFT heeds them."""
+    """Options that accept every field of PEFT's own configuration class, since PEFT applies them."""
     return type("PeftOptions", (AdapterOptions,), {"without_effect": known})
 
 
 def _check_patterns(config: Mapping[str, Any], targets: list[str]) -> None:
-    """PEFT will match these regular expressions (rank_pattern and its like) without any limit of time."""
+    """Checks regular expressions (rank_pattern and the like) that PEFT will match without a limit of time."""
     for name, value in config.items():
         if name.endswith("_pattern") and isinstance(value, dict):
             for key in value:
@@ -124,7 +119,7 @@ def _tree(path: str, layer: nn.Module) -> nn.Module:
 
 
 def _inject(config: Mapping[str, Any], tree: nn.Module) -> None:
-    """Lays an untrained adapter over the tree, without touching the global random state."""
+    """Wraps the layer in the tree with an untrained adapter, without changing the global random state."""
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING, inject_adapter_in_model
 
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):

@@ -1,4 +1,4 @@
-"""What is done with each type of adapter. These tables are the registry."""
+"""The types of adapters: how each is merged, or why it is refused."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ UNMERGEABLE: Mapping[str, str] = {
     "CPT": _VIRTUAL_TOKENS,
     "MULTITASK_PROMPT_TUNING": _VIRTUAL_TOKENS,
     "P_TUNING": _VIRTUAL_TOKENS,
-    "POLY": "it mixes its adapters anew for each task",
+    "POLY": "it mixes its adapters differently for each task",
     "PREFIX_TUNING": _VIRTUAL_TOKENS,
     "PROMPT_TUNING": _VIRTUAL_TOKENS,
-    "XLORA": "it mixes its adapters anew for each token",
+    "XLORA": "it mixes its adapters differently for each token",
 }
-"""Why the other types have no merged form, in any tool."""
+"""Why other types cannot be merged, by any tool."""
 
 LEFT_TO_PEFT = frozenset(
     {
@@ -47,8 +47,8 @@ LEFT_TO_PEFT = frozenset(
         "VBLORA", "WAVEFT",
     }
 )  # fmt: skip
-"""Types that qexport leaves to PEFT: their layers share state, or nobody has asked yet. BOFT compiles a CUDA extension
-for each layer that it is laid over, and computes something else where that fails."""
+"""Types that qexport leaves to PEFT: their layers share state, or no user has requested them. BOFT compiles a CUDA
+extension for each layer that it wraps, and computes something else if that fails."""
 
 
 def planner(peft_type: str) -> Planner:
@@ -56,7 +56,7 @@ def planner(peft_type: str) -> Planner:
 
     Raises:
         CompatibilityError: the type cannot be merged, or not by qexport.
-        InputError: there is no such type.
+        InputError: the type is unknown.
     """
     where = "adapter_config.json: peft_type"
     if peft_type in PLANNERS:
@@ -65,10 +65,10 @@ def planner(peft_type: str) -> Planner:
         raise CompatibilityError(
             f"{peft_type} cannot be merged: {UNMERGEABLE[peft_type]}",
             where=where,
-            mend="train a LoRA adapter instead, or leave load.adapter out and serve the adapter beside the model",
+            mend="train a LoRA adapter instead, or remove load.adapter and serve the adapter beside the model",
         )
     if peft_type in LEFT_TO_PEFT:
         raise CompatibilityError(f"qexport does not merge {peft_type}", where=where, mend=MERGE_WITH_PEFT)
     raise InputError(
-        f"unknown type of adapter: {peft_type!r}", where=where, mend=f"known are {', '.join(sorted(PLANNERS))}"
+        f"unknown type of adapter: {peft_type!r}", where=where, mend=f"known types are {', '.join(sorted(PLANNERS))}"
     )

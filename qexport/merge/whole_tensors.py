@@ -13,7 +13,7 @@ from qexport.merge.targets import saved, targeted
 
 
 def plan_whole_tensors(plan: MergePlan, options: AdapterOptions, targets: list[str]) -> None:
-    """Plans what replaces tensors of the base. Comes before the changes that are computed from them."""
+    """Plans the replacement of whole tensors of the base. Call it before planning changes computed from them."""
     modules = saved(options, plan.base)
     for module in modules:
         for name, shape in plan.base.modules[module].tensors.items():
@@ -23,7 +23,7 @@ def plan_whole_tensors(plan: MergePlan, options: AdapterOptions, targets: list[s
 
 
 def _plan_embedding_copies(plan: MergePlan, targets: set[str], modules: set[str]) -> None:
-    """PEFT's save_embedding_layers stores the base's own embeddings too; they count as the base's from then on."""
+    """PEFT's save_embedding_layers stores the base's embeddings too; those replace the base's."""
     for end in (plan.base.embedding, plan.base.head):
         name = "base_layer.weight" if end in targets else "weight"
         if end not in modules and f"{PREFIX}{end}.{name}" in plan.adapter.file.specs():
@@ -32,7 +32,7 @@ def _plan_embedding_copies(plan: MergePlan, targets: set[str], modules: set[str]
 
 
 def _plan_biases(plan: MergePlan, bias: str, targets: set[str], modules: set[str]) -> None:
-    """`all`: every bias of the model; `lora_only` and its like: those of the targeted modules."""
+    """`all`: every bias of the model; `lora_only` and the like: those of the targeted modules."""
     if bias == "none":
         return
     if bias != "all" and not bias.endswith("_only"):
@@ -57,11 +57,7 @@ class TrainableTokensOptions(AdapterOptions):
 
 
 def plan_token_adapter(plan: MergePlan) -> None:
-    """Plans the merge of a TRAINABLE_TOKENS adapter.
-
-    Raises:
-        InputError: its options are impossible, or it targets nothing.
-    """
+    """Plans the merge of a TRAINABLE_TOKENS adapter."""
     options = TrainableTokensOptions.parse(plan.adapter.config)
     structure = plan.base.structure
     modules = [plan.base.embedding] if options.target_modules is None else targeted(options, plan.base)
@@ -77,7 +73,7 @@ def plan_trainable_tokens(
     """Plans the trainable_token_indices of another type of adapter, which targets the modules `wrapped`.
 
     Raises:
-        InputError: a token is not in the vocabulary, or a module is not in the base.
+        InputError: a token is not in the vocabulary, or no module has a given name.
     """
     by_name = indices if isinstance(indices, Mapping) else {plan.base.embedding: indices or []}
     for suffix, tokens in by_name.items():
@@ -85,7 +81,11 @@ def plan_trainable_tokens(
             continue
         modules = [name for name in plan.base.modules if name.endswith(suffix)]
         if not modules:
-            raise InputError(f"no module of the base is {suffix!r}", where=_WHERE)
+            raise InputError(
+                f"no module of the base ends in {suffix!r}",
+                where=_WHERE,
+                mend="give the base that the adapter was trained on",
+            )
         for module in modules:
             if module in wrapped:
                 plan.refuse(f"{module}: an adapter and trainable tokens on the same embedding", MERGE_WITH_PEFT)
@@ -94,7 +94,7 @@ def plan_trainable_tokens(
 
 
 def _follows_embedding(plan: MergePlan, module: str, suffix: str, by_name: Mapping[str, list[int]]) -> bool:
-    """A tied head with the embedding's own tokens, which PEFT stores once."""
+    """Whether this is a tied head with the embedding's tokens, which PEFT stores once."""
     structure = plan.base.structure
     if not (structure.tied and module == plan.base.head):
         return False
@@ -107,6 +107,6 @@ def _plan_rows(plan: MergePlan, module: str, name: str, indices: list[int]) -> N
     outside = sorted(index for index in indices if not 0 <= index < tokens)
     if not indices or outside or len(set(indices)) != len(indices):
         what = f"tokens {outside[:6]} are outside its {tokens} rows" if outside else "no tokens, or one twice"
-        raise InputError(f"{module}: {what}", where=_WHERE, mend="the adapter was made for another base model")
+        raise InputError(f"{module}: {what}", where=_WHERE, mend="give the base that the adapter was trained on")
     rows = plan.factor(module, name, (len(indices), shape[1]))
     plan.change(f"{module}.weight", ReplaceRows(rows, tuple(indices)))

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from qexport.architectures.devices import find_device
-from qexport.artifact.digests import taken_meanwhile
+from qexport.artifact.digests import hashed_in_background
 from qexport.artifact.disk import ensure_space
 from qexport.artifact.figures import overall
 from qexport.artifact.manifest import REPORT_FOLDER
@@ -64,14 +64,14 @@ def run(
         layout.prepare()
     texts = read_texts(recipe, planned.merged.checkpoint, planned.structure, progress=progress)
     with Publication(output, force=force) as publication:
-        with taken_meanwhile(planned.merged.checkpoint.origin.sha256):
+        with hashed_in_background(planned.merged.checkpoint.origin.sha256):
             reference = _reference(planned, texts.evaluation, where, progress)
             if unproven := _unproven_merge(planned, reference):
                 return Result(None, {}, {}, unproven.gate.verdict, unproven)
             layers, written = _write(planned, texts, publication.folder, where, progress)
         with ExitStack() as stack:
             for weights in written.values():
-                stack.enter_context(taken_meanwhile(weights.files))
+                stack.enter_context(hashed_in_background(weights.files))
             folders = _read_back(planned, publication.folder, layers, written, stack)
             reports = _measure(planned, reference, folders, command, progress)
         manifests = {}

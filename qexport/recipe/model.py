@@ -1,4 +1,4 @@
-"""The recipe's model: one part a stage."""
+"""The recipe's model: one part per stage."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from qexport.yaml.problems import combination
 def _each_layout_once(exports: list[ExportSettings]) -> list[ExportSettings]:
     counts = Counter(export.layout for export in exports)
     if twice := [layout for layout, count in counts.items() if count > 1]:
-        raise ValueError(f"the layout {twice[0]} stands there {counts[twice[0]]} times: once is enough")
+        raise ValueError(f"the layout {twice[0]} is listed {counts[twice[0]]} times: list it once")
     return exports
 
 
@@ -48,10 +48,10 @@ class Recipe(Settings):
     """The method and its settings."""
 
     export: Annotated[list[ExportSettings], Field(min_length=1), AfterValidator(_each_layout_once)]
-    """The layouts to write, each one once. All are fed by the same pass."""
+    """The layouts to write, each at most once. One pass writes all of them."""
 
     verify: VerifySettings | None = None
-    """How the finished artifact is held against the merged reference. Without it, nothing is measured."""
+    """How the finished artifact is compared with the merged reference. Without it, nothing is measured."""
 
     output: str | None = None
     """The artifact's folder. `--output` on the command line replaces it."""
@@ -61,7 +61,7 @@ class Recipe(Settings):
         if "safetensors" not in {each.layout for each in self.export}:
             for index, each in enumerate(self.export):
                 if isinstance(each, OnnxSettings) and each.share_weights:
-                    message = "there is nothing to share: add the layout safetensors, or leave share_weights out"
+                    message = "there is nothing to share: add the layout safetensors, or remove share_weights"
                     raise combination({f"export.{index}.share_weights": message})
         return self
 
@@ -78,7 +78,7 @@ class Recipe(Settings):
     def portable(self) -> dict[str, Any]:
         """The recipe as JSON values without a host's path, for the manifest.
 
-        Defaults are filled in, local files and folders are reduced to their last component, `output` is left out.
+        Defaults are filled in, local files and folders are reduced to their last component, `output` is omitted.
         """
         return portable(self.model_dump(mode="json"))
 

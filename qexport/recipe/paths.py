@@ -1,7 +1,6 @@
-"""What the recipe's texts name: a local file or folder, a hub id, or a file inside a package.
+"""What texts in the recipe name: a local file or folder, a hub id, or a file inside a package.
 
-Relative paths start from the folder of the recipe that they stand in, or from the current directory where they were
-given on the command line.
+Relative paths in a recipe start from its folder, those on the command line from the current directory.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ def base(text: str, folder: Path) -> str:
 
 
 def adapter(text: str, folder: Path) -> str:
-    """A folder, where the text says so (`./`, `../`, `/`, `~`) or such a folder exists; else a hub id."""
+    """A folder, if the text begins with `./`, `../`, `/` or `~` or such a folder exists; else a hub id."""
     path = local(text, folder)
     if is_explicit_path(text) or Path(path).is_dir():
         return path
     if not is_hub_id(text):
-        raise ValueError(f"{text!r} is no hub id (org/name), and there is no folder {path}")
+        raise ValueError(f"{text!r} is not a hub id (org/name), and the folder {path} does not exist")
     return text
 
 
@@ -45,7 +44,7 @@ def calibration(text: str, folder: Path) -> str:
     if not text.startswith(DATASET_PREFIX):
         return local(text, folder)
     if not is_hub_id(text.removeprefix(DATASET_PREFIX)):
-        raise ValueError(f"{text!r} names no hub dataset: write hub:org/dataset")
+        raise ValueError(f"{text!r} does not name a hub dataset: write hub:org/dataset")
     return text
 
 
@@ -57,9 +56,9 @@ def task(text: str, folder: Path) -> str:
 def local(text: str, folder: Path) -> str:
     """A local path, made absolute."""
     if not text or not text.isprintable():
-        raise ValueError(f"{text!r} is no path")
+        raise ValueError(f"{text!r} is not a path")
     if text.startswith((DATASET_PREFIX, PACKAGE_PREFIX)):
-        raise ValueError(f"{text!r} is no local file, and nothing else is read here")
+        raise ValueError(f"{text!r} is not a local file, and only local files are read here")
     return os.path.abspath(folder / os.path.expanduser(text))  # noqa: PTH100, PTH111 - resolve() would follow links
 
 
@@ -76,7 +75,7 @@ REFERENCES: dict[Keys, Resolve] = {
 
 
 def resolved(root: YamlNode) -> tuple[YamlNode, list[Problem]]:
-    """The tree with absolute local paths, and what names nothing that could exist. Wrong types are left alone."""
+    """The tree with absolute local paths, and the texts that cannot name anything. Wrong types are left as they are."""
     problems = []
     for keys, resolve in REFERENCES.items():
         for place in _texts(root, keys):

@@ -1,4 +1,4 @@
-"""From a file and the command line to a checked recipe."""
+"""Reads a recipe from a file and the command line, and checks it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from qexport.yaml.problems import problems_of
 
 
 def override(root: YamlNode, overrides: Sequence[str]) -> tuple[YamlNode, list[Problem]]:
-    """The tree with the overrides in it, in their order, and those that name no place or hold no value.
+    """The tree with the overrides applied in order, and a problem for each that cannot be applied.
 
     Args:
         root: the recipe's root, a mapping.
         overrides: each `key=value`: a dotted path, numbers for the items of a list (`export.0.layout=safetensors`), and
-            a YAML scalar or flow value. Parts that are missing on the way are made; unknown keys are left to the
-            recipe's own checks.
+            a YAML scalar or flow value. Missing parts of a path are created; the recipe's own checks find
+            unknown keys.
     """
     origin = YamlOrigin("command line", Path.cwd())
     problems = []
@@ -44,14 +44,14 @@ def override(root: YamlNode, overrides: Sequence[str]) -> tuple[YamlNode, list[P
 
 
 def _keys(root: YamlNode, path: str) -> Keys:
-    """The path as keys and indexes; a LookupError says where it leaves the recipe."""
+    """The path as keys and indexes; a LookupError says where the recipe has no such place."""
     keys: list[str | int] = []
     node: YamlNode | None = root
     for part in path.split("."):
         key: str | int = part
         if node is not None and isinstance(node.value, tuple):
             if not part.isdecimal() or int(part) >= len(node.value):
-                raise LookupError(f"{dotted(keys)} is a list of {len(node.value)}: give a number below that")
+                raise LookupError(f"{dotted(keys)} is a list of {len(node.value)}: give an index below that")
             key = int(part)
         elif node is not None and not isinstance(node.value, Mapping | None):
             raise LookupError(f"{dotted(keys)} is a single value and has no {part}")

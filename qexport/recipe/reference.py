@@ -31,7 +31,7 @@ def fields() -> str:
 
 
 def updated(page: str) -> str:
-    """The page with the fields between the marks written anew."""
+    """The page with the fields between the marks written again."""
     before, _, rest = page.partition(BEGIN)
     return f"{before}{BEGIN}\n\n{fields()}\n{END}{rest.partition(END)[2]}"
 
@@ -89,7 +89,7 @@ def _type(field: dict[str, Any]) -> str:
 
 
 def _default(value: Any) -> str:
-    """The default as YAML; that of a mapping stands in its own section."""
+    """The default as YAML; that of a mapping is in its own section."""
     return "{}" if isinstance(value, dict) else value if isinstance(value, str) else json.dumps(value)
 
 

@@ -1,4 +1,4 @@
-"""The data types that flow between the stages."""
+"""The data types that stages pass to each other."""
 
 from qexport.tensors.quantized import (
     BlockQuantized,

@@ -23,7 +23,7 @@ class GroupQuantized:
         zeros: uint8 [groups, out], true zero points (no format's offset subtracted).
         g_idx: int32 [in], the group of each input.
         bits: 2, 3, 4 or 8.
-        group_size: inputs in a group; the number of inputs where there is one group.
+        group_size: inputs per group; all inputs if there is one group.
         sym: every zero point is 2**(bits - 1).
         desc_act: the groups follow activation order, so g_idx is not i // group_size.
     """
@@ -39,7 +39,7 @@ class GroupQuantized:
 
     @property
     def spec(self) -> GroupQuantizedSpec:
-        """What was known before the codes were."""
+        """What is known before the codes are computed."""
         rows, columns = self.codes.shape
         return GroupQuantizedSpec(rows, columns, self.bits, self.group_size, self.sym, self.desc_act)
 
@@ -70,7 +70,7 @@ class GroupQuantizedSpec:
         out_features: rows of the matrix.
         in_features: columns of the matrix, a multiple of group_size.
         bits: 2, 3, 4 or 8.
-        group_size: inputs in a group; the number of inputs where there is one group.
+        group_size: inputs per group; all inputs if there is one group.
         sym: every zero point is 2**(bits - 1).
         desc_act: the groups follow activation order.
     """
@@ -95,11 +95,11 @@ class GroupQuantizedSpec:
 
 @dataclass(frozen=True)
 class NestedAbsmax:
-    """The second level of double quantization: the absmaxes less their mean, as codes in blocks of 256.
+    """The second level of double quantization: the absmaxes minus their mean, as codes in blocks of 256.
 
     Attributes:
         absmax: float32 [ceil(blocks / 256)].
-        offset: the mean of the absmaxes that was taken off.
+        offset: the mean that was subtracted from the absmaxes.
     """
 
     absmax: torch.Tensor
@@ -108,12 +108,12 @@ class NestedAbsmax:
 
 @dataclass(frozen=True)
 class BlockQuantized:
-    """A matrix in one of bitsandbytes' 4-bit code books, in blocks of the values row after row.
+    """A matrix in one of bitsandbytes' 4-bit code books, in blocks of its values, row after row.
 
     Attributes:
-        codes: uint8 [ceil(out * in / 2)], two codes a byte, the earlier value in the high bits.
-        absmax: float32 [blocks], or uint8 [blocks] where `nested` is given.
-        nested: what the absmaxes are read with, under double quantization.
+        codes: uint8 [ceil(out * in / 2)], two codes per byte, the earlier value in the high bits.
+        absmax: float32 [blocks], or uint8 [blocks] if `nested` is given.
+        nested: what decodes the absmaxes, with double quantization.
         spec: shape, code book and block size.
     """
 
@@ -134,7 +134,7 @@ class BlockQuantizedSpec:
         block_size: values that share an absmax; the last block may be shorter.
         double_quant: the absmaxes are quantized too.
         dtype: of the matrix that was quantized, which it is dequantized to.
-        transposed: it was merged [in, out] (GPT-2's Conv1D).
+        transposed: the merged weight was [in, out] (GPT-2's Conv1D).
     """
 
     out_features: int
@@ -160,7 +160,7 @@ class BlockQuantizedSpec:
 
 @dataclass(frozen=True)
 class RowQuantized:
-    """A matrix as symmetric int8 codes with one scale a row: LLM.int8, or the weights of W8A8.
+    """A matrix as symmetric int8 codes with one scale per row: LLM.int8, or the weights of W8A8.
 
     The value of output o and input i is `codes[o, i] * absmax[o] / 127`.
 
@@ -174,7 +174,7 @@ class RowQuantized:
 
     @property
     def scales(self) -> torch.Tensor:
-        """float32 [out]: what a code is multiplied with."""
+        """float32 [out]: what a code is multiplied by."""
         return self.absmax / 127
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -194,7 +194,7 @@ class RowQuantizedSpec:
         out_features: rows of the matrix.
         in_features: columns of the matrix.
         dtype: of the matrix that was quantized.
-        transposed: it was merged [in, out] (GPT-2's Conv1D).
+        transposed: the merged weight was [in, out] (GPT-2's Conv1D).
     """
 
     out_features: int
@@ -218,7 +218,7 @@ class RowQuantizedSpec:
 Quantized = GroupQuantized | BlockQuantized | RowQuantized
 QuantizedSpec = GroupQuantizedSpec | BlockQuantizedSpec | RowQuantizedSpec
 OutputSpec = TensorSpec | QuantizedSpec
-"""What leaves the pass under one parameter's name."""
+"""What the pass produces for one parameter."""
 
 
 @dataclass(frozen=True)
@@ -228,9 +228,9 @@ class TensorRecord:
     Attributes:
         name: the parameter's name, for example `model.layers.0.self_attn.q_proj.weight`.
         value: the tensor as it is, or quantized.
-        layer: what quantizing it did, where it was quantized.
-        merged: the tensor before it was quantized, for layouts whose servers quantize by themselves; given by the
-            methods that no server reads.
+        layer: the record of its quantization, if it was quantized.
+        merged: the tensor before it was quantized, for layouts whose servers quantize it themselves; given by the
+            methods whose codes no server reads.
     """
 
     name: str

@@ -45,7 +45,7 @@ MAX_HEADER_BYTES: Final = 100_000_000
 
 _LENGTH_BYTES: Final = 8
 _CHUNK_BYTES: Final = 1 << 22
-_MEND: Final = "fetch or write the file anew; it is cut short, damaged, or no safetensors file"
+_MEND: Final = "fetch or write the file again; it is cut short, damaged, or not a safetensors file"
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class SafetensorsFile:
         metadata: the header's `__metadata__`.
 
     Raises:
-        InputError: the file cannot be opened, or its header is malformed: a length out of bounds, no JSON, a name that
-            stands there twice, an unknown dtype, a shape that does not match the size, offsets that overlap, leave a
+        InputError: the file cannot be opened, or its header is malformed: a length out of bounds, not JSON, a name that
+            appears twice, an unknown dtype, a shape that does not match the size, offsets that overlap, leave a
             hole or leave the file.
     """
 
@@ -92,10 +92,10 @@ class SafetensorsFile:
         return {name: entry.offset for name, entry in self._entries.items()}
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor in memory of its own. Its values are not looked at.
+        """The tensor in newly allocated memory. Its values are not checked.
 
         Raises:
-            InputError: there is no such tensor, or the file has become shorter.
+            InputError: there is no tensor with this name, or the file has become shorter.
         """
         entry = self._entry(name)
         tensor = torch.empty(entry.spec.shape, dtype=entry.spec.dtype)
@@ -104,10 +104,10 @@ class SafetensorsFile:
         return tensor
 
     def chunks(self, name: str) -> Iterator[memoryview]:
-        """The tensor's bytes in pieces of at most 4 MiB; a piece is valid until the next one is drawn.
+        """The tensor's bytes in pieces of at most 4 MiB; a piece is valid until the next one is requested.
 
         Raises:
-            InputError: there is no such tensor, or the file has become shorter.
+            InputError: there is no tensor with this name, or the file has become shorter.
         """
         entry = self._entry(name)
         buffer = torch.empty(min(_CHUNK_BYTES, entry.spec.nbytes), dtype=torch.uint8)
@@ -132,10 +132,10 @@ class SafetensorsFile:
         try:
             return self._entries[name]
         except KeyError:
-            raise InputError("no such tensor", where=f"{self.path}: {name}") from None
+            raise InputError("there is no tensor with this name", where=f"{self.path}: {name}") from None
 
     def _read_into(self, buffer: torch.Tensor, offset: int, name: str) -> None:
-        """Fills a uint8 [n] tensor from `offset`; the kernel may hand out less than asked for at a time."""
+        """Fills a uint8 [n] tensor from `offset`; the kernel may return less than requested at a time."""
         view, done = buffer.numpy().data, 0
         while done < len(view):
             count = os.preadv(self._file.fileno(), [view[done:]], offset + done)
@@ -146,7 +146,7 @@ class SafetensorsFile:
 
 def _open(path: Path) -> BinaryIO:
     if not path.is_file():
-        raise InputError("there is no such file", where=str(path))
+        raise InputError("the file does not exist", where=str(path))
     try:
         return path.open("rb", buffering=0)
     except OSError as error:
@@ -176,7 +176,7 @@ def _pop_metadata(header: dict[str, Any], path: Path) -> dict[str, str]:
 
 
 def _parse_entries(header: Mapping[str, Any], data_start: int, size: int, path: Path) -> dict[str, _Entry]:
-    """The tensors by the order of their bytes, which must follow each other to the end of the file."""
+    """The tensors in the order of their bytes, which must be contiguous up to the end of the file."""
     parsed = [(name, *_parse_entry(value, f"{path}: {name}")) for name, value in header.items()]
     entries: dict[str, _Entry] = {}
     position = 0

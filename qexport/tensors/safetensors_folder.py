@@ -20,7 +20,7 @@ INDEX_NAME: Final = "model.safetensors.index.json"
 _INDEX_LIMIT: Final = 1 << 26
 _PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _CONVERT: Final = (
-    "pickles run code when they are read; where you trust their maker, convert them once: "
+    "pickles run code when they are read; if you trust their maker, convert them once: "
     "AutoModelForCausalLM.from_pretrained(FOLDER, dtype='auto').save_pretrained(NEW_FOLDER)"
 )
 
@@ -28,11 +28,11 @@ _CONVERT: Final = (
 class SafetensorsFolder:
     """The tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` names.
 
-    A `WeightSource` and a context manager. Only headers are read when it is made.
+    A `WeightSource` and a context manager. Creating it reads only headers.
 
     Args:
         path: the folder.
-        trusted_root: where symbolic links may lead; the folder itself where none is given. A snapshot in the hub's
+        trusted_root: where symbolic links may lead; the folder itself if None. A snapshot in the hub's
             cache consists of links into the cache's blobs.
 
     Attributes:
@@ -69,7 +69,7 @@ class SafetensorsFolder:
             raise InputError(
                 "the weights are not complete or contradict themselves",
                 where=f"{path}: {listed(problems)}",
-                mend="fetch the model anew",
+                mend="fetch the model again",
             )
 
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -77,10 +77,10 @@ class SafetensorsFolder:
         return {name: spec for shard in self.shards.values() for name, spec in shard.specs().items()}
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor in memory of its own. Its values are not looked at.
+        """The tensor in newly allocated memory. Its values are not checked.
 
         Raises:
-            InputError: there is no such tensor, or its file has become shorter.
+            InputError: there is no tensor with this name, or its file has become shorter.
         """
         return self._shard(name).read(name)
 
@@ -113,7 +113,7 @@ class SafetensorsFolder:
         try:
             return self.shards[self._shard_of[name]]
         except KeyError:
-            raise InputError("no such tensor", where=f"{self.path}: {name}") from None
+            raise InputError("there is no tensor with this name", where=f"{self.path}: {name}") from None
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -124,9 +124,9 @@ def read_index(path: Path) -> dict[str, str]:
     """
     weight_map = read_json_object(path, limit=_INDEX_LIMIT).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
-        raise InputError("weight_map must map tensors to file names", where=str(path), mend="fetch the index anew")
+        raise InputError("weight_map must map tensors to file names", where=str(path), mend="fetch the index again")
     if not weight_map:
-        raise InputError("weight_map is empty", where=str(path), mend="fetch the index anew")
+        raise InputError("weight_map is empty", where=str(path), mend="fetch the index again")
     return weight_map
 
 
@@ -168,7 +168,7 @@ def _locate(shards: Mapping[str, SafetensorsFile]) -> tuple[dict[str, str], list
 def _disagreements(
     weight_map: Mapping[str, str], shards: Mapping[str, SafetensorsFile], shard_of: Mapping[str, str]
 ) -> list[str]:
-    """Where index and shards differ. Shards that could not be opened are not held against the index again."""
+    """Where index and shards differ. Shards that could not be opened are left out."""
     absent = [
         f"{name} is missing in {shard}, where the index has it"
         for name, shard in weight_map.items()

@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What a header says of a tensor, before any of its bytes is read."""
+    """What a header says about a tensor, before any of its bytes is read."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -26,16 +26,16 @@ class TensorSpec:
         return count * self.dtype.itemsize
 
     def admits(self, found: TensorSpec) -> bool:
-        """Whether a tensor that has come may take this place."""
+        """Whether a tensor with the specification `found` may be stored here."""
         return found == self
 
 
 @dataclass(frozen=True)
 class LargestSpec(TensorSpec):
-    """A vector whose length is known only when it comes: at most that of `shape`."""
+    """A vector whose length, at most that of `shape`, is known only when it is computed."""
 
     def admits(self, found: TensorSpec) -> bool:
-        """Whether it is such a vector."""
+        """Whether `found` is such a vector."""
         return found.dtype == self.dtype and len(found.shape) == 1 and found.nbytes <= self.nbytes
 
 

@@ -1,4 +1,4 @@
-"""Files that others wrote: paths that must stay inside their folder, and JSON without duplicate keys."""
+"""Reading untrusted files: paths that must stay inside their folder, and JSON without duplicate keys."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from qexport.errors import InputError
 
-_MEND = "keep the model's files themselves in its folder; a model of the hub's cache is named by its hub id"
+_MEND = "put the files themselves into the model's folder; name a model of the hub's cache by its hub id"
 
 
 def contained_path(folder: Path, name: str, *, root: Path | None = None) -> Path:
@@ -17,10 +17,10 @@ def contained_path(folder: Path, name: str, *, root: Path | None = None) -> Path
     Args:
         folder: the model's folder.
         name: a relative path with forward slashes, as the model writes it.
-        root: where symbolic links may lead; the folder itself where none is given.
+        root: where symbolic links may lead; the folder itself if None.
 
     Raises:
-        InputError: the name is absolute or climbs upwards, or a symbolic link leads out of `root`.
+        InputError: the name is absolute or contains `..`, or a symbolic link leads out of `root`.
     """
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
@@ -44,7 +44,7 @@ def parse_json(content: bytes, *, where: str) -> Any:
     try:
         return json.loads(content.decode("utf-8"), object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"not valid JSON: {error}", where=where, mend="fetch or write the file anew") from error
+        raise InputError(f"not valid JSON: {error}", where=where, mend="fetch or write the file again") from error
 
 
 def read_json_object(path: Path, *, limit: int) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def read_json_object(path: Path, *, limit: int) -> dict[str, Any]:
     try:
         size = path.stat().st_size
         if size > limit:
-            raise InputError(f"{size} bytes are too many for this file; at most {limit} are read", where=str(path))
+            raise InputError(f"the file has {size} bytes; at most {limit} are read", where=str(path))
         content = path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}", where=str(path)) from error
@@ -74,6 +74,6 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
-            raise ValueError(f"the key {key!r} stands there twice")
+            raise ValueError(f"the key {key!r} appears twice")
         result[key] = value
     return result

@@ -1,4 +1,4 @@
-"""A YAML file as it was written: a tree of values that know the line and the folder they came from."""
+"""A YAML file as a tree of values, each with its line and the folder of its file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 Scalar = str | int | float | bool | None
 Keys = tuple[str | int, ...]
-"""The way from the root to a value: keys of mappings and indexes of lists."""
+"""The path from the root to a value: keys of mappings and indexes of lists."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def dotted(keys: Iterable[str | int]) -> str:
 
 
 def child(node: YamlNode, key: str | int) -> YamlEntry | None:
-    """The entry below a mapping's key or a list's index, or None where there is none."""
+    """The entry below a mapping's key or a list's index, or None if it does not exist."""
     if isinstance(node.value, Mapping):
         return node.value.get(str(key))
     if isinstance(node.value, tuple) and isinstance(key, int) and 0 <= key < len(node.value):
@@ -78,7 +78,7 @@ def child(node: YamlNode, key: str | int) -> YamlEntry | None:
 
 
 def entry_at(root: YamlNode, keys: Keys) -> YamlEntry | None:
-    """The entry at the end of a path, or None where the path ends before."""
+    """The entry at the end of a path, or None if the path ends earlier."""
     entry: YamlEntry | None = YamlEntry(root, root.line)
     for key in keys:
         entry = child(entry.node, key) if entry else None
@@ -101,7 +101,7 @@ def replaced(root: YamlNode, keys: Keys, new: YamlNode) -> YamlNode:
 
 
 def plain(node: YamlNode, known: dict[int, Any] | None = None) -> Any:
-    """The tree as dicts, lists and scalars. What aliases share stays shared, so that it cannot grow."""
+    """The tree as dicts, lists and scalars. Values that aliases share stay shared, so that the tree cannot grow."""
     known = {} if known is None else known
     if id(node) not in known:
         if isinstance(node.value, Mapping):

@@ -1,4 +1,4 @@
-"""YAML 1.2 text and files as a tree with line numbers; what settings do not need of YAML is refused."""
+"""YAML 1.2 text and files as a tree with line numbers; features of YAML that settings do not need are refused."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _INF_OR_NAN = re.compile(r"([-+]?)\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
 
 class SyntaxProblem(Exception):
-    """The text is no YAML document; nothing further can be said about it."""
+    """The text is not a YAML document, so its values cannot be checked."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(str(problem))
@@ -52,13 +52,13 @@ def parse(text: str, origin: YamlOrigin, *, numbered: bool = True) -> tuple[Yaml
     Args:
         text: the YAML text.
         origin: where it was written.
-        numbered: whether lines mean anything to the user (not on the command line).
+        numbered: whether problems have line numbers (not on the command line).
 
     Returns:
-        The root (None where the text is empty) and what was wrong: tags, duplicate keys, keys that are no scalars.
+        The root (None if the text is empty) and what was wrong: tags, duplicate keys, keys that are not scalars.
 
     Raises:
-        SyntaxProblem: it is no YAML, holds several documents, or nests deeper than `MAX_DEPTH`.
+        SyntaxProblem: it is not YAML, holds several documents, or nests deeper than `MAX_DEPTH`.
     """
     try:
         builder = _Builder(YAML(typ="safe", pure=True).parse(text), origin, numbered)
@@ -69,15 +69,15 @@ def parse(text: str, origin: YamlOrigin, *, numbered: bool = True) -> tuple[Yaml
         raise SyntaxProblem(Problem(origin, line, "", message)) from error
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if numbered and error.problem_mark else None
-        message = "no valid YAML: " + ", ".join(part for part in (error.context, error.problem) if part)
+        message = "not valid YAML: " + ", ".join(part for part in (error.context, error.problem) if part)
         raise SyntaxProblem(Problem(origin, line, "", message)) from error
 
 
 class _Builder:
     """Builds the tree from the parser's events.
 
-    Composing it here, not in ruamel.yaml, keeps the places, sees every tag, and makes each anchor known only after its
-    value is complete, so that no alias can close a circle.
+    Composing it here, not in ruamel.yaml, keeps the lines, sees every tag, and registers each anchor only after its
+    value is complete, so that no alias can be inside its own value.
     """
 
     def __init__(self, events: Iterator[Any], origin: YamlOrigin, numbered: bool) -> None:
@@ -129,7 +129,7 @@ class _Builder:
             name = self.key_name(event, key, keys)
             value = self.node(next(self.events), (*keys, name))
             if name in entries:
-                first = f"; it stands on line {entries[name].line} too" if self.numbered else ""
+                first = f"; it is on line {entries[name].line} too" if self.numbered else ""
                 self.problem(line, (*keys, name), f"duplicate key{first}")
             else:
                 entries[name] = YamlEntry(value, line)
@@ -143,7 +143,7 @@ class _Builder:
 
     def alias(self, event: AliasEvent) -> YamlNode:
         if event.anchor not in self.anchors:
-            raise self.fatal(event, f"*{event.anchor} names no value that was completed before; quote it if it is text")
+            raise self.fatal(event, f"*{event.anchor} names no complete value above it; quote it if it is text")
         return self.anchors[event.anchor]
 
     def key_name(self, event: Event, key: YamlNode, keys: tuple[str, ...]) -> str:
@@ -188,11 +188,11 @@ def scalar(text: str) -> Scalar:
 
 @dataclass(frozen=True)
 class FileKind:
-    """What a file is called in its errors.
+    """How the errors of one kind of file name it.
 
     Attributes:
         name: for example `recipe`.
-        needs: what one must hold at least.
+        needs: what such a file must hold at least.
         reference: where its fields are described.
     """
 
@@ -204,7 +204,7 @@ class FileKind:
         """The root, a mapping, and what was wrong with the YAML.
 
         Raises:
-            RecipeError: there is no such file, it is not UTF-8, no YAML, or no mapping.
+            RecipeError: the file does not exist, or is not UTF-8, not YAML or not a mapping.
         """
         text = self._text(path)
         origin = YamlOrigin(str(path), path.absolute().parent)
@@ -213,12 +213,12 @@ class FileKind:
         except SyntaxProblem as error:
             raise self.error(path, [error.problem]) from error
         if root is None or not isinstance(root.value, Mapping):
-            what = "is empty" if root is None or root.value is None else "is no mapping of keys to values"
+            what = "is empty" if root is None or root.value is None else "is not a mapping of keys to values"
             raise RecipeError(f"the {self.name} {what}", where=str(path), mend=self.needs)
         return root, problems
 
     def error(self, path: Path, problems: Sequence[Problem]) -> RecipeError:
-        """All problems in one error, by their lines."""
+        """All problems in one error, sorted by line."""
         problems = sorted(problems, key=lambda problem: (problem.line is None, problem.line or 0))
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         listed = "\n".join(f"  {problem}" for problem in problems)

@@ -1,4 +1,4 @@
-"""Pydantic's errors in the words of the file, each at its place."""
+"""Pydantic's errors as problems of the file, each with its line."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ _KINDS = {
 def problems_of(error: ValidationError, root: YamlNode, model: type[BaseModel]) -> list[Problem]:
     """One problem for each field that is wrong.
 
-    Where a field may be of several types, pydantic reports each of them: these become one message, and an error inside
-    a list or mapping hides that the whole is not of another type.
+    If a field may be of several types, pydantic reports each of them: these become one message, and an error inside a
+    list or mapping replaces the errors about the type of the whole.
     """
     messages: dict[Keys, list[str]] = {}
     new_keys = set()
     for details in error.errors(include_url=False):
-        for keys, message in _told(details, root, model):
+        for keys, message in _messages(details, root, model):
             if message not in messages.setdefault(keys, []):
                 messages[keys].append(message)
             if details["type"] == "extra_forbidden":
@@ -47,7 +47,7 @@ def problems_of(error: ValidationError, root: YamlNode, model: type[BaseModel]) 
 
 
 def combination(problems: Mapping[str, str]) -> PydanticCustomError:
-    """What a validator raises where values that are right by themselves do not fit together.
+    """What a validator raises if values that are valid separately do not fit together.
 
     Args:
         problems: messages by the dotted path of the value to change, from the validated value on.
@@ -56,19 +56,19 @@ def combination(problems: Mapping[str, str]) -> PydanticCustomError:
     return PydanticCustomError(_COMBINATION, "{message}", {"message": message, "problems": dict(problems)})
 
 
-def _told(details: ErrorDetails, root: YamlNode, model: type[BaseModel]) -> list[tuple[Keys, str]]:
+def _messages(details: ErrorDetails, root: YamlNode, model: type[BaseModel]) -> list[tuple[Keys, str]]:
     keys = _keys(details, root)
     if details["type"] == _COMBINATION:
         return [((*keys, *field.split(".")), message) for field, message in details["ctx"]["problems"].items()]
-    return [_told_of_one(details, keys, root, model)]
+    return [_message(details, keys, root, model)]
 
 
-def _told_of_one(details: ErrorDetails, keys: Keys, root: YamlNode, model: type[BaseModel]) -> tuple[Keys, str]:
+def _message(details: ErrorDetails, keys: Keys, root: YamlNode, model: type[BaseModel]) -> tuple[Keys, str]:
     kind, context = details["type"], details.get("ctx", {})
     match kind:
         case "extra_forbidden":
             known = _known_keys(model, keys[:-1], root)
-            return keys, f"unknown key{suggestion(str(keys[-1]), known) or '; known are ' + ', '.join(known)}"
+            return keys, f"unknown key{suggestion(str(keys[-1]), known) or '; known keys are ' + ', '.join(known)}"
         case "missing":
             return keys, "missing"
         case "union_tag_not_found":
@@ -115,7 +115,7 @@ def _shown(value: Any) -> str:
 
 
 def suggestion(word: str, known: list[str]) -> str:
-    """`; did you mean ...?` where a known word is near, else nothing."""
+    """`; did you mean ...?` if a known word is similar, else empty."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -155,7 +155,7 @@ def _is_chosen(model: type[BaseModel], keys: Keys, root: YamlNode) -> bool:
 
 
 def _placed(root: YamlNode, keys: Keys, message: str, *, at_key: bool) -> Problem:
-    """The problem at the line of the value, or of the key for mappings, lists, null and what is not there."""
+    """The problem at the line of the value, or of the key for mappings, lists, null and missing values."""
     depth = len(keys)
     while (entry := entry_at(root, keys[:depth])) is None:
         depth -= 1

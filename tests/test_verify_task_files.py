@@ -81,7 +81,7 @@ def test_what_loads_code_or_means_nothing_is_refused(extra: str, message: str, t
         ("dataset_path: json", "dataset_path: pandas", "neither json nor the id"),
         ("dataset_path: json", "dataset_path: org/name", "neither json nor the id"),
         ("{data_files: {test: local.jsonl}}", "{trust_remote_code: true}", "dataset_kwargs.trust_remote_code"),
-        ("{data_files: {test: local.jsonl}}", "{data_files: 'https://host/a.jsonl'}", "names local files"),
+        ("{data_files: {test: local.jsonl}}", "{data_files: 'https://host/a.jsonl'}", "must name local files"),
         ("{data_files: {test: local.jsonl}}", "{data_files: {test: missing.jsonl}}", "cannot be read"),
         ("{data_files: {test: local.jsonl}}", "{data_files: {test: []}}", "no items"),
         ("{data_files: {test: local.jsonl}}", "{data_files: {test: local.pkl}}", "must be .jsonl or .json files"),

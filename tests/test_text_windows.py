@@ -52,7 +52,7 @@ def test_packed_windows_are_the_joined_tokens_without_gap_or_overlap(texts: list
     assert windows.input_ids.dtype == torch.int64
     assert windows.input_ids.shape == (count, length)
     assert windows.input_ids.flatten().tolist() == expected[: count * length]
-    with pytest.raises(InputError, match=f"{count} windows of {length} tokens where {count + 1} are wanted"):
+    with pytest.raises(InputError, match=f"{count} windows of {length} tokens where {count + 1} are required"):
         windows_of(*texts, samples=count + 1, sequence_length=length)
 
 

@@ -166,15 +166,15 @@ def above_floor(limits: Sequence[Limit], floors: Mapping[str, float]) -> tuple[l
     return [replace(limit, value=tighter.get(limit, limit.value)) for limit in limits], notes
 
 
-def _limits(name: str, ours: Bounds | None, settings: HasGates) -> Iterator[Limit]:
-    asked = settings.gates.get(name)
-    removed = name in settings.gates and asked is None
-    replaced = asked is not None and (asked.at_most is not None or asked.at_least is not None)
+def _limits(name: str, from_profile: Bounds | None, settings: HasGates) -> Iterator[Limit]:
+    from_user = settings.gates.get(name)
+    removed = name in settings.gates and from_user is None
+    replaced = from_user is not None and (from_user.at_most is not None or from_user.at_least is not None)
     if replaced or removed:
-        ours = None
-    for bounds, by_user in ((ours, False), (asked if replaced else None, True)):
+        from_profile = None
+    for bounds, by_user in ((from_profile, False), (from_user if replaced else None, True)):
         yield from _sides(name, None, bounds, by_user=by_user)
-    for domain, inner in (asked.domains if asked else {}).items():
+    for domain, inner in (from_user.domains if from_user else {}).items():
         yield from _sides(name, domain, inner, by_user=True)
 
 

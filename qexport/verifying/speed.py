@@ -121,7 +121,7 @@ def _tokens_per_second(times: NDArray[np.float64]) -> list[float]:
 
 
 def median_interval(values: Sequence[float]) -> Median:
-    """The median and a 95 % interval between two order statistics, whatever the distribution.
+    """The median and a 95 % interval between two order statistics, for any distribution.
 
     The k-th smallest and k-th largest of n values enclose the median with probability 1 - 2 P(X < k), where X is
     binomial(n, 1/2); k is the largest for which that is at least 95 % (David and Nagaraja, Order Statistics, 7.1).

@@ -91,7 +91,7 @@ def test_the_mend_is_that_of_the_gate_that_failed(measured: Path, capsys: pytest
     checks = [CheckResult(gate="tokenizer", name="ids", passed=False, detail="others")]
     written(measured / "report", report(checks=checks))
     assert main(["gate", str(measured), "--gates", gates(measured, "profile: auto")]) == 6
-    assert "mend:  take the tokenizer's files from the base" in capsys.readouterr().err.splitlines()
+    assert "mend:  copy the tokenizer's files from the base" in capsys.readouterr().err.splitlines()
 
 
 def test_a_moved_limit_is_noted_on_stderr(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:

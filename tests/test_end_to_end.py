@@ -25,7 +25,7 @@ from qexport.pipeline.folders import ArtifactFolder
 from qexport.pipeline.inspection import inspect_artifact
 from qexport.pipeline.verification import Verified, measure_folder
 from qexport.progress import ProgressCallback
-from qexport.quantizing.pauses import Parking
+from qexport.quantizing.pauses import OffloadFile
 from qexport.reading.safetensors_weights import SafetensorsWeights
 from qexport.recipe import load_recipe
 from qexport.verifying.reference import Reference
@@ -321,7 +321,7 @@ def test_a_task_file_that_is_none_is_found_in_planning(tmp_path: Path, monkeypat
     prepare(tmp_path, factories.llama_config(), ["q_proj"])
     monkeypatch.setattr("qexport.verifying.tasks.measuring._NEEDED", {})
     (tmp_path / "task.yaml").write_text("task: mine\nprocess_docs: !function evil.run\n")
-    with pytest.raises(InputError, match="more than plain data"):
+    with pytest.raises(InputError, match="is not plain data"):
         plan(load_recipe(GPTQ, overrides(tmp_path, changes={"verify.tasks.tasks": f"[{tmp_path}/task.yaml]"})))
 
 
@@ -476,16 +476,16 @@ def test_a_prompt_beyond_the_models_positions_is_refused_before_any_work(tmp_pat
 
 
 def test_a_full_disk_under_gptq_frees_what_waited_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The waiting activations lie in a file without a name; a program that goes on must not keep it."""
+    """The offloaded activations are in a file without a name; a program that goes on must not keep it."""
     prepare(tmp_path, factories.llama_config(), ["q_proj"])
-    honest = Parking._write
+    honest = OffloadFile._write
 
-    def full(self: Parking, storage: torch.UntypedStorage, place: int) -> None:
+    def full(self: OffloadFile, storage: torch.UntypedStorage, place: int) -> None:
         honest(self, storage, place)
         if place:
             raise OSError(errno.ENOSPC, "planted")
 
-    monkeypatch.setattr(Parking, "_write", full)
+    monkeypatch.setattr(OffloadFile, "_write", full)
     with pytest.raises(ResourceError, match="disk is full"):
         finish(tmp_path)
     opened = [str(path.readlink()) for path in list(Path("/proc/self/fd").iterdir()) if path.is_symlink()]

@@ -108,10 +108,10 @@ def test_of_a_report_the_profile_is_that_of_most_layers() -> None:
 
 
 def test_an_artifact_of_an_unknown_method_needs_a_named_profile() -> None:
-    with pytest.raises(RecipeError, match="nothing is known of the layers' method") as caught:
+    with pytest.raises(RecipeError, match="the method of the layers is unknown") as caught:
         profile_of_layers([], SMALL, profile_of_layer)
     assert caught.value.mend == "name the profile in the file of gates, for example gptq-4bit"
-    with pytest.raises(RecipeError, match="nothing is known of the layers' method"):
+    with pytest.raises(RecipeError, match="the method of the layers is unknown"):
         profile_of_layers([layer("a").model_copy(update={"method": "of-another-maker"})], SMALL, profile_of_layer)
 
 
@@ -180,10 +180,10 @@ def test_a_users_limit_below_three_times_the_noise_floor_is_refused_with_the_tig
     assert caught.value.exit_code == 2
     assert caught.value.where is not None
     assert [line.strip() for line in caught.value.where.splitlines()] == [
-        "mean_kl: at most 0.0029, where at most 0.003 is the tightest that can be told from noise",
-        "mean_kl[code]: at most 0.002, where at most 0.003 is the tightest that can be told from noise",
-        "top1_agreement: at least 0.95, where at least 0.907 is the tightest that can be told from noise",
-        "perplexity_ratio: at most 1.001, where at most 1.0015 is the tightest that can be told from noise",
+        "mean_kl: at most 0.0029, where at most 0.003 is the tightest that can be distinguished from noise",
+        "mean_kl[code]: at most 0.002, where at most 0.003 is the tightest that can be distinguished from noise",
+        "top1_agreement: at least 0.95, where at least 0.907 is the tightest that can be distinguished from noise",
+        "perplexity_ratio: at most 1.001, where at most 1.0015 is the tightest that can be distinguished from noise",
     ]
 
 

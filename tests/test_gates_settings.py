@@ -82,10 +82,10 @@ limits: 1
     [
         ("mean_kl: {at_least: 0.3}", "mean_kl is better the lower it is: give at_most, not at_least"),
         ("top1_agreement: {at_most: 0.3}", "top1_agreement is better the higher it is: give at_least, not at_most"),
-        ("top1_agreement: {at_least: 75}", "top1_agreement is a share between 0 and 1, so 75 is no limit"),
-        ("decisive_flips: {at_most: 5}", "decisive_flips is a share between 0 and 1, so 5 is no limit"),
-        ("mean_kl: {at_most: -0.1}", "mean_kl is 0 where the artifact equals its reference, so -0.1 can never pass"),
-        ("chrf: {at_least: 101}", "chrf is 100 where the artifact equals its reference, so 101 can never pass"),
+        ("top1_agreement: {at_least: 75}", "top1_agreement is a share between 0 and 1, so 75 cannot be a limit"),
+        ("decisive_flips: {at_most: 5}", "decisive_flips is a share between 0 and 1, so 5 cannot be a limit"),
+        ("mean_kl: {at_most: -0.1}", "mean_kl is 0 when the artifact equals its reference, so -0.1 can never pass"),
+        ("chrf: {at_least: 101}", "chrf is 100 when the artifact equals its reference, so 101 can never pass"),
         (
             "mean_kl: {domains: {code: {at_least: 1}}}",
             "mean_kl[code] is better the lower it is: give at_most, not at_least",
@@ -95,7 +95,7 @@ limits: 1
             "speed_ratio is measured as a whole, not by domain",
         ),
         ("kl_over_rtn: {domains: {code: {at_most: 0}}}", "kl_over_rtn is measured as a whole, not by domain"),
-        ("accuracy_change: {at_least: -0.02}", "accuracy_change is measured by task: give the limit below domains"),
+        ("accuracy_change: {at_least: -0.02}", "accuracy_change is measured by task: give the limit under domains"),
     ],
 )
 def test_a_limit_that_cannot_do_what_it_says_is_refused(tmp_path: Path, line: str, problem: str) -> None:

@@ -243,7 +243,7 @@ def test_damping_is_raised_as_far_as_it_must_be(multiple: int) -> None:
 
 def test_a_hessian_that_needs_more_than_thirty_times_the_damping_is_refused_and_told_what_was_tried() -> None:
     off_diagonal = 1 + 1.01 * OPTIONS.damp_percent * 30
-    with pytest.raises(NumericalError, match=r"even with 0\.3 of damping"):
+    with pytest.raises(NumericalError, match=r"even with a damping of 0\.3"):
         factorize(torch.tensor([[1.0, off_diagonal], [off_diagonal, 1.0]]), OPTIONS)
 
 

@@ -144,7 +144,7 @@ def test_a_source_that_cannot_be_read_is_told(tmp_path: Path, name: str, message
 
 def test_a_file_without_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(" \n", encoding="utf-8")
-    with pytest.raises(InputError, match="no text in it"):
+    with pytest.raises(InputError, match="contains no text"):
         read_documents([str(tmp_path / "a.txt")])
 
 

@@ -60,7 +60,7 @@ def test_a_prompt_may_be_empty_or_blank(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ('{"id": "a", "prompt": "x"}\n{"id": "a", "prompt": "y"}', r"'a' comes twice\n.*p\.jsonl:2"),
+        ('{"id": "a", "prompt": "x"}\n{"id": "a", "prompt": "y"}', r"'a' is used twice\n.*p\.jsonl:2"),
         ('{"prompt": "x"}', r"the field 'id' must be a text that is not blank\n.*p\.jsonl:1"),
         ('{"id": " ", "prompt": "x"}', "the field 'id'"),
         ('{"id": "\\ud800", "prompt": "x"}', "half a character"),

@@ -52,7 +52,7 @@ def test_packed_windows_are_the_joined_tokens_without_gap_or_overlap(texts: list
     assert windows.input_ids.dtype == torch.int64
     assert windows.input_ids.shape == (count, length)
     assert windows.input_ids.flatten().tolist() == expected[: count * length]
-    with pytest.raises(InputError, match=f"{count} windows of {length} tokens where {count + 1} are wanted"):
+    with pytest.raises(InputError, match=f"{count} windows of {length} tokens where {count + 1} are required"):
         windows_of(*texts, samples=count + 1, sequence_length=length)
 
 
@@ -168,7 +168,7 @@ def test_documents_cannot_be_joined_without_an_end_of_text_token() -> None:
 def test_a_token_that_the_model_does_not_know_is_refused() -> None:
     largest = int(windows_of(*factories.TEXT).input_ids.max())
     windows_of(*factories.TEXT, vocab_size=largest + 1)
-    with pytest.raises(InputError, match=f"the token {largest} .* the model knows {largest} tokens"):
+    with pytest.raises(InputError, match=f"the token {largest} .* the model has {largest} tokens"):
         windows_of(*factories.TEXT, vocab_size=largest)
 
 

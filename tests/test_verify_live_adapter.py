@@ -168,7 +168,7 @@ def test_a_merge_that_was_not_measured_is_named_and_has_no_figure(tmp_path: Path
     assert not found.figures
     assert len(found.unconfirmed) == 1
     assert found.unconfirmed[0] == "the merge against PEFT (PEFT cannot load the adapter)"  # none of PEFT's own words
-    assert next(event.text for event in told if isinstance(event, Notice)).startswith("the merge was not held against")
+    assert next(event.text for event in told if isinstance(event, Notice)).startswith("the merge was not compared with")
 
 
 def test_without_an_adapter_only_the_floor_is_measured(tmp_path: Path) -> None:

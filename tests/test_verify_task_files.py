@@ -81,10 +81,10 @@ def test_what_loads_code_or_means_nothing_is_refused(extra: str, message: str, t
         ("dataset_path: json", "dataset_path: pandas", "neither json nor the id"),
         ("dataset_path: json", "dataset_path: org/name", "neither json nor the id"),
         ("{data_files: {test: local.jsonl}}", "{trust_remote_code: true}", "dataset_kwargs.trust_remote_code"),
-        ("{data_files: {test: local.jsonl}}", "{data_files: 'https://host/a.jsonl'}", "names local files"),
+        ("{data_files: {test: local.jsonl}}", "{data_files: 'https://host/a.jsonl'}", "must name local files"),
         ("{data_files: {test: local.jsonl}}", "{data_files: {test: missing.jsonl}}", "cannot be read"),
         ("{data_files: {test: local.jsonl}}", "{data_files: {test: []}}", "no items"),
-        ("{data_files: {test: local.jsonl}}", "{data_files: {test: local.pkl}}", "from .jsonl and .json files"),
+        ("{data_files: {test: local.jsonl}}", "{data_files: {test: local.pkl}}", "must be .jsonl or .json files"),
         ("{data_files: {test: local.jsonl}}", "{data_files: local.jsonl}", "has no split test"),
         ("{data_files: {test: local.jsonl}}", "{}", "needs dataset_kwargs.data_files"),
         ("task: local", "task: local\ntask: again", "no valid YAML"),
@@ -122,12 +122,12 @@ def test_a_folder_or_script_that_is_named_like_a_hub_dataset_is_refused(
 def test_rows_with_other_fields_are_refused_in_every_form(tmp_path: Path) -> None:
     rows = [*ROWS, {"question": "What?"}]
     path = write_task(tmp_path, rows, CHOICE)
-    with pytest.raises(InputError, match="not the fields of the first") as caught:
+    with pytest.raises(InputError, match="does not have the fields of the first") as caught:
         read_local_tasks(path)
     assert caught.value.where == f"{tmp_path / 'local.jsonl'}:2"
     (tmp_path / "local.json").write_text(json.dumps(rows))
     path.write_text(path.read_text().replace("local.jsonl", "local.json"))
-    with pytest.raises(InputError, match="not the fields of the first"):
+    with pytest.raises(InputError, match="does not have the fields of the first"):
         read_local_tasks(path)
     (tmp_path / "local.json").write_text(json.dumps(ROWS))
     (task,) = read_local_tasks(path)

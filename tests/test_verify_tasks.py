@@ -71,7 +71,7 @@ def test_other_items_are_an_error(fault: str) -> None:
         "fewer": replace(reference, items=items[:2]),
         "more": replace(reference, items=(*items, Item(3, "digest 3", True))),
     }[fault]
-    with pytest.raises(QexportError, match="were not asked the same items") as caught:
+    with pytest.raises(QexportError, match="did not answer the same items") as caught:
         pair(reference, other)
     assert caught.value.where is not None
     assert caught.value.where.startswith("task local: ")

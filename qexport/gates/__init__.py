@@ -1,1 +1,1 @@
-"""Gates: which limits hold for an artifact's figures, and whether they are kept."""
+"""Gates: which limits apply to an artifact's figures, and whether the figures meet them."""

@@ -1,4 +1,4 @@
-"""Deciding gates: pass, fail or undecided, on confidence sequences, so that one may look after every round."""
+"""Deciding gates: pass, fail or undecided, on confidence sequences, so that gates may be decided after every round."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qexport.gates.limits import NOISE_MARGIN, Bound, Limit, ProfileOfLayer, abo
 from qexport.gates.settings import HasGates
 
 BuiltIn = Literal["config", "tokenizer", "graph", "merge", "adapter", "better_than_rtn"]
-"""Gates that need no limit from anyone. Each is decided where it is expected, whether or not it was measured."""
+"""Gates that need no configured limit. Each is decided where it is expected, whether or not it was measured."""
 
 BUILT_IN: Final[tuple[BuiltIn, ...]] = ("config", "tokenizer", "graph", "merge", "adapter", "better_than_rtn")
 
@@ -21,11 +21,11 @@ FIGURE_OF: Final[Mapping[BuiltIn, str]] = {
     "adapter": "kl_over_base",
     "better_than_rtn": "kl_over_rtn",
 }
-"""What they limit; the others are decided on checks."""
+"""The figure that a built-in gate limits; the other gates are decided on checks."""
 
 
 def waived(settings: HasGates) -> dict[BuiltIn, str]:
-    """The built-in gates that a user has given up by setting their figure to null, with a note on each."""
+    """The built-in gates that a user has waived by setting their figure to null, with a note on each."""
     return {
         name: f"the gate {name} is waived: verify.gates sets {figure} to null"
         for name, figure in FIGURE_OF.items()
@@ -34,11 +34,11 @@ def waived(settings: HasGates) -> dict[BuiltIn, str]:
 
 
 def expected_gates(settings: HasGates, *, adapter: bool, nearest: bool, graph: bool) -> tuple[list[BuiltIn], list[str]]:
-    """The built-in gates that apply and are not waived, and a note on each that would apply.
+    """The built-in gates that apply and are not waived, and a note on each that applies but is waived.
 
     Args:
         settings: the user's.
-        adapter: whether there is one.
+        adapter: whether the reference has an adapter.
         nearest: whether the model rounded to nearest is run.
         graph: whether the artifact is an ONNX graph.
     """
@@ -60,14 +60,14 @@ class _Gate:
     """A gate on a figure's interval.
 
     Attributes:
-        name: the result's.
-        figure: the name of what it limits.
+        name: of the result.
+        figure: the name of the figure that it limits.
         domain: None for all text.
         bound: which side is limited.
-        limit: None where it is not known, which leaves the gate undecided.
-        strict: whether a value on the limit breaks it.
+        limit: None if it is not known, which leaves the gate undecided.
+        strict: whether a value equal to the limit fails.
         unknown: why the limit is not known.
-        equal: what a value that is on a strict limit exactly means; None where that is a failure.
+        equal: what a value exactly equal to a strict limit means; None if that is a failure.
     """
 
     name: str
@@ -86,10 +86,10 @@ def decide(
     """Decides every gate.
 
     Args:
-        limits: those of `qexport.gates.limits`.
+        limits: from `qexport.gates.limits`.
         figures: what was measured, over all text and by domain.
         checks: passed or not, without statistics.
-        expected: the built-in gates that apply: `graph` for ONNX, `merge` and `adapter` where there is an adapter,
+        expected: the built-in gates that apply: `graph` for ONNX, `merge` and `adapter` with an adapter,
             `better_than_rtn` for GPTQ. One that is expected and was not measured is undecided.
 
     Returns:
@@ -99,8 +99,8 @@ def decide(
 
 
 def needs_more(results: Sequence[GateResult]) -> bool:
-    """Whether a gate is undecided that more windows could decide: they make its interval narrower, and give one to a
-    domain or a tail that has had too few for any.
+    """Whether more windows could decide an undecided gate: they narrow its interval, or give an interval to a domain or
+    a tail that had too few windows for one.
     """
     return any(
         result.verdict == "undecided"
@@ -187,18 +187,18 @@ def _verdict(gate: _Gate, figure: Figure | None) -> tuple[Verdict, str]:
         return "undecided", f"its interval is empty: {low:.5g} to {high:.5g}"
     if gate.limit is None:
         return "undecided", gate.unknown
-    verdict, reason = _held_against(gate, gate.limit, low, high, _counted(figure))
+    verdict, reason = _compared(gate, gate.limit, low, high, _counted(figure))
     excess = figure.value - gate.limit if gate.bound == "at_most" else gate.limit - figure.value
     if verdict == "pass" and excess > 0:
         return "undecided", f"the value, {figure.value:.5g}, breaks the limit although its interval does not"
     return verdict, reason
 
 
-def _held_against(gate: _Gate, limit: float, low: float, high: float, counted: str) -> tuple[Verdict, str]:
-    """The verdict on a complete interval."""
+def _compared(gate: _Gate, limit: float, low: float, high: float, counted: str) -> tuple[Verdict, str]:
+    """The verdict on an interval with both ends."""
     if gate.equal is not None and low == high == limit:
         return "undecided", gate.equal
-    # mirrored for at_least, so that the limit is always the larger end
+    # negated for at_least, so that a smaller value is always better
     best, worst = (low, high) if gate.bound == "at_most" else (-high, -low)
     end = limit if gate.bound == "at_most" else -limit
     words = f"{'below' if gate.strict else gate.bound.replace('_', ' ')} {limit:.5g}"
@@ -215,15 +215,15 @@ def _counted(figure: Figure) -> str:
 
 
 def decide_again(report: Report, settings: HasGates, of_layer: ProfileOfLayer) -> tuple[list[GateResult], list[str]]:
-    """Decides the gates of other settings on a report's figures.
+    """Decides gates with other settings, on a report's figures.
 
-    Of the built-in gates, those of the artifact's checks are decided always, those of the adapter where there is one,
-    `graph` and `better_than_rtn` where the report has them or what they are decided on; none that the settings waive.
+    Of the built-in gates, `config` and `tokenizer` are always decided, `merge` and `adapter` if there is an adapter,
+    `graph` and `better_than_rtn` if the report has them or what they are decided on; none that the settings waive.
 
     Args:
         report: what was measured.
         settings: the limits.
-        of_layer: what `auto` means; see `qexport.gates.limits`.
+        of_layer: resolves the profile `auto`; see `qexport.gates.limits`.
 
     Returns:
         The results, and a note for each limit of the profile that the noise floor has moved and each waived gate.
@@ -245,7 +245,7 @@ def decide_again(report: Report, settings: HasGates, of_layer: ProfileOfLayer) -
 
 
 def noise_floors(figures: Sequence[Figure]) -> Mapping[str, float]:
-    """The noise floor of each figure over all text that has one, by its name."""
+    """The noise floors of the figures over all text, by figure; figures without one are not in it."""
     return {
         figure.name: figure.noise_floor
         for figure in figures

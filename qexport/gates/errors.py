@@ -1,4 +1,4 @@
-"""The error that stands for gates that did not pass."""
+"""The error for gates that did not pass."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from qexport.errors import GateFailed, GateUndecided
 _MAX_NAMED: Final = 12
 _MEND_OF_LIMITS: Final = "try more bits or a smaller group_size, or loosen the limit where the use allows it"
 _MEND: Final = {
-    "config": "bring config.json to what the reference's says",
-    "tokenizer": "take the tokenizer's files from the base",
-    "graph": "export the model again: this graph does not heed its attention mask or its cache",
+    "config": "correct config.json so that it describes the reference's model",
+    "tokenizer": "copy the tokenizer's files from the base",
+    "graph": "export the model again: this graph does not use its attention mask or its cache correctly",
     "merge": "check that the adapter was made for this base",
     "adapter": "check that the artifact was made with this adapter",
-    "better_than_rtn": "calibrate with more or other text, or check that this reference is the artifact's",
+    "better_than_rtn": "calibrate with more or other text, or check that the artifact was made from this reference",
 }
 
 
 def gates_error(results: Sequence[GateResult], where: str) -> GateFailed | GateUndecided | None:
-    """An error where not every gate passed: `GateFailed` where one failed, else `GateUndecided`.
+    """The error if not every gate passed: `GateFailed` if one failed, else `GateUndecided`; None if all passed.
 
     Args:
         results: of all gates.
-        where: the artifact or the report that they belong to.
+        where: the artifact or the report of these gates.
     """
     failed = [each for each in results if each.verdict == "fail"]
     undecided = [each for each in results if each.verdict == "undecided"]
@@ -36,7 +36,7 @@ def gates_error(results: Sequence[GateResult], where: str) -> GateFailed | GateU
         return GateUndecided(
             f"{_counted(undecided)} could not be decided: {_named(undecided)}",
             where=where,
-            mend="verify with more windows, or loosen or remove what cannot be measured",
+            mend="verify with more windows, or loosen or remove limits on what cannot be measured",
         )
     return None
 

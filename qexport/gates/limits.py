@@ -1,4 +1,4 @@
-"""Which limits hold for an artifact: the profile's, the user's over them, and no tighter than can be measured."""
+"""Which limits apply to an artifact: the profile's, replaced by the user's, and none tighter than can be measured."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from qexport.gates.settings import Bounds, DomainBounds, HasGates, ProfileName
 from qexport.records import LayerRecord
 
 ProfileOfLayer = Callable[[str, int, int], ProfileName | None]
-"""From how a layer's codes were found, their bits, and the model's parameters to a profile; each method knows its own
+"""From how a layer's codes were found, their bits, and the model's parameters to a profile, by each method's own rule
 (`qexport.quantizing.methods.profile_of_layer`)."""
 
 TINY_PARAMETERS: Final = 500_000_000
-"""Below it, 4 bits cost so much more than they cost larger models that other limits hold."""
+"""In models with fewer parameters, 4 bits cost so much more quality that other limits apply."""
 
 _WIDE_BITS: Final = 15.5
-"""Bits a weight from which an artifact without quantized layers is a 16-bit one."""
+"""Bits per weight from which an artifact without quantized layers is a 16-bit one."""
 
 
 def _profile(
@@ -53,16 +53,16 @@ PROFILES: Final[Mapping[ProfileName, Mapping[str, Bounds]]] = {
 
 
 def profile_of_layers(layers: Sequence[LayerRecord], sizes: Sizes, of_layer: ProfileOfLayer) -> ProfileName:
-    """The profile that `auto` means for an artifact: that of most of its layers.
+    """The profile that `auto` selects for an artifact: that of most of its layers.
 
     Args:
-        layers: as the report holds them; none where nothing is quantized, or where another tool made the artifact.
+        layers: from the report; empty if nothing is quantized, or if another tool made the artifact.
         sizes: the artifact's.
-        of_layer: each method's own choice.
+        of_layer: each method's own rule.
 
     Raises:
-        RecipeError: nothing is known of the layers' method, and the artifact has fewer bits than one that is not
-            quantized.
+        RecipeError: the layers' method is unknown, and the artifact has fewer bits per weight than an unquantized
+            one.
     """
     if layers:
         (method, bits), _ = Counter((layer.method, layer.bits) for layer in layers).most_common(1)[0]
@@ -71,7 +71,7 @@ def profile_of_layers(layers: Sequence[LayerRecord], sizes: Sizes, of_layer: Pro
         found = "16bit" if sizes.bits_per_weight >= _WIDE_BITS else None
     if found is None:
         raise RecipeError(
-            "nothing is known of the layers' method, so no profile can be chosen for them",
+            "the method of the layers is unknown, so no profile can be chosen",
             where="profile: auto",
             mend="name the profile in the file of gates, for example gptq-4bit",
         )
@@ -81,22 +81,18 @@ def profile_of_layers(layers: Sequence[LayerRecord], sizes: Sizes, of_layer: Pro
 def profile_for(
     settings: HasGates, layers: Sequence[LayerRecord], sizes: Sizes, of_layer: ProfileOfLayer
 ) -> ProfileName:
-    """The profile that the settings name, with what `auto` means for an artifact.
-
-    Raises:
-        RecipeError: see `profile_of_layers`.
-    """
+    """The profile that the settings name; `auto` is resolved for this artifact."""
     return profile_of_layers(layers, sizes, of_layer) if settings.profile == "auto" else settings.profile
 
 
 NOISE_MARGIN: Final = 3.0
-"""A limit must allow at least this many times the drift that computing in another dtype alone brings."""
+"""A limit must allow at least this many times the drift that computing in a wider dtype alone causes."""
 
 _ROUNDING: Final = 1e-9
 """So that 0.3 is not tighter than 3 * 0.1."""
 
 _LOOSEST: Final = PROFILES["gptq-2bit"]
-"""What no profile's limit is moved beyond: a gate there would pass a broken artifact."""
+"""No profile's limit is moved beyond these: a gate with such a limit would pass a broken artifact."""
 
 Bound = Literal["at_most", "at_least"]
 
@@ -110,8 +106,8 @@ class Limit:
         domain: None for all text.
         bound: which side.
         value: in the figure's own unit.
-        by_user: whether a recipe or a file of gates says so, and not a profile.
-        one_sided: whether the figure has no other bound there.
+        by_user: whether a recipe or a file of gates sets it, not a profile.
+        one_sided: whether it is the only bound on this figure and domain.
     """
 
     figure: str
@@ -129,12 +125,12 @@ class Limit:
 
 
 def limits_of(settings: HasGates, profile: ProfileName) -> list[Limit]:
-    """The profile's limits with the user's over them, in the catalogue's order, each figure's domains behind it.
+    """The profile's limits, replaced by the user's, in the catalogue's order, each figure's domains after it.
 
     Args:
-        settings: the user's. Bounds over all text replace those of the profile, both sides; null removes them; bounds
-            for domains alone leave them.
-        profile: what the settings' own profile has been resolved to; never `auto`.
+        settings: the user's. Bounds over all text replace both of the profile's; null removes them; bounds for domains
+            alone keep them.
+        profile: the settings' profile, with `auto` resolved.
     """
     ours = PROFILES[profile]
     names = [name for name in CATALOGUE if name in ours or name in settings.gates]
@@ -142,24 +138,24 @@ def limits_of(settings: HasGates, profile: ProfileName) -> list[Limit]:
 
 
 def above_floor(limits: Sequence[Limit], floors: Mapping[str, float]) -> tuple[list[Limit], list[str]]:
-    """The limits, none of them tighter than three times the noise floor, and a note for each that was moved.
+    """The limits, none tighter than three times the noise floor, and a note for each that was moved.
 
-    A profile's limit that is tighter is moved to three times the floor, since no user has asked for it.
+    A profile's limit that is tighter is moved to three times the floor, since no user set it.
 
     Args:
-        limits: what shall hold.
-        floors: by figure, its value between the reference and itself computed in a wider dtype.
+        limits: the limits to check.
+        floors: by figure, its value for the reference compared with itself, computed in a wider dtype.
 
     Raises:
-        RecipeError: a user's limit is tighter, or a profile's would have to be moved beyond the loosest profile's. All
-            of them are named, each with the tightest that can be had.
+        RecipeError: a user's limit is tighter, or a profile's would have to be moved beyond the loosest profile's. The
+            error names all of them, each with the tightest possible limit.
     """
     tightest = {limit: _tightest(limit, floors) for limit in limits}
     tighter = {limit: value for limit, value in tightest.items() if value is not None}
     refused = [each for each, value in tighter.items() if each.by_user or _is_beyond_all(each, value)]
     if refused:
         raise RecipeError(
-            "limits are tighter than three times the noise floor, what computing in a wider dtype changes by itself",
+            "limits are tighter than three times the noise floor, the change that a wider dtype makes by itself",
             where=listed([f"{each.name}: {_at_best(each, tighter[each])}" for each in refused]),
             mend="loosen these limits in verify.gates, or merge in a wider dtype",
         )
@@ -170,15 +166,15 @@ def above_floor(limits: Sequence[Limit], floors: Mapping[str, float]) -> tuple[l
     return [replace(limit, value=tighter.get(limit, limit.value)) for limit in limits], notes
 
 
-def _limits(name: str, ours: Bounds | None, settings: HasGates) -> Iterator[Limit]:
-    asked = settings.gates.get(name)
-    removed = name in settings.gates and asked is None
-    replaced = asked is not None and (asked.at_most is not None or asked.at_least is not None)
+def _limits(name: str, from_profile: Bounds | None, settings: HasGates) -> Iterator[Limit]:
+    from_user = settings.gates.get(name)
+    removed = name in settings.gates and from_user is None
+    replaced = from_user is not None and (from_user.at_most is not None or from_user.at_least is not None)
     if replaced or removed:
-        ours = None
-    for bounds, by_user in ((ours, False), (asked if replaced else None, True)):
+        from_profile = None
+    for bounds, by_user in ((from_profile, False), (from_user if replaced else None, True)):
         yield from _sides(name, None, bounds, by_user=by_user)
-    for domain, inner in (asked.domains if asked else {}).items():
+    for domain, inner in (from_user.domains if from_user else {}).items():
         yield from _sides(name, domain, inner, by_user=True)
 
 
@@ -193,7 +189,7 @@ def _sides(name: str, domain: str | None, bounds: DomainBounds | None, *, by_use
 
 
 def _tightest(limit: Limit, floors: Mapping[str, float]) -> float | None:
-    """Three times the noise floor as a limit, where the limit is tighter than that; rounded up to three digits."""
+    """Three times the noise floor as a limit, rounded up to three digits; None if the limit is not tighter."""
     kind = CATALOGUE[limit.figure]
     if kind.ideal is None or limit.figure not in floors:
         return None
@@ -205,7 +201,7 @@ def _tightest(limit: Limit, floors: Mapping[str, float]) -> float | None:
 
 
 def _rounded_up(room: float) -> float:
-    """To three digits; a room that is no ordinary number is left as it is."""
+    """To three digits; a room outside the normal range of floats is returned unchanged."""
     if not sys.float_info.min * 1e3 < room < sys.float_info.max / 1e3:
         return room
     unit = 10.0 ** (math.floor(math.log10(room)) - 2)
@@ -221,4 +217,4 @@ def _is_beyond_all(limit: Limit, moved: float) -> bool:
 
 def _at_best(limit: Limit, value: float) -> str:
     words = "at most" if limit.bound == "at_most" else "at least"
-    return f"{words} {limit.value:g}, where {words} {value:.10g} is the tightest that can be told from noise"
+    return f"{words} {limit.value:g}, where {words} {value:.10g} is the tightest that can be distinguished from noise"

@@ -22,10 +22,10 @@ WITHOUT_DOMAINS: Final = (
     "rtn_mean_kl", "kl_over_rtn", "adapter_effect", "kl_over_base", "merge_kl", "style_sensitivity", "sampled_chrf",
     "speed_ratio", "first_token_ratio",
 )  # fmt: skip
-"""Measured as a whole; a limit in a domain of theirs would never be decided."""
+"""Measured only over everything; a limit for one domain would never be decided."""
 
 ONLY_DOMAINS: Final = ("accuracy_change",)
-"""Measured by task alone; a limit over all tasks would never be decided."""
+"""Measured only by task; a limit over all tasks would never be decided."""
 
 
 def _check_figure(name: str) -> str:
@@ -71,7 +71,7 @@ class Bounds(DomainBounds):
     """The limits of a figure over all text, and in single domains. Those over all text replace the profile's."""
 
     domains: dict[str, DomainBounds] = {}
-    """Limits by domain of the text or the prompts, or by task. They hold beside those over all text."""
+    """Limits by domain of the text or the prompts, or by task. They apply in addition to those over all text."""
 
     @property
     def says_nothing(self) -> bool:
@@ -94,7 +94,7 @@ def _problems(name: str, bounds: Bounds) -> Iterator[str]:
     if bounds.domains and name in WITHOUT_DOMAINS:
         yield f"{name} is measured as a whole, not by domain"
     if name in ONLY_DOMAINS and (bounds.at_most is not None or bounds.at_least is not None):
-        yield f"{name} is measured by task: give the limit below domains, with the task's name"
+        yield f"{name} is measured by task: give the limit under domains, with the task's name"
 
 
 def _limit_problems(name: str, kind: FigureKind, bounds: DomainBounds) -> Iterator[str]:
@@ -104,9 +104,9 @@ def _limit_problems(name: str, kind: FigureKind, bounds: DomainBounds) -> Iterat
         yield f"{name} is better the higher it is: give at_least, not at_most"
     for limit in (bounds.at_most, bounds.at_least):
         if limit is not None and kind.form == "share" and not 0 <= limit <= 1:
-            yield f"{name} is a share between 0 and 1, so {limit:g} is no limit (half of all is 0.5)"
+            yield f"{name} is a share between 0 and 1, so {limit:g} cannot be a limit (half of all is 0.5)"
         elif limit is not None and kind.ideal is not None and _out_of_reach(limit, kind, kind.ideal):
-            yield f"{name} is {kind.ideal:g} where the artifact equals its reference, so {limit:g} can never pass"
+            yield f"{name} is {kind.ideal:g} when the artifact equals its reference, so {limit:g} can never pass"
 
 
 def _out_of_reach(limit: float, kind: FigureKind, ideal: float) -> bool:
@@ -118,7 +118,7 @@ GateSettings = Annotated[dict[FigureName, Bounds | None], AfterValidator(_check_
 
 
 class HasGates(Protocol):
-    """What names a profile and gates: a recipe's `verify`, or a file of gates."""
+    """Settings with a profile and gates: a recipe's `verify`, or a file of gates."""
 
     @property
     def profile(self) -> ProfileName: ...  # noqa: D102
@@ -128,13 +128,13 @@ class HasGates(Protocol):
 
 
 class GatesFile(Settings):
-    """A file of gates, for artifacts that are verified or decided on without a recipe's `verify`."""
+    """A file of gates, for artifacts that are verified, or whose gates are decided, without a recipe's `verify`."""
 
     profile: ProfileName = "auto"
-    """The limits to start from: by method and size, a named one, or none with `off`."""
+    """The limits to start from: `auto` chooses by method and size, `off` sets none."""
 
     gates: GateSettings = {}
-    """Limits on figures, over the profile's; null removes one of the profile's."""
+    """Limits on figures, in place of the profile's; null removes one of the profile's."""
 
 
 _GATES: Final = FileKind(

@@ -1,1 +1,1 @@
-"""One file a method, with calibration, Hessian and solver."""
+"""Quantization methods, one file per method, with the Hessian and the solver of GPTQ."""

@@ -1,11 +1,11 @@
-"""bitsandbytes' 4-bit code books, with the bytes that bitsandbytes finds on the CPU, many times as fast.
+"""bitsandbytes' 4-bit codes: the same bytes as bitsandbytes computes on the CPU, many times faster.
 
 Reference: bitsandbytes 0.50, `functional.quantize_4bit` and the kernel of its `default` backend. A value times the
-reciprocal of its block's absmax, in float32, is compared with the middles between neighbouring values of the code book;
-its code is the number of middles below it.
+reciprocal of its block's absmax, in float32, is compared with the midpoints between neighbouring values of the code
+book; its code is the number of midpoints below it.
 
-Here the upper half of the product's bits finds a cell in a table. No two middles share a cell, so the cell knows the
-code up to one comparison, and that is done by the carry of one addition with the lower half.
+Here the upper half of the product's bits selects a cell of a table. No two midpoints share a cell, so within a cell one
+comparison decides the code. The carry of an addition to the lower half makes that comparison.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MAGNITUDE: Final = 0x7FFFFFFF
 def quantize(weight: torch.Tensor, spec: BlockQuantizedSpec) -> BlockQuantized:
     """The codes and absmaxes of a finite matrix [out, in] in bfloat16, float16 or float32.
 
-    Works on the CPU whatever device the matrix is on, with buffers of a fixed size.
+    Computes on the CPU, whichever device the matrix is on, with buffers of a fixed size.
     """
     values, size = weight.cpu().reshape(-1), spec.block_size
     codes = torch.empty(-(-values.numel() // 2), dtype=torch.uint8)
@@ -54,7 +54,7 @@ def quantize(weight: torch.Tensor, spec: BlockQuantizedSpec) -> BlockQuantized:
 
 
 def _encode_rest(values: torch.Tensor, encoder: _Encoder, codes: torch.Tensor) -> torch.Tensor:
-    """The last block where it is shorter. The reference divides there, and stores no absmax below the smallest."""
+    """The last block, if it is shorter. The reference divides there, and stores no absmax below `_SMALLEST_ABSMAX`."""
     values = values.float()
     absmax = values.abs().amax().clamp(min=_SMALLEST_ABSMAX)
     padded = torch.nn.functional.pad(values / absmax, (0, values.numel() % 2))
@@ -63,10 +63,10 @@ def _encode_rest(values: torch.Tensor, encoder: _Encoder, codes: torch.Tensor) -
 
 
 def _quantize_absmax(absmax: torch.Tensor) -> tuple[torch.Tensor, NestedAbsmax]:
-    """The second level: uint8 [blocks], one dynamic code an absmax.
+    """The second level: uint8 [blocks], one dynamic code per absmax.
 
     Reference: bitsandbytes 0.50, `quantize_cpu_impl` in `csrc/cpu_ops.cpp`. A value times the reciprocal of its block's
-    largest is rounded to the nearest of 65536 steps from -1 to 1, and each step has its code.
+    largest is rounded to the nearest of 65536 steps from -1 to 1, and each step has one code.
     """
     with single_thread():  # the bits of a mean depend on the number of threads
         offset = absmax.mean()
@@ -74,7 +74,7 @@ def _quantize_absmax(absmax: torch.Tensor) -> tuple[torch.Tensor, NestedAbsmax]:
     blocks = torch.nn.functional.pad(absmax - offset, (0, padding)).view(-1, NESTED_BLOCK_SIZE)
     largest = blocks.abs().amax(1)
     scaled = (blocks * (1.0 / largest)[:, None]).clamp_(-1, 1)
-    steps = ((scaled + 1) * 0.5 * _LAST_STEP + 0.5).nan_to_num_(0)  # of a block of zeros, as the reference does
+    steps = ((scaled + 1) * 0.5 * _LAST_STEP + 0.5).nan_to_num_(0)  # NaN for a block of zeros, as in the reference
     codes = _codes_of_steps()[steps.int()].view(-1)[: absmax.numel()]
     return codes, NestedAbsmax(largest, float(offset))
 
@@ -88,7 +88,7 @@ def _codes_of_steps() -> torch.Tensor:
 
 
 class _Encoder:
-    """Finds the codes of scaled values, a piece of at most `_VALUES_AT_ONCE` at a time, in buffers that it keeps."""
+    """Finds the codes of scaled values, at most `_VALUES_AT_ONCE` at a time, in buffers that it reuses."""
 
     def __init__(self, quant_type: QuantType) -> None:
         self._cells, self._pairs = _cells(quant_type), _pairs(quant_type)
@@ -106,7 +106,7 @@ class _Encoder:
         return self._scratch[: like.numel()].view(torch.float32).view(like.shape)
 
     def encode(self, scaled: torch.Tensor, codes: torch.Tensor) -> None:
-        """Writes two codes a byte to uint8 [n / 2] from values [n] between -1 and 1, which are lost."""
+        """Writes two codes per byte to uint8 [n / 2] from values [n] between -1 and 1, which it overwrites."""
         count = scaled.numel()
         bits, keys, found = scaled.view(torch.int32), self._scratch[:count], self._found[:count]
         _order(bits, keys)
@@ -124,31 +124,31 @@ class _Encoder:
 
 
 def _order(bits: torch.Tensor, scratch: torch.Tensor) -> None:
-    """Turns the bits of float32 values, in place, into int32 that have the values' order."""
+    """Turns the bits of float32 values, in place, into int32 that sort as the values do."""
     torch.bitwise_right_shift(bits, 31, out=scratch)
     bits.bitwise_xor_(scratch.bitwise_and_(_MAGNITUDE))
 
 
 @cache
 def _cells(quant_type: QuantType) -> torch.Tensor:
-    """int32 [65536]: what to add to the lower half of ordered bits, for each upper half.
+    """int32 [65536]: for each upper half of the ordered bits, what to add to the lower half.
 
-    The sum's upper half is the number of middles below the value.
+    The sum's upper half is the number of midpoints below the value.
     """
     values = four_bit_values(quant_type).sort().values
-    middles = ((values[:-1] + values[1:]) / 2).view(torch.int32)
-    _order(middles, torch.empty_like(middles))
+    midpoints = ((values[:-1] + values[1:]) / 2).view(torch.int32)
+    _order(midpoints, torch.empty_like(midpoints))
     starts = torch.arange(-(1 << (_HALF - 1)), 1 << (_HALF - 1), dtype=torch.int32) << _HALF
-    cells = torch.bucketize(starts, middles, out_int32=True) << _HALF
-    cells[(middles >> _HALF) + (1 << (_HALF - 1))] += _LOW_HALF - (middles & _LOW_HALF)
+    cells = torch.bucketize(starts, midpoints, out_int32=True) << _HALF
+    cells[(midpoints >> _HALF) + (1 << (_HALF - 1))] += _LOW_HALF - (midpoints & _LOW_HALF)
     return cells
 
 
 @cache
 def _pairs(quant_type: QuantType) -> torch.Tensor | None:
-    """uint8 [256]: from two places in the sorted code book to the codes that stand there, both as a byte holds them.
+    """uint8 [256]: for a byte of two positions in the sorted code book, the byte of the two codes at these positions.
 
-    None where the code book is sorted.
+    None if the code book is sorted.
     """
     order = four_bit_values(quant_type).argsort(stable=True)
     if torch.equal(order, torch.arange(16)):

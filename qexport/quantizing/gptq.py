@@ -1,4 +1,4 @@
-"""The method `gptq`: its settings and its words. `selection` chooses the layers, `gptq_pass` quantizes them."""
+"""The method `gptq`: its settings and texts. `selection` chooses the layers, `gptq_pass` quantizes them."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ _PROFILES: Final[dict[int, ProfileName]] = {8: "gptq-8bit", 4: "gptq-4bit", 3: "
 
 
 class Override(Settings):
-    """Other settings for the modules that a pattern names."""
+    """Other settings for the modules that a pattern matches."""
 
     modules: str
-    """A shell-style pattern of module paths, for example `*.mlp.down_proj`. It must match something."""
+    """A shell-style pattern of module paths, for example `*.mlp.down_proj`. It must match a linear layer."""
 
     bits: Bits | None = None
-    """Bits of one code, instead of the method's."""
+    """Bits per code, instead of the method's."""
 
     group_size: GroupSize | None = None
     """Inputs that share a scale, instead of the method's."""
@@ -64,45 +64,45 @@ class Gptq(Method):
     """GPTQ (arXiv:2210.17323) with calibration data."""
 
     method: Literal["gptq"] = "gptq"
-    """GPTQ: each column's rounding error is spread over the columns that are still to come."""
+    """GPTQ: each column's rounding error is compensated in the columns that are not yet quantized."""
 
     bits: Bits = 4
-    """Bits of one code."""
+    """Bits per code."""
 
     group_size: GroupSize = 128
     """Inputs that share a scale and a zero point: 16 to 1024, or -1 for a whole row. Must divide the inputs of every
     layer."""
 
     sym: bool = True
-    """Symmetric codes: every zero point is 2**(bits-1). vLLM and the fast kernels demand it."""
+    """Symmetric codes: every zero point is 2**(bits-1). vLLM and the fast kernels require it."""
 
     desc_act: bool = False
     """Dynamic act-order: groups follow activation order. Slower to serve; vLLM refuses it. See `static_groups`."""
 
     static_groups: bool = True
-    """Quantize columns by falling activation, with groups and scales fixed beforehand in the original order:
+    """Quantize columns in order of decreasing activation, with groups and scales fixed before, in the original order:
     act-order's gain in a plain `desc_act: false` file."""
 
     damp_percent: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """Added to the Hessian's diagonal, as a fraction of its mean (percdamp, dampening_frac)."""
 
     true_sequential: bool = True
-    """Quantize the linears of a block one after the other, each with inputs from the quantized ones before."""
+    """Quantize the linear layers of a block one after the other, each with inputs from the quantized ones before it."""
 
     mse: bool = True
     """Search the clipping range of each group, instead of taking its largest value."""
 
     on_failure: Literal["error", "round_to_nearest"] = "error"
-    """What to do with a layer whose Hessian cannot be factorized at any damping. Recorded either way."""
+    """What to do with a layer whose Hessian cannot be factorized with any damping. The report records it."""
 
     lm_head: bool = False
     """Quantize the output head too (never with tied embeddings)."""
 
     overrides: list[Override] = []
-    """Per-module settings; the last that matches holds."""
+    """Settings for single modules; if several match, the last one applies."""
 
     calibration: CalibrationSettings | None = None
-    """The text that the Hessians are made from."""
+    """The text that the Hessians are computed from."""
 
     layer_methods: ClassVar[tuple[str, ...]] = ("gptq", "round_to_nearest")
 
@@ -125,7 +125,7 @@ class Gptq(Method):
     @property
     def title(self) -> str:
         """For example `GPTQ 4-bit, group 64`."""
-        group = "one group a row" if self.group_size == -1 else f"group {self.group_size}"
+        group = "one group per row" if self.group_size == -1 else f"group {self.group_size}"
         return f"GPTQ {self.bits}-bit, {group}"
 
     @property
@@ -137,7 +137,7 @@ class Gptq(Method):
 
     @classmethod
     def profile(cls, bits: int, parameters: int) -> ProfileName:
-        """By bits; tiny models have limits of their own at 4 bits and fewer."""
+        """By bits; tiny models have their own profile at 4 bits and fewer."""
         if bits <= 4 and parameters < TINY_PARAMETERS:
             return "tiny"
         return _PROFILES[bits]
@@ -157,7 +157,10 @@ class Gptq(Method):
         )
 
     def plan(self, checkpoint: Checkpoint) -> Outputs:
-        """All linears in the blocks, but those that the family or an override keeps at 16 bits; the head if asked."""
+        """All linear layers in the blocks, except those that the family or an override keeps at 16 bits.
+
+        The head too, if the recipe says so.
+        """
         from qexport.quantizing.gptq_pass import plan
 
         return plan(self, checkpoint)

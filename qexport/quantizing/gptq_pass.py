@@ -19,7 +19,7 @@ from qexport.formats.registry import Outputs
 from qexport.progress import Notice, Progress, ProgressCallback, silent
 from qexport.quantizing.gptq import Gptq
 from qexport.quantizing.layer import Hessian, SolvedLayer, solve_together
-from qexport.quantizing.pauses import Group, Parking, PausedForward, find_groups, pausing_at
+from qexport.quantizing.pauses import Group, OffloadFile, PausedForward, find_groups, pausing_at
 from qexport.quantizing.selection import candidates, notes_on_experts, select, solver_options
 from qexport.quantizing.solver import Options
 from qexport.tensors import CalibrationSet, GroupQuantizedSpec, OutputSpec, TensorRecord
@@ -28,15 +28,11 @@ BATCH_TOKENS = 2048
 """Tokens that go through a block at a time."""
 
 HESSIAN_BYTES = 1 << 30
-"""Bytes for the Hessians of a mixture's experts that are summed at a time, each [in, in] in float32."""
+"""Bytes for the Hessians of a mixture's experts that are summed at the same time, each [in, in] in float32."""
 
 
 def plan(method: Gptq, checkpoint: Checkpoint) -> Outputs:
-    """What `quantize` will yield.
-
-    Raises:
-        CompatibilityError: see `selection.select`.
-    """
+    """What `quantize` will yield."""
     structure = checkpoint.architecture.structure
     specs: dict[str, OutputSpec] = dict(checkpoint.weights.specs())
     linears = candidates(structure, method)
@@ -69,11 +65,11 @@ def quantize(
     Args:
         method: the recipe's `quantize`.
         checkpoint: the merged model.
-        outputs: what `plan` gave for it: which layers are quantized, with how many bits, in which groups.
-        calibration: the tokens to look at.
+        outputs: what `plan` returned for it: which layers are quantized, with how many bits, in which groups.
+        calibration: the calibration tokens.
         dtype: the merged model's dtype, which the forward computes in.
         device: where to compute.
-        scratch: a folder on a disk with room for a block's activations; nothing is left in it.
+        scratch: a folder on a disk with room for a block's activations; it is empty afterwards.
         progress: is called with each block.
 
     Raises:
@@ -83,8 +79,8 @@ def quantize(
         OSError: the disk is full.
     """
     runner = BlockRunner(checkpoint.architecture, checkpoint.weights, dtype=dtype, device=device)
-    with Parking(scratch) as parking:
-        work = _Pass(runner, method, outputs, calibration, parking)
+    with OffloadFile(scratch) as offload_file:
+        work = _Pass(runner, method, outputs, calibration, offload_file)
         tokens = calibration.input_ids.numel()
         total = len(runner.structure.blocks)
         progress(Progress("quantize", 0, total, "block"))
@@ -94,13 +90,13 @@ def quantize(
             records = work.block(index)
             progress(Progress("quantize", index + 1, total, "block", _summary(records), (index + 1) * tokens))
             yield from records
-            _tell_fallbacks(records, progress)
+            _notify_fallbacks(records, progress)
         if runner.structure.head in work.chosen:
             yield work.head()
 
 
 def _options(method: Gptq, outputs: Outputs) -> dict[str, Options]:
-    """How each layer that `outputs` calls quantized is solved."""
+    """The solver's options for each layer that `outputs` quantizes."""
     options = {}
     for name, spec in outputs.quantized.items():
         assert isinstance(spec, GroupQuantizedSpec)
@@ -122,9 +118,14 @@ class _Pass:
     """One pass of the calibration tokens through the model."""
 
     def __init__(
-        self, runner: BlockRunner, method: Gptq, outputs: Outputs, calibration: CalibrationSet, parking: Parking
+        self,
+        runner: BlockRunner,
+        method: Gptq,
+        outputs: Outputs,
+        calibration: CalibrationSet,
+        offload_file: OffloadFile,
     ) -> None:
-        self._runner, self._method, self._parking = runner, method, parking
+        self._runner, self._method, self._offload_file = runner, method, offload_file
         self.chosen = _options(method, outputs)
         self._linears = candidates(runner.structure, method)
         length = calibration.input_ids.shape[1]
@@ -144,7 +145,7 @@ class _Pass:
 
     @contextmanager
     def _stops(self, chosen: Sequence[LinearSpec]) -> Iterator[list[Group]]:
-        """Makes the block's experts stop before their products, and gives the groups of those that are chosen."""
+        """Makes the block's experts stop before their matrix products, and yields the groups of the chosen ones."""
         experts = [linear for linear in chosen if linear.expert]
         with ExitStack() as stack:
             groups = []
@@ -155,7 +156,7 @@ class _Pass:
             yield groups
 
     def _of_experts(self, stop: ExpertStop, linears: Sequence[LinearSpec]) -> list[Group]:
-        """The layers that a stop announces as one group, if any are to be quantized."""
+        """The layers whose inputs a stop receives, as one group; no group if none of them is to be quantized."""
         by_expert: dict[int, list[str]] = {}
         for linear in linears:
             part = self._runner.part(linear)
@@ -177,7 +178,7 @@ class _Pass:
     def _in_one_forward(self, index: int, block: nn.Module, groups: Sequence[Group]) -> dict[str, SolvedLayer]:
         """Each batch's forward waits before each group of layers until the group is solved.
 
-        The groups' inputs and the block's wait on the disk meanwhile: they would be most of the memory.
+        Until then the inputs of the groups and of the block are on the disk: they would take most of the memory.
         """
         forwards = [self._paused(index, block, batch) for batch in self._batches]
         solved: dict[str, SolvedLayer] = {}
@@ -187,13 +188,13 @@ class _Pass:
                 for forward, batch in zip(forwards, self._batches, strict=True):
                     args = forward.advance()
                     _add(hessians, group.inputs(args))
-                    forward.park(self._parking, (args[0], batch.hidden))
+                    forward.offload(self._offload_file, (args[0], batch.hidden))
                 return_freed_memory()
                 solved |= self._solve(group, hessians)
                 return_freed_memory()
             for forward in forwards:
                 forward.finish()
-        self._parking.empty()
+        self._offload_file.empty()
         return solved
 
     def _in_two_forwards(self, index: int, block: nn.Module, groups: Sequence[Group]) -> dict[str, SolvedLayer]:
@@ -221,9 +222,9 @@ class _Pass:
         reached = {name for group in groups for names in group.members for name in names}
         if unreached := {linear.name for linear in chosen} - reached:
             raise CompatibilityError(
-                "the block's forward does not call these layers, so that nothing is known of their inputs",
+                "the block's forward does not call these layers, so their inputs are unknown",
                 where=", ".join(sorted(unreached)),
-                mend="leave them dense with quantize.overrides",
+                mend="keep them at 16 bits: set dense: true for them in quantize.overrides",
             )
         return groups
 
@@ -231,11 +232,11 @@ class _Pass:
         return PausedForward(lambda: self._runner.forward(index, block, batch))
 
     def _hessians(self, group: Group) -> list[Hessian]:
-        """One for each input of the group."""
+        """One Hessian for each input of the group."""
         return [Hessian(self._linears[names[0]].in_features, self._runner.device) for names in group.members]
 
     def _solve(self, group: Group, hessians: list[Hessian]) -> dict[str, SolvedLayer]:
-        """Solves a group and gives its layers the quantized weights. Each Hessian is freed after its use."""
+        """Solves a group and writes the quantized weights into its layers. Each Hessian is freed after its use."""
         solved: dict[str, SolvedLayer] = {}
         for names in group.members:
             weights = {name: self._matrix(name).to(torch.float32).contiguous() for name in names}
@@ -269,10 +270,10 @@ def _record(name: str, tensor: Tensor, solved: Mapping[str, SolvedLayer]) -> Ten
 
 def _summary(records: list[TensorRecord]) -> str:
     losses = [record.layer.loss for record in records if record.layer and record.layer.loss is not None]
-    return f"loss {max(losses):.4f}" if losses else "dense"
+    return f"loss {max(losses):.4f}" if losses else "unquantized"
 
 
-def _tell_fallbacks(records: list[TensorRecord], progress: ProgressCallback) -> None:
+def _notify_fallbacks(records: list[TensorRecord], progress: ProgressCallback) -> None:
     for record in records:
         if record.layer and record.layer.method == "round_to_nearest":
             progress(Notice(f"{record.layer.name} was rounded to nearest: its Hessian could not be used"))

@@ -21,10 +21,10 @@ class Int8(RoundingMethod):
     """bitsandbytes' LLM.int8 (arXiv:2208.07339), for transformers; no calibration data."""
 
     method: Literal["int8"] = "int8"
-    """Symmetric int8 codes with one scale an output."""
+    """Symmetric int8 codes with one scale per output."""
 
     threshold: Annotated[float, Field(ge=0)] = 6.0
-    """Activations above it are multiplied in 16 bits when serving (llm_int8_threshold)."""
+    """Activations above it are multiplied in 16 bits when the model is served (llm_int8_threshold)."""
 
     layer_methods: ClassVar[tuple[str, ...]] = ("int8",)
     experts: ClassVar[bool] = False
@@ -41,7 +41,7 @@ class Int8(RoundingMethod):
 
     @classmethod
     def profile(cls, bits: int, parameters: int) -> ProfileName:
-        """One for every size."""
+        """The same for every size."""
         return "int8"
 
     def format(self) -> Format:
@@ -57,7 +57,7 @@ class Int8(RoundingMethod):
         return RowQuantizedSpec(linear.out_features, linear.in_features, stored.dtype, linear.transposed)
 
     def codes(self, weight: torch.Tensor, spec: QuantizedSpec) -> Quantized:
-        """The codes that bitsandbytes would find, from the weight rounded to float16."""
+        """The codes that bitsandbytes would compute, from the weight rounded to float16."""
         from qexport.quantizing.row_int8 import llm_int8
 
         return llm_int8(weight)

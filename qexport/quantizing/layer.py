@@ -20,8 +20,8 @@ _COLUMNS = 128
 """Columns of one strip. Only the strips' upper parts are multiplied, half of the square for a wide layer."""
 
 _ROWS = 1024
-"""Tokens that are multiplied at a time. From 2048 on, oneDNN divides the sum over the tokens among the threads, and its
-bits depend on their number."""
+"""Tokens that are multiplied at a time. From 2048 on, oneDNN divides the sum over the tokens among the threads, and the
+sum's bits depend on the number of threads."""
 
 
 class Hessian:
@@ -54,7 +54,7 @@ class Hessian:
             self._sum[start : start + _COLUMNS, start:].addmm_(strip.t(), rows[:, start:])
 
     def matrix(self) -> Tensor:
-        """The mean of `x x^T` over the tokens: float32 [in, in], symmetric. A view, as long as nothing is added."""
+        """The mean of `x x^T` over the tokens: float32 [in, in], symmetric. A view; nothing may be added after it."""
         if not self._complete:
             self._sum.triu_()
             self._sum += self._sum.triu(1).t()
@@ -65,9 +65,9 @@ class Hessian:
 
 @contextmanager
 def _bfloat16_products(dtype: torch.dtype) -> Iterator[None]:
-    """Lets float32 products round their factors to bfloat16, which changes nothing where they are bfloat16 values.
+    """Lets float32 products round their factors to bfloat16, which changes nothing if they are bfloat16 values.
 
-    The sums stay float32. CPUs with bfloat16 instructions are a quarter faster so; others compute as before.
+    The sums stay float32. CPUs with bfloat16 instructions are a quarter faster this way; others compute as before.
     """
     matmul = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009 - unknown to torch's own types
     before = matmul.fp32_precision
@@ -81,7 +81,7 @@ def _bfloat16_products(dtype: torch.dtype) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class SolvedLayer:
-    """A layer's codes and what finding them did."""
+    """A layer's codes and the record of how they were found."""
 
     quantized: GroupQuantized
     record: LayerRecord
@@ -99,7 +99,7 @@ def solve_together(
         weights: float32 [out, in] by module path.
         hessian: of the shared input.
         options: by module path.
-        on_failure: what to do where the Hessian cannot be used.
+        on_failure: what to do if the Hessian cannot be used.
 
     Raises:
         NumericalError: the Hessian is not finite or cannot be factorized, and `on_failure` is `error`.
@@ -121,7 +121,7 @@ def solve_together(
 
 
 def _usable(hessian: Hessian) -> Tensor:
-    """The Hessian, in place, with inputs that were always zero made solvable on their own."""
+    """The Hessian, changed in place: inputs that were always zero get a diagonal above zero."""
     matrix = hessian.matrix()
     if not hessian.tokens:
         raise NumericalError(
@@ -142,7 +142,7 @@ def _usable(hessian: Hessian) -> Tensor:
 def _solve_rows(
     weights: Mapping[str, Tensor], matrix: Tensor, factor: Factor, options: Options, tokens: int, dead: int
 ) -> dict[str, SolvedLayer]:
-    """Solves the rows of several layers at once: rows do not know each other."""
+    """Solves the rows of several layers at once: rows are independent of each other."""
     joined = solve(torch.cat(list(weights.values())), matrix, factor, options)
     solved, start = {}, 0
     for name, weight in weights.items():
@@ -185,11 +185,11 @@ def output_error(weight: Tensor, quantized: GroupQuantized, matrix: Tensor) -> f
 
     Args:
         weight: float32 [out, in].
-        quantized: what stands for it.
+        quantized: its codes.
         matrix: the Hessian, float32 [in, in].
 
     Returns:
-        The ratio; None where the Hessian is not finite or the layer puts out nothing, so that there is no ratio.
+        The ratio; None if the Hessian is not finite or all outputs are zero, so that there is no ratio.
     """
     error = quantized.dequantize(torch.float32).sub_(weight)
     lost, whole = _energy(error, matrix), _energy(weight, matrix)

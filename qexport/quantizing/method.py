@@ -1,4 +1,4 @@
-"""What a method is to the rest of qexport: its settings, what it yields, its pass over the model, and its words."""
+"""The interface of a method: its settings, the tensors that it yields, its pass over the model, and its texts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class CalibrationSettings(Settings):
-    """The text that the method looks at."""
+    """The text that the method calibrates on."""
 
     source: str | Annotated[list[str], Field(min_length=1)]
     """Files (`.jsonl` with a `text` or `messages` field, or `.txt`), or `hub:org/dataset` (extra `datasets`)."""
@@ -43,26 +43,27 @@ class CalibrationSettings(Settings):
     """Render each text as a user's message (or its `messages`) with the model's chat template."""
 
     samples: Annotated[int, Field(ge=1)] = 128
-    """How many windows to take."""
+    """Number of windows to take."""
 
     sequence_length: Annotated[int, Field(ge=2)] = 512
-    """Tokens in a window."""
+    """Tokens per window."""
 
     packing: Literal["packed", "document"] = "packed"
-    """`packed` joins documents with the end-of-text token and cuts windows; `document` takes one a sample."""
+    """`packed` joins documents with the end-of-text token and cuts windows; `document` takes one per sample."""
 
     seed: Annotated[int, Field(ge=0)] = 0
-    """Which documents come first."""
+    """Decides which documents come first."""
 
 
 class Method(Settings, ABC):
-    """One method: the fields are what a recipe's `quantize` may say of it.
+    """One method: its fields are the keys of a recipe's `quantize`.
 
-    A subclass a file. It imports neither torch nor transformers before it is used, so that a recipe is checked at once.
+    Each file has one subclass. It imports neither torch nor transformers before it is used, so that checking a recipe
+    is fast.
 
     Attributes:
         method: the name in a recipe.
-        layer_methods: the names by which reports tell how a layer's codes were found.
+        layer_methods: the names in reports for how a layer's codes were found.
     """
 
     model_config = ConfigDict(json_schema_extra=required_in_recipes("method", "calibration"))
@@ -73,26 +74,26 @@ class Method(Settings, ABC):
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether it looks at calibration text."""
+        """Whether the method uses calibration text."""
         return False
 
     @property
     def calibration_settings(self) -> CalibrationSettings | None:
-        """The text that it looks at; None where it looks at none, or the recipe names none."""
+        """The recipe's calibration text; None if the method uses none or the recipe names none."""
         return None
 
     @property
     @abstractmethod
     def title(self) -> str:
-        """The method in a few words, for people."""
+        """The method in a few words, for display."""
 
     @classmethod
     @abstractmethod
     def profile(cls, bits: int, parameters: int) -> ProfileName:
-        """The profile of gates for an artifact whose layers are mostly quantized so.
+        """The profile of gates for an artifact most of whose layers are quantized with this method.
 
         Args:
-            bits: of one code.
+            bits: per code.
             parameters: of the merged model; a tied head counts once.
         """
 
@@ -116,19 +117,19 @@ class Method(Settings, ABC):
         scratch: Path,
         progress: ProgressCallback = silent,
     ) -> Iterator[TensorRecord]:
-        """Yields every tensor of the model as `plan` has said, with the memory of one block at most.
+        """Yields every tensor of the model as `plan` describes it, with the memory of one block at most.
 
         Args:
             checkpoint: the merged model.
-            outputs: what `plan` gave for it.
-            calibration: the tokens to look at, for the methods that need calibration.
+            outputs: what `plan` returned for it.
+            calibration: the calibration tokens, for the methods that need them.
             dtype: the merged model's dtype.
             device: where to compute.
-            scratch: a folder on a disk with room for a block's activations; nothing is left in it.
+            scratch: a folder on a disk with room for a block's activations; it is empty afterwards.
             progress: is called with each step.
 
         Raises:
-            NumericalError: the numbers do not allow it; see the method.
+            NumericalError: a weight or a Hessian cannot be quantized; see the method.
             InputError: a tensor cannot be read.
             OSError: the disk is full.
         """
@@ -144,7 +145,7 @@ class RoundingMethod(Method):
     """Patterns of modules to quantize although their family keeps them at 16 bits. Each must match such a module."""
 
     experts: ClassVar[bool] = True
-    """Whether the experts of a mixture are quantized; else they stay at 16 bits."""
+    """Whether the experts of a mixture are quantized; otherwise they stay at 16 bits."""
 
     @abstractmethod
     def format(self) -> Format:
@@ -153,7 +154,7 @@ class RoundingMethod(Method):
     @property
     @abstractmethod
     def layer_method(self) -> str:
-        """Which of `layer_methods` these settings mean."""
+        """The one of `layer_methods` that these settings select."""
 
     @abstractmethod
     def spec(self, linear: LinearSpec, stored: TensorSpec) -> QuantizedSpec:
@@ -173,11 +174,11 @@ class RoundingMethod(Method):
         """
 
     def refusal(self, linear: LinearSpec) -> str | None:
-        """Why the method cannot take this layer, and the way out; None where it can."""
+        """Why the method cannot quantize this layer, and what to do instead; None if it can."""
         return None
 
     def plan(self, checkpoint: Checkpoint) -> Outputs:
-        """All linears in the blocks, but those that the family or the recipe keeps at 16 bits."""
+        """All linear layers in the blocks, except those that the family or the recipe keeps at 16 bits."""
         from qexport.quantizing.rounding import plan
 
         return plan(self, checkpoint)
@@ -193,7 +194,7 @@ class RoundingMethod(Method):
         scratch: Path,
         progress: ProgressCallback = silent,
     ) -> Iterator[TensorRecord]:
-        """Tensor after tensor; no model is built."""
+        """One tensor after the other; no model is built."""
         from qexport.quantizing.rounding import quantize
 
         return quantize(self, checkpoint, outputs, device=device, progress=progress)

@@ -1,4 +1,4 @@
-"""The registry of methods: one name in the union for each."""
+"""The registry of methods: the union has one member per method."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ADAPTER: Final[TypeAdapter[Method]] = TypeAdapter(AnyMethod)
 
 
 def recorded_method(quantize: Mapping[str, Any]) -> Method:
-    """The method of a recipe as a manifest records it.
+    """The method of a recipe that a manifest records.
 
     Args:
         quantize: the recipe's `quantize` as JSON values.
@@ -31,15 +31,15 @@ def recorded_method(quantize: Mapping[str, Any]) -> Method:
 
 
 def profile_of_layer(layer_method: str, bits: int, parameters: int) -> ProfileName | None:
-    """The profile of gates for an artifact of which most layers are quantized so.
+    """The profile of gates for an artifact most of whose layers are quantized in this way.
 
     Args:
-        layer_method: how the layers' codes were found, as a report tells it.
-        bits: of one code.
+        layer_method: how the layers' codes were found, as a report says it.
+        bits: per code.
         parameters: of the merged model; a tied head counts once.
 
     Returns:
-        None where no method is known by that name.
+        None if no method has that name.
     """
     for method in _METHODS:
         if layer_method in method.layer_methods:

@@ -20,26 +20,26 @@ class Nf4(RoundingMethod):
     """bitsandbytes' 4 bits (arXiv:2305.14314), for transformers; no calibration data."""
 
     method: Literal["nf4"] = "nf4"
-    """Codes from a code book of 16 values, blocks of the flattened matrix."""
+    """Codes from a code book of 16 values, in blocks of the flattened matrix."""
 
     quant_type: Literal["nf4", "fp4"] = "nf4"
     """The code book: NormalFloat, or 4-bit floating point."""
 
     block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
-    """Values that share an absmax. transformers itself only makes 64, and reads all of them."""
+    """Values that share an absmax. transformers writes only 64, and reads all of them."""
 
     double_quant: bool = False
-    """Quantize the absmaxes too, which saves 0.4 bits a weight."""
+    """Quantize the absmaxes too, which saves 0.4 bits per weight."""
 
     compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """What transformers multiplies the dequantized weights in."""
+    """The dtype in which transformers multiplies the dequantized weights."""
 
     layer_methods: ClassVar[tuple[str, ...]] = ("nf4", "fp4")
     experts: ClassVar[bool] = False
 
     @property
     def title(self) -> str:
-        """`NF4`, `FP4`, with double quantization where it is on."""
+        """`NF4` or `FP4`, and `double quantization` if it is on."""
         return f"{self.quant_type.upper()}{', double quantization' if self.double_quant else ''}"
 
     @property
@@ -49,7 +49,7 @@ class Nf4(RoundingMethod):
 
     @classmethod
     def profile(cls, bits: int, parameters: int) -> ProfileName:
-        """Tiny models have limits of their own."""
+        """Tiny models have their own profile."""
         return "tiny" if parameters < TINY_PARAMETERS else "nf4"
 
     def format(self) -> Format:
@@ -73,7 +73,7 @@ class Nf4(RoundingMethod):
         )
 
     def codes(self, weight: torch.Tensor, spec: QuantizedSpec) -> Quantized:
-        """The bytes that bitsandbytes would find."""
+        """The bytes that bitsandbytes would compute."""
         from qexport.quantizing.bitsandbytes_4bit import quantize
         from qexport.tensors import BlockQuantizedSpec
 

@@ -1,4 +1,4 @@
-"""The method `none`: the merged model as it is."""
+"""The method `none`: the merged model, unquantized."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class NoQuantization(Method):
     """No quantization: the merged model in `merge.dtype` is the artifact."""
 
     method: Literal["none"] = "none"
-    """The merged weights as they are."""
+    """The merged weights, unquantized."""
 
     @property
     def title(self) -> str:
@@ -32,11 +32,11 @@ class NoQuantization(Method):
 
     @classmethod
     def profile(cls, bits: int, parameters: int) -> ProfileName:
-        """One for every size."""
+        """The same for every size."""
         return "16bit"
 
     def plan(self, checkpoint: Checkpoint) -> Outputs:
-        """Every tensor as it is merged."""
+        """Every tensor as it was merged."""
         from qexport.formats import MergedFormat, Outputs
 
         return Outputs(MergedFormat(), dict(checkpoint.weights.specs()))
@@ -52,7 +52,7 @@ class NoQuantization(Method):
         scratch: Path,
         progress: ProgressCallback = silent,
     ) -> Iterator[TensorRecord]:
-        """Tensor after tensor."""
+        """One tensor after the other."""
         from qexport.quantizing.rounding import quantize
 
         return quantize(None, checkpoint, outputs, device=device, progress=progress)

@@ -1,4 +1,4 @@
-"""A block's forward that stops at chosen layers, the layers that each stop serves, and where activations wait."""
+"""A block's forward that stops at chosen layers, the layers of each stop, and activations offloaded to the disk."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from greenlet import greenlet
 from torch import Tensor, nn
 
 
-class Parking:
-    """Takes the bytes of tensors whose owners wait, and gives them back in place. A context manager.
+class OffloadFile:
+    """Holds the bytes of offloaded tensors, and restores them in place. A context manager.
 
-    The tensors stay where they are, as objects: their storage is emptied, and filled again before anybody looks. The
-    file is as large as what is parked for one block.
+    The tensor objects stay: their storage is emptied, and filled again before it is used. The file is as large as what
+    is offloaded for one block.
 
     Args:
-        folder: where the file is made. It has no name there, and ends with the context: forwards that an
-            error has left waiting hold on to it, and a program may go on after the error.
+        folder: where the file is made. It has no name there, and is closed at the end of the context, even if forwards
+            that an error has stopped still refer to it: a program may go on after the error.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -40,14 +40,14 @@ class Parking:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Frees the disk. What is still parked is lost."""
+        """Frees the disk. What is still offloaded is lost."""
         self._file.close()
 
     def empty(self) -> None:
-        """Makes the whole file free again; everything that was parked must have been given back."""
+        """Makes the whole file free again; every offloaded tensor must have been restored."""
         self._end = 0
 
-    def park(self, tensor: Tensor) -> Callable[[], None]:
+    def offload(self, tensor: Tensor) -> Callable[[], None]:
         """Empties the tensor's storage and returns the function that fills it again.
 
         Raises:
@@ -59,14 +59,14 @@ class Parking:
         self._write(storage.cpu(), place)
         storage.resize_(0)
 
-        def give_back() -> None:
+        def restore() -> None:
             storage.resize_(size)
             if storage.device.type == "cpu":
                 self._read(storage, place)
             else:
                 storage.copy_(self._read(torch.UntypedStorage(size), place))
 
-        return give_back
+        return restore
 
     def _write(self, storage: torch.UntypedStorage, place: int) -> None:
         self._file.seek(place)
@@ -83,45 +83,45 @@ class Parking:
 
 
 def _view(storage: torch.UntypedStorage) -> memoryview:
-    """The bytes of a CPU storage. Not through numpy: a storage that numpy has seen cannot be resized any more."""
+    """The bytes of a CPU storage. Not through numpy: a storage that has been shared with numpy cannot be resized."""
     return memoryview((ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())).cast("B")
 
 
 class PausedForward(greenlet):
-    """One batch's forward, run on a stack of its own until the next layer that `pausing_at` names.
+    """One batch's forward, run on its own stack until the next module that `pausing_at` names.
 
     A greenlet and not a thread: everything stays on one operating system thread, with one pool of workers for torch.
     """
 
     def __init__(self, forward: Callable[[], None]) -> None:
         super().__init__(forward)
-        self._give_back: list[Callable[[], None]] = []
+        self._restore: list[Callable[[], None]] = []
 
     def advance(self) -> tuple[Any, ...]:
-        """Goes on to the next module that pauses, and returns what it is called with."""
+        """Continues to the next module that pauses, and returns the arguments of its call."""
         args = self._go_on()
-        assert isinstance(args, tuple), "the forward ended before the module that was awaited"
+        assert isinstance(args, tuple), "the forward ended before the expected module"
         return args
 
-    def park(self, parking: Parking, tensors: Iterable[Tensor]) -> None:
-        """Moves tensors that only this forward needs out of memory, until it goes on."""
+    def offload(self, file: OffloadFile, tensors: Iterable[Tensor]) -> None:
+        """Moves tensors that only this forward needs out of memory, until it continues."""
         for tensor in tensors:
-            self._give_back.append(parking.park(tensor))
+            self._restore.append(file.offload(tensor))
 
     def finish(self) -> None:
-        """Goes on to the end."""
+        """Continues to the end."""
         self._go_on()
-        assert self.dead, "the forward paused once more than was awaited"
+        assert self.dead, "the forward paused once more than expected"
 
     def _go_on(self) -> object:
-        while self._give_back:  # the last one first: two of the tensors may share a storage
-            self._give_back.pop()()
+        while self._restore:  # the last one first: two of the tensors may share a storage
+            self._restore.pop()()
         return self.switch()
 
 
 @contextmanager
 def pausing_at(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Makes every `PausedForward` stop before each of these modules. Other forwards pass."""
+    """Makes every `PausedForward` stop before each of these modules. Other forwards do not stop."""
 
     def pause(_: nn.Module, args: tuple[Any, ...]) -> None:
         current = greenlet.getcurrent()
@@ -162,11 +162,11 @@ class Group:
 def find_groups(
     layers: Mapping[str, nn.Module], of_experts: Sequence[Group], forward: Callable[[], None]
 ) -> list[Group]:
-    """Runs a forward once, and gives the groups in the order of its calls. Layers share the very same tensor.
+    """Runs a forward once, and returns the groups in the order of its calls. Layers of a group get the same tensor.
 
     Args:
         layers: the modules to group, by name.
-        of_experts: the groups that are known beforehand.
+        of_experts: the groups of the block's experts, which are known beforehand.
         forward: runs the block.
     """
     inputs: list[Tensor | None] = []

@@ -1,4 +1,4 @@
-"""Rounding weight by weight: the pass of the methods without a forward, and a model rounded to nearest."""
+"""Rounding each weight on its own: the pass of the methods without a forward, and a model rounded to nearest."""
 
 from __future__ import annotations
 
@@ -56,11 +56,7 @@ def _options(grid: GroupQuantizedSpec) -> Options:
 
 
 def plan(method: RoundingMethod, checkpoint: Checkpoint) -> Outputs:
-    """What `quantize` will yield.
-
-    Raises:
-        CompatibilityError: a pattern matches nothing, or nothing is left to quantize.
-    """
+    """What `quantize` will yield."""
     structure, stored = checkpoint.architecture.structure, checkpoint.weights.specs()
     specs: dict[str, OutputSpec] = dict(stored)
     for linear in select_rounded(structure, method):
@@ -80,15 +76,11 @@ def quantize(
     """Yields every tensor of the model, one after the other, quantized where `outputs` says so.
 
     Args:
-        method: what rounds a matrix; None where nothing is quantized.
+        method: what rounds a matrix; None if nothing is quantized.
         checkpoint: the merged model.
-        outputs: what will come.
+        outputs: what `plan` returned.
         device: where to compute.
         progress: is called with each tensor.
-
-    Raises:
-        InputError: a tensor cannot be read.
-        NumericalError: a value is out of the method's range.
     """
     transposed = checkpoint.architecture.structure.transposed
     merged_ahead = _ahead(checkpoint.weights, outputs.specs)
@@ -99,14 +91,14 @@ def quantize(
             continue
         assert method is not None
         module = name.removesuffix(".weight")
-        matrix = merged.t().contiguous() if module in transposed else merged  # every format has the codes [out, in]
+        matrix = merged.t().contiguous() if module in transposed else merged  # in every format the codes are [out, in]
         layer = LayerRecord.uncalibrated(module, method.layer_method, spec.bits, spec.group_size)
         yield TensorRecord(name, method.codes(matrix.to(device), spec), layer, merged)
     progress(Progress("quantize", len(outputs.specs), len(outputs.specs), "tensor"))
 
 
 def _ahead(weights: WeightSource, names: Iterable[str]) -> Iterator[torch.Tensor]:
-    """The tensors in their order; the next one is read and merged in a thread while the one before is worked on."""
+    """The tensors in order; a thread reads and merges the next one while the caller works on the current one."""
     with ThreadPoolExecutor(1) as reader:
         remaining = iter(names)
         pending = reader.submit(weights.read, next(remaining))

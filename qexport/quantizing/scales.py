@@ -33,7 +33,7 @@ class Grid:
         return _nearest(weights, self.scales[group], self.zeros[group], self.bits)
 
     def values(self, codes: Tensor, group: int | Tensor) -> Tensor:
-        """The weights that codes stand for."""
+        """The weights that the codes represent."""
         return (codes - self.zeros[group]) * self.scales[group]
 
 
@@ -41,7 +41,7 @@ def fit(weights: Tensor, *, bits: int, sym: bool, search: bool, importance: Tens
     """The grid of each group.
 
     Without a search the grid spans the group's largest value (symmetric) or its range with zero in it (asymmetric).
-    With one, the clipping range is the one with the least squared error, weighted by `importance`; for symmetric
+    With a search, the clipping range is the one with the least squared error, weighted by `importance`; for symmetric
     grids both 2**(bits-1) and 2**(bits-1) - 1 are tried as the divisor of the largest value, because the grid has one
     step more below zero than above.
 
@@ -49,7 +49,7 @@ def fit(weights: Tensor, *, bits: int, sym: bool, search: bool, importance: Tens
         weights: float32 [groups, group_size, out].
         bits: 2, 3, 4 or 8.
         sym: zero points fixed at 2**(bits-1).
-        search: look for the best clipping range.
+        search: search for the best clipping range.
         importance: float32 [groups, group_size], the weight of each input in the error (the Hessian's diagonal).
     """
     low, high = weights.amin(1).clamp_(max=0), weights.amax(1).clamp_(min=0)

@@ -1,4 +1,4 @@
-"""Which linear layers a method quantizes, and with what. Known from the headers, before anything is loaded."""
+"""Which linear layers a method quantizes, and with which options. Known from the headers, before any load."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LISTED = 8
 
 
 def select(structure: Structure, method: Gptq) -> dict[str, Options]:
-    """The options of each linear layer to quantize, by module path; every other layer stays dense.
+    """The options of each linear layer to quantize, by module path; every other layer stays at 16 bits.
 
     Raises:
         CompatibilityError: a group size that does not divide a layer, an override that matches nothing, a tied head,
@@ -36,7 +36,7 @@ def select(structure: Structure, method: Gptq) -> dict[str, Options]:
         chosen[linear.name] = _options(linear, method, override)
     problems += _ragged(linears, chosen)
     if not chosen and not problems:
-        problems.append("no layer is left to quantize: every linear layer is dense by override or family")
+        problems.append("no layer is left to quantize: overrides or the family keep every linear layer at 16 bits")
     if problems:
         raise CompatibilityError("\n".join(problems), where="quantize")
     return chosen
@@ -47,7 +47,7 @@ def _kept_by_family(structure: Structure, name: str) -> bool:
 
 
 def candidates(structure: Structure, method: Gptq) -> dict[str, LinearSpec]:
-    """The linear layers among which the recipe chooses, by name: all inside the blocks, and the head if it says so."""
+    """The linear layers that the recipe can choose, by name: all in the blocks, and the head if `lm_head` is set."""
     linears = list(structure.block_linears)
     if method.lm_head and not structure.tied:
         out_features, in_features = structure.parameters[f"{structure.head}.weight"]
@@ -62,7 +62,7 @@ def _options(linear: LinearSpec, method: Gptq, override: Override | None) -> Opt
 
 
 def solver_options(method: Gptq, bits: int, group_size: int) -> Options:
-    """The method's settings for a layer of so many bits and inputs in a group, as the solver takes them."""
+    """The method's settings as the solver takes them, for a layer with these bits and this group size."""
     return Options(
         bits=bits,
         group_size=group_size,
@@ -89,7 +89,7 @@ def _unmatched(candidates: Iterable[str], overrides: Iterable[Override]) -> list
 
 def _tied_head(structure: Structure, method: Gptq) -> list[str]:
     if method.lm_head and structure.tied:
-        return ["lm_head: true needs a head of its own, but this model's head is tied to its embedding"]
+        return ["lm_head: true needs an untied head, but this model's head is tied to its embedding"]
     return []
 
 
@@ -105,7 +105,7 @@ def _ragged(candidates: Mapping[str, LinearSpec], chosen: Mapping[str, Options])
 def _ragged_text(group_size: int, linears: list[LinearSpec]) -> str:
     common = gcd(*(linear.in_features for linear in linears))
     divisors = [size for size in range(16, 1025) if common % size == 0]
-    fits = [size for size in divisors if size.bit_count() == 1] or divisors  # kernels know powers of two best
+    fits = [size for size in divisors if size.bit_count() == 1] or divisors  # kernels support powers of two best
     names = ", ".join(f"{linear.name} ({linear.in_features} inputs)" for linear in linears[:_LISTED])
     more = f" and {len(linears) - _LISTED} more" if len(linears) > _LISTED else ""
     return (
@@ -115,7 +115,7 @@ def _ragged_text(group_size: int, linears: list[LinearSpec]) -> str:
 
 
 def select_rounded(structure: Structure, method: RoundingMethod) -> list[LinearSpec]:
-    """The linear layers that a rounding method quantizes: all inside the blocks but those that the family or the recipe
+    """The linear layers that a rounding method quantizes: all in the blocks except those that the family or the recipe
     keeps at 16 bits.
 
     Raises:
@@ -129,7 +129,7 @@ def select_rounded(structure: Structure, method: RoundingMethod) -> list[LinearS
     kept = {name for name in kept if not _any(method.force_modules, name)}
     chosen = [linear for linear in linears if linear.name not in kept and not _any(method.skip_modules, linear.name)]
     if not chosen and not problems:
-        problems.append("no layer is left to quantize: every linear layer is dense by skip_modules or family")
+        problems.append("no layer is left to quantize: skip_modules or the family keep every linear layer at 16 bits")
     problems += [
         f"{linear.name} is named by skip_modules and by force_modules"
         for linear in linears
@@ -147,7 +147,7 @@ def _any(patterns: list[str], name: str) -> bool:
 
 def _unmatched_patterns(key: str, patterns: list[str], names: set[str]) -> list[str]:
     example = f", for example {min(names)}" if names else "; this family has none"
-    what = "linear layer" if key == "skip_modules" else "linear layer that its family keeps dense"
+    what = "linear layer" if key == "skip_modules" else "linear layer that the family keeps at 16 bits"
     return [
         f"{key}: {pattern!r} matches no {what}{example}"
         for pattern in patterns
@@ -156,7 +156,7 @@ def _unmatched_patterns(key: str, patterns: list[str], names: set[str]) -> list[
 
 
 def notes_on_experts(structure: Structure, specs: Mapping[str, OutputSpec], method: Method) -> tuple[str, ...]:
-    """Tells of experts that stay at 16 bits, since they are most of a mixture's weights.
+    """A note on experts that stay at 16 bits, if any do: they are most of a mixture's weights.
 
     Args:
         structure: the model's.

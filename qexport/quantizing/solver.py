@@ -1,4 +1,4 @@
-"""GPTQ: codes for the rows of a matrix that minimise the error of its outputs.
+"""GPTQ: codes for the rows of a matrix that keep the error of its outputs small.
 
 Algorithm 1 of arXiv:2210.17323; the reference implementation is `fasterquant` in IST-DASLab/gptq. The weights are kept
 transposed, [in, out], so that a column of the paper is a contiguous row here.
@@ -18,15 +18,15 @@ from qexport.quantizing.scales import Grid, fit
 from qexport.tensors import GroupQuantized
 
 COLUMN_BLOCK = 128
-"""At most so many columns wait before their errors reach the rest of the matrix (the paper's B)."""
+"""At most this many columns are quantized before their errors are applied to the rest of the matrix (the paper's B)."""
 
 DAMPING_STEPS = (1.0, 3.0, 10.0, 30.0)
-"""Multiples of damp_percent that are tried, in this order, until the Hessian factorizes."""
+"""Multiples of damp_percent that are tried, in this order, until the factorization succeeds."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """The settings of one solve; `GptqSettings` explains each.
+    """The settings of one solve; `Gptq` explains each.
 
     Attributes:
         bits: 2, 3, 4 or 8.
@@ -34,7 +34,7 @@ class Options:
         order: `original`, `static` (static act-order) or `dynamic` (desc_act).
         sym: zero points fixed at 2**(bits-1).
         damp_percent: fraction of the mean diagonal that is added to the diagonal.
-        search: look for each group's clipping range.
+        search: search for each group's clipping range.
     """
 
     bits: int
@@ -47,7 +47,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Factor:
-    """What a Hessian becomes before columns are solved with it.
+    """A Hessian, factorized for the solver.
 
     Attributes:
         upper: float32 [in, in], U with H^-1 = U^T U, for the permuted inputs.
@@ -69,7 +69,7 @@ def factorize(hessian: Tensor, options: Options, *, rank_deficient: bool = False
     triangular inversion, instead of the reference's two factorizations around an explicit inverse.
 
     Raises:
-        NumericalError: not positive definite at any damping in `DAMPING_STEPS`.
+        NumericalError: not positive definite with any damping of `DAMPING_STEPS`.
     """
     inputs = hessian.shape[0]
     diagonal = hessian.diagonal()
@@ -87,7 +87,7 @@ def factorize(hessian: Tensor, options: Options, *, rank_deficient: bool = False
                 torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
                 return Factor(inverse.flip(0, 1), order, options.damp_percent * step)
     raise NumericalError(
-        f"the Hessian is not positive definite, even with {options.damp_percent * DAMPING_STEPS[-1]:g} of damping",
+        f"the Hessian is not positive definite, even with a damping of {options.damp_percent * DAMPING_STEPS[-1]:g}",
         mend="give more calibration tokens, raise quantize.damp_percent, or set on_failure: round_to_nearest",
     )
 
@@ -131,7 +131,7 @@ def round_to_nearest(weight: Tensor, options: Options) -> GroupQuantized:
 
 
 def fit_matrix(weight: Tensor, options: Options, importance: Tensor | None) -> Grid:
-    """The grids of all groups of a matrix [out, in]; searched where `importance` [in] is given and options say so."""
+    """The grids of all groups of a matrix [out, in]; searched if `importance` [in] is given and the options say so."""
     grouped = weight.t().reshape(-1, options.group_size, weight.shape[0])
     weights = None if importance is None else importance.reshape(-1, options.group_size)
     search = options.search and importance is not None
@@ -143,7 +143,7 @@ def _columns(
 ) -> Tensor:
     """Quantizes column after column and spreads each one's error over the columns that follow.
 
-    `columns` [in, out] is overwritten; where the grids are not static, `grid` is filled at the start of each group.
+    `columns` [in, out] is overwritten; if the groups are not static, each group's grid is fitted when the group begins.
     """
     inputs = columns.shape[0]
     codes = torch.empty_like(columns, dtype=torch.uint8)
@@ -165,7 +165,7 @@ def _columns(
 
 
 def _column_blocks(inputs: int, group_size: int) -> Iterator[tuple[int, int]]:
-    """Bounds of blocks in which no group begins that ends in a later one, so that a group's grid sees every update."""
+    """Bounds of column blocks, such that a group begins only after all errors of earlier columns were applied to it."""
     span = group_size if group_size > COLUMN_BLOCK else COLUMN_BLOCK // group_size * group_size
     for first in range(0, inputs, span):
         last = min(first + span, inputs)

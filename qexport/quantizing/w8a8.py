@@ -1,4 +1,4 @@
-"""The method `w8a8`: int8 weights, and int8 activations that the server finds."""
+"""The method `w8a8`: int8 weights, and int8 activations, which the server quantizes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class W8a8(RoundingMethod):
     """int8 weights and activations (compressed-tensors `int-quantized`), for vLLM and TGI; no calibration data."""
 
     method: Literal["w8a8"] = "w8a8"
-    """Symmetric int8 weights with one scale an output; the server quantizes activations, one scale a token."""
+    """Symmetric int8 weights with one scale per output; the server quantizes activations, with one scale per token."""
 
     layer_methods: ClassVar[tuple[str, ...]] = ("w8a8",)
 
@@ -35,7 +35,7 @@ class W8a8(RoundingMethod):
 
     @classmethod
     def profile(cls, bits: int, parameters: int) -> ProfileName:
-        """One for every size."""
+        """The same for every size."""
         return "w8a8"
 
     def format(self) -> Format:
@@ -49,8 +49,8 @@ class W8a8(RoundingMethod):
         if not linear.transposed:
             return None
         return (
-            "w8a8 does not fit layers whose weights are stored [in, out] (GPT-2's Conv1D): compressed-tensors knows no "
-            "such layers, and vLLM would transpose their codes; take gptq"
+            "w8a8 does not fit layers whose weights are stored [in, out] (GPT-2's Conv1D): compressed-tensors "
+            "does not support them, and vLLM would transpose their codes; use gptq"
         )
 
     def spec(self, linear: LinearSpec, stored: TensorSpec) -> QuantizedSpec:

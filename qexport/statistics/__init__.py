@@ -1,1 +1,1 @@
-"""How sure a measured figure is: intervals for means and quantiles over windows, and a test for paired items."""
+"""The uncertainty of measured figures: intervals of means and quantiles over windows, and a test for paired items."""

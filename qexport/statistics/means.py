@@ -16,7 +16,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Moments:
-    """The estimated mean of several figures, measured on the same units, and how the estimates scatter.
+    """The estimated mean of several figures, measured on the same units, and the scatter of the estimates.
 
     Args:
         mean: float64 [...], m = sum W_h m_h with W_h = n_h / n, that is the plain mean.
@@ -35,23 +35,23 @@ class Moments:
     n: int
 
     def at_least(self, variance: Array) -> Moments:
-        """The same with a variance that is nowhere below another one."""
+        """The same moments with a variance that is nowhere below another one."""
         raised = np.maximum(self.variance, variance)
         ratio = np.divide(self.variance, raised, out=np.ones_like(raised), where=raised > 0)
         return replace(self, variance=raised, skewness=self.skewness * ratio**1.5)
 
     def as_for_share(self, share: float) -> Moments:
-        """For means of yes-or-no observations: the variance that fits if the true share is the one given.
+        """For means of yes-or-no observations: the variance under the hypothesis that the true share is the given one.
 
-        V p (1 - p) / (m (1 - m)) where that is larger: the design effect of the clusters stays, the binomial part is
-        that of p. Where m is 0 or 1 no design effect is known, and V stays.
+        V p (1 - p) / (m (1 - m)) where that is larger: the design effect of the clusters is kept, the binomial part is
+        that of p. Where m is 0 or 1 the design effect is unknown, and V is kept.
         """
         observed, binomial = self.mean * (1 - self.mean), share * (1 - share)
         factor = np.divide(binomial, observed, out=np.ones_like(observed), where=observed > 0)
         return replace(self, variance=self.variance * np.maximum(factor, 1.0))
 
     def statistic(self, mean: float) -> Array:
-        """Hall's transformed Student statistic of the hypothesis that the mean is the one given, float64 [...].
+        """Hall's transformed Student statistic of the hypothesis that the mean is the given one, float64 [...].
 
         T + g T^2 / 3 + g^2 T^3 / 27 + g / 6 with T = (m - mean) / sqrt(V); V must be above 0.
         """
@@ -60,7 +60,7 @@ class Moments:
         return np.asarray(corrected, dtype=np.float64)
 
     def interval(self, multiplier: Array) -> tuple[Array, Array]:
-        """The means whose statistic lies within plus or minus the multiplier; without variance only the mean itself.
+        """The means whose statistic is within plus or minus the multiplier; with a variance of 0, only the mean itself.
 
         Args:
             multiplier: float64 [...]; where it is infinite, so are both ends.
@@ -82,14 +82,14 @@ def moments(values: Array, strata: Sequence[str]) -> Moments:
     """The moments of stratified means.
 
     Args:
-        values: float64 [units, ...], two units or more; each column is a figure of its own.
+        values: float64 [units, ...], two units or more; each column is one figure.
         strata: [units]; small ones are collapsed, see `qexport.statistics.samples.groups`.
     """
     n = values.shape[0]
     variance, third, squares = (np.zeros(values.shape[1:]) for _ in range(3))
     parts = groups(strata)
     for units in parts:
-        part, size = values[units] - values[units[0]], len(units)  # equal values differ by exactly 0
+        part, size = values[units] - values[units[0]], len(units)  # so that equal values differ by exactly 0
         deviations = part - part.mean(axis=0)
         share = size * (deviations**2).sum(axis=0) / (size - 1) / n**2
         variance += share
@@ -103,11 +103,12 @@ def moments(values: Array, strata: Sequence[str]) -> Moments:
 
 
 def share_floor(mean: Array, observations: int) -> Array:
-    """The least variance that a share of so many yes-or-no observations, or a difference of two, can honestly have.
+    """A lower limit for the variance of a share of N yes-or-no observations, or of a difference of two such shares.
 
-    p (1 - p) / N with p = (N m + 2) / (N + 4) (Agresti and Coull 1998). Tokens of a window are alike rather than
-    different, so this is a lower limit; it matters where events are so rare that windows agree by chance. Paired
-    differences of yes and no (+1, 0, -1) with the mean d scatter by at least |d| (1 - |d|), so it is theirs as well.
+    p (1 - p) / N with p = (N m + 2) / (N + 4) (Agresti and Coull 1998). Tokens of one window are
+    positively correlated, so the true variance is larger; the limit matters if events are so rare that windows agree by
+    chance. Paired differences of yes and no (+1, 0, -1) with the mean d have a variance of at least |d| (1 - |d|), so
+    the limit holds for them too.
 
     Args:
         mean: float64 [...], the observed shares, or the sizes of the observed differences.
@@ -125,21 +126,21 @@ def stratified_mean(sample: Sample, within: Range = REAL) -> Interval:
     that removes the first term of skewness (P. Hall, On the removal of skewness by transformation, J. R. Stat. Soc. B
     54, 1992, 221-228). The formulas are at `qexport.statistics.means.Moments`.
 
-    Why transformed: means of KL over windows are skewed to the right, and the plain t interval then lies too low. In
+    Why transformed: means of KL over windows are skewed to the right, and the plain t interval is then too low. In
     simulations with 8 strata whose scales differ fourfold and n = 24 to 64, the plain interval covers lognormal values
-    (sigma 0.8) in 92 % of the runs, and nearly all its misses lie too low; this one covers them in 94 to 95 %, and
+    (sigma 0.8) in 92 % of the runs, and nearly all its misses are too low; this one covers them in 94 to 95 %, and
     normal, gamma (shape 4) and lognormal (sigma 0.5) ones in 95 to 96 %. At n = 8 and 16, where strata are collapsed,
     it covers the latter in 97 to 99 %, and heavily skewed ones in 94 to 95 % (plain: 88 to 90 %).
 
     Args:
-        sample: one unit gives no interval; units that are all equal, without `trials`, one of width 0.
-        within: what values the figure can have.
+        sample: one unit gives no interval; units that are all equal, without `trials`, give one of width 0.
+        within: the values that the figure can have.
     """
     return interval_of_mean(sample, within, student_multiplier)
 
 
 def interval_of_mean(sample: Sample, within: Range, multiplier: Callable[[Moments], Array]) -> Interval:
-    """The interval with a multiplier that is found from the moments."""
+    """The interval with a multiplier that is computed from the moments."""
     mean, n = float(sample.values.mean()), len(sample.values)
     if n == 1:
         return Interval(mean, None, None, n)

@@ -1,4 +1,4 @@
-"""Intervals of quantiles over tokens, where the tokens of a window are alike."""
+"""Intervals of quantiles over tokens, when the tokens of a window are correlated."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qexport.statistics.means import Array, moments, student_multiplier
 from qexport.statistics.samples import Interval, bounded, refuse_non_finite
 from qexport.statistics.sequences import PLANNED_UNITS, mixture_multiplier
 
-# Candidates on each side of the quantile: their distances grow by 5 %, so an end is too far out by 5 % at most.
+# Candidates on each side of the quantile: their distances grow by 5 %, so an end is at most 5 % too far out.
 _DISTANCES: Final = np.geomspace(1e-3, 14.0, 200)
 
 
@@ -28,23 +28,23 @@ class QuantileIntervals:
 def quantile_interval(
     values: NDArray[np.floating], strata: Sequence[str], q: float, *, planned: int = PLANNED_UNITS
 ) -> QuantileIntervals:
-    """A quantile over all tokens with 95 % intervals, whose unit is the window.
+    """A quantile over all tokens with its 95 % intervals; the unit is the window.
 
     The interval reaches from the quantile to the nearest x on both sides whose share of values above it differs from
     p = 1 - q. That share is a mean over windows, tested as `stratified_mean` and `confidence_sequence` test means
     (Francisco and Fuller, Quantile estimation with a complex survey design, Ann. Statist. 19, 1991, 454-469). The true
     quantile is tested with its own share only, so coverage carries over, also over all looks. (Far out in the tail
-    single x may pass the test again, because a handful of values says little; they do not count.) The variance of the
+    single x may pass the test again, because a few values say little; they are ignored.) The variance of the
     share is the one under the hypothesis: the windows' own, scaled by p (1 - p) / (m (1 - m)), and never below the
-    p (1 - p) / N of N independent tokens. Without that, a tail with few values in it looks more certain than it is.
+    p (1 - p) / N of N independent tokens. Without that, the interval of a tail with few values would be too narrow.
 
-    Simulated with lognormal tokens, 256 or 2047 a window, whose windows differ by 0.3 to 0.7 of the tokens' own log
+    Simulated with lognormal tokens, 256 or 2047 per window, whose windows differ by 0.3 to 0.7 of the tokens' own log
     scatter: at n = 8 to 64 the true quantile passes the test of the fixed interval in 94 to 98 % of the runs for q =
     0.01 to 0.99, in 94 to 100 % for q = 0.999, and it fails that of the sequence at some look in at most 2 %. Intervals
-    that take tokens for independent cover in 12 to 76 % for q = 0.01 to 0.99.
+    that treat tokens as independent cover in 12 to 76 % for q = 0.01 to 0.99.
 
     Args:
-        values: floating [units, tokens], one window a row.
+        values: floating [units, tokens], one row per window.
         strata: [units], the domain of each window.
         q: between 0 and 1, both excluded.
         planned: see `confidence_sequence`.
@@ -80,7 +80,7 @@ def quantile_interval(
 
 
 def _candidates(ordered: NDArray[np.floating], q: float) -> Array:
-    """Minus infinity, the least and the largest value, and quantiles whose logits lie at growing distances from q's."""
+    """Minus infinity, the least and the largest value, and quantiles whose logits are at growing distances from q's."""
     logits = np.log(q / (1 - q)) + np.concatenate([-_DISTANCES, [0.0], _DISTANCES])
     ranks = np.floor(ordered.size / (1 + np.exp(-logits))).astype(np.intp)
     inside = np.clip(ranks, 0, ordered.size - 1)
@@ -98,7 +98,7 @@ def _shares_above(candidates: Array, ordered: NDArray[np.floating], units: NDArr
 def _ends(
     value: float, candidates: Array, ordered: NDArray[np.floating], statistic: Array, multiplier: Array
 ) -> tuple[float, float]:
-    """The nearest x on both sides of the quantile that are rejected; outward past values that were not tried."""
+    """The nearest rejected x on each side of the quantile, rounded outward past values that were not tried."""
     too_high = np.flatnonzero((statistic > multiplier) & (candidates < value))
     too_low = np.flatnonzero((statistic < -multiplier) & (candidates >= value))
     low = float(ordered[np.searchsorted(ordered, candidates[too_high[-1]], side="right")]) if too_high.size else -np.inf

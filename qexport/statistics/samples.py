@@ -1,4 +1,4 @@
-"""What is measured on units, and the interval that follows from it."""
+"""A figure measured on units, and its interval."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MIN_STRATUM: Final = 3
 
 @dataclass(frozen=True)
 class Range:
-    """What values a figure can have; None where there is no end."""
+    """The values that a figure can have; None for a side without a limit."""
 
     low: float | None = None
     high: float | None = None
@@ -35,16 +35,16 @@ DIFFERENCE: Final = Range(-1.0, 1.0)
 class Sample:
     """A figure measured on units: windows, prompts, items or repeats.
 
-    Units are independent of one another; what lies inside one (its tokens) need not be. Each value is a mean over the
+    Units are independent of one another; what is inside one (its tokens) need not be. Each value is a mean over the
     same number of observations, so the figure is the plain mean of the values. That is the mean of the strata's means,
-    weighted with their shares of the units. A paired difference is the sample of the units' differences.
+    weighted by their shares of the units. A paired difference is the sample of the units' differences.
 
     Args:
         values: float64 [units], in the order in which they were measured.
         strata: [units], the domain of each unit.
-        trials: for shares and paired differences of them, the number of yes-or-no observations behind each value.
+        trials: for shares and paired differences of them, the number of yes-or-no observations per value.
             Values that agree by chance (0 rare events in every window, no changed answer in a few items) then do not
-            count as certain; see `qexport.statistics.means.share_floor`.
+            give an interval of width 0; see `qexport.statistics.means.share_floor`.
 
     Raises:
         ValueError: no units, or a stratum is missing.
@@ -67,7 +67,7 @@ class Interval:
 
     Args:
         value: the estimate.
-        low: the lower end; None where the units bound nothing on that side.
+        low: the lower end; None if the units give no bound on that side.
         high: the upper end; likewise.
         n: the number of units.
     """
@@ -79,13 +79,13 @@ class Interval:
 
 
 def refuse_non_finite(values: NDArray[np.floating]) -> None:
-    """Raises NumericalError where a measured value is NaN or infinite."""
+    """Raises NumericalError if a measured value is NaN or infinite."""
     if not np.isfinite(values).all():
-        raise NumericalError("a measured figure holds NaN or Inf", where="verify")
+        raise NumericalError("a measured figure is NaN or Inf", where="verify")
 
 
 def bounded(value: float, low: float, high: float, n: int, within: Range = REAL) -> Interval:
-    """An Interval from ends that may be infinite: they become None. Finite ends are clipped to the figure's range."""
+    """An Interval from ends of which infinite ones become None. Finite ends are clipped to the figure's range."""
     if np.isfinite(low):
         low = max(low, -np.inf if within.low is None else within.low)
     if np.isfinite(high):
@@ -100,10 +100,10 @@ def transformed(interval: Interval, function: Callable[[float], float]) -> Inter
 
     Args:
         interval: of the figure.
-        function: increasing; defined on all that lies in the interval.
+        function: increasing; defined on the whole interval.
 
     Raises:
-        NumericalError: the value is larger than any number. An upper end that is, becomes None.
+        NumericalError: the value overflows float64. An end that overflows becomes None.
     """
 
     def end(bound: float | None) -> float | None:
@@ -115,21 +115,21 @@ def transformed(interval: Interval, function: Callable[[float], float]) -> Inter
     try:
         value = function(interval.value)
     except OverflowError as error:
-        raise NumericalError("a figure is larger than any number", where="verify") from error
+        raise NumericalError("a figure is too large for float64", where="verify") from error
     return replace(interval, value=value, low=end(interval.low), high=end(interval.high))
 
 
 def groups(strata: Sequence[str]) -> list[NDArray[np.intp]]:
-    """The units of each stratum, with strata too small for a variance and a skewness collapsed.
+    """The units of each stratum. Strata that are too small for a variance and a skewness are collapsed.
 
-    Strata with fewer than three units become one group. Where these are fewer than three units together, the smallest
-    other stratum joins them (of equals, the first by name). Size decides and not the values, since joining
-    strata whose values are near would make intervals too narrow. A collapsed group counts the differences
+    Strata with fewer than three units become one group. If this group has fewer than three units, the smallest other
+    stratum joins it (of equals, the first by name). Size decides, not the values, since joining strata with close
+    values would make intervals too narrow. A collapsed group counts the differences
     between its strata as variance, which is on average too large, never too small (Cochran, Sampling Techniques, 1977,
     on collapsed strata).
 
     Returns:
-        Indices of units; every unit is in one group. Only a sample of one or two units has a smaller group.
+        Indices of units; every unit is in one group. Only a sample of one or two units has a group of fewer than three.
     """
     counts = Counter(strata)
     names = sorted(counts, key=lambda name: (counts[name], name))

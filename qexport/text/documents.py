@@ -16,10 +16,10 @@ from qexport.tensors.strict_files import parse_json
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields each object with its place, `file:line`, for errors. Blank lines are passed over.
+    """Yields each object with its place, `file:line`, for error messages. Blank lines are skipped.
 
     Raises:
-        InputError: the file cannot be read, or a line is not UTF-8, not JSON, or no object.
+        InputError: the file cannot be read, or a line is not UTF-8, not JSON, or not an object.
     """
     try:
         with path.open("rb") as file:
@@ -41,7 +41,7 @@ def read_hub_dataset(source: str, *, split: str, revision: str | None) -> Iterab
     """The rows of `hub:org/dataset`. HF_HUB_OFFLINE, HF_HOME and HF_TOKEN mean what they mean to `datasets`.
 
     Raises:
-        InputError: `datasets` is not installed, or it cannot read the dataset (what it says is passed on).
+        InputError: `datasets` is not installed, or it cannot read the dataset (its message is included).
     """
     try:
         import datasets
@@ -53,11 +53,11 @@ def read_hub_dataset(source: str, *, split: str, revision: str | None) -> Iterab
         ) from error
     try:
         rows = datasets.load_dataset(source.removeprefix(DATASET_PREFIX), split=split, revision=revision)
-    except Exception as error:  # the package raises what it, the hub client or a file reader comes upon
+    except Exception as error:  # the package, the hub client and the file readers raise exceptions of any type
         raise InputError(
             f"datasets cannot read it: {error}",
             where=f"{source}, split {split}",
-            mend="check the id, split and revision; offline, only what lies in the cache can be read",
+            mend="check the id, split and revision; offline, only data in the cache can be read",
         ) from error
     return cast(Iterable[Mapping[str, Any]], rows)
 
@@ -74,12 +74,12 @@ _DOMAIN: Final = "domain"
 
 @dataclass(frozen=True)
 class Documents:
-    """What was read, in its order. Blank documents are left out.
+    """The documents that were read, in their order, without blank ones.
 
     Attributes:
         items: texts, and conversations.
         origin: the files' names or the dataset's id, without any path of this machine.
-        domains: what kind of text each item is, None where a line has no `domain`; empty where none has.
+        domains: the kind of text of each item, None if its line has no `domain`; empty if no line has one.
     """
 
     items: tuple[Document, ...]
@@ -87,7 +87,7 @@ class Documents:
     domains: tuple[str | None, ...] = ()
 
     def by_domain(self) -> dict[str | None, Documents]:
-        """The documents of each domain, domains in the order of their first document."""
+        """The documents of each domain; domains are in the order of their first document."""
         if not self.domains:
             return {None: self}
         found: dict[str | None, list[Document]] = {}
@@ -99,13 +99,13 @@ class Documents:
     def sha256(self) -> str:
         """Hex digest of the documents in their order: `sha256_json` of the list of the `sha256_json` of each.
 
-        It depends on the text alone, not on file names, formats, or on what else stands in a JSON line.
+        It depends on the text alone, not on file names, formats, or other fields of a JSON line.
         """
         return sha256_json([sha256_json(item) for item in self.items])
 
     @cached_property
     def document_digests(self) -> frozenset[str]:
-        """Digests by which the same document is found elsewhere, whatever its white space."""
+        """Digests that are equal for equal documents, regardless of white space."""
         return frozenset(sha256_json(_without_white_space(item)) for item in self.items)
 
 
@@ -115,7 +115,7 @@ def read_documents(
     """Reads files and hub datasets.
 
     A `.txt` file is one document. In a `.jsonl` file, as in a dataset, each line is one: its `field` (a text, or a
-    list of messages), or where it has no such field its `messages`. Its `domain` says what kind of text it is.
+    list of messages), or its `messages` if it has no such field. Its `domain` names the kind of text.
 
     Args:
         sources: paths that end in `.jsonl` or `.txt`, and `hub:org/dataset`.
@@ -130,7 +130,7 @@ def read_documents(
     for source in sources:
         read = [(item, domain) for item, domain in _read(source, field, split, revision) if _without_white_space(item)]
         if not read:
-            raise InputError("there is no text in it", where=source)
+            raise InputError("it contains no text", where=source)
         found += read
     items, domains = zip(*found, strict=True)
     origin = ", ".join(_origin(source, split, revision) for source in sources)
@@ -138,17 +138,17 @@ def read_documents(
 
 
 def refuse_shared(calibration: Documents, held_out: Documents) -> None:
-    """Makes sure that the held-out text is not the calibration text, wherever the files lie.
+    """Checks that the held-out text and the calibration text share no documents, whichever files they are in.
 
     Raises:
-        InputError: the two share documents (white space aside).
+        InputError: they share documents (apart from white space).
     """
     shared = len(calibration.document_digests & held_out.document_digests)
     if shared:
         raise InputError(
             f"{shared} of the {len(held_out.document_digests)} held-out documents are calibration documents too",
             where=f"held-out text {held_out.origin}, calibration text {calibration.origin}",
-            mend="verify on text that the method has not seen, or the figures flatter the artifact",
+            mend="verify on text that the method has not seen; otherwise the figures look better than they are",
         )
 
 
@@ -164,7 +164,7 @@ def _read(source: str, field: str, split: str, revision: str | None) -> Iterator
     raise InputError(
         f"text is read from .jsonl and .txt files, not from {path.suffix or 'files without an ending'}",
         where=source,
-        mend="for .jsonl write one JSON object a line, with a field text",
+        mend="for .jsonl write one JSON object per line, with a field text",
     )
 
 
@@ -188,10 +188,10 @@ def _row(row: Mapping[str, Any], field: str, where: str) -> tuple[Document, str 
 
 
 def as_document(row: Mapping[str, Any], field: str, where: str) -> Document:
-    """The text or the conversation in a row: its `field`, or where it has none its `messages`.
+    """The text or the conversation in a row: its `field`, or its `messages` if it has no such field.
 
     Raises:
-        InputError: neither is there or of the right type, or there is half a character in it; with `where`.
+        InputError: both are missing, the type is wrong, or the text holds a lone surrogate; with `where`.
     """
     name = field if field in row else _MESSAGES
     if name not in row:
@@ -214,10 +214,10 @@ def _message(message: Mapping[str, Any], where: str) -> Message:
 
 
 def encodable(text: str, where: str) -> str:
-    """The text itself, which UTF-8 can write.
+    """The text itself, checked to be encodable in UTF-8.
 
     Raises:
-        InputError: it holds half a character; with `where`.
+        InputError: it holds a lone surrogate, half a character; with `where`.
     """
     try:
         text.encode()

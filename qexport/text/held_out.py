@@ -1,4 +1,4 @@
-"""Windows of the held-out text, in the order in which verification takes them."""
+"""Windows of the held-out text, in the order in which verification uses them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qexport.text.documents import Document, Documents
 from qexport.text.windows import TooLittleText, make_windows
 
 OTHER: Final = "other"
-"""The domain of what is too little to be one of its own."""
+"""The domain for the text of domains that are too small for a window."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class HeldOut:
     """Token windows of one length, without padding or overlap; none spans two domains.
 
     Attributes:
-        input_ids: int64 [windows, sequence_length]. Every beginning of them holds the domains in nearly their shares.
-        domains: of each window; None where the text names none.
-        sha256: the digest of the text, whatever its domains.
+        input_ids: int64 [windows, sequence_length]. The first n, for any n, hold the domains in nearly their shares.
+        domains: of each window; None if the text names none.
+        sha256: the digest of the text, which does not depend on its domains.
         origin: the text's name.
         left_out: domains with too little text for a window.
     """
@@ -38,19 +38,19 @@ class HeldOut:
 def make_held_out(
     documents: Documents, tokenizer: PreTrainedTokenizerBase, *, windows: int, sequence_length: int, vocab_size: int
 ) -> HeldOut:
-    """Cuts each domain's text into windows, as `make_windows` does, and mixes them.
+    """Cuts each domain's text into windows, as `make_windows` does, and interleaves them.
 
-    Domains that have less than a window are joined as `other`; what is too little even then is left out.
+    Domains with less than one window are joined as `other`, and left out if that has less than a window too.
 
     Args:
         documents: the text.
         tokenizer: the model's.
-        windows: at most so many; fewer where the text ends before.
-        sequence_length: tokens in a window.
+        windows: at most this many; fewer if the text is shorter.
+        sequence_length: tokens per window.
         vocab_size: the number of rows of the model's embedding.
 
     Raises:
-        InputError: the text makes no window, or has tokens that the model does not know.
+        InputError: the text is shorter than a window, or has tokens without a row in the embedding.
     """
 
     def cut(text: Documents) -> torch.Tensor:
@@ -90,7 +90,7 @@ def _cut_each(
 
 
 def _mixed(counts: Mapping[str | None, int]) -> Iterator[tuple[str | None, int]]:
-    """Each domain's windows in their order, spread evenly over the whole."""
+    """Each domain's windows in their order, spread evenly over the result."""
     places = [
         ((index + 0.5) / count, position, domain, index)
         for position, (domain, count) in enumerate(counts.items())

@@ -1,6 +1,6 @@
-"""The artifact's tokenizer held against the base's, before any model runs.
+"""The artifact's tokenizer compared with the base's, before any model runs.
 
-A tokenizer that differs makes every other figure meaningless, and the fault is cheap to find: no weights are needed.
+A tokenizer that differs makes every other figure meaningless, and finding it is cheap: no weights are needed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qexport.text.tokens import render_chat, tokenize
 from qexport.text.torture import TORTURE
 
 _EXAMPLES: Final = 3
-"""How many differences a detail names."""
+"""How many differences a check's detail names."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class TokenizerFolder:
     """A tokenizer, and the files of the folder that it was opened from.
 
     Attributes:
-        tokenizer: None where the folder has none.
+        tokenizer: None if the folder has none.
         files: tokenizer, chat template and generation config by name, byte for byte.
         config: the content of config.json.
     """
@@ -42,30 +42,30 @@ class TokenizerFolder:
 def preflight(
     base: TokenizerFolder, artifact: TokenizerFolder, *, prompts: Sequence[Prompt], embedding_rows: int
 ) -> list[CheckResult]:
-    """Compares two tokenizers in every way that changes what a model sees, or when it ends.
+    """Compares two tokenizers in every way that changes what a model sees, or when it stops.
 
-    - `vocabulary`: each token has the same id in both, and there are equally many.
-    - `embedding`: each of the artifact's tokens has a row in the embedding. Those that have none in the base either are
-      named and do not fail it, since nothing that was exported changed them.
-    - `special_tokens`: the same tokens stand for beginning, end, padding and so on, and all added tokens are found in
-      text by the same rules.
-    - `end_token`: the artifact's end-of-text token encodes to itself alone, is the base's, and is among the ends in
-      generation_config.json, or in config.json where that names none; each file names the same ends as the base's.
+    - `vocabulary`: each token has the same id in both, and both have equally many tokens.
+    - `embedding`: each of the artifact's tokens has a row in the embedding. Tokens that have no row in the base either
+      are named and do not fail the check, since the export did not change them.
+    - `special_tokens`: the same tokens mean beginning, end, padding and so on, and all added tokens are matched in text
+      by the same rules.
+    - `end_token`: the artifact's end-of-text token encodes to itself alone, equals the base's, and is among the ends in
+      generation_config.json, or in config.json if that names none; each file names the same ends as the base's.
     - `padding_side`: the same.
-    - `chat_template`: byte for byte the same, in every file that holds one.
-    - `token_ids`: the same ids for every prompt, as it is and through the base's chat template, for every text in
+    - `chat_template`: byte for byte the same, in every file that contains one.
+    - `token_ids`: the same ids for every prompt, plain and through the base's chat template, for every text in
       `TORTURE`, and for texts around each added token.
     - `decoding`: these ids turn into the same text in both, with and without special tokens.
 
     Args:
         base: the base's, or the merged reference's.
         artifact: the artifact's.
-        prompts: what to encode beside the torture texts.
+        prompts: encoded in addition to the texts in `TORTURE`.
         embedding_rows: rows of the input embedding.
 
     Returns:
-        The checks in the order above. None is measured where the base has no tokenizer; all of them fail where the
-        artifact alone has none.
+        The checks in the order above. If the base has no tokenizer, none is measured; if only the artifact has none,
+        all of them fail.
 
     Raises:
         InputError: a JSON file among the files is malformed.
@@ -84,7 +84,7 @@ def _check(name: str, passed: bool | None, detail: str) -> CheckResult:
 
 @dataclass(frozen=True)
 class _Compared:
-    """Both sides, and what several checks look at."""
+    """Both tokenizers, and the values that several checks use."""
 
     base: PreTrainedTokenizerBase
     artifact: PreTrainedTokenizerBase
@@ -124,7 +124,7 @@ def _texts(base: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> Iterator
                     render_chat(base, prompt.prompt, reply=True),
                     False,
                 )
-            except InputError:  # the template takes no such conversation, so no model will see it
+            except InputError:  # the template rejects this conversation, so no model will see it
                 continue
     for name, text in TORTURE.items():
         yield f"the text {name!r}", text, True
@@ -171,7 +171,7 @@ def _special_tokens(compared: _Compared) -> _Finding:
 
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """What stands for what, and each added token with the rules by which it is found in text."""
+    """The special tokens by role, and each added token with the rules by which it is matched in text."""
     roles = {name: repr(str(token)) for name, token in tokenizer.special_tokens_map.items()}
     extra = {"extra_special_tokens": ", ".join(sorted(repr(str(token)) for token in tokenizer.extra_special_tokens))}
     return {**roles, **extra, **{f"token {number}": repr(t) for number, t in tokenizer.added_tokens_decoder.items()}}
@@ -280,4 +280,4 @@ CHECKS: Final[Mapping[str, Callable[[_Compared], _Finding]]] = {
     "token_ids": _token_ids,
     "decoding": _decoding,
 }
-"""Every check by its name."""
+"""The checks by name, in their order."""

@@ -17,22 +17,22 @@ from qexport.text.documents import Document, as_document, encodable, read_json_l
 from qexport.text.tokens import render_chat, tokenize
 
 Style = Literal["clean", "messy"]
-"""Well written, or as people type in a hurry."""
+"""Well written, or as typed in a hurry."""
 
 NO_DOMAIN: Final = "unnamed"
-"""The domain of prompts that name none."""
+"""The domain of prompts that do not name one."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt with a name of its own.
+    """A prompt with a unique id.
 
     Attributes:
         id: unique in its set.
         prompt: a text, which may be empty, or a conversation that ends with a user's message.
-        domain: what it is about; figures are told by domain.
+        domain: its subject; reports give figures by domain.
         style: how it is written.
-        pair: what the clean and the messy form of one request share; None for a prompt without a counterpart.
+        pair: the name that the clean and the messy form of one request share; None for a prompt without a counterpart.
     """
 
     id: str
@@ -43,7 +43,7 @@ class Prompt:
 
     @property
     def shown(self) -> str:
-        """The prompt for people to read. Models see a conversation through their chat template alone."""
+        """The prompt for display. Models see a conversation only through their chat template."""
         if isinstance(self.prompt, str):
             return self.prompt
         return "\n".join(f"{message['role']}: {message['content']}" for message in self.prompt)
@@ -63,7 +63,7 @@ class PromptSet:
 
     @cached_property
     def sha256(self) -> str:
-        """Hex digest of ids, domains, styles, pairs and prompts in their order, whatever else the file holds."""
+        """Hex digest of ids, domains, styles, pairs and prompts in their order, regardless of other fields."""
         return sha256_json([sha256_json(_identity(prompt)) for prompt in self.prompts])
 
 
@@ -88,10 +88,10 @@ def read_prompts(path: Path) -> PromptSet:
     """The prompts of a JSONL file.
 
     Each line has `id`, and either `prompt`, a text, or `messages`. It may have `domain`, `style` and `pair`; other
-    fields are passed over.
+    fields are ignored.
 
     Raises:
-        InputError: the file cannot be read or is empty, a field is missing or of the wrong type, an id comes twice, a
+        InputError: the file cannot be read or is empty, a field is missing or of the wrong type, an id is used twice, a
             conversation does not end with the user, or a pair is not one clean and one messy prompt of one domain;
             with file and line.
     """
@@ -100,27 +100,27 @@ def read_prompts(path: Path) -> PromptSet:
     for where, row in read_json_lines(path):
         prompt = _prompt(row, where)
         if prompt.id in prompts:
-            raise InputError(f"the id {prompt.id!r} comes twice", where=where, mend="give each prompt an id of its own")
+            raise InputError(f"the id {prompt.id!r} is used twice", where=where, mend="give each prompt its own id")
         prompts[prompt.id] = prompt
         if prompt.pair is not None:
             pairs[prompt.pair].append((where, prompt))
     if not prompts:
-        raise InputError("there are no prompts in it", where=str(path))
+        raise InputError("it contains no prompts", where=str(path))
     for name, members in pairs.items():
         _check_pair(name, members)
     return PromptSet(tuple(prompts.values()), path.name)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """The prompt's tokens, through the model's chat template where it has one.
+    """The prompt's tokens, through the model's chat template if it has one.
 
-    With a template an empty prompt is an empty message. Without one it has no tokens, and since a model cannot
-    continue nothing, it becomes the token that texts begin with, or where the tokenizer has none the one that they
-    end with: what stands before a new text in training.
+    With a template an empty prompt is an empty message. Without one it has no tokens, but a model needs at least one
+    token to continue. It becomes the beginning-of-text token, or the end-of-text token if the tokenizer has no other:
+    the token that precedes a new text in training.
 
     Raises:
-        InputError: a conversation without a chat template (how to write it down would be our invention), a template
-            that does not take the conversation, or an empty prompt with neither of these tokens.
+        InputError: a conversation without a chat template (any rendering of it would be invented), a template that
+            rejects the conversation, or an empty prompt and a tokenizer with neither of these tokens.
     """
     if tokenizer.chat_template:
         return tokenize(tokenizer, render_chat(tokenizer, prompt.prompt, reply=True), special_tokens=False)
@@ -136,7 +136,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
 
 
 def encode_prompts(prompt_set: PromptSet, tokenizer: PreTrainedTokenizerBase) -> EncodedPrompts:
-    """Encodes what `encode_prompt` can encode; the rest is skipped, and named with its reason.
+    """Encodes the prompts that `encode_prompt` can encode; the others are skipped, and listed with the reason.
 
     Raises:
         InputError: none of them can be encoded.
@@ -159,7 +159,7 @@ def encode_prompts(prompt_set: PromptSet, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def refuse_long(encoded: EncodedPrompts, positions: int | None, max_new_tokens: int) -> None:
-    """Holds each prompt with its continuation against the positions that the model has learned, where it has.
+    """Checks that each prompt and its continuation fit into the learned positions of the model, if it has such.
 
     Raises:
         InputError: prompts are too long; all of them are listed.
@@ -170,7 +170,7 @@ def refuse_long(encoded: EncodedPrompts, positions: int | None, max_new_tokens: 
     too_long = [f"{name}: {length} tokens" for name, length in lengths if length + max_new_tokens > positions]
     if too_long:
         raise InputError(
-            f"with {max_new_tokens} new tokens, prompts are longer than the {positions} positions of the model",
+            f"with {max_new_tokens} new tokens, prompts exceed the {positions} positions of the model",
             where=listed(too_long),
             mend="shorten them, or lower verify.max_new_tokens",
         )
@@ -198,7 +198,7 @@ def _name(row: Mapping[str, Any], field: str, where: str) -> str:
 
 def _request(row: Mapping[str, Any], where: str) -> Document:
     if "prompt" in row and "messages" in row:
-        raise InputError("there are both a prompt and messages", where=where, mend="keep one of them")
+        raise InputError("the line has both a prompt and messages", where=where, mend="keep one of them")
     document = as_document(row, "prompt", where)
     if not isinstance(document, str) and document[-1]["role"] != "user":
         raise InputError(

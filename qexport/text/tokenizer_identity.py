@@ -1,4 +1,4 @@
-"""Which tokenizer and which chat template: the names of their files, their digests, and where templates stand."""
+"""The identity of tokenizers and chat templates: their file names and digests, and the files that hold templates."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ _VOCABULARY_FILES: Final = (
 def tokenizer_digest(files: Mapping[str, bytes]) -> str:
     """The hex digest of a tokenizer: of its vocabulary files, and of tokenizer_config.json without the chat template.
 
-    Layouts may rewrite tokenizer_config.json in a server's words. For figures that are to be compared across
-    layouts, take the reference's files.
+    Layouts may rewrite tokenizer_config.json for a server. To compare figures across layouts, pass the reference's
+    files.
 
     Args:
-        files: a model's, by name inside its folder; others than the tokenizer's are passed over.
+        files: a model's, by name inside its folder; those that are not the tokenizer's are ignored.
 
     Raises:
         InputError: there is no tokenizer in them, or tokenizer_config.json is malformed.
@@ -55,9 +55,9 @@ def tokenizer_digest(files: Mapping[str, bytes]) -> str:
 
 
 def template_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The hex digest of the chat template: sha256 of its UTF-8 bytes; None where the tokenizer has none.
+    """The hex digest of the chat template: sha256 of its UTF-8 bytes; None if the tokenizer has none.
 
-    Where it has several, the digest is that of the JSON object of their digests by name.
+    If it has several, the digest is that of the JSON object of their digests by name.
     """
     template = tokenizer.chat_template
     if not template:
@@ -70,11 +70,8 @@ def template_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def stored_templates(files: Mapping[str, bytes]) -> dict[str, dict[str, bytes]]:
     """The chat templates by the file that holds them, and by their own name; the main one is called `default`.
 
-    The order is the one in which transformers looks for them. `chat_template.jinja` stands for the folder of further
-    templates too.
-
-    Raises:
-        InputError: a JSON file is malformed.
+    The order is that in which transformers looks for them. Templates in the folder `additional_chat_templates` are
+    listed under `chat_template.jinja`.
     """
     named = {PurePosixPath(name).stem: text for name, text in files.items() if name.startswith(f"{TEMPLATES_FOLDER}/")}
     separate = {**({"default": files[CHAT_TEMPLATE]} if CHAT_TEMPLATE in files else {}), **named}
@@ -83,10 +80,10 @@ def stored_templates(files: Mapping[str, bytes]) -> dict[str, dict[str, bytes]]:
 
 
 def json_object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
-    """The object in a JSON file, an empty one where the file is missing.
+    """The object in a JSON file; an empty one if the file is missing.
 
     Raises:
-        InputError: the file is not JSON, or no object.
+        InputError: the file is not JSON, or not an object.
     """
     content = parse_json(files.get(name, b"{}"), where=name)
     if not isinstance(content, dict):

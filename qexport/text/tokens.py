@@ -1,4 +1,4 @@
-"""Texts and conversations into tokens, with the tokenizer left as it was."""
+"""Texts and conversations into tokens, without changes to the tokenizer."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from qexport.text.documents import Document
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, *, special_tokens: bool) -> list[int]:
-    """The whole text's tokens: never truncated, never padded, without a warning that they are many.
+    """The whole text's tokens: never truncated, never padded, without a warning about their number.
 
-    transformers switches truncation and padding off inside the tokenizer for such a call, and would write that into
-    its tokenizer.json later; both are put back.
+    transformers switches truncation and padding off inside the tokenizer for such a call, and would later write that
+    into its tokenizer.json; both are restored.
 
     Args:
         tokenizer: the model's.
         text: any text.
-        special_tokens: let the tokenizer add what it adds at the beginning and the end.
+        special_tokens: let the tokenizer add its special tokens at the beginning and the end.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     truncation, padding = (backend.truncation, backend.padding) if backend else (None, None)
@@ -36,9 +36,9 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, *, special_tokens: b
 
 
 _FIXED_DATE: Final = "{%- macro strftime_now(format) -%}2024-01-01{%- endmacro -%}"
-"""Stands before the template, so that one that writes today's date gives the same tokens every day."""
+"""Prepended to the template, so that one that writes today's date gives the same tokens every day."""
 
-_MEND: Final = "set chat_template: false, or take a model whose chat template fits these conversations"
+_MEND: Final = "set chat_template: false, or use a model whose chat template fits these conversations"
 
 
 def render_chat(tokenizer: PreTrainedTokenizerBase, document: Document, *, reply: bool = False) -> str:
@@ -52,7 +52,7 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, document: Document, *, reply
         reply: end with the beginning of the assistant's answer.
 
     Raises:
-        InputError: the tokenizer has no chat template, or the template does not take this conversation.
+        InputError: the tokenizer has no chat template, or the template rejects this conversation.
     """
     if not tokenizer.chat_template:
         raise InputError("the tokenizer has no chat template", where=tokenizer.name_or_path, mend=_MEND)

@@ -1,7 +1,7 @@
-"""Texts on which tokenizers that look alike part ways.
+"""Texts that similar tokenizers encode differently.
 
-Tokenizers differ in what they do before and around the vocabulary: normalizing, splitting, adding and stripping spaces,
-finding special tokens, falling back to bytes. Ordinary prose passes through all of that untouched; these texts do not.
+Tokenizers differ in the steps around the vocabulary: normalizing, splitting, adding and stripping spaces, matching
+special tokens, falling back to bytes. Ordinary prose hardly depends on them; these texts do.
 """
 
 from __future__ import annotations
@@ -89,4 +89,4 @@ TORTURE: Final[Mapping[str, str]] = MappingProxyType(
         "a long run without spaces": "\u7684" * 500,
     }
 )
-"""Each text by what it is about. None holds half a character (a lone surrogate), which no tokenizer takes."""
+"""The texts by the feature that they test. None has a lone surrogate (half a character): no tokenizer accepts one."""

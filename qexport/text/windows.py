@@ -20,14 +20,14 @@ Packing = Literal["packed", "document"]
 
 
 class TooLittleText(InputError):
-    """The text has fewer windows than are wanted."""
+    """The text has fewer windows than required."""
 
 
 _CHARACTERS_PER_TOKEN: Final = 8
-"""How much of a long text is tokenized at first for each token wanted; most text has 2 to 5."""
+"""Characters of a long text to tokenize first, per token required; most text has 2 to 5 per token."""
 
 _CUT_TOKENS: Final = 32
-"""Tokens before a cut in a text that may differ from those of the whole text."""
+"""Tokens before a cut in the text; they may differ from those of the whole text, and are dropped."""
 
 
 def make_windows(
@@ -45,31 +45,31 @@ def make_windows(
     """Cuts windows without padding or overlap.
 
     `packed` joins the documents, each followed by the end-of-text token unless it ends with it (conversations end as
-    their template ends them), and cuts every `sequence_length` tokens. `document` takes the first `sequence_length`
+    the template writes them), and cuts every `sequence_length` tokens. `document` takes the first `sequence_length`
     tokens of each document and skips those that have fewer. Special tokens at a document's start are the tokenizer's.
 
-    Only as much text is tokenized as the windows take.
+    Only as much text is tokenized as the windows need.
 
     Args:
         documents: the text.
-        tokenizer: the model's; it is left as it was.
-        samples: windows to take.
-        sequence_length: tokens in a window.
+        tokenizer: the model's; it is not changed.
+        samples: windows to cut.
+        sequence_length: tokens per window.
         vocab_size: the number of rows of the model's embedding.
         packing: see above.
-        seed: which documents come first; the documents' own order where None.
+        seed: decides which documents come first; None keeps their order.
         chat_template: render each document with the model's chat template.
-        allow_fewer: take what there is where the text ends before; at least one window.
+        allow_fewer: accept fewer windows if the text is shorter; at least one.
 
     Returns:
         input_ids int64 [samples, sequence_length].
 
     Raises:
-        InputError: too little text, a conversation without `chat_template`, a template or tokenizer that does not fit.
+        InputError: too little text, a conversation without `chat_template`, or an unsuitable template or tokenizer.
     """
     encode = _Encoder(tokenizer, chat_template)
     order = shuffled(documents.items, seed)
-    cut = _packed if packing == "packed" else _one_a_document
+    cut = _packed if packing == "packed" else _one_per_document
     windows = list(islice(cut(order, encode, samples, sequence_length), samples))
     if not windows or (len(windows) < samples and not allow_fewer):
         raise _too_little(documents, encode, len(windows), samples, sequence_length, packing)
@@ -79,7 +79,7 @@ def make_windows(
 
 
 def shuffled(items: Sequence[Document], seed: int | None) -> list[Document]:
-    """The items in an order that depends on the seed alone (only `Random.random` is the same in every Python)."""
+    """The items in an order that depends on the seed alone (only `Random.random` is stable across Python versions)."""
     if seed is None:
         return list(items)
     generator = random.Random(seed)
@@ -101,7 +101,7 @@ class _Encoder:
         return self._counted(self._beginning(self._text(document), limit))
 
     def with_end(self, document: Document, limit: int) -> list[int]:
-        """The document's first tokens, at most `limit`, and after them the end-of-text token."""
+        """The document's first tokens, at most `limit`, followed by the end-of-text token."""
         ids = self._beginning(self._text(document), limit)
         if not self.chat_template and ids[-1:] != [self._end_of_text()]:
             ids.append(self._end_of_text())
@@ -118,8 +118,8 @@ class _Encoder:
         if isinstance(document, str):
             return document
         raise InputError(
-            "there are conversations in the text, which need the model's chat template",
-            mend="set chat_template: true, or name texts",
+            "the text contains conversations, which need the model's chat template",
+            mend="set chat_template: true, or use texts without conversations",
         )
 
     def _beginning(self, text: str, limit: int) -> list[int]:
@@ -137,7 +137,7 @@ class _Encoder:
         raise InputError(
             "the tokenizer has no end-of-text token to join documents with",
             where=self.tokenizer.name_or_path,
-            mend="set packing: document, or name an eos_token in tokenizer_config.json",
+            mend="set packing: document, or set eos_token in tokenizer_config.json",
         )
 
 
@@ -147,7 +147,7 @@ def _packed(order: list[Document], encode: _Encoder, samples: int, length: int) 
         yield window
 
 
-def _one_a_document(order: list[Document], encode: _Encoder, samples: int, length: int) -> Iterator[list[int]]:
+def _one_per_document(order: list[Document], encode: _Encoder, samples: int, length: int) -> Iterator[list[int]]:
     for document in order:
         ids = encode(document, length)
         if len(ids) == length:
@@ -164,9 +164,9 @@ def _too_little(
             f"only {found} of {len(documents.items)} documents have {length} tokens, the longest has {encode.longest}"
         )
     return TooLittleText(
-        f"too little text: {found} windows of {length} tokens where {samples} are wanted; {missing}",
+        f"too little text: {found} windows of {length} tokens where {samples} are required; {missing}",
         where=documents.origin,
-        mend="name more text, or lower the number of windows or sequence_length",
+        mend="give more text, or lower the number of windows or sequence_length",
     )
 
 
@@ -174,8 +174,8 @@ def _check_vocabulary(input_ids: torch.Tensor, vocab_size: int, tokenizer: PreTr
     largest = int(input_ids.max())
     if largest >= vocab_size:
         raise InputError(
-            f"the tokenizer makes the token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), "
-            f"but the model knows {vocab_size} tokens",
+            f"the tokenizer produces the token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), "
+            f"but the model has {vocab_size} tokens",
             where=tokenizer.name_or_path,
             mend="the tokenizer belongs to another model, or was extended after the model's embedding",
         )

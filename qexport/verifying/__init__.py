@@ -1,1 +1,1 @@
-"""The finished artifact against its reference: perplexity, divergence, generation."""
+"""The finished artifact compared with its reference: perplexity, divergence, generation."""

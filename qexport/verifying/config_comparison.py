@@ -1,7 +1,7 @@
-"""Whether an artifact's config.json means the model that its reference means.
+"""Whether an artifact's config.json describes the same model as its reference's.
 
-Layouts write for readers of other versions: they spell out defaults, and say again under older keys what transformers 5
-keeps elsewhere. What they add must follow from the reference, key by key.
+Layouts write for runtimes with other versions of transformers: they write defaults out, and repeat under older keys
+what transformers 5 has moved. Each key that they add must follow from the reference.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from qexport.architectures.families import older_keys
 from qexport.errors import InputError, listed
 
 _MAY_DIFFER: Final = frozenset({"dtype", "torch_dtype", "_name_or_path"})
-"""What quantizing may change: the dtype of the dense weights, and no model depends on the name."""
+"""What may differ: the dtype of the unquantized weights, and the name, on which no model depends."""
 
 _ABSENT: Final = object()
 
 
 def refuse_other_config(reference: Architecture, artifact: Mapping[str, Any]) -> None:
-    """Compares two contents of config.json. The artifact's is another file, perhaps another's: what it adds could load
-    code, or say something else to a server than to transformers.
+    """Compares two contents of config.json. The artifact's file may be from an unknown author: a key that it adds could
+    load code, or mean something to a server that it does not mean to transformers.
 
     Args:
         reference: the merged model's.
@@ -43,32 +43,32 @@ def refuse_other_config(reference: Architecture, artifact: Mapping[str, Any]) ->
 
 
 def config_differences(reference: Architecture, artifact: Mapping[str, Any]) -> list[str]:
-    """Each key that means another model, with what it says and should say; see `refuse_other_config`."""
+    """Each key that describes another model, with its value and the expected one; see `refuse_other_config`."""
     ours = _plain(reference.config)
     expected = _implied(ours, reference.parsed)
     problems = []
     for key in sorted(ours.keys() | artifact.keys()):
         found, wanted = artifact.get(key, _ABSENT), expected.get(key, ours.get(key, _ABSENT))
         if key not in _MAY_DIFFER and found not in (wanted, ours.get(key, wanted)):
-            problems.append(f"{key}{_told(found, wanted)}")
+            problems.append(f"{key}{_difference(found, wanted)}")
     return problems
 
 
-def _told(found: Any, wanted: Any) -> str:
+def _difference(found: Any, wanted: Any) -> str:
     if found is _ABSENT:
         return " is missing"
     return f" is {found!r:.80}, " + ("and must not be there" if wanted is _ABSENT else f"not {wanted!r:.80}")
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """As JSON would give it back."""
+    """The values after a round trip through JSON."""
     values: dict[str, Any] = json.loads(json.dumps(dict(config), default=str))
     return values
 
 
 def _implied(config: Mapping[str, Any], read: PretrainedConfig) -> dict[str, Any]:
-    """What each key must say where an artifact says it: every value that transformers reads out of the config, and the
-    older keys in which other readers look for it.
+    """The value that a key must have if an artifact adds it: every value that transformers derives from the config, and
+    the older keys from which other runtimes read it.
     """
     parsed = _plain(read.to_dict())
     values = {key: value for key, value in parsed.items() if key not in config}

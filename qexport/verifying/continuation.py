@@ -1,4 +1,4 @@
-"""What a whole model makes of prompts: continuations, greedy or sampled, and its predictions along another model's."""
+"""A whole model run on prompts: its continuations, greedy or sampled, and its predictions along another model's."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from qexport.verifying.settings import SamplingSettings
 
 
 def sampling_noise(settings: SamplingSettings, ids: Sequence[str], sample: int) -> LogitsProcessorList:
-    """What turns the likeliest token into a sample: temperature, top-p, and noise.
+    """Processors that turn the likeliest token into a sample: temperature, top-p, and Gumbel noise.
 
     Args:
         settings: the recipe's `verify.sampling`.
-        ids: the prompts of a batch, in its order.
+        ids: of the prompts of a batch, in its order.
         sample: which of the samples of each prompt, from 0.
     """
     processors = LogitsProcessorList([TemperatureLogitsWarper(settings.temperature)])
@@ -61,7 +61,7 @@ def _generator(seed: int, sample: int, name: str) -> torch.Generator:
 _LOGITS_AT_ONCE: Final = 1 << 24
 
 Noise = Callable[[Sequence[int]], LogitsProcessorList]
-"""From the prompts of a batch to what changes their logits before the likeliest token is taken."""
+"""From the indices of a batch's prompts to the processors that change their logits before the choice of a token."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,9 @@ class Continuation:
     """The new tokens after a prompt.
 
     Attributes:
-        tokens: up to and with the first end token.
-        margins: for each token, how far it was ahead of the second likeliest: the difference of their
-            log-probabilities in nats.
+        tokens: up to and including the first end token.
+        margins: for each token, the difference of the log-probabilities of the likeliest and the second likeliest,
+            in nats.
     """
 
     tokens: tuple[int, ...]
@@ -81,7 +81,7 @@ class Continuation:
 def greedy_settings(
     checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, *, max_new_tokens: int
 ) -> GenerationConfig:
-    """The likeliest token each time, up to one that the model's files call an end."""
+    """Greedy decoding, up to a token that the model's files name as an end."""
     content = checkpoint.files.get(GENERATION_CONFIG, b"{}")
     named = [parse_json(content, where=GENERATION_CONFIG), checkpoint.config]
     ends = {token for config in named for token in _listed(config.get("eos_token_id"))}
@@ -115,8 +115,8 @@ def continue_all(
         model: with all its weights and, for the margins, a head in float32.
         batches: every prompt once.
         settings: from `greedy_settings`.
-        finished: is told of each prompt.
-        noise: for sampling; see `qexport.verifying.continuation`.
+        finished: is called after each prompt.
+        noise: for sampling; see `sampling_noise`.
 
     Raises:
         NumericalError: logits hold NaN or Inf.
@@ -144,8 +144,8 @@ def continue_all(
 def likeliest_along(
     model: PreTrainedModel, batches: Sequence[PromptBatch], continuations: Sequence[Continuation]
 ) -> list[tuple[int, ...]]:
-    """For each prompt the likeliest token in the place of each token of a given continuation, predicted from the prompt
-    and the tokens before that place: one forward over all of them.
+    """For each prompt, the likeliest token at each position of a given continuation, predicted from the prompt and the
+    tokens before that position: one forward over all of them.
 
     Args:
         model: with all its weights and a head in float32.
@@ -170,7 +170,9 @@ def likeliest_along(
 def _likeliest(
     model: PreTrainedModel, prompts: Tensor, mask: Tensor, continuations: Sequence[Sequence[int]]
 ) -> list[tuple[int, ...]]:
-    """Shorter continuations are filled up behind, where no earlier token sees it; the last token predicts nothing."""
+    """Shorter continuations are padded at the end, which no earlier token sees. The last token is left out, since
+    nothing after it is predicted.
+    """
     longest = max(map(len, continuations))
     follow = torch.tensor([[*tokens, *[0] * (longest - len(tokens))] for tokens in continuations])[:, :-1]
     ids, mask = torch.cat([prompts, follow], 1), torch.cat([mask, torch.ones_like(follow)], 1)
@@ -189,14 +191,14 @@ def _last_logits(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tens
 
 
 class _Margins(LogitsProcessor):
-    """Notes at each step how far the likeliest token is ahead, and changes nothing."""
+    """Records at each step the margin of the likeliest token, and changes nothing."""
 
     def __init__(self) -> None:
         self._steps: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         first, second = scores.topk(2).values.T
-        margins = _finite(first - second)  # what the logarithm of the sum adds is the same for both
+        margins = _finite(first - second)  # the log of the sum cancels, so logits do
         self._steps.append(margins.cpu())
         return scores
 
@@ -210,7 +212,7 @@ def _finite(values: Tensor) -> Tensor:
         raise NumericalError(
             "the logits hold NaN or Inf",
             where="verify",
-            mend="an activation overflows: compute in a wider dtype, or look at the layer losses",
+            mend="an activation overflows: compute in a wider dtype, or check the layer losses",
         )
     return values
 

@@ -30,9 +30,9 @@ class TokenFigures:
         reference_nll: float64, -log p(token) under the reference.
         artifact_nll: the same under the artifact.
         kl: float64, KL(reference || artifact) of the two distributions of the token.
-        margin: float64, by how much the reference's likeliest token is likelier than its second, as a difference of
-            log-probabilities.
-        reference_top: int32, the reference's likeliest token; of equally likely ones that with the lowest id.
+        margin: float64, the difference of the log-probabilities of the reference's likeliest and second likeliest
+            token.
+        reference_top: int32, the reference's likeliest token; of equally likely ones the one with the lowest id.
         artifact_top: the artifact's.
     """
 
@@ -45,21 +45,21 @@ class TokenFigures:
 
     @property
     def flipped(self) -> Tensor:
-        """Bool: the two models hold different tokens for the likeliest."""
+        """Bool: the two models have different likeliest tokens."""
         return self.reference_top != self.artifact_top
 
     @property
     def probability_change(self) -> Tensor:
-        """float64, the true token's probability under the artifact less that under the reference."""
+        """float64, the true token's probability under the artifact minus that under the reference."""
         return self.artifact_nll.neg().exp() - self.reference_nll.neg().exp()
 
     def reshape(self, windows: int) -> TokenFigures:
-        """The same with one row a window."""
+        """The same with one row per window."""
         return TokenFigures(**{field.name: getattr(self, field.name).reshape(windows, -1) for field in fields(self)})
 
     @classmethod
     def joined(cls, parts: Sequence[TokenFigures]) -> TokenFigures:
-        """The tokens of one part after those of another."""
+        """The tokens of all parts, one part after the other."""
         names = [field.name for field in fields(cls)]
         return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
@@ -73,13 +73,13 @@ def compare(
     Every token of a window but the first is predicted, from the tokens before it in the window.
 
     Args:
-        models: what they predict; some may have only the first windows.
+        models: their predictions; some may have only the first windows.
         pairs: which models to compare, on the windows that both have.
         input_ids: int64 [windows, sequence_length].
-        finished: is told after each batch how many windows are compared.
+        finished: is called after each batch with the number of windows compared so far.
 
     Returns:
-        For each pair its figures.
+        The figures of each pair.
 
     Raises:
         NumericalError: a model's logits hold NaN or Inf.
@@ -99,7 +99,7 @@ def compare(
 
 
 def _among(pair: Pair, present: Sequence[int]) -> Pair:
-    """The pair as indices into those that are present."""
+    """The pair as indices into the models that are present."""
     return present.index(pair[0]), present.index(pair[1])
 
 
@@ -112,7 +112,7 @@ def compare_logits(logits: Sequence[Tensor], pairs: Sequence[Pair], targets: Ten
     """Figures of each model's float logits [tokens, vocabulary] and int64 targets [tokens], computed in float64.
 
     With log-probabilities `p` and `q`: nll = -p[target], KL = sum over the vocabulary of exp(p) * (p - q). Each row is
-    reduced by itself, so that neither the number of threads nor the size of the pieces matters.
+    reduced by itself, so that neither the number of threads nor the size of the pieces changes the bits.
     """
     rows = max(1, _DOUBLES_AT_ONCE // logits[0].shape[1])
     pieces = zip(*(each.split(rows) for each in logits), strict=True)
@@ -161,14 +161,14 @@ class _Predictions:
 
 
 def _row_sums(values: Tensor) -> Tensor:
-    """Row by row: a lone row would be divided among torch's threads, and its last bits depend on their number."""
+    """Row by row: torch divides a single row among its threads, and the sum's last bits depend on their number."""
     return values.expand(2, -1).sum(-1)[:1] if len(values) == 1 else values.sum(-1)
 
 
 def _compare_pieces(
     logits: Sequence[Iterator[Tensor]], pairs: Sequence[Pair], targets: Tensor
 ) -> Iterator[list[TokenFigures]]:
-    """The figures of a batch of windows; what follows a window is not known."""
+    """The figures of a batch of windows. A window's last token predicts nothing: what follows it is not known."""
     for *pieces, wanted in zip(*logits, targets.flatten().split(TOKENS_AT_ONCE), strict=True):
         yield compare_logits([_finite(piece) for piece in pieces], pairs, wanted)
 
@@ -178,6 +178,6 @@ def _finite(logits: Tensor) -> Tensor:
         raise NumericalError(
             "a model's logits hold NaN or Inf",
             where="verify",
-            mend="an activation overflows: compute in a wider dtype (bfloat16 or float32), or look at the layer losses",
+            mend="an activation overflows: compute in a wider dtype (bfloat16 or float32), or check the layer losses",
         )
     return logits

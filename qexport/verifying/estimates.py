@@ -1,4 +1,4 @@
-"""From tokens to figures: each over all text and over each domain, with its interval, and where the drift sits."""
+"""From tokens to figures: each over all text and over each domain, with its interval, and which tokens drift most."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _CONTEXT_CHARACTERS: Final = 80
 
 
 def decisive_flips(figures: TokenFigures) -> Tensor:
-    """Bool: the likeliest token changed where the reference's margin is over `DECISIVE_MARGIN`."""
+    """Bool: the likeliest token changed and the reference's margin is over `DECISIVE_MARGIN`."""
     return figures.flipped & (figures.margin > DECISIVE_MARGIN)
 
 
@@ -96,13 +96,13 @@ _NO_DOMAIN: Final = ""
 
 @dataclass(frozen=True)
 class Units:
-    """What a figure was measured on.
+    """The units that a figure was measured on.
 
     Attributes:
-        domains: of each unit, None where it has none.
-        unit: what a unit is.
-        tokens: predicted tokens in a unit, None where they do not say anything.
-        planned: the number of units at which confidence sequences shall be narrow.
+        domains: of each unit; None if it has none.
+        unit: the kind of unit.
+        tokens: predicted tokens per unit; None if the unit is not counted in tokens.
+        planned: the number of units for which confidence sequences are made narrowest.
     """
 
     domains: Sequence[str | None]
@@ -116,7 +116,7 @@ class Units:
         return [domain or _NO_DOMAIN for domain in self.domains]
 
     def chosen(self, indices: Sequence[int]) -> Units:
-        """Some of them."""
+        """The units with these indices."""
         return replace(self, domains=[self.domains[index] for index in indices])
 
     def figure(self, name: str, fixed: Interval, sequence: Interval) -> Figure:
@@ -148,8 +148,8 @@ class Units:
             name: of the figure.
             values: float64 [units].
             within: the values that the mean can have.
-            trials: of a share or a difference of shares, how many observations each unit's value is over.
-            function: for example exp, where the values are logarithms.
+            trials: for a share or a difference of shares, the number of observations per unit.
+            function: for example exp, if the values are logarithms.
         """
         sample = Sample(values, self.strata, trials)
         intervals = (
@@ -167,11 +167,11 @@ class Units:
 
 
 def by_domain(units: Units, estimate: Callable[[Units, NDArray[np.bool_]], list[Figure]]) -> list[Figure]:
-    """Figures over all units, then over each domain's.
+    """Figures over all units, then over the units of each domain.
 
     Args:
         units: all of them.
-        estimate: from a selection, and the mask [units] that makes it, to its figures.
+        estimate: computes the figures of a selection, from its units and its mask [units] over all units.
     """
     domains = np.asarray(units.strata)
     figures = estimate(units, np.ones(len(domains), dtype=bool))
@@ -184,7 +184,7 @@ def by_domain(units: Units, estimate: Callable[[Units, NDArray[np.bool_]], list[
 
 
 def divergence_figures(tokens: TokenFigures, units: Units) -> list[Figure]:
-    """The artifact against the reference: perplexity, divergence, agreement; overall and by domain."""
+    """The artifact compared with the reference: perplexity, divergence, agreement; overall and by domain."""
 
     def estimate(chosen: Units, mask: NDArray[np.bool_]) -> list[Figure]:
         return _means(tokens, chosen, mask) + _quantiles(tokens, chosen, mask)
@@ -214,7 +214,7 @@ def rival_figures(found: Measured, units: Units) -> list[Figure]:
 def _relative_difference(own: Array, other: Array) -> Array:
     """(own - other) / (own + other) of each window, -1 to 1; 0 where both are 0.
 
-    Domains differ in divergence by more than models do. In proportion to it, a few windows tell.
+    Domains differ in divergence by more than models do. A relative difference needs only a few windows.
     """
     both = own + other
     return np.divide(own - other, both, out=np.zeros_like(both), where=both > 0)
@@ -249,5 +249,5 @@ def _quantiles(tokens: TokenFigures, units: Units, mask: NDArray[np.bool_]) -> l
 
 
 def window_means(values: torch.Tensor) -> Array:
-    """Each window's mean; numpy sums a row in the same order whatever the number of threads."""
+    """Each window's mean; numpy sums a row in the same order with any number of threads."""
     return np.asarray(values.numpy().astype(np.float64).mean(axis=1))

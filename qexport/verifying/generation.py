@@ -1,4 +1,4 @@
-"""Continuations of prompts by both models, and how far they are apart."""
+"""Continuations of prompts by both models, and how much they differ."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from qexport.verifying.text_similarity import chrf, edit_distance, first_differe
 
 
 class Openable(Protocol):
-    """A model that can be held in memory as a whole."""
+    """A model that can be loaded into memory as a whole."""
 
     def whole(self) -> AbstractContextManager[PreTrainedModel]:
         """The model with all its weights, which are released at the end; its logits are float32, or the graph's."""
@@ -29,11 +29,11 @@ class Openable(Protocol):
 
 @dataclass(frozen=True)
 class ComparedPrompts:
-    """What both models make of the prompts.
+    """The prompts, continued by both models.
 
     Attributes:
         generations: for the report.
-        padding: whether prompts of different lengths were continued side by side, and what that changes.
+        padding: whether prompts of different lengths shared batches, and how much padding changes the predictions.
     """
 
     generations: Generations
@@ -49,10 +49,10 @@ def compare_generations(
     finished: Callable[[], None],
     sampling: SamplingSettings | None = None,
 ) -> ComparedPrompts:
-    """Lets one model after the other continue every prompt. Each is wholly in memory meanwhile, never both.
+    """Continues every prompt with one model, then with the other. Only one of them is in memory at a time.
 
     Both continue the same batches, so equal models give equal texts. Compared with continuing the prompts one by one,
-    batches round in another order, which can decide between tokens that are nearly equally likely.
+    batches sum in another order, and the rounding can decide between tokens that are nearly equally likely.
 
     Args:
         reference: the merged model.
@@ -60,11 +60,8 @@ def compare_generations(
         prompts: what to continue.
         tokenizer: the model's.
         settings: from `greedy_settings`.
-        finished: is told of each continuation: twice for each prompt, and twice for each of its samples.
+        finished: is called after each continuation: twice for each prompt, and twice for each of its samples.
         sampling: the recipe's `verify.sampling`.
-
-    Raises:
-        NumericalError: logits hold NaN or Inf.
     """
     ids = [prompt.id for prompt in prompts.prompts]
     batch = partial(batch_prompts, prompts.input_ids, new_tokens=_limit(settings), fill=_fill(settings))
@@ -106,7 +103,7 @@ def _samples(
     sampling: SamplingSettings | None,
     finished: Callable[[], None],
 ) -> list[list[Continuation]]:
-    """For each sample the continuations of all prompts."""
+    """For each sample, the continuations of all prompts."""
     if sampling is None:
         return []
 
@@ -162,11 +159,11 @@ def _compare_samples(
 
 
 def style_sensitivity(values: Mapping[str, float], prompts: Sequence[Prompt]) -> dict[str, float]:
-    """For each pair of prompts the value of the messy one minus that of the clean one, by the pair's name.
+    """For each pair of prompts, the value of the messy one minus that of the clean one, by the pair's name.
 
     Args:
         values: a figure by the prompt's id, for example `edit_distance`.
-        prompts: those without a pair, and pairs of which a half has no value, are passed over.
+        prompts: those without a pair are skipped, and so are pairs in which one prompt has no value.
     """
     halves: dict[str, dict[str, float]] = {}
     for prompt in prompts:

@@ -1,4 +1,4 @@
-"""An ONNX artifact as verification runs it: whole, in ONNX Runtime; and what held-out windows do not show of it."""
+"""An ONNX artifact as verification runs it: whole, in ONNX Runtime; and checks of what held-out windows do not show."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from qexport.verifying.prompt_batches import MOST_KL, STEPS, batch_prompts, chec
 
 
 class GraphRunner:
-    """Opens the graph each time that it is asked for, so that the weights are in memory only meanwhile.
+    """Opens the graph for each use, so that its weights are in memory only during that use.
 
     Args:
         artifact: an ONNX artifact, complete.
@@ -32,12 +32,8 @@ class GraphRunner:
 
     @contextmanager
     def whole(self) -> Iterator[OnnxCausalLM]:
-        """The model in ONNX Runtime, with the settings of a generation that follow from its config alone, as the other
-        models have them.
-
-        Raises:
-            RecipeError: ONNX Runtime is not installed.
-            InputError: ONNX Runtime cannot load the graph on this device.
+        """The model in ONNX Runtime. Its generation settings follow from its config alone, as those of the other models
+        do.
         """
         model = self._artifact.model(device=self._device)
         assert isinstance(model, OnnxCausalLM)
@@ -46,7 +42,7 @@ class GraphRunner:
 
     @contextmanager
     def predictor(self, input_ids: Tensor) -> Iterator[WindowByWindow]:
-        """The model's predictions as long as the context lasts.
+        """The model's predictions, valid within the context.
 
         Args:
             input_ids: int64 [windows, sequence_length].
@@ -56,12 +52,12 @@ class GraphRunner:
 
 
 class WindowByWindow:
-    """Predictions of a graph, which gives the logits of all tokens that it is asked for: a window is run at a time.
+    """Predictions of a graph, run one window at a time, since it computes the logits of all its input tokens at once.
 
     Args:
         model: the graph.
         input_ids: int64 [windows, sequence_length].
-        where: the artifact, for an error.
+        where: the artifact, for error messages.
     """
 
     def __init__(self, model: OnnxCausalLM, input_ids: Tensor, *, where: str) -> None:
@@ -76,7 +72,7 @@ class WindowByWindow:
         """See `Predictor`.
 
         Raises:
-            NumericalError: there is NaN or Inf in them.
+            NumericalError: they hold NaN or Inf.
             InputError: ONNX Runtime cannot run the graph.
         """
         waiting = list[Tensor]()
@@ -90,34 +86,34 @@ class WindowByWindow:
             yield torch.cat(waiting)
 
     def _rows(self, window: int) -> Iterator[Tensor]:
-        """A window's logits in small copies, so that nobody keeps the logits of a whole window."""
+        """A window's logits in small copies, so that no caller keeps the logits of a whole window in memory."""
         ids = self._input_ids[window : window + 1]
         logits = self._model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, :-1]
         if not is_finite(logits):
             raise NumericalError(
                 "the graph's logits hold NaN or Inf",
                 where=f"{self._where}, held-out window {window}",
-                mend="export with `activations: float32`; if they are, a weight or an operator is damaged",
+                mend="export with `activations: float32`; if they already are, a weight or an operator is damaged",
             )
         for rows in logits.split(TOKENS_AT_ONCE):
             yield rows.float().clone()
 
 
 _MOST_KL: Final[Mapping[torch.dtype, float]] = {torch.float32: 1e-4, torch.float16: MOST_KL}
-"""Nats, by the graph's activations. In float32 rounding stays below a millionth, and the past of one layer that is not
-heeded may change no more than a thousandth; float16 leaves less to be seen, least where inputs are rounded to 8 bits.
+"""Nats, by the graph's activations. In float32 rounding stays below 1e-6, and a graph that ignores the past of one
+layer may differ by only 1e-3. In float16 such faults are harder to see, most of all with inputs rounded to 8 bits.
 """
 
 _TOKENS: Final = 96
-"""Of the longer prompt."""
+"""Tokens of the longer prompt."""
 
 _SETTINGS: Final = GenerationConfig(do_sample=False, num_beams=1, use_cache=True, max_new_tokens=STEPS, pad_token_id=0)
 
 
 @torch.no_grad()
 def check_graph(model: PreTrainedModel, input_ids: Tensor) -> list[CheckResult]:
-    """Tries whether left padding stays out of the arithmetic, and whether decoding with the cache predicts what one
-    forward over all tokens does. Both are the graph's own affair, so no reference is needed.
+    """Checks that left padding does not change the predictions, and that decoding with the cache predicts what one
+    forward over all tokens predicts. Both are properties of the graph alone, so no reference is needed.
 
     Args:
         model: the graph.
@@ -142,7 +138,7 @@ def _padding(model: PreTrainedModel, shorter: list[int], longer: list[int]) -> f
 
 
 def _decoding(model: PreTrainedModel, prompt: list[int]) -> float:
-    """`log_likelihoods` goes on with the last token again and again; so does the forward without a cache."""
+    """`log_likelihoods` repeats the prompt's last token at each step; the forward without a cache does too."""
     ids = torch.tensor([prompt])
     cached = log_likelihoods(model, ids, torch.ones_like(ids), _SETTINGS)
     full = torch.cat([ids, ids[:, -1:].expand(1, STEPS - 1)], 1)

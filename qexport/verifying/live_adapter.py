@@ -1,4 +1,4 @@
-"""The merged model against the base with the adapter live in PEFT: the proof that the merge is the adapter's."""
+"""The merged model compared with the base and the adapter, applied live by PEFT: the proof that the merge is right."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 WINDOWS: Final = 16
-"""Of the held-out text: enough to tell the noise of two computations from three times the noise floor."""
+"""Windows of the held-out text: enough to separate the noise of two computations from three times the noise floor."""
 
 _TOKENS: Final = 64
-"""Of each window."""
+"""Tokens of each window."""
 
 _MISSING: Final = "missing adapter keys"
 
@@ -38,7 +38,7 @@ class LiveAdapter:
     """What is needed to run the adapter in PEFT.
 
     Attributes:
-        base: the model without it.
+        base: the model without the adapter.
         folder: the adapter's.
     """
 
@@ -47,9 +47,9 @@ class LiveAdapter:
 
 
 class NotMeasured(Exception):
-    """Why the merge could not be held against PEFT.
+    """Why the merge could not be compared with PEFT.
 
-    It goes into the manifest, so PEFT's own words, in which paths stand, are only in the exception's cause.
+    The text goes into the manifest, so PEFT's own message, which may contain paths, is only in the exception's cause.
     """
 
 
@@ -62,19 +62,19 @@ def compare_merge(
     device: torch.device,
     steps: Steps,
 ) -> TokenFigures:
-    """The figures of base and adapter as PEFT computes them, as the reference, and of the merged model.
+    """The figures of the merged model, with base and adapter as PEFT computes them as the reference.
 
-    One whole model after the other is in memory, with the first one's logits. Only the beginnings of some windows are
-    taken: an adapter that is missing or wrong shows itself in hundreds of tokens.
+    Only one whole model is in memory at a time, and the first one's logits. Only the beginnings of some windows are
+    used: hundreds of tokens are enough to see that an adapter is missing or wrong.
 
     Args:
         merged: the merged model.
         live: base and adapter.
         input_ids: int64 [windows, sequence_length].
-        dtype: what both compute in. In one that is wider than the merged model's, only what merging has rounded is left
-            of the difference.
+        dtype: what both compute in. In a dtype wider than the merged model's, the rounding of the merge is the only
+            difference left.
         device: where to compute.
-        steps: is told of each.
+        steps: counts the steps.
 
     Raises:
         NotMeasured: a whole model does not fit in memory, or PEFT cannot load the adapter into this base.
@@ -101,7 +101,7 @@ def _live_logits(base: BlockRunner, adapter: Path, ids: Tensor) -> Tensor:
             live.eval()
             with _head_in_float32(model):
                 return _logits(live, ids, base.device)
-        except Exception as error:  # PEFT raises what it comes upon
+        except Exception as error:  # PEFT raises exceptions of any type
             raise NotMeasured("PEFT cannot run the adapter") from error
         finally:
             live.unload()
@@ -109,7 +109,7 @@ def _live_logits(base: BlockRunner, adapter: Path, ids: Tensor) -> Tensor:
 
 @contextmanager
 def _head_in_float32(model: PreTrainedModel) -> Iterator[None]:
-    """PEFT's layer over a tied head multiplies by itself, without the hook that widens the head's inputs."""
+    """PEFT's layer around a tied head computes the product itself, without the hook that widens the head's inputs."""
     head = model.get_output_embeddings()
     assert isinstance(head, torch.nn.Module)
     hook = head.register_forward_pre_hook(lambda _, args: (args[0].to(torch.float32), *args[1:]))
@@ -120,14 +120,14 @@ def _head_in_float32(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _with_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
-    """PEFT only warns of tensors that it misses, and would leave their layers as they are in the base."""
+    """PEFT only warns about missing tensors, and would leave their layers as they are in the base."""
     from peft import PeftModel
 
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         try:
             live = PeftModel.from_pretrained(model, str(adapter), is_trainable=False)
-        except Exception as error:  # PEFT raises what it comes upon
+        except Exception as error:  # PEFT raises exceptions of any type
             raise NotMeasured("PEFT cannot load the adapter") from error
     if any(_MISSING in str(warning.message) for warning in heard):
         live.unload()

@@ -13,7 +13,7 @@ from qexport.architectures.runner import BlockRunner
 from qexport.architectures.structure import Structure
 
 HEADROOM: Final = 1.25
-"""For the activations, the key-value cache, and what the allocator cannot use again."""
+"""For the activations, the key-value cache, and memory that the allocator cannot reuse."""
 
 _MEMINFO: Final = Path("/proc/meminfo")
 _CGROUP: Final = Path("/sys/fs/cgroup")
@@ -27,13 +27,13 @@ def needed_memory(runner: BlockRunner) -> int:
 
 
 def bytes_in_memory(structure: Structure, dtype: torch.dtype) -> int:
-    """Bytes of a dense model's weights."""
+    """Bytes of the weights of an unquantized model."""
     return sum(math.prod(shape) for shape in structure.parameters.values()) * dtype.itemsize
 
 
 def available_memory(device: torch.device) -> float:
-    """Bytes that can be taken without swapping: on the accelerator, with what torch holds of it and does not use; or in
-    main memory within the control group.
+    """Bytes that can be allocated without swapping: on the accelerator, including what torch has reserved and does not
+    use; or in main memory, within the limit of the control group.
     """
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -49,7 +49,7 @@ def _free_in_system() -> int:
 
 
 def _free_in_control_group() -> float:
-    """What a container's limit leaves; pages of files that can be dropped do not count as taken."""
+    """What a container's limit leaves; cached file pages that can be dropped do not count as used."""
     limit, used = _lines(_CGROUP / "memory.max"), _lines(_CGROUP / "memory.current")
     if not used or limit in ([], ["max"]):
         return math.inf

@@ -1,4 +1,4 @@
-"""Predictions of a model in some windows, in pieces that are made one after the other; several models side by side."""
+"""Predictions of a model in some windows, computed piece by piece; several models side by side."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ TOKENS_AT_ONCE: Final = 128
 
 
 class Predictor(Protocol):
-    """Gives the logits of the tokens that a model predicts: in each window all but the first, from those before it."""
+    """The logits of the tokens that a model predicts: in each window all but the first, from those before it."""
 
     @property
     def windows(self) -> int:
-        """For how many windows, from the first one on."""
+        """The number of windows that it has predictions for, from the first one on."""
         ...
 
     def logits(self, windows: range) -> Iterator[Tensor]:
-        """float32 [tokens, vocabulary], window after window, `TOKENS_AT_ONCE` tokens at a time across their ends; the
-        last piece may be shorter.
+        """float32 [tokens, vocabulary], window after window, in pieces of `TOKENS_AT_ONCE` tokens that may span
+        windows; the last piece may be shorter.
 
         Args:
-            windows: one batch of those that `windows_at_once` makes.
+            windows: one batch, `windows_at_once` windows or fewer.
         """
         ...
 
@@ -41,7 +41,7 @@ class HiddenStates:
     """Predictions of a model that was run block by block.
 
     Args:
-        batches: the hidden states behind its last block, as `run_in_lockstep` returns them.
+        batches: the hidden states after its last block, as `run_in_lockstep` returns them.
         head: the model's.
     """
 
@@ -50,7 +50,7 @@ class HiddenStates:
 
     @property
     def windows(self) -> int:
-        """Those that were run."""
+        """The windows that were run."""
         return sum(len(batch.hidden) for batch in self._batches)
 
     def logits(self, windows: range) -> Iterator[Tensor]:
@@ -62,10 +62,10 @@ class HiddenStates:
 
 @contextmanager
 def predictors(runners: Sequence[BlockRunner], batches: Sequence[Sequence[Batch]]) -> Iterator[list[Predictor]]:
-    """The predictions of models that were run block by block, as long as the context lasts.
+    """The predictions of models that were run block by block, valid within the context.
 
     Args:
-        runners: the models. A head that equals the first one's bit for bit is in memory only once.
+        runners: the models. A head that is bit for bit equal to the first model's is in memory only once.
         batches: each model's hidden states; some models may have only the first windows.
     """
     with ExitStack() as stack:
@@ -76,14 +76,14 @@ def predictors(runners: Sequence[BlockRunner], batches: Sequence[Sequence[Batch]
 
 
 def _same_head(one: BlockRunner, other: BlockRunner) -> bool:
-    """Weights are not all of it: a config.json may say another epsilon of the norm, or scale the logits."""
+    """Equal weights are not enough: a config.json may give the norm another epsilon, or scale the logits."""
     if one.dtype != other.dtype or config_differences(one.architecture, other.architecture.config):
         return False
     return all(torch.equal(one.read(name), other.read(name)) for name in _head_parameters(one))
 
 
 def _head_parameters(runner: BlockRunner) -> list[str]:
-    """What stands outside the blocks and behind them (a model may have other embeddings, which do no harm here)."""
+    """The parameters outside the blocks, except the input embedding. Other embeddings do no harm here."""
     structure = runner.structure
     before = () if structure.tied else (f"{structure.embedding}.",)
     skipped = (*before, *(f"{block}." for block in structure.blocks))
@@ -95,7 +95,7 @@ BATCH_TOKENS: Final = 4096
 
 
 def windows_at_once(sequence_length: int) -> int:
-    """How many windows make a batch."""
+    """The number of windows in a batch."""
     return max(1, BATCH_TOKENS // sequence_length)
 
 
@@ -107,21 +107,21 @@ def run_in_lockstep(
     windows: Sequence[int] | None = None,
     drift: bool = True,
 ) -> tuple[list[list[Batch]], list[float]]:
-    """The hidden states behind the last block, for each model.
+    """The hidden states after the last block, for each model.
 
-    Each block is run by one model, given back, and then run by the next.
+    For each block, one model after the other loads it, runs it and frees it.
 
     Args:
         runners: the models, with the same number of blocks.
         input_ids: int64 [windows, sequence_length].
-        finished: is told the number of blocks that all models have run.
-        windows: how many of the first windows each model runs; all where None. The first model runs all.
-        drift: whether the second model runs all too, and is followed.
+        finished: is called with the number of blocks that all models have run.
+        windows: how many of the first windows each model runs; None for all. The first model runs all.
+        drift: whether to measure the drift of the second model, which then runs all windows too.
 
     Returns:
-        One list of batches a model, with the same windows in the same order; and, where `drift` is asked for, how far
-        the second model's hidden states are from the first one's behind each block: the norm of the difference over
-        the norm of the first one's.
+        One list of batches per model, with the same windows in the same order; and, with `drift`, the relative error of
+        the second model's hidden states after each block: the norm of their difference from the first model's over
+        the norm of the first model's.
     """
     at_once, counts = windows_at_once(input_ids.shape[1]), windows or [len(input_ids)] * len(runners)
     batches = [runner.embed(input_ids[:count], at_once) for runner, count in zip(runners, counts, strict=True)]
@@ -138,7 +138,7 @@ def run_in_lockstep(
 
 
 def _relative_error(ours: Sequence[Batch], theirs: Sequence[Batch]) -> float:
-    """In float64 a window at a time, summed in an order that no number of threads changes."""
+    """In float64, one window at a time, summed in an order that does not depend on the number of threads."""
     difference, norm = 0.0, 0.0
     for own, other in zip(ours, theirs, strict=True):
         for states, others in zip(own.hidden, other.hidden, strict=True):

@@ -1,4 +1,4 @@
-"""What can be measured of the reference alone, before hours of work go into an artifact: noise floor and merge."""
+"""What can be measured with the reference alone, before hours are spent on an artifact: noise floor and merge."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TOKENS: Final = 1024
 """Enough: the divergence between two dtypes is nearly the same on every text."""
 
 _WINDOWS: Final = 2
-"""At least, whatever their length."""
+"""Used at least, whatever their length."""
 
 
 def wider(dtype: torch.dtype) -> torch.dtype:
@@ -42,14 +42,14 @@ def noise_floor(
     device: torch.device,
     steps: Steps,
 ) -> Mapping[str, float]:
-    """Every teacher-forced figure of the reference against the same weights computed in a wider dtype.
+    """Every teacher-forced figure of the reference, compared with the same weights computed in a wider dtype.
 
     Args:
         reference: the merged model.
-        input_ids: int64 [windows, sequence_length]; the first ones are taken, `TOKENS` in them.
+        input_ids: int64 [windows, sequence_length]; the first ones are used, with at least `TOKENS` tokens.
         dtype: what the blocks compute in.
         device: where to compute.
-        steps: is told of each.
+        steps: counts the steps.
 
     Returns:
         The figures' values by their names.
@@ -72,11 +72,11 @@ def _runner(reference: Checkpoint, dtype: torch.dtype, device: torch.device) -> 
 
 @dataclass(frozen=True)
 class Preparation:
-    """The reference's own figures.
+    """Figures of the reference alone.
 
     Attributes:
-        noise_floor: see `qexport.verifying.preparation`; by figure.
-        figures: `merge_kl` where there is an adapter and it could be measured.
+        noise_floor: by figure; see the function `noise_floor`.
+        figures: `merge_kl` if there is an adapter and it could be measured.
         unconfirmed: what could not be measured, and why.
     """
 
@@ -94,11 +94,11 @@ def prepare(
     device: torch.device,
     progress: ProgressCallback = silent,
 ) -> Preparation:
-    """Measures the noise floor, and holds the merge against the adapter as PEFT computes it.
+    """Measures the noise floor, and compares the merge with the adapter as PEFT computes it.
 
     Args:
         reference: the merged model.
-        live: base and adapter; None where nothing was merged.
+        live: base and adapter; None if nothing was merged.
         held_out: the text.
         dtype: what the blocks compute in: the merged model's dtype.
         device: where to compute.
@@ -116,7 +116,7 @@ def prepare(
         tokens = compare_merge(reference, live, held_out.input_ids, dtype=wider(dtype), device=device, steps=steps)
     except NotMeasured as reason:
         cause = f" ({reason.__cause__})" if reason.__cause__ else ""
-        progress(Notice(f"the merge was not held against PEFT: {reason}{cause}"))
+        progress(Notice(f"the merge was not compared with PEFT: {reason}{cause}"))
         return Preparation(floor, unconfirmed=[f"the merge against PEFT ({reason})"])
     return Preparation(floor, [_merge_kl(tokens, floor["mean_kl"])])
 

@@ -1,4 +1,4 @@
-"""Prompts side by side in one forward, padded on the left; whether the padding stays out of the arithmetic is tried."""
+"""Batches of prompts, padded on the left, and a check that the padding does not change the predictions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class PromptBatch:
     """Some prompts, each ending in the last column.
 
     Attributes:
-        indices: the prompts' places in the list that they came from.
+        indices: of the prompts in the list that they came from.
         input_ids: int64 [rows, width].
         attention_mask: int64 [rows, width], 0 where a row is padded.
     """
@@ -41,7 +41,7 @@ def batch_prompts(inputs: Sequence[Sequence[int]], *, new_tokens: int, padded: b
 
     Args:
         inputs: token ids, at least one in each.
-        new_tokens: how many tokens will follow each prompt at most.
+        new_tokens: the most tokens that will follow each prompt.
         padded: whether lengths may differ within a batch.
         fill: the token to pad with.
     """
@@ -67,10 +67,10 @@ def _batch(group: Sequence[int], inputs: Sequence[Sequence[int]], fill: int) -> 
 
 
 STEPS: Final = 4
-"""The prompt itself, and steps that read what the key-value cache or a recurrent state holds of it."""
+"""The prompt itself, and steps that read the key-value cache or a recurrent state."""
 
 MOST_KL: Final = 0.01
-"""Rounding stays far below (bfloat16 against float32: 0.001 nat), a mask that is not heeded far above (0.4 nat)."""
+"""Rounding stays far below (bfloat16 compared with float32: 0.001 nat), an ignored mask is far above (0.4 nat)."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,9 @@ class Padding:
     """Whether prompts of different lengths may share a batch.
 
     Attributes:
-        allowed: False where the model does not leave padding out of its arithmetic; then only equal lengths share one.
-        kl: what padding changes: the mean KL divergence (nats) of the distributions of a few tokens after one prompt,
-            alone against beside a longer one. None where no batch would be padded.
+        allowed: False if padding changes the model's predictions; then only prompts of equal length share a batch.
+        kl: the mean KL divergence (nats) of the distributions of a few tokens after one prompt, run alone, from those
+            when it is run beside a longer one. None if no batch would be padded.
     """
 
     allowed: bool
@@ -89,11 +89,11 @@ class Padding:
 
 @torch.no_grad()
 def check_padding(model: PreTrainedModel, batches: Sequence[PromptBatch], settings: GenerationConfig) -> Padding:
-    """Tries the batch with the most padding: its shortest prompt alone and beside the longest, as `generate` runs them.
+    """Checks the batch with the most padding: its shortest prompt, alone and beside the longest, with `generate`.
 
     Args:
         model: with all its weights.
-        batches: as `continue_all` will take them.
+        batches: those that `continue_all` will run.
         settings: from `greedy_settings`.
     """
     most = max(batches, key=lambda batch: batch.padded, default=None)
@@ -108,17 +108,17 @@ def check_padding(model: PreTrainedModel, batches: Sequence[PromptBatch], settin
 
 
 def mean_kl(ours: Tensor, theirs: Tensor) -> float:
-    """The mean KL divergence (nats) of log-probabilities [tokens, vocabulary]; NaN where there is one."""
+    """The mean KL divergence (nats) of log-probabilities [tokens, vocabulary]; NaN if they hold NaN."""
     return float((ours.exp() * (ours - theirs)).sum(-1).mean().clamp(min=0.0))
 
 
 def log_likelihoods(model: PreTrainedModel, ids: Tensor, mask: Tensor, settings: GenerationConfig) -> Tensor:
-    """Log-probabilities, float64 [tokens, vocabulary], behind the first row. Its last token is taken again each time.
+    """Log-probabilities, float64 [tokens, vocabulary], after the first row, whose last token is repeated at each step.
 
     Args:
         model: with all its weights.
         ids: int64 [rows, tokens].
-        mask: the same, 0 for padding.
+        mask: of the same shape, 0 for padding.
         settings: how many tokens to generate.
     """
     assert isinstance(model, GenerationMixin)
@@ -133,7 +133,7 @@ def log_likelihoods(model: PreTrainedModel, ids: Tensor, mask: Tensor, settings:
 
 
 class _Watched(LogitsProcessor):
-    """Notes the first row's log-probabilities and goes on with its last token: what follows does not depend on them."""
+    """Records the first row's log-probabilities and repeats its last token: the next input does not depend on them."""
 
     def __init__(self) -> None:
         self.steps: list[Tensor] = []

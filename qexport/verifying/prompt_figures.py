@@ -45,12 +45,13 @@ _FIGURES: Final[Sequence[tuple[str, Callable[[PromptComparison], float], Range]]
 )
 
 _TRIALS: Final = {"identical_generations": 1, "length_limit_change": 1}
-"""Where a prompt gives yes or no, or a difference of two: a few prompts that all say yes do not make it certain."""
+"""Figures whose value per prompt is yes or no, or a difference of two such: if a few prompts all say yes, it is not
+certain that all would."""
 
 
 @dataclass(frozen=True)
 class MeasuredGenerations:
-    """Continuations for the report, the figures over them, and what a reader should know of how they were made."""
+    """Continuations for the report, the figures over them, and notes on how they were made."""
 
     record: Generations
     figures: list[Figure]
@@ -66,7 +67,7 @@ def measure_generations(
     settings: VerifySettings,
     steps: Steps,
 ) -> MeasuredGenerations:
-    """Lets both models continue every prompt, one whole model after the other.
+    """Continues every prompt with both models, one whole model after the other.
 
     Args:
         reference: the merged model.
@@ -75,7 +76,7 @@ def measure_generations(
         tokenizer: the model's.
         checkpoint: the merged model's files, which name the tokens that end a text.
         settings: the recipe's `verify`.
-        steps: is told of each continuation.
+        steps: counts the continuations.
     """
     rounds = 1 + (settings.sampling.samples if settings.sampling else 0)
     steps.expect(2 * rounds * len(prompts.prompts))
@@ -93,7 +94,7 @@ def measure_generations(
 
 
 def padding_notes(padding: Padding) -> list[str]:
-    """Says so where prompts of different lengths could not share a batch."""
+    """A note if prompts of different lengths could not share a batch."""
     if padding.allowed or padding.kl is None:
         return []
     return [

@@ -1,4 +1,4 @@
-"""The merged model as the thing that artifacts are measured against, and on what."""
+"""The merged model that artifacts are compared with, and the text and prompts that both are measured on."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ rounded to nearest on those grids."""
 
 @dataclass(frozen=True)
 class Reference:
-    """What an artifact is measured against, and on what.
+    """What an artifact is compared with, and the text and prompts that both are measured on.
 
     Attributes:
         merged: the merged model, read from its source again.
-        base: the model without the adapter; the merged model's base where there is none.
-        adapter: where the adapter came from; None where there is none.
+        base: the base model, without the adapter.
+        adapter: where the adapter came from; None if there is no adapter.
         nearest: makes the merged model rounded to nearest.
-        prepared: what was measured of the merged model alone.
-        held_out: the text, as many windows as may be taken.
-        prompts: what both models continue; None for nothing.
-        open_tokenizer: opens the merged model's tokenizer, tens of megabytes that are not held while a run quantizes.
+        prepared: what was measured with the merged model alone.
+        held_out: the text, as many windows as may be used.
+        prompts: what both models continue; None for no prompts.
+        open_tokenizer: opens the merged model's tokenizer, whose tens of megabytes are not in memory while a run
+            quantizes.
         settings: the recipe's `verify`.
         dtype: what the blocks compute in: the merged model's dtype.
         device: where to compute.
@@ -54,12 +55,12 @@ class Reference:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The merged model's. It is opened when it is first asked for, and kept."""
+        """The merged model's tokenizer. It is opened at the first use, and kept."""
         return self.open_tokenizer()
 
     @property
     def base_rival(self) -> Checkpoint | None:
-        """The model without the adapter, where there is one and the adapter leaves its shapes as they are."""
+        """The model without the adapter; None if there is no adapter, or if the adapter changes shapes."""
         if self.adapter is None:
             return None
         merged, base = (
@@ -68,5 +69,5 @@ class Reference:
         return self.base if merged == base else None
 
     def runner(self, checkpoint: Checkpoint) -> BlockRunner:
-        """Runs a model as the merged one is run."""
+        """Runs a model block by block, with the dtype and device of the merged one."""
         return BlockRunner(checkpoint.architecture, checkpoint.weights, dtype=self.dtype, device=self.device)

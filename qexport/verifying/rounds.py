@@ -17,29 +17,29 @@ from qexport.verifying.predictors import Predictor, predictors, run_in_lockstep,
 from qexport.verifying.steps import Steps
 
 Comparison = Literal["artifact", "nearest", "base", "artifact_from_base"]
-"""What is held against the reference; `artifact_from_base` is the artifact held against the base."""
+"""What is compared with the reference; `artifact_from_base` is the artifact compared with the base."""
 
 _GROWTH: Final = 2
-"""By how much the windows grow from one look at the gates to the next."""
+"""The factor by which the windows grow from one look at the gates to the next."""
 
 _RIVAL_WINDOWS: Final = 16
 """Windows of a look that rivals run, rounded up to whole batches: they differ by more than the artifact does."""
 
 _RIVAL_GATES: Final[Mapping[str, str]] = {"nearest": "better_than_rtn", "base": "adapter"}
-"""What a rival is run for. Once that is decided it rests."""
+"""The gate that a rival is run for. Once it is decided, the rival is not run again."""
 
 
 class WindowRunner(Protocol):
-    """A model that gives the logits of windows and lets nobody see what is in between."""
+    """A model that computes the logits of windows, without access to its hidden states."""
 
     def predictor(self, input_ids: Tensor) -> AbstractContextManager[Predictor]:
-        """Its predictions in windows [windows, sequence_length], as long as the context lasts."""
+        """Its predictions in windows [windows, sequence_length], valid within the context."""
         ...
 
 
 @dataclass(frozen=True)
 class Models:
-    """What runs side by side.
+    """The models that run side by side.
 
     Attributes:
         reference: the merged model.
@@ -59,10 +59,10 @@ class Measured:
     """What has been measured so far.
 
     Attributes:
-        parts: for each comparison its tokens, a look after the other.
-        indices: for each comparison which windows these are; the artifact has all of them.
+        parts: the tokens of each comparison, one part per look.
+        indices: the windows of each comparison; the artifact has all of them.
         looks: how many windows had been measured at each look.
-        block_drift: see `run_in_lockstep`; of the first look. Empty where the artifact does not run block by block.
+        block_drift: of the first look, see `run_in_lockstep`. Empty if the artifact does not run block by block.
     """
 
     parts: dict[Comparison, list[TokenFigures]] = field(default_factory=dict)
@@ -72,11 +72,11 @@ class Measured:
 
     @property
     def windows(self) -> int:
-        """How many windows have been measured."""
+        """The number of windows measured so far."""
         return self.looks[-1] if self.looks else 0
 
     def tokens(self) -> dict[Comparison, TokenFigures]:
-        """Each comparison over its windows."""
+        """The tokens of each comparison, over its windows."""
         return {name: TokenFigures.joined(parts) for name, parts in self.parts.items()}
 
 
@@ -92,14 +92,11 @@ def measure(
 
     Args:
         models: what to run.
-        input_ids: int64 [windows, sequence_length], as many as may be taken.
-        first_look: windows before the gates are looked at for the first time; their number doubles from look to look.
-        decide: the gates, with what has been measured so far.
+        input_ids: int64 [windows, sequence_length], as many as may be used.
+        first_look: windows before the first look at the gates; their number doubles from look to look.
+        decide: decides the gates from what has been measured so far.
         wants_more: whether more windows could decide them.
-        steps: is told of each.
-
-    Raises:
-        NumericalError: logits hold NaN or Inf.
+        steps: counts the steps.
     """
     found, gates = Measured(), list[GateResult]()
     for first, last in _looks(len(input_ids), first_look):
@@ -138,7 +135,7 @@ def _pairs(names: Sequence[str]) -> dict[Comparison, Pair]:
 
 
 def _look(models: Mapping[str, BlockRunner | WindowRunner], input_ids: Tensor, found: Measured, steps: Steps) -> None:
-    """Measures further windows and adds them to what was found."""
+    """Measures further windows and adds them to `found`."""
     pairs = _pairs(list(models))
     with _predictors(models, input_ids, found, steps) as predicting:
         figures = compare(
@@ -157,16 +154,16 @@ def _look(models: Mapping[str, BlockRunner | WindowRunner], input_ids: Tensor, f
 def _predictors(
     models: Mapping[str, BlockRunner | WindowRunner], input_ids: Tensor, found: Measured, steps: Steps
 ) -> Iterator[list[Predictor]]:
-    """Runs what runs block by block, and gives every model's predictions, in the order of the models."""
+    """Runs the models that run block by block, and yields every model's predictions, in the order of `models`."""
     runners = {name: model for name, model in models.items() if isinstance(model, BlockRunner)}
     windows, length = input_ids.shape
     counts = [_windows_of(name, windows, length) for name in runners]
-    blocks, told = list(runners.values()), f"{len(runners)} models" if len(runners) > 1 else "the reference"
+    blocks, label = list(runners.values()), f"{len(runners)} models" if len(runners) > 1 else "the reference"
     steps.expect(len(blocks[0].structure.blocks) + math.ceil(windows / windows_at_once(length)))
     batches, drift = run_in_lockstep(
         blocks,
         input_ids,
-        lambda block: steps.finished(f"block {block} of {told}", sum(counts) * length),
+        lambda block: steps.finished(f"block {block} of {label}", sum(counts) * length),
         windows=counts,
         drift="artifact" in runners,
     )

@@ -10,21 +10,21 @@ from qexport.gates.settings import GateSettings, ProfileName
 from qexport.settings import Settings
 
 ENDINGS: Final = (".yaml", ".yml")
-"""Of task files."""
+"""File name endings of task files."""
 
 _EXPLICIT: Final = ("./", "../", "/", "~")
 
 
 def names_file(task: str) -> bool:
-    """Whether a recipe's text names a task file or a folder of them, not a task of the harness."""
+    """Whether an entry of `tasks` names a task file or a folder of them, not a task of the harness."""
     return task.startswith(_EXPLICIT) or task in {".", ".."} or task.endswith(ENDINGS)
 
 
 class SamplingSettings(Settings):
-    """Sampled continuations beside the greedy ones; both models sample with the same random numbers."""
+    """Sampled continuations in addition to the greedy ones; both models sample with the same random numbers."""
 
     seed: Annotated[int, Field(ge=0)] = 0
-    """The same seed gives the same texts again."""
+    """The same seed gives the same texts."""
 
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Logits are divided by it."""
@@ -33,20 +33,20 @@ class SamplingSettings(Settings):
     """Only the likeliest tokens that together have this probability are drawn."""
 
     samples: Annotated[int, Field(ge=1)] = 1
-    """Texts for each prompt."""
+    """Sampled continuations per prompt."""
 
 
 class SpeedSettings(Settings):
-    """Timing of both models as users load them, where both fit in memory together."""
+    """Timing of both models as users load them, if both fit in memory together."""
 
     repeats: Annotated[int, Field(ge=6)] = 7
     """Measurements of each model, in turns. Fewer than 6 give no 95 % interval of a median."""
 
     prompt_tokens: Annotated[int, Field(ge=1)] = 128
-    """Tokens of held-out text that are read before the first new one."""
+    """Tokens of held-out text in the prompt."""
 
     new_tokens: Annotated[int, Field(ge=2)] = 16
-    """Tokens that are generated, one after the other."""
+    """Tokens to generate after the prompt."""
 
 
 class TaskSettings(Settings):
@@ -56,13 +56,13 @@ class TaskSettings(Settings):
     """Names of the harness's tasks or groups, and task files of your own (`.yaml`) or folders of them."""
 
     metric: Literal["acc", "acc_norm", "exact_match"] | None = None
-    """What makes an item right. By default acc, or exact_match where a task has no acc."""
+    """The metric that says whether an answer is correct. By default acc, or exact_match if a task has no acc."""
 
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
     """Solved examples before each item, except in tasks that set 0 themselves. By default the task's own number."""
 
     limit: Annotated[int, Field(ge=1)] | None = None
-    """The first items of each task to take; all of them by default."""
+    """How many items of each task to take, from the first one on; all of them by default."""
 
     batch_size: Annotated[int, Field(ge=1)] = 1
     """Requests that go through the model at once."""
@@ -72,7 +72,7 @@ class TaskSettings(Settings):
 
 
 class VerifySettings(Settings):
-    """How the finished artifact is held against the merged reference."""
+    """How the finished artifact is compared with the merged reference."""
 
     text: str | Annotated[list[str], Field(min_length=1)]
     """Held-out files (`.jsonl` with a `text` field, or `.txt`). Never the calibration text."""
@@ -81,23 +81,23 @@ class VerifySettings(Settings):
     """The field of a JSON line that holds the text."""
 
     windows: Annotated[int, Field(ge=1)] = 24
-    """How many windows to measure before the gates are looked at for the first time."""
+    """How many windows to measure before the gates are decided for the first time."""
 
     max_windows: Annotated[int, Field(ge=1)] = 64
-    """How many windows to measure at most, while a gate is undecided; fewer where the text ends before."""
+    """How many windows to measure at most, while a gate is undecided; fewer if the text is shorter."""
 
     sequence_length: Annotated[int, Field(ge=2)] = 512
-    """Tokens in a window. Windows do not overlap."""
+    """Tokens per window. Windows do not overlap."""
 
     prompts: str | None = None
-    """A JSONL file with `id`, `prompt` or `messages`, and perhaps `domain`, `style` and `pair`; both models continue
+    """A JSONL file with `id`, `prompt` or `messages`, and optionally `domain`, `style` and `pair`; both models continue
     each prompt greedily."""
 
     max_new_tokens: Annotated[int, Field(ge=1)] = 32
     """Tokens to generate for each prompt."""
 
     sampling: SamplingSettings | None = None
-    """Sampled continuations of the prompts too; none by default."""
+    """Sampled continuations of the prompts; none by default."""
 
     speed: SpeedSettings | None = None
     """Tokens per second and time to first token; not measured by default."""

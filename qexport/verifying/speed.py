@@ -1,6 +1,6 @@
-"""How fast both models are, as whole models in the hands of their users.
+"""The speed of both models, loaded whole as users load them.
 
-Wall-clock figures: no two runs agree on them, so they are kept apart from everything that is deterministic.
+Wall-clock figures differ from run to run, so they are kept apart from everything that is deterministic.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class MeasuredSpeed:
     """The speed of both models, or why it was not measured.
 
     Attributes:
-        speed: for the report; the reference is the merged model, dense, in its own dtype, and the artifact is as
-            `qexport.load` gives it, with its codes.
-        unmeasured: why there is none.
+        speed: for the report; the reference is the merged model, unquantized, in its own dtype, and the artifact is as
+            `qexport.load` returns it, with its codes.
+        unmeasured: why the speed was not measured; None if it was.
     """
 
     speed: Speed | None
@@ -67,7 +67,7 @@ def compare_speed(
     dtype: torch.dtype,
     device: torch.device,
 ) -> MeasuredSpeed:
-    """Loads both models as users do and measures them in turns, where memory has room for both.
+    """Loads both models as users do and measures them in turns, if both fit in memory.
 
     Args:
         reference: the merged model.
@@ -76,9 +76,6 @@ def compare_speed(
         settings: the recipe's `verify.speed`.
         dtype: of the reference; the artifact computes in its own.
         device: where to compute.
-
-    Raises:
-        InputError: the artifact cannot be read.
     """
     prompt = input_ids.flatten()[: settings.prompt_tokens][None]
     if reason := _obstacle(reference, artifact, prompt.shape[1] + settings.new_tokens, dtype, device):
@@ -86,12 +83,12 @@ def compare_speed(
     own = unquantized_model(reference.architecture, reference.weights, dtype=dtype, device=device)
     other = artifact.model(device=device)
     for model in (own, other):
-        model.generation_config = GenerationConfig()  # no token ends the text, nothing is penalized
+        model.generation_config = GenerationConfig()  # no end token, no penalties
     return MeasuredSpeed(measure_speed((own, other), prompt, settings))
 
 
 def measure_speed(models: tuple[PreTrainedModel, PreTrainedModel], prompt: Tensor, settings: SpeedSettings) -> Speed:
-    """Both models continue the prompt in turns, each first every other time, after each has done it once unmeasured.
+    """Both models continue the prompt in turns, in alternating order, after one unmeasured warm-up of each.
 
     Args:
         models: the reference and the artifact.
@@ -118,19 +115,19 @@ def measure_speed(models: tuple[PreTrainedModel, PreTrainedModel], prompt: Tenso
 
 
 def _tokens_per_second(times: NDArray[np.float64]) -> list[float]:
-    """From seconds [repeats, tokens] since the start: of the tokens behind the first."""
+    """From seconds [repeats, tokens] since the start; the first token is not counted."""
     speed: list[float] = ((times.shape[1] - 1) / (times[:, -1] - times[:, 0])).tolist()
     return speed
 
 
 def median_interval(values: Sequence[float]) -> Median:
-    """The median and a 95 % interval between two order statistics, whatever the distribution.
+    """The median and a 95 % interval between two order statistics, for any distribution.
 
     The k-th smallest and k-th largest of n values enclose the median with probability 1 - 2 P(X < k), where X is
     binomial(n, 1/2); k is the largest for which that is at least 95 % (David and Nagaraja, Order Statistics, 7.1).
 
     Args:
-        values: at least 6; fewer give no such interval.
+        values: at least 6; fewer give no 95 % interval.
     """
     ordered = sorted(float(value) for value in values)
     count = len(ordered)
@@ -141,7 +138,7 @@ def median_interval(values: Sequence[float]) -> Median:
 
 
 def _median_figure(name: str, values: Sequence[float]) -> Figure:
-    """Gates are decided on the same interval: the number of repeats is fixed before."""
+    """Gates are decided on the same interval, since the number of repeats is fixed beforehand."""
     found = median_interval(values)
     return Figure(
         name=name,
@@ -161,7 +158,7 @@ def _is_enclosed(count: int, rank: int) -> bool:
 
 
 class _Clock(LogitsProcessor):
-    """Notes when the logits of each new token are there."""
+    """Records the time at which the logits of each new token are computed."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -204,7 +201,7 @@ def _obstacle(
     dense = bytes_in_memory(structure, dtype)
     stored = sum((artifact.folder / name).stat().st_size for name in artifact.files)
     experts = any(linear.expert for linears in structure.linears.values() for linear in linears)
-    needed = HEADROOM * (dense + (dense if experts else stored))  # `load` makes experts dense
+    needed = HEADROOM * (dense + (dense if experts else stored))  # `load` dequantizes experts
     free = available_memory(device)
     if needed > free:
         return f"both models together need {size(needed, decimals=1)}, {size(free, decimals=1)} are free"

@@ -1,4 +1,4 @@
-"""Progress of a verification, whose length is not known before its gates are decided."""
+"""Progress of a verification, whose length is not known until its gates are decided."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from qexport.progress import Progress, ProgressCallback
 
 @dataclass
 class Steps:
-    """Blocks, batches of predictions, continuations: whatever is counted as one step.
+    """Counts the steps: blocks, batches of predictions, continuations.
 
     Attributes:
-        report: is told of each.
+        progress: is called with each step.
         stage: `prepare` before anything is quantized, `verify` after it.
         total: steps that are expected so far.
         done: steps that are finished.
-        tokens: that went through the models in them.
+        tokens: how many went through the models in the finished steps.
     """
 
-    report: ProgressCallback
+    progress: ProgressCallback
     stage: Literal["prepare", "verify"] = "verify"
     total: int = 0
     done: int = 0
     tokens: int = 0
 
     def expect(self, count: int) -> None:
-        """More steps will come."""
+        """Adds steps that will follow."""
         self.total += count
-        self._tell("")
+        self._notify("")
 
     def finished(self, detail: str, tokens: int = 0) -> None:
-        """One step is done."""
+        """Counts one finished step."""
         self.done += 1
         self.tokens += tokens
-        self._tell(detail)
+        self._notify(detail)
 
-    def _tell(self, detail: str) -> None:
-        self.report(Progress(self.stage, self.done, max(self.total, self.done), "step", detail, self.tokens))
+    def _notify(self, detail: str) -> None:
+        self.progress(Progress(self.stage, self.done, max(self.total, self.done), "step", detail, self.tokens))

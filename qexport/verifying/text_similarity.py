@@ -1,4 +1,4 @@
-"""How far two texts, or two sequences of tokens, are from each other.
+"""How much two texts, or two sequences of tokens, differ.
 
 sacrebleu and rouge-score are imported where they are used: together they take half a second, most of it for nltk.
 """
@@ -29,7 +29,7 @@ _UNSPACED: Final = (
 
 
 def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
-    """The first index at which two sequences differ, or one of them has ended; None where they are equal."""
+    """The first index at which two sequences differ, or one of them has ended; None if they are equal."""
     pairs = enumerate(zip(ours, theirs, strict=False))
     shorter = None if len(ours) == len(theirs) else min(len(ours), len(theirs))
     return next((index for index, (own, other) in pairs if own != other), shorter)
@@ -38,7 +38,7 @@ def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
 def edit_distance(ours: Sequence[int], theirs: Sequence[int]) -> float:
     """Insertions, deletions and substitutions of tokens (Levenshtein), over the longer length: 0 to 1.
 
-    0 where both are empty. Row by row as in Wagner and Fischer (1974); within a row, insertions are a running minimum.
+    0 if both are empty. Row by row as in Wagner and Fischer (1974); within a row, insertions are a running minimum.
     """
     longer = max(len(ours), len(theirs))
     if not longer:
@@ -52,15 +52,16 @@ def edit_distance(ours: Sequence[int], theirs: Sequence[int]) -> float:
 
 
 def repetition_rate(tokens: Sequence[int]) -> float:
-    """Share of the runs of four tokens that stood there before, 0 to 1; 0 for fewer than five tokens."""
+    """The share of runs of four tokens that occurred before, 0 to 1; 0 for fewer than five tokens."""
     grams = list(zip(*(tokens[start:] for start in range(_GRAM)), strict=False))
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def chrf(reference: str, text: str) -> float:
-    """chrF2 in percent, 0 to 100: F-score (beta 2) of character n-grams up to 6, white space left out (Popović 2015).
+    """chrF2 in percent, 0 to 100: F-score (beta 2) of character n-grams up to 6, without white space (Popović 2015).
 
-    As sacrebleu computes it for one sentence. Where neither text has a character that counts, 100; where one has, 0.
+    As sacrebleu computes it for one sentence. If neither text has a character other than white space, 100; if only one
+    has, 0.
     """
     if not reference.split() and not text.split():
         return 100.0
@@ -70,8 +71,8 @@ def chrf(reference: str, text: str) -> float:
 def rouge_l(reference: str, text: str) -> float:
     """ROUGE-L, 0 to 1: F-score (beta 1) of the longest common subsequence of words (Lin 2004), without stemming.
 
-    As rouge-score computes it, but with words of our own: its tokenizer is made for English and drops every letter
-    outside a to z. See `words`. Where neither text has a word, 1 if they are equal and 0 if not.
+    As rouge-score computes it, but with our own split into words: its tokenizer is made for English and drops every
+    letter outside a to z. See `words`. If neither text has a word, 1 if they are equal and 0 if not.
     """
     if not words(reference) and not words(text):
         return float(reference == text)
@@ -100,7 +101,7 @@ def _kind(character: str) -> str:
 
 
 class _Words:
-    """What rouge-score calls a tokenizer."""
+    """A tokenizer for rouge-score."""
 
     def tokenize(self, text: str) -> list[str]:
         return words(text)

@@ -1,4 +1,4 @@
-"""The finished artifact, read back from disk, held against the merged reference."""
+"""The finished artifact, read back from disk, compared with the merged reference."""
 
 from __future__ import annotations
 
@@ -34,27 +34,27 @@ if TYPE_CHECKING:
     from qexport.verifying.graphs import GraphRunner
 
 Judge = Callable[[Sequence[Figure]], list[GateResult]]
-"""The gates on figures, decided on what is known."""
+"""Decides the gates from the figures measured so far."""
 
 _COARSE_BITS: Final = 4
-"""With more, rounding to nearest is so near the reference that hardly anything can be nearer by more than noise."""
+"""With more bits, rounding to nearest is so close to the reference that little is closer by more than noise."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was found.
+    """What was measured.
 
     Attributes:
         figures: of the held-out text and the prompts.
-        tokens: the artifact against the reference, for every predicted token.
+        tokens: the artifact compared with the reference, for every predicted token.
         looks: how many windows had been measured at each look at the gates.
-        block_drift: see `qexport.verifying.predictors`; empty for an ONNX graph, which shows no hidden states.
-        generations: None where there are no prompts or the model does not fit in memory.
+        block_drift: see `qexport.verifying.predictors`; empty for an ONNX graph, which exposes no hidden states.
+        generations: None if there are no prompts or the model does not fit in memory.
         tasks: of lm-evaluation-harness.
         checks: of the gate `graph`, where the artifact is an ONNX graph.
         readers: what read the artifact for these figures, with its version.
         unconfirmed: what could not be measured, and why.
-        notes: for the reader.
+        notes: for users.
         timings: how long it took.
     """
 
@@ -81,14 +81,14 @@ def verify(
 ) -> Measurement:
     """Measures an artifact until its gates are decided or the text is used up.
 
-    All models run block by block but an ONNX graph, which ONNX Runtime runs a window at a time; prompts are continued
-    where a whole model fits in memory. docs/verification.md defines every figure.
+    All models run block by block, except an ONNX graph, which ONNX Runtime runs one window at a time. Prompts are
+    continued if a whole model fits in memory. docs/verification.md defines every figure.
 
     Args:
         artifact: the artifact, which `check_parameters` has accepted.
-        reference: what to measure it against.
-        judge: the gates.
-        grids: of the artifact's layers, where more is known than its files tell.
+        reference: what to compare it with.
+        judge: decides the gates.
+        grids: of the artifact's layers, if more is known than its files say.
         progress: is called with each step.
 
     Raises:
@@ -127,29 +127,30 @@ def verify(
 
 
 def has_nearest_rival(grids: Mapping[str, GroupQuantizedSpec]) -> bool:
-    """Whether an artifact whose layers have these grids is held against the model rounded to nearest on them."""
+    """Whether an artifact whose layers have these grids is compared with the model rounded to nearest on them."""
     return bool(grids) and min(grid.bits for grid in grids.values()) <= _COARSE_BITS
 
 
 def check_config(reference: Checkpoint, artifact: StoredModel) -> CheckResult:
-    """Whether the artifact's config.json means the reference's model."""
+    """Whether the artifact's config.json describes the reference's model."""
     problems = config_differences(reference.architecture, artifact.config)
     detail = listed(problems) if problems else "every key means the reference's model"
     return CheckResult(gate="config", name="config.json", passed=not problems, detail=detail)
 
 
 def check_headers(reference: Checkpoint, artifact: StoredModel) -> None:
-    """Holds the artifact's config.json and headers against the reference; reads no weights.
+    """Checks the artifact's config.json and headers against the reference's; reads no weights.
 
     Raises:
-        InputError: the artifact is not a form of the reference.
+        InputError: the artifact was not made from this reference.
     """
     refuse_other_config(reference.architecture, artifact.config)
     check_parameters(reference, artifact)
 
 
 def check_parameters(reference: Checkpoint, artifact: StoredModel) -> None:
-    """Holds the artifact's headers against the reference, and against its own config.json where that says otherwise.
+    """Checks the artifact's headers against the reference, and against its own config.json if that describes other
+    parameters.
 
     Raises:
         InputError: parameters are missing, unexpected or of another shape.
@@ -166,9 +167,9 @@ class _Reading:
 
     Attributes:
         runner: runs it.
-        reader: what that is, with its version.
+        reader: the program that reads it, with its version.
         checks: of a graph.
-        notes: for the reader.
+        notes: for users.
     """
 
     runner: BlockRunner | GraphRunner
@@ -178,13 +179,13 @@ class _Reading:
 
 
 def _read_blocks(artifact: StoredModel, reference: Reference) -> _Reading:
-    """The artifact runs as its own config.json says, as its users will run it."""
+    """The artifact, run as its own config.json says, as its users will run it."""
     runner = BlockRunner(artifact.architecture, artifact, dtype=reference.dtype, device=reference.device)
     return _Reading(runner, f"qexport {version('qexport')}")
 
 
 def _read_graph(artifact: StoredModel, reference: Reference) -> _Reading:
-    """The graph in ONNX Runtime, after what windows of text do not show of it has been tried."""
+    """The graph in ONNX Runtime, after checks of what windows of text do not show."""
     from qexport.verifying.graphs import GraphRunner, check_graph
 
     runner = GraphRunner(artifact, reference.device)
@@ -205,7 +206,7 @@ def _other_dtype(dtype: torch.dtype, reference: Reference) -> str:
 def _rivals(
     reference: Reference, grids: Mapping[str, GroupQuantizedSpec], transposed: frozenset[str]
 ) -> tuple[BlockRunner | None, BlockRunner | None]:
-    """The merged model rounded to nearest, and the base without the adapter, where there are such."""
+    """The merged model rounded to nearest, and the base without the adapter; None for one that does not apply."""
     nearest = None
     if has_nearest_rival(grids):
         nearest = reference.runner(replace(reference.merged, weights=reference.nearest(grids, transposed)))
@@ -214,7 +215,7 @@ def _rivals(
 
 
 def _figures(found: Measured, reference: Reference) -> list[Figure]:
-    """Everything that is known of the text, with the noise floor beside it."""
+    """All figures over the held-out text so far, with their noise floors, and those of the preparation."""
     tokens = found.tokens()
     units = Units(reference.held_out.domains[: found.windows], "window", tokens["artifact"].kl.shape[1], PLANNED_UNITS)
     floor = reference.prepared.noise_floor

@@ -1,4 +1,4 @@
-"""What needs whole models in memory: prompts, tasks, speed. It is left out, and named, where they do not fit."""
+"""Measurements that need whole models in memory: prompts, tasks, speed. Skipped with a note if they do not fit."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from qexport.verifying.tasks.measuring import PairedTask, measure_tasks
 
 @dataclass(frozen=True)
 class Pair:
-    """Both models, and what they share.
+    """Both models, and their shared tokenizer.
 
     Attributes:
         reference: the merged model.
         artifact: the artifact.
         checkpoint: the merged model's files.
-        stored: the artifact as it lies on the disk.
+        stored: the artifact on disk.
         tokenizer: the reference's.
     """
 
@@ -46,14 +46,14 @@ class Pair:
 
 @dataclass
 class Whole:
-    """What whole models were measured on.
+    """What was measured with whole models.
 
     Attributes:
         figures: of prompts and tasks.
-        generations: None where no prompts were continued.
+        generations: None if no prompts were continued.
         tasks: of lm-evaluation-harness.
         unconfirmed: what could not be measured, and why.
-        notes: for the reader.
+        notes: for users.
     """
 
     figures: list[Figure] = field(default_factory=list)
@@ -66,14 +66,14 @@ class Whole:
 def measure_whole(
     pair: Pair, prompts: EncodedPrompts | None, settings: VerifySettings, steps: Steps, progress: ProgressCallback
 ) -> Whole:
-    """Continues the prompts and asks the tasks, one model after the other.
+    """Continues the prompts and runs the tasks, one model after the other.
 
     Args:
         pair: the models.
-        prompts: None for nothing.
+        prompts: None for no prompts.
         settings: the recipe's `verify`.
-        steps: is told of each.
-        progress: is called with what was left out.
+        steps: counts the steps.
+        progress: is called with what was skipped.
     """
     wanted = {"generations": prompts is not None, "tasks": settings.tasks is not None}
     needed, available = needed_memory(pair.reference), available_memory(pair.reference.device)
@@ -98,14 +98,14 @@ def measure_whole(
 def measure_speed(
     pair: Pair, input_ids: Tensor, settings: SpeedSettings | None, dtype: torch.dtype, progress: ProgressCallback
 ) -> MeasuredSpeed:
-    """Times both models as their users load them, where both fit in memory.
+    """Times both models as users load them, if both fit in memory.
 
     Args:
         pair: the models.
         input_ids: int64, held-out tokens.
         settings: the recipe's `verify.speed`.
         dtype: the reference's.
-        progress: is called with what was left out.
+        progress: is called with what was skipped.
     """
     if settings is None:
         return MeasuredSpeed(None, "the recipe has no verify.speed")

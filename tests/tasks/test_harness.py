@@ -252,7 +252,7 @@ def test_templates_cannot_reach_python(
     ("task", "settings", "error", "message"),
     [
         ("no_such_task_anywhere", {}, RecipeError, "has no task"),
-        ("humaneval", {}, InputError, "fetched from the hub as code"),
+        ("humaneval", {}, InputError, "downloaded from the hub as code"),
         ("local.yaml", {"metric": "exact_match"}, RecipeError, "it measures acc, acc_norm"),
     ],
 )
@@ -277,7 +277,7 @@ def test_data_that_is_out_of_reach_is_an_input_error(models: Models, monkeypatch
 
 def test_a_task_that_comes_twice_is_refused(models: Models, tmp_path: Path) -> None:
     task = write_task(tmp_path, ROWS, CHOICE)
-    with pytest.raises(RecipeError, match="comes twice"):
+    with pytest.raises(RecipeError, match="is named twice"):
         measure(*models, task, task)
 
 

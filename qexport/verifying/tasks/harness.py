@@ -1,4 +1,4 @@
-"""The harness's tasks and its evaluation of one model. Only imported where lm-eval is installed."""
+"""The harness's tasks and its evaluation of one model. Only imported if lm-eval is installed."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ from qexport.verifying.tasks.local_files import LocalTask, read_local_tasks
 from qexport.verifying.tasks.measuring import Item, Scores
 
 _METRICS: Final = ("acc", "exact_match")
-"""Where the recipe names none: the first that a task has."""
+"""If the recipe names no metric: the first of these that a task has."""
 
 
 @contextmanager
 def contained() -> Iterator[None]:
-    """Holds the harness to what a run of qexport may do, as long as the context lasts.
+    """Restricts the harness, within the context, to what a run of qexport may do.
 
-    Templates run in a sandbox, since the harness's own environment lets one reach any Python object. Metrics are not
-    fetched from the hub, since they come as code. Standard output, bars and remarks are kept from the terminal.
+    Templates run in a sandbox, since the harness's own environment lets them reach any Python object. Metrics are not
+    downloaded from the hub, since they are code. Standard output, progress bars and log messages are suppressed.
     """
     sandbox = ImmutableSandboxedEnvironment(loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True)
     sandbox.filters.update(harness_templates.env.filters)
@@ -55,12 +55,12 @@ def contained() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Question:
-    """A task, ready to be asked.
+    """A task, ready to be run.
 
     Attributes:
         name: the task's.
         task: with its data.
-        metric: what makes an item right.
+        metric: says whether an answer is correct.
     """
 
     name: str
@@ -69,10 +69,10 @@ class Question:
 
 
 def build_questions(settings: TaskSettings) -> list[Question]:
-    """The tasks that the recipe names, groups taken apart. Only within `contained`.
+    """The tasks that the recipe names, with groups expanded. Only within `contained`.
 
     Raises:
-        RecipeError: a task is named twice, the harness has none of a name, or a task has not the metric.
+        RecipeError: a task is named twice, the harness has no task of a name, or a task does not have the metric.
         InputError: a task file is refused, data cannot be read, or a task cannot be built, draws its answers at random,
             or runs what the model writes.
     """
@@ -82,7 +82,7 @@ def build_questions(settings: TaskSettings) -> list[Question]:
     for text in settings.tasks:
         for name, task in _build(text, manager).items():
             if name in questions:
-                raise RecipeError(f"the task {name} comes twice", where="verify.tasks", mend="name it once")
+                raise RecipeError(f"the task {name} is named twice", where="verify.tasks", mend="name it once")
             _refuse_sampling(name, task)
             _set_fewshot(task, settings)
             questions[name] = Question(name, task, _choose_metric(name, task, settings.metric))
@@ -90,7 +90,7 @@ def build_questions(settings: TaskSettings) -> list[Question]:
 
 
 class HarnessModel:
-    """A model as the harness asks it. Only within `contained`.
+    """A model as the harness runs it. Only within `contained`.
 
     Log-probabilities are computed in float32 from the model's logits.
 
@@ -102,7 +102,7 @@ class HarnessModel:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: TaskSettings) -> None:
         self._model, self._settings = model, settings
-        # The harness ties the weights again, which would undo a head that computes in float32.
+        # The harness ties the weights again, which would undo the head's computation in float32.
         model.tie_weights = lambda *_, **__: None  # type: ignore[method-assign]
         try:
             self._lm = HFLM(
@@ -116,15 +116,15 @@ class HarnessModel:
             del model.tie_weights
 
     def answer(self, question: Question) -> Scores:
-        """Which items of the task the model gets right.
+        """Which items of the task the model answers correctly.
 
         Raises:
-            InputError: the harness cannot ask the task, or its metric is not 0 or 1.
+            InputError: the harness cannot run the task, or its metric is not 0 or 1.
             NumericalError: logits hold NaN or Inf.
         """
         name, task = question.name, question.task
         task.set_fewshot_seed(seed=self._settings.seed)
-        with _finite_logits(self._model, name), _told(name):
+        with _finite_logits(self._model, name), _harness_errors(name):
             results = evaluate(
                 self._lm,
                 {"tasks": {name: task}},
@@ -152,16 +152,16 @@ def _build(named: str, manager: TaskManager | None) -> dict[str, ConfigurableTas
         raise RecipeError(
             f"the harness has no task {named!r}",
             where="verify.tasks",
-            mend=f"did you mean {', '.join(close)}?" if close else "a task file of your own is named by its path",
+            mend=f"did you mean {', '.join(close)}?" if close else "to use your own task file, give its path",
         )
-    with _told(named):
+    with _harness_errors(named):
         built = manager.load([named])["tasks"]
     return dict(built)
 
 
 def _build_local(local: LocalTask) -> ConfigurableTask:
     config = dict(local.config)
-    with _told(local.name):
+    with _harness_errors(local.name):
         if local.splits is not None:
             tables = {split: datasets.Dataset.from_list(rows) for split, rows in local.splits.items()}
             config["custom_dataset"] = lambda **_: tables
@@ -176,11 +176,11 @@ def _refuse_sampling(name: str, task: ConfigurableTask) -> None:
         "asks each item several times" if config.repeats > 1 else None
     )  # fmt: skip
     if problem:
-        raise InputError(f"the task {problem}", where=f"task {name}", mend="take a task with one greedy answer an item")
+        raise InputError(f"the task {problem}", where=f"task {name}", mend="use a task with one greedy answer per item")
 
 
 def _set_fewshot(task: ConfigurableTask, settings: TaskSettings) -> None:
-    """As the harness does it: a task that says 0 keeps it."""
+    """As in the harness, a task that sets 0 keeps it."""
     own = task.config.num_fewshot
     wanted = own if own == 0 or settings.num_fewshot is None else settings.num_fewshot
     task.set_config(key="num_fewshot", value=wanted or 0)
@@ -193,7 +193,7 @@ def _choose_metric(name: str, task: ConfigurableTask, wanted: str | None) -> str
         raise RecipeError(
             f"the task does not measure {wanted or ' or '.join(_METRICS)}",
             where=f"task {name}",
-            mend=f"it measures {', '.join(measured)}: set verify.tasks.metric, or leave the task out",
+            mend=f"it measures {', '.join(measured)}: set verify.tasks.metric, or remove the task",
         )
     return found
 
@@ -220,17 +220,17 @@ def _finite_logits(model: nn.Module, task: str) -> Iterator[None]:
 
 
 @contextmanager
-def _told(task: str) -> Iterator[None]:
-    """Passes on what the harness, a template or a dataset's reader says."""
+def _harness_errors(task: str) -> Iterator[None]:
+    """Reports errors of the harness, a template or a dataset as InputError, with their message."""
     try:
         yield
     except (QexportError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # any of them raises what it comes upon
+    except Exception as error:  # they raise exceptions of any type
         raise InputError(
             f"lm-evaluation-harness cannot run the task: {type(error).__name__}: {error}",
             where=f"task {task}",
-            mend="mend the task file or its data; offline, only what lies in the cache can be read",
+            mend="correct the task file or its data; offline, only data in the cache can be read",
         ) from error
 
 
@@ -263,5 +263,5 @@ def _without_bar(start: Callable[..., None]) -> Callable[..., None]:
 
 def _refuse_metric(name: str, *_: Any, **__: Any) -> Callable[..., Any]:
     raise InputError(
-        "a metric would be fetched from the hub as code", where=name, mend="leave the tasks with this metric out"
+        "this metric would be downloaded from the hub as code", where=name, mend="remove the tasks with this metric"
     )

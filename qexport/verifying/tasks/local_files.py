@@ -1,4 +1,4 @@
-"""Task files of one's own: what of lm-evaluation-harness's format is data, and nothing that runs code."""
+"""The user's own task files: the part of lm-evaluation-harness's format that is data; nothing that runs code."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ Row = dict[str, Any]
 
 _LARGEST: Final = 1 << 20
 _DEEPEST: Final = 20
-_NO_CODE: Final = "nothing that a task file names is executed: write the task with data and templates alone"
+_NO_CODE: Final = "nothing that a task file names is executed: write the task with data and templates only"
 
 _CODE: Final = {
     "class": "names a Python class",
     "custom_dataset": "names a Python function",
-    "include": "reads another file: write its fields out",
+    "include": "reads another file: copy its fields into this one",
     "process_docs": "names a Python function",
     "process_results": "names a Python function",
     "unsafe_code": "runs what the model writes",
-    "use_prompt": "loads prompts from elsewhere: write doc_to_text out",
+    "use_prompt": "loads prompts from elsewhere: write them as doc_to_text",
 }
 """Fields of the harness that load code or further files, with what they do."""
 
@@ -118,7 +118,7 @@ class LocalTask:
     Attributes:
         name: the task's.
         config: its fields, as the harness takes them.
-        splits: the rows of each split; None where they come from a hub dataset.
+        splits: the rows of each split; None if they come from a hub dataset.
     """
 
     name: str
@@ -129,10 +129,10 @@ class LocalTask:
 def read_local_tasks(path: Path) -> list[LocalTask]:
     """The task of a file, or of each `.yaml` and `.yml` file in a folder, in the order of their names.
 
-    Relative `data_files` start from the folder of the task file.
+    Relative `data_files` are relative to the folder of the task file.
 
     Raises:
-        InputError: a file cannot be read or is no task, would run code, or names data that is not there.
+        InputError: a file cannot be read or is not a task, would run code, or names data that does not exist.
     """
     if not path.is_dir():
         return [_read_task(path)]
@@ -145,13 +145,13 @@ def read_local_tasks(path: Path) -> list[LocalTask]:
 def _read_task(path: Path) -> LocalTask:
     values = _load(path)
     if code := [f"{name}: {_CODE[name]}" for name in values if name in _CODE]:
-        raise InputError("the task file asks for code or files to be loaded", where=_at(path, code), mend=_NO_CODE)
+        raise InputError("the task file would load code or other files", where=_at(path, code), mend=_NO_CODE)
     try:
         content = _Content.model_validate(values)
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]
         raise InputError(
-            "not a task that can be run here", where=_at(path, problems), mend="see docs/tasks.md for the fields"
+            "not a task that can be run here", where=_at(path, problems), mend="docs/tasks.md lists the fields"
         ) from error
     config = content.model_dump(exclude_unset=True, exclude={"tag", "dataset_kwargs"})
     return LocalTask(content.task, config | _revision(content), _splits(content, path))
@@ -165,22 +165,22 @@ def _revision(content: _Content) -> dict[str, Any]:
 def _load(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _LARGEST:
-            raise InputError(f"a task file has at most {_LARGEST} bytes", where=str(path))
+            raise InputError(f"the task file is larger than {_LARGEST} bytes", where=str(path))
         text = path.read_text(encoding="utf-8-sig")
         if code := list(_problems(text)):
-            raise InputError("the task file is more than plain data", where=_at(path, code), mend=_NO_CODE)
+            raise InputError("the task file is not plain data", where=_at(path, code), mend=_NO_CODE)
         values = YAML(typ="safe", pure=True).load(text)
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}", where=str(path)) from error
     except (UnicodeDecodeError, ReaderError, MarkedYAMLError, RecursionError) as error:
         raise InputError(f"no valid YAML: {error}", where=str(path)) from error
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise InputError("a task file holds a mapping of fields", where=str(path))
+        raise InputError("a task file must be a mapping of fields", where=str(path))
     return values
 
 
 def _problems(text: str) -> Iterator[str]:
-    """Tags, of which `!function` imports Python code; aliases, by which few bytes become many; too many levels."""
+    """Tags, since `!function` imports Python code; aliases, since few bytes expand to many; too deep nesting."""
     depth = 0
     for event in YAML(typ="safe", pure=True).parse(text):
         line = event.start_mark.line + 1
@@ -200,7 +200,7 @@ def _splits(content: _Content, path: Path) -> dict[str, list[Row]] | None:
         _check_hub_id(content.dataset_path, files is not None, path)
         return None
     if files is None or content.dataset_kwargs.revision is not None:
-        problem = "dataset_path json needs dataset_kwargs.data_files, and has no revision"
+        problem = "dataset_path: json needs dataset_kwargs.data_files, and takes no revision"
         raise InputError(problem, where=str(path))
     named = files if isinstance(files, dict) else {"train": files}
     splits = {
@@ -230,17 +230,17 @@ def _check_splits(content: _Content, splits: Mapping[str, list[Row]], path: Path
 
 
 def _read_rows(names: list[str], folder: Path) -> list[Row]:
-    """The rows of several files. Each has the same fields, since a table has no room for others."""
+    """The rows of several files. All must have the same fields, since they become one table."""
     rows: list[Row] = []
     for name in names:
         if "://" in name:
-            raise InputError("data_files names local files", where=name, mend="fetch it, and name the copy")
+            raise InputError("data_files must name local files", where=name, mend="download it, and name the copy")
         for where, row in _read_file(folder / Path(name).expanduser()):
             if rows and row.keys() != rows[0].keys():
-                raise InputError("the row has not the fields of the first one", where=where)
+                raise InputError("the row does not have the fields of the first one", where=where)
             rows.append(row)
     if not rows:
-        raise InputError("there are no items in it", where=", ".join(names) or str(folder))
+        raise InputError("it contains no items", where=", ".join(names) or str(folder))
     return rows
 
 
@@ -249,13 +249,13 @@ def _read_file(path: Path) -> Iterator[tuple[str, Row]]:
         yield from read_json_lines(path)
         return
     if path.suffix != ".json":
-        raise InputError("data_files are read from .jsonl and .json files", where=str(path))
+        raise InputError("data_files must be .jsonl or .json files", where=str(path))
     try:
         rows = parse_json(path.read_bytes(), where=str(path))
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}", where=str(path)) from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise InputError("a .json file of items holds a list of objects", where=str(path))
+        raise InputError("a .json file of items must hold a list of objects", where=str(path))
     yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows))
 
 

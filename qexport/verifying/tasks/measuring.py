@@ -1,4 +1,4 @@
-"""Task accuracy of two models, one after the other in memory, and the record of it, paired by item."""
+"""Task accuracy of two models, one after the other in memory, and its record, paired by item."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Item:
     """One model's answer to one item of a task.
 
     Attributes:
-        index: the item's place in the task's documents.
-        digest: of its document, prompt and target, by which the same item is known.
+        index: of the item in the task's documents.
+        digest: of its document, prompt and target, which identifies the item.
         right: whether the metric is 1.
     """
 
@@ -46,8 +46,8 @@ class Scores:
 
     Attributes:
         task: the task's name.
-        metric: what makes an item right.
-        filter: the task's chain of filters that the answers went through.
+        metric: says whether an answer is correct.
+        filter: the task's chain of filters that was applied to the answers.
         num_fewshot: solved examples before each item.
         items: in the order of the task's documents.
     """
@@ -60,12 +60,12 @@ class Scores:
 
     @property
     def right(self) -> tuple[bool, ...]:
-        """For each item, whether the model got it right."""
+        """For each item, whether the model's answer is correct."""
         return tuple(item.right for item in self.items)
 
     @property
     def accuracy(self) -> float:
-        """The share of items that the model got right."""
+        """The share of correct answers."""
         return sum(self.right) / len(self.items)
 
 
@@ -100,14 +100,14 @@ class PairedTask:
 
     @property
     def differences(self) -> tuple[int, ...]:
-        """For each item +1 where only the artifact got it right, -1 where only the reference did, else 0."""
+        """For each item +1 if only the artifact's answer is correct, -1 if only the reference's is, else 0."""
         return tuple(
             int(own) - int(other) for other, own in zip(self.reference.right, self.artifact.right, strict=True)
         )
 
     @property
     def accuracy_change(self) -> Figure:
-        """A few items of which none has changed do not make it certain that none ever does."""
+        """`trials` keeps its interval above width 0 if no answer has changed: on other items some may."""
         units = Units([None] * len(self.differences), "item", None, len(self.differences))
         differences = np.array(self.differences, dtype=np.float64)
         figure = units.mean("accuracy_change", differences, DIFFERENCE, trials=1)
@@ -115,15 +115,15 @@ class PairedTask:
 
 
 def pair(reference: Scores, artifact: Scores) -> PairedTask:
-    """Lays the answers to the same items side by side.
+    """Pairs the answers to the same items.
 
     Raises:
-        QexportError: the two do not hold the same task, metric and items.
+        QexportError: the two do not have the same task, metric and items.
     """
     ours, theirs = _measured(reference), _measured(artifact)
     if ours != theirs:
         raise QexportError(
-            "the two models were not asked the same items",
+            "the two models did not answer the same items",
             where=f"task {reference.task}: {_first_difference(ours, theirs)}",
             mend="measure both again, with the same task files, data and versions",
         )
@@ -131,7 +131,7 @@ def pair(reference: Scores, artifact: Scores) -> PairedTask:
 
 
 def _measured(scores: Scores) -> list[tuple[str, object]]:
-    """What must be equal, each with its name."""
+    """The values that must be equal, each with its name."""
     named = ("task", "metric", "filter", "num_fewshot")
     items: list[tuple[str, object]] = [(f"item {item.index}", item.digest) for item in scores.items]
     return [*((name, getattr(scores, name)) for name in named), ("number of items", len(items)), *items]
@@ -144,17 +144,17 @@ def _first_difference(ours: Sequence[tuple[str, object]], theirs: Sequence[tuple
 
 
 OpenModel = Callable[[], AbstractContextManager[PreTrainedModel]]
-"""Gives the model as long as the context lasts, for example `BlockRunner.whole`."""
+"""Opens the model for the time of the context, for example `BlockRunner.whole`."""
 
 _NEEDED: Final = {"lm_eval": (0, 4, 13), "datasets": (4, 0)}
-"""Before version 4, `datasets` runs scripts that lie beside the data."""
+"""Before version 4, `datasets` runs scripts that are stored with the data."""
 
 
 def require_harness() -> None:
-    """Makes sure that lm-evaluation-harness is installed; imports nothing.
+    """Checks that lm-evaluation-harness is installed; imports nothing.
 
     Raises:
-        RecipeError: it is not, or too old, or `datasets` is.
+        RecipeError: the harness or `datasets` is missing or too old.
     """
     for package, oldest in _NEEDED.items():
         needed = f"{package} {'.'.join(map(str, oldest))}"
@@ -173,17 +173,17 @@ def measure_tasks(
     settings: TaskSettings,
     finished: Callable[[str], None],
 ) -> list[PairedTask]:
-    """Asks each model the same items of every task; never are both in memory.
+    """Runs every task with each model, on the same items. Only one model is in memory at a time.
 
     Args:
         reference: opens the merged model.
         artifact: opens the artifact.
-        tokenizer: the models'; stays as it is.
+        tokenizer: the models'; it is not changed.
         settings: the recipe's `verify.tasks`, with local paths resolved.
-        finished: is told of each task that a model has answered, by its name: twice for each task.
+        finished: is called with the name of each task that a model has answered: twice for each task.
 
     Raises:
-        RecipeError: the harness is missing, a task is unknown or comes twice, or has not the metric.
+        RecipeError: the harness is missing, a task is unknown or named twice, or does not have the metric.
         InputError: a task file, its data or a task of the harness cannot be used, or would run code.
         NumericalError: logits hold NaN or Inf.
     """

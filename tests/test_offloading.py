@@ -1,4 +1,4 @@
-"""Activations that wait on the disk."""
+"""Activations that are offloaded to the disk."""
 
 from __future__ import annotations
 
@@ -6,33 +6,33 @@ from pathlib import Path
 
 import torch
 
-from qexport.quantizing.pauses import Parking
+from qexport.quantizing.pauses import OffloadFile
 
 
-def test_what_was_parked_comes_back_in_place_and_costs_no_memory_meanwhile(tmp_path: Path) -> None:
-    parking = Parking(tmp_path)
+def test_offloaded_tensors_are_restored_in_place_and_cost_no_memory_before(tmp_path: Path) -> None:
+    file = OffloadFile(tmp_path)
     tensors = [torch.randn(3, 1000), torch.randn(77).bfloat16(), torch.arange(10)]
     copies = [tensor.clone() for tensor in tensors]
-    give_back = [parking.park(tensor) for tensor in tensors]
+    restores = [file.offload(tensor) for tensor in tensors]
     assert [tensor.untyped_storage().nbytes() for tensor in tensors] == [0, 0, 0]
-    for restore in reversed(give_back):
+    for restore in reversed(restores):
         restore()
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(tensors, copies, strict=True))
 
 
-def test_views_of_a_parked_tensor_see_their_values_again(tmp_path: Path) -> None:
+def test_views_of_an_offloaded_tensor_see_their_values_again(tmp_path: Path) -> None:
     whole = torch.arange(100.0)
     part, copy = whole[10:20], torch.arange(10.0, 20.0)
-    restore = Parking(tmp_path).park(part)
+    restore = OffloadFile(tmp_path).offload(part)
     restore()
     assert torch.equal(part, copy)
     assert torch.equal(whole, torch.arange(100.0))
 
 
 def test_the_file_has_no_name_and_is_used_again(tmp_path: Path) -> None:
-    parking = Parking(tmp_path)
+    file = OffloadFile(tmp_path)
     for _ in range(3):
-        parking.park(torch.ones(1000))()
-        parking.empty()
+        file.offload(torch.ones(1000))()
+        file.empty()
     assert list(tmp_path.iterdir()) == []
-    assert parking._file.seek(0, 2) == 4000
+    assert file._file.seek(0, 2) == 4000

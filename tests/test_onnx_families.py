@@ -84,7 +84,7 @@ def test_heads_that_fused_attention_cannot_take_are_refused_before_anything_is_t
         layer_caches(Architecture(as_json(factories.llama_config(head_dim=size))), torch.float32) for size in (12, 24)
     )
     refuse_unfused(wide)
-    with pytest.raises(CompatibilityError, match="a multiple of 8; not 12"):
+    with pytest.raises(CompatibilityError, match="a multiple of 8, not 12"):
         refuse_unfused([*wide, *narrow])
     with pytest.raises(CompatibilityError, match="not 12 and 24"):
         refuse_unfused([(narrow[0][0], wide[0][1])])

@@ -168,7 +168,7 @@ class WeightFiles:
         ]
         if faults:
             raise CompatibilityError(
-                f"{len(faults)} layers cannot be stored in the format of the files",
+                f"{len(faults)} layers do not fit the format of the file",
                 where=listed(faults),
                 mend="choose other bits or groups for these layers, or leave them unquantized",
             )

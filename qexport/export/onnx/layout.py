@@ -207,7 +207,7 @@ class OnnxLayout:
         self.weights.refuse_faults()
         if any(linear.expert for linear in self._structure.block_linears):
             raise CompatibilityError(
-                "the onnx layout does not support mixtures of experts",
+                "the onnx layout does not know mixtures of experts",
                 where="export: onnx",
                 mend="leave this layout out; safetensors, tgi and vllm support them",
             )

@@ -108,7 +108,7 @@ def test_a_moved_limit_is_noted_on_stderr(measured: Path, capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("text", "code", "what"),
     [
-        ("gates: {mean_kll: {at_most: 1}}", 2, "gates.yaml:1: gates.mean_kll: there is no such figure"),
+        ("gates: {mean_kll: {at_most: 1}}", 2, "gates.yaml:1: gates.mean_kll: unknown figure"),
         ("gates: {mean_kl: {at_most: 0.0001}}", 2, "limits are tighter than three times the noise floor"),
         ("", 2, "the file of gates is empty"),
     ],

@@ -65,7 +65,7 @@ limits: 1
     found = problems(tmp_path, text)
     assert found.pop(0).endswith("not 'gptq4bit'; did you mean gptq-4bit?")
     assert found == [
-        "g.yaml:3: gates.mean_kll: there is no such figure; did you mean mean_kl?",
+        "g.yaml:3: gates.mean_kll: unknown figure; did you mean mean_kl?",
         "g.yaml:4: gates.max_kl: max_kl has no confidence interval, so no gate on it can be decided; "
         "limit kl_p999 instead",
         "g.yaml:7: gates.top1_agreement.at_least: must be a finite number, not nan",

@@ -87,9 +87,9 @@ def test_what_loads_code_or_means_nothing_is_refused(extra: str, message: str, t
         ("{data_files: {test: local.jsonl}}", "{data_files: {test: local.pkl}}", "must be .jsonl or .json files"),
         ("{data_files: {test: local.jsonl}}", "{data_files: local.jsonl}", "has no split test"),
         ("{data_files: {test: local.jsonl}}", "{}", "needs dataset_kwargs.data_files"),
-        ("task: local", "task: local\ntask: again", "no valid YAML"),
+        ("task: local", "task: local\ntask: again", "not valid YAML"),
         ("task: local", "task: ../local", "task: String should match"),
-        ("task: local", "- local", "no valid YAML"),
+        ("task: local", "- local", "not valid YAML"),
     ],
 )
 def test_other_metrics_and_data_are_refused(before: str, after: str, message: str, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ ONLY_DOMAINS: Final = ("accuracy_change",)
 def _check_figure(name: str) -> str:
     if name not in CATALOGUE:
         hint = suggestion(name, list(CATALOGUE)) or "; docs/gates.md lists them"
-        raise ValueError(f"there is no such figure{hint}")
+        raise ValueError(f"unknown figure{hint}")
     if not CATALOGUE[name].gated:
         raise ValueError(f"{name} has no confidence interval, so no gate on it can be decided; limit kl_p999 instead")
     return name

@@ -97,12 +97,12 @@ def _one_line(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-if __name__ == "__main__":
-    page = Path(sys.argv[1])
-    page.write_text(updated(page.read_text(encoding="utf-8")), encoding="utf-8")
-
-
 def recipe_schema() -> str:
     """The schema (draft 2020-12) as JSON text; `recipes/recipe.schema.json` is a copy of it."""
     schema = {"$schema": GenerateJsonSchema.schema_dialect, **Recipe.model_json_schema(mode="validation")}
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    page = Path(sys.argv[1])
+    page.write_text(updated(page.read_text(encoding="utf-8")), encoding="utf-8")

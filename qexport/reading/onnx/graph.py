@@ -185,7 +185,7 @@ def _product(sizes: Iterable[int]) -> int:
 
 def _parse(path: Path) -> onnx.ModelProto:
     if not path.is_file():
-        raise InputError("there is no such file", where=str(path), mend="name the folder of an ONNX artifact")
+        raise InputError("the file does not exist", where=str(path), mend="name the folder of an ONNX artifact")
     if (size := path.stat().st_size) > _GRAPH_LIMIT:
         raise InputError(f"{size} bytes are too many for a graph; the limit is {_GRAPH_LIMIT}", where=str(path))
     try:

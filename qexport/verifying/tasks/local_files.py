@@ -173,7 +173,7 @@ def _load(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}", where=str(path)) from error
     except (UnicodeDecodeError, ReaderError, MarkedYAMLError, RecursionError) as error:
-        raise InputError(f"no valid YAML: {error}", where=str(path)) from error
+        raise InputError(f"not valid YAML: {error}", where=str(path)) from error
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise InputError("a task file must be a mapping of fields", where=str(path))
     return values

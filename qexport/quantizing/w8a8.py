@@ -49,8 +49,8 @@ class W8a8(RoundingMethod):
         if not linear.transposed:
             return None
         return (
-            "w8a8 does not fit layers whose weights are stored [in, out] (GPT-2's Conv1D): compressed-tensors "
-            "does not support them, and vLLM would transpose their codes; use gptq"
+            "w8a8 does not fit layers whose weights are stored [in, out] (GPT-2's Conv1D): compressed-tensors knows no "
+            "such layers, and vLLM would transpose their codes; take gptq"
         )
 
     def spec(self, linear: LinearSpec, stored: TensorSpec) -> QuantizedSpec:

@@ -134,7 +134,7 @@ def test_a_recipe_takes_the_same_gates() -> None:
     settings = VerifySettings.model_validate({"text": "t.txt", "gates": gates})
     assert settings.profile == "auto"
     assert settings.gates == GatesFile.model_validate({"gates": gates}).gates
-    with pytest.raises(ValidationError, match="no such figure"):
+    with pytest.raises(ValidationError, match="unknown figure"):
         VerifySettings.model_validate({"text": "t.txt", "gates": {"kl": {"at_most": 0.3}}})
 
 

@@ -241,7 +241,7 @@ def test_files_that_are_no_graphs_are_refused(folder: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         Graph(folder)
     (folder / "model.onnx").unlink()
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match="the file does not exist"):
         Graph(folder)
 
 

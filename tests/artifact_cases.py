@@ -82,6 +82,9 @@ TOGETHER = (
 )
 """Several layouts in one recipe: each folder has the bytes that it has alone."""
 
+TOGETHER_METHODS = ("gptq", "gptq act-order", "nf4 double", "int8", "w8a8", "none")
+"""One of each kind of codes, and one that some layouts refuse."""
+
 CASES = [("llama", method) for method in METHODS] + [
     (model, method) for model in list(MODELS)[1:] for method in ("gptq", "nf4 double", "int8", "w8a8")
 ]

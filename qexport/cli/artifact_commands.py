@@ -77,14 +77,13 @@ def verify(
 ) -> None:
     """Compare a finished artifact with its base and adapter, and decide its gates."""
     with reporting_errors(as_json=as_json, debug=debug, interrupted="interrupted; nothing was written"):
-        from qexport.cli.verifying import References, reference_of
+        from qexport.cli.verifying import References, reference_of, verify_command
         from qexport.reporting.writing import check_report_folder, write_report
 
         if report_folder is not None:
             check_report_folder(report_folder)
         chosen = reference_of(References(reference, overrides or (), adapter, text or (), prompts, gates))
         from qexport import pipeline  # takes seconds; errors in the arguments should come first
-        from qexport.cli.verifying import verify_command
         from qexport.gates.errors import gates_error
 
         options: dict[str, Sequence[str | Path | None]] = {

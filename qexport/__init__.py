@@ -35,10 +35,10 @@ if TYPE_CHECKING:
         RecipeError,
         ResourceError,
     )
-    from qexport.export.settings import OnnxSettings, SafetensorsSettings, TgiSettings, VllmSettings
-    from qexport.gates.settings import Bounds
-    from qexport.loading.settings import LoadSettings
-    from qexport.merge.settings import MergeSettings
+    from qexport.export import OnnxSettings, SafetensorsSettings, TgiSettings, VllmSettings
+    from qexport.gates import Bounds
+    from qexport.loading import LoadSettings
+    from qexport.merge import MergeSettings
     from qexport.pipeline import Plan, Result, plan, quantize, run, verify
     from qexport.progress import Notice, Progress
     from qexport.quantizing.gptq import Gptq, Override
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from qexport.quantizing.w8a8 import W8a8
     from qexport.reading.stored_model import load
     from qexport.recipe import Recipe, load_recipe
-    from qexport.verifying.settings import SamplingSettings, SpeedSettings, TaskSettings, VerifySettings
+    from qexport.verifying import SamplingSettings, SpeedSettings, TaskSettings, VerifySettings
 
     __version__: str
 

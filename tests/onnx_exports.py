@@ -27,15 +27,15 @@ from disk_cache import kept
 from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.architectures.naming import name_parameters
 from qexport.architectures.structure import Structure
+from qexport.export import OnnxSettings, SafetensorsSettings
 from qexport.export.layouts import Layout, SafetensorsLayout
 from qexport.export.onnx import layout as layout_module
 from qexport.export.onnx.layout import OnnxLayout
 from qexport.export.onnx.tracing import Trace, trace
-from qexport.export.settings import OnnxSettings, SafetensorsSettings
 from qexport.export.tensor_writer import WrittenWeights
 from qexport.formats import Outputs
 from qexport.formats.bitsandbytes.four_bit_tensors import dequantize
-from qexport.quantizing.methods import AnyMethod
+from qexport.quantizing import AnyMethod
 from qexport.reading.onnx.graph import Graph
 from qexport.reading.onnx.model import OnnxCausalLM
 from qexport.reading.onnx.weights import OnnxWeights

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.architectures.structure import Structure
+from qexport.export import SafetensorsSettings
 from qexport.export.layouts import SafetensorsLayout
-from qexport.export.settings import SafetensorsSettings
 from qexport.export.tensor_writer import WrittenWeights
 from qexport.export.weight_files import WeightFiles
 from qexport.formats import GptqFormat, Outputs

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qexport.artifact import Environment, Identity, Protocol
 from qexport.artifact.figures import CATALOGUE, CheckResult, Figure, GateResult, overall
 from qexport.artifact.manifest import Sizes, SourceRecord
 from qexport.artifact.measurements import (
@@ -18,7 +19,6 @@ from qexport.artifact.measurements import (
     Timings,
     WorstToken,
 )
-from qexport.artifact.record import Environment, Identity, Protocol
 from qexport.artifact.report import REPORT_NAME, ReferenceRecord, Report, Subject
 from qexport.records import LayerRecord
 

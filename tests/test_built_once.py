@@ -14,12 +14,12 @@ import pytest
 import factories
 from qexport.architectures import architecture
 from qexport.architectures.architecture import Architecture
-from qexport.loading.settings import LoadSettings
+from qexport.loading import LoadSettings
 from qexport.pipeline import run, verify
 from qexport.reading.onnx.weights import OnnxWeights
 from qexport.reading.safetensors_weights import SafetensorsWeights
 from qexport.recipe import load_recipe
-from qexport.verifying.settings import VerifySettings
+from qexport.verifying import VerifySettings
 from test_end_to_end import GPTQ, overrides, prepare
 
 LAYOUTS = ("safetensors", "tgi", "onnx")

@@ -31,10 +31,10 @@ import reports
 from factories import gptq
 from qexport.amounts import duration, size
 from qexport.architectures.memory import resident
+from qexport.artifact import describe_environment
 from qexport.artifact.digests import sha256_json
 from qexport.artifact.figures import GateResult
 from qexport.artifact.manifest import MANIFEST_NAME, FileRecord, Manifest, Verification
-from qexport.artifact.record import describe_environment
 from qexport.cli import main
 from qexport.cli.app import app
 from qexport.cli.summary import summary

@@ -22,8 +22,8 @@ from adapters import load_adapter, save_adapter
 from bitsandbytes_oracle import TORCH_USES_AVX512, reads_right, values
 from qexport.errors import CompatibilityError
 from qexport.export.loaders import misread_with_avx512
+from qexport.loading import LoadSettings
 from qexport.loading.checkpoint import load_checkpoint
-from qexport.loading.settings import LoadSettings
 from qexport.pipeline import Result, plan, run
 from qexport.pipeline.inspection import inspect_artifact
 from qexport.recipe import load_recipe

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 import factories
 from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.errors import CompatibilityError, QexportError
+from qexport.export import SafetensorsSettings
 from qexport.export.layouts import SafetensorsLayout
 from qexport.export.model_files import model_files, write_files
-from qexport.export.settings import SafetensorsSettings
 from qexport.formats import GptqFormat, Outputs
 from qexport.formats.gptq import tensors as gptq
 from qexport.tensors import GroupQuantized, GroupQuantizedSpec, Origin, OutputSpec, TensorRecord

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
 from qexport.errors import QexportError
-from qexport.export import shards
-from qexport.export.settings import parse_size
-from qexport.export.shards import ShardWriter, plan_shards
+from qexport.export import parse_size, tensor_writer
+from qexport.export.tensor_writer import ShardWriter, plan_shards
 from qexport.tensors import LargestSpec, TensorSpec
 from qexport.tensors.safetensors_folder import INDEX_NAME
 
@@ -91,7 +90,7 @@ def test_vectors_that_came_shorter_than_they_might_leave_no_gap(
 
 
 def test_a_long_tensor_is_moved_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "_CHUNK_BYTES", 5)
+    monkeypatch.setattr(tensor_writer, "_CHUNK_BYTES", 5)
     tensors = {"a": torch.arange(3, dtype=torch.uint8), "b": torch.arange(100, dtype=torch.uint8)}
     writer = ShardWriter(tmp_path, {"a": LargestSpec((9,), torch.uint8), "b": specs_of(tensors)["b"]}, 10**9)
     for name, tensor in tensors.items():

@@ -25,15 +25,15 @@ from qexport.architectures.runner import BlockRunner
 from qexport.architectures.structure import Structure
 from qexport.errors import CompatibilityError
 from qexport.formats import Outputs
+from qexport.loading import LoadSettings
 from qexport.loading.checkpoint import load_checkpoint
-from qexport.loading.settings import LoadSettings
+from qexport.merge import MergeSettings
 from qexport.merge.adapter import PREFIX
 from qexport.merge.merging import merge
-from qexport.merge.settings import MergeSettings
 from qexport.pipeline.planning import plan as make_plan
+from qexport.quantizing import AnyMethod
 from qexport.quantizing.method import Method
-from qexport.quantizing.methods import AnyMethod
-from qexport.recipe.model import Recipe
+from qexport.recipe import Recipe
 from qexport.tensors import BlockQuantized, CalibrationSet, GroupQuantized, RowQuantized, TensorRecord
 from test_block_runner import run, token_windows
 

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from qexport.artifact.figures import CATALOGUE, CheckResult, Figure, GateResult, Verdict, overall
 from qexport.errors import RecipeError
+from qexport.gates import GatesFile
 from qexport.gates.deciding import BuiltIn, decide, decide_again, needs_more, noise_floors
 from qexport.gates.limits import Bound, Limit
-from qexport.gates.settings import GatesFile
-from qexport.quantizing.methods import profile_of_layer
+from qexport.quantizing import profile_of_layer
 from reports import figure, gate_result, report
 
 VERDICTS = {"fail": 0, "undecided": 1, "pass": 2}

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from qexport.artifact.manifest import Sizes
 from qexport.errors import RecipeError
+from qexport.gates import GatesFile, ProfileName
 from qexport.gates.limits import PROFILES, Limit, above_floor, limits_of, profile_of_layers
-from qexport.gates.settings import GatesFile, ProfileName
-from qexport.quantizing.methods import profile_of_layer
+from qexport.quantizing import profile_of_layer
 from qexport.quantizing.none import NoQuantization
 from reports import layer
 

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from qexport.artifact.figures import CATALOGUE
 from qexport.errors import RecipeError
-from qexport.gates.settings import Bounds, DomainBounds, GatesFile, read_gates
-from qexport.verifying.settings import VerifySettings
+from qexport.gates import Bounds, DomainBounds, GatesFile, read_gates
+from qexport.verifying import VerifySettings
 
 DOCS = Path(__file__).parent.parent / "docs" / "gates.md"
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from qexport.architectures.architecture import Architecture, Checkpoint
+from qexport.loading import LoadSettings
 from qexport.loading.checkpoint import load_checkpoint
-from qexport.loading.settings import LoadSettings
+from qexport.merge import MergeSettings
 from qexport.merge.merging import merge
-from qexport.merge.settings import MergeSettings
 from qexport.quantizing.gptq import Gptq
 from qexport.quantizing.method import CalibrationSettings
 from qexport.tensors import CalibrationSet, TensorRecord

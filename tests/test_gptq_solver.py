@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qexport.errors import NumericalError
-from qexport.quantizing import scales, solver
+from qexport.quantizing import solver
 from qexport.quantizing.layer import Hessian, output_error, solve_together
-from qexport.quantizing.scales import fit
-from qexport.quantizing.solver import Options, factorize, round_to_nearest, solve
+from qexport.quantizing.solver import Options, factorize, fit, round_to_nearest, solve
 
 CPU = torch.device("cpu")
 OPTIONS = Options(bits=4, group_size=32, order="original", sym=True, damp_percent=0.01, search=False)
@@ -135,7 +134,7 @@ def test_where_no_input_is_of_importance_the_widest_range_is_kept() -> None:
 def test_the_search_takes_the_outputs_in_parts_and_leaves_none_out(monkeypatch: pytest.MonkeyPatch) -> None:
     weights, importance = torch.randn(3, 16, 10), torch.rand(3, 16)
     whole = fit(weights, bits=4, sym=False, search=True, importance=importance)
-    monkeypatch.setattr(scales, "_CHUNK", 3 * 16 * 4)  # 4 outputs, 4 and 2
+    monkeypatch.setattr(solver, "_CHUNK", 3 * 16 * 4)  # 4 outputs, 4 and 2
     parts = fit(weights, bits=4, sym=False, search=True, importance=importance)
     assert torch.equal(parts.scales, whole.scales)
     assert torch.equal(parts.zeros, whole.zeros)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from qexport.errors import InputError, RecipeError
+from qexport.loading import LoadSettings
 from qexport.loading.checkpoint import locate_adapter
-from qexport.loading.settings import LoadSettings
 
 
 @pytest.fixture

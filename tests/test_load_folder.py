@@ -18,8 +18,8 @@ import factories
 from qexport.architectures.architecture import Checkpoint
 from qexport.artifact.digests import FileDigests
 from qexport.errors import CompatibilityError, InputError, QexportError, RecipeError
+from qexport.loading import LoadSettings
 from qexport.loading.checkpoint import load_checkpoint
-from qexport.loading.settings import LoadSettings
 from qexport.progress import Notice, Progress
 
 CONFIGS: dict[str, Callable[..., PretrainedConfig]] = {

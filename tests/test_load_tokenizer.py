@@ -9,8 +9,8 @@ import pytest
 
 import factories
 from qexport.errors import InputError
+from qexport.loading import LoadSettings
 from qexport.loading.checkpoint import load_checkpoint
-from qexport.loading.settings import LoadSettings
 from qexport.loading.small_files import open_tokenizer
 
 

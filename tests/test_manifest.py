@@ -10,6 +10,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from qexport.artifact import describe_environment
 from qexport.artifact.digests import sha256_json
 from qexport.artifact.figures import Figure
 from qexport.artifact.manifest import (
@@ -21,7 +22,6 @@ from qexport.artifact.manifest import (
     SourceRecord,
     Verification,
 )
-from qexport.artifact.record import describe_environment
 from qexport.errors import InputError
 from qexport.records import LayerRecord
 from reports import figure, gate_result, identity, protocol

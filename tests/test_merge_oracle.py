@@ -32,8 +32,8 @@ from transformers import GPT2Config, PreTrainedModel
 import adapters
 import factories
 from qexport.architectures.architecture import Checkpoint
+from qexport.merge import MergeSettings
 from qexport.merge.merging import Merged, merge
-from qexport.merge.settings import MergeSettings
 from qexport.merge.types import PLANNERS
 
 

@@ -17,8 +17,7 @@ import factories
 from qexport.errors import InputError
 from qexport.merge import targets
 from qexport.merge.adapter import AdapterOptions
-from qexport.merge.base import BaseModel, describe_base
-from qexport.merge.targets import full_matches, suffix_matches, targeted
+from qexport.merge.targets import BaseModel, describe_base, full_matches, suffix_matches, targeted
 
 LLAMA: BaseModel = describe_base(adapters.headers_of(factories.build(factories.llama_config(num_hidden_layers=3))))
 NAMES = list(LLAMA.modules)

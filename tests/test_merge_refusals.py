@@ -30,8 +30,8 @@ import factories
 from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.structure import build_on_meta
 from qexport.errors import CompatibilityError, InputError, QexportError
+from qexport.merge import MergeSettings
 from qexport.merge.merging import merge
-from qexport.merge.settings import MergeSettings
 from qexport.merge.types import LEFT_TO_PEFT, PLANNERS, UNMERGEABLE
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"

@@ -20,8 +20,8 @@ import adapters
 import factories
 from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.errors import NumericalError
+from qexport.merge import MergeSettings
 from qexport.merge.merging import Merged, merge
-from qexport.merge.settings import MergeSettings
 from qexport.tensors import Origin, TensorSpec
 from qexport.tensors.safetensors_file import SafetensorsFile
 
@@ -208,7 +208,7 @@ def test_merging_lora_does_not_import_peft(base: Checkpoint, tmp_path: Path) -> 
 import json, sys
 from pathlib import Path
 from qexport.merge.merging import merge
-from qexport.merge.settings import MergeSettings
+from qexport.merge import MergeSettings
 from qexport.architectures.architecture import Architecture
 from qexport.architectures.architecture import Checkpoint
 from qexport.tensors import Origin

@@ -22,15 +22,14 @@ from onnx_exports import open_graph
 from qexport.errors import CompatibilityError, InputError, RecipeError
 from qexport.reading.filled_model import unquantized_model
 from qexport.reading.onnx import session as session_module
-from qexport.reading.onnx.cache import OnnxCache
-from qexport.reading.onnx.model import OnnxCausalLM
+from qexport.reading.onnx.model import OnnxCache, OnnxCausalLM
 from qexport.reading.onnx.session import open_session
 from qexport.reading.onnx.weights import OnnxWeights
 from qexport.reading.safetensors_weights import SafetensorsWeights
 from qexport.tensors import Quantized, RowQuantized
+from qexport.verifying import SpeedSettings
 from qexport.verifying.continuation import continue_all, likeliest_along
 from qexport.verifying.prompt_batches import batch_prompts, check_padding
-from qexport.verifying.settings import SpeedSettings
 from qexport.verifying.speed import measure_speed
 
 CPU = torch.device("cpu")

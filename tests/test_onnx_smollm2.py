@@ -13,11 +13,11 @@ from torch import Tensor
 
 from onnx_exports import Export, Method, assert_same_weights, deviation, export, greedy_logits, passed, steps, unrounded
 from qexport.architectures.architecture import Architecture, Checkpoint
+from qexport.loading import LoadSettings
 from qexport.loading.checkpoint import load_checkpoint
-from qexport.loading.settings import LoadSettings
 from qexport.loading.small_files import open_tokenizer
+from qexport.merge import MergeSettings
 from qexport.merge.merging import merge
-from qexport.merge.settings import MergeSettings
 from quantized_models import Tensors
 
 pytestmark = pytest.mark.smollm2

@@ -15,8 +15,7 @@ from qexport.export.weight_files import WeightFiles
 from qexport.formats import MergedFormat, Outputs
 from qexport.formats.bitsandbytes import four_bit_tensors as bitsandbytes_4bit
 from qexport.formats.format import Encoding
-from qexport.formats.onnx import matmul_bnb4, matmul_integer, matmul_nbits
-from qexport.formats.onnx.format import OnnxFormat
+from qexport.formats.onnx import OnnxFormat, matmul_bnb4, matmul_integer, matmul_nbits
 from qexport.tensors import (
     BlockQuantizedSpec,
     GroupQuantized,

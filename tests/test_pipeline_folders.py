@@ -20,13 +20,12 @@ from qexport.errors import InputError
 from qexport.gates.limits import profile_of_layers
 from qexport.loading.small_files import open_tokenizer
 from qexport.pipeline.folders import ArtifactFolder, open_folder
-from qexport.quantizing.methods import profile_of_layer
+from qexport.quantizing import profile_of_layer
 from qexport.quantizing.rounding import NearestSource
 from qexport.tensors import Origin
-from qexport.text.held_out import HeldOut
-from qexport.verifying.preparation import Preparation
-from qexport.verifying.reference import Reference
-from qexport.verifying.settings import VerifySettings
+from qexport.text.windows import HeldOut
+from qexport.verifying import VerifySettings
+from qexport.verifying.reference import Preparation, Reference
 from quantized_models import QuantizedModel, Tensors
 
 MODEL = factories.build(factories.llama_config())

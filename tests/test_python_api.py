@@ -19,7 +19,7 @@ import qexport
 from adapters import load_adapter, save_adapter
 from qexport.artifact.manifest import MANIFEST_NAME
 from qexport.loading.in_memory import save_model
-from qexport.recipe.model import Recipe
+from qexport.recipe import Recipe
 
 PAGE = Path(__file__).parent.parent / "docs/python.md"
 GPTQ = qexport.Gptq(bits=4, group_size=32)

@@ -25,9 +25,9 @@ from bitsandbytes_oracle import own_values, reads_right, values
 from qexport.architectures.architecture import Architecture
 from qexport.architectures.structure import Structure
 from qexport.errors import InputError
+from qexport.formats import reader_of
 from qexport.formats.bitsandbytes import four_bit_tensors as bitsandbytes_4bit
 from qexport.formats.compressed_tensors.reading import CompressedTensorsRules
-from qexport.formats.registry import reader_of
 from qexport.formats.stored_weight import Scheme, SkipList
 from qexport.reading.safetensors_weights import SafetensorsWeights
 from quantized_models import QuantizedModel

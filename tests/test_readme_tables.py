@@ -19,13 +19,13 @@ from onnx_exports import traced_once
 from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.structure import Structure
 from qexport.errors import CompatibilityError
+from qexport.export import ExportSettings
 from qexport.export.layouts import make_layout
-from qexport.export.settings import ExportSettings
 from qexport.formats import Outputs
+from qexport.loading import LoadSettings
 from qexport.loading.checkpoint import load_checkpoint
-from qexport.loading.settings import LoadSettings
+from qexport.quantizing import AnyMethod
 from qexport.quantizing.method import Method
-from qexport.quantizing.methods import AnyMethod
 from qexport.reading.stored_model import open_stored
 from qexport.tensors import CalibrationSet
 

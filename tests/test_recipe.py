@@ -17,13 +17,12 @@ from ruamel.yaml import YAML
 
 from factories import calibration_of, gptq
 from qexport.errors import RecipeError
-from qexport.gates.settings import Bounds
+from qexport.gates import Bounds
 from qexport.recipe import Recipe, load_recipe
 from qexport.recipe.reference import fields, recipe_schema, updated
 from qexport.settings import Settings
-from qexport.yaml.document import YamlOrigin, plain
 from qexport.yaml.parsing import SyntaxProblem, parse, scalar
-from qexport.yaml.problems import problems_of
+from qexport.yaml.problems import YamlOrigin, plain, problems_of
 
 ROOT = Path(__file__).parents[1]
 

@@ -21,9 +21,17 @@ from qexport.reporting.html import report_html
 from qexport.reporting.markdown import escaped, report_markdown
 from qexport.reporting.svg import gauge
 from qexport.reporting.terminal import figures_table, gate_table, report_summary
-from qexport.reporting.values import figure_interval, figure_value, format_value, gate_limit, gate_value
+from qexport.reporting.values import (
+    figure_interval,
+    figure_value,
+    format_value,
+    gate_limit,
+    gate_value,
+    visible,
+    visible_token,
+    word_diff,
+)
 from qexport.reporting.view import summarize
-from qexport.reporting.visible_text import visible, visible_token, word_diff
 from qexport.reporting.writing import check_report_folder, report_junit, write_report
 
 VOID = {"meta", "wbr", "br"}

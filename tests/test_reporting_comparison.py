@@ -17,8 +17,7 @@ from qexport.artifact.manifest import Sizes
 from qexport.artifact.report import Report, report_schema
 from qexport.cli import main
 from qexport.errors import InputError
-from qexport.reporting.comparison import ArtifactComparison, compare
-from qexport.reporting.comparison_views import comparison_html, comparison_markdown
+from qexport.reporting.comparison import ArtifactComparison, compare, comparison_html, comparison_markdown
 
 ROOT = Path(__file__).parents[1]
 METHODS = {"NF4": (95, 0.42), "GPTQ 4-bit": (119, 0.161), "LLM.int8": (170, 0.0011), "GPTQ 8-bit": (182, 0.004)}
@@ -172,7 +171,7 @@ def test_problems_have_their_exit_codes(folders: list[str], tmp_path: Path) -> N
 
 
 def test_names_of_artifacts_cannot_format_the_terminal(folders: list[str]) -> None:
-    from qexport.reporting.comparison_views import comparison_table
+    from qexport.reporting.comparison import comparison_table
 
     console = Console(width=200)
     with console.capture() as capture:

@@ -21,9 +21,8 @@ from qexport.export.model_files import render_launch_files
 from qexport.export.served import OTHER_LAYOUT, FolderFiles, Rule, Rules, ServedModel, ServedWeights, Server
 from qexport.export.tgi.rules import TGI
 from qexport.export.tgi.served import ServedByTgi
-from qexport.export.vllm.launch import VllmLaunch, launch_files
 from qexport.export.vllm.rules import VLLM
-from qexport.export.vllm.served import ServedByVllm
+from qexport.export.vllm.served import ServedByVllm, VllmLaunch, launch_files
 from qexport.quantizing.int8 import Int8
 from qexport.quantizing.nf4 import Nf4
 from qexport.quantizing.none import NoQuantization

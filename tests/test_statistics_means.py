@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from drift import MEAN, SCALES, drift, misses, strata_of
 from qexport.errors import NumericalError
-from qexport.statistics.means import Array, moments, stratified_mean, student_multiplier
-from qexport.statistics.paired import mcnemar
+from qexport.statistics.means import Array, mcnemar, moments, stratified_mean, student_multiplier
 from qexport.statistics.samples import DIFFERENCE, SHARE, Interval, Sample, groups, transformed
 
 THOUSANDTHS = st.integers(-(10**6), 10**6).map(lambda thousandths: thousandths / 1000)

@@ -11,9 +11,18 @@ from scipy.stats import nct
 from scipy.stats import t as student
 
 from drift import LOOKS, MEAN, drift, misses, strata_of
-from qexport.statistics.means import Array, Moments, moments, share_floor, stratified_mean, student_multiplier
+from qexport.statistics.means import (
+    PLANNED_UNITS,
+    Array,
+    Moments,
+    confidence_sequence,
+    mixture_multiplier,
+    moments,
+    share_floor,
+    stratified_mean,
+    student_multiplier,
+)
 from qexport.statistics.samples import NOT_NEGATIVE, SHARE, Interval, Sample
-from qexport.statistics.sequences import PLANNED_UNITS, confidence_sequence, mixture_multiplier
 
 RUNS = 2000
 KINDS = ["normal", "gamma", "lognormal", "heavy lognormal"]

@@ -14,8 +14,7 @@ from transformers import PreTrainedTokenizerFast
 import factories
 from qexport.errors import InputError
 from qexport.text.documents import Documents
-from qexport.text.held_out import HeldOut, make_held_out
-from qexport.text.windows import make_windows
+from qexport.text.windows import HeldOut, make_held_out, make_windows
 
 LENGTH = 16
 

@@ -13,11 +13,11 @@ import pytest
 import factories
 from qexport.artifact.figures import CheckResult
 from qexport.errors import InputError
-from qexport.export.tgi.config import tgi_tokenizer_files
+from qexport.export.tgi.families import tgi_tokenizer_files
 from qexport.loading.small_files import has_tokenizer, read_sidecars, tokenizer_from_files
 from qexport.text.preflight import CHECKS, TokenizerFolder, preflight
 from qexport.text.prompts import Prompt, read_prompts
-from qexport.text.tokenizer_identity import template_digest, tokenizer_digest
+from qexport.text.tokenizers import template_digest, tokenizer_digest
 from qexport.text.torture import TORTURE
 
 Files = dict[str, bytes]

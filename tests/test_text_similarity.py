@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenize import tokenize
 
-from qexport.verifying.text_similarity import chrf, edit_distance, first_difference, repetition_rate, rouge_l, words
+from qexport.verifying.generation import chrf, edit_distance, first_difference, repetition_rate, rouge_l, words
 
 TOKENS = st.lists(st.integers(0, 3), max_size=12)
 ASCII = st.text(st.characters(max_codepoint=127), max_size=40)
@@ -112,7 +112,7 @@ def test_rouge_l_counts_letters_outside_english(reference: str, text: str, score
 def test_importing_them_waits_until_a_text_is_compared() -> None:
     program = (
         "import sys\n"
-        "from qexport.verifying.text_similarity import chrf, rouge_l\n"
+        "from qexport.verifying.generation import chrf, rouge_l\n"
         "before = {'nltk', 'sacrebleu', 'rouge_score'} & sys.modules.keys()\n"
         "assert not before, before\n"
         "chrf('a', 'b'), rouge_l('a', 'b')\n"

@@ -24,14 +24,12 @@ from transformers import (
 import factories
 from qexport.architectures.structure import parse_config
 from qexport.errors import CompatibilityError, QexportError
+from qexport.export import SafetensorsSettings, TgiSettings
 from qexport.export.layouts import SafetensorsLayout, make_layout
-from qexport.export.settings import SafetensorsSettings, TgiSettings
-from qexport.export.tgi.config import tgi_config, tgi_tokenizer_files
-from qexport.export.tgi.families import ServedLinear
+from qexport.export.tgi.families import ServedLinear, tgi_config, tgi_tokenizer_files
 from qexport.export.tgi.kernels import Codes, choose_sym, fault, kernel
-from qexport.export.tgi.launch import ENVIRONMENT, IMAGE
 from qexport.export.tgi.rules import TGI
-from qexport.export.tgi.served import ServedByTgi
+from qexport.export.tgi.served import ENVIRONMENT, IMAGE, ServedByTgi
 from qexport.quantizing.int8 import Int8
 from qexport.quantizing.nf4 import Nf4
 from qexport.quantizing.none import NoQuantization

@@ -16,7 +16,7 @@ from transformers import FalconConfig, PretrainedConfig
 from transformers.models.falcon.modeling_falcon import FalconAttention
 
 import factories
-from qexport.export.tgi.config import tgi_config
+from qexport.export.tgi.families import tgi_config
 from qexport.quantizing.none import NoQuantization
 from qexport.quantizing.w8a8 import W8a8
 from qexport.tensors import GroupQuantized, RowQuantized

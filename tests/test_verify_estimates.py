@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from qexport.artifact.figures import CATALOGUE, Figure, find_figure
+from qexport.statistics.means import confidence_sequence
 from qexport.statistics.quantiles import quantile_interval
 from qexport.statistics.samples import SHARE, Range, Sample
-from qexport.statistics.sequences import confidence_sequence
 from qexport.verifying.divergence import TokenFigures
 from qexport.verifying.estimates import Units, divergence_figures, rival_figures
 from qexport.verifying.rounds import Comparison, Measured

@@ -20,15 +20,15 @@ import factories
 from qexport.architectures.architecture import Architecture
 from qexport.architectures.runner import BlockRunner
 from qexport.errors import NumericalError
+from qexport.loading import LoadSettings
 from qexport.loading.checkpoint import load_checkpoint
-from qexport.loading.settings import LoadSettings
 from qexport.text.prompts import EncodedPrompts, Prompt, PromptSet, Style
+from qexport.verifying import SamplingSettings
 from qexport.verifying.continuation import Continuation, continue_all, greedy_settings, likeliest_along
 from qexport.verifying.generation import ComparedPrompts, compare_generations, style_sensitivity
 from qexport.verifying.memory import available_memory, needed_memory
 from qexport.verifying.prompt_batches import PromptBatch, batch_prompts, check_padding
-from qexport.verifying.prompt_figures import padding_notes
-from qexport.verifying.settings import SamplingSettings
+from qexport.verifying.whole_models import padding_notes
 from quantized_models import QuantizedModel, Tensors
 from test_text_similarity import distance_by_table
 

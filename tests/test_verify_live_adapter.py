@@ -17,14 +17,13 @@ import trained_models
 from qexport.architectures.architecture import Checkpoint
 from qexport.artifact.figures import find_figure
 from qexport.gates.deciding import decide
+from qexport.merge import MergeSettings
 from qexport.merge.merging import merge
-from qexport.merge.settings import MergeSettings
-from qexport.progress import Notice
-from qexport.text.held_out import HeldOut
+from qexport.progress import Notice, Steps
+from qexport.text.windows import HeldOut
 from qexport.verifying.divergence import TokenFigures
 from qexport.verifying.live_adapter import LiveAdapter, NotMeasured, compare_merge
-from qexport.verifying.preparation import Preparation, noise_floor, prepare
-from qexport.verifying.steps import Steps
+from qexport.verifying.reference import Preparation, noise_floor, prepare
 
 CPU = torch.device("cpu")
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -10,10 +10,10 @@ import torch
 import factories
 import trained_models
 from qexport.architectures.architecture import Checkpoint
+from qexport.progress import Steps
 from qexport.text.documents import read_documents
-from qexport.text.held_out import HeldOut, make_held_out
-from qexport.verifying.preparation import TOKENS, noise_floor
-from qexport.verifying.steps import Steps
+from qexport.text.windows import HeldOut, make_held_out
+from qexport.verifying.reference import TOKENS, noise_floor
 from quantized_models import QuantizedModel
 from test_verify_verification import whole_model_figures
 

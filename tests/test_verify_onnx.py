@@ -32,8 +32,8 @@ from qexport.artifact.manifest import MANIFEST_NAME, Manifest
 from qexport.artifact.report import Report
 from qexport.errors import InputError, NumericalError, RecipeError
 from qexport.gates.deciding import decide_again
+from qexport.loading import LoadSettings
 from qexport.loading.checkpoint import load_checkpoint
-from qexport.loading.settings import LoadSettings
 from qexport.loading.small_files import open_tokenizer
 from qexport.pipeline import run
 from qexport.pipeline.folders import ArtifactFolder, open_folder
@@ -41,16 +41,15 @@ from qexport.pipeline.inspection import inspect_artifact
 from qexport.pipeline.result import Result
 from qexport.pipeline.texts import read_evaluation
 from qexport.pipeline.verification import verify
-from qexport.quantizing.methods import profile_of_layer
+from qexport.quantizing import profile_of_layer
 from qexport.reading.onnx.model import OnnxCausalLM
 from qexport.reading.onnx.weights import OnnxWeights
 from qexport.reading.stored_model import open_stored
 from qexport.recipe import load_recipe
 from qexport.records import LayerRecord
 from qexport.reporting.html import report_html
-from qexport.verifying.graphs import GraphRunner, WindowByWindow
-from qexport.verifying.predictors import TOKENS_AT_ONCE
-from qexport.verifying.settings import VerifySettings
+from qexport.verifying import VerifySettings
+from qexport.verifying.predictors import TOKENS_AT_ONCE, GraphRunner, WindowByWindow
 from qexport.verifying.verification import check_headers
 
 CPU = torch.device("cpu")

@@ -23,17 +23,17 @@ from qexport.artifact.manifest import MANIFEST_NAME
 from qexport.artifact.report import Report
 from qexport.errors import InputError, RecipeError
 from qexport.formats.gptq import tensors as gptq
+from qexport.loading import LoadSettings
 from qexport.loading.checkpoint import load_checkpoint
-from qexport.loading.settings import LoadSettings
+from qexport.merge import MergeSettings
 from qexport.merge.merging import Merged, merge
-from qexport.merge.settings import MergeSettings
 from qexport.pipeline import run
 from qexport.pipeline.verification import verify
 from qexport.quantizing.solver import Options, round_to_nearest
 from qexport.reading.safetensors_weights import SafetensorsWeights
 from qexport.recipe import load_recipe
 from qexport.tensors import Origin
-from qexport.verifying.settings import VerifySettings
+from qexport.verifying import VerifySettings
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 GROUP = 32

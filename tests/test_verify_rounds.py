@@ -12,10 +12,9 @@ import factories
 from qexport.architectures.runner import BlockRunner
 from qexport.artifact.figures import GateResult, Verdict
 from qexport.gates.deciding import needs_more
-from qexport.progress import Progress
+from qexport.progress import Progress, Steps
 from qexport.verifying import predictors as predicting
 from qexport.verifying.rounds import Measured, Models, measure
-from qexport.verifying.steps import Steps
 from quantized_models import QuantizedModel
 
 WINDOWS = torch.randint(factories.VOCABULARY, (13, 8), generator=torch.Generator().manual_seed(3))

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from qexport.verifying import SamplingSettings
 from qexport.verifying.continuation import sampling_noise
-from qexport.verifying.settings import SamplingSettings
 
 LOGITS: Any = torch.tensor([2.0, 1.0, 0.0, -1.0, -4.0])
 IDS: Any = torch.zeros(1, 1, dtype=torch.int64)

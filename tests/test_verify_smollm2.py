@@ -18,18 +18,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import stored_models
 from qexport.architectures.architecture import Checkpoint
 from qexport.artifact.figures import find_figure
+from qexport.loading import LoadSettings
 from qexport.loading.checkpoint import load_checkpoint
-from qexport.loading.settings import LoadSettings
 from qexport.loading.small_files import open_tokenizer
+from qexport.merge import MergeSettings
 from qexport.merge.merging import merge
-from qexport.merge.settings import MergeSettings
 from qexport.quantizing.rounding import NearestSource
 from qexport.reading.stored_model import open_stored
 from qexport.text.documents import read_documents
-from qexport.text.held_out import HeldOut, make_held_out
-from qexport.verifying.preparation import Preparation
-from qexport.verifying.reference import Reference
-from qexport.verifying.settings import VerifySettings
+from qexport.text.windows import HeldOut, make_held_out
+from qexport.verifying import VerifySettings
+from qexport.verifying.reference import Preparation, Reference
 from qexport.verifying.verification import Measurement, check_parameters, verify
 from quantized_models import Tensors
 

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import factories
+from qexport.loading import LoadSettings
 from qexport.loading.checkpoint import load_checkpoint
-from qexport.loading.settings import LoadSettings
 from qexport.reading.filled_model import unquantized_model
 from qexport.reading.stored_model import open_stored
-from qexport.verifying.settings import SpeedSettings
+from qexport.verifying import SpeedSettings
 from qexport.verifying.speed import (
     MeasuredSpeed,
     compare_speed,

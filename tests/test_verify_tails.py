@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import factories
-from qexport.text.held_out import HeldOut
+from qexport.text.windows import HeldOut
 from qexport.verifying.divergence import TokenFigures
 from qexport.verifying.estimates import decisive_flips, flips_by_margin, kl_histogram, worst_tokens
 

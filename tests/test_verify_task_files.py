@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qexport.errors import InputError
-from qexport.verifying.settings import names_file
+from qexport.verifying import names_file
 from qexport.verifying.tasks.local_files import read_local_tasks
 from task_files import CHOICE, GENERATION, from_the_page, write_task
 

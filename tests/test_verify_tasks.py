@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 import factories
 from qexport.errors import QexportError, RecipeError
-from qexport.verifying.settings import TaskSettings
+from qexport.verifying import TaskSettings
 from qexport.verifying.tasks import measuring
 from qexport.verifying.tasks.measuring import Item, Scores, measure_tasks, pair, require_harness
 

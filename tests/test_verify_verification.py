@@ -25,14 +25,13 @@ from qexport.quantizing.rounding import NearestSource
 from qexport.reading.stored_model import open_stored
 from qexport.tensors import TensorSpec
 from qexport.text.documents import Documents
-from qexport.text.held_out import HeldOut, make_held_out
 from qexport.text.prompts import Prompt, PromptSet, encode_prompts
+from qexport.text.windows import HeldOut, make_held_out
+from qexport.verifying import VerifySettings
 from qexport.verifying import predictors as predicting
 from qexport.verifying.divergence import compare
 from qexport.verifying.predictors import predictors
-from qexport.verifying.preparation import Preparation
-from qexport.verifying.reference import Reference
-from qexport.verifying.settings import VerifySettings
+from qexport.verifying.reference import Preparation, Reference
 from qexport.verifying.verification import Measurement, check_config, check_headers, check_parameters, verify
 from quantized_models import QuantizedModel, Tensors, dequantized, gptq_method
 

@@ -17,12 +17,12 @@ import factories
 import vllm_folders
 from qexport.architectures.architecture import Architecture
 from qexport.errors import CompatibilityError
+from qexport.export import SafetensorsSettings, VllmSettings
 from qexport.export.layouts import SafetensorsLayout
 from qexport.export.model_files import served_name
-from qexport.export.settings import SafetensorsSettings, VllmSettings
 from qexport.export.vllm.families import SplitLinear, degrees
-from qexport.export.vllm.launch import VllmLaunch, launch_files, max_model_len
 from qexport.export.vllm.layout import VllmLayout
+from qexport.export.vllm.served import VllmLaunch, launch_files, max_model_len
 from qexport.quantizing.int8 import Int8
 from qexport.quantizing.nf4 import Nf4
 from quantized_models import QuantizedModel, gptq_method

@@ -13,9 +13,9 @@ from transformers import FalconConfig, PretrainedConfig
 
 import factories
 from qexport.architectures.architecture import Checkpoint
+from qexport.export import TgiSettings
 from qexport.export.layouts import make_layout
 from qexport.export.served import Check
-from qexport.export.settings import TgiSettings
 from qexport.export.tgi.layout import TgiLayout
 from qexport.export.tgi.rules import TGI
 from qexport.formats import GptqFormat, Outputs

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 import factories
-from qexport.export.settings import VllmSettings
+from qexport.export import VllmSettings
 from qexport.export.vllm.layout import VllmLayout
 from qexport.formats import Outputs
 from qexport.quantizing.none import NoQuantization

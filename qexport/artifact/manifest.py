@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 from pydantic import ValidationError, model_validator
 
+from qexport.artifact import Environment, Identity, Protocol
 from qexport.artifact.digests import sha256_json
 from qexport.artifact.figures import Figure, GateResult, Verdict, find_figure
-from qexport.artifact.record import Environment, Identity, Protocol
 from qexport.errors import InputError
 from qexport.records import LayerRecord, Record
 

@@ -91,7 +91,7 @@ class PromptComparison(Record):
     """
 
     edit_distance: float
-    """Of the tokens, 0 to 1; this and the next figures are defined in `qexport.verifying.text_similarity`."""
+    """Of the tokens, 0 to 1; this and the next figures are defined in `qexport.verifying.generation`."""
 
     chrf: float
     """0 to 100."""

@@ -12,6 +12,7 @@ from typing import Any, Final, Literal
 
 from pydantic import ValidationError
 
+from qexport.artifact import Environment, Identity, Protocol
 from qexport.artifact.digests import sha256_json
 from qexport.artifact.figures import CATALOGUE, CheckResult, Figure, GateResult, Verdict, overall
 from qexport.artifact.manifest import REPORT_FOLDER, Sizes, SourceRecord
@@ -24,7 +25,6 @@ from qexport.artifact.measurements import (
     Timings,
     WorstToken,
 )
-from qexport.artifact.record import Environment, Identity, Protocol
 from qexport.errors import InputError, listed
 from qexport.records import LayerRecord, Record
 

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from qexport.cli.app import AsJson, Debug, Overrides, RecipePath, app, showing_progress
-from qexport.cli.failures import Failure, reporting_errors
+from qexport.cli.app import AsJson, Debug, Failure, Overrides, RecipePath, app, reporting_errors, showing_progress
 from qexport.cli.terminal import stdout, write, write_json
 from qexport.errors import CompatibilityError, RecipeError, listed
 
@@ -84,7 +83,7 @@ def verify(
             check_report_folder(report_folder)
         chosen = reference_of(References(reference, overrides or (), adapter, text or (), prompts, gates))
         from qexport import pipeline  # takes seconds; errors in the arguments should come first
-        from qexport.gates.errors import gates_error
+        from qexport.gates.deciding import gates_error
 
         options: dict[str, Sequence[str | Path | None]] = {
             "--adapter": [adapter],

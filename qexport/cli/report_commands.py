@@ -12,12 +12,16 @@ from rich.console import RenderableType
 
 from qexport.artifact.disk import write_whole
 from qexport.artifact.report import Report
-from qexport.cli.app import AsJson, Debug, app
-from qexport.cli.failures import reporting_errors
+from qexport.cli.app import AsJson, Debug, app, reporting_errors
 from qexport.cli.terminal import stderr, stdout, write, write_json
 from qexport.errors import RecipeError
-from qexport.reporting.comparison import ArtifactComparison, compare
-from qexport.reporting.comparison_views import comparison_html, comparison_markdown, comparison_table
+from qexport.reporting.comparison import (
+    ArtifactComparison,
+    compare,
+    comparison_html,
+    comparison_markdown,
+    comparison_table,
+)
 from qexport.reporting.html import report_html
 from qexport.reporting.markdown import report_markdown
 from qexport.reporting.terminal import report_summary
@@ -128,10 +132,9 @@ def gate(
         from rich.text import Text
 
         from qexport.artifact.report import Report
-        from qexport.gates.deciding import decide_again
-        from qexport.gates.errors import gates_error
-        from qexport.gates.settings import read_gates
-        from qexport.quantizing.methods import profile_of_layer
+        from qexport.gates import read_gates
+        from qexport.gates.deciding import decide_again, gates_error
+        from qexport.quantizing import profile_of_layer
         from qexport.reporting.terminal import gate_table
         from qexport.reporting.view import gate_rows
 

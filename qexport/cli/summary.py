@@ -16,7 +16,7 @@ from rich.text import Text
 
 from qexport.amounts import counted, size
 from qexport.artifact.manifest import REPORT_FOLDER
-from qexport.quantizing.methods import recorded_method
+from qexport.quantizing import recorded_method
 from qexport.reporting.selection import fallen_back
 from qexport.reporting.terminal import gate_table, prompt_table, verdict_line
 from qexport.reporting.view import figure_row, size_view, summarize

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Final
 
 from qexport.errors import RecipeError
-from qexport.gates.settings import read_gates
-from qexport.loading.settings import LoadSettings
-from qexport.merge.settings import MergeSettings
+from qexport.gates import read_gates
+from qexport.loading import LoadSettings
+from qexport.merge import MergeSettings
 from qexport.recipe import load_recipe, paths
-from qexport.verifying.settings import VerifySettings
+from qexport.verifying import VerifySettings
 
 _RECIPES: Final = (".yaml", ".yml")
 

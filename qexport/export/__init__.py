@@ -1,1 +1,100 @@
-"""The layouts that artifacts are written in, and the writer of weights that they share."""
+"""The layouts that artifacts are written in.
+
+The recipe's `export` is here, one class per layout; the union at the end is the registry of layouts.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field
+
+from qexport.settings import Settings, required_in_recipes
+
+_UNITS = {
+    "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
+}  # fmt: skip
+_SIZE = re.compile(rf"(\d+(?:\.\d+)?) ?({'|'.join(_UNITS)})", re.ASCII)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as `5GB`, `1.5 GB` or `500MiB` (KB is 1000 bytes, KiB 1024).
+
+    Raises:
+        ValueError: it is not a size, or less than one byte.
+    """
+    match = _SIZE.fullmatch(text)
+    size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if size < 1:
+        raise ValueError(f"{text!r} is not a size; write for example 5GB or 500MB")
+    return size
+
+
+def _check_size(text: str) -> str:
+    parse_size(text)
+    return text
+
+
+class _Shards(Settings):
+    """What all layouts share."""
+
+    model_config = ConfigDict(json_schema_extra=required_in_recipes("layout"))
+
+    max_shard_size: Annotated[str, AfterValidator(_check_size)] = "5GB"
+    """The largest size of one file, for example `5GB` or `500MB` (powers of ten). A larger tensor gets its own file."""
+
+
+class SafetensorsSettings(_Shards):
+    """The folder that transformers loads, in the format of the method: AutoGPTQ v1 tensors, bitsandbytes tensors,
+    compressed-tensors, or 16-bit weights.
+    """
+
+    layout: Literal["safetensors"] = "safetensors"
+    """One folder of safetensors shards with config and tokenizer."""
+
+
+class TgiSettings(_Shards):
+    """The folder that Text Generation Inference 3.3 serves, with launch files."""
+
+    layout: Literal["tgi"] = "tgi"
+    """Shards, configs with the keys that TGI reads, `launch/`."""
+
+
+class VllmSettings(_Shards):
+    """The folder that vLLM serves, with launch files."""
+
+    layout: Literal["vllm"] = "vllm"
+    """Shards, configs with the keys that vLLM reads, `launch/`."""
+
+    format: Literal["gptq", "compressed-tensors"] = "gptq"
+    """How GPTQ codes are stored: AutoGPTQ v1 tensors, or compressed-tensors `pack-quantized`. W8A8 is always
+    compressed-tensors."""
+
+
+class OnnxSettings(_Shards):
+    """The folder that ONNX Runtime runs: one graph for prefill and decoding, with a cache of keys and values."""
+
+    layout: Literal["onnx"] = "onnx"
+    """`model.onnx`, its weights in files beside it, `launch/`. Needs the extra: `pip install 'qexport[onnx]'`."""
+
+    activations: Literal["float32", "float16"] = "float32"
+    """What the graph computes in. Weights keep the dtype of the merge, and the graph casts them if it is another."""
+
+    accuracy_level: Literal[0, 4] = 0
+    """For products with GPTQ and LLM.int8 codes: 0 keeps the activations as they are, 4 lets ONNX Runtime round them to
+    8 bits, which is faster but not exact."""
+
+    attention: Literal["plain", "fused"] = "plain"
+    """`plain` uses ONNX's operators; `fused` uses ONNX Runtime's GroupQueryAttention and RotaryEmbedding, which are
+    faster, but accept several new tokens with a past only for a batch of one."""
+
+    share_weights: bool = False
+    """Tensors that the recipe's layout `safetensors` has in the same bytes are not written again: its files are linked
+    into the folder, and the graph refers to them."""
+
+
+ExportSettings = Annotated[
+    SafetensorsSettings | TgiSettings | VllmSettings | OnnxSettings, Field(discriminator="layout")
+]

@@ -10,16 +10,9 @@ from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.structure import Structure
 from qexport.artifact.manifest import GraphRecord
 from qexport.errors import RecipeError
+from qexport.export import ExportSettings, OnnxSettings, SafetensorsSettings, TgiSettings, VllmSettings, parse_size
 from qexport.export.loaders import Folder, loading_section, stock_loaders, warnings
 from qexport.export.model_files import model_files, write_files
-from qexport.export.settings import (
-    ExportSettings,
-    OnnxSettings,
-    SafetensorsSettings,
-    TgiSettings,
-    VllmSettings,
-    parse_size,
-)
 from qexport.export.tgi.layout import TgiLayout
 from qexport.export.vllm.layout import VllmLayout
 from qexport.export.weight_files import WeightFiles

@@ -18,8 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from qexport.architectures.architecture import Checkpoint
 from qexport.errors import QexportError
-from qexport.formats import Format
-from qexport.formats.registry import config_file
+from qexport.formats import Format, config_file
 from qexport.tensors import Origin
 
 FOLDER: Final = "launch"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -14,6 +15,7 @@ import torch
 from qexport.artifact.digests import sha256_bytes, tensor_bytes
 from qexport.errors import QexportError
 from qexport.tensors import TensorSpec
+from qexport.tensors.safetensors_folder import INDEX_NAME, SINGLE_NAME
 
 
 class TensorWriter(Protocol):
@@ -142,3 +144,148 @@ def link_or_copy(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
+
+
+_CHUNK_BYTES = 1 << 22
+
+# In the order of safetensors files: wide types first, so that all tensors are aligned.
+_DTYPE_NAMES = {
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_DTYPE_RANK = {dtype: rank for rank, dtype in enumerate(_DTYPE_NAMES)}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file to be written.
+
+    Attributes:
+        name: the file's name.
+        specs: its tensors.
+    """
+
+    name: str
+    specs: Mapping[str, TensorSpec]
+
+
+def plan_shards(specs: Mapping[str, TensorSpec], max_shard_size: int) -> list[Shard]:
+    """Fills one file after another in the given order. Headers do not count; a `LargestSpec` counts with its bound.
+
+    Args:
+        specs: every tensor of the artifact.
+        max_shard_size: bytes of tensors in one file; a larger tensor gets its own file.
+    """
+    groups = split_by_size(specs, max_shard_size)
+    if len(groups) == 1:
+        return [Shard(SINGLE_NAME, groups[0])]
+    count = len(groups)
+    return [Shard(f"model-{number:05d}-of-{count:05d}.safetensors", group) for number, group in enumerate(groups, 1)]
+
+
+def split_by_size(specs: Mapping[str, TensorSpec], max_size: int) -> list[dict[str, TensorSpec]]:
+    """Fills one group after another in the given order, each with at most `max_size` bytes but at least one tensor."""
+    groups: list[dict[str, TensorSpec]] = [{}]
+    filled = 0
+    for name, spec in specs.items():
+        if groups[-1] and filled + spec.nbytes > max_size:
+            groups.append({})
+            filled = 0
+        groups[-1][name] = spec
+        filled += spec.nbytes
+    return groups
+
+
+class ShardWriter(PlacedTensors):
+    """Writes tensors into the shards of a folder.
+
+    Args:
+        folder: an existing folder without safetensors files.
+        specs: every tensor that will come.
+        max_shard_size: bytes of tensors in one file.
+    """
+
+    def __init__(self, folder: Path, specs: Mapping[str, TensorSpec], max_shard_size: int) -> None:
+        self._folder = folder
+        self._shards = plan_shards(specs, max_shard_size)
+        places: dict[str, tuple[Path, int]] = {}
+        for shard in self._shards:
+            header, offsets = _header(shard.specs)
+            places |= {name: (folder / shard.name, len(header) + offset) for name, offset in offsets.items()}
+        super().__init__(specs, places)
+
+    def finish(self) -> tuple[str, ...]:
+        """Closes the gaps after shorter vectors, and writes the headers, and an index if there are several shards.
+
+        Returns:
+            The names of all files.
+
+        Raises:
+            QexportError: a planned tensor never came, or a file has become shorter.
+        """
+        self.refuse_missing()
+        for shard in self._shards:
+            self._complete(self._folder / shard.name, {name: self.written[name] for name in shard.specs})
+        names = tuple(shard.name for shard in self._shards)
+        if len(names) == 1:
+            return names
+        (self._folder / INDEX_NAME).write_text(self._index(), encoding="utf-8")
+        return (*names, INDEX_NAME)
+
+    def _complete(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
+        """Moves each tensor down to its final offset, and adds the header."""
+        header, offsets = _header(specs)
+        size = len(header)
+        for name, spec in _in_file_order(specs):
+            _move_down(path, self.places[name][1], len(header) + offsets[name], spec.nbytes)
+            size += spec.nbytes
+        write_at(path, 0, memoryview(header))
+        os.truncate(path, size)
+
+    def _index(self) -> str:
+        weight_map = {name: shard.name for shard in self._shards for name in shard.specs}
+        total_size = sum(spec.nbytes for spec in self.written.values())
+        content = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        return json.dumps(content, indent=2, sort_keys=True) + "\n"
+
+
+def _header(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
+    """A file's header, and each tensor's offset after it."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offsets = {}
+    end = 0
+    for name, spec in _in_file_order(specs):
+        offsets[name], end = end, end + spec.nbytes
+        entries[name] = {"dtype": _DTYPE_NAMES[spec.dtype], "shape": spec.shape, "data_offsets": [offsets[name], end]}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, offsets
+
+
+def _in_file_order(specs: Mapping[str, TensorSpec]) -> Iterator[tuple[str, TensorSpec]]:
+    for name, spec in specs.items():
+        if spec.dtype not in _DTYPE_RANK:
+            raise QexportError(f"safetensors files cannot hold {spec.dtype} here", where=name)
+    return iter(sorted(specs.items(), key=lambda item: (_DTYPE_RANK[item[1].dtype], item[0].encode())))
+
+
+def _move_down(path: Path, source: int, target: int, count: int) -> None:
+    """Moves bytes towards the start of a file, in pieces; the two ranges may overlap."""
+    if source == target or count == 0:
+        return
+    with path.open("rb+", buffering=0) as file:
+        done = 0
+        while done < count:
+            piece = os.pread(file.fileno(), min(_CHUNK_BYTES, count - done), source + done)
+            if not piece:
+                raise QexportError("a shard became shorter while it was written", where=str(path))
+            write_fully(file.fileno(), target + done, memoryview(piece))
+            done += len(piece)

@@ -16,8 +16,7 @@ import torch
 
 from qexport.artifact.digests import FileDigests, sha256_chunks
 from qexport.errors import CompatibilityError, QexportError, listed
-from qexport.export.shards import ShardWriter
-from qexport.export.tensor_writer import TensorWriter, WrittenWeights
+from qexport.export.tensor_writer import ShardWriter, TensorWriter, WrittenWeights
 from qexport.formats import Outputs
 from qexport.formats.format import Encoding
 from qexport.tensors import TensorRecord, TensorSpec

@@ -8,8 +8,9 @@ from typing import Any, Final, Literal
 
 from qexport.artifact.figures import CATALOGUE, CheckResult, Figure, GateResult, Verdict, find_figure
 from qexport.artifact.report import Report
+from qexport.errors import GateFailed, GateUndecided
+from qexport.gates import HasGates
 from qexport.gates.limits import NOISE_MARGIN, Bound, Limit, ProfileOfLayer, above_floor, limits_of, profile_for
-from qexport.gates.settings import HasGates
 
 BuiltIn = Literal["config", "tokenizer", "graph", "merge", "adapter", "better_than_rtn"]
 """Gates that need no configured limit. Each is decided where it is expected, whether or not it was measured."""
@@ -251,3 +252,52 @@ def noise_floors(figures: Sequence[Figure]) -> Mapping[str, float]:
         for figure in figures
         if figure.domain is None and figure.noise_floor is not None
     }
+
+
+_MAX_NAMED: Final = 12
+_MEND_OF_LIMITS: Final = "try more bits or a smaller group_size, or loosen the limit where the use allows it"
+_MEND: Final = {
+    "config": "correct config.json so that it describes the reference's model",
+    "tokenizer": "copy the tokenizer's files from the base",
+    "graph": "export the model again: this graph does not use its attention mask or its cache correctly",
+    "merge": "check that the adapter was made for this base",
+    "adapter": "check that the artifact was made with this adapter",
+    "better_than_rtn": "calibrate with more or other text, or check that the artifact was made from this reference",
+}
+
+
+def gates_error(results: Sequence[GateResult], where: str) -> GateFailed | GateUndecided | None:
+    """The error if not every gate passed: `GateFailed` if one failed, else `GateUndecided`; None if all passed.
+
+    Args:
+        results: of all gates.
+        where: the artifact or the report of these gates.
+    """
+    failed = [each for each in results if each.verdict == "fail"]
+    undecided = [each for each in results if each.verdict == "undecided"]
+    if failed:
+        mend = "; ".join(dict.fromkeys(_MEND.get(each.name, _MEND_OF_LIMITS) for each in failed))
+        return GateFailed(f"{_number_of(failed)} failed: {_named(failed)}", where=where, mend=mend)
+    if undecided:
+        return GateUndecided(
+            f"{_number_of(undecided)} could not be decided: {_named(undecided)}",
+            where=where,
+            mend="verify with more windows, or loosen or remove limits on what cannot be measured",
+        )
+    return None
+
+
+def _number_of(results: Sequence[GateResult]) -> str:
+    return "1 gate" if len(results) == 1 else f"{len(results)} gates"
+
+
+def _named(results: Sequence[GateResult]) -> str:
+    rest = [f"and {len(results) - _MAX_NAMED} more"] if len(results) > _MAX_NAMED else []
+    return ", ".join([*map(_in_short, results[:_MAX_NAMED]), *rest])
+
+
+def _in_short(result: GateResult) -> str:
+    if result.value is None or result.limit is None:
+        return f"{result.name} ({result.reason})"
+    bound = "at most" if result.bound == "at_most" else "at least"
+    return f"{result.name} is {result.value:.5g} where the limit is {bound} {result.limit:.5g}"

@@ -12,12 +12,12 @@ from typing import Final, Literal
 from qexport.artifact.figures import CATALOGUE
 from qexport.artifact.manifest import Sizes
 from qexport.errors import RecipeError, listed
-from qexport.gates.settings import Bounds, DomainBounds, HasGates, ProfileName
+from qexport.gates import Bounds, DomainBounds, HasGates, ProfileName
 from qexport.records import LayerRecord
 
 ProfileOfLayer = Callable[[str, int, int], ProfileName | None]
 """From how a layer's codes were found, their bits, and the model's parameters to a profile, by each method's own rule
-(`qexport.quantizing.methods.profile_of_layer`)."""
+(`qexport.quantizing.profile_of_layer`)."""
 
 TINY_PARAMETERS: Final = 500_000_000
 """In models with fewer parameters, 4 bits cost so much more quality that other limits apply."""

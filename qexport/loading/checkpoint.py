@@ -2,21 +2,99 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
-from qexport.architectures.architecture import Checkpoint
-from qexport.artifact.digests import sha256_file
+import torch
+
+from qexport.architectures.architecture import Architecture, Checkpoint
+from qexport.artifact.digests import FileDigests, sha256_bytes, sha256_file
 from qexport.errors import InputError, RecipeError
-from qexport.loading.folder import read_folder
+from qexport.loading import LoadSettings
 from qexport.loading.gguf_checkpoint import read_gguf
 from qexport.loading.hub import fetch, fetch_base, find_package_file
-from qexport.loading.settings import LoadSettings
+from qexport.loading.model_weights import ChunkedSource, find_architecture, fit_to_model, refuse_untied_copies
+from qexport.loading.small_files import CONFIG_NAME, read_config, read_sidecars
 from qexport.progress import ProgressCallback, silent
 from qexport.references import HubReference, LocalReference, PackageReference, parse_reference
-from qexport.tensors.source import Origin
+from qexport.tensors.safetensors_folder import SafetensorsFolder
+from qexport.tensors.source import Origin, TensorSpec
 from qexport.tensors.strict_files import contained_path
+
+
+def read_folder(
+    folder: Path,
+    *,
+    kind: Literal["folder", "hub"],
+    name: str,
+    revision: str | None = None,
+    trusted_root: Path | None = None,
+    progress: ProgressCallback,
+) -> Checkpoint:
+    """The model in a folder. Headers are checked against config.json; the weights are hashed later.
+
+    Args:
+        folder: where the files are.
+        kind: where the folder came from.
+        name: the origin's name.
+        revision: the commit, for a hub's model.
+        trusted_root: where symbolic links may lead; the folder itself if None.
+        progress: is called with keys of config.json that are dropped.
+    """
+    config = read_config(folder, trusted_root=trusted_root, progress=progress)
+    files = read_sidecars(folder, trusted_root=trusted_root)
+    source = SafetensorsFolder(folder, trusted_root=trusted_root)
+    try:
+        architecture = find_architecture(config, tensors=len(source.specs()))
+        named = with_prefix(source, architecture)
+        weights = fit_to_model(named, architecture)
+        refuse_untied_copies(named, architecture.naming.tied)
+        known = {file: sha256_bytes(content) for file, content in files.items()}
+        digests = FileDigests(folder, (CONFIG_NAME, *source.files()), known)
+    except BaseException:
+        source.close()
+        raise
+    origin = Origin(kind, name, revision, digests)
+    return Checkpoint(architecture, weights, files, origin)
+
+
+def with_prefix(source: ChunkedSource, architecture: Architecture) -> ChunkedSource:
+    """The source with the base model's prefix added to its names, as transformers adds it on loading.
+
+    It is unchanged if any name has the prefix already, or none is known with it.
+    """
+    known, prefix = architecture.naming.parts, f"{architecture.skeleton.base_model_prefix}."
+    names = list(source.specs())
+    inside = {name for name in names if name not in known and f"{prefix}{name}" in known}
+    if not inside or any(name.startswith(prefix) for name in names):
+        return source
+    return _Prefixed(source, {f"{prefix}{name}" if name in inside else name: name for name in names})
+
+
+class _Prefixed:
+    """A source with other names for its tensors."""
+
+    def __init__(self, source: ChunkedSource, stored: Mapping[str, str]) -> None:
+        self._source, self._stored = source, stored
+
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Every tensor's shape and dtype, in the source's order."""
+        found = self._source.specs()
+        return {name: found[stored] for name, stored in self._stored.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor in newly allocated memory."""
+        return self._source.read(self._stored[name])
+
+    def place(self, name: str) -> str:
+        """The tensor's file and its name there."""
+        return self._source.place(self._stored[name])
+
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        """The tensor's bytes in pieces of a fixed size."""
+        return self._source.chunks(self._stored[name])
 
 
 def load_checkpoint(settings: LoadSettings, *, progress: ProgressCallback = silent) -> Checkpoint:

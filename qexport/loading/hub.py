@@ -23,7 +23,7 @@ from qexport.progress import Notice, ProgressCallback
 from qexport.references import HubReference, PackageReference
 from qexport.tensors.safetensors_folder import INDEX_NAME, SINGLE_NAME, read_index
 from qexport.tensors.strict_files import contained_path
-from qexport.text.tokenizer_identity import TEMPLATES_FOLDER
+from qexport.text.tokenizers import TEMPLATES_FOLDER
 
 
 @dataclass(frozen=True)

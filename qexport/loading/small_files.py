@@ -16,13 +16,7 @@ from qexport.architectures.families import without_code_keys
 from qexport.errors import InputError
 from qexport.progress import Notice, ProgressCallback
 from qexport.tensors.strict_files import contained_path, parse_json, read_json_object
-from qexport.text.tokenizer_identity import (
-    CHAT_TEMPLATE,
-    GENERATION_CONFIG,
-    OLD_TEMPLATE,
-    TEMPLATES_FOLDER,
-    TOKENIZER_CONFIG,
-)
+from qexport.text.tokenizers import CHAT_TEMPLATE, GENERATION_CONFIG, OLD_TEMPLATE, TEMPLATES_FOLDER, TOKENIZER_CONFIG
 
 CONFIG_NAME: Final = "config.json"
 

@@ -9,10 +9,9 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from qexport.merge.adapter import MERGE_WITH_PEFT, AdapterOptions
-from qexport.merge.base import Module
 from qexport.merge.changes import Add, LowRank, SingularValues, WeightDecomposed
 from qexport.merge.plan import MergePlan
-from qexport.merge.targets import suffix_matches, targeted
+from qexport.merge.targets import Module, suffix_matches, targeted
 from qexport.merge.whole_tensors import plan_trainable_tokens, plan_whole_tensors
 
 Rank = Annotated[int, Field(ge=1)]

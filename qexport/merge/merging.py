@@ -12,11 +12,11 @@ import torch
 
 from qexport.architectures.architecture import Checkpoint
 from qexport.errors import InputError, NumericalError
+from qexport.merge import MergeSettings
 from qexport.merge.adapter import CONFIG_FILE, Adapter, read_adapter
-from qexport.merge.base import describe_base
 from qexport.merge.changes import Change, ReadFactor
 from qexport.merge.plan import MergePlan
-from qexport.merge.settings import MergeSettings
+from qexport.merge.targets import describe_base
 from qexport.merge.types import planner
 from qexport.progress import Notice, ProgressCallback, silent
 from qexport.tensors.source import Origin, TensorSpec, WeightSource, is_finite

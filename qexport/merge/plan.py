@@ -10,8 +10,8 @@ import torch
 from qexport.architectures.families import family, matching
 from qexport.errors import CompatibilityError, InputError, listed
 from qexport.merge.adapter import MERGE_WITH_PEFT, PREFIX, Adapter
-from qexport.merge.base import BaseModel
 from qexport.merge.changes import Change, Replace, ReplaceRows
+from qexport.merge.targets import BaseModel
 from qexport.tensors.source import is_finite
 
 _MAX_NAMED = 4

@@ -1,16 +1,106 @@
-"""The types of adapters: how each is merged, or why it is refused."""
+"""The types of adapters: how each is merged, or why it is refused. (IA)^3, VeRA and LN tuning are here."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import ClassVar
 
 from qexport.errors import CompatibilityError, InputError
-from qexport.merge.adapter import MERGE_WITH_PEFT
-from qexport.merge.lora import plan_adalora, plan_lora
+from qexport.merge.adapter import MERGE_WITH_PEFT, AdapterOptions
+from qexport.merge.changes import Replace, Scale, SharedProjections
+from qexport.merge.lora import Rank, plan_adalora, plan_lora
 from qexport.merge.plan import MergePlan
-from qexport.merge.small_types import plan_ia3, plan_ln_tuning, plan_vera
+from qexport.merge.targets import full_matches, targeted
 from qexport.merge.through_peft import plan_through_peft
-from qexport.merge.whole_tensors import plan_token_adapter
+from qexport.merge.whole_tensors import plan_token_adapter, plan_whole_tensors
+
+
+class Ia3Options(AdapterOptions):
+    """Options of IA3 that a merge depends on."""
+
+    without_effect: ClassVar[frozenset[str]] = frozenset({"init_ia3_weights", "fan_in_fan_out"})
+
+    feedforward_modules: list[str] | str
+
+
+def plan_ia3(plan: MergePlan) -> None:
+    """Plans the merge of an IA3 adapter: inputs are scaled in feedforward modules, outputs in the others."""
+    options = Ia3Options.parse(plan.adapter.config)
+    targets = targeted(options, plan.base)
+    plan_whole_tensors(plan, options, targets)
+    feedforward = _feedforward(options.feedforward_modules, targets)
+    for path in targets:
+        module = plan.base.modules[path]
+        if module.kind not in ("linear", "conv1d"):
+            plan.refuse(f"{path}: (IA)^3 on a layer that is not linear", MERGE_WITH_PEFT)
+            continue
+        plan.refuse_unmergeable(path)
+        shape = (1, module.inputs) if path in feedforward else (module.outputs, 1)
+        scale = Scale(plan.factor(path, "ia3_l", shape), module.transposed)
+        plan.change(f"{path}.weight", scale)
+        if module.has_bias and path not in feedforward:
+            plan.change(f"{path}.bias", scale)
+
+
+def _feedforward(modules: list[str] | str, targets: list[str]) -> set[str]:
+    if isinstance(modules, str):
+        return full_matches(modules, targets, field="feedforward_modules")
+    # PEFT compares the ends of names here, not whole components.
+    return {name for name in targets if name.endswith(tuple(modules))}
+
+
+class VeraOptions(AdapterOptions):
+    """Options of VERA that a merge depends on."""
+
+    without_effect: ClassVar[frozenset[str]] = frozenset(
+        {"d_initial", "fan_in_fan_out", "init_weights", "projection_prng_key", "vera_dropout"}
+    )
+
+    r: Rank = 256
+    save_projection: bool = True
+
+
+def plan_vera(plan: MergePlan) -> None:
+    """Plans the merge of a VERA adapter, whose file must hold the projections that all its layers share."""
+    options = VeraOptions.parse(plan.adapter.config)
+    if not options.save_projection:
+        plan.refuse("save_projection: the adapter stores only the random seed of its projections", MERGE_WITH_PEFT)
+    targets = targeted(options, plan.base)
+    plan_whole_tensors(plan, options, targets)
+    linear = [path for path in targets if plan.base.modules[path].kind in ("linear", "conv1d")]
+    for path in set(targets).difference(linear):
+        plan.refuse(f"{path}: VeRA on a layer that is not linear", MERGE_WITH_PEFT)
+    inputs = max((plan.base.modules[path].inputs for path in linear), default=0)
+    outputs = max((plan.base.modules[path].outputs for path in linear), default=0)
+    a = plan.tensor("base_model.vera_A", (options.r, inputs))
+    b = plan.tensor("base_model.vera_B", (outputs, options.r))
+    for path in linear:
+        _plan_module(plan, path, a, b, options.r)
+
+
+def _plan_module(plan: MergePlan, path: str, a: str, b: str, rank: int) -> None:
+    module = plan.base.modules[path]
+    plan.refuse_unmergeable(path)
+    change = SharedProjections(
+        a,
+        b,
+        lambda_d=plan.factor(path, "vera_lambda_d", (rank,)),
+        lambda_b=plan.factor(path, "vera_lambda_b", (module.outputs,)),
+        inputs=module.inputs,
+        transposed=module.transposed,
+    )
+    plan.change(f"{path}.weight", change)
+
+
+def plan_ln_tuning(plan: MergePlan) -> None:
+    """Plans the merge of an LN_TUNING adapter."""
+    options = AdapterOptions.parse(plan.adapter.config)
+    targets = targeted(options, plan.base)
+    plan_whole_tensors(plan, options, targets)
+    for path in targets:
+        for name, shape in plan.base.modules[path].tensors.items():
+            plan.change(f"{path}.{name}", Replace(plan.factor(path, f"ln_tuning_layers.{name}", shape)))
+
 
 Planner = Callable[[MergePlan], None]
 

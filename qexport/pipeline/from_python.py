@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any, Final
 from pydantic import TypeAdapter, ValidationError
 
 from qexport.errors import InputError, RecipeError, listed
-from qexport.export.settings import ExportSettings
-from qexport.loading.settings import LoadSettings
-from qexport.merge.settings import MergeSettings
+from qexport.export import ExportSettings
+from qexport.loading import LoadSettings
+from qexport.merge import MergeSettings
 from qexport.pipeline.result import Result
 from qexport.pipeline.running import run
 from qexport.progress import ProgressCallback, silent
 from qexport.quantizing.method import CalibrationSettings, Method
-from qexport.recipe.model import Recipe
-from qexport.verifying.settings import VerifySettings
+from qexport.recipe import Recipe
+from qexport.verifying import VerifySettings
 
 if TYPE_CHECKING:
     from peft import PeftModel

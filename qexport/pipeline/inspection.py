@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 
 from qexport.amounts import size
-from qexport.artifact.folder import open_artifact
 from qexport.artifact.manifest import MANIFEST_NAME, REPORT_FOLDER, Verification
+from qexport.artifact.publish import open_artifact
 from qexport.artifact.report import REPORT_NAME, Report
 from qexport.errors import InputError
 from qexport.export.loaders import Folder, Loader, Verdict, loaders

@@ -11,13 +11,13 @@ from qexport.architectures.structure import Structure
 from qexport.export.layouts import Layout, make_layout
 from qexport.formats import Outputs
 from qexport.hidden_packages import hidden
+from qexport.loading import LoadSettings
 from qexport.loading.checkpoint import load_checkpoint, locate_adapter
-from qexport.loading.settings import LoadSettings
+from qexport.merge import MergeSettings
 from qexport.merge.merging import Merged, merge
-from qexport.merge.settings import MergeSettings
 from qexport.pipeline.texts import check_prompts_and_tasks, refuse_long_windows
 from qexport.progress import ProgressCallback, silent
-from qexport.recipe.model import Recipe
+from qexport.recipe import Recipe
 
 
 def load_merged(load: LoadSettings, merging: MergeSettings, *, progress: ProgressCallback) -> Merged:

@@ -7,17 +7,17 @@ from importlib.metadata import version
 
 import torch
 
+from qexport.artifact import Identity, Protocol, describe_environment
 from qexport.artifact.digests import sha256_bytes, sha256_json
 from qexport.artifact.figures import CheckResult, GateResult, overall
-from qexport.artifact.folder import digest_files
 from qexport.artifact.manifest import CalibrationRecord, Manifest, Sizes, SourceRecord, Verification
-from qexport.artifact.record import Identity, Protocol, describe_environment
+from qexport.artifact.publish import digest_files
 from qexport.artifact.report import ReferenceRecord, Report
 from qexport.pipeline.folders import ArtifactFolder, LayoutFolder
 from qexport.pipeline.planning import Plan
 from qexport.statistics.samples import ALPHA
 from qexport.tensors import CalibrationSet, Origin
-from qexport.text.tokenizer_identity import template_digest, tokenizer_digest
+from qexport.text.tokenizers import template_digest, tokenizer_digest
 from qexport.verifying.estimates import flips_by_margin, kl_histogram, worst_tokens
 from qexport.verifying.reference import Reference
 from qexport.verifying.verification import Measurement

@@ -10,19 +10,18 @@ import torch
 
 from qexport.artifact.figures import CheckResult, Figure, GateResult
 from qexport.errors import GateFailed, GateUndecided
+from qexport.gates import HasGates, ProfileName
 from qexport.gates.deciding import BuiltIn, decide, expected_gates, waived
 from qexport.gates.limits import Limit, above_floor, limits_of
-from qexport.gates.settings import HasGates, ProfileName
 from qexport.loading.small_files import open_tokenizer
 from qexport.merge.merging import Merged
 from qexport.pipeline.result import UnprovenMerge
 from qexport.pipeline.texts import Evaluation
 from qexport.progress import ProgressCallback, silent
 from qexport.quantizing.rounding import NearestSource
+from qexport.verifying import VerifySettings
 from qexport.verifying.live_adapter import LiveAdapter
-from qexport.verifying.preparation import Preparation, prepare
-from qexport.verifying.reference import Reference
-from qexport.verifying.settings import VerifySettings
+from qexport.verifying.reference import Preparation, Reference, prepare
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from qexport.pipeline.result import Result, UnprovenMerge
 from qexport.pipeline.texts import Evaluation, Texts, read_texts
 from qexport.pipeline.verification import measure_folder
 from qexport.progress import Progress, ProgressCallback, silent
-from qexport.recipe.model import Recipe
+from qexport.recipe import Recipe
 from qexport.records import LayerRecord
 from qexport.reporting.writing import write_report
 from qexport.verifying.reference import Reference

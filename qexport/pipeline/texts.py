@@ -14,13 +14,12 @@ from qexport.errors import CompatibilityError, listed
 from qexport.loading.small_files import open_tokenizer
 from qexport.progress import Notice, ProgressCallback, silent
 from qexport.quantizing.method import CalibrationSettings
-from qexport.recipe.model import Recipe
+from qexport.recipe import Recipe
 from qexport.tensors import CalibrationSet
 from qexport.text.documents import Documents, read_documents, refuse_shared
-from qexport.text.held_out import HeldOut, make_held_out
 from qexport.text.prompts import EncodedPrompts, encode_prompts, read_prompts, refuse_long
-from qexport.text.windows import make_windows
-from qexport.verifying.settings import VerifySettings, names_file
+from qexport.text.windows import HeldOut, make_held_out, make_windows
+from qexport.verifying import VerifySettings, names_file
 from qexport.verifying.tasks.local_files import read_local_tasks
 from qexport.verifying.tasks.measuring import require_harness
 

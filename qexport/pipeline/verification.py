@@ -11,26 +11,25 @@ import torch
 from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.devices import find_device
 from qexport.artifact.figures import CheckResult
-from qexport.artifact.folder import open_artifact
 from qexport.artifact.manifest import MANIFEST_NAME
+from qexport.artifact.publish import open_artifact
 from qexport.artifact.report import Report
 from qexport.gates.limits import profile_for
 from qexport.hidden_packages import hidden
-from qexport.loading.settings import LoadSettings
+from qexport.loading import LoadSettings
 from qexport.loading.small_files import has_tokenizer, open_tokenizer, read_sidecars, tokenizer_from_files
-from qexport.merge.settings import MergeSettings
+from qexport.merge import MergeSettings
 from qexport.pipeline.folders import ArtifactFolder, open_folder
 from qexport.pipeline.planning import load_merged
 from qexport.pipeline.recording import make_report
 from qexport.pipeline.reference import Gates, make_gates, prepare_reference
 from qexport.pipeline.texts import check_prompts_and_tasks, read_evaluation, refuse_long_windows
 from qexport.progress import ProgressCallback, silent
-from qexport.quantizing.methods import profile_of_layer
+from qexport.quantizing import profile_of_layer
 from qexport.reading.stored_model import StoredModel, model_folder
 from qexport.text.preflight import TokenizerFolder, preflight
-from qexport.verifying import verification
+from qexport.verifying import VerifySettings, verification
 from qexport.verifying.reference import Reference
-from qexport.verifying.settings import VerifySettings
 from qexport.verifying.verification import Measurement, check_config, check_parameters, has_nearest_rival
 
 

@@ -15,7 +15,7 @@ from qexport.architectures.memory import return_freed_memory
 from qexport.architectures.runner import Batch, BlockRunner
 from qexport.architectures.structure import LinearSpec, Structure
 from qexport.errors import CompatibilityError
-from qexport.formats.registry import Outputs
+from qexport.formats import Outputs
 from qexport.progress import Notice, Progress, ProgressCallback, silent
 from qexport.quantizing.gptq import Gptq
 from qexport.quantizing.layer import Hessian, SolvedLayer, solve_together

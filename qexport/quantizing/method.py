@@ -18,9 +18,8 @@ if TYPE_CHECKING:
 
     from qexport.architectures.architecture import Checkpoint
     from qexport.architectures.structure import LinearSpec
-    from qexport.formats import Format
-    from qexport.formats.registry import Outputs
-    from qexport.gates.settings import ProfileName
+    from qexport.formats import Format, Outputs
+    from qexport.gates import ProfileName
     from qexport.tensors import CalibrationSet, Quantized, QuantizedSpec, TensorRecord, TensorSpec
 
 

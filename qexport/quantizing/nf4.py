@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from qexport.architectures.structure import LinearSpec
     from qexport.formats import Format
-    from qexport.gates.settings import ProfileName
+    from qexport.gates import ProfileName
     from qexport.tensors import Quantized, QuantizedSpec, TensorSpec
 
 

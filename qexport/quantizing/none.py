@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import torch
 
     from qexport.architectures.architecture import Checkpoint
-    from qexport.formats.registry import Outputs
-    from qexport.gates.settings import ProfileName
+    from qexport.formats import Outputs
+    from qexport.gates import ProfileName
     from qexport.tensors import CalibrationSet, TensorRecord
 
 

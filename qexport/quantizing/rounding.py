@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from qexport.architectures.architecture import Checkpoint
-from qexport.formats.registry import Outputs
+from qexport.formats import Outputs
 from qexport.progress import Progress, ProgressCallback, silent
 from qexport.quantizing.method import RoundingMethod
 from qexport.quantizing.selection import notes_on_experts, select_rounded

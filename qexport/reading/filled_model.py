@@ -16,10 +16,27 @@ from qexport.architectures.architecture import Architecture
 from qexport.architectures.lazy_model import compute_buffers
 from qexport.architectures.naming import Part
 from qexport.errors import CompatibilityError, QexportError, listed
-from qexport.formats.dequantization import dequantize
+from qexport.formats.bitsandbytes import four_bit_tensors
 from qexport.formats.stored_weight import StoredWeight, Tensors
-from qexport.tensors import WeightSource
+from qexport.tensors import BlockQuantized, Quantized, WeightSource
 from qexport.tensors.strict_files import contained_path, read_json_object
+
+_ROWS_AT_ONCE: Final = 512
+
+
+def dequantize(quantized: Quantized, dtype: torch.dtype) -> torch.Tensor:
+    """The weight [out, in] on the device of the codes, computed in float32 and rounded to `dtype`.
+
+    bitsandbytes' 4-bit codes are first rounded to the dtype that was quantized, as bitsandbytes does.
+    """
+    if isinstance(quantized, BlockQuantized):
+        return four_bit_tensors.dequantize(quantized).to(dtype)
+    weight = torch.empty(quantized.codes.shape, dtype=dtype, device=quantized.codes.device)
+    for start in range(0, len(weight), _ROWS_AT_ONCE):
+        end = start + _ROWS_AT_ONCE
+        weight[start:end] = quantized.rows(start, end).dequantize(dtype)
+    return weight
+
 
 _GENERATION_NAME: Final = "generation_config.json"
 _GENERATION_LIMIT: Final = 1 << 20

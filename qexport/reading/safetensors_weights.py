@@ -16,10 +16,9 @@ from qexport.architectures.architecture import Architecture
 from qexport.architectures.families import without_code_keys
 from qexport.architectures.structure import Structure, refuse_impossible_depth
 from qexport.errors import InputError, listed
-from qexport.formats.dequantization import dequantize
-from qexport.formats.registry import reader_of
+from qexport.formats import reader_of
 from qexport.formats.stored_weight import StoredLayer, StoredWeight
-from qexport.reading.filled_model import quantized_model, read_generation
+from qexport.reading.filled_model import dequantize, quantized_model, read_generation
 from qexport.tensors import GroupQuantizedSpec, TensorSpec
 from qexport.tensors.safetensors_folder import SafetensorsFolder
 from qexport.tensors.source import is_finite

@@ -1,6 +1,181 @@
-"""Recipes: the model, overrides, checking, the schema."""
+"""Recipes: one part per stage; read from a file and the command line, and checked."""
 
-from qexport.recipe.model import Recipe
-from qexport.recipe.reading import load_recipe
+from __future__ import annotations
 
-__all__ = ["Recipe", "load_recipe"]
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+from pydantic import AfterValidator, Field, ValidationError, model_validator
+
+from qexport.export import ExportSettings, OnnxSettings
+from qexport.loading import LoadSettings
+from qexport.merge import MergeSettings
+from qexport.quantizing import AnyMethod
+from qexport.quantizing.method import Method
+from qexport.recipe.paths import portable, resolved
+from qexport.settings import Settings
+from qexport.verifying import VerifySettings
+from qexport.yaml.parsing import FileKind, SyntaxProblem, parse
+from qexport.yaml.problems import (
+    Keys,
+    Problem,
+    YamlNode,
+    YamlOrigin,
+    child,
+    combination,
+    dotted,
+    plain,
+    problems_of,
+    replaced,
+)
+
+
+def _each_layout_once(exports: list[ExportSettings]) -> list[ExportSettings]:
+    counts = Counter(export.layout for export in exports)
+    if twice := [layout for layout, count in counts.items() if count > 1]:
+        raise ValueError(f"the layout {twice[0]} is listed {counts[twice[0]]} times: list it once")
+    return exports
+
+
+def _calibration_text_is_named(method: Method) -> Method:
+    if method.needs_calibration and method.calibration_settings is None:
+        raise combination({"calibration": f"missing: {method.method} needs calibration text"})
+    return method
+
+
+class Recipe(Settings):
+    """What to make of which model. One run follows one recipe.
+
+    Local files are named by absolute paths in a recipe that was read from a file; in one that was made in Python,
+    relative paths start from the current directory.
+    """
+
+    load: LoadSettings
+    """The base model and the adapter."""
+
+    merge: MergeSettings = MergeSettings()
+    """The arithmetic of the merge."""
+
+    quantize: Annotated[AnyMethod, AfterValidator(_calibration_text_is_named)]
+    """The method and its settings."""
+
+    export: Annotated[list[ExportSettings], Field(min_length=1), AfterValidator(_each_layout_once)]
+    """The layouts to write, each at most once. One pass writes all of them."""
+
+    verify: VerifySettings | None = None
+    """How the finished artifact is compared with the merged reference. Without it, nothing is measured."""
+
+    output: str | None = None
+    """The artifact's folder. `--output` on the command line replaces it."""
+
+    @model_validator(mode="after")
+    def _shared_weights_are_there(self) -> Recipe:
+        if "safetensors" not in {each.layout for each in self.export}:
+            for index, each in enumerate(self.export):
+                if isinstance(each, OnnxSettings) and each.share_weights:
+                    message = "there is nothing to share: add the layout safetensors, or remove share_weights"
+                    raise combination({f"export.{index}.share_weights": message})
+        return self
+
+    @model_validator(mode="after")
+    def _held_out_text_is_not_the_calibration_text(self) -> Recipe:
+        calibration = self.quantize.calibration_settings
+        if not self.verify or calibration is None:
+            return self
+        if shared := set(_listed(self.verify.text)) & set(_listed(calibration.source)):
+            message = f"{min(shared)} is the calibration text too: verify on text that the method has not seen"
+            raise combination({"verify.text": message})
+        return self
+
+    def portable(self) -> dict[str, Any]:
+        """The recipe as JSON values without a host's path, for the manifest.
+
+        Defaults are filled in, local files and folders are reduced to their last component, `output` is omitted.
+        """
+        return portable(self.model_dump(mode="json"))
+
+
+def _listed(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
+
+
+def override(root: YamlNode, overrides: Sequence[str]) -> tuple[YamlNode, list[Problem]]:
+    """The tree with the overrides applied in order, and a problem for each that cannot be applied.
+
+    Args:
+        root: the recipe's root, a mapping.
+        overrides: each `key=value`: a dotted path, numbers for the items of a list (`export.0.layout=safetensors`), and
+            a YAML scalar or flow value. Missing parts of a path are created; the recipe's own checks find
+            unknown keys.
+    """
+    origin = YamlOrigin("command line", Path.cwd())
+    problems = []
+    for text in overrides:
+        path, equals, value = text.partition("=")
+        if not equals or not all(path.split(".")):
+            problems.append(Problem(origin, None, text, "write key=value, for example quantize.bits=8"))
+            continue
+        try:
+            keys = _keys(root, path)
+            node, found = parse(value, origin, numbered=False)
+            root = replaced(root, keys, node or YamlNode(None, origin, None))
+            problems += [Problem(origin, None, ".".join(filter(None, (path, p.field))), p.message) for p in found]
+        except SyntaxProblem as error:
+            problems.append(Problem(origin, None, path, error.problem.message))
+        except LookupError as error:
+            problems.append(Problem(origin, None, path, str(error.args[0])))
+    return root, problems
+
+
+def _keys(root: YamlNode, path: str) -> Keys:
+    """The path as keys and indexes; a LookupError says where the recipe has no such place."""
+    keys: list[str | int] = []
+    node: YamlNode | None = root
+    for part in path.split("."):
+        key: str | int = part
+        if node is not None and isinstance(node.value, tuple):
+            if not part.isdecimal() or int(part) >= len(node.value):
+                raise LookupError(f"{dotted(keys)} is a list of {len(node.value)}: give an index below that")
+            key = int(part)
+        elif node is not None and not isinstance(node.value, Mapping | None):
+            raise LookupError(f"{dotted(keys)} is a single value and has no {part}")
+        keys.append(key)
+        below = child(node, key) if node else None
+        node = below.node if below else None
+    return tuple(keys)
+
+
+_RECIPE: Final = FileKind(
+    "recipe", needs="it needs at least load, quantize and export", reference="docs/recipe.md describes every field"
+)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads and checks a recipe.
+
+    Args:
+        path: a YAML file. Relative paths in it start from its own folder.
+        overrides: `key=value` texts as on the command line, for example `quantize.bits=8`. Relative paths in them start
+            from the current directory.
+
+    Returns:
+        The recipe with defaults filled in and absolute local paths.
+
+    Raises:
+        RecipeError: with every problem that was found, each as `file:line: field: message`.
+    """
+    path = Path(path)
+    root, problems = _RECIPE.read(path)
+    root, found = override(root, overrides)
+    problems += found
+    root, found = resolved(root)
+    problems += found
+    try:
+        recipe = Recipe.model_validate(plain(root))
+    except ValidationError as error:
+        problems += problems_of(error, root, Recipe)
+    if problems:
+        raise _RECIPE.error(path, problems)
+    return recipe

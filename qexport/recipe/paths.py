@@ -18,8 +18,8 @@ from qexport.references import (
     is_hub_id,
     parse_reference,
 )
-from qexport.verifying.settings import names_file
-from qexport.yaml.document import Keys, Problem, YamlNode, dotted, entry_at, replaced
+from qexport.verifying import names_file
+from qexport.yaml.problems import Keys, Problem, YamlNode, dotted, entry_at, replaced
 
 Resolve = Callable[[str, Path], str]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic.json_schema import GenerateJsonSchema
 
-from qexport.recipe.model import Recipe
+from qexport.recipe import Recipe
 
 BEGIN, END = "<!-- fields: made by `python -m qexport.recipe.reference docs/recipe.md` -->", "<!-- end of fields -->"
 

@@ -27,9 +27,8 @@ from qexport.reporting.selection import (
     worst_tokens,
 )
 from qexport.reporting.svg import gauge
-from qexport.reporting.values import UNMEASURED, format_value, kind_of
+from qexport.reporting.values import UNMEASURED, format_value, kind_of, visible, visible_token
 from qexport.reporting.view import VERDICT_WORDS, figure_row, prompt_view, share, size_view, summarize
-from qexport.reporting.visible_text import visible, visible_token
 
 
 def render(template: str, **content: Any) -> str:

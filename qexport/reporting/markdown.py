@@ -9,9 +9,8 @@ from typing import Final
 
 from qexport.artifact.figures import Verdict
 from qexport.artifact.report import Report
-from qexport.reporting.values import cut
+from qexport.reporting.values import Piece, cut, visible
 from qexport.reporting.view import GateRow, PromptView, summarize
-from qexport.reporting.visible_text import Piece, visible
 
 _SIGNS: Final[dict[Verdict, str]] = {"pass": "✅", "fail": "❌", "undecided": "❔"}
 _LONGEST_PROMPT: Final = 2000

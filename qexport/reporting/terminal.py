@@ -13,9 +13,8 @@ from rich.text import Text
 
 from qexport.artifact.figures import GateResult, Verdict
 from qexport.artifact.report import Report
-from qexport.reporting.values import cut, gate_limit
+from qexport.reporting.values import Piece, cut, gate_limit, visible
 from qexport.reporting.view import FigureRow, GateRow, PromptView, Summary, summarize
-from qexport.reporting.visible_text import Piece, visible
 
 VERDICT_STYLES: Final[dict[Verdict, str]] = {"pass": "green", "fail": "bold red", "undecided": "bold yellow"}
 _LONGEST_PROMPT: Final = 240

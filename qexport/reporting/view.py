@@ -14,6 +14,7 @@ from qexport.artifact.report import Report
 from qexport.reporting.selection import by_urgency, key_figures, sentence, worst_prompts
 from qexport.reporting.values import (
     UNMEASURED,
+    Piece,
     cut,
     figure_interval,
     figure_value,
@@ -22,8 +23,8 @@ from qexport.reporting.values import (
     gate_units,
     gate_value,
     label_of,
+    word_diff,
 )
-from qexport.reporting.visible_text import Piece, word_diff
 
 VERDICT_WORDS: Final[dict[Verdict, str]] = {"pass": "Passed", "fail": "Failed", "undecided": "Undecided"}
 

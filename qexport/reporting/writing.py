@@ -17,8 +17,8 @@ from qexport.errors import RecipeError
 from qexport.reporting.html import report_html
 from qexport.reporting.markdown import report_markdown
 from qexport.reporting.selection import sentence
+from qexport.reporting.values import visible
 from qexport.reporting.view import GateRow, gate_row
-from qexport.reporting.visible_text import visible
 
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 

@@ -9,9 +9,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from qexport.statistics.means import Array, moments, student_multiplier
+from qexport.statistics.means import PLANNED_UNITS, Array, mixture_multiplier, moments, student_multiplier
 from qexport.statistics.samples import Interval, bounded, refuse_non_finite
-from qexport.statistics.sequences import PLANNED_UNITS, mixture_multiplier
 
 # Candidates on each side of the quantile: their distances grow by 5 %, so an end is at most 5 % too far out.
 _DISTANCES: Final = np.geomspace(1e-3, 14.0, 200)

@@ -16,8 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from qexport.artifact.figures import CheckResult
 from qexport.errors import InputError
 from qexport.text.prompts import Prompt
-from qexport.text.tokenizer_identity import GENERATION_CONFIG, json_object, stored_templates
-from qexport.text.tokens import render_chat, tokenize
+from qexport.text.tokenizers import GENERATION_CONFIG, json_object, render_chat, stored_templates, tokenize
 from qexport.text.torture import TORTURE
 
 _EXAMPLES: Final = 3

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from qexport.artifact.digests import sha256_json
 from qexport.errors import InputError, listed
 from qexport.text.documents import Document, as_document, encodable, read_json_lines
-from qexport.text.tokens import render_chat, tokenize
+from qexport.text.tokenizers import render_chat, tokenize
 
 Style = Literal["clean", "messy"]
 """Well written, or as typed in a hurry."""

@@ -1,1 +1,116 @@
-"""The finished artifact compared with its reference: perplexity, divergence, generation."""
+"""The finished artifact compared with its reference: perplexity, divergence, generation.
+
+The recipe's `verify` is here.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, Literal
+
+from pydantic import Field
+
+from qexport.gates import GateSettings, ProfileName
+from qexport.settings import Settings
+
+ENDINGS: Final = (".yaml", ".yml")
+"""File name endings of task files."""
+
+_EXPLICIT: Final = ("./", "../", "/", "~")
+
+
+def names_file(task: str) -> bool:
+    """Whether an entry of `tasks` names a task file or a folder of them, not a task of the harness."""
+    return task.startswith(_EXPLICIT) or task in {".", ".."} or task.endswith(ENDINGS)
+
+
+class SamplingSettings(Settings):
+    """Sampled continuations in addition to the greedy ones; both models sample with the same random numbers."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    """The same seed gives the same texts."""
+
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Logits are divided by it."""
+
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """Only the likeliest tokens that together have this probability are drawn."""
+
+    samples: Annotated[int, Field(ge=1)] = 1
+    """Sampled continuations per prompt."""
+
+
+class SpeedSettings(Settings):
+    """Timing of both models as users load them, if both fit in memory together."""
+
+    repeats: Annotated[int, Field(ge=6)] = 7
+    """Measurements of each model, in turns. Fewer than 6 give no 95 % interval of a median."""
+
+    prompt_tokens: Annotated[int, Field(ge=1)] = 128
+    """Tokens of held-out text in the prompt."""
+
+    new_tokens: Annotated[int, Field(ge=2)] = 16
+    """Tokens to generate after the prompt."""
+
+
+class TaskSettings(Settings):
+    """Task accuracy of the reference and the artifact, by lm-evaluation-harness (the extra `tasks`)."""
+
+    tasks: Annotated[list[str], Field(min_length=1)]
+    """Names of the harness's tasks or groups, and task files of your own (`.yaml`) or folders of them."""
+
+    metric: Literal["acc", "acc_norm", "exact_match"] | None = None
+    """The metric that says whether an answer is correct. By default acc, or exact_match if a task has no acc."""
+
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    """Solved examples before each item, except in tasks that set 0 themselves. By default the task's own number."""
+
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """How many items of each task to take, from the first one on; all of them by default."""
+
+    batch_size: Annotated[int, Field(ge=1)] = 1
+    """Requests that go through the model at once."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Decides which solved examples an item gets: the same ones for both models."""
+
+
+class VerifySettings(Settings):
+    """How the finished artifact is compared with the merged reference."""
+
+    text: str | Annotated[list[str], Field(min_length=1)]
+    """Held-out files (`.jsonl` with a `text` field, or `.txt`). Never the calibration text."""
+
+    field: str = "text"
+    """The field of a JSON line that holds the text."""
+
+    windows: Annotated[int, Field(ge=1)] = 24
+    """How many windows to measure before the gates are decided for the first time."""
+
+    max_windows: Annotated[int, Field(ge=1)] = 64
+    """How many windows to measure at most, while a gate is undecided; fewer if the text is shorter."""
+
+    sequence_length: Annotated[int, Field(ge=2)] = 512
+    """Tokens per window. Windows do not overlap."""
+
+    prompts: str | None = None
+    """A JSONL file with `id`, `prompt` or `messages`, and optionally `domain`, `style` and `pair`; both models continue
+    each prompt greedily."""
+
+    max_new_tokens: Annotated[int, Field(ge=1)] = 32
+    """Tokens to generate for each prompt."""
+
+    sampling: SamplingSettings | None = None
+    """Sampled continuations of the prompts; none by default."""
+
+    speed: SpeedSettings | None = None
+    """Tokens per second and time to first token; not measured by default."""
+
+    tasks: TaskSettings | None = None
+    """Task accuracy by lm-evaluation-harness; not measured by default."""
+
+    profile: ProfileName = "auto"
+    """The limits to start from. `auto` chooses by method and size; `off` sets none."""
+
+    gates: GateSettings = {}
+    """Limits on figures by name, in place of the profile's; null removes one of them. A gate that fails ends the run
+    with exit code 6, one that is not decided with 7. docs/gates.md lists figures and profiles."""

@@ -24,9 +24,9 @@ from qexport.architectures.architecture import Checkpoint
 from qexport.errors import NumericalError
 from qexport.tensors.source import is_finite
 from qexport.tensors.strict_files import parse_json
-from qexport.text.tokenizer_identity import GENERATION_CONFIG
+from qexport.text.tokenizers import GENERATION_CONFIG
+from qexport.verifying import SamplingSettings
 from qexport.verifying.prompt_batches import PromptBatch
-from qexport.verifying.settings import SamplingSettings
 
 
 def sampling_noise(settings: SamplingSettings, ids: Sequence[str], sample: int) -> LogitsProcessorList:

@@ -15,11 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 from qexport.artifact.figures import DECISIVE_MARGIN, PROBABILITY_QUANTILES, QUANTILES, Figure, Unit
 from qexport.artifact.measurements import Histogram, MarginBin, WorstToken
-from qexport.statistics.means import stratified_mean
+from qexport.statistics.means import confidence_sequence, stratified_mean
 from qexport.statistics.quantiles import quantile_interval
 from qexport.statistics.samples import DIFFERENCE, NOT_NEGATIVE, REAL, SHARE, Interval, Range, Sample, transformed
-from qexport.statistics.sequences import confidence_sequence
-from qexport.text.held_out import HeldOut
+from qexport.text.windows import HeldOut
 from qexport.verifying.divergence import TokenFigures
 from qexport.verifying.rounds import Measured
 

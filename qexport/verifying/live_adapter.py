@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.runner import BlockRunner
 from qexport.hidden_packages import hidden
+from qexport.progress import Steps
 from qexport.verifying.divergence import TokenFigures, compare_logits
 from qexport.verifying.memory import available_memory, needed_memory
 from qexport.verifying.predictors import windows_at_once
-from qexport.verifying.steps import Steps
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -1,21 +1,138 @@
-"""The merged model that artifacts are compared with, and the text and prompts that both are measured on."""
+"""The merged model that artifacts are compared with, and what is measured with it alone: noise floor and merge."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Final
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.runner import BlockRunner
+from qexport.artifact.figures import Figure
+from qexport.progress import Notice, ProgressCallback, Steps, silent
+from qexport.statistics.samples import NOT_NEGATIVE
 from qexport.tensors import GroupQuantizedSpec, Origin, WeightSource
-from qexport.text.held_out import HeldOut
 from qexport.text.prompts import EncodedPrompts
-from qexport.verifying.preparation import Preparation
-from qexport.verifying.settings import VerifySettings
+from qexport.text.windows import HeldOut
+from qexport.verifying import VerifySettings
+from qexport.verifying.divergence import TokenFigures, compare
+from qexport.verifying.estimates import Units, divergence_figures, window_means
+from qexport.verifying.live_adapter import LiveAdapter, NotMeasured, compare_merge
+from qexport.verifying.predictors import predictors, run_in_lockstep
+
+TOKENS: Final = 1024
+"""Enough: the divergence between two dtypes is nearly the same on every text."""
+
+_WINDOWS: Final = 2
+"""Used at least, whatever their length."""
+
+
+def wider(dtype: torch.dtype) -> torch.dtype:
+    """float32 for models in 16 bits, float64 for those in 32."""
+    return torch.float64 if dtype == torch.float32 else torch.float32
+
+
+def noise_floor(
+    reference: Checkpoint,
+    input_ids: Tensor,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    steps: Steps,
+) -> Mapping[str, float]:
+    """Every teacher-forced figure of the reference, compared with the same weights computed in a wider dtype.
+
+    Args:
+        reference: the merged model.
+        input_ids: int64 [windows, sequence_length]; the first ones are used, with at least `TOKENS` tokens.
+        dtype: what the blocks compute in.
+        device: where to compute.
+        steps: counts the steps.
+
+    Returns:
+        The figures' values by their names.
+    """
+    ids = input_ids[: max(_WINDOWS, math.ceil(TOKENS / input_ids.shape[1]))]
+    runners = [_runner(reference, kind, device) for kind in (dtype, wider(dtype))]
+    steps.expect(len(runners[0].structure.blocks))
+    batches, _ = run_in_lockstep(
+        runners, ids, lambda block: steps.finished(f"noise floor, block {block}", 2 * ids.numel()), drift=False
+    )
+    with predictors(runners, batches) as models:
+        (tokens,) = compare(models, [(0, 1)], ids, lambda _: None)
+    units = Units([None] * len(ids), "window", tokens.kl.shape[1], len(ids))
+    return {figure.name: figure.value for figure in divergence_figures(tokens, units)}
+
+
+def _runner(reference: Checkpoint, dtype: torch.dtype, device: torch.device) -> BlockRunner:
+    return BlockRunner(reference.architecture.in_dtype(dtype), reference.weights, dtype=dtype, device=device)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Figures of the reference alone.
+
+    Attributes:
+        noise_floor: by figure; see the function `noise_floor`.
+        figures: `merge_kl` if there is an adapter and it could be measured.
+        unconfirmed: what could not be measured, and why.
+    """
+
+    noise_floor: Mapping[str, float]
+    figures: Sequence[Figure] = ()
+    unconfirmed: Sequence[str] = ()
+
+
+def prepare(
+    reference: Checkpoint,
+    live: LiveAdapter | None,
+    held_out: HeldOut,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: ProgressCallback = silent,
+) -> Preparation:
+    """Measures the noise floor, and compares the merge with the adapter as PEFT computes it.
+
+    Args:
+        reference: the merged model.
+        live: base and adapter; None if nothing was merged.
+        held_out: the text.
+        dtype: what the blocks compute in: the merged model's dtype.
+        device: where to compute.
+        progress: is called with each step.
+
+    Raises:
+        InputError: a tensor cannot be read.
+        NumericalError: logits hold NaN or Inf.
+    """
+    steps = Steps(progress, "prepare")
+    floor = noise_floor(reference, held_out.input_ids, dtype=dtype, device=device, steps=steps)
+    if live is None:
+        return Preparation(floor)
+    try:
+        tokens = compare_merge(reference, live, held_out.input_ids, dtype=wider(dtype), device=device, steps=steps)
+    except NotMeasured as reason:
+        cause = f" ({reason.__cause__})" if reason.__cause__ else ""
+        progress(Notice(f"the merge was not compared with PEFT: {reason}{cause}"))
+        return Preparation(floor, unconfirmed=[f"the merge against PEFT ({reason})"])
+    return Preparation(floor, [_merge_kl(tokens, floor["mean_kl"])])
+
+
+def _merge_kl(tokens: TokenFigures, floor: float) -> Figure:
+    """Its gate is decided on the interval for a fixed number of windows, since more are never added."""
+    windows, predicted = tokens.kl.shape
+    units = Units([None] * windows, "window", predicted, windows)
+    found = units.mean("merge_kl", window_means(tokens.kl), NOT_NEGATIVE)
+    ends = {"sequence_low": found.low, "sequence_high": found.high}
+    return found.model_copy(update={**ends, "noise_floor": floor})
+
 
 Nearest = Callable[[Mapping[str, GroupQuantizedSpec], frozenset[str]], WeightSource]
 """From the grids of an artifact's layers, and the layers whose weights are [in, out] in files, to the merged model

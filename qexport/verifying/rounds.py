@@ -12,9 +12,9 @@ from torch import Tensor
 
 from qexport.architectures.runner import BlockRunner
 from qexport.artifact.figures import GateResult
+from qexport.progress import Steps
 from qexport.verifying.divergence import Pair, TokenFigures, compare
 from qexport.verifying.predictors import Predictor, predictors, run_in_lockstep, windows_at_once
-from qexport.verifying.steps import Steps
 
 Comparison = Literal["artifact", "nearest", "base", "artifact_from_base"]
 """What is compared with the reference; `artifact_from_base` is the artifact compared with the base."""

@@ -23,8 +23,8 @@ from qexport.artifact.measurements import Speed
 from qexport.reading.filled_model import unquantized_model
 from qexport.reading.stored_model import StoredModel
 from qexport.statistics.samples import ALPHA
+from qexport.verifying import SpeedSettings
 from qexport.verifying.memory import HEADROOM, available_memory, bytes_in_memory
-from qexport.verifying.settings import SpeedSettings
 
 
 @dataclass(frozen=True)

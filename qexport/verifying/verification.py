@@ -17,9 +17,9 @@ from qexport.artifact.figures import CheckResult, Figure, GateResult
 from qexport.artifact.measurements import BlockDrift, Generations, TaskRecord, Timings
 from qexport.errors import listed
 from qexport.gates.deciding import needs_more
-from qexport.progress import ProgressCallback, silent
+from qexport.progress import ProgressCallback, Steps, silent
 from qexport.reading.stored_model import StoredModel
-from qexport.statistics.sequences import PLANNED_UNITS
+from qexport.statistics.means import PLANNED_UNITS
 from qexport.tensors import GroupQuantizedSpec
 from qexport.verifying.config_comparison import config_differences, refuse_other_config
 from qexport.verifying.divergence import TokenFigures
@@ -27,11 +27,10 @@ from qexport.verifying.estimates import Units, divergence_figures, rival_figures
 from qexport.verifying.reference import Reference
 from qexport.verifying.rounds import Measured, Models, measure
 from qexport.verifying.speed import MeasuredSpeed
-from qexport.verifying.steps import Steps
 from qexport.verifying.whole_models import Pair, measure_speed, measure_whole
 
 if TYPE_CHECKING:
-    from qexport.verifying.graphs import GraphRunner
+    from qexport.verifying.predictors import GraphRunner
 
 Judge = Callable[[Sequence[Figure]], list[GateResult]]
 """Decides the gates from the figures measured so far."""
@@ -186,7 +185,7 @@ def _read_blocks(artifact: StoredModel, reference: Reference) -> _Reading:
 
 def _read_graph(artifact: StoredModel, reference: Reference) -> _Reading:
     """The graph in ONNX Runtime, after checks of what windows of text do not show."""
-    from qexport.verifying.graphs import GraphRunner, check_graph
+    from qexport.verifying.predictors import GraphRunner, check_graph
 
     runner = GraphRunner(artifact, reference.device)
     with runner.whole() as model:

@@ -25,7 +25,7 @@ from ruamel.yaml.events import (
 from ruamel.yaml.reader import ReaderError
 
 from qexport.errors import RecipeError
-from qexport.yaml.document import Problem, Scalar, YamlEntry, YamlNode, YamlOrigin, dotted
+from qexport.yaml.problems import Problem, Scalar, YamlEntry, YamlNode, YamlOrigin, dotted
 
 MAX_DEPTH = 50
 

@@ -17,8 +17,7 @@ from selenium.webdriver.common.by import By
 import reports
 import rich_report
 from qexport.artifact.figures import Verdict
-from qexport.reporting.comparison import compare
-from qexport.reporting.comparison_views import comparison_html
+from qexport.reporting.comparison import compare, comparison_html
 from qexport.reporting.html import report_html
 
 QUIET: Final = (

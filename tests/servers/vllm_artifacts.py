@@ -11,16 +11,16 @@ from safetensors.torch import load_file, save_file
 
 import factories
 from qexport.architectures.architecture import Checkpoint
+from qexport.export import VllmSettings
 from qexport.export.layouts import make_layout
-from qexport.export.settings import VllmSettings
+from qexport.loading import LoadSettings
 from qexport.loading.checkpoint import load_checkpoint
-from qexport.loading.settings import LoadSettings
 from qexport.loading.small_files import open_tokenizer
+from qexport.merge import MergeSettings
 from qexport.merge.merging import merge
-from qexport.merge.settings import MergeSettings
+from qexport.quantizing import AnyMethod
 from qexport.quantizing.gptq import Gptq
 from qexport.quantizing.method import CalibrationSettings
-from qexport.quantizing.methods import AnyMethod
 from qexport.quantizing.none import NoQuantization
 from qexport.quantizing.w8a8 import W8a8
 from qexport.tensors import CalibrationSet

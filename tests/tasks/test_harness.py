@@ -18,7 +18,7 @@ import qexport
 from qexport.architectures.runner import BlockRunner
 from qexport.errors import InputError, NumericalError, QexportError, RecipeError
 from qexport.reading.safetensors_weights import SafetensorsWeights
-from qexport.verifying.settings import TaskSettings
+from qexport.verifying import TaskSettings
 from qexport.verifying.tasks.measuring import OpenModel, PairedTask, measure_tasks, require_harness
 from quantized_models import QuantizedModel
 from task_files import CHOICE, GENERATION, from_the_page, write_task
@@ -152,7 +152,7 @@ def test_a_graph_in_onnx_runtime_answers_as_its_model_does(tmp_path: Path) -> No
     pytest.importorskip("onnxruntime")
     import onnx_folders
     from qexport.reading.onnx.weights import OnnxWeights
-    from qexport.verifying.graphs import GraphRunner
+    from qexport.verifying.predictors import GraphRunner
 
     config = factories.llama_config()
     model = factories.build(config, dtype=torch.float32)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from qexport.architectures.runner import BlockRunner
+from qexport.loading import LoadSettings
 from qexport.loading.checkpoint import load_checkpoint
-from qexport.loading.settings import LoadSettings
 from qexport.loading.small_files import open_tokenizer
 from qexport.tensors import TensorSpec, WeightSource
-from qexport.verifying.settings import TaskSettings
+from qexport.verifying import TaskSettings
 from qexport.verifying.tasks.measuring import measure_tasks
 from task_files import CHOICE, write_task
 

@@ -14,11 +14,10 @@ import torch
 from qexport.artifact.digests import sha256_bytes, tensor_bytes
 from qexport.errors import QexportError
 from qexport.export.onnx.nodes import Emitter
-from qexport.export.shards import split_by_size
-from qexport.export.tensor_writer import PlacedTensors, WrittenWeights
+from qexport.export.tensor_writer import PlacedTensors, WrittenWeights, split_by_size
 from qexport.export.weight_files import WeightFiles
 from qexport.formats import Outputs
-from qexport.formats.onnx.format import EncodingWithout, OnnxFormat
+from qexport.formats.onnx import EncodingWithout, OnnxFormat
 from qexport.reading.onnx.external_data import ExternalData
 from qexport.reading.onnx.graph import Graph
 from qexport.tensors import BlockQuantizedSpec, TensorSpec

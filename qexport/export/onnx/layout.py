@@ -21,6 +21,7 @@ from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.structure import Structure
 from qexport.artifact.manifest import GraphRecord
 from qexport.errors import CompatibilityError, QexportError, listed
+from qexport.export import OnnxSettings, parse_size
 from qexport.export.loaders import Folder, loading_section
 from qexport.export.model_files import model_files, served_name, write_files
 from qexport.export.onnx.attention import refuse_unfused
@@ -29,10 +30,9 @@ from qexport.export.onnx.interception import switching_length
 from qexport.export.onnx.launch import FILE_NAME, OnnxLaunch, genai_config, genai_notes, generation, launch_files
 from qexport.export.onnx.lowering import lower
 from qexport.export.onnx.tracing import MINIMUM_RUNTIME, NARROW_2_BIT_RUNTIME, layer_caches, trace
-from qexport.export.settings import OnnxSettings, parse_size
 from qexport.export.tensor_writer import link_or_copy
 from qexport.formats import Outputs, W8A8Format
-from qexport.formats.onnx.format import OnnxFormat
+from qexport.formats.onnx import OnnxFormat
 from qexport.reading.onnx.graph import GRAPH_NAME, Graph
 from qexport.reading.onnx.session import refuse_unloadable
 from qexport.tensors import GroupQuantizedSpec

@@ -11,8 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
-from qexport.export.tgi.config import num_kv_heads
-from qexport.export.tgi.families import OWN_MODELS, Backend, ServedLinear, Shape, backend
+from qexport.export.tgi.families import OWN_MODELS, Backend, ServedLinear, Shape, backend, num_kv_heads
 
 Kernel = Literal["marlin", "exllama", "triton"]
 

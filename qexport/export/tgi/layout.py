@@ -12,14 +12,22 @@ import torch
 
 from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.architectures.structure import Structure
+from qexport.export import TgiSettings, parse_size
 from qexport.export.model_files import model_files, write_files
-from qexport.export.settings import TgiSettings, parse_size
-from qexport.export.tgi.config import tgi_config, tgi_tokenizer_files
-from qexport.export.tgi.families import OWN_MODELS, Backend, OwnModel, ServedLinear, Shape, backend, served_linears
+from qexport.export.tgi.families import (
+    OWN_MODELS,
+    Backend,
+    OwnModel,
+    ServedLinear,
+    Shape,
+    backend,
+    served_linears,
+    tgi_config,
+    tgi_tokenizer_files,
+)
 from qexport.export.tgi.kernels import Codes, choose_sym, degrees, kernel
-from qexport.export.tgi.launch import TgiLaunch, launch_files
 from qexport.export.tgi.rules import TGI
-from qexport.export.tgi.served import ServedByTgi
+from qexport.export.tgi.served import ServedByTgi, TgiLaunch, launch_files
 from qexport.export.weight_files import WeightFiles
 from qexport.formats import Format, FourBitFormat, GptqFormat, LlmInt8Format, MergedFormat, Outputs, W8A8Format
 from qexport.formats.format import Encoding

@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from qexport.export.served import CONFIG, Rules, Server
-from qexport.export.tgi.config import FALCON_KEYS, NEW_CLASSES, TOKENIZER
-from qexport.export.tgi.families import Backend, backend
+from qexport.export.tgi.families import FALCON_KEYS, NEW_CLASSES, TOKENIZER, Backend, backend
 from qexport.export.tgi.kernels import degrees
 from qexport.export.tgi.served import ServedByTgi
 from qexport.export.tgi.weight_rules import MODELS, NOT_QUANTIZED, WEIGHT_RULES, WEIGHTS
-from qexport.text.tokenizer_identity import CHAT_TEMPLATE, TEMPLATES_FOLDER, TOKENIZER_CONFIG
+from qexport.text.tokenizers import CHAT_TEMPLATE, TEMPLATES_FOLDER, TOKENIZER_CONFIG
 
 _LAUNCHER: Final = "launcher/src/main.rs"
 _ROUTER: Final = "router/src/lib.rs"

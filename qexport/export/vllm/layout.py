@@ -11,15 +11,14 @@ import torch
 
 from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.structure import Structure
+from qexport.export import VllmSettings, parse_size
 from qexport.export.model_files import model_files, served_name, write_files
-from qexport.export.settings import VllmSettings, parse_size
 from qexport.export.vllm.families import SplitLinear, degrees
-from qexport.export.vllm.launch import VllmLaunch, launch_files, max_model_len
 from qexport.export.vllm.rules import VLLM
-from qexport.export.vllm.served import ServedByVllm
+from qexport.export.vllm.served import ServedByVllm, VllmLaunch, launch_files, max_model_len
 from qexport.export.weight_files import WeightFiles
 from qexport.formats import GptqFormat, Outputs
-from qexport.formats.compressed_tensors.format import PackQuantizedFormat
+from qexport.formats.compressed_tensors import PackQuantizedFormat
 from qexport.formats.format import StoredFormat
 from qexport.tensors import GroupQuantizedSpec
 

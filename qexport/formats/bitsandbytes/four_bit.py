@@ -10,7 +10,7 @@ import torch
 
 from qexport.architectures.structure import Structure
 from qexport.errors import InputError
-from qexport.formats.bitsandbytes.config import QUANT_METHOD, BitsandbytesReader, bitsandbytes_config, loaded_bits
+from qexport.formats.bitsandbytes import QUANT_METHOD, BitsandbytesReader, bitsandbytes_config, loaded_bits
 from qexport.formats.bitsandbytes.four_bit_tensors import (
     STATE_PREFIX,
     QuantType,

@@ -1,1 +1,144 @@
-"""The format of AutoGPTQ v1: writing (`format`), reading (`reading`), bit layout (`tensors`)."""
+"""GPTQ codes as AutoGPTQ v1 stores them: writing. Reading is in `reading`, the bit layout in `tensors`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, ClassVar
+
+import torch
+
+from qexport.architectures.structure import Structure
+from qexport.formats.format import Card, ModuleEncoding, Specs
+from qexport.formats.gptq.reading import GptqReader
+from qexport.formats.gptq.tensors import check_shape, pack, packed_specs
+from qexport.tensors import GroupQuantized, GroupQuantizedSpec, OutputSpec, Quantized, QuantizedSpec, TensorSpec
+
+
+@dataclass(frozen=True)
+class GptqFormat(ModuleEncoding):
+    """AutoGPTQ v1, with the settings in quantize_config.json. Single modules may differ in bits and group_size.
+
+    Attributes:
+        bits: 2, 3, 4 or 8.
+        group_size: inputs per group; -1 for one group per row.
+        sym: every zero point is 2**(bits - 1).
+        desc_act: the groups follow activation order.
+        static_groups: columns were solved in activation order, with groups in the original order.
+        damp_percent: the damping, as a fraction of the mean of the Hessian's diagonal.
+        true_sequential: each linear was quantized with inputs from the quantized linears before it.
+    """
+
+    bits: int
+    group_size: int
+    sym: bool
+    desc_act: bool
+    static_groups: bool
+    damp_percent: float
+    true_sequential: bool
+
+    quant_method: ClassVar[str | None] = "gptq"
+    config_file: ClassVar[str | None] = "quantize_config.json"
+    holds: ClassVar = (GroupQuantized,)
+
+    def parts(self, spec: QuantizedSpec) -> dict[str, TensorSpec]:
+        """qweight, qzeros, scales and g_idx."""
+        assert isinstance(spec, GroupQuantizedSpec)
+        return packed_specs(spec)
+
+    def pack(self, value: Quantized) -> dict[str, torch.Tensor]:
+        """qweight, qzeros, scales and g_idx."""
+        assert isinstance(value, GroupQuantized)
+        return pack(value)
+
+    def fault(self, spec: QuantizedSpec) -> str | None:
+        """Codes must fill whole int32 words."""
+        assert isinstance(spec, GroupQuantizedSpec)
+        return check_shape(spec.out_features, spec.in_features, spec.bits, spec.group_size)
+
+    def quantization_config(self, specs: Specs, structure: Structure) -> dict[str, Any]:
+        """The `quantization_config` of an artifact.
+
+        Modules that differ from it are named twice, because loaders differ: gptqmodel and vLLM read `dynamic`
+        (regular expressions, with the prefix `-:` for unquantized modules), transformers reads
+        `modules_in_block_to_quantize`, which cannot give a module other bits.
+        """
+        config: dict[str, Any] = {
+            "quant_method": "gptq",
+            "checkpoint_format": "gptq",
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "sym": self.sym,
+            "desc_act": self.desc_act,
+            "static_groups": self.static_groups,
+            "damp_percent": self.damp_percent,
+            "true_sequential": self.true_sequential,
+            "lm_head": isinstance(specs.get(f"{structure.head}.weight"), GroupQuantizedSpec),
+            "pack_dtype": "int32",
+            "meta": {"quantizer": [f"qexport:{version('qexport')}"]},
+        }
+        if dynamic := _dynamic(self, specs, structure):
+            config["dynamic"] = dynamic
+        if any(rule.startswith("-:") for rule in dynamic):
+            config["modules_in_block_to_quantize"] = [_quantized_linears(specs, structure)]
+        return config
+
+    @property
+    def card(self) -> Card:
+        """The format on the model card."""
+        groups = "one group per row" if self.group_size == -1 else f"groups of {self.group_size}"
+        kind = "symmetric" if self.sym else "asymmetric"
+        return Card("gptq", f"GPTQ {self.bits}-bit", f"{self.bits}-bit GPTQ codes in {groups}, {kind}")
+
+    @classmethod
+    def reads(cls, config: Mapping[str, Any] | None) -> bool:
+        """Whether the `quant_method` is gptq."""
+        return config is not None and config.get("quant_method") == cls.quant_method
+
+    @staticmethod
+    def reader(config: Mapping[str, Any]) -> GptqReader:
+        """See `GptqReader`."""
+        return GptqReader(config)
+
+
+def _dynamic(common: GptqFormat, specs: Specs, structure: Structure) -> dict[str, dict[str, int]]:
+    """One rule per path inside a block and per difference; no two rules match the same module."""
+    blocks: dict[tuple[str, tuple[tuple[str, int], ...] | None], list[str]] = {}
+    for block, linears in structure.linears.items():
+        for linear in linears:
+            difference = _difference(common, specs[f"{linear.name}.weight"])
+            if difference != {}:
+                key = (linear.name[len(block) :], None if difference is None else tuple(difference.items()))
+                blocks.setdefault(key, []).append(block)
+    return {
+        _rule(names, suffix, unquantized=difference is None): dict(difference or ())
+        for (suffix, difference), names in blocks.items()
+    }
+
+
+def _difference(common: GptqFormat, spec: OutputSpec) -> dict[str, int] | None:
+    """The settings that differ from `common`; None for an unquantized module."""
+    if isinstance(spec, TensorSpec):
+        return None
+    assert isinstance(spec, GroupQuantizedSpec)
+    one_group = spec.group_size == spec.in_features
+    same_groups = spec.group_size == common.group_size or (one_group and common.group_size == -1)
+    difference = {}
+    if spec.bits != common.bits:
+        difference["bits"] = spec.bits
+    if not same_groups:
+        difference["group_size"] = -1 if one_group else spec.group_size
+    return difference
+
+
+def _rule(blocks: list[str], suffix: str, *, unquantized: bool) -> str:
+    prefix = blocks[0].rpartition(".")[0]
+    indices = "|".join(block.rpartition(".")[2] for block in blocks)
+    return f"{'-:' if unquantized else ''}^{re.escape(prefix)}\\.({indices}){re.escape(suffix)}$"
+
+
+def _quantized_linears(specs: Specs, structure: Structure) -> list[str]:
+    linears = [linear.name for linear in structure.block_linears]
+    return [name for name in linears if isinstance(specs[f"{name}.weight"], GroupQuantizedSpec)]

@@ -1,1 +1,133 @@
-"""Weights of an ONNX graph: the operators that multiply with codes, and the initializers that each takes."""
+"""How an ONNX graph stores a model's weights: the operator for each kind of codes, written and read back.
+
+The references are ONNX Runtime's `docs/ContribOperators.md` (MatMulNBits, MatMulBnb4) and ONNX's MatMulInteger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Final
+
+import torch
+
+from qexport.formats.format import Encoding, ModuleEncoding
+from qexport.formats.onnx import matmul_bnb4, matmul_integer, matmul_nbits
+from qexport.formats.onnx.matmul_nbits_reading import read_nbits
+from qexport.formats.onnx.operators import MICROSOFT, GraphTensors, Operator, StoredMatrix
+from qexport.tensors import (
+    BlockQuantized,
+    BlockQuantizedSpec,
+    GroupQuantized,
+    GroupQuantizedSpec,
+    OutputSpec,
+    Quantized,
+    QuantizedSpec,
+    RowQuantized,
+    TensorRecord,
+    TensorSpec,
+)
+
+
+@dataclass(frozen=True)
+class OnnxFormat(ModuleEncoding):
+    """The initializers of a graph: MatMulNBits for groups, and for rows that are dequantized (LLM.int8); MatMulBnb4 for
+    blocks; MatMulInteger for rows that are multiplied with int8 activations (W8A8).
+
+    Attributes:
+        dtype: float32 or float16, of the activations and of the scales of groups. Rows and blocks keep float32 scales:
+            their nodes compute in float32.
+        int8_activations: whether rows are multiplied with int8 activations (W8A8), or dequantized (LLM.int8).
+    """
+
+    dtype: torch.dtype
+    int8_activations: bool = False
+
+    holds: ClassVar = (GroupQuantized, BlockQuantized, RowQuantized)
+
+    def parts(self, spec: QuantizedSpec) -> dict[str, TensorSpec]:
+        """Two to four initializers."""
+        if isinstance(spec, GroupQuantizedSpec):
+            return matmul_nbits.group_specs(spec, self.dtype)
+        if isinstance(spec, BlockQuantizedSpec):
+            return matmul_bnb4.specs(spec)
+        return matmul_integer.specs(spec) if self.int8_activations else matmul_nbits.row_specs(spec, torch.float32)
+
+    def pack(self, value: Quantized) -> dict[str, torch.Tensor]:
+        """Two to four initializers."""
+        if isinstance(value, GroupQuantized):
+            return matmul_nbits.pack_groups(value, self.dtype)
+        if isinstance(value, BlockQuantized):
+            return matmul_bnb4.pack(value)
+        return matmul_integer.pack(value) if self.int8_activations else matmul_nbits.pack_rows(value, torch.float32)
+
+    def fault(self, spec: QuantizedSpec) -> str | None:
+        """Why ONNX Runtime's operator cannot take this matrix, for example because of its block size; else None."""
+        if isinstance(spec, BlockQuantizedSpec):
+            return matmul_bnb4.fault(spec)
+        if isinstance(spec, GroupQuantizedSpec) or not self.int8_activations:
+            return matmul_nbits.fault(spec)
+        return matmul_integer.fault(spec)
+
+
+@dataclass(frozen=True)
+class EncodingWithout:
+    """Another encoding without some of its tensors, which are in other files.
+
+    Attributes:
+        encoding: the other encoding.
+        names: the names of the tensors that are in other files.
+    """
+
+    encoding: Encoding
+    names: frozenset[str]
+
+    def specs(self, name: str, spec: OutputSpec) -> dict[str, TensorSpec]:
+        """The remaining tensors of a parameter; may be empty."""
+        return {part: stored for part, stored in self.encoding.specs(name, spec).items() if part not in self.names}
+
+    def tensors(self, record: TensorRecord) -> dict[str, torch.Tensor]:
+        """The remaining tensors of a parameter; may be empty."""
+        return {part: tensor for part, tensor in self.encoding.tensors(record).items() if part not in self.names}
+
+    def fault(self, spec: QuantizedSpec) -> str | None:
+        """As in the other encoding."""
+        return self.encoding.fault(spec)
+
+
+OPERATORS: Final[
+    Mapping[tuple[str, str], Callable[[GraphTensors, Operator, Mapping[str, Operator]], tuple[str, StoredMatrix]]]
+] = {
+    (MICROSOFT, "MatMulNBits"): read_nbits,
+    (MICROSOFT, "MatMulBnb4"): matmul_bnb4.read_bnb4,
+    ("", "MatMulInteger"): matmul_integer.read_integer,
+}
+"""The operators that multiply with codes, by domain and type, and the function that reads the weight of each."""
+
+
+def stored_matrix(graph: GraphTensors, node: Operator, producers: Mapping[str, Operator]) -> tuple[str, StoredMatrix]:
+    """The path of a module, and how its weight is stored, for a node that is one of the `OPERATORS`.
+
+    Args:
+        graph: the node's graph.
+        node: the operator.
+        producers: the node that yields each value, by the value's name.
+
+    Raises:
+        InputError: an attribute or an input is missing, has a shape or dtype that the operator does not take, or is one
+            that runtimes or their versions compute differently.
+    """
+    return OPERATORS[node.domain, node.op_type](graph, node, producers)
+
+
+def description(matrices: Iterable[StoredMatrix]) -> str:
+    """Every operator with its attributes, for users; `unquantized` if there are none."""
+    blocks: dict[str, set[int]] = {}
+    for matrix in matrices:
+        blocks.setdefault(matrix.description, set()).add(matrix.block_size)
+    operators = [f"{text} {_listed(sizes)}" if text.endswith("blocks of") else text for text, sizes in blocks.items()]
+    return "; ".join(sorted(operators)) or "unquantized"
+
+
+def _listed(sizes: Iterable[int]) -> str:
+    return " and ".join(map(str, sorted(sizes)))

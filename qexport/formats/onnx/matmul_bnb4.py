@@ -116,7 +116,7 @@ class Bnb4Matrix:
 
 
 def read_bnb4(graph: GraphTensors, node: Operator, producers: Mapping[str, Operator]) -> tuple[str, Bnb4Matrix]:
-    """The path of a module, and its weight; see `qexport.formats.onnx.format.stored_matrix`."""
+    """The path of a module, and its weight; see `qexport.formats.onnx.stored_matrix`."""
     rows, columns, block, code = (attribute(graph, node, key) for key in ("N", "K", "block_size", "quant_type"))
     if code not in _BY_CODE or block < 2 or columns % block:
         raise InputError(

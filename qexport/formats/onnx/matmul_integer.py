@@ -106,7 +106,7 @@ class IntegerMatrix:
 
 
 def read_integer(graph: GraphTensors, node: Operator, producers: Mapping[str, Operator]) -> tuple[str, IntegerMatrix]:
-    """The path of a module, and its weight; see `qexport.formats.onnx.format.stored_matrix`."""
+    """The path of a module, and its weight; see `qexport.formats.onnx.stored_matrix`."""
     module = module_of(graph, node, node.input(1), ".qweight")
     found = graph.initializers.get(node.input(1))
     if found is None or len(found.spec.shape) != 2:

@@ -108,7 +108,7 @@ class NBitsMatrix:
 
 
 def read_nbits(graph: GraphTensors, node: Operator, producers: Mapping[str, Operator]) -> tuple[str, NBitsMatrix]:
-    """The path of a module, and its weight; see `qexport.formats.onnx.format.stored_matrix`."""
+    """The path of a module, and its weight; see `qexport.formats.onnx.stored_matrix`."""
     rows, columns, bits, block = (attribute(graph, node, key) for key in ("N", "K", "bits", "block_size"))
     level = node.integers.get("accuracy_level", 0)
     if bits not in _BITS or block not in BLOCK_SIZES or level not in range(5):

@@ -14,11 +14,10 @@ from qexport.architectures.architecture import Architecture
 from qexport.architectures.families import without_code_keys
 from qexport.architectures.structure import Structure, refuse_impossible_depth
 from qexport.errors import InputError, RecipeError, listed
-from qexport.formats.dequantization import dequantize
-from qexport.formats.onnx.format import OPERATORS, description, stored_matrix
+from qexport.formats.onnx import OPERATORS, description, stored_matrix
 from qexport.formats.onnx.operators import StoredMatrix
 from qexport.formats.stored_weight import StoredLayer
-from qexport.reading.filled_model import read_generation
+from qexport.reading.filled_model import dequantize, read_generation
 from qexport.reading.onnx.external_data import ExternalData
 from qexport.reading.onnx.graph import Graph
 from qexport.tensors import GroupQuantizedSpec, TensorSpec

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qexport.errors import InputError, NumericalError, QexportError, RecipeError
-from qexport.verifying.settings import TaskSettings, names_file
+from qexport.verifying import TaskSettings, names_file
 from qexport.verifying.tasks.local_files import LocalTask, read_local_tasks
 from qexport.verifying.tasks.measuring import Item, Scores
 

@@ -18,7 +18,7 @@ from qexport.references import is_hub_id
 from qexport.settings import Settings
 from qexport.tensors.strict_files import parse_json
 from qexport.text.documents import read_json_lines
-from qexport.verifying.settings import ENDINGS
+from qexport.verifying import ENDINGS
 
 Row = dict[str, Any]
 

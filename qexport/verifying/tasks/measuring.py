@@ -19,10 +19,10 @@ from qexport.artifact.figures import Figure
 from qexport.artifact.measurements import TaskRecord
 from qexport.errors import QexportError, RecipeError
 from qexport.hidden_packages import hidden
-from qexport.statistics.paired import mcnemar
+from qexport.statistics.means import mcnemar
 from qexport.statistics.samples import DIFFERENCE
+from qexport.verifying import TaskSettings
 from qexport.verifying.estimates import Units
-from qexport.verifying.settings import TaskSettings
 
 
 @dataclass(frozen=True)

@@ -67,10 +67,10 @@ _NAMES = {
         "RecipeError",
         "ResourceError",
     ),
-    "export.settings": ("OnnxSettings", "SafetensorsSettings", "TgiSettings", "VllmSettings"),
-    "gates.settings": ("Bounds",),
-    "loading.settings": ("LoadSettings",),
-    "merge.settings": ("MergeSettings",),
+    "export": ("OnnxSettings", "SafetensorsSettings", "TgiSettings", "VllmSettings"),
+    "gates": ("Bounds",),
+    "loading": ("LoadSettings",),
+    "merge": ("MergeSettings",),
     "pipeline": ("Plan", "Result", "plan", "quantize", "run", "verify"),
     "progress": ("Notice", "Progress"),
     "quantizing.gptq": ("Gptq", "Override"),
@@ -81,7 +81,7 @@ _NAMES = {
     "quantizing.w8a8": ("W8a8",),
     "reading.stored_model": ("load",),
     "recipe": ("Recipe", "load_recipe"),
-    "verifying.settings": ("SamplingSettings", "SpeedSettings", "TaskSettings", "VerifySettings"),
+    "verifying": ("SamplingSettings", "SpeedSettings", "TaskSettings", "VerifySettings"),
 }
 _PLACES = {name: module for module, names in _NAMES.items() for name in names}
 

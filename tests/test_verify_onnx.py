@@ -49,7 +49,8 @@ from qexport.recipe import load_recipe
 from qexport.records import LayerRecord
 from qexport.reporting.html import report_html
 from qexport.verifying import VerifySettings
-from qexport.verifying.predictors import TOKENS_AT_ONCE, GraphRunner, WindowByWindow
+from qexport.verifying.graphs import GraphRunner, WindowByWindow
+from qexport.verifying.predictors import TOKENS_AT_ONCE
 from qexport.verifying.verification import check_headers
 
 CPU = torch.device("cpu")

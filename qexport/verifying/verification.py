@@ -30,7 +30,7 @@ from qexport.verifying.speed import MeasuredSpeed
 from qexport.verifying.whole_models import Pair, measure_speed, measure_whole
 
 if TYPE_CHECKING:
-    from qexport.verifying.predictors import GraphRunner
+    from qexport.verifying.graphs import GraphRunner
 
 Judge = Callable[[Sequence[Figure]], list[GateResult]]
 """Decides the gates from the figures measured so far."""
@@ -185,7 +185,7 @@ def _read_blocks(artifact: StoredModel, reference: Reference) -> _Reading:
 
 def _read_graph(artifact: StoredModel, reference: Reference) -> _Reading:
     """The graph in ONNX Runtime, after checks of what windows of text do not show."""
-    from qexport.verifying.predictors import GraphRunner, check_graph
+    from qexport.verifying.graphs import GraphRunner, check_graph
 
     runner = GraphRunner(artifact, reference.device)
     with runner.whole() as model:

@@ -152,7 +152,7 @@ def test_a_graph_in_onnx_runtime_answers_as_its_model_does(tmp_path: Path) -> No
     pytest.importorskip("onnxruntime")
     import onnx_folders
     from qexport.reading.onnx.weights import OnnxWeights
-    from qexport.verifying.predictors import GraphRunner
+    from qexport.verifying.graphs import GraphRunner
 
     config = factories.llama_config()
     model = factories.build(config, dtype=torch.float32)

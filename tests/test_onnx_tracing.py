@@ -18,8 +18,8 @@ from onnx_exports import FAMILIES, exported
 from qexport.architectures.architecture import Architecture
 from qexport.export.onnx.tracing import trace
 
-TINY = factories.falcon_config()
-LARGE = factories.falcon_config(hidden_size=6144, num_attention_heads=96, vocab_size=49152)
+TINY = factories.falcon_config(num_hidden_layers=1)
+LARGE = factories.falcon_config(num_hidden_layers=1, hidden_size=9216, num_attention_heads=144, vocab_size=24576)
 
 MEASURE = """
 import resource, sys

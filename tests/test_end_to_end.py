@@ -15,8 +15,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 import factories
 from adapters import merge_with_peft, save_adapter
+from qexport.artifact.integrity import open_artifact
 from qexport.artifact.manifest import MANIFEST_NAME
-from qexport.artifact.publish import open_artifact
 from qexport.artifact.report import Report
 from qexport.errors import InputError, NumericalError, QexportError, RecipeError, ResourceError
 from qexport.export.tgi.families import tgi_config

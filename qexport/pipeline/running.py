@@ -12,9 +12,11 @@ from qexport.architectures.devices import find_device
 from qexport.artifact.digests import hashed_in_background
 from qexport.artifact.disk import ensure_space
 from qexport.artifact.figures import overall
+from qexport.artifact.integrity import write_listing
 from qexport.artifact.manifest import REPORT_FOLDER
-from qexport.artifact.publish import Publication, check_output
+from qexport.artifact.publish import Publication, check_output, rejected_path
 from qexport.artifact.report import Report
+from qexport.artifact.roots import check_roots_path, recording_roots
 from qexport.errors import RecipeError
 from qexport.export.tensor_writer import WrittenWeights
 from qexport.hidden_packages import hidden
@@ -74,7 +76,7 @@ def run(
                 stack.enter_context(hashed_in_background(weights.files))
             folders = _read_back(planned, publication.folder, layers, written, stack)
             reports = _measure(planned, reference, folders, command, progress)
-        manifests = {}
+        manifests, roots = {}, {}
         for layout in planned.layouts:
             folder, found = folders[layout.name], reports.get(layout.name)
             path = folder.opened.artifact.folder
@@ -82,9 +84,13 @@ def run(
                 write_report(found, path / REPORT_FOLDER)
             manifests[layout.name] = make_manifest(planned, texts.calibration, folder, found, where)
             manifests[layout.name].write(path)
+            roots[layout.name] = write_listing(path, manifests[layout.name])
         verdict = overall(each.verdict for each in reports.values())
-        path = publication.publish() if verdict == "pass" else publication.reject()
-    return Result(path, manifests, reports, verdict)
+        target = output if verdict == "pass" else rejected_path(output)
+        inside = {str(planned.folder(Path(), layout)): roots[layout.name] for layout in planned.layouts}
+        with recording_roots(target, inside):
+            path = publication.publish() if verdict == "pass" else publication.reject()
+    return Result(path, manifests, reports, verdict, roots=roots)
 
 
 def _reference(
@@ -206,4 +212,7 @@ def _grouped_by_kind(folders: Sequence[LayoutFolder]) -> list[list[LayoutFolder]
 def _output(recipe: Recipe, *, force: bool) -> Path:
     if recipe.output is None:
         raise RecipeError("the recipe names no output", where="output", mend="add `output:`, or give --output DIR")
-    return check_output(Path(recipe.output), force=force)
+    output = check_output(Path(recipe.output), force=force)
+    for target in (output, rejected_path(output)):
+        check_roots_path(target)
+    return output

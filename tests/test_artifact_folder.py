@@ -41,7 +41,7 @@ def test_an_artifact_that_is_as_written_opens(tmp_path: Path) -> None:
         ("sub/weights", None, "is missing"),
         ("sub/weights", bytes(256), "has changed since it was written"),
         ("config.json", b"{} ", "has changed since it was written"),
-        ("pickle.bin", b"", "is not in its manifest"),
+        ("pickle.bin", b"", "is not listed"),
     ],
 )
 def test_a_changed_folder_is_refused(tmp_path: Path, name: str, content: bytes | None, words: str) -> None:
@@ -55,7 +55,7 @@ def test_a_changed_folder_is_refused(tmp_path: Path, name: str, content: bytes |
 
 
 @pytest.mark.parametrize("change", ["added", "changed", "missing"])
-def test_the_report_is_no_part_of_the_artifacts_digests(tmp_path: Path, change: str) -> None:
+def test_the_report_is_no_part_of_the_manifests_digests(tmp_path: Path, change: str) -> None:
     """It holds timings, and two runs shall write the same manifest."""
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "report.json").write_text("{}")
@@ -72,7 +72,7 @@ def test_the_report_is_no_part_of_the_artifacts_digests(tmp_path: Path, change: 
 
 def test_a_file_whose_name_only_begins_like_the_reports_folder_is_digested(tmp_path: Path) -> None:
     (make(tmp_path) / "report.py").write_text("")
-    with pytest.raises(InputError, match="is not in its manifest"):
+    with pytest.raises(InputError, match="is not listed"):
         open_artifact(tmp_path)
 
 

@@ -23,7 +23,7 @@ from qexport.errors import InputError
 _LINE: Final = re.compile(r"([0-9a-f]{64})  ([^\n\r\\]+)\n")
 _LISTING_LIMIT: Final = 1 << 24
 _DEEPEST: Final = 8
-_OF_THE_HUB: Final = (".gitattributes", ".cache/huggingface/")
+_OF_THE_HUB: Final = re.compile(r"\.gitattributes|\.cache/(huggingface/.*)?")
 """What huggingface_hub puts beside the files of a repository. No reader of ours opens it."""
 
 _MEND: Final = "fetch the artifact again"
@@ -90,7 +90,7 @@ def open_artifact(path: Path, *, reads: Callable[[str], bool] = every_file, root
             each other; or the root digest is another.
     """
     found = _entries(path)
-    unlisted = [name for name in found if name.startswith(_OF_THE_HUB)]
+    unlisted = [name for name in found if _OF_THE_HUB.fullmatch(name)]
     names = {name for name in found if name not in unlisted}
     if LISTING_NAME not in names:
         return _without_listing(path, names, unlisted, reads, root)
@@ -101,7 +101,7 @@ def open_artifact(path: Path, *, reads: Callable[[str], bool] = every_file, root
     kept = {name: digest for name, digest in digests.items() if not (removed and name in report)}
     _compare(path, names - {LISTING_NAME}, kept, lambda name: name == MANIFEST_NAME or reads(name))
     manifest = Manifest.read(path)
-    _refuse_disagreement(path, manifest, digests)
+    _refuse_disagreement(path, manifest, digests, reads)
     digest = sha256_bytes(content)
     return Artifact(path, manifest, digest, confirm_root(path, digest, root), removed, unlisted)
 
@@ -147,7 +147,7 @@ def _without_listing(
         raise _changed(f"the listing of the artifact's digests, {LISTING_NAME}, is missing", path)
     own = {name for name in names if name == MANIFEST_NAME or _is_of_report(name)}
     _compare(path, names - own, {name: record.sha256 for name, record in manifest.files.items()}, reads)
-    _refuse_sizes(path, manifest)
+    _refuse_sizes(path, manifest, reads)
     removed = manifest.verification is not None and not own - {MANIFEST_NAME, f"{REPORT_FOLDER}/"}
     return Artifact(path, manifest, report_removed=removed, unlisted=unlisted)
 
@@ -240,7 +240,9 @@ def _digest(path: Path) -> str:
         raise InputError(f"a file of the artifact cannot be read: {error.strerror}", where=str(path)) from error
 
 
-def _refuse_disagreement(path: Path, manifest: Manifest, digests: Mapping[str, str]) -> None:
+def _refuse_disagreement(
+    path: Path, manifest: Manifest, digests: Mapping[str, str], reads: Callable[[str], bool]
+) -> None:
     """Manifest and listing have the same digests, and list each other and the report."""
     expected = {name: record.sha256 for name, record in manifest.files.items()}
     others = digests.keys() - expected.keys()
@@ -248,12 +250,12 @@ def _refuse_disagreement(path: Path, manifest: Manifest, digests: Mapping[str, s
     agree = {name: digests.get(name) for name in expected} == expected and others - report == {MANIFEST_NAME}
     if not agree or manifest.listing is None or bool(report) != (manifest.verification is not None):
         raise _changed(f"manifest and {LISTING_NAME} contradict each other", path)
-    _refuse_sizes(path, manifest)
+    _refuse_sizes(path, manifest, reads)
 
 
-def _refuse_sizes(path: Path, manifest: Manifest) -> None:
+def _refuse_sizes(path: Path, manifest: Manifest, reads: Callable[[str], bool]) -> None:
     for name, record in manifest.files.items():
-        if (path / name).stat().st_size != record.size:
+        if reads(name) and (path / name).stat().st_size != record.size:
             raise _changed("a file of the artifact has changed since it was written: its size is another", path / name)
 
 

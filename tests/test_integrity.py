@@ -145,10 +145,16 @@ def refused(artifact: Path) -> bool:
     return False
 
 
+def fresh(folder: Path, make: Callable[[Path], None] = Path.touch) -> Path:
+    """A new entry, to be moved into folders that do not exist yet."""
+    make(folder / "fresh")
+    return folder / "fresh"
+
+
 PLANTED: dict[str, Callable[[Path], object]] = {
     "modeling_evil.py": lambda path: path.write_text("import os"),
     "report/more.html": lambda path: path.write_text("<script>"),
-    "launch/deep/er/file": lambda path: (path.parent.mkdir(parents=True), path.write_text("")),
+    "launch/deep/er/file": lambda path: os.renames(fresh(path.parents[4]), path),
     "empty": lambda path: path.mkdir(),
     "fifo": lambda path: os.mkfifo(path),
     "link": lambda path: path.symlink_to("config.json"),
@@ -156,7 +162,7 @@ PLANTED: dict[str, Callable[[Path], object]] = {
     "dangling": lambda path: path.symlink_to("nowhere"),
     "socket": lambda path: socket.socket(socket.AF_UNIX).bind(os.path.relpath(path)),
     "a\nb": lambda path: path.write_text(""),
-    ".cache/huggingface/link": lambda path: (path.parent.mkdir(parents=True), path.symlink_to("/etc")),
+    ".cache/huggingface/pipe": lambda path: os.renames(fresh(path.parents[3], os.mkfifo), path),
 }
 
 

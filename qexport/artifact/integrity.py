@@ -91,7 +91,7 @@ def open_artifact(path: Path, *, reads: Callable[[str], bool] = every_file, root
     """
     found = _entries(path)
     unlisted = [name for name in found if _OF_THE_HUB.fullmatch(name)]
-    names = {name for name in found if name not in unlisted}
+    names = set(found).difference(unlisted)
     if LISTING_NAME not in names:
         return _without_listing(path, names, unlisted, reads, root)
     content = _read(path / LISTING_NAME)

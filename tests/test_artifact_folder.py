@@ -20,6 +20,7 @@ def make(folder: Path) -> Path:
     (folder / "sub" / "weights").write_bytes(bytes(range(256)))
     (folder / MARKER_NAME).touch()
     manifest(files=digest_files(folder, {})).write(folder)
+    (folder / MARKER_NAME).unlink()  # before the folder is moved to its final path
     return folder
 
 

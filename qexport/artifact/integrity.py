@@ -116,7 +116,7 @@ def digest_files(folder: Path, known: Mapping[str, str]) -> dict[str, FileRecord
     return {
         name: FileRecord(size=(folder / name).stat().st_size, sha256=known.get(name) or sha256_file(folder / name))
         for name in _entries(folder)
-        if not (name.endswith("/") or name in (MANIFEST_NAME, LISTING_NAME) or _is_of_report(name))
+        if not (name.endswith("/") or name in (MANIFEST_NAME, LISTING_NAME, MARKER_NAME) or _is_of_report(name))
     }
 
 
@@ -174,7 +174,7 @@ def _entries(folder: Path) -> list[str]:
             else:
                 kind = "a symbolic link" if entry.is_symlink() else "neither a file nor a folder"
                 raise _changed(f"an entry of the artifact is {kind}", folder / name)
-    return sorted(name for name in found if name != MARKER_NAME)
+    return sorted(found)
 
 
 def _scanned(folder: Path) -> list[os.DirEntry[str]]:

@@ -12,6 +12,7 @@ from typing import Self
 
 from qexport.artifact.disk import is_disk_full, move_into_place, sync_tree, uninterrupted
 from qexport.artifact.manifest import MANIFEST_NAME
+from qexport.artifact.roots import check_roots_path
 from qexport.errors import QexportError, RecipeError, ResourceError
 
 MARKER_NAME = ".qexport-partial"
@@ -28,7 +29,7 @@ def check_output(output: Path, *, force: bool) -> Path:
         The path with all links resolved.
 
     Raises:
-        RecipeError: a path is taken, or contains the current directory.
+        RecipeError: a path is taken, also that of the root digest, or contains the current directory.
     """
     resolved = Path(os.path.realpath(output))
     if not resolved.name or (force and Path.cwd().is_relative_to(resolved)):
@@ -43,11 +44,13 @@ def check_output(output: Path, *, force: bool) -> Path:
             where=str(output),
             mend="choose another output, or replace it with --force",
         )
-    _check_rejected(rejected_path(resolved))
+    for target in (resolved, _rejected_path(resolved)):
+        check_roots_path(target)
+    _check_rejected(_rejected_path(resolved))
     return resolved
 
 
-def rejected_path(output: Path) -> Path:
+def _rejected_path(output: Path) -> Path:
     """Where an artifact goes that a gate stopped."""
     return output.with_name(output.name + ".rejected")
 
@@ -90,6 +93,11 @@ class Publication:
         self.output = check_output(output, force=force)
         self._force = force
         self._lock: int | None = None
+
+    @property
+    def rejected(self) -> Path:
+        """Where the artifact goes if a gate stops it."""
+        return _rejected_path(self.output)
 
     @property
     def folder(self) -> Path:
@@ -135,7 +143,7 @@ class Publication:
         Raises:
             RecipeError: something else has appeared there.
         """
-        rejected = rejected_path(self.output)
+        rejected = _rejected_path(self.output)
         _check_rejected(rejected)
         self._move_to(rejected)
         return rejected

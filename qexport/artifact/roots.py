@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Final
 
@@ -66,7 +66,8 @@ def recording_roots(output: Path, roots: Mapping[str, str]) -> Iterator[None]:
             path.unlink(missing_ok=True)
         raise
     if old:
-        write_whole(path, _text(new))
+        with suppress(OSError):  # the new digests are in the file already, and the output is in its place
+            write_whole(path, _text(new))
 
 
 def recorded_roots(folder: Path) -> dict[str, Path]:

@@ -14,9 +14,9 @@ from qexport.artifact.disk import ensure_space
 from qexport.artifact.figures import overall
 from qexport.artifact.integrity import write_listing
 from qexport.artifact.manifest import REPORT_FOLDER
-from qexport.artifact.publish import Publication, check_output, rejected_path
+from qexport.artifact.publish import Publication, check_output
 from qexport.artifact.report import Report
-from qexport.artifact.roots import check_roots_path, recording_roots
+from qexport.artifact.roots import recording_roots
 from qexport.errors import RecipeError
 from qexport.export.tensor_writer import WrittenWeights
 from qexport.hidden_packages import hidden
@@ -86,10 +86,7 @@ def run(
             manifests[layout.name].write(path)
             roots[layout.name] = write_listing(path, manifests[layout.name])
         verdict = overall(each.verdict for each in reports.values())
-        target = output if verdict == "pass" else rejected_path(output)
-        inside = {str(planned.folder(Path(), layout)): roots[layout.name] for layout in planned.layouts}
-        with recording_roots(target, inside):
-            path = publication.publish() if verdict == "pass" else publication.reject()
+        path = _publish(planned, publication, roots, passed=verdict == "pass")
     return Result(path, manifests, reports, verdict, roots=roots)
 
 
@@ -202,6 +199,14 @@ def _measure(
     return reports
 
 
+def _publish(planned: Plan, publication: Publication, roots: Mapping[str, str], *, passed: bool) -> Path:
+    """Moves the finished folder to its path, with the root digest of each layout in a file beside it."""
+    target = publication.output if passed else publication.rejected
+    inside = {str(planned.folder(Path(), layout)): roots[layout.name] for layout in planned.layouts}
+    with recording_roots(target, inside):
+        return publication.publish() if passed else publication.reject()
+
+
 def _grouped_by_kind(folders: Sequence[LayoutFolder]) -> list[list[LayoutFolder]]:
     """A graph is run differently, and so measured apart, even if it shares the files of its weights."""
     kinds = ("weights", "graph")
@@ -212,7 +217,4 @@ def _grouped_by_kind(folders: Sequence[LayoutFolder]) -> list[list[LayoutFolder]
 def _output(recipe: Recipe, *, force: bool) -> Path:
     if recipe.output is None:
         raise RecipeError("the recipe names no output", where="output", mend="add `output:`, or give --output DIR")
-    output = check_output(Path(recipe.output), force=force)
-    for target in (output, rejected_path(output)):
-        check_roots_path(target)
-    return output
+    return check_output(Path(recipe.output), force=force)

@@ -142,8 +142,8 @@ def _refuse_disagreement(artifact: Artifact, source: StoredModel) -> None:
     """What the manifest says of the weights is what the folder stores."""
     manifest = artifact.manifest
     refuse_other_layers(manifest.layers, source)
-    told = (manifest.quantization, manifest.sizes.total_bytes)
-    if told != (source.quantization, source.stored_bytes):
+    config = source.quantization if source.kind == "weights" else manifest.quantization  # a graph has none
+    if (manifest.quantization, manifest.sizes.total_bytes) != (config, source.stored_bytes):
         raise InputError(
             "the manifest's quantization or total_bytes are not those of the weights",
             where=str(artifact.path),

@@ -22,9 +22,10 @@ from qexport.artifact.agreement import disagreements, read_report
 from qexport.artifact.digests import sha256_file
 from qexport.artifact.integrity import find_artifact, open_artifact, write_listing
 from qexport.artifact.manifest import LISTING_NAME, MANIFEST_NAME, Manifest
-from qexport.artifact.roots import recording_roots
+from qexport.artifact.publish import check_output
+from qexport.artifact.roots import recorded_roots, recording_roots
 from qexport.cli import main
-from qexport.errors import InputError
+from qexport.errors import InputError, RecipeError
 from qexport.pipeline.inspection import inspect_artifact
 from test_cli import tiny_run
 
@@ -405,3 +406,13 @@ def test_a_run_records_its_root_digest_and_replaces_only_its_own(
     assert main(["run", *recipe, "--force"]) == 0
     assert (tmp_path / "out.sha256").read_text() == first, "nothing was measured, so the bytes are the same"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.sha256"]
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\udcff"])
+def test_an_output_whose_name_is_no_text_is_refused_before_any_work(tmp_path: Path, name: str) -> None:
+    with pytest.raises(RecipeError, match="no text"):
+        check_output(tmp_path / name, force=False)
+
+
+def test_a_folder_at_the_root_of_the_file_system_has_no_file_above_it() -> None:
+    assert recorded_roots(Path("/")) == recorded_roots(Path("/no-such-artifact")) == {}

@@ -19,6 +19,7 @@ from qexport.errors import InputError, RecipeError
 
 _LINE: Final = re.compile(rf"([0-9a-f]{{64}})  ([^\n]+/{LISTING_NAME})\n")
 _LIMIT: Final = 1 << 16
+_OTHER: Final = "choose another output"
 
 
 def roots_path(output: Path) -> Path:
@@ -30,14 +31,16 @@ def check_roots_path(output: Path) -> None:
     """Checks, before any work, that the root digests may be written beside an output.
 
     Raises:
-        RecipeError: something else is there, which would be replaced.
+        RecipeError: something else is there, which would be replaced; or the output's name cannot be written in a line.
     """
+    if set(output.name) & {"\n", "\r"} or output.name != output.name.encode(errors="replace").decode():
+        raise RecipeError("the output's name has characters that are no text", where=repr(output.name), mend=_OTHER)
     path = roots_path(output)
     if os.path.lexists(path) and not _lines(path):
         raise RecipeError(
             "a file that is not qexport's is where the root digest is written",
             where=str(path),
-            mend="move or remove it, or choose another output",
+            mend=f"move or remove it, or {_OTHER}",
         )
 
 
@@ -76,11 +79,12 @@ def recorded_roots(folder: Path) -> dict[str, Path]:
     The first component of the paths is not compared: folder and file may have been renamed together.
     """
     own = Path(os.path.realpath(folder))
-    places = {roots_path(own): (LISTING_NAME,), roots_path(own.parent): (own.name, LISTING_NAME)}
+    places = {own: (LISTING_NAME,), own.parent: (own.name, LISTING_NAME)}
     return {
-        digest: path
-        for path, inside in places.items()
-        for digest, name in _lines(path)
+        digest: roots_path(output)
+        for output, inside in places.items()
+        if output.name  # the root of the file system has none
+        for digest, name in _lines(roots_path(output))
         if PurePosixPath(name).parts[1:] == inside
     }
 

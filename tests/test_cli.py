@@ -534,6 +534,7 @@ def test_a_layout_that_was_measured_apart_has_its_own_figures_and_gates() -> Non
     assert "safetensors + tgi, measured by qexport" in text
     assert "onnx, measured by onnxruntime 1" in text.partition("Passed")[2]
     assert "failed" in text.partition("onnx, measured by")[2]
+    assert f"Root digest  {'t' * 64}  tgi\n" in text
 
 
 def test_the_script_of_an_onnx_folder_is_named_where_there_is_one() -> None:

@@ -71,7 +71,7 @@ class NBitsMatrix:
         """See `StoredMatrix.layer`. The operator is the same for GPTQ's groups and LLM.int8's rows. GPTQ's scales are
         float16, those of rows are `absmax / 127` in float32: by this the two are told apart.
         """
-        scales, group_size = scales_of(graph, self.scales), self._group_size(graph)
+        scales, group_size = graph.read(self.scales), self._group_size(graph)
         rows = self.bits == _ROW_BITS and group_size == self.shape[1] and not self.zero_points and not self.order
         method = "int8" if rows and not torch.equal(scales.half().to(scales.dtype), scales) else "gptq"
         return StoredLayer(method, self.bits, group_size, self.shape)
@@ -87,7 +87,7 @@ class NBitsMatrix:
         """Inputs per group. A group may be stored as several blocks, which then have equal scales and zero points in
         every row.
         """
-        values = torch.stack([scales_of(graph, self.scales).float(), self._zeros(graph).float()])
+        values = torch.stack([graph.read(self.scales).float(), self._zeros(graph).float()])
         other = (values[..., 1:] != values[..., :-1]).any(1).any(0)
         starts = [block for block, differs in enumerate(other.tolist(), start=1) if differs]
         return math.gcd(*starts) * self.block_size if starts else self.shape[1]

@@ -29,6 +29,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from qexport.artifact.manifest import LISTING_NAME, MANIFEST_NAME
+from qexport.artifact.roots import roots_path
 from qexport.quantizing.gptq import Gptq
 from qexport.quantizing.method import CalibrationSettings
 from qexport.recipe import Recipe
@@ -216,3 +218,11 @@ def calibration_of(recipe: Recipe) -> CalibrationSettings:
     found = gptq(recipe).calibration
     assert found is not None
     return found
+
+
+def without_digests(artifact: str | Path) -> Path:
+    """Removes what an artifact would be compared with, so that it is like a folder of another tool."""
+    folder = Path(artifact)
+    for path in (folder / MANIFEST_NAME, folder / LISTING_NAME, roots_path(folder)):
+        path.unlink(missing_ok=True)
+    return folder

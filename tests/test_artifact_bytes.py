@@ -32,8 +32,8 @@ from artifact_cases import CASES, LAYOUTS, MODELS, TOGETHER, TOGETHER_METHODS, l
 from onnx_exports import traced_once
 from qexport.artifact import describe_environment
 from qexport.artifact.digests import sha256_bytes, sha256_file, sha256_json
+from qexport.artifact.integrity import open_artifact
 from qexport.artifact.manifest import MANIFEST_NAME
-from qexport.artifact.publish import open_artifact
 from qexport.errors import CompatibilityError
 from qexport.pipeline import run
 from qexport.recipe import Recipe

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from qexport.artifact.digests import sha256_bytes, sha256_file, sha256_json, tensor_bytes
+from qexport.artifact.integrity import digest_files, open_artifact
 from qexport.artifact.manifest import MANIFEST_NAME
-from qexport.artifact.publish import MARKER_NAME, digest_files, open_artifact
+from qexport.artifact.publish import MARKER_NAME
 from qexport.errors import InputError
 from test_manifest import manifest
 
@@ -19,6 +20,7 @@ def make(folder: Path) -> Path:
     (folder / "sub" / "weights").write_bytes(bytes(range(256)))
     (folder / MARKER_NAME).touch()
     manifest(files=digest_files(folder, {})).write(folder)
+    (folder / MARKER_NAME).unlink()  # before the folder is moved to its final path
     return folder
 
 
@@ -40,7 +42,7 @@ def test_an_artifact_that_is_as_written_opens(tmp_path: Path) -> None:
         ("sub/weights", None, "is missing"),
         ("sub/weights", bytes(256), "has changed since it was written"),
         ("config.json", b"{} ", "has changed since it was written"),
-        ("pickle.bin", b"", "is not in its manifest"),
+        ("pickle.bin", b"", "is not listed"),
     ],
 )
 def test_a_changed_folder_is_refused(tmp_path: Path, name: str, content: bytes | None, words: str) -> None:
@@ -54,7 +56,7 @@ def test_a_changed_folder_is_refused(tmp_path: Path, name: str, content: bytes |
 
 
 @pytest.mark.parametrize("change", ["added", "changed", "missing"])
-def test_the_report_is_no_part_of_the_artifacts_digests(tmp_path: Path, change: str) -> None:
+def test_the_report_is_no_part_of_the_manifests_digests(tmp_path: Path, change: str) -> None:
     """It holds timings, and two runs shall write the same manifest."""
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "report.json").write_text("{}")
@@ -71,7 +73,7 @@ def test_the_report_is_no_part_of_the_artifacts_digests(tmp_path: Path, change: 
 
 def test_a_file_whose_name_only_begins_like_the_reports_folder_is_digested(tmp_path: Path) -> None:
     (make(tmp_path) / "report.py").write_text("")
-    with pytest.raises(InputError, match="is not in its manifest"):
+    with pytest.raises(InputError, match="is not listed"):
         open_artifact(tmp_path)
 
 

@@ -166,7 +166,7 @@ def shown_all(manifests: dict[str, Manifest], path: str = "/out/x", *, width: in
     """The summary of a run that has passed."""
     record = next(iter(manifests.values()))
     found = {layout: reports.report() for layout in manifests} if record.verification else {}
-    whole = SimpleNamespace(manifest=record, manifests=manifests, reports=found, passed=True)
+    whole = SimpleNamespace(manifest=record, manifests=manifests, reports=found, passed=True, roots={})
     console = Console(file=io.StringIO(), width=width)
     console.print(summary(cast("Result", whole), Path(path)), crop=False)
     assert isinstance(console.file, io.StringIO)
@@ -383,6 +383,7 @@ def test_with_json_stdout_is_one_document_whatever_libraries_print(
         "passed": True,
         "verdict": "pass",
         "manifests": {"safetensors": manifest().model_dump(mode="json")},
+        "roots": {},
     }
     assert "a library talks" in captured.err
     assert "note: something to know" in captured.err
@@ -522,7 +523,9 @@ def test_a_layout_that_was_measured_apart_has_its_own_figures_and_gates() -> Non
         "onnx": manifest(layout="onnx", verification=other.model_dump(), files=script),
     }
     found = {"safetensors": reports.report(), "tgi": reports.report(), "onnx": reports.report([FAILED])}
-    whole = SimpleNamespace(manifest=manifests["safetensors"], manifests=manifests, reports=found, passed=False)
+    record = manifests["safetensors"]
+    roots = {layout: layout[0] * 64 for layout in manifests}
+    whole = SimpleNamespace(manifest=record, manifests=manifests, reports=found, passed=False, roots=roots)
     console = Console(file=io.StringIO(), width=120)
     console.print(summary(cast("Result", whole), Path("/out/x")), crop=False)
     assert isinstance(console.file, io.StringIO)
@@ -531,6 +534,7 @@ def test_a_layout_that_was_measured_apart_has_its_own_figures_and_gates() -> Non
     assert "safetensors + tgi, measured by qexport" in text
     assert "onnx, measured by onnxruntime 1" in text.partition("Passed")[2]
     assert "failed" in text.partition("onnx, measured by")[2]
+    assert f"Root digest  {'t' * 64}  tgi\n" in text
 
 
 def test_the_script_of_an_onnx_folder_is_named_where_there_is_one() -> None:

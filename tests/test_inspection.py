@@ -71,7 +71,11 @@ def test_a_loader_that_is_silently_wrong_stands_out(tmp_path: Path) -> None:
 def test_the_layout_comes_from_the_manifest_and_every_digest_is_checked(published: Path, tmp_path: Path) -> None:
     assert inspect_artifact(published / "safetensors").layout == "safetensors"
     found = inspect_artifact(published / "tgi")
-    assert "layout    tgi; every file is as in its manifest" in found.lines()
+    assert "layout    tgi" in found.lines()
+    assert (
+        "digests   unchanged: every file is listed and has its digest, and the root digest is the one in out.sha256"
+        in (found.lines())
+    )
     assert {loader.name: loader.verdict for loader in found.loaders}["TGI"] == "yes"
 
 
@@ -166,8 +170,7 @@ def test_vllms_demands_are_told_too(published: Path, capsys: pytest.CaptureFixtu
 def test_values_that_make_no_model_are_the_folders_fault(
     published: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    folder = shutil.copytree(published / "safetensors", tmp_path / "a")
-    (folder / "qexport-manifest.json").unlink()
+    folder = factories.without_digests(shutil.copytree(published / "safetensors", tmp_path / "a"))
     change_config(folder, changes)
     for reader in (inspect_artifact, load):
         with pytest.raises(InputError):
@@ -175,8 +178,7 @@ def test_values_that_make_no_model_are_the_folders_fault(
 
 
 def test_values_that_a_rule_of_vllm_cannot_judge_break_it(published: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(published / "safetensors", tmp_path / "a")
-    (folder / "qexport-manifest.json").unlink()
+    folder = factories.without_digests(shutil.copytree(published / "safetensors", tmp_path / "a"))
     change_config(folder, {"architectures": 5})
     failed = inspect_artifact(folder, server="vllm").failed
     assert any("cannot be judged" in check.detail for check in failed)

@@ -106,6 +106,19 @@ def test_split_groups_and_ragged_rows_have_the_same_values(columns: int, group: 
     values["model.layers.0.mlp.down_proj.weight"] = value
     found = OnnxWeights(onnx_folders.parameters(values, config.to_dict(), tmp_path), dtype=torch.float32)
     assert torch.equal(found.read("model.layers.0.mlp.down_proj.weight"), value.dequantize())
+    layer, grid = found.layers["model.layers.0.mlp.down_proj"], found.grids["model.layers.0.mlp.down_proj"]
+    assert (layer.method, layer.bits, layer.group_size, grid.group_size) == ("gptq", 4, group, group)
+    assert found.quantized["model.layers.0.mlp.down_proj"].block_size < group
+
+
+def test_rows_of_llm_int8_are_told_from_groups_by_their_scales(tmp_path: Path, dense: dict[str, Tensor]) -> None:
+    weight = dense[f"{Q_PROJ}.weight"].float()
+    absmax = weight.abs().amax(1)
+    rows = RowQuantized((weight / (absmax / 127)[:, None]).round().to(torch.int8), absmax)
+    found = of_operators(rows, tmp_path / "rows", dense)
+    assert (found.layers[Q_PROJ].method, found.layers[Q_PROJ].group_size, found.grids) == ("int8", 64, {})
+    found = of_operators(groups(8, 64, 64, sym=True, desc_act=False), tmp_path / "groups", dense)
+    assert (found.layers[Q_PROJ].method, found.grids[Q_PROJ].group_size) == ("gptq", 64)
 
 
 def test_rows_of_matmulinteger(tmp_path: Path, dense: dict[str, Tensor]) -> None:

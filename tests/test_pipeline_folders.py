@@ -60,7 +60,7 @@ def test_each_format_tells_its_layers_and_its_profile(name: str, tmp_path: Path)
     assert {(layer.method, layer.bits, layer.group_size) for layer in found.layers} == schemes
     linears = {linear.name for block in structure().linears.values() for linear in block}
     assert {layer.name for layer in found.layers} == linears
-    assert set(found.grids) == (linears if schemes == {("gptq", 4, 32)} else set())
+    assert set(found.artifact.grids) == (linears if schemes == {("gptq", 4, 32)} else set())
     assert profile_of_layers(found.layers, found.sizes, profile_of_layer) == profile
     assert all(layer.loss is None and layer.tokens == 0 for layer in found.layers)
 
@@ -69,7 +69,7 @@ def test_an_unquantized_folder_has_no_layers_and_its_own_size(tmp_path: Path) ->
     MODEL.save_pretrained(tmp_path)
     found = opened(tmp_path)
     parameters = sum(math.prod(shape) for shape in structure().parameters.values())
-    assert (found.artifact.method, found.layers, dict(found.grids)) == ("unquantized", [], {})
+    assert (found.artifact.method, found.layers, dict(found.artifact.grids)) == ("unquantized", [], {})
     assert (found.sizes.parameters, found.sizes.total_bytes) == (parameters, 2 * parameters)
     assert found.sizes.bits_per_weight == 16
     assert profile_of_layers(found.layers, found.sizes, profile_of_layer) == "16bit"
@@ -105,6 +105,18 @@ def test_what_is_known_of_the_layers_is_kept(tmp_path: Path) -> None:
     assert again.layers == known
     assert again.subject().layouts == ["tgi"]
     assert again.subject().weights_sha256 == {"model.safetensors": "ab"}
+
+
+@pytest.mark.parametrize("change", [{"bits": 8}, {"group_size": 64}, {"method": "w8a8"}, {"name": "model.other"}])
+def test_records_that_are_not_those_of_the_weights_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    """A manifest that said 2 bits got the gates of 2 bits."""
+    stored_models.write(MODEL, tmp_path, stored_models.GPTQ)
+    first, *others = opened(tmp_path).layers
+    for wrong in ([first.model_copy(update=change), *others], others, [first, first, *others]):
+        with pytest.raises(InputError, match="the manifest's layers are not those of the artifact"):
+            opened(tmp_path, layers=wrong)
+    rounded = [first.model_copy(update={"method": "round_to_nearest"}), *others]
+    assert opened(tmp_path, layers=rounded).stored == [first, *others]
 
 
 def test_a_folder_without_weights_cannot_be_opened(tmp_path: Path) -> None:

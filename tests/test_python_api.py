@@ -73,7 +73,8 @@ def test_a_model_and_texts_in_memory_give_the_bytes_of_files(
     assert content(tmp_path / "memory").keys() == content(tmp_path / "files").keys()
     one, other = from_memory.manifest, from_files.manifest
     assert (one.recipe, one.calibration, one.layers) == (other.recipe, other.calibration, other.layers)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["calibration.jsonl", "files", "memory"]
+    found = sorted(path.name for path in tmp_path.iterdir())
+    assert found == ["calibration.jsonl", "files", "files.sha256", "memory", "memory.sha256"]
 
 
 def test_the_same_as_a_recipe(base: Path, adapter: Path, tmp_path: Path) -> None:

@@ -23,12 +23,13 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+import factories
 import onnx_folders
 import qexport
 import trained_models
 from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.artifact.figures import Figure, find_figure
-from qexport.artifact.manifest import MANIFEST_NAME, Manifest
+from qexport.artifact.manifest import Manifest
 from qexport.artifact.report import Report
 from qexport.errors import InputError, NumericalError, RecipeError
 from qexport.gates.deciding import decide_again
@@ -46,7 +47,6 @@ from qexport.reading.onnx.model import OnnxCausalLM
 from qexport.reading.onnx.weights import OnnxWeights
 from qexport.reading.stored_model import open_stored
 from qexport.recipe import load_recipe
-from qexport.records import LayerRecord
 from qexport.reporting.html import report_html
 from qexport.verifying import VerifySettings
 from qexport.verifying.graphs import GraphRunner, WindowByWindow
@@ -132,9 +132,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Sound:
 @pytest.fixture
 def copy(sound: Sound, tmp_path: Path) -> Path:
     """The sound GPTQ artifact without its manifest, which would find most faults by their digests."""
-    folder = Path(shutil.copytree(sound.gptq, tmp_path / "copy"))
-    (folder / MANIFEST_NAME).unlink()
-    return folder
+    return factories.without_digests(shutil.copytree(sound.gptq, tmp_path / "copy"))
 
 
 def value(report: Report, name: str = "mean_kl") -> float:
@@ -430,21 +428,15 @@ def opened(sound: Sound, **options: Any) -> ArtifactFolder:
         return found
 
 
-def record(name: str, group_size: int, method: Any = "gptq") -> LayerRecord:
-    return LayerRecord(name=name, method=method, bits=4, group_size=group_size, loss=None, rtn_loss=None,
-                       damp_percent=None, tokens=0, dead_columns=0)  # fmt: skip
-
-
-def test_the_grid_is_the_manifests_group_and_without_one_the_files_block(sound: Sound) -> None:
-    down, up, query = (f"model.layers.0.{name}" for name in ("mlp.down_proj", "mlp.up_proj", "self_attn.q_proj"))
+@pytest.mark.parametrize("change", [{"group_size": 128}, {"group_size": 48}, {"method": "int8"}, {"bits": 2}])
+def test_records_that_are_not_those_of_the_graph_are_refused(sound: Sound, change: dict[str, Any]) -> None:
     found = opened(sound)
-    assert {grid.group_size for grid in found.grids.values()} == {GROUP}
+    assert {grid.group_size for grid in found.artifact.grids.values()} == {GROUP}
     assert {(layer.method, layer.bits, layer.group_size) for layer in found.layers} == {("gptq", 4, GROUP)}
-    layers = [record(down, 128), record(up, 48), record(query, 64, "int8")]
-    told = opened(sound, layers=layers).grids
-    assert (told[down].group_size, told[down].in_features) == (128, 128)
-    assert told[up] == found.grids[up]  # 48 does not divide its inputs
-    assert query not in told
+    first, *others = found.layers
+    with pytest.raises(InputError, match="not those of the artifact") as caught:
+        opened(sound, layers=[first.model_copy(update=change), *others])
+    assert str(caught.value.where).startswith(first.name)
 
 
 def test_the_folder_loads_and_is_inspected(sound: Sound, copy: Path) -> None:

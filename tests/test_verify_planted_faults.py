@@ -15,11 +15,11 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
+import factories
 import trained_models
 from adapters import save_adapter
 from qexport.architectures.runner import Batch, BlockRunner
 from qexport.artifact.figures import GateResult, find_figure
-from qexport.artifact.manifest import MANIFEST_NAME
 from qexport.artifact.report import Report
 from qexport.errors import InputError, RecipeError
 from qexport.formats.gptq import tensors as gptq
@@ -91,8 +91,7 @@ class Sound:
         path = self.folder / f"{name}.yaml"
         path.write_text(json.dumps(recipe))
         found = run(load_recipe(path), device="cpu").artifact_path
-        (found / MANIFEST_NAME).unlink()
-        return found
+        return factories.without_digests(found)
 
     def merged(self, dtype: str = "bfloat16") -> Merged:
         settings = MergeSettings.model_validate({"dtype": dtype})

@@ -1,14 +1,14 @@
 """The manifest: what an artifact consists of, what it was made from, and how it compares with its reference.
 
-It is the last file written into an artifact. No time of day, host name, user name or path of the machine enters it, so
-that two machines write the same bytes.
+No time of day, host name, user name or path of the machine enters it, so that two machines write the same bytes. Only
+the listing (`qexport.artifact.integrity`) is written after it.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import ValidationError, model_validator
 
@@ -19,6 +19,7 @@ from qexport.errors import InputError
 from qexport.records import LayerRecord, Record
 
 MANIFEST_NAME = "qexport-manifest.json"
+LISTING_NAME: Final = "SHA256SUMS"
 REPORT_FOLDER = "report"
 SCHEMA_VERSION = 2
 
@@ -159,7 +160,12 @@ class Manifest(Record):
     sizes: Sizes
 
     files: dict[str, FileRecord]
-    """Every file of the artifact except the manifest and the report, by its path inside the folder."""
+    """Every file of the artifact except manifest, listing and report, by its path inside the folder."""
+
+    listing: Literal["SHA256SUMS"] | None = None
+    """The file with the digests of all others, this manifest and the report among them; None if qexport 0.2 or older
+    made the artifact, which wrote none.
+    """
 
     verification: Verification | None
 
@@ -171,7 +177,7 @@ class Manifest(Record):
 
     def to_json(self) -> str:
         """The canonical text: sorted keys, two spaces, ASCII, a newline at the end."""
-        return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True, allow_nan=False) + "\n"
+        return _canonical(self.model_dump(mode="json"))
 
     def write(self, folder: Path) -> Path:
         """Writes the manifest into an artifact's folder, under its fixed name."""
@@ -187,32 +193,52 @@ class Manifest(Record):
             path: the file, or the artifact's folder.
 
         Raises:
-            InputError: it is missing, not JSON, of another schema version, or a field is wrong.
+            InputError: it is missing, not JSON, of another schema version, a field is wrong, or its text is not the
+                canonical one, so that it was changed after it was written.
         """
         path = path / MANIFEST_NAME if path.is_dir() else path
         text = _read_text(path)
-        _check_schema_version(text, path)
+        content = _parsed(text, path)
+        _check_schema_version(content, path)
         try:
-            return cls.model_validate_json(text)
+            found = cls.model_validate_json(text)
         except ValidationError as error:
             problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
             raise InputError(f"the manifest is malformed: {problems}", where=str(path)) from error
+        if text != _canonical(content):
+            raise InputError(
+                "the manifest has changed since it was written: its text is not in canonical form",
+                where=str(path),
+                mend="fetch the artifact again",
+            )
+        return found
+
+
+def _canonical(content: Any) -> str:
+    return json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes().decode("utf-8")  # `read_text` would turn a carriage return into a newline
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             "the manifest cannot be read", where=str(path), mend="give a folder that qexport has published"
         ) from error
 
 
-def _check_schema_version(text: str, path: Path) -> None:
+def _parsed(text: str, path: Path) -> Any:
     try:
-        content = json.loads(text)
+        return json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise InputError(f"the manifest is not JSON: {error}", where=str(path)) from error
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def _check_schema_version(content: Any, path: Path) -> None:
     version = content.get("schema_version") if isinstance(content, dict) else None
     if type(version) is not int or version < 1:
         raise InputError(f"schema_version must be {SCHEMA_VERSION}, not {version!r}", where=str(path))

@@ -5,17 +5,15 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from qexport.artifact.digests import sha256_file
 from qexport.artifact.disk import is_disk_full, move_into_place, sync_tree, uninterrupted
-from qexport.artifact.manifest import MANIFEST_NAME, REPORT_FOLDER, FileRecord, Manifest
-from qexport.errors import InputError, QexportError, RecipeError, ResourceError
+from qexport.artifact.manifest import MANIFEST_NAME
+from qexport.artifact.roots import check_roots_path
+from qexport.errors import QexportError, RecipeError, ResourceError
 
 MARKER_NAME = ".qexport-partial"
 
@@ -31,7 +29,7 @@ def check_output(output: Path, *, force: bool) -> Path:
         The path with all links resolved.
 
     Raises:
-        RecipeError: a path is taken, or contains the current directory.
+        RecipeError: a path is taken, also that of the root digest, or contains the current directory.
     """
     resolved = Path(os.path.realpath(output))
     if not resolved.name or (force and Path.cwd().is_relative_to(resolved)):
@@ -46,6 +44,8 @@ def check_output(output: Path, *, force: bool) -> Path:
             where=str(output),
             mend="choose another output, or replace it with --force",
         )
+    for target in (resolved, _rejected_path(resolved)):
+        check_roots_path(target)
     _check_rejected(_rejected_path(resolved))
     return resolved
 
@@ -93,6 +93,11 @@ class Publication:
         self.output = check_output(output, force=force)
         self._force = force
         self._lock: int | None = None
+
+    @property
+    def rejected(self) -> Path:
+        """Where the artifact goes if a gate stops it."""
+        return _rejected_path(self.output)
 
     @property
     def folder(self) -> Path:
@@ -215,66 +220,3 @@ def _remove(folder: Path) -> None:
     _empty(folder)
     (folder / MARKER_NAME).unlink(missing_ok=True)
     folder.rmdir()
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """A published folder.
-
-    Attributes:
-        path: the folder.
-        manifest: what its manifest says.
-    """
-
-    path: Path
-    manifest: Manifest
-
-    @property
-    def layout(self) -> str:
-        """The layout's name."""
-        return self.manifest.layout
-
-
-def open_artifact(path: Path) -> Artifact:
-    """Reads the manifest and checks every file against it.
-
-    Raises:
-        InputError: the manifest cannot be read; a file is missing, changed, or not in the manifest.
-    """
-    manifest = Manifest.read(path)
-    found = dict(_files(path))
-    for name in sorted(manifest.files.keys() | found.keys()):
-        if fault := _fault(manifest.files.get(name), found.get(name)):
-            raise InputError(f"a file of the artifact {fault}", where=str(path / name), mend="fetch the artifact again")
-    return Artifact(path, manifest)
-
-
-def digest_files(folder: Path, known: Mapping[str, str]) -> dict[str, FileRecord]:
-    """Size and digest of every file in a folder except manifest and report, by its path inside the folder.
-
-    Args:
-        folder: the artifact.
-        known: digests that need not be computed again, by path.
-    """
-    return {
-        name: FileRecord(size=path.stat().st_size, sha256=known[name] if name in known else sha256_file(path))
-        for name, path in _files(folder)
-    }
-
-
-def _files(folder: Path) -> Iterator[tuple[str, Path]]:
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        own = name in (MANIFEST_NAME, MARKER_NAME) or name.startswith(f"{REPORT_FOLDER}/")
-        if path.is_file() and not own:
-            yield name, path
-
-
-def _fault(record: FileRecord | None, path: Path | None) -> str | None:
-    if path is None:
-        return "is missing"
-    if record is None:
-        return "is not in its manifest"
-    if path.stat().st_size != record.size or sha256_file(path) != record.sha256:
-        return "has changed since it was written"
-    return None

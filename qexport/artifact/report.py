@@ -186,7 +186,7 @@ class Report(Record):
             InputError: it is missing, not JSON, of another schema version, a field is wrong, or it contradicts
                 itself.
         """
-        place = _place(path)
+        place = report_path(path)
         content = _read_object(place)
         version = content.get("schema_version")
         if type(version) is not int or version != SCHEMA_VERSION:
@@ -212,7 +212,8 @@ def report_schema() -> dict[str, Any]:
     return Report.model_json_schema() | {"$schema": "https://json-schema.org/draft/2020-12/schema"}
 
 
-def _place(path: Path) -> Path:
+def report_path(path: Path) -> Path:
+    """The path of report.json, from its own, an artifact's folder or its report's folder."""
     with suppress(OSError):  # reading such a path fails too, with an error
         return next((at for at in (path / REPORT_FOLDER / REPORT_NAME, path / REPORT_NAME) if at.is_file()), path)
     return path

@@ -127,6 +127,12 @@ def validate(
     server: Annotated[
         Literal["tgi", "vllm"] | None, typer.Option(help="Check an artifact against what this server demands.")
     ] = None,
+    root: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHA256", help="The root digest that an artifact should have, as `qexport run` printed it."
+        ),
+    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -135,10 +141,13 @@ def validate(
     """
     with reporting_errors(as_json=as_json, debug=debug):
         if subject.is_dir():
-            failed = _inspect(subject, overrides, server, as_json=as_json)
-        elif server is not None:
+            failed = _inspect(subject, overrides, server, root, as_json=as_json)
+        elif server is not None or root is not None:
+            option = "--root" if server is None else "--server"
             raise RecipeError(
-                "--server requires an artifact, not a recipe", where=str(subject), mend="give the folder of an artifact"
+                f"{option} requires an artifact, not a recipe",
+                where=str(subject),
+                mend="give the folder of an artifact",
             )
         else:
             _print_plan(subject, overrides, as_json=as_json)
@@ -163,7 +172,12 @@ def _print_plan(recipe: Path, overrides: list[str] | None, *, as_json: bool) -> 
 
 
 def _inspect(
-    artifact: Path, overrides: list[str] | None, server: Literal["tgi", "vllm"] | None, *, as_json: bool
+    artifact: Path,
+    overrides: list[str] | None,
+    server: Literal["tgi", "vllm"] | None,
+    root: str | None,
+    *,
+    as_json: bool,
 ) -> Failure | None:
     """Prints what an artifact contains, and returns a failure if it does not meet a server's demands."""
     if overrides:
@@ -173,7 +187,7 @@ def _inspect(
     from qexport.pipeline.inspection import inspect_artifact
 
     with redirect_stdout(sys.stderr):
-        found = inspect_artifact(artifact, server=server)
+        found = inspect_artifact(artifact, server=server, root=root)
     if as_json:
         write_json(found.as_dict())
     else:
@@ -194,6 +208,7 @@ def _show(result: Result, *, as_json: bool) -> None:
                 "passed": result.passed,
                 "verdict": result.verdict,
                 "manifests": manifests,
+                "roots": dict(result.roots),
             }
         )
     else:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import typer
 from rich.console import RenderableType
+from rich.text import Text
 
+from qexport.artifact.agreement import read_report
 from qexport.artifact.disk import write_whole
 from qexport.artifact.report import Report
 from qexport.cli.app import AsJson, Debug, app, reporting_errors
@@ -25,9 +27,14 @@ from qexport.reporting.comparison import (
 from qexport.reporting.html import report_html
 from qexport.reporting.markdown import report_markdown
 from qexport.reporting.terminal import report_summary
+from qexport.reporting.values import visible
 
 if TYPE_CHECKING:
     from qexport.artifact.figures import GateResult
+
+Unchecked = Annotated[
+    bool, typer.Option("--unchecked", help="Do not compare the report with the digests of its artifact.")
+]
 
 
 class Views(Protocol):
@@ -84,10 +91,23 @@ class _Several:
         return comparison_table(self._comparison)
 
 
-def views_of(paths: Sequence[Path]) -> Views:
-    """The views of a report, or of a comparison if there are several paths."""
-    reports = [Report.read(path) for path in paths]
+def views_of(paths: Sequence[Path], *, check: bool = True) -> Views:
+    """The views of a report, or of a comparison if there are several paths.
+
+    Args:
+        paths: of reports or of artifacts.
+        check: whether reports of artifacts are compared with digests and manifest.
+    """
+    reports = [_read(path, check=check) for path in paths]
     return _One(reports[0]) if len(reports) == 1 else _Several(compare(reports))
+
+
+def _read(path: Path, *, check: bool) -> Report:
+    """Reads a report; says so if it is not compared with the digests of its artifact."""
+    if not check:
+        note = f"the report of {visible(str(path))} was not compared with its digests"
+        stderr().print(Text.assemble(("note: ", "yellow"), note), soft_wrap=True)
+    return read_report(path, check=check)
 
 
 def check_page(path: Path, *, force: bool) -> None:
@@ -124,14 +144,12 @@ def gate(
         Path, typer.Argument(metavar="REPORT", help="A report.json, or the folder of a verified artifact.")
     ],
     gates: Annotated[Path, typer.Option(metavar="FILE", help="The limits: a YAML file with profile and gates.")],
+    unchecked: Unchecked = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Decide on a report's figures with other limits, without measuring again."""
     with reporting_errors(as_json=as_json, debug=debug):
-        from rich.text import Text
-
-        from qexport.artifact.report import Report
         from qexport.gates import read_gates
         from qexport.gates.deciding import decide_again, gates_error
         from qexport.quantizing import profile_of_layer
@@ -139,7 +157,7 @@ def gate(
         from qexport.reporting.view import gate_rows
 
         settings = read_gates(gates)
-        results, notes = decide_again(Report.read(report), settings, profile_of_layer)
+        results, notes = decide_again(_read(report, check=not unchecked), settings, profile_of_layer)
         unmet = gates_error(results, str(report))
         if as_json:
             _write_gates(results, notes)
@@ -169,6 +187,7 @@ def report(
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write an HTML page.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing page.")] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, for a pull request.")] = False,
+    unchecked: Unchecked = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -178,7 +197,7 @@ def report(
             raise RecipeError("--markdown and --json exclude each other", mend="give only one of them")
         if html is not None:
             check_page(html, force=force)
-        views = views_of(paths)
+        views = views_of(paths, check=not unchecked)
         if html is not None:
             write_page(html, views.page())
         if as_json:

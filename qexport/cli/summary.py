@@ -175,6 +175,8 @@ def _how_to_load(result: Result, path: Path) -> Iterator[RenderableType]:
     content = f"{counted(files, 'file')}, {size(_bytes_on_disk(manifests))}, checksums in {where}"
     yield Text("")
     yield _line("Artifact" if passed else "Set aside", f"{path}  ({content})", style)
+    for layout, root in result.roots.items():
+        yield _line("Root digest", root + (f"  {layout}" if len(result.roots) > 1 else ""), style)
     for layout in [*result.reports][:1]:
         yield _line("Report", str(_folder(result, path, layout) / REPORT_FOLDER / PAGE_NAME), style)
     if passed:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Final
 
 import torch
 
@@ -15,12 +16,16 @@ from qexport.architectures.architecture import Architecture
 from qexport.artifact.digests import FileDigests
 from qexport.artifact.manifest import Sizes
 from qexport.artifact.report import Subject
+from qexport.errors import InputError, listed
 from qexport.export.layouts import Layout
 from qexport.export.tensor_writer import WrittenWeights
+from qexport.formats.stored_weight import StoredLayer
 from qexport.pipeline.planning import Plan
 from qexport.reading.stored_model import StoredModel, open_stored
 from qexport.records import LayerRecord
-from qexport.tensors import GroupQuantizedSpec
+
+_ROW_BITS: Final = 8
+"""Bits of LLM.int8, which a graph stores as it stores groups of GPTQ."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class ArtifactFolder:
         name: shown to people.
         layouts: the layouts with these weights; empty if another tool made the folder.
         layers: a record of each quantized layer, with its losses where they are known.
-        grids: by module, for the layers that are quantized in groups.
+        stored: the same as the folder itself tells, without losses: what the gates' profile follows from.
         dtype: the reference's.
         digests: hex SHA-256 by file name, in several mappings that together have all weight files.
         loaders: the libraries that should load the folder, besides qexport.
@@ -42,7 +47,7 @@ class ArtifactFolder:
     name: str
     layouts: Sequence[str]
     layers: Sequence[LayerRecord]
-    grids: Mapping[str, GroupQuantizedSpec]
+    stored: Sequence[LayerRecord]
     dtype: torch.dtype
     digests: Sequence[Mapping[str, str]]
     loaders: Sequence[str]
@@ -108,22 +113,24 @@ def open_folder(
         dtype: the reference's.
         name: shown to people.
         layouts: the layouts with these weights.
-        layers: records of the quantized layers; derived from the headers if empty.
+        layers: records of the quantized layers; those that the folder itself tells if empty.
         digests: known digests by file name; those of other weight files are computed when they are first needed.
         loaders: the libraries that should load the folder, besides qexport.
+
+    Raises:
+        InputError: the records are not those of the folder's layers.
     """
     with open_stored(folder, dtype=dtype, like=reference) as artifact:
         unknown = [file for file in artifact.files if file not in digests]
+        if layers:
+            refuse_other_layers(layers, artifact)
+        stored = _stored_layers(artifact)
         yield ArtifactFolder(
             artifact=artifact,
             name=name,
             layouts=layouts,
-            layers=layers
-            or [
-                LayerRecord.uncalibrated(module, layer.method, layer.bits, layer.group_size)
-                for module, layer in artifact.layers.items()
-            ],
-            grids=_grids_as_quantized(artifact.grids, layers),
+            layers=layers or stored,
+            stored=stored,
             dtype=dtype,
             digests=[digests, FileDigests(folder, unknown, {})],
             loaders=loaders,
@@ -161,22 +168,42 @@ def open_layout(
         yield LayoutFolder(opened, layout, written, notes)
 
 
-def _grids_as_quantized(
-    grids: Mapping[str, GroupQuantizedSpec], layers: Sequence[LayerRecord]
-) -> dict[str, GroupQuantizedSpec]:
-    """The grids with the group sizes that the layers were quantized with, where these are known: a graph may store one
-    group as several blocks, and rounding with those would be finer. Codes with one scale per row have no groups.
+def refuse_other_layers(records: Sequence[LayerRecord], artifact: StoredModel) -> None:
+    """Compares records of quantized layers, which a manifest may hold, with the layers of a folder.
+
+    Raises:
+        InputError: a layer is in one of them alone, or its method, bits or groups differ.
     """
-    records = {layer.name: layer for layer in layers}
-    per_row = {layer.name for layer in layers if layer.method not in ("gptq", "round_to_nearest")}
-    return {
-        module: replace(grid, group_size=_group_size(grid, records.get(module)))
-        for module, grid in grids.items()
-        if module not in per_row
-    }
+    told, stored = {record.name: record for record in records}, artifact.layers
+    problems = [f"{name}: only in the manifest" for name in told.keys() - stored.keys()]
+    problems += [f"{name}: not in the manifest" for name in stored.keys() - told.keys()]
+    problems += [
+        f"{name}: {record.bits} bits, {record.method}, groups of {record.group_size}, but stored are "
+        f"{stored[name].bits} bits, {stored[name].method}, groups of {stored[name].group_size}"
+        for name, record in told.items()
+        if name in stored and not _is_stored_as(record, stored[name], graph=artifact.kind == "graph")
+    ]
+    if problems or len(told) < len(records):
+        raise InputError(
+            "the manifest's layers are not those of the artifact",
+            where=listed(sorted(problems)) or "a layer is listed twice",
+            mend="fetch the artifact again",
+        )
 
 
-def _group_size(grid: GroupQuantizedSpec, record: LayerRecord | None) -> int:
-    if record is None or record.group_size < 1 or grid.in_features % record.group_size:
-        return grid.group_size
-    return record.group_size
+def _is_stored_as(record: LayerRecord, stored: StoredLayer, *, graph: bool) -> bool:
+    """A layer whose weights are all equal has the same scale everywhere: then a graph does not tell its groups."""
+    methods = {stored.method, "round_to_nearest"} if stored.method == "gptq" else {stored.method}
+    if not graph:
+        return record.method in methods and (record.bits, record.group_size) == (stored.bits, stored.group_size)
+    if stored.bits == _ROW_BITS:
+        methods |= {"int8"}
+    groups_fit = record.group_size > 0 and stored.group_size % record.group_size == 0
+    return record.method in methods and record.bits == stored.bits and groups_fit
+
+
+def _stored_layers(artifact: StoredModel) -> list[LayerRecord]:
+    return [
+        LayerRecord.uncalibrated(module, layer.method, layer.bits, layer.group_size)
+        for module, layer in artifact.layers.items()
+    ]

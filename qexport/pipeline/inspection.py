@@ -10,14 +10,14 @@ from typing import Any, Literal
 import torch
 
 from qexport.amounts import size
-from qexport.artifact.manifest import MANIFEST_NAME, REPORT_FOLDER, Verification
-from qexport.artifact.publish import open_artifact
-from qexport.artifact.report import REPORT_NAME, Report
+from qexport.artifact.agreement import report_of
+from qexport.artifact.integrity import Artifact, find_artifact
 from qexport.errors import InputError
 from qexport.export.loaders import Folder, Loader, Verdict, loaders
 from qexport.export.served import Check
 from qexport.hidden_packages import hidden
-from qexport.reading.stored_model import model_folder, open_stored
+from qexport.pipeline.folders import refuse_other_layers
+from qexport.reading.stored_model import StoredModel, model_folder, open_stored
 
 Server = Literal["tgi", "vllm"]
 ReportState = Literal["as in the manifest", "missing"]
@@ -31,7 +31,8 @@ class Inspection:
 
     Attributes:
         path: the folder.
-        layout: from its manifest; None if it has no manifest, so that no digest was checked.
+        artifact: the folder's manifest and what confirms its digests; None if another tool made the folder, so that no
+            digest was checked.
         method: how the weights are stored.
         quantized_layers: modules that are stored quantized.
         unquantized_tensors: the other parameters.
@@ -44,7 +45,7 @@ class Inspection:
     """
 
     path: Path
-    layout: str | None
+    artifact: Artifact | None
     method: str
     quantized_layers: int
     unquantized_tensors: int
@@ -53,6 +54,11 @@ class Inspection:
     loaders: Sequence[Loader]
     server: Server | None
     checks: Sequence[Check]
+
+    @property
+    def layout(self) -> str | None:
+        """The layout's name; None if another tool made the folder."""
+        return self.artifact.layout if self.artifact else None
 
     @property
     def failed(self) -> list[Check]:
@@ -64,7 +70,9 @@ class Inspection:
         return {
             "artifact": str(self.path),
             "layout": self.layout,
-            "digests_checked": self.layout is not None,
+            "digests_checked": self.artifact is not None,
+            "root": self.artifact.root if self.artifact else None,
+            "confirmed_by": self.artifact.confirmed_by if self.artifact else None,
             "method": self.method,
             "quantized_layers": self.quantized_layers,
             "dense_tensors": self.unquantized_tensors,
@@ -77,10 +85,9 @@ class Inspection:
 
     def lines(self) -> list[str]:
         """The same as lines for the terminal."""
-        layout = f"{self.layout}; every file is as in its manifest" if self.layout else "no manifest, digests unknown"
         return [
             f"artifact  {self.path}",
-            f"layout    {layout}",
+            *_integrity_lines(self.artifact),
             f"method    {self.method}",
             f"layers    {self.quantized_layers} quantized; {self.unquantized_tensors} tensors are unquantized",
             f"weights   {size(self.total_bytes, decimals=1)}",
@@ -94,25 +101,27 @@ class Inspection:
 
 
 @hidden("kernels")
-def inspect_artifact(path: Path, *, server: Server | None = None) -> Inspection:
+def inspect_artifact(path: Path, *, server: Server | None = None, root: str | None = None) -> Inspection:
     """Checks a finished folder, made by qexport or by another tool.
 
     Args:
         path: the folder of one layout.
         server: the server whose rules to check.
+        root: the root digest that the folder should have; None for the one recorded beside it, if there is one.
 
     Raises:
-        InputError: a file or the report does not match the manifest, or the tensors are not those of the model that
-            config.json describes.
+        InputError: a file does not match its digest, the digests not the root digest, manifest, report and weights
+            contradict each other, or the tensors are not those of the model that config.json describes.
         CompatibilityError: transformers does not know the family.
     """
     path = model_folder(path)
-    manifest = open_artifact(path).manifest if (path / MANIFEST_NAME).is_file() else None
-    layout = manifest.layout if manifest else None
-    report = _check_report(path, manifest.verification) if manifest and manifest.verification else None
+    artifact = find_artifact(path, root=root)
+    layout, report = (artifact.layout, _check_report(artifact)) if artifact else (None, None)
     with open_stored(path, dtype=torch.float32) as source:
         structure = source.architecture.structure
         source.check_complete()
+        if artifact is not None:
+            _refuse_disagreement(artifact, source)
         shapes = {module: layer.shape for module, layer in source.layers.items()}
         graph = source.kind == "graph"
         blocks = {name: each.group_size for name, each in source.layers.items() if each.method in ("nf4", "fp4")}
@@ -120,21 +129,42 @@ def inspect_artifact(path: Path, *, server: Server | None = None) -> Inspection:
         unquantized = len(source.specs()) - len(shapes)
         method, total = source.method, source.stored_bytes
     checks = _check(path, server) if server else []
-    return Inspection(path, layout, method, len(shapes), unquantized, total, report, loaders(folder), server, checks)
+    return Inspection(path, artifact, method, len(shapes), unquantized, total, report, loaders(folder), server, checks)
 
 
-def _check_report(path: Path, verification: Verification) -> ReportState:
-    """The manifest's file digests omit the report, so it is compared with the digest in `verification`."""
-    place = path / REPORT_FOLDER / REPORT_NAME
-    if not place.is_file():
-        return "missing"
-    if Report.read(place).digest() != verification.report_sha256:
+def _check_report(artifact: Artifact) -> ReportState | None:
+    if artifact.manifest.verification is None:
+        return None
+    return "missing" if report_of(artifact) is None else "as in the manifest"
+
+
+def _refuse_disagreement(artifact: Artifact, source: StoredModel) -> None:
+    """What the manifest says of the weights is what the folder stores."""
+    manifest = artifact.manifest
+    refuse_other_layers(manifest.layers, source)
+    config = source.quantization if source.kind == "weights" else manifest.quantization  # a graph has none
+    if (manifest.quantization, manifest.sizes.total_bytes) != (config, source.stored_bytes):
         raise InputError(
-            "the report is not the one that the manifest was made with",
-            where=str(place),
-            mend="fetch the artifact again, or verify it",
+            "the manifest's quantization or total_bytes are not those of the weights",
+            where=str(artifact.path),
+            mend="fetch the artifact again",
         )
-    return "as in the manifest"
+
+
+def _integrity_lines(artifact: Artifact | None) -> list[str]:
+    if artifact is None:
+        return ["layout    no manifest, digests unknown"]
+    kept = "every file is listed and has its digest"
+    match artifact:
+        case Artifact(root=None):
+            words = f"{kept}, but manifest and report have none: qexport 0.2 or older made this artifact"
+        case Artifact(confirmed_by=None):
+            words = f"{kept}; nothing outside the folder confirms the list (no root digest to compare with)"
+        case _:
+            words = f"unchanged: {kept}, and the root digest is {artifact.confirmed_by}"
+    root = [f"root      {artifact.root}"] if artifact.root else []
+    unlisted = [f"not checked: {name}" for name in artifact.unlisted if not name.endswith("/")]
+    return [f"layout    {artifact.layout}", f"digests   {words}", *root, *unlisted]
 
 
 def _check(path: Path, server: Server) -> list[Check]:

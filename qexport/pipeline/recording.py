@@ -8,10 +8,11 @@ from importlib.metadata import version
 import torch
 
 from qexport.artifact import Identity, Protocol, describe_environment
+from qexport.artifact.agreement import verification_of
 from qexport.artifact.digests import sha256_bytes, sha256_json
 from qexport.artifact.figures import CheckResult, GateResult, overall
-from qexport.artifact.manifest import CalibrationRecord, Manifest, Sizes, SourceRecord, Verification
-from qexport.artifact.publish import digest_files
+from qexport.artifact.integrity import digest_files
+from qexport.artifact.manifest import LISTING_NAME, CalibrationRecord, Manifest, Sizes, SourceRecord
 from qexport.artifact.report import ReferenceRecord, Report
 from qexport.pipeline.folders import ArtifactFolder, LayoutFolder
 from qexport.pipeline.planning import Plan
@@ -72,20 +73,6 @@ def make_report(
         environment=describe_environment(reference.device),
         command=command,
         timings=measured.timings,
-    )
-
-
-def verification_of(report: Report) -> Verification:
-    """The report's main points, for the manifest."""
-    return Verification(
-        verdict=report.verdict,
-        figures=[figure for figure in report.figures if figure.domain is None],
-        gates=report.gates,
-        identity=report.identity,
-        protocol=report.protocol,
-        readers=report.readers,
-        unconfirmed=report.unconfirmed,
-        report_sha256=report.digest(),
     )
 
 
@@ -158,6 +145,7 @@ def make_manifest(
         layers=list(opened.layers),
         sizes=Sizes(parameters=parameters, total_bytes=total_bytes, bits_per_weight=8 * total_bytes / parameters),
         files=digest_files(opened.artifact.folder, folder.written.files),
+        listing=LISTING_NAME,
         verification=verification_of(report) if report else None,
     )
 

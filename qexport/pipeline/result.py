@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from qexport.artifact.figures import GateResult, Verdict
@@ -37,6 +37,7 @@ class Result:
         reports: the report of each layout's folder; empty if the recipe has no `verify`.
         verdict: the verdict over all gates.
         unproven_merge: why nothing was quantized; None if the run was completed.
+        roots: the root digest of each layout's folder, which stands for all of its files; also in `<folder>.sha256`.
     """
 
     folder: Path | None
@@ -44,6 +45,7 @@ class Result:
     reports: Mapping[str, Report]
     verdict: Verdict
     unproven_merge: UnprovenMerge | None = None
+    roots: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:

@@ -12,9 +12,11 @@ from qexport.architectures.devices import find_device
 from qexport.artifact.digests import hashed_in_background
 from qexport.artifact.disk import ensure_space
 from qexport.artifact.figures import overall
+from qexport.artifact.integrity import write_listing
 from qexport.artifact.manifest import REPORT_FOLDER
 from qexport.artifact.publish import Publication, check_output
 from qexport.artifact.report import Report
+from qexport.artifact.roots import recording_roots
 from qexport.errors import RecipeError
 from qexport.export.tensor_writer import WrittenWeights
 from qexport.hidden_packages import hidden
@@ -74,7 +76,7 @@ def run(
                 stack.enter_context(hashed_in_background(weights.files))
             folders = _read_back(planned, publication.folder, layers, written, stack)
             reports = _measure(planned, reference, folders, command, progress)
-        manifests = {}
+        manifests, roots = {}, {}
         for layout in planned.layouts:
             folder, found = folders[layout.name], reports.get(layout.name)
             path = folder.opened.artifact.folder
@@ -82,9 +84,10 @@ def run(
                 write_report(found, path / REPORT_FOLDER)
             manifests[layout.name] = make_manifest(planned, texts.calibration, folder, found, where)
             manifests[layout.name].write(path)
+            roots[layout.name] = write_listing(path, manifests[layout.name])
         verdict = overall(each.verdict for each in reports.values())
-        path = publication.publish() if verdict == "pass" else publication.reject()
-    return Result(path, manifests, reports, verdict)
+        path = _publish(planned, publication, roots, passed=verdict == "pass")
+    return Result(path, manifests, reports, verdict, roots=roots)
 
 
 def _reference(
@@ -194,6 +197,14 @@ def _measure(
             for folder in same_kind:
                 reports[folder.layout.name] = verified.report_on(folder.opened, command=command)
     return reports
+
+
+def _publish(planned: Plan, publication: Publication, roots: Mapping[str, str], *, passed: bool) -> Path:
+    """Moves the finished folder to its path, with the root digest of each layout in a file beside it."""
+    target = publication.output if passed else publication.rejected
+    inside = {str(planned.folder(Path(), layout)): roots[layout.name] for layout in planned.layouts}
+    with recording_roots(target, inside):
+        return publication.publish() if passed else publication.reject()
 
 
 def _grouped_by_kind(folders: Sequence[LayoutFolder]) -> list[list[LayoutFolder]]:

@@ -11,8 +11,7 @@ import torch
 from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.devices import find_device
 from qexport.artifact.figures import CheckResult
-from qexport.artifact.manifest import MANIFEST_NAME
-from qexport.artifact.publish import open_artifact
+from qexport.artifact.integrity import find_artifact
 from qexport.artifact.report import Report
 from qexport.gates.limits import profile_for
 from qexport.hidden_packages import hidden
@@ -108,24 +107,24 @@ def measure_folder(reference: Reference, opened: ArtifactFolder, *, progress: Pr
     settings = reference.settings
     gates = make_gates(
         settings,
-        profile_for(settings, opened.layers, opened.sizes, profile_of_layer),
+        profile_for(settings, opened.stored, opened.sizes, profile_of_layer),
         reference.prepared,
         adapter=reference.adapter is not None,
-        nearest=has_nearest_rival(opened.grids),
+        nearest=has_nearest_rival(opened.artifact.grids),
         graph=opened.artifact.kind == "graph",
     )
-    measured = verification.verify(
-        opened.artifact, reference, lambda figures: gates(figures, []), grids=opened.grids, progress=progress
-    )
+    measured = verification.verify(opened.artifact, reference, lambda figures: gates(figures, []), progress=progress)
     return Verified(reference, gates, measured)
 
 
 def _open(folder: Path, merged: Checkpoint, dtype: torch.dtype) -> AbstractContextManager[ArtifactFolder]:
-    """Opens the folder. If it has a manifest, every file is checked against that, and its records are used."""
-    name = folder.resolve().name
-    if not (folder / MANIFEST_NAME).is_file():
+    """Opens the folder. If it is qexport's, every file is checked first. Its manifest gives the report the layers'
+    losses and the layout's name; what gates and rivals depend on comes from the weights' files.
+    """
+    name, found = folder.resolve().name, find_artifact(folder)
+    if found is None:
         return open_folder(folder, merged.architecture, dtype, name=name)
-    manifest = open_artifact(folder).manifest
+    manifest = found.manifest
     return open_folder(
         folder,
         merged.architecture,

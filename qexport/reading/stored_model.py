@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +14,8 @@ from transformers import PreTrainedModel
 from qexport.architectures.architecture import Architecture
 from qexport.architectures.devices import find_device
 from qexport.architectures.structure import Structure
+from qexport.artifact.integrity import find_artifact
+from qexport.artifact.manifest import REPORT_FOLDER
 from qexport.errors import InputError
 from qexport.formats.stored_weight import StoredLayer
 from qexport.hidden_packages import hidden
@@ -168,8 +171,14 @@ def model_folder(path: Path) -> Path:
     return path
 
 
+def _is_loaded(name: str) -> bool:
+    return name != "README.md" and not name.startswith(("launch/", f"{REPORT_FOLDER}/"))
+
+
 @hidden("kernels")
-def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load(
+    path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None, check: bool = True
+) -> PreTrainedModel:
     """The model in a finished folder, ready for `generate`.
 
     Quantized layers keep the tensors of the file, so the model takes the memory of the artifact; each forward
@@ -183,13 +192,20 @@ def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = 
             which ONNX Runtime computes.
         device: `auto` (CUDA if available, else the CPU), `cpu`, `cuda` or `cuda:1`.
         dtype: to compute in; None for the dtype of the artifact's unquantized weights. A graph has a fixed dtype.
+        check: whether the files of an artifact of qexport are compared with their digests first, all but model card,
+            launch files and report. This reads the weights once more. Leaving it out gives a `UserWarning`.
 
     Raises:
         RecipeError: the device does not exist, the extra `onnx` is not installed, or a graph computes in another dtype.
-        InputError: a file is missing or malformed, or the tensors are not those of the model.
+        InputError: a file is missing or malformed, was changed, or is not listed; or the tensors are not those of the
+            model.
         CompatibilityError: transformers does not know the family.
     """
     folder, where = model_folder(Path(path)), find_device(device)
+    if check:
+        find_artifact(folder, reads=_is_loaded)
+    else:
+        warnings.warn(f"{folder} is loaded without comparing its files with their digests", stacklevel=2)
     with open_stored(folder, dtype=torch.float32) as artifact:
         artifact.check_complete()
         return artifact.model(device=where, dtype=dtype)

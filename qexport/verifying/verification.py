@@ -75,7 +75,6 @@ def verify(
     reference: Reference,
     judge: Judge,
     *,
-    grids: Mapping[str, GroupQuantizedSpec] | None = None,
     progress: ProgressCallback = silent,
 ) -> Measurement:
     """Measures an artifact until its gates are decided or the text is used up.
@@ -87,7 +86,6 @@ def verify(
         artifact: the artifact, which `check_parameters` has accepted.
         reference: what to compare it with.
         judge: decides the gates.
-        grids: of the artifact's layers, if more is known than its files say.
         progress: is called with each step.
 
     Raises:
@@ -103,7 +101,7 @@ def verify(
 
     own, settings = reference.runner(reference.merged), reference.settings
     reading = _read_graph(artifact, reference) if artifact.kind == "graph" else _read_blocks(artifact, reference)
-    rivals = _rivals(reference, artifact.grids if grids is None else grids, artifact.transposed)
+    rivals = _rivals(reference, artifact.grids, artifact.transposed)
     models = Models(own, reading.runner, *rivals)
     measured = measure(models, reference.held_out.input_ids, settings.windows, decide, needs_more, steps)
     pair = Pair(own, reading.runner, reference.merged, artifact, reference.tokenizer)

@@ -90,7 +90,6 @@ class Bnb4Matrix:
     bits: int = 4
 
     kind: ClassVar[str] = "MatMulBnb4"
-    grid = None
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -102,10 +101,12 @@ class Bnb4Matrix:
         """See `StoredMatrix.description`."""
         return f"{self.kind}, {self.quant_type.upper()}, blocks of"
 
-    @property
-    def layer(self) -> StoredLayer:
+    def layer(self, graph: GraphTensors) -> StoredLayer:
         """See `StoredMatrix.layer`."""
         return StoredLayer(self.quant_type, self.bits, self.block_size, self.shape)
+
+    def grid(self, graph: GraphTensors) -> None:
+        """None: the codes are not in groups along the inputs."""
 
     def quantized(self, graph: GraphTensors) -> BlockQuantized:
         """The codes; their matrix is float32, since the operator does not round it as bitsandbytes does."""

@@ -77,7 +77,6 @@ class IntegerMatrix:
 
     kind: ClassVar[str] = "MatMulInteger"
     description = "MatMulInteger, 8 bits"
-    grid = None
 
     @property
     def block_size(self) -> int:
@@ -89,10 +88,12 @@ class IntegerMatrix:
         """The names of its initializers."""
         return self.codes, self.scales
 
-    @property
-    def layer(self) -> StoredLayer:
+    def layer(self, graph: GraphTensors) -> StoredLayer:
         """See `StoredMatrix.layer`."""
         return StoredLayer("w8a8", self.bits, self.block_size, self.shape)
+
+    def grid(self, graph: GraphTensors) -> None:
+        """None: the codes are not in groups along the inputs."""
 
     def quantized(self, graph: GraphTensors) -> RowQuantized:
         """See `StoredMatrix.quantized`."""

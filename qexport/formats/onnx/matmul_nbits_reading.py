@@ -5,6 +5,7 @@ The reference is ONNX Runtime's `docs/ContribOperators.md`. Writing is in `matmu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Final
@@ -19,6 +20,7 @@ from qexport.formats.stored_weight import StoredLayer
 from qexport.tensors import GroupQuantized, GroupQuantizedSpec
 
 _BITS: Final = (2, 4, 8)
+_ROW_BITS: Final = 8
 _INTEGER_INPUTS: Final = 4
 """The accuracy level at which the inputs are rounded to 8 bits."""
 
@@ -65,20 +67,30 @@ class NBitsMatrix:
         rounded = ", inputs rounded to 8 bits" if self.accuracy_level == _INTEGER_INPUTS else ""
         return f"{self.kind}, {self.bits} bits{rounded}, blocks of"
 
-    @property
-    def layer(self) -> StoredLayer:
-        """See `StoredMatrix.layer`. MatMulNBits does not distinguish GPTQ's groups from LLM.int8's rows, whose scale is
-        repeated in every block: both are groups here; only the manifest names the method.
+    def layer(self, graph: GraphTensors) -> StoredLayer:
+        """See `StoredMatrix.layer`. The operator is the same for GPTQ's groups and LLM.int8's rows. GPTQ's scales are
+        float16, those of rows are `absmax / 127` in float32: by this the two are told apart.
         """
-        return StoredLayer("gptq", self.bits, min(self.block_size, self.shape[1]), self.shape)
+        scales, group_size = graph.read(self.scales), self._group_size(graph)
+        rows = self.bits == _ROW_BITS and group_size == self.shape[1] and not self.zero_points and not self.order
+        method = "int8" if rows and not torch.equal(scales.half().to(scales.dtype), scales) else "gptq"
+        return StoredLayer(method, self.bits, group_size, self.shape)
 
-    @property
-    def grid(self) -> GroupQuantizedSpec:
-        """The blocks as groups. Only rows with a single group have a shorter last block."""
-        columns = self.shape[1]
-        group_size = columns if columns % self.block_size else self.block_size
-        sym, desc_act = not self.zero_points, bool(self.order)
-        return GroupQuantizedSpec(*self.shape, self.bits, group_size, sym, desc_act)
+    def grid(self, graph: GraphTensors) -> GroupQuantizedSpec | None:
+        """See `StoredMatrix.grid`."""
+        layer, sym, desc_act = self.layer(graph), not self.zero_points, bool(self.order)
+        if layer.method == "int8" or self.shape[1] % layer.group_size:
+            return None
+        return GroupQuantizedSpec(*self.shape, self.bits, layer.group_size, sym, desc_act)
+
+    def _group_size(self, graph: GraphTensors) -> int:
+        """Inputs per group. A group may be stored as several blocks, which then have equal scales and zero points in
+        every row.
+        """
+        values = torch.stack([graph.read(self.scales).float(), self._zeros(graph).float()])
+        other = (values[..., 1:] != values[..., :-1]).any(1).any(0)
+        starts = [block for block, differs in enumerate(other.tolist(), start=1) if differs]
+        return math.gcd(*starts) * self.block_size if starts else self.shape[1]
 
     def quantized(self, graph: GraphTensors) -> GroupQuantized:
         """The codes in the order of the inputs, with one group per block. Scales keep their dtype."""

@@ -111,14 +111,12 @@ class StoredMatrix(Protocol):
         """The operator with its attributes, for users. The block size is to be appended if it ends in `blocks of`."""
         ...
 
-    @property
-    def layer(self) -> StoredLayer:
-        """The module as shown to users."""
+    def layer(self, graph: GraphTensors) -> StoredLayer:
+        """The module as shown to users. May read the scales."""
         ...
 
-    @property
-    def grid(self) -> GroupQuantizedSpec | None:
-        """The blocks as groups along the inputs; None for other codes."""
+    def grid(self, graph: GraphTensors) -> GroupQuantizedSpec | None:
+        """The groups along the inputs; None for other codes. May read the scales."""
         ...
 
     def quantized(self, graph: GraphTensors) -> Quantized:

@@ -105,15 +105,18 @@ class OnnxWeights:
         """How the weights are stored, for users."""
         return f"ONNX, {description(self.quantized.values())}"
 
-    @property
+    @cached_property
     def layers(self) -> dict[str, StoredLayer]:
-        """Each quantized module, by its path."""
-        return {module: matrix.layer for module, matrix in self.quantized.items()}
+        """Each quantized module, by its path. The first use reads the scales: a group may be several blocks."""
+        return {module: matrix.layer(self._graph) for module, matrix in self.quantized.items()}
 
-    @property
+    @cached_property
     def grids(self) -> dict[str, GroupQuantizedSpec]:
-        """Bits, blocks and symmetry of each module whose codes are in blocks along its inputs, by its path."""
-        return {module: spec for module, matrix in self.quantized.items() if (spec := matrix.grid) is not None}
+        """Bits, groups and symmetry of each module that is quantized in groups along its inputs, by its path. The first
+        use reads the scales.
+        """
+        found = {module: matrix.grid(self._graph) for module, matrix in self.quantized.items()}
+        return {module: spec for module, spec in found.items() if spec is not None}
 
     @property
     def transposed(self) -> frozenset[str]:

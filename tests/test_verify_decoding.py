@@ -31,7 +31,7 @@ from quantized_models import Tensors
 
 CPU = torch.device("cpu")
 LENGTHS = (3, 17, 5, 40, 1, 17)
-LIMIT = 10
+LIMIT = 8
 NOISE = 0.15
 """Nats: what rounding to bfloat16 moves in these models, far below a decision."""
 
@@ -145,7 +145,7 @@ class Knowing:
             text.guess_next(wrong[len(text.tokens) :])
 
 
-ERRORS = [set[int](), {0}, {9}, {2, 3}, {4, 7, 8}, {1}]
+ERRORS = [set[int](), {0}, {7}, {2, 3}, {4, 5, 6}, {1}]
 
 
 @pytest.mark.parametrize("errors", [[set[int]()] * 6, ERRORS, [set(range(LIMIT))] * 6], ids=["none", "some", "all"])
@@ -158,11 +158,14 @@ def test_each_wrong_guess_costs_one_pass(errors: Sequence[set[int]]) -> None:
     assert longest == LIMIT
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("config", [factories.llama_config(), factories.falcon_h1_config()], ids=["llama", "falcon h1"])
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [(factories.llama_config(), torch.bfloat16), (factories.falcon_h1_config(), torch.float32)],
+    ids=["llama", "falcon h1"],
+)
 def test_guesses_change_no_bit_of_the_result(config: PretrainedConfig, dtype: torch.dtype) -> None:
     model = factories.build(config, dtype=torch.float32)
-    runner, settings, worse = runner_of(model, dtype), settings_of(limit=6), blurred(model, 0.3)
+    runner, settings, worse = runner_of(model, dtype), settings_of(limit=5), blurred(model, 0.3)
     ways: list[Draft] = [
         keep_guesses,
         Drafter(model, None, settings, no_noise),
@@ -219,12 +222,12 @@ def test_a_draft_that_goes_on_is_used_again() -> None:
 
 
 def test_drafts_stay_within_learned_positions() -> None:
-    model = factories.build(factories.gpt2_config(n_positions=50), dtype=torch.float32)
+    model = factories.build(factories.gpt2_config(n_positions=48), dtype=torch.float32)
     inputs = inputs_of((40, 39, 40))
     texts = texts_of(inputs)
-    for text, count in zip(texts, (8, 1, 3), strict=True):
+    for text, count in zip(texts, (6, 1, 3), strict=True):
         text.tokens = alone(model, text.input_ids, settings_of())[:count]
-    Drafter(model, 50, settings_of(), no_noise)(texts)
+    Drafter(model, 48, settings_of(), no_noise)(texts)
     for text in texts:
         assert len(text.guess) == LIMIT
         assert text.guess[len(text.tokens)] == alone(model, text.input_ids, settings_of())[len(text.tokens)]
@@ -310,19 +313,17 @@ def test_both_models_samples_and_opinions_are_those_of_whole_models() -> None:
     assert drafted.passes.artifact <= 3, "along the reference's text, along its own, and what rounding changes"
 
 
-@pytest.mark.parametrize("drafts", [True, False])
-def test_a_graph_runs_as_a_whole_once_the_reference_has_ended(drafts: bool) -> None:
+def test_a_graph_runs_as_a_whole_once_the_reference_has_ended() -> None:
     graph = Graph(runner_of(worse_llama()))
-    found = continue_by_blocks(runner_of(llama()), graph, graph.whole if drafts else None, task_of(TWICE))
+    found = continue_by_blocks(runner_of(llama()), graph, graph.whole, task_of(TWICE))
     assert close(found, whole_texts())
-    assert graph.opened == 1 + drafts
+    assert graph.opened == 2
     assert found.passes is not None
     assert found.passes.artifact is None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_equal_models_give_equal_texts(dtype: torch.dtype) -> None:
-    runners = [runner_of(llama(), dtype) for _ in range(2)]
+def test_equal_models_give_equal_texts() -> None:
+    runners = [runner_of(llama(), torch.bfloat16) for _ in range(2)]
     found = continue_by_blocks(runners[0], runners[1], None, task_of(TWICE))
     assert found.reference == found.artifact
     assert [tuple(top) for top in found.tops] == [each.tokens for each in found.reference.greedy]

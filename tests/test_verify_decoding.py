@@ -246,14 +246,14 @@ def peak_bytes(layers: int, draft: Draft = keep_guesses) -> int:
     gc.collect()
     with LiveBytes() as live:
         decode(runner, texts, settings_of(limit=2), no_noise, draft, Steps(silent), "reference")
-    return live.peak
+    return int(live.peak)
 
 
 def test_the_peak_of_memory_does_not_grow_with_the_number_of_blocks() -> None:
     small = peak_bytes(2)
     assert peak_bytes(6) == small
 
-    kept = []
+    kept: list[torch.Tensor] = []
 
     def keeping(texts: Sequence[Text]) -> None:
         kept.extend(torch.ones(2000) for _ in texts)

@@ -81,7 +81,8 @@ def verify(
     """Measures an artifact until its gates are decided or the text is used up.
 
     All models run block by block, except an ONNX graph, which ONNX Runtime runs one window at a time. Prompts are
-    continued by whole models if these fit in memory, else block by block too. docs/verification.md defines every figure.
+    continued by whole models if these fit in memory, else block by block too. docs/verification.md defines every
+    figure.
 
     Args:
         artifact: the artifact, which `check_parameters` has accepted.

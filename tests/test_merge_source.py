@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
-import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 from peft import LoHaConfig, LoraConfig
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import adapters
 import factories
+from live_bytes import LiveBytes
 from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.errors import NumericalError
 from qexport.merge import MergeSettings
@@ -121,35 +120,6 @@ def test_a_scale_that_overflows_is_an_error_that_names_the_tensor(base: Checkpoi
     with pytest.raises(NumericalError) as caught:
         source.read(f"{Q0}.weight")
     assert caught.value.where == f"{Q0}.weight"
-
-
-class LiveBytes(TorchDispatchMode):
-    """Follows how many bytes of tensors live at once."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
-        self._seen: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                self._follow(tensor.untyped_storage())
-        return result
-
-    def _follow(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage.data_ptr(), storage.nbytes()
-        if key in self._seen:
-            return
-        self._seen.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._forget, key, size)
-
-    def _forget(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self.now -= size
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])

@@ -6,7 +6,7 @@ import functools
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,16 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfi
 import factories
 from qexport.architectures.architecture import Architecture
 from qexport.architectures.runner import BlockRunner
+from qexport.artifact.measurements import Generations
 from qexport.errors import NumericalError
 from qexport.loading import LoadSettings
 from qexport.loading.checkpoint import load_checkpoint
+from qexport.progress import Steps, silent
 from qexport.text.prompts import EncodedPrompts, Prompt, PromptSet, Style
 from qexport.verifying import SamplingSettings
 from qexport.verifying.continuation import Continuation, continue_all, greedy_settings, likeliest_along
-from qexport.verifying.generation import ComparedPrompts, compare_generations, style_sensitivity
+from qexport.verifying.continuing import Both, Task, continue_whole
+from qexport.verifying.generation import compare_texts, style_sensitivity
 from qexport.verifying.memory import available_memory, needed_memory
 from qexport.verifying.prompt_batches import PromptBatch, batch_prompts, check_padding
 from qexport.verifying.whole_models import padding_notes
@@ -229,11 +232,18 @@ def encoded(names: Sequence[str], inputs: Sequence[list[int]]) -> EncodedPrompts
     return EncodedPrompts(PromptSet(prompts, "prompts.jsonl"), prompts, tuple(inputs), {})
 
 
+@dataclass(frozen=True)
+class Compared:
+    both: Both
+    generations: Generations
+
+
 def compare(
     reference: BlockRunner, artifact: BlockRunner, sampling: SamplingSettings | None = None, count: int = len(LENGTHS)
-) -> ComparedPrompts:
+) -> Compared:
     prompts = encoded([f"p{index}" for index in range(count)], inputs_of()[:count])
-    return compare_generations(reference, artifact, prompts, TOKENIZER, GREEDY, nothing, sampling)
+    both = continue_whole(reference, artifact, Task(prompts, GREEDY, sampling, Steps(silent)))
+    return Compared(both, compare_texts(both, prompts, TOKENIZER, GREEDY, sampling.seed if sampling else 0))
 
 
 @pytest.mark.parametrize("only_behind", [True, False])
@@ -245,10 +255,10 @@ def test_left_padding_without_a_mask_is_noticed_and_only_equal_lengths_share_a_b
     apart = [each.tokens for each in continued(unmasked(only_behind), inputs, GREEDY, padded=False)]
     assert apart == alone
     found = compare(unmasked(only_behind), unmasked(only_behind))
-    assert not found.padding.allowed
-    assert found.padding.kl is not None
-    assert found.padding.kl > 0.01
-    (note,) = padding_notes(found.padding)
+    assert not found.both.padding.allowed
+    assert found.both.padding.kl is not None
+    assert found.both.padding.kl > 0.01
+    (note,) = padding_notes(found.both.padding)
     assert note.startswith("only prompts of equal length were continued side by side")
     assert [each.reference for each in found.generations.comparisons] == [
         TOKENIZER.decode(list(tokens), skip_special_tokens=True) for tokens in alone
@@ -307,13 +317,10 @@ def test_the_figures_of_a_prompt_are_those_of_its_two_continuations(tmp_path: Pa
 
 
 def test_each_prompt_and_sample_of_both_models_is_told() -> None:
-    told: list[int] = []
-    prompts = encoded(["a", "b"], inputs_of([3, 4]))
-    compare_generations(
-        runner_of(llama()), runner_of(llama()), prompts, TOKENIZER, GREEDY, lambda: told.append(1),
-        SamplingSettings(samples=2),
-    )  # fmt: skip
-    assert len(told) == 2 * 2 * 3
+    prompts, steps = encoded(["a", "b"], inputs_of([3, 4])), Steps(silent)
+    task = Task(prompts, GREEDY, SamplingSettings(samples=2), steps)
+    continue_whole(runner_of(llama()), runner_of(llama()), task)
+    assert steps.done == steps.total == 2 * 2 * 3
 
 
 def test_a_seed_gives_the_same_samples_again_and_other_prompts_have_no_say() -> None:

@@ -43,3 +43,13 @@ def test_steps_draw_anew_and_a_seed_repeats_them() -> None:
     assert len(set(steps(1))) > 1
     assert steps(1) != steps(2)
     assert steps(1) != steps(1, sample=1)
+
+
+def test_noise_begins_at_any_position_with_what_is_drawn_there() -> None:
+    settings = SamplingSettings(seed=1)
+    whole, late = sampling_noise(settings, ["a", "b"], 0), sampling_noise(settings, ["b", "a"], 0, [3, 1])
+    steps = [whole(IDS, LOGITS.expand(2, -1).clone()) for _ in range(6)]
+    found = [late(IDS, LOGITS.expand(2, -1).clone()) for _ in range(3)]
+    for place, (own, other) in enumerate(found):
+        assert torch.equal(own, steps[3 + place][1])
+        assert torch.equal(other, steps[1 + place][0])

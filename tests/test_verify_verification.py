@@ -27,9 +27,10 @@ from qexport.tensors import TensorSpec
 from qexport.text.documents import Documents
 from qexport.text.prompts import Prompt, PromptSet, encode_prompts
 from qexport.text.windows import HeldOut, make_held_out
-from qexport.verifying import VerifySettings
+from qexport.verifying import TaskSettings, VerifySettings
 from qexport.verifying import predictors as predicting
 from qexport.verifying.divergence import compare
+from qexport.verifying.memory import Way, choose_way, drafting_memory, needed_memory
 from qexport.verifying.predictors import predictors
 from qexport.verifying.reference import Preparation, Reference
 from qexport.verifying.verification import Measurement, check_config, check_headers, check_parameters, verify
@@ -57,7 +58,12 @@ def held_out() -> HeldOut:
 
 
 def reference_of(
-    reference: Checkpoint, *, dtype: torch.dtype = torch.bfloat16, prompts: Sequence[Prompt] = (), windows: int = 7
+    reference: Checkpoint,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    prompts: Sequence[Prompt] = (),
+    windows: int = 7,
+    tasks: TaskSettings | None = None,
 ) -> Reference:
     encoded = encode_prompts(PromptSet(tuple(prompts), "prompts.jsonl"), shared_tokenizer()) if prompts else None
     return Reference(
@@ -69,7 +75,7 @@ def reference_of(
         held_out=held_out(),
         prompts=encoded,
         open_tokenizer=shared_tokenizer,
-        settings=VerifySettings(text="held-out.jsonl", max_new_tokens=4, windows=windows),
+        settings=VerifySettings(text="held-out.jsonl", max_new_tokens=4, windows=windows, tasks=tasks),
         dtype=dtype,
         device=CPU,
     )
@@ -363,9 +369,7 @@ def test_an_artifact_whose_config_would_load_code_is_told_and_not_obeyed(tmp_pat
     assert measure(model.checkpoint, tmp_path / "a").figures == intact.figures
 
 
-def test_progress_counts_every_step_and_names_what_was_not_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_progress_counts_every_step(tmp_path: Path) -> None:
     model = QuantizedModel(factories.build(factories.llama_config()))
     model.write(tmp_path / "a")
     events: list[Progress | Notice] = []
@@ -378,10 +382,61 @@ def test_progress_counts_every_step_and_names_what_was_not_measured(
     assert finished[-1].tokens == 2 * 3 * held_out().input_ids.numel()
     assert found.unconfirmed == []
 
+
+@pytest.mark.parametrize("way", ["drafted", "blocks"])
+def test_prompts_of_a_model_that_does_not_fit_are_continued_block_by_block(
+    way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = QuantizedModel(factories.build(factories.llama_config()))
+    model.write(tmp_path / "a")
+    options: Mapping[str, Any] = {"prompts": PROMPTS, "dtype": torch.float32}
+    whole = measure(model.checkpoint, tmp_path / "a", **options)
+
+    monkeypatch.setattr("qexport.verifying.memory.needed_memory", lambda runner: 1 << 30)
+    free = 1 << 29 if way == "drafted" else 1000
+    monkeypatch.setattr("qexport.verifying.whole_models.available_memory", lambda device: free)
+    events: list[Progress | Notice] = []
+    found = measure(model.checkpoint, tmp_path / "a", progress=events.append, **options)
+    assert found.generations == whole.generations
+    assert found.figures == whole.figures
+    assert found.unconfirmed == []
+    (note,) = found.notes
+    assert "continued block by block" in note
+    assert ("drafted" in note) == (way == "drafted")
+    assert "for the reference" in note
+    assert "prompts are continued block by block; the whole model needs" in next(
+        event.text for event in events if isinstance(event, Notice)
+    )
+    steps = [event for event in events if isinstance(event, Progress)]
+    assert steps[-1].done == steps[-1].total
+
+
+def test_tasks_need_a_whole_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = QuantizedModel(factories.build(factories.llama_config()))
+    model.write(tmp_path / "a")
     monkeypatch.setattr("qexport.verifying.whole_models.available_memory", lambda device: 1000.0)
-    events.clear()
-    found = measure(model.checkpoint, tmp_path / "a", prompts=PROMPTS, progress=events.append)
-    assert found.generations is None
-    assert find_figure(found.figures, "edit_distance") is None
-    assert found.unconfirmed == ["generations (the model does not fit in memory)"]
-    assert "not measured: generations" in next(event.text for event in events if isinstance(event, Notice))
+    events: list[Progress | Notice] = []
+    found = measure(model.checkpoint, tmp_path / "a", tasks=TaskSettings(tasks=["x"]), progress=events.append)
+    assert found.unconfirmed == ["tasks (the model does not fit in memory)"]
+    assert "not measured: tasks" in next(event.text for event in events if isinstance(event, Notice))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_way_to_continue_follows_from_what_is_free(tied: bool, tmp_path: Path) -> None:
+    model = QuantizedModel(factories.build(factories.llama_config(num_hidden_layers=20, tie_word_embeddings=tied)))
+    model.write(tmp_path / "a")
+    runner = BlockRunner(model.architecture, model.checkpoint.weights, dtype=torch.bfloat16, device=CPU)
+    parameters = {name: parameter.numel() for name, parameter in model.model.named_parameters()}
+    block = sum(count for name, count in parameters.items() if ".layers.0." in name)
+    outside, head = (
+        sum(count for name, count in parameters.items() if ".layers." not in name),
+        factories.VOCABULARY * 64,
+    )
+    with open_stored(tmp_path / "a", dtype=torch.bfloat16) as stored:
+        stored_bytes = (tmp_path / "a" / "model.safetensors").stat().st_size
+        drafting = drafting_memory(runner, stored)
+        assert drafting == int((stored_bytes + 2 * (outside + block) + 2 * 4 * head) * 1.25)
+        whole = needed_memory(runner)
+        assert drafting < whole
+        free = [drafting - 1, drafting, whole - 1, whole]
+        assert [choose_way(runner, stored, each) for each in free] == ["blocks", "drafted", "drafted", "whole"]

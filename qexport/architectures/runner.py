@@ -7,7 +7,7 @@ by one that returns the last hidden states. So embeddings, masks, final norm and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +47,6 @@ class BlockRunner(LazyModel):
     without bfloat16 instructions, large layers in bfloat16 sum in another order; see `qexport.architectures.devices`.
     """
 
-    @torch.no_grad()
     def embed(self, input_ids: Tensor, batch_size: int) -> list[Batch]:
         """The hidden states before the first block.
 
@@ -55,10 +54,15 @@ class BlockRunner(LazyModel):
             input_ids: int64 [windows, sequence_length], without padding, not longer than `Structure.positions`.
             batch_size: windows per batch; the last batch may be smaller.
         """
+        return self.embed_batches(input_ids.split(batch_size))
+
+    @torch.no_grad()
+    def embed_batches(self, input_ids: Iterable[Tensor]) -> list[Batch]:
+        """The same for windows that are batches already, whose lengths may differ from batch to batch."""
         batches: list[Batch] = []
         outside = [name for name in self._outside_blocks() if not name.startswith(f"{self.structure.head}.")]
         with self._loaded(outside):
-            for ids in input_ids.split(batch_size):
+            for ids in input_ids:
                 batch = self._record(ids.to(self.device))
                 if batches and _same(batch.calls, batches[-1].calls):
                     batch.calls = batches[-1].calls

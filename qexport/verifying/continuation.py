@@ -29,28 +29,42 @@ from qexport.verifying import SamplingSettings
 from qexport.verifying.prompt_batches import PromptBatch
 
 
-def sampling_noise(settings: SamplingSettings, ids: Sequence[str], sample: int) -> LogitsProcessorList:
+def sampling_noise(
+    settings: SamplingSettings, ids: Sequence[str], sample: int, begins: Sequence[int] | None = None
+) -> LogitsProcessorList:
     """Processors that turn the likeliest token into a sample: temperature, top-p, and Gumbel noise.
+
+    The noise depends on seed, prompt, sample and position alone.
 
     Args:
         settings: the recipe's `verify.sampling`.
         ids: of the prompts of a batch, in its order.
         sample: which of the samples of each prompt, from 0.
+        begins: for each prompt, the index of the new token that is chosen first; None for the first new token of all.
     """
     processors = LogitsProcessorList([TemperatureLogitsWarper(settings.temperature)])
     if settings.top_p < 1:
         processors.append(TopPLogitsWarper(settings.top_p))
-    processors.append(_GumbelNoise([_generator(settings.seed, sample, name) for name in ids]))
+    generators = [_generator(settings.seed, sample, name) for name in ids]
+    processors.append(_GumbelNoise(generators, begins or [0] * len(ids)))
     return processors
 
 
 class _GumbelNoise(LogitsProcessor):
-    def __init__(self, generators: Sequence[torch.Generator]) -> None:
-        self._generators = generators
+    def __init__(self, generators: Sequence[torch.Generator], begins: Sequence[int]) -> None:
+        self._generators, self._skipped = generators, begins
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        draws = [torch.empty(scores.shape[1]).exponential_(generator=generator) for generator in self._generators]
+        for generator, count in zip(self._generators, self._skipped, strict=True):
+            for _ in range(count):
+                _draw(generator, scores.shape[1])
+        self._skipped = [0] * len(self._generators)
+        draws = [_draw(generator, scores.shape[1]) for generator in self._generators]
         return scores - torch.stack(draws).log().to(scores.device)
+
+
+def _draw(generator: torch.Generator, vocabulary: int) -> Tensor:
+    return torch.empty(vocabulary).exponential_(generator=generator)
 
 
 def _generator(seed: int, sample: int, name: str) -> torch.Generator:
@@ -177,7 +191,7 @@ def _likeliest(
     follow = torch.tensor([[*tokens, *[0] * (longest - len(tokens))] for tokens in continuations])[:, :-1]
     ids, mask = torch.cat([prompts, follow], 1), torch.cat([mask, torch.ones_like(follow)], 1)
     rows = zip(_last_logits(model, ids, mask, longest), map(len, continuations), strict=True)
-    return [tuple(_finite(row[:length]).argmax(-1).tolist()) for row, length in rows]
+    return [tuple(finite(row[:length]).argmax(-1).tolist()) for row, length in rows]
 
 
 def _last_logits(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, count: int) -> Tensor:
@@ -198,7 +212,7 @@ class _Margins(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         first, second = scores.topk(2).values.T
-        margins = _finite(first - second)  # the log of the sum cancels, so logits do
+        margins = finite(first - second)  # the log of the sum cancels, so logits do
         self._steps.append(margins.cpu())
         return scores
 
@@ -207,7 +221,12 @@ class _Margins(LogitsProcessor):
         return rows
 
 
-def _finite(values: Tensor) -> Tensor:
+def finite(values: Tensor) -> Tensor:
+    """The values, checked.
+
+    Raises:
+        NumericalError: one is NaN or Inf.
+    """
     if not is_finite(values):
         raise NumericalError(
             "the logits hold NaN or Inf",

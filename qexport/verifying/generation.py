@@ -1,24 +1,21 @@
-"""Continuations of prompts by both models, and how much they differ."""
+"""How much the continuations of both models differ."""
 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from functools import cache, partial
+from collections.abc import Mapping, Sequence
+from functools import cache
 from itertools import groupby
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import numpy as np
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from qexport.artifact.figures import DECISIVE_MARGIN
 from qexport.artifact.measurements import Generations, PromptComparison, SampledComparison
 from qexport.text.prompts import EncodedPrompts, Prompt
-from qexport.verifying import SamplingSettings
-from qexport.verifying.continuation import Continuation, continue_all, ends_of, likeliest_along, sampling_noise
-from qexport.verifying.prompt_batches import Padding, PromptBatch, batch_prompts, check_padding
+from qexport.verifying.continuation import Continuation, ends_of
+from qexport.verifying.continuing import Both
 
 _GRAM: Final = 4
 
@@ -128,100 +125,38 @@ def _rouge() -> Any:
     return RougeScorer(["rougeL"], tokenizer=_Words())
 
 
-class Openable(Protocol):
-    """A model that can be loaded into memory as a whole."""
-
-    def whole(self) -> AbstractContextManager[PreTrainedModel]:
-        """The model with all its weights, which are released at the end; its logits are float32, or the graph's."""
-        ...
-
-
-@dataclass(frozen=True)
-class ComparedPrompts:
-    """The prompts, continued by both models.
-
-    Attributes:
-        generations: for the report.
-        padding: whether prompts of different lengths shared batches, and how much padding changes the predictions.
-    """
-
-    generations: Generations
-    padding: Padding
-
-
-def compare_generations(
-    reference: Openable,
-    artifact: Openable,
+def compare_texts(
+    both: Both,
     prompts: EncodedPrompts,
     tokenizer: PreTrainedTokenizerBase,
     settings: GenerationConfig,
-    finished: Callable[[], None],
-    sampling: SamplingSettings | None = None,
-) -> ComparedPrompts:
-    """Continues every prompt with one model, then with the other. Only one of them is in memory at a time.
-
-    Both continue the same batches, so equal models give equal texts. Compared with continuing the prompts one by one,
-    batches sum in another order, and the rounding can decide between tokens that are nearly equally likely.
+    seed: int,
+) -> Generations:
+    """Compares what both models made of each prompt.
 
     Args:
-        reference: the merged model.
-        artifact: the artifact.
-        prompts: what to continue.
-        tokenizer: the model's.
+        both: their continuations.
+        prompts: what was continued.
+        tokenizer: the models'.
         settings: from `greedy_settings`.
-        finished: is called after each continuation: twice for each prompt, and twice for each of its samples.
-        sampling: the recipe's `verify.sampling`.
+        seed: of the samples.
     """
-    ids = [prompt.id for prompt in prompts.prompts]
-    batch = partial(batch_prompts, prompts.input_ids, new_tokens=_limit(settings), fill=_fill(settings))
-    with reference.whole() as model:
-        padding = check_padding(model, batch(padded=True), settings)
-        batches = batch(padded=padding.allowed)
-        own = continue_all(model, batches, settings, finished)
-        own_samples = _samples(model, batches, ids, settings, sampling, finished)
-    with artifact.whole() as model:
-        other = continue_all(model, batches, settings, finished)
-        tops = likeliest_along(model, batches, own)
-        other_samples = _samples(model, batches, ids, settings, sampling, finished)
-    comparisons = [
-        _compare(prompt, ours, theirs, top, tokenizer, settings)
-        for prompt, ours, theirs, top in zip(prompts.prompts, own, other, tops, strict=True)
-    ]
-    seed = sampling.seed if sampling else 0
+    pairs = zip(prompts.prompts, both.reference.greedy, both.artifact.greedy, both.tops, strict=True)
+    comparisons = [_compare(prompt, own, other, top, tokenizer, settings) for prompt, own, other, top in pairs]
     samples = [
-        _compare_samples(name, sample, seed, (ours, theirs), tokenizer)
-        for sample, both in enumerate(zip(own_samples, other_samples, strict=True))
-        for name, ours, theirs in zip(ids, *both, strict=True)
+        _compare_samples(prompt.id, sample, seed, (own, other), tokenizer)
+        for sample, found in enumerate(zip(both.reference.samples, both.artifact.samples, strict=True))
+        for prompt, own, other in zip(prompts.prompts, *found, strict=True)
     ]
-    generations = Generations(
+    assert isinstance(settings.max_new_tokens, int)
+    return Generations(
         prompts=len(comparisons),
         identical=sum(each.identical for each in comparisons),
-        max_new_tokens=_limit(settings),
+        max_new_tokens=settings.max_new_tokens,
         comparisons=comparisons,
         samples=samples,
         skipped=dict(prompts.skipped),
     )
-    return ComparedPrompts(generations, padding)
-
-
-def _samples(
-    model: PreTrainedModel,
-    batches: Sequence[PromptBatch],
-    ids: Sequence[str],
-    settings: GenerationConfig,
-    sampling: SamplingSettings | None,
-    finished: Callable[[], None],
-) -> list[list[Continuation]]:
-    """For each sample, the continuations of all prompts."""
-    if sampling is None:
-        return []
-
-    def noise(sample: int, indices: Sequence[int]) -> LogitsProcessorList:
-        return sampling_noise(sampling, [ids[index] for index in indices], sample)
-
-    return [
-        continue_all(model, batches, settings, finished, partial(noise, sample)) for sample in range(sampling.samples)
-    ]
 
 
 def _compare(
@@ -287,13 +222,3 @@ def _decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
     text = tokenizer.decode(list(tokens), skip_special_tokens=True)
     assert isinstance(text, str)
     return text
-
-
-def _limit(settings: GenerationConfig) -> int:
-    assert isinstance(settings.max_new_tokens, int)
-    return settings.max_new_tokens
-
-
-def _fill(settings: GenerationConfig) -> int:
-    assert isinstance(settings.pad_token_id, int)
-    return settings.pad_token_id

@@ -1,16 +1,17 @@
-"""Whether a whole model fits in memory."""
+"""Whether models fit in memory: whole, as they are stored, or only block by block."""
 
 from __future__ import annotations
 
 import math
 import os
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import torch
 
 from qexport.architectures.runner import BlockRunner
 from qexport.architectures.structure import Structure
+from qexport.reading.stored_model import StoredModel
 
 HEADROOM: Final = 1.25
 """For the activations, the key-value cache, and memory that the allocator cannot reuse."""
@@ -19,11 +20,53 @@ _MEMINFO: Final = Path("/proc/meminfo")
 _CGROUP: Final = Path("/sys/fs/cgroup")
 
 
+Way = Literal["whole", "drafted", "blocks"]
+"""How prompts are continued: by whole models; block by block, while the artifact is in memory as it is stored and
+drafts; or block by block alone."""
+
+
+def choose_way(reference: BlockRunner, artifact: StoredModel, available: float) -> Way:
+    """The way that takes the fewest passes over the blocks and fits in memory.
+
+    Args:
+        reference: the merged model.
+        artifact: the artifact.
+        available: from `available_memory`.
+    """
+    if needed_memory(reference) <= available:
+        return "whole"
+    return "drafted" if drafting_memory(reference, artifact) <= available else "blocks"
+
+
 def needed_memory(runner: BlockRunner) -> int:
     """Bytes that `BlockRunner.whole` and a short generation take, roughly."""
-    structure = runner.structure
+    return int((bytes_in_memory(runner.structure, runner.dtype) + _head(runner.structure)) * HEADROOM)
+
+
+def drafting_memory(reference: BlockRunner, artifact: StoredModel) -> int:
+    """Bytes that the artifact as it is stored and a short generation take, and the reference block by block beside it,
+    roughly.
+    """
+    structure, sizes = reference.structure, {"outside": 0}
+    for name, shape in structure.parameters.items():
+        block = next((block for block in structure.blocks if name.startswith(f"{block}.")), "outside")
+        sizes[block] = sizes.get(block, 0) + math.prod(shape) * reference.dtype.itemsize
+    beside = sizes.pop("outside") + max(sizes.values())
+    stored = loaded_bytes(artifact, structure, reference.dtype)
+    return int((stored + beside + 2 * _head(structure)) * HEADROOM)
+
+
+def loaded_bytes(artifact: StoredModel, structure: Structure, dtype: torch.dtype) -> int:
+    """Bytes of `StoredModel.model`, which dequantizes the experts of a mixture, whose structure this is."""
+    if any(linear.expert for linear in structure.block_linears):
+        return bytes_in_memory(structure, dtype)
+    return sum((artifact.folder / name).stat().st_size for name in artifact.files)
+
+
+def _head(structure: Structure) -> int:
+    """Bytes of the output head's weight in float32."""
     head = structure.parameters[f"{structure.embedding if structure.tied else structure.head}.weight"]
-    return int((bytes_in_memory(structure, runner.dtype) + math.prod(head) * torch.float32.itemsize) * HEADROOM)
+    return math.prod(head) * torch.float32.itemsize
 
 
 def bytes_in_memory(structure: Structure, dtype: torch.dtype) -> int:

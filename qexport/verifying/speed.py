@@ -24,7 +24,7 @@ from qexport.reading.filled_model import unquantized_model
 from qexport.reading.stored_model import StoredModel
 from qexport.statistics.samples import ALPHA
 from qexport.verifying import SpeedSettings
-from qexport.verifying.memory import HEADROOM, available_memory, bytes_in_memory
+from qexport.verifying.memory import HEADROOM, available_memory, bytes_in_memory, loaded_bytes
 
 
 @dataclass(frozen=True)
@@ -198,10 +198,7 @@ def _obstacle(
     structure = reference.architecture.structure
     if structure.positions is not None and length > structure.positions:
         return f"{length} tokens are more than the {structure.positions} positions of the model"
-    dense = bytes_in_memory(structure, dtype)
-    stored = sum((artifact.folder / name).stat().st_size for name in artifact.files)
-    experts = any(linear.expert for linears in structure.linears.values() for linear in linears)
-    needed = HEADROOM * (dense + (dense if experts else stored))  # `load` dequantizes experts
+    needed = HEADROOM * (bytes_in_memory(structure, dtype) + loaded_bytes(artifact, structure, dtype))
     free = available_memory(device)
     if needed > free:
         return f"both models together need {size(needed, decimals=1)}, {size(free, decimals=1)} are free"

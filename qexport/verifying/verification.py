@@ -48,7 +48,7 @@ class Measurement:
         tokens: the artifact compared with the reference, for every predicted token.
         looks: how many windows had been measured at each look at the gates.
         block_drift: see `qexport.verifying.predictors`; empty for an ONNX graph, which exposes no hidden states.
-        generations: None if there are no prompts or the model does not fit in memory.
+        generations: None if there are no prompts.
         tasks: of lm-evaluation-harness.
         checks: of the gate `graph`, where the artifact is an ONNX graph.
         readers: what read the artifact for these figures, with its version.
@@ -80,7 +80,8 @@ def verify(
     """Measures an artifact until its gates are decided or the text is used up.
 
     All models run block by block, except an ONNX graph, which ONNX Runtime runs one window at a time. Prompts are
-    continued if a whole model fits in memory. docs/verification.md defines every figure.
+    continued by whole models if these fit in memory, else block by block too. docs/verification.md defines every
+    figure.
 
     Args:
         artifact: the artifact, which `check_parameters` has accepted.

@@ -1,9 +1,12 @@
-"""Measurements that need whole models in memory: prompts, tasks, speed. Skipped with a note if they do not fit."""
+"""Prompts, tasks and speed: with whole models in memory. Where they do not fit, prompts are continued block by block;
+tasks and speed are skipped with a note.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -23,9 +26,10 @@ from qexport.statistics.samples import DIFFERENCE, NOT_NEGATIVE, SHARE, Range
 from qexport.text.prompts import EncodedPrompts, Prompt
 from qexport.verifying import SpeedSettings, TaskSettings, VerifySettings
 from qexport.verifying.continuation import greedy_settings
+from qexport.verifying.continuing import Both, Openable, Passes, Task, as_stored, continue_by_blocks, continue_whole
 from qexport.verifying.estimates import Units, by_domain
-from qexport.verifying.generation import Openable, compare_generations, style_sensitivity
-from qexport.verifying.memory import available_memory, needed_memory
+from qexport.verifying.generation import compare_texts, style_sensitivity
+from qexport.verifying.memory import Way, available_memory, choose_way, needed_memory
 from qexport.verifying.prompt_batches import Padding
 from qexport.verifying.speed import MeasuredSpeed, compare_speed
 from qexport.verifying.tasks.measuring import PairedTask, measure_tasks
@@ -63,38 +67,43 @@ class MeasuredGenerations:
 
 
 def measure_generations(
-    reference: Openable,
-    artifact: Openable,
-    prompts: EncodedPrompts,
-    tokenizer: PreTrainedTokenizerBase,
-    checkpoint: Checkpoint,
-    settings: VerifySettings,
-    steps: Steps,
+    pair: Pair, prompts: EncodedPrompts, settings: VerifySettings, way: Way, steps: Steps
 ) -> MeasuredGenerations:
-    """Continues every prompt with both models, one whole model after the other.
+    """Continues every prompt with both models.
 
     Args:
-        reference: the merged model.
-        artifact: the artifact.
+        pair: the models.
         prompts: what to continue.
-        tokenizer: the model's.
-        checkpoint: the merged model's files, which name the tokens that end a text.
         settings: the recipe's `verify`.
-        steps: counts the continuations.
+        way: what memory allows.
+        steps: counts the continuations, or the blocks.
     """
-    rounds = 1 + (settings.sampling.samples if settings.sampling else 0)
-    steps.expect(2 * rounds * len(prompts.prompts))
-    found = compare_generations(
-        reference,
-        artifact,
-        prompts,
-        tokenizer,
-        greedy_settings(checkpoint, tokenizer, max_new_tokens=settings.max_new_tokens),
-        lambda: steps.finished("continuing the prompts"),
-        settings.sampling,
-    )
-    record = found.generations
-    return MeasuredGenerations(record, _figures(record, prompts.prompts), padding_notes(found.padding))
+    greedy = greedy_settings(pair.checkpoint, pair.tokenizer, max_new_tokens=settings.max_new_tokens)
+    both = _continue(pair, Task(prompts, greedy, settings.sampling, steps), way)
+    record = compare_texts(both, prompts, pair.tokenizer, greedy, settings.sampling.seed if settings.sampling else 0)
+    notes = [*pass_notes(both.passes), *padding_notes(both.padding)]
+    return MeasuredGenerations(record, _figures(record, prompts.prompts), notes)
+
+
+def _continue(pair: Pair, task: Task, way: Way) -> Both:
+    if way == "whole":
+        return continue_whole(pair.reference, pair.artifact, task)
+    stored = partial(as_stored, pair.stored, pair.reference.dtype, pair.reference.device)
+    drafter = stored if isinstance(pair.artifact, BlockRunner) else pair.artifact.whole
+    return continue_by_blocks(pair.reference, pair.artifact, drafter if way == "drafted" else None, task)
+
+
+def pass_notes(passes: Passes | None) -> list[str]:
+    """A note if the models were not in memory as a whole: who drafted, and how often the blocks were read."""
+    if passes is None:
+        return []
+    guesses = "the artifact, which does, drafted" if passes.drafted else "each pass guessed what the next one checked"
+    counts = [f"{passes.reference} for the reference"]
+    counts += [] if passes.artifact is None else [f"{passes.artifact} for the artifact"]
+    return [
+        "the prompts were continued block by block, since the model does not fit in memory as a whole: "
+        f"{guesses}; passes over the blocks: {', '.join(counts)}"
+    ]
 
 
 def padding_notes(padding: Padding) -> list[str]:
@@ -158,7 +167,7 @@ class Pair:
 
 @dataclass
 class Whole:
-    """What was measured with whole models.
+    """What was measured on prompts and tasks.
 
     Attributes:
         figures: of prompts and tasks.
@@ -187,20 +196,19 @@ def measure_whole(
         steps: counts the steps.
         progress: is called with what was skipped.
     """
-    wanted = {"generations": prompts is not None, "tasks": settings.tasks is not None}
-    needed, available = needed_memory(pair.reference), available_memory(pair.reference.device)
-    if any(wanted.values()) and needed > available:
-        names = [name for name, is_wanted in wanted.items() if is_wanted]
-        sizes = f"the whole model needs {size(needed, decimals=1)}, {size(available, decimals=1)} are free"
-        progress(Notice(f"not measured: {' and '.join(names)}; {sizes}"))
-        return Whole(unconfirmed=[f"{name} (the model does not fit in memory)" for name in names])
     found = Whole()
+    needed, available = needed_memory(pair.reference), available_memory(pair.reference.device)
+    sizes = f"the whole model needs {size(needed, decimals=1)}, {size(available, decimals=1)} are free"
+    way = choose_way(pair.reference, pair.stored, available)
     if prompts is not None:
-        measured = measure_generations(
-            pair.reference, pair.artifact, prompts, pair.tokenizer, pair.checkpoint, settings, steps
-        )
+        if way != "whole":
+            progress(Notice(f"the prompts are continued block by block; {sizes}"))
+        measured = measure_generations(pair, prompts, settings, way, steps)
         found.generations, found.figures, found.notes = measured.record, measured.figures, measured.notes
-    if settings.tasks is not None:
+    if settings.tasks is not None and way != "whole":
+        progress(Notice(f"not measured: tasks; {sizes}"))
+        found.unconfirmed.append("tasks (the model does not fit in memory)")
+    elif settings.tasks is not None:
         results = _ask(pair, settings.tasks, steps)
         found.tasks = [result.record for result in results]
         found.figures += [result.accuracy_change for result in results]

@@ -88,7 +88,9 @@ class TemplateProcess:
             answer = self._answer(template, variables)
         if "text" in answer:
             return str(answer["text"])
-        raise InputError(f"the chat template cannot render a conversation: {answer['error']}", where=where, mend=WITHOUT_TEMPLATE)
+        raise InputError(
+            f"the chat template cannot render a conversation: {answer['error']}", where=where, mend=WITHOUT_TEMPLATE
+        )
 
     def close(self) -> None:
         """Ends the process; the next conversation starts another one."""

@@ -65,7 +65,14 @@ CONFIG = {
     "model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32,
     "rope_scaling": {"rope_type": "linear", "factor": 2.0}, "eos_token_id": [1, 2], "dtype": "bfloat16", "limits": [0.0, 1e300],
 }  # fmt: skip
-ADAPTER = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "rank_pattern": {"q": 4}, "bias": "none"}
+ADAPTER = {
+    "peft_type": "LORA",
+    "r": 2,
+    "lora_alpha": 4,
+    "target_modules": ["q_proj"],
+    "rank_pattern": {"q": 4},
+    "bias": "none",
+}
 RECIPE = b"""\
 load: {base: org/model, adapter: ./a}
 quantize: &q {method: gptq, bits: 4, calibration: {source: [a.txt], samples: 0x10}}

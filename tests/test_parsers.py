@@ -11,10 +11,31 @@ from hypothesis import strategies as st
 from parsers import parsers
 
 NAMES = (
-    "safetensors", "index", "gguf", "recipe", "gates", "config", "adapter config", "manifest", "report", "graph", "documents", "prompts", "reference",
+    "safetensors", "index", "gguf", "recipe", "gates", "config", "adapter config", "manifest", "report", "graph",
+    "documents", "prompts", "reference",
 )  # fmt: skip
-PIECES = st.sampled_from([b"", b"\0", b"\xff", b"-1", b"1e999", b"NaN", b"null", b"true", b'""', b"[]", b"{}", b'"\\ud800"', b"[[[[", b"9" * 40, b"\n"])
-CHANGES = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 12), PIECES | st.binary(max_size=6)), min_size=1, max_size=4)
+PIECES = st.sampled_from(
+    [
+        b"",
+        b"\0",
+        b"\xff",
+        b"-1",
+        b"1e999",
+        b"NaN",
+        b"null",
+        b"true",
+        b'""',
+        b"[]",
+        b"{}",
+        b'"\\ud800"',
+        b"[[[[",
+        b"9" * 40,
+        b"\n",
+    ]
+)
+CHANGES = st.lists(
+    st.tuples(st.floats(0, 1), st.integers(0, 12), PIECES | st.binary(max_size=6)), min_size=1, max_size=4
+)
 
 
 def test_each_parser_is_named(tmp_path: Path) -> None:

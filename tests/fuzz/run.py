@@ -1,7 +1,7 @@
 """`make test-fuzz`: each parser under atheris for some seconds, in a process of its own; the first finding ends it.
 
-    python tests/fuzz/run.py                 # every parser, 20 s each
-    python tests/fuzz/run.py 300 gguf graph  # two of them, five minutes each
+python tests/fuzz/run.py                 # every parser, 20 s each
+python tests/fuzz/run.py 300 gguf graph  # two of them, five minutes each
 """
 
 from __future__ import annotations
@@ -49,7 +49,13 @@ def fuzz(seconds: str, name: str) -> None:
         corpus.mkdir()
         for number, seed in enumerate(parser.seeds):
             (corpus / str(number)).write_bytes(seed)
-        options = [f"-max_total_time={seconds}", "-timeout=10", "-rss_limit_mb=4096", "-print_final_stats=0", "-verbosity=0"]
+        options = [
+            f"-max_total_time={seconds}",
+            "-timeout=10",
+            "-rss_limit_mb=4096",
+            "-print_final_stats=0",
+            "-verbosity=0",
+        ]
         atheris.Setup([sys.argv[0], *options, str(corpus)], lambda content: parser(content, Path(folder)))
         atheris.Fuzz()
 

@@ -34,7 +34,7 @@ class Case:
     name: str
     spoil: Spoil
     command: Sequence[str]
-    code: int
+    code: int | tuple[int, ...]
     says: str = ""
 
 
@@ -96,14 +96,32 @@ def recipes() -> Iterator[Case]:
     for field in ("max_new_tokens", "windows", "max_windows", "sequence_length"):
         for value in (10**12, 0, -1, 1.5, "many", True, None, 10**400):
             yield Case(f"verify.{field} of {str(value)[:14]}", verifying(**{field: value}), PLAN, 2, field)
-    for part, field in [("speed", "prompt_tokens"), ("speed", "new_tokens"), ("speed", "repeats"), ("sampling", "samples")]:
+    for part, field in [
+        ("speed", "prompt_tokens"),
+        ("speed", "new_tokens"),
+        ("speed", "repeats"),
+        ("sampling", "samples"),
+    ]:
         yield Case(f"verify.{part}.{field}", verifying(**{part: {field: 10**12}}), PLAN, 2, "less than or equal")
     for field in ("samples", "sequence_length", "seed"):
         spoil = recipe(quantize={"method": "gptq", "calibration": {"source": "a.txt", field: 10**12}})
         yield Case(f"calibration.{field}", spoil, PLAN, 2, "less than or equal")
-    for override in ("=", "quantize", "quantize.bits", "a=b", "export.9.layout=tgi", "load.base=[", "load=" + "[" * 200):
+    for override in (
+        "=",
+        "quantize",
+        "quantize.bits",
+        "a=b",
+        "export.9.layout=tgi",
+        "load.base=[",
+        "load=" + "[" * 200,
+    ):
         yield Case(f"the override {override[:20]}", recipe(), (*PLAN, override), 2)
-    for gates in ({"mean_kl": {"at_most": math.nan}}, {"mean_kl": {"at_most": "x"}}, {"x": {"at_most": 1}}, {"mean_kl": []}):
+    for gates in (
+        {"mean_kl": {"at_most": math.nan}},
+        {"mean_kl": {"at_most": "x"}},
+        {"x": {"at_most": 1}},
+        {"mean_kl": []},
+    ):
         yield Case(f"gates {gates}", verifying(gates=gates), PLAN, 2)
 
 
@@ -231,9 +249,15 @@ def adapters() -> Iterator[Case]:
         ("a patterned layer", {"layers_to_transform": [0], "layers_pattern": "(.*)*(.*)*x"}), ("a list as the type", {"peft_type": ["LORA"]}), ("init that is evil", {"init_lora_weights": "evil"}),
     ]  # fmt: skip
     for case, values in wrong:
-        yield Case(case, changed_json(config, **values), PLAN, _ADAPTER_CODES.get(case, 3))
+        yield Case(case, changed_json(config, **values), PLAN, (3, 4))
     yield Case("auto_mapping", all_of(changed_json(config, auto_mapping={"base_model_class": "evil", "parent_library": "evil"}), content("adapter/evil.py", CODE)), RUN, 0)  # fmt: skip
-    for case, value in [("no JSON", b"{"), ("a list", b"[]"), ("deep", b"[" * 90_000), ("5 MB", b" " * (5 << 20)), ("binary", b"\xff")]:
+    for case, value in [
+        ("no JSON", b"{"),
+        ("a list", b"[]"),
+        ("deep", b"[" * 90_000),
+        ("5 MB", b" " * (5 << 20)),
+        ("binary", b"\xff"),
+    ]:
         yield Case(f"adapter_config.json: {case}", content(config, value), PLAN, 3)
     for case, change in {
         "NaN": lambda found: found[name].fill_(math.nan),
@@ -250,18 +274,28 @@ def adapters() -> Iterator[Case]:
         "three dimensions": lambda found: found.update({name: torch.zeros(2, 64, 1)}),
     }.items():
         yield Case(case, tensors(file, change), PLAN, 3)
-    yield Case("a pickle", all_of(lambda world: (world / file).unlink(), content("adapter/adapter_model.bin", PICKLE)), PLAN, 3, "pickle")
+    yield Case(
+        "a pickle",
+        all_of(lambda world: (world / file).unlink(), content("adapter/adapter_model.bin", PICKLE)),
+        PLAN,
+        3,
+        "pickle",
+    )
     yield Case("a pickle as safetensors", content(file, PICKLE), PLAN, 3)
     yield Case("100,000 empty tensors", header(file, {f"t{i}": entry([0], 0, 0) for i in range(100_000)}), PLAN, 3)
     yield Case("weights cut", cut(file, 0.7), PLAN, 3)
 
 
-_ADAPTER_CODES: Mapping[str, int] = {}
-
-
 def tokenizers() -> Iterator[Case]:
     config, file = "base/tokenizer_config.json", "base/tokenizer.json"
-    for case, value in [("no JSON", b"{"), ("a list", b"[]"), ("binary", b"\xff\xfe"), ("empty", b""), ("deep", b"[" * 90_000), ("null", b"null")]:
+    for case, value in [
+        ("no JSON", b"{"),
+        ("a list", b"[]"),
+        ("binary", b"\xff\xfe"),
+        ("empty", b""),
+        ("deep", b"[" * 90_000),
+        ("null", b"null"),
+    ]:
         yield Case(f"tokenizer.json: {case}", content(file, value), GPTQ, 3)
         yield Case(f"tokenizer_config.json: {case}", content(config, value), GPTQ, 3)
     for case, values in {
@@ -276,9 +310,20 @@ def tokenizers() -> Iterator[Case]:
         spoil = all_of(lambda world: (world / "base/chat_template.jinja").unlink(), changed_json(config, **values))
         yield Case(case, spoil, GPTQ, 3)
     auto = {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
-    yield Case("auto_map in the tokenizer", all_of(changed_json(config, **auto), content("base/evil.py", CODE)), GPTQ, 0)
-    code = {"auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}, "trust_remote_code": True, "use_kernels": True}
-    yield Case("auto_map in the config", all_of(changed_json("base/config.json", **code), content("base/evil.py", CODE)), RUN, 0)
+    yield Case(
+        "auto_map in the tokenizer", all_of(changed_json(config, **auto), content("base/evil.py", CODE)), GPTQ, 0
+    )
+    code = {
+        "auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"},
+        "trust_remote_code": True,
+        "use_kernels": True,
+    }
+    yield Case(
+        "auto_map in the config",
+        all_of(changed_json("base/config.json", **code), content("base/evil.py", CODE)),
+        RUN,
+        0,
+    )
     yield Case("a generation config that is a list", content("base/generation_config.json", "[]"), ("run", "v.yaml"), 3)
     yield Case("a generation config of nonsense", content("base/generation_config.json", "{"), ("run", "v.yaml"), 3)
 
@@ -356,7 +401,7 @@ def gguf_files() -> Iterator[Case]:
         )
 
     for case, value in files.items():
-        yield Case(case, package(value), PLAN, 4 if case == "an unknown family" else 3)
+        yield Case(case, package(value), PLAN, 4 if case in ("an unknown family", "a million empty texts") else 3)
 
 
 def texts() -> Iterator[Case]:
@@ -376,7 +421,9 @@ def texts() -> Iterator[Case]:
         "a list": [[]], "null": [None], "a surrogate": [{"id": "a", "prompt": "\ud800"}], "a pair of numbers": [{"id": "a", "prompt": "x", "pair": 3}], "a role of numbers": [{"id": "a", "messages": [{"role": 1, "content": "x"}]}],
     }  # fmt: skip
     for case, rows in prompts.items():
-        yield Case(f"prompts: {case}", lambda world, rows=rows: write_lines(world / "prompts.jsonl", rows), VERIFYING, 3)  # type: ignore[misc]
+        yield Case(
+            f"prompts: {case}", lambda world, rows=rows: write_lines(world / "prompts.jsonl", rows), VERIFYING, 3
+        )  # type: ignore[misc]
     for name in ("nowhere.jsonl", "base", "r.yaml", "x" * 300 + ".jsonl", "a\0b.jsonl"):
         yield Case(f"a text called {name[:15]!r}", recipe(verify=VERIFY | {"text": name}), RUN, 3)
 
@@ -409,11 +456,19 @@ def artifacts() -> Iterator[Case]:
             spoil = changed_json("artifact/report/report.json", **{key: value})
             yield Case(f"report.json: {key} is {str(value)[:9]}", spoil, REPORT, 3)
             yield Case(f"gate: {key} is {str(value)[:9]}", spoil, GATE, 3)
-    for case, text in [("empty", ""), ("a list", "[]"), ("deep", "[" * 9000), ("an unknown figure", "gates: {x: {at_most: 1}}"), ("a tag", "gates: !!python/name:os.mkdir x")]:
+    for case, text in [
+        ("empty", ""),
+        ("a list", "[]"),
+        ("deep", "[" * 9000),
+        ("an unknown figure", "gates: {x: {at_most: 1}}"),
+        ("a tag", "gates: !!python/name:os.mkdir x"),
+    ]:
         yield Case(f"gates: {case}", content("gates.yaml", text), GATE, 2)
     code = {"auto_map": {"AutoModelForCausalLM": "evil.Evil", "AutoConfig": "evil.Evil"}, "use_kernels": True}
     for command in (VERIFYING, LOAD):
-        spoil = all_of(changed_json(config, **code), content("artifact/evil.py", CODE), content("artifact/modeling_evil.py", CODE))
+        spoil = all_of(
+            changed_json(config, **code), content("artifact/evil.py", CODE), content("artifact/modeling_evil.py", CODE)
+        )
         yield Case(f"{command[0]}: auto_map", spoil, command, 0)
 
 

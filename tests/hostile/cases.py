@@ -245,11 +245,12 @@ def adapters() -> Iterator[Case]:
         ("a bad pattern", {"target_modules": "("}), ("a nested bomb", {"target_modules": "((a|a)*)*b" + "(.+)+" * 20 + "$"}),
         ("a giant repeat", {"target_modules": "(?:(?:a{1000}){1000}){1000}"}), ("layers beyond", {"layers_to_transform": [10**9]}), ("negative layers", {"layers_to_transform": [-1]}),
         ("an unknown option", {"use_magic": True}), ("a bomb of ranks", {"rank_pattern": {"(.*)*(.*)*(.*)*x": 4}}), ("alphas of text", {"alpha_pattern": {"q_proj": "x"}}),
-        ("modules that are not there", {"modules_to_save": ["nothing"]}), ("a bias of nonsense", {"bias": "most"}), ("an excluded bomb", {"exclude_modules": "(.*)*(.*)*(.*)*x"}),
+        ("a bias of nonsense", {"bias": "most"}), ("an excluded bomb", {"exclude_modules": "(.*)*(.*)*(.*)*x"}),
         ("a patterned layer", {"layers_to_transform": [0], "layers_pattern": "(.*)*(.*)*x"}), ("a list as the type", {"peft_type": ["LORA"]}), ("init that is evil", {"init_lora_weights": "evil"}),
     ]  # fmt: skip
     for case, values in wrong:
         yield Case(case, changed_json(config, **values), PLAN, (3, 4))
+    yield Case("modules that are not there", changed_json(config, modules_to_save=["nothing"]), PLAN, 0)
     yield Case("auto_mapping", all_of(changed_json(config, auto_mapping={"base_model_class": "evil", "parent_library": "evil"}), content("adapter/evil.py", CODE)), RUN, 0)  # fmt: skip
     for case, value in [
         ("no JSON", b"{"),

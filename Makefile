@@ -12,6 +12,8 @@ TASKS_VENV ?= .venv-tasks
 TASKS_READY := $(TASKS_VENV)/.ready
 READERS_VENV ?= .venv-readers
 READERS_READY := $(READERS_VENV)/.ready
+FUZZ_VENV ?= .venv-fuzz
+FUZZ_READY := $(FUZZ_VENV)/.ready
 DOCS_VENV ?= .venv-docs
 DOCS_READY := $(DOCS_VENV)/.ready
 LOCK_VENV ?= .venv-lock
@@ -25,7 +27,7 @@ SELF := -m pip install --quiet --no-deps --no-build-isolation --editable .
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick test-servers test-genai test-tasks test-readers test-browser test-integrity test-docs check format lint types imports schema docs benchmark lock clean
+.PHONY: help demo test quick test-servers test-genai test-tasks test-readers test-browser test-integrity test-docs test-hostile test-fuzz check format lint types imports schema docs benchmark lock clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -59,6 +61,12 @@ test-integrity: $(READY) ## Flip every bit of a tiny artifact and cut its files 
 
 test-docs: $(READY) ## Run the checks of the documentation alone
 	$(BIN)/python -m pytest tests/test_docs.py
+
+test-hostile: $(READY) ## Run all hostile cases; `make test` runs every eighth (minutes)
+	QEXPORT_HOSTILE_EVERY=1 $(BIN)/python -m pytest $(PARALLEL) tests/hostile
+
+test-fuzz: $(FUZZ_READY) ## Mutate the bytes of every parser with atheris, 20 s each
+	PYTHONPATH=tests $(FUZZ_VENV)/bin/python tests/fuzz/run.py
 
 check: COVERAGE := --cov --cov-report=term
 check: format lint types imports test ## Everything that a change must pass, with the tests' coverage
@@ -125,6 +133,15 @@ $(READERS_READY): requirements/readers.txt requirements/torch.txt
 	BUILD_CUDA_EXT=0 $(READERS_VENV)/bin/python $(LOCKED) requirements/readers.txt
 	@touch $@
 
+# atheris has builds for few versions of Python, and instruments what it imports.
+$(FUZZ_READY): pyproject.toml requirements/dev.txt requirements/fuzz.txt requirements/torch.txt
+	$(PYTHON) -m venv $(FUZZ_VENV)
+	$(FUZZ_VENV)/bin/python $(LOCKED) requirements/dev.txt
+	$(FUZZ_VENV)/bin/python $(LOCKED) requirements/fuzz.txt
+	$(FUZZ_VENV)/bin/python $(TORCH)
+	$(FUZZ_VENV)/bin/python $(SELF)
+	@touch $@
+
 $(DOCS_READY): requirements/docs.txt
 	$(PYTHON) -m venv $(DOCS_VENV)
 	$(DOCS_VENV)/bin/python $(LOCKED) requirements/docs.txt
@@ -136,4 +153,4 @@ $(LOCK_READY):
 	@touch $@
 
 clean: ## Remove the environments and what runs have written
-	rm -rf $(VENV) $(VLLM_VENV) $(GENAI_VENV) $(TASKS_VENV) $(READERS_VENV) $(DOCS_VENV) $(LOCK_VENV) out
+	rm -rf $(VENV) $(VLLM_VENV) $(GENAI_VENV) $(TASKS_VENV) $(READERS_VENV) $(FUZZ_VENV) $(DOCS_VENV) $(LOCK_VENV) out

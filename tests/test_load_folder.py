@@ -153,7 +153,7 @@ def test_keys_that_load_code_are_dropped_at_every_depth_and_told(model: Path) ->
         (b"\xff\xfe", "not valid JSON"),
         (b"{}", "model_type must name"),
         (b'{"model_type": 3}', "model_type must name"),
-        (b" " * (1 << 24) + b"{}", "bytes; at most"),
+        (b" " * (1 << 22) + b"{}", "more than 4194304 bytes"),
     ],
 )
 def test_a_malformed_config_is_refused(model: Path, content: bytes, message: str) -> None:
@@ -163,7 +163,7 @@ def test_a_malformed_config_is_refused(model: Path, content: bytes, message: str
 
 def test_a_config_of_the_wrong_types_is_an_input_error(model: Path) -> None:
     change_config(model, hidden_size="wide")
-    assert "transformers cannot build a model from it" in refusal(model)
+    assert "hidden_size: 'wide' is not a whole number" in refusal(model)
 
 
 def test_infinities_are_kept_as_transformers_writes_them(model: Path) -> None:
@@ -175,8 +175,8 @@ def test_infinities_are_kept_as_transformers_writes_them(model: Path) -> None:
 
 
 def test_a_config_with_more_layers_than_tensors_is_refused_before_the_model_is_built(model: Path) -> None:
-    change_config(model, num_hidden_layers=10**9)
-    assert "1000000000 layers cannot come from 21 tensors" in refusal(model)
+    change_config(model, num_hidden_layers=500)
+    assert "500 layers cannot come from 21 tensors" in refusal(model)
 
 
 @pytest.mark.parametrize("nested", [False, True])

@@ -153,7 +153,7 @@ def test_aliases_work(folder: Path) -> None:
 def test_an_alias_bomb_does_not_grow(folder: Path) -> None:
     levels = "\n".join(f"b{i}: &b{i} [{', '.join([f'*b{i - 1}'] * 9)}]" for i in range(1, 30))
     found = problems(folder, f"b0: &b0 [x]\n{levels}\nexport: *b29\n" + SHORTEST.replace("export:", "exports:"))
-    assert len(found) == 30 + 1 + 9
+    assert (len(found), found[-1]) == (20 + 1, f"and {30 + 1 + 9 - 20} more")
 
 
 def test_an_alias_inside_its_own_value_is_refused(folder: Path) -> None:

@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from qexport.architectures.config_bounds import refuse_extreme, refuse_many_experts
 from qexport.architectures.families import can_stage
 from qexport.architectures.naming import Naming, Part
 from qexport.errors import CompatibilityError, InputError
@@ -101,7 +102,7 @@ def parse_config(config: Mapping[str, Any]) -> PretrainedConfig:
 
     Raises:
         CompatibilityError: transformers does not know the `model_type`.
-        InputError: a value cannot be used.
+        InputError: a value cannot be used, or is a number that no model has.
     """
     outside = ("model_type", "transformers_version")
     model_type = config.get("model_type")
@@ -111,6 +112,7 @@ def parse_config(config: Mapping[str, Any]) -> PretrainedConfig:
             where="config.json: model_type",
             mend="qexport runs no code from model folders; use a checkpoint of a family that transformers knows",
         )
+    refuse_extreme(config)
     with _as_input_error():
         values = {key: _with_floats(value) for key, value in config.items() if key not in outside}
         parsed = AutoConfig.for_model(str(model_type), **values)
@@ -119,16 +121,19 @@ def parse_config(config: Mapping[str, Any]) -> PretrainedConfig:
 
 
 def refuse_impossible_depth(config: PretrainedConfig, tensors: int) -> None:
-    """Checks the number of layers against the number of tensors, before a model is built.
+    """Checks the number of layers against the number of tensors, and the number of experts, before a model is built.
 
     Raises:
-        InputError: there are more layers than tensors.
+        InputError: there are more layers than tensors, or too many experts.
     """
     layers = getattr(config, "num_hidden_layers", 0)
-    if isinstance(layers, int) and layers > tensors:
+    if not isinstance(layers, int):
+        return
+    if layers > tensors:
         raise InputError(
             f"{layers} layers cannot come from {tensors} tensors", where="config.json", mend="fetch the model again"
         )
+    refuse_many_experts(config, layers)
 
 
 @contextmanager

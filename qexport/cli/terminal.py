@@ -40,21 +40,27 @@ def stderr() -> Terminal:
 
 
 def write(text: str) -> None:
-    """Writes a result to stdout unchanged, with one newline at its end.
+    """Writes a result to stdout, with one newline at its end; what stdout cannot encode becomes an escape.
 
     Raises:
         OSError: it could not be written, for example because the disk is full.
     """
     try:
-        sys.stdout.write(text.rstrip("\n") + "\n")
+        encoding = sys.stdout.encoding or "utf-8"
+        sys.stdout.write(text.rstrip("\n").encode(encoding, "backslashreplace").decode(encoding) + "\n")
         sys.stdout.flush()
     except BrokenPipeError:
         _discard(sys.stdout)
 
 
 def write_json(document: Any) -> None:
-    """Writes the one JSON document of a command with `--json`."""
-    write(json.dumps(document, indent=2, ensure_ascii=False))
+    """Writes the one JSON document of a command with `--json`, in ASCII where stdout cannot encode all of it."""
+    text = json.dumps(document, indent=2, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(document, indent=2)
+    write(text)
 
 
 def _discard(stream: IO[str]) -> None:

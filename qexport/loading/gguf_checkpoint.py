@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 from qexport.architectures.architecture import Checkpoint
+from qexport.architectures.config_bounds import refuse_extreme
 from qexport.artifact.digests import sha256_file
 from qexport.errors import CompatibilityError, InputError
 from qexport.loading.gguf_file import GgufFile
@@ -121,6 +122,7 @@ def _config(file: GgufFile, family: _Family) -> PretrainedConfig:
     values: dict[str, Any] = {name: file.metadata[key] for key, name in keys.items() if key in file.metadata}
     values.setdefault("vocab_size", file.array_lengths.get("tokenizer.ggml.tokens"))
     values |= {"tie_word_embeddings": "output.weight" not in file.tensors, "architectures": [family.causal_lm]}
+    refuse_extreme(values, where=str(file.path))
     try:
         config = AutoConfig.for_model(prefix, **values)
     except Exception as error:  # the values are untrusted, and each family's checks raise errors of their own

@@ -15,12 +15,10 @@ from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.families import without_code_keys
 from qexport.errors import InputError
 from qexport.progress import Notice, ProgressCallback
-from qexport.tensors.strict_files import contained_path, parse_json, read_json_object
+from qexport.tensors.strict_files import CONFIG_BYTES, contained_path, parse_json, read_bounded, read_json_object
 from qexport.text.tokenizers import CHAT_TEMPLATE, GENERATION_CONFIG, OLD_TEMPLATE, TEMPLATES_FOLDER, TOKENIZER_CONFIG
 
 CONFIG_NAME: Final = "config.json"
-
-_LIMIT: Final = 1 << 24
 
 
 def read_config(folder: Path, *, trusted_root: Path | None, progress: ProgressCallback) -> dict[str, Any]:
@@ -38,7 +36,7 @@ def read_config(folder: Path, *, trusted_root: Path | None, progress: ProgressCa
     path = contained_path(folder, CONFIG_NAME, root=trusted_root)
     if not path.is_file():
         raise _no_config(folder)
-    raw = read_json_object(path, limit=_LIMIT)
+    raw = read_json_object(path, limit=CONFIG_BYTES)
     config, dropped = without_code_keys(_with_marked_floats(raw))
     if dropped:
         progress(Notice(f"config.json: dropped {', '.join(dropped)}; nothing from a model folder is executed"))
@@ -98,7 +96,8 @@ def read_sidecars(folder: Path, *, trusted_root: Path | None = None) -> Mapping[
     """The content of each file of `SIDECAR_NAMES` and each chat template in the folder, by its name inside it.
 
     Raises:
-        InputError: a file cannot be read, or a symbolic link leads out of `trusted_root` (the folder if None).
+        InputError: a file cannot be read or is too large, or a symbolic link leads out of `trusted_root` (the folder if
+            None).
     """
     templates = contained_path(folder, TEMPLATES_FOLDER, root=trusted_root)
     extra = sorted(f"{TEMPLATES_FOLDER}/{path.name}" for path in templates.glob("*.jinja"))
@@ -107,11 +106,14 @@ def read_sidecars(folder: Path, *, trusted_root: Path | None = None) -> Mapping[
         path = contained_path(folder, name, root=trusted_root)
         if path.is_file():
             try:
-                files[name] = path.read_bytes()
+                files[name] = read_bounded(path, _SIDECAR_BYTES)
             except OSError as error:
                 raise InputError(f"cannot be read: {error.strerror}", where=str(path)) from error
     return files
 
+
+_SIDECAR_BYTES: Final = 1 << 27
+"""The largest tokenizers have some 40 MB."""
 
 _VOCABULARIES: Final = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json")
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qexport.errors import CompatibilityError, InputError
 from qexport.tensors.safetensors_file import SafetensorsFile
-from qexport.tensors.strict_files import read_json_object
+from qexport.tensors.strict_files import CONFIG_BYTES, read_json_object
 
 _PROVENANCE = frozenset(
     {
@@ -89,8 +89,6 @@ WEIGHTS_FILE: Final = "adapter_model.safetensors"
 PREFIX: Final = "base_model.model."
 """What PEFT writes before every module path."""
 
-_CONFIG_LIMIT: Final = 1 << 24
-
 
 @dataclass(frozen=True)
 class Adapter:
@@ -119,7 +117,7 @@ def read_adapter(folder: Path) -> Adapter:
     Raises:
         InputError: a file is missing or malformed.
     """
-    config = read_json_object(folder / CONFIG_FILE, limit=_CONFIG_LIMIT)
+    config = read_json_object(folder / CONFIG_FILE, limit=CONFIG_BYTES)
     peft_type = config.get("peft_type")
     if not isinstance(peft_type, str):
         raise InputError("the adapter has no peft_type", where=CONFIG_FILE, mend="save it with PEFT again")

@@ -41,16 +41,16 @@ class CalibrationSettings(Settings):
     chat_template: bool = False
     """Render each text as a user's message (or its `messages`) with the model's chat template."""
 
-    samples: Annotated[int, Field(ge=1)] = 128
+    samples: Annotated[int, Field(ge=1, le=1_000_000)] = 128
     """Number of windows to take."""
 
-    sequence_length: Annotated[int, Field(ge=2)] = 512
+    sequence_length: Annotated[int, Field(ge=2, le=131_072)] = 512
     """Tokens per window."""
 
     packing: Literal["packed", "document"] = "packed"
     """`packed` joins documents with the end-of-text token and cuts windows; `document` takes one per sample."""
 
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Decides which documents come first."""
 
 

@@ -19,7 +19,7 @@ from qexport.errors import CompatibilityError, QexportError, listed
 from qexport.formats.bitsandbytes import four_bit_tensors
 from qexport.formats.stored_weight import StoredWeight, Tensors
 from qexport.tensors import BlockQuantized, Quantized, WeightSource
-from qexport.tensors.strict_files import contained_path, read_json_object
+from qexport.tensors.strict_files import CONFIG_BYTES, contained_path, read_json_object
 
 _ROWS_AT_ONCE: Final = 512
 
@@ -39,7 +39,6 @@ def dequantize(quantized: Quantized, dtype: torch.dtype) -> torch.Tensor:
 
 
 _GENERATION_NAME: Final = "generation_config.json"
-_GENERATION_LIMIT: Final = 1 << 20
 
 
 class QuantizedWeights(WeightSource, Protocol):
@@ -171,7 +170,7 @@ def read_generation(folder: Path) -> dict[str, Any] | None:
         InputError: it is malformed.
     """
     path = contained_path(folder, _GENERATION_NAME)
-    return read_json_object(path, limit=_GENERATION_LIMIT) if path.is_file() else None
+    return read_json_object(path, limit=CONFIG_BYTES) if path.is_file() else None
 
 
 def _finished(model: PreTrainedModel) -> PreTrainedModel:

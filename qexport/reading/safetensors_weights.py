@@ -22,9 +22,7 @@ from qexport.reading.filled_model import dequantize, quantized_model, read_gener
 from qexport.tensors import GroupQuantizedSpec, TensorSpec
 from qexport.tensors.safetensors_folder import SafetensorsFolder
 from qexport.tensors.source import is_finite
-from qexport.tensors.strict_files import contained_path, read_json_object
-
-_CONFIG_LIMIT: Final = 1 << 24
+from qexport.tensors.strict_files import CONFIG_BYTES, contained_path, read_json_object
 
 
 class SafetensorsWeights:
@@ -55,7 +53,7 @@ class SafetensorsWeights:
 
     def __init__(self, folder: Path, *, dtype: torch.dtype, like: Architecture | None = None) -> None:
         self.folder, self._dtype = folder, dtype
-        self.config: dict[str, Any] = read_json_object(contained_path(folder, "config.json"), limit=_CONFIG_LIMIT)
+        self.config: dict[str, Any] = read_json_object(contained_path(folder, "config.json"), limit=CONFIG_BYTES)
         self.quantization = self.config.pop("quantization_config", None)
         self._format = reader_of(self.quantization)
         self._folder = SafetensorsFolder(folder)

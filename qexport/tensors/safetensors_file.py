@@ -40,11 +40,15 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {
 }
 """The dtype names of the format that torch has a type for."""
 
-MAX_HEADER_BYTES: Final = 100_000_000
-"""The largest header that the reference implementation accepts."""
+MAX_HEADER_BYTES: Final = 1 << 25
+MAX_TENSORS: Final = 1 << 17
+"""Of one file. The largest models have some 200,000 tensors in more than a hundred files."""
+
+_MAX_DIMENSIONS: Final = 64
 
 _LENGTH_BYTES: Final = 8
 _CHUNK_BYTES: Final = 1 << 22
+_SPLIT: Final = "no model has such a file; if this one is real, save it in more files (max_shard_size)"
 _MEND: Final = "fetch or write the file again; it is cut short, damaged, or not a safetensors file"
 
 
@@ -79,13 +83,14 @@ class SafetensorsFile:
             self.metadata: Mapping[str, str] = _pop_metadata(header, path)
             size = os.fstat(self._file.fileno()).st_size
             self._entries = _parse_entries(header, data_start, size, path)
+            self._specs = {name: entry.spec for name, entry in self._entries.items()}
         except BaseException:
             self._file.close()
             raise
 
     def specs(self) -> Mapping[str, TensorSpec]:
         """Every tensor's name, shape and dtype, in the order of the bytes."""
-        return {name: entry.spec for name, entry in self._entries.items()}
+        return self._specs
 
     def offsets(self) -> Mapping[str, int]:
         """Where each tensor's bytes begin, counted from the start of the file."""
@@ -157,14 +162,21 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, Any], int]:
     """The header, and where the tensors begin."""
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(os.pread(file.fileno(), _LENGTH_BYTES, 0), "little")
-    room = size - _LENGTH_BYTES
-    if not 2 <= length <= min(room, MAX_HEADER_BYTES):
+    if not 2 <= length <= size - _LENGTH_BYTES:
         raise InputError(
             f"the header's length, {length}, does not fit a file of {size} bytes", where=str(path), mend=_MEND
+        )
+    if length > MAX_HEADER_BYTES:
+        raise InputError(
+            f"the header has {length} bytes; at most {MAX_HEADER_BYTES} are read", where=str(path), mend=_SPLIT
         )
     header = parse_json(os.pread(file.fileno(), length, _LENGTH_BYTES), where=f"{path}: header")
     if not isinstance(header, dict):
         raise InputError("the header must be a JSON object", where=str(path), mend=_MEND)
+    if len(header) > MAX_TENSORS:
+        raise InputError(
+            f"the file has {len(header)} tensors; at most {MAX_TENSORS} are read", where=str(path), mend=_SPLIT
+        )
     return header, _LENGTH_BYTES + length
 
 
@@ -200,8 +212,10 @@ def _parse_entry(value: Any, where: str) -> tuple[TensorSpec, int, int]:
     dtype = DTYPES.get(value["dtype"]) if isinstance(value["dtype"], str) else None
     if dtype is None:
         raise InputError(f"the dtype {value['dtype']!r} is not known", where=where)
-    if not _are_counts(value["shape"]):
-        raise InputError("the shape must be a list of whole numbers from 0", where=where, mend=_MEND)
+    if not _are_counts(value["shape"]) or len(value["shape"]) > _MAX_DIMENSIONS:
+        raise InputError(
+            f"the shape must be a list of whole numbers from 0, at most {_MAX_DIMENSIONS}", where=where, mend=_MEND
+        )
     if not _are_counts(value["data_offsets"]) or len(value["data_offsets"]) != 2:
         raise InputError("data_offsets must be two whole numbers from 0", where=where, mend=_MEND)
     spec = TensorSpec(tuple(value["shape"]), dtype)
@@ -216,4 +230,4 @@ def _parse_entry(value: Any, where: str) -> tuple[TensorSpec, int, int]:
 
 
 def _are_counts(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return isinstance(value, list) and {*map(type, value)} <= {int} and min(value, default=0) >= 0

@@ -18,6 +18,9 @@ SINGLE_NAME: Final = "model.safetensors"
 INDEX_NAME: Final = "model.safetensors.index.json"
 
 _INDEX_LIMIT: Final = 1 << 26
+_MAX_TENSORS: Final = 1 << 19
+"""Of all shards together."""
+
 _PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _CONVERT: Final = (
     "pickles run code when they are read; if you trust their maker, convert them once: "
@@ -125,6 +128,12 @@ def read_index(path: Path) -> dict[str, str]:
     weight_map = read_json_object(path, limit=_INDEX_LIMIT).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
         raise InputError("weight_map must map tensors to file names", where=str(path), mend="fetch the index again")
+    if len(weight_map) > _MAX_TENSORS:
+        raise InputError(
+            f"weight_map names {len(weight_map)} tensors; at most {_MAX_TENSORS} are read",
+            where=str(path),
+            mend="no model has as many; fetch the index again",
+        )
     if not weight_map:
         raise InputError("weight_map is empty", where=str(path), mend="fetch the index again")
     return weight_map

@@ -14,16 +14,21 @@ from qexport.errors import InputError
 from qexport.references import DATASET_PREFIX
 from qexport.tensors.strict_files import parse_json
 
+_LINE_BYTES: Final = 1 << 26
+
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields each object with its place, `file:line`, for error messages. Blank lines are skipped.
 
     Raises:
-        InputError: the file cannot be read, or a line is not UTF-8, not JSON, or not an object.
+        InputError: the file cannot be read, or a line is too long, not UTF-8, not JSON, or not an object.
     """
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(iter(lambda: file.readline(_LINE_BYTES + 1), b""), start=1):
+                if len(line) > _LINE_BYTES:
+                    what = f"the line is longer than {_LINE_BYTES} bytes"
+                    raise InputError(what, where=f"{path}:{number}", mend="write one JSON object per line")
                 if line.strip():
                     yield f"{path}:{number}", _parse_object(line, f"{path}:{number}")
     except OSError as error:

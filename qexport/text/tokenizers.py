@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from qexport.artifact.digests import sha256_bytes, sha256_json
 from qexport.errors import InputError
 from qexport.tensors.strict_files import parse_json
+from qexport.text.chat_templates import CHAT_TEMPLATES, WITHOUT_TEMPLATE
 from qexport.text.documents import Document
 
 
@@ -40,16 +41,11 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, *, special_tokens: b
     return tokens
 
 
-_FIXED_DATE: Final = "{%- macro strftime_now(format) -%}2024-01-01{%- endmacro -%}"
-"""Prepended to the template, so that one that writes today's date gives the same tokens every day."""
-
-_MEND: Final = "set chat_template: false, or use a model whose chat template fits these conversations"
-
-
 def render_chat(tokenizer: PreTrainedTokenizerBase, document: Document, *, reply: bool = False) -> str:
     """The text that the model sees. A plain text becomes a user's message.
 
-    transformers runs the template in a sandbox of Jinja.
+    The template runs in a sandbox, in a process with limits of time and memory; a template that writes today's date
+    writes the same one every day.
 
     Args:
         tokenizer: the model's.
@@ -57,24 +53,24 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, document: Document, *, reply
         reply: end with the beginning of the assistant's answer.
 
     Raises:
-        InputError: the tokenizer has no chat template, or the template rejects this conversation.
+        InputError: the tokenizer has no chat template, or the template rejects this conversation or breaks a limit.
     """
-    if not tokenizer.chat_template:
-        raise InputError("the tokenizer has no chat template", where=tokenizer.name_or_path, mend=_MEND)
     messages = [{"role": "user", "content": document}] if isinstance(document, str) else list(document)
+    fixed = {"messages": messages, "add_generation_prompt": reply, "date_string": "01 Jan 2024"}
+    variables = {**tokenizer.special_tokens_map, "tools": None, "documents": None, **fixed}
+    return CHAT_TEMPLATES.render(_template(tokenizer), variables, where=tokenizer.name_or_path)
+
+
+def _template(tokenizer: PreTrainedTokenizerBase) -> str:
+    if not tokenizer.chat_template:
+        raise InputError("the tokenizer has no chat template", where=tokenizer.name_or_path, mend=WITHOUT_TEMPLATE)
     try:
-        template = _FIXED_DATE + tokenizer.get_chat_template()
-        text = tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=reply, date_string="01 Jan 2024"
-        )
-    except Exception as error:  # a template may raise anything
-        raise InputError(
-            f"the chat template cannot render a conversation: {error}",
-            where=tokenizer.name_or_path,
-            mend=_MEND,
-        ) from error
-    assert isinstance(text, str)
-    return text
+        template = tokenizer.get_chat_template()
+    except ValueError as error:
+        raise InputError(str(error), where=tokenizer.name_or_path, mend=WITHOUT_TEMPLATE) from error
+    if not isinstance(template, str):
+        raise InputError("the chat template is no text", where=tokenizer.name_or_path, mend=WITHOUT_TEMPLATE)
+    return template
 
 
 TOKENIZER_CONFIG: Final = "tokenizer_config.json"

@@ -26,7 +26,7 @@ def names_file(task: str) -> bool:
 class SamplingSettings(Settings):
     """Sampled continuations in addition to the greedy ones; both models sample with the same random numbers."""
 
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """The same seed gives the same texts."""
 
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -35,20 +35,20 @@ class SamplingSettings(Settings):
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
     """Only the likeliest tokens that together have this probability are drawn."""
 
-    samples: Annotated[int, Field(ge=1)] = 1
+    samples: Annotated[int, Field(ge=1, le=1000)] = 1
     """Sampled continuations per prompt."""
 
 
 class SpeedSettings(Settings):
     """Timing of both models as users load them, if both fit in memory together."""
 
-    repeats: Annotated[int, Field(ge=6)] = 7
+    repeats: Annotated[int, Field(ge=6, le=1000)] = 7
     """Measurements of each model, in turns. Fewer than 6 give no 95 % interval of a median."""
 
-    prompt_tokens: Annotated[int, Field(ge=1)] = 128
+    prompt_tokens: Annotated[int, Field(ge=1, le=131_072)] = 128
     """Tokens of held-out text in the prompt."""
 
-    new_tokens: Annotated[int, Field(ge=2)] = 16
+    new_tokens: Annotated[int, Field(ge=2, le=16_384)] = 16
     """Tokens to generate after the prompt."""
 
 
@@ -61,16 +61,16 @@ class TaskSettings(Settings):
     metric: Literal["acc", "acc_norm", "exact_match"] | None = None
     """The metric that says whether an answer is correct. By default acc, or exact_match if a task has no acc."""
 
-    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    num_fewshot: Annotated[int, Field(ge=0, le=1000)] | None = None
     """Solved examples before each item, except in tasks that set 0 themselves. By default the task's own number."""
 
-    limit: Annotated[int, Field(ge=1)] | None = None
+    limit: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     """How many items of each task to take, from the first one on; all of them by default."""
 
-    batch_size: Annotated[int, Field(ge=1)] = 1
+    batch_size: Annotated[int, Field(ge=1, le=4096)] = 1
     """Requests that go through the model at once."""
 
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Decides which solved examples an item gets: the same ones for both models."""
 
 
@@ -83,20 +83,20 @@ class VerifySettings(Settings):
     field: str = "text"
     """The field of a JSON line that holds the text."""
 
-    windows: Annotated[int, Field(ge=1)] = 24
+    windows: Annotated[int, Field(ge=1, le=1_000_000)] = 24
     """How many windows to measure before the gates are decided for the first time."""
 
-    max_windows: Annotated[int, Field(ge=1)] = 64
+    max_windows: Annotated[int, Field(ge=1, le=1_000_000)] = 64
     """How many windows to measure at most, while a gate is undecided; fewer if the text is shorter."""
 
-    sequence_length: Annotated[int, Field(ge=2)] = 512
+    sequence_length: Annotated[int, Field(ge=2, le=131_072)] = 512
     """Tokens per window. Windows do not overlap."""
 
     prompts: str | None = None
     """A JSONL file with `id`, `prompt` or `messages`, and optionally `domain`, `style` and `pair`; both models continue
     each prompt greedily."""
 
-    max_new_tokens: Annotated[int, Field(ge=1)] = 32
+    max_new_tokens: Annotated[int, Field(ge=1, le=16_384)] = 32
     """Tokens to generate for each prompt."""
 
     sampling: SamplingSettings | None = None

@@ -23,8 +23,7 @@ from transformers import (
 from qexport.architectures.architecture import Checkpoint
 from qexport.errors import NumericalError
 from qexport.tensors.source import is_finite
-from qexport.tensors.strict_files import parse_json
-from qexport.text.tokenizers import GENERATION_CONFIG
+from qexport.text.tokenizers import GENERATION_CONFIG, json_object
 from qexport.verifying import SamplingSettings
 from qexport.verifying.prompt_batches import PromptBatch
 
@@ -96,8 +95,7 @@ def greedy_settings(
     checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, *, max_new_tokens: int
 ) -> GenerationConfig:
     """Greedy decoding, up to a token that the model's files name as an end."""
-    content = checkpoint.files.get(GENERATION_CONFIG, b"{}")
-    named = [parse_json(content, where=GENERATION_CONFIG), checkpoint.config]
+    named = [json_object(checkpoint.files, GENERATION_CONFIG), checkpoint.config]
     ends = {token for config in named for token in _listed(config.get("eos_token_id"))}
     ends |= set(_listed(tokenizer.eos_token_id))
     return GenerationConfig(

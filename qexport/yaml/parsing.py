@@ -28,6 +28,14 @@ from qexport.errors import RecipeError
 from qexport.yaml.problems import Problem, Scalar, YamlEntry, YamlNode, YamlOrigin, dotted
 
 MAX_DEPTH = 50
+MAX_BYTES = 1 << 18
+"""The largest file that is read."""
+
+MAX_VALUES = 10_000
+"""Keys and values of a file."""
+
+_LISTED = 20
+"""Problems that an error shows."""
 
 # The core schema of YAML 1.2.2, section 10.3.2: `no` is text, `1e-3` a number, a date text.
 _NULL = re.compile(r"~|null|Null|NULL|")
@@ -58,7 +66,8 @@ def parse(text: str, origin: YamlOrigin, *, numbered: bool = True) -> tuple[Yaml
         The root (None if the text is empty) and what was wrong: tags, duplicate keys, keys that are not scalars.
 
     Raises:
-        SyntaxProblem: it is not YAML, holds several documents, or nests deeper than `MAX_DEPTH`.
+        SyntaxProblem: it is not YAML, holds several documents or more than `MAX_VALUES` keys and values, or nests
+            deeper than `MAX_DEPTH`.
     """
     try:
         builder = _Builder(YAML(typ="safe", pure=True).parse(text), origin, numbered)
@@ -86,6 +95,7 @@ class _Builder:
         self.numbered = numbered
         self.problems: list[Problem] = []
         self.anchors: dict[str, YamlNode] = {}
+        self.values = 0
 
     def document(self) -> YamlNode | None:
         event = next(self.events)
@@ -105,6 +115,9 @@ class _Builder:
             return self.alias(event)
         if len(keys) > MAX_DEPTH:
             raise self.fatal(event, f"nested deeper than {MAX_DEPTH} levels")
+        self.values += 1
+        if self.values > MAX_VALUES:
+            raise self.fatal(event, f"more than {MAX_VALUES} keys and values")
         assert isinstance(event, NodeEvent)
         self.check_tag(event, keys)
         line = self.line(event)
@@ -204,7 +217,7 @@ class FileKind:
         """The root, a mapping, and what was wrong with the YAML.
 
         Raises:
-            RecipeError: the file does not exist, or is not UTF-8, not YAML or not a mapping.
+            RecipeError: the file does not exist, is larger than `MAX_BYTES`, is not UTF-8, not YAML or not a mapping.
         """
         text = self._text(path)
         origin = YamlOrigin(str(path), path.absolute().parent)
@@ -218,15 +231,22 @@ class FileKind:
         return root, problems
 
     def error(self, path: Path, problems: Sequence[Problem]) -> RecipeError:
-        """All problems in one error, sorted by line."""
+        """The problems in one error, sorted by line."""
         problems = sorted(problems, key=lambda problem: (problem.line is None, problem.line or 0))
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        listed = "\n".join(f"  {problem}" for problem in problems)
-        return RecipeError(f"the {self.name} has {count}:\n{listed}", where=str(path), mend=self.reference)
+        lines = [f"  {problem}" for problem in problems[:_LISTED]]
+        if len(problems) > _LISTED:
+            lines.append(f"  and {len(problems) - _LISTED} more")
+        return RecipeError("\n".join([f"the {self.name} has {count}:", *lines]), where=str(path), mend=self.reference)
 
     def _text(self, path: Path) -> str:
         try:
-            return path.read_bytes().decode("utf-8-sig")
+            with path.open("rb") as file:
+                content = file.read(MAX_BYTES + 1)
+            if len(content) > MAX_BYTES:
+                what = f"the {self.name} is larger than {MAX_BYTES} bytes"
+                raise RecipeError(what, where=str(path), mend="give a shorter YAML file")
+            return content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise RecipeError(
                 f"the {self.name} is not UTF-8: byte {error.start + 1} is 0x{error.object[error.start]:02x}",

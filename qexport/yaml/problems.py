@@ -148,7 +148,8 @@ def problems_of(error: ValidationError, root: YamlNode, model: type[BaseModel]) 
                 messages[keys].append(message)
             if details["type"] == "extra_forbidden":
                 new_keys.add(keys)
-    deepest = [keys for keys in messages if not any(other[: len(keys)] == keys != other for other in messages)]
+    outer = {keys[:depth] for keys in messages for depth in range(len(keys))}
+    deepest = [keys for keys in messages if keys not in outer]
     return [_placed(root, keys, _joined(messages[keys]), at_key=keys in new_keys) for keys in deepest]
 
 

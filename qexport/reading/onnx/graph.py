@@ -44,6 +44,7 @@ _READS_FILES: Final = ("EPContext",)
 """Operators that read other files."""
 
 _MAX_VALUES: Final = 1 << 48
+_MAX_DIMENSIONS: Final = 64
 
 _DTYPES: Final[Mapping[int, torch.dtype]] = {
     onnx.TensorProto.BOOL: torch.bool,
@@ -167,7 +168,8 @@ class Graph:
     def _initializer(self, name: str, tensor: onnx.TensorProto, files: DataFiles) -> Initializer:
         where = self.where(name)
         sizes = tensor.dims
-        if not name or tensor.data_type not in _DTYPES or min(sizes, default=0) < 0 or _product(sizes) > _MAX_VALUES:
+        valid = len(sizes) <= _MAX_DIMENSIONS and min(sizes, default=0) >= 0 and _product(sizes) <= _MAX_VALUES
+        if not name or tensor.data_type not in _DTYPES or not valid:
             raise InputError(
                 "an initializer has no name, has an unknown dtype, or has no valid shape", where=where, mend=_MEND
             )

@@ -22,12 +22,10 @@ from qexport.reading.onnx.external_data import ExternalData
 from qexport.reading.onnx.graph import Graph
 from qexport.tensors import GroupQuantizedSpec, TensorSpec
 from qexport.tensors.source import is_finite
-from qexport.tensors.strict_files import contained_path, read_json_object
+from qexport.tensors.strict_files import CONFIG_BYTES, contained_path, read_json_object
 
 if TYPE_CHECKING:
     from qexport.reading.onnx.model import OnnxCausalLM
-
-_CONFIG_LIMIT: Final = 1 << 24
 
 
 class OnnxWeights:
@@ -203,7 +201,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: it is missing or malformed, or has a quantization_config, which is for safetensors files only.
     """
-    config = read_json_object(contained_path(folder, "config.json"), limit=_CONFIG_LIMIT)
+    config = read_json_object(contained_path(folder, "config.json"), limit=CONFIG_BYTES)
     if "quantization_config" in config:
         raise InputError(
             "an ONNX artifact's config.json has a quantization_config",

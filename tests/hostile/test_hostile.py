@@ -1,0 +1,72 @@
+"""Hostile files and recipes end with the contract's exit code and one message, within seconds and a gigabyte, publish
+nothing and run no code of theirs.
+
+`make test` runs every eighth case, `make test-hostile` all of them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+import forked
+import qexport
+import world
+from cases import AREAS, LOAD, Case
+from qexport.cli.app import failure_of
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a fork has none of the library's threads
+
+EVERY = int(os.environ.get("QEXPORT_HOSTILE_EVERY", "8"))
+CASES = {name: [*make()] for name, make in AREAS.items()}
+NUMBERS = count()
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return world.make(tmp_path_factory.mktemp("sound"))
+
+
+def load() -> int:
+    """`qexport.load` with the command line's exit codes."""
+    try:
+        qexport.load("artifact", device="cpu")
+    except Exception as error:
+        failure = failure_of(error)
+        failure.show(as_json=False)
+        return failure.exit_code
+    return 0
+
+
+def found_faults(case: Case, sound: Path, folder: Path) -> list[str]:
+    shutil.copytree(sound, folder)
+    case.spoil(folder)
+    sys.path.insert(0, str(folder))  # packages named by a recipe
+    try:
+        as_json = case.command != LOAD and case.command[0] != "schema"
+        found = forked.fork(load, folder) if case.command == LOAD else forked.forked([*case.command, "--json"], folder)
+    finally:
+        sys.path.remove(str(folder))
+    codes = case.code if isinstance(case.code, tuple) else (case.code,)
+    faults = forked.faults(found, codes, case.says, folder, as_json=as_json)
+    shutil.rmtree(folder, ignore_errors=True)
+    return faults
+
+
+@pytest.mark.parametrize("area", CASES)
+def test_hostile_input_is_refused_in_bounds(area: str, sound: Path, tmp_path: Path) -> None:
+    problems = {}
+    for case in CASES[area][::EVERY]:
+        if faults := found_faults(case, sound, tmp_path / str(next(NUMBERS))):
+            problems[case.name] = faults
+    assert not problems, "\n\n".join(f"{name}: {fault}" for name, faults in problems.items() for fault in faults)
+
+
+def test_there_are_many_and_each_has_its_own_name() -> None:
+    assert sum(map(len, CASES.values())) >= 300
+    assert all(len({case.name for case in cases}) == len(cases) for cases in CASES.values())

@@ -1,0 +1,61 @@
+"""Arbitrary and damaged bytes give every parser an error of qexport's, or a value."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from parsers import parsers
+
+NAMES = (
+    "safetensors", "index", "gguf", "recipe", "gates", "config", "adapter config", "manifest", "report", "graph",
+    "documents", "prompts", "reference",
+)  # fmt: skip
+PIECES = st.sampled_from(
+    [
+        b"",
+        b"\0",
+        b"\xff",
+        b"-1",
+        b"1e999",
+        b"NaN",
+        b"null",
+        b"true",
+        b'""',
+        b"[]",
+        b"{}",
+        b'"\\ud800"',
+        b"[[[[",
+        b"9" * 40,
+        b"\n",
+    ]
+)
+CHANGES = st.lists(
+    st.tuples(st.floats(0, 1), st.integers(0, 12), PIECES | st.binary(max_size=6)), min_size=1, max_size=4
+)
+
+
+def test_each_parser_is_named(tmp_path: Path) -> None:
+    assert tuple(parsers(tmp_path)) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 9), changes=CHANGES)
+def test_damaged_bytes(name: str, seed: int, changes: list[tuple[float, int, bytes]], tmp_path: Path) -> None:
+    parser = parsers(tmp_path)[name]
+    content = parser.seeds[seed % len(parser.seeds)]
+    for share, length, piece in changes:
+        place = int(share * len(content))
+        content = content[:place] + piece + content[place + length :]
+    parser(content, tmp_path)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.binary(max_size=200) | st.text(max_size=100).map(str.encode))
+def test_arbitrary_bytes(name: str, content: bytes, tmp_path: Path) -> None:
+    parsers(tmp_path)[name](content, tmp_path)

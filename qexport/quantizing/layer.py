@@ -252,7 +252,7 @@ def _energy(outputs: int, rows: Callable[[int, int], Tensor], matrix: Tensor) ->
 
 
 def _squares(rows: Tensor, matrix: Tensor) -> Tensor:
-    """Of each row v, v H v^T: float64 [rows]. What is right of the diagonal counts twice, so half of H is multiplied."""
+    """Of each row v, v H v^T: float64 [rows]. H is symmetric: what is right of its diagonal is counted twice."""
     sums = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
     for start in range(0, len(matrix), _TILE):
         end = start + _TILE

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from qexport.errors import NumericalError
 from qexport.quantizing import solver
-from qexport.quantizing.layer import Hessian, output_error, solve_together
+from qexport.quantizing.layer import Hessian, output_energy, output_error, solve_together
 from qexport.quantizing.solver import Options, factorize, fit, round_to_nearest, solve
+from qexport.tensors import GroupQuantized
 
 CPU = torch.device("cpu")
 OPTIONS = Options(bits=4, group_size=32, order="original", sym=True, damp_percent=0.01, search=False)
@@ -95,6 +96,10 @@ def solved(weight: Tensor, hessian: Tensor, options: Options) -> Tensor:
     return solve(weight, hessian, factorize(hessian, options), options).dequantize(torch.float64)
 
 
+def relative_error(weight: Tensor, quantized: GroupQuantized, hessian: Tensor) -> float | None:
+    return output_error(weight, quantized, hessian, output_energy(weight, hessian))
+
+
 @pytest.mark.parametrize("order", ["original", "static", "dynamic"])
 @pytest.mark.parametrize(
     ("bits", "sym", "group_size"), [(4, True, 32), (3, False, 64), (2, True, 160), (8, False, 320)]
@@ -131,10 +136,13 @@ def test_where_no_input_is_of_importance_the_widest_range_is_kept() -> None:
     assert torch.equal(searched.scales, fit(weights, bits=4, sym=True, search=False).scales)
 
 
-def test_the_search_takes_the_outputs_in_parts_and_leaves_none_out(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("chunk", [1, 16 * 4, 2 * 16 * 10])  # one output; 4, 4 and 2 outputs; 2 groups and 1
+def test_the_search_takes_groups_and_outputs_in_parts_and_leaves_none_out(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weights, importance = torch.randn(3, 16, 10), torch.rand(3, 16)
     whole = fit(weights, bits=4, sym=False, search=True, importance=importance)
-    monkeypatch.setattr(solver, "_CHUNK", 3 * 16 * 4)  # 4 outputs, 4 and 2
+    monkeypatch.setattr(solver, "_CHUNK", chunk)
     parts = fit(weights, bits=4, sym=False, search=True, importance=importance)
     assert torch.equal(parts.scales, whole.scales)
     assert torch.equal(parts.zeros, whole.zeros)
@@ -172,7 +180,7 @@ def test_float32_loses_next_to_nothing() -> None:
     exact = solve(weight, hessian, factorize(hessian, OPTIONS), OPTIONS)
     single = solve(weight.float(), hessian.float(), factorize(hessian.float(), OPTIONS), OPTIONS)
     assert (exact.codes == single.codes).float().mean() > 0.99
-    losses = [output_error(weight.float(), quantized, hessian.float()) for quantized in (exact, single)]
+    losses = [relative_error(weight.float(), quantized, hessian.float()) for quantized in (exact, single)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
 
@@ -182,8 +190,8 @@ def test_gptq_is_better_than_round_to_nearest_and_the_search_helps(order: str) -
     losses = {}
     for search in (False, True):
         options = Options(3, 32, order, True, 0.01, search)
-        losses[search] = output_error(weight, solve(weight, hessian, factorize(hessian, options), options), hessian)
-    nearest = output_error(
+        losses[search] = relative_error(weight, solve(weight, hessian, factorize(hessian, options), options), hessian)
+    nearest = relative_error(
         weight, round_to_nearest(weight, OPTIONS.__class__(3, 32, order, True, 0.01, False)), hessian
     )
     assert losses[True] < losses[False] < nearest  # type: ignore[operator]
@@ -334,7 +342,7 @@ def test_a_layer_is_reported_beside_plain_rounding_with_its_own_options() -> Non
     weight, hessian = torch.randn(16, 64), layer_hessian(torch.randn(512, 64))
     options = Options(3, 32, "original", True, 0.01, True)
     report = solve_together({"a": weight}, hessian, {"a": options}, "error")["a"].record
-    assert report.rtn_loss == output_error(weight, round_to_nearest(weight, options), hessian.matrix())
+    assert report.rtn_loss == relative_error(weight, round_to_nearest(weight, options), hessian.matrix())
     assert report.loss is not None
     assert report.rtn_loss is not None
     assert report.loss < report.rtn_loss

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from qexport.errors import NumericalError
+from qexport.quantizing.factorization import side_by_side
 from qexport.quantizing.solver import Factor, Options, factorize, round_to_nearest, solve
 from qexport.records import LayerRecord
 from qexport.tensors import GroupQuantized
@@ -22,6 +24,9 @@ _COLUMNS = 128
 _ROWS = 1024
 """Tokens that are multiplied at a time. From 2048 on, oneDNN divides the sum over the tokens among the threads, and the
 sum's bits depend on the number of threads."""
+
+_TILE = 512
+"""Outputs and inputs that are multiplied at a time for the error of the outputs."""
 
 
 class Hessian:
@@ -56,11 +61,17 @@ class Hessian:
     def matrix(self) -> Tensor:
         """The mean of `x x^T` over the tokens: float32 [in, in], symmetric. A view; nothing may be added after it."""
         if not self._complete:
-            self._sum.triu_()
-            self._sum += self._sum.triu(1).t()
+            for start in range(0, len(self._sum), _COLUMNS):
+                self._mirror(slice(start, start + _COLUMNS))
             self._sum /= max(self.tokens, 1)
             self._complete = True
         return self._sum
+
+    def _mirror(self, strip: slice) -> None:
+        """Copies a strip of rows, right of the diagonal, to the columns below it."""
+        square = self._sum[strip, strip].triu_()
+        square += square.triu(1).t()
+        self._sum[strip.stop :, strip] = self._sum[strip, strip.stop :].t()
 
 
 @contextmanager
@@ -113,11 +124,13 @@ def solve_together(
         if on_failure == "error":
             raise NumericalError(error.what, where=", ".join(names), mend=error.mend) from error
         return {name: _rounded(name, weights[name], options[name], hessian, dead) for name in names}
-    solved: dict[str, SolvedLayer] = {}
-    for shared in dict.fromkeys(options[name] for name in names):
-        members = [name for name in names if options[name] == shared]
-        solved |= _solve_rows({name: weights[name] for name in members}, matrix, factor, shared, hessian.tokens, dead)
-    return {name: solved[name] for name in names}
+    quantized = _solve_rows(weights, matrix, factor, options)
+    damp_percent = factor.damp_percent
+    del factor  # as large as the Hessian
+    return {
+        name: _solved(name, weights[name], quantized[name], options[name], hessian, damp_percent, dead)
+        for name in names
+    }
 
 
 def _usable(hessian: Hessian) -> Tensor:
@@ -128,7 +141,7 @@ def _usable(hessian: Hessian) -> Tensor:
             "no calibration token reached this layer",
             mend="give more, or more varied, calibration text, or set on_failure: round_to_nearest",
         )
-    if not bool(torch.isfinite(matrix).all()):
+    if not bool(torch.isfinite(matrix.diagonal()).all()):  # no other element is larger, by Cauchy-Schwarz
         raise NumericalError(
             "the inputs of this layer are not finite",
             mend="the merged model overflows in this dtype: check the adapter, or set merge.dtype: float32",
@@ -140,32 +153,49 @@ def _usable(hessian: Hessian) -> Tensor:
 
 
 def _solve_rows(
-    weights: Mapping[str, Tensor], matrix: Tensor, factor: Factor, options: Options, tokens: int, dead: int
-) -> dict[str, SolvedLayer]:
-    """Solves the rows of several layers at once: rows are independent of each other."""
-    joined = solve(torch.cat(list(weights.values())), matrix, factor, options)
-    solved, start = {}, 0
-    for name, weight in weights.items():
-        quantized = joined.rows(start, start + weight.shape[0])
-        start += weight.shape[0]
-        record = LayerRecord(
-            name=name,
-            method="gptq",
-            bits=quantized.bits,
-            group_size=quantized.group_size,
-            loss=output_error(weight, quantized, matrix),
-            rtn_loss=output_error(weight, round_to_nearest(weight, options), matrix),
-            damp_percent=factor.damp_percent,
-            tokens=tokens,
-            dead_columns=dead,
-        )
-        solved[name] = SolvedLayer(quantized, record)
-    return solved
+    weights: Mapping[str, Tensor], matrix: Tensor, factor: Factor, options: Mapping[str, Options]
+) -> dict[str, GroupQuantized]:
+    """Solves the rows of all layers with the same options at once: rows are independent of each other."""
+    quantized = {}
+    for shared in dict.fromkeys(options[name] for name in weights):
+        members = {name: weight for name, weight in weights.items() if options[name] == shared}
+        rows = list(members.values())
+        joined = solve(torch.cat(rows) if len(rows) > 1 else rows[0], matrix, factor, shared)
+        start = 0
+        for name, weight in members.items():
+            quantized[name] = joined.rows(start, start + weight.shape[0])
+            start += weight.shape[0]
+    return quantized
+
+
+def _solved(
+    name: str,
+    weight: Tensor,
+    quantized: GroupQuantized,
+    options: Options,
+    hessian: Hessian,
+    damp_percent: float,
+    dead: int,
+) -> SolvedLayer:
+    matrix = hessian.matrix()
+    energy = output_energy(weight, matrix)
+    record = LayerRecord(
+        name=name,
+        method="gptq",
+        bits=quantized.bits,
+        group_size=quantized.group_size,
+        loss=output_error(weight, quantized, matrix, energy),
+        rtn_loss=output_error(weight, round_to_nearest(weight, options), matrix, energy),
+        damp_percent=damp_percent,
+        tokens=hessian.tokens,
+        dead_columns=dead,
+    )
+    return SolvedLayer(quantized, record)
 
 
 def _rounded(name: str, weight: Tensor, options: Options, hessian: Hessian, dead: int) -> SolvedLayer:
-    quantized = round_to_nearest(weight, options)
-    loss = output_error(weight, quantized, hessian.matrix())
+    quantized, matrix = round_to_nearest(weight, options), hessian.matrix()
+    loss = output_error(weight, quantized, matrix, output_energy(weight, matrix))
     record = LayerRecord(
         name=name,
         method="round_to_nearest",
@@ -180,23 +210,53 @@ def _rounded(name: str, weight: Tensor, options: Options, hessian: Hessian, dead
     return SolvedLayer(quantized, record)
 
 
-def output_error(weight: Tensor, quantized: GroupQuantized, matrix: Tensor) -> float | None:
+def output_error(weight: Tensor, quantized: GroupQuantized, matrix: Tensor, energy: float) -> float | None:
     """Squared error of the outputs relative to the outputs' mean square: tr(E H E^T) / tr(W H W^T).
 
     Args:
         weight: float32 [out, in].
         quantized: its codes.
         matrix: the Hessian, float32 [in, in].
+        energy: `output_energy` of the weight.
 
     Returns:
         The ratio; None if the Hessian is not finite or all outputs are zero, so that there is no ratio.
     """
-    error = quantized.dequantize(torch.float32).sub_(weight)
-    lost, whole = _energy(error, matrix), _energy(weight, matrix)
-    return lost / whole if whole > 0 and math.isfinite(lost / whole) else None
+
+    def error(start: int, end: int) -> Tensor:
+        return quantized.rows(start, end).dequantize(torch.float32).sub_(weight[start:end])
+
+    lost = _energy(len(weight), error, matrix)
+    return lost / energy if energy > 0 and math.isfinite(lost / energy) else None
 
 
-def _energy(weight: Tensor, matrix: Tensor) -> float:
-    """Row by row and then exactly: the bits of one sum over everything would depend on the number of threads."""
-    rows = (weight @ matrix).mul_(weight).sum(1, dtype=torch.float64)
-    return math.fsum(rows.tolist()) if bool(torch.isfinite(rows).all()) else math.nan
+def output_energy(weight: Tensor, matrix: Tensor) -> float:
+    """The outputs' mean square, tr(W H W^T), of a weight [out, in]; NaN if the Hessian is not finite."""
+    return _energy(len(weight), lambda start, end: weight[start:end], matrix)
+
+
+def _energy(outputs: int, rows: Callable[[int, int], Tensor], matrix: Tensor) -> float:
+    """tr(V H V^T) of the matrix [outputs, in] whose rows `rows(start, end)` gives: fixed shapes, then an exact sum.
+
+    The bits of one sum over everything would depend on the number of threads.
+    """
+    sums = torch.zeros(outputs, dtype=torch.float64)
+
+    def add(start: int) -> None:
+        end = min(start + _TILE, outputs)
+        sums[start:end] = _squares(rows(start, end), matrix).cpu()
+
+    with side_by_side(matrix.device) as run:
+        run(partial(add, start) for start in range(0, outputs, _TILE))
+    return math.fsum(sums.tolist()) if bool(torch.isfinite(sums).all()) else math.nan
+
+
+def _squares(rows: Tensor, matrix: Tensor) -> Tensor:
+    """Of each row v, v H v^T: float64 [rows]. H is symmetric: what is right of its diagonal is counted twice."""
+    sums = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+    for start in range(0, len(matrix), _TILE):
+        end = start + _TILE
+        right = rows[:, end:] @ matrix[start:end, end:].t()
+        product = right.addmm_(rows[:, start:end], matrix[start:end, start:end], beta=2)
+        sums += product.mul_(rows[:, start:end]).sum(1, dtype=torch.float64)
+    return sums

@@ -7,20 +7,24 @@ transposed, [in, out], so that a column of the paper is a contiguous row here.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from qexport.errors import NumericalError
+from qexport.quantizing.factorization import Task, factorize_inverse, side_by_side
 from qexport.tensors import GroupQuantized
 
 _SHRINK = tuple(1.0 - 0.025 * step for step in range(20))
 """Clipping ranges tried by the search, as fractions of the largest value."""
 
-_CHUNK = 1 << 19
+_CHUNK = 1 << 18
 """Weights searched at a time, so that the temporaries stay in the cache."""
+
+_ROWS = 512
+"""Rows of a wide matrix that are copied, or updated by one thread, at a time."""
 
 
 @dataclass(frozen=True)
@@ -63,16 +67,22 @@ def fit(weights: Tensor, *, bits: int, sym: bool, search: bool, importance: Tens
     """
     low, high = weights.amin(1).clamp_(max=0), weights.amax(1).clamp_(min=0)
     best = _grid(low, high, bits, sym, _plain_divisor(bits))
-    if not search:
-        return best
-    scales, zeros = [], []
-    width = max(1, _CHUNK // (weights.shape[0] * weights.shape[1]))
-    for start in range(0, weights.shape[2], width):
-        part = slice(start, start + width)
-        found = _search(weights[:, :, part], low[:, part], high[:, part], bits, sym, importance)
-        scales.append(found.scales)
-        zeros.append(found.zeros)
-    return Grid(torch.cat(scales, 1), torch.cat(zeros, 1), bits)
+    if search:
+        for groups, outputs in _parts(*weights.shape):
+            weight = None if importance is None else importance[groups]
+            part = weights[groups, :, outputs].contiguous()
+            found = _search(part, low[groups, outputs], high[groups, outputs], bits, sym, weight)
+            best.scales[groups, outputs], best.zeros[groups, outputs] = found.scales, found.zeros
+    return best
+
+
+def _parts(groups: int, group_size: int, outputs: int) -> Iterator[tuple[slice, slice]]:
+    """Groups and outputs of some `_CHUNK` weights, as many outputs as possible: they are contiguous in memory."""
+    width = min(outputs, max(1, _CHUNK // group_size))
+    height = max(1, _CHUNK // (group_size * width))
+    for group in range(0, groups, height):
+        for output in range(0, outputs, width):
+            yield slice(group, group + height), slice(output, output + width)
 
 
 def _search(weights: Tensor, low: Tensor, high: Tensor, bits: int, sym: bool, importance: Tensor | None) -> Grid:
@@ -164,8 +174,7 @@ def factorize(hessian: Tensor, options: Options, *, rank_deficient: bool = False
 
     A Hessian of fewer tokens than inputs starts with the second damping step, because its null space is exact.
 
-    The upper factor of the inverse comes from one Cholesky factorization with rows and columns reversed and one
-    triangular inversion, instead of the reference's two factorizations around an explicit inverse.
+    Beside the Hessian there is one more matrix of its size, which becomes the factor.
 
     Raises:
         NumericalError: not positive definite with any damping of `DAMPING_STEPS`.
@@ -174,17 +183,14 @@ def factorize(hessian: Tensor, options: Options, *, rank_deficient: bool = False
     diagonal = hessian.diagonal()
     original = torch.arange(inputs, device=hessian.device)
     order = original if options.order == "original" else torch.argsort(diagonal, descending=True, stable=True)
-    reverse = order.flip(0)
     mean = float(diagonal.mean())
-    with single_thread():
-        for step in DAMPING_STEPS[int(rank_deficient) :]:
-            matrix = hessian[reverse[:, None], reverse]
-            matrix.diagonal().add_(options.damp_percent * step * mean)
-            lower, failed = torch.linalg.cholesky_ex(matrix)
-            if not failed and bool(torch.isfinite(lower.diagonal()).all()):
-                inverse = matrix.copy_(torch.eye(inputs, device=hessian.device))
-                torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
-                return Factor(inverse.flip(0, 1), order, options.damp_percent * step)
+    matrix = torch.empty_like(hessian)
+    for step in DAMPING_STEPS[int(rank_deficient) :]:
+        for rows, chosen in zip(matrix.split(_ROWS), order.split(_ROWS), strict=True):
+            rows.copy_(hessian[chosen][:, order])
+        matrix.diagonal().add_(options.damp_percent * step * mean)
+        if factorize_inverse(matrix):
+            return Factor(matrix, order, options.damp_percent * step)
     raise NumericalError(
         f"the Hessian is not positive definite, even with a damping of {options.damp_percent * DAMPING_STEPS[-1]:g}",
         mend="give more calibration tokens, raise quantize.damp_percent, or set on_failure: round_to_nearest",
@@ -201,7 +207,7 @@ def solve(weight: Tensor, hessian: Tensor, factor: Factor, options: Options) -> 
         options: bits, groups and order.
     """
     columns = weight.t()[factor.order].contiguous()
-    importance = hessian.diagonal()
+    importance = hessian.diagonal().clone()  # the search would read a view of the diagonal at a cache miss per value
     groups = weight.shape[1] // options.group_size
     original = torch.arange(weight.shape[1], device=weight.device) // options.group_size
     if options.order == "static":
@@ -209,8 +215,7 @@ def solve(weight: Tensor, hessian: Tensor, factor: Factor, options: Options) -> 
     else:
         empty = torch.empty(groups, weight.shape[0], device=weight.device, dtype=weight.dtype)
         group_of, grid = original, Grid(empty, empty.clone(), options.bits)
-    with single_thread():
-        codes = _columns(columns, factor.upper, group_of, grid, importance[factor.order], options)
+    codes = _columns(columns, factor.upper, group_of, grid, importance[factor.order], options)
     inverse = torch.argsort(factor.order)
     g_idx = original if options.order != "dynamic" else original[inverse]
     return _quantized(codes[inverse].t(), grid, g_idx, options)
@@ -224,8 +229,9 @@ def round_to_nearest(weight: Tensor, options: Options) -> GroupQuantized:
         options: bits and groups; order and search are not used.
     """
     grid = fit_matrix(weight, options, None)
+    grouped = weight.t().unflatten(0, (-1, options.group_size))
+    codes = _nearest(grouped, grid.scales.unsqueeze(1), grid.zeros.unsqueeze(1), options.bits).flatten(0, 1)
     g_idx = torch.arange(weight.shape[1], device=weight.device) // options.group_size
-    codes = grid.codes(weight.t(), g_idx)
     return _quantized(codes.t(), grid, g_idx, options)
 
 
@@ -247,20 +253,31 @@ def _columns(
     inputs = columns.shape[0]
     codes = torch.empty_like(columns, dtype=torch.uint8)
     groups = group_of.tolist()
-    for start, end in _column_blocks(inputs, options.group_size):
-        errors = torch.empty_like(columns[start:end])
-        for index in range(start, end):
-            group = groups[index]
-            if options.order != "static" and index % options.group_size == 0:
-                _fit_group(columns, grid, group, index, importance, options)
-            column = columns[index]
-            code = grid.codes(column, group)
-            codes[index] = code
-            error = errors[index - start]
-            torch.sub(column, grid.values(code, group), out=error).div_(upper[index, index])
-            columns[index + 1 : end].addr_(upper[index, index + 1 : end], error, alpha=-1)
-        columns[end:].addmm_(upper[start:end, end:].t(), errors, alpha=-1)
+    with side_by_side(columns.device) as run:
+        for start, end in _column_blocks(inputs, options.group_size):
+            errors = torch.empty_like(columns[start:end])
+            for index in range(start, end):
+                group = groups[index]
+                if options.order != "static" and index % options.group_size == 0:
+                    _fit_group(columns, grid, group, index, importance, options)
+                column = columns[index]
+                code = grid.codes(column, group)
+                codes[index] = code
+                error = errors[index - start]
+                torch.sub(column, grid.values(code, group), out=error).div_(upper[index, index])
+                columns[index + 1 : end].addr_(upper[index, index + 1 : end], error, alpha=-1)
+            run(_spread_tasks(columns, upper, start, end, errors))
     return codes
+
+
+def _spread_tasks(columns: Tensor, upper: Tensor, start: int, end: int, errors: Tensor) -> Iterator[Task]:
+    """Applies the errors of a column block to the columns after it."""
+
+    def spread(first: int) -> None:
+        part = slice(first, first + _ROWS)
+        columns[part].addmm_(upper[start:end, part].t(), errors, alpha=-1)
+
+    return (partial(spread, first) for first in range(end, len(columns), _ROWS))
 
 
 def _column_blocks(inputs: int, group_size: int) -> Iterator[tuple[int, int]]:
@@ -295,14 +312,3 @@ def _quantized(codes: Tensor, grid: Grid, g_idx: Tensor, options: Options) -> Gr
         sym=options.sym,
         desc_act=options.order == "dynamic",
     )
-
-
-@contextmanager
-def single_thread() -> Iterator[None]:
-    """One thread for the factorizations and the column loop, whose bits depend on the number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -1,0 +1,122 @@
+"""The upper Cholesky factor of an inverse matrix, in place, with the same bits for any number of threads.
+
+GPTQ needs U with `H^-1 = U^T U` (section 3.3 of arXiv:2210.17323). Here `H = V V^T` with V upper triangular, so
+`U = V^-1`, and both steps are one sweep over tiles of rows, from the last to the first.
+
+torch computes the parts of one product on several threads, and the bits of some elements depend on where the parts
+begin (measured with MKL on AVX2: small matrices, and widths that are no multiples of 16). So the work is cut into
+products of fixed shapes here, and one thread computes each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor
+
+TILE = 192
+"""Rows and columns of a tile. Larger tiles leave less to do side by side, smaller ones make slower products."""
+
+Task = Callable[[], object]
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """One thread for what torch computes; the bits of many functions depend on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def side_by_side(device: torch.device) -> Iterator[Callable[[Iterable[Task]], None]]:
+    """Yields a function that runs independent tasks, as many at a time as torch has threads, each on one thread.
+
+    The tasks must not depend on the number of threads; then their bits do not either.
+    """
+    workers = torch.get_num_threads() if device.type == "cpu" else 1
+    with single_thread(), ThreadPoolExecutor(workers, initializer=_prepare_worker) as pool:
+
+        def run(tasks: Iterable[Task]) -> None:
+            for future in [pool.submit(task) for task in tasks]:
+                future.result()
+
+        yield run
+
+
+def _prepare_worker() -> None:
+    """Both settings belong to the thread."""
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+
+
+def factorize_inverse(matrix: Tensor) -> bool:
+    """Overwrites a symmetric matrix H with U, where `H^-1 = U^T U` and U is upper triangular.
+
+    Each step turns the rows of one tile into their part of U, `W = V_kk^-1 [A_k | I | R_k]`, and subtracts `P^T W` from
+    the rows above, where P is A_k after its multiplication. Left of the tile this is the right-looking Cholesky
+    factorization; right of it, the right-looking inversion of V.
+
+    Args:
+        matrix: [n, n], float32 or float64; only the upper triangle is read.
+
+    Returns:
+        Whether H is positive definite, as far as its dtype can tell. If not, `matrix` holds nothing of use.
+    """
+    size = matrix.shape[0]
+    with side_by_side(matrix.device) as run:
+        for start in reversed(range(0, size, TILE)):
+            rows = matrix[start : start + TILE]
+            inverse = _inverse_of_tile(rows[:, start : start + TILE])
+            if inverse is None:
+                return False
+            run(_row_tasks(matrix, start, inverse))
+            run(_update_tasks(matrix, start))
+    matrix.triu_()
+    return True
+
+
+def _inverse_of_tile(tile: Tensor) -> Tensor | None:
+    """V^-1 for `tile = V V^T`, V upper triangular; None if the tile is not positive definite."""
+    lower, failed = torch.linalg.cholesky_ex(tile.flip(0, 1))
+    if failed or not bool(torch.isfinite(lower.diagonal()).all()):
+        return None
+    eye = torch.eye(len(tile), dtype=tile.dtype, device=tile.device)
+    inverse: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
+    return inverse.flip(0, 1)
+
+
+def _row_tasks(matrix: Tensor, start: int, inverse: Tensor) -> Iterator[Task]:
+    """Multiplies the tile's rows from the left. What is left of the tile comes from above it, which becomes zero."""
+    end = start + len(inverse)
+    rows = matrix[start:end]
+
+    def left(first: int) -> None:
+        above = matrix[first : first + TILE, start:end]
+        torch.mm(inverse, above.t(), out=rows[:, first : first + TILE])
+        above.zero_()
+
+    def right(first: int) -> None:
+        part = rows[:, first : first + TILE]
+        part.copy_(inverse @ part)
+
+    rows[:, start:end] = inverse
+    yield from (partial(left, first) for first in range(0, start, TILE))
+    yield from (partial(right, first) for first in range(end, len(matrix), TILE))
+
+
+def _update_tasks(matrix: Tensor, start: int) -> Iterator[Task]:
+    """Subtracts what the tile's rows explain from the rows above, from the diagonal to the right."""
+    rows = matrix[start : start + TILE]
+
+    def update(first: int) -> None:
+        matrix[first : first + TILE, first:].addmm_(rows[:, first : first + TILE].t(), rows[:, first:], alpha=-1)
+
+    return (partial(update, first) for first in range(0, start, TILE))

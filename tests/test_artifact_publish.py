@@ -416,12 +416,15 @@ def test_everything_is_on_the_disk_before_the_rename(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(os, "fsync", record_sync)
     monkeypatch.setattr(publish, "move_into_place", record_move)
-    with Publication(tmp_path / "out") as publication:
+    with Publication(tmp_path / "deep" / "out") as publication:
+        assert done == ["", "/deep"]  # the names of the new folders
         fill(publication.folder)
         publication.publish()
-    before = {f"/out.partial{name}" for name in ("", "/sub", "/sub/weights", f"/{MANIFEST_NAME}", f"/{MARKER_NAME}")}
-    assert set(done[: done.index("move")]) == before
-    assert done[done.index("move") + 1 :] == [""]
+    new = [f"/deep/out.partial{name}" for name in ("", "/sub", "/sub/weights", f"/{MANIFEST_NAME}", f"/{MARKER_NAME}")]
+    before = done[2 : done.index("move")]
+    assert set(before) == set(new)
+    assert before[-1] == new[0]  # without the marker
+    assert done[done.index("move") + 1 :] == ["/deep"]
 
 
 def test_modes_follow_the_umask(tmp_path: Path) -> None:

@@ -197,7 +197,9 @@ UNDECIDED = reports.gate_result("mean_kl[law]", value=None, verdict="undecided",
         (KeyboardInterrupt(), 130),
         (QexportError("x"), 1),
         (KeyError("x"), 1),
-        (OSError(errno.EIO, "Input/output error"), 1),
+        (OSError(errno.EIO, "Input/output error"), 8),
+        (OSError(errno.ESTALE, "Stale file handle", "/out/model"), 8),
+        (OSError(errno.EPIPE, "Broken pipe"), 1),
         (PermissionError(errno.EACCES, "Permission denied", "/out/model"), 2),
         (OSError(errno.EROFS, "Read-only file system", "/out/model"), 2),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), 1),
@@ -415,6 +417,18 @@ def test_help_schema_and_a_recipes_errors_need_no_torch(arguments: list[str]) ->
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'peft', 'numpy')))"
     )
     assert subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, check=False).returncode == 0
+
+
+def test_an_output_that_is_taken_is_told_without_torch(recipe: str, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    code = (
+        "import sys; from qexport.cli import main; code = main(sys.argv[1:]);"
+        "sys.exit(99 if 'torch' in sys.modules or 'transformers' in sys.modules else code)"
+    )
+    command = [sys.executable, "-c", code, "run", recipe]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (finished.returncode, "not empty" in finished.stderr) == (2, True)
 
 
 def program(command: str) -> subprocess.CompletedProcess[str]:

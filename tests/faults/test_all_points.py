@@ -1,0 +1,69 @@
+"""Faults at operations all over a run, for every method and layout: at least 2,000 points, see `make test-faults`.
+
+All operations from the first that publishes to the last are met, and of those before them so many at equal distances.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from artifact_cases import LAYOUTS
+from faults.points import KINDS, Case, Harness, Kind, Point, spread
+
+METHODS = ("gptq", "nf4", "int8", "w8a8", "none")
+RECORD = json.loads((Path(__file__).parents[1] / "artifact_bytes.json").read_text(encoding="ascii"))["artifacts"]
+WANTED: dict[Kind, int] = {"kill": 24, "torn write": 6, "full disk": 8, "disk error": 14}
+"""Points before the first rename."""
+
+
+def carries(layout: str, method: str) -> bool:
+    """Whether the layout can hold the method's codes; shards are as whole files in that."""
+    return "refused" not in RECORD[f"llama, {method}"][layout.removesuffix(" shards")]
+
+
+def cases() -> Iterator[tuple[Case, Kind]]:
+    layouts = [layout for layout in LAYOUTS if not layout.startswith("onnx ")]
+    plain = [Case(method, layout) for method, layout in product(METHODS, layouts) if carries(layout, method)]
+    yield from product(plain, KINDS)
+    old = [
+        Case("none", layout, old=old, exchange=exchange)
+        for layout, old, exchange in product(("safetensors", "shared"), ("artifact", "folder"), (True, False))
+    ]
+    yield from product(old, KINDS)
+    measured = [Case("none", "safetensors", verified=True)]
+    measured += [Case("none", "safetensors", old="rejected", exchange=exchange) for exchange in (True, False)]
+    yield from product(measured, ("kill", "disk error"))
+
+
+@pytest.fixture(scope="session")
+def harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harness]:
+    found = Harness(tmp_path_factory.mktemp("faults"))
+    yield found
+    found.close()
+
+
+def points(harness: Harness, case: Case, kind: Kind) -> list[Point]:
+    total, first = harness.counted(case, kind), harness.publishing(case, kind)
+    publishing = range(first - 2, total + 1) if kind != "torn write" else range(total, total + 1)
+    wanted = WANTED[kind] if case.old == "nothing" and not case.verified else WANTED[kind] // 4
+    before = spread(1, publishing[0] - 1, wanted)
+    return [Point(case, kind, number) for number in [*before, *publishing]]
+
+
+def name(case: Case, kind: Kind) -> str:
+    parts = [case.method, case.layout, f"over {case.old}", "exchange" if case.exchange else "two steps", kind]
+    return ", ".join([*parts, "measured"] if case.verified else parts)
+
+
+@pytest.mark.parametrize(("case", "kind"), [pytest.param(*each, id=name(*each)) for each in cases()])
+def test_after_any_fault_the_run_can_be_repeated(
+    harness: Harness, case: Case, kind: Kind, record_property: Callable[[str, object], None]
+) -> None:
+    chosen = points(harness, case, kind)
+    record_property("points", len(chosen))
+    assert [problem for point in chosen for problem in harness.problems(point)] == []

@@ -25,7 +25,7 @@ SELF := -m pip install --quiet --no-deps --no-build-isolation --editable .
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick test-servers test-genai test-tasks test-readers test-browser test-docs check format lint types imports schema docs benchmark lock clean
+.PHONY: help demo test quick test-servers test-genai test-tasks test-readers test-browser test-faults test-docs check format lint types imports schema docs benchmark lock clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -53,6 +53,9 @@ test-readers: $(READY) $(READERS_READY) ## Load GPTQ artifacts with gptqmodel an
 
 test-browser: $(READY) ## Open the pages of reports in headless Chromium (wants chromium and chromium-driver)
 	$(BIN)/python -m pytest tests/browser
+
+test-faults: $(READY) ## Kill runs, fill the disk and fail it at thousands of file operations (a quarter of an hour; wants cc)
+	$(BIN)/python -m pytest $(PARALLEL) tests/faults
 
 test-docs: $(READY) ## Run the checks of the documentation alone
 	$(BIN)/python -m pytest tests/test_docs.py

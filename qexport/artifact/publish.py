@@ -126,10 +126,18 @@ class Publication:
         with _telling_of_the_disk(self.output):
             _make_folder(self.folder)
             self._lock = _lock(self.folder)
-            _empty(self.folder)
-            for target in (self.output, _rejected_path(self.output)):
-                _end_replacing(target, self.folder)
+            try:
+                self._clear()
+            except BaseException:
+                self._release()
+                raise
         return self
+
+    def _clear(self) -> None:
+        """Removes what a killed run left."""
+        _empty(self.folder)
+        for target in (self.output, _rejected_path(self.output)):
+            _end_replacing(target, self.folder)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -277,8 +285,10 @@ def _remove_replaced(replaced: Path, folder: Path) -> None:
         lock = _lock(folder)
     except RecipeError:  # another run has just begun there, and removes it
         return
-    _remove(folder)
-    os.close(lock)
+    try:
+        _remove(folder)
+    finally:
+        os.close(lock)
 
 
 def _make_folder(folder: Path) -> None:

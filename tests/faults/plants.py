@@ -1,73 +1,77 @@
-"""Mistakes in publishing, planted to see that the harness finds them. Each takes effect in the process that calls it."""
+"""Mistakes in publishing, planted to see that the harness finds them. Each holds for the process that calls it."""
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 from qexport.artifact import disk, publish
-from qexport.artifact.manifest import Manifest
-from qexport.pipeline import running
+from qexport.artifact.manifest import MANIFEST_NAME, Manifest
 
 
 def files_are_not_synced() -> None:
-    publish.sync_tree = lambda folder: disk.sync(folder)
+    patch.object(publish, "sync_tree", disk.sync).start()
 
 
 def the_new_names_are_not_synced() -> None:
-    sync = publish.sync
-    publish.sync = lambda path: sync(path) if path.name.endswith(".partial") else None
+    def only_the_temporary_folder(path: Path) -> None:
+        if path.name.endswith(".partial"):
+            disk.sync(path)
+
+    patch.object(publish, "sync", only_the_temporary_folder).start()
 
 
 def new_parents_are_not_synced() -> None:
-    publish.make_folder = lambda folder: folder.mkdir(parents=True, exist_ok=True)
+    patch.object(publish, "make_folder", lambda folder: folder.mkdir(parents=True, exist_ok=True)).start()
 
 
 def the_manifest_is_written_after_publishing() -> None:
-    pending: list[tuple[Manifest, Path]] = []
-    write, publication = Manifest.write, publish.Publication.publish
+    pending: list[Manifest] = []
+    write, publish_now = Manifest.write, publish.Publication.publish
 
     def later(manifest: Manifest, folder: Path) -> Path:
-        pending.append((manifest, folder))
-        (folder / "qexport-manifest.json").touch()
+        pending.append(manifest)
+        (folder / MANIFEST_NAME).touch()
         return folder
 
-    def publish_first(self: publish.Publication) -> Path:
-        path = publication(self)
-        for manifest, _ in pending:
+    def publish_first(publication: publish.Publication) -> Path:
+        path = publish_now(publication)
+        for manifest in pending:
             write(manifest, path)
         return path
 
-    Manifest.write = later  # type: ignore[method-assign]
-    running.Publication.publish = publish_first  # type: ignore[method-assign]
+    patch.object(Manifest, "write", later).start()
+    patch.object(publish.Publication, "publish", publish_first).start()
 
 
 def the_marker_is_removed_after_the_rename() -> None:
     """As it was before the harness."""
-    move = disk.move_into_place
 
     def with_marker(source: Path, target: Path) -> Path | None:
         (source / publish.MARKER_NAME).touch()
-        replaced = move(source, target)
+        replaced = disk.move_into_place(source, target)
         (target / publish.MARKER_NAME).unlink()
         return replaced
 
-    publish.move_into_place = with_marker
+    patch.object(publish, "move_into_place", with_marker).start()
 
 
 def what_is_replaced_is_not_marked() -> None:
+    """As it was before the harness."""
+
     @contextmanager
     def nothing(_: Path) -> Iterator[None]:
         yield
 
-    publish._marked_if_foreign = nothing
+    patch.object(publish, "_marked_if_foreign", nothing).start()
 
 
 def what_lies_aside_is_forgotten() -> None:
-    publish._end_replacing = lambda target, folder: None
+    """As it was before the harness."""
+    patch.object(publish, "_end_replacing", lambda target, folder: None).start()
 
 
 def the_folder_is_copied() -> None:
@@ -76,18 +80,19 @@ def the_folder_is_copied() -> None:
         shutil.rmtree(source)
         return None
 
-    publish.move_into_place = copy
+    patch.object(publish, "move_into_place", copy).start()
 
 
 def an_error_of_the_disk_is_a_defect() -> None:
+    """As it was before the harness."""
     disk._BROKEN.clear()
 
 
 def an_exchange_is_two_renames() -> None:
     def exchange(first: Path, second: Path) -> None:
         beside = first.with_name("beside")
-        os.rename(second, beside)
-        os.rename(first, second)
-        os.rename(beside, first)
+        second.rename(beside)
+        first.rename(second)
+        beside.rename(first)
 
-    disk._exchange = exchange
+    patch.object(disk, "_exchange", exchange).start()

@@ -30,6 +30,7 @@ NEVER = 1 << 40
 """A number that no run has operations for."""
 
 Kind = Literal["kill", "torn write", "full disk", "disk error"]
+Old = Literal["nothing", "artifact", "folder", "rejected"]
 KINDS: Final[Mapping[Kind, tuple[int, int, int]]] = {
     "kill": (KILL, CHANGE, 0),
     "torn write": (TEAR, WRITE, 0),
@@ -59,7 +60,7 @@ class Case:
 
     method: str
     layout: str
-    old: Literal["nothing", "artifact", "folder", "rejected"] = "nothing"
+    old: Old = "nothing"
     exchange: bool = True
     verified: bool = False
 
@@ -253,9 +254,9 @@ class Harness:
     def _recipe(self, case: Case) -> Path:
         content = recipe(self._folder / "model", case.method, LAYOUTS[case.layout])
         if case.verified or case.old == "rejected":
-            gates = {"mean_kl": {"max": 1e-9 if case.old == "rejected" else 1e9}}
+            gates = {"mean_kl": {"at_most": 1e-9 if case.old == "rejected" else 1e9}}
             content["verify"] = {"text": str(self._folder / "held-out.jsonl"), "windows": 2, "sequence_length": 16}
-            content["verify"] |= {"max_windows": 2, "profile": "none", "gates": gates}
+            content["verify"] |= {"max_windows": 2, "profile": "off", "gates": gates}
         path = self._folder / "recipe.yaml"
         path.write_text(json.dumps(content))
         return path

@@ -101,7 +101,7 @@ class Publication:
 
     Used as a context manager. `publish` moves the folder to its final path, `reject` to `<output>.rejected/`; if
     neither was called, because of an error or Ctrl-C, the folder is removed and the final path is unchanged. What a
-    killed run left behind is removed by the next one.
+    killed run left behind is removed by the next one, or put back if it is the old output.
 
     Args:
         output: the final path; parents are created.
@@ -109,7 +109,7 @@ class Publication:
 
     Raises:
         RecipeError: the output is taken, another run is writing it, or `<output>.partial/` is not qexport's.
-        ResourceError: the disk became full inside the context.
+        ResourceError: the disk became full or failed inside the context.
     """
 
     def __init__(self, output: Path, *, force: bool = False) -> None:
@@ -265,10 +265,12 @@ def _end_replacing(target: Path, folder: Path) -> None:
     removed there: what lies aside is always whole.
     """
     aside = path_aside(target)
+    garbage = folder / aside.name
+    if garbage.exists():
+        shutil.rmtree(garbage)
     if not aside.exists():
         return
     if target.exists() and any(target.iterdir()):
-        garbage = folder / aside.name
         aside.rename(garbage)
         shutil.rmtree(garbage)
     else:
@@ -359,7 +361,7 @@ def _empty(folder: Path) -> None:
 
 def _remove(folder: Path) -> None:
     """Removes the marker last, so that an interrupted removal is still recognized as qexport's."""
-    (folder / MARKER_NAME).touch()
+    (folder / MARKER_NAME).write_bytes(b"")
     _empty(folder)
     (folder / MARKER_NAME).unlink()
     folder.rmdir()

@@ -49,11 +49,12 @@ def harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harness]:
 
 
 def points(harness: Harness, case: Case, kind: Kind) -> list[Point]:
-    total, first = harness.counted(case, kind), harness.publishing(case, kind)
-    publishing = range(first - 2, total + 1) if kind != "torn write" else range(total, total + 1)
+    """Torn writes come before the first rename only."""
+    total = harness.counted(case, kind)
+    publishing = total + 1 if kind == "torn write" else harness.publishing(case, kind) - 2
     wanted = WANTED[kind] if case.old == "nothing" and not case.verified else WANTED[kind] // 4
-    before = spread(1, publishing[0] - 1, wanted)
-    return [Point(case, kind, number) for number in [*before, *publishing]]
+    numbers = [*spread(1, publishing - 1, wanted), *range(publishing, total + 1)]
+    return [Point(case, kind, number) for number in numbers]
 
 
 def name(case: Case, kind: Kind) -> str:

@@ -181,6 +181,12 @@ def test_the_folder_of_rejected_artifacts_is_never_replaced_under_the_users_feet
         check_output(tmp_path / "out", force=False)
 
 
+@pytest.mark.parametrize("name", ["out.partial", "out.rejected", "out.replaced"])
+def test_an_output_is_not_called_as_a_folder_that_a_run_removes(tmp_path: Path, name: str) -> None:
+    with pytest.raises(RecipeError, match="must not be called"):
+        check_output(tmp_path / name, force=True)
+
+
 def test_a_linked_output_is_followed(tmp_path: Path) -> None:
     (tmp_path / "far").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "far" / "out")
@@ -348,6 +354,28 @@ def test_the_old_folder_stays_where_replacing_it_fails(
         run(output, Publication.publish, force=True)
     assert tree(output) == {"old": "old"}
     assert names(tmp_path) == ["out"]
+
+
+def test_an_old_folder_that_cannot_be_put_back_is_named_and_put_back_by_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def only_aside(source: Path, target: Path) -> Path:
+        if target.name != "out.replaced":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return rename(source, target)
+
+    old_output(tmp_path)
+    monkeypatch.setattr(disk, "_exchange", without_exchange)
+    monkeypatch.setattr(Path, "rename", only_aside)
+    with pytest.raises(ResourceError, match="could not be put back") as caught:
+        run(tmp_path / "out", Publication.publish, force=True)
+    assert caught.value.where == str(tmp_path / "out.replaced")
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(ValueError, match="later"):
+        run(tmp_path / "out", failing(ValueError("later")), force=True)
+    assert tree(tmp_path) == {"out/old": "old"}
 
 
 def test_what_appeared_meanwhile_at_the_final_path_is_not_replaced(tmp_path: Path) -> None:

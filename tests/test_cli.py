@@ -213,6 +213,21 @@ def test_every_error_has_its_exit_code(
     assert main([command, recipe]) == code
 
 
+def test_a_file_that_the_disk_cannot_read_is_an_error_of_the_disk(
+    recipe: str, pipeline: Callable[[Run], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = InputError("cannot be read", where="/out/model")
+    error.__cause__ = OSError(errno.EIO, "Input/output error")
+    pipeline(raising(error))
+    assert main(["run", recipe]) == 8
+    assert capsys.readouterr().err.splitlines()[:2] == [
+        "error: the disk failed: Input/output error",
+        "where: /out/model",
+    ]
+    error.__cause__ = OSError(errno.EACCES, "Permission denied")
+    assert main(["run", recipe]) == 3
+
+
 def test_an_error_is_three_lines_on_stderr_and_nothing_on_stdout(
     recipe: str, pipeline: Callable[[Run], None], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -48,18 +48,20 @@ def disk_failure(error: BaseException | None, *, where: str | None, after: str =
     """What to tell of an error of the disk itself; None for any other error, for example that of a wrong path.
 
     Args:
-        error: any exception.
+        error: any exception, also one that was raised from the disk's, for example that a file cannot be read.
         where: the path concerned.
         after: what has become of the files, to follow the message.
     """
-    if not isinstance(error, OSError):
+    if isinstance(error, ResourceError):
         return None
-    if error.errno in _FULL:
-        mend = "free some space, or choose an output on another disk"
-        return ResourceError(f"the disk is full{after}", where=where, mend=mend)
-    if error.errno in _BROKEN:
-        mend = "check the disk or the connection to it (dmesg shows its errors), then run it again"
-        return ResourceError(f"the disk failed: {error.strerror}{after}", where=where, mend=mend)
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            mend = "free some space, or choose an output on another disk"
+            return ResourceError(f"the disk is full{after}", where=where, mend=mend)
+        if isinstance(error, OSError) and error.errno in _BROKEN:
+            mend = "check the disk or the connection to it (dmesg shows its errors), then run it again"
+            return ResourceError(f"the disk failed: {error.strerror}{after}", where=where, mend=mend)
+        error = error.__cause__
     return None
 
 
@@ -164,6 +166,7 @@ def move_into_place(source: Path, target: Path) -> Path | None:
 
     Raises:
         OSError: nothing was changed.
+        ResourceError: the disk failed, and again when the old folder was to be put back; it lies at `path_aside`.
     """
     if not target.exists() or not any(target.iterdir()):
         source.rename(target)
@@ -199,7 +202,18 @@ def _swap_in_two_steps(source: Path, target: Path) -> Path:
     target.rename(aside)
     try:
         source.rename(target)
-    except BaseException:
-        aside.rename(target)
+    except BaseException as error:
+        _put_back(aside, target, error)
         raise
     return aside
+
+
+def _put_back(aside: Path, target: Path, reason: BaseException) -> None:
+    try:
+        aside.rename(target)
+    except OSError as error:
+        raise ResourceError(
+            f"the old folder could not be put back after a failure ({reason}): {error.strerror}",
+            where=str(aside),
+            mend=f"move it to {target.name} once the disk works, or run again with --force, which does that first",
+        ) from error

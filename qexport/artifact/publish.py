@@ -26,6 +26,7 @@ from qexport.artifact.manifest import MANIFEST_NAME, REPORT_FOLDER, FileRecord, 
 from qexport.errors import InputError, QexportError, RecipeError, ResourceError
 
 MARKER_NAME = ".qexport-partial"
+_OWN_SUFFIXES = (".partial", ".rejected", ".replaced")
 
 
 def check_output(output: Path, *, force: bool) -> Path:
@@ -39,9 +40,12 @@ def check_output(output: Path, *, force: bool) -> Path:
         The path with all links resolved.
 
     Raises:
-        RecipeError: a path is taken, or contains the current directory.
+        RecipeError: a path is taken, is one of qexport's own, or contains the current directory.
     """
     resolved = Path(os.path.realpath(output))
+    if resolved.suffix in _OWN_SUFFIXES:
+        what = f"an output must not be called {resolved.name}: qexport makes and removes folders of such names"
+        raise RecipeError(what, where=str(output), mend="choose another output")
     if not resolved.name or (force and Path.cwd().is_relative_to(resolved)):
         raise RecipeError(
             "the output must not contain the current directory", where=str(output), mend="choose another output"

@@ -199,9 +199,10 @@ class Harness:
             found.append(f"what stands at the final path {[whole(path, state) for state in states]}")
         if case.old == "rejected" and output.exists():
             found.append("a rejected artifact is at the final path")
-        # Without an exchange there is a moment between two renames: a kill in it leaves the old folder aside.
-        aside = path.with_name(f"{path.name}.replaced")
-        excused = not case.exchange and ended.code == -9 and aside.exists() and whole(aside, states[-1]) is None
+        # Without an exchange there is a moment between two renames: a kill in it leaves the old folder aside, as does
+        # a disk on which nothing can be renamed back.
+        aside, told = path.with_name(f"{path.name}.replaced"), "put back" in ended.told
+        excused = not case.exchange and (ended.code == -9 or told) and whole(aside, states[-1]) is None
         if case.old != "nothing" and not path.exists() and not excused:
             found.append("neither the old folder nor the new one is at the final path")
         if ended.code in (0, 6, 7) and path.exists() and whole(path, states[0]):

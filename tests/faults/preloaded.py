@@ -27,6 +27,8 @@ LIMIT = 120
 """Seconds after which a run counts as hanging."""
 
 SHIM = ctypes.CDLL(None)
+SHIM.fault_arm.argtypes = [ctypes.c_char_p, *[ctypes.c_int] * 2, ctypes.c_long, *[ctypes.c_int] * 3]
+SHIM.fault_count.restype = ctypes.c_long
 
 
 def serve() -> None:

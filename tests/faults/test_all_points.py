@@ -18,7 +18,7 @@ from faults.points import KINDS, Case, Harness, Kind, Old, Point, spread
 METHODS = ("gptq", "nf4", "int8", "w8a8", "none")
 OLD: tuple[Old, ...] = ("artifact", "folder")
 RECORD = json.loads((Path(__file__).parents[1] / "artifact_bytes.json").read_text(encoding="ascii"))["artifacts"]
-WANTED: dict[Kind, int] = {"kill": 16, "torn write": 4, "full disk": 5, "disk error": 8}
+WANTED: dict[Kind, int] = {"kill": 24, "torn write": 4, "full disk": 6, "disk error": 12}
 """Points before the first rename."""
 
 

@@ -27,7 +27,7 @@ SELF := -m pip install --quiet --no-deps --no-build-isolation --editable .
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick test-servers test-genai test-tasks test-readers test-browser test-integrity test-docs test-hostile test-fuzz check format lint types imports schema docs benchmark lock clean
+.PHONY: help demo test quick test-servers test-genai test-tasks test-readers test-browser test-integrity test-faults test-docs test-hostile test-fuzz check format lint types imports schema docs benchmark lock clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -58,6 +58,9 @@ test-browser: $(READY) ## Open the pages of reports in headless Chromium (wants 
 
 test-integrity: $(READY) ## Flip every bit of a tiny artifact and cut its files at every length (about an hour)
 	QEXPORT_EVERY_BIT=1 $(BIN)/python -m pytest tests/test_integrity.py
+
+test-faults: $(READY) ## Kill runs, fill the disk and fail it at thousands of file operations (a quarter of an hour; wants cc)
+	$(BIN)/python -m pytest $(PARALLEL) tests/faults
 
 test-docs: $(READY) ## Run the checks of the documentation alone
 	$(BIN)/python -m pytest tests/test_docs.py

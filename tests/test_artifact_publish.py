@@ -181,6 +181,12 @@ def test_the_folder_of_rejected_artifacts_is_never_replaced_under_the_users_feet
         check_output(tmp_path / "out", force=False)
 
 
+@pytest.mark.parametrize("name", ["out.partial", "out.rejected", "out.replaced"])
+def test_an_output_is_not_called_as_a_folder_that_a_run_removes(tmp_path: Path, name: str) -> None:
+    with pytest.raises(RecipeError, match="must not be called"):
+        check_output(tmp_path / name, force=True)
+
+
 def test_a_linked_output_is_followed(tmp_path: Path) -> None:
     (tmp_path / "far").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "far" / "out")
@@ -224,6 +230,107 @@ def test_the_replaced_folder_is_locked_until_it_is_gone(tmp_path: Path, monkeypa
     assert removed == [[MARKER_NAME, "old"]]
 
 
+@pytest.mark.parametrize("ours", [True, False])
+@pytest.mark.parametrize("swapped", [True, False])
+def test_what_a_kill_between_two_renames_left_is_put_back_or_removed(tmp_path: Path, ours: bool, swapped: bool) -> None:
+    """Without an exchange: the old folder lies aside, the new one still at its temporary path or already in place."""
+    aside = tmp_path / "out.replaced"
+    aside.mkdir()
+    (aside / "old").write_text("old")
+    (aside / (MANIFEST_NAME if ours else MARKER_NAME)).touch()
+    new = tmp_path / ("out" if swapped else "out.partial")
+    new.mkdir()
+    fill(new)
+    with Publication(tmp_path / "out", force=True) as publication:
+        assert names(tmp_path) == ["out", "out.partial"]
+        assert names(publication.folder) == [MARKER_NAME]
+        assert tree(tmp_path / "out") == (NEW if swapped else {"old": "old"} | ({MANIFEST_NAME: ""} if ours else {}))
+        fill(publication.folder, "newer")
+        publication.publish()
+    assert names(tmp_path) == ["out"]
+    assert tree(tmp_path / "out")[MANIFEST_NAME] == "newer"
+
+
+def test_without_force_an_output_that_lies_aside_is_not_passed_over(tmp_path: Path) -> None:
+    fill_layouts(tmp_path / "out.replaced", "tgi")
+    with pytest.raises(RecipeError, match="killed while it replaced the output") as caught:
+        check_output(tmp_path / "out", force=False)
+    assert caught.value.mend == "move it back to out, or run again with --force"
+
+
+@pytest.mark.parametrize("name", ["out.replaced", "out.rejected.replaced"])
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_what_is_in_the_way_of_an_old_folder_is_kept_and_told_before_the_work(
+    tmp_path: Path, name: str, kind: str
+) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("mine")
+    match kind:
+        case "folder":
+            mine.rename(tmp_path / name)
+        case "file":
+            (tmp_path / name).write_text("mine")
+        case "link":
+            (tmp_path / name).symlink_to(mine)
+    before = tree(tmp_path)
+    with pytest.raises(RecipeError, match="not qexport's lies where"):
+        Publication(tmp_path / "out", force=True)
+    assert tree(tmp_path) == before
+
+
+def test_a_finished_folder_without_marker_was_left_by_a_killed_run(tmp_path: Path) -> None:
+    """It was about to be published, or has been replaced."""
+    fill_layouts(tmp_path / "out.partial", "tgi", "vllm")
+    with Publication(tmp_path / "out") as publication:
+        assert names(publication.folder) == [MARKER_NAME]
+
+
+def test_while_the_folder_is_published_its_manifest_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The marker is gone then, so that a kill leaves none in the artifact."""
+    seen: list[list[str]] = []
+
+    def watched(source: Path, target: Path) -> Path | None:
+        seen.append(names(source))
+        with pytest.raises(RecipeError, match="another run"), Publication(target):
+            pass
+        seen.append(names(source))
+        return disk.move_into_place(source, target)
+
+    monkeypatch.setattr(publish, "move_into_place", watched)
+    run(tmp_path / "out", Publication.publish)
+    assert seen == [[MANIFEST_NAME, "sub"]] * 2
+    assert tree(tmp_path / "out") == NEW
+
+
+def test_an_old_artifact_that_cannot_be_written_is_replaced(tmp_path: Path) -> None:
+    run(tmp_path / "out", Publication.publish)
+    (tmp_path / "out" / MANIFEST_NAME).chmod(0o444)
+    run(tmp_path / "out", Publication.publish, force=True, text="newer")
+    assert tree(tmp_path / "out") == {"sub/weights": "newer", MANIFEST_NAME: "newer"}
+
+
+@pytest.mark.parametrize("function", ["sync", "_remove"])
+def test_an_error_after_the_rename_says_that_the_artifact_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    honest = getattr(publish, function)
+
+    def fail_after_rename(path: Path) -> None:
+        if path in (tmp_path, tmp_path / "out.partial") and (tmp_path / "out" / "sub").exists():
+            raise OSError(errno.EIO, "planted")
+        honest(path)
+
+    old_output(tmp_path)
+    monkeypatch.setattr(publish, function, fail_after_rename)
+    with pytest.raises(ResourceError, match="the artifact is complete, but"):
+        run(tmp_path / "out", Publication.publish, force=True)
+    assert tree(tmp_path / "out") == NEW
+    monkeypatch.undo()
+    run(tmp_path / "out", Publication.publish, force=True, text="newer")
+    assert names(tmp_path) == ["out"]
+
+
 @pytest.mark.parametrize("exchange", [True, False])
 def test_the_old_folder_stays_where_replacing_it_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
@@ -247,6 +354,28 @@ def test_the_old_folder_stays_where_replacing_it_fails(
         run(output, Publication.publish, force=True)
     assert tree(output) == {"old": "old"}
     assert names(tmp_path) == ["out"]
+
+
+def test_an_old_folder_that_cannot_be_put_back_is_named_and_put_back_by_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def only_aside(source: Path, target: Path) -> Path:
+        if target.name != "out.replaced":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return rename(source, target)
+
+    old_output(tmp_path)
+    monkeypatch.setattr(disk, "_exchange", without_exchange)
+    monkeypatch.setattr(Path, "rename", only_aside)
+    with pytest.raises(ResourceError, match="could not be put back") as caught:
+        run(tmp_path / "out", Publication.publish, force=True)
+    assert caught.value.where == str(tmp_path / "out.replaced")
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(ValueError, match="later"):
+        run(tmp_path / "out", failing(ValueError("later")), force=True)
+    assert tree(tmp_path) == {"out/old": "old"}
 
 
 def test_what_appeared_meanwhile_at_the_final_path_is_not_replaced(tmp_path: Path) -> None:
@@ -395,9 +524,11 @@ def test_a_folder_that_appears_in_place_of_the_rejected_one_is_kept(tmp_path: Pa
     assert tree(tmp_path) == {"out.rejected/thesis.txt": "mine"}
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, code: int) -> None:
-    with pytest.raises(ResourceError, match="disk is full"):
+@pytest.mark.parametrize(
+    ("code", "words"), [(errno.ENOSPC, "disk is full"), (errno.EDQUOT, "disk is full"), (errno.EIO, "disk failed")]
+)
+def test_an_error_of_the_disk_is_told_and_leaves_nothing(tmp_path: Path, code: int, words: str) -> None:
+    with pytest.raises(ResourceError, match=f"{words}.*has been removed"):
         run(tmp_path / "out", failing(OSError(code, os.strerror(code))))
     assert names(tmp_path) == []
 
@@ -416,12 +547,15 @@ def test_everything_is_on_the_disk_before_the_rename(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(os, "fsync", record_sync)
     monkeypatch.setattr(publish, "move_into_place", record_move)
-    with Publication(tmp_path / "out") as publication:
+    with Publication(tmp_path / "deep" / "out") as publication:
+        assert done == ["", "/deep"]  # the names of the new folders
         fill(publication.folder)
         publication.publish()
-    before = {f"/out.partial{name}" for name in ("", "/sub", "/sub/weights", f"/{MANIFEST_NAME}", f"/{MARKER_NAME}")}
-    assert set(done[: done.index("move")]) == before
-    assert done[done.index("move") + 1 :] == [""]
+    new = [f"/deep/out.partial{name}" for name in ("", "/sub", "/sub/weights", f"/{MANIFEST_NAME}", f"/{MARKER_NAME}")]
+    before = done[2 : done.index("move")]
+    assert set(before) == set(new)
+    assert before[-1] == new[0]  # without the marker
+    assert done[done.index("move") + 1 :] == ["/deep"]
 
 
 def test_modes_follow_the_umask(tmp_path: Path) -> None:

@@ -197,7 +197,9 @@ UNDECIDED = reports.gate_result("mean_kl[law]", value=None, verdict="undecided",
         (KeyboardInterrupt(), 130),
         (QexportError("x"), 1),
         (KeyError("x"), 1),
-        (OSError(errno.EIO, "Input/output error"), 1),
+        (OSError(errno.EIO, "Input/output error"), 8),
+        (OSError(errno.ESTALE, "Stale file handle", "/out/model"), 8),
+        (OSError(errno.EPIPE, "Broken pipe"), 1),
         (PermissionError(errno.EACCES, "Permission denied", "/out/model"), 2),
         (OSError(errno.EROFS, "Read-only file system", "/out/model"), 2),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), 1),
@@ -209,6 +211,21 @@ def test_every_error_has_its_exit_code(
 ) -> None:
     pipeline(raising(error))
     assert main([command, recipe]) == code
+
+
+def test_a_file_that_the_disk_cannot_read_is_an_error_of_the_disk(
+    recipe: str, pipeline: Callable[[Run], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = InputError("cannot be read", where="/out/model")
+    error.__cause__ = OSError(errno.EIO, "Input/output error")
+    pipeline(raising(error))
+    assert main(["run", recipe]) == 8
+    assert capsys.readouterr().err.splitlines()[:2] == [
+        "error: the disk failed: Input/output error",
+        "where: /out/model",
+    ]
+    error.__cause__ = OSError(errno.EACCES, "Permission denied")
+    assert main(["run", recipe]) == 3
 
 
 def test_an_error_is_three_lines_on_stderr_and_nothing_on_stdout(
@@ -416,6 +433,18 @@ def test_help_schema_and_a_recipes_errors_need_no_torch(arguments: list[str]) ->
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'peft', 'numpy')))"
     )
     assert subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, check=False).returncode == 0
+
+
+def test_an_output_that_is_taken_is_told_without_torch(recipe: str, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    code = (
+        "import sys; from qexport.cli import main; code = main(sys.argv[1:]);"
+        "sys.exit(99 if 'torch' in sys.modules or 'transformers' in sys.modules else code)"
+    )
+    command = [sys.executable, "-c", code, "run", recipe]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (finished.returncode, "not empty" in finished.stderr) == (2, True)
 
 
 def program(command: str) -> subprocess.CompletedProcess[str]:

@@ -18,7 +18,8 @@ from qexport.errors import ResourceError
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_BROKEN = {errno.EIO, errno.EREMOTEIO, errno.ESTALE}
 
 
 def ensure_space(path: Path, needed: int) -> None:
@@ -43,17 +44,57 @@ def ensure_space(path: Path, needed: int) -> None:
         )
 
 
-def is_disk_full(error: BaseException | None) -> bool:
-    """Whether the error says that the disk or the user's quota is full."""
-    return isinstance(error, OSError) and error.errno in _DISK_FULL
+def disk_failure(error: BaseException | None, *, where: str | None, after: str = "") -> ResourceError | None:
+    """What to tell of an error of the disk itself; None for any other error, for example that of a wrong path.
+
+    Args:
+        error: any exception, also one that was raised from the disk's, for example that a file cannot be read.
+        where: the path concerned.
+        after: what has become of the files, to follow the message.
+    """
+    if isinstance(error, ResourceError):
+        return None
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            mend = "free some space, or choose an output on another disk"
+            return ResourceError(f"the disk is full{after}", where=where, mend=mend)
+        if isinstance(error, OSError) and error.errno in _BROKEN:
+            mend = "check the disk or the connection to it (dmesg shows its errors), then run it again"
+            return ResourceError(f"the disk failed: {error.strerror}{after}", where=where, mend=mend)
+        error = error.__cause__
+    return None
 
 
 def sync_tree(folder: Path) -> None:
-    """Forces every file and folder below `folder`, and itself, onto the disk."""
-    for parent, _, files in os.walk(folder):
+    """Forces every file and folder below `folder`, and itself, onto the disk.
+
+    Raises:
+        OSError: the disk failed, or a folder cannot be listed.
+    """
+    for parent, _, files in os.walk(folder, onerror=_raise):
         for name in files:
-            _sync(Path(parent, name))
-        _sync(Path(parent))
+            sync(Path(parent, name))
+        sync(Path(parent))
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def sync(path: Path) -> None:
+    """Forces a file, or the names in a folder, onto the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Creates a folder with its parents. Each name is forced onto the disk, as a folder is lost with its parents."""
+    for missing in reversed([each for each in (folder, *folder.parents) if not each.exists()]):
+        missing.mkdir(exist_ok=True)
+        sync(missing.parent)
 
 
 def write_whole(path: Path, content: str) -> None:
@@ -86,11 +127,11 @@ def write_together(folder: Path, contents: Mapping[str, str]) -> None:
             if path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
             partial.write_bytes(content.encode())
-            _sync(partial)
+            sync(partial)
         with uninterrupted():
             for path, partial in beside.items():
                 partial.replace(path)
-            _sync(folder)
+            sync(folder)
     except BaseException as error:
         for partial in beside.values():
             partial.unlink(missing_ok=True)
@@ -114,7 +155,7 @@ def uninterrupted() -> Iterator[None]:
 
 
 def move_into_place(source: Path, target: Path) -> Path | None:
-    """Renames a folder to `target`, in one step even if a folder is there already.
+    """Renames a folder to `target`, in one step even if a folder is there already. The caller syncs the parent folder.
 
     Args:
         source: a complete folder that is on the disk (`sync_tree`).
@@ -125,20 +166,18 @@ def move_into_place(source: Path, target: Path) -> Path | None:
 
     Raises:
         OSError: nothing was changed.
+        ResourceError: the disk failed, and again when the old folder was to be put back; it lies at `path_aside`.
     """
-    if not target.exists():
+    if not target.exists() or not any(target.iterdir()):
         source.rename(target)
-        _sync(target.parent)
         return None
     try:
         _exchange(source, target)
-        replaced = source
+        return source
     except OSError as error:
         if error.errno not in _NO_EXCHANGE:
             raise
-        replaced = _swap_in_two_steps(source, target)
-    _sync(target.parent)
-    return replaced
+        return _swap_in_two_steps(source, target)
 
 
 def _exchange(first: Path, second: Path) -> None:
@@ -152,21 +191,29 @@ def _exchange(first: Path, second: Path) -> None:
         raise OSError(code, os.strerror(code), str(second))
 
 
+def path_aside(target: Path) -> Path:
+    """Where the folder at `target` lies for the moment in which another takes its place."""
+    return target.with_name(target.name + ".replaced")
+
+
 def _swap_in_two_steps(source: Path, target: Path) -> Path:
     """For systems that cannot exchange: the target is missing for a moment, but never incomplete."""
-    aside = target.with_name(target.name + ".replaced")
+    aside = path_aside(target)
     target.rename(aside)
     try:
         source.rename(target)
-    except BaseException:
-        aside.rename(target)
+    except BaseException as error:
+        _put_back(aside, target, error)
         raise
     return aside
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _put_back(aside: Path, target: Path, reason: BaseException) -> None:
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        aside.rename(target)
+    except OSError as error:
+        raise ResourceError(
+            f"the old folder could not be put back after a failure ({reason}): {error.strerror}",
+            where=str(aside),
+            mend=f"move it to {target.name} once the disk works, or run again with --force, which does that first",
+        ) from error

@@ -5,17 +5,27 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from qexport.artifact.disk import is_disk_full, move_into_place, sync_tree, uninterrupted
+from qexport.artifact.disk import (
+    disk_failure,
+    make_folder,
+    move_into_place,
+    path_aside,
+    sync,
+    sync_tree,
+    uninterrupted,
+)
 from qexport.artifact.manifest import MANIFEST_NAME
 from qexport.artifact.roots import check_roots_path
 from qexport.errors import QexportError, RecipeError, ResourceError
 
 MARKER_NAME = ".qexport-partial"
+_OWN_SUFFIXES = (".partial", ".rejected", ".replaced")
 
 
 def check_output(output: Path, *, force: bool) -> Path:
@@ -29,9 +39,13 @@ def check_output(output: Path, *, force: bool) -> Path:
         The path with all links resolved.
 
     Raises:
-        RecipeError: a path is taken, also that of the root digest, or contains the current directory.
+        RecipeError: a path is taken, also that of the root digest, is one of qexport's own, or contains the current
+            directory.
     """
     resolved = Path(os.path.realpath(output))
+    if resolved.suffix in _OWN_SUFFIXES:
+        what = f"an output must not be called {resolved.name}: qexport makes and removes folders of such names"
+        raise RecipeError(what, where=str(output), mend="choose another output")
     if not resolved.name or (force and Path.cwd().is_relative_to(resolved)):
         raise RecipeError(
             "the output must not contain the current directory", where=str(output), mend="choose another output"
@@ -47,6 +61,8 @@ def check_output(output: Path, *, force: bool) -> Path:
     for target in (resolved, _rejected_path(resolved)):
         check_roots_path(target)
     _check_rejected(_rejected_path(resolved))
+    _check_aside(resolved, force=force)
+    _check_aside(_rejected_path(resolved), force=True)
     return resolved
 
 
@@ -73,12 +89,25 @@ def _check_rejected(rejected: Path) -> None:
         )
 
 
+def _check_aside(target: Path, *, force: bool) -> None:
+    """Refuses what lies where the folder at `target` goes for a moment, unless a killed run has put it there."""
+    aside = path_aside(target)
+    if not os.path.lexists(aside):
+        return
+    if aside.is_symlink() or not aside.is_dir() or (any(aside.iterdir()) and not _is_ours(aside)):
+        what = "something that is not qexport's lies where a folder goes while it is replaced"
+        raise RecipeError(what, where=str(aside), mend="move or remove it, or choose another output")
+    if not force and not target.exists():
+        what = "a run with --force was killed while it replaced the output, and the old one lies beside"
+        raise RecipeError(what, where=str(aside), mend=f"move it back to {target.name}, or run again with --force")
+
+
 class Publication:
     """The temporary folder `<output>.partial/`, locked against other runs.
 
     Used as a context manager. `publish` moves the folder to its final path, `reject` to `<output>.rejected/`; if
     neither was called, because of an error or Ctrl-C, the folder is removed and the final path is unchanged. What a
-    killed run left behind is removed by the next one.
+    killed run left behind is removed by the next one, or put back if it is the old output.
 
     Args:
         output: the final path; parents are created.
@@ -86,7 +115,7 @@ class Publication:
 
     Raises:
         RecipeError: the output is taken, another run is writing it, or `<output>.partial/` is not qexport's.
-        ResourceError: the disk became full inside the context.
+        ResourceError: the disk became full or failed inside the context.
     """
 
     def __init__(self, output: Path, *, force: bool = False) -> None:
@@ -105,24 +134,33 @@ class Publication:
         return self.output.with_name(self.output.name + ".partial")
 
     def __enter__(self) -> Self:
-        _make_folder(self.folder)
-        self._lock = _lock(self.folder)
-        _empty(self.folder)
+        with _telling_of_the_disk(self.output):
+            _make_folder(self.folder)
+            self._lock = _lock(self.folder)
+            try:
+                self._clear()
+            except BaseException:
+                self._release()
+                raise
         return self
+
+    def _clear(self) -> None:
+        """Removes what a killed run left."""
+        _empty(self.folder)
+        for target in (self.output, _rejected_path(self.output)):
+            _end_replacing(target, self.folder)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        after = ""
         if self._lock is not None:
             with suppress(OSError):  # the first error matters more, and the next run removes the rest
                 _remove(self.folder)
+                after = "; what was written has been removed"
             self._release()
-        if is_disk_full(error):
-            raise ResourceError(
-                "the disk is full; what was written has been removed",
-                where=str(self.output),
-                mend="free some space, or choose an output on another disk",
-            ) from error
+        if failure := disk_failure(error, where=str(self.output), after=after):
+            raise failure from error
 
     def publish(self) -> Path:
         """Moves the finished folder, one artifact or a folder of artifacts, to its final path, and returns that.
@@ -130,9 +168,8 @@ class Publication:
         Raises:
             QexportError: a manifest is missing.
             RecipeError: something else has appeared at the final path.
+            ResourceError: the artifact is at its final path, but the disk failed afterwards.
         """
-        if not _is_complete(self.folder):
-            raise QexportError("an artifact without its manifest cannot be published", where=str(self.folder))
         check_output(self.output, force=self._force)
         self._move_to(self.output)
         return self.output
@@ -141,7 +178,9 @@ class Publication:
         """Moves the folder to `<output>.rejected/`, in place of an older one, and returns that path.
 
         Raises:
+            QexportError: a manifest is missing.
             RecipeError: something else has appeared there.
+            ResourceError: the artifact is there, but the disk failed afterwards.
         """
         rejected = _rejected_path(self.output)
         _check_rejected(rejected)
@@ -149,16 +188,35 @@ class Publication:
         return rejected
 
     def _move_to(self, target: Path) -> None:
-        """Keeps the locked marker until the rename is done, so that no other run can take the folder before it."""
+        """Moves the folder to the target, which is replaced.
+
+        A finished artifact never contains the marker, wherever the run is killed: it is removed before the rename. For
+        that moment the manifest is locked in its place. What is moved away carries a manifest or gets a marker first,
+        so that the next run knows it.
+        """
+        if not _is_complete(self.folder):
+            raise QexportError("an artifact without its manifest cannot be published", where=str(self.folder))
         sync_tree(self.folder)
-        with uninterrupted():
-            replaced = move_into_place(self.folder, target)
-            (target / MARKER_NAME).unlink()
+        with uninterrupted(), ExitStack() as locks:
+            locks.callback(os.close, _lock_file(_manifests(self.folder)[0], wait=True))
+            (self.folder / MARKER_NAME).unlink()
+            sync(self.folder)
+            with _marked_if_foreign(target):
+                replaced = move_into_place(self.folder, target)
+            locks.close()
             self._release()
+            self._finish(target, replaced)
+
+    def _finish(self, target: Path, replaced: Path | None) -> None:
+        """Removes the folder that was replaced, once the new one is certain to be found after a loss of power."""
+        try:
+            sync(target.parent)
             if replaced is not None:
-                lock = _lock(replaced)
-                _remove(replaced)
-                os.close(lock)
+                _remove_replaced(replaced, self.folder)
+        except OSError as error:
+            what = f"the artifact is complete, but the disk failed while the run was ending: {error.strerror}"
+            mend = "check the disk; what is left of the old artifact lies beside, and a run with --force removes it"
+            raise ResourceError(what, where=str(target), mend=mend) from error
 
     def _release(self) -> None:
         if self._lock is not None:
@@ -166,11 +224,84 @@ class Publication:
             self._lock = None
 
 
+@contextmanager
+def _telling_of_the_disk(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if failure := disk_failure(error, where=str(output)):
+            raise failure from error
+        raise
+
+
+def _manifests(folder: Path) -> list[Path]:
+    """The manifest of a finished artifact, or those of the artifacts in a folder of several; none if one is missing."""
+    if (folder / MANIFEST_NAME).is_file():
+        return [folder / MANIFEST_NAME]
+    found = [entry / MANIFEST_NAME for entry in sorted(folder.iterdir()) if entry.name != MARKER_NAME]
+    return found if all(manifest.is_file() for manifest in found) else []
+
+
 def _is_complete(folder: Path) -> bool:
     """Whether the folder has a manifest, or consists of folders that have one."""
-    entries = [entry for entry in folder.iterdir() if entry.name != MARKER_NAME]
-    several = bool(entries) and all((entry / MANIFEST_NAME).is_file() for entry in entries)
-    return several or (folder / MANIFEST_NAME).is_file()
+    return bool(_manifests(folder))
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether qexport made the folder, or was about to delete it."""
+    return (folder / MARKER_NAME).exists() or _is_complete(folder)
+
+
+@contextmanager
+def _marked_if_foreign(folder: Path) -> Iterator[None]:
+    """Marks a folder of the user, which is to be replaced in the block; the manifest of an artifact is mark enough."""
+    if not folder.is_dir() or not any(folder.iterdir()) or _is_complete(folder):
+        yield
+        return
+    marker = folder / MARKER_NAME
+    marker.touch()
+    sync(folder)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            marker.unlink()
+        raise
+
+
+def _end_replacing(target: Path, folder: Path) -> None:
+    """Ends what a run was killed at that could not exchange two folders.
+
+    The old folder is put back if the new one has not taken its place, else it is moved into the temporary folder and
+    removed there: what lies aside is always whole.
+    """
+    aside = path_aside(target)
+    garbage = folder / aside.name
+    if garbage.exists():
+        shutil.rmtree(garbage)
+    if not aside.exists():
+        return
+    if target.exists() and any(target.iterdir()):
+        aside.rename(garbage)
+        shutil.rmtree(garbage)
+    else:
+        aside.rename(target)
+        (target / MARKER_NAME).unlink(missing_ok=True)
+    sync(target.parent)
+
+
+def _remove_replaced(replaced: Path, folder: Path) -> None:
+    """Removes the old folder at the temporary path, where the next run looks for what is left of it."""
+    if replaced != folder:
+        replaced.rename(folder)
+    try:
+        lock = _lock(folder)
+    except RecipeError:  # another run has just begun there, and removes it
+        return
+    try:
+        _remove(folder)
+    finally:
+        os.close(lock)
 
 
 def _make_folder(folder: Path) -> None:
@@ -179,30 +310,54 @@ def _make_folder(folder: Path) -> None:
             "the temporary folder's path is taken by a file or a link", where=str(folder), mend="remove it"
         )
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     except OSError as error:
+        if disk_failure(error, where=None):
+            raise
         raise RecipeError(f"the output cannot be created: {error.strerror}", where=str(folder)) from error
-    if not (folder / MARKER_NAME).exists() and any(folder.iterdir()):
+    if any(folder.iterdir()) and not _is_ours(folder):
         raise RecipeError(
             "the temporary folder holds files that are not qexport's", where=str(folder), mend="move or remove it"
         )
 
 
 def _lock(folder: Path) -> int:
-    """Opens and locks the marker. The lock ends with the descriptor, so also when the process is killed."""
+    """Opens and locks the marker. The lock ends with the descriptor, so also when the process is killed.
+
+    A finished folder without marker was left by a killed run, or is being published at this moment: its manifest is
+    locked then.
+    """
     marker = folder / MARKER_NAME
-    descriptor = os.open(marker, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    if not _take(descriptor, marker):
+    if os.path.lexists(marker):
+        return _lock_file(marker)
+    with ExitStack() as locks:
+        for manifest in _manifests(folder)[:1]:
+            locks.callback(os.close, _lock_file(manifest))
+        return _lock_file(marker, create=True)
+
+
+def _lock_file(path: Path, *, create: bool = False, wait: bool = False) -> int:
+    """Opens and locks a file; `wait` is for one that others lock for a moment only."""
+    access = os.O_RDWR if create or os.access(path, os.W_OK) else os.O_RDONLY
+    try:
+        descriptor = os.open(path, access | os.O_NOFOLLOW | (os.O_CREAT if create else 0), 0o666)
+    except FileNotFoundError:
+        raise _another_run(path) from None
+    if not _take(descriptor, path, wait=wait):
         os.close(descriptor)
-        raise RecipeError("another run is writing this output", where=str(folder), mend="wait for it, or stop it")
+        raise _another_run(path)
     return descriptor
 
 
-def _take(descriptor: int, marker: Path) -> bool:
-    """Locks the open marker; False if another run holds it, or has moved it away with its folder."""
+def _another_run(path: Path) -> RecipeError:
+    return RecipeError("another run is writing this output", where=str(path.parent), mend="wait for it, or stop it")
+
+
+def _take(descriptor: int, path: Path, *, wait: bool = False) -> bool:
+    """Locks the open file; False if another run holds it, or has moved it away with its folder."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.path.samestat(os.fstat(descriptor), marker.stat())
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        return os.path.samestat(os.fstat(descriptor), path.stat())
     except (BlockingIOError, FileNotFoundError):
         return False
 
@@ -217,6 +372,7 @@ def _empty(folder: Path) -> None:
 
 def _remove(folder: Path) -> None:
     """Removes the marker last, so that an interrupted removal is still recognized as qexport's."""
+    (folder / MARKER_NAME).write_bytes(b"")
     _empty(folder)
-    (folder / MARKER_NAME).unlink(missing_ok=True)
+    (folder / MARKER_NAME).unlink()
     folder.rmdir()

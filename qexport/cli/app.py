@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from qexport.artifact.disk import is_disk_full
+from qexport.artifact.disk import disk_failure
 from qexport.cli.terminal import stderr, write, write_json
 from qexport.errors import QexportError, RecipeError, ResourceError
 from qexport.hidden_packages import hidden
@@ -79,11 +79,11 @@ def reporting_errors(*, as_json: bool = False, debug: bool = False, interrupted:
 
 def failure_of(error: Exception) -> Failure:
     """Maps an exception to its message and exit code."""
+    place = error.where if isinstance(error, QexportError) else getattr(error, "filename", None)
+    if failure := disk_failure(error, where=place):
+        return failure_of(failure)
     if isinstance(error, QexportError) and type(error) is not QexportError:
         return Failure(error.what, error.exit_code, error.where, error.mend)
-    if isinstance(error, OSError) and is_disk_full(error):
-        mend = "free some space, or choose an output on another disk"
-        return Failure("the disk is full", ResourceError.exit_code, error.filename, mend)
     if isinstance(error, OSError) and error.errno in _PATH_ERRORS and error.filename is not None:
         mend = "check the path and its permissions"
         return Failure(f"a path cannot be used: {error.strerror}", RecipeError.exit_code, str(error.filename), mend)

@@ -32,12 +32,13 @@ def run(
 ) -> None:
     """Merge, quantize, export and verify, as the recipe says."""
     with reporting_errors(as_json=as_json, debug=debug, interrupted="interrupted; nothing was published"):
-        from qexport.recipe import load_recipe
+        from qexport.recipe import checked_output, load_recipe
 
         chosen = load_recipe(recipe, overrides or ())
         if output is not None:
             chosen = chosen.model_copy(update={"output": str(output.absolute())})
-        from qexport import pipeline  # takes seconds; a recipe's errors should come first
+        checked_output(chosen, force=force)
+        from qexport import pipeline  # takes seconds; errors of the recipe and the output should come first
         from qexport.cli.verifying import verify_command
 
         with showing_progress() as progress:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import TypeAdapter, ValidationError
 
+from qexport.artifact.disk import make_folder
 from qexport.errors import InputError, RecipeError, listed
 from qexport.export import ExportSettings
 from qexport.loading import LoadSettings
@@ -79,7 +80,7 @@ def quantize(
         QexportError: one of its subclasses, see `qexport.errors`. `output` is unchanged then.
     """
     output = Path(output)
-    output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    make_folder(output.absolute().parent)
     with TemporaryDirectory(prefix=f".{output.name}.", dir=output.absolute().parent) as scratch:
         inputs = _Inputs(Path(scratch))
         recipe = _recipe(

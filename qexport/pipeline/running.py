@@ -14,10 +14,9 @@ from qexport.artifact.disk import ensure_space
 from qexport.artifact.figures import overall
 from qexport.artifact.integrity import write_listing
 from qexport.artifact.manifest import REPORT_FOLDER
-from qexport.artifact.publish import Publication, check_output
+from qexport.artifact.publish import Publication
 from qexport.artifact.report import Report
 from qexport.artifact.roots import recording_roots
-from qexport.errors import RecipeError
 from qexport.export.tensor_writer import WrittenWeights
 from qexport.hidden_packages import hidden
 from qexport.pipeline.folders import LayoutFolder, open_layout
@@ -28,7 +27,7 @@ from qexport.pipeline.result import Result, UnprovenMerge
 from qexport.pipeline.texts import Evaluation, Texts, read_texts
 from qexport.pipeline.verification import measure_folder
 from qexport.progress import Progress, ProgressCallback, silent
-from qexport.recipe import Recipe
+from qexport.recipe import Recipe, checked_output
 from qexport.records import LayerRecord
 from qexport.reporting.writing import write_report
 from qexport.verifying.reference import Reference
@@ -59,7 +58,7 @@ def run(
     Raises:
         QexportError: one of its subclasses, see `qexport.errors`. The final path is unchanged then.
     """
-    output, where = _output(recipe, force=force), find_device(device)
+    output, where = checked_output(recipe, force=force), find_device(device)
     planned = plan(recipe, progress=progress)
     ensure_space(output, planned.total_bytes)
     for layout in planned.layouts:
@@ -212,9 +211,3 @@ def _grouped_by_kind(folders: Sequence[LayoutFolder]) -> list[list[LayoutFolder]
     kinds = ("weights", "graph")
     groups = ([folder for folder in folders if folder.opened.artifact.kind == kind] for kind in kinds)
     return [group for group in groups if group]
-
-
-def _output(recipe: Recipe, *, force: bool) -> Path:
-    if recipe.output is None:
-        raise RecipeError("the recipe names no output", where="output", mend="add `output:`, or give --output DIR")
-    return check_output(Path(recipe.output), force=force)

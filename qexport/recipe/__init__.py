@@ -9,6 +9,8 @@ from typing import Annotated, Any, Final
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from qexport.artifact.publish import check_output
+from qexport.errors import RecipeError
 from qexport.export import ExportSettings, OnnxSettings
 from qexport.loading import LoadSettings
 from qexport.merge import MergeSettings
@@ -179,3 +181,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if problems:
         raise _RECIPE.error(path, problems)
     return recipe
+
+
+def checked_output(recipe: Recipe, *, force: bool) -> Path:
+    """Where the artifact goes; checked before any work, see `check_output`.
+
+    Raises:
+        RecipeError: the recipe names no output, or nothing may be written there.
+    """
+    if recipe.output is None:
+        raise RecipeError("the recipe names no output", where="output", mend="add `output:`, or give --output DIR")
+    return check_output(Path(recipe.output), force=force)

@@ -10,7 +10,7 @@ from typing import Final
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement
 
-from qexport.artifact.disk import write_together
+from qexport.artifact.disk import make_folder, write_together
 from qexport.artifact.figures import Figure
 from qexport.artifact.manifest import MANIFEST_NAME
 from qexport.artifact.report import REPORT_NAME, Report
@@ -108,7 +108,7 @@ def write_report(report: Report, folder: Path) -> None:
     }
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         write_together(folder, contents)
     except BaseException:
         with suppress(OSError):  # not created, or another program has put a file into it

@@ -21,8 +21,7 @@ from qexport.merge import MergeSettings
 from qexport.merge.merging import merge
 from qexport.progress import Notice, Steps
 from qexport.text.windows import HeldOut
-from qexport.verifying.divergence import TokenFigures
-from qexport.verifying.live_adapter import LiveAdapter, NotMeasured, compare_merge
+from qexport.verifying.live_adapter import ComparedMerge, LiveAdapter, NotMeasured, compare_merge
 from qexport.verifying.reference import Preparation, noise_floor, prepare
 
 CPU = torch.device("cpu")
@@ -76,10 +75,10 @@ def make(folder: Path, family: str, config: PeftConfig, *, dtype: str = "bfloat1
     adapter = adapters.save_adapter(model, config, folder / "adapter")
     base = adapters.save_base(model, folder / "base")
     merged = merge(base, adapter, MergeSettings.model_validate({"dtype": dtype}), adapter_origin=adapters.ORIGIN)
-    return Case(base, merged.checkpoint, LiveAdapter(base, adapter))
+    return Case(base, merged.checkpoint, LiveAdapter(base, adapter, merged.unrounded))
 
 
-def compared(merged: Checkpoint, live: LiveAdapter, dtype: torch.dtype = torch.bfloat16) -> TokenFigures:
+def compared(merged: Checkpoint, live: LiveAdapter, dtype: torch.dtype = torch.bfloat16) -> ComparedMerge:
     return compare_merge(merged, live, IDS, dtype=dtype, device=CPU, steps=Steps(lambda _: None))
 
 

@@ -117,12 +117,12 @@ def prepare(
     if live is None:
         return Preparation(floor)
     try:
-        tokens = compare_merge(reference, live, held_out.input_ids, dtype=wider(dtype), device=device, steps=steps)
+        found = compare_merge(reference, live, held_out.input_ids, dtype=wider(dtype), device=device, steps=steps)
     except NotMeasured as reason:
         cause = f" ({reason.__cause__})" if reason.__cause__ else ""
         progress(Notice(f"the merge was not compared with PEFT: {reason}{cause}"))
         return Preparation(floor, unconfirmed=[f"the merge against PEFT ({reason})"])
-    return Preparation(floor, [_merge_kl(tokens, floor["mean_kl"])])
+    return Preparation(floor, [_merge_kl(found.merged, floor["mean_kl"])])
 
 
 def _merge_kl(tokens: TokenFigures, floor: float) -> Figure:

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -173,8 +174,6 @@ class LiveRunner(BlockRunner):
         prefix = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
         if any(prefix in key and _NAME in key for key in self._fill(set())):  # PEFT's own rule, at which it only warns
             raise NotMeasured("PEFT does not find all tensors of the adapter")
-        if hasattr(config, "rank_pattern"):
-            config.rank_pattern = None  # AdaLoRA's layers have been cut, and every later load would cut them again
 
     @torch.no_grad()
     def forward(self, index: int, block: nn.Module, batch: Batch) -> None:
@@ -211,8 +210,8 @@ class LiveRunner(BlockRunner):
         tensors = {key: self._read_adapter(key) for key in needed}
         for key, shape in [*self._shapes.items(), *((key, value.shape) for key, value in self._constants.items())]:
             tensors.setdefault(key, torch.empty(shape, dtype=self.dtype, device="meta"))
-        with _of_peft("load"):
-            found: Any = set_peft_model_state_dict(self._live, tensors, low_cpu_mem_usage=True)
+        with _of_peft("load"), _assigning(self._live):
+            found: Any = set_peft_model_state_dict(self._live, tensors)
         missing: Sequence[str] = found.missing_keys
         return missing
 
@@ -224,17 +223,37 @@ class LiveRunner(BlockRunner):
 def _wrapped(model: PreTrainedModel, folder: Path) -> PeftModel:
     """The model on the meta device with PEFT's layers around its own, which stay as they are."""
     from peft import PeftConfig, get_peft_model
-    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         config = PeftConfig.from_pretrained(str(folder), inference_mode=True)
         live = get_peft_model(model, config, adapter_name=_NAME, low_cpu_mem_usage=True)
+        _cut_pruned_ranks(live, config)
     live.eval()
-    for module in live.modules():
-        if isinstance(module, TrainableTokensLayer):
-            module.trainable_tokens_original.clear()  # the base's rows, only needed to undo a merge
     return live
+
+
+def _cut_pruned_ranks(live: PeftModel, config: PeftConfig) -> None:
+    """AdaLoRA's layers get the ranks that training left. PEFT does this whenever tensors are loaded, by indexing the
+    layers' own, which have no values on the meta device.
+    """
+    if config.peft_type == "ADALORA" and config.rank_pattern:
+        for key, kept in config.rank_pattern.items():
+            layer: Any = live.get_submodule(f"{_PREFIX}{key.partition('.lora_E')[0]}")
+            layer.update_layer(_NAME, sum(kept), config.lora_alpha, config=config)
+        config.rank_pattern = None
+
+
+@contextmanager
+def _assigning(live: PeftModel) -> Iterator[None]:
+    """Makes PEFT put tensors in the place of those on the meta device. Its own option for that also moves tensors that
+    layers share to the device of the last of them.
+    """
+    live.load_state_dict = partial(live.load_state_dict, assign=True)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del live.load_state_dict
 
 
 def _constants(config: PeftConfig, keys: Iterable[str]) -> Mapping[str, Tensor]:

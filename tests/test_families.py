@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 import factories
-from adapters import ORIGIN, load_adapter, save_adapter, write_tensors
+from adapters import ORIGIN, assert_live_as_in_peft, load_adapter, save_adapter, write_tensors
 from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.architectures.runner import BlockRunner
 from qexport.architectures.structure import Structure

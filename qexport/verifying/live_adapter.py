@@ -93,9 +93,9 @@ def compare_merge(
 ) -> ComparedMerge:
     """The figures of the merged model, with base and adapter as PEFT computes them as the reference.
 
-    In memory is one block of one model, or one model's head, besides the hidden states of all four models and the logits
-    of one. Only the beginnings of some windows are used: hundreds of tokens are enough to see that an adapter is missing
-    or wrong.
+    In memory is one block of one model, or one model's head, besides the hidden states of all four models and the
+    logits of one. Only the beginnings of some windows are used: hundreds of tokens are enough to see that an adapter is
+    missing or wrong.
 
     Args:
         merged: the merged model.

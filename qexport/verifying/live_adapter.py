@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.naming import Naming
-from qexport.architectures.runner import Batch, BlockRunner
+from qexport.architectures.runner import Batch, BlockRunner, Call
+from qexport.architectures.structure import find_blocks
 from qexport.hidden_packages import hidden
 from qexport.progress import Steps
 from qexport.tensors.safetensors_file import SafetensorsFile
@@ -28,7 +29,7 @@ from qexport.verifying.divergence import TokenFigures, compare
 from qexport.verifying.predictors import TOKENS_AT_ONCE, Head, HiddenStates, run_in_lockstep
 
 if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
 WINDOWS: Final = 16
 """Windows of the held-out text: enough to separate the noise of two computations from three times the noise floor."""
@@ -190,6 +191,16 @@ class LiveRunner(BlockRunner):
         with _of_peft("run"):
             return super()._record(ids)
 
+    def _probe(self, hidden: Tensor, call: Call) -> None:
+        """On a block without PEFT's layers, some of which cannot run on the meta device."""
+        wrapped = self._model, self._layers
+        self._model = self.architecture.empty_model().to(self.dtype)  # type: ignore[arg-type]
+        self._layers = find_blocks(self._model)[1]
+        try:
+            super()._probe(hidden, call)
+        finally:
+            self._model, self._layers = wrapped
+
     @contextmanager
     def _loaded(self, names: Iterable[str]) -> Iterator[None]:
         names = list(names)
@@ -233,7 +244,7 @@ def _wrapped(model: PreTrainedModel, folder: Path) -> PeftModel:
     return live
 
 
-def _cut_pruned_ranks(live: PeftModel, config: PeftConfig) -> None:
+def _cut_pruned_ranks(live: PeftModel, config: Any) -> None:
     """AdaLoRA's layers get the ranks that training left. PEFT does this whenever tensors are loaded, by indexing the
     layers' own, which have no values on the meta device.
     """
@@ -256,7 +267,7 @@ def _assigning(live: PeftModel) -> Iterator[None]:
         del live.load_state_dict
 
 
-def _constants(config: PeftConfig, keys: Iterable[str]) -> Mapping[str, Tensor]:
+def _constants(config: Any, keys: Iterable[str]) -> Mapping[str, Tensor]:
     """The tensors of PEFT's layers that it computes and does not store: AdaLoRA's initial ranks."""
     if config.peft_type != "ADALORA":
         return {}

@@ -169,7 +169,7 @@ class LiveRunner(BlockRunner):
         self._shapes = {key: spec.shape for key, spec in self._adapter.specs().items()}
         with _of_peft("load"):
             self._live = _wrapped(self._model, folder)
-            config = self._live.peft_config[_NAME]
+            config: Any = self._live.peft_config[_NAME]
         self._constants = _constants(config, self._shapes)
         self._modules_of = _modules_of([*self._shapes, *self._constants], base.architecture.naming)
         prefix = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
@@ -238,10 +238,11 @@ def _wrapped(model: PreTrainedModel, folder: Path) -> PeftModel:
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         config = PeftConfig.from_pretrained(str(folder), inference_mode=True)
-        live = get_peft_model(model, config, adapter_name=_NAME, low_cpu_mem_usage=True)
+        live: Any = get_peft_model(model, config, adapter_name=_NAME, low_cpu_mem_usage=True)
         _cut_pruned_ranks(live, config)
     live.eval()
-    return live
+    wrapped: PeftModel = live
+    return wrapped
 
 
 def _cut_pruned_ranks(live: PeftModel, config: Any) -> None:

@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.tensors import Origin, TensorSpec
 from qexport.tensors.safetensors_file import SafetensorsFile
+from qexport.verifying.live_adapter import LiveRunner
+from qexport.verifying.predictors import run_in_lockstep
 
 ORIGIN = Origin("folder", "adapter")
 
@@ -75,6 +77,17 @@ def save_base(model: PreTrainedModel, folder: Path) -> Checkpoint:
     return Checkpoint(
         Architecture(config), SafetensorsFile(folder / "model.safetensors"), {}, Origin("folder", folder.name)
     )
+
+
+def assert_live_as_in_peft(model: PreTrainedModel, base: Checkpoint, adapter: Path, *, changes: bool = True) -> None:
+    """The adapter live block by block computes what PEFT's whole model computes, bit for bit in float32."""
+    ids = torch.arange(1, 49).view(2, 24)
+    runner = LiveRunner(base, adapter, dtype=torch.float32, device=torch.device("cpu"))
+    ((batches,), _) = run_in_lockstep([runner], ids, lambda _: None, drift=False)
+    with runner.head() as head, torch.no_grad():
+        found = head(batches[0].hidden)
+        assert torch.equal(found, load_adapter(model, adapter)(ids).logits)
+        assert not changes or not torch.equal(found, model(ids).logits)
 
 
 class Headers:

@@ -27,7 +27,7 @@ DOMAINS = ("code", "news")
 
 def figure(name: str, value: float, *, half: float = 0.01, domain: str | None = None, **changes: Any) -> Figure:
     """A figure with a fixed-sample interval of `half` on each side, and a confidence sequence of twice that."""
-    is_windowed = CATALOGUE[name].teacher_forced or name == "merge_kl"
+    is_windowed = CATALOGUE[name].teacher_forced or name.startswith("merge_")
     values: dict[str, Any] = dict(
         name=name, domain=domain, value=value, low=value - half, high=value + half, sequence_low=value - 2 * half,
         sequence_high=value + 2 * half, n=38, unit="window" if is_windowed else "prompt",

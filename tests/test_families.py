@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 import factories
-from adapters import ORIGIN, load_adapter, save_adapter, write_tensors
+from adapters import ORIGIN, assert_live_as_in_peft, load_adapter, save_adapter, write_tensors
 from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.architectures.runner import BlockRunner
 from qexport.architectures.structure import Structure
@@ -245,6 +245,7 @@ def test_an_adapter_with_factors_for_each_expert_is_merged_as_peft_merges_it(bas
     write_tensors(adapter, factors)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     load_adapter(model, adapter).merge_and_unload().save_pretrained(tmp_path / "merged")
+    assert_live_as_in_peft(model, load(base), adapter)
     merged = merge(load(base), adapter, MergeSettings(dtype="float32"), adapter_origin=ORIGIN)
     assert merged.adapter is not None
     assert set(merged.adapter.changed) == {f"{name}.weight" for name in experts}

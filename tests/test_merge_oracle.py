@@ -165,10 +165,10 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Base]:
     for family, build in models().items():
         folder = tmp_path_factory.mktemp(family)
         model = build()
-        wide = copy.deepcopy(model).float()
-        found[family] = Base(
-            model, wide, adapters.save_base(model, folder / "narrow"), adapters.save_base(wide, folder / "wide")
-        )
+        narrow = adapters.save_base(model, folder / "narrow")
+        wide_checkpoint = adapters.save_base(copy.deepcopy(model).float(), folder / "wide")
+        wide = type(model).from_pretrained(folder / "wide", dtype=torch.float32)  # with buffers that were never rounded
+        found[family] = Base(model, wide, narrow, wide_checkpoint)
     return found
 
 
@@ -208,6 +208,15 @@ def test_a_merge_equals_pefts(
         assert worst < 2**-7
     else:
         assert differing(narrow, peft) == [], "bit for bit"
+
+
+@pytest.mark.parametrize(("family", "name", "config"), CASES, ids=IDS)
+def test_an_adapter_live_block_by_block_computes_what_pefts_whole_model_computes(
+    bases: Mapping[str, Base], family: str, name: str, config: PeftConfig, tmp_path: Path
+) -> None:
+    base = bases[family]
+    adapter = adapters.save_adapter(base.wide, config, tmp_path / "adapter")
+    adapters.assert_live_as_in_peft(base.wide, base.wide_checkpoint, adapter, changes="trainable tokens" not in name)
 
 
 def test_every_type_that_is_merged_has_an_oracle() -> None:
@@ -250,6 +259,7 @@ def test_adalora_with_pruned_ranks_equals_pefts(bases: Mapping[str, Base], tmp_p
     # Over a bfloat16 base PEFT would round the factors that it has cut.
     assert differing(found, adapters.merge_with_peft(base.wide, adapter)) == []
     assert differing(found, base.model.state_dict()) == ["model.layers.0.self_attn.q_proj.weight"]
+    adapters.assert_live_as_in_peft(base.wide, base.wide_checkpoint, adapter)
 
 
 @pytest.mark.parametrize(

@@ -77,9 +77,11 @@ class LazyModel:
         self.dtype, self.device, self._source, self._naming = dtype, device, source, architecture.naming
         self._model = architecture.empty_model()
         self._model.config.use_cache = False
+        self._own_modules = dict(self._model.named_modules(remove_duplicate=False))
         for parameter in self._model.parameters():
             parameter.data = parameter.data.to(dtype)
         self._layers = find_blocks(self._model)[1]
+        self._head = self._model.get_output_embeddings()
         compute_buffers(self._model, device)
         if device.type == "cpu" and dtype == torch.bfloat16 and not has_bfloat16_instructions():
             multiply_in_float32(self._model)
@@ -95,7 +97,7 @@ class LazyModel:
     @contextmanager
     def whole(self) -> Iterator[PreTrainedModel]:
         """The model with all its weights, which are released when the context ends; its head computes in float32."""
-        with self._loaded(self.structure.parameters), in_float32(self._head_module()):
+        with self._loaded(self.structure.parameters), in_float32(self._head):
             yield self._model
 
     def module(self, linear: LinearSpec) -> nn.Module:
@@ -150,17 +152,12 @@ class LazyModel:
 
     def _state(self, path: str) -> Tensor:
         module, _, leaf = path.rpartition(".")
-        state: Tensor = self._model.get_submodule(module).state_dict(keep_vars=True)[leaf]
+        state: Tensor = self._own_modules[module].state_dict(keep_vars=True)[leaf]
         return state
 
     def _put(self, path: str, tensor: Tensor) -> None:
         module, _, leaf = path.rpartition(".")
-        _put(self._model.get_submodule(module), leaf, tensor)
-
-    def _head_module(self) -> nn.Module:
-        head = self._model.get_output_embeddings()
-        assert isinstance(head, nn.Module)
-        return head
+        _put(self._own_modules[module], leaf, tensor)
 
 
 def _put(module: nn.Module, leaf: str, tensor: Tensor) -> None:
@@ -174,13 +171,14 @@ def _put(module: nn.Module, leaf: str, tensor: Tensor) -> None:
 
 @contextmanager
 def in_float32(head: nn.Module) -> Iterator[None]:
-    """Makes an output head that has its weights compute in float32."""
+    """Makes an output head that has its weights compute in float32, if its own dtype is not wider."""
     weight, bias = head._parameters["weight"], head._parameters.get("bias")
     assert weight is not None
-    _put(head, "weight", weight.to(torch.float32))
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    _put(head, "weight", weight.to(dtype))
     if bias is not None:
-        _put(head, "bias", bias.to(torch.float32))
-    hook = head.register_forward_pre_hook(lambda _, args: (args[0].to(torch.float32), *args[1:]))
+        _put(head, "bias", bias.to(dtype))
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0].to(dtype), *args[1:]))
     try:
         yield
     finally:

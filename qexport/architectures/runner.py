@@ -84,7 +84,7 @@ class BlockRunner(LazyModel):
         """
         skip = () if self.structure.tied else (f"{self.structure.embedding}.",)
         names = [name for name in self._outside_blocks() if not name.startswith(skip)]
-        with self._loaded(names), in_float32(self._head_module()):
+        with self._loaded(names), in_float32(self._head):
             yield self._tail
 
     @contextmanager
@@ -105,7 +105,7 @@ class BlockRunner(LazyModel):
                 return seen.pop()
             raise AssertionError("the model's forward did not reach its output head")
 
-        hook = self._head_module().register_forward_pre_hook(stop)
+        hook = self._head.register_forward_pre_hook(stop)
         try:
             with self._loaded(names):
                 yield run

@@ -68,6 +68,9 @@ CATALOGUE: Final[Mapping[str, FigureKind]] = {
     "merge_kl": FigureKind(
         "mean KL divergence of the merge from the adapter in PEFT", "nats", 0.0, teacher_forced=False
     ),
+    "merge_error": FigureKind(
+        "error of the unrounded merge, relative to the adapter's effect", "share", 0.0, teacher_forced=False
+    ),
     "identical_generations": _generated("equal continuations", "share", 1.0, "higher"),
     "first_divergence": _generated("share of a continuation before the first difference", "share", 1.0, "higher"),
     "generation_flips": _generated("decisive flips along the reference's continuations", "share", 0.0, "lower"),

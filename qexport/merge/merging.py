@@ -47,11 +47,13 @@ class Merged:
 
     Attributes:
         checkpoint: the base's configuration with the merged dtype, its files, and the merged tensors.
+        unrounded: the same in float32: what the tensors are before they are rounded.
         adapter: None if the recipe has none.
         base: the model without the adapter.
     """
 
     checkpoint: Checkpoint
+    unrounded: Checkpoint
     adapter: MergedAdapter | None
     base: Checkpoint
 
@@ -78,7 +80,7 @@ def merge(
         CompatibilityError: its type, a variant, or a module that it changes cannot be merged.
     """
     if adapter is None:
-        return Merged(_with_weights(checkpoint, {}, _no_factors, settings), None, checkpoint)
+        return _merged(checkpoint, {}, _no_factors, settings, None)
     if adapter_origin is None:
         raise ValueError("an adapter needs its origin")
     return _merge_adapter(checkpoint, read_adapter(adapter), settings, adapter_origin, progress)
@@ -95,9 +97,8 @@ def _merge_adapter(
     for note in notes:
         progress(Notice(note))
     changed = tuple(name for name in plan.base.weights if name in changes)
-    merged = _with_weights(checkpoint, changes, adapter.read, settings)
     described = MergedAdapter(adapter.peft_type, adapter.folder, origin, changed, notes)
-    return Merged(merged, described, checkpoint)
+    return _merged(checkpoint, changes, adapter.read, settings, described)
 
 
 def _notes(checkpoint: Checkpoint, adapter: Adapter, settings: MergeSettings) -> list[str]:
@@ -111,12 +112,22 @@ def _notes(checkpoint: Checkpoint, adapter: Adapter, settings: MergeSettings) ->
     return [*([other] if other else []), *other_files(adapter.folder, checkpoint)]
 
 
-def _with_weights(
-    checkpoint: Checkpoint, changes: Mapping[str, tuple[Change, ...]], read: ReadFactor, settings: MergeSettings
-) -> Checkpoint:
-    dtype: torch.dtype = getattr(torch, settings.dtype)
-    weights = MergedSource(checkpoint.weights, changes, read, dtype)
-    return replace(checkpoint, architecture=checkpoint.architecture.in_dtype(dtype), weights=weights)
+def _merged(
+    base: Checkpoint,
+    changes: Mapping[str, tuple[Change, ...]],
+    read: ReadFactor,
+    settings: MergeSettings,
+    adapter: MergedAdapter | None,
+) -> Merged:
+    rounded, unrounded = (
+        replace(
+            base,
+            architecture=base.architecture.in_dtype(dtype),
+            weights=MergedSource(base.weights, changes, read, dtype),
+        )
+        for dtype in (getattr(torch, settings.dtype), torch.float32)
+    )
+    return Merged(rounded, unrounded, adapter, base)
 
 
 def _no_factors(key: str) -> torch.Tensor:

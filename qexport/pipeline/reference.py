@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from qexport.artifact.figures import CheckResult, Figure, GateResult
+from qexport.artifact.figures import CATALOGUE, CheckResult, Figure, GateResult
 from qexport.errors import GateFailed, GateUndecided
 from qexport.gates import HasGates, ProfileName
 from qexport.gates.deciding import BuiltIn, decide, expected_gates, waived
@@ -75,16 +75,17 @@ def refuse_unmeasurable(settings: HasGates, prepared: Preparation) -> None:
 def unproven_merge(settings: HasGates, prepared: Preparation) -> UnprovenMerge | None:
     """Why the merge is unproven; None if it is proven, or its gate is waived.
 
-    It is unproven if it differs from base and adapter in PEFT by more than three times the noise floor, or if it could
-    not be compared with them.
+    It is unproven if it differs from base and adapter in PEFT by more than noise, or by more than a small share of the
+    adapter's effect, or if it could not be compared with them.
     """
     if "merge" in waived(settings):
         return None
     (gate,) = decide([], prepared.figures, [], ["merge"])
+    measured = "" if gate.figure is None else CATALOGUE[gate.figure].label
     if gate.verdict == "fail":
         failed = GateFailed(
             f"the merged model is not base and adapter as PEFT computes them: {gate.reason}",
-            where=f"gate merge, mean KL divergence {gate.value:.4g} nats per token",
+            where=f"gate merge, {measured}: {gate.value:.4g}",
             mend="check that the adapter was made for this base; if it was, please report this",
         )
         return UnprovenMerge(gate, failed)
@@ -92,7 +93,7 @@ def unproven_merge(settings: HasGates, prepared: Preparation) -> UnprovenMerge |
         undecided = GateUndecided(
             "the merge could not be compared with PEFT's, so nothing was quantized",
             where=f"gate merge: {'; '.join([*prepared.unconfirmed]) or gate.reason}",
-            mend="use a machine with more memory, or waive the gate: verify.gates.merge_kl=null",
+            mend="check that PEFT can load the adapter into this base, or waive the gate: verify.gates.merge_kl=null",
         )
         return UnprovenMerge(gate, undecided)
     return None
@@ -118,7 +119,7 @@ def prepare_reference(
         progress: is called with each step.
     """
     checkpoint, adapter = merged.checkpoint, merged.adapter
-    live = LiveAdapter(merged.base, adapter.folder) if adapter else None
+    live = LiveAdapter(merged.base, adapter.folder, merged.unrounded) if adapter else None
     reference = Reference(
         merged=checkpoint,
         base=merged.base,

@@ -1,25 +1,32 @@
-"""The merged model compared with the base and the adapter, applied live by PEFT: the proof that the merge is right."""
+"""The merged model compared with the base and the adapter, applied live by PEFT: the proof that the merge is right.
+
+PEFT wraps the layers of a model on the meta device, so that all its rules on what an adapter changes apply to the whole
+model. The weights of base and adapter are loaded one block at a time.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qexport.architectures.architecture import Checkpoint
-from qexport.architectures.runner import BlockRunner
+from qexport.architectures.naming import Naming
+from qexport.architectures.runner import Batch, BlockRunner, Call
+from qexport.architectures.structure import find_blocks
 from qexport.hidden_packages import hidden
 from qexport.progress import Steps
-from qexport.verifying.divergence import TokenFigures, compare_logits
-from qexport.verifying.memory import available_memory, needed_memory
-from qexport.verifying.predictors import windows_at_once
+from qexport.tensors.safetensors_file import SafetensorsFile
+from qexport.verifying.divergence import TokenFigures, compare
+from qexport.verifying.predictors import TOKENS_AT_ONCE, Head, HiddenStates, run_in_lockstep
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -30,20 +37,27 @@ WINDOWS: Final = 16
 _TOKENS: Final = 64
 """Tokens of each window."""
 
-_MISSING: Final = "missing adapter keys"
+_FILE: Final = "adapter_model.safetensors"
+_PREFIX: Final = "base_model.model."
+"""What PEFT writes before every module path."""
+
+_NAME: Final = "default"
+"""PEFT's name for the adapter in memory, a component of the paths of all its tensors."""
 
 
 @dataclass(frozen=True)
 class LiveAdapter:
-    """What is needed to run the adapter in PEFT.
+    """What the merged model is compared with.
 
     Attributes:
         base: the model without the adapter.
         folder: the adapter's.
+        unrounded: the merged model in float32, before its tensors are rounded to the dtype of the merge.
     """
 
     base: Checkpoint
     folder: Path
+    unrounded: Checkpoint
 
 
 class NotMeasured(Exception):
@@ -53,6 +67,22 @@ class NotMeasured(Exception):
     """
 
 
+@dataclass(frozen=True)
+class ComparedMerge:
+    """How far models are from base and adapter as PEFT computes them. Each has one row per window.
+
+    Attributes:
+        merged: the merged model.
+        unrounded: the merged model before its tensors are rounded: how exact the merge's arithmetic is.
+        base: the model without the adapter: the effect of the adapter.
+    """
+
+    merged: TokenFigures
+    unrounded: TokenFigures
+    base: TokenFigures
+
+
+@hidden("bitsandbytes")
 def compare_merge(
     merged: Checkpoint,
     live: LiveAdapter,
@@ -61,89 +91,216 @@ def compare_merge(
     dtype: torch.dtype,
     device: torch.device,
     steps: Steps,
-) -> TokenFigures:
+) -> ComparedMerge:
     """The figures of the merged model, with base and adapter as PEFT computes them as the reference.
 
-    Only one whole model is in memory at a time, and the first one's logits. Only the beginnings of some windows are
-    used: hundreds of tokens are enough to see that an adapter is missing or wrong.
+    In memory is one block of one model, or one model's head, besides the hidden states of all four models and the
+    logits of one. Only the beginnings of some windows are used: hundreds of tokens are enough to see that an adapter is
+    missing or wrong.
 
     Args:
         merged: the merged model.
-        live: base and adapter.
+        live: base, adapter, and the unrounded merge.
         input_ids: int64 [windows, sequence_length].
-        dtype: what both compute in. In a dtype wider than the merged model's, the rounding of the merge is the only
+        dtype: what all compute in. In a dtype wider than the merged model's, the rounding of the merge is the only
             difference left.
         device: where to compute.
         steps: counts the steps.
 
     Raises:
-        NotMeasured: a whole model does not fit in memory, or PEFT cannot load the adapter into this base.
+        NotMeasured: PEFT cannot load the adapter into this base, or cannot run it.
+        InputError: a tensor cannot be read.
     """
     ids = input_ids[:WINDOWS, :_TOKENS]
-    runners = [BlockRunner(each.architecture, each.weights, dtype=dtype, device=device) for each in (live.base, merged)]
-    if needed_memory(runners[1]) + _logits_bytes(runners[1], ids) > available_memory(device):
-        raise NotMeasured("the whole model does not fit in memory")
-    steps.expect(2)
-    own = _live_logits(runners[0], live.folder, ids)
-    steps.finished("base and adapter in PEFT", ids.numel())
-    with runners[1].whole() as model:
-        other = _logits(model, ids, device)
-    steps.finished("the merged model", ids.numel())
-    (figures,) = compare_logits([own, other], [(0, 1)], ids[:, 1:].flatten())
-    return figures.reshape(len(ids))
+    runners: list[BlockRunner] = [LiveRunner(live.base, live.folder, dtype=dtype, device=device)]
+    runners += [
+        BlockRunner(each.architecture, each.weights, dtype=dtype, device=device)
+        for each in (merged, live.unrounded, live.base)
+    ]
+    steps.expect(len(runners[0].structure.blocks))
+    tokens = len(runners) * ids.numel()
+    batches, _ = run_in_lockstep(
+        runners, ids, lambda block: steps.finished(f"merge beside PEFT, block {block}", tokens), drift=False
+    )
+    with runners[0].head() as head:
+        reference = _Kept(batches[0], head)
+    return ComparedMerge(*(_against(reference, *each, ids) for each in zip(runners[1:], batches[1:], strict=True)))
 
 
-@hidden("bitsandbytes")
-def _live_logits(base: BlockRunner, adapter: Path, ids: Tensor) -> Tensor:
-    with base.whole() as model:
-        live = _with_adapter(model, adapter)
+class _Kept:
+    """A `Predictor` whose logits stay in memory, so that its head need not."""
+
+    def __init__(self, batches: Sequence[Batch], head: Head) -> None:
+        states = HiddenStates(batches, head)
+        self.windows = states.windows
+        self._logits = torch.cat(list(states.logits(range(self.windows))))
+
+    def logits(self, windows: range) -> Iterator[Tensor]:
+        """See `Predictor`."""
+        tokens = len(self._logits) // self.windows
+        yield from self._logits[windows.start * tokens : windows.stop * tokens].split(TOKENS_AT_ONCE)
+
+
+def _against(reference: _Kept, runner: BlockRunner, batches: Sequence[Batch], ids: Tensor) -> TokenFigures:
+    with runner.head() as head:
+        (figures,) = compare([reference, HiddenStates(batches, head)], [(0, 1)], ids, lambda _: None)
+    return figures
+
+
+class LiveRunner(BlockRunner):
+    """Runs a model with an adapter live in PEFT, block by block.
+
+    Args:
+        base: the model.
+        folder: the adapter's.
+        dtype: the dtype to compute in, at least float32.
+        device: where to compute.
+
+    Raises:
+        NotMeasured: PEFT cannot load the adapter, or does not find all tensors of it.
+        InputError: the adapter's file cannot be read.
+    """
+
+    def __init__(self, base: Checkpoint, folder: Path, *, dtype: torch.dtype, device: torch.device) -> None:
+        from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+        super().__init__(base.architecture, base.weights, dtype=dtype, device=device)
+        self._adapter = SafetensorsFile(folder / _FILE)
+        self._shapes = {key: spec.shape for key, spec in self._adapter.specs().items()}
+        with _of_peft("load"):
+            self._live = _wrapped(self._model, folder)
+            config: Any = self._live.peft_config[_NAME]
+        self._constants = _constants(config, self._shapes)
+        self._modules_of = _modules_of([*self._shapes, *self._constants], base.architecture.naming)
+        prefix = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
+        if any(prefix in key and _NAME in key for key in self._fill(set())):  # PEFT's own rule, at which it only warns
+            raise NotMeasured("PEFT does not find all tensors of the adapter")
+
+    @torch.no_grad()
+    def forward(self, index: int, block: nn.Module, batch: Batch) -> None:
+        """See `BlockRunner.forward`."""
+        with _of_peft("run"):
+            super().forward(index, block, batch)
+
+    @torch.no_grad()
+    def _tail(self, hidden: Tensor) -> Tensor:
+        with _of_peft("run"):
+            return super()._tail(hidden)
+
+    def _record(self, ids: Tensor) -> Batch:
+        with _of_peft("run"):
+            return super()._record(ids)
+
+    def _probe(self, hidden: Tensor, call: Call) -> None:
+        """On a block without PEFT's layers, some of which cannot run on the meta device."""
+        wrapped = self._model, self._layers
+        self._model = self.architecture.empty_model().to(self.dtype)  # type: ignore[arg-type]
+        self._layers = find_blocks(self._model)[1]
         try:
-            live.eval()
-            with _head_in_float32(model):
-                return _logits(live, ids, base.device)
-        except Exception as error:  # PEFT raises exceptions of any type
-            raise NotMeasured("PEFT cannot run the adapter") from error
+            super()._probe(hidden, call)
         finally:
-            live.unload()
+            self._model, self._layers = wrapped
+
+    @contextmanager
+    def _loaded(self, names: Iterable[str]) -> Iterator[None]:
+        names = list(names)
+        with super()._loaded(names):
+            self._fill({name.rpartition(".")[0] for name in names})
+            try:
+                yield
+            finally:
+                self._fill(set())
+
+    def _fill(self, modules: Set[str]) -> Sequence[str]:
+        """Loads the adapter's tensors for some modules, puts all others on the meta device, and returns the keys that
+        PEFT misses. Tensors of no module are those that all of them share.
+        """
+        from peft import set_peft_model_state_dict
+
+        needed = {key for key, module in self._modules_of.items() if modules and (module is None or module in modules)}
+        tensors = {key: self._read_adapter(key) for key in needed}
+        for key, shape in [*self._shapes.items(), *((key, value.shape) for key, value in self._constants.items())]:
+            tensors.setdefault(key, torch.empty(shape, dtype=self.dtype, device="meta"))
+        with _of_peft("load"), _assigning(self._live):
+            found: Any = set_peft_model_state_dict(self._live, tensors)
+        missing: Sequence[str] = found.missing_keys
+        return missing
+
+    def _read_adapter(self, key: str) -> Tensor:
+        tensor = self._constants[key] if key in self._constants else self._adapter.read(key)
+        return tensor.to(device=self.device, dtype=self.dtype)
+
+
+def _wrapped(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """The model on the meta device with PEFT's layers around its own, which stay as they are."""
+    from peft import PeftConfig, get_peft_model
+
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        config = PeftConfig.from_pretrained(str(folder), inference_mode=True)
+        live: Any = get_peft_model(model, config, adapter_name=_NAME, low_cpu_mem_usage=True)
+        _cut_pruned_ranks(live, config)
+    live.eval()
+    wrapped: PeftModel = live
+    return wrapped
+
+
+def _cut_pruned_ranks(live: PeftModel, config: Any) -> None:
+    """AdaLoRA's layers get the ranks that training left. PEFT does this whenever tensors are loaded, by indexing the
+    layers' own, which have no values on the meta device.
+    """
+    if config.peft_type == "ADALORA" and config.rank_pattern:
+        for key, kept in config.rank_pattern.items():
+            layer: Any = live.get_submodule(f"{_PREFIX}{key.partition('.lora_E')[0]}")
+            layer.update_layer(_NAME, sum(kept), config.lora_alpha, config=config)
+        config.rank_pattern = None
 
 
 @contextmanager
-def _head_in_float32(model: PreTrainedModel) -> Iterator[None]:
-    """PEFT's layer around a tied head computes the product itself, without the hook that widens the head's inputs."""
-    head = model.get_output_embeddings()
-    assert isinstance(head, torch.nn.Module)
-    hook = head.register_forward_pre_hook(lambda _, args: (args[0].to(torch.float32), *args[1:]))
+def _assigning(live: PeftModel) -> Iterator[None]:
+    """Makes PEFT put tensors in the place of those on the meta device. Its own option for that also moves tensors that
+    layers share to the device of the last of them.
+    """
+    live.load_state_dict = partial(live.load_state_dict, assign=True)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        hook.remove()
+        del live.load_state_dict
 
 
-def _with_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
-    """PEFT only warns about missing tensors, and would leave their layers as they are in the base."""
-    from peft import PeftModel
-
-    with warnings.catch_warnings(record=True) as heard:
-        warnings.simplefilter("always")
-        try:
-            live = PeftModel.from_pretrained(model, str(adapter), is_trainable=False)
-        except Exception as error:  # PEFT raises exceptions of any type
-            raise NotMeasured("PEFT cannot load the adapter") from error
-    if any(_MISSING in str(warning.message) for warning in heard):
-        live.unload()
-        raise NotMeasured("PEFT does not find all tensors of the adapter")
-    return live
+def _constants(config: Any, keys: Iterable[str]) -> Mapping[str, Tensor]:
+    """The tensors of PEFT's layers that it computes and does not store: AdaLoRA's initial ranks."""
+    if config.peft_type != "ADALORA":
+        return {}
+    rank = torch.tensor([float(config.init_r)])
+    end = ".lora_E"
+    return {f"{key.removesuffix(end)}.ranknum": rank for key in keys if key.endswith(end)}
 
 
-@torch.no_grad()
-def _logits(model: torch.nn.Module, ids: Tensor, device: torch.device) -> Tensor:
-    """float32 [predicted tokens, vocabulary], on the CPU."""
-    parts = [
-        model(input_ids=part.to(device), use_cache=False).logits[:, :-1].float().flatten(0, 1).cpu()
-        for part in ids.split(windows_at_once(ids.shape[1]))
-    ]
-    return torch.cat(parts)
+def _modules_of(keys: Iterable[str], naming: Naming) -> Mapping[str, str | None]:
+    """The module of each of the adapter's tensors, by its name in the base's files; that of a tied weight's original;
+    None for tensors that no module owns.
+
+    The modules of experts may be named as in the model or as in the files.
+    """
+    stored = {part.parameter: name for name, part in naming.parts.items()}
+    stored |= {path: naming.tied.get(name, name) for path, name in naming.files.items()}
+    stored |= {name: name for name in naming.parts}
+    modules = {path.rpartition(".")[0]: name.rpartition(".")[0] for path, name in stored.items()}
+    return {key: _owner(key.removeprefix(_PREFIX), modules) for key in keys}
 
 
-def _logits_bytes(runner: BlockRunner, ids: Tensor) -> int:
-    return 2 * ids.numel() * runner.structure.vocab_size * torch.float32.itemsize
+def _owner(path: str, modules: Mapping[str, str]) -> str | None:
+    while path:
+        if path in modules:
+            return modules[path]
+        path = path.rpartition(".")[0]
+    return None
+
+
+@contextmanager
+def _of_peft(task: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # PEFT raises exceptions of any type
+        raise NotMeasured(f"PEFT cannot {task} the adapter") from error

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -21,9 +22,9 @@ from qexport.tensors import GroupQuantizedSpec, Origin, WeightSource
 from qexport.text.prompts import EncodedPrompts
 from qexport.text.windows import HeldOut
 from qexport.verifying import VerifySettings
-from qexport.verifying.divergence import TokenFigures, compare
-from qexport.verifying.estimates import Units, divergence_figures, window_means
-from qexport.verifying.live_adapter import LiveAdapter, NotMeasured, compare_merge
+from qexport.verifying.divergence import compare
+from qexport.verifying.estimates import Array, Units, divergence_figures, window_means
+from qexport.verifying.live_adapter import ComparedMerge, LiveAdapter, NotMeasured, compare_merge
 from qexport.verifying.predictors import predictors, run_in_lockstep
 
 TOKENS: Final = 1024
@@ -80,7 +81,7 @@ class Preparation:
 
     Attributes:
         noise_floor: by figure; see the function `noise_floor`.
-        figures: `merge_kl` if there is an adapter and it could be measured.
+        figures: `merge_kl` and `merge_error` if there is an adapter and they could be measured.
         unconfirmed: what could not be measured, and why.
     """
 
@@ -117,21 +118,49 @@ def prepare(
     if live is None:
         return Preparation(floor)
     try:
-        tokens = compare_merge(reference, live, held_out.input_ids, dtype=wider(dtype), device=device, steps=steps)
+        found = compare_merge(reference, live, held_out.input_ids, dtype=wider(dtype), device=device, steps=steps)
     except NotMeasured as reason:
         cause = f" ({reason.__cause__})" if reason.__cause__ else ""
         progress(Notice(f"the merge was not compared with PEFT: {reason}{cause}"))
         return Preparation(floor, unconfirmed=[f"the merge against PEFT ({reason})"])
-    return Preparation(floor, [_merge_kl(tokens, floor["mean_kl"])])
+    return Preparation(floor, merge_figures(found, floor["mean_kl"], dtype))
 
 
-def _merge_kl(tokens: TokenFigures, floor: float) -> Figure:
-    """Its gate is decided on the interval for a fixed number of windows, since more are never added."""
-    windows, predicted = tokens.kl.shape
+def merge_figures(found: ComparedMerge, floor: float, dtype: torch.dtype) -> list[Figure]:
+    """`merge_kl`, and `merge_error` if the adapter has an effect on the text.
+
+    The unrounded merge differs from the adapter in PEFT by float32's rounding alone. Its noise floor is estimated from
+    that of the narrower dtype: as if divergences grew with the rounding step, while most grow with its square. (Where
+    experts are chosen, noise changes the choice of a few tokens, whose number grows with the step.)
+
+    Args:
+        found: the divergences.
+        floor: the noise floor of `mean_kl`.
+        dtype: the merged model's.
+    """
+    windows, predicted = found.merged.kl.shape
     units = Units([None] * windows, "window", predicted, windows)
-    found = units.mean("merge_kl", window_means(tokens.kl), NOT_NEGATIVE)
-    ends = {"sequence_low": found.low, "sequence_high": found.high}
-    return found.model_copy(update={**ends, "noise_floor": floor})
+    figures = [_fixed(units.mean("merge_kl", window_means(found.merged.kl), NOT_NEGATIVE), floor)]
+    errors, effects = window_means(found.unrounded.kl), window_means(found.base.kl)
+    effect = float(effects.mean())
+    if effect > 0:
+        noise = floor * torch.finfo(torch.float32).eps / torch.finfo(dtype).eps / effect
+        figures.append(_fixed(units.mean("merge_error", _ratio(errors, effects), NOT_NEGATIVE), noise))
+    return figures
+
+
+def _ratio(ours: Array, theirs: Array) -> Array:
+    """Values whose mean is the ratio of the means, and whose variance is that of a ratio estimator (Cochran, Sampling
+    Techniques, 1977, section 6.4).
+    """
+    ratio = ours.mean() / theirs.mean()
+    return np.asarray(ratio + (ours - ratio * theirs) / theirs.mean())
+
+
+def _fixed(figure: Figure, floor: float) -> Figure:
+    """The gate is decided on the interval for a fixed number of windows, since more are never added."""
+    ends = {"sequence_low": figure.low, "sequence_high": figure.high}
+    return figure.model_copy(update={**ends, "noise_floor": floor})
 
 
 Nearest = Callable[[Mapping[str, GroupQuantizedSpec], frozenset[str]], WeightSource]

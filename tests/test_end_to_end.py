@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from qexport.pipeline.folders import ArtifactFolder
 from qexport.pipeline.inspection import inspect_artifact
 from qexport.pipeline.verification import Verified, measure_folder
 from qexport.progress import ProgressCallback
-from qexport.quantizing.pauses import OffloadFile
+from qexport.quantizing import activations
 from qexport.reading.safetensors_weights import SafetensorsWeights
 from qexport.recipe import load_recipe
 from qexport.verifying.reference import Reference
@@ -478,14 +479,14 @@ def test_a_prompt_beyond_the_models_positions_is_refused_before_any_work(tmp_pat
 def test_a_full_disk_under_gptq_frees_what_waited_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The offloaded activations are in a file without a name; a program that goes on must not keep it."""
     prepare(tmp_path, factories.llama_config(), ["q_proj"])
-    honest = OffloadFile._write
+    honest = activations._write
 
-    def full(self: OffloadFile, storage: torch.UntypedStorage, place: int) -> None:
-        honest(self, storage, place)
+    def full(file: FileIO, content: memoryview, place: int) -> None:
+        honest(file, content, place)
         if place:
             raise OSError(errno.ENOSPC, "planted")
 
-    monkeypatch.setattr(OffloadFile, "_write", full)
+    monkeypatch.setattr(activations, "_write", full)
     with pytest.raises(ResourceError, match="disk is full"):
         finish(tmp_path)
     opened = [str(path.readlink()) for path in list(Path("/proc/self/fd").iterdir()) if path.is_symlink()]

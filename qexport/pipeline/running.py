@@ -26,6 +26,7 @@ from qexport.pipeline.result import Result, UnprovenMerge
 from qexport.pipeline.texts import Evaluation, Texts, read_texts
 from qexport.pipeline.verification import measure_folder
 from qexport.progress import Progress, ProgressCallback, silent
+from qexport.quantizing.method import PassInputs
 from qexport.recipe import Recipe
 from qexport.records import LayerRecord
 from qexport.reporting.writing import write_report
@@ -135,7 +136,7 @@ def _write_weights(
 ) -> tuple[list[LayerRecord], list[WrittenWeights]]:
     """Every tensor is read, merged, quantized and handed to the writers before the next block is read."""
     layers: list[LayerRecord] = []
-    stream = planned.recipe.quantize.quantize(
+    inputs = PassInputs(
         planned.merged.checkpoint,
         planned.outputs,
         texts.calibration,
@@ -144,6 +145,7 @@ def _write_weights(
         scratch=output,
         progress=progress,
     )
+    stream = planned.recipe.quantize.quantize(inputs)
     with ExitStack() as stack:
         writers = [
             stack.enter_context(group[0].weights.writer(planned.folder(output, group[0]))) for group in planned.distinct

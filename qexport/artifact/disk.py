@@ -21,12 +21,13 @@ _NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
-def ensure_space(path: Path, needed: int) -> None:
+def ensure_space(path: Path, needed: int, *, replaced: Path | None = None) -> None:
     """Checks that the disk has room for a folder, which need not exist yet.
 
     Args:
         path: where the bytes will go.
         needed: bytes.
+        replaced: a folder, if it exists, whose files are among these bytes, or will be removed before.
 
     Raises:
         ResourceError: the file system has less free space.
@@ -34,13 +35,19 @@ def ensure_space(path: Path, needed: int) -> None:
     existing = path.absolute()
     while not existing.exists():
         existing = existing.parent
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(existing).free + (_allocated(replaced) if replaced else 0)
     if free < needed:
         raise ResourceError(
             f"not enough room on the disk: {size(needed, decimals=2)} needed, {size(free, decimals=2)} free",
             where=str(path),
             mend="free some space, or choose an output on another disk",
         )
+
+
+def _allocated(folder: Path) -> int:
+    """Bytes that a folder's files take on the disk; one with several paths counts once."""
+    found = [path.lstat() for path in folder.rglob("*") if path.is_file()]
+    return 512 * sum({each.st_ino: each.st_blocks for each in found}.values())
 
 
 def is_disk_full(error: BaseException | None) -> bool:
@@ -52,8 +59,8 @@ def sync_tree(folder: Path) -> None:
     """Forces every file and folder below `folder`, and itself, onto the disk."""
     for parent, _, files in os.walk(folder):
         for name in files:
-            _sync(Path(parent, name))
-        _sync(Path(parent))
+            sync(Path(parent, name))
+        sync(Path(parent))
 
 
 def write_whole(path: Path, content: str) -> None:
@@ -86,11 +93,11 @@ def write_together(folder: Path, contents: Mapping[str, str]) -> None:
             if path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
             partial.write_bytes(content.encode())
-            _sync(partial)
+            sync(partial)
         with uninterrupted():
             for path, partial in beside.items():
                 partial.replace(path)
-            _sync(folder)
+            sync(folder)
     except BaseException as error:
         for partial in beside.values():
             partial.unlink(missing_ok=True)
@@ -128,7 +135,7 @@ def move_into_place(source: Path, target: Path) -> Path | None:
     """
     if not target.exists():
         source.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
         return None
     try:
         _exchange(source, target)
@@ -137,7 +144,7 @@ def move_into_place(source: Path, target: Path) -> Path | None:
         if error.errno not in _NO_EXCHANGE:
             raise
         replaced = _swap_in_two_steps(source, target)
-    _sync(target.parent)
+    sync(target.parent)
     return replaced
 
 
@@ -164,7 +171,12 @@ def _swap_in_two_steps(source: Path, target: Path) -> Path:
     return aside
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Forces a file or a folder onto the disk.
+
+    Raises:
+        OSError: the disk is full or failed.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Self
 from qexport.artifact.digests import sha256_file
 from qexport.artifact.disk import is_disk_full, move_into_place, sync_tree, uninterrupted
 from qexport.artifact.manifest import MANIFEST_NAME, REPORT_FOLDER, FileRecord, Manifest
-from qexport.errors import InputError, QexportError, RecipeError, ResourceError
+from qexport.errors import GO_ON, InputError, QexportError, RecipeError, ResourceError
 
 MARKER_NAME = ".qexport-partial"
 
@@ -77,8 +77,11 @@ class Publication:
     """The temporary folder `<output>.partial/`, locked against other runs.
 
     Used as a context manager. `publish` moves the folder to its final path, `reject` to `<output>.rejected/`; if
-    neither was called, because of an error or Ctrl-C, the folder is removed and the final path is unchanged. What a
-    killed run left behind is removed by the next one.
+    neither was called, because of an error or Ctrl-C, the final path is unchanged. The folder is removed then, unless
+    its journal holds records and the error is not one that would come again. What a killed run left behind stays too
+    if its journal holds records, else it is removed by the next run.
+
+    The journal (`qexport.artifact.journal`) is the content of the marker, which leaves the folder last.
 
     Args:
         output: the final path; parents are created.
@@ -102,22 +105,40 @@ class Publication:
     def __enter__(self) -> Self:
         _make_folder(self.folder)
         self._lock = _lock(self.folder)
-        _empty(self.folder)
+        if not _has_records(self.folder):
+            _empty(self.folder)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        kept = self._lock is not None and _has_records(self.folder) and _may_go_on(error)
         if self._lock is not None:
             with suppress(OSError):  # the first error matters more, and the next run removes the rest
-                _remove(self.folder)
+                if not kept:
+                    _remove(self.folder)
             self._release()
-        if is_disk_full(error):
-            raise ResourceError(
-                "the disk is full; what was written has been removed",
-                where=str(self.output),
-                mend="free some space, or choose an output on another disk",
-            ) from error
+        told = _disk_full(self.output, kept=kept) if is_disk_full(error) else error
+        if kept and told is not None and not isinstance(told, RecipeError):
+            told.add_note(GO_ON)
+        if told is not error and told is not None:
+            raise told from error
+
+    @property
+    def journal(self) -> Path:
+        """The file of the journal."""
+        return self.folder / MARKER_NAME
+
+    def keep_only(self, kept: Collection[Path]) -> None:
+        """Removes all other files than these and the journal. Folders stay."""
+        for parent, _, files in os.walk(self.folder):
+            for path in (Path(parent, name) for name in files):
+                if path not in kept and path != self.journal:
+                    path.unlink()
+
+    def empty(self) -> None:
+        """Removes everything but the file of the journal."""
+        _empty(self.folder)
 
     def publish(self) -> Path:
         """Moves the finished folder, one artifact or a folder of artifacts, to its final path, and returns that.
@@ -159,6 +180,23 @@ class Publication:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def _has_records(folder: Path) -> bool:
+    marker = folder / MARKER_NAME
+    return marker.exists() and marker.stat().st_size > 0
+
+
+def _may_go_on(error: BaseException | None) -> bool:
+    """Whether the same run might come further, or is not the one whose work is in the folder."""
+    return error is not None and (not isinstance(error, QexportError) or isinstance(error, ResourceError | RecipeError))
+
+
+def _disk_full(output: Path, *, kept: bool) -> ResourceError:
+    if kept:
+        return ResourceError("the disk is full", where=str(output), mend="free some space")
+    what, mend = "the disk is full; what was written has been removed", "or choose an output on another disk"
+    return ResourceError(what, where=str(output), mend=f"free some space, {mend}")
 
 
 def _is_complete(folder: Path) -> bool:
@@ -211,7 +249,11 @@ def _empty(folder: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Removes the marker last, so that an interrupted removal is still recognized as qexport's."""
+    """Removes the marker last, so that an interrupted removal is still recognized as qexport's; its journal first, so
+    that no run goes on with files that are gone.
+    """
+    if (folder / MARKER_NAME).exists():
+        os.truncate(folder / MARKER_NAME, 0)
     _empty(folder)
     (folder / MARKER_NAME).unlink(missing_ok=True)
     folder.rmdir()

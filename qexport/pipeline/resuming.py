@@ -181,7 +181,7 @@ class _Units:
         for writer, noted in zip(self._writers, self._noted, strict=True):
             tensors.append({name: each for name, each in writer.written().items() if name not in noted})
             files |= writer.files(tensors[-1])
-            noted |= tensors[-1].keys()
+            noted.update(tensors[-1])
         layers, self._noted_layers = list(self._layers[self._noted_layers :]), len(self._layers)
         self._pending = self._thread.submit(self._keep, files, tensors, layers)
 

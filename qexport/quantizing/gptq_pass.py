@@ -80,10 +80,10 @@ def quantize(method: Gptq, inputs: PassInputs) -> Iterator[TensorRecord]:
                 yield TensorRecord(name, checkpoint.weights.read(name))
         for index in range(first, blocks):
             records = work.block(index)
-            progress(Progress("quantize", index + 1, blocks, "block", _summary(records), (index + 1) * work.tokens))
             yield from records
-            _notify_fallbacks(records, progress)
             work.finish(index + 1, last=index + 1 == units)
+            progress(Progress("quantize", index + 1, blocks, "block", _summary(records), (index + 1) * work.tokens))
+            _notify_fallbacks(records, progress)
         if with_head:
             yield work.head()
             work.finish(units, last=True)

@@ -11,15 +11,18 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import artifact_cases
+import factories
+from qexport.artifact import describe_environment
 from qexport.artifact.publish import MARKER_NAME
 from qexport.cli.app import main
-from qexport.errors import GO_ON, RecipeError, ResourceError
+from qexport.errors import GO_ON, NumericalError, RecipeError, ResourceError
 from qexport.pipeline import Result, resuming, run
 from qexport.progress import Notice, Progress
 from qexport.recipe import Recipe
@@ -94,7 +97,7 @@ def in_child(chosen: Recipe, *, kill_at: int | None = None) -> Ended:
         finally:
             os._exit(1)
     os.close(writing)
-    with open(reading, encoding="utf-8") as pipe:
+    with os.fdopen(reading, encoding="utf-8") as pipe:
         events = [json.loads(line) for line in pipe]
     status = os.waitpid(child, 0)[1]
     if os.WIFSIGNALED(status):
@@ -130,10 +133,8 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(name: str, inputs: Pa
         second = in_child(again)
         assert contents(output) == contents(tmp_path / "whole")
         assert not output.with_name(f"{number}.partial").exists()
-        steps = sorted(set(whole.quantized()))
-        begun = steps.index(first.quantized()[-1]) if first.quantized() else 0
-        if method.startswith("gptq"):
-            assert steps.index(second.quantized()[0]) >= begun - 1, (first, second)
+        if method.startswith("gptq") and first.quantized():
+            assert second.quantized()[0] >= first.quantized()[-1] - 1
 
 
 def test_a_run_that_was_killed_again_and_again_does_nothing_twice_but_the_last(inputs: Path, tmp_path: Path) -> None:
@@ -143,7 +144,7 @@ def test_a_run_that_was_killed_again_and_again_does_nothing_twice_but_the_last(i
     runs = [in_child(chosen, kill_at=chance.randrange(operations // 4, operations // 2)) for _ in range(3)]
     runs.append(in_child(chosen))
     assert contents(tmp_path / "often") == contents(tmp_path / "whole")
-    for before, after in zip(runs, runs[1:], strict=False):
+    for before, after in pairwise(runs):
         if before.quantized():
             assert after.quantized()[0] >= before.quantized()[-1] - 1
 
@@ -169,8 +170,9 @@ def told(chosen: Recipe, **options: Any) -> tuple[Result, list[Progress | Notice
     return run(chosen, device="cpu", progress=events.append, **options), events
 
 
-def exported(event: Progress) -> bool:
-    return event.stage == "export"
+def steps(events: Sequence[Progress | Notice]) -> list[int]:
+    """What was finished at each step of quantizing."""
+    return [event.done for event in events if isinstance(event, Progress) and event.stage == "quantize"]
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +180,7 @@ def interrupted(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the inputs and a run that was interrupted after its first block."""
     folder = tmp_path_factory.mktemp("interrupted")
     shutil.copytree(inputs, folder, dirs_exist_ok=True)
-    stopped(recipe(folder, "gptq", TWO, folder / "out"), lambda event: event.stage == "quantize" and event.done == 2)
+    stopped(recipe(folder, "gptq", TWO, folder / "out"), lambda event: event.stage == "quantize" and event.done == 1)
     return folder
 
 
@@ -235,11 +237,11 @@ def test_an_input_that_has_changed_is_named(left: Path, name: str, change: Calla
 
 
 def test_another_recipe_or_program_or_processor_is_named(left: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quantize = recipe(left, "gptq 3 bits", TWO, left / "out").quantize
+    quantize = recipe(left, "gptq", TWO, left / "out").quantize.model_copy(update={"damp_percent": 0.5})
     with pytest.raises(RecipeError, match="differs") as caught:
         going_on(left, quantize=quantize)
-    assert "recipe.quantize.bits: was 4, is 3" in str(caught.value.where)
-    honest = resuming.describe_environment
+    assert "recipe.quantize.damp_percent: was 0.01, is 0.5" in str(caught.value.where)
+    honest = describe_environment
     changed = {"torch": "1.0", "cpu_capability": "AVX1024"}
     monkeypatch.setattr(resuming, "version", lambda _: "0.0.1")
     monkeypatch.setattr(resuming, "describe_environment", lambda device: honest(device).model_copy(update=changed))
@@ -253,20 +255,20 @@ def test_files_that_were_only_copied_are_compared_by_their_contents(left: Path, 
     moved = tmp_path / "elsewhere"
     shutil.copytree(left, moved)
     _, events = told(recipe(moved, "gptq", TWO, moved / "out"))
-    assert [event.done for event in events if isinstance(event, Progress) and event.stage == "quantize"][0] > 0
+    assert steps(events)[0] > 0
 
 
 def test_restart_begins_again(left: Path) -> None:
     _, events = told(recipe(left, "gptq 3 bits", [{"layout": "safetensors"}], left / "out"), restart=True)
-    steps = [event.done for event in events if isinstance(event, Progress) and event.stage == "quantize"]
-    assert steps[0] == 0
+    assert steps(events)[0] == 0
     assert not (left / "out" / "vllm").exists()
 
 
 @pytest.mark.parametrize("place", ["safetensors/model.safetensors", ".activations/activations-*"])
 def test_what_the_disk_has_damaged_is_not_used(left: Path, place: str) -> None:
     for path in (left / "out.partial").glob(place):
-        flipped(path, path.stat().st_size // 2)
+        if path.stat().st_size:
+            flipped(path, path.stat().st_size // 2)
     with pytest.raises(ResourceError, match="damaged") as caught:
         going_on(left)
     assert "--restart" in str(caught.value.mend)
@@ -276,7 +278,7 @@ def test_what_the_disk_has_damaged_is_not_used(left: Path, place: str) -> None:
 def test_a_folder_without_a_journal_is_emptied(left: Path) -> None:
     (left / "out.partial" / MARKER_NAME).write_bytes(b"")
     _, events = going_on(left)
-    assert [event.done for event in events if isinstance(event, Progress) and event.stage == "quantize"][0] == 0
+    assert steps(events)[0] == 0
 
 
 def verified(folder: Path, output: str) -> Recipe:
@@ -291,7 +293,7 @@ def test_verification_goes_on_from_its_last_round_and_the_reference_is_not_measu
     inputs: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(inputs, tmp_path, dirs_exist_ok=True)
-    artifact_cases.factories.write_text(tmp_path / "held-out.jsonl", seed=2)
+    factories.write_text(tmp_path / "held-out.jsonl", seed=2)
     whole, every = told(verified(tmp_path, "whole"))
     rounds = whole.report.protocol.looks
     assert len(rounds) > 1

@@ -49,7 +49,7 @@ class RunJournal:
 
     def __init__(self, publication: Publication, identity: Mapping[str, Any], base: Mapping[str, str]) -> None:
         self._publication, self._journal = publication, Journal(publication.journal)
-        self._identity, self._base = identity, base
+        self._identity, self._base, self._files = identity, base, _stamps(base)
 
     def go_on(self, *, restart: bool) -> int | None:
         """Takes over what an interrupted run has finished.
@@ -69,16 +69,17 @@ class RunJournal:
             self._publication.empty()
             return None
         refuse_other_run(begun[0]["identity"], self._identity, self._publication.folder)
-        if begun[0]["files"] != _stamps(self._base):
+        if begun[0]["files"] != self._files:
             self._refuse_other_base()
         return sum(len(unit["tensors"][0]) for unit in self._journal.of_kind("unit"))
 
     def _refuse_other_base(self) -> None:
         """Compares the contents of the base's files, where they are known: their times or places have changed."""
-        known = self._journal.of_kind("base")
-        before: Mapping[str, str] = known[0] if known else {}
-        names = sorted(before.keys() | self._base.keys())
-        if changed := [name for name in names if before.get(name) != self._base.get(name)]:
+        if not (known := self._journal.of_kind("base")):
+            differing = ["inputs.base: a file has another time or place, and its digest was not known yet"]
+            raise other_run(differing, self._publication.folder)
+        names = sorted(known[0].keys() | self._base.keys())
+        if changed := [name for name in names if known[0].get(name) != self._base.get(name)]:
             raise other_run([f"inputs.base: {name} has changed" for name in changed], self._publication.folder)
 
     def refuse_changed_base(self) -> None:
@@ -159,7 +160,7 @@ class RunJournal:
 
     def _note(self, kind: str, content: Mapping[str, Any]) -> None:
         if not self._journal.entries:
-            self._journal.append("run", {"identity": self._identity, "files": _stamps(self._base)})
+            self._journal.append("run", {"identity": self._identity, "files": self._files})
         self._journal.append(kind, content)
 
 

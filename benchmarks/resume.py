@@ -28,6 +28,7 @@ def main() -> None:
     """Runs one of the two, or a run as a child of them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["kills", "cost", "child"])
+    parser.add_argument("overrides", nargs="*", help="values of the recipe, for example quantize.mse=false")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--sequence-length", type=int, default=128)
@@ -45,6 +46,7 @@ def _overrides(arguments: argparse.Namespace) -> list[str]:
         "export=[{layout: safetensors}, {layout: vllm}]",
         f"quantize.calibration.samples={arguments.samples}",
         f"quantize.calibration.sequence_length={arguments.sequence_length}",
+        *arguments.overrides,
     ]
 
 
@@ -70,14 +72,14 @@ def _no_units(*_: object) -> Iterator[None]:
 
 
 def _start(arguments: argparse.Namespace, output: Path, *options: str) -> subprocess.Popen[str]:
-    own = ["child", "--output", str(output), "--samples", str(arguments.samples)]
+    own = ["child", *arguments.overrides, "--output", str(output), "--samples", str(arguments.samples)]
     own += ["--sequence-length", str(arguments.sequence_length), *options]
     return subprocess.Popen([sys.executable, __file__, *own], stdout=subprocess.PIPE, text=True)
 
 
 def _events(child: subprocess.Popen[str]) -> list[tuple[str, int, float, float]]:
     assert child.stdout is not None
-    return [tuple(json.loads(line)) for line in child.stdout]  # type: ignore[misc]
+    return [tuple(json.loads(line)) for line in child.stdout]
 
 
 def _kills(arguments: argparse.Namespace) -> None:

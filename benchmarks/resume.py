@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    given = [*arguments.overrides, "verify=null", "export=[{layout: safetensors}, {layout: vllm}]"]
+    given = [*arguments.overrides, "verify=null", "export=[{layout: safetensors}]"]
     recipe = load_recipe(arguments.recipe, given)
     with tempfile.TemporaryDirectory(prefix="qexport-") as folder:
         if arguments.what == "cost":

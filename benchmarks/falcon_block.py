@@ -25,7 +25,7 @@ from transformers import FalconConfig
 
 from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.quantizing.gptq import Gptq
-from qexport.quantizing.method import CalibrationSettings
+from qexport.quantizing.method import CalibrationSettings, PassInputs
 from qexport.records import LayerRecord
 from qexport.tensors import CalibrationSet, Origin, TensorSpec
 
@@ -75,7 +75,7 @@ def main() -> None:
     started, before = time.perf_counter(), _cpu_seconds()
     layers: list[LayerRecord] = []
     with tempfile.TemporaryDirectory() as scratch:
-        stream = settings.quantize(
+        inputs = PassInputs(
             checkpoint,
             settings.plan(checkpoint),
             CalibrationSet(tokens, sha256="", origin="random"),
@@ -83,6 +83,7 @@ def main() -> None:
             device=torch.device("cpu"),
             scratch=Path(scratch),
         )
+        stream = settings.quantize(inputs)
         layers = [record.layer for record in stream if record.layer]
     wall, cpu = time.perf_counter() - started, _cpu_seconds() - before
     _show(layers, wall, cpu)

@@ -15,7 +15,10 @@ An interrupted run exits with 130.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Final
+
+GO_ON: Final = "run the same command again: it goes on from what is finished"
+"""A note (`BaseException.add_note`) on what has stopped a run whose work is kept."""
 
 
 class QexportError(Exception):

@@ -37,6 +37,7 @@ from qexport.export.tensor_writer import WrittenWeights
 from qexport.formats import Outputs
 from qexport.formats.bitsandbytes.four_bit_tensors import dequantize
 from qexport.quantizing import AnyMethod
+from qexport.quantizing.method import PassInputs
 from qexport.reading.onnx.graph import Graph
 from qexport.reading.onnx.model import OnnxCausalLM
 from qexport.reading.onnx.weights import OnnxWeights
@@ -174,10 +175,8 @@ def passed(given: Checkpoint, method: Method, windows: Tensor) -> Pass:
     settings = TypeAdapter[Any](AnyMethod).validate_python(dict(method.quantize))
     structure = given.architecture.structure
     outputs = settings.plan(given)
-    stream = settings.quantize(
-        given, outputs, CalibrationSet(windows, "0" * 64, "test"),
-        dtype=method.merged, device=CPU, scratch=Path(tempfile.gettempdir()),
-    )  # fmt: skip
+    calibration, scratch = CalibrationSet(windows, "0" * 64, "test"), Path(tempfile.gettempdir())
+    stream = settings.quantize(PassInputs(given, outputs, calibration, method.merged, CPU, scratch))
     return Pass(given, structure, outputs, tuple(stream))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,7 @@ from qexport.export.tgi.families import tgi_config
 from qexport.pipeline import Result, plan, run
 from qexport.pipeline.folders import ArtifactFolder
 from qexport.pipeline.verification import Verified, measure_folder
-from qexport.progress import ProgressCallback
-from qexport.quantizing.pauses import OffloadFile
+from qexport.quantizing import activations
 from qexport.reading.safetensors_weights import SafetensorsWeights
 from qexport.recipe import load_recipe
 from qexport.verifying.reference import Reference
@@ -318,7 +318,9 @@ def test_an_old_output_is_refused_before_any_work_and_replaced_when_forced(tmp_p
 
 
 @pytest.mark.parametrize("fault", ["nan in the last block", "interrupt"])
-def test_what_fails_late_leaves_nothing_behind(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_fails_late_leaves_only_what_a_run_can_go_on_with(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = prepare(tmp_path, factories.llama_config(), ["q_proj"])
     expected: type[BaseException] = KeyboardInterrupt
     if fault == "interrupt":
@@ -330,7 +332,8 @@ def test_what_fails_late_leaves_nothing_behind(fault: str, tmp_path: Path, monke
         expected = InputError
     with pytest.raises(expected):
         finish(tmp_path)
-    assert not any(path.name.startswith("out") for path in tmp_path.iterdir())
+    left = ["out.partial"] if fault == "interrupt" else []
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == left
 
 
 def interrupt(*_: Any, **__: Any) -> None:
@@ -401,9 +404,9 @@ def test_weights_that_layouts_share_are_measured_once(tmp_path: Path, monkeypatc
     prepare(tmp_path, factories.llama_config(), ["q_proj"])
     measured: list[str] = []
 
-    def counting(reference: Reference, opened: ArtifactFolder, *, progress: ProgressCallback) -> Verified:
+    def counting(reference: Reference, opened: ArtifactFolder, **options: Any) -> Verified:
         measured.append(opened.artifact.folder.name)
-        return measure_folder(reference, opened, progress=progress)
+        return measure_folder(reference, opened, **options)
 
     monkeypatch.setattr("qexport.pipeline.running.measure_folder", counting)
     nf4 = next(path for path in RECIPES if path.name == "nf4.yaml")
@@ -457,14 +460,14 @@ def test_a_prompt_beyond_the_models_positions_is_refused_before_any_work(tmp_pat
 def test_a_full_disk_under_gptq_frees_what_waited_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The offloaded activations are in a file without a name; a program that goes on must not keep it."""
     prepare(tmp_path, factories.llama_config(), ["q_proj"])
-    honest = OffloadFile._write
+    honest = activations._write
 
-    def full(self: OffloadFile, storage: torch.UntypedStorage, place: int) -> None:
-        honest(self, storage, place)
+    def full(file: FileIO, content: memoryview, place: int) -> None:
+        honest(file, content, place)
         if place:
             raise OSError(errno.ENOSPC, "planted")
 
-    monkeypatch.setattr(OffloadFile, "_write", full)
+    monkeypatch.setattr(activations, "_write", full)
     with pytest.raises(ResourceError, match="disk is full"):
         finish(tmp_path)
     opened = [str(path.readlink()) for path in list(Path("/proc/self/fd").iterdir()) if path.is_symlink()]

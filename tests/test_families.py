@@ -32,7 +32,7 @@ from qexport.merge.adapter import PREFIX
 from qexport.merge.merging import merge
 from qexport.pipeline.planning import plan as make_plan
 from qexport.quantizing import AnyMethod
-from qexport.quantizing.method import Method
+from qexport.quantizing.method import Method, PassInputs
 from qexport.recipe import Recipe
 from qexport.tensors import BlockQuantized, CalibrationSet, GroupQuantized, RowQuantized, TensorRecord
 from test_block_runner import run, token_windows
@@ -92,10 +92,9 @@ def records(checkpoint: Checkpoint, settings: Method, windows: Tensor | None = N
     calibration = CalibrationSet(token_windows(12, 48) if windows is None else windows, "0" * 64, "test")
     found = list(
         settings.quantize(
-            checkpoint, outputs, calibration,
-            dtype=torch.float32, device=CPU, scratch=Path(tempfile.gettempdir()),
+            PassInputs(checkpoint, outputs, calibration, torch.float32, CPU, scratch=Path(tempfile.gettempdir()))
         )
-    )  # fmt: skip
+    )
     assert sorted(record.name for record in found) == sorted(outputs.specs)
     return {record.name: record for record in found}
 

@@ -21,6 +21,7 @@ from qexport.errors import CompatibilityError, NumericalError
 from qexport.progress import Notice, Progress
 from qexport.quantizing.gptq import Gptq
 from qexport.quantizing.layer import Hessian, solve_together
+from qexport.quantizing.method import PassInputs
 from qexport.quantizing.selection import select
 from qexport.tensors import CalibrationSet, GroupQuantized, GroupQuantizedSpec, Origin, TensorRecord
 from test_block_runner import StateDict, token_windows
@@ -50,7 +51,7 @@ def calibration(windows: Tensor | None = None) -> CalibrationSet:
 def run(source: Checkpoint, options: Gptq, calibration: CalibrationSet, **arguments: Any) -> Iterator[TensorRecord]:
     """Plans and quantizes."""
     outputs = options.plan(source)
-    return options.quantize(source, outputs, calibration, **arguments)
+    return options.quantize(PassInputs(source, outputs, calibration, **arguments))
 
 
 def quantized(config: PretrainedConfig, options: Gptq, **changes: Any) -> dict[str, TensorRecord]:
@@ -289,6 +290,7 @@ import json, resource, sys
 sys.path.insert(0, sys.argv[1])
 import torch, factories
 from qexport.quantizing.gptq import Gptq
+from qexport.quantizing.method import PassInputs
 from qexport.architectures.architecture import Architecture
 from qexport.architectures.architecture import Checkpoint
 from qexport.tensors import CalibrationSet, Origin, TensorSpec
@@ -313,7 +315,7 @@ def peak(layers):
     source = Checkpoint(architecture, Random(architecture.structure.parameters), {}, Origin("folder", "random"))
     count = 0
     outputs = settings.plan(source)
-    for record in settings.quantize(source, outputs, CalibrationSet(ids, "", ""), **options):
+    for record in settings.quantize(PassInputs(source, outputs, CalibrationSet(ids, "", ""), **options)):
         count += record.layer is not None
     return count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 

@@ -14,7 +14,7 @@ from qexport.loading.checkpoint import load_checkpoint
 from qexport.merge import MergeSettings
 from qexport.merge.merging import merge
 from qexport.quantizing.gptq import Gptq
-from qexport.quantizing.method import CalibrationSettings
+from qexport.quantizing.method import CalibrationSettings, PassInputs
 from qexport.tensors import CalibrationSet, TensorRecord
 from quantized_models import Tensors
 from test_gptq import assert_same_bytes
@@ -39,14 +39,11 @@ def quantized(checkpoint: Checkpoint, scratch: Path, threads: int) -> dict[str, 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        records = settings.quantize(
-            checkpoint,
-            settings.plan(checkpoint),
-            CalibrationSet(ids, "0" * 64, "random tokens"),
-            dtype=torch.bfloat16,
-            device=torch.device("cpu"),
-            scratch=scratch,
+        calibration = CalibrationSet(ids, "0" * 64, "random tokens")
+        inputs = PassInputs(
+            checkpoint, settings.plan(checkpoint), calibration, torch.bfloat16, torch.device("cpu"), scratch=scratch
         )
+        records = settings.quantize(inputs)
         return {record.name: record for record in records}
     finally:
         torch.set_num_threads(before)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from qexport.quantizing.pauses import OffloadFile
+from qexport.quantizing.activations import OffloadFile
 
 
 def test_offloaded_tensors_are_restored_in_place_and_cost_no_memory_before(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from qexport.formats import Outputs
 from qexport.loading import LoadSettings
 from qexport.loading.checkpoint import load_checkpoint
 from qexport.quantizing import AnyMethod
-from qexport.quantizing.method import Method
+from qexport.quantizing.method import Method, PassInputs
 from qexport.reading.stored_model import open_stored
 from qexport.tensors import CalibrationSet
 
@@ -114,14 +114,9 @@ def write(folder: Path, method: dict[str, Any], layout: str, target: Path) -> No
     made = layout_of(folder, outputs, layout)
     windows = torch.randint(factories.VOCABULARY, (4, 64), generator=torch.Generator().manual_seed(1))
     writer = made.weights.writer(target)
-    for record in chosen.quantize(
-        checkpoint,
-        outputs,
-        CalibrationSet(windows, sha256="", origin="random"),
-        dtype=torch.bfloat16,
-        device=torch.device("cpu"),
-        scratch=target,
-    ):
+    calibration = CalibrationSet(windows, sha256="", origin="random")
+    inputs = PassInputs(checkpoint, outputs, calibration, torch.bfloat16, torch.device("cpu"), scratch=target)
+    for record in chosen.quantize(inputs):
         writer.write(record)
     written = writer.finish()
     made.write_files(target, checkpoint)

@@ -19,7 +19,7 @@ from qexport.export.served import Check
 from qexport.export.tgi.layout import TgiLayout
 from qexport.export.tgi.rules import TGI
 from qexport.formats import GptqFormat, Outputs
-from qexport.quantizing.method import RoundingMethod
+from qexport.quantizing.method import PassInputs, RoundingMethod
 from qexport.quantizing.none import NoQuantization
 from qexport.tensors import TensorRecord
 from quantized_models import QuantizedModel, gptq_method
@@ -82,7 +82,7 @@ class TgiModel:
         if isinstance(self.method, GptqFormat):
             return self.model.records()
         cpu, dtype = torch.device("cpu"), torch.bfloat16
-        return self.method.quantize(self.checkpoint, self.outputs, None, dtype=dtype, device=cpu, scratch=Path())
+        return self.method.quantize(PassInputs(self.checkpoint, self.outputs, None, dtype, cpu, scratch=Path()))
 
 
 def failed(folder: Path) -> dict[str, Check]:

@@ -11,6 +11,7 @@ import factories
 from qexport.export import VllmSettings
 from qexport.export.vllm.layout import VllmLayout
 from qexport.formats import Outputs
+from qexport.quantizing.method import PassInputs
 from qexport.quantizing.none import NoQuantization
 from qexport.quantizing.w8a8 import W8a8
 from quantized_models import QuantizedModel, gptq_method
@@ -52,12 +53,7 @@ def _write_rounded(folder: Path, model: QuantizedModel, settings: W8a8 | NoQuant
     made = layout(model, outputs=outputs)
     writer = made.weights.writer(folder)
     stream = settings.quantize(
-        model.checkpoint,
-        outputs,
-        None,
-        dtype=torch.bfloat16,
-        device=torch.device("cpu"),
-        scratch=folder,
+        PassInputs(model.checkpoint, outputs, None, torch.bfloat16, torch.device("cpu"), scratch=folder)
     )
     for record in stream:
         writer.write(record)

@@ -92,6 +92,16 @@ class FileDigests(Mapping[str, str]):
     def __len__(self) -> int:
         return len(self._all)
 
+    @property
+    def paths(self) -> dict[str, Path]:
+        """The files by their names."""
+        return {name: self._folder / name for name in self._all}
+
+    @property
+    def complete(self) -> bool:
+        """Whether every digest is known, so that none has to be waited for."""
+        return len(self._found) == len(self._all)
+
     @contextmanager
     def hashed_in_background(self) -> Iterator[None]:
         """Hashes in a thread. What is not finished when the context ends is waited for when it is used.

@@ -22,12 +22,13 @@ _FULL = {errno.ENOSPC, errno.EDQUOT}
 _BROKEN = {errno.EIO, errno.EREMOTEIO, errno.ESTALE}
 
 
-def ensure_space(path: Path, needed: int) -> None:
+def ensure_space(path: Path, needed: int, *, replaced: Path | None = None) -> None:
     """Checks that the disk has room for a folder, which need not exist yet.
 
     Args:
         path: where the bytes will go.
         needed: bytes.
+        replaced: a folder, if it exists, whose files are among these bytes, or will be removed before.
 
     Raises:
         ResourceError: the file system has less free space.
@@ -35,7 +36,7 @@ def ensure_space(path: Path, needed: int) -> None:
     existing = path.absolute()
     while not existing.exists():
         existing = existing.parent
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(existing).free + (_allocated(replaced) if replaced else 0)
     if free < needed:
         raise ResourceError(
             f"not enough room on the disk: {size(needed, decimals=2)} needed, {size(free, decimals=2)} free",
@@ -63,6 +64,12 @@ def disk_failure(error: BaseException | None, *, where: str | None, after: str =
             return ResourceError(f"the disk failed: {error.strerror}{after}", where=where, mend=mend)
         error = error.__cause__
     return None
+
+
+def _allocated(folder: Path) -> int:
+    """Bytes that a folder's files take on the disk; one with several paths counts once."""
+    found = [path.lstat() for path in folder.rglob("*") if path.is_file()]
+    return 512 * sum({each.st_ino: each.st_blocks for each in found}.values())
 
 
 def sync_tree(folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +22,7 @@ from qexport.artifact.disk import (
 )
 from qexport.artifact.manifest import MANIFEST_NAME
 from qexport.artifact.roots import check_roots_path
-from qexport.errors import QexportError, RecipeError, ResourceError
+from qexport.errors import GO_ON, QexportError, RecipeError, ResourceError
 
 MARKER_NAME = ".qexport-partial"
 _OWN_SUFFIXES = (".partial", ".rejected", ".replaced")
@@ -106,8 +106,12 @@ class Publication:
     """The temporary folder `<output>.partial/`, locked against other runs.
 
     Used as a context manager. `publish` moves the folder to its final path, `reject` to `<output>.rejected/`; if
-    neither was called, because of an error or Ctrl-C, the folder is removed and the final path is unchanged. What a
-    killed run left behind is removed by the next one, or put back if it is the old output.
+    neither was called, because of an error or Ctrl-C, the final path is unchanged. The folder is removed then, unless
+    its journal holds records and the error is not one that would come again. What a killed run left behind stays too
+    if its journal holds records, else it is removed by
+    the next run, or put back if it is the old output.
+
+    The journal (`qexport.artifact.journal`) is the content of the marker, which leaves the folder last.
 
     Args:
         output: the final path; parents are created.
@@ -145,22 +149,45 @@ class Publication:
         return self
 
     def _clear(self) -> None:
-        """Removes what a killed run left."""
-        _empty(self.folder)
+        """Removes what a killed run left and no journal names."""
+        if not _has_records(self.folder):
+            _empty(self.folder)
         for target in (self.output, _rejected_path(self.output)):
             _end_replacing(target, self.folder)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        kept = self._lock is not None and _has_records(self.folder) and _may_go_on(error)
         after = ""
         if self._lock is not None:
             with suppress(OSError):  # the first error matters more, and the next run removes the rest
-                _remove(self.folder)
-                after = "; what was written has been removed"
+                if not kept:
+                    _remove(self.folder)
+                    after = "; what was written has been removed"
             self._release()
-        if failure := disk_failure(error, where=str(self.output), after=after):
+        failure = disk_failure(error, where=str(self.output), after=after)
+        told = failure or error
+        if kept and told is not None and not isinstance(told, RecipeError):
+            told.add_note(GO_ON)
+        if failure:
             raise failure from error
+
+    @property
+    def journal(self) -> Path:
+        """The file of the journal."""
+        return self.folder / MARKER_NAME
+
+    def keep_only(self, kept: Collection[Path]) -> None:
+        """Removes all other files than these and the journal. Folders stay."""
+        for parent, _, files in os.walk(self.folder):
+            for path in (Path(parent, name) for name in files):
+                if path not in kept and path != self.journal:
+                    path.unlink()
+
+    def empty(self) -> None:
+        """Removes everything but the file of the journal."""
+        _empty(self.folder)
 
     def publish(self) -> Path:
         """Moves the finished folder, one artifact or a folder of artifacts, to its final path, and returns that.
@@ -240,6 +267,16 @@ def _manifests(folder: Path) -> list[Path]:
         return [folder / MANIFEST_NAME]
     found = [entry / MANIFEST_NAME for entry in sorted(folder.iterdir()) if entry.name != MARKER_NAME]
     return found if all(manifest.is_file() for manifest in found) else []
+
+
+def _has_records(folder: Path) -> bool:
+    marker = folder / MARKER_NAME
+    return marker.exists() and marker.stat().st_size > 0
+
+
+def _may_go_on(error: BaseException | None) -> bool:
+    """Whether the same run might come further, or is not the one whose work is in the folder."""
+    return error is not None and (not isinstance(error, QexportError) or isinstance(error, ResourceError | RecipeError))
 
 
 def _is_complete(folder: Path) -> bool:
@@ -371,8 +408,11 @@ def _empty(folder: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Removes the marker last, so that an interrupted removal is still recognized as qexport's."""
-    (folder / MARKER_NAME).write_bytes(b"")
+    """Removes the marker last, so that an interrupted removal is still recognized as qexport's; its journal first, so
+    that no run goes on with files that are gone.
+    """
+    if (folder / MARKER_NAME).exists():
+        os.truncate(folder / MARKER_NAME, 0)
     _empty(folder)
     (folder / MARKER_NAME).unlink()
     folder.rmdir()

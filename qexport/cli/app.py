@@ -10,7 +10,7 @@ import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -21,7 +21,7 @@ from rich.text import Text
 
 from qexport.artifact.disk import disk_failure
 from qexport.cli.terminal import stderr, write, write_json
-from qexport.errors import QexportError, RecipeError, ResourceError
+from qexport.errors import GO_ON, QexportError, RecipeError, ResourceError
 from qexport.hidden_packages import hidden
 from qexport.reporting.values import visible
 
@@ -73,6 +73,8 @@ def reporting_errors(*, as_json: bool = False, debug: bool = False, interrupted:
         if debug:
             traceback.print_exception(error)
         failure = Failure(interrupted, INTERRUPTED) if isinstance(error, KeyboardInterrupt) else failure_of(error)
+        if GO_ON in getattr(error, "__notes__", ()):
+            failure = replace(failure, mend="; ".join(filter(None, (failure.mend, GO_ON))))
         failure.show(as_json=as_json)
         raise typer.Exit(failure.exit_code) from error
 

@@ -26,11 +26,14 @@ def run(
     overrides: Overrides = None,
     output: Annotated[Path | None, typer.Option(help="The artifact's folder, instead of the recipe's.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an output folder that is not empty.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin again, without what an interrupted run has finished.")
+    ] = False,
     as_json: AsJson = False,
     debug: Debug = False,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
 ) -> None:
-    """Merge, quantize, export and verify, as the recipe says."""
+    """Merge, quantize, export and verify, as the recipe says. A run that was interrupted goes on where it was."""
     with reporting_errors(as_json=as_json, debug=debug, interrupted="interrupted; nothing was published"):
         from qexport.recipe import checked_output, load_recipe
 
@@ -43,7 +46,9 @@ def run(
 
         with showing_progress() as progress:
             command = verify_command(".", str(recipe), overrides or (), {})
-            result = pipeline.run(chosen, force=force, device=device, command=command, progress=progress)
+            result = pipeline.run(
+                chosen, force=force, restart=restart, device=device, command=command, progress=progress
+            )
         if result.unproven_merge is not None:
             result.raise_for_verdict()
     with reporting_errors(as_json=as_json, debug=debug, interrupted=f"interrupted; {result.artifact_path} is complete"):

@@ -12,10 +12,13 @@ from typing import Protocol
 
 import torch
 
-from qexport.artifact.digests import sha256_bytes, tensor_bytes
-from qexport.errors import QexportError
+from qexport.artifact.digests import sha256_bytes, sha256_chunks, tensor_bytes
+from qexport.artifact.disk import sync
+from qexport.errors import QexportError, ResourceError
 from qexport.tensors import TensorSpec
 from qexport.tensors.safetensors_folder import INDEX_NAME, SINGLE_NAME
+
+_CHUNK_BYTES = 1 << 22
 
 
 class TensorWriter(Protocol):
@@ -23,6 +26,7 @@ class TensorWriter(Protocol):
 
     digests: dict[str, str]
     written: dict[str, TensorSpec]
+    places: dict[str, tuple[Path, int]]
 
     def check(self, name: str, tensor: torch.Tensor) -> None:
         """Compares a tensor with the plan."""
@@ -32,9 +36,21 @@ class TensorWriter(Protocol):
         """Writes one tensor to its place."""
         ...
 
+    def adopt(self, tensors: Mapping[str, Stored]) -> None:
+        """Takes tensors that are in the files already as written."""
+        ...
+
     def finish(self) -> tuple[str, ...]:
         """Completes the files and returns their names."""
         ...
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file, with the hex SHA-256 of its bytes."""
+
+    spec: TensorSpec
+    sha256: str
 
 
 class PlacedTensors:
@@ -52,7 +68,7 @@ class PlacedTensors:
     def __init__(self, specs: Mapping[str, TensorSpec], places: Mapping[str, tuple[Path, int]]) -> None:
         self.digests: dict[str, str] = {}
         self.written: dict[str, TensorSpec] = {}
-        self.places = places
+        self.places = dict(places)
         self._specs = specs
 
     def check(self, name: str, tensor: torch.Tensor) -> None:
@@ -86,6 +102,22 @@ class PlacedTensors:
         self.digests[name] = sha256_bytes(content)
         self.written[name] = TensorSpec(tuple(tensor.shape), tensor.dtype)
 
+    def adopt(self, tensors: Mapping[str, Stored]) -> None:
+        """Takes tensors that an interrupted run has written as written. Their bytes are read and compared.
+
+        Raises:
+            ResourceError: the files do not hold them.
+        """
+        for name, stored in tensors.items():
+            path, offset = self.places[name]
+            if sha256_chunks(_pieces(path, offset, stored.spec.nbytes)) != stored.sha256:
+                raise ResourceError(
+                    "a tensor that an interrupted run has written is damaged",
+                    where=f"{path}: {name}",
+                    mend="check the disk, then begin again with --restart",
+                )
+            self.digests[name], self.written[name] = stored.sha256, stored.spec
+
     def refuse_missing(self) -> None:
         """Refuses to finish without a planned tensor.
 
@@ -95,6 +127,16 @@ class PlacedTensors:
         missing = [name for name in self._specs if name not in self.digests]
         if missing:
             raise QexportError(f"{len(missing)} tensors never reached the export", where=", ".join(missing[:5]))
+
+
+def _pieces(path: Path, offset: int, count: int) -> Iterator[memoryview]:
+    """A part of a file, in pieces; fewer bytes if the file ends before, none if there is no file."""
+    if not path.exists():
+        return
+    with path.open("rb", buffering=0) as file:
+        while count and (piece := os.pread(file.fileno(), min(_CHUNK_BYTES, count), offset)):
+            yield memoryview(piece)
+            offset, count = offset + len(piece), count - len(piece)
 
 
 def write_at(path: Path, offset: int, content: memoryview) -> None:
@@ -145,8 +187,6 @@ def link_or_copy(source: Path, target: Path) -> None:
     except OSError:
         shutil.copyfile(source, target)
 
-
-_CHUNK_BYTES = 1 << 22
 
 # In the order of safetensors files: wide types first, so that all tensors are aligned.
 _DTYPE_NAMES = {
@@ -222,6 +262,16 @@ class ShardWriter(PlacedTensors):
             places |= {name: (folder / shard.name, len(header) + offset) for name, offset in offsets.items()}
         super().__init__(specs, places)
 
+    def adopt(self, tensors: Mapping[str, Stored]) -> None:
+        """See `PlacedTensors.adopt`. In shards that an interrupted run has completed, tensors are in other places."""
+        for shard in self._shards:
+            if shard.specs.keys() <= tensors.keys():
+                header, offsets = _header({name: tensors[name].spec for name in shard.specs})
+                path = self._folder / shard.name
+                if b"".join(_pieces(path, 0, len(header))) == header:
+                    self.places |= {name: (path, len(header) + offset) for name, offset in offsets.items()}
+        super().adopt(tensors)
+
     def finish(self) -> tuple[str, ...]:
         """Closes the gaps after shorter vectors, and writes the headers, and an index if there are several shards.
 
@@ -241,14 +291,21 @@ class ShardWriter(PlacedTensors):
         return (*names, INDEX_NAME)
 
     def _complete(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
-        """Moves each tensor down to its final offset, and adds the header."""
+        """Adds the header. Tensors that are not at their final offsets are copied to those in a new file, which takes
+        the place of the old one: whenever the run is stopped, one of the two files is whole.
+        """
         header, offsets = _header(specs)
-        size = len(header)
-        for name, spec in _in_file_order(specs):
-            _move_down(path, self.places[name][1], len(header) + offsets[name], spec.nbytes)
-            size += spec.nbytes
-        write_at(path, 0, memoryview(header))
-        os.truncate(path, size)
+        moves = {name: (self.places[name][1], len(header) + offsets[name]) for name in specs}
+        if all(source == target for source, target in moves.values()):
+            write_at(path, 0, memoryview(header))
+            os.truncate(path, len(header) + sum(spec.nbytes for spec in specs.values()))
+            return
+        moved = path.with_name(f"{path.name}.moved")
+        write_at(moved, 0, memoryview(header))
+        for name, (source, target) in moves.items():
+            _copy(path, source, moved, target, specs[name].nbytes)
+        sync(moved)
+        moved.replace(path)
 
     def _index(self) -> str:
         weight_map = {name: shard.name for shard in self._shards for name in shard.specs}
@@ -277,15 +334,10 @@ def _in_file_order(specs: Mapping[str, TensorSpec]) -> Iterator[tuple[str, Tenso
     return iter(sorted(specs.items(), key=lambda item: (_DTYPE_RANK[item[1].dtype], item[0].encode())))
 
 
-def _move_down(path: Path, source: int, target: int, count: int) -> None:
-    """Moves bytes towards the start of a file, in pieces; the two ranges may overlap."""
-    if source == target or count == 0:
-        return
-    with path.open("rb+", buffering=0) as file:
-        done = 0
-        while done < count:
-            piece = os.pread(file.fileno(), min(_CHUNK_BYTES, count - done), source + done)
-            if not piece:
-                raise QexportError("a shard became shorter while it was written", where=str(path))
-            write_fully(file.fileno(), target + done, memoryview(piece))
-            done += len(piece)
+def _copy(path: Path, source: int, other: Path, target: int, count: int) -> None:
+    """Copies bytes of a file into another one, in pieces."""
+    for piece in _pieces(path, source, count):
+        write_at(other, target, piece)
+        target, count = target + len(piece), count - len(piece)
+    if count:
+        raise QexportError("a shard became shorter while it was written", where=str(path))

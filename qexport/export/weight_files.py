@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +16,7 @@ import torch
 
 from qexport.artifact.digests import FileDigests, sha256_chunks
 from qexport.errors import CompatibilityError, QexportError, listed
-from qexport.export.tensor_writer import ShardWriter, TensorWriter, WrittenWeights
+from qexport.export.tensor_writer import ShardWriter, Stored, TensorWriter, WrittenWeights
 from qexport.formats import Outputs
 from qexport.formats.format import Encoding
 from qexport.tensors import TensorRecord, TensorSpec
@@ -208,6 +208,28 @@ class WeightWriter:
         for name, tensor in tensors.items():
             self._container.check(name, tensor)
         self._pending = self._thread.submit(self._put, tensors)
+
+    def adopt(self, tensors: Mapping[str, Stored]) -> None:
+        """Takes tensors that an interrupted run has written as written. Their bytes are read and compared.
+
+        Raises:
+            ResourceError: the files do not hold them.
+        """
+        self._container.adopt(tensors)
+
+    def written(self) -> dict[str, Stored]:
+        """Every tensor in the files so far. They need not be durable yet.
+
+        Raises:
+            OSError: the disk is full or failed.
+        """
+        self._wait()
+        digests = self._container.digests
+        return {name: Stored(spec, digests[name]) for name, spec in self._container.written.items()}
+
+    def files(self, names: Iterable[str]) -> set[Path]:
+        """The files of some tensors."""
+        return {self._container.places[name][0] for name in names}
 
     def finish(self) -> WrittenWeights:
         """Completes the files.

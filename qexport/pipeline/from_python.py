@@ -48,6 +48,7 @@ def quantize(
     verify: VerifySettings | str | Path | Texts | None = None,
     merge: MergeSettings | None = None,
     force: bool = False,
+    restart: bool = False,
     device: str = "auto",
     progress: ProgressCallback = silent,
 ) -> Result:
@@ -70,6 +71,7 @@ def quantize(
         verify: held-out texts, a file, or settings; nothing is measured if None.
         merge: the arithmetic of the merge.
         force: replace an output folder that is not empty.
+        restart: begin again, without what an interrupted run has finished.
         device: `auto`, `cpu` or `cuda`.
         progress: is called with each step, and with what a user should know.
 
@@ -91,7 +93,7 @@ def quantize(
             verify=inputs.verification(verify),
             output=str(output),
         )
-        return run(recipe, force=force, device=device, progress=progress)
+        return run(recipe, force=force, restart=restart, device=device, progress=progress)
 
 
 def _recipe(**parts: Any) -> Recipe:

@@ -106,6 +106,7 @@ def prepare_reference(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    earlier: Preparation | None = None,
     progress: ProgressCallback = silent,
 ) -> Reference:
     """Measures what needs only the reference: the noise floor and the proof of the merge.
@@ -116,6 +117,7 @@ def prepare_reference(
         settings: how to compare.
         dtype: what the blocks compute in.
         device: where to compute.
+        earlier: what an interrupted run has measured, which is not measured again.
         progress: is called with each step.
     """
     checkpoint, adapter = merged.checkpoint, merged.adapter
@@ -125,7 +127,8 @@ def prepare_reference(
         base=merged.base,
         adapter=adapter.origin if adapter else None,
         nearest=partial(NearestSource, checkpoint.weights),
-        prepared=prepare(checkpoint, live, evaluation.held_out, dtype=dtype, device=device, progress=progress),
+        prepared=earlier
+        or prepare(checkpoint, live, evaluation.held_out, dtype=dtype, device=device, progress=progress),
         held_out=evaluation.held_out,
         prompts=evaluation.prompts,
         open_tokenizer=partial(open_tokenizer, checkpoint),
@@ -133,7 +136,7 @@ def prepare_reference(
         dtype=dtype,
         device=device,
     )
-    if adapter is None or reference.base_rival is not None:
+    if earlier is not None or adapter is None or reference.base_rival is not None:
         return reference
     unmeasured = [*reference.prepared.unconfirmed, "the artifact against the base (the adapter changes shapes)"]
     return replace(reference, prepared=replace(reference.prepared, unconfirmed=unmeasured))

@@ -17,16 +17,20 @@ from qexport.artifact.manifest import REPORT_FOLDER
 from qexport.artifact.publish import Publication
 from qexport.artifact.report import Report
 from qexport.artifact.roots import recording_roots
+from qexport.export.layouts import Layout
 from qexport.export.tensor_writer import WrittenWeights
+from qexport.export.weight_files import WeightWriter
 from qexport.hidden_packages import hidden
 from qexport.pipeline.folders import LayoutFolder, open_layout
 from qexport.pipeline.planning import Plan, plan
 from qexport.pipeline.recording import make_manifest
 from qexport.pipeline.reference import prepare_reference, refuse_unmeasurable, unproven_merge
 from qexport.pipeline.result import Result, UnprovenMerge
+from qexport.pipeline.resuming import RunJournal, open_journal
 from qexport.pipeline.texts import Evaluation, Texts, read_texts
 from qexport.pipeline.verification import measure_folder
 from qexport.progress import Progress, ProgressCallback, silent
+from qexport.quantizing.method import PassInputs
 from qexport.recipe import Recipe, checked_output
 from qexport.records import LayerRecord
 from qexport.reporting.writing import write_report
@@ -39,6 +43,7 @@ def run(
     recipe: Recipe,
     *,
     force: bool = False,
+    restart: bool = False,
     device: str = "auto",
     command: str = "qexport verify . --reference RECIPE.yaml",
     progress: ProgressCallback = silent,
@@ -48,9 +53,13 @@ def run(
     If a gate fails or is undecided, the artifact is set aside as `<output>.rejected/`; if the merge differs from
     PEFT's, nothing is quantized. The result says so; see `Result.raise_for_verdict`.
 
+    A run that was stopped (by Ctrl-C, a kill, a full or failing disk) is continued by the next run of the same recipe,
+    and ends with the same bytes.
+
     Args:
         recipe: the model, the method, the layouts and the gates.
         force: replace an output folder that is not empty.
+        restart: begin again, without what an interrupted run has finished.
         device: `auto`, `cpu` or `cuda`.
         command: for the report, the command that repeats the measurement.
         progress: is called with each step, and with what a user should know.
@@ -60,21 +69,26 @@ def run(
     """
     output, where = checked_output(recipe, force=force), find_device(device)
     planned = plan(recipe, progress=progress)
-    ensure_space(output, planned.total_bytes)
+    publication = Publication(output, force=force)
+    ensure_space(output, planned.total_bytes, replaced=publication.folder)
     for layout in planned.layouts:
         layout.prepare()
     texts = read_texts(recipe, planned.merged.checkpoint, planned.structure, progress=progress)
-    with Publication(output, force=force) as publication:
+    with publication:
+        journal = open_journal(publication, planned, texts, where, restart=restart, progress=progress)
         with hashed_in_background(planned.merged.checkpoint.origin.sha256):
-            reference = _reference(planned, texts.evaluation, where, progress)
+            reference = _reference(planned, texts.evaluation, where, journal, progress)
             if unproven := _unproven_merge(planned, reference):
                 return Result(None, {}, {}, unproven.gate.verdict, unproven)
-            layers, written = _write(planned, texts, publication.folder, where, progress)
+            if reference and journal.prepared is None:
+                journal.note_prepared(reference.prepared)
+            layers, written = _write(planned, texts, publication.folder, where, journal, progress)
         with ExitStack() as stack:
             for weights in written.values():
                 stack.enter_context(hashed_in_background(weights.files))
             folders = _read_back(planned, publication.folder, layers, written, stack)
-            reports = _measure(planned, reference, folders, command, progress)
+            reports = _measure(planned, reference, folders, journal, command, progress)
+        journal.refuse_changed_base()
         manifests, roots = {}, {}
         for layout in planned.layouts:
             folder, found = folders[layout.name], reports.get(layout.name)
@@ -90,14 +104,26 @@ def run(
 
 
 def _reference(
-    planned: Plan, evaluation: Evaluation | None, device: torch.device, progress: ProgressCallback
+    planned: Plan,
+    evaluation: Evaluation | None,
+    device: torch.device,
+    journal: RunJournal,
+    progress: ProgressCallback,
 ) -> Reference | None:
     """Measures what needs only the reference, so that wrong limits and a wrong merge are found before quantizing."""
     settings = planned.recipe.verify
     if evaluation is None or settings is None:
         return None
     dtype: torch.dtype = getattr(torch, planned.recipe.merge.dtype)
-    reference = prepare_reference(planned.merged, evaluation, settings, dtype=dtype, device=device, progress=progress)
+    reference = prepare_reference(
+        planned.merged,
+        evaluation,
+        settings,
+        dtype=dtype,
+        device=device,
+        earlier=journal.prepared,
+        progress=progress,
+    )
     refuse_unmeasurable(settings, reference.prepared)
     return reference
 
@@ -110,20 +136,19 @@ def _unproven_merge(planned: Plan, reference: Reference | None) -> UnprovenMerge
 
 
 def _write(
-    planned: Plan, texts: Texts, output: Path, device: torch.device, progress: ProgressCallback
+    planned: Plan, texts: Texts, output: Path, device: torch.device, journal: RunJournal, progress: ProgressCallback
 ) -> tuple[list[LayerRecord], dict[str, WrittenWeights]]:
     """Writes the weights in one pass, then the other files of each layout.
 
     Weights that layouts share are written once; the other layouts get links to the files.
     """
-    for layout in planned.layouts:
-        planned.folder(output, layout).mkdir(exist_ok=True)
-    layers, weights_of = _write_weights(planned, texts, output, device, progress)
+    layers, weights_of = _write_weights(planned, texts, output, device, journal, progress)
     progress(Progress("export", 0, len(planned.layouts), "layout", "finishing"))
     written: dict[str, WrittenWeights] = {}
     for group, weights in zip(planned.distinct, weights_of, strict=True):
         for layout in group:
             folder = planned.folder(output, layout)
+            folder.mkdir(exist_ok=True)
             if layout is not group[0]:
                 weights.link_into(planned.folder(output, group[0]), folder)
             layout.write_files(folder, planned.merged.checkpoint)
@@ -133,29 +158,35 @@ def _write(
 
 
 def _write_weights(
-    planned: Plan, texts: Texts, output: Path, device: torch.device, progress: ProgressCallback
+    planned: Plan, texts: Texts, output: Path, device: torch.device, journal: RunJournal, progress: ProgressCallback
 ) -> tuple[list[LayerRecord], list[WrittenWeights]]:
     """Every tensor is read, merged, quantized and handed to the writers before the next block is read."""
     layers: list[LayerRecord] = []
-    stream = planned.recipe.quantize.quantize(
-        planned.merged.checkpoint,
-        planned.outputs,
-        texts.calibration,
-        dtype=getattr(torch, planned.recipe.merge.dtype),
-        device=device,
-        scratch=output,
-        progress=progress,
-    )
     with ExitStack() as stack:
-        writers = [
-            stack.enter_context(group[0].weights.writer(planned.folder(output, group[0]))) for group in planned.distinct
-        ]
-        for record in stream:
-            for writer in writers:
-                writer.write(record)
-            if record.layer:
-                layers.append(record.layer)
+        writers = [stack.enter_context(_writer(planned, output, group[0])) for group in planned.distinct]
+        with journal.units(writers, layers) as resume:
+            inputs = PassInputs(
+                planned.merged.checkpoint,
+                planned.outputs,
+                texts.calibration,
+                dtype=getattr(torch, planned.recipe.merge.dtype),
+                device=device,
+                scratch=output,
+                resume=resume,
+                progress=progress,
+            )
+            for record in planned.recipe.quantize.quantize(inputs):
+                if record.layer:
+                    layers.append(record.layer)
+                for writer in writers:
+                    writer.write(record)
         return layers, [writer.finish() for writer in writers]
+
+
+def _writer(planned: Plan, output: Path, layout: Layout) -> WeightWriter:
+    folder = planned.folder(output, layout)
+    folder.mkdir(exist_ok=True)
+    return layout.weights.writer(folder)
 
 
 def _read_back(
@@ -183,6 +214,7 @@ def _measure(
     planned: Plan,
     reference: Reference | None,
     folders: Mapping[str, LayoutFolder],
+    journal: RunJournal,
     command: str,
     progress: ProgressCallback,
 ) -> dict[str, Report]:
@@ -192,7 +224,9 @@ def _measure(
         return reports
     for group in planned.distinct:
         for same_kind in _grouped_by_kind([folders[layout.name] for layout in group]):
-            verified = measure_folder(reference, same_kind[0].opened, progress=progress)
+            first = same_kind[0]
+            looks = journal.looks(f"{first.layout.name}, {first.opened.artifact.kind}")
+            verified = measure_folder(reference, first.opened, looks=looks, progress=progress)
             for folder in same_kind:
                 reports[folder.layout.name] = verified.report_on(folder.opened, command=command)
     return reports

@@ -29,6 +29,7 @@ from qexport.reading.stored_model import StoredModel, model_folder
 from qexport.text.preflight import TokenizerFolder, preflight
 from qexport.verifying import VerifySettings, verification
 from qexport.verifying.reference import Reference
+from qexport.verifying.rounds import NO_LOOKS, Looks
 from qexport.verifying.verification import Measurement, check_config, check_parameters, has_nearest_rival
 
 
@@ -102,8 +103,17 @@ class Verified:
         return make_report(opened, measured, decided, checks, reference, notes=notes, command=command)
 
 
-def measure_folder(reference: Reference, opened: ArtifactFolder, *, progress: ProgressCallback = silent) -> Verified:
-    """Measures a folder's weights until its gates are decided."""
+def measure_folder(
+    reference: Reference, opened: ArtifactFolder, *, looks: Looks = NO_LOOKS, progress: ProgressCallback = silent
+) -> Verified:
+    """Measures a folder's weights until its gates are decided.
+
+    Args:
+        reference: what to compare it with.
+        opened: the folder.
+        looks: what an interrupted run has measured.
+        progress: is called with each step.
+    """
     settings = reference.settings
     gates = make_gates(
         settings,
@@ -113,7 +123,9 @@ def measure_folder(reference: Reference, opened: ArtifactFolder, *, progress: Pr
         nearest=has_nearest_rival(opened.artifact.grids),
         graph=opened.artifact.kind == "graph",
     )
-    measured = verification.verify(opened.artifact, reference, lambda figures: gates(figures, []), progress=progress)
+    measured = verification.verify(
+        opened.artifact, reference, lambda figures: gates(figures, []), looks=looks, progress=progress
+    )
     return Verified(reference, gates, measured)
 
 

@@ -7,20 +7,16 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from qexport.gates.limits import TINY_PARAMETERS
-from qexport.progress import ProgressCallback, silent
-from qexport.quantizing.method import CalibrationSettings, Method
+from qexport.quantizing.method import CalibrationSettings, Method, PassInputs
 from qexport.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
-
-    import torch
 
     from qexport.architectures.architecture import Checkpoint
     from qexport.formats import Format, Outputs
     from qexport.gates import ProfileName
-    from qexport.tensors import CalibrationSet, TensorRecord
+    from qexport.tensors import TensorRecord
 
 
 Bits = Literal[2, 3, 4, 8]
@@ -164,21 +160,8 @@ class Gptq(Method):
 
         return plan(self, checkpoint)
 
-    def quantize(
-        self,
-        checkpoint: Checkpoint,
-        outputs: Outputs,
-        calibration: CalibrationSet | None,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        scratch: Path,
-        progress: ProgressCallback = silent,
-    ) -> Iterator[TensorRecord]:
+    def quantize(self, inputs: PassInputs) -> Iterator[TensorRecord]:
         """Block by block, each layer solved with inputs from the quantized layers before it."""
         from qexport.quantizing.gptq_pass import quantize
 
-        assert calibration is not None, "a run reads the text of every method that needs calibration"
-        return quantize(
-            self, checkpoint, outputs, calibration, dtype=dtype, device=device, scratch=scratch, progress=progress
-        )
+        return quantize(self, inputs)

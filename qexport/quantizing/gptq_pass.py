@@ -16,13 +16,15 @@ from qexport.architectures.runner import Batch, BlockRunner
 from qexport.architectures.structure import LinearSpec, Structure
 from qexport.errors import CompatibilityError
 from qexport.formats import Outputs
-from qexport.progress import Notice, Progress, ProgressCallback, silent
+from qexport.progress import Notice, Progress, ProgressCallback
+from qexport.quantizing.activations import ActivationFiles, OffloadFile, Restore
 from qexport.quantizing.gptq import Gptq
 from qexport.quantizing.layer import Hessian, SolvedLayer, solve_together
-from qexport.quantizing.pauses import Group, OffloadFile, PausedForward, find_groups, pausing_at
+from qexport.quantizing.method import PassInputs
+from qexport.quantizing.pauses import Group, PausedForward, find_groups, pausing_at
 from qexport.quantizing.selection import candidates, notes_on_experts, select, solver_options
 from qexport.quantizing.solver import Options
-from qexport.tensors import CalibrationSet, GroupQuantizedSpec, OutputSpec, TensorRecord
+from qexport.tensors import GroupQuantizedSpec, OutputSpec, TensorRecord
 
 BATCH_TOKENS = 2048
 """Tokens that go through a block at a time."""
@@ -49,50 +51,51 @@ def plan(method: Gptq, checkpoint: Checkpoint) -> Outputs:
 
 
 @torch.no_grad()
-def quantize(
-    method: Gptq,
-    checkpoint: Checkpoint,
-    outputs: Outputs,
-    calibration: CalibrationSet,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    scratch: Path,
-    progress: ProgressCallback = silent,
-) -> Iterator[TensorRecord]:
+def quantize(method: Gptq, inputs: PassInputs) -> Iterator[TensorRecord]:
     """Yields every tensor of the model, the chosen linears quantized, with the memory of one block.
+
+    A block is a unit, and so is the head if it is quantized. The tensors outside the blocks come with the first block.
 
     Args:
         method: the recipe's `quantize`.
-        checkpoint: the merged model.
-        outputs: what `plan` returned for it: which layers are quantized, with how many bits, in which groups.
-        calibration: the calibration tokens.
-        dtype: the merged model's dtype, which the forward computes in.
-        device: where to compute.
-        scratch: a folder on a disk with room for a block's activations; it is empty afterwards.
-        progress: is called with each block.
+        inputs: the model and its calibration tokens, and where to begin.
 
     Raises:
         NumericalError: a layer's Hessian is not finite or cannot be factorized, and `on_failure` is `error`.
         CompatibilityError: a block's forward does not call one of its layers.
         InputError: a tensor cannot be read.
+        ResourceError: the activations of an earlier run are damaged.
         OSError: the disk is full.
     """
-    runner = BlockRunner(checkpoint.architecture, checkpoint.weights, dtype=dtype, device=device)
-    with OffloadFile(scratch) as offload_file:
-        work = _Pass(runner, method, outputs, calibration, offload_file)
-        tokens = calibration.input_ids.numel()
-        total = len(runner.structure.blocks)
-        progress(Progress("quantize", 0, total, "block"))
-        for name in _outside(checkpoint, runner.structure, work.chosen):
-            yield TensorRecord(name, checkpoint.weights.read(name))
-        for index in range(total):
+    checkpoint, progress, chosen = inputs.checkpoint, inputs.progress, _options(method, inputs.outputs)
+    structure, first = checkpoint.architecture.structure, inputs.finished_units
+    blocks, with_head = len(structure.blocks), structure.head in chosen
+    units = blocks + with_head
+    progress(Progress("quantize", min(first, blocks), blocks, "block"))
+    if first == units:
+        return
+    with _passing(method, chosen, inputs) as work:
+        if first == 0:
+            for name in _outside(checkpoint, structure, chosen):
+                yield TensorRecord(name, checkpoint.weights.read(name))
+        for index in range(first, blocks):
             records = work.block(index)
-            progress(Progress("quantize", index + 1, total, "block", _summary(records), (index + 1) * tokens))
             yield from records
+            work.finish(index + 1, last=index + 1 == units)
+            progress(Progress("quantize", index + 1, blocks, "block", _summary(records), (index + 1) * work.tokens))
             _notify_fallbacks(records, progress)
-        if runner.structure.head in work.chosen:
+        if with_head:
             yield work.head()
+            work.finish(units, last=True)
+
+
+@contextmanager
+def _passing(method: Gptq, chosen: Mapping[str, Options], inputs: PassInputs) -> Iterator[_Pass]:
+    """A pass that begins with the hidden states before the first block that is not finished."""
+    with ExitStack() as stack:
+        offload_file = stack.enter_context(OffloadFile(inputs.scratch))
+        kept = stack.enter_context(ActivationFiles(inputs.resume.folder)) if inputs.resume else None
+        yield _Pass(method, chosen, inputs, offload_file, kept)
 
 
 def _options(method: Gptq, outputs: Outputs) -> dict[str, Options]:
@@ -119,23 +122,42 @@ class _Pass:
 
     def __init__(
         self,
-        runner: BlockRunner,
         method: Gptq,
-        outputs: Outputs,
-        calibration: CalibrationSet,
+        chosen: Mapping[str, Options],
+        inputs: PassInputs,
         offload_file: OffloadFile,
+        kept: ActivationFiles | None,
     ) -> None:
-        self._runner, self._method, self._offload_file = runner, method, offload_file
-        self.chosen = _options(method, outputs)
-        self._linears = candidates(runner.structure, method)
-        length = calibration.input_ids.shape[1]
+        checkpoint, calibration = inputs.checkpoint, inputs.calibration
+        assert calibration is not None, "a run reads the text of every method that needs calibration"
+        runner = BlockRunner(checkpoint.architecture, checkpoint.weights, dtype=inputs.dtype, device=inputs.device)
+        self._runner, self._method, self._resume = runner, method, inputs.resume
+        self._offload_file, self._kept = offload_file, kept
+        self._chosen, self._linears = chosen, candidates(runner.structure, method)
+        self.tokens, length = calibration.input_ids.numel(), calibration.input_ids.shape[1]
         self._batches = runner.embed(calibration.input_ids, max(1, BATCH_TOKENS // length))
         self._probe = runner.embed(calibration.input_ids[:1, :8], 1)[0]
+        if kept is not None and inputs.finished_units:
+            kept.read(inputs.finished_units, [batch.hidden for batch in self._batches])
+
+    def finish(self, units: int, *, last: bool) -> None:
+        """Makes it possible to go on after this number of units."""
+        if self._resume is not None:
+            self._resume.finished(lambda: () if last else self._keep(units))
+
+    def _keep(self, blocks: int) -> Sequence[Path]:
+        """Writes the hidden states after this number of blocks."""
+        assert self._kept is not None
+        return [self._kept.write(blocks, [batch.hidden for batch in self._batches])]
+
+    def _offload(self, number: int, hidden: Tensor) -> Restore:
+        """Frees the memory of a batch's hidden states until its forward continues."""
+        return (self._kept and self._kept.offload(number, hidden)) or self._offload_file.offload(hidden)
 
     def block(self, index: int) -> list[TensorRecord]:
         """Quantizes one block and takes every batch through it."""
         name = self._runner.structure.blocks[index]
-        chosen = [linear for linear in self._runner.structure.linears[name] if linear.name in self.chosen]
+        chosen = [linear for linear in self._runner.structure.linears[name] if linear.name in self._chosen]
         with self._runner.block(index) as block, self._stops(chosen) as of_experts:
             groups = self._groups(index, block, chosen, of_experts)
             solve = self._in_one_forward if self._method.true_sequential else self._in_two_forwards
@@ -172,7 +194,7 @@ class _Pass:
             for batch in self._batches:
                 hessian.add(inputs(batch.hidden))
         weight = self._runner.read(f"{name}.weight").to(torch.float32)
-        solved = solve_together({name: weight}, hessian, self.chosen, self._method.on_failure)
+        solved = solve_together({name: weight}, hessian, self._chosen, self._method.on_failure)
         return _record(f"{name}.weight", weight, solved)
 
     def _in_one_forward(self, index: int, block: nn.Module, groups: Sequence[Group]) -> dict[str, SolvedLayer]:
@@ -185,10 +207,11 @@ class _Pass:
         with pausing_at([group.stop for group in groups]):
             for group in groups:
                 hessians = self._hessians(group)
-                for forward, batch in zip(forwards, self._batches, strict=True):
+                for number, (forward, batch) in enumerate(zip(forwards, self._batches, strict=True)):
                     args = forward.advance()
                     _add(hessians, group.inputs(args))
-                    forward.offload(self._offload_file, (args[0], batch.hidden))
+                    forward.restore_first(self._offload_file.offload(args[0]))
+                    forward.restore_first(self._offload(number, batch.hidden))
                 return_freed_memory()
                 solved |= self._solve(group, hessians)
                 return_freed_memory()
@@ -240,7 +263,7 @@ class _Pass:
         solved: dict[str, SolvedLayer] = {}
         for names in group.members:
             weights = {name: self._matrix(name).to(torch.float32).contiguous() for name in names}
-            solved |= solve_together(weights, hessians.pop(0), self.chosen, self._method.on_failure)
+            solved |= solve_together(weights, hessians.pop(0), self._chosen, self._method.on_failure)
             for name in names:
                 matrix = self._matrix(name)
                 matrix.copy_(solved[name].quantized.dequantize(matrix.dtype))

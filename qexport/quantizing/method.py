@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
@@ -52,6 +54,58 @@ class CalibrationSettings(Settings):
 
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Decides which documents come first."""
+
+
+Save = Callable[[], "Sequence[Path]"]
+"""Writes what a pass needs to go on after a unit, and returns the files. What the unit before needed is lost then."""
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """Where a pass begins, and whom it tells what is finished.
+
+    A unit is what a pass finishes together: a block, or for the methods without a forward the tensors that are next to
+    each other in the checkpoint and belong to the same block.
+
+    Attributes:
+        units: how many an earlier run has finished, from the first one on. Their tensors are not yielded again.
+        folder: for the files that the pass needs to go on. The earlier run's are there.
+        finished: is called after each unit, when all its tensors have been yielded.
+    """
+
+    units: int
+    folder: Path
+    finished: Callable[[Save], None]
+
+
+@dataclass(frozen=True)
+class PassInputs:
+    """What a pass works on, and where.
+
+    Attributes:
+        checkpoint: the merged model.
+        outputs: what `Method.plan` returned for it.
+        calibration: the calibration tokens, for the methods that need them.
+        dtype: the merged model's dtype, which a forward computes in.
+        device: where to compute.
+        scratch: a folder on a disk with room for a block's activations. Their files have no names.
+        resume: where to begin, for a pass that can be continued after it was stopped; None for the whole pass.
+        progress: is called with each step.
+    """
+
+    checkpoint: Checkpoint
+    outputs: Outputs
+    calibration: CalibrationSet | None
+    dtype: torch.dtype
+    device: torch.device
+    scratch: Path
+    resume: ResumePoint | None = None
+    progress: ProgressCallback = silent
+
+    @property
+    def finished_units(self) -> int:
+        """How many units an earlier run has finished."""
+        return self.resume.units if self.resume else 0
 
 
 class Method(Settings, ABC):
@@ -105,31 +159,16 @@ class Method(Settings, ABC):
         """
 
     @abstractmethod
-    def quantize(
-        self,
-        checkpoint: Checkpoint,
-        outputs: Outputs,
-        calibration: CalibrationSet | None,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        scratch: Path,
-        progress: ProgressCallback = silent,
-    ) -> Iterator[TensorRecord]:
+    def quantize(self, inputs: PassInputs) -> Iterator[TensorRecord]:
         """Yields every tensor of the model as `plan` describes it, with the memory of one block at most.
 
         Args:
-            checkpoint: the merged model.
-            outputs: what `plan` returned for it.
-            calibration: the calibration tokens, for the methods that need them.
-            dtype: the merged model's dtype.
-            device: where to compute.
-            scratch: a folder on a disk with room for a block's activations; it is empty afterwards.
-            progress: is called with each step.
+            inputs: the model, and where to begin. Tensors of finished units are left out.
 
         Raises:
             NumericalError: a weight or a Hessian cannot be quantized; see the method.
             InputError: a tensor cannot be read.
+            ResourceError: the activations of an earlier run are damaged.
             OSError: the disk is full.
         """
 
@@ -182,18 +221,8 @@ class RoundingMethod(Method):
 
         return plan(self, checkpoint)
 
-    def quantize(
-        self,
-        checkpoint: Checkpoint,
-        outputs: Outputs,
-        calibration: CalibrationSet | None,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        scratch: Path,
-        progress: ProgressCallback = silent,
-    ) -> Iterator[TensorRecord]:
+    def quantize(self, inputs: PassInputs) -> Iterator[TensorRecord]:
         """One tensor after the other; no model is built."""
         from qexport.quantizing.rounding import quantize
 
-        return quantize(self, checkpoint, outputs, device=device, progress=progress)
+        return quantize(self, inputs)

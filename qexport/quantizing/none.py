@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from qexport.progress import ProgressCallback, silent
-from qexport.quantizing.method import Method
+from qexport.quantizing.method import Method, PassInputs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
-
-    import torch
 
     from qexport.architectures.architecture import Checkpoint
     from qexport.formats import Outputs
     from qexport.gates import ProfileName
-    from qexport.tensors import CalibrationSet, TensorRecord
+    from qexport.tensors import TensorRecord
 
 
 class NoQuantization(Method):
@@ -41,18 +37,8 @@ class NoQuantization(Method):
 
         return Outputs(MergedFormat(), dict(checkpoint.weights.specs()))
 
-    def quantize(
-        self,
-        checkpoint: Checkpoint,
-        outputs: Outputs,
-        calibration: CalibrationSet | None,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        scratch: Path,
-        progress: ProgressCallback = silent,
-    ) -> Iterator[TensorRecord]:
+    def quantize(self, inputs: PassInputs) -> Iterator[TensorRecord]:
         """One tensor after the other."""
         from qexport.quantizing.rounding import quantize
 
-        return quantize(None, checkpoint, outputs, device=device, progress=progress)
+        return quantize(None, inputs)

@@ -1,90 +1,16 @@
-"""A block's forward that stops at chosen layers, the layers of each stop, and activations offloaded to the disk."""
+"""A block's forward that stops at chosen layers, and the layers of each stop."""
 
 from __future__ import annotations
 
-import ctypes
-import io
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-import torch
 from greenlet import greenlet
 from torch import Tensor, nn
 
-
-class OffloadFile:
-    """Holds the bytes of offloaded tensors, and restores them in place. A context manager.
-
-    The tensor objects stay: their storage is emptied, and filled again before it is used. The file is as large as what
-    is offloaded for one block.
-
-    Args:
-        folder: where the file is made. It has no name there, and is closed at the end of the context, even if forwards
-            that an error has stopped still refer to it: a program may go on after the error.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - closed by __exit__
-        assert isinstance(file, io.FileIO)
-        self._file = file
-        self._end = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Frees the disk. What is still offloaded is lost."""
-        self._file.close()
-
-    def empty(self) -> None:
-        """Makes the whole file free again; every offloaded tensor must have been restored."""
-        self._end = 0
-
-    def offload(self, tensor: Tensor) -> Callable[[], None]:
-        """Empties the tensor's storage and returns the function that fills it again.
-
-        Raises:
-            OSError: the disk is full.
-        """
-        storage = tensor.untyped_storage()
-        place, size = self._end, storage.nbytes()
-        self._end += size
-        self._write(storage.cpu(), place)
-        storage.resize_(0)
-
-        def restore() -> None:
-            storage.resize_(size)
-            if storage.device.type == "cpu":
-                self._read(storage, place)
-            else:
-                storage.copy_(self._read(torch.UntypedStorage(size), place))
-
-        return restore
-
-    def _write(self, storage: torch.UntypedStorage, place: int) -> None:
-        self._file.seek(place)
-        content = _view(storage)
-        while content:
-            content = content[self._file.write(content) :]
-
-    def _read(self, storage: torch.UntypedStorage, place: int) -> torch.UntypedStorage:
-        self._file.seek(place)
-        content = _view(storage)
-        while content:
-            content = content[self._file.readinto(content) :]
-        return storage
-
-
-def _view(storage: torch.UntypedStorage) -> memoryview:
-    """The bytes of a CPU storage. Not through numpy: a storage that has been shared with numpy cannot be resized."""
-    return memoryview((ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())).cast("B")
+from qexport.quantizing.activations import Restore
 
 
 class PausedForward(greenlet):
@@ -95,7 +21,7 @@ class PausedForward(greenlet):
 
     def __init__(self, forward: Callable[[], None]) -> None:
         super().__init__(forward)
-        self._restore: list[Callable[[], None]] = []
+        self._restore: list[Restore] = []
 
     def advance(self) -> tuple[Any, ...]:
         """Continues to the next module that pauses, and returns the arguments of its call."""
@@ -103,10 +29,9 @@ class PausedForward(greenlet):
         assert isinstance(args, tuple), "the forward ended before the expected module"
         return args
 
-    def offload(self, file: OffloadFile, tensors: Iterable[Tensor]) -> None:
-        """Moves tensors that only this forward needs out of memory, until it continues."""
-        for tensor in tensors:
-            self._restore.append(file.offload(tensor))
+    def restore_first(self, restore: Restore) -> None:
+        """Lets an offloaded tensor, which only this forward needs, be restored before the forward continues."""
+        self._restore.append(restore)
 
     def finish(self) -> None:
         """Continues to the end."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 
 import torch
 
 from qexport.architectures.architecture import Checkpoint
+from qexport.architectures.structure import Structure
 from qexport.formats import Outputs
-from qexport.progress import Progress, ProgressCallback, silent
-from qexport.quantizing.method import RoundingMethod
+from qexport.progress import Progress
+from qexport.quantizing.method import PassInputs, RoundingMethod
 from qexport.quantizing.selection import notes_on_experts, select_rounded
 from qexport.quantizing.solver import Options, round_to_nearest
 from qexport.records import LayerRecord
@@ -65,44 +67,57 @@ def plan(method: RoundingMethod, checkpoint: Checkpoint) -> Outputs:
     return Outputs(method.format(), specs, notes_on_experts(structure, specs, method))
 
 
-def quantize(
-    method: RoundingMethod | None,
-    checkpoint: Checkpoint,
-    outputs: Outputs,
-    *,
-    device: torch.device,
-    progress: ProgressCallback = silent,
-) -> Iterator[TensorRecord]:
-    """Yields every tensor of the model, one after the other, quantized where `outputs` says so.
+def quantize(method: RoundingMethod | None, inputs: PassInputs) -> Iterator[TensorRecord]:
+    """Yields every tensor of the model, one after the other, quantized where the plan says so.
 
     Args:
         method: what rounds a matrix; None if nothing is quantized.
-        checkpoint: the merged model.
-        outputs: what `plan` returned.
-        device: where to compute.
-        progress: is called with each tensor.
+        inputs: the model, and where to begin.
     """
-    transposed = checkpoint.architecture.structure.transposed
-    merged_ahead = _ahead(checkpoint.weights, outputs.specs)
-    for done, ((name, spec), merged) in enumerate(zip(outputs.specs.items(), merged_ahead, strict=True)):
-        progress(Progress("quantize", done, len(outputs.specs), "tensor", name))
-        if isinstance(spec, TensorSpec):
-            yield TensorRecord(name, merged)
-            continue
-        assert method is not None
-        module = name.removesuffix(".weight")
-        matrix = merged.t().contiguous() if module in transposed else merged  # in every format the codes are [out, in]
-        layer = LayerRecord.uncalibrated(module, method.layer_method, spec.bits, spec.group_size)
-        yield TensorRecord(name, method.codes(matrix.to(device), spec), layer, merged)
-    progress(Progress("quantize", len(outputs.specs), len(outputs.specs), "tensor"))
+    specs, resume = inputs.outputs.specs, inputs.resume
+    units = _units(inputs.checkpoint.architecture.structure, specs)
+    done = sum(map(len, units[: inputs.finished_units]))
+    merged_ahead = _ahead(inputs.checkpoint.weights, list(specs)[done:])
+    for unit in units[inputs.finished_units :]:
+        for name in unit:
+            inputs.progress(Progress("quantize", done, len(specs), "tensor", name))
+            yield _record(method, name, next(merged_ahead), inputs)
+            done += 1
+        if resume is not None:
+            resume.finished(lambda: ())
+    inputs.progress(Progress("quantize", done, len(specs), "tensor"))
 
 
-def _ahead(weights: WeightSource, names: Iterable[str]) -> Iterator[torch.Tensor]:
+def _units(structure: Structure, names: Iterable[str]) -> list[list[str]]:
+    """The tensors in order, those together that follow one another and belong to the same block."""
+    blocks = tuple(f"{block}." for block in structure.blocks)
+
+    def block_of(name: str) -> str | None:
+        return next((block for block in blocks if name.startswith(block)), None)
+
+    return [list(unit) for _, unit in groupby(names, block_of)]
+
+
+def _record(method: RoundingMethod | None, name: str, merged: torch.Tensor, inputs: PassInputs) -> TensorRecord:
+    """The tensor as the plan describes it."""
+    spec = inputs.outputs.specs[name]
+    if isinstance(spec, TensorSpec):
+        return TensorRecord(name, merged)
+    assert method is not None
+    module = name.removesuffix(".weight")
+    transposed = module in inputs.checkpoint.architecture.structure.transposed
+    matrix = merged.t().contiguous() if transposed else merged  # in every format the codes are [out, in]
+    layer = LayerRecord.uncalibrated(module, method.layer_method, spec.bits, spec.group_size)
+    return TensorRecord(name, method.codes(matrix.to(inputs.device), spec), layer, merged)
+
+
+def _ahead(weights: WeightSource, names: Sequence[str]) -> Iterator[torch.Tensor]:
     """The tensors in order; a thread reads and merges the next one while the caller works on the current one."""
+    if not names:
+        return
     with ThreadPoolExecutor(1) as reader:
-        remaining = iter(names)
-        pending = reader.submit(weights.read, next(remaining))
-        for name in remaining:
+        pending = reader.submit(weights.read, names[0])
+        for name in names[1:]:
             found = pending.result()
             pending = reader.submit(weights.read, name)
             yield found

@@ -54,6 +54,37 @@ class Models:
     base: BlockRunner | None = None
 
 
+@dataclass(frozen=True)
+class Look:
+    """What was measured on the windows before one look at the gates.
+
+    Attributes:
+        windows: how many.
+        parts: the tokens of each comparison.
+        block_drift: see `run_in_lockstep`. Empty if the artifact does not run block by block.
+    """
+
+    windows: int
+    parts: Mapping[Comparison, TokenFigures]
+    block_drift: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Looks:
+    """The looks that an interrupted run has finished, and what keeps those of this run.
+
+    Attributes:
+        earlier: in their order.
+        keep: is called with each further one.
+    """
+
+    earlier: Sequence[Look] = ()
+    keep: Callable[[Look], None] = lambda _: None
+
+
+NO_LOOKS: Final = Looks()
+
+
 @dataclass
 class Measured:
     """What has been measured so far.
@@ -75,6 +106,14 @@ class Measured:
         """The number of windows measured so far."""
         return self.looks[-1] if self.looks else 0
 
+    def add(self, look: Look) -> None:
+        """Adds further windows."""
+        for name, own in look.parts.items():
+            self.parts.setdefault(name, []).append(own)
+            self.indices.setdefault(name, []).extend(range(self.windows, self.windows + len(own.kl)))
+        self.block_drift = self.block_drift or list(look.block_drift)
+        self.looks.append(self.windows + look.windows)
+
     def tokens(self) -> dict[Comparison, TokenFigures]:
         """The tokens of each comparison, over its windows."""
         return {name: TokenFigures.joined(parts) for name, parts in self.parts.items()}
@@ -87,6 +126,7 @@ def measure(
     decide: Callable[[Measured], Sequence[GateResult]],
     wants_more: Callable[[Sequence[GateResult]], bool],
     steps: Steps,
+    looks: Looks = NO_LOOKS,
 ) -> Measured:
     """Runs the models over the windows until the gates are decided.
 
@@ -97,10 +137,15 @@ def measure(
         decide: decides the gates from what has been measured so far.
         wants_more: whether more windows could decide them.
         steps: counts the steps.
+        looks: those that need not be repeated.
     """
-    found, gates = Measured(), list[GateResult]()
+    found, gates, earlier = Measured(), list[GateResult](), iter(looks.earlier)
     for first, last in _looks(len(input_ids), first_look):
-        _look(_taking_part(models, gates), input_ids[first:last], found, steps)
+        look = next(earlier, None)
+        if look is None:
+            look = _look(_taking_part(models, gates), input_ids[first:last], found, steps)
+            looks.keep(look)
+        found.add(look)
         gates = list(decide(found))
         if not wants_more(gates):
             break
@@ -134,27 +179,26 @@ def _pairs(names: Sequence[str]) -> dict[Comparison, Pair]:
     return pairs
 
 
-def _look(models: Mapping[str, BlockRunner | WindowRunner], input_ids: Tensor, found: Measured, steps: Steps) -> None:
-    """Measures further windows and adds them to `found`."""
+def _look(models: Mapping[str, BlockRunner | WindowRunner], input_ids: Tensor, found: Measured, steps: Steps) -> Look:
+    """Measures further windows than those in `found`."""
     pairs = _pairs(list(models))
-    with _predictors(models, input_ids, found, steps) as predicting:
+    with _predictors(models, input_ids, steps) as (predicting, drift):
         figures = compare(
             predicting,
             list(pairs.values()),
             input_ids,
             lambda done: steps.finished(f"predictions in {found.windows + done} windows"),
         )
-    for name, own in zip(pairs, figures, strict=True):
-        found.parts.setdefault(name, []).append(own)
-        found.indices.setdefault(name, []).extend(range(found.windows, found.windows + len(own.kl)))
-    found.looks.append(found.windows + len(input_ids))
+    return Look(len(input_ids), dict(zip(pairs, figures, strict=True)), drift)
 
 
 @contextmanager
 def _predictors(
-    models: Mapping[str, BlockRunner | WindowRunner], input_ids: Tensor, found: Measured, steps: Steps
-) -> Iterator[list[Predictor]]:
-    """Runs the models that run block by block, and yields every model's predictions, in the order of `models`."""
+    models: Mapping[str, BlockRunner | WindowRunner], input_ids: Tensor, steps: Steps
+) -> Iterator[tuple[list[Predictor], list[float]]]:
+    """Runs the models that run block by block, and yields every model's predictions, in the order of `models`, and the
+    artifact's drift after each block.
+    """
     runners = {name: model for name, model in models.items() if isinstance(model, BlockRunner)}
     windows, length = input_ids.shape
     counts = [_windows_of(name, windows, length) for name in runners]
@@ -167,13 +211,12 @@ def _predictors(
         windows=counts,
         drift="artifact" in runners,
     )
-    found.block_drift = found.block_drift or drift
     with ExitStack() as stack:
         ready = dict(zip(runners, stack.enter_context(predictors(blocks, batches)), strict=True))
         for name, model in models.items():
             if not isinstance(model, BlockRunner):
                 ready[name] = stack.enter_context(model.predictor(input_ids))
-        yield [ready[name] for name in models]
+        yield [ready[name] for name in models], drift
 
 
 def _windows_of(model: str, windows: int, length: int) -> int:

@@ -25,7 +25,7 @@ from qexport.verifying.config_comparison import config_differences, refuse_other
 from qexport.verifying.divergence import TokenFigures
 from qexport.verifying.estimates import Units, divergence_figures, rival_figures
 from qexport.verifying.reference import Reference
-from qexport.verifying.rounds import Measured, Models, measure
+from qexport.verifying.rounds import NO_LOOKS, Looks, Measured, Models, measure
 from qexport.verifying.speed import MeasuredSpeed
 from qexport.verifying.whole_models import Pair, measure_speed, measure_whole
 
@@ -75,6 +75,7 @@ def verify(
     reference: Reference,
     judge: Judge,
     *,
+    looks: Looks = NO_LOOKS,
     progress: ProgressCallback = silent,
 ) -> Measurement:
     """Measures an artifact until its gates are decided or the text is used up.
@@ -87,6 +88,7 @@ def verify(
         artifact: the artifact, which `check_parameters` has accepted.
         reference: what to compare it with.
         judge: decides the gates.
+        looks: what an interrupted run has measured.
         progress: is called with each step.
 
     Raises:
@@ -104,10 +106,11 @@ def verify(
     reading = _read_graph(artifact, reference) if artifact.kind == "graph" else _read_blocks(artifact, reference)
     rivals = _rivals(reference, artifact.grids, artifact.transposed)
     models = Models(own, reading.runner, *rivals)
-    measured = measure(models, reference.held_out.input_ids, settings.windows, decide, needs_more, steps)
+    ids = reference.held_out.input_ids
+    measured = measure(models, ids, settings.windows, decide, needs_more, steps, looks)
     pair = Pair(own, reading.runner, reference.merged, artifact, reference.tokenizer)
     whole = measure_whole(pair, reference.prompts, settings, steps, progress)
-    speed = measure_speed(pair, reference.held_out.input_ids, settings.speed, reference.dtype, progress)
+    speed = measure_speed(pair, ids, settings.speed, reference.dtype, progress)
     drift = zip(own.structure.blocks, measured.block_drift, strict=bool(measured.block_drift))
     return Measurement(
         figures=[*figures, *whole.figures],

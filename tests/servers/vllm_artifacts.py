@@ -20,7 +20,7 @@ from qexport.merge import MergeSettings
 from qexport.merge.merging import merge
 from qexport.quantizing import AnyMethod
 from qexport.quantizing.gptq import Gptq
-from qexport.quantizing.method import CalibrationSettings
+from qexport.quantizing.method import CalibrationSettings, PassInputs
 from qexport.quantizing.none import NoQuantization
 from qexport.quantizing.w8a8 import W8a8
 from qexport.tensors import CalibrationSet
@@ -55,14 +55,9 @@ def write(checkpoint: Checkpoint, settings: AnyMethod, layouts: dict[Path, VllmS
     for folder in made:
         folder.mkdir(parents=True)
     writers = [layout.weights.writer(folder) for folder, layout in made.items()]
-    stream = settings.quantize(
-        checkpoint,
-        outputs,
-        _calibration(checkpoint, structure.vocab_size) if settings is GPTQ else None,
-        dtype=torch.bfloat16,
-        device=torch.device("cpu"),
-        scratch=next(iter(made)),
-    )
+    calibration = _calibration(checkpoint, structure.vocab_size) if settings is GPTQ else None
+    device, scratch = torch.device("cpu"), next(iter(made))
+    stream = settings.quantize(PassInputs(checkpoint, outputs, calibration, torch.bfloat16, device, scratch))
     for record in stream:
         for writer in writers:
             writer.write(record)

@@ -168,7 +168,9 @@ def test_beside_the_hessian_there_is_one_matrix_of_its_size() -> None:
     hessian.diagonal().add_(torch.arange(size) % 7 + 1)
     extra = peak_above_now(lambda: factorize(hessian, OPTIONS))
     assert extra < 1.5 * hessian.nbytes
-    assert peak_above_now(lambda: hessian.flip(0, 1).add_(hessian.flip(0, 1))) > 1.5 * hessian.nbytes
+    # The system may take back pages of files meanwhile, which hides some of what is allocated.
+    two_more = [peak_above_now(lambda: hessian.flip(0, 1).add_(hessian.flip(0, 1))) for _ in range(3)]
+    assert max(two_more) > 1.5 * hessian.nbytes
 
 
 def peak_above_now(compute: Callable[[], Factor | Tensor]) -> int:

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-from qexport.artifact.disk import write_whole
+from qexport.artifact.disk import sync, uninterrupted
 from qexport.artifact.manifest import LISTING_NAME
 from qexport.errors import InputError, RecipeError
 
@@ -61,7 +61,7 @@ def recording_roots(output: Path, roots: Mapping[str, str]) -> Iterator[None]:
     path = roots_path(output)
     new = [(digest, str(PurePosixPath(output.name, inside, LISTING_NAME))) for inside, digest in roots.items()]
     old = [line for line in _lines(path) if line not in new]
-    write_whole(path, _text([*new, *old]))
+    _write(path, [*new, *old])
     try:
         yield
     except BaseException:
@@ -70,7 +70,7 @@ def recording_roots(output: Path, roots: Mapping[str, str]) -> Iterator[None]:
         raise
     if old:
         with suppress(OSError):  # the new digests are in the file already, and the output is in its place
-            write_whole(path, _text(new))
+            _write(path, new)
 
 
 def recorded_roots(folder: Path) -> dict[str, Path]:
@@ -125,6 +125,22 @@ def _lines(path: Path) -> list[tuple[str, str]]:
         return []
     found = [(digest, name) for digest, name in _LINE.findall(text)]
     return found if _text(found) == text else []
+
+
+def _write(path: Path, lines: list[tuple[str, str]]) -> None:
+    """Replaces the file in one step. The name beside it is always the same, so that the next run replaces what a killed
+    one left; the lock on the temporary folder keeps out others.
+    """
+    beside = path.with_name(f".{path.name}.partial")
+    try:
+        beside.write_bytes(_text(lines).encode())
+        sync(beside)
+        with uninterrupted():
+            beside.replace(path)
+            sync(path.parent)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def _text(lines: list[tuple[str, str]]) -> str:

@@ -82,7 +82,7 @@ def test_a_missing_sync_is_found(harness: Harness, plant: str, expected: str) ->
         ("the_folder_is_copied", NEW, "kill", "what stands at the final path"),
         ("what_is_replaced_is_not_marked", FOREIGN, "kill", "not qexport's"),
         ("an_exchange_is_two_renames", FORCED, "kill", "neither the old folder nor the new one"),
-        ("what_lies_aside_is_forgotten", FORCED_APART, "kill", "it leaves ['out', 'out.replaced']"),
+        ("what_lies_aside_is_forgotten", FORCED_APART, "kill", "it leaves ['out', 'out.replaced', 'out.sha256']"),
         ("an_error_of_the_disk_is_a_defect", NEW, "disk error", "it ends with 1"),
     ],
 )

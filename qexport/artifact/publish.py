@@ -411,8 +411,7 @@ def _remove(folder: Path) -> None:
     """Removes the marker last, so that an interrupted removal is still recognized as qexport's; its journal first, so
     that no run goes on with files that are gone.
     """
-    if (folder / MARKER_NAME).exists():
-        os.truncate(folder / MARKER_NAME, 0)
+    (folder / MARKER_NAME).write_bytes(b"")
     _empty(folder)
     (folder / MARKER_NAME).unlink()
     folder.rmdir()

@@ -9,7 +9,7 @@ import torch
 from qexport.artifact.digests import sha256_bytes, sha256_file, sha256_json, tensor_bytes
 from qexport.artifact.integrity import digest_files, open_artifact
 from qexport.artifact.manifest import MANIFEST_NAME
-from qexport.artifact.publish import MARKER_NAME
+from qexport.artifact.partial import MARKER_NAME
 from qexport.errors import InputError
 from test_manifest import manifest
 

@@ -13,9 +13,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from qexport.artifact import disk, publish
+from qexport.artifact import disk, partial, publish
 from qexport.artifact.manifest import MANIFEST_NAME
-from qexport.artifact.publish import MARKER_NAME, Publication, check_output
+from qexport.artifact.partial import MARKER_NAME
+from qexport.artifact.publish import Publication, check_output
 from qexport.errors import QexportError, RecipeError, ResourceError
 
 
@@ -83,7 +84,7 @@ def test_an_error_leaves_nothing_behind(tmp_path: Path, error: type[BaseExceptio
 def test_the_error_under_way_is_told_and_not_that_of_cleaning_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(publish, "_remove", failing(PermissionError()))
+    monkeypatch.setattr(publish, "remove", failing(PermissionError()))
     with pytest.raises(ValueError, match="the first"):
         run(tmp_path / "out", failing(ValueError("the first")))
     monkeypatch.undo()
@@ -216,16 +217,16 @@ def test_force_replaces_the_old_folder(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_the_replaced_folder_is_locked_until_it_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It lies where the next run builds, and must be known as qexport's if its removal is cut short."""
-    remove, removed = publish._remove, []
+    remove, removed = partial.remove, []
 
     def watched(folder: Path) -> None:
         with pytest.raises(RecipeError, match="another run"):
-            publish._lock(folder)
+            partial.lock(folder)
         removed.append(names(folder))
         remove(folder)
 
     output = old_output(tmp_path)
-    monkeypatch.setattr(publish, "_remove", watched)
+    monkeypatch.setattr(publish, "remove", watched)
     run(output, Publication.publish, force=True)
     assert removed == [[MARKER_NAME, "old"]]
 
@@ -405,7 +406,7 @@ def test_a_run_that_lost_the_race_does_not_touch_the_published_folder(tmp_path: 
         marker = first.folder / MARKER_NAME
         descriptor = os.open(marker, os.O_RDWR)
         first.publish()
-    assert not publish._take(descriptor, marker)
+    assert not partial._take(descriptor, marker)
     os.close(descriptor)
 
 

@@ -223,7 +223,7 @@ def test_a_folder_without_a_model_and_a_device_that_is_not_there_are_refused(fol
 def test_a_config_that_no_model_can_be_built_from_is_an_input_error(folder: Path, key: str, value: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, key: value}))
-    with pytest.raises(InputError, match="transformers cannot build a model from it|a number that no model has"):
+    with pytest.raises(InputError, match=r"transformers cannot build a model from it|a number that no model has"):
         qexport.load(folder)
 
 

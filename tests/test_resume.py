@@ -20,7 +20,7 @@ import pytest
 import artifact_cases
 import factories
 from qexport.artifact import describe_environment
-from qexport.artifact.publish import MARKER_NAME
+from qexport.artifact.partial import MARKER_NAME
 from qexport.cli.app import main
 from qexport.errors import GO_ON, NumericalError, RecipeError, ResourceError
 from qexport.pipeline import Result, resuming, run

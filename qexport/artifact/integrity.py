@@ -16,7 +16,7 @@ from typing import Final
 
 from qexport.artifact.digests import sha256_bytes, sha256_file
 from qexport.artifact.manifest import LISTING_NAME, MANIFEST_NAME, REPORT_FOLDER, FileRecord, Manifest
-from qexport.artifact.publish import MARKER_NAME
+from qexport.artifact.partial import MARKER_NAME
 from qexport.artifact.roots import confirm_root, recorded_roots
 from qexport.errors import InputError
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Collection, Iterator
@@ -13,18 +12,28 @@ from typing import Self
 
 from qexport.artifact.disk import (
     disk_failure,
-    make_folder,
     move_into_place,
     path_aside,
     sync,
     sync_tree,
     uninterrupted,
 )
-from qexport.artifact.manifest import MANIFEST_NAME
+from qexport.artifact.partial import (
+    MARKER_NAME,
+    empty,
+    has_records,
+    is_complete,
+    is_ours,
+    lock,
+    lock_file,
+    make_temporary,
+    manifests_in,
+    marked_if_foreign,
+    remove,
+)
 from qexport.artifact.roots import check_roots_path
 from qexport.errors import GO_ON, QexportError, RecipeError, ResourceError
 
-MARKER_NAME = ".qexport-partial"
 _OWN_SUFFIXES = (".partial", ".rejected", ".replaced")
 
 
@@ -78,7 +87,7 @@ def _check_rejected(rejected: Path) -> None:
         raise RecipeError(
             "a file or a link is at the path of the folder for a rejected artifact", where=str(rejected), mend=mend
         )
-    if rejected.is_dir() and any(rejected.iterdir()) and not _is_complete(rejected):
+    if rejected.is_dir() and any(rejected.iterdir()) and not is_complete(rejected):
         what = "the folder for a rejected artifact holds files that are not qexport's"
         raise RecipeError(what, where=str(rejected), mend=mend)
     if Path.cwd().is_relative_to(rejected):
@@ -94,7 +103,7 @@ def _check_aside(target: Path, *, force: bool) -> None:
     aside = path_aside(target)
     if not os.path.lexists(aside):
         return
-    if aside.is_symlink() or not aside.is_dir() or (any(aside.iterdir()) and not _is_ours(aside)):
+    if aside.is_symlink() or not aside.is_dir() or (any(aside.iterdir()) and not is_ours(aside)):
         what = "something that is not qexport's lies where a folder goes while it is replaced"
         raise RecipeError(what, where=str(aside), mend="move or remove it, or choose another output")
     if not force and not target.exists():
@@ -108,8 +117,7 @@ class Publication:
     Used as a context manager. `publish` moves the folder to its final path, `reject` to `<output>.rejected/`; if
     neither was called, because of an error or Ctrl-C, the final path is unchanged. The folder is removed then, unless
     its journal holds records and the error is not one that would come again. What a killed run left behind stays too
-    if its journal holds records, else it is removed by
-    the next run, or put back if it is the old output.
+    if its journal holds records, else it is removed by the next run, or put back if it is the old output.
 
     The journal (`qexport.artifact.journal`) is the content of the marker, which leaves the folder last.
 
@@ -139,8 +147,8 @@ class Publication:
 
     def __enter__(self) -> Self:
         with _telling_of_the_disk(self.output):
-            _make_folder(self.folder)
-            self._lock = _lock(self.folder)
+            make_temporary(self.folder)
+            self._lock = lock(self.folder)
             try:
                 self._clear()
             except BaseException:
@@ -150,20 +158,20 @@ class Publication:
 
     def _clear(self) -> None:
         """Removes what a killed run left and no journal names."""
-        if not _has_records(self.folder):
-            _empty(self.folder)
+        if not has_records(self.folder):
+            empty(self.folder)
         for target in (self.output, _rejected_path(self.output)):
             _end_replacing(target, self.folder)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        kept = self._lock is not None and _has_records(self.folder) and _may_go_on(error)
+        kept = self._lock is not None and has_records(self.folder) and _may_go_on(error)
         after = ""
         if self._lock is not None:
             with suppress(OSError):  # the first error matters more, and the next run removes the rest
                 if not kept:
-                    _remove(self.folder)
+                    remove(self.folder)
                     after = "; what was written has been removed"
             self._release()
         failure = disk_failure(error, where=str(self.output), after=after)
@@ -187,7 +195,7 @@ class Publication:
 
     def empty(self) -> None:
         """Removes everything but the file of the journal."""
-        _empty(self.folder)
+        empty(self.folder)
 
     def publish(self) -> Path:
         """Moves the finished folder, one artifact or a folder of artifacts, to its final path, and returns that.
@@ -221,14 +229,14 @@ class Publication:
         that moment the manifest is locked in its place. What is moved away carries a manifest or gets a marker first,
         so that the next run knows it.
         """
-        if not _is_complete(self.folder):
+        if not is_complete(self.folder):
             raise QexportError("an artifact without its manifest cannot be published", where=str(self.folder))
         sync_tree(self.folder)
         with uninterrupted(), ExitStack() as locks:
-            locks.callback(os.close, _lock_file(_manifests(self.folder)[0], wait=True))
+            locks.callback(os.close, lock_file(manifests_in(self.folder)[0], wait=True))
             (self.folder / MARKER_NAME).unlink()
             sync(self.folder)
-            with _marked_if_foreign(target):
+            with marked_if_foreign(target):
                 replaced = move_into_place(self.folder, target)
             locks.close()
             self._release()
@@ -261,49 +269,9 @@ def _telling_of_the_disk(output: Path) -> Iterator[None]:
         raise
 
 
-def _manifests(folder: Path) -> list[Path]:
-    """The manifest of a finished artifact, or those of the artifacts in a folder of several; none if one is missing."""
-    if (folder / MANIFEST_NAME).is_file():
-        return [folder / MANIFEST_NAME]
-    found = [entry / MANIFEST_NAME for entry in sorted(folder.iterdir()) if entry.name != MARKER_NAME]
-    return found if all(manifest.is_file() for manifest in found) else []
-
-
-def _has_records(folder: Path) -> bool:
-    marker = folder / MARKER_NAME
-    return marker.exists() and marker.stat().st_size > 0
-
-
 def _may_go_on(error: BaseException | None) -> bool:
     """Whether the same run might come further, or is not the one whose work is in the folder."""
     return error is not None and (not isinstance(error, QexportError) or isinstance(error, ResourceError | RecipeError))
-
-
-def _is_complete(folder: Path) -> bool:
-    """Whether the folder has a manifest, or consists of folders that have one."""
-    return bool(_manifests(folder))
-
-
-def _is_ours(folder: Path) -> bool:
-    """Whether qexport made the folder, or was about to delete it."""
-    return (folder / MARKER_NAME).exists() or _is_complete(folder)
-
-
-@contextmanager
-def _marked_if_foreign(folder: Path) -> Iterator[None]:
-    """Marks a folder of the user, which is to be replaced in the block; the manifest of an artifact is mark enough."""
-    if not folder.is_dir() or not any(folder.iterdir()) or _is_complete(folder):
-        yield
-        return
-    marker = folder / MARKER_NAME
-    marker.touch()
-    sync(folder)
-    try:
-        yield
-    except BaseException:
-        with suppress(OSError):
-            marker.unlink()
-        raise
 
 
 def _end_replacing(target: Path, folder: Path) -> None:
@@ -332,86 +300,10 @@ def _remove_replaced(replaced: Path, folder: Path) -> None:
     if replaced != folder:
         replaced.rename(folder)
     try:
-        lock = _lock(folder)
+        held = lock(folder)
     except RecipeError:  # another run has just begun there, and removes it
         return
     try:
-        _remove(folder)
+        remove(folder)
     finally:
-        os.close(lock)
-
-
-def _make_folder(folder: Path) -> None:
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise RecipeError(
-            "the temporary folder's path is taken by a file or a link", where=str(folder), mend="remove it"
-        )
-    try:
-        make_folder(folder)
-    except OSError as error:
-        if disk_failure(error, where=None):
-            raise
-        raise RecipeError(f"the output cannot be created: {error.strerror}", where=str(folder)) from error
-    if any(folder.iterdir()) and not _is_ours(folder):
-        raise RecipeError(
-            "the temporary folder holds files that are not qexport's", where=str(folder), mend="move or remove it"
-        )
-
-
-def _lock(folder: Path) -> int:
-    """Opens and locks the marker. The lock ends with the descriptor, so also when the process is killed.
-
-    A finished folder without marker was left by a killed run, or is being published at this moment: its manifest is
-    locked then.
-    """
-    marker = folder / MARKER_NAME
-    if os.path.lexists(marker):
-        return _lock_file(marker)
-    with ExitStack() as locks:
-        for manifest in _manifests(folder)[:1]:
-            locks.callback(os.close, _lock_file(manifest))
-        return _lock_file(marker, create=True)
-
-
-def _lock_file(path: Path, *, create: bool = False, wait: bool = False) -> int:
-    """Opens and locks a file; `wait` is for one that others lock for a moment only."""
-    access = os.O_RDWR if create or os.access(path, os.W_OK) else os.O_RDONLY
-    try:
-        descriptor = os.open(path, access | os.O_NOFOLLOW | (os.O_CREAT if create else 0), 0o666)
-    except FileNotFoundError:
-        raise _another_run(path) from None
-    if not _take(descriptor, path, wait=wait):
-        os.close(descriptor)
-        raise _another_run(path)
-    return descriptor
-
-
-def _another_run(path: Path) -> RecipeError:
-    return RecipeError("another run is writing this output", where=str(path.parent), mend="wait for it, or stop it")
-
-
-def _take(descriptor: int, path: Path, *, wait: bool = False) -> bool:
-    """Locks the open file; False if another run holds it, or has moved it away with its folder."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except (BlockingIOError, FileNotFoundError):
-        return False
-
-
-def _empty(folder: Path) -> None:
-    for entry in folder.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        elif entry.name != MARKER_NAME:
-            entry.unlink()
-
-
-def _remove(folder: Path) -> None:
-    """Removes the marker last, so that an interrupted removal is still recognized as qexport's; its journal first, so
-    that no run goes on with files that are gone.
-    """
-    (folder / MARKER_NAME).write_bytes(b"")
-    _empty(folder)
-    (folder / MARKER_NAME).unlink()
-    folder.rmdir()
+        os.close(held)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
-from qexport.artifact import disk, publish
+from qexport.artifact import disk, partial, publish
 from qexport.artifact.manifest import MANIFEST_NAME, Manifest
 
 
@@ -51,9 +51,9 @@ def the_marker_is_removed_after_the_rename() -> None:
     """As it was before the harness."""
 
     def with_marker(source: Path, target: Path) -> Path | None:
-        (source / publish.MARKER_NAME).touch()
+        (source / partial.MARKER_NAME).touch()
         replaced = disk.move_into_place(source, target)
-        (target / publish.MARKER_NAME).unlink()
+        (target / partial.MARKER_NAME).unlink()
         return replaced
 
     patch.object(publish, "move_into_place", with_marker).start()

@@ -19,7 +19,7 @@ import factories
 from artifact_cases import LAYOUTS, prepare, recipe
 from qexport.artifact.integrity import open_artifact
 from qexport.artifact.manifest import REPORT_FOLDER
-from qexport.artifact.publish import MARKER_NAME
+from qexport.artifact.partial import MARKER_NAME
 from qexport.artifact.roots import roots_path
 
 ROOT = Path(__file__).parents[2]

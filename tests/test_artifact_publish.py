@@ -311,7 +311,7 @@ def test_an_old_artifact_that_cannot_be_written_is_replaced(tmp_path: Path) -> N
     assert tree(tmp_path / "out") == {"sub/weights": "newer", MANIFEST_NAME: "newer"}
 
 
-@pytest.mark.parametrize("function", ["sync", "_remove"])
+@pytest.mark.parametrize("function", ["sync", "remove"])
 def test_an_error_after_the_rename_says_that_the_artifact_is_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
 ) -> None:
@@ -585,7 +585,7 @@ def test_just_enough_room_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("moment", ["move_into_place", "_remove"])
+@pytest.mark.parametrize("moment", ["move_into_place", "remove"])
 def test_once_it_is_at_its_path_the_artifact_is_finished_whatever_comes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, number: int
 ) -> None:

@@ -364,21 +364,23 @@ def test_arguments_reach_the_pipeline(
     monkeypatch.chdir(tmp_path)
     calls, commands = [], list[str]()
 
-    def run(chosen: Recipe, *, force: bool, device: str, command: str, progress: ProgressCallback) -> Result:
+    def run(
+        chosen: Recipe, *, force: bool, restart: bool, device: str, command: str, progress: ProgressCallback
+    ) -> Result:
         commands.append(command)
-        calls.append((chosen, force, device))
+        calls.append((chosen, force, restart, device))
         return result(tmp_path / "x")
 
     pipeline(run)
     (tmp_path / "sub").mkdir()
     monkeypatch.chdir(tmp_path / "sub")
     assert main(["run", recipe]) == 0
-    options = ["--force", "--device", "cpu", "quantize.group_size=32", "--output", "here"]
+    options = ["--force", "--restart", "--device", "cpu", "quantize.group_size=32", "--output", "here"]
     assert main(["run", recipe, "quantize.bits=8", *options]) == 0
     again = "qexport verify . --reference r.yaml"
     assert commands == [again, f"{again} quantize.bits=8 quantize.group_size=32"]
     (plain, *defaults), (changed, *given) = calls
-    assert (defaults, given) == ([False, "auto"], [True, "cpu"])
+    assert (defaults, given) == ([False, False, "auto"], [True, True, "cpu"])
     assert (gptq(plain).bits, gptq(changed).bits, gptq(changed).group_size) == (4, 8, 32)
     assert (plain.output, changed.output) == (str(tmp_path / "out"), str(tmp_path / "sub" / "here"))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from qexport.architectures.devices import find_device
+from qexport.architectures.memory import keeping_to
 from qexport.artifact.digests import hashed_in_background
 from qexport.artifact.disk import ensure_space
 from qexport.artifact.figures import overall
@@ -59,11 +60,13 @@ def run(
     """
     output, where = _output(recipe, force=force), find_device(device)
     planned = plan(recipe, progress=progress)
-    ensure_space(output, planned.total_bytes)
+    if where.type == "cpu":
+        planned.expected.refuse_beyond(recipe.max_memory)
+    ensure_space(output, planned.expected.disk)
     for layout in planned.layouts:
         layout.prepare()
     texts = read_texts(recipe, planned.merged.checkpoint, planned.structure, progress=progress)
-    with Publication(output, force=force) as publication:
+    with keeping_to(planned.expected.budget), Publication(output, force=force) as publication:
         with hashed_in_background(planned.merged.checkpoint.origin.sha256):
             reference = _reference(planned, texts.evaluation, where, progress)
             if unproven := _unproven_merge(planned, reference):

@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -26,6 +27,7 @@ from qexport.quantizing.gptq import Gptq
 from qexport.quantizing.solver import single_thread
 from qexport.recipe import Recipe
 from qexport.tensors import GroupQuantizedSpec
+from qexport.text.prompts import read_prompts
 from qexport.verifying import VerifySettings
 from qexport.verifying.memory import HEADROOM, total_memory
 from qexport.verifying.predictors import BATCH_TOKENS, TOKENS_AT_ONCE
@@ -54,6 +56,15 @@ _HESSIANS: Final = 1 << 30
 
 _DOUBLES: Final = 1 << 20
 """Values of each model whose log-probabilities are in memory in float64 at a time."""
+
+_PROMPT_ROWS: Final = 32
+"""Prompts in a batch, at most."""
+
+_PROMPT_TOKENS: Final = 64
+"""Tokens of a prompt, roughly; they are not counted, since the tokenizer is not opened."""
+
+_LOGITS: Final = 3
+"""Copies of the logits of a batch's new tokens while they are checked."""
 
 _REPORT: Final = 400e3
 """Report and manifest of a layout, without what grows with layers and prompts."""
@@ -90,6 +101,9 @@ _WRITTEN: Final = 11.0
 
 _COMPARED: Final = 6.0
 """Comparing two logits in float64."""
+
+_STREAMED: Final = 0.2
+"""Reading a byte of the weights from memory for one new token of a batch."""
 
 _STEP: Final = 1e6
 """One block's calls for one new token of a batch of prompts."""
@@ -170,7 +184,7 @@ def expect(recipe: Recipe, merged: Merged, outputs: Outputs, artifact: int) -> E
         stages = {name: round(_FIXED + need) for name, need in _memory(model, chosen).items()}
         if max(stages.values()) <= limit:
             break
-    work = _work(model, artifact, max(stages.values()))
+    work = _work(model, artifact, whole="prompts" in stages)
     scale = _MEASURED / _speed() / 1e9
     threads = torch.get_num_threads()
     return Expected(
@@ -205,6 +219,21 @@ class _Model:
 
     def _in(self, block: str) -> int:
         return sum(count for name, count in self.counts.items() if name.startswith(f"{block}."))
+
+    @cached_property
+    def prompts(self) -> int:
+        """Prompts to continue."""
+        path = self.verify.prompts if self.verify else None
+        return len(read_prompts(Path(path)).prompts) if path else 0
+
+    @property
+    def whole(self) -> int:
+        """Bytes of a whole model with its head in float32."""
+        return self.total * self.bytes_ + 4 * self.head
+
+    def fits(self, limit: float) -> bool:
+        """Whether there are prompts, and a whole model to continue them fits."""
+        return self.prompts > 0 and _FIXED + _GENERATION + HEADROOM * self.whole <= limit
 
     @cached_property
     def widest(self) -> int:
@@ -259,8 +288,8 @@ def _memory(model: _Model, chosen: Budget) -> dict[str, float]:
     needs = {"quantize": _quantizing(model, chosen)}
     if model.verify is not None:
         needs |= {"prepare": _preparing(model), "verify": _verifying(model, model.verify, chosen)}
-        if model.verify.prompts and _FIXED + (whole := _whole(model)) <= chosen.limit:
-            needs["prompts"] = whole
+        if model.fits(chosen.limit):
+            needs["prompts"] = _continuing(model, model.verify)
     return needs
 
 
@@ -285,23 +314,26 @@ def _preparing(model: _Model) -> float:
     wide = max(4, 2 * model.bytes_) if model.bytes_ == 4 else 4
     hidden = tokens * model.hidden * (model.bytes_ + wide)
     block = model.block * wide + 4 * model.widest + tokens * 2 * model.working
-    heads = model.head * (model.bytes_ + 4 + wide) + model.logits(2)
+    heads = model.head * (model.bytes_ + 4 + wide) + max(model.logits(2), model.head * model.bytes_)
     return _STATISTICS + hidden + max(block, heads)
 
 
 def _verifying(model: _Model, settings: VerifySettings, chosen: Budget) -> float:
-    """The hidden states of all models, one block, and at the end the head with pieces of all logits."""
+    """The hidden states of all models, one block, and at the end the head: with the two that are compared with each
+    other to find out whether one is enough, then with pieces of all logits.
+    """
     tokens = settings.sequence_length * max(1, min(settings.windows, settings.max_windows))
     at_once = min(tokens, max(settings.sequence_length, min(BATCH_TOKENS, chosen.compared_tokens)))
     hidden = model.compared * tokens * model.hidden * model.bytes_
     block = model.block * model.bytes_ + _ROUNDED * 4 * model.widest + at_once * model.working
-    head = model.head * (model.bytes_ + 4) + model.logits(model.compared)
+    head = model.head * (model.bytes_ + 4) + max(model.logits(model.compared), 2 * model.head * model.bytes_)
     return _STATISTICS + hidden + max(block, head)
 
 
-def _whole(model: _Model) -> float:
-    """A whole model with its head in float32, and a batch of prompts."""
-    return _GENERATION + HEADROOM * (model.total * model.bytes_ + 4 * model.head)
+def _continuing(model: _Model, settings: VerifySettings) -> float:
+    """A whole model with its head in float32, and the logits of a batch of prompts."""
+    logits = min(model.prompts, _PROMPT_ROWS) * settings.max_new_tokens * 4 * model.vocabulary
+    return _GENERATION + model.whole + _LOGITS * logits
 
 
 def _parked(model: _Model) -> float:
@@ -330,14 +362,14 @@ class _Work:
         self.shared += flops / _GIGAFLOPS
 
 
-def _work(model: _Model, artifact: int, memory: float) -> _Work:
+def _work(model: _Model, artifact: int, *, whole: bool) -> _Work:
     work = _Work(single=_START + artifact * _WRITTEN + model.total * model.bytes_ * _READ)
     if isinstance(model.method, Gptq):
         _gptq_work(model, work)
     else:
         work.shared += model.quantized * _CODED
     if model.verify is not None:
-        _verify_work(model, model.verify, work, memory)
+        _verify_work(model, model.verify, work, whole=whole)
     return work
 
 
@@ -353,13 +385,19 @@ def _gptq_work(model: _Model, work: _Work) -> None:
     work.single += model.quantized * _STEPPED
 
 
-def _verify_work(model: _Model, settings: VerifySettings, work: _Work, memory: float) -> None:
+def _verify_work(model: _Model, settings: VerifySettings, work: _Work, *, whole: bool) -> None:
     tokens = settings.sequence_length * min(settings.windows, settings.max_windows)
     rivals = min(tokens, 16 * settings.sequence_length)
     runs = 2 * tokens + (model.compared - 2) * rivals + 4 * 1024
     work.products(2 * runs * (model.active + model.head))
     work.shared += _COMPARED * model.vocabulary * (tokens + 2 * (model.compared - 2) * rivals)
     work.single += (model.compared + 2) * model.total * (model.bytes_ * _READ + _CODED)
+    passes = 1 if whole else _PASSES
+    forwards = 2 * passes * model.prompts * (_PROMPT_TOKENS + 2 * settings.max_new_tokens)
+    work.products(2 * forwards * (model.active + model.head))
+    steps = 2 * math.ceil(model.prompts / _PROMPT_ROWS) * settings.max_new_tokens
+    work.shared += steps * (len(model.blocks) * _STEP + model.whole * _STREAMED) if whole else 0.0
+    work.single += 0.0 if whole else 2 * passes * model.total * (model.bytes_ * _READ + _CODED)
 
 
 def _speed() -> float:

@@ -248,9 +248,12 @@ class _Model:
 
     @cached_property
     def working(self) -> float:
-        """Bytes of one token's values inside a block's forward: its widest layer's inputs and outputs."""
+        """Bytes of one token's values inside a block's forward: its widest layer's inputs and outputs, in each of the
+        experts that it is sent to.
+        """
         outs = max(self._sharing(linear) for linear in self.linears)
-        return 2 * self.bytes_ * outs + 4 * max(linear.in_features for linear in self.linears)
+        routed = max(1.0, self.share * self.experts)
+        return routed * (2 * self.bytes_ * outs + 4 * max(linear.in_features for linear in self.linears))
 
     def _sharing(self, linear: LinearSpec) -> int:
         """Outputs of the layers that may have the same input as this one."""

@@ -117,6 +117,17 @@ def test_the_artifact_and_what_is_parked_fit_into_the_expected_disk(recipes: lis
         assert within(plan(load_recipe(path)).expected.disk, sum(files) + parked), path.parent.name
 
 
+def test_validate_prints_what_to_expect(recipes: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", str(recipes[2]), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["expected"]
+    assert found.keys() == {"memory", "memory_by_stage", "cpu_seconds", "seconds", "disk"}
+    assert found["memory"] == max(found["memory_by_stage"].values())
+    assert main(["validate", str(recipes[2])]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("expected"))
+    assert size(found["memory"], decimals=1) in line
+    assert size(found["disk"], decimals=1) in line
+
+
 def test_time_is_scaled_by_the_measured_speed_of_the_machine(
     recipes: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

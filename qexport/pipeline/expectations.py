@@ -57,6 +57,9 @@ _HESSIANS: Final = 1 << 30
 _DOUBLES: Final = 1 << 20
 """Values of each model whose log-probabilities are in memory in float64 at a time."""
 
+_PREPARED: Final = 1024
+"""Tokens on which the noise floor and the merge are measured."""
+
 _PROMPT_ROWS: Final = 32
 """Prompts in a batch, at most."""
 
@@ -312,13 +315,16 @@ def _quantizing(model: _Model, chosen: Budget) -> float:
 
 
 def _preparing(model: _Model) -> float:
-    """Two models compared in two dtypes, the wider one in at least float32, with both their heads."""
-    tokens = 1024
-    wide = max(4, 2 * model.bytes_) if model.bytes_ == 4 else 4
+    """Two models compared in two dtypes, with both their heads; and with an adapter the proof of the merge, which keeps
+    the logits of one model beside a head.
+    """
+    tokens = _PREPARED
+    wide = 8 if model.bytes_ == 4 else 4
     hidden = tokens * model.hidden * (model.bytes_ + wide)
     block = model.block * wide + 4 * model.widest + tokens * 2 * model.working
     heads = model.head * (model.bytes_ + 4 + wide) + max(model.logits(2), model.head * model.bytes_)
-    return _STATISTICS + hidden + max(block, heads)
+    proof = wide * model.head + 2 * 4 * tokens * model.vocabulary if model.adapter else 0
+    return _STATISTICS + hidden + max(block, heads, proof)
 
 
 def _verifying(model: _Model, settings: VerifySettings, chosen: Budget) -> float:
@@ -391,7 +397,7 @@ def _gptq_work(model: _Model, work: _Work) -> None:
 def _verify_work(model: _Model, settings: VerifySettings, work: _Work, *, whole: bool) -> None:
     tokens = settings.sequence_length * min(settings.windows, settings.max_windows)
     rivals = min(tokens, 16 * settings.sequence_length)
-    runs = 2 * tokens + (model.compared - 2) * rivals + 4 * 1024
+    runs = 2 * tokens + (model.compared - 2) * rivals + (6 if model.adapter else 2) * _PREPARED
     work.products(2 * runs * (model.active + model.head))
     work.shared += _COMPARED * model.vocabulary * (tokens + 2 * (model.compared - 2) * rivals)
     work.single += (model.compared + 2) * model.total * (model.bytes_ * _READ + _CODED)

@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 _UNITS: Final = ((9, "GB"), (6, "MB"), (3, "kB"))
+_WRITTEN: Final = {
+    "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
+}  # fmt: skip
+_SIZE: Final = re.compile(rf"(\d+(?:\.\d+)?) ?({'|'.join(_WRITTEN)})", re.ASCII)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as `5GB`, `1.5 GB` or `500MiB` (KB is 1000 bytes, KiB 1024).
+
+    Raises:
+        ValueError: it is not a size, or less than one byte.
+    """
+    match = _SIZE.fullmatch(text)
+    size = int(float(match[1]) * _WRITTEN[match[2]]) if match else 0
+    if size < 1:
+        raise ValueError(f"{text!r} is not a size; write for example 5GB or 500MB")
+    return size
+
+
+def checked_size(text: str) -> str:
+    """The text itself, if `parse_size` accepts it."""
+    parse_size(text)
+    return text
 
 
 def size(count: float, *, decimals: int | None = None) -> str:

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
+from qexport.amounts import parse_size
 from qexport.errors import QexportError
-from qexport.export import parse_size, tensor_writer
+from qexport.export import tensor_writer
 from qexport.export.tensor_writer import ShardWriter, plan_shards
 from qexport.tensors import LargestSpec, TensorSpec
 from qexport.tensors.safetensors_folder import INDEX_NAME

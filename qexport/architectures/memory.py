@@ -1,10 +1,13 @@
-"""The resident memory of this process, and the freed memory that malloc keeps."""
+"""The memory of this process: how much is resident, how much it may take, and what malloc keeps after freeing."""
 
 from __future__ import annotations
 
 import ctypes
+import math
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +38,41 @@ def _status() -> dict[str, int]:
         return {}
     fields = (line.split() for line in lines if line.endswith(" kB"))
     return {name.rstrip(":"): int(kilobytes) * 1024 for name, kilobytes, _ in fields}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much main memory this process may take, and what follows from it. Nothing in it changes a weight.
+
+    Attributes:
+        limit: bytes of the whole process. What does not fit is not loaded as a whole.
+        expert_hessians: bytes for the Hessians of a mixture's experts that are summed at the same time.
+        compared_tokens: tokens that go through a block at a time while models are compared.
+    """
+
+    limit: float = math.inf
+    expert_hessians: float = math.inf
+    compared_tokens: float = math.inf
+
+
+_budgets = [Budget()]
+"""The last one holds. It belongs to the process, like its memory; a context variable would not reach the greenlets in
+which paused forwards run."""
+
+
+def budget() -> Budget:
+    """What holds now; without limits of its own outside `keeping_to`."""
+    return _budgets[-1]
+
+
+@contextmanager
+def keeping_to(chosen: Budget) -> Iterator[None]:
+    """Makes everything within the context keep to a budget."""
+    _budgets.append(chosen)
+    try:
+        yield
+    finally:
+        _budgets.pop()
 
 
 def return_freed_memory() -> None:

@@ -5,36 +5,12 @@ The recipe's `export` is here, one class per layout; the union at the end is the
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field
 
+from qexport.amounts import checked_size
 from qexport.settings import Settings, required_in_recipes
-
-_UNITS = {
-    "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-    "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
-}  # fmt: skip
-_SIZE = re.compile(rf"(\d+(?:\.\d+)?) ?({'|'.join(_UNITS)})", re.ASCII)
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as `5GB`, `1.5 GB` or `500MiB` (KB is 1000 bytes, KiB 1024).
-
-    Raises:
-        ValueError: it is not a size, or less than one byte.
-    """
-    match = _SIZE.fullmatch(text)
-    size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
-    if size < 1:
-        raise ValueError(f"{text!r} is not a size; write for example 5GB or 500MB")
-    return size
-
-
-def _check_size(text: str) -> str:
-    parse_size(text)
-    return text
 
 
 class _Shards(Settings):
@@ -42,7 +18,7 @@ class _Shards(Settings):
 
     model_config = ConfigDict(json_schema_extra=required_in_recipes("layout"))
 
-    max_shard_size: Annotated[str, AfterValidator(_check_size)] = "5GB"
+    max_shard_size: Annotated[str, AfterValidator(checked_size)] = "5GB"
     """The largest size of one file, for example `5GB` or `500MB` (powers of ten). A larger tensor gets its own file."""
 
 

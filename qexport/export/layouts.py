@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from qexport.amounts import parse_size
 from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.structure import Structure
 from qexport.artifact.manifest import GraphRecord
 from qexport.errors import RecipeError
-from qexport.export import ExportSettings, OnnxSettings, SafetensorsSettings, TgiSettings, VllmSettings, parse_size
+from qexport.export import ExportSettings, OnnxSettings, SafetensorsSettings, TgiSettings, VllmSettings
 from qexport.export.loaders import Folder, loading_section, stock_loaders, warnings
 from qexport.export.model_files import model_files, write_files
 from qexport.export.tgi.layout import TgiLayout

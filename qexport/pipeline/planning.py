@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qexport.amounts import size
+from qexport.architectures.devices import find_device
 from qexport.architectures.structure import Structure
 from qexport.export.layouts import Layout, make_layout
 from qexport.formats import Outputs
@@ -15,6 +17,7 @@ from qexport.loading import LoadSettings
 from qexport.loading.checkpoint import load_checkpoint, locate_adapter
 from qexport.merge import MergeSettings
 from qexport.merge.merging import Merged, merge
+from qexport.pipeline.expectations import Expected, expect
 from qexport.pipeline.texts import check_prompts_and_tasks, refuse_long_windows
 from qexport.progress import ProgressCallback, silent
 from qexport.recipe import Recipe
@@ -42,6 +45,7 @@ class Plan:
         structure: the model's parts.
         outputs: what quantizing would yield.
         layouts: what would be written.
+        expected: what it would take of memory, time and disk.
     """
 
     recipe: Recipe
@@ -49,18 +53,12 @@ class Plan:
     structure: Structure
     outputs: Outputs
     layouts: tuple[Layout, ...]
+    expected: Expected
 
     @property
     def distinct(self) -> list[list[Layout]]:
         """The layouts, grouped by those that share the files of their weights."""
-        groups: list[list[Layout]] = []
-        for layout in self.layouts:
-            group = next((group for group in groups if group[0].weights.equal(layout.weights)), None)
-            if group is None:
-                groups.append([layout])
-            else:
-                group.append(layout)
-        return groups
+        return _distinct(self.layouts)
 
     @property
     def total_bytes(self) -> int:
@@ -86,6 +84,7 @@ class Plan:
             "dense_tensors": len(self.outputs.specs) - quantized,
             "layouts": {layout.name: layout.weights.total_bytes for layout in self.layouts},
             "artifact_bytes": self.total_bytes,
+            "expected": self.expected.as_dict(),
         }
 
     def lines(self) -> list[str]:
@@ -100,12 +99,24 @@ class Plan:
             f"quantize  {figures['quantized_layers']} layers with {self.recipe.quantize.title}; "
             f"{figures['dense_tensors']} tensors stay unquantized",
             f"export    {layouts}{shared}",
+            f"expected  {self.expected.line()}",
             *(f"note      {note}" for note in figures["notes"]),
         ]
 
     def _layout_notes(self) -> list[str]:
         several = len(self.layouts) > 1
         return [f"{layout.name}: {note}" if several else note for layout in self.layouts for note in layout.notes]
+
+
+def _distinct(layouts: Sequence[Layout]) -> list[list[Layout]]:
+    groups: list[list[Layout]] = []
+    for layout in layouts:
+        group = next((group for group in groups if group[0].weights.equal(layout.weights)), None)
+        if group is None:
+            groups.append([layout])
+        else:
+            group.append(layout)
+    return groups
 
 
 @hidden("kernels")
@@ -116,6 +127,7 @@ def plan(recipe: Recipe, *, progress: ProgressCallback = silent) -> Plan:
         RecipeError: there are tasks, and lm-evaluation-harness is missing.
         InputError: the base, the adapter, the prompts or a task file cannot be used.
         CompatibilityError: method, layout and model do not fit together.
+        ResourceError: the run needs more memory than `max_memory`, and would compute on a CPU.
     """
     if recipe.verify is not None:
         check_prompts_and_tasks(recipe.verify)
@@ -124,7 +136,11 @@ def plan(recipe: Recipe, *, progress: ProgressCallback = silent) -> Plan:
     _check_windows(recipe, structure)
     outputs = recipe.quantize.plan(merged.checkpoint)
     layouts = tuple(make_layout(settings, outputs, structure, merged.checkpoint) for settings in recipe.export)
-    return Plan(recipe, merged, structure, outputs, layouts)
+    stored = sum(group[0].weights.total_bytes for group in _distinct(layouts))
+    expected = expect(recipe, merged, outputs, stored)
+    if recipe.max_memory is not None and find_device("auto").type == "cpu":
+        expected.refuse_beyond(recipe.max_memory)
+    return Plan(recipe, merged, structure, outputs, layouts, expected)
 
 
 def _check_windows(recipe: Recipe, structure: Structure) -> None:

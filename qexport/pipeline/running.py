@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from qexport.architectures.devices import find_device
+from qexport.architectures.memory import keeping_to
 from qexport.artifact.digests import hashed_in_background
 from qexport.artifact.disk import ensure_space
 from qexport.artifact.figures import overall
@@ -69,12 +70,14 @@ def run(
     """
     output, where = checked_output(recipe, force=force), find_device(device)
     planned = plan(recipe, progress=progress)
+    if where.type == "cpu":
+        planned.expected.refuse_beyond(recipe.max_memory)
     publication = Publication(output, force=force)
-    ensure_space(output, planned.total_bytes, replaced=publication.folder)
+    ensure_space(output, planned.expected.disk, replaced=publication.folder)
     for layout in planned.layouts:
         layout.prepare()
     texts = read_texts(recipe, planned.merged.checkpoint, planned.structure, progress=progress)
-    with publication:
+    with keeping_to(planned.expected.budget), publication:
         journal = open_journal(publication, planned, texts, where, restart=restart, progress=progress)
         with hashed_in_background(planned.merged.checkpoint.origin.sha256):
             reference = _reference(planned, texts.evaluation, where, journal, progress)

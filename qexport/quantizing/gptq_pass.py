@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.families import ExpertStop, staged
-from qexport.architectures.memory import return_freed_memory
+from qexport.architectures.memory import budget, return_freed_memory
 from qexport.architectures.runner import Batch, BlockRunner
 from qexport.architectures.structure import LinearSpec, Structure
 from qexport.errors import CompatibilityError
@@ -27,7 +27,8 @@ from qexport.quantizing.solver import Options
 from qexport.tensors import GroupQuantizedSpec, OutputSpec, TensorRecord
 
 BATCH_TOKENS = 2048
-"""Tokens that go through a block at a time."""
+"""Tokens that go through a block at a time. It is the same whatever memory there is: the bits of the Hessians' sums
+depend on it."""
 
 HESSIAN_BYTES = 1 << 30
 """Bytes for the Hessians of a mixture's experts that are summed at the same time, each [in, in] in float32."""
@@ -173,7 +174,8 @@ class _Pass:
             groups = []
             for module in dict.fromkeys(self._runner.module(linear) for linear in experts):
                 of_module = [linear for linear in experts if self._runner.module(linear) is module]
-                for stop in stack.enter_context(staged(module, HESSIAN_BYTES)):
+                square_bytes = int(min(HESSIAN_BYTES, budget().expert_hessians))
+                for stop in stack.enter_context(staged(module, square_bytes)):
                     groups += self._of_experts(stop, of_module)
             yield groups
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Final
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from qexport.amounts import checked_size
 from qexport.artifact.publish import check_output
 from qexport.errors import RecipeError
 from qexport.export import ExportSettings, OnnxSettings
@@ -69,6 +70,10 @@ class Recipe(Settings):
     verify: VerifySettings | None = None
     """How the finished artifact is compared with the merged reference. Without it, nothing is measured."""
 
+    max_memory: Annotated[str, AfterValidator(checked_size)] | None = None
+    """The most main memory that the run may take, for example `8GB` (powers of ten). By default what the machine or its
+    control group has. The weights do not depend on it."""
+
     output: str | None = None
     """The artifact's folder. `--output` on the command line replaces it."""
 
@@ -94,7 +99,8 @@ class Recipe(Settings):
     def portable(self) -> dict[str, Any]:
         """The recipe as JSON values without a host's path, for the manifest.
 
-        Defaults are filled in, local files and folders are reduced to their last component, `output` is omitted.
+        Defaults are filled in, local files and folders are reduced to their last component; `output` and `max_memory`,
+        which change nothing in the artifact, are omitted.
         """
         return portable(self.model_dump(mode="json"))
 

@@ -102,8 +102,8 @@ def _texts(root: YamlNode, keys: Keys) -> Iterator[Keys]:
 
 
 def portable(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's JSON values with local paths reduced to their last component, and without `output`."""
-    recipe = {key: value for key, value in recipe.items() if key != "output"}
+    """A recipe's JSON values with local paths reduced to their last component, without `output` and `max_memory`."""
+    recipe = {key: value for key, value in recipe.items() if key not in ("output", "max_memory")}
     for keys, resolve in REFERENCES.items():
         part: Any = recipe
         for key in keys[:-1]:

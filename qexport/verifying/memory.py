@@ -9,6 +9,7 @@ from typing import Final, Literal
 
 import torch
 
+from qexport.architectures.memory import budget, resident
 from qexport.architectures.runner import BlockRunner
 from qexport.architectures.structure import Structure
 from qexport.reading.stored_model import StoredModel
@@ -76,12 +77,19 @@ def bytes_in_memory(structure: Structure, dtype: torch.dtype) -> int:
 
 def available_memory(device: torch.device) -> float:
     """Bytes that can be allocated without swapping: on the accelerator, including what torch has reserved and does not
-    use; or in main memory, within the limit of the control group.
+    use; or in main memory, within the limits of the control group and of the recipe.
     """
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    return min(_free_in_system(), _free_in_control_group())
+    return min(_free_in_system(), _free_in_control_group(), budget().limit - (resident().now or 0))
+
+
+def total_memory() -> float:
+    """Bytes of the machine's main memory, or of the control group if that is limited to less."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = _lines(_CGROUP / "memory.max")
+    return machine if limit in ([], ["max"]) else min(machine, int(limit[0]))
 
 
 def _free_in_system() -> int:

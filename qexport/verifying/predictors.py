@@ -10,6 +10,7 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor
 
+from qexport.architectures.memory import budget
 from qexport.architectures.runner import Batch, BlockRunner
 from qexport.verifying.config_comparison import config_differences
 
@@ -91,12 +92,19 @@ def _head_parameters(runner: BlockRunner) -> list[str]:
 
 
 BATCH_TOKENS: Final = 4096
-"""Tokens that go through a block at a time."""
+"""Tokens that go through a block at a time, at most."""
+
+
+def most_windows_at_once(sequence_length: int) -> int:
+    """The number of windows in a batch where memory is no concern."""
+    return max(1, BATCH_TOKENS // sequence_length)
 
 
 def windows_at_once(sequence_length: int) -> int:
-    """The number of windows in a batch."""
-    return max(1, BATCH_TOKENS // sequence_length)
+    """The number of windows in a batch: the largest divisor of `most_windows_at_once` that the budget allows."""
+    most = most_windows_at_once(sequence_length)
+    allowed = max(1, int(min(BATCH_TOKENS, budget().compared_tokens)) // sequence_length)
+    return next(count for count in range(most, 0, -1) if most % count == 0 and count <= allowed)
 
 
 def run_in_lockstep(

@@ -14,7 +14,7 @@ from qexport.architectures.runner import BlockRunner
 from qexport.artifact.figures import GateResult
 from qexport.progress import Steps
 from qexport.verifying.divergence import Pair, TokenFigures, compare
-from qexport.verifying.predictors import Predictor, predictors, run_in_lockstep, windows_at_once
+from qexport.verifying.predictors import Predictor, most_windows_at_once, predictors, run_in_lockstep, windows_at_once
 
 Comparison = Literal["artifact", "nearest", "base", "artifact_from_base"]
 """What is compared with the reference; `artifact_from_base` is the artifact compared with the base."""
@@ -220,8 +220,8 @@ def _predictors(
 
 
 def _windows_of(model: str, windows: int, length: int) -> int:
-    """Reference and artifact run all windows of a look, rivals the first ones."""
+    """Reference and artifact run all windows of a look, rivals the first ones: as many whatever memory there is."""
     if model not in _RIVAL_GATES:
         return windows
-    at_once = windows_at_once(length)
+    at_once = most_windows_at_once(length)
     return min(windows, math.ceil(_RIVAL_WINDOWS / at_once) * at_once)

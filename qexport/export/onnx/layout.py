@@ -17,11 +17,12 @@ import onnx
 import onnx_ir as ir
 import torch
 
+from qexport.amounts import parse_size
 from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.structure import Structure
 from qexport.artifact.manifest import GraphRecord
 from qexport.errors import CompatibilityError, QexportError, listed
-from qexport.export import OnnxSettings, parse_size
+from qexport.export import OnnxSettings
 from qexport.export.loaders import Folder, loading_section
 from qexport.export.model_files import model_files, served_name, write_files
 from qexport.export.onnx.attention import refuse_unfused

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from qexport.amounts import parse_size
 from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.architectures.structure import Structure
-from qexport.export import TgiSettings, parse_size
+from qexport.export import TgiSettings
 from qexport.export.model_files import model_files, write_files
 from qexport.export.tgi.families import (
     OWN_MODELS,

@@ -9,9 +9,10 @@ from typing import Any, Final
 
 import torch
 
+from qexport.amounts import parse_size
 from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.structure import Structure
-from qexport.export import VllmSettings, parse_size
+from qexport.export import VllmSettings
 from qexport.export.model_files import model_files, served_name, write_files
 from qexport.export.vllm.families import SplitLinear, degrees
 from qexport.export.vllm.rules import VLLM

@@ -23,8 +23,8 @@ from qexport.architectures.structure import LinearSpec
 from qexport.errors import ResourceError
 from qexport.formats import Outputs
 from qexport.merge.merging import Merged
+from qexport.quantizing.factorization import single_thread
 from qexport.quantizing.gptq import Gptq
-from qexport.quantizing.solver import single_thread
 from qexport.recipe import Recipe
 from qexport.tensors import GroupQuantizedSpec
 from qexport.text.prompts import read_prompts

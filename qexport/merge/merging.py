@@ -90,6 +90,7 @@ def _merge_adapter(
     notes = tuple(_notes(checkpoint, adapter, settings))
     plan = MergePlan(adapter, describe_base(checkpoint))
     planner(adapter.peft_type)(plan)
+    notes += tuple(_absent_modules(plan))
     changes = plan.checked_changes()
     plan.check_finite()
     for note in notes:
@@ -109,6 +110,13 @@ def _notes(checkpoint: Checkpoint, adapter: Adapter, settings: MergeSettings) ->
             mend="give that base, or remove merge.strict_base for a warning only",
         )
     return [*([other] if other else []), *other_files(adapter.folder, checkpoint)]
+
+
+def _absent_modules(plan: MergePlan) -> Iterator[str]:
+    """A note for each name in modules_to_save that no module has. PEFT ignores such names, and writes some by itself."""
+    for name in plan.adapter.config.get("modules_to_save") or ():
+        if not any(path.endswith(name) for path in plan.base.modules):
+            yield f"no module of the base ends in {name!r}, which the adapter's modules_to_save names"
 
 
 def _with_weights(

@@ -113,7 +113,7 @@ def _notes(checkpoint: Checkpoint, adapter: Adapter, settings: MergeSettings) ->
 
 
 def _absent_modules(plan: MergePlan) -> Iterator[str]:
-    """A note for each name in modules_to_save that no module has. PEFT ignores such names, and writes some by itself."""
+    """A note for each name in modules_to_save that no module has. PEFT ignores these, and adds some itself."""
     for name in plan.adapter.config.get("modules_to_save") or ():
         if not any(path.endswith(name) for path in plan.base.modules):
             yield f"no module of the base ends in {name!r}, which the adapter's modules_to_save names"

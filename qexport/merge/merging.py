@@ -92,6 +92,7 @@ def _merge_adapter(
     notes = tuple(_notes(checkpoint, adapter, settings))
     plan = MergePlan(adapter, describe_base(checkpoint))
     planner(adapter.peft_type)(plan)
+    notes += tuple(_absent_modules(plan))
     changes = plan.checked_changes()
     plan.check_finite()
     for note in notes:
@@ -128,6 +129,13 @@ def _merged(
         for dtype in (getattr(torch, settings.dtype), torch.float32)
     )
     return Merged(rounded, unrounded, adapter, base)
+
+
+def _absent_modules(plan: MergePlan) -> Iterator[str]:
+    """A note for each name in modules_to_save that no module has. PEFT ignores these, and adds some itself."""
+    for name in plan.adapter.config.get("modules_to_save") or ():
+        if not any(path.endswith(name) for path in plan.base.modules):
+            yield f"no module of the base ends in {name!r}, which the adapter's modules_to_save names"
 
 
 def _no_factors(key: str) -> torch.Tensor:

@@ -7,14 +7,16 @@ import math
 import os
 import pickle
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 
-from world import RECIPE, VERIFY, Spoil, all_of, changed_json, content, cut, header, tensors, write_lines, write_recipe
+import onnx_folders
+from world import RECIPE, VERIFY, Spoil, all_of, changed_json, content, cut, header, tensors, write_recipe
 
 PLAN = ("validate", "r.yaml")
 RUN = ("run", "r.yaml")
@@ -25,6 +27,7 @@ GATE = ("gate", "artifact", "--gates", "gates.yaml")
 REPORT = ("report", "artifact")
 LOAD = ("load", "artifact")
 """No command: `qexport.load`."""
+GRAPHS = (("load", "graph"), ("verify", "graph", "--reference", "v.yaml"))
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Case:
     name: str
     spoil: Spoil
     command: Sequence[str]
-    code: int | tuple[int, ...]
+    code: int
     says: str = ""
 
 
@@ -59,7 +62,7 @@ CODE = "from pathlib import Path\nPath('fired').mkdir()\n"
 
 def recipes() -> Iterator[Case]:
     text = json.dumps(RECIPE)
-    for name, value, says in [
+    contents: list[tuple[str, str | bytes, str]] = [
         ("empty", "", "is empty"),
         ("a list", "[]", "not a mapping"),
         ("binary", bytes(range(256)), "not UTF-8"),
@@ -79,7 +82,8 @@ def recipes() -> Iterator[Case]:
         ("an unclosed quote", "output: '" + "a " * 100_000, "not valid YAML"),
         ("a lone surrogate", 'output: "\\ud800"', ""),
         ("a bell", "output: \a", "not allowed"),
-    ]:  # fmt: skip
+    ]  # fmt: skip
+    for name, value, says in contents:
         yield Case(name, content("r.yaml", value), PLAN, 2, says)
     fields: list[tuple[str, dict[str, Any]]] = [
         ("no base", {"load": {}}), ("a base of numbers", {"load": {"base": 3}}), ("a base that is a list", {"load": {"base": ["a"]}}),
@@ -94,8 +98,8 @@ def recipes() -> Iterator[Case]:
     for name, values in fields:
         yield Case(name, recipe(**values), PLAN, 2)
     for field in ("max_new_tokens", "windows", "max_windows", "sequence_length"):
-        for value in (10**12, 0, -1, 1.5, "many", True, None, 10**400):
-            yield Case(f"verify.{field} of {str(value)[:14]}", verifying(**{field: value}), PLAN, 2, field)
+        for number in (10**12, 0, -1, 1.5, "many", True, None, 10**400):
+            yield Case(f"verify.{field} of {str(number)[:14]}", verifying(**{field: number}), PLAN, 2, field)
     for part, field in [
         ("speed", "prompt_tokens"),
         ("speed", "new_tokens"),
@@ -116,12 +120,13 @@ def recipes() -> Iterator[Case]:
         "load=" + "[" * 200,
     ):
         yield Case(f"the override {override[:20]}", recipe(), (*PLAN, override), 2)
-    for gates in (
+    wrong: list[dict[str, Any]] = [
         {"mean_kl": {"at_most": math.nan}},
         {"mean_kl": {"at_most": "x"}},
         {"x": {"at_most": 1}},
         {"mean_kl": []},
-    ):
+    ]
+    for gates in wrong:
         yield Case(f"gates {gates}", verifying(gates=gates), PLAN, 2)
 
 
@@ -244,13 +249,19 @@ def adapters() -> Iterator[Case]:
         ("targets that are not there", {"target_modules": ["nothing"]}), ("a bomb", {"target_modules": "(.*)*(.*)*(.*)*(.*)*x"}),
         ("a bad pattern", {"target_modules": "("}), ("a nested bomb", {"target_modules": "((a|a)*)*b" + "(.+)+" * 20 + "$"}),
         ("a giant repeat", {"target_modules": "(?:(?:a{1000}){1000}){1000}"}), ("layers beyond", {"layers_to_transform": [10**9]}), ("negative layers", {"layers_to_transform": [-1]}),
-        ("an unknown option", {"use_magic": True}), ("a bomb of ranks", {"rank_pattern": {"(.*)*(.*)*(.*)*x": 4}}), ("alphas of text", {"alpha_pattern": {"q_proj": "x"}}),
-        ("a bias of nonsense", {"bias": "most"}), ("an excluded bomb", {"exclude_modules": "(.*)*(.*)*(.*)*x"}),
-        ("a patterned layer", {"layers_to_transform": [0], "layers_pattern": "(.*)*(.*)*x"}), ("a list as the type", {"peft_type": ["LORA"]}), ("init that is evil", {"init_lora_weights": "evil"}),
+        ("a bomb of ranks", {"rank_pattern": {"(.*)*(.*)*(.*)*x": 4}}), ("alphas of text", {"alpha_pattern": {"q_proj": "x"}}),
+        ("an excluded bomb", {"exclude_modules": "(.*)*(.*)*(.*)*x"}), ("a list as the type", {"peft_type": ["LORA"]}),
     ]  # fmt: skip
     for case, values in wrong:
-        yield Case(case, changed_json(config, **values), PLAN, (3, 4))
-    yield Case("modules that are not there", changed_json(config, modules_to_save=["nothing"]), PLAN, 0)
+        yield Case(case, changed_json(config, **values), PLAN, 3)
+    unknown: list[tuple[str, dict[str, Any]]] = [
+        ("an unknown option", {"use_magic": True}), ("a bias of nonsense", {"bias": "most"}), ("init that is evil", {"init_lora_weights": "evil"}),
+        ("a patterned layer", {"layers_to_transform": [0], "layers_pattern": "(.*)*(.*)*x"}),
+    ]  # fmt: skip
+    for case, values in unknown:  # a newer PEFT may know them
+        yield Case(case, changed_json(config, **values), PLAN, 4)
+    spoil = changed_json(config, modules_to_save=["nothing"])
+    yield Case("modules that are not there", spoil, PLAN, 0, "no module of the base ends in 'nothing'")
     yield Case("auto_mapping", all_of(changed_json(config, auto_mapping={"base_model_class": "evil", "parent_library": "evil"}), content("adapter/evil.py", CODE)), RUN, 0)  # fmt: skip
     for case, value in [
         ("no JSON", b"{"),
@@ -299,7 +310,7 @@ def tokenizers() -> Iterator[Case]:
     ]:
         yield Case(f"tokenizer.json: {case}", content(file, value), GPTQ, 3)
         yield Case(f"tokenizer_config.json: {case}", content(config, value), GPTQ, 3)
-    for case, values in {
+    fields: dict[str, dict[str, Any]] = {
         "a class of nowhere": {"tokenizer_class": "EvilTokenizer"},
         "a class of numbers": {"tokenizer_class": 3},
         "a template of numbers": {"chat_template": 5},
@@ -307,7 +318,8 @@ def tokenizers() -> Iterator[Case]:
         "a surrogate": {"eos_token": "\ud800"},
         "added tokens of text": {"added_tokens_decoder": {"x": {"content": "a"}}},
         "an added token far away": {"added_tokens_decoder": {"99999999999": {"content": "zz", "special": True}}},
-    }.items():
+    }
+    for case, values in fields.items():
         spoil = all_of(lambda world: (world / "base/chat_template.jinja").unlink(), changed_json(config, **values))
         yield Case(case, spoil, GPTQ, 3)
     auto = {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
@@ -321,7 +333,7 @@ def tokenizers() -> Iterator[Case]:
     }
     yield Case(
         "auto_map in the config",
-        all_of(changed_json("base/config.json", **code), content("base/evil.py", CODE)),
+        all_of(changed_json("base/config.json", **code), content("base/evil.py", CODE), content("kernels.py", CODE)),
         RUN,
         0,
     )
@@ -402,7 +414,7 @@ def gguf_files() -> Iterator[Case]:
         )
 
     for case, value in files.items():
-        yield Case(case, package(value), PLAN, 4 if case in ("an unknown family", "a million empty texts") else 3)
+        yield Case(case, package(value), PLAN, 4 if case == "an unknown family" else 3)
 
 
 def texts() -> Iterator[Case]:
@@ -422,11 +434,11 @@ def texts() -> Iterator[Case]:
         "a list": [[]], "null": [None], "a surrogate": [{"id": "a", "prompt": "\ud800"}], "a pair of numbers": [{"id": "a", "prompt": "x", "pair": 3}], "a role of numbers": [{"id": "a", "messages": [{"role": 1, "content": "x"}]}],
     }  # fmt: skip
     for case, rows in prompts.items():
-        yield Case(
-            f"prompts: {case}", lambda world, rows=rows: write_lines(world / "prompts.jsonl", rows), VERIFYING, 3
-        )  # type: ignore[misc]
-    for name in ("nowhere.jsonl", "base", "r.yaml", "x" * 300 + ".jsonl", "a\0b.jsonl"):
-        yield Case(f"a text called {name[:15]!r}", recipe(verify=VERIFY | {"text": name}), RUN, 3)
+        content_of = "".join(json.dumps(row) + "\n" for row in rows)
+        yield Case(f"prompts: {case}", content("prompts.jsonl", content_of), VERIFYING, 3)
+    for name in ("nowhere.jsonl", "base", "r.yaml", "x" * 300 + ".jsonl"):
+        yield Case(f"a text called {name[:15]!r}", verifying(text=name), RUN, 3)
+    yield Case("a text with a NUL", verifying(text="a\0b.jsonl"), RUN, 2, "is not a path")
 
 
 def artifacts() -> Iterator[Case]:
@@ -453,10 +465,10 @@ def artifacts() -> Iterator[Case]:
                             ("a surrogate", b'{"schema_version": "\\ud800"}'), ("another version", b'{"schema_version": 99}'), ("an older version", b'{"schema_version": -1}')]:  # fmt: skip
             yield Case(f"{name}: {case}", content(f"artifact/{name}", value), command, 3)
     for key in ("figures", "gates", "identity", "protocol", "schema_version"):
-        for value in (None, 5, "x", [], {"a": 1}, ...):
-            spoil = changed_json("artifact/report/report.json", **{key: value})
-            yield Case(f"report.json: {key} is {str(value)[:9]}", spoil, REPORT, 3)
-            yield Case(f"gate: {key} is {str(value)[:9]}", spoil, GATE, 3)
+        for other in (None, 5, "x", [], {"a": 1}, ...):
+            spoil = changed_json("artifact/report/report.json", **{key: other})
+            yield Case(f"report.json: {key} is {str(other)[:9]}", spoil, REPORT, 3)
+            yield Case(f"gate: {key} is {str(other)[:9]}", spoil, GATE, 3)
     for case, text in [
         ("empty", ""),
         ("a list", "[]"),
@@ -466,14 +478,51 @@ def artifacts() -> Iterator[Case]:
     ]:
         yield Case(f"gates: {case}", content("gates.yaml", text), GATE, 2)
     code = {"auto_map": {"AutoModelForCausalLM": "evil.Evil", "AutoConfig": "evil.Evil"}, "use_kernels": True}
+    files = all_of(
+        content("artifact/evil.py", CODE), content("artifact/modeling_evil.py", CODE), content("kernels.py", CODE)
+    )
     for command in (VERIFYING, LOAD):
-        spoil = all_of(
-            changed_json(config, **code), content("artifact/evil.py", CODE), content("artifact/modeling_evil.py", CODE)
-        )
-        yield Case(f"{command[0]}: auto_map", spoil, command, 0)
+        yield Case(f"{command[0]}: auto_map", all_of(changed_json(config, **code), files), command, 3, "not listed")
+        spoil = all_of(changed_json(config, **code), files, lambda world: (world / "artifact/manifest.json").unlink())
+        yield Case(f"{command[0]}: auto_map without a manifest", spoil, command, 0)
+
+
+def graphs() -> Iterator[Case]:
+    def graph(change: Callable[[onnx.ModelProto, Path], object]) -> Spoil:
+        def spoil(world: Path) -> None:
+            builder = onnx_folders.Builder()
+            builder.add("Identity", builder.weight("w", torch.zeros(2, 2)))
+            folder = builder.write(world / "graph", json.loads((world / "base/config.json").read_text()))
+            model = builder.model()
+            change(model, folder)
+            (folder / "model.onnx").write_bytes(model.SerializeToString())
+
+        return spoil
+
+    def placed(location: str) -> Callable[[onnx.ModelProto, Path], object]:
+        return lambda model, _: setattr(model.graph.initializer[0].external_data[0], "value", location)
+
+    def operator(name: str, domain: str) -> Callable[[onnx.ModelProto, Path], object]:
+        return lambda model, _: model.graph.node.append(onnx.helper.make_node(name, ["w"], ["x"], domain=domain))
+
+    def linked(_: onnx.ModelProto, folder: Path) -> None:
+        (folder / "model.onnx.data").unlink()
+        (folder / "model.onnx.data").symlink_to("../base/model.safetensors")
+
+    changes: dict[str, tuple[Callable[[onnx.ModelProto, Path], object], str]] = {
+        "data above": (placed("../base/model.safetensors"), "not beside the graph"),
+        "data at an absolute path": (placed("/etc/passwd"), "not beside the graph"),
+        "data behind a link": (linked, "symbolic link"),
+        "Python": (operator("PyOp", "ai.onnx.contrib"), "PyOp"),
+        "a domain of its own": (operator("Fire", "evil"), "Fire"),
+        "a context of a provider": (operator("EPContext", "com.microsoft"), "EPContext"),
+    }
+    for name, (change, says) in changes.items():
+        for command in GRAPHS:
+            yield Case(f"{command[0]}: {name}", graph(change), command, 3, says)
 
 
 AREAS = {
     "recipes": recipes, "bases": bases, "adapters": adapters, "tokenizers": tokenizers, "templates": templates, "gguf": gguf_files, "texts": texts,
-    "artifacts": artifacts,
+    "artifacts": artifacts, "graphs": graphs,
 }  # fmt: skip

@@ -67,10 +67,10 @@ def _limited(call: Callable[[], int], folder: Path, outputs: Sequence[Path]) -> 
     return code
 
 
-def faults(found: Outcome, codes: Sequence[int], says: str, folder: Path, *, as_json: bool) -> list[str]:
+def faults(found: Outcome, expected: int, says: str, folder: Path, *, as_json: bool) -> list[str]:
     """What the contract of errors says and the outcome does not keep to."""
     code = found.code
-    problems = [] if code in codes else [f"exit code {code}, not {codes}"]
+    problems = [] if code == expected else [f"exit code {code}, not {expected}"]
     if "Traceback" in found.err or "a defect in qexport" in found.err:
         problems.append("a traceback, or an error that is called a defect")
     if code and sum(line.startswith("error:") for line in found.err.splitlines()) != 1:

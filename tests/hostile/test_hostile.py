@@ -17,7 +17,7 @@ import pytest
 import forked
 import qexport
 import world
-from cases import AREAS, LOAD, Case
+from cases import AREAS, Case
 from qexport.cli.app import failure_of
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a fork has none of the library's threads
@@ -32,10 +32,10 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return world.make(tmp_path_factory.mktemp("sound"))
 
 
-def load() -> int:
+def load(folder: str) -> int:
     """`qexport.load` with the command line's exit codes."""
     try:
-        qexport.load("artifact", device="cpu")
+        qexport.load(folder, device="cpu")
     except Exception as error:
         failure = failure_of(error)
         failure.show(as_json=False)
@@ -48,12 +48,14 @@ def found_faults(case: Case, sound: Path, folder: Path) -> list[str]:
     case.spoil(folder)
     sys.path.insert(0, str(folder))  # packages named by a recipe
     try:
-        as_json = case.command != LOAD and case.command[0] != "schema"
-        found = forked.fork(load, folder) if case.command == LOAD else forked.forked([*case.command, "--json"], folder)
+        as_json = case.command[0] != "load"
+        if as_json:
+            found = forked.forked([*case.command, "--json"], folder)
+        else:
+            found = forked.fork(lambda: load(case.command[1]), folder)
     finally:
         sys.path.remove(str(folder))
-    codes = case.code if isinstance(case.code, tuple) else (case.code,)
-    faults = forked.faults(found, codes, case.says, folder, as_json=as_json)
+    faults = forked.faults(found, case.code, case.says, folder, as_json=as_json)
     shutil.rmtree(folder, ignore_errors=True)
     return faults
 

@@ -25,7 +25,7 @@ def the_new_names_are_not_synced() -> None:
 
 
 def new_parents_are_not_synced() -> None:
-    patch.object(publish, "make_folder", lambda folder: folder.mkdir(parents=True, exist_ok=True)).start()
+    patch.object(partial, "make_folder", lambda folder: folder.mkdir(parents=True, exist_ok=True)).start()
 
 
 def the_manifest_is_written_after_publishing() -> None:
@@ -66,7 +66,7 @@ def what_is_replaced_is_not_marked() -> None:
     def nothing(_: Path) -> Iterator[None]:
         yield
 
-    patch.object(publish, "_marked_if_foreign", nothing).start()
+    patch.object(publish, "marked_if_foreign", nothing).start()
 
 
 def what_lies_aside_is_forgotten() -> None:

@@ -61,14 +61,14 @@ def in_child(arguments: list[str], fault: list[Any] | None, plant: str | None, c
     if not child:
         gc.disable()
         signal.alarm(LIMIT)
-        if plant:
-            getattr(plants, plant)()
-        if fault:
-            below, log, *rest = fault
-            descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666) if log else -1
-            SHIM.fault_arm(os.fsencode(below), *rest, descriptor)
         code = 97
         try:
+            if plant:
+                getattr(plants, plant)()
+            if fault:
+                below, log, *rest = fault
+                descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666) if log else -1
+                SHIM.fault_arm(os.fsencode(below), *rest, descriptor)
             code = main(arguments)
         finally:
             SHIM.fault_disarm()

@@ -464,8 +464,9 @@ def artifacts() -> Iterator[Case]:
         for case, value in [("no JSON", b"{"), ("a list", b"[]"), ("deep", b"[" * 90_000), ("binary", b"\xff"), ("empty", b""), ("null", b"null"), ("a long number", b"9" * 9000),
                             ("a surrogate", b'{"schema_version": "\\ud800"}'), ("another version", b'{"schema_version": 99}'), ("an older version", b'{"schema_version": -1}')]:  # fmt: skip
             yield Case(f"{name}: {case}", content(f"artifact/{name}", value), command, 3)
+    others: list[Any] = [None, 5, "x", [], {"a": 1}, ...]
     for key in ("figures", "gates", "identity", "protocol", "schema_version"):
-        for other in (None, 5, "x", [], {"a": 1}, ...):
+        for other in others:
             spoil = changed_json("artifact/report/report.json", **{key: other})
             yield Case(f"report.json: {key} is {str(other)[:9]}", spoil, REPORT, 3)
             yield Case(f"gate: {key} is {str(other)[:9]}", spoil, GATE, 3)

@@ -65,7 +65,7 @@ test-faults: $(READY) ## Kill runs, fill the disk and fail it at thousands of fi
 test-docs: $(READY) ## Run the checks of the documentation alone
 	$(BIN)/python -m pytest tests/test_docs.py
 
-test-hostile: $(READY) ## Run all hostile cases; `make test` runs every eighth (minutes)
+test-hostile: $(READY) ## Run all hostile cases; `make test` runs every sixteenth (minutes)
 	QEXPORT_HOSTILE_EVERY=1 $(BIN)/python -m pytest $(PARALLEL) tests/hostile
 
 test-fuzz: $(FUZZ_READY) ## Mutate the bytes of every parser with atheris, 20 s each

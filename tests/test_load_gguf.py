@@ -203,6 +203,11 @@ def test_a_link_that_leaves_the_package_is_refused(package: Path) -> None:
     assert "leads out" in refusal()
 
 
+def test_a_file_without_an_architecture_is_refused(package: Path) -> None:
+    (package / "tiny.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 0))
+    assert "does not say its architecture" in refusal()
+
+
 def test_an_architecture_that_is_not_known_is_refused(package: Path) -> None:
     write_model(package / "tiny.gguf", factories.llama_config(), arch="falcon")
     assert "architecture 'falcon'" in refusal(CompatibilityError)

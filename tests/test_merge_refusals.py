@@ -425,6 +425,16 @@ def test_another_spelling_of_the_bases_name_is_the_same_base(model: PreTrainedMo
     assert result.adapter.notes == ()
 
 
+def test_modules_to_save_that_the_base_lacks_are_noted(model: PreTrainedModel, lora: Path) -> None:
+    checkpoint = named(model, lora, SAME[0])
+    adapters.edit_config(lora, modules_to_save=["classifier"])
+    result = merge(checkpoint, lora, MergeSettings(), adapter_origin=adapters.ORIGIN)
+    assert result.adapter is not None
+    assert result.adapter.notes == (
+        "no module of the base ends in 'classifier', which the adapter's modules_to_save names",
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "note"),
     [

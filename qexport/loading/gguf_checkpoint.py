@@ -114,7 +114,7 @@ def _family(file: GgufFile) -> _Family:
 
 def _config(file: GgufFile, family: _Family) -> PretrainedConfig:
     """The configuration that transformers reads from the same metadata, with the class that it loads."""
-    prefix = file.metadata["general.architecture"]
+    prefix = str(file.metadata["general.architecture"])
     absent = [key for key in _REQUIRED if f"{prefix}.{key}" not in file.metadata]
     if absent:
         raise InputError(f"the metadata lack {', '.join(absent)}", where=str(file.path), mend="fetch the file again")

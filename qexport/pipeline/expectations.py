@@ -36,6 +36,9 @@ from qexport.verifying.verification import has_nearest_rival
 _FIXED: Final = 425e6
 """The process before any weight: Python, torch, transformers, and the plan."""
 
+_GAPS: Final = 1.08
+"""What malloc keeps between tensors of many sizes."""
+
 _STATISTICS: Final = 30e6
 """What verification imports."""
 
@@ -75,7 +78,7 @@ _REPORT: Final = 400e3
 _REPORT_OF_LAYER: Final = 1200
 """The same for each quantized layer."""
 
-_GIGAFLOPS: Final = 48.0
+_GIGAFLOPS: Final = 54.0
 """Float32 operations per nanosecond of one core, in the products of a model, where `_speed` gives `_MEASURED`."""
 
 _MEASURED: Final = 69.0
@@ -184,7 +187,7 @@ def expect(recipe: Recipe, merged: Merged, outputs: Outputs, artifact: int) -> E
     model = _Model(merged, outputs, recipe)
     for share in (math.inf, 0.5, 0.25, 0.0):
         chosen = Budget(limit, share * _HESSIANS, share * BATCH_TOKENS) if share < 1 else Budget(limit)
-        stages = {name: round(_FIXED + need) for name, need in _memory(model, chosen).items()}
+        stages = {name: round(_FIXED + _GAPS * need) for name, need in _memory(model, chosen).items()}
         if max(stages.values()) <= limit:
             break
     work = _work(model, artifact, whole="prompts" in stages)

@@ -45,8 +45,8 @@ _STATISTICS: Final = 30e6
 _GENERATION: Final = 75e6
 """The same, and what transformers imports to continue prompts."""
 
-_SQUARES: Final = 4
-"""Matrices [in, in] in float32 while a Hessian is factorized: itself, the damped copy, its factor, the inverse."""
+_SQUARES: Final = 2
+"""Matrices [in, in] in float32 while a Hessian is factorized: itself, and the copy that becomes its factor."""
 
 _SOLVED: Final = 3
 """Matrices [out, in] in float32 while codes are found: the weights, the columns, and what is measured of them."""
@@ -90,7 +90,7 @@ _SIDE: Final = 1024
 _START: Final = 12e9
 """Imports, building the model on the meta device, reading texts, and writing the report."""
 
-_SEARCHED: Final = 170.0
+_SEARCHED: Final = 46.0
 """Clipping ranges of a weight in GPTQ."""
 
 _STEPPED: Final = 48.0
@@ -349,11 +349,13 @@ def _continuing(model: _Model, settings: VerifySettings) -> float:
 
 
 def _parked(model: _Model) -> float:
-    """The inputs of a block's groups and its hidden states, for each pause; nothing without calibration."""
+    """The inputs of a block's groups and its hidden states, for each pause, and two files of hidden states from which a
+    run goes on; nothing without calibration.
+    """
     inputs = dict.fromkeys((linear.in_features, linear.expert) for linear in model.linears)
     used = model.experts * model.share
     values = sum(width * (used if expert else 1) + model.hidden for width, expert in inputs)
-    return model.calibration * model.bytes_ * values
+    return model.calibration * model.bytes_ * (values + 2 * model.hidden)
 
 
 def _beside(model: _Model, merged: Merged) -> float:
@@ -391,8 +393,8 @@ def _gptq_work(model: _Model, work: _Work) -> None:
     for linear in model.linears:
         square = linear.in_features**2
         used = model.share if linear.expert else 1.0
-        work.products(blocks * square * (used * tokens + 8 * linear.out_features))
-        work.single += blocks * square * (0.67 * linear.in_features + linear.out_features) / _GIGAFLOPS
+        work.products(blocks * square * (used * tokens + 4 * linear.out_features + 0.6 * linear.in_features))
+        work.single += blocks * square * linear.out_features / _GIGAFLOPS
     work.shared += model.quantized * _SEARCHED
     work.single += model.quantized * _STEPPED
 

@@ -232,7 +232,7 @@ def _compiled(template: str) -> jinja2.Template:
 def _environment() -> ImmutableSandboxedEnvironment:
     """What transformers gives to templates."""
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, LoopControlExtension]
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, LoopControlExtension]
     )
     environment.filters["tojson"] = _as_json
     environment.globals |= {
@@ -244,7 +244,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
     return environment
 
 
-class _Generation(Extension):
+class _GenerationTag(Extension):
     """`{% generation %}` marks the assistant's text for training; here it is only its body."""
 
     tags = {"generation"}

@@ -67,7 +67,7 @@ def make_windows(
     Raises:
         InputError: too little text, a conversation without `chat_template`, or an unsuitable template or tokenizer.
     """
-    encode = _Encoder(tokenizer, chat_template)
+    encode = _Tokenizing(tokenizer, chat_template)
     order = shuffled(documents.items, seed)
     cut = _packed if packing == "packed" else _one_per_document
     windows = list(islice(cut(order, encode, samples, sequence_length), samples))
@@ -88,7 +88,7 @@ def shuffled(items: Sequence[Document], seed: int | None) -> list[Document]:
 
 
 @dataclass
-class _Encoder:
+class _Tokenizing:
     """Turns documents into tokens, and counts them."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -141,13 +141,13 @@ class _Encoder:
         )
 
 
-def _packed(order: list[Document], encode: _Encoder, samples: int, length: int) -> Iterator[list[int]]:
+def _packed(order: list[Document], encode: _Tokenizing, samples: int, length: int) -> Iterator[list[int]]:
     tokens = chain.from_iterable(encode.with_end(document, samples * length) for document in order)
     while len(window := list(islice(tokens, length))) == length:
         yield window
 
 
-def _one_per_document(order: list[Document], encode: _Encoder, samples: int, length: int) -> Iterator[list[int]]:
+def _one_per_document(order: list[Document], encode: _Tokenizing, samples: int, length: int) -> Iterator[list[int]]:
     for document in order:
         ids = encode(document, length)
         if len(ids) == length:
@@ -155,7 +155,7 @@ def _one_per_document(order: list[Document], encode: _Encoder, samples: int, len
 
 
 def _too_little(
-    documents: Documents, encode: _Encoder, found: int, samples: int, length: int, packing: Packing
+    documents: Documents, encode: _Tokenizing, found: int, samples: int, length: int, packing: Packing
 ) -> TooLittleText:
     if packing == "packed":
         missing = f"{samples * length - encode.tokens} tokens are missing"

@@ -100,11 +100,8 @@ def test_the_expected_peak_is_within_a_fifth_of_the_measured_one(recipes: list[P
     for path in recipes:
         expected = plan(load_recipe(path)).expected
         ratio = expected.memory / peaks[str(path)]
-        assert (0.6 if path.parent.name == "verified" else 0.8) < ratio < 1.2, (
-            path.parent.name,
-            expected.stages,
-            ratio,
-        )
+        low, high = (0.6, 1.5) if path.parent.name == "verified" else (0.8, 1.2)
+        assert low < ratio < high, (path.parent.name, expected.stages, ratio)
 
 
 @pytest.mark.parametrize(

@@ -104,30 +104,34 @@ def make_folder(folder: Path) -> None:
         sync(missing.parent)
 
 
-def write_whole(path: Path, content: str) -> None:
+def write_whole(path: Path, content: str, *, suffix: str | None = None) -> None:
     """Writes a file as UTF-8 next to its path, then renames it, so that its content is always the old or the new.
 
     Args:
         path: of the file, which may exist; its folder must exist.
         content: the new text.
+        suffix: see `write_together`.
 
     Raises:
         OSError: it could not be written; the path is unchanged.
     """
-    write_together(path.parent, {path.name: content})
+    write_together(path.parent, {path.name: content}, suffix=suffix)
 
 
-def write_together(folder: Path, contents: Mapping[str, str]) -> None:
+def write_together(folder: Path, contents: Mapping[str, str], *, suffix: str | None = None) -> None:
     """Writes files as UTF-8 next to their paths, then renames all of them: either all are replaced, or none is.
 
     Args:
         folder: of all files; it must exist.
         contents: the new text of each file, by its name. An existing file is replaced, a folder is an error.
+        suffix: of the files beside them. By default it names this process, since another may write the same files;
+            where only one can, a fixed one lets the next process replace what a killed one left.
 
     Raises:
         OSError: one could not be written; all are unchanged.
     """
-    beside = {folder / name: folder / f".{name}.{os.getpid()}.partial" for name in contents}
+    suffix = f".{os.getpid()}.partial" if suffix is None else suffix
+    beside = {folder / name: folder / f".{name}{suffix}" for name in contents}
     path = folder
     try:
         for (path, partial), content in zip(beside.items(), contents.values(), strict=True):

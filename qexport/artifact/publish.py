@@ -160,7 +160,7 @@ class Publication:
         """Removes what a killed run left and no journal names."""
         if not has_records(self.folder):
             empty(self.folder)
-        for target in (self.output, _rejected_path(self.output)):
+        for target in (self.output, self.rejected):
             _end_replacing(target, self.folder)
 
     def __exit__(
@@ -217,10 +217,9 @@ class Publication:
             RecipeError: something else has appeared there.
             ResourceError: the artifact is there, but the disk failed afterwards.
         """
-        rejected = _rejected_path(self.output)
-        _check_rejected(rejected)
-        self._move_to(rejected)
-        return rejected
+        _check_rejected(self.rejected)
+        self._move_to(self.rejected)
+        return self.rejected
 
     def _move_to(self, target: Path) -> None:
         """Moves the folder to the target, which is replaced.

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-from qexport.artifact.disk import sync, uninterrupted
+from qexport.artifact.disk import write_whole
 from qexport.artifact.manifest import LISTING_NAME
 from qexport.errors import InputError, RecipeError
 
@@ -128,19 +128,8 @@ def _lines(path: Path) -> list[tuple[str, str]]:
 
 
 def _write(path: Path, lines: list[tuple[str, str]]) -> None:
-    """Replaces the file in one step. The name beside it is always the same, so that the next run replaces what a killed
-    one left; the lock on the temporary folder keeps out others.
-    """
-    beside = path.with_name(f".{path.name}.partial")
-    try:
-        beside.write_bytes(_text(lines).encode())
-        sync(beside)
-        with uninterrupted():
-            beside.replace(path)
-            sync(path.parent)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+    """Replaces the file in one step. The lock on the temporary folder keeps out others."""
+    write_whole(path, _text(lines), suffix=".partial")
 
 
 def _text(lines: list[tuple[str, str]]) -> str:

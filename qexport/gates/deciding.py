@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+from qexport.amounts import counted
 from qexport.artifact.figures import CATALOGUE, CheckResult, Figure, GateResult, Verdict, find_figure
 from qexport.artifact.report import Report
 from qexport.errors import GateFailed, GateUndecided
@@ -214,7 +215,7 @@ def _verdict(gate: _Gate, figure: Figure | None) -> tuple[Verdict, str]:
     return verdict, reason
 
 
-def _compared(gate: _Gate, limit: float, low: float, high: float, counted: str) -> tuple[Verdict, str]:
+def _compared(gate: _Gate, limit: float, low: float, high: float, number: str) -> tuple[Verdict, str]:
     """The verdict on an interval with both ends."""
     if gate.equal is not None and low == high == limit:
         return "undecided", gate.equal
@@ -227,7 +228,7 @@ def _compared(gate: _Gate, limit: float, low: float, high: float, counted: str) 
         return "pass", f"{place}, {'all of it ' if low != high else ''}{words}"
     if best > end or (best == end and gate.strict):
         return "fail", f"{place}, {'none of it' if low != high else 'not'} {words}"
-    return "undecided", f"{place}, part of it {words}: not decided by {counted}"
+    return "undecided", f"{place}, part of it {words}: not decided by {number}"
 
 
 def _counted(figure: Figure) -> str:
@@ -296,18 +297,14 @@ def gates_error(results: Sequence[GateResult], where: str) -> GateFailed | GateU
     undecided = [each for each in results if each.verdict == "undecided"]
     if failed:
         mend = "; ".join(dict.fromkeys(_MEND.get(each.name, _MEND_OF_LIMITS) for each in failed))
-        return GateFailed(f"{_number_of(failed)} failed: {_named(failed)}", where=where, mend=mend)
+        return GateFailed(f"{counted(len(failed), 'gate')} failed: {_named(failed)}", where=where, mend=mend)
     if undecided:
         return GateUndecided(
-            f"{_number_of(undecided)} could not be decided: {_named(undecided)}",
+            f"{counted(len(undecided), 'gate')} could not be decided: {_named(undecided)}",
             where=where,
             mend="verify with more windows, or loosen or remove limits on what cannot be measured",
         )
     return None
-
-
-def _number_of(results: Sequence[GateResult]) -> str:
-    return "1 gate" if len(results) == 1 else f"{len(results)} gates"
 
 
 def _named(results: Sequence[GateResult]) -> str:

@@ -25,12 +25,15 @@ from qexport.formats import Outputs
 from qexport.merge.merging import Merged
 from qexport.quantizing.factorization import single_thread
 from qexport.quantizing.gptq import Gptq
+from qexport.quantizing.gptq_pass import HESSIAN_BYTES
 from qexport.recipe import Recipe
 from qexport.tensors import GroupQuantizedSpec
 from qexport.text.prompts import read_prompts
 from qexport.verifying import VerifySettings
+from qexport.verifying.divergence import DOUBLES_AT_ONCE
 from qexport.verifying.memory import HEADROOM, total_memory
 from qexport.verifying.predictors import BATCH_TOKENS, TOKENS_AT_ONCE
+from qexport.verifying.prompt_batches import ROWS
 from qexport.verifying.verification import has_nearest_rival
 
 _FIXED: Final = 425e6
@@ -54,17 +57,8 @@ _SOLVED: Final = 3
 _ROUNDED: Final = 4
 """The same while a matrix is rounded, or codes become weights again."""
 
-_HESSIANS: Final = 1 << 30
-"""Bytes of the experts' Hessians that are summed together, where memory is no concern."""
-
-_DOUBLES: Final = 1 << 20
-"""Values of each model whose log-probabilities are in memory in float64 at a time."""
-
 _PREPARED: Final = 1024
 """Tokens on which the noise floor and the merge are measured."""
-
-_PROMPT_ROWS: Final = 32
-"""Prompts in a batch, at most."""
 
 _PROMPT_TOKENS: Final = 64
 """Tokens of a prompt, roughly; they are not counted, since the tokenizer is not opened."""
@@ -186,7 +180,7 @@ def expect(recipe: Recipe, merged: Merged, outputs: Outputs, artifact: int) -> E
     limit = float(total_memory() if recipe.max_memory is None else parse_size(recipe.max_memory))
     model = _Model(merged, outputs, recipe)
     for share in (math.inf, 0.5, 0.25, 0.0):
-        chosen = Budget(limit, share * _HESSIANS, share * BATCH_TOKENS) if share < 1 else Budget(limit)
+        chosen = Budget(limit, share * HESSIAN_BYTES, share * BATCH_TOKENS) if share < 1 else Budget(limit)
         stages = {name: round(_FIXED + _GAPS * need) for name, need in _memory(model, chosen).items()}
         if max(stages.values()) <= limit:
             break
@@ -278,7 +272,7 @@ class _Model:
     def logits(self, models: int) -> float:
         """Bytes of a piece of the logits of some models, and of what is computed from them in float64."""
         values = TOKENS_AT_ONCE * self.vocabulary
-        return models * 4 * values + 2 * (models + 1) * 8 * min(values, _DOUBLES)
+        return models * 4 * values + 2 * (models + 1) * 8 * min(values, DOUBLES_AT_ONCE)
 
     @property
     def quantized(self) -> int:
@@ -311,7 +305,7 @@ def _quantizing(model: _Model, chosen: Budget) -> float:
     solved = 0.0
     for linear in model.linears:
         square, weights = 4 * linear.in_features**2, 4 * linear.in_features * model._sharing(linear)
-        together = min(min(_HESSIANS, chosen.expert_hessians) - square, (model.experts - 1) * square)
+        together = min(min(HESSIAN_BYTES, chosen.expert_hessians) - square, (model.experts - 1) * square)
         others = max(0.0, together) if linear.expert else 0.0
         solved = max(solved, others + weights + max(_SQUARES * square, 2 * square + (_SOLVED - 1) * weights))
     return max(tensor, model.block * model.bytes_ + solved) + kept
@@ -344,7 +338,7 @@ def _verifying(model: _Model, settings: VerifySettings, chosen: Budget) -> float
 
 def _continuing(model: _Model, settings: VerifySettings) -> float:
     """A whole model with its head in float32, and the logits of a batch of prompts."""
-    logits = min(model.prompts, _PROMPT_ROWS) * settings.max_new_tokens * 4 * model.vocabulary
+    logits = min(model.prompts, ROWS) * settings.max_new_tokens * 4 * model.vocabulary
     return _GENERATION + model.whole + _LOGITS * logits
 
 
@@ -409,7 +403,7 @@ def _verify_work(model: _Model, settings: VerifySettings, work: _Work, *, whole:
     passes = 1 if whole else _PASSES
     forwards = 2 * passes * model.prompts * (_PROMPT_TOKENS + 2 * settings.max_new_tokens)
     work.products(2 * forwards * (model.active + model.head))
-    steps = 2 * math.ceil(model.prompts / _PROMPT_ROWS) * settings.max_new_tokens
+    steps = 2 * math.ceil(model.prompts / ROWS) * settings.max_new_tokens
     work.shared += steps * (len(model.blocks) * _STEP + model.whole * _STREAMED) if whole else 0.0
     work.single += 0.0 if whole else 2 * passes * model.total * (model.bytes_ * _READ + _CODED)
 

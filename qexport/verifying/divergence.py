@@ -14,7 +14,8 @@ from qexport.errors import NumericalError
 from qexport.tensors.source import is_finite
 from qexport.verifying.predictors import TOKENS_AT_ONCE, Predictor, windows_at_once
 
-_DOUBLES_AT_ONCE: Final = 1 << 20
+DOUBLES_AT_ONCE: Final = 1 << 20
+"""Values of each model whose log-probabilities are in memory in float64 at a time."""
 
 
 Pair = tuple[int, int]
@@ -114,7 +115,7 @@ def compare_logits(logits: Sequence[Tensor], pairs: Sequence[Pair], targets: Ten
     With log-probabilities `p` and `q`: nll = -p[target], KL = sum over the vocabulary of exp(p) * (p - q). Each row is
     reduced by itself, so that neither the number of threads nor the size of the pieces changes the bits.
     """
-    rows = max(1, _DOUBLES_AT_ONCE // logits[0].shape[1])
+    rows = max(1, DOUBLES_AT_ONCE // logits[0].shape[1])
     pieces = zip(*(each.split(rows) for each in logits), strict=True)
     found = [_compare_rows(piece, pairs, wanted) for piece, wanted in zip(pieces, targets.split(rows), strict=True)]
     return [TokenFigures.joined(own) for own in zip(*found, strict=True)]

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-_ROWS: Final = 32
+ROWS: Final = 32
+"""Prompts in a batch, at most."""
+
 _TOKENS: Final = 4096
 """Prompts and their continuations together: the key-value cache of a batch stays small beside the weights."""
 
@@ -55,7 +57,7 @@ def batch_prompts(inputs: Sequence[Sequence[int]], *, new_tokens: int, padded: b
 
 def _joins(group: list[int], length: int, inputs: Sequence[Sequence[int]], new_tokens: int, *, padded: bool) -> bool:
     rows = len(group) + 1
-    fits = rows <= _ROWS and rows * (length + new_tokens) <= _TOKENS
+    fits = rows <= ROWS and rows * (length + new_tokens) <= _TOKENS
     return fits and (padded or len(inputs[group[0]]) == length)
 
 

@@ -14,7 +14,7 @@ from qexport.artifact.digests import hashed_in_background
 from qexport.artifact.disk import ensure_space
 from qexport.artifact.figures import overall
 from qexport.artifact.integrity import write_listing
-from qexport.artifact.manifest import REPORT_FOLDER
+from qexport.artifact.manifest import REPORT_FOLDER, Manifest
 from qexport.artifact.publish import Publication
 from qexport.artifact.report import Report
 from qexport.artifact.roots import recording_roots
@@ -92,15 +92,7 @@ def run(
             folders = _read_back(planned, publication.folder, layers, written, stack)
             reports = _measure(planned, reference, folders, journal, command, progress)
         journal.refuse_changed_base()
-        manifests, roots = {}, {}
-        for layout in planned.layouts:
-            folder, found = folders[layout.name], reports.get(layout.name)
-            path = folder.opened.artifact.folder
-            if found:
-                write_report(found, path / REPORT_FOLDER)
-            manifests[layout.name] = make_manifest(planned, texts.calibration, folder, found, where)
-            manifests[layout.name].write(path)
-            roots[layout.name] = write_listing(path, manifests[layout.name])
+        manifests, roots = _record(planned, texts, folders, reports, where)
         verdict = overall(each.verdict for each in reports.values())
         path = _publish(planned, publication, roots, passed=verdict == "pass")
     return Result(path, manifests, reports, verdict, roots=roots)
@@ -233,6 +225,26 @@ def _measure(
             for folder in same_kind:
                 reports[folder.layout.name] = verified.report_on(folder.opened, command=command)
     return reports
+
+
+def _record(
+    planned: Plan,
+    texts: Texts,
+    folders: Mapping[str, LayoutFolder],
+    reports: Mapping[str, Report],
+    device: torch.device,
+) -> tuple[dict[str, Manifest], dict[str, str]]:
+    """Writes report, manifest and listing into each folder, in this order; returns the manifests and root digests."""
+    manifests, roots = dict[str, Manifest](), dict[str, str]()
+    for name in (layout.name for layout in planned.layouts):
+        folder, found = folders[name], reports.get(name)
+        path = folder.opened.artifact.folder
+        if found:
+            write_report(found, path / REPORT_FOLDER)
+        manifests[name] = make_manifest(planned, texts.calibration, folder, found, device)
+        manifests[name].write(path)
+        roots[name] = write_listing(path, manifests[name])
+    return manifests, roots
 
 
 def _publish(planned: Plan, publication: Publication, roots: Mapping[str, str], *, passed: bool) -> Path:

@@ -166,7 +166,7 @@ def test_a_fault_is_caught_although_all_of_the_adapters_effect_is_close_to_noise
     assert relative.low > MOST_MERGE_ERROR
     if name == "half the scale":
         assert relative.value == pytest.approx(0.25, rel=0.1)
-        assert decide([], [absolute], [], ["merge"])[0].verdict == "pass", "the other figure alone misses it"
+        assert decide([], [absolute], [], ["merge"])[0].verdict != "fail", "the other figure alone would do"
 
 
 def gate(found: ComparedMerge, noise: float) -> GateResult:

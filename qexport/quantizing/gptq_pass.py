@@ -22,6 +22,7 @@ from qexport.quantizing.gptq import Gptq
 from qexport.quantizing.layer import Hessian, SolvedLayer, solve_together
 from qexport.quantizing.method import PassInputs
 from qexport.quantizing.pauses import Group, PausedForward, find_groups, pausing_at
+from qexport.quantizing.products import FixedProducts
 from qexport.quantizing.selection import candidates, notes_on_experts, select, solver_options
 from qexport.quantizing.solver import Options
 from qexport.tensors import GroupQuantizedSpec, OutputSpec, TensorRecord
@@ -234,8 +235,9 @@ class _Pass:
         solved: dict[str, SolvedLayer] = {}
         for group, of_group in zip(groups, hessians, strict=True):
             solved |= self._solve(group, of_group)
-        for batch in self._batches:
-            self._runner.forward(index, block, batch)
+        with FixedProducts():
+            for batch in self._batches:
+                self._runner.forward(index, block, batch)
         return solved
 
     def _groups(

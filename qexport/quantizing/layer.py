@@ -21,9 +21,10 @@ from qexport.tensors import GroupQuantized
 _COLUMNS = 128
 """Columns of one strip. Only the strips' upper parts are multiplied, half of the square for a wide layer."""
 
-_ROWS = 1024
-"""Tokens that are multiplied at a time. From 2048 on, oneDNN divides the sum over the tokens among the threads, and the
-sum's bits depend on the number of threads."""
+_ROWS = {torch.bfloat16: 1024}
+_WIDE_ROWS = 512
+"""Tokens that are multiplied at a time, by the dtype of the inputs. From twice as many on, oneDNN and MKL divide the
+sum over the tokens among the threads, and the sum's bits depend on their number."""
 
 _TILE = 512
 """Outputs and inputs that are multiplied at a time for the error of the outputs."""
@@ -50,7 +51,7 @@ class Hessian:
         inputs = inputs.reshape(-1, inputs.shape[-1])
         self.tokens += inputs.shape[0]
         with _bfloat16_products(inputs.dtype):
-            for part in inputs.split(_ROWS):
+            for part in inputs.split(_ROWS.get(inputs.dtype, _WIDE_ROWS)):
                 self._add_rows(part.to(torch.float32))
 
     def _add_rows(self, rows: Tensor) -> None:

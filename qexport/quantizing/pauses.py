@@ -11,12 +11,14 @@ from greenlet import greenlet
 from torch import Tensor, nn
 
 from qexport.quantizing.activations import Restore
+from qexport.quantizing.products import FixedProducts
 
 
 class PausedForward(greenlet):
     """One batch's forward, run on its own stack until the next module that `pausing_at` names.
 
     A greenlet and not a thread: everything stays on one operating system thread, with one pool of workers for torch.
+    The bits of its products do not depend on the number of threads.
     """
 
     def __init__(self, forward: Callable[[], None]) -> None:
@@ -41,7 +43,8 @@ class PausedForward(greenlet):
     def _go_on(self) -> object:
         while self._restore:  # the last one first: two of the tensors may share a storage
             self._restore.pop()()
-        return self.switch()
+        with FixedProducts():
+            return self.switch()
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 from transformers import PreTrainedModel
 
-from qexport.architectures.lazy_model import LazyModel, in_float32
+from qexport.architectures.lazy_model import LazyModel, at_least_float32, inputs_in
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments that a block takes besides the hidden states."""
@@ -84,7 +84,9 @@ class BlockRunner(LazyModel):
         """
         skip = () if self.structure.tied else (f"{self.structure.embedding}.",)
         names = [name for name in self._outside_blocks() if not name.startswith(skip)]
-        with self._loaded(names), in_float32(self._head):
+        owner = self.structure.embedding if self.structure.tied else self.structure.head
+        wide = {f"{owner}.weight", f"{self.structure.head}.bias"}  # in the narrow dtype they would be there as well
+        with self._loaded(names, wide=wide), inputs_in(self._head, at_least_float32(self.dtype)):
             yield self._tail
 
     @contextmanager

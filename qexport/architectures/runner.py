@@ -135,7 +135,7 @@ class BlockRunner(LazyModel):
                 hidden.append(given)
                 calls.append((args, kwargs))
                 if index == 0:
-                    self._probe(given, calls[0])
+                    self._returns_tuple = self.architecture.returns_tuples(lambda: self._probe(given, calls[0]))
                 if index == len(self._layers) - 1:
                     raise _AllRecordedError
                 return (given,) if self._returns_tuple else given
@@ -149,12 +149,12 @@ class BlockRunner(LazyModel):
                 return Batch(hidden[0], calls)
         raise AssertionError("the model's forward did not reach its last block")
 
-    def _probe(self, hidden: Tensor, call: Call) -> None:
-        """Finds out, in a run on the meta device, whether the blocks return tuples."""
+    def _probe(self, hidden: Tensor, call: Call) -> bool:
+        """Whether the blocks return tuples, in a run on the meta device."""
         args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), call)
         block = self._layers[0]
         with _experts_of_fixed_shapes(self._model), _on_meta(block):
-            self._returns_tuple = isinstance(type(block).forward(block, hidden.to("meta"), *args, **kwargs), tuple)
+            return isinstance(type(block).forward(block, hidden.to("meta"), *args, **kwargs), tuple)
 
     def _outside_blocks(self) -> list[str]:
         inside = tuple(f"{block}." for block in self.structure.blocks)

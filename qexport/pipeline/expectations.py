@@ -19,7 +19,10 @@ from qexport.merge.merging import Merged
 from qexport.pipeline.expected_memory import choose_budget
 from qexport.pipeline.expected_sizes import Sizes
 from qexport.pipeline.expected_time import processor_time
+from qexport.reading.stored_model import StoredModel
 from qexport.recipe import Recipe
+from qexport.tensors import GroupQuantizedSpec
+from qexport.verifying import VerifySettings
 from qexport.verifying.memory import total_memory
 
 _REPORT: Final = 400e3
@@ -73,15 +76,8 @@ class Expected:
         Raises:
             ResourceError: it does.
         """
-        limit = total_memory() if max_memory is None else parse_size(max_memory)
-        if self.memory <= limit:
-            return
-        needed, most = size(self.memory, decimals=1), max(self.stages, key=lambda name: self.stages[name])
-        allowed = "this machine has" if max_memory is None else "max_memory allows"
-        raise ResourceError(
-            f"the run needs about {needed} of memory, {allowed} {size(limit, decimals=1)}",
-            where=f"the stage {most}, in which it needs most",
-            mend=f"allow {needed}, or choose another method: those without calibration need no Hessians",
+        _refuse_beyond(
+            self.stages, max_memory, "the run", "choose another method: those without calibration need no Hessians"
         )
 
 
@@ -94,9 +90,15 @@ def expect(recipe: Recipe, merged: Merged, outputs: Outputs, artifact: int) -> E
         outputs: what quantizing will yield.
         artifact: bytes of all tensors on disk.
     """
-    limit = float(total_memory() if recipe.max_memory is None else parse_size(recipe.max_memory))
-    sizes = Sizes(merged, outputs, recipe)
-    chosen, stages = choose_budget(sizes, limit)
+    sizes = Sizes(
+        merged,
+        getattr(torch, recipe.merge.dtype),
+        {name: spec.shape for name, spec in outputs.quantized.items()},
+        {name: spec for name, spec in outputs.quantized.items() if isinstance(spec, GroupQuantizedSpec)},
+        method=recipe.quantize,
+        verify=recipe.verify,
+    )
+    chosen, stages = choose_budget(sizes, _allowed(recipe.max_memory))
     shared, single = processor_time(sizes, artifact, whole="prompts" in stages)
     return Expected(
         memory=max(stages.values()),
@@ -105,6 +107,54 @@ def expect(recipe: Recipe, merged: Merged, outputs: Outputs, artifact: int) -> E
         seconds=shared / torch.get_num_threads() + single,
         disk=round(artifact + len(recipe.export) * _beside(sizes, merged) + _parked(sizes)),
         budget=chosen,
+    )
+
+
+def budget_to_verify(
+    merged: Merged,
+    artifact: StoredModel,
+    settings: VerifySettings,
+    max_memory: str | None,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Budget:
+    """What the verification of a finished folder keeps to.
+
+    Args:
+        merged: the merged model.
+        artifact: the folder.
+        settings: how they are compared.
+        max_memory: the most main memory that the process may take; None for what the machine has.
+        dtype: the merged model's.
+        device: where to compute.
+
+    Raises:
+        ResourceError: on a CPU, it needs more.
+    """
+    shapes = {name: layer.shape for name, layer in artifact.layers.items()}
+    sizes = Sizes(merged, dtype, shapes, artifact.grids, method=None, verify=settings)
+    chosen, stages = choose_budget(sizes, _allowed(max_memory))
+    if device.type == "cpu":
+        _refuse_beyond(stages, max_memory, "the verification", "measure fewer or shorter windows")
+    return chosen
+
+
+def _allowed(max_memory: str | None) -> float:
+    """Bytes that the process may take."""
+    return total_memory() if max_memory is None else parse_size(max_memory)
+
+
+def _refuse_beyond(stages: Mapping[str, int], max_memory: str | None, what: str, otherwise: str) -> None:
+    limit, most = _allowed(max_memory), max(stages, key=lambda name: stages[name])
+    if stages[most] <= limit:
+        return
+    needed = size(stages[most], decimals=1)
+    allowed = "this machine has" if max_memory is None else "max_memory allows"
+    raise ResourceError(
+        f"{what} needs about {needed} of memory, {allowed} {size(limit, decimals=1)}",
+        where=f"the stage {most}, in which it needs most",
+        mend=f"allow {needed}, or {otherwise}",
     )
 
 
@@ -121,4 +171,4 @@ def _parked(sizes: Sizes) -> float:
 def _beside(sizes: Sizes, merged: Merged) -> float:
     """Bytes of a layout's other files: tokenizer, manifest, report."""
     tokenizer = sum(map(len, merged.checkpoint.files.values()))
-    return tokenizer + _REPORT_OF_LAYER * len(sizes.outputs.quantized) + (_REPORT if sizes.verify else 0)
+    return tokenizer + _REPORT_OF_LAYER * len(sizes.quantized) + (_REPORT if sizes.verify else 0)

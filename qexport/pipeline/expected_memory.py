@@ -63,7 +63,7 @@ def choose_budget(sizes: Sizes, limit: float) -> tuple[Budget, dict[str, int]]:
 
 def _needs(sizes: Sizes, chosen: Budget) -> dict[str, float]:
     """Bytes of each stage beyond the fixed part."""
-    needs = {"quantize": _quantizing(sizes, chosen)}
+    needs = {} if sizes.method is None else {"quantize": _quantizing(sizes, chosen)}
     if sizes.verify is not None:
         needs |= {"prepare": _preparing(sizes), "verify": _verifying(sizes, sizes.verify, chosen)}
         if _fits(sizes, chosen.limit):
@@ -106,7 +106,7 @@ def _verifying(sizes: Sizes, settings: VerifySettings, chosen: Budget) -> float:
     at_once = min(tokens, max(settings.sequence_length, min(BATCH_TOKENS, chosen.compared_tokens)))
     hidden = sizes.compared * tokens * sizes.hidden * sizes.bytes_
     block = sizes.block * sizes.bytes_ + _ROUNDED * 4 * sizes.widest + at_once * sizes.working
-    heads = 2 if sizes.structure.head in sizes.outputs.quantized else 1
+    heads = 2 if sizes.structure.head in sizes.quantized else 1
     read = sizes.head * (4 * heads + sizes.bytes_)
     return _STATISTICS + hidden + max(block, read, 4 * heads * sizes.head + _logits(sizes, sizes.compared))
 

@@ -3,28 +3,46 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from qexport.architectures.structure import LinearSpec
-from qexport.formats import Outputs
 from qexport.merge.merging import Merged
-from qexport.recipe import Recipe
+from qexport.quantizing.method import Method
 from qexport.tensors import GroupQuantizedSpec
 from qexport.text.prompts import read_prompts
+from qexport.verifying import VerifySettings
 from qexport.verifying.verification import has_nearest_rival
 
 
 class Sizes:
-    """The sizes that memory and time depend on; `bytes_` is that of a value in the merged model's dtype."""
+    """The sizes that memory and time depend on; `bytes_` is that of a value in the merged model's dtype.
 
-    def __init__(self, merged: Merged, outputs: Outputs, recipe: Recipe) -> None:
-        self.outputs, self.verify = outputs, recipe.verify
-        self.adapter, self.method = merged.adapter, recipe.quantize
+    Args:
+        merged: the merged model.
+        dtype: its dtype.
+        quantized: [out, in] of each quantized module, by its path.
+        grids: of those that are quantized in groups along their inputs.
+        method: None if the artifact is finished.
+        verify: None if nothing is measured.
+    """
+
+    def __init__(
+        self,
+        merged: Merged,
+        dtype: torch.dtype,
+        quantized: Mapping[str, tuple[int, int]],
+        grids: Mapping[str, GroupQuantizedSpec],
+        *,
+        method: Method | None,
+        verify: VerifySettings | None,
+    ) -> None:
+        self.quantized, self.grids, self.method, self.verify = quantized, grids, method, verify
+        self.adapter, self.bytes_ = merged.adapter, dtype.itemsize
         self.structure = structure = merged.checkpoint.architecture.structure
-        self.bytes_ = int(getattr(torch, recipe.merge.dtype).itemsize)
         self.counts = {name: math.prod(shape) for name, shape in structure.parameters.items()}
         self.vocabulary, self.hidden = structure.parameters[f"{structure.embedding}.weight"]
         self.head = self.vocabulary * self.hidden
@@ -82,16 +100,15 @@ class Sizes:
     @cached_property
     def calibration(self) -> int:
         """Calibration tokens."""
-        settings = self.method.calibration_settings
+        settings = self.method.calibration_settings if self.method else None
         return settings.samples * settings.sequence_length if settings else 0
 
     @property
-    def quantized(self) -> int:
+    def coded(self) -> int:
         """Weights that are quantized."""
-        return sum(math.prod(spec.shape) for spec in self.outputs.quantized.values())
+        return sum(map(math.prod, self.quantized.values()))
 
     @property
     def compared(self) -> int:
         """Models that run side by side: reference, artifact, and the rivals that apply."""
-        grids = {name: spec for name, spec in self.outputs.quantized.items() if isinstance(spec, GroupQuantizedSpec)}
-        return 2 + has_nearest_rival(grids) + (self.adapter is not None)
+        return 2 + has_nearest_rival(self.grids) + (self.adapter is not None)

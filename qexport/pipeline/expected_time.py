@@ -92,7 +92,7 @@ def _work(sizes: Sizes, artifact: int, *, whole: bool) -> _Work:
     if isinstance(sizes.method, Gptq):
         _gptq_work(sizes, work)
     else:
-        work.shared += sizes.quantized * _CODED
+        work.shared += sizes.coded * _CODED
     if sizes.verify is not None:
         _verify_work(sizes, sizes.verify, work, whole=whole)
     return work
@@ -106,8 +106,8 @@ def _gptq_work(sizes: Sizes, work: _Work) -> None:
         used = sizes.share if linear.expert else 1.0
         work.products(blocks * square * (used * tokens + 4 * linear.out_features + 0.6 * linear.in_features))
         work.single += blocks * square * linear.out_features / _GIGAFLOPS
-    work.shared += sizes.quantized * _SEARCHED
-    work.single += sizes.quantized * _STEPPED
+    work.shared += sizes.coded * _SEARCHED
+    work.single += sizes.coded * _STEPPED
 
 
 def _verify_work(sizes: Sizes, settings: VerifySettings, work: _Work, *, whole: bool) -> None:

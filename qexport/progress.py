@@ -73,5 +73,9 @@ class Steps:
         self.tokens += tokens
         self._notify(detail)
 
+    def finished_block(self, what: str, number: int, blocks: int, tokens: int) -> None:
+        """Counts one finished block of those that something goes through."""
+        self.finished(f"{what}, block {number} of {blocks}", tokens)
+
     def _notify(self, detail: str) -> None:
         self.progress(Progress(self.stage, self.done, max(self.total, self.done), "step", detail, self.tokens))

@@ -9,7 +9,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -226,7 +226,7 @@ def test_the_replaced_folder_is_locked_until_it_is_gone(tmp_path: Path, monkeypa
         remove(folder)
 
     output = old_output(tmp_path)
-    monkeypatch.setattr(publish, "remove", watched)
+    monkeypatch.setattr(partial, "remove", watched)
     run(output, Publication.publish, force=True)
     assert removed == [[MARKER_NAME, "old"]]
 
@@ -311,11 +311,11 @@ def test_an_old_artifact_that_cannot_be_written_is_replaced(tmp_path: Path) -> N
     assert tree(tmp_path / "out") == {"sub/weights": "newer", MANIFEST_NAME: "newer"}
 
 
-@pytest.mark.parametrize("function", ["sync", "remove"])
+@pytest.mark.parametrize(("module", "function"), [(publish, "sync"), (partial, "remove")], ids=["sync", "remove"])
 def test_an_error_after_the_rename_says_that_the_artifact_is_complete(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType, function: str
 ) -> None:
-    honest = getattr(publish, function)
+    honest = getattr(module, function)
 
     def fail_after_rename(path: Path) -> None:
         if path in (tmp_path, tmp_path / "out.partial") and (tmp_path / "out" / "sub").exists():
@@ -323,7 +323,7 @@ def test_an_error_after_the_rename_says_that_the_artifact_is_complete(
         honest(path)
 
     old_output(tmp_path)
-    monkeypatch.setattr(publish, function, fail_after_rename)
+    monkeypatch.setattr(module, function, fail_after_rename)
     with pytest.raises(ResourceError, match="the artifact is complete, but"):
         run(tmp_path / "out", Publication.publish, force=True)
     assert tree(tmp_path / "out") == NEW
@@ -606,3 +606,17 @@ def test_once_it_is_at_its_path_the_artifact_is_finished_whatever_comes(
         signal.signal(number, before)
     assert names(tmp_path) == ["out"]
     assert tree(tmp_path / "out") == NEW
+
+
+def test_the_inputs_of_killed_calls_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    killed, foreign = tmp_path / ".out.a.inputs", tmp_path / ".out.b.inputs"
+    for folder in (killed, foreign):
+        folder.mkdir()
+        fill(folder)
+    (killed / MARKER_NAME).touch()
+    with partial.scratch_folder(tmp_path / "out") as living:
+        fill(living)
+        assert not killed.exists()
+        with partial.scratch_folder(tmp_path / "out"):
+            assert (living / "sub" / "weights").exists()
+    assert names(tmp_path) == [foreign.name]

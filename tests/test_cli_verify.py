@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,14 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 import factories
 from adapters import load_adapter
+from qexport.architectures.memory import Budget, Memory, budget
 from qexport.artifact.figures import find_figure
 from qexport.artifact.manifest import MANIFEST_NAME
 from qexport.artifact.report import Report
 from qexport.cli import main
+from qexport.errors import InputError
+from qexport.pipeline import expectations, expected_memory, verification
+from qexport.verifying import memory, predictors, rounds
 from test_cli import tiny_run
 
 
@@ -151,6 +156,8 @@ def test_gates_decide_the_exit_code(
         ("recipe.yaml", ["verify.windows=0"], "verify.windows"),
         ("recipe.yaml", ["verify.text=[]"], "verify.text"),
         ("recipe.yaml", ["--report", "recipe.yaml"], "a file is in the way of the report's folder"),
+        ("recipe.yaml", ["--max-memory", "8"], "'8' is not a size"),
+        ("recipe.yaml", ["max_memory=0GB"], "max_memory"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(
@@ -164,6 +171,67 @@ def test_options_that_do_not_go_together_are_refused(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert words in captured.err
+
+
+def test_a_limit_of_memory_holds_for_whole_models(
+    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As if this process had 500 MB already: no whole model fits beside it."""
+    monkeypatch.setattr(memory, "resident", lambda: Memory(5 * 10**8, 5 * 10**8))
+    for options in ([], ["max_memory=500MB"], ["max_memory=4TB", "--max-memory", "500MB"]):
+        assert verified(made / "out", made / "recipe.yaml", "verify.max_windows=8", *options, "--json") in (0, 7)
+        captured = capsys.readouterr()
+        report = Report.model_validate_json(captured.out)
+        assert report.generations is not None
+        assert ("the prompts are continued block by block" in captured.err) == bool(options)
+        assert report.command.endswith(" ".join(options))
+    assert budget() == Budget()
+
+
+@pytest.mark.parametrize("reference", ["recipe.yaml", "model"])
+def test_a_verification_that_needs_more_than_it_may_take_is_refused(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], reference: str
+) -> None:
+    options = short_text(made, tmp_path) if reference == "model" else []
+    assert verified(made / "out", made / reference, *options, "--max-memory", "300MB") == 8
+    captured = capsys.readouterr()
+    assert re.search(r"the verification needs about 4\d\d\.\d MB of memory, max_memory allows 300", captured.err)
+    assert "mend:  allow 4" in captured.err
+
+
+def test_the_limit_of_a_recipe_its_option_and_the_machine(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        seen.append(budget().limit)
+        raise InputError("seen")
+
+    def limit(reference: str, *options: str) -> float:
+        assert verified(made / "out", made / reference, *options) == 3
+        return seen[-1]
+
+    seen: list[float] = []
+    monkeypatch.setattr(verification, "prepare_reference", refuse)
+
+    text = short_text(made, tmp_path)
+    monkeypatch.setattr(expectations, "total_memory", lambda: 7e9)
+    assert limit("recipe.yaml") == limit("model", *text) == 7e9
+    assert limit("recipe.yaml", "max_memory=2GB") == 2e9
+    assert limit("recipe.yaml", "max_memory=2GB", "--max-memory", "3GB") == 3e9
+    assert limit("model", *text, "--max-memory", "3GB") == 3e9
+
+
+def test_fewer_windows_go_through_a_block_where_more_do_not_fit(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def one_at_a_time(runners: object, input_ids: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        counts.append(predictors.windows_at_once(input_ids.shape[1]))
+        return in_lockstep(runners, input_ids, *rest, **options)
+
+    counts: list[int] = []
+    in_lockstep: Any = predictors.run_in_lockstep
+    monkeypatch.setattr(rounds, "run_in_lockstep", one_at_a_time)
+    monkeypatch.setattr(expected_memory, "_needs", lambda _, chosen: {"verify": min(chosen.compared_tokens, 1e4) * 1e5})
+    assert verified(made / "out", made / "recipe.yaml", "verify.max_windows=8", "--max-memory", "500MB") in (0, 7)
+    assert set(counts) == {1}
 
 
 def test_windows_beyond_the_most_are_told(made: Path, capsys: pytest.CaptureFixture[str]) -> None:

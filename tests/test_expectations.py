@@ -19,7 +19,7 @@ from qexport.amounts import size
 from qexport.architectures.memory import Budget, budget, keeping_to
 from qexport.cli import main
 from qexport.errors import RecipeError, ResourceError
-from qexport.pipeline import Plan, expectations, plan, run
+from qexport.pipeline import Plan, expectations, expected_memory, expected_time, plan, run
 from qexport.recipe import load_recipe
 from qexport.verifying import memory, predictors
 from qexport.verifying.rounds import _windows_of
@@ -111,7 +111,7 @@ def test_a_stage_that_is_forgotten_shows(
     case: int, stages: list[str], recipes: list[Path], peaks: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for stage in stages:
-        monkeypatch.setattr(expectations, stage, lambda *_: 0.0)
+        monkeypatch.setattr(expected_memory, stage, lambda *_: 0.0)
     assert not within(plan(load_recipe(recipes[case])).expected.memory, peaks[str(recipes[case])])
 
 
@@ -138,7 +138,7 @@ def test_time_is_scaled_by_the_measured_speed_of_the_machine(
 ) -> None:
     found = []
     for speed in (20.0, 80.0):
-        monkeypatch.setattr(expectations, "_speed", lambda speed=speed: speed)
+        monkeypatch.setattr(expected_time, "_speed", lambda speed=speed: speed)
         found.append(plan(load_recipe(recipes[1])).expected)
     assert found[0].cpu_seconds == pytest.approx(4 * found[1].cpu_seconds)
     assert found[0].memory == found[1].memory
@@ -147,7 +147,7 @@ def test_time_is_scaled_by_the_measured_speed_of_the_machine(
 
 def test_the_speed_is_that_of_products_on_one_thread() -> None:
     threads = torch.get_num_threads()
-    assert 0.1 < expectations._speed.__wrapped__() < 10_000  # measures, whatever a test before has measured
+    assert 0.1 < expected_time._speed.__wrapped__() < 10_000  # measures, whatever a test before has measured
     assert torch.get_num_threads() == threads
 
 
@@ -197,7 +197,9 @@ def test_a_limit_is_not_part_of_the_artifact(recipes: list[Path]) -> None:
 
 def test_a_limit_of_memory_changes_no_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if more than two experts and windows at a time did not fit: the last of the budgets is taken."""
-    monkeypatch.setattr(expectations, "_memory", lambda _, chosen: {"verify": 1e6 + min(chosen.compared_tokens, 1e12)})
+    monkeypatch.setattr(
+        expected_memory, "_needs", lambda _, chosen: {"verify": 1e6 + min(chosen.compared_tokens, 1e12)}
+    )
     path = made(tmp_path / "mixture", factories.mixtral_config(num_hidden_layers=1), GPTQ, verified=True)
     free = load_recipe(path)
     tight = load_recipe(path, ["max_memory=427MB", f"output={tmp_path / 'tight'}"])

@@ -73,6 +73,7 @@ def test_a_result_says_what_decided_it() -> None:
         ([between(0.1, 0.2, n=0)], "not measured"),
         ([between(None, 0.2)], "measured on 38 windows, which gives no interval to decide on"),
         ([between(0.1, None)], "measured on 38 windows, which gives no interval to decide on"),
+        ([between(None, 0.2, n=1024)], "measured on 1,024 windows, which gives no interval to decide on"),
         ([between(None, None, n=1)], "measured on 1 window, which gives no interval to decide on"),
         ([between(0.2, 0.1)], "its interval is empty: 0.2 to 0.1"),
     ],

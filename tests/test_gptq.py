@@ -240,7 +240,7 @@ def test_all_problems_of_a_selection_are_told_at_once() -> None:
         lm_head=True,
         overrides=[{"modules": "*.experts.*", "dense": True}],
     )
-    assert "matches no linear layer" in text
+    assert "overrides: '*.experts.*' matches no linear layer, for example model.layers.0." in text
     assert "tied" in text
     assert "group_size 48" in text
 

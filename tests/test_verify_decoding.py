@@ -339,4 +339,4 @@ def test_every_block_of_every_pass_is_told() -> None:
     assert passes is not None
     assert passes.artifact is not None
     assert steps.done == steps.total == 2 * (passes.reference + passes.artifact)
-    assert events[-1].detail == f"prompts, artifact, pass {passes.artifact}, block 2"
+    assert events[-1].detail == f"prompts through the artifact, pass {passes.artifact}, block 2 of 2"

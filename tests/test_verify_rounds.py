@@ -143,3 +143,7 @@ def test_progress_knows_each_looks_steps_when_it_begins() -> None:
     assert [event.done for event in events if event.detail] == list(range(1, 9))  # a block and a batch in each look
     assert events[-1].done == events[-1].total == 8
     assert events[-1].tokens == 2 * WINDOWS.numel()
+    assert [event.detail for event in events if event.detail][:2] == [
+        "text through 2 models, block 1 of 1",
+        "predictions in 3 windows",
+    ]

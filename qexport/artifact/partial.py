@@ -7,7 +7,9 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from glob import escape
 from pathlib import Path
+from tempfile import mkdtemp
 
 from qexport.artifact.disk import disk_failure, make_folder, sync
 from qexport.artifact.manifest import MANIFEST_NAME
@@ -139,3 +141,30 @@ def remove(folder: Path) -> None:
     empty(folder)
     (folder / MARKER_NAME).unlink()
     folder.rmdir()
+
+
+def remove_unlocked(folder: Path) -> None:
+    """Removes a folder of qexport's, unless a run has it; that removes it itself."""
+    try:
+        held = lock(folder)
+    except RecipeError:
+        return
+    try:
+        remove(folder)
+    finally:
+        os.close(held)
+
+
+@contextmanager
+def scratch_folder(output: Path) -> Iterator[Path]:
+    """A folder beside an output for as long as the context, marked and locked; those of killed runs are removed."""
+    beginning, end = f".{output.name}.", ".inputs"
+    for left in output.parent.glob(f"{escape(beginning)}*{end}"):
+        if (left / MARKER_NAME).is_file() and not left.is_symlink():
+            with suppress(OSError):  # it may be another user's
+                remove_unlocked(left)
+    folder = Path(mkdtemp(prefix=beginning, suffix=end, dir=output.parent))
+    with ExitStack() as ending:
+        ending.callback(os.close, lock(folder))
+        ending.callback(remove, folder)
+        yield folder

@@ -30,6 +30,7 @@ from qexport.artifact.partial import (
     manifests_in,
     marked_if_foreign,
     remove,
+    remove_unlocked,
 )
 from qexport.artifact.roots import check_roots_path
 from qexport.errors import GO_ON, QexportError, RecipeError, ResourceError
@@ -298,11 +299,4 @@ def _remove_replaced(replaced: Path, folder: Path) -> None:
     """Removes the old folder at the temporary path, where the next run looks for what is left of it."""
     if replaced != folder:
         replaced.rename(folder)
-    try:
-        held = lock(folder)
-    except RecipeError:  # another run has just begun there, and removes it
-        return
-    try:
-        remove(folder)
-    finally:
-        os.close(held)
+    remove_unlocked(folder)

@@ -72,6 +72,9 @@ def verify(
     gates: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The limits: a YAML file with profile and gates.")
     ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="The most main memory to take, for example 8GB.")
+    ] = None,
     report_folder: Annotated[
         Path | None,
         typer.Option("--report", metavar="DIR", help="Write report.html, .json, .md and junit.xml to this folder."),
@@ -87,7 +90,7 @@ def verify(
 
         if report_folder is not None:
             check_report_folder(report_folder)
-        chosen = reference_of(References(reference, overrides or (), adapter, text or (), prompts, gates))
+        chosen = reference_of(References(reference, overrides or (), adapter, text or (), prompts, gates, max_memory))
         from qexport import pipeline  # takes seconds; errors in the arguments should come first
         from qexport.gates.deciding import gates_error
 
@@ -96,6 +99,7 @@ def verify(
             "--text": text or [],
             "--prompts": [prompts],
             "--gates": [gates],
+            "--max-memory": [max_memory],
         }
         with showing_progress() as progress:
             found = pipeline.verify(
@@ -103,6 +107,7 @@ def verify(
                 chosen.load,
                 chosen.settings,
                 merging=chosen.merging,
+                max_memory=chosen.max_memory,
                 command=verify_command(artifact.resolve().name, reference, overrides or (), options),
                 device=device,
                 progress=progress,

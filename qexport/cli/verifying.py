@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -30,6 +30,7 @@ class References:
         text: held-out files; replace the recipe's.
         prompts: replaces the recipe's.
         gates: a file; replaces the recipe's profile and gates.
+        max_memory: replaces the recipe's.
     """
 
     reference: str
@@ -38,15 +39,17 @@ class References:
     text: Sequence[str]
     prompts: str | None
     gates: Path | None
+    max_memory: str | None
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """The settings to load, merge and compare with."""
+    """The settings to load, merge and compare with, and the most memory to take."""
 
     load: LoadSettings
     merging: MergeSettings
     settings: VerifySettings
+    max_memory: str | None
 
 
 def reference_of(options: References) -> Chosen:
@@ -60,7 +63,7 @@ def reference_of(options: References) -> Chosen:
         return chosen
     gates = read_gates(options.gates)
     update = {"profile": gates.profile, "gates": gates.gates}
-    return Chosen(chosen.load, chosen.merging, chosen.settings.model_copy(update=update))
+    return replace(chosen, settings=chosen.settings.model_copy(update=update))
 
 
 def _from_recipe(options: References) -> Chosen:
@@ -69,13 +72,15 @@ def _from_recipe(options: References) -> Chosen:
             "--adapter is for a model as reference; a recipe names its own adapter", mend="give load.adapter=ADAPTER"
         )
     recipe = load_recipe(options.reference, options.overrides)
+    max_memory = options.max_memory or recipe.max_memory
     if recipe.verify is None:
         if not options.text:
             raise _no_text(f"{options.reference} has no verify")
-        return Chosen(recipe.load, recipe.merge, _settings(options))
+        return Chosen(recipe.load, recipe.merge, _settings(options), max_memory)
     update = {"text": list(options.text)} if options.text else {}
     prompts = {"prompts": options.prompts} if options.prompts else {}
-    return Chosen(recipe.load, recipe.merge, recipe.verify.model_copy(update={**update, **prompts}))
+    settings = recipe.verify.model_copy(update={**update, **prompts})
+    return Chosen(recipe.load, recipe.merge, settings, max_memory)
 
 
 def _from_model(options: References) -> Chosen:
@@ -89,7 +94,7 @@ def _from_model(options: References) -> Chosen:
         raise _no_text(f"{options.reference} is a model")
     base = _resolved(paths.base, options.reference, "--reference")
     adapter = None if options.adapter is None else _resolved(paths.adapter, options.adapter, "--adapter")
-    return Chosen(LoadSettings(base=base, adapter=adapter), MergeSettings(), _settings(options))
+    return Chosen(LoadSettings(base=base, adapter=adapter), MergeSettings(), _settings(options), options.max_memory)
 
 
 def _resolved(resolve: paths.Resolve, text: str, option: str) -> str:

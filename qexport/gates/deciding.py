@@ -203,12 +203,12 @@ def _verdict(gate: _Gate, figure: Figure | None) -> tuple[Verdict, str]:
         return "undecided", "not measured"
     low, high = figure.sequence_low, figure.sequence_high
     if low is None or high is None:
-        return "undecided", f"measured on {_counted(figure)}, which gives no interval to decide on"
+        return "undecided", f"measured on {counted(figure.n, figure.unit)}, which gives no interval to decide on"
     if low > high:
         return "undecided", f"its interval is empty: {low:.5g} to {high:.5g}"
     if gate.limit is None:
         return "undecided", gate.unknown
-    verdict, reason = _compared(gate, gate.limit, low, high, _counted(figure))
+    verdict, reason = _compared(gate, gate.limit, low, high, counted(figure.n, figure.unit))
     excess = figure.value - gate.limit if gate.bound == "at_most" else gate.limit - figure.value
     if verdict == "pass" and excess > 0:
         return "undecided", f"the value, {figure.value:.5g}, breaks the limit although its interval does not"
@@ -229,10 +229,6 @@ def _compared(gate: _Gate, limit: float, low: float, high: float, number: str) -
     if best > end or (best == end and gate.strict):
         return "fail", f"{place}, {'none of it' if low != high else 'not'} {words}"
     return "undecided", f"{place}, part of it {words}: not decided by {number}"
-
-
-def _counted(figure: Figure) -> str:
-    return f"1 {figure.unit}" if figure.n == 1 else f"{figure.n} {figure.unit}s"
 
 
 def decide_again(report: Report, settings: HasGates, of_layer: ProfileOfLayer) -> tuple[list[GateResult], list[str]]:

@@ -6,12 +6,12 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import TypeAdapter, ValidationError
 
 from qexport.artifact.disk import make_folder
+from qexport.artifact.partial import scratch_folder
 from qexport.errors import InputError, RecipeError, listed
 from qexport.export import ExportSettings
 from qexport.loading import LoadSettings
@@ -83,8 +83,8 @@ def quantize(
     """
     output = Path(output)
     make_folder(output.absolute().parent)
-    with TemporaryDirectory(prefix=f".{output.name}.", dir=output.absolute().parent) as scratch:
-        inputs = _Inputs(Path(scratch))
+    with scratch_folder(output.absolute()) as scratch:
+        inputs = _Inputs(scratch)
         recipe = _recipe(
             load=inputs.load(base, adapter, tokenizer),
             merge=merge or MergeSettings(),

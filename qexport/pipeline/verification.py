@@ -8,16 +8,20 @@ from pathlib import Path
 
 import torch
 
+from qexport.amounts import parse_size
 from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.devices import find_device
+from qexport.architectures.memory import keeping_to
 from qexport.artifact.figures import CheckResult
 from qexport.artifact.integrity import find_artifact
 from qexport.artifact.report import Report
+from qexport.errors import RecipeError
 from qexport.gates.limits import profile_for
 from qexport.hidden_packages import hidden
 from qexport.loading import LoadSettings
 from qexport.loading.small_files import has_tokenizer, open_tokenizer, read_sidecars, tokenizer_from_files
 from qexport.merge import MergeSettings
+from qexport.pipeline.expectations import budget_to_verify
 from qexport.pipeline.folders import ArtifactFolder, open_folder
 from qexport.pipeline.planning import load_merged
 from qexport.pipeline.recording import make_report
@@ -40,6 +44,7 @@ def verify(
     settings: VerifySettings,
     *,
     merging: MergeSettings | None = None,
+    max_memory: str | None = None,
     command: str = "qexport.verify(...)",
     device: str = "auto",
     progress: ProgressCallback = silent,
@@ -51,6 +56,7 @@ def verify(
         load: names base and adapter.
         settings: text, prompts and gates.
         merging: the arithmetic of the merge.
+        max_memory: the most main memory that the process may take, for example `8GB`; None for what the machine has.
         command: for the report, the command that repeats the measurement.
         device: `auto`, `cpu` or `cuda`.
         progress: is called with each step, and with what a user should know.
@@ -58,6 +64,7 @@ def verify(
     Raises:
         QexportError: one of its subclasses, see `qexport.errors`. A gate that fails is in the report, not raised.
     """
+    _check_limit(max_memory)
     check_prompts_and_tasks(settings)
     where, folder, merging = find_device(device), model_folder(Path(artifact)), merging or MergeSettings()
     merged = load_merged(load, merging, progress=progress)
@@ -65,9 +72,20 @@ def verify(
     refuse_long_windows({"verify.sequence_length": settings.sequence_length}, structure)
     with _open(folder, merged.checkpoint, dtype) as opened:
         check_parameters(merged.checkpoint, opened.artifact)
+        budget = budget_to_verify(merged, opened.artifact, settings, max_memory, dtype=dtype, device=where)
         evaluation = read_evaluation(settings, open_tokenizer(merged.checkpoint), structure, progress=progress)
-        reference = prepare_reference(merged, evaluation, settings, dtype=dtype, device=where, progress=progress)
-        return measure_folder(reference, opened, progress=progress).report_on(opened, command=command)
+        with keeping_to(budget):
+            reference = prepare_reference(merged, evaluation, settings, dtype=dtype, device=where, progress=progress)
+            return measure_folder(reference, opened, progress=progress).report_on(opened, command=command)
+
+
+def _check_limit(max_memory: str | None) -> None:
+    if max_memory is None:
+        return
+    try:
+        parse_size(max_memory)
+    except ValueError as error:
+        raise RecipeError(str(error), where="max_memory", mend="give bytes with their unit") from error
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from math import gcd
 
@@ -25,7 +25,8 @@ def select(structure: Structure, method: Gptq) -> dict[str, Options]:
             or nothing left to quantize. All problems are in one message.
     """
     linears = candidates(structure, method)
-    problems = _unmatched(linears, method.overrides) + _tied_head(structure, method)
+    problems = _unmatched("overrides", [override.modules for override in method.overrides], linears)
+    problems += _tied_head(structure, method)
     chosen: dict[str, Options] = {}
     for linear in linears.values():
         override = _override(linear.name, method.overrides)
@@ -78,12 +79,13 @@ def _override(name: str, overrides: Iterable[Override]) -> Override | None:
     return found[-1] if found else None
 
 
-def _unmatched(candidates: Iterable[str], overrides: Iterable[Override]) -> list[str]:
-    names = list(candidates)
+def _unmatched(key: str, patterns: Iterable[str], names: Collection[str], which: str = "") -> list[str]:
+    """One problem for each pattern of the recipe's `key` that is the name of no linear layer in question."""
+    example = f", for example {min(names)}" if names else "; this family has none"
     return [
-        f"the override for {override.modules!r} matches no linear layer, for example {names[0]}"
-        for override in overrides
-        if not any(fnmatchcase(name, override.modules) for name in names)
+        f"{key}: {pattern!r} matches no linear layer{which}{example}"
+        for pattern in patterns
+        if not any(fnmatchcase(name, pattern) for name in names)
     ]
 
 
@@ -124,8 +126,8 @@ def select_rounded(structure: Structure, method: RoundingMethod) -> list[LinearS
     """
     linears = [linear for linear in structure.block_linears if method.experts or not linear.expert]
     kept = {linear.name for linear in linears if _kept_by_family(structure, linear.name)}
-    problems = _unmatched_patterns("skip_modules", method.skip_modules, {linear.name for linear in linears})
-    problems += _unmatched_patterns("force_modules", method.force_modules, kept)
+    problems = _unmatched("skip_modules", method.skip_modules, {linear.name for linear in linears})
+    problems += _unmatched("force_modules", method.force_modules, kept, " that the family keeps at 16 bits")
     kept = {name for name in kept if not _any(method.force_modules, name)}
     chosen = [linear for linear in linears if linear.name not in kept and not _any(method.skip_modules, linear.name)]
     if not chosen and not problems:
@@ -143,16 +145,6 @@ def select_rounded(structure: Structure, method: RoundingMethod) -> list[LinearS
 
 def _any(patterns: list[str], name: str) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _unmatched_patterns(key: str, patterns: list[str], names: set[str]) -> list[str]:
-    example = f", for example {min(names)}" if names else "; this family has none"
-    what = "linear layer" if key == "skip_modules" else "linear layer that the family keeps at 16 bits"
-    return [
-        f"{key}: {pattern!r} matches no {what}{example}"
-        for pattern in patterns
-        if not any(fnmatchcase(name, pattern) for name in names)
-    ]
 
 
 def notes_on_experts(structure: Structure, specs: Mapping[str, OutputSpec], method: Method) -> tuple[str, ...]:

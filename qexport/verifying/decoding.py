@@ -129,7 +129,7 @@ def decode(
     for batches in _portions(texts):
         while waiting := [batch for batch in batches if not all(text.ended for text in batch)]:
             passes += 1
-            _run_pass(runner, waiting, ends_of(settings), noise, steps, f"prompts, {name}, pass {passes}")
+            _run_pass(runner, waiting, ends_of(settings), noise, steps, f"prompts through the {name}, pass {passes}")
             draft([text for batch in waiting for text in batch if not text.ended])
     return passes
 
@@ -163,13 +163,14 @@ def _length(text: Text) -> int:
 def _run_pass(
     runner: BlockRunner, batches: Sequence[Sequence[Text]], ends: set[int], noise: TextNoise, steps: Steps, name: str
 ) -> None:
-    steps.expect(len(runner.structure.blocks))
+    blocks = len(runner.structure.blocks)
+    steps.expect(blocks)
     states, tokens = runner.embed_batches(map(_inputs, batches)), _tokens(batches)
-    for index in range(len(runner.structure.blocks)):
+    for index in range(blocks):
         with runner.block(index) as block:
             for state in states:
                 runner.forward(index, block, state)
-        steps.finished(f"{name}, block {index + 1}", tokens)
+        steps.finished_block(name, index + 1, blocks, tokens)
     with runner.head() as head:
         for batch, state in zip(batches, states, strict=True):
             for text, hidden in zip(batch, state.hidden, strict=True):

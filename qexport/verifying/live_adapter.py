@@ -117,10 +117,10 @@ def compare_merge(
         BlockRunner(each.architecture, each.weights, dtype=dtype, device=device)
         for each in (merged, live.unrounded, live.base)
     ]
-    steps.expect(len(runners[0].structure.blocks))
-    tokens = len(runners) * ids.numel()
+    blocks, tokens = len(runners[0].structure.blocks), len(runners) * ids.numel()
+    steps.expect(blocks)
     batches, _ = run_in_lockstep(
-        runners, ids, lambda block: steps.finished(f"merge beside PEFT, block {block}", tokens), drift=False
+        runners, ids, lambda block: steps.finished_block("merge beside PEFT", block, blocks, tokens), drift=False
     )
     with runners[0].head() as head:
         reference = KeptLogits(batches[0], head)

@@ -61,15 +61,16 @@ def noise_floor(
     """
     ids = input_ids[: max(_WINDOWS, math.ceil(TOKENS / input_ids.shape[1]))]
     runners = [_runner(reference, kind, device) for kind in (dtype, wider(dtype))]
-    steps.expect(len(runners[0].structure.blocks))
+    blocks, tokens = len(runners[0].structure.blocks), len(runners) * ids.numel()
+    steps.expect(blocks)
     batches, _ = run_in_lockstep(
-        runners, ids, lambda block: steps.finished(f"noise floor, block {block}", 2 * ids.numel()), drift=False
+        runners, ids, lambda block: steps.finished_block("noise floor", block, blocks, tokens), drift=False
     )
     with runners[0].head() as head:
         narrow = KeptLogits(batches[0], head)
-    tokens = compare_with_kept(narrow, runners[1], batches[1], ids)
-    units = Units([None] * len(ids), "window", tokens.kl.shape[1], len(ids))
-    return {figure.name: figure.value for figure in divergence_figures(tokens, units)}
+    found = compare_with_kept(narrow, runners[1], batches[1], ids)
+    units = Units([None] * len(ids), "window", found.kl.shape[1], len(ids))
+    return {figure.name: figure.value for figure in divergence_figures(found, units)}
 
 
 def _runner(reference: Checkpoint, dtype: torch.dtype, device: torch.device) -> BlockRunner:

@@ -202,17 +202,19 @@ def _predictors(
     runners = {name: model for name, model in models.items() if isinstance(model, BlockRunner)}
     windows, length = input_ids.shape
     counts = [_windows_of(name, windows, length) for name in runners]
-    blocks, label = list(runners.values()), f"{len(runners)} models" if len(runners) > 1 else "the reference"
-    steps.expect(len(blocks[0].structure.blocks) + math.ceil(windows / windows_at_once(length)))
+    by_blocks = list(runners.values())
+    depth = len(by_blocks[0].structure.blocks)
+    through = f"text through {len(runners)} models" if len(runners) > 1 else "text through the reference"
+    steps.expect(depth + math.ceil(windows / windows_at_once(length)))
     batches, drift = run_in_lockstep(
-        blocks,
+        by_blocks,
         input_ids,
-        lambda block: steps.finished(f"block {block} of {label}", sum(counts) * length),
+        lambda block: steps.finished_block(through, block, depth, sum(counts) * length),
         windows=counts,
         drift="artifact" in runners,
     )
     with ExitStack() as stack:
-        ready = dict(zip(runners, stack.enter_context(predictors(blocks, batches)), strict=True))
+        ready = dict(zip(runners, stack.enter_context(predictors(by_blocks, batches)), strict=True))
         for name, model in models.items():
             if not isinstance(model, BlockRunner):
                 ready[name] = stack.enter_context(model.predictor(input_ids))

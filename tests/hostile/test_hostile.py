@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 
@@ -17,11 +18,30 @@ import pytest
 import forked
 import qexport
 import world
-from cases import AREAS, Case
+from cases import Case
 from qexport.cli.app import failure_of
+from spoiled_adapters import adapters
+from spoiled_artifacts import artifacts
+from spoiled_bases import bases
+from spoiled_gguf import gguf_files
+from spoiled_graphs import graphs
+from spoiled_recipes import recipes
+from spoiled_texts import texts
+from spoiled_tokenizers import templates, tokenizers
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a fork has none of the library's threads
 
+AREAS: dict[str, Callable[[], Iterator[Case]]] = {
+    "recipes": recipes,
+    "bases": bases,
+    "adapters": adapters,
+    "tokenizers": tokenizers,
+    "templates": templates,
+    "gguf": gguf_files,
+    "texts": texts,
+    "artifacts": artifacts,
+    "graphs": graphs,
+}
 EVERY = int(os.environ.get("QEXPORT_HOSTILE_EVERY", "16"))
 CASES = {name: [*make()] for name, make in AREAS.items()}
 NUMBERS = count()

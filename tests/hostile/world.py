@@ -112,6 +112,11 @@ def header(name: str, value: Any, data: bytes = b"", *, length: int | None = Non
     return content(name, struct.pack("<Q", len(text) if length is None else length) + text + data)
 
 
+def entry(shape: Any, begin: Any, end: Any, dtype: Any = "F32") -> dict[str, Any]:
+    """A tensor in such a header."""
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
 def tensors(name: str, change: Callable[[dict[str, torch.Tensor]], object]) -> Spoil:
     """A safetensors file with other tensors."""
 

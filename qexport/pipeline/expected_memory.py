@@ -1,0 +1,128 @@
+"""The main memory that each stage is expected to take: a fixed part, and the largest of the stage's needs.
+
+Constants are in bytes, or in how many matrices are in memory at the same time.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+from qexport.architectures.memory import Budget
+from qexport.pipeline.expected_sizes import Sizes
+from qexport.quantizing.gptq import Gptq
+from qexport.quantizing.gptq_pass import HESSIAN_BYTES
+from qexport.verifying import VerifySettings
+from qexport.verifying.divergence import DOUBLES_AT_ONCE
+from qexport.verifying.memory import HEADROOM
+from qexport.verifying.predictors import BATCH_TOKENS, TOKENS_AT_ONCE
+from qexport.verifying.prompt_batches import ROWS
+
+_FIXED: Final = 425e6
+"""The process before any weight: Python, torch, transformers, and the plan."""
+
+_GAPS: Final = 1.08
+"""What malloc keeps between tensors of many sizes."""
+
+_STATISTICS: Final = 30e6
+"""What verification imports."""
+
+_GENERATION: Final = 75e6
+"""The same, and what transformers imports to continue prompts."""
+
+_SQUARES: Final = 2
+"""Matrices [in, in] in float32 while a Hessian is factorized: itself, and the copy that becomes its factor."""
+
+_SOLVED: Final = 3
+"""Matrices [out, in] in float32 while codes are found: the weights, the columns, and what is measured of them."""
+
+_ROUNDED: Final = 4
+"""The same while a matrix is rounded, or codes become weights again."""
+
+_LOGITS: Final = 3
+"""Copies of the logits of a batch's new tokens while they are checked."""
+
+PREPARED: Final = 1024
+"""Tokens on which the noise floor and the merge are measured."""
+
+
+def choose_budget(sizes: Sizes, limit: float) -> tuple[Budget, dict[str, int]]:
+    """The least tight budget with which every stage keeps to a limit, else the tightest; and the bytes of each stage.
+
+    Args:
+        sizes: of the run.
+        limit: bytes of the whole process.
+    """
+    for share in (math.inf, 0.5, 0.25, 0.0):
+        chosen = Budget(limit, share * HESSIAN_BYTES, share * BATCH_TOKENS) if share < 1 else Budget(limit)
+        stages = {name: round(_FIXED + _GAPS * need) for name, need in _needs(sizes, chosen).items()}
+        if max(stages.values()) <= limit:
+            break
+    return chosen, stages
+
+
+def _needs(sizes: Sizes, chosen: Budget) -> dict[str, float]:
+    """Bytes of each stage beyond the fixed part."""
+    needs = {} if sizes.method is None else {"quantize": _quantizing(sizes, chosen)}
+    if sizes.verify is not None:
+        needs |= {"prepare": _preparing(sizes), "verify": _verifying(sizes, sizes.verify, chosen)}
+        if _fits(sizes, chosen.limit):
+            needs["prompts"] = _continuing(sizes, sizes.verify)
+    return needs
+
+
+def _quantizing(sizes: Sizes, chosen: Budget) -> float:
+    """For GPTQ: the block, what the paused forwards keep, and the largest factorization or solution."""
+    tensor = sizes.bytes_ * max(sizes.counts.values())
+    if not isinstance(sizes.method, Gptq):
+        return 1.3 * tensor + _ROUNDED * 4 * sizes.widest
+    kept = sizes.calibration * sizes.bytes_ * 3 * sizes.hidden
+    solved = 0.0
+    for linear in sizes.linears:
+        square, weights = 4 * linear.in_features**2, 4 * linear.in_features * sizes.sharing(linear)
+        together = min(min(HESSIAN_BYTES, chosen.expert_hessians) - square, (sizes.experts - 1) * square)
+        others = max(0.0, together) if linear.expert else 0.0
+        solved = max(solved, others + weights + max(_SQUARES * square, 2 * square + (_SOLVED - 1) * weights))
+    return max(tensor, sizes.block * sizes.bytes_ + solved) + kept
+
+
+def _preparing(sizes: Sizes) -> float:
+    """Two models compared, in two dtypes or as the merge and its proof: one head after the other, the second beside the
+    logits of the first model.
+    """
+    tokens = PREPARED
+    wide = 8 if sizes.bytes_ == 4 else 4
+    hidden = tokens * sizes.hidden * (sizes.bytes_ + wide)
+    block = sizes.block * wide + 4 * sizes.widest + tokens * 2 * sizes.working
+    head = max(sizes.head * (sizes.bytes_ + wide), wide * sizes.head + _logits(sizes, 2))
+    return _STATISTICS + hidden + max(block, head + 4 * tokens * sizes.vocabulary)
+
+
+def _verifying(sizes: Sizes, settings: VerifySettings, chosen: Budget) -> float:
+    """The hidden states of all models, one block, and at the end the head: two are compared with each other to find out
+    whether one is enough, then that one is widened to float32, and then there are pieces of all logits.
+    """
+    tokens = settings.sequence_length * max(1, min(settings.windows, settings.max_windows))
+    at_once = min(tokens, max(settings.sequence_length, min(BATCH_TOKENS, chosen.compared_tokens)))
+    hidden = sizes.compared * tokens * sizes.hidden * sizes.bytes_
+    block = sizes.block * sizes.bytes_ + _ROUNDED * 4 * sizes.widest + at_once * sizes.working
+    heads = 2 if sizes.structure.head in sizes.quantized else 1
+    read = sizes.head * (4 * heads + sizes.bytes_)
+    return _STATISTICS + hidden + max(block, read, 4 * heads * sizes.head + _logits(sizes, sizes.compared))
+
+
+def _continuing(sizes: Sizes, settings: VerifySettings) -> float:
+    """A whole model with its head in float32, and the logits of a batch of prompts."""
+    logits = min(sizes.prompts, ROWS) * settings.max_new_tokens * 4 * sizes.vocabulary
+    return _GENERATION + sizes.whole + _LOGITS * logits
+
+
+def _fits(sizes: Sizes, limit: float) -> bool:
+    """Whether there are prompts, and a whole model to continue them fits."""
+    return sizes.prompts > 0 and _FIXED + _GENERATION + HEADROOM * sizes.whole <= limit
+
+
+def _logits(sizes: Sizes, models: int) -> float:
+    """Bytes of a piece of the logits of some models, and of what is computed from them in float64."""
+    values = TOKENS_AT_ONCE * sizes.vocabulary
+    return models * 4 * values + 2 * (models + 1) * 8 * min(values, DOUBLES_AT_ONCE)

@@ -1,0 +1,114 @@
+"""The sizes that memory, time and disk of a run depend on, from headers and settings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from qexport.architectures.structure import LinearSpec
+from qexport.merge.merging import Merged
+from qexport.quantizing.method import Method
+from qexport.tensors import GroupQuantizedSpec
+from qexport.text.prompts import read_prompts
+from qexport.verifying import VerifySettings
+from qexport.verifying.verification import has_nearest_rival
+
+
+class Sizes:
+    """The sizes that memory and time depend on; `bytes_` is that of a value in the merged model's dtype.
+
+    Args:
+        merged: the merged model.
+        dtype: its dtype.
+        quantized: [out, in] of each quantized module, by its path.
+        grids: of those that are quantized in groups along their inputs.
+        method: None if the artifact is finished.
+        verify: None if nothing is measured.
+    """
+
+    def __init__(
+        self,
+        merged: Merged,
+        dtype: torch.dtype,
+        quantized: Mapping[str, tuple[int, int]],
+        grids: Mapping[str, GroupQuantizedSpec],
+        *,
+        method: Method | None,
+        verify: VerifySettings | None,
+    ) -> None:
+        self.quantized, self.grids, self.method, self.verify = quantized, grids, method, verify
+        self.adapter, self.bytes_ = merged.adapter, dtype.itemsize
+        self.structure = structure = merged.checkpoint.architecture.structure
+        self.counts = {name: math.prod(shape) for name, shape in structure.parameters.items()}
+        self.vocabulary, self.hidden = structure.parameters[f"{structure.embedding}.weight"]
+        self.head = self.vocabulary * self.hidden
+        self.total = sum(self.counts.values())
+        self.blocks = {block: self._in(block) for block in structure.blocks}
+        self.block = max(self.blocks.values())
+        self.linears = structure.linears[max(self.blocks, key=lambda name: self.blocks[name])]
+        config = merged.checkpoint.architecture.parsed
+        experts, used = (getattr(config, name, None) for name in ("num_local_experts", "num_experts_per_tok"))
+        self.experts = experts or getattr(config, "num_experts", None) or 1
+        self.share = (used or 1) / self.experts if self.experts > 1 else 1.0
+
+    def _in(self, block: str) -> int:
+        return sum(count for name, count in self.counts.items() if name.startswith(f"{block}."))
+
+    @cached_property
+    def prompts(self) -> int:
+        """Prompts to continue."""
+        path = self.verify.prompts if self.verify else None
+        return len(read_prompts(Path(path)).prompts) if path else 0
+
+    @property
+    def whole(self) -> int:
+        """Bytes of a whole model with its head in float32."""
+        return self.total * self.bytes_ + 4 * self.head
+
+    @cached_property
+    def widest(self) -> int:
+        """Values of a block's largest matrix."""
+        return max(linear.out_features * linear.in_features for linear in self.linears)
+
+    @cached_property
+    def active(self) -> float:
+        """Weights of all blocks that a token is multiplied with."""
+        routed = sum(linear.out_features * linear.in_features for linear in self.linears if linear.expert)
+        return sum(self.blocks.values()) - routed * (1 - self.share) * len(self.blocks)
+
+    @cached_property
+    def working(self) -> float:
+        """Bytes of one token's values inside a block's forward: its widest layer's inputs and outputs, in each of the
+        experts that it is sent to.
+        """
+        outs = max(self.sharing(linear) for linear in self.linears)
+        routed = max(1.0, self.share * self.experts)
+        return routed * (2 * self.bytes_ * outs + 4 * max(linear.in_features for linear in self.linears))
+
+    def sharing(self, linear: LinearSpec) -> int:
+        """Outputs of the layers that may have the same input as this one."""
+        if linear.expert:
+            return 2 * linear.out_features
+        return sum(
+            other.out_features for other in self.linears if other.in_features == linear.in_features and not other.expert
+        )
+
+    @cached_property
+    def calibration(self) -> int:
+        """Calibration tokens."""
+        settings = self.method.calibration_settings if self.method else None
+        return settings.samples * settings.sequence_length if settings else 0
+
+    @property
+    def coded(self) -> int:
+        """Weights that are quantized."""
+        return sum(map(math.prod, self.quantized.values()))
+
+    @property
+    def compared(self) -> int:
+        """Models that run side by side: reference, artifact, and the rivals that apply."""
+        return 2 + has_nearest_rival(self.grids) + (self.adapter is not None)

@@ -6,6 +6,7 @@ What manifest and report share is here: the environment they were made in, and w
 from __future__ import annotations
 
 import platform
+from functools import cache
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Literal
 
@@ -38,8 +39,9 @@ class Environment(BaseModel):
     """`cpu`, or the name of the accelerator."""
 
 
+@cache
 def describe_environment(device: torch.device) -> Environment:
-    """What a run on `device` on this machine depends on."""
+    """What a run on `device` on this machine depends on. Nothing of it changes in a process."""
     import torch
 
     return Environment(

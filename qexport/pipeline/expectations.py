@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -408,8 +408,10 @@ def _verify_work(model: _Model, settings: VerifySettings, work: _Work, *, whole:
     work.single += 0.0 if whole else 2 * passes * model.total * (model.bytes_ * _READ + _CODED)
 
 
+@cache
 def _speed() -> float:
-    """Operations per nanosecond of one thread's processor time in a product of matrices; takes an eighth of a second.
+    """Operations per nanosecond of one thread's processor time in a product of matrices; takes an eighth of a second,
+    once in a process.
 
     Processor time, since other programs may be running; the best of some tries, for the same reason.
     """

@@ -19,6 +19,7 @@ import pytest
 
 import artifact_cases
 import factories
+from onnx_exports import traced_once
 from qexport.artifact import describe_environment
 from qexport.artifact.partial import MARKER_NAME
 from qexport.cli.app import main
@@ -26,7 +27,6 @@ from qexport.errors import GO_ON, NumericalError, RecipeError, ResourceError
 from qexport.pipeline import Result, plan, resuming, run
 from qexport.progress import Notice, Progress
 from qexport.recipe import Recipe
-from onnx_exports import traced_once
 
 TWO = [{"layout": "safetensors"}, {"layout": "vllm"}]
 CASES: Mapping[str, tuple[str, list[dict[str, Any]], int]] = {

@@ -255,7 +255,7 @@ def wide_pair(layers: int, folder: Path) -> tuple[Checkpoint, Path]:
     """A base that is made when it is read, and an adapter."""
     base = wide_model(layers, lambda shape: torch.full(shape, 0.02))
     names = [linear for linear in base.architecture.structure.block_linears if "mlp" in linear.name]
-    LoraConfig(r=32, target_modules=["gate_proj", "up_proj", "down_proj"]).save_pretrained(folder)
+    LoraConfig(r=32, target_modules=["gate_proj", "up_proj", "down_proj"]).save_pretrained(str(folder))
     tensors = {f"base_model.model.{each.name}.lora_A.weight": torch.rand(32, each.in_features) for each in names}
     tensors |= {f"base_model.model.{each.name}.lora_B.weight": torch.rand(each.out_features, 32) for each in names}
     save_file(tensors, folder / "adapter_model.safetensors")

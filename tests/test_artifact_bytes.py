@@ -21,6 +21,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,7 @@ def versions() -> dict[str, str]:
     return {package: version(package) for package in PACKAGES}
 
 
+@cache
 def processor() -> str:
     """What GPTQ's bytes depend on."""
     own = describe_environment(torch.device("cpu"))

@@ -95,7 +95,7 @@ def test_a_model_with_its_adapter_is_a_reference_too(
 
 def short_text(made: Path, folder: Path) -> list[str]:
     """Held-out text of some windows of 512 tokens, which is what `verify` takes where no recipe says otherwise."""
-    path = factories.write_text(folder / "text.jsonl", passages=120, seed=2)
+    path = factories.write_text(folder / "text.jsonl", passages=60, seed=2)
     return ["--text", str(path)]
 
 

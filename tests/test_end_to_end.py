@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
+from dataclasses import dataclass
+from functools import cache
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -16,11 +19,15 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 import factories
 from adapters import merge_with_peft, save_adapter
+from onnx_exports import traced_once
+from qexport.architectures.architecture import Checkpoint
 from qexport.artifact.integrity import open_artifact
 from qexport.artifact.manifest import LISTING_NAME, MANIFEST_NAME
 from qexport.artifact.report import Report
 from qexport.errors import InputError, NumericalError, QexportError, RecipeError, ResourceError
 from qexport.export.tgi.families import tgi_config
+from qexport.loading import LoadSettings
+from qexport.loading.checkpoint import load_checkpoint
 from qexport.pipeline import Result, plan, run
 from qexport.pipeline.folders import ArtifactFolder
 from qexport.pipeline.verification import Verified, measure_folder
@@ -34,6 +41,9 @@ GPTQ = next(path for path in RECIPES if path.name == "gptq-4bit.yaml")
 FAILING = {"verify.gates": "{mean_kl: {at_most: 0.01}}", "quantize.bits": 2}
 REPORT_FILES = {f"report/{name}" for name in ("report.html", "report.json", "report.md", "junit.xml")}
 SERVED = {"export": "[{layout: safetensors}, {layout: tgi}, {layout: vllm}]"}
+UNMEASURED = {"verify": "null"}
+"""For what goes wrong before anything is measured, and has nothing to do with the reference."""
+
 METHODS = {path: load_recipe(path).quantize.method for path in RECIPES}
 FALCONS = [path for path in RECIPES if path.name.startswith("falcon")]
 TINY: dict[str, tuple[PretrainedConfig, list[str]]] = {
@@ -49,7 +59,9 @@ MODELS: dict[str, tuple[PretrainedConfig, list[str], int]] = {
     "qwen2": (factories.qwen2_config(), ["q_proj", "o_proj"], 32),
     "mistral": (factories.mistral_config(), ["k_proj"], 32),
     "falcon 7b, 71 heads": (
-        factories.falcon_config(hidden_size=71 * 8, num_attention_heads=71), ["query_key_value"], -1,
+        factories.falcon_config(hidden_size=71 * 8, num_attention_heads=71, ffn_hidden_size=71 * 8),
+        ["query_key_value"],
+        -1,
     ),
     "falcon 40b": (factories.falcon_40b_config(), ["query_key_value", "dense"], 32),
     "h1": (factories.falcon_h1_config(), ["q_proj", "in_proj"], 32),
@@ -98,6 +110,40 @@ def finish(folder: Path, changes: dict[str, Any] | None = None, *, force: bool =
     """One layout, where the changes do not say more."""
     chosen = overrides(folder, group_size=group_size, changes={"export": "[{layout: safetensors}]"} | (changes or {}))
     return run(load_recipe(GPTQ, chosen), force=force, device="cpu")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that several tests look at, and the folder with what it was made from."""
+
+    folder: Path
+    result: Result
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """One layout, made under another umask than files have otherwise."""
+    previous = os.umask(0o027)
+    try:
+        return finished(tmp_path_factory)
+    finally:
+        os.umask(previous)
+
+
+@pytest.fixture(scope="module")
+def failed(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    return finished(tmp_path_factory, FAILING)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    return finished(tmp_path_factory, SERVED)
+
+
+def finished(factory: pytest.TempPathFactory, changes: dict[str, Any] | None = None) -> Finished:
+    folder = factory.mktemp("finished")
+    prepare(folder, factories.llama_config(), ["q_proj"])
+    return Finished(folder, finish(folder, changes))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -152,7 +198,8 @@ def linear_names(model: PreTrainedModel) -> list[str]:
 def test_every_shipped_recipe_runs(recipe: Path, tmp_path: Path) -> None:
     llama = (factories.llama_config(), ["q_proj", "v_proj"])
     prepare(tmp_path, *next((tiny for name, tiny in TINY.items() if recipe.name.startswith(name)), llama))
-    result = run(load_recipe(recipe, overrides(tmp_path, recipe=recipe)), device="cpu")
+    with traced_once():
+        result = run(load_recipe(recipe, overrides(tmp_path, recipe=recipe)), device="cpu")
     assert result.passed
     several = len(result.manifests) > 1
     for layout, manifest in result.manifests.items():
@@ -160,7 +207,19 @@ def test_every_shipped_recipe_runs(recipe: Path, tmp_path: Path) -> None:
         assert manifest.quantization is not None or layout == "tgi" or METHODS[recipe] == "none"
 
 
+@cache
+def loaded(load: LoadSettings) -> Checkpoint:
+    return load_checkpoint(load)
+
+
+@pytest.fixture
+def found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipes name the same base, whose tokenizer takes most of the time of a plan."""
+    monkeypatch.setattr("qexport.pipeline.planning.load_checkpoint", lambda load, **_: loaded(load))
+
+
 @pytest.mark.smollm2
+@pytest.mark.usefixtures("found_once")
 @pytest.mark.parametrize("recipe", [path for path in RECIPES if path not in FALCONS], ids=lambda path: path.name)
 def test_every_shipped_recipe_can_be_planned_as_it_stands(recipe: Path) -> None:
     planned = plan(load_recipe(recipe))
@@ -182,13 +241,11 @@ def test_a_recipe_with_hub_ids_says_offline_what_is_missing(
         plan(recipe)
 
 
-def test_two_runs_write_the_same_bytes_wherever_they_lie(tmp_path: Path) -> None:
-    runs = []
-    for place in ("here", "there/deeper"):
-        folder = tmp_path / place
-        folder.mkdir(parents=True)
-        prepare(folder, factories.llama_config(), ["q_proj"])
-        runs.append(contents(finish(folder).artifact_path))
+def test_two_runs_write_the_same_bytes_wherever_they_lie(usual: Finished, tmp_path: Path) -> None:
+    folder = tmp_path / "there" / "deeper"
+    folder.mkdir(parents=True)
+    prepare(folder, factories.llama_config(), ["q_proj"])
+    runs = [contents(usual.result.artifact_path), contents(finish(folder).artifact_path)]
     assert without_report(runs[0]) == without_report(runs[1])
     assert runs[0].keys() - without_report(runs[0]) == {*REPORT_FILES, LISTING_NAME}
     lists = [set(files[LISTING_NAME].splitlines()) for files in runs]
@@ -196,26 +253,21 @@ def test_two_runs_write_the_same_bytes_wherever_they_lie(tmp_path: Path) -> None
     reports = [json.loads(files["report/report.json"]) for files in runs]
     assert all(report.pop("timings")["seconds"] > 0 for report in reports)
     assert reports[0] == reports[1]
-    assert not any(str(tmp_path).encode() in content for content in runs[0].values())
+    for place, files in zip((usual.folder, tmp_path), runs, strict=True):
+        assert not any(str(place).encode() in content for content in files.values())
 
 
-def test_no_calibration_text_and_no_user_enters_the_artifact(tmp_path: Path) -> None:
-    prepare(tmp_path, factories.llama_config(), ["q_proj"])
-    files = contents(finish(tmp_path).artifact_path)
-    passages = [json.loads(line)["text"] for line in (tmp_path / "calibration.jsonl").read_text().splitlines()]
+def test_no_calibration_text_and_no_user_enters_the_artifact(usual: Finished) -> None:
+    files = contents(usual.result.artifact_path)
+    passages = [json.loads(line)["text"] for line in (usual.folder / "calibration.jsonl").read_text().splitlines()]
     for content in files.values():
         assert not any(passage.encode() in content for passage in passages)
 
 
-def test_the_bases_files_travel_byte_for_byte_and_modes_follow_the_umask(tmp_path: Path) -> None:
-    prepare(tmp_path, factories.llama_config(), ["q_proj"])
-    previous = os.umask(0o027)
-    try:
-        artifact = finish(tmp_path).artifact_path
-    finally:
-        os.umask(previous)
+def test_the_bases_files_travel_byte_for_byte_and_modes_follow_the_umask(usual: Finished) -> None:
+    artifact = usual.result.artifact_path
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
-        assert (artifact / name).read_bytes() == (tmp_path / "base" / name).read_bytes()
+        assert (artifact / name).read_bytes() == (usual.folder / "base" / name).read_bytes()
     modes = {path.is_dir(): path.stat().st_mode & 0o777 for path in artifact.rglob("*")}
     assert modes == {False: 0o640, True: 0o750}
 
@@ -224,7 +276,8 @@ def test_an_adapter_that_changes_everything_is_seen_in_the_reference(tmp_path: P
     """The reference is base and adapter, not the base: with another adapter its perplexity is another."""
     prepare(tmp_path, factories.llama_config(), ["q_proj", "v_proj", "o_proj", "down_proj"])
     with_adapter = finish(tmp_path).manifest.verification
-    recipe = load_recipe(GPTQ, [text for text in overrides(tmp_path) if not text.startswith("load.adapter")])
+    chosen = overrides(tmp_path, changes={"export": "[{layout: safetensors}]"})
+    recipe = load_recipe(GPTQ, [text for text in chosen if not text.startswith("load.adapter")])
     bare = recipe.model_copy(update={"load": recipe.load.model_copy(update={"adapter": None})})
     without = run(bare, force=True, device="cpu").manifest.verification
     assert with_adapter is not None
@@ -232,21 +285,19 @@ def test_an_adapter_that_changes_everything_is_seen_in_the_reference(tmp_path: P
     assert abs(with_adapter.value("reference_perplexity") / without.value("reference_perplexity") - 1) > 0.01
 
 
-def test_a_failed_gate_sets_the_artifact_aside(tmp_path: Path) -> None:
-    prepare(tmp_path, factories.llama_config(), ["q_proj"])
-    result = finish(tmp_path, FAILING)
+def test_a_failed_gate_sets_the_artifact_aside(failed: Finished) -> None:
+    folder, result = failed.folder, failed.result
     assert (result.verdict, result.passed) == ("fail", False)
-    assert result.artifact_path == tmp_path / "out.rejected"
+    assert result.artifact_path == folder / "out.rejected"
     assert (result.artifact_path / MANIFEST_NAME).exists()
-    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("out")) == [
+    assert sorted(path.name for path in folder.iterdir() if path.name.startswith("out")) == [
         "out.rejected",
         "out.rejected.sha256",
     ]
 
 
-def test_a_failed_gate_leaves_its_report_beside_the_artifact(tmp_path: Path) -> None:
-    prepare(tmp_path, factories.llama_config(), ["q_proj"])
-    result = finish(tmp_path, FAILING)
+def test_a_failed_gate_leaves_its_report_beside_the_artifact(failed: Finished) -> None:
+    result = failed.result
     report = Report.read(result.artifact_path)
     assert report.verdict == "fail"
     assert [gate.name for gate in report.gates if gate.verdict == "fail"] == ["mean_kl"]
@@ -275,9 +326,8 @@ def test_a_limit_below_the_noise_is_refused_before_anything_is_quantized(
     assert not any(path.name.startswith("out") for path in tmp_path.iterdir())
 
 
-def test_every_layout_has_its_report_and_its_manifest_has_the_reports_digest(tmp_path: Path) -> None:
-    prepare(tmp_path, factories.llama_config(), ["q_proj"])
-    result = finish(tmp_path, SERVED)
+def test_every_layout_has_its_report_and_its_manifest_has_the_reports_digest(served: Finished) -> None:
+    result = served.result
     for layout, manifest in result.manifests.items():
         folder = result.artifact_path / layout
         report = Report.read(folder)
@@ -313,14 +363,14 @@ def test_a_task_file_that_is_none_is_found_in_planning(tmp_path: Path, monkeypat
         plan(load_recipe(GPTQ, overrides(tmp_path, changes={"verify.tasks.tasks": f"[{tmp_path}/task.yaml]"})))
 
 
-def test_an_old_output_is_refused_before_any_work_and_replaced_when_forced(tmp_path: Path) -> None:
-    prepare(tmp_path, factories.llama_config(), ["q_proj"])
-    first = finish(tmp_path)
-    before = contents(first.artifact_path)
+def test_an_old_output_is_refused_before_any_work_and_replaced_when_forced(usual: Finished, tmp_path: Path) -> None:
+    shutil.copytree(usual.folder, tmp_path, dirs_exist_ok=True)
+    first = tmp_path / "out"
+    before = contents(first)
     with pytest.raises(RecipeError, match="not empty"):
         finish(tmp_path)
-    assert contents(first.artifact_path) == before
-    (first.artifact_path / "old").write_text("old")
+    assert contents(first) == before
+    (first / "old").write_text("old")
     after = contents(finish(tmp_path, force=True).artifact_path)
     assert without_report(after) == without_report(before)
     assert after.keys() == before.keys()
@@ -387,7 +437,7 @@ def test_codes_on_the_disk_are_those_that_were_computed(tmp_path: Path, monkeypa
         tensor_writer, "write_at", lambda path, at, content: honest(path, at, flipped(content) if at else content)
     )
     with pytest.raises(QexportError, match="bytes on disk"):
-        finish(tmp_path)
+        finish(tmp_path, UNMEASURED)
     assert not (tmp_path / "out").exists()
 
 
@@ -397,9 +447,8 @@ def flipped(content: memoryview) -> memoryview:
     return memoryview(spoiled)
 
 
-def test_layouts_with_the_same_weights_share_them_on_the_disk(tmp_path: Path) -> None:
-    prepare(tmp_path, factories.llama_config(), ["q_proj"])
-    result = finish(tmp_path, SERVED)
+def test_layouts_with_the_same_weights_share_them_on_the_disk(served: Finished) -> None:
+    result = served.result
     assert list(result.manifests) == ["safetensors", "tgi", "vllm"]
     weights = [(result.artifact_path / layout / "model.safetensors").stat() for layout in result.manifests]
     assert len({stat.st_ino for stat in weights}) == 1
@@ -440,7 +489,7 @@ def test_a_fault_in_one_of_several_layouts_publishes_none(tmp_path: Path, monkey
 
     monkeypatch.setattr("qexport.export.vllm.layout.VllmLayout.check", fail)
     with pytest.raises(QexportError, match="planted"):
-        finish(tmp_path, SERVED)
+        finish(tmp_path, SERVED | UNMEASURED)
     assert not any(path.name.startswith("out") for path in tmp_path.iterdir())
 
 
@@ -452,7 +501,7 @@ def test_a_config_that_says_something_else_to_a_server_is_caught_although_the_we
         "qexport.export.tgi.layout.tgi_config", lambda config: tgi_config(config) | {"rms_norm_eps": 0.5}
     )
     with pytest.raises(QexportError, match=r"rms_norm_eps is 0\.5, not 1e-06"):
-        finish(tmp_path, SERVED)
+        finish(tmp_path, SERVED | UNMEASURED)
     assert not (tmp_path / "out").exists()
 
 
@@ -478,6 +527,6 @@ def test_a_full_disk_under_gptq_frees_what_waited_on_it(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(activations, "_write", full)
     with pytest.raises(ResourceError, match="disk is full"):
-        finish(tmp_path)
+        finish(tmp_path, UNMEASURED)
     opened = [str(path.readlink()) for path in list(Path("/proc/self/fd").iterdir()) if path.is_symlink()]
     assert not [path for path in opened if path.startswith(str(tmp_path / "out"))]

@@ -147,8 +147,7 @@ def test_time_is_scaled_by_the_measured_speed_of_the_machine(
 
 def test_the_speed_is_that_of_products_on_one_thread() -> None:
     threads = torch.get_num_threads()
-    expectations._speed.cache_clear()
-    assert 0.1 < expectations._speed() < 10_000
+    assert 0.1 < expectations._speed.__wrapped__() < 10_000  # measures, whatever a test before has measured
     assert torch.get_num_threads() == threads
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -188,10 +189,19 @@ def peak_above_now(compute: Callable[[], Factor | Tensor]) -> int:
 
 def test_tasks_run_on_one_thread_each_without_gradients_and_their_errors_arrive() -> None:
     before = torch.get_num_threads()
-    seen: list[tuple[int, bool]] = []
-    with side_by_side(CPU) as run:
-        run(lambda: seen.append((torch.get_num_threads(), torch.is_grad_enabled())) for _ in range(4))
-    assert seen == [(1, False)] * 4
-    with pytest.raises(ZeroDivisionError), side_by_side(CPU) as run:
-        run([lambda: 1 // 0])
-    assert torch.get_num_threads() == before
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            seen: list[tuple[int, bool]] = []
+            with side_by_side(CPU) as run:
+                run(partial(note_state, seen) for _ in range(4))
+            assert seen == [(1, False)] * 4
+            with pytest.raises(ZeroDivisionError), side_by_side(CPU) as run:
+                run([lambda: 1 // 0])
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def note_state(seen: list[tuple[int, bool]]) -> None:
+    seen.append((torch.get_num_threads(), torch.is_grad_enabled()))

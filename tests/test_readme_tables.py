@@ -3,37 +3,41 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from functools import cache
+import tempfile
+from atexit import register
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pydantic import TypeAdapter
-from transformers import Phi3Config, PretrainedConfig
+from transformers import Phi3Config
 from transformers.utils import logging
 
 import factories
 from onnx_exports import traced_once
 from qexport.architectures.architecture import Checkpoint
-from qexport.architectures.structure import Structure
 from qexport.errors import CompatibilityError
 from qexport.export import ExportSettings
-from qexport.export.layouts import make_layout
+from qexport.export.layouts import Layout, make_layout
 from qexport.formats import Outputs
 from qexport.loading import LoadSettings
 from qexport.loading.checkpoint import load_checkpoint
 from qexport.quantizing import AnyMethod
 from qexport.quantizing.method import Method, PassInputs
 from qexport.reading.stored_model import open_stored
-from qexport.tensors import CalibrationSet
+from qexport.tensors import CalibrationSet, TensorRecord
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-WIDE = factories.llama_config(hidden_size=128, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2)
 
-FAMILIES = factories.FAMILIES | {
-    "phi 3": Phi3Config(**(factories.FAMILIES["phi 3"].to_dict() | dict(hidden_size=128, intermediate_size=256)))
+WIDE = {
+    "llama": factories.llama_config(
+        hidden_size=128, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2
+    ),
+    "phi 3": Phi3Config(**(factories.FAMILIES["phi 3"].to_dict() | dict(hidden_size=128, intermediate_size=256))),
 }
 """TGI's kernel for layers that hold several linears takes widths that are multiples of 128 only."""
 
@@ -72,97 +76,97 @@ def family_cells() -> Iterator[tuple[str, str, str, str]]:
             yield family, layout, method, verdict
 
 
-@cache
-def loaded(folder: Path) -> tuple[Checkpoint, Structure]:
-    checkpoint = load_checkpoint(LoadSettings(base=str(folder)))
-    return checkpoint, checkpoint.architecture.structure
-
-
 @pytest.fixture(autouse=True)
 def each_model_is_traced_once() -> Iterator[None]:
     with traced_once():
         yield
 
 
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+@dataclass(frozen=True)
+class Quantized:
+    """A model's cell without the layout: a family, its model if there is a wide one, and the method's cell."""
+
+    family: str
+    wide: bool
+    named: str
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return loaded(self.family, wide=self.wide)
+
+    @property
+    def method(self) -> Method:
+        chosen: Method = TypeAdapter(AnyMethod).validate_python(settings(self.named))
+        return chosen
+
+    @cached_property
+    def outputs(self) -> Outputs:
+        return self.method.plan(self.checkpoint)
+
+    @cached_property
+    def records(self) -> Sequence[TensorRecord]:
+        """What the pass yields, which does not depend on the layouts that are fed with it."""
+        windows = torch.randint(factories.VOCABULARY, (4, 64), generator=torch.Generator().manual_seed(1))
+        calibration, scratch = CalibrationSet(windows, sha256="", origin="random"), Path(tempfile.gettempdir())
+        inputs = PassInputs(self.checkpoint, self.outputs, calibration, torch.bfloat16, torch.device("cpu"), scratch)
+        return list(self.method.quantize(inputs))
+
+    def layout(self, name: str) -> Layout:
+        chosen: ExportSettings = TypeAdapter(ExportSettings).validate_python({"layout": name})
+        return make_layout(chosen, self.outputs, self.checkpoint.architecture.structure, self.checkpoint)
+
+    def write(self, layout: str, target: Path) -> None:
+        """The pass into one layout, and everything that a run holds against the folder."""
+        chosen = self.layout(layout)
+        writer = chosen.weights.writer(target)
+        for record in self.records:
+            writer.write(record)
+        written = writer.finish()
+        chosen.write_files(target, self.checkpoint)
+        chosen.weights.read_back(target, written)
+        chosen.check(target)
+        with open_stored(target, dtype=torch.bfloat16) as source:
+            source.check_complete(self.checkpoint.architecture.structure)
+            assert set(source.layers) == (set(self.outputs.quantized) if chosen.quantization else set())
+
+
+@cache
+def loaded(family: str, *, wide: bool) -> Checkpoint:
+    """As the loader finds it in a folder."""
     logging.disable_progress_bar()
-    return {}
+    folder = tempfile.TemporaryDirectory()
+    register(folder.cleanup)
+    config = (WIDE if wide else factories.FAMILIES)[family]
+    return load_checkpoint(LoadSettings(base=str(factories.save(factories.build(config), Path(folder.name)))))
 
 
-def base(bases: dict[str, Path], name: str, config: PretrainedConfig, factory: pytest.TempPathFactory) -> Path:
-    if name not in bases:
-        bases[name] = factories.save(factories.build(config), factory.mktemp("base"))
-    return bases[name]
+def quantized(family: str, layout: str, named: str) -> Quantized:
+    """Once for all layouts that take the same model. For a graph the width does not matter, and it is traced anyway."""
+    return made(family, family in WIDE and layout != "onnx", named)
 
 
-def planned(folder: Path, method: dict[str, Any]) -> tuple[Outputs, Method]:
-    checkpoint, _ = loaded(folder)
-    chosen: Method = TypeAdapter(AnyMethod).validate_python(method)
-    return chosen.plan(checkpoint), chosen
-
-
-def layout_of(folder: Path, outputs: Outputs, layout: str) -> Any:
-    checkpoint, structure = loaded(folder)
-    return make_layout(TypeAdapter(ExportSettings).validate_python({"layout": layout}), outputs, structure, checkpoint)
-
-
-def write(folder: Path, method: dict[str, Any], layout: str, target: Path) -> None:
-    """The pass into one layout, and everything that a run holds against the folder."""
-    checkpoint, structure = loaded(folder)
-    outputs, chosen = planned(folder, method)
-    made = layout_of(folder, outputs, layout)
-    windows = torch.randint(factories.VOCABULARY, (4, 64), generator=torch.Generator().manual_seed(1))
-    writer = made.weights.writer(target)
-    calibration = CalibrationSet(windows, sha256="", origin="random")
-    inputs = PassInputs(checkpoint, outputs, calibration, torch.bfloat16, torch.device("cpu"), scratch=target)
-    for record in chosen.quantize(inputs):
-        writer.write(record)
-    written = writer.finish()
-    made.write_files(target, checkpoint)
-    made.weights.read_back(target, written)
-    made.check(target)
-    with open_stored(target, dtype=torch.bfloat16) as source:
-        source.check_complete(structure)
-        assert set(source.layers) == (set(outputs.quantized) if made.quantization else set())
+made = cache(Quantized)
 
 
 @pytest.mark.parametrize(("named", "layout", "verdict"), list(cells()), ids=lambda value: str(value).replace("`", ""))
-def test_a_method_and_a_layout(
-    named: str,
-    layout: str,
-    verdict: str,
-    bases: dict[str, Path],
-    tmp_path: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
-    folder = base(bases, "wide", WIDE, tmp_path_factory)
-    if verdict == "yes":
-        write(folder, settings(named), layout, tmp_path)
-    else:
-        assert verdict == "no"
-        outputs, _ = planned(folder, settings(named))
-        with pytest.raises(CompatibilityError):
-            layout_of(folder, outputs, layout)
+def test_a_method_and_a_layout(named: str, layout: str, verdict: str, tmp_path: Path) -> None:
+    cell = quantized("llama", layout, named)
+    assert cell.outputs, "what refuses is the layout"
+    check(cell, layout, verdict, tmp_path)
 
 
 @pytest.mark.parametrize(("family", "layout", "method", "verdict"), list(family_cells()))
-def test_a_family_a_method_and_a_layout(
-    family: str,
-    layout: str,
-    method: str,
-    verdict: str,
-    bases: dict[str, Path],
-    tmp_path: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
-    folder = base(bases, family, FAMILIES[family], tmp_path_factory)
+def test_a_family_a_method_and_a_layout(family: str, layout: str, method: str, verdict: str, tmp_path: Path) -> None:
+    check(quantized(family, layout, f"`{method}`"), layout, verdict, tmp_path)
+
+
+def check(cell: Quantized, layout: str, verdict: str, target: Path) -> None:
     if verdict == "yes":
-        write(folder, settings(f"`{method}`"), layout, tmp_path)
+        cell.write(layout, target)
     else:
         assert verdict == "no"
         with pytest.raises(CompatibilityError):
-            layout_of(folder, planned(folder, settings(f"`{method}`"))[0], layout)
+            cell.layout(layout)
 
 
 def test_every_family_has_its_row() -> None:

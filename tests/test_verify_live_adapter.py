@@ -20,6 +20,7 @@ import factories
 import trained_models
 from memory_growth import LAYER, growth, wide_model
 from qexport.architectures.architecture import Checkpoint
+from qexport.architectures.memory import Budget, keeping_to
 from qexport.artifact.figures import GateResult, find_figure
 from qexport.gates.deciding import MOST_MERGE_ERROR, decide
 from qexport.merge import MergeSettings
@@ -168,6 +169,15 @@ def test_a_fault_is_caught_although_all_of_the_adapters_effect_is_close_to_noise
     if name == "half the scale":
         assert relative.value == pytest.approx(0.25, rel=0.1)
         assert decide([], [absolute], [], ["merge"])[0].verdict != "fail", "the other figure alone would do"
+
+
+def test_fewer_windows_at_a_time_give_the_same_figures(weak: Case) -> None:
+    found = compared(weak.merged, weak.live)
+    with keeping_to(Budget(compared_tokens=128)):
+        batched = compared(weak.merged, weak.live)
+    for ours, theirs in ((found.merged, batched.merged), (found.base, batched.base)):
+        assert ours.kl.shape == theirs.kl.shape
+        assert torch.allclose(ours.kl, theirs.kl, rtol=1e-6, atol=1e-12)
 
 
 def gate(found: ComparedMerge, noise: float) -> GateResult:

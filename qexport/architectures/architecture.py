@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -31,6 +31,7 @@ class Architecture:
         self.config = config
         self._like = like
         self._skeletons: dict[torch.dtype | str | None, PreTrainedModel] = {} if like is None else like._skeletons
+        self._tuples: list[bool] = [] if like is None else like._tuples
 
     @cached_property
     def parsed(self) -> PretrainedConfig:
@@ -58,6 +59,12 @@ class Architecture:
     def empty_model(self) -> PreTrainedModel:
         """A copy of the skeleton, to be filled with weights."""
         return copy.deepcopy(self.skeleton)
+
+    def returns_tuples(self, probe: Callable[[], bool]) -> bool:
+        """Whether the blocks return tuples, as `probe` finds out; it is called once for all that share parts."""
+        if not self._tuples:
+            self._tuples.append(probe())
+        return self._tuples[0]
 
     def in_dtype(self, dtype: torch.dtype) -> Architecture:
         """The same architecture with another `dtype` in config.json, which determines the dtype of some buffers."""

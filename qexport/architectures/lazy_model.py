@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -114,11 +114,14 @@ class LazyModel:
         return part.of(self._state(part.parameter))
 
     @contextmanager
-    def _loaded(self, names: Iterable[str]) -> Iterator[None]:
+    def _loaded(self, names: Iterable[str], *, wide: Container[str] = ()) -> Iterator[None]:
+        """Loads tensors; those in `wide` are widened to float32 after they were rounded to the model's dtype."""
         before: dict[str, Tensor] = {}
         try:
             for name in names:
-                self._load(name, before)
+                tensor = self.read(name)
+                self._load(name, tensor.to(at_least_float32(tensor.dtype)) if name in wide else tensor, before)
+                del tensor
             yield
         finally:
             for path, meta in before.items():
@@ -131,9 +134,9 @@ class LazyModel:
         dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
         return tensor.to(device=self.device, dtype=dtype)
 
-    def _load(self, name: str, before: dict[str, Tensor]) -> None:
-        """Reads a tensor into the model, and adds to `before` what it replaces."""
-        tensor, part = self.read(name), self._naming.parts[name]
+    def _load(self, name: str, tensor: Tensor, before: dict[str, Tensor]) -> None:
+        """Puts a tensor into the model, and adds to `before` what it replaces."""
+        part = self._naming.parts[name]
         paths = [part.parameter]
         if self.structure.tied and name == f"{self.structure.embedding}.weight":
             paths += [
@@ -174,15 +177,29 @@ def in_float32(head: nn.Module) -> Iterator[None]:
     """Makes an output head that has its weights compute in float32, if its own dtype is not wider."""
     weight, bias = head._parameters["weight"], head._parameters.get("bias")
     assert weight is not None
-    dtype = torch.promote_types(weight.dtype, torch.float32)
+    dtype = at_least_float32(weight.dtype)
     _put(head, "weight", weight.to(dtype))
     if bias is not None:
         _put(head, "bias", bias.to(dtype))
-    hook = head.register_forward_pre_hook(lambda _, args: (args[0].to(dtype), *args[1:]))
+    try:
+        with inputs_in(head, dtype):
+            yield
+    finally:
+        _put(head, "weight", weight)
+        if bias is not None:
+            _put(head, "bias", bias)
+
+
+@contextmanager
+def inputs_in(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Converts the inputs of a module."""
+    hook = module.register_forward_pre_hook(lambda _, args: (args[0].to(dtype), *args[1:]))
     try:
         yield
     finally:
         hook.remove()
-        _put(head, "weight", weight)
-        if bias is not None:
-            _put(head, "bias", bias)
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """float32, or the dtype itself if it is wider."""
+    return torch.promote_types(dtype, torch.float32)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 from transformers import PreTrainedModel
 
-from qexport.architectures.lazy_model import LazyModel, in_float32
+from qexport.architectures.lazy_model import LazyModel, at_least_float32, inputs_in
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments that a block takes besides the hidden states."""
@@ -84,7 +84,9 @@ class BlockRunner(LazyModel):
         """
         skip = () if self.structure.tied else (f"{self.structure.embedding}.",)
         names = [name for name in self._outside_blocks() if not name.startswith(skip)]
-        with self._loaded(names), in_float32(self._head):
+        owner = self.structure.embedding if self.structure.tied else self.structure.head
+        wide = {f"{owner}.weight", f"{self.structure.head}.bias"}  # in the narrow dtype they would be there as well
+        with self._loaded(names, wide=wide), inputs_in(self._head, at_least_float32(self.dtype)):
             yield self._tail
 
     @contextmanager
@@ -133,7 +135,7 @@ class BlockRunner(LazyModel):
                 hidden.append(given)
                 calls.append((args, kwargs))
                 if index == 0:
-                    self._probe(given, calls[0])
+                    self._returns_tuple = self.architecture.returns_tuples(lambda: self._probe(given, calls[0]))
                 if index == len(self._layers) - 1:
                     raise _AllRecordedError
                 return (given,) if self._returns_tuple else given
@@ -147,12 +149,12 @@ class BlockRunner(LazyModel):
                 return Batch(hidden[0], calls)
         raise AssertionError("the model's forward did not reach its last block")
 
-    def _probe(self, hidden: Tensor, call: Call) -> None:
-        """Finds out, in a run on the meta device, whether the blocks return tuples."""
+    def _probe(self, hidden: Tensor, call: Call) -> bool:
+        """Whether the blocks return tuples, in a run on the meta device."""
         args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), call)
         block = self._layers[0]
         with _experts_of_fixed_shapes(self._model), _on_meta(block):
-            self._returns_tuple = isinstance(type(block).forward(block, hidden.to("meta"), *args, **kwargs), tuple)
+            return isinstance(type(block).forward(block, hidden.to("meta"), *args, **kwargs), tuple)
 
     def _outside_blocks(self) -> list[str]:
         inside = tuple(f"{block}." for block in self.structure.blocks)

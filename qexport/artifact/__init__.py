@@ -41,7 +41,7 @@ class Environment(BaseModel):
 
 @cache
 def describe_environment(device: torch.device) -> Environment:
-    """What a run on `device` on this machine depends on. Nothing of it changes in a process."""
+    """What a run on `device` on this machine depends on."""
     import torch
 
     return Environment(

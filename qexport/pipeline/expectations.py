@@ -312,28 +312,28 @@ def _quantizing(model: _Model, chosen: Budget) -> float:
 
 
 def _preparing(model: _Model) -> float:
-    """Two models compared in two dtypes, with both their heads; and with an adapter the proof of the merge, which keeps
-    the logits of one model beside a head.
+    """Two models compared, in two dtypes or as the merge and its proof: one head after the other, the second beside the
+    logits of the first model.
     """
     tokens = _PREPARED
     wide = 8 if model.bytes_ == 4 else 4
     hidden = tokens * model.hidden * (model.bytes_ + wide)
     block = model.block * wide + 4 * model.widest + tokens * 2 * model.working
-    heads = model.head * (model.bytes_ + 4 + wide) + max(model.logits(2), model.head * model.bytes_)
-    proof = wide * model.head + 2 * 4 * tokens * model.vocabulary if model.adapter else 0
-    return _STATISTICS + hidden + max(block, heads, proof)
+    head = max(model.head * (model.bytes_ + wide), wide * model.head + model.logits(2))
+    return _STATISTICS + hidden + max(block, head + 4 * tokens * model.vocabulary)
 
 
 def _verifying(model: _Model, settings: VerifySettings, chosen: Budget) -> float:
-    """The hidden states of all models, one block, and at the end the head: with the two that are compared with each
-    other to find out whether one is enough, then with pieces of all logits.
+    """The hidden states of all models, one block, and at the end the head: two are compared with each other to find out
+    whether one is enough, then that one is widened to float32, and then there are pieces of all logits.
     """
     tokens = settings.sequence_length * max(1, min(settings.windows, settings.max_windows))
     at_once = min(tokens, max(settings.sequence_length, min(BATCH_TOKENS, chosen.compared_tokens)))
     hidden = model.compared * tokens * model.hidden * model.bytes_
     block = model.block * model.bytes_ + _ROUNDED * 4 * model.widest + at_once * model.working
-    head = model.head * (model.bytes_ + 4) + max(model.logits(model.compared), 2 * model.head * model.bytes_)
-    return _STATISTICS + hidden + max(block, head)
+    heads = 2 if model.structure.head in model.outputs.quantized else 1
+    read = model.head * (4 * heads + model.bytes_)
+    return _STATISTICS + hidden + max(block, read, 4 * heads * model.head + model.logits(model.compared))
 
 
 def _continuing(model: _Model, settings: VerifySettings) -> float:
@@ -410,10 +410,10 @@ def _verify_work(model: _Model, settings: VerifySettings, work: _Work, *, whole:
 
 @cache
 def _speed() -> float:
-    """Operations per nanosecond of one thread's processor time in a product of matrices; takes an eighth of a second,
-    once in a process.
+    """Operations per nanosecond of one thread's processor time in a product of matrices.
 
-    Processor time, since other programs may be running; the best of some tries, for the same reason.
+    The first call takes an eighth of a second. Processor time, since other programs may be running; the best of some
+    tries, for the same reason.
     """
     matrix, found = torch.ones(_SIDE, _SIDE), 0.0
     with single_thread():

@@ -42,6 +42,10 @@ def side_by_side(device: torch.device) -> Iterator[Callable[[Iterable[Task]], No
     The tasks must not depend on the number of threads; then their bits do not either.
     """
     workers = torch.get_num_threads() if device.type == "cpu" else 1
+    if workers == 1:
+        with single_thread():
+            yield _in_turn
+        return
     with single_thread(), ThreadPoolExecutor(workers, initializer=_prepare_worker) as pool:
 
         def run(tasks: Iterable[Task]) -> None:
@@ -49,6 +53,12 @@ def side_by_side(device: torch.device) -> Iterator[Callable[[Iterable[Task]], No
                 future.result()
 
         yield run
+
+
+@torch.no_grad()
+def _in_turn(tasks: Iterable[Task]) -> None:
+    for task in tasks:
+        task()
 
 
 def _prepare_worker() -> None:

@@ -10,9 +10,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from qexport.architectures.runner import Batch, BlockRunner
 from qexport.errors import NumericalError
 from qexport.tensors.source import is_finite
-from qexport.verifying.predictors import TOKENS_AT_ONCE, Predictor, windows_at_once
+from qexport.verifying.predictors import TOKENS_AT_ONCE, HiddenStates, KeptLogits, Predictor, windows_at_once
 
 DOUBLES_AT_ONCE: Final = 1 << 20
 """Values of each model whose log-probabilities are in memory in float64 at a time."""
@@ -97,6 +98,25 @@ def compare(
                 parts[number].append(figures)
         finished(windows.stop)
     return [_by_window(own, targets.shape[1]) for own in parts]
+
+
+def compare_with_kept(
+    reference: KeptLogits, runner: BlockRunner, batches: Sequence[Batch], input_ids: Tensor
+) -> TokenFigures:
+    """Figures of a model, with one whose head is no longer in memory as the reference.
+
+    Args:
+        reference: its logits.
+        runner: the model.
+        batches: its hidden states after the last block.
+        input_ids: int64 [windows, sequence_length].
+
+    Raises:
+        NumericalError: logits hold NaN or Inf.
+    """
+    with runner.head() as head:
+        (figures,) = compare([reference, HiddenStates(batches, head)], [(0, 1)], input_ids, lambda _: None)
+    return figures
 
 
 def _among(pair: Pair, present: Sequence[int]) -> Pair:

@@ -7,7 +7,7 @@ model. The weights of base and adapter are loaded one block at a time.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,8 +25,8 @@ from qexport.architectures.structure import find_blocks
 from qexport.hidden_packages import hidden
 from qexport.progress import Steps
 from qexport.tensors.safetensors_file import SafetensorsFile
-from qexport.verifying.divergence import TokenFigures, compare
-from qexport.verifying.predictors import TOKENS_AT_ONCE, Head, HiddenStates, run_in_lockstep
+from qexport.verifying.divergence import TokenFigures, compare_with_kept
+from qexport.verifying.predictors import KeptLogits, run_in_lockstep
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -123,28 +123,10 @@ def compare_merge(
         runners, ids, lambda block: steps.finished(f"merge beside PEFT, block {block}", tokens), drift=False
     )
     with runners[0].head() as head:
-        reference = _Kept(batches[0], head)
-    return ComparedMerge(*(_against(reference, *each, ids) for each in zip(runners[1:], batches[1:], strict=True)))
-
-
-class _Kept:
-    """A `Predictor` whose logits stay in memory, so that its head need not."""
-
-    def __init__(self, batches: Sequence[Batch], head: Head) -> None:
-        states = HiddenStates(batches, head)
-        self.windows = states.windows
-        self._logits = torch.cat(list(states.logits(range(self.windows))))
-
-    def logits(self, windows: range) -> Iterator[Tensor]:
-        """See `Predictor`."""
-        tokens = len(self._logits) // self.windows
-        yield from self._logits[windows.start * tokens : windows.stop * tokens].split(TOKENS_AT_ONCE)
-
-
-def _against(reference: _Kept, runner: BlockRunner, batches: Sequence[Batch], ids: Tensor) -> TokenFigures:
-    with runner.head() as head:
-        (figures,) = compare([reference, HiddenStates(batches, head)], [(0, 1)], ids, lambda _: None)
-    return figures
+        reference = KeptLogits(batches[0], head)
+    return ComparedMerge(
+        *(compare_with_kept(reference, *each, ids) for each in zip(runners[1:], batches[1:], strict=True))
+    )
 
 
 class LiveRunner(BlockRunner):
@@ -191,20 +173,20 @@ class LiveRunner(BlockRunner):
         with _of_peft("run"):
             return super()._record(ids)
 
-    def _probe(self, hidden: Tensor, call: Call) -> None:
+    def _probe(self, hidden: Tensor, call: Call) -> bool:
         """On a block without PEFT's layers, some of which cannot run on the meta device."""
         wrapped = self._model, self._layers
         self._model = self.architecture.empty_model().to(self.dtype)  # type: ignore[arg-type]
         self._layers = find_blocks(self._model)[1]
         try:
-            super()._probe(hidden, call)
+            return super()._probe(hidden, call)
         finally:
             self._model, self._layers = wrapped
 
     @contextmanager
-    def _loaded(self, names: Iterable[str]) -> Iterator[None]:
+    def _loaded(self, names: Iterable[str], *, wide: Container[str] = ()) -> Iterator[None]:
         names = list(names)
-        with super()._loaded(names):
+        with super()._loaded(names, wide=wide):
             self._fill({name.rpartition(".")[0] for name in names})
             try:
                 yield

@@ -61,6 +61,26 @@ class HiddenStates:
             yield self._head(states)[0]
 
 
+class KeptLogits:
+    """Predictions of a model whose logits stay in memory, so that its head need not.
+
+    Args:
+        batches: the hidden states after its last block.
+        head: the model's.
+    """
+
+    def __init__(self, batches: Sequence[Batch], head: Head) -> None:
+        states, at_once = HiddenStates(batches, head), len(batches[0].hidden)
+        self.windows = states.windows
+        self._pieces = {
+            first: list(states.logits(range(first, first + at_once))) for first in range(0, self.windows, at_once)
+        }
+
+    def logits(self, windows: range) -> Iterator[Tensor]:
+        """See `Predictor`."""
+        yield from self._pieces[windows.start]
+
+
 @contextmanager
 def predictors(runners: Sequence[BlockRunner], batches: Sequence[Sequence[Batch]]) -> Iterator[list[Predictor]]:
     """The predictions of models that were run block by block, valid within the context.
@@ -69,10 +89,11 @@ def predictors(runners: Sequence[BlockRunner], batches: Sequence[Sequence[Batch]
         runners: the models. A head that is bit for bit equal to the first model's is in memory only once.
         batches: each model's hidden states; some models may have only the first windows.
     """
+    shared = [_same_head(runners[0], runner) for runner in runners[1:]]  # before a head is in memory
     with ExitStack() as stack:
         heads = [stack.enter_context(runners[0].head())]
-        for runner in runners[1:]:
-            heads.append(heads[0] if _same_head(runners[0], runner) else stack.enter_context(runner.head()))
+        for runner, same in zip(runners[1:], shared, strict=True):
+            heads.append(heads[0] if same else stack.enter_context(runner.head()))
         yield [HiddenStates(own, head) for own, head in zip(batches, heads, strict=True)]
 
 

@@ -22,10 +22,10 @@ from qexport.tensors import GroupQuantizedSpec, Origin, WeightSource
 from qexport.text.prompts import EncodedPrompts
 from qexport.text.windows import HeldOut
 from qexport.verifying import VerifySettings
-from qexport.verifying.divergence import compare
+from qexport.verifying.divergence import compare_with_kept
 from qexport.verifying.estimates import Array, Units, divergence_figures, window_means
 from qexport.verifying.live_adapter import ComparedMerge, LiveAdapter, NotMeasured, compare_merge
-from qexport.verifying.predictors import predictors, run_in_lockstep
+from qexport.verifying.predictors import KeptLogits, run_in_lockstep
 
 TOKENS: Final = 1024
 """Enough: the divergence between two dtypes is nearly the same on every text."""
@@ -65,8 +65,9 @@ def noise_floor(
     batches, _ = run_in_lockstep(
         runners, ids, lambda block: steps.finished(f"noise floor, block {block}", 2 * ids.numel()), drift=False
     )
-    with predictors(runners, batches) as models:
-        (tokens,) = compare(models, [(0, 1)], ids, lambda _: None)
+    with runners[0].head() as head:
+        narrow = KeptLogits(batches[0], head)
+    tokens = compare_with_kept(narrow, runners[1], batches[1], ids)
     units = Units([None] * len(ids), "window", tokens.kl.shape[1], len(ids))
     return {figure.name: figure.value for figure in divergence_figures(tokens, units)}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections import defaultdict
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ import torch
 from hypothesis import settings
 
 import disk_cache
+from fresh import Fresh
 
 torch.set_num_threads(1)
 
@@ -48,13 +49,27 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The only place where tests are marked as slow. Those of the real model come first: their fixtures take up to half
-    a minute and are then made in one worker, since what another takes over lies at the end of its tests.
+    a minute and are then made in one worker, since what another takes over lies at the end of its tests. Those of the
+    fresh process follow, for the same reason.
     """
     slow = {name for _, name in slow_tests()}
     for item in items:
         if slow & {function_of(item), item.path.name}:
             item.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: item.get_closest_marker("smollm2") is None)
+    items.sort(key=_shared_work)
+
+
+def _shared_work(item: pytest.Item) -> int:
+    if item.get_closest_marker("smollm2"):
+        return 0
+    return 1 if "fresh" in getattr(item, "fixturenames", ()) else 2
+
+
+@pytest.fixture(scope="session")
+def fresh() -> Iterator[Fresh]:
+    found = Fresh()
+    yield found
+    found.close()
 
 
 def pytest_collection_finish() -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 import factories
+from memory_growth import LAYER, growth, wide_model
 from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.errors import CompatibilityError, NumericalError
 from qexport.progress import Notice, Progress
@@ -285,48 +284,18 @@ def test_progress_counts_blocks_and_tokens() -> None:
     assert steps == [(0, 2, 0), (1, 2, 576), (2, 2, 1152)]
 
 
-MEMORY_SCRIPT = """
-import json, resource, sys
-sys.path.insert(0, sys.argv[1])
-import torch, factories
-from qexport.quantizing.gptq import Gptq
-from qexport.quantizing.method import PassInputs
-from qexport.architectures.architecture import Architecture
-from qexport.architectures.architecture import Checkpoint
-from qexport.tensors import CalibrationSet, Origin, TensorSpec
-from pathlib import Path
-
-class Random:
-    def __init__(self, shapes): self.shapes = shapes
-    def specs(self): return {n: TensorSpec(s, torch.bfloat16) for n, s in self.shapes.items()}
-    def read(self, name): return torch.full(self.shapes[name], 0.02).normal_(0, 0.05).bfloat16()
-
-narrow = {"modules": "*.down_proj", "dense": True}  # its 3072 columns would only take time
-settings = Gptq(method="gptq", group_size=64, mse=False, overrides=[narrow], calibration={"source": "unused"})
-ids = torch.randint(factories.VOCABULARY, (8, 64))
-options = {"dtype": torch.bfloat16, "device": torch.device("cpu"), "scratch": Path("/tmp")}
-
-def peak(layers):
-    config = factories.llama_config(
-        hidden_size=192, intermediate_size=3072, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2,
-    ).to_dict()
-    architecture = Architecture(config)
-    source = Checkpoint(architecture, Random(architecture.structure.parameters), {}, Origin("folder", "random"))
-    count = 0
-    outputs = settings.plan(source)
-    for record in settings.quantize(PassInputs(source, outputs, CalibrationSet(ids, "", ""), **options)):
-        count += record.layer is not None
-    return count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-print(json.dumps([peak(int(layers)) for layers in sys.argv[2:]]))
-"""
+def quantize_wide_layers(layers: int, scratch: Path) -> None:
+    source = wide_model(layers, lambda shape: torch.empty(shape).normal_(0, 0.05))
+    narrow = {"modules": "*.down_proj", "dense": True}  # its 3072 columns would only take time
+    options = settings(group_size=64, mse=False, overrides=[narrow])
+    given = calibration(torch.randint(factories.VOCABULARY, (8, 64)))
+    records = run(source, options, given, dtype=torch.bfloat16, device=CPU, scratch=scratch)
+    assert sum(record.layer is not None for record in records) == 6 * layers
 
 
-def test_the_peak_of_memory_does_not_grow_with_the_number_of_layers() -> None:
-    """One process, the larger model last: its peak counts from the first on."""
-    command = [sys.executable, "-c", MEMORY_SCRIPT, str(Path(__file__).parent), "4", "24"]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    [(few, small), (many, large)] = json.loads(output)
-    assert (few, many) == (6 * 4, 6 * 24)
-    assert large < 1.1 * small
+def test_the_peak_of_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:
+    """The larger model's peak counts from the smaller one's on, which varies less the second time. Its other weights
+    take twice as much as is allowed.
+    """
+    _, small, large = growth(*[partial(quantize_wide_layers, layers, tmp_path) for layers in (2, 2, 16)])
+    assert large - small < 14 * LAYER * torch.bfloat16.itemsize / 2

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +14,7 @@ from peft import LoHaConfig, LoraConfig
 
 import adapters
 import factories
+from fresh import Fresh
 from live_bytes import LiveBytes
 from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.errors import NumericalError
@@ -172,7 +171,7 @@ def test_another_tokenizer_beside_the_adapter_is_noted(base: Checkpoint, tmp_pat
     assert found.checkpoint.files == files
 
 
-def test_merging_lora_does_not_import_peft(base: Checkpoint, tmp_path: Path) -> None:
+def test_merging_lora_does_not_import_peft(base: Checkpoint, tmp_path: Path, fresh: Fresh) -> None:
     adapted(base, LoraConfig(target_modules=["q_proj"]), tmp_path / "adapter")
     program = """
 import json, sys
@@ -192,5 +191,5 @@ for name in merged.adapter.changed:
     merged.checkpoint.weights.read(name)
 assert "peft" not in sys.modules
 """
-    folders = [str(tmp_path / "base"), str(tmp_path / "adapter")]
-    subprocess.run([sys.executable, "-c", program, *folders], check=True, capture_output=True)
+    done = fresh.run(program, str(tmp_path / "base"), str(tmp_path / "adapter"))
+    assert done.code == 0, done.err

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import pytest
 
 import factories
+from fresh import Fresh
 
 _BLOCKED = """
 import contextlib, io, json, sys
 
 for name in ("onnx", "onnx_ir", "onnxscript", "onnxruntime"):
+    assert name not in sys.modules
     sys.modules[name] = None
 from qexport.cli import main
 found = []
@@ -32,16 +32,16 @@ class Found:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[Found]:
+def found(tmp_path_factory: pytest.TempPathFactory, fresh: Fresh) -> list[Found]:
     """A run, the check of its artifact, and that of a recipe with the layout, in one process without the packages."""
     folder = tmp_path_factory.mktemp("extra")
     factories.save(factories.build(factories.llama_config()), folder / "base")
     path = folder / "recipe.yaml"
     path.write_text("load: {base: ./base}\nquantize: {method: none}\nexport: [{layout: safetensors}]\noutput: ./out\n")
     calls = [["run", str(path)], ["validate", str(folder / "out")], ["validate", str(path), "export=[{layout: onnx}]"]]
-    command = [sys.executable, "-c", _BLOCKED, json.dumps(calls)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return [Found(*each) for each in json.loads(output.rpartition("\0")[2])]
+    done = fresh.run(_BLOCKED, json.dumps(calls))
+    assert done.code == 0, done.err
+    return [Found(*each) for each in json.loads(done.out.rpartition("\0")[2])]
 
 
 def test_every_other_layout_works_without_the_packages(found: list[Found]) -> None:

@@ -19,11 +19,12 @@ import pytest
 
 import artifact_cases
 import factories
+from onnx_exports import traced_once
 from qexport.artifact import describe_environment
 from qexport.artifact.partial import MARKER_NAME
 from qexport.cli.app import main
 from qexport.errors import GO_ON, NumericalError, RecipeError, ResourceError
-from qexport.pipeline import Result, resuming, run
+from qexport.pipeline import Result, plan, resuming, run
 from qexport.progress import Notice, Progress
 from qexport.recipe import Recipe
 
@@ -106,8 +107,20 @@ def in_child(chosen: Recipe, *, kill_at: int | None = None) -> Ended:
     return Ended(False, events.pop(), events)
 
 
+def prepare_children(chosen: Recipe) -> None:
+    """Imports, the machine's speed and the trace, which each child would make again."""
+    for layout in plan(chosen).layouts:
+        layout.prepare()
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def each_model_is_traced_once() -> Iterator[None]:
+    with traced_once():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +133,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", CASES)
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(name: str, inputs: Path, tmp_path: Path) -> None:
     method, exports, kills = CASES[name]
-    whole = in_child(recipe(inputs, method, exports, tmp_path / "whole"))
+    chosen = recipe(inputs, method, exports, tmp_path / "whole")
+    prepare_children(chosen)
+    whole = in_child(chosen)
     assert not whole.killed
     chance = random.Random(name)
     for number in range(kills):
@@ -140,6 +155,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(name: str, inputs: Pa
 def test_a_run_that_was_killed_again_and_again_does_nothing_twice_but_the_last(inputs: Path, tmp_path: Path) -> None:
     """Killed at every tenth operation or so, until nothing is left to kill."""
     chosen, whole = (recipe(inputs, "gptq", TWO, tmp_path / name) for name in ("often", "whole"))
+    prepare_children(whole)
     operations, chance = in_child(whole).operations, random.Random(0)
     runs = [in_child(chosen, kill_at=chance.randrange(operations // 4, operations // 2)) for _ in range(3)]
     runs.append(in_child(chosen))

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import sacrebleu
 from hypothesis import given
@@ -12,6 +9,7 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenize import tokenize
 
+from fresh import Fresh
 from qexport.verifying.generation import chrf, edit_distance, first_difference, repetition_rate, rouge_l, words
 
 TOKENS = st.lists(st.integers(0, 3), max_size=12)
@@ -109,7 +107,7 @@ def test_rouge_l_counts_letters_outside_english(reference: str, text: str, score
     assert RougeScorer(["rougeL"]).score(reference, text)["rougeL"].fmeasure != pytest.approx(score)
 
 
-def test_importing_them_waits_until_a_text_is_compared() -> None:
+def test_importing_them_waits_until_a_text_is_compared(fresh: Fresh) -> None:
     program = (
         "import sys\n"
         "from qexport.verifying.generation import chrf, rouge_l\n"
@@ -118,4 +116,5 @@ def test_importing_them_waits_until_a_text_is_compared() -> None:
         "chrf('a', 'b'), rouge_l('a', 'b')\n"
         "assert {'sacrebleu', 'rouge_score'} <= sys.modules.keys()\n"
     )
-    subprocess.run([sys.executable, "-c", program], check=True)
+    done = fresh.run(program)
+    assert done.code == 0, done.err

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import IA3Config, LNTuningConfig, LoKrConfig, LoraConfig, PeftConfig
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 import adapters
 import factories
 import trained_models
+from memory_growth import LAYER, growth, wide_model
 from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.memory import Budget, keeping_to
 from qexport.artifact.figures import GateResult, find_figure
@@ -26,6 +26,7 @@ from qexport.gates.deciding import MOST_MERGE_ERROR, decide
 from qexport.merge import MergeSettings
 from qexport.merge.merging import merge
 from qexport.progress import Notice, Steps
+from qexport.tensors import Origin
 from qexport.text.windows import HeldOut
 from qexport.verifying.live_adapter import ComparedMerge, LiveAdapter, NotMeasured, compare_merge
 from qexport.verifying.reference import Preparation, merge_figures, noise_floor, prepare
@@ -260,54 +261,27 @@ def test_without_an_adapter_only_the_floor_is_measured(tmp_path: Path) -> None:
     assert found.noise_floor["mean_kl"] > 0
 
 
-MEMORY_SCRIPT = """
-import json, resource, sys
-sys.path.insert(0, sys.argv[1])
-import torch, factories
-from pathlib import Path
-from peft import LoraConfig
-from safetensors.torch import save_file
-from qexport.architectures.architecture import Architecture, Checkpoint
-from qexport.architectures.memory import Budget, keeping_to
-from qexport.merge import MergeSettings
-from qexport.merge.merging import merge
-from qexport.progress import Steps
-from qexport.tensors import Origin, TensorSpec
-from qexport.verifying.live_adapter import LiveAdapter, compare_merge
-
-class Weights:
-    def __init__(self, shapes): self.shapes = shapes
-    def specs(self): return {n: TensorSpec(s, torch.bfloat16) for n, s in self.shapes.items()}
-    def read(self, name): return torch.full(self.shapes[name], 0.02, dtype=torch.bfloat16)
-
-def peak(layers, folder):
-    config = factories.llama_config(
-        hidden_size=192, intermediate_size=3072, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2,
-    ).to_dict()
-    architecture = Architecture(config)
-    structure, origin = architecture.structure, Origin("folder", "constant")
-    base = Checkpoint(architecture, Weights(structure.parameters), {}, origin)
-    names = [linear for linear in structure.block_linears if "mlp" in linear.name]
-    LoraConfig(r=32, target_modules=["gate_proj", "up_proj", "down_proj"]).save_pretrained(folder)
+def wide_pair(layers: int, folder: Path) -> tuple[Checkpoint, Path]:
+    """A base that is made when it is read, and an adapter."""
+    base = wide_model(layers, lambda shape: torch.full(shape, 0.02))
+    names = [linear for linear in base.architecture.structure.block_linears if "mlp" in linear.name]
+    LoraConfig(r=32, target_modules=["gate_proj", "up_proj", "down_proj"]).save_pretrained(str(folder))
     tensors = {f"base_model.model.{each.name}.lora_A.weight": torch.rand(32, each.in_features) for each in names}
     tensors |= {f"base_model.model.{each.name}.lora_B.weight": torch.rand(each.out_features, 32) for each in names}
     save_file(tensors, folder / "adapter_model.safetensors")
-    del tensors
-    merged = merge(base, folder, MergeSettings(), adapter_origin=origin)
-    live = LiveAdapter(base, folder, merged.unrounded)
-    ids = torch.randint(factories.VOCABULARY, (4, 8))
-    options = {"dtype": torch.float32, "device": torch.device("cpu"), "steps": Steps(lambda _: None)}
-    found = compare_merge(merged.checkpoint, live, ids, **options)
-    assert float(found.unrounded.kl.max()) < 1e-6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return base, folder
 
-print(json.dumps([peak(int(layers), Path(sys.argv[2])) for layers in sys.argv[3:]]))
-"""
+
+def compare_merged(base: Checkpoint, adapter: Path) -> None:
+    merged = merge(base, adapter, MergeSettings(), adapter_origin=Origin("folder", "adapter"))
+    live = LiveAdapter(base, adapter, merged.unrounded)
+    ids = torch.randint(factories.VOCABULARY, (4, 8))
+    found = compare_merge(merged.checkpoint, live, ids, dtype=torch.float32, device=CPU, steps=Steps(lambda _: None))
+    assert float(found.unrounded.kl.max()) < 1e-6
 
 
 def test_the_peak_of_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:
-    """One process, the larger model last: its peak counts from the first on. All of it would be 240 MB."""
-    command = [sys.executable, "-c", MEMORY_SCRIPT, str(Path(__file__).parent), str(tmp_path), "4", "24"]
-    small, large = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    assert large < 1.1 * small
+    """The larger model's peak counts from the smaller one's on; its other weights take twice as much as is allowed."""
+    pairs = [wide_pair(layers, tmp_path / str(layers)) for layers in (2, 16)]
+    small, large = growth(*[partial(compare_merged, *pair) for pair in pairs])
+    assert large - small < 14 * LAYER * torch.bfloat16.itemsize / 2

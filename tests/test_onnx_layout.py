@@ -102,13 +102,21 @@ def test_odd_shapes_and_groups(name: str, tmp_path: Path) -> None:
     assert_same_model(made)
 
 
+HALF_CONFIGS = {
+    "llama": factories.llama_config(),
+    "falcon 7b": factories.falcon_config(num_hidden_layers=1),
+    "falcon rw": factories.falcon_rw_config(num_hidden_layers=1),
+    "falcon h1": factories.falcon_h1_config(num_hidden_layers=1),
+}
+
+
 @pytest.mark.parametrize(
     ("family", "method"),
     [*product(("llama", "falcon 7b"), ("none fp16", "gptq", "gptq act-order asymmetric", "nf4", "int8")),
      ("falcon rw", "gptq"), ("falcon h1", "gptq")],
 )  # fmt: skip
-def test_float16_activations(family: str, method: str) -> None:
-    made = exported(family, method, activations="float16")
+def test_float16_activations(family: str, method: str, tmp_path: Path) -> None:
+    made = export(run_pass(HALF_CONFIGS[family], METHODS[method]), tmp_path, activations="float16")
     model, reference = made.model(), made.reference()
     assert model.dtype == torch.float16
     assert_same_weights(made, METHODS[method].merged)

@@ -13,7 +13,7 @@ from qexport.architectures.memory import resident, return_freed_memory
 from qexport.quantizing import factorization
 from qexport.quantizing.factorization import TILE, factorize_inverse, side_by_side
 from qexport.quantizing.layer import Hessian, solve_together
-from qexport.quantizing.solver import Factor, Options, factorize
+from qexport.quantizing.solver import Options, factorize
 from qexport.records import LayerRecord
 
 CPU = torch.device("cpu")

@@ -18,6 +18,7 @@ from test_gptq_factorization import peak_above_now
 TINY = factories.falcon_config(num_hidden_layers=1)
 LARGE = factories.falcon_config(num_hidden_layers=1, hidden_size=9216, num_attention_heads=144, vocab_size=24576)
 
+
 def test_memory_does_not_grow_with_the_weights() -> None:
     parameters = sum(torch.Size(shape).numel() for shape in Architecture(LARGE.to_dict()).structure.parameters.values())
     assert 4 * parameters > 4e9

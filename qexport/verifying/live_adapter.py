@@ -191,13 +191,13 @@ class LiveRunner(BlockRunner):
         with _of_peft("run"):
             return super()._record(ids)
 
-    def _probe(self, hidden: Tensor, call: Call) -> None:
+    def _probe(self, hidden: Tensor, call: Call) -> bool:
         """On a block without PEFT's layers, some of which cannot run on the meta device."""
         wrapped = self._model, self._layers
         self._model = self.architecture.empty_model().to(self.dtype)  # type: ignore[arg-type]
         self._layers = find_blocks(self._model)[1]
         try:
-            super()._probe(hidden, call)
+            return super()._probe(hidden, call)
         finally:
             self._model, self._layers = wrapped
 

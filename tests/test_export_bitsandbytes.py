@@ -186,7 +186,8 @@ def test_transformers_reads_other_block_sizes_than_it_makes(tmp_path: Path, bloc
     with torch.no_grad():
         found = load(oracle)(input_ids=ids).logits
         assert torch.equal(qexport.load(artifact, device="cpu")(input_ids=ids).logits, found)
-        right = torch.equal(load_without_repacking(artifact)(input_ids=ids).logits, found)
+        with torch.compiler.set_stance("force_eager"):  # bitsandbytes compiles for each shape
+            right = torch.equal(load_without_repacking(artifact)(input_ids=ids).logits, found)
     assert right == all(reads_right(each, block_size) for each in shapes)
     card, misread = (artifact / "README.md").read_text(), any(misread_with_avx512(each, block_size) for each in shapes)
     assert ("takes the scales of other blocks" in card) == misread

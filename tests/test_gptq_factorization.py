@@ -14,7 +14,7 @@ from qexport.architectures.memory import resident, return_freed_memory
 from qexport.quantizing import factorization
 from qexport.quantizing.factorization import TILE, factorize_inverse, side_by_side
 from qexport.quantizing.layer import Hessian, solve_together
-from qexport.quantizing.solver import Factor, Options, factorize
+from qexport.quantizing.solver import Options, factorize
 from qexport.records import LayerRecord
 
 CPU = torch.device("cpu")
@@ -172,7 +172,7 @@ def test_beside_the_hessian_there_is_one_matrix_of_its_size() -> None:
     assert peak_above_now(lambda: hessian.flip(0, 1).add_(hessian.flip(0, 1))) > 1.9 * hessian.nbytes
 
 
-def peak_above_now(compute: Callable[[], Factor | Tensor]) -> int:
+def peak_above_now(compute: Callable[[], object]) -> int:
     """Bytes of resident memory, as far as Linux can reset the peak. What was freed earlier is given back first."""
     return_freed_memory()
     try:

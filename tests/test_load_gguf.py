@@ -6,9 +6,11 @@ import json
 import struct
 import sys
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import gguf
 import numpy as np
@@ -16,7 +18,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PretrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PretrainedConfig, PreTrainedModel
 
 import factories
 from qexport.architectures.architecture import Checkpoint
@@ -102,10 +104,20 @@ def refusal(error: type[QexportError] = InputError, name: str = "tiny.gguf") -> 
     return str(caught.value)
 
 
+def load_by_transformers(path: Path) -> PreTrainedModel:
+    """transformers parses the file's header three times, and makes gguf's table of names for every module."""
+    with (
+        patch.object(gguf, "GGUFReader", cache(gguf.GGUFReader)),
+        patch.object(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map)),
+    ):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        )
+    return model
+
+
 def assert_as_transformers_loads_it(checkpoint: Checkpoint, path: Path) -> None:
-    oracle = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-    )
+    oracle = load_by_transformers(path)
     expected = {name: t for name, t in oracle.state_dict().items() if name not in oracle.all_tied_weights_keys}
     assert list(checkpoint.weights.specs()) == list(expected)
     for name, tensor in expected.items():

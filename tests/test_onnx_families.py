@@ -24,7 +24,7 @@ from qexport.reading.onnx.model import OnnxCausalLM
 
 VOCABULARY = factories.VOCABULARY
 SIZES: dict[str, Any] = dict(
-    hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
     vocab_size=VOCABULARY, max_position_embeddings=64, bos_token_id=0, eos_token_id=0, pad_token_id=0,
 )  # fmt: skip
 SHORT_TEXT = 16
@@ -93,8 +93,8 @@ def test_heads_that_fused_attention_cannot_take_are_refused_before_anything_is_t
 @pytest.mark.parametrize(
     "config",
     [
-        BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=VOCABULARY),
-        GPTJConfig(n_embd=64, n_layer=2, n_head=4, n_positions=64, rotary_dim=8, vocab_size=VOCABULARY),
+        BloomConfig(hidden_size=64, n_layer=1, n_head=4, vocab_size=VOCABULARY),
+        GPTJConfig(n_embd=64, n_layer=1, n_head=4, n_positions=64, rotary_dim=8, vocab_size=VOCABULARY),
         Mamba2Config(hidden_size=64, num_hidden_layers=1, num_heads=8, head_dim=16, vocab_size=VOCABULARY),
     ],
     ids=lambda config: config.model_type,

@@ -28,8 +28,8 @@ from qexport.export.onnx.traced_cache import CacheTensor
 from quantized_models import QuantizedModel
 
 CONFIGS: dict[str, PretrainedConfig] = {
-    "llama": factories.llama_config(num_hidden_layers=1),
-    "falcon-h1": factories.falcon_h1_config(num_hidden_layers=1),
+    "llama": factories.FAMILIES["llama"],
+    "falcon-h1": factories.FAMILIES["falcon h1"],
 }
 KEPT = CacheTensor("key", (2, None, 16), torch.float16), CacheTensor("recurrent_state", (8, 8, 16), torch.float32)
 FIGURES = OnnxLaunch("tiny", [KEPT, KEPT], torch.float16, 384, ["model.onnx.data"], (0, 7), True)

@@ -75,19 +75,15 @@ def test_fused_attention_is_exact_too(family: str) -> None:
     assert "Softmax" not in names
 
 
+MANY_HEADS = factories.falcon_config(
+    hidden_size=71 * 8, num_attention_heads=71, ffn_hidden_size=288, num_hidden_layers=1
+)
+WIDTH_96 = factories.llama_config(hidden_size=96, intermediate_size=192, num_hidden_layers=1)
 ODD: dict[str, tuple[Any, Any]] = {
-    "71 heads, act-order rows": (
-        factories.falcon_config(hidden_size=71 * 8, num_attention_heads=71), act_order(group_size=-1, sym=False),
-    ),
-    "71 heads, 8-bit rows": (
-        factories.falcon_config(hidden_size=71 * 8, num_attention_heads=71), gptq(group_size=-1, bits=8),
-    ),
-    "groups of 48, act-order": (
-        factories.llama_config(hidden_size=96, intermediate_size=192), act_order(group_size=48, sym=False),
-    ),
-    "groups of 48, 2 bits": (
-        factories.llama_config(hidden_size=96, intermediate_size=192), gptq(group_size=48, bits=2, sym=False),
-    ),
+    "71 heads, act-order rows": (MANY_HEADS, act_order(group_size=-1, sym=False)),
+    "71 heads, 8-bit rows": (MANY_HEADS, gptq(group_size=-1, bits=8)),
+    "groups of 48, act-order": (WIDTH_96, act_order(group_size=48, sym=False)),
+    "groups of 48, 2 bits": (WIDTH_96, gptq(group_size=48, bits=2, sym=False)),
     "groups of 512 and other bits": (
         factories.llama_config(intermediate_size=1024, tie_word_embeddings=True),
         gptq(overrides=[
@@ -106,13 +102,21 @@ def test_odd_shapes_and_groups(name: str, tmp_path: Path) -> None:
     assert_same_model(made)
 
 
+HALF_CONFIGS = {
+    "llama": factories.llama_config(),
+    "falcon 7b": factories.falcon_config(num_hidden_layers=1),
+    "falcon rw": factories.falcon_rw_config(num_hidden_layers=1),
+    "falcon h1": factories.falcon_h1_config(num_hidden_layers=1),
+}
+
+
 @pytest.mark.parametrize(
     ("family", "method"),
     [*product(("llama", "falcon 7b"), ("none fp16", "gptq", "gptq act-order asymmetric", "nf4", "int8")),
      ("falcon rw", "gptq"), ("falcon h1", "gptq")],
 )  # fmt: skip
-def test_float16_activations(family: str, method: str) -> None:
-    made = exported(family, method, activations="float16")
+def test_float16_activations(family: str, method: str, tmp_path: Path) -> None:
+    made = export(run_pass(HALF_CONFIGS[family], METHODS[method]), tmp_path, activations="float16")
     model, reference = made.model(), made.reference()
     assert model.dtype == torch.float16
     assert_same_weights(made, METHODS[method].merged)

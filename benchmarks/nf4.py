@@ -20,20 +20,17 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from cost import Cost, measure
+from falcon_checkpoint import write_checkpoint
 from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
-from transformers import FalconConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from qexport.architectures.architecture import Architecture
 from qexport.architectures.structure import Structure
 
-RANK = 16
-_POOL = 1 << 24
 _CHUNK = 1 << 22
 
 
@@ -69,65 +66,18 @@ def _arguments() -> argparse.Namespace:
 
 
 def _prepare(work: Path, blocks: int, *, double_quant: bool) -> Structure:
-    """A base in shards, an adapter on every query_key_value, and the recipe."""
-    config = FalconConfig(
-        hidden_size=4544, num_attention_heads=71, num_hidden_layers=blocks, vocab_size=65024, multi_query=True,
-        parallel_attn=True, bias=False, alibi=False, new_decoder_architecture=False, bos_token_id=11, eos_token_id=11,
-        architectures=["FalconForCausalLM"], dtype="bfloat16",
-    )  # fmt: skip
-    base = work / "base"
-    config.save_pretrained(base)
-    structure = Architecture(json.loads((base / "config.json").read_text())).structure
+    """The checkpoint, and the recipe."""
     tokenizer = Tokenizer(models.WordLevel({"<|endoftext|>": 0, "<unk>": 1}, unk_token="<unk>"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(base)
-    _write_base(base, structure)
-    _write_adapter(work / "adapter", structure)
+    structure = write_checkpoint(work, blocks)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(work / "base")
     recipe = {
-        "load": {"base": str(base), "adapter": str(work / "adapter")},
+        "load": {"base": str(work / "base"), "adapter": str(work / "adapter")},
         "quantize": {"method": "nf4", "double_quant": double_quant},
         "export": [{"layout": "safetensors"}],
         "output": str(work / "artifact"),
     }
     (work / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
     return structure
-
-
-def _write_base(base: Path, structure: Structure) -> None:
-    """One shard for each block and one for the rest. All weights are cut from one pool of random values."""
-    pool = torch.empty(_POOL, dtype=torch.bfloat16).normal_(0, 0.02, generator=torch.Generator().manual_seed(0))
-    shards: dict[str, dict[str, tuple[int, ...]]] = {}
-    for name, shape in structure.parameters.items():
-        block = next((index for index, block in enumerate(structure.blocks, 1) if name.startswith(f"{block}.")), 0)
-        shards.setdefault(f"model-{block:05d}.safetensors", {})[name] = shape
-    for number, (shard, shapes) in enumerate(shards.items()):
-        save_file({name: _cut(pool, shape, number) for name, shape in shapes.items()}, base / shard, {"format": "pt"})
-    weight_map = {name: shard for shard, shapes in shards.items() for name in shapes}
-    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-
-
-def _cut(pool: torch.Tensor, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """Values from the pool over and over, from another start for each seed."""
-    result = torch.empty(shape, dtype=pool.dtype)
-    flat, start = result.view(-1), seed * 1_000_003 % _POOL
-    for position in range(0, flat.numel(), _POOL):
-        piece = flat[position : position + _POOL]
-        piece.copy_(pool.roll(start)[: len(piece)])
-    return result
-
-
-def _write_adapter(folder: Path, structure: Structure) -> None:
-    folder.mkdir()
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": ["query_key_value"]}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    generator = torch.Generator().manual_seed(1)
-    tensors = {}
-    for linears in structure.linears.values():
-        for linear in linears:
-            if linear.name.endswith(".query_key_value"):
-                prefix = f"base_model.model.{linear.name}"
-                tensors[f"{prefix}.lora_A.weight"] = torch.randn(RANK, linear.in_features, generator=generator) * 0.01
-                tensors[f"{prefix}.lora_B.weight"] = torch.randn(linear.out_features, RANK, generator=generator) * 0.01
-    save_file(tensors, folder / "adapter_model.safetensors")
 
 
 def _bitsandbytes(work: Path, blocks: int) -> None:

@@ -98,6 +98,7 @@ class LazyModel:
     def whole(self) -> Iterator[PreTrainedModel]:
         """The model with all its weights, which are released when the context ends; its head computes in float32."""
         with self._loaded(self.structure.parameters), in_float32(self._head):
+            return_freed_memory()  # what dequantizing has left; activations are of other sizes
             yield self._model
 
     def module(self, linear: LinearSpec) -> nn.Module:

@@ -47,8 +47,6 @@ class BlockRunner(LazyModel):
     without bfloat16 instructions, large layers in bfloat16 sum in another order; see `qexport.architectures.devices`.
     """
 
-    _returns_tuple: bool | None = None
-
     def embed(self, input_ids: Tensor, batch_size: int) -> list[Batch]:
         """The hidden states before the first block.
 

@@ -707,7 +707,7 @@ def test_every_command_and_option_is_documented_and_no_other() -> None:
     assert set(documented) == set(commands)
     for name, command in commands.items():
         options = {option for parameter in command.params for option in parameter.opts if option.startswith("--")}
-        assert set(re.findall(r"`(--[a-z]+)", documented[name])) == options | {"--help"}, name
+        assert set(re.findall(r"`(--[a-z-]+)", documented[name])) == options | {"--help"}, name
 
 
 def test_every_exit_code_is_documented() -> None:

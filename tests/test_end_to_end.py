@@ -419,6 +419,14 @@ def test_calibrating_on_the_held_out_text_is_refused(tmp_path: Path) -> None:
         finish(tmp_path, {"verify.text": tmp_path / "copy.jsonl"})
 
 
+def test_a_base_that_names_two_ends_of_text_is_refused_before_any_work(tmp_path: Path) -> None:
+    prepare(tmp_path, factories.llama_config(), ["q_proj"])
+    (tmp_path / "base" / "generation_config.json").write_text('{"eos_token_id": 5}')
+    with pytest.raises(InputError, match="contradict each other: 0 ends a text for the tokenizer"):
+        finish(tmp_path)
+    assert not any(path.name.startswith("out") for path in tmp_path.iterdir())
+
+
 def test_the_artifact_is_split_into_shards_of_the_size_asked_for(tmp_path: Path) -> None:
     prepare(tmp_path, factories.llama_config(), ["q_proj"])
     artifact = finish(tmp_path, {"export.0.max_shard_size": "60KB"}).artifact_path

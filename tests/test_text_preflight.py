@@ -15,7 +15,7 @@ from qexport.artifact.figures import CheckResult
 from qexport.errors import InputError
 from qexport.export.tgi.families import tgi_tokenizer_files
 from qexport.loading.small_files import has_tokenizer, read_sidecars, tokenizer_from_files
-from qexport.text.preflight import CHECKS, TokenizerFolder, preflight
+from qexport.text.preflight import CHECKS, TokenizerFolder, preflight, refuse_contradicting_ends
 from qexport.text.prompts import Prompt, read_prompts
 from qexport.text.tokenizers import template_digest, tokenizer_digest
 from qexport.text.torture import TORTURE
@@ -215,6 +215,14 @@ def test_a_token_beyond_the_embedding_in_the_base_too_is_told_and_passes(saved: 
     checks = compared(saved, nothing, rows=383)
     assert failed(checks) == set()
     assert checks["embedding"].detail.startswith("beyond the 383 rows of the embedding, as in the base: ")
+
+
+def test_a_base_that_contradicts_itself_is_refused(saved: Files) -> None:
+    refuse_contradicting_ends(opened(saved, CONFIG))
+    wrong = {**saved, "generation_config.json": b'{"eos_token_id": 1}'}
+    with pytest.raises(InputError, match=r"0 ends a text for the tokenizer, generation_config.json ends with \[1\]"):
+        refuse_contradicting_ends(opened(wrong, CONFIG))
+    refuse_contradicting_ends(opened({}, CONFIG))
 
 
 def test_an_end_that_the_files_deny_fails_although_the_base_has_it_too(saved: Files) -> None:

@@ -17,6 +17,7 @@ from qexport.quantizing.method import CalibrationSettings
 from qexport.recipe import Recipe
 from qexport.tensors import CalibrationSet
 from qexport.text.documents import Documents, read_documents, refuse_shared
+from qexport.text.preflight import TokenizerFolder, refuse_contradicting_ends
 from qexport.text.prompts import EncodedPrompts, encode_prompts, read_prompts, refuse_long
 from qexport.text.windows import HeldOut, make_held_out, make_windows
 from qexport.verifying import VerifySettings, names_file
@@ -57,7 +58,7 @@ def read_texts(
 
     Raises:
         InputError: a file cannot be read or holds too little text, or the held-out text is in the calibration set,
-            or a prompt is longer than the model's positions.
+            or a prompt is longer than the model's positions, or the model's own files do not agree on what ends a text.
     """
     documents, calibration = None, None
     tokenizer = open_tokenizer(checkpoint)
@@ -66,6 +67,7 @@ def read_texts(
         calibration = _calibration_windows(documents, settings, tokenizer, structure.vocab_size)
     if recipe.verify is None:
         return Texts(calibration, None)
+    refuse_contradicting_ends(TokenizerFolder(tokenizer, checkpoint.files, checkpoint.config))
     return Texts(
         calibration, read_evaluation(recipe.verify, tokenizer, structure, calibration=documents, progress=progress)
     )

@@ -77,6 +77,23 @@ def preflight(
     return [_check(name, *check(compared)) for name, check in CHECKS.items()]
 
 
+def refuse_contradicting_ends(base: TokenizerFolder) -> None:
+    """Refuses a model whose own files do not agree on what ends a text: every artifact of it fails `end_token`.
+
+    Raises:
+        InputError: they do not agree, or a JSON file among them is malformed.
+    """
+    if base.tokenizer is None:
+        return
+    passed, detail = _end_token(_Compared(base.tokenizer, base.tokenizer, base, base, (), 0))
+    if passed is False:
+        raise InputError(
+            f"the base's files contradict each other: {detail}",
+            where="the base's tokenizer_config.json, generation_config.json and config.json",
+            mend="name the tokenizer's end token in eos_token_id: a model may have several, listed in brackets",
+        )
+
+
 def _check(name: str, passed: bool | None, detail: str) -> CheckResult:
     return CheckResult(gate="tokenizer", name=name, passed=passed, detail=detail)
 

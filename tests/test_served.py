@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from jinja2 import UndefinedError
 from ruamel.yaml import YAML
 
 import vllm_folders
-from qexport.errors import CompatibilityError, QexportError
+from qexport.errors import CompatibilityError, InputError, QexportError
 from qexport.export import model_files
 from qexport.export.model_files import render_launch_files
 from qexport.export.served import OTHER_LAYOUT, FolderFiles, Rule, Rules, ServedModel, ServedWeights, Server
@@ -178,3 +179,16 @@ def test_the_engine_arguments_are_json_for_any_length() -> None:
     for length in (None, 1, 131072):
         made = json.loads(launch_files(VllmLaunch("a", length, "float16", [1]))["launch/triton/a/1/model.json"])
         assert made.get("max_model_len") == length
+
+
+def test_an_error_of_the_disk_breaks_no_rule() -> None:
+    def unreadable(_: Any) -> Iterator[str]:
+        raise InputError("cannot be read") from OSError(errno.EIO, "Input/output error")
+
+    def malformed(_: Any) -> Iterator[str]:
+        raise InputError("no JSON")
+
+    nothing: Any = None
+    assert not Rule[Any]("a rule", "a source", malformed).check(nothing).passed
+    with pytest.raises(InputError, match="cannot be read"):
+        Rule[Any]("a rule", "a source", unreadable).check(nothing)

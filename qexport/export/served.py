@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Generic, Self, TypeVar
 
+from qexport.artifact.disk import disk_failure
 from qexport.errors import CompatibilityError, InputError, QexportError, listed
 from qexport.tensors import TensorSpec
 from qexport.tensors.strict_files import parse_json
@@ -198,10 +199,16 @@ class Rule(Generic[ModelT]):
     disk: bool = False
 
     def check(self, model: ModelT) -> Check:
-        """Whether an artifact satisfies the rule. Values of types that the rule cannot handle break it."""
+        """Whether an artifact satisfies the rule. Values of types that the rule cannot handle break it.
+
+        Raises:
+            InputError: the disk failed.
+        """
         try:
             faults = list(self.faults(model))
         except (ArithmeticError, AttributeError, InputError, LookupError, TypeError, ValueError) as error:
+            if disk_failure(error, where=None):
+                raise
             faults = [f"cannot be judged: {type(error).__name__}: {error}"]
         detail = listed(faults, limit=3) if faults else "as required"
         return Check(self.name, self.source, not faults, detail)

@@ -258,7 +258,7 @@ class Harness:
     def _recipe(self, case: Case) -> Path:
         content = recipe(self._folder / "model", case.method, LAYOUTS[case.layout])
         if case.verified or case.old == "rejected":
-            gates = {"mean_kl": {"at_most": 1e-9 if case.old == "rejected" else 1e9}}
+            gates = {"perplexity_ratio": {"at_most": 0.5 if case.old == "rejected" else 1e9}}
             content["verify"] = {"text": str(self._folder / "held-out.jsonl"), "windows": 2, "sequence_length": 16}
             content["verify"] |= {"max_windows": 2, "profile": "off", "gates": gates}
         path = self._folder / "recipe.yaml"

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import onnx
@@ -220,12 +219,17 @@ class OnnxLayout:
 @contextmanager
 def _with_empty_data(folder: Path) -> Iterator[Path]:
     """A temporary folder with the graph, and empty files as large as its data. The checker refuses data files with a
-    second hard link, and checks only their sizes.
+    second hard link, and checks only their sizes. Its name is always the same: what a killed run has left is removed by
+    the next.
     """
-    with TemporaryDirectory(dir=folder) as name:
-        beside = Path(name)
+    beside = folder / ".checked"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    try:
         shutil.copyfile(folder / GRAPH_NAME, beside / GRAPH_NAME)
         for data in [*folder.glob("*.onnx.data"), *folder.glob("*.safetensors")]:
             (beside / data.name).touch()
             os.truncate(beside / data.name, data.stat().st_size)
         yield beside
+    finally:
+        shutil.rmtree(beside)

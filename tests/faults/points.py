@@ -17,10 +17,11 @@ from typing import Any, Final, Literal
 
 import factories
 from artifact_cases import LAYOUTS, prepare, recipe
+from qexport.artifact.digests import sha256_bytes
 from qexport.artifact.integrity import open_artifact
-from qexport.artifact.manifest import REPORT_FOLDER
+from qexport.artifact.manifest import LISTING_NAME, REPORT_FOLDER
 from qexport.artifact.partial import MARKER_NAME
-from qexport.artifact.roots import roots_path
+from qexport.artifact.roots import recording_roots, roots_path
 
 ROOT = Path(__file__).parents[2]
 SOURCE = Path(__file__).with_name("shim.c")
@@ -223,7 +224,10 @@ class Harness:
         parent = self._folder / f"point-{next(self._numbers)}"
         if case.old == "nothing":
             return Prepared(parent, parent / "new" / "out")
-        write_files(self.old(case), parent / case.result)
+        write_files(old := self.old(case), parent / case.result)
+        if LISTING_NAME in old:
+            with recording_roots(parent / case.result, {".": sha256_bytes(old[LISTING_NAME])}):
+                pass
         return Prepared(parent, parent / "out")
 
     def run(
@@ -286,7 +290,9 @@ def expected_code(case: Case) -> int:
 
 def files_in(folder: Path) -> Files:
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {name: b"" if f"{REPORT_FOLDER}/" in name else path.read_bytes() for name, path in paths.items()}
+    report = f"{REPORT_FOLDER}/"
+    timed = (report, LISTING_NAME) if any(report in name for name in paths) else ()  # a report holds the time
+    return {name: b"" if any(part in name for part in timed) else path.read_bytes() for name, path in paths.items()}
 
 
 def write_files(files: Files, folder: Path) -> None:

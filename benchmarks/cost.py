@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -31,5 +32,10 @@ def measure(command: list[str], work: Path) -> Cost:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{command[1]} ended with {process.returncode}")
+    return spent(start, usage)
+
+
+def spent(start: float, usage: resource.struct_rusage) -> Cost:
+    """What a process that began at `start`, in seconds of `os.times().elapsed`, and has ended now took."""
     wall = os.times().elapsed - start
     return Cost(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e6)  # Linux counts KiB

@@ -18,12 +18,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from cost import ROOT, Cost
+from cost import ROOT, Cost, spent
 from falcon_checkpoint import write_checkpoint
 from rich.console import Console
 from rich.table import Table
 
 from qexport.artifact.journal import Journal
+from qexport.artifact.partial import MARKER_NAME
 from qexport.pipeline import plan
 from qexport.recipe import load_recipe
 
@@ -47,8 +48,6 @@ def main() -> None:
         for kill in [*arguments.kill, None]:
             rows.append(_run(command, work, kill))
             _show(rows)  # each time: the next takes long
-        for report in sorted(work.glob("artifact*/report.md")):
-            print(report.read_text(encoding="utf-8"))
 
 
 def _arguments() -> argparse.Namespace:
@@ -71,7 +70,7 @@ def _write_tokenizer(base: Path) -> None:
 
 def _run(command: list[str], work: Path, kill: str | None) -> tuple[str, Cost]:
     """One process, killed when the journal holds what `kill` says."""
-    start = time.perf_counter()
+    start = os.times().elapsed
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
     while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
         time.sleep(1)
@@ -80,14 +79,11 @@ def _run(command: list[str], work: Path, kill: str | None) -> tuple[str, Cost]:
             kill = None
     _, status, usage = ended
     process.returncode = os.waitstatus_to_exitcode(status)
-    cost = Cost(
-        time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e6
-    )  # Linux counts KiB
-    return f"ended with {process.returncode}", cost
+    return f"ended with {process.returncode}", spent(start, usage)
 
 
 def _records(work: Path, kind: str) -> int:
-    path = work / "artifact.partial" / ".qexport-partial"
+    path = work / "artifact.partial" / MARKER_NAME
     return len(Journal(path).of_kind(kind)) if path.exists() else 0
 
 

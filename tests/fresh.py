@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -76,9 +77,18 @@ def ended(program: str, arguments: list[str]) -> tuple[int, str, str]:
 
 def executed(program: str, arguments: list[str]) -> int:
     sys.argv = ["-c", *arguments]
-    try:
+
+    def execute() -> int:
         exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})
-        code = 0
+        return 0
+
+    return exit_code(execute)
+
+
+def exit_code(call: Callable[[], int]) -> int:
+    """What a call in a fork returns, 1 with a traceback after any exception; both outputs are written out."""
+    try:
+        code = call()
     except BaseException:
         traceback.print_exc()
         code = 1

@@ -17,7 +17,7 @@ from qexport.errors import ResourceError
 from qexport.formats import Outputs
 from qexport.merge.merging import Merged
 from qexport.pipeline.expected_memory import choose_budget
-from qexport.pipeline.expected_sizes import Sizes
+from qexport.pipeline.expected_sizes import RunSizes
 from qexport.pipeline.expected_time import processor_time
 from qexport.reading.stored_model import StoredModel
 from qexport.recipe import Recipe
@@ -90,7 +90,7 @@ def expect(recipe: Recipe, merged: Merged, outputs: Outputs, artifact: int) -> E
         outputs: what quantizing will yield.
         artifact: bytes of all tensors on disk.
     """
-    sizes = Sizes(
+    sizes = RunSizes(
         merged,
         getattr(torch, recipe.merge.dtype),
         {name: spec.shape for name, spec in outputs.quantized.items()},
@@ -133,7 +133,7 @@ def budget_to_verify(
         ResourceError: on a CPU, it needs more.
     """
     shapes = {name: layer.shape for name, layer in artifact.layers.items()}
-    sizes = Sizes(merged, dtype, shapes, artifact.grids, method=None, verify=settings)
+    sizes = RunSizes(merged, dtype, shapes, artifact.grids, method=None, verify=settings)
     chosen, stages = choose_budget(sizes, _allowed(max_memory))
     if device.type == "cpu":
         _refuse_beyond(stages, max_memory, "the verification", "measure fewer or shorter windows")
@@ -158,7 +158,7 @@ def _refuse_beyond(stages: Mapping[str, int], max_memory: str | None, what: str,
     )
 
 
-def _parked(sizes: Sizes) -> float:
+def _parked(sizes: RunSizes) -> float:
     """The inputs of a block's groups and its hidden states, for each pause, and two files of hidden states from which a
     run goes on; nothing without calibration.
     """
@@ -168,7 +168,7 @@ def _parked(sizes: Sizes) -> float:
     return sizes.calibration * sizes.bytes_ * (values + 2 * sizes.hidden)
 
 
-def _beside(sizes: Sizes, merged: Merged) -> float:
+def _beside(sizes: RunSizes, merged: Merged) -> float:
     """Bytes of a layout's other files: tokenizer, manifest, report."""
     tokenizer = sum(map(len, merged.checkpoint.files.values()))
     return tokenizer + _REPORT_OF_LAYER * len(sizes.quantized) + (_REPORT if sizes.verify else 0)

@@ -9,7 +9,7 @@ import math
 from typing import Final
 
 from qexport.architectures.memory import Budget
-from qexport.pipeline.expected_sizes import Sizes
+from qexport.pipeline.expected_sizes import RunSizes
 from qexport.quantizing.gptq import Gptq
 from qexport.quantizing.gptq_pass import HESSIAN_BYTES
 from qexport.verifying import VerifySettings
@@ -46,7 +46,7 @@ PREPARED: Final = 1024
 """Tokens on which the noise floor and the merge are measured."""
 
 
-def choose_budget(sizes: Sizes, limit: float) -> tuple[Budget, dict[str, int]]:
+def choose_budget(sizes: RunSizes, limit: float) -> tuple[Budget, dict[str, int]]:
     """The least tight budget with which every stage keeps to a limit, else the tightest; and the bytes of each stage.
 
     Args:
@@ -61,7 +61,7 @@ def choose_budget(sizes: Sizes, limit: float) -> tuple[Budget, dict[str, int]]:
     return chosen, stages
 
 
-def _needs(sizes: Sizes, chosen: Budget) -> dict[str, float]:
+def _needs(sizes: RunSizes, chosen: Budget) -> dict[str, float]:
     """Bytes of each stage beyond the fixed part."""
     needs = {} if sizes.method is None else {"quantize": _quantizing(sizes, chosen)}
     if sizes.verify is not None:
@@ -71,7 +71,7 @@ def _needs(sizes: Sizes, chosen: Budget) -> dict[str, float]:
     return needs
 
 
-def _quantizing(sizes: Sizes, chosen: Budget) -> float:
+def _quantizing(sizes: RunSizes, chosen: Budget) -> float:
     """For GPTQ: the block, what the paused forwards keep, and the largest factorization or solution."""
     tensor = sizes.bytes_ * max(sizes.counts.values())
     if not isinstance(sizes.method, Gptq):
@@ -86,7 +86,7 @@ def _quantizing(sizes: Sizes, chosen: Budget) -> float:
     return max(tensor, sizes.block * sizes.bytes_ + solved) + kept
 
 
-def _preparing(sizes: Sizes) -> float:
+def _preparing(sizes: RunSizes) -> float:
     """Two models compared, in two dtypes or as the merge and its proof: one head after the other, the second beside the
     logits of the first model.
     """
@@ -98,7 +98,7 @@ def _preparing(sizes: Sizes) -> float:
     return _STATISTICS + hidden + max(block, head + 4 * tokens * sizes.vocabulary)
 
 
-def _verifying(sizes: Sizes, settings: VerifySettings, chosen: Budget) -> float:
+def _verifying(sizes: RunSizes, settings: VerifySettings, chosen: Budget) -> float:
     """The hidden states of all models, one block, and at the end the head: two are compared with each other to find out
     whether one is enough, then that one is widened to float32, and then there are pieces of all logits.
     """
@@ -111,18 +111,18 @@ def _verifying(sizes: Sizes, settings: VerifySettings, chosen: Budget) -> float:
     return _STATISTICS + hidden + max(block, read, 4 * heads * sizes.head + _logits(sizes, sizes.compared))
 
 
-def _continuing(sizes: Sizes, settings: VerifySettings) -> float:
+def _continuing(sizes: RunSizes, settings: VerifySettings) -> float:
     """A whole model with its head in float32, and the logits of a batch of prompts."""
     logits = min(sizes.prompts, ROWS) * settings.max_new_tokens * 4 * sizes.vocabulary
     return _GENERATION + sizes.whole + _LOGITS * logits
 
 
-def _fits(sizes: Sizes, limit: float) -> bool:
+def _fits(sizes: RunSizes, limit: float) -> bool:
     """Whether there are prompts, and a whole model to continue them fits."""
     return sizes.prompts > 0 and _FIXED + _GENERATION + HEADROOM * sizes.whole <= limit
 
 
-def _logits(sizes: Sizes, models: int) -> float:
+def _logits(sizes: RunSizes, models: int) -> float:
     """Bytes of a piece of the logits of some models, and of what is computed from them in float64."""
     values = TOKENS_AT_ONCE * sizes.vocabulary
     return models * 4 * values + 2 * (models + 1) * 8 * min(values, DOUBLES_AT_ONCE)

@@ -18,7 +18,7 @@ from qexport.verifying import VerifySettings
 from qexport.verifying.verification import has_nearest_rival
 
 
-class Sizes:
+class RunSizes:
     """The sizes that memory and time depend on; `bytes_` is that of a value in the merged model's dtype.
 
     Args:

@@ -15,7 +15,7 @@ from typing import Final
 import torch
 
 from qexport.pipeline.expected_memory import PREPARED
-from qexport.pipeline.expected_sizes import Sizes
+from qexport.pipeline.expected_sizes import RunSizes
 from qexport.quantizing.factorization import single_thread
 from qexport.quantizing.gptq import Gptq
 from qexport.verifying import VerifySettings
@@ -76,7 +76,7 @@ class _Work:
         self.shared += flops / _GIGAFLOPS
 
 
-def processor_time(sizes: Sizes, artifact: int, *, whole: bool) -> tuple[float, float]:
+def processor_time(sizes: RunSizes, artifact: int, *, whole: bool) -> tuple[float, float]:
     """Seconds of processor time on this machine: what all threads share, and what one does.
 
     Args:
@@ -88,7 +88,7 @@ def processor_time(sizes: Sizes, artifact: int, *, whole: bool) -> tuple[float, 
     return scale * work.shared, scale * work.single
 
 
-def _work(sizes: Sizes, artifact: int, *, whole: bool) -> _Work:
+def _work(sizes: RunSizes, artifact: int, *, whole: bool) -> _Work:
     work = _Work(single=_START + artifact * _WRITTEN + sizes.total * sizes.bytes_ * _READ)
     if isinstance(sizes.method, Gptq):
         _gptq_work(sizes, work)
@@ -99,7 +99,7 @@ def _work(sizes: Sizes, artifact: int, *, whole: bool) -> _Work:
     return work
 
 
-def _gptq_work(sizes: Sizes, work: _Work) -> None:
+def _gptq_work(sizes: RunSizes, work: _Work) -> None:
     tokens, blocks = sizes.calibration, len(sizes.blocks)
     work.products(2 * tokens * sizes.active + 4 * tokens * 512 * sizes.hidden * blocks)
     for linear in sizes.linears:
@@ -111,7 +111,7 @@ def _gptq_work(sizes: Sizes, work: _Work) -> None:
     work.single += sizes.coded * _STEPPED
 
 
-def _verify_work(sizes: Sizes, settings: VerifySettings, work: _Work, *, whole: bool) -> None:
+def _verify_work(sizes: RunSizes, settings: VerifySettings, work: _Work, *, whole: bool) -> None:
     tokens = settings.sequence_length * min(settings.windows, settings.max_windows)
     rivals = min(tokens, 16 * settings.sequence_length)
     runs = 2 * tokens + (sizes.compared - 2) * rivals + (6 if sizes.adapter else 2) * PREPARED

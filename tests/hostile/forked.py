@@ -6,11 +6,11 @@ import json
 import os
 import resource
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fresh import exit_code
 from qexport.cli import main
 
 SECONDS = 10
@@ -40,31 +40,24 @@ def fork(call: Callable[[], int], folder: Path) -> Outcome:
     sys.stderr.flush()
     child = os.fork()
     if child == 0:
-        os._exit(_limited(call, folder, outputs))
+        os._exit(exit_code(lambda: _limited(call, folder, outputs)))
     _, status, used = os.wait4(child, 0)
     out, err = (path.read_text(encoding="utf-8", errors="replace") for path in outputs)
     return Outcome(os.waitstatus_to_exitcode(status), out, err, used.ru_utime + used.ru_stime)
 
 
 def _limited(call: Callable[[], int], folder: Path, outputs: Sequence[Path]) -> int:
-    try:
-        os.chdir(folder)
-        files = [path.open("w", encoding="utf-8") for path in outputs]
-        for file, descriptor in zip(files, (1, 2), strict=True):
-            os.dup2(file.fileno(), descriptor)
-        sys.stdout = os.fdopen(1, "w", encoding="utf-8")
-        sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace")
-        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
-        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        code = call()
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    return code
+    os.chdir(folder)
+    files = [path.open("w", encoding="utf-8") for path in outputs]
+    for file, descriptor in zip(files, (1, 2), strict=True):
+        os.dup2(file.fileno(), descriptor)
+    sys.stdout = os.fdopen(1, "w", encoding="utf-8")
+    sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace")
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    return call()
 
 
 def faults(found: Outcome, expected: int, says: str, folder: Path, *, as_json: bool) -> list[str]:

@@ -21,10 +21,8 @@ from qexport.tensors import GroupQuantized
 _COLUMNS = 128
 """Columns of one strip. Only the strips' upper parts are multiplied, half of the square for a wide layer."""
 
-_ROWS = {torch.bfloat16: 1024}
-_WIDE_ROWS = 512
-"""Tokens that are multiplied at a time, by the dtype of the inputs. From twice as many on, oneDNN and MKL divide the
-sum over the tokens among the threads, and the sum's bits depend on their number."""
+_ROWS = 1024
+"""Tokens that are multiplied at a time."""
 
 _TILE = 512
 """Outputs and inputs that are multiplied at a time for the error of the outputs."""
@@ -51,13 +49,16 @@ class Hessian:
         inputs = inputs.reshape(-1, inputs.shape[-1])
         self.tokens += inputs.shape[0]
         with _bfloat16_products(inputs.dtype):
-            for part in inputs.split(_ROWS.get(inputs.dtype, _WIDE_ROWS)):
+            for part in inputs.split(_ROWS):
                 self._add_rows(part.to(torch.float32))
 
     def _add_rows(self, rows: Tensor) -> None:
-        for start in range(0, rows.shape[1], _COLUMNS):
+        def add(start: int) -> None:
             strip = rows[:, start : start + _COLUMNS]
             self._sum[start : start + _COLUMNS, start:].addmm_(strip.t(), rows[:, start:])
+
+        with side_by_side(rows.device) as run:
+            run(partial(add, start) for start in range(0, rows.shape[1], _COLUMNS))
 
     def matrix(self) -> Tensor:
         """The mean of `x x^T` over the tokens: float32 [in, in], symmetric. A view; nothing may be added after it."""

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 import factories
 from adapters import load_adapter
+from qexport import pipeline
 from qexport.architectures.memory import Budget, Memory, budget
 from qexport.artifact.figures import find_figure
 from qexport.artifact.manifest import MANIFEST_NAME
@@ -157,6 +158,8 @@ def test_gates_decide_the_exit_code(
         ("recipe.yaml", ["verify.text=[]"], "verify.text"),
         ("recipe.yaml", ["--report", "recipe.yaml"], "a file is in the way of the report's folder"),
         ("recipe.yaml", ["--max-memory", "8"], "'8' is not a size"),
+        ("recipe.yaml", ["--max-memory", ""], "'' is not a size"),
+        ("no such model", ["--max-memory", "8 apples"], "where: --max-memory"),
         ("recipe.yaml", ["max_memory=0GB"], "max_memory"),
     ],
 )
@@ -164,6 +167,8 @@ def test_options_that_do_not_go_together_are_refused(
     made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     reference: str, options: list[str], words: str,
 ) -> None:  # fmt: skip
+    """Before the pipeline is called, whose import takes seconds."""
+    monkeypatch.setattr(pipeline, "verify", None)
     monkeypatch.chdir(made)
     recipe = (made / "recipe.yaml").read_text().splitlines()
     (made / "bare.yaml").write_text("\n".join(line for line in recipe if not line.startswith("verify")))

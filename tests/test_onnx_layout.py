@@ -48,8 +48,8 @@ PAIRS = sorted(
 """Every family with codes and without, every method with two families. W8A8 rounds activations: see below."""
 
 HALF = 0.01
-"""Of the largest logit, in float16. A rounding adds up to 2**-11, some twenty lie on the way through two blocks, and
-the differences of attention's and the norms' inputs come on top of these."""
+"""Of the largest logit, in float16. A rounding adds up to 2**-11, some ten lie on the way through each of the one or
+two blocks, and the differences of attention's and the norms' inputs come on top of these."""
 
 
 @pytest.mark.parametrize(("family", "method"), PAIRS)

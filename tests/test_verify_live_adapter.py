@@ -172,12 +172,20 @@ def test_a_fault_is_caught_although_all_of_the_adapters_effect_is_close_to_noise
 
 
 def test_fewer_windows_at_a_time_give_the_same_figures(weak: Case) -> None:
+    """Products in float32 may depend on the batch: logits then move by less than `moved`, and a divergence, which grows
+    with the square of the logits' distance, by so much times that distance. Other windows differ by far more.
+    """
+    moved = 3e-5
     found = compared(weak.merged, weak.live)
     with keeping_to(Budget(compared_tokens=128)):
         batched = compared(weak.merged, weak.live)
     for ours, theirs in ((found.merged, batched.merged), (found.base, batched.base)):
         assert ours.kl.shape == theirs.kl.shape
-        assert torch.allclose(ours.kl, theirs.kl, rtol=1e-6, atol=1e-12)
+        allowed = moved * (2 * theirs.kl).sqrt() + moved**2
+        assert bool(((ours.kl - theirs.kl).abs() <= allowed).all())
+        for other in range(1, len(theirs.kl)):
+            differs = (ours.kl - theirs.kl.roll(other, 0)).abs() > allowed
+            assert bool((differs.float().mean(1) > 0.9).all()), "a window in another's place would go unnoticed"
 
 
 def gate(found: ComparedMerge, noise: float) -> GateResult:

@@ -5,7 +5,6 @@ prints the result.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -14,9 +13,11 @@ import typer
 
 from qexport.cli.app import AsJson, Debug, Failure, Overrides, RecipePath, app, reporting_errors, showing_progress
 from qexport.cli.terminal import stdout, write, write_json
-from qexport.errors import CompatibilityError, RecipeError, listed
+from qexport.errors import CompatibilityError, GateFailed, GateUndecided, RecipeError, listed
 
 if TYPE_CHECKING:
+    from qexport.artifact.report import Report
+    from qexport.cli.verifying import References
     from qexport.pipeline import Result
 
 
@@ -85,36 +86,10 @@ def verify(
 ) -> None:
     """Compare a finished artifact with its base and adapter, and decide its gates."""
     with reporting_errors(as_json=as_json, debug=debug, interrupted="interrupted; nothing was written"):
-        from qexport.cli.verifying import References, reference_of, verify_command
-        from qexport.reporting.writing import check_report_folder, write_report
+        from qexport.cli.verifying import References
 
-        if report_folder is not None:
-            check_report_folder(report_folder)
-        chosen = reference_of(References(reference, overrides or (), adapter, text or (), prompts, gates, max_memory))
-        from qexport import pipeline  # takes seconds; errors in the arguments should come first
-        from qexport.gates.deciding import gates_error
-
-        options: dict[str, Sequence[str | Path | None]] = {
-            "--adapter": [adapter],
-            "--text": text or [],
-            "--prompts": [prompts],
-            "--gates": [gates],
-            "--max-memory": [max_memory],
-        }
-        with showing_progress() as progress:
-            found = pipeline.verify(
-                artifact,
-                chosen.load,
-                chosen.settings,
-                merging=chosen.merging,
-                max_memory=chosen.max_memory,
-                command=verify_command(artifact.resolve().name, reference, overrides or (), options),
-                device=device,
-                progress=progress,
-            )
-        unmet = gates_error(found.gates, str(artifact))
-        if report_folder is not None:
-            write_report(found, report_folder)
+        options = References(reference, overrides or (), adapter, text or (), prompts, gates, max_memory)
+        found, unmet = _measured(artifact, options, report_folder, device)
     written = "" if report_folder is None else f"; the report in {report_folder} is complete"
     with reporting_errors(as_json=as_json, debug=debug, interrupted=f"interrupted{written}"):
         if as_json:
@@ -126,6 +101,36 @@ def verify(
     with reporting_errors(debug=debug):
         if unmet:
             raise unmet
+
+
+def _measured(
+    artifact: Path, options: References, report_folder: Path | None, device: str
+) -> tuple[Report, GateFailed | GateUndecided | None]:
+    """The report, which is written to its folder too, and what its gates raise."""
+    from qexport.cli.verifying import reference_of
+    from qexport.reporting.writing import check_report_folder, write_report
+
+    if report_folder is not None:
+        check_report_folder(report_folder)
+    chosen = reference_of(options)
+    from qexport import pipeline  # takes seconds; errors in the arguments should come first
+    from qexport.gates.deciding import gates_error
+
+    with showing_progress() as progress:
+        found = pipeline.verify(
+            artifact,
+            chosen.load,
+            chosen.settings,
+            merging=chosen.merging,
+            max_memory=chosen.max_memory,
+            command=options.command(artifact),
+            device=device,
+            progress=progress,
+        )
+    unmet = gates_error(found.gates, str(artifact))
+    if report_folder is not None:
+        write_report(found, report_folder)
+    return found, unmet
 
 
 @app.command()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from qexport.amounts import checked_size
 from qexport.errors import RecipeError
 from qexport.gates import read_gates
 from qexport.loading import LoadSettings
@@ -41,6 +42,17 @@ class References:
     gates: Path | None
     max_memory: str | None
 
+    def command(self, artifact: Path) -> str:
+        """The command that repeats the measurement of this artifact."""
+        further: dict[str, Sequence[str | Path | None]] = {
+            "--adapter": [self.adapter],
+            "--text": self.text,
+            "--prompts": [self.prompts],
+            "--gates": [self.gates],
+            "--max-memory": [self.max_memory],
+        }
+        return verify_command(artifact.resolve().name, self.reference, self.overrides, further)
+
 
 @dataclass(frozen=True)
 class Chosen:
@@ -56,8 +68,9 @@ def reference_of(options: References) -> Chosen:
     """Reads the recipe and the file of gates.
 
     Raises:
-        RecipeError: one of them is wrong, there is no held-out text, or options exclude each other.
+        RecipeError: one of them or an option is wrong, there is no held-out text, or options exclude each other.
     """
+    _check_limit(options.max_memory)
     chosen = _from_recipe(options) if options.reference.endswith(_RECIPES) else _from_model(options)
     if options.gates is None:
         return chosen
@@ -66,13 +79,22 @@ def reference_of(options: References) -> Chosen:
     return replace(chosen, settings=chosen.settings.model_copy(update=update))
 
 
+def _check_limit(max_memory: str | None) -> None:
+    if max_memory is None:
+        return
+    try:
+        checked_size(max_memory)
+    except ValueError as error:
+        raise RecipeError(str(error), where="--max-memory", mend="give bytes with their unit") from error
+
+
 def _from_recipe(options: References) -> Chosen:
     if options.adapter is not None:
         raise RecipeError(
             "--adapter is for a model as reference; a recipe names its own adapter", mend="give load.adapter=ADAPTER"
         )
     recipe = load_recipe(options.reference, options.overrides)
-    max_memory = options.max_memory or recipe.max_memory
+    max_memory = recipe.max_memory if options.max_memory is None else options.max_memory
     if recipe.verify is None:
         if not options.text:
             raise _no_text(f"{options.reference} has no verify")

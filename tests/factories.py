@@ -149,6 +149,17 @@ FAMILIES: dict[str, PretrainedConfig] = {
 """A tiny model of each family that is supported by name."""
 
 
+def with_blocks(config: PretrainedConfig, blocks: int) -> PretrainedConfig:
+    """The first blocks of a model whose blocks are alike."""
+    found = copy.deepcopy(config)
+    found.num_hidden_layers = blocks
+    kinds = getattr(found, "layer_types", None)
+    if kinds is not None:
+        assert len(set(kinds)) == 1
+        found.layer_types = kinds[:blocks]
+    return found
+
+
 def build(config: PretrainedConfig, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
     """A model with random weights that are large enough for its logits to differ between tokens.
 

@@ -1,7 +1,7 @@
 """Programs as in a fresh interpreter that has imported torch and transformers, in forks of one process.
 
 The imports take some six seconds of processor time. The process has imported nothing else: neither qexport nor what
-tests import.
+tests import. It has another seed of Python's hashes than the tests.
 """
 
 from __future__ import annotations
@@ -35,12 +35,13 @@ class Fresh:
         """Runs the source of a program, which finds the arguments in `sys.argv[1:]`."""
         if self._process is None:
             paths = os.pathsep.join(filter(None, sys.path))
+            seed = 1 + (os.environ.get("PYTHONHASHSEED") == "1")
             self._process = subprocess.Popen(
                 [sys.executable, __file__],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
-                env=os.environ | {"PYTHONPATH": paths},
+                env=os.environ | {"PYTHONPATH": paths, "PYTHONHASHSEED": str(seed)},
             )
         assert self._process.stdin is not None
         assert self._process.stdout is not None

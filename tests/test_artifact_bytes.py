@@ -7,11 +7,11 @@ processor or version of torch that has no record (there on a commit whose bytes 
     python tests/test_artifact_bytes.py --write
 
 GPTQ's codes come from matrix products. Their last bits depend on the processor's instructions, on its maker (MKL
-chooses by that) and on torch, so the files with codes have a digest for each. Those of AMD processors with AVX2 alone and
-with AVX-512 have the same codes, but for some codes of 8 bits and of experts; most of their losses, which the manifest's
-layers hold, differ. A processor without AVX-512 can be emulated in part only: on one with it, setting
-ATEN_CPU_CAPABILITY=avx2 changed no file; ONEDNN_MAX_CPU_ISA=AVX2 and MKL_ENABLE_INSTRUCTIONS=AVX2 with it changed a few
-of those, and no others. The key of such a record names the variables, since a real one may give other bytes.
+chooses by that) and on torch, so the files with codes have a digest for each. The codes of AMD processors with AVX2
+alone and with AVX-512 are the same, but for some of 8 bits and of experts; most of their losses, which the manifest's
+layers hold, differ. A processor without AVX-512 can be emulated in part only: on one with it, ATEN_CPU_CAPABILITY=avx2
+changed no file; ONEDNN_MAX_CPU_ISA=AVX2 and MKL_ENABLE_INSTRUCTIONS=AVX2 with it changed a few of those with codes, and
+no others. The key of such a record names the variables, since a real one may give other bytes.
 """
 
 from __future__ import annotations

@@ -41,6 +41,7 @@ print(json.dumps(found))
 
 WIDE = factories.llama_config(intermediate_size=5120, num_hidden_layers=1)
 ROWS = factories.llama_config(vocab_size=200_000, hidden_size=256)
+COMPARED = factories.llama_config(vocab_size=100_000, hidden_size=256)
 
 
 def made(folder: Path, config: PretrainedConfig, method: dict[str, Any], *, verified: bool = False) -> Path:
@@ -76,7 +77,7 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [
         made(folder / "nf4", ROWS, {"method": "nf4"}),
         made(folder / "gptq", WIDE, GPTQ),
-        made(folder / "verified", ROWS, {"method": "none"}, verified=True),
+        made(folder / "verified", COMPARED, {"method": "none"}, verified=True),
     ]
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import getpass
 import hashlib
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import torch
 from pydantic import ValidationError
 
 import factories
+from fresh import Fresh
 from onnx_exports import METHODS as QUANTIZERS
 from onnx_exports import (
     Export,
@@ -162,21 +161,21 @@ def one_block_in_float16(folder: Path) -> None:
     export(done, folder, activations="float16")
 
 
-def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
+def test_two_processes_write_the_same_bytes(fresh: Fresh, tmp_path: Path) -> None:
     """This one and another with another number of threads, another seed of Python's hashes and a trace of its own, in
     folders of other names.
     """
-    seed = 1 + (os.environ.get("PYTHONHASHSEED") == "1")
-    tests, threads = Path(__file__).parent, 2
     code = (
-        f"import sys, torch; sys.path.insert(0, {str(tests)!r}); torch.set_num_threads({threads})\n"
-        "from pathlib import Path; import disk_cache, onnx_exports\n"
-        f"disk_cache.FOLDER = Path({str(tmp_path / 'cache')!r})\n"
+        "import sys, torch; torch.set_num_threads(2)\n"
+        "print(hash('seed')); from pathlib import Path; import disk_cache\n"
+        "disk_cache.FOLDER = Path(sys.argv[1])\n"
         "import test_onnx_sharing\n"
-        f"test_onnx_sharing.one_block_in_float16(Path({str(tmp_path / 'another one')!r}))"
+        "test_onnx_sharing.one_block_in_float16(Path(sys.argv[2]))"
     )
-    environment = os.environ | {"PYTHONHASHSEED": str(seed), "OMP_NUM_THREADS": str(threads)}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+    done = fresh.run(code, str(tmp_path / "cache"), str(tmp_path / "another one"))
+    assert done.code == 0, done.err
+    assert int(done.out.split()[0]) != hash("seed")
+    assert (tmp_path / "cache").exists(), "it has taken a trace of ours"
     assert torch.get_num_threads() == 1
     one_block_in_float16(tmp_path / "one")
     first, second = (digests(tmp_path / name / "onnx") for name in ("one", "another one"))

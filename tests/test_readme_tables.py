@@ -5,19 +5,20 @@ from __future__ import annotations
 import re
 import tempfile
 from atexit import register
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from pydantic import TypeAdapter
-from transformers import Phi3Config
+from transformers import Phi3Config, PretrainedConfig
 from transformers.utils import logging
 
 import factories
+from onnx_exports import CONFIGS as GRAPHS
 from onnx_exports import traced_once
 from qexport.architectures.architecture import Checkpoint
 from qexport.errors import CompatibilityError
@@ -40,6 +41,9 @@ WIDE = {
     "phi 3": Phi3Config(**(factories.FAMILIES["phi 3"].to_dict() | dict(hidden_size=128, intermediate_size=256))),
 }
 """TGI's kernel for layers that hold several linears takes widths that are multiples of 128 only."""
+
+Kind = Literal["plain", "wide", "graph"]
+MODELS: Mapping[Kind, Mapping[str, PretrainedConfig]] = {"plain": factories.FAMILIES, "wide": WIDE, "graph": GRAPHS}
 
 
 def rows(first: str) -> list[list[str]]:
@@ -84,15 +88,15 @@ def each_model_is_traced_once() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Quantized:
-    """A model's cell without the layout: a family, its model if there is a wide one, and the method's cell."""
+    """A model's cell without the layout: a family, the kind of its model, and the method's cell."""
 
     family: str
-    wide: bool
+    kind: Kind
     named: str
 
     @property
     def checkpoint(self) -> Checkpoint:
-        return loaded(self.family, wide=self.wide)
+        return loaded(self.family, self.kind)
 
     @property
     def method(self) -> Method:
@@ -131,18 +135,22 @@ class Quantized:
 
 
 @cache
-def loaded(family: str, *, wide: bool) -> Checkpoint:
+def loaded(family: str, kind: Kind) -> Checkpoint:
     """As the loader finds it in a folder."""
     logging.disable_progress_bar()
     folder = tempfile.TemporaryDirectory()
     register(folder.cleanup)
-    config = (WIDE if wide else factories.FAMILIES)[family]
+    config = MODELS[kind][family]
     return load_checkpoint(LoadSettings(base=str(factories.save(factories.build(config), Path(folder.name)))))
 
 
 def quantized(family: str, layout: str, named: str) -> Quantized:
-    """Once for all layouts that take the same model. For a graph the width does not matter, and it is traced anyway."""
-    return made(family, family in WIDE and layout != "onnx", named)
+    """Once for all layouts that take the same model. For a graph the width does not matter, and its model is one that
+    other tests trace too.
+    """
+    if layout == "onnx" and family in GRAPHS:
+        return made(family, "graph", named)
+    return made(family, "wide" if family in WIDE else "plain", named)
 
 
 made = cache(Quantized)

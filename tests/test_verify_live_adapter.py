@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import IA3Config, LNTuningConfig, LoKrConfig, LoraConfig, PeftConfig
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 import adapters
 import factories
@@ -41,12 +41,17 @@ def lora(*modules: str, **options: object) -> LoraConfig:
     return LoraConfig(r=4, lora_alpha=8, target_modules=list(modules), **options)  # type: ignore[arg-type]
 
 
-MODELS: Mapping[str, PreTrainedModel] = {
-    "llama": trained_models.trained(),
-    "tied": factories.build(factories.qwen2_config()),
-    "gpt-2": factories.build(factories.gpt2_config(tie_word_embeddings=False)),
-    "mixtral": factories.build(factories.mixtral_config()),
+CONFIGS: Mapping[str, PretrainedConfig] = {
+    "tied": factories.qwen2_config(),
+    "gpt-2": factories.gpt2_config(tie_word_embeddings=False),
+    "mixtral": factories.mixtral_config(),
 }
+
+
+@cache
+def model_of(family: str) -> PreTrainedModel:
+    return trained_models.trained() if family == "llama" else factories.build(CONFIGS[family])
+
 
 CASES: Mapping[str, tuple[str, PeftConfig]] = {
     "some layers": ("llama", lora("q_proj", "v_proj")),
@@ -78,7 +83,7 @@ class Case:
 
 
 def make(folder: Path, family: str, config: PeftConfig, *, dtype: str = "bfloat16", spread: float = 0.1) -> Case:
-    model = MODELS[family]
+    model = model_of(family)
     adapter = adapters.save_adapter(model, config, folder / "adapter", spread=spread)
     base = adapters.save_base(model, folder / "base")
     merged = merge(base, adapter, MergeSettings.model_validate({"dtype": dtype}), adapter_origin=adapters.ORIGIN)
@@ -110,7 +115,7 @@ def test_an_adapter_of_which_one_layer_was_left_out_is_seen(tmp_path: Path) -> N
     case = make(tmp_path, "llama", lora("q_proj", "v_proj", "down_proj"))
     tensors = adapters.read_tensors(case.live.folder)
     lost = {key: tensor * 0 if "layers.1.mlp.down_proj" in key else tensor for key, tensor in tensors.items()}
-    partly = adapters.save_adapter(MODELS["llama"], lora("q_proj", "v_proj", "down_proj"), tmp_path / "partly")
+    partly = adapters.save_adapter(model_of("llama"), lora("q_proj", "v_proj", "down_proj"), tmp_path / "partly")
     adapters.write_tensors(partly, lost)
     merged = merge(case.base, partly, MergeSettings(), adapter_origin=adapters.ORIGIN).checkpoint
     assert float(compared(merged, case.live).merged.kl.mean()) > 30 * floor(case.merged)
@@ -263,7 +268,7 @@ def test_a_merge_that_was_not_measured_is_named_and_has_no_figure(tmp_path: Path
 
 
 def test_without_an_adapter_only_the_floor_is_measured(tmp_path: Path) -> None:
-    found = prepared(adapters.save_base(MODELS["llama"], tmp_path), None, [])
+    found = prepared(adapters.save_base(model_of("llama"), tmp_path), None, [])
     assert found.figures == ()
     assert found.unconfirmed == ()
     assert found.noise_floor["mean_kl"] > 0

@@ -16,19 +16,13 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import torch
 from hypothesis import settings
 
-import disk_cache
 from fresh import Fresh
-
-torch.set_num_threads(1)
 
 # Speed is measured in benchmarks/, not in tests: coverage and busy cores make single examples slow.
 settings.register_profile("qexport", deadline=None)
 settings.load_profile("qexport")
-
-disk_cache.start()  # before the tests import qexport
 
 SLOW = Path(__file__).parent / "slow.txt"
 """What `make quick` leaves out, one a line: seconds or a reason, then a file or one of its functions. The lines with
@@ -43,6 +37,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    """The process that only hands tests to workers imports no torch, which takes seconds before they start."""
+    if hasattr(config, "workerinput") or not getattr(config.option, "numprocesses", None):
+        import torch
+
+        import disk_cache
+
+        torch.set_num_threads(1)
+        disk_cache.start()  # before the tests import qexport
     if config.getoption("--measure-slow"):
         config.pluginmanager.register(Measure())
 

@@ -88,6 +88,12 @@ def test_the_readme_shows_what_the_recipe_file_holds() -> None:
     assert shown == stands
 
 
+def test_the_readme_shows_a_root_digest_for_each_layout_of_the_recipe() -> None:
+    shown = re.findall(r"^Root digest  [0-9a-f]{64}  (\w+)$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    recipe = (ROOT / "recipes/gptq-4bit.yaml").read_text()
+    assert shown == re.findall(r"layout: (\w+)", recipe)
+
+
 def test_the_changelog_has_an_unreleased_section() -> None:
     assert "## [Unreleased]" in (ROOT / "CHANGELOG.md").read_text()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +94,26 @@ def test_no_end_token_and_no_penalty_of_the_model_enters(
     assert np.isfinite(found.artifact_tokens_per_second).all()
 
 
-def test_a_slower_model_is_told_from_a_faster_one() -> None:
-    fast, slow = (factories.build(factories.llama_config()) for _ in range(2))
-    slow.register_forward_pre_hook(lambda *_: time.sleep(0.05))
-    found = measure_speed((fast, slow), PROMPT[:1], SETTINGS)
-    assert min(found.artifact_first_token_seconds) > 0.05
-    assert max(found.artifact_tokens_per_second) < 20
-    assert median_interval(found.speed_ratios).high < 1 < median_interval(found.first_token_ratios).low
+def test_a_slower_model_is_told_from_a_faster_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that only their forwards move, since other programs would move a real one too."""
+    passed = 0.0
+
+    def taking(seconds: float) -> PreTrainedModel:
+        def forward(*_: object) -> None:
+            nonlocal passed
+            passed += seconds
+
+        model = factories.build(factories.llama_config())
+        model.register_forward_pre_hook(forward)
+        return model
+
+    monkeypatch.setattr("qexport.verifying.speed.perf_counter", lambda: passed)
+    found = measure_speed((taking(0.01), taking(0.05)), PROMPT[:1], SETTINGS)
+    assert found.artifact_first_token_seconds == pytest.approx([0.05] * 6)
+    assert found.artifact_tokens_per_second == pytest.approx([20.0] * 6)
+    speed, first = median_interval(found.speed_ratios), median_interval(found.first_token_ratios)
+    assert (speed.low, speed.high) == pytest.approx((0.2, 0.2))
+    assert (first.low, first.high) == pytest.approx((5.0, 5.0))
 
 
 def test_without_room_for_both_nothing_is_measured(

@@ -158,9 +158,9 @@ def test_gates_decide_the_exit_code(
         ("recipe.yaml", ["verify.text=[]"], "verify.text"),
         ("recipe.yaml", ["--report", "recipe.yaml"], "a file is in the way of the report's folder"),
         ("recipe.yaml", ["--max-memory", "8"], "'8' is not a size"),
+        ("recipe.yaml", ["max_memory=0GB"], "max_memory"),
         ("recipe.yaml", ["--max-memory", ""], "'' is not a size"),
         ("no such model", ["--max-memory", "8 apples"], "where: --max-memory"),
-        ("recipe.yaml", ["max_memory=0GB"], "max_memory"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(

@@ -55,8 +55,8 @@ SEVERAL_BLOCKS = ("llama", "falcon 7b", "falcon h1", "gpt-2", "gemma 2", "gemma 
 """Two kinds of cache, blocks that differ, and what tests/artifact_cases.py traces."""
 
 CONFIGS: Mapping[str, PretrainedConfig] = {
-    name: config if name in SEVERAL_BLOCKS else factories.with_blocks(config, 1)
-    for name, config in factories.FAMILIES.items()
+    name: factories.FAMILIES[name] if name in SEVERAL_BLOCKS else factories.with_blocks(factories.FAMILIES[name], 1)
+    for name in FAMILIES
 }
 """The others have one block: the time of a trace grows with the blocks."""
 

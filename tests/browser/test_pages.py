@@ -13,6 +13,7 @@ import pytest
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
+from selenium.webdriver.support.wait import WebDriverWait
 
 import reports
 import rich_report
@@ -139,7 +140,7 @@ def test_a_request_would_be_seen(browser: Browser, small: str) -> None:
 
 def test_the_policy_stops_what_would_be_loaded(browser: Browser, small: str) -> None:
     browser.open(small.replace("</body>", '<script>document.title = "caught"</script></body>'))
-    assert any("Content Security Policy" in complaint for complaint in browser.complaints())
+    WebDriverWait(browser.driver, 10).until(lambda _: "Content Security Policy" in " ".join(browser.complaints()))
     assert browser.driver.title != "caught"
 
 
@@ -278,3 +279,22 @@ def test_printed_it_is_light_and_has_no_navigation(browser: Browser, rich: str) 
     assert luminance(browser.style("body", "backgroundColor")) == pytest.approx(1.0)
     assert contrast(browser.style("body", "color"), "rgb(255, 255, 255)") >= 7
     assert browser.style("nav", "display") == "none"
+
+
+def test_a_phone_shows_every_value_of_a_gate(browser: Browser, rich: str) -> None:
+    browser.open(rich, width=PHONE)
+    hidden = browser.run(
+        """return [...document.querySelectorAll('#gates td[data-label]')].filter(cell => {
+            const box = cell.getBoundingClientRect()
+            return box.left < 0 || box.right > innerWidth || cell.scrollWidth > cell.clientWidth
+        }).map(cell => cell.textContent)"""
+    )
+    assert browser.run("return document.querySelectorAll('#gates td[data-label]').length")
+    assert hidden == []
+    assert browser.run("return getComputedStyle(document.querySelector('#gates td[data-label]'), '::before').content")
+
+
+@pytest.mark.parametrize("width", [PHONE, DESKTOP])
+def test_a_shadow_shows_that_a_table_goes_on(browser: Browser, rich: str, width: int) -> None:
+    browser.open(rich, width=width)
+    assert "linear-gradient" in browser.style("#layers .scroll", "backgroundImage")

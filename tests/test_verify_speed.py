@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +95,25 @@ def test_no_end_token_and_no_penalty_of_the_model_enters(
     assert np.isfinite(found.artifact_tokens_per_second).all()
 
 
-def test_a_slower_model_is_told_from_a_faster_one() -> None:
+def test_a_slower_model_is_told_from_a_faster_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that only the models move: how busy the machine is changes nothing."""
+    now = 0.0
+
+    def takes(seconds: float) -> Callable[..., None]:
+        def move(*_: object) -> None:
+            nonlocal now
+            now += seconds
+
+        return move
+
+    monkeypatch.setattr("qexport.verifying.speed.perf_counter", lambda: now)
     fast, slow = (factories.build(factories.llama_config()) for _ in range(2))
-    slow.register_forward_pre_hook(lambda *_: time.sleep(0.05))
+    for model, seconds in ((fast, 0.01), (slow, 0.05)):
+        model.register_forward_pre_hook(takes(seconds))
     found = measure_speed((fast, slow), PROMPT[:1], SETTINGS)
-    assert min(found.artifact_first_token_seconds) > 0.05
-    assert max(found.artifact_tokens_per_second) < 20
+    assert found.artifact_first_token_seconds == pytest.approx([0.05] * SETTINGS.repeats)
+    assert found.artifact_tokens_per_second == pytest.approx([20.0] * SETTINGS.repeats)
+    assert found.reference_tokens_per_second == pytest.approx([100.0] * SETTINGS.repeats)
     assert median_interval(found.speed_ratios).high < 1 < median_interval(found.first_token_ratios).low
 
 

@@ -1,8 +1,9 @@
-"""Amounts as people read them: bytes, time, counts."""
+"""Amounts as people read them: bytes, times, counts."""
 
 from __future__ import annotations
 
 import re
+from datetime import UTC, datetime
 from typing import Final
 
 _UNITS: Final = ((9, "GB"), (6, "MB"), (3, "kB"))
@@ -52,6 +53,11 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def moment(when: datetime) -> str:
+    """`2026-11-29 06:12 UTC`."""
+    return f"{when.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
 
 
 def counted(count: int, noun: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from datetime import UTC, datetime
 from html.parser import HTMLParser
 from io import StringIO
 from pathlib import Path
@@ -192,9 +193,32 @@ def test_any_text_can_stand_in_a_report(text: str) -> None:
 def test_values_have_the_digits_that_their_interval_supports(
     name: str, value: float, low: float | None, high: float | None, expected: str, shown: str
 ) -> None:
-    figure = reports.figure(name, value, low=low, high=high)
+    figure = reports.figure(name, value, low=low, high=high, sequence_low=None, sequence_high=None)
     assert figure_value(figure) == expected
     assert figure_interval(figure) == shown
+
+
+def test_a_figure_has_the_interval_that_its_gate_has() -> None:
+    figure = reports.figure("mean_kl", 0.2, half=0.01)
+    assert figure_interval(figure) == "[0.180, 0.220]"
+
+
+@pytest.mark.parametrize(("equal", "few"), [(0, True), (6, True), (7, False)])
+def test_few_equal_texts_are_explained(equal: int, few: bool) -> None:
+    generations = reports.report().generations
+    assert generations is not None
+    report = reports.report(generations=generations.model_copy(update={"identical": equal, "prompts": 12}))
+    sentence = "decisive flips count the choices that were clear"
+    for shown in (report_html(report), " ".join(printed(report_summary(report)).split())):
+        assert (sentence in shown) == few
+    assert f"{equal} of 12 greedy continuations are equal" in report_html(report)
+
+
+def test_date_and_command_come_first() -> None:
+    timings = reports.report().timings.model_copy(update={"finished": datetime(2026, 3, 1, 23, 5, tzinfo=UTC)})
+    head = report_html(reports.report(timings=timings)).partition("<nav")[0]
+    assert "2026-03-01 23:05 UTC" in head
+    assert reports.report().command in head
 
 
 def test_unmeasured_gates_show_dashes_and_limits_stay_as_written() -> None:
@@ -349,7 +373,7 @@ def test_tables_are_plain_text_where_there_is_no_terminal(rich: Report) -> None:
     assert "\x1b" not in text
     rows = [line.split()[:2] for line in text.splitlines()[2:5]]
     assert rows == [["mean_kl[code]", "failed"], ["top1_agreement", "undecided"], ["config", "passed"]]
-    assert re.search(r"mean KL divergence +0\.161 nats +\[0\.157, 0\.165\] +38 windows", text)
+    assert re.search(r"mean KL divergence +0\.161 nats +\[0\.153, 0\.169\] +38 windows", text)
 
 
 def test_nothing_is_lost_on_eighty_columns(rich: Report) -> None:

@@ -75,7 +75,7 @@ def test_a_forest_shows_both_limits_of_a_figure() -> None:
 
 
 def test_a_forest_has_the_ends_of_each_interval_and_the_limits() -> None:
-    figures = [reports.figure("mean_kl", 0.2, half=0.1), reports.figure("mean_kl", 0.4, half=0.05, domain="code")]
+    figures = [reports.figure("mean_kl", 0.2, half=0.05), reports.figure("mean_kl", 0.4, half=0.025, domain="code")]
     gates = [reports.gate_result(limit=0.3), reports.gate_result(domain="code", limit=0.5)]
     chart = forest(figures, gates, 0.0)
     whiskers = [(number(line, "x1"), number(line, "x2")) for line in drawn(chart, "line", "whisker")]
@@ -88,6 +88,21 @@ def test_a_forest_has_the_ends_of_each_interval_and_the_limits() -> None:
     (code,) = drawn(chart, "circle", "point")
     assert (number(code, "cx") - ideal) / scale == pytest.approx(0.4, abs=0.002)
     assert (whole.get("d") or "").startswith("M")
+
+
+def test_a_forest_shows_how_many_units_each_row_has() -> None:
+    chart = forest(
+        [reports.figure("mean_kl", 0.2, n=1234), reports.figure("mean_kl", 0.4, n=5, domain="code")], [], 0.0
+    )
+    assert [each.text for each in drawn(chart, "text", "axis-label")] == ["windows", "1,234", "5"]
+
+
+@pytest.mark.parametrize(
+    ("errors", "marked"), [((0.1, 0.11, 0.3), "block 2 adds 0.19"), ((0.2, 0.3), "block 0 adds 0.2")]
+)
+def test_the_block_that_adds_most_drift_is_marked(errors: tuple[float, ...], marked: str) -> None:
+    chart = block_drift([BlockDrift(name=str(i), relative_error=error) for i, error in enumerate(errors)])
+    assert [each.text for each in drawn(chart, "text", "mark")] == [marked]
 
 
 def test_flips_are_shares_of_their_bin_and_sure_ones_stand_out() -> None:

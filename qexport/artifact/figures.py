@@ -149,6 +149,13 @@ class Figure(Record):
     noise_floor: float | None = None
     """The same figure between the reference and itself computed in a wider dtype."""
 
+    @property
+    def interval(self) -> tuple[float | None, float | None]:
+        """The ends of the interval that people are shown: the one that gates use, wherever there is one."""
+        if self.sequence_low is None and self.sequence_high is None:
+            return self.low, self.high
+        return self.sequence_low, self.sequence_high
+
 
 class GateResult(Record):
     """A gate and its decision."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 from qexport.artifact.figures import Figure
 from qexport.records import Record
 
@@ -214,6 +216,9 @@ class Timings(Record):
 
     seconds: float
     """How long verification took."""
+
+    finished: datetime | None = None
+    """When it ended, in UTC; None in reports of versions that did not record it."""
 
     peak_memory_bytes: int | None
     """The process's peak resident main memory since its start: in a run the work before verification counts too."""

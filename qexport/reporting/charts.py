@@ -18,7 +18,9 @@ _LEFT: Final = 52.0
 _RIGHT: Final = WIDTH - 14.0
 _NAME_WIDTH: Final = 118.0
 _VALUE_WIDTH: Final = 84.0
+_COUNT_WIDTH: Final = 34.0
 _ROW_HEIGHT: Final = 30.0
+_FOREST_TOP: Final = 20.0
 _LONGEST_NAME: Final = 15
 _LABEL_WIDTH: Final = 46.0
 
@@ -103,7 +105,7 @@ def _quantile_lines(marked: Sequence[tuple[str, Figure]], across: Axis) -> list[
 
 
 def forest(figures: Sequence[Figure], gates: Sequence[GateResult], ideal: float | None) -> Markup:
-    """A forest plot: a figure over all text and over each domain, with 95 % confidence intervals.
+    """A forest plot: a figure over all text and over each domain, with 95 % intervals and the number of units.
 
     Args:
         figures: figures of one name, the one over all text first.
@@ -115,13 +117,12 @@ def forest(figures: Sequence[Figure], gates: Sequence[GateResult], ideal: float 
     for gate in gates:
         if gate.figure == name and gate.limit is not None:
             limits.setdefault(gate.domain, []).append(gate.limit)
-    ends = [end for figure in figures for end in (figure.low, figure.value, figure.high) if end is not None]
-    across = linear_axis(
-        [*ends, *chain(*limits.values()), *([] if ideal is None else [ideal])], _NAME_WIDTH, WIDTH - _VALUE_WIDTH
-    )
-    bottom = 12 + _ROW_HEIGHT * len(figures)
+    ends = [end for figure in figures for end in (figure.value, *figure.interval) if end is not None]
+    right = WIDTH - _VALUE_WIDTH - _COUNT_WIDTH
+    across = linear_axis([*ends, *chain(*limits.values()), *([] if ideal is None else [ideal])], _NAME_WIDTH, right)
+    bottom = _FOREST_TOP + _ROW_HEIGHT * len(figures)
     rows = [
-        _forest_row(figure, 12 + _ROW_HEIGHT * (index + 0.5), across, limits.get(figure.domain, []))
+        _forest_row(figure, _FOREST_TOP + _ROW_HEIGHT * (index + 0.5), across, limits.get(figure.domain, []))
         for index, figure in enumerate(figures)
     ]
     described = "; ".join(f"{figure.domain or 'all text'} {figure_value(figure)}" for figure in figures)
@@ -129,12 +130,13 @@ def forest(figures: Sequence[Figure], gates: Sequence[GateResult], ideal: float 
     return chart(
         f"forest-{name}",
         f"{label_of(name)}, by domain",
-        f"With 95 % confidence intervals: {described}.",
+        f"With 95 % intervals: {described}.",
         bottom + 28,
         *(line(across.place(tick), 6, across.place(tick), bottom, "grid") for tick in across.ticks(4)),
         *ideal_line,
+        text(WIDTH - 4, 12, f"{figures[0].unit}s", anchor="end", class_="axis-label"),
         *rows,
-        line(_NAME_WIDTH, bottom, WIDTH - _VALUE_WIDTH, bottom, "axis"),
+        line(_NAME_WIDTH, bottom, right, bottom, "axis"),
         *(text(across.place(tick), bottom + 20, tick_text(tick), anchor="middle") for tick in across.ticks(4)),
     )
 
@@ -144,15 +146,18 @@ def _forest_row(figure: Figure, y: float, across: Axis, limits: Sequence[float])
     name = figure.domain or "all text"
     tooltip = f"{name}: {figure_value(figure)}, 95 % interval {figure_interval(figure)}"
     parts = [tag("title", f"{tooltip}, {counted(figure.n, figure.unit)}")]
-    if figure.low is not None and figure.high is not None:
-        parts.append(line(across.place(figure.low), y, across.place(figure.high), y, "whisker"))
+    low, high = figure.interval
+    if low is not None and high is not None:
+        parts.append(line(across.place(low), y, across.place(high), y, "whisker"))
     x, half = across.place(figure.value), 6.0 if whole else 4.5
     shape = f"M{x - half:.1f} {y:.1f}L{x:.1f} {y - half:.1f}L{x + half:.1f} {y:.1f}L{x:.1f} {y + half:.1f}Z"
     parts.append(tag("path", d=shape, class_="point") if whole else tag("circle", cx=x, cy=y, r=half, class_="point"))
     parts += [line(across.place(limit), y - 11, across.place(limit), y + 11, "limit") for limit in limits]
     class_ = "row-name whole" if whole else "row-name"
     parts.append(text(_NAME_WIDTH - 10, y + 4, cut(name, _LONGEST_NAME), anchor="end", class_=class_))
-    parts.append(text(WIDTH - 4, y + 4, figure_value(figure).removesuffix(" nats"), anchor="end", class_=class_))
+    value = figure_value(figure).removesuffix(" nats")
+    parts.append(text(WIDTH - _COUNT_WIDTH - 4, y + 4, value, anchor="end", class_=class_))
+    parts.append(text(WIDTH - 4, y + 4, f"{figure.n:,}", anchor="end", class_="axis-label"))
     return tag("g", *parts)
 
 
@@ -195,7 +200,9 @@ def _percent(share: float) -> str:
 
 
 def block_drift(drift: Sequence[BlockDrift]) -> Markup:
-    """The relative error of the hidden states after each block, in the model's order."""
+    """The relative error of the hidden states after each block, in the model's order; the block that adds most to it
+    is marked.
+    """
     up = Axis(0, max(each.relative_error for each in drift) * 1.1 or 1.0, 286, 14)
     across = Axis(0, max(len(drift) - 1, 1), _LEFT + 8, _RIGHT - 8)
     places = [(across.place(index), up.place(each.relative_error)) for index, each in enumerate(drift)]
@@ -204,16 +211,18 @@ def block_drift(drift: Sequence[BlockDrift]) -> Markup:
         tag("circle", tag("title", f"{each.name}: {each.relative_error:.3g}"), cx=x, cy=y, r=3.2, class_="point")
         for (x, y), each in zip(places, drift, strict=True)
     ]
-    last = drift[-1]
+    last, steepest = drift[-1], _steepest(drift)
     return chart(
         "block-drift",
         "Drift after each block",
-        f"Relative error of the hidden states after {len(drift)} blocks; {last.relative_error:.3g} after the last.",
+        f"Relative error of the hidden states after {counted(len(drift), 'block')}; {last.relative_error:.3g} after "
+        f"the last. {drift[steepest].name} adds most.",
         340,
         *(line(_LEFT, up.place(tick), _RIGHT, up.place(tick), "grid") for tick in up.ticks(4)),
         *(text(_LEFT - 8, up.place(tick) + 4, tick_text(tick), anchor="end") for tick in up.ticks(4)),
         tag("path", d=path, class_="curve"),
         *points,
+        *_steepest_mark(drift, steepest, places[steepest]),
         line(_LEFT, 286, _RIGHT, 286, "axis"),
         *(
             text(across.place(tick), 306, f"{tick:g}", anchor="middle")
@@ -222,3 +231,20 @@ def block_drift(drift: Sequence[BlockDrift]) -> Markup:
         ),
         text((_LEFT + _RIGHT) / 2, 330, "block", anchor="middle", class_="axis-label"),
     )
+
+
+def _steepest(drift: Sequence[BlockDrift]) -> int:
+    """The index of the block that adds most to the error."""
+    errors = [0.0, *(each.relative_error for each in drift)]
+    return max(range(len(drift)), key=lambda index: errors[index + 1] - errors[index])
+
+
+def _steepest_mark(drift: Sequence[BlockDrift], index: int, place: tuple[float, float]) -> list[Markup]:
+    added = drift[index].relative_error - (drift[index - 1].relative_error if index else 0.0)
+    x, y = place
+    left = x > (_LEFT + _RIGHT) / 2
+    label = f"block {index} adds {added:.2g}"
+    return [
+        tag("circle", cx=x, cy=y, r=5.5, class_="ring"),
+        text(x - 10 if left else x + 10, y + 16, label, anchor="end" if left else "start", class_="mark"),
+    ]

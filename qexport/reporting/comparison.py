@@ -164,7 +164,7 @@ def _labels(reports: Sequence[Report]) -> list[str]:
 def _as_dict(entry: ComparedArtifact) -> dict[str, Any]:
     subject = entry.report.subject
     figures = {
-        figure.name: {"value": figure.value, "low": figure.low, "high": figure.high}
+        figure.name: {"value": figure.value, "low": figure.interval[0], "high": figure.interval[1]}
         for figure in key_figures(entry.report)
     }
     return {
@@ -277,7 +277,7 @@ def pareto_plot(comparison: ArtifactComparison) -> Markup:
 
 def _drift_axis(entries: Sequence[ComparedArtifact]) -> Axis:
     """Logarithmic if the drifts differ by more than `_WIDE_RANGE`."""
-    ends = [end for e in entries for end in (e.mean_kl.low, e.mean_kl.value, e.mean_kl.high) if end is not None]
+    ends = [end for e in entries for end in (e.mean_kl.value, *e.mean_kl.interval) if end is not None]
     low, high = min(ends), max(ends)
     if low > 0 and high / low > _WIDE_RANGE:
         return Axis(low / 1.5, high * 1.5, _BOTTOM, 26, logarithmic=True)
@@ -295,8 +295,9 @@ def _point(entry: ComparedArtifact, across: Axis, up: Axis) -> Markup:
     x, y = across.place(entry.total_bytes), up.place(entry.mean_kl.value)
     label = f"{entry.label}: {size(entry.total_bytes)}, {figure_row(entry.mean_kl).whole}"
     parts = [tag("title", label)]
-    if entry.mean_kl.low is not None and entry.mean_kl.high is not None:
-        parts.append(line(x, up.place(entry.mean_kl.low), x, up.place(entry.mean_kl.high), "whisker"))
+    low, high = entry.mean_kl.interval
+    if low is not None and high is not None:
+        parts.append(line(x, up.place(low), x, up.place(high), "whisker"))
     parts.append(tag("circle", cx=x, cy=y, r=5.5, class_="point" if entry.on_front else "beaten"))
     left = x > (_LEFT + WIDTH) / 2
     anchor = "end" if left else "start"

@@ -11,7 +11,7 @@ from typing import Any, Final
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from qexport.amounts import counted, duration, size
+from qexport.amounts import counted, duration, moment, size
 from qexport.artifact.figures import find_figure
 from qexport.artifact.report import Report
 from qexport.reporting.charts import block_drift, flips_by_margin, forest, kl_histogram
@@ -28,7 +28,7 @@ from qexport.reporting.selection import (
 )
 from qexport.reporting.svg import gauge
 from qexport.reporting.values import UNMEASURED, format_value, kind_of, visible, visible_token
-from qexport.reporting.view import VERDICT_WORDS, figure_row, prompt_view, share, size_view, summarize
+from qexport.reporting.view import VERDICT_WORDS, equal_texts, figure_row, prompt_view, share, size_view, summarize
 
 
 def render(template: str, **content: Any) -> str:
@@ -46,7 +46,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    filters = (format_value, visible, visible_token, gauge, size, duration, counted)
+    filters = (format_value, visible, visible_token, gauge, size, duration, moment, counted)
     environment.filters.update({function.__name__: function for function in filters})
     environment.globals["verdict_words"] = VERDICT_WORDS
     return environment
@@ -111,6 +111,7 @@ def report_html(report: Report) -> str:
         fallen_back=fallen_back(report.layers),
         worst_tokens=worst_tokens(report),
         prompts=[prompt_view(each) for each in worst_prompts(report)],
+        equal_texts=equal_texts(report.generations) if report.generations else "",
         sizes=size_view(report.subject.sizes, report.subject.reference_bytes),
         cost=list(_costs(report)),
         identity=[(label, getattr(report.identity, name)) for name, label in IDENTITY_LABELS.items()],

@@ -14,7 +14,7 @@ from rich.text import Text
 from qexport.artifact.figures import GateResult, Verdict
 from qexport.artifact.report import Report
 from qexport.reporting.values import Piece, cut, gate_limit, visible
-from qexport.reporting.view import FigureRow, GateRow, PromptView, Summary, summarize
+from qexport.reporting.view import FEW_EQUAL, FigureRow, GateRow, PromptView, Summary, summarize
 
 VERDICT_STYLES: Final[dict[Verdict, str]] = {"pass": "green", "fail": "bold red", "undecided": "bold yellow"}
 _LONGEST_PROMPT: Final = 240
@@ -31,6 +31,8 @@ def _parts(summary: Summary) -> Iterator[RenderableType]:
     if summary.gates:
         yield Padding(gate_table(summary.gates), (1, 0, 0, 0))
     yield Padding(figures_table(summary.figures), (1, 0, 0, 0))
+    if summary.few_equal:
+        yield Padding(Text(FEW_EQUAL, style="dim"), (1, 0, 0, 0))
     if summary.prompts:
         yield Padding(prompt_table(summary.prompts), (1, 0, 0, 0))
 

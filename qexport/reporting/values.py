@@ -91,12 +91,12 @@ def label_of(name: str) -> str:
 
 def figure_value(figure: Figure) -> str:
     """The value with its unit: `0.0712 nats`, `87.6%`, `+1.20 pp`."""
-    return format_value(figure.name, figure.value, figure.low, figure.high)
+    return format_value(figure.name, figure.value, *figure.interval)
 
 
 def figure_interval(figure: Figure) -> str:
-    """The 95 % confidence interval without a unit, or a dash."""
-    return interval(figure.name, figure.value, figure.low, figure.high)
+    """The 95 % interval without a unit, or a dash."""
+    return interval(figure.name, figure.value, *figure.interval)
 
 
 def gate_value(gate: GateResult) -> str:

@@ -9,7 +9,7 @@ from typing import Final
 from qexport.amounts import counted, size
 from qexport.artifact.figures import Figure, GateResult, Verdict
 from qexport.artifact.manifest import Sizes
-from qexport.artifact.measurements import PromptComparison
+from qexport.artifact.measurements import Generations, PromptComparison
 from qexport.artifact.report import Report
 from qexport.reporting.selection import by_urgency, key_figures, sentence, worst_prompts
 from qexport.reporting.values import (
@@ -27,6 +27,12 @@ from qexport.reporting.values import (
 )
 
 VERDICT_WORDS: Final[dict[Verdict, str]] = {"pass": "Passed", "fail": "Failed", "undecided": "Undecided"}
+
+FEW_EQUAL: Final = (
+    "Two texts part at the first token where the models choose otherwise, so few are equal even where both are good; "
+    "decisive flips count the choices that were clear."
+)
+"""Said where half of the continuations or fewer are equal."""
 
 _LONGEST_TEXT: Final = 2000
 
@@ -117,6 +123,7 @@ class Summary:
         sentence: the reason for the verdict.
         gates: failed ones first.
         figures: the key figures, over all text.
+        few_equal: whether half of the continuations or fewer are equal, which needs `FEW_EQUAL` beside it.
         prompts: the prompt whose continuations differ most, with long texts cut; empty if none differ.
     """
 
@@ -127,6 +134,7 @@ class Summary:
     sentence: str
     gates: list[GateRow]
     figures: list[FigureRow]
+    few_equal: bool
     prompts: list[PromptView]
 
 
@@ -141,6 +149,8 @@ def summarize(report: Report) -> Summary:
         sentence=sentence(report),
         gates=gate_rows(report.gates),
         figures=[figure_row(figure) for figure in key_figures(report)],
+        few_equal=report.generations is not None
+        and few_equal(report.generations.identical, report.generations.prompts),
         prompts=[prompt_view(each, _LONGEST_TEXT) for each in worst_prompts(report)[:1]],
     )
 
@@ -185,6 +195,21 @@ def size_view(sizes: Sizes, reference_bytes: int) -> SizeView:
 def share(part: int, whole: int) -> str:
     """The share in percent; a dash if the whole is 0."""
     return f"{part / whole:.0%}" if whole else UNMEASURED
+
+
+def few_equal(equal: int, prompts: int) -> bool:
+    """Whether half of the continuations or fewer are equal."""
+    return 2 * equal <= prompts
+
+
+def equal_texts(generations: Generations) -> str:
+    """How many greedy continuations are equal, and what that says."""
+    equal, prompts = generations.identical, generations.prompts
+    found = (
+        f"{equal} of {counted(prompts, 'greedy continuation')} {'is' if equal == 1 else 'are'} equal, of at most "
+        f"{counted(generations.max_new_tokens, 'token')}."
+    )
+    return f"{found} {FEW_EQUAL}" if few_equal(equal, prompts) else found
 
 
 def prompt_view(comparison: PromptComparison, longest: int | None = None) -> PromptView:

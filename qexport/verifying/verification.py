@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Final
 
@@ -230,6 +231,7 @@ def _figures(found: Measured, reference: Reference) -> list[Figure]:
 def _timings(seconds: float, measured: MeasuredSpeed) -> Timings:
     return Timings(
         seconds=seconds,
+        finished=datetime.now(UTC).replace(microsecond=0),
         peak_memory_bytes=resident().peak,
         speed=measured.speed,
         speed_unmeasured=measured.unmeasured,

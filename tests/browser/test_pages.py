@@ -13,6 +13,7 @@ import pytest
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
+from selenium.webdriver.support.wait import WebDriverWait
 
 import reports
 import rich_report
@@ -45,6 +46,7 @@ class Browser:
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": features})
         self._drain()
         self.driver.get(self.address)
+        WebDriverWait(self.driver, 30).until(lambda _: self.run("return document.readyState") == "complete")
 
     def _drain(self) -> None:
         self.driver.get("about:blank")
@@ -139,7 +141,7 @@ def test_a_request_would_be_seen(browser: Browser, small: str) -> None:
 
 def test_the_policy_stops_what_would_be_loaded(browser: Browser, small: str) -> None:
     browser.open(small.replace("</body>", '<script>document.title = "caught"</script></body>'))
-    assert any("Content Security Policy" in complaint for complaint in browser.complaints())
+    WebDriverWait(browser.driver, 10).until(lambda _: "Content Security Policy" in " ".join(browser.complaints()))
     assert browser.driver.title != "caught"
 
 
@@ -278,3 +280,17 @@ def test_printed_it_is_light_and_has_no_navigation(browser: Browser, rich: str) 
     assert luminance(browser.style("body", "backgroundColor")) == pytest.approx(1.0)
     assert contrast(browser.style("body", "color"), "rgb(255, 255, 255)") >= 7
     assert browser.style("nav", "display") == "none"
+
+
+def test_a_phone_shows_every_value_of_a_gate(browser: Browser, rich: str) -> None:
+    browser.open(rich, width=PHONE)
+    hidden = browser.run(
+        """return [...document.querySelectorAll('#gates td[data-label]')].filter(cell => {
+            const box = cell.getBoundingClientRect()
+            return box.left < 0 || box.right > innerWidth || cell.scrollWidth > cell.clientWidth
+        }).map(cell => cell.textContent)"""
+    )
+    assert browser.run("return document.querySelectorAll('#gates td[data-label]').length")
+    assert hidden == []
+    label = "return getComputedStyle(document.querySelector('#gates td[data-label]'), '::before').content"
+    assert browser.run(label) == '"value"'

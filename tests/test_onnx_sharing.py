@@ -5,7 +5,6 @@ from __future__ import annotations
 import getpass
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -125,16 +124,6 @@ def test_several_files(method: str, share: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("family", "method"), [("llama", "gptq"), ("falcon h1", "none bf16")])
 def test_onnx_finds_nothing_wrong_with_graph_and_data(family: str, method: str) -> None:
     onnx.checker.check_model(str(exported(family, method).onnx / "model.onnx"))
-
-
-def test_what_a_killed_check_has_left_is_removed_by_the_next(tmp_path: Path) -> None:
-    made = exported("llama", "gptq")
-    folder = Path(shutil.copytree(made.onnx, tmp_path / "onnx"))
-    (folder / ".checked").mkdir()
-    (folder / ".checked" / "model.onnx").touch()
-    before = {path.name for path in made.onnx.iterdir()}
-    made.layout.check(folder)
-    assert {path.name for path in folder.iterdir()} == before
 
 
 def test_every_tensor_begins_on_a_page_and_none_overlaps_another() -> None:

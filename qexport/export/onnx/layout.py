@@ -147,8 +147,8 @@ class OnnxLayout:
         return launch_files(figures) | own
 
     def check(self, folder: Path) -> None:
-        """Checks the graph with our own reader, which requires every weight to be in the folder, with ONNX's checker, and
-        with ONNX Runtime (types and kernels).
+        """Checks the graph with our own reader, which requires every weight to be in the folder, and then with ONNX's
+        checker and ONNX Runtime (types and kernels).
 
         Raises:
             QexportError: the graph is not valid.

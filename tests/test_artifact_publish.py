@@ -287,6 +287,67 @@ def test_a_finished_folder_without_marker_was_left_by_a_killed_run(tmp_path: Pat
         assert names(publication.folder) == [MARKER_NAME]
 
 
+def leave_finished(tmp_path: Path) -> None:
+    fill_layouts(tmp_path / "out.partial", "tgi", "vllm")
+
+
+@pytest.mark.parametrize("end", ["publish", "reject"])
+def test_a_finished_folder_that_this_run_would_make_is_published_as_it_is(tmp_path: Path, end: str) -> None:
+    leave_finished(tmp_path)
+    finished = tmp_path / "out.partial"
+    before = tree(finished)
+    with Publication(tmp_path / "out", made_here=lambda folder: folder == finished) as publication:
+        assert publication.finished
+        path = getattr(publication, end)()
+    assert names(tmp_path) == [path.name]
+    assert tree(path) == before
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.EIO, "planted"), RecipeError("taken")])
+def test_a_finished_folder_stays_where_publishing_it_fails(tmp_path: Path, error: BaseException) -> None:
+    leave_finished(tmp_path)
+    before = tree(tmp_path)
+    with (
+        pytest.raises((type(error), ResourceError)),
+        Publication(tmp_path / "out", made_here=lambda folder: True) as publication,
+    ):
+        failing(error)(publication)
+    assert tree(tmp_path) == before
+
+
+def test_two_runs_cannot_publish_the_same_finished_folder(tmp_path: Path) -> None:
+    leave_finished(tmp_path)
+    with (
+        Publication(tmp_path / "out", made_here=lambda folder: True),
+        pytest.raises(RecipeError, match="another run"),
+        Publication(tmp_path / "out", made_here=lambda folder: True),
+    ):
+        pass
+
+
+def test_only_a_finished_folder_without_marker_is_taken_over(tmp_path: Path) -> None:
+    for left in (("tgi",), ("vllm",)):
+        fill_layouts(tmp_path / "out.partial", *left)
+        (tmp_path / "out.partial" / MARKER_NAME).touch()
+        with Publication(tmp_path / "out", made_here=lambda folder: True) as publication:
+            assert not publication.finished
+    fill_layouts(tmp_path / "out.partial", "tgi", unfinished=("vllm",))
+    with pytest.raises(RecipeError, match="not qexport's"):
+        Publication(tmp_path / "out", made_here=lambda folder: True).__enter__()
+
+
+def test_an_old_output_aside_is_put_back_before_a_finished_folder_is_taken_over(tmp_path: Path) -> None:
+    """The state after a kill between two renames."""
+    leave_finished(tmp_path)
+    (old_output(tmp_path) / MARKER_NAME).touch()
+    (tmp_path / "out").rename(tmp_path / "out.replaced")
+    with Publication(tmp_path / "out", force=True, made_here=lambda folder: True) as publication:
+        assert tree(publication.output) == {"old": "old"}
+        publication.publish()
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["tgi", "vllm"]
+
+
 def test_while_the_folder_is_published_its_manifest_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The marker is gone then, so that a kill leaves none in the artifact."""
     seen: list[list[str]] = []
@@ -354,7 +415,8 @@ def test_the_old_folder_stays_where_replacing_it_fails(
     with pytest.raises(PermissionError):
         run(output, Publication.publish, force=True)
     assert tree(output) == {"old": "old"}
-    assert names(tmp_path) == ["out"]
+    assert names(tmp_path) == ["out", "out.partial"]
+    assert tree(tmp_path / "out.partial") == NEW
 
 
 def test_an_old_folder_that_cannot_be_put_back_is_named_and_put_back_by_the_next_run(

@@ -24,6 +24,7 @@ import torch
 import typer
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
+from tokenizers import Tokenizer
 
 import factories
 import qexport
@@ -226,6 +227,40 @@ def test_a_file_that_the_disk_cannot_read_is_an_error_of_the_disk(
     ]
     error.__cause__ = OSError(errno.EACCES, "Permission denied")
     assert main(["run", recipe]) == 3
+
+
+def raised_by_rust() -> Exception:
+    """Nothing is mapped at the beginning of a process, so that reading it is an error of input or output."""
+    with pytest.raises(Exception, match="Input/output") as caught:
+        Tokenizer.from_file("/proc/self/mem")
+    return caught.value
+
+
+def raised_while_the_disks_was_handled(*, hidden: bool) -> Exception:
+    """As transformers does; hidden if it was raised `from None`."""
+    error = OSError("cannot load the tokenizer")
+    error.__context__, error.__suppress_context__ = OSError(errno.EIO, "Input/output error"), hidden
+    return error
+
+
+@pytest.mark.parametrize(
+    ("library", "code"),
+    [
+        (raised_by_rust, 8),
+        (lambda: raised_while_the_disks_was_handled(hidden=False), 8),
+        (lambda: raised_while_the_disks_was_handled(hidden=True), 3),
+        (lambda: RuntimeError("SystemError : 5"), 8),  # ONNX Runtime, see `test_faults.py`
+        (lambda: RuntimeError("SystemError : 2"), 3),
+        (lambda: RuntimeError("line 5: expected a value (os error 2)"), 3),
+    ],
+)
+def test_a_file_that_a_library_cannot_read_from_the_disk_is_an_error_of_the_disk(
+    recipe: str, pipeline: Callable[[Run], None], library: Callable[[], Exception], code: int
+) -> None:
+    error = InputError("the library cannot read it")
+    error.__cause__ = library()
+    pipeline(raising(error))
+    assert main(["run", recipe]) == code
 
 
 def test_an_error_is_three_lines_on_stderr_and_nothing_on_stdout(

@@ -54,6 +54,20 @@ def test_after_any_fault_the_run_can_be_repeated(harness: Harness) -> None:
     assert [problem for point in points for problem in harness.problems(point)] == []
 
 
+def test_an_error_of_the_disk_while_onnx_runtime_reads_is_one_of_the_disk(harness: Harness) -> None:
+    """It opens the weights by itself, once for each tensor, after everything else has read them."""
+    case = Case("none", "onnx")
+    operations = [each for each in harness.operations(case)[1] if each.counts("disk error")]
+    opened = [
+        number
+        for number, each in enumerate(operations, 1)
+        if each.name == "open" and each.path.endswith((".onnx", ".onnx.data"))
+    ]
+    assert len(opened) > 50
+    points = [Point(case, "disk error", opened[index]) for index in spread(0, len(opened) - 1, 6)]
+    assert [problem for point in points for problem in harness.problems(point)] == []
+
+
 @pytest.mark.parametrize("case", [NEW, FORCED, FOREIGN_APART], ids=["new", "forced", "in two steps"])
 def test_everything_published_is_on_the_disk_before(harness: Harness, case: Case) -> None:
     output, operations = harness.operations(case)
@@ -82,6 +96,7 @@ def test_a_missing_sync_is_found(harness: Harness, plant: str, expected: str) ->
         ("the_folder_is_copied", NEW, "kill", "what stands at the final path"),
         ("what_is_replaced_is_not_marked", FOREIGN, "kill", "not qexport's"),
         ("an_exchange_is_two_renames", FORCED, "kill", "neither the old folder nor the new one"),
+        ("what_is_finished_is_made_anew", NEW, "kill", "makes anew what was finished"),
         ("what_lies_aside_is_forgotten", FORCED_APART, "kill", "it leaves ['out', 'out.replaced', 'out.sha256']"),
         ("an_error_of_the_disk_is_a_defect", NEW, "disk error", "it ends with 1"),
     ],

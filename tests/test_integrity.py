@@ -6,6 +6,7 @@ whose own digest is outside the folder, and a spread sample of the others: of th
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -23,7 +24,7 @@ from qexport.artifact.digests import sha256_file
 from qexport.artifact.integrity import find_artifact, open_artifact, write_listing
 from qexport.artifact.manifest import LISTING_NAME, MANIFEST_NAME, Manifest
 from qexport.artifact.publish import check_output
-from qexport.artifact.roots import recorded_roots, recording_roots
+from qexport.artifact.roots import check_roots_path, recorded_roots, recording_roots
 from qexport.cli import main
 from qexport.errors import InputError, RecipeError
 from qexport.pipeline.inspection import inspect_artifact
@@ -412,6 +413,20 @@ def test_a_run_records_its_root_digest_and_replaces_only_its_own(
 def test_an_output_whose_name_is_no_text_is_refused_before_any_work(tmp_path: Path, name: str) -> None:
     with pytest.raises(RecipeError, match="no text"):
         check_output(tmp_path / name, force=False)
+
+
+def test_root_digests_that_the_disk_cannot_read_are_not_called_another_programs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with recording_roots(tmp_path / "out", {".": "0" * 64}):
+        (tmp_path / "out").mkdir()
+
+    def unreadable(path: Path) -> bytes:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", unreadable)
+    with pytest.raises(OSError, match="Input/output"):
+        check_roots_path(tmp_path / "out")
 
 
 def test_a_folder_at_the_root_of_the_file_system_has_no_file_above_it() -> None:

@@ -126,16 +126,6 @@ def test_onnx_finds_nothing_wrong_with_graph_and_data(family: str, method: str) 
     onnx.checker.check_model(str(exported(family, method).onnx / "model.onnx"))
 
 
-def test_what_a_killed_check_has_left_is_removed_by_the_next(tmp_path: Path) -> None:
-    made = exported("llama", "gptq")
-    folder = Path(shutil.copytree(made.onnx, tmp_path / "onnx"))
-    (folder / ".checked").mkdir()
-    (folder / ".checked" / "model.onnx").touch()
-    before = {path.name for path in made.onnx.iterdir()}
-    made.layout.check(folder)
-    assert {path.name for path in folder.iterdir()} == before
-
-
 def test_every_tensor_begins_on_a_page_and_none_overlaps_another() -> None:
     ends: dict[Path, int] = {}
     for place in sorted(places(exported("llama", "gptq asymmetric")).values(), key=lambda place: place.offset):

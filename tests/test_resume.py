@@ -24,7 +24,7 @@ from qexport.artifact import describe_environment
 from qexport.artifact.partial import MARKER_NAME
 from qexport.cli.app import main
 from qexport.errors import GO_ON, NumericalError, RecipeError, ResourceError
-from qexport.pipeline import Result, plan, resuming, run
+from qexport.pipeline import Result, plan, recording, resuming, run
 from qexport.progress import Notice, Progress
 from qexport.recipe import Recipe
 
@@ -295,6 +295,96 @@ def test_a_folder_without_a_journal_is_emptied(left: Path) -> None:
     (left / "out.partial" / MARKER_NAME).write_bytes(b"")
     _, events = going_on(left)
     assert steps(events)[0] == 0
+
+
+@pytest.fixture(scope="module")
+def published(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """A folder with the inputs and what a run was killed at publishing, and the result that it would have had."""
+    folder = tmp_path_factory.mktemp("published")
+    shutil.copytree(inputs, folder, dirs_exist_ok=True)
+    result, _ = told(recipe(folder, "none", TWO, folder / "out"))
+    (folder / "out").rename(folder / "out.partial")
+    return folder, result
+
+
+@pytest.fixture
+def finished(published: tuple[Path, Result], tmp_path: Path) -> tuple[Path, Result]:
+    folder, result = published
+    return Path(shutil.copytree(folder, tmp_path / "finished")), result
+
+
+def publishing(folder: Path, method: str = "none", **options: Any) -> tuple[Result, list[Progress | Notice]]:
+    return told(recipe(folder, method, TWO, folder / "out"), **options)
+
+
+def test_what_is_finished_is_only_published(finished: tuple[Path, Result]) -> None:
+    folder, before = finished
+    result, events = publishing(folder)
+    assert [event.text for event in events if isinstance(event, Notice)][-1].startswith("publishing what")
+    assert steps(events) == []
+    assert (result.manifests, result.roots) == (before.manifests, before.roots)
+    assert sorted(path.name for path in folder.glob("out*")) == ["out", "out.sha256"]
+
+
+def without_a_file(folder: Path) -> None:
+    (folder / "out.partial" / "vllm" / "README.md").unlink()
+
+
+def with_another_file(folder: Path) -> None:
+    (folder / "out.partial" / "vllm" / "notes.txt").touch()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: flipped(folder / "out.partial" / "vllm" / "model.safetensors"),
+        without_a_file,
+        with_another_file,
+        lambda folder: flipped(folder / "base" / "model.safetensors"),
+        lambda folder: flipped(folder / "adapter" / "adapter_model.safetensors"),
+    ],
+    ids=["a flipped bit", "a file less", "a file more", "another base", "another adapter"],
+)
+def test_what_is_not_finished_or_was_made_from_something_else_is_made_anew(
+    finished: tuple[Path, Result], change: Callable[[Path], None]
+) -> None:
+    folder, _ = finished
+    change(folder)
+    result, events = publishing(folder)
+    assert steps(events)[0] == 0
+    assert result.artifact_path == folder / "out"
+    assert not (folder / "out" / "vllm" / "notes.txt").exists()
+
+
+@pytest.mark.parametrize(("method", "options"), [("none float16", {}), ("none", {"restart": True})])
+def test_another_recipe_or_restart_makes_it_anew(
+    finished: tuple[Path, Result], method: str, options: dict[str, Any]
+) -> None:
+    _, events = publishing(finished[0], method, **options)
+    assert steps(events)[0] == 0
+
+
+def test_a_finished_run_of_another_program_is_made_anew(
+    finished: tuple[Path, Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recording, "version", lambda _: "0.0.1")
+    _, events = publishing(finished[0])
+    assert steps(events)[0] == 0
+
+
+def test_a_measured_artifact_gets_the_verdict_that_it_had(inputs: Path, tmp_path: Path) -> None:
+    shutil.copytree(inputs, tmp_path, dirs_exist_ok=True)
+    factories.write_text(tmp_path / "held-out.jsonl", passages=20, seed=3)
+    chosen = verified(tmp_path, "out")
+    before, _ = told(chosen)
+    path = before.artifact_path
+    path.rename(tmp_path / "out.partial")
+    result, events = told(chosen)
+    assert steps(events) == []
+    assert (result.reports, result.verdict, result.artifact_path) == (before.reports, before.verdict, path)
+    path.rename(tmp_path / "out.partial")
+    appended(tmp_path / "held-out.jsonl")
+    assert steps(told(chosen)[1])[0] == 0
 
 
 def verified(folder: Path, output: str) -> Recipe:

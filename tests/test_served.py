@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,10 @@ import pytest
 import torch
 from jinja2 import UndefinedError
 from ruamel.yaml import YAML
+from safetensors.torch import save_file
 
 import vllm_folders
+from qexport.artifact.disk import disk_failure
 from qexport.errors import CompatibilityError, InputError, QexportError
 from qexport.export import model_files
 from qexport.export.model_files import render_launch_files
@@ -29,6 +31,7 @@ from qexport.quantizing.nf4 import Nf4
 from qexport.quantizing.none import NoQuantization
 from qexport.quantizing.w8a8 import W8a8
 from qexport.tensors import TensorSpec
+from qexport.tensors.safetensors_folder import SafetensorsFolder
 from quantized_models import gptq_method
 from tgi_folders import TgiModel, falcon, falcon_40b, llama
 
@@ -192,3 +195,19 @@ def test_an_error_of_the_disk_breaks_no_rule() -> None:
     assert not Rule[Any]("a rule", "a source", malformed).check(nothing).passed
     with pytest.raises(InputError, match="cannot be read"):
         Rule[Any]("a rule", "a source", unreadable).check(nothing)
+
+
+@pytest.mark.parametrize("read", [ServedByTgi.read_weights, ServedByVllm.read_weights, SafetensorsFolder])
+def test_weights_that_the_disk_cannot_read_are_not_called_malformed(
+    read: Callable[[Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors")
+    read(tmp_path)
+
+    def unreadable(path: Path, *_: Any, **__: Any) -> Any:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(Path, "open", unreadable)
+    with pytest.raises(InputError) as caught:
+        read(tmp_path)
+    assert disk_failure(caught.value, where=None)

@@ -239,6 +239,15 @@ def test_another_shape_is_not_measured(tmp_path: Path) -> None:
     assert "PEFT cannot load the adapter" in refusal(case)
 
 
+def test_an_adapter_that_the_disk_cannot_read_is_not_one_that_peft_cannot_load(tmp_path: Path) -> None:
+    case = make(tmp_path, "llama", lora("q_proj"))
+    config = case.live.folder / "adapter_config.json"
+    config.unlink()
+    config.symlink_to("/proc/self/mem")  # reading where nothing is mapped is an error of input or output
+    with pytest.raises(OSError, match="Input/output error"):
+        compared(case.merged, case.live)
+
+
 def prepared(merged: Checkpoint, live: LiveAdapter | None, told: list[object]) -> Preparation:
     return prepare(merged, live, HELD_OUT, dtype=torch.bfloat16, device=CPU, progress=told.append)
 

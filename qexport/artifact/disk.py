@@ -5,21 +5,25 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import shutil
 import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 from qexport.amounts import size
-from qexport.errors import ResourceError
+from qexport.errors import QexportError, ResourceError
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _BROKEN = {errno.EIO, errno.EREMOTEIO, errno.ESTALE}
+_NUMBER: Final = re.compile(r"\(os error (\d+)\)|SystemError : (\d+)")
+"""The system's error number as libraries in Rust and ONNX Runtime write it into their messages."""
 
 
 def ensure_space(path: Path, needed: int, *, replaced: Path | None = None) -> None:
@@ -49,21 +53,31 @@ def disk_failure(error: BaseException | None, *, where: str | None, after: str =
     """What to tell of an error of the disk itself; None for any other error, for example that of a wrong path.
 
     Args:
-        error: any exception, also one that was raised from the disk's, for example that a file cannot be read.
+        error: any exception, also one that was raised from the disk's or while it was handled, for example that a file
+            cannot be read. Libraries that are not written in Python tell the system's error by its number.
         where: the path concerned.
         after: what has become of the files, to follow the message.
     """
     if isinstance(error, ResourceError):
         return None
     while error is not None:
-        if isinstance(error, OSError) and error.errno in _FULL:
+        number = _error_number(error)
+        if number in _FULL:
             mend = "free some space, or choose an output on another disk"
             return ResourceError(f"the disk is full{after}", where=where, mend=mend)
-        if isinstance(error, OSError) and error.errno in _BROKEN:
+        if number in _BROKEN:
             mend = "check the disk or the connection to it (dmesg shows its errors), then run it again"
-            return ResourceError(f"the disk failed: {error.strerror}{after}", where=where, mend=mend)
-        error = error.__cause__
+            return ResourceError(f"the disk failed: {os.strerror(number)}{after}", where=where, mend=mend)
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return None
+
+
+def _error_number(error: BaseException) -> int:
+    """The system's number of an error; 0 if it has none."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    told = None if isinstance(error, QexportError) else _NUMBER.search(str(error))
+    return int(told[1] or told[2]) if told else 0
 
 
 def _allocated(folder: Path) -> int:

@@ -98,6 +98,16 @@ def lock(folder: Path) -> int:
         return lock_file(marker, create=True)
 
 
+def lock_finished(folder: Path) -> int | None:
+    """Locks the manifest of a finished folder without marker, which a run was killed at publishing; None if the folder
+    is not finished, or has a marker.
+    """
+    if os.path.lexists(folder / MARKER_NAME):
+        return None
+    manifests = manifests_in(folder)
+    return lock_file(manifests[0]) if manifests else None
+
+
 def lock_file(path: Path, *, create: bool = False, wait: bool = False) -> int:
     """Opens and locks a file; `wait` is for one that others lock for a moment only."""
     access = os.O_RDWR if create or os.access(path, os.W_OK) else os.O_RDONLY

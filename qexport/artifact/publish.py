@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +26,7 @@ from qexport.artifact.partial import (
     is_ours,
     lock,
     lock_file,
+    lock_finished,
     make_temporary,
     manifests_in,
     marked_if_foreign,
@@ -76,6 +77,11 @@ def check_output(output: Path, *, force: bool) -> Path:
     return resolved
 
 
+def temporary_path(output: Path) -> Path:
+    """Where the artifact of an output is written."""
+    return output.with_name(output.name + ".partial")
+
+
 def _rejected_path(output: Path) -> Path:
     """Where an artifact goes that a gate stopped."""
     return output.with_name(output.name + ".rejected")
@@ -117,23 +123,32 @@ class Publication:
 
     Used as a context manager. `publish` moves the folder to its final path, `reject` to `<output>.rejected/`; if
     neither was called, because of an error or Ctrl-C, the final path is unchanged. The folder is removed then, unless
-    its journal holds records and the error is not one that would come again. What a killed run left behind stays too
-    if its journal holds records, else it is removed by the next run, or put back if it is the old output.
+    its journal holds records and the error is not one that would come again, or it is finished. What a killed run left
+    behind stays too if its journal holds records or it is what this run would make, else it is removed by the next run,
+    or put back if it is the old output.
 
     The journal (`qexport.artifact.journal`) is the content of the marker, which leaves the folder last.
 
     Args:
         output: the final path; parents are created.
         force: replace a folder that is not empty, in one step at the end.
+        made_here: whether a finished folder, which a run was killed at publishing, is what this run would make. By
+            default it is not.
+
+    Attributes:
+        finished: the folder is finished and has no marker any more: it can only be published.
 
     Raises:
         RecipeError: the output is taken, another run is writing it, or `<output>.partial/` is not qexport's.
         ResourceError: the disk became full or failed inside the context.
     """
 
-    def __init__(self, output: Path, *, force: bool = False) -> None:
+    def __init__(
+        self, output: Path, *, force: bool = False, made_here: Callable[[Path], bool] = lambda folder: False
+    ) -> None:
         self.output = check_output(output, force=force)
-        self._force = force
+        self.finished = False
+        self._force, self._made_here = force, made_here
         self._lock: int | None = None
 
     @property
@@ -144,18 +159,31 @@ class Publication:
     @property
     def folder(self) -> Path:
         """Where the artifact is written."""
-        return self.output.with_name(self.output.name + ".partial")
+        return temporary_path(self.output)
 
     def __enter__(self) -> Self:
         with _telling_of_the_disk(self.output):
             make_temporary(self.folder)
-            self._lock = lock(self.folder)
             try:
-                self._clear()
+                self.finished = self._take_over()
+                if not self.finished:
+                    self._lock = lock(self.folder)
+                    self._clear()
             except BaseException:
                 self._release()
                 raise
         return self
+
+    def _take_over(self) -> bool:
+        """Locks a finished folder that only needs to be published. Nothing is written into it, nor removed."""
+        self._lock = lock_finished(self.folder)
+        if self._lock is None:
+            return False
+        aside = [path for path in map(_put_back, (self.output, self.rejected)) if path.exists()]
+        if not aside and self._made_here(self.folder):
+            return True
+        self._release()
+        return False
 
     def _clear(self) -> None:
         """Removes what a killed run left and no journal names."""
@@ -167,7 +195,7 @@ class Publication:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        kept = self._lock is not None and has_records(self.folder) and _may_go_on(error)
+        kept = self._lock is not None and self._has_work and _may_go_on(error)
         after = ""
         if self._lock is not None:
             with suppress(OSError):  # the first error matters more, and the next run removes the rest
@@ -181,6 +209,11 @@ class Publication:
             told.add_note(GO_ON)
         if failure:
             raise failure from error
+
+    @property
+    def _has_work(self) -> bool:
+        """Whether there is something in the folder for the next run."""
+        return self.finished or has_records(self.folder)
 
     @property
     def journal(self) -> Path:
@@ -226,16 +259,18 @@ class Publication:
         """Moves the folder to the target, which is replaced.
 
         A finished artifact never contains the marker, wherever the run is killed: it is removed before the rename. For
-        that moment the manifest is locked in its place. What is moved away carries a manifest or gets a marker first,
-        so that the next run knows it.
+        that moment the manifest is locked in its place, and what is left there is known by its manifest. What is moved
+        away carries a manifest or gets a marker first, so that the next run knows it.
         """
         if not is_complete(self.folder):
             raise QexportError("an artifact without its manifest cannot be published", where=str(self.folder))
         sync_tree(self.folder)
         with uninterrupted(), ExitStack() as locks:
-            locks.callback(os.close, lock_file(manifests_in(self.folder)[0], wait=True))
-            (self.folder / MARKER_NAME).unlink()
-            sync(self.folder)
+            if not self.finished:
+                locks.callback(os.close, lock_file(manifests_in(self.folder)[0], wait=True))
+                (self.folder / MARKER_NAME).unlink()
+                self.finished = True
+                sync(self.folder)
             with marked_if_foreign(target):
                 replaced = move_into_place(self.folder, target)
             locks.close()
@@ -280,19 +315,24 @@ def _end_replacing(target: Path, folder: Path) -> None:
     The old folder is put back if the new one has not taken its place, else it is moved into the temporary folder and
     removed there: what lies aside is always whole.
     """
-    aside = path_aside(target)
-    garbage = folder / aside.name
+    garbage = folder / path_aside(target).name
     if garbage.exists():
         shutil.rmtree(garbage)
-    if not aside.exists():
-        return
-    if target.exists() and any(target.iterdir()):
+    aside = _put_back(target)
+    if aside.exists():
         aside.rename(garbage)
         shutil.rmtree(garbage)
-    else:
+        sync(target.parent)
+
+
+def _put_back(target: Path) -> Path:
+    """Moves what lies aside back to the target if nothing has taken its place; returns the path aside."""
+    aside = path_aside(target)
+    if aside.exists() and not (target.exists() and any(target.iterdir())):
         aside.rename(target)
         (target / MARKER_NAME).unlink(missing_ok=True)
-    sync(target.parent)
+        sync(target.parent)
+    return aside
 
 
 def _remove_replaced(replaced: Path, folder: Path) -> None:

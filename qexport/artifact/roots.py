@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-from qexport.artifact.disk import write_whole
+from qexport.artifact.disk import disk_failure, write_whole
 from qexport.artifact.manifest import LISTING_NAME
 from qexport.errors import InputError, RecipeError
 
@@ -116,12 +116,18 @@ def confirm_root(folder: Path, root: str, given: str | None) -> str | None:
 
 
 def _lines(path: Path) -> list[tuple[str, str]]:
-    """Digest and path of each line; empty if the file is missing, or is not one of qexport's."""
+    """Digest and path of each line; empty if the file is missing, or is not one of qexport's.
+
+    Raises:
+        OSError: the disk failed.
+    """
     try:
         if not path.is_file() or path.stat().st_size > _LIMIT:
             return []
         text = path.read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError):
+    except (OSError, UnicodeDecodeError) as error:
+        if disk_failure(error, where=None):
+            raise
         return []
     found = [(digest, name) for digest, name in _LINE.findall(text)]
     return found if _text(found) == text else []

@@ -150,6 +150,8 @@ def _parse(files: Mapping[str, bytes], name: str) -> tuple[dict[str, Any], str |
     try:
         value = parse_json(files[name], where=name)
     except InputError as error:
+        if disk_failure(error, where=None):
+            raise
         return {}, error.what
     return (value, None) if isinstance(value, dict) else ({}, f"must hold a JSON object, not {type(value).__name__}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from typing import Any
 
 import torch
 
@@ -124,22 +125,14 @@ def make_manifest(
     planned: Plan, calibration: CalibrationSet | None, folder: LayoutFolder, report: Report | None, device: torch.device
 ) -> Manifest:
     """Makes the manifest: what the folder contains, what it was made from, and how it compares with its reference."""
-    recipe, checkpoint, adapter = planned.recipe.portable(), planned.merged.checkpoint, planned.merged.adapter
     layout, opened = folder.layout, folder.opened
     total_bytes = folder.written.total_bytes + layout.weights.shared_bytes
     parameters = layout.weights.parameters
     return Manifest(
         schema_version=2,
-        qexport_version=version("qexport"),
-        environment=describe_environment(device),
+        **made_from(planned, calibration, device),
         layout=layout.name,
-        recipe=recipe,
-        recipe_sha256=sha256_json(recipe),
-        base=source_record(checkpoint.origin),
-        adapter=source_record(adapter.origin) if adapter else None,
         notes=list(folder.notes),
-        calibration=_calibration(calibration) if calibration else None,
-        tokenizer={name: sha256_bytes(content) for name, content in sorted(checkpoint.files.items())},
         quantization=dict(layout.quantization) if layout.quantization else None,
         graph=layout.graph,
         layers=list(opened.layers),
@@ -148,6 +141,21 @@ def make_manifest(
         listing=LISTING_NAME,
         verification=verification_of(report) if report else None,
     )
+
+
+def made_from(planned: Plan, calibration: CalibrationSet | None, device: torch.device) -> dict[str, Any]:
+    """The fields of every manifest of a run that are known before it: what it is made from, and with what."""
+    recipe, checkpoint, adapter = planned.recipe.portable(), planned.merged.checkpoint, planned.merged.adapter
+    return {
+        "qexport_version": version("qexport"),
+        "environment": describe_environment(device),
+        "recipe": recipe,
+        "recipe_sha256": sha256_json(recipe),
+        "base": source_record(checkpoint.origin),
+        "adapter": source_record(adapter.origin) if adapter else None,
+        "calibration": _calibration(calibration) if calibration else None,
+        "tokenizer": {name: sha256_bytes(content) for name, content in sorted(checkpoint.files.items())},
+    }
 
 
 def _calibration(calibration: CalibrationSet) -> CalibrationRecord:

@@ -15,13 +15,14 @@ from qexport.artifact.disk import ensure_space
 from qexport.artifact.figures import overall
 from qexport.artifact.integrity import write_listing
 from qexport.artifact.manifest import REPORT_FOLDER, Manifest
-from qexport.artifact.publish import Publication
+from qexport.artifact.publish import Publication, temporary_path
 from qexport.artifact.report import Report
 from qexport.artifact.roots import recording_roots
 from qexport.export.layouts import Layout
 from qexport.export.tensor_writer import WrittenWeights
 from qexport.export.weight_files import WeightWriter
 from qexport.hidden_packages import hidden
+from qexport.pipeline.finished import FinishedRun
 from qexport.pipeline.folders import LayoutFolder, open_layout
 from qexport.pipeline.planning import Plan, plan
 from qexport.pipeline.recording import make_manifest
@@ -30,7 +31,7 @@ from qexport.pipeline.result import Result, UnprovenMerge
 from qexport.pipeline.resuming import RunJournal, open_journal
 from qexport.pipeline.texts import Evaluation, Texts, read_texts
 from qexport.pipeline.verification import measure_folder
-from qexport.progress import Progress, ProgressCallback, silent
+from qexport.progress import Notice, Progress, ProgressCallback, silent
 from qexport.quantizing.method import PassInputs
 from qexport.recipe import Recipe, checked_output
 from qexport.records import LayerRecord
@@ -72,12 +73,16 @@ def run(
     planned = plan(recipe, progress=progress)
     if where.type == "cpu":
         planned.expected.refuse_beyond(recipe.max_memory)
-    publication = Publication(output, force=force)
-    ensure_space(output, planned.expected.disk, replaced=publication.folder)
+    ensure_space(output, planned.expected.disk, replaced=temporary_path(output))
     for layout in planned.layouts:
         layout.prepare()
     texts = read_texts(recipe, planned.merged.checkpoint, planned.structure, progress=progress)
+    finished = FinishedRun(planned, texts, where)
+    publication = Publication(output, force=force, made_here=lambda folder: not restart and finished.is_in(folder))
     with keeping_to(planned.expected.budget), publication:
+        if publication.finished:
+            progress(Notice("publishing what an interrupted run has finished"))
+            return _publish(planned, publication, finished.manifests, finished.reports, finished.roots)
         journal = open_journal(publication, planned, texts, where, restart=restart, progress=progress)
         with hashed_in_background(planned.merged.checkpoint.origin.sha256):
             reference = _reference(planned, texts.evaluation, where, journal, progress)
@@ -93,9 +98,7 @@ def run(
             reports = _measure(planned, reference, folders, journal, command, progress)
         journal.refuse_changed_base()
         manifests, roots = _record(planned, texts, folders, reports, where)
-        verdict = overall(each.verdict for each in reports.values())
-        path = _publish(planned, publication, roots, passed=verdict == "pass")
-    return Result(path, manifests, reports, verdict, roots=roots)
+        return _publish(planned, publication, manifests, reports, roots)
 
 
 def _reference(
@@ -247,12 +250,21 @@ def _record(
     return manifests, roots
 
 
-def _publish(planned: Plan, publication: Publication, roots: Mapping[str, str], *, passed: bool) -> Path:
+def _publish(
+    planned: Plan,
+    publication: Publication,
+    manifests: Mapping[str, Manifest],
+    reports: Mapping[str, Report],
+    roots: Mapping[str, str],
+) -> Result:
     """Moves the finished folder to its path, with the root digest of each layout in a file beside it."""
+    verdict = overall(each.verdict for each in reports.values())
+    passed = verdict == "pass"
     target = publication.output if passed else publication.rejected
     inside = {str(planned.folder(Path(), layout)): roots[layout.name] for layout in planned.layouts}
     with recording_roots(target, inside):
-        return publication.publish() if passed else publication.reject()
+        path = publication.publish() if passed else publication.reject()
+    return Result(path, manifests, reports, verdict, roots=roots)
 
 
 def _grouped_by_kind(folders: Sequence[LayoutFolder]) -> list[list[LayoutFolder]]:

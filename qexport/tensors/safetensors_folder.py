@@ -158,6 +158,8 @@ def _open_shards(path: Path, names: list[str], root: Path | None) -> tuple[dict[
         try:
             shards[name] = SafetensorsFile(contained_path(path, name, root=root))
         except InputError as error:
+            if isinstance(error.__cause__, OSError):  # the cause says whether the disk has failed
+                raise
             problems.append(f"{name}: {error.what} ({error.where})")
     return shards, problems
 

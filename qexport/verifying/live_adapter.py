@@ -22,6 +22,7 @@ from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.naming import Naming
 from qexport.architectures.runner import Batch, BlockRunner, Call
 from qexport.architectures.structure import find_blocks
+from qexport.artifact.disk import disk_failure
 from qexport.hidden_packages import hidden
 from qexport.progress import Steps
 from qexport.tensors.safetensors_file import SafetensorsFile
@@ -285,4 +286,6 @@ def _of_peft(task: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # PEFT raises exceptions of any type
+        if disk_failure(error, where=None):
+            raise
         raise NotMeasured(f"PEFT cannot {task} the adapter") from error

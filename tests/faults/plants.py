@@ -69,9 +69,15 @@ def what_is_replaced_is_not_marked() -> None:
     patch.object(publish, "marked_if_foreign", nothing).start()
 
 
+def what_is_finished_is_made_anew() -> None:
+    """As it was at first."""
+    patch.object(publish, "lock_finished", lambda folder: None).start()
+
+
 def what_lies_aside_is_forgotten() -> None:
     """As it was before the harness."""
     patch.object(publish, "_end_replacing", lambda target, folder: None).start()
+    patch.object(publish, "_put_back", disk.path_aside).start()
 
 
 def the_folder_is_copied() -> None:

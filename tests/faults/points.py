@@ -181,16 +181,24 @@ class Harness:
             first = self.run(case, output, fault=(point.kind, point.number), plant=plant)
             found = [*self._after_fault(point, output, first)]
             done = whole(output.with_name(case.result), self.uninterrupted(case)) is None
+            finished = self._finished(case, output)
             second = self.run(case, output, plant=plant)
             code = 2 if done and case.old == "nothing" else expected_code(case)
             if second.code != code:
                 found.append(f"run again, it ends with {second.code}: {second.told}")
             if problem := whole(output.with_name(case.result), self.uninterrupted(case)):
                 found.append(f"run again, the artifact {problem}")
+            if finished and finished != written(output.with_name(case.result)):
+                found.append("run again, it makes anew what was finished")
             expected = [case.result, roots_path(Path(case.result)).name]
             if (names := sorted(path.name for path in output.parent.iterdir())) != expected:
                 found.append(f"run again, it leaves {names}")
         return [f"{point}: {problem}" for problem in found]
+
+    def _finished(self, case: Case, output: Path) -> list[tuple[int, int]]:
+        """When the files of a folder were written that is finished and was not moved to its path; empty if none is."""
+        partial = output.with_name(f"{output.name}.partial")
+        return [] if whole(partial, self.uninterrupted(case)) else written(partial)
 
     def _after_fault(self, point: Point, output: Path, ended: Answer) -> list[str]:
         case, found = point.case, []
@@ -293,6 +301,12 @@ def files_in(folder: Path) -> Files:
     report = f"{REPORT_FOLDER}/"
     timed = (report, LISTING_NAME) if any(report in name for name in paths) else ()  # a report holds the time
     return {name: b"" if any(part in name for part in timed) else path.read_bytes() for name, path in paths.items()}
+
+
+def written(folder: Path) -> list[tuple[int, int]]:
+    """Which files these are, and when they were written."""
+    found = [path.stat() for path in sorted(folder.rglob("*")) if path.is_file()]
+    return [(each.st_ino, each.st_mtime_ns) for each in found]
 
 
 def write_files(files: Files, folder: Path) -> None:

@@ -57,9 +57,15 @@ def points(harness: Harness, case: Case, kind: Kind) -> list[Point]:
     return [Point(case, kind, number) for number in numbers]
 
 
+def run(case: Case) -> str:
+    """The method, what is replaced and how, and whether the artifact is measured."""
+    parts = [case.method, *([] if case.old == "nothing" else [f"over {case.old}"])]
+    parts += [*([] if case.exchange else ["in two steps"]), *(["measured"] if case.verified else [])]
+    return ", ".join(parts)
+
+
 def name(case: Case, kind: Kind) -> str:
-    parts = [case.method, case.layout, f"over {case.old}", "exchange" if case.exchange else "two steps", kind]
-    return ", ".join([*parts, "measured"] if case.verified else parts)
+    return f"{run(case)}, {case.layout}, {kind}"
 
 
 @pytest.mark.parametrize(("case", "kind"), [pytest.param(*each, id=name(*each)) for each in cases()])
@@ -67,5 +73,5 @@ def test_after_any_fault_the_run_can_be_repeated(
     harness: Harness, case: Case, kind: Kind, record_property: Callable[[str, object], None]
 ) -> None:
     chosen = points(harness, case, kind)
-    record_property("points", len(chosen))
+    record_property("points", [run(case), case.layout, kind, len(chosen)])
     assert [problem for point in chosen for problem in harness.problems(point)] == []

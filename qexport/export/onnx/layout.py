@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -33,7 +30,7 @@ from qexport.export.onnx.tracing import MINIMUM_RUNTIME, NARROW_2_BIT_RUNTIME, l
 from qexport.export.tensor_writer import link_or_copy
 from qexport.formats import Outputs, W8A8Format
 from qexport.formats.onnx import OnnxFormat
-from qexport.reading.onnx.graph import GRAPH_NAME, Graph
+from qexport.reading.onnx.graph import GRAPH_NAME, Graph, read_graph
 from qexport.reading.onnx.session import refuse_unloadable
 from qexport.tensors import GroupQuantizedSpec
 from qexport.tensors.safetensors_file import SafetensorsFile
@@ -150,21 +147,20 @@ class OnnxLayout:
         return launch_files(figures) | own
 
     def check(self, folder: Path) -> None:
-        """Checks the graph with ONNX's checker, with ONNX Runtime (types and kernels), and with our own reader, which
-        requires every weight to be in the folder.
+        """Checks the graph with our own reader, which requires every weight to be in the folder, and then with ONNX's
+        checker and ONNX Runtime (types and kernels).
 
         Raises:
             QexportError: the graph is not valid.
         """
-        try:
-            with _with_empty_data(folder) as checked:
-                onnx.checker.check_model(str(checked / GRAPH_NAME))
-        except onnx.checker.ValidationError as error:
-            raise QexportError(f"onnx.checker refuses the graph: {error}", where=GRAPH_NAME) from error
-        refuse_unloadable(folder)
         unplaced = self.weights.initializers.keys() - Graph(folder).initializers.keys()
         if unplaced:
             raise QexportError("weights are missing in the graph", where=listed(sorted(unplaced)))
+        try:
+            onnx.checker.check_model(_with_weights_as_inputs(read_graph(folder / GRAPH_NAME)))
+        except onnx.checker.ValidationError as error:
+            raise QexportError(f"onnx.checker refuses the graph: {error}", where=GRAPH_NAME) from error
+        refuse_unloadable(folder)
 
     @property
     def _shared(self) -> bool:
@@ -216,20 +212,15 @@ class OnnxLayout:
             raise CompatibilityError(f"the onnx layout cannot store {sorted(map(str, dtypes))}", where="export: onnx")
 
 
-@contextmanager
-def _with_empty_data(folder: Path) -> Iterator[Path]:
-    """A temporary folder with the graph, and empty files as large as its data. The checker refuses data files with a
-    second hard link, and checks only their sizes. Its name is always the same: what a killed run has left is removed by
-    the next.
+def _with_weights_as_inputs(graph: bytes) -> bytes:
+    """A graph whose weights in other files are inputs of their names, types and shapes.
+
+    The checker would look for the files itself: it refuses those with a second hard link, and calls a graph that it
+    cannot read from the disk malformed. The places of the weights are checked by our own reader.
     """
-    beside = folder / ".checked"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    try:
-        shutil.copyfile(folder / GRAPH_NAME, beside / GRAPH_NAME)
-        for data in [*folder.glob("*.onnx.data"), *folder.glob("*.safetensors")]:
-            (beside / data.name).touch()
-            os.truncate(beside / data.name, data.stat().st_size)
-        yield beside
-    finally:
-        shutil.rmtree(beside)
+    model = onnx.load_model_from_string(graph)
+    for tensor in [each for each in model.graph.initializer if each.data_location == onnx.TensorProto.EXTERNAL]:
+        model.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+        model.graph.initializer.remove(tensor)
+    checked: bytes = model.SerializeToString()
+    return checked

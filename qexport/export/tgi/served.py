@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import torch
 
+from qexport.artifact.disk import disk_failure
 from qexport.errors import InputError
 from qexport.export.model_files import FOLDER, render_launch_files
 from qexport.export.served import ServedModel, ServedWeights
@@ -135,6 +136,8 @@ class ServedByTgi(ServedModel):
                 with SafetensorsFile(path) as opened:
                     found = opened.specs()
             except InputError as error:
+                if disk_failure(error, where=None):
+                    raise
                 unreadable[path.name] = error.what
                 continue
             duplicates += [name for name in found if name in specs]

@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from qexport.architectures.architecture import Architecture
 from qexport.architectures.structure import LinearSpec, Structure
+from qexport.artifact.disk import disk_failure
 from qexport.errors import InputError, QexportError
 from qexport.export.model_files import FOLDER, render_launch_files
 from qexport.export.served import ServedModel, ServedWeights
@@ -92,6 +93,8 @@ class ServedByVllm(ServedModel):
             with SafetensorsFolder(folder) as weights:
                 return ServedWeights(dict(weights.specs()))
         except InputError as error:
+            if disk_failure(error, where=None):
+                raise
             return ServedWeights({}, unreadable={"*.safetensors": error.what})
 
     @property

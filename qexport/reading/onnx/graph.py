@@ -185,14 +185,27 @@ def _product(sizes: Iterable[int]) -> int:
     return math.prod(size for size in sizes if size)
 
 
-def _parse(path: Path) -> onnx.ModelProto:
+def read_graph(path: Path) -> bytes:
+    """The content of a graph's file, at most 128 MiB.
+
+    Raises:
+        InputError: the file is missing, too large, or cannot be read.
+    """
     if not path.is_file():
         raise InputError("the file does not exist", where=str(path), mend="name the folder of an ONNX artifact")
     if (size := path.stat().st_size) > _GRAPH_LIMIT:
         raise InputError(f"{size} bytes are too many for a graph; the limit is {_GRAPH_LIMIT}", where=str(path))
     try:
-        model = onnx.load_model_from_string(path.read_bytes())
-    except (OSError, DecodeError) as error:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"the graph cannot be read: {error.strerror}", where=str(path)) from error
+
+
+def _parse(path: Path) -> onnx.ModelProto:
+    content = read_graph(path)
+    try:
+        model = onnx.load_model_from_string(content)
+    except DecodeError as error:
         raise InputError(f"the graph cannot be read: {error}", where=str(path), mend=_MEND) from error
     if not model.graph.node or not model.opset_import:
         raise InputError("the file holds no graph", where=str(path), mend=_MEND)

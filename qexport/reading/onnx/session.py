@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from qexport.errors import InputError, RecipeError
-from qexport.reading.onnx.graph import GRAPH_NAME
+from qexport.reading.onnx.graph import GRAPH_NAME, read_graph
 
 try:
     import onnxruntime
@@ -126,8 +126,7 @@ def open_session(folder: Path, *, device: torch.device) -> Session:
     if device.type == "cuda":
         _refuse_without_cuda(onnxruntime.get_available_providers())
         providers = [(CUDA, {"device_id": str(device.index), "use_tf32": "0"}), CPU]
-    with _runtime_errors("load"):
-        session = onnxruntime.InferenceSession(str(folder / GRAPH_NAME), options, providers=providers)
+    session = _loaded(folder, options, providers)
     if device.type == "cuda":
         _refuse_without_cuda(session.get_providers())
     return Session(session, device)
@@ -143,8 +142,17 @@ def refuse_unloadable(folder: Path) -> None:
     options = _options()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")
+    _loaded(folder, options, [CPU])
+
+
+def _loaded(folder: Path, options: Any, providers: list[Any]) -> Any:
+    """ONNX Runtime's session. It gets the graph's bytes, since it calls any that it cannot read a malformed graph, and
+    finds the weights by their paths.
+    """
+    graph = read_graph(folder / GRAPH_NAME)
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     with _runtime_errors("load"):
-        onnxruntime.InferenceSession(str(folder / GRAPH_NAME), options, providers=[CPU])
+        return onnxruntime.InferenceSession(graph, options, providers=providers)
 
 
 def _options() -> Any:

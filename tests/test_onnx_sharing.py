@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import getpass
 import hashlib
-import shutil
 import sys
 from pathlib import Path
 from typing import Any

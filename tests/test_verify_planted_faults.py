@@ -268,7 +268,7 @@ def test_a_changed_special_token_fails_the_tokenizer_and_its_file(sound: Sound, 
 
 def test_settings_of_generation_and_of_the_tokenizer_fail_the_files_alone(sound: Sound, copy: Path) -> None:
     """Text and prompts are encoded as before, so nothing else sees these."""
-    (copy / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.3, "eos_token_id": 0}))
+    edit_json(copy / "generation_config.json", repetition_penalty=1.3)
     edit_json(copy / "tokenizer_config.json", model_max_length=16)
     length = {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0}
     edit_json(copy / "tokenizer.json", truncation=length)

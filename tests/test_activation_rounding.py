@@ -130,6 +130,17 @@ def test_experts_round_the_inputs_of_both_products() -> None:
     assert not torch.allclose(before, expected, atol=1e-5)
 
 
+def test_a_mixtures_blocks_run_with_rounded_inputs(tmp_path: Path) -> None:
+    """The experts of a folder are named one by one, and lie together in memory."""
+    model = factories.build(factories.mixtral_config(num_hidden_layers=1), dtype=torch.float32)
+    written = stored_models.write(model, tmp_path / "a", activations())
+    with SafetensorsWeights(written, dtype=torch.float32) as source:
+        rounding, plain = (BlockRunner(source.architecture, source, dtype=torch.float32, device=CPU) for _ in range(2))
+        assert rounding.round_inputs(module for module in source.layers if ".experts." in module) == []
+        change = (logits(rounding) - logits(plain)).abs().max()
+    assert 0 < change < 0.5
+
+
 def test_a_mixture_that_is_not_known_is_left_as_it_is() -> None:
     assert not round_inputs(nn.ModuleList())
 

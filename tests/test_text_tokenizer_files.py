@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import factories
@@ -173,6 +173,7 @@ def test_a_file_that_tokenizers_cannot_read_is_an_input_error(saved: Files) -> N
         compare_tokenizer_files(base, TokenizerFolder(base.tokenizer, broken, CONFIG))
 
 
+@settings(max_examples=25)
 @given(st.data())
 def test_any_other_value_of_a_key_that_both_have_is_named(saved: Files, data: st.DataObject) -> None:
     base = opened(saved)

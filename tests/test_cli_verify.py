@@ -275,6 +275,35 @@ def test_text_and_prompts_of_the_command_line_replace_the_recipes(
     assert found.protocol.sequence_length == 32
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "pytorch_model.bin", "model-00002-of-00002.safetensors"])
+def test_a_file_that_a_loader_would_read_beside_the_artifact_is_refused(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    own, foreign = (shutil.copytree(made / "out", tmp_path / each) for each in ("own", "foreign"))
+    factories.without_digests(foreign)
+    for artifact, words in ((own, "is not listed"), (foreign, "a loader would read beside the artifact")):
+        (artifact / name).write_bytes(b"{}")
+        for command in (
+            ["validate", str(artifact)],
+            ["verify", str(artifact), "--reference", str(made / "recipe.yaml")],
+        ):
+            assert main(command) == 3
+            error = capsys.readouterr().err
+            assert words in error
+            assert name in error
+
+
+def test_two_configs_that_contradict_each_other_are_refused(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    artifact = factories.without_digests(shutil.copytree(made / "out", tmp_path / "a"))
+    second = artifact / "quantize_config.json"
+    second.write_text(json.dumps(json.loads(second.read_text()) | {"desc_act": True}))
+    for command in (["validate", str(artifact)], ["verify", str(artifact), "--reference", str(made / "recipe.yaml")]):
+        assert main(command) == 3
+        assert "desc_act is True, in config.json False" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("fault", ["no folder", "no model", "another file", "another shape"])
 def test_a_folder_that_is_no_form_of_the_reference_is_refused(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: str

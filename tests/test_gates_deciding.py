@@ -190,7 +190,7 @@ def test_checks_that_had_nothing_to_look_at_are_undecided_together() -> None:
     assert built_in("config", checks=[nothing, passed, failed]).verdict == "fail"
 
 
-@pytest.mark.parametrize("name", ["config", "tokenizer", "merge", "adapter", "better_than_rtn"])
+@pytest.mark.parametrize("name", ["config", "files", "tokenizer", "merge", "adapter", "better_than_rtn"])
 def test_a_built_in_gate_that_was_not_measured_is_undecided(name: BuiltIn) -> None:
     other = CheckResult(gate="config" if name == "tokenizer" else "tokenizer", name="x", passed=True, detail="")
     assert built_in(name, between(0.1, 0.2, noise_floor=0.1), checks=[other]).verdict == "undecided"
@@ -338,6 +338,13 @@ def test_the_gate_on_graphs_is_decided_again_where_there_was_a_graph() -> None:
     assert again(report={"checks": checked, "gates": []})["graph"] == "pass"
     assert again(report={"gates": [gate_result("graph", figure=None)]})["graph"] == "undecided"
     assert "graph" not in again()
+
+
+def test_the_gate_on_files_is_decided_again_where_they_were_compared() -> None:
+    checked = [*report().checks, CheckResult(gate="files", name="tokenizer.json", passed=False, detail="x")]
+    assert again(report={"checks": checked, "gates": []})["files"] == "fail"
+    assert again(report={"gates": [gate_result("files", figure=None)]})["files"] == "undecided"
+    assert "files" not in again(), "qexport 0.2 compared none"
 
 
 def test_checks_are_decided_even_where_the_report_has_none() -> None:

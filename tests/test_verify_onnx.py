@@ -418,7 +418,7 @@ def test_verifying_later_tells_the_same_as_the_run(sound: Sound) -> None:
 def test_the_gate_stays_where_others_are_decided_again(sound: Sound) -> None:
     others = sound.settings(gates={})
     gates, _ = decide_again(sound.run.reports["onnx"], others, profile_of_layer)
-    assert [gate.name for gate in gates] == ["config", "tokenizer", "graph", "better_than_rtn"]
+    assert [gate.name for gate in gates] == ["config", "files", "tokenizer", "graph", "better_than_rtn"]
     gates, _ = decide_again(sound.run.reports["safetensors"], others, profile_of_layer)
     assert "graph" not in {gate.name for gate in gates}
 

@@ -185,7 +185,7 @@ def test_the_sound_artifact_passes_every_gate_at_its_first_look(sound: Sound) ->
     report = sound.intact
     assert report.verdict == "pass"
     assert verdicts(report) == dict.fromkeys(
-        ["config", "tokenizer", "merge", "adapter", "better_than_rtn", *GATES], "pass"
+        ["config", "files", "tokenizer", "merge", "adapter", "better_than_rtn", *GATES], "pass"
     )
     assert report.protocol.looks == [16]
     assert set(report.domains) == {"prose", "code", "french", "numbers"}
@@ -257,12 +257,38 @@ def test_shifted_zero_points_that_contradict_the_config_are_refused(sound: Sound
         sound.verify(copy)
 
 
-def test_a_changed_special_token_fails_the_tokenizer_alone(sound: Sound, copy: Path) -> None:
+def test_a_changed_special_token_fails_the_tokenizer_and_its_file(sound: Sound, copy: Path) -> None:
     edit_json(copy / "tokenizer_config.json", eos_token="<|start|>")
     report = sound.verify(copy)
     assert report.verdict == "fail"
-    assert failed(report) == {"tokenizer"}
+    assert failed(report) == {"files", "tokenizer"}
     assert "special_tokens" in named(report, "tokenizer").reason
+    assert "tokenizer_config.json (eos_token is '<|start|>', not '<|end|>')" in named(report, "files").reason
+
+
+def test_settings_of_generation_and_of_the_tokenizer_fail_the_files_alone(sound: Sound, copy: Path) -> None:
+    """Text and prompts are encoded as before, so nothing else sees these."""
+    edit_json(copy / "generation_config.json", repetition_penalty=1.3)
+    edit_json(copy / "tokenizer_config.json", model_max_length=16)
+    length = {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0}
+    edit_json(copy / "tokenizer.json", truncation=length)
+    report = sound.verify(copy)
+    assert failed(report) == {"files"}
+    reason = named(report, "files").reason
+    assert "generation_config.json (repetition_penalty is 1.3, not missing" in reason
+    assert "tokenizer.json (truncation is {'direction': 'Right', 'max_length': 16" in reason
+    assert "tokenizer_config.json (model_max_length is 16, not " in reason
+
+
+def test_a_merge_that_no_short_text_has_is_found_in_the_held_out_text(sound: Sound, copy: Path) -> None:
+    """Another order of merges shows in the tokens of the text that was measured, and is named with its document."""
+    content = json.loads((copy / "tokenizer.json").read_text())
+    content["model"]["merges"].pop()
+    (copy / "tokenizer.json").write_text(json.dumps(content))
+    report = sound.verify(copy)
+    assert "tokenizer.json (model.merges[" in named(report, "files").reason
+    token_ids = next(check for check in report.checks if check.name == "token_ids")
+    assert "of the held-out text" in token_ids.detail
 
 
 def test_an_artifact_without_a_tokenizer_fails_the_tokenizer(sound: Sound, copy: Path) -> None:

@@ -88,6 +88,13 @@ def engine(**changes: Any) -> Callable[[Path], None]:
     return plant
 
 
+def left_over(name: str) -> Callable[[Path], None]:
+    def plant(folder: Path) -> None:
+        (folder / name).write_bytes(b"{}")
+
+    return plant
+
+
 FAULTS: list[tuple[str, Callable[[Path], object], str]] = [
     ("none", lambda folder: (folder / "config.json").write_text("{"), "config.json can be read"),
     ("none", config(lambda content: content.update(architectures=["LlamaForGames"])), "vLLM has a class"),
@@ -117,6 +124,9 @@ FAULTS: list[tuple[str, Callable[[Path], object], str]] = [
     ("none", engine(max_model_len=100_000), "the model's longest sequence"),
     ("none", engine(tensor_parallel_size=3), "split the heads evenly"),
     ("none", lambda folder: (folder / "model.safetensors").unlink(), "all weights that the index names can be read"),
+    ("gptq", left_over("adapter_config.json"), "nothing beside the weights"),
+    ("gptq", left_over("model-00001-of-00002.safetensors"), "nothing beside the weights"),
+    ("w8a8", left_over("consolidated.00.pth"), "nothing beside the weights"),
     ("gptq", tensors(lambda stored: stored.pop("model.norm.weight")), "no tensor of the model"),
     ("none", tensors(lambda stored: stored.update({"model.norm.weight": torch.ones(3)})), "no tensor of the model"),
     ("gptq", quantization(lm_head=True), "the head is 16-bit"),
@@ -155,6 +165,8 @@ KEPT: list[tuple[str, Callable[[Path], object], str]] = [
     ("gptq", quantization(dynamic={"-:^model": {"bits": 8, "group_size": 16}}), "4 bits and symmetric"),
     ("gptq", quantization(dynamic={"-:^model": {"bits": 8, "group_size": 16}}), "of a size that is read"),
     ("w8a8", tensors(lambda stored: stored.update({f"{UP0}.weight_scale": torch.ones(128, 1).half()})), "W8A8 layers"),
+    ("gptq", left_over("LICENSE"), "nothing beside the weights"),
+    ("gptq", left_over("training_args.bin"), "nothing beside the weights"),
     ("none", engine(max_model_len=256), "the model's longest sequence"),
     ("none", engine(tensor_parallel_size=2), "split the heads evenly"),
 ]

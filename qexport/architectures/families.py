@@ -187,14 +187,28 @@ def staged(module: nn.Module, square_bytes: int) -> Iterator[list[ExpertStop]]:
         del module.forward
 
 
+def staged_forward(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The same forward, with a change of the tokens' states before each product.
+
+    Args:
+        module: one for which `can_stage` is true.
+        change: from states [tokens, in] to states of the same shape and dtype.
+    """
+    everyone = range(len(module.get_parameter("down_proj")))
+    return _forward(module, [ExpertStop(name, everyone) for name in ("gate_up_proj", "down_proj")], change)
+
+
 def _portions(parameter: Tensor, square_bytes: int) -> list[range]:
     count, _, inputs = parameter.shape
     step = max(1, square_bytes // (inputs * inputs * torch.float32.itemsize))
     return [range(start, min(start + step, count)) for start in range(0, count, step)]
 
 
-def _forward(module: Any, stops: Sequence[ExpertStop]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _forward(
+    module: Any, stops: Sequence[ExpertStop], change: Callable[[Tensor], Tensor] = lambda states: states
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     def products(name: str, states: Tensor, counts: Sequence[int]) -> Tensor:
+        states = change(states)
         parts = states.split(list(counts))
         outputs = []
         for stop in (stop for stop in stops if stop.parameter == name):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qexport.architectures.activation_rounding import round_inputs
 from qexport.architectures.architecture import Architecture
 from qexport.architectures.devices import has_bfloat16_instructions, multiply_in_float32
 from qexport.architectures.memory import return_freed_memory
@@ -108,6 +109,18 @@ class LazyModel:
     def part(self, linear: LinearSpec) -> Part:
         """Where the weight of a linear layer is in the model."""
         return self._naming.parts[f"{linear.name}.weight"]
+
+    def round_inputs(self, modules: Iterable[str]) -> list[str]:
+        """Rounds the inputs of linear layers from now on, as servers do with W8A8; see `activation_rounding`.
+
+        Args:
+            modules: the layers, by their names in files; experts are rounded together.
+
+        Returns:
+            The modules of mixtures for which that is not simulated.
+        """
+        owners = {self._naming.parts[f"{name}.weight"].parameter.rpartition(".")[0] for name in modules}
+        return [path for path in sorted(owners) if not round_inputs(self._own_modules[path])]
 
     def parameter(self, name: str) -> Tensor:
         """A loaded tensor by its name in the files, as a view of the parameter in memory."""

@@ -197,7 +197,7 @@ class CheckResult(Record):
     """A check without statistics."""
 
     gate: str
-    """The gate that it belongs to: `config`, `tokenizer` or `graph`."""
+    """The gate that it belongs to: `config`, `files`, `tokenizer` or `graph`."""
 
     name: str
 

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, Final, Generic, Self, TypeVar
 
 from qexport.artifact.disk import disk_failure
+from qexport.artifact.stray_files import stray_files
 from qexport.errors import CompatibilityError, InputError, QexportError, listed
 from qexport.tensors import TensorSpec
+from qexport.tensors.safetensors_folder import INDEX_NAME, SINGLE_NAME
 from qexport.tensors.strict_files import parse_json
 
 CONFIG: Final = "config.json"
@@ -108,6 +110,20 @@ class ServedModel:
         return self._objects[name]
 
 
+def beside_the_weights(model: ServedModel) -> Iterator[str]:
+    """A rule of every server: no file that a loader would read beside the artifact; see `stray_files`."""
+    inside = [name for name in model.files if not name.endswith("/")]
+    for name, reason in stray_files(inside, _listed_weights(model, inside)).items():
+        yield f"{name}: {reason}"
+
+
+def _listed_weights(model: ServedModel, inside: Sequence[str]) -> set[str]:
+    """The index and the files that it names; without an index the single file, or all if none has its name."""
+    if INDEX_NAME in inside:
+        return {INDEX_NAME, *map(str, model.json(INDEX_NAME).get("weight_map", {}).values())}
+    return {SINGLE_NAME} if SINGLE_NAME in inside else {name for name in inside if name.endswith(".safetensors")}
+
+
 class FolderFiles(Mapping[str, bytes]):
     """The files of a folder by name, each read on demand; names of folders end with a slash."""
 
@@ -157,6 +173,7 @@ def _parse(files: Mapping[str, bytes], name: str) -> tuple[dict[str, Any], str |
 
 
 OTHER_LAYOUT: Final = "leave this layout out and choose another one"
+REMOVE: Final = "remove these files from the base's folder"
 
 ModelT = TypeVar("ModelT", bound=ServedModel)
 Faults = Callable[[ModelT], Iterator[str]]

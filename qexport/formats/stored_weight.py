@@ -79,12 +79,15 @@ Tensors = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Scheme:
-    """How to read a module's codes. `group_size` is -1 for one group per row."""
+    """How to read a module's codes. `group_size` is -1 for one group per row; with `int8_inputs` servers round the
+    inputs to int8, each token with a scale of its own.
+    """
 
     bits: int
     group_size: int
     sym: bool
     desc_act: bool
+    int8_inputs: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,12 +99,14 @@ class StoredLayer:
         bits: bits per code.
         group_size: values that share a scale.
         shape: [out, in].
+        int8_inputs: servers round its inputs to int8, each token with a scale of its own.
     """
 
     method: str
     bits: int
     group_size: int
     shape: tuple[int, int]
+    int8_inputs: bool = False
 
 
 class StoredWeight(Protocol):
@@ -168,7 +173,8 @@ class GroupedWeight:
                 where=f"{WHERE}, {self.module}",
                 mend="fetch the artifact again, or ask its author: weights and config.json do not belong together",
             )
-        return StoredLayer(self.method, self.scheme.bits, self._group_size(self.scheme), self.shape)
+        group_size = self._group_size(self.scheme)
+        return StoredLayer(self.method, self.scheme.bits, group_size, self.shape, self.scheme.int8_inputs)
 
     @property
     def grid(self) -> GroupQuantizedSpec | None:

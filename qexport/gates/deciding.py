@@ -13,10 +13,12 @@ from qexport.errors import GateFailed, GateUndecided
 from qexport.gates import HasGates
 from qexport.gates.limits import NOISE_MARGIN, Bound, Limit, ProfileOfLayer, above_floor, limits_of, profile_for
 
-BuiltIn = Literal["config", "tokenizer", "graph", "merge", "adapter", "better_than_rtn"]
+BuiltIn = Literal["config", "files", "tokenizer", "graph", "merge", "adapter", "better_than_rtn"]
 """Gates that need no configured limit. Each is decided where it is expected, whether or not it was measured."""
 
-BUILT_IN: Final[tuple[BuiltIn, ...]] = ("config", "tokenizer", "graph", "merge", "adapter", "better_than_rtn")
+BUILT_IN: Final[tuple[BuiltIn, ...]] = (
+    "config", "files", "tokenizer", "graph", "merge", "adapter", "better_than_rtn",
+)  # fmt: skip
 
 FIGURE_OF: Final[Mapping[BuiltIn, str]] = {
     "merge": "merge_kl",
@@ -42,7 +44,9 @@ def waived(settings: HasGates) -> dict[BuiltIn, str]:
     }
 
 
-def expected_gates(settings: HasGates, *, adapter: bool, nearest: bool, graph: bool) -> tuple[list[BuiltIn], list[str]]:
+def expected_gates(
+    settings: HasGates, *, adapter: bool, nearest: bool, graph: bool, files: bool = True
+) -> tuple[list[BuiltIn], list[str]]:
     """The built-in gates that apply and are not waived, and a note on each that applies but is waived.
 
     Args:
@@ -50,9 +54,11 @@ def expected_gates(settings: HasGates, *, adapter: bool, nearest: bool, graph: b
         adapter: whether the reference has an adapter.
         nearest: whether the model rounded to nearest is run.
         graph: whether the artifact is an ONNX graph.
+        files: whether the files beside the weights were compared, as qexport 0.3 and newer do.
     """
     applies: dict[BuiltIn, bool] = {
         "config": True,
+        "files": files,
         "tokenizer": True,
         "graph": graph,
         "merge": adapter,
@@ -127,7 +133,7 @@ def _built_in(
     for name in BUILT_IN:
         if name in expected:
             match name:
-                case "config" | "tokenizer" | "graph":
+                case "config" | "files" | "tokenizer" | "graph":
                     yield _checked(name, [check for check in checks if check.gate == name])
                 case "merge":
                     yield _merge(figures)
@@ -235,7 +241,8 @@ def decide_again(report: Report, settings: HasGates, of_layer: ProfileOfLayer) -
     """Decides gates with other settings, on a report's figures.
 
     Of the built-in gates, `config` and `tokenizer` are always decided, `merge` and `adapter` if there is an adapter,
-    `graph` and `better_than_rtn` if the report has them or what they are decided on; none that the settings waive.
+    `files`, `graph` and `better_than_rtn` if the report has them or what they are decided on; none that the settings
+    waive.
 
     Args:
         report: what was measured.
@@ -257,6 +264,7 @@ def decide_again(report: Report, settings: HasGates, of_layer: ProfileOfLayer) -
         adapter=report.reference.adapter is not None,
         nearest=rounded or "better_than_rtn" in decided,
         graph="graph" in decided or any(check.gate == "graph" for check in report.checks),
+        files="files" in decided or any(check.gate == "files" for check in report.checks),
     )
     return decide(limits, report.all_figures, report.checks, expected), [*notes, *waived]
 
@@ -274,6 +282,7 @@ _MAX_NAMED: Final = 12
 _MEND_OF_LIMITS: Final = "try more bits or a smaller group_size, or loosen the limit where the use allows it"
 _MEND: Final = {
     "config": "correct config.json so that it describes the reference's model",
+    "files": "copy these files from the base",
     "tokenizer": "copy the tokenizer's files from the base",
     "graph": "export the model again: this graph does not use its attention mask or its cache correctly",
     "merge": "check that the adapter was made for this base",

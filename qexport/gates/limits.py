@@ -41,7 +41,7 @@ PROFILES: Final[Mapping[ProfileName, Mapping[str, Bounds]]] = {
     "16bit": _profile(0.003, 1.003, 0.95, 0.001),
     "gptq-8bit": _profile(0.01, 1.01, 0.92, 0.005),
     "int8": _profile(0.02, 1.02, 0.9, 0.01),
-    "w8a8": _profile(0.02, 1.02, 0.9, 0.01),
+    "w8a8": _profile(0.1, 1.05, 0.83, 0.05),
     "gptq-4bit": _profile(0.12, 1.12, 0.82, 0.05),
     "nf4": _profile(0.15, 1.15, 0.8, 0.06),
     "gptq-3bit": _profile(0.3, 1.4, 0.72, 0.12),

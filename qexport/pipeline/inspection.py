@@ -17,6 +17,7 @@ from qexport.export.loaders import Folder, Loader, Verdict, loaders
 from qexport.export.served import Check
 from qexport.hidden_packages import hidden
 from qexport.pipeline.folders import refuse_other_layers
+from qexport.reading.one_model import refuse_second_model
 from qexport.reading.stored_model import StoredModel, model_folder, open_stored
 
 Server = Literal["tgi", "vllm"]
@@ -111,7 +112,8 @@ def inspect_artifact(path: Path, *, server: Server | None = None, root: str | No
 
     Raises:
         InputError: a file does not match its digest, the digests not the root digest, manifest, report and weights
-            contradict each other, or the tensors are not those of the model that config.json describes.
+            contradict each other, the tensors are not those of the model that config.json describes, or some loader
+            would read another model from the folder.
         CompatibilityError: transformers does not know the family.
     """
     path = model_folder(path)
@@ -122,6 +124,7 @@ def inspect_artifact(path: Path, *, server: Server | None = None, root: str | No
         source.check_complete()
         if artifact is not None:
             _refuse_disagreement(artifact, source)
+        refuse_second_model(source)
         shapes = {module: layer.shape for module, layer in source.layers.items()}
         graph = source.kind == "graph"
         blocks = {name: each.group_size for name, each in source.layers.items() if each.method in ("nf4", "fp4")}

@@ -29,9 +29,11 @@ from qexport.pipeline.reference import Gates, make_gates, prepare_reference
 from qexport.pipeline.texts import check_prompts_and_tasks, read_evaluation, refuse_long_windows
 from qexport.progress import ProgressCallback, silent
 from qexport.quantizing import profile_of_layer
+from qexport.reading.one_model import refuse_second_model
 from qexport.reading.stored_model import StoredModel, model_folder
 from qexport.text.preflight import TokenizerFolder, preflight
 from qexport.verifying import VerifySettings, verification
+from qexport.verifying.file_comparison import check_files
 from qexport.verifying.reference import Reference
 from qexport.verifying.rounds import NO_LOOKS, Looks
 from qexport.verifying.verification import Measurement, check_config, check_parameters, has_nearest_rival
@@ -71,6 +73,7 @@ def verify(
     structure, dtype = merged.checkpoint.architecture.structure, getattr(torch, merging.dtype)
     refuse_long_windows({"verify.sequence_length": settings.sequence_length}, structure)
     with _open(folder, merged.checkpoint, dtype) as opened:
+        refuse_second_model(opened.artifact)
         check_parameters(merged.checkpoint, opened.artifact)
         budget = budget_to_verify(merged, opened.artifact, settings, max_memory, dtype=dtype, device=where)
         evaluation = read_evaluation(settings, open_tokenizer(merged.checkpoint), structure, progress=progress)
@@ -112,7 +115,7 @@ class Verified:
         reference, measured = self.reference, self.measured
         checks = [
             check_config(reference.merged, opened.artifact),
-            *_check_tokenizer(reference, opened.artifact),
+            *_check_beside(reference, opened.artifact),
             *measured.checks,
         ]
         left_out = [f"too little text for a window, left out: {name}" for name in reference.held_out.left_out]
@@ -166,15 +169,19 @@ def _open(folder: Path, merged: Checkpoint, dtype: torch.dtype) -> AbstractConte
     )
 
 
-def _check_tokenizer(reference: Reference, artifact: StoredModel) -> list[CheckResult]:
-    """Compares the artifact's tokenizer with the reference's."""
+def _check_beside(reference: Reference, artifact: StoredModel) -> list[CheckResult]:
+    """Compares the files beside config.json and the weights with the reference's, and the tokenizers as loaded."""
     files, merged = read_sidecars(artifact.folder), reference.merged
     tokenizer = (
         tokenizer_from_files(files, artifact.config, name=artifact.folder.name) if has_tokenizer(files) else None
     )
-    return preflight(
-        TokenizerFolder(reference.tokenizer, merged.files, merged.config),
-        TokenizerFolder(tokenizer, files, artifact.config),
+    base = TokenizerFolder(reference.tokenizer, merged.files, merged.config)
+    own = TokenizerFolder(tokenizer, files, artifact.config)
+    tokens = preflight(
+        base,
+        own,
         prompts=reference.prompts.prompt_set.prompts if reference.prompts else (),
         embedding_rows=merged.architecture.structure.vocab_size,
+        texts=reference.held_out.texts,
     )
+    return [*check_files(merged, artifact, base, own), *tokens]

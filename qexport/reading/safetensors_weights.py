@@ -57,7 +57,6 @@ class SafetensorsWeights:
         self.quantization = self.config.pop("quantization_config", None)
         self._format = reader_of(self.quantization)
         self._folder = SafetensorsFolder(folder)
-        self._files = sorted(path.name for path in folder.glob("*.safetensors"))
         try:
             self.architecture = Architecture.of_config(without_code_keys(self.config)[0], like)
             refuse_impossible_depth(self.architecture.parsed, len(self._folder.specs()))
@@ -102,7 +101,7 @@ class SafetensorsWeights:
     @property
     def files(self) -> list[str]:
         """The names of the files with the weights, sorted."""
-        return self._files
+        return sorted(self._folder.shards)
 
     @property
     def stored_bytes(self) -> int:

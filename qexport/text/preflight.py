@@ -39,7 +39,12 @@ class TokenizerFolder:
 
 
 def preflight(
-    base: TokenizerFolder, artifact: TokenizerFolder, *, prompts: Sequence[Prompt], embedding_rows: int
+    base: TokenizerFolder,
+    artifact: TokenizerFolder,
+    *,
+    prompts: Sequence[Prompt],
+    embedding_rows: int,
+    texts: Sequence[str] = (),
 ) -> list[CheckResult]:
     """Compares two tokenizers in every way that changes what a model sees, or when it stops.
 
@@ -52,8 +57,8 @@ def preflight(
       generation_config.json, or in config.json if that names none; each file names the same ends as the base's.
     - `padding_side`: the same.
     - `chat_template`: byte for byte the same, in every file that contains one.
-    - `token_ids`: the same ids for every prompt, plain and through the base's chat template, for every text in
-      `TORTURE`, and for texts around each added token.
+    - `token_ids`: the same ids for every prompt, plain and through the base's chat template, for the held-out text, for
+      every text in `TORTURE`, and for texts around each added token.
     - `decoding`: these ids turn into the same text in both, with and without special tokens.
 
     Args:
@@ -61,6 +66,7 @@ def preflight(
         artifact: the artifact's.
         prompts: encoded in addition to the texts in `TORTURE`.
         embedding_rows: rows of the input embedding.
+        texts: the held-out text that the windows were cut from.
 
     Returns:
         The checks in the order above. If the base has no tokenizer, none is measured; if only the artifact has none,
@@ -73,7 +79,7 @@ def preflight(
         return [_check(name, None, "not measured: the base has no tokenizer") for name in CHECKS]
     if artifact.tokenizer is None:
         return [_check(name, False, "the artifact has no tokenizer, the base has one") for name in CHECKS]
-    compared = _Compared(base.tokenizer, artifact.tokenizer, base, artifact, prompts, embedding_rows)
+    compared = _Compared(base.tokenizer, artifact.tokenizer, base, artifact, prompts, embedding_rows, texts)
     return [_check(name, *check(compared)) for name, check in CHECKS.items()]
 
 
@@ -108,6 +114,7 @@ class _Compared:
     artifact_folder: TokenizerFolder
     prompts: Sequence[Prompt]
     embedding_rows: int
+    texts: Sequence[str] = ()
 
     @cached_property
     def vocabularies(self) -> tuple[dict[str, int], dict[str, int]]:
@@ -122,14 +129,16 @@ class _Compared:
                 tokenize(self.base, text, special_tokens=special),
                 tokenize(self.artifact, text, special_tokens=special),
             )
-            for name, text, special in _texts(self.base, self.prompts)
+            for name, text, special in _texts(self.base, self.prompts, self.texts)
         ]
 
 
 _Finding = tuple[bool | None, str]
 
 
-def _texts(base: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> Iterator[tuple[str, str, bool]]:
+def _texts(
+    base: PreTrainedTokenizerBase, prompts: Sequence[Prompt], held_out: Sequence[str]
+) -> Iterator[tuple[str, str, bool]]:
     """A name, a text, and whether the tokenizer adds special tokens."""
     for prompt in prompts:
         yield f"the prompt {prompt.id}", prompt.shown, True
@@ -142,6 +151,8 @@ def _texts(base: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> Iterator
                 )
             except InputError:  # the template rejects this conversation, so no model will see it
                 continue
+    for number, text in enumerate(held_out, start=1):
+        yield f"document {number} of the held-out text", text, True
     for name, text in TORTURE.items():
         yield f"the text {name!r}", text, True
     for token in base.added_tokens_decoder.values():

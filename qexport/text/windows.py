@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Final, Literal
 
@@ -68,14 +68,29 @@ def make_windows(
         InputError: too little text, a conversation without `chat_template`, or an unsuitable template or tokenizer.
     """
     encode = _Tokenizing(tokenizer, chat_template)
-    order = shuffled(documents.items, seed)
-    cut = _packed if packing == "packed" else _one_per_document
-    windows = list(islice(cut(order, encode, samples, sequence_length), samples))
-    if not windows or (len(windows) < samples and not allow_fewer):
-        raise _too_little(documents, encode, len(windows), samples, sequence_length, packing)
-    input_ids = torch.tensor(windows, dtype=torch.int64)
-    _check_vocabulary(input_ids, vocab_size, tokenizer)
+    ordered = Documents(tuple(shuffled(documents.items, seed)), documents.origin)
+    input_ids = _cut(ordered, encode, samples, sequence_length, vocab_size, packing, allow_fewer=allow_fewer)
     return CalibrationSet(input_ids, documents.sha256, documents.origin)
+
+
+def _cut(
+    documents: Documents,
+    encode: _Tokenizing,
+    samples: int,
+    length: int,
+    vocab_size: int,
+    packing: Packing = "packed",
+    *,
+    allow_fewer: bool,
+) -> torch.Tensor:
+    """The windows of documents in their order."""
+    cut = _packed if packing == "packed" else _one_per_document
+    windows = list(islice(cut(list(documents.items), encode, samples, length), samples))
+    if not windows or (len(windows) < samples and not allow_fewer):
+        raise _too_little(documents, encode, len(windows), samples, length, packing)
+    input_ids = torch.tensor(windows, dtype=torch.int64)
+    _check_vocabulary(input_ids, vocab_size, encode.tokenizer)
+    return input_ids
 
 
 def shuffled(items: Sequence[Document], seed: int | None) -> list[Document]:
@@ -95,6 +110,7 @@ class _Tokenizing:
     chat_template: bool
     tokens: int = 0
     longest: int = 0
+    texts: list[str] = field(default_factory=list)
 
     def __call__(self, document: Document, limit: int) -> list[int]:
         """The document's first tokens, at most `limit`."""
@@ -127,6 +143,7 @@ class _Tokenizing:
         while True:
             ids = tokenize(self.tokenizer, text[:length], special_tokens=not self.chat_template)
             if length >= len(text) or len(ids) >= limit + _CUT_TOKENS:
+                self.texts.append(text[:length])
                 return ids[:limit]
             length *= 2
 
@@ -195,6 +212,7 @@ class HeldOut:
         sha256: the digest of the text, which does not depend on its domains.
         origin: the text's name.
         left_out: domains with too little text for a window.
+        texts: what the windows were cut from, document after document.
     """
 
     input_ids: torch.Tensor
@@ -202,6 +220,7 @@ class HeldOut:
     sha256: str
     origin: str
     left_out: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
 
 
 def make_held_out(
@@ -221,12 +240,13 @@ def make_held_out(
     Raises:
         InputError: the text is shorter than a window, or has tokens without a row in the embedding.
     """
+    texts: list[str] = []
 
     def cut(text: Documents) -> torch.Tensor:
-        found = make_windows(
-            text, tokenizer, samples=windows, sequence_length=sequence_length, vocab_size=vocab_size, allow_fewer=True
-        )
-        return found.input_ids
+        encode = _Tokenizing(tokenizer, chat_template=False)
+        found = _cut(text, encode, windows, sequence_length, vocab_size, allow_fewer=True)
+        texts.extend(encode.texts)
+        return found
 
     parts = documents.by_domain()
     found, short = _cut_each(parts, cut, len(parts) == 1)
@@ -239,7 +259,9 @@ def make_held_out(
     order = list(_mixed({domain: len(ids) for domain, ids in found.items()}))[:windows]
     input_ids = torch.stack([found[domain][index] for domain, index in order])
     left_out = tuple(domain or "text without a domain" for domain in short)
-    return HeldOut(input_ids, tuple(domain for domain, _ in order), documents.sha256, documents.origin, left_out)
+    return HeldOut(
+        input_ids, tuple(domain for domain, _ in order), documents.sha256, documents.origin, left_out, tuple(texts)
+    )
 
 
 def _cut_each(

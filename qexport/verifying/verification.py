@@ -122,7 +122,7 @@ def verify(
         tasks=whole.tasks,
         checks=reading.checks,
         readers=[reading.reader],
-        unconfirmed=[*reference.prepared.unconfirmed, *whole.unconfirmed],
+        unconfirmed=[*reference.prepared.unconfirmed, *reading.unconfirmed, *whole.unconfirmed],
         notes=[*reading.notes, *whole.notes],
         timings=_timings(time.monotonic() - started, speed),
     )
@@ -172,18 +172,29 @@ class _Reading:
         reader: the program that reads it, with its version.
         checks: of a graph.
         notes: for users.
+        unconfirmed: what of the served computation was left out.
     """
 
     runner: BlockRunner | GraphRunner
     reader: str
     checks: list[CheckResult] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    unconfirmed: list[str] = field(default_factory=list)
 
 
 def _read_blocks(artifact: StoredModel, reference: Reference) -> _Reading:
-    """The artifact, run as its own config.json says, as its users will run it."""
+    """The artifact, run as its own config.json says, as its users will run it: with rounded activations if so."""
     runner = BlockRunner(artifact.architecture, artifact, dtype=reference.dtype, device=reference.device)
-    return _Reading(runner, f"qexport {version('qexport')}")
+    rounded = [module for module, layer in artifact.layers.items() if layer.int8_inputs]
+    left_out = runner.round_inputs(rounded)
+    reading = _Reading(runner, f"qexport {version('qexport')}", notes=[_ROUNDED] if rounded else [])
+    return replace(reading, unconfirmed=[f"rounded activations of the experts in {path}" for path in left_out])
+
+
+_ROUNDED: Final = (
+    "activations are rounded to int8 as vLLM rounds them (simulated): for each token symmetric, its absolute maximum / "
+    "127, ties to even"
+)
 
 
 def _read_graph(artifact: StoredModel, reference: Reference) -> _Reading:

@@ -8,10 +8,11 @@ from typing import Final
 import torch
 
 from qexport.errors import listed
-from qexport.export.served import Rules
+from qexport.export.served import REMOVE, Rules, beside_the_weights
 from qexport.export.tgi.families import Backend, backend
 from qexport.export.tgi.kernels import fault
 from qexport.export.tgi.served import RESERVED_WORDS, ServedByTgi
+from qexport.formats.gptq.second_config import CONFIG_FILE, second_config_differences
 from qexport.formats.gptq.tensors import packed_specs
 from qexport.tensors import GroupQuantizedSpec
 
@@ -69,6 +70,12 @@ def _one_set(model: ServedByTgi) -> Iterator[str]:
     names = set(model.weights.files.values())
     if len({name.rpartition("-of-")[2] for name in names}) > 1:
         yield f"files of more than one set: {', '.join(sorted(names))}"
+
+
+@_rule("nothing beside the weights is read", _HUB, REMOVE)
+def _beside(model: ServedByTgi) -> Iterator[str]:
+    """TGI loads every `*.safetensors` in the root, whatever the index names."""
+    yield from beside_the_weights(model)
 
 
 @_rule("every layer is complete", _MODELING)
@@ -131,9 +138,9 @@ def _gptq_fields(model: ServedByTgi) -> Iterator[str]:
 
 @_rule("GPTQ: both configs say the same", _QUANTIZATION)
 def _both_configs(model: ServedByTgi) -> Iterator[str]:
-    name = "quantize_config.json"
-    if name in model.files and model.json(name) != model.config.get("quantization_config"):
-        yield "quantize_config.json and quantization_config differ"
+    if CONFIG_FILE in model.files:
+        config = model.config.get("quantization_config")
+        yield from (f"{CONFIG_FILE}: {each}" for each in second_config_differences(config, model.json(CONFIG_FILE)))
 
 
 @_rule("GPTQ: zero points are stored less one", _GPTQ)

@@ -8,7 +8,7 @@ from typing import Final
 import torch
 
 from qexport.architectures.structure import LinearSpec
-from qexport.export.served import Rules
+from qexport.export.served import REMOVE, Rules, beside_the_weights
 from qexport.export.vllm.families import joined_modules
 from qexport.export.vllm.served import ServedByVllm
 from qexport.formats.compressed_tensors.tensors import group_specs, row_specs
@@ -37,6 +37,12 @@ _rule: Final = WEIGHT_RULES.rule
 @_rule("all weights that the index names can be read", _WEIGHT_UTILS, disk=True)
 def _files(model: ServedByVllm) -> Iterator[str]:
     yield from model.weights.unreadable.values()
+
+
+@_rule("nothing beside the weights is read", _WEIGHT_UTILS, REMOVE)
+def _beside(model: ServedByVllm) -> Iterator[str]:
+    """Without an index vLLM loads every file of weights, and with one, other programs do."""
+    yield from beside_the_weights(model)
 
 
 @_rule("no tensor of the model is missing", _LOADER)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -33,6 +33,8 @@ from qexport.tensors import GroupQuantized, RowQuantized, TensorSpec, WeightSour
 
 _LARGEST: Final = 1 << 31
 _FORMATS: Final = ("int-quantized", "pack-quantized")
+_LIBRARY_DEFAULTS: Final = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
+_TOKEN: Final = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
 
 
 class CompressedTensorsRules:
@@ -98,7 +100,22 @@ def _group(group: Any, where: str) -> tuple[_Names, Scheme]:
     }
     if wrong := [key for key, fault in faults.items() if fault]:
         raise InputError(f"values of weights that are not supported: {', '.join(wrong)}", where=where)
-    return _Names(group.get("targets"), f"{where}: targets"), Scheme(bits, group_size, sym, order == "group")
+    scheme = Scheme(bits, group_size, sym, order == "group", _int8_inputs(group.get("input_activations"), where))
+    return _Names(group.get("targets"), f"{where}: targets"), scheme
+
+
+def _int8_inputs(activations: Any, where: str) -> bool:
+    """Whether inputs are rounded to int8, each token with a scale of its own; the defaults are the library's."""
+    if activations is None:
+        return False
+    found = {**_LIBRARY_DEFAULTS, **activations} if isinstance(activations, dict) else {}
+    if any(found.get(key) != value for key, value in _TOKEN.items()):
+        raise InputError(
+            "input_activations other than symmetric int8 with a dynamic scale per token are not supported",
+            where=where,
+            mend="quantize the model again with dynamic activations",
+        )
+    return True
 
 
 @dataclass(frozen=True)
@@ -133,13 +150,13 @@ class RowWeight:
     @property
     def layer(self) -> StoredLayer:
         """See `StoredWeight.layer`."""
-        return StoredLayer("w8a8", 8, self.shape[1], self.shape)
+        return StoredLayer("w8a8", 8, self.shape[1], self.shape, self.scheme is not None and self.scheme.int8_inputs)
 
     def quantized(self, tensors: Tensors) -> RowQuantized:
         """See `StoredWeight.quantized`."""
         if self.scheme is None:
             raise _unquantized_by_config(self.module)
-        if self.scheme != Scheme(8, -1, sym=True, desc_act=False):
+        if replace(self.scheme, int8_inputs=False) != Scheme(8, -1, sym=True, desc_act=False):
             raise InputError("only symmetric int8 rows are supported in the format int-quantized", where=self.module)
         rows = unpack_rows(tensors, module=self.module)
         if int(rows.codes.min()) < -127:

@@ -13,6 +13,7 @@ import torch
 from qexport.architectures.structure import Structure
 from qexport.formats.format import Card, ModuleEncoding, Specs
 from qexport.formats.gptq.reading import GptqReader
+from qexport.formats.gptq.second_config import CONFIG_FILE
 from qexport.formats.gptq.tensors import check_shape, pack, packed_specs
 from qexport.tensors import GroupQuantized, GroupQuantizedSpec, OutputSpec, Quantized, QuantizedSpec, TensorSpec
 
@@ -40,7 +41,7 @@ class GptqFormat(ModuleEncoding):
     true_sequential: bool
 
     quant_method: ClassVar[str | None] = "gptq"
-    config_file: ClassVar[str | None] = "quantize_config.json"
+    config_file: ClassVar[str | None] = CONFIG_FILE
     holds: ClassVar = (GroupQuantized,)
 
     def parts(self, spec: QuantizedSpec) -> dict[str, TensorSpec]:

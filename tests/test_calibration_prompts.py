@@ -13,12 +13,13 @@ import pytest
 
 import factories
 from qexport.text.prompts import Prompt, encode_prompts, read_prompts
-from test_calibration_text import passages, unprintable, word_sequences
+from test_calibration_text import DOMAINS, SCRIPTS, passages, unprintable, word_sequences
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "calibration"
 PATH = FOLDER / "prompts" / "release.jsonl"
 PROMPTS = read_prompts(PATH).prompts
+SETS = {path.name: read_prompts(path).prompts for path in (PATH, FOLDER / "prompts" / "heldout.jsonl")}
 SUBJECTS = {"release-notes", "medical", "legal", "news", "code", "creative", "french", "general"}
 LONG = 1000
 """Characters; 300 tokens have more."""
@@ -52,8 +53,9 @@ def kinds(prompts: Iterable[Prompt]) -> list[int]:
     ]
 
 
-def test_every_line_has_all_fields_and_the_ids_are_sorted() -> None:
-    rows = [json.loads(line) for line in PATH.read_text(encoding="utf-8").splitlines()]
+@pytest.mark.parametrize("name", SETS)
+def test_every_line_has_all_fields_and_the_ids_are_sorted(name: str) -> None:
+    rows = [json.loads(line) for line in (PATH.parent / name).read_text(encoding="utf-8").splitlines()]
     for row in rows:
         assert set(row) in ({"id", "domain", "style", "pair", part} for part in ("prompt", "messages"))
         assert re.fullmatch(r"[a-z]+(-[a-z0-9]+)+", row["id"])
@@ -78,14 +80,26 @@ def test_there_are_enough_prompts_of_each_kind() -> None:
     assert sum(prompt.domain == "unicode" for prompt in PROMPTS) >= 8
 
 
-def test_a_pairs_prompts_carry_its_name() -> None:
-    for prompt in PROMPTS:
+def test_each_domain_of_the_held_out_text_has_prompts_of_both_styles() -> None:
+    prompts = SETS["heldout.jsonl"]
+    domains = DOMAINS | {"maths", "technical"} | set(SCRIPTS)
+    for messy, least in ((False, 5), (True, 2)):
+        counts = Counter(prompt.domain for prompt in prompts if (prompt.style == "messy") == messy)
+        assert set(counts) == domains
+        assert min(counts.values()) >= least
+    assert len(prompts) >= 120
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_pairs_prompts_carry_its_name(name: str) -> None:
+    for prompt in SETS[name]:
         if prompt.pair is not None:
             assert (prompt.id, prompt.pair.rpartition("-")[0]) == (f"{prompt.pair}-{prompt.style}", prompt.domain)
 
 
-def test_conversations_alternate_and_need_no_system_message() -> None:
-    for prompt in PROMPTS:
+@pytest.mark.parametrize("name", SETS)
+def test_conversations_alternate_and_need_no_system_message(name: str) -> None:
+    for prompt in SETS[name]:
         if not isinstance(prompt.prompt, str):
             roles = [message["role"] for message in prompt.prompt]
             assert len(roles) >= 3
@@ -111,20 +125,24 @@ def test_the_unusual_characters_are_there(sought: str, of: object) -> None:
     assert any(of(c) for prompt in PROMPTS if prompt.domain == "unicode" for c in text(prompt)), sought
 
 
-def test_what_an_editor_does_not_show_is_written_as_escapes() -> None:
-    assert {c for line in PATH.read_text(encoding="utf-8").split("\n") for c in line if unseen(c)} == set()
+@pytest.mark.parametrize("name", SETS)
+def test_what_an_editor_does_not_show_is_written_as_escapes(name: str) -> None:
+    lines = (PATH.parent / name).read_text(encoding="utf-8").split("\n")
+    assert {c for line in lines for c in line if unseen(c)} == set()
 
 
-def test_there_are_no_control_characters() -> None:
-    assert {prompt.id: unprintable(text(prompt)) for prompt in PROMPTS if unprintable(text(prompt))} == {}
+@pytest.mark.parametrize("name", SETS)
+def test_there_are_no_control_characters(name: str) -> None:
+    assert {prompt.id: unprintable(text(prompt)) for prompt in SETS[name] if unprintable(text(prompt))} == {}
 
 
 def test_no_request_comes_twice() -> None:
-    assert [content for content, count in Counter(text(prompt) for prompt in PROMPTS).items() if count > 1] == []
-    owners: dict[tuple[str, ...], str] = {}
-    for prompt in PROMPTS:
+    prompts = [(name, prompt) for name, found in SETS.items() for prompt in found]
+    assert [content for content, count in Counter(text(prompt) for _, prompt in prompts).items() if count > 1] == []
+    owners: dict[tuple[str, ...], tuple[str, str]] = {}
+    for name, prompt in prompts:
         for sequence in word_sequences(text(prompt)):
-            assert owners.setdefault(sequence, request(prompt)) == request(prompt)
+            assert owners.setdefault(sequence, (name, request(prompt))) == (name, request(prompt))
 
 
 @pytest.mark.parametrize(
@@ -132,6 +150,7 @@ def test_no_request_comes_twice() -> None:
     [
         FOLDER / "general.jsonl",
         FOLDER / "heldout.jsonl",
+        FOLDER / "heldout-languages.jsonl",
         FOLDER / "prompts" / "demo.jsonl",
         ROOT / "recipes" / "adapters" / "smollm2-release-notes" / "train.jsonl",
     ],
@@ -142,22 +161,26 @@ def test_no_prompt_shares_twelve_words_with(path: Path) -> None:
         *(word_sequences(row[field]) for row in passages(path) for field in row.keys() - {"id", "domain"})
     )
     assert seen
-    assert [prompt.id for prompt in PROMPTS if word_sequences(text(prompt)) & seen] == []
+    prompts = [prompt for found in SETS.values() for prompt in found]
+    assert [prompt.id for prompt in prompts if word_sequences(text(prompt)) & seen] == []
 
 
-def test_the_readme_counts_what_is_there() -> None:
-    readme = (FOLDER / "README.md").read_text(encoding="utf-8").partition("release.jsonl`\n")[2]
+@pytest.mark.parametrize("name", SETS)
+def test_the_readme_counts_what_is_there(name: str) -> None:
+    readme = (FOLDER / "README.md").read_text(encoding="utf-8").partition(f"## What is in `prompts/{name}`\n")[2]
+    readme = readme.partition("\n## ")[0]
     rows = re.findall(r"^\| \**([\w-]+)\** \|((?: \**\d+\** \|){4})$", readme, re.M)
-    told = {name: [int(count) for count in re.findall(r"\d+", counts)] for name, counts in rows}
-    domains = {prompt.domain for prompt in PROMPTS}
-    found = {domain: kinds(prompt for prompt in PROMPTS if prompt.domain == domain) for domain in domains}
-    assert told == {**found, "all": kinds(PROMPTS)}
+    told = {domain: [int(count) for count in re.findall(r"\d+", counts)] for domain, counts in rows}
+    domains = {prompt.domain for prompt in SETS[name]}
+    found = {domain: kinds(prompt for prompt in SETS[name] if prompt.domain == domain) for domain in domains}
+    assert told == {**found, "all": kinds(SETS[name])}
 
 
-def test_models_with_and_without_a_chat_template_take_the_set() -> None:
-    prompts, tokenizer = read_prompts(PATH), factories.tokenizer()
+@pytest.mark.parametrize("name", SETS)
+def test_models_with_and_without_a_chat_template_take_the_set(name: str) -> None:
+    prompts, tokenizer = read_prompts(PATH.parent / name), factories.tokenizer()
     assert encode_prompts(prompts, tokenizer).skipped == {}
     tokenizer.chat_template = None
     assert set(encode_prompts(prompts, tokenizer).skipped) == {
-        prompt.id for prompt in PROMPTS if not isinstance(prompt.prompt, str)
+        prompt.id for prompt in SETS[name] if not isinstance(prompt.prompt, str)
     }

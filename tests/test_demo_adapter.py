@@ -97,7 +97,7 @@ def test_there_are_enough_distinct_examples_and_every_release_note_keeps_the_sty
     assert all(len({row[key] for row in examples}) == len(examples) for key in ("id", "user", "assistant"))
 
 
-@pytest.mark.parametrize("name", ["general.jsonl", "heldout.jsonl"])
+@pytest.mark.parametrize("name", ["general.jsonl", "heldout.jsonl", "heldout-languages.jsonl"])
 def test_the_training_text_shares_no_twelve_words_with(name: str) -> None:
     training = set().union(
         *(word_sequences(f"{row['user']} {row['assistant']}") for row in rows(FOLDER / "train.jsonl"))

@@ -112,8 +112,8 @@ PROBABILITY_QUANTILES: Final[Mapping[str, float]] = {
 
 Verdict = Literal["pass", "fail", "undecided"]
 
-Unit = Literal["window", "prompt", "pair", "item", "repeat"]
-"""What was sampled independently; the tokens of one window were not."""
+Unit = Literal["document", "window", "prompt", "pair", "item", "repeat"]
+"""What was sampled independently; the tokens of one document were not."""
 
 
 class Figure(Record):

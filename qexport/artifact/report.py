@@ -154,7 +154,7 @@ class Report(Record):
     @property
     def domains(self) -> list[str]:
         """The domains of the held-out text, in their order."""
-        found = (f.domain for f in self.figures if f.unit == "window" and f.domain is not None)
+        found = (f.domain for f in self.figures if f.unit in {"document", "window"} and f.domain is not None)
         return list(dict.fromkeys(found))
 
     def contradictions(self) -> list[str]:

@@ -22,7 +22,7 @@ from qexport.hidden_packages import hidden
 from qexport.statistics.means import mcnemar
 from qexport.statistics.samples import DIFFERENCE
 from qexport.verifying import TaskSettings
-from qexport.verifying.estimates import Units
+from qexport.verifying.units import Units
 
 
 @dataclass(frozen=True)

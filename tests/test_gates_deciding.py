@@ -281,7 +281,29 @@ def test_a_report_is_decided_again_with_other_limits() -> None:
     assert again(gates={"mean_kl": {"at_most": 0.16}}) == sound | {"mean_kl": "undecided"}
     assert again(gates={"mean_kl": {"at_most": 0.1}}) == sound | {"mean_kl": "fail"}
     assert set(again(profile="nf4").values()) == {"pass", "fail", "undecided"}
-    assert again(profile="off") == built_in
+    assert again(profile="off") == dict.fromkeys(("config", "tokenizer", "merge"), "pass")
+
+
+def test_the_profile_off_sets_no_gate_on_how_good_an_artifact_is() -> None:
+    """Worse than rounding to nearest and closer to the base: a failure, unless no limits are wanted."""
+    worse = [
+        each.model_copy(update={"value": 0.5, "sequence_low": 0.4, "sequence_high": 0.6})
+        if each.name in {"kl_over_rtn", "kl_over_base"}
+        else each
+        for each in report().figures
+    ]
+    limited = again(report={"figures": worse})
+    assert (limited["adapter"], limited["better_than_rtn"]) == ("fail", "fail")
+    assert set(again(report={"figures": worse}, profile="off").values()) == {"pass"}
+    _, notes = decide_again(report(figures=worse), GatesFile(profile="off"), profile_of_layer)
+    assert notes == [
+        "the gate adapter is not set: profile is off",
+        "the gate better_than_rtn is not set: profile is off",
+    ]
+    asked = again(report={"figures": worse}, profile="off", gates={"kl_over_base": {"at_most": 0}})
+    assert asked["kl_over_base"] == "fail"
+    broken = [CheckResult(gate="config", name="config.json", passed=False, detail="another rope_theta")]
+    assert again(report={"checks": broken}, profile="off")["config"] == "fail"
 
 
 @pytest.mark.parametrize("name", ["merge", "adapter", "better_than_rtn"])

@@ -33,6 +33,11 @@ MOST_MERGE_ERROR: Final = 0.01
 with the square of a difference, so this is an error of a tenth of what the adapter does."""
 
 
+OF_PROFILES: Final[tuple[BuiltIn, ...]] = ("adapter", "better_than_rtn")
+"""Built-in gates that belong to every profile but `off`: like its limits they say how good an artifact must be. The
+others say whether it is what it claims to be."""
+
+
 def waived(settings: HasGates) -> dict[BuiltIn, str]:
     """The built-in gates that a user has waived by setting their figure to null, with a note on each."""
     return {
@@ -43,7 +48,8 @@ def waived(settings: HasGates) -> dict[BuiltIn, str]:
 
 
 def expected_gates(settings: HasGates, *, adapter: bool, nearest: bool, graph: bool) -> tuple[list[BuiltIn], list[str]]:
-    """The built-in gates that apply and are not waived, and a note on each that applies but is waived.
+    """The built-in gates that apply and are not waived, and a note on each that applies but is waived, or that the
+    profile `off` does not set.
 
     Args:
         settings: the user's.
@@ -60,6 +66,9 @@ def expected_gates(settings: HasGates, *, adapter: bool, nearest: bool, graph: b
         "better_than_rtn": nearest,
     }
     given_up = waived(settings)
+    if settings.profile == "off":
+        off = {name: f"the gate {name} is not set: profile is off" for name in OF_PROFILES}
+        given_up = off | given_up
     expected = [name for name, applying in applies.items() if applying and name not in given_up]
     return expected, [note for name, note in given_up.items() if applies[name]]
 

@@ -15,10 +15,11 @@ from qexport.formats import Outputs
 from qexport.hidden_packages import hidden
 from qexport.loading import LoadSettings
 from qexport.loading.checkpoint import load_checkpoint, locate_adapter
+from qexport.loading.small_files import open_tokenizer
 from qexport.merge import MergeSettings
 from qexport.merge.merging import Merged, merge
 from qexport.pipeline.expectations import Expected, expect
-from qexport.pipeline.texts import check_prompts_and_tasks, refuse_long_windows
+from qexport.pipeline.texts import check_prompts_and_tasks, read_evaluation, refuse_long_windows
 from qexport.progress import ProgressCallback, silent
 from qexport.recipe import Recipe
 
@@ -120,12 +121,17 @@ def _distinct(layouts: Sequence[Layout]) -> list[list[Layout]]:
 
 
 @hidden("kernels")
-def plan(recipe: Recipe, *, progress: ProgressCallback = silent) -> Plan:
+def plan(recipe: Recipe, *, texts: bool = False, progress: ProgressCallback = silent) -> Plan:
     """Checks a recipe against headers, configs and the adapter; checks the prompts and task files too.
 
+    Args:
+        recipe: the recipe.
+        texts: whether to read what the artifact would be verified on, as a run does next.
+        progress: is called with what a user should know.
+
     Raises:
-        RecipeError: there are tasks, and lm-evaluation-harness is missing.
-        InputError: the base, the adapter, the prompts or a task file cannot be used.
+        RecipeError: there are tasks, and lm-evaluation-harness is missing; or a gate can never be decided on the text.
+        InputError: the base, the adapter, the prompts, a task file or a text cannot be used.
         CompatibilityError: method, layout and model do not fit together.
         ResourceError: the run needs more memory than `max_memory`, and would compute on a CPU.
     """
@@ -134,6 +140,8 @@ def plan(recipe: Recipe, *, progress: ProgressCallback = silent) -> Plan:
     merged = load_merged(recipe.load, recipe.merge, progress=progress)
     structure = merged.checkpoint.architecture.structure
     _check_windows(recipe, structure)
+    if texts and recipe.verify is not None:
+        read_evaluation(recipe.verify, open_tokenizer(merged.checkpoint), structure, progress=progress)
     outputs = recipe.quantize.plan(merged.checkpoint)
     layouts = tuple(make_layout(settings, outputs, structure, merged.checkpoint) for settings in recipe.export)
     stored = sum(group[0].weights.total_bytes for group in _distinct(layouts))

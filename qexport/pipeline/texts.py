@@ -12,6 +12,7 @@ from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.structure import Structure
 from qexport.errors import CompatibilityError, listed
 from qexport.loading.small_files import open_tokenizer
+from qexport.pipeline.decidable import refuse_undecidable
 from qexport.progress import Notice, ProgressCallback, silent
 from qexport.quantizing.method import CalibrationSettings
 from qexport.recipe import Recipe
@@ -89,6 +90,10 @@ def read_evaluation(
         structure: the model's.
         calibration: text that the held-out text must not share documents with.
         progress: is called with prompts that cannot be continued, and with windows that are not measured.
+
+    Raises:
+        InputError: a file cannot be read or holds too little text, or shares documents with the calibration text.
+        RecipeError: the text cannot decide a limit on it, whatever is measured.
     """
     documents = read_documents(_listed(settings.text), field=settings.field)
     if settings.windows > settings.max_windows:
@@ -108,6 +113,7 @@ def read_evaluation(
         sequence_length=settings.sequence_length,
         vocab_size=structure.vocab_size,
     )
+    refuse_undecidable(settings, held_out)
     return Evaluation(held_out, prompts)
 
 

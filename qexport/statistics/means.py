@@ -99,8 +99,7 @@ def moments(values: Array, strata: Sequence[str], sizes: Array | None = None) ->
     variance, third, squares = (np.zeros(values.shape[1:]) for _ in range(3))
     degrees_of, parts = 0.0, groups(strata)
     for units in parts:
-        own, size = weights[units], len(units)
-        degrees = float((own**2).sum() ** 2 / (own**4).sum() - 1)
+        own, size, degrees = weights[units], len(units), _degrees(weights[units])
         changes = _changes(values[units], own) * own.sum() / weights.sum()
         share = size * (changes**2).sum(axis=0) / (size - 1)
         variance += share
@@ -112,6 +111,16 @@ def moments(values: Array, strata: Sequence[str], sizes: Array | None = None) ->
     skewness = np.divide(third, variance**1.5, out=np.zeros_like(third), where=varies)
     found = np.divide(variance**2, squares, out=np.full_like(variance, degrees_of), where=varies)
     return Moments(weighted_mean(values, weights), variance, skewness, found, n)
+
+
+def _degrees(sizes: Array) -> float:
+    """Degrees of freedom of a stratum whose units have these sizes."""
+    return float((sizes**2).sum() ** 2 / (sizes**4).sum() - 1)
+
+
+def most_degrees(strata: Sequence[str], sizes: Array) -> float:
+    """The most degrees of freedom that a mean over units with these strata and sizes has, whatever their values."""
+    return sum(_degrees(sizes[units]) for units in groups(strata))
 
 
 def weighted_mean(values: Array, weights: Array) -> Array:
@@ -263,9 +272,28 @@ def mixture_multiplier(found: Moments, planned: int) -> Array:
     and no bound where r k >= 1. That is exact for normal units of one stratum, at any set of looks, and tends to the
     formula above as v grows. For strata and units of unequal sizes, v is that of Welch and Satterthwaite.
     """
-    x = (-lambertw(-(ALPHA**2) / np.e, -1).real - 1) * found.n / planned
-    ratio = 1 / (1 + x)
-    k = (ratio * ALPHA**2) ** (-1 / (found.degrees + 1))
+    ratio, k = _mixture_terms(found.n, found.degrees, planned)
     left = 1 - ratio * k
     square = np.divide(found.degrees * (k - 1), left, out=np.full_like(k, np.inf), where=left > 0)
     return np.asarray(np.sqrt(square), dtype=np.float64)
+
+
+def _mixture_terms(n: int, degrees: Array | float, planned: int) -> tuple[float, Array]:
+    """The r and k of `mixture_multiplier`."""
+    x = (-lambertw(-(ALPHA**2) / np.e, -1).real - 1) * n / planned
+    ratio = 1 / (1 + x)
+    return ratio, np.asarray((ratio * ALPHA**2) ** (-1 / (np.asarray(degrees) + 1)), dtype=np.float64)
+
+
+def sequence_is_bounded(n: int, degrees: float, planned: int) -> bool:
+    """Whether a confidence sequence over so many units, with so many degrees of freedom, has ends.
+
+    Args:
+        n: the number of units.
+        degrees: of freedom, at most.
+        planned: see `confidence_sequence`.
+    """
+    if n < 2:
+        return False
+    ratio, k = _mixture_terms(n, degrees, planned)
+    return bool(ratio * k < 1)

@@ -56,6 +56,7 @@ def test_a_result_says_what_decided_it() -> None:
     assert result == GateResult(
         name="mean_kl[code]", figure="mean_kl", domain="code", bound="at_most", limit=0.3, value=0.1 / 2 + 0.2 / 2,
         low=0.1, high=0.2, n=19, unit="window", verdict="pass", reason="lies at 0.1 to 0.2, all of it at most 0.3",
+        room=(0.3 - 0.2) / 0.3,
     )  # fmt: skip
     assert decided(0.15, "at_most", between(0.1, 0.2)).reason == (
         "lies at 0.1 to 0.2, part of it at most 0.15: not decided by 38 windows"
@@ -129,6 +130,25 @@ def test_a_narrower_interval_decides_no_gate_the_other_way(
     low, inner_low, inner_high, high = sorted((a, b, c, d))
     wide = decided(limit, "at_most", between(low, high)).verdict
     assert wide in ("undecided", decided(limit, "at_most", between(inner_low, inner_high)).verdict)
+
+
+def test_room_is_a_share_of_what_the_limit_allows() -> None:
+    """An interval that ends half way to the limit leaves half, whatever the value of an equal artifact is."""
+    kinds: list[tuple[str, float, Bound, float, float]] = [
+        ("mean_kl", 0.2, "at_most", 0.05, 0.1),
+        ("perplexity_ratio", 1.2, "at_most", 0.9, 1.1),
+        ("perplexity_ratio", 0.8, "at_least", 0.9, 1.1),
+        ("top1_agreement", 0.8, "at_least", 0.9, 0.95),
+        ("artifact_perplexity", 20.0, "at_most", 5.0, 10.0),
+    ]
+    for name, limit, bound, low, high in kinds:
+        limits = [Limit(name, None, bound, limit, by_user=True, source="the user's gates")]
+        (result,) = decide(limits, [between(low, high, name=name)], [], [])
+        assert result.room == pytest.approx(0.5), name
+        assert result.source == "the user's gates"
+    assert decided(0.15, "at_most", between(0.1, 0.2)).room == pytest.approx(-1 / 3)
+    assert built_in("adapter", between(-0.2, -0.1, name="kl_over_base")).room is None
+    assert decided(0.15, "at_most").room is None
 
 
 # Built-in gates
@@ -330,7 +350,8 @@ def test_a_noise_floor_of_no_ordinary_size_is_no_defect(floor: float) -> None:
     figures = [figure("mean_kl", 0.1, noise_floor=floor)]
     settings = GatesFile.model_validate({"profile": "off", "gates": {"mean_kl": {"at_most": 0.3}}})
     if floor < 1:
-        assert decide_again(report(figures=figures), settings, profile_of_layer)[1] == []
+        notes = decide_again(report(figures=figures), settings, profile_of_layer)[1]
+        assert not any("three times" in note for note in notes)
     else:
         with pytest.raises(RecipeError, match="noise floor"):
             decide_again(report(figures=figures), settings, profile_of_layer)

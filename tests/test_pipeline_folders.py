@@ -17,7 +17,7 @@ import stored_models
 from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.architectures.structure import Structure
 from qexport.errors import InputError
-from qexport.gates.limits import profile_of_layers
+from qexport.gates.profiles import profile_of_layers
 from qexport.loading.small_files import open_tokenizer
 from qexport.pipeline.folders import ArtifactFolder, open_folder
 from qexport.quantizing import profile_of_layer

@@ -116,6 +116,22 @@ class ReferenceRecord(Record):
     """What the blocks computed in."""
 
 
+class ProfileRecord(Record):
+    """The limits that hold where the user sets none."""
+
+    name: str
+    """`off` if there are none."""
+
+    strict: bool
+    """Whether they are those of the variant `strict`."""
+
+    chosen: str
+    """How it was chosen: `by method and size`, or `by name`."""
+
+    reason: str
+    """What its limits are derived from."""
+
+
 class Report(Record):
     """The content of `report.json`."""
 
@@ -128,6 +144,7 @@ class Report(Record):
     protocol: Protocol
     figures: list[Figure]
     gates: list[GateResult]
+    profile: ProfileRecord | None = None
     checks: list[CheckResult]
     kl_histogram: Histogram
     flips_by_margin: list[MarginBin]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -11,7 +12,8 @@ from qexport.artifact.figures import CATALOGUE, CheckResult, Figure, GateResult,
 from qexport.artifact.report import Report
 from qexport.errors import GateFailed, GateUndecided
 from qexport.gates import HasGates
-from qexport.gates.limits import NOISE_MARGIN, Bound, Limit, ProfileOfLayer, above_floor, limits_of, profile_for
+from qexport.gates.limits import NOISE_MARGIN, Bound, Limit, above_floor, limits_of
+from qexport.gates.profiles import ProfileOfLayer, profile_for
 
 BuiltIn = Literal["config", "tokenizer", "graph", "merge", "adapter", "better_than_rtn"]
 """Gates that need no configured limit. Each is decided where it is expected, whether or not it was measured."""
@@ -86,6 +88,7 @@ class _Gate:
         strict: whether a value equal to the limit fails.
         unknown: why the limit is not known.
         equal: what a value exactly equal to a strict limit means; None if that is a failure.
+        source: who sets the limit; None for a gate that is built in.
     """
 
     name: str
@@ -96,6 +99,7 @@ class _Gate:
     strict: bool = False
     unknown: str = ""
     equal: str | None = None
+    source: str | None = None
 
 
 def decide(
@@ -185,7 +189,7 @@ def _checked(name: str, checks: Sequence[CheckResult]) -> GateResult:
 
 
 def _gate(limit: Limit) -> _Gate:
-    return _Gate(limit.name, limit.figure, limit.domain, limit.bound, limit.value)
+    return _Gate(limit.name, limit.figure, limit.domain, limit.bound, limit.value, source=limit.source or None)
 
 
 def _decided(gate: _Gate, figures: Sequence[Figure]) -> GateResult:
@@ -203,8 +207,24 @@ def _decided(gate: _Gate, figures: Sequence[Figure]) -> GateResult:
         limit=gate.limit,
         verdict=verdict,
         reason=reason,
+        source=gate.source,
+        room=_room(gate, figure),
         **measured,
     )
+
+
+def _room(gate: _Gate, figure: Figure | None) -> float | None:
+    """How far the worse end of the interval is from the limit, as a share of the distance between the limit and the
+    value of an artifact that equals its reference; of the limit itself where no such value is known.
+    """
+    if figure is None or gate.limit is None:
+        return None
+    end = figure.sequence_high if gate.bound == "at_most" else figure.sequence_low
+    allowed = abs(gate.limit - (CATALOGUE[gate.figure].ideal or 0.0))
+    if end is None or not allowed:
+        return None
+    room = (gate.limit - end if gate.bound == "at_most" else end - gate.limit) / allowed
+    return room if math.isfinite(room) else None
 
 
 def _verdict(gate: _Gate, figure: Figure | None) -> tuple[Verdict, str]:

@@ -9,10 +9,12 @@ from functools import partial
 import torch
 
 from qexport.artifact.figures import CATALOGUE, CheckResult, Figure, GateResult
+from qexport.artifact.report import ProfileRecord
 from qexport.errors import GateFailed, GateUndecided
 from qexport.gates import HasGates, ProfileName
 from qexport.gates.deciding import BuiltIn, decide, expected_gates, waived
 from qexport.gates.limits import Limit, above_floor, limits_of
+from qexport.gates.profiles import profile_record
 from qexport.loading.small_files import open_tokenizer
 from qexport.merge.merging import Merged
 from qexport.pipeline.result import UnprovenMerge
@@ -29,11 +31,13 @@ class Gates:
     """The gates of one artifact.
 
     Attributes:
+        profile: whose limits hold where the user sets none.
         limits: the limits on figures.
         expected: the built-in gates that apply.
         notes: which limits of a profile were moved, and which gates are waived.
     """
 
+    profile: ProfileRecord
     limits: Sequence[Limit]
     expected: Sequence[BuiltIn]
     notes: Sequence[str]
@@ -50,7 +54,7 @@ def make_gates(
 
     Args:
         settings: the user's limits and profile.
-        profile: the profile that the settings resolve to; never `auto`.
+        profile: the profile that the settings resolve to; never `auto` or `strict`.
         prepared: what was measured of the reference.
         adapter: whether the reference has an adapter.
         nearest: whether the model rounded to nearest is measured too.
@@ -58,7 +62,7 @@ def make_gates(
     """
     limits, notes = above_floor(limits_of(settings, profile), prepared.noise_floor)
     expected, given_up = expected_gates(settings, adapter=adapter, nearest=nearest, graph=graph)
-    return Gates(limits, expected, [*notes, *given_up])
+    return Gates(profile_record(settings, profile), limits, expected, [*notes, *given_up])
 
 
 def refuse_unmeasurable(settings: HasGates, prepared: Preparation) -> None:

@@ -109,7 +109,7 @@ class VerifySettings(Settings):
     """Task accuracy by lm-evaluation-harness; not measured by default."""
 
     profile: ProfileName = "auto"
-    """The limits to start from. `auto` chooses by method and size; `off` sets none."""
+    """The limits to start from. `auto` chooses by method and size, `strict` allows half as much, `off` sets none."""
 
     gates: GateSettings = {}
     """Limits on figures by name, in place of the profile's; null removes one of them. A gate that fails ends the run

@@ -57,7 +57,7 @@ def test_there_is_a_profile_for_every_name_and_each_limits_the_same_figures() ->
 
 
 def test_more_bits_and_more_parameters_are_never_allowed_more() -> None:
-    falling = [
+    falling: list[list[ProfileName]] = [
         ["gptq-2bit", "gptq-3bit", "gptq-4bit", "gptq-4bit-3b", "gptq-4bit-30b", "gptq-8bit", "16bit"],
         ["tiny-nf4", "nf4", "nf4-3b", "nf4-30b", "int8"],
         ["tiny-3bit", "tiny", "gptq-4bit"],

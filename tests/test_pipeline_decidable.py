@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pytest
 import torch
@@ -20,7 +22,7 @@ def text(documents: list[int], domains: list[str | None] | None = None) -> HeldO
     return HeldOut(rows, tuple(domains or [None] * len(documents)), "", "held-out.jsonl", documents=rows)
 
 
-def settings(windows: int, gates: dict[str, object] | None = None, profile: str = "auto") -> VerifySettings:
+def settings(windows: int, gates: Mapping[str, object] | None = None, profile: str = "auto") -> VerifySettings:
     return VerifySettings.model_validate(
         {"text": "t.jsonl", "max_windows": windows, "gates": gates or {}, "profile": profile}
     )
@@ -75,7 +77,7 @@ def test_one_document_that_holds_nearly_all_text_is_refused() -> None:
 
 
 def test_a_domain_that_is_too_small_is_named_and_one_that_is_missing_too() -> None:
-    domains: list[str | None] = ["code"] * 2 + ["law"] * 20
+    domains: list[str | None] = [*["code"] * 2, *["law"] * 20]
     held_out = text(list(range(22)), domains)
     limits = {"mean_kl": {"domains": {"code": {"at_most": 0.5}}}}
     error = refused(held_out, settings(22, limits))

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
-from qexport.artifact.figures import CATALOGUE
+from qexport.artifact.figures import CATALOGUE, Figure
 from qexport.errors import RecipeError, listed
 from qexport.gates import Bounds, DomainBounds, HasGates, ProfileName
 from qexport.gates.profiles import LOOSEST, PROFILES, stricter
@@ -67,6 +67,23 @@ def limits_of(settings: HasGates, profile: ProfileName) -> list[Limit]:
     source = f"the profile {profile}, strict" if strict else f"the profile {profile}"
     found = [limit for name in names for limit in _limits(name, ours.get(name), settings)]
     return [replace(limit, source=_OF_USER if limit.by_user else source) for limit in found]
+
+
+def margin_limits(margin: float, figures: Sequence[Figure], limits: Sequence[Limit]) -> list[Limit]:
+    """The limit on every task's change of accuracy: at most so much may be lost.
+
+    Args:
+        margin: the largest loss that passes.
+        figures: what was measured; without any task there is one limit, which stays undecided.
+        limits: the others, which come first where they limit a task from below too.
+    """
+    tasks = [figure.domain for figure in figures if figure.name == "accuracy_change"]
+    sides = {(limit.domain, limit.bound) for limit in limits if limit.figure == "accuracy_change"}
+    return [
+        Limit("accuracy_change", task, "at_least", -margin, True, (task, "at_most") not in sides, "verify.tasks.margin")
+        for task in tasks or [None]
+        if (task, "at_least") not in sides
+    ]
 
 
 def above_floor(limits: Sequence[Limit], floors: Mapping[str, float]) -> tuple[list[Limit], list[str]]:

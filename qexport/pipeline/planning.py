@@ -22,6 +22,7 @@ from qexport.pipeline.expectations import Expected, expect
 from qexport.pipeline.texts import check_prompts_and_tasks, read_evaluation, refuse_long_windows
 from qexport.progress import ProgressCallback, silent
 from qexport.recipe import Recipe
+from qexport.verifying.tasks.planned import PlannedTask, planned_tasks
 
 
 def load_merged(load: LoadSettings, merging: MergeSettings, *, progress: ProgressCallback) -> Merged:
@@ -66,6 +67,12 @@ class Plan:
         """Bytes of all tensors on disk; shared ones count once."""
         return sum(group[0].weights.total_bytes for group in self.distinct)
 
+    @property
+    def tasks(self) -> list[PlannedTask]:
+        """The tasks that both models would answer, with their power."""
+        settings = self.recipe.verify
+        return [] if settings is None or settings.tasks is None else planned_tasks(settings.tasks)
+
     def folder(self, output: Path, layout: Layout) -> Path:
         """The folder of a layout: the output itself, or its subfolder with the layout's name if there are several."""
         return output / layout.name if len(self.layouts) > 1 else output
@@ -85,6 +92,7 @@ class Plan:
             "dense_tensors": len(self.outputs.specs) - quantized,
             "layouts": {layout.name: layout.weights.total_bytes for layout in self.layouts},
             "artifact_bytes": self.total_bytes,
+            "tasks": [task.as_dict() for task in self.tasks],
             "expected": self.expected.as_dict(),
         }
 
@@ -101,6 +109,7 @@ class Plan:
             f"{figures['dense_tensors']} tensors stay unquantized",
             f"export    {layouts}{shared}",
             f"expected  {self.expected.line()}",
+            *(f"task      {task.line()}" for task in self.tasks),
             *(f"note      {note}" for note in figures["notes"]),
         ]
 

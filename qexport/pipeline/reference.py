@@ -13,7 +13,7 @@ from qexport.artifact.report import ProfileRecord
 from qexport.errors import GateFailed, GateUndecided
 from qexport.gates import HasGates, ProfileName
 from qexport.gates.deciding import BuiltIn, decide, expected_gates, waived
-from qexport.gates.limits import Limit, above_floor, limits_of
+from qexport.gates.limits import Limit, above_floor, limits_of, margin_limits
 from qexport.gates.profiles import profile_record
 from qexport.loading.small_files import open_tokenizer
 from qexport.merge.merging import Merged
@@ -35,20 +35,23 @@ class Gates:
         limits: the limits on figures.
         expected: the built-in gates that apply.
         notes: which limits of a profile were moved, and which gates are waived.
+        margin: how much accuracy may be lost in each task; None without that gate.
     """
 
     profile: ProfileRecord
     limits: Sequence[Limit]
     expected: Sequence[BuiltIn]
     notes: Sequence[str]
+    margin: float | None = None
 
     def __call__(self, figures: Sequence[Figure], checks: Sequence[CheckResult]) -> list[GateResult]:
         """Decides on these figures and checks."""
-        return decide(self.limits, figures, checks, self.expected)
+        margins = [] if self.margin is None else margin_limits(self.margin, figures, self.limits)
+        return decide([*self.limits, *margins], figures, checks, self.expected)
 
 
 def make_gates(
-    settings: HasGates, profile: ProfileName, prepared: Preparation, *, adapter: bool, nearest: bool, graph: bool
+    settings: VerifySettings, profile: ProfileName, prepared: Preparation, *, adapter: bool, nearest: bool, graph: bool
 ) -> Gates:
     """The gates of an artifact.
 
@@ -62,7 +65,8 @@ def make_gates(
     """
     limits, notes = above_floor(limits_of(settings, profile), prepared.noise_floor)
     expected, given_up = expected_gates(settings, adapter=adapter, nearest=nearest, graph=graph)
-    return Gates(profile_record(settings, profile), limits, expected, [*notes, *given_up])
+    margin = settings.tasks.margin if settings.tasks else None
+    return Gates(profile_record(settings, profile), limits, expected, [*notes, *given_up], margin)
 
 
 def refuse_unmeasurable(settings: HasGates, prepared: Preparation) -> None:

@@ -21,9 +21,9 @@ from qexport.text.documents import Documents, read_documents, refuse_shared
 from qexport.text.preflight import TokenizerFolder, refuse_contradicting_ends
 from qexport.text.prompts import EncodedPrompts, encode_prompts, read_prompts, refuse_long
 from qexport.text.windows import HeldOut, make_held_out, make_windows
-from qexport.verifying import VerifySettings, names_file
-from qexport.verifying.tasks.local_files import read_local_tasks
+from qexport.verifying import VerifySettings
 from qexport.verifying.tasks.measuring import require_harness
+from qexport.verifying.tasks.planned import planned_tasks
 
 
 @dataclass(frozen=True)
@@ -121,15 +121,15 @@ def check_prompts_and_tasks(settings: VerifySettings) -> None:
     """Reads prompts and task files, so that errors in them are found before any work.
 
     Raises:
-        RecipeError: there are tasks, and lm-evaluation-harness is missing or too old.
+        RecipeError: there are tasks, and lm-evaluation-harness is missing or too old, or a task has too few items for
+            the margin.
         InputError: a file cannot be read or is malformed.
     """
     if settings.prompts:
         read_prompts(Path(settings.prompts))
     if settings.tasks is not None:
         require_harness()
-        for name in filter(names_file, settings.tasks.tasks):
-            read_local_tasks(Path(name).expanduser())
+        planned_tasks(settings.tasks)
 
 
 def refuse_long_windows(lengths: Mapping[str, int], structure: Structure) -> None:

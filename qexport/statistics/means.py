@@ -1,4 +1,4 @@
-"""Stratified means and their intervals, intervals that stay valid after every round, and the test for paired items."""
+"""Stratified means and their intervals, and intervals that stay valid after every round."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import bdtr, lambertw, stdtrit
+from scipy.special import lambertw, stdtrit
 
 from qexport.statistics.samples import ALPHA, MIN_STRATUM, REAL, Interval, Range, Sample, bounded, groups
 
@@ -195,29 +195,6 @@ def interval_of_mean(sample: Sample, within: Range, multiplier: Callable[[Moment
 def student_multiplier(found: Moments) -> Array:
     """The two-sided 95 % point of Student's t with the degrees of freedom of the moments, float64 [...]."""
     return np.asarray(stdtrit(found.degrees, 1 - ALPHA / 2), dtype=np.float64)
-
-
-def mcnemar(only_reference: int, only_artifact: int) -> float:
-    """The two-sided p-value of McNemar's exact test: do two models answer the same items equally well?
-
-    If they do, each of the b + c items that only one model answers correctly is the reference's with probability 1/2:
-    p = min(1, 2 P(X <= min(b, c))), X binomial(b + c, 1/2). (McNemar 1947, with the binomial in place of chi-squared.)
-
-    The difference of the accuracies with its interval is `stratified_mean` of +1, 0 and -1 per item, with `trials` 1.
-
-    Args:
-        only_reference: b, the number of items that only the reference answers correctly.
-        only_artifact: c, the number that only the artifact answers correctly.
-
-    Raises:
-        ValueError: a number is negative.
-    """
-    if only_reference < 0 or only_artifact < 0:
-        raise ValueError(f"negative counts: {only_reference} and {only_artifact}")
-    discordant = only_reference + only_artifact
-    if not discordant:
-        return 1.0
-    return min(1.0, 2 * float(bdtr(min(only_reference, only_artifact), discordant, 0.5)))
 
 
 PLANNED_UNITS: Final = 16

@@ -73,6 +73,10 @@ class TaskSettings(Settings):
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Decides which solved examples an item gets: the same ones for both models."""
 
+    margin: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """How much of its accuracy the artifact may lose in each task, 0.02 for two points: a gate on every task. It passes
+    where the whole interval of the change lies above that. None by default."""
+
 
 class VerifySettings(Settings):
     """How the finished artifact is compared with the merged reference."""

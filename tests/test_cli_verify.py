@@ -107,20 +107,23 @@ def short_text(made: Path, folder: Path) -> list[str]:
 def test_without_the_adapter_the_artifact_is_another_model(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    gates = limits(tmp_path, "profile: off\ngates: {mean_kl: {at_most: 0.02}}")
+    gates = limits(tmp_path, "profile: off\ngates: {mean_kl: {at_most: 0.02}, kl_over_rtn: {at_most: 0}}")
     assert verified(made / "out", made / "model", *short_text(made, tmp_path), "--gates", gates) == 6
-    assert "error: 2 gates failed: better_than_rtn is " in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "error: 2 gates failed: mean_kl is " in error
+    assert "kl_over_rtn is " in error
 
 
 @pytest.mark.parametrize(
     ("gates", "code", "words"),
     [
         ("profile: off\ngates: {mean_kl: {at_most: 0.001}}", 6, "error: 1 gate failed: mean_kl is "),
-        ("profile: off\ngates: {mean_kl: {domains: {law: {at_most: 9.0}}}}", 7, "error: 1 gate could not be decided"),
+        ("profile: off\ngates: {chrf: {domains: {law: {at_least: 1.0}}}}", 7, "error: 1 gate could not be decided"),
+        ("profile: off\ngates: {mean_kl: {domains: {law: {at_most: 9.0}}}}", 2, "the held-out text has no such domain"),
         ("profile: off\ngates: {mean_kl: {at_most: 1.0e-9}}", 2, "noise floor"),
         ("profile: of", 2, "gates.yaml:1: profile: "),
     ],
-    ids=["failed", "undecided", "below the noise", "no gates"],
+    ids=["failed", "undecided", "never decided", "below the noise", "no gates"],
 )
 def test_gates_decide_the_exit_code(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], gates: str, code: int, words: str

@@ -65,10 +65,12 @@ def test_documents_of_many_windows_need_more_windows() -> None:
 
 
 def test_a_text_without_more_documents_is_told_how_many_it_needs() -> None:
-    for book in (text([0] * 30), text([0] * 40)):
-        error = refused(book, settings(40))
-        assert error is not None
-        assert "at least 6 documents" in error
+    error = refused(text([0] * 30), settings(40))
+    assert error is not None
+    assert "give more text, as lines of a .jsonl file: at least 6 documents" in error
+    first = refused(text([0] * 40), settings(40))
+    assert first is not None
+    assert "set verify.max_windows to 240 or more, if other documents follow in the text" in first
 
 
 def test_one_document_that_holds_nearly_all_text_is_refused() -> None:

@@ -79,17 +79,18 @@ def _degrees(units: Units) -> float:
 
 
 def _mend(settings: VerifySettings, held_out: HeldOut, units: Units, limits: Sequence[Limit]) -> str:
-    """The number of windows that would do, if the text's documents go on as they are; where it has no more text, or one
-    long document, the number of documents.
+    """The number of windows that would do, if the text's documents go on as they are; where there is no more text, the
+    number of documents.
     """
     otherwise = "or remove these limits (verify.profile=off sets none)"
     measured = len(held_out.domains)
     parts = [_chosen(domain, units, held_out) for domain in dict.fromkeys(limit.domain for limit in limits)]
     needed = _least(lambda windows: all(_bounded(part, windows / measured) for part in parts), measured)
-    if measured < settings.max_windows or len(units.domains) == 1 < measured:
+    if measured < settings.max_windows:
         fewest = _least(lambda number: sequence_is_bounded(number, number - 1, PLANNED_UNITS), 1)
         return f"give more text, as lines of a .jsonl file: at least {fewest} documents of like length, {otherwise}"
-    return f"set verify.max_windows to {needed} or more, {otherwise}"
+    others = ", if other documents follow in the text," if len(units.domains) == 1 < measured else ","
+    return f"set verify.max_windows to {needed} or more{others} {otherwise}"
 
 
 def _least(holds: Callable[[int], bool], first: int) -> int:

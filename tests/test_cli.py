@@ -754,10 +754,9 @@ quantize:
   group_size: 32
   calibration: {source: calibration.jsonl, samples: 16, sequence_length: 32}
 export: [{layout: safetensors}]
-verify:
-  {text: heldout.jsonl, prompts: prompts.jsonl, windows: 8, sequence_length: 32, max_new_tokens: 4, profile: tiny-3bit}
+verify: {text: heldout.jsonl, prompts: prompts.jsonl, windows: 8, sequence_length: 32, max_new_tokens: 4, profile: tiny-3bit}
 output: out
-"""
+"""  # noqa: E501
     )
     return recipe
 

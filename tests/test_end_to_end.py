@@ -275,8 +275,8 @@ def test_the_bases_files_travel_byte_for_byte_and_modes_follow_the_umask(usual: 
 def test_an_adapter_that_changes_everything_is_seen_in_the_reference(tmp_path: Path) -> None:
     """The reference is base and adapter, not the base: with another adapter its perplexity is another."""
     prepare(tmp_path, factories.llama_config(), ["q_proj", "v_proj", "o_proj", "down_proj"])
-    with_adapter = finish(tmp_path).manifest.verification
-    chosen = overrides(tmp_path, changes={"export": "[{layout: safetensors}]"})
+    with_adapter = finish(tmp_path, {"verify.windows": 24}).manifest.verification
+    chosen = overrides(tmp_path, changes={"export": "[{layout: safetensors}]", "verify.windows": 24})
     recipe = load_recipe(GPTQ, [text for text in chosen if not text.startswith("load.adapter")])
     bare = recipe.model_copy(update={"load": recipe.load.model_copy(update={"adapter": None})})
     without = run(bare, force=True, device="cpu").manifest.verification
@@ -309,10 +309,10 @@ def test_a_failed_gate_leaves_its_report_beside_the_artifact(failed: Finished) -
 def test_an_undecided_gate_sets_the_artifact_aside_too(tmp_path: Path) -> None:
     """Nobody has measured this domain, and without a measured value is no pass."""
     prepare(tmp_path, factories.llama_config(), ["q_proj"])
-    result = finish(tmp_path, {"verify.gates": "{mean_kl: {domains: {law: {at_most: 5.0}}}}"})
+    result = finish(tmp_path, {"verify.gates": "{chrf: {domains: {law: {at_least: 5.0}}}}"})
     assert (result.verdict, result.artifact_path) == ("undecided", tmp_path / "out.rejected")
     not_passed = [gate for gate in Report.read(result.artifact_path).gates if not gate.passed]
-    assert [(gate.name, gate.verdict, gate.value) for gate in not_passed] == [("mean_kl[law]", "undecided", None)]
+    assert [(gate.name, gate.verdict, gate.value) for gate in not_passed] == [("chrf[law]", "undecided", None)]
     assert not (tmp_path / "out").exists()
 
 

@@ -168,13 +168,13 @@ def width(interval: Interval) -> float:
     return interval.high - interval.low
 
 
-@pytest.mark.parametrize("q", [0.5, 0.9])
-def test_units_of_unequal_sizes_cover_and_their_rows_do_not(q: float) -> None:
+def test_units_of_unequal_sizes_cover_and_their_rows_do_not() -> None:
     """Twelve units that fill from one to nine of 40 rows."""
+    q = 0.9
     counts, truth, random = [1, 1, 1, 1, 2, 2, 3, 3, 4, 5, 8, 9], true_quantile(q), np.random.default_rng(9)
     members = np.broadcast_to(np.repeat(np.arange(12), counts)[:, None], (40, 64))
     covered = list[tuple[bool, bool]]()
-    for _ in range(300):
+    for _ in range(200):
         level = WINDOW_SCATTER * random.normal(size=12)
         run = np.exp(level[members] + random.normal(size=members.shape))
         by_unit = quantile_interval(run, ["all"] * 12, q, members=members).fixed

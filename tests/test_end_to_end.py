@@ -275,14 +275,14 @@ def test_the_bases_files_travel_byte_for_byte_and_modes_follow_the_umask(usual: 
 def test_an_adapter_that_changes_everything_is_seen_in_the_reference(tmp_path: Path) -> None:
     """The reference is base and adapter, not the base: with another adapter its perplexity is another."""
     prepare(tmp_path, factories.llama_config(), ["q_proj", "v_proj", "o_proj", "down_proj"])
-    with_adapter = finish(tmp_path, {"verify.windows": 24}).manifest.verification
-    chosen = overrides(tmp_path, changes={"export": "[{layout: safetensors}]", "verify.windows": 24})
+    with_adapter = finish(tmp_path).manifest.verification
+    chosen = overrides(tmp_path, changes={"export": "[{layout: safetensors}]"})
     recipe = load_recipe(GPTQ, [text for text in chosen if not text.startswith("load.adapter")])
     bare = recipe.model_copy(update={"load": recipe.load.model_copy(update={"adapter": None})})
     without = run(bare, force=True, device="cpu").manifest.verification
     assert with_adapter is not None
     assert without is not None
-    assert abs(with_adapter.value("reference_perplexity") / without.value("reference_perplexity") - 1) > 0.01
+    assert abs(with_adapter.value("reference_perplexity") / without.value("reference_perplexity") - 1) > 0.003
 
 
 def test_a_failed_gate_sets_the_artifact_aside(failed: Finished) -> None:

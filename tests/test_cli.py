@@ -464,7 +464,7 @@ def test_a_run_outlives_the_reader_of_its_progress(recipe: str) -> None:
 import sys, types, qexport
 from qexport.cli import main
 from qexport.progress import Notice
-def plan(recipe, progress):
+def plan(recipe, texts, progress):
     progress(Notice("nobody reads this"))
     print("nor what a library prints", flush=True)
     return types.SimpleNamespace(as_dict=lambda: {"blocks": 2})

@@ -420,7 +420,7 @@ def test_verifying_later_tells_the_same_as_the_run(sound: Sound) -> None:
     again = sound.verify(sound.gptq)
     assert again.subject.weights_sha256 == first.subject.weights_sha256
     assert (again.layers, again.subject.method) == (first.layers, first.subject.method)
-    teacher_forced = [each for each in first.figures if each.unit == "window"]
+    teacher_forced = [each for each in first.figures if each.unit == "document"]
     assert again.figures == teacher_forced
     assert verdicts(again) == verdicts(first)
 

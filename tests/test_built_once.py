@@ -86,7 +86,8 @@ def overrides_without_verify(folder: Path, changes: dict[str, Any]) -> list[str]
 def measured(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     folder = artifact.parent
     load = LoadSettings(base=str(folder / "base"), adapter=str(folder / "adapter"))
-    settings = VerifySettings(text=str(folder / "held-out.jsonl"), windows=2, max_windows=2, sequence_length=32)
+    text = str(folder / "held-out.jsonl")
+    settings = VerifySettings(text=text, windows=2, max_windows=2, sequence_length=32, profile="off")
     with counted(monkeypatch) as counts:
         verify(artifact, load, settings, device="cpu")
     return counts

@@ -499,7 +499,7 @@ def test_a_run_outlives_the_reader_of_its_progress(recipe: str) -> None:
 import sys, types, qexport
 from qexport.cli import main
 from qexport.progress import Notice
-def plan(recipe, progress):
+def plan(recipe, texts, progress):
     progress(Notice("nobody reads this"))
     print("nor what a library prints", flush=True)
     return types.SimpleNamespace(as_dict=lambda: {"blocks": 2})
@@ -789,9 +789,9 @@ quantize:
   group_size: 32
   calibration: {source: calibration.jsonl, samples: 16, sequence_length: 32}
 export: [{layout: safetensors}]
-verify: {text: heldout.jsonl, prompts: prompts.jsonl, windows: 8, sequence_length: 32, max_new_tokens: 4}
+verify: {text: heldout.jsonl, prompts: prompts.jsonl, windows: 8, sequence_length: 32, max_new_tokens: 4, profile: tiny-3bit}
 output: out
-"""
+"""  # noqa: E501
     )
     return recipe
 

@@ -108,20 +108,23 @@ def short_text(made: Path, folder: Path) -> list[str]:
 def test_without_the_adapter_the_artifact_is_another_model(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    gates = limits(tmp_path, "profile: off\ngates: {mean_kl: {at_most: 0.02}}")
+    gates = limits(tmp_path, "profile: off\ngates: {mean_kl: {at_most: 0.02}, kl_over_rtn: {at_most: 0}}")
     assert verified(made / "out", made / "model", *short_text(made, tmp_path), "--gates", gates) == 6
-    assert "error: 2 gates failed: better_than_rtn is " in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "error: 2 gates failed: mean_kl is " in error
+    assert "kl_over_rtn is " in error
 
 
 @pytest.mark.parametrize(
     ("gates", "code", "words"),
     [
         ("profile: off\ngates: {mean_kl: {at_most: 0.001}}", 6, "error: 1 gate failed: mean_kl is "),
-        ("profile: off\ngates: {mean_kl: {domains: {law: {at_most: 9.0}}}}", 7, "error: 1 gate could not be decided"),
+        ("profile: off\ngates: {chrf: {domains: {law: {at_least: 1.0}}}}", 7, "error: 1 gate could not be decided"),
+        ("profile: off\ngates: {mean_kl: {domains: {law: {at_most: 9.0}}}}", 2, "the held-out text has no such domain"),
         ("profile: off\ngates: {mean_kl: {at_most: 1.0e-9}}", 2, "noise floor"),
         ("profile: of", 2, "gates.yaml:1: profile: "),
     ],
-    ids=["failed", "undecided", "below the noise", "no gates"],
+    ids=["failed", "undecided", "never decided", "below the noise", "no gates"],
 )
 def test_gates_decide_the_exit_code(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], gates: str, code: int, words: str
@@ -184,7 +187,9 @@ def test_a_limit_of_memory_holds_for_whole_models(
     """As if this process had 500 MB already: no whole model fits beside it."""
     monkeypatch.setattr(memory, "resident", lambda: Memory(5 * 10**8, 5 * 10**8))
     for options in ([], ["max_memory=500MB"], ["max_memory=4TB", "--max-memory", "500MB"]):
-        assert verified(made / "out", made / "recipe.yaml", "verify.max_windows=8", *options, "--json") in (0, 7)
+        assert verified(
+            made / "out", made / "recipe.yaml", "verify.max_windows=8", "verify.profile=off", *options, "--json"
+        ) in (0, 7)
         captured = capsys.readouterr()
         report = Report.model_validate_json(captured.out)
         assert report.generations is not None
@@ -235,12 +240,27 @@ def test_fewer_windows_go_through_a_block_where_more_do_not_fit(made: Path, monk
     in_lockstep: Any = predictors.run_in_lockstep
     monkeypatch.setattr(rounds, "run_in_lockstep", one_at_a_time)
     monkeypatch.setattr(expected_memory, "_needs", lambda _, chosen: {"verify": min(chosen.compared_tokens, 1e4) * 1e5})
-    assert verified(made / "out", made / "recipe.yaml", "verify.max_windows=8", "--max-memory", "500MB") in (0, 7)
+    assert (
+        verified(
+            made / "out", made / "recipe.yaml", "verify.max_windows=8", "verify.profile=off", "--max-memory", "500MB"
+        )
+        == 0
+    )
     assert set(counts) == {1}
 
 
 def test_windows_beyond_the_most_are_told(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert verified(made / "out", made / "recipe.yaml", "verify.max_windows=7", "verify.windows=8", "--json") in (0, 7)
+    assert (
+        verified(
+            made / "out",
+            made / "recipe.yaml",
+            "verify.max_windows=7",
+            "verify.windows=8",
+            "verify.profile=off",
+            "--json",
+        )
+        == 0
+    )
     captured = capsys.readouterr()
     assert "note: verify.windows is 8, but max_windows limits it to 7" in captured.err
     assert Report.model_validate_json(captured.out).protocol.windows == 7

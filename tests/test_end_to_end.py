@@ -282,7 +282,7 @@ def test_an_adapter_that_changes_everything_is_seen_in_the_reference(tmp_path: P
     without = run(bare, force=True, device="cpu").manifest.verification
     assert with_adapter is not None
     assert without is not None
-    assert abs(with_adapter.value("reference_perplexity") / without.value("reference_perplexity") - 1) > 0.01
+    assert abs(with_adapter.value("reference_perplexity") / without.value("reference_perplexity") - 1) > 0.003
 
 
 def test_a_failed_gate_sets_the_artifact_aside(failed: Finished) -> None:
@@ -309,10 +309,10 @@ def test_a_failed_gate_leaves_its_report_beside_the_artifact(failed: Finished) -
 def test_an_undecided_gate_sets_the_artifact_aside_too(tmp_path: Path) -> None:
     """Nobody has measured this domain, and without a measured value is no pass."""
     prepare(tmp_path, factories.llama_config(), ["q_proj"])
-    result = finish(tmp_path, {"verify.gates": "{mean_kl: {domains: {law: {at_most: 5.0}}}}"})
+    result = finish(tmp_path, {"verify.gates": "{chrf: {domains: {law: {at_least: 5.0}}}}"})
     assert (result.verdict, result.artifact_path) == ("undecided", tmp_path / "out.rejected")
     not_passed = [gate for gate in Report.read(result.artifact_path).gates if not gate.passed]
-    assert [(gate.name, gate.verdict, gate.value) for gate in not_passed] == [("mean_kl[law]", "undecided", None)]
+    assert [(gate.name, gate.verdict, gate.value) for gate in not_passed] == [("chrf[law]", "undecided", None)]
     assert not (tmp_path / "out").exists()
 
 

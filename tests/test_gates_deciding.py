@@ -56,6 +56,7 @@ def test_a_result_says_what_decided_it() -> None:
     assert result == GateResult(
         name="mean_kl[code]", figure="mean_kl", domain="code", bound="at_most", limit=0.3, value=0.1 / 2 + 0.2 / 2,
         low=0.1, high=0.2, n=19, unit="window", verdict="pass", reason="lies at 0.1 to 0.2, all of it at most 0.3",
+        room=(0.3 - 0.2) / 0.3,
     )  # fmt: skip
     assert decided(0.15, "at_most", between(0.1, 0.2)).reason == (
         "lies at 0.1 to 0.2, part of it at most 0.15: not decided by 38 windows"
@@ -129,6 +130,25 @@ def test_a_narrower_interval_decides_no_gate_the_other_way(
     low, inner_low, inner_high, high = sorted((a, b, c, d))
     wide = decided(limit, "at_most", between(low, high)).verdict
     assert wide in ("undecided", decided(limit, "at_most", between(inner_low, inner_high)).verdict)
+
+
+def test_room_is_a_share_of_what_the_limit_allows() -> None:
+    """An interval that ends half way to the limit leaves half, whatever the value of an equal artifact is."""
+    kinds: list[tuple[str, float, Bound, float, float]] = [
+        ("mean_kl", 0.2, "at_most", 0.05, 0.1),
+        ("perplexity_ratio", 1.2, "at_most", 0.9, 1.1),
+        ("perplexity_ratio", 0.8, "at_least", 0.9, 1.1),
+        ("top1_agreement", 0.8, "at_least", 0.9, 0.95),
+        ("artifact_perplexity", 20.0, "at_most", 5.0, 10.0),
+    ]
+    for name, limit, bound, low, high in kinds:
+        limits = [Limit(name, None, bound, limit, by_user=True, source="the user's gates")]
+        (result,) = decide(limits, [between(low, high, name=name)], [], [])
+        assert result.room == pytest.approx(0.5), name
+        assert result.source == "the user's gates"
+    assert decided(0.15, "at_most", between(0.1, 0.2)).room == pytest.approx(-1 / 3)
+    assert built_in("adapter", between(-0.2, -0.1, name="kl_over_base")).room is None
+    assert decided(0.15, "at_most").room is None
 
 
 # Built-in gates
@@ -281,7 +301,29 @@ def test_a_report_is_decided_again_with_other_limits() -> None:
     assert again(gates={"mean_kl": {"at_most": 0.16}}) == sound | {"mean_kl": "undecided"}
     assert again(gates={"mean_kl": {"at_most": 0.1}}) == sound | {"mean_kl": "fail"}
     assert set(again(profile="nf4").values()) == {"pass", "fail", "undecided"}
-    assert again(profile="off") == built_in
+    assert again(profile="off") == dict.fromkeys(("config", "tokenizer", "merge"), "pass")
+
+
+def test_the_profile_off_sets_no_gate_on_how_good_an_artifact_is() -> None:
+    """Worse than rounding to nearest and closer to the base: a failure, unless no limits are wanted."""
+    worse = [
+        each.model_copy(update={"value": 0.5, "sequence_low": 0.4, "sequence_high": 0.6})
+        if each.name in {"kl_over_rtn", "kl_over_base"}
+        else each
+        for each in report().figures
+    ]
+    limited = again(report={"figures": worse})
+    assert (limited["adapter"], limited["better_than_rtn"]) == ("fail", "fail")
+    assert set(again(report={"figures": worse}, profile="off").values()) == {"pass"}
+    _, notes = decide_again(report(figures=worse), GatesFile(profile="off"), profile_of_layer)
+    assert notes == [
+        "the gate adapter is not set: profile is off",
+        "the gate better_than_rtn is not set: profile is off",
+    ]
+    asked = again(report={"figures": worse}, profile="off", gates={"kl_over_base": {"at_most": 0}})
+    assert asked["kl_over_base"] == "fail"
+    broken = [CheckResult(gate="config", name="config.json", passed=False, detail="another rope_theta")]
+    assert again(report={"checks": broken}, profile="off")["config"] == "fail"
 
 
 @pytest.mark.parametrize("name", ["merge", "adapter", "better_than_rtn"])
@@ -308,7 +350,8 @@ def test_a_noise_floor_of_no_ordinary_size_is_no_defect(floor: float) -> None:
     figures = [figure("mean_kl", 0.1, noise_floor=floor)]
     settings = GatesFile.model_validate({"profile": "off", "gates": {"mean_kl": {"at_most": 0.3}}})
     if floor < 1:
-        assert decide_again(report(figures=figures), settings, profile_of_layer)[1] == []
+        notes = decide_again(report(figures=figures), settings, profile_of_layer)[1]
+        assert not any("three times" in note for note in notes)
     else:
         with pytest.raises(RecipeError, match="noise floor"):
             decide_again(report(figures=figures), settings, profile_of_layer)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,10 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qexport.artifact.figures import CATALOGUE
 from qexport.artifact.manifest import Sizes
 from qexport.errors import RecipeError
-from qexport.gates import GatesFile, ProfileName
-from qexport.gates.limits import PROFILES, Limit, above_floor, limits_of, profile_of_layers
+from qexport.gates import Bounds, GatesFile, ProfileName
+from qexport.gates.limits import Limit, above_floor, limits_of
+from qexport.gates.profiles import PROFILES, profile_for, profile_of_layers, profile_record, stricter
 from qexport.quantizing import profile_of_layer
 from qexport.quantizing.none import NoQuantization
 from reports import layer
@@ -34,23 +37,65 @@ def test_the_page_shows_the_limits_that_hold() -> None:
     shown = {name: tuple(map(float, values)) for name, *values in rows}
     assert shown == {
         name: (
-            limits["mean_kl"].at_most,
-            limits["perplexity_ratio"].at_most,
-            limits["top1_agreement"].at_least,
-            limits["decisive_flips"].at_most,
+            profile.limits["mean_kl"].at_most,
+            profile.limits["perplexity_ratio"].at_most,
+            profile.limits["top1_agreement"].at_least,
+            profile.limits["decisive_flips"].at_most,
         )
-        for name, limits in PROFILES.items()
+        for name, profile in PROFILES.items()
         if name != "off"
     }
 
 
 def test_there_is_a_profile_for_every_name_and_each_limits_the_same_figures() -> None:
-    assert set(PROFILES) == set(get_args(ProfileName)) - {"auto"}
-    assert {frozenset(limits) for name, limits in PROFILES.items() if name != "off"} == {
+    assert set(PROFILES) == set(get_args(ProfileName)) - {"auto", "strict"}
+    assert {frozenset(profile.limits) for name, profile in PROFILES.items() if name != "off"} == {
         frozenset({"mean_kl", "perplexity_ratio", "top1_agreement", "decisive_flips"})
     }
-    for limits in PROFILES.values():
-        GatesFile(gates=dict(limits))
+    for profile in PROFILES.values():
+        GatesFile(gates=dict(profile.limits))
+
+
+def test_more_bits_and_more_parameters_are_never_allowed_more() -> None:
+    falling: list[list[ProfileName]] = [
+        ["gptq-2bit", "gptq-3bit", "gptq-4bit", "gptq-4bit-3b", "gptq-4bit-30b", "gptq-8bit", "16bit"],
+        ["tiny-nf4", "nf4", "nf4-3b", "nf4-30b", "int8"],
+        ["tiny-3bit", "tiny", "gptq-4bit"],
+        ["nf4", "gptq-4bit"],
+        ["nf4-3b", "gptq-4bit-3b"],
+        ["nf4-30b", "gptq-4bit-30b"],
+    ]
+    for names in falling:
+        for looser, tighter in itertools.pairwise(names):
+            for figure in PROFILES["16bit"].limits:
+                assert allowed(figure, PROFILES[looser].limits) > allowed(figure, PROFILES[tighter].limits), looser
+
+
+def allowed(figure: str, limits: Mapping[str, Bounds]) -> float:
+    """How far a limit is from the value of an artifact that equals its reference."""
+    limit = limits[figure].at_most if limits[figure].at_least is None else limits[figure].at_least
+    assert limit is not None
+    return abs(limit - (CATALOGUE[figure].ideal or 0.0))
+
+
+def test_strict_leaves_half_of_what_a_profile_allows() -> None:
+    found = stricter(PROFILES["gptq-4bit-3b"].limits)
+    assert {name: bounds.at_most or bounds.at_least for name, bounds in found.items()} == {
+        "mean_kl": 0.03, "perplexity_ratio": 1.03, "top1_agreement": 0.916, "decisive_flips": 0.0125,
+    }  # fmt: skip
+    settings = GatesFile.model_validate({"profile": "strict", "gates": {"mean_kl": {"at_most": 0.07}}})
+    assert profile_for(settings, [layer("a")], LARGE, profile_of_layer) == "gptq-4bit-3b"
+    limits = {limit.name: (limit.value, limit.source) for limit in limits_of(settings, "gptq-4bit-3b")}
+    assert limits["mean_kl"] == (0.07, "the user's gates")
+    assert limits["decisive_flips"] == (0.0125, "the profile gptq-4bit-3b, strict")
+
+
+def test_the_record_of_a_profile_says_how_it_was_chosen() -> None:
+    found = [profile_record(GatesFile(profile=name), "tiny") for name in ("auto", "strict", "tiny")]
+    assert [(each.name, each.strict, each.chosen) for each in found] == [
+        ("tiny", False, "by method and size"), ("tiny", True, "by method and size"), ("tiny", False, "by name"),
+    ]  # fmt: skip
+    assert found[0].reason == PROFILES["tiny"].reason
 
 
 def page() -> str:
@@ -65,13 +110,18 @@ def page() -> str:
         ("w8a8", 8, 7_000_000_000, "w8a8"),
         ("gptq", 4, 499_999_999, "tiny"),
         ("gptq", 4, 500_000_000, "gptq-4bit"),
-        ("round_to_nearest", 4, 7_000_000_000, "gptq-4bit"),
+        ("gptq", 4, 2_999_999_999, "gptq-4bit"),
+        ("gptq", 4, 3_000_000_000, "gptq-4bit-3b"),
+        ("gptq", 4, 30_000_000_000, "gptq-4bit-30b"),
+        ("round_to_nearest", 4, 7_000_000_000, "gptq-4bit-3b"),
         ("gptq", 3, 7_000_000_000, "gptq-3bit"),
         ("gptq", 2, 7_000_000_000, "gptq-2bit"),
-        ("gptq", 2, 135_000_000, "tiny"),
-        ("nf4", 4, 135_000_000, "tiny"),
+        ("gptq", 2, 135_000_000, "tiny-3bit"),
+        ("gptq", 3, 135_000_000, "tiny-3bit"),
+        ("nf4", 4, 135_000_000, "tiny-nf4"),
         ("nf4", 4, 500_000_000, "nf4"),
-        ("fp4", 4, 7_000_000_000, "nf4"),
+        ("fp4", 4, 7_000_000_000, "nf4-3b"),
+        ("nf4", 4, 40_000_000_000, "nf4-30b"),
     ],
 )
 def test_auto_chooses_by_method_bits_and_size(method: str, bits: int, parameters: int, profile: str) -> None:
@@ -86,14 +136,15 @@ def test_what_was_measured_passes_its_profile_and_a_broken_artifact_passes_none(
     for (method, bits), (kl, ratio, agreement) in MEASURED.items():
         profile = profile_of_layer(method, bits, 134_515_008)
         assert profile is not None
-        limits = PROFILES[profile]
+        limits = PROFILES[profile].limits
         assert limits["mean_kl"].at_most is not None
         assert limits["mean_kl"].at_most >= 1.5 * kl
         assert ratio is None or ratio < (limits["perplexity_ratio"].at_most or 0)
         assert agreement is None or agreement > (limits["top1_agreement"].at_least or 1)
-    assert all((limits["mean_kl"].at_most or 9) < 1 for name, limits in PROFILES.items() if name != "off")
+    assert all((each.limits["mean_kl"].at_most or 9) < 1 for name, each in PROFILES.items() if name != "off")
 
 
+LARGE = Sizes(parameters=7_000_000_000, total_bytes=4_000_000_000, bits_per_weight=4.6)
 SMALL = Sizes(parameters=135_000_000, total_bytes=119_000_000, bits_per_weight=7.08)
 
 
@@ -102,7 +153,7 @@ def test_of_a_report_the_profile_is_that_of_most_layers() -> None:
     assert profile_of_layers(layers, SMALL, profile_of_layer) == "tiny"
     assert (
         profile_of_layers(layers, SMALL.model_copy(update={"parameters": 7_000_000_000}), profile_of_layer)
-        == "gptq-4bit"
+        == "gptq-4bit-3b"
     )
     assert profile_of_layers([], SMALL.model_copy(update={"bits_per_weight": 16.0}), profile_of_layer) == "16bit"
 
@@ -125,10 +176,10 @@ def held(text: Mapping[str, object], profile: ProfileName = "tiny") -> dict[str,
 
 
 TINY = {
-    "perplexity_ratio": ("at_most", 1.8, False),
-    "mean_kl": ("at_most", 0.6, False),
-    "top1_agreement": ("at_least", 0.6, False),
-    "decisive_flips": ("at_most", 0.2, False),
+    "perplexity_ratio": ("at_most", 1.25, False),
+    "mean_kl": ("at_most", 0.25, False),
+    "top1_agreement": ("at_least", 0.72, False),
+    "decisive_flips": ("at_most", 0.1, False),
 }
 
 
@@ -142,7 +193,7 @@ def test_bounds_replace_the_profile_on_both_sides_and_null_removes_them() -> Non
     assert held(gates) == {
         "perplexity_ratio": ("at_least", 0.9, True),
         "mean_kl": ("at_most", 0.3, True),
-        "top1_agreement": ("at_least", 0.6, False),
+        "top1_agreement": ("at_least", 0.72, False),
     }
 
 

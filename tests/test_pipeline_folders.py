@@ -17,7 +17,7 @@ import stored_models
 from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.architectures.structure import Structure
 from qexport.errors import InputError
-from qexport.gates.limits import profile_of_layers
+from qexport.gates.profiles import profile_of_layers
 from qexport.loading.small_files import open_tokenizer
 from qexport.pipeline.folders import ArtifactFolder, open_folder
 from qexport.quantizing import profile_of_layer
@@ -32,9 +32,9 @@ MODEL = factories.build(factories.llama_config())
 
 EXPECTED: dict[str, tuple[str, set[tuple[str, int, int]], str]] = {
     "gptq": ("GPTQ, 4 bits, group_size 32, asymmetric", {("gptq", 4, 32)}, "tiny"),
-    "nf4": ("NF4", {("nf4", 4, 64)}, "tiny"),
-    "nf4 double": ("NF4, double quantization", {("nf4", 4, 64)}, "tiny"),
-    "fp4": ("FP4", {("fp4", 4, 64)}, "tiny"),
+    "nf4": ("NF4", {("nf4", 4, 64)}, "tiny-nf4"),
+    "nf4 double": ("NF4, double quantization", {("nf4", 4, 64)}, "tiny-nf4"),
+    "fp4": ("FP4", {("fp4", 4, 64)}, "tiny-nf4"),
     "int8": ("LLM.int8", {("int8", 8, 64), ("int8", 8, 128)}, "int8"),
     "w8a8": ("compressed-tensors, int-quantized", {("w8a8", 8, 64), ("w8a8", 8, 128)}, "w8a8"),
     "w4a16": ("compressed-tensors, pack-quantized", {("gptq", 4, 32)}, "tiny"),

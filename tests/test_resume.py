@@ -390,7 +390,7 @@ def test_a_measured_artifact_gets_the_verdict_that_it_had(inputs: Path, tmp_path
 def verified(folder: Path, output: str) -> Recipe:
     """A recipe whose gate stays undecided, so that windows are added until the text is used up."""
     values = artifact_cases.recipe(folder, "nf4", [{"layout": "safetensors"}])
-    verify = {"text": str(folder / "held-out.jsonl"), "windows": 2, "max_windows": 8, "sequence_length": 24}
+    verify = {"text": str(folder / "held-out.jsonl"), "windows": 8, "max_windows": 32, "sequence_length": 24}
     verify |= {"profile": "off", "gates": {"mean_kl": {"at_most": 0.4}}}
     return Recipe.model_validate(values | {"verify": verify, "output": str(folder / output)})
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from drift import MEAN, SCALES, drift, misses, strata_of
 from qexport.errors import NumericalError
-from qexport.statistics.means import Array, mcnemar, moments, stratified_mean, student_multiplier
+from qexport.statistics.means import Array, moments, stratified_mean, student_multiplier
 from qexport.statistics.samples import DIFFERENCE, SHARE, Interval, Sample, groups, transformed
 
 THOUSANDTHS = st.integers(-(10**6), 10**6).map(lambda thousandths: thousandths / 1000)
@@ -195,19 +195,3 @@ def test_what_is_no_sample_is_refused() -> None:
         Sample(np.zeros(3), ["a"])
     with pytest.raises(ValueError, match="shape"):
         Sample(np.zeros(0), [])
-
-
-@pytest.mark.parametrize("b", range(5))
-@pytest.mark.parametrize("c", range(12))
-def test_mcnemar_sums_the_binomial_tails(b: int, c: int) -> None:
-    total = b + c
-    tails = [math.comb(total, k) for k in range(total + 1) if abs(k - total / 2) >= abs(b - total / 2)]
-    assert mcnemar(b, c) == pytest.approx(min(1.0, sum(tails) / 2**total))
-
-
-def test_mcnemar_keeps_its_level_and_refuses_negative_counts() -> None:
-    for items in (5, 30, 101):
-        rejected = [b for b in range(items + 1) if mcnemar(b, items - b) <= 0.05]
-        assert sum(math.comb(items, b) for b in rejected) <= 0.05 * 2**items
-    with pytest.raises(ValueError, match="negative"):
-        mcnemar(-1, 3)

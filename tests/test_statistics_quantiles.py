@@ -150,3 +150,35 @@ def test_one_window_has_no_interval_and_what_is_no_sample_is_refused() -> None:
         quantile_interval(np.zeros((2, 3)), ["a", "a"], 1.0)
     with pytest.raises(ValueError, match="strata"):
         quantile_interval(np.zeros((2, 3)), ["a"], 0.5)
+
+
+def test_rows_that_are_pieces_of_one_unit_are_that_unit() -> None:
+    run = windows(12, 1, seed=8)[0]
+    pieces = run.reshape(48, TOKENS // 4)
+    members = np.broadcast_to(np.arange(12).repeat(4)[:, None], pieces.shape)
+    whole = quantile_interval(run, ["all"] * 12, 0.9)
+    assert quantile_interval(pieces, ["all"] * 12, 0.9, members=members) == whole
+    apart = quantile_interval(pieces, ["all"] * 48, 0.9)
+    assert width(apart.fixed) < 0.8 * width(whole.fixed)
+
+
+def width(interval: Interval) -> float:
+    assert interval.low is not None
+    assert interval.high is not None
+    return interval.high - interval.low
+
+
+def test_units_of_unequal_sizes_cover_and_their_rows_do_not() -> None:
+    """Twelve units that fill from one to nine of 40 rows."""
+    q = 0.9
+    counts, truth, random = [1, 1, 1, 1, 2, 2, 3, 3, 4, 5, 8, 9], true_quantile(q), np.random.default_rng(9)
+    members = np.broadcast_to(np.repeat(np.arange(12), counts)[:, None], (40, 64))
+    covered = list[tuple[bool, bool]]()
+    for _ in range(200):
+        level = WINDOW_SCATTER * random.normal(size=12)
+        run = np.exp(level[members] + random.normal(size=members.shape))
+        by_unit = quantile_interval(run, ["all"] * 12, q, members=members).fixed
+        covered.append((holds(by_unit, truth), holds(quantile_interval(run, ["all"] * 40, q).fixed, truth)))
+    by_units, by_rows = np.mean(covered, axis=0)
+    assert by_units >= 0.9
+    assert by_rows < 0.82

@@ -112,8 +112,8 @@ PROBABILITY_QUANTILES: Final[Mapping[str, float]] = {
 
 Verdict = Literal["pass", "fail", "undecided"]
 
-Unit = Literal["window", "prompt", "pair", "item", "repeat"]
-"""What was sampled independently; the tokens of one window were not."""
+Unit = Literal["document", "window", "prompt", "pair", "item", "repeat"]
+"""What was sampled independently; the tokens of one document were not."""
 
 
 class Figure(Record):
@@ -186,6 +186,14 @@ class GateResult(Record):
 
     reason: str
     """One sentence for people."""
+
+    source: str | None = None
+    """Who sets the limit: a profile, or the user; None for a gate that is built in."""
+
+    room: float | None = None
+    """How far the artifact is from failing: the distance between the limit and the worse end of the interval, as a
+    share of what the limit allows, that is of its distance from the value of an artifact that equals its reference
+    (from 0 where there is none). Below 0 the gate has not passed."""
 
     @property
     def passed(self) -> bool:

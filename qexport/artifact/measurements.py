@@ -173,6 +173,10 @@ class TaskRecord(Record):
     p_value: float
     """Exact two-sided McNemar test."""
 
+    smallest_drop: float | None = None
+    """The smallest drop of accuracy that so many items show with a probability of 80 %, if one answer in ten changes:
+    known before the measurement."""
+
 
 class Speed(Record):
     """The speed of both models as a user runs them, measured in turn. Lists have one value per repeat."""

@@ -116,6 +116,22 @@ class ReferenceRecord(Record):
     """What the blocks computed in."""
 
 
+class ProfileRecord(Record):
+    """The limits that hold where the user sets none."""
+
+    name: str
+    """`off` if there are none."""
+
+    strict: bool
+    """Whether they are those of the variant `strict`."""
+
+    chosen: str
+    """How it was chosen: `by method and size`, or `by name`."""
+
+    reason: str
+    """What its limits are derived from."""
+
+
 class Report(Record):
     """The content of `report.json`."""
 
@@ -128,6 +144,7 @@ class Report(Record):
     protocol: Protocol
     figures: list[Figure]
     gates: list[GateResult]
+    profile: ProfileRecord | None = None
     checks: list[CheckResult]
     kl_histogram: Histogram
     flips_by_margin: list[MarginBin]
@@ -154,7 +171,7 @@ class Report(Record):
     @property
     def domains(self) -> list[str]:
         """The domains of the held-out text, in their order."""
-        found = (f.domain for f in self.figures if f.unit == "window" and f.domain is not None)
+        found = (f.domain for f in self.figures if f.unit in {"document", "window"} and f.domain is not None)
         return list(dict.fromkeys(found))
 
     def contradictions(self) -> list[str]:

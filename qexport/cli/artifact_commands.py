@@ -180,7 +180,7 @@ def _print_plan(recipe: Path, overrides: list[str] | None, *, as_json: bool) -> 
     from qexport import pipeline
 
     with showing_progress() as progress:
-        plan = pipeline.plan(chosen, progress=progress)
+        plan = pipeline.plan(chosen, texts=True, progress=progress)
     if as_json:
         write_json(plan.as_dict())
     else:

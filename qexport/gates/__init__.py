@@ -14,8 +14,9 @@ from qexport.yaml.parsing import FileKind
 from qexport.yaml.problems import combination, plain, problems_of, suggestion
 
 ProfileName = Literal[
-    "auto", "16bit", "gptq-8bit", "int8", "w8a8", "gptq-4bit", "nf4", "gptq-3bit", "gptq-2bit", "tiny", "off"
-]
+    "auto", "strict", "16bit", "gptq-8bit", "int8", "w8a8", "gptq-4bit", "gptq-4bit-3b", "gptq-4bit-30b",
+    "nf4", "nf4-3b", "nf4-30b", "gptq-3bit", "gptq-2bit", "tiny", "tiny-nf4", "tiny-3bit", "off",
+]  # fmt: skip
 
 WITHOUT_DOMAINS: Final = (
     "rtn_mean_kl", "kl_over_rtn", "adapter_effect", "kl_over_base", "merge_kl", "merge_error", "style_sensitivity",
@@ -130,7 +131,7 @@ class GatesFile(Settings):
     """A file of gates, for artifacts that are verified, or whose gates are decided, without a recipe's `verify`."""
 
     profile: ProfileName = "auto"
-    """The limits to start from: `auto` chooses by method and size, `off` sets none."""
+    """The limits to start from: `auto` chooses by method and size, `strict` allows half as much, `off` sets none."""
 
     gates: GateSettings = {}
     """Limits on figures, in place of the profile's; null removes one of the profile's."""

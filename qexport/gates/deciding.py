@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -11,7 +12,8 @@ from qexport.artifact.figures import CATALOGUE, CheckResult, Figure, GateResult,
 from qexport.artifact.report import Report
 from qexport.errors import GateFailed, GateUndecided
 from qexport.gates import HasGates
-from qexport.gates.limits import NOISE_MARGIN, Bound, Limit, ProfileOfLayer, above_floor, limits_of, profile_for
+from qexport.gates.limits import NOISE_MARGIN, Bound, Limit, above_floor, limits_of
+from qexport.gates.profiles import ProfileOfLayer, profile_for
 
 BuiltIn = Literal["config", "files", "tokenizer", "graph", "merge", "adapter", "better_than_rtn"]
 """Gates that need no configured limit. Each is decided where it is expected, whether or not it was measured."""
@@ -35,6 +37,11 @@ MOST_MERGE_ERROR: Final = 0.01
 with the square of a difference, so this is an error of a tenth of what the adapter does."""
 
 
+OF_PROFILES: Final[tuple[BuiltIn, ...]] = ("adapter", "better_than_rtn")
+"""Built-in gates that belong to every profile but `off`: like its limits they say how good an artifact must be. The
+others say whether it is what it claims to be."""
+
+
 def waived(settings: HasGates) -> dict[BuiltIn, str]:
     """The built-in gates that a user has waived by setting their figure to null, with a note on each."""
     return {
@@ -47,7 +54,8 @@ def waived(settings: HasGates) -> dict[BuiltIn, str]:
 def expected_gates(
     settings: HasGates, *, adapter: bool, nearest: bool, graph: bool, files: bool = True
 ) -> tuple[list[BuiltIn], list[str]]:
-    """The built-in gates that apply and are not waived, and a note on each that applies but is waived.
+    """The built-in gates that apply and are not waived, and a note on each that applies but is waived, or that the
+    profile `off` does not set.
 
     Args:
         settings: the user's.
@@ -66,6 +74,9 @@ def expected_gates(
         "better_than_rtn": nearest,
     }
     given_up = waived(settings)
+    if settings.profile == "off":
+        off = {name: f"the gate {name} is not set: profile is off" for name in OF_PROFILES}
+        given_up = off | given_up
     expected = [name for name, applying in applies.items() if applying and name not in given_up]
     return expected, [note for name, note in given_up.items() if applies[name]]
 
@@ -83,6 +94,7 @@ class _Gate:
         strict: whether a value equal to the limit fails.
         unknown: why the limit is not known.
         equal: what a value exactly equal to a strict limit means; None if that is a failure.
+        source: who sets the limit; None for a gate that is built in.
     """
 
     name: str
@@ -93,6 +105,7 @@ class _Gate:
     strict: bool = False
     unknown: str = ""
     equal: str | None = None
+    source: str | None = None
 
 
 def decide(
@@ -182,7 +195,7 @@ def _checked(name: str, checks: Sequence[CheckResult]) -> GateResult:
 
 
 def _gate(limit: Limit) -> _Gate:
-    return _Gate(limit.name, limit.figure, limit.domain, limit.bound, limit.value)
+    return _Gate(limit.name, limit.figure, limit.domain, limit.bound, limit.value, source=limit.source or None)
 
 
 def _decided(gate: _Gate, figures: Sequence[Figure]) -> GateResult:
@@ -200,8 +213,24 @@ def _decided(gate: _Gate, figures: Sequence[Figure]) -> GateResult:
         limit=gate.limit,
         verdict=verdict,
         reason=reason,
+        source=gate.source,
+        room=_room(gate, figure),
         **measured,
     )
+
+
+def _room(gate: _Gate, figure: Figure | None) -> float | None:
+    """How far the worse end of the interval is from the limit, as a share of the distance between the limit and the
+    value of an artifact that equals its reference; of the limit itself where no such value is known.
+    """
+    if figure is None or gate.limit is None:
+        return None
+    end = figure.sequence_high if gate.bound == "at_most" else figure.sequence_low
+    allowed = abs(gate.limit - (CATALOGUE[gate.figure].ideal or 0.0))
+    if end is None or not allowed:
+        return None
+    room = (gate.limit - end if gate.bound == "at_most" else end - gate.limit) / allowed
+    return room if math.isfinite(room) else None
 
 
 def _verdict(gate: _Gate, figure: Figure | None) -> tuple[Verdict, str]:

@@ -4,86 +4,14 @@ from __future__ import annotations
 
 import math
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
-from qexport.artifact.figures import CATALOGUE
-from qexport.artifact.manifest import Sizes
+from qexport.artifact.figures import CATALOGUE, Figure
 from qexport.errors import RecipeError, listed
 from qexport.gates import Bounds, DomainBounds, HasGates, ProfileName
-from qexport.records import LayerRecord
-
-ProfileOfLayer = Callable[[str, int, int], ProfileName | None]
-"""From how a layer's codes were found, their bits, and the model's parameters to a profile, by each method's own rule
-(`qexport.quantizing.profile_of_layer`)."""
-
-TINY_PARAMETERS: Final = 500_000_000
-"""In models with fewer parameters, 4 bits cost so much more quality that other limits apply."""
-
-_WIDE_BITS: Final = 15.5
-"""Bits per weight from which an artifact without quantized layers is a 16-bit one."""
-
-
-def _profile(
-    mean_kl: float, perplexity_ratio: float, top1_agreement: float, decisive_flips: float
-) -> dict[str, Bounds]:
-    return {
-        "mean_kl": Bounds(at_most=mean_kl),
-        "perplexity_ratio": Bounds(at_most=perplexity_ratio),
-        "top1_agreement": Bounds(at_least=top1_agreement),
-        "decisive_flips": Bounds(at_most=decisive_flips),
-    }
-
-
-PROFILES: Final[Mapping[ProfileName, Mapping[str, Bounds]]] = {
-    "16bit": _profile(0.003, 1.003, 0.95, 0.001),
-    "gptq-8bit": _profile(0.01, 1.01, 0.92, 0.005),
-    "int8": _profile(0.02, 1.02, 0.9, 0.01),
-    "w8a8": _profile(0.1, 1.05, 0.83, 0.05),
-    "gptq-4bit": _profile(0.12, 1.12, 0.82, 0.05),
-    "nf4": _profile(0.15, 1.15, 0.8, 0.06),
-    "gptq-3bit": _profile(0.3, 1.4, 0.72, 0.12),
-    "gptq-2bit": _profile(0.9, 2.5, 0.55, 0.25),
-    "tiny": _profile(0.6, 1.8, 0.6, 0.2),
-    "off": {},
-}
-"""Limits over all text by profile and figure. `auto` is one of these, chosen by the method."""
-
-
-def profile_of_layers(layers: Sequence[LayerRecord], sizes: Sizes, of_layer: ProfileOfLayer) -> ProfileName:
-    """The profile that `auto` selects for an artifact: that of most of its layers.
-
-    Args:
-        layers: from the report; empty if nothing is quantized, or if another tool made the artifact.
-        sizes: the artifact's.
-        of_layer: each method's own rule.
-
-    Raises:
-        RecipeError: the layers' method is unknown, and the artifact has fewer bits per weight than an unquantized
-            one.
-    """
-    if layers:
-        (method, bits), _ = Counter((layer.method, layer.bits) for layer in layers).most_common(1)[0]
-        found = of_layer(method, bits, sizes.parameters)
-    else:
-        found = "16bit" if sizes.bits_per_weight >= _WIDE_BITS else None
-    if found is None:
-        raise RecipeError(
-            "the method of the layers is unknown, so no profile can be chosen",
-            where="profile: auto",
-            mend="name the profile in the file of gates, for example gptq-4bit",
-        )
-    return found
-
-
-def profile_for(
-    settings: HasGates, layers: Sequence[LayerRecord], sizes: Sizes, of_layer: ProfileOfLayer
-) -> ProfileName:
-    """The profile that the settings name; `auto` is resolved for this artifact."""
-    return profile_of_layers(layers, sizes, of_layer) if settings.profile == "auto" else settings.profile
-
+from qexport.gates.profiles import LOOSEST, PROFILES, stricter
 
 NOISE_MARGIN: Final = 3.0
 """A limit must allow at least this many times the drift that computing in a wider dtype alone causes."""
@@ -91,10 +19,9 @@ NOISE_MARGIN: Final = 3.0
 _ROUNDING: Final = 1e-9
 """So that 0.3 is not tighter than 3 * 0.1."""
 
-_LOOSEST: Final = PROFILES["gptq-2bit"]
-"""No profile's limit is moved beyond these: a gate with such a limit would pass a broken artifact."""
-
 Bound = Literal["at_most", "at_least"]
+
+_OF_USER: Final = "the user's gates"
 
 
 @dataclass(frozen=True)
@@ -108,6 +35,7 @@ class Limit:
         value: in the figure's own unit.
         by_user: whether a recipe or a file of gates sets it, not a profile.
         one_sided: whether it is the only bound on this figure and domain.
+        source: who sets it, for people.
     """
 
     figure: str
@@ -116,6 +44,7 @@ class Limit:
     value: float
     by_user: bool
     one_sided: bool = True
+    source: str = ""
 
     @property
     def name(self) -> str:
@@ -130,11 +59,31 @@ def limits_of(settings: HasGates, profile: ProfileName) -> list[Limit]:
     Args:
         settings: the user's. Bounds over all text replace both of the profile's; null removes them; bounds for domains
             alone keep them.
-        profile: the settings' profile, with `auto` resolved.
+        profile: the settings' profile, with `auto` and `strict` resolved.
     """
-    ours = PROFILES[profile]
+    strict = settings.profile == "strict"
+    ours = stricter(PROFILES[profile].limits) if strict else PROFILES[profile].limits
     names = [name for name in CATALOGUE if name in ours or name in settings.gates]
-    return [limit for name in names for limit in _limits(name, ours.get(name), settings)]
+    source = f"the profile {profile}, strict" if strict else f"the profile {profile}"
+    found = [limit for name in names for limit in _limits(name, ours.get(name), settings)]
+    return [replace(limit, source=_OF_USER if limit.by_user else source) for limit in found]
+
+
+def margin_limits(margin: float, figures: Sequence[Figure], limits: Sequence[Limit]) -> list[Limit]:
+    """The limit on every task's change of accuracy: at most so much may be lost.
+
+    Args:
+        margin: the largest loss that passes.
+        figures: what was measured; without any task there is one limit, which stays undecided.
+        limits: the others, which come first where they limit a task from below too.
+    """
+    tasks = [figure.domain for figure in figures if figure.name == "accuracy_change"]
+    sides = {(limit.domain, limit.bound) for limit in limits if limit.figure == "accuracy_change"}
+    return [
+        Limit("accuracy_change", task, "at_least", -margin, True, (task, "at_most") not in sides, "verify.tasks.margin")
+        for task in tasks or [None]
+        if (task, "at_least") not in sides
+    ]
 
 
 def above_floor(limits: Sequence[Limit], floors: Mapping[str, float]) -> tuple[list[Limit], list[str]]:
@@ -163,7 +112,11 @@ def above_floor(limits: Sequence[Limit], floors: Mapping[str, float]) -> tuple[l
         f"the limit of {limit.name} is {value:.10g}, not the profile's {limit.value:g}: three times the noise floor"
         for limit, value in tighter.items()
     ]
-    return [replace(limit, value=tighter.get(limit, limit.value)) for limit in limits], notes
+    return [_moved(limit, tighter[limit]) if limit in tighter else limit for limit in limits], notes
+
+
+def _moved(limit: Limit, value: float) -> Limit:
+    return replace(limit, value=value, source=f"{limit.source}, moved to three times the noise floor".lstrip(", "))
 
 
 def _limits(name: str, from_profile: Bounds | None, settings: HasGates) -> Iterator[Limit]:
@@ -209,7 +162,7 @@ def _rounded_up(room: float) -> float:
 
 
 def _is_beyond_all(limit: Limit, moved: float) -> bool:
-    loosest = _LOOSEST[limit.figure]
+    loosest = LOOSEST[limit.figure]
     if loosest.at_most is not None:
         return moved > loosest.at_most
     return loosest.at_least is not None and moved < loosest.at_least

@@ -15,12 +15,14 @@ from qexport.formats import Outputs
 from qexport.hidden_packages import hidden
 from qexport.loading import LoadSettings
 from qexport.loading.checkpoint import load_checkpoint, locate_adapter
+from qexport.loading.small_files import open_tokenizer
 from qexport.merge import MergeSettings
 from qexport.merge.merging import Merged, merge
 from qexport.pipeline.expectations import Expected, expect
-from qexport.pipeline.texts import check_prompts_and_tasks, refuse_long_windows
+from qexport.pipeline.texts import check_prompts_and_tasks, read_evaluation, refuse_long_windows
 from qexport.progress import ProgressCallback, silent
 from qexport.recipe import Recipe
+from qexport.verifying.tasks.planned import PlannedTask, planned_tasks
 
 
 def load_merged(load: LoadSettings, merging: MergeSettings, *, progress: ProgressCallback) -> Merged:
@@ -65,6 +67,12 @@ class Plan:
         """Bytes of all tensors on disk; shared ones count once."""
         return sum(group[0].weights.total_bytes for group in self.distinct)
 
+    @property
+    def tasks(self) -> list[PlannedTask]:
+        """The tasks that both models would answer, with their power."""
+        settings = self.recipe.verify
+        return [] if settings is None or settings.tasks is None else planned_tasks(settings.tasks)
+
     def folder(self, output: Path, layout: Layout) -> Path:
         """The folder of a layout: the output itself, or its subfolder with the layout's name if there are several."""
         return output / layout.name if len(self.layouts) > 1 else output
@@ -84,6 +92,7 @@ class Plan:
             "dense_tensors": len(self.outputs.specs) - quantized,
             "layouts": {layout.name: layout.weights.total_bytes for layout in self.layouts},
             "artifact_bytes": self.total_bytes,
+            "tasks": [task.as_dict() for task in self.tasks],
             "expected": self.expected.as_dict(),
         }
 
@@ -100,6 +109,7 @@ class Plan:
             f"{figures['dense_tensors']} tensors stay unquantized",
             f"export    {layouts}{shared}",
             f"expected  {self.expected.line()}",
+            *(f"task      {task.line()}" for task in self.tasks),
             *(f"note      {note}" for note in figures["notes"]),
         ]
 
@@ -120,12 +130,17 @@ def _distinct(layouts: Sequence[Layout]) -> list[list[Layout]]:
 
 
 @hidden("kernels")
-def plan(recipe: Recipe, *, progress: ProgressCallback = silent) -> Plan:
+def plan(recipe: Recipe, *, texts: bool = False, progress: ProgressCallback = silent) -> Plan:
     """Checks a recipe against headers, configs and the adapter; checks the prompts and task files too.
 
+    Args:
+        recipe: the recipe.
+        texts: whether to read what the artifact would be verified on, as a run does next.
+        progress: is called with what a user should know.
+
     Raises:
-        RecipeError: there are tasks, and lm-evaluation-harness is missing.
-        InputError: the base, the adapter, the prompts or a task file cannot be used.
+        RecipeError: there are tasks, and lm-evaluation-harness is missing; or a gate can never be decided on the text.
+        InputError: the base, the adapter, the prompts, a task file or a text cannot be used.
         CompatibilityError: method, layout and model do not fit together.
         ResourceError: the run needs more memory than `max_memory`, and would compute on a CPU.
     """
@@ -134,6 +149,8 @@ def plan(recipe: Recipe, *, progress: ProgressCallback = silent) -> Plan:
     merged = load_merged(recipe.load, recipe.merge, progress=progress)
     structure = merged.checkpoint.architecture.structure
     _check_windows(recipe, structure)
+    if texts and recipe.verify is not None:
+        read_evaluation(recipe.verify, open_tokenizer(merged.checkpoint), structure, progress=progress)
     outputs = recipe.quantize.plan(merged.checkpoint)
     layouts = tuple(make_layout(settings, outputs, structure, merged.checkpoint) for settings in recipe.export)
     stored = sum(group[0].weights.total_bytes for group in _distinct(layouts))

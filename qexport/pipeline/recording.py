@@ -14,7 +14,7 @@ from qexport.artifact.digests import sha256_bytes, sha256_json
 from qexport.artifact.figures import CheckResult, GateResult, overall
 from qexport.artifact.integrity import digest_files
 from qexport.artifact.manifest import LISTING_NAME, CalibrationRecord, Manifest, Sizes, SourceRecord
-from qexport.artifact.report import ReferenceRecord, Report
+from qexport.artifact.report import ProfileRecord, ReferenceRecord, Report
 from qexport.pipeline.folders import ArtifactFolder, LayoutFolder
 from qexport.pipeline.planning import Plan
 from qexport.statistics.samples import ALPHA
@@ -32,6 +32,7 @@ def make_report(
     checks: Sequence[CheckResult],
     reference: Reference,
     *,
+    profile: ProfileRecord,
     notes: Sequence[str],
     command: str,
 ) -> Report:
@@ -43,6 +44,7 @@ def make_report(
         gates: the decisions on them.
         checks: the results of config and tokenizer checks.
         reference: what it was measured against.
+        profile: whose limits hold where the user sets none.
         notes: what a user should know, in addition to the notes of the measurement.
         command: the command that repeats the measurement.
     """
@@ -60,6 +62,7 @@ def make_report(
         protocol=_protocol(reference, measured),
         figures=measured.figures,
         gates=list(gates),
+        profile=profile,
         checks=list(checks),
         kl_histogram=kl_histogram(measured.tokens),
         flips_by_margin=flips_by_margin(measured.tokens),

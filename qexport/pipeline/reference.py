@@ -9,10 +9,12 @@ from functools import partial
 import torch
 
 from qexport.artifact.figures import CATALOGUE, CheckResult, Figure, GateResult
+from qexport.artifact.report import ProfileRecord
 from qexport.errors import GateFailed, GateUndecided
 from qexport.gates import HasGates, ProfileName
 from qexport.gates.deciding import BuiltIn, decide, expected_gates, waived
-from qexport.gates.limits import Limit, above_floor, limits_of
+from qexport.gates.limits import Limit, above_floor, limits_of, margin_limits
+from qexport.gates.profiles import profile_record
 from qexport.loading.small_files import open_tokenizer
 from qexport.merge.merging import Merged
 from qexport.pipeline.result import UnprovenMerge
@@ -29,28 +31,33 @@ class Gates:
     """The gates of one artifact.
 
     Attributes:
+        profile: whose limits hold where the user sets none.
         limits: the limits on figures.
         expected: the built-in gates that apply.
         notes: which limits of a profile were moved, and which gates are waived.
+        margin: how much accuracy may be lost in each task; None without that gate.
     """
 
+    profile: ProfileRecord
     limits: Sequence[Limit]
     expected: Sequence[BuiltIn]
     notes: Sequence[str]
+    margin: float | None = None
 
     def __call__(self, figures: Sequence[Figure], checks: Sequence[CheckResult]) -> list[GateResult]:
         """Decides on these figures and checks."""
-        return decide(self.limits, figures, checks, self.expected)
+        margins = [] if self.margin is None else margin_limits(self.margin, figures, self.limits)
+        return decide([*self.limits, *margins], figures, checks, self.expected)
 
 
 def make_gates(
-    settings: HasGates, profile: ProfileName, prepared: Preparation, *, adapter: bool, nearest: bool, graph: bool
+    settings: VerifySettings, profile: ProfileName, prepared: Preparation, *, adapter: bool, nearest: bool, graph: bool
 ) -> Gates:
     """The gates of an artifact.
 
     Args:
         settings: the user's limits and profile.
-        profile: the profile that the settings resolve to; never `auto`.
+        profile: the profile that the settings resolve to; never `auto` or `strict`.
         prepared: what was measured of the reference.
         adapter: whether the reference has an adapter.
         nearest: whether the model rounded to nearest is measured too.
@@ -58,7 +65,8 @@ def make_gates(
     """
     limits, notes = above_floor(limits_of(settings, profile), prepared.noise_floor)
     expected, given_up = expected_gates(settings, adapter=adapter, nearest=nearest, graph=graph)
-    return Gates(limits, expected, [*notes, *given_up])
+    margin = settings.tasks.margin if settings.tasks else None
+    return Gates(profile_record(settings, profile), limits, expected, [*notes, *given_up], margin)
 
 
 def refuse_unmeasurable(settings: HasGates, prepared: Preparation) -> None:

@@ -12,6 +12,7 @@ from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.structure import Structure
 from qexport.errors import CompatibilityError, listed
 from qexport.loading.small_files import open_tokenizer
+from qexport.pipeline.decidable import refuse_undecidable
 from qexport.progress import Notice, ProgressCallback, silent
 from qexport.quantizing.method import CalibrationSettings
 from qexport.recipe import Recipe
@@ -20,9 +21,9 @@ from qexport.text.documents import Documents, read_documents, refuse_shared
 from qexport.text.preflight import TokenizerFolder, refuse_contradicting_ends
 from qexport.text.prompts import EncodedPrompts, encode_prompts, read_prompts, refuse_long
 from qexport.text.windows import HeldOut, make_held_out, make_windows
-from qexport.verifying import VerifySettings, names_file
-from qexport.verifying.tasks.local_files import read_local_tasks
+from qexport.verifying import VerifySettings
 from qexport.verifying.tasks.measuring import require_harness
+from qexport.verifying.tasks.planned import planned_tasks
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,10 @@ def read_evaluation(
         structure: the model's.
         calibration: text that the held-out text must not share documents with.
         progress: is called with prompts that cannot be continued, and with windows that are not measured.
+
+    Raises:
+        InputError: a file cannot be read or holds too little text, or shares documents with the calibration text.
+        RecipeError: the text cannot decide a limit on it, whatever is measured.
     """
     documents = read_documents(_listed(settings.text), field=settings.field)
     if settings.windows > settings.max_windows:
@@ -108,6 +113,7 @@ def read_evaluation(
         sequence_length=settings.sequence_length,
         vocab_size=structure.vocab_size,
     )
+    refuse_undecidable(settings, held_out)
     return Evaluation(held_out, prompts)
 
 
@@ -115,15 +121,15 @@ def check_prompts_and_tasks(settings: VerifySettings) -> None:
     """Reads prompts and task files, so that errors in them are found before any work.
 
     Raises:
-        RecipeError: there are tasks, and lm-evaluation-harness is missing or too old.
+        RecipeError: there are tasks, and lm-evaluation-harness is missing or too old, or a task has too few items for
+            the margin.
         InputError: a file cannot be read or is malformed.
     """
     if settings.prompts:
         read_prompts(Path(settings.prompts))
     if settings.tasks is not None:
         require_harness()
-        for name in filter(names_file, settings.tasks.tasks):
-            read_local_tasks(Path(name).expanduser())
+        planned_tasks(settings.tasks)
 
 
 def refuse_long_windows(lengths: Mapping[str, int], structure: Structure) -> None:

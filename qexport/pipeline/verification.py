@@ -16,7 +16,7 @@ from qexport.artifact.figures import CheckResult
 from qexport.artifact.integrity import find_artifact
 from qexport.artifact.report import Report
 from qexport.errors import RecipeError
-from qexport.gates.limits import profile_for
+from qexport.gates.profiles import profile_for
 from qexport.hidden_packages import hidden
 from qexport.loading import LoadSettings
 from qexport.loading.small_files import has_tokenizer, open_tokenizer, read_sidecars, tokenizer_from_files
@@ -121,7 +121,8 @@ class Verified:
         left_out = [f"too little text for a window, left out: {name}" for name in reference.held_out.left_out]
         decided = self.gates([*measured.figures, *measured.timings.figures], checks)
         notes = [*self.gates.notes, *left_out]
-        return make_report(opened, measured, decided, checks, reference, notes=notes, command=command)
+        profile = self.gates.profile
+        return make_report(opened, measured, decided, checks, reference, profile=profile, notes=notes, command=command)
 
 
 def measure_folder(

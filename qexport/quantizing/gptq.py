@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from qexport.gates.limits import TINY_PARAMETERS
+from qexport.gates.profiles import TINY_PARAMETERS, by_size
 from qexport.quantizing.method import CalibrationSettings, Method, PassInputs
 from qexport.settings import Settings
 
@@ -30,7 +30,7 @@ def _check_group_size(group_size: int) -> int:
 
 GroupSize = Annotated[int, AfterValidator(_check_group_size)]
 
-_PROFILES: Final[dict[int, ProfileName]] = {8: "gptq-8bit", 4: "gptq-4bit", 3: "gptq-3bit", 2: "gptq-2bit"}
+_PROFILES: Final[dict[int, ProfileName]] = {8: "gptq-8bit", 3: "gptq-3bit", 2: "gptq-2bit"}
 
 
 class Override(Settings):
@@ -132,10 +132,10 @@ class Gptq(Method):
 
     @classmethod
     def profile(cls, bits: int, parameters: int) -> ProfileName:
-        """By bits; tiny models have their own profile at 4 bits and fewer."""
-        if bits <= 4 and parameters < TINY_PARAMETERS:
-            return "tiny"
-        return _PROFILES[bits]
+        """By bits; at 4 bits by size too, and tiny models have their own profile at fewer."""
+        if bits == 4:
+            return by_size(parameters, tiny="tiny", small="gptq-4bit", large="gptq-4bit-3b", largest="gptq-4bit-30b")
+        return "tiny-3bit" if bits < 4 and parameters < TINY_PARAMETERS else _PROFILES[bits]
 
     def format(self) -> Format:
         """As in AutoGPTQ's quantize_config.json."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from qexport.gates.limits import TINY_PARAMETERS
+from qexport.gates.profiles import by_size
 from qexport.quantizing.method import RoundingMethod
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ class Nf4(RoundingMethod):
 
     @classmethod
     def profile(cls, bits: int, parameters: int) -> ProfileName:
-        """Tiny models have their own profile."""
-        return "tiny" if parameters < TINY_PARAMETERS else "nf4"
+        """By size."""
+        return by_size(parameters, tiny="tiny-nf4", small="nf4", large="nf4-3b", largest="nf4-30b")
 
     def format(self) -> Format:
         """As bitsandbytes' 4-bit layers."""

@@ -1,4 +1,4 @@
-"""Stratified means and their intervals, intervals that stay valid after every round, and the test for paired items."""
+"""Stratified means and their intervals, and intervals that stay valid after every round."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import bdtr, lambertw, stdtrit
+from scipy.special import lambertw, stdtrit
 
 from qexport.statistics.samples import ALPHA, MIN_STRATUM, REAL, Interval, Range, Sample, bounded, groups
 
@@ -20,12 +20,14 @@ class Moments:
     """The estimated mean of several figures, measured on the same units, and the scatter of the estimates.
 
     Args:
-        mean: float64 [...], m = sum W_h m_h with W_h = n_h / n, that is the plain mean.
-        variance: float64 [...], of that mean: V = sum W_h^2 s_h^2 / n_h, from within strata.
-        skewness: float64 [...], of that mean: g = (sum W_h^3 k_h / n_h^2) / V^(3/2), k_h the
-            unbiased third central moment of a stratum.
-        degrees: float64 [...], of freedom of V (Satterthwaite 1946, Welch 1947):
-            V^2 / sum((W_h^2 s_h^2 / n_h)^2 / (n_h - 1)).
+        mean: float64 [...], m = sum W_h m_h, with W_h a stratum's share of the sizes and m_h the mean of its units,
+            weighted by their sizes; so m is the mean over all observations.
+        variance: float64 [...], of that mean: V = sum W_h^2 V_h, from within strata. V_h is the jackknife's, from the
+            changes of m_h if one of the stratum's n_h units is left out; for units of one size it is s_h^2 / n_h.
+        skewness: float64 [...], of that mean: g = (sum W_h^3 k_h) / V^(3/2), k_h the third central moment of m_h from
+            the same changes; for units of one size, the unbiased one of the units over n_h^2.
+        degrees: float64 [...], of freedom of V (Satterthwaite 1946, Welch 1947): V^2 / sum((W_h^2 V_h)^2 / v_h), with
+            v_h = (sum s^2)^2 / sum s^4 - 1 over the sizes s in the stratum; for units of one size it is n_h - 1.
         n: the number of units.
     """
 
@@ -79,37 +81,75 @@ class Moments:
         return np.asarray(3 * shifted / (root**2 + root + 1), dtype=np.float64)
 
 
-def moments(values: Array, strata: Sequence[str]) -> Moments:
-    """The moments of stratified means.
+def moments(values: Array, strata: Sequence[str], sizes: Array | None = None) -> Moments:
+    """The moments of stratified means, for units of any sizes.
+
+    The mean of units of unequal sizes is a ratio of two sums. A unit that holds much of its stratum pulls the mean to
+    itself, so its own distance from the mean is too small for a variance; the jackknife takes its distance from the
+    mean of the others instead (Cochran, Sampling Techniques, 1977, 6.17), and the degrees of freedom count such a
+    unit as the few that it is (Satterthwaite 1946, for a scatter of the units' values that does not depend on size).
 
     Args:
         values: float64 [units, ...], two units or more; each column is one figure.
         strata: [units]; small ones are collapsed, see `qexport.statistics.samples.groups`.
+        sizes: float64 [units], above 0; None if all are equal.
     """
     n = values.shape[0]
+    weights = np.ones(n) if sizes is None else sizes
     variance, third, squares = (np.zeros(values.shape[1:]) for _ in range(3))
-    parts = groups(strata)
+    degrees_of, parts = 0.0, groups(strata)
     for units in parts:
-        part, size = values[units] - values[units[0]], len(units)  # so that equal values differ by exactly 0
-        deviations = part - part.mean(axis=0)
-        share = size * (deviations**2).sum(axis=0) / (size - 1) / n**2
+        own, size, degrees = weights[units], len(units), _degrees(weights[units])
+        changes = _changes(values[units], own) * own.sum() / weights.sum()
+        share = size * (changes**2).sum(axis=0) / (size - 1)
         variance += share
-        squares += share**2 / (size - 1)
+        squares += share**2 / degrees
+        degrees_of += degrees
         if size >= MIN_STRATUM:
-            third += size**2 / ((size - 1) * (size - 2)) * (deviations**3).sum(axis=0) / n**3
+            third += size**2 / ((size - 1) * (size - 2)) * (changes**3).sum(axis=0)
     varies = variance > 0
     skewness = np.divide(third, variance**1.5, out=np.zeros_like(third), where=varies)
-    degrees = np.divide(variance**2, squares, out=np.full_like(variance, n - len(parts)), where=varies)
-    return Moments(values.mean(axis=0), variance, skewness, degrees, n)
+    found = np.divide(variance**2, squares, out=np.full_like(variance, degrees_of), where=varies)
+    return Moments(weighted_mean(values, weights), variance, skewness, found, n)
 
 
-def share_floor(mean: Array, observations: int) -> Array:
+def _degrees(sizes: Array) -> float:
+    """Degrees of freedom of a stratum whose units have these sizes."""
+    return float((sizes**2).sum() ** 2 / (sizes**4).sum() - 1)
+
+
+def most_degrees(strata: Sequence[str], sizes: Array) -> float:
+    """The most degrees of freedom that a mean over units with these strata and sizes has, whatever their values."""
+    return sum(_degrees(sizes[units]) for units in groups(strata))
+
+
+def weighted_mean(values: Array, weights: Array) -> Array:
+    """The mean over units, float64 [...]; that of equal values is exactly their value.
+
+    Args:
+        values: float64 [units, ...].
+        weights: float64 [units].
+    """
+    return np.asarray(values[0] + np.tensordot(weights / weights.sum(), values - values[0], 1), dtype=np.float64)
+
+
+def _changes(values: Array, weights: Array) -> Array:
+    """How much each unit moves the mean of its stratum, float64 [units, ...]: (n - 1) / n times the difference from the
+    mean without it. For units of one size that is a unit's deviation over n.
+    """
+    part = values - values[0]  # so that equal values differ by exactly 0
+    leverage = (weights / (weights.sum() - weights)) * (len(weights) - 1) / len(weights)
+    deviations = part - np.tensordot(weights / weights.sum(), part, 1)
+    return np.asarray(deviations * leverage.reshape(-1, *[1] * (values.ndim - 1)), dtype=np.float64)
+
+
+def share_floor(mean: Array, observations: float) -> Array:
     """A lower limit for the variance of a share of N yes-or-no observations, or of a difference of two such shares.
 
-    p (1 - p) / N with p = (N m + 2) / (N + 4) (Agresti and Coull 1998). Tokens of one window are
-    positively correlated, so the true variance is larger; the limit matters if events are so rare that windows agree by
-    chance. Paired differences of yes and no (+1, 0, -1) with the mean d have a variance of at least |d| (1 - |d|), so
-    the limit holds for them too.
+    p (1 - p) / N with p = (N m + 2) / (N + 4) (Agresti and Coull 1998). Tokens of one document are
+    positively correlated, so the true variance is larger; the limit matters if events are so rare that documents agree
+    by chance. Paired differences of yes and no (+1, 0, -1) with the mean d have a variance of at least
+    |d| (1 - |d|), so the limit holds for them too.
 
     Args:
         mean: float64 [...], the observed shares, or the sizes of the observed differences.
@@ -142,42 +182,19 @@ def stratified_mean(sample: Sample, within: Range = REAL) -> Interval:
 
 def interval_of_mean(sample: Sample, within: Range, multiplier: Callable[[Moments], Array]) -> Interval:
     """The interval with a multiplier that is computed from the moments."""
-    mean, n = float(sample.values.mean()), len(sample.values)
+    n = len(sample.values)
     if n == 1:
-        return Interval(mean, None, None, n)
-    found = moments(sample.values, sample.strata)
-    if sample.trials is not None:
-        found = found.at_least(share_floor(np.abs(found.mean), n * sample.trials))
+        return Interval(float(sample.values[0]), None, None, n)
+    found = moments(sample.values, sample.strata, sample.sizes)
+    if sample.observations is not None:
+        found = found.at_least(share_floor(np.abs(found.mean), sample.observations))
     low, high = found.interval(multiplier(found))
-    return bounded(mean, float(low), float(high), n, within)
+    return bounded(float(found.mean), float(low), float(high), n, within)
 
 
 def student_multiplier(found: Moments) -> Array:
     """The two-sided 95 % point of Student's t with the degrees of freedom of the moments, float64 [...]."""
     return np.asarray(stdtrit(found.degrees, 1 - ALPHA / 2), dtype=np.float64)
-
-
-def mcnemar(only_reference: int, only_artifact: int) -> float:
-    """The two-sided p-value of McNemar's exact test: do two models answer the same items equally well?
-
-    If they do, each of the b + c items that only one model answers correctly is the reference's with probability 1/2:
-    p = min(1, 2 P(X <= min(b, c))), X binomial(b + c, 1/2). (McNemar 1947, with the binomial in place of chi-squared.)
-
-    The difference of the accuracies with its interval is `stratified_mean` of +1, 0 and -1 per item, with `trials` 1.
-
-    Args:
-        only_reference: b, the number of items that only the reference answers correctly.
-        only_artifact: c, the number that only the artifact answers correctly.
-
-    Raises:
-        ValueError: a number is negative.
-    """
-    if only_reference < 0 or only_artifact < 0:
-        raise ValueError(f"negative counts: {only_reference} and {only_artifact}")
-    discordant = only_reference + only_artifact
-    if not discordant:
-        return 1.0
-    return min(1.0, 2 * float(bdtr(min(only_reference, only_artifact), discordant, 0.5)))
 
 
 PLANNED_UNITS: Final = 16
@@ -192,6 +209,11 @@ def confidence_sequence(sample: Sample, within: Range = REAL, *, planned: int = 
 
     Requires that units come in rounds: at every look the strata have about the shares that they have at the end, and
     the order of the units does not depend on what was measured. `planned` must be the same at every look.
+
+    A unit may grow between looks (a document whose next window is measured), and units may have any sizes. Then the
+    looks are no longer steps of one martingale, but each look alone misses only with the probability that a normal
+    variable exceeds the multiplier, which is 3.03 where it is least (at n = planned): 0.25 %. Looks double the number
+    of windows, so there are at most twenty, and by Bonferroni's inequality all of them together stay within 5 %.
 
     Simulated with looks at n = 8, 16, ..., 64, 8 strata whose scales differ fourfold and `planned` 16, it misses at
     some look in 2 % of the measurements for normal, gamma (shape 4) and lognormal (sigma 0.5) values, and in 4 % for
@@ -225,11 +247,30 @@ def mixture_multiplier(found: Moments, planned: int) -> Array:
         t^2 <= v (k - 1) / (1 - r k),  k = (r alpha^2)^(-1 / (v + 1)),
 
     and no bound where r k >= 1. That is exact for normal units of one stratum, at any set of looks, and tends to the
-    formula above as v grows. For strata, v is that of Welch and Satterthwaite.
+    formula above as v grows. For strata and units of unequal sizes, v is that of Welch and Satterthwaite.
     """
-    x = (-lambertw(-(ALPHA**2) / np.e, -1).real - 1) * found.n / planned
-    ratio = 1 / (1 + x)
-    k = (ratio * ALPHA**2) ** (-1 / (found.degrees + 1))
+    ratio, k = _mixture_terms(found.n, found.degrees, planned)
     left = 1 - ratio * k
     square = np.divide(found.degrees * (k - 1), left, out=np.full_like(k, np.inf), where=left > 0)
     return np.asarray(np.sqrt(square), dtype=np.float64)
+
+
+def _mixture_terms(n: int, degrees: Array | float, planned: int) -> tuple[float, Array]:
+    """The r and k of `mixture_multiplier`."""
+    x = (-lambertw(-(ALPHA**2) / np.e, -1).real - 1) * n / planned
+    ratio = 1 / (1 + x)
+    return ratio, np.asarray((ratio * ALPHA**2) ** (-1 / (np.asarray(degrees) + 1)), dtype=np.float64)
+
+
+def sequence_is_bounded(n: int, degrees: float, planned: int) -> bool:
+    """Whether a confidence sequence over so many units, with so many degrees of freedom, has ends.
+
+    Args:
+        n: the number of units.
+        degrees: of freedom, at most.
+        planned: see `confidence_sequence`.
+    """
+    if n < 2:
+        return False
+    ratio, k = _mixture_terms(n, degrees, planned)
+    return bool(ratio * k < 1)

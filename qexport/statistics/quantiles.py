@@ -1,4 +1,4 @@
-"""Intervals of quantiles over tokens, when the tokens of a window are correlated."""
+"""Intervals of quantiles over tokens, when the tokens of a document are correlated."""
 
 from __future__ import annotations
 
@@ -25,16 +25,21 @@ class QuantileIntervals:
 
 
 def quantile_interval(
-    values: NDArray[np.floating], strata: Sequence[str], q: float, *, planned: int = PLANNED_UNITS
+    values: NDArray[np.floating],
+    strata: Sequence[str],
+    q: float,
+    *,
+    members: NDArray[np.intp] | None = None,
+    planned: int = PLANNED_UNITS,
 ) -> QuantileIntervals:
-    """A quantile over all tokens with its 95 % intervals; the unit is the window.
+    """A quantile over all tokens with its 95 % intervals; the unit is the document, or the window.
 
     The interval reaches from the quantile to the nearest x on both sides whose share of values above it differs from
-    p = 1 - q. That share is a mean over windows, tested as `stratified_mean` and `confidence_sequence` test means
+    p = 1 - q. That share is a mean over units, tested as `stratified_mean` and `confidence_sequence` test means
     (Francisco and Fuller, Quantile estimation with a complex survey design, Ann. Statist. 19, 1991, 454-469). The true
     quantile is tested with its own share only, so coverage carries over, also over all looks. (Far out in the tail
     single x may pass the test again, because a few values say little; they are ignored.) The variance of the
-    share is the one under the hypothesis: the windows' own, scaled by p (1 - p) / (m (1 - m)), and never below the
+    share is the one under the hypothesis: the units' own, scaled by p (1 - p) / (m (1 - m)), and never below the
     p (1 - p) / N of N independent tokens. Without that, the interval of a tail with few values would be too narrow.
 
     Simulated with lognormal tokens, 256 or 2047 per window, whose windows differ by 0.3 to 0.7 of the tokens' own log
@@ -43,24 +48,30 @@ def quantile_interval(
     that treat tokens as independent cover in 12 to 76 % for q = 0.01 to 0.99.
 
     Args:
-        values: floating [units, tokens], one row per window.
-        strata: [units], the domain of each window.
+        values: floating [rows, tokens].
+        strata: [units], the domain of each unit.
         q: between 0 and 1, both excluded.
+        members: intp [rows, tokens], the unit of each token, every unit at least once; None if each row is a unit.
         planned: see `confidence_sequence`.
 
     Returns:
         The value is the smallest one that a share q of all values does not exceed. An end is None where the values do
         not reach far enough to bound the quantile, as for the 99.9 % quantile of a few thousand tokens; both are for
-        one window.
+        one unit.
 
     Raises:
         ValueError: the shape or q is wrong.
         NumericalError: a value is NaN or infinite.
     """
-    if values.ndim != 2 or not values.size or len(strata) != values.shape[0] or not 0 < q < 1:
-        raise ValueError(f"values of shape {list(values.shape)} with {len(strata)} strata, q = {q}")
+    n = len(strata)
+    if values.ndim != 2 or not values.size or not 0 < q < 1:
+        raise ValueError(f"values of shape {list(values.shape)}, q = {q}")
+    if members is None:
+        members = np.broadcast_to(np.arange(len(values))[:, None], values.shape)
+    sizes = np.bincount(members.reshape(-1), minlength=n)
+    if members.shape != values.shape or len(sizes) != n or not sizes.all():
+        raise ValueError(f"values of shape {list(values.shape)} with {n} strata")
     refuse_non_finite(values)
-    n = values.shape[0]
     order = np.argsort(values, axis=None)
     ordered = values.reshape(-1)[order]
     value = float(np.quantile(ordered, q, method="inverted_cdf"))
@@ -68,8 +79,12 @@ def quantile_interval(
         alone = Interval(value, None, None, n)
         return QuantileIntervals(alone, alone)
     candidates = _candidates(ordered, q)
-    shares = _shares_above(candidates, ordered, order // values.shape[1], n)
-    found = moments(shares, strata).as_for_share(1 - q).at_least(np.full(len(candidates), q * (1 - q) / ordered.size))
+    shares = _shares_above(candidates, ordered, members.reshape(-1)[order], sizes)
+    found = (
+        moments(shares, strata, sizes.astype(np.float64))
+        .as_for_share(1 - q)
+        .at_least(np.full(len(candidates), q * (1 - q) / ordered.size))
+    )
     statistic = found.statistic(1 - q)
 
     def inverted(multiplier: Array) -> Interval:
@@ -86,12 +101,15 @@ def _candidates(ordered: NDArray[np.floating], q: float) -> Array:
     return np.concatenate([[-np.inf], np.unique(ordered[np.concatenate([[0], inside, [ordered.size - 1]])])])
 
 
-def _shares_above(candidates: Array, ordered: NDArray[np.floating], units: NDArray[np.intp], n: int) -> Array:
+def _shares_above(
+    candidates: Array, ordered: NDArray[np.floating], units: NDArray[np.intp], sizes: NDArray[np.intp]
+) -> Array:
     """The share of each unit's values above each candidate, float64 [units, candidates], in one pass."""
+    n = len(sizes)
     interval = np.searchsorted(candidates, ordered, side="left")
     counts = np.bincount(interval * n + units, minlength=(len(candidates) + 1) * n).reshape(-1, n)
     below = np.cumsum(counts[:-1], axis=0).T
-    return 1 - below / (ordered.size // n)
+    return 1 - below / sizes[:, None]
 
 
 def _ends(

@@ -35,30 +35,40 @@ DIFFERENCE: Final = Range(-1.0, 1.0)
 class Sample:
     """A figure measured on units: windows, prompts, items or repeats.
 
-    Units are independent of one another; what is inside one (its tokens) need not be. Each value is a mean over the
-    same number of observations, so the figure is the plain mean of the values. That is the mean of the strata's means,
-    weighted by their shares of the units. A paired difference is the sample of the units' differences.
+    Units are independent of one another; what is inside one (its tokens) need not be. Each value is the mean of a
+    unit's observations, and the figure is the mean over all observations: that of the values, weighted by the units'
+    sizes. A paired difference is the sample of the units' differences.
 
     Args:
         values: float64 [units], in the order in which they were measured.
         strata: [units], the domain of each unit.
-        trials: for shares and paired differences of them, the number of yes-or-no observations per value.
-            Values that agree by chance (0 rare events in every window, no changed answer in a few items) then do not
+        trials: for shares and paired differences of them, the number of yes-or-no observations in a unit of size 1.
+            Values that agree by chance (0 rare events in every document, no changed answer in a few items) then do not
             give an interval of width 0; see `qexport.statistics.means.share_floor`.
+        sizes: float64 [units], how much each unit counts, for example its tokens; None if all have the size 1.
 
     Raises:
-        ValueError: no units, or a stratum is missing.
+        ValueError: no units, a stratum or a size is missing, or a size is not above 0.
         NumericalError: a value is NaN or infinite.
     """
 
     values: NDArray[np.float64]
     strata: Sequence[str]
     trials: int | None = None
+    sizes: NDArray[np.float64] | None = None
 
     def __post_init__(self) -> None:
         if self.values.ndim != 1 or not self.values.size or len(self.strata) != self.values.size:
             raise ValueError(f"values of shape {list(self.values.shape)} with {len(self.strata)} strata")
+        if self.sizes is not None and (self.sizes.shape != self.values.shape or not (self.sizes > 0).all()):
+            raise ValueError(f"{self.values.size} values with sizes {self.sizes}")
         refuse_non_finite(self.values)
+
+    @property
+    def observations(self) -> float | None:
+        """The number of yes-or-no observations in all units together; None if the figure is no share."""
+        total = float(self.values.size if self.sizes is None else self.sizes.sum())
+        return None if self.trials is None else self.trials * total
 
 
 @dataclass(frozen=True)

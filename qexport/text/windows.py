@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import islice
 from typing import Final, Literal
 
 import torch
@@ -30,6 +30,23 @@ _CUT_TOKENS: Final = 32
 """Tokens before a cut in the text; they may differ from those of the whole text, and are dropped."""
 
 
+Window = tuple[list[int], list[int]]
+"""The tokens of a window, and the number of the document that each is from, in the order in which they were read."""
+
+
+@dataclass(frozen=True)
+class Windows(CalibrationSet):
+    """Token windows that know their documents.
+
+    Attributes:
+        documents: int64 [windows, sequence_length], the number of the document that a token is from.
+        texts: what was tokenized for them, document after document.
+    """
+
+    documents: torch.Tensor
+    texts: tuple[str, ...]
+
+
 def make_windows(
     documents: Documents,
     tokenizer: PreTrainedTokenizerBase,
@@ -41,7 +58,7 @@ def make_windows(
     seed: int | None = None,
     chat_template: bool = False,
     allow_fewer: bool = False,
-) -> CalibrationSet:
+) -> Windows:
     """Cuts windows without padding or overlap.
 
     `packed` joins the documents, each followed by the end-of-text token unless it ends with it (conversations end as
@@ -62,35 +79,26 @@ def make_windows(
         allow_fewer: accept fewer windows if the text is shorter; at least one.
 
     Returns:
-        input_ids int64 [samples, sequence_length].
+        input_ids and documents int64 [samples, sequence_length].
 
     Raises:
         InputError: too little text, a conversation without `chat_template`, or an unsuitable template or tokenizer.
     """
     encode = _Tokenizing(tokenizer, chat_template)
-    ordered = Documents(tuple(shuffled(documents.items, seed)), documents.origin)
-    input_ids = _cut(ordered, encode, samples, sequence_length, vocab_size, packing, allow_fewer=allow_fewer)
-    return CalibrationSet(input_ids, documents.sha256, documents.origin)
-
-
-def _cut(
-    documents: Documents,
-    encode: _Tokenizing,
-    samples: int,
-    length: int,
-    vocab_size: int,
-    packing: Packing = "packed",
-    *,
-    allow_fewer: bool,
-) -> torch.Tensor:
-    """The windows of documents in their order."""
+    order = shuffled(documents.items, seed)
     cut = _packed if packing == "packed" else _one_per_document
-    windows = list(islice(cut(list(documents.items), encode, samples, length), samples))
+    windows = list(islice(cut(order, encode, samples, sequence_length), samples))
     if not windows or (len(windows) < samples and not allow_fewer):
-        raise _too_little(documents, encode, len(windows), samples, length, packing)
-    input_ids = torch.tensor(windows, dtype=torch.int64)
-    _check_vocabulary(input_ids, vocab_size, encode.tokenizer)
-    return input_ids
+        raise _too_little(documents, encode, len(windows), samples, sequence_length, packing)
+    input_ids = torch.tensor([ids for ids, _ in windows], dtype=torch.int64)
+    _check_vocabulary(input_ids, vocab_size, tokenizer)
+    return Windows(
+        input_ids,
+        documents.sha256,
+        documents.origin,
+        torch.tensor([owners for _, owners in windows], dtype=torch.int64),
+        tuple(encode.texts),
+    )
 
 
 def shuffled(items: Sequence[Document], seed: int | None) -> list[Document]:
@@ -158,17 +166,22 @@ class _Tokenizing:
         )
 
 
-def _packed(order: list[Document], encode: _Tokenizing, samples: int, length: int) -> Iterator[list[int]]:
-    tokens = chain.from_iterable(encode.with_end(document, samples * length) for document in order)
+def _packed(order: list[Document], encode: _Tokenizing, samples: int, length: int) -> Iterator[Window]:
+    tokens = (
+        (token, number)
+        for number, document in enumerate(order)
+        for token in encode.with_end(document, samples * length)
+    )
     while len(window := list(islice(tokens, length))) == length:
-        yield window
+        ids, numbers = zip(*window, strict=True)
+        yield list(ids), list(numbers)
 
 
-def _one_per_document(order: list[Document], encode: _Tokenizing, samples: int, length: int) -> Iterator[list[int]]:
-    for document in order:
+def _one_per_document(order: list[Document], encode: _Tokenizing, samples: int, length: int) -> Iterator[Window]:
+    for number, document in enumerate(order):
         ids = encode(document, length)
         if len(ids) == length:
-            yield ids
+            yield ids, [number] * length
 
 
 def _too_little(
@@ -212,6 +225,8 @@ class HeldOut:
         sha256: the digest of the text, which does not depend on its domains.
         origin: the text's name.
         left_out: domains with too little text for a window.
+        documents: int64 [windows, sequence_length], the number of the document that a token is from, rising within a
+            domain; None if each window is a document of its own.
         texts: what the windows were cut from, document after document.
     """
 
@@ -220,6 +235,7 @@ class HeldOut:
     sha256: str
     origin: str
     left_out: tuple[str, ...] = ()
+    documents: torch.Tensor | None = None
     texts: tuple[str, ...] = ()
 
 
@@ -240,13 +256,15 @@ def make_held_out(
     Raises:
         InputError: the text is shorter than a window, or has tokens without a row in the embedding.
     """
+
     texts: list[str] = []
 
     def cut(text: Documents) -> torch.Tensor:
-        encode = _Tokenizing(tokenizer, chat_template=False)
-        found = _cut(text, encode, windows, sequence_length, vocab_size, allow_fewer=True)
-        texts.extend(encode.texts)
-        return found
+        found = make_windows(
+            text, tokenizer, samples=windows, sequence_length=sequence_length, vocab_size=vocab_size, allow_fewer=True
+        )
+        texts.extend(found.texts)
+        return torch.stack([found.input_ids, found.documents], dim=1)
 
     parts = documents.by_domain()
     found, short = _cut_each(parts, cut, len(parts) == 1)
@@ -254,20 +272,32 @@ def make_held_out(
         items: tuple[Document, ...] = tuple(item for domain in short for item in parts[domain].items)
         rest, still_short = _cut_each({OTHER: Documents(items, documents.origin)}, cut, not found)
         for domain, ids in rest.items():  # the text may have a domain of that name
-            found[domain] = torch.cat([found[domain], ids]) if domain in found else ids
+            found[domain] = _continued(found[domain], ids) if domain in found else ids
         short = short if still_short else []
     order = list(_mixed({domain: len(ids) for domain, ids in found.items()}))[:windows]
-    input_ids = torch.stack([found[domain][index] for domain, index in order])
-    left_out = tuple(domain or "text without a domain" for domain in short)
+    both = torch.stack([found[domain][index] for domain, index in order])
     return HeldOut(
-        input_ids, tuple(domain for domain, _ in order), documents.sha256, documents.origin, left_out, tuple(texts)
+        both[:, 0].contiguous(),
+        tuple(domain for domain, _ in order),
+        documents.sha256,
+        documents.origin,
+        tuple(domain or "text without a domain" for domain in short),
+        both[:, 1].contiguous(),
+        tuple(texts),
     )
+
+
+def _continued(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Windows [windows, 2, sequence_length] of tokens and documents after others, with numbers that go on."""
+    second = second.clone()
+    second[:, 1] += first[:, 1].max() + 1
+    return torch.cat([first, second])
 
 
 def _cut_each(
     parts: Mapping[str | None, Documents], cut: Callable[[Documents], torch.Tensor], required: bool
 ) -> tuple[dict[str | None, torch.Tensor], list[str | None]]:
-    """The windows of each part, and the parts that have none."""
+    """The windows of each part, int64 [windows, 2, sequence_length], and the parts that have none."""
     found: dict[str | None, torch.Tensor] = {}
     short: list[str | None] = []
     for domain, text in parts.items():

@@ -73,6 +73,10 @@ class TaskSettings(Settings):
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Decides which solved examples an item gets: the same ones for both models."""
 
+    margin: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """How much of its accuracy the artifact may lose in each task, 0.02 for two points: a gate on every task. It passes
+    where the whole interval of the change lies above that. None by default."""
+
 
 class VerifySettings(Settings):
     """How the finished artifact is compared with the merged reference."""
@@ -109,7 +113,7 @@ class VerifySettings(Settings):
     """Task accuracy by lm-evaluation-harness; not measured by default."""
 
     profile: ProfileName = "auto"
-    """The limits to start from. `auto` chooses by method and size; `off` sets none."""
+    """The limits to start from. `auto` chooses by method and size, `strict` allows half as much, `off` sets none."""
 
     gates: GateSettings = {}
     """Limits on figures by name, in place of the profile's; null removes one of them. A gate that fails ends the run

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from typing import Final
 
 import numpy as np
@@ -13,14 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from qexport.artifact.figures import DECISIVE_MARGIN, PROBABILITY_QUANTILES, QUANTILES, Figure, Unit
+from qexport.artifact.figures import DECISIVE_MARGIN, PROBABILITY_QUANTILES, QUANTILES, Figure
 from qexport.artifact.measurements import Histogram, MarginBin, WorstToken
-from qexport.statistics.means import confidence_sequence, stratified_mean
-from qexport.statistics.quantiles import quantile_interval
-from qexport.statistics.samples import DIFFERENCE, NOT_NEGATIVE, REAL, SHARE, Interval, Range, Sample, transformed
+from qexport.statistics.means import Array
+from qexport.statistics.samples import DIFFERENCE, NOT_NEGATIVE, SHARE, Interval
 from qexport.text.windows import HeldOut
 from qexport.verifying.divergence import TokenFigures
-from qexport.verifying.rounds import Measured
+from qexport.verifying.rounds import Comparison, Measured
+from qexport.verifying.units import Units
 
 _DECADES: Final = (-6, 2)
 _BINS_PER_DECADE: Final = 4
@@ -88,96 +87,20 @@ def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return text
 
 
-Array = NDArray[np.float64]
-
-_NO_DOMAIN: Final = ""
-
-
-@dataclass(frozen=True)
-class Units:
-    """The units that a figure was measured on.
-
-    Attributes:
-        domains: of each unit; None if it has none.
-        unit: the kind of unit.
-        tokens: predicted tokens per unit; None if the unit is not counted in tokens.
-        planned: the number of units for which confidence sequences are made narrowest.
-    """
-
-    domains: Sequence[str | None]
-    unit: Unit
-    tokens: int | None
-    planned: int
-
-    @property
-    def strata(self) -> list[str]:
-        """The domains, for the statistics."""
-        return [domain or _NO_DOMAIN for domain in self.domains]
-
-    def chosen(self, indices: Sequence[int]) -> Units:
-        """The units with these indices."""
-        return replace(self, domains=[self.domains[index] for index in indices])
-
-    def figure(self, name: str, fixed: Interval, sequence: Interval) -> Figure:
-        """The figure with both of its intervals."""
-        return Figure(
-            name=name,
-            value=fixed.value,
-            low=fixed.low,
-            high=fixed.high,
-            sequence_low=sequence.low,
-            sequence_high=sequence.high,
-            n=fixed.n,
-            unit=self.unit,
-            tokens=None if self.tokens is None else self.tokens * fixed.n,
-        )
-
-    def mean(
-        self,
-        name: str,
-        values: Array,
-        within: Range = REAL,
-        *,
-        trials: int | None = None,
-        function: Callable[[float], float] | None = None,
-    ) -> Figure:
-        """The figure that is the mean of the units' values, or an increasing function of it.
-
-        Args:
-            name: of the figure.
-            values: float64 [units].
-            within: the values that the mean can have.
-            trials: for a share or a difference of shares, the number of observations per unit.
-            function: for example exp, if the values are logarithms.
-        """
-        sample = Sample(values, self.strata, trials)
-        intervals = (
-            stratified_mean(sample, within),
-            confidence_sequence(sample, within, planned=self.planned),
-        )
-        if function is not None:
-            intervals = (transformed(intervals[0], function), transformed(intervals[1], function))
-        return self.figure(name, *intervals)
-
-    def quantile(self, name: str, values: Array, q: float) -> Figure:
-        """The figure that is a quantile of all tokens' values [units, tokens]."""
-        found = quantile_interval(values, self.strata, q, planned=self.planned)
-        return self.figure(name, found.fixed, found.sequence)
-
-
 def by_domain(units: Units, estimate: Callable[[Units, NDArray[np.bool_]], list[Figure]]) -> list[Figure]:
     """Figures over all units, then over the units of each domain.
 
     Args:
         units: all of them.
-        estimate: computes the figures of a selection, from its units and its mask [units] over all units.
+        estimate: computes the figures of a selection, from its units and its mask [rows] over all rows: windows, or
+            the units themselves where these are measured as a whole.
     """
-    domains = np.asarray(units.strata)
+    domains = np.asarray([domain or "" for domain in units.row_domains])
     figures = estimate(units, np.ones(len(domains), dtype=bool))
-    for domain in dict.fromkeys(units.domains):
+    for domain in dict.fromkeys(units.row_domains):
         if domain is not None:
             mask = domains == domain
-            chosen = replace(units, domains=[domain] * int(mask.sum()))
+            chosen = units.chosen(np.flatnonzero(mask).tolist())
             figures += [figure.model_copy(update={"domain": domain}) for figure in estimate(chosen, mask)]
     return figures
 
@@ -193,45 +116,47 @@ def divergence_figures(tokens: TokenFigures, units: Units) -> list[Figure]:
 
 def rival_figures(found: Measured, units: Units) -> list[Figure]:
     """Round-to-nearest and the base without the adapter, over the windows that they were run on."""
-    figures = []
-    means = {name: window_means(tokens.kl) for name, tokens in found.tokens().items()}
-    if "nearest" in means:
-        chosen, own = units.chosen(found.indices["nearest"]), means["artifact"][found.indices["nearest"]]
-        figures += [
-            chosen.mean("rtn_mean_kl", means["nearest"], NOT_NEGATIVE),
-            chosen.mean("kl_over_rtn", _relative_difference(own, means["nearest"]), DIFFERENCE),
+    figures, tokens = [], found.tokens()
+
+    def figures_of(rival: Comparison, other: Comparison, names: tuple[str, str]) -> list[Figure]:
+        chosen = units.chosen(found.indices[rival])
+        own = chosen.means(tokens["artifact"].kl[found.indices[rival]])
+        relative = _relative_difference(own, chosen.means(tokens[other].kl))
+        return [
+            chosen.mean(names[0], chosen.means(tokens[rival].kl), NOT_NEGATIVE),
+            chosen.mean(names[1], relative, DIFFERENCE),
         ]
-    if "base" in means:
-        chosen, own = units.chosen(found.indices["base"]), means["artifact"][found.indices["base"]]
-        figures += [
-            chosen.mean("adapter_effect", means["base"], NOT_NEGATIVE),
-            chosen.mean("kl_over_base", _relative_difference(own, means["artifact_from_base"]), DIFFERENCE),
-        ]
+
+    if "nearest" in tokens:
+        figures += figures_of("nearest", "nearest", ("rtn_mean_kl", "kl_over_rtn"))
+    if "base" in tokens:
+        figures += figures_of("base", "artifact_from_base", ("adapter_effect", "kl_over_base"))
     return figures
 
 
 def _relative_difference(own: Array, other: Array) -> Array:
-    """(own - other) / (own + other) of each window, -1 to 1; 0 where both are 0.
+    """(own - other) / (own + other) of each unit, -1 to 1; 0 where both are 0.
 
-    Domains differ in divergence by more than models do. A relative difference needs only a few windows.
+    Domains differ in divergence by more than models do. A relative difference needs only a few units.
     """
     both = own + other
     return np.divide(own - other, both, out=np.zeros_like(both), where=both > 0)
 
 
 def _means(tokens: TokenFigures, units: Units, mask: NDArray[np.bool_]) -> list[Figure]:
-    def mean(values: torch.Tensor) -> Array:
-        return window_means(values)[mask]
+    rows = torch.from_numpy(mask)
 
-    trials = tokens.kl.shape[1]
+    def mean(values: torch.Tensor) -> Array:
+        return units.means(values[rows])
+
     change = tokens.probability_change
     return [
         units.mean("reference_perplexity", mean(tokens.reference_nll), NOT_NEGATIVE, function=math.exp),
         units.mean("artifact_perplexity", mean(tokens.artifact_nll), NOT_NEGATIVE, function=math.exp),
         units.mean("perplexity_ratio", mean(tokens.artifact_nll - tokens.reference_nll), function=math.exp),
         units.mean("mean_kl", mean(tokens.kl), NOT_NEGATIVE),
-        units.mean("top1_agreement", mean(~tokens.flipped), SHARE, trials=trials),
-        units.mean("decisive_flips", mean(decisive_flips(tokens)), SHARE, trials=trials),
+        units.mean("top1_agreement", mean(~tokens.flipped), SHARE, trials=1),
+        units.mean("decisive_flips", mean(decisive_flips(tokens)), SHARE, trials=1),
         units.mean("probability_change", mean(change)),
         units.mean("probability_change_rms", mean(change.square()), NOT_NEGATIVE, function=math.sqrt),
     ]
@@ -239,14 +164,9 @@ def _means(tokens: TokenFigures, units: Units, mask: NDArray[np.bool_]) -> list[
 
 def _quantiles(tokens: TokenFigures, units: Units, mask: NDArray[np.bool_]) -> list[Figure]:
     kl, change = tokens.kl.numpy()[mask], tokens.probability_change.numpy()[mask]
-    largest = Interval(float(kl.max()), None, None, len(kl))
+    largest = Interval(float(kl.max()), None, None, len(units.domains))
     return [
         *(units.quantile(name, kl, q) for name, q in QUANTILES.items()),
         units.figure("max_kl", largest, largest),
         *(units.quantile(name, change, q) for name, q in PROBABILITY_QUANTILES.items()),
     ]
-
-
-def window_means(values: torch.Tensor) -> Array:
-    """Each window's mean; numpy sums a row in the same order with any number of threads."""
-    return np.asarray(values.numpy().astype(np.float64).mean(axis=1))

@@ -17,15 +17,17 @@ from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.runner import BlockRunner
 from qexport.artifact.figures import Figure
 from qexport.progress import Notice, ProgressCallback, Steps, silent
+from qexport.statistics.means import Array
 from qexport.statistics.samples import NOT_NEGATIVE
 from qexport.tensors import GroupQuantizedSpec, Origin, WeightSource
 from qexport.text.prompts import EncodedPrompts
 from qexport.text.windows import HeldOut
 from qexport.verifying import VerifySettings
 from qexport.verifying.divergence import compare_with_kept
-from qexport.verifying.estimates import Array, Units, divergence_figures, window_means
+from qexport.verifying.estimates import divergence_figures
 from qexport.verifying.live_adapter import ComparedMerge, LiveAdapter, NotMeasured, compare_merge
 from qexport.verifying.predictors import KeptLogits, run_in_lockstep
+from qexport.verifying.units import Units
 
 TOKENS: Final = 1024
 """Enough: the divergence between two dtypes is nearly the same on every text."""
@@ -142,8 +144,8 @@ def merge_figures(found: ComparedMerge, floor: float, dtype: torch.dtype) -> lis
     """
     windows, predicted = found.merged.kl.shape
     units = Units([None] * windows, "window", predicted, windows)
-    figures = [_fixed(units.mean("merge_kl", window_means(found.merged.kl), NOT_NEGATIVE), floor)]
-    errors, effects = window_means(found.unrounded.kl), window_means(found.base.kl)
+    figures = [_fixed(units.mean("merge_kl", units.means(found.merged.kl), NOT_NEGATIVE), floor)]
+    errors, effects = units.means(found.unrounded.kl), units.means(found.base.kl)
     effect = float(effects.mean())
     if effect > 0:
         noise = floor * torch.finfo(torch.float32).eps / torch.finfo(dtype).eps / effect

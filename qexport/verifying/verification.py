@@ -24,10 +24,11 @@ from qexport.statistics.means import PLANNED_UNITS
 from qexport.tensors import GroupQuantizedSpec
 from qexport.verifying.config_comparison import config_differences, refuse_other_config
 from qexport.verifying.divergence import TokenFigures
-from qexport.verifying.estimates import Units, divergence_figures, rival_figures
+from qexport.verifying.estimates import divergence_figures, rival_figures
 from qexport.verifying.reference import Reference
 from qexport.verifying.rounds import NO_LOOKS, Looks, Measured, Models, measure
 from qexport.verifying.speed import MeasuredSpeed
+from qexport.verifying.units import document_units
 from qexport.verifying.whole_models import Pair, measure_speed, measure_whole
 
 if TYPE_CHECKING:
@@ -230,7 +231,7 @@ def _rivals(
 def _figures(found: Measured, reference: Reference) -> list[Figure]:
     """All figures over the held-out text so far, with their noise floors, and those of the preparation."""
     tokens = found.tokens()
-    units = Units(reference.held_out.domains[: found.windows], "window", tokens["artifact"].kl.shape[1], PLANNED_UNITS)
+    units = document_units(reference.held_out, found.windows, PLANNED_UNITS)
     floor = reference.prepared.noise_floor
     own = [
         figure.model_copy(update={"noise_floor": floor.get(figure.name)}) if figure.domain is None else figure

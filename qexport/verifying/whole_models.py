@@ -27,12 +27,13 @@ from qexport.text.prompts import EncodedPrompts, Prompt
 from qexport.verifying import SpeedSettings, TaskSettings, VerifySettings
 from qexport.verifying.continuation import greedy_settings
 from qexport.verifying.continuing import Both, Openable, Passes, Task, as_stored, continue_by_blocks, continue_whole
-from qexport.verifying.estimates import Units, by_domain
+from qexport.verifying.estimates import by_domain
 from qexport.verifying.generation import compare_texts, style_sensitivity
 from qexport.verifying.memory import Way, available_memory, choose_way, needed_memory
 from qexport.verifying.prompt_batches import Padding
 from qexport.verifying.speed import MeasuredSpeed, compare_speed
 from qexport.verifying.tasks.measuring import PairedTask, measure_tasks
+from qexport.verifying.units import Units
 
 _PERCENT: Final = Range(0.0, 100.0)
 

@@ -270,9 +270,10 @@ class Harness:
     def _recipe(self, case: Case) -> Path:
         content = recipe(self._folder / "model", case.method, LAYOUTS[case.layout])
         if case.verified or case.old == "rejected":
-            gates = {"perplexity_ratio": {"at_most": 0.5 if case.old == "rejected" else 1e9}}
-            content["verify"] = {"text": str(self._folder / "held-out.jsonl"), "windows": 2, "sequence_length": 16}
-            content["verify"] |= {"max_windows": 2, "profile": "off", "gates": gates}
+            windows = 32 if case.old == "rejected" else 2  # a gate needs several documents
+            gates = {"perplexity_ratio": {"at_most": 0.5}} if case.old == "rejected" else {}
+            content["verify"] = {"text": str(self._folder / "held-out.jsonl"), "sequence_length": 16}
+            content["verify"] |= {"windows": windows, "max_windows": windows, "profile": "off", "gates": gates}
         path = self._folder / "recipe.yaml"
         path.write_text(json.dumps(content))
         return path

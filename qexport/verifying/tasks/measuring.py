@@ -11,7 +11,6 @@ from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
-import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qexport.artifact.digests import sha256_json
@@ -19,10 +18,8 @@ from qexport.artifact.figures import Figure
 from qexport.artifact.measurements import TaskRecord
 from qexport.errors import QexportError, RecipeError
 from qexport.hidden_packages import hidden
-from qexport.statistics.means import mcnemar
-from qexport.statistics.samples import DIFFERENCE
+from qexport.statistics.paired import change_of_accuracy, mcnemar, smallest_drop
 from qexport.verifying import TaskSettings
-from qexport.verifying.estimates import Units
 
 
 @dataclass(frozen=True)
@@ -96,22 +93,25 @@ class PairedTask:
             only_reference=pairs[True, False],
             only_artifact=pairs[False, True],
             p_value=mcnemar(pairs[True, False], pairs[False, True]),
-        )
-
-    @property
-    def differences(self) -> tuple[int, ...]:
-        """For each item +1 if only the artifact's answer is correct, -1 if only the reference's is, else 0."""
-        return tuple(
-            int(own) - int(other) for other, own in zip(self.reference.right, self.artifact.right, strict=True)
+            smallest_drop=smallest_drop(len(self.reference.items)),
         )
 
     @property
     def accuracy_change(self) -> Figure:
-        """`trials` keeps its interval above width 0 if no answer has changed: on other items some may."""
-        units = Units([None] * len(self.differences), "item", None, len(self.differences))
-        differences = np.array(self.differences, dtype=np.float64)
-        figure = units.mean("accuracy_change", differences, DIFFERENCE, trials=1)
-        return figure.model_copy(update={"domain": self.reference.task})
+        """Tasks are measured once, so both intervals are the same."""
+        record = self.record
+        found = change_of_accuracy(record.only_reference, record.only_artifact, record.items)
+        return Figure(
+            name="accuracy_change",
+            domain=record.task,
+            value=found.value,
+            low=found.low,
+            high=found.high,
+            sequence_low=found.low,
+            sequence_high=found.high,
+            n=record.items,
+            unit="item",
+        )
 
 
 def pair(reference: Scores, artifact: Scores) -> PairedTask:

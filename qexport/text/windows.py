@@ -256,7 +256,6 @@ def make_held_out(
     Raises:
         InputError: the text is shorter than a window, or has tokens without a row in the embedding.
     """
-
     texts: list[str] = []
 
     def cut(text: Documents) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 from qexport.amounts import counted
 from qexport.artifact.figures import CATALOGUE, CheckResult, Figure, GateResult, Verdict, find_figure
@@ -13,14 +13,15 @@ from qexport.errors import GateFailed, GateUndecided
 from qexport.gates import HasGates
 from qexport.gates.limits import NOISE_MARGIN, Bound, Limit, ProfileOfLayer, above_floor, limits_of, profile_for
 
-BuiltIn = Literal["config", "tokenizer", "graph", "merge", "adapter", "better_than_rtn"]
+BuiltIn = Literal["config", "tokenizer", "weights", "graph", "merge", "adapter", "adapter_strength", "better_than_rtn"]
 """Gates that need no configured limit. Each is decided where it is expected, whether or not it was measured."""
 
-BUILT_IN: Final[tuple[BuiltIn, ...]] = ("config", "tokenizer", "graph", "merge", "adapter", "better_than_rtn")
+BUILT_IN: Final[tuple[BuiltIn, ...]] = get_args(BuiltIn)
 
 FIGURE_OF: Final[Mapping[BuiltIn, str]] = {
     "merge": "merge_kl",
     "adapter": "kl_over_base",
+    "adapter_strength": "adapter_strength",
     "better_than_rtn": "kl_over_rtn",
 }
 """The figure that a built-in gate limits and is waived by; the other gates are decided on checks."""
@@ -33,6 +34,13 @@ MOST_MERGE_ERROR: Final = 0.01
 with the square of a difference, so this is an error of a tenth of what the adapter does."""
 
 
+ADAPTER_STRENGTHS: Final[Mapping[str, tuple[float, float]]] = {
+    "adapter_strength_weights": (0.8, 1.25),
+    "adapter_strength": (0.5, 1.6),
+}
+"""The figures of the gate `adapter_strength`, with the smallest and the largest share of the adapter that passes."""
+
+
 def waived(settings: HasGates) -> dict[BuiltIn, str]:
     """The built-in gates that a user has waived by setting their figure to null, with a note on each."""
     return {
@@ -42,21 +50,26 @@ def waived(settings: HasGates) -> dict[BuiltIn, str]:
     }
 
 
-def expected_gates(settings: HasGates, *, adapter: bool, nearest: bool, graph: bool) -> tuple[list[BuiltIn], list[str]]:
+def expected_gates(
+    settings: HasGates, *, adapter: bool, nearest: bool, graph: bool, weights: bool = True
+) -> tuple[list[BuiltIn], list[str]]:
     """The built-in gates that apply and are not waived, and a note on each that applies but is waived.
 
     Args:
         settings: the user's.
         adapter: whether the reference has an adapter.
+        weights: whether the weights are compared with the reference's, as all versions since 0.3 do.
         nearest: whether the model rounded to nearest is run.
         graph: whether the artifact is an ONNX graph.
     """
     applies: dict[BuiltIn, bool] = {
         "config": True,
         "tokenizer": True,
+        "weights": weights,
         "graph": graph,
         "merge": adapter,
         "adapter": adapter,
+        "adapter_strength": adapter and weights,
         "better_than_rtn": nearest,
     }
     given_up = waived(settings)
@@ -127,12 +140,14 @@ def _built_in(
     for name in BUILT_IN:
         if name in expected:
             match name:
-                case "config" | "tokenizer" | "graph":
+                case "config" | "tokenizer" | "weights" | "graph":
                     yield _checked(name, [check for check in checks if check.gate == name])
                 case "merge":
                     yield _merge(figures)
                 case "adapter":
                     yield _decided(_ADAPTER, figures)
+                case "adapter_strength":
+                    yield _adapter_strength(figures)
                 case "better_than_rtn":
                     yield _decided(_BETTER_THAN_RTN, figures)
 
@@ -154,6 +169,22 @@ def _merge(figures: Sequence[Figure]) -> GateResult:
 
 
 _BADNESS: Final[Mapping[Verdict, int]] = {"pass": 0, "undecided": 1, "fail": 2}
+
+
+def _adapter_strength(figures: Sequence[Figure]) -> GateResult:
+    """The worst one of the verdicts on both figures and both sides. Predictions are not compared with a base whose
+    shapes the adapter changes.
+    """
+    gates = [
+        _Gate("adapter_strength", name, None, bound, limit)
+        for name, limits in ADAPTER_STRENGTHS.items()
+        for bound, limit in zip(_SIDES, limits, strict=True)
+        if name == "adapter_strength_weights" or find_figure(figures, name) is not None
+    ]
+    return max((_decided(gate, figures) for gate in gates), key=lambda result: _BADNESS[result.verdict])
+
+
+_SIDES: Final[tuple[Bound, Bound]] = ("at_least", "at_most")
 
 
 def _merge_gate(figures: Sequence[Figure], name: str, allowed: float) -> _Gate:
@@ -235,7 +266,8 @@ def decide_again(report: Report, settings: HasGates, of_layer: ProfileOfLayer) -
     """Decides gates with other settings, on a report's figures.
 
     Of the built-in gates, `config` and `tokenizer` are always decided, `merge` and `adapter` if there is an adapter,
-    `graph` and `better_than_rtn` if the report has them or what they are decided on; none that the settings waive.
+    `weights` (and `adapter_strength`, with an adapter), `graph` and `better_than_rtn` if the report has them or what
+    they are decided on; none that the settings waive.
 
     Args:
         report: what was measured.
@@ -257,6 +289,7 @@ def decide_again(report: Report, settings: HasGates, of_layer: ProfileOfLayer) -
         adapter=report.reference.adapter is not None,
         nearest=rounded or "better_than_rtn" in decided,
         graph="graph" in decided or any(check.gate == "graph" for check in report.checks),
+        weights=report.weights is not None,
     )
     return decide(limits, report.all_figures, report.checks, expected), [*notes, *waived]
 
@@ -275,9 +308,11 @@ _MEND_OF_LIMITS: Final = "try more bits or a smaller group_size, or loosen the l
 _MEND: Final = {
     "config": "correct config.json so that it describes the reference's model",
     "tokenizer": "copy the tokenizer's files from the base",
+    "weights": "quantize and export the model again; if the artifact came from elsewhere, fetch it again",
     "graph": "export the model again: this graph does not use its attention mask or its cache correctly",
     "merge": "check that the adapter was made for this base",
     "adapter": "check that the artifact was made with this adapter",
+    "adapter_strength": "merge with the adapter's own alpha and rank, once",
     "better_than_rtn": "calibrate with more or other text, or check that the artifact was made from this reference",
 }
 

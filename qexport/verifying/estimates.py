@@ -206,8 +206,27 @@ def rival_figures(found: Measured, units: Units) -> list[Figure]:
         figures += [
             chosen.mean("adapter_effect", means["base"], NOT_NEGATIVE),
             chosen.mean("kl_over_base", _relative_difference(own, means["artifact_from_base"]), DIFFERENCE),
+            *_adapter_strength(found, chosen),
         ]
     return figures
+
+
+def _adapter_strength(found: Measured, units: Units) -> list[Figure]:
+    """The slope of the artifact's change of the tokens' log-probabilities from the base's on the reference's change.
+    None if the adapter changes no prediction.
+    """
+    base, artifact = found.tokens()["base"], found.tokens()["artifact"].artifact_nll[found.indices["base"]]
+    wanted, own = base.artifact_nll - base.reference_nll, base.artifact_nll - artifact
+    squares = window_means(wanted.square())
+    return [units.mean("adapter_strength", ratio_values(window_means(own * wanted), squares))] if squares.any() else []
+
+
+def ratio_values(ours: Array, theirs: Array) -> Array:
+    """Values whose mean is the ratio of the means, and whose variance is that of a ratio estimator (Cochran, Sampling
+    Techniques, 1977, section 6.4).
+    """
+    ratio = ours.mean() / theirs.mean()
+    return np.asarray(ratio + (ours - ratio * theirs) / theirs.mean())
 
 
 def _relative_difference(own: Array, other: Array) -> Array:

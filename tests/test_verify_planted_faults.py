@@ -38,6 +38,7 @@ from qexport.tensors import Origin
 from qexport.text.windows import HeldOut
 from qexport.verifying import VerifySettings
 from qexport.verifying.reference import Preparation, prepare
+from qexport.verifying.weights import ArtifactWeights
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 GROUP = 32
@@ -185,7 +186,7 @@ def test_the_sound_artifact_passes_every_gate_at_its_first_look(sound: Sound) ->
     report = sound.intact
     assert report.verdict == "pass"
     assert verdicts(report) == dict.fromkeys(
-        ["config", "tokenizer", "merge", "adapter", "better_than_rtn", *GATES], "pass"
+        ["config", "tokenizer", "weights", "merge", "adapter", "adapter_strength", "better_than_rtn", *GATES], "pass"
     )
     assert report.protocol.looks == [16]
     assert set(report.domains) == {"prose", "code", "french", "numbers"}
@@ -296,7 +297,7 @@ def test_left_padding_without_a_mask_fails_the_divergence(
     sound: Sound, monkeypatch: pytest.MonkeyPatch, padding: int
 ) -> None:
     def runner(config: Any, source: Any, **options: Any) -> BlockRunner:
-        kind = LeftPadded if isinstance(source, SafetensorsWeights) else BlockRunner
+        kind = LeftPadded if isinstance(source, ArtifactWeights) else BlockRunner
         return kind(config, source, **options)
 
     monkeypatch.setattr(LeftPadded, "padding", padding)

@@ -58,7 +58,7 @@ def expected_gates(
     Args:
         settings: the user's.
         adapter: whether the reference has an adapter.
-        weights: whether the weights are compared with the reference's, as all versions since 0.3 do.
+        weights: whether the weights were compared with the reference's; false for reports of earlier versions.
         nearest: whether the model rounded to nearest is run.
         graph: whether the artifact is an ONNX graph.
     """

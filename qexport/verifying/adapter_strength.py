@@ -19,8 +19,8 @@ _COLLINEAR: Final = 1e-9
 
 
 def strength_by_weights(projections: Tensor) -> Figure | None:
-    """`adapter_strength_weights`: the artifact's weights, fitted as u b + v d with the base b and the adapter's change d,
-    give the strength v / u.
+    """`adapter_strength_weights`: the artifact's weights, fitted as u b + v d with the base b and the adapter's change
+    d, give the strength v / u.
 
     The quotient, because coarse grids shrink all weights alike, base and change. The rows are the units of the interval
     (delta method with the rows' residuals), since every method quantizes one row independently of the others.

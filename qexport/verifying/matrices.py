@@ -26,11 +26,18 @@ _MOST_ERROR_OF: Final[dict[Part, float]] = {"row": 5.0, "group": 9.0}
 """The largest error of a sound matrix, and of a row or a group of one, over that of the nearest values."""
 
 _MOST_GAIN: Final = 0.02
-"""How far the size of a matrix may be from that of the nearest values. It may be smaller by the square of their
-relative error, too: coarse grids shrink."""
+"""How far the size of a matrix may be from that of the nearest values on a fine grid. On coarse grids it may also be
+smaller by the square of their relative error, or larger by half of that."""
 
 _MOST_GAIN_OF: Final = 0.6
+"""How far the size of a row or a group may be from that of its nearest values, at most."""
+
 _SIGNIFICANT: Final = 0.5
+"""The size of a row or a group says nothing where the relative error of its nearest values is above this."""
+
+_NOT_LOST: Final = 0.35
+"""GPTQ may leave a group empty where the typical error of a group in its row is above this share of its norm."""
+
 _SMALLEST: Final = 1e-6
 """Squared errors below this share of the reference's squares are rounding in float32 and 16 bits."""
 
@@ -104,6 +111,10 @@ class _Sums:
         """The error over that of the nearest values, or over the typical one where that is larger."""
         yardstick = torch.maximum(self.nearest_error, typical).add(self.square, alpha=_SMALLEST)
         return (self.error / yardstick).nan_to_num_(nan=0.0, posinf=_LARGEST).sqrt()
+
+    def lost(self, typical: Tensor) -> Tensor:
+        """Bool, whether all values are zero although the group is large, or although its grid has no other value."""
+        return self.zero & ((typical <= self.square * _NOT_LOST**2) | (self.nearest_product == 0))
 
     def excess(self, part: Part, typical: Tensor) -> Tensor:
         """How far each unit is beyond its limits; 1 is at the limit."""
@@ -204,13 +215,15 @@ class _Lost:
     groups: list[tuple[int, int]] = field(default_factory=list)
     count: int = 0
 
-    def add(self, first: int, sums: _Sums, whole: _Sums) -> None:
-        """Adds those of a strip whose first row is given."""
-        self.rows += [first + row for row in whole.zero[:, 0].nonzero()[:, 0].tolist()]
-        others = sums.zero & ~whole.zero
-        if bool(others.any()):
-            self.count += int(others.sum())
-            self.groups += [(first + row, group) for row, group in others.nonzero()[:_NAMED].tolist()]
+    def add_rows(self, first: int, lost: Tensor) -> None:
+        """Adds the rows of a strip [rows, 1] whose first row is given."""
+        self.rows += [first + row for row in lost[:, 0].nonzero()[:, 0].tolist()]
+
+    def add_groups(self, first: int, lost: Tensor) -> None:
+        """Adds the groups of a strip [rows, groups]."""
+        if bool(lost.any()):
+            self.count += int(lost.sum())
+            self.groups += [(first + row, group) for row, group in lost.nonzero()[:_NAMED].tolist()]
 
     def faults(self) -> Iterator[Fault]:
         """At most two."""
@@ -218,7 +231,8 @@ class _Lost:
             yield Fault(math.inf, f"all values are zero in rows {places(self.rows)}")
         if self.groups:
             row, group = self.groups[0]
-            yield Fault(math.inf, f"all values are zero in {self.count} groups, the first one row {row}, group {group}")
+            count = "a group" if self.count == 1 else f"{self.count} groups, the first one"
+            yield Fault(math.inf, f"all values are zero in {count}: row {row}, group {group}")
 
 
 def compare_matrix(
@@ -241,8 +255,10 @@ def compare_matrix(
         totals += torch.stack([getattr(whole, name).sum(dtype=torch.float64) for name in _ADDED])
         rows.add(strip.first, whole, whole.nearest_error.mean())
         if groups is not None:
-            in_groups.add(strip.first, own, whole.nearest_error / own.error.shape[1])
-        lost.add(strip.first, own, whole)
+            typical = whole.nearest_error / own.error.shape[1]
+            in_groups.add(strip.first, own, typical)
+            lost.add_groups(strip.first, own.lost(typical) & ~whole.zero)
+        lost.add_rows(strip.first, whole.zero)
         if base is not None:
             changes.append(projections(strip.values, strip.reference, base[strip.first :][: len(strip.values)]))
     relative, nearest, gain = _as_a_whole(totals)
@@ -294,12 +310,12 @@ def _faults_as_a_whole(relative: float, nearest: float, gain: float, most: float
             f"relative error {relative:.3g}, {ratio:.3g} times that of rounding to nearest on the same grid, where at "
             f"most {most:g} is sound",
         )
-    smallest, largest = 1 - _MOST_GAIN - nearest**2, 1 + _MOST_GAIN
+    smallest, largest = 1 - _MOST_GAIN - nearest**2, 1 + _MOST_GAIN + nearest**2 / 2
     if not smallest <= gain <= largest:
         yield Fault(
             1 + abs(gain - 1),
             f"values {gain:.3g} times as large as those of rounding to nearest on the same grid, where {smallest:.3g} "
-            f"to {largest:g} is sound",
+            f"to {largest:.3g} is sound",
         )
 
 

@@ -54,25 +54,26 @@ class WeightCheck:
     Attributes:
         reference_weights: the merged model's, to be read in place of it.
         artifact_weights: the artifact's, likewise.
+        kept: tensors of the reference that wait for the artifact's.
     """
 
     def __init__(self, artifact: StoredModel, reference: Reference) -> None:
         self._artifact, self._reference = artifact, reference
         self._pending = dict.fromkeys(artifact.specs())
-        self._kept: dict[str, Tensor] = {}
+        self.kept: dict[str, Tensor] = {}
         self._parts = reference.merged.architecture.naming.parts
         self._layers: dict[str, MatrixErrors] = {}
         self._exact: set[str] = set()
         self._faults: dict[str, str] = {}
         self._changes: dict[bool, list[Tensor]] = {True: [], False: []}
-        self.reference_weights: WeightSource = _Kept(self, reference.merged.weights)
-        self.artifact_weights: WeightSource = _Watched(self, artifact)
+        self.reference_weights: WeightSource = ReferenceWeights(self, reference.merged.weights)
+        self.artifact_weights: WeightSource = ArtifactWeights(self, artifact)
 
     def finish(self) -> ComparedWeights:
         """Compares what has not been read, and gives the results."""
         for name in list(self._pending):
             self.compare(name, self._artifact.stored(name))
-        self._kept.clear()
+        self.kept.clear()
         record = Weights(
             unquantized=len(self._artifact.specs()) - len(self._layers),
             unequal=[TensorFault(name=name, text=self._faults[name]) for name in self._in_order(self._faults)],
@@ -88,14 +89,14 @@ class WeightCheck:
     def keep(self, name: str, tensor: Tensor) -> None:
         """Keeps a tensor of the reference until the artifact's is read."""
         if name in self._pending and self._parts[name].expert is None:
-            self._kept[name] = tensor
+            self.kept[name] = tensor
 
     def compare(self, name: str, stored: Tensor | Quantized) -> None:
         """Compares a tensor of the artifact, unless that has been done."""
         if name not in self._pending:
             return
         del self._pending[name]
-        wanted = self._kept.pop(name, None)
+        wanted = self.kept.pop(name, None)
         wanted = self._reference.merged.weights.read(name) if wanted is None else wanted
         base = self._base(name)
         if isinstance(stored, Tensor):
@@ -156,31 +157,35 @@ class WeightCheck:
             )
 
 
-class _Kept:
+class ReferenceWeights:
     """The reference's weights. What is read is kept for the comparison."""
 
     def __init__(self, check: WeightCheck, weights: WeightSource) -> None:
         self._check, self._weights = check, weights
 
     def specs(self) -> Mapping[str, TensorSpec]:
+        """See `WeightSource`."""
         return self._weights.specs()
 
     def read(self, name: str) -> Tensor:
+        """See `WeightSource`."""
         tensor = self._weights.read(name)
         self._check.keep(name, tensor)
         return tensor
 
 
-class _Watched:
+class ArtifactWeights:
     """The artifact's weights. What is read is compared."""
 
     def __init__(self, check: WeightCheck, artifact: StoredModel) -> None:
         self._check, self._artifact = check, artifact
 
     def specs(self) -> Mapping[str, TensorSpec]:
+        """See `WeightSource`."""
         return self._artifact.specs()
 
     def read(self, name: str) -> Tensor:
+        """See `WeightSource`."""
         stored, module = self._artifact.stored(name), name.removesuffix(".weight")
         self._check.compare(name, stored)
         return as_parameter(stored, self.specs()[name].dtype, transposed=module in self._artifact.transposed)

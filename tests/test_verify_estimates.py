@@ -117,9 +117,7 @@ def test_half_of_a_change_has_half_of_its_strength_with_an_interval() -> None:
     base, noise = tokens(24), tokens(24, seed=5).reference_nll * 0.1
     half = (base.artifact_nll + base.reference_nll) / 2 + noise - noise.mean()
     artifact = replace(base, artifact_nll=half)
-    looks: dict[Comparison, list[int]] = {
-        name: list(range(24)) for name in ("artifact", "base", "artifact_from_base")
-    }
+    looks: dict[Comparison, list[int]] = {name: list(range(24)) for name in ("artifact", "base", "artifact_from_base")}
     parts: dict[Comparison, list[TokenFigures]] = {"artifact": [artifact], "base": [base], "artifact_from_base": [base]}
     figures = rival_figures(Measured(parts, looks, looks=[24]), units())
     figure = find_figure(figures, "adapter_strength")

@@ -90,7 +90,7 @@ class LayerWeights(Record):
     """That multiple."""
 
     faults: list[str]
-    """What no sound layer has, the worst one first."""
+    """What no sound layer has, the plainest one first."""
 
     @property
     def ratio(self) -> float | None:

@@ -36,7 +36,7 @@ with the square of a difference, so this is an error of a tenth of what the adap
 
 ADAPTER_STRENGTHS: Final[Mapping[str, tuple[float, float]]] = {
     "adapter_strength_weights": (0.8, 1.25),
-    "adapter_strength": (0.5, 1.6),
+    "adapter_strength": (0.6, 1.6),
 }
 """The figures of the gate `adapter_strength`, with the smallest and the largest share of the adapter that passes."""
 

@@ -73,7 +73,7 @@ class MatrixErrors:
             values of a row share one scale.
         worst_group_ratio: that ratio.
         change: what `projections` returns; None if the adapter does not change the matrix.
-        faults: the worst one first.
+        faults: what is wrong however little it changes, then those of the whole, of rows and of groups.
     """
 
     relative_error: float
@@ -119,7 +119,7 @@ class _Sums:
     def excess(self, part: Part, typical: Tensor) -> Tensor:
         """How far each unit is beyond its limits; 1 is at the limit."""
         relative = (torch.maximum(self.nearest_error, typical) / self.square).nan_to_num_(nan=math.inf).sqrt()
-        allowed = (0.1 + 3 * relative).clamp_(max=_MOST_GAIN_OF)
+        allowed = (0.05 + 2 * relative).clamp_(max=_MOST_GAIN_OF)
         change = (self.product / self.nearest_product - 1).abs().nan_to_num_(nan=0.0) / allowed
         change = torch.where(relative <= _SIGNIFICANT, change, 0.0)
         return torch.maximum(self.ratio(typical) / _MOST_ERROR_OF[part], change)
@@ -274,7 +274,7 @@ def compare_matrix(
         in_groups.place if groups is not None else None,
         in_groups.ratio if groups is not None else None,
         torch.cat(changes) if changes else None,
-        [] if rounded else sorted(faults, key=lambda fault: -fault.severity),
+        [] if rounded else sorted(faults, key=lambda fault: fault.severity < math.inf),
     )
 
 

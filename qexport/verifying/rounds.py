@@ -164,13 +164,14 @@ def _looks(windows: int, first_look: int) -> Iterator[tuple[int, int]]:
 
 def _taking_part(models: Models, gates: Sequence[GateResult]) -> dict[str, BlockRunner | WindowRunner]:
     """The models of the next look. `gates` is empty before the first one."""
+    given = {gate.name for gate in gates}
     undecided = {gate.name for gate in gates if gate.verdict == "undecided"}
     rivals = {"nearest": models.nearest, "base": models.base}
     chosen: dict[str, BlockRunner | WindowRunner] = {"reference": models.reference, "artifact": models.artifact}
     return chosen | {
         name: runner
         for name, runner in rivals.items()
-        if runner is not None and (not gates or _RIVAL_GATES[name] & undecided)
+        if runner is not None and (_RIVAL_GATES[name] & undecided or not _RIVAL_GATES[name] & given)
     }
 
 

@@ -227,7 +227,7 @@ FAULTS: Mapping[str, tuple[Change, list[str]]] = {
     "g_idx reversed": (flipped(f"{LAYER}.o_proj.g_idx"), [f"{LAYER}.o_proj: g_idx gives input 0 the group 1, not 0"]),
     "groups of scales reversed": (flipped("model.layers.2.mlp.up_proj.scales"), ["model.layers.2.mlp.up_proj: "]),
     "a negative scale": (with_a_negative_scale, [f"{LAYER}.o_proj: a negative scale in row 5, group 1"]),
-    "a group lost": (with_a_group_lost, [f"{LAYER}.o_proj: all values are zero in a group: row 7, group 0"]),
+    "a group lost": (with_a_group_lost, [f"{LAYER}.o_proj: the scale is zero in row 7, group 0"]),
     "gate and up swapped": (
         swapped("model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj"),
         ["model.layers.1.mlp.gate_proj: ", "model.layers.1.mlp.up_proj: "],

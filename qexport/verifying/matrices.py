@@ -22,7 +22,7 @@ Part = Literal["row", "group"]
 
 _MOST_ERROR: Final = 2.5
 _MOST_ERROR_ROUNDED: Final = 1.05
-_MOST_ERROR_OF: Final[dict[Part, float]] = {"row": 5.0, "group": 9.0}
+_MOST_ERROR_OF: Final[dict[Part, float]] = {"row": 10.0, "group": 20.0}
 """The largest error of a sound matrix, and of a row or a group of one, over that of the nearest values."""
 
 _MOST_GAIN: Final = 0.02
@@ -32,10 +32,10 @@ smaller by the square of their relative error, or larger by half of that."""
 _MOST_GAIN_OF: Final = 0.6
 """How far the size of a row or a group may be from that of its nearest values, at most."""
 
-_SIGNIFICANT: Final = 0.5
+_SIGNIFICANT: Final = 0.3
 """The size of a row or a group says nothing where the relative error of its nearest values is above this."""
 
-_NOT_LOST: Final = 0.35
+_NOT_LOST: Final = 0.2
 """GPTQ may leave a group empty where the typical error of a group in its row is above this share of its norm."""
 
 _SMALLEST: Final = 1e-6
@@ -113,8 +113,8 @@ class _Sums:
         return (self.error / yardstick).nan_to_num_(nan=0.0, posinf=_LARGEST).sqrt()
 
     def lost(self, typical: Tensor) -> Tensor:
-        """Bool, whether all values are zero although the group is large, or although its grid has no other value."""
-        return self.zero & ((typical <= self.square * _NOT_LOST**2) | (self.nearest_product == 0))
+        """Bool, whether all values are zero although the group is large."""
+        return self.zero & (typical <= self.square * _NOT_LOST**2)
 
     def excess(self, part: Part, typical: Tensor) -> Tensor:
         """How far each unit is beyond its limits; 1 is at the limit."""
@@ -264,7 +264,7 @@ def compare_matrix(
     relative, nearest, gain = _as_a_whole(totals)
     most = _MOST_ERROR_ROUNDED if isinstance(quantized, BlockQuantized) else _MOST_ERROR
     faults = [*_faults_as_a_whole(relative, nearest, gain, most), *rows.faults(), *in_groups.faults(), *lost.faults()]
-    faults += _faults_of_grids(quantized)
+    faults += _faults_of_grids(quantized, reference)
     return MatrixErrors(
         relative,
         nearest,
@@ -319,7 +319,7 @@ def _faults_as_a_whole(relative: float, nearest: float, gain: float, most: float
         )
 
 
-def _faults_of_grids(quantized: Quantized) -> Iterator[Fault]:
+def _faults_of_grids(quantized: Quantized, reference: Tensor) -> Iterator[Fault]:
     """Negative scales (the readers of other codes than groups refuse them), and groups that no method makes."""
     if isinstance(quantized, GroupQuantized):
         yield from _faults_of_g_idx(quantized)
@@ -328,6 +328,10 @@ def _faults_of_grids(quantized: Quantized) -> Iterator[Fault]:
             row, group = negative[0].tolist()
             count = "a negative scale" if len(negative) == 1 else f"{len(negative)} negative scales, the first one"
             yield Fault(math.inf, f"{count} in row {row}, group {group}")
+        for row, group in (quantized.scales.t() == 0).nonzero().tolist():
+            if bool(reference[row].any()):
+                yield Fault(math.inf, f"the scale is zero in row {row}, group {group}")
+                return
 
 
 def _faults_of_g_idx(quantized: GroupQuantized) -> Iterator[Fault]:

@@ -210,7 +210,34 @@ def test_checks_that_had_nothing_to_look_at_are_undecided_together() -> None:
     assert built_in("config", checks=[nothing, passed, failed]).verdict == "fail"
 
 
-@pytest.mark.parametrize("name", ["config", "files", "tokenizer", "merge", "adapter", "better_than_rtn"])
+@pytest.mark.parametrize(
+    ("weights", "predictions", "verdict", "limit"),
+    [
+        ((0.97, 1.01), (0.7, 1.1), "pass", None),
+        ((1.0, 1.0), None, "pass", None),
+        ((0.49, 0.51), (0.7, 1.1), "fail", 0.8),
+        ((1.9, 2.1), (0.7, 1.1), "fail", 1.25),
+        ((0.97, 1.01), (0.3, 0.4), "fail", 0.6),
+        ((0.97, 1.01), (1.5, 1.7), "undecided", 1.6),
+        ((0.7, 1.0), (2.0, 3.0), "fail", 1.6),
+        (None, (0.9, 1.1), "undecided", 0.8),
+        (None, None, "undecided", 0.8),
+    ],
+)
+def test_the_adapter_must_be_in_the_artifact_once(
+    weights: tuple[float, float] | None, predictions: tuple[float, float] | None, verdict: str, limit: float | None
+) -> None:
+    figures = [
+        between(*ends, name=name)
+        for name, ends in (("adapter_strength_weights", weights), ("adapter_strength", predictions))
+        if ends is not None
+    ]
+    result = built_in("adapter_strength", *figures)
+    assert result.verdict == verdict
+    assert limit in (None, result.limit)
+
+
+@pytest.mark.parametrize("name", ["config", "files", "tokenizer", "weights", "merge", "adapter", "better_than_rtn"])
 def test_a_built_in_gate_that_was_not_measured_is_undecided(name: BuiltIn) -> None:
     other = CheckResult(gate="config" if name == "tokenizer" else "tokenizer", name="x", passed=True, detail="")
     assert built_in(name, between(0.1, 0.2, noise_floor=0.1), checks=[other]).verdict == "undecided"

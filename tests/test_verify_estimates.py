@@ -107,6 +107,28 @@ def test_sequences_of_quantiles_are_narrow_where_it_is_planned() -> None:
         assert (figure.sequence_low, figure.sequence_high) == (expected.low, expected.high)
 
 
+def slope(artifact: TokenFigures, base: TokenFigures) -> float:
+    """numpy's least squares through the origin."""
+    wanted = (base.artifact_nll - base.reference_nll).numpy().flatten()
+    found = (base.artifact_nll - artifact.artifact_nll[: len(base.kl)]).numpy().flatten()
+    return float(np.linalg.lstsq(wanted[:, None], found, rcond=None)[0][0])
+
+
+def test_half_of_a_change_has_half_of_its_strength_with_an_interval() -> None:
+    base, noise = tokens(24), tokens(24, seed=5).reference_nll * 0.1
+    half = (base.artifact_nll + base.reference_nll) / 2 + noise - noise.mean()
+    artifact = replace(base, artifact_nll=half)
+    looks: dict[Comparison, list[int]] = {name: list(range(24)) for name in ("artifact", "base", "artifact_from_base")}
+    parts: dict[Comparison, list[TokenFigures]] = {"artifact": [artifact], "base": [base], "artifact_from_base": [base]}
+    figures = rival_figures(Measured(parts, looks, looks=[24]), units())
+    figure = find_figure(figures, "adapter_strength")
+    assert figure is not None
+    assert figure.low is not None
+    assert figure.high is not None
+    assert figure.value == pytest.approx(slope(artifact, base))
+    assert figure.low < 0.5 < figure.high < 0.7
+
+
 def test_rivals_are_paired_with_the_artifact_on_their_own_windows() -> None:
     looks: dict[Comparison, list[int]] = {
         "artifact": list(range(24)),
@@ -124,10 +146,11 @@ def test_rivals_are_paired_with_the_artifact_on_their_own_windows() -> None:
         "kl_over_rtn": relative.mean(),
         "adapter_effect": means["base"].mean(),
         "kl_over_base": ((means["artifact"][:8] - from_base) / (means["artifact"][:8] + from_base)).mean(),
+        "adapter_strength": slope(parts["artifact"][0], parts["base"][0]),
     }
     assert {figure.name: figure.value for figure in figures} == pytest.approx(expected)
     assert {figure.name: figure.n for figure in figures} == dict(
-        rtn_mean_kl=16, kl_over_rtn=16, adapter_effect=8, kl_over_base=8
+        rtn_mean_kl=16, kl_over_rtn=16, adapter_effect=8, kl_over_base=8, adapter_strength=8
     )
     strata = [DOMAINS[window] or "" for window in looks["nearest"]]
     paired = confidence_sequence(Sample(relative, strata), Range(-1.0, 1.0), planned=12)

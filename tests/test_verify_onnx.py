@@ -201,9 +201,9 @@ def plain_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
 def test_a_run_measures_the_graph_by_itself_and_the_other_layout_as_ever(sound: Sound) -> None:
     first, graph = sound.run.reports["safetensors"], sound.run.reports["onnx"]
     assert sound.run.passed
-    names = ["config", "tokenizer", "better_than_rtn", *GATES]
+    names = ["config", "tokenizer", "weights", "better_than_rtn", *GATES]
     assert verdicts(first) == dict.fromkeys(names, "pass")
-    assert verdicts(graph) == dict.fromkeys([*names[:2], "graph", *names[2:]], "pass")
+    assert verdicts(graph) == dict.fromkeys([*names[:3], "graph", *names[3:]], "pass")
     assert (first.readers, graph.readers) == ([f"qexport {version('qexport')}"], [READER])
     assert graph.unconfirmed == []
     assert (len(first.block_drift), len(graph.block_drift)) == (trained_models.BLOCKS, 0)
@@ -428,7 +428,7 @@ def test_verifying_later_tells_the_same_as_the_run(sound: Sound) -> None:
 def test_the_gate_stays_where_others_are_decided_again(sound: Sound) -> None:
     others = sound.settings(gates={})
     gates, _ = decide_again(sound.run.reports["onnx"], others, profile_of_layer)
-    assert [gate.name for gate in gates] == ["config", "files", "tokenizer", "graph", "better_than_rtn"]
+    assert [gate.name for gate in gates] == ["config", "files", "tokenizer", "weights", "graph", "better_than_rtn"]
     gates, _ = decide_again(sound.run.reports["safetensors"], others, profile_of_layer)
     assert "graph" not in {gate.name for gate in gates}
 

@@ -39,6 +39,7 @@ from qexport.tensors import Origin
 from qexport.text.windows import HeldOut
 from qexport.verifying import VerifySettings
 from qexport.verifying.reference import Preparation, prepare
+from qexport.verifying.weights import ArtifactWeights
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 GROUP = 32
@@ -195,7 +196,18 @@ def test_the_sound_artifact_passes_every_gate_at_its_first_look(sound: Sound) ->
     report = sound.intact
     assert report.verdict == "pass"
     assert verdicts(report) == dict.fromkeys(
-        ["config", "files", "tokenizer", "merge", "adapter", "better_than_rtn", *GATES], "pass"
+        [
+            "config",
+            "files",
+            "tokenizer",
+            "weights",
+            "merge",
+            "adapter",
+            "adapter_strength",
+            "better_than_rtn",
+            *GATES,
+        ],
+        "pass",
     )
     assert report.protocol.looks == [16]
     assert set(report.domains) == {"prose", "code", "french", "numbers"}
@@ -332,7 +344,7 @@ def test_left_padding_without_a_mask_fails_the_divergence(
     sound: Sound, monkeypatch: pytest.MonkeyPatch, padding: int
 ) -> None:
     def runner(config: Any, source: Any, **options: Any) -> BlockRunner:
-        kind = LeftPadded if isinstance(source, SafetensorsWeights) else BlockRunner
+        kind = LeftPadded if isinstance(source, ArtifactWeights) else BlockRunner
         return kind(config, source, **options)
 
     monkeypatch.setattr(LeftPadded, "padding", padding)

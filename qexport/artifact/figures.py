@@ -65,6 +65,10 @@ CATALOGUE: Final[Mapping[str, FigureKind]] = {
     "kl_over_rtn": FigureKind("KL divergence against round-to-nearest's, relative", "ratio"),
     "adapter_effect": FigureKind("mean KL divergence of the base without the adapter", "nats"),
     "kl_over_base": FigureKind("KL divergence from the reference against that from the base, relative", "ratio"),
+    "adapter_strength": FigureKind("share of the adapter in the predictions", "ratio", 1.0, "near"),
+    "adapter_strength_weights": FigureKind(
+        "share of the adapter in the weights", "ratio", 1.0, "near", teacher_forced=False
+    ),
     "merge_kl": FigureKind(
         "mean KL divergence of the merge from the adapter in PEFT", "nats", 0.0, teacher_forced=False
     ),
@@ -112,7 +116,7 @@ PROBABILITY_QUANTILES: Final[Mapping[str, float]] = {
 
 Verdict = Literal["pass", "fail", "undecided"]
 
-Unit = Literal["document", "window", "prompt", "pair", "item", "repeat"]
+Unit = Literal["document", "window", "prompt", "pair", "item", "repeat", "row"]
 """What was sampled independently; the tokens of one document were not."""
 
 
@@ -205,7 +209,7 @@ class CheckResult(Record):
     """A check without statistics."""
 
     gate: str
-    """The gate that it belongs to: `config`, `files`, `tokenizer` or `graph`."""
+    """The gate that it belongs to: `config`, `files`, `tokenizer`, `weights` or `graph`."""
 
     name: str
 

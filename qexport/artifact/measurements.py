@@ -59,6 +59,68 @@ class WorstToken(Record):
     artifact_probability: float
 
 
+class LayerWeights(Record):
+    """A quantized layer's weights, held against the reference's."""
+
+    name: str
+    """The module's path."""
+
+    exact: bool
+    """The codes are exactly those that the method gives for the reference's weights; the rest is then not judged."""
+
+    relative_error: float
+    """Norm of the difference of the dequantized weights from the reference's / norm of the reference's."""
+
+    nearest_error: float
+    """The same for the reference's weights rounded to nearest on the very grids that are stored."""
+
+    gain: float
+    """Product of the weights and the reference's / that of the nearest ones and the reference's: 1.1 if all weights are
+    1.1 times as large.
+    """
+
+    worst_row: int
+    """The row whose error is the largest multiple of its error from rounding to nearest."""
+
+    worst_row_ratio: float
+    """That multiple."""
+
+    worst_group: tuple[int, int] | None
+    """Row and number of the group whose error is the largest multiple; None where a row has one scale."""
+
+    worst_group_ratio: float | None
+    """That multiple."""
+
+    faults: list[str]
+    """What no sound layer has, the plainest one first."""
+
+    @property
+    def ratio(self) -> float | None:
+        """The error as a multiple of that of rounding to nearest; None if that is 0."""
+        return self.relative_error / self.nearest_error if self.nearest_error else None
+
+
+class TensorFault(Record):
+    """An unquantized tensor that is not the reference's."""
+
+    name: str
+    text: str
+    """How much of it differs, and where."""
+
+
+class Weights(Record):
+    """All weights of the artifact, held against the reference's."""
+
+    unquantized: int
+    """Tensors without codes."""
+
+    unequal: list[TensorFault]
+    """Those of them that are not equal to the reference's, in the coarser one of both dtypes."""
+
+    layers: list[LayerWeights]
+    """The quantized layers, in the order of the files."""
+
+
 class PromptComparison(Record):
     """The greedy continuations of one prompt. Tokens are counted up to and including an end token."""
 

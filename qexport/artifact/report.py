@@ -23,6 +23,7 @@ from qexport.artifact.measurements import (
     MarginBin,
     TaskRecord,
     Timings,
+    Weights,
     WorstToken,
 )
 from qexport.errors import InputError, listed
@@ -66,6 +67,15 @@ def impossible_layers(layers: Sequence[LayerRecord]) -> Iterator[str]:
             yield f"{layer.name}: {layer.bits} bits"
         if any(value is not None and value < 0 for value in (layer.loss, layer.rtn_loss, layer.damp_percent)):
             yield f"{layer.name}: a loss or damping below 0"
+
+
+def impossible_weights(weights: Weights) -> Iterator[str]:
+    """Contradictions in the comparison of the weights."""
+    if not 0 <= len(weights.unequal) <= weights.unquantized:
+        yield f"weights: {len(weights.unequal)} unequal of {weights.unquantized} unquantized tensors"
+    for layer in weights.layers:
+        if min(layer.relative_error, layer.nearest_error, layer.worst_row, layer.worst_row_ratio) < 0:
+            yield f"weights: {layer.name}: an error or a row below 0"
 
 
 def impossible_sizes(sizes: Sizes, reference_bytes: int) -> Iterator[str]:
@@ -153,6 +163,9 @@ class Report(Record):
     generations: Generations | None
     tasks: list[TaskRecord]
     layers: list[LayerRecord]
+    weights: Weights | None = None
+    """None in the reports of versions that did not compare weights."""
+
     notes: list[str]
     readers: list[str]
     unconfirmed: list[str]
@@ -180,6 +193,7 @@ class Report(Record):
             *impossible_figures(self.all_figures),
             *impossible_drift(self.kl_histogram, self.flips_by_margin, self.block_drift),
             *impossible_layers(self.layers),
+            *([] if self.weights is None else impossible_weights(self.weights)),
             *impossible_sizes(self.subject.sizes, self.subject.reference_bytes),
             *impossible_verdict(self.verdict, self.gates),
         ]

@@ -19,8 +19,8 @@ ProfileName = Literal[
 ]  # fmt: skip
 
 WITHOUT_DOMAINS: Final = (
-    "rtn_mean_kl", "kl_over_rtn", "adapter_effect", "kl_over_base", "merge_kl", "merge_error", "style_sensitivity",
-    "sampled_chrf", "speed_ratio", "first_token_ratio",
+    "rtn_mean_kl", "kl_over_rtn", "adapter_effect", "kl_over_base", "adapter_strength", "adapter_strength_weights",
+    "merge_kl", "merge_error", "style_sensitivity", "sampled_chrf", "speed_ratio", "first_token_ratio",
 )  # fmt: skip
 """Measured only over everything; a limit for one domain would never be decided."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 from qexport.amounts import counted
 from qexport.artifact.figures import CATALOGUE, CheckResult, Figure, GateResult, Verdict, find_figure
@@ -15,16 +15,17 @@ from qexport.gates import HasGates
 from qexport.gates.limits import NOISE_MARGIN, Bound, Limit, above_floor, limits_of
 from qexport.gates.profiles import ProfileOfLayer, profile_for
 
-BuiltIn = Literal["config", "files", "tokenizer", "graph", "merge", "adapter", "better_than_rtn"]
+BuiltIn = Literal[
+    "config", "files", "tokenizer", "weights", "graph", "merge", "adapter", "adapter_strength", "better_than_rtn"
+]
 """Gates that need no configured limit. Each is decided where it is expected, whether or not it was measured."""
 
-BUILT_IN: Final[tuple[BuiltIn, ...]] = (
-    "config", "files", "tokenizer", "graph", "merge", "adapter", "better_than_rtn",
-)  # fmt: skip
+BUILT_IN: Final[tuple[BuiltIn, ...]] = get_args(BuiltIn)
 
 FIGURE_OF: Final[Mapping[BuiltIn, str]] = {
     "merge": "merge_kl",
     "adapter": "kl_over_base",
+    "adapter_strength": "adapter_strength",
     "better_than_rtn": "kl_over_rtn",
 }
 """The figure that a built-in gate limits and is waived by; the other gates are decided on checks."""
@@ -37,9 +38,15 @@ MOST_MERGE_ERROR: Final = 0.01
 with the square of a difference, so this is an error of a tenth of what the adapter does."""
 
 
-OF_PROFILES: Final[tuple[BuiltIn, ...]] = ("adapter", "better_than_rtn")
+OF_PROFILES: Final[tuple[BuiltIn, ...]] = ("adapter", "adapter_strength", "better_than_rtn")
 """Built-in gates that belong to every profile but `off`: like its limits they say how good an artifact must be. The
 others say whether it is what it claims to be."""
+
+ADAPTER_STRENGTHS: Final[Mapping[str, tuple[float, float]]] = {
+    "adapter_strength_weights": (0.8, 1.25),
+    "adapter_strength": (0.6, 1.6),
+}
+"""The figures of the gate `adapter_strength`, with the smallest and the largest share of the adapter that passes."""
 
 
 def waived(settings: HasGates) -> dict[BuiltIn, str]:
@@ -52,7 +59,7 @@ def waived(settings: HasGates) -> dict[BuiltIn, str]:
 
 
 def expected_gates(
-    settings: HasGates, *, adapter: bool, nearest: bool, graph: bool, files: bool = True
+    settings: HasGates, *, adapter: bool, nearest: bool, graph: bool, files: bool = True, weights: bool = True
 ) -> tuple[list[BuiltIn], list[str]]:
     """The built-in gates that apply and are not waived, and a note on each that applies but is waived, or that the
     profile `off` does not set.
@@ -62,15 +69,18 @@ def expected_gates(
         adapter: whether the reference has an adapter.
         nearest: whether the model rounded to nearest is run.
         graph: whether the artifact is an ONNX graph.
-        files: whether the files beside the weights were compared, as qexport 0.3 and newer do.
+        files: whether the files beside the weights were compared; false for reports of earlier versions.
+        weights: whether the weights were compared; likewise.
     """
     applies: dict[BuiltIn, bool] = {
         "config": True,
         "files": files,
         "tokenizer": True,
+        "weights": weights,
         "graph": graph,
         "merge": adapter,
         "adapter": adapter,
+        "adapter_strength": adapter and weights,
         "better_than_rtn": nearest,
     }
     given_up = waived(settings)
@@ -146,12 +156,14 @@ def _built_in(
     for name in BUILT_IN:
         if name in expected:
             match name:
-                case "config" | "files" | "tokenizer" | "graph":
+                case "config" | "files" | "tokenizer" | "weights" | "graph":
                     yield _checked(name, [check for check in checks if check.gate == name])
                 case "merge":
                     yield _merge(figures)
                 case "adapter":
                     yield _decided(_ADAPTER, figures)
+                case "adapter_strength":
+                    yield _adapter_strength(figures)
                 case "better_than_rtn":
                     yield _decided(_BETTER_THAN_RTN, figures)
 
@@ -173,6 +185,22 @@ def _merge(figures: Sequence[Figure]) -> GateResult:
 
 
 _BADNESS: Final[Mapping[Verdict, int]] = {"pass": 0, "undecided": 1, "fail": 2}
+
+
+def _adapter_strength(figures: Sequence[Figure]) -> GateResult:
+    """The worst one of the verdicts on both figures and both sides. Predictions are not compared with a base whose
+    shapes the adapter changes.
+    """
+    gates = [
+        _Gate("adapter_strength", name, None, bound, limit)
+        for name, limits in ADAPTER_STRENGTHS.items()
+        for bound, limit in zip(_SIDES, limits, strict=True)
+        if name == "adapter_strength_weights" or find_figure(figures, name) is not None
+    ]
+    return max((_decided(gate, figures) for gate in gates), key=lambda result: _BADNESS[result.verdict])
+
+
+_SIDES: Final[tuple[Bound, Bound]] = ("at_least", "at_most")
 
 
 def _merge_gate(figures: Sequence[Figure], name: str, allowed: float) -> _Gate:
@@ -270,8 +298,8 @@ def decide_again(report: Report, settings: HasGates, of_layer: ProfileOfLayer) -
     """Decides gates with other settings, on a report's figures.
 
     Of the built-in gates, `config` and `tokenizer` are always decided, `merge` and `adapter` if there is an adapter,
-    `files`, `graph` and `better_than_rtn` if the report has them or what they are decided on; none that the settings
-    waive.
+    `files`, `weights` (and `adapter_strength`, with an adapter), `graph` and `better_than_rtn` if the report has them or
+    what they are decided on; none that the settings waive.
 
     Args:
         report: what was measured.
@@ -294,6 +322,7 @@ def decide_again(report: Report, settings: HasGates, of_layer: ProfileOfLayer) -
         nearest=rounded or "better_than_rtn" in decided,
         graph="graph" in decided or any(check.gate == "graph" for check in report.checks),
         files="files" in decided or any(check.gate == "files" for check in report.checks),
+        weights=report.weights is not None,
     )
     return decide(limits, report.all_figures, report.checks, expected), [*notes, *waived]
 
@@ -313,9 +342,11 @@ _MEND: Final = {
     "config": "correct config.json so that it describes the reference's model",
     "files": "copy these files from the base",
     "tokenizer": "copy the tokenizer's files from the base",
+    "weights": "quantize and export the model again; if the artifact came from elsewhere, fetch it again",
     "graph": "export the model again: this graph does not use its attention mask or its cache correctly",
     "merge": "check that the adapter was made for this base",
     "adapter": "check that the artifact was made with this adapter",
+    "adapter_strength": "merge with the adapter's own alpha and rank, once",
     "better_than_rtn": "calibrate with more or other text, or check that the artifact was made from this reference",
 }
 

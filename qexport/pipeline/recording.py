@@ -71,6 +71,7 @@ def make_report(
         generations=measured.generations,
         tasks=measured.tasks,
         layers=list(opened.layers),
+        weights=measured.weights,
         notes=[*notes, *measured.notes],
         readers=measured.readers,
         unconfirmed=[*_unconfirmed(opened, measured), *measured.unconfirmed],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 
@@ -12,11 +12,23 @@ from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.structure import Structure
 from qexport.formats import Outputs
 from qexport.progress import Progress
+from qexport.quantizing.bitsandbytes_4bit import quantize as quantize_blocks
 from qexport.quantizing.method import PassInputs, RoundingMethod
+from qexport.quantizing.row_int8 import llm_int8, w8a8
 from qexport.quantizing.selection import notes_on_experts, select_rounded
 from qexport.quantizing.solver import Options, round_to_nearest
 from qexport.records import LayerRecord
-from qexport.tensors import GroupQuantizedSpec, OutputSpec, TensorRecord, TensorSpec, WeightSource
+from qexport.tensors import (
+    BlockQuantized,
+    GroupQuantizedSpec,
+    NestedAbsmax,
+    OutputSpec,
+    Quantized,
+    RowQuantized,
+    TensorRecord,
+    TensorSpec,
+    WeightSource,
+)
 
 
 class NearestSource:
@@ -55,6 +67,39 @@ class NearestSource:
 
 def _options(grid: GroupQuantizedSpec) -> Options:
     return Options(grid.bits, grid.group_size, "original", grid.sym, damp_percent=0.0, search=False)
+
+
+def is_rounded(weight: torch.Tensor, quantized: Quantized) -> bool:
+    """Whether codes are exactly those that nf4, int8 or w8a8 computes. False for codes in groups along the inputs,
+    whose grids depend on more than the weights.
+
+    Args:
+        weight: the merged matrix [out, in].
+        quantized: the codes.
+    """
+    if isinstance(quantized, BlockQuantized):
+        found = quantize_blocks(weight.to(quantized.spec.dtype).contiguous(), quantized.spec)
+        same = torch.equal(found.codes, quantized.codes) and torch.equal(found.absmax, quantized.absmax)
+        return same and _same_nested(found.nested, quantized.nested)
+    if isinstance(quantized, RowQuantized):
+        return any(_same_rows(each(weight), quantized) for each in _row_methods(weight))
+    return False
+
+
+def _row_methods(weight: torch.Tensor) -> list[Callable[[torch.Tensor], RowQuantized]]:
+    in_float16 = bool(weight.abs().amax() <= torch.finfo(torch.float16).max)
+    return [w8a8, llm_int8] if in_float16 else [w8a8]
+
+
+def _same_rows(one: RowQuantized, other: RowQuantized) -> bool:
+    """Some formats store the scales, from which the absmaxes come back with another last bit."""
+    return torch.equal(one.codes, other.codes) and torch.equal(one.scales, other.scales)
+
+
+def _same_nested(one: NestedAbsmax | None, other: NestedAbsmax | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one.absmax, other.absmax) and one.offset == other.offset
 
 
 def plan(method: RoundingMethod, checkpoint: Checkpoint) -> Outputs:

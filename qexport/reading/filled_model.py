@@ -38,6 +38,20 @@ def dequantize(quantized: Quantized, dtype: torch.dtype) -> torch.Tensor:
     return weight
 
 
+def as_parameter(stored: torch.Tensor | Quantized, dtype: torch.dtype, *, transposed: bool) -> torch.Tensor:
+    """A parameter as files without codes hold it.
+
+    Args:
+        stored: the tensor, which stays as it is, or codes [out, in].
+        dtype: of dequantized codes.
+        transposed: whether a weight of this module is [in, out] if it is not quantized.
+    """
+    if isinstance(stored, torch.Tensor):
+        return stored
+    weight = dequantize(stored, dtype)
+    return weight.t().contiguous() if transposed else weight
+
+
 _GENERATION_NAME: Final = "generation_config.json"
 
 

@@ -18,8 +18,8 @@ from qexport.architectures.structure import Structure, refuse_impossible_depth
 from qexport.errors import InputError, listed
 from qexport.formats import reader_of
 from qexport.formats.stored_weight import StoredLayer, StoredWeight
-from qexport.reading.filled_model import dequantize, quantized_model, read_generation
-from qexport.tensors import GroupQuantizedSpec, TensorSpec
+from qexport.reading.filled_model import as_parameter, quantized_model, read_generation
+from qexport.tensors import GroupQuantizedSpec, Quantized, TensorSpec
 from qexport.tensors.safetensors_folder import SafetensorsFolder
 from qexport.tensors.source import is_finite
 from qexport.tensors.strict_files import CONFIG_BYTES, contained_path, read_json_object
@@ -78,10 +78,17 @@ class SafetensorsWeights:
         Raises:
             InputError: it is missing, cut short, holds NaN or Inf, or its codes contradict the quantization config.
         """
+        return as_parameter(self.stored(name), self._dtype, transposed=name.removesuffix(".weight") in self.transposed)
+
+    def stored(self, name: str) -> torch.Tensor | Quantized:
+        """The parameter as it is stored: a copy of the tensor, or the codes [out, in].
+
+        Raises:
+            InputError: as for `read`.
+        """
         module = name.removesuffix(".weight")
         if name.endswith(".weight") and module in self.quantized:
-            weight = dequantize(self.quantized[module].quantized(self.tensors(module)), self._dtype)
-            return weight.t().contiguous() if module in self.transposed else weight
+            return self.quantized[module].quantized(self.tensors(module))
         return self._finite(name)
 
     @property

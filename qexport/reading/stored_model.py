@@ -20,7 +20,7 @@ from qexport.errors import InputError
 from qexport.formats.stored_weight import StoredLayer
 from qexport.hidden_packages import hidden
 from qexport.reading.safetensors_weights import SafetensorsWeights
-from qexport.tensors import GroupQuantizedSpec, TensorSpec
+from qexport.tensors import GroupQuantizedSpec, Quantized, TensorSpec
 
 Kind = Literal["weights", "graph"]
 """Weights in safetensors files, for transformers models; or an ONNX graph, for ONNX Runtime."""
@@ -100,6 +100,14 @@ class StoredModel(Protocol):
 
         Raises:
             InputError: it is missing, cut short, holds NaN or Inf, or its codes contradict the folder's config.
+        """
+        ...
+
+    def stored(self, name: str) -> torch.Tensor | Quantized:
+        """A parameter as it is stored: a copy of the tensor, or the codes [out, in].
+
+        Raises:
+            InputError: as for `read`.
         """
         ...
 

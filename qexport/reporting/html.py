@@ -29,6 +29,7 @@ from qexport.reporting.selection import (
 from qexport.reporting.svg import gauge
 from qexport.reporting.values import UNMEASURED, format_value, kind_of, visible, visible_token
 from qexport.reporting.view import VERDICT_WORDS, equal_texts, figure_row, prompt_view, share, size_view, summarize
+from qexport.reporting.weights_view import COLUMNS, cells, weights_view
 
 
 def render(template: str, **content: Any) -> str:
@@ -57,6 +58,7 @@ _SECTIONS: Final = (
     ("figures", "Key figures"),
     ("divergence", "Divergence"),
     ("layers", "Blocks and layers"),
+    ("weights", "Weights"),
     ("tokens", "Worst tokens"),
     ("prompts", "Worst prompts"),
     ("checks", "Checks"),
@@ -91,6 +93,7 @@ class _Forest:
 
 def report_html(report: Report) -> str:
     """The page. The same report gives the same text."""
+    weights = weights_view(report)
     return render(
         "report.html.jinja",
         report=report,
@@ -108,6 +111,9 @@ def report_html(report: Report) -> str:
         forests=list(_forests(report)),
         layer_chart=layer_chart(report.layers) if any(map(loss_ratio, report.layers)) else None,
         worst_layers=worst_layers(report.layers),
+        weights=weights,
+        weight_columns=COLUMNS,
+        weight_cells=[cells(row) for row in weights.rows] if weights else [],
         fallen_back=fallen_back(report.layers),
         worst_tokens=worst_tokens(report),
         prompts=[prompt_view(each) for each in worst_prompts(report)],

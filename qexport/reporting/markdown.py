@@ -11,6 +11,7 @@ from qexport.artifact.figures import Verdict
 from qexport.artifact.report import Report
 from qexport.reporting.values import Piece, cut, visible
 from qexport.reporting.view import GateRow, PromptView, summarize
+from qexport.reporting.weights_view import COLUMNS, cells, weights_view
 
 _SIGNS: Final[dict[Verdict, str]] = {"pass": "✅", "fail": "❌", "undecided": "❔"}
 _LONGEST_PROMPT: Final = 2000
@@ -54,6 +55,12 @@ def _parts(report: Report) -> Iterator[str]:
     if summary.figures:
         rows = [[escaped(text) for text in (row.label, row.value, row.interval)] for row in summary.figures]
         yield markdown_table(("figure", "value", "95% interval"), rows, (1, 2))
+    if weights := weights_view(report):
+        yield f"Weights: {escaped(weights.sentence)}"
+        if faulty := [row for row in weights.rows if row.fault]:
+            yield markdown_table(COLUMNS, [[escaped(text) for text in cells(row)] for row in faulty], (1, 2, 3))
+        if weights.unequal:
+            yield "\n".join(f"- {escaped(name)}: {escaped(text)}" for name, text in weights.unequal)
     for prompt in summary.prompts:
         yield from _prompt(prompt)
     yield f"<sub>qexport {escaped(report.qexport_version)}, report `{report.digest()[:12]}`</sub>"

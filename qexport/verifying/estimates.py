@@ -131,7 +131,34 @@ def rival_figures(found: Measured, units: Units) -> list[Figure]:
         figures += figures_of("nearest", "nearest", ("rtn_mean_kl", "kl_over_rtn"))
     if "base" in tokens:
         figures += figures_of("base", "artifact_from_base", ("adapter_effect", "kl_over_base"))
+        figures += _adapter_strength(found, units.chosen(found.indices["base"]))
     return figures
+
+
+def _adapter_strength(found: Measured, units: Units) -> list[Figure]:
+    """The slope of the artifact's change of the tokens' log-probabilities from the base's on the reference's change.
+    None if the adapter changes no prediction.
+    """
+    base, artifact = found.tokens()["base"], found.tokens()["artifact"].artifact_nll[found.indices["base"]]
+    wanted, own = base.artifact_nll - base.reference_nll, base.artifact_nll - artifact
+    squares = units.means(wanted.square())
+    if not squares.any():
+        return []
+    return [units.mean("adapter_strength", ratio_values(units.means(own * wanted), squares, units.sizes))]
+
+
+def ratio_values(ours: Array, theirs: Array, sizes: Array | None = None) -> Array:
+    """Values whose mean is the ratio of the means, and whose variance is that of a ratio estimator (Cochran, Sampling
+    Techniques, 1977, section 6.4).
+
+    Args:
+        ours: float64 [units], the units' means.
+        theirs: likewise.
+        sizes: the units' tokens; None if all have as many.
+    """
+    scale = np.average(theirs, weights=sizes)
+    ratio = np.average(ours, weights=sizes) / scale
+    return np.asarray(ratio + (ours - ratio * theirs) / scale)
 
 
 def _relative_difference(own: Array, other: Array) -> Array:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -17,14 +16,13 @@ from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.runner import BlockRunner
 from qexport.artifact.figures import Figure
 from qexport.progress import Notice, ProgressCallback, Steps, silent
-from qexport.statistics.means import Array
 from qexport.statistics.samples import NOT_NEGATIVE
-from qexport.tensors import GroupQuantizedSpec, Origin, WeightSource
+from qexport.tensors import GroupQuantizedSpec, Origin, Quantized, WeightSource
 from qexport.text.prompts import EncodedPrompts
 from qexport.text.windows import HeldOut
 from qexport.verifying import VerifySettings
 from qexport.verifying.divergence import compare_with_kept
-from qexport.verifying.estimates import divergence_figures
+from qexport.verifying.estimates import divergence_figures, ratio_values
 from qexport.verifying.live_adapter import ComparedMerge, LiveAdapter, NotMeasured, compare_merge
 from qexport.verifying.predictors import KeptLogits, run_in_lockstep
 from qexport.verifying.units import Units
@@ -149,16 +147,8 @@ def merge_figures(found: ComparedMerge, floor: float, dtype: torch.dtype) -> lis
     effect = float(effects.mean())
     if effect > 0:
         noise = floor * torch.finfo(torch.float32).eps / torch.finfo(dtype).eps / effect
-        figures.append(_fixed(units.mean("merge_error", _ratio(errors, effects), NOT_NEGATIVE), noise))
+        figures.append(_fixed(units.mean("merge_error", ratio_values(errors, effects), NOT_NEGATIVE), noise))
     return figures
-
-
-def _ratio(ours: Array, theirs: Array) -> Array:
-    """Values whose mean is the ratio of the means, and whose variance is that of a ratio estimator (Cochran, Sampling
-    Techniques, 1977, section 6.4).
-    """
-    ratio = ours.mean() / theirs.mean()
-    return np.asarray(ratio + (ours - ratio * theirs) / theirs.mean())
 
 
 def _fixed(figure: Figure, floor: float) -> Figure:
@@ -172,6 +162,10 @@ Nearest = Callable[[Mapping[str, GroupQuantizedSpec], frozenset[str]], WeightSou
 rounded to nearest on those grids."""
 
 
+IsRounded = Callable[[Tensor, Quantized], bool]
+"""Whether codes are exactly those that a method gives for a matrix [out, in] by rounding each weight on its own."""
+
+
 @dataclass(frozen=True)
 class Reference:
     """What an artifact is compared with, and the text and prompts that both are measured on.
@@ -180,7 +174,9 @@ class Reference:
         merged: the merged model, read from its source again.
         base: the base model, without the adapter.
         adapter: where the adapter came from; None if there is no adapter.
+        changed: the tensors that the adapter changes, by their names in the files.
         nearest: makes the merged model rounded to nearest.
+        is_rounded: recognizes the codes of methods that round each weight on its own.
         prepared: what was measured with the merged model alone.
         held_out: the text, as many windows as may be used.
         prompts: what both models continue; None for no prompts.
@@ -194,7 +190,9 @@ class Reference:
     merged: Checkpoint
     base: Checkpoint
     adapter: Origin | None
+    changed: frozenset[str]
     nearest: Nearest
+    is_rounded: IsRounded
     prepared: Preparation
     held_out: HeldOut
     prompts: EncodedPrompts | None

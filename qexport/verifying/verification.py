@@ -15,13 +15,13 @@ from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.memory import resident
 from qexport.architectures.runner import BlockRunner
 from qexport.artifact.figures import CheckResult, Figure, GateResult
-from qexport.artifact.measurements import BlockDrift, Generations, TaskRecord, Timings
+from qexport.artifact.measurements import BlockDrift, Generations, TaskRecord, Timings, Weights
 from qexport.errors import listed
 from qexport.gates.deciding import needs_more
 from qexport.progress import ProgressCallback, Steps, silent
 from qexport.reading.stored_model import StoredModel
 from qexport.statistics.means import PLANNED_UNITS
-from qexport.tensors import GroupQuantizedSpec
+from qexport.tensors import GroupQuantizedSpec, WeightSource
 from qexport.verifying.config_comparison import config_differences, refuse_other_config
 from qexport.verifying.divergence import TokenFigures
 from qexport.verifying.estimates import divergence_figures, rival_figures
@@ -29,6 +29,7 @@ from qexport.verifying.reference import Reference
 from qexport.verifying.rounds import NO_LOOKS, Looks, Measured, Models, measure
 from qexport.verifying.speed import MeasuredSpeed
 from qexport.verifying.units import document_units
+from qexport.verifying.weights import WeightCheck
 from qexport.verifying.whole_models import Pair, measure_speed, measure_whole
 
 if TYPE_CHECKING:
@@ -50,9 +51,10 @@ class Measurement:
         tokens: the artifact compared with the reference, for every predicted token.
         looks: how many windows had been measured at each look at the gates.
         block_drift: see `qexport.verifying.predictors`; empty for an ONNX graph, which exposes no hidden states.
+        weights: each tensor held against the reference's.
         generations: None if there are no prompts.
         tasks: of lm-evaluation-harness.
-        checks: of the gate `graph`, where the artifact is an ONNX graph.
+        checks: of the gate `weights`, and of the gate `graph` where the artifact is an ONNX graph.
         readers: what read the artifact for these figures, with its version.
         unconfirmed: what could not be measured, and why.
         notes: for users.
@@ -63,6 +65,7 @@ class Measurement:
     tokens: TokenFigures
     looks: list[int]
     block_drift: list[BlockDrift]
+    weights: Weights
     generations: Generations | None
     tasks: list[TaskRecord]
     checks: list[CheckResult]
@@ -104,24 +107,30 @@ def verify(
         figures[:] = _figures(found, reference)
         return judge(figures)
 
-    own, settings = reference.runner(reference.merged), reference.settings
-    reading = _read_graph(artifact, reference) if artifact.kind == "graph" else _read_blocks(artifact, reference)
+    weights, settings = WeightCheck(artifact, reference), reference.settings
+    if artifact.kind == "graph":
+        own, reading = reference.runner(reference.merged), _read_graph(artifact, reference)
+    else:
+        own = reference.runner(replace(reference.merged, weights=weights.reference_weights))
+        reading = _read_blocks(artifact, weights.artifact_weights, reference)
     rivals = _rivals(reference, artifact.grids, artifact.transposed)
     models = Models(own, reading.runner, *rivals)
     ids = reference.held_out.input_ids
     measured = measure(models, ids, settings.windows, decide, needs_more, steps, looks)
+    compared = weights.finish()
     pair = Pair(own, reading.runner, reference.merged, artifact, reference.tokenizer)
     whole = measure_whole(pair, reference.prompts, settings, steps, progress)
     speed = measure_speed(pair, ids, settings.speed, reference.dtype, progress)
     drift = zip(own.structure.blocks, measured.block_drift, strict=bool(measured.block_drift))
     return Measurement(
-        figures=[*figures, *whole.figures],
+        figures=[*figures, *compared.figures, *whole.figures],
         tokens=measured.tokens()["artifact"],
         looks=measured.looks,
         block_drift=[BlockDrift(name=name, relative_error=error) for name, error in drift],
+        weights=compared.record,
         generations=whole.generations,
         tasks=whole.tasks,
-        checks=reading.checks,
+        checks=[*compared.checks, *reading.checks],
         readers=[reading.reader],
         unconfirmed=[*reference.prepared.unconfirmed, *reading.unconfirmed, *whole.unconfirmed],
         notes=[*reading.notes, *whole.notes],
@@ -183,9 +192,9 @@ class _Reading:
     unconfirmed: list[str] = field(default_factory=list)
 
 
-def _read_blocks(artifact: StoredModel, reference: Reference) -> _Reading:
+def _read_blocks(artifact: StoredModel, weights: WeightSource, reference: Reference) -> _Reading:
     """The artifact, run as its own config.json says, as its users will run it: with rounded activations if so."""
-    runner = BlockRunner(artifact.architecture, artifact, dtype=reference.dtype, device=reference.device)
+    runner = BlockRunner(artifact.architecture, weights, dtype=reference.dtype, device=reference.device)
     rounded = [module for module, layer in artifact.layers.items() if layer.int8_inputs]
     left_out = runner.round_inputs(rounded)
     reading = _Reading(runner, f"qexport {version('qexport')}", notes=[_ROUNDED] if rounded else [])

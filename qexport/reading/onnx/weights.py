@@ -17,10 +17,10 @@ from qexport.errors import InputError, RecipeError, listed
 from qexport.formats.onnx import OPERATORS, description, stored_matrix
 from qexport.formats.onnx.operators import StoredMatrix
 from qexport.formats.stored_weight import StoredLayer
-from qexport.reading.filled_model import dequantize, read_generation
+from qexport.reading.filled_model import as_parameter, read_generation
 from qexport.reading.onnx.external_data import ExternalData
 from qexport.reading.onnx.graph import Graph
-from qexport.tensors import GroupQuantizedSpec, TensorSpec
+from qexport.tensors import GroupQuantizedSpec, Quantized, TensorSpec
 from qexport.tensors.source import is_finite
 from qexport.tensors.strict_files import CONFIG_BYTES, contained_path, read_json_object
 
@@ -77,10 +77,17 @@ class OnnxWeights:
             InputError: the graph does not have it, its file has become shorter, it holds NaN or Inf, or its codes are
                 out of range.
         """
+        return as_parameter(self.stored(name), self._dtype, transposed=name.removesuffix(".weight") in self.transposed)
+
+    def stored(self, name: str) -> torch.Tensor | Quantized:
+        """The parameter as it is stored: a copy of the tensor, or the codes [out, in].
+
+        Raises:
+            InputError: as for `read`.
+        """
         module = name.removesuffix(".weight")
         if name.endswith(".weight") and module in self.quantized:
-            weight = dequantize(self.quantized[module].quantized(self._graph), self._dtype)
-            return weight.t().contiguous() if module in self.transposed else weight
+            return self.quantized[module].quantized(self._graph)
         tensor = self._graph.read(name)
         if not is_finite(tensor):
             raise InputError("the tensor has NaN or Inf", where=self._graph.where(name))

@@ -1,0 +1,362 @@
+"""How far a quantized matrix is from the reference's, as a whole, by row and by group, and what of that is a fault.
+
+The yardstick is rounding to nearest on the very grids that are stored. Methods that round each weight have that error.
+GPTQ has a larger one, since it makes up for the errors of other weights, but by a bounded factor, and the values stay
+as large as the nearest ones. The limits were set from what sound artifacts show, see docs/verification.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+import torch
+from torch import Tensor
+
+from qexport.tensors import BlockQuantized, GroupQuantized, Quantized
+from qexport.verifying.grids import Groups, Strip, groups_of, strips
+
+Part = Literal["row", "group"]
+
+_MOST_ERROR: Final = 2.5
+_MOST_ERROR_ROUNDED: Final = 1.05
+_MOST_ERROR_OF: Final[dict[Part, float]] = {"row": 10.0, "group": 20.0}
+"""The largest error of a sound matrix, and of a row or a group of one, over that of the nearest values."""
+
+_MOST_GAIN: Final = 0.02
+"""How far the size of a matrix may be from that of the nearest values on a fine grid. On coarse grids it may also be
+smaller by the square of their relative error, or larger by half of that."""
+
+_MOST_GAIN_OF: Final = 0.6
+"""How far the size of a row or a group may be from that of its nearest values, at most."""
+
+_SIGNIFICANT: Final = 0.3
+"""The size of a row or a group says nothing where the relative error of its nearest values is above this."""
+
+_NOT_LOST: Final = 0.2
+"""GPTQ may leave a group empty where the typical error of a group in its row is above this share of its norm."""
+
+_SMALLEST: Final = 1e-6
+"""Squared errors below this share of the reference's squares are rounding in float32 and 16 bits."""
+
+_LARGEST: Final = 1e12
+_NAMED: Final = 3
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that no sound artifact has.
+
+    Attributes:
+        severity: how far beyond the limit, 1 and more; infinite for what is wrong however little it changes.
+        text: what and where inside the matrix, for people.
+    """
+
+    severity: float
+    text: str
+
+
+@dataclass(frozen=True)
+class MatrixErrors:
+    """A quantized matrix beside the reference's.
+
+    Attributes:
+        relative_error: the norm of the difference over the norm of the reference.
+        nearest_error: the same for the values of the stored grids that are nearest to the reference's.
+        gain: the product of values and reference over that of the nearest values and the reference: 1.1 if all values
+            are 1.1 times as large.
+        worst_row: the row with the largest error over its nearest values'.
+        worst_row_ratio: that ratio.
+        worst_group: the group with the largest error over its nearest values', as its row and its number; None if the
+            values of a row share one scale.
+        worst_group_ratio: that ratio.
+        change: what `projections` returns; None if the adapter does not change the matrix.
+        faults: what is wrong however little it changes, then those of the whole, of rows and of groups.
+    """
+
+    relative_error: float
+    nearest_error: float
+    gain: float
+    worst_row: int
+    worst_row_ratio: float
+    worst_group: tuple[int, int] | None
+    worst_group_ratio: float | None
+    change: Tensor | None
+    faults: list[Fault]
+
+
+@dataclass
+class _Sums:
+    """Sums over the inputs, each [units].
+
+    Attributes:
+        error: of (values - reference)^2.
+        nearest_error: of (nearest - reference)^2.
+        square: of reference^2.
+        product: of values * reference.
+        nearest_product: of nearest * reference.
+        zero: bool, whether all values are zero although the reference's are not.
+    """
+
+    error: Tensor
+    nearest_error: Tensor
+    square: Tensor
+    product: Tensor
+    nearest_product: Tensor
+    zero: Tensor
+
+    def ratio(self, typical: Tensor) -> Tensor:
+        """The error over that of the nearest values, or over the typical one where that is larger."""
+        yardstick = torch.maximum(self.nearest_error, typical).add(self.square, alpha=_SMALLEST)
+        return (self.error / yardstick).nan_to_num_(nan=0.0, posinf=_LARGEST).sqrt()
+
+    def lost(self, typical: Tensor) -> Tensor:
+        """Bool, whether all values are zero although the group is large."""
+        return self.zero & (typical <= self.square * _NOT_LOST**2)
+
+    def excess(self, part: Part, typical: Tensor) -> Tensor:
+        """How far each unit is beyond its limits; 1 is at the limit."""
+        relative = (torch.maximum(self.nearest_error, typical) / self.square).nan_to_num_(nan=math.inf).sqrt()
+        allowed = (0.05 + 2 * relative).clamp_(max=_MOST_GAIN_OF)
+        change = (self.product / self.nearest_product - 1).abs().nan_to_num_(nan=0.0) / allowed
+        change = torch.where(relative <= _SIGNIFICANT, change, 0.0)
+        return torch.maximum(self.ratio(typical) / _MOST_ERROR_OF[part], change)
+
+
+def _sums(strip: Strip, groups: Groups | None) -> _Sums:
+    def total(values: Tensor) -> Tensor:
+        return values.sum(1, keepdim=True) if groups is None else groups.sums(values)
+
+    values, nearest, reference = strip.values, strip.nearest, strip.reference
+    zero = (total(values.abs()) == 0) & (total(reference.abs()) > _SMALLEST)
+    return _Sums(
+        total((values - reference).square_()),
+        total((nearest - reference).square_()),
+        total(reference.square()),
+        total(values * reference),
+        total(nearest * reference),
+        zero,
+    )
+
+
+def _over_rows(sums: _Sums) -> _Sums:
+    """The sums over whole rows, [rows, 1], from those over groups."""
+    added = {name: getattr(sums, name).sum(1, keepdim=True) for name in _ADDED}
+    return _Sums(**added, zero=sums.zero.all(1, keepdim=True))
+
+
+_ADDED: Final = ("error", "nearest_error", "square", "product", "nearest_product")
+
+
+@dataclass
+class _Worst:
+    """The unit with the largest error over the nearest values', and the units beyond their limits.
+
+    Attributes:
+        part: what the units are.
+        ratio: of the first.
+        place: its row and its group.
+        beyond: how far the worst units are beyond their limits, with their places and gains.
+        count: how many there are.
+    """
+
+    part: Part
+    ratio: float = -1.0
+    place: tuple[int, int] = (0, 0)
+    beyond: list[tuple[float, int, int, float]] = field(default_factory=list)
+    count: int = 0
+
+    def add(self, first: int, sums: _Sums, typical: Tensor) -> None:
+        """Adds the units of a strip whose first row is given."""
+        ratio = sums.ratio(typical)
+        at = int(ratio.argmax())
+        if float(ratio.flatten()[at]) > self.ratio:
+            row, group = divmod(at, ratio.shape[1])
+            self.ratio, self.place = float(ratio.flatten()[at]), (first + row, group)
+        excess = sums.excess(self.part, typical)
+        if bool((excess > 1).any()):
+            self.count += int((excess > 1).sum())
+            self.beyond = sorted([*self.beyond, *_largest(excess, sums, first)], reverse=True)[:_NAMED]
+
+    def faults(self) -> Iterator[Fault]:
+        """At most one."""
+        if not self.beyond:
+            return
+        severity = self.beyond[0][0]
+        named = [
+            f"row {row}{'' if self.part == 'row' else f', group {group}'} ({gain:.3g} times as large)"
+            for _, row, group, gain in self.beyond
+        ]
+        rest = f" and {self.count - len(named)} more" if self.count > len(named) else ""
+        yield Fault(severity, f"{self.part}s that are not the reference's: {'; '.join(named)}{rest}")
+
+
+def _largest(excess: Tensor, sums: _Sums, first: int) -> list[tuple[float, int, int, float]]:
+    gains = (sums.product / sums.nearest_product).nan_to_num_(nan=1.0, posinf=_LARGEST, neginf=-_LARGEST)
+    found = excess.flatten().topk(min(_NAMED, excess.numel()))
+    pairs = zip(found.values.tolist(), found.indices.tolist(), strict=True)
+    places = [(value, divmod(index, excess.shape[1])) for value, index in pairs if value > 1]
+    return [(value, first + row, group, float(gains[row, group])) for value, (row, group) in places]
+
+
+@dataclass
+class _Lost:
+    """Rows, and groups of other rows, that are all zero and whose nearest values are not.
+
+    Attributes:
+        rows: their numbers.
+        groups: rows and groups.
+        count: the number of groups.
+    """
+
+    rows: list[int] = field(default_factory=list)
+    groups: list[tuple[int, int]] = field(default_factory=list)
+    count: int = 0
+
+    def add_rows(self, first: int, lost: Tensor) -> None:
+        """Adds the rows of a strip [rows, 1] whose first row is given."""
+        self.rows += [first + row for row in lost[:, 0].nonzero()[:, 0].tolist()]
+
+    def add_groups(self, first: int, lost: Tensor) -> None:
+        """Adds the groups of a strip [rows, groups]."""
+        if bool(lost.any()):
+            self.count += int(lost.sum())
+            self.groups += [(first + row, group) for row, group in lost.nonzero()[:_NAMED].tolist()]
+
+    def faults(self) -> Iterator[Fault]:
+        """At most two."""
+        if self.rows:
+            yield Fault(math.inf, f"all values are zero in rows {places(self.rows)}")
+        if self.groups:
+            row, group = self.groups[0]
+            count = "a group" if self.count == 1 else f"{self.count} groups, the first one"
+            yield Fault(math.inf, f"all values are zero in {count}: row {row}, group {group}")
+
+
+def compare_matrix(
+    quantized: Quantized, reference: Tensor, base: Tensor | None = None, *, rounded: bool = False
+) -> MatrixErrors:
+    """Holds a quantized matrix against the reference's.
+
+    Args:
+        quantized: codes [out, in].
+        reference: [out, in], of any floating dtype.
+        base: the same matrix without the adapter, if the adapter changes it.
+        rounded: whether the codes are known to be those of the reference, rounded by the method itself; then there is
+            nothing to find.
+    """
+    groups, totals = groups_of(quantized), torch.zeros(len(_ADDED), dtype=torch.float64)
+    rows, in_groups, lost, changes = _Worst("row"), _Worst("group"), _Lost(), list[Tensor]()
+    for strip in strips(quantized, reference, rounded=rounded):
+        own = _sums(strip, groups)
+        whole = _over_rows(own)
+        totals += torch.stack([getattr(whole, name).sum(dtype=torch.float64) for name in _ADDED])
+        rows.add(strip.first, whole, whole.nearest_error.mean())
+        if groups is not None:
+            typical = whole.nearest_error / own.error.shape[1]
+            in_groups.add(strip.first, own, typical)
+            lost.add_groups(strip.first, own.lost(typical) & ~whole.zero)
+        lost.add_rows(strip.first, whole.zero)
+        if base is not None:
+            changes.append(projections(strip.values, strip.reference, base[strip.first :][: len(strip.values)]))
+    relative, nearest, gain = _as_a_whole(totals)
+    most = _MOST_ERROR_ROUNDED if isinstance(quantized, BlockQuantized) else _MOST_ERROR
+    faults = [*_faults_as_a_whole(relative, nearest, gain, most), *rows.faults(), *in_groups.faults(), *lost.faults()]
+    faults += _faults_of_grids(quantized, reference)
+    return MatrixErrors(
+        relative,
+        nearest,
+        gain,
+        rows.place[0],
+        rows.ratio,
+        in_groups.place if groups is not None else None,
+        in_groups.ratio if groups is not None else None,
+        torch.cat(changes) if changes else None,
+        [] if rounded else sorted(faults, key=lambda fault: fault.severity < math.inf),
+    )
+
+
+def _as_a_whole(totals: Tensor) -> tuple[float, float, float]:
+    """The relative errors of the values and of the nearest ones, and the gain."""
+    error, nearest_error, square, product, nearest_product = totals.tolist()
+    relative, nearest = (math.sqrt(each / square) if square else 0.0 for each in (error, nearest_error))
+    return relative, nearest, product / nearest_product if nearest_product else 1.0
+
+
+def projections(values: Tensor, reference: Tensor, base: Tensor) -> Tensor:
+    """The sums that the adapter's strength is estimated from; see `qexport.verifying.adapter_strength`.
+
+    Args:
+        values: of the artifact [rows, in].
+        reference: the merged model's.
+        base: the model's without the adapter.
+
+    Returns:
+        float64 [rows, 5]: with the change d = reference - base, the products bb, bd, dd, ab and ad of each row.
+    """
+    wide = base.to(torch.float32)
+    change = reference.to(torch.float32) - wide
+    pairs = ((wide, wide), (wide, change), (change, change), (values, wide), (values, change))
+    return torch.stack([(one * other).sum(1, dtype=torch.float64) for one, other in pairs], 1)
+
+
+def _faults_as_a_whole(relative: float, nearest: float, gain: float, most: float) -> Iterator[Fault]:
+    ratio = relative / max(nearest, math.sqrt(_SMALLEST))
+    if ratio > most:
+        yield Fault(
+            ratio / most,
+            f"relative error {relative:.3g}, {ratio:.3g} times that of rounding to nearest on the same grid, where at "
+            f"most {most:g} is sound",
+        )
+    smallest, largest = 1 - _MOST_GAIN - nearest**2, 1 + _MOST_GAIN + nearest**2 / 2
+    if not smallest <= gain <= largest:
+        yield Fault(
+            1 + abs(gain - 1),
+            f"values {gain:.3g} times as large as those of rounding to nearest on the same grid, where {smallest:.3g} "
+            f"to {largest:.3g} is sound",
+        )
+
+
+def _faults_of_grids(quantized: Quantized, reference: Tensor) -> Iterator[Fault]:
+    """Negative scales (the readers of other codes than groups refuse them), and groups that no method makes."""
+    if isinstance(quantized, GroupQuantized):
+        yield from _faults_of_g_idx(quantized)
+        negative = (quantized.scales.t() < 0).nonzero()
+        if len(negative):
+            row, group = negative[0].tolist()
+            count = "a negative scale" if len(negative) == 1 else f"{len(negative)} negative scales, the first one"
+            yield Fault(math.inf, f"{count} in row {row}, group {group}")
+        for row, group in (quantized.scales.t() == 0).nonzero().tolist():
+            if bool(reference[row].any()):
+                yield Fault(math.inf, f"the scale is zero in row {row}, group {group}")
+                return
+
+
+def _faults_of_g_idx(quantized: GroupQuantized) -> Iterator[Fault]:
+    g_idx, columns = quantized.g_idx.long(), quantized.codes.shape[1]
+    counts = g_idx.bincount(minlength=len(quantized.scales))
+    expected = torch.arange(columns) // quantized.group_size
+    if not quantized.desc_act and not torch.equal(g_idx.cpu(), expected):
+        first = int((g_idx.cpu() != expected).nonzero()[0])
+        yield Fault(
+            math.inf,
+            f"g_idx gives input {first} the group {int(g_idx[first])}, not {int(expected[first])}, although the groups "
+            "are in order",
+        )
+    elif columns % len(counts) == 0 and bool((counts != columns // len(counts)).any()):
+        group = int((counts != columns // len(counts)).nonzero()[0])
+        yield Fault(math.inf, f"g_idx gives group {group} {int(counts[group])} inputs, not {columns // len(counts)}")
+
+
+def places(numbers: Sequence[int]) -> str:
+    """Rising numbers in words, those that follow one another as a range: `rows 0 to 15, 40`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    named = [str(low) if low == high else f"{low} to {high}" for low, high in runs[:_NAMED]]
+    return ", ".join([*named, *([f"and {len(runs) - _NAMED} more"] if len(runs) > _NAMED else [])])

@@ -1,0 +1,197 @@
+"""Holds every tensor of an artifact against the merged reference's, while both models are read block by block.
+
+The reference runs a block before the artifact does. What it has read of the block stays in memory until the artifact
+has read the same tensor, so that together they never take more than a block and a tensor, and nothing is read again.
+The exceptions are tensors of the base that the adapter changes, experts (which a block holds in another form), and all
+tensors of a graph, which is not read block by block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from qexport.amounts import counted
+from qexport.artifact.figures import CheckResult, Figure
+from qexport.artifact.measurements import LayerWeights, TensorFault, Weights
+from qexport.reading.filled_model import as_parameter
+from qexport.reading.stored_model import StoredModel
+from qexport.tensors import Quantized, TensorSpec, WeightSource
+from qexport.verifying.adapter_strength import strength_by_weights
+from qexport.verifying.matrices import MatrixErrors, compare_matrix, projections
+from qexport.verifying.reference import Reference
+from qexport.verifying.unquantized import difference
+
+_NAMED: Final = 3
+
+
+@dataclass(frozen=True)
+class ComparedWeights:
+    """What the comparison of all tensors found.
+
+    Attributes:
+        record: for the report.
+        checks: of the gate `weights`.
+        figures: `adapter_strength_weights`, if there is an adapter.
+    """
+
+    record: Weights
+    checks: list[CheckResult]
+    figures: list[Figure]
+
+
+class WeightCheck:
+    """Compares each tensor of an artifact once, when it is read.
+
+    Args:
+        artifact: what is compared.
+        reference: with what.
+
+    Attributes:
+        reference_weights: the merged model's, to be read in place of it.
+        artifact_weights: the artifact's, likewise.
+        kept: tensors of the reference that wait for the artifact's.
+    """
+
+    def __init__(self, artifact: StoredModel, reference: Reference) -> None:
+        self._artifact, self._reference = artifact, reference
+        self._pending = dict.fromkeys(artifact.specs())
+        self.kept: dict[str, Tensor] = {}
+        self._parts = reference.merged.architecture.naming.parts
+        self._layers: dict[str, MatrixErrors] = {}
+        self._exact: set[str] = set()
+        self._faults: dict[str, str] = {}
+        self._changes: dict[bool, list[Tensor]] = {True: [], False: []}
+        self.reference_weights: WeightSource = ReferenceWeights(self, reference.merged.weights)
+        self.artifact_weights: WeightSource = ArtifactWeights(self, artifact)
+
+    def finish(self) -> ComparedWeights:
+        """Compares what has not been read, and gives the results."""
+        for name in list(self._pending):
+            self.compare(name, self._artifact.stored(name))
+        self.kept.clear()
+        record = Weights(
+            unquantized=len(self._artifact.specs()) - len(self._layers),
+            unequal=[TensorFault(name=name, text=self._faults[name]) for name in self._in_order(self._faults)],
+            layers=[self._record(name) for name in self._in_order(self._layers)],
+        )
+        changes = self._changes[True] or self._changes[False]
+        strength = strength_by_weights(torch.cat(changes)) if changes else None
+        return ComparedWeights(record, list(self._checks(record)), [strength] if strength else [])
+
+    def _in_order(self, names: Mapping[str, object]) -> list[str]:
+        return [name for name in self._artifact.specs() if name in names]
+
+    def keep(self, name: str, tensor: Tensor) -> None:
+        """Keeps a tensor of the reference until the artifact's is read."""
+        if name in self._pending and self._parts[name].expert is None:
+            self.kept[name] = tensor
+
+    def compare(self, name: str, stored: Tensor | Quantized) -> None:
+        """Compares a tensor of the artifact, unless that has been done."""
+        if name not in self._pending:
+            return
+        del self._pending[name]
+        wanted = self.kept.pop(name, None)
+        wanted = self._reference.merged.weights.read(name) if wanted is None else wanted
+        base = self._base(name)
+        if isinstance(stored, Tensor):
+            self._compare_unquantized(name, stored, wanted, base)
+        else:
+            self._compare_layer(name, stored, wanted, base)
+
+    def _base(self, name: str) -> Tensor | None:
+        """The tensor without the adapter, if the adapter changes it and not its shape."""
+        base = self._reference.base.weights
+        if name not in self._reference.changed or base.specs()[name].shape != self._artifact.specs()[name].shape:
+            return None
+        return base.read(name)
+
+    def _compare_unquantized(self, name: str, stored: Tensor, wanted: Tensor, base: Tensor | None) -> None:
+        if fault := difference(stored, wanted, base):
+            self._faults[name] = fault
+        if base is not None:
+            rows = [tensor.reshape(len(tensor), -1) for tensor in (stored.to(torch.float32), wanted, base)]
+            self._changes[False].append(projections(*rows))
+
+    def _compare_layer(self, name: str, stored: Quantized, wanted: Tensor, base: Tensor | None) -> None:
+        if name.removesuffix(".weight") in self._artifact.transposed:
+            wanted, base = wanted.t(), None if base is None else base.t()
+        exact = self._reference.is_rounded(wanted, stored)
+        found = compare_matrix(stored, wanted, base, rounded=exact)
+        self._layers[name] = found
+        self._exact |= {name} if exact else set()
+        if found.change is not None:
+            self._changes[True].append(found.change)
+
+    def _record(self, name: str) -> LayerWeights:
+        found = self._layers[name]
+        return LayerWeights(
+            name=name.removesuffix(".weight"),
+            exact=name in self._exact,
+            relative_error=found.relative_error,
+            nearest_error=found.nearest_error,
+            gain=found.gain,
+            worst_row=found.worst_row,
+            worst_row_ratio=found.worst_row_ratio,
+            worst_group=found.worst_group,
+            worst_group_ratio=found.worst_group_ratio,
+            faults=[fault.text for fault in found.faults],
+        )
+
+    def _checks(self, record: Weights) -> Iterator[CheckResult]:
+        if record.unquantized:
+            unequal = [f"{fault.name}: {fault.text}" for fault in record.unequal]
+            equal = f"{counted(record.unquantized, 'tensor')} equal to the reference's"
+            yield _check("unquantized tensors", unequal, equal)
+        if self._layers:
+            worst = sorted(self._layers.items(), key=lambda item: -max((f.severity for f in item[1].faults), default=0))
+            faults = [f"{name.removesuffix('.weight')}: {each.faults[0].text}" for name, each in worst if each.faults]
+            exact = f", {len(self._exact)} of them exactly" if self._exact else ""
+            yield _check(
+                "quantized layers", faults, f"{counted(len(self._layers), 'layer')} as the reference quantized{exact}"
+            )
+
+
+class ReferenceWeights:
+    """The reference's weights. What is read is kept for the comparison."""
+
+    def __init__(self, check: WeightCheck, weights: WeightSource) -> None:
+        self._check, self._weights = check, weights
+
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """See `WeightSource`."""
+        return self._weights.specs()
+
+    def read(self, name: str) -> Tensor:
+        """See `WeightSource`."""
+        tensor = self._weights.read(name)
+        self._check.keep(name, tensor)
+        return tensor
+
+
+class ArtifactWeights:
+    """The artifact's weights. What is read is compared."""
+
+    def __init__(self, check: WeightCheck, artifact: StoredModel) -> None:
+        self._check, self._artifact = check, artifact
+
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """See `WeightSource`."""
+        return self._artifact.specs()
+
+    def read(self, name: str) -> Tensor:
+        """See `WeightSource`."""
+        stored, module = self._artifact.stored(name), name.removesuffix(".weight")
+        self._check.compare(name, stored)
+        return as_parameter(stored, self.specs()[name].dtype, transposed=module in self._artifact.transposed)
+
+
+def _check(name: str, faults: Sequence[str], sound: str) -> CheckResult:
+    rest = f"; and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
+    detail = f"{'; '.join(faults[:_NAMED])}{rest}" if faults else sound
+    return CheckResult(gate="weights", name=name, passed=not faults, detail=detail)

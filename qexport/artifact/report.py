@@ -13,6 +13,7 @@ from typing import Any, Final, Literal
 from pydantic import ValidationError
 
 from qexport.artifact import Environment, Identity, Protocol
+from qexport.artifact.answers import Answers, impossible_answers
 from qexport.artifact.digests import sha256_json
 from qexport.artifact.figures import CATALOGUE, CheckResult, Figure, GateResult, Verdict, overall
 from qexport.artifact.manifest import REPORT_FOLDER, Sizes, SourceRecord
@@ -135,6 +136,9 @@ class Report(Record):
     worst_tokens: list[WorstToken]
     generations: Generations | None
     tasks: list[TaskRecord]
+    formats: Answers | None = None
+    refusals: Answers | None = None
+    needles: Answers | None = None
     layers: list[LayerRecord]
     notes: list[str]
     readers: list[str]
@@ -154,7 +158,8 @@ class Report(Record):
     @property
     def domains(self) -> list[str]:
         """The domains of the held-out text, in their order."""
-        found = (f.domain for f in self.figures if f.unit == "window" and f.domain is not None)
+        text = (f for f in self.figures if f.unit == "window" and CATALOGUE[f.name].teacher_forced)
+        found = (f.domain for f in text if f.domain is not None)
         return list(dict.fromkeys(found))
 
     def contradictions(self) -> list[str]:
@@ -162,6 +167,9 @@ class Report(Record):
         return [
             *impossible_figures(self.all_figures),
             *impossible_drift(self.kl_histogram, self.flips_by_margin, self.block_drift),
+            *impossible_answers("formats", self.formats),
+            *impossible_answers("refusals", self.refusals),
+            *impossible_answers("needles", self.needles),
             *impossible_layers(self.layers),
             *impossible_sizes(self.subject.sizes, self.subject.reference_bytes),
             *impossible_verdict(self.verdict, self.gates),

@@ -24,6 +24,7 @@ KEY_FIGURES: Final = (
     "decisive_flips",
     "identical_generations",
     "edit_distance",
+    "format_validity_change",
     "speed_ratio",
     "first_token_ratio",
 )

@@ -159,7 +159,7 @@ def test_a_reference_that_leads_nowhere_is_an_error(schema: Any) -> None:
 
 def test_tools_are_in_the_prompt_or_it_is_skipped() -> None:
     prompt, tokenizer = Prompt("t1", "go x"), answering_models.tokenizer()
-    text = tokenizer.decode(encode_prompt(tokenizer, prompt, [answering_models.TOOL]))
+    text = str(tokenizer.decode(encode_prompt(tokenizer, prompt, [answering_models.TOOL])))
     assert text.startswith("<|start|>tools\ngo ")
     encoded = encode_prompts(
         PromptSet((prompt, Prompt("p", "x")), "f"), factories.tokenizer(), {"t1": [answering_models.TOOL]}

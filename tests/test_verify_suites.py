@@ -179,11 +179,11 @@ def test_drift_along_texts_is_that_of_whole_models(portion: int, monkeypatch: py
     other = factories.build(intact.model.config, dtype=torch.float32)
     other.load_state_dict(changed := {**intact.model.state_dict(), name: intact.model.state_dict()[name].flip(1)})
     architecture = type(intact.checkpoint.architecture)(config)
-    runners = [
+    ours_by_blocks, theirs_by_blocks = (
         BlockRunner(architecture, Tensors(weights), dtype=torch.float32, device=CPU)
         for weights in (dict(intact.model.state_dict()), changed)
-    ]
-    found = drift_along(*runners, TEXTS, Steps(silent), "texts")
+    )
+    found = drift_along(ours_by_blocks, theirs_by_blocks, TEXTS, Steps(silent), "texts")
     for text, tokens in zip(TEXTS, found, strict=True):
         ids = torch.tensor([[*text.prompt, *text.tokens]])
         with torch.no_grad():

@@ -70,7 +70,7 @@ def cache_memory(runner: BlockRunner, tokens: int) -> int:
     heads = getattr(config, "num_attention_heads", 1)
     kept = getattr(config, "num_key_value_heads", None) or heads
     width = (getattr(config, "head_dim", None) or config.hidden_size // heads) * kept
-    return 2 * len(runner.structure.blocks) * width * tokens * runner.dtype.itemsize
+    return int(2 * len(runner.structure.blocks) * width * tokens * runner.dtype.itemsize)
 
 
 def _head(structure: Structure) -> int:

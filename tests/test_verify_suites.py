@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 import answering_models
 import factories
@@ -22,6 +25,7 @@ from qexport.loading import LoadSettings
 from qexport.pipeline.verification import verify
 from qexport.progress import Steps, silent
 from qexport.recipe import load_recipe
+from qexport.reporting.comparison import compare
 from qexport.reporting.html import report_html
 from qexport.reporting.markdown import report_markdown
 from qexport.statistics.means import mcnemar
@@ -140,6 +144,14 @@ def test_counts_that_are_not_those_of_the_answers_are_a_contradiction(damaged: R
     assert "formats: the counts of json are not those of its answers" in content.contradictions()
 
 
+def test_reports_on_other_prompts_are_not_compared(sound: Report) -> None:
+    assert sound.formats is not None
+    other = sound.model_copy(update={"formats": sound.formats.model_copy(update={"sha256": "1" * 64})})
+    compare([sound, sound])
+    with pytest.raises(InputError, match=r"formats\.sha256: report 1 .* has \w{12}, report 2 .* has 111111111111"):
+        compare([sound, other])
+
+
 def test_a_limit_over_all_requests_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match="refusal_change is measured by kind"):
         measured(folder, folder / "base", gates={"refusal_change": {"at_least": -0.1}})
@@ -170,8 +182,19 @@ def test_paths_of_suites_start_from_the_recipe(folder: Path) -> None:
 TEXTS = [GivenText([5, 9, 7], [3, 4]), GivenText([8], [1, 2, 3, 4, 5, 6]), GivenText([2, 2, 2, 2], [7])]
 
 
+@dataclass(frozen=True)
+class Whole:
+    """An artifact that can only be run whole, as a graph can."""
+
+    runner: BlockRunner
+
+    def whole(self) -> AbstractContextManager[PreTrainedModel]:
+        return self.runner.whole()
+
+
+@pytest.mark.parametrize("blocks", [True, False], ids=["blocks", "whole"])
 @pytest.mark.parametrize("portion", [1 << 16, 8], ids=["one pass", "several passes"])
-def test_drift_along_texts_is_that_of_whole_models(portion: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drift_along_texts_is_that_of_whole_models(portion: int, blocks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(along, "PORTION_TOKENS", portion)
     intact = QuantizedModel(factories.build(factories.llama_config(), dtype=torch.float32))
     config = {**intact.checkpoint.config, "dtype": "float32"}
@@ -183,7 +206,8 @@ def test_drift_along_texts_is_that_of_whole_models(portion: int, monkeypatch: py
         BlockRunner(architecture, Tensors(weights), dtype=torch.float32, device=CPU)
         for weights in (dict(intact.model.state_dict()), changed)
     )
-    found = drift_along(ours_by_blocks, theirs_by_blocks, TEXTS, Steps(silent), "texts")
+    artifact = theirs_by_blocks if blocks else Whole(theirs_by_blocks)
+    found = drift_along(ours_by_blocks, artifact, TEXTS, Steps(silent), "texts")
     for text, tokens in zip(TEXTS, found, strict=True):
         ids = torch.tensor([[*text.prompt, *text.tokens]])
         with torch.no_grad():

@@ -25,6 +25,7 @@ KEY_FIGURES: Final = (
     "identical_generations",
     "edit_distance",
     "format_validity_change",
+    "recall_change",
     "speed_ratio",
     "first_token_ratio",
 )

@@ -101,6 +101,9 @@ _NEEDLES: Final = (
 
 _SUITES: Final = (_FORMATS, _REFUSALS, _NEEDLES)
 
+SUITES: Final = tuple(name for name, *_ in _SUITES)
+"""The fields of a report that hold answers."""
+
 
 LENGTH_HEAD: Final = ("length or position", "KL divergence", "95% interval", "perplexity ratio", "same likeliest token",
                       "late against early", "n")  # fmt: skip

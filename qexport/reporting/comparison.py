@@ -121,7 +121,7 @@ def _differences(first: Report, second: Report) -> Iterator[tuple[str, object, o
     for suite in SUITES:
         ours, theirs = getattr(first, suite), getattr(second, suite)
         for field in ("sha256", "max_new_tokens") if ours and theirs else ():
-            yield from ((f"{suite}.{name}", *values) for name, *values in _difference(field, ours, theirs))
+            yield from ((f"{suite}.{name}", own, other) for name, own, other in _difference(field, ours, theirs))
 
 
 def _difference(field: str, first: object, second: object) -> Iterator[tuple[str, object, object]]:

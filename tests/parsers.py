@@ -33,7 +33,9 @@ from qexport.references import parse_reference
 from qexport.tensors.safetensors_file import SafetensorsFile
 from qexport.tensors.safetensors_folder import read_index
 from qexport.text.documents import read_documents
+from qexport.text.formats import read_format_prompts
 from qexport.text.prompts import read_prompts
+from qexport.text.refusals import read_requests
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,11 @@ def parsers(folder: Path) -> dict[str, Parser]:
         "report": Parser(Report.read, "report.json", (reports.report([reports.gate_result()]).model_dump_json().encode(),)),
         "graph": Parser(_graph, "model.onnx", (graph_seed(folder),)),
         "documents": Parser(lambda path: read_documents([str(path)]), "a.jsonl", (b'{"text": "a"}\n{"messages": [{"role": "user", "content": "b"}]}\n',)),
+        "format prompts": Parser(
+            read_format_prompts, "f.jsonl", (b'{"id": "a", "prompt": "b", "format": {"json_schema": {"pattern": "c"}}}\n',
+                                             b'{"id": "a", "prompt": "b", "format": {"tools": [{"function": {"name": "c"}}]}}\n'),
+        ),
+        "requests": Parser(read_requests, "r.jsonl", (b'{"id": "a", "prompt": "b", "kind": "harmful"}\n',)),
         "prompts": Parser(read_prompts, "p.jsonl", (b'{"id": "a", "prompt": "b", "domain": "d", "style": "messy"}\n',)),
         "reference": Parser(_reference, "r.txt", (b"org/model", b"pkg:a/b.gguf", b"./a/../b", b"~x")),
     }  # fmt: skip

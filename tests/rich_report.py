@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import reports
+from qexport.artifact.answers import Answer, Answers, Counts
 from qexport.artifact.figures import CheckResult, Figure, GateResult
 from qexport.artifact.measurements import (
     BlockDrift,
@@ -33,7 +35,8 @@ def rich_report() -> Report:
     chance = random.Random(7)
     return reports.report(
         gates(),
-        figures=[*(each for each in reports.figures() if each.domain is None), *quantiles(), *domain_figures(chance)],
+        figures=[*(each for each in reports.figures() if each.domain is None), *quantiles(), *domain_figures(chance),
+                 *suite_figures()],
         kl_histogram=histogram(),
         flips_by_margin=margins(),
         block_drift=[BlockDrift(name=f"model.layers.{i}", relative_error=0.07 - 0.05 * 0.9**i) for i in range(30)],
@@ -44,6 +47,7 @@ def rich_report() -> Report:
                        reference_accuracy=0.412, artifact_accuracy=0.388, only_reference=71, only_artifact=39,
                        p_value=0.0029),
         ],
+        formats=formats(),
         layers=layers(chance),
         checks=checks(),
         notes=["the adapter was made for a base of another name", f"a note with {SCRIPT}"],
@@ -157,6 +161,28 @@ def generated(index: int, chance: random.Random) -> PromptComparison:
     return reports.comparison(f"{domain}-{index}", domain=domain, style=style, prompt=prompt, reference=ours,
                               artifact=theirs, edit_distance=distance, reference_tokens=31, artifact_tokens=48,
                               artifact_hit_limit=True, flips=index % 4)  # fmt: skip
+
+
+def suite_figures() -> list[Figure]:
+    lengths = [
+        reports.figure(name, value, domain=domain, n=6, unit="window", tokens=6 * 511)
+        for name, values in (("length_kl", (0.16, 0.17)), ("late_kl_over_early", (0.0, 0.04)))
+        for domain, value in zip(("512", "4096"), values, strict=True)
+    ]
+    return [*lengths, reports.figure("format_validity_change", -0.5, half=0.4, n=2),
+            reports.figure("position_kl", 0.18, domain="513-4096", n=6, unit="window")]  # fmt: skip
+
+
+def formats() -> Answers:
+    values: dict[str, Any] = dict(kind="json", prompt=f"As JSON, {SCRIPT}", reference_yes=True, reference_reason="")
+    answers = [
+        Answer(id="json-1", reference='{"a": 1}', artifact=f'{{"a": {SCRIPT}', artifact_yes=False,
+               artifact_reason=f"there is no JSON in {OVERRIDE}", **values),
+        Answer(id="json-2", reference='{"a": 2}', artifact='{"a": 2}', artifact_yes=True, artifact_reason="", **values),
+    ]  # fmt: skip
+    counts = Counts(kind="json", prompts=2, reference=2, artifact=1, only_reference=1, only_artifact=0, p_value=1.0)
+    skipped = {"tools-1": f"the chat template does not name {SCRIPT}"}
+    return Answers(sha256="0" * 64, max_new_tokens=256, counts=[counts], answers=answers, skipped=skipped)
 
 
 def layers(chance: random.Random) -> list[LayerRecord]:

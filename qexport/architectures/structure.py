@@ -59,6 +59,7 @@ class Structure:
         tied: the head uses the embedding's weight.
         parameters: every parameter and persistent buffer with its shape, without a tied head.
         positions: the most tokens of a window if the model has learned position embeddings; else None.
+        context: the most tokens that its config names (`max_position_embeddings`); None if it names none.
     """
 
     model_type: str
@@ -69,6 +70,7 @@ class Structure:
     tied: bool
     parameters: Mapping[str, tuple[int, ...]]
     positions: int | None = None
+    context: int | None = None
 
     @property
     def block_linears(self) -> tuple[LinearSpec, ...]:
@@ -202,6 +204,7 @@ def describe_model(model: PreTrainedModel, naming: Naming) -> Structure:
         tied=bool(model.config.tie_word_embeddings),
         parameters={name: part.shape for name, part in naming.parts.items()},
         positions=_learned_positions(model),
+        context=getattr(model.config, "max_position_embeddings", None),
     )
 
 

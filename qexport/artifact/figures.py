@@ -88,6 +88,16 @@ CATALOGUE: Final[Mapping[str, FigureKind]] = {
     "sampled_chrf": _generated("chrF of sampled continuations", "number", 100.0, "higher"),
     "speed_ratio": _generated("tokens per second, artifact / reference", "ratio", 1.0, "near"),
     "first_token_ratio": _generated("time to first token, artifact / reference", "ratio", 1.0, "near"),
+    "format_validity_change": _generated("valid formats, artifact - reference", "points", 0.0, "higher"),
+    "format_kl": _generated("mean KL divergence along formatted answers", "nats", 0.0, "lower"),
+    "format_top1_agreement": _generated("same likeliest token along formatted answers", "share", 1.0, "higher"),
+    "refusal_change": _generated("refusals, artifact - reference", "points", 0.0, "near"),
+    "length_kl": _generated("mean KL divergence, by length", "nats", 0.0, "lower"),
+    "length_perplexity_ratio": _generated("perplexity, artifact / reference, by length", "ratio", 1.0, "near"),
+    "length_top1_agreement": _generated("same likeliest token, by length", "share", 1.0, "higher"),
+    "position_kl": _generated("mean KL divergence, by position in the longest windows", "nats", 0.0, "lower"),
+    "late_kl_over_early": _generated("KL divergence late against early in a window, relative", "ratio", 0.0, "near"),
+    "recall_change": _generated("facts recalled, artifact - reference", "points", 0.0, "higher"),
     "accuracy_change": _generated("accuracy, artifact - reference", "points", 0.0, "near"),
 }
 """By name. docs/verification.md has each one's formula and source."""

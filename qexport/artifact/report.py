@@ -13,6 +13,7 @@ from typing import Any, Final, Literal
 from pydantic import ValidationError
 
 from qexport.artifact import Environment, Identity, Protocol
+from qexport.artifact.answers import Answers, impossible_answers
 from qexport.artifact.digests import sha256_json
 from qexport.artifact.figures import CATALOGUE, CheckResult, Figure, GateResult, Verdict, overall
 from qexport.artifact.manifest import REPORT_FOLDER, Sizes, SourceRecord
@@ -162,6 +163,9 @@ class Report(Record):
     worst_tokens: list[WorstToken]
     generations: Generations | None
     tasks: list[TaskRecord]
+    formats: Answers | None = None
+    refusals: Answers | None = None
+    needles: Answers | None = None
     layers: list[LayerRecord]
     weights: Weights | None = None
     """None in the reports of versions that did not compare weights."""
@@ -184,7 +188,8 @@ class Report(Record):
     @property
     def domains(self) -> list[str]:
         """The domains of the held-out text, in their order."""
-        found = (f.domain for f in self.figures if f.unit in {"document", "window"} and f.domain is not None)
+        text = (f for f in self.figures if f.unit in {"document", "window"} and CATALOGUE[f.name].teacher_forced)
+        found = (f.domain for f in text if f.domain is not None)
         return list(dict.fromkeys(found))
 
     def contradictions(self) -> list[str]:
@@ -192,6 +197,9 @@ class Report(Record):
         return [
             *impossible_figures(self.all_figures),
             *impossible_drift(self.kl_histogram, self.flips_by_margin, self.block_drift),
+            *impossible_answers("formats", self.formats),
+            *impossible_answers("refusals", self.refusals),
+            *impossible_answers("needles", self.needles),
             *impossible_layers(self.layers),
             *([] if self.weights is None else impossible_weights(self.weights)),
             *impossible_sizes(self.subject.sizes, self.subject.reference_bytes),

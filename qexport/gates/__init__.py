@@ -24,8 +24,16 @@ WITHOUT_DOMAINS: Final = (
 )  # fmt: skip
 """Measured only over everything; a limit for one domain would never be decided."""
 
-ONLY_DOMAINS: Final = ("accuracy_change",)
-"""Measured only by task; a limit over all tasks would never be decided."""
+ONLY_DOMAINS: Final[Mapping[str, str]] = {
+    "accuracy_change": "task",
+    "refusal_change": "kind",
+    "length_kl": "length",
+    "length_perplexity_ratio": "length",
+    "length_top1_agreement": "length",
+    "late_kl_over_early": "length",
+    "position_kl": "position",
+}
+"""Measured only by task, kind of request and so on; a limit over all of them would never be decided."""
 
 
 def _check_figure(name: str) -> str:
@@ -94,7 +102,8 @@ def _problems(name: str, bounds: Bounds) -> Iterator[str]:
     if bounds.domains and name in WITHOUT_DOMAINS:
         yield f"{name} is measured as a whole, not by domain"
     if name in ONLY_DOMAINS and (bounds.at_most is not None or bounds.at_least is not None):
-        yield f"{name} is measured by task: give the limit under domains, with the task's name"
+        part = ONLY_DOMAINS[name]
+        yield f"{name} is measured by {part}: give the limit under domains, with the {part}'s name"
 
 
 def _limit_problems(name: str, kind: FigureKind, bounds: DomainBounds) -> Iterator[str]:

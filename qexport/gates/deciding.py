@@ -298,7 +298,7 @@ def decide_again(report: Report, settings: HasGates, of_layer: ProfileOfLayer) -
     """Decides gates with other settings, on a report's figures.
 
     Of the built-in gates, `config` and `tokenizer` are always decided, `merge` and `adapter` if there is an adapter,
-    `files`, `weights` (and `adapter_strength`, with an adapter), `graph` and `better_than_rtn` if the report has them or
+    `files`, `weights` (with an adapter `adapter_strength` too), `graph` and `better_than_rtn` if the report has them or
     what they are decided on; none that the settings waive.
 
     Args:

@@ -13,6 +13,7 @@ from qexport.pipeline.expected_sizes import RunSizes
 from qexport.quantizing.gptq import Gptq
 from qexport.quantizing.gptq_pass import HESSIAN_BYTES
 from qexport.verifying import VerifySettings
+from qexport.verifying.along import PORTION_TOKENS
 from qexport.verifying.divergence import DOUBLES_AT_ONCE
 from qexport.verifying.memory import HEADROOM
 from qexport.verifying.predictors import BATCH_TOKENS, TOKENS_AT_ONCE
@@ -67,7 +68,7 @@ def _needs(sizes: RunSizes, chosen: Budget) -> dict[str, float]:
     if sizes.verify is not None:
         needs |= {"prepare": _preparing(sizes), "verify": _verifying(sizes, sizes.verify, chosen)}
         if _fits(sizes, chosen.limit):
-            needs["prompts"] = _continuing(sizes, sizes.verify)
+            needs["prompts"] = _continuing(sizes)
     return needs
 
 
@@ -103,6 +104,8 @@ def _verifying(sizes: RunSizes, settings: VerifySettings, chosen: Budget) -> flo
     whether one is enough, then that one is widened to float32, and then there are pieces of all logits.
     """
     tokens = settings.sequence_length * max(1, min(settings.windows, settings.max_windows))
+    together = min(PORTION_TOKENS, settings.length_windows * max(sizes.lengths, default=0))  # of two models
+    tokens = max(tokens, 2 * together // sizes.compared)
     at_once = min(tokens, max(settings.sequence_length, min(BATCH_TOKENS, chosen.compared_tokens)))
     hidden = sizes.compared * tokens * sizes.hidden * sizes.bytes_
     block = sizes.block * sizes.bytes_ + _ROUNDED * 4 * sizes.widest + at_once * sizes.working
@@ -111,15 +114,15 @@ def _verifying(sizes: RunSizes, settings: VerifySettings, chosen: Budget) -> flo
     return _STATISTICS + hidden + max(block, read, 4 * heads * sizes.head + _logits(sizes, sizes.compared))
 
 
-def _continuing(sizes: RunSizes, settings: VerifySettings) -> float:
+def _continuing(sizes: RunSizes) -> float:
     """A whole model with its head in float32, and the logits of a batch of prompts."""
-    logits = min(sizes.prompts, ROWS) * settings.max_new_tokens * 4 * sizes.vocabulary
+    logits = max(min(each.prompts, ROWS) * each.new_tokens * 4 * sizes.vocabulary for each in sizes.continued)
     return _GENERATION + sizes.whole + _LOGITS * logits
 
 
 def _fits(sizes: RunSizes, limit: float) -> bool:
     """Whether there are prompts, and a whole model to continue them fits."""
-    return sizes.prompts > 0 and _FIXED + _GENERATION + HEADROOM * sizes.whole <= limit
+    return bool(sizes.continued) and _FIXED + _GENERATION + HEADROOM * sizes.whole <= limit
 
 
 def _logits(sizes: RunSizes, models: int) -> float:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Final
 
 import torch
 
@@ -13,9 +15,45 @@ from qexport.architectures.structure import LinearSpec
 from qexport.merge.merging import Merged
 from qexport.quantizing.method import Method
 from qexport.tensors import GroupQuantizedSpec
+from qexport.text.formats import read_format_prompts
+from qexport.text.needles import ANSWER_TOKENS
 from qexport.text.prompts import read_prompts
+from qexport.text.refusals import read_requests
 from qexport.verifying import VerifySettings
 from qexport.verifying.verification import has_nearest_rival
+
+
+@dataclass(frozen=True)
+class ContinuedPrompts:
+    """Prompts that are continued together.
+
+    Attributes:
+        prompts: how many.
+        tokens: of each, roughly; they are not counted, since the tokenizer is not opened.
+        new_tokens: of each continuation, at most.
+    """
+
+    prompts: int
+    tokens: int
+    new_tokens: int
+
+
+_PROMPT_TOKENS: Final = 64
+"""Of a prompt in a file."""
+
+
+def _continued(settings: VerifySettings, lengths: Sequence[int]) -> Iterator[ContinuedPrompts]:
+    if settings.prompts:
+        count = len(read_prompts(Path(settings.prompts)).prompts)
+        yield ContinuedPrompts(count, _PROMPT_TOKENS, settings.max_new_tokens)
+    if (formats := settings.formats) is not None:
+        count = len(read_format_prompts(Path(formats.prompts)).formats)
+        yield ContinuedPrompts(count, _PROMPT_TOKENS, formats.max_new_tokens)
+    if (refusals := settings.refusals) is not None:
+        count = len(read_requests(Path(refusals.prompts)).prompt_set.prompts)
+        yield ContinuedPrompts(count, _PROMPT_TOKENS, refusals.max_new_tokens)
+    if settings.needles:
+        yield from (ContinuedPrompts(settings.needles, length, ANSWER_TOKENS) for length in lengths)
 
 
 class RunSizes:
@@ -59,10 +97,15 @@ class RunSizes:
         return sum(count for name, count in self.counts.items() if name.startswith(f"{block}."))
 
     @cached_property
-    def prompts(self) -> int:
-        """Prompts to continue."""
-        path = self.verify.prompts if self.verify else None
-        return len(read_prompts(Path(path)).prompts) if path else 0
+    def continued(self) -> list[ContinuedPrompts]:
+        """What is continued: the prompts, and those of the suites."""
+        return list(_continued(self.verify, self.lengths)) if self.verify else []
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Lengths of the windows of the suite of lengths."""
+        found = (self.verify.lengths if self.verify else None) or []
+        return [length for length in found if length <= (self.structure.context or math.inf)]
 
     @property
     def whole(self) -> int:

@@ -60,9 +60,6 @@ _STREAMED: Final = 0.2
 _STEP: Final = 1e6
 """One block's calls for one new token of a batch of prompts."""
 
-_PROMPT_TOKENS: Final = 64
-"""Tokens of a prompt, roughly; they are not counted, since the tokenizer is not opened."""
-
 _PASSES: Final = 8
 """Passes over the blocks until prompts are continued by a model that does not fit in memory."""
 
@@ -122,9 +119,11 @@ def _verify_work(sizes: RunSizes, settings: VerifySettings, work: _Work, *, whol
     work.shared += _COMPARED * sizes.vocabulary * (tokens + 2 * (sizes.compared - 2) * rivals)
     work.single += (sizes.compared + 2) * sizes.total * (sizes.bytes_ * _READ + _CODED)
     passes = 1 if whole else _PASSES
-    forwards = 2 * passes * sizes.prompts * (_PROMPT_TOKENS + 2 * settings.max_new_tokens)
-    work.products(2 * forwards * (sizes.active + sizes.head))
-    steps = 2 * math.ceil(sizes.prompts / ROWS) * settings.max_new_tokens
+    forwards = 2 * passes * sum(each.prompts * (each.tokens + 2 * each.new_tokens) for each in sizes.continued)
+    windows = 2 * settings.length_windows * sum(sizes.lengths)
+    work.products(2 * (forwards + windows) * (sizes.active + sizes.head))
+    work.shared += _COMPARED * sizes.vocabulary * windows
+    steps = 2 * sum(math.ceil(each.prompts / ROWS) * each.new_tokens for each in sizes.continued)
     work.shared += steps * (len(sizes.blocks) * _STEP + sizes.whole * _STREAMED) if whole else 0.0
     work.single += 0.0 if whole else 2 * passes * sizes.total * (sizes.bytes_ * _READ + _CODED)
 

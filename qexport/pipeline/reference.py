@@ -141,6 +141,7 @@ def prepare_reference(
         or prepare(checkpoint, live, evaluation.held_out, dtype=dtype, device=device, progress=progress),
         held_out=evaluation.held_out,
         prompts=evaluation.prompts,
+        suites=evaluation.suites,
         open_tokenizer=partial(open_tokenizer, checkpoint),
         settings=settings,
         dtype=dtype,

@@ -18,10 +18,13 @@ from qexport.quantizing.method import CalibrationSettings
 from qexport.recipe import Recipe
 from qexport.tensors import CalibrationSet
 from qexport.text.documents import Documents, read_documents, refuse_shared
+from qexport.text.formats import read_format_prompts
 from qexport.text.preflight import TokenizerFolder, refuse_contradicting_ends
 from qexport.text.prompts import EncodedPrompts, encode_prompts, read_prompts, refuse_long
+from qexport.text.refusals import read_requests
 from qexport.text.windows import HeldOut, make_held_out, make_windows
 from qexport.verifying import VerifySettings
+from qexport.verifying.suites import NO_SUITES, Suites, read_suites
 from qexport.verifying.tasks.measuring import require_harness
 from qexport.verifying.tasks.planned import planned_tasks
 
@@ -33,10 +36,12 @@ class Evaluation:
     Attributes:
         held_out: windows, as many as verification may take.
         prompts: prompts to continue, or None.
+        suites: what else the models are asked.
     """
 
     held_out: HeldOut
     prompts: EncodedPrompts | None
+    suites: Suites = NO_SUITES
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,7 @@ def read_evaluation(
         vocab_size=structure.vocab_size,
     )
     refuse_undecidable(settings, held_out)
-    return Evaluation(held_out, prompts)
+    return Evaluation(held_out, prompts, read_suites(settings, documents, tokenizer, structure, progress))
 
 
 def check_prompts_and_tasks(settings: VerifySettings) -> None:
@@ -127,6 +132,10 @@ def check_prompts_and_tasks(settings: VerifySettings) -> None:
     """
     if settings.prompts:
         read_prompts(Path(settings.prompts))
+    if settings.formats is not None:
+        read_format_prompts(Path(settings.formats.prompts))
+    if settings.refusals is not None:
+        read_requests(Path(settings.refusals.prompts))
     if settings.tasks is not None:
         require_harness()
         planned_tasks(settings.tasks)

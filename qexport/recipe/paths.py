@@ -68,6 +68,8 @@ REFERENCES: dict[Keys, Resolve] = {
     ("quantize", "calibration", "source"): calibration,
     ("verify", "text"): local,
     ("verify", "prompts"): local,
+    ("verify", "formats", "prompts"): local,
+    ("verify", "refusals", "prompts"): local,
     ("verify", "tasks", "tasks"): task,
     ("output",): local,
 }

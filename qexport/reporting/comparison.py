@@ -21,6 +21,7 @@ from qexport.errors import InputError, listed
 from qexport.reporting.html import render
 from qexport.reporting.markdown import escaped, markdown_table
 from qexport.reporting.selection import IDENTITY_LABELS, key_figures
+from qexport.reporting.suites import SUITES
 from qexport.reporting.svg import WIDTH, Axis, chart, line, linear_axis, tag, text, tick_text
 from qexport.reporting.terminal import VERDICT_STYLES, new_table
 from qexport.reporting.values import UNMEASURED, cut, visible
@@ -117,6 +118,10 @@ def _differences(first: Report, second: Report) -> Iterator[tuple[str, object, o
         yield from _difference(field, first.protocol, second.protocol)
     if first.generations and second.generations:
         yield from _difference("max_new_tokens", first.generations, second.generations)
+    for suite in SUITES:
+        ours, theirs = getattr(first, suite), getattr(second, suite)
+        for field in ("sha256", "max_new_tokens") if ours and theirs else ():
+            yield from ((f"{suite}.{name}", own, other) for name, own, other in _difference(field, ours, theirs))
 
 
 def _difference(field: str, first: object, second: object) -> Iterator[tuple[str, object, object]]:

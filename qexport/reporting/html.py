@@ -26,6 +26,7 @@ from qexport.reporting.selection import (
     worst_prompts,
     worst_tokens,
 )
+from qexport.reporting.suites import HEAD, LENGTH_HEAD, length_rows, suite_views
 from qexport.reporting.svg import gauge
 from qexport.reporting.values import UNMEASURED, format_value, kind_of, visible, visible_token
 from qexport.reporting.view import VERDICT_WORDS, equal_texts, figure_row, prompt_view, share, size_view, summarize
@@ -61,6 +62,7 @@ _SECTIONS: Final = (
     ("weights", "Weights"),
     ("tokens", "Worst tokens"),
     ("prompts", "Worst prompts"),
+    ("suites", "Suites"),
     ("checks", "Checks"),
     ("tasks", "Tasks"),
     ("cost", "Size and speed"),
@@ -94,11 +96,17 @@ class _Forest:
 def report_html(report: Report) -> str:
     """The page. The same report gives the same text."""
     weights = weights_view(report)
+    suites, lengths = suite_views(report), length_rows(report)
+    absent = {name for name, found in (("tasks", report.tasks), ("suites", suites or lengths)) if not found}
     return render(
         "report.html.jinja",
         report=report,
         summary=summarize(report),
-        sections=[(name, label) for name, label in _SECTIONS if name != "tasks" or report.tasks],
+        sections=[(name, label) for name, label in _SECTIONS if name not in absent],
+        suites=suites,
+        suite_head=HEAD,
+        length_rows=lengths,
+        length_head=LENGTH_HEAD,
         checks=by_result(report.checks),
         tiles=list(_tiles(report)),
         figures=[

@@ -9,6 +9,7 @@ from typing import Final
 
 from qexport.artifact.figures import Verdict
 from qexport.artifact.report import Report
+from qexport.reporting.suites import HEAD, LENGTH_HEAD, NUMBERS, length_rows, suite_views
 from qexport.reporting.values import Piece, cut, visible
 from qexport.reporting.view import GateRow, PromptView, summarize
 from qexport.reporting.weights_view import COLUMNS, cells, weights_view
@@ -61,6 +62,10 @@ def _parts(report: Report) -> Iterator[str]:
             yield markdown_table(COLUMNS, [[escaped(text) for text in cells(row)] for row in faulty], (1, 2, 3))
         if weights.unequal:
             yield "\n".join(f"- {escaped(name)}: {escaped(text)}" for name, text in weights.unequal)
+    if rows := [row for suite in suite_views(report) for row in suite.count_rows]:
+        yield markdown_table(HEAD, [[escaped(cell) for cell in row] for row in rows], NUMBERS)
+    if rows := length_rows(report):
+        yield markdown_table(LENGTH_HEAD, [[escaped(cell) for cell in row] for row in rows], NUMBERS)
     for prompt in summary.prompts:
         yield from _prompt(prompt)
     yield f"<sub>qexport {escaped(report.qexport_version)}, report `{report.digest()[:12]}`</sub>"

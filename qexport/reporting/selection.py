@@ -24,6 +24,8 @@ KEY_FIGURES: Final = (
     "decisive_flips",
     "identical_generations",
     "edit_distance",
+    "format_validity_change",
+    "recall_change",
     "speed_ratio",
     "first_token_ratio",
 )

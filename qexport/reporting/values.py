@@ -192,7 +192,7 @@ def _digits(kind: FigureKind, value: float, decimals: int) -> str:
     value *= _scale(kind.form)
     if kind.form == "nats" and 0 < abs(value) < _SMALLEST_PLAIN:
         return _scientific(value)
-    signed = kind.form == "points" and kind.better == "near"
+    signed = kind.form == "points" and kind.better != "lower"
     text = f"{value:+,.{decimals}f}" if signed and value else f"{value:,.{decimals}f}"
     return text.replace("-", "−")
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, Literal, cast, get_args
 
 from transformers import PreTrainedTokenizerBase
@@ -95,35 +96,61 @@ def read_prompts(path: Path) -> PromptSet:
             conversation does not end with the user, or a pair is not one clean and one messy prompt of one domain;
             with file and line.
     """
-    prompts: dict[str, Prompt] = {}
+    prompts: list[Prompt] = []
     pairs: dict[str, list[tuple[str, Prompt]]] = defaultdict(list)
-    for where, row in read_json_lines(path):
-        prompt = _prompt(row, where)
-        if prompt.id in prompts:
-            raise InputError(f"the id {prompt.id!r} is used twice", where=where, mend="give each prompt its own id")
-        prompts[prompt.id] = prompt
+    for where, _, prompt in prompt_rows(path):
+        prompts.append(prompt)
         if prompt.pair is not None:
             pairs[prompt.pair].append((where, prompt))
-    if not prompts:
-        raise InputError("it contains no prompts", where=str(path))
     for name, members in pairs.items():
         _check_pair(name, members)
-    return PromptSet(tuple(prompts.values()), path.name)
+    return PromptSet(tuple(prompts), path.name)
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+def prompt_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any], Prompt]]:
+    """Each line's place, its fields, and its prompt.
+
+    Raises:
+        InputError: the file cannot be read or is empty, a field is missing or of the wrong type, an id is used twice,
+            or a conversation does not end with the user; with file and line.
+    """
+    seen: set[str] = set()
+    for where, row in read_json_lines(path):
+        prompt = _prompt(row, where)
+        if prompt.id in seen:
+            raise InputError(f"the id {prompt.id!r} is used twice", where=where, mend="give each prompt its own id")
+        seen.add(prompt.id)
+        yield where, row, prompt
+    if not seen:
+        raise InputError("it contains no prompts", where=str(path))
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, tools: Sequence[Mapping[str, Any]] | None = None
+) -> list[int]:
     """The prompt's tokens, through the model's chat template if it has one.
 
     With a template an empty prompt is an empty message. Without one it has no tokens, but a model needs at least one
     token to continue. It becomes the beginning-of-text token, or the end-of-text token if the tokenizer has no other:
     the token that precedes a new text in training.
 
+    Args:
+        tokenizer: the model's.
+        prompt: a text or a conversation.
+        tools: functions that the model may call, as chat templates take them; None for none.
+
     Raises:
-        InputError: a conversation without a chat template (any rendering of it would be invented), a template that
-            rejects the conversation, or an empty prompt and a tokenizer with neither of these tokens.
+        InputError: a conversation or tools without a chat template (any rendering of them would be invented), a
+            template that rejects the conversation or does not name the tools, or an empty prompt and a tokenizer
+            with neither of these tokens.
     """
     if tokenizer.chat_template:
-        return tokenize(tokenizer, render_chat(tokenizer, prompt.prompt, reply=True), special_tokens=False)
+        text = render_chat(tokenizer, prompt.prompt, reply=True, tools=tools)
+        if tools is not None and text == render_chat(tokenizer, prompt.prompt, reply=True):
+            raise InputError("the chat template does not name the tools", where=prompt.id)
+        return tokenize(tokenizer, text, special_tokens=False)
+    if tools is not None:
+        raise InputError("tools need a chat template, and the tokenizer has none", where=prompt.id)
     if not isinstance(prompt.prompt, str):
         raise InputError("a conversation needs a chat template, and the tokenizer has none", where=prompt.id)
     ids = tokenize(tokenizer, prompt.prompt, special_tokens=True)
@@ -135,8 +162,17 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
     raise InputError("an empty prompt needs a token to begin with, and the tokenizer has none", where=prompt.id)
 
 
-def encode_prompts(prompt_set: PromptSet, tokenizer: PreTrainedTokenizerBase) -> EncodedPrompts:
+def encode_prompts(
+    prompt_set: PromptSet,
+    tokenizer: PreTrainedTokenizerBase,
+    tools: Mapping[str, Sequence[Mapping[str, Any]]] = MappingProxyType({}),
+) -> EncodedPrompts:
     """Encodes the prompts that `encode_prompt` can encode; the others are skipped, and listed with the reason.
+
+    Args:
+        prompt_set: the prompts.
+        tokenizer: the model's.
+        tools: what the model may call, by the prompt's id.
 
     Raises:
         InputError: none of them can be encoded.
@@ -145,7 +181,7 @@ def encode_prompts(prompt_set: PromptSet, tokenizer: PreTrainedTokenizerBase) ->
     skipped: dict[str, str] = {}
     for prompt in prompt_set.prompts:
         try:
-            encoded.append((prompt, encode_prompt(tokenizer, prompt)))
+            encoded.append((prompt, encode_prompt(tokenizer, prompt, tools.get(prompt.id))))
         except InputError as error:
             skipped[prompt.id] = error.what
     if not encoded:
@@ -158,7 +194,9 @@ def encode_prompts(prompt_set: PromptSet, tokenizer: PreTrainedTokenizerBase) ->
     return EncodedPrompts(prompt_set, prompts, input_ids, skipped)
 
 
-def refuse_long(encoded: EncodedPrompts, positions: int | None, max_new_tokens: int) -> None:
+def refuse_long(
+    encoded: EncodedPrompts, positions: int | None, max_new_tokens: int, setting: str = "verify.max_new_tokens"
+) -> None:
     """Checks that each prompt and its continuation fit into the learned positions of the model, if it has such.
 
     Raises:
@@ -172,7 +210,7 @@ def refuse_long(encoded: EncodedPrompts, positions: int | None, max_new_tokens: 
         raise InputError(
             f"with {max_new_tokens} new tokens, prompts exceed the {positions} positions of the model",
             where=listed(too_long),
-            mend="shorten them, or lower verify.max_new_tokens",
+            mend=f"shorten them, or lower {setting}",
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any, Final
 
@@ -41,7 +41,13 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, *, special_tokens: b
     return tokens
 
 
-def render_chat(tokenizer: PreTrainedTokenizerBase, document: Document, *, reply: bool = False) -> str:
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    document: Document,
+    *,
+    reply: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> str:
     """The text that the model sees. A plain text becomes a user's message.
 
     The template runs in a sandbox, in a process with limits of time and memory; a template that writes today's date
@@ -51,13 +57,19 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, document: Document, *, reply
         tokenizer: the model's.
         document: a text or a conversation.
         reply: end with the beginning of the assistant's answer.
+        tools: functions that the model may call, as JSON; None for none.
 
     Raises:
         InputError: the tokenizer has no chat template, or the template rejects this conversation or breaks a limit.
     """
     messages = [{"role": "user", "content": document}] if isinstance(document, str) else list(document)
     fixed = {"messages": messages, "add_generation_prompt": reply, "date_string": "01 Jan 2024"}
-    variables = {**tokenizer.special_tokens_map, "tools": None, "documents": None, **fixed}
+    variables = {
+        **tokenizer.special_tokens_map,
+        "tools": None if tools is None else list(tools),
+        "documents": None,
+        **fixed,
+    }
     return CHAT_TEMPLATES.render(_template(tokenizer), variables, where=tokenizer.name_or_path)
 
 

@@ -78,6 +78,26 @@ class TaskSettings(Settings):
     where the whole interval of the change lies above that. None by default."""
 
 
+class FormatSettings(Settings):
+    """Prompts whose answers must have a form: JSON under a schema, tool calls, code that parses."""
+
+    prompts: str
+    """A JSONL file with `id`, `prompt` or `messages`, and `format`, see docs/verification.md."""
+
+    max_new_tokens: Annotated[int, Field(ge=1, le=16_384)] = 256
+    """Tokens of an answer, at most. An answer that is cut off is mostly invalid, for both models."""
+
+
+class RefusalSettings(Settings):
+    """Harmless and harmful requests, refused or not by both models."""
+
+    prompts: str
+    """A JSONL file with `id`, `messages` or `prompt`, and `kind`: `harmful` or `harmless`."""
+
+    max_new_tokens: Annotated[int, Field(ge=1, le=16_384)] = 48
+    """Tokens of an answer, at most: a refusal is found in its first 200 characters."""
+
+
 class VerifySettings(Settings):
     """How the finished artifact is compared with the merged reference."""
 
@@ -111,6 +131,22 @@ class VerifySettings(Settings):
 
     tasks: TaskSettings | None = None
     """Task accuracy by lm-evaluation-harness; not measured by default."""
+
+    formats: FormatSettings | None = None
+    """Answers that must have a form; not measured by default."""
+
+    refusals: RefusalSettings | None = None
+    """Requests that are refused or not; not measured by default."""
+
+    lengths: Annotated[list[Annotated[int, Field(ge=64, le=1_048_576)]], Field(min_length=1)] | None = None
+    """Lengths in tokens, for example `[512, 4096, 16384]`: drift on windows of each, and facts recalled from texts of
+    each. Those beyond the model's `max_position_embeddings` are left out."""
+
+    length_windows: Annotated[int, Field(ge=2, le=1000)] = 6
+    """Windows of each length; fewer if the held-out text is shorter."""
+
+    needles: Annotated[int, Field(ge=0, le=1000)] = 10
+    """Texts of each length with a fact to recall, generated; 0 for none."""
 
     profile: ProfileName = "auto"
     """The limits to start from. `auto` chooses by method and size, `strict` allows half as much, `off` sets none."""

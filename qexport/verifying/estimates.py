@@ -121,7 +121,7 @@ def rival_figures(found: Measured, units: Units) -> list[Figure]:
     def figures_of(rival: Comparison, other: Comparison, names: tuple[str, str]) -> list[Figure]:
         chosen = units.chosen(found.indices[rival])
         own = chosen.means(tokens["artifact"].kl[found.indices[rival]])
-        relative = _relative_difference(own, chosen.means(tokens[other].kl))
+        relative = relative_difference(own, chosen.means(tokens[other].kl))
         return [
             chosen.mean(names[0], chosen.means(tokens[rival].kl), NOT_NEGATIVE),
             chosen.mean(names[1], relative, DIFFERENCE),
@@ -161,7 +161,7 @@ def ratio_values(ours: Array, theirs: Array, sizes: Array | None = None) -> Arra
     return np.asarray(ratio + (ours - ratio * theirs) / scale)
 
 
-def _relative_difference(own: Array, other: Array) -> Array:
+def relative_difference(own: Array, other: Array) -> Array:
     """(own - other) / (own + other) of each unit, -1 to 1; 0 where both are 0.
 
     Domains differ in divergence by more than models do. A relative difference needs only a few units.

@@ -64,6 +64,15 @@ def loaded_bytes(artifact: StoredModel, structure: Structure, dtype: torch.dtype
     return sum((artifact.folder / name).stat().st_size for name in artifact.files)
 
 
+def cache_memory(runner: BlockRunner, tokens: int) -> int:
+    """Bytes of the keys and values of so many tokens, at most."""
+    config = runner.architecture.parsed.get_text_config()
+    heads = getattr(config, "num_attention_heads", 1)
+    kept = getattr(config, "num_key_value_heads", None) or heads
+    width = (getattr(config, "head_dim", None) or config.hidden_size // heads) * kept
+    return int(2 * len(runner.structure.blocks) * width * tokens * runner.dtype.itemsize)
+
+
 def _head(structure: Structure) -> int:
     """Bytes of the output head's weight in float32."""
     head = structure.parameters[f"{structure.embedding if structure.tied else structure.head}.weight"]

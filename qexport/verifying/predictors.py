@@ -89,12 +89,21 @@ def predictors(runners: Sequence[BlockRunner], batches: Sequence[Sequence[Batch]
         runners: the models. A head that is bit for bit equal to the first model's is in memory only once.
         batches: each model's hidden states; some models may have only the first windows.
     """
+    with shared_heads(runners) as heads:
+        yield [HiddenStates(own, head) for own, head in zip(batches, heads, strict=True)]
+
+
+@contextmanager
+def shared_heads(runners: Sequence[BlockRunner]) -> Iterator[list[Head]]:
+    """Each model's head, valid within the context; one that is bit for bit equal to the first model's is in memory only
+    once.
+    """
     shared = [_same_head(runners[0], runner) for runner in runners[1:]]  # before a head is in memory
     with ExitStack() as stack:
         heads = [stack.enter_context(runners[0].head())]
         for runner, same in zip(runners[1:], shared, strict=True):
             heads.append(heads[0] if same else stack.enter_context(runner.head()))
-        yield [HiddenStates(own, head) for own, head in zip(batches, heads, strict=True)]
+        yield heads
 
 
 def _same_head(one: BlockRunner, other: BlockRunner) -> bool:

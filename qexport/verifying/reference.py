@@ -25,6 +25,7 @@ from qexport.verifying.divergence import compare_with_kept
 from qexport.verifying.estimates import divergence_figures, ratio_values
 from qexport.verifying.live_adapter import ComparedMerge, LiveAdapter, NotMeasured, compare_merge
 from qexport.verifying.predictors import KeptLogits, run_in_lockstep
+from qexport.verifying.suites import NO_SUITES, Suites
 from qexport.verifying.units import Units
 
 TOKENS: Final = 1024
@@ -180,6 +181,7 @@ class Reference:
         prepared: what was measured with the merged model alone.
         held_out: the text, as many windows as may be used.
         prompts: what both models continue; None for no prompts.
+        suites: what else they are asked.
         open_tokenizer: opens the merged model's tokenizer, whose tens of megabytes are not in memory while a run
             quantizes.
         settings: the recipe's `verify`.
@@ -200,6 +202,7 @@ class Reference:
     settings: VerifySettings
     dtype: torch.dtype
     device: torch.device
+    suites: Suites = NO_SUITES
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

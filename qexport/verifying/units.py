@@ -71,9 +71,9 @@ class Units:
         """Each unit's mean, float64 [units], of tokens' values [windows, tokens]. numpy sums in the same order with any
         number of threads.
         """
-        tokens = values.numpy().astype(np.float64)
         if self.members is None:
-            return np.asarray(tokens.mean(axis=1))
+            return row_means(values)
+        tokens = values.numpy().astype(np.float64)
         of = self.members.reshape(-1)
         return np.asarray(np.bincount(of, tokens.reshape(-1)) / np.bincount(of))
 
@@ -124,6 +124,11 @@ class Units:
         """The figure that is a quantile of all tokens' values [windows, tokens]."""
         found = quantile_interval(values, self.strata, q, members=self.members, planned=self.planned)
         return self.figure(name, found.fixed, found.sequence)
+
+
+def row_means(values: Tensor) -> Array:
+    """Each row's mean, float64 [rows], of tokens' values [rows, tokens]; numpy sums in a fixed order."""
+    return np.asarray(values.numpy().astype(np.float64).mean(axis=1))
 
 
 def document_units(held_out: HeldOut, windows: int, planned: int) -> Units:

@@ -28,6 +28,7 @@ from qexport.verifying.estimates import divergence_figures, rival_figures
 from qexport.verifying.reference import Reference
 from qexport.verifying.rounds import NO_LOOKS, Looks, Measured, Models, measure
 from qexport.verifying.speed import MeasuredSpeed
+from qexport.verifying.suites import MeasuredSuites, measure_suites
 from qexport.verifying.units import document_units
 from qexport.verifying.weights import WeightCheck
 from qexport.verifying.whole_models import Pair, measure_speed, measure_whole
@@ -54,6 +55,7 @@ class Measurement:
         weights: each tensor held against the reference's.
         generations: None if there are no prompts.
         tasks: of lm-evaluation-harness.
+        suites: what the models were asked besides.
         checks: of the gate `weights`, and of the gate `graph` where the artifact is an ONNX graph.
         readers: what read the artifact for these figures, with its version.
         unconfirmed: what could not be measured, and why.
@@ -68,6 +70,7 @@ class Measurement:
     weights: Weights
     generations: Generations | None
     tasks: list[TaskRecord]
+    suites: MeasuredSuites
     checks: list[CheckResult]
     readers: list[str]
     unconfirmed: list[str]
@@ -120,20 +123,22 @@ def verify(
     compared = weights.finish()
     pair = Pair(own, reading.runner, reference.merged, artifact, reference.tokenizer)
     whole = measure_whole(pair, reference.prompts, settings, steps, progress)
+    suites = measure_suites(pair, reference.suites, steps)
     speed = measure_speed(pair, ids, settings.speed, reference.dtype, progress)
     drift = zip(own.structure.blocks, measured.block_drift, strict=bool(measured.block_drift))
     return Measurement(
-        figures=[*figures, *compared.figures, *whole.figures],
+        figures=[*figures, *compared.figures, *whole.figures, *suites.figures],
         tokens=measured.tokens()["artifact"],
         looks=measured.looks,
         block_drift=[BlockDrift(name=name, relative_error=error) for name, error in drift],
         weights=compared.record,
         generations=whole.generations,
         tasks=whole.tasks,
+        suites=suites,
         checks=[*compared.checks, *reading.checks],
         readers=[reading.reader],
         unconfirmed=[*reference.prepared.unconfirmed, *reading.unconfirmed, *whole.unconfirmed],
-        notes=[*reading.notes, *whole.notes],
+        notes=[*reading.notes, *whole.notes, *suites.notes],
         timings=_timings(time.monotonic() - started, speed),
     )
 

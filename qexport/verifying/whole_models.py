@@ -80,13 +80,14 @@ def measure_generations(
         steps: counts the continuations, or the blocks.
     """
     greedy = greedy_settings(pair.checkpoint, pair.tokenizer, max_new_tokens=settings.max_new_tokens)
-    both = _continue(pair, Task(prompts, greedy, settings.sampling, steps), way)
+    both = continue_prompts(pair, Task(prompts, greedy, settings.sampling, steps), way)
     record = compare_texts(both, prompts, pair.tokenizer, greedy, settings.sampling.seed if settings.sampling else 0)
     notes = [*pass_notes(both.passes), *padding_notes(both.padding)]
     return MeasuredGenerations(record, _figures(record, prompts.prompts), notes)
 
 
-def _continue(pair: Pair, task: Task, way: Way) -> Both:
+def continue_prompts(pair: Pair, task: Task, way: Way) -> Both:
+    """Continues prompts with both models, in the way that memory allows."""
     if way == "whole":
         return continue_whole(pair.reference, pair.artifact, task)
     stored = partial(as_stored, pair.stored, pair.reference.dtype, pair.reference.device)

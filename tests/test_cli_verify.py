@@ -112,7 +112,7 @@ def test_without_the_adapter_the_artifact_is_another_model(
     assert verified(made / "out", made / "model", *short_text(made, tmp_path), "--gates", gates) == 6
     said = capsys.readouterr().err
     assert "error: 3 gates failed: weights (not as in the reference: " in said
-    assert "better_than_rtn is " in said
+    assert "kl_over_rtn is " in said
 
 
 @pytest.mark.parametrize(

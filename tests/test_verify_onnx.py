@@ -201,9 +201,9 @@ def plain_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
 def test_a_run_measures_the_graph_by_itself_and_the_other_layout_as_ever(sound: Sound) -> None:
     first, graph = sound.run.reports["safetensors"], sound.run.reports["onnx"]
     assert sound.run.passed
-    names = ["config", "tokenizer", "weights", "better_than_rtn", *GATES]
+    names = ["config", "files", "tokenizer", "weights", "better_than_rtn", *GATES]
     assert verdicts(first) == dict.fromkeys(names, "pass")
-    assert verdicts(graph) == dict.fromkeys([*names[:3], "graph", *names[3:]], "pass")
+    assert verdicts(graph) == dict.fromkeys([*names[:4], "graph", *names[4:]], "pass")
     assert (first.readers, graph.readers) == ([f"qexport {version('qexport')}"], [READER])
     assert graph.unconfirmed == []
     assert (len(first.block_drift), len(graph.block_drift)) == (trained_models.BLOCKS, 0)

@@ -16,7 +16,7 @@ from rich.console import Console
 
 import reports
 import rich_report
-from qexport.artifact.report import Report
+from qexport.artifact.report import ProfileRecord, Report
 from qexport.errors import RecipeError
 from qexport.reporting.html import report_html
 from qexport.reporting.markdown import escaped, report_markdown
@@ -212,6 +212,17 @@ def test_few_equal_texts_are_explained(equal: int, few: bool) -> None:
     for shown in (report_html(report), " ".join(printed(report_summary(report)).split())):
         assert (sentence in shown) == few
     assert f"{equal} of 12 greedy continuations are equal" in report_html(report)
+
+
+def test_profile_and_nearest_limit_stand_beside_the_verdict() -> None:
+    gates = [reports.gate_result("mean_kl", room=0.4), reports.gate_result("top1_agreement", room=0.07)]
+    profile = ProfileRecord(name="nf4-3b", strict=True, chosen="by name", reason="measured")
+    report = reports.report(gates, profile=profile)
+    said = "Limits of the profile nf4-3b, strict. Nearest to its limit: top1_agreement, 7% of what it allows is left."
+    assert said in report_html(report).partition("<nav")[0]
+    assert said in " ".join(printed(report_summary(report)).split())
+    over = reports.report([reports.gate_result(verdict="fail", room=-0.2)])
+    assert "Nearest to its limit: mean_kl, over it by 20% of what it allows." in report_html(over)
 
 
 def test_date_and_command_come_first() -> None:

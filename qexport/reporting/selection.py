@@ -64,6 +64,19 @@ def sentence(report: Report) -> str:
     return "The only gate passed." if len(report.gates) == 1 else f"All {total} passed."
 
 
+def distance(report: Report) -> str:
+    """Whose limits hold, and which gate is nearest to its limit, in one or two sentences."""
+    parts = []
+    if report.profile is not None:
+        parts.append(f"Limits of the profile {report.profile.name}{', strict' if report.profile.strict else ''}.")
+    measured = [(gate.room, gate) for gate in report.gates if gate.room is not None and gate.limit is not None]
+    if measured:
+        room, gate = min(measured, key=lambda each: each[0])
+        left = f"{room:.0%} of what it allows is left" if room >= 0 else f"over it by {-room:.0%} of what it allows"
+        parts.append(f"Nearest to its limit: {gate.name}, {left}.")
+    return " ".join(parts)
+
+
 def by_result(checks: Iterable[CheckResult]) -> list[CheckResult]:
     """Failed checks first, then those that had nothing to check."""
     return sorted(checks, key=lambda check: (check.passed is not False, check.passed is not None))

@@ -28,6 +28,8 @@ def report_summary(report: Report) -> RenderableType:
 def _parts(summary: Summary) -> Iterator[RenderableType]:
     yield Text.assemble((visible(summary.name), "bold"), f"  {visible(summary.how)}")
     yield verdict_line(summary)
+    if summary.distance:
+        yield Text(visible(summary.distance))
     if summary.gates:
         yield Padding(gate_table(summary.gates), (1, 0, 0, 0))
     yield Padding(figures_table(summary.figures), (1, 0, 0, 0))

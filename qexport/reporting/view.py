@@ -11,7 +11,7 @@ from qexport.artifact.figures import Figure, GateResult, Verdict
 from qexport.artifact.manifest import Sizes
 from qexport.artifact.measurements import Generations, PromptComparison
 from qexport.artifact.report import Report
-from qexport.reporting.selection import by_urgency, key_figures, sentence, worst_prompts
+from qexport.reporting.selection import by_urgency, distance, key_figures, sentence, worst_prompts
 from qexport.reporting.values import (
     UNMEASURED,
     Piece,
@@ -121,6 +121,7 @@ class Summary:
         verdict: the verdict over all gates.
         word: the same, for example `Passed`.
         sentence: the reason for the verdict.
+        distance: whose limits hold, and how far the nearest one is; empty where no limit is.
         gates: failed ones first.
         figures: the key figures, over all text.
         few_equal: whether half of the continuations or fewer are equal, which needs `FEW_EQUAL` beside it.
@@ -132,6 +133,7 @@ class Summary:
     verdict: Verdict
     word: str
     sentence: str
+    distance: str
     gates: list[GateRow]
     figures: list[FigureRow]
     few_equal: bool
@@ -147,6 +149,7 @@ def summarize(report: Report) -> Summary:
         verdict=report.verdict,
         word=VERDICT_WORDS[report.verdict],
         sentence=sentence(report),
+        distance=distance(report),
         gates=gate_rows(report.gates),
         figures=[figure_row(figure) for figure in key_figures(report)],
         few_equal=report.generations is not None

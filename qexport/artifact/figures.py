@@ -23,6 +23,7 @@ class FigureKind:
         better: which way a gate on it may point: `lower` takes at_most, `higher` at_least, `near` either.
         gated: whether it has an interval, without which no gate can be decided.
         teacher_forced: measured on the held-out text, on as many windows as the gates need.
+        served: measured only through a runtime.
     """
 
     label: str
@@ -31,6 +32,7 @@ class FigureKind:
     better: Better = "lower"
     gated: bool = True
     teacher_forced: bool = True
+    served: bool = False
 
 
 def _generated(label: str, form: Form, ideal: float, better: Better) -> FigureKind:
@@ -85,6 +87,20 @@ CATALOGUE: Final[Mapping[str, FigureKind]] = {
     "speed_ratio": _generated("tokens per second, artifact / reference", "ratio", 1.0, "near"),
     "first_token_ratio": _generated("time to first token, artifact / reference", "ratio", 1.0, "near"),
     "accuracy_change": _generated("accuracy, artifact - reference", "points", 0.0, "near"),
+    "fidelity_kl": FigureKind("mean KL divergence of the runtime from our float32 reading", "nats", 0.0, served=True),
+    "fidelity_top1": FigureKind("same likeliest token as in our float32 reading", "share", 1.0, "higher", served=True),
+    "fidelity_flips": FigureKind("decisive flips from our float32 reading", "share", 0.0, served=True),
+    "fidelity_continuations": FigureKind(
+        "continuations equal to our float32 reading's, up to ties",
+        "share",
+        1.0,
+        "higher",
+        teacher_forced=False,
+        served=True,
+    ),
+    "kl_over_reading": FigureKind(
+        "KL divergence of the runtime against our float32 reading's, relative", "ratio", 0.0, served=True
+    ),
 }
 """By name. docs/verification.md has each one's formula and source."""
 

@@ -72,6 +72,13 @@ def verify(
     gates: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The limits: a YAML file with profile and gates.")
     ] = None,
+    through: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RUNTIME",
+            help="A runtime to measure through as well: NAME, NAME@PYTHON or a URL. May be repeated.",
+        ),
+    ] = None,
     max_memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="The most main memory to take, for example 8GB.")
     ] = None,
@@ -90,15 +97,19 @@ def verify(
 
         if report_folder is not None:
             check_report_folder(report_folder)
-        chosen = reference_of(References(reference, overrides or (), adapter, text or (), prompts, gates, max_memory))
+        chosen = reference_of(
+            References(reference, overrides or (), adapter, text or (), prompts, gates, max_memory, through or ())
+        )
         from qexport import pipeline  # takes seconds; errors in the arguments should come first
         from qexport.gates.deciding import gates_error
+        from qexport.runtimes import portable_through
 
         options: dict[str, Sequence[str | Path | None]] = {
             "--adapter": [adapter],
             "--text": text or [],
             "--prompts": [prompts],
             "--gates": [gates],
+            "--through": [portable_through(each) for each in through or ()],
             "--max-memory": [max_memory],
         }
         with showing_progress() as progress:

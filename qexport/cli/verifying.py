@@ -14,6 +14,7 @@ from qexport.gates import read_gates
 from qexport.loading import LoadSettings
 from qexport.merge import MergeSettings
 from qexport.recipe import load_recipe, paths
+from qexport.runtimes import each_once, parse_through
 from qexport.verifying import VerifySettings
 
 _RECIPES: Final = (".yaml", ".yml")
@@ -31,6 +32,7 @@ class References:
         prompts: replaces the recipe's.
         gates: a file; replaces the recipe's profile and gates.
         max_memory: replaces the recipe's.
+        through: runtimes; replace the recipe's.
     """
 
     reference: str
@@ -40,6 +42,7 @@ class References:
     prompts: str | None
     gates: Path | None
     max_memory: str | None
+    through: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -59,11 +62,28 @@ def reference_of(options: References) -> Chosen:
         RecipeError: one of them is wrong, there is no held-out text, or options exclude each other.
     """
     chosen = _from_recipe(options) if options.reference.endswith(_RECIPES) else _from_model(options)
+    if options.through:
+        chosen = replace(chosen, settings=_through(chosen.settings, options.through))
     if options.gates is None:
         return chosen
     gates = read_gates(options.gates)
     update = {"profile": gates.profile, "gates": gates.gates}
     return replace(chosen, settings=chosen.settings.model_copy(update=update))
+
+
+def _through(settings: VerifySettings, texts: Sequence[str]) -> VerifySettings:
+    """The settings with the runtimes of the command line, whose interpreters start from the current directory."""
+    runtimes = [parse_through(text) for text in texts]
+    found = [
+        each
+        if each.python is None
+        else each.model_copy(update={"python": _resolved(paths.local, each.python, "--through")})
+        for each in runtimes
+    ]
+    try:
+        return settings.model_copy(update={"through": each_once(found)})
+    except ValueError as error:
+        raise RecipeError(str(error), where="--through", mend="name each runtime once") from error
 
 
 def _from_recipe(options: References) -> Chosen:
@@ -141,6 +161,8 @@ def verify_command(
 
 
 def _portable(text: str) -> str:
+    if "://" in text:
+        return text
     return _WORD.sub(lambda word: _last_component(word[0]), text)
 
 

@@ -18,6 +18,7 @@ from qexport.loading.checkpoint import load_checkpoint, locate_adapter
 from qexport.merge import MergeSettings
 from qexport.merge.merging import Merged, merge
 from qexport.pipeline.expectations import Expected, expect
+from qexport.pipeline.runtimes import check_runtimes, refuse_homeless
 from qexport.pipeline.texts import check_prompts_and_tasks, refuse_long_windows
 from qexport.progress import ProgressCallback, silent
 from qexport.recipe import Recipe
@@ -131,6 +132,8 @@ def plan(recipe: Recipe, *, progress: ProgressCallback = silent) -> Plan:
     """
     if recipe.verify is not None:
         check_prompts_and_tasks(recipe.verify)
+        check_runtimes(recipe.verify)
+        refuse_homeless(recipe.verify, [each.layout for each in recipe.export])
     merged = load_merged(recipe.load, recipe.merge, progress=progress)
     structure = merged.checkpoint.architecture.structure
     _check_windows(recipe, structure)

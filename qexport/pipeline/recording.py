@@ -14,8 +14,10 @@ from qexport.artifact.figures import CheckResult, GateResult, overall
 from qexport.artifact.integrity import digest_files
 from qexport.artifact.manifest import LISTING_NAME, CalibrationRecord, Manifest, Sizes, SourceRecord
 from qexport.artifact.report import ReferenceRecord, Report
+from qexport.artifact.served import confirming, verdict_through
 from qexport.pipeline.folders import ArtifactFolder, LayoutFolder
 from qexport.pipeline.planning import Plan
+from qexport.pipeline.serving import ServedArtifact
 from qexport.statistics.samples import ALPHA
 from qexport.tensors import CalibrationSet, Origin
 from qexport.text.tokenizers import template_digest, tokenizer_digest
@@ -31,6 +33,7 @@ def make_report(
     checks: Sequence[CheckResult],
     reference: Reference,
     *,
+    served: ServedArtifact,
     notes: Sequence[str],
     command: str,
 ) -> Report:
@@ -42,9 +45,11 @@ def make_report(
         gates: the decisions on them.
         checks: the results of config and tokenizer checks.
         reference: what it was measured against.
+        served: what runtimes made of it.
         notes: what a user should know, in addition to the notes of the measurement.
         command: the command that repeats the measurement.
     """
+    gates = [*gates, *served.gates]
     return Report(
         schema_version=1,
         qexport_version=version("qexport"),
@@ -58,7 +63,7 @@ def make_report(
         identity=_identity(reference),
         protocol=_protocol(reference, measured),
         figures=measured.figures,
-        gates=list(gates),
+        gates=gates,
         checks=list(checks),
         kl_histogram=kl_histogram(measured.tokens),
         flips_by_margin=flips_by_margin(measured.tokens),
@@ -68,8 +73,9 @@ def make_report(
         tasks=measured.tasks,
         layers=list(opened.layers),
         notes=[*notes, *measured.notes],
-        readers=measured.readers,
-        unconfirmed=[*_unconfirmed(opened, measured), *measured.unconfirmed],
+        readers=[*measured.readers, *confirming(served.records, gates)],
+        unconfirmed=[*_unconfirmed(opened, measured, served), *measured.unconfirmed],
+        served=list(served.records),
         environment=describe_environment(reference.device),
         command=command,
         timings=measured.timings,
@@ -81,10 +87,17 @@ def source_record(origin: Origin) -> SourceRecord:
     return SourceRecord(kind=origin.kind, name=origin.name, revision=origin.revision, sha256=dict(origin.sha256))
 
 
-def _unconfirmed(opened: ArtifactFolder, measured: Measurement) -> list[str]:
-    """Loading is unconfirmed with each loader that has not measured the folder."""
+def _unconfirmed(opened: ArtifactFolder, measured: Measurement, served: ServedArtifact) -> list[str]:
+    """Loading is unconfirmed with each loader that has not measured the folder, or whose gates did not pass."""
     seen = {reader.partition(" ")[0] for reader in measured.readers}
-    return [f"loading with {loader}" for loader in opened.loaders if loader not in seen]
+    verdicts = [(each, verdict_through(each.label, served.gates)) for each in served.records]
+    confirmed = {each.runtime.name.casefold() for each, verdict in verdicts if verdict == "pass"}
+    loaders = [loader for loader in opened.loaders if loader not in seen]
+    return [
+        *(f"loading with {loader}" for loader in loaders if loader.partition(" ")[0].casefold() not in confirmed),
+        *(f"serving with {each.label} ({verdict})" for each, verdict in verdicts if verdict != "pass"),
+        *served.unconfirmed,
+    ]
 
 
 def _identity(reference: Reference) -> Identity:

@@ -36,8 +36,9 @@ def _parts(summary: Summary) -> Iterator[RenderableType]:
 
 
 def verdict_line(summary: Summary) -> Text:
-    """The verdict and its reason."""
-    return Text.assemble((summary.word, VERDICT_STYLES[summary.verdict]), f"  {visible(summary.sentence)}")
+    """The verdict, its reason, and who confirmed it."""
+    word = (summary.word, VERDICT_STYLES[summary.verdict])
+    return Text.assemble(word, f"  {visible(summary.sentence)} {visible(summary.confirmation)}")
 
 
 def gate_table(gates: Sequence[GateRow]) -> Table:

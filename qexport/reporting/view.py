@@ -11,7 +11,7 @@ from qexport.artifact.figures import Figure, GateResult, Verdict
 from qexport.artifact.manifest import Sizes
 from qexport.artifact.measurements import PromptComparison
 from qexport.artifact.report import Report
-from qexport.reporting.selection import by_urgency, key_figures, sentence, worst_prompts
+from qexport.reporting.selection import by_urgency, confirmation, key_figures, sentence, worst_prompts
 from qexport.reporting.values import (
     UNMEASURED,
     Piece,
@@ -115,6 +115,7 @@ class Summary:
         verdict: the verdict over all gates.
         word: the same, for example `Passed`.
         sentence: the reason for the verdict.
+        confirmation: which programs have computed the artifact, and which have not.
         gates: failed ones first.
         figures: the key figures, over all text.
         prompts: the prompt whose continuations differ most, with long texts cut; empty if none differ.
@@ -125,6 +126,7 @@ class Summary:
     verdict: Verdict
     word: str
     sentence: str
+    confirmation: str
     gates: list[GateRow]
     figures: list[FigureRow]
     prompts: list[PromptView]
@@ -139,6 +141,7 @@ def summarize(report: Report) -> Summary:
         verdict=report.verdict,
         word=VERDICT_WORDS[report.verdict],
         sentence=sentence(report),
+        confirmation=confirmation(report),
         gates=gate_rows(report.gates),
         figures=[figure_row(figure) for figure in key_figures(report)],
         prompts=[prompt_view(each, _LONGEST_TEXT) for each in worst_prompts(report)[:1]],

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Final, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from qexport.gates import GateSettings, ProfileName
+from qexport.runtimes import RuntimeSettings, each_once
 from qexport.settings import Settings
 
 ENDINGS: Final = (".yaml", ".yml")
@@ -107,6 +108,10 @@ class VerifySettings(Settings):
 
     tasks: TaskSettings | None = None
     """Task accuracy by lm-evaluation-harness; not measured by default."""
+
+    through: Annotated[list[RuntimeSettings], AfterValidator(each_once)] = []
+    """Runtimes that the artifact is also measured through, with the same gates. A run skips those that cannot load a
+    layout."""
 
     profile: ProfileName = "auto"
     """The limits to start from. `auto` chooses by method and size; `off` sets none."""

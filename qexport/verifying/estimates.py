@@ -199,18 +199,18 @@ def rival_figures(found: Measured, units: Units) -> list[Figure]:
         chosen, own = units.chosen(found.indices["nearest"]), means["artifact"][found.indices["nearest"]]
         figures += [
             chosen.mean("rtn_mean_kl", means["nearest"], NOT_NEGATIVE),
-            chosen.mean("kl_over_rtn", _relative_difference(own, means["nearest"]), DIFFERENCE),
+            chosen.mean("kl_over_rtn", relative_difference(own, means["nearest"]), DIFFERENCE),
         ]
     if "base" in means:
         chosen, own = units.chosen(found.indices["base"]), means["artifact"][found.indices["base"]]
         figures += [
             chosen.mean("adapter_effect", means["base"], NOT_NEGATIVE),
-            chosen.mean("kl_over_base", _relative_difference(own, means["artifact_from_base"]), DIFFERENCE),
+            chosen.mean("kl_over_base", relative_difference(own, means["artifact_from_base"]), DIFFERENCE),
         ]
     return figures
 
 
-def _relative_difference(own: Array, other: Array) -> Array:
+def relative_difference(own: Array, other: Array) -> Array:
     """(own - other) / (own + other) of each window, -1 to 1; 0 where both are 0.
 
     Domains differ in divergence by more than models do. A relative difference needs only a few windows.

@@ -1,0 +1,105 @@
+"""The artifact measured through the runtimes that the recipe names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+import torch
+
+from qexport.artifact.figures import GateResult
+from qexport.artifact.served import ServedRecord
+from qexport.gates.serving import decide_served, fidelity_limit
+from qexport.pipeline.folders import ArtifactFolder
+from qexport.pipeline.reference import Gates
+from qexport.pipeline.runtimes import misfit
+from qexport.progress import Notice, ProgressCallback, Steps
+from qexport.reading.stored_model import StoredModel, open_stored
+from qexport.runtimes import RuntimeSettings
+from qexport.runtimes.child import ChildRuntime
+from qexport.verifying.reference import Reference
+from qexport.verifying.served import NEW_TOKENS, PROMPT_TOKENS, measure_served
+
+
+@dataclass(frozen=True)
+class ServedArtifact:
+    """What all runtimes made of an artifact.
+
+    Attributes:
+        records: one for each runtime.
+        gates: of all of them.
+        unconfirmed: the runtimes that were named and not asked, and why.
+    """
+
+    records: Sequence[ServedRecord] = ()
+    gates: Sequence[GateResult] = ()
+    unconfirmed: Sequence[str] = ()
+
+
+NOT_SERVED: Final = ServedArtifact()
+
+
+def measure_through(
+    reference: Reference,
+    opened: ArtifactFolder,
+    gates: Gates,
+    runtimes: Sequence[RuntimeSettings],
+    *,
+    progress: ProgressCallback,
+) -> ServedArtifact:
+    """Measures an artifact through each runtime that can load it.
+
+    Args:
+        reference: what to compare it with.
+        opened: the artifact.
+        gates: its gates; each runtime's are decided with the same limits.
+        runtimes: what to measure it through.
+        progress: is called with each step.
+
+    Raises:
+        InputError: a runtime fails.
+        CompatibilityError: a runtime refuses the artifact.
+        ResourceError: a runtime takes too much time or memory.
+    """
+    records, decided, unconfirmed = list[ServedRecord](), list[GateResult](), list[str]()
+    for each in runtimes:
+        if why := misfit(each, opened.artifact):
+            unconfirmed.append(f"serving with {each.label} ({why})")
+            continue
+        record = _measure(each, reference, opened.artifact, gates, progress)
+        records.append(record)
+        decided += decide_served(gates.limits, record.figures, record.fidelity_limit, record.label)
+    return ServedArtifact(records, decided, unconfirmed)
+
+
+def _measure(
+    settings: RuntimeSettings, reference: Reference, artifact: StoredModel, gates: Gates, progress: ProgressCallback
+) -> ServedRecord:
+    progress(Notice(f"starting {settings.label} with {artifact.folder.name}"))
+    longest = max(reference.held_out.input_ids.shape[1], PROMPT_TOKENS + NEW_TOKENS) + 1
+    steps = Steps(progress)
+    with (
+        open_stored(artifact.folder, dtype=torch.float32, like=artifact.architecture) as wide,
+        ChildRuntime(settings, artifact.folder, longest=longest) as runtime,
+    ):
+        fidelity = _fidelity(runtime.facts.dtype, reference, artifact)
+        decide = partial(decide_served, gates.limits, fidelity=fidelity, label=settings.label)
+        measured = measure_served(runtime, wide, reference, decide, steps)
+        rounded = ["fidelity_kl has no limit: activations are rounded, so that two sound computations differ"]
+        return ServedRecord(
+            label=settings.label,
+            runtime=runtime.facts,
+            scored="vocabulary",
+            figures=measured.figures,
+            fidelity_limit=fidelity,
+            notes=[*measured.notes, *(rounded if fidelity is None else [])],
+        )
+
+
+def _fidelity(dtype: str, reference: Reference, artifact: StoredModel) -> float | None:
+    if artifact.rounds_activations:
+        return None
+    floor = reference.prepared.noise_floor.get("mean_kl")
+    return fidelity_limit(dtype, floor, str(reference.dtype).removeprefix("torch."))

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +39,8 @@ class Whole:
     """A whole model of transformers as a runtime."""
 
     def __init__(self, model: PreTrainedModel, *, padding: int = 0) -> None:
-        self.model, self._padding = model, padding
+        self.model: Any = model
+        self._padding = padding
         self.facts = RuntimeFacts(name="vllm", version="1", kernels={}, dtype="float32", arguments={})
 
     @torch.no_grad()
@@ -96,7 +98,8 @@ def sound() -> PreTrainedModel:
     weights = {record.name: dequantized(record, torch.float32) for record in quantized().records()}
     for name, parameter in model.named_parameters():
         parameter.data = weights[name].float()
-    return model.eval()
+    model.eval()
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +152,7 @@ def test_a_sound_runtime_is_confirmed(folder: Path) -> None:
 
 
 def test_sixteen_bits_keep_the_limit_of_their_dtype(folder: Path) -> None:
-    found = measured(folder, Whole(copy.deepcopy(sound()).to(torch.bfloat16)))
+    found = measured(folder, Whole(torch.nn.Module.to(copy.deepcopy(sound()), torch.bfloat16)))
     assert LIMIT < value(found, "fidelity_kl") < fidelity_limit("bfloat16", None, "bfloat16")
 
 
@@ -174,7 +177,7 @@ def half_rotated_keys(model: PreTrainedModel) -> None:
 
 
 def other_rope(model: PreTrainedModel) -> None:
-    model.get_submodule("model.rotary_emb").inv_freq.mul_(0.7)  # type: ignore[operator,union-attr]
+    model.get_submodule("model.rotary_emb").inv_freq.mul_(0.7)  # type: ignore[operator]
 
 
 def untrained_rows(model: PreTrainedModel) -> None:

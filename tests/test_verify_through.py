@@ -50,7 +50,7 @@ class Made:
 def programs() -> Any:
     """The stand-in takes the place of vLLM."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules["qexport.runtimes.child"].PROGRAMS, "vllm", str(PROGRAM))  # type: ignore[attr-defined]
+        patch.setitem(sys.modules["qexport.runtimes.child"].PROGRAMS, "vllm", str(PROGRAM))
         yield
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from qexport.artifact.figures import Figure, GateResult, Verdict, overall
+from qexport.artifact.figures import CheckResult, Figure, GateResult, Verdict, overall
 from qexport.records import Record
 
 Scored = Literal["vocabulary", "token", "nothing"]
@@ -44,6 +44,9 @@ class ServedRecord(Record):
     figures: list[Figure]
     """Against the reference, by the names of the figures that our own reader gives; those against our own float32
     reading of the same files begin with `fidelity_`."""
+
+    checks: list[CheckResult] = []
+    """Of an endpoint: whether it makes the same tokens of a text."""
 
     fidelity_limit: float | None
     """The largest `fidelity_kl` that passes, if the recipe sets no other; None where activations are rounded, since two

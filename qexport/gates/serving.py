@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from qexport.artifact.figures import Figure, GateResult
+from qexport.artifact.figures import CheckResult, Figure, GateResult
 from qexport.artifact.report import Report
 from qexport.artifact.served import through
 from qexport.gates import HasGates
@@ -42,7 +42,11 @@ def fidelity_limit(dtype: str, noise_floor: float | None, reference_dtype: str) 
 
 
 def decide_served(
-    limits: Sequence[Limit], figures: Sequence[Figure], fidelity: float | None, label: str
+    limits: Sequence[Limit],
+    figures: Sequence[Figure],
+    fidelity: float | None,
+    label: str,
+    checks: Sequence[CheckResult] = (),
 ) -> list[GateResult]:
     """The gates of one runtime, each named after its figure and the runtime.
 
@@ -53,12 +57,14 @@ def decide_served(
         figures: what was measured through the runtime.
         fidelity: the largest `fidelity_kl` unless the limits have one; None for no such gate.
         label: the runtime's.
+        checks: of the endpoint's tokenizer.
     """
     measured = {(figure.name, figure.domain) for figure in figures}
     own = [limit for limit in limits if (limit.figure, limit.domain) in measured]
     if fidelity is not None and FIDELITY not in {limit.figure for limit in limits}:
         own.append(Limit(FIDELITY, None, "at_most", fidelity, by_user=False))
-    decided = [_one(limit, figures) for limit in own]
+    decided = decide([], [], checks, ["tokenizer"]) if checks else []
+    decided += [_one(limit, figures) for limit in own]
     return [gate.model_copy(update={"name": through(gate.name, label)}) for gate in decided]
 
 
@@ -67,7 +73,9 @@ def decide_served_again(report: Report, settings: HasGates, of_layer: ProfileOfL
     profile = profile_for(settings, report.layers, report.subject.sizes, of_layer)
     limits, _ = above_floor(limits_of(settings, profile), noise_floors(report.figures))
     return [
-        gate for each in report.served for gate in decide_served(limits, each.figures, each.fidelity_limit, each.label)
+        gate
+        for each in report.served
+        for gate in decide_served(limits, each.figures, each.fidelity_limit, each.label, each.checks)
     ]
 
 

@@ -19,7 +19,9 @@ from qexport.progress import Notice, ProgressCallback, Steps
 from qexport.reading.stored_model import StoredModel, open_stored
 from qexport.runtimes import RuntimeSettings
 from qexport.runtimes.child import ChildRuntime
+from qexport.runtimes.endpoints import open_endpoint
 from qexport.verifying.reference import Reference
+from qexport.verifying.sampled import measure_endpoint
 from qexport.verifying.served import NEW_TOKENS, PROMPT_TOKENS, measure_served
 
 
@@ -70,32 +72,59 @@ def measure_through(
             continue
         record = _measure(each, reference, opened.artifact, gates, progress)
         records.append(record)
-        decided += decide_served(gates.limits, record.figures, record.fidelity_limit, record.label)
+        decided += decide_served(gates.limits, record.figures, record.fidelity_limit, record.label, record.checks)
     return ServedArtifact(records, decided, unconfirmed)
 
 
 def _measure(
     settings: RuntimeSettings, reference: Reference, artifact: StoredModel, gates: Gates, progress: ProgressCallback
 ) -> ServedRecord:
+    with open_stored(artifact.folder, dtype=torch.float32, like=artifact.architecture) as wide:
+        if settings.runtime is None:
+            return _ask(settings, reference, wide, progress)
+        return _start(settings, reference, wide, gates, progress)
+
+
+def _start(
+    settings: RuntimeSettings, reference: Reference, artifact: StoredModel, gates: Gates, progress: ProgressCallback
+) -> ServedRecord:
+    """Measures through a program in an environment of its own."""
     progress(Notice(f"starting {settings.label} with {artifact.folder.name}"))
     longest = max(reference.held_out.input_ids.shape[1], PROMPT_TOKENS + NEW_TOKENS) + 1
-    steps = Steps(progress)
-    with (
-        open_stored(artifact.folder, dtype=torch.float32, like=artifact.architecture) as wide,
-        ChildRuntime(settings, artifact.folder, longest=longest) as runtime,
-    ):
+    with ChildRuntime(settings, artifact.folder, longest=longest) as runtime:
         fidelity = _fidelity(runtime.facts.dtype, reference, artifact)
         decide = partial(decide_served, gates.limits, fidelity=fidelity, label=settings.label)
-        measured = measure_served(runtime, wide, reference, decide, steps)
-        rounded = ["fidelity_kl has no limit: activations are rounded, so that two sound computations differ"]
+        measured = measure_served(runtime, artifact, reference, decide, Steps(progress))
         return ServedRecord(
             label=settings.label,
             runtime=runtime.facts,
             scored="vocabulary",
             figures=measured.figures,
             fidelity_limit=fidelity,
-            notes=[*measured.notes, *(rounded if fidelity is None else [])],
+            notes=[_ROUNDED] if fidelity is None else [],
         )
+
+
+def _ask(
+    settings: RuntimeSettings, reference: Reference, artifact: StoredModel, progress: ProgressCallback
+) -> ServedRecord:
+    """Measures through an endpoint."""
+    endpoint = open_endpoint(settings, lambda ids: str(reference.tokenizer.decode(ids)))
+    progress(Notice(f"{settings.label} is {endpoint.facts.name} {endpoint.facts.version}"))
+    fidelity = _fidelity(endpoint.facts.dtype, reference, artifact)
+    measured = measure_endpoint(endpoint, artifact, reference, Steps(progress))
+    return ServedRecord(
+        label=settings.label,
+        runtime=endpoint.facts,
+        scored=measured.scored,
+        figures=measured.figures,
+        checks=measured.checks,
+        fidelity_limit=None if measured.scored == "nothing" else fidelity,
+        notes=[*measured.notes, *([_ROUNDED] if fidelity is None else [])],
+    )
+
+
+_ROUNDED: Final = "fidelity_kl has no limit: activations are rounded, so that two sound computations differ"
 
 
 def _fidelity(dtype: str, reference: Reference, artifact: StoredModel) -> float | None:

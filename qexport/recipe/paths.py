@@ -116,14 +116,15 @@ def portable(recipe: dict[str, Any]) -> dict[str, Any]:
     """A recipe's JSON values with local paths reduced to their last component, without `output` and `max_memory`."""
     recipe = {key: value for key, value in recipe.items() if key not in ("output", "max_memory")}
     for keys, resolve in REFERENCES.items():
+        name = keys[-1]
         for part in _parts(recipe, keys[:-1]):
-            if value := part.get(keys[-1]):
+            if value := part.get(name):
                 shortened = [_shortened(text, resolve) for text in ([value] if isinstance(value, str) else value)]
-                part[keys[-1]] = shortened[0] if isinstance(value, str) else shortened
+                part[name] = shortened[0] if isinstance(value, str) else shortened
     return recipe
 
 
-def _parts(value: Any, keys: Keys) -> list[dict[str, Any]]:
+def _parts(value: Any, keys: Keys) -> list[dict[Any, Any]]:
     """The mappings at a path; several where it goes through the items of a list."""
     if not value:
         return []

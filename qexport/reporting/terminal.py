@@ -28,6 +28,7 @@ def report_summary(report: Report) -> RenderableType:
 def _parts(summary: Summary) -> Iterator[RenderableType]:
     yield Text.assemble((visible(summary.name), "bold"), f"  {visible(summary.how)}")
     yield verdict_line(summary)
+    yield Text(visible(summary.confirmation))
     if summary.gates:
         yield Padding(gate_table(summary.gates), (1, 0, 0, 0))
     yield Padding(figures_table(summary.figures), (1, 0, 0, 0))
@@ -36,9 +37,8 @@ def _parts(summary: Summary) -> Iterator[RenderableType]:
 
 
 def verdict_line(summary: Summary) -> Text:
-    """The verdict, its reason, and who confirmed it."""
-    word = (summary.word, VERDICT_STYLES[summary.verdict])
-    return Text.assemble(word, f"  {visible(summary.sentence)} {visible(summary.confirmation)}")
+    """The verdict and its reason."""
+    return Text.assemble((summary.word, VERDICT_STYLES[summary.verdict]), f"  {visible(summary.sentence)}")
 
 
 def gate_table(gates: Sequence[GateRow]) -> Table:

@@ -138,10 +138,10 @@ def measure_served(
     figures, fidelity = list[Figure](), list[Figure]()
     for first, last in looks_at(len(ids), reference.settings.windows):
         ours = [] if looks else [own_reading(artifact, reference)]
-        found, *others = _compare(runtime, ours, reference, ids[first:last], steps)
-        quality.append(found)
+        found = _compare(runtime, ours, reference, ids[first:last], steps)
+        quality.append(found[0])
         looks.append(last)
-        fidelity += _fidelity(found, *others, reference) if others else []
+        fidelity += _fidelity(found, reference) if ours else []
         figures = [*_quality(TokenFigures.joined(quality), reference), *fidelity]
         if not needs_more(decide(figures)):
             break
@@ -181,10 +181,9 @@ def _quality(tokens: TokenFigures, reference: Reference) -> list[Figure]:
     return divergence_figures(tokens, Units(reference.held_out.domains[:windows], "window", predicted, PLANNED_UNITS))
 
 
-def _fidelity(
-    quality: TokenFigures, fidelity: TokenFigures, reading: TokenFigures, reference: Reference
-) -> list[Figure]:
+def _fidelity(found: Sequence[TokenFigures], reference: Reference) -> list[Figure]:
     """On the windows of the first look. The gate is decided on the interval for that number: more are never added."""
+    quality, fidelity, reading = found
     windows, predicted = fidelity.kl.shape
     units = Units(reference.held_out.domains[:windows], "window", predicted, PLANNED_UNITS)
     relative = relative_difference(window_means(quality.kl), window_means(reading.kl))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
+from typing import Final
 
 import torch
 
@@ -18,6 +20,8 @@ from qexport.artifact.served import confirming, verdict_through
 from qexport.pipeline.folders import ArtifactFolder, LayoutFolder
 from qexport.pipeline.planning import Plan
 from qexport.pipeline.serving import ServedArtifact
+from qexport.reporting.markdown import escaped
+from qexport.reporting.view import summarize
 from qexport.statistics.samples import ALPHA
 from qexport.tensors import CalibrationSet, Origin
 from qexport.text.tokenizers import template_digest, tokenizer_digest
@@ -80,6 +84,24 @@ def make_report(
         command=command,
         timings=measured.timings,
     )
+
+
+_CARD: Final = "README.md"
+_SECTION: Final = "\n## Verification\n"
+
+
+def complete_card(folder: Path, report: Report) -> None:
+    """Says in the model card what the verdict was, who has computed the artifact and who has not.
+
+    Args:
+        folder: of a layout; its card may have the section already.
+        report: on the folder.
+    """
+    card = folder / _CARD
+    text = card.read_text(encoding="utf-8").partition(_SECTION)[0]
+    found = summarize(report)
+    words = f"{found.word}: {found.sentence} {found.confirmation}"
+    card.write_text(f"{text}{_SECTION}\n{escaped(words)}\n", encoding="utf-8")
 
 
 def source_record(origin: Origin) -> SourceRecord:

@@ -16,6 +16,12 @@ _SETTINGS = {
 }
 
 
+def prepare() -> None:
+    """Sets what vLLM reads when it is imported."""
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+
+
 class Model:
     """See `answering`.
 
@@ -26,8 +32,7 @@ class Model:
     """
 
     def __init__(self, folder: str, dtype: str, longest: int) -> None:
-        for name, value in _SETTINGS.items():
-            os.environ.setdefault(name, value)  # before vLLM is imported
+        prepare()
         import torch
         from vllm import LLM, SamplingParams
 

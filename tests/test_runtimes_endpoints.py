@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
@@ -31,8 +31,8 @@ KINDS: tuple[Kind, ...] = ("vllm", "sglang", "tgi")
 IDS = [1, 40, 90, 41, 77, 30, 2, 8]
 
 
-def decode(ids: object) -> str:
-    return str(factories.tokenizer().decode(ids))
+def decode(ids: Sequence[int]) -> str:
+    return str(factories.tokenizer().decode(list(ids)))
 
 
 def opened(url: str, **settings: object) -> RuntimeSettings:

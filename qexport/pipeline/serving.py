@@ -109,7 +109,7 @@ def _ask(
     settings: RuntimeSettings, reference: Reference, artifact: StoredModel, progress: ProgressCallback
 ) -> ServedRecord:
     """Measures through an endpoint."""
-    endpoint = open_endpoint(settings, lambda ids: str(reference.tokenizer.decode(ids)))
+    endpoint = open_endpoint(settings, lambda ids: str(reference.tokenizer.decode(list(ids))))
     progress(Notice(f"{settings.label} is {endpoint.facts.name} {endpoint.facts.version}"))
     fidelity = _fidelity(endpoint.facts.dtype, reference, artifact)
     measured = measure_endpoint(endpoint, artifact, reference, Steps(progress))

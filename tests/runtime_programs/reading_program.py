@@ -14,7 +14,7 @@ class Model:
     """What `answering` asks for."""
 
     def __init__(self, folder: str, dtype: str, longest: int) -> None:
-        self._model = qexport.load(folder, device="cpu", dtype=getattr(torch, dtype))
+        self._model: Any = qexport.load(folder, device="cpu", dtype=getattr(torch, dtype))
         torch.set_grad_enabled(False)
         if os.environ.get("QEXPORT_TEST_FAULT") == "norm x 1.1":
             self._model.get_parameter("model.norm.weight").mul_(1.1)

@@ -27,7 +27,7 @@ from qexport.text.documents import Documents
 from qexport.text.windows import HeldOut, make_held_out
 from qexport.verifying import VerifySettings
 from qexport.verifying.reference import Preparation, Reference
-from qexport.verifying.served import Served, measure_served
+from qexport.verifying.served import measure_served
 from quantized_models import QuantizedModel, dequantized
 
 CPU = torch.device("cpu")
@@ -109,7 +109,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def measured(folder: Path, runtime: Whole) -> Served:
+def measured(folder: Path, runtime: Whole) -> list[Figure]:
     with open_stored(folder, dtype=torch.float32) as artifact:
         return measure_served(runtime, artifact, reference(), lambda figures: gates(figures), Steps(silent))
 
@@ -119,8 +119,8 @@ def gates(figures: Sequence[Figure]) -> list[GateResult]:
     return decide_served(limits, figures, LIMIT, LABEL)
 
 
-def value(found: Served, name: str) -> float:
-    figure = find_figure(found.figures, name)
+def value(found: list[Figure], name: str) -> float:
+    figure = find_figure(found, name)
     assert figure is not None
     return figure.value
 
@@ -146,7 +146,7 @@ def test_a_sound_runtime_is_confirmed(folder: Path) -> None:
     assert value(found, "fidelity_top1") == 1.0
     assert value(found, "fidelity_continuations") == 1.0
     assert abs(value(found, "kl_over_reading")) < 0.05
-    decided = gates(found.figures)
+    decided = gates(found)
     assert [gate.name for gate in decided] == ["mean_kl through vllm float32", "fidelity_kl through vllm float32"]
     assert verdict_through(LABEL, decided) == "pass"
 
@@ -207,13 +207,13 @@ def damaged(fault: str) -> PreTrainedModel:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_in_what_is_served_fails_fidelity(fault: str, folder: Path) -> None:
     found = measured(folder, Whole(damaged(fault)))
-    decided = {gate.name: gate for gate in gates(found.figures)}
+    decided = {gate.name: gate for gate in gates(found)}
     assert decided[through("fidelity_kl", LABEL)].verdict == "fail"
     assert value(found, "fidelity_kl") > 10 * LIMIT
 
 
 def test_faults_that_quality_does_not_see_are_why_fidelity_is_measured(folder: Path) -> None:
-    decided = {gate.name: gate for gate in gates(measured(folder, Whole(damaged("o_proj x 0.9"))).figures)}
+    decided = {gate.name: gate for gate in gates(measured(folder, Whole(damaged("o_proj x 0.9"))))}
     assert decided[through("mean_kl", LABEL)].passed
 
 
@@ -258,4 +258,7 @@ def test_a_limit_of_the_recipe_takes_the_place_of_ours() -> None:
     (gate,) = decide_served([Limit("fidelity_kl", None, "at_most", 0.7, by_user=True)], [figure], LIMIT, LABEL)
     assert (gate.limit, gate.verdict) == (0.7, "pass")
     assert decide_served([], [figure], None, LABEL) == []
+    (gate,) = decide_served([Limit("fidelity_kl", None, "at_most", 0.7, by_user=True)], [], None, LABEL)
+    assert gate.verdict == "undecided"
+    assert decide_served([Limit("mean_kl", None, "at_most", 0.7, by_user=True)], [], None, LABEL) == []
     assert verdict_through(LABEL, []) == "undecided"

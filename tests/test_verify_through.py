@@ -125,6 +125,14 @@ def test_gates_are_decided_again_for_the_runtime_too(made: Made) -> None:
     }  # fmt: skip
 
 
+def test_a_limit_on_a_runtime_that_was_not_asked_is_undecided(made: Made) -> None:
+    settings = VerifySettings.model_validate({"text": "x", "profile": "off", "gates": {"fidelity_kl": {"at_most": 1}}})
+    unserved = made.result.report.model_copy(update={"served": []})
+    gates, _ = decide_again(unserved, settings, profile_of_layer)
+    assert {gate.name: gate.verdict for gate in gates}["fidelity_kl"] == "undecided"
+    assert decide_served_again(unserved, settings, profile_of_layer) == []
+
+
 def test_what_is_served_otherwise_fails_the_command(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QEXPORT_TEST_FAULT", "norm x 1.1")
     found = made.verify("--through", f"vllm@{made.python},dtype=float32")

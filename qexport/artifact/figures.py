@@ -39,6 +39,10 @@ def _generated(label: str, form: Form, ideal: float, better: Better) -> FigureKi
     return FigureKind(label, form, ideal, better, teacher_forced=False)
 
 
+def _served(label: str, form: Form, ideal: float | None, better: Better) -> FigureKind:
+    return FigureKind(label, form, ideal, better, teacher_forced=False, served=True)
+
+
 CATALOGUE: Final[Mapping[str, FigureKind]] = {
     "reference_perplexity": FigureKind("perplexity of the reference", "number"),
     "artifact_perplexity": FigureKind("perplexity of the artifact", "number"),
@@ -87,19 +91,14 @@ CATALOGUE: Final[Mapping[str, FigureKind]] = {
     "speed_ratio": _generated("tokens per second, artifact / reference", "ratio", 1.0, "near"),
     "first_token_ratio": _generated("time to first token, artifact / reference", "ratio", 1.0, "near"),
     "accuracy_change": _generated("accuracy, artifact - reference", "points", 0.0, "near"),
-    "fidelity_kl": FigureKind("mean KL divergence of the runtime from our float32 reading", "nats", 0.0, served=True),
-    "fidelity_top1": FigureKind("same likeliest token as in our float32 reading", "share", 1.0, "higher", served=True),
-    "fidelity_flips": FigureKind("decisive flips from our float32 reading", "share", 0.0, served=True),
-    "fidelity_continuations": FigureKind(
-        "continuations equal to our float32 reading's, up to ties",
-        "share",
-        1.0,
-        "higher",
-        teacher_forced=False,
-        served=True,
+    "fidelity_kl": _served("mean KL divergence of the runtime from our float32 reading", "nats", 0.0, "lower"),
+    "fidelity_top1": _served("same likeliest token as in our float32 reading", "share", 1.0, "higher"),
+    "fidelity_flips": _served("decisive flips from our float32 reading", "share", 0.0, "lower"),
+    "fidelity_continuations": _served(
+        "continuations equal to our float32 reading's, up to ties", "share", 1.0, "higher"
     ),
-    "kl_over_reading": FigureKind(
-        "KL divergence of the runtime against our float32 reading's, relative", "ratio", 0.0, served=True
+    "kl_over_reading": _served(
+        "KL divergence of the runtime against our float32 reading's, relative", "ratio", None, "lower"
     ),
 }
 """By name. docs/verification.md has each one's formula and source."""

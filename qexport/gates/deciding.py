@@ -258,7 +258,7 @@ def decide_again(report: Report, settings: HasGates, of_layer: ProfileOfLayer) -
         nearest=rounded or "better_than_rtn" in decided,
         graph="graph" in decided or any(check.gate == "graph" for check in report.checks),
     )
-    own = [limit for limit in limits if not CATALOGUE[limit.figure].served]
+    own = [limit for limit in limits if not (CATALOGUE[limit.figure].served and report.served)]
     return decide(own, report.all_figures, report.checks, expected), [*notes, *waived]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from qexport.artifact.figures import CheckResult, Figure, GateResult
+from qexport.artifact.figures import CATALOGUE, CheckResult, Figure, GateResult
 from qexport.artifact.report import Report
 from qexport.artifact.served import through
 from qexport.gates import HasGates
@@ -50,7 +50,8 @@ def decide_served(
 ) -> list[GateResult]:
     """The gates of one runtime, each named after its figure and the runtime.
 
-    Limits on what the runtime cannot tell are left out; the report says what that is.
+    Limits on figures of our own reader that the runtime cannot tell are left out; the report says what that is. Those on
+    figures that only runtimes give are undecided then.
 
     Args:
         limits: the recipe's and the profile's.
@@ -60,7 +61,7 @@ def decide_served(
         checks: of the endpoint's tokenizer.
     """
     measured = {(figure.name, figure.domain) for figure in figures}
-    own = [limit for limit in limits if (limit.figure, limit.domain) in measured]
+    own = [each for each in limits if (each.figure, each.domain) in measured or CATALOGUE[each.figure].served]
     if fidelity is not None and FIDELITY not in {limit.figure for limit in limits}:
         own.append(Limit(FIDELITY, None, "at_most", fidelity, by_user=False))
     decided = decide([], [], checks, ["tokenizer"]) if checks else []

@@ -94,12 +94,12 @@ def _start(
     with ChildRuntime(settings, artifact.folder, longest=longest) as runtime:
         fidelity = _fidelity(runtime.facts.dtype, reference, artifact)
         decide = partial(decide_served, gates.limits, fidelity=fidelity, label=settings.label)
-        measured = measure_served(runtime, artifact, reference, decide, Steps(progress))
+        figures = measure_served(runtime, artifact, reference, decide, Steps(progress))
         return ServedRecord(
             label=settings.label,
             runtime=runtime.facts,
             scored="vocabulary",
-            figures=measured.figures,
+            figures=figures,
             fidelity_limit=fidelity,
             notes=[_ROUNDED] if fidelity is None else [],
         )

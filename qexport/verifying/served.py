@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Final, Protocol
 
 import numpy as np
@@ -99,28 +98,13 @@ class ServedPredictor:
             yield own
 
 
-@dataclass(frozen=True)
-class Served:
-    """What was measured through a runtime.
-
-    Attributes:
-        figures: against the reference, and against our reading.
-        looks: how many windows had been measured at each look at the gates.
-        notes: what could not be measured, and why.
-    """
-
-    figures: list[Figure]
-    looks: list[int]
-    notes: list[str]
-
-
 def measure_served(
     runtime: Runtime,
     artifact: StoredModel,
     reference: Reference,
     decide: Callable[[Sequence[Figure]], Sequence[GateResult]],
     steps: Steps,
-) -> Served:
+) -> list[Figure]:
     """Measures until the runtime's gates are decided or the text is used up.
 
     Args:
@@ -130,17 +114,19 @@ def measure_served(
         decide: decides the runtime's gates.
         steps: counts the steps.
 
+    Returns:
+        The figures of the runtime against the reference, and of its fidelity.
+
     Raises:
         InputError: the runtime fails, or serves a model with a smaller vocabulary.
         NumericalError: log-probabilities hold NaN or Inf.
     """
-    ids, looks, quality = reference.held_out.input_ids, list[int](), list[TokenFigures]()
+    ids, quality = reference.held_out.input_ids, list[TokenFigures]()
     figures, fidelity = list[Figure](), list[Figure]()
     for first, last in looks_at(len(ids), reference.settings.windows):
-        ours = [] if looks else [own_reading(artifact, reference)]
+        ours = [] if quality else [own_reading(artifact, reference)]
         found = _compare(runtime, ours, reference, ids[first:last], steps)
         quality.append(found[0])
-        looks.append(last)
         fidelity += _fidelity(found, reference) if ours else []
         figures = [*_quality(TokenFigures.joined(quality), reference), *fidelity]
         if not needs_more(decide(figures)):
@@ -148,7 +134,7 @@ def measure_served(
     steps.expect(1)
     figures.append(_continuations(runtime, artifact, reference))
     steps.finished(f"continuations through {runtime.facts.name}")
-    return Served(figures, looks, [])
+    return figures
 
 
 def own_reading(artifact: StoredModel, reference: Reference) -> BlockRunner:

@@ -144,9 +144,9 @@ def measured(folder: Path, served: Path, reference: Reference) -> Found:
         ChildRuntime(settings, served, longest=129, programs=Path(__file__).parent) as runtime,
     ):
         found = measure_served(runtime, artifact, reference, lambda figures: [], Steps(silent))
-    print(f"\n{served.name}: " + ", ".join(f"{f.name} {f.value:.3g}" for f in found.figures if f.name in SHOWN))
-    (gate,) = decide_served([], found.figures, LIMIT, "vllm")
-    return Found(found.figures, gate)
+    print(f"\n{served.name}: " + ", ".join(f"{f.name} {f.value:.3g}" for f in found if f.name in SHOWN))
+    (gate,) = decide_served([], found, LIMIT, "vllm")
+    return Found(found, gate)
 
 
 SHOWN = ("mean_kl", "perplexity_ratio", "fidelity_kl", "fidelity_top1", "fidelity_flips", "fidelity_continuations")

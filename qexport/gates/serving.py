@@ -50,7 +50,7 @@ def decide_served(
 ) -> list[GateResult]:
     """The gates of one runtime, each named after its figure and the runtime.
 
-    Limits on figures of our own reader that the runtime cannot tell are left out; the report says what that is. Those on
+    Limits on figures of our own reader that the runtime cannot tell are left out, and the report says which. Those on
     figures that only runtimes give are undecided then.
 
     Args:

@@ -23,6 +23,7 @@ class FigureKind:
         better: which way a gate on it may point: `lower` takes at_most, `higher` at_least, `near` either.
         gated: whether it has an interval, without which no gate can be decided.
         teacher_forced: measured on the held-out text, on as many windows as the gates need.
+        served: measured only through a runtime.
     """
 
     label: str
@@ -31,10 +32,15 @@ class FigureKind:
     better: Better = "lower"
     gated: bool = True
     teacher_forced: bool = True
+    served: bool = False
 
 
 def _generated(label: str, form: Form, ideal: float, better: Better) -> FigureKind:
     return FigureKind(label, form, ideal, better, teacher_forced=False)
+
+
+def _served(label: str, form: Form, ideal: float | None, better: Better) -> FigureKind:
+    return FigureKind(label, form, ideal, better, teacher_forced=False, served=True)
 
 
 CATALOGUE: Final[Mapping[str, FigureKind]] = {
@@ -99,6 +105,15 @@ CATALOGUE: Final[Mapping[str, FigureKind]] = {
     "late_kl_over_early": _generated("KL divergence late against early in a window, relative", "ratio", 0.0, "near"),
     "recall_change": _generated("facts recalled, artifact - reference", "points", 0.0, "higher"),
     "accuracy_change": _generated("accuracy, artifact - reference", "points", 0.0, "near"),
+    "fidelity_kl": _served("mean KL divergence of the runtime from our float32 reading", "nats", 0.0, "lower"),
+    "fidelity_top1": _served("same likeliest token as in our float32 reading", "share", 1.0, "higher"),
+    "fidelity_flips": _served("decisive flips from our float32 reading", "share", 0.0, "lower"),
+    "fidelity_continuations": _served(
+        "continuations equal to our float32 reading's, up to ties", "share", 1.0, "higher"
+    ),
+    "kl_over_reading": _served(
+        "KL divergence of the runtime against our float32 reading's, relative", "ratio", None, "lower"
+    ),
 }
 """By name. docs/verification.md has each one's formula and source."""
 

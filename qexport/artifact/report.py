@@ -27,6 +27,7 @@ from qexport.artifact.measurements import (
     Weights,
     WorstToken,
 )
+from qexport.artifact.served import ServedRecord
 from qexport.errors import InputError, listed
 from qexport.records import LayerRecord, Record
 
@@ -175,6 +176,9 @@ class Report(Record):
     unconfirmed: list[str]
     environment: Environment
 
+    served: list[ServedRecord] = []
+    """The artifact as other runtimes compute it. Absent if none was asked."""
+
     command: str
     """The command that repeats the measurement."""
 
@@ -196,6 +200,7 @@ class Report(Record):
         """What cannot be true of any measurement, one sentence each; empty for a report that qexport wrote."""
         return [
             *impossible_figures(self.all_figures),
+            *(problem for each in self.served for problem in impossible_figures(each.figures)),
             *impossible_drift(self.kl_histogram, self.flips_by_margin, self.block_drift),
             *impossible_answers("formats", self.formats),
             *impossible_answers("refusals", self.refusals),
@@ -208,11 +213,15 @@ class Report(Record):
 
     def digest(self) -> str:
         """The hex digest of all but `timings`, which is the same for the same artifact, text and machine type."""
-        return sha256_json(self.model_dump(mode="json", exclude={"timings"}))
+        return sha256_json({key: value for key, value in self._content().items() if key != "timings"})
 
     def to_json(self) -> str:
         """The canonical text: sorted keys, two spaces, ASCII, a newline at the end."""
-        return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True, allow_nan=False) + "\n"
+        return json.dumps(self._content(), indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+    def _content(self) -> dict[str, Any]:
+        """Without `served` where that is empty, so that reports have the bytes and the digest that they always had."""
+        return self.model_dump(mode="json", exclude=None if self.served else {"served"})
 
     @classmethod
     def read(cls, path: Path) -> Report:

@@ -73,6 +73,13 @@ def verify(
     gates: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The limits: a YAML file with profile and gates.")
     ] = None,
+    through: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RUNTIME",
+            help="A runtime to measure through as well: NAME, NAME@PYTHON or a URL. May be repeated.",
+        ),
+    ] = None,
     max_memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="The most main memory to take, for example 8GB.")
     ] = None,
@@ -88,7 +95,7 @@ def verify(
     with reporting_errors(as_json=as_json, debug=debug, interrupted="interrupted; nothing was written"):
         from qexport.cli.verifying import References
 
-        options = References(reference, overrides or (), adapter, text or (), prompts, gates, max_memory)
+        options = References(reference, overrides or (), adapter, text or (), prompts, gates, max_memory, through or ())
         found, unmet = _measured(artifact, options, report_folder, device)
     written = "" if report_folder is None else f"; the report in {report_folder} is complete"
     with reporting_errors(as_json=as_json, debug=debug, interrupted=f"interrupted{written}"):

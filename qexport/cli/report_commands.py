@@ -152,12 +152,15 @@ def gate(
     with reporting_errors(as_json=as_json, debug=debug):
         from qexport.gates import read_gates
         from qexport.gates.deciding import decide_again, gates_error
+        from qexport.gates.serving import decide_served_again
         from qexport.quantizing import profile_of_layer
         from qexport.reporting.terminal import gate_table
         from qexport.reporting.view import gate_rows
 
         settings = read_gates(gates)
-        results, notes = decide_again(_read(report, check=not unchecked), settings, profile_of_layer)
+        found = _read(report, check=not unchecked)
+        results, notes = decide_again(found, settings, profile_of_layer)
+        results += decide_served_again(found, settings, profile_of_layer)
         unmet = gates_error(results, str(report))
         if as_json:
             _write_gates(results, notes)

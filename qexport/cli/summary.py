@@ -53,9 +53,13 @@ def _parts(result: Result, path: Path) -> Iterator[RenderableType]:
         if len(measured) > 1:
             yield Text.assemble("\n", (" + ".join(layouts), "bold"), _readers_of(result.manifests[layouts[0]]))
         yield Padding(_figures(result.manifests[layouts[0]]), (1, 0))
-        if (own := result.reports.get(layouts[0])) is not None:
-            shown = summarize(own)
+        own = result.reports.get(layouts[0])
+        shown = None if own is None else summarize(own)
+        if shown is not None:
             yield verdict_line(shown)
+        if (found := result.manifests[layouts[0]].verification) is not None:
+            yield from _readers(found)
+        if shown is not None:
             yield Padding(gate_table(shown.gates), (1, 0))
     yield from _remarks(manifest)
     yield from _notes(result.manifests)
@@ -138,8 +142,6 @@ def _remarks(manifest: Manifest) -> Iterator[RenderableType]:
         yield Text(f"{counted(len(layers), 'layer')} quantized; their loss is {share:.0%} of round-to-nearest's.")
     yield from _layer_list(fallen, "fell back to round-to-nearest")
     yield from _layer_list(no_better, "not better than round-to-nearest")
-    if manifest.verification:
-        yield from _readers(manifest.verification)
 
 
 def _notes(manifests: Mapping[str, Manifest]) -> Iterator[Text]:

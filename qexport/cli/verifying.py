@@ -15,6 +15,7 @@ from qexport.gates import read_gates
 from qexport.loading import LoadSettings
 from qexport.merge import MergeSettings
 from qexport.recipe import load_recipe, paths
+from qexport.runtimes import each_once, parse_through, portable_through
 from qexport.verifying import VerifySettings
 
 _RECIPES: Final = (".yaml", ".yml")
@@ -32,6 +33,7 @@ class References:
         prompts: replaces the recipe's.
         gates: a file; replaces the recipe's profile and gates.
         max_memory: replaces the recipe's.
+        through: runtimes; replace the recipe's.
     """
 
     reference: str
@@ -41,6 +43,7 @@ class References:
     prompts: str | None
     gates: Path | None
     max_memory: str | None
+    through: Sequence[str] = ()
 
     def command(self, artifact: Path) -> str:
         """The command that repeats the measurement of this artifact."""
@@ -49,6 +52,7 @@ class References:
             "--text": self.text,
             "--prompts": [self.prompts],
             "--gates": [self.gates],
+            "--through": [portable_through(each) for each in self.through],
             "--max-memory": [self.max_memory],
         }
         return verify_command(artifact.resolve().name, self.reference, self.overrides, further)
@@ -72,6 +76,8 @@ def reference_of(options: References) -> Chosen:
     """
     _check_limit(options.max_memory)
     chosen = _from_recipe(options) if options.reference.endswith(_RECIPES) else _from_model(options)
+    if options.through:
+        chosen = replace(chosen, settings=_through(chosen.settings, options.through))
     if options.gates is None:
         return chosen
     gates = read_gates(options.gates)
@@ -86,6 +92,21 @@ def _check_limit(max_memory: str | None) -> None:
         checked_size(max_memory)
     except ValueError as error:
         raise RecipeError(str(error), where="--max-memory", mend="give bytes with their unit") from error
+
+
+def _through(settings: VerifySettings, texts: Sequence[str]) -> VerifySettings:
+    """The settings with the runtimes of the command line, whose interpreters start from the current directory."""
+    runtimes = [parse_through(text) for text in texts]
+    found = [
+        each
+        if each.python is None
+        else each.model_copy(update={"python": _resolved(paths.local, each.python, "--through")})
+        for each in runtimes
+    ]
+    try:
+        return settings.model_copy(update={"through": each_once(found)})
+    except ValueError as error:
+        raise RecipeError(str(error), where="--through", mend="name each runtime once") from error
 
 
 def _from_recipe(options: References) -> Chosen:
@@ -163,6 +184,8 @@ def verify_command(
 
 
 def _portable(text: str) -> str:
+    if "://" in text:
+        return text
     return _WORD.sub(lambda word: _last_component(word[0]), text)
 
 

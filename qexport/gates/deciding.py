@@ -324,7 +324,8 @@ def decide_again(report: Report, settings: HasGates, of_layer: ProfileOfLayer) -
         files="files" in decided or any(check.gate == "files" for check in report.checks),
         weights=report.weights is not None,
     )
-    return decide(limits, report.all_figures, report.checks, expected), [*notes, *waived]
+    own = [limit for limit in limits if not (CATALOGUE[limit.figure].served and report.served)]
+    return decide(own, report.all_figures, report.checks, expected), [*notes, *waived]
 
 
 def noise_floors(figures: Sequence[Figure]) -> Mapping[str, float]:
@@ -338,6 +339,9 @@ def noise_floors(figures: Sequence[Figure]) -> Mapping[str, float]:
 
 _MAX_NAMED: Final = 12
 _MEND_OF_LIMITS: Final = "try more bits or a smaller group_size, or loosen the limit where the use allows it"
+_MEND_OF_RUNTIMES: Final = (
+    "the runtime does not compute what was verified: check that it serves this very folder, and which kernels it takes"
+)
 _MEND: Final = {
     "config": "correct config.json so that it describes the reference's model",
     "files": "copy these files from the base",
@@ -361,7 +365,7 @@ def gates_error(results: Sequence[GateResult], where: str) -> GateFailed | GateU
     failed = [each for each in results if each.verdict == "fail"]
     undecided = [each for each in results if each.verdict == "undecided"]
     if failed:
-        mend = "; ".join(dict.fromkeys(_MEND.get(each.name, _MEND_OF_LIMITS) for each in failed))
+        mend = "; ".join(dict.fromkeys(_mend(each) for each in failed))
         return GateFailed(f"{counted(len(failed), 'gate')} failed: {_named(failed)}", where=where, mend=mend)
     if undecided:
         return GateUndecided(
@@ -370,6 +374,12 @@ def gates_error(results: Sequence[GateResult], where: str) -> GateFailed | GateU
             mend="verify with more windows, or loosen or remove limits on what cannot be measured",
         )
     return None
+
+
+def _mend(result: GateResult) -> str:
+    if result.figure is not None and CATALOGUE[result.figure].served:
+        return _MEND_OF_RUNTIMES
+    return _MEND.get(result.name, _MEND_OF_LIMITS)
 
 
 def _named(results: Sequence[GateResult]) -> str:

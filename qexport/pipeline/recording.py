@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 import torch
 
@@ -15,8 +16,12 @@ from qexport.artifact.figures import CheckResult, GateResult, overall
 from qexport.artifact.integrity import digest_files
 from qexport.artifact.manifest import LISTING_NAME, CalibrationRecord, Manifest, Sizes, SourceRecord
 from qexport.artifact.report import ProfileRecord, ReferenceRecord, Report
+from qexport.artifact.served import confirming, verdict_through
 from qexport.pipeline.folders import ArtifactFolder, LayoutFolder
 from qexport.pipeline.planning import Plan
+from qexport.pipeline.serving import ServedArtifact
+from qexport.reporting.markdown import escaped
+from qexport.reporting.view import summarize
 from qexport.statistics.samples import ALPHA
 from qexport.tensors import CalibrationSet, Origin
 from qexport.text.tokenizers import template_digest, tokenizer_digest
@@ -33,6 +38,7 @@ def make_report(
     reference: Reference,
     *,
     profile: ProfileRecord,
+    served: ServedArtifact,
     notes: Sequence[str],
     command: str,
 ) -> Report:
@@ -45,9 +51,11 @@ def make_report(
         checks: the results of config and tokenizer checks.
         reference: what it was measured against.
         profile: whose limits hold where the user sets none.
+        served: what runtimes made of it.
         notes: what a user should know, in addition to the notes of the measurement.
         command: the command that repeats the measurement.
     """
+    gates = [*gates, *served.gates]
     return Report(
         schema_version=1,
         qexport_version=version("qexport"),
@@ -76,12 +84,31 @@ def make_report(
         layers=list(opened.layers),
         weights=measured.weights,
         notes=[*notes, *measured.notes],
-        readers=measured.readers,
-        unconfirmed=[*_unconfirmed(opened, measured), *measured.unconfirmed],
+        readers=[*measured.readers, *confirming(served.records, gates)],
+        unconfirmed=[*_unconfirmed(opened, measured, served), *measured.unconfirmed],
+        served=list(served.records),
         environment=describe_environment(reference.device),
         command=command,
         timings=measured.timings,
     )
+
+
+_CARD: Final = "README.md"
+_SECTION: Final = "\n## Verification\n"
+
+
+def complete_card(folder: Path, report: Report) -> None:
+    """Says in the model card what the verdict was, who has computed the artifact and who has not.
+
+    Args:
+        folder: of a layout; its card may have the section already.
+        report: on the folder.
+    """
+    card = folder / _CARD
+    text = card.read_text(encoding="utf-8").partition(_SECTION)[0]
+    found = summarize(report)
+    words = f"{found.word}: {found.sentence} {found.confirmation}"
+    card.write_text(f"{text}{_SECTION}\n{escaped(words)}\n", encoding="utf-8")
 
 
 def source_record(origin: Origin) -> SourceRecord:
@@ -89,10 +116,17 @@ def source_record(origin: Origin) -> SourceRecord:
     return SourceRecord(kind=origin.kind, name=origin.name, revision=origin.revision, sha256=dict(origin.sha256))
 
 
-def _unconfirmed(opened: ArtifactFolder, measured: Measurement) -> list[str]:
-    """Loading is unconfirmed with each loader that has not measured the folder."""
+def _unconfirmed(opened: ArtifactFolder, measured: Measurement, served: ServedArtifact) -> list[str]:
+    """Loading is unconfirmed with each loader that has not measured the folder, or whose gates did not pass."""
     seen = {reader.partition(" ")[0] for reader in measured.readers}
-    return [f"loading with {loader}" for loader in opened.loaders if loader not in seen]
+    verdicts = [(each, verdict_through(each.label, served.gates)) for each in served.records]
+    confirmed = {each.runtime.name.casefold() for each, verdict in verdicts if verdict == "pass"}
+    loaders = [loader for loader in opened.loaders if loader not in seen]
+    return [
+        *(f"loading with {loader}" for loader in loaders if loader.partition(" ")[0].casefold() not in confirmed),
+        *(f"serving with {each.label} ({verdict})" for each, verdict in verdicts if verdict != "pass"),
+        *served.unconfirmed,
+    ]
 
 
 def _identity(reference: Reference) -> Identity:

@@ -45,9 +45,10 @@ class Gates:
     margin: float | None = None
 
     def __call__(self, figures: Sequence[Figure], checks: Sequence[CheckResult]) -> list[GateResult]:
-        """Decides on these figures and checks."""
-        margins = [] if self.margin is None else margin_limits(self.margin, figures, self.limits)
-        return decide([*self.limits, *margins], figures, checks, self.expected)
+        """Decides on these figures and checks; limits on what only runtimes tell are left out."""
+        own = [limit for limit in self.limits if not CATALOGUE[limit.figure].served]
+        margins = [] if self.margin is None else margin_limits(self.margin, figures, own)
+        return decide([*own, *margins], figures, checks, self.expected)
 
 
 def make_gates(

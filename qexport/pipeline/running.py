@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,12 +26,14 @@ from qexport.hidden_packages import hidden
 from qexport.pipeline.finished import FinishedRun
 from qexport.pipeline.folders import LayoutFolder, open_layout
 from qexport.pipeline.planning import Plan, plan
-from qexport.pipeline.recording import make_manifest
+from qexport.pipeline.recording import complete_card, make_manifest
 from qexport.pipeline.reference import prepare_reference, refuse_unmeasurable, unproven_merge
 from qexport.pipeline.result import Result, UnprovenMerge
 from qexport.pipeline.resuming import RunJournal, open_journal
+from qexport.pipeline.runtimes import runtimes_of
+from qexport.pipeline.serving import ServedArtifact, measure_through
 from qexport.pipeline.texts import Evaluation, Texts, read_texts
-from qexport.pipeline.verification import measure_folder
+from qexport.pipeline.verification import Verified, measure_folder
 from qexport.progress import Notice, Progress, ProgressCallback, silent
 from qexport.quantizing.method import PassInputs
 from qexport.recipe import Recipe, checked_output
@@ -226,8 +229,17 @@ def _measure(
             looks = journal.looks(f"{first.layout.name}, {first.opened.artifact.kind}")
             verified = measure_folder(reference, first.opened, looks=looks, progress=progress)
             for folder in same_kind:
-                reports[folder.layout.name] = verified.report_on(folder.opened, command=command)
+                served = _serve(planned, verified, folder, progress)
+                reports[folder.layout.name] = verified.report_on(folder.opened, served=served, command=command)
     return reports
+
+
+def _serve(planned: Plan, verified: Verified, folder: LayoutFolder, progress: ProgressCallback) -> ServedArtifact:
+    """What the runtimes make of a layout. Each serves one of the layouts: they differ in their small files."""
+    layouts = [layout.name for layout in planned.layouts]
+    own, unasked = runtimes_of(folder.layout.name, verified.reference.settings, layouts)
+    found = measure_through(verified.reference, folder.opened, verified.gates, own, progress=progress)
+    return replace(found, unconfirmed=[*found.unconfirmed, *unasked])
 
 
 def _record(
@@ -237,13 +249,14 @@ def _record(
     reports: Mapping[str, Report],
     device: torch.device,
 ) -> tuple[dict[str, Manifest], dict[str, str]]:
-    """Writes report, manifest and listing into each folder, in this order; returns the manifests and root digests."""
+    """Writes report, card, manifest and listing into each folder, in this order; returns manifests and root digests."""
     manifests, roots = dict[str, Manifest](), dict[str, str]()
     for name in (layout.name for layout in planned.layouts):
         folder, found = folders[name], reports.get(name)
         path = folder.opened.artifact.folder
         if found:
             write_report(found, path / REPORT_FOLDER)
+            complete_card(path, found)
         manifests[name] = make_manifest(planned, texts.calibration, folder, found, device)
         manifests[name].write(path)
         roots[name] = write_listing(path, manifests[name])

@@ -26,6 +26,8 @@ from qexport.pipeline.folders import ArtifactFolder, open_folder
 from qexport.pipeline.planning import load_merged
 from qexport.pipeline.recording import make_report
 from qexport.pipeline.reference import Gates, make_gates, prepare_reference
+from qexport.pipeline.runtimes import check_runtimes, refuse_misfits
+from qexport.pipeline.serving import NOT_SERVED, ServedArtifact, measure_through
 from qexport.pipeline.texts import check_prompts_and_tasks, read_evaluation, refuse_long_windows
 from qexport.progress import ProgressCallback, silent
 from qexport.quantizing import profile_of_layer
@@ -68,6 +70,7 @@ def verify(
     """
     _check_limit(max_memory)
     check_prompts_and_tasks(settings)
+    check_runtimes(settings)
     where, folder, merging = find_device(device), model_folder(Path(artifact)), merging or MergeSettings()
     merged = load_merged(load, merging, progress=progress)
     structure, dtype = merged.checkpoint.architecture.structure, getattr(torch, merging.dtype)
@@ -75,11 +78,14 @@ def verify(
     with _open(folder, merged.checkpoint, dtype) as opened:
         refuse_second_model(opened.artifact)
         check_parameters(merged.checkpoint, opened.artifact)
+        refuse_misfits(settings, opened.artifact)
         budget = budget_to_verify(merged, opened.artifact, settings, max_memory, dtype=dtype, device=where)
         evaluation = read_evaluation(settings, open_tokenizer(merged.checkpoint), structure, progress=progress)
         with keeping_to(budget):
             reference = prepare_reference(merged, evaluation, settings, dtype=dtype, device=where, progress=progress)
-            return measure_folder(reference, opened, progress=progress).report_on(opened, command=command)
+            verified = measure_folder(reference, opened, progress=progress)
+            served = measure_through(reference, opened, verified.gates, settings.through, progress=progress)
+            return verified.report_on(opened, served=served, command=command)
 
 
 def _check_limit(max_memory: str | None) -> None:
@@ -105,11 +111,12 @@ class Verified:
     gates: Gates
     measured: Measurement
 
-    def report_on(self, opened: ArtifactFolder, *, command: str) -> Report:
+    def report_on(self, opened: ArtifactFolder, *, served: ServedArtifact = NOT_SERVED, command: str) -> Report:
         """Checks a folder's config.json and tokenizer, and makes its report.
 
         Args:
             opened: the folder.
+            served: what runtimes made of it.
             command: for the report, the command that repeats the measurement.
         """
         reference, measured = self.reference, self.measured
@@ -122,7 +129,9 @@ class Verified:
         decided = self.gates([*measured.figures, *measured.timings.figures], checks)
         notes = [*self.gates.notes, *left_out]
         profile = self.gates.profile
-        return make_report(opened, measured, decided, checks, reference, profile=profile, notes=notes, command=command)
+        return make_report(
+            opened, measured, decided, checks, reference, profile=profile, served=served, notes=notes, command=command
+        )
 
 
 def measure_folder(

@@ -97,6 +97,12 @@ class SafetensorsWeights:
         return self._format.description
 
     @property
+    def rounds_activations(self) -> bool:
+        """Whether runtimes round the inputs of quantized layers: W8A8 and its like."""
+        groups = (self.quantization or {}).get("config_groups") or {}
+        return any(isinstance(group, dict) and group.get("input_activations") for group in groups.values())
+
+    @property
     def layers(self) -> dict[str, StoredLayer]:
         """Each quantized module, by its path.
 

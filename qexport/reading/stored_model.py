@@ -63,6 +63,11 @@ class StoredModel(Protocol):
         ...
 
     @property
+    def rounds_activations(self) -> bool:
+        """Whether runtimes round the inputs of quantized layers, so that sound computations differ by much."""
+        ...
+
+    @property
     def layers(self) -> Mapping[str, StoredLayer]:
         """Each quantized module, by its path.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from qexport.references import (
     DATASET_PREFIX,
@@ -62,6 +62,9 @@ def local(text: str, folder: Path) -> str:
     return os.path.abspath(folder / os.path.expanduser(text))  # noqa: PTH100, PTH111 - resolve() would follow links
 
 
+EACH: Final = "*"
+"""In the path of a field: every item of a list."""
+
 REFERENCES: dict[Keys, Resolve] = {
     ("load", "base"): base,
     ("load", "adapter"): adapter,
@@ -71,6 +74,7 @@ REFERENCES: dict[Keys, Resolve] = {
     ("verify", "formats", "prompts"): local,
     ("verify", "refusals", "prompts"): local,
     ("verify", "tasks", "tasks"): task,
+    ("verify", "through", EACH, "python"): local,
     ("output",): local,
 }
 """The fields that name files, with the rule for each."""
@@ -94,6 +98,13 @@ def resolved(root: YamlNode) -> tuple[YamlNode, list[Problem]]:
 
 
 def _texts(root: YamlNode, keys: Keys) -> Iterator[Keys]:
+    if EACH in keys:
+        place = keys.index(EACH)
+        items = entry_at(root, keys[:place])
+        count = len(items.node.value) if items is not None and isinstance(items.node.value, tuple) else 0
+        for index in range(count):
+            yield from _texts(root, (*keys[:place], index, *keys[place + 1 :]))
+        return
     entry = entry_at(root, keys)
     if entry is None:
         return
@@ -107,13 +118,22 @@ def portable(recipe: dict[str, Any]) -> dict[str, Any]:
     """A recipe's JSON values with local paths reduced to their last component, without `output` and `max_memory`."""
     recipe = {key: value for key, value in recipe.items() if key not in ("output", "max_memory")}
     for keys, resolve in REFERENCES.items():
-        part: Any = recipe
-        for key in keys[:-1]:
-            part = (part or {}).get(key)
-        if part and (value := part.get(keys[-1])):
-            shortened = [_shortened(text, resolve) for text in ([value] if isinstance(value, str) else value)]
-            part[keys[-1]] = shortened[0] if isinstance(value, str) else shortened
+        name = keys[-1]
+        for part in _parts(recipe, keys[:-1]):
+            if value := part.get(name):
+                shortened = [_shortened(text, resolve) for text in ([value] if isinstance(value, str) else value)]
+                part[name] = shortened[0] if isinstance(value, str) else shortened
     return recipe
+
+
+def _parts(value: Any, keys: Keys) -> list[dict[Any, Any]]:
+    """The mappings at a path; several where it goes through the items of a list."""
+    if not value:
+        return []
+    if not keys:
+        return [value]
+    inner = value if keys[0] == EACH else [value.get(keys[0])]
+    return [part for each in inner for part in _parts(each, keys[1:])]
 
 
 def _shortened(text: str, resolve: Resolve) -> str:

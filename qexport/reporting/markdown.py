@@ -49,7 +49,8 @@ def escaped(text: str) -> str:
 def _parts(report: Report) -> Iterator[str]:
     summary = summarize(report)
     yield f"### {_SIGNS[summary.verdict]} {summary.word}: {escaped(summary.name)}"
-    yield f"{escaped(summary.sentence)} {escaped(summary.how)}. {escaped(summary.distance)}".rstrip()
+    told = [summary.sentence, f"{summary.how}.", summary.distance, summary.confirmation]
+    yield " ".join(escaped(text) for text in told if text)
     if summary.gates:
         head = ("gate", "verdict", "value", "interval", "tolerance", "n", "reason")
         yield markdown_table(head, [_gate_row(gate) for gate in summary.gates], (2, 3, 4, 5))

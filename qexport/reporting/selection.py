@@ -77,6 +77,12 @@ def distance(report: Report) -> str:
     return " ".join(parts)
 
 
+def confirmation(report: Report) -> str:
+    """What has computed the artifact and what has not, in one sentence, to stand beside the verdict."""
+    by = f"Confirmed by {', '.join(report.readers)}" if report.readers else "Confirmed by nothing"
+    return f"{by}; unconfirmed: {', '.join(report.unconfirmed) or 'nothing'}."
+
+
 def by_result(checks: Iterable[CheckResult]) -> list[CheckResult]:
     """Failed checks first, then those that had nothing to check."""
     return sorted(checks, key=lambda check: (check.passed is not False, check.passed is not None))

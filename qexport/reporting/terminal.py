@@ -30,6 +30,7 @@ def _parts(summary: Summary) -> Iterator[RenderableType]:
     yield verdict_line(summary)
     if summary.distance:
         yield Text(visible(summary.distance))
+    yield Text(visible(summary.confirmation))
     if summary.gates:
         yield Padding(gate_table(summary.gates), (1, 0, 0, 0))
     yield Padding(figures_table(summary.figures), (1, 0, 0, 0))

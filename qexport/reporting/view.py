@@ -11,7 +11,7 @@ from qexport.artifact.figures import Figure, GateResult, Verdict
 from qexport.artifact.manifest import Sizes
 from qexport.artifact.measurements import Generations, PromptComparison
 from qexport.artifact.report import Report
-from qexport.reporting.selection import by_urgency, distance, key_figures, sentence, worst_prompts
+from qexport.reporting.selection import by_urgency, confirmation, distance, key_figures, sentence, worst_prompts
 from qexport.reporting.values import (
     UNMEASURED,
     Piece,
@@ -122,6 +122,7 @@ class Summary:
         word: the same, for example `Passed`.
         sentence: the reason for the verdict.
         distance: whose limits hold, and how far the nearest one is; empty where no limit is.
+        confirmation: which programs have computed the artifact, and which have not.
         gates: failed ones first.
         figures: the key figures, over all text.
         few_equal: whether half of the continuations or fewer are equal, which needs `FEW_EQUAL` beside it.
@@ -134,6 +135,7 @@ class Summary:
     word: str
     sentence: str
     distance: str
+    confirmation: str
     gates: list[GateRow]
     figures: list[FigureRow]
     few_equal: bool
@@ -150,6 +152,7 @@ def summarize(report: Report) -> Summary:
         word=VERDICT_WORDS[report.verdict],
         sentence=sentence(report),
         distance=distance(report),
+        confirmation=confirmation(report),
         gates=gate_rows(report.gates),
         figures=[figure_row(figure) for figure in key_figures(report)],
         few_equal=report.generations is not None

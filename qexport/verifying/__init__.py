@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Final, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from qexport.gates import GateSettings, ProfileName
+from qexport.runtimes import RuntimeSettings, each_once
 from qexport.settings import Settings
 
 ENDINGS: Final = (".yaml", ".yml")
@@ -147,6 +148,10 @@ class VerifySettings(Settings):
 
     needles: Annotated[int, Field(ge=0, le=1000)] = 10
     """Texts of each length with a fact to recall, generated; 0 for none."""
+
+    through: Annotated[list[RuntimeSettings], AfterValidator(each_once)] = []
+    """Runtimes that the artifact is also measured through, with the same gates. A run skips those that cannot load a
+    layout."""
 
     profile: ProfileName = "auto"
     """The limits to start from. `auto` chooses by method and size, `strict` allows half as much, `off` sets none."""

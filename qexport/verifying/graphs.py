@@ -15,7 +15,7 @@ from qexport.errors import NumericalError
 from qexport.reading.onnx.model import OnnxCausalLM
 from qexport.reading.stored_model import StoredModel
 from qexport.tensors.source import is_finite
-from qexport.verifying.predictors import TOKENS_AT_ONCE
+from qexport.verifying.predictors import TOKENS_AT_ONCE, in_pieces
 from qexport.verifying.prompt_batches import MOST_KL, STEPS, batch_prompts, check_padding, log_likelihoods, mean_kl
 
 
@@ -75,15 +75,7 @@ class WindowByWindow:
             NumericalError: they hold NaN or Inf.
             InputError: ONNX Runtime cannot run the graph.
         """
-        waiting = list[Tensor]()
-        for rows in (rows for window in windows for rows in self._rows(window)):
-            missing = TOKENS_AT_ONCE - sum(map(len, waiting))
-            waiting.append(rows[:missing])
-            if len(rows) >= missing:
-                yield torch.cat(waiting)
-                waiting = [rows[missing:]]
-        if sum(map(len, waiting)):
-            yield torch.cat(waiting)
+        return in_pieces(rows for window in windows for rows in self._rows(window))
 
     def _rows(self, window: int) -> Iterator[Tensor]:
         """A window's logits in small copies, so that no caller keeps the logits of a whole window in memory."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Final, Protocol
 
@@ -36,6 +36,19 @@ class Predictor(Protocol):
             windows: one batch, `windows_at_once` windows or fewer.
         """
         ...
+
+
+def in_pieces(rows: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Logits as `Predictor` yields them, from pieces of at most `TOKENS_AT_ONCE` tokens each."""
+    waiting = list[Tensor]()
+    for each in rows:
+        missing = TOKENS_AT_ONCE - sum(map(len, waiting))
+        waiting.append(each[:missing])
+        if len(each) >= missing:
+            yield torch.cat(waiting)
+            waiting = [each[missing:]]
+    if sum(map(len, waiting)):
+        yield torch.cat(waiting)
 
 
 class HiddenStates:

@@ -143,7 +143,7 @@ def measure(
         looks: those that need not be repeated.
     """
     found, gates, earlier = Measured(), list[GateResult](), iter(looks.earlier)
-    for first, last in _looks(len(input_ids), first_look):
+    for first, last in looks_at(len(input_ids), first_look):
         look = next(earlier, None)
         if look is None:
             look = _look(_taking_part(models, gates), input_ids[first:last], found, steps)
@@ -155,7 +155,8 @@ def measure(
     return found
 
 
-def _looks(windows: int, first_look: int) -> Iterator[tuple[int, int]]:
+def looks_at(windows: int, first_look: int) -> Iterator[tuple[int, int]]:
+    """The windows before each look at the gates, as first and last + 1; their number doubles from look to look."""
     first, last = 0, min(windows, first_look)
     while first < windows:
         yield first, last

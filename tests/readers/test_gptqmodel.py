@@ -23,6 +23,8 @@ from transformers import PretrainedConfig
 import factories
 import qexport
 from qexport.reading.filled_model import QuantizedLinear
+from qexport.runtimes import RuntimeSettings
+from qexport.runtimes.child import ChildRuntime
 
 PYTHON = os.environ.get("QEXPORT_GPTQMODEL_PYTHON", "")
 MODELS: dict[str, PretrainedConfig] = {"llama": factories.llama_config(), "falcon": factories.falcon_config()}
@@ -126,6 +128,19 @@ def test_gptqmodel_computes_what_qexport_computes(case: str, artifacts: dict[str
     assert logits.std() > 0.3
     print(f"{case}: largest difference {(told.logits - logits).abs().max():.2e}")
     torch.testing.assert_close(told.logits, logits, rtol=0.0, atol=CLOSE)
+
+
+@pytest.mark.parametrize("case", ["llama, 4 bits", "changed"])
+def test_through_gptqmodel_the_same_numbers_come(case: str, artifacts: dict[str, Path]) -> None:
+    """By the path of `--through`, row by row."""
+    settings = RuntimeSettings(runtime="gptqmodel", python=PYTHON)
+    logits, quantized = ours(artifacts["llama, 4 bits"])
+    with ChildRuntime(settings, artifacts[case], longest=TOKENS.shape[1] + 1) as runtime:
+        found = [torch.cat(list(runtime.logits(row))) for row in TOKENS.tolist()]
+        assert runtime.facts.kernels == {"TorchLinear": len(quantized)}
+    own = logits[:, :-1].log_softmax(-1)
+    largest = float((torch.stack(found) - own).abs().max())
+    assert (largest <= 2 * CLOSE) == (case != "changed"), largest
 
 
 def test_one_changed_code_is_seen(artifacts: dict[str, Path]) -> None:

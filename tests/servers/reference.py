@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from qexport.architectures.runner import BlockRunner
 from qexport.reading.safetensors_weights import SafetensorsWeights
+from qexport.runtimes import ServedDtype
 
 TIE = 0.5
 """In nats. Where our choice is no further ahead, the other side may choose another token."""
@@ -28,7 +29,7 @@ class Tolerance:
         flips: tokens of another choice where our margin is above `TIE`, as a fraction.
     """
 
-    dtype: str
+    dtype: ServedDtype
     mean: float
     flips: float = 0.0
 

@@ -12,14 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import factories
 import onnx_served
+import qexport
 from qexport.export.onnx.launch import FILE_NAME, TYPES, genai_notes
+from qexport.runtimes import RuntimeName, RuntimeSettings
+from qexport.runtimes.child import ChildRuntime
 
 PYTHON = os.environ.get("QEXPORT_GENAI_PYTHON", "")
 TEXTS = [factories.TEXT[1][:40], onnx_served.PROMPT + ". " + factories.TEXT[0], "Total: 12"]
 NEW = 16
+NAME: RuntimeName = "onnxruntime-genai"
 FAMILIES = {name: config for name, config in factories.FAMILIES.items() if config.model_type in TYPES}
 
 pytestmark = pytest.mark.skipif(not PYTHON, reason="QEXPORT_GENAI_PYTHON names no interpreter")
@@ -56,6 +61,18 @@ def test_the_runtime_says_what_onnxruntime_says(family: str, attention: onnx_ser
     assert [up_to_end(tokens, ends) for tokens in answer["alone"]] == expected
     if not genai_notes(folder.config, folder.cache):
         assert [up_to_end(tokens, ends) for tokens in answer["together"]] == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_its_log_probabilities_are_those_of_onnxruntime(family: str, tmp_path: Path) -> None:
+    """By the path of `--through`."""
+    folder = onnx_served.write(tmp_path / "folder", FAMILIES[family])
+    ids, settings = factories.tokenizer()(TEXTS[1])["input_ids"], RuntimeSettings(runtime=NAME, python=PYTHON)
+    model = qexport.load(folder.path, check=False)
+    own = model(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    with ChildRuntime(settings, folder.path, longest=len(ids) + NEW) as runtime:
+        assert (runtime.facts.version[:5], runtime.facts.dtype) == ("0.18.", "float32")
+        torch.testing.assert_close(torch.cat(list(runtime.logits(ids))), own, rtol=0.0, atol=1e-4)
 
 
 def test_a_sliding_window_counts_the_padding_of_a_batch(tmp_path: Path) -> None:

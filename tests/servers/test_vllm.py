@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -18,15 +17,12 @@ import torch
 import vllm_artifacts as artifacts
 from qexport.architectures.architecture import Checkpoint
 from qexport.export.vllm.families import ARCHITECTURES
+from qexport.runtimes import RuntimeSettings, ServedDtype
+from qexport.runtimes.child import ChildRuntime
 from reference import Comparison, Tolerance, compare
 
 PYTHON = os.environ.get("QEXPORT_VLLM_PYTHON", "")
-SETTINGS = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-}
+HERE = Path(__file__).parent
 EXACT = Tolerance("float32", 0.001)
 TOLERANCES = {
     "none": EXACT,
@@ -47,29 +43,23 @@ TINY_PROMPTS = [[1, 104, 105, 82, 75, 114], [1, 28, 116, 253, 155, 28, 39, 200, 
 pytestmark = pytest.mark.skipif(not PYTHON, reason="QEXPORT_VLLM_PYTHON names no interpreter")
 
 
-def in_vllm(*arguments: str) -> str:
-    run = subprocess.run(
-        [PYTHON, *arguments], env=os.environ | SETTINGS, capture_output=True, text=True, timeout=900, check=False
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    return run.stdout
+def serve(folder: Path, prompts: list[list[int]], dtype: ServedDtype) -> list[dict[str, Any]]:
+    """The greedy tokens after each prompt, and the log-probability of each prompt token but the first."""
+    settings = RuntimeSettings(runtime="vllm", python=PYTHON, dtype=dtype)
+    with ChildRuntime(settings, folder, longest=256, programs=HERE) as runtime:
+        replaced = [name for name in runtime.facts.arguments["replaced"].split(",") if name]
+        print(f"\n{folder.name}: kernels computed in plain torch: {replaced or 'none'}", file=sys.stderr)
+        cpu = torch.cpu.get_capabilities()
+        needless = [kernel for kernel in replaced if cpu.get(INSTRUCTIONS[kernel])]
+        assert not needless, f"vLLM's own kernels were not tried: {needless}"
+        scores = [torch.cat(list(runtime.logits(prompt))) for prompt in prompts]
+        tokens = runtime.continued(prompts, 16)
+    known = [each.gather(1, torch.tensor(ids[1:])[:, None])[:, 0] for each, ids in zip(scores, prompts, strict=True)]
+    return [{"tokens": row, "prompt_logprobs": own.tolist()} for row, own in zip(tokens, known, strict=True)]
 
 
-def serve(folder: Path, prompts: list[list[int]], scratch: Path, dtype: str) -> list[dict[str, Any]]:
-    request, response = scratch / "request.json", scratch / "response.json"
-    request.write_text(json.dumps({"prompts": prompts, "max_tokens": 16, "dtype": dtype}))
-    in_vllm(str(Path(__file__).with_name("serve_with_vllm.py")), str(folder), str(request), str(response))
-    content = json.loads(response.read_text())
-    print(f"\n{folder.name}: kernels computed in plain torch: {content['replaced'] or 'none'}", file=sys.stderr)
-    cpu = torch.cpu.get_capabilities()
-    needless = [kernel for kernel in content["replaced"] if cpu.get(INSTRUCTIONS[kernel])]
-    assert not needless, f"vLLM's own kernels were not tried: {needless}"
-    answers: list[dict[str, Any]] = content["answers"]
-    return answers
-
-
-def judged(folder: Path, prompts: list[list[int]], scratch: Path, dtype: str) -> Comparison:
-    comparison = compare(folder, prompts, serve(folder, prompts, scratch, dtype), dtype)
+def judged(folder: Path, prompts: list[list[int]], dtype: ServedDtype) -> Comparison:
+    comparison = compare(folder, prompts, serve(folder, prompts, dtype), dtype)
     print(f"{folder.name}: {comparison}", file=sys.stderr)
     return comparison
 
@@ -91,12 +81,8 @@ def folders(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.mark.parametrize("name", ["none", "w8a8", "gptq", "w4a16"])
-def test_vllm_says_what_our_reader_predicts(
-    name: str, checkpoint: Checkpoint, folders: dict[str, Path], tmp_path: Path
-) -> None:
-    assert judged(folders[name], artifacts.prompts(checkpoint), tmp_path, TOLERANCES[name].dtype).within(
-        TOLERANCES[name]
-    )
+def test_vllm_says_what_our_reader_predicts(name: str, checkpoint: Checkpoint, folders: dict[str, Path]) -> None:
+    assert judged(folders[name], artifacts.prompts(checkpoint), TOLERANCES[name].dtype).within(TOLERANCES[name])
 
 
 @pytest.mark.parametrize("name", ["w8a8", "gptq"])
@@ -105,7 +91,7 @@ def test_one_damaged_layer_is_noticed(
 ) -> None:
     prompts, dtype = artifacts.prompts(checkpoint), TOLERANCES[name].dtype
     damaged = artifacts.damage(folders[name], tmp_path / "damaged")
-    comparison = compare(folders[name], prompts, serve(damaged, prompts, tmp_path, dtype), dtype)
+    comparison = compare(folders[name], prompts, serve(damaged, prompts, dtype), dtype)
     print(f"damaged {name}: {comparison}", file=sys.stderr)
     assert not comparison.within(TOLERANCES[name])
 
@@ -114,20 +100,21 @@ def test_one_damaged_layer_is_noticed(
 @pytest.mark.parametrize("new", [False, True], ids=["multi-query", "new decoder"])
 def test_a_falcon_is_served(form: str, new: bool, tmp_path: Path) -> None:
     folder = artifacts.write_falcon(tmp_path / "falcon", artifacts.FORMS[form], new=new)
-    assert judged(folder, TINY_PROMPTS, tmp_path, "bfloat16").within(TOLERANCES[form])
+    assert judged(folder, TINY_PROMPTS, "bfloat16").within(TOLERANCES[form])
 
 
 def test_w8a8_of_two_layers_is_served_number_for_number(tmp_path: Path) -> None:
     folder = artifacts.write_falcon_w8a8(tmp_path / "falcon")
-    assert judged(folder, TINY_PROMPTS, tmp_path, "float32").within(Tolerance("float32", 0.01))
+    assert judged(folder, TINY_PROMPTS, "float32").within(Tolerance("float32", 0.01))
 
 
 def test_asymmetric_codes_are_served_as_compressed_tensors(tmp_path: Path) -> None:
     folder = artifacts.write_falcon(tmp_path / "falcon", artifacts.FORMS["w4a16"], sym=False)
-    assert judged(folder, TINY_PROMPTS, tmp_path, "bfloat16").within(TOLERANCES["w4a16"])
+    assert judged(folder, TINY_PROMPTS, "bfloat16").within(TOLERANCES["w4a16"])
 
 
 def test_the_architectures_are_those_of_vllms_registry() -> None:
     program = "from vllm.model_executor.models.registry import _TEXT_GENERATION_MODELS as m; print('NAMES', *m)"
-    [line] = [line for line in in_vllm("-c", program).splitlines() if line.startswith("NAMES")]
+    run = subprocess.run([PYTHON, "-c", program], capture_output=True, text=True, timeout=900, check=True)
+    [line] = [line for line in run.stdout.splitlines() if line.startswith("NAMES")]
     assert set(line.split()[1:]) == ARCHITECTURES

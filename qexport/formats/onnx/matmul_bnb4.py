@@ -90,6 +90,7 @@ class Bnb4Matrix:
     bits: int = 4
 
     kind: ClassVar[str] = "MatMulBnb4"
+    rounds_inputs: ClassVar[bool] = False
 
     @property
     def parts(self) -> tuple[str, ...]:

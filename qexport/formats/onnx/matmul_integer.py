@@ -76,6 +76,7 @@ class IntegerMatrix:
     bits: int = 8
 
     kind: ClassVar[str] = "MatMulInteger"
+    rounds_inputs: ClassVar[bool] = True
     description = "MatMulInteger, 8 bits"
 
     @property

@@ -62,9 +62,14 @@ class NBitsMatrix:
         return -(-self.shape[1] // self.block_size)
 
     @property
+    def rounds_inputs(self) -> bool:
+        """See `StoredMatrix.rounds_inputs`."""
+        return self.accuracy_level == _INTEGER_INPUTS
+
+    @property
     def description(self) -> str:
         """See `StoredMatrix.description`."""
-        rounded = ", inputs rounded to 8 bits" if self.accuracy_level == _INTEGER_INPUTS else ""
+        rounded = ", inputs rounded to 8 bits" if self.rounds_inputs else ""
         return f"{self.kind}, {self.bits} bits{rounded}, blocks of"
 
     def layer(self, graph: GraphTensors) -> StoredLayer:

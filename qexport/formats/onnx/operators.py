@@ -111,6 +111,11 @@ class StoredMatrix(Protocol):
         """The operator with its attributes, for users. The block size is to be appended if it ends in `blocks of`."""
         ...
 
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether the inputs of the layer are rounded to 8 bits."""
+        ...
+
     def layer(self, graph: GraphTensors) -> StoredLayer:
         """The module as shown to users. May read the scales."""
         ...

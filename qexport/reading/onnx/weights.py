@@ -110,6 +110,11 @@ class OnnxWeights:
         """How the weights are stored, for users."""
         return f"ONNX, {description(self.quantized.values())}"
 
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether ONNX Runtime rounds the inputs of quantized layers to 8 bits."""
+        return any(matrix.rounds_inputs for matrix in self.quantized.values())
+
     @cached_property
     def layers(self) -> dict[str, StoredLayer]:
         """Each quantized module, by its path. The first use reads the scales: a group may be several blocks."""

@@ -1,22 +1,23 @@
-"""Runs in the environment of vLLM: serves a folder, writes what came out as JSON.
+"""qexport's program for vLLM, with products in plain torch where vLLM has no kernel for this CPU, or a wrong one.
 
-    python serve_with_vllm.py FOLDER REQUEST RESPONSE
-
-REQUEST holds `prompts` (lists of token ids), `max_tokens` and `dtype`. RESPONSE holds one entry a prompt: the greedy
-tokens, the two best log-probabilities of each, and the log-probability of each prompt token but the first; and
-`replaced`, the kernels that vLLM has not for this CPU, or has wrong, whose products were computed in plain torch. All
-else (config, loading, joining, repacking, scales) is vLLM's own.
+All else (config, loading, joining, repacking, scales) is vLLM's own. The argument `replaced` says which kernels.
 """
 
 from __future__ import annotations
 
-import json
-import sys
+import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+
+PROGRAM = Path(__file__).parents[2] / "qexport" / "runtimes" / "programs" / "vllm_program.py"
+spec = importlib.util.spec_from_file_location("qexport_vllm_program", PROGRAM)
+assert spec is not None
+assert spec.loader is not None
+program = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(program)
 
 LARGEST_INT8_ERROR = 0.01
 
@@ -93,45 +94,18 @@ def int8_error(operators: Any) -> float:
     return float((out.double() - exact).norm() / exact.norm())
 
 
-def serve(folder: str, request: dict[str, Any]) -> dict[str, Any]:
-    """Greedy continuations of every prompt."""
-    from vllm.platforms import current_platform
+class Model(program.Model):  # type: ignore[misc,name-defined]
+    """See `PROGRAM`."""
 
-    current_platform.import_kernels()
-    replaced = {"4-bit": replace_missing_kernel(), "int8": replace_wrong_kernel()}
-    from vllm import LLM, SamplingParams
+    def __init__(self, folder: str, dtype: str, longest: int) -> None:
+        program.prepare()
+        from vllm.platforms import current_platform
 
-    model = LLM(
-        model=folder,
-        dtype=request["dtype"],
-        enforce_eager=True,
-        max_model_len=256,
-        max_num_seqs=8,
-        seed=0,
-        enable_prefix_caching=False,
-    )
-    sampling = SamplingParams(
-        temperature=0, max_tokens=request["max_tokens"], prompt_logprobs=0, logprobs=2, ignore_eos=True
-    )
-    outputs = model.generate([{"prompt_token_ids": prompt} for prompt in request["prompts"]], sampling)
-    return {
-        "replaced": [name for name, was in replaced.items() if was],
-        "answers": [described(output) for output in outputs],
-    }
+        current_platform.import_kernels()
+        replaced = {"4-bit": replace_missing_kernel(), "int8": replace_wrong_kernel()}
+        self._replaced = [name for name, was in replaced.items() if was]
+        super().__init__(folder, dtype, longest)
 
-
-def described(output: Any) -> dict[str, Any]:
-    """One answer as JSON values."""
-    [completion] = output.outputs
-    best = [sorted((entry.logprob for entry in step.values()), reverse=True)[:2] for step in completion.logprobs]
-    known = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
-    return {
-        "tokens": list(completion.token_ids),
-        "best": best,
-        "prompt_logprobs": [entry[token].logprob for token, entry in known],
-    }
-
-
-if __name__ == "__main__":
-    given = json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
-    Path(sys.argv[3]).write_text(json.dumps(serve(sys.argv[1], given)), encoding="utf-8")
+    def facts(self) -> dict[str, Any]:
+        found: dict[str, Any] = super().facts()
+        return found | {"arguments": {**found["arguments"], "replaced": ",".join(self._replaced)}}

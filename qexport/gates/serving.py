@@ -1,0 +1,86 @@
+"""Gates on what a runtime computes: the recipe's limits, and how far it may be from our reading of the same files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from qexport.artifact.figures import CATALOGUE, CheckResult, Figure, GateResult
+from qexport.artifact.report import Report
+from qexport.artifact.served import through
+from qexport.gates import HasGates
+from qexport.gates.deciding import decide, noise_floors
+from qexport.gates.limits import Limit, above_floor, limits_of
+from qexport.gates.profiles import ProfileOfLayer, profile_for
+from qexport.runtimes import ServedDtype
+
+_EPSILON: Final[Mapping[str, float]] = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+
+_LEAST: Final[Mapping[str, float]] = {"float32": 1e-6, "float16": 1e-4, "bfloat16": 4e-3}
+"""Nats. Measured with vLLM and SmolLM2, unquantized and GPTQ alike: 2.9e-9, 2e-5 and 1.4e-3."""
+
+_FLOORS: Final = 4.0
+
+FIDELITY: Final = "fidelity_kl"
+
+
+def fidelity_limit(dtype: str, noise_floor: float | None, reference_dtype: str) -> float:
+    """The largest mean KL divergence, in nats, that computing in a dtype explains.
+
+    Divergences grow with the square of the rounding step, so the reference's own noise floor gives every dtype's: four
+    times that, and at least what was measured on a small model.
+
+    Args:
+        dtype: what the runtime computes in; an unknown one counts as bfloat16.
+        noise_floor: of `mean_kl`, between the reference's dtype and a wider one; None if it was not measured.
+        reference_dtype: the reference's.
+    """
+    known: ServedDtype = "bfloat16" if dtype not in _EPSILON else dtype  # type: ignore[assignment]
+    least = _LEAST[known]
+    if noise_floor is None or reference_dtype not in _EPSILON:
+        return least
+    return max(least, _FLOORS * noise_floor * (_EPSILON[known] / _EPSILON[reference_dtype]) ** 2)
+
+
+def decide_served(
+    limits: Sequence[Limit],
+    figures: Sequence[Figure],
+    fidelity: float | None,
+    label: str,
+    checks: Sequence[CheckResult] = (),
+) -> list[GateResult]:
+    """The gates of one runtime, each named after its figure and the runtime.
+
+    Limits on figures of our own reader that the runtime cannot tell are left out, and the report says which. Those on
+    figures that only runtimes give are undecided then.
+
+    Args:
+        limits: the recipe's and the profile's.
+        figures: what was measured through the runtime.
+        fidelity: the largest `fidelity_kl` unless the limits have one; None for no such gate.
+        label: the runtime's.
+        checks: of the endpoint's tokenizer.
+    """
+    measured = {(figure.name, figure.domain) for figure in figures}
+    own = [each for each in limits if (each.figure, each.domain) in measured or CATALOGUE[each.figure].served]
+    if fidelity is not None and FIDELITY not in {limit.figure for limit in limits}:
+        own.append(Limit(FIDELITY, None, "at_most", fidelity, by_user=False))
+    decided = decide([], [], checks, ["tokenizer"]) if checks else []
+    decided += [_one(limit, figures) for limit in own]
+    return [gate.model_copy(update={"name": through(gate.name, label)}) for gate in decided]
+
+
+def decide_served_again(report: Report, settings: HasGates, of_layer: ProfileOfLayer) -> list[GateResult]:
+    """The gates of every runtime in a report, decided with other settings; see `decide_again` of `deciding`."""
+    profile = profile_for(settings, report.layers, report.subject.sizes, of_layer)
+    limits, _ = above_floor(limits_of(settings, profile), noise_floors(report.figures))
+    return [
+        gate
+        for each in report.served
+        for gate in decide_served(limits, each.figures, each.fidelity_limit, each.label, each.checks)
+    ]
+
+
+def _one(limit: Limit, figures: Sequence[Figure]) -> GateResult:
+    (gate,) = decide([limit], figures, [], [])
+    return gate

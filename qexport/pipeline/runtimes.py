@@ -1,0 +1,129 @@
+"""Which runtimes measure which folder: what is checked of them before any work is done."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from qexport.artifact.figures import CATALOGUE
+from qexport.errors import CompatibilityError, RecipeError, listed
+from qexport.reading.stored_model import StoredModel
+from qexport.runtimes import MODULES, RuntimeSettings
+from qexport.verifying import VerifySettings
+
+_STARTING_SECONDS: Final = 120
+_HAS_MODULE: Final = "import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
+
+
+def check_runtimes(settings: VerifySettings) -> None:
+    """Checks that the named environments have their runtimes, before any work is done.
+
+    Raises:
+        RecipeError: an interpreter does not exist, or does not find its runtime; or a gate limits what only a runtime
+            can tell, and none is named.
+    """
+    for index, each in enumerate(settings.through):
+        if each.runtime is not None and (why := _missing(each)):
+            raise RecipeError(
+                f"{each.runtime} is not there: {why}",
+                where=f"verify.through.{index}.python: {each.interpreter}",
+                mend="name the interpreter of an environment that has it, for example ./venv/bin/python",
+            )
+    names = [name for name in settings.gates if CATALOGUE[name].served]
+    if names and not settings.through:
+        raise RecipeError(
+            "only a runtime gives what these gates limit, and none is named",
+            where=listed([f"verify.gates.{name}" for name in names]),
+            mend="give verify.through or --through, or remove the gates",
+        )
+
+
+def _missing(settings: RuntimeSettings) -> str | None:
+    """Why a runtime cannot be started; None if it can."""
+    assert settings.runtime is not None
+    module = MODULES[settings.runtime]
+    try:
+        found = subprocess.run(
+            [settings.interpreter, "-c", _HAS_MODULE.format(module=module)],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=_STARTING_SECONDS,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return None if found.returncode == 0 else f"its environment has no module {module}"
+
+
+def misfit(settings: RuntimeSettings, artifact: StoredModel) -> str | None:
+    """Why a runtime cannot load a folder; None if it should."""
+    quantization = artifact.quantization or {}
+    match settings.runtime:
+        case "vllm" if artifact.kind == "graph":
+            return "vllm loads safetensors folders, not ONNX graphs"
+        case "onnxruntime-genai" if artifact.kind != "graph":
+            return "onnxruntime-genai loads folders of the layout onnx"
+        case "onnxruntime-genai" if not (artifact.folder / "genai_config.json").is_file():
+            return "the folder has no genai_config.json: onnxruntime-genai does not know the model's family"
+        case "gptqmodel" if quantization.get("quant_method") != "gptq":
+            return "gptqmodel loads folders with GPTQ codes"
+    return None
+
+
+def refuse_misfits(settings: VerifySettings, artifact: StoredModel) -> None:
+    """Refuses a folder that none of the named runtimes can load.
+
+    Raises:
+        CompatibilityError: with every reason.
+    """
+    reasons = [misfit(each, artifact) for each in settings.through]
+    if reasons and None not in reasons:
+        raise CompatibilityError(
+            "no runtime that is named can load this artifact",
+            where=f"{artifact.folder}: {listed([why for why in reasons if why])}",
+            mend="name another runtime, or another layout's folder",
+        )
+
+
+_HOMES: Final[Mapping[str, Sequence[str]]] = {
+    "vllm": ("vllm", "safetensors"),
+    "onnxruntime-genai": ("onnx",),
+    "gptqmodel": ("safetensors", "tgi", "vllm"),
+}
+"""The layouts that a run serves with a runtime: the first one that the recipe has."""
+
+
+def home(settings: RuntimeSettings, layouts: Sequence[str]) -> str | None:
+    """The layout that a run measures through a program; None for an endpoint, or if no layout is for it."""
+    return next((name for name in _HOMES.get(settings.runtime or "", ()) if name in layouts), None)
+
+
+def refuse_homeless(settings: VerifySettings, layouts: Sequence[str]) -> None:
+    """Refuses a recipe whose layouts a named program cannot load.
+
+    Raises:
+        CompatibilityError: with the layouts that it loads.
+    """
+    for index, each in enumerate(settings.through):
+        if each.runtime is not None and home(each, layouts) is None:
+            raise CompatibilityError(
+                f"{each.runtime} loads none of the layouts {', '.join(layouts)}",
+                where=f"verify.through.{index}",
+                mend=f"add the layout {_HOMES[each.runtime][0]} to export, or remove the runtime",
+            )
+
+
+def runtimes_of(
+    layout: str, settings: VerifySettings, layouts: Sequence[str]
+) -> tuple[list[RuntimeSettings], list[str]]:
+    """The programs that a run measures one of its layouts through, and why the endpoints are not asked.
+
+    Args:
+        layout: the layout.
+        settings: the recipe's `verify`.
+        layouts: all of the run.
+    """
+    own = [each for each in settings.through if home(each, layouts) == layout]
+    waiting = [each.label for each in settings.through if each.runtime is None]
+    return own, [f"serving at {label} (ask it with qexport verify, once it serves the artifact)" for label in waiting]

@@ -1,0 +1,134 @@
+"""The artifact measured through the runtimes that the recipe names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+import torch
+
+from qexport.artifact.figures import GateResult
+from qexport.artifact.served import ServedRecord
+from qexport.gates.serving import decide_served, fidelity_limit
+from qexport.pipeline.folders import ArtifactFolder
+from qexport.pipeline.reference import Gates
+from qexport.pipeline.runtimes import misfit
+from qexport.progress import Notice, ProgressCallback, Steps
+from qexport.reading.stored_model import StoredModel, open_stored
+from qexport.runtimes import RuntimeSettings
+from qexport.runtimes.child import ChildRuntime
+from qexport.runtimes.endpoints import open_endpoint
+from qexport.verifying.reference import Reference
+from qexport.verifying.sampled import measure_endpoint
+from qexport.verifying.served import NEW_TOKENS, PROMPT_TOKENS, measure_served
+
+
+@dataclass(frozen=True)
+class ServedArtifact:
+    """What all runtimes made of an artifact.
+
+    Attributes:
+        records: one for each runtime.
+        gates: of all of them.
+        unconfirmed: the runtimes that were named and not asked, and why.
+    """
+
+    records: Sequence[ServedRecord] = ()
+    gates: Sequence[GateResult] = ()
+    unconfirmed: Sequence[str] = ()
+
+
+NOT_SERVED: Final = ServedArtifact()
+
+
+def measure_through(
+    reference: Reference,
+    opened: ArtifactFolder,
+    gates: Gates,
+    runtimes: Sequence[RuntimeSettings],
+    *,
+    progress: ProgressCallback,
+) -> ServedArtifact:
+    """Measures an artifact through each runtime that can load it.
+
+    Args:
+        reference: what to compare it with.
+        opened: the artifact.
+        gates: its gates; each runtime's are decided with the same limits.
+        runtimes: what to measure it through.
+        progress: is called with each step.
+
+    Raises:
+        InputError: a runtime fails.
+        CompatibilityError: a runtime refuses the artifact.
+        ResourceError: a runtime takes too much time or memory.
+    """
+    records, decided, unconfirmed = list[ServedRecord](), list[GateResult](), list[str]()
+    for each in runtimes:
+        if why := misfit(each, opened.artifact):
+            unconfirmed.append(f"serving with {each.label} ({why})")
+            continue
+        record = _measure(each, reference, opened.artifact, gates, progress)
+        records.append(record)
+        decided += decide_served(gates.limits, record.figures, record.fidelity_limit, record.label, record.checks)
+    return ServedArtifact(records, decided, unconfirmed)
+
+
+def _measure(
+    settings: RuntimeSettings, reference: Reference, artifact: StoredModel, gates: Gates, progress: ProgressCallback
+) -> ServedRecord:
+    with open_stored(artifact.folder, dtype=torch.float32, like=artifact.architecture) as wide:
+        if settings.runtime is None:
+            return _ask(settings, reference, wide, progress)
+        return _start(settings, reference, wide, gates, progress)
+
+
+def _start(
+    settings: RuntimeSettings, reference: Reference, artifact: StoredModel, gates: Gates, progress: ProgressCallback
+) -> ServedRecord:
+    """Measures through a program in an environment of its own."""
+    progress(Notice(f"starting {settings.label} with {artifact.folder.name}"))
+    longest = max(reference.held_out.input_ids.shape[1], PROMPT_TOKENS + NEW_TOKENS) + 1
+    with ChildRuntime(settings, artifact.folder, longest=longest) as runtime:
+        fidelity = _fidelity(runtime.facts.dtype, reference, artifact)
+        decide = partial(decide_served, gates.limits, fidelity=fidelity, label=settings.label)
+        figures = measure_served(runtime, artifact, reference, decide, Steps(progress))
+        return ServedRecord(
+            label=settings.label,
+            runtime=runtime.facts,
+            scored="vocabulary",
+            figures=figures,
+            fidelity_limit=fidelity,
+            notes=[_ROUNDED] if fidelity is None else [],
+        )
+
+
+def _ask(
+    settings: RuntimeSettings, reference: Reference, artifact: StoredModel, progress: ProgressCallback
+) -> ServedRecord:
+    """Measures through an endpoint."""
+    endpoint = open_endpoint(settings, lambda ids: str(reference.tokenizer.decode(list(ids))))
+    progress(Notice(f"{settings.label} is {endpoint.facts.name} {endpoint.facts.version}"))
+    fidelity = _fidelity(endpoint.facts.dtype, reference, artifact)
+    measured = measure_endpoint(endpoint, artifact, reference, Steps(progress))
+    return ServedRecord(
+        label=settings.label,
+        runtime=endpoint.facts,
+        scored=measured.scored,
+        figures=measured.figures,
+        checks=measured.checks,
+        fidelity_limit=None if measured.scored == "nothing" else fidelity,
+        notes=[*measured.notes, *([_ROUNDED] if fidelity is None else [])],
+    )
+
+
+_ROUNDED: Final = "fidelity_kl has no limit: activations are rounded, so that two sound computations differ"
+
+
+def _fidelity(dtype: str, reference: Reference, artifact: StoredModel) -> float | None:
+    if artifact.rounds_activations:
+        return None
+    floor = reference.prepared.noise_floor.get("mean_kl")
+    return fidelity_limit(dtype, floor, str(reference.dtype).removeprefix("torch."))

@@ -1,0 +1,213 @@
+"""`verify.through` and `--through`: a run and a verification whose artifact a child process serves."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from typer.testing import CliRunner
+
+import trained_models
+from qexport.artifact.report import Report
+from qexport.cli.app import app
+from qexport.errors import CompatibilityError, RecipeError
+from qexport.gates.deciding import decide_again
+from qexport.gates.serving import decide_served_again
+from qexport.pipeline import plan, run
+from qexport.pipeline.result import Result
+from qexport.pipeline.runtimes import home, refuse_homeless, runtimes_of
+from qexport.quantizing import profile_of_layer
+from qexport.recipe import load_recipe
+from qexport.reporting.html import report_html
+from qexport.runtimes import RuntimeSettings, parse_through, portable_through
+from qexport.verifying import VerifySettings
+
+ROOT = Path(__file__).parents[1]
+PROGRAM = ROOT / "tests" / "runtime_programs" / "reading_program"
+
+
+@dataclass(frozen=True)
+class Made:
+    """A recipe, the interpreter that it names, and what its run published."""
+
+    recipe: Path
+    python: Path
+    result: Result
+
+    def verify(self, *arguments: str) -> Any:
+        options = ["verify", str(self.result.artifact_path), "--reference", str(self.recipe), "--json", *arguments]
+        return CliRunner().invoke(app, options)
+
+
+@pytest.fixture(scope="module")
+def programs() -> Any:
+    """The stand-in takes the place of vLLM."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules["qexport.runtimes.child"].PROGRAMS, "vllm", str(PROGRAM))
+        yield
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, programs: Any) -> Made:
+    folder = tmp_path_factory.mktemp("through")
+    modules = folder / "modules"
+    modules.mkdir()
+    (modules / "vllm.py").touch()
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH="{modules}:{ROOT}" exec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    trained_models.trained().save_pretrained(folder / "base")
+    trained_models.tokenizer().save_pretrained(folder / "base")
+    trained_models.write_held_out(folder / "held-out.jsonl", passages=200)
+    recipe = {
+        "load": {"base": "./base"},
+        "quantize": {"method": "nf4"},
+        "export": [{"layout": "safetensors"}],
+        "verify": {
+            "text": "./held-out.jsonl", "windows": 6, "max_windows": 6, "sequence_length": 48, "profile": "off",
+            "gates": {"artifact_perplexity": {"at_most": 1000}},
+            "through": [{"runtime": "vllm", "python": "./python", "dtype": "float32"}, {"url": "http://localhost:9"}],
+        },
+        "output": "./artifact",
+    }  # fmt: skip
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    return Made(folder / "recipe.yaml", python, run(load_recipe(folder / "recipe.yaml"), device="cpu"))
+
+
+def test_a_run_is_confirmed_by_the_runtime(made: Made) -> None:
+    report = made.result.report
+    (served,) = report.served
+    figures = {figure.name: figure.value for figure in served.figures if figure.domain is None}
+    own = {figure.name: figure.value for figure in report.figures if figure.domain is None}
+    assert made.result.passed
+    assert {gate.name for gate in report.gates} >= {
+        "artifact_perplexity", "artifact_perplexity through vllm float32", "fidelity_kl through vllm float32",
+    }  # fmt: skip
+    assert (served.runtime.name, served.runtime.version, served.runtime.dtype) == ("vllm", "1.2", "float32")
+    assert (served.runtime.kernels, served.runtime.arguments) == ({"Linear4bit": 21}, {"eager": "True"})
+    assert figures["fidelity_kl"] < 1e-9
+    assert figures["mean_kl"] == pytest.approx(own["mean_kl"], rel=0.05)
+    assert figures["fidelity_continuations"] == 1.0
+    assert "vllm float32 (vllm 1.2)" in report.readers
+    assert [each for each in report.unconfirmed if "localhost" in each]
+
+
+def test_the_report_is_read_again_and_says_who_confirmed(made: Made) -> None:
+    path = made.result.artifact_path
+    report = Report.read(path)
+    assert report == made.result.report
+    assert "vllm float32 (vllm 1.2)" in report_html(report)
+    manifest = (path / "qexport-manifest.json").read_text()
+    card = (path / "README.md").read_text().replace("\\", "")
+    assert "## Verification\n\nPassed: All 5 gates passed. Confirmed by qexport" in card
+    assert "vllm float32 (vllm 1.2); unconfirmed: " in card
+    assert str(made.python) not in manifest + (path / "report" / "report.json").read_text()
+    assert json.loads(manifest)["recipe"]["verify"]["through"][0]["python"] == "python"
+
+
+def test_gates_are_decided_again_for_the_runtime_too(made: Made) -> None:
+    report = made.result.report
+    strict = VerifySettings.model_validate(
+        {"text": "x", "profile": "off", "gates": {"mean_kl": {"at_most": 1e-4}, "fidelity_kl": {"at_most": 0.5}}}
+    )
+    own, _ = decide_again(report, strict, profile_of_layer)
+    served = decide_served_again(report, strict, profile_of_layer)
+    assert {gate.name for gate in own} == {"config", "tokenizer", "mean_kl"}
+    assert {gate.name: gate.limit for gate in served} == {
+        "mean_kl through vllm float32": 1e-4, "fidelity_kl through vllm float32": 0.5,
+    }  # fmt: skip
+
+
+def test_a_limit_on_a_runtime_that_was_not_asked_is_undecided(made: Made) -> None:
+    settings = VerifySettings.model_validate({"text": "x", "profile": "off", "gates": {"fidelity_kl": {"at_most": 1}}})
+    unserved = made.result.report.model_copy(update={"served": []})
+    gates, _ = decide_again(unserved, settings, profile_of_layer)
+    assert {gate.name: gate.verdict for gate in gates}["fidelity_kl"] == "undecided"
+    assert decide_served_again(unserved, settings, profile_of_layer) == []
+
+
+def test_what_is_served_otherwise_fails_the_command(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QEXPORT_TEST_FAULT", "norm x 1.1")
+    found = made.verify("--through", f"vllm@{made.python},dtype=float32")
+    report = json.loads(found.stdout)
+    assert found.exit_code == 6
+    assert "fidelity_kl through vllm float32 is" in found.stderr
+    assert "check that it serves this very folder" in found.stderr
+    assert "serving with vllm float32 (fail)" in report["unconfirmed"]
+    assert "--through vllm@python,dtype=float32" in report["command"]
+
+
+def test_a_runtime_that_cannot_load_the_layout_is_refused_first(made: Made) -> None:
+    found = made.verify("--through", f"gptqmodel@{made.python}")
+    assert found.exit_code == 2  # the environment has no such module
+    assert "its environment has no module gptqmodel" in found.stderr
+
+
+def test_a_plan_finds_a_missing_interpreter_and_a_layout_for_none(made: Made) -> None:
+    with pytest.raises(RecipeError, match=r"vllm is not there: .*No such file"):
+        plan(load_recipe(made.recipe, ["verify.through.0.python=./nowhere"]))
+    settings = VerifySettings.model_validate({"text": "x", "through": [{"runtime": "onnxruntime-genai"}]})
+    with pytest.raises(CompatibilityError, match="loads none of the layouts safetensors, tgi"):
+        refuse_homeless(settings, ["safetensors", "tgi"])
+    with pytest.raises(RecipeError, match="only a runtime gives what these gates limit"):
+        plan(load_recipe(made.recipe, ["verify.through=[]", "verify.gates.fidelity_kl={at_most: 0.1}"]))
+
+
+def test_each_runtime_serves_one_layout() -> None:
+    settings = VerifySettings.model_validate(
+        {"text": "x", "through": [{"runtime": "vllm"}, {"runtime": "gptqmodel"}, {"url": "http://h:1"}]}
+    )
+    layouts = ["safetensors", "tgi", "vllm"]
+    assert [home(each, layouts) for each in settings.through] == ["vllm", "safetensors", None]
+    assert runtimes_of("vllm", settings, layouts)[0] == settings.through[:1]
+    assert runtimes_of("tgi", settings, layouts)[0] == []
+
+
+PARSED = {
+    "vllm": {"runtime": "vllm"},
+    "vllm@.venv/bin/python,dtype=float16": {"runtime": "vllm", "python": ".venv/bin/python", "dtype": "float16"},
+    "http://localhost:8000,timeout=9": {"url": "http://localhost:8000", "timeout": 9},
+    "gptqmodel,max_memory=8GB": {"runtime": "gptqmodel", "max_memory": "8GB"},
+}
+
+
+@pytest.mark.parametrize("text", PARSED)
+def test_options_are_parsed(text: str) -> None:
+    assert parse_through(text) == RuntimeSettings.model_validate(PARSED[text])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["llama.cpp", "", "vllm,dtype", "vllm,dtype=int8", "vllm,dtype=float16,dtype=float32", "ftp://x", "http://u:p@host",
+     "http://h/?key=1", "http://h,python=x", "vllm,timeout=0"],
+)  # fmt: skip
+def test_other_options_are_refused(text: str) -> None:
+    with pytest.raises(RecipeError, match="--through was not understood"):
+        parse_through(text)
+
+
+@given(st.text(max_size=40))
+def test_any_text_is_parsed_or_refused(text: str) -> None:
+    try:
+        found = parse_through(text)
+    except RecipeError:
+        return
+    assert (found.runtime is None) != (found.url is None)
+
+
+def test_commands_name_no_folder_of_this_machine() -> None:
+    assert portable_through("vllm@/a/b/python,dtype=float16") == "vllm@python,dtype=float16"
+    assert portable_through("http://host:1") == "http://host:1"
+    assert portable_through("vllm") == "vllm"
+
+
+def test_two_entries_need_two_labels() -> None:
+    with pytest.raises(ValidationError, match="vllm is listed twice"):
+        VerifySettings.model_validate({"text": "x", "through": [{"runtime": "vllm"}, {"runtime": "vllm"}]})

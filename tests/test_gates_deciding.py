@@ -218,7 +218,7 @@ def test_checks_that_had_nothing_to_look_at_are_undecided_together() -> None:
         ((0.49, 0.51), (0.7, 1.1), "fail", 0.8),
         ((1.9, 2.1), (0.7, 1.1), "fail", 1.25),
         ((0.97, 1.01), (0.3, 0.4), "fail", 0.6),
-        ((0.97, 1.01), (1.5, 1.7), "undecided", 1.6),
+        ((0.97, 1.01), (1.5, 1.7), "pass", None),
         ((0.7, 1.0), (2.0, 3.0), "fail", 1.6),
         (None, (0.9, 1.1), "undecided", 0.8),
         (None, None, "undecided", 0.8),

@@ -106,7 +106,7 @@ def test_the_report_is_read_again_and_says_who_confirmed(made: Made) -> None:
     assert "vllm float32 (vllm 1.2)" in report_html(report)
     manifest = (path / "qexport-manifest.json").read_text()
     card = (path / "README.md").read_text().replace("\\", "")
-    assert "## Verification\n\nPassed: All 5 gates passed. Confirmed by qexport" in card
+    assert "## Verification\n\nPassed: All 5 gates passed. Measured through qexport" in card
     assert "vllm float32 (vllm 1.2); unconfirmed: " in card
     assert str(made.python) not in manifest + (path / "report" / "report.json").read_text()
     assert json.loads(manifest)["recipe"]["verify"]["through"][0]["python"] == "python"

@@ -18,7 +18,7 @@ from qexport.amounts import counted, size
 from qexport.artifact.manifest import REPORT_FOLDER
 from qexport.quantizing import recorded_method
 from qexport.reporting.selection import fallen_back
-from qexport.reporting.terminal import gate_table, prompt_table, verdict_line
+from qexport.reporting.terminal import few_equal_line, gate_table, prompt_table, verdict_lines
 from qexport.reporting.view import figure_row, size_view, summarize
 from qexport.reporting.writing import PAGE_NAME
 
@@ -56,10 +56,9 @@ def _parts(result: Result, path: Path) -> Iterator[RenderableType]:
         own = result.reports.get(layouts[0])
         shown = None if own is None else summarize(own)
         if shown is not None:
-            yield verdict_line(shown)
-        if (found := result.manifests[layouts[0]].verification) is not None:
-            yield from _readers(found)
-        if shown is not None:
+            if shown.few_equal:
+                yield Padding(few_equal_line(), (0, 0, 1, 0))
+            yield from verdict_lines(shown)
             yield Padding(gate_table(shown.gates), (1, 0))
     yield from _remarks(manifest)
     yield from _notes(result.manifests)
@@ -160,13 +159,6 @@ def _layer_list(layers: list[LayerRecord], verdict: str) -> Iterator[Text]:
         names = ", ".join(layer.name for layer in layers[:MAX_LAYERS_LISTED])
         rest = f" and {len(layers) - MAX_LAYERS_LISTED} more" if len(layers) > MAX_LAYERS_LISTED else ""
         yield Text.assemble((f"{counted(len(layers), 'layer')} {verdict}: ", "yellow"), names, rest)
-
-
-def _readers(figures: Verification) -> Iterator[Text]:
-    if figures.readers:
-        yield Text(f"Read back from disk by {', '.join(figures.readers)}.")
-    if figures.unconfirmed:
-        yield Text.assemble(("Unconfirmed: ", "yellow"), ", ".join(figures.unconfirmed))
 
 
 def _how_to_load(result: Result, path: Path) -> Iterator[RenderableType]:

@@ -79,7 +79,7 @@ def distance(report: Report) -> str:
 
 def confirmation(report: Report) -> str:
     """What has computed the artifact and what has not, in one sentence, to stand beside the verdict."""
-    by = f"Confirmed by {', '.join(report.readers)}" if report.readers else "Confirmed by nothing"
+    by = f"Measured through {', '.join(report.readers)}" if report.readers else "Measured through nothing"
     return f"{by}; unconfirmed: {', '.join(report.unconfirmed) or 'nothing'}."
 
 

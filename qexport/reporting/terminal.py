@@ -27,22 +27,27 @@ def report_summary(report: Report) -> RenderableType:
 
 def _parts(summary: Summary) -> Iterator[RenderableType]:
     yield Text.assemble((visible(summary.name), "bold"), f"  {visible(summary.how)}")
-    yield verdict_line(summary)
-    if summary.distance:
-        yield Text(visible(summary.distance))
-    yield Text(visible(summary.confirmation))
+    yield from verdict_lines(summary)
     if summary.gates:
         yield Padding(gate_table(summary.gates), (1, 0, 0, 0))
     yield Padding(figures_table(summary.figures), (1, 0, 0, 0))
     if summary.few_equal:
-        yield Padding(Text(FEW_EQUAL, style="dim"), (1, 0, 0, 0))
+        yield Padding(few_equal_line(), (1, 0, 0, 0))
     if summary.prompts:
         yield Padding(prompt_table(summary.prompts), (1, 0, 0, 0))
 
 
-def verdict_line(summary: Summary) -> Text:
-    """The verdict and its reason."""
-    return Text.assemble((summary.word, VERDICT_STYLES[summary.verdict]), f"  {visible(summary.sentence)}")
+def verdict_lines(summary: Summary) -> Iterator[Text]:
+    """The verdict and its reason, the distance to the nearest limit, and what has computed the artifact."""
+    yield Text.assemble((summary.word, VERDICT_STYLES[summary.verdict]), f"  {visible(summary.sentence)}")
+    if summary.distance:
+        yield Text(visible(summary.distance))
+    yield Text(visible(summary.confirmation))
+
+
+def few_equal_line() -> Text:
+    """What few equal continuations mean."""
+    return Text(FEW_EQUAL, style="dim")
 
 
 def gate_table(gates: Sequence[GateRow]) -> Table:

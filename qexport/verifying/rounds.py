@@ -25,11 +25,8 @@ _GROWTH: Final = 2
 _RIVAL_WINDOWS: Final = 16
 """Windows of a look that rivals run, rounded up to whole batches: they differ by more than the artifact does."""
 
-_RIVAL_GATES: Final[Mapping[str, frozenset[str]]] = {
-    "nearest": frozenset({"better_than_rtn"}),
-    "base": frozenset({"adapter", "adapter_strength"}),
-}
-"""The gates that a rival is run for. Once they are decided, the rival is not run again."""
+_RIVAL_GATES: Final[Mapping[str, str]] = {"nearest": "better_than_rtn", "base": "adapter"}
+"""The gate that a rival is run for. Once it is decided, the rival is not run again."""
 
 
 class WindowRunner(Protocol):
@@ -165,14 +162,11 @@ def looks_at(windows: int, first_look: int) -> Iterator[tuple[int, int]]:
 
 def _taking_part(models: Models, gates: Sequence[GateResult]) -> dict[str, BlockRunner | WindowRunner]:
     """The models of the next look. `gates` is empty before the first one."""
-    given = {gate.name for gate in gates}
-    undecided = {gate.name for gate in gates if gate.verdict == "undecided"}
+    decided = {gate.name for gate in gates if gate.verdict != "undecided"}
     rivals = {"nearest": models.nearest, "base": models.base}
     chosen: dict[str, BlockRunner | WindowRunner] = {"reference": models.reference, "artifact": models.artifact}
     return chosen | {
-        name: runner
-        for name, runner in rivals.items()
-        if runner is not None and (_RIVAL_GATES[name] & undecided or not _RIVAL_GATES[name] & given)
+        name: runner for name, runner in rivals.items() if runner is not None and _RIVAL_GATES[name] not in decided
     }
 
 

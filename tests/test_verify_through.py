@@ -106,7 +106,7 @@ def test_the_report_is_read_again_and_says_who_confirmed(made: Made) -> None:
     assert "vllm float32 (vllm 1.2)" in report_html(report)
     manifest = (path / "qexport-manifest.json").read_text()
     card = (path / "README.md").read_text().replace("\\", "")
-    assert "## Verification\n\nPassed: All 5 gates passed. Measured through qexport" in card
+    assert "## Verification\n\nPassed: All 7 gates passed. Measured through qexport" in card
     assert "vllm float32 (vllm 1.2); unconfirmed: " in card
     assert str(made.python) not in manifest + (path / "report" / "report.json").read_text()
     assert json.loads(manifest)["recipe"]["verify"]["through"][0]["python"] == "python"
@@ -119,7 +119,7 @@ def test_gates_are_decided_again_for_the_runtime_too(made: Made) -> None:
     )
     own, _ = decide_again(report, strict, profile_of_layer)
     served = decide_served_again(report, strict, profile_of_layer)
-    assert {gate.name for gate in own} == {"config", "tokenizer", "mean_kl"}
+    assert {gate.name for gate in own} == {"config", "files", "tokenizer", "weights", "mean_kl"}
     assert {gate.name: gate.limit for gate in served} == {
         "mean_kl through vllm float32": 1e-4, "fidelity_kl through vllm float32": 0.5,
     }  # fmt: skip

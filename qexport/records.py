@@ -4,7 +4,9 @@ through the pass, then into the manifest and the report. Imports no torch.
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class Record(BaseModel):
@@ -13,6 +15,13 @@ class Record(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+
+def added(default: Any = None) -> Any:
+    """A field that records of earlier versions do not have, which is not written where it has its default: so a record
+    that was read has the bytes, and the digest, that it was written with.
+    """
+    return Field(default=default, exclude_if=lambda value: value == default)
 
 
 class LayerRecord(Record):

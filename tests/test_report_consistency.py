@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from qexport.artifact.digests import sha256_json
 from qexport.artifact.report import Report
 from qexport.cli import main
 from qexport.errors import InputError
@@ -96,3 +97,38 @@ def test_json_that_cannot_be_a_report_is_an_input_error(tmp_path: Path, text: st
 def test_a_path_that_no_system_takes_is_an_input_error() -> None:
     with pytest.raises(InputError, match="cannot be read"):
         Report.read(Path("a" * 5000))
+
+
+ADDED = {
+    "finished",
+    "profile",
+    "formats",
+    "refusals",
+    "needles",
+    "weights",
+    "served",
+    "source",
+    "room",
+    "smallest_drop",
+}
+
+
+def test_a_report_of_an_earlier_version_keeps_its_bytes_and_its_digest(tmp_path: Path) -> None:
+    """It has none of the keys that were added since, and the manifest records its digest."""
+    content = json.loads(report().to_json())
+    assert keys(content).isdisjoint(ADDED)
+    written = json.dumps(content, indent=2, sort_keys=True) + "\n"
+    (tmp_path / "report.json").write_text(written, encoding="utf-8")
+    read = Report.read(tmp_path)
+    assert read.to_json() == written
+    assert read.digest() == sha256_json({key: value for key, value in content.items() if key != "timings"})
+
+
+def keys(content: Any) -> set[str]:
+    match content:
+        case dict():
+            return content.keys() | set().union(*map(keys, content.values()))
+        case list():
+            return set().union(*map(keys, content))
+        case _:
+            return set()

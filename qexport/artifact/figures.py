@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from qexport.records import Record
+from qexport.records import Record, added
 
 Better = Literal["lower", "higher", "near"]
 Form = Literal["number", "share", "nats", "ratio", "points"]
@@ -216,10 +216,10 @@ class GateResult(Record):
     reason: str
     """One sentence for people."""
 
-    source: str | None = None
+    source: str | None = added()
     """Who sets the limit: a profile, or the user; None for a gate that is built in."""
 
-    room: float | None = None
+    room: float | None = added()
     """How far the artifact is from failing: the distance between the limit and the worse end of the interval, as a
     share of what the limit allows, that is of its distance from the value of an artifact that equals its reference
     (from 0 where there is none). Below 0 the gate has not passed."""

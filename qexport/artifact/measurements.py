@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 
 from qexport.artifact.figures import Figure
-from qexport.records import Record
+from qexport.records import Record, added
 
 
 class Histogram(Record):
@@ -235,7 +235,7 @@ class TaskRecord(Record):
     p_value: float
     """Exact two-sided McNemar test."""
 
-    smallest_drop: float | None = None
+    smallest_drop: float | None = added()
     """The smallest drop of accuracy that so many items show with a probability of 80 %, if one answer in ten changes:
     known before the measurement."""
 
@@ -283,7 +283,7 @@ class Timings(Record):
     seconds: float
     """How long verification took."""
 
-    finished: datetime | None = None
+    finished: datetime | None = added()
     """When it ended, in UTC; None in reports of versions that did not record it."""
 
     peak_memory_bytes: int | None

@@ -29,7 +29,7 @@ from qexport.artifact.measurements import (
 )
 from qexport.artifact.served import ServedRecord
 from qexport.errors import InputError, listed
-from qexport.records import LayerRecord, Record
+from qexport.records import LayerRecord, Record, added
 
 _BITS: Final = (2, 3, 4, 8)
 
@@ -156,7 +156,7 @@ class Report(Record):
     protocol: Protocol
     figures: list[Figure]
     gates: list[GateResult]
-    profile: ProfileRecord | None = None
+    profile: ProfileRecord | None = added()
     checks: list[CheckResult]
     kl_histogram: Histogram
     flips_by_margin: list[MarginBin]
@@ -164,11 +164,11 @@ class Report(Record):
     worst_tokens: list[WorstToken]
     generations: Generations | None
     tasks: list[TaskRecord]
-    formats: Answers | None = None
-    refusals: Answers | None = None
-    needles: Answers | None = None
+    formats: Answers | None = added()
+    refusals: Answers | None = added()
+    needles: Answers | None = added()
     layers: list[LayerRecord]
-    weights: Weights | None = None
+    weights: Weights | None = added()
     """None in the reports of versions that did not compare weights."""
 
     notes: list[str]
@@ -176,7 +176,7 @@ class Report(Record):
     unconfirmed: list[str]
     environment: Environment
 
-    served: list[ServedRecord] = []
+    served: list[ServedRecord] = added([])
     """The artifact as other runtimes compute it. Absent if none was asked."""
 
     command: str
@@ -213,15 +213,11 @@ class Report(Record):
 
     def digest(self) -> str:
         """The hex digest of all but `timings`, which is the same for the same artifact, text and machine type."""
-        return sha256_json({key: value for key, value in self._content().items() if key != "timings"})
+        return sha256_json(self.model_dump(mode="json", exclude={"timings"}))
 
     def to_json(self) -> str:
         """The canonical text: sorted keys, two spaces, ASCII, a newline at the end."""
-        return json.dumps(self._content(), indent=2, sort_keys=True, allow_nan=False) + "\n"
-
-    def _content(self) -> dict[str, Any]:
-        """Without `served` where that is empty, so that reports have the bytes and the digest that they always had."""
-        return self.model_dump(mode="json", exclude=None if self.served else {"served"})
+        return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True, allow_nan=False) + "\n"
 
     @classmethod
     def read(cls, path: Path) -> Report:

@@ -229,7 +229,7 @@ def test_the_adapter_must_be_in_the_artifact_once(
 ) -> None:
     figures = [
         between(*ends, name=name)
-        for name, ends in (("adapter_strength_weights", weights), ("adapter_strength", predictions))
+        for name, ends in (("adapter_strength_weights", weights), ("adapter_strength_predictions", predictions))
         if ends is not None
     ]
     result = built_in("adapter_strength", *figures)

@@ -121,7 +121,7 @@ def test_half_of_a_change_has_half_of_its_strength_with_an_interval() -> None:
     looks: dict[Comparison, list[int]] = {name: list(range(24)) for name in ("artifact", "base", "artifact_from_base")}
     parts: dict[Comparison, list[TokenFigures]] = {"artifact": [artifact], "base": [base], "artifact_from_base": [base]}
     figures = rival_figures(Measured(parts, looks, looks=[24]), units())
-    figure = find_figure(figures, "adapter_strength")
+    figure = find_figure(figures, "adapter_strength_predictions")
     assert figure is not None
     assert figure.low is not None
     assert figure.high is not None
@@ -146,11 +146,11 @@ def test_rivals_are_paired_with_the_artifact_on_their_own_windows() -> None:
         "kl_over_rtn": relative.mean(),
         "adapter_effect": means["base"].mean(),
         "kl_over_base": ((means["artifact"][:8] - from_base) / (means["artifact"][:8] + from_base)).mean(),
-        "adapter_strength": slope(parts["artifact"][0], parts["base"][0]),
+        "adapter_strength_predictions": slope(parts["artifact"][0], parts["base"][0]),
     }
     assert {figure.name: figure.value for figure in figures} == pytest.approx(expected)
     assert {figure.name: figure.n for figure in figures} == dict(
-        rtn_mean_kl=16, kl_over_rtn=16, adapter_effect=8, kl_over_base=8, adapter_strength=8
+        rtn_mean_kl=16, kl_over_rtn=16, adapter_effect=8, kl_over_base=8, adapter_strength_predictions=8
     )
     strata = [DOMAINS[window] or "" for window in looks["nearest"]]
     paired = confidence_sequence(Sample(relative, strata), Range(-1.0, 1.0), planned=12)

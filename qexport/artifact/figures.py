@@ -71,7 +71,7 @@ CATALOGUE: Final[Mapping[str, FigureKind]] = {
     "kl_over_rtn": FigureKind("KL divergence against round-to-nearest's, relative", "ratio"),
     "adapter_effect": FigureKind("mean KL divergence of the base without the adapter", "nats"),
     "kl_over_base": FigureKind("KL divergence from the reference against that from the base, relative", "ratio"),
-    "adapter_strength": FigureKind("share of the adapter in the predictions", "ratio", 1.0, "near"),
+    "adapter_strength_predictions": FigureKind("share of the adapter in the predictions", "ratio", 1.0, "near"),
     "adapter_strength_weights": FigureKind(
         "share of the adapter in the weights", "ratio", 1.0, "near", teacher_forced=False
     ),

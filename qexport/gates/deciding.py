@@ -25,7 +25,7 @@ BUILT_IN: Final[tuple[BuiltIn, ...]] = get_args(BuiltIn)
 FIGURE_OF: Final[Mapping[BuiltIn, str]] = {
     "merge": "merge_kl",
     "adapter": "kl_over_base",
-    "adapter_strength": "adapter_strength",
+    "adapter_strength": "adapter_strength_weights",
     "better_than_rtn": "kl_over_rtn",
 }
 """The figure that a built-in gate limits and is waived by; the other gates are decided on checks."""
@@ -44,7 +44,7 @@ others say whether it is what it claims to be."""
 
 ADAPTER_STRENGTHS: Final[Mapping[str, tuple[float, float]]] = {
     "adapter_strength_weights": (0.8, 1.25),
-    "adapter_strength": (0.6, 1.6),
+    "adapter_strength_predictions": (0.6, 1.6),
 }
 """The figures of the gate `adapter_strength`, with the smallest and the largest share of the adapter that passes."""
 
@@ -191,7 +191,7 @@ def _adapter_strength(figures: Sequence[Figure]) -> GateResult:
     """The share in the weights decides. That in the predictions, which every kind of drift moves and a few documents
     leave open, can only fail.
     """
-    weights, predictions = (_worse_side(name, figures) for name in ("adapter_strength_weights", "adapter_strength"))
+    weights, predictions = (_worse_side(name, figures) for name in ADAPTER_STRENGTHS)
     return predictions if predictions.verdict == "fail" else weights
 
 

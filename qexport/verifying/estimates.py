@@ -144,7 +144,7 @@ def _adapter_strength(found: Measured, units: Units) -> list[Figure]:
     squares = units.means(wanted.square())
     if not squares.any():
         return []
-    return [units.mean("adapter_strength", ratio_values(units.means(own * wanted), squares, units.sizes))]
+    return [units.mean("adapter_strength_predictions", ratio_values(units.means(own * wanted), squares, units.sizes))]
 
 
 def ratio_values(ours: Array, theirs: Array, sizes: Array | None = None) -> Array:

@@ -404,7 +404,7 @@ def asked(folder: Path, **changes: Any) -> Recipe:
 def takes_over(chosen: Recipe) -> bool:
     planned = plan(chosen)
     found = texts.read_texts(chosen, planned.merged.checkpoint, planned.structure)
-    return FinishedRun(planned, found, torch.device("cpu")).is_in(Path(chosen.output))
+    return FinishedRun(planned, found, torch.device("cpu")).is_in(Path(str(chosen.output)))
 
 
 def test_a_run_whose_suites_or_tasks_may_have_changed_is_not_taken_over(

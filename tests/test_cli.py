@@ -602,6 +602,20 @@ def test_a_layout_that_was_measured_apart_has_its_own_figures_and_gates() -> Non
     assert f"Root digest  {'t' * 64}  tgi\n" in text
 
 
+def test_layouts_with_equal_figures_are_one_table_with_what_confirmed_each() -> None:
+    manifests = {layout: manifest(layout=layout) for layout in ("safetensors", "tgi", "vllm")}
+    found = {layout: reports.report() for layout in ("safetensors", "tgi")}
+    found["vllm"] = reports.report(readers=["qexport", "vllm 0.9"], unconfirmed=[])
+    whole = SimpleNamespace(manifest=manifests["tgi"], manifests=manifests, reports=found, passed=True, roots={})
+    console = Console(file=io.StringIO(), width=120)
+    console.print(summary(cast("Result", whole), Path("/out/x")), crop=False)
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert text.count("mean KL divergence") == text.count("Passed") == 1
+    assert "safetensors + tgi: Measured through qexport 0.2.0; unconfirmed: vLLM.\n" in text
+    assert "vllm: Measured through qexport, vllm 0.9; unconfirmed: nothing.\n" in text
+
+
 def test_the_script_of_an_onnx_folder_is_named_where_there_is_one() -> None:
     script = {"launch/generate.py": FileRecord(size=9, sha256="b" * 64)}
     assert 'ONNX         python /out/x/launch/generate.py "TEXT"' in shown(manifest(layout="onnx", files=script))

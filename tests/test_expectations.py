@@ -20,8 +20,9 @@ from qexport.architectures.memory import Budget, budget, keeping_to
 from qexport.cli import main
 from qexport.errors import RecipeError, ResourceError
 from qexport.pipeline import Plan, expectations, expected_memory, expected_time, plan, run
+from qexport.pipeline.expected_sizes import RunSizes
 from qexport.recipe import load_recipe
-from qexport.verifying import memory, predictors
+from qexport.verifying import VerifySettings, memory, predictors
 from qexport.verifying.rounds import _windows_of
 
 MEASURE = """
@@ -150,6 +151,66 @@ def test_the_speed_is_that_of_products_on_one_thread() -> None:
     threads = torch.get_num_threads()
     assert 0.1 < expected_time._speed.__wrapped__() < 10_000  # measures, whatever a test before has measured
     assert torch.get_num_threads() == threads
+
+
+def sizes(recipe: Path, **changes: Any) -> RunSizes:
+    """Of a recipe whose `verify` has changed; the runtimes that it names need not be there."""
+    planned = plan(load_recipe(recipe))
+    values = json.loads(recipe.read_text())["verify"] | {"text": str(recipe.parent / "held-out.jsonl")} | changes
+    settings = VerifySettings.model_validate(values)
+    return RunSizes(planned.merged, torch.bfloat16, {}, {}, method=planned.recipe.quantize, verify=settings)
+
+
+def needed(found: RunSizes) -> dict[str, float]:
+    return expected_memory._needs(found, Budget(1e12))
+
+
+def work(found: RunSizes) -> float:
+    done = expected_time._work(found, 0, whole=True)
+    return done.shared + done.single
+
+
+PROGRAM = {"runtime": "vllm"}
+ENDPOINT = {"url": "http://localhost:9"}
+
+
+def test_runtimes_take_memory_and_time_for_a_float32_reading(recipes: list[Path]) -> None:
+    windows = {"windows": 64, "sequence_length": 512}
+    none, one, two, asked = (
+        sizes(recipes[2], through=through, **windows)
+        for through in ([], [PROGRAM], [PROGRAM, PROGRAM | {"dtype": "float32"}], [ENDPOINT])
+    )
+    assert "through" not in needed(none) | needed(asked), "a run asks no endpoint"
+    assert needed(one)["through"] > 64 * 512 * one.hidden * (2 + 4) + 2 * 4 * one.head
+    forwards = 3 * 64 * 512 * 2 * (one.active + one.head) / expected_time._GIGAFLOPS
+    assert work(one) - work(none) > forwards
+    assert work(two) - work(one) == pytest.approx(work(one) - work(none))
+    assert work(asked) == work(none)
+    asked.method = None  # a finished folder
+    assert needed(asked)["through"] == needed(one)["through"]
+
+
+def test_drift_along_formatted_answers_takes_a_portion_of_both_models(recipes: list[Path], tmp_path: Path) -> None:
+    path = tmp_path / "formats.jsonl"
+    lines = (json.dumps({"id": str(i), "prompt": "A list.", "format": {"code": "python"}}) for i in range(100))
+    path.write_text("\n".join(lines))
+    plain, short, long = (
+        sizes(recipes[2], **changes)
+        for changes in ({}, *({"formats": {"prompts": str(path), "max_new_tokens": count}} for count in (200, 2000)))
+    )
+    hidden = 2 * long.hidden * long.bytes_
+    assert needed(plain)["verify"] + 100 * 200 * hidden < needed(short)["verify"] < needed(long)["verify"]
+    assert 65_536 * hidden < needed(long)["verify"] < needed(plain)["verify"] + 67_000 * hidden + 4096 * long.working
+    assert work(short) - work(plain) > 2 * 100 * 200 * 2 * long.head / expected_time._GIGAFLOPS
+
+
+def test_the_comparison_of_weights_takes_1_to_3_seconds_of_135_million(
+    recipes: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = sizes(recipes[2])
+    whole = work(found)
+    monkeypatch.setattr(expected_time, "_HELD", 0.0)
+    assert 1 < (whole - work(found)) / found.total * 135e6 / 1e9 < 3
 
 
 # A limit

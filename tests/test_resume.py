@@ -16,17 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import artifact_cases
 import factories
+import task_files
 from onnx_exports import traced_once
 from qexport.artifact import describe_environment
 from qexport.artifact.partial import MARKER_NAME
 from qexport.cli.app import main
 from qexport.errors import GO_ON, NumericalError, RecipeError, ResourceError
-from qexport.pipeline import Result, plan, recording, resuming, run
+from qexport.pipeline import Result, plan, recording, resuming, run, texts
+from qexport.pipeline.finished import FinishedRun
 from qexport.progress import Notice, Progress
 from qexport.recipe import Recipe
+from qexport.text import needles
 
 TWO = [{"layout": "safetensors"}, {"layout": "vllm"}]
 CASES: Mapping[str, tuple[str, list[dict[str, Any]], int]] = {
@@ -385,6 +389,50 @@ def test_a_measured_artifact_gets_the_verdict_that_it_had(inputs: Path, tmp_path
     path.rename(tmp_path / "out.partial")
     appended(tmp_path / "held-out.jsonl")
     assert steps(told(chosen)[1])[0] == 0
+
+
+def asked(folder: Path, **changes: Any) -> Recipe:
+    values = artifact_cases.recipe(folder, "nf4", [{"layout": "safetensors"}])
+    verify: dict[str, Any] = {"text": str(folder / "held-out.jsonl"), "windows": 4, "max_windows": 4, "needles": 1}
+    verify |= {"sequence_length": 24, "profile": "off", "lengths": [240], "length_windows": 2}
+    verify |= {
+        name: {"prompts": str(folder / f"{name}.jsonl"), "max_new_tokens": 1} for name in ("formats", "refusals")
+    }
+    return Recipe.model_validate(values | {"verify": verify | changes, "output": str(folder / "out")})
+
+
+def takes_over(chosen: Recipe) -> bool:
+    planned = plan(chosen)
+    found = texts.read_texts(chosen, planned.merged.checkpoint, planned.structure)
+    return FinishedRun(planned, found, torch.device("cpu")).is_in(Path(str(chosen.output)))
+
+
+def test_a_run_whose_suites_or_tasks_may_have_changed_is_not_taken_over(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(inputs, tmp_path, dirs_exist_ok=True)
+    factories.write_text(tmp_path / "held-out.jsonl", passages=20, seed=3)
+    lines = {
+        "formats": '{"id": "a", "prompt": "A list.", "format": {"code": "python"}}\n',
+        "refusals": '{"id": "b", "prompt": "Name a river.", "kind": "harmless"}\n',
+    }
+    for name, line in lines.items():
+        (tmp_path / f"{name}.jsonl").write_text(line)
+    chosen = asked(tmp_path)
+    told(chosen)
+    assert takes_over(chosen)
+    for name, line in lines.items():
+        (tmp_path / f"{name}.jsonl").write_text(line.replace("A list", "A map").replace("river", "lake"))
+        assert not takes_over(chosen), name
+        (tmp_path / f"{name}.jsonl").write_text(line)
+    portable = chosen.portable()
+    rows = [{"question": "Which?", "choices": ["a", "b"], "answer": 0}]
+    task = task_files.write_task(tmp_path, rows, task_files.CHOICE)
+    monkeypatch.setattr(texts, "require_harness", lambda: None)
+    monkeypatch.setattr(Recipe, "portable", lambda _: portable)  # as if the finished run had these tasks too
+    assert not takes_over(asked(tmp_path, tasks={"tasks": [str(task)]}))
+    monkeypatch.setattr(needles, "sha256_json", lambda _: "0" * 64)  # the needles of another program
+    assert not takes_over(chosen)
 
 
 def verified(folder: Path, output: str) -> Recipe:

@@ -32,10 +32,10 @@ def models(*, rivals: bool = False) -> Models:
     return Models(runner(0), runner(1), *((runner(2), runner(3)) if rivals else ()))
 
 
-def gate(name: str, verdict: Verdict) -> GateResult:
+def gate(name: str, verdict: Verdict, figure: str = "mean_kl") -> GateResult:
     return GateResult(
         name=name,
-        figure="mean_kl",
+        figure=figure,
         limit=0.1,
         value=0.5,
         low=0.0,
@@ -92,8 +92,8 @@ def test_looks_add_up_to_one_measurement() -> None:
 def test_a_rival_whose_gate_is_decided_rests_and_keeps_the_first_windows() -> None:
     def decide(found: Measured) -> list[GateResult]:
         return [
-            gate("better_than_rtn", "pass" if found.windows >= 6 else "undecided"),
-            gate("adapter", "undecided"),
+            gate("better_than_rtn", "pass" if found.windows >= 6 else "undecided", "kl_over_rtn"),
+            gate("adapter", "undecided", "kl_over_base"),
             gate("mean_kl", "undecided"),
         ]
 
@@ -108,11 +108,33 @@ def test_a_rival_whose_gate_is_decided_rests_and_keeps_the_first_windows() -> No
     torch.testing.assert_close(found["nearest"].kl, alone["nearest"].kl[:6], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("figure", "nearest", "base"),
+    [
+        ("rtn_mean_kl", 13, 3),
+        ("kl_over_rtn", 13, 3),
+        ("adapter_effect", 3, 13),
+        ("kl_over_base", 3, 13),
+        ("adapter_strength", 3, 13),
+        ("adapter_strength_weights", 3, 3),
+        ("mean_kl", 3, 3),
+    ],
+)
+def test_a_rival_runs_while_any_limit_on_its_figures_is_undecided(figure: str, nearest: int, base: int) -> None:
+    built_in = [gate("better_than_rtn", "pass", "kl_over_rtn"), gate("adapter", "pass", "kl_over_base")]
+    found = measured(
+        lambda _: [*built_in, gate("the user's", "undecided", figure), gate("mean_kl", "undecided")], rivals=True
+    )
+    tokens = found.tokens()
+    assert (len(tokens["nearest"].kl), len(tokens["base"].kl)) == (nearest, base)
+
+
 def test_rivals_run_the_first_windows_of_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(predicting, "BATCH_TOKENS", 3 * 8)
     monkeypatch.setattr("qexport.verifying.rounds._RIVAL_WINDOWS", 8)
     every = measured(lambda found: [], rivals=True, first_look=13)
-    twice = measured(lambda found: [gate("mean_kl", "undecided")], rivals=True, first_look=11)
+    of_rivals = [gate("better_than_rtn", "undecided", "kl_over_rtn"), gate("adapter", "undecided", "kl_over_base")]
+    twice = measured(lambda found: of_rivals, rivals=True, first_look=11)
     nine = list(range(9))  # eight, in whole batches of three
     assert every.indices["nearest"] == every.indices["artifact_from_base"] == nine
     assert twice.indices["nearest"] == twice.indices["base"] == [*nine, 11, 12]

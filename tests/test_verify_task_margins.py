@@ -6,12 +6,16 @@ from pathlib import Path
 
 import pytest
 
+import reports
 import task_files
 from qexport.artifact.figures import Figure, GateResult
 from qexport.errors import RecipeError
+from qexport.gates import Bounds, DomainBounds, GatesFile
+from qexport.gates.deciding import decide_again
 from qexport.gates.limits import Limit, margin_limits
 from qexport.gates.profiles import profile_record
 from qexport.pipeline.reference import Gates
+from qexport.quantizing import profile_of_layer
 from qexport.verifying import TaskSettings, VerifySettings
 from qexport.verifying.tasks.measuring import Item, Scores, pair
 from qexport.verifying.tasks.planned import planned_tasks
@@ -58,6 +62,18 @@ def test_a_limit_of_the_users_own_takes_the_margins_place() -> None:
     found = decided(figures, [own, above])
     assert found["accuracy_change[sound]"].limit == -0.2
     assert found["accuracy_change[worse] at_least"].verdict == "fail"
+
+
+def test_the_margins_gates_are_decided_again_from_a_report() -> None:
+    measured_tasks = [change("sound", 2000, 30, 30), change("worse", 2000, 120)]
+    gates = list(decided(measured_tasks).values())
+    found = reports.report(gates, figures=[*reports.figures(), *measured_tasks])
+    again, _ = decide_again(found, GatesFile(profile="off"), profile_of_layer)
+    assert [gate for gate in again if gate.figure == "accuracy_change"] == gates
+    own = Bounds(domains={"worse": DomainBounds(at_least=-0.2)})
+    again, _ = decide_again(found, GatesFile(profile="off", gates={"accuracy_change": own}), profile_of_layer)
+    verdicts = {gate.name: gate.verdict for gate in again if gate.figure == "accuracy_change"}
+    assert verdicts == {"accuracy_change[sound]": "pass", "accuracy_change[worse]": "pass"}
 
 
 def test_without_a_margin_there_is_no_gate() -> None:

@@ -34,11 +34,11 @@ from qexport.reading.onnx.external_data import ExternalData
 from qexport.reading.onnx.graph import Graph
 from qexport.reading.stored_model import open_stored
 from qexport.recipe import load_recipe
-from qexport.tensors import Origin, TensorSpec, WeightSource
+from qexport.tensors import GroupQuantized, Origin, TensorSpec, WeightSource
 from qexport.text.windows import HeldOut
 from qexport.verifying import VerifySettings
 from qexport.verifying.adapter_strength import strength_by_weights
-from qexport.verifying.matrices import projections
+from qexport.verifying.matrices import compare_matrix, projections
 from qexport.verifying.predictors import run_in_lockstep
 from qexport.verifying.reference import Preparation, Reference
 from qexport.verifying.weights import ComparedWeights, WeightCheck
@@ -258,6 +258,23 @@ def test_a_fault_is_named_with_its_place(made: Made, tmp_path: Path, fault: str)
     found = reason(made.compared(copied(made.artifact("gptq"), tmp_path / "copy", change)))
     assert [text for text in named if text not in found] == [], found
     assert found.count("model.") <= 4, "nothing else is named"
+
+
+@pytest.mark.parametrize("g_idx", [[0] * 8 + [1] * 8, [0, 1] * 8], ids=["in order", "by activation"])
+def test_a_zero_scale_is_a_fault_only_where_its_own_group_has_values(g_idx: list[int]) -> None:
+    group = torch.tensor(g_idx)
+    reference = torch.linspace(-1.0, 1.0, 64).reshape(4, 16)
+    reference[2, group == 0] = 0.0
+    scales = torch.full((2, 4), 1 / 7)
+    scales[0, 2] = 0.0
+    codes = GroupQuantized(
+        (reference * 7).round().add(8).to(torch.uint8), scales, torch.full((2, 4), 8, dtype=torch.uint8), group.int(),
+        bits=4, group_size=8, sym=True, desc_act=g_idx[1] == 1,
+    )  # fmt: skip
+    assert [fault.text for fault in compare_matrix(codes, reference).faults] == []
+    scales[1, 2] = 0.0
+    reasons = [fault.text for fault in compare_matrix(codes, reference).faults]
+    assert "the scale is zero in row 2, group 1" in reasons
 
 
 @pytest.mark.parametrize("method", ["nf4", "w8a8"])

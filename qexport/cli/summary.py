@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Final
@@ -17,13 +17,15 @@ from rich.text import Text
 from qexport.amounts import counted, size
 from qexport.artifact.manifest import REPORT_FOLDER
 from qexport.quantizing import recorded_method
-from qexport.reporting.selection import fallen_back
+from qexport.reporting.selection import confirmation, fallen_back
 from qexport.reporting.terminal import few_equal_line, gate_table, prompt_table, verdict_lines
+from qexport.reporting.values import visible
 from qexport.reporting.view import figure_row, size_view, summarize
 from qexport.reporting.writing import PAGE_NAME
 
 if TYPE_CHECKING:
     from qexport.artifact.manifest import Manifest, Verification
+    from qexport.artifact.report import Report
     from qexport.pipeline import Result
     from qexport.records import LayerRecord
 
@@ -51,7 +53,7 @@ def _parts(result: Result, path: Path) -> Iterator[RenderableType]:
     measured = _groups_by_measurement(result)
     for layouts in measured:
         if len(measured) > 1:
-            yield Text.assemble("\n", (" + ".join(layouts), "bold"), _readers_of(result.manifests[layouts[0]]))
+            yield Text.assemble("\n", (" + ".join(layouts), "bold"), _readers_of(result.manifests, layouts))
         yield Padding(_figures(result.manifests[layouts[0]]), (1, 0))
         own = result.reports.get(layouts[0])
         shown = None if own is None else summarize(own)
@@ -59,6 +61,7 @@ def _parts(result: Result, path: Path) -> Iterator[RenderableType]:
             if shown.few_equal:
                 yield Padding(few_equal_line(), (0, 0, 1, 0))
             yield from verdict_lines(shown)
+            yield from _confirmations(result.reports, layouts)
             yield Padding(gate_table(shown.gates), (1, 0))
     yield from _remarks(manifest)
     yield from _notes(result.manifests)
@@ -86,8 +89,20 @@ def _same(one: Verification | None, other: Verification | None) -> bool:
     return (one.figures, one.gates) == (other.figures, other.gates)
 
 
-def _readers_of(manifest: Manifest) -> str:
-    return f", measured by {', '.join(manifest.verification.readers)}" if manifest.verification else ""
+def _confirmations(reports: Mapping[str, Report], layouts: Sequence[str]) -> Iterator[Text]:
+    """What has computed these layouts and what has not. Their figures may be equal where their programs are not."""
+    layouts_of: dict[str, list[str]] = {}
+    for layout in layouts:
+        layouts_of.setdefault(confirmation(reports[layout]), []).append(layout)
+    for words, names in layouts_of.items():
+        yield Text(visible(f"{' + '.join(names)}: {words}" if len(layouts_of) > 1 else words))
+
+
+def _readers_of(manifests: Mapping[str, Manifest], layouts: Sequence[str]) -> str:
+    """Where all of these layouts have the same."""
+    found = [verification for each in layouts if (verification := manifests[each].verification)]
+    readers = {", ".join(each.readers) for each in found}
+    return f", measured by {readers.pop()}" if len(readers) == 1 else ""
 
 
 def _headline(manifest: Manifest, layouts: Iterable[str]) -> Text:

@@ -12,7 +12,7 @@ from qexport.artifact.figures import CATALOGUE, CheckResult, Figure, GateResult,
 from qexport.artifact.report import Report
 from qexport.errors import GateFailed, GateUndecided
 from qexport.gates import HasGates
-from qexport.gates.limits import NOISE_MARGIN, Bound, Limit, above_floor, limits_of
+from qexport.gates.limits import NOISE_MARGIN, Bound, Limit, above_floor, limits_of, margin_limits, margin_of
 from qexport.gates.profiles import ProfileOfLayer, profile_for
 
 BuiltIn = Literal[
@@ -300,7 +300,7 @@ def decide_again(report: Report, settings: HasGates, of_layer: ProfileOfLayer) -
 
     Of the built-in gates, `config` and `tokenizer` are always decided, `merge` and `adapter` if there is an adapter,
     `files`, `weights` (with an adapter `adapter_strength` too), `graph` and `better_than_rtn` if the report has them or
-    what they are decided on; none that the settings waive.
+    what they are decided on; none that the settings waive. The gates of `verify.tasks.margin` are decided again too.
 
     Args:
         report: what was measured.
@@ -326,7 +326,9 @@ def decide_again(report: Report, settings: HasGates, of_layer: ProfileOfLayer) -
         weights=report.weights is not None,
     )
     own = [limit for limit in limits if not (CATALOGUE[limit.figure].served and report.served)]
-    return decide(own, report.all_figures, report.checks, expected), [*notes, *waived]
+    margin = margin_of(report.gates)
+    margins = [] if margin is None else margin_limits(margin, report.figures, own)
+    return decide([*own, *margins], report.all_figures, report.checks, expected), [*notes, *waived]
 
 
 def noise_floors(figures: Sequence[Figure]) -> Mapping[str, float]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
-from qexport.artifact.figures import CATALOGUE, Figure
+from qexport.artifact.figures import CATALOGUE, Figure, GateResult
 from qexport.errors import RecipeError, listed
 from qexport.gates import Bounds, DomainBounds, HasGates, ProfileName
 from qexport.gates.profiles import LOOSEST, PROFILES, stricter
@@ -22,6 +22,7 @@ _ROUNDING: Final = 1e-9
 Bound = Literal["at_most", "at_least"]
 
 _OF_USER: Final = "the user's gates"
+_OF_MARGIN: Final = "verify.tasks.margin"
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,15 @@ def margin_limits(margin: float, figures: Sequence[Figure], limits: Sequence[Lim
     tasks = [figure.domain for figure in figures if figure.name == "accuracy_change"]
     sides = {(limit.domain, limit.bound) for limit in limits if limit.figure == "accuracy_change"}
     return [
-        Limit("accuracy_change", task, "at_least", -margin, True, (task, "at_most") not in sides, "verify.tasks.margin")
+        Limit("accuracy_change", task, "at_least", -margin, True, (task, "at_most") not in sides, _OF_MARGIN)
         for task in tasks or [None]
         if (task, "at_least") not in sides
     ]
+
+
+def margin_of(gates: Sequence[GateResult]) -> float | None:
+    """The margin of tasks that a report's gates were decided with; None if there was none."""
+    return next((-gate.limit for gate in gates if gate.source == _OF_MARGIN and gate.limit is not None), None)
 
 
 def above_floor(limits: Sequence[Limit], floors: Mapping[str, float]) -> tuple[list[Limit], list[str]]:

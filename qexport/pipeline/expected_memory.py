@@ -69,6 +69,8 @@ def _needs(sizes: RunSizes, chosen: Budget) -> dict[str, float]:
         needs |= {"prepare": _preparing(sizes), "verify": _verifying(sizes, sizes.verify, chosen)}
         if _fits(sizes, chosen.limit):
             needs["prompts"] = _continuing(sizes)
+        if sizes.runtimes:
+            needs["through"] = _serving(sizes, sizes.verify, chosen)
     return needs
 
 
@@ -103,15 +105,32 @@ def _verifying(sizes: RunSizes, settings: VerifySettings, chosen: Budget) -> flo
     """The hidden states of all models, one block, and at the end the head: two are compared with each other to find out
     whether one is enough, then that one is widened to float32, and then there are pieces of all logits.
     """
-    tokens = settings.sequence_length * max(1, min(settings.windows, settings.max_windows))
-    together = min(PORTION_TOKENS, settings.length_windows * max(sizes.lengths, default=0))  # of two models
-    tokens = max(tokens, 2 * together // sizes.compared)
+    along = max([settings.length_windows * max(sizes.lengths, default=0), *(each.along for each in sizes.continued)])
+    together = min(PORTION_TOKENS, along)  # of two models
+    tokens = max(_first_tokens(settings), 2 * together // sizes.compared)
     at_once = min(tokens, max(settings.sequence_length, min(BATCH_TOKENS, chosen.compared_tokens)))
     hidden = sizes.compared * tokens * sizes.hidden * sizes.bytes_
     block = sizes.block * sizes.bytes_ + _ROUNDED * 4 * sizes.widest + at_once * sizes.working
     heads = 2 if sizes.structure.head in sizes.quantized else 1
     read = sizes.head * (4 * heads + sizes.bytes_)
     return _STATISTICS + hidden + max(block, read, 4 * heads * sizes.head + _logits(sizes, sizes.compared))
+
+
+def _serving(sizes: RunSizes, settings: VerifySettings, chosen: Budget) -> float:
+    """The reference beside a float32 reading of the artifact, block by block, and the logits of both and of the
+    runtime, which is a process of its own.
+    """
+    tokens = _first_tokens(settings)
+    at_once = min(tokens, max(settings.sequence_length, min(BATCH_TOKENS, chosen.compared_tokens)))
+    hidden = tokens * sizes.hidden * (sizes.bytes_ + 4)
+    block = 4 * (sizes.block + _ROUNDED * sizes.widest) + at_once * sizes.working * 4 / sizes.bytes_
+    read = sizes.head * (4 * 2 + sizes.bytes_)
+    return _STATISTICS + hidden + max(block, read, 4 * 2 * sizes.head + _logits(sizes, 3))
+
+
+def _first_tokens(settings: VerifySettings) -> int:
+    """Tokens of the windows before the first look at the gates."""
+    return settings.sequence_length * max(1, min(settings.windows, settings.max_windows))
 
 
 def _continuing(sizes: RunSizes) -> float:

@@ -31,11 +31,18 @@ class ContinuedPrompts:
         prompts: how many.
         tokens: of each, roughly; they are not counted, since the tokenizer is not opened.
         new_tokens: of each continuation, at most.
+        drift: whether both models run along the reference's continuations once more.
     """
 
     prompts: int
     tokens: int
     new_tokens: int
+    drift: bool = False
+
+    @property
+    def along(self) -> int:
+        """Tokens of the prompts and their continuations, if drift is measured along them."""
+        return self.prompts * (self.tokens + self.new_tokens) if self.drift else 0
 
 
 _PROMPT_TOKENS: Final = 64
@@ -48,7 +55,7 @@ def _continued(settings: VerifySettings, lengths: Sequence[int]) -> Iterator[Con
         yield ContinuedPrompts(count, _PROMPT_TOKENS, settings.max_new_tokens)
     if (formats := settings.formats) is not None:
         count = len(read_format_prompts(Path(formats.prompts)).formats)
-        yield ContinuedPrompts(count, _PROMPT_TOKENS, formats.max_new_tokens)
+        yield ContinuedPrompts(count, _PROMPT_TOKENS, formats.max_new_tokens, drift=True)
     if (refusals := settings.refusals) is not None:
         count = len(read_requests(Path(refusals.prompts)).prompt_set.prompts)
         yield ContinuedPrompts(count, _PROMPT_TOKENS, refusals.max_new_tokens)
@@ -106,6 +113,12 @@ class RunSizes:
         """Lengths of the windows of the suite of lengths."""
         found = (self.verify.lengths if self.verify else None) or []
         return [length for length in found if length <= (self.structure.context or math.inf)]
+
+    @property
+    def runtimes(self) -> int:
+        """Runtimes that the artifact is measured through. A run asks no endpoint."""
+        through = self.verify.through if self.verify else []
+        return sum(each.runtime is not None or self.method is None for each in through)
 
     @property
     def whole(self) -> int:

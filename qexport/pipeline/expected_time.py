@@ -51,6 +51,9 @@ _READ: Final = 3.4
 _WRITTEN: Final = 11.0
 """Writing, hashing and reading back a byte of the artifact."""
 
+_HELD: Final = 15.0
+"""Holding a weight of the artifact against the reference's."""
+
 _COMPARED: Final = 6.0
 """Comparing two logits in float64."""
 
@@ -117,15 +120,18 @@ def _verify_work(sizes: RunSizes, settings: VerifySettings, work: _Work, *, whol
     runs = 2 * tokens + (sizes.compared - 2) * rivals + (6 if sizes.adapter else 2) * PREPARED
     work.products(2 * runs * (sizes.active + sizes.head))
     work.shared += _COMPARED * sizes.vocabulary * (tokens + 2 * (sizes.compared - 2) * rivals)
-    work.single += (sizes.compared + 2) * sizes.total * (sizes.bytes_ * _READ + _CODED)
+    model = sizes.total * (sizes.bytes_ * _READ + _CODED)  # read once, and its codes made weights
+    work.single += (sizes.compared + 2) * model + sizes.total * _HELD
     passes = 1 if whole else _PASSES
     forwards = 2 * passes * sum(each.prompts * (each.tokens + 2 * each.new_tokens) for each in sizes.continued)
-    windows = 2 * settings.length_windows * sum(sizes.lengths)
-    work.products(2 * (forwards + windows) * (sizes.active + sizes.head))
-    work.shared += _COMPARED * sizes.vocabulary * windows
+    along = settings.length_windows * sum(sizes.lengths) + sum(each.along for each in sizes.continued)
+    served = sizes.runtimes * tokens
+    work.products(2 * (forwards + 2 * along + 3 * served) * (sizes.active + sizes.head))
+    work.shared += _COMPARED * sizes.vocabulary * (2 * along + 3 * served)
+    work.single += 3 * sizes.runtimes * model  # the reference, our reading and the runtime
     steps = 2 * sum(math.ceil(each.prompts / ROWS) * each.new_tokens for each in sizes.continued)
     work.shared += steps * (len(sizes.blocks) * _STEP + sizes.whole * _STREAMED) if whole else 0.0
-    work.single += 0.0 if whole else 2 * passes * sizes.total * (sizes.bytes_ * _READ + _CODED)
+    work.single += 0.0 if whole else 2 * passes * model
 
 
 @cache

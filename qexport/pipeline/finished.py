@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -60,20 +61,51 @@ class FinishedRun:
             return False
         self.manifests = {name: each.manifest for name, each in found.items()}
         self.roots = {name: each.root for name, each in found.items() if each.root is not None}
-        return self._has_same_texts() and self._has_same_inputs()
+        return self._has_comparable_tasks() and self._has_same_texts() and self._has_same_inputs()
 
     def _has_same_inputs(self) -> bool:
         own = made_from(self._planned, self._texts.calibration, self._device)
         return all(getattr(each, field) == value for each in self.manifests.values() for field, value in own.items())
 
+    def _has_comparable_tasks(self) -> bool:
+        """Whether there are none: only the harness knows their items, once they are answered."""
+        verify = self._planned.recipe.verify
+        return verify is None or verify.tasks is None
+
     def _has_same_texts(self) -> bool:
-        own = _digests(self._texts.evaluation)
-        found = ((each.identity.text_sha256, each.identity.prompts_sha256) for each in self.reports.values())
-        return all(each == own for each in found)
+        own = _digests_of_texts(self._texts.evaluation)
+        return all(_digests_in_report(each) == own for each in self.reports.values())
 
 
-def _digests(evaluation: Evaluation | None) -> tuple[str | None, str | None]:
-    """Of the held-out text and of the prompts."""
+@dataclass(frozen=True)
+class _Digests:
+    """Of the held-out text, of the prompts, and of each suite's; None for what is not measured."""
+
+    text: str | None = None
+    prompts: str | None = None
+    formats: str | None = None
+    refusals: str | None = None
+    needles: str | None = None
+
+
+def _digests_of_texts(evaluation: Evaluation | None) -> _Digests:
     if evaluation is None:
-        return None, None
-    return evaluation.held_out.sha256, evaluation.prompts.prompt_set.sha256 if evaluation.prompts else None
+        return _Digests()
+    suites = evaluation.suites
+    needles = suites.lengths.needles if suites.lengths else None
+    return _Digests(
+        evaluation.held_out.sha256,
+        evaluation.prompts.prompt_set.sha256 if evaluation.prompts else None,
+        suites.formats.prompts.sha256 if suites.formats else None,
+        suites.refusals.requests.sha256 if suites.refusals else None,
+        needles.sha256 if needles else None,
+    )
+
+
+def _digests_in_report(report: Report) -> _Digests:
+    answers = (report.formats, report.refusals, report.needles)
+    return _Digests(
+        report.identity.text_sha256,
+        report.identity.prompts_sha256,
+        *(each.sha256 if each else None for each in answers),
+    )

@@ -28,6 +28,7 @@ def report_summary(report: Report) -> RenderableType:
 def _parts(summary: Summary) -> Iterator[RenderableType]:
     yield Text.assemble((visible(summary.name), "bold"), f"  {visible(summary.how)}")
     yield from verdict_lines(summary)
+    yield Text(visible(summary.confirmation))
     if summary.gates:
         yield Padding(gate_table(summary.gates), (1, 0, 0, 0))
     yield Padding(figures_table(summary.figures), (1, 0, 0, 0))
@@ -38,11 +39,10 @@ def _parts(summary: Summary) -> Iterator[RenderableType]:
 
 
 def verdict_lines(summary: Summary) -> Iterator[Text]:
-    """The verdict and its reason, the distance to the nearest limit, and what has computed the artifact."""
+    """The verdict and its reason, and the distance to the nearest limit."""
     yield Text.assemble((summary.word, VERDICT_STYLES[summary.verdict]), f"  {visible(summary.sentence)}")
     if summary.distance:
         yield Text(visible(summary.distance))
-    yield Text(visible(summary.confirmation))
 
 
 def few_equal_line() -> Text:

@@ -328,8 +328,9 @@ def _faults_of_grids(quantized: Quantized, reference: Tensor) -> Iterator[Fault]
             row, group = negative[0].tolist()
             count = "a negative scale" if len(negative) == 1 else f"{len(negative)} negative scales, the first one"
             yield Fault(math.inf, f"{count} in row {row}, group {group}")
+        groups = quantized.g_idx.to(reference.device)
         for row, group in (quantized.scales.t() == 0).nonzero().tolist():
-            if bool(reference[row].any()):
+            if bool(reference[row][groups == group].any()):
                 yield Fault(math.inf, f"the scale is zero in row {row}, group {group}")
                 return
 

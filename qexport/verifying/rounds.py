@@ -25,8 +25,11 @@ _GROWTH: Final = 2
 _RIVAL_WINDOWS: Final = 16
 """Windows of a look that rivals run, rounded up to whole batches: they differ by more than the artifact does."""
 
-_RIVAL_GATES: Final[Mapping[str, str]] = {"nearest": "better_than_rtn", "base": "adapter"}
-"""The gate that a rival is run for. Once it is decided, the rival is not run again."""
+_RIVAL_FIGURES: Final[Mapping[str, frozenset[str]]] = {
+    "nearest": frozenset({"rtn_mean_kl", "kl_over_rtn"}),
+    "base": frozenset({"adapter_effect", "kl_over_base", "adapter_strength"}),
+}
+"""What a rival is run for. Once all gates on these figures are decided, the rival is not run again."""
 
 
 class WindowRunner(Protocol):
@@ -143,7 +146,7 @@ def measure(
     for first, last in looks_at(len(input_ids), first_look):
         look = next(earlier, None)
         if look is None:
-            look = _look(_taking_part(models, gates), input_ids[first:last], found, steps)
+            look = _look(_taking_part(models, gates, first=not first), input_ids[first:last], found, steps)
             looks.keep(look)
         found.add(look)
         gates = list(decide(found))
@@ -160,13 +163,15 @@ def looks_at(windows: int, first_look: int) -> Iterator[tuple[int, int]]:
         first, last = last, min(windows, _GROWTH * last)
 
 
-def _taking_part(models: Models, gates: Sequence[GateResult]) -> dict[str, BlockRunner | WindowRunner]:
-    """The models of the next look. `gates` is empty before the first one."""
-    decided = {gate.name for gate in gates if gate.verdict != "undecided"}
+def _taking_part(models: Models, gates: Sequence[GateResult], *, first: bool) -> dict[str, BlockRunner | WindowRunner]:
+    """The models of the next look; `gates` are those of the look before."""
     rivals = {"nearest": models.nearest, "base": models.base}
+    open_figures = {gate.figure for gate in gates if gate.verdict == "undecided"}
     chosen: dict[str, BlockRunner | WindowRunner] = {"reference": models.reference, "artifact": models.artifact}
     return chosen | {
-        name: runner for name, runner in rivals.items() if runner is not None and _RIVAL_GATES[name] not in decided
+        name: runner
+        for name, runner in rivals.items()
+        if runner is not None and (first or _RIVAL_FIGURES[name] & open_figures)
     }
 
 
@@ -224,7 +229,7 @@ def _predictors(
 
 def _windows_of(model: str, windows: int, length: int) -> int:
     """Reference and artifact run all windows of a look, rivals the first ones: as many whatever memory there is."""
-    if model not in _RIVAL_GATES:
+    if model not in _RIVAL_FIGURES:
         return windows
     at_once = most_windows_at_once(length)
     return min(windows, math.ceil(_RIVAL_WINDOWS / at_once) * at_once)

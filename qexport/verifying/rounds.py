@@ -27,7 +27,7 @@ _RIVAL_WINDOWS: Final = 16
 
 _RIVAL_FIGURES: Final[Mapping[str, frozenset[str]]] = {
     "nearest": frozenset({"rtn_mean_kl", "kl_over_rtn"}),
-    "base": frozenset({"adapter_effect", "kl_over_base", "adapter_strength"}),
+    "base": frozenset({"adapter_effect", "kl_over_base", "adapter_strength_predictions"}),
 }
 """What a rival is run for. Once all gates on these figures are decided, the rival is not run again."""
 

@@ -115,7 +115,7 @@ def test_a_rival_whose_gate_is_decided_rests_and_keeps_the_first_windows() -> No
         ("kl_over_rtn", 13, 3),
         ("adapter_effect", 3, 13),
         ("kl_over_base", 3, 13),
-        ("adapter_strength", 3, 13),
+        ("adapter_strength_predictions", 3, 13),
         ("adapter_strength_weights", 3, 3),
         ("mean_kl", 3, 3),
     ],

@@ -17,6 +17,7 @@ from tokenizers.normalizers import Lowercase
 
 import factories
 from endpoint_server import Kind, serving
+from qexport.artifact.served import RuntimeFacts, ServedRecord, confirmation, confirming
 from qexport.errors import InputError, QexportError, ResourceError
 from qexport.gates.serving import decide_served, fidelity_limit
 from qexport.progress import Steps, silent
@@ -111,6 +112,17 @@ def test_an_endpoint_that_scores_nothing_gives_continuations_and_says_so(folder:
     assert [figure.name for figure in found.figures] == ["fidelity_continuations"]
     assert (found.scored, found.figures[0].value) == ("nothing", 1.0)
     assert "does not score these prompts" in found.notes[0]
+    facts = RuntimeFacts(name="TGI", version="3.3.5", kernels={}, dtype="float16", arguments={})
+    record = ServedRecord(
+        label="x", runtime=facts, scored=found.scored, figures=found.figures, fidelity_limit=None, notes=found.notes
+    )
+    gates = decide_served([], found.figures, None, "x", found.checks)
+    assert [gate.verdict for gate in gates] == ["pass"]  # its tokenizer
+    assert confirmation(record, gates) == "undecided"
+    assert confirming([record], gates) == []
+    assert confirming([record.model_copy(update={"scored": "token"})], gates) == ["x (TGI 3.3.5)"]
+    failed = [gates[0].model_copy(update={"verdict": "fail"})]
+    assert confirmation(record, failed) == "fail"
     for kind in ("vllm", "sglang"):
         with serving(kind, sound(), factories.tokenizer(), scoring=False) as (url, _):
             assert open_endpoint(opened(url), decode).scores(IDS) is None

@@ -10,6 +10,7 @@ from typing import Any, Final, Literal, get_args
 from qexport.amounts import counted
 from qexport.artifact.figures import CATALOGUE, CheckResult, Figure, GateResult, Verdict, find_figure
 from qexport.artifact.report import Report
+from qexport.artifact.served import is_through
 from qexport.errors import GateFailed, GateUndecided
 from qexport.gates import HasGates
 from qexport.gates.limits import NOISE_MARGIN, Bound, Limit, above_floor, limits_of
@@ -378,7 +379,7 @@ def gates_error(results: Sequence[GateResult], where: str) -> GateFailed | GateU
 
 
 def _mend(result: GateResult) -> str:
-    if result.figure is not None and CATALOGUE[result.figure].served:
+    if is_through(result) or (result.figure is not None and CATALOGUE[result.figure].served):
         return _MEND_OF_RUNTIMES
     return _MEND.get(result.name, _MEND_OF_LIMITS)
 

@@ -77,12 +77,12 @@ def measure_endpoint(endpoint: Endpoint, artifact: StoredModel, reference: Refer
     Raises:
         InputError: the endpoint fails, or its answers are none.
     """
-    ours, merged = own_reading(artifact, reference), reference.runner(reference.merged)
+    ours, merged = own_reading(artifact, reference.device), reference.runner(reference.merged)
     settings = greedy_settings(reference.merged, reference.tokenizer, max_new_tokens=NEW_TOKENS)
     ids = reference.held_out.input_ids[: reference.settings.windows]
     checks = _check_tokenizer(endpoint, reference, ids)
     steps.expect(1 + len(ids))
-    figures = [judge_continuations(endpoint.continued, ours, ids, ends_of(settings))]
+    figures = [judge_continuations(endpoint, ours, ids, ends_of(settings))]
     steps.finished(f"continuations through {endpoint.facts.name}")
     scores = [_scored(endpoint, row, steps) for row in ids.tolist()]
     told = [each for each in scores if each is not None]

@@ -201,10 +201,25 @@ def test_wrong_fields_name_the_server(folder: Path, monkeypatch: pytest.MonkeyPa
         for entries in ([None], [None] * 8, [None, *[{"7": {"logprob": "x", "rank": 1}}] * 7]):
             choice = {"prompt_logprobs": entries}
             monkeypatch.setattr(served, "post", lambda path, body, choice=choice: {"choices": [choice]})
-            with pytest.raises(InputError, match=r"vLLM 0.32.0 answered something else than its protocol says"):
+            with pytest.raises(InputError, match=r"vLLM 0.32.0 answered something else than its protocol says") as found:
                 endpoint.scores(IDS)
-        entry = [None, *({str(token): {"logprob": math.inf, "rank": 1}} for token in IDS[1:])]
-        monkeypatch.setattr(served, "post", lambda path, body: {"choices": [{"prompt_logprobs": entry}]})
-        found = endpoint.scores(IDS)
-        assert found is not None
-        assert not all(map(math.isfinite, found.log_probabilities))
+            assert found.value.where == url
+
+        def infinite(path: str, body: dict[str, list[int]]) -> object:
+            entries = [None, *({str(token): {"logprob": math.inf, "rank": 1}} for token in body["prompt"][1:])]
+            return None if path == "/tokenize" else {"choices": [{"prompt_logprobs": entries, "token_ids": [1, 2]}]}
+
+        monkeypatch.setattr(served, "post", infinite)
+        scored = endpoint.scores(IDS)
+        assert scored is not None
+        assert not all(map(math.isfinite, scored.log_probabilities))
+        with (
+            open_stored(folder, dtype=torch.float32) as artifact,
+            pytest.raises(InputError, match="no log-probability for each token") as found,
+        ):
+            measure_endpoint(endpoint, artifact, reference(), Steps(silent))
+        assert (found.value.where, bool(found.value.mend)) == (url, True)
+        monkeypatch.setattr(served, "post", lambda path, body: None)
+        with pytest.raises(InputError, match="refused a request: HTTP 404") as found:
+            endpoint.continued([IDS], 2)
+        assert found.value.where == url

@@ -123,7 +123,11 @@ def _scored(endpoint: Endpoint, ids: Sequence[int], steps: Steps) -> TokenScores
     if found is None:
         return None
     if len(found.log_probabilities) != len(ids) - 1 or not all(map(_is_logarithm, found.log_probabilities)):
-        raise InputError(f"{endpoint.facts.name} gives no log-probability for each token of a text")
+        raise InputError(
+            f"{endpoint.facts.name} gives no log-probability for each token of a text",
+            where=endpoint.where,
+            mend="check that the server has this model, and that nothing in it overflows: -inf or NaN is no answer",
+        )
     return found
 
 

@@ -16,13 +16,15 @@ from typer.testing import CliRunner
 
 import trained_models
 from qexport.artifact.report import Report
+from qexport.artifact.served import is_through
 from qexport.cli.app import app
 from qexport.errors import CompatibilityError, RecipeError
 from qexport.gates.deciding import decide_again
 from qexport.gates.serving import decide_served_again
 from qexport.pipeline import plan, run
 from qexport.pipeline.result import Result
-from qexport.pipeline.runtimes import home, refuse_homeless, runtimes_of
+from qexport.pipeline.runtimes import check_runtimes, home, refuse_homeless, runtimes_of
+from qexport.pipeline.verification import verify
 from qexport.quantizing import profile_of_layer
 from qexport.recipe import load_recipe
 from qexport.reporting.html import report_html
@@ -118,11 +120,34 @@ def test_gates_are_decided_again_for_the_runtime_too(made: Made) -> None:
         {"text": "x", "profile": "off", "gates": {"mean_kl": {"at_most": 1e-4}, "fidelity_kl": {"at_most": 0.5}}}
     )
     own, _ = decide_again(report, strict, profile_of_layer)
-    served = decide_served_again(report, strict, profile_of_layer)
+    served, notes = decide_served_again(report, strict, profile_of_layer)
     assert {gate.name for gate in own} == {"config", "files", "tokenizer", "weights", "mean_kl"}
     assert {gate.name: gate.limit for gate in served} == {
         "mean_kl through vllm float32": 1e-4, "fidelity_kl through vllm float32": 0.5,
     }  # fmt: skip
+    assert notes == []
+    waived = VerifySettings.model_validate({"text": "x", "profile": "off", "gates": {"fidelity_kl": None}})
+    served, notes = decide_served_again(report, waived, profile_of_layer)
+    assert served == []
+    assert notes == ["the gate fidelity_kl is waived: verify.gates sets fidelity_kl to null"]
+
+
+def test_a_limit_set_to_null_is_waived_and_limits_on_other_figures_are_listed(made: Made) -> None:
+    changes = ["verify.gates.fidelity_kl=null", "verify.gates.identical_generations={at_least: 0.5}"]
+    recipe = load_recipe(made.recipe, changes)
+    assert recipe.verify is not None
+    check_runtimes(recipe.verify.model_copy(update={"through": []}))  # null limits nothing
+    program = [each for each in recipe.verify.through if each.runtime]
+    settings = recipe.verify.model_copy(update={"through": program})
+    report = verify(made.result.artifact_path, recipe.load, settings, device="cpu")
+    (served,) = report.served
+    names = {gate.name for gate in report.gates if is_through(gate)}
+    assert names == {"artifact_perplexity through vllm float32"}
+    assert served.fidelity_limit is not None
+    assert served.notes == [
+        "the gate fidelity_kl is waived: verify.gates sets fidelity_kl to null",
+        "not limited here: identical_generations",
+    ]
 
 
 def test_a_limit_on_a_runtime_that_was_not_asked_is_undecided(made: Made) -> None:
@@ -130,7 +155,7 @@ def test_a_limit_on_a_runtime_that_was_not_asked_is_undecided(made: Made) -> Non
     unserved = made.result.report.model_copy(update={"served": []})
     gates, _ = decide_again(unserved, settings, profile_of_layer)
     assert {gate.name: gate.verdict for gate in gates}["fidelity_kl"] == "undecided"
-    assert decide_served_again(unserved, settings, profile_of_layer) == []
+    assert decide_served_again(unserved, settings, profile_of_layer) == ([], [])
 
 
 def test_what_is_served_otherwise_fails_the_command(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,13 +30,18 @@ def check_runtimes(settings: VerifySettings) -> None:
                 where=f"verify.through.{index}.python: {each.interpreter}",
                 mend="name the interpreter of an environment that has it, for example ./venv/bin/python",
             )
-    names = [name for name in settings.gates if CATALOGUE[name].served]
+    names = limited_through(settings)
     if names and not settings.through:
         raise RecipeError(
             "only a runtime gives what these gates limit, and none is named",
             where=listed([f"verify.gates.{name}" for name in names]),
             mend="give verify.through or --through, or remove the gates",
         )
+
+
+def limited_through(settings: VerifySettings) -> list[str]:
+    """The figures that gates limit and that only runtimes give."""
+    return [name for name, bounds in settings.gates.items() if bounds is not None and CATALOGUE[name].served]
 
 
 def _missing(settings: RuntimeSettings) -> str | None:

@@ -9,9 +9,9 @@ from typing import Final
 
 import torch
 
-from qexport.artifact.figures import GateResult
+from qexport.artifact.figures import Figure, GateResult
 from qexport.artifact.served import ServedRecord
-from qexport.gates.serving import decide_served, fidelity_limit
+from qexport.gates.serving import decide_served, fidelity_limit, left_out, unless_waived
 from qexport.pipeline.folders import ArtifactFolder
 from qexport.pipeline.reference import Gates
 from qexport.pipeline.runtimes import misfit
@@ -72,7 +72,8 @@ def measure_through(
             continue
         record = _measure(each, reference, opened.artifact, gates, progress)
         records.append(record)
-        decided += decide_served(gates.limits, record.figures, record.fidelity_limit, record.label, record.checks)
+        fidelity, _ = unless_waived(reference.settings, record.fidelity_limit)
+        decided += decide_served(gates.limits, record.figures, fidelity, record.label, record.checks)
     return ServedArtifact(records, decided, unconfirmed)
 
 
@@ -81,7 +82,7 @@ def _measure(
 ) -> ServedRecord:
     with open_stored(artifact.folder, dtype=torch.float32, like=artifact.architecture) as wide:
         if settings.runtime is None:
-            return _ask(settings, reference, wide, progress)
+            return _ask(settings, reference, wide, gates, progress)
         return _start(settings, reference, wide, gates, progress)
 
 
@@ -93,7 +94,8 @@ def _start(
     longest = max(reference.held_out.input_ids.shape[1], PROMPT_TOKENS + NEW_TOKENS) + 1
     with ChildRuntime(settings, artifact.folder, longest=longest) as runtime:
         fidelity = _fidelity(runtime.facts.dtype, reference, artifact)
-        decide = partial(decide_served, gates.limits, fidelity=fidelity, label=settings.label)
+        allowed, _ = unless_waived(reference.settings, fidelity)
+        decide = partial(decide_served, gates.limits, fidelity=allowed, label=settings.label)
         figures = measure_served(runtime, artifact, reference, decide, Steps(progress))
         return ServedRecord(
             label=settings.label,
@@ -101,12 +103,12 @@ def _start(
             scored="vocabulary",
             figures=figures,
             fidelity_limit=fidelity,
-            notes=[_ROUNDED] if fidelity is None else [],
+            notes=_notes(figures, fidelity, reference, gates),
         )
 
 
 def _ask(
-    settings: RuntimeSettings, reference: Reference, artifact: StoredModel, progress: ProgressCallback
+    settings: RuntimeSettings, reference: Reference, artifact: StoredModel, gates: Gates, progress: ProgressCallback
 ) -> ServedRecord:
     """Measures through an endpoint."""
     endpoint = open_endpoint(settings, lambda ids: str(reference.tokenizer.decode(list(ids))))
@@ -120,8 +122,18 @@ def _ask(
         figures=measured.figures,
         checks=measured.checks,
         fidelity_limit=None if measured.scored == "nothing" else fidelity,
-        notes=[*measured.notes, *([_ROUNDED] if fidelity is None else [])],
+        notes=[*measured.notes, *_notes(measured.figures, fidelity, reference, gates)],
     )
+
+
+def _notes(figures: Sequence[Figure], fidelity: float | None, reference: Reference, gates: Gates) -> list[str]:
+    """Which limits do not hold for what the runtime computes."""
+    _, notes = unless_waived(reference.settings, fidelity)
+    others = [limit.name for limit in left_out(gates.limits, figures)]
+    return [
+        *([_ROUNDED] if fidelity is None else notes),
+        *([f"not limited here: {', '.join(others)}"] if others else []),
+    ]
 
 
 _ROUNDED: Final = "fidelity_kl has no limit: activations are rounded, so that two sound computations differ"

@@ -201,7 +201,9 @@ def test_wrong_fields_name_the_server(folder: Path, monkeypatch: pytest.MonkeyPa
         for entries in ([None], [None] * 8, [None, *[{"7": {"logprob": "x", "rank": 1}}] * 7]):
             choice = {"prompt_logprobs": entries}
             monkeypatch.setattr(served, "post", lambda path, body, choice=choice: {"choices": [choice]})
-            with pytest.raises(InputError, match=r"vLLM 0.32.0 answered something else than its protocol says") as found:
+            with pytest.raises(
+                InputError, match=r"vLLM 0.32.0 answered something else than its protocol says"
+            ) as found:
                 endpoint.scores(IDS)
             assert found.value.where == url
 

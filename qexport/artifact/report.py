@@ -179,6 +179,10 @@ class Report(Record):
     served: list[ServedRecord] = []
     """The artifact as other runtimes compute it. Absent if none was asked."""
 
+    served_in: str | None = None
+    """The layout of the same run with the same weights that runtimes have computed in place of this one: its report has
+    the gates on what only runtimes tell. Absent if there is none."""
+
     command: str
     """The command that repeats the measurement."""
 
@@ -220,8 +224,9 @@ class Report(Record):
         return json.dumps(self._content(), indent=2, sort_keys=True, allow_nan=False) + "\n"
 
     def _content(self) -> dict[str, Any]:
-        """Without `served` where that is empty, so that reports have the bytes and the digest that they always had."""
-        return self.model_dump(mode="json", exclude=None if self.served else {"served"})
+        """Without `served` and `served_in` where these are empty, so that reports keep the bytes that they had."""
+        absent = {name for name in ("served", "served_in") if not getattr(self, name)}
+        return self.model_dump(mode="json", exclude=absent)
 
     @classmethod
     def read(cls, path: Path) -> Report:

@@ -301,7 +301,8 @@ def decide_again(report: Report, settings: HasGates, of_layer: ProfileOfLayer) -
 
     Of the built-in gates, `config` and `tokenizer` are always decided, `merge` and `adapter` if there is an adapter,
     `files`, `weights` (with an adapter `adapter_strength` too), `graph` and `better_than_rtn` if the report has them or
-    what they are decided on; none that the settings waive.
+    what they are decided on; none that the settings waive. Limits on what only runtimes tell are undecided unless a
+    runtime has computed the artifact, or another layout with the same weights.
 
     Args:
         report: what was measured.
@@ -326,7 +327,8 @@ def decide_again(report: Report, settings: HasGates, of_layer: ProfileOfLayer) -
         files="files" in decided or any(check.gate == "files" for check in report.checks),
         weights=report.weights is not None,
     )
-    own = [limit for limit in limits if not (CATALOGUE[limit.figure].served and report.served)]
+    elsewhere = bool(report.served or report.served_in)
+    own = [limit for limit in limits if not (CATALOGUE[limit.figure].served and elsewhere)]
     return decide(own, report.all_figures, report.checks, expected), [*notes, *waived]
 
 

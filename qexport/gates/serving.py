@@ -95,6 +95,8 @@ def decide_served_again(
     profile = profile_for(settings, report.layers, report.subject.sizes, of_layer)
     limits, _ = above_floor(limits_of(settings, profile), noise_floors(report.figures))
     results, notes = list[GateResult](), list[str]()
+    if report.served_in and any(CATALOGUE[limit.figure].served for limit in limits):
+        notes.append(f"limits on what only runtimes tell are decided in the report of the layout {report.served_in}")
     for each in report.served:
         fidelity, waived = unless_waived(settings, each.fidelity_limit)
         results += decide_served(limits, each.figures, fidelity, each.label, each.checks)

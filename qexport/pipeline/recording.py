@@ -87,6 +87,7 @@ def make_report(
         readers=[*measured.readers, *confirming(served.records, gates)],
         unconfirmed=[*_unconfirmed(opened, measured, served), *measured.unconfirmed],
         served=list(served.records),
+        served_in=served.served_in,
         environment=describe_environment(reference.device),
         command=command,
         timings=measured.timings,

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
 import torch
 
-from qexport.artifact.figures import Figure, GateResult
+from qexport.artifact.figures import CATALOGUE, Figure, GateResult
 from qexport.artifact.served import ServedRecord
+from qexport.gates.deciding import decide
 from qexport.gates.serving import decide_served, fidelity_limit, left_out, unless_waived
 from qexport.pipeline.folders import ArtifactFolder
 from qexport.pipeline.reference import Gates
@@ -22,7 +23,7 @@ from qexport.runtimes.child import ChildRuntime
 from qexport.runtimes.endpoints import open_endpoint
 from qexport.verifying.reference import Reference
 from qexport.verifying.sampled import measure_endpoint
-from qexport.verifying.served import NEW_TOKENS, PROMPT_TOKENS, measure_served
+from qexport.verifying.served import measure_served, most_tokens
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,17 @@ class ServedArtifact:
         records: one for each runtime.
         gates: of all of them.
         unconfirmed: the runtimes that were named and not asked, and why.
+        served_in: the layout with the same weights that runtimes have computed in place of this one.
     """
 
     records: Sequence[ServedRecord] = ()
     gates: Sequence[GateResult] = ()
     unconfirmed: Sequence[str] = ()
+    served_in: str | None = None
+
+    def decided_in(self, name: str) -> ServedArtifact:
+        """Without gates: the report of the layout that was served has them."""
+        return replace(self, gates=(), served_in=name)
 
 
 NOT_SERVED: Final = ServedArtifact()
@@ -57,7 +64,7 @@ def measure_through(
         reference: what to compare it with.
         opened: the artifact.
         gates: its gates; each runtime's are decided with the same limits.
-        runtimes: what to measure it through.
+        runtimes: what to measure it through. If none can load it, gates on what only runtimes tell are undecided.
         progress: is called with each step.
 
     Raises:
@@ -74,6 +81,8 @@ def measure_through(
         records.append(record)
         fidelity, _ = unless_waived(reference.settings, record.fidelity_limit)
         decided += decide_served(gates.limits, record.figures, fidelity, record.label, record.checks)
+    if not records:
+        decided = decide([limit for limit in gates.limits if CATALOGUE[limit.figure].served], [], [], [])
     return ServedArtifact(records, decided, unconfirmed)
 
 
@@ -91,12 +100,12 @@ def _start(
 ) -> ServedRecord:
     """Measures through a program in an environment of its own."""
     progress(Notice(f"starting {settings.label} with {artifact.folder.name}"))
-    longest = max(reference.held_out.input_ids.shape[1], PROMPT_TOKENS + NEW_TOKENS) + 1
+    longest = most_tokens(reference.held_out.input_ids.shape[1])
     with ChildRuntime(settings, artifact.folder, longest=longest) as runtime:
         fidelity = _fidelity(runtime.facts.dtype, reference, artifact)
         allowed, _ = unless_waived(reference.settings, fidelity)
-        decide = partial(decide_served, gates.limits, fidelity=allowed, label=settings.label)
-        figures = measure_served(runtime, artifact, reference, decide, Steps(progress))
+        gates_of = partial(decide_served, gates.limits, fidelity=allowed, label=settings.label)
+        figures = measure_served(runtime, artifact, reference, gates_of, Steps(progress))
         return ServedRecord(
             label=settings.label,
             runtime=runtime.facts,

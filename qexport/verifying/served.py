@@ -37,6 +37,13 @@ TIE: Final = 0.5
 """Nats: where our choice is no further ahead, another token is no other decision."""
 
 
+def most_tokens(sequence_length: int) -> int:
+    """The tokens that a runtime must have room for: those of a window, or of a prompt with its continuation; and one
+    more, since programs generate a token where they are asked for scores alone.
+    """
+    return max(sequence_length, min(PROMPT_TOKENS, sequence_length - 1) + NEW_TOKENS) + 1
+
+
 class Continuing(Protocol):
     """A program or an endpoint that continues prompts."""
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from qexport.artifact.figures import CATALOGUE, CheckResult, Figure, GateResult, Verdict, overall
 from qexport.errors import RecipeError
 from qexport.gates import GatesFile
-from qexport.gates.deciding import BuiltIn, decide, decide_again, needs_more, noise_floors
+from qexport.gates.deciding import BuiltIn, decide, decide_again, gates_error, needs_more, noise_floors
 from qexport.gates.limits import Bound, Limit
 from qexport.quantizing import profile_of_layer
 from reports import figure, gate_result, report
@@ -440,3 +440,15 @@ def test_limits_below_the_reports_noise_floor_are_refused() -> None:
 def test_a_report_without_figures_passes_no_gate_on_any(name: str, limit: float) -> None:
     bound: Bound = "at_least" if CATALOGUE[name].better == "higher" else "at_most"
     assert decided(limit, bound, name=name).verdict == "undecided"
+
+
+def test_a_failed_gate_of_a_runtime_is_mended_at_the_runtime() -> None:
+    failed = decided(0.1, "at_most", between(0.2, 0.3))
+    tokenizer, config = (GateResult(name=name, verdict="fail", reason="other") for name in ("tokenizer", "config"))
+    for gate in (failed, tokenizer, config):
+        own = gates_error([gate], "x")
+        served = gates_error([gate.model_copy(update={"name": f"{gate.name} through vllm float16"})], "x")
+        assert own is not None
+        assert served is not None
+        assert "check that it serves this very folder" in str(served.mend)
+        assert "serves" not in str(own.mend)

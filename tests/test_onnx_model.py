@@ -26,10 +26,13 @@ from qexport.reading.onnx.model import OnnxCache, OnnxCausalLM
 from qexport.reading.onnx.session import open_session
 from qexport.reading.onnx.weights import OnnxWeights
 from qexport.reading.safetensors_weights import SafetensorsWeights
+from qexport.reading.stored_model import open_stored
 from qexport.tensors import Quantized, RowQuantized
 from qexport.verifying import SpeedSettings
 from qexport.verifying.continuation import continue_all, likeliest_along
+from qexport.verifying.predictors import run_in_lockstep
 from qexport.verifying.prompt_batches import batch_prompts, check_padding
+from qexport.verifying.served import own_reading
 from qexport.verifying.speed import measure_speed
 
 CPU = torch.device("cpu")
@@ -254,6 +257,14 @@ def test_w8a8_rounds_activations_per_token(tmp_path: Path) -> None:
             module.register_forward_pre_hook(lambda _, inputs: (fake_int8(inputs[0]),))
     assert error(model(IDS).logits, own(IDS).logits.detach()) < 1e-4
     assert {weight.kind for weight in OnnxWeights(folder, dtype=torch.float32).quantized.values()} == {"MatMulInteger"}
+    with open_stored(folder, dtype=torch.float32) as artifact:
+        assert all(layer.int8_inputs for layer in artifact.layers.values())
+        runner = own_reading(artifact, CPU)
+        (batches,), _ = run_in_lockstep([runner], IDS, lambda _: None, drift=False)
+        with runner.head() as head:
+            reading = torch.cat([head(batch.hidden) for batch in batches])
+        unrounded = reference(folder)(IDS).logits.detach()
+        assert error(reading, own(IDS).logits.detach()) < 1e-4 < error(reading, unrounded)
 
 
 def fake_int8(x: Tensor) -> Tensor:

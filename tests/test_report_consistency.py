@@ -100,6 +100,7 @@ def test_a_path_that_no_system_takes_is_an_input_error() -> None:
 
 
 ADDED = {
+    "served_in",
     "finished",
     "profile",
     "formats",

@@ -17,6 +17,7 @@ from tokenizers.normalizers import Lowercase
 
 import factories
 from endpoint_server import Kind, serving
+from qexport.artifact.served import RuntimeFacts, ServedRecord, confirmation, confirming
 from qexport.errors import InputError, QexportError, ResourceError
 from qexport.gates.serving import decide_served, fidelity_limit
 from qexport.progress import Steps, silent
@@ -111,6 +112,17 @@ def test_an_endpoint_that_scores_nothing_gives_continuations_and_says_so(folder:
     assert [figure.name for figure in found.figures] == ["fidelity_continuations"]
     assert (found.scored, found.figures[0].value) == ("nothing", 1.0)
     assert "does not score these prompts" in found.notes[0]
+    facts = RuntimeFacts(name="TGI", version="3.3.5", kernels={}, dtype="float16", arguments={})
+    record = ServedRecord(
+        label="x", runtime=facts, scored=found.scored, figures=found.figures, fidelity_limit=None, notes=found.notes
+    )
+    gates = decide_served([], found.figures, None, "x", found.checks)
+    assert [gate.verdict for gate in gates] == ["pass"]  # its tokenizer
+    assert confirmation(record, gates) == "undecided"
+    assert confirming([record], gates) == []
+    assert confirming([record.model_copy(update={"scored": "token"})], gates) == ["x (TGI 3.3.5)"]
+    failed = [gates[0].model_copy(update={"verdict": "fail"})]
+    assert confirmation(record, failed) == "fail"
     for kind in ("vllm", "sglang"):
         with serving(kind, sound(), factories.tokenizer(), scoring=False) as (url, _):
             assert open_endpoint(opened(url), decode).scores(IDS) is None
@@ -189,10 +201,27 @@ def test_wrong_fields_name_the_server(folder: Path, monkeypatch: pytest.MonkeyPa
         for entries in ([None], [None] * 8, [None, *[{"7": {"logprob": "x", "rank": 1}}] * 7]):
             choice = {"prompt_logprobs": entries}
             monkeypatch.setattr(served, "post", lambda path, body, choice=choice: {"choices": [choice]})
-            with pytest.raises(InputError, match=r"vLLM 0.32.0 answered something else than its protocol says"):
+            with pytest.raises(
+                InputError, match=r"vLLM 0.32.0 answered something else than its protocol says"
+            ) as found:
                 endpoint.scores(IDS)
-        entry = [None, *({str(token): {"logprob": math.inf, "rank": 1}} for token in IDS[1:])]
-        monkeypatch.setattr(served, "post", lambda path, body: {"choices": [{"prompt_logprobs": entry}]})
-        found = endpoint.scores(IDS)
-        assert found is not None
-        assert not all(map(math.isfinite, found.log_probabilities))
+            assert found.value.where == url
+
+        def infinite(path: str, body: dict[str, list[int]]) -> object:
+            entries = [None, *({str(token): {"logprob": math.inf, "rank": 1}} for token in body["prompt"][1:])]
+            return None if path == "/tokenize" else {"choices": [{"prompt_logprobs": entries, "token_ids": [1, 2]}]}
+
+        monkeypatch.setattr(served, "post", infinite)
+        scored = endpoint.scores(IDS)
+        assert scored is not None
+        assert not all(map(math.isfinite, scored.log_probabilities))
+        with (
+            open_stored(folder, dtype=torch.float32) as artifact,
+            pytest.raises(InputError, match="no log-probability for each token") as found,
+        ):
+            measure_endpoint(endpoint, artifact, reference(), Steps(silent))
+        assert (found.value.where, bool(found.value.mend)) == (url, True)
+        monkeypatch.setattr(served, "post", lambda path, body: None)
+        with pytest.raises(InputError, match="refused a request: HTTP 404") as found:
+            endpoint.continued([IDS], 2)
+        assert found.value.where == url

@@ -27,7 +27,7 @@ from qexport.text.documents import Documents
 from qexport.text.windows import HeldOut, make_held_out
 from qexport.verifying import VerifySettings
 from qexport.verifying.reference import Preparation, Reference
-from qexport.verifying.served import measure_served
+from qexport.verifying.served import judge_continuations, measure_served, own_reading
 from quantized_models import QuantizedModel, dequantized
 
 CPU = torch.device("cpu")
@@ -233,6 +233,19 @@ def test_a_smaller_vocabulary_is_refused(folder: Path) -> None:
 
     with pytest.raises(InputError, match=f"vllm has {factories.VOCABULARY - 8} tokens, the model"):
         measured(folder, Clamped(model))
+
+
+@pytest.mark.parametrize("token", [factories.VOCABULARY, -1])
+def test_tokens_that_the_model_does_not_have_are_refused(token: int, folder: Path) -> None:
+    class Padded(Whole):
+        def continued(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+            return [[1, 2], [3, token], *([4] for _ in prompts[2:])]
+
+    with open_stored(folder, dtype=torch.float32) as artifact:
+        ours = own_reading(artifact, CPU)
+        with pytest.raises(InputError, match=f"vllm gives the token {token}, the model has") as found:
+            judge_continuations(Padded(sound()), ours, held_out().input_ids, [])
+    assert "held-out window 1" in str(found.value)
 
 
 def test_nan_is_refused(folder: Path) -> None:

@@ -16,13 +16,20 @@ from typer.testing import CliRunner
 
 import trained_models
 from qexport.artifact.report import Report
+from qexport.artifact.served import is_through
 from qexport.cli.app import app
 from qexport.errors import CompatibilityError, RecipeError
 from qexport.gates.deciding import decide_again
+from qexport.gates.limits import Limit
+from qexport.gates.profiles import profile_record
 from qexport.gates.serving import decide_served_again
 from qexport.pipeline import plan, run
+from qexport.pipeline.reference import Gates
 from qexport.pipeline.result import Result
-from qexport.pipeline.runtimes import home, refuse_homeless, runtimes_of
+from qexport.pipeline.runtimes import check_runtimes, home, refuse_full_context, refuse_homeless, runtimes_of
+from qexport.pipeline.serving import measure_through
+from qexport.pipeline.verification import verify
+from qexport.progress import silent
 from qexport.quantizing import profile_of_layer
 from qexport.recipe import load_recipe
 from qexport.reporting.html import report_html
@@ -118,11 +125,34 @@ def test_gates_are_decided_again_for_the_runtime_too(made: Made) -> None:
         {"text": "x", "profile": "off", "gates": {"mean_kl": {"at_most": 1e-4}, "fidelity_kl": {"at_most": 0.5}}}
     )
     own, _ = decide_again(report, strict, profile_of_layer)
-    served = decide_served_again(report, strict, profile_of_layer)
+    served, notes = decide_served_again(report, strict, profile_of_layer)
     assert {gate.name for gate in own} == {"config", "files", "tokenizer", "weights", "mean_kl"}
     assert {gate.name: gate.limit for gate in served} == {
         "mean_kl through vllm float32": 1e-4, "fidelity_kl through vllm float32": 0.5,
     }  # fmt: skip
+    assert notes == []
+    waived = VerifySettings.model_validate({"text": "x", "profile": "off", "gates": {"fidelity_kl": None}})
+    served, notes = decide_served_again(report, waived, profile_of_layer)
+    assert served == []
+    assert notes == ["the gate fidelity_kl is waived: verify.gates sets fidelity_kl to null"]
+
+
+def test_a_limit_set_to_null_is_waived_and_limits_on_other_figures_are_listed(made: Made) -> None:
+    changes = ["verify.gates.fidelity_kl=null", "verify.gates.identical_generations={at_least: 0.5}"]
+    recipe = load_recipe(made.recipe, changes)
+    assert recipe.verify is not None
+    check_runtimes(recipe.verify.model_copy(update={"through": []}))  # null limits nothing
+    program = [each for each in recipe.verify.through if each.runtime]
+    settings = recipe.verify.model_copy(update={"through": program})
+    report = verify(made.result.artifact_path, recipe.load, settings, device="cpu")
+    (served,) = report.served
+    names = {gate.name for gate in report.gates if is_through(gate)}
+    assert names == {"artifact_perplexity through vllm float32"}
+    assert served.fidelity_limit is not None
+    assert served.notes == [
+        "the gate fidelity_kl is waived: verify.gates sets fidelity_kl to null",
+        "not limited here: identical_generations",
+    ]
 
 
 def test_a_limit_on_a_runtime_that_was_not_asked_is_undecided(made: Made) -> None:
@@ -130,7 +160,7 @@ def test_a_limit_on_a_runtime_that_was_not_asked_is_undecided(made: Made) -> Non
     unserved = made.result.report.model_copy(update={"served": []})
     gates, _ = decide_again(unserved, settings, profile_of_layer)
     assert {gate.name: gate.verdict for gate in gates}["fidelity_kl"] == "undecided"
-    assert decide_served_again(unserved, settings, profile_of_layer) == []
+    assert decide_served_again(unserved, settings, profile_of_layer) == ([], [])
 
 
 def test_what_is_served_otherwise_fails_the_command(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,6 +188,63 @@ def test_a_plan_finds_a_missing_interpreter_and_a_layout_for_none(made: Made) ->
         refuse_homeless(settings, ["safetensors", "tgi"])
     with pytest.raises(RecipeError, match="only a runtime gives what these gates limit"):
         plan(load_recipe(made.recipe, ["verify.through=[]", "verify.gates.fidelity_kl={at_most: 0.1}"]))
+
+
+def test_a_run_refuses_limits_that_only_endpoints_could_decide(made: Made) -> None:
+    changes = ["verify.through=[{url: 'http://localhost:9'}]", "verify.gates.fidelity_kl={at_most: 0.1}"]
+    with pytest.raises(RecipeError, match="a run asks no endpoint") as found:
+        plan(load_recipe(made.recipe, changes))
+    assert found.value.where == "verify.gates.fidelity_kl"
+
+
+def test_windows_as_long_as_the_context_leave_a_program_no_room(made: Made) -> None:
+    with pytest.raises(
+        CompatibilityError, match=r"vllm needs room for 257 tokens, the model's context has 256"
+    ) as found:
+        plan(load_recipe(made.recipe, ["verify.sequence_length=256"]))
+    assert found.value.mend == "set verify.sequence_length to 255 or less"
+    plan(load_recipe(made.recipe, ["verify.sequence_length=255"]))
+    short = load_recipe(made.recipe, ["verify.sequence_length=30"]).verify
+    assert short is not None
+    with pytest.raises(CompatibilityError, match="room for 46 tokens"):  # 29 are continued by 16
+        refuse_full_context(short, {"max_position_embeddings": 45})
+    refuse_full_context(short, {"max_position_embeddings": 46})
+    refuse_full_context(short.model_copy(update={"through": short.through[1:]}), {"max_position_embeddings": 30})
+
+
+def test_limits_on_what_only_runtimes_tell_hold_once_for_the_same_weights(made: Made) -> None:
+    changes = [
+        "quantize={method: none}",
+        "export=[{layout: safetensors}, {layout: vllm}]",
+        "verify.gates.fidelity_kl={at_most: 0.5}",
+        f"output={made.recipe.parent}/both",
+    ]
+    recipe = load_recipe(made.recipe, changes)
+    result = run(recipe, device="cpu")
+    assert result.passed
+    reports = {name: Report.read(result.artifact_path / name) for name in ("vllm", "safetensors")}
+    assert {name: report.served_in for name, report in reports.items()} == {"vllm": None, "safetensors": "vllm"}
+    assert [len(report.served) for report in reports.values()] == [1, 0]
+    assert "fidelity_kl through vllm float32" in {gate.name for gate in reports["vllm"].gates}
+    assert recipe.verify is not None
+    for report in reports.values():
+        again, _ = decide_again(report, recipe.verify, profile_of_layer)
+        served, notes = decide_served_again(report, recipe.verify, profile_of_layer)
+        assert {gate.name: gate.verdict for gate in [*again, *served]} == {
+            gate.name: gate.verdict for gate in report.gates
+        }
+    assert notes == ["limits on what only runtimes tell are decided in the report of the layout vllm"]
+
+
+def test_a_layout_that_no_program_serves_is_undecided() -> None:
+    limits = [Limit("mean_kl", None, "at_most", 1.0, True), Limit("fidelity_kl", None, "at_most", 1.0, True)]
+    gates = Gates(profile_record(VerifySettings(text="x"), "off"), limits, [], [])
+    nothing: Any = None  # is not looked at without runtimes
+    found = measure_through(nothing, nothing, gates, [], progress=silent)
+    assert [(gate.name, gate.verdict, gate.reason) for gate in found.gates] == [
+        ("fidelity_kl", "undecided", "not measured")
+    ]
+    assert found.decided_in("vllm").gates == ()
 
 
 def test_each_runtime_serves_one_layout() -> None:

@@ -179,6 +179,10 @@ class Report(Record):
     served: list[ServedRecord] = added([])
     """The artifact as other runtimes compute it. Absent if none was asked."""
 
+    served_in: str | None = added()
+    """The layout of the same run with the same weights that runtimes have computed in place of this one: its report has
+    the gates on what only runtimes tell. Absent if there is none."""
+
     command: str
     """The command that repeats the measurement."""
 

@@ -72,10 +72,16 @@ def verdict_through(label: str, gates: Iterable[GateResult]) -> Verdict:
     return overall(own) if own else "undecided"
 
 
+def confirmation(record: ServedRecord, gates: Iterable[GateResult]) -> Verdict:
+    """The verdict over the gates of a runtime; one that has scored nothing confirms nothing, whatever it tokenizes."""
+    verdict = verdict_through(record.label, gates)
+    return "undecided" if verdict == "pass" and record.scored == "nothing" else verdict
+
+
 def confirming(served: Sequence[ServedRecord], gates: Sequence[GateResult]) -> list[str]:
     """The runtimes that compute what was verified, each with its version."""
     return [
         f"{each.label} ({each.runtime.name} {each.runtime.version})"
         for each in served
-        if verdict_through(each.label, gates) == "pass"
+        if confirmation(each, gates) == "pass"
     ]

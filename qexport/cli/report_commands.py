@@ -160,7 +160,8 @@ def gate(
         settings = read_gates(gates)
         found = _read(report, check=not unchecked)
         results, notes = decide_again(found, settings, profile_of_layer)
-        results += decide_served_again(found, settings, profile_of_layer)
+        served, served_notes = decide_served_again(found, settings, profile_of_layer)
+        results, notes = [*results, *served], [*notes, *served_notes]
         unmet = gates_error(results, str(report))
         if as_json:
             _write_gates(results, notes)

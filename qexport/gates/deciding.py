@@ -10,6 +10,7 @@ from typing import Any, Final, Literal, get_args
 from qexport.amounts import counted
 from qexport.artifact.figures import CATALOGUE, CheckResult, Figure, GateResult, Verdict, find_figure
 from qexport.artifact.report import Report
+from qexport.artifact.served import is_through
 from qexport.errors import GateFailed, GateUndecided
 from qexport.gates import HasGates
 from qexport.gates.limits import NOISE_MARGIN, Bound, Limit, above_floor, limits_of, margin_limits, margin_of
@@ -301,6 +302,8 @@ def decide_again(report: Report, settings: HasGates, of_layer: ProfileOfLayer) -
     Of the built-in gates, `config` and `tokenizer` are always decided, `merge` and `adapter` if there is an adapter,
     `files`, `weights` (with an adapter `adapter_strength` too), `graph` and `better_than_rtn` if the report has them or
     what they are decided on; none that the settings waive. The gates of `verify.tasks.margin` are decided again too.
+    Limits on what only runtimes tell are undecided unless a
+    runtime has computed the artifact, or another layout with the same weights.
 
     Args:
         report: what was measured.
@@ -325,7 +328,8 @@ def decide_again(report: Report, settings: HasGates, of_layer: ProfileOfLayer) -
         files="files" in decided or any(check.gate == "files" for check in report.checks),
         weights=report.weights is not None,
     )
-    own = [limit for limit in limits if not (CATALOGUE[limit.figure].served and report.served)]
+    elsewhere = bool(report.served or report.served_in)
+    own = [limit for limit in limits if not (CATALOGUE[limit.figure].served and elsewhere)]
     margin = margin_of(report.gates)
     margins = [] if margin is None else margin_limits(margin, report.figures, own)
     return decide([*own, *margins], report.all_figures, report.checks, expected), [*notes, *waived]
@@ -380,7 +384,7 @@ def gates_error(results: Sequence[GateResult], where: str) -> GateFailed | GateU
 
 
 def _mend(result: GateResult) -> str:
-    if result.figure is not None and CATALOGUE[result.figure].served:
+    if is_through(result) or (result.figure is not None and CATALOGUE[result.figure].served):
         return _MEND_OF_RUNTIMES
     return _MEND.get(result.name, _MEND_OF_LIMITS)
 

@@ -51,8 +51,8 @@ def decide_served(
 ) -> list[GateResult]:
     """The gates of one runtime, each named after its figure and the runtime.
 
-    Limits on figures of our own reader that the runtime cannot tell are left out, and the report says which. Those on
-    figures that only runtimes give are undecided then.
+    Limits on figures of our own reader that the runtime cannot tell are left out; see `left_out`. Those on figures that
+    only runtimes give are undecided then.
 
     Args:
         limits: the recipe's and the profile's.
@@ -61,8 +61,8 @@ def decide_served(
         label: the runtime's.
         checks: of the endpoint's tokenizer.
     """
-    measured = {(figure.name, figure.domain) for figure in figures}
-    own = [each for each in limits if (each.figure, each.domain) in measured or CATALOGUE[each.figure].served]
+    others = left_out(limits, figures)
+    own = [each for each in limits if each not in others]
     if fidelity is not None and FIDELITY not in {limit.figure for limit in limits}:
         own.append(Limit(FIDELITY, None, "at_most", fidelity, by_user=False))
     decided = decide([], [], checks, ["tokenizer"]) if checks else []
@@ -70,15 +70,38 @@ def decide_served(
     return [gate.model_copy(update={"name": through(gate.name, label)}) for gate in decided]
 
 
-def decide_served_again(report: Report, settings: HasGates, of_layer: ProfileOfLayer) -> list[GateResult]:
-    """The gates of every runtime in a report, decided with other settings; see `decide_again` of `deciding`."""
+def left_out(limits: Sequence[Limit], figures: Sequence[Figure]) -> list[Limit]:
+    """The limits on figures of our own reader that a runtime cannot tell.
+
+    Args:
+        limits: the recipe's and the profile's.
+        figures: what was measured through the runtime.
+    """
+    measured = {(figure.name, figure.domain) for figure in figures}
+    return [each for each in limits if (each.figure, each.domain) not in measured and not CATALOGUE[each.figure].served]
+
+
+def unless_waived(settings: HasGates, limit: float | None) -> tuple[float | None, list[str]]:
+    """The limit of `fidelity_kl` where the settings have none; None, and a note, if they waive it by null."""
+    if limit is None or FIDELITY not in settings.gates or settings.gates[FIDELITY] is not None:
+        return limit, []
+    return None, [f"the gate {FIDELITY} is waived: verify.gates sets {FIDELITY} to null"]
+
+
+def decide_served_again(
+    report: Report, settings: HasGates, of_layer: ProfileOfLayer
+) -> tuple[list[GateResult], list[str]]:
+    """The gates of every runtime in a report, decided with other settings, and notes; see `decide_again`."""
     profile = profile_for(settings, report.layers, report.subject.sizes, of_layer)
     limits, _ = above_floor(limits_of(settings, profile), noise_floors(report.figures))
-    return [
-        gate
-        for each in report.served
-        for gate in decide_served(limits, each.figures, each.fidelity_limit, each.label, each.checks)
-    ]
+    results, notes = list[GateResult](), list[str]()
+    if report.served_in and any(CATALOGUE[limit.figure].served for limit in limits):
+        notes.append(f"limits on what only runtimes tell are decided in the report of the layout {report.served_in}")
+    for each in report.served:
+        fidelity, waived = unless_waived(settings, each.fidelity_limit)
+        results += decide_served(limits, each.figures, fidelity, each.label, each.checks)
+        notes += [note for note in waived if note not in notes]
+    return results, notes
 
 
 def _one(limit: Limit, figures: Sequence[Figure]) -> GateResult:

@@ -19,7 +19,7 @@ from qexport.loading.small_files import open_tokenizer
 from qexport.merge import MergeSettings
 from qexport.merge.merging import Merged, merge
 from qexport.pipeline.expectations import Expected, expect
-from qexport.pipeline.runtimes import check_runtimes, refuse_homeless
+from qexport.pipeline.runtimes import check_runtimes, refuse_full_context, refuse_homeless, refuse_only_endpoints
 from qexport.pipeline.texts import check_prompts_and_tasks, read_evaluation, refuse_long_windows
 from qexport.progress import ProgressCallback, silent
 from qexport.recipe import Recipe
@@ -148,10 +148,13 @@ def plan(recipe: Recipe, *, texts: bool = False, progress: ProgressCallback = si
     if recipe.verify is not None:
         check_prompts_and_tasks(recipe.verify)
         check_runtimes(recipe.verify)
+        refuse_only_endpoints(recipe.verify)
         refuse_homeless(recipe.verify, [each.layout for each in recipe.export])
     merged = load_merged(recipe.load, recipe.merge, progress=progress)
     structure = merged.checkpoint.architecture.structure
     _check_windows(recipe, structure)
+    if recipe.verify is not None:
+        refuse_full_context(recipe.verify, merged.checkpoint.config)
     if texts and recipe.verify is not None:
         read_evaluation(recipe.verify, open_tokenizer(merged.checkpoint), structure, progress=progress)
     outputs = recipe.quantize.plan(merged.checkpoint)

@@ -16,7 +16,7 @@ from qexport.artifact.figures import CheckResult, GateResult, overall
 from qexport.artifact.integrity import digest_files
 from qexport.artifact.manifest import LISTING_NAME, CalibrationRecord, Manifest, Sizes, SourceRecord
 from qexport.artifact.report import ProfileRecord, ReferenceRecord, Report
-from qexport.artifact.served import confirming, verdict_through
+from qexport.artifact.served import confirmation, confirming
 from qexport.pipeline.folders import ArtifactFolder, LayoutFolder
 from qexport.pipeline.planning import Plan
 from qexport.pipeline.serving import ServedArtifact
@@ -87,6 +87,7 @@ def make_report(
         readers=[*measured.readers, *confirming(served.records, gates)],
         unconfirmed=[*_unconfirmed(opened, measured, served), *measured.unconfirmed],
         served=list(served.records),
+        served_in=served.served_in,
         environment=describe_environment(reference.device),
         command=command,
         timings=measured.timings,
@@ -119,7 +120,7 @@ def source_record(origin: Origin) -> SourceRecord:
 def _unconfirmed(opened: ArtifactFolder, measured: Measurement, served: ServedArtifact) -> list[str]:
     """Loading is unconfirmed with each loader that has not measured the folder, or whose gates did not pass."""
     seen = {reader.partition(" ")[0] for reader in measured.readers}
-    verdicts = [(each, verdict_through(each.label, served.gates)) for each in served.records]
+    verdicts = [(each, confirmation(each, served.gates)) for each in served.records]
     confirmed = {each.runtime.name.casefold() for each, verdict in verdicts if verdict == "pass"}
     loaders = [loader for loader in opened.loaders if loader not in seen]
     return [

@@ -45,7 +45,7 @@ class Gates:
     margin: float | None = None
 
     def __call__(self, figures: Sequence[Figure], checks: Sequence[CheckResult]) -> list[GateResult]:
-        """Decides on these figures and checks; limits on what only runtimes tell are left out."""
+        """Decides on these figures and checks; those on what only runtimes tell are `measure_through`'s."""
         own = [limit for limit in self.limits if not CATALOGUE[limit.figure].served]
         margins = [] if self.margin is None else margin_limits(self.margin, figures, own)
         return decide([*own, *margins], figures, checks, self.expected)

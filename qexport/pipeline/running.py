@@ -228,18 +228,25 @@ def _measure(
             first = same_kind[0]
             looks = journal.looks(f"{first.layout.name}, {first.opened.artifact.kind}")
             verified = measure_folder(reference, first.opened, looks=looks, progress=progress)
-            for folder in same_kind:
-                served = _serve(planned, verified, folder, progress)
-                reports[folder.layout.name] = verified.report_on(folder.opened, served=served, command=command)
+            served = _serve(planned, verified, same_kind, progress)
+            for folder, found in zip(same_kind, served, strict=True):
+                reports[folder.layout.name] = verified.report_on(folder.opened, served=found, command=command)
     return reports
 
 
-def _serve(planned: Plan, verified: Verified, folder: LayoutFolder, progress: ProgressCallback) -> ServedArtifact:
-    """What the runtimes make of a layout. Each serves one of the layouts: they differ in their small files."""
-    layouts = [layout.name for layout in planned.layouts]
-    own, unasked = runtimes_of(folder.layout.name, verified.reference.settings, layouts)
-    found = measure_through(verified.reference, folder.opened, verified.gates, own, progress=progress)
-    return replace(found, unconfirmed=[*found.unconfirmed, *unasked])
+def _serve(
+    planned: Plan, verified: Verified, folders: Sequence[LayoutFolder], progress: ProgressCallback
+) -> list[ServedArtifact]:
+    """What the runtimes make of layouts with the same weights. Each serves one of them: they differ in small files."""
+    layouts, served = [layout.name for layout in planned.layouts], list[ServedArtifact]()
+    for folder in folders:
+        own, unasked = runtimes_of(folder.layout.name, verified.reference.settings, layouts)
+        found = measure_through(verified.reference, folder.opened, verified.gates, own, progress=progress)
+        served.append(replace(found, unconfirmed=[*found.unconfirmed, *unasked]))
+    names = (folder.layout.name for folder, found in zip(folders, served, strict=True) if found.records)
+    if (name := next(names, None)) is None:
+        return served
+    return [found if found.records else found.decided_in(name) for found in served]
 
 
 def _record(

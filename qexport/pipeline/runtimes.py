@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
 from qexport.artifact.figures import CATALOGUE
 from qexport.errors import CompatibilityError, RecipeError, listed
+from qexport.export.vllm.served import max_model_len
 from qexport.reading.stored_model import StoredModel
 from qexport.runtimes import MODULES, RuntimeSettings
 from qexport.verifying import VerifySettings
+from qexport.verifying.served import most_tokens
 
 _STARTING_SECONDS: Final = 120
 _HAS_MODULE: Final = "import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
@@ -30,13 +32,33 @@ def check_runtimes(settings: VerifySettings) -> None:
                 where=f"verify.through.{index}.python: {each.interpreter}",
                 mend="name the interpreter of an environment that has it, for example ./venv/bin/python",
             )
-    names = [name for name in settings.gates if CATALOGUE[name].served]
+    names = limited_through(settings)
     if names and not settings.through:
         raise RecipeError(
             "only a runtime gives what these gates limit, and none is named",
             where=listed([f"verify.gates.{name}" for name in names]),
             mend="give verify.through or --through, or remove the gates",
         )
+
+
+def refuse_only_endpoints(settings: VerifySettings) -> None:
+    """Refuses gates that a run can never decide, since it asks no endpoint.
+
+    Raises:
+        RecipeError: a gate limits what only a runtime can tell, and no program is named.
+    """
+    names = limited_through(settings)
+    if names and not any(each.runtime for each in settings.through):
+        raise RecipeError(
+            "a run asks no endpoint, and only a runtime gives what these gates limit",
+            where=listed([f"verify.gates.{name}" for name in names]),
+            mend="name a program in verify.through; or remove the gates, and ask the endpoint with qexport verify",
+        )
+
+
+def limited_through(settings: VerifySettings) -> list[str]:
+    """The figures that gates limit and that only runtimes give."""
+    return [name for name, bounds in settings.gates.items() if bounds is not None and CATALOGUE[name].served]
 
 
 def _missing(settings: RuntimeSettings) -> str | None:
@@ -84,6 +106,33 @@ def refuse_misfits(settings: VerifySettings, artifact: StoredModel) -> None:
             where=f"{artifact.folder}: {listed([why for why in reasons if why])}",
             mend="name another runtime, or another layout's folder",
         )
+
+
+_LIMITED_BY_CONTEXT: Final = ("vllm", "onnxruntime-genai")
+"""Programs that refuse a text as long as the model's context, since they generate a token after it."""
+
+
+def refuse_full_context(settings: VerifySettings, config: Mapping[str, Any]) -> None:
+    """Refuses windows that leave a program no room for a token.
+
+    Args:
+        settings: the recipe's `verify`.
+        config: of the model.
+
+    Raises:
+        CompatibilityError: the windows are too long.
+    """
+    context, length = max_model_len(config), settings.sequence_length
+    limited = [index for index, each in enumerate(settings.through) if each.runtime in _LIMITED_BY_CONTEXT]
+    if context is None or not limited or most_tokens(length) <= context:
+        return
+    largest = next((shorter for shorter in range(length, 0, -1) if most_tokens(shorter) <= context), 0)
+    name = settings.through[limited[0]].runtime
+    raise CompatibilityError(
+        f"{name} needs room for {most_tokens(length)} tokens, the model's context has {context}",
+        where=f"verify.through.{limited[0]}: {name}; verify.sequence_length: {length}",
+        mend=f"set verify.sequence_length to {largest} or less" if largest else "remove the runtime",
+    )
 
 
 _HOMES: Final[Mapping[str, Sequence[str]]] = {

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
 import torch
 
-from qexport.artifact.figures import GateResult
+from qexport.artifact.figures import CATALOGUE, Figure, GateResult
 from qexport.artifact.served import ServedRecord
-from qexport.gates.serving import decide_served, fidelity_limit
+from qexport.gates.deciding import decide
+from qexport.gates.serving import decide_served, fidelity_limit, left_out, unless_waived
 from qexport.pipeline.folders import ArtifactFolder
 from qexport.pipeline.reference import Gates
 from qexport.pipeline.runtimes import misfit
@@ -22,7 +23,7 @@ from qexport.runtimes.child import ChildRuntime
 from qexport.runtimes.endpoints import open_endpoint
 from qexport.verifying.reference import Reference
 from qexport.verifying.sampled import measure_endpoint
-from qexport.verifying.served import NEW_TOKENS, PROMPT_TOKENS, measure_served
+from qexport.verifying.served import measure_served, most_tokens
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,17 @@ class ServedArtifact:
         records: one for each runtime.
         gates: of all of them.
         unconfirmed: the runtimes that were named and not asked, and why.
+        served_in: the layout with the same weights that runtimes have computed in place of this one.
     """
 
     records: Sequence[ServedRecord] = ()
     gates: Sequence[GateResult] = ()
     unconfirmed: Sequence[str] = ()
+    served_in: str | None = None
+
+    def decided_in(self, name: str) -> ServedArtifact:
+        """Without gates: the report of the layout that was served has them."""
+        return replace(self, gates=(), served_in=name)
 
 
 NOT_SERVED: Final = ServedArtifact()
@@ -57,7 +64,7 @@ def measure_through(
         reference: what to compare it with.
         opened: the artifact.
         gates: its gates; each runtime's are decided with the same limits.
-        runtimes: what to measure it through.
+        runtimes: what to measure it through. If none can load it, gates on what only runtimes tell are undecided.
         progress: is called with each step.
 
     Raises:
@@ -72,7 +79,10 @@ def measure_through(
             continue
         record = _measure(each, reference, opened.artifact, gates, progress)
         records.append(record)
-        decided += decide_served(gates.limits, record.figures, record.fidelity_limit, record.label, record.checks)
+        fidelity, _ = unless_waived(reference.settings, record.fidelity_limit)
+        decided += decide_served(gates.limits, record.figures, fidelity, record.label, record.checks)
+    if not records:
+        decided = decide([limit for limit in gates.limits if CATALOGUE[limit.figure].served], [], [], [])
     return ServedArtifact(records, decided, unconfirmed)
 
 
@@ -81,7 +91,7 @@ def _measure(
 ) -> ServedRecord:
     with open_stored(artifact.folder, dtype=torch.float32, like=artifact.architecture) as wide:
         if settings.runtime is None:
-            return _ask(settings, reference, wide, progress)
+            return _ask(settings, reference, wide, gates, progress)
         return _start(settings, reference, wide, gates, progress)
 
 
@@ -90,23 +100,24 @@ def _start(
 ) -> ServedRecord:
     """Measures through a program in an environment of its own."""
     progress(Notice(f"starting {settings.label} with {artifact.folder.name}"))
-    longest = max(reference.held_out.input_ids.shape[1], PROMPT_TOKENS + NEW_TOKENS) + 1
+    longest = most_tokens(reference.held_out.input_ids.shape[1])
     with ChildRuntime(settings, artifact.folder, longest=longest) as runtime:
         fidelity = _fidelity(runtime.facts.dtype, reference, artifact)
-        decide = partial(decide_served, gates.limits, fidelity=fidelity, label=settings.label)
-        figures = measure_served(runtime, artifact, reference, decide, Steps(progress))
+        allowed, _ = unless_waived(reference.settings, fidelity)
+        gates_of = partial(decide_served, gates.limits, fidelity=allowed, label=settings.label)
+        figures = measure_served(runtime, artifact, reference, gates_of, Steps(progress))
         return ServedRecord(
             label=settings.label,
             runtime=runtime.facts,
             scored="vocabulary",
             figures=figures,
             fidelity_limit=fidelity,
-            notes=[_ROUNDED] if fidelity is None else [],
+            notes=_notes(figures, fidelity, reference, gates),
         )
 
 
 def _ask(
-    settings: RuntimeSettings, reference: Reference, artifact: StoredModel, progress: ProgressCallback
+    settings: RuntimeSettings, reference: Reference, artifact: StoredModel, gates: Gates, progress: ProgressCallback
 ) -> ServedRecord:
     """Measures through an endpoint."""
     endpoint = open_endpoint(settings, lambda ids: str(reference.tokenizer.decode(list(ids))))
@@ -120,8 +131,18 @@ def _ask(
         figures=measured.figures,
         checks=measured.checks,
         fidelity_limit=None if measured.scored == "nothing" else fidelity,
-        notes=[*measured.notes, *([_ROUNDED] if fidelity is None else [])],
+        notes=[*measured.notes, *_notes(measured.figures, fidelity, reference, gates)],
     )
+
+
+def _notes(figures: Sequence[Figure], fidelity: float | None, reference: Reference, gates: Gates) -> list[str]:
+    """Which limits do not hold for what the runtime computes."""
+    _, notes = unless_waived(reference.settings, fidelity)
+    others = [limit.name for limit in left_out(gates.limits, figures)]
+    return [
+        *([_ROUNDED] if fidelity is None else notes),
+        *([f"not limited here: {', '.join(others)}"] if others else []),
+    ]
 
 
 _ROUNDED: Final = "fidelity_kl has no limit: activations are rounded, so that two sound computations differ"

@@ -26,7 +26,7 @@ from qexport.pipeline.folders import ArtifactFolder, open_folder
 from qexport.pipeline.planning import load_merged
 from qexport.pipeline.recording import make_report
 from qexport.pipeline.reference import Gates, make_gates, prepare_reference
-from qexport.pipeline.runtimes import check_runtimes, refuse_misfits
+from qexport.pipeline.runtimes import check_runtimes, refuse_full_context, refuse_misfits
 from qexport.pipeline.serving import NOT_SERVED, ServedArtifact, measure_through
 from qexport.pipeline.texts import check_prompts_and_tasks, read_evaluation, refuse_long_windows
 from qexport.progress import ProgressCallback, silent
@@ -75,6 +75,7 @@ def verify(
     merged = load_merged(load, merging, progress=progress)
     structure, dtype = merged.checkpoint.architecture.structure, getattr(torch, merging.dtype)
     refuse_long_windows({"verify.sequence_length": settings.sequence_length}, structure)
+    refuse_full_context(settings, merged.checkpoint.config)
     with _open(folder, merged.checkpoint, dtype) as opened:
         refuse_second_model(opened.artifact)
         check_parameters(merged.checkpoint, opened.artifact)

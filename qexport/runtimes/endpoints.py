@@ -35,9 +35,10 @@ class TokenScores:
 
 
 class Endpoint(Protocol):
-    """A server that has a model."""
+    """A server that has a model, at a URL."""
 
     facts: RuntimeFacts
+    where: str
 
     def scores(self, ids: Sequence[int]) -> TokenScores | None:
         """Of one text; None if the server cannot score prompts, or cannot be given these very tokens."""
@@ -102,13 +103,13 @@ def _facts(name: str, told: Mapping[str, Any], dtype: str) -> RuntimeFacts:
 
 class _Vllm:
     def __init__(self, requests: Requests, facts: RuntimeFacts, model: str) -> None:
-        self._requests, self.facts, self._model = requests, facts, model
+        self._requests, self.facts, self.where, self._model = requests, facts, requests.url, model
 
     def scores(self, ids: Sequence[int]) -> TokenScores | None:
         choice = self._complete(ids, max_tokens=1, prompt_logprobs=1)
         if choice is None or not isinstance(entries := choice.get("prompt_logprobs"), list):
             return None
-        with _shape(self.facts):
+        with _shape(self.facts, self.where):
             known = list(zip(ids[1:], entries[1:], strict=True))
             chosen = [float(entry[str(token)]["logprob"]) for token, entry in known]
             tops = [next(int(key) for key, each in entry.items() if each["rank"] == 1) for _, entry in known]
@@ -116,7 +117,7 @@ class _Vllm:
 
     def continued(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
         found = [self._complete(ids, max_tokens=new_tokens, return_token_ids=True) for ids in prompts]
-        with _shape(self.facts):
+        with _shape(self.facts, self.where):
             return [_tokens(each["token_ids"]) for each in found if each is not None]
 
     def tokenized(self, text: str) -> list[int] | None:
@@ -130,22 +131,22 @@ class _Vllm:
         except Refused as refusal:
             if "prompt_logprobs" in options:
                 return None
-            raise _failed(self.facts, refusal) from refusal
-        with _shape(self.facts):
+            raise _failed(self.facts, self.where, refusal) from refusal
+        with _shape(self.facts, self.where):
             choice: dict[str, Any] = answer["choices"][0]
             return choice
 
 
 class _Sglang:
     def __init__(self, requests: Requests, facts: RuntimeFacts) -> None:
-        self._requests, self.facts = requests, facts
+        self._requests, self.facts, self.where = requests, facts, requests.url
 
     def scores(self, ids: Sequence[int]) -> TokenScores | None:
         options = {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 1}
         told = self._generate(ids, 1, **options).get("meta_info", {})
         if not isinstance(entries := told.get("input_token_logprobs"), list):
             return None
-        with _shape(self.facts):
+        with _shape(self.facts, self.where):
             if [each[1] for each in entries] != list(ids):
                 return None
             tops = told.get("input_top_logprobs")
@@ -153,7 +154,7 @@ class _Sglang:
             return TokenScores([float(each[0]) for each in entries[1:]], likeliest)
 
     def continued(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
-        with _shape(self.facts):
+        with _shape(self.facts, self.where):
             return [_tokens(self._generate(ids, new_tokens)["output_ids"]) for ids in prompts]
 
     def tokenized(self, text: str) -> list[int] | None:
@@ -164,8 +165,8 @@ class _Sglang:
         try:
             answer = self._requests.post("/generate", {"input_ids": list(ids), "sampling_params": sampling, **options})
         except Refused as refusal:
-            raise _failed(self.facts, refusal) from refusal
-        with _shape(self.facts):
+            raise _failed(self.facts, self.where, refusal) from refusal
+        with _shape(self.facts, self.where):
             found: dict[str, Any] = answer[0] if isinstance(answer, list) else dict(answer)
             return found
 
@@ -174,13 +175,13 @@ class _Tgi:
     """It takes text: what it scores counts only where it has made the same tokens of it."""
 
     def __init__(self, requests: Requests, facts: RuntimeFacts, decode: Decode) -> None:
-        self._requests, self.facts, self._decode = requests, facts, decode
+        self._requests, self.facts, self.where, self._decode = requests, facts, requests.url, decode
 
     def scores(self, ids: Sequence[int]) -> TokenScores | None:
         details = self._generate(ids, 1, decoder_input_details=True)
         if details is None:
             return None
-        with _shape(self.facts):
+        with _shape(self.facts, self.where):
             entries = details["prefill"]
             if [each["id"] for each in entries] != list(ids):
                 return None
@@ -188,7 +189,7 @@ class _Tgi:
 
     def continued(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
         found = [self._generate(ids, new_tokens) for ids in prompts]
-        with _shape(self.facts):
+        with _shape(self.facts, self.where):
             return [_tokens([each["id"] for each in details["tokens"]]) for details in found if details is not None]
 
     def tokenized(self, text: str) -> list[int] | None:
@@ -201,8 +202,8 @@ class _Tgi:
         except Refused as refusal:
             if "decoder_input_details" in options:
                 return None
-            raise _failed(self.facts, refusal) from refusal
-        with _shape(self.facts):
+            raise _failed(self.facts, self.where, refusal) from refusal
+        with _shape(self.facts, self.where):
             details: dict[str, Any] = answer["details"]
             return details
 
@@ -214,15 +215,15 @@ def _made(
         answer = requests.post("/tokenize", body)
     except Refused:
         return None
-    with _shape(facts):
+    with _shape(facts, requests.url):
         return _tokens(tokens(answer))
 
 
 class _shape:
     """Turns what an unexpected answer raises into an error that names the server."""
 
-    def __init__(self, facts: RuntimeFacts) -> None:
-        self._name = f"{facts.name} {facts.version}"
+    def __init__(self, facts: RuntimeFacts, where: str) -> None:
+        self._name, self._where = f"{facts.name} {facts.version}", where
 
     def __enter__(self) -> None:
         pass
@@ -231,12 +232,15 @@ class _shape:
         if isinstance(error, KeyError | IndexError | TypeError | ValueError | AttributeError | StopIteration):
             raise InputError(
                 f"{self._name} answered something else than its protocol says ({type(error).__name__}: {error})",
+                where=self._where,
                 mend="check the server's version",
             ) from error
 
 
-def _failed(facts: RuntimeFacts, refusal: Refused) -> InputError:
-    return InputError(f"{facts.name} {facts.version} refused a request: {refusal}", mend="read the server's log")
+def _failed(facts: RuntimeFacts, where: str, refusal: Refused) -> InputError:
+    return InputError(
+        f"{facts.name} {facts.version} refused a request: {refusal}", where=where, mend="read the server's log"
+    )
 
 
 def _tokens(value: Any) -> list[int]:

@@ -77,12 +77,12 @@ def measure_endpoint(endpoint: Endpoint, artifact: StoredModel, reference: Refer
     Raises:
         InputError: the endpoint fails, or its answers are none.
     """
-    ours, merged = own_reading(artifact, reference), reference.runner(reference.merged)
+    ours, merged = own_reading(artifact, reference.device), reference.runner(reference.merged)
     settings = greedy_settings(reference.merged, reference.tokenizer, max_new_tokens=NEW_TOKENS)
     ids = reference.held_out.input_ids[: reference.settings.windows]
     checks = _check_tokenizer(endpoint, reference, ids)
     steps.expect(1 + len(ids))
-    figures = [judge_continuations(endpoint.continued, ours, ids, ends_of(settings))]
+    figures = [judge_continuations(endpoint, ours, ids, ends_of(settings))]
     steps.finished(f"continuations through {endpoint.facts.name}")
     scores = [_scored(endpoint, row, steps) for row in ids.tolist()]
     told = [each for each in scores if each is not None]
@@ -123,7 +123,11 @@ def _scored(endpoint: Endpoint, ids: Sequence[int], steps: Steps) -> TokenScores
     if found is None:
         return None
     if len(found.log_probabilities) != len(ids) - 1 or not all(map(_is_logarithm, found.log_probabilities)):
-        raise InputError(f"{endpoint.facts.name} gives no log-probability for each token of a text")
+        raise InputError(
+            f"{endpoint.facts.name} gives no log-probability for each token of a text",
+            where=endpoint.where,
+            mend="check that the server has this model, and that nothing in it overflows: -inf or NaN is no answer",
+        )
     return found
 
 

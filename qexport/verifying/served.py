@@ -37,17 +37,28 @@ TIE: Final = 0.5
 """Nats: where our choice is no further ahead, another token is no other decision."""
 
 
-class Runtime(Protocol):
-    """A program that gives the log-probabilities of a window's whole vocabulary."""
+def most_tokens(sequence_length: int) -> int:
+    """The tokens that a runtime must have room for: those of a window, or of a prompt with its continuation; and one
+    more, since programs generate a token where they are asked for scores alone.
+    """
+    return max(sequence_length, min(PROMPT_TOKENS, sequence_length - 1) + NEW_TOKENS) + 1
+
+
+class Continuing(Protocol):
+    """A program or an endpoint that continues prompts."""
 
     facts: RuntimeFacts
 
-    def logits(self, ids: Sequence[int]) -> Iterator[Tensor]:
-        """float32 [tokens - 1, vocabulary] in pieces of at most `TOKENS_AT_ONCE`."""
+    def continued(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+        """The greedy continuation of each prompt, perhaps up to an end of text."""
         ...
 
-    def continued(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
-        """The greedy continuation of each prompt."""
+
+class Runtime(Continuing, Protocol):
+    """A program that gives the log-probabilities of a window's whole vocabulary."""
+
+    def logits(self, ids: Sequence[int]) -> Iterator[Tensor]:
+        """float32 [tokens - 1, vocabulary] in pieces of at most `TOKENS_AT_ONCE`."""
         ...
 
 
@@ -119,7 +130,7 @@ def measure_served(
     ids, quality = reference.held_out.input_ids, list[TokenFigures]()
     figures, fidelity = list[Figure](), list[Figure]()
     for first, last in looks_at(len(ids), reference.settings.windows):
-        ours = [] if quality else [own_reading(artifact, reference)]
+        ours = [] if quality else [own_reading(artifact, reference.device)]
         found = _compare(runtime, ours, reference, ids[first:last], steps)
         quality.append(found[0])
         fidelity += _fidelity(found, reference) if ours else []
@@ -132,10 +143,10 @@ def measure_served(
     return figures
 
 
-def own_reading(artifact: StoredModel, reference: Reference) -> BlockRunner:
+def own_reading(artifact: StoredModel, device: torch.device) -> BlockRunner:
     """The artifact in float32, block by block, with rounded activations if so: what a runtime should compute."""
     dtype = torch.float32
-    runner = BlockRunner(artifact.architecture.in_dtype(dtype), artifact, dtype=dtype, device=reference.device)
+    runner = BlockRunner(artifact.architecture.in_dtype(dtype), artifact, dtype=dtype, device=device)
     runner.round_inputs([module for module, layer in artifact.layers.items() if layer.int8_inputs])
     return runner
 
@@ -187,13 +198,13 @@ def _predictions(runner: BlockRunner, input_ids: Tensor) -> Iterator[Tensor]:
 
 def _continuations(runtime: Runtime, artifact: StoredModel, reference: Reference) -> Figure:
     settings = greedy_settings(reference.merged, reference.tokenizer, max_new_tokens=NEW_TOKENS)
-    ours, ids = own_reading(artifact, reference), reference.held_out.input_ids
-    return judge_continuations(runtime.continued, ours, ids, ends_of(settings))
+    ours, ids = own_reading(artifact, reference.device), reference.held_out.input_ids
+    return judge_continuations(runtime, ours, ids, ends_of(settings))
 
 
 @torch.no_grad()
 def judge_continuations(
-    continued: Callable[[Sequence[Sequence[int]], int], list[list[int]]],
+    runtime: Continuing,
     ours: BlockRunner,
     input_ids: Tensor,
     ends: Collection[int],
@@ -201,13 +212,17 @@ def judge_continuations(
     """`fidelity_continuations`: how many of the runtime's greedy tokens are our choice after the same text, up to ties.
 
     Args:
-        continued: the runtime's greedy continuations of prompts.
+        runtime: continues prompts.
         ours: our float32 reading.
         input_ids: held-out windows, whose beginnings are continued.
         ends: the tokens that end a text; what a runtime gives behind one is not judged.
+
+    Raises:
+        InputError: a token of the runtime is none of the model's.
     """
     prompts = input_ids[:_CONTINUED, : min(PROMPT_TOKENS, input_ids.shape[1] - 1)]
-    texts = [_up_to_end(row[:NEW_TOKENS], ends) for row in continued(prompts.tolist(), NEW_TOKENS)]
+    texts = [_up_to_end(row[:NEW_TOKENS], ends) for row in runtime.continued(prompts.tolist(), NEW_TOKENS)]
+    _refuse_unknown_tokens(texts, ours.structure.vocab_size, runtime.facts.name)
     filled = torch.tensor([row + [0] * (NEW_TOKENS - len(row)) for row in texts], dtype=torch.int64)
     with _predictions(ours, torch.cat([prompts, filled], 1)) as known:
         chosen = known[:, prompts.shape[1] - 1 : -1].cpu()
@@ -217,6 +232,17 @@ def judge_continuations(
     ]
     units = Units([None] * len(shares), "prompt", None, len(shares))
     return units.mean("fidelity_continuations", np.asarray(shares), SHARE, trials=NEW_TOKENS)
+
+
+def _refuse_unknown_tokens(texts: Sequence[Sequence[int]], vocabulary: int, name: str) -> None:
+    unknown = [(index, token) for index, row in enumerate(texts) for token in row if not 0 <= token < vocabulary]
+    if unknown:
+        index, token = unknown[0]
+        raise InputError(
+            f"{name} gives the token {token}, the model has {vocabulary}",
+            where=f"the continuation of held-out window {index}",
+            mend="check that the runtime serves this artifact",
+        )
 
 
 def _up_to_end(tokens: list[int], ends: Collection[int]) -> list[int]:

@@ -91,7 +91,7 @@ class IntegerMatrix:
 
     def layer(self, graph: GraphTensors) -> StoredLayer:
         """See `StoredMatrix.layer`."""
-        return StoredLayer("w8a8", self.bits, self.block_size, self.shape)
+        return StoredLayer("w8a8", self.bits, self.block_size, self.shape, int8_inputs=True)
 
     def grid(self, graph: GraphTensors) -> None:
         """None: the codes are not in groups along the inputs."""

@@ -302,8 +302,8 @@ def decide_again(report: Report, settings: HasGates, of_layer: ProfileOfLayer) -
     Of the built-in gates, `config` and `tokenizer` are always decided, `merge` and `adapter` if there is an adapter,
     `files`, `weights` (with an adapter `adapter_strength` too), `graph` and `better_than_rtn` if the report has them or
     what they are decided on; none that the settings waive. The gates of `verify.tasks.margin` are decided again too.
-    Limits on what only runtimes tell are undecided unless a runtime has computed the artifact, or another layout with the
-    same weights.
+    Limits on what only runtimes tell are undecided unless a runtime has computed the artifact, or another layout with
+    the same weights.
 
     Args:
         report: what was measured.

@@ -270,7 +270,7 @@ class Harness:
     def _recipe(self, case: Case) -> Path:
         content = recipe(self._folder / "model", case.method, LAYOUTS[case.layout])
         if case.verified or case.old == "rejected":
-            windows = 32 if case.old == "rejected" else 2  # a gate needs several documents
+            windows = 64 if case.old == "rejected" else 2  # a gate needs several documents
             gates = {"perplexity_ratio": {"at_most": 0.5}} if case.old == "rejected" else {}
             content["verify"] = {"text": str(self._folder / "held-out.jsonl"), "sequence_length": 16}
             content["verify"] |= {"windows": windows, "max_windows": windows, "profile": "off", "gates": gates}

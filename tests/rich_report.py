@@ -13,10 +13,13 @@ from qexport.artifact.measurements import (
     BlockDrift,
     Generations,
     Histogram,
+    LayerWeights,
     MarginBin,
     PromptComparison,
     SampledComparison,
     TaskRecord,
+    TensorFault,
+    Weights,
     WorstToken,
 )
 from qexport.artifact.report import Report
@@ -49,10 +52,26 @@ def rich_report() -> Report:
         ],
         formats=formats(),
         layers=layers(chance),
+        weights=weights(),
         checks=checks(),
         notes=["the adapter was made for a base of another name", f"a note with {SCRIPT}"],
         command="qexport verify out/gptq-4bit --reference recipes/gptq-4bit.yaml --report out/report",
     )  # fmt: skip
+
+
+def weights() -> Weights:
+    """One layer has a fault, one is exact, one tensor differs."""
+    faulty = LayerWeights(
+        name=f"model.layers.0.{LINEARS[0]}", exact=False, relative_error=0.61, nearest_error=0.09, gain=1.5,
+        worst_row=17, worst_row_ratio=6.9, worst_group=(17, 3), worst_group_ratio=7.2, faults=[f"1.5 times as large {SCRIPT}"],
+    )  # fmt: skip
+    exact = LayerWeights(
+        name=f"model.layers.0.{LINEARS[1]}", exact=True, relative_error=0.09, nearest_error=0.09, gain=1.0, worst_row=0,
+        worst_row_ratio=1.0, worst_group=None, worst_group_ratio=None, faults=[],
+    )  # fmt: skip
+    return Weights(
+        unquantized=61, unequal=[TensorFault(name="model.norm.weight", text=LONG_WORD)], layers=[faulty, exact]
+    )
 
 
 def gates() -> list[GateResult]:

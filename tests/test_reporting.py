@@ -354,7 +354,9 @@ def test_markdown_has_a_row_for_each_gate_and_folds_the_worst_prompt(rich: Repor
     text = report_markdown(rich)
     assert text.startswith("### ❌ Failed: model + adapter\n")
     rows = [line for line in text.splitlines() if line.startswith("| ")]
-    assert len(rows) == 2 + len(rich.gates) + 2 + 10 + 2 + 1 + 2 + 3  # gates, figures, answers of a suite, lengths
+    assert (
+        len(rows) == 2 + len(rich.gates) + 2 + 10 + 2 + 1 + 2 + 1 + 2 + 3
+    )  # gates, figures, weights, answers of a suite, lengths
     widths = {len(re.findall(r"(?<!\\)\|", row)) for row in rows[: 2 + len(rich.gates)]}
     assert widths == {8}
     assert text.count("<details>") == text.count("</details>") == 1

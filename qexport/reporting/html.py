@@ -97,7 +97,8 @@ def report_html(report: Report) -> str:
     """The page. The same report gives the same text."""
     weights = weights_view(report)
     suites, lengths = suite_views(report), length_rows(report)
-    absent = {name for name, found in (("tasks", report.tasks), ("suites", suites or lengths)) if not found}
+    optional = (("tasks", report.tasks), ("suites", suites or lengths), ("weights", weights))
+    absent = {name for name, found in optional if not found}
     return render(
         "report.html.jinja",
         report=report,

@@ -66,8 +66,8 @@ def weights() -> Weights:
         worst_row=17, worst_row_ratio=6.9, worst_group=(17, 3), worst_group_ratio=7.2, faults=[f"1.5 times as large {SCRIPT}"],
     )  # fmt: skip
     exact = LayerWeights(
-        name=f"model.layers.0.{LINEARS[1]}", exact=True, relative_error=0.09, nearest_error=0.09, gain=1.0, worst_row=0,
-        worst_row_ratio=1.0, worst_group=None, worst_group_ratio=None, faults=[],
+        name=f"model.layers.0.{LINEARS[1]}", exact=True, relative_error=0.09, nearest_error=0.09, gain=1.0,
+        worst_row=0, worst_row_ratio=1.0, worst_group=None, worst_group_ratio=None, faults=[],
     )  # fmt: skip
     return Weights(
         unquantized=61, unequal=[TensorFault(name="model.norm.weight", text=LONG_WORD)], layers=[faulty, exact]

@@ -80,11 +80,6 @@ class MeasuredAnswers:
         return figures if overall else [figure for figure in figures if figure.domain is not None]
 
 
-def measured_once(figure: Figure) -> Figure:
-    """The figure with its confidence interval for gates: more units are never added."""
-    return figure.model_copy(update={"sequence_low": figure.low, "sequence_high": figure.high})
-
-
 def measure_answers(
     pair: Pair,
     prompts: EncodedPrompts,

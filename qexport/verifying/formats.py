@@ -11,10 +11,10 @@ from qexport.statistics.samples import NOT_NEGATIVE, SHARE
 from qexport.text.formats import FormatPrompts
 from qexport.text.prompts import EncodedPrompts, Prompt
 from qexport.verifying.along import GivenText, drift_along
-from qexport.verifying.answers import Judgement, MeasuredAnswers, measure_answers, measured_once
+from qexport.verifying.answers import Judgement, MeasuredAnswers, measure_answers
 from qexport.verifying.estimates import by_domain
 from qexport.verifying.memory import Way
-from qexport.verifying.units import Units, row_means
+from qexport.verifying.units import Units, measured_once, row_means
 from qexport.verifying.whole_models import Pair
 
 

@@ -16,11 +16,11 @@ from qexport.statistics.samples import DIFFERENCE, NOT_NEGATIVE, SHARE
 from qexport.text.needles import ANSWER_TOKENS, Needles, recalls
 from qexport.text.prompts import Prompt
 from qexport.verifying.along import GivenText, drift_along
-from qexport.verifying.answers import Judgement, MeasuredAnswers, measure_answers, measured_once
+from qexport.verifying.answers import Judgement, MeasuredAnswers, measure_answers
 from qexport.verifying.divergence import TokenFigures
 from qexport.verifying.estimates import relative_difference
 from qexport.verifying.memory import Way
-from qexport.verifying.units import Units, row_means
+from qexport.verifying.units import Units, measured_once, row_means
 from qexport.verifying.whole_models import Pair
 
 

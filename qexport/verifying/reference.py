@@ -26,7 +26,7 @@ from qexport.verifying.estimates import divergence_figures, ratio_values
 from qexport.verifying.live_adapter import ComparedMerge, LiveAdapter, NotMeasured, compare_merge
 from qexport.verifying.predictors import KeptLogits, run_in_lockstep
 from qexport.verifying.suites import NO_SUITES, Suites
-from qexport.verifying.units import Units
+from qexport.verifying.units import Units, measured_once
 
 TOKENS: Final = 1024
 """Enough: the divergence between two dtypes is nearly the same on every text."""
@@ -154,8 +154,7 @@ def merge_figures(found: ComparedMerge, floor: float, dtype: torch.dtype) -> lis
 
 def _fixed(figure: Figure, floor: float) -> Figure:
     """The gate is decided on the interval for a fixed number of windows, since more are never added."""
-    ends = {"sequence_low": figure.low, "sequence_high": figure.high}
-    return figure.model_copy(update={**ends, "noise_floor": floor})
+    return measured_once(figure).model_copy(update={"noise_floor": floor})
 
 
 Nearest = Callable[[Mapping[str, GroupQuantizedSpec], frozenset[str]], WeightSource]

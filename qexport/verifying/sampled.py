@@ -35,7 +35,7 @@ from qexport.verifying.predictors import predictors, run_in_lockstep
 from qexport.verifying.prompt_batches import batch_prompts
 from qexport.verifying.reference import Reference
 from qexport.verifying.served import NEW_TOKENS, judge_continuations, own_reading
-from qexport.verifying.units import Units, document_units
+from qexport.verifying.units import Units, document_units, measured_once
 
 TEXTS: Final = 24
 BEGINNING: Final = 16
@@ -188,7 +188,7 @@ def _estimate(
     if not values:
         return None, "the endpoint makes other tokens of the sampled texts"
     figure = Units([None] * len(values), "prompt", None, len(values)).mean(name, np.asarray(values), NOT_NEGATIVE)
-    return figure.model_copy(update={"sequence_low": figure.low, "sequence_high": figure.high}), None
+    return measured_once(figure), None
 
 
 def _beginnings(input_ids: Tensor) -> tuple[list[list[int]], int]:

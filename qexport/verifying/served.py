@@ -26,7 +26,7 @@ from qexport.verifying.estimates import decisive_flips, divergence_figures, rela
 from qexport.verifying.predictors import in_pieces, most_windows_at_once, predictors, run_in_lockstep
 from qexport.verifying.reference import Reference
 from qexport.verifying.rounds import looks_at
-from qexport.verifying.units import Units, document_units
+from qexport.verifying.units import Units, document_units, measured_once
 
 PROMPT_TOKENS: Final = 32
 NEW_TOKENS: Final = 16
@@ -185,7 +185,7 @@ def _fidelity(found: Sequence[TokenFigures], reference: Reference) -> list[Figur
         units.mean("fidelity_flips", units.means(decisive_flips(fidelity)), SHARE, trials=1),
         units.mean("kl_over_reading", relative, DIFFERENCE),
     ]
-    return [figure.model_copy(update={"sequence_low": figure.low, "sequence_high": figure.high}) for figure in figures]
+    return [measured_once(figure) for figure in figures]
 
 
 @contextmanager

@@ -126,6 +126,11 @@ class Units:
         return self.figure(name, found.fixed, found.sequence)
 
 
+def measured_once(figure: Figure) -> Figure:
+    """The figure with its confidence interval for gates: more units are never added."""
+    return figure.model_copy(update={"sequence_low": figure.low, "sequence_high": figure.high})
+
+
 def row_means(values: Tensor) -> Array:
     """Each row's mean, float64 [rows], of tokens' values [rows, tokens]; numpy sums in a fixed order."""
     return np.asarray(values.numpy().astype(np.float64).mean(axis=1))

@@ -9,12 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from qexport.amounts import checked_size
 from qexport.errors import RecipeError
 from qexport.gates import read_gates
 from qexport.loading import LoadSettings
 from qexport.merge import MergeSettings
-from qexport.recipe import load_recipe, paths
+from qexport.recipe import check_max_memory, load_recipe, paths
 from qexport.runtimes import each_once, parse_through, portable_through
 from qexport.verifying import VerifySettings
 
@@ -74,7 +73,7 @@ def reference_of(options: References) -> Chosen:
     Raises:
         RecipeError: one of them or an option is wrong, there is no held-out text, or options exclude each other.
     """
-    _check_limit(options.max_memory)
+    check_max_memory(options.max_memory, where="--max-memory")
     chosen = _from_recipe(options) if options.reference.endswith(_RECIPES) else _from_model(options)
     if options.through:
         chosen = replace(chosen, settings=_through(chosen.settings, options.through))
@@ -83,15 +82,6 @@ def reference_of(options: References) -> Chosen:
     gates = read_gates(options.gates)
     update = {"profile": gates.profile, "gates": gates.gates}
     return replace(chosen, settings=chosen.settings.model_copy(update=update))
-
-
-def _check_limit(max_memory: str | None) -> None:
-    if max_memory is None:
-        return
-    try:
-        checked_size(max_memory)
-    except ValueError as error:
-        raise RecipeError(str(error), where="--max-memory", mend="give bytes with their unit") from error
 
 
 def _through(settings: VerifySettings, texts: Sequence[str]) -> VerifySettings:

@@ -8,14 +8,12 @@ from pathlib import Path
 
 import torch
 
-from qexport.amounts import parse_size
 from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.devices import find_device
 from qexport.architectures.memory import keeping_to
 from qexport.artifact.figures import CheckResult
 from qexport.artifact.integrity import find_artifact
 from qexport.artifact.report import Report
-from qexport.errors import RecipeError
 from qexport.gates.profiles import profile_for
 from qexport.hidden_packages import hidden
 from qexport.loading import LoadSettings
@@ -33,6 +31,7 @@ from qexport.progress import ProgressCallback, silent
 from qexport.quantizing import profile_of_layer
 from qexport.reading.one_model import refuse_second_model
 from qexport.reading.stored_model import StoredModel, model_folder
+from qexport.recipe import check_max_memory
 from qexport.text.preflight import TokenizerFolder, preflight
 from qexport.verifying import VerifySettings, verification
 from qexport.verifying.file_comparison import check_files
@@ -68,7 +67,7 @@ def verify(
     Raises:
         QexportError: one of its subclasses, see `qexport.errors`. A gate that fails is in the report, not raised.
     """
-    _check_limit(max_memory)
+    check_max_memory(max_memory, where="max_memory")
     check_prompts_and_tasks(settings)
     check_runtimes(settings)
     where, folder, merging = find_device(device), model_folder(Path(artifact)), merging or MergeSettings()
@@ -87,15 +86,6 @@ def verify(
             verified = measure_folder(reference, opened, progress=progress)
             served = measure_through(reference, opened, verified.gates, settings.through, progress=progress)
             return verified.report_on(opened, served=served, command=command)
-
-
-def _check_limit(max_memory: str | None) -> None:
-    if max_memory is None:
-        return
-    try:
-        parse_size(max_memory)
-    except ValueError as error:
-        raise RecipeError(str(error), where="max_memory", mend="give bytes with their unit") from error
 
 
 @dataclass(frozen=True)

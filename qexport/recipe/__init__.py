@@ -105,6 +105,20 @@ class Recipe(Settings):
         return portable(self.model_dump(mode="json"))
 
 
+def check_max_memory(text: str | None, *, where: str) -> None:
+    """Refuses a limit of memory that is no size, as the recipe's field does.
+
+    Raises:
+        RecipeError: it is not a size; `where` names the argument.
+    """
+    if text is None:
+        return
+    try:
+        checked_size(text)
+    except ValueError as error:
+        raise RecipeError(str(error), where=where, mend="give bytes with their unit") from error
+
+
 def _listed(value: str | list[str]) -> list[str]:
     return [value] if isinstance(value, str) else value
 

@@ -19,7 +19,7 @@ from qexport.artifact.measurements import (
     SampledComparison,
     TaskRecord,
     TensorFault,
-    Weights,
+    WeightsRecord,
     WorstToken,
 )
 from qexport.artifact.report import Report
@@ -59,7 +59,7 @@ def rich_report() -> Report:
     )  # fmt: skip
 
 
-def weights() -> Weights:
+def weights() -> WeightsRecord:
     """One layer has a fault, one is exact, one tensor differs."""
     faulty = LayerWeights(
         name=f"model.layers.0.{LINEARS[0]}", exact=False, relative_error=0.61, nearest_error=0.09, gain=1.5,
@@ -70,7 +70,7 @@ def weights() -> Weights:
         name=f"model.layers.0.{LINEARS[1]}", exact=True, relative_error=0.09, nearest_error=0.09, gain=1.0,
         worst_row=0, worst_row_ratio=1.0, worst_group=None, worst_group_ratio=None, faults=[],
     )  # fmt: skip
-    return Weights(
+    return WeightsRecord(
         unquantized=61, unequal=[TensorFault(name="model.norm.weight", text=LONG_WORD)], layers=[faulty, exact]
     )
 

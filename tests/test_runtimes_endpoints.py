@@ -24,7 +24,7 @@ from qexport.progress import Steps, silent
 from qexport.reading.stored_model import open_stored
 from qexport.runtimes import RuntimeSettings
 from qexport.runtimes.endpoints import open_endpoint
-from qexport.runtimes.requests import Requests
+from qexport.runtimes.requests import HttpRequests
 from qexport.verifying.sampled import FromEndpoint, kl_estimates, measure_endpoint
 from test_verify_served import damaged, folder, kl, quantized, reference, sound  # noqa: F401
 
@@ -192,7 +192,7 @@ def test_bad_answers_end_with_one_message(name: str) -> None:
 def test_an_answer_that_is_too_long_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qexport.runtimes.requests.MOST_BYTES", 4)
     with answering(HEAD + b'{"a": 1}') as url, pytest.raises(InputError, match="longer than 4 bytes"):
-        Requests(url, 5).get("/")
+        HttpRequests(url, 5).get("/")
 
 
 def test_wrong_fields_name_the_server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811

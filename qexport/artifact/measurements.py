@@ -108,7 +108,7 @@ class TensorFault(Record):
     """How much of it differs, and where."""
 
 
-class Weights(Record):
+class WeightsRecord(Record):
     """All weights of the artifact, held against the reference's."""
 
     unquantized: int

@@ -24,7 +24,7 @@ from qexport.artifact.measurements import (
     MarginBin,
     TaskRecord,
     Timings,
-    Weights,
+    WeightsRecord,
     WorstToken,
 )
 from qexport.artifact.served import ServedRecord
@@ -71,7 +71,7 @@ def impossible_layers(layers: Sequence[LayerRecord]) -> Iterator[str]:
             yield f"{layer.name}: a loss or damping below 0"
 
 
-def impossible_weights(weights: Weights) -> Iterator[str]:
+def impossible_weights(weights: WeightsRecord) -> Iterator[str]:
     """Contradictions in the comparison of the weights."""
     if not 0 <= len(weights.unequal) <= weights.unquantized:
         yield f"weights: {len(weights.unequal)} unequal of {weights.unquantized} unquantized tensors"
@@ -168,7 +168,7 @@ class Report(Record):
     refusals: Answers | None = added()
     needles: Answers | None = added()
     layers: list[LayerRecord]
-    weights: Weights | None = added()
+    weights: WeightsRecord | None = added()
     """None in the reports of versions that did not compare weights."""
 
     notes: list[str]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from qexport.amounts import counted
-from qexport.artifact.measurements import LayerWeights, Weights
+from qexport.artifact.measurements import LayerWeights, WeightsRecord
 from qexport.artifact.report import Report
 
 _SHOWN: Final = 8
@@ -63,7 +63,7 @@ def weights_view(report: Report) -> WeightsView | None:
     return WeightsView(_sentence(found), [_row(layer) for layer in ordered[:_SHOWN]], unequal)
 
 
-def _sentence(found: Weights) -> str:
+def _sentence(found: WeightsRecord) -> str:
     faulty, exact = sum(bool(layer.faults) for layer in found.layers), sum(layer.exact for layer in found.layers)
     unequal = f"{len(found.unequal)} of them differ" if found.unequal else "all equal to the reference's"
     parts = [f"{counted(found.unquantized, 'unquantized tensor')}, {unequal}"]

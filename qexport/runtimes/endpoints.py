@@ -13,7 +13,7 @@ from typing import Any, Final, Protocol
 from qexport.artifact.served import RuntimeFacts
 from qexport.errors import InputError
 from qexport.runtimes import RuntimeSettings
-from qexport.runtimes.requests import Refused, Requests
+from qexport.runtimes.requests import HttpRequests, Refused
 
 _DTYPE: Final = "bfloat16"
 """What most servers compute in unless told otherwise, and the widest limit."""
@@ -64,7 +64,7 @@ def open_endpoint(settings: RuntimeSettings, decode: Decode) -> Endpoint:
         InputError: nobody answers, or something else than these servers.
     """
     assert settings.url is not None
-    requests, dtype = Requests(settings.url, settings.timeout), settings.dtype or _DTYPE
+    requests, dtype = HttpRequests(settings.url, settings.timeout), settings.dtype or _DTYPE
     info = _asked(requests, "/info")
     if {"model_id", "version"} <= info.keys():
         return _Tgi(requests, _facts("TGI", info, dtype), decode)
@@ -80,7 +80,7 @@ def open_endpoint(settings: RuntimeSettings, decode: Decode) -> Endpoint:
     )
 
 
-def _asked(requests: Requests, path: str) -> Mapping[str, Any]:
+def _asked(requests: HttpRequests, path: str) -> Mapping[str, Any]:
     try:
         found = requests.get(path)
     except Refused:
@@ -102,7 +102,7 @@ def _facts(name: str, told: Mapping[str, Any], dtype: str) -> RuntimeFacts:
 
 
 class _Vllm:
-    def __init__(self, requests: Requests, facts: RuntimeFacts, model: str) -> None:
+    def __init__(self, requests: HttpRequests, facts: RuntimeFacts, model: str) -> None:
         self._requests, self.facts, self.where, self._model = requests, facts, requests.url, model
 
     def scores(self, ids: Sequence[int]) -> TokenScores | None:
@@ -138,7 +138,7 @@ class _Vllm:
 
 
 class _Sglang:
-    def __init__(self, requests: Requests, facts: RuntimeFacts) -> None:
+    def __init__(self, requests: HttpRequests, facts: RuntimeFacts) -> None:
         self._requests, self.facts, self.where = requests, facts, requests.url
 
     def scores(self, ids: Sequence[int]) -> TokenScores | None:
@@ -174,7 +174,7 @@ class _Sglang:
 class _Tgi:
     """It takes text: what it scores counts only where it has made the same tokens of it."""
 
-    def __init__(self, requests: Requests, facts: RuntimeFacts, decode: Decode) -> None:
+    def __init__(self, requests: HttpRequests, facts: RuntimeFacts, decode: Decode) -> None:
         self._requests, self.facts, self.where, self._decode = requests, facts, requests.url, decode
 
     def scores(self, ids: Sequence[int]) -> TokenScores | None:
@@ -209,7 +209,7 @@ class _Tgi:
 
 
 def _made(
-    requests: Requests, facts: RuntimeFacts, body: Mapping[str, Any], tokens: Callable[[Any], Any]
+    requests: HttpRequests, facts: RuntimeFacts, body: Mapping[str, Any], tokens: Callable[[Any], Any]
 ) -> list[int] | None:
     try:
         answer = requests.post("/tokenize", body)

@@ -31,7 +31,7 @@ class Refused(Exception):
         self.status = status
 
 
-class Requests:
+class HttpRequests:
     """Requests to one server; each has a connection of its own.
 
     Args:

@@ -15,7 +15,7 @@ from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.memory import resident
 from qexport.architectures.runner import BlockRunner
 from qexport.artifact.figures import CheckResult, Figure, GateResult
-from qexport.artifact.measurements import BlockDrift, Generations, TaskRecord, Timings, Weights
+from qexport.artifact.measurements import BlockDrift, Generations, TaskRecord, Timings, WeightsRecord
 from qexport.errors import listed
 from qexport.gates.deciding import needs_more
 from qexport.progress import ProgressCallback, Steps, silent
@@ -67,7 +67,7 @@ class Measurement:
     tokens: TokenFigures
     looks: list[int]
     block_drift: list[BlockDrift]
-    weights: Weights
+    weights: WeightsRecord
     generations: Generations | None
     tasks: list[TaskRecord]
     suites: MeasuredSuites

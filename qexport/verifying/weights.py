@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qexport.amounts import counted
 from qexport.artifact.figures import CheckResult, Figure
-from qexport.artifact.measurements import LayerWeights, TensorFault, Weights
+from qexport.artifact.measurements import LayerWeights, TensorFault, WeightsRecord
 from qexport.reading.filled_model import as_parameter
 from qexport.reading.stored_model import StoredModel
 from qexport.tensors import Quantized, TensorSpec, WeightSource
@@ -39,7 +39,7 @@ class ComparedWeights:
         figures: `adapter_strength_weights`, if there is an adapter.
     """
 
-    record: Weights
+    record: WeightsRecord
     checks: list[CheckResult]
     figures: list[Figure]
 
@@ -74,7 +74,7 @@ class WeightCheck:
         for name in list(self._pending):
             self.compare(name, self._artifact.stored(name))
         self.kept.clear()
-        record = Weights(
+        record = WeightsRecord(
             unquantized=len(self._artifact.specs()) - len(self._layers),
             unequal=[TensorFault(name=name, text=self._faults[name]) for name in self._in_order(self._faults)],
             layers=[self._record(name) for name in self._in_order(self._layers)],
@@ -143,7 +143,7 @@ class WeightCheck:
             faults=[fault.text for fault in found.faults],
         )
 
-    def _checks(self, record: Weights) -> Iterator[CheckResult]:
+    def _checks(self, record: WeightsRecord) -> Iterator[CheckResult]:
         if record.unquantized:
             unequal = [f"{fault.name}: {fault.text}" for fault in record.unequal]
             equal = f"{counted(record.unquantized, 'tensor')} equal to the reference's"

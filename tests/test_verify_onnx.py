@@ -27,6 +27,7 @@ import factories
 import onnx_folders
 import qexport
 import trained_models
+from onnx_exports import traced_once
 from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.artifact.figures import Figure, find_figure
 from qexport.artifact.manifest import Manifest
@@ -116,7 +117,8 @@ class Sound:
         }
         path = self.folder / "gptq.yaml"
         path.write_text(json.dumps(recipe))
-        return run(load_recipe(path), device="cpu")
+        with traced_once():
+            return run(load_recipe(path), device="cpu")
 
     @property
     def gptq(self) -> Path:

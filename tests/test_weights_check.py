@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 import factories
 import trained_models
 from adapters import save_adapter
+from onnx_exports import traced_once
 from qexport.architectures.runner import BlockRunner
 from qexport.artifact.figures import Figure
 from qexport.gates.deciding import decide
@@ -80,7 +81,8 @@ class Made:
         recipe = {"load": load, "quantize": quantize, "export": [LAYOUTS[layout]], "output": str(output)}
         path = self.folder / "recipe.yaml"
         path.write_text(json.dumps(recipe))
-        return factories.without_digests(run(load_recipe(path), device="cpu").artifact_path)
+        with traced_once():
+            return factories.without_digests(run(load_recipe(path), device="cpu").artifact_path)
 
     def merged(self, dtype: str) -> Merged:
         base = load_checkpoint(LoadSettings(base=str(self.folder / "base")))

@@ -31,7 +31,8 @@ TYPES = {
 class Builder:
     """A graph that grows node by node; its weights go into `model.onnx.data`."""
 
-    def __init__(self) -> None:
+    def __init__(self, accuracy_level: int = 0) -> None:
+        self.accuracy_level = accuracy_level
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self.inputs: list[onnx.ValueInfoProto] = []
@@ -135,7 +136,7 @@ class Builder:
         inputs = [x, self.weight(f"{module}.qweight", qweight), self.weight(f"{module}.scales", scales)]
         if zeros is not None:
             inputs.append(self.weight(f"{module}.zero_points", torch.from_numpy(zeros)))
-        attributes = dict(K=columns, N=rows, bits=bits, block_size=block, accuracy_level=0)
+        attributes = dict(K=columns, N=rows, bits=bits, block_size=block, accuracy_level=self.accuracy_level)
         return self.add("MatMulNBits", *inputs, name=module, domain=MICROSOFT, **attributes)
 
     def _bnb4(self, x: str, module: str, value: BlockQuantized) -> str:
@@ -179,16 +180,23 @@ def parameters(values: Mapping[str, Tensor | Quantized], config: Mapping[str, An
 
 
 def llama(
-    values: Mapping[str, Tensor | Quantized], config: LlamaConfig, folder: Path, *, integers: bool = False
+    values: Mapping[str, Tensor | Quantized],
+    config: LlamaConfig,
+    folder: Path,
+    *,
+    integers: bool = False,
+    accuracy_level: int = 0,
 ) -> Path:
     """A whole Llama with its cache; rows quantized for W8A8 where `integers` is set."""
-    graph = _Llama(values, config, integers)
+    graph = _Llama(values, config, integers, accuracy_level)
     return graph.write(folder, config.to_dict())
 
 
 class _Llama(Builder):
-    def __init__(self, values: Mapping[str, Tensor | Quantized], config: LlamaConfig, integers: bool) -> None:
-        super().__init__()
+    def __init__(
+        self, values: Mapping[str, Tensor | Quantized], config: LlamaConfig, integers: bool, accuracy_level: int
+    ) -> None:
+        super().__init__(accuracy_level)
         self.values, self.config, self.use_integers = values, config, integers
         self.heads, self.kv = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
         self.dim = config.head_dim or config.hidden_size // self.heads

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 import factories
 import stored_models
-from qexport.architectures.activation_rounding import round_inputs, round_tokens
+from qexport.architectures.activation_rounding import round_blocks, round_inputs, round_tokens
 from qexport.architectures.runner import BlockRunner
 from qexport.errors import InputError
 from qexport.formats.compressed_tensors.reading import CompressedTensorsRules
+from qexport.formats.stored_weight import input_roundings
 from qexport.reading.safetensors_weights import SafetensorsWeights
+from qexport.tensors.input_rounding import InputRounding
 
 CPU = torch.device("cpu")
 IDS = torch.arange(48).reshape(2, 24) * 7 % 384
@@ -65,7 +67,7 @@ def test_every_layer_computes_vllms_int8_product(folder: Path) -> None:
         linear.register_forward_hook(lambda _, __, output: outputs.update({module: output}))
 
     with SafetensorsWeights(folder, dtype=torch.float32) as source:
-        modules = [module for module, layer in source.layers.items() if layer.int8_inputs]
+        modules = input_roundings(source.layers)
         runner = BlockRunner(source.architecture, source, dtype=torch.float32, device=CPU)
         runner.round_inputs(modules)
         with runner.whole() as model:
@@ -85,7 +87,7 @@ def test_blocks_and_whole_model_drift_as_the_served_model_does(folder: Path) -> 
     served = factories.build(factories.llama_config(), dtype=torch.float32)
     stored = load_file(folder / "model.safetensors")
     with SafetensorsWeights(folder, dtype=torch.float32) as source:
-        modules = [module for module, layer in source.layers.items() if layer.int8_inputs]
+        modules = input_roundings(source.layers)
         for module in modules:
             served.set_submodule(module, ServedLinear(stored[f"{module}.weight"], stored[f"{module}.weight_scale"]))
         plain, rounding = (BlockRunner(source.architecture, source, dtype=torch.float32, device=CPU) for _ in range(2))
@@ -125,7 +127,7 @@ def test_experts_round_the_inputs_of_both_products() -> None:
             inner = round_tokens(nn.functional.silu(gate) * up)
             expected[token] += weights[token, slot] * (inner @ experts.get_parameter("down_proj")[expert].t())
     before = experts(hidden, chosen, weights)
-    assert round_inputs(experts)
+    assert round_inputs(experts, InputRounding())
     torch.testing.assert_close(experts(hidden, chosen, weights), expected)
     assert not torch.allclose(before, expected, atol=1e-5)
 
@@ -136,13 +138,24 @@ def test_a_mixtures_blocks_run_with_rounded_inputs(tmp_path: Path) -> None:
     written = stored_models.write(model, tmp_path / "a", activations())
     with SafetensorsWeights(written, dtype=torch.float32) as source:
         rounding, plain = (BlockRunner(source.architecture, source, dtype=torch.float32, device=CPU) for _ in range(2))
-        assert rounding.round_inputs(module for module in source.layers if ".experts." in module) == []
+        assert rounding.round_inputs({module: InputRounding() for module in source.layers if ".experts." in module}) == []
         change = (logits(rounding) - logits(plain)).abs().max()
     assert 0 < change < 0.5
 
 
+def test_blocks_have_scales_of_their_own_in_the_order_of_the_columns() -> None:
+    values = torch.tensor([[254.0, 1.0, 0.3, 127.0, 100.0]])
+    assert round_blocks(values, InputRounding(2)).tolist() == [[254.0, 0.0, 0.0, 127.0, 100.0]]
+    ordered = round_blocks(values, InputRounding(2, torch.tensor([1, 2, 0, 3, 4])))
+    torch.testing.assert_close(ordered, torch.tensor([[254.0, 1.0, 38 / 127, 128.0, 100.0]]))
+    assert torch.equal(round_blocks(values, InputRounding()), round_tokens(values))
+
+
 def test_a_mixture_that_is_not_known_is_left_as_it_is() -> None:
-    assert not round_inputs(nn.ModuleList())
+    assert not round_inputs(nn.ModuleList(), InputRounding())
+    model = factories.build(factories.mixtral_config(num_hidden_layers=1), dtype=torch.float32)
+    experts = model.get_submodule("model.layers.0.mlp.experts")
+    assert not round_inputs(experts, InputRounding(32))  # only whole tokens are known there
 
 
 @given(

@@ -8,7 +8,9 @@ from bitsandbytes.functional import quantize_4bit
 
 from bitsandbytes_oracle import own_values, reads_right, values
 from qexport.formats.bitsandbytes import four_bit_tensors as bitsandbytes_4bit
+from qexport.architectures.activation_rounding import round_blocks
 from qexport.formats.onnx import matmul_bnb4, matmul_integer, matmul_nbits
+from qexport.formats.onnx.matmul_nbits_reading import NBitsMatrix
 from qexport.tensors import GroupQuantized, RowQuantized, RowQuantizedSpec
 from test_packing_gptq import make
 from test_packing_onnx import rows, spec_of
@@ -20,19 +22,23 @@ from onnx_nodes import OneNode
 WHOLE = 10**6
 
 
-def groups_node(layer: GroupQuantized, dtype: torch.dtype = torch.float32) -> OneNode:
-    parts: dict[str, torch.Tensor | None] = {"qweight": None, "scales": None}
+def groups_node(layer: GroupQuantized, dtype: torch.dtype = torch.float32, *, accuracy_level: int = 0) -> OneNode:
     spec = spec_of(layer)
     return OneNode(
         "MatMulNBits",
-        parts | matmul_nbits.pack_groups(layer, dtype),
+        groups_parts(layer, dtype),
         dtype=dtype,
         K=spec.in_features,
         N=spec.out_features,
         bits=layer.bits,
-        block_size=matmul_nbits.block_size(spec),
-        accuracy_level=0,
+        block_size=block_of(layer),
+        accuracy_level=accuracy_level,
     )
+
+
+def groups_parts(layer: GroupQuantized, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor | None]:
+    parts: dict[str, torch.Tensor | None] = {"qweight": None, "scales": None}
+    return parts | matmul_nbits.pack_groups(layer, dtype)
 
 
 def rows_node(layer: RowQuantized) -> OneNode:
@@ -162,3 +168,42 @@ def test_integer_sums_are_exact_at_the_extremes(tokens: int, out_features: int, 
         for token in (127 * ones[:1], -127 * ones[:1], 127 * signs[:1], -128 * ones[:1]):
             x = token.to(torch.int64).expand(tokens, -1).contiguous()
             assert torch.equal(node((x + 128).to(torch.uint8)), (x @ codes.to(torch.int64).t()).to(torch.int32))
+
+
+@pytest.mark.parametrize(("in_features", "group_size"), [(576, 16), (576, 64), (512, 256), (568, 568)])
+@pytest.mark.parametrize("desc_act", [False, True])
+@pytest.mark.parametrize("sym", [False, True])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_at_level_4_the_inputs_are_rounded_as_our_reading_rounds_them(
+    bits: int, sym: bool, desc_act: bool, in_features: int, group_size: int
+) -> None:
+    layer = make(bits, 40, in_features, group_size, sym=sym, seed=int(desc_act))
+    node, parts, block = groups_node(layer, accuracy_level=4), groups_parts(layer), block_of(layer)
+    matrix = NBitsMatrix((40, in_features), bits, block, 4, "", "scales", "", "order" if "order" in parts else "")
+    rounding = matrix.input_rounding(Stored(parts))  # type: ignore[arg-type]
+    inputs, values = torch.randn(70, in_features, generator=torch.manual_seed(1)), layer.dequantize().double().t()
+    unrounded = inputs.double() @ values
+    expected = unrounded if rounding is None else round_blocks(inputs, rounding).double() @ values
+    for rows in (slice(0, 1), slice(0, 70)):
+        assert distance(node(inputs[rows]), expected[rows]) < 1e-5
+    assert (distance(unrounded, expected) > 1e-3) is (bits > 2 or block in (32, 64, 128))
+
+
+class Stored:
+    """The initializers of a node in place of a graph's."""
+
+    def __init__(self, parts: dict[str, torch.Tensor | None]) -> None:
+        self._parts = parts
+
+    def read(self, name: str) -> torch.Tensor:
+        found = self._parts[name]
+        assert found is not None
+        return found
+
+
+def block_of(layer: GroupQuantized) -> int:
+    return matmul_nbits.block_size(spec_of(layer))
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())

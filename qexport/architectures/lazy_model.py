@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -17,6 +17,7 @@ from qexport.architectures.naming import Part
 from qexport.architectures.structure import LinearSpec, find_blocks
 from qexport.errors import CompatibilityError, listed
 from qexport.tensors import WeightSource
+from qexport.tensors.input_rounding import InputRounding
 
 
 @torch.no_grad()
@@ -110,17 +111,18 @@ class LazyModel:
         """Where the weight of a linear layer is in the model."""
         return self._naming.parts[f"{linear.name}.weight"]
 
-    def round_inputs(self, modules: Iterable[str]) -> list[str]:
+    def round_inputs(self, roundings: Mapping[str, InputRounding]) -> list[str]:
         """Rounds the inputs of linear layers from now on, as servers do with W8A8; see `activation_rounding`.
 
         Args:
-            modules: the layers, by their names in files; experts are rounded together.
+            roundings: how, by the names of the layers in files; experts are rounded together.
 
         Returns:
             The modules of mixtures for which that is not simulated.
         """
-        owners = {self._naming.parts[f"{name}.weight"].parameter.rpartition(".")[0] for name in modules}
-        return [path for path in sorted(owners) if not round_inputs(self._own_modules[path])]
+        parts = self._naming.parts
+        owners = {parts[f"{name}.weight"].parameter.rpartition(".")[0]: each for name, each in roundings.items()}
+        return [path for path in sorted(owners) if not round_inputs(self._own_modules[path], owners[path])]
 
     def parameter(self, name: str) -> Tensor:
         """A loaded tensor by its name in the files, as a view of the parameter in memory."""

@@ -11,6 +11,7 @@ import torch
 
 from qexport.errors import InputError
 from qexport.tensors import GroupQuantizedSpec, Quantized, TensorSpec
+from qexport.tensors.input_rounding import InputRounding
 
 _REPETITION: Final = re.compile(r"(?<!\\)[*+?{]")
 _ANYTHING: Final = re.compile(r"\.\*")
@@ -89,6 +90,11 @@ class Scheme:
     desc_act: bool
     int8_inputs: bool = False
 
+    @property
+    def input_rounding(self) -> InputRounding | None:
+        """See `StoredLayer`."""
+        return InputRounding() if self.int8_inputs else None
+
 
 @dataclass(frozen=True)
 class StoredLayer:
@@ -99,14 +105,19 @@ class StoredLayer:
         bits: bits per code.
         group_size: values that share a scale.
         shape: [out, in].
-        int8_inputs: servers round its inputs to int8, each token with a scale of its own.
+        input_rounding: how servers round its inputs; None if they do not.
     """
 
     method: str
     bits: int
     group_size: int
     shape: tuple[int, int]
-    int8_inputs: bool = False
+    input_rounding: InputRounding | None = None
+
+
+def input_roundings(layers: Mapping[str, StoredLayer]) -> dict[str, InputRounding]:
+    """How servers round the inputs of those layers whose inputs they round, by path."""
+    return {path: layer.input_rounding for path, layer in layers.items() if layer.input_rounding is not None}
 
 
 class StoredWeight(Protocol):
@@ -174,7 +185,7 @@ class GroupedWeight:
                 mend="fetch the artifact again, or ask its author: weights and config.json do not belong together",
             )
         group_size = self._group_size(self.scheme)
-        return StoredLayer(self.method, self.scheme.bits, group_size, self.shape, self.scheme.int8_inputs)
+        return StoredLayer(self.method, self.scheme.bits, group_size, self.shape, self.scheme.input_rounding)
 
     @property
     def grid(self) -> GroupQuantizedSpec | None:

@@ -10,7 +10,7 @@ from typing import Final
 import torch
 
 from qexport.artifact.figures import CATALOGUE, Figure, GateResult
-from qexport.artifact.served import ServedRecord
+from qexport.artifact.served import RuntimeFacts, ServedRecord
 from qexport.gates.deciding import decide
 from qexport.gates.serving import decide_served, fidelity_limit, left_out, unless_waived
 from qexport.pipeline.folders import ArtifactFolder
@@ -102,7 +102,7 @@ def _start(
     progress(Notice(f"starting {settings.label} with {artifact.folder.name}"))
     longest = most_tokens(reference.held_out.input_ids.shape[1])
     with ChildRuntime(settings, artifact.folder, longest=longest) as runtime:
-        fidelity = _fidelity(runtime.facts.dtype, reference, artifact)
+        fidelity = _fidelity(settings, runtime.facts, reference, artifact)
         allowed, _ = unless_waived(reference.settings, fidelity)
         gates_of = partial(decide_served, gates.limits, fidelity=allowed, label=settings.label)
         figures = measure_served(runtime, artifact, reference, gates_of, Steps(progress))
@@ -112,7 +112,7 @@ def _start(
             scored="vocabulary",
             figures=figures,
             fidelity_limit=fidelity,
-            notes=_notes(figures, fidelity, reference, gates),
+            notes=[*_other_dtype(settings, runtime.facts), *_notes(figures, fidelity, reference, gates)],
         )
 
 
@@ -122,7 +122,7 @@ def _ask(
     """Measures through an endpoint."""
     endpoint = open_endpoint(settings, lambda ids: str(reference.tokenizer.decode(list(ids))))
     progress(Notice(f"{settings.label} is {endpoint.facts.name} {endpoint.facts.version}"))
-    fidelity = _fidelity(endpoint.facts.dtype, reference, artifact)
+    fidelity = _fidelity(settings, endpoint.facts, reference, artifact)
     measured = measure_endpoint(endpoint, artifact, reference, Steps(progress))
     return ServedRecord(
         label=settings.label,
@@ -131,7 +131,11 @@ def _ask(
         figures=measured.figures,
         checks=measured.checks,
         fidelity_limit=None if measured.scored == "nothing" else fidelity,
-        notes=[*measured.notes, *_notes(measured.figures, fidelity, reference, gates)],
+        notes=[
+            *measured.notes,
+            *_other_dtype(settings, endpoint.facts),
+            *_notes(measured.figures, fidelity, reference, gates),
+        ],
     )
 
 
@@ -148,8 +152,17 @@ def _notes(figures: Sequence[Figure], fidelity: float | None, reference: Referen
 _ROUNDED: Final = "fidelity_kl has no limit: activations are rounded, so that two sound computations differ"
 
 
-def _fidelity(dtype: str, reference: Reference, artifact: StoredModel) -> float | None:
+def _fidelity(
+    settings: RuntimeSettings, facts: RuntimeFacts, reference: Reference, artifact: StoredModel
+) -> float | None:
+    """The limit of the narrower dtype, where a runtime computes in another than its entry says."""
     if artifact.rounds_activations:
         return None
-    floor = reference.prepared.noise_floor.get("mean_kl")
-    return fidelity_limit(dtype, floor, str(reference.dtype).removeprefix("torch."))
+    floor, own = reference.prepared.noise_floor.get("mean_kl"), str(reference.dtype).removeprefix("torch.")
+    return min(fidelity_limit(dtype, floor, own) for dtype in {facts.dtype, settings.dtype or facts.dtype})
+
+
+def _other_dtype(settings: RuntimeSettings, facts: RuntimeFacts) -> list[str]:
+    if settings.dtype in (None, facts.dtype):
+        return []
+    return [f"{settings.label} says that it computes in {facts.dtype}, not in {settings.dtype}"]

@@ -15,6 +15,7 @@ from qexport.artifact.figures import Figure, GateResult
 from qexport.artifact.served import RuntimeFacts
 from qexport.errors import InputError, NumericalError
 from qexport.gates.deciding import needs_more
+from qexport.formats.stored_weight import input_roundings
 from qexport.progress import Steps
 from qexport.reading.stored_model import StoredModel
 from qexport.statistics.means import PLANNED_UNITS
@@ -147,7 +148,7 @@ def own_reading(artifact: StoredModel, device: torch.device) -> BlockRunner:
     """The artifact in float32, block by block, with rounded activations if so: what a runtime should compute."""
     dtype = torch.float32
     runner = BlockRunner(artifact.architecture.in_dtype(dtype), artifact, dtype=dtype, device=device)
-    runner.round_inputs([module for module, layer in artifact.layers.items() if layer.int8_inputs])
+    runner.round_inputs(input_roundings(artifact.layers))
     return runner
 
 

@@ -17,6 +17,7 @@ from qexport.architectures.runner import BlockRunner
 from qexport.artifact.figures import CheckResult, Figure, GateResult
 from qexport.artifact.measurements import BlockDrift, Generations, TaskRecord, Timings, WeightsRecord
 from qexport.errors import listed
+from qexport.formats.stored_weight import input_roundings
 from qexport.gates.deciding import needs_more
 from qexport.progress import ProgressCallback, Steps, silent
 from qexport.reading.stored_model import StoredModel
@@ -200,7 +201,7 @@ class _Reading:
 def _read_blocks(artifact: StoredModel, weights: WeightSource, reference: Reference) -> _Reading:
     """The artifact, run as its own config.json says, as its users will run it: with rounded activations if so."""
     runner = BlockRunner(artifact.architecture, weights, dtype=reference.dtype, device=reference.device)
-    rounded = [module for module, layer in artifact.layers.items() if layer.int8_inputs]
+    rounded = input_roundings(artifact.layers)
     left_out = runner.round_inputs(rounded)
     reading = _Reading(runner, f"qexport {version('qexport')}", notes=[_ROUNDED] if rounded else [])
     return replace(reading, unconfirmed=[f"rounded activations of the experts in {path}" for path in left_out])
@@ -221,7 +222,12 @@ def _read_graph(artifact: StoredModel, reference: Reference) -> _Reading:
         checks = check_graph(model, reference.held_out.input_ids)
         reader = f"onnxruntime {model.session.version} ({model.session.provider})"
         dtype = model.dtype
-    return _Reading(runner, reader, checks, [] if dtype == reference.dtype else [_other_dtype(dtype, reference)])
+    notes = [_ROUNDED_BY_ITSELF] if artifact.rounds_activations else []
+    notes += [] if dtype == reference.dtype else [_other_dtype(dtype, reference)]
+    return _Reading(runner, reader, checks, notes)
+
+
+_ROUNDED_BY_ITSELF: Final = "ONNX Runtime rounds the inputs of quantized layers to 8 bits, and the figures include that"
 
 
 def _other_dtype(dtype: torch.dtype, reference: Reference) -> str:

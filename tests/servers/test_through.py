@@ -1,32 +1,31 @@
-"""`--through vllm` on SmolLM2: a sound folder is confirmed, and what is wrong with a served copy is named.
+"""`--through vllm` on SmolLM2 with an adapter: a sound folder is confirmed, and what is wrong with a served one is named.
 
-Each copy is served in place of the folder that our reader reads, as a server does that was started with other files.
+Each folder is served in place of the one that our reader reads, as a server does that was started with other files.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-from collections.abc import Callable
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
+import served_faults as faults
 import vllm_artifacts as artifacts
 from qexport.architectures.architecture import Checkpoint
 from qexport.artifact.figures import Figure, GateResult, find_figure
+from qexport.artifact.served import RuntimeFacts
 from qexport.gates.serving import decide_served, fidelity_limit
+from qexport.loading import LoadSettings
 from qexport.loading.small_files import open_tokenizer
+from qexport.pipeline.verification import verify
 from qexport.progress import Steps, silent
 from qexport.quantizing.rounding import NearestSource
 from qexport.reading.stored_model import open_stored
-from qexport.runtimes import RuntimeSettings
+from qexport.runtimes import RuntimeSettings, ServedDtype
 from qexport.runtimes.child import ChildRuntime
 from qexport.text.documents import read_documents
 from qexport.text.windows import make_held_out
@@ -35,79 +34,44 @@ from qexport.verifying.reference import Preparation, Reference
 from qexport.verifying.served import measure_served
 
 PYTHON = os.environ.get("QEXPORT_VLLM_PYTHON", "")
-LIMIT = fidelity_limit("float16", None, "bfloat16")
-LAYER = "model.layers.3"
-TEXT = Path(__file__).parents[2] / "calibration" / "heldout.jsonl"
+LIMITS = {dtype: fidelity_limit(dtype, None, "bfloat16") for dtype in ("float16", "bfloat16")}
+SETTINGS = VerifySettings(
+    text=str(artifacts.ROOT / "calibration" / "heldout.jsonl"),
+    windows=6,
+    max_windows=6,
+    sequence_length=128,
+    profile="off",
+)
+SHOWN = ("mean_kl", "perplexity_ratio", "fidelity_kl", "fidelity_top1", "fidelity_continuations", "kl_over_reading")
 
 pytestmark = pytest.mark.skipif(not PYTHON, reason="QEXPORT_VLLM_PYTHON names no interpreter")
-
-Tensors = dict[str, Tensor]
-
-
-def zero_layer(tensors: Tensors, config: dict[str, Any]) -> None:
-    tensors[f"{LAYER}.mlp.down_proj.scales"].zero_()
-
-
-def rolled_scales(tensors: Tensors, config: dict[str, Any]) -> None:
-    name = f"{LAYER}.mlp.up_proj.scales"
-    tensors[name] = tensors[name].roll(1, 0).contiguous()
-
-
-def smaller_output(tensors: Tensors, config: dict[str, Any]) -> None:
-    tensors[f"{LAYER}.self_attn.o_proj.scales"].mul_(0.9)
-
-
-def half_rotated_keys(tensors: Tensors, config: dict[str, Any]) -> None:
-    """Interleaved pairs in place of halves, as older programs store keys."""
-    size = config["hidden_size"] // config["num_attention_heads"]
-    for name in ("qweight", "scales"):
-        stored = tensors[f"{LAYER}.self_attn.k_proj.{name}"]
-        heads = stored.view(len(stored), -1, 2, size // 2).transpose(2, 3)
-        tensors[f"{LAYER}.self_attn.k_proj.{name}"] = heads.reshape(stored.shape).contiguous()
-
-
-def other_rope(tensors: Tensors, config: dict[str, Any]) -> None:
-    config["rope_theta"] = 10000.0
-    config.get("rope_parameters", {})["rope_theta"] = 10000.0
-
-
-FAULTS: dict[str, Callable[[Tensors, dict[str, Any]], None]] = {
-    "a layer zero": zero_layer,
-    "scales of a layer rolled": rolled_scales,
-    "o_proj x 0.9": smaller_output,
-    "half-rotated keys": half_rotated_keys,
-    "rope theta": other_rope,
-}
-
-
-def copied(folder: Path, copy: Path, change: Callable[[Tensors, dict[str, Any]], None]) -> Path:
-    shutil.copytree(folder, copy)
-    tensors, config = load_file(copy / "model.safetensors"), json.loads((copy / "config.json").read_text())
-    change(tensors, config)
-    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
-    (copy / "config.json").write_text(json.dumps(config))
-    return copy
 
 
 @pytest.fixture(scope="module")
 def checkpoint() -> Checkpoint:
-    return artifacts.smollm2()
+    return artifacts.smollm2(artifacts.ADAPTER)
 
 
 @pytest.fixture(scope="module")
 def folders(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("through")
-    artifacts.write(checkpoint, artifacts.NONE, {root / "none": artifacts.FORMS["gptq"]})
-    artifacts.write(checkpoint, artifacts.GPTQ, {root / "gptq": artifacts.FORMS["gptq"]})
-    return {"none": root / "none", "gptq": root / "gptq"}
+    root, form = tmp_path_factory.mktemp("through"), artifacts.FORMS["gptq"]
+    found = {name: root / name for name in ("none", "gptq", "without adapter", "w8a8")}
+    artifacts.write(checkpoint, artifacts.NONE, {found["none"]: form})
+    artifacts.write(checkpoint, artifacts.GPTQ, {found["gptq"]: form})
+    artifacts.write(checkpoint, artifacts.W8A8, {found["w8a8"]: form})
+    artifacts.write(artifacts.smollm2(), artifacts.GPTQ, {found["without adapter"]: form})
+    return found
 
 
 @pytest.fixture(scope="module")
 def reference(checkpoint: Checkpoint) -> Reference:
     tokenizer = open_tokenizer(checkpoint)
-    structure = checkpoint.architecture.structure
     held_out = make_held_out(
-        read_documents([str(TEXT)]), tokenizer, windows=6, sequence_length=128, vocab_size=structure.vocab_size
+        read_documents([str(SETTINGS.text)]),
+        tokenizer,
+        windows=SETTINGS.windows,
+        sequence_length=SETTINGS.sequence_length,
+        vocab_size=checkpoint.architecture.structure.vocab_size,
     )
     return Reference(
         merged=checkpoint,
@@ -120,7 +84,7 @@ def reference(checkpoint: Checkpoint) -> Reference:
         held_out=replace(held_out, domains=(None,) * len(held_out.domains)),
         prompts=None,
         open_tokenizer=lambda: tokenizer,
-        settings=VerifySettings(text=str(TEXT), windows=6),
+        settings=SETTINGS,
         dtype=torch.bfloat16,
         device=torch.device("cpu"),
     )
@@ -128,61 +92,92 @@ def reference(checkpoint: Checkpoint) -> Reference:
 
 @dataclass(frozen=True)
 class Found:
-    """What was measured, and the gate on fidelity."""
+    """What was measured of a runtime."""
 
+    facts: RuntimeFacts
     figures: list[Figure]
-    gate: GateResult
 
     def value(self, name: str) -> float:
         figure = find_figure(self.figures, name)
         assert figure is not None
         return figure.value
 
-
-def measured(folder: Path, served: Path, reference: Reference) -> Found:
-    settings = RuntimeSettings(runtime="vllm", python=PYTHON, dtype="float16")
-    with (
-        open_stored(folder, dtype=torch.float32) as artifact,
-        ChildRuntime(settings, served, longest=129, programs=Path(__file__).parent) as runtime,
-    ):
-        found = measure_served(runtime, artifact, reference, lambda figures: [], Steps(silent))
-    print(f"\n{served.name}: " + ", ".join(f"{f.name} {f.value:.3g}" for f in found if f.name in SHOWN))
-    (gate,) = decide_served([], found, LIMIT, "vllm")
-    return Found(found, gate)
+    def failed(self, dtype: str = "float16") -> list[str]:
+        gates: list[GateResult] = decide_served([], self.figures, LIMITS[dtype], "vllm")
+        assert all(gate.verdict in ("pass", "fail") for gate in gates)
+        return [gate.name for gate in gates if gate.verdict == "fail"]
 
 
-SHOWN = ("mean_kl", "perplexity_ratio", "fidelity_kl", "fidelity_top1", "fidelity_flips", "fidelity_continuations")
+def measured(served: Path, reference: Reference, *folders: Path, dtype: ServedDtype = "float16") -> list[Found]:
+    """How far a server that has one folder is from our reading of each of these."""
+    settings = RuntimeSettings(runtime="vllm", python=PYTHON, dtype=dtype)
+    found = list[Found]()
+    with ChildRuntime(settings, served, longest=129, programs=Path(__file__).parent) as runtime:
+        for folder in folders:
+            with open_stored(folder, dtype=torch.float32) as artifact:
+                figures = measure_served(runtime, artifact, reference, lambda figures: [], Steps(silent))
+            found.append(Found(runtime.facts, figures))
+            values = ", ".join(f"{name} {found[-1].value(name):.3g}" for name in SHOWN)
+            kernels = runtime.facts.kernels
+            print(f"\n{served.name} as {folder.name} in {dtype}: {values}; {kernels}", file=sys.stderr)
+    return found
 
 
-@pytest.mark.parametrize("name", ["none", "gptq"])
-def test_a_sound_folder_is_confirmed(name: str, folders: dict[str, Path], reference: Reference) -> None:
-    found = measured(folders[name], folders[name], reference)
-    assert found.gate.verdict == "pass"
+def test_a_sound_folder_is_confirmed(folders: dict[str, Path], reference: Reference) -> None:
+    (found,) = measured(folders["gptq"], reference, folders["gptq"])
+    assert found.failed() == []
     assert found.value("fidelity_continuations") > 0.99
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+def test_unquantized_weights_are_confirmed_and_are_no_other_folder(
+    folders: dict[str, Path], reference: Reference
+) -> None:
+    """In place of the 4-bit folder the reference itself is served, so quality alone would be perfect."""
+    own, other = measured(folders["none"], reference, folders["none"], folders["gptq"])
+    assert own.failed() == []
+    assert other.failed() == ["fidelity_kl through vllm"]
+    assert other.value("mean_kl") < 0.01
+
+
+@pytest.mark.parametrize("fault", faults.SEEN)
 def test_a_fault_in_the_served_copy_fails(
     fault: str, folders: dict[str, Path], reference: Reference, tmp_path: Path
 ) -> None:
-    served = copied(folders["gptq"], tmp_path / fault, FAULTS[fault])
-    assert measured(folders["gptq"], served, reference).gate.verdict == "fail"
+    served = faults.copied(folders["gptq"], tmp_path / fault, faults.SEEN[fault])
+    (found,) = measured(served, reference, folders["gptq"])
+    assert found.failed() == ["fidelity_kl through vllm"]
 
 
-def test_another_folder_fails(folders: dict[str, Path], reference: Reference) -> None:
-    """Here the reference itself is served, so quality alone would be perfect."""
-    found = measured(folders["gptq"], folders["none"], reference)
-    assert found.gate.verdict == "fail"
-    assert found.value("mean_kl") < 0.01
+def test_a_missing_adapter_fails(folders: dict[str, Path], reference: Reference) -> None:
+    (found,) = measured(folders["without adapter"], reference, folders["gptq"])
+    assert found.failed() == ["fidelity_kl through vllm"]
 
 
-def test_zero_points_that_vllm_ignores_show_in_no_figure(
+def test_another_dtype_fails_and_is_told(folders: dict[str, Path], reference: Reference) -> None:
+    (found,) = measured(folders["gptq"], reference, folders["gptq"], dtype="bfloat16")
+    assert found.failed("float16") == ["fidelity_kl through vllm"]
+    assert found.failed("bfloat16") == []
+    assert found.facts.dtype == "bfloat16"
+
+
+def test_what_vllm_does_not_look_at_shows_in_the_bytes_alone(
     folders: dict[str, Path], reference: Reference, tmp_path: Path
 ) -> None:
-    """Only the digests of the files tell: `qexport validate`."""
+    """It ignores the zero points of symmetric codes, and is given token ids."""
+    served = faults.copied(folders["gptq"], tmp_path / "zeros and tokenizer", faults.other_zeros)
+    faults.give_other_tokenizer(served)
+    (found,) = measured(served, reference, folders["gptq"])
+    assert found.failed() == []
+    load = LoadSettings(base=artifacts.BASE, adapter=str(artifacts.ADAPTER))
+    failed = {
+        folder: {gate.name: gate.reason for gate in verify(folder, load, SETTINGS, device="cpu").gates if failing(gate)}
+        for folder in (folders["gptq"], served)
+    }
+    print(failed[served], file=sys.stderr)
+    assert failed[folders["gptq"]] == {}
+    assert failed[served].keys() >= {"weights", "tokenizer"}
+    assert f"{faults.LAYER}.mlp.up_proj.weight" in failed[served]["weights"]
 
-    def other_zeros(tensors: Tensors, config: dict[str, Any]) -> None:
-        tensors[f"{LAYER}.mlp.up_proj.qzeros"].fill_(0x66666666)
 
-    served = copied(folders["gptq"], tmp_path / "zeros", other_zeros)
-    assert measured(folders["gptq"], served, reference).gate.verdict == "pass"
+def failing(gate: GateResult) -> bool:
+    return gate.verdict != "pass"

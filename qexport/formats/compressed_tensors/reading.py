@@ -150,7 +150,8 @@ class RowWeight:
     @property
     def layer(self) -> StoredLayer:
         """See `StoredWeight.layer`."""
-        return StoredLayer("w8a8", 8, self.shape[1], self.shape, self.scheme is not None and self.scheme.int8_inputs)
+        rounding = None if self.scheme is None else self.scheme.input_rounding
+        return StoredLayer("w8a8", 8, self.shape[1], self.shape, rounding)
 
     def quantized(self, tensors: Tensors) -> RowQuantized:
         """See `StoredWeight.quantized`."""

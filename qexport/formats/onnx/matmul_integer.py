@@ -16,6 +16,7 @@ from qexport.errors import CompatibilityError, InputError
 from qexport.formats.onnx.operators import MEND, GraphTensors, Operator, module_of, require, scales_of
 from qexport.formats.stored_weight import StoredLayer
 from qexport.tensors import RowQuantized, RowQuantizedSpec, TensorSpec
+from qexport.tensors.input_rounding import InputRounding
 
 ZERO_POINT: Final = 128
 
@@ -91,7 +92,7 @@ class IntegerMatrix:
 
     def layer(self, graph: GraphTensors) -> StoredLayer:
         """See `StoredMatrix.layer`."""
-        return StoredLayer("w8a8", self.bits, self.block_size, self.shape, int8_inputs=True)
+        return StoredLayer("w8a8", self.bits, self.block_size, self.shape, InputRounding())
 
     def grid(self, graph: GraphTensors) -> None:
         """None: the codes are not in groups along the inputs."""

@@ -18,11 +18,15 @@ from qexport.formats.onnx.matmul_nbits import BLOCK_SIZES
 from qexport.formats.onnx.operators import MEND, GraphTensors, Operator, attribute, module_of, require, scales_of
 from qexport.formats.stored_weight import StoredLayer
 from qexport.tensors import GroupQuantized, GroupQuantizedSpec
+from qexport.tensors.input_rounding import InputRounding
 
 _BITS: Final = (2, 4, 8)
 _ROW_BITS: Final = 8
 _INTEGER_INPUTS: Final = 4
 """The accuracy level at which the inputs are rounded to 8 bits."""
+_TWO_BITS: Final = 2
+_ROUNDED_BLOCKS_OF_TWO_BITS: Final = (32, 64, 128)
+"""With others, codes of two bits have no integer kernel: the inputs stay as they are at every level."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ class NBitsMatrix:
         scales, group_size = graph.read(self.scales), self._group_size(graph)
         rows = self.bits == _ROW_BITS and group_size == self.shape[1] and not self.zero_points and not self.order
         method = "int8" if rows and not torch.equal(scales.half().to(scales.dtype), scales) else "gptq"
-        return StoredLayer(method, self.bits, group_size, self.shape)
+        return StoredLayer(method, self.bits, group_size, self.shape, self.input_rounding(graph))
 
     def grid(self, graph: GraphTensors) -> GroupQuantizedSpec | None:
         """See `StoredMatrix.grid`."""
@@ -87,6 +91,12 @@ class NBitsMatrix:
         if layer.method == "int8" or self.shape[1] % layer.group_size:
             return None
         return GroupQuantizedSpec(*self.shape, self.bits, layer.group_size, sym, desc_act)
+
+    def input_rounding(self, graph: GraphTensors) -> InputRounding | None:
+        """As ONNX Runtime 1.31 rounds on x86: each block of a token with a scale of its own."""
+        if not self.rounds_inputs or (self.bits == _TWO_BITS and self.block_size not in _ROUNDED_BLOCKS_OF_TWO_BITS):
+            return None
+        return InputRounding(self.block_size, graph.read(self.order) if self.order else None)
 
     def _group_size(self, graph: GraphTensors) -> int:
         """Inputs per group. A group may be stored as several blocks, which then have equal scales and zero points in

@@ -1,0 +1,20 @@
+"""How the programs that serve a layer round its inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class InputRounding:
+    """Inputs of a linear layer that become int8 codes: symmetric, with a scale for each token or each block of one.
+
+    Attributes:
+        block: inputs that share a scale, the last of a token perhaps fewer; None for all inputs of a token.
+        order: int64 [in], the input at each place of the blocks; None if they are in order.
+    """
+
+    block: int | None = None
+    order: Tensor | None = field(default=None, compare=False)

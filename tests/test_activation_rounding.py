@@ -138,7 +138,9 @@ def test_a_mixtures_blocks_run_with_rounded_inputs(tmp_path: Path) -> None:
     written = stored_models.write(model, tmp_path / "a", activations())
     with SafetensorsWeights(written, dtype=torch.float32) as source:
         rounding, plain = (BlockRunner(source.architecture, source, dtype=torch.float32, device=CPU) for _ in range(2))
-        assert rounding.round_inputs({module: InputRounding() for module in source.layers if ".experts." in module}) == []
+        assert (
+            rounding.round_inputs({module: InputRounding() for module in source.layers if ".experts." in module}) == []
+        )
         change = (logits(rounding) - logits(plain)).abs().max()
     assert 0 < change < 0.5
 

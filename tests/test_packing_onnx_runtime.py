@@ -7,8 +7,8 @@ import torch
 from bitsandbytes.functional import quantize_4bit
 
 from bitsandbytes_oracle import own_values, reads_right, values
-from qexport.formats.bitsandbytes import four_bit_tensors as bitsandbytes_4bit
 from qexport.architectures.activation_rounding import round_blocks
+from qexport.formats.bitsandbytes import four_bit_tensors as bitsandbytes_4bit
 from qexport.formats.onnx import matmul_bnb4, matmul_integer, matmul_nbits
 from qexport.formats.onnx.matmul_nbits_reading import NBitsMatrix
 from qexport.tensors import GroupQuantized, RowQuantized, RowQuantizedSpec
@@ -184,8 +184,8 @@ def test_at_level_4_the_inputs_are_rounded_as_our_reading_rounds_them(
     inputs, values = torch.randn(70, in_features, generator=torch.manual_seed(1)), layer.dequantize().double().t()
     unrounded = inputs.double() @ values
     expected = unrounded if rounding is None else round_blocks(inputs, rounding).double() @ values
-    for rows in (slice(0, 1), slice(0, 70)):
-        assert distance(node(inputs[rows]), expected[rows]) < 1e-5
+    for tokens in (slice(0, 1), slice(0, 70)):
+        assert distance(node(inputs[tokens]), expected[tokens]) < 1e-5
     assert (distance(unrounded, expected) > 1e-3) is (bits > 2 or block in (32, 64, 128))
 
 

@@ -174,6 +174,21 @@ def test_what_is_served_otherwise_fails_the_command(made: Made, monkeypatch: pyt
     assert "--through vllm@python,dtype=float32" in report["command"]
 
 
+def test_another_dtype_than_the_entry_says_has_the_limit_of_the_narrower(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QEXPORT_TEST_FAULT", "bfloat16")
+    found = made.verify("--through", f"vllm@{made.python},dtype=float32")
+    (served,) = json.loads(found.stdout)["served"]
+    assert found.exit_code == 6
+    assert "fidelity_kl through vllm float32 is" in found.stderr
+    assert served["runtime"]["dtype"] == "bfloat16"
+    assert "vllm float32 says that it computes in bfloat16, not in float32" in served["notes"]
+    unsaid = json.loads(made.verify("--through", f"vllm@{made.python}").stdout)
+    (gate,) = [gate for gate in unsaid["gates"] if gate["name"] == "fidelity_kl through vllm"]
+    assert gate["verdict"] == "pass"
+
+
 def test_a_runtime_that_cannot_load_the_layout_is_refused_first(made: Made) -> None:
     found = made.verify("--through", f"gptqmodel@{made.python}")
     assert found.exit_code == 2  # the environment has no such module

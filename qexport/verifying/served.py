@@ -14,8 +14,8 @@ from qexport.architectures.runner import BlockRunner
 from qexport.artifact.figures import Figure, GateResult
 from qexport.artifact.served import RuntimeFacts
 from qexport.errors import InputError, NumericalError
-from qexport.gates.deciding import needs_more
 from qexport.formats.stored_weight import input_roundings
+from qexport.gates.deciding import needs_more
 from qexport.progress import Steps
 from qexport.reading.stored_model import StoredModel
 from qexport.statistics.means import PLANNED_UNITS

@@ -14,13 +14,15 @@ class Model:
     """What `answering` asks for."""
 
     def __init__(self, folder: str, dtype: str, longest: int) -> None:
-        self._model: Any = qexport.load(folder, device="cpu", dtype=getattr(torch, dtype))
+        fault = os.environ.get("QEXPORT_TEST_FAULT")
+        self._dtype = "bfloat16" if fault == "bfloat16" else None
+        self._model: Any = qexport.load(folder, device="cpu", dtype=getattr(torch, self._dtype or dtype))
         torch.set_grad_enabled(False)
-        if os.environ.get("QEXPORT_TEST_FAULT") == "norm x 1.1":
+        if fault == "norm x 1.1":
             self._model.get_parameter("model.norm.weight").mul_(1.1)
 
     def facts(self) -> dict[str, Any]:
-        return {"version": "1.2", "kernels": {"Linear4bit": 21}, "dtype": None, "arguments": {"eager": "True"}}
+        return {"version": "1.2", "kernels": {"Linear4bit": 21}, "dtype": self._dtype, "arguments": {"eager": "True"}}
 
     def score(self, ids: list[int]) -> Any:
         logits = self._model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1]

@@ -44,6 +44,11 @@ def other_rope(tensors: Tensors, config: dict[str, Any]) -> None:
     config.get("rope_parameters", {})["rope_theta"] = 10000.0
 
 
+def zero_rows(tensors: Tensors, config: dict[str, Any]) -> None:
+    """A layer of W8A8."""
+    tensors[f"{LAYER}.mlp.down_proj.weight_scale"].zero_()
+
+
 def other_zeros(tensors: Tensors, config: dict[str, Any]) -> None:
     """One less than the 7 that symmetric codes have; vLLM does not look at them."""
     tensors[f"{LAYER}.mlp.up_proj.qzeros"].fill_(0x66666666)

@@ -1,4 +1,4 @@
-"""`--through vllm` on SmolLM2 with an adapter: a sound folder is confirmed, and what is wrong with a served one is named.
+"""`--through vllm` on SmolLM2 with an adapter: sound folders are confirmed, and faults in a served copy are named.
 
 Each folder is served in place of the one that our reader reads, as a server does that was started with other files.
 """
@@ -15,6 +15,7 @@ import torch
 
 import served_faults as faults
 import vllm_artifacts as artifacts
+from endpoint_of_vllm import serving
 from qexport.architectures.architecture import Checkpoint
 from qexport.artifact.figures import Figure, GateResult, find_figure
 from qexport.artifact.served import RuntimeFacts
@@ -27,10 +28,12 @@ from qexport.quantizing.rounding import NearestSource
 from qexport.reading.stored_model import open_stored
 from qexport.runtimes import RuntimeSettings, ServedDtype
 from qexport.runtimes.child import ChildRuntime
+from qexport.runtimes.endpoints import open_endpoint
 from qexport.text.documents import read_documents
 from qexport.text.windows import make_held_out
 from qexport.verifying import VerifySettings
 from qexport.verifying.reference import Preparation, Reference
+from qexport.verifying.sampled import measure_endpoint
 from qexport.verifying.served import measure_served
 
 PYTHON = os.environ.get("QEXPORT_VLLM_PYTHON", "")
@@ -42,6 +45,8 @@ SETTINGS = VerifySettings(
     sequence_length=128,
     profile="off",
 )
+SAME_DRIFT = 0.1
+SHORT = SETTINGS.model_copy(update={"windows": 2, "max_windows": 2})
 SHOWN = ("mean_kl", "perplexity_ratio", "fidelity_kl", "fidelity_top1", "fidelity_continuations", "kl_over_reading")
 
 pytestmark = pytest.mark.skipif(not PYTHON, reason="QEXPORT_VLLM_PYTHON names no interpreter")
@@ -168,16 +173,43 @@ def test_what_vllm_does_not_look_at_shows_in_the_bytes_alone(
     faults.give_other_tokenizer(served)
     (found,) = measured(served, reference, folders["gptq"])
     assert found.failed() == []
-    load = LoadSettings(base=artifacts.BASE, adapter=str(artifacts.ADAPTER))
-    failed = {
-        folder: {gate.name: gate.reason for gate in verify(folder, load, SETTINGS, device="cpu").gates if failing(gate)}
-        for folder in (folders["gptq"], served)
+    report = verify(served, LoadSettings(base=artifacts.BASE, adapter=str(artifacts.ADAPTER)), SHORT, device="cpu")
+    reasons = {gate.name: gate.reason for gate in report.gates if gate.verdict == "fail"}
+    print(reasons, file=sys.stderr)
+    assert reasons.keys() == {"files", "tokenizer", "weights"}
+    assert f"{faults.LAYER}.mlp.up_proj.weight" in reasons["weights"]
+
+
+def test_rounded_activations_drift_as_far_as_our_reading_says(
+    folders: dict[str, Path], reference: Reference, tmp_path: Path
+) -> None:
+    """The two are as far from each other as from the reference, so fidelity proves nothing here."""
+    (sound,) = measured(folders["w8a8"], reference, folders["w8a8"])
+    assert abs(sound.value("kl_over_reading")) < SAME_DRIFT
+    assert sound.value("fidelity_kl") > LIMITS["float16"]
+    damaged = faults.copied(folders["w8a8"], tmp_path / "damaged w8a8", faults.zero_rows)
+    (found,) = measured(damaged, reference, folders["w8a8"])
+    assert found.value("kl_over_reading") > SAME_DRIFT
+
+
+def test_an_endpoint_is_confirmed_but_for_its_tokenizer(
+    folders: dict[str, Path], reference: Reference, tmp_path: Path
+) -> None:
+    """vLLM's own server, with the right weights."""
+    served = faults.copied(folders["gptq"], tmp_path / "tokenizer")
+    faults.give_other_tokenizer(served)
+    with (
+        serving(PYTHON, served, "float16", tmp_path / "vllm.log") as url,
+        open_stored(folders["gptq"], dtype=torch.float32) as artifact,
+    ):
+        settings = RuntimeSettings(url=url, dtype="float16")
+        endpoint = open_endpoint(settings, lambda ids: str(reference.tokenizer.decode(list(ids))))
+        found = measure_endpoint(endpoint, artifact, reference, Steps(silent))
+    values = ", ".join(f"{figure.name} {figure.value:.3g}" for figure in found.figures)
+    print(f"\nvLLM's server in float16: {values}; {endpoint.facts}", file=sys.stderr)
+    gates = {gate.name: gate for gate in decide_served([], found.figures, LIMITS["float16"], "vllm", found.checks)}
+    assert {name: gate.verdict for name, gate in gates.items()} == {
+        "tokenizer through vllm": "fail",
+        "fidelity_kl through vllm": "pass",
     }
-    print(failed[served], file=sys.stderr)
-    assert failed[folders["gptq"]] == {}
-    assert failed[served].keys() >= {"weights", "tokenizer"}
-    assert f"{faults.LAYER}.mlp.up_proj.weight" in failed[served]["weights"]
-
-
-def failing(gate: GateResult) -> bool:
-    return gate.verdict != "pass"
+    assert "other tokens of" in gates["tokenizer through vllm"].reason

@@ -46,8 +46,8 @@ class RuntimeSettings(Settings):
 
     dtype: ServedDtype | None = None
     """What it computes in: by default float16 for vllm, float32 for the other programs, bfloat16 for an endpoint. A
-    program is told so, if it can be; an endpoint cannot be asked. The limit of `fidelity_kl` follows from it, and from what
-    the runtime says where that is narrower."""
+    program is told so, if it can be; an endpoint cannot be asked. The limit of `fidelity_kl` follows from it, or from
+    what the runtime says, where that is narrower."""
 
     timeout: Annotated[int, Field(ge=1, le=86_400)] = 1800
     """Seconds that one answer may take, and the start of a program."""

@@ -13,7 +13,7 @@ _SETTINGS = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
-    "TORCH_COMPILE_DISABLE": "1",  # it counts ranks with a compiled function even when eager, which takes a C++ compiler
+    "TORCH_COMPILE_DISABLE": "1",  # even when eager it compiles the counting of ranks, which takes a C++ compiler
 }
 
 

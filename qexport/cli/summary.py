@@ -158,15 +158,21 @@ def _remarks(manifest: Manifest) -> Iterator[RenderableType]:
     yield from _layer_list(no_better, "not better than round-to-nearest")
 
 
-def _notes(manifests: Mapping[str, Manifest]) -> Iterator[Text]:
-    """A note that several layouts share is shown once."""
+def _notes(manifests: Mapping[str, Manifest]) -> Iterator[Table]:
+    """One line for each note, beside the layouts that it is about; one that all share is shown once."""
     layouts_of: dict[str, list[str]] = {}
     for layout, manifest in manifests.items():
         for note in manifest.notes:
             layouts_of.setdefault(note, []).append(layout)
+    if not layouts_of:
+        return
+    table = Table.grid(padding=(0, 2))
+    before = ""
     for note, layouts in layouts_of.items():
-        of = f"{', '.join(layouts)}: " if len(layouts) < len(manifests) else ""
-        yield Text.assemble(("note: ", "yellow"), of, note)
+        of = "note" if len(layouts) == len(manifests) else " + ".join(layouts)
+        table.add_row(Text("" if of == before else of, "yellow"), Text(note))
+        before = of
+    yield table
 
 
 def _layer_list(layers: list[LayerRecord], verdict: str) -> Iterator[Text]:

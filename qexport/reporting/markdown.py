@@ -60,7 +60,7 @@ def _parts(report: Report) -> Iterator[str]:
     if weights := weights_view(report):
         yield f"Weights: {escaped(weights.sentence)}"
         if faulty := [row for row in weights.rows if row.fault]:
-            yield markdown_table(COLUMNS, [[escaped(text) for text in cells(row)] for row in faulty], (1, 2, 3))
+            yield markdown_table(COLUMNS, [[escaped(text) for text in cells(row)] for row in faulty], (1, 2, 3, 4))
         if weights.unequal:
             yield "\n".join(f"- {escaped(name)}: {escaped(text)}" for name, text in weights.unequal)
     if rows := [row for suite in suite_views(report) for row in suite.count_rows]:

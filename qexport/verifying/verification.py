@@ -115,6 +115,7 @@ def verify(
         own, reading = reference.runner(reference.merged), _read_graph(artifact, reference)
     else:
         own = reference.runner(replace(reference.merged, weights=weights.reference_weights))
+        weights.watch(own)
         reading = _read_blocks(artifact, weights.artifact_weights, reference)
     rivals = _rivals(reference, artifact.grids, artifact.transposed)
     models = Models(own, reading.runner, *rivals)

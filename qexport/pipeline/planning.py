@@ -20,7 +20,7 @@ from qexport.merge import MergeSettings
 from qexport.merge.merging import Merged, merge
 from qexport.pipeline.expectations import Expected, expect
 from qexport.pipeline.runtimes import check_runtimes, refuse_full_context, refuse_homeless, refuse_only_endpoints
-from qexport.pipeline.texts import check_prompts_and_tasks, read_evaluation, refuse_long_windows
+from qexport.pipeline.texts import check_small_files, read_evaluation, refuse_long_windows
 from qexport.progress import ProgressCallback, silent
 from qexport.recipe import Recipe
 from qexport.verifying.tasks.planned import PlannedTask, planned_tasks
@@ -146,7 +146,7 @@ def plan(recipe: Recipe, *, texts: bool = False, progress: ProgressCallback = si
         ResourceError: the run needs more memory than `max_memory`, and would compute on a CPU.
     """
     if recipe.verify is not None:
-        check_prompts_and_tasks(recipe.verify)
+        check_small_files(recipe.verify)
         check_runtimes(recipe.verify)
         refuse_only_endpoints(recipe.verify)
         refuse_homeless(recipe.verify, [each.layout for each in recipe.export])
@@ -156,7 +156,7 @@ def plan(recipe: Recipe, *, texts: bool = False, progress: ProgressCallback = si
     if recipe.verify is not None:
         refuse_full_context(recipe.verify, merged.checkpoint.config)
     if texts and recipe.verify is not None:
-        read_evaluation(recipe.verify, open_tokenizer(merged.checkpoint), structure, progress=progress)
+        read_evaluation(recipe.verify, open_tokenizer(merged.checkpoint), merged.checkpoint, progress=progress)
     outputs = recipe.quantize.plan(merged.checkpoint)
     layouts = tuple(make_layout(settings, outputs, structure, merged.checkpoint) for settings in recipe.export)
     stored = sum(group[0].weights.total_bytes for group in _distinct(layouts))

@@ -97,7 +97,7 @@ def _read(place: Path) -> Report:
     except InputError as error:
         inside = sorted(path.name for path in _subfolders(place) if (path / REPORT_FOLDER / REPORT_NAME).is_file())
         mend = f"name the folder of one layout: {', '.join(inside)}" if inside else error.mend
-        raise InputError(f"the baseline cannot be used: {error.what}", where=error.where, mend=mend) from error
+        raise InputError(f"verify.baseline cannot be used: {error.what}", where=error.where, mend=mend) from error
 
 
 def _subfolders(place: Path) -> list[Path]:

@@ -105,10 +105,12 @@ def _digests_of_texts(evaluation: Evaluation | None) -> _Digests:
 
 
 def _digests_in_report(report: Report) -> _Digests:
-    answers = (report.formats, report.refusals, report.needles)
+    formats, refusals, needles = report.formats, report.refusals, report.needles
     return _Digests(
         report.identity.text_sha256,
         report.identity.prompts_sha256,
-        *(each.sha256 if each else None for each in answers),
-        baseline=report.baseline.report_sha256 if report.baseline else None,
+        formats.sha256 if formats else None,
+        refusals.sha256 if refusals else None,
+        needles.sha256 if needles else None,
+        report.baseline.report_sha256 if report.baseline else None,
     )

@@ -19,7 +19,7 @@ PAIRED: Final = (
 
 ONLY_FAIL: Final = frozenset({"baseline_perplexity_ratio", "baseline_decisive_flips"})
 """Their gates fail where the artifact is shown to be worse, and pass otherwise. A difference of two artifacts in these
-two scatters so much that tens of thousands of tokens leave open what a tenth of the release's drift is."""
+two scatters so much that tens of thousands of tokens often leave open whether it is beyond the margin."""
 
 _SOURCE: Final = "verify.baseline_margin"
 

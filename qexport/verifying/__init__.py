@@ -157,7 +157,7 @@ class VerifySettings(Settings):
     """The release that is in production: its report.json, a folder with it, or its artifact's folder. The artifact may
     not be worse, see docs/gates.md; none by default."""
 
-    baseline_margin: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    baseline_margin: Annotated[float, Field(gt=0, lt=1)] = 0.25
     """How much further than the release the artifact may drift, as a share of the release's own drift."""
 
     profile: ProfileName = "auto"

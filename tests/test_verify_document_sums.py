@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -19,7 +21,10 @@ from qexport.text.windows import HeldOut
 from qexport.verifying.divergence import TokenFigures
 from qexport.verifying.document_sums import Baseline, baseline_figures, document_sums, held_out_windows, windows_of
 from qexport.verifying.estimates import divergence_figures
+from qexport.verifying.reference import Reference
+from qexport.verifying.rounds import Measured
 from qexport.verifying.units import document_units
+from qexport.verifying.verification import _needs_more
 
 LENGTH = 9
 
@@ -181,6 +186,17 @@ def test_rare_flips_that_happen_to_be_as_many_leave_a_difference_open() -> None:
     assert flips.value == 0.0
     assert flips.sequence_high is not None
     assert flips.sequence_high > 0
+
+
+@pytest.mark.parametrize(("windows", "more"), [(5, True), (7, False), (14, False)])
+def test_more_windows_are_wanted_as_long_as_the_release_has_them(windows: int, more: bool) -> None:
+    """Another undecided gate wants them all the same."""
+    reference = SimpleNamespace(held_out=TEXT, baseline=release(document_sums(first(tokens(), 7), TEXT)))
+    open_gate = reports.gate_result("baseline_mean_kl", figure="baseline_mean_kl", verdict="undecided")
+    other = reports.gate_result(verdict="undecided")
+    found = Measured(looks=[windows])
+    assert _needs_more(cast(Reference, reference), found, [open_gate]) == more
+    assert _needs_more(cast(Reference, reference), found, [open_gate, other])
 
 
 counts = st.lists(st.integers(-1, 6), max_size=6)

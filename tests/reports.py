@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qexport.artifact import Environment, Identity, Protocol
+from qexport.artifact.baseline import BaselineRecord, DocumentSums
 from qexport.artifact.figures import CATALOGUE, CheckResult, Figure, GateResult, overall
 from qexport.artifact.manifest import Sizes, SourceRecord
 from qexport.artifact.measurements import (
@@ -168,6 +169,33 @@ def protocol(**changes: Any) -> Protocol:
         dtype="float32", sequence_length=512, stride=512, windows=38, tokens=38 * 511, looks=[16, 38], confidence=0.95
     )
     return Protocol(**(values | changes))
+
+
+def document_sums() -> DocumentSums:
+    """Of the 38 windows, with a second document in every other one."""
+    parts = [2 - index % 2 for index in range(38)]
+    tokens = [size for count in parts for size in ([511] if count == 1 else [200, 311])]
+    return DocumentSums(
+        windows=[f"{index:016x}" for index in range(38)], parts=parts, tokens=tokens,
+        kl=[0.161 * size for size in tokens], nll=[0.137 * size for size in tokens],
+        changed=[size // 5 for size in tokens], decisive_flips=[size // 17 for size in tokens],
+    )  # fmt: skip
+
+
+def baseline_record(**changes: Any) -> BaselineRecord:
+    """A release that is a little better."""
+    values: dict[str, Any] = dict(
+        name="the release of March", method="GPTQ 4-bit, group 64", report_sha256="7" * 64, base_sha256="1" * 64,
+        adapter_sha256="2" * 64, dtype="float32", margin=0.1, mean_kl=0.155, perplexity_ratio=1.14,
+        top1_agreement=0.797, decisive_flips=0.058,
+    )  # fmt: skip
+    return BaselineRecord(**(values | changes))
+
+
+def baseline_figures(**values: float) -> list[Figure]:
+    """How much worse the artifact is than that release."""
+    found = {"mean_kl": 0.006, "perplexity_ratio": 1.006, "top1_agreement": -0.004, "decisive_flips": 0.003} | values
+    return [figure(f"baseline_{name}", value, half=0.002) for name, value in found.items()]
 
 
 def environment() -> Environment:

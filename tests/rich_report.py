@@ -39,7 +39,7 @@ def rich_report() -> Report:
     return reports.report(
         gates(),
         figures=[*(each for each in reports.figures() if each.domain is None), *quantiles(), *domain_figures(chance),
-                 *suite_figures()],
+                 *suite_figures(), *reports.baseline_figures()],
         kl_histogram=histogram(),
         flips_by_margin=margins(),
         block_drift=[BlockDrift(name=f"model.layers.{i}", relative_error=0.07 - 0.05 * 0.9**i) for i in range(30)],
@@ -53,6 +53,8 @@ def rich_report() -> Report:
         formats=formats(),
         layers=layers(chance),
         weights=weights(),
+        document_sums=reports.document_sums(),
+        baseline=reports.baseline_record(name=f"the release {SCRIPT}", method=LONG_WORD),
         checks=checks(),
         notes=["the adapter was made for a base of another name", f"a note with {SCRIPT}"],
         command="qexport verify out/gptq-4bit --reference recipes/gptq-4bit.yaml --report out/report",
@@ -63,6 +65,7 @@ def weights() -> WeightsRecord:
     """One layer has a fault, one is exact, one tensor differs."""
     faulty = LayerWeights(
         name=f"model.layers.0.{LINEARS[0]}", exact=False, relative_error=0.61, nearest_error=0.09, gain=1.5,
+        output_error=0.7, nearest_output_error=0.08,
         worst_row=17, worst_row_ratio=6.9, worst_group=(17, 3), worst_group_ratio=7.2,
         faults=[f"1.5 times as large {SCRIPT}"],
     )  # fmt: skip
@@ -91,6 +94,8 @@ def gates() -> list[GateResult]:
         reports.gate_result("top1_agreement", figure="top1_agreement", bound="at_least", limit=0.78, value=0.793,
                             low=0.771, high=0.815, verdict="undecided",
                             reason="the interval still holds 0.78 after all 38 windows"),
+        reports.gate_result("baseline_mean_kl", figure="baseline_mean_kl", limit=0.0155, value=0.006, low=0.002,
+                            high=0.01, reason="all of it at most 0.0155"),
         reports.gate_result("edit_distance", figure="edit_distance", limit=0.8, value=0.62, low=0.52, high=0.72, n=60,
                             unit="prompt", reason="0.62 is below 0.8 with its interval"),
     ]  # fmt: skip

@@ -105,6 +105,49 @@ def short_text(made: Path, folder: Path) -> list[str]:
     return ["--text", str(path)]
 
 
+def test_an_artifact_is_not_worse_than_itself(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(made)
+    assert verified(made / "out", made / "recipe.yaml", "--baseline", "out", "--json") == 0
+    found = Report.model_validate_json(capsys.readouterr().out)
+    paired = {gate.name: (gate.verdict, gate.value) for gate in found.gates if gate.name.startswith("baseline_")}
+    assert paired == {
+        "baseline_mean_kl": ("pass", 0.0), "baseline_perplexity_ratio": ("pass", 1.0),
+        "baseline_top1_agreement": ("pass", 0.0), "baseline_decisive_flips": ("pass", 0.0),
+    }  # fmt: skip
+    before = Report.read(made / "out")
+    assert found.baseline is not None
+    assert found.baseline.report_sha256 == before.digest()
+    assert found.document_sums == before.document_sums
+    assert found.command == "qexport verify out --reference recipe.yaml --baseline out"
+    assert not any("another reference" in note for note in found.notes)
+
+
+def test_an_artifact_that_is_worse_than_the_release_fails_and_says_by_how_much(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The release is the artifact's own report with half of its divergence, and with another adapter."""
+    content = json.loads(Report.read(made / "out").to_json())
+    content["document_sums"]["kl"] = [value / 2 for value in content["document_sums"]["kl"]]
+    drift = next(each for each in content["figures"] if each["name"] == "mean_kl" and each["domain"] is None)
+    drift["value"] /= 2
+    content["identity"]["adapter_sha256"] = "0" * 64
+    (tmp_path / "report.json").write_text(json.dumps(content))
+    assert verified(made / "out", made / "recipe.yaml", "--baseline", str(tmp_path), "--report", str(tmp_path)) == 6
+    said = capsys.readouterr().err
+    assert "error: 1 gate failed: baseline_mean_kl is 0.00" in said
+    assert "where the limit is at most 0.000" in said
+    assert "keep the release that is in production" in said
+    found = Report.read(tmp_path)
+    assert [gate.name for gate in found.gates if gate.verdict == "fail"] == ["baseline_mean_kl"]
+    assert any("has another reference (adapter)" in note for note in found.notes)
+    assert "Against the release" in (tmp_path / "report.html").read_text()
+    gates = limits(tmp_path, "profile: off")
+    assert main(["gate", str(tmp_path), "--gates", gates]) == 6
+    assert "baseline_mean_kl" in capsys.readouterr().err
+
+
 def test_without_the_adapter_the_artifact_is_another_model(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,7 +13,7 @@ from qexport.artifact.digests import sha256_json
 from qexport.artifact.report import Report
 from qexport.cli import main
 from qexport.errors import InputError
-from reports import report, written
+from reports import baseline_record, document_sums, report, written
 from rich_report import rich_report
 
 Content = dict[str, Any]
@@ -58,6 +58,23 @@ FAULTS: dict[str, tuple[Callable[[Content], object], str]] = {
     "another verdict": (lambda c: c.update(verdict="fail"), "verdict: fail, but its gates give pass"),
     "passed without an end": (lambda c: c["gates"][0].update(high=None), "passed without a measured value"),
     "passed without a limit": (lambda c: c["gates"][0].update(limit=None), "passed without a measured value"),
+    "sums of another number of windows": (lambda c: c["document_sums"]["parts"].pop(), "lists of different lengths"),
+    "sums of another number of parts": (lambda c: c["document_sums"]["kl"].pop(), "lists of different lengths"),
+    "a part without tokens": (lambda c: c["document_sums"]["tokens"].__setitem__(0, 0), "a part without tokens"),
+    "a window without parts": (lambda c: c["document_sums"]["parts"].__setitem__(slice(2), [3, 0]), "a part without"),
+    "a part with a divergence below 0": (lambda c: c["document_sums"]["kl"].__setitem__(0, -1.0), "a divergence below"),
+    "more decisive flips than flips": (lambda c: c["document_sums"]["changed"].__setitem__(0, 0), "more flips than"),
+    "more flips than tokens in a part": (
+        lambda c: c["document_sums"]["changed"].__setitem__(0, 999),
+        "more flips than",
+    ),
+    "sums that give another mean": (lambda c: c["document_sums"]["kl"].__setitem__(0, 9.0), "but the figure is 0.161"),
+    "no margin": (lambda c: c["baseline"].update(margin=0.0), "baseline: a margin"),
+    "a release of no perplexity": (
+        lambda c: c["baseline"].update(perplexity_ratio=0.0),
+        "baseline: a margin or a ratio",
+    ),
+    "a release that agrees too often": (lambda c: c["baseline"].update(top1_agreement=1.1), "baseline: a share"),
     "passed on nothing": (lambda c: c["gates"][0].update(value=None), "passed without a measured value"),
 }
 
@@ -67,7 +84,7 @@ def test_a_report_that_contradicts_itself_is_refused_by_every_reader(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: str
 ) -> None:
     change, words = FAULTS[fault]
-    content = json.loads(report().to_json())
+    content = json.loads(report(document_sums=document_sums(), baseline=baseline_record()).to_json())
     change(content)
     path = written(tmp_path)
     path.write_text(json.dumps(content))
@@ -111,6 +128,8 @@ ADDED = {
     "source",
     "room",
     "smallest_drop",
+    "document_sums",
+    "baseline",
 }
 
 

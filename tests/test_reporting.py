@@ -102,7 +102,7 @@ def test_the_page_loads_and_runs_nothing(page: str) -> None:
 
 
 def test_the_page_says_what_was_found(rich: Report, page: str) -> None:
-    assert "1 of 8 gates failed: mean_kl[code]; 1 of 8 gates undecided: top1_agreement." in page
+    assert "1 of 9 gates failed: mean_kl[code]; 1 of 9 gates undecided: top1_agreement." in page
     for gate in rich.gates:
         assert gate.reason in page
     for digest in rich.identity.model_dump().values():
@@ -316,7 +316,7 @@ def test_junit_counts_what_its_cases_say(rich: Report) -> None:
     assert outcomes["top1_agreement"] == ["error"]
     assert outcomes["mean_kl"] == ["system-out"]
     for element in (root, suite):
-        assert (element.get("tests"), element.get("failures"), element.get("errors")) == ("8", "1", "1")
+        assert (element.get("tests"), element.get("failures"), element.get("errors")) == ("9", "1", "1")
     error = suite.find("testcase/error")
     assert error is not None
     assert error.get("type") == "undecided"
@@ -354,9 +354,8 @@ def test_markdown_has_a_row_for_each_gate_and_folds_the_worst_prompt(rich: Repor
     text = report_markdown(rich)
     assert text.startswith("### ❌ Failed: model + adapter\n")
     rows = [line for line in text.splitlines() if line.startswith("| ")]
-    assert (
-        len(rows) == 2 + len(rich.gates) + 2 + 10 + 2 + 1 + 2 + 1 + 2 + 3
-    )  # gates, figures, weights, answers of a suite, lengths
+    # gates, release, figures, weights, answers of a suite, lengths
+    assert len(rows) == 2 + len(rich.gates) + 2 + 4 + 2 + 10 + 2 + 1 + 2 + 1 + 2 + 3
     widths = {len(re.findall(r"(?<!\\)\|", row)) for row in rows[: 2 + len(rich.gates)]}
     assert widths == {8}
     assert text.count("<details>") == text.count("</details>") == 1

@@ -96,8 +96,8 @@ def test_marlin_stays_where_it_takes_every_layer_and_sym_goes_where_it_does_not(
     assert marlin.quantization is not None
     assert exllama.quantization is not None
     assert (marlin.quantization["sym"], exllama.quantization["sym"]) == (True, False)
-    assert "marlin; Marlin takes every layer" in marlin.notes[0]
-    assert "exllama; with sym: true TGI would take Marlin, which refuses the model" in exllama.notes[0]
+    assert marlin.notes[0] == "TGI computes with marlin (sym: true): Marlin takes every layer"
+    assert exllama.notes[0].startswith("TGI computes with exllama (sym: false): Marlin takes no ")
 
 
 def test_a_joined_layer_counts_as_one() -> None:

@@ -184,9 +184,7 @@ def edit_weight(folder: Path, name: str, change: Callable[[np.ndarray[Any, Any]]
 
 
 def windows(sound: Sound, count: int) -> torch.Tensor:
-    evaluation = read_evaluation(
-        sound.settings(), open_tokenizer(sound.checkpoint), sound.checkpoint.architecture.structure
-    )
+    evaluation = read_evaluation(sound.settings(), open_tokenizer(sound.checkpoint), sound.checkpoint)
     return evaluation.held_out.input_ids[:count]
 
 

@@ -227,6 +227,33 @@ def test_one_corrupted_layer_fails_the_divergence_and_shows_in_its_block(sound: 
     assert drift[block] > 1.5 * intact[block]
 
 
+@pytest.fixture
+def release(sound: Sound, tmp_path: Path) -> str:
+    """The report of the sound artifact, as that of the release in production."""
+    path = tmp_path / "report.json"
+    path.write_text(sound.intact.to_json())
+    return str(path)
+
+
+def test_the_release_itself_is_not_worse_than_itself(sound: Sound, release: str) -> None:
+    report = sound.verify(sound.gptq, baseline=release)
+    assert report.verdict == "pass"
+    assert report.protocol.looks == [16], "more windows would change nothing"
+    assert {value(report, name) for name in ("baseline_mean_kl", "baseline_decisive_flips")} == {0.0}
+
+
+def test_one_corrupted_layer_is_worse_than_the_release(sound: Sound, copy: Path, release: str) -> None:
+    """All limits but the release's are null: it is enough that production is better."""
+    name = "model.layers.1.mlp.down_proj.qweight"
+    edit_tensors(copy, lambda tensors: tensors[name].copy_(tensors[name].flip(0)))
+    report = sound.verify(copy, gates={}, baseline=release)
+    assert {"baseline_mean_kl", "baseline_top1_agreement"} & failed(report)
+    gate = named(report, "baseline_mean_kl")
+    assert gate.low is not None
+    assert gate.limit is not None
+    assert gate.low > gate.limit
+
+
 def test_an_adapter_that_was_not_applied_fails_the_gate_of_that_name(sound: Sound) -> None:
     report = sound.verify(sound.without_adapter)
     assert report.verdict == "fail"

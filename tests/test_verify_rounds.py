@@ -50,7 +50,9 @@ def gate(name: str, verdict: Verdict, figure: str = "mean_kl") -> GateResult:
 def measured(
     decide: Callable[[Measured], Sequence[GateResult]], *, rivals: bool = False, first_look: int = 3
 ) -> Measured:
-    return measure(models(rivals=rivals), WINDOWS, first_look, decide, needs_more, Steps(lambda _: None))
+    return measure(
+        models(rivals=rivals), WINDOWS, first_look, decide, lambda _, gates: needs_more(gates), Steps(lambda _: None)
+    )
 
 
 def test_the_windows_double_from_look_to_look_until_the_budget_is_spent() -> None:
@@ -161,7 +163,8 @@ def test_progress_knows_each_looks_steps_when_it_begins() -> None:
         assert isinstance(event, Progress)
         events.append(event)
 
-    measure(models(), WINDOWS, 3, lambda found: [gate("mean_kl", "undecided")], needs_more, Steps(report))
+    undecided = [gate("mean_kl", "undecided")]
+    measure(models(), WINDOWS, 3, lambda found: undecided, lambda _, gates: needs_more(gates), Steps(report))
     assert [event.done for event in events if event.detail] == list(range(1, 9))  # a block and a batch in each look
     assert events[-1].done == events[-1].total == 8
     assert events[-1].tokens == 2 * WINDOWS.numel()

@@ -33,13 +33,13 @@ from qexport.pipeline import run
 from qexport.quantizing.rounding import NearestSource, is_rounded
 from qexport.reading.onnx.external_data import ExternalData
 from qexport.reading.onnx.graph import Graph
-from qexport.reading.stored_model import open_stored
+from qexport.reading.stored_model import StoredModel, open_stored
 from qexport.recipe import load_recipe
 from qexport.tensors import GroupQuantized, Origin, TensorSpec, WeightSource
 from qexport.text.windows import HeldOut
 from qexport.verifying import VerifySettings
 from qexport.verifying.adapter_strength import strength_by_weights
-from qexport.verifying.matrices import compare_matrix, projections
+from qexport.verifying.matrices import MatrixErrors, compare_matrix, projections
 from qexport.verifying.predictors import run_in_lockstep
 from qexport.verifying.reference import Preparation, Reference
 from qexport.verifying.weights import ComparedWeights, WeightCheck
@@ -112,7 +112,18 @@ class Made:
         reference = self.reference(dtype)
         with open_stored(folder, dtype=reference.dtype) as stored:
             stored.check_complete(reference.merged.architecture.structure)
-            return WeightCheck(stored, reference).finish()
+            check = WeightCheck(stored, reference)
+            if stored.kind != "graph":
+                run_both(check, stored, reference, lambda _: None)
+            return check.finish()
+
+
+def run_both(check: WeightCheck, stored: StoredModel, reference: Reference, finished: Callable[[int], None]) -> None:
+    """Both models, block by block."""
+    own = reference.runner(replace(reference.merged, weights=check.reference_weights))
+    check.watch(own)
+    artifact = BlockRunner(stored.architecture, check.artifact_weights, dtype=reference.dtype, device=own.device)
+    run_in_lockstep([own, artifact], trained_models.held_out_ids(8), finished)
 
 
 METHODS: Mapping[str, Mapping[str, Any]] = {
@@ -279,6 +290,47 @@ def test_a_zero_scale_is_a_fault_only_where_its_own_group_has_values(g_idx: list
     assert "the scale is zero in row 2, group 1" in reasons
 
 
+def test_errors_that_add_up_on_a_layers_inputs_are_a_fault() -> None:
+    """Codes that are half a step too high, as after calibration for other inputs; all inputs are positive. The weights
+    alone are within their limits.
+    """
+    generator = torch.Generator().manual_seed(0)
+    reference, inputs = torch.randn(64, 64, generator=generator), torch.rand(16, 64, generator=generator)
+    scales, zeros, group = torch.full((1, 64), 0.5), torch.full((1, 64), 8, dtype=torch.uint8), torch.zeros(64).int()
+
+    def found(shift: float) -> MatrixErrors:
+        codes = (reference / 0.5 + shift).round().add(8).clamp(0, 15).to(torch.uint8)
+        stored = GroupQuantized(codes, scales, zeros, group, bits=4, group_size=64, sym=True, desc_act=False)
+        return compare_matrix(stored, reference, inputs=inputs)
+
+    assert found(0.0).faults == []
+    assert found(0.0).output_error == found(0.0).nearest_output_error
+    (fault,) = found(0.45).faults
+    assert fault.text.startswith("relative error of its outputs ")
+
+
+def test_outputs_are_those_on_the_references_own_inputs(made: Made) -> None:
+    """Against a whole model in transformers, whose layers are given the reference's inputs by hooks."""
+    reference, name = made.reference("bfloat16"), f"{LAYER}.o_proj"
+    weights = reference.merged.weights
+    model = factories.build(trained_models.CONFIG)
+    model.load_state_dict({key: weights.read(key) for key in weights.specs()})
+    inputs: list[torch.Tensor] = []
+    model.get_submodule(name).register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, 1).float()))
+    with torch.no_grad():
+        model(trained_models.held_out_ids(8))
+    folder = made.artifact("gptq")
+    with open_stored(folder, dtype=torch.bfloat16) as stored:
+        values = stored.stored(f"{name}.weight")
+    assert isinstance(values, GroupQuantized)
+    wanted = weights.read(f"{name}.weight").float()
+    error = ((values.dequantize() - wanted) @ inputs[0].T).norm() / (wanted @ inputs[0].T).norm()
+    layers = {layer.name: layer for layer in made.compared(folder).record.layers}
+    assert layers[name].output_error == pytest.approx(float(error), rel=1e-4)
+    ratios = [layer.output_ratio for layer in layers.values() if layer.name != "lm_head"]
+    assert all(ratio is not None and ratio < 1 for ratio in ratios), "GPTQ makes the outputs' errors smaller"
+
+
 @pytest.mark.parametrize("method", ["nf4", "w8a8"])
 def test_codes_that_the_method_does_not_give_are_judged_by_their_error(made: Made, tmp_path: Path, method: str) -> None:
     """Two rows exchanged: as large as before, and all codes in range."""
@@ -390,18 +442,10 @@ def test_blocks_that_are_run_are_not_read_again_and_never_more_than_one_is_kept(
     reference = made.reference("bfloat16")
     counted = Counted(reference.merged.weights)
     reference = replace(reference, merged=replace(reference.merged, weights=counted), changed=frozenset())
-    ids = torch.randint(factories.VOCABULARY, (2, 8))
     with open_stored(made.artifact("gptq"), dtype=torch.bfloat16) as stored:
         check = WeightCheck(stored, reference)
-        runners = [
-            BlockRunner(architecture, source, dtype=torch.bfloat16, device=torch.device("cpu"))
-            for architecture, source in (
-                (reference.merged.architecture, check.reference_weights),
-                (stored.architecture, check.artifact_weights),
-            )
-        ]
         kept: list[int] = []
-        run_in_lockstep(runners, ids, lambda _: kept.append(len(check.kept)))
+        run_both(check, stored, reference, lambda _: kept.append(len(check.kept)))
         before = counted.reads.copy()
         found = check.finish()
     assert kept == [0] * trained_models.BLOCKS

@@ -59,6 +59,11 @@ def write_held_out(path: Path, *, seed: int = 2, passages: int = 40) -> Path:
     return path
 
 
+def held_out_ids(windows: int) -> torch.Tensor:
+    """int64 [windows, WINDOW]."""
+    return torch.tensor(_ids(seed=2))[: windows * WINDOW].view(windows, WINDOW)
+
+
 def write_calibration(path: Path, *, passages: int = 120) -> Path:
     """Passages in another order, numbered so that none of them is a held-out document."""
     lines = [json.dumps({"text": f"{index}. {text}"}) for index, text in enumerate(_drawn(3, passages))]

@@ -81,6 +81,10 @@ CATALOGUE: Final[Mapping[str, FigureKind]] = {
     "merge_error": FigureKind(
         "error of the unrounded merge, relative to the adapter's effect", "share", 0.0, teacher_forced=False
     ),
+    "baseline_mean_kl": FigureKind("mean KL divergence, artifact - release", "nats"),
+    "baseline_perplexity_ratio": FigureKind("perplexity ratio, artifact / release", "ratio", 1.0, "near"),
+    "baseline_top1_agreement": FigureKind("same likeliest token, artifact - release", "points", None, "higher"),
+    "baseline_decisive_flips": FigureKind("decisive flips, artifact - release", "points"),
     "identical_generations": _generated("equal continuations", "share", 1.0, "higher"),
     "first_divergence": _generated("share of a continuation before the first difference", "share", 1.0, "higher"),
     "generation_flips": _generated("decisive flips along the reference's continuations", "share", 0.0, "lower"),

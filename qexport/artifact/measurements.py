@@ -74,6 +74,14 @@ class LayerWeights(Record):
     nearest_error: float
     """The same for the reference's weights rounded to nearest on the very grids that are stored."""
 
+    output_error: float | None = added()
+    """The same for the layer's outputs on inputs that the reference has on held-out text; None where they were not
+    measured: `exact` layers, experts, and the layers of a graph.
+    """
+
+    nearest_output_error: float | None = added()
+    """The same for the outputs of the weights rounded to nearest."""
+
     gain: float
     """Product of the weights and the reference's / that of the nearest ones and the reference's: 1.1 if all weights are
     1.1 times as large.
@@ -98,6 +106,13 @@ class LayerWeights(Record):
     def ratio(self) -> float | None:
         """The error as a multiple of that of rounding to nearest; None if that is 0."""
         return self.relative_error / self.nearest_error if self.nearest_error else None
+
+    @property
+    def output_ratio(self) -> float | None:
+        """The same for the outputs; None also where they were not measured."""
+        if self.output_error is None or not self.nearest_output_error:
+            return None
+        return self.output_error / self.nearest_output_error
 
 
 class TensorFault(Record):

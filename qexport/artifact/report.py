@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from qexport.artifact import Environment, Identity, Protocol
 from qexport.artifact.answers import Answers, impossible_answers
+from qexport.artifact.baseline import BaselineRecord, DocumentSums, impossible_baseline, impossible_sums
 from qexport.artifact.digests import sha256_json
 from qexport.artifact.figures import CATALOGUE, CheckResult, Figure, GateResult, Verdict, overall
 from qexport.artifact.manifest import REPORT_FOLDER, Sizes, SourceRecord
@@ -171,6 +172,13 @@ class Report(Record):
     weights: WeightsRecord | None = added()
     """None in the reports of versions that did not compare weights."""
 
+    document_sums: DocumentSums | None = added()
+    """What a later release is compared with, paired by document. None in the reports of versions that did not record
+    it."""
+
+    baseline: BaselineRecord | None = added()
+    """The release that the artifact was compared with. Absent if none was named."""
+
     notes: list[str]
     readers: list[str]
     unconfirmed: list[str]
@@ -211,6 +219,8 @@ class Report(Record):
             *impossible_answers("needles", self.needles),
             *impossible_layers(self.layers),
             *([] if self.weights is None else impossible_weights(self.weights)),
+            *([] if self.document_sums is None else impossible_sums(self.document_sums, self.figures)),
+            *([] if self.baseline is None else impossible_baseline(self.baseline)),
             *impossible_sizes(self.subject.sizes, self.subject.reference_bytes),
             *impossible_verdict(self.verdict, self.gates),
         ]

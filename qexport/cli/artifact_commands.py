@@ -80,6 +80,10 @@ def verify(
             help="A runtime to measure through as well: NAME, NAME@PYTHON or a URL. May be repeated.",
         ),
     ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(metavar="REPORT|ARTIFACT", help="The release in production: the artifact may not be worse."),
+    ] = None,
     max_memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="The most main memory to take, for example 8GB.")
     ] = None,
@@ -95,7 +99,9 @@ def verify(
     with reporting_errors(as_json=as_json, debug=debug, interrupted="interrupted; nothing was written"):
         from qexport.cli.verifying import References
 
-        options = References(reference, overrides or (), adapter, text or (), prompts, gates, max_memory, through or ())
+        options = References(
+            reference, overrides or (), adapter, text or (), prompts, gates, max_memory, through or (), baseline
+        )
         found, unmet = _measured(artifact, options, report_folder, device)
     written = "" if report_folder is None else f"; the report in {report_folder} is complete"
     with reporting_errors(as_json=as_json, debug=debug, interrupted=f"interrupted{written}"):

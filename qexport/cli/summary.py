@@ -17,8 +17,9 @@ from rich.text import Text
 from qexport.amounts import counted, size
 from qexport.artifact.manifest import REPORT_FOLDER
 from qexport.quantizing import recorded_method
+from qexport.reporting.baseline import baseline_view
 from qexport.reporting.selection import confirmation, fallen_back
-from qexport.reporting.terminal import few_equal_line, gate_table, prompt_table, verdict_lines
+from qexport.reporting.terminal import baseline_table, few_equal_line, gate_table, prompt_table, verdict_lines
 from qexport.reporting.values import visible
 from qexport.reporting.view import figure_row, size_view, summarize
 from qexport.reporting.writing import PAGE_NAME
@@ -63,6 +64,8 @@ def _parts(result: Result, path: Path) -> Iterator[RenderableType]:
             yield from verdict_lines(shown)
             yield from _confirmations(result.reports, layouts)
             yield Padding(gate_table(shown.gates), (1, 0))
+        if own is not None and (baseline := baseline_view(own)) is not None:
+            yield Padding(baseline_table(baseline), (0, 0, 1, 0))
     yield from _remarks(manifest)
     yield from _notes(result.manifests)
     if report is not None and (prompts := summarize(report).prompts):
@@ -158,15 +161,21 @@ def _remarks(manifest: Manifest) -> Iterator[RenderableType]:
     yield from _layer_list(no_better, "not better than round-to-nearest")
 
 
-def _notes(manifests: Mapping[str, Manifest]) -> Iterator[Text]:
-    """A note that several layouts share is shown once."""
+def _notes(manifests: Mapping[str, Manifest]) -> Iterator[Table]:
+    """One line for each note, beside the layouts that it is about; one that all share is shown once."""
     layouts_of: dict[str, list[str]] = {}
     for layout, manifest in manifests.items():
         for note in manifest.notes:
             layouts_of.setdefault(note, []).append(layout)
+    if not layouts_of:
+        return
+    table = Table.grid(padding=(0, 2))
+    before = ""
     for note, layouts in layouts_of.items():
-        of = f"{', '.join(layouts)}: " if len(layouts) < len(manifests) else ""
-        yield Text.assemble(("note: ", "yellow"), of, note)
+        of = "note" if len(layouts) == len(manifests) else " + ".join(layouts)
+        table.add_row(Text("" if of == before else of, "yellow"), Text(note))
+        before = of
+    yield table
 
 
 def _layer_list(layers: list[LayerRecord], verdict: str) -> Iterator[Text]:

@@ -33,6 +33,7 @@ class References:
         gates: a file; replaces the recipe's profile and gates.
         max_memory: replaces the recipe's.
         through: runtimes; replace the recipe's.
+        baseline: the release that is in production; replaces the recipe's.
     """
 
     reference: str
@@ -43,6 +44,7 @@ class References:
     gates: Path | None
     max_memory: str | None
     through: Sequence[str] = ()
+    baseline: str | None = None
 
     def command(self, artifact: Path) -> str:
         """The command that repeats the measurement of this artifact."""
@@ -52,6 +54,7 @@ class References:
             "--prompts": [self.prompts],
             "--gates": [self.gates],
             "--through": [portable_through(each) for each in self.through],
+            "--baseline": [self.baseline],
             "--max-memory": [self.max_memory],
         }
         return verify_command(artifact.resolve().name, self.reference, self.overrides, further)
@@ -77,6 +80,9 @@ def reference_of(options: References) -> Chosen:
     chosen = _from_recipe(options) if options.reference.endswith(_RECIPES) else _from_model(options)
     if options.through:
         chosen = replace(chosen, settings=_through(chosen.settings, options.through))
+    if options.baseline is not None:
+        baseline = _resolved(paths.local, options.baseline, "--baseline", mend=_REPORT)
+        chosen = replace(chosen, settings=chosen.settings.model_copy(update={"baseline": baseline}))
     if options.gates is None:
         return chosen
     gates = read_gates(options.gates)
@@ -130,12 +136,15 @@ def _from_model(options: References) -> Chosen:
     return Chosen(LoadSettings(base=base, adapter=adapter), MergeSettings(), _settings(options), options.max_memory)
 
 
-def _resolved(resolve: paths.Resolve, text: str, option: str) -> str:
+_MODEL: Final = "give a folder, a hub id, or a recipe whose name ends in .yaml"
+_REPORT: Final = "give a report.json, or the folder of an artifact that was verified"
+
+
+def _resolved(resolve: paths.Resolve, text: str, option: str, *, mend: str = _MODEL) -> str:
     """Resolves a path or a hub id by the same rules as in a recipe."""
     try:
         return resolve(text, Path.cwd())
     except ValueError as error:
-        mend = "give a folder, a hub id, or a recipe whose name ends in .yaml"
         raise RecipeError(str(error), where=option, mend=mend) from error
 
 

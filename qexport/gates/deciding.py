@@ -13,6 +13,7 @@ from qexport.artifact.report import Report
 from qexport.artifact.served import is_through
 from qexport.errors import GateFailed, GateUndecided
 from qexport.gates import HasGates
+from qexport.gates.baseline import PAIRED, baseline_limits
 from qexport.gates.limits import NOISE_MARGIN, Bound, Limit, above_floor, limits_of, margin_limits, margin_of
 from qexport.gates.profiles import ProfileOfLayer, profile_for
 
@@ -106,6 +107,7 @@ class _Gate:
         unknown: why the limit is not known.
         equal: what a value exactly equal to a strict limit means; None if that is a failure.
         source: who sets the limit; None for a gate that is built in.
+        only_fails: whether it passes unless the limit is shown to be broken.
     """
 
     name: str
@@ -117,6 +119,7 @@ class _Gate:
     unknown: str = ""
     equal: str | None = None
     source: str | None = None
+    only_fails: bool = False
 
 
 def decide(
@@ -225,7 +228,10 @@ def _checked(name: str, checks: Sequence[CheckResult]) -> GateResult:
 
 
 def _gate(limit: Limit) -> _Gate:
-    return _Gate(limit.name, limit.figure, limit.domain, limit.bound, limit.value, source=limit.source or None)
+    return _Gate(
+        limit.name, limit.figure, limit.domain, limit.bound, limit.value, source=limit.source or None,
+        only_fails=limit.only_fails,
+    )  # fmt: skip
 
 
 def _decided(gate: _Gate, figures: Sequence[Figure]) -> GateResult:
@@ -251,9 +257,10 @@ def _decided(gate: _Gate, figures: Sequence[Figure]) -> GateResult:
 
 def _room(gate: _Gate, figure: Figure | None) -> float | None:
     """How far the worse end of the interval is from the limit, as a share of the distance between the limit and the
-    value of an artifact that equals its reference; of the limit itself where no such value is known.
+    value of an artifact that equals its reference; of the limit itself where no such value is known. None where the
+    interval may reach beyond the limit.
     """
-    if figure is None or gate.limit is None:
+    if figure is None or gate.limit is None or gate.only_fails:
         return None
     end = figure.sequence_high if gate.bound == "at_most" else figure.sequence_low
     allowed = abs(gate.limit - (CATALOGUE[gate.figure].ideal or 0.0))
@@ -274,6 +281,8 @@ def _verdict(gate: _Gate, figure: Figure | None) -> tuple[Verdict, str]:
     if gate.limit is None:
         return "undecided", gate.unknown
     verdict, reason = _compared(gate, gate.limit, low, high, counted(figure.n, figure.unit))
+    if gate.only_fails:
+        return verdict, reason
     excess = figure.value - gate.limit if gate.bound == "at_most" else gate.limit - figure.value
     if verdict == "pass" and excess > 0:
         return "undecided", f"the value, {figure.value:.5g}, breaks the limit although its interval does not"
@@ -293,6 +302,8 @@ def _compared(gate: _Gate, limit: float, low: float, high: float, number: str) -
         return "pass", f"{place}, {'all of it ' if low != high else ''}{words}"
     if best > end or (best == end and gate.strict):
         return "fail", f"{place}, {'none of it' if low != high else 'not'} {words}"
+    if gate.only_fails:
+        return "pass", f"{place}, part of it {words}: not shown to be worse by {number}"
     return "undecided", f"{place}, part of it {words}: not decided by {number}"
 
 
@@ -301,9 +312,9 @@ def decide_again(report: Report, settings: HasGates, of_layer: ProfileOfLayer) -
 
     Of the built-in gates, `config` and `tokenizer` are always decided, `merge` and `adapter` if there is an adapter,
     `files`, `weights` (with an adapter `adapter_strength` too), `graph` and `better_than_rtn` if the report has them or
-    what they are decided on; none that the settings waive. The gates of `verify.tasks.margin` are decided again too.
-    Limits on what only runtimes tell are undecided unless a runtime has computed the artifact, or another layout with
-    the same weights.
+    what they are decided on; none that the settings waive. The gates of `verify.tasks.margin` and of `verify.baseline`
+    are decided again too, with the report's margins. Limits on what only runtimes tell are undecided unless a runtime
+    has computed the artifact, or another layout with the same weights.
 
     Args:
         report: what was measured.
@@ -332,6 +343,9 @@ def decide_again(report: Report, settings: HasGates, of_layer: ProfileOfLayer) -
     own = [limit for limit in limits if not (CATALOGUE[limit.figure].served and elsewhere)]
     margin = margin_of(report.gates)
     margins = [] if margin is None else margin_limits(margin, report.figures, own)
+    if report.baseline is not None:
+        paired, given_up = baseline_limits(report.baseline, noise_floors(report.figures), settings)
+        margins, waived = [*margins, *paired], [*waived, *given_up]
     return decide([*own, *margins], report.all_figures, report.checks, expected), [*notes, *waived]
 
 
@@ -346,6 +360,9 @@ def noise_floors(figures: Sequence[Figure]) -> Mapping[str, float]:
 
 _MAX_NAMED: Final = 12
 _MEND_OF_LIMITS: Final = "try more bits or a smaller group_size, or loosen the limit where the use allows it"
+_MEND_OF_BASELINE: Final = (
+    "keep the release that is in production, or quantize again with more bits or other calibration text"
+)
 _MEND_OF_RUNTIMES: Final = (
     "the runtime does not compute what was verified: check that it serves this very folder, and which kernels it takes"
 )
@@ -386,6 +403,8 @@ def gates_error(results: Sequence[GateResult], where: str) -> GateFailed | GateU
 def _mend(result: GateResult) -> str:
     if is_through(result) or (result.figure is not None and CATALOGUE[result.figure].served):
         return _MEND_OF_RUNTIMES
+    if result.figure in PAIRED:
+        return _MEND_OF_BASELINE
     return _MEND.get(result.name, _MEND_OF_LIMITS)
 
 

@@ -37,6 +37,7 @@ class Limit:
         by_user: whether a recipe or a file of gates sets it, not a profile.
         one_sided: whether it is the only bound on this figure and domain.
         source: who sets it, for people.
+        only_fails: whether its gate passes unless the limit is shown to be broken.
     """
 
     figure: str
@@ -46,6 +47,7 @@ class Limit:
     by_user: bool
     one_sided: bool = True
     source: str = ""
+    only_fails: bool = False
 
     @property
     def name(self) -> str:

@@ -11,14 +11,16 @@ from qexport.amounts import counted
 from qexport.artifact.figures import CATALOGUE
 from qexport.errors import RecipeError
 from qexport.gates import ProfileName
+from qexport.gates.baseline import PAIRED, baseline_limits
 from qexport.gates.limits import Limit, limits_of
 from qexport.statistics.means import PLANNED_UNITS, most_degrees, sequence_is_bounded
 from qexport.text.windows import HeldOut
 from qexport.verifying import VerifySettings
+from qexport.verifying.document_sums import Baseline, held_out_windows
 from qexport.verifying.units import Units, document_units
 
 
-def refuse_undecidable(settings: VerifySettings, held_out: HeldOut) -> None:
+def refuse_undecidable(settings: VerifySettings, held_out: HeldOut, baseline: Baseline | None = None) -> None:
     """Refuses limits on figures of the held-out text that stay undecided with every window that may be measured.
 
     A confidence sequence has ends only from a number of documents on, which depends on their lengths and domains alone.
@@ -26,6 +28,7 @@ def refuse_undecidable(settings: VerifySettings, held_out: HeldOut) -> None:
     Args:
         settings: the limits. Every profile limits the same figures, so it need not be known which one applies.
         held_out: all windows that may be measured.
+        baseline: the release that the artifact is compared with, on the windows that it was measured on too.
 
     Raises:
         RecipeError: with the number of windows or documents that would do.
@@ -34,6 +37,10 @@ def refuse_undecidable(settings: VerifySettings, held_out: HeldOut) -> None:
     limits = [limit for limit in limits_of(settings, profile) if CATALOGUE[limit.figure].teacher_forced]
     _refuse_missing_domains(limits, held_out)
     units = document_units(held_out, len(held_out.domains), PLANNED_UNITS)
+    if baseline is not None:
+        paired, _ = baseline_limits(baseline.record, {}, settings)
+        limits = [*limits, *paired]
+        _refuse_short_baseline(settings, held_out, units, baseline, [each for each in limits if each.figure in PAIRED])
     problems = {limit.name: problem for limit in limits if (problem := _too_few(limit.domain, units, held_out))}
     if problems:
         raise RecipeError(
@@ -41,6 +48,27 @@ def refuse_undecidable(settings: VerifySettings, held_out: HeldOut) -> None:
             where=f"{held_out.origin}: {', '.join(dict.fromkeys(problems.values()))}; gates: {', '.join(problems)}",
             mend=_mend(settings, held_out, units, [limit for limit in limits if limit.name in problems]),
         )
+
+
+def _refuse_short_baseline(
+    settings: VerifySettings, held_out: HeldOut, units: Units, baseline: Baseline, limits: Sequence[Limit]
+) -> None:
+    """Refuses limits on differences that all windows of the text could decide, and those of the baseline cannot."""
+    rows = baseline.shared_rows(held_out_windows(held_out))
+    open_ones = [limit.name for limit in limits if _short_in(rows, limit.domain, units, held_out)]
+    if open_ones:
+        raise RecipeError(
+            f"{counted(len(open_ones), 'gate')} can never be decided: the baseline was measured on too few documents",
+            where=f"{settings.baseline}: it has {len(rows)} of the {counted(len(units.row_domains), 'window')} of "
+            f"{held_out.origin}; gates: {', '.join(open_ones)}",
+            mend="verify the artifact in production again with verify.windows and verify.max_windows as here",
+        )
+
+
+def _short_in(rows: Sequence[int], domain: str | None, units: Units, held_out: HeldOut) -> bool:
+    """Whether all windows, in this domain, have enough documents, and these rows have not."""
+    own = [row for row in rows if domain in {None, held_out.domains[row]}]
+    return _bounded(_chosen(domain, units, held_out), 1.0) and not (own and _bounded(units.chosen(own), 1.0))
 
 
 def _refuse_missing_domains(limits: Sequence[Limit], held_out: HeldOut) -> None:

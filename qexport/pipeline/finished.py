@@ -79,13 +79,14 @@ class FinishedRun:
 
 @dataclass(frozen=True)
 class _Digests:
-    """Of the held-out text, of the prompts, and of each suite's; None for what is not measured."""
+    """Of the held-out text, the prompts, each suite's prompts and the baseline's report; None for what is not used."""
 
     text: str | None = None
     prompts: str | None = None
     formats: str | None = None
     refusals: str | None = None
     needles: str | None = None
+    baseline: str | None = None
 
 
 def _digests_of_texts(evaluation: Evaluation | None) -> _Digests:
@@ -99,13 +100,17 @@ def _digests_of_texts(evaluation: Evaluation | None) -> _Digests:
         suites.formats.prompts.sha256 if suites.formats else None,
         suites.refusals.requests.sha256 if suites.refusals else None,
         needles.sha256 if needles else None,
+        evaluation.baseline.record.report_sha256 if evaluation.baseline else None,
     )
 
 
 def _digests_in_report(report: Report) -> _Digests:
-    answers = (report.formats, report.refusals, report.needles)
+    formats, refusals, needles = report.formats, report.refusals, report.needles
     return _Digests(
         report.identity.text_sha256,
         report.identity.prompts_sha256,
-        *(each.sha256 if each else None for each in answers),
+        formats.sha256 if formats else None,
+        refusals.sha256 if refusals else None,
+        needles.sha256 if needles else None,
+        report.baseline.report_sha256 if report.baseline else None,
     )

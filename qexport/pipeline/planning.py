@@ -10,6 +10,7 @@ from typing import Any
 from qexport.amounts import size
 from qexport.architectures.devices import find_device
 from qexport.architectures.structure import Structure
+from qexport.artifact.baseline import BaselineRecord
 from qexport.export.layouts import Layout, make_layout
 from qexport.formats import Outputs
 from qexport.hidden_packages import hidden
@@ -18,9 +19,10 @@ from qexport.loading.checkpoint import load_checkpoint, locate_adapter
 from qexport.loading.small_files import open_tokenizer
 from qexport.merge import MergeSettings
 from qexport.merge.merging import Merged, merge
+from qexport.pipeline.baseline import read_baseline
 from qexport.pipeline.expectations import Expected, expect
 from qexport.pipeline.runtimes import check_runtimes, refuse_full_context, refuse_homeless, refuse_only_endpoints
-from qexport.pipeline.texts import check_prompts_and_tasks, read_evaluation, refuse_long_windows
+from qexport.pipeline.texts import check_small_files, read_evaluation, refuse_long_windows
 from qexport.progress import ProgressCallback, silent
 from qexport.recipe import Recipe
 from qexport.verifying.tasks.planned import PlannedTask, planned_tasks
@@ -74,6 +76,12 @@ class Plan:
         settings = self.recipe.verify
         return [] if settings is None or settings.tasks is None else planned_tasks(settings.tasks)
 
+    @property
+    def baseline(self) -> BaselineRecord | None:
+        """The release that the artifact would be compared with."""
+        found = None if self.recipe.verify is None else read_baseline(self.recipe.verify)
+        return None if found is None else found.record
+
     def folder(self, output: Path, layout: Layout) -> Path:
         """The folder of a layout: the output itself, or its subfolder with the layout's name if there are several."""
         return output / layout.name if len(self.layouts) > 1 else output
@@ -94,6 +102,7 @@ class Plan:
             "layouts": {layout.name: layout.weights.total_bytes for layout in self.layouts},
             "artifact_bytes": self.total_bytes,
             "tasks": [task.as_dict() for task in self.tasks],
+            "baseline": None if (release := self.baseline) is None else release.model_dump(mode="json"),
             "expected": self.expected.as_dict(),
         }
 
@@ -111,12 +120,20 @@ class Plan:
             f"export    {layouts}{shared}",
             f"expected  {self.expected.line()}",
             *(f"task      {task.line()}" for task in self.tasks),
+            *_baseline_lines(self.baseline),
             *(f"note      {note}" for note in figures["notes"]),
         ]
 
     def _layout_notes(self) -> list[str]:
         several = len(self.layouts) > 1
         return [f"{layout.name}: {note}" if several else note for layout in self.layouts for note in layout.notes]
+
+
+def _baseline_lines(release: BaselineRecord | None) -> list[str]:
+    if release is None:
+        return []
+    drift = f"mean KL divergence {release.mean_kl:.4g} nats"
+    return [f"baseline  {release.name}, {release.method}, {drift}; at most {release.margin:.0%} further"]
 
 
 def _distinct(layouts: Sequence[Layout]) -> list[list[Layout]]:
@@ -146,7 +163,7 @@ def plan(recipe: Recipe, *, texts: bool = False, progress: ProgressCallback = si
         ResourceError: the run needs more memory than `max_memory`, and would compute on a CPU.
     """
     if recipe.verify is not None:
-        check_prompts_and_tasks(recipe.verify)
+        check_small_files(recipe.verify)
         check_runtimes(recipe.verify)
         refuse_only_endpoints(recipe.verify)
         refuse_homeless(recipe.verify, [each.layout for each in recipe.export])
@@ -156,7 +173,7 @@ def plan(recipe: Recipe, *, texts: bool = False, progress: ProgressCallback = si
     if recipe.verify is not None:
         refuse_full_context(recipe.verify, merged.checkpoint.config)
     if texts and recipe.verify is not None:
-        read_evaluation(recipe.verify, open_tokenizer(merged.checkpoint), structure, progress=progress)
+        read_evaluation(recipe.verify, open_tokenizer(merged.checkpoint), merged.checkpoint, progress=progress)
     outputs = recipe.quantize.plan(merged.checkpoint)
     layouts = tuple(make_layout(settings, outputs, structure, merged.checkpoint) for settings in recipe.export)
     stored = sum(group[0].weights.total_bytes for group in _distinct(layouts))

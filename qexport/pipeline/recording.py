@@ -17,6 +17,7 @@ from qexport.artifact.integrity import digest_files
 from qexport.artifact.manifest import LISTING_NAME, CalibrationRecord, Manifest, Sizes, SourceRecord
 from qexport.artifact.report import ProfileRecord, ReferenceRecord, Report
 from qexport.artifact.served import confirmation, confirming
+from qexport.pipeline.baseline import other_reference
 from qexport.pipeline.folders import ArtifactFolder, LayoutFolder
 from qexport.pipeline.planning import Plan
 from qexport.pipeline.serving import ServedArtifact
@@ -56,6 +57,9 @@ def make_report(
         command: the command that repeats the measurement.
     """
     gates = [*gates, *served.gates]
+    identity, dtype = _identity(reference), _name(reference.dtype)
+    baseline = reference.baseline.record if reference.baseline else None
+    of_reference = [] if baseline is None else other_reference(baseline, identity, dtype)
     return Report(
         schema_version=1,
         qexport_version=version("qexport"),
@@ -64,9 +68,9 @@ def make_report(
         reference=ReferenceRecord(
             base=source_record(reference.base.origin),
             adapter=source_record(reference.adapter) if reference.adapter else None,
-            dtype=_name(reference.dtype),
+            dtype=dtype,
         ),
-        identity=_identity(reference),
+        identity=identity,
         protocol=_protocol(reference, measured),
         figures=measured.figures,
         gates=list(gates),
@@ -83,7 +87,9 @@ def make_report(
         needles=measured.suites.needles,
         layers=list(opened.layers),
         weights=measured.weights,
-        notes=[*notes, *measured.notes],
+        document_sums=measured.document_sums,
+        baseline=baseline,
+        notes=[*notes, *measured.notes, *of_reference],
         readers=[*measured.readers, *confirming(served.records, gates)],
         unconfirmed=[*_unconfirmed(opened, measured, served), *measured.unconfirmed],
         served=list(served.records),

@@ -8,10 +8,12 @@ from functools import partial
 
 import torch
 
+from qexport.artifact.baseline import BaselineRecord
 from qexport.artifact.figures import CATALOGUE, CheckResult, Figure, GateResult
 from qexport.artifact.report import ProfileRecord
 from qexport.errors import GateFailed, GateUndecided
 from qexport.gates import HasGates, ProfileName
+from qexport.gates.baseline import baseline_limits
 from qexport.gates.deciding import BuiltIn, decide, expected_gates, waived
 from qexport.gates.limits import Limit, above_floor, limits_of, margin_limits
 from qexport.gates.profiles import profile_record
@@ -36,6 +38,7 @@ class Gates:
         expected: the built-in gates that apply.
         notes: which limits of a profile were moved, and which gates are waived.
         margin: how much accuracy may be lost in each task; None without that gate.
+        paired: the limits on differences from a baseline.
     """
 
     profile: ProfileRecord
@@ -43,16 +46,24 @@ class Gates:
     expected: Sequence[BuiltIn]
     notes: Sequence[str]
     margin: float | None = None
+    paired: Sequence[Limit] = ()
 
     def __call__(self, figures: Sequence[Figure], checks: Sequence[CheckResult]) -> list[GateResult]:
         """Decides on these figures and checks; those on what only runtimes tell are `measure_through`'s."""
         own = [limit for limit in self.limits if not CATALOGUE[limit.figure].served]
         margins = [] if self.margin is None else margin_limits(self.margin, figures, own)
-        return decide([*own, *margins], figures, checks, self.expected)
+        return decide([*own, *margins, *self.paired], figures, checks, self.expected)
 
 
 def make_gates(
-    settings: VerifySettings, profile: ProfileName, prepared: Preparation, *, adapter: bool, nearest: bool, graph: bool
+    settings: VerifySettings,
+    profile: ProfileName,
+    prepared: Preparation,
+    *,
+    adapter: bool,
+    nearest: bool,
+    graph: bool,
+    baseline: BaselineRecord | None = None,
 ) -> Gates:
     """The gates of an artifact.
 
@@ -63,11 +74,14 @@ def make_gates(
         adapter: whether the reference has an adapter.
         nearest: whether the model rounded to nearest is measured too.
         graph: whether the artifact is an ONNX graph.
+        baseline: the release that it is compared with.
     """
     limits, notes = above_floor(limits_of(settings, profile), prepared.noise_floor)
     expected, given_up = expected_gates(settings, adapter=adapter, nearest=nearest, graph=graph)
     margin = settings.tasks.margin if settings.tasks else None
-    return Gates(profile_record(settings, profile), limits, expected, [*notes, *given_up], margin)
+    paired, without = baseline_limits(baseline, prepared.noise_floor, settings) if baseline else ([], [])
+    notes = [*notes, *given_up, *without]
+    return Gates(profile_record(settings, profile), limits, expected, notes, margin, paired)
 
 
 def refuse_unmeasurable(settings: HasGates, prepared: Preparation) -> None:
@@ -143,6 +157,7 @@ def prepare_reference(
         held_out=evaluation.held_out,
         prompts=evaluation.prompts,
         suites=evaluation.suites,
+        baseline=evaluation.baseline,
         open_tokenizer=partial(open_tokenizer, checkpoint),
         settings=settings,
         dtype=dtype,

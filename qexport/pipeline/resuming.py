@@ -253,6 +253,7 @@ def _inputs(planned: Plan, texts: Texts) -> dict[str, Any]:
         held_out, prompts = texts.evaluation.held_out, texts.evaluation.prompts
         found["text"] = [held_out.sha256, _digest(held_out.input_ids)]
         found["prompts"] = prompts.prompt_set.sha256 if prompts else None
+        found["baseline"] = texts.evaluation.baseline.record.report_sha256 if texts.evaluation.baseline else None
     return found
 
 

@@ -12,6 +12,7 @@ from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.structure import Structure
 from qexport.errors import CompatibilityError, listed
 from qexport.loading.small_files import open_tokenizer
+from qexport.pipeline.baseline import read_baseline, refuse_other_text
 from qexport.pipeline.decidable import refuse_undecidable
 from qexport.progress import Notice, ProgressCallback, silent
 from qexport.quantizing.method import CalibrationSettings
@@ -24,6 +25,7 @@ from qexport.text.prompts import EncodedPrompts, encode_prompts, read_prompts, r
 from qexport.text.refusals import read_requests
 from qexport.text.windows import HeldOut, make_held_out, make_windows
 from qexport.verifying import VerifySettings
+from qexport.verifying.document_sums import Baseline
 from qexport.verifying.suites import NO_SUITES, Suites, read_suites
 from qexport.verifying.tasks.measuring import require_harness
 from qexport.verifying.tasks.planned import planned_tasks
@@ -37,11 +39,13 @@ class Evaluation:
         held_out: windows, as many as verification may take.
         prompts: prompts to continue, or None.
         suites: what else the models are asked.
+        baseline: the release that the artifact is compared with, or None.
     """
 
     held_out: HeldOut
     prompts: EncodedPrompts | None
     suites: Suites = NO_SUITES
+    baseline: Baseline | None = None
 
 
 @dataclass(frozen=True)
@@ -74,15 +78,14 @@ def read_texts(
     if recipe.verify is None:
         return Texts(calibration, None)
     refuse_contradicting_ends(TokenizerFolder(tokenizer, checkpoint.files, checkpoint.config))
-    return Texts(
-        calibration, read_evaluation(recipe.verify, tokenizer, structure, calibration=documents, progress=progress)
-    )
+    evaluation = read_evaluation(recipe.verify, tokenizer, checkpoint, calibration=documents, progress=progress)
+    return Texts(calibration, evaluation)
 
 
 def read_evaluation(
     settings: VerifySettings,
     tokenizer: PreTrainedTokenizerBase,
-    structure: Structure,
+    checkpoint: Checkpoint,
     *,
     calibration: Documents | None = None,
     progress: ProgressCallback = silent,
@@ -92,15 +95,19 @@ def read_evaluation(
     Args:
         settings: the recipe's `verify`.
         tokenizer: the model's.
-        structure: the model's.
+        checkpoint: the model.
         calibration: text that the held-out text must not share documents with.
         progress: is called with prompts that cannot be continued, and with windows that are not measured.
 
     Raises:
-        InputError: a file cannot be read or holds too little text, or shares documents with the calibration text.
+        InputError: a file cannot be read or holds too little text, or shares documents with the calibration text; or
+            the baseline was measured on other text.
         RecipeError: the text cannot decide a limit on it, whatever is measured.
     """
+    baseline, structure = read_baseline(settings), checkpoint.architecture.structure
     documents = read_documents(_listed(settings.text), field=settings.field)
+    if baseline is not None:
+        refuse_other_text(baseline, settings, documents.sha256, checkpoint.files)
     if settings.windows > settings.max_windows:
         progress(Notice(f"verify.windows is {settings.windows}, but max_windows limits it to {settings.max_windows}"))
     if calibration is not None:
@@ -118,18 +125,20 @@ def read_evaluation(
         sequence_length=settings.sequence_length,
         vocab_size=structure.vocab_size,
     )
-    refuse_undecidable(settings, held_out)
-    return Evaluation(held_out, prompts, read_suites(settings, documents, tokenizer, structure, progress))
+    refuse_undecidable(settings, held_out, baseline)
+    suites = read_suites(settings, documents, tokenizer, structure, progress)
+    return Evaluation(held_out, prompts, suites, baseline)
 
 
-def check_prompts_and_tasks(settings: VerifySettings) -> None:
-    """Reads prompts and task files, so that errors in them are found before any work.
+def check_small_files(settings: VerifySettings) -> None:
+    """Reads prompts, task files and the baseline's report, so that errors in them are found before any work.
 
     Raises:
         RecipeError: there are tasks, and lm-evaluation-harness is missing or too old, or a task has too few items for
-            the margin.
+            the margin; or there are limits on differences from a baseline, and there is none.
         InputError: a file cannot be read or is malformed.
     """
+    read_baseline(settings)
     if settings.prompts:
         read_prompts(Path(settings.prompts))
     if settings.formats is not None:

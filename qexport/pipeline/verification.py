@@ -26,7 +26,7 @@ from qexport.pipeline.recording import make_report
 from qexport.pipeline.reference import Gates, make_gates, prepare_reference
 from qexport.pipeline.runtimes import check_runtimes, refuse_full_context, refuse_misfits
 from qexport.pipeline.serving import NOT_SERVED, ServedArtifact, measure_through
-from qexport.pipeline.texts import check_prompts_and_tasks, read_evaluation, refuse_long_windows
+from qexport.pipeline.texts import check_small_files, read_evaluation, refuse_long_windows
 from qexport.progress import ProgressCallback, silent
 from qexport.quantizing import profile_of_layer
 from qexport.reading.one_model import refuse_second_model
@@ -68,7 +68,7 @@ def verify(
         QexportError: one of its subclasses, see `qexport.errors`. A gate that fails is in the report, not raised.
     """
     check_max_memory(max_memory, where="max_memory")
-    check_prompts_and_tasks(settings)
+    check_small_files(settings)
     check_runtimes(settings)
     where, folder, merging = find_device(device), model_folder(Path(artifact)), merging or MergeSettings()
     merged = load_merged(load, merging, progress=progress)
@@ -80,7 +80,7 @@ def verify(
         check_parameters(merged.checkpoint, opened.artifact)
         refuse_misfits(settings, opened.artifact)
         budget = budget_to_verify(merged, opened.artifact, settings, max_memory, dtype=dtype, device=where)
-        evaluation = read_evaluation(settings, open_tokenizer(merged.checkpoint), structure, progress=progress)
+        evaluation = read_evaluation(settings, open_tokenizer(merged.checkpoint), merged.checkpoint, progress=progress)
         with keeping_to(budget):
             reference = prepare_reference(merged, evaluation, settings, dtype=dtype, device=where, progress=progress)
             verified = measure_folder(reference, opened, progress=progress)
@@ -144,6 +144,7 @@ def measure_folder(
         adapter=reference.adapter is not None,
         nearest=has_nearest_rival(opened.artifact.grids),
         graph=opened.artifact.kind == "graph",
+        baseline=reference.baseline.record if reference.baseline else None,
     )
     measured = verification.verify(
         opened.artifact, reference, lambda figures: gates(figures, []), looks=looks, progress=progress

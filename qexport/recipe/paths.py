@@ -71,6 +71,7 @@ REFERENCES: dict[Keys, Resolve] = {
     ("quantize", "calibration", "source"): calibration,
     ("verify", "text"): local,
     ("verify", "prompts"): local,
+    ("verify", "baseline"): local,
     ("verify", "formats", "prompts"): local,
     ("verify", "refusals", "prompts"): local,
     ("verify", "tasks", "tasks"): task,

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from qexport.amounts import counted, duration, moment, size
 from qexport.artifact.figures import find_figure
 from qexport.artifact.report import Report
+from qexport.reporting.baseline import BASELINE_HEAD, baseline_view
 from qexport.reporting.charts import block_drift, flips_by_margin, forest, kl_histogram
 from qexport.reporting.layer_chart import layer_chart
 from qexport.reporting.selection import (
@@ -56,6 +57,7 @@ def _environment() -> Environment:
 
 _SECTIONS: Final = (
     ("gates", "Gates"),
+    ("baseline", "Against the release"),
     ("figures", "Key figures"),
     ("divergence", "Divergence"),
     ("layers", "Blocks and layers"),
@@ -95,9 +97,14 @@ class _Forest:
 
 def report_html(report: Report) -> str:
     """The page. The same report gives the same text."""
-    weights = weights_view(report)
+    weights, baseline = weights_view(report), baseline_view(report)
     suites, lengths = suite_views(report), length_rows(report)
-    optional = (("tasks", report.tasks), ("suites", suites or lengths), ("weights", weights))
+    optional = (
+        ("tasks", report.tasks),
+        ("suites", suites or lengths),
+        ("weights", weights),
+        ("baseline", baseline),
+    )
     absent = {name for name, found in optional if not found}
     return render(
         "report.html.jinja",
@@ -120,6 +127,8 @@ def report_html(report: Report) -> str:
         forests=list(_forests(report)),
         layer_chart=layer_chart(report.layers) if any(map(loss_ratio, report.layers)) else None,
         worst_layers=worst_layers(report.layers),
+        baseline=baseline,
+        baseline_head=BASELINE_HEAD,
         weights=weights,
         weight_columns=COLUMNS,
         weight_cells=[cells(row) for row in weights.rows] if weights else [],

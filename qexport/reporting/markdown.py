@@ -9,9 +9,10 @@ from typing import Final
 
 from qexport.artifact.figures import Verdict
 from qexport.artifact.report import Report
+from qexport.reporting.baseline import BASELINE_HEAD, BaselineRow, baseline_view
 from qexport.reporting.suites import HEAD, LENGTH_HEAD, NUMBERS, length_rows, suite_views
 from qexport.reporting.values import Piece, cut, visible
-from qexport.reporting.view import GateRow, PromptView, summarize
+from qexport.reporting.view import VERDICT_WORDS, GateRow, PromptView, summarize
 from qexport.reporting.weights_view import COLUMNS, cells, weights_view
 
 _SIGNS: Final[dict[Verdict, str]] = {"pass": "✅", "fail": "❌", "undecided": "❔"}
@@ -54,13 +55,17 @@ def _parts(report: Report) -> Iterator[str]:
     if summary.gates:
         head = ("gate", "verdict", "value", "interval", "tolerance", "n", "reason")
         yield markdown_table(head, [_gate_row(gate) for gate in summary.gates], (2, 3, 4, 5))
+    if baseline := baseline_view(report):
+        yield escaped(baseline.sentence)
+        head = (*BASELINE_HEAD, "verdict")
+        yield markdown_table(head, [_baseline_row(row) for row in baseline.rows], range(1, len(BASELINE_HEAD)))
     if summary.figures:
         rows = [[escaped(text) for text in (row.label, row.value, row.interval)] for row in summary.figures]
         yield markdown_table(("figure", "value", "95% interval"), rows, (1, 2))
     if weights := weights_view(report):
         yield f"Weights: {escaped(weights.sentence)}"
         if faulty := [row for row in weights.rows if row.fault]:
-            yield markdown_table(COLUMNS, [[escaped(text) for text in cells(row)] for row in faulty], (1, 2, 3))
+            yield markdown_table(COLUMNS, [[escaped(text) for text in cells(row)] for row in faulty], (1, 2, 3, 4))
         if weights.unequal:
             yield "\n".join(f"- {escaped(name)}: {escaped(text)}" for name, text in weights.unequal)
     if rows := [row for suite in suite_views(report) for row in suite.count_rows]:
@@ -76,6 +81,11 @@ def _gate_row(gate: GateRow) -> list[str]:
     verdict = f"{_SIGNS[gate.result.verdict]} {gate.word}"
     measured = (gate.value, gate.interval, gate.tolerance, gate.units)
     return [escaped(gate.result.name), verdict, *map(escaped, measured), escaped(gate.result.reason)]
+
+
+def _baseline_row(row: BaselineRow) -> list[str]:
+    verdict = "" if row.verdict is None else f"{_SIGNS[row.verdict]} {VERDICT_WORDS[row.verdict].lower()}"
+    return [*map(escaped, row.cells), verdict]
 
 
 def _prompt(prompt: PromptView) -> Iterator[str]:

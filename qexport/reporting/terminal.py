@@ -13,24 +13,27 @@ from rich.text import Text
 
 from qexport.artifact.figures import GateResult, Verdict
 from qexport.artifact.report import Report
+from qexport.reporting.baseline import BASELINE_HEAD, BaselineView, baseline_view
 from qexport.reporting.values import Piece, cut, gate_limit, visible
-from qexport.reporting.view import FEW_EQUAL, FigureRow, GateRow, PromptView, Summary, summarize
+from qexport.reporting.view import FEW_EQUAL, VERDICT_WORDS, FigureRow, GateRow, PromptView, Summary, summarize
 
 VERDICT_STYLES: Final[dict[Verdict, str]] = {"pass": "green", "fail": "bold red", "undecided": "bold yellow"}
 _LONGEST_PROMPT: Final = 240
 
 
 def report_summary(report: Report) -> RenderableType:
-    """Verdict, gates, figures and the prompt whose continuations differ most."""
-    return Group(*_parts(summarize(report)))
+    """Verdict, gates, the comparison with a release, figures, and the prompt whose continuations differ most."""
+    return Group(*_parts(summarize(report), baseline_view(report)))
 
 
-def _parts(summary: Summary) -> Iterator[RenderableType]:
+def _parts(summary: Summary, baseline: BaselineView | None) -> Iterator[RenderableType]:
     yield Text.assemble((visible(summary.name), "bold"), f"  {visible(summary.how)}")
     yield from verdict_lines(summary)
     yield Text(visible(summary.confirmation))
     if summary.gates:
         yield Padding(gate_table(summary.gates), (1, 0, 0, 0))
+    if baseline is not None:
+        yield Padding(baseline_table(baseline), (1, 0, 0, 0))
     yield Padding(figures_table(summary.figures), (1, 0, 0, 0))
     if summary.few_equal:
         yield Padding(few_equal_line(), (1, 0, 0, 0))
@@ -76,6 +79,19 @@ def _reasons(gates: Sequence[GateResult]) -> Text:
         if not gate.passed
     ]
     return Text("\n").join(lines)
+
+
+def baseline_table(baseline: BaselineView) -> Table:
+    """One row per figure that the artifact and the release have; above the table, which release that is."""
+    table = new_table()
+    table.title, table.title_style, table.title_justify = Text(visible(baseline.sentence)), "", "left"
+    for name in BASELINE_HEAD:
+        table.add_column(name, justify="left" if name == "figure" else "right", overflow="fold")
+    table.add_column("verdict", no_wrap=True)
+    for row in baseline.rows:
+        verdict = row.verdict and Text(VERDICT_WORDS[row.verdict].lower(), VERDICT_STYLES[row.verdict])
+        table.add_row(*map(Text, row.cells), verdict or "")
+    return table
 
 
 def figures_table(figures: Sequence[FigureRow]) -> Table:

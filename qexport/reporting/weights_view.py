@@ -22,6 +22,7 @@ class LayerRow:
         name: the module's path.
         error: relative error of the weights.
         ratio: as a multiple of the error of rounding to nearest.
+        outputs: the error of the outputs as such a multiple; a dash where it was not measured.
         gain: how large the weights are, 1 for as large as the nearest ones.
         row: the worst row, with its multiple.
         group: the worst group, with its multiple; a dash where a row has one scale.
@@ -31,6 +32,7 @@ class LayerRow:
     name: str
     error: str
     ratio: str
+    outputs: str
     gain: str
     row: str
     group: str
@@ -87,13 +89,16 @@ def _row(layer: LayerWeights) -> LayerRow:
         group = f"{layer.worst_group[0]}, {layer.worst_group[1]} ({layer.worst_group_ratio:.2f}×)"
     ratio = dash if layer.ratio is None else f"{layer.ratio:.2f}×"
     fault = layer.faults[0] if layer.faults else ""
-    return LayerRow(layer.name, f"{layer.relative_error:.3g}", ratio, f"{layer.gain:.3f}", row, group, fault)
+    outputs = dash if layer.output_ratio is None else f"{layer.output_ratio:.2f}×"
+    return LayerRow(layer.name, f"{layer.relative_error:.3g}", ratio, outputs, f"{layer.gain:.3f}", row, group, fault)
 
 
 def cells(row: LayerRow) -> Sequence[str]:
     """The row's texts, in the order of the table's columns."""
-    return (row.name, row.error, row.ratio, row.gain, row.row, row.group, row.fault)
+    return (row.name, row.error, row.ratio, row.outputs, row.gain, row.row, row.group, row.fault)
 
 
-COLUMNS: Final = ("layer", "relative error", "of rounding", "size", "worst row", "worst row, group", "fault")
+COLUMNS: Final = (
+    "layer", "relative error", "of rounding", "outputs, of rounding", "size", "worst row", "worst row, group", "fault",
+)  # fmt: skip
 """The heads of the columns of `cells`."""

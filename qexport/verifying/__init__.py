@@ -153,6 +153,13 @@ class VerifySettings(Settings):
     """Runtimes that the artifact is also measured through, with the same gates. A run skips those that cannot load a
     layout."""
 
+    baseline: str | None = None
+    """The release that is in production: its report.json, a folder with it, or its artifact's folder. The artifact may
+    not be worse, see docs/gates.md; none by default."""
+
+    baseline_margin: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    """How much further than the release the artifact may drift, as a share of the release's own drift."""
+
     profile: ProfileName = "auto"
     """The limits to start from. `auto` chooses by method and size, `strict` allows half as much, `off` sets none."""
 

@@ -38,6 +38,9 @@ _SIGNIFICANT: Final = 0.3
 _NOT_LOST: Final = 0.2
 """GPTQ may leave a group empty where the typical error of a group in its row is above this share of its norm."""
 
+_MOST_OUTPUT_ERROR: Final = 1.5
+"""The largest error of a sound layer's outputs over that of the nearest values'. GPTQ makes it smaller."""
+
 _SMALLEST: Final = 1e-6
 """Squared errors below this share of the reference's squares are rounding in float32 and 16 bits."""
 
@@ -65,6 +68,8 @@ class MatrixErrors:
     Attributes:
         relative_error: the norm of the difference over the norm of the reference.
         nearest_error: the same for the values of the stored grids that are nearest to the reference's.
+        output_error: as `relative_error`, for the products with inputs; None without inputs.
+        nearest_output_error: likewise.
         gain: the product of values and reference over that of the nearest values and the reference: 1.1 if all values
             are 1.1 times as large.
         worst_row: the row with the largest error over its nearest values'.
@@ -78,6 +83,8 @@ class MatrixErrors:
 
     relative_error: float
     nearest_error: float
+    output_error: float | None
+    nearest_output_error: float | None
     gain: float
     worst_row: int
     worst_row_ratio: float
@@ -235,8 +242,38 @@ class _Lost:
             yield Fault(math.inf, f"all values are zero in {count}: row {row}, group {group}")
 
 
+@dataclass
+class _Outputs:
+    """The errors of a matrix's products with inputs.
+
+    Attributes:
+        inputs: float32 [tokens, in]; None measures nothing.
+        sums: sums of squares of the products' errors, of those of the nearest values, and of the reference's products.
+    """
+
+    inputs: Tensor | None
+    sums: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
+
+    def add(self, strip: Strip) -> None:
+        """Adds the rows of a strip."""
+        if self.inputs is not None:
+            parts = (strip.values - strip.reference, strip.nearest - strip.reference, strip.reference)
+            for index, part in enumerate(parts):
+                self.sums[index] += (part @ self.inputs.t()).square_().sum(dtype=torch.float64)
+
+    def errors(self) -> tuple[float | None, float | None]:
+        """Relative, of the values and of the nearest ones; None if nothing was measured."""
+        error, nearest_error, square = self.sums.tolist()
+        return (math.sqrt(error / square), math.sqrt(nearest_error / square)) if square else (None, None)
+
+
 def compare_matrix(
-    quantized: Quantized, reference: Tensor, base: Tensor | None = None, *, rounded: bool = False
+    quantized: Quantized,
+    reference: Tensor,
+    base: Tensor | None = None,
+    inputs: Tensor | None = None,
+    *,
+    rounded: bool = False,
 ) -> MatrixErrors:
     """Holds a quantized matrix against the reference's.
 
@@ -244,11 +281,13 @@ def compare_matrix(
         quantized: codes [out, in].
         reference: [out, in], of any floating dtype.
         base: the same matrix without the adapter, if the adapter changes it.
+        inputs: float32 [tokens, in], what the layer multiplies the reference with.
         rounded: whether the codes are known to be those of the reference, rounded by the method itself; then there is
             nothing to find.
     """
     groups, totals = groups_of(quantized), torch.zeros(len(_ADDED), dtype=torch.float64)
     rows, in_groups, lost, changes = _Worst("row"), _Worst("group"), _Lost(), list[Tensor]()
+    outputs = _Outputs(None if rounded else inputs)
     for strip in strips(quantized, reference, rounded=rounded):
         own = _sums(strip, groups)
         whole = _over_rows(own)
@@ -259,15 +298,17 @@ def compare_matrix(
             in_groups.add(strip.first, own, typical)
             lost.add_groups(strip.first, own.lost(typical) & ~whole.zero)
         lost.add_rows(strip.first, whole.zero)
+        outputs.add(strip)
         if base is not None:
             changes.append(projections(strip.values, strip.reference, base[strip.first :][: len(strip.values)]))
     relative, nearest, gain = _as_a_whole(totals)
     most = _MOST_ERROR_ROUNDED if isinstance(quantized, BlockQuantized) else _MOST_ERROR
     faults = [*_faults_as_a_whole(relative, nearest, gain, most), *rows.faults(), *in_groups.faults(), *lost.faults()]
-    faults += _faults_of_grids(quantized, reference)
+    faults += [*_faults_of_outputs(*outputs.errors()), *_faults_of_grids(quantized, reference)]
     return MatrixErrors(
         relative,
         nearest,
+        *outputs.errors(),
         gain,
         rows.place[0],
         rows.ratio,
@@ -316,6 +357,18 @@ def _faults_as_a_whole(relative: float, nearest: float, gain: float, most: float
             1 + abs(gain - 1),
             f"values {gain:.3g} times as large as those of rounding to nearest on the same grid, where {smallest:.3g} "
             f"to {largest:.3g} is sound",
+        )
+
+
+def _faults_of_outputs(error: float | None, nearest: float | None) -> Iterator[Fault]:
+    if error is None or nearest is None:
+        return
+    ratio = error / max(nearest, math.sqrt(_SMALLEST))
+    if ratio > _MOST_OUTPUT_ERROR:
+        yield Fault(
+            ratio / _MOST_OUTPUT_ERROR,
+            f"relative error of its outputs {error:.3g}, {ratio:.3g} times that of rounding to nearest on the same "
+            f"grid, where at most {_MOST_OUTPUT_ERROR:g} is sound",
         )
 
 

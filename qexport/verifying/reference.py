@@ -22,6 +22,7 @@ from qexport.text.prompts import EncodedPrompts
 from qexport.text.windows import HeldOut
 from qexport.verifying import VerifySettings
 from qexport.verifying.divergence import compare_with_kept
+from qexport.verifying.document_sums import Baseline
 from qexport.verifying.estimates import divergence_figures, ratio_values
 from qexport.verifying.live_adapter import ComparedMerge, LiveAdapter, NotMeasured, compare_merge
 from qexport.verifying.predictors import KeptLogits, run_in_lockstep
@@ -186,6 +187,7 @@ class Reference:
         settings: the recipe's `verify`.
         dtype: what the blocks compute in: the merged model's dtype.
         device: where to compute.
+        baseline: the release that artifacts are compared with; None for none.
     """
 
     merged: Checkpoint
@@ -202,6 +204,7 @@ class Reference:
     dtype: torch.dtype
     device: torch.device
     suites: Suites = NO_SUITES
+    baseline: Baseline | None = None
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

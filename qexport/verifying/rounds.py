@@ -127,7 +127,7 @@ def measure(
     input_ids: Tensor,
     first_look: int,
     decide: Callable[[Measured], Sequence[GateResult]],
-    wants_more: Callable[[Sequence[GateResult]], bool],
+    wants_more: Callable[[Measured, Sequence[GateResult]], bool],
     steps: Steps,
     looks: Looks = NO_LOOKS,
 ) -> Measured:
@@ -138,7 +138,7 @@ def measure(
         input_ids: int64 [windows, sequence_length], as many as may be used.
         first_look: windows before the first look at the gates; their number doubles from look to look.
         decide: decides the gates from what has been measured so far.
-        wants_more: whether more windows could decide them.
+        wants_more: whether more windows than those could decide them.
         steps: counts the steps.
         looks: those that need not be repeated.
     """
@@ -150,7 +150,7 @@ def measure(
             looks.keep(look)
         found.add(look)
         gates = list(decide(found))
-        if not wants_more(gates):
+        if not wants_more(found, gates):
             break
     return found
 

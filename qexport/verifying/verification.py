@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Final
 
@@ -14,10 +15,12 @@ import torch
 from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.memory import resident
 from qexport.architectures.runner import BlockRunner
+from qexport.artifact.baseline import DocumentSums
 from qexport.artifact.figures import CheckResult, Figure, GateResult
 from qexport.artifact.measurements import BlockDrift, Generations, TaskRecord, Timings, WeightsRecord
 from qexport.errors import listed
 from qexport.formats.stored_weight import input_roundings
+from qexport.gates.baseline import PAIRED
 from qexport.gates.deciding import needs_more
 from qexport.progress import ProgressCallback, Steps, silent
 from qexport.reading.stored_model import StoredModel
@@ -25,6 +28,7 @@ from qexport.statistics.means import PLANNED_UNITS
 from qexport.tensors import GroupQuantizedSpec, WeightSource
 from qexport.verifying.config_comparison import config_differences, refuse_other_config
 from qexport.verifying.divergence import TokenFigures
+from qexport.verifying.document_sums import baseline_figures, document_sums, held_out_windows
 from qexport.verifying.estimates import divergence_figures, rival_figures
 from qexport.verifying.reference import Reference
 from qexport.verifying.rounds import NO_LOOKS, Looks, Measured, Models, measure
@@ -51,6 +55,7 @@ class Measurement:
     Attributes:
         figures: of the held-out text and the prompts.
         tokens: the artifact compared with the reference, for every predicted token.
+        document_sums: of these, by document.
         looks: how many windows had been measured at each look at the gates.
         block_drift: see `qexport.verifying.predictors`; empty for an ONNX graph, which exposes no hidden states.
         weights: each tensor held against the reference's.
@@ -66,6 +71,7 @@ class Measurement:
 
     figures: list[Figure]
     tokens: TokenFigures
+    document_sums: DocumentSums
     looks: list[int]
     block_drift: list[BlockDrift]
     weights: WeightsRecord
@@ -116,20 +122,23 @@ def verify(
         own, reading = reference.runner(reference.merged), _read_graph(artifact, reference)
     else:
         own = reference.runner(replace(reference.merged, weights=weights.reference_weights))
+        weights.watch(own)
         reading = _read_blocks(artifact, weights.artifact_weights, reference)
     rivals = _rivals(reference, artifact.grids, artifact.transposed)
     models = Models(own, reading.runner, *rivals)
     ids = reference.held_out.input_ids
-    measured = measure(models, ids, settings.windows, decide, needs_more, steps, looks)
+    measured = measure(models, ids, settings.windows, decide, partial(_needs_more, reference), steps, looks)
     compared = weights.finish()
     pair = Pair(own, reading.runner, reference.merged, artifact, reference.tokenizer)
     whole = measure_whole(pair, reference.prompts, settings, steps, progress)
     suites = measure_suites(pair, reference.suites, steps)
     speed = measure_speed(pair, ids, settings.speed, reference.dtype, progress)
+    tokens = measured.tokens()["artifact"]
     drift = zip(own.structure.blocks, measured.block_drift, strict=bool(measured.block_drift))
     return Measurement(
         figures=[*figures, *compared.figures, *whole.figures, *suites.figures],
-        tokens=measured.tokens()["artifact"],
+        tokens=tokens,
+        document_sums=document_sums(tokens, reference.held_out),
         looks=measured.looks,
         block_drift=[BlockDrift(name=name, relative_error=error) for name, error in drift],
         weights=compared.record,
@@ -257,7 +266,18 @@ def _figures(found: Measured, reference: Reference) -> list[Figure]:
         figure.model_copy(update={"noise_floor": floor.get(figure.name)}) if figure.domain is None else figure
         for figure in divergence_figures(tokens["artifact"], units)
     ]
-    return [*own, *rival_figures(found, units), *reference.prepared.figures]
+    paired = []
+    if reference.baseline is not None:
+        paired = baseline_figures(document_sums(tokens["artifact"], reference.held_out), reference.baseline, units)
+    return [*own, *rival_figures(found, units), *reference.prepared.figures, *paired]
+
+
+def _needs_more(reference: Reference, found: Measured, gates: Sequence[GateResult]) -> bool:
+    """Whether more windows could decide a gate: on differences from a baseline, windows that it was measured on too."""
+    further = held_out_windows(reference.held_out)[found.windows :]
+    if reference.baseline is None or not reference.baseline.shared_rows(further):
+        gates = [gate for gate in gates if gate.figure not in PAIRED]
+    return needs_more(gates)
 
 
 def _timings(seconds: float, measured: MeasuredSpeed) -> Timings:

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from qexport.amounts import counted
+from qexport.architectures.runner import BlockRunner
 from qexport.artifact.figures import CheckResult, Figure
 from qexport.artifact.measurements import LayerWeights, TensorFault, WeightsRecord
 from qexport.reading.filled_model import as_parameter
 from qexport.reading.stored_model import StoredModel
 from qexport.tensors import Quantized, TensorSpec, WeightSource
 from qexport.verifying.adapter_strength import strength_by_weights
+from qexport.verifying.layer_inputs import LayerInputs
 from qexport.verifying.matrices import MatrixErrors, compare_matrix, projections
 from qexport.verifying.reference import Reference
 from qexport.verifying.unquantized import difference
@@ -66,14 +68,21 @@ class WeightCheck:
         self._exact: set[str] = set()
         self._faults: dict[str, str] = {}
         self._changes: dict[bool, list[Tensor]] = {True: [], False: []}
+        self._inputs: LayerInputs | None = None
         self.reference_weights: WeightSource = ReferenceWeights(self, reference.merged.weights)
         self.artifact_weights: WeightSource = ArtifactWeights(self, artifact)
+
+    def watch(self, reference: BlockRunner) -> None:
+        """Compares the layers' outputs too, on inputs that they get in this model, which runs before the artifact."""
+        self._inputs = LayerInputs(reference, self._pending)
 
     def finish(self) -> ComparedWeights:
         """Compares what has not been read, and gives the results."""
         for name in list(self._pending):
             self.compare(name, self._artifact.stored(name))
         self.kept.clear()
+        if self._inputs is not None:
+            self._inputs.close()
         record = WeightsRecord(
             unquantized=len(self._artifact.specs()) - len(self._layers),
             unequal=[TensorFault(name=name, text=self._faults[name]) for name in self._in_order(self._faults)],
@@ -98,11 +107,11 @@ class WeightCheck:
         del self._pending[name]
         wanted = self.kept.pop(name, None)
         wanted = self._reference.merged.weights.read(name) if wanted is None else wanted
-        base = self._base(name)
+        base, inputs = self._base(name), None if self._inputs is None else self._inputs.take(name)
         if isinstance(stored, Tensor):
             self._compare_unquantized(name, stored, wanted, base)
         else:
-            self._compare_layer(name, stored, wanted, base)
+            self._compare_layer(name, stored, wanted, base, inputs)
 
     def _base(self, name: str) -> Tensor | None:
         """The tensor without the adapter, if the adapter changes it and not its shape."""
@@ -118,11 +127,13 @@ class WeightCheck:
             rows = [tensor.reshape(len(tensor), -1) for tensor in (stored.to(torch.float32), wanted, base)]
             self._changes[False].append(projections(*rows))
 
-    def _compare_layer(self, name: str, stored: Quantized, wanted: Tensor, base: Tensor | None) -> None:
+    def _compare_layer(
+        self, name: str, stored: Quantized, wanted: Tensor, base: Tensor | None, inputs: Tensor | None
+    ) -> None:
         if name.removesuffix(".weight") in self._artifact.transposed:
             wanted, base = wanted.t(), None if base is None else base.t()
         exact = self._reference.is_rounded(wanted, stored)
-        found = compare_matrix(stored, wanted, base, rounded=exact)
+        found = compare_matrix(stored, wanted, base, inputs, rounded=exact)
         self._layers[name] = found
         self._exact |= {name} if exact else set()
         if found.change is not None:
@@ -135,6 +146,8 @@ class WeightCheck:
             exact=name in self._exact,
             relative_error=found.relative_error,
             nearest_error=found.nearest_error,
+            output_error=found.output_error,
+            nearest_output_error=found.nearest_output_error,
             gain=found.gain,
             worst_row=found.worst_row,
             worst_row_ratio=found.worst_row_ratio,

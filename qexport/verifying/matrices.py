@@ -77,9 +77,9 @@ class MatrixErrors:
             values of a row share one scale.
         worst_group_ratio: that ratio.
         change: what `projections` returns; None if the adapter does not change the matrix.
-        used: how much of each limit the worst place takes, by the limit's name: `error`, `size`, `shift`, and for rows and
-            groups `error of a row`, `size of a row` and so on; more than 1 is a fault. Empty if the codes are known to
-            be right.
+        used: how much of each limit the worst place takes, by the limit's name: `error`, `size`, `shift`, and for rows
+            and groups `error of a row`, `size of a row` and so on; more than 1 is a fault. Empty if the codes are known
+            to be right.
         faults: what is wrong however little it changes, then those of the whole, of rows and of groups.
     """
 
@@ -370,8 +370,9 @@ class _Whole:
         if used["shift"] > 1:
             yield Fault(
                 used["shift"],
-                f"values {'larger' if self.shift > 0 else 'smaller'} than those of rounding to nearest on the same grid "
-                f"by {abs(self.shift):.2g} of the error, where at most {_MOST_SHIFT:g} is sound: zero points off by one",
+                f"values {'larger' if self.shift > 0 else 'smaller'} than those of rounding to nearest on the same "
+                f"grid, on average by {abs(self.shift):.2g} of the error, where at most {_MOST_SHIFT:g} is sound: as if "
+                "zero points were off by one",
             )
 
 

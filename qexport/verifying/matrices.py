@@ -371,8 +371,8 @@ class _Whole:
             yield Fault(
                 used["shift"],
                 f"values {'larger' if self.shift > 0 else 'smaller'} than those of rounding to nearest on the same "
-                f"grid, on average by {abs(self.shift):.2g} of the error, where at most {_MOST_SHIFT:g} is sound: as if "
-                "zero points were off by one",
+                f"grid, on average by {abs(self.shift):.2g} of the error, where at most {_MOST_SHIFT:g} is sound: as "
+                "if zero points were off by one",
             )
 
 

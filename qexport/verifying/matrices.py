@@ -20,7 +20,7 @@ from qexport.verifying.grids import Groups, Strip, groups_of, strips
 
 Part = Literal["row", "group"]
 
-_MOST_ERROR: Final = 2.5
+_MOST_ERROR: Final = 3.0
 _MOST_ERROR_ROUNDED: Final = 1.05
 _MOST_ERROR_OF: Final[dict[Part, float]] = {"row": 10.0, "group": 20.0}
 """The largest error of a sound matrix, and of a row or a group of one, over that of the nearest values."""

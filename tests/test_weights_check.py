@@ -291,15 +291,16 @@ def test_a_zero_scale_is_a_fault_only_where_its_own_group_has_values(g_idx: list
 
 
 def test_errors_that_add_up_on_a_layers_inputs_are_a_fault() -> None:
-    """Codes that are half a step too high, as after calibration for other inputs; all inputs are positive. The weights
-    alone are within their limits.
+    """Codes that are too high by half a step for every other input and too low for the rest, as after calibration for
+    other inputs; the signs of the layer's inputs change likewise. The weights alone are within their limits.
     """
     generator = torch.Generator().manual_seed(0)
-    reference, inputs = torch.randn(64, 64, generator=generator), torch.rand(16, 64, generator=generator)
+    signs = torch.tensor([1.0, -1.0]).repeat(32)
+    reference, inputs = torch.randn(64, 64, generator=generator), signs * torch.rand(16, 64, generator=generator)
     scales, zeros, group = torch.full((1, 64), 0.5), torch.full((1, 64), 8, dtype=torch.uint8), torch.zeros(64).int()
 
     def found(shift: float) -> MatrixErrors:
-        codes = (reference / 0.5 + shift).round().add(8).clamp(0, 15).to(torch.uint8)
+        codes = (reference / 0.5 + shift * signs).round().add(8).clamp(0, 15).to(torch.uint8)
         stored = GroupQuantized(codes, scales, zeros, group, bits=4, group_size=64, sym=True, desc_act=False)
         return compare_matrix(stored, reference, inputs=inputs)
 

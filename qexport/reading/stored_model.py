@@ -20,7 +20,7 @@ from qexport.errors import InputError
 from qexport.formats.stored_weight import StoredLayer
 from qexport.hidden_packages import hidden
 from qexport.reading.safetensors_weights import SafetensorsWeights
-from qexport.tensors import GroupQuantizedSpec, Quantized, TensorSpec
+from qexport.tensors import GroupQuantizedSpec, Quantized, TensorSpec, WeightSource
 
 Kind = Literal["weights", "graph"]
 """Weights in safetensors files, for transformers models; or an ONNX graph, for ONNX Runtime."""
@@ -29,8 +29,25 @@ _GRAPH_NAME: Final = "model.onnx"
 """The same as in `qexport.reading.onnx.graph`, whose import needs the extra `onnx`."""
 
 
-class StoredModel(Protocol):
-    """The model in a folder. A `WeightSource` and a context manager; weights are read on demand."""
+class StoredWeights(WeightSource, Protocol):
+    """Parameters that are stored as codes, or as they are."""
+
+    @property
+    def transposed(self) -> frozenset[str]:
+        """The modules whose unquantized weight is [in, out]; codes are always [out, in]."""
+        ...
+
+    def stored(self, name: str) -> torch.Tensor | Quantized:
+        """A parameter as it is stored: a copy of the tensor, or the codes [out, in].
+
+        Raises:
+            InputError: as for `read`.
+        """
+        ...
+
+
+class StoredModel(StoredWeights, Protocol):
+    """The model in a folder, and a context manager; weights are read on demand."""
 
     @property
     def folder(self) -> Path:
@@ -82,11 +99,6 @@ class StoredModel(Protocol):
         ...
 
     @property
-    def transposed(self) -> frozenset[str]:
-        """The modules whose unquantized weight is [in, out]; codes are always [out, in]."""
-        ...
-
-    @property
     def stored_bytes(self) -> int:
         """Bytes of all stored tensors."""
         ...
@@ -105,14 +117,6 @@ class StoredModel(Protocol):
 
         Raises:
             InputError: it is missing, cut short, holds NaN or Inf, or its codes contradict the folder's config.
-        """
-        ...
-
-    def stored(self, name: str) -> torch.Tensor | Quantized:
-        """A parameter as it is stored: a copy of the tensor, or the codes [out, in].
-
-        Raises:
-            InputError: as for `read`.
         """
         ...
 

@@ -8,7 +8,7 @@ as large as the nearest ones. The limits were set from what sound artifacts show
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
@@ -20,7 +20,7 @@ from qexport.verifying.grids import Groups, Strip, groups_of, strips
 
 Part = Literal["row", "group"]
 
-_MOST_ERROR: Final = 2.5
+_MOST_ERROR: Final = 3.0
 _MOST_ERROR_ROUNDED: Final = 1.05
 _MOST_ERROR_OF: Final[dict[Part, float]] = {"row": 10.0, "group": 20.0}
 """The largest error of a sound matrix, and of a row or a group of one, over that of the nearest values."""
@@ -31,6 +31,10 @@ smaller by the square of their relative error, or larger by half of that."""
 
 _MOST_GAIN_OF: Final = 0.6
 """How far the size of a row or a group may be from that of its nearest values, at most."""
+
+_MOST_SHIFT: Final = 0.6
+"""How far the mean difference between the values of a matrix and the nearest ones may be from zero, as a share of the
+root of the mean squared error. It is 0.83 and more where all values are one step of their grids too large."""
 
 _SIGNIFICANT: Final = 0.3
 """The size of a row or a group says nothing where the relative error of its nearest values is above this."""
@@ -78,6 +82,9 @@ class MatrixErrors:
             values of a row share one scale.
         worst_group_ratio: that ratio.
         change: what `projections` returns; None if the adapter does not change the matrix.
+        used: how much of each limit the worst place takes, by the limit's name: `error`, `size`, `shift`, and for rows
+            and groups `error of a row`, `size of a row` and so on; more than 1 is a fault. Empty if the codes are known
+            to be right.
         faults: what is wrong however little it changes, then those of the whole, of rows and of groups.
     """
 
@@ -91,6 +98,7 @@ class MatrixErrors:
     worst_group: tuple[int, int] | None
     worst_group_ratio: float | None
     change: Tensor | None
+    used: Mapping[str, float]
     faults: list[Fault]
 
 
@@ -104,6 +112,7 @@ class _Sums:
         square: of reference^2.
         product: of values * reference.
         nearest_product: of nearest * reference.
+        shift: of values - nearest.
         zero: bool, whether all values are zero although the reference's are not.
     """
 
@@ -112,6 +121,7 @@ class _Sums:
     square: Tensor
     product: Tensor
     nearest_product: Tensor
+    shift: Tensor
     zero: Tensor
 
     def ratio(self, typical: Tensor) -> Tensor:
@@ -123,13 +133,12 @@ class _Sums:
         """Bool, whether all values are zero although the group is large."""
         return self.zero & (typical <= self.square * _NOT_LOST**2)
 
-    def excess(self, part: Part, typical: Tensor) -> Tensor:
-        """How far each unit is beyond its limits; 1 is at the limit."""
+    def used_by_size(self, typical: Tensor) -> Tensor:
+        """How much of its limit the size of each unit takes; 1 is at the limit, 0 where the size says nothing."""
         relative = (torch.maximum(self.nearest_error, typical) / self.square).nan_to_num_(nan=math.inf).sqrt()
         allowed = (0.05 + 2 * relative).clamp_(max=_MOST_GAIN_OF)
         change = (self.product / self.nearest_product - 1).abs().nan_to_num_(nan=0.0) / allowed
-        change = torch.where(relative <= _SIGNIFICANT, change, 0.0)
-        return torch.maximum(self.ratio(typical) / _MOST_ERROR_OF[part], change)
+        return torch.where(relative <= _SIGNIFICANT, change, 0.0)
 
 
 def _sums(strip: Strip, groups: Groups | None) -> _Sums:
@@ -144,6 +153,7 @@ def _sums(strip: Strip, groups: Groups | None) -> _Sums:
         total(reference.square()),
         total(values * reference),
         total(nearest * reference),
+        total(values - nearest),
         zero,
     )
 
@@ -154,7 +164,7 @@ def _over_rows(sums: _Sums) -> _Sums:
     return _Sums(**added, zero=sums.zero.all(1, keepdim=True))
 
 
-_ADDED: Final = ("error", "nearest_error", "square", "product", "nearest_product")
+_ADDED: Final = ("error", "nearest_error", "square", "product", "nearest_product", "shift")
 
 
 @dataclass
@@ -165,6 +175,7 @@ class _Worst:
         part: what the units are.
         ratio: of the first.
         place: its row and its group.
+        size: how much of its limit the size of a unit takes, at most.
         beyond: how far the worst units are beyond their limits, with their places and gains.
         count: how many there are.
     """
@@ -172,6 +183,7 @@ class _Worst:
     part: Part
     ratio: float = -1.0
     place: tuple[int, int] = (0, 0)
+    size: float = 0.0
     beyond: list[tuple[float, int, int, float]] = field(default_factory=list)
     count: int = 0
 
@@ -182,10 +194,19 @@ class _Worst:
         if float(ratio.flatten()[at]) > self.ratio:
             row, group = divmod(at, ratio.shape[1])
             self.ratio, self.place = float(ratio.flatten()[at]), (first + row, group)
-        excess = sums.excess(self.part, typical)
+        size = sums.used_by_size(typical)
+        self.size = max(self.size, float(size.max()))
+        excess = torch.maximum(ratio / _MOST_ERROR_OF[self.part], size)
         if bool((excess > 1).any()):
             self.count += int((excess > 1).sum())
             self.beyond = sorted([*self.beyond, *_largest(excess, sums, first)], reverse=True)[:_NAMED]
+
+    def used(self) -> dict[str, float]:
+        """How much of each limit the worst unit takes."""
+        return {
+            f"error of a {self.part}": self.ratio / _MOST_ERROR_OF[self.part],
+            f"size of a {self.part}": self.size,
+        }
 
     def faults(self) -> Iterator[Fault]:
         """At most one."""
@@ -266,6 +287,25 @@ class _Outputs:
         error, nearest_error, square = self.sums.tolist()
         return (math.sqrt(error / square), math.sqrt(nearest_error / square)) if square else (None, None)
 
+    @property
+    def ratio(self) -> float:
+        """The error over that of the nearest values; 0 if nothing was measured."""
+        error, nearest = self.errors()
+        return 0.0 if error is None or nearest is None else error / max(nearest, math.sqrt(_SMALLEST))
+
+    def used(self) -> dict[str, float]:
+        """How much of the limit is taken; empty if nothing was measured."""
+        return {"outputs": self.ratio / _MOST_OUTPUT_ERROR} if self.ratio else {}
+
+    def faults(self) -> Iterator[Fault]:
+        """At most one."""
+        if self.ratio > _MOST_OUTPUT_ERROR:
+            yield Fault(
+                self.ratio / _MOST_OUTPUT_ERROR,
+                f"relative error of its outputs {self.errors()[0]:.3g}, {self.ratio:.3g} times that of rounding to "
+                f"nearest on the same grid, where at most {_MOST_OUTPUT_ERROR:g} is sound",
+            )
+
 
 def compare_matrix(
     quantized: Quantized,
@@ -301,29 +341,99 @@ def compare_matrix(
         outputs.add(strip)
         if base is not None:
             changes.append(projections(strip.values, strip.reference, base[strip.first :][: len(strip.values)]))
-    relative, nearest, gain = _as_a_whole(totals)
     most = _MOST_ERROR_ROUNDED if isinstance(quantized, BlockQuantized) else _MOST_ERROR
-    faults = [*_faults_as_a_whole(relative, nearest, gain, most), *rows.faults(), *in_groups.faults(), *lost.faults()]
-    faults += [*_faults_of_outputs(*outputs.errors()), *_faults_of_grids(quantized, reference)]
+    matrix = _Whole.of(totals, reference.numel(), most)
+    used = matrix.used() | outputs.used() | rows.used() | (in_groups.used() if groups is not None else {})
+    faults = [*matrix.faults(), *outputs.faults(), *rows.faults(), *in_groups.faults(), *lost.faults()]
+    faults += _faults_of_grids(quantized, reference)
     return MatrixErrors(
-        relative,
-        nearest,
+        matrix.relative,
+        matrix.nearest,
         *outputs.errors(),
-        gain,
+        matrix.gain,
         rows.place[0],
         rows.ratio,
         in_groups.place if groups is not None else None,
         in_groups.ratio if groups is not None else None,
         torch.cat(changes) if changes else None,
+        {} if rounded else used,
         [] if rounded else sorted(faults, key=lambda fault: fault.severity < math.inf),
     )
 
 
-def _as_a_whole(totals: Tensor) -> tuple[float, float, float]:
-    """The relative errors of the values and of the nearest ones, and the gain."""
-    error, nearest_error, square, product, nearest_product = totals.tolist()
-    relative, nearest = (math.sqrt(each / square) if square else 0.0 for each in (error, nearest_error))
-    return relative, nearest, product / nearest_product if nearest_product else 1.0
+@dataclass(frozen=True)
+class _Whole:
+    """A matrix as a whole.
+
+    Attributes:
+        relative: the relative error of the values.
+        nearest: that of the nearest values.
+        gain: how large the values are beside the nearest ones.
+        shift: the mean difference from the nearest values over the root of the mean squared error.
+        most: the largest sound error, over that of the nearest values.
+    """
+
+    relative: float
+    nearest: float
+    gain: float
+    shift: float
+    most: float
+
+    @classmethod
+    def of(cls, totals: Tensor, count: int, most: float) -> _Whole:
+        """From the sums over all rows, float64 [6] in the order of `_ADDED`, and the number of values."""
+        error, nearest_error, square, product, nearest_product, shift = totals.tolist()
+        relative, nearest = (math.sqrt(each / square) if square else 0.0 for each in (error, nearest_error))
+        gain = product / nearest_product if nearest_product else 1.0
+        squares = (error + square * _SMALLEST) * count
+        return cls(relative, nearest, gain, shift / math.sqrt(squares) if squares else 0.0, most)
+
+    @property
+    def ratio(self) -> float:
+        """The error over that of the nearest values."""
+        return self.relative / max(self.nearest, math.sqrt(_SMALLEST))
+
+    @property
+    def smallest(self) -> float:
+        """The smallest sound gain."""
+        return 1 - _MOST_GAIN - self.nearest**2
+
+    @property
+    def largest(self) -> float:
+        """The largest sound gain."""
+        return 1 + _MOST_GAIN + self.nearest**2 / 2
+
+    def used(self) -> dict[str, float]:
+        """How much of each limit the matrix takes."""
+        limit = self.largest if self.gain > 1 else self.smallest
+        return {
+            "error": self.ratio / self.most,
+            "size": (self.gain - 1) / (limit - 1),
+            "shift": abs(self.shift) / _MOST_SHIFT,
+        }
+
+    def faults(self) -> Iterator[Fault]:
+        """At most one of the error, one of the size and one of the shift."""
+        used = self.used()
+        if used["error"] > 1:
+            yield Fault(
+                used["error"],
+                f"relative error {self.relative:.3g}, {self.ratio:.3g} times that of rounding to nearest on the same "
+                f"grid, where at most {self.most:g} is sound",
+            )
+        if not self.smallest <= self.gain <= self.largest:
+            yield Fault(
+                used["size"],
+                f"values {self.gain:.3g} times as large as those of rounding to nearest on the same grid, where "
+                f"{self.smallest:.3g} to {self.largest:.3g} is sound",
+            )
+        if used["shift"] > 1:
+            yield Fault(
+                used["shift"],
+                f"values {'larger' if self.shift > 0 else 'smaller'} than those of rounding to nearest on the same "
+                f"grid, on average by {abs(self.shift):.2g} of the error, where at most {_MOST_SHIFT:g} is sound: as "
+                "if zero points were off by one",
+            )
 
 
 def projections(values: Tensor, reference: Tensor, base: Tensor) -> Tensor:
@@ -341,35 +451,6 @@ def projections(values: Tensor, reference: Tensor, base: Tensor) -> Tensor:
     change = reference.to(torch.float32) - wide
     pairs = ((wide, wide), (wide, change), (change, change), (values, wide), (values, change))
     return torch.stack([(one * other).sum(1, dtype=torch.float64) for one, other in pairs], 1)
-
-
-def _faults_as_a_whole(relative: float, nearest: float, gain: float, most: float) -> Iterator[Fault]:
-    ratio = relative / max(nearest, math.sqrt(_SMALLEST))
-    if ratio > most:
-        yield Fault(
-            ratio / most,
-            f"relative error {relative:.3g}, {ratio:.3g} times that of rounding to nearest on the same grid, where at "
-            f"most {most:g} is sound",
-        )
-    smallest, largest = 1 - _MOST_GAIN - nearest**2, 1 + _MOST_GAIN + nearest**2 / 2
-    if not smallest <= gain <= largest:
-        yield Fault(
-            1 + abs(gain - 1),
-            f"values {gain:.3g} times as large as those of rounding to nearest on the same grid, where {smallest:.3g} "
-            f"to {largest:.3g} is sound",
-        )
-
-
-def _faults_of_outputs(error: float | None, nearest: float | None) -> Iterator[Fault]:
-    if error is None or nearest is None:
-        return
-    ratio = error / max(nearest, math.sqrt(_SMALLEST))
-    if ratio > _MOST_OUTPUT_ERROR:
-        yield Fault(
-            ratio / _MOST_OUTPUT_ERROR,
-            f"relative error of its outputs {error:.3g}, {ratio:.3g} times that of rounding to nearest on the same "
-            f"grid, where at most {_MOST_OUTPUT_ERROR:g} is sound",
-        )
 
 
 def _faults_of_grids(quantized: Quantized, reference: Tensor) -> Iterator[Fault]:

@@ -20,7 +20,7 @@ from qexport.architectures.runner import BlockRunner
 from qexport.artifact.figures import CheckResult, Figure
 from qexport.artifact.measurements import LayerWeights, TensorFault, WeightsRecord
 from qexport.reading.filled_model import as_parameter
-from qexport.reading.stored_model import StoredModel
+from qexport.reading.stored_model import StoredWeights
 from qexport.tensors import Quantized, TensorSpec, WeightSource
 from qexport.verifying.adapter_strength import strength_by_weights
 from qexport.verifying.layer_inputs import LayerInputs
@@ -39,11 +39,13 @@ class ComparedWeights:
         record: for the report.
         checks: of the gate `weights`.
         figures: `adapter_strength_weights`, if there is an adapter.
+        errors: of each quantized layer, by its name.
     """
 
     record: WeightsRecord
     checks: list[CheckResult]
     figures: list[Figure]
+    errors: Mapping[str, MatrixErrors]
 
 
 class WeightCheck:
@@ -59,7 +61,7 @@ class WeightCheck:
         kept: tensors of the reference that wait for the artifact's.
     """
 
-    def __init__(self, artifact: StoredModel, reference: Reference) -> None:
+    def __init__(self, artifact: StoredWeights, reference: Reference) -> None:
         self._artifact, self._reference = artifact, reference
         self._pending = dict.fromkeys(artifact.specs())
         self.kept: dict[str, Tensor] = {}
@@ -90,7 +92,8 @@ class WeightCheck:
         )
         changes = self._changes[True] or self._changes[False]
         strength = strength_by_weights(torch.cat(changes)) if changes else None
-        return ComparedWeights(record, list(self._checks(record)), [strength] if strength else [])
+        errors = {layer.name: self._layers[f"{layer.name}.weight"] for layer in record.layers}
+        return ComparedWeights(record, list(self._checks(record)), [strength] if strength else [], errors)
 
     def _in_order(self, names: Mapping[str, object]) -> list[str]:
         return [name for name in self._artifact.specs() if name in names]
@@ -190,7 +193,7 @@ class ReferenceWeights:
 class ArtifactWeights:
     """The artifact's weights. What is read is compared."""
 
-    def __init__(self, check: WeightCheck, artifact: StoredModel) -> None:
+    def __init__(self, check: WeightCheck, artifact: StoredWeights) -> None:
         self._check, self._artifact = check, artifact
 
     def specs(self) -> Mapping[str, TensorSpec]:

@@ -40,9 +40,9 @@ PYTHON = os.environ.get("QEXPORT_VLLM_PYTHON", "")
 LIMITS = {dtype: fidelity_limit(dtype, None, "bfloat16") for dtype in ("float16", "bfloat16")}
 SETTINGS = VerifySettings(
     text=str(artifacts.ROOT / "calibration" / "heldout.jsonl"),
-    windows=6,
-    max_windows=6,
-    sequence_length=128,
+    windows=24,
+    max_windows=24,
+    sequence_length=64,
     profile="off",
 )
 SAME_DRIFT = 0.1
@@ -183,12 +183,14 @@ def test_what_vllm_does_not_look_at_shows_in_the_bytes_alone(
 def test_rounded_activations_drift_as_far_as_our_reading_says(
     folders: dict[str, Path], reference: Reference, tmp_path: Path
 ) -> None:
-    """The two are as far from each other as from the reference, so fidelity proves nothing here."""
-    (sound,) = measured(folders["w8a8"], reference, folders["w8a8"])
+    """The two are as far from each other as from the reference, so fidelity proves nothing here. On CPUs with AMX,
+    vLLM's int8 kernel has no float16.
+    """
+    (sound,) = measured(folders["w8a8"], reference, folders["w8a8"], dtype="bfloat16")
     assert abs(sound.value("kl_over_reading")) < SAME_DRIFT
     assert sound.value("fidelity_kl") > LIMITS["float16"]
     damaged = faults.copied(folders["w8a8"], tmp_path / "damaged w8a8", faults.zero_rows)
-    (found,) = measured(damaged, reference, folders["w8a8"])
+    (found,) = measured(damaged, reference, folders["w8a8"], dtype="bfloat16")
     assert found.value("kl_over_reading") > SAME_DRIFT
 
 

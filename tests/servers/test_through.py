@@ -86,7 +86,7 @@ def reference(checkpoint: Checkpoint) -> Reference:
         is_rounded=lambda matrix, codes: False,
         nearest=lambda grids, transposed: NearestSource(checkpoint.weights, grids, transposed),
         prepared=Preparation({}),
-        held_out=replace(held_out, domains=(None,) * len(held_out.domains)),
+        held_out=replace(held_out, domains=(None,) * len(held_out.domains), documents=None),
         prompts=None,
         open_tokenizer=lambda: tokenizer,
         settings=SETTINGS,

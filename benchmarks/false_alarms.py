@@ -164,7 +164,7 @@ def _is_gptq(case: str) -> bool:
 
 def _method(arguments: argparse.Namespace, case: str, scratch: Path, seed: int | None = None) -> Method:
     """The method as a recipe has it."""
-    quantize = {"method": "gptq", "group_size": arguments.group_size} | CASES[case]
+    quantize: dict[str, Any] = {"method": "gptq", "group_size": arguments.group_size, **CASES[case]}
     if seed is not None:
         sample = {"samples": arguments.samples, "sequence_length": arguments.sequence_length, "seed": seed}
         quantize["calibration"] = {"source": str(Path(arguments.calibration).resolve())} | sample

@@ -43,7 +43,7 @@ def quantized(
     checkpoint: Checkpoint, seed: int, settings: Mapping[str, Any], scratch: Path
 ) -> Iterator[tuple[str, GroupQuantized]]:
     calibration = CalibrationSettings(source="-", seed=seed)
-    method = Gptq.model_validate({"group_size": 32, "calibration": calibration} | settings)
+    method = Gptq.model_validate({"group_size": 32, "calibration": calibration} | dict(settings))
     text = torch.tensor(trained_models.ids(seed=100 + seed)[: 16 * trained_models.WINDOW])
     inputs = PassInputs(
         checkpoint,

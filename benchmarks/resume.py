@@ -119,8 +119,9 @@ def _kills(recipe: Recipe, folder: Path, kills: int, chance: random.Random) -> N
                 twice = max(twice, last - ended.steps[0][0])
                 print(f"{last} were finished, went on after {ended.steps[0][0]}", flush=True)
                 last = ended.steps[-1][0]
-        if _contents(output) != _contents(folder / "whole"):
-            raise SystemExit("a run that went on has other bytes")
+        whole_contents, own = _contents(folder / "whole"), _contents(output)
+        if differing := sorted(name for name in whole_contents | own if whole_contents.get(name) != own.get(name)):
+            raise SystemExit(f"a run that went on has other bytes in {', '.join(differing)}")
     print(f"{killed} kills in {number} runs, the same bytes, at most {twice} done twice")
     raise SystemExit(recipe.quantize.method == "gptq" and twice > 1)
 

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final
 
 from qexport.artifact.figures import Figure, find_figure
 from qexport.records import Record
+
+COMPARED: Final[Mapping[str, str]] = {
+    "baseline_mean_kl": "mean_kl",
+    "baseline_perplexity_ratio": "perplexity_ratio",
+    "baseline_top1_agreement": "top1_agreement",
+    "baseline_decisive_flips": "decisive_flips",
+}
+"""The figures of differences from a release, and the figure that both have."""
 
 _ROUNDING = 1e-6
 """Relative. Sums are rounded, figures are not."""

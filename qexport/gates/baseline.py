@@ -6,15 +6,13 @@ import math
 from collections.abc import Mapping
 from typing import Final
 
-from qexport.artifact.baseline import BaselineRecord
+from qexport.artifact.baseline import COMPARED, BaselineRecord
 from qexport.artifact.figures import CATALOGUE
 from qexport.gates import HasGates
-from qexport.gates.limits import NOISE_MARGIN, Bound, Limit
+from qexport.gates.limits import NOISE_MARGIN, Bound, Limit, waiver
 from qexport.gates.profiles import PROFILES
 
-PAIRED: Final = (
-    "baseline_mean_kl", "baseline_perplexity_ratio", "baseline_top1_agreement", "baseline_decisive_flips",
-)  # fmt: skip
+PAIRED: Final = tuple(COMPARED)
 """The figures that a release is compared in. Each has a gate."""
 
 ONLY_FAIL: Final = frozenset({"baseline_perplexity_ratio", "baseline_decisive_flips"})
@@ -40,7 +38,7 @@ def baseline_limits(
     for name, (bound, value) in _allowed(baseline, floors).items():
         own = settings.gates.get(name)
         if name in settings.gates and own is None:
-            waived.append(f"the gate {name} is waived: verify.gates sets {name} to null")
+            waived.append(waiver(name, name))
         elif own is None or (own.at_most is None and own.at_least is None):
             limits.append(Limit(name, None, bound, value, True, source=_SOURCE, only_fails=name in ONLY_FAIL))
     return limits, waived

@@ -14,7 +14,7 @@ from qexport.artifact.served import is_through
 from qexport.errors import GateFailed, GateUndecided
 from qexport.gates import HasGates
 from qexport.gates.baseline import PAIRED, baseline_limits
-from qexport.gates.limits import NOISE_MARGIN, Bound, Limit, above_floor, limits_of, margin_limits, margin_of
+from qexport.gates.limits import NOISE_MARGIN, Bound, Limit, above_floor, limits_of, margin_limits, margin_of, waiver
 from qexport.gates.profiles import ProfileOfLayer, profile_for
 
 BuiltIn = Literal[
@@ -54,7 +54,7 @@ ADAPTER_STRENGTHS: Final[Mapping[str, tuple[float, float]]] = {
 def waived(settings: HasGates) -> dict[BuiltIn, str]:
     """The built-in gates that a user has waived by setting their figure to null, with a note on each."""
     return {
-        name: f"the gate {name} is waived: verify.gates sets {figure} to null"
+        name: waiver(name, figure)
         for name, figure in FIGURE_OF.items()
         if figure in settings.gates and settings.gates[figure] is None
     }

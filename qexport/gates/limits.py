@@ -72,6 +72,11 @@ def limits_of(settings: HasGates, profile: ProfileName) -> list[Limit]:
     return [replace(limit, source=_OF_USER if limit.by_user else source) for limit in found]
 
 
+def waiver(gate: str, figure: str) -> str:
+    """The note on a gate whose figure the user has set to null."""
+    return f"the gate {gate} is waived: verify.gates sets {figure} to null"
+
+
 def margin_limits(margin: float, figures: Sequence[Figure], limits: Sequence[Limit]) -> list[Limit]:
     """The limit on every task's change of accuracy: at most so much may be lost.
 

@@ -10,7 +10,7 @@ from qexport.artifact.report import Report
 from qexport.artifact.served import through
 from qexport.gates import HasGates
 from qexport.gates.deciding import decide, noise_floors
-from qexport.gates.limits import Limit, above_floor, limits_of
+from qexport.gates.limits import Limit, above_floor, limits_of, waiver
 from qexport.gates.profiles import ProfileOfLayer, profile_for
 from qexport.runtimes import ServedDtype
 
@@ -85,7 +85,7 @@ def unless_waived(settings: HasGates, limit: float | None) -> tuple[float | None
     """The limit of `fidelity_kl` where the settings have none; None, and a note, if they waive it by null."""
     if limit is None or FIDELITY not in settings.gates or settings.gates[FIDELITY] is not None:
         return limit, []
-    return None, [f"the gate {FIDELITY} is waived: verify.gates sets {FIDELITY} to null"]
+    return None, [waiver(FIDELITY, FIDELITY)]
 
 
 def decide_served_again(

@@ -9,7 +9,7 @@ from typing import Final
 from qexport.amounts import counted
 from qexport.artifact import Identity
 from qexport.artifact.agreement import read_report
-from qexport.artifact.baseline import BaselineRecord
+from qexport.artifact.baseline import COMPARED, BaselineRecord
 from qexport.artifact.figures import find_figure
 from qexport.artifact.manifest import REPORT_FOLDER
 from qexport.artifact.report import REPORT_NAME, Report
@@ -108,7 +108,7 @@ def _subfolders(place: Path) -> list[Path]:
 
 
 def _record(report: Report, margin: float, place: Path) -> BaselineRecord:
-    names = ("mean_kl", "perplexity_ratio", "top1_agreement", "decisive_flips")
+    names = list(COMPARED.values())
     measured = {name: found.value for name in names if (found := find_figure(report.figures, name)) is not None}
     if missing := [name for name in names if name not in measured]:
         raise InputError(f"the report of the baseline has no {listed(missing)}", where=str(place), mend=_AGAIN)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ class Plan:
         settings = self.recipe.verify
         return [] if settings is None or settings.tasks is None else planned_tasks(settings.tasks)
 
-    @property
+    @cached_property
     def baseline(self) -> BaselineRecord | None:
         """The release that the artifact would be compared with."""
         found = None if self.recipe.verify is None else read_baseline(self.recipe.verify)

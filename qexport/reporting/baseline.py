@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from qexport.amounts import counted
+from qexport.artifact.baseline import COMPARED
 from qexport.artifact.figures import GateResult, Verdict, find_figure
 from qexport.artifact.report import Report
 from qexport.reporting.values import UNMEASURED, format_value, gate_limit, label_of
@@ -13,14 +14,6 @@ from qexport.reporting.view import figure_row
 
 BASELINE_HEAD: Final = ("figure", "release", "artifact", "difference", "interval", "tolerance")
 """The columns of `BaselineRow.cells`; a verdict follows."""
-
-_FIGURES: Final = {
-    "baseline_mean_kl": "mean_kl",
-    "baseline_perplexity_ratio": "perplexity_ratio",
-    "baseline_top1_agreement": "top1_agreement",
-    "baseline_decisive_flips": "decisive_flips",
-}
-"""Each difference, and the figure that both releases have."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +47,7 @@ def baseline_view(report: Report) -> BaselineView | None:
     if report.baseline is None:
         return None
     gates = {gate.name: gate for gate in report.gates}
-    rows = [_row(report, name, of_both, gates.get(name)) for name, of_both in _FIGURES.items()]
+    rows = [_row(report, name, of_both, gates.get(name)) for name, of_both in COMPARED.items()]
     return BaselineView(_sentence(report), rows)
 
 

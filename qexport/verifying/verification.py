@@ -274,8 +274,8 @@ def _figures(found: Measured, reference: Reference) -> list[Figure]:
 
 def _needs_more(reference: Reference, found: Measured, gates: Sequence[GateResult]) -> bool:
     """Whether more windows could decide a gate: on differences from a baseline, windows that it was measured on too."""
-    further = held_out_windows(reference.held_out)[found.windows :]
-    if reference.baseline is None or not reference.baseline.shared_rows(further):
+    baseline, text = reference.baseline, reference.held_out
+    if baseline is None or not baseline.shared_rows(held_out_windows(text)[found.windows :]):
         gates = [gate for gate in gates if gate.figure not in PAIRED]
     return needs_more(gates)
 

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import factories
-from qexport.quantizing.factorization import single_thread
+from qexport.architectures.devices import single_thread
 from qexport.text.prompts import Prompt, encode_prompt
 
 REPEATS = 4

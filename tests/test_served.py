@@ -180,7 +180,7 @@ def package(root: Path, template: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_engine_arguments_are_json_for_any_length() -> None:
     for length in (None, 1, 131072):
-        made = json.loads(launch_files(VllmLaunch("a", length, "float16", [1]))["launch/triton/a/1/model.json"])
+        made = json.loads(launch_files(VllmLaunch("a", length, "float16", [1], False))["launch/triton/a/1/model.json"])
         assert made.get("max_model_len") == length
 
 

@@ -194,7 +194,7 @@ def test_a_script_serves_the_folder_above_it(tmp_path: Path) -> None:
     folder = vllm_folders.write(tmp_path / "a b", "gptq")
     echo = tmp_path / "bin" / "vllm"
     echo.parent.mkdir()
-    echo.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    echo.write_text('#!/bin/sh\nprintf "%s\\n" "$@" "$VLLM_CPU_INT4_W4A8"\n')
     echo.chmod(0o755)
     run = subprocess.run(
         ["sh", folder / "launch" / "vllm-serve.sh", "--enforce-eager"],
@@ -203,7 +203,8 @@ def test_a_script_serves_the_folder_above_it(tmp_path: Path) -> None:
         text=True,
         check=True,
     )
-    words = run.stdout.splitlines()
+    *words, rounds = run.stdout.splitlines()
+    assert rounds == "0", "with 4-bit codes in bfloat16"
     assert words[0] == "serve"
     assert Path(words[1]).resolve() == folder
     assert words[-1] == "--enforce-eager"
@@ -235,7 +236,7 @@ def test_names_are_ones_that_kubernetes_takes(origin: str, name: str) -> None:
 def test_the_length_is_the_smallest_that_the_config_says() -> None:
     assert max_model_len({"max_position_embeddings": 4096, "seq_length": 2048}) == 2048
     assert max_model_len({}) is None
-    files = launch_files(VllmLaunch("tiny", None, "float16", [1]))
+    files = launch_files(VllmLaunch("tiny", None, "float16", [1], False))
     assert all(b"max-model-len" not in content and b"max_model_len" not in content for content in files.values())
 
 

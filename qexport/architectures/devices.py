@@ -1,10 +1,11 @@
-"""The device to compute on, and bfloat16 linear layers on CPUs without bfloat16 instructions."""
+"""The device to compute on, and what gives the same bits on a CPU every time, whatever its instructions."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
 from typing import Final
 
 import torch
@@ -30,6 +31,38 @@ def find_device(name: str) -> torch.device:
     if device.type == "cuda" and not available:
         raise RecipeError("no CUDA device is available", where=f"device {name}", mend="use the device cpu or auto")
     return device
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """One thread for what torch computes; the bits of many functions depend on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+VECTOR_MATH: Final = (
+    "acos", "asin", "atan", "cos", "erf", "erfc", "erfinv", "exp", "log", "log10", "log1p", "log2", "sin", "sqrt",
+    "tan", "tanh", "trunc",
+)  # fmt: skip
+"""The functions that torch takes from MKL (`aten/src/ATen/cpu/vml.h`)."""
+
+
+@cache
+def start_vector_math() -> None:
+    """Calls each of MKL's vector functions once on one thread, so that its results are the same in every process.
+
+    MKL chooses their code at the first call. Where two threads make it together, one of them may compute with other
+    code: measured with torch 2.13 on a CPU with AVX512, where the first cosines of a process, a model's rotary angles,
+    had other bits in 2 of 40 runs.
+    """
+    with single_thread():
+        for name in VECTOR_MATH:
+            for dtype in (torch.float32, torch.float64):
+                getattr(torch, name)(torch.full((64,), 0.5, dtype=dtype))
 
 
 _VALUES_AT_ONCE: Final = 1 << 24

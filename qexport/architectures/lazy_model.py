@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from qexport.architectures.activation_rounding import round_inputs
 from qexport.architectures.architecture import Architecture
-from qexport.architectures.devices import has_bfloat16_instructions, multiply_in_float32
+from qexport.architectures.devices import has_bfloat16_instructions, multiply_in_float32, start_vector_math
 from qexport.architectures.memory import return_freed_memory
 from qexport.architectures.naming import Part
 from qexport.architectures.structure import LinearSpec, find_blocks
@@ -75,6 +75,7 @@ class LazyModel:
     def __init__(
         self, architecture: Architecture, source: WeightSource, *, dtype: torch.dtype, device: torch.device
     ) -> None:
+        start_vector_math()
         self.architecture, self.structure = architecture, architecture.structure
         self.dtype, self.device, self._source, self._naming = dtype, device, source, architecture.naming
         self._model = architecture.empty_model()

@@ -14,9 +14,9 @@ from typing import Final
 
 import torch
 
+from qexport.architectures.devices import single_thread
 from qexport.pipeline.expected_memory import PREPARED
 from qexport.pipeline.expected_sizes import RunSizes
-from qexport.quantizing.factorization import single_thread
 from qexport.quantizing.gptq import Gptq
 from qexport.verifying import VerifySettings
 from qexport.verifying.prompt_batches import ROWS

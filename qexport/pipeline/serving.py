@@ -112,7 +112,11 @@ def _start(
             scored="vocabulary",
             figures=figures,
             fidelity_limit=fidelity,
-            notes=[*_other_dtype(settings, runtime.facts), *_notes(figures, fidelity, reference, gates)],
+            notes=[
+                *_other_dtype(settings, runtime.facts),
+                *_rounded_inputs(runtime.facts),
+                *_notes(figures, fidelity, reference, gates),
+            ],
         )
 
 
@@ -166,3 +170,10 @@ def _other_dtype(settings: RuntimeSettings, facts: RuntimeFacts) -> list[str]:
     if settings.dtype in (None, facts.dtype):
         return []
     return [f"{settings.label} says that it computes in {facts.dtype}, not in {settings.dtype}"]
+
+
+def _rounded_inputs(facts: RuntimeFacts) -> list[str]:
+    layers = sum(count for name, count in facts.kernels.items() if name.endswith("with int8 inputs"))
+    if not layers:
+        return []
+    return [f"vLLM rounds the inputs of {layers} layers to int8: VLLM_CPU_INT4_W4A8=0 keeps them at 16 bits"]

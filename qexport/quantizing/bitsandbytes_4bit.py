@@ -15,8 +15,8 @@ from typing import Final
 
 import torch
 
+from qexport.architectures.devices import single_thread
 from qexport.formats.bitsandbytes.four_bit_tensors import NESTED_BLOCK_SIZE, QuantType, dynamic_values, four_bit_values
-from qexport.quantizing.factorization import single_thread
 from qexport.tensors import BlockQuantized, BlockQuantizedSpec, NestedAbsmax
 
 _VALUES_AT_ONCE: Final = 1 << 18

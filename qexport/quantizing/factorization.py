@@ -18,21 +18,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from qexport.architectures.devices import single_thread
+
 TILE = 192
 """Rows and columns of a tile. Larger tiles leave less to do side by side, smaller ones make slower products."""
 
 Task = Callable[[], object]
-
-
-@contextmanager
-def single_thread() -> Iterator[None]:
-    """One thread for what torch computes; the bits of many functions depend on the number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qexport.quantizing.factorization import Task, side_by_side, single_thread
+from qexport.architectures.devices import single_thread
+from qexport.quantizing.factorization import Task, side_by_side
 
 ROWS: Final = 512
 """Tokens of one product."""

@@ -165,6 +165,21 @@ def test_another_dtype_fails_and_is_told(folders: dict[str, Path], reference: Re
     assert found.facts.dtype == "bfloat16"
 
 
+def test_bfloat16_is_confirmed_unless_vllm_rounds_the_inputs(
+    folders: dict[str, Path], reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What vLLM does by default on CPUs with AMX."""
+    (found,) = measured(folders["gptq"], reference, folders["gptq"], dtype="bfloat16")
+    assert found.failed("bfloat16") == []
+    assert found.facts.arguments["VLLM_CPU_INT4_W4A8"] == "0"
+    if not torch.cpu._is_amx_tile_supported():
+        return
+    monkeypatch.setenv("VLLM_CPU_INT4_W4A8", "1")
+    (rounded,) = measured(folders["gptq"], reference, folders["gptq"], dtype="bfloat16")
+    assert rounded.failed("bfloat16") == ["fidelity_kl through vllm"]
+    assert any(name.endswith("with int8 inputs") for name in rounded.facts.kernels)
+
+
 def test_what_vllm_does_not_look_at_shows_in_the_bytes_alone(
     folders: dict[str, Path], reference: Reference, tmp_path: Path
 ) -> None:

@@ -63,6 +63,8 @@ class VllmLayout:
         notes = _kernel_notes(self._outputs)
         if isinstance(self._outputs.format, GptqFormat) and self._unquantized_dtype == torch.bfloat16:
             notes.append("only --dtype float16 reads the scales as they are")
+        if self._rounded_by_amx:
+            notes.append("on CPUs with AMX, bfloat16 wants VLLM_CPU_INT4_W4A8=0, as in launch/vllm-serve.sh")
         working = ", ".join(map(str, self._degrees))
         return [*notes, f"numbers of GPUs that work (--tensor-parallel-size): {working}"]
 
@@ -84,6 +86,7 @@ class VllmLayout:
             max_model_len(self._config),
             str(self._unquantized_dtype).removeprefix("torch."),
             self._degrees,
+            self._rounded_by_amx,
         )
         served = replace(checkpoint, files={**checkpoint.files, **launch_files(figures)})
         return model_files(served, self._outputs.format, self.quantization, self._unquantized_dtype, self.notes)
@@ -97,6 +100,12 @@ class VllmLayout:
     @property
     def _unquantized_dtype(self) -> torch.dtype:
         return self._outputs.unquantized_dtype(f"{self._structure.embedding}.weight")
+
+    @property
+    def _rounded_by_amx(self) -> bool:
+        """See `CPUWNA16LinearKernel` in `vllm/model_executor/kernels/linear/mixed_precision/cpu.py` (0.32)."""
+        codes = [spec for spec in self._outputs.quantized.values() if isinstance(spec, GroupQuantizedSpec)]
+        return self._unquantized_dtype == torch.bfloat16 and any(spec.bits == 4 for spec in codes)
 
     @property
     def _degrees(self) -> list[int]:

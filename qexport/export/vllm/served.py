@@ -42,6 +42,7 @@ class VllmLaunch:
         max_model_len: tokens of prompt and answer; None if the config does not limit them.
         dtype: what vLLM computes in.
         degrees: tensor-parallel degrees that work.
+        rounded_by_amx: vLLM would round the inputs of layers to int8 on CPUs with AMX, see `vllm-serve.sh`.
         image: the server's container image.
         model: the folder in the container.
         port: of the server.
@@ -51,6 +52,7 @@ class VllmLaunch:
     max_model_len: int | None
     dtype: str
     degrees: list[int]
+    rounded_by_amx: bool
     image: str = IMAGE
     model: str = _MODEL
     port: int = _PORT

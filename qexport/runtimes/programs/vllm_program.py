@@ -7,7 +7,11 @@ import os
 from importlib import metadata
 from typing import Any
 
+_ROUNDING = "VLLM_CPU_INT4_W4A8"
+"""Whether CPUs with AMX round the inputs of 4-bit layers to int8 in bfloat16; vLLM's default is 1."""
+
 _SETTINGS = {
+    _ROUNDING: "0",  # as the artifact's launch/vllm-serve.sh sets it
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the model must be in this process
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -71,7 +75,8 @@ class Model:
             "version": metadata.version(names[-1]) if names else _version(),
             "kernels": dict(kinds),
             "dtype": str(self._engine.llm_engine.model_config.dtype).replace("torch.", ""),
-            "arguments": {name: str(value) for name, value in self._arguments.items()},
+            "arguments": {name: str(value) for name, value in self._arguments.items()}
+            | {_ROUNDING: os.environ[_ROUNDING]},
         }
 
     def score(self, ids: list[int]) -> Any:
@@ -99,7 +104,7 @@ class Model:
 
 
 def _kernel(module: Any) -> str | None:
-    """The class that multiplies with the layer's weights; None if the module is no linear layer."""
+    """The class that multiplies with the layer's weights, and whether it rounds inputs; None for no linear layer."""
     method = getattr(module, "quant_method", None)
     if method is None or not hasattr(module, "input_size"):
         return None
@@ -111,7 +116,8 @@ def _kernel(module: Any) -> str | None:
                 parts.append(inner)
                 if getattr(inner, "kernel", None) is not None:
                     parts.append(inner.kernel)
-    return " / ".join(dict.fromkeys(type(part).__name__ for part in parts))
+    name = " / ".join(dict.fromkeys(type(part).__name__ for part in parts))
+    return f"{name} with int8 inputs" if getattr(module, "use_w4a8", False) else name
 
 
 def _installed(name: str) -> bool:

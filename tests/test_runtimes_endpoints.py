@@ -19,7 +19,7 @@ import factories
 from endpoint_server import Kind, serving
 from qexport.artifact.served import RuntimeFacts, ServedRecord, confirmation, confirming
 from qexport.errors import InputError, QexportError, ResourceError
-from qexport.gates.serving import decide_served, fidelity_limit
+from qexport.gates.serving import decide_served, fidelity_limit, limits_of_runtime
 from qexport.progress import Steps, silent
 from qexport.reading.stored_model import open_stored
 from qexport.runtimes import RuntimeSettings
@@ -92,7 +92,7 @@ def measured(folder: Path, kind: Kind, model: object, *, scoring: bool = True) -
 def test_a_sound_endpoint_is_confirmed_and_a_damaged_one_is_not(folder: Path) -> None:  # noqa: F811
     models = {"sound": sound(), "o_proj x 0.9": damaged("o_proj x 0.9")}
     found = {name: measured(folder, "vllm", model) for name, model in models.items()}
-    limit = fidelity_limit("float32", None, "bfloat16")
+    limit = limits_of_runtime(fidelity_limit("float32", None, "bfloat16"), rounds=False)
     decided = {name: decide_served([], each.figures, limit, "x", each.checks) for name, each in found.items()}
     verdicts = {name: {gate.name: gate.verdict for gate in gates} for name, gates in decided.items()}
     assert verdicts == {
@@ -116,7 +116,7 @@ def test_an_endpoint_that_scores_nothing_gives_continuations_and_says_so(folder:
     record = ServedRecord(
         label="x", runtime=facts, scored=found.scored, figures=found.figures, fidelity_limit=None, notes=found.notes
     )
-    gates = decide_served([], found.figures, None, "x", found.checks)
+    gates = decide_served([], found.figures, [], "x", found.checks)
     assert [gate.verdict for gate in gates] == ["pass"]  # its tokenizer
     assert confirmation(record, gates) == "undecided"
     assert confirming([record], gates) == []
@@ -136,7 +136,7 @@ def test_another_tokenizer_is_named(folder: Path) -> None:  # noqa: F811
         open_stored(folder, dtype=torch.float32) as artifact,
     ):
         found = measure_endpoint(open_endpoint(opened(url), decode), artifact, reference(), Steps(silent))
-    (gate,) = decide_served([], found.figures, None, "x", found.checks)
+    (gate,) = decide_served([], found.figures, [], "x", found.checks)
     assert (gate.name, gate.verdict) == ("tokenizer through x", "fail")
     assert "other tokens of" in gate.reason
 

@@ -19,7 +19,7 @@ from qexport.artifact.figures import Figure, GateResult, find_figure
 from qexport.artifact.served import RuntimeFacts, through, verdict_through
 from qexport.errors import InputError, NumericalError
 from qexport.gates.limits import Limit
-from qexport.gates.serving import decide_served, fidelity_limit
+from qexport.gates.serving import decide_served, fidelity_limit, limits_of_runtime, unless_waived
 from qexport.progress import Steps, silent
 from qexport.quantizing.rounding import NearestSource
 from qexport.reading.stored_model import open_stored
@@ -33,6 +33,7 @@ from quantized_models import QuantizedModel, dequantized
 CPU = torch.device("cpu")
 LABEL = "vllm float32"
 LIMIT = fidelity_limit("float32", None, "bfloat16")
+OF_RUNTIME = limits_of_runtime(LIMIT, rounds=False)
 
 
 class Whole:
@@ -118,7 +119,7 @@ def measured(folder: Path, runtime: Whole) -> list[Figure]:
 
 def gates(figures: Sequence[Figure]) -> list[GateResult]:
     limits = [Limit("mean_kl", None, "at_most", 0.5, by_user=True)]
-    return decide_served(limits, figures, LIMIT, LABEL)
+    return decide_served(limits, figures, OF_RUNTIME, LABEL)
 
 
 def value(found: list[Figure], name: str) -> float:
@@ -270,10 +271,35 @@ def test_a_limit_of_the_recipe_takes_the_place_of_ours() -> None:
     figure = Figure(
         name="fidelity_kl", value=0.5, low=0.4, high=0.6, sequence_low=0.4, sequence_high=0.6, n=9, unit="window"
     )
-    (gate,) = decide_served([Limit("fidelity_kl", None, "at_most", 0.7, by_user=True)], [figure], LIMIT, LABEL)
+    (gate,) = decide_served([Limit("fidelity_kl", None, "at_most", 0.7, by_user=True)], [figure], OF_RUNTIME, LABEL)
     assert (gate.limit, gate.verdict) == (0.7, "pass")
-    assert decide_served([], [figure], None, LABEL) == []
-    (gate,) = decide_served([Limit("fidelity_kl", None, "at_most", 0.7, by_user=True)], [], None, LABEL)
+    assert decide_served([], [figure], [], LABEL) == []
+    (gate,) = decide_served([Limit("fidelity_kl", None, "at_most", 0.7, by_user=True)], [], [], LABEL)
     assert gate.verdict == "undecided"
-    assert decide_served([Limit("mean_kl", None, "at_most", 0.7, by_user=True)], [], None, LABEL) == []
+    assert decide_served([Limit("mean_kl", None, "at_most", 0.7, by_user=True)], [], [], LABEL) == []
     assert verdict_through(LABEL, []) == "undecided"
+
+
+@pytest.mark.parametrize(("drift", "failed"), [(-0.02, []), (0.4, ["at_most"]), (-0.9, ["at_least"])])
+def test_where_activations_are_rounded_the_drift_may_be_no_other(drift: float, failed: list[str]) -> None:
+    around: dict[str, float] = dict(low=drift - 0.05, high=drift + 0.05)
+    figure = Figure(
+        name="kl_over_reading",
+        value=drift,
+        **around,
+        sequence_low=around["low"],
+        sequence_high=around["high"],
+        n=9,
+        unit="window",
+    )
+    limits = limits_of_runtime(None, rounds=True)
+    decided = decide_served([], [figure], limits, "x")
+    assert [gate.name for gate in decided if gate.verdict == "fail"] == [
+        f"kl_over_reading {bound} through x" for bound in failed
+    ]
+    assert all(gate.verdict in ("pass", "fail") for gate in decided)
+    waiving = VerifySettings(text="a.jsonl", profile="off", gates={"kl_over_reading": None})
+    assert unless_waived(waiving, limits) == (
+        [],
+        ["the gate kl_over_reading is waived: verify.gates sets kl_over_reading to null"],
+    )

@@ -52,6 +52,9 @@ class ServedRecord(Record):
     """The largest `fidelity_kl` that passes, if the recipe sets no other; None where activations are rounded, since two
     computations of such a model are as far from each other as from the reference."""
 
+    compares_drift: bool = False
+    """Whether `kl_over_reading` has a limit, if the recipe sets no other: where activations are rounded."""
+
     notes: list[str]
     """What could not be measured, and why."""
 

@@ -10,7 +10,7 @@ from qexport.artifact.report import Report
 from qexport.artifact.served import through
 from qexport.gates import HasGates
 from qexport.gates.deciding import decide, noise_floors
-from qexport.gates.limits import Limit, above_floor, limits_of, waiver
+from qexport.gates.limits import Bound, Limit, above_floor, limits_of, waiver
 from qexport.gates.profiles import ProfileOfLayer, profile_for
 from qexport.runtimes import ServedDtype
 
@@ -21,7 +21,9 @@ _LEAST: Final[Mapping[str, float]] = {"float32": 1e-6, "float16": 1e-4, "bfloat1
 
 _FLOORS: Final = 4.0
 
-FIDELITY: Final = "fidelity_kl"
+_SAME_DRIFT: Final = 0.15
+"""Where activations are rounded: a runtime's divergence from the reference may be 1.35 times that of our reading, or
+that much smaller. vLLM with SmolLM2 in W8A8 is at -0.02, with one layer's scales rolled at 0.2."""
 
 
 def fidelity_limit(dtype: str, noise_floor: float | None, reference_dtype: str) -> float:
@@ -42,10 +44,23 @@ def fidelity_limit(dtype: str, noise_floor: float | None, reference_dtype: str) 
     return max(least, _FLOORS * noise_floor * (_EPSILON[known] / _EPSILON[reference_dtype]) ** 2)
 
 
+def limits_of_runtime(fidelity: float | None, *, rounds: bool) -> list[Limit]:
+    """The limits that hold for what a runtime computes, unless the settings have others for the same figures.
+
+    Args:
+        fidelity: the largest `fidelity_kl`; None for no such limit.
+        rounds: whether its drift is compared with our reading's instead, since activations are rounded.
+    """
+    if rounds:
+        sides: list[tuple[Bound, float]] = [("at_most", _SAME_DRIFT), ("at_least", -_SAME_DRIFT)]
+        return [Limit("kl_over_reading", None, bound, value, by_user=False, one_sided=False) for bound, value in sides]
+    return [] if fidelity is None else [Limit("fidelity_kl", None, "at_most", fidelity, by_user=False)]
+
+
 def decide_served(
     limits: Sequence[Limit],
     figures: Sequence[Figure],
-    fidelity: float | None,
+    of_runtime: Sequence[Limit],
     label: str,
     checks: Sequence[CheckResult] = (),
 ) -> list[GateResult]:
@@ -57,14 +72,13 @@ def decide_served(
     Args:
         limits: the recipe's and the profile's.
         figures: what was measured through the runtime.
-        fidelity: the largest `fidelity_kl` unless the limits have one; None for no such gate.
+        of_runtime: further ones, for figures that these do not limit; see `limits_of_runtime`.
         label: the runtime's.
         checks: of the endpoint's tokenizer.
     """
     others = left_out(limits, figures)
-    own = [each for each in limits if each not in others]
-    if fidelity is not None and FIDELITY not in {limit.figure for limit in limits}:
-        own.append(Limit(FIDELITY, None, "at_most", fidelity, by_user=False))
+    limited = {limit.figure for limit in limits}
+    own = [each for each in limits if each not in others] + [each for each in of_runtime if each.figure not in limited]
     decided = decide([], [], checks, ["tokenizer"]) if checks else []
     decided += [_one(limit, figures) for limit in own]
     return [gate.model_copy(update={"name": through(gate.name, label)}) for gate in decided]
@@ -81,11 +95,10 @@ def left_out(limits: Sequence[Limit], figures: Sequence[Figure]) -> list[Limit]:
     return [each for each in limits if (each.figure, each.domain) not in measured and not CATALOGUE[each.figure].served]
 
 
-def unless_waived(settings: HasGates, limit: float | None) -> tuple[float | None, list[str]]:
-    """The limit of `fidelity_kl` where the settings have none; None, and a note, if they waive it by null."""
-    if limit is None or FIDELITY not in settings.gates or settings.gates[FIDELITY] is not None:
-        return limit, []
-    return None, [waiver(FIDELITY, FIDELITY)]
+def unless_waived(settings: HasGates, limits: Sequence[Limit]) -> tuple[list[Limit], list[str]]:
+    """The limits of a runtime that the settings do not waive by null, and a note for each that they do."""
+    waived = dict.fromkeys(each.figure for each in limits if settings.gates.get(each.figure, each) is None)
+    return [each for each in limits if each.figure not in waived], [waiver(figure, figure) for figure in waived]
 
 
 def decide_served_again(
@@ -98,8 +111,9 @@ def decide_served_again(
     if report.served_in and any(CATALOGUE[limit.figure].served for limit in limits):
         notes.append(f"limits on what only runtimes tell are decided in the report of the layout {report.served_in}")
     for each in report.served:
-        fidelity, waived = unless_waived(settings, each.fidelity_limit)
-        results += decide_served(limits, each.figures, fidelity, each.label, each.checks)
+        of_runtime = limits_of_runtime(each.fidelity_limit, rounds=each.compares_drift)
+        own, waived = unless_waived(settings, of_runtime)
+        results += decide_served(limits, each.figures, own, each.label, each.checks)
         notes += [note for note in waived if note not in notes]
     return results, notes
 

@@ -12,7 +12,7 @@ import torch
 from qexport.artifact.figures import CATALOGUE, Figure, GateResult
 from qexport.artifact.served import RuntimeFacts, ServedRecord
 from qexport.gates.deciding import decide
-from qexport.gates.serving import decide_served, fidelity_limit, left_out, unless_waived
+from qexport.gates.serving import decide_served, fidelity_limit, left_out, limits_of_runtime, unless_waived
 from qexport.pipeline.folders import ArtifactFolder
 from qexport.pipeline.reference import Gates
 from qexport.pipeline.runtimes import misfit
@@ -79,8 +79,9 @@ def measure_through(
             continue
         record = _measure(each, reference, opened.artifact, gates, progress)
         records.append(record)
-        fidelity, _ = unless_waived(reference.settings, record.fidelity_limit)
-        decided += decide_served(gates.limits, record.figures, fidelity, record.label, record.checks)
+        of_runtime = limits_of_runtime(record.fidelity_limit, rounds=record.compares_drift)
+        own, _ = unless_waived(reference.settings, of_runtime)
+        decided += decide_served(gates.limits, record.figures, own, record.label, record.checks)
     if not records:
         decided = decide([limit for limit in gates.limits if CATALOGUE[limit.figure].served], [], [], [])
     return ServedArtifact(records, decided, unconfirmed)
@@ -103,8 +104,9 @@ def _start(
     longest = most_tokens(reference.held_out.input_ids.shape[1])
     with ChildRuntime(settings, artifact.folder, longest=longest) as runtime:
         fidelity = _fidelity(settings, runtime.facts, reference, artifact)
-        allowed, _ = unless_waived(reference.settings, fidelity)
-        gates_of = partial(decide_served, gates.limits, fidelity=allowed, label=settings.label)
+        of_runtime = limits_of_runtime(fidelity, rounds=artifact.rounds_activations)
+        own, waived = unless_waived(reference.settings, of_runtime)
+        gates_of = partial(decide_served, gates.limits, of_runtime=own, label=settings.label)
         figures = measure_served(runtime, artifact, reference, gates_of, Steps(progress))
         return ServedRecord(
             label=settings.label,
@@ -112,10 +114,13 @@ def _start(
             scored="vocabulary",
             figures=figures,
             fidelity_limit=fidelity,
+            compares_drift=artifact.rounds_activations,
             notes=[
                 *_other_dtype(settings, runtime.facts),
                 *_rounded_inputs(runtime.facts),
-                *_notes(figures, fidelity, reference, gates),
+                *_rounding(artifact),
+                *waived,
+                *_not_limited(figures, gates),
             ],
         )
 
@@ -127,6 +132,7 @@ def _ask(
     endpoint = open_endpoint(settings, lambda ids: str(reference.tokenizer.decode(list(ids))))
     progress(Notice(f"{settings.label} is {endpoint.facts.name} {endpoint.facts.version}"))
     fidelity = _fidelity(settings, endpoint.facts, reference, artifact)
+    _, waived = unless_waived(reference.settings, limits_of_runtime(fidelity, rounds=False))
     measured = measure_endpoint(endpoint, artifact, reference, Steps(progress))
     return ServedRecord(
         label=settings.label,
@@ -138,22 +144,22 @@ def _ask(
         notes=[
             *measured.notes,
             *_other_dtype(settings, endpoint.facts),
-            *_notes(measured.figures, fidelity, reference, gates),
+            *(_rounding(artifact) or waived),
+            *_not_limited(measured.figures, gates),
         ],
     )
 
 
-def _notes(figures: Sequence[Figure], fidelity: float | None, reference: Reference, gates: Gates) -> list[str]:
+def _not_limited(figures: Sequence[Figure], gates: Gates) -> list[str]:
     """Which limits do not hold for what the runtime computes."""
-    _, notes = unless_waived(reference.settings, fidelity)
     others = [limit.name for limit in left_out(gates.limits, figures)]
-    return [
-        *([_ROUNDED] if fidelity is None else notes),
-        *([f"not limited here: {', '.join(others)}"] if others else []),
-    ]
+    return [f"not limited here: {', '.join(others)}"] if others else []
 
 
-_ROUNDED: Final = "fidelity_kl has no limit: activations are rounded, so that two sound computations differ"
+def _rounding(artifact: StoredModel) -> list[str]:
+    if not artifact.rounds_activations:
+        return []
+    return ["fidelity_kl has no limit: activations are rounded, so that two sound computations differ"]
 
 
 def _fidelity(

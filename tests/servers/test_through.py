@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from qexport.architectures.architecture import Checkpoint
 from qexport.artifact.figures import Figure, GateResult, find_figure
 from qexport.artifact.served import RuntimeFacts
 from qexport.errors import InputError
-from qexport.gates.serving import decide_served, fidelity_limit
+from qexport.gates.limits import Limit
+from qexport.gates.serving import decide_served, fidelity_limit, limits_of_runtime
 from qexport.loading import LoadSettings
 from qexport.loading.small_files import open_tokenizer
 from qexport.pipeline.verification import verify
@@ -38,7 +40,10 @@ from qexport.verifying.sampled import measure_endpoint
 from qexport.verifying.served import measure_served
 
 PYTHON = os.environ.get("QEXPORT_VLLM_PYTHON", "")
-LIMITS = {dtype: fidelity_limit(dtype, None, "bfloat16") for dtype in ("float16", "bfloat16")}
+LIMITS = {
+    dtype: limits_of_runtime(fidelity_limit(dtype, None, "bfloat16"), rounds=False) for dtype in ("float16", "bfloat16")
+}
+DRIFT = limits_of_runtime(None, rounds=True)
 SETTINGS = VerifySettings(
     text=str(artifacts.ROOT / "calibration" / "heldout.jsonl"),
     windows=24,
@@ -46,7 +51,6 @@ SETTINGS = VerifySettings(
     sequence_length=64,
     profile="off",
 )
-SAME_DRIFT = 0.1
 SHORT = SETTINGS.model_copy(update={"windows": 2, "max_windows": 2})
 SHOWN = ("mean_kl", "perplexity_ratio", "fidelity_kl", "fidelity_top1", "fidelity_continuations", "kl_over_reading")
 
@@ -108,8 +112,9 @@ class Found:
         assert figure is not None
         return figure.value
 
-    def failed(self, dtype: str = "float16") -> list[str]:
-        gates: list[GateResult] = decide_served([], self.figures, LIMITS[dtype], "vllm")
+    def failed(self, dtype: str = "float16", of_runtime: Sequence[Limit] | None = None) -> list[str]:
+        limits = LIMITS[dtype] if of_runtime is None else of_runtime
+        gates: list[GateResult] = decide_served([], self.figures, limits, "vllm")
         assert all(gate.verdict in ("pass", "fail") for gate in gates)
         return [gate.name for gate in gates if gate.verdict == "fail"]
 
@@ -204,11 +209,11 @@ def test_rounded_activations_drift_as_far_as_our_reading_says(
     vLLM's int8 kernel has no float16.
     """
     (sound,) = measured(folders["w8a8"], reference, folders["w8a8"], dtype="bfloat16")
-    assert abs(sound.value("kl_over_reading")) < SAME_DRIFT
-    assert sound.value("fidelity_kl") > LIMITS["float16"]
+    assert sound.failed(of_runtime=DRIFT) == []
+    assert sound.failed("bfloat16") == ["fidelity_kl through vllm"]
     damaged = faults.copied(folders["w8a8"], tmp_path / "damaged w8a8", faults.zero_rows)
     (found,) = measured(damaged, reference, folders["w8a8"], dtype="bfloat16")
-    assert found.value("kl_over_reading") > SAME_DRIFT
+    assert found.failed(of_runtime=DRIFT) == ["kl_over_reading at_most through vllm"]
 
 
 def test_an_endpoint_is_confirmed_but_for_its_tokenizer(

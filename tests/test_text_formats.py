@@ -24,6 +24,7 @@ ROOT = Path(__file__).parent.parent
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(),
     lambda each: st.lists(each) | st.dictionaries(st.text(), each),
+    max_leaves=12,
 )
 OBJECTS = st.dictionaries(st.text(), VALUES) | st.lists(VALUES)
 

@@ -319,6 +319,7 @@ GGUF_FAULTS: dict[str, tuple[bytes, str]] = {
     "an alignment of 0": (header([], [string("general.alignment") + struct.pack("<II", 4, 0)]), "alignment 0"),
     "a tensor twice": (header([tensor("a", [1], 0, 0)] * 2, []) + bytes(64), "'a' appears twice"),
     "no dimensions": (header([tensor("a", [], 0, 0)], []) + bytes(64), "0 dimensions"),
+    "no values": (header([tensor("a", [0, 1 << 60], 0, 0)], []) + bytes(64), "'a' has no values"),
     "five dimensions": (header([tensor("a", [1] * 5, 0, 0)], []) + bytes(64), "5 dimensions"),
     "an unknown storage": (header([tensor("a", [1], 999, 0)], []) + bytes(64), "999"),
     "rows that are no whole blocks": (header([tensor("a", [33], 2, 0)], []) + bytes(64), "blocks of 32"),

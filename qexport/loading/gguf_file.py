@@ -155,6 +155,8 @@ class _Header:
     ) -> dict[str, GgufTensor]:
         tensors: dict[str, GgufTensor] = {}
         for name, (shape, kind, offset) in table.items():
+            if 0 in shape:  # no bytes are outside the file then, however many rows there are
+                raise ValueError(f"the tensor {name!r} has no values")
             block, size = GGML_QUANT_SIZES[kind]
             if shape[-1] % block:
                 raise ValueError(f"rows of {shape[-1]} in {name!r} do not divide into blocks of {block}")

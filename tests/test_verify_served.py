@@ -282,13 +282,14 @@ def test_a_limit_of_the_recipe_takes_the_place_of_ours() -> None:
 
 @pytest.mark.parametrize(("drift", "failed"), [(-0.02, []), (0.4, ["at_most"]), (-0.9, ["at_least"])])
 def test_where_activations_are_rounded_the_drift_may_be_no_other(drift: float, failed: list[str]) -> None:
-    around: dict[str, float] = dict(low=drift - 0.05, high=drift + 0.05)
+    low, high = drift - 0.05, drift + 0.05
     figure = Figure(
         name="kl_over_reading",
         value=drift,
-        **around,
-        sequence_low=around["low"],
-        sequence_high=around["high"],
+        low=low,
+        high=high,
+        sequence_low=low,
+        sequence_high=high,
         n=9,
         unit="window",
     )

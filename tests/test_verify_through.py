@@ -37,7 +37,7 @@ from qexport.runtimes import RuntimeSettings, parse_through, portable_through
 from qexport.verifying import VerifySettings
 
 ROOT = Path(__file__).parents[1]
-PROGRAM = ROOT / "tests" / "runtime_programs" / "reading_program"
+PROGRAM = ROOT / "tests" / "runtime_programs" / "llama_program"
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def made(folder: Path, config: PretrainedConfig, method: dict[str, Any], *, veri
         "output": "./out",
     }
     if verified:
-        recipe["verify"] = {"text": "held-out.jsonl", "windows": 2, "sequence_length": 64, "profile": "off"}
+        recipe["verify"] = {"text": "held-out.jsonl", "windows": 2, "sequence_length": 32, "profile": "off"}
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
     return folder / "recipe.yaml"
 

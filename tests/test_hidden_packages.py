@@ -104,7 +104,7 @@ def recipes(folder: Path) -> list[list[str]]:
             "load": {"base": "base", "adapter": "loha" if name == "none" else "lora"},
             "quantize": quantize,
             "export": [{"layout": "safetensors"}],
-            "verify": {"text": "held-out.jsonl", "windows": 4, "sequence_length": 32, "profile": "off"},
+            "verify": {"text": "held-out.jsonl", "windows": 2, "sequence_length": 16, "profile": "off"},
             "output": output,
         }
         (folder / f"{name}.yaml").write_text(json.dumps(recipe))

@@ -11,7 +11,7 @@ all measurements. "Windows" takes windows as the units, "documents" takes those 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -152,6 +152,39 @@ def _means(tokens: Array, units: Units) -> Array:
     return np.asarray(sums / sizes[:, None])
 
 
+Drawn = Callable[[np.random.Generator, tuple[int, int]], Array]
+SHAPES: Final[Mapping[str, tuple[float, Drawn]]] = {
+    "symmetric (normal)": (0.0, lambda random, shape: random.normal(size=shape)),
+    "a few far above (lognormal, sigma 0.8)": (
+        float(np.exp(0.32)), lambda random, shape: np.exp(0.8 * random.normal(size=shape))
+    ),
+    "a few far below (the same, mirrored)": (
+        -float(np.exp(0.32)), lambda random, shape: -np.exp(0.8 * random.normal(size=shape))
+    ),
+    "one in five far below": (
+        0.8, lambda random, shape: (random.random(shape) < 0.8) + 0.1 * random.normal(size=shape)
+    ),
+}  # fmt: skip
+"""The mean of a document's figure, and how it is drawn."""
+
+SKEWED_LOOKS: Final = (16, 29, 48, 64)
+
+
+def skewed(truth: float, drawn: Drawn, runs: int, seed: int) -> tuple[float, float, float]:
+    """How often an artifact at an upper and at a lower limit passes at some look, and how often the sequence misses.
+
+    Documents of one size in ten domains.
+    """
+    values = drawn(np.random.default_rng(seed), (SKEWED_LOOKS[-1], runs))
+    below, above = np.zeros(runs, dtype=bool), np.zeros(runs, dtype=bool)
+    for documents in SKEWED_LOOKS:
+        found = moments(values[:documents], [str(index % 10) for index in range(documents)])
+        low, high = found.interval(_sequence(found))
+        below |= high < truth
+        above |= low > truth
+    return float(below.mean()), float(above.mean()), float((below | above).mean())
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=int, default=100, help="texts with other lengths of documents")
@@ -164,6 +197,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for kind, rates in zip(("windows", "documents"), found, strict=True):
             shares = " | ".join(f"{100 * share:.1f} %" for share in (rates.covered, rates.missed, rates.passed))
             print(f"| {name} | {kind} | {shares} |", flush=True)
+    print("\n| documents' figures | passed at an upper limit | at a lower limit | missed by the sequence |")
+    print("|---|---|---|---|")
+    for shape, (truth, drawn) in SHAPES.items():
+        rates_of_shape = skewed(truth, drawn, chosen.texts * chosen.runs, seed=1)
+        print(f"| {shape} | {' | '.join(f'{100 * share:.1f} %' for share in rates_of_shape)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ _FLOORS: Final = 4.0
 
 _SAME_DRIFT: Final = 0.15
 """Where activations are rounded: a runtime's divergence from the reference may be 1.35 times that of our reading, or
-that much smaller. vLLM with SmolLM2 in W8A8 is at -0.02, with rows of zeros in one layer at 0.62."""
+that much smaller. vLLM with SmolLM2 in W8A8 is at -0.02, with a layer of zeros at 0.62."""
 
 
 def fidelity_limit(dtype: str, noise_floor: float | None, reference_dtype: str) -> float:

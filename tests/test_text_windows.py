@@ -15,9 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 import factories
 from qexport.errors import InputError
-from qexport.tensors import CalibrationSet
 from qexport.text.documents import Document, Documents
-from qexport.text.windows import make_windows, shuffled
+from qexport.text.windows import Windows, make_windows, shuffled
 
 END = 0
 CONVERSATION = ({"role": "user", "content": "Is the mill open?"}, {"role": "assistant", "content": "From six."})
@@ -28,7 +27,7 @@ def shared_tokenizer() -> PreTrainedTokenizerFast:
     return factories.tokenizer()
 
 
-def windows_of(*items: Document, tokenizer: PreTrainedTokenizerFast | None = None, **options: Any) -> CalibrationSet:
+def windows_of(*items: Document, tokenizer: PreTrainedTokenizerFast | None = None, **options: Any) -> Windows:
     values = dict(samples=2, sequence_length=16, vocab_size=factories.VOCABULARY) | options
     return make_windows(Documents(items, "texts.jsonl"), tokenizer or shared_tokenizer(), **values)
 
@@ -155,6 +154,22 @@ def test_a_tokenizers_own_end_of_text_is_not_doubled_and_its_beginning_is_kept()
     expected = list(chain.from_iterable([1, *tokens_of(text)] for text in factories.TEXT))
     windows = windows_of(*factories.TEXT, tokenizer=tokenizer, samples=9)
     assert windows.input_ids.flatten().tolist() == expected[: 9 * 16]
+
+
+@pytest.mark.parametrize("length", [2, 5, 16])
+def test_every_window_begins_as_the_tokenizer_begins_a_text(length: int) -> None:
+    tokenizer = factories.tokenizer()
+    tokenizer.bos_token = "<|start|>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|start|> $A", special_tokens=[("<|start|>", 1)]
+    )
+    windows = windows_of(*factories.TEXT, tokenizer=tokenizer, samples=9, sequence_length=length)
+    left = list(chain.from_iterable([1, *tokens_of(text)] for text in factories.TEXT))
+    for window, owners in zip(windows.input_ids.tolist(), windows.documents.tolist(), strict=True):
+        own = length if left[0] == 1 else length - 1
+        assert window == [1, *left[:own]][-length:]
+        assert owners[0] == owners[1] or window[1] == 1
+        left = left[own:]
 
 
 def test_documents_cannot_be_joined_without_an_end_of_text_token() -> None:

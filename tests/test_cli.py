@@ -556,7 +556,7 @@ def test_commands_can_be_pasted_whatever_the_folder_is_called() -> None:
     lines = shown_all(manifests, str(folder), width=200).splitlines()
     commands = {line[:13].strip(): line[13:].rstrip() for line in lines if line.startswith(("Python", "TGI", "vLLM"))}
     assert shlex.split(commands["TGI"]) == ["sh", f"{folder}/tgi/launch/docker-run.sh"]
-    assert shlex.split(commands["vLLM"]) == ["vllm", "serve", f"{folder}/vllm"]
+    assert shlex.split(commands["vLLM"]) == ["sh", f"{folder}/vllm/launch/vllm-serve.sh"]
     call = commands["Python"].partition("load(")[2].removesuffix(")")
     assert ast.literal_eval(call) == f"{folder}/safetensors"
 
@@ -572,7 +572,7 @@ def test_several_layouts_are_shown_each_with_its_command_and_shared_weights_once
     assert "Report       /out/x/safetensors/report/report.html" in text
     assert "(3 files, 60 MB, checksums in the manifests)" in text
     assert "TGI          sh /out/x/tgi/launch/docker-run.sh" in text
-    assert "vLLM         vllm serve /out/x/vllm" in text
+    assert "vLLM         sh /out/x/vllm/launch/vllm-serve.sh" in text
     assert text.count("all say it") == 1
     assert "tgi   tgi\n" in re.sub(" +\n", "\n", text)
 

@@ -223,7 +223,7 @@ def _commands(manifest: Manifest, folder: Path) -> list[tuple[str, str]]:
         case "tgi":
             return [("TGI", f"sh {quote(str(folder / 'launch' / 'docker-run.sh'))}")]
         case "vllm":
-            return [("vLLM", f"vllm serve {quote(str(folder))}")]
+            return [("vLLM", f"sh {quote(str(folder / 'launch' / 'vllm-serve.sh'))}")]
         case "onnx" if "launch/generate.py" in manifest.files:
             return [("ONNX", f'python {quote(str(folder / "launch" / "generate.py"))} "TEXT"')]
         case _:

@@ -50,7 +50,8 @@ class CalibrationSettings(Settings):
     """Tokens per window."""
 
     packing: Literal["packed", "document"] = "packed"
-    """`packed` joins documents with the end-of-text token and cuts windows; `document` takes one per sample."""
+    """`packed` joins documents with the end-of-text token and cuts windows, each of which begins with the
+    beginning-of-text token if the tokenizer begins texts with it; `document` takes one per sample."""
 
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Decides which documents come first."""

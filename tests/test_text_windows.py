@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 import factories
 from qexport.errors import InputError
 from qexport.text.documents import Document, Documents
+from qexport.text.tokenizers import text_of, tokenize
 from qexport.text.windows import Windows, make_windows, shuffled
 
 END = 0
@@ -169,6 +170,7 @@ def test_every_window_begins_as_the_tokenizer_begins_a_text(length: int) -> None
         own = length if left[0] == 1 else length - 1
         assert window == [1, *left[:own]][-length:]
         assert owners[0] == owners[1] or window[1] == 1
+        assert tokenize(tokenizer, text_of(tokenizer, window), special_tokens=True) == window
         left = left[own:]
 
 

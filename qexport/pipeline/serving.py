@@ -21,6 +21,7 @@ from qexport.reading.stored_model import StoredModel, open_stored
 from qexport.runtimes import RuntimeSettings
 from qexport.runtimes.child import ChildRuntime
 from qexport.runtimes.endpoints import open_endpoint
+from qexport.text.tokenizers import text_of
 from qexport.verifying.reference import Reference
 from qexport.verifying.sampled import measure_endpoint
 from qexport.verifying.served import measure_served, most_tokens
@@ -129,7 +130,7 @@ def _ask(
     settings: RuntimeSettings, reference: Reference, artifact: StoredModel, gates: Gates, progress: ProgressCallback
 ) -> ServedRecord:
     """Measures through an endpoint."""
-    endpoint = open_endpoint(settings, lambda ids: str(reference.tokenizer.decode(list(ids))))
+    endpoint = open_endpoint(settings, partial(text_of, reference.tokenizer))
     progress(Notice(f"{settings.label} is {endpoint.facts.name} {endpoint.facts.version}"))
     fidelity = _fidelity(settings, endpoint.facts, reference, artifact)
     _, waived = unless_waived(reference.settings, limits_of_runtime(fidelity, rounds=False))

@@ -41,6 +41,19 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, *, special_tokens: b
     return tokens
 
 
+def beginning_of_text(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that the tokenizer puts before every text; None if it puts none."""
+    first = tokenize(tokenizer, "a", special_tokens=True)[:1]
+    return first[0] if first == [tokenizer.bos_token_id] else None
+
+
+def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of some tokens, without the beginning-of-text token that a server's tokenizer adds to it again."""
+    first = beginning_of_text(tokenizer)
+    own = ids[1:] if first is not None and ids[0] == first else ids
+    return str(tokenizer.decode(list(own)))
+
+
 def render_chat(
     tokenizer: PreTrainedTokenizerBase,
     document: Document,

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from qexport.errors import InputError
 from qexport.tensors import CalibrationSet
 from qexport.text.documents import Document, Documents
-from qexport.text.tokenizers import render_chat, tokenize
+from qexport.text.tokenizers import beginning_of_text, render_chat, tokenize
 
 Packing = Literal["packed", "document"]
 
@@ -136,9 +136,8 @@ class _Tokenizing:
 
     @cached_property
     def start(self) -> int | None:
-        """The beginning-of-text token, if the tokenizer puts it before every text."""
-        first = tokenize(self.tokenizer, "a", special_tokens=True)[:1]
-        return first[0] if first == [self.tokenizer.bos_token_id] else None
+        """The token that begins every window; None for none."""
+        return beginning_of_text(self.tokenizer)
 
     def _counted(self, ids: list[int]) -> list[int]:
         self.tokens += len(ids)

@@ -2,7 +2,8 @@
 
 Windows are cut from documents whose tokens are alike, as by `qexport.text.windows`, and looked at after 24, 48 and 64
 of them, as by the defaults of `verify`. An artifact whose true figure equals the limit should pass in at most 5 % of
-all measurements. "Windows" takes windows as the units, "documents" takes those of `document_units`.
+all measurements. "Windows" takes windows as the units, "documents" takes those of `document_units`. A second table has
+documents of one size whose figures are skewed.
 
     python benchmarks/document_coverage.py
     python benchmarks/document_coverage.py --texts 200 --runs 200

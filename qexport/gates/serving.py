@@ -7,7 +7,7 @@ from typing import Final
 
 from qexport.artifact.figures import CATALOGUE, CheckResult, Figure, GateResult
 from qexport.artifact.report import Report
-from qexport.artifact.served import through
+from qexport.artifact.served import ServedRecord, through
 from qexport.gates import HasGates
 from qexport.gates.deciding import decide, noise_floors
 from qexport.gates.limits import Bound, Limit, above_floor, limits_of, waiver
@@ -101,6 +101,14 @@ def unless_waived(settings: HasGates, limits: Sequence[Limit]) -> tuple[list[Lim
     return [each for each in limits if each.figure not in waived], [waiver(figure, figure) for figure in waived]
 
 
+def decide_record(
+    limits: Sequence[Limit], record: ServedRecord, settings: HasGates
+) -> tuple[list[GateResult], list[str]]:
+    """The gates of a runtime that has been measured, and a note for each limit of its own that the settings waive."""
+    own, waived = unless_waived(settings, limits_of_runtime(record.fidelity_limit, rounds=record.compares_drift))
+    return decide_served(limits, record.figures, own, record.label, record.checks), waived
+
+
 def decide_served_again(
     report: Report, settings: HasGates, of_layer: ProfileOfLayer
 ) -> tuple[list[GateResult], list[str]]:
@@ -111,9 +119,8 @@ def decide_served_again(
     if report.served_in and any(CATALOGUE[limit.figure].served for limit in limits):
         notes.append(f"limits on what only runtimes tell are decided in the report of the layout {report.served_in}")
     for each in report.served:
-        of_runtime = limits_of_runtime(each.fidelity_limit, rounds=each.compares_drift)
-        own, waived = unless_waived(settings, of_runtime)
-        results += decide_served(limits, each.figures, own, each.label, each.checks)
+        decided, waived = decide_record(limits, each, settings)
+        results += decided
         notes += [note for note in waived if note not in notes]
     return results, notes
 

@@ -12,7 +12,14 @@ import torch
 from qexport.artifact.figures import CATALOGUE, Figure, GateResult
 from qexport.artifact.served import RuntimeFacts, ServedRecord
 from qexport.gates.deciding import decide
-from qexport.gates.serving import decide_served, fidelity_limit, left_out, limits_of_runtime, unless_waived
+from qexport.gates.serving import (
+    decide_record,
+    decide_served,
+    fidelity_limit,
+    left_out,
+    limits_of_runtime,
+    unless_waived,
+)
 from qexport.pipeline.folders import ArtifactFolder
 from qexport.pipeline.reference import Gates
 from qexport.pipeline.runtimes import misfit
@@ -80,9 +87,7 @@ def measure_through(
             continue
         record = _measure(each, reference, opened.artifact, gates, progress)
         records.append(record)
-        of_runtime = limits_of_runtime(record.fidelity_limit, rounds=record.compares_drift)
-        own, _ = unless_waived(reference.settings, of_runtime)
-        decided += decide_served(gates.limits, record.figures, own, record.label, record.checks)
+        decided += decide_record(gates.limits, record, reference.settings)[0]
     if not records:
         decided = decide([limit for limit in gates.limits if CATALOGUE[limit.figure].served], [], [], [])
     return ServedArtifact(records, decided, unconfirmed)
@@ -145,7 +150,8 @@ def _ask(
         notes=[
             *measured.notes,
             *_other_dtype(settings, endpoint.facts),
-            *(_rounding(artifact) or waived),
+            *_rounding(artifact),
+            *waived,
             *_not_limited(measured.figures, gates),
         ],
     )

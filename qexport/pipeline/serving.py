@@ -138,15 +138,18 @@ def _ask(
     endpoint = open_endpoint(settings, partial(text_of, reference.tokenizer))
     progress(Notice(f"{settings.label} is {endpoint.facts.name} {endpoint.facts.version}"))
     fidelity = _fidelity(settings, endpoint.facts, reference, artifact)
-    _, waived = unless_waived(reference.settings, limits_of_runtime(fidelity, rounds=False))
     measured = measure_endpoint(endpoint, artifact, reference, Steps(progress))
+    fidelity = None if measured.scored == "nothing" else fidelity
+    drift = artifact.rounds_activations and measured.scored != "nothing"
+    _, waived = unless_waived(reference.settings, limits_of_runtime(fidelity, rounds=drift))
     return ServedRecord(
         label=settings.label,
         runtime=endpoint.facts,
         scored=measured.scored,
         figures=measured.figures,
         checks=measured.checks,
-        fidelity_limit=None if measured.scored == "nothing" else fidelity,
+        fidelity_limit=fidelity,
+        compares_drift=drift,
         notes=[
             *measured.notes,
             *_other_dtype(settings, endpoint.facts),

@@ -36,7 +36,7 @@ from qexport.text.documents import read_documents
 from qexport.text.windows import make_held_out
 from qexport.verifying import VerifySettings
 from qexport.verifying.reference import Preparation, Reference
-from qexport.verifying.sampled import measure_endpoint
+from qexport.verifying.sampled import FromEndpoint, measure_endpoint
 from qexport.verifying.served import measure_served
 
 PYTHON = os.environ.get("QEXPORT_VLLM_PYTHON", "")
@@ -216,24 +216,40 @@ def test_rounded_activations_drift_as_far_as_our_reading_says(
     assert found.failed(of_runtime=DRIFT) == ["kl_over_reading at_most through vllm"]
 
 
-def test_an_endpoint_is_confirmed_but_for_its_tokenizer(
-    folders: dict[str, Path], reference: Reference, tmp_path: Path
-) -> None:
-    """vLLM's own server, with the right weights."""
-    served = faults.copied(folders["gptq"], tmp_path / "tokenizer")
-    faults.give_other_tokenizer(served)
+def through_endpoint(served: Path, folder: Path, reference: Reference, dtype: ServedDtype, log: Path) -> FromEndpoint:
+    """What vLLM's own server that has one folder makes of another one."""
     with (
-        serving(PYTHON, served, "float16", tmp_path / "vllm.log") as url,
-        open_stored(folders["gptq"], dtype=torch.float32) as artifact,
+        serving(PYTHON, served, dtype, log) as url,
+        open_stored(folder, dtype=torch.float32) as artifact,
     ):
-        settings = RuntimeSettings(url=url, dtype="float16")
+        settings = RuntimeSettings(url=url, dtype=dtype)
         endpoint = open_endpoint(settings, lambda ids: str(reference.tokenizer.decode(list(ids))))
         found = measure_endpoint(endpoint, artifact, reference, Steps(silent))
     values = ", ".join(f"{figure.name} {figure.value:.3g}" for figure in found.figures)
-    print(f"\nvLLM's server in float16: {values}; {endpoint.facts}", file=sys.stderr)
+    print(f"\nvLLM's server with {served.name} in {dtype}: {values}; {endpoint.facts}", file=sys.stderr)
+    return found
+
+
+def test_an_endpoint_is_confirmed_but_for_its_tokenizer(
+    folders: dict[str, Path], reference: Reference, tmp_path: Path
+) -> None:
+    served = faults.copied(folders["gptq"], tmp_path / "tokenizer")
+    faults.give_other_tokenizer(served)
+    found = through_endpoint(served, folders["gptq"], reference, "float16", tmp_path / "vllm.log")
     gates = {gate.name: gate for gate in decide_served([], found.figures, LIMITS["float16"], "vllm", found.checks)}
     assert {name: gate.verdict for name, gate in gates.items()} == {
         "tokenizer through vllm": "fail",
         "fidelity_kl through vllm": "pass",
     }
     assert "other tokens of" in gates["tokenizer through vllm"].reason
+
+
+@pytest.mark.parametrize("fault", [None, faults.zero_rows])
+def test_an_endpoint_drifts_as_far_as_our_reading_says(
+    fault: faults.Change | None, folders: dict[str, Path], reference: Reference, tmp_path: Path
+) -> None:
+    served = folders["w8a8"] if fault is None else faults.copied(folders["w8a8"], tmp_path / "damaged", fault)
+    found = through_endpoint(served, folders["w8a8"], reference, "bfloat16", tmp_path / "vllm.log")
+    decided = decide_served([], found.figures, DRIFT, "vllm", found.checks)
+    failed = {gate.name for gate in decided if gate.verdict != "pass"}
+    assert failed == (set() if fault is None else {"kl_over_reading at_most through vllm"})

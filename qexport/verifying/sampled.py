@@ -1,8 +1,7 @@
 """An artifact as an endpoint computes it, from one log-probability a token.
 
 On text that a model p has sampled, q/p - 1 - log(q/p) of each token is an unbiased estimate of KL(p || q), and never
-negative. So texts are sampled twice: from the reference for quality, from our float32 reading for fidelity. Our reading
-scores the reference's texts as well, so that the drift of both can be compared.
+negative. So two texts are sampled: from the reference for quality, from our float32 reading for fidelity.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from qexport.progress import Steps
 from qexport.reading.stored_model import StoredModel
 from qexport.runtimes.endpoints import Endpoint, TokenScores
 from qexport.statistics.means import PLANNED_UNITS, Array
-from qexport.statistics.samples import DIFFERENCE, NOT_NEGATIVE, SHARE, Range
+from qexport.statistics.samples import DIFFERENCE, NOT_NEGATIVE, SHARE
 from qexport.verifying import SamplingSettings
 from qexport.verifying.continuation import continue_all, ends_of, greedy_settings, sampling_noise
 from qexport.verifying.divergence import TokenFigures, compare
@@ -95,14 +94,10 @@ def measure_endpoint(endpoint: Endpoint, artifact: StoredModel, reference: Refer
     notes = ["mean_kl and fidelity_kl are estimates from one log-probability a token, on text sampled from each model"]
     if len(known) < len(ids):
         notes.append(f"{len(ids) - len(known)} windows were left out: the endpoint makes other tokens of their text")
-    quality, fidelity = (_sampled(endpoint, model, reference, steps) for model in (merged, ours))
-    for name, found in (("mean_kl", quality), ("fidelity_kl", fidelity)):
-        if isinstance(found, str):
-            notes.append(f"{name} was not measured: {found}")
-        else:
-            figures.append(found.figure(name, found.divergences(found.served), NOT_NEGATIVE))
-    if isinstance(quality, _Sampled) and isinstance(fidelity, _Sampled):
-        figures.append(_drift(quality, ours))
+    for name, model in (("mean_kl", merged), ("fidelity_kl", ours)):
+        estimate, why = _estimate(name, endpoint, model, reference, steps)
+        figures += [] if estimate is None else [estimate]
+        notes += [] if why is None else [f"{name} was not measured: {why}"]
     return FromEndpoint(figures, "token", notes, checks)
 
 
@@ -147,16 +142,23 @@ def _on_windows(
     reference: Reference,
     kept: Sequence[int],
 ) -> list[Figure]:
-    """Perplexities; and what follows from the likeliest tokens, if the endpoint tells them."""
+    """Perplexities, the drift beside that of our reading, and what follows from the likeliest tokens, if the endpoint
+    tells them.
+
+    Divergences cannot be had on text that no model has sampled. Their place take squared differences of
+    log-probabilities, which they are half of where differences are small.
+    """
     states, _ = run_in_lockstep(runners, ids, lambda _: None, drift=False)
     with predictors(runners, states) as known:
         (ours,) = compare(known, [(0, 1)], ids, lambda _: None)
     nll = -torch.tensor([each.log_probabilities for each in scores], dtype=torch.float64)
     units = document_units(reference.held_out, max(kept) + 1, PLANNED_UNITS).chosen(kept)
+    drifts = [units.means((each - ours.reference_nll).square()) for each in (nll, ours.artifact_nll)]
     figures = [
         units.mean("reference_perplexity", units.means(ours.reference_nll), NOT_NEGATIVE, function=math.exp),
         units.mean("artifact_perplexity", units.means(nll), NOT_NEGATIVE, function=math.exp),
         units.mean("perplexity_ratio", units.means(nll - ours.reference_nll), function=math.exp),
+        measured_once(units.mean("kl_over_reading", relative_difference(*drifts), DIFFERENCE)),
     ]
     tops = [each.tops for each in scores if each.tops is not None]
     if len(tops) < len(scores):
@@ -172,55 +174,28 @@ def _on_windows(
     ]
 
 
-@dataclass(frozen=True)
-class _Sampled:
-    """Texts that a model has sampled and the endpoint has scored.
-
-    Attributes:
-        texts: token ids, the beginnings included.
-        own: the model's log-probabilities of each text's sampled tokens, float64.
-        served: the endpoint's.
-    """
-
-    texts: list[list[int]]
-    own: list[Array]
-    served: list[Array]
-
-    def divergences(self, others: Sequence[Array]) -> Array:
-        """The estimate of the model's divergence from another one for each text, float64 [texts]."""
-        return np.asarray([kl_estimates(own, each).mean() for own, each in zip(self.own, others, strict=True)])
-
-    def figure(self, name: str, values: Array, within: Range) -> Figure:
-        """The mean of the texts' values."""
-        count = len(self.texts)
-        return measured_once(Units([None] * count, "prompt", None, count).mean(name, values, within))
-
-
-def _sampled(endpoint: Endpoint, runner: BlockRunner, reference: Reference, steps: Steps) -> _Sampled | str:
-    """The texts of a model; or why there are none."""
+def _estimate(
+    name: str, endpoint: Endpoint, runner: BlockRunner, reference: Reference, steps: Steps
+) -> tuple[Figure | None, str | None]:
+    """The figure; or None, and why."""
     if needed_memory(runner) > available_memory(runner.device):
-        return "the model does not fit in memory as a whole, so it can sample no text"
+        return None, "the model does not fit in memory as a whole, so it can sample no text"
     steps.expect(2 * TEXTS)
     beginnings, new = _beginnings(reference.held_out.input_ids)
-    settings, start = greedy_settings(reference.merged, reference.tokenizer, max_new_tokens=new), len(beginnings[0])
+    settings, start = greedy_settings(reference.merged, reference.tokenizer, max_new_tokens=new), len(beginnings[0]) - 1
     with runner.whole() as model:
-        texts = sample(model, beginnings, settings, partial(steps.finished, "sampled text"))
-        own = [log_probabilities(model, text, start) for text in texts]
-    scores = [_scored(endpoint, text, steps) for text in texts]
-    found = [(text, known, each) for text, known, each in zip(texts, own, scores, strict=True) if each is not None]
-    if not found:
-        return "the endpoint makes other tokens of the sampled texts"
-    served = [np.asarray(each.log_probabilities)[start - 1 :] for _, _, each in found]
-    return _Sampled([text for text, _, _ in found], [known for _, known, _ in found], served)
-
-
-def _drift(quality: _Sampled, ours: BlockRunner) -> Figure:
-    """`kl_over_reading` on texts of the reference: both divergences are estimated from the same tokens."""
-    start = len(quality.texts[0]) - len(quality.own[0])
-    with ours.whole() as model:
-        read = [log_probabilities(model, text, start) for text in quality.texts]
-    relative = relative_difference(quality.divergences(quality.served), quality.divergences(read))
-    return quality.figure("kl_over_reading", relative, DIFFERENCE)
+        texts = sample(model, beginnings, settings, partial(steps.finished, f"text for {name}"))
+        own = [log_probabilities(model, text) for text in texts]
+    values = []
+    for text, known in zip(texts, own, strict=True):
+        found = _scored(endpoint, text, steps)
+        if found is not None:
+            theirs = np.asarray(found.log_probabilities)
+            values.append(float(kl_estimates(known[start:], theirs[start:]).mean()))
+    if not values:
+        return None, "the endpoint makes other tokens of the sampled texts"
+    figure = Units([None] * len(values), "prompt", None, len(values)).mean(name, np.asarray(values), NOT_NEGATIVE)
+    return measured_once(figure), None
 
 
 def _beginnings(input_ids: Tensor) -> tuple[list[list[int]], int]:
@@ -257,11 +232,11 @@ def sample(
 
 
 @torch.no_grad()
-def log_probabilities(model: PreTrainedModel, ids: Sequence[int], start: int) -> Array:
-    """Of each token from that place on, float64."""
+def log_probabilities(model: PreTrainedModel, ids: Sequence[int]) -> Array:
+    """Of each token but the first, float64."""
     row = torch.tensor([ids], device=model.device)
-    logits = model(input_ids=row, use_cache=False).logits[0, start - 1 : -1]
-    chosen = logits.log_softmax(-1, dtype=torch.float64).gather(1, row[0, start:, None])[:, 0]
+    logits = model(input_ids=row, use_cache=False).logits[0, :-1]
+    chosen = logits.log_softmax(-1, dtype=torch.float64).gather(1, row[0, 1:, None])[:, 0]
     return np.asarray(chosen.cpu().numpy())
 
 

@@ -56,7 +56,7 @@ test-readers: $(READY) $(READERS_READY) ## Load GPTQ artifacts with gptqmodel an
 test-browser: $(READY) ## Open the pages of reports in headless Chromium (wants chromium and chromium-driver)
 	$(BIN)/python -m pytest tests/browser
 
-test-integrity: $(READY) ## Flip every bit of a tiny artifact and cut its files at every length (about an hour)
+test-integrity: $(READY) ## Flip every bit of a tiny artifact and cut its files at every length (a quarter of an hour)
 	QEXPORT_EVERY_BIT=1 $(BIN)/python -m pytest tests/test_integrity.py
 
 test-faults: $(READY) ## Kill runs, fill the disk and fail it at thousands of file operations (a quarter of an hour; wants cc)

@@ -22,7 +22,7 @@ from qexport.artifact.manifest import Manifest
 from qexport.artifact.report import Report
 from qexport.errors import QexportError
 from qexport.gates import read_gates
-from qexport.loading.gguf_file import GgufFile
+from qexport.tensors.gguf_file import GgufFile
 from qexport.loading.small_files import read_config
 from qexport.merge.adapter import read_adapter
 from qexport.merge.lora import LoraOptions

@@ -19,12 +19,12 @@ _EPSILON: Final[Mapping[str, float]] = {
     "bfloat16": 2.0**-7,
     "q8_0": 2.0**-6.75,
 }
-"""Of rounding steps. Rounding to 32 integers with one scale, llama.cpp's Q8_0, diverges by 1.4 times what bfloat16 does:
-its step is taken to be larger by the root of that."""
+"""Of rounding steps. Rounding 32 values to integers with one scale, llama.cpp's Q8_0, diverges by 1.4 times what
+bfloat16 does: its step is taken to be larger by the root of that."""
 
 _LEAST: Final[Mapping[str, float]] = {"float32": 1e-6, "float16": 1e-4, "bfloat16": 4e-3, "q8_0": 6e-3}
-"""Nats. Measured with SmolLM2, through vLLM unquantized and GPTQ alike: 2.9e-9, 2e-5 and 1.4e-3; through llama.cpp, which
-rounds the inputs of quantized layers to Q8_0: 2.0e-3."""
+"""Nats. Measured with SmolLM2, through vLLM unquantized and GPTQ alike: 2.9e-9, 2e-5 and 1.4e-3; through llama.cpp,
+which rounds the inputs of quantized layers to Q8_0: 2.0e-3."""
 
 _FLOORS: Final = 4.0
 

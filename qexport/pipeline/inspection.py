@@ -130,9 +130,17 @@ def inspect_artifact(path: Path, *, server: Server | None = None, root: str | No
         refuse_second_model(source)
         _refuse_other_header(source)
         shapes = {module: layer.shape for module, layer in source.layers.items()}
-        graph = source.kind == "graph"
         blocks = {name: each.group_size for name, each in source.layers.items() if each.method in ("nf4", "fp4")}
-        folder = Folder(source.quantization, shapes, structure.model_type, structure.head, layout, graph, blocks)
+        folder = Folder(
+            source.quantization,
+            shapes,
+            structure.model_type,
+            structure.head,
+            layout,
+            graph=source.kind == "graph",
+            block_sizes=blocks,
+            gguf=source.kind == "gguf",
+        )
         unquantized = len(source.specs()) - len(shapes)
         method, total = source.method, source.stored_bytes
     checks = _check(path, server) if server else []

@@ -60,10 +60,10 @@ class GgufLayout:
         self._tokenizer = gguf_tokenizer(checkpoint.files, checkpoint.config, structure.vocab_size)
         form = GgufFormat(places(family, self._config, structure.parameters))
         self._refuse_homeless(form)
+        self._refuse_faults(form)
         values = header(checkpoint.architecture, checkpoint.files, served_name(checkpoint.origin.name))
         values["general.file_type"] = int(self._file_type)
         self.weights: GgufFiles = gguf_files(outputs, form, values)
-        self._refuse_faults()
 
     @property
     def quantization(self) -> Mapping[str, Any] | None:
@@ -102,7 +102,7 @@ class GgufLayout:
     @property
     def _folder(self) -> Folder:
         shapes = {module: spec.shape for module, spec in self._outputs.quantized.items()}
-        return Folder(None, shapes, self._structure.model_type, self._structure.head, self.name)
+        return Folder(None, shapes, self._structure.model_type, self._structure.head, self.name, gguf=True)
 
     @property
     def _unquantized_dtype(self) -> torch.dtype:
@@ -132,12 +132,14 @@ class GgufLayout:
                 mend="leave this layout out",
             )
 
-    def _refuse_faults(self) -> None:
-        try:
-            self.weights.refuse_faults()
-        except CompatibilityError as error:
-            mend = "quantize with sym: true and group_size: 32, without act-order; or leave the layout gguf out"
-            raise CompatibilityError(error.what, where=error.where, mend=mend) from error
+    def _refuse_faults(self, form: GgufFormat) -> None:
+        faults = {name: form.fault(spec) for name, spec in self._outputs.quantized.items()}
+        if named := [f"{name}: {why}" for name, why in faults.items() if why]:
+            raise CompatibilityError(
+                f"{len(named)} layers cannot be stored in GGUF value by value",
+                where=f"export: gguf: {listed(named)}",
+                mend="quantize with 4 or 8 bits, sym: true and group_size: 32; or leave this layout out",
+            )
 
 
 def header(architecture: Architecture, files: Mapping[str, bytes], name: str) -> dict[str, Value]:

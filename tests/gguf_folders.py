@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,12 @@ class Made:
 
 def checkpoint(config: PretrainedConfig, folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> Checkpoint:
     """A tiny model, as the loader finds it in a folder."""
-    return load_checkpoint(LoadSettings(base=str(factories.save(factories.build(config, dtype=dtype), folder))))
+    return load(factories.save(factories.build(config, dtype=dtype), folder))
+
+
+def load(folder: Path) -> Checkpoint:
+    """A model in a folder."""
+    return load_checkpoint(LoadSettings(base=str(folder)))
 
 
 def layout(name: str, base: Checkpoint, quantize: Mapping[str, Any] = GPTQ, **settings: Any) -> Layout:
@@ -62,14 +67,19 @@ def method(quantize: Mapping[str, Any]) -> Method:
 def make(config: PretrainedConfig, folder: Path, quantize: Mapping[str, Any] = GPTQ) -> Made:
     """One pass into both layouts, with everything that a run holds against them."""
     base = checkpoint(config, folder / "base")
+    yielded = list(records(base, quantize, folder))
+    for name in ("gguf", "safetensors"):
+        write(layout(name, base, quantize), folder / name, yielded, base)
+    return Made(folder / "gguf", folder / "safetensors", folder / "base", {record.name: record for record in yielded})
+
+
+def records(base: Checkpoint, quantize: Mapping[str, Any], scratch: Path) -> Iterator[TensorRecord]:
+    """What a method yields, with random tokens as calibration."""
     outputs = method(quantize).plan(base)
     windows = torch.randint(factories.VOCABULARY, (32, 64), generator=torch.Generator().manual_seed(1))
     calibration = CalibrationSet(windows, sha256="", origin="random")
-    inputs = PassInputs(base, outputs, calibration, torch.bfloat16, torch.device("cpu"), folder)
-    records = list(method(quantize).quantize(inputs))
-    for name in ("gguf", "safetensors"):
-        write(layout(name, base, quantize), folder / name, records, base)
-    return Made(folder / "gguf", folder / "safetensors", folder / "base", {record.name: record for record in records})
+    inputs = PassInputs(base, outputs, calibration, torch.bfloat16, torch.device("cpu"), scratch)
+    yield from method(quantize).quantize(inputs)
 
 
 def write(chosen: Layout, folder: Path, records: list[TensorRecord], base: Checkpoint) -> None:

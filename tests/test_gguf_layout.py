@@ -1,9 +1,9 @@
-"""The layout gguf: the same values as in safetensors, a header that llama.cpp reads, and every refusal with its case."""
+"""The layout gguf: the values of safetensors, a header that llama.cpp reads, and every refusal with its case."""
 
 from __future__ import annotations
 
 import json
-import shutil
+import os
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config
 import factories
 import gguf_folders
 import qexport
+from gguf_faults import Rows, copied, half_rotated, rolled, rows_of, value_of
 from qexport.artifact.figures import CheckResult
 from qexport.errors import CompatibilityError, InputError, QexportError
 from qexport.export.gguf.files import GgufFiles
@@ -144,7 +145,7 @@ def test_the_order_in_which_tensors_come_changes_no_byte(tmp_path: Path, made: M
     folders = made("llama")
     base = gguf_folders.checkpoint(factories.llama_config(), tmp_path / "base")
     gguf_folders.write(
-        gguf_folders.layout("gguf", base), tmp_path / "again", list(reversed(folders.records.values())), base
+        gguf_folders.layout("gguf", base), tmp_path / "again", list(folders.records.values())[::-1], base
     )
     for path in folders.gguf.rglob("*"):
         if path.is_file():
@@ -286,12 +287,14 @@ def test_a_pre_tokenizer_is_named_by_its_structure(name: str) -> None:
 def test_what_the_header_says_of_the_tokenizer() -> None:
     fast = factories.tokenizer()
     generation = {"generation_config.json": json.dumps({"eos_token_id": [0, 5]}).encode()}
-    change: Change = lambda content: content.update(post_processor=template({"SpecialToken": BOS}, {"Sequence": {}}))
-    values = gguf_tokenizer(files(change) | generation, {"bos_token_id": 7}, factories.VOCABULARY + 2).values
+    around = {"post_processor": template({"SpecialToken": BOS}, {"Sequence": {}})}
+    values = gguf_tokenizer(
+        files(lambda content: content.update(around)) | generation, {"bos_token_id": 7}, factories.VOCABULARY + 2
+    ).values
     tokens, kinds = values["tokenizer.ggml.tokens"], values["tokenizer.ggml.token_type"]
     assert isinstance(tokens, list)
     assert isinstance(kinds, list)
-    assert tokens[:-2] == fast.convert_ids_to_tokens(range(factories.VOCABULARY))
+    assert tokens[:-2] == fast.convert_ids_to_tokens(list(range(factories.VOCABULARY)))
     assert tokens[-2:] == ["[PAD384]", "[PAD385]"]
     assert kinds == [3, 3, *[1] * (factories.VOCABULARY - 2), 5, 5]
     merges = json.loads(fast.backend_tokenizer.to_str())["model"]["merges"]
@@ -350,49 +353,20 @@ def test_text_in_another_normal_form_is_left_to_users() -> None:
 # Faults in a finished folder.
 
 
-def rewritten(folder: Path, target: Path, change: Callable[[Path], None]) -> Path:
-    """A copy of a folder with a change of its file."""
-    shutil.copytree(folder, target)
-    change(target / GGUF_NAME)
-    return target
-
-
-def rows_of(path: Path, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
-    with closing(GgufFile(path)) as file:
-        tensor = file.tensors[name]
-        changed = np.ascontiguousarray(change(file.read_rows(name, 0, tensor.rows)))
-    with path.open("r+b") as handle:
-        handle.seek(tensor.offset)
-        handle.write(changed.tobytes())
-
-
-def value_of(path: Path, key: str, old: bytes, new: bytes) -> None:
-    content = path.read_bytes()
-    start = content.index(key.encode()) + len(key)
-    place = content.index(old, start)
-    path.write_bytes(content[:place] + new + content[place + len(old) :])
-
-
-def rolled(rows: np.ndarray) -> np.ndarray:
-    found = rows.reshape(len(rows), -1, 18).copy()
-    found[:, :, :2] = np.roll(found[:, :, :2], 1, axis=1)
-    return found
-
-
-def half_rotated(rows: np.ndarray) -> np.ndarray:
-    return rows.reshape(2, 8, 2, -1).swapaxes(1, 2)
+def larger(rows: Rows) -> Rows:
+    return (rows.view(np.float32) * np.float32(1.1)).view(np.uint8)
 
 
 FAULTS: Mapping[str, tuple[Callable[[Path], None], str, str]] = {
     "scales rolled": (lambda p: rows_of(p, "blk.1.ffn_up.weight", rolled), "weights", "model.layers.1.mlp.up_proj"),
     "keys half-rotated": (
-        lambda p: rows_of(p, "blk.0.attn_k.weight", half_rotated), "weights", "model.layers.0.self_attn.k_proj",
+        lambda p: rows_of(p, "blk.0.attn_k.weight", half_rotated(2)), "weights", "model.layers.0.self_attn.k_proj",
     ),
     "a layer zero": (
         lambda p: rows_of(p, "blk.0.ffn_down.weight", np.zeros_like), "weights", "model.layers.0.mlp.down_proj",
     ),
     "a norm changed": (
-        lambda p: rows_of(p, "output_norm.weight", lambda rows: (rows.view(np.float32) * np.float32(1.1)).view(np.uint8)),
+        lambda p: rows_of(p, "output_norm.weight", larger),
         "weights", "model.norm.weight",
     ),
     "rope base": (
@@ -427,7 +401,7 @@ def test_a_sound_folder_passes(made: Make, held_out: Path) -> None:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_in_the_file_is_named_by_a_gate(fault: str, made: Make, held_out: Path, tmp_path: Path) -> None:
     change, gate, words = FAULTS[fault]
-    folder = rewritten(made("llama").gguf, tmp_path / "changed", change)
+    folder = copied(made("llama").gguf, tmp_path / "changed", change)
     found = failed(folder, made("llama").base, held_out)
     assert [check.gate for check in found] == [gate]
     assert words in found[0].detail
@@ -435,12 +409,12 @@ def test_a_fault_in_the_file_is_named_by_a_gate(fault: str, made: Make, held_out
 
 def test_a_header_that_contradicts_the_files_beside_it_is_refused_by_inspect(made: Make, tmp_path: Path) -> None:
     assert inspect_artifact(made("llama").gguf).method == "GGUF, Q4_0"
-    folder = rewritten(made("llama").gguf, tmp_path / "changed", FAULTS["rope base"][0])
-    with pytest.raises(InputError, match="contradicts config.json"):
+    folder = copied(made("llama").gguf, tmp_path / "changed", FAULTS["rope base"][0])
+    with pytest.raises(InputError, match=r"contradicts config\.json"):
         inspect_artifact(folder)
 
 
-def damaged_scale(rows: np.ndarray) -> np.ndarray:
+def damaged_scale(rows: Rows) -> Rows:
     rows[0, :2] = np.frombuffer(np.float16(np.nan).tobytes(), np.uint8)
     return rows
 
@@ -451,15 +425,20 @@ UNREADABLE: Mapping[str, tuple[Callable[[Path], None], str]] = {
         lambda p: value_of(p, "blk.1.ffn_up.weight", b"\x02\0\0\0\x40", b"\x02\0\0\0\x20"), "shape",
     ),
     "a tensor misses": (lambda p: value_of(p, "", b"blk.1.ffn_up.weight", b"blk.1.ffn_xx.weight"), "missing"),
-    "cut short": (lambda p: p.write_bytes(p.read_bytes()[:-64]), "is outside the file"),
+    "cut short": (lambda p: os.truncate(p, p.stat().st_size - 64), "is outside the file"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", UNREADABLE)
 def test_a_file_that_is_not_an_artifact_is_refused(fault: str, made: Make, tmp_path: Path) -> None:
     change, words = UNREADABLE[fault]
-    folder = rewritten(made("llama").gguf, tmp_path / "changed", change)
-    with pytest.raises(InputError, match=words), open_stored(folder, dtype=torch.float32) as source:
+    folder = copied(made("llama").gguf, tmp_path / "changed", change)
+    with pytest.raises(InputError, match=words):
+        read_whole(folder)
+
+
+def read_whole(folder: Path) -> None:
+    with open_stored(folder, dtype=torch.float32) as source:
         source.check_complete()
         for name in source.specs():
             source.read(name)

@@ -287,8 +287,8 @@ def test_options_are_parsed(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["llama.cpp", "", "vllm,dtype", "vllm,dtype=int8", "vllm,dtype=float16,dtype=float32", "ftp://x", "http://u:p@host",
-     "http://h/?key=1", "http://h,python=x", "vllm,timeout=0"],
+    ["tgi", "llama.cpp,dtype=float16", "", "vllm,dtype", "vllm,dtype=int8", "vllm,dtype=float16,dtype=float32",
+     "ftp://x", "http://u:p@host", "http://h/?key=1", "http://h,python=x", "vllm,timeout=0"],
 )  # fmt: skip
 def test_other_options_are_refused(text: str) -> None:
     with pytest.raises(RecipeError, match="--through was not understood"):

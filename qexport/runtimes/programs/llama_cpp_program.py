@@ -9,10 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import llama_cpp  # type: ignore[import-not-found]
+import llama_cpp
 import numpy as np
 
 _FLOAT32 = "float32"
+_LEAST_TOKENS = 32
+"""That the BLAS backend takes at once."""
+
 _FILE_TYPES = {"0": "float32", "1": "float16", "32": "bfloat16"}
 """What a file's matrices are multiplied in, by its `general.file_type`. All others round the inputs to Q8_0."""
 
@@ -24,7 +27,7 @@ class Model:
     """See `answering`.
 
     As it is served, llama.cpp rounds the inputs of quantized matrices to 8 bits. In float32 it keeps them: its BLAS
-    backend dequantizes the matrices for 32 tokens and more at a time, the only products that are not rounded.
+    backend dequantizes the matrices for 32 tokens and more at a time, so shorter texts are filled up behind their end.
 
     Args:
         folder: of the artifact.
@@ -42,7 +45,7 @@ class Model:
         if self._exact:
             _keep_plain_buffers()
             options |= {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
-        path, size = Path(folder) / "model.gguf", longest + 1
+        path, size = Path(folder) / "model.gguf", max(longest, _LEAST_TOKENS) + 1
         self._model = llama_cpp.Llama(
             str(path), n_ctx=size, n_batch=size, n_ubatch=size, logits_all=True, verbose=True, **options
         )
@@ -73,9 +76,7 @@ class Model:
 
     def score(self, ids: list[int]) -> np.ndarray:
         """Log-probabilities of what follows each token but the last, float32 [tokens - 1, vocabulary]."""
-        self._model.reset()
-        self._model.eval(ids)
-        logits = self._model.scores[: len(ids) - 1].astype(np.float64)
+        logits = self._logits(ids)[:-1].astype(np.float64)
         logits -= logits.max(-1, keepdims=True)
         logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
         return np.ascontiguousarray(logits.astype(np.float32))
@@ -85,14 +86,24 @@ class Model:
         return [self._continue(ids, new) for ids in prompts]
 
     def _continue(self, ids: list[int], new: int) -> list[int]:
-        self._model.reset()
-        self._model.eval(ids)
-        tokens: list[int] = []
+        """In float32 the whole text is computed anew for each token, since a single one would be rounded."""
+        last, tokens = self._logits(ids)[-1], list[int]()
         while len(tokens) < new:
-            tokens.append(int(self._model.scores[self._model.n_tokens - 1].argmax()))
-            if len(tokens) < new:
+            tokens.append(int(last.argmax()))
+            if self._exact:
+                last = self._logits([*ids, *tokens])[-1]
+            else:
                 self._model.eval(tokens[-1:])
+                last = self._model.scores[self._model.n_tokens - 1]
         return tokens
+
+    def _logits(self, ids: list[int]) -> np.ndarray:
+        """float32 [tokens, vocabulary]. No token sees those behind it."""
+        filling = ids[-1:] * max(0, _LEAST_TOKENS - len(ids)) if self._exact else []
+        self._model.reset()
+        self._model.eval([*ids, *filling])
+        found: np.ndarray = self._model.scores[: len(ids)]
+        return found
 
     def tokenized(self, texts: list[str]) -> list[list[int]]:
         """The tokens of each text, special ones in it and around it included."""

@@ -25,8 +25,10 @@ from qexport.export.gguf.files import GgufFiles
 from qexport.export.gguf.tokenizer_keys import gguf_tokenizer
 from qexport.formats.gguf.header import header_bytes
 from qexport.pipeline.inspection import inspect_artifact
+from qexport.pipeline.runtimes import misfit
 from qexport.reading.gguf_weights import GGUF_NAME, GgufWeights
 from qexport.reading.stored_model import open_stored
+from qexport.runtimes import NAMES, RuntimeSettings
 from qexport.tensors import GroupQuantized
 from qexport.tensors.gguf_file import GgufFile
 
@@ -466,6 +468,14 @@ def test_the_group_is_found_where_it_is_several_blocks(tmp_path: Path) -> None:
     with open_stored(folders.gguf, dtype=torch.float32) as own:
         assert isinstance(own, GgufWeights)
         assert {layer.group_size for layer in own.layers.values()} == {64}
+
+
+def test_programs_for_other_files_are_told_apart(made: Make) -> None:
+    settings = {name: RuntimeSettings(runtime=name) for name in NAMES}
+    with open_stored(made("llama").gguf, dtype=torch.float32) as own:
+        assert [name for name, each in settings.items() if misfit(each, own) is None] == ["llama.cpp"]
+    with open_stored(made("llama").safetensors, dtype=torch.float32) as other:
+        assert misfit(settings["llama.cpp"], other) == "llama.cpp loads folders of the layout gguf"
 
 
 def test_launch_files_name_the_file(made: Make) -> None:

@@ -24,6 +24,21 @@ from qexport.tensors import CalibrationSet, TensorRecord
 GPTQ: Mapping[str, Any] = {"method": "gptq", "group_size": 32, "mse": False, "calibration": {"source": "-"}}
 NONE: Mapping[str, Any] = {"method": "none"}
 
+LLAMA3: Mapping[str, Any] = {
+    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+LINEAR: Mapping[str, Any] = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+CONFIGS: Mapping[str, PretrainedConfig] = {
+    **{
+        name: factories.FAMILIES[name]
+        for name in ("llama", "mistral", "qwen2", "qwen3", "falcon 7b", "falcon 40b", "falcon 3")
+    },
+    "llama 3": factories.llama_config(rope_parameters=dict(LLAMA3)),
+    "llama linear": factories.llama_config(rope_parameters=dict(LINEAR)),
+}
+"""Tiny models of what the layout supports."""
+
 
 @dataclass(frozen=True)
 class Made:

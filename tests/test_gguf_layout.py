@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import factories
 import gguf_folders
@@ -32,8 +33,6 @@ from qexport.runtimes import NAMES, RuntimeSettings
 from qexport.tensors import GroupQuantized
 from qexport.tensors.gguf_file import GgufFile
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "falcon 7b", "falcon 40b", "falcon 3")
-
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], gguf_folders.Made]:
@@ -43,7 +42,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], gguf_folde
         if name not in found:
             family, _, bits = name.partition(", ")
             quantize = gguf_folders.NONE if bits == "none" else {**gguf_folders.GPTQ, "bits": int(bits or 4)}
-            found[name] = gguf_folders.make(factories.FAMILIES[family], tmp_path_factory.mktemp("made"), quantize)
+            found[name] = gguf_folders.make(gguf_folders.CONFIGS[family], tmp_path_factory.mktemp("made"), quantize)
         return found[name]
 
     return make
@@ -52,7 +51,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], gguf_folde
 Make = Callable[[str], gguf_folders.Made]
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "llama, 8", "llama, none"])
+@pytest.mark.parametrize("name", [*gguf_folders.CONFIGS, "llama, 8", "llama, none"])
 def test_every_value_is_that_of_the_safetensors_layout(name: str, made: Make) -> None:
     folders = made(name)
     with (
@@ -72,7 +71,7 @@ def test_the_gguf_package_reads_the_same_values(name: str, made: Make) -> None:
     """The rows are ordered here as llama.cpp's converter orders them."""
     folders = made(name)
     reader = gguf.GGUFReader(folders.gguf / GGUF_NAME)
-    config = factories.FAMILIES[name.partition(",")[0]]
+    config = gguf_folders.CONFIGS[name.partition(",")[0]]
     names = gguf.get_tensor_name_map(arch_of(config), config.num_hidden_layers)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     assert len(tensors) == len(folders.records)
@@ -143,6 +142,19 @@ def test_the_header_has_the_bytes_that_the_gguf_package_writes(tmp_path: Path, m
     assert set(metadata) | set(arrays) == set(files.values)
 
 
+def test_the_stretched_frequencies_of_llama_3_are_in_the_file(made: Make, tmp_path: Path) -> None:
+    """What transformers divides its frequencies by."""
+    folder, name = made("llama 3").gguf, "rope_freqs.weight"
+    plain = ROPE_INIT_FUNCTIONS["llama3"](gguf_folders.CONFIGS["llama 3"], torch.device("cpu"))[0]
+    with closing(GgufFile(folder / GGUF_NAME)) as file:
+        found = torch.from_numpy(file.read_rows(name, 0, 1).view(np.float32)[0].copy())
+    torch.testing.assert_close(500.0 ** -(torch.arange(0, 16, 2) / 16) / found, plain)
+    assert found[[0, -1]].tolist() == [1.0, 8.0]
+    changed = copied(folder, tmp_path / "changed", lambda path: rows_of(path, name, np.zeros_like))
+    with pytest.raises(InputError, match=r"rope_freqs\.weight: other values"):
+        inspect_artifact(changed)
+
+
 def test_the_order_in_which_tensors_come_changes_no_byte(tmp_path: Path, made: Make) -> None:
     folders = made("llama")
     base = gguf_folders.checkpoint(factories.llama_config(), tmp_path / "base")
@@ -200,7 +212,11 @@ MODELS: Mapping[str, tuple[PretrainedConfig, str]] = {
     "falcon h1": (factories.falcon_h1_config(), "does not know the family falcon_h1"),
     "activation": (factories.llama_config(hidden_act="gelu"), "hidden_act is 'gelu'"),
     "rope": (
-        factories.llama_config(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
+        factories.llama_config(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+        "rope_type is 'dynamic'",
+    ),
+    "rope of another family": (
+        factories.qwen2_config(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
         "rope_type is 'linear'",
     ),
     "qwen3 with biases": (

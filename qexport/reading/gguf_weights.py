@@ -18,7 +18,7 @@ from qexport.architectures.families import without_code_keys
 from qexport.architectures.structure import Structure, refuse_impossible_depth
 from qexport.errors import CompatibilityError, InputError, listed
 from qexport.formats.gguf import DTYPES, blocks
-from qexport.formats.gguf.families import FAMILIES, Places, places
+from qexport.formats.gguf.families import FAMILIES, Places, constants, places
 from qexport.formats.stored_weight import StoredLayer, Tensors
 from qexport.reading.filled_model import as_parameter, quantized_model, read_generation
 from qexport.tensors import GroupQuantized, GroupQuantizedSpec, Quantized, TensorSpec
@@ -274,6 +274,7 @@ class GgufWeights:
                     where=f"{self.file.path}: {stored}",
                     mend="name a file with Q4_0, Q8_0, BF16, F16 and F32 tensors",
                 )
+        taken |= constants(self.architecture.parsed).keys()
         return known | {stored: stored for stored in tensors if stored not in taken}
 
     @cached_property

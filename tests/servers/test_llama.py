@@ -44,7 +44,7 @@ from qexport.verifying import VerifySettings
 from qexport.verifying.reference import Reference
 from qexport.verifying.served import check_tokenizer, measure_served
 from references import make_reference
-from test_gguf_layout import FAMILIES, NAMED
+from test_gguf_layout import NAMED
 
 PYTHON = os.environ.get("QEXPORT_LLAMA_PYTHON", "")
 CONVERTER = os.environ.get("QEXPORT_LLAMA_CONVERTER", "")
@@ -78,7 +78,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., gguf_folders
         quantize = gguf_folders.GPTQ if method == "gptq" else gguf_folders.NONE
         if (family, method) not in found:
             folder = tmp_path_factory.mktemp("made")
-            found[family, method] = gguf_folders.make(factories.FAMILIES[family], folder, quantize)
+            found[family, method] = gguf_folders.make(gguf_folders.CONFIGS[family], folder, quantize)
         return found[family, method]
 
     return make
@@ -90,7 +90,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., gguf_folders
 def test_all_tensors_are_those_of_the_converter(made: Callable[..., gguf_folders.Made], tmp_path: Path) -> None:
     """Falcon 7B's configuration is given with the number of key heads that the model has, as older files have it."""
     jobs = []
-    for family in FAMILIES:
+    for family in gguf_folders.CONFIGS:
         model = Path(shutil.copytree(made(family, "none").base, tmp_path / family))
         config = json.loads((model / "config.json").read_text())
         if config.get("multi_query") and not config.get("new_decoder_architecture"):
@@ -102,7 +102,7 @@ def test_all_tensors_are_those_of_the_converter(made: Callable[..., gguf_folders
         [PYTHON, script, CONVERTER, tmp_path / "jobs.json"], capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    for family in FAMILIES:
+    for family in gguf_folders.CONFIGS:
         with (
             closing(GgufFile(made(family, "none").gguf / GGUF_NAME)) as own,
             closing(GgufFile(tmp_path / f"{family}.gguf")) as other,
@@ -116,7 +116,7 @@ def test_all_tensors_are_those_of_the_converter(made: Callable[..., gguf_folders
             assert all(own.array(key) == other.array(key) for key in other.array_lengths)
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "qwen2"])
+@pytest.mark.parametrize("family", [family for family in gguf_folders.CONFIGS if family != "qwen2"])
 def test_a_sound_folder_is_confirmed(family: str, made: Callable[..., gguf_folders.Made], text: Path) -> None:
     report = report_of(made(family), text, None, "float32")
     assert report.verdict == "pass", [gate.reason for gate in report.gates if gate.verdict != "pass"]

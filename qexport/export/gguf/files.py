@@ -10,12 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Final
 
+from torch import Tensor
+
 from qexport.artifact.digests import sha256_chunks
 from qexport.errors import QexportError, listed
 from qexport.export.tensor_writer import PlacedTensors, WrittenWeights, write_at
 from qexport.export.weight_files import WeightFiles
 from qexport.formats import Outputs
-from qexport.formats.gguf import Entry, GgufFormat
+from qexport.formats.gguf import DTYPES, Entry, GgufFormat
 from qexport.formats.gguf.header import Value, header_bytes, padded
 from qexport.reading.gguf_weights import GGUF_NAME
 from qexport.tensors import TensorSpec
@@ -30,20 +32,29 @@ class GgufFiles(WeightFiles):
 
     Attributes:
         values: the header's, by key.
+        constants: tensors that are no parameters of the model, by name.
     """
 
     values: Mapping[str, Value]
+    constants: Mapping[str, Tensor]
+
+    @cached_property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Every tensor of the file."""
+        own = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in self.constants.items()}
+        return own | dict(super().specs)
 
     @cached_property
     def table(self) -> Mapping[str, Entry]:
         """Every tensor of the file, in order."""
         form = self.encoding
         assert isinstance(form, GgufFormat)
-        return {form.places.names[name]: form.entry(name, spec) for name, spec in self.outputs.specs.items()}
+        own = {name: Entry(tuple(tensor.shape), DTYPES[tensor.dtype]) for name, tensor in self.constants.items()}
+        return own | {form.places.names[name]: form.entry(name, spec) for name, spec in self.outputs.specs.items()}
 
     def container(self, folder: Path) -> GgufWriter:
         """The writer of the file, for an existing folder without it."""
-        return GgufWriter(folder / GGUF_NAME, self.specs, self.values, self.table)
+        return GgufWriter(folder / GGUF_NAME, self)
 
     def read_back(self, folder: Path, written: WrittenWeights, *, checked: Path | None = None) -> None:
         """Compares every tensor on disk with what was computed.
@@ -68,15 +79,18 @@ class GgufFiles(WeightFiles):
         return planned is not None and found is not None and planned == Entry(found.shape, found.kind)
 
 
-def gguf_files(outputs: Outputs, encoding: GgufFormat, values: Mapping[str, Value]) -> GgufFiles:
+def gguf_files(
+    outputs: Outputs, encoding: GgufFormat, values: Mapping[str, Value], constants: Mapping[str, Tensor]
+) -> GgufFiles:
     """The file of the layout.
 
     Args:
         outputs: what the pass will yield.
         encoding: how parameters are stored.
         values: the header's, by key, in the order of the file.
+        constants: tensors that are no parameters of the model, by name.
     """
-    return GgufFiles(encoding, outputs, 0, values)
+    return GgufFiles(encoding, outputs, 0, values, constants)
 
 
 class GgufWriter(PlacedTensors):
@@ -84,25 +98,24 @@ class GgufWriter(PlacedTensors):
 
     Args:
         path: of the file, which does not exist.
-        specs: every tensor that will come.
-        values: the header's, by key.
-        table: the same tensors, as the table lists them.
+        files: what it will hold.
     """
 
-    def __init__(
-        self, path: Path, specs: Mapping[str, TensorSpec], values: Mapping[str, Value], table: Mapping[str, Entry]
-    ) -> None:
-        self._path = path
-        self._header, offsets = header_bytes(values, table)
-        self._end = max(offsets[name] + padded(entry.nbytes) for name, entry in table.items())
-        super().__init__(specs, {name: (path, offset) for name, offset in offsets.items()})
+    def __init__(self, path: Path, files: GgufFiles) -> None:
+        self._path, self._constants = path, files.constants
+        self._header, offsets = header_bytes(files.values, files.table)
+        self._end = max(offsets[name] + padded(entry.nbytes) for name, entry in files.table.items())
+        super().__init__(files.specs, {name: (path, offset) for name, offset in offsets.items()})
 
     def finish(self) -> tuple[str, ...]:
-        """Writes the header, and zeros behind the last tensor.
+        """Writes the header, the constants, and zeros behind the last tensor.
 
         Raises:
             QexportError: a planned tensor was not written.
         """
+        for name, tensor in self._constants.items():
+            if name not in self.written:
+                self.write(name, tensor)
         self.refuse_missing()
         write_at(self._path, 0, memoryview(self._header))
         os.truncate(self._path, self._end)

@@ -24,7 +24,7 @@ from qexport.export.loaders import Folder, loading_section
 from qexport.export.model_files import model_files, served_name, write_files
 from qexport.formats import GptqFormat, MergedFormat, Outputs
 from qexport.formats.gguf import GgufFormat
-from qexport.formats.gguf.families import places
+from qexport.formats.gguf.families import constants, places
 from qexport.formats.gguf.header import Value
 from qexport.reading.gguf_weights import GGUF_NAME
 from qexport.tensors.gguf_file import GgufFile
@@ -63,7 +63,7 @@ class GgufLayout:
         self._refuse_faults(form)
         values = header(checkpoint.architecture, checkpoint.files, served_name(checkpoint.origin.name))
         values["general.file_type"] = int(self._file_type)
-        self.weights: GgufFiles = gguf_files(outputs, form, values)
+        self.weights: GgufFiles = gguf_files(outputs, form, values, constants(self._config))
 
     @property
     def quantization(self) -> Mapping[str, Any] | None:
@@ -208,4 +208,16 @@ def compared_header(file: GgufFile, architecture: Architecture, files: Mapping[s
         InputError: a file of the tokenizer is malformed.
     """
     own = {key: file.metadata[key] for key in ("general.name", "general.file_type") if key in file.metadata}
-    return header_differences(file, header(architecture, files, "") | own)
+    return [
+        *header_differences(file, header(architecture, files, "") | own),
+        *(
+            f"{name}: other values"
+            for name, wanted in constants(architecture.parsed).items()
+            if _differs(file, name, wanted)
+        ),
+    ]
+
+
+def _differs(file: GgufFile, name: str, wanted: torch.Tensor) -> bool:
+    tensor = file.tensors.get(name)
+    return tensor is None or file.read_rows(name, 0, tensor.rows).tobytes() != wanted.numpy().tobytes()

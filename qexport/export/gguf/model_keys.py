@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from qexport.architectures.architecture import Architecture
 from qexport.errors import CompatibilityError, listed
-from qexport.formats.gguf.families import FAMILIES, GgufFamily, falcon_key_heads, head_dim
+from qexport.formats.gguf.families import FAMILIES, GgufFamily, falcon_key_heads, head_dim, rotary
 from qexport.formats.gguf.header import Value
 
 _MEND: Final = "leave this layout out; safetensors and onnx support the model"
@@ -59,11 +59,11 @@ def model_keys(architecture: Architecture) -> dict[str, Value]:
         "attention.key_length": head_dim(config),
         "attention.value_length": head_dim(config),
         "rope.dimension_count": head_dim(config),
-        "rope.freq_base": float(_rotary(config)["rope_theta"]),
+        "rope.freq_base": float(rotary(config)["rope_theta"]),
         "vocab_size": architecture.structure.vocab_size,
     }
     found = common | values
-    return {f"{family.name}.{key}": value for key, value in found.items()}
+    return {f"{family.name}.{key}": value for key, value in (found | _scaling_keys(config)).items()}
 
 
 def context_length(config: PretrainedConfig) -> int:
@@ -90,6 +90,13 @@ def notes(config: PretrainedConfig) -> list[str]:
     if config.model_type == "falcon":
         found.append("llama.cpp approximates Falcon's GELU")
     return found
+
+
+def _scaling_keys(config: PretrainedConfig) -> dict[str, Value]:
+    """Llama 3's scaling is a tensor; see `qexport.formats.gguf.families.constants`."""
+    if rotary(config).get("rope_type") != "linear":
+        return {}
+    return {"rope.scaling.type": "linear", "rope.scaling.factor": float(rotary(config)["factor"])}
 
 
 def _llama_keys(config: PretrainedConfig) -> dict[str, Value]:
@@ -119,6 +126,7 @@ _FALCON_VALUES: Final[Mapping[str, tuple[Any, ...]]] = {
     "parallel_attn": (True,),
     "activation": ("gelu",),
 }
+_ROPE_TYPES: Final[Mapping[str, tuple[str, ...]]] = {"llama": ("default", "linear", "llama3")}
 _OWN_VALUES: Final = {"qwen2": _QWEN2_VALUES, "qwen3": _QWEN3_VALUES}
 
 
@@ -139,12 +147,12 @@ def _falcon_problems(config: PretrainedConfig) -> Iterator[str]:
 
 
 def _rotary_problems(config: PretrainedConfig) -> Iterator[str]:
-    rotary = _rotary(config)
-    if rotary.get("rope_type", "default") != "default":
-        yield f"rope_type is {rotary['rope_type']!r}, and only 'default' was tried"
-    if rotary.get("partial_rotary_factor", 1.0) != 1.0:
+    found, known = rotary(config), _ROPE_TYPES.get(config.model_type, ("default",))
+    if (kind := found.get("rope_type", "default")) not in known:
+        yield f"rope_type is {kind!r}, and only {' and '.join(known)} were tried"
+    if found.get("partial_rotary_factor", 1.0) != 1.0:
         yield "partial_rotary_factor is not 1"
-    if "rope_theta" not in rotary:
+    if "rope_theta" not in found:
         yield "rope_theta is missing"
 
 
@@ -152,7 +160,3 @@ def _unlike(config: PretrainedConfig, wanted: Mapping[str, tuple[Any, ...]]) -> 
     for key, values in wanted.items():
         if (found := getattr(config, key, values[0])) not in values:
             yield f"{key} is {found!r}, and llama.cpp computes {values[0]!r}"
-
-
-def _rotary(config: PretrainedConfig) -> Mapping[str, Any]:
-    return config.rope_parameters or {}

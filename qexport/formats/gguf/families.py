@@ -5,6 +5,7 @@ The reference is llama.cpp's converter, `conversion/` in its repository.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -55,6 +56,30 @@ def falcon_key_heads(config: PretrainedConfig) -> int:
 def head_dim(config: PretrainedConfig) -> int:
     """The width of a head."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def rotary(config: PretrainedConfig) -> Mapping[str, Any]:
+    """The parameters of the rotary embedding."""
+    return config.rope_parameters or {}
+
+
+def constants(config: PretrainedConfig) -> dict[str, Tensor]:
+    """Tensors of a file that are no parameters of the model, by name.
+
+    Llama 3 stretches the slow ones of its rotary embedding's frequencies, and the file has what each is divided by,
+    float32 [head_dim / 2].
+    """
+    found = rotary(config)
+    if found.get("rope_type") != "llama3":
+        return {}
+    size, context = head_dim(config), found["original_max_position_embeddings"]
+    frequencies = 1.0 / (found["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float32) / size))
+    lengths = 2 * math.pi / frequencies
+    low, high, factor = found["low_freq_factor"], found["high_freq_factor"], found["factor"]
+    smooth = (context / lengths - low) / (high - low)
+    between = 1 / ((1 - smooth) / factor + smooth)
+    slow = torch.where(lengths > context / low, torch.full_like(between, factor), between)
+    return {"rope_freqs.weight": torch.where(lengths < context / high, torch.ones_like(between), slow)}
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ VLLM_VENV ?= .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
 GENAI_VENV ?= .venv-genai
 GENAI_READY := $(GENAI_VENV)/.ready
+LLAMA_VENV ?= .venv-llama
+LLAMA_READY := $(LLAMA_VENV)/.ready
 TASKS_VENV ?= .venv-tasks
 TASKS_READY := $(TASKS_VENV)/.ready
 READERS_VENV ?= .venv-readers
@@ -27,7 +29,7 @@ SELF := -m pip install --quiet --no-deps --no-build-isolation --editable .
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick test-servers test-genai test-tasks test-readers test-browser test-integrity test-faults test-docs test-hostile test-fuzz check format lint types imports schema docs benchmark lock clean
+.PHONY: help demo test quick test-servers test-genai test-llama test-tasks test-readers test-browser test-integrity test-faults test-docs test-hostile test-fuzz check format lint types imports schema docs benchmark lock clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -46,6 +48,10 @@ test-servers: $(READY) $(VLLM_READY) ## Serve artifacts with vLLM's CPU build an
 
 test-genai: $(READY) $(GENAI_READY) ## Run ONNX folders with onnxruntime-genai and hold its tokens against ONNX Runtime's (minutes)
 	QEXPORT_GENAI_PYTHON=$(abspath $(GENAI_VENV))/bin/python $(BIN)/python -m pytest tests/servers/test_genai.py
+
+test-llama: $(READY) $(LLAMA_READY) ## Run GGUF files with llama.cpp, and hold them against those of its converter (minutes; wants cmake, OpenBLAS)
+	QEXPORT_LLAMA_PYTHON=$(abspath $(LLAMA_VENV))/bin/python QEXPORT_LLAMA_CONVERTER=$(abspath $(LLAMA_VENV))/converter \
+		$(BIN)/python -m pytest tests/servers/test_llama.py -s
 
 test-tasks: $(TASKS_READY) ## Measure task accuracy with lm-evaluation-harness on tiny models and on SmolLM2 (minutes)
 	$(TASKS_VENV)/bin/python -m pytest tests/tasks
@@ -121,6 +127,20 @@ $(GENAI_READY): requirements/genai.txt
 	$(GENAI_VENV)/bin/python $(LOCKED) requirements/genai.txt
 	@touch $@
 
+# llama-cpp-python comes as source, with llama.cpp and its converter in it. Its BLAS backend alone does not round inputs.
+LLAMA_CPP := llama-cpp-python==0.3.36
+LLAMA_PARTS := $(addprefix llama_cpp_python-0.3.36/vendor/llama.cpp/,conversion convert_hf_to_gguf.py gguf-py)
+LLAMA_OPTIONS := -DGGML_NATIVE=ON -DGGML_BLAS=ON -DGGML_BLAS_VENDOR=OpenBLAS -DLLAMA_BUILD_TESTS=OFF \
+	-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAVA_BUILD=OFF
+$(LLAMA_READY): requirements/llama.txt requirements/torch.txt
+	$(PYTHON) -m venv $(LLAMA_VENV)
+	$(LLAMA_VENV)/bin/python $(TORCH)
+	CMAKE_ARGS="$(LLAMA_OPTIONS)" $(LLAMA_VENV)/bin/python $(LOCKED) requirements/llama.txt
+	$(LLAMA_VENV)/bin/python -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest $(LLAMA_VENV)/source $(LLAMA_CPP)
+	mkdir -p $(LLAMA_VENV)/converter
+	tar -xzf $(LLAMA_VENV)/source/llama_cpp_python-*.tar.gz --strip-components=3 -C $(LLAMA_VENV)/converter $(LLAMA_PARTS)
+	@touch $@
+
 # The harness brings some forty packages, so it stays out of the environment of the other tests.
 $(TASKS_READY): pyproject.toml requirements/tasks.txt requirements/torch.txt
 	$(PYTHON) -m venv $(TASKS_VENV)
@@ -156,4 +176,4 @@ $(LOCK_READY):
 	@touch $@
 
 clean: ## Remove the environments and what runs have written
-	rm -rf $(VENV) $(VLLM_VENV) $(GENAI_VENV) $(TASKS_VENV) $(READERS_VENV) $(FUZZ_VENV) $(DOCS_VENV) $(LOCK_VENV) out
+	rm -rf $(VENV) $(VLLM_VENV) $(GENAI_VENV) $(LLAMA_VENV) $(TASKS_VENV) $(READERS_VENV) $(FUZZ_VENV) $(DOCS_VENV) $(LOCK_VENV) out

@@ -25,6 +25,7 @@ extra() { # the requirements of one extra, without those of qexport
 compile dev --extra dev --extra onnx pyproject.toml requirements/tests.in
 compile tasks --extra dev --extra tasks pyproject.toml requirements/tests.in
 compile genai requirements/genai.in
+compile llama requirements/llama.in
 compile fuzz requirements/fuzz.in
 BUILD_CUDA_EXT=0 compile readers requirements/readers.in
 extra docs | compile docs -

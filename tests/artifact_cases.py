@@ -64,6 +64,7 @@ LAYOUTS: Mapping[str, list[dict[str, Any]]] = {
     "tgi": [{"layout": "tgi"}],
     "vllm": [{"layout": "vllm"}],
     "onnx": [{"layout": "onnx"}],
+    "gguf": [{"layout": "gguf"}],
     "vllm compressed-tensors": [{"layout": "vllm", "format": "compressed-tensors"}],
     "onnx fused, accuracy level 4": [{"layout": "onnx", "attention": "fused", "accuracy_level": 4}],
     "onnx float16": [{"layout": "onnx", "activations": "float16"}],
@@ -79,6 +80,7 @@ TOGETHER = (
     ["safetensors", "tgi", "vllm", "onnx"],
     ["safetensors", "tgi", "onnx"],
     ["vllm compressed-tensors", "safetensors"],
+    ["safetensors", "gguf"],
 )
 """Several layouts in one recipe: each folder has the bytes that it has alone."""
 

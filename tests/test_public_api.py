@@ -32,6 +32,7 @@ def test_the_surface_is_what_it_is_on_purpose() -> None:
         "Nf4",
         "NoQuantization",
         "Notice",
+        "GgufSettings",
         "OnnxSettings",
         "Override",
         "Plan",

@@ -17,6 +17,7 @@ from ruamel.yaml import YAML
 
 from factories import calibration_of, gptq
 from qexport.errors import RecipeError
+from qexport.export import SafetensorsSettings
 from qexport.gates import Bounds
 from qexport.recipe import Recipe, load_recipe
 from qexport.recipe.reference import fields, recipe_schema, updated
@@ -350,6 +351,7 @@ def test_overrides_replace_and_add_values(folder: Path) -> None:
         "verify.gates.mean_kl.at_most=1e-1",
     )
     assert gptq(recipe).bits == 8
+    assert isinstance(recipe.export[0], SafetensorsSettings)
     assert recipe.export[0].max_shard_size == "1GB"
     assert recipe.load.adapter == "org/adapter"
     assert gptq(recipe).overrides[0].dense

@@ -50,6 +50,12 @@ def test_continuations_come_back(runtime: ChildRuntime) -> None:
     assert runtime.continued([[1, 2], [6]], 3) == [[2, 3, 4], [6, 0, 1]]
 
 
+def test_its_tokens_of_texts_come_back(runtime: ChildRuntime, tmp_path: Path) -> None:
+    assert runtime.tokenized(["ab", ""]) == [[97, 98], []]
+    with started(tmp_path / "takes tokens alone") as running:
+        assert running.tokenized(["a"]) is None
+
+
 def test_what_it_prints_goes_to_the_log(runtime: ChildRuntime) -> None:
     assert b"noise on the standard output\n\xff noise below Python\n" in runtime.log.read_bytes()
 
@@ -92,6 +98,9 @@ def test_wrong_answers_are_refused(tmp_path: Path) -> None:
     running.log.unlink()
     with pytest.raises(InputError, match="answered no list of tokens"), started(tmp_path / "short") as running:
         running.continued([[1]], 2)
+    running.log.unlink()
+    with pytest.raises(InputError, match="no list of tokens for each text"), started(tmp_path / "short") as running:
+        running.tokenized(["a", "b"])
     running.log.unlink()
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, normalizers
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 import factories
 import trained_models
@@ -27,7 +29,7 @@ from qexport.text.documents import Documents
 from qexport.text.windows import HeldOut, make_held_out
 from qexport.verifying import VerifySettings
 from qexport.verifying.reference import Preparation, Reference
-from qexport.verifying.served import judge_continuations, measure_served, own_reading
+from qexport.verifying.served import check_tokenizer, judge_continuations, measure_served, own_reading
 from quantized_models import QuantizedModel, dequantized
 
 CPU = torch.device("cpu")
@@ -258,13 +260,45 @@ def test_nan_is_refused(folder: Path) -> None:
 
 
 def test_the_limit_follows_the_dtype_and_the_models_own_noise() -> None:
-    assert [fidelity_limit(each, None, "bfloat16") for each in ("float32", "float16", "bfloat16", "fp8")] == [
-        1e-6, 1e-4, 4e-3, 4e-3,
+    assert [fidelity_limit(each, None, "bfloat16") for each in ("float32", "float16", "bfloat16", "fp8", "q8_0")] == [
+        1e-6, 1e-4, 4e-3, 4e-3, 6e-3,
     ]  # fmt: skip
     assert fidelity_limit("bfloat16", 0.01, "bfloat16") == pytest.approx(0.04)
     assert fidelity_limit("float16", 0.01, "bfloat16") == pytest.approx(0.04 / 64)
     assert fidelity_limit("float32", 0.01, "bfloat16") == 1e-6
     assert fidelity_limit("bfloat16", 1e-9, "float32") == pytest.approx(4e-9 * 2.0**32)
+    assert fidelity_limit("q8_0", 0.01, "bfloat16") == pytest.approx(0.04 * 2**0.5)
+
+
+class Tokens:
+    """A runtime with a tokenizer, or without."""
+
+    def __init__(self, tokens: Callable[[str], list[int]] | None) -> None:
+        self._tokens = tokens
+
+    def tokenized(self, texts: Sequence[str]) -> list[list[int]] | None:
+        return None if self._tokens is None else [self._tokens(text) for text in texts]
+
+
+def test_a_runtimes_own_tokens_are_compared() -> None:
+    own = factories.tokenizer()
+    (sound,) = check_tokenizer(Tokens(lambda text: own(text)["input_ids"]), reference())
+    assert (sound.gate, sound.passed) == ("tokenizer", True)
+    (wrong,) = check_tokenizer(Tokens(lambda text: own(text.lower())["input_ids"]), reference())
+    assert not wrong.passed
+    assert "other tokens of" in wrong.detail
+    assert check_tokenizer(Tokens(None), reference()) == []
+
+
+def test_texts_that_the_reference_would_normalize_are_left_out() -> None:
+    backend = Tokenizer.from_str(factories.tokenizer().backend_tokenizer.to_str())
+    backend.normalizer = normalizers.NFC()
+    normalizing = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
+    plain = factories.tokenizer()
+    (found,) = check_tokenizer(
+        Tokens(lambda text: plain(text)["input_ids"]), replace(reference(), open_tokenizer=lambda: normalizing)
+    )
+    assert found.passed
 
 
 def test_a_limit_of_the_recipe_takes_the_place_of_ours() -> None:

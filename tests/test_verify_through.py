@@ -293,6 +293,7 @@ def test_each_runtime_serves_one_layout() -> None:
     settings = VerifySettings.model_validate(
         {"text": "x", "through": [{"runtime": "vllm"}, {"runtime": "gptqmodel"}, {"url": "http://h:1"}]}
     )
+    assert home(RuntimeSettings(runtime="llama.cpp"), ["safetensors", "gguf"]) == "gguf"
     layouts = ["safetensors", "tgi", "vllm"]
     assert [home(each, layouts) for each in settings.through] == ["vllm", "safetensors", None]
     assert runtimes_of("vllm", settings, layouts)[0] == settings.through[:1]
@@ -303,6 +304,7 @@ PARSED = {
     "vllm": {"runtime": "vllm"},
     "vllm@.venv/bin/python,dtype=float16": {"runtime": "vllm", "python": ".venv/bin/python", "dtype": "float16"},
     "http://localhost:8000,timeout=9": {"url": "http://localhost:8000", "timeout": 9},
+    "llama.cpp@a/python,dtype=float32": {"runtime": "llama.cpp", "python": "a/python", "dtype": "float32"},
     "gptqmodel,max_memory=8GB": {"runtime": "gptqmodel", "max_memory": "8GB"},
 }
 
@@ -314,8 +316,8 @@ def test_options_are_parsed(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["llama.cpp", "", "vllm,dtype", "vllm,dtype=int8", "vllm,dtype=float16,dtype=float32", "ftp://x", "http://u:p@host",
-     "http://h/?key=1", "http://h,python=x", "vllm,timeout=0"],
+    ["tgi", "llama.cpp,dtype=float16", "", "vllm,dtype", "vllm,dtype=int8", "vllm,dtype=float16,dtype=float32",
+     "ftp://x", "http://u:p@host", "http://h/?key=1", "http://h,python=x", "vllm,timeout=0"],
 )  # fmt: skip
 def test_other_options_are_refused(text: str) -> None:
     with pytest.raises(RecipeError, match="--through was not understood"):

@@ -224,6 +224,8 @@ def _commands(manifest: Manifest, folder: Path) -> list[tuple[str, str]]:
             return [("TGI", f"sh {quote(str(folder / 'launch' / 'docker-run.sh'))}")]
         case "vllm":
             return [("vLLM", f"sh {quote(str(folder / 'launch' / 'vllm-serve.sh'))}")]
+        case "gguf":
+            return [("llama.cpp", f"sh {quote(str(folder / 'launch' / 'llama-server.sh'))}")]
         case "onnx" if "launch/generate.py" in manifest.files:
             return [("ONNX", f'python {quote(str(folder / "launch" / "generate.py"))} "TEXT"')]
         case _:

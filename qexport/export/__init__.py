@@ -71,6 +71,15 @@ class OnnxSettings(_Shards):
     into the folder, and the graph refers to them."""
 
 
+class GgufSettings(Settings):
+    """The folder that llama.cpp runs: one file with weights, configuration and tokenizer."""
+
+    model_config = ConfigDict(json_schema_extra=required_in_recipes("layout"))
+
+    layout: Literal["gguf"] = "gguf"
+    """`model.gguf`, `launch/`. GPTQ codes become Q4_0 or Q8_0, value by value."""
+
+
 ExportSettings = Annotated[
-    SafetensorsSettings | TgiSettings | VllmSettings | OnnxSettings, Field(discriminator="layout")
+    SafetensorsSettings | TgiSettings | VllmSettings | OnnxSettings | GgufSettings, Field(discriminator="layout")
 ]

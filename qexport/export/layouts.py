@@ -11,7 +11,15 @@ from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.structure import Structure
 from qexport.artifact.manifest import GraphRecord
 from qexport.errors import RecipeError
-from qexport.export import ExportSettings, OnnxSettings, SafetensorsSettings, TgiSettings, VllmSettings
+from qexport.export import (
+    ExportSettings,
+    GgufSettings,
+    OnnxSettings,
+    SafetensorsSettings,
+    TgiSettings,
+    VllmSettings,
+)
+from qexport.export.gguf.layout import GgufLayout
 from qexport.export.loaders import Folder, loading_section, stock_loaders, warnings
 from qexport.export.model_files import model_files, write_files
 from qexport.export.tgi.layout import TgiLayout
@@ -164,6 +172,8 @@ def make_layout(settings: ExportSettings, outputs: Outputs, structure: Structure
             return VllmLayout(settings, outputs, structure, checkpoint)
         case OnnxSettings():
             return _onnx_layout(settings, outputs, structure, checkpoint)
+        case GgufSettings():
+            return GgufLayout(settings, outputs, structure, checkpoint)
 
 
 def _onnx_layout(settings: OnnxSettings, outputs: Outputs, structure: Structure, checkpoint: Checkpoint) -> Layout:

@@ -26,6 +26,7 @@ class Folder:
         layout: the layout's name; None for a folder that another tool made.
         graph: whether the model is an ONNX graph.
         block_sizes: values per absmax of each module with bitsandbytes' 4-bit codes; not in config.json.
+        gguf: whether the model is a GGUF file.
     """
 
     quantization: Mapping[str, Any] | None
@@ -35,6 +36,7 @@ class Folder:
     layout: str | None
     graph: bool = False
     block_sizes: Mapping[str, int] = field(default_factory=dict)
+    gguf: bool = False
 
     def has_config(self, **values: Any) -> bool:
         """Whether the `quantization_config` has these values."""
@@ -44,9 +46,9 @@ class Folder:
 
     @property
     def method(self) -> str:
-        """Its `quant_method`, `unquantized` if it has none, or `onnx` for a graph."""
-        if self.graph:
-            return "onnx"
+        """Its `quant_method`, `unquantized` if it has none, `onnx` for a graph, or `gguf`."""
+        if self.graph or self.gguf:
+            return "onnx" if self.graph else "gguf"
         return "unquantized" if self.quantization is None else str(self.quantization["quant_method"])
 
     @property
@@ -112,6 +114,7 @@ class _Row:
 TRANSFORMERS: Final = "transformers"
 GPTQMODEL: Final = "gptqmodel"
 QEXPORT: Final = "qexport.load"
+LLAMA_CPP: Final = "llama.cpp"
 ONNXRUNTIME: Final = "onnxruntime"
 _WITH_GPTQMODEL: Final = "transformers + gptqmodel"
 _WITH_BITSANDBYTES: Final = "transformers + bitsandbytes"
@@ -165,12 +168,23 @@ def _is_graph(folder: Folder) -> bool:
     return folder.graph
 
 
+def _is_gguf(folder: Folder) -> bool:
+    return folder.gguf
+
+
+def _is_gguf_of(model_type: str) -> Callable[[Folder], bool]:
+    return lambda folder: folder.gguf and folder.model_type == model_type
+
+
 def _is_unquantized(folder: Folder) -> bool:
     return folder.method == "unquantized"
 
 
 _TABLE: Final = (
     _Row(ONNXRUNTIME, _is_graph, "yes"),
+    _Row(LLAMA_CPP, _is_gguf, "yes"),
+    _Row(TRANSFORMERS, _is_gguf_of("qwen3"), "untried", "it reads the file, but not how wide the heads are"),
+    _Row(TRANSFORMERS, _is_gguf, "yes", 'with gguf_file="model.gguf", dequantized'),
     _Row(TRANSFORMERS, _is_unquantized, "yes"),
     _Row(_WITH_GPTQMODEL, _is_falcon("gptq"), "wrong", f"it fills the quantized layers {_AT_RANDOM}"),
     _Row(_WITH_GPTQMODEL, _has_quantized_head("gptq"), "wrong", f"it fills the quantized head {_AT_RANDOM}"),
@@ -210,12 +224,14 @@ _TABLE: Final = (
     _Row(QEXPORT, _is_graph, "yes", "with qexport[onnx]"),
     _Row(QEXPORT, _always, "yes"),
     _Row("vLLM", _is_graph, "no", "it reads safetensors files"),
+    _Row("vLLM", _is_gguf, "untried", "it reads GGUF with a plugin"),
     _Row("vLLM", _is("bitsandbytes"), "no", "it has no support for bitsandbytes since 0.28"),
     _Row("vLLM", _is("gptq", sym=False), "no", "it refuses asymmetric GPTQ"),
     _Row("vLLM", _is("gptq", desc_act=True), "no", "it refuses desc_act"),
     _Row("vLLM", _in_layout("vllm"), "yes"),
     _Row("vLLM", _always, "untried", "the layout vllm is made for it"),
     _Row("TGI", _is_graph, "no", "it reads safetensors files"),
+    _Row("TGI", _is_gguf, "no", "it reads safetensors files"),
     _Row("TGI", _in_layout("tgi"), "yes"),
     _Row("TGI", _is("bitsandbytes"), "no", "it quantizes by itself, from the 16-bit weights of the layout tgi"),
     _Row("TGI", _always, "no", "it needs config.json and tokenizer_config.json as the layout tgi writes them"),
@@ -252,7 +268,9 @@ def warnings(folder: Folder) -> list[str]:
 
 
 def python_lines(folder: Folder, path: str) -> tuple[str, str]:
-    """Two lines of Python that load the artifact: with transformers if it can, else with qexport."""
+    """Two lines of Python that load the artifact: with llama.cpp or transformers if it can, else with qexport."""
+    if folder.gguf:
+        return "from llama_cpp import Llama", f'model = Llama("{path}/model.gguf", n_ctx=0)'
     works = {loader.name for loader in loaders(folder) if loader.verdict == "yes" and not loader.reason}
     if works & {TRANSFORMERS, _WITH_GPTQMODEL, _WITH_BITSANDBYTES, _WITH_COMPRESSED}:
         call = f'model = AutoModelForCausalLM.from_pretrained("{path}", dtype="auto")'

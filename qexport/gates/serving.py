@@ -12,12 +12,19 @@ from qexport.gates import HasGates
 from qexport.gates.deciding import decide, noise_floors
 from qexport.gates.limits import Bound, Limit, above_floor, limits_of, waiver
 from qexport.gates.profiles import ProfileOfLayer, profile_for
-from qexport.runtimes import ServedDtype
 
-_EPSILON: Final[Mapping[str, float]] = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+_EPSILON: Final[Mapping[str, float]] = {
+    "float32": 2.0**-23,
+    "float16": 2.0**-10,
+    "bfloat16": 2.0**-7,
+    "q8_0": 2.0**-6.75,
+}
+"""Of rounding steps. Rounding 32 values to integers with one scale, llama.cpp's Q8_0, diverges by 1.4 times what
+bfloat16 does: its step is taken to be larger by the root of that."""
 
-_LEAST: Final[Mapping[str, float]] = {"float32": 1e-6, "float16": 1e-4, "bfloat16": 4e-3}
-"""Nats. Measured with vLLM and SmolLM2, unquantized and GPTQ alike: 2.9e-9, 2e-5 and 1.4e-3."""
+_LEAST: Final[Mapping[str, float]] = {"float32": 1e-6, "float16": 1e-4, "bfloat16": 4e-3, "q8_0": 6e-3}
+"""Nats. Measured with SmolLM2, through vLLM unquantized and GPTQ alike: 2.9e-9, 2e-5 and 1.4e-3; through llama.cpp,
+which rounds the inputs of quantized layers to Q8_0: 2.0e-3."""
 
 _FLOORS: Final = 4.0
 
@@ -33,11 +40,11 @@ def fidelity_limit(dtype: str, noise_floor: float | None, reference_dtype: str) 
     times that, and at least what was measured on a small model.
 
     Args:
-        dtype: what the runtime computes in; an unknown one counts as bfloat16.
+        dtype: what the runtime computes in, or rounds inputs to; an unknown one counts as bfloat16.
         noise_floor: of `mean_kl`, between the reference's dtype and a wider one; None if it was not measured.
         reference_dtype: the reference's.
     """
-    known: ServedDtype = "bfloat16" if dtype not in _EPSILON else dtype  # type: ignore[assignment]
+    known = dtype if dtype in _EPSILON else "bfloat16"
     least = _LEAST[known]
     if noise_floor is None or reference_dtype not in _EPSILON:
         return least

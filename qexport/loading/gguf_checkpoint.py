@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
@@ -18,35 +17,17 @@ from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.config_bounds import refuse_extreme
 from qexport.artifact.digests import sha256_file
 from qexport.errors import CompatibilityError, InputError
-from qexport.loading.gguf_file import GgufFile
+from qexport.formats.gguf.families import FAMILIES, GgufFamily, Places, places
 from qexport.loading.hub import PackageFile
 from qexport.loading.model_weights import find_architecture, fit_to_model
 from qexport.loading.small_files import read_sidecars
 from qexport.progress import Progress, ProgressCallback
+from qexport.tensors.gguf_file import GgufFile
 from qexport.tensors.source import Origin, TensorSpec
 
-
-@dataclass(frozen=True)
-class _Family:
-    """How llama.cpp stores an architecture.
-
-    Attributes:
-        arch: the gguf package's name for it.
-        causal_lm: the class of transformers.
-        permuted: the rows of queries and keys are reordered for ggml's rotary embedding.
-        extra_fields: config keys by metadata key, beyond those that every family has.
-    """
-
-    arch: gguf.MODEL_ARCH
-    causal_lm: str
-    permuted: bool
-    extra_fields: Mapping[str, str] = field(default_factory=dict)
-
-
-_FAMILIES: Final = {
-    "llama": _Family(gguf.MODEL_ARCH.LLAMA, "LlamaForCausalLM", True, {"rope.dimension_count": "head_dim"}),
-    "qwen2": _Family(gguf.MODEL_ARCH.QWEN2, "Qwen2ForCausalLM", False),
-}
+_SUPPORTED: Final = ("llama", "qwen2")
+_EXTRA_FIELDS: Final[Mapping[str, Mapping[str, str]]] = {"llama": {"rope.dimension_count": "head_dim"}}
+"""Keys of the config by metadata key, beyond those that every family has."""
 
 _REQUIRED: Final = {
     "block_count": "num_hidden_layers",
@@ -77,8 +58,7 @@ def read_gguf(found: PackageFile, *, progress: ProgressCallback) -> Checkpoint:
         config = _config(file, family)
         values = json.loads(config.to_json_string())
         architecture = find_architecture(values, tensors=len(file.tensors))
-        parameters = architecture.skeleton.state_dict()
-        source = GgufWeights(file, arch=family.arch, config=config, parameters=parameters, permuted=family.permuted)
+        source = GgufWeights(file, places(family, config, architecture.skeleton.state_dict()))
         weights = fit_to_model(source, architecture)
         files = _files(found.path, config)
         origin = Origin("package", found.name, found.version, {found.path.name: sha256_file(found.path)})
@@ -89,16 +69,15 @@ def read_gguf(found: PackageFile, *, progress: ProgressCallback) -> Checkpoint:
     return Checkpoint(architecture, weights, files, origin)
 
 
-def _family(file: GgufFile) -> _Family:
+def _family(file: GgufFile) -> GgufFamily:
     name = file.metadata.get("general.architecture")
     if not isinstance(name, str):
         raise InputError("the file does not say its architecture", where=str(file.path), mend="fetch the file again")
-    family = _FAMILIES.get(name)
-    if family is None:
+    if name not in _SUPPORTED:
         raise CompatibilityError(
             f"GGUF files of architecture {name!r} are not supported",
             where=str(file.path),
-            mend=f"supported: {', '.join(_FAMILIES)}; or name the safetensors model that the file was made from",
+            mend=f"supported: {', '.join(_SUPPORTED)}; or name the safetensors model that the file was made from",
         )
     experts = file.metadata.get(f"{name}.expert_count", 0)
     scaling = file.metadata.get(f"{name}.rope.scaling.type", "none")
@@ -109,16 +88,16 @@ def _family(file: GgufFile) -> _Family:
             where=str(file.path),
             mend="name the safetensors model that the file was made from",
         )
-    return family
+    return FAMILIES[name]
 
 
-def _config(file: GgufFile, family: _Family) -> PretrainedConfig:
+def _config(file: GgufFile, family: GgufFamily) -> PretrainedConfig:
     """The configuration that transformers reads from the same metadata, with the class that it loads."""
     prefix = str(file.metadata["general.architecture"])
     absent = [key for key in _REQUIRED if f"{prefix}.{key}" not in file.metadata]
     if absent:
         raise InputError(f"the metadata lack {', '.join(absent)}", where=str(file.path), mend="fetch the file again")
-    fields = _REQUIRED | _OPTIONAL | dict(family.extra_fields)
+    fields = _REQUIRED | _OPTIONAL | dict(_EXTRA_FIELDS.get(prefix, {}))
     keys = {f"{prefix}.{key}": name for key, name in fields.items()}
     keys |= {f"tokenizer.ggml.{key}_token_id": name for key, name in _TOKENS.items()}
     values: dict[str, Any] = {name: file.metadata[key] for key, name in keys.items() if key in file.metadata}
@@ -157,28 +136,15 @@ class GgufWeights:
 
     Args:
         file: the open file.
-        arch: its architecture.
-        config: the model's configuration.
-        parameters: the names of the model's parameters.
-        permuted: the file holds the rows of queries and keys in llama.cpp's order, which is undone.
+        parameters: where the model's parameters are in it.
 
     Raises:
         CompatibilityError: a tensor is stored in a way that `gguf` cannot dequantize.
     """
 
-    def __init__(
-        self,
-        file: GgufFile,
-        *,
-        arch: gguf.MODEL_ARCH,
-        config: PretrainedConfig,
-        parameters: Iterable[str],
-        permuted: bool,
-    ) -> None:
-        self._file = file
-        self._heads = _permuted_heads(config) if permuted else {}
-        stored = _stored_names(arch, config.num_hidden_layers, parameters)
-        renamed = {name: parameter for parameter, name in stored.items() if name in file.tensors}
+    def __init__(self, file: GgufFile, parameters: Places) -> None:
+        self._file, self._places = file, parameters
+        renamed = {name: parameter for parameter, name in parameters.names.items() if name in file.tensors}
         # a tensor without a place in the model keeps the file's name, so that errors name it
         self._stored = {renamed.get(name, name): name for name in file.tensors}
         _refuse_unreadable(file)
@@ -197,9 +163,7 @@ class GgufWeights:
         """
         if name not in self._stored:
             raise InputError("there is no tensor with this name", where=f"{self._file.path}: {name}")
-        tensor = self._dequantize(self._stored[name])
-        heads = next((heads for module, heads in self._heads.items() if f".{module}." in name), None)
-        return tensor if heads is None else _undo_permutation(tensor, heads)
+        return self._places.restored(name, self._dequantize(self._stored[name]))
 
     def place(self, name: str) -> str:
         """The file and the tensor's name in it, for an error's `where`."""
@@ -215,33 +179,6 @@ class GgufWeights:
             piece = gguf.dequantize(self._file.read_rows(stored, start, stop), tensor.kind)
             rows[start:stop] = torch.from_numpy(piece)
         return values
-
-
-def _permuted_heads(config: PretrainedConfig) -> dict[str, int]:
-    return {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-
-
-def _undo_permutation(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """The rows in the order of transformers, a head's two halves, from ggml's order, rotary pairs side by side.
-
-    Args:
-        tensor: [heads * head_dim, ...].
-        heads: the heads that the rows belong to.
-    """
-    pairs = tensor.view(heads, -1, 2, *tensor.shape[1:])
-    return pairs.transpose(1, 2).reshape(tensor.shape).contiguous()
-
-
-def _stored_names(arch: gguf.MODEL_ARCH, layers: int, parameters: Iterable[str]) -> dict[str, str]:
-    """The name in the file of each parameter that has one in the architecture."""
-    names = gguf.get_tensor_name_map(arch, layers)
-    stored = {}
-    for parameter in parameters:
-        module, _, leaf = parameter.rpartition(".")
-        name = names.get_name(module)
-        if name is not None:
-            stored[parameter] = f"{name}.{leaf}"
-    return stored
 
 
 def _refuse_unreadable(file: GgufFile) -> None:

@@ -181,7 +181,7 @@ def refuse_other_layers(records: Sequence[LayerRecord], artifact: StoredModel) -
         f"{name}: {record.bits} bits, {record.method}, groups of {record.group_size}, but stored are "
         f"{stored[name].bits} bits, {stored[name].method}, groups of {stored[name].group_size}"
         for name, record in told.items()
-        if name in stored and not _is_stored_as(record, stored[name], graph=artifact.kind == "graph")
+        if name in stored and not _is_stored_as(record, stored[name], apart=artifact.kind != "weights")
     ]
     if problems or len(told) < len(records):
         raise InputError(
@@ -191,10 +191,12 @@ def refuse_other_layers(records: Sequence[LayerRecord], artifact: StoredModel) -
         )
 
 
-def _is_stored_as(record: LayerRecord, stored: StoredLayer, *, graph: bool) -> bool:
-    """A layer whose weights are all equal has the same scale everywhere: then a graph does not tell its groups."""
+def _is_stored_as(record: LayerRecord, stored: StoredLayer, *, apart: bool) -> bool:
+    """A layer whose weights are all equal has the same scale everywhere: then a file that stores a group as several
+    blocks, a graph or GGUF, does not tell its groups.
+    """
     methods = {stored.method, "round_to_nearest"} if stored.method == "gptq" else {stored.method}
-    if not graph:
+    if not apart:
         return record.method in methods and (record.bits, record.group_size) == (stored.bits, stored.group_size)
     if stored.bits == _ROW_BITS:
         methods |= {"int8"}

@@ -12,11 +12,14 @@ import torch
 from qexport.amounts import size
 from qexport.artifact.agreement import report_of
 from qexport.artifact.integrity import Artifact, find_artifact
-from qexport.errors import InputError
+from qexport.errors import InputError, listed
+from qexport.export.gguf.layout import compared_header
 from qexport.export.loaders import Folder, Loader, Verdict, loaders
 from qexport.export.served import Check
 from qexport.hidden_packages import hidden
+from qexport.loading.small_files import read_sidecars
 from qexport.pipeline.folders import refuse_other_layers
+from qexport.reading.gguf_weights import GgufWeights
 from qexport.reading.one_model import refuse_second_model
 from qexport.reading.stored_model import StoredModel, model_folder, open_stored
 
@@ -125,10 +128,19 @@ def inspect_artifact(path: Path, *, server: Server | None = None, root: str | No
         if artifact is not None:
             _refuse_disagreement(artifact, source)
         refuse_second_model(source)
+        _refuse_other_header(source)
         shapes = {module: layer.shape for module, layer in source.layers.items()}
-        graph = source.kind == "graph"
         blocks = {name: each.group_size for name, each in source.layers.items() if each.method in ("nf4", "fp4")}
-        folder = Folder(source.quantization, shapes, structure.model_type, structure.head, layout, graph, blocks)
+        folder = Folder(
+            source.quantization,
+            shapes,
+            structure.model_type,
+            structure.head,
+            layout,
+            graph=source.kind == "graph",
+            block_sizes=blocks,
+            gguf=source.kind == "gguf",
+        )
         unquantized = len(source.specs()) - len(shapes)
         method, total = source.method, source.stored_bytes
     checks = _check(path, server) if server else []
@@ -150,6 +162,18 @@ def _refuse_disagreement(artifact: Artifact, source: StoredModel) -> None:
         raise InputError(
             "the manifest's quantization or total_bytes are not those of the weights",
             where=str(artifact.path),
+            mend="fetch the artifact again",
+        )
+
+
+def _refuse_other_header(source: StoredModel) -> None:
+    """What a GGUF file says of model and tokenizer is what the files beside it say."""
+    if not isinstance(source, GgufWeights):
+        return
+    if found := compared_header(source.file, source.architecture, read_sidecars(source.folder)):
+        raise InputError(
+            "the file's header contradicts config.json or the tokenizer's files, and llama.cpp reads the header",
+            where=f"{source.file.path}: {listed(found)}",
             mend="fetch the artifact again",
         )
 

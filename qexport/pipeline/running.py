@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -36,6 +37,7 @@ from qexport.pipeline.texts import Evaluation, Texts, read_texts
 from qexport.pipeline.verification import Verified, measure_folder
 from qexport.progress import Notice, Progress, ProgressCallback, silent
 from qexport.quantizing.method import PassInputs
+from qexport.reading.stored_model import Kind
 from qexport.recipe import Recipe, checked_output
 from qexport.records import LayerRecord
 from qexport.reporting.writing import write_report
@@ -289,6 +291,6 @@ def _publish(
 
 def _grouped_by_kind(folders: Sequence[LayoutFolder]) -> list[list[LayoutFolder]]:
     """A graph is run differently, and so measured apart, even if it shares the files of its weights."""
-    kinds = ("weights", "graph")
+    kinds = get_args(Kind)
     groups = ([folder for folder in folders if folder.opened.artifact.kind == kind] for kind in kinds)
     return [group for group in groups if group]

@@ -82,12 +82,14 @@ def misfit(settings: RuntimeSettings, artifact: StoredModel) -> str | None:
     """Why a runtime cannot load a folder; None if it should."""
     quantization = artifact.quantization or {}
     match settings.runtime:
-        case "vllm" if artifact.kind == "graph":
-            return "vllm loads safetensors folders, not ONNX graphs"
+        case "vllm" if artifact.kind != "weights":
+            return "vllm loads safetensors folders, not ONNX graphs or GGUF files"
         case "onnxruntime-genai" if artifact.kind != "graph":
             return "onnxruntime-genai loads folders of the layout onnx"
         case "onnxruntime-genai" if not (artifact.folder / "genai_config.json").is_file():
             return "the folder has no genai_config.json: onnxruntime-genai does not know the model's family"
+        case "llama.cpp" if artifact.kind != "gguf":
+            return "llama.cpp loads folders of the layout gguf"
         case "gptqmodel" if quantization.get("quant_method") != "gptq":
             return "gptqmodel loads folders with GPTQ codes"
     return None
@@ -139,6 +141,7 @@ _HOMES: Final[Mapping[str, Sequence[str]]] = {
     "vllm": ("vllm", "safetensors"),
     "onnxruntime-genai": ("onnx",),
     "gptqmodel": ("safetensors", "tgi", "vllm"),
+    "llama.cpp": ("gguf",),
 }
 """The layouts that a run serves with a runtime: the first one that the recipe has."""
 

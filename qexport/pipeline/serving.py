@@ -31,7 +31,7 @@ from qexport.runtimes.endpoints import open_endpoint
 from qexport.text.tokenizers import text_of
 from qexport.verifying.reference import Reference
 from qexport.verifying.sampled import measure_endpoint
-from qexport.verifying.served import measure_served, most_tokens
+from qexport.verifying.served import check_tokenizer, measure_served, most_tokens
 
 
 @dataclass(frozen=True)
@@ -114,11 +114,13 @@ def _start(
         own, waived = unless_waived(reference.settings, of_runtime)
         gates_of = partial(decide_served, gates.limits, of_runtime=own, label=settings.label)
         figures = measure_served(runtime, artifact, reference, gates_of, Steps(progress))
+        tokens = check_tokenizer(runtime, reference)
         return ServedRecord(
             label=settings.label,
             runtime=runtime.facts,
             scored="vocabulary",
             figures=figures,
+            checks=tokens,
             fidelity_limit=fidelity,
             compares_drift=artifact.rounds_activations,
             notes=[

@@ -14,6 +14,8 @@ from qexport.architectures.memory import keeping_to
 from qexport.artifact.figures import CheckResult
 from qexport.artifact.integrity import find_artifact
 from qexport.artifact.report import Report
+from qexport.errors import listed
+from qexport.export.gguf.layout import compared_header
 from qexport.gates.profiles import profile_for
 from qexport.hidden_packages import hidden
 from qexport.loading import LoadSettings
@@ -29,6 +31,7 @@ from qexport.pipeline.serving import NOT_SERVED, ServedArtifact, measure_through
 from qexport.pipeline.texts import check_small_files, read_evaluation, refuse_long_windows
 from qexport.progress import ProgressCallback, silent
 from qexport.quantizing import profile_of_layer
+from qexport.reading.gguf_weights import GgufWeights
 from qexport.reading.one_model import refuse_second_model
 from qexport.reading.stored_model import StoredModel, model_folder
 from qexport.recipe import check_max_memory
@@ -113,6 +116,7 @@ class Verified:
         reference, measured = self.reference, self.measured
         checks = [
             check_config(reference.merged, opened.artifact),
+            *_check_header(reference.merged, opened.artifact),
             *_check_beside(reference, opened.artifact),
             *measured.checks,
         ]
@@ -169,6 +173,25 @@ def _open(folder: Path, merged: Checkpoint, dtype: torch.dtype) -> AbstractConte
         layers=manifest.layers,
         digests={path: record.sha256 for path, record in manifest.files.items()},
     )
+
+
+def _check_header(merged: Checkpoint, artifact: StoredModel) -> list[CheckResult]:
+    """Compares what a GGUF file's own header says of model and tokenizer with what the reference would give."""
+    if not isinstance(artifact, GgufWeights):
+        return []
+    problems = compared_header(artifact.file, merged.architecture, merged.files)
+    own = [each for each in problems if not each.startswith("tokenizer.")]
+    of_tokenizer = [each for each in problems if each.startswith("tokenizer.")]
+    name = artifact.file.path.name
+    return [
+        CheckResult(gate="config", name=name, passed=not own, detail=listed(own) or "the header is the model's"),
+        CheckResult(
+            gate="tokenizer",
+            name=name,
+            passed=not of_tokenizer,
+            detail=listed(of_tokenizer) or "the header has the reference's tokens, merges and templates",
+        ),
+    ]
 
 
 def _check_beside(reference: Reference, artifact: StoredModel) -> list[CheckResult]:

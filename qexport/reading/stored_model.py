@@ -19,11 +19,12 @@ from qexport.artifact.manifest import REPORT_FOLDER
 from qexport.errors import InputError
 from qexport.formats.stored_weight import StoredLayer
 from qexport.hidden_packages import hidden
+from qexport.reading.gguf_weights import GGUF_NAME, GgufWeights
 from qexport.reading.safetensors_weights import SafetensorsWeights
 from qexport.tensors import GroupQuantizedSpec, Quantized, TensorSpec, WeightSource
 
-Kind = Literal["weights", "graph"]
-"""Weights in safetensors files, for transformers models; or an ONNX graph, for ONNX Runtime."""
+Kind = Literal["weights", "graph", "gguf"]
+"""Weights in safetensors files, for transformers models; an ONNX graph for ONNX Runtime; a GGUF file for llama.cpp."""
 
 _GRAPH_NAME: Final = "model.onnx"
 """The same as in `qexport.reading.onnx.graph`, whose import needs the extra `onnx`."""
@@ -168,6 +169,8 @@ def open_stored(folder: Path, *, dtype: torch.dtype, like: Architecture | None =
         InputError: a file is missing or malformed, or files contradict each other.
         CompatibilityError: transformers does not know the family.
     """
+    if (folder / GGUF_NAME).is_file():
+        return GgufWeights(folder, dtype=dtype, like=like)
     if not (folder / _GRAPH_NAME).is_file():
         return SafetensorsWeights(folder, dtype=dtype, like=like)
     from qexport.reading.onnx.weights import OnnxWeights
@@ -205,8 +208,8 @@ def load(
 
     Args:
         path: the folder of an artifact (if it has several layouts, of one layout), or a folder from another tool, in
-            one of the formats unquantized, AutoGPTQ v1, bitsandbytes or compressed-tensors, or with an ONNX graph,
-            which ONNX Runtime computes.
+            one of the formats unquantized, AutoGPTQ v1, bitsandbytes or compressed-tensors, with a GGUF file, or with
+            an ONNX graph, which ONNX Runtime computes.
         device: `auto` (CUDA if available, else the CPU), `cpu`, `cuda` or `cuda:1`.
         dtype: to compute in; None for the dtype of the artifact's unquantized weights. A graph has a fixed dtype.
         check: whether the files of an artifact of qexport are compared with their digests first, all but model card,

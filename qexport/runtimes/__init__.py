@@ -18,13 +18,14 @@ from qexport.errors import RecipeError
 from qexport.settings import Settings
 from qexport.yaml.problems import combination
 
-RuntimeName = Literal["vllm", "onnxruntime-genai", "gptqmodel"]
+RuntimeName = Literal["vllm", "onnxruntime-genai", "gptqmodel", "llama.cpp"]
 ServedDtype = Literal["float32", "float16", "bfloat16"]
 
 MODULES: Final[dict[RuntimeName, str]] = {
     "vllm": "vllm",
     "onnxruntime-genai": "onnxruntime_genai",
     "gptqmodel": "gptqmodel",
+    "llama.cpp": "llama_cpp",
 }
 """The module that a runtime's environment must have."""
 
@@ -46,8 +47,9 @@ class RuntimeSettings(Settings):
 
     dtype: ServedDtype | None = None
     """What it computes in: by default float16 for vllm, float32 for the other programs, bfloat16 for an endpoint. A
-    program is told so, if it can be; an endpoint cannot be asked. The limit of `fidelity_kl` follows from it, or from
-    what the runtime says, where that is narrower."""
+    program is told so, if it can be; an endpoint cannot be asked. llama.cpp rounds the inputs of quantized layers to 8
+    bits, and is measured like that by default; float32 keeps them, and needs a build with BLAS. The limit of
+    `fidelity_kl` follows from it, or from what the runtime says, where that is narrower."""
 
     timeout: Annotated[int, Field(ge=1, le=86_400)] = 1800
     """Seconds that one answer may take, and the start of a program."""
@@ -62,6 +64,8 @@ class RuntimeSettings(Settings):
         if self.url is not None and (self.python or self.max_memory):
             name = "python" if self.python else "max_memory"
             raise combination({name: "is for a program, and url names an endpoint"})
+        if self.runtime == "llama.cpp" and self.dtype not in (None, "float32"):
+            raise combination({"dtype": "llama.cpp computes as it is served, without dtype, or in float32"})
         if self.url is not None and (urlsplit(self.url).query or urlsplit(self.url).username):
             raise combination({"url": "give the server's address alone, without a query, a user or a password"})
         return self

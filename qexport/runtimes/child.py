@@ -28,6 +28,7 @@ PROGRAMS: Final[Mapping[RuntimeName, str]] = {
     "vllm": "vllm_program",
     "onnxruntime-genai": "genai_program",
     "gptqmodel": "gptqmodel_program",
+    "llama.cpp": "llama_cpp_program",
 }
 FOLDER: Final = Path(__file__).with_name("programs")
 
@@ -42,8 +43,10 @@ _DTYPES: Final[Mapping[RuntimeName, str]] = {
     "vllm": "float16",
     "onnxruntime-genai": "float32",
     "gptqmodel": "float32",
+    "llama.cpp": "as served",
 }
-"""What is asked for by default: what allows the narrowest `fidelity_kl`. vLLM has no float32 for GPTQ."""
+"""What is asked for by default: what allows the narrowest `fidelity_kl`, since vLLM has no float32 for GPTQ; but what
+users of llama.cpp get, since nobody serves with its float32."""
 
 _OFFLINE: Final = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "NO_COLOR": "1"}
 """Neither prompts nor usage statistics leave the machine."""
@@ -119,9 +122,16 @@ class ChildRuntime:
     def continued(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
         """The greedy continuation of each prompt; it may go on behind an end of text."""
         answer = self._ask({"do": "continue", "prompts": [list(ids) for ids in prompts], "new": new_tokens})
-        tokens = answer.get("tokens")
-        if not isinstance(tokens, list) or len(tokens) != len(prompts) or not all(map(_are_tokens, tokens)):
-            raise self._wrong("no list of tokens for each prompt")
+        return self._lists(answer.get("tokens"), len(prompts), "prompt")
+
+    def tokenized(self, texts: Sequence[str]) -> list[list[int]] | None:
+        """The tokens that it makes of each text, special ones included; None if it takes tokens alone."""
+        tokens = self._ask({"do": "tokenize", "texts": list(texts)}).get("tokens")
+        return None if tokens is None else self._lists(tokens, len(texts), "text")
+
+    def _lists(self, tokens: Any, count: int, each: str) -> list[list[int]]:
+        if not isinstance(tokens, list) or len(tokens) != count or not all(map(_are_tokens, tokens)):
+            raise self._wrong(f"no list of tokens for each {each}")
         return tokens
 
     def _start(self, log: Any) -> None:
@@ -246,7 +256,12 @@ class ChildRuntime:
         self._scratch.cleanup()
 
 
-_WORDS: Final = {"open": "load the artifact", "score": "score the text", "continue": "continue the prompts"}
+_WORDS: Final = {
+    "open": "load the artifact",
+    "score": "score the text",
+    "continue": "continue the prompts",
+    "tokenize": "make tokens of texts",
+}
 
 
 def _are_tokens(row: Any) -> bool:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from qexport.architectures.runner import BlockRunner
-from qexport.artifact.figures import Figure, GateResult
+from qexport.artifact.figures import CheckResult, Figure, GateResult
 from qexport.artifact.served import RuntimeFacts
-from qexport.errors import InputError, NumericalError
+from qexport.errors import InputError, NumericalError, listed
 from qexport.formats.stored_weight import input_roundings
 from qexport.gates.deciding import needs_more
 from qexport.progress import Steps
@@ -21,6 +21,8 @@ from qexport.reading.stored_model import StoredModel
 from qexport.statistics.means import PLANNED_UNITS
 from qexport.statistics.samples import DIFFERENCE, NOT_NEGATIVE, SHARE
 from qexport.tensors.source import is_finite
+from qexport.text.tokenizers import tokenize
+from qexport.text.torture import TORTURE
 from qexport.verifying.continuation import ends_of, greedy_settings
 from qexport.verifying.divergence import TokenFigures, compare
 from qexport.verifying.estimates import decisive_flips, divergence_figures, relative_difference
@@ -31,6 +33,9 @@ from qexport.verifying.units import Units, document_units, measured_once
 
 PROMPT_TOKENS: Final = 32
 NEW_TOKENS: Final = 16
+_CHECKED: Final = 8
+"""Windows whose text a runtime's tokenizer is given."""
+
 _CONTINUED: Final = 8
 """Windows whose beginnings a runtime continues."""
 
@@ -187,6 +192,42 @@ def _fidelity(found: Sequence[TokenFigures], reference: Reference) -> list[Figur
         units.mean("kl_over_reading", relative, DIFFERENCE),
     ]
     return [measured_once(figure) for figure in figures]
+
+
+class Tokenizing(Protocol):
+    """A program that may have a tokenizer of its own."""
+
+    def tokenized(self, texts: Sequence[str]) -> list[list[int]] | None:
+        """The tokens of each text, special ones included; None if it takes tokens alone."""
+        ...
+
+
+def check_tokenizer(runtime: Tokenizing, reference: Reference) -> list[CheckResult]:
+    """Whether a runtime's tokenizer gives the reference's tokens; no check for one that takes tokens alone.
+
+    The texts are those that similar tokenizers encode differently, and held-out text. Where the reference normalizes
+    text, those that are not in that form are left out: runtimes without that step leave it to their users.
+
+    Args:
+        runtime: the runtime.
+        reference: with the tokenizer.
+    """
+    tokenizer = reference.tokenizer
+    texts = [
+        *TORTURE.values(),
+        *(str(tokenizer.decode(row)) for row in reference.held_out.input_ids[:_CHECKED].tolist()),
+    ]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and (normalizer := backend.normalizer) is not None:
+        texts = [text for text in texts if normalizer.normalize_str(text) == text]
+    if (found := runtime.tokenized(texts)) is None:
+        return []
+    wanted = [tokenize(tokenizer, text, special_tokens=True) for text in texts]
+    other = [text for text, own, their in zip(texts, wanted, found, strict=True) if own != their]
+    detail = (
+        f"other tokens of {listed([f'{text!r:.40}' for text in other])}" if other else f"{len(texts)} texts are equal"
+    )
+    return [CheckResult(gate="tokenizer", name="tokenizer of the runtime", passed=not other, detail=detail)]
 
 
 @contextmanager

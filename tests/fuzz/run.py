@@ -38,8 +38,8 @@ def fuzz(seconds: str, name: str) -> None:
 
     with atheris.instrument_imports(include=["qexport"]):
         import qexport.gates
-        import qexport.loading.gguf_file
         import qexport.recipe
+        import qexport.tensors.gguf_file
         import qexport.tensors.safetensors_folder
         import qexport.text.prompts  # noqa: F401
 

@@ -44,6 +44,11 @@ class Model:
             return [[1.5] * new for _ in prompts]  # type: ignore[list-item]
         return [[(ids[-1] + step) % VOCABULARY for step in range(new)] for ids in prompts]
 
+    def tokenized(self, texts: list[str]) -> list[list[int]] | None:
+        if self._fault == "short":
+            return [[]]
+        return None if self._fault == "takes tokens alone" else [list(text.encode()) for text in texts]
+
 
 def scores(ids: list[int]) -> Any:
     """float32 [tokens - 1, VOCABULARY]."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -24,20 +24,17 @@ from qexport.errors import InputError
 from qexport.gates.limits import Limit
 from qexport.gates.serving import decide_served, fidelity_limit, limits_of_runtime
 from qexport.loading import LoadSettings
-from qexport.loading.small_files import open_tokenizer
 from qexport.pipeline.verification import verify
 from qexport.progress import Steps, silent
-from qexport.quantizing.rounding import NearestSource
 from qexport.reading.stored_model import open_stored
 from qexport.runtimes import RuntimeSettings, ServedDtype
 from qexport.runtimes.child import ChildRuntime
 from qexport.runtimes.endpoints import open_endpoint
-from qexport.text.documents import read_documents
-from qexport.text.windows import make_held_out
 from qexport.verifying import VerifySettings
-from qexport.verifying.reference import Preparation, Reference
+from qexport.verifying.reference import Reference
 from qexport.verifying.sampled import FromEndpoint, measure_endpoint
 from qexport.verifying.served import measure_served
+from references import make_reference
 
 PYTHON = os.environ.get("QEXPORT_VLLM_PYTHON", "")
 LIMITS = {
@@ -75,29 +72,7 @@ def folders(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="module")
 def reference(checkpoint: Checkpoint) -> Reference:
-    tokenizer = open_tokenizer(checkpoint)
-    held_out = make_held_out(
-        read_documents([str(SETTINGS.text)]),
-        tokenizer,
-        windows=SETTINGS.windows,
-        sequence_length=SETTINGS.sequence_length,
-        vocab_size=checkpoint.architecture.structure.vocab_size,
-    )
-    return Reference(
-        merged=checkpoint,
-        base=checkpoint,
-        adapter=None,
-        changed=frozenset(),
-        is_rounded=lambda matrix, codes: False,
-        nearest=lambda grids, transposed: NearestSource(checkpoint.weights, grids, transposed),
-        prepared=Preparation({}),
-        held_out=replace(held_out, domains=(None,) * len(held_out.domains), documents=None),
-        prompts=None,
-        open_tokenizer=lambda: tokenizer,
-        settings=SETTINGS,
-        dtype=torch.bfloat16,
-        device=torch.device("cpu"),
-    )
+    return make_reference(checkpoint, SETTINGS)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import factories
 from qexport.architectures.architecture import Checkpoint
-from qexport.export import VllmSettings
+from qexport.export import ExportSettings, VllmSettings
 from qexport.export.layouts import make_layout
 from qexport.loading import LoadSettings
 from qexport.loading.checkpoint import load_checkpoint
@@ -51,7 +52,7 @@ def smollm2(adapter: Path | None = None) -> Checkpoint:
     return merge(base, adapter, MergeSettings(), adapter_origin=origin).checkpoint
 
 
-def write(checkpoint: Checkpoint, settings: AnyMethod, layouts: dict[Path, VllmSettings]) -> None:
+def write(checkpoint: Checkpoint, settings: AnyMethod, layouts: Mapping[Path, ExportSettings]) -> None:
     """One pass into every folder; each is held against the contract."""
     structure = checkpoint.architecture.structure
     outputs = settings.plan(checkpoint)

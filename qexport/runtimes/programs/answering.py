@@ -9,6 +9,7 @@ Log-probabilities go through a file.
     {"do": "open", "folder": F, "dtype": D, "longest": N}  -> {"facts": {...}}
     {"do": "score", "ids": [...], "into": FILE}            -> {"shape": [tokens, vocabulary]}, float32 in FILE
     {"do": "continue", "prompts": [[...]], "new": N}       -> {"tokens": [[...]]}
+    {"do": "tokenize", "texts": [...]}                     -> {"tokens": [[...]]}, null for a runtime without tokenizer
 
 An answer `{"error": TEXT}` says that a request could not be met.
 """
@@ -45,6 +46,9 @@ class Answering:
             return {"shape": list(scores.shape)}
         if request["do"] == "continue":
             return {"tokens": self._model.continued(request["prompts"], request["new"])}
+        if request["do"] == "tokenize":
+            tokenized = getattr(self._model, "tokenized", None)
+            return {"tokens": tokenized and tokenized(request["texts"])}
         raise ValueError(f"unknown request {request['do']!r}")
 
 

@@ -2,7 +2,7 @@
 
 The format is described in https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. `gguf.GGUFReader` makes several
 numpy arrays for every token of the vocabulary (150 MB and 3 s for 49,152 tokens) and maps the file; this reader skips
-arrays and reads by position.
+arrays until one is asked for, and reads by position.
 """
 
 from __future__ import annotations
@@ -52,6 +52,11 @@ class GgufTensor:
         """The number of rows."""
         return prod(self.shape[:-1])
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all rows."""
+        return self.rows * self.row_bytes
+
 
 class GgufFile:
     """An open GGUF file whose header is valid.
@@ -77,6 +82,7 @@ class GgufFile:
             header = _Header(self._file)
             self.metadata: Mapping[str, bool | int | float | str] = header.metadata
             self.array_lengths: Mapping[str, int] = header.array_lengths
+            self._arrays: Mapping[str, int] = header.array_places
             self.tensors: Mapping[str, GgufTensor] = header.tensors
         except (ValueError, struct.error) as error:
             self._file.close()
@@ -98,84 +104,39 @@ class GgufFile:
             done += count
         return rows
 
+    def array(self, key: str) -> list[bool | int | float | str]:
+        """The entries of a value that is an array.
+
+        Raises:
+            KeyError: there is no such array.
+            InputError: an entry is no text.
+        """
+        self._file.seek(self._arrays[key])
+        try:
+            return _Values(self._file).array()
+        except (ValueError, struct.error) as error:
+            raise InputError(f"not a valid GGUF file: {error}", where=f"{self.path}: {key}", mend=_MEND) from error
+
     def close(self) -> None:
         """Closes the file. Nothing can be read afterwards."""
         self._file.close()
 
 
-class _Header:
-    """Reads the header from front to back; any fault is a ValueError."""
+class _Values:
+    """Reads values one after the other; any fault is a ValueError or a struct.error."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._size = os.fstat(file.fileno()).st_size
-        if file.read(4) != b"GGUF":
-            raise ValueError("the first bytes are not GGUF")
-        version = self._integer("I")
-        if version not in _VERSIONS:
-            raise ValueError(f"version {version} or byte order is not supported")
-        tensor_count, value_count = self._count(), self._count()
-        self.metadata: dict[str, bool | int | float | str] = {}
-        self.array_lengths: dict[str, int] = {}
-        for _ in range(value_count):
-            self._read_value()
-        self.tensors = self._read_tensors(tensor_count)
 
-    def _read_value(self) -> None:
-        key, kind = self._string(), self._integer("I")
-        if key in self.metadata or key in self.array_lengths:
-            raise ValueError(f"the key {key!r} appears twice")
-        if kind == _ARRAY:
-            self.array_lengths[key] = self._skip_array()
-        elif kind == _STRING:
-            self.metadata[key] = self._string()
-        else:
-            self.metadata[key] = self._number(self._scalar(kind))
-
-    def _read_tensors(self, count: int) -> dict[str, GgufTensor]:
-        table: dict[str, tuple[tuple[int, ...], GGMLQuantizationType, int]] = {}
-        for _ in range(count):
-            name, dimensions = self._string(), self._integer("I")
-            if name in table:
-                raise ValueError(f"the tensor {name!r} appears twice")
-            if not 1 <= dimensions <= _MAX_DIMENSIONS:
-                raise ValueError(f"the tensor {name!r} has {dimensions} dimensions")
-            sizes = [self._integer("Q") for _ in range(dimensions)]
-            table[name] = (tuple(reversed(sizes)), GGMLQuantizationType(self._integer("I")), self._integer("Q"))
-        return self._place(table, self._data_start())
-
-    def _data_start(self) -> int:
-        alignment = self.metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
-        if type(alignment) is not int or alignment <= 0:
-            raise ValueError(f"the alignment {alignment!r} is not possible")
-        return -(-self._file.tell() // alignment) * alignment
-
-    def _place(
-        self, table: Mapping[str, tuple[tuple[int, ...], GGMLQuantizationType, int]], start: int
-    ) -> dict[str, GgufTensor]:
-        tensors: dict[str, GgufTensor] = {}
-        for name, (shape, kind, offset) in table.items():
-            if 0 in shape:  # no bytes are outside the file then, however many rows there are
-                raise ValueError(f"the tensor {name!r} has no values")
-            block, size = GGML_QUANT_SIZES[kind]
-            if shape[-1] % block:
-                raise ValueError(f"rows of {shape[-1]} in {name!r} do not divide into blocks of {block}")
-            tensor = GgufTensor(shape, kind, start + offset, shape[-1] // block * size)
-            if tensor.offset + tensor.rows * tensor.row_bytes > self._size:
-                raise ValueError(f"the tensor {name!r} is outside the file")
-            tensors[name] = tensor
-        _refuse_overlaps(tensors)
-        return tensors
-
-    def _skip_array(self) -> int:
-        """Skips an array and returns its length."""
+    def array(self) -> list[bool | int | float | str]:
+        """The entries of an array, whose kind and length come first."""
         kind, count = self._integer("I"), self._count()
         if kind == _STRING:
-            for _ in range(count):
-                self._skip(self._count())
-        else:
-            self._skip(count * struct.calcsize(self._scalar(kind)))
-        return count
+            return [self._string() for _ in range(count)]
+        code = self._scalar(kind)
+        content = self._file.read(count * struct.calcsize(f"<{code}"))
+        return list(struct.unpack(f"<{count}{code}", content))
 
     def _skip(self, count: int) -> None:
         if self._file.tell() + count > self._size:
@@ -212,9 +173,85 @@ class _Header:
         return content.decode("utf-8")
 
 
+class _Header(_Values):
+    """Reads the header from front to back; any fault is a ValueError."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(file)
+        if file.read(4) != b"GGUF":
+            raise ValueError("the first bytes are not GGUF")
+        version = self._integer("I")
+        if version not in _VERSIONS:
+            raise ValueError(f"version {version} or byte order is not supported")
+        tensor_count, value_count = self._count(), self._count()
+        self.metadata: dict[str, bool | int | float | str] = {}
+        self.array_lengths: dict[str, int] = {}
+        self.array_places: dict[str, int] = {}
+        for _ in range(value_count):
+            self._read_value()
+        self.tensors = self._read_tensors(tensor_count)
+
+    def _read_value(self) -> None:
+        key, kind = self._string(), self._integer("I")
+        if key in self.metadata or key in self.array_lengths:
+            raise ValueError(f"the key {key!r} appears twice")
+        if kind == _ARRAY:
+            self.array_places[key] = self._file.tell()
+            self.array_lengths[key] = self._skip_array()
+        elif kind == _STRING:
+            self.metadata[key] = self._string()
+        else:
+            self.metadata[key] = self._number(self._scalar(kind))
+
+    def _read_tensors(self, count: int) -> dict[str, GgufTensor]:
+        table: dict[str, tuple[tuple[int, ...], GGMLQuantizationType, int]] = {}
+        for _ in range(count):
+            name, dimensions = self._string(), self._integer("I")
+            if name in table:
+                raise ValueError(f"the tensor {name!r} appears twice")
+            if not 1 <= dimensions <= _MAX_DIMENSIONS:
+                raise ValueError(f"the tensor {name!r} has {dimensions} dimensions")
+            sizes = [self._integer("Q") for _ in range(dimensions)]
+            table[name] = (tuple(reversed(sizes)), GGMLQuantizationType(self._integer("I")), self._integer("Q"))
+        return self._place(table, self._data_start())
+
+    def _data_start(self) -> int:
+        alignment = self.metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
+        if type(alignment) is not int or alignment <= 0:
+            raise ValueError(f"the alignment {alignment!r} is not possible")
+        return -(-self._file.tell() // alignment) * alignment
+
+    def _place(
+        self, table: Mapping[str, tuple[tuple[int, ...], GGMLQuantizationType, int]], start: int
+    ) -> dict[str, GgufTensor]:
+        tensors: dict[str, GgufTensor] = {}
+        for name, (shape, kind, offset) in table.items():
+            if 0 in shape:  # no bytes are outside the file then, however many rows there are
+                raise ValueError(f"the tensor {name!r} has no values")
+            block, size = GGML_QUANT_SIZES[kind]
+            if shape[-1] % block:
+                raise ValueError(f"rows of {shape[-1]} in {name!r} do not divide into blocks of {block}")
+            tensor = GgufTensor(shape, kind, start + offset, shape[-1] // block * size)
+            if tensor.offset + tensor.nbytes > self._size:
+                raise ValueError(f"the tensor {name!r} is outside the file")
+            tensors[name] = tensor
+        _refuse_overlaps(tensors)
+        return tensors
+
+    def _skip_array(self) -> int:
+        """Skips an array and returns its length."""
+        kind, count = self._integer("I"), self._count()
+        if kind == _STRING:
+            for _ in range(count):
+                self._skip(self._count())
+        else:
+            self._skip(count * struct.calcsize(self._scalar(kind)))
+        return count
+
+
 def _refuse_overlaps(tensors: Mapping[str, GgufTensor]) -> None:
     end = 0
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
         if tensor.offset < end:
             raise ValueError(f"the tensor {name!r} overlaps another one")
-        end = tensor.offset + tensor.rows * tensor.row_bytes
+        end = tensor.offset + tensor.nbytes

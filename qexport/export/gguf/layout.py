@@ -1,0 +1,223 @@
+"""The gguf layout: one file that llama.cpp runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from gguf import LlamaFileType
+
+from qexport.architectures.architecture import Architecture, Checkpoint
+from qexport.architectures.structure import Structure
+from qexport.errors import CompatibilityError, QexportError, listed
+from qexport.export import GgufSettings
+from qexport.export.gguf.files import GgufFiles, gguf_files
+from qexport.export.gguf.launch import GgufLaunch, launch_files
+from qexport.export.gguf.model_keys import context_length, family_of, model_keys
+from qexport.export.gguf.model_keys import notes as model_notes
+from qexport.export.gguf.tokenizer_keys import gguf_tokenizer
+from qexport.export.loaders import Folder, loading_section
+from qexport.export.model_files import model_files, served_name, write_files
+from qexport.formats import GptqFormat, MergedFormat, Outputs
+from qexport.formats.gguf import GgufFormat
+from qexport.formats.gguf.families import constants, places
+from qexport.formats.gguf.header import Value
+from qexport.reading.gguf_weights import GGUF_NAME
+from qexport.tensors.gguf_file import GgufFile
+
+_QUANTIZATION_VERSION: Final = 2
+_FILE_TYPES: Final = {4: LlamaFileType.MOSTLY_Q4_0, 8: LlamaFileType.MOSTLY_Q8_0}
+_UNQUANTIZED: Final = {torch.bfloat16: LlamaFileType.MOSTLY_BF16, torch.float16: LlamaFileType.MOSTLY_F16}
+
+
+class GgufLayout:
+    """One file with weights, configuration and tokenizer; beside it the files that transformers and qexport read.
+
+    Args:
+        settings: from the recipe.
+        outputs: what the pass will yield.
+        structure: of the model.
+        checkpoint: the merged model.
+
+    Raises:
+        CompatibilityError: llama.cpp does not compute the model or does not have its tokenizer, or a layer cannot be
+            stored value by value.
+        InputError: a file of the tokenizer is malformed.
+    """
+
+    name = "gguf"
+    graph = None
+    readers = ("llama.cpp",)
+
+    def __init__(self, settings: GgufSettings, outputs: Outputs, structure: Structure, checkpoint: Checkpoint) -> None:
+        self._outputs, self._structure, self._config = outputs, structure, checkpoint.architecture.parsed
+        family = family_of(checkpoint.architecture)
+        self._refuse_method()
+        self._tokenizer = gguf_tokenizer(checkpoint.files, checkpoint.config, structure.vocab_size)
+        form = GgufFormat(places(family, self._config, structure.parameters))
+        self._refuse_homeless(form)
+        self._refuse_faults(form)
+        values = header(checkpoint.architecture, checkpoint.files, served_name(checkpoint.origin.name))
+        values["general.file_type"] = int(self._file_type)
+        self.weights: GgufFiles = gguf_files(outputs, form, values, constants(self._config))
+
+    @property
+    def quantization(self) -> Mapping[str, Any] | None:
+        """How the codes were made. It is not in config.json, since loaders would look for other tensors."""
+        return self._outputs.format.quantization_config(self._outputs.specs, self._structure)
+
+    @property
+    def notes(self) -> list[str]:
+        """What users of this folder should know."""
+        return [*model_notes(self._config), *self._tokenizer.notes]
+
+    def prepare(self) -> None:
+        """Does nothing: the constructor has checked everything that needs no weights."""
+
+    def write_files(self, folder: Path, checkpoint: Checkpoint) -> None:
+        """Writes config, tokenizer, model card and launch files."""
+        figures = GgufLaunch(
+            name=served_name(checkpoint.origin.name),
+            longest=context_length(self._config),
+            chat="tokenizer.chat_template" in self.weights.values,
+        )
+        served = replace(checkpoint, files={**checkpoint.files, **launch_files(figures)})
+        dtype, loading = self._unquantized_dtype, loading_section(self._folder)
+        write_files(folder, model_files(served, self._outputs.format, None, dtype, self.notes, loading))
+
+    def check(self, folder: Path) -> None:
+        """Compares the header on disk with the model and its tokenizer.
+
+        Raises:
+            QexportError: they differ.
+        """
+        with closing(GgufFile(folder / GGUF_NAME)) as file:
+            if problems := list(header_differences(file, self.weights.values)):
+                raise QexportError("the header is not the model's", where=f"{GGUF_NAME}: {listed(problems)}")
+
+    @property
+    def _folder(self) -> Folder:
+        shapes = {module: spec.shape for module, spec in self._outputs.quantized.items()}
+        return Folder(None, shapes, self._structure.model_type, self._structure.head, self.name, gguf=True)
+
+    @property
+    def _unquantized_dtype(self) -> torch.dtype:
+        return self._outputs.unquantized_dtype(f"{self._structure.embedding}.weight")
+
+    @property
+    def _file_type(self) -> LlamaFileType:
+        """How most of the matrices are stored."""
+        bits = [spec.bits for spec in self._outputs.quantized.values()]
+        return _FILE_TYPES[max(set(bits), key=bits.count)] if bits else _UNQUANTIZED[self._unquantized_dtype]
+
+    def _refuse_method(self) -> None:
+        if not isinstance(self._outputs.format, (GptqFormat, MergedFormat)):
+            raise CompatibilityError(
+                f"the layout gguf stores GPTQ codes and 16-bit weights, and no {self._outputs.format.card.title}: "
+                "GGUF has no type with these values",
+                where="export: gguf",
+                mend="quantize with gptq, 4 or 8 bits, sym: true, group_size: 32; or leave this layout out",
+            )
+
+    def _refuse_homeless(self, form: GgufFormat) -> None:
+        """Refuses a model with parameters that llama.cpp's architecture does not have."""
+        if homeless := [name for name in self._outputs.specs if name not in form.places.names]:
+            raise CompatibilityError(
+                "llama.cpp has no place for parameters of this model",
+                where=f"export: gguf: {listed(homeless)}",
+                mend="leave this layout out",
+            )
+
+    def _refuse_faults(self, form: GgufFormat) -> None:
+        faults = {name: form.fault(spec) for name, spec in self._outputs.quantized.items()}
+        if named := [f"{name}: {why}" for name, why in faults.items() if why]:
+            raise CompatibilityError(
+                f"{len(named)} layers cannot be stored in GGUF value by value",
+                where=f"export: gguf: {listed(named)}",
+                mend="quantize with 4 or 8 bits, sym: true and group_size: 32; or leave this layout out",
+            )
+
+
+def header(architecture: Architecture, files: Mapping[str, bytes], name: str) -> dict[str, Value]:
+    """The values of a file's header, by key, in the order of the file, without `general.file_type`.
+
+    Args:
+        architecture: the model's.
+        files: of the tokenizer, by name.
+        name: of the model.
+
+    Raises:
+        CompatibilityError: llama.cpp does not compute the model, or does not have its tokenizer.
+        InputError: a file of the tokenizer is malformed.
+    """
+    family = family_of(architecture)
+    tokenizer = gguf_tokenizer(files, architecture.config, architecture.structure.vocab_size)
+    return {
+        "general.architecture": family.name,
+        "general.type": "model",
+        "general.name": name,
+        "general.quantization_version": _QUANTIZATION_VERSION,
+        **model_keys(architecture),
+        **tokenizer.values,
+    }
+
+
+def header_differences(file: GgufFile, wanted: Mapping[str, Value]) -> list[str]:
+    """How a file's values differ from others, one line each.
+
+    Args:
+        file: the file.
+        wanted: the values that it should have, by key.
+    """
+    found = [key for key in (*file.metadata, *file.array_lengths) if key not in wanted]
+    problems = [f"{key}: unexpected" for key in found]
+    for key, value in wanted.items():
+        own = file.array(key) if key in file.array_lengths else file.metadata.get(key)
+        if own != _stored(value):
+            problems.append(f"{key}: {_difference(own, _stored(value))}")
+    return problems
+
+
+def _stored(value: Value) -> Any:
+    """A value as it is read back: floats are float32."""
+    if isinstance(value, float):
+        return torch.tensor(value, dtype=torch.float32).item()
+    return value if isinstance(value, (str, int)) else list(value)
+
+
+def _difference(found: Any, wanted: Any) -> str:
+    if isinstance(found, list) and isinstance(wanted, list):
+        if len(found) != len(wanted):
+            return f"{len(found)} entries in place of {len(wanted)}"
+        index = next(index for index, pair in enumerate(zip(found, wanted, strict=True)) if pair[0] != pair[1])
+        return f"entry {index} is {found[index]!r:.60} in place of {wanted[index]!r:.60}"
+    return f"{found!r:.80} in place of {wanted!r:.80}"
+
+
+def compared_header(file: GgufFile, architecture: Architecture, files: Mapping[str, bytes]) -> Sequence[str]:
+    """How the header of a finished file differs from what a model and its tokenizer would get.
+
+    Its name and the type of most matrices are its own.
+
+    Raises:
+        CompatibilityError: llama.cpp does not compute the model, or does not have its tokenizer.
+        InputError: a file of the tokenizer is malformed.
+    """
+    own = {key: file.metadata[key] for key in ("general.name", "general.file_type") if key in file.metadata}
+    return [
+        *header_differences(file, header(architecture, files, "") | own),
+        *(
+            f"{name}: other values"
+            for name, wanted in constants(architecture.parsed).items()
+            if _differs(file, name, wanted)
+        ),
+    ]
+
+
+def _differs(file: GgufFile, name: str, wanted: torch.Tensor) -> bool:
+    tensor = file.tensors.get(name)
+    return tensor is None or file.read_rows(name, 0, tensor.rows).tobytes() != wanted.numpy().tobytes()

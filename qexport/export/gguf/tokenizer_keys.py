@@ -1,0 +1,220 @@
+"""What a GGUF file's header says of the tokenizer, and the tokenizers that llama.cpp does not have.
+
+llama.cpp has the regular expressions of pre-tokenizers built in, under names. Its converter finds the name by a hash of
+the tokens of one text; here the structure of tokenizer.json says which one it is. The reference is
+`src/llama-vocab.cpp` as of llama-cpp-python 0.3.36.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from qexport.errors import CompatibilityError, InputError, listed
+from qexport.export.gguf.pre_tokenizers import PreTokenizer, pre_tokenizer
+from qexport.formats.gguf.header import Value
+from qexport.text.tokenizers import GENERATION_CONFIG, TOKENIZER_CONFIG, json_object, stored_templates
+
+_FILE: Final = "tokenizer.json"
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
+_MEND: Final = "leave the layout gguf out; the other layouts carry every tokenizer"
+_ROLES: Final = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+
+
+@dataclass(frozen=True)
+class GgufTokenizer:
+    """A tokenizer as llama.cpp has it.
+
+    Attributes:
+        values: of the header, by key, in the order of the file.
+        notes: what users should know.
+    """
+
+    values: Mapping[str, Value]
+    notes: tuple[str, ...]
+
+
+def gguf_tokenizer(files: Mapping[str, bytes], config: Mapping[str, Any], rows: int) -> GgufTokenizer:
+    """Reads tokenizer.json, tokenizer_config.json, the chat templates and generation_config.json.
+
+    Args:
+        files: of the model, by name.
+        config: the content of config.json.
+        rows: of the input embedding.
+
+    Raises:
+        CompatibilityError: llama.cpp has no such tokenizer.
+        InputError: a file is malformed.
+    """
+    if _FILE not in files:
+        raise CompatibilityError(
+            f"the model has no {_FILE}",
+            where="export: gguf",
+            mend="save the tokenizer with transformers: tokenizer.save_pretrained(FOLDER)",
+        )
+    try:
+        return _converted(files, config, rows)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"the tokenizer is malformed: {error!r}", where=_FILE) from error
+
+
+def _converted(files: Mapping[str, bytes], config: Mapping[str, Any], rows: int) -> GgufTokenizer:
+    content, settings = json_object(files, _FILE), json_object(files, TOKENIZER_CONFIG)
+    known = pre_tokenizer(content.get("pre_tokenizer"))
+    affixes = _affixes(content.get("post_processor"))
+    problems = [*_model_problems(content, known), *_added_problems(content), *_affix_problems(affixes, settings)]
+    if known is None:
+        problems.append("pre_tokenizer: llama.cpp has none of this structure, or none that was tried")
+    if problems or known is None or affixes is None:
+        raise _refused(problems)
+    texts, kinds = _tokens(content, rows)
+    special = _special_tokens(content, settings, config, json_object(files, GENERATION_CONFIG))
+    if affixes.first is not None:
+        special["bos"] = affixes.first
+    if "eos" not in special:
+        raise _refused(["no token ends a text, and llama.cpp would take the token 11"])
+    values: dict[str, Value] = {
+        "model": "gpt2",
+        "pre": known.name,
+        "tokens": texts,
+        "token_type": kinds,
+        "merges": [each if isinstance(each, str) else " ".join(each) for each in content["model"]["merges"]],
+        **{f"{role}_token_id": token for role, token in special.items()},
+        "add_bos_token": affixes.first is not None,
+        "add_eos_token": affixes.last is not None,
+    }
+    keys: dict[str, Value] = {f"tokenizer.ggml.{key}": value for key, value in values.items()}
+    return GgufTokenizer(keys | _templates(files), tuple(_notes(content)))
+
+
+def _refused(problems: Sequence[str]) -> CompatibilityError:
+    return CompatibilityError(
+        "llama.cpp does not have the model's tokenizer", where=f"{_FILE}: {listed(list(problems))}", mend=_MEND
+    )
+
+
+def _model_problems(content: Mapping[str, Any], known: PreTokenizer | None) -> Iterator[str]:
+    model = content["model"]
+    if model.get("type", "BPE") != "BPE" or "merges" not in model:
+        yield f"model: {model.get('type')}, and not byte-level BPE"
+        return
+    if model.get("byte_fallback") or model.get("dropout"):
+        yield "model: byte_fallback or dropout"
+    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        yield "model: a prefix or suffix of words"
+    if known is not None and bool(model.get("ignore_merges")) != known.ignores_merges:
+        yield f"model: ignore_merges is {bool(model.get('ignore_merges'))}, and {known.name} has the opposite"
+    if (content.get("decoder") or {}).get("type") != "ByteLevel":
+        yield "decoder: not ByteLevel"
+    normalizer = content.get("normalizer")
+    if normalizer is not None and normalizer.get("type") != "NFC":
+        yield f"normalizer: {normalizer.get('type')}"
+
+
+def _added_problems(content: Mapping[str, Any]) -> Iterator[str]:
+    for token in content.get("added_tokens", ()):
+        if taken := [key for key in ("lstrip", "rstrip", "single_word") if token.get(key)]:
+            yield f"added_tokens: {token['content']!r} has {' and '.join(taken)}"
+
+
+@dataclass(frozen=True)
+class _Affixes:
+    """What is put around every text: a token before it, and one after it, or None."""
+
+    first: int | None = None
+    last: int | None = None
+
+
+def _affixes(processor: Any) -> _Affixes | None:
+    """None for a post-processor that does something else."""
+    if processor is None or processor["type"] == "ByteLevel":
+        return _Affixes()
+    if processor["type"] == "Sequence":
+        parts = [_affixes(each) for each in processor["processors"]]
+        found = [each for each in parts if each != _Affixes()]
+        return found[0] if len(found) == 1 else _Affixes() if not found else None
+    if processor["type"] != "TemplateProcessing":
+        return None
+    single = processor["single"]
+    middle = [index for index, piece in enumerate(single) if "Sequence" in piece]
+    if len(middle) != 1 or middle[0] > 1 or len(single) - middle[0] > 2:
+        return None
+    ids = {name: token["ids"] for name, token in processor["special_tokens"].items()}
+    around = [
+        [ids[piece["SpecialToken"]["id"]] for piece in part] for part in (single[: middle[0]], single[middle[0] + 1 :])
+    ]
+    if any(len(each) != 1 for part in around for each in part):
+        return None
+    first, last = ([each[0] for each in part] for part in around)
+    return _Affixes(first[0] if first else None, last[0] if last else None)
+
+
+def _affix_problems(affixes: _Affixes | None, settings: Mapping[str, Any]) -> Iterator[str]:
+    """Other tokens than tokenizer.json says, which transformers puts around a text if tokenizer_config.json says so."""
+    if affixes is None:
+        yield "post_processor: not one token before a text and one after it at most"
+        return
+    for key, token in (("add_bos_token", affixes.first), ("add_eos_token", affixes.last)):
+        if settings.get(key) not in (None, token is not None):
+            yield f"post_processor: {key} of {TOKENIZER_CONFIG} says something else"
+
+
+def _tokens(content: Mapping[str, Any], rows: int) -> tuple[list[str], list[int]]:
+    """The text and the kind of each row of the embedding; rows without a token get a name that no text has."""
+    vocabulary: dict[int, str] = {number: text for text, number in content["model"]["vocab"].items()}
+    kinds = dict.fromkeys(vocabulary, _NORMAL)
+    for token in content.get("added_tokens", ()):
+        vocabulary[token["id"]] = token["content"]
+        kinds[token["id"]] = _CONTROL if token.get("special") else _USER_DEFINED
+    if max(vocabulary, default=-1) >= rows:
+        raise _refused([f"a token has the number {max(vocabulary)}, and the embedding {rows} rows"])
+    texts = [vocabulary.get(row, f"[PAD{row}]") for row in range(rows)]
+    if len(set(texts)) < rows or "" in texts:
+        raise _refused(["two tokens have the same text, or one has none"])
+    return texts, [kinds.get(row, _UNUSED) for row in range(rows)]
+
+
+def _special_tokens(
+    content: Mapping[str, Any], settings: Mapping[str, Any], config: Mapping[str, Any], generation: Mapping[str, Any]
+) -> dict[str, int]:
+    """The numbers of special tokens by their role in the header: the tokenizer's, else those of config.json."""
+    numbers = dict(content["model"]["vocab"])
+    numbers |= {token["content"]: token["id"] for token in content.get("added_tokens", ())}
+    found: dict[str, int] = {}
+    for role, name in _ROLES.items():
+        text = settings.get(name)
+        text = text.get("content") if isinstance(text, Mapping) else text
+        if isinstance(text, str) and text in numbers:
+            found[role] = numbers[text]
+        elif (own := _first(config.get(f"{name}_id"))) is not None:
+            found[role] = own
+    ends = [each for each in _all(generation.get("eos_token_id")) if each != found.get("eos")]
+    if "eos" not in found and ends:
+        found["eos"] = ends.pop(0)
+    if ends:
+        found["eot"] = ends[0]
+    return found
+
+
+def _all(value: Any) -> list[int]:
+    return [each for each in (value if isinstance(value, list) else [value]) if type(each) is int]
+
+
+def _first(value: Any) -> int | None:
+    return next(iter(_all(value)), None)
+
+
+def _templates(files: Mapping[str, bytes]) -> dict[str, Value]:
+    """The chat templates of the first file that has any, as transformers takes them."""
+    named = next(iter(stored_templates(files).values()), {})
+    texts = {name: content.decode("utf-8") for name, content in named.items()}
+    main = {"tokenizer.chat_template": texts.pop("default")} if "default" in texts else {}
+    others: dict[str, Value] = {f"tokenizer.chat_template.{name}": text for name, text in texts.items()}
+    listing: dict[str, Value] = {"tokenizer.chat_templates": list(texts)} if texts else {}
+    return {**main, **listing, **others}
+
+
+def _notes(content: Mapping[str, Any]) -> Iterator[str]:
+    if content.get("normalizer") is not None:
+        yield "llama.cpp does not normalize text: give it text in NFC"

@@ -1,0 +1,89 @@
+"""Q4_0 and Q8_0: blocks of 32 values along a row, with one scale each.
+
+The reference is `ggml/src/ggml-common.h` and `ggml-quants.c` of llama.cpp. A block begins with its scale d, a float16.
+Q4_0: 16 bytes follow, whose byte j holds the code of value j in its low half and that of value j + 16 in its high half;
+a value is d * (code - 8). Q8_0: 32 signed codes follow, and a value is d * code.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from gguf import GGMLQuantizationType
+from torch import Tensor
+
+from qexport.tensors import GroupQuantized, GroupQuantizedSpec
+
+BLOCK: Final = 32
+"""Values that share a scale."""
+
+KINDS: Final = {4: GGMLQuantizationType.Q4_0, 8: GGMLQuantizationType.Q8_0}
+"""How codes of so many bits are stored."""
+
+BITS: Final = {kind: bits for bits, kind in KINDS.items()}
+
+_SCALE_BYTES: Final = 2
+_HALF: Final = BLOCK // 2
+
+
+def block_bytes(bits: int) -> int:
+    """The bytes of a block."""
+    return _SCALE_BYTES + BLOCK * bits // 8
+
+
+def row_bytes(spec: GroupQuantizedSpec) -> int:
+    """The bytes of a row, whose values fill whole blocks."""
+    return spec.in_features // BLOCK * block_bytes(spec.bits)
+
+
+def fault(spec: GroupQuantizedSpec) -> str | None:
+    """Why such a matrix cannot be stored value by value; None if it can."""
+    if spec.bits not in KINDS:
+        return f"GGUF has no type for {spec.bits} bits in groups: quantize with 4 or 8 bits"
+    if not spec.sym:
+        return "GGUF's types have no zero points that hold those of GPTQ exactly: set sym: true"
+    if spec.desc_act:
+        return "GGUF has no order of columns: leave out desc_act, or set static_groups: true"
+    if spec.group_size % BLOCK:
+        return f"a scale of GGUF is for {BLOCK} values: a group_size of {spec.group_size} is no multiple of that"
+    return None
+
+
+def pack(value: GroupQuantized) -> Tensor:
+    """The bytes of a matrix, uint8 [out, row_bytes].
+
+    Args:
+        value: symmetric codes of 4 or 8 bits, in groups of a multiple of 32 in order.
+    """
+    rows, columns = value.codes.shape
+    codes = value.codes.reshape(rows, -1, BLOCK)
+    scales = value.scales.t().repeat_interleave(value.group_size // BLOCK, 1).contiguous()
+    halves = codes[..., :_HALF] | codes[..., _HALF:] << 4
+    stored = halves if value.bits == 4 else codes ^ 0x80  # minus 128, as a signed byte
+    parts = [scales[..., None].view(torch.uint8), stored]
+    return torch.cat(parts, 2).reshape(rows, columns // BLOCK * block_bytes(value.bits))
+
+
+def unpack(rows: Tensor, bits: int) -> GroupQuantized:
+    """The codes of some rows, with one group for each block.
+
+    Args:
+        rows: uint8 [rows, row_bytes].
+        bits: 4 or 8.
+    """
+    blocks = rows.reshape(len(rows), -1, block_bytes(bits))
+    scales = blocks[..., :_SCALE_BYTES].contiguous().view(torch.float16)[..., 0]
+    stored = blocks[..., _SCALE_BYTES:]
+    codes = torch.cat([stored & 15, stored >> 4], 2) if bits == 4 else stored ^ 0x80
+    columns = blocks.shape[1] * BLOCK
+    return GroupQuantized(
+        codes=codes.reshape(len(rows), columns),
+        scales=scales.t().contiguous(),
+        zeros=torch.full(scales.t().shape, 1 << bits - 1, dtype=torch.uint8, device=rows.device),
+        g_idx=torch.arange(columns, dtype=torch.int32, device=rows.device) // BLOCK,
+        bits=bits,
+        group_size=BLOCK,
+        sym=True,
+        desc_act=False,
+    )

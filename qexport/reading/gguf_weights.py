@@ -1,0 +1,293 @@
+"""qexport's own reader of artifacts whose weights are in a GGUF file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, Final
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from qexport.architectures.architecture import Architecture
+from qexport.architectures.families import without_code_keys
+from qexport.architectures.structure import Structure, refuse_impossible_depth
+from qexport.errors import CompatibilityError, InputError, listed
+from qexport.formats.gguf import DTYPES, blocks
+from qexport.formats.gguf.families import FAMILIES, Places, constants, places
+from qexport.formats.stored_weight import StoredLayer, Tensors
+from qexport.reading.filled_model import as_parameter, quantized_model, read_generation
+from qexport.tensors import GroupQuantized, GroupQuantizedSpec, Quantized, TensorSpec
+from qexport.tensors.gguf_file import GgufFile
+from qexport.tensors.source import is_finite
+from qexport.tensors.strict_files import CONFIG_BYTES, contained_path, read_json_object
+
+GGUF_NAME: Final = "model.gguf"
+
+_TORCH: Final = {kind: dtype for dtype, kind in DTYPES.items()}
+_SAMPLE: Final = 128
+"""Rows whose scales tell how many values share one."""
+
+
+@dataclass(frozen=True)
+class GgufMatrix:
+    """A quantized weight. See `StoredWeight`.
+
+    Attributes:
+        out_features: rows.
+        in_features: columns.
+        bits: 4 for Q4_0, 8 for Q8_0.
+    """
+
+    out_features: int
+    in_features: int
+    bits: int
+
+    parts: ClassVar[tuple[str, ...]] = ("blocks",)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[out, in]."""
+        return self.out_features, self.in_features
+
+    @property
+    def layer(self) -> StoredLayer:
+        """The module as shown to users, with one group for each block."""
+        return StoredLayer("gptq", self.bits, blocks.BLOCK, self.shape)
+
+    @property
+    def grid(self) -> GroupQuantizedSpec:
+        """The same as a grid."""
+        return GroupQuantizedSpec(*self.shape, self.bits, blocks.BLOCK, sym=True, desc_act=False)
+
+    def quantized(self, tensors: Tensors) -> GroupQuantized:
+        """The codes in the stored bytes, on their device."""
+        return blocks.unpack(tensors[self.parts[0]], self.bits)
+
+
+class GgufWeights:
+    """The parameters of a model in a GGUF artifact, by their names in a checkpoint's files. A `WeightSource`.
+
+    The architecture comes from config.json. What the file's own header says of it is compared where both are known: see
+    `qexport.export.gguf.layout.compared_header`.
+
+    Args:
+        folder: the artifact.
+        dtype: of dequantized weights.
+        like: an architecture that is likely to equal the folder's; if it does, it is reused.
+
+    Attributes:
+        folder: as given.
+        kind: `gguf`.
+        config: the content of config.json.
+        architecture: the architecture that config.json describes.
+        file: the GGUF file.
+        quantized: how each quantized module is stored, by its path.
+
+    Raises:
+        InputError: config.json or the file is missing or malformed, or a tensor is stored in a way that qexport does
+            not write.
+        CompatibilityError: the family is not one that qexport writes.
+    """
+
+    kind: Final = "gguf"
+
+    def __init__(self, folder: Path, *, dtype: torch.dtype, like: Architecture | None = None) -> None:
+        self.folder, self._dtype = folder, dtype
+        self.config: dict[str, Any] = read_json_object(contained_path(folder, "config.json"), limit=CONFIG_BYTES)
+        self.file = GgufFile(contained_path(folder, GGUF_NAME))
+        try:
+            self.architecture = Architecture.of_config(without_code_keys(self.config)[0], like)
+            refuse_impossible_depth(self.architecture.parsed, len(self.file.tensors))
+            self._places = self._find_places()
+            self._names = self._parameters()
+            self.quantized: Mapping[str, GgufMatrix] = {
+                name.removesuffix(".weight"): GgufMatrix(tensor.shape[0], tensor.shape[1], blocks.BITS[tensor.kind])
+                for name, tensor in ((name, self.file.tensors[stored]) for name, stored in self._names.items())
+                if tensor.kind in blocks.BITS
+            }
+        except BaseException:
+            self.close()
+            raise
+
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """The shape and dtype of every tensor as `read` returns it; one without a place in the model keeps its name."""
+        return self._specs
+
+    def read(self, name: str) -> torch.Tensor:
+        """A copy of the parameter, dequantized.
+
+        Raises:
+            InputError: the file does not have it or has become shorter, or it holds NaN or Inf.
+        """
+        return as_parameter(self.stored(name), self._dtype, transposed=False)
+
+    def stored(self, name: str) -> torch.Tensor | Quantized:
+        """The parameter as it is stored, in the model's order of rows: a copy of the tensor, or the codes [out, in].
+
+        Codes have one group for each block of 32, also where more values share a scale.
+
+        Raises:
+            InputError: as for `read`.
+        """
+        module = name.removesuffix(".weight")
+        if name.endswith(".weight") and module in self.quantized:
+            return self.quantized[module].quantized(self.tensors(module))
+        value = self._rows(name)
+        if not is_finite(value):
+            raise InputError("the tensor has NaN or Inf", where=f"{self.file.path}: {self._names[name]}")
+        return value
+
+    def tensors(self, module: str) -> dict[str, torch.Tensor]:
+        """The stored bytes of a quantized module, in the model's order of rows.
+
+        Raises:
+            InputError: the file has become shorter, or a scale is NaN or Inf.
+        """
+        name, matrix = f"{module}.weight", self.quantized[module]
+        rows = self._rows(name)
+        if not is_finite(blocks.unpack(rows, matrix.bits).scales):
+            raise InputError("the tensor has NaN or Inf", where=f"{self.file.path}: {self._names[name]}")
+        return {matrix.parts[0]: rows}
+
+    def _rows(self, name: str) -> torch.Tensor:
+        """The stored tensor; of codes their bytes, uint8 [out, row_bytes]."""
+        if name not in self._names:
+            raise InputError("there is no tensor with this name", where=f"{self.file.path}: {name}")
+        stored = self._names[name]
+        tensor = self.file.tensors[stored]
+        rows = torch.from_numpy(self.file.read_rows(stored, 0, tensor.rows))
+        if tensor.kind in _TORCH:
+            rows = rows.view(_TORCH[tensor.kind]).reshape(tensor.shape)
+        return self._places.restored(name, rows)
+
+    @property
+    def quantization(self) -> None:
+        """None: the file itself says how its weights are stored."""
+        return None
+
+    @property
+    def method(self) -> str:
+        """How the weights are stored, for users."""
+        kinds = sorted({blocks.KINDS[matrix.bits].name for matrix in self.quantized.values()})
+        return f"GGUF, {' and '.join(kinds) or 'unquantized'}"
+
+    @property
+    def rounds_activations(self) -> bool:
+        """False: how a runtime computes with the codes is its own choice."""
+        return False
+
+    @property
+    def transposed(self) -> frozenset[str]:
+        """Empty: no family here stores weights [in, out]."""
+        return frozenset()
+
+    @cached_property
+    def layers(self) -> dict[str, StoredLayer]:
+        """Each quantized module, by its path. The first use reads some scales: a group may be several blocks."""
+        return {
+            module: StoredLayer("gptq", matrix.bits, self._group_size(module, matrix), matrix.shape)
+            for module, matrix in self.quantized.items()
+        }
+
+    @cached_property
+    def grids(self) -> dict[str, GroupQuantizedSpec]:
+        """Bits, groups and symmetry of each quantized module, by its path."""
+        return {
+            module: GroupQuantizedSpec(*layer.shape, layer.bits, layer.group_size, sym=True, desc_act=False)
+            for module, layer in self.layers.items()
+        }
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.file.tensors.values())
+
+    @property
+    def files(self) -> list[str]:
+        """The name of the file."""
+        return [self.file.path.name]
+
+    def model(self, *, device: torch.device, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """The model, ready for `generate`. Call `check_complete` first.
+
+        Raises:
+            InputError: a tensor cannot be read.
+        """
+        own = self._specs[f"{self.architecture.structure.embedding}.weight"].dtype
+        model = quantized_model(self.architecture, self, dtype=dtype or own, device=device)
+        if self._generation is not None:
+            model.generation_config = GenerationConfig.from_dict(self._generation)
+        return model
+
+    @cached_property
+    def _generation(self) -> dict[str, Any] | None:
+        return read_generation(self.folder)
+
+    def check_complete(self, structure: Structure | None = None) -> None:
+        """Checks that the file has the parameters of a model, without reading weights.
+
+        Args:
+            structure: the model's; None for the one of config.json.
+
+        Raises:
+            InputError: a parameter is missing, unexpected or of another shape.
+        """
+        if problems := (structure or self.architecture.structure).differences(self._specs):
+            raise InputError("the file is not the model of its config.json", where=listed(problems))
+
+    def close(self) -> None:
+        """Closes the file."""
+        self.file.close()
+
+    def __enter__(self) -> GgufWeights:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _find_places(self) -> Places:
+        config = self.architecture.parsed
+        family = FAMILIES.get(config.model_type)
+        if family is None:
+            raise CompatibilityError(
+                f"GGUF artifacts of the family {config.model_type} are not known", where=str(self.file.path)
+            )
+        return places(family, config, self.architecture.structure.parameters)
+
+    def _parameters(self) -> dict[str, str]:
+        """The tensor of each parameter, in the model's order; other tensors behind them, under their own names."""
+        tensors = self.file.tensors
+        known = {name: stored for name, stored in self._places.names.items() if stored in tensors}
+        taken = set(known.values())
+        for stored, tensor in tensors.items():
+            matrix = tensor.kind in blocks.BITS and len(tensor.shape) == 2
+            if not matrix and tensor.kind not in _TORCH:
+                raise InputError(
+                    f"{tensor.kind.name} {list(tensor.shape)} is not read as an artifact",
+                    where=f"{self.file.path}: {stored}",
+                    mend="name a file with Q4_0, Q8_0, BF16, F16 and F32 tensors",
+                )
+        taken |= constants(self.architecture.parsed).keys()
+        return known | {stored: stored for stored in tensors if stored not in taken}
+
+    @cached_property
+    def _specs(self) -> dict[str, TensorSpec]:
+        tensors = self.file.tensors
+        return {
+            name: TensorSpec(tensors[stored].shape, _TORCH.get(tensors[stored].kind, self._dtype))
+            for name, stored in self._names.items()
+        }
+
+    def _group_size(self, module: str, matrix: GgufMatrix) -> int:
+        """Values per scale, as the first rows tell: neighbouring blocks of a group have equal scales."""
+        rows = self.file.read_rows(self._names[f"{module}.weight"], 0, min(_SAMPLE, matrix.out_features))
+        scales = blocks.unpack(torch.from_numpy(rows), matrix.bits).scales
+        starts = (scales[1:] != scales[:-1]).any(1).nonzero()[:, 0] + 1
+        return math.gcd(*starts.tolist()) * blocks.BLOCK if len(starts) else matrix.in_features

@@ -1,0 +1,109 @@
+"""GGUF folders of tiny models, written by the layout in one pass with the safetensors layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from transformers import PretrainedConfig
+
+import factories
+from qexport.architectures.architecture import Checkpoint
+from qexport.export import ExportSettings
+from qexport.export.layouts import Layout, make_layout
+from qexport.loading import LoadSettings
+from qexport.loading.checkpoint import load_checkpoint
+from qexport.quantizing import AnyMethod
+from qexport.quantizing.method import Method, PassInputs
+from qexport.tensors import CalibrationSet, TensorRecord
+
+GPTQ: Mapping[str, Any] = {"method": "gptq", "group_size": 32, "mse": False, "calibration": {"source": "-"}}
+NONE: Mapping[str, Any] = {"method": "none"}
+
+LLAMA3: Mapping[str, Any] = {
+    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+LINEAR: Mapping[str, Any] = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+CONFIGS: Mapping[str, PretrainedConfig] = {
+    **{
+        name: factories.FAMILIES[name]
+        for name in ("llama", "mistral", "qwen2", "qwen3", "falcon 7b", "falcon 40b", "falcon 3")
+    },
+    "llama 3": factories.llama_config(rope_parameters=dict(LLAMA3)),
+    "llama linear": factories.llama_config(rope_parameters=dict(LINEAR)),
+}
+"""Tiny models of what the layout supports."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What one pass gave.
+
+    Attributes:
+        gguf: the folder of the layout gguf.
+        safetensors: the folder of the layout safetensors.
+        base: the model that both were made from.
+        records: what the pass has yielded, by parameter.
+    """
+
+    gguf: Path
+    safetensors: Path
+    base: Path
+    records: Mapping[str, TensorRecord]
+
+
+def checkpoint(config: PretrainedConfig, folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> Checkpoint:
+    """A tiny model, as the loader finds it in a folder."""
+    return load(factories.save(factories.build(config, dtype=dtype), folder))
+
+
+def load(folder: Path) -> Checkpoint:
+    """A model in a folder."""
+    return load_checkpoint(LoadSettings(base=str(folder)))
+
+
+def layout(name: str, base: Checkpoint, quantize: Mapping[str, Any] = GPTQ, **settings: Any) -> Layout:
+    """A layout for what a method yields."""
+    chosen: ExportSettings = TypeAdapter(ExportSettings).validate_python({"layout": name, **settings})
+    return make_layout(chosen, method(quantize).plan(base), base.architecture.structure, base)
+
+
+def method(quantize: Mapping[str, Any]) -> Method:
+    """A method by its settings."""
+    chosen: Method = TypeAdapter(AnyMethod).validate_python(dict(quantize))
+    return chosen
+
+
+def make(config: PretrainedConfig, folder: Path, quantize: Mapping[str, Any] = GPTQ) -> Made:
+    """One pass into both layouts, with everything that a run holds against them."""
+    base = checkpoint(config, folder / "base")
+    yielded = list(records(base, quantize, folder))
+    for name in ("gguf", "safetensors"):
+        write(layout(name, base, quantize), folder / name, yielded, base)
+    return Made(folder / "gguf", folder / "safetensors", folder / "base", {record.name: record for record in yielded})
+
+
+def records(base: Checkpoint, quantize: Mapping[str, Any], scratch: Path) -> Iterator[TensorRecord]:
+    """What a method yields, with random tokens as calibration."""
+    outputs = method(quantize).plan(base)
+    windows = torch.randint(factories.VOCABULARY, (32, 64), generator=torch.Generator().manual_seed(1))
+    calibration = CalibrationSet(windows, sha256="", origin="random")
+    inputs = PassInputs(base, outputs, calibration, torch.bfloat16, torch.device("cpu"), scratch)
+    yield from method(quantize).quantize(inputs)
+
+
+def write(chosen: Layout, folder: Path, records: list[TensorRecord], base: Checkpoint) -> None:
+    """Writes a folder and reads it back."""
+    folder.mkdir()
+    with chosen.weights.writer(folder) as writer:
+        for record in records:
+            writer.write(record)
+        written = writer.finish()
+    chosen.write_files(folder, base)
+    chosen.weights.read_back(folder, written)
+    chosen.check(folder)

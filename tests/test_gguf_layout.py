@@ -1,0 +1,504 @@
+"""The layout gguf: the values of safetensors, a header that llama.cpp reads, and every refusal with its case."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+import factories
+import gguf_folders
+import qexport
+from gguf_faults import Rows, copied, half_rotated, rolled, rows_of, value_of
+from qexport.artifact.figures import CheckResult
+from qexport.errors import CompatibilityError, InputError, QexportError
+from qexport.export.gguf.files import GgufFiles
+from qexport.export.gguf.tokenizer_keys import gguf_tokenizer
+from qexport.formats.gguf.header import header_bytes
+from qexport.pipeline.inspection import inspect_artifact
+from qexport.pipeline.runtimes import misfit
+from qexport.reading.gguf_weights import GGUF_NAME, GgufWeights
+from qexport.reading.stored_model import open_stored
+from qexport.runtimes import NAMES, RuntimeSettings
+from qexport.tensors import GroupQuantized
+from qexport.tensors.gguf_file import GgufFile
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], gguf_folders.Made]:
+    found: dict[str, gguf_folders.Made] = {}
+
+    def make(name: str) -> gguf_folders.Made:
+        if name not in found:
+            family, _, bits = name.partition(", ")
+            quantize = gguf_folders.NONE if bits == "none" else {**gguf_folders.GPTQ, "bits": int(bits or 4)}
+            found[name] = gguf_folders.make(gguf_folders.CONFIGS[family], tmp_path_factory.mktemp("made"), quantize)
+        return found[name]
+
+    return make
+
+
+Make = Callable[[str], gguf_folders.Made]
+
+
+@pytest.mark.parametrize("name", [*gguf_folders.CONFIGS, "llama, 8", "llama, none"])
+def test_every_value_is_that_of_the_safetensors_layout(name: str, made: Make) -> None:
+    folders = made(name)
+    with (
+        open_stored(folders.gguf, dtype=torch.float32) as own,
+        open_stored(folders.safetensors, dtype=torch.float32) as other,
+    ):
+        assert own.specs().keys() == other.specs().keys()
+        for each in other.specs():
+            assert np.array_equal(own.read(each).float().numpy(), other.read(each).float().numpy()), each
+        assert own.layers == other.layers
+        assert own.grids == other.grids
+        own.check_complete()
+
+
+@pytest.mark.parametrize("name", ["llama", "falcon 7b", "qwen2", "llama, 8"])
+def test_the_gguf_package_reads_the_same_values(name: str, made: Make) -> None:
+    """The rows are ordered here as llama.cpp's converter orders them."""
+    folders = made(name)
+    reader = gguf.GGUFReader(folders.gguf / GGUF_NAME)
+    config = gguf_folders.CONFIGS[name.partition(",")[0]]
+    names = gguf.get_tensor_name_map(arch_of(config), config.num_hidden_layers)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    assert len(tensors) == len(folders.records)
+    for parameter, record in folders.records.items():
+        module, _, leaf = parameter.rpartition(".")
+        tensor = tensors[f"{names.get_name(module)}.{leaf}"]
+        value = record.value.dequantize() if isinstance(record.value, GroupQuantized) else record.value
+        assert isinstance(value, torch.Tensor)
+        found = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(value.shape)
+        assert np.array_equal(found, reordered(parameter, value.float(), config).numpy()), parameter
+
+
+def arch_of(config: PretrainedConfig) -> gguf.MODEL_ARCH:
+    arches = {"llama": gguf.MODEL_ARCH.LLAMA, "falcon": gguf.MODEL_ARCH.FALCON, "qwen2": gguf.MODEL_ARCH.QWEN2}
+    return arches[config.model_type]
+
+
+def reordered(name: str, value: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
+    heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+    for module, key in heads.items():
+        if module in name and config.model_type == "llama":
+            count = getattr(config, key)
+            size = len(value) // count // 2
+            return value.reshape(count, 2, size, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
+    if "query_key_value" in name:
+        assert config.multi_query  # with one head of keys, queries come first as they are
+    return value
+
+
+def test_transformers_reads_the_same_model(made: Make) -> None:
+    folder, ids = made("llama").gguf, torch.arange(20)[None]
+    stock = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_NAME, dtype=torch.float32)
+    own = qexport.load(folder, device="cpu", dtype=torch.float32, check=False)
+    with torch.no_grad():
+        assert torch.equal(stock(input_ids=ids).logits, own(input_ids=ids).logits)
+
+
+def test_the_header_has_the_bytes_that_the_gguf_package_writes(tmp_path: Path, made: Make) -> None:
+    with closing(GgufFile(made("llama").gguf / GGUF_NAME)) as file:
+        metadata, tensors = file.metadata, file.tensors
+        arrays = {key: file.array(key) for key in file.array_lengths}
+    base = gguf_folders.checkpoint(factories.llama_config(), tmp_path / "base")
+    files = gguf_folders.layout("gguf", base).weights
+    assert isinstance(files, GgufFiles)
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    for key, value in list(files.values.items())[1:]:
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        else:
+            writer.add_array(key, value)
+    for name, tensor in tensors.items():
+        values = np.zeros((*tensor.shape[:-1], tensor.row_bytes), np.uint8)
+        writer.add_tensor(name, values, raw_dtype=tensor.kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    header, offsets = header_bytes(files.values, files.table)
+    assert (tmp_path / "a.gguf").read_bytes()[: len(header)] == header
+    assert offsets == {name: tensor.offset for name, tensor in tensors.items()}
+    assert (made("llama").gguf / GGUF_NAME).read_bytes()[: len(header)] == header
+    assert set(metadata) | set(arrays) == set(files.values)
+
+
+def test_the_stretched_frequencies_of_llama_3_are_in_the_file(made: Make, tmp_path: Path) -> None:
+    """What transformers divides its frequencies by."""
+    folder, name = made("llama 3").gguf, "rope_freqs.weight"
+    plain = ROPE_INIT_FUNCTIONS["llama3"](gguf_folders.CONFIGS["llama 3"], torch.device("cpu"))[0]
+    with closing(GgufFile(folder / GGUF_NAME)) as file:
+        found = torch.from_numpy(file.read_rows(name, 0, 1).view(np.float32)[0].copy())
+    torch.testing.assert_close(500.0 ** -(torch.arange(0, 16, 2) / 16) / found, plain)
+    assert found[[0, -1]].tolist() == [1.0, 8.0]
+    changed = copied(folder, tmp_path / "changed", lambda path: rows_of(path, name, np.zeros_like))
+    with pytest.raises(InputError, match=r"rope_freqs\.weight: other values"):
+        inspect_artifact(changed)
+
+
+def test_the_order_in_which_tensors_come_changes_no_byte(tmp_path: Path, made: Make) -> None:
+    folders = made("llama")
+    base = gguf_folders.checkpoint(factories.llama_config(), tmp_path / "base")
+    gguf_folders.write(
+        gguf_folders.layout("gguf", base), tmp_path / "again", list(folders.records.values())[::-1], base
+    )
+    for path in folders.gguf.rglob("*"):
+        if path.is_file():
+            assert (tmp_path / "again" / path.relative_to(folders.gguf)).read_bytes() == path.read_bytes()
+
+
+def test_a_tensor_is_on_disk_as_soon_as_it_is_written(tmp_path: Path, made: Make) -> None:
+    """None waits for another one: the file is written as a stream."""
+    records = made("llama").records
+    base = gguf_folders.checkpoint(factories.llama_config(), tmp_path / "base")
+    with gguf_folders.layout("gguf", base).weights.writer(tmp_path) as writer:
+        writer.write(records["model.layers.1.mlp.down_proj.weight"])
+        assert set(writer.written()) == {"blk.1.ffn_down.weight"}
+    with closing(GgufFile(made("llama").gguf / GGUF_NAME)) as file:
+        tensor = file.tensors["blk.1.ffn_down.weight"]
+        whole = file.read_rows("blk.1.ffn_down.weight", 0, tensor.rows).tobytes()
+    assert (tmp_path / GGUF_NAME).read_bytes()[tensor.offset :] == whole
+
+
+# What cannot be carried.
+
+REFUSED: Mapping[str, tuple[dict[str, Any], str]] = {
+    "nf4": ({"method": "nf4"}, "GGUF has no type with these values"),
+    "int8": ({"method": "int8"}, "GGUF has no type with these values"),
+    "w8a8": ({"method": "w8a8"}, "GGUF has no type with these values"),
+    "asymmetric": ({**gguf_folders.GPTQ, "sym": False}, "set sym: true"),
+    "act-order": ({**gguf_folders.GPTQ, "desc_act": True, "static_groups": False}, "no order of columns"),
+    "group 16": ({**gguf_folders.GPTQ, "group_size": 16}, "a group_size of 16"),
+    "3 bits": ({**gguf_folders.GPTQ, "bits": 3}, "no type for 3 bits"),
+}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return gguf_folders.checkpoint(factories.llama_config(), tmp_path_factory.mktemp("base"))
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_method_without_an_exact_type_is_refused_before_any_work(case: str, llama: Any) -> None:
+    quantize, words = REFUSED[case]
+    with pytest.raises(CompatibilityError, match=words) as caught:
+        gguf_folders.layout("gguf", llama, quantize)
+    assert "leave" in str(caught.value)
+
+
+MODELS: Mapping[str, tuple[PretrainedConfig, str]] = {
+    "gpt-2": (factories.gpt2_config(), "does not know the family gpt2"),
+    "mixtral": (factories.mixtral_config(), "does not know the family mixtral"),
+    "falcon rw": (factories.falcon_rw_config(), "alibi is True"),
+    "falcon h1": (factories.falcon_h1_config(), "does not know the family falcon_h1"),
+    "activation": (factories.llama_config(hidden_act="gelu"), "hidden_act is 'gelu'"),
+    "rope": (
+        factories.llama_config(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+        "rope_type is 'dynamic'",
+    ),
+    "rope of another family": (
+        factories.qwen2_config(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
+        "rope_type is 'linear'",
+    ),
+    "qwen3 with biases": (
+        Qwen3Config(**{**factories.FAMILIES["qwen3"].to_dict(), "attention_bias": True}),
+        "attention_bias is True",
+    ),
+    "windows": (factories.qwen2_config(use_sliding_window=True), "use_sliding_window is True"),
+}
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_a_model_that_llama_cpp_does_not_compute_is_refused(case: str, tmp_path: Path) -> None:
+    config, words = MODELS[case]
+    with pytest.raises(CompatibilityError, match=words):
+        gguf_folders.layout("gguf", gguf_folders.checkpoint(config, tmp_path), gguf_folders.NONE)
+
+
+def test_a_sliding_window_bounds_the_context(tmp_path: Path) -> None:
+    layout = gguf_folders.layout("gguf", gguf_folders.checkpoint(factories.mistral_config(), tmp_path))
+    assert isinstance(layout.weights, GgufFiles)
+    assert layout.weights.values["llama.context_length"] == 16
+    assert "up to 16 tokens" in layout.notes[0]
+
+
+# Tokenizers.
+
+Change = Callable[[dict[str, Any]], None]
+BOS = {"id": "<|start|>", "type_id": 0}
+
+
+def template(*single: dict[str, Any]) -> dict[str, Any]:
+    special = {"<|start|>": {"id": "<|start|>", "ids": [1], "tokens": ["<|start|>"]}}
+    return {"type": "TemplateProcessing", "single": list(single), "pair": [], "special_tokens": special}
+
+
+def files(change: Change = lambda _: None, **settings: Any) -> dict[str, bytes]:
+    content = json.loads(factories.tokenizer().backend_tokenizer.to_str())
+    change(content)
+    config = {"eos_token": "<|end|>", "pad_token": "<|end|>", "chat_template": "{{ messages }}", **settings}
+    return {"tokenizer.json": json.dumps(content).encode(), "tokenizer_config.json": json.dumps(config).encode()}
+
+
+def steps(*parts: dict[str, Any]) -> Change:
+    return lambda content: content.update(pre_tokenizer={"type": "Sequence", "pretokenizers": list(parts)})
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+WITHOUT = {**BYTES, "use_regex": False}
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+
+
+def split(pattern: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def ignoring_merges(content: dict[str, Any]) -> None:
+    steps(split(LLAMA3), WITHOUT)(content)
+    content["model"]["ignore_merges"] = True
+
+
+NAMED: Mapping[str, Change] = {
+    "gpt-2": lambda _: None,
+    "smollm": steps({"type": "Digits", "individual_digits": True}, BYTES),
+    "llama-bpe": ignoring_merges,
+    "qwen2": steps(split(QWEN2), WITHOUT),
+    "falcon": steps(
+        {"type": "Punctuation", "behavior": "Contiguous"},
+        {key: value for key, value in BYTES.items() if key != "use_regex"},
+        {"type": "Digits", "individual_digits": False},
+        split("[0-9][0-9][0-9]"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_pre_tokenizer_is_named_by_its_structure(name: str) -> None:
+    values = gguf_tokenizer(files(NAMED[name]), {}, factories.VOCABULARY).values
+    assert values["tokenizer.ggml.pre"] == name
+    assert (values["tokenizer.ggml.add_bos_token"], values["tokenizer.ggml.add_eos_token"]) == (False, False)
+
+
+def test_what_the_header_says_of_the_tokenizer() -> None:
+    fast = factories.tokenizer()
+    generation = {"generation_config.json": json.dumps({"eos_token_id": [0, 5]}).encode()}
+    around = {"post_processor": template({"SpecialToken": BOS}, {"Sequence": {}})}
+    values = gguf_tokenizer(
+        files(lambda content: content.update(around)) | generation, {"bos_token_id": 7}, factories.VOCABULARY + 2
+    ).values
+    tokens, kinds = values["tokenizer.ggml.tokens"], values["tokenizer.ggml.token_type"]
+    assert isinstance(tokens, list)
+    assert isinstance(kinds, list)
+    assert tokens[:-2] == fast.convert_ids_to_tokens(list(range(factories.VOCABULARY)))
+    assert tokens[-2:] == ["[PAD384]", "[PAD385]"]
+    assert kinds == [3, 3, *[1] * (factories.VOCABULARY - 2), 5, 5]
+    merges = json.loads(fast.backend_tokenizer.to_str())["model"]["merges"]
+    assert values["tokenizer.ggml.merges"] == [" ".join(pair) for pair in merges]
+    numbers = {key.split(".")[-1]: value for key, value in values.items() if key.endswith("_id")}
+    assert numbers == {"bos_token_id": 1, "eos_token_id": 0, "padding_token_id": 0, "eot_token_id": 5}
+    assert values["tokenizer.ggml.add_bos_token"] is True
+    assert values["tokenizer.chat_template"] == "{{ messages }}"
+
+
+TOKENIZERS: Mapping[str, tuple[Change, str]] = {
+    "another regex": (steps(split(r"\p{L}+"), WITHOUT), "pre_tokenizer"),
+    "a space before": (lambda c: c.update(pre_tokenizer={**BYTES, "add_prefix_space": True}), "pre_tokenizer"),
+    "no pre-tokenizer": (lambda c: c.update(pre_tokenizer=None), "pre_tokenizer"),
+    "a normalizer": (lambda c: c.update(normalizer={"type": "Lowercase"}), "normalizer: Lowercase"),
+    "unigram": (lambda c: c["model"].update(type="Unigram"), "not byte-level BPE"),
+    "bytes": (lambda c: c["model"].update(byte_fallback=True), "byte_fallback"),
+    "suffix": (lambda c: c["model"].update(end_of_word_suffix="</w>"), "a prefix or suffix"),
+    "merges are ignored": (lambda c: c["model"].update(ignore_merges=True), "ignore_merges is True"),
+    "decoder": (lambda c: c.update(decoder={"type": "WordPiece"}), "decoder"),
+    "a token takes spaces": (lambda c: c["added_tokens"][0].update(rstrip=True), "has rstrip"),
+    "two tokens before": (
+        lambda c: c.update(post_processor=template({"SpecialToken": BOS}, {"SpecialToken": BOS}, {"Sequence": {}})),
+        "post_processor",
+    ),
+    "another processor": (lambda c: c.update(post_processor={"type": "BertProcessing"}), "post_processor"),
+    "more tokens than rows": (lambda c: c["model"]["vocab"].update(new=900), "the number 900"),
+    "a text twice": (lambda c: c["added_tokens"][0].update(content="a"), "the same text"),
+}
+
+
+@pytest.mark.parametrize("case", TOKENIZERS)
+def test_a_tokenizer_that_llama_cpp_does_not_have_is_refused(case: str) -> None:
+    change, words = TOKENIZERS[case]
+    with pytest.raises(CompatibilityError, match=words) as caught:
+        gguf_tokenizer(files(change), {}, factories.VOCABULARY)
+    assert "leave the layout gguf out" in str(caught.value)
+
+
+def test_other_refusals_of_tokenizers() -> None:
+    with pytest.raises(CompatibilityError, match=r"no tokenizer\.json"):
+        gguf_tokenizer({}, {}, 3)
+    with pytest.raises(CompatibilityError, match="no token ends a text"):
+        gguf_tokenizer(files(eos_token=None), {}, factories.VOCABULARY)
+    with pytest.raises(CompatibilityError, match="add_bos_token of tokenizer_config"):
+        gguf_tokenizer(files(add_bos_token=True), {}, factories.VOCABULARY)
+    with pytest.raises(InputError, match="malformed"):
+        gguf_tokenizer(files(lambda c: c["model"].update(merges=3)), {}, factories.VOCABULARY)
+
+
+def test_text_in_another_normal_form_is_left_to_users() -> None:
+    (note,) = gguf_tokenizer(files(lambda c: c.update(normalizer={"type": "NFC"})), {}, factories.VOCABULARY).notes
+    assert "NFC" in note
+
+
+# Faults in a finished folder.
+
+
+def larger(rows: Rows) -> Rows:
+    return (rows.view(np.float32) * np.float32(1.1)).view(np.uint8)
+
+
+FAULTS: Mapping[str, tuple[Callable[[Path], None], str, str]] = {
+    "scales rolled": (lambda p: rows_of(p, "blk.1.ffn_up.weight", rolled), "weights", "model.layers.1.mlp.up_proj"),
+    "keys half-rotated": (
+        lambda p: rows_of(p, "blk.0.attn_k.weight", half_rotated(2)), "weights", "model.layers.0.self_attn.k_proj",
+    ),
+    "a layer zero": (
+        lambda p: rows_of(p, "blk.0.ffn_down.weight", np.zeros_like), "weights", "model.layers.0.mlp.down_proj",
+    ),
+    "a norm changed": (
+        lambda p: rows_of(p, "output_norm.weight", larger),
+        "weights", "model.norm.weight",
+    ),
+    "rope base": (
+        lambda p: value_of(p, "rope.freq_base", np.float32(10000.0).tobytes(), np.float32(5000.0).tobytes()),
+        "config", "llama.rope.freq_base: 5000.0 in place of 10000.0",
+    ),
+    "a merge": (
+        lambda p: value_of(p, "tokenizer.ggml.merges", "Ġ t".encode(), "Ġ q".encode()),
+        "tokenizer", "tokenizer.ggml.merges: entry",
+    ),
+    "beginning of text": (
+        lambda p: value_of(p, "add_bos_token", b"\x07\0\0\0\0", b"\x07\0\0\0\1"), "tokenizer", "add_bos_token: True",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return factories.write_text(tmp_path_factory.mktemp("text") / "held.jsonl", passages=12, seed=3)
+
+
+def failed(folder: Path, base: Path, held_out: Path) -> list[CheckResult]:
+    settings = qexport.VerifySettings(text=str(held_out), windows=4, max_windows=4, sequence_length=32, profile="off")
+    report = qexport.verify(folder, qexport.LoadSettings(base=str(base)), settings)
+    return [check for check in report.checks if not check.passed]
+
+
+def test_a_sound_folder_passes(made: Make, held_out: Path) -> None:
+    assert failed(made("llama").gguf, made("llama").base, held_out) == []
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_the_file_is_named_by_a_gate(fault: str, made: Make, held_out: Path, tmp_path: Path) -> None:
+    change, gate, words = FAULTS[fault]
+    folder = copied(made("llama").gguf, tmp_path / "changed", change)
+    found = failed(folder, made("llama").base, held_out)
+    assert [check.gate for check in found] == [gate]
+    assert words in found[0].detail
+
+
+def test_a_header_that_contradicts_the_files_beside_it_is_refused_by_inspect(made: Make, tmp_path: Path) -> None:
+    assert inspect_artifact(made("llama").gguf).method == "GGUF, Q4_0"
+    folder = copied(made("llama").gguf, tmp_path / "changed", FAULTS["rope base"][0])
+    with pytest.raises(InputError, match=r"contradicts config\.json"):
+        inspect_artifact(folder)
+
+
+def damaged_scale(rows: Rows) -> Rows:
+    rows[0, :2] = np.frombuffer(np.float16(np.nan).tobytes(), np.uint8)
+    return rows
+
+
+UNREADABLE: Mapping[str, tuple[Callable[[Path], None], str]] = {
+    "a scale is NaN": (lambda p: rows_of(p, "blk.0.ffn_down.weight", damaged_scale), "NaN or Inf"),
+    "another type": (
+        lambda p: value_of(p, "blk.1.ffn_up.weight", b"\x02\0\0\0\x40", b"\x02\0\0\0\x20"), "shape",
+    ),
+    "a tensor misses": (lambda p: value_of(p, "", b"blk.1.ffn_up.weight", b"blk.1.ffn_xx.weight"), "missing"),
+    "cut short": (lambda p: os.truncate(p, p.stat().st_size - 64), "is outside the file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", UNREADABLE)
+def test_a_file_that_is_not_an_artifact_is_refused(fault: str, made: Make, tmp_path: Path) -> None:
+    change, words = UNREADABLE[fault]
+    folder = copied(made("llama").gguf, tmp_path / "changed", change)
+    with pytest.raises(InputError, match=words):
+        read_whole(folder)
+
+
+def read_whole(folder: Path) -> None:
+    with open_stored(folder, dtype=torch.float32) as source:
+        source.check_complete()
+        for name in source.specs():
+            source.read(name)
+
+
+def test_what_is_not_as_written_is_found_when_it_is_read_back(made: Make, tmp_path: Path) -> None:
+    base = gguf_folders.checkpoint(factories.llama_config(), tmp_path / "base")
+    layout = gguf_folders.layout("gguf", base)
+    target = tmp_path / "out"
+    target.mkdir()
+    with layout.weights.writer(target) as writer:
+        for record in made("llama").records.values():
+            writer.write(record)
+        written = writer.finish()
+    rows_of(target / GGUF_NAME, "blk.0.ffn_down.weight", np.zeros_like)
+    with pytest.raises(QexportError, match="not those written"):
+        layout.weights.read_back(target, written)
+    value_of(target / GGUF_NAME, "rope.freq_base", np.float32(10000.0).tobytes(), np.float32(1.0).tobytes())
+    with pytest.raises(QexportError, match="the header is not the model's"):
+        layout.check(target)
+
+
+def test_the_group_is_found_where_it_is_several_blocks(tmp_path: Path) -> None:
+    folders = gguf_folders.make(factories.llama_config(), tmp_path, {**gguf_folders.GPTQ, "group_size": 64})
+    with open_stored(folders.gguf, dtype=torch.float32) as own:
+        assert isinstance(own, GgufWeights)
+        assert {layer.group_size for layer in own.layers.values()} == {64}
+
+
+def test_programs_for_other_files_are_told_apart(made: Make) -> None:
+    settings = {name: RuntimeSettings(runtime=name) for name in NAMES}
+    with open_stored(made("llama").gguf, dtype=torch.float32) as own:
+        assert [name for name, each in settings.items() if misfit(each, own) is None] == ["llama.cpp"]
+    with open_stored(made("llama").safetensors, dtype=torch.float32) as other:
+        assert misfit(settings["llama.cpp"], other) == "llama.cpp loads folders of the layout gguf"
+
+
+def test_launch_files_name_the_file(made: Make) -> None:
+    launch = made("llama").gguf / "launch"
+    texts = {path.name: path.read_text() for path in launch.iterdir()}
+    assert set(texts) == {"README.md", "llama-server.sh", "Modelfile", "generate.py"}
+    assert all(GGUF_NAME in text for text in texts.values())
+    assert "--ctx-size 256" in texts["llama-server.sh"]
+    compile(texts["generate.py"], "generate.py", "exec")
+    assert len(texts["generate.py"].splitlines()) <= 12

@@ -16,7 +16,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrai
 
 from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.config_bounds import refuse_extreme
-from qexport.artifact.digests import sha256_file
+from qexport.artifact.digests import FileDigests
 from qexport.errors import CompatibilityError, InputError
 from qexport.loading.gguf_file import GgufFile
 from qexport.loading.hub import PackageFile
@@ -81,7 +81,7 @@ def read_gguf(found: PackageFile, *, progress: ProgressCallback) -> Checkpoint:
         source = GgufWeights(file, arch=family.arch, config=config, parameters=parameters, permuted=family.permuted)
         weights = fit_to_model(source, architecture)
         files = _files(found.path, config)
-        origin = Origin("package", found.name, found.version, {found.path.name: sha256_file(found.path)})
+        origin = Origin("package", found.name, found.version, FileDigests(found.path.parent, (found.path.name,), {}))
     except BaseException:
         file.close()
         raise

@@ -16,7 +16,7 @@ from qexport.artifact.digests import sha256_bytes, sha256_chunks, tensor_bytes
 from qexport.artifact.disk import sync
 from qexport.errors import QexportError, ResourceError
 from qexport.tensors import TensorSpec
-from qexport.tensors.safetensors_folder import INDEX_NAME, SINGLE_NAME
+from qexport.tensors.safetensors_index import INDEX_NAME, SINGLE_NAME
 
 _CHUNK_BYTES = 1 << 22
 

@@ -21,7 +21,7 @@ from qexport.formats import Outputs
 from qexport.formats.format import Encoding
 from qexport.tensors import TensorRecord, TensorSpec
 from qexport.tensors.safetensors_file import SafetensorsFile
-from qexport.tensors.safetensors_folder import INDEX_NAME
+from qexport.tensors.safetensors_index import INDEX_NAME
 
 _CODES: Final = (torch.uint8, torch.int8, torch.int32)
 """The dtypes of codes, which no unquantized parameter has."""

@@ -21,7 +21,7 @@ from qexport.errors import InputError
 from qexport.loading.small_files import CONFIG_NAME, SIDECAR_NAMES
 from qexport.progress import Notice, ProgressCallback
 from qexport.references import HubReference, PackageReference
-from qexport.tensors.safetensors_folder import INDEX_NAME, SINGLE_NAME, read_index
+from qexport.tensors.safetensors_index import INDEX_NAME, SINGLE_NAME, read_index
 from qexport.tensors.strict_files import contained_path
 from qexport.text.tokenizers import TEMPLATES_FOLDER
 

@@ -19,8 +19,8 @@ from qexport.architectures.config_bounds import refuse_extreme
 from qexport.artifact.digests import FileDigests
 from qexport.errors import CompatibilityError, InputError
 from qexport.loading.gguf_file import GgufFile
-from qexport.loading.hub import PackageFile
 from qexport.loading.model_weights import find_architecture, fit_to_model
+from qexport.loading.packaged import PackageFile
 from qexport.loading.small_files import read_sidecars
 from qexport.progress import Progress, ProgressCallback
 from qexport.tensors.source import Origin, TensorSpec

@@ -190,18 +190,8 @@ def test_hostile_folders_are_refused(base: Path, tmp_path: Path) -> None:
 KEYS = st.sampled_from(
     [
         *("model_type", "architectures", "hidden_size", "text_config", "quantization_config", "quant_method", "bits"),
-        *(
-            "config_groups",
-            "weights",
-            "num_bits",
-            "load_in_4bit",
-            "format",
-            "model",
-            "vocab",
-            "added_tokens",
-            "content",
-        ),
-        *("chat_template", "bos_token", "target_modules", "r", "base_model_name_or_path", "modules_to_save"),
+        *("config_groups", "weights", "num_bits", "load_in_4bit", "format", "model", "vocab", "content", "r"),
+        *("added_tokens", "chat_template", "bos_token", "target_modules", "base_model_name_or_path"),
     ]
 )
 JSON = st.recursive(
@@ -211,7 +201,16 @@ JSON = st.recursive(
 )
 
 
-@given(config=st.dictionaries(KEYS, JSON, max_size=6), adapter=st.booleans())
+SCHEMES = st.dictionaries(KEYS, st.fixed_dictionaries({"weights": st.dictionaries(KEYS, JSON)}), max_size=2)
+METHODS = st.sampled_from(["compressed-tensors", "bitsandbytes", "gptq"])
+QUANTIZED = st.dictionaries(KEYS, JSON).flatmap(
+    lambda rest: st.fixed_dictionaries({"quant_method": METHODS, "config_groups": SCHEMES}).map(lambda own: rest | own)
+)
+TOKENIZER = st.fixed_dictionaries({"model": JSON, "added_tokens": st.lists(st.dictionaries(KEYS, JSON), max_size=2)})
+CONFIG = st.dictionaries(KEYS, JSON) | TOKENIZER | st.fixed_dictionaries({"quantization_config": QUANTIZED})
+
+
+@given(config=CONFIG, adapter=st.booleans())
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_json_is_described_or_refused(tmp_path: Path, config: dict[str, Any], adapter: bool) -> None:
     (tmp_path / "adapter_config.json").unlink(missing_ok=True)

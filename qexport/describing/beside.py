@@ -144,7 +144,7 @@ def _tokenizer(folder: Path, config: Mapping[str, Any]) -> TokenizerFacts | None
     if not isinstance(model, dict):
         raise InputError("tokenizer.json has no model", where=str(folder / "tokenizer.json"))
     entries, added = model.get("vocab"), value.get("added_tokens")
-    own = {each.get("content") for each in added if isinstance(each, dict)} if isinstance(added, list) else set()
+    own = {text for each in added if (text := _text_of(each))} if isinstance(added, list) else set[str]()
     further = len(own - set(entries)) if isinstance(entries, dict) else 0
     count = len(entries) + further if isinstance(entries, dict | list) else None
     return TokenizerFacts(str(model.get("type", "BPE")), count, further, special, sha256_bytes(content))

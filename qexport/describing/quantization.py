@@ -21,6 +21,10 @@ _BESIDE: Final = (
 _OF_CODES: Final = ("weight_scale", "weight_scale_inv", "SCB", "weight.absmax")
 """The module's `weight` holds codes if one of these stands beside it."""
 
+_BITS: Final = ("bits", "w_bit", "num_bits")
+_SETTINGS: Final = (
+    "group_size", "sym", "zero_point", "desc_act", "version", "fmt", "weight_block_size", "activation_scheme",
+)  # fmt: skip
 _ELEMENT_BITS: Final = {"I32": 32, "U8": 8, "I8": 8}
 
 
@@ -87,20 +91,8 @@ def _settings(config: Mapping[str, Any]) -> tuple[int | None, dict[str, Any]]:
         case "compressed-tensors":
             return _of_compressed_tensors(config)
         case _:
-            keys = (
-                "group_size",
-                "sym",
-                "zero_point",
-                "desc_act",
-                "version",
-                "fmt",
-                "weight_block_size",
-                "activation_scheme",
-            )
-            bits = next(
-                (config[key] for key in ("bits", "w_bit", "num_bits") if isinstance(config.get(key), int)), None
-            )
-            return bits, {key: config[key] for key in keys if key in config}
+            bits = next((config[key] for key in _BITS if type(config.get(key)) is int), None)
+            return bits, {key: config[key] for key in _SETTINGS if key in config}
 
 
 def _of_bitsandbytes(config: Mapping[str, Any]) -> tuple[int | None, dict[str, Any]]:
@@ -114,15 +106,14 @@ def _of_compressed_tensors(config: Mapping[str, Any]) -> tuple[int | None, dict[
     groups = config.get("config_groups")
     schemes = [group for group in groups.values() if isinstance(group, Mapping)] if isinstance(groups, Mapping) else []
     weights = [scheme["weights"] for scheme in schemes if isinstance(scheme.get("weights"), Mapping)]
-    bits = {each.get("num_bits") for each in weights}
+    bits = {count for each in weights if type(count := each.get("num_bits")) is int}
     settings: dict[str, Any] = {"format": config.get("format")}
     for key in ("type", "strategy", "group_size", "symmetric", "actorder"):
         if values := {repr(each.get(key)): each.get(key) for each in weights if each.get(key) is not None}:
             settings[key] = next(iter(values.values())) if len(values) == 1 else sorted(values)
     if any(scheme.get("input_activations") for scheme in schemes):
         settings["activations"] = "rounded"
-    only = next(iter(bits), None)
-    return (only if len(bits) == 1 and isinstance(only, int) else None), settings
+    return (next(iter(bits)) if len(bits) == 1 else None), settings
 
 
 def _coded(tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[str, str]]:
@@ -153,7 +144,7 @@ def _values(tensors: Mapping[str, StoredTensor], module: str, codes: StoredTenso
         return codes.values * 2
     if codes.dtype == "I8" or codes.dtype.startswith("F"):
         return codes.values
-    return codes.values * _ELEMENT_BITS.get(codes.dtype, 8) // (bits or 4)
+    return codes.values * _ELEMENT_BITS.get(codes.dtype, 8) // max(1, bits or 4)
 
 
 def _shown(value: Any) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -162,7 +163,7 @@ def template_of(folder: Path, config: Mapping[str, Any]) -> TemplateFacts | None
         folder: the model's.
         config: the content of tokenizer_config.json.
     """
-    found = template_text(folder, config)
+    found = template_text(partial(small_file, folder))
     if found is None:
         return None
     place, text = found
@@ -173,16 +174,26 @@ def template_of(folder: Path, config: Mapping[str, Any]) -> TemplateFacts | None
     return TemplateFacts(place, len(text), sha256_bytes(text.encode("utf-8", "surrogatepass")), tuple(others))
 
 
-def template_text(folder: Path, config: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The file and the text of the chat template, in the order in which transformers looks for it."""
-    if (content := small_file(folder, CHAT_TEMPLATE)) is not None:
+def template_text(find: Callable[[str], bytes | None]) -> tuple[str, str] | None:
+    """The file and the text of the chat template, in the order in which transformers looks for it.
+
+    Args:
+        find: gives the content of a file by its name; None if there is none.
+
+    Raises:
+        InputError: a file is not JSON.
+    """
+    if (content := find(CHAT_TEMPLATE)) is not None:
         return CHAT_TEMPLATE, content.decode("utf-8", errors="replace")
-    if isinstance(text := json_file(folder, OLD_TEMPLATE).get("chat_template"), str):
-        return OLD_TEMPLATE, text
-    named = config.get("chat_template")
-    if isinstance(named, list) and named and isinstance(named[0], Mapping):
-        named = named[0].get("template")
-    return (TOKENIZER_CONFIG, named) if isinstance(named, str) else None
+    for name in (OLD_TEMPLATE, TOKENIZER_CONFIG):
+        content = find(name)
+        value = None if content is None else parse_json(content, where=name)
+        named = value.get("chat_template") if isinstance(value, dict) else None
+        if isinstance(named, list) and named and isinstance(named[0], Mapping):
+            named = named[0].get("template")
+        if isinstance(named, str):
+            return name, named
+    return None
 
 
 def _license(folder: Path) -> LicenseFacts:

@@ -16,6 +16,11 @@ _OF_BITS: Final = ("torch", "cpu_capability", "architecture", "device", "numpy")
 _OF_FILES: Final = ("transformers", "safetensors", "python")
 _WORDS: Final = {"cpu_capability": "type of CPU", "architecture": "instruction set", "device": "device"}
 
+_UNKNOWN: Final = (
+    "nothing that is recorded differs: a library that is not recorded, memory or a disk that fails, or a defect in "
+    "qexport"
+)
+
 
 def first_difference(names: Sequence[str], recorded: Path | None, rebuilt: Path) -> FirstDifference:
     """The first of the files that differ, weights before others, and where in it.
@@ -55,14 +60,12 @@ def _differing_tensors(a: Path, b: Path) -> Iterator[str]:
     with SafetensorsFile(a) as ours, SafetensorsFile(b) as theirs:
         specs = theirs.specs()
         for name, spec in ours.specs().items():
-            if specs.get(name) != spec or any(
-                x != y for x, y in zip(_pieces(ours, name), _pieces(theirs, name), strict=True)
-            ):
+            if specs.get(name) != spec or not _equal(ours, theirs, name):
                 yield name
 
 
-def _pieces(file: SafetensorsFile, name: str) -> Iterator[bytes]:
-    return (bytes(piece) for piece in file.chunks(name))
+def _equal(a: SafetensorsFile, b: SafetensorsFile, name: str) -> bool:
+    return all(bytes(x) == bytes(y) for x, y in zip(a.chunks(name), b.chunks(name), strict=True))
 
 
 def causes_of(found: Rebuild, first: FirstDifference, renamed: Sequence[str]) -> list[str]:
@@ -82,9 +85,7 @@ def causes_of(found: Rebuild, first: FirstDifference, renamed: Sequence[str]) ->
     version = [f"another version of qexport: {now} here, {was} recorded"] if was != now else []
     causes = [*causes, *version] if weights and any(name in other for name in _OF_BITS) else [*version, *causes]
     causes = causes if weights else [*renamed, *causes]
-    return causes or [
-        "nothing that is recorded differs: a library that is not recorded, memory or a disk that fails, or a defect in qexport"
-    ]
+    return causes or [_UNKNOWN]
 
 
 def _cause(name: str, then: str, now: str) -> str:

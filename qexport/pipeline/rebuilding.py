@@ -177,13 +177,11 @@ def _checked_inputs(
             where=listed(problems),
             mend="name the recorded ones, for example load.base=PATH, or --inputs FOLDER",
         )
+    sources = {"base": manifest.base, "adapter": manifest.adapter}
     renamed = [
-        f"{kind} is called {found.name} here, and {was.name} in the manifest"
-        for kind, was, found in (
-            ("the base", manifest.base, own["base"]),
-            ("the adapter", manifest.adapter, own["adapter"]),
-        )
-        if was is not None and found is not None and was.name != found.name
+        f"the {kind} is called {own[kind].name} here, and {was.name} in the manifest"
+        for kind, was in sources.items()
+        if was is not None and own[kind] is not None and was.name != own[kind].name
     ]
     return {name: dict(ours) for name, (ours, _) in pairs.items() if ours}, renamed
 

@@ -211,7 +211,7 @@ CONFIG = st.dictionaries(KEYS, JSON) | TOKENIZER | st.fixed_dictionaries({"quant
 
 
 @given(config=CONFIG, adapter=st.booleans())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_json_is_described_or_refused(tmp_path: Path, config: dict[str, Any], adapter: bool) -> None:
     (tmp_path / "adapter_config.json").unlink(missing_ok=True)
     for name in (

@@ -142,7 +142,7 @@ def rebuild(
 
     Raises:
         InputError: an input does not have its recorded digest. Nothing was built then.
-        QexportError: as for `run`.
+        QexportError: as for `run`; or `verify` was kept, and the merge is not what PEFT makes of the adapter.
     """
     manifest = given.manifest
     where = device or ("cpu" if manifest.environment.device == "cpu" else "cuda")
@@ -150,6 +150,8 @@ def rebuild(
     with ExitStack() as stack:
         output = to or Path(stack.enter_context(TemporaryDirectory(prefix="qexport-rebuild-"))) / "rebuilt"
         result = run(recipe.model_copy(update={"output": str(output.absolute())}), device=where, progress=progress)
+        if result.unproven_merge is not None:
+            raise result.unproven_merge.error
         return _compared(given, recipe, result, inputs, names)
 
 

@@ -17,6 +17,7 @@ import stored_models
 from qexport.cli import main
 from qexport.comparing import tensors as comparing_tensors
 from qexport.comparing.difference import Difference, compare
+from qexport.comparing.documents import compare_values
 from qexport.comparing.sides import open_side
 from qexport.pipeline import run
 from qexport.recipe import load_recipe
@@ -165,6 +166,22 @@ def test_files_are_compared_key_by_key(
     assert any(line.startswith("model.merges: a list of ") for line in lines)
     assert "+Be evil." in lines
     assert "launch/x.sh: only in B" in lines
+
+
+def test_a_template_may_stand_in_another_file(made: Path, copy: Callable[[str], Path]) -> None:
+    other = copy("base")
+    config = json.loads((other / "tokenizer_config.json").read_text())
+    config["chat_template"] = (other / "chat_template.jinja").read_text()
+    (other / "tokenizer_config.json").write_text(json.dumps(config))
+    (other / "chat_template.jinja").unlink()
+    assert difference(made / "base", other).equal
+
+
+def test_true_is_not_one_but_one_is_one_point_zero() -> None:
+    assert compare_values("x", {"a": [1, 2.0]}, {"a": [1.0, 2]}) is None
+    found = compare_values("x", {"a": 1, "b": False}, {"a": True, "b": 0})
+    assert found
+    assert [change.words() for change in found.changes] == ["a: 1 -> true", "b: false -> 0"]
 
 
 def test_recipes_inputs_and_figures_of_artifacts_are_compared(made: Path, tmp_path: Path) -> None:

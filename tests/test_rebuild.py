@@ -19,7 +19,7 @@ from qexport.artifact.manifest import MANIFEST_NAME, FileRecord, Manifest
 from qexport.artifact.roots import roots_path
 from qexport.cli import main
 from qexport.pipeline import run
-from qexport.pipeline.first_difference import causes_of
+from qexport.pipeline.first_difference import causes_of, first_difference
 from qexport.recipe import load_recipe
 
 WEIGHTS = "model.safetensors"
@@ -113,13 +113,23 @@ def test_other_bytes_are_found_at_their_place(made: Path, artifact: Path, capsys
     assert found["result"] == "different"
     assert [each["name"] for each in found["different"]] == [WEIGHTS]
     assert found["firstDifference"] == {"file": WEIGHTS, "byte": byte, "tensor": name, "tensors": 1}
-    assert found["causes"] == [causes_of_nothing()]
+    assert [cause.split(":")[0] for cause in found["causes"]] == ["nothing that is recorded differs"]
 
 
-def causes_of_nothing() -> str:
-    from qexport.pipeline import first_difference
-
-    return first_difference._UNKNOWN
+def test_weights_come_first_and_bytes_are_counted_from_the_start(tmp_path: Path) -> None:
+    a, b = tmp_path / "a", tmp_path / "b"
+    for folder in (a, b):
+        folder.mkdir()
+        (folder / "model.onnx.data").write_bytes(bytes(3 << 20))
+        (folder / "config.json").write_text(folder.name)
+    with (b / "model.onnx.data").open("r+b") as file:
+        file.seek(2_500_000)
+        file.write(b"x")
+    names = ["config.json", "model.onnx.data"]
+    assert first_difference(names, a, b) == FirstDifference("model.onnx.data", 2_500_000)
+    assert first_difference(names, None, b) == FirstDifference("model.onnx.data")
+    (b / "model.onnx.data").write_bytes(bytes(5))
+    assert first_difference(names, a, b) == FirstDifference("model.onnx.data", 5)
 
 
 def test_the_cause_is_named(made: Path, artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import zip_longest
 from typing import Any, Final, Literal
 
 import torch
@@ -112,9 +111,9 @@ def _same_bytes(a: Side, b: Side, name: str) -> bool:
     if any(ours[place] != theirs[place] for place in places):
         return False
     return all(
-        left is not None and right is not None and bytes(left) == bytes(right)
+        bytes(left) == bytes(right)
         for place in places
-        for left, right in zip_longest(a.stored.chunks(place), b.stored.chunks(place))
+        for left, right in zip(a.stored.chunks(place), b.stored.chunks(place), strict=True)
     )
 
 

@@ -31,7 +31,7 @@ from qexport.recipe import load_recipe
 from qexport.references import parse_reference
 from qexport.tensors.gguf_file import GgufFile
 from qexport.tensors.safetensors_file import SafetensorsFile
-from qexport.tensors.safetensors_folder import read_index
+from qexport.tensors.safetensors_index import read_index
 from qexport.text.documents import read_documents
 from qexport.text.formats import read_format_prompts
 from qexport.text.prompts import read_prompts

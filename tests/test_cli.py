@@ -206,7 +206,7 @@ UNDECIDED = reports.gate_result("mean_kl[law]", value=None, verdict="undecided",
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), 1),
     ],
 )
-@pytest.mark.parametrize("command", ["run", "validate"])
+@pytest.mark.parametrize("command", ["run", "plan"])
 def test_every_error_has_its_exit_code(
     recipe: str, pipeline: Callable[[Run], None], error: BaseException, code: int, command: str
 ) -> None:
@@ -327,7 +327,7 @@ def test_an_interruption_that_a_library_swallows_is_raised_again(
         (["rum", "r.yaml"], "rum", "qexport --help"),
         (["run", "r.yaml", "--outptu", "x"], "--output", "qexport run --help"),
         (["run", "r.yaml", "--device", "tpu"], "'auto', 'cpu', 'cuda'", "qexport run --help"),
-        (["validate", "r.yaml", "--force"], "--force", "qexport validate --help"),
+        (["plan", "r.yaml", "--force"], "--force", "qexport plan --help"),
     ],
 )
 def test_wrong_usage_exits_with_2_and_names_the_help(
@@ -346,7 +346,7 @@ def test_wrong_usage_exits_with_2_and_names_the_help(
     [
         (["run", "nothing.yaml", "--json"], 2),
         (["run", "--json", "--wrong"], 2),
-        (["validate", "nothing.yaml", "--json"], 2),
+        (["plan", "nothing.yaml", "--json"], 2),
     ],
 )
 def test_with_json_an_error_is_one_document_on_stdout(
@@ -443,14 +443,12 @@ def test_with_json_stdout_is_one_document_whatever_libraries_print(
     assert "note: something to know" in captured.err
 
 
-def test_validate_prints_the_plan(
-    recipe: str, pipeline: Callable[[Run], None], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_plan_prints_the_plan(recipe: str, pipeline: Callable[[Run], None], capsys: pytest.CaptureFixture[str]) -> None:
     plan = SimpleNamespace(lines=lambda: ["two blocks", "one layout"], as_dict=lambda: {"blocks": 2})
     pipeline(lambda *_, **__: plan)
-    assert main(["validate", recipe]) == 0
+    assert main(["plan", recipe]) == 0
     assert capsys.readouterr().out == "two blocks\none layout\n"
-    assert main(["validate", recipe, "--json"]) == 0
+    assert main(["plan", recipe, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"blocks": 2}
 
 
@@ -460,7 +458,7 @@ def test_the_program_tells_its_version_its_schema_and_its_help(capsys: pytest.Ca
     assert main(["schema"]) == 0
     assert capsys.readouterr().out == (ROOT / "recipes" / "recipe.schema.json").read_text(encoding="utf-8")
     assert main([]) == 0
-    assert "validate" in capsys.readouterr().out
+    assert "plan" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["schema"], ["--version"], ["run", "none.yaml"]])
@@ -505,7 +503,7 @@ def plan(recipe, texts, progress):
     return types.SimpleNamespace(as_dict=lambda: {"blocks": 2})
 sys.modules["qexport.pipeline"] = qexport.pipeline = types.SimpleNamespace(plan=plan)
 sys.stdin.read()
-sys.exit(main(["validate", "--json", sys.argv[1]]))
+sys.exit(main(["plan", "--json", sys.argv[1]]))
 """
     started = subprocess.Popen(
         [sys.executable, "-c", code, recipe], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -813,7 +811,7 @@ def test_a_tiny_model_goes_the_whole_way(tmp_path: Path, capsys: pytest.CaptureF
     recipe = str(tiny_run(tmp_path))
     importlib.import_module("qexport.pipeline")
 
-    assert main(["validate", recipe]) == 0
+    assert main(["plan", recipe]) == 0
     assert capsys.readouterr().out
     assert not (tmp_path / "out").exists()
 

@@ -67,8 +67,8 @@ def measured_sums(checkpoint: Any, documents: Any, windows: int) -> DocumentSums
     return document_sums(TokenFigures(zero, zero, zero + 0.161, zero, one, one), held_out)
 
 
-def validated(made: Path, *overrides: str) -> int:
-    return main(["validate", str(made / "recipe.yaml"), *overrides])
+def planned(made: Path, *overrides: str) -> int:
+    return main(["plan", str(made / "recipe.yaml"), *overrides])
 
 
 def refused(
@@ -77,7 +77,7 @@ def refused(
     """The message about a report of this content."""
     place = made / "other.json"
     place.write_text(content if isinstance(content, str) else json.dumps(content))
-    assert validated(made, f"verify.baseline={place}", *overrides) == code
+    assert planned(made, f"verify.baseline={place}", *overrides) == code
     said = capsys.readouterr().err
     assert said.count("error:") == said.count("where:") == 1
     return said
@@ -89,21 +89,21 @@ def content(made: Path) -> dict[str, Any]:
 
 
 def test_the_plan_names_the_release(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert validated(made) == 0
+    assert planned(made) == 0
     assert "baseline  model + adapter, GPTQ 4-bit, group 64, mean KL divergence 0.161 nats; at most " in (
         capsys.readouterr().out
     )
-    assert main(["validate", str(made / "recipe.yaml"), "--json"]) == 0
+    assert main(["plan", str(made / "recipe.yaml"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["baseline"]["mean_kl"] == 0.161
 
 
 def test_without_one_the_plan_says_nothing(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert validated(made, "verify.baseline=null") == 0
+    assert planned(made, "verify.baseline=null") == 0
     assert "baseline" not in capsys.readouterr().out
 
 
 def test_a_missing_report_is_named(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert validated(made, f"verify.baseline={made / 'nowhere'}") == 3
+    assert planned(made, f"verify.baseline={made / 'nowhere'}") == 3
     said = capsys.readouterr().err
     assert "verify.baseline cannot be used: the report cannot be read" in said
     assert "nowhere" in said
@@ -114,9 +114,9 @@ def test_a_run_with_several_layouts_names_their_folders(made: Path, capsys: pyte
     for layout in ("tgi", "vllm"):
         (made / "several" / layout / "report").mkdir(parents=True)
         (made / "several" / layout / "report" / "report.json").write_text((made / "release.json").read_text())
-    assert validated(made, f"verify.baseline={made / 'several'}") == 3
+    assert planned(made, f"verify.baseline={made / 'several'}") == 3
     assert "name the folder of one layout: tgi, vllm" in capsys.readouterr().err
-    assert validated(made, f"verify.baseline={made / 'several' / 'tgi'}") == 0
+    assert planned(made, f"verify.baseline={made / 'several' / 'tgi'}") == 0
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"schema_version": 1}', "\x00"])
@@ -141,7 +141,7 @@ def test_a_report_of_an_earlier_version_is_refused_with_what_to_do(
 
 
 def test_windows_of_another_length_are_refused(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert validated(made, "verify.sequence_length=48") == 3
+    assert planned(made, "verify.sequence_length=48") == 3
     assert "sequence_length: 32 there, 48 here" in capsys.readouterr().err
 
 
@@ -163,18 +163,18 @@ def test_too_few_documents_of_the_release_are_refused(made: Path, capsys: pytest
     assert "4 gates can never be decided: the baseline was measured on too few documents" in said
     assert "it has 2 of the 24 windows" in said
     waived = "verify.gates={baseline_mean_kl: null, baseline_top1_agreement: null, baseline_decisive_flips: null, baseline_perplexity_ratio: null}"  # noqa: E501
-    assert validated(made, f"verify.baseline={made / 'other.json'}", waived) == 0
+    assert planned(made, f"verify.baseline={made / 'other.json'}", waived) == 0
 
 
 def test_limits_on_differences_need_a_baseline(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert validated(made, "verify.baseline=null", "verify.gates={baseline_mean_kl: {at_most: 0.1}}") == 2
+    assert planned(made, "verify.baseline=null", "verify.gates={baseline_mean_kl: {at_most: 0.1}}") == 2
     said = capsys.readouterr().err
     assert "there is no baseline to compare with" in said
     assert "verify.gates: baseline_mean_kl" in said
 
 
 def test_a_url_is_no_report(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert validated(made, "verify.baseline=hub:org/model") == 2
+    assert planned(made, "verify.baseline=hub:org/model") == 2
     assert "is not a local file" in capsys.readouterr().err
     assert main(["verify", str(made), "--reference", str(made / "recipe.yaml"), "--baseline", "hub:org/model"]) == 2
     assert "--baseline" in capsys.readouterr().err

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("calibration/*.md")]
 )
-COMMANDS = {"run", "validate", "verify", "gate", "report", "schema"}
+COMMANDS = {"inspect", "plan", "run", "validate", "verify", "gate", "report", "diff", "rebuild", "schema"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
@@ -51,7 +51,7 @@ def test_commands_are_ones_that_the_command_line_knows(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_environment_recipes_in_commands_exist(page: Path) -> None:
-    recipes = re.findall(r"qexport (?:run|validate) (recipes/\S+\.yaml)", page.read_text())
+    recipes = re.findall(r"qexport (?:run|plan) (recipes/\S+\.yaml)", page.read_text())
     assert [recipe for recipe in recipes if not (ROOT / recipe).exists()] == []
 
 

@@ -124,12 +124,12 @@ def test_the_artifact_and_what_is_parked_fit_into_the_expected_disk(recipes: lis
         assert within(plan(load_recipe(path)).expected.disk, sum(files) + parked), path.parent.name
 
 
-def test_validate_prints_what_to_expect(recipes: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["validate", str(recipes[2]), "--json"]) == 0
+def test_plan_prints_what_to_expect(recipes: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(recipes[2]), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["expected"]
     assert found.keys() == {"memory", "memory_by_stage", "cpu_seconds", "seconds", "disk"}
     assert found["memory"] == max(found["memory_by_stage"].values())
-    assert main(["validate", str(recipes[2])]) == 0
+    assert main(["plan", str(recipes[2])]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("expected"))
     assert size(found["memory"], decimals=1) in line
     assert size(found["disk"], decimals=1) in line
@@ -223,7 +223,7 @@ def test_a_run_that_needs_more_than_it_may_take_is_refused_with_the_figure(
     with pytest.raises(ResourceError, match=f"needs about {size(needed, decimals=1)} of memory") as caught:
         plan(load_recipe(recipes[1], ["max_memory=500MB"]))
     assert "quantize" in str(caught.value.where)
-    assert main(["validate", str(recipes[1]), "max_memory=500MB"]) == 8
+    assert main(["plan", str(recipes[1]), "max_memory=500MB"]) == 8
     assert "max_memory allows 500" in capsys.readouterr().err
     assert plan(load_recipe(recipes[1], [f"max_memory={needed}B"])).expected.memory == needed
 

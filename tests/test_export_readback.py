@@ -15,7 +15,7 @@ import factories
 from qexport.errors import QexportError
 from qexport.export.tensor_writer import WrittenWeights
 from qexport.export.weight_files import check_written
-from qexport.tensors.safetensors_folder import INDEX_NAME
+from qexport.tensors.safetensors_index import INDEX_NAME
 from quantized_models import QuantizedModel
 
 QWEIGHT = "model.layers.1.mlp.up_proj.qweight"

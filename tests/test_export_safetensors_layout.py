@@ -20,7 +20,7 @@ from qexport.export.model_files import model_files, write_files
 from qexport.formats import GptqFormat, Outputs
 from qexport.formats.gptq import tensors as gptq
 from qexport.tensors import GroupQuantized, GroupQuantizedSpec, Origin, OutputSpec, TensorRecord
-from qexport.tensors.safetensors_folder import INDEX_NAME
+from qexport.tensors.safetensors_index import INDEX_NAME
 from quantized_models import DEFAULT, FILES, QuantizedModel, Tensors, gptq_method
 
 SETTINGS = SafetensorsSettings(layout="safetensors")

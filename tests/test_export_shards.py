@@ -17,7 +17,7 @@ from qexport.errors import QexportError
 from qexport.export import tensor_writer
 from qexport.export.tensor_writer import ShardWriter, plan_shards
 from qexport.tensors import LargestSpec, TensorSpec
-from qexport.tensors.safetensors_folder import INDEX_NAME
+from qexport.tensors.safetensors_index import INDEX_NAME
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,

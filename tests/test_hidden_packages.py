@@ -108,7 +108,7 @@ def recipes(folder: Path) -> list[list[str]]:
             "output": output,
         }
         (folder / f"{name}.yaml").write_text(json.dumps(recipe))
-        commands += [["validate", f"{name}.yaml"], ["run", f"{name}.yaml"], ["validate", output]]
+        commands += [["plan", f"{name}.yaml"], ["run", f"{name}.yaml"], ["validate", output]]
         commands.append(["verify", output, "--reference", f"{name}.yaml"])
     return commands
 

@@ -137,13 +137,10 @@ def test_json_is_one_document_also_where_a_demand_fails(published: Path, capsys:
     assert {"name": "transformers", "verdict": "yes", "reason": ""} in document["loaders"]
 
 
-def test_a_server_wants_an_artifact_and_an_artifact_no_overrides(
-    published: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["validate", str(published.parent / "recipe.yaml"), "--server", "tgi"]) == 2
-    assert "--server requires an artifact" in capsys.readouterr().err
-    assert main(["validate", str(published / "tgi"), "quantize.bits=8"]) == 2
-    assert "overrides apply to a recipe, not to an artifact" in capsys.readouterr().err
+def test_a_recipe_is_sent_to_plan(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(published.parent / "recipe.yaml")
+    assert main(["validate", recipe, "--server", "tgi"]) == 2
+    assert f"mend:  for a recipe: qexport plan {recipe}" in capsys.readouterr().err
 
 
 def test_codes_in_other_groups_are_told(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 
 import factories
 from qexport.architectures.architecture import Checkpoint
+from qexport.cli import main
 from qexport.errors import InputError
 from qexport.loading import LoadSettings
 from qexport.loading.checkpoint import load_checkpoint, locate_adapter
@@ -119,6 +121,7 @@ class Hub(BaseHTTPRequestHandler):
 
     files: dict[str, bytes] = {}
     requested: set[str] = set()
+    whole: set[str] = set()
 
     def do_GET(self) -> None:
         self.answer(with_body=True)
@@ -146,7 +149,11 @@ class Hub(BaseHTTPRequestHandler):
             name = path.rpartition("/")[2]
             self.requested.add(name)
             etag = {"ETag": f'"{hashlib.sha1(self.files[name]).hexdigest()}"', "X-Repo-Commit": COMMIT}
-            self.reply(200, self.files[name], etag, with_body)
+            if wanted := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+                self.reply(206, self.files[name][int(wanted[1]) : int(wanted[2]) + 1], etag, with_body)
+            else:
+                self.whole.add(name)
+                self.reply(200, self.files[name], etag, with_body)
         else:
             self.reply(404, b"{}", {"X-Error-Code": "RepoNotFound"}, with_body)
 
@@ -165,7 +172,7 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(cache: Path, saved: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
     """A hub on this machine that has org/tiny; the client is online and its cache is empty."""
-    Hub.files, Hub.requested = contents(saved), set()
+    Hub.files, Hub.requested, Hub.whole = contents(saved), set(), set()
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     thread = Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
@@ -216,3 +223,32 @@ def test_no_network_is_one_clear_error(cache: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(InputError, match="the hub could not be reached"):
         load()
+
+
+def test_inspect_fetches_the_headers_of_the_weights_alone(
+    hub: type[Hub], saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", "hub:org/tiny", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert main(["inspect", str(saved), "--json"]) == 0
+    local = json.loads(capsys.readouterr().out)
+    assert found["tensors"] == local["tensors"]
+    assert [found[key] for key in ("architecture", "quantization", "tokenizer", "template", "bytes_by_dtype")] == [
+        local[key] for key in ("architecture", "quantization", "tokenizer", "template", "bytes_by_dtype")
+    ]
+    shards = {path.name for path in saved.glob("model-*.safetensors")}
+    assert shards <= hub.requested
+    assert not shards & hub.whole
+
+
+def test_inspect_finds_a_model_in_the_cache_offline(
+    cache: Path, saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill_cache(cache, "org/tiny", contents(saved))
+    assert main(["inspect", f"hub:org/tiny@{COMMIT}", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["problems"] == ["pytorch_model.bin is a pickle, which is never read"]
+
+
+def test_inspect_of_an_index_that_leaves_the_folder_is_refused(hub: type[Hub]) -> None:
+    hub.files["model.safetensors.index.json"] = b'{"weight_map": {"lm_head.weight": "../../../secret"}}'
+    assert main(["inspect", "hub:org/tiny"]) == 3

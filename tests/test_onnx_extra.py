@@ -38,7 +38,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, fresh: Fresh) -> list[Found]
     factories.save(factories.build(factories.llama_config()), folder / "base")
     path = folder / "recipe.yaml"
     path.write_text("load: {base: ./base}\nquantize: {method: none}\nexport: [{layout: safetensors}]\noutput: ./out\n")
-    calls = [["run", str(path)], ["validate", str(folder / "out")], ["validate", str(path), "export=[{layout: onnx}]"]]
+    calls = [["run", str(path)], ["validate", str(folder / "out")], ["plan", str(path), "export=[{layout: onnx}]"]]
     done = fresh.run(_BLOCKED, json.dumps(calls))
     assert done.code == 0, done.err
     return [Found(*each) for each in json.loads(done.out.rpartition("\0")[2])]

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from qexport.errors import InputError
-from qexport.tensors.safetensors_folder import INDEX_NAME, SINGLE_NAME, SafetensorsFolder
+from qexport.tensors.safetensors_folder import SafetensorsFolder
+from qexport.tensors.safetensors_index import INDEX_NAME, SINGLE_NAME
 
 
 def write_index(folder: Path, weight_map: object) -> None:

@@ -1,6 +1,8 @@
 """Arguments, printing and exit codes."""
 
-from qexport.cli import artifact_commands, report_commands
-from qexport.cli.app import main
+from qexport.cli import artifact_commands, looking_commands, plan_command, report_commands
+from qexport.cli.app import listed_by_moment, main
 
-__all__ = ["artifact_commands", "main", "report_commands"]
+listed_by_moment()
+
+__all__ = ["artifact_commands", "looking_commands", "main", "plan_command", "report_commands"]

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 from rich.text import Text
@@ -181,8 +181,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return failure.exit_code
 
 
+_MOMENTS: Final = (
+    "inspect",
+    "plan",
+    "run",
+    "check",
+    "validate",
+    "verify",
+    "gate",
+    "report",
+    "diff",
+    "rebuild",
+    "release",
+)
+
+
+def listed_by_moment() -> None:
+    """Lists the commands in the order in which one needs them."""
+    order = {name: place for place, name in enumerate(_MOMENTS)}
+    app.registered_commands.sort(key=lambda command: order.get(_name_of(command), len(order)))
+
+
+def _name_of(command: typer.models.CommandInfo) -> str:
+    return command.name or (command.callback.__name__ if command.callback else "")
+
+
 def _help_for(arguments: Sequence[str]) -> str:
-    names = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
+    names = [_name_of(command) for command in app.registered_commands]
     command = next((word for word in arguments if word in names), None)
     return f"qexport {command} --help" if command else "qexport --help"
 

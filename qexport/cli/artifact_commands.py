@@ -34,7 +34,7 @@ def run(
     debug: Debug = False,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
 ) -> None:
-    """Merge, quantize, export and verify, as the recipe says. A run that was interrupted goes on where it was."""
+    """Merge, quantize, export and verify, as the recipe says. Run again after an interruption, it goes on."""
     with reporting_errors(as_json=as_json, debug=debug, interrupted="interrupted; nothing was published"):
         from qexport.recipe import checked_output, load_recipe
 
@@ -148,11 +148,7 @@ def _measured(
 
 @app.command()
 def validate(
-    subject: Annotated[
-        Path,
-        typer.Argument(metavar="RECIPE|ARTIFACT", help="A recipe (a YAML file), or a finished artifact (a folder)."),
-    ],
-    overrides: Overrides = None,
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="The folder of a finished artifact.")],
     server: Annotated[
         Literal["tgi", "vllm"] | None, typer.Option(help="Check an artifact against what this server demands.")
     ] = None,
@@ -165,54 +161,26 @@ def validate(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Check a recipe against the headers of its model and adapter, and print the plan; or check a finished artifact:
-    its digests, its headers, and what a server demands.
-    """
+    """After a run or a download: check a finished artifact's digests and headers, and what a server demands."""
     with reporting_errors(as_json=as_json, debug=debug):
-        if subject.is_dir():
-            failed = _inspect(subject, overrides, server, root, as_json=as_json)
-        elif server is not None or root is not None:
-            option = "--root" if server is None else "--server"
+        if artifact.is_file():
             raise RecipeError(
-                f"{option} requires an artifact, not a recipe",
-                where=str(subject),
-                mend="give the folder of an artifact",
+                "validate checks a finished folder", where=str(artifact), mend=f"for a recipe: qexport plan {artifact}"
             )
-        else:
-            _print_plan(subject, overrides, as_json=as_json)
-            failed = None
+        failed = _inspect(artifact, server, root, as_json=as_json)
     if failed:
         failed.show(as_json=False)
         raise typer.Exit(failed.exit_code)
 
 
-def _print_plan(recipe: Path, overrides: list[str] | None, *, as_json: bool) -> None:
-    from qexport.recipe import load_recipe
-
-    chosen = load_recipe(recipe, overrides or ())
-    from qexport import pipeline
-
-    with showing_progress() as progress:
-        plan = pipeline.plan(chosen, texts=True, progress=progress)
-    if as_json:
-        write_json(plan.as_dict())
-    else:
-        write("\n".join(plan.lines()))
-
-
 def _inspect(
     artifact: Path,
-    overrides: list[str] | None,
     server: Literal["tgi", "vllm"] | None,
     root: str | None,
     *,
     as_json: bool,
 ) -> Failure | None:
     """Prints what an artifact contains, and returns a failure if it does not meet a server's demands."""
-    if overrides:
-        raise RecipeError(
-            "overrides apply to a recipe, not to an artifact", where=" ".join(overrides), mend="remove them"
-        )
     from qexport.pipeline.inspection import inspect_artifact
 
     with redirect_stdout(sys.stderr):

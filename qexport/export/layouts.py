@@ -10,7 +10,7 @@ from qexport.amounts import parse_size
 from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.structure import Structure
 from qexport.artifact.manifest import GraphRecord
-from qexport.errors import RecipeError
+from qexport.errors import CompatibilityError, InputError, QexportError, RecipeError, listed
 from qexport.export import (
     ExportSettings,
     GgufSettings,
@@ -21,7 +21,7 @@ from qexport.export import (
 )
 from qexport.export.gguf.layout import GgufLayout
 from qexport.export.loaders import Folder, loading_section, stock_loaders, warnings
-from qexport.export.model_files import model_files, write_files
+from qexport.export.model_files import model_files, sizes_of, write_files
 from qexport.export.tgi.layout import TgiLayout
 from qexport.export.vllm.layout import VllmLayout
 from qexport.export.weight_files import WeightFiles
@@ -60,6 +60,19 @@ class Layout(Protocol):
     @property
     def graph(self) -> GraphRecord | None:
         """The manifest's record of the folder's graph; None if it has none."""
+        ...
+
+    @property
+    def degrees(self) -> Mapping[str, Sequence[int]]:
+        """The tensor-parallel degrees that work, by server; empty for a layout that no server is meant to load."""
+        ...
+
+    def files(self, checkpoint: Checkpoint) -> Mapping[str, int]:
+        """Bytes of each file that will be written, by name, except manifest, listing and report.
+
+        They are known before any weight is read. The model card gains a section once the artifact is measured, and the
+        size of a graph, which is traced later, is an estimate.
+        """
         ...
 
     def prepare(self) -> None:
@@ -101,6 +114,7 @@ class SafetensorsLayout:
 
     name = "safetensors"
     graph = None
+    degrees: Mapping[str, Sequence[int]] = {}
 
     def __init__(self, settings: SafetensorsSettings, outputs: Outputs, structure: Structure) -> None:
         self._outputs, self._structure = outputs, structure
@@ -139,14 +153,53 @@ class SafetensorsLayout:
     def prepare(self) -> None:
         """Does nothing: the constructor has checked everything that needs no weights."""
 
+    def files(self, checkpoint: Checkpoint) -> Mapping[str, int]:
+        """See `Layout.files`."""
+        return {**self.weights.files, **sizes_of(self._files(checkpoint))}
+
     def write_files(self, folder: Path, checkpoint: Checkpoint) -> None:
         """Writes config, tokenizer and model card."""
+        write_files(folder, self._files(checkpoint))
+
+    def _files(self, checkpoint: Checkpoint) -> dict[str, bytes]:
+        """All files except the weights and the manifest."""
         outputs, embedding = self._outputs, f"{self._structure.embedding}.weight"
         dtype, loading = outputs.unquantized_dtype(embedding), loading_section(self._folder)
-        write_files(folder, model_files(checkpoint, outputs.format, self.quantization, dtype, loading=loading))
+        return model_files(checkpoint, outputs.format, self.quantization, dtype, loading=loading)
 
     def check(self, folder: Path) -> None:
         """Does nothing: there are no rules besides reading the weights back, as in every layout."""
+
+
+def make_layouts(
+    exports: Sequence[ExportSettings], outputs: Outputs, structure: Structure, checkpoint: Checkpoint
+) -> tuple[Layout, ...]:
+    """The layouts of a recipe's `export`; see `make_layout`.
+
+    Raises:
+        QexportError: some cannot be made. The error says what is wrong with each of them.
+    """
+    made, problems = list[Layout](), dict[str, QexportError]()
+    for settings in exports:
+        try:
+            made.append(make_layout(settings, outputs, structure, checkpoint))
+        except (CompatibilityError, InputError, RecipeError) as error:
+            problems[settings.layout] = error
+    if problems:
+        raise _joined(problems)
+    return tuple(made)
+
+
+def _joined(problems: Mapping[str, QexportError]) -> QexportError:
+    """One error for several layouts, of the class of the first."""
+    first = next(iter(problems.values()))
+    if len(problems) == 1:
+        return first
+    return type(first)(
+        f"{len(problems)} layouts cannot be written",
+        where=listed([f"{name}: {error.what} ({error.where})" for name, error in problems.items()]),
+        mend=listed([f"{name}: {error.mend}" for name, error in problems.items() if error.mend]),
+    )
 
 
 def make_layout(settings: ExportSettings, outputs: Outputs, structure: Structure, checkpoint: Checkpoint) -> Layout:

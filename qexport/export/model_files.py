@@ -126,6 +126,11 @@ def model_files(
     return files | dict(checkpoint.files)
 
 
+def sizes_of(files: Mapping[str, bytes]) -> dict[str, int]:
+    """Bytes of each file, by name."""
+    return {name: len(content) for name, content in files.items()}
+
+
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
     """Writes files into an existing folder.
 

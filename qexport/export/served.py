@@ -11,7 +11,7 @@ from qexport.artifact.disk import disk_failure
 from qexport.artifact.stray_files import stray_files
 from qexport.errors import CompatibilityError, InputError, QexportError, listed
 from qexport.tensors import TensorSpec
-from qexport.tensors.safetensors_folder import INDEX_NAME, SINGLE_NAME
+from qexport.tensors.safetensors_index import INDEX_NAME, SINGLE_NAME
 from qexport.tensors.strict_files import parse_json
 
 CONFIG: Final = "config.json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -16,7 +16,7 @@ from qexport.artifact.digests import sha256_bytes, sha256_chunks, tensor_bytes
 from qexport.artifact.disk import sync
 from qexport.errors import QexportError, ResourceError
 from qexport.tensors import TensorSpec
-from qexport.tensors.safetensors_folder import INDEX_NAME, SINGLE_NAME
+from qexport.tensors.safetensors_index import INDEX_NAME, SINGLE_NAME
 
 _CHUNK_BYTES = 1 << 22
 
@@ -231,6 +231,13 @@ def plan_shards(specs: Mapping[str, TensorSpec], max_shard_size: int) -> list[Sh
     return [Shard(f"model-{number:05d}-of-{count:05d}.safetensors", group) for number, group in enumerate(groups, 1)]
 
 
+def shard_files(specs: Mapping[str, TensorSpec], max_shard_size: int) -> dict[str, int]:
+    """Bytes of each file that `ShardWriter` will write, by name; an upper bound where a `LargestSpec` is in it."""
+    shards = plan_shards(specs, max_shard_size)
+    sizes = {shard.name: len(_header(shard.specs)[0]) + _bytes(shard.specs) for shard in shards}
+    return sizes | ({INDEX_NAME: len(_index(shards, _bytes(specs)).encode())} if len(shards) > 1 else {})
+
+
 def split_by_size(specs: Mapping[str, TensorSpec], max_size: int) -> list[dict[str, TensorSpec]]:
     """Fills one group after another in the given order, each with at most `max_size` bytes but at least one tensor."""
     groups: list[dict[str, TensorSpec]] = [{}]
@@ -287,7 +294,8 @@ class ShardWriter(PlacedTensors):
         names = tuple(shard.name for shard in self._shards)
         if len(names) == 1:
             return names
-        (self._folder / INDEX_NAME).write_text(self._index(), encoding="utf-8")
+        index = _index(self._shards, _bytes(self.written))
+        (self._folder / INDEX_NAME).write_text(index, encoding="utf-8")
         return (*names, INDEX_NAME)
 
     def _complete(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
@@ -307,11 +315,15 @@ class ShardWriter(PlacedTensors):
         sync(moved)
         moved.replace(path)
 
-    def _index(self) -> str:
-        weight_map = {name: shard.name for shard in self._shards for name in shard.specs}
-        total_size = sum(spec.nbytes for spec in self.written.values())
-        content = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-        return json.dumps(content, indent=2, sort_keys=True) + "\n"
+
+def _bytes(specs: Mapping[str, TensorSpec]) -> int:
+    return sum(spec.nbytes for spec in specs.values())
+
+
+def _index(shards: Sequence[Shard], total_size: int) -> str:
+    weight_map = {name: shard.name for shard in shards for name in shard.specs}
+    content = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
 def _header(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:

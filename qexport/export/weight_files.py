@@ -16,12 +16,12 @@ import torch
 
 from qexport.artifact.digests import FileDigests, sha256_chunks
 from qexport.errors import CompatibilityError, QexportError, listed
-from qexport.export.tensor_writer import ShardWriter, Stored, TensorWriter, WrittenWeights
+from qexport.export.tensor_writer import ShardWriter, Stored, TensorWriter, WrittenWeights, shard_files
 from qexport.formats import Outputs
 from qexport.formats.format import Encoding
 from qexport.tensors import TensorRecord, TensorSpec
 from qexport.tensors.safetensors_file import SafetensorsFile
-from qexport.tensors.safetensors_folder import INDEX_NAME
+from qexport.tensors.safetensors_index import INDEX_NAME
 
 _CODES: Final = (torch.uint8, torch.int8, torch.int32)
 """The dtypes of codes, which no unquantized parameter has."""
@@ -171,6 +171,11 @@ class WeightFiles:
                 where=listed(faults),
                 mend="choose other bits or groups for these layers, or leave them unquantized",
             )
+
+    @property
+    def files(self) -> Mapping[str, int]:
+        """Bytes of each file that will be written, by name; upper bounds where `total_bytes` is one."""
+        return shard_files(self.specs, self.max_shard_size)
 
     def writer(self, folder: Path) -> WeightWriter:
         """Starts the files in an existing, empty folder."""

@@ -14,8 +14,9 @@ from qexport.artifact.digests import FileDigests, sha256_bytes, sha256_file
 from qexport.errors import InputError, RecipeError
 from qexport.loading import LoadSettings
 from qexport.loading.gguf_checkpoint import read_gguf
-from qexport.loading.hub import fetch, fetch_base, find_package_file
+from qexport.loading.hub import fetch, fetch_base
 from qexport.loading.model_weights import ChunkedSource, find_architecture, fit_to_model, refuse_untied_copies
+from qexport.loading.packaged import find_package_file
 from qexport.loading.small_files import CONFIG_NAME, read_config, read_sidecars
 from qexport.progress import ProgressCallback, silent
 from qexport.references import HubReference, LocalReference, PackageReference, parse_reference

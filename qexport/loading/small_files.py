@@ -16,7 +16,7 @@ from qexport.architectures.families import without_code_keys
 from qexport.errors import InputError
 from qexport.progress import Notice, ProgressCallback
 from qexport.tensors.strict_files import CONFIG_BYTES, contained_path, parse_json, read_bounded, read_json_object
-from qexport.text.tokenizers import CHAT_TEMPLATE, GENERATION_CONFIG, OLD_TEMPLATE, TEMPLATES_FOLDER, TOKENIZER_CONFIG
+from qexport.text.file_names import CHAT_TEMPLATE, GENERATION_CONFIG, OLD_TEMPLATE, TEMPLATES_FOLDER, TOKENIZER_CONFIG
 
 CONFIG_NAME: Final = "config.json"
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from qexport.amounts import size
+from qexport.amounts import counted, size
 from qexport.architectures.devices import find_device
 from qexport.architectures.structure import Structure
 from qexport.artifact.baseline import BaselineRecord
-from qexport.export.layouts import Layout, make_layout
+from qexport.export.layouts import Layout, make_layouts
 from qexport.formats import Outputs
 from qexport.hidden_packages import hidden
 from qexport.loading import LoadSettings
@@ -22,11 +22,14 @@ from qexport.merge import MergeSettings
 from qexport.merge.merging import Merged, merge
 from qexport.pipeline.baseline import read_baseline
 from qexport.pipeline.expectations import Expected, expect
+from qexport.pipeline.layer_types import LayerType, layer_types, type_lines
 from qexport.pipeline.runtimes import check_runtimes, refuse_full_context, refuse_homeless, refuse_only_endpoints
 from qexport.pipeline.texts import check_small_files, read_evaluation, refuse_long_windows
 from qexport.progress import ProgressCallback, silent
 from qexport.recipe import Recipe
 from qexport.verifying.tasks.planned import PlannedTask, planned_tasks
+
+_FILES_SHOWN: Final = 2
 
 
 def load_merged(load: LoadSettings, merging: MergeSettings, *, progress: ProgressCallback) -> Merged:
@@ -78,6 +81,16 @@ class Plan:
         return [] if settings is None or settings.tasks is None else planned_tasks(settings.tasks)
 
     @cached_property
+    def types(self) -> list[LayerType]:
+        """What will be quantized and what will stay unquantized, by type of layer."""
+        return layer_types(self.outputs, self.structure)
+
+    @cached_property
+    def files(self) -> dict[str, Mapping[str, int]]:
+        """Bytes of each file, by layout; see `Layout.files`."""
+        return {layout.name: layout.files(self.merged.checkpoint) for layout in self.layouts}
+
+    @cached_property
     def baseline(self) -> BaselineRecord | None:
         """The release that the artifact would be compared with."""
         found = None if self.recipe.verify is None else read_baseline(self.recipe.verify)
@@ -95,35 +108,59 @@ class Plan:
             "base": self.merged.checkpoint.origin.name,
             "adapter": adapter.origin.name if adapter else None,
             "changed_tensors": len(adapter.changed) if adapter else 0,
-            "notes": [*(adapter.notes if adapter else ()), *self.outputs.notes, *self._layout_notes()],
+            "notes": self._notes(),
             "blocks": len(self.structure.blocks),
             "parameters": self.layouts[0].weights.parameters,
             "quantized_layers": quantized,
             "dense_tensors": len(self.outputs.specs) - quantized,
+            "types": [each.as_dict() for each in self.types],
             "layouts": {layout.name: layout.weights.total_bytes for layout in self.layouts},
+            "files": {name: dict(files) for name, files in self.files.items()},
+            "readers": {layout.name: list(layout.readers) for layout in self.layouts},
+            "degrees": {
+                layout.name: {name: list(each) for name, each in layout.degrees.items()} for layout in self.layouts
+            },
             "artifact_bytes": self.total_bytes,
             "tasks": [task.as_dict() for task in self.tasks],
             "baseline": None if (release := self.baseline) is None else release.model_dump(mode="json"),
             "expected": self.expected.as_dict(),
         }
 
-    def lines(self) -> list[str]:
-        """The plan as lines for the terminal."""
-        figures = self.as_dict()
-        adapter = f"{figures['adapter']}, changes {figures['changed_tensors']} tensors"
-        layouts = ", ".join(f"{name} {size(count, decimals=1)}" for name, count in figures["layouts"].items())
+    def short_lines(self) -> list[str]:
+        """The plan in a few lines, with which a run begins."""
+        adapter = self.merged.adapter
+        quantized = len(self.outputs.quantized)
+        layouts = ", ".join(f"{each.name} {size(each.weights.total_bytes, decimals=1)}" for each in self.layouts)
         shared = f" (on disk {size(self.total_bytes, decimals=1)})" if len(self.layouts) > 1 else ""
+        parameters = self.layouts[0].weights.parameters
         return [
-            f"base      {figures['base']}, {figures['blocks']} blocks, {figures['parameters'] / 1e6:,.1f}M parameters",
-            f"adapter   {adapter if self.merged.adapter else 'none'}",
-            f"quantize  {figures['quantized_layers']} layers with {self.recipe.quantize.title}; "
-            f"{figures['dense_tensors']} tensors stay unquantized",
+            f"base      {self.merged.checkpoint.origin.name}, {len(self.structure.blocks)} blocks, "
+            f"{parameters / 1e6:,.1f}M parameters",
+            f"adapter   {f'{adapter.origin.name}, changes {len(adapter.changed)} tensors' if adapter else 'none'}",
+            f"quantize  {quantized} layers with {self.recipe.quantize.title}; "
+            f"{len(self.outputs.specs) - quantized} tensors stay unquantized",
             f"export    {layouts}{shared}",
             f"expected  {self.expected.line()}",
+        ]
+
+    def lines(self) -> list[str]:
+        """The whole plan as lines for the terminal."""
+        *head, export, expected = self.short_lines()
+        return [
+            *head,
+            *type_lines(self.types),
+            export,
+            *(f"files     {_labelled(self, name)}{_listed(files)}" for name, files in self.files.items()),
+            *(f"readers   {_labelled(self, each.name)}{_read_by(each)}" for each in self.layouts),
+            expected,
             *(f"task      {task.line()}" for task in self.tasks),
             *_baseline_lines(self.baseline),
-            *(f"note      {note}" for note in figures["notes"]),
+            *(f"note      {note}" for note in self._notes()),
         ]
+
+    def _notes(self) -> list[str]:
+        adapter = self.merged.adapter
+        return [*(adapter.notes if adapter else ()), *self.outputs.notes, *self._layout_notes()]
 
     def _layout_notes(self) -> list[str]:
         several = len(self.layouts) > 1
@@ -135,6 +172,28 @@ def _baseline_lines(release: BaselineRecord | None) -> list[str]:
         return []
     drift = f"mean KL divergence {release.mean_kl:.4g} nats"
     return [f"baseline  {release.name}, {release.method}, {drift}; at most {release.margin:.0%} further"]
+
+
+def _labelled(planned: Plan, layout: str) -> str:
+    return f"{layout}: " if len(planned.layouts) > 1 else ""
+
+
+def _listed(files: Mapping[str, int]) -> str:
+    """The files of a layout, the largest first; small ones are counted."""
+    shown = sorted(files, key=lambda name: -files[name])[:_FILES_SHOWN]
+    words = [f"{name} {size(files[name], decimals=1)}" for name in shown]
+    if others := [count for name, count in files.items() if name not in shown]:
+        words.append(f"{counted(len(others), 'smaller file')} {size(sum(others), decimals=1)}")
+    return f"{', '.join(words)}; {size(sum(files.values()), decimals=1)} without manifest and report"
+
+
+def _read_by(layout: Layout) -> str:
+    """Who can load a layout, with the tensor-parallel degrees of servers."""
+    words = [
+        f"{name} (tensor-parallel {', '.join(map(str, layout.degrees[name]))})" if name in layout.degrees else name
+        for name in layout.readers
+    ]
+    return ", ".join([*words, "qexport.load"])
 
 
 def _distinct(layouts: Sequence[Layout]) -> list[list[Layout]]:
@@ -176,7 +235,7 @@ def plan(recipe: Recipe, *, texts: bool = False, progress: ProgressCallback = si
     if texts and recipe.verify is not None:
         read_evaluation(recipe.verify, open_tokenizer(merged.checkpoint), merged.checkpoint, progress=progress)
     outputs = recipe.quantize.plan(merged.checkpoint)
-    layouts = tuple(make_layout(settings, outputs, structure, merged.checkpoint) for settings in recipe.export)
+    layouts = make_layouts(recipe.export, outputs, structure, merged.checkpoint)
     stored = sum(group[0].weights.total_bytes for group in _distinct(layouts))
     expected = expect(recipe, merged, outputs, stored)
     if recipe.max_memory is not None and find_device("auto").type == "cpu":

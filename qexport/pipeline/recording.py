@@ -100,7 +100,7 @@ def make_report(
     )
 
 
-_CARD: Final = "README.md"
+CARD_NAME: Final = "README.md"
 _SECTION: Final = "\n## Verification\n"
 
 
@@ -111,11 +111,15 @@ def complete_card(folder: Path, report: Report) -> None:
         folder: of a layout; its card may have the section already.
         report: on the folder.
     """
-    card = folder / _CARD
-    text = card.read_text(encoding="utf-8").partition(_SECTION)[0]
+    card, text = folder / CARD_NAME, card_without_verdict(folder)
     found = summarize(report)
     words = f"{found.word}: {found.sentence} {found.confirmation}"
     card.write_text(f"{text}{_SECTION}\n{escaped(words)}\n", encoding="utf-8")
+
+
+def card_without_verdict(folder: Path) -> str:
+    """A layout's model card up to the section that `complete_card` adds."""
+    return (folder / CARD_NAME).read_text(encoding="utf-8").partition(_SECTION)[0]
 
 
 def source_record(origin: Origin) -> SourceRecord:

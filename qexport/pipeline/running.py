@@ -76,6 +76,8 @@ def run(
     """
     output, where = checked_output(recipe, force=force), find_device(device)
     planned = plan(recipe, progress=progress)
+    for line in planned.short_lines():
+        progress(Notice(line))
     if where.type == "cpu":
         planned.expected.refuse_beyond(recipe.max_memory)
     ensure_space(output, planned.expected.disk, replaced=temporary_path(output))

@@ -6,7 +6,7 @@ from qexport.artifact.stray_files import refuse_stray_files
 from qexport.errors import InputError, listed
 from qexport.formats.gptq.second_config import CONFIG_FILE, second_config_differences
 from qexport.reading.stored_model import StoredModel
-from qexport.tensors.safetensors_folder import INDEX_NAME
+from qexport.tensors.safetensors_index import INDEX_NAME
 from qexport.tensors.strict_files import CONFIG_BYTES, contained_path, read_json_object
 
 

@@ -174,13 +174,14 @@ _RECIPE: Final = FileKind(
 )
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, folder: Path | None = None) -> Recipe:
     """Reads and checks a recipe.
 
     Args:
         path: a YAML file. Relative paths in it start from its own folder.
         overrides: `key=value` texts as on the command line, for example `quantize.bits=8`. Relative paths in them start
             from the current directory.
+        folder: where relative paths in the file start, instead of its own folder.
 
     Returns:
         The recipe with defaults filled in and absolute local paths.
@@ -189,7 +190,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: with every problem that was found, each as `file:line: field: message`.
     """
     path = Path(path)
-    root, problems = _RECIPE.read(path)
+    root, problems = _RECIPE.read(path, folder=folder)
     root, found = override(root, overrides)
     problems += found
     root, found = resolved(root)

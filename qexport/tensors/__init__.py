@@ -1,19 +1,25 @@
-"""The data types that stages pass to each other."""
+"""The data types that stages pass to each other. Imported when they are used: headers can be read without torch."""
 
-from qexport.tensors.quantized import (
-    BlockQuantized,
-    BlockQuantizedSpec,
-    GroupQuantized,
-    GroupQuantizedSpec,
-    NestedAbsmax,
-    OutputSpec,
-    Quantized,
-    QuantizedSpec,
-    RowQuantized,
-    RowQuantizedSpec,
-    TensorRecord,
-)
-from qexport.tensors.source import CalibrationSet, LargestSpec, Origin, TensorSpec, WeightSource
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qexport.tensors.quantized import (
+        BlockQuantized,
+        BlockQuantizedSpec,
+        GroupQuantized,
+        GroupQuantizedSpec,
+        NestedAbsmax,
+        OutputSpec,
+        Quantized,
+        QuantizedSpec,
+        RowQuantized,
+        RowQuantizedSpec,
+        TensorRecord,
+    )
+    from qexport.tensors.source import CalibrationSet, LargestSpec, Origin, TensorSpec, WeightSource
 
 __all__ = [
     "BlockQuantized",
@@ -33,3 +39,12 @@ __all__ = [
     "TensorSpec",
     "WeightSource",
 ]
+
+_IN_SOURCE = ("CalibrationSet", "LargestSpec", "Origin", "TensorSpec", "WeightSource")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    place = "source" if name in _IN_SOURCE else "quantized"
+    return getattr(import_module(f"{__name__}.{place}"), name)

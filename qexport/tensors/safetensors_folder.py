@@ -11,15 +11,9 @@ import torch
 
 from qexport.errors import InputError, listed
 from qexport.tensors.safetensors_file import SafetensorsFile
+from qexport.tensors.safetensors_index import INDEX_NAME, SINGLE_NAME, read_index
 from qexport.tensors.source import TensorSpec
-from qexport.tensors.strict_files import contained_path, read_json_object
-
-SINGLE_NAME: Final = "model.safetensors"
-INDEX_NAME: Final = "model.safetensors.index.json"
-
-_INDEX_LIMIT: Final = 1 << 26
-_MAX_TENSORS: Final = 1 << 19
-"""Of all shards together."""
+from qexport.tensors.strict_files import contained_path
 
 _PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _CONVERT: Final = (
@@ -117,26 +111,6 @@ class SafetensorsFolder:
             return self.shards[self._shard_of[name]]
         except KeyError:
             raise InputError("there is no tensor with this name", where=f"{self.path}: {name}") from None
-
-
-def read_index(path: Path) -> dict[str, str]:
-    """The index's `weight_map`: the shard of each tensor.
-
-    Raises:
-        InputError: the file is not JSON, has a key twice, or its weight_map does not map names to names.
-    """
-    weight_map = read_json_object(path, limit=_INDEX_LIMIT).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
-        raise InputError("weight_map must map tensors to file names", where=str(path), mend="fetch the index again")
-    if len(weight_map) > _MAX_TENSORS:
-        raise InputError(
-            f"weight_map names {len(weight_map)} tensors; at most {_MAX_TENSORS} are read",
-            where=str(path),
-            mend="no model has as many; fetch the index again",
-        )
-    if not weight_map:
-        raise InputError("weight_map is empty", where=str(path), mend="fetch the index again")
-    return weight_map
 
 
 def _no_weights(path: Path) -> InputError:

@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from qexport.artifact.figures import CheckResult
 from qexport.errors import InputError
+from qexport.text.file_names import GENERATION_CONFIG
 from qexport.text.prompts import Prompt
-from qexport.text.tokenizers import GENERATION_CONFIG, json_object, render_chat, stored_templates, tokenize
+from qexport.text.tokenizers import json_object, render_chat, stored_templates, tokenize
 from qexport.text.torture import TORTURE
 
 _EXAMPLES: Final = 3

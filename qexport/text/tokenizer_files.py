@@ -18,8 +18,9 @@ from transformers import PreTrainedTokenizerBase
 
 from qexport.artifact.figures import CheckResult
 from qexport.errors import InputError
+from qexport.text.file_names import TOKENIZER_CONFIG
 from qexport.text.preflight import TokenizerFolder
-from qexport.text.tokenizers import TOKENIZER_CONFIG, json_object
+from qexport.text.tokenizers import json_object
 
 _FAST: Final = "tokenizer.json"
 _SPECIAL: Final = "special_tokens_map.json"

@@ -14,6 +14,7 @@ from qexport.errors import InputError
 from qexport.tensors.strict_files import parse_json
 from qexport.text.chat_templates import CHAT_TEMPLATES, WITHOUT_TEMPLATE
 from qexport.text.documents import Document
+from qexport.text.file_names import CHAT_TEMPLATE, OLD_TEMPLATE, TEMPLATES_FOLDER, TOKENIZER_CONFIG
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, *, special_tokens: bool) -> list[int]:
@@ -96,13 +97,6 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str:
     if not isinstance(template, str):
         raise InputError("the chat template is no text", where=tokenizer.name_or_path, mend=WITHOUT_TEMPLATE)
     return template
-
-
-TOKENIZER_CONFIG: Final = "tokenizer_config.json"
-GENERATION_CONFIG: Final = "generation_config.json"
-CHAT_TEMPLATE: Final = "chat_template.jinja"
-TEMPLATES_FOLDER: Final = "additional_chat_templates"
-OLD_TEMPLATE: Final = "chat_template.json"
 
 
 _TEMPLATE_KEY: Final = "chat_template"

@@ -23,7 +23,8 @@ from transformers import (
 from qexport.architectures.architecture import Checkpoint
 from qexport.errors import NumericalError
 from qexport.tensors.source import is_finite
-from qexport.text.tokenizers import GENERATION_CONFIG, json_object
+from qexport.text.file_names import GENERATION_CONFIG
+from qexport.text.tokenizers import json_object
 from qexport.verifying import SamplingSettings
 from qexport.verifying.prompt_batches import PromptBatch
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from qexport.architectures.architecture import Checkpoint
 from qexport.artifact.figures import CheckResult
 from qexport.reading.stored_model import StoredModel
+from qexport.text.file_names import GENERATION_CONFIG
 from qexport.text.preflight import TokenizerFolder
 from qexport.text.tokenizer_files import compare_tokenizer_files
-from qexport.text.tokenizers import GENERATION_CONFIG, json_object
+from qexport.text.tokenizers import json_object
 from qexport.verifying.generation_config import GenerationSide, generation_differences
 
 

@@ -213,14 +213,18 @@ class FileKind:
     needs: str
     reference: str
 
-    def read(self, path: Path) -> tuple[YamlNode, list[Problem]]:
+    def read(self, path: Path, *, folder: Path | None = None) -> tuple[YamlNode, list[Problem]]:
         """The root, a mapping, and what was wrong with the YAML.
+
+        Args:
+            path: the file.
+            folder: where relative paths in it start; the file's own folder if None.
 
         Raises:
             RecipeError: the file does not exist, is larger than `MAX_BYTES`, is not UTF-8, not YAML or not a mapping.
         """
         text = self._text(path)
-        origin = YamlOrigin(str(path), path.absolute().parent)
+        origin = YamlOrigin(str(path), (folder or path.parent).absolute())
         try:
             root, problems = parse(text, origin)
         except SyntaxProblem as error:

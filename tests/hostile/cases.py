@@ -10,7 +10,7 @@ from typing import Any
 
 from world import RECIPE, VERIFY, Spoil, write_recipe
 
-PLAN = ("validate", "r.yaml")
+PLAN = ("plan", "r.yaml")
 RUN = ("run", "r.yaml")
 GPTQ = ("run", "g.yaml")
 INSPECT = ("validate", "artifact")

@@ -52,6 +52,22 @@ class GgufFiles(WeightFiles):
         own = {name: Entry(tuple(tensor.shape), DTYPES[tensor.dtype]) for name, tensor in self.constants.items()}
         return own | {form.places.names[name]: form.entry(name, spec) for name, spec in self.outputs.specs.items()}
 
+    @cached_property
+    def header(self) -> tuple[bytes, Mapping[str, int]]:
+        """The bytes before the tensors, and where in the file each of them begins."""
+        return header_bytes(self.values, self.table)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        _, offsets = self.header
+        return max(offsets[name] + padded(entry.nbytes) for name, entry in self.table.items())
+
+    @property
+    def files(self) -> Mapping[str, int]:
+        """Bytes of the one file, by name."""
+        return {GGUF_NAME: self.size}
+
     def container(self, folder: Path) -> GgufWriter:
         """The writer of the file, for an existing folder without it."""
         return GgufWriter(folder / GGUF_NAME, self)
@@ -103,8 +119,7 @@ class GgufWriter(PlacedTensors):
 
     def __init__(self, path: Path, files: GgufFiles) -> None:
         self._path, self._constants = path, files.constants
-        self._header, offsets = header_bytes(files.values, files.table)
-        self._end = max(offsets[name] + padded(entry.nbytes) for name, entry in files.table.items())
+        (self._header, offsets), self._end = files.header, files.size
         super().__init__(files.specs, {name: (path, offset) for name, offset in offsets.items()})
 
     def finish(self) -> tuple[str, ...]:

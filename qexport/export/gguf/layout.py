@@ -21,7 +21,7 @@ from qexport.export.gguf.model_keys import context_length, family_of, model_keys
 from qexport.export.gguf.model_keys import notes as model_notes
 from qexport.export.gguf.tokenizer_keys import gguf_tokenizer
 from qexport.export.loaders import Folder, loading_section
-from qexport.export.model_files import model_files, served_name, write_files
+from qexport.export.model_files import model_files, served_name, sizes_of, write_files
 from qexport.formats import GptqFormat, MergedFormat, Outputs
 from qexport.formats.gguf import GgufFormat
 from qexport.formats.gguf.families import constants, places
@@ -52,6 +52,7 @@ class GgufLayout:
     name = "gguf"
     graph = None
     readers = ("llama.cpp",)
+    degrees: Mapping[str, Sequence[int]] = {}
 
     def __init__(self, settings: GgufSettings, outputs: Outputs, structure: Structure, checkpoint: Checkpoint) -> None:
         self._outputs, self._structure, self._config = outputs, structure, checkpoint.architecture.parsed
@@ -78,16 +79,13 @@ class GgufLayout:
     def prepare(self) -> None:
         """Does nothing: the constructor has checked everything that needs no weights."""
 
+    def files(self, checkpoint: Checkpoint) -> Mapping[str, int]:
+        """See `Layout.files`."""
+        return {**self.weights.files, **sizes_of(self._files(checkpoint))}
+
     def write_files(self, folder: Path, checkpoint: Checkpoint) -> None:
         """Writes config, tokenizer, model card and launch files."""
-        figures = GgufLaunch(
-            name=served_name(checkpoint.origin.name),
-            longest=context_length(self._config),
-            chat="tokenizer.chat_template" in self.weights.values,
-        )
-        served = replace(checkpoint, files={**checkpoint.files, **launch_files(figures)})
-        dtype, loading = self._unquantized_dtype, loading_section(self._folder)
-        write_files(folder, model_files(served, self._outputs.format, None, dtype, self.notes, loading))
+        write_files(folder, self._files(checkpoint))
 
     def check(self, folder: Path) -> None:
         """Compares the header on disk with the model and its tokenizer.
@@ -98,6 +96,17 @@ class GgufLayout:
         with closing(GgufFile(folder / GGUF_NAME)) as file:
             if problems := list(header_differences(file, self.weights.values)):
                 raise QexportError("the header is not the model's", where=f"{GGUF_NAME}: {listed(problems)}")
+
+    def _files(self, checkpoint: Checkpoint) -> dict[str, bytes]:
+        """All files except the weights and the manifest."""
+        figures = GgufLaunch(
+            name=served_name(checkpoint.origin.name),
+            longest=context_length(self._config),
+            chat="tokenizer.chat_template" in self.weights.values,
+        )
+        served = replace(checkpoint, files={**checkpoint.files, **launch_files(figures)})
+        dtype, loading = self._unquantized_dtype, loading_section(self._folder)
+        return model_files(served, self._outputs.format, None, dtype, self.notes, loading)
 
     @property
     def _folder(self) -> Folder:

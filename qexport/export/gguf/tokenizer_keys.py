@@ -14,7 +14,8 @@ from typing import Any, Final
 from qexport.errors import CompatibilityError, InputError, listed
 from qexport.export.gguf.pre_tokenizers import PreTokenizer, pre_tokenizer
 from qexport.formats.gguf.header import Value
-from qexport.text.tokenizers import GENERATION_CONFIG, TOKENIZER_CONFIG, json_object, stored_templates
+from qexport.text.file_names import GENERATION_CONFIG, TOKENIZER_CONFIG
+from qexport.text.tokenizers import json_object, stored_templates
 
 _FILE: Final = "tokenizer.json"
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5

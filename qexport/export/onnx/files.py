@@ -119,6 +119,14 @@ class OnnxFiles(WeightFiles):
         }
 
     @property
+    def files(self) -> Mapping[str, int]:
+        """See `WeightFiles.files`."""
+        sizes: dict[str, int] = {}
+        for place in self.places.values():
+            sizes[place.file] = max(sizes.get(place.file, 0), place.offset + place.spec.nbytes)
+        return sizes
+
+    @property
     def shared_bytes(self) -> int:
         """Bytes of the initializers that are in the files of the safetensors layout."""
         return sum(self.initializers[name].nbytes for name in self.shared)

@@ -15,7 +15,7 @@ from qexport.export.model_files import render_launch_files
 from qexport.export.onnx.traced_cache import CacheTensor
 from qexport.export.onnx.tracing import Cache, past_name, present_name
 from qexport.tensors.strict_files import parse_json
-from qexport.text.tokenizers import GENERATION_CONFIG
+from qexport.text.file_names import GENERATION_CONFIG
 
 _NUMBERS: Final = 1 << 31
 """onnxruntime-genai reads 32-bit integers."""

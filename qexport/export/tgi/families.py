@@ -21,7 +21,7 @@ from qexport.architectures.families import older_keys
 from qexport.architectures.structure import parse_config
 from qexport.errors import InputError
 from qexport.tensors.strict_files import parse_json
-from qexport.text.tokenizers import CHAT_TEMPLATE, TEMPLATES_FOLDER, TOKENIZER_CONFIG
+from qexport.text.file_names import CHAT_TEMPLATE, TEMPLATES_FOLDER, TOKENIZER_CONFIG
 
 _GENERAL: Final = frozenset(PreTrainedConfig().to_dict()) | {"rope_parameters", "layer_types"}
 """Keys that every configuration of transformers has, or that version 4.51 does not know."""

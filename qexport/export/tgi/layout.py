@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from qexport.amounts import parse_size
 from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.architectures.structure import Structure
 from qexport.export import TgiSettings
-from qexport.export.model_files import model_files, write_files
+from qexport.export.model_files import model_files, sizes_of, write_files
 from qexport.export.tgi.families import (
     OWN_MODELS,
     Backend,
@@ -82,6 +82,15 @@ class TgiLayout:
         working = ", ".join(map(str, self._figures.degrees))
         notes.append(f"shards that work (NUM_SHARD): {working}")
         return notes
+
+    @property
+    def degrees(self) -> Mapping[str, Sequence[int]]:
+        """See `Layout.degrees`."""
+        return {self.readers[0]: self._figures.degrees}
+
+    def files(self, checkpoint: Checkpoint) -> Mapping[str, int]:
+        """See `Layout.files`."""
+        return {**self.weights.files, **sizes_of(self._files(checkpoint))}
 
     def prepare(self) -> None:
         """Does nothing: the constructor has checked everything that needs no weights."""

@@ -10,7 +10,7 @@ from qexport.export.tgi.families import FALCON_KEYS, NEW_CLASSES, TOKENIZER, Bac
 from qexport.export.tgi.kernels import degrees
 from qexport.export.tgi.served import ServedByTgi
 from qexport.export.tgi.weight_rules import MODELS, NOT_QUANTIZED, WEIGHT_RULES, WEIGHTS
-from qexport.text.tokenizers import CHAT_TEMPLATE, TEMPLATES_FOLDER, TOKENIZER_CONFIG
+from qexport.text.file_names import CHAT_TEMPLATE, TEMPLATES_FOLDER, TOKENIZER_CONFIG
 
 _LAUNCHER: Final = "launcher/src/main.rs"
 _ROUTER: Final = "router/src/lib.rs"

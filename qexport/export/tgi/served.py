@@ -19,7 +19,7 @@ from qexport.export.tgi.families import OWN_MODELS, OwnModel, ServedLinear, Shap
 from qexport.export.tgi.kernels import Codes
 from qexport.tensors import TensorSpec
 from qexport.tensors.safetensors_file import SafetensorsFile
-from qexport.text.tokenizers import TOKENIZER_CONFIG
+from qexport.text.file_names import TOKENIZER_CONFIG
 
 IMAGE: Final = "ghcr.io/huggingface/text-generation-inference:3.3.5"
 ENVIRONMENT: Final = "tgi.env"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -13,7 +13,7 @@ from qexport.amounts import parse_size
 from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.structure import Structure
 from qexport.export import VllmSettings
-from qexport.export.model_files import model_files, served_name, write_files
+from qexport.export.model_files import model_files, served_name, sizes_of, write_files
 from qexport.export.vllm.families import SplitLinear, degrees
 from qexport.export.vllm.rules import VLLM
 from qexport.export.vllm.served import ServedByVllm, VllmLaunch, launch_files, max_model_len
@@ -67,6 +67,15 @@ class VllmLayout:
             notes.append("on CPUs with AMX, bfloat16 wants VLLM_CPU_INT4_W4A8=0, as in launch/vllm-serve.sh")
         working = ", ".join(map(str, self._degrees))
         return [*notes, f"numbers of GPUs that work (--tensor-parallel-size): {working}"]
+
+    @property
+    def degrees(self) -> Mapping[str, Sequence[int]]:
+        """See `Layout.degrees`."""
+        return {self.readers[0]: self._degrees}
+
+    def files(self, checkpoint: Checkpoint) -> Mapping[str, int]:
+        """See `Layout.files`."""
+        return {**self.weights.files, **sizes_of(self._files(checkpoint))}
 
     def prepare(self) -> None:
         """Does nothing: the constructor has checked everything that needs no weights."""

@@ -1,0 +1,25 @@
+"""The command `plan`."""
+
+from __future__ import annotations
+
+from qexport.cli.app import AsJson, Debug, Overrides, RecipePath, app, reporting_errors, showing_progress
+from qexport.cli.terminal import write, write_json
+
+
+@app.command()
+def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False, debug: Debug = False) -> None:
+    """Before a run: what it will quantize and write, what it takes, who can load it, and everything that is wrong with
+    the recipe. Reads headers alone.
+    """
+    with reporting_errors(as_json=as_json, debug=debug):
+        from qexport.recipe import load_recipe
+
+        chosen = load_recipe(recipe, overrides or ())
+        from qexport import pipeline  # takes seconds; errors of the recipe should come first
+
+        with showing_progress() as progress:
+            planned = pipeline.plan(chosen, texts=True, progress=progress)
+        if as_json:
+            write_json(planned.as_dict())
+        else:
+            write("\n".join(planned.lines()))

@@ -1,0 +1,63 @@
+"""What a reference on the command line names, as a local path: packaged files, models of the hub, registries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Final
+
+from qexport.errors import InputError, RecipeError
+from qexport.loading.packaged import find_package_file
+from qexport.progress import ProgressCallback
+from qexport.references import PackageReference, parse_reference
+
+HUB_PREFIX: Final = "hub:"
+REGISTRY_PREFIX: Final = "oci:"
+
+
+@contextmanager
+def local_place(text: str, *, weights: bool = True, progress: ProgressCallback) -> Iterator[Path]:
+    """The local path of what a text names, for the time of the context.
+
+    Args:
+        text: a path; `pkg:package/file.gguf`; `hub:org/name` or `hub:org/name@REVISION`, fetched into the hub's cache
+            or found there; or `oci://HOST/NAME:TAG`, pulled into a temporary folder.
+        weights: whether more than the headers of the weights is read.
+        progress: is called with what is fetched.
+
+    Raises:
+        RecipeError: the text has one of the prefixes, but names nothing.
+        InputError: nothing is there, or it cannot be fetched.
+    """
+    if not text.startswith((HUB_PREFIX, REGISTRY_PREFIX)):
+        yield _path(text)
+        return
+    with TemporaryDirectory(prefix="qexport-fetched-") as temporary:
+        folder = Path(temporary)
+        if text.startswith(REGISTRY_PREFIX):
+            _pull(text, folder)
+        else:
+            from qexport.describing.hub_places import fetch_into  # imports transformers
+
+            fetch_into(folder, text.removeprefix(HUB_PREFIX), weights=weights, progress=progress)
+        yield folder
+
+
+def _pull(reference: str, folder: Path) -> None:
+    """The place at which `qexport.registries.fetch(reference, folder)` is to be called."""
+    raise RecipeError("registries are not read yet", where=reference, mend=f"pull it into a folder, not {folder}")
+
+
+def _path(text: str) -> Path:
+    try:
+        reference = parse_reference(text)
+    except ValueError as error:
+        raise RecipeError(str(error), where=text) from error
+    if isinstance(reference, PackageReference):
+        return find_package_file(reference).path
+    path = Path(text).expanduser()
+    if not path.exists():
+        raise InputError("there is no such file or folder", where=text, mend="for a model of the hub: hub:org/name")
+    return path

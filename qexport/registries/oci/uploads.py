@@ -14,7 +14,7 @@ from qexport.errors import InputError
 from qexport.registries.oci.client import BrokenRequest, Client, backoff
 from qexport.registries.oci.pending import PendingUpload
 
-CHUNK: Final = 32 << 20
+CHUNK = 32 << 20
 """Bytes of a chunk. Each is in memory as a whole; registries in front of object stores want at least 5 MiB."""
 
 _LARGEST_CHUNK: Final = 256 << 20

@@ -23,7 +23,7 @@ from qexport.registries.oci.documents import (
     model_config,
     model_manifest,
 )
-from qexport.registries.oci.downloads import parsed, read_document
+from qexport.registries.oci.downloads import parsed, read_answer, read_document
 from qexport.registries.oci.layers import Layer, layers_of
 from qexport.registries.oci.pulling import pull
 from qexport.registries.oci.referrers import attach, fallback_tag, put_document, read_attachments, upload_bytes
@@ -166,17 +166,14 @@ def _tag_names(client: Client) -> set[str]:
     names: set[str] = set()
     last = ""
     for _ in range(_MOST_PAGES):
-        response = client.do_request(client.url(f"tags/list?n={_PER_PAGE}{f'&last={last}' if last else ''}"))
-        if response.status_code == 404:
+        read = read_answer(client, f"tags/list?n={_PER_PAGE}{f'&last={last}' if last else ''}")
+        if read is None:
             raise client.failure("there is no such repository in the registry")
-        page = parsed(client, response.content).get("tags")
-        new = (
-            {name for name in page if isinstance(name, str) and is_tag(name)} - names
-            if isinstance(page, list)
-            else set()
-        )
+        page = parsed(client, read[1]).get("tags")
+        listed = page if isinstance(page, list) else []
+        new = {name for name in listed if isinstance(name, str) and is_tag(name)} - names
         names |= new
-        if not new or "next" not in response.links:
+        if not new or "next" not in read[0].links:
             return names
         last = max(new)
     raise client.failure(f"the repository has more than {_MOST_PAGES * _PER_PAGE} tags")

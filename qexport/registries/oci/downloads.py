@@ -14,7 +14,7 @@ from qexport.artifact.digests import sha256_bytes
 from qexport.registries.oci.client import Client, backoff
 from qexport.registries.oci.documents import INDEX, MANIFEST, Descriptor
 
-_MANIFEST_LIMIT: Final = 4 << 20
+_ANSWER_LIMIT: Final = 4 << 20
 _MOST_CUTS: Final = 6
 _PIECE: Final = 1 << 16
 
@@ -102,36 +102,36 @@ class BlobStream:
         self._client.sleep(backoff(self._cuts))
 
 
+def read_answer(client: Client, path: str, accept: str = "*/*") -> tuple[requests.Response, bytes] | None:
+    """A small answer about something in the repository, and its exact bytes; None if there is no such thing.
+
+    Raises:
+        InputError: the registry fails or refuses, or the bytes are too many.
+    """
+    headers = {"Accept": accept, "Accept-Encoding": "identity"}
+    response = client.do_request(client.url(path), headers=headers, stream=True)
+    try:
+        return (response, b"".join(_bounded(client, response))) if response.status_code == 200 else None
+    finally:
+        response.close()
+
+
 def read_document(client: Client, reference: str) -> tuple[Descriptor, bytes] | None:
     """The manifest or index of a tag or digest, as its exact bytes; None if there is none.
 
     Raises:
         InputError: the bytes do not have the digest that was asked for or that the registry names, or are too many.
     """
-    headers = {"Accept": f"{INDEX}, {MANIFEST}", "Accept-Encoding": "identity"}
-    response = client.do_request(client.url(f"manifests/{reference}"), headers=headers, stream=True)
-    if response.status_code == 404:
+    read = read_answer(client, f"manifests/{reference}", f"{INDEX}, {MANIFEST}")
+    if read is None:
         return None
-    try:
-        content = b"".join(_bounded(client, response))
-    finally:
-        response.close()
+    response, content = read
     digest = f"sha256:{sha256_bytes(content)}"
     named = reference if reference.startswith("sha256:") else response.headers.get("Docker-Content-Digest", digest)
     if digest != named:
         raise client.failure(f"the manifest is damaged: its bytes do not have the digest {named}")
     media_type = response.headers.get("Content-Type", "").partition(";")[0].strip()
     return Descriptor(media_type, digest, len(content)), content
-
-
-def read_blob(client: Client, blob: Descriptor) -> bytes:
-    """A small blob as a whole."""
-    stream = BlobStream(client, blob, lambda _: None)
-    content = b""
-    while piece := stream.read(_PIECE):
-        content += piece
-    stream.finish()
-    return content
 
 
 def parsed(client: Client, content: bytes) -> dict[str, Any]:
@@ -154,8 +154,8 @@ def _bounded(client: Client, response: requests.Response) -> list[bytes]:
     try:
         for piece in response.iter_content(_PIECE):
             found.append(piece)
-            if sum(map(len, found)) > _MANIFEST_LIMIT:
-                raise client.failure(f"the manifest has more than {_MANIFEST_LIMIT} bytes")
+            if sum(map(len, found)) > _ANSWER_LIMIT:
+                raise client.failure(f"an answer of the registry has more than {_ANSWER_LIMIT} bytes")
     except requests.RequestException as error:
         raise client.failure("the connection broke", "try again") from error
     return found

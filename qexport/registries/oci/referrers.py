@@ -12,13 +12,14 @@ from qexport.errors import InputError
 from qexport.registries.oci.client import Client
 from qexport.registries.oci.documents import (
     EMPTY_CONTENT,
+    INDEX,
     MANIFEST,
     Descriptor,
     Document,
     referrer,
     referrers_index,
 )
-from qexport.registries.oci.downloads import parsed, read_document
+from qexport.registries.oci.downloads import parsed, read_answer, read_document
 from qexport.registries.oci.uploads import Blob, upload
 from qexport.registries.package import Attachment
 
@@ -134,10 +135,8 @@ def _list_by_tag(client: Client, subject: Descriptor, listed: list[dict[str, Any
 
 
 def _listed(client: Client, subject: str) -> list[dict[str, Any]]:
-    response = client.do_request(client.url(f"referrers/{subject}"), stream=True)
-    status = response.status_code
-    response.close()
-    return _of_tag(client, fallback_tag(subject)) if status != 200 else _entries(client, response.content)
+    read = read_answer(client, f"referrers/{subject}", INDEX)
+    return _entries(client, read[1]) if read else _of_tag(client, fallback_tag(subject))
 
 
 def _of_tag(client: Client, tag: str) -> list[dict[str, Any]]:

@@ -1,0 +1,332 @@
+"""What an OCI registry may do to a release on its way: cut it, fail, forget, lie. Real registries: tests/registry."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from oci_server import Registry, serving
+from qexport.errors import InputError, RecipeError
+from qexport.registries import OciDestination, Package, fetch, parse_destination, promote, publish, tags
+from qexport.registries.oci import client, uploads
+from releases import contents, make_release
+
+WEIGHTS = 120_000
+CHUNK = 32_768
+
+
+@pytest.fixture
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry]:
+    monkeypatch.setattr(uploads, "CHUNK", CHUNK)
+    monkeypatch.setattr(client, "backoff", lambda attempt: 0.0)
+    monkeypatch.setattr(uploads, "backoff", lambda attempt: 0.0)
+    monkeypatch.setattr("qexport.registries.oci.downloads.backoff", lambda attempt: 0.0)
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "docker"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with serving(Registry()) as found:
+        yield found
+
+
+@pytest.fixture
+def release(tmp_path: Path) -> Package:
+    return make_release(tmp_path / "release", weights=WEIGHTS)
+
+
+@pytest.fixture
+def place(registry: Registry) -> OciDestination:
+    return oci(registry, "1.4.0")
+
+
+def oci(registry: Registry, tag: str) -> OciDestination:
+    found = parse_destination(f"oci://{registry.host}/models/notes:{tag}")
+    assert isinstance(found, OciDestination)
+    return found
+
+
+def log_in(tmp_path: Path, registry: Registry, password: str) -> None:
+    (tmp_path / "docker").mkdir(exist_ok=True)
+    auth = base64.b64encode(f"user:{password}".encode()).decode()
+    (tmp_path / "docker/config.json").write_text(json.dumps({"auths": {registry.host: {"auth": auth}}}))
+
+
+def arrives(release: Package, place: OciDestination, folder: Path) -> None:
+    publish(release, place)
+    fetch(place, folder)
+    assert contents(folder) == contents(release.folder)
+
+
+def size_sent(registry: Registry) -> int:
+    return sum(map(len, registry.blobs.values()))
+
+
+def test_a_cut_chunk_goes_on_where_it_was_cut(
+    registry: Registry, place: OciDestination, release: Package, tmp_path: Path
+) -> None:
+    registry.cut_chunks = [1000, 30_000, 1, 0, 20_000]
+    arrives(release, place, tmp_path / "pulled")
+    assert sum("PATCH" in each for each in registry.asked) >= 5
+    manifests = sum(len(content) for _, content in registry.manifests.values())
+    assert registry.bytes_in < size_sent(registry) + 3 * manifests, "some bytes were sent twice"
+
+
+def test_an_upload_that_is_given_up_begins_anew(
+    registry: Registry, place: OciDestination, release: Package, tmp_path: Path
+) -> None:
+    registry.cut_chunks, registry.forgets_cut = [1000, 30_000], True
+    arrives(release, place, tmp_path / "pulled")
+
+
+def test_an_upload_that_is_given_up_again_and_again_ends(
+    registry: Registry, place: OciDestination, release: Package
+) -> None:
+    registry.cut_chunks, registry.forgets_cut = [1000] * 20, True
+    with pytest.raises(InputError, match="has lost the upload 4 times"):
+        publish(release, place)
+    assert registry.tags == {}
+
+
+def test_an_upload_without_progress_ends(registry: Registry, place: OciDestination, release: Package) -> None:
+    registry.cut_chunks = [0] * 20
+    with pytest.raises(InputError, match="the upload broke 6 times"):
+        publish(release, place)
+    assert registry.tags == {}
+
+
+def test_the_next_process_goes_on_within_a_layer(
+    registry: Registry, place: OciDestination, release: Package, tmp_path: Path
+) -> None:
+    registry.cut_chunks = [CHUNK - 1] + [0] * 6
+    with pytest.raises(InputError, match="run it again"):
+        publish(release, place)
+    assert registry.blobs == {}
+    kept = list((tmp_path / "cache/qexport/uploads").iterdir())
+    assert [path.stat().st_mode & 0o777 for path in kept] == [0o600]
+    registry.cut_chunks.clear()
+    arrives(release, place, tmp_path / "pulled")
+    manifests = sum(len(content) for _, content in registry.manifests.values())
+    assert registry.bytes_in < size_sent(registry) + 3 * manifests
+    assert list((tmp_path / "cache/qexport/uploads").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("status", "request_"),
+    [(503, "POST .*uploads"), (500, "PATCH"), (502, "PUT .*blobs"), (429, "HEAD .*blobs"), (504, "PUT .*manifests")],
+)
+def test_failures_that_pass_are_waited_for(
+    registry: Registry, place: OciDestination, release: Package, tmp_path: Path, status: int, request_: str
+) -> None:
+    registry.failures = {request_: [status] * 4}
+    arrives(release, place, tmp_path / "pulled")
+
+
+def test_failures_that_stay_end_it(registry: Registry, place: OciDestination, release: Package) -> None:
+    registry.failures = {"PUT .*manifests/1.4.0": [503] * 6}
+    with pytest.raises(InputError, match="the registry failed 6 times: HTTP status 503"):
+        publish(release, place)
+    assert "1.4.0" not in registry.tags
+
+
+def test_a_blob_is_there_although_the_answer_was_lost(
+    registry: Registry, place: OciDestination, release: Package, tmp_path: Path
+) -> None:
+    registry.loses_answers = 2
+    arrives(release, place, tmp_path / "pulled")
+    assert registry.loses_answers == 0
+
+
+def test_downloads_go_on_where_they_were_cut(
+    registry: Registry, place: OciDestination, release: Package, tmp_path: Path
+) -> None:
+    publish(release, place)
+    for ignores, folder in ((False, "ranges"), (True, "no-ranges")):
+        registry.ignores_ranges = ignores
+        registry.cut_downloads = [1000, 0, 50_000, 70_000]
+        fetch(place, tmp_path / folder)
+        assert contents(tmp_path / folder) == contents(release.folder)
+        assert registry.cut_downloads == []
+
+
+def test_a_download_that_breaks_again_and_again_leaves_nothing(
+    registry: Registry, place: OciDestination, release: Package, tmp_path: Path
+) -> None:
+    publish(release, place)
+    registry.cut_downloads = [10] * 20
+    with pytest.raises(InputError, match="the download broke 6 times"):
+        fetch(place, tmp_path / "pulled")
+    assert {path.name for path in tmp_path.iterdir()} <= {"release", "cache", "docker"}
+
+
+@pytest.mark.parametrize("password", [None, "secret"])
+def test_tokens_run_out_in_the_middle(
+    registry: Registry, place: OciDestination, release: Package, tmp_path: Path, password: str | None
+) -> None:
+    registry.tokens, registry.password = 3, password
+    if password:
+        log_in(tmp_path, registry, password)
+    arrives(release, place, tmp_path / "pulled")
+    assert registry.asked.count("GET /token") > 5
+
+
+@pytest.mark.parametrize("tokens", [0, 100])
+def test_a_wrong_password_ends_at_once_and_is_not_told(
+    registry: Registry, place: OciDestination, release: Package, tmp_path: Path, tokens: int
+) -> None:
+    registry.tokens, registry.password = tokens, "right"
+    with pytest.raises(InputError, match=r"name and a password|token service refuses"):
+        publish(release, place)
+    log_in(tmp_path, registry, "a wrong secret")
+    registry.asked.clear()
+    with pytest.raises(InputError, match="the name or the password") as caught:
+        publish(release, place)
+    assert len(registry.asked) <= 4
+    told = f"{caught.value} {caught.value!r} {caught.value.__cause__!r}"
+    assert "secret" not in told
+    assert base64.b64encode(b"user:a wrong secret").decode() not in told
+
+
+def test_a_malformed_config_is_told_without_its_content(
+    registry: Registry, place: OciDestination, release: Package, tmp_path: Path
+) -> None:
+    registry.password = "right"
+    for text in ("{", '{"auths": []}', '{"auths": {"HOST": {"auth": "c2VjcmV0"}}}', '{"auths": {"HOST": "secret"}}'):
+        (tmp_path / "docker").mkdir(exist_ok=True)
+        (tmp_path / "docker/config.json").write_text(text.replace("HOST", registry.host))
+        with pytest.raises(InputError, match=r"malformed|wants a name") as caught:
+            publish(release, place)
+        assert "secret" not in str(caught.value)
+
+
+def test_attachments_are_listed_by_the_registry_where_it_can(
+    registry: Registry, place: OciDestination, release: Package, tmp_path: Path
+) -> None:
+    registry.lists_referrers = True
+    arrives(release, place, tmp_path / "pulled")
+    assert not any(tag.startswith("sha256-") for tag in registry.tags)
+
+
+@pytest.mark.parametrize("lists", [False, True])
+def test_a_missing_referrer_is_noticed(
+    registry: Registry, place: OciDestination, release: Package, tmp_path: Path, lists: bool
+) -> None:
+    registry.lists_referrers = lists
+    publish(release, place)
+    of_report = [
+        name
+        for name, (_, content) in registry.manifests.items()
+        if b"vnd.example.report" in content and b'"subject"' in content
+    ]
+    del registry.manifests[of_report[0]]
+    with pytest.raises(InputError, match="a referrer"):
+        fetch(place, tmp_path / "pulled")
+
+
+def test_a_file_that_changes_on_the_way_is_refused(registry: Registry, place: OciDestination, release: Package) -> None:
+    """Its layer's digest was computed before; the registry compares it."""
+    path = release.folder / "model-00001-of-00002.safetensors"
+
+    def change(event: object) -> None:
+        if getattr(event, "detail", "").startswith("layer"):
+            path.write_bytes(bytes(path.stat().st_size))
+
+    with pytest.raises(InputError, match="DIGEST_INVALID other bytes"):
+        publish(release, place, progress=change)
+    assert registry.tags == {}
+
+
+def test_every_damaged_document_and_blob_is_noticed(
+    registry: Registry, place: OciDestination, release: Package, tmp_path: Path
+) -> None:
+    publish(release, place)
+    needed = [name for name, content in registry.blobs.items() if len(content) >= 1024]
+    for name in needed:
+        content = registry.blobs[name]
+        registry.blobs[name] = content[:700] + bytes([content[700] ^ 1]) + content[701:]
+        with pytest.raises(InputError):
+            fetch(place, tmp_path / "pulled")
+        registry.blobs[name] = content
+    index = registry.tags["1.4.0"]
+    for name in (index, registry.tags["1.4.0-modelpack"]):
+        kind, content = registry.manifests[name]
+        registry.manifests[name] = (kind, content.replace(b"notes", b"motes"))
+        with pytest.raises(InputError, match="the manifest is damaged"):
+            fetch(parse_destination(f"{place}@{index}"), tmp_path / "pulled")
+        registry.manifests[name] = (kind, content)
+    fetch(place, tmp_path / "pulled")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": []}, "it has no layers"),
+        ({"layers": "x"}, "it has no layers"),
+        ({"layers": [{"mediaType": "application/vnd.cncf.model.weight.v1.raw"}]}, "malformed"),
+        ({"layers": [{"digest": "sha256:" + "0" * 64, "size": -1}]}, "malformed"),
+        ({"layers": [{"digest": "sha256:" + "0" * 64, "size": 10, "mediaType": "x/raw"}]}, "of a kind that releases"),
+        (
+            {
+                "layers": [
+                    {"digest": "sha256:" + "0" * 64, "size": 10, "mediaType": "application/vnd.oci.image.layer.v1.tar"}
+                ]
+            },
+            "a layer is missing",
+        ),
+        ({"layers": [{"digest": "../../etc", "size": 10}]}, "malformed"),
+    ],
+    ids=["no layers", "text", "no digest", "negative", "raw", "missing", "path"],
+)
+def test_a_strangers_manifest_is_refused(
+    registry: Registry, place: OciDestination, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    content = json.dumps({"schemaVersion": 2, **change}).encode()
+    digest = "sha256:" + hashlib.sha256(content).hexdigest()
+    registry.manifests[digest] = ("application/vnd.oci.image.manifest.v1+json", content)
+    registry.tags["1.4.0"] = digest
+    with pytest.raises(InputError, match=message):
+        fetch(place, tmp_path / "pulled")
+    assert not (tmp_path / "pulled").exists()
+
+
+def test_a_registry_that_lies_about_digests_is_refused(
+    registry: Registry, place: OciDestination, release: Package, tmp_path: Path
+) -> None:
+    publish(release, place)
+    registry.headers = {"Docker-Content-Digest": "sha256:" + "0" * 64}
+    with pytest.raises(InputError, match="the manifest is damaged"):
+        fetch(place, tmp_path / "pulled")
+
+
+def test_all_pages_of_tags_are_read(registry: Registry, place: OciDestination, release: Package) -> None:
+    publish(release, place)
+    for number in range(4):
+        promote(place, f"stable-{number}")
+    assert [tag.name for tag in tags(place)] == ["1.4.0", *(f"stable-{number}" for number in range(4))]
+
+
+def test_what_is_not_there_is_said(registry: Registry, place: OciDestination, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there is no such release"):
+        fetch(place, tmp_path / "pulled")
+    with pytest.raises(InputError, match="there is no such release"):
+        promote(place, "stable")
+    with pytest.raises(RecipeError, match="the tag to move is not valid"):
+        promote(place, "not/valid")
+
+
+def test_publishing_wants_a_tag_and_no_digest(registry: Registry, place: OciDestination, release: Package) -> None:
+    for text in (
+        f"{place}@sha256:{'0' * 64}",
+        f"{str(place).removesuffix(':1.4.0')}@sha256:{'0' * 64}",
+        f"{place}-modelpack",
+    ):
+        with pytest.raises(RecipeError):
+            publish(release, parse_destination(text))
+    assert registry.asked == []
+
+
+def test_nobody_answers(registry: Registry, release: Package) -> None:
+    with pytest.raises(InputError, match="the registry failed 6 times: no connection"):
+        publish(release, parse_destination("oci://127.0.0.1:9/models/notes:1.4.0"))

@@ -28,11 +28,15 @@ class Registry:
         host: of the server.
         cut_chunks: for the next uploads of chunks: how many bytes of each are read before the connection is closed.
         forgets_cut: whether an upload whose chunk was cut is given up, as docker-registry does.
+        largest_chunk: bytes; larger ones are refused, as ghcr.io does.
+        old_ranges: whether it tells only of the first chunk that it has, as Amazon's does.
         cut_downloads: for the next downloads of blobs: how many bytes of each are sent.
         failures: statuses of the next requests that match `METHOD path`, by pattern.
         tokens: whether tokens are wanted; each serves so many requests.
         password: what basic authentication or the token service wants; None if nobody is asked.
         lists_referrers: whether there is a list of them (OCI 1.1).
+        redirects: where blobs are, if not in the registry itself.
+        realm: of the token service, if it is not the registry itself.
         loses_answers: how many uploads are finished without an answer.
         ignores_ranges: whether downloads always begin at the start.
     """
@@ -40,11 +44,15 @@ class Registry:
     host: str = ""
     cut_chunks: list[int] = field(default_factory=list)
     forgets_cut: bool = False
+    largest_chunk: int = 1 << 30
+    old_ranges: bool = False
     cut_downloads: list[int] = field(default_factory=list)
     failures: dict[str, list[int]] = field(default_factory=dict)
     tokens: int = 0
     password: str | None = None
     lists_referrers: bool = False
+    redirects: str = ""
+    realm: str = ""
     loses_answers: int = 0
     ignores_ranges: bool = False
     headers: dict[str, str] = field(default_factory=dict)
@@ -54,6 +62,7 @@ class Registry:
     tags: dict[str, str] = field(default_factory=dict)
     uploads: dict[str, bytearray] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
+    first_ends: dict[str, int] = field(default_factory=dict)
     bytes_in: int = 0
     left: Counter[str] = field(default_factory=Counter)
 
@@ -126,8 +135,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _challenge(self) -> None:
         self._read_body()
-        realm = f'Bearer realm="http://{self.registry.host}/token",service="test",scope="repository:x:pull,push"'
-        self._answer(401, headers={"WWW-Authenticate": realm if self.registry.tokens else 'Basic realm="a realm"'})
+        realm = self.registry.realm or f"http://{self.registry.host}/token"
+        bearer = f'Bearer realm="{realm}",service="test",scope="repository:x:pull,push"'
+        self._answer(401, headers={"WWW-Authenticate": bearer if self.registry.tokens else 'Basic realm="a realm"'})
 
     def _token(self) -> None:
         if self.registry.password is not None and self.headers.get("Authorization") != self._basic():
@@ -139,7 +149,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _upload(self, upload: str) -> None:
         registry = self.registry
         if self.command == "POST":
-            upload = f"u{len(registry.uploads)}"
+            upload = f"u{len(registry.asked)}"
             registry.uploads[upload] = bytearray()
             return self._at(202, upload)
         if upload not in registry.uploads:
@@ -162,9 +172,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _chunk(self, upload: str, there: bytearray) -> None:
         start = int(self.headers["Content-Range"].partition("-")[0])
-        if start != len(there):
+        if start != len(there) or int(self.headers["Content-Length"]) > self.registry.largest_chunk:
             self._read_body()
             return self._at(416, upload)
+        self.registry.first_ends.setdefault(upload, int(self.headers["Content-Range"].partition("-")[2]))
         if self.registry.cut_chunks:
             there += self._read_body(self.registry.cut_chunks.pop(0))
             if self.registry.forgets_cut:
@@ -181,6 +192,8 @@ class _Handler(BaseHTTPRequestHandler):
         content = self.registry.blobs.get(digest)
         if content is None:
             return self._answer(404)
+        if self.registry.redirects and self.command == "GET":
+            return self._answer(307, headers={"Location": self.registry.redirects})
         match = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
         start = int(match[1]) if match and not self.registry.ignores_ranges else 0
         status = 206 if start else 200

@@ -97,6 +97,30 @@ def test_an_upload_without_progress_ends(registry: Registry, place: OciDestinati
     assert registry.tags == {}
 
 
+def test_a_registry_that_refuses_large_chunks_gets_small_ones(
+    registry: Registry, place: OciDestination, release: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uploads, "SMALL_CHUNK", 5000)
+    registry.largest_chunk = 5000
+    arrives(release, place, tmp_path / "pulled")
+
+
+def test_a_registry_that_wants_still_smaller_ones_ends_it(
+    registry: Registry, place: OciDestination, release: Package
+) -> None:
+    registry.largest_chunk = 10
+    with pytest.raises(InputError, match=r"HTTP status 416|has lost the upload"):
+        publish(release, place)
+
+
+@pytest.mark.parametrize("cut", [[], [CHUNK, 1000]])
+def test_a_registry_that_tells_old_places(
+    registry: Registry, place: OciDestination, release: Package, tmp_path: Path, cut: list[int]
+) -> None:
+    registry.old_ranges, registry.cut_chunks = True, cut
+    arrives(release, place, tmp_path / "pulled")
+
+
 def test_the_next_process_goes_on_within_a_layer(
     registry: Registry, place: OciDestination, release: Package, tmp_path: Path
 ) -> None:
@@ -187,6 +211,19 @@ def test_a_wrong_password_ends_at_once_and_is_not_told(
     told = f"{caught.value} {caught.value!r} {caught.value.__cause__!r}"
     assert "secret" not in told
     assert base64.b64encode(b"user:a wrong secret").decode() not in told
+
+
+def test_nothing_is_sent_or_read_elsewhere_without_tls(
+    registry: Registry, place: OciDestination, release: Package, tmp_path: Path
+) -> None:
+    publish(release, place)
+    registry.redirects = "http://storage.invalid/blob"
+    with pytest.raises(InputError, match="without TLS"):
+        fetch(place, tmp_path / "pulled")
+    registry.tokens, registry.realm, registry.password = 1, "http://tokens.invalid/token", "secret"
+    log_in(tmp_path, registry, "secret")
+    with pytest.raises(InputError, match="without TLS"):
+        tags(place)
 
 
 def test_a_malformed_config_is_told_without_its_content(

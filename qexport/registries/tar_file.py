@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from qexport.artifact.disk import ensure_space
-from qexport.errors import InputError
+from qexport.errors import InputError, RecipeError
 from qexport.progress import Progress, ProgressCallback
 from qexport.registries.arrival import arriving
+from qexport.registries.names import is_portable
 from qexport.registries.package import Package
 from qexport.registries.tar_extraction import extract
 from qexport.registries.tar_stream import TarStream
@@ -19,10 +20,13 @@ def write(package: Package, target: Path, progress: ProgressCallback) -> None:
     """Writes a release as a tar file whose only folder is `NAME-VERSION`.
 
     Raises:
-        RecipeError: the path is taken.
+        RecipeError: the path is taken, or name and version cannot be a folder's name.
         ResourceError: the disk is full or failed.
     """
-    archive = TarStream(package.folder, package.files(), f"{package.name}-{package.version}")
+    prefix = f"{package.name}-{package.version}"
+    if "/" in prefix or not is_portable(prefix):
+        raise RecipeError("name and version of the release cannot be a folder's name", where=prefix)
+    archive = TarStream(package.folder, package.files(), prefix)
     ensure_space(target, archive.size)
     done = 0
     with arriving(target) as content, content.open("xb") as file:

@@ -24,14 +24,14 @@ from requests.adapters import HTTPAdapter
 
 from qexport.errors import InputError
 from qexport.registries.destinations import OciDestination, is_loopback
-from qexport.registries.oci.credentials import config_path, find_credentials
+from qexport.registries.oci.credentials import Credentials, config_path, find_credentials
 
 _API_HOSTS: Final = {"docker.io": "registry-1.docker.io", "index.docker.io": "registry-1.docker.io"}
 _TIMEOUT: Final = (10.0, 120.0)
 _ATTEMPTS: Final = 6
 _LONGEST_WAIT: Final = 30.0
 _TRANSIENT: Final = frozenset({408, 429, 500, 502, 503, 504})
-_ANSWERS: Final = frozenset({404, 405, 416})
+_ANSWERS: Final = frozenset({404, 405, 413, 416})
 """Statuses above 400 that say something about what was asked for, for callers to read."""
 
 _LONGEST_MESSAGE: Final = 300
@@ -42,11 +42,12 @@ class BrokenRequest(Exception):
 
     Args:
         reason: a few words, without addresses.
+        status: of HTTP; None if there was no answer.
     """
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, status: int | None = None) -> None:
         super().__init__(reason)
-        self.reason = reason
+        self.reason, self.status = reason, status
 
 
 class Client(Registry):  # type: ignore[misc] # oras has no types
@@ -68,8 +69,8 @@ class Client(Registry):  # type: ignore[misc] # oras has no types
         self.container.namespace, self.container.repository = None, destination.name
         self._authorization: str | None = None
         self.session.auth = _nothing_added
-        for scheme in ("https://", "http://"):
-            self.session.mount(scheme, _WithTimeout())
+        self.session.mount("https://", _WithTimeout())
+        self.session.mount("http://", _Loopback())
         self.prefix = self._scheme(host)
 
     def url(self, path: str) -> str:
@@ -174,9 +175,6 @@ class Client(Registry):  # type: ignore[misc] # oras has no types
     def _send(
         self, url: str, method: str, data: bytes | None, headers: dict[str, str], stream: bool
     ) -> requests.Response:
-        parts = urlsplit(url)
-        if parts.scheme != "https" and not is_loopback(parts.netloc):
-            raise self.failure("the registry sends elsewhere, without TLS")
         if self._authorization and self._is_own(url):
             headers = {**headers, "Authorization": self._authorization}
         response: requests.Response = self.session.request(
@@ -198,18 +196,22 @@ class Client(Registry):  # type: ignore[misc] # oras has no types
         wanted = parse_auth_header(challenge)
         if not challenge.lower().startswith("bearer") or not wanted.realm:
             raise self.failure("the registry wants a kind of authentication that is not known")
-        realm = urlsplit(wanted.realm)
-        if realm.scheme != "https" and not (realm.scheme == "http" and is_loopback(realm.netloc)):
-            raise self.failure("the registry's token service has no TLS")
-        if found is None:
-            token = self.auth.request_anonymous_token(wanted)
-        else:
-            self.auth.set_basic_auth(found.name, found.password)
-            token = self.auth.request_token(wanted)
+        token = self._token(wanted, found)
         if not isinstance(token, str) or not token.isprintable():
             what = "the registry's token service refuses" + (" the name or the password" if found else "")
             raise self.failure(what, None if found else self._how_to_log_in())
         return f"Bearer {token}"
+
+    def _token(self, wanted: Any, found: Credentials | None) -> object:
+        try:
+            if found is None:
+                return self.auth.request_anonymous_token(wanted)
+            self.auth.set_basic_auth(found.name, found.password)
+            return self.auth.request_token(wanted)
+        except (ValueError, AttributeError) as error:
+            if isinstance(error, requests.ConnectionError):
+                raise
+            raise self.failure("the registry's token service answers with something else") from error
 
     def _how_to_log_in(self) -> str:
         return f"docker login {self.destination.host}; without a program for credentials, it writes {config_path()}"
@@ -233,6 +235,16 @@ class _WithTimeout(HTTPAdapter):
 
     def send(self, request: Any, **options: Any) -> requests.Response:  # type: ignore[override]
         options["timeout"] = options.get("timeout") or _TIMEOUT
+        return super().send(request, **options)
+
+
+class _Loopback(_WithTimeout):
+    """Plain HTTP never leaves this machine: neither by an address of the registry nor by a redirection."""
+
+    def send(self, request: Any, **options: Any) -> requests.Response:  # type: ignore[override]
+        netloc = urlsplit(request.url).netloc
+        if not is_loopback(netloc):
+            raise InputError("a registry sends to a place without TLS", where=netloc)
         return super().send(request, **options)
 
 

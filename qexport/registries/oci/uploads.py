@@ -17,9 +17,13 @@ from qexport.registries.oci.pending import PendingUpload
 CHUNK = 32 << 20
 """Bytes of a chunk. Each is in memory as a whole; registries in front of object stores want at least 5 MiB."""
 
+SMALL_CHUNK = 4 << 20
+"""Bytes of a chunk where larger ones are refused: ghcr.io takes no more in one request."""
+
 _LARGEST_CHUNK: Final = 256 << 20
 _MOST_FAILURES: Final = 6
 _MOST_RESTARTS: Final = 3
+_MOST_REFUSALS: Final = 2
 _RANGE: Final = re.compile(r"(?:bytes=)?0-([0-9]{1,18})", re.ASCII)
 
 
@@ -69,7 +73,7 @@ class _Upload:
     def __init__(self, client: Client, blob: Blob, told: Callable[[int], None]) -> None:
         self._client, self._blob, self._told, self._chunk = client, blob, told, CHUNK
         self._pending = PendingUpload(client.destination, blob.digest)
-        self._location, self._offset, self._restarts = "", 0, 0
+        self._location, self._offset, self._restarts, self._refused = "", 0, 0, 0
 
     def run(self) -> None:
         self._location = self._pending.location() or ""
@@ -89,12 +93,24 @@ class _Upload:
                     what = f"the upload broke {failures} times: {error.reason}"
                     raise self._client.failure(what, "run it again: it goes on from what is there") from error
                 self._client.sleep(backoff(failures))
-                if not self._ask():
-                    self._begin_again()
+                self._recover(error)
             if self._offset > before:
                 failures = 0
                 self._told(self._offset)
         self._pending.forget()
+
+    def _recover(self, error: BrokenRequest) -> None:
+        """Finds out where the upload goes on.
+
+        A refused chunk may have been too large, or have begun elsewhere than the registry thinks. Where the registry
+        tells of a place that it refuses itself, as Amazon's may, the upload begins anew.
+        """
+        refused = error.status in (413, 416)
+        self._refused = self._refused + 1 if refused else 0
+        if refused:
+            self._chunk = min(self._chunk, SMALL_CHUNK)
+        if self._refused > _MOST_REFUSALS or not self._ask():
+            self._begin_again()
 
     def _begin(self) -> None:
         response = self._client.do_request(self._client.url("blobs/uploads/"), "POST", data=b"")
@@ -107,7 +123,7 @@ class _Upload:
 
     def _begin_again(self) -> None:
         """Some registries give up an upload whose chunk was cut in the middle: it has to begin anew."""
-        self._restarts += 1
+        self._restarts, self._refused = self._restarts + 1, 0
         if self._restarts > _MOST_RESTARTS:
             raise self._client.failure(
                 f"the registry has lost the upload {self._restarts} times", "try again on a steadier connection"
@@ -124,7 +140,7 @@ class _Upload:
             return False  # what an earlier process left is of no use, whatever the reason
         if response.status_code not in (200, 202, 204):
             return False
-        self._at(response, _end(response, 0))
+        self._at(response, _end(response))
         return self._offset <= self._blob.size
 
     def _send_chunk(self) -> None:
@@ -133,8 +149,9 @@ class _Upload:
         data = b"".join(self._blob.content.pieces(start, end))
         response = self._client.do_request(self._location, "PATCH", data=data, headers=headers, attempts=1)
         if response.status_code not in (201, 202, 204):
-            raise BrokenRequest(f"HTTP status {response.status_code}")
-        self._at(response, _end(response, end))
+            raise BrokenRequest(f"HTTP status {response.status_code}", response.status_code)
+        self._refused = 0
+        self._at(response, end)  # not by its header Range, which Amazon's registry leaves where it was
 
     def _finish(self) -> bool:
         parts = urlsplit(self._location)
@@ -147,7 +164,7 @@ class _Upload:
                 return True
             raise
         if response.status_code != 201:
-            raise BrokenRequest(f"HTTP status {response.status_code}")
+            raise BrokenRequest(f"HTTP status {response.status_code}", response.status_code)
         return True
 
     def _at(self, response: requests.Response, offset: int) -> None:
@@ -157,9 +174,7 @@ class _Upload:
         self._pending.keep(self._location)
 
 
-def _end(response: requests.Response, default: int) -> int:
+def _end(response: requests.Response) -> int:
     """How many bytes are there, by the header Range. `0-0` stands for none: no chunk of ours is a single byte."""
     match = _RANGE.fullmatch(response.headers.get("Range", ""))
-    if match is None:
-        return default
-    return int(match[1]) + 1 if int(match[1]) else 0
+    return int(match[1]) + 1 if match and int(match[1]) else 0

@@ -13,7 +13,7 @@ import pytest
 from oci_server import Registry, serving
 from qexport.errors import InputError, RecipeError
 from qexport.registries import OciDestination, Package, fetch, parse_destination, promote, publish, tags
-from qexport.registries.oci import client, uploads
+from qexport.registries.oci import client, downloads, uploads
 from releases import contents, make_release
 
 WEIGHTS = 120_000
@@ -23,9 +23,8 @@ CHUNK = 32_768
 @pytest.fixture
 def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry]:
     monkeypatch.setattr(uploads, "CHUNK", CHUNK)
-    monkeypatch.setattr(client, "backoff", lambda attempt: 0.0)
-    monkeypatch.setattr(uploads, "backoff", lambda attempt: 0.0)
-    monkeypatch.setattr("qexport.registries.oci.downloads.backoff", lambda attempt: 0.0)
+    for module in (client, downloads, uploads):
+        monkeypatch.setattr(module, "backoff", lambda attempt: 0.0)
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "docker"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with serving(Registry()) as found:
@@ -279,13 +278,17 @@ def test_every_damaged_document_and_blob_is_noticed(
     registry: Registry, place: OciDestination, release: Package, tmp_path: Path
 ) -> None:
     publish(release, place)
+    damaged = 0
     needed = [name for name, content in registry.blobs.items() if len(content) >= 1024]
     for name in needed:
         content = registry.blobs[name]
-        registry.blobs[name] = content[:700] + bytes([content[700] ^ 1]) + content[701:]
-        with pytest.raises(InputError):
+        middle = len(content) // 2
+        registry.blobs[name] = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        with pytest.raises(InputError, match=r"a layer is damaged|malformed|outside") as caught:
             fetch(place, tmp_path / "pulled")
+        damaged += "layer is damaged" in str(caught.value)
         registry.blobs[name] = content
+    assert damaged >= 2, "files of weights, whose middle is no header"
     index = registry.tags["1.4.0"]
     for name in (index, registry.tags["1.4.0-modelpack"]):
         kind, content = registry.manifests[name]

@@ -67,7 +67,7 @@ def test_gnu_tar_and_tarfile_read_it(release: Package, tmp_path: Path) -> None:
 
 
 @given(st.dictionaries(NAME, st.binary(max_size=1500), min_size=1, max_size=4), st.data())
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_any_part_of_any_archive(
     tmp_path_factory: pytest.TempPathFactory, files: dict[str, bytes], data: st.DataObject
 ) -> None:
@@ -180,7 +180,7 @@ def test_more_bytes_than_announced_are_refused(tmp_path: Path) -> None:
 
 
 @given(st.data())
-@settings(max_examples=150)
+@settings(max_examples=80)
 def test_any_damage_is_an_error_or_stays_inside(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     base = archive_of(member("r/" + "long/" * 8 + "é" * 60, b"y" * 600), member("r/z", b"z"))
     content = bytearray(base)

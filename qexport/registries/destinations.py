@@ -25,24 +25,34 @@ _OCI_FORM: Final = "oci://HOST/NAME:TAG, for example oci://registry.example.com/
 
 @dataclass(frozen=True)
 class FolderDestination:
-    """A local folder."""
+    """A local folder.
+
+    Attributes:
+        path: of the folder.
+        text: what the user wrote, if it is not the path.
+    """
 
     path: Path
-    text: str
+    text: str = ""
 
     def __str__(self) -> str:
-        return self.text
+        return self.text or str(self.path)
 
 
 @dataclass(frozen=True)
 class TarDestination:
-    """A local tar file."""
+    """A local tar file.
+
+    Attributes:
+        path: of the tar file.
+        text: what the user wrote, if it is not the path.
+    """
 
     path: Path
-    text: str
+    text: str = ""
 
     def __str__(self) -> str:
-        return self.text
+        return self.text or str(self.path)
 
 
 @dataclass(frozen=True)

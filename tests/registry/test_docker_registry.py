@@ -268,7 +268,7 @@ def test_a_flipped_byte_in_the_storage_is_noticed(
         content = path.read_bytes()
         place_in_file = len(content) // 2
         path.write_bytes(content[:place_in_file] + bytes([content[place_in_file] ^ 1]) + content[place_in_file + 1 :])
-        with pytest.raises(InputError):
+        with pytest.raises(InputError, match="is damaged"):
             fetch(place, tmp_path / "pulled")
         assert not (tmp_path / "pulled").exists()
         path.write_bytes(content)

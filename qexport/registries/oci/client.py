@@ -3,14 +3,12 @@
 oras gives the session without cookies, the exchange of a password for a token, the question whether a blob is there,
 and where an upload goes on. It has no timeouts, retries a wrong password for minutes and a broken upload from the wrong
 place, does not answer challenges for basic authentication, keeps tokens that have run out, does not read DOCKER_CONFIG,
-compares no digests, and holds whole blobs in memory. What is here, in `uploads` and in `downloads` is what that leaves.
+compares no digests, and holds whole blobs in memory. That is what this file, `uploads` and `downloads` do.
 """
 
 from __future__ import annotations
 
 import os
-import random
-import ssl
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -20,16 +18,22 @@ import requests
 from oras.auth.utils import get_basic_auth, parse_auth_header
 from oras.container import Container
 from oras.provider import Registry
-from requests.adapters import HTTPAdapter
 
 from qexport.errors import InputError
 from qexport.registries.destinations import OciDestination, is_loopback
 from qexport.registries.oci.credentials import Credentials, config_path, find_credentials
+from qexport.registries.oci.transport import (
+    Loopback,
+    WithTimeout,
+    backoff,
+    is_about_certificate,
+    nothing_added,
+    reason_of,
+    retry_after,
+)
 
 _API_HOSTS: Final = {"docker.io": "registry-1.docker.io", "index.docker.io": "registry-1.docker.io"}
-_TIMEOUT: Final = (10.0, 120.0)
 _ATTEMPTS: Final = 6
-_LONGEST_WAIT: Final = 30.0
 _TRANSIENT: Final = frozenset({408, 429, 500, 502, 503, 504})
 _ANSWERS: Final = frozenset({404, 405, 413, 416})
 """Statuses above 400 that say something about what was asked for, for callers to read."""
@@ -68,9 +72,9 @@ class Client(Registry):  # type: ignore[misc] # oras has no types
         self.container = Container("name", registry=host)
         self.container.namespace, self.container.repository = None, destination.name
         self._authorization: str | None = None
-        self.session.auth = _nothing_added
-        self.session.mount("https://", _WithTimeout())
-        self.session.mount("http://", _Loopback())
+        self.session.auth = nothing_added
+        self.session.mount("https://", WithTimeout())
+        self.session.mount("http://", Loopback())
         self.prefix = self._scheme(host)
 
     def url(self, path: str) -> str:
@@ -122,11 +126,11 @@ class Client(Registry):  # type: ignore[misc] # oras has no types
             try:
                 response = self._authenticated(url, method, data, dict(headers or {}), stream)
             except requests.RequestException as error:
-                reason = _reason(error)
+                reason = reason_of(error)
             else:
                 if response.status_code not in _TRANSIENT:
                     return self._accepted(response)
-                reason, wait = f"HTTP status {response.status_code}", _retry_after(response)
+                reason, wait = f"HTTP status {response.status_code}", retry_after(response)
                 response.close()
             if attempts == 1:
                 raise BrokenRequest(reason)
@@ -143,17 +147,17 @@ class Client(Registry):  # type: ignore[misc] # oras has no types
         try:
             self.session.get(f"https://{host}/v2/", verify=self._tls_verify).close()
         except requests.exceptions.SSLError as error:
-            if not is_loopback(host) or _is_about_certificate(error):
+            if not is_loopback(host) or is_about_certificate(error):
                 raise self._untrusted(error) from error
             return "http"
         except requests.RequestException as error:
             if not is_loopback(host):
-                raise self.failure(f"the registry cannot be reached: {_reason(error)}") from error
+                raise self.failure(f"the registry cannot be reached: {reason_of(error)}") from error
             return "http"
         return "https"
 
     def _untrusted(self, error: requests.exceptions.SSLError) -> InputError:
-        if not _is_about_certificate(error):
+        if not is_about_certificate(error):
             return self.failure("the registry speaks no TLS, which is wanted everywhere but on this machine")
         mend = "name the file of the authority that signed it in SSL_CERT_FILE"
         return self.failure("the registry's certificate is not trusted", mend)
@@ -223,65 +227,6 @@ class Client(Registry):  # type: ignore[misc] # oras has no types
         if response.status_code == 403:
             raise self.failure(f"the registry does not allow it{told}", "ask for the right to push or pull there")
         raise self.failure(f"the registry refuses: HTTP status {response.status_code}{told}")
-
-
-def backoff(attempt: int) -> float:
-    """Seconds to wait after an attempt (from 1): half a second, doubled each time, at random between half and all."""
-    return min(_LONGEST_WAIT, 0.5 * 2.0**attempt) * random.uniform(0.5, 1.0)
-
-
-class _WithTimeout(HTTPAdapter):
-    """No request waits forever, not even those that oras sends itself."""
-
-    def send(self, request: Any, **options: Any) -> requests.Response:  # type: ignore[override]
-        options["timeout"] = options.get("timeout") or _TIMEOUT
-        return super().send(request, **options)
-
-
-class _Loopback(_WithTimeout):
-    """Plain HTTP never leaves this machine: neither by an address of the registry nor by a redirection."""
-
-    def send(self, request: Any, **options: Any) -> requests.Response:  # type: ignore[override]
-        netloc = urlsplit(request.url).netloc
-        if not is_loopback(netloc):
-            raise InputError("a registry sends to a place without TLS", where=netloc)
-        return super().send(request, **options)
-
-
-def _nothing_added(request: Any) -> Any:
-    """Keeps requests from adding what ~/.netrc has for the host, instead of what docker's config.json has."""
-    return request
-
-
-def _is_about_certificate(error: BaseException) -> bool:
-    return any(isinstance(each, ssl.SSLCertVerificationError) for each in _chain(error))
-
-
-def _chain(error: BaseException) -> list[BaseException]:
-    """An error and what it was made of; requests and urllib3 keep that in arguments, attributes and causes."""
-    found: list[BaseException] = []
-    waiting: list[Any] = [error]
-    while waiting and len(found) < 20:
-        each = waiting.pop()
-        if isinstance(each, BaseException) and each not in found:
-            found.append(each)
-            waiting += [*each.args, getattr(each, "reason", None), each.__cause__, each.__context__]
-    return found
-
-
-def _reason(error: requests.RequestException) -> str:
-    """A few words on what failed. The error's own text holds addresses, with what they say about an upload."""
-    if isinstance(error, requests.Timeout):
-        return "no answer in time"
-    if isinstance(error, requests.exceptions.SSLError):
-        return "the TLS connection failed"
-    system = next((each for each in _chain(error) if isinstance(each, OSError) and each.strerror), None)
-    return f"no connection ({system.strerror})" if system else "the connection broke"
-
-
-def _retry_after(response: requests.Response) -> float:
-    text = response.headers.get("Retry-After", "")
-    return min(2 * _LONGEST_WAIT, float(text)) if text.isascii() and text.isdigit() else 0.0
 
 
 def _message(response: requests.Response) -> str:

@@ -11,8 +11,9 @@ import requests
 import urllib3
 
 from qexport.artifact.digests import sha256_bytes
-from qexport.registries.oci.client import Client, backoff
+from qexport.registries.oci.client import Client
 from qexport.registries.oci.documents import INDEX, MANIFEST, Descriptor
+from qexport.registries.oci.transport import backoff
 
 _ANSWER_LIMIT: Final = 4 << 20
 _MOST_CUTS: Final = 6

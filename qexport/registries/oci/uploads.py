@@ -11,8 +11,9 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 import requests
 
 from qexport.errors import InputError
-from qexport.registries.oci.client import BrokenRequest, Client, backoff
+from qexport.registries.oci.client import BrokenRequest, Client
 from qexport.registries.oci.pending import PendingUpload
+from qexport.registries.oci.transport import backoff
 
 CHUNK = 32 << 20
 """Bytes of a chunk. Each is in memory as a whole; registries in front of object stores want at least 5 MiB."""

@@ -12,10 +12,15 @@ import pytest
 
 from oci_server import Registry, serving
 from qexport.errors import InputError, RecipeError
+from qexport.progress import silent
 from qexport.registries import OciDestination, Package, fetch, parse_destination, promote, publish, tags
 from qexport.registries.oci import client, downloads, uploads
+from qexport.registries.oci.documents import parameter_size
+from qexport.registries.oci.layers import layers_of
+from qexport.registries.tar_stream import TarStream
 from releases import contents, make_release
 
+IMAGE_LAYER = "application/vnd.oci.image.layer.v1.tar"
 WEIGHTS = 120_000
 CHUNK = 32_768
 
@@ -345,6 +350,75 @@ def test_all_pages_of_tags_are_read(registry: Registry, place: OciDestination, r
     for number in range(4):
         promote(place, f"stable-{number}")
     assert [tag.name for tag in tags(place)] == ["1.4.0", *(f"stable-{number}" for number in range(4))]
+
+
+def test_an_existing_tag_is_refused(registry: Registry, place: OciDestination, release: Package) -> None:
+    publish(release, place)
+    promote(place, "stable")
+    before = dict(registry.tags)
+    for tag in ("1.4.0", "stable"):
+        with pytest.raises(RecipeError, match="the tag exists already"):
+            publish(release, oci(registry, tag))
+    with pytest.raises(RecipeError, match="is a release's own"):
+        promote(oci(registry, "stable"), "1.4.0")
+    assert registry.tags == before
+    assert before["stable"] == before["1.4.0"]
+    assert before["stable-modelpack"] == before["1.4.0-modelpack"]
+
+
+def test_a_tag_that_appears_meanwhile_is_not_taken(registry: Registry, place: OciDestination, release: Package) -> None:
+    def appear(event: object) -> None:
+        digest = "sha256:" + hashlib.sha256(b"{}").hexdigest()
+        registry.manifests[digest] = ("application/vnd.oci.image.index.v1+json", b"{}")
+        registry.tags["1.4.0"] = digest
+
+    with pytest.raises(RecipeError, match="the tag exists already"):
+        publish(release, place, progress=appear)
+
+
+def test_the_forms_have_the_types_that_their_readers_want(
+    registry: Registry, place: OciDestination, release: Package
+) -> None:
+    publish(release, place)
+    index = json.loads(registry.manifests[registry.tags["1.4.0"]][1])
+    platforms = [entry["platform"]["architecture"] for entry in index["manifests"]]
+    assert platforms == ["amd64", "arm64", "unknown"]
+    amd64, arm64, model = (json.loads(registry.manifests[entry["digest"]][1]) for entry in index["manifests"])
+    assert "artifactType" not in amd64
+    assert {layer["mediaType"] for layer in amd64["layers"] + arm64["layers"]} == {IMAGE_LAYER}
+    kinds = [layer["mediaType"].removeprefix("application/vnd.cncf.model.") for layer in model["layers"]]
+    assert kinds == ["weight.v1.tar", "weight.v1.tar", "weight.config.v1.tar", "code.v1.tar", "doc.v1.tar"]
+    digests = [[layer["digest"] for layer in manifest["layers"]] for manifest in (amd64, arm64, model)]
+    assert digests[0] == digests[1] == digests[2]
+    for manifest, architecture in ((amd64, "amd64"), (arm64, "arm64")):
+        config = json.loads(registry.blobs[manifest["config"]["digest"]])
+        assert config["rootfs"] == {"type": "layers", "diff_ids": digests[0]}
+        assert (config["architecture"], config["os"]) == (architecture, "linux")
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [
+        (134_515_008, "134.5M"),
+        (7_000_000_000, "7B"),
+        (7_241_732_096, "7.2B"),
+        (1_040_000_000_000, "1T"),
+        (5_040, "5K"),
+        (120, "0.1K"),
+    ],
+)
+def test_numbers_of_parameters_have_modelpacks_form(count: int, expected: str) -> None:
+    assert parameter_size(count) == expected
+
+
+def test_many_files_of_weights_share_layers(tmp_path: Path) -> None:
+    """Container runtimes mount some 120 layers."""
+    files = {f"model-{number:05}.safetensors": 1 for number in range(250)}
+    for name in files:
+        (tmp_path / name).write_bytes(b"x")
+    layers = layers_of(tmp_path, files, silent)
+    assert len(layers) <= 100
+    assert sum(len(layer.blob.content.names) for layer in layers if isinstance(layer.blob.content, TarStream)) == 250
 
 
 def test_what_is_not_there_is_said(registry: Registry, place: OciDestination, tmp_path: Path) -> None:

@@ -352,6 +352,16 @@ def test_all_pages_of_tags_are_read(registry: Registry, place: OciDestination, r
     assert [tag.name for tag in tags(place)] == ["1.4.0", *(f"stable-{number}" for number in range(4))]
 
 
+def test_what_the_registry_has_is_not_sent(
+    registry: Registry, place: OciDestination, release: Package, tmp_path: Path
+) -> None:
+    publish(release, place)
+    before = registry.bytes_in
+    changed = make_release(tmp_path / "changed", weights=WEIGHTS, also={"README.md": b"# Another card\n"})
+    publish(changed, oci(registry, "1.4.1"))
+    assert registry.bytes_in < before + 30_000
+
+
 def test_an_existing_tag_is_refused(registry: Registry, place: OciDestination, release: Package) -> None:
     publish(release, place)
     promote(place, "stable")

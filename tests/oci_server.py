@@ -185,8 +185,10 @@ class _Handler(BaseHTTPRequestHandler):
         return self._at(202, upload)
 
     def _at(self, status: int, upload: str) -> None:
-        there = len(self.registry.uploads[upload])
-        self._answer(status, headers={"Location": f"/v2/x/blobs/uploads/{upload}", "Range": f"0-{max(0, there - 1)}"})
+        last = max(0, len(self.registry.uploads[upload]) - 1)
+        if self.registry.old_ranges:
+            last = min(last, self.registry.first_ends.get(upload, 0))
+        self._answer(status, headers={"Location": f"/v2/x/blobs/uploads/{upload}", "Range": f"0-{last}"})
 
     def _blob(self, digest: str) -> None:
         content = self.registry.blobs.get(digest)

@@ -165,6 +165,8 @@ def test_a_blob_is_there_although_the_answer_was_lost(
     registry.loses_answers = 2
     arrives(release, place, tmp_path / "pulled")
     assert registry.loses_answers == 0
+    manifests = sum(len(content) for _, content in registry.manifests.values())
+    assert registry.bytes_in < size_sent(registry) + 3 * manifests, "some bytes were sent twice"
 
 
 def test_downloads_go_on_where_they_were_cut(

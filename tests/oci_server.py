@@ -64,6 +64,7 @@ class Registry:
     asked: list[str] = field(default_factory=list)
     first_ends: dict[str, int] = field(default_factory=dict)
     bytes_in: int = 0
+    bytes_out: int = 0
     left: Counter[str] = field(default_factory=Counter)
 
     def failure(self, request: str) -> int | None:
@@ -196,8 +197,10 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(404)
         if self.registry.redirects and self.command == "GET":
             return self._answer(307, headers={"Location": self.registry.redirects})
+        self.registry.bytes_out += self.command == "GET" and len(content)
         match = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
         start = int(match[1]) if match and not self.registry.ignores_ranges else 0
+        self.registry.bytes_out -= start
         status = 206 if start else 200
         if self.command == "GET" and self.registry.cut_downloads:
             return self._cut(status, content[start:], self.registry.cut_downloads.pop(0))

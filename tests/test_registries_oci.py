@@ -176,9 +176,12 @@ def test_downloads_go_on_where_they_were_cut(
     for ignores, folder in ((False, "ranges"), (True, "no-ranges")):
         registry.ignores_ranges = ignores
         registry.cut_downloads = [1000, 0, 50_000, 70_000]
+        registry.bytes_out = 0
         fetch(place, tmp_path / folder)
         assert contents(tmp_path / folder) == contents(release.folder)
         assert registry.cut_downloads == []
+        announced = size_sent(registry) + sum((WEIGHTS - 1000, WEIGHTS - 1000, WEIGHTS - 51_000))
+        assert ignores or registry.bytes_out < announced + 20_000
 
 
 def test_a_download_that_breaks_again_and_again_leaves_nothing(

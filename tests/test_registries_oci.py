@@ -271,6 +271,17 @@ def test_a_missing_referrer_is_noticed(
         fetch(place, tmp_path / "pulled")
 
 
+def test_another_releases_referrers_do_not_count(
+    registry: Registry, place: OciDestination, release: Package, tmp_path: Path
+) -> None:
+    publish(release, place)
+    publish(release, oci(registry, "1.4.1"))
+    first, second = (registry.tags[tag].replace(":", "-") for tag in ("1.4.0", "1.4.1"))
+    registry.tags[first] = registry.tags[second]
+    with pytest.raises(InputError, match="a referrer is about something else"):
+        fetch(place, tmp_path / "pulled")
+
+
 def test_a_file_that_changes_on_the_way_is_refused(registry: Registry, place: OciDestination, release: Package) -> None:
     """Its layer's digest was computed before; the registry compares it."""
     path = release.folder / "model-00001-of-00002.safetensors"
@@ -457,5 +468,6 @@ def test_publishing_wants_a_tag_and_no_digest(registry: Registry, place: OciDest
 
 
 def test_nobody_answers(registry: Registry, release: Package) -> None:
-    with pytest.raises(InputError, match="the registry failed 6 times: no connection"):
+    with pytest.raises(InputError, match="the registry failed 6 times: no connection") as caught:
         publish(release, parse_destination("oci://127.0.0.1:9/models/notes:1.4.0"))
+    assert "/v2/" not in str(caught.value), "addresses of uploads hold what registries sign"

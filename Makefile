@@ -29,7 +29,7 @@ SELF := -m pip install --quiet --no-deps --no-build-isolation --editable .
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick test-servers test-genai test-llama test-tasks test-readers test-browser test-integrity test-faults test-docs test-hostile test-fuzz check format lint types imports schema docs benchmark lock clean
+.PHONY: help demo test quick test-servers test-genai test-llama test-tasks test-readers test-browser test-registry test-integrity test-faults test-docs test-hostile test-fuzz check format lint types imports schema docs benchmark lock clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -61,6 +61,9 @@ test-readers: $(READY) $(READERS_READY) ## Load GPTQ artifacts with gptqmodel an
 
 test-browser: $(READY) ## Open the pages of reports in headless Chromium (wants chromium and chromium-driver)
 	$(BIN)/python -m pytest tests/browser
+
+test-registry: $(READY) ## Push to and pull from a real OCI registry (wants docker-registry; openssl, skopeo and umoci)
+	$(BIN)/python -m pytest tests/registry
 
 test-integrity: $(READY) ## Flip every bit of a tiny artifact and cut its files at every length (a quarter of an hour)
 	QEXPORT_EVERY_BIT=1 $(BIN)/python -m pytest tests/test_integrity.py

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-Stage = Literal["load", "merge", "prepare", "calibrate", "quantize", "export", "verify"]
+Stage = Literal["load", "merge", "prepare", "calibrate", "quantize", "export", "verify", "publish", "fetch"]
 
 
 @dataclass(frozen=True)

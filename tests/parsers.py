@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import struct
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,8 @@ from qexport.progress import silent
 from qexport.reading.onnx.graph import Graph
 from qexport.recipe import load_recipe
 from qexport.references import parse_reference
+from qexport.registries.tar_extraction import extract
+from qexport.registries.tar_stream import TarStream
 from qexport.tensors.gguf_file import GgufFile
 from qexport.tensors.safetensors_file import SafetensorsFile
 from qexport.tensors.safetensors_index import read_index
@@ -137,6 +141,21 @@ def graph_seed(folder: Path) -> bytes:
     return (builder.write(folder, {}) / "model.onnx").read_bytes()
 
 
+def _archive(path: Path) -> None:
+    content = path.read_bytes()
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        extract(io.BytesIO(content), Path(folder), "models", len(content), str(path))
+
+
+def _archive_seed(folder: Path) -> bytes:
+    """Two files, one with a pax header."""
+    files = {"a": b"x", f"{'é' * 60}/b": b""}
+    (folder / f"{'é' * 60}").mkdir(exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return b"".join(TarStream(folder, {name: len(content) for name, content in files.items()}, "models").pieces())
+
+
 def _json(value: Any) -> bytes:
     return json.dumps(value).encode()
 
@@ -161,5 +180,6 @@ def parsers(folder: Path) -> dict[str, Parser]:
         ),
         "requests": Parser(read_requests, "r.jsonl", (b'{"id": "a", "prompt": "b", "kind": "harmful"}\n',)),
         "prompts": Parser(read_prompts, "p.jsonl", (b'{"id": "a", "prompt": "b", "domain": "d", "style": "messy"}\n',)),
+        "archive": Parser(_archive, "r.tar", (_archive_seed(folder),)),
         "reference": Parser(_reference, "r.txt", (b"org/model", b"pkg:a/b.gguf", b"./a/../b", b"~x")),
     }  # fmt: skip

@@ -39,7 +39,7 @@ from qexport.artifact.manifest import MANIFEST_NAME, FileRecord, Manifest, Verif
 from qexport.cli import main
 from qexport.cli.app import app
 from qexport.cli.summary import summary
-from qexport.cli.terminal import PLAIN_INTERVAL, PlainLines, Stopwatch, progress_display
+from qexport.cli.terminal import PLAIN_INTERVAL, PlainLines, Stopwatch, position, progress_display
 from qexport.errors import (
     CompatibilityError,
     GateFailed,
@@ -839,3 +839,7 @@ def test_a_tiny_model_goes_the_whole_way(tmp_path: Path, capsys: pytest.CaptureF
     assert "GPTQ 8-bit, group 32" in captured.out
     assert f"Artifact     {artifact}" in captured.out
     assert "quantize" in captured.err
+
+
+def test_bytes_are_shown_as_amounts() -> None:
+    assert position(Progress("publish", 1_250_000_000, 4_500_000_000, "byte")) == "1.2 GB of 4.5 GB"

@@ -68,7 +68,7 @@ def test_every_locked_package_has_a_version_and_hashes_and_no_address(name: str)
 def test_every_direct_dependency_is_locked() -> None:
     extras = PROJECT["optional-dependencies"]
     wanted = {
-        "dev": PROJECT["dependencies"] + extras["dev"] + extras["onnx"],
+        "dev": PROJECT["dependencies"] + extras["dev"] + extras["onnx"] + extras["release"],
         "tasks": PROJECT["dependencies"] + extras["dev"] + extras["tasks"],
         "docs": extras["docs"],
     }

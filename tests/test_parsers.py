@@ -12,7 +12,7 @@ from parsers import Parser, parsers
 
 NAMES = (
     "safetensors", "index", "gguf", "recipe", "gates", "config", "adapter config", "manifest", "report", "graph",
-    "documents", "format prompts", "requests", "prompts", "reference",
+    "documents", "format prompts", "requests", "prompts", "archive", "reference",
 )  # fmt: skip
 PIECES = st.sampled_from(
     [

@@ -106,6 +106,19 @@ def open_artifact(path: Path, *, reads: Callable[[str], bool] = every_file, root
     return Artifact(path, manifest, digest, confirm_root(path, digest, root), removed, unlisted)
 
 
+def compare_with_listing(folder: Path) -> None:
+    """Compares every file of a folder with its listing, whatever the folder holds: an artifact, or a release of some.
+
+    Raises:
+        InputError: the listing is missing or was changed; a file is missing, changed, not listed, a link or no regular
+            file.
+    """
+    names = set(_entries(folder))
+    if LISTING_NAME not in names:
+        raise _changed(f"the listing of the digests, {LISTING_NAME}, is missing", folder)
+    _compare(folder, names - {LISTING_NAME}, _parsed(_read(folder / LISTING_NAME), folder / LISTING_NAME), every_file)
+
+
 def digest_files(folder: Path, known: Mapping[str, str]) -> dict[str, FileRecord]:
     """Size and digest of every file in a folder except manifest, listing and report, by its path inside the folder.
 

@@ -172,7 +172,9 @@ class _Bars(bars.Progress):
 
 
 def position(event: Progress) -> str:
-    """`block 12 of 30`, or `12 files` where the total is not known."""
+    """`block 12 of 30`, `1.2 GB of 4.5 GB`, or `12 files` where the total is not known."""
+    if event.unit == "byte":
+        return f"{size(event.done, decimals=1)} of {size(event.total, decimals=1)}"
     return f"{event.unit} {event.done} of {event.total}" if event.total else f"{event.done} {event.unit}s"
 
 

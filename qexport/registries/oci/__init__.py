@@ -1,0 +1,184 @@
+"""Releases in OCI registries: what is put there, in an order in which no tag stands for something incomplete."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+from qexport.artifact.digests import sha256_bytes
+from qexport.artifact.disk import ensure_space
+from qexport.errors import RecipeError
+from qexport.progress import Progress, ProgressCallback
+from qexport.registries.destinations import OciDestination, is_tag
+from qexport.registries.oci.client import Client
+from qexport.registries.oci.documents import (
+    PLATFORMS,
+    TAG,
+    Descriptor,
+    Document,
+    attachment_digests,
+    image_config,
+    image_manifest,
+    index,
+    model_config,
+    model_manifest,
+)
+from qexport.registries.oci.downloads import parsed, read_answer, read_document
+from qexport.registries.oci.layers import Layer, layers_of
+from qexport.registries.oci.pulling import pull
+from qexport.registries.oci.referrers import attach, fallback_tag, put_document, read_attachments, upload_bytes
+from qexport.registries.oci.uploads import upload
+from qexport.registries.package import Package, Published, Tag
+
+MODEL_SUFFIX: Final = "-modelpack"
+"""Of the tag that stands for the ModelPack artifact alone: its clients read no indexes."""
+
+_MOST_PAGES: Final = 200
+_PER_PAGE: Final = 500
+
+
+def publish(package: Package, destination: OciDestination, progress: ProgressCallback) -> Published:
+    """Uploads a release and tags it when all of it is there. See `qexport.registries.publish`."""
+    tag = _new_tag(destination)
+    files = package.files()
+    client = Client(destination)
+    _refuse_taken(client, tag)
+    layers = layers_of(package.folder, files, progress)
+    _upload_layers(client, layers, progress)
+    index_, model = _put_manifests(client, package, tag, [layer.descriptor for layer in layers])
+    _refuse_taken(client, tag)
+    put_document(client, model, tag + MODEL_SUFFIX)
+    put_document(client, index_, tag)
+    digest = index_.descriptor.digest
+    return Published(f"{destination}@{digest}", digest)
+
+
+def fetch(reference: OciDestination, folder: Path, progress: ProgressCallback) -> None:
+    """Downloads a release into an empty folder. See `qexport.registries.fetch`."""
+    client = Client(reference)
+    layers = pull(client, *_found(client, reference))
+    total = sum(layer.blob.size for layer in layers)
+    ensure_space(folder, total)
+    done = 0
+    for layer in layers:
+
+        def told(there: int, before: int = done) -> None:
+            progress(Progress("fetch", before + there, total, "byte"))
+
+        layer.extract(client, folder, told)
+        done += layer.blob.size
+
+
+def tags(reference: OciDestination) -> list[Tag]:
+    """The tags of a repository without those that only help clients. See `qexport.registries.tags`."""
+    client = Client(reference)
+    names = _tag_names(client)
+    shown = [name for name in sorted(names) if not _is_helper(name, names)]
+    found = []
+    for name in shown:
+        if read := read_document(client, name):  # one may be removed meanwhile
+            found.append(Tag(name, read[0].digest))
+    return found
+
+
+def promote(reference: OciDestination, to: str) -> None:
+    """Moves a tag, and the one of the ModelPack artifact with it. See `qexport.registries.promote`."""
+    client = Client(reference)
+    descriptor, content = _found(client, reference)
+    _refuse_release(client, to)
+    document = parsed(client, content)
+    for entry in document.get("manifests") or []:
+        if isinstance(entry, dict) and entry.get("artifactType"):
+            read = read_document(client, str(entry.get("digest")))
+            if read is not None:
+                put_document(client, Document(read[0].media_type, read[1]), to + MODEL_SUFFIX)
+    put_document(client, Document(descriptor.media_type, content), to)
+
+
+def _new_tag(destination: OciDestination) -> str:
+    if destination.tag is None or destination.digest is not None:
+        what = "a release is published under a tag, which gives it its digest"
+        raise RecipeError(what, where=str(destination), mend="write oci://HOST/NAME:TAG")
+    if not is_tag(destination.tag + MODEL_SUFFIX) or destination.tag.endswith(MODEL_SUFFIX):
+        what = f"the tag is too long, or ends in {MODEL_SUFFIX}"
+        raise RecipeError(what, where=str(destination), mend="choose another tag")
+    return destination.tag
+
+
+def _refuse_taken(client: Client, tag: str) -> None:
+    if read := read_document(client, tag):
+        what = f"the tag exists already and stands for {read[0].digest}; a release keeps its tag"
+        raise RecipeError(what, where=str(client.destination), mend="publish under another tag, and promote that")
+
+
+def _refuse_release(client: Client, tag: str) -> None:
+    read = read_document(client, tag)
+    if read and _annotations(client, read[1]).get(TAG) == tag:
+        what = f"the tag {tag} is a release's own, which stays"
+        raise RecipeError(what, where=str(client.destination), mend="move a tag such as stable")
+
+
+def _annotations(client: Client, content: bytes) -> dict[str, Any]:
+    found = parsed(client, content).get("annotations")
+    return found if isinstance(found, dict) else {}
+
+
+def _upload_layers(client: Client, layers: list[Layer], progress: ProgressCallback) -> None:
+    total = sum(layer.blob.size for layer in layers)
+    before = 0
+    for number, layer in enumerate(layers, 1):
+        detail = f"layer {number} of {len(layers)}"
+
+        def told(there: int, before: int = before, detail: str = detail) -> None:
+            progress(Progress("publish", total + before + there, 2 * total, "byte", detail))
+
+        upload(client, layer.blob, told)
+        before += layer.blob.size
+
+
+def _put_manifests(client: Client, package: Package, tag: str, layers: list[Descriptor]) -> tuple[Document, Document]:
+    """Puts all documents and what is attached by their digests; returns the index and the ModelPack manifest."""
+    attachments = read_attachments(package.folder, package.attachments)
+    config = model_config(package, layers)
+    model = model_manifest(package, config.descriptor, layers)
+    configs = [image_config(each, layers) for each in PLATFORMS]
+    images = [image_manifest(package, each.descriptor, layers) for each in configs]
+    for each in (config, *configs):
+        upload_bytes(client, each.content)
+    digests = {each.path: f"sha256:{sha256_bytes(content)}" for each, content in attachments.items()}
+    whole = index(package, tag, [each.descriptor for each in images], model.descriptor, attachment_digests(digests))
+    for document in (model, *images, whole):
+        put_document(client, document, document.descriptor.digest)
+    attach(client, whole.descriptor, attachments)
+    return whole, model
+
+
+def _found(client: Client, reference: OciDestination) -> tuple[Descriptor, bytes]:
+    read = read_document(client, reference.digest or str(reference.tag))
+    if read is None:
+        raise client.failure(
+            "there is no such release in the registry", "see the tags that qexport release --list shows"
+        )
+    return read
+
+
+def _tag_names(client: Client) -> set[str]:
+    names: set[str] = set()
+    last = ""
+    for _ in range(_MOST_PAGES):
+        read = read_answer(client, f"tags/list?n={_PER_PAGE}{f'&last={last}' if last else ''}")
+        if read is None:
+            raise client.failure("there is no such repository in the registry")
+        page = parsed(client, read[1]).get("tags")
+        listed = page if isinstance(page, list) else []
+        new = {name for name in listed if isinstance(name, str) and is_tag(name)} - names
+        names |= new
+        if not new or "next" not in read[0].links:
+            return names
+        last = max(new)
+    raise client.failure(f"the repository has more than {_MOST_PAGES * _PER_PAGE} tags")
+
+
+def _is_helper(name: str, names: set[str]) -> bool:
+    is_listing = name.startswith(fallback_tag("sha256:")) and len(name) == 71
+    return is_listing or (name.endswith(MODEL_SUFFIX) and name.removesuffix(MODEL_SUFFIX) in names)

@@ -50,7 +50,9 @@ def test_the_bytes_depend_on_names_and_contents_alone(release: Package, tmp_path
         os.utime(path, (1, 1))
         path.chmod(0o700)
     publish(again, parse_destination(str(tmp_path / "second.tar")))
+    reverse = TarStream(again.folder, dict(reversed(again.files().items())), "notes-1.4.0")
     content = (tmp_path / "first.tar").read_bytes()
+    assert content == b"".join(reverse.pieces())
     assert content == (tmp_path / "second.tar").read_bytes()
     assert hashlib.sha256(content).hexdigest().startswith(GOLDEN)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from oci_server import Registry, serving
+from qexport.describing.places import local_place
 from qexport.errors import InputError, RecipeError
 from qexport.progress import silent
 from qexport.registries import OciDestination, Package, fetch, parse_destination, promote, publish, tags
@@ -62,6 +63,15 @@ def arrives(release: Package, place: OciDestination, folder: Path) -> None:
     publish(release, place)
     fetch(place, folder)
     assert contents(folder) == contents(release.folder)
+
+
+def test_a_reference_on_the_command_line_is_pulled_for_a_while(place: OciDestination, release: Package) -> None:
+    publish(release, place)
+    with local_place(str(place), progress=silent) as folder:
+        assert contents(folder) == contents(release.folder)
+    assert not folder.exists()
+    with pytest.raises(RecipeError, match="names no release of a registry"), local_place("oci:notes", progress=silent):
+        pass
 
 
 def size_sent(registry: Registry) -> int:

@@ -12,6 +12,7 @@ from qexport.errors import InputError, RecipeError
 from qexport.loading.packaged import find_package_file
 from qexport.progress import ProgressCallback
 from qexport.references import PackageReference, parse_reference
+from qexport.registries import OciDestination, fetch, parse_destination
 
 HUB_PREFIX: Final = "hub:"
 REGISTRY_PREFIX: Final = "oci:"
@@ -35,19 +36,23 @@ def local_place(text: str, *, weights: bool = True, progress: ProgressCallback) 
         yield _path(text)
         return
     with TemporaryDirectory(prefix="qexport-fetched-") as temporary:
-        folder = Path(temporary)
+        folder = Path(temporary, "content")
         if text.startswith(REGISTRY_PREFIX):
-            _pull(text, folder)
+            _pull(text, folder, progress)
         else:
             from qexport.describing.hub_places import fetch_into  # imports transformers
 
+            folder.mkdir()
             fetch_into(folder, text.removeprefix(HUB_PREFIX), weights=weights, progress=progress)
         yield folder
 
 
-def _pull(reference: str, folder: Path) -> None:
-    """The place at which `qexport.registries.fetch(reference, folder)` is to be called."""
-    raise RecipeError("registries are not read yet", where=reference, mend=f"pull it into a folder, not {folder}")
+def _pull(text: str, folder: Path, progress: ProgressCallback) -> None:
+    """Pulls a release of a registry into a folder that does not exist."""
+    reference = parse_destination(text)
+    if not isinstance(reference, OciDestination):
+        raise RecipeError("this names no release of a registry", where=text, mend="write oci://HOST/NAME:TAG")
+    fetch(reference, folder, progress=progress)
 
 
 def _path(text: str) -> Path:

@@ -91,7 +91,7 @@ def make(config: PretrainedConfig, folder: Path, quantize: Mapping[str, Any] = G
 def records(base: Checkpoint, quantize: Mapping[str, Any], scratch: Path) -> Iterator[TensorRecord]:
     """What a method yields, with random tokens as calibration."""
     outputs = method(quantize).plan(base)
-    windows = torch.randint(factories.VOCABULARY, (32, 64), generator=torch.Generator().manual_seed(1))
+    windows = torch.randint(factories.VOCABULARY, (16, 64), generator=torch.Generator().manual_seed(1))
     calibration = CalibrationSet(windows, sha256="", origin="random")
     inputs = PassInputs(base, outputs, calibration, torch.bfloat16, torch.device("cpu"), scratch)
     yield from method(quantize).quantize(inputs)

@@ -38,7 +38,7 @@ CASES: Mapping[str, tuple[str, list[dict[str, Any]], int]] = {
     "gptq with head, in shards": ("gptq 8 bits, rows, head", artifact_cases.LAYOUTS["safetensors shards"], 1),
     "nf4 double": ("nf4 double", artifact_cases.LAYOUTS["shared"], 2),
     "int8": ("int8", [{"layout": "safetensors"}, {"layout": "onnx"}], 1),
-    "none": ("none", TWO, 1),
+    "none": ("none", [*TWO, {"layout": "gguf"}], 1),
 }
 """Method, layouts, and how many kills."""
 

@@ -9,11 +9,12 @@ from typing import Any, Protocol
 from qexport.amounts import parse_size
 from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.structure import Structure
-from qexport.artifact.manifest import GraphRecord
+from qexport.artifact.manifest import CardText, GraphRecord
 from qexport.errors import RecipeError
 from qexport.export import ExportSettings, OnnxSettings, SafetensorsSettings, TgiSettings, VllmSettings
+from qexport.export.launch import Launch
 from qexport.export.loaders import Folder, loading_section, stock_loaders, warnings
-from qexport.export.model_files import model_files, write_files
+from qexport.export.model_files import card_text, model_files, write_files
 from qexport.export.tgi.layout import TgiLayout
 from qexport.export.vllm.layout import VllmLayout
 from qexport.export.weight_files import WeightFiles
@@ -54,6 +55,16 @@ class Layout(Protocol):
         """The manifest's record of the folder's graph; None if it has none."""
         ...
 
+    @property
+    def card(self) -> CardText:
+        """What the model card says of the folder."""
+        ...
+
+    @property
+    def launch(self) -> Launch | None:
+        """What the launch files say, once they are written; None if there are none."""
+        ...
+
     def prepare(self) -> None:
         """Does what needs no weights and may fail, before anything is quantized.
 
@@ -63,7 +74,7 @@ class Layout(Protocol):
         ...
 
     def write_files(self, folder: Path, checkpoint: Checkpoint) -> None:
-        """Writes everything except the manifest into the folder, which already has the weights.
+        """Writes everything except model card and manifest into the folder, which already has the weights.
 
         Raises:
             QexportError: a file of the checkpoint would be written outside the folder, or replace another file.
@@ -93,6 +104,7 @@ class SafetensorsLayout:
 
     name = "safetensors"
     graph = None
+    launch = None
 
     def __init__(self, settings: SafetensorsSettings, outputs: Outputs, structure: Structure) -> None:
         self._outputs, self._structure = outputs, structure
@@ -115,6 +127,11 @@ class SafetensorsLayout:
         return warnings(self._folder)
 
     @property
+    def card(self) -> CardText:
+        """The format, and the libraries that load it."""
+        return card_text(self._outputs.format, loading=loading_section(self._folder))
+
+    @property
     def _folder(self) -> Folder:
         quantized = self._outputs.quantized
         return Folder(
@@ -132,10 +149,9 @@ class SafetensorsLayout:
         """Does nothing: the constructor has checked everything that needs no weights."""
 
     def write_files(self, folder: Path, checkpoint: Checkpoint) -> None:
-        """Writes config, tokenizer and model card."""
-        outputs, embedding = self._outputs, f"{self._structure.embedding}.weight"
-        dtype, loading = outputs.unquantized_dtype(embedding), loading_section(self._folder)
-        write_files(folder, model_files(checkpoint, outputs.format, self.quantization, dtype, loading=loading))
+        """Writes config and tokenizer."""
+        dtype = self._outputs.unquantized_dtype(f"{self._structure.embedding}.weight")
+        write_files(folder, model_files(checkpoint, self.quantization, dtype))
 
     def check(self, folder: Path) -> None:
         """Does nothing: there are no rules besides reading the weights back, as in every layout."""

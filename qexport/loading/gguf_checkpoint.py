@@ -23,7 +23,7 @@ from qexport.loading.hub import PackageFile
 from qexport.loading.model_weights import find_architecture, fit_to_model
 from qexport.loading.small_files import read_sidecars
 from qexport.progress import Progress, ProgressCallback
-from qexport.tensors.source import Origin, TensorSpec
+from qexport.tensors.source import Origin, TensorSpec, Terms
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,18 @@ def read_gguf(found: PackageFile, *, progress: ProgressCallback) -> Checkpoint:
         source = GgufWeights(file, arch=family.arch, config=config, parameters=parameters, permuted=family.permuted)
         weights = fit_to_model(source, architecture)
         files = _files(found.path, config)
-        origin = Origin("package", found.name, found.version, {found.path.name: sha256_file(found.path)})
+        origin = Origin("package", found.name, found.version, {found.path.name: sha256_file(found.path)}, _terms(file))
     except BaseException:
         file.close()
         raise
     progress(Progress("load", 1, 1, "file", detail=found.path.name))
     return Checkpoint(architecture, weights, files, origin)
+
+
+def _terms(file: GgufFile) -> Terms:
+    """The license in the metadata; a package's own license is not the model's."""
+    found = file.metadata.get("general.license")
+    return Terms(license=found if isinstance(found, str) and found.isprintable() and len(found) < 64 else None)
 
 
 def _family(file: GgufFile) -> _Family:

@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
 
 from qexport.errors import InputError
 from qexport.loading.small_files import CONFIG_NAME, SIDECAR_NAMES
+from qexport.loading.terms import CARD_NAME, FILE_PATTERNS
 from qexport.progress import Notice, ProgressCallback
 from qexport.references import HubReference, PackageReference
 from qexport.tensors.safetensors_folder import INDEX_NAME, SINGLE_NAME, read_index
@@ -75,7 +76,10 @@ def _distribution(reference: PackageReference) -> str:
     return reference.package.replace("_", "-")
 
 
-_BASE_FILES: Final = (CONFIG_NAME, INDEX_NAME, SINGLE_NAME, *SIDECAR_NAMES, f"{TEMPLATES_FOLDER}/*.jinja")
+_BASE_FILES: Final = (
+    *(CONFIG_NAME, INDEX_NAME, SINGLE_NAME, *SIDECAR_NAMES, f"{TEMPLATES_FOLDER}/*.jinja"),
+    *(CARD_NAME, *FILE_PATTERNS),
+)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from qexport.tensors.quantized import (
     RowQuantizedSpec,
     TensorRecord,
 )
-from qexport.tensors.source import CalibrationSet, LargestSpec, Origin, TensorSpec, WeightSource
+from qexport.tensors.source import CalibrationSet, LargestSpec, Origin, TensorSpec, Terms, WeightSource
 
 __all__ = [
     "BlockQuantized",
@@ -31,5 +31,6 @@ __all__ = [
     "RowQuantizedSpec",
     "TensorRecord",
     "TensorSpec",
+    "Terms",
     "WeightSource",
 ]

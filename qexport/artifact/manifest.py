@@ -22,6 +22,7 @@ MANIFEST_NAME = "qexport-manifest.json"
 LISTING_NAME: Final = "SHA256SUMS"
 CARD_NAME: Final = "README.md"
 LICENSES_FOLDER: Final = "licenses"
+SIGNATURE_NAME: Final = "model.sig"
 REPORT_FOLDER = "report"
 SCHEMA_VERSION = 2
 
@@ -217,6 +218,11 @@ class Manifest(Record):
 
     packages: dict[str, str] = added({})
     """The version of each installed package that qexport needs, when it made the artifact."""
+
+    @property
+    def sources(self) -> list[SourceRecord]:
+        """Base and adapter."""
+        return [self.base, *([self.adapter] if self.adapter else [])]
 
     @model_validator(mode="after")
     def _recipe_fits_its_digest(self) -> Manifest:

@@ -27,6 +27,11 @@ def model_name(base: str, adapter: str | None) -> str:
     return "-".join(_plain(last_component(each)) for each in (base, adapter) if each)
 
 
+def release_name(model: str, version: str, method: str, layout: str) -> str:
+    """A release's name: `smollm2-release-notes-1.4.0+gptq-4bit`. Other layouts than safetensors stand behind it."""
+    return f"{model}-{version}+{method}{'' if layout == 'safetensors' else f'.{layout}'}"
+
+
 def label(name: str) -> str:
     """The nearest name that DNS, Kubernetes, KServe and Triton accept: lower-case letters, digits and dashes, a letter
     first, at most 53 characters. A longer one is cut, and ends in a digest of the whole.

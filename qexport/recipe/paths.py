@@ -76,6 +76,7 @@ REFERENCES: dict[Keys, Resolve] = {
     ("verify", "refusals", "prompts"): local,
     ("verify", "tasks", "tasks"): task,
     ("verify", "through", EACH, "python"): local,
+    ("release", "sign"): local,
     ("output",): local,
 }
 """The fields that name files, with the rule for each."""
@@ -116,8 +117,12 @@ def _texts(root: YamlNode, keys: Keys) -> Iterator[Keys]:
 
 
 def portable(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's JSON values with local paths reduced to their last component, without `output` and `max_memory`."""
+    """A recipe's JSON values with local paths reduced to their last component, without `output`, `max_memory` and
+    where a release goes.
+    """
     recipe = {key: value for key, value in recipe.items() if key not in ("output", "max_memory")}
+    if release := recipe.pop("release", None):
+        recipe["release"] = {"name": release["name"], "version": release["version"]}
     for keys, resolve in REFERENCES.items():
         name = keys[-1]
         for part in _parts(recipe, keys[:-1]):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,8 +15,10 @@ import releases
 import reports
 from qexport import load
 from qexport.artifact.agreement import verification_of
+from qexport.artifact.digests import sha256_json
 from qexport.artifact.integrity import open_artifact, write_listing
 from qexport.artifact.manifest import Manifest
+from qexport.artifact.measurements import TaskRecord
 from qexport.artifact.report import Report
 from qexport.cli import main
 from qexport.pipeline.inspection import inspect_artifact
@@ -58,7 +59,6 @@ def edited(folder: Path, **changes: Any) -> None:
     manifest = Manifest.read(folder).model_copy(update=changes)
     manifest.write(folder)
     write_listing(folder, manifest)
-    shutil.os.utime(folder)  # type: ignore[attr-defined]
 
 
 def copied(made: Path, tmp_path: Path, layout: str = "safetensors") -> Path:
@@ -191,6 +191,17 @@ def test_gates_that_did_not_pass_are_refused_unless_the_card_says_why(
     assert "NOT PROVEN: the customer *wants* it" in capsys.readouterr().out
 
 
+def test_a_check_refuses_failed_gates_that_a_release_does_not_admit(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = copied(made, tmp_path)
+    failing(artifact, "fail")
+    monkeypatch.setattr("qexport.release.proof._doubt", lambda *_: None)
+    assert run_release(artifact, tmp_path / "to") == 0
+    assert main(["check", str(tmp_path / "to" / "tiny-notes-1.4.0+w8a8")]) == 6
+    assert "its gates did not all pass" in capsys.readouterr().err
+
+
 def test_a_missing_proof_is_refused(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     artifact = copied(made, tmp_path)
     shutil.rmtree(artifact / "report")
@@ -240,8 +251,6 @@ def test_a_version_is_needed_and_the_recipe_may_name_it(made: Path, tmp_path: Pa
     assert main(["release", str(made / "out" / "vllm"), "--to", str(tmp_path / "to")]) == 2
     artifact = copied(made, tmp_path)
     recipe = Manifest.read(artifact).recipe | {"release": {"name": "notes", "version": "2.0"}}
-    from qexport.artifact.digests import sha256_json
-
     edited(artifact, recipe=recipe, recipe_sha256=sha256_json(recipe))
     assert main(["release", str(artifact), "--to", str(tmp_path / "to")]) == 0
     assert (tmp_path / "to" / "notes-2.0+w8a8").is_dir()
@@ -259,8 +268,8 @@ def test_weights_are_linked_and_small_files_copied(made: Path, tmp_path: Path, m
     source = made / "out" / "safetensors"
     assert run_release(source, tmp_path / "to") == 0
     own = tmp_path / "to" / "tiny-notes-1.4.0+w8a8"
-    assert os.path.samefile(own / "model.safetensors", source / "model.safetensors")
-    assert not os.path.samefile(own / "config.json", source / "config.json")
+    assert (own / "model.safetensors").samefile(source / "model.safetensors")
+    assert not (own / "config.json").samefile(source / "config.json")
 
 
 def test_only_the_hubs_benchmarks_go_into_its_own_form() -> None:
@@ -269,9 +278,7 @@ def test_only_the_hubs_benchmarks_go_into_its_own_form() -> None:
         only_reference=2, only_artifact=1, p_value=1.0,
     )  # fmt: skip
     report = reports.report()
-    tasks = [
-        type(report).model_fields["tasks"].annotation.__args__[0](task=name, **task) for name in ("arc_easy", "own")
-    ]  # type: ignore[union-attr]
+    tasks = [TaskRecord.model_validate({"task": name, **task}) for name in ("arc_easy", "own")]
     found = YAML(typ="safe").load(evaluation_results(report.model_copy(update={"tasks": tasks})))
     assert [(each["dataset"], each["value"]) for each in found] == [
         ({"id": "allenai/ai2_arc", "task_id": "ARC-Easy"}, 0.49)

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("calibration/*.md")]
 )
-COMMANDS = {"run", "validate", "verify", "gate", "report", "schema"}
+COMMANDS = {"run", "validate", "verify", "release", "check", "gate", "report", "schema"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 

@@ -23,6 +23,8 @@ from qexport.yaml.problems import Keys, Problem, YamlNode, dotted, entry_at, rep
 
 Resolve = Callable[[str, Path], str]
 
+_ADDRESSES: Final = ("oci://", DATASET_PREFIX)
+
 
 def base(text: str, folder: Path) -> str:
     """A base model: `pkg:package/file.gguf`, or as for `adapter`."""
@@ -46,6 +48,11 @@ def calibration(text: str, folder: Path) -> str:
     if not is_hub_id(text.removeprefix(DATASET_PREFIX)):
         raise ValueError(f"{text!r} does not name a hub dataset: write hub:org/dataset")
     return text
+
+
+def destination(text: str, folder: Path) -> str:
+    """A folder or a file, or the address of a registry."""
+    return text if text.startswith(_ADDRESSES) else local(text, folder)
 
 
 def task(text: str, folder: Path) -> str:
@@ -76,6 +83,7 @@ REFERENCES: dict[Keys, Resolve] = {
     ("verify", "refusals", "prompts"): local,
     ("verify", "tasks", "tasks"): task,
     ("verify", "through", EACH, "python"): local,
+    ("release", "to"): destination,
     ("release", "sign"): local,
     ("output",): local,
 }

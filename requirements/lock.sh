@@ -26,5 +26,6 @@ compile dev --extra dev --extra onnx --extra release pyproject.toml requirements
 compile tasks --extra dev --extra tasks pyproject.toml requirements/tests.in
 compile genai requirements/genai.in
 compile fuzz requirements/fuzz.in
+compile launch requirements/launch.in
 BUILD_CUDA_EXT=0 compile readers requirements/readers.in
 extra docs | compile docs -

@@ -5,6 +5,7 @@ The record stands in the manifest, so that a release can render them again under
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping
 from functools import cache
@@ -13,11 +14,14 @@ from typing import Any, Final
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from ruamel.yaml import YAML
+from ruamel.yaml.scalarstring import SingleQuotedScalarString
 
 from qexport.artifact.names import label
 from qexport.records import Record
 
 FOLDER: Final = "launch"
+
+_OTHER_IN_1_1: Final = re.compile(r"(?i:y|n|yes|no|on|off)|[-+.]?[0-9].*")
 
 
 class Launch(Record):
@@ -65,7 +69,11 @@ def _environment(layout: str) -> Environment:
 
 
 def _yaml_scalar(value: Any) -> str:
-    """A value as YAML in block style: strings that would be read as another type are quoted."""
+    """A value as YAML in block style: strings that would be read as another type are quoted, also those that only
+    YAML 1.1 reads so, which Kubernetes does.
+    """
+    if isinstance(value, str) and _OTHER_IN_1_1.fullmatch(value):
+        value = SingleQuotedScalarString(value)
     yaml, stream = YAML(), StringIO()
     yaml.width = 1 << 20
     yaml.dump([value], stream)

@@ -48,8 +48,14 @@ def _packed() -> bytes:
         return stream.getvalue()
 
 
-def artifact(folder: Path, **changes: Any) -> Path:
-    """A base with license and notice, an adapter without, and what a run makes of them."""
+def artifact(folder: Path) -> Path:
+    """What a run makes of the inputs."""
+    inputs(folder)
+    return run(load_recipe(folder / "recipe.yaml"), device="cpu").artifact_path
+
+
+def inputs(folder: Path, **changes: Any) -> None:
+    """A base with license and notice, an adapter without, and a recipe."""
     model = factories.build(factories.llama_config())
     factories.save(model, folder / "tiny")
     (folder / "tiny" / "README.md").write_text(CARD)
@@ -58,7 +64,6 @@ def artifact(folder: Path, **changes: Any) -> Path:
     adapters.save_adapter(model, LoraConfig(r=2, target_modules=["q_proj"]), folder / "notes")
     factories.write_text(folder / "heldout.jsonl", seed=2)
     (folder / "recipe.yaml").write_text(json.dumps(RECIPE | changes))
-    return run(load_recipe(folder / "recipe.yaml"), device="cpu").artifact_path
 
 
 def key(folder: Path, name: str = "release") -> tuple[Path, Path]:

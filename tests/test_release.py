@@ -20,9 +20,12 @@ from qexport.artifact.integrity import open_artifact, write_listing
 from qexport.artifact.manifest import Manifest
 from qexport.artifact.measurements import TaskRecord
 from qexport.artifact.report import Report
+from qexport.artifact.served import RuntimeFacts, ServedRecord, through
 from qexport.cli import main
+from qexport.export.vllm.launch import VllmLaunch
 from qexport.pipeline.inspection import inspect_artifact
 from qexport.release.evaluation import evaluation_results
+from qexport.release.launching import released_launch
 from qexport.reporting.writing import write_report
 
 
@@ -254,6 +257,39 @@ def test_a_version_is_needed_and_the_recipe_may_name_it(made: Path, tmp_path: Pa
     edited(artifact, recipe=recipe, recipe_sha256=sha256_json(recipe))
     assert main(["release", str(artifact), "--to", str(tmp_path / "to")]) == 0
     assert (tmp_path / "to" / "notes-2.0+w8a8").is_dir()
+
+
+def test_a_run_with_a_version_is_released_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    private, public = releases.key(tmp_path)
+    told = {"name": "notes", "version": "3.0", "to": "releases", "sign": "release.key"}
+    releases.inputs(tmp_path, release=told)
+    assert main(["run", str(tmp_path / "recipe.yaml"), "release.sign=nothing.key"]) == 2
+    assert "the key cannot be read" in capsys.readouterr().err
+    assert main(["run", str(tmp_path / "recipe.yaml"), "--json"]) == 0
+    folder = tmp_path / "releases" / "notes-3.0+w8a8"
+    assert main(["check", str(folder), "--signature", str(public)]) == 0
+    recipe = Manifest.read(folder).recipe
+    assert recipe["release"] == {"name": "notes", "version": "3.0"}
+    assert private.name not in (folder / "qexport-manifest.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "expected"),
+    [([], "bfloat16"), (["float16"], "float16"), (["float16", "bfloat16"], "bfloat16"), (["bfloat16"], "bfloat16")],
+)
+def test_vllm_starts_in_the_one_dtype_that_confirmed_it(made: Path, dtypes: list[str], expected: str) -> None:
+    served, gates = list[ServedRecord](), list[Any]()
+    for dtype in dtypes:
+        facts = RuntimeFacts(name="vLLM", version="0.32", kernels={}, dtype=dtype, arguments={})
+        record = ServedRecord(
+            label=f"vllm {dtype}", runtime=facts, scored="token", figures=[], fidelity_limit=None, notes=[]
+        )
+        served.append(record)
+        gates.append(reports.gate_result(name=through("mean_kl", record.label)))
+    report = reports.report(gates=gates or None, served=served)
+    launch = released_launch(Manifest.read(made / "out" / "vllm"), "x", report)
+    assert isinstance(launch, VllmLaunch)
+    assert launch.dtype == expected
 
 
 def test_neither_a_release_nor_a_foreign_folder_is_released(

@@ -20,6 +20,7 @@ import releases
 from qexport.artifact.digests import sha256_file
 from qexport.artifact.manifest import Manifest
 from qexport.cli import main
+from qexport.registries import Attachment
 from qexport.release.making import Released
 from qexport.release.packaging import package_of
 from qexport.release.record import ReleaseRecord
@@ -103,6 +104,7 @@ def test_registries_are_told_what_the_folder_is(release: Path) -> None:
     assert (package.name, package.version, package.format) == ("tiny-notes", "1.4.0", "safetensors")
     assert (package.architecture, package.precision, package.quantization) == ("llama", "bfloat16", "w8a8")
     assert package.licenses == ("Apache-2.0",)
+    assert all(isinstance(each, Attachment) for each in package.attachments)
     assert {each.path for each in package.attachments} == {
         "report/report.json", "evidence/bom.cdx.json", "evidence/provenance.json",
     }  # fmt: skip

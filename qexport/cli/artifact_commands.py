@@ -44,6 +44,10 @@ def run(
         if output is not None:
             chosen = chosen.model_copy(update={"output": str(output.absolute())})
         checked_output(chosen, force=force)
+        if chosen.release is not None and chosen.release.version is not None:
+            from qexport.cli.release_commands import load_releasing
+
+            load_releasing().refuse_unusable(chosen.release)  # before hours of work
         from qexport import pipeline  # takes seconds; errors of the recipe and the output should come first
         from qexport.cli.verifying import verify_command
 

@@ -6,6 +6,7 @@ The recipe's `release` is here.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Annotated, Final
 
 from pydantic import AfterValidator
@@ -62,7 +63,7 @@ class ReleaseSettings(Settings):
     artifact. `--sign` replaces it."""
 
 
-def named_or_refused(text: str | None, check: object, option: str) -> str | None:
+def named_or_refused(text: str | None, check: Callable[[str], str], option: str) -> str | None:
     """A name or a version from the command line.
 
     Raises:
@@ -71,6 +72,6 @@ def named_or_refused(text: str | None, check: object, option: str) -> str | None
     if text is None:
         return None
     try:
-        return check(text)  # type: ignore[operator, no-any-return]
+        return check(text)
     except ValueError as error:
         raise RecipeError(str(error), where=option) from error

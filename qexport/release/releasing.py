@@ -71,6 +71,17 @@ def release_of_run(settings: ReleaseSettings, artifact: Path, progress: Progress
     return release_all([artifact], ReleaseOptions(settings.to, sign, settings.version, settings.name), progress)
 
 
+def refuse_unusable(settings: ReleaseSettings) -> None:
+    """Refuses what a run could not be released with, before its work.
+
+    Raises:
+        RecipeError: the destination is none, or the key cannot be used.
+    """
+    parse_destination(settings.to or _HERE)
+    if settings.sign is not None:
+        Signer(Path(settings.sign))
+
+
 def release_all(artifacts: Sequence[Path], options: ReleaseOptions, progress: ProgressCallback) -> list[Made]:
     """Releases artifacts one by one. All are checked, and no destination is taken, before the first is made."""
     destination = parse_destination(options.to or _HERE)

@@ -23,7 +23,7 @@ LAUNCHES: dict[str, Launch] = {
         name="on", context=4096, kv_bytes=1000, weight_bytes=10**9, degrees=[1], quantize="gptq", dtype=None
     ),
     "tgi sharded": TgiLaunch(
-        name="no: 1.0", context=9999, kv_bytes=10**5, weight_bytes=10**12, degrees=[1, 8], quantize=None, dtype="float16"
+        name="no: 1.0", context=9999, kv_bytes=10**5, weight_bytes=10**12, degrees=[8], quantize=None, dtype="float16"
     ),
 }  # fmt: skip
 

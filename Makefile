@@ -16,6 +16,8 @@ READERS_VENV ?= .venv-readers
 READERS_READY := $(READERS_VENV)/.ready
 FUZZ_VENV ?= .venv-fuzz
 FUZZ_READY := $(FUZZ_VENV)/.ready
+LAUNCH_VENV ?= .venv-launch
+LAUNCH_READY := $(LAUNCH_VENV)/.ready
 DOCS_VENV ?= .venv-docs
 DOCS_READY := $(DOCS_VENV)/.ready
 LOCK_VENV ?= .venv-lock
@@ -29,13 +31,20 @@ SELF := -m pip install --quiet --no-deps --no-build-isolation --editable .
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick test-servers test-genai test-llama test-tasks test-readers test-browser test-registry test-integrity test-faults test-docs test-hostile test-fuzz check format lint types imports schema docs benchmark lock clean
+.PHONY: help demo demo-release test quick test-servers test-genai test-llama test-tasks test-readers test-launch test-browser test-registry test-integrity test-faults test-docs test-hostile test-fuzz check format lint types imports schema docs benchmark lock clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 demo: $(READY) ## Merge, quantize, export and verify a real 135M model with its adapter (minutes)
 	$(BIN)/qexport run recipes/gptq-4bit.yaml --force
+
+demo-release: $(READY) ## Release the demo's artifacts to a folder, signed, and check them (after `make demo`; seconds)
+	rm -rf out/releases && mkdir -p out/releases
+	openssl ecparam -name prime256v1 -genkey -noout -out out/releases/demo.key
+	openssl ec -in out/releases/demo.key -pubout -out out/releases/demo.pub
+	$(BIN)/qexport release out/gptq-4bit --version 1.0.0 --sign out/releases/demo.key --to out/releases
+	for folder in out/releases/*/; do $(BIN)/qexport check "$$folder" --signature out/releases/demo.pub || exit 1; done
 
 test: $(READY) ## Run the tests (about five minutes on two cores, less with their traces kept)
 	$(BIN)/python -m pytest $(PARALLEL) $(COVERAGE)
@@ -58,6 +67,9 @@ test-tasks: $(TASKS_READY) ## Measure task accuracy with lm-evaluation-harness o
 
 test-readers: $(READY) $(READERS_READY) ## Load GPTQ artifacts with gptqmodel and compare its logits with ours (minutes)
 	QEXPORT_GPTQMODEL_PYTHON=$(abspath $(READERS_VENV))/bin/python $(BIN)/python -m pytest tests/readers
+
+test-launch: $(READY) $(LAUNCH_READY) ## Hold launch files against the schemas of Kubernetes, KServe and compose
+	QEXPORT_LAUNCH_PYTHON=$(abspath $(LAUNCH_VENV))/bin/python $(BIN)/python -m pytest tests/launch
 
 test-browser: $(READY) ## Open the pages of reports in headless Chromium (wants chromium and chromium-driver)
 	$(BIN)/python -m pytest tests/browser
@@ -159,6 +171,11 @@ $(READERS_READY): requirements/readers.txt requirements/torch.txt
 	BUILD_CUDA_EXT=0 $(READERS_VENV)/bin/python $(LOCKED) requirements/readers.txt
 	@touch $@
 
+$(LAUNCH_READY): requirements/launch.txt
+	$(PYTHON) -m venv $(LAUNCH_VENV)
+	$(LAUNCH_VENV)/bin/python $(LOCKED) requirements/launch.txt
+	@touch $@
+
 # atheris has builds for few versions of Python, and instruments what it imports.
 $(FUZZ_READY): pyproject.toml requirements/dev.txt requirements/fuzz.txt requirements/torch.txt
 	$(PYTHON) -m venv $(FUZZ_VENV)
@@ -179,4 +196,4 @@ $(LOCK_READY):
 	@touch $@
 
 clean: ## Remove the environments and what runs have written
-	rm -rf $(VENV) $(VLLM_VENV) $(GENAI_VENV) $(LLAMA_VENV) $(TASKS_VENV) $(READERS_VENV) $(FUZZ_VENV) $(DOCS_VENV) $(LOCK_VENV) out
+	rm -rf $(VENV) $(VLLM_VENV) $(GENAI_VENV) $(LLAMA_VENV) $(TASKS_VENV) $(READERS_VENV) $(FUZZ_VENV) $(LAUNCH_VENV) $(DOCS_VENV) $(LOCK_VENV) out

@@ -19,9 +19,11 @@ import factories
 from onnx_exports import copied_trace
 from qexport.architectures.naming import name_parameters
 from qexport.export.onnx.files import Place, put_in_place
-from qexport.export.onnx.launch import FILE_NAME, Generation, OnnxLaunch, genai_config, generation, launch_files
+from qexport.export.onnx.genai import FILE_NAME, Generation, genai_config, generation
+from qexport.export.onnx.launch import OnnxLaunch, launch_files
 from qexport.export.onnx.lowering import lower
 from qexport.export.onnx.tracing import Cache
+from qexport.export.onnx.triton import triton_inputs, triton_outputs
 from qexport.formats import MergedFormat, Outputs
 from qexport.tensors import TensorSpec
 from quantized_models import QuantizedModel
@@ -66,7 +68,14 @@ def write(
     put_in_place(graph.graph, places)
     ir.save(graph, folder / "model.onnx")
     made = OnnxFolder(folder, model, traced.cache, checkpoint.config, generation(checkpoint))
-    figures = OnnxLaunch(name, traced.cache, activations, factories.VOCABULARY, [DATA], made.generation.ends, True)
+    figures = OnnxLaunch(
+        name=name,
+        inputs=triton_inputs(traced.cache),
+        outputs=triton_outputs(traced.cache, activations, factories.VOCABULARY),
+        data_files=[DATA],
+        ends=list(made.generation.ends),
+        tokenizer=True,
+    )
     for file, content in launch_files(figures).items():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_bytes(content)

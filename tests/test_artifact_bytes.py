@@ -35,7 +35,7 @@ from onnx_exports import traced_once
 from qexport.artifact import describe_environment
 from qexport.artifact.digests import sha256_bytes, sha256_file, sha256_json
 from qexport.artifact.integrity import open_artifact
-from qexport.artifact.manifest import MANIFEST_NAME
+from qexport.artifact.manifest import CARD_NAME, MANIFEST_NAME
 from qexport.errors import CompatibilityError
 from qexport.pipeline import run
 from qexport.recipe import Recipe
@@ -121,10 +121,10 @@ def digests(folder: Path) -> Iterator[tuple[str, str]]:
             yield name, sha256_bytes(without_version((folder / name).read_bytes()))
         elif name.endswith(".json"):
             yield name, sha256_bytes((folder / name).read_bytes().replace(QUANTIZER, b"qexport"))
-        elif name != "README.md":
+        elif name != CARD_NAME:
             yield name, sha256_file(folder / name)
     content = manifest.model_dump(mode="json")
-    for key in ("qexport_version", "environment", "recipe_sha256"):
+    for key in ("qexport_version", "environment", "packages", "recipe_sha256"):
         del content[key]
     content["files"] = sorted(content["files"])  # their digests are compared one by one
     for part in MANIFEST_PARTS:

@@ -19,7 +19,20 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("calibration/*.md")]
 )
-COMMANDS = {"inspect", "plan", "run", "validate", "verify", "gate", "report", "diff", "rebuild", "schema"}
+COMMANDS = {
+    "inspect",
+    "plan",
+    "run",
+    "check",
+    "validate",
+    "verify",
+    "release",
+    "gate",
+    "report",
+    "diff",
+    "rebuild",
+    "schema",
+}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 

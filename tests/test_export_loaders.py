@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, MixtralConfig, PretrainedConfig, 
 import factories
 import qexport
 import stored_models
+from qexport.export import SafetensorsSettings
+from qexport.export.layouts import SafetensorsLayout
 from qexport.export.loaders import Folder, loaders, loading_section, python_lines, warnings
 from quantized_models import QuantizedModel
 
@@ -101,17 +103,17 @@ def test_what_bitsandbytes_makes_of_a_block_size_depends_on_the_shapes(
     assert bool(warnings(found)) == (verdict == "wrong" or "block size" in words)
 
 
-def test_silent_faults_are_warned_of_and_stand_in_the_model_card(tmp_path: Path) -> None:
+def test_silent_faults_are_warned_of_and_stand_in_the_model_card() -> None:
     assert warnings(folder(GPTQ)) == []
     [warning] = warnings(folder(GPTQ, model_type="falcon"))
     assert "qexport.load(path)" in warning
-    QuantizedModel(factories.build(factories.falcon_config())).write(tmp_path / "a")
-    card = (tmp_path / "a" / "README.md").read_text()
     assert loading_section(folder(GPTQ, model_type="falcon")).splitlines()[3:6] == [
         "import qexport", 'model = qexport.load("FOLDER")', "```",
     ]  # fmt: skip
-    assert 'model = qexport.load("FOLDER")' in card
-    assert "**Silently wrong** with: transformers + gptqmodel (it fills" in card
+    quantized = QuantizedModel(factories.build(factories.falcon_config()))
+    layout = SafetensorsLayout(SafetensorsSettings(), quantized.outputs, quantized.structure)
+    assert 'model = qexport.load("FOLDER")' in layout.card.loading
+    assert "**Silently wrong** with: transformers + gptqmodel (it fills" in layout.card.loading
 
 
 MIXTRAL = MixtralConfig(

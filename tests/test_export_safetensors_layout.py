@@ -21,7 +21,7 @@ from qexport.formats import GptqFormat, Outputs
 from qexport.formats.gptq import tensors as gptq
 from qexport.tensors import GroupQuantized, GroupQuantizedSpec, Origin, OutputSpec, TensorRecord
 from qexport.tensors.safetensors_index import INDEX_NAME
-from quantized_models import DEFAULT, FILES, QuantizedModel, Tensors, gptq_method
+from quantized_models import FILES, QuantizedModel, Tensors, gptq_method
 
 SETTINGS = SafetensorsSettings(layout="safetensors")
 Q0, DOWN0, DOWN1 = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"
@@ -38,7 +38,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def test_the_folder_holds_what_readers_look_for(tmp_path: Path) -> None:
     llama().write(tmp_path)
-    expected = {"model.safetensors", "config.json", "quantize_config.json", "README.md", *FILES}
+    expected = {"model.safetensors", "config.json", "quantize_config.json", *FILES}
     assert {path.name for path in tmp_path.iterdir()} == expected
     for name, content in FILES.items():
         assert (tmp_path / name).read_bytes() == content
@@ -87,7 +87,7 @@ def test_the_base_config_is_kept(tmp_path: Path) -> None:
 def test_the_dtype_is_told_under_the_keys_that_the_base_had(tmp_path: Path, keys: tuple[str, ...]) -> None:
     config = {"model_type": "llama", "_name_or_path": "/secret/folder"} | dict.fromkeys(keys, "float32")
     checkpoint = Checkpoint(Architecture(config), Tensors({}), {}, Origin("folder", "tiny"))
-    write_files(tmp_path, model_files(checkpoint, DEFAULT, {"quant_method": "gptq"}, torch.float16))
+    write_files(tmp_path, model_files(checkpoint, {"quant_method": "gptq"}, torch.float16))
     written = read_json(tmp_path / "config.json")
     assert {key: value for key, value in written.items() if "dtype" in key} == dict.fromkeys(
         keys or ["dtype"], "float16"
@@ -228,14 +228,5 @@ def test_a_file_of_the_base_cannot_leave_the_folder_or_replace_ours(tmp_path: Pa
     quantized = llama()
     checkpoint = replace(quantized.checkpoint, files={name: b"x"})
     with pytest.raises(QexportError, match=r"outside|same name") as caught:
-        write_files(tmp_path, model_files(checkpoint, DEFAULT, {"quant_method": "gptq"}, torch.bfloat16))
+        write_files(tmp_path, model_files(checkpoint, {"quant_method": "gptq"}, torch.bfloat16))
     assert caught.value.where == name
-
-
-def test_the_card_names_a_hub_model_and_no_folder(tmp_path: Path) -> None:
-    llama(origin=Origin("hub", "org/model", "abc")).write(tmp_path / "hub")
-    llama().write(tmp_path / "folder")
-    assert "base_model: org/model\n" in (tmp_path / "hub" / "README.md").read_text()
-    card = (tmp_path / "folder" / "README.md").read_text()
-    assert "base_model" not in card
-    assert str(tmp_path) not in card

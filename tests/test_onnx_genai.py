@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 import factories
 from qexport.architectures.structure import build_on_meta, parse_config
-from qexport.export.onnx.launch import TYPES, Generation, genai_config, genai_notes
+from qexport.export.onnx.genai import TYPES, Generation, genai_config, genai_notes
 from qexport.export.onnx.traced_cache import cache_tensors
 from qexport.export.onnx.tracing import Cache, past_name, present_name
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
-import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,9 +22,11 @@ import factories
 import onnx_served
 from onnx_served import PROMPT, OnnxFolder
 from qexport.architectures.architecture import Architecture, Checkpoint
-from qexport.export.model_files import served_name
-from qexport.export.onnx.launch import Generation, OnnxLaunch, generation, launch_files
+from qexport.artifact.names import label
+from qexport.export.onnx.genai import Generation, generation
+from qexport.export.onnx.launch import OnnxLaunch, launch_files
 from qexport.export.onnx.traced_cache import CacheTensor
+from qexport.export.onnx.triton import triton_inputs, triton_outputs
 from quantized_models import QuantizedModel
 
 CONFIGS: dict[str, PretrainedConfig] = {
@@ -32,7 +34,10 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "falcon-h1": factories.FAMILIES["falcon h1"],
 }
 KEPT = CacheTensor("key", (2, None, 16), torch.float16), CacheTensor("recurrent_state", (8, 8, 16), torch.float32)
-FIGURES = OnnxLaunch("tiny", [KEPT, KEPT], torch.float16, 384, ["model.onnx.data"], (0, 7), True)
+FIGURES = OnnxLaunch(
+    name="tiny", inputs=triton_inputs([KEPT, KEPT]), outputs=triton_outputs([KEPT, KEPT], torch.float16, 384),
+    data_files=["model.onnx.data"], ends=[0, 7], tokenizer=True,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -95,7 +100,7 @@ def test_the_script_stops_at_an_end(folder: OnnxFolder) -> None:
     end = next(token for index, token in enumerate(tokens) if index >= 3 and token not in tokens[:index])
     script = folder.path / "launch" / "generate.py"
     kept = script.read_text()
-    figures = replace(FIGURES, ends=(end, 383 if end != 383 else 382))
+    figures = FIGURES.model_copy(update={"ends": [end, 383 if end != 383 else 382]})
     script.write_bytes(launch_files(figures)["launch/generate.py"])
     try:
         before = factories.tokenizer().decode(tokens[: tokens.index(end)], skip_special_tokens=True)
@@ -114,13 +119,13 @@ def test_the_script_needs_three_packages_and_few_lines() -> None:
     }
     assert imported == {"sys", "pathlib", "numpy", "onnxruntime", "tokenizers"}
     assert len(script.splitlines()) <= 40
-    assert "launch/generate.py" not in launch_files(replace(FIGURES, tokenizer=False))
-    assert b"no tokenizer.json" in launch_files(replace(FIGURES, tokenizer=False))["launch/README.md"]
+    assert "launch/generate.py" not in launch_files(FIGURES.model_copy(update={"tokenizer": False}))
+    assert b"no tokenizer.json" in launch_files(FIGURES.model_copy(update={"tokenizer": False}))["launch/README.md"]
 
 
 @pytest.mark.parametrize(("ends", "expected"), [((0, 7), {0, 7}), ((), set()), ((5,), {5})])
 def test_the_ends_are_written_in_as_numbers(ends: tuple[int, ...], expected: set[int]) -> None:
-    tree = ast.parse(launch_files(replace(FIGURES, ends=ends))["launch/generate.py"])
+    tree = ast.parse(launch_files(FIGURES.model_copy(update={"ends": list(ends)}))["launch/generate.py"])
     [assignment] = [node for node in tree.body if isinstance(node, ast.Assign) and "ends" in ast.dump(node.targets[0])]
     assert isinstance(assignment.value, ast.Tuple)
     written = assignment.value.elts[1]
@@ -189,11 +194,12 @@ def test_the_readmes_commands_make_a_repository_that_opens(folder: OnnxFolder, t
     readme = (folder.path / "launch/README.md").read_text()
     commands = [line.strip() for line in readme.splitlines() if line.startswith(("    mkdir", "    cp"))]
     assert len(commands) == 2
-    before = sorted(path for path in folder.path.rglob("*"))
-    script = "\n".join(commands).replace("REPOSITORY", shlex.quote(str(tmp_path / "models")))
-    subprocess.run(["sh", "-eu", "-c", script], cwd=folder.path, check=True)
-    assert sorted(path for path in folder.path.rglob("*")) == before
-    version = tmp_path / "models" / "tiny" / "1"
+    artifact = tmp_path / "artifact"
+    shutil.copytree(folder.path, artifact)
+    before = sorted(path for path in artifact.rglob("*"))
+    subprocess.run(["sh", "-eu", "-c", "\n".join(commands)], cwd=artifact, check=True)
+    assert sorted(path for path in artifact.rglob("*")) == before
+    version = tmp_path / "triton" / "tiny" / "1"
     assert (version.parent / "config.pbtxt").is_file()
     opened = onnxruntime.InferenceSession(str(version / "model.onnx" / "model.onnx"))
     assert [value.name for value in opened.get_inputs()] == [value.name for value in folder.session().get_inputs()]
@@ -203,8 +209,8 @@ def test_the_readmes_commands_make_a_repository_that_opens(folder: OnnxFolder, t
     "origin", ["../../etc/passwd", 'a"; rm -rf ~; "', "x/$(id)`id`", "Ünïcode\n", "..", "-rf", '"""', "}\nbackend: {"]
 )
 def test_a_hostile_name_stays_in_its_place(origin: str) -> None:
-    name = served_name(origin)
-    files = launch_files(replace(FIGURES, name=name))
+    name = label(origin)
+    files = launch_files(FIGURES.model_copy(update={"name": name}))
     plain = launch_files(FIGURES)
     assert set(files) == {path.replace("/tiny/", f"/{name}/") for path in plain}
     assert all(".." not in path and "//" not in path for path in files)

@@ -10,9 +10,9 @@ from huggingface_hub import constants
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from hub_server import Hub, Repository, serving
+from packages import contents, make_release
 from qexport.errors import InputError, RecipeError
 from qexport.registries import Package, fetch, parse_destination, publish
-from releases import contents, make_release
 
 PLACE = parse_destination("hub:org/notes")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from oci_server import Registry, serving
+from packages import contents, make_release
 from qexport.describing.places import local_place
 from qexport.errors import InputError, RecipeError
 from qexport.progress import silent
@@ -19,7 +20,6 @@ from qexport.registries.oci import client, downloads, uploads
 from qexport.registries.oci.documents import parameter_size
 from qexport.registries.oci.layers import layers_of
 from qexport.registries.tar_stream import TarStream
-from releases import contents, make_release
 
 IMAGE_LAYER = "application/vnd.oci.image.layer.v1.tar"
 WEIGHTS = 120_000

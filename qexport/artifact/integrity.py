@@ -12,10 +12,17 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from qexport.artifact.digests import sha256_bytes, sha256_file
-from qexport.artifact.manifest import LISTING_NAME, MANIFEST_NAME, REPORT_FOLDER, FileRecord, Manifest
+from qexport.artifact.manifest import (
+    LISTING_NAME,
+    MANIFEST_NAME,
+    REPORT_FOLDER,
+    SIGNATURE_NAME,
+    FileRecord,
+    Manifest,
+)
 from qexport.artifact.partial import MARKER_NAME
 from qexport.artifact.roots import confirm_root, recorded_roots
 from qexport.errors import InputError
@@ -23,10 +30,32 @@ from qexport.errors import InputError
 _LINE: Final = re.compile(r"([0-9a-f]{64})  ([^\n\r\\]+)\n")
 _LISTING_LIMIT: Final = 1 << 24
 _DEEPEST: Final = 8
-_OF_THE_HUB: Final = re.compile(r"\.gitattributes|\.cache/(huggingface/.*)?")
-"""What huggingface_hub puts beside the files of a repository. No reader of ours opens it."""
+_UNLISTED: Final = re.compile(rf"\.gitattributes|\.cache/(huggingface/.*)?|{re.escape(SIGNATURE_NAME)}")
+"""What huggingface_hub puts beside the files of a repository, which no reader of ours opens; and the signature, which
+covers the listing.
+"""
 
 _MEND: Final = "fetch the artifact again"
+
+
+FileFault = Literal["changed", "missing", "unlisted"]
+
+
+class FileProblem(InputError):
+    """A file of an artifact is not as it was written.
+
+    Args:
+        what: one sentence.
+        folder: the artifact.
+        name: the file's path inside it.
+        fault: what is wrong with it.
+    """
+
+    def __init__(self, what: str, folder: Path, name: str, fault: FileFault) -> None:
+        mend = f"remove it, or {_MEND}" if fault == "unlisted" else _MEND
+        super().__init__(what, where=str(folder / name), mend=mend)
+        self.name = name
+        self.fault = fault
 
 
 @dataclass(frozen=True)
@@ -41,7 +70,7 @@ class Artifact:
         confirmed_by: what outside the folder has the same root digest; None if there is nothing to compare it with.
             Then the folder agrees with itself, and whoever changed a file may have changed its digests too.
         report_removed: the folder `report` was removed as a whole.
-        unlisted: files of the model hub, which were not checked.
+        unlisted: files of the model hub and the signature, which were not checked.
     """
 
     path: Path
@@ -90,7 +119,7 @@ def open_artifact(path: Path, *, reads: Callable[[str], bool] = every_file, root
             each other; or the root digest is another.
     """
     found = _entries(path)
-    unlisted = [name for name in found if _OF_THE_HUB.fullmatch(name)]
+    unlisted = [name for name in found if _UNLISTED.fullmatch(name)]
     names = set(found).difference(unlisted)
     if LISTING_NAME not in names:
         return _without_listing(path, names, unlisted, reads, root)
@@ -229,16 +258,12 @@ def _compare(path: Path, names: set[str], digests: Mapping[str, str], reads: Cal
     folders = {f"{parent}/" for name in digests for parent in _parents(name)} | {f"{REPORT_FOLDER}/"}
     if unknown := sorted(names - digests.keys() - folders):
         what = "a folder" if unknown[0].endswith("/") else "a file"
-        raise InputError(
-            f"{what} of the artifact is not listed",
-            where=str(path / unknown[0]),
-            mend="remove it, or fetch the artifact again",
-        )
+        raise FileProblem(f"{what} of the artifact is not listed", path, unknown[0], "unlisted")
     for name, digest in sorted(digests.items()):
         if name not in names:
-            raise _changed("a file of the artifact is missing", path / name)
+            raise FileProblem("a file of the artifact is missing", path, name, "missing")
         if reads(name) and _digest(path / name) != digest:
-            raise _changed("a file of the artifact has changed since it was written", path / name)
+            raise FileProblem("a file of the artifact has changed since it was written", path, name, "changed")
 
 
 def _parents(name: str) -> list[str]:
@@ -269,7 +294,8 @@ def _refuse_disagreement(
 def _refuse_sizes(path: Path, manifest: Manifest, reads: Callable[[str], bool]) -> None:
     for name, record in manifest.files.items():
         if reads(name) and (path / name).stat().st_size != record.size:
-            raise _changed("a file of the artifact has changed since it was written: its size is another", path / name)
+            what = "a file of the artifact has changed since it was written: its size is another"
+            raise FileProblem(what, path, name, "changed")
 
 
 def _changed(what: str, place: Path) -> InputError:

@@ -16,10 +16,13 @@ from qexport.artifact import Environment, Identity, Protocol
 from qexport.artifact.digests import sha256_json
 from qexport.artifact.figures import Figure, GateResult, Verdict, find_figure
 from qexport.errors import InputError
-from qexport.records import LayerRecord, Record
+from qexport.records import LayerRecord, Record, added
 
 MANIFEST_NAME = "qexport-manifest.json"
 LISTING_NAME: Final = "SHA256SUMS"
+CARD_NAME: Final = "README.md"
+LICENSES_FOLDER: Final = "licenses"
+SIGNATURE_NAME: Final = "model.sig"
 REPORT_FOLDER = "report"
 SCHEMA_VERSION = 2
 
@@ -31,6 +34,22 @@ class FileRecord(Record):
     """Bytes."""
 
     sha256: str
+
+
+class TermsRecord(Record):
+    """On which terms a base or an adapter may be used, as its own card and files say."""
+
+    license: str | None
+    """By the hub's name, for example `apache-2.0`; null if the card names none."""
+
+    license_name: str | None
+    """What the card calls a license that has no name on the hub."""
+
+    license_link: str | None
+    languages: list[str]
+
+    files: list[str]
+    """Its licenses and notices, by their paths inside the artifact."""
 
 
 class SourceRecord(Record):
@@ -46,6 +65,9 @@ class SourceRecord(Record):
 
     sha256: dict[str, str]
     """The digest of each file read, by its name."""
+
+    terms: TermsRecord | None = added()
+    """Null if its card names no license and no language, and no license or notice lies beside it."""
 
 
 class CalibrationRecord(Record):
@@ -88,6 +110,25 @@ class GraphRecord(Record):
 
     accuracy_level: int
     """Of MatMulNBits; 4 lets ONNX Runtime round activations to 8 bits."""
+
+
+class CardText(Record):
+    """What the model card says of a layout, besides where it came from and how it was verified."""
+
+    tag: str
+    """For the hub's search by tags."""
+
+    title: str
+    """A few words for the heading."""
+
+    text: str
+    """Describes the weights; follows `Made with qexport from ...:`."""
+
+    loading: str = ""
+    """The section on libraries that load the folder; empty for a server's layout."""
+
+    serving: list[str] = []
+    """What users of a server should know."""
 
 
 class Verification(Record):
@@ -168,6 +209,20 @@ class Manifest(Record):
     """
 
     verification: Verification | None
+
+    card: CardText | None = added()
+    """What README.md is rendered from, with the report; None if qexport 0.2 or older made the artifact."""
+
+    launch: dict[str, Any] | None = added()
+    """What the files in `launch/` are rendered from; None for the layout safetensors."""
+
+    packages: dict[str, str] = added({})
+    """The version of each installed package that qexport needs, when it made the artifact."""
+
+    @property
+    def sources(self) -> list[SourceRecord]:
+        """Base and adapter."""
+        return [self.base, *([self.adapter] if self.adapter else [])]
 
     @model_validator(mode="after")
     def _recipe_fits_its_digest(self) -> Manifest:

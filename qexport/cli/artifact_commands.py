@@ -14,11 +14,13 @@ import typer
 from qexport.cli.app import AsJson, Debug, Failure, Overrides, RecipePath, app, reporting_errors, showing_progress
 from qexport.cli.terminal import stdout, write, write_json
 from qexport.errors import CompatibilityError, GateFailed, GateUndecided, RecipeError, listed
+from qexport.progress import Notice
 
 if TYPE_CHECKING:
     from qexport.artifact.report import Report
     from qexport.cli.verifying import References
     from qexport.pipeline import Result
+    from qexport.release import ReleaseSettings
 
 
 @app.command()
@@ -42,6 +44,10 @@ def run(
         if output is not None:
             chosen = chosen.model_copy(update={"output": str(output.absolute())})
         checked_output(chosen, force=force)
+        if chosen.release is not None and chosen.release.version is not None:
+            from qexport.cli.release_commands import load_releasing
+
+            load_releasing().refuse_unusable(chosen.release)  # before hours of work
         from qexport import pipeline  # takes seconds; errors of the recipe and the output should come first
         from qexport.cli.verifying import verify_command
 
@@ -56,6 +62,8 @@ def run(
         _show(result, as_json=as_json)
     with reporting_errors(debug=debug):
         result.raise_for_verdict()
+        if chosen.release is not None and chosen.release.version is not None:
+            _release(chosen.release, result.artifact_path)
 
 
 @app.command()
@@ -194,6 +202,16 @@ def _inspect(
     what = f"{len(found.failed)} of {len(found.checks)} demands of {server} are not met"
     names = listed([check.name for check in found.failed])
     return Failure(what, CompatibilityError.exit_code, where=names, mend=f"export the layout {server}")
+
+
+def _release(settings: ReleaseSettings, artifact: Path) -> None:
+    """Releases what a run has published, and says where it is on stderr: stdout has the run's document."""
+    from qexport.cli.release_commands import load_releasing
+
+    with showing_progress() as progress:
+        for made in load_releasing().release_of_run(settings, artifact, progress):
+            for line in made.lines():
+                progress(Notice(line))
 
 
 def _show(result: Result, *, as_json: bool) -> None:

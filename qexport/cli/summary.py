@@ -16,6 +16,7 @@ from rich.text import Text
 
 from qexport.amounts import counted, size
 from qexport.artifact.manifest import REPORT_FOLDER
+from qexport.artifact.names import title
 from qexport.quantizing import recorded_method
 from qexport.reporting.baseline import baseline_view
 from qexport.reporting.selection import confirmation, fallen_back
@@ -109,9 +110,9 @@ def _readers_of(manifests: Mapping[str, Manifest], layouts: Sequence[str]) -> st
 
 
 def _headline(manifest: Manifest, layouts: Iterable[str]) -> Text:
-    names = [source.name.rpartition("/")[2] for source in (manifest.base, manifest.adapter) if source]
+    name = title(manifest.base.name, manifest.adapter.name if manifest.adapter else None)
     how = f"{recorded_method(manifest.recipe['quantize']).title}, {' + '.join(layouts)}"
-    return Text.assemble((" + ".join(names), "bold"), f"  →  {how}")
+    return Text.assemble((name, "bold"), f"  →  {how}")
 
 
 def _figures(manifest: Manifest) -> Table:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from qexport.amounts import parse_size
 from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.structure import Structure
-from qexport.artifact.manifest import GraphRecord
+from qexport.artifact.manifest import CardText, GraphRecord
 from qexport.errors import CompatibilityError, InputError, QexportError, RecipeError, listed
 from qexport.export import (
     ExportSettings,
@@ -20,8 +20,9 @@ from qexport.export import (
     VllmSettings,
 )
 from qexport.export.gguf.layout import GgufLayout
+from qexport.export.launch import Launch
 from qexport.export.loaders import Folder, loading_section, stock_loaders, warnings
-from qexport.export.model_files import model_files, sizes_of, write_files
+from qexport.export.model_files import card_text, model_files, sizes_of, write_files
 from qexport.export.tgi.layout import TgiLayout
 from qexport.export.vllm.layout import VllmLayout
 from qexport.export.weight_files import WeightFiles
@@ -63,15 +64,24 @@ class Layout(Protocol):
         ...
 
     @property
+    def card(self) -> CardText:
+        """What the model card says of the folder."""
+        ...
+
+    @property
+    def launch(self) -> Launch | None:
+        """What the launch files say, once they are written; None if there are none."""
+        ...
+
+    @property
     def degrees(self) -> Mapping[str, Sequence[int]]:
         """The tensor-parallel degrees that work, by server; empty for a layout that no server is meant to load."""
         ...
 
     def files(self, checkpoint: Checkpoint) -> Mapping[str, int]:
-        """Bytes of each file that will be written, by name, except manifest, listing and report.
+        """Bytes of each file that will be written, by name, except manifest, listing, report and model card.
 
-        They are known before any weight is read. The model card gains a section once the artifact is measured, and the
-        size of a graph, which is traced later, is an estimate.
+        They are known before any weight is read; the size of a graph, which is traced later, is an estimate.
         """
         ...
 
@@ -84,7 +94,7 @@ class Layout(Protocol):
         ...
 
     def write_files(self, folder: Path, checkpoint: Checkpoint) -> None:
-        """Writes everything except the manifest into the folder, which already has the weights.
+        """Writes everything except model card and manifest into the folder, which already has the weights.
 
         Raises:
             QexportError: a file of the checkpoint would be written outside the folder, or replace another file.
@@ -115,6 +125,7 @@ class SafetensorsLayout:
     name = "safetensors"
     graph = None
     degrees: Mapping[str, Sequence[int]] = {}
+    launch = None
 
     def __init__(self, settings: SafetensorsSettings, outputs: Outputs, structure: Structure) -> None:
         self._outputs, self._structure = outputs, structure
@@ -135,6 +146,11 @@ class SafetensorsLayout:
     def notes(self) -> list[str]:
         """What loaders get wrong with this artifact without an error."""
         return warnings(self._folder)
+
+    @property
+    def card(self) -> CardText:
+        """The format, and the libraries that load it."""
+        return card_text(self._outputs.format, loading=loading_section(self._folder))
 
     @property
     def _folder(self) -> Folder:
@@ -158,14 +174,13 @@ class SafetensorsLayout:
         return {**self.weights.files, **sizes_of(self._files(checkpoint))}
 
     def write_files(self, folder: Path, checkpoint: Checkpoint) -> None:
-        """Writes config, tokenizer and model card."""
+        """Writes config and tokenizer."""
         write_files(folder, self._files(checkpoint))
 
     def _files(self, checkpoint: Checkpoint) -> dict[str, bytes]:
-        """All files except the weights and the manifest."""
-        outputs, embedding = self._outputs, f"{self._structure.embedding}.weight"
-        dtype, loading = outputs.unquantized_dtype(embedding), loading_section(self._folder)
-        return model_files(checkpoint, outputs.format, self.quantization, dtype, loading=loading)
+        """All files except the weights, the manifest and the model card."""
+        dtype = self._outputs.unquantized_dtype(f"{self._structure.embedding}.weight")
+        return model_files(checkpoint, self.quantization, dtype)
 
     def check(self, folder: Path) -> None:
         """Does nothing: there are no rules besides reading the weights back, as in every layout."""

@@ -18,6 +18,7 @@ from qexport.loading.hub import fetch, fetch_base
 from qexport.loading.model_weights import ChunkedSource, find_architecture, fit_to_model, refuse_untied_copies
 from qexport.loading.packaged import find_package_file
 from qexport.loading.small_files import CONFIG_NAME, read_config, read_sidecars
+from qexport.loading.terms import CARD_NAME, FILE_PATTERNS, read_terms
 from qexport.progress import ProgressCallback, silent
 from qexport.references import HubReference, LocalReference, PackageReference, parse_reference
 from qexport.tensors.safetensors_folder import SafetensorsFolder
@@ -57,7 +58,7 @@ def read_folder(
     except BaseException:
         source.close()
         raise
-    origin = Origin(kind, name, revision, digests)
+    origin = Origin(kind, name, revision, digests, read_terms(folder, trusted_root=trusted_root))
     return Checkpoint(architecture, weights, files, origin)
 
 
@@ -179,10 +180,13 @@ def locate_adapter(settings: LoadSettings, *, progress: ProgressCallback = silen
         raise InputError("an adapter cannot be a file inside a package", where="load.adapter", mend="name its folder")
     if isinstance(reference, Path):
         digests = _check_files(reference, None)
-        return AdapterFolder(reference, Origin("folder", reference.resolve().name, sha256=digests))
-    snapshot = fetch(reference, (ADAPTER_CONFIG, ADAPTER_WEIGHTS), progress=progress)
+        terms = read_terms(reference)
+        return AdapterFolder(reference, Origin("folder", reference.resolve().name, sha256=digests, terms=terms))
+    files = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD_NAME, *FILE_PATTERNS)
+    snapshot = fetch(reference, files, progress=progress)
     digests = _check_files(snapshot.path, snapshot.trusted_root)
-    return AdapterFolder(snapshot.path, Origin("hub", reference.repo_id, snapshot.commit, digests))
+    terms = read_terms(snapshot.path, trusted_root=snapshot.trusted_root)
+    return AdapterFolder(snapshot.path, Origin("hub", reference.repo_id, snapshot.commit, digests, terms))
 
 
 def _check_files(folder: Path, trusted_root: Path | None) -> dict[str, str]:

@@ -23,7 +23,7 @@ from qexport.loading.packaged import PackageFile
 from qexport.loading.small_files import read_sidecars
 from qexport.progress import Progress, ProgressCallback
 from qexport.tensors.gguf_file import GgufFile
-from qexport.tensors.source import Origin, TensorSpec
+from qexport.tensors.source import Origin, TensorSpec, Terms
 
 _SUPPORTED: Final = ("llama", "qwen2")
 _EXTRA_FIELDS: Final[Mapping[str, Mapping[str, str]]] = {"llama": {"rope.dimension_count": "head_dim"}}
@@ -61,12 +61,19 @@ def read_gguf(found: PackageFile, *, progress: ProgressCallback) -> Checkpoint:
         source = GgufWeights(file, places(family, config, architecture.skeleton.state_dict()))
         weights = fit_to_model(source, architecture)
         files = _files(found.path, config)
-        origin = Origin("package", found.name, found.version, FileDigests(found.path.parent, (found.path.name,), {}))
+        digests = FileDigests(found.path.parent, (found.path.name,), {})
+        origin = Origin("package", found.name, found.version, digests, _terms(file))
     except BaseException:
         file.close()
         raise
     progress(Progress("load", 1, 1, "file", detail=found.path.name))
     return Checkpoint(architecture, weights, files, origin)
+
+
+def _terms(file: GgufFile) -> Terms:
+    """The license in the metadata; a package's own license is not the model's."""
+    found = file.metadata.get("general.license")
+    return Terms(license=found if isinstance(found, str) and found.isprintable() and len(found) < 64 else None)
 
 
 def _family(file: GgufFile) -> GgufFamily:

@@ -125,6 +125,7 @@ def _merged(
             base,
             architecture=base.architecture.in_dtype(dtype),
             weights=MergedSource(base.weights, changes, read, dtype),
+            adapter=adapter.origin if adapter else None,
         )
         for dtype in (getattr(torch, settings.dtype), torch.float32)
     )

@@ -15,6 +15,7 @@ import torch
 from qexport.architectures.architecture import Architecture
 from qexport.artifact.digests import FileDigests
 from qexport.artifact.manifest import Sizes
+from qexport.artifact.names import title
 from qexport.artifact.report import Subject
 from qexport.errors import InputError, listed
 from qexport.export.layouts import Layout
@@ -151,14 +152,14 @@ def open_layout(
         written: its weights.
     """
     merged = planned.merged
-    origins = [merged.checkpoint.origin, *([merged.adapter.origin] if merged.adapter else [])]
+    adapter = merged.checkpoint.adapter
     own = layers if layout.quantization else ()
     fallen = [f"{layer.name} was rounded to nearest" for layer in own if layer.method == "round_to_nearest"]
     with open_folder(
         folder,
         merged.checkpoint.architecture,
         getattr(torch, planned.recipe.merge.dtype),
-        name=" + ".join(origin.name.rpartition("/")[2] for origin in origins),
+        name=title(merged.checkpoint.origin.name, adapter.name if adapter else None),
         layouts=[layout.name],
         layers=own,
         digests=written.files,

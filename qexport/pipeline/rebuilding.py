@@ -14,15 +14,15 @@ from typing import Any, Final
 from qexport.architectures.devices import find_device
 from qexport.artifact import describe_environment
 from qexport.artifact.attestation import Rebuild
-from qexport.artifact.digests import sha256_bytes, sha256_file
+from qexport.artifact.digests import sha256_file
 from qexport.artifact.integrity import open_artifact
-from qexport.artifact.manifest import MANIFEST_NAME, Manifest, SourceRecord
+from qexport.artifact.manifest import CARD_NAME, MANIFEST_NAME, Manifest, SourceRecord
 from qexport.comparing.documents import compare_values
 from qexport.errors import InputError, RecipeError, listed
 from qexport.hidden_packages import hidden
 from qexport.pipeline.first_difference import causes_of, first_difference
 from qexport.pipeline.planning import plan
-from qexport.pipeline.recording import CARD_NAME, card_without_verdict, made_from
+from qexport.pipeline.recording import made_from
 from qexport.pipeline.result import Result
 from qexport.pipeline.running import run
 from qexport.pipeline.texts import read_texts
@@ -216,8 +216,10 @@ def _compared(
     rebuilt = {name: record.sha256 for name, record in new.files.items()}
     skipped = {"report": "it holds timings, which no two runs share"} if manifest.verification else {}
     if recipe.verify is None and manifest.verification is not None:
-        skipped[MANIFEST_NAME] = "it holds figures, and nothing was verified here (--verify)"
-        _compare_cards(given, folder, files, rebuilt, skipped)
+        for name in (MANIFEST_NAME, CARD_NAME):
+            skipped[name] = "it holds figures, and nothing was verified here (--verify)"
+        files.pop(CARD_NAME, None)
+        rebuilt.pop(CARD_NAME, None)
     elif recipe.portable() == manifest.recipe:
         files[MANIFEST_NAME], rebuilt[MANIFEST_NAME] = given.sha256, sha256_file(folder / MANIFEST_NAME)
     else:
@@ -241,17 +243,3 @@ def _compared(
 
 def _device_of(manifest: Manifest) -> str:
     return "cpu" if manifest.environment.device == "cpu" else "cuda"
-
-
-def _compare_cards(
-    given: Recorded, folder: Path, files: dict[str, str], rebuilt: dict[str, str], skipped: dict[str, str]
-) -> None:
-    """The card has a section with the verdict, which this run has not; without it the cards must be equal."""
-    was = files.pop(CARD_NAME, None)
-    if was is None:
-        return
-    skipped[CARD_NAME] = "its section on the verification; the rest is compared where the artifact is at hand"
-    if given.folder is not None:
-        ours, theirs = (card_without_verdict(each) for each in (given.folder, folder))
-        files[f"{CARD_NAME} without its verdict"] = sha256_bytes(ours.encode())
-        rebuilt[f"{CARD_NAME} without its verdict"] = sha256_bytes(theirs.encode())

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any, Final
+from typing import Any, Literal
 
 import torch
 
@@ -14,17 +13,27 @@ from qexport.artifact.agreement import verification_of
 from qexport.artifact.digests import sha256_bytes, sha256_json
 from qexport.artifact.figures import CheckResult, GateResult, overall
 from qexport.artifact.integrity import digest_files
-from qexport.artifact.manifest import LISTING_NAME, CalibrationRecord, Manifest, Sizes, SourceRecord
+from qexport.artifact.manifest import (
+    CARD_NAME,
+    LICENSES_FOLDER,
+    LISTING_NAME,
+    CalibrationRecord,
+    Manifest,
+    Sizes,
+    SourceRecord,
+    TermsRecord,
+)
+from qexport.artifact.packages import installed_packages
 from qexport.artifact.report import ProfileRecord, ReferenceRecord, Report
 from qexport.artifact.served import confirmation, confirming
+from qexport.export.model_files import write_files
 from qexport.pipeline.baseline import other_reference
 from qexport.pipeline.folders import ArtifactFolder, LayoutFolder
 from qexport.pipeline.planning import Plan
 from qexport.pipeline.serving import ServedArtifact
-from qexport.reporting.markdown import escaped
-from qexport.reporting.view import summarize
+from qexport.reporting.card import CardFacts, model_card
 from qexport.statistics.samples import ALPHA
-from qexport.tensors import CalibrationSet, Origin
+from qexport.tensors import CalibrationSet, Origin, Terms
 from qexport.text.tokenizers import template_digest, tokenizer_digest
 from qexport.verifying.estimates import flips_by_margin, kl_histogram, worst_tokens
 from qexport.verifying.reference import Reference
@@ -66,8 +75,8 @@ def make_report(
         verdict=overall(gate.verdict for gate in gates),
         subject=opened.subject(),
         reference=ReferenceRecord(
-            base=source_record(reference.base.origin),
-            adapter=source_record(reference.adapter) if reference.adapter else None,
+            base=source_record(reference.base.origin, "base"),
+            adapter=source_record(reference.adapter, "adapter") if reference.adapter else None,
             dtype=dtype,
         ),
         identity=identity,
@@ -100,31 +109,59 @@ def make_report(
     )
 
 
-CARD_NAME: Final = "README.md"
-_SECTION: Final = "\n## Verification\n"
-
-
-def complete_card(folder: Path, report: Report) -> None:
-    """Says in the model card what the verdict was, who has computed the artifact and who has not.
+def write_card(folder: LayoutFolder, base: Origin, adapter: Origin | None, report: Report | None) -> None:
+    """Writes the model card of a layout, and the licenses and notices of base and adapter beside it.
 
     Args:
-        folder: of a layout; its card may have the section already.
-        report: on the folder.
+        folder: of the layout, which has no card yet.
+        base: where the base came from.
+        adapter: where the adapter came from.
+        report: on the folder; None if it was not verified.
     """
-    card, text = folder / CARD_NAME, card_without_verdict(folder)
-    found = summarize(report)
-    words = f"{found.word}: {found.sentence} {found.confirmation}"
-    card.write_text(f"{text}{_SECTION}\n{escaped(words)}\n", encoding="utf-8")
+    layout = folder.layout
+    facts = CardFacts(
+        layout=layout.name,
+        base=source_record(base, "base"),
+        adapter=source_record(adapter, "adapter") if adapter else None,
+        text=layout.card,
+        quantized=layout.quantization is not None,
+        notes=folder.notes,
+        launch=layout.launch.name if layout.launch else None,
+        report=report,
+    )
+    licenses = {
+        path: content
+        for role, origin in (("base", base), ("adapter", adapter))
+        if origin is not None
+        for path, content in zip(_license_paths(origin, role), origin.terms.files.values(), strict=True)
+    }
+    write_files(folder.opened.artifact.folder, {CARD_NAME: model_card(facts).encode("utf-8"), **licenses})
 
 
-def card_without_verdict(folder: Path) -> str:
-    """A layout's model card up to the section that `complete_card` adds."""
-    return (folder / CARD_NAME).read_text(encoding="utf-8").partition(_SECTION)[0]
+def source_record(origin: Origin, role: Literal["base", "adapter"]) -> SourceRecord:
+    """Where a base or an adapter came from, and on which terms."""
+    return SourceRecord(
+        kind=origin.kind,
+        name=origin.name,
+        revision=origin.revision,
+        sha256=dict(origin.sha256),
+        terms=None if origin.terms == Terms() else _terms(origin, role),
+    )
 
 
-def source_record(origin: Origin) -> SourceRecord:
-    """Where a base or an adapter came from."""
-    return SourceRecord(kind=origin.kind, name=origin.name, revision=origin.revision, sha256=dict(origin.sha256))
+def _terms(origin: Origin, role: str) -> TermsRecord:
+    terms = origin.terms
+    return TermsRecord(
+        license=terms.license,
+        license_name=terms.license_name,
+        license_link=terms.license_link,
+        languages=list(terms.languages),
+        files=_license_paths(origin, role),
+    )
+
+
+def _license_paths(origin: Origin, role: str) -> list[str]:
+    return [f"{LICENSES_FOLDER}/{role}/{name}" for name in origin.terms.files]
 
 
 def _unconfirmed(opened: ArtifactFolder, measured: Measurement, served: ServedArtifact) -> list[str]:
@@ -192,6 +229,8 @@ def make_manifest(
         files=digest_files(opened.artifact.folder, folder.written.files),
         listing=LISTING_NAME,
         verification=verification_of(report) if report else None,
+        card=layout.card,
+        launch=layout.launch.model_dump(mode="json") if layout.launch else None,
     )
 
 
@@ -203,9 +242,10 @@ def made_from(planned: Plan, calibration: CalibrationSet | None, device: torch.d
         "environment": describe_environment(device),
         "recipe": recipe,
         "recipe_sha256": sha256_json(recipe),
-        "base": source_record(checkpoint.origin),
-        "adapter": source_record(adapter.origin) if adapter else None,
+        "base": source_record(checkpoint.origin, "base"),
+        "adapter": source_record(adapter.origin, "adapter") if adapter else None,
         "calibration": _calibration(calibration) if calibration else None,
+        "packages": installed_packages(),
         "tokenizer": {name: sha256_bytes(content) for name, content in sorted(checkpoint.files.items())},
     }
 

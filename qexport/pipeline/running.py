@@ -27,7 +27,7 @@ from qexport.hidden_packages import hidden
 from qexport.pipeline.finished import FinishedRun
 from qexport.pipeline.folders import LayoutFolder, open_layout
 from qexport.pipeline.planning import Plan, plan
-from qexport.pipeline.recording import complete_card, make_manifest
+from qexport.pipeline.recording import make_manifest, write_card
 from qexport.pipeline.reference import prepare_reference, refuse_unmeasurable, unproven_merge
 from qexport.pipeline.result import Result, UnprovenMerge
 from qexport.pipeline.resuming import RunJournal, open_journal
@@ -261,13 +261,13 @@ def _record(
     device: torch.device,
 ) -> tuple[dict[str, Manifest], dict[str, str]]:
     """Writes report, card, manifest and listing into each folder, in this order; returns manifests and root digests."""
-    manifests, roots = dict[str, Manifest](), dict[str, str]()
+    manifests, roots, merged = dict[str, Manifest](), dict[str, str](), planned.merged
     for name in (layout.name for layout in planned.layouts):
         folder, found = folders[name], reports.get(name)
         path = folder.opened.artifact.folder
         if found:
             write_report(found, path / REPORT_FOLDER)
-            complete_card(path, found)
+        write_card(folder, merged.checkpoint.origin, merged.checkpoint.adapter, found)
         manifests[name] = make_manifest(planned, texts.calibration, folder, found, device)
         manifests[name].write(path)
         roots[name] = write_listing(path, manifests[name])

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from qexport.artifact.figures import CATALOGUE
 from qexport.errors import CompatibilityError, RecipeError, listed
-from qexport.export.vllm.served import max_model_len
+from qexport.export.vllm.launch import max_model_len
 from qexport.reading.stored_model import StoredModel
 from qexport.runtimes import MODULES, RuntimeSettings
 from qexport.verifying import VerifySettings

@@ -18,6 +18,8 @@ from qexport.merge import MergeSettings
 from qexport.quantizing import AnyMethod
 from qexport.quantizing.method import Method
 from qexport.recipe.paths import portable, resolved
+from qexport.records import added
+from qexport.release import ReleaseSettings
 from qexport.settings import Settings
 from qexport.verifying import VerifySettings
 from qexport.yaml.parsing import FileKind, SyntaxProblem, parse
@@ -74,6 +76,9 @@ class Recipe(Settings):
     """The most main memory that the run may take, for example `8GB` (powers of ten). By default what the machine or its
     control group has. The weights do not depend on it."""
 
+    release: ReleaseSettings | None = added()
+    """What the artifacts are released as. Name and version enter the manifest, the rest does not."""
+
     output: str | None = None
     """The artifact's folder. `--output` on the command line replaces it."""
 
@@ -100,7 +105,7 @@ class Recipe(Settings):
         """The recipe as JSON values without a host's path, for the manifest.
 
         Defaults are filled in, local files and folders are reduced to their last component; `output` and `max_memory`,
-        which change nothing in the artifact, are omitted.
+        which change nothing in the artifact, are omitted, and of `release` all but name and version.
         """
         return portable(self.model_dump(mode="json"))
 

@@ -23,6 +23,8 @@ from qexport.yaml.problems import Keys, Problem, YamlNode, dotted, entry_at, rep
 
 Resolve = Callable[[str, Path], str]
 
+_ADDRESSES: Final = ("oci://", DATASET_PREFIX)
+
 
 def base(text: str, folder: Path) -> str:
     """A base model: `pkg:package/file.gguf`, or as for `adapter`."""
@@ -46,6 +48,11 @@ def calibration(text: str, folder: Path) -> str:
     if not is_hub_id(text.removeprefix(DATASET_PREFIX)):
         raise ValueError(f"{text!r} does not name a hub dataset: write hub:org/dataset")
     return text
+
+
+def destination(text: str, folder: Path) -> str:
+    """A folder or a file, or the address of a registry."""
+    return text if text.startswith(_ADDRESSES) else local(text, folder)
 
 
 def task(text: str, folder: Path) -> str:
@@ -76,6 +83,8 @@ REFERENCES: dict[Keys, Resolve] = {
     ("verify", "refusals", "prompts"): local,
     ("verify", "tasks", "tasks"): task,
     ("verify", "through", EACH, "python"): local,
+    ("release", "to"): destination,
+    ("release", "sign"): local,
     ("output",): local,
 }
 """The fields that name files, with the rule for each."""
@@ -116,8 +125,12 @@ def _texts(root: YamlNode, keys: Keys) -> Iterator[Keys]:
 
 
 def portable(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's JSON values with local paths reduced to their last component, without `output` and `max_memory`."""
+    """A recipe's JSON values with local paths reduced to their last component, without `output`, `max_memory` and
+    where a release goes.
+    """
     recipe = {key: value for key, value in recipe.items() if key not in ("output", "max_memory")}
+    if release := recipe.pop("release", None):
+        recipe["release"] = {"name": release["name"], "version": release["version"]}
     for keys, resolve in REFERENCES.items():
         name = keys[-1]
         for part in _parts(recipe, keys[:-1]):

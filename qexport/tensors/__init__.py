@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         RowQuantizedSpec,
         TensorRecord,
     )
-    from qexport.tensors.source import CalibrationSet, LargestSpec, Origin, TensorSpec, WeightSource
+    from qexport.tensors.source import CalibrationSet, LargestSpec, Origin, TensorSpec, Terms, WeightSource
 
 __all__ = [
     "BlockQuantized",
@@ -37,10 +37,11 @@ __all__ = [
     "RowQuantizedSpec",
     "TensorRecord",
     "TensorSpec",
+    "Terms",
     "WeightSource",
 ]
 
-_IN_SOURCE = ("CalibrationSet", "LargestSpec", "Origin", "TensorSpec", "WeightSource")
+_IN_SOURCE = ("CalibrationSet", "LargestSpec", "Origin", "TensorSpec", "Terms", "WeightSource")
 
 
 def __getattr__(name: str) -> Any:

@@ -68,6 +68,25 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 @dataclass(frozen=True)
+class Terms:
+    """On which terms a checkpoint or an adapter may be used, as its own card and files say.
+
+    Attributes:
+        license: its license by the hub's name, for example `apache-2.0`; None if the card names none.
+        license_name: what the card calls a license that has no name on the hub.
+        license_link: where that one is.
+        languages: what the card says it understands.
+        files: licenses and notices by their names inside the folder, byte for byte.
+    """
+
+    license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    languages: tuple[str, ...] = ()
+    files: Mapping[str, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Origin:
     """Where a checkpoint or an adapter came from, without any path of this machine.
 
@@ -76,12 +95,14 @@ class Origin:
         name: the folder's last component, the hub id, or `package/file`.
         revision: the commit that a hub id resolved to, or the package's version.
         sha256: hex digest of each file read, by its name inside the folder.
+        terms: its license.
     """
 
     kind: Literal["folder", "hub", "package"]
     name: str
     revision: str | None = None
     sha256: Mapping[str, str] = field(default_factory=dict)
+    terms: Terms = Terms()
 
 
 @dataclass(frozen=True)

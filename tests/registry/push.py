@@ -11,10 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+from packages import REPORT, SIGNATURE
 from qexport.progress import Notice, Progress
 from qexport.registries import Package, parse_destination, publish
 from qexport.registries.oci import uploads
-from releases import REPORT, SIGNATURE
 
 uploads.CHUNK = 1 << 20
 

@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 import requests
 
+from packages import REPORT, SIGNATURE, contents, make_release
 from qexport.errors import InputError, RecipeError
 from qexport.registries import OciDestination, Package, fetch, parse_destination, promote, publish, tags
 from qexport.registries.oci import uploads
-from releases import REPORT, SIGNATURE, contents, make_release
 from running_registry import NAME, PASSWORD, RunningRegistry, log_in, make_certificate, running_registry
 
 PUSH = Path(__file__).parent / "push.py"

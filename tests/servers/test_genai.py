@@ -17,7 +17,7 @@ import torch
 import factories
 import onnx_served
 import qexport
-from qexport.export.onnx.launch import FILE_NAME, TYPES, genai_notes
+from qexport.export.onnx.genai import FILE_NAME, TYPES, genai_notes
 from qexport.runtimes import RuntimeName, RuntimeSettings
 from qexport.runtimes.child import ChildRuntime
 

@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Final
+from typing import ClassVar, Final
 
-from qexport.export.model_files import render_launch_files
+from qexport.export.launch import Launch, render_launch_files
 from qexport.reading.gguf_weights import GGUF_NAME
 
-_PORT: Final = 8080
 _MOST_TOKENS: Final = 8192
 """The cache of keys and values of a longer text is left to those who want it."""
 
 _FILES: Final = ("README.md", "llama-server.sh", "Modelfile", "generate.py")
 
 
-@dataclass(frozen=True)
-class GgufLaunch:
-    """The values in the launch files.
+class GgufLaunch(Launch):
+    """The values in the launch files."""
 
-    Attributes:
-        name: of the model in requests.
-        longest: the longest text that the file allows, in tokens.
-        chat: whether the model has a chat template.
-        file: the file with the weights.
-        port: of the server.
-    """
+    file: ClassVar[str] = GGUF_NAME
+    port: ClassVar[int] = 8080
 
-    name: str
     longest: int
+    """The longest text that the file allows, in tokens."""
+
     chat: bool
-    file: str = GGUF_NAME
-    port: int = _PORT
+    """Whether the model has a chat template."""
 
     @property
     def context(self) -> int:

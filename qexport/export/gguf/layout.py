@@ -13,6 +13,7 @@ from gguf import LlamaFileType
 
 from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.architectures.structure import Structure
+from qexport.artifact.manifest import CardText
 from qexport.errors import CompatibilityError, QexportError, listed
 from qexport.export import GgufSettings
 from qexport.export.gguf.files import GgufFiles, gguf_files
@@ -21,7 +22,7 @@ from qexport.export.gguf.model_keys import context_length, family_of, model_keys
 from qexport.export.gguf.model_keys import notes as model_notes
 from qexport.export.gguf.tokenizer_keys import gguf_tokenizer
 from qexport.export.loaders import Folder, loading_section
-from qexport.export.model_files import model_files, served_name, sizes_of, write_files
+from qexport.export.model_files import card_text, model_files, sizes_of, write_files
 from qexport.formats import GptqFormat, MergedFormat, Outputs
 from qexport.formats.gguf import GgufFormat
 from qexport.formats.gguf.families import constants, places
@@ -56,13 +57,14 @@ class GgufLayout:
 
     def __init__(self, settings: GgufSettings, outputs: Outputs, structure: Structure, checkpoint: Checkpoint) -> None:
         self._outputs, self._structure, self._config = outputs, structure, checkpoint.architecture.parsed
+        self._name = checkpoint.name
         family = family_of(checkpoint.architecture)
         self._refuse_method()
         self._tokenizer = gguf_tokenizer(checkpoint.files, checkpoint.config, structure.vocab_size)
         form = GgufFormat(places(family, self._config, structure.parameters))
         self._refuse_homeless(form)
         self._refuse_faults(form)
-        values = header(checkpoint.architecture, checkpoint.files, served_name(checkpoint.origin.name))
+        values = header(checkpoint.architecture, checkpoint.files, self._name)
         values["general.file_type"] = int(self._file_type)
         self.weights: GgufFiles = gguf_files(outputs, form, values, constants(self._config))
 
@@ -84,7 +86,7 @@ class GgufLayout:
         return {**self.weights.files, **sizes_of(self._files(checkpoint))}
 
     def write_files(self, folder: Path, checkpoint: Checkpoint) -> None:
-        """Writes config, tokenizer, model card and launch files."""
+        """Writes config, tokenizer and launch files."""
         write_files(folder, self._files(checkpoint))
 
     def check(self, folder: Path) -> None:
@@ -97,16 +99,21 @@ class GgufLayout:
             if problems := list(header_differences(file, self.weights.values)):
                 raise QexportError("the header is not the model's", where=f"{GGUF_NAME}: {listed(problems)}")
 
+    @property
+    def card(self) -> CardText:
+        """The format, and the programs that run the file."""
+        return card_text(self._outputs.format, self.notes, loading_section(self._folder))
+
+    @property
+    def launch(self) -> GgufLaunch:
+        """What the launch files say."""
+        chat = "tokenizer.chat_template" in self.weights.values
+        return GgufLaunch(name=self._name, longest=context_length(self._config), chat=chat)
+
     def _files(self, checkpoint: Checkpoint) -> dict[str, bytes]:
-        """All files except the weights and the manifest."""
-        figures = GgufLaunch(
-            name=served_name(checkpoint.origin.name),
-            longest=context_length(self._config),
-            chat="tokenizer.chat_template" in self.weights.values,
-        )
-        served = replace(checkpoint, files={**checkpoint.files, **launch_files(figures)})
-        dtype, loading = self._unquantized_dtype, loading_section(self._folder)
-        return model_files(served, self._outputs.format, None, dtype, self.notes, loading)
+        """All files except the weights, the manifest and the model card."""
+        served = replace(checkpoint, files={**checkpoint.files, **launch_files(self.launch)})
+        return model_files(served, None, self._unquantized_dtype)
 
     @property
     def _folder(self) -> Folder:

@@ -1,244 +1,51 @@
-"""Files to run the folder: genai_config.json, a script that needs only ONNX Runtime, a Triton repository."""
+"""Files to run a graph: a script that needs only ONNX Runtime, and a Triton repository."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import ClassVar, Final
 
-import torch
-from transformers import PretrainedConfig
+from qexport.export.launch import Launch, render_launch_files
+from qexport.records import Record
 
-from qexport.architectures.architecture import Checkpoint
-from qexport.architectures.structure import parse_config
-from qexport.export.model_files import render_launch_files
-from qexport.export.onnx.traced_cache import CacheTensor
-from qexport.export.onnx.tracing import Cache, past_name, present_name
-from qexport.tensors.strict_files import parse_json
-from qexport.text.file_names import GENERATION_CONFIG
-
-_NUMBERS: Final = 1 << 31
-"""onnxruntime-genai reads 32-bit integers."""
-
-_SAMPLING: Final = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
+TRITON_IMAGE: Final = "nvcr.io/nvidia/tritonserver:26.06-py3"
 
 
-@dataclass(frozen=True)
-class Generation:
-    """What a program that generates text needs besides the graph.
-
-    Attributes:
-        ends: the tokens that end a text, in ascending order; may be empty.
-        begin: the token that begins a text, or None.
-        padding: the token that pads a batch, or None.
-        sampling: `do_sample`, `temperature` and similar values of generation_config.json.
-    """
-
-    ends: tuple[int, ...]
-    begin: int | None
-    padding: int | None
-    sampling: Mapping[str, bool | int | float]
-
-
-def generation(checkpoint: Checkpoint) -> Generation:
-    """Read from generation_config.json; tokens also from config.json. Values that are not token ids are ignored.
-
-    Raises:
-        InputError: generation_config.json is not valid JSON.
-    """
-    own = parse_json(checkpoint.files.get(GENERATION_CONFIG, b"{}"), where=GENERATION_CONFIG)
-    configs = [own if isinstance(own, dict) else {}, checkpoint.config]
-
-    def tokens(key: str) -> list[int]:
-        return next((found for config in configs if (found := _tokens(config.get(key)))), [])
-
-    return Generation(
-        ends=tuple(sorted(set(tokens("eos_token_id")))),
-        begin=next(iter(tokens("bos_token_id")), None),
-        padding=next(iter(tokens("pad_token_id")), None),
-        sampling={key: configs[0][key] for key in _SAMPLING if _usable(configs[0].get(key))},
-    )
-
-
-def _tokens(value: Any) -> list[int]:
-    values = value if isinstance(value, list) else [value]
-    return [token for token in values if type(token) is int and 0 <= token < _NUMBERS]
-
-
-def _usable(value: Any) -> bool:
-    """Whether the runtime can read the value. NaN and infinity fail the comparison."""
-    return isinstance(value, (bool, int, float)) and -_NUMBERS < value < _NUMBERS
-
-
-FILE_NAME: Final = "genai_config.json"
-
-TYPES: Final[Mapping[str, str]] = {
-    "falcon": "decoder",
-    "falcon_h1": "decoder",
-    "gemma2": "gemma2",
-    "gemma3_text": "gemma3_text",
-    "gpt2": "decoder",
-    "gpt_neox": "decoder",
-    "llama": "llama",
-    "mistral": "mistral",
-    "phi3": "phi3",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-}
-"""The runtime's name for each `model_type`. `decoder` is its name for any graph with our inputs, used for families that
-have no name there, and for gpt2, since its `gpt2` requires other inputs.
-"""
-
-_STATES: Final = {"conv_state": "conv_names", "recurrent_state": "recurrent_names"}
-
-
-def genai_config(config: Mapping[str, Any], cache: Cache, generation: Generation) -> dict[str, Any] | None:
-    """The content of genai_config.json; None for a family that was not tested with the runtime.
-
-    Past and present do not share a buffer of keys and values: the runtime would pass one as long as the longest text,
-    and the graph takes the length of the past for the number of tokens.
-
-    Args:
-        config: the content of config.json.
-        cache: the tensors of each layer's cache.
-        generation: tokens and sampling.
-    """
-    model_type = TYPES.get(str(config.get("model_type")))
-    if model_type is None:
-        return None
-    parsed = parse_config(config)
-    context = int(parsed.max_position_embeddings)
-    tokens = {
-        "bos_token_id": generation.begin,
-        "eos_token_id": _one_or_list(generation.ends),
-        "pad_token_id": padding_token(generation),
-    }
-    model = {key: value for key, value in tokens.items() if value is not None} | {
-        "context_length": context,
-        "decoder": _decoder(parsed, cache),
-        "type": model_type,
-        "vocab_size": int(parsed.vocab_size),
-    }
-    search = {"do_sample": False, "num_beams": 1, **generation.sampling, "max_length": context}
-    return {"model": model, "search": search | {"past_present_share_buffer": False}}
-
-
-def padding_token(generation: Generation) -> int:
-    """The token that pads a batch: the model's, else one that ends a text, else token 0."""
-    return next((token for token in (generation.padding, *generation.ends) if token is not None), 0)
-
-
-def genai_notes(config: Mapping[str, Any], cache: Cache) -> list[str]:
-    """Warnings about batches in the runtime, which pads them on the right; empty if the model supports that."""
-    if str(config.get("model_type")) not in TYPES:
-        return []
-    if any(not tensor.grows for tensors in cache for tensor in tensors):
-        return [_ONE_LENGTH.format("the mamba states would go on through the padding")]
-    if window := _window(parse_config(config)):
-        return [_ONE_LENGTH.format(f"past {window} tokens the sliding window would count the padding")]
-    return []
-
-
-_ONE_LENGTH: Final = "onnxruntime-genai: batch only prompts of equal length; it fills up on the right, and {}."
-
-
-def _decoder(parsed: PretrainedConfig, cache: Cache) -> dict[str, Any]:
-    key = cache[0][0]
-    states = {_STATES[tensor.name]: tensor.name for tensor in cache[0] if tensor.name in _STATES}
-    kept = {"key_names": "key", "value_names": "value"} | states
-    return {
-        "filename": "model.onnx",
-        "head_size": key.shape[2],
-        "hidden_size": int(parsed.hidden_size),
-        "inputs": {name: name for name in ("input_ids", "attention_mask", "position_ids")}
-        | {f"past_{role}": f"past_key_values.%d.{name}" for role, name in kept.items()},
-        "num_attention_heads": int(parsed.num_attention_heads),
-        "num_hidden_layers": len(cache),
-        "num_key_value_heads": key.shape[0],
-        "outputs": {"logits": "logits"} | {f"present_{role}": f"present.%d.{name}" for role, name in kept.items()},
-        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
-    }
-
-
-def _one_or_list(tokens: tuple[int, ...]) -> int | list[int] | None:
-    return tokens[0] if len(tokens) == 1 else list(tokens) or None
-
-
-def _window(parsed: PretrainedConfig) -> int | None:
-    """How many tokens a layer can see at most; None if every layer sees all."""
-    window = getattr(parsed, "sliding_window", None)
-    kinds = getattr(parsed, "layer_types", None) or ["sliding_attention"]
-    return int(window) if window and "sliding_attention" in kinds else None
-
-
-_TRITON_TYPES: Final = {torch.int64: "TYPE_INT64", torch.float32: "TYPE_FP32", torch.float16: "TYPE_FP16"}
-_FREE: Final = -1
-_TOKENS: Final = (_FREE, _FREE)
-
-
-@dataclass(frozen=True)
-class TritonValue:
-    """One input or output of the graph in config.pbtxt.
-
-    Attributes:
-        name: in the graph.
-        dtype: of the tensor.
-        dims: its sizes; -1 for one that is free.
-    """
+class TritonValue(Record):
+    """One input or output of the graph in config.pbtxt."""
 
     name: str
-    dtype: torch.dtype
-    dims: tuple[int, ...]
+    """In the graph."""
 
-    @property
-    def type(self) -> str:
-        """Triton's name for the dtype."""
-        return _TRITON_TYPES[self.dtype]
+    type: str
+    """Triton's name for the dtype."""
+
+    dims: list[int]
+    """Its sizes; -1 for one that is free."""
 
 
-@dataclass(frozen=True)
-class OnnxLaunch:
-    """The values in the launch files.
+class OnnxLaunch(Launch):
+    """The values in the launch files."""
 
-    Attributes:
-        name: of the model; see `qexport.export.model_files.served_name`.
-        cache: the tensors of each layer's cache.
-        activations: the dtype of the logits.
-        vocab_size: logits per token.
-        data_files: the files with the weights, as model.onnx names them.
-        ends: the tokens that end a text.
-        tokenizer: whether the folder has a tokenizer.json, which the script needs.
-    """
+    triton_image: ClassVar[str] = TRITON_IMAGE
 
-    name: str
-    cache: Cache
-    activations: torch.dtype
-    vocab_size: int
-    data_files: Sequence[str]
-    ends: tuple[int, ...]
+    inputs: list[TritonValue]
+    """Of the graph, in its order; the next field too."""
+
+    outputs: list[TritonValue]
+
+    data_files: list[str]
+    """The files with the weights, as model.onnx names them."""
+
+    ends: list[int]
+    """The tokens that end a text."""
+
     tokenizer: bool
-
-    @property
-    def inputs(self) -> list[TritonValue]:
-        """The graph's inputs: tokens, their mask and positions, and the cache."""
-        tokens = [TritonValue(name, torch.int64, _TOKENS) for name in ("input_ids", "attention_mask", "position_ids")]
-        return tokens + [TritonValue(past_name(layer, each), each.dtype, _dims(each)) for layer, each in self._tensors]
-
-    @property
-    def outputs(self) -> list[TritonValue]:
-        """The graph's outputs: logits, and the cache."""
-        logits = TritonValue("logits", self.activations, (*_TOKENS, self.vocab_size))
-        present = [TritonValue(present_name(layer, each), each.dtype, _dims(each)) for layer, each in self._tensors]
-        return [logits, *present]
-
-    @property
-    def _tensors(self) -> list[tuple[int, CacheTensor]]:
-        return [(layer, tensor) for layer, tensors in enumerate(self.cache) for tensor in tensors]
+    """Whether the folder has a tokenizer.json, which the script needs."""
 
 
 def launch_files(figures: OnnxLaunch) -> dict[str, bytes]:
     """The files of the folder `launch`, by their name inside the artifact."""
-    triton = f"triton/{figures.name}"
+    triton = f"triton/{figures.label}"
     templates = {
         "README.md": "README.md.jinja",
         f"{triton}/config.pbtxt": "config.pbtxt.jinja",
@@ -247,7 +54,3 @@ def launch_files(figures: OnnxLaunch) -> dict[str, bytes]:
     if figures.tokenizer:
         templates["generate.py"] = "generate.py.jinja"
     return render_launch_files("qexport.export.onnx", templates, figures)
-
-
-def _dims(tensor: CacheTensor) -> tuple[int, ...]:
-    return (_FREE, *(_FREE if size is None else size for size in tensor.shape))

@@ -16,17 +16,19 @@ import torch
 from qexport.amounts import parse_size
 from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.structure import Structure
-from qexport.artifact.manifest import GraphRecord
+from qexport.artifact.manifest import CardText, GraphRecord
 from qexport.errors import CompatibilityError, QexportError, listed
 from qexport.export import OnnxSettings
 from qexport.export.loaders import Folder, loading_section
-from qexport.export.model_files import model_files, served_name, sizes_of, write_files
+from qexport.export.model_files import card_text, model_files, sizes_of, write_files
 from qexport.export.onnx.attention import refuse_unfused
 from qexport.export.onnx.files import DTYPES, OnnxFiles, Place, onnx_files, put_in_place
+from qexport.export.onnx.genai import FILE_NAME, genai_config, genai_notes, generation
 from qexport.export.onnx.interception import switching_length
-from qexport.export.onnx.launch import FILE_NAME, OnnxLaunch, genai_config, genai_notes, generation, launch_files
+from qexport.export.onnx.launch import OnnxLaunch, launch_files
 from qexport.export.onnx.lowering import lower
 from qexport.export.onnx.tracing import MINIMUM_RUNTIME, NARROW_2_BIT_RUNTIME, layer_caches, trace
+from qexport.export.onnx.triton import triton_inputs, triton_outputs
 from qexport.export.tensor_writer import link_or_copy
 from qexport.formats import Outputs, W8A8Format
 from qexport.formats.onnx import OnnxFormat
@@ -57,6 +59,9 @@ class OnnxLayout:
     """
 
     name = "onnx"
+    launch: OnnxLaunch | None = None
+    """Known when the files are written, since it names those of the weights."""
+
     readers = ("onnxruntime",)
     degrees: Mapping[str, Sequence[int]] = {}
 
@@ -140,11 +145,16 @@ class OnnxLayout:
         write_files(folder, self._files(checkpoint, {place.file for place in places.values()}))
 
     def _files(self, checkpoint: Checkpoint, data_files: Iterable[str]) -> dict[str, bytes]:
-        """All files except the weights, the graph and the manifest."""
+        """All files except the weights, the graph, the manifest and the model card."""
         beside = self._runtime_files(checkpoint, sorted(data_files))
         files = replace(checkpoint, files={**checkpoint.files, **beside})
         dtype = self._outputs.unquantized_dtype(f"{self._structure.embedding}.weight")
-        return model_files(files, self._outputs.format, None, dtype, self.notes, loading_section(self._folder))
+        return model_files(files, None, dtype)
+
+    @property
+    def card(self) -> CardText:
+        """The format, the programs that open the graph, and what they do with it."""
+        return card_text(self._outputs.format, self.notes, loading_section(self._folder))
 
     @property
     def _folder(self) -> Folder:
@@ -154,18 +164,17 @@ class OnnxLayout:
     def _runtime_files(self, checkpoint: Checkpoint, data_files: Sequence[str]) -> dict[str, bytes]:
         """Files to run the graph: launch files, and genai_config.json if onnxruntime-genai runs the family."""
         ends = generation(checkpoint)
-        figures = OnnxLaunch(
-            name=served_name(checkpoint.origin.name),
-            cache=self._cache,
-            activations=self._activations,
-            vocab_size=self._structure.vocab_size,
-            data_files=data_files,
-            ends=ends.ends,
+        self.launch = OnnxLaunch(
+            name=checkpoint.name,
+            inputs=triton_inputs(self._cache),
+            outputs=triton_outputs(self._cache, self._activations, self._structure.vocab_size),
+            data_files=list(data_files),
+            ends=list(ends.ends),
             tokenizer="tokenizer.json" in checkpoint.files,
         )
         config = genai_config(checkpoint.config, self._cache, ends)
         own = {FILE_NAME: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode("ascii")} if config else {}
-        return launch_files(figures) | own
+        return launch_files(self.launch) | own
 
     def check(self, folder: Path) -> None:
         """Checks the graph with our own reader, which requires every weight to be in the folder, and then with ONNX's

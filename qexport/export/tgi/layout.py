@@ -13,8 +13,9 @@ import torch
 from qexport.amounts import parse_size
 from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.architectures.structure import Structure
+from qexport.artifact.manifest import CardText
 from qexport.export import TgiSettings
-from qexport.export.model_files import model_files, sizes_of, write_files
+from qexport.export.model_files import card_text, model_files, sizes_of, write_files
 from qexport.export.tgi.families import (
     OWN_MODELS,
     Backend,
@@ -22,18 +23,21 @@ from qexport.export.tgi.families import (
     ServedLinear,
     Shape,
     backend,
+    num_kv_heads,
     served_linears,
     tgi_config,
     tgi_tokenizer_files,
 )
 from qexport.export.tgi.kernels import Codes, choose_sym, degrees, kernel
+from qexport.export.tgi.launch import UNKNOWN_CONTEXT, TgiLaunch, launch_files
 from qexport.export.tgi.rules import TGI
-from qexport.export.tgi.served import ServedByTgi, TgiLaunch, launch_files
+from qexport.export.tgi.served import ServedByTgi
 from qexport.export.weight_files import WeightFiles
 from qexport.formats import Format, FourBitFormat, GptqFormat, LlmInt8Format, MergedFormat, Outputs, W8A8Format
 from qexport.formats.format import Encoding
 from qexport.tensors import QuantizedSpec
 
+_KV_BYTES = 2
 _SERVER_THRESHOLD = 6.0
 _SERVER_BLOCK_SIZE = 64
 _FOUR_BIT_BYTES = 0.5 + 1 / _SERVER_BLOCK_SIZE
@@ -60,6 +64,7 @@ class TgiLayout:
     def __init__(self, settings: TgiSettings, outputs: Outputs, structure: Structure, checkpoint: Checkpoint) -> None:
         self._outputs, self._structure, self._config = outputs, structure, tgi_config(checkpoint.config)
         self._codes, self._reason = _codes(outputs.format, self._linears)
+        self._name = checkpoint.name
         self.weights = WeightFiles(_stored_as(outputs.format), outputs, parse_size(settings.max_shard_size))
         TGI.refuse_plan(ServedByTgi.planned(self._files(checkpoint), self.weights.specs))
         self.weights.refuse_faults()
@@ -79,14 +84,14 @@ class TgiLayout:
         runs = backend(self._config)
         if runs is not None and runs is not Backend.OWN:
             notes.append(f"TGI 3.3 has no model of its own for {self._config['model_type']}: it is run by {runs.value}")
-        working = ", ".join(map(str, self._figures.degrees))
+        working = ", ".join(map(str, self.launch.degrees))
         notes.append(f"shards that work (NUM_SHARD): {working}")
         return notes
 
     @property
     def degrees(self) -> Mapping[str, Sequence[int]]:
         """See `Layout.degrees`."""
-        return {self.readers[0]: self._figures.degrees}
+        return {self.readers[0]: self.launch.degrees}
 
     def files(self, checkpoint: Checkpoint) -> Mapping[str, int]:
         """See `Layout.files`."""
@@ -96,7 +101,7 @@ class TgiLayout:
         """Does nothing: the constructor has checked everything that needs no weights."""
 
     def write_files(self, folder: Path, checkpoint: Checkpoint) -> None:
-        """Writes configs, tokenizer, model card and launch files."""
+        """Writes configs, tokenizer and launch files."""
         write_files(folder, self._files(checkpoint))
 
     def check(self, folder: Path) -> None:
@@ -104,26 +109,33 @@ class TgiLayout:
         TGI.refuse_folder(folder)
 
     def _files(self, checkpoint: Checkpoint) -> dict[str, bytes]:
-        """All files except the weights and the manifest."""
-        beside = tgi_tokenizer_files(checkpoint.files) | launch_files(self._figures)
-        stored = self._outputs.format if self.quantization else MergedFormat()
+        """All files except the weights, the manifest and the model card."""
+        beside = tgi_tokenizer_files(checkpoint.files) | launch_files(self.launch)
         served = replace(checkpoint, architecture=Architecture(self._config), files=beside)
-        return model_files(served, stored, self.quantization, self._unquantized_dtype, self.notes)
+        return model_files(served, self.quantization, self._unquantized_dtype)
 
     @cached_property
     def _linears(self) -> list[ServedLinear]:
         model = OWN_MODELS.get(self._config["model_type"], OwnModel())
         return served_linears(_block_matrices(self._outputs, self._structure), model)
 
+    @property
+    def card(self) -> CardText:
+        """The format, and what the server does with the folder."""
+        return card_text(self._outputs.format if self.quantization else MergedFormat(), self.notes)
+
     @cached_property
-    def _figures(self) -> TgiLaunch:
+    def launch(self) -> TgiLaunch:
+        """What the launch files say."""
         dtype = str(self._unquantized_dtype).removeprefix("torch.")
         return TgiLaunch(
-            self._config,
-            _served_bytes(self.weights),
-            degrees(self._config, self._linears, self._codes),
-            _flag(self._outputs.format),
-            None if self.quantization else dtype,
+            name=self._name,
+            context=_count(self._config, "max_position_embeddings", "n_positions", "max_seq_len") or UNKNOWN_CONTEXT,
+            kv_bytes=_kv_bytes(self._config),
+            weight_bytes=_served_bytes(self.weights),
+            degrees=degrees(self._config, self._linears, self._codes),
+            quantize=_flag(self._outputs.format),
+            dtype=None if self.quantization else dtype,
         )
 
     @property
@@ -136,6 +148,18 @@ class TgiLayout:
         kernels = sorted({kernel(self._codes, linear) for linear in self._linears})
         sym = str(self._codes.sym).lower()
         return [f"TGI computes with {' and '.join(kernels)} (sym: {sym}): {self._reason}"]
+
+
+def _kv_bytes(config: Mapping[str, Any]) -> int:
+    """Bytes of keys and values for one token, in 16 bits, by the result of `tgi_config`."""
+    layers = _count(config, "num_hidden_layers", "n_layer", "n_layers")
+    heads = _count(config, "num_attention_heads", "n_head", "n_heads")
+    head_dim = _count(config, "head_dim") or _count(config, "hidden_size", "n_embd", "d_model") // max(1, heads)
+    return 2 * layers * num_kv_heads(config) * head_dim * _KV_BYTES
+
+
+def _count(config: Mapping[str, Any], *keys: str) -> int:
+    return next((int(config[key]) for key in keys if config.get(key)), 0)
 
 
 def _codes(method: Format, linears: list[ServedLinear]) -> tuple[Codes | None, str]:

@@ -12,16 +12,24 @@ import torch
 from qexport.amounts import parse_size
 from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.structure import Structure
+from qexport.artifact.manifest import CardText
 from qexport.export import VllmSettings
-from qexport.export.model_files import model_files, served_name, sizes_of, write_files
+from qexport.export.model_files import card_text, model_files, sizes_of, write_files
 from qexport.export.vllm.families import SplitLinear, degrees
+from qexport.export.vllm.launch import VllmLaunch, launch_files, max_model_len
 from qexport.export.vllm.rules import VLLM
-from qexport.export.vllm.served import ServedByVllm, VllmLaunch, launch_files, max_model_len
+from qexport.export.vllm.served import ServedByVllm
 from qexport.export.weight_files import WeightFiles
 from qexport.formats import GptqFormat, Outputs
 from qexport.formats.compressed_tensors import PackQuantizedFormat
 from qexport.formats.format import StoredFormat
 from qexport.tensors import GroupQuantizedSpec
+
+_BFLOAT16: Final = (
+    "it computes in bfloat16, as the model was trained, which rounds the scales by at most 0.4%; --dtype float16 reads "
+    "them as they are, but activations above 65504 overflow in it: measure it first (verify.through)"
+)
+"""Why the launch files do not take the dtype that reads the scales exactly."""
 
 _CPU_MULTIPLE: Final = 32
 """From `vllm/model_executor/kernels/linear/mixed_precision/cpu.py`."""
@@ -46,7 +54,7 @@ class VllmLayout:
 
     def __init__(self, settings: VllmSettings, outputs: Outputs, structure: Structure, checkpoint: Checkpoint) -> None:
         self._outputs, self._structure, self._config = outputs, structure, checkpoint.config
-        self._format = settings.format
+        self._format, self._name = settings.format, checkpoint.name
         self.weights = WeightFiles(self._stored_as, outputs, parse_size(settings.max_shard_size))
         planned = ServedByVllm.planned(self._files(checkpoint), self.weights.specs)
         VLLM.refuse_plan(replace(planned, plan=structure))
@@ -62,7 +70,7 @@ class VllmLayout:
         """What the server does with the folder."""
         notes = _kernel_notes(self._outputs)
         if isinstance(self._outputs.format, GptqFormat) and self._unquantized_dtype == torch.bfloat16:
-            notes.append("only --dtype float16 reads the scales as they are")
+            notes.append(_BFLOAT16)
         if self._rounded_by_amx:
             notes.append("on CPUs with AMX, bfloat16 wants VLLM_CPU_INT4_W4A8=0, as in launch/vllm-serve.sh")
         working = ", ".join(map(str, self._degrees))
@@ -77,11 +85,27 @@ class VllmLayout:
         """See `Layout.files`."""
         return {**self.weights.files, **sizes_of(self._files(checkpoint))}
 
+    @property
+    def card(self) -> CardText:
+        """The format, and what the server does with the folder."""
+        return card_text(self._outputs.format, self.notes)
+
+    @property
+    def launch(self) -> VllmLaunch:
+        """What the launch files say."""
+        return VllmLaunch(
+            name=self._name,
+            max_model_len=max_model_len(self._config),
+            dtype=str(self._unquantized_dtype).removeprefix("torch."),
+            degrees=self._degrees,
+            rounded_by_amx=self._rounded_by_amx,
+        )
+
     def prepare(self) -> None:
         """Does nothing: the constructor has checked everything that needs no weights."""
 
     def write_files(self, folder: Path, checkpoint: Checkpoint) -> None:
-        """Writes config, tokenizer, model card and launch files."""
+        """Writes config, tokenizer and launch files."""
         write_files(folder, self._files(checkpoint))
 
     def check(self, folder: Path) -> None:
@@ -89,16 +113,9 @@ class VllmLayout:
         VLLM.refuse_folder(folder)
 
     def _files(self, checkpoint: Checkpoint) -> dict[str, bytes]:
-        """All files except the weights and the manifest."""
-        figures = VllmLaunch(
-            served_name(checkpoint.origin.name),
-            max_model_len(self._config),
-            str(self._unquantized_dtype).removeprefix("torch."),
-            self._degrees,
-            self._rounded_by_amx,
-        )
-        served = replace(checkpoint, files={**checkpoint.files, **launch_files(figures)})
-        return model_files(served, self._outputs.format, self.quantization, self._unquantized_dtype, self.notes)
+        """All files except the weights, the manifest and the model card."""
+        served = replace(checkpoint, files={**checkpoint.files, **launch_files(self.launch)})
+        return model_files(served, self.quantization, self._unquantized_dtype)
 
     @property
     def _stored_as(self) -> StoredFormat:

@@ -8,7 +8,8 @@ from typing import Any, Final
 from qexport.errors import InputError
 from qexport.export.served import CONFIG, Rules, Server
 from qexport.export.vllm.families import ARCHITECTURES, VERSION, heads
-from qexport.export.vllm.served import ServedByVllm, max_model_len
+from qexport.export.vllm.launch import max_model_len
+from qexport.export.vllm.served import ServedByVllm
 from qexport.export.vllm.weight_rules import COMPRESSED, GPTQ, GPTQ_UTILS, WEIGHT_RULES
 
 _CONFIG: Final = "vllm/transformers_utils/config.py"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -15,67 +15,12 @@ from qexport.architectures.architecture import Architecture
 from qexport.architectures.structure import LinearSpec, Structure
 from qexport.artifact.disk import disk_failure
 from qexport.errors import InputError, QexportError
-from qexport.export.model_files import FOLDER, render_launch_files
+from qexport.export.launch import FOLDER
 from qexport.export.served import ServedModel, ServedWeights
 from qexport.formats.compressed_tensors.reading import CompressedTensorsRules
 from qexport.formats.gptq.reading import GptqRules
 from qexport.formats.stored_weight import Scheme
 from qexport.tensors.safetensors_folder import SafetensorsFolder
-
-IMAGE: Final = "vllm/vllm-openai:v0.32.0"
-
-_MODEL: Final = "/model"
-_PORT: Final = 8000
-_LENGTHS: Final = (
-    "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length", "max_target_positions",
-    "max_sequence_length", "max_seq_length", "seq_len",
-)  # fmt: skip
-_FILES: Final = ("README.md", "vllm-serve.sh", "compose.yaml", "kserve.yaml")
-
-
-@dataclass(frozen=True)
-class VllmLaunch:
-    """The values in the launch files.
-
-    Attributes:
-        name: of the model in requests.
-        max_model_len: tokens of prompt and answer; None if the config does not limit them.
-        dtype: what vLLM computes in.
-        degrees: tensor-parallel degrees that work.
-        rounded_by_amx: vLLM would round the inputs of layers to int8 on CPUs with AMX, see `vllm-serve.sh`.
-        image: the server's container image.
-        model: the folder in the container.
-        port: of the server.
-    """
-
-    name: str
-    max_model_len: int | None
-    dtype: str
-    degrees: list[int]
-    rounded_by_amx: bool
-    image: str = IMAGE
-    model: str = _MODEL
-    port: int = _PORT
-
-    @property
-    def arguments(self) -> dict[str, str]:
-        """Flags of `vllm serve`."""
-        length = {} if self.max_model_len is None else {"--max-model-len": str(self.max_model_len)}
-        return {"--served-model-name": self.name, "--dtype": self.dtype, **length}
-
-
-def max_model_len(config: Mapping[str, Any]) -> int | None:
-    """The longest sequence, as vLLM derives it (`vllm/transformers_utils/model_arch_config_convertor.py`)."""
-    lengths = [config[key] for key in _LENGTHS if isinstance(config.get(key), int)]
-    return min(lengths, default=None)
-
-
-def launch_files(figures: VllmLaunch) -> dict[str, bytes]:
-    """The files of the folder `launch`, by their name inside the artifact."""
-    triton = f"triton/{figures.name}"
-    templates = {name: f"{name}.jinja" for name in _FILES}
-    templates |= {f"{triton}/config.pbtxt": "config.pbtxt.jinja", f"{triton}/1/model.json": "model.json.jinja"}
-    return render_launch_files("qexport.export.vllm", templates, figures)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,53 @@
+"""The names of an artifact: for people, for requests, and for programs that allow few characters."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from qexport.artifact.digests import sha256_bytes
+
+_LABEL_LIMIT: Final = 63 - len("-predictor")  # which KServe adds
+_MARK: Final = 8
+"""Hex digits that tell two long names apart which begin alike."""
+
+
+def last_component(origin: str) -> str:
+    """The part of a hub id, `package/file` or folder that people call the model by."""
+    return origin.rpartition("/")[2]
+
+
+def title(base: str, adapter: str | None) -> str:
+    """What a model card, a report and a summary call the model: base and adapter."""
+    return " + ".join(last_component(each) for each in (base, adapter) if each)
+
+
+def model_name(base: str, adapter: str | None) -> str:
+    """The name of a release whose recipe gives none: base and adapter, in lower case, as registries take them."""
+    return "-".join(_plain(last_component(each)) for each in (base, adapter) if each)
+
+
+def release_name(model: str, version: str, method: str, layout: str) -> str:
+    """A release's name: `smollm2-release-notes-1.4.0+gptq-4bit`. Other layouts than safetensors stand behind it."""
+    return f"{model}-{version}+{method}{'' if layout == 'safetensors' else f'.{layout}'}"
+
+
+def label(name: str) -> str:
+    """The nearest name that DNS, Kubernetes, KServe and Triton accept: lower-case letters, digits and dashes, a letter
+    first, at most 53 characters. A longer one is cut, and ends in a digest of the whole.
+    """
+    words = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    found = words if words[:1].isalpha() else f"model-{words}".strip("-")
+    if len(found) <= _LABEL_LIMIT:
+        return found
+    return f"{found[: _LABEL_LIMIT - _MARK - 1].strip('-')}-{sha256_bytes(name.encode())[:_MARK]}"
+
+
+def oci_tag(name: str) -> str:
+    """The nearest tag that OCI registries accept, where `+` is not allowed: letters, digits, `_`, `.` and `-`."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", name).lstrip(".-")[:128]
+
+
+def _plain(text: str) -> str:
+    words = re.sub(r"[^a-z0-9._-]+", "-", text.lower().removesuffix(".gguf"))
+    return re.sub(r"[._-]{2,}", "-", words).strip("._-") or "model"

@@ -1,0 +1,291 @@
+"""Checks a release offline: every byte, the signature, the record and the provenance against the manifest, the report
+against its gates, the card against all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+from qexport.artifact.agreement import report_of
+from qexport.artifact.digests import sha256_file
+from qexport.artifact.integrity import Artifact, FileProblem, find_artifact
+from qexport.artifact.manifest import CARD_NAME, REPORT_FOLDER, SIGNATURE_NAME, Manifest
+from qexport.artifact.report import REPORT_NAME, Report
+from qexport.errors import GateFailed, InputError, RecipeError, listed
+from qexport.export.launch import FOLDER as LAUNCH_FOLDER
+from qexport.release.launching import read_launch, render
+from qexport.release.provenance import differences, statement
+from qexport.release.record import (
+    BOM_NAME,
+    EVIDENCE_FOLDER,
+    PROVENANCE_NAME,
+    RECORD_NAME,
+    ReleaseRecord,
+    locked,
+    proof_of,
+    read_object,
+)
+from qexport.reporting.card import CardFacts, ReleaseWords, model_card
+
+_MEND: Final = "do not use it; fetch the release again"
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A release, or an artifact that was not released, that is what it says it is.
+
+    Attributes:
+        artifact: the folder, whose files have their digests.
+        record: its `release.json`; None for an artifact that was not released.
+        report: what verification found; None without one.
+        signature: whether a signature was checked; None if there is one and no key was given.
+        compared_card: whether the card was made again and compared, which needs the same version of qexport.
+    """
+
+    artifact: Artifact
+    record: ReleaseRecord | None
+    report: Report | None
+    signature: bool | None
+    compared_card: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as JSON values."""
+        return {
+            "folder": str(self.artifact.path),
+            "release": self.record.model_dump(mode="json") if self.record else None,
+            "root": self.artifact.root,
+            "confirmed_by": self.artifact.confirmed_by,
+            "verdict": self.report.verdict if self.report else None,
+            "signature_checked": bool(self.signature),
+            "card_compared": self.compared_card,
+        }
+
+    def lines(self) -> Iterator[str]:
+        """The same as lines for the terminal."""
+        name = self.record.name if self.record else "not a release: it has no release.json"
+        yield f"release    {name}"
+        known = f", and the root digest is {self.artifact.confirmed_by}" if self.artifact.confirmed_by else ""
+        yield f"bytes      every file is listed and has its digest{known}"
+        yield f"root       {self.artifact.root}"
+        yield f"signature  {self._signature()}"
+        yield from self._evidence()
+        yield f"gates      {self._gates()}"
+
+    def _signature(self) -> str:
+        if self.signature:
+            return "of the given key, over every file"
+        found = "there is one, and it was not checked: give --signature PUBKEY" if self.signature is None else "none"
+        return found if self.signature is None else f"{found}: whoever changed a file may have changed its digests too"
+
+    def _evidence(self) -> Iterator[str]:
+        if self.record is None:
+            return
+        yield "evidence   release.json, provenance and bill of materials name the manifest's inputs"
+        card = "says what the report says" if self.compared_card else f"not compared: by {self.record.qexport_version}"
+        yield f"card       {card}"
+
+    def _gates(self) -> str:
+        if self.record is not None and self.record.unproven is not None:
+            return f"NOT PROVEN: {self.record.unproven}"
+        if self.report is None:
+            return "there is no report"
+        return f"{self.report.verdict}: {len(self.report.gates)} gates in the report"
+
+
+def check(folder: Path, *, key: Path | None = None, root: str | None = None) -> Checked:
+    """Checks a folder. Needs the extra `release` only for a signature.
+
+    Args:
+        folder: a release, or an artifact.
+        key: the public key, or the certificate at the end of the chain; None to check no signature.
+        root: the root digest that it should have; None for the one recorded beside it, if there is one.
+
+    Raises:
+        InputError: a byte has changed, a file is missing or not listed, the signature is missing, foreign or of other
+            bytes, or manifest, record, provenance, bill of materials, report and card contradict each other.
+        GateFailed: a gate of the report did not pass, and the record does not say why it was released.
+        RecipeError: the key cannot be used, or the extra is missing.
+    """
+    artifact = _opened(folder, root)
+    if key is not None:
+        _check_signature(folder, key)
+    report = _report(artifact)
+    record = ReleaseRecord.read(folder) if RECORD_NAME in artifact.manifest.files else None
+    compared = False
+    if record is not None:
+        _compare_record(artifact, record, report)
+        compared = _compare_card(artifact, record, report)
+        _compare_provenance(artifact, report)
+        _compare_bom(artifact)
+    _refuse_unproven(record, report, folder)
+    signature = True if key is not None else (None if (folder / SIGNATURE_NAME).is_file() else False)
+    return Checked(artifact, record, report, signature, compared)
+
+
+def _opened(folder: Path, root: str | None) -> Artifact:
+    try:
+        artifact = find_artifact(folder, root=root)
+    except FileProblem as error:
+        raise _named_problem(error) from error
+    if artifact is None:
+        raise InputError(
+            "the folder is neither a release nor an artifact of qexport", where=str(folder), mend="check the path"
+        )
+    return artifact
+
+
+def _named_problem(error: FileProblem) -> InputError:
+    """The same in the words of a release."""
+    evidence = error.name == RECORD_NAME or error.name.startswith(f"{EVIDENCE_FOLDER}/")
+    match error.fault:
+        case "missing" if evidence:
+            what = "a file of the release's evidence is missing"
+        case "changed" if evidence:
+            what = "a file of the release's evidence has been changed"
+        case "changed" if error.name == CARD_NAME:
+            what = "the model card has been edited since the release"
+        case "changed" if error.name.startswith(f"{REPORT_FOLDER}/"):
+            what = "the report is not the one that was released"
+        case "unlisted":
+            what = "there is a file that the release does not have"
+        case _:
+            what = error.what
+    return InputError(what, where=error.where, mend=error.mend)
+
+
+def _check_signature(folder: Path, key: Path) -> None:
+    try:
+        from qexport.release.signing import verify
+    except ModuleNotFoundError as error:
+        raise RecipeError(
+            f"checking a signature needs the package {error.name}",
+            where="--signature",
+            mend="pip install 'qexport[release]'",
+        ) from error
+    verify(folder, key)
+
+
+def _report(artifact: Artifact) -> Report | None:
+    try:
+        return report_of(artifact)
+    except InputError as error:
+        if "contradict" not in error.what:
+            raise
+        raise InputError(
+            f"the report is not the one of this artifact: {error.what}", where=error.where, mend=_MEND
+        ) from error
+
+
+def _compare_record(artifact: Artifact, record: ReleaseRecord, report: Report | None) -> None:
+    told = locked(artifact.manifest)
+    wrong = [name for name, value in told.items() if getattr(record, name) != value]
+    if wrong:
+        raise _contradiction(f"{RECORD_NAME} names other inputs than the manifest", wrong, artifact.path / RECORD_NAME)
+    if report is None and record.proof is not None:
+        raise InputError(
+            "the report that was released is missing", where=str(artifact.path / REPORT_FOLDER), mend=_MEND
+        )
+    if record.proof != proof_of(report):
+        raise InputError(
+            "the report is not the one that was released", where=str(artifact.path / RECORD_NAME), mend=_MEND
+        )
+    for name, digest in record.evidence.items():
+        if not (artifact.path / name).is_file() or sha256_file(artifact.path / name) != digest:
+            what = "the model card has been edited since the release" if name == CARD_NAME else None
+            raise InputError(
+                what or "a file of the release's evidence is not the one that was released",
+                where=str(artifact.path / name),
+                mend=_MEND,
+            )
+
+
+def _compare_provenance(artifact: Artifact, report: Report | None) -> None:
+    manifest, place = artifact.manifest, artifact.path / PROVENANCE_NAME
+    digest = sha256_file(artifact.path / REPORT_FOLDER / REPORT_NAME) if report else None
+    expected = statement(manifest, proof_of(report), _subjects(manifest), digest)
+    if wrong := differences(read_object(place), expected):
+        raise _contradiction("the provenance names other inputs than the manifest", wrong, place)
+
+
+def _subjects(manifest: Manifest) -> dict[str, str]:
+    """The files besides evidence and report."""
+    return {
+        name: each.sha256
+        for name, each in manifest.files.items()
+        if name != RECORD_NAME and not name.startswith(f"{EVIDENCE_FOLDER}/")
+    }
+
+
+def _compare_bom(artifact: Artifact) -> None:
+    """Every digest in the bill of materials is the manifest's, and none is missing."""
+    manifest, place = artifact.manifest, artifact.path / BOM_NAME
+    content = read_object(place)
+    found = dict(_hashed(content.get("metadata", {}))) | dict(_hashed(content))
+    expected = _subjects(manifest)
+    for role, source in (("base", manifest.base), ("adapter", manifest.adapter)):
+        expected |= {f"{role}/{file}": digest for file, digest in source.sha256.items()} if source else {}
+    wrong = [name for name in expected if found.get(name) != expected[name]]
+    if wrong:
+        raise _contradiction("the bill of materials names other files than the manifest", wrong, place)
+
+
+def _hashed(part: Any) -> Iterator[tuple[str, str]]:
+    """The components below a part, with their digests."""
+    if not isinstance(part, dict):
+        return
+    inner = part.get("components")
+    for each in [part.get("component"), *(inner if isinstance(inner, list) else [])]:
+        if isinstance(each, dict):
+            hashes = each.get("hashes")
+            for one in hashes if isinstance(hashes, list) else []:
+                if isinstance(one, dict):
+                    yield str(each.get("name")), str(one.get("content"))
+            yield from _hashed(each)
+
+
+def _compare_card(artifact: Artifact, record: ReleaseRecord, report: Report | None) -> bool:
+    """Makes card and launch files again; another version of qexport would word them otherwise."""
+    manifest = artifact.manifest
+    if record.qexport_version != version("qexport") or manifest.card is None:
+        return False
+    launch = None if manifest.launch is None else read_launch(manifest.layout, manifest.launch)
+    facts = CardFacts(
+        layout=manifest.layout,
+        base=manifest.base,
+        adapter=manifest.adapter,
+        text=manifest.card,
+        quantized=manifest.quantization is not None,
+        notes=manifest.notes,
+        launch=launch.name if launch else None,
+        report=report,
+        release=ReleaseWords(record.name, record.served_as, record.unproven, record.signed),
+    )
+    expected = {name: content.decode("utf-8") for name, content in render(launch).items()}
+    expected[CARD_NAME] = model_card(facts)
+    for name, text in expected.items():
+        path = artifact.path / name
+        if not path.is_file() or path.read_bytes() != text.encode("utf-8"):
+            what = "a launch file" if name.startswith(f"{LAUNCH_FOLDER}/") else "the model card"
+            raise InputError(f"{what} does not say what manifest and report say", where=str(path), mend=_MEND)
+    return True
+
+
+def _refuse_unproven(record: ReleaseRecord | None, report: Report | None, folder: Path) -> None:
+    """A release says so if its gates did not pass. An artifact that was not released says it in its report."""
+    if record is None or record.unproven is not None:
+        return
+    failed = ["there is no report"] if report is None else [g.name for g in report.gates if g.verdict != "pass"]
+    if failed or (report is not None and not report.gates):
+        raise GateFailed(
+            "the release does not say so, but its gates did not all pass",
+            where=listed(failed) or str(folder),
+            mend=_MEND,
+        )
+
+
+def _contradiction(what: str, wrong: list[str], place: Path) -> InputError:
+    return InputError(f"{what}: {listed(wrong)}", where=str(place), mend=_MEND)

@@ -1,0 +1,329 @@
+"""`qexport check`: each planted fault is refused, with its own message."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import releases
+from qexport.artifact.digests import sha256_file
+from qexport.artifact.integrity import digest_files, write_listing
+from qexport.artifact.manifest import Manifest
+from qexport.artifact.report import Report
+from qexport.cli import main
+from qexport.errors import QexportError
+from qexport.release.checking import check
+from qexport.reporting.writing import write_report
+
+NAME = "tiny-notes-1.4.0+w8a8.vllm"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A signed release of one layout, its key, and another one."""
+    folder = tmp_path_factory.mktemp("made")
+    artifact = releases.proven(folder) / "vllm"
+    releases.key(folder)
+    releases.key(folder, "other")
+    command = ["release", str(artifact), "--to", str(folder), "--version", releases.VERSION]
+    assert main([*command, "--sign", str(folder / "release.key")]) == 0
+    (folder / f"{NAME}.sha256").unlink()
+    return folder
+
+
+@pytest.fixture
+def release(made: Path, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(made / NAME, tmp_path / "copy"))
+
+
+def message(folder: Path, key: Path | None = None) -> str:
+    with pytest.raises(QexportError) as caught:
+        check(folder, key=key)
+    return f"{caught.value.what}: {caught.value.where}"
+
+
+def flip(path: Path, at: int = -3) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def sealed(folder: Path) -> None:
+    """Manifest and listing made anew, as somebody would do who hides a change."""
+    files = digest_files(folder, {})
+    files.pop("model.sig", None)
+    manifest = Manifest.read(folder).model_copy(update={"files": files})
+    manifest.write(folder)
+    write_listing(folder, manifest)
+
+
+def edit_json(path: Path, change: Callable[[Any], None]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def test_a_release_passes_with_its_key_and_says_what_was_not_checked_without(
+    made: Path, release: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", str(release), "--signature", str(made / "release.pub")]) == 0
+    assert "signature  of the given key, over every file" in capsys.readouterr().out
+    assert main(["check", str(release)]) == 0
+    assert "not checked: give --signature" in capsys.readouterr().out
+    assert main(["check", str(release), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["signature_checked"] is False
+
+
+def test_a_check_without_a_signature_imports_neither_torch_nor_the_extra(release: Path) -> None:
+    program = (
+        "import sys; from qexport.cli import main; code = main(['check', sys.argv[1]]); "
+        "loaded = {'torch', 'transformers', 'model_signing', 'cyclonedx'} & sys.modules.keys(); "
+        "print(loaded, file=sys.stderr); sys.exit(code or bool(loaded))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, release], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("model.safetensors", "a file of the artifact has changed since it was written"),
+        ("config.json", "a file of the artifact has changed since it was written"),
+        ("launch/kserve.yaml", "a file of the artifact has changed since it was written"),
+        ("README.md", "the model card has been edited since the release"),
+        ("report/report.json", "the report is not the one that was released"),
+        ("report/report.html", "the report is not the one that was released"),
+        ("release.json", "a file of the release's evidence has been changed"),
+        ("evidence/bom.cdx.json", "a file of the release's evidence has been changed"),
+        ("evidence/provenance.json", "a file of the release's evidence has been changed"),
+    ],
+)
+def test_one_flipped_bit_is_found(release: Path, file: str, words: str) -> None:
+    flip(release / file)
+    assert message(release) == f"{words}: {release / file}"
+
+
+def test_one_flipped_bit_anywhere_is_found(made: Path, release: Path) -> None:
+    for path in sorted(path for path in release.rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        flip(path, len(content) // 2)
+        with pytest.raises(QexportError):
+            check(release, key=made / "release.pub")
+        path.write_bytes(content)
+    check(release, key=made / "release.pub")
+
+
+@pytest.mark.parametrize("file", ["evidence/bom.cdx.json", "evidence/provenance.json", "release.json"])
+def test_a_missing_file_of_evidence_is_named(release: Path, file: str) -> None:
+    (release / file).unlink()
+    assert message(release) == f"a file of the release's evidence is missing: {release / file}"
+
+
+def test_a_further_file_is_named(release: Path) -> None:
+    (release / "pytorch_model.bin").write_bytes(b"x")
+    assert message(release) == f"there is a file that the release does not have: {release / 'pytorch_model.bin'}"
+
+
+def test_a_missing_and_a_foreign_signature(made: Path, release: Path) -> None:
+    assert message(release, made / "other.pub").startswith("the signature was made with another key")
+    (release / "model.sig").unlink()
+    assert message(release, made / "release.pub").startswith("the release is not signed")
+
+
+def test_a_malformed_signature(made: Path, release: Path) -> None:
+    for content in ("", "{}", "[]", "{" * 9999, '{"mediaType": 1}'):
+        (release / "model.sig").write_text(content)
+        assert message(release, made / "release.pub").startswith("the signature is malformed"), content
+
+
+def test_a_release_that_somebody_else_has_signed_anew(made: Path, release: Path) -> None:
+    from qexport.release.signing import Signer
+
+    Signer(made / "other.key").sign(release)
+    check(release)
+    assert message(release, made / "release.pub").startswith("the signature was made with another key")
+
+
+def edit_card(folder: Path) -> None:
+    path = folder / "README.md"
+    path.write_text(path.read_text().replace("Passed: ", "Passed easily: "))
+
+
+def edit_card_and_record(folder: Path) -> None:
+    edit_card(folder)
+    name_evidence(folder)
+
+
+def edit_launch(folder: Path) -> None:
+    path = folder / "launch" / "compose.yaml"
+    path.write_text(path.read_text().replace("vllm/vllm-openai", "evil/vllm-openai"))
+
+
+def other_base(folder: Path) -> None:
+    edit_json(folder / "release.json", lambda content: content["base"].update(name="other"))
+
+
+def other_input(folder: Path) -> None:
+    def change(content: Any) -> None:
+        content["predicate"]["buildDefinition"]["resolvedDependencies"][0]["digest"]["sha256"] = "0" * 64
+
+    edit_json(folder / "evidence/provenance.json", change)
+    name_evidence(folder)
+
+
+def other_recipe(folder: Path) -> None:
+    def change(content: Any) -> None:
+        content["predicate"]["buildDefinition"]["externalParameters"]["recipe"]["quantize"]["method"] = "nf4"
+
+    edit_json(folder / "evidence/provenance.json", change)
+    name_evidence(folder)
+
+
+def other_bom(folder: Path) -> None:
+    def change(content: Any) -> None:
+        content["metadata"]["component"]["components"][0]["hashes"][0]["content"] = "0" * 64
+
+    edit_json(folder / "evidence/bom.cdx.json", change)
+    name_evidence(folder)
+
+
+def swap_report(folder: Path) -> None:
+    report = Report.read(folder)
+    figures = [each.model_copy(update={"n": each.n + 1}) for each in report.figures]
+    write_report(report.model_copy(update={"figures": figures}), folder / "report")
+
+
+def no_report(folder: Path) -> None:
+    shutil.rmtree(folder / "report")
+
+
+def name_evidence(folder: Path) -> None:
+    """release.json with the digests of the evidence as it is now."""
+
+    def change(content: Any) -> None:
+        content["evidence"] = {name: sha256_file(folder / name) for name in content["evidence"]}
+
+    edit_json(folder / "release.json", change)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (edit_card, "the model card has been edited since the release"),
+        (edit_card_and_record, "the model card does not say what"),
+        (edit_launch, "a launch file does not say what|the provenance names other inputs than the manifest: files"),
+        (other_base, "release.json names other inputs than the manifest: base"),
+        (other_input, "the provenance names other inputs than the manifest: inputs"),
+        (other_recipe, "the provenance names other inputs than the manifest: recipe"),
+        (other_bom, "the bill of materials names other files than the manifest"),
+        (swap_report, "the report is not the one of this artifact: manifest and report contradict each other"),
+        (no_report, "the report that was released is missing|manifest and SHA256SUMS contradict"),
+    ],
+    ids=["card", "card and record", "launch", "base", "input", "recipe", "bom", "report", "no report"],
+)
+def test_a_change_that_was_hidden_from_the_digests_is_found(
+    made: Path, release: Path, fault: Callable[[Path], object], words: str
+) -> None:
+    fault(release)
+    sealed(release)
+    told = message(release)
+    assert any(told.startswith(each) for each in words.split("|")), told
+    assert message(release, made / "release.pub").startswith(
+        ("the signature is of other bytes than the folder's", "manifest and SHA256SUMS")
+    )
+
+
+def test_the_signatures_own_program_verifies_it(made: Path, release: Path) -> None:
+    program = [str(Path(sys.executable).with_name("model_signing")), "verify", "key", str(release)]
+    options = ["--signature", str(release / "model.sig"), "--public_key", str(made / "release.pub")]
+    assert subprocess.run([*program, *options], capture_output=True, check=False).returncode == 0
+    flip(release / "config.json")
+    assert subprocess.run([*program, *options], capture_output=True, check=False).returncode != 0
+
+
+def test_sha256sum_finds_a_flipped_bit(release: Path) -> None:
+    command = ["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"]
+    assert subprocess.run(command, cwd=release, check=False).returncode == 0
+    flip(release / "README.md")
+    assert subprocess.run(command, cwd=release, check=False, capture_output=True).returncode == 1
+
+
+def test_what_the_hub_puts_beside_the_files_does_not_matter(made: Path, release: Path) -> None:
+    (release / ".cache/huggingface").mkdir(parents=True)
+    (release / ".cache/huggingface/x").write_text("")
+    (release / ".gitattributes").write_text("")
+    check(release, key=made / "release.pub")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("release.key", "private key"), ("recipe.yaml", "neither a public key"), ("no", "be read")]
+)
+def test_what_is_no_public_key_is_refused(made: Path, release: Path, name: str, words: str) -> None:
+    assert words in message(release, made / name)
+
+
+def test_a_certificate_chain(made: Path, tmp_path: Path) -> None:
+    """A root, a certificate that it has signed, and a foreign root."""
+    for name in ("root", "stranger"):
+        subject: list[str | Path] = ["-subj", f"/CN={name}", "-addext", "keyUsage=critical,keyCertSign"]
+        key: list[str | Path] = [
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:P-256",
+            "-nodes",
+            "-keyout",
+            tmp_path / f"{name}.key",
+        ]
+        releases.openssl("req", "-x509", *key, *subject, "-days", "30", "-out", tmp_path / f"{name}.pem")
+    private, _ = releases.key(tmp_path, "leaf")
+    releases.openssl("req", "-new", "-key", private, "-subj", "/CN=leaf", "-out", tmp_path / "leaf.csr")
+    (tmp_path / "ext").write_text("keyUsage=critical,digitalSignature\n")
+    signer: list[str | Path] = [
+        "-CA",
+        tmp_path / "root.pem",
+        "-CAkey",
+        tmp_path / "root.key",
+        "-extfile",
+        tmp_path / "ext",
+    ]
+    releases.openssl(
+        "x509", "-req", "-in", tmp_path / "leaf.csr", *signer, "-days", "30", "-out", tmp_path / "leaf.pem"
+    )
+    both = tmp_path / "both.pem"
+    both.write_bytes(private.read_bytes() + (tmp_path / "leaf.pem").read_bytes() + (tmp_path / "root.pem").read_bytes())
+    command = ["release", str(made / "out" / "safetensors"), "--to", str(tmp_path / "to"), "--version", "1"]
+    assert main([*command, "--sign", str(both)]) == 0
+    folder = tmp_path / "to" / "tiny-notes-1+w8a8"
+    assert check(folder, key=tmp_path / "root.pem").signature
+    assert message(folder, tmp_path / "stranger.pem").startswith("the signature was made with another key")
+    assert message(folder, made / "release.pub").startswith("the signature was made with another key")
+
+
+def test_an_encrypted_key_takes_its_password_from_the_environment(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    curve = ["-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256"]
+    releases.openssl("genpkey", *curve, "-aes256", "-pass", "pass:geheim", "-out", tmp_path / "enc.key")
+    monkeypatch.setenv("PASS", "geheim")
+    releases.openssl("ec", "-in", tmp_path / "enc.key", "-passin", "env:PASS", "-pubout", "-out", tmp_path / "enc.pub")
+    command = ["release", str(made / "out" / "safetensors"), "--to", str(tmp_path / "to"), "--version", "1"]
+    for password in (None, "falsch", "geheim"):
+        if password is None:
+            monkeypatch.delenv("QEXPORT_SIGNING_PASSWORD", raising=False)
+        else:
+            monkeypatch.setenv("QEXPORT_SIGNING_PASSWORD", password)
+        assert main([*command, "--sign", str(tmp_path / "enc.key")]) == (0 if password == "geheim" else 2)
+        captured = capsys.readouterr()
+        assert "falsch" not in captured.err + captured.out
+    assert check(tmp_path / "to" / "tiny-notes-1+w8a8", key=tmp_path / "enc.pub").signature
+    assert os.environ["QEXPORT_SIGNING_PASSWORD"] == "geheim"

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 import factories
 import onnx_exports
-from qexport.artifact.manifest import LISTING_NAME, MANIFEST_NAME
+from qexport.artifact.manifest import CARD_NAME, LISTING_NAME, MANIFEST_NAME
 from qexport.cli import main
 from qexport.errors import CompatibilityError
 from qexport.export.onnx import layout as onnx_layout

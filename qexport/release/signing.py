@@ -142,7 +142,7 @@ def _refusal(error: Exception, path: Path, key: Path) -> InputError:
 
 def _foreign(path: Path, key: Path) -> InputError:
     return InputError(
-        "the signature was made with another key",
+        "the signature was made with another key, or was changed",
         where=f"{path}, checked against {key.name}",
         mend="do not use it, unless you trust whoever has that key",
     )

@@ -139,10 +139,10 @@ def compare_with_listing(folder: Path) -> None:
     """Compares every file of a folder with its listing, whatever the folder holds: an artifact, or a release of some.
 
     Raises:
-        InputError: the listing is missing or was changed; a file is missing, changed, not listed, a link or no regular
-            file.
+        InputError: the listing is missing or was changed; a file is missing, changed, not listed (but for a signature
+            and what huggingface_hub adds), a link or no regular file.
     """
-    names = set(_entries(folder))
+    names = {name for name in _entries(folder) if not _UNLISTED.fullmatch(name)}
     if LISTING_NAME not in names:
         raise _changed(f"the listing of the digests, {LISTING_NAME}, is missing", folder)
     _compare(folder, names - {LISTING_NAME}, _parsed(_read(folder / LISTING_NAME), folder / LISTING_NAME), every_file)

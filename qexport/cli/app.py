@@ -193,6 +193,7 @@ _MOMENTS: Final = (
     "diff",
     "rebuild",
     "release",
+    "promote",
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,8 +11,9 @@ import typer
 
 from qexport.cli.app import AsJson, Debug, app, reporting_errors, showing_progress
 from qexport.cli.terminal import write, write_json
-from qexport.errors import RecipeError
-from qexport.registries import FolderDestination, fetch, parse_destination
+from qexport.errors import InputError, RecipeError
+from qexport.registries import FolderDestination, OciDestination, exactly, fetch, parse_destination, tags
+from qexport.registries import promote as move
 from qexport.release import checked_name, checked_version, named_or_refused
 
 if TYPE_CHECKING:
@@ -21,8 +23,9 @@ if TYPE_CHECKING:
 @app.command()
 def release(
     artifacts: Annotated[
-        list[Path], typer.Argument(metavar="ARTIFACT...", help="Finished artifacts, or a folder of several layouts.")
-    ],
+        list[Path] | None,
+        typer.Argument(metavar="ARTIFACT...", help="Finished artifacts, or a folder of several layouts."),
+    ] = None,
     to: Annotated[
         str | None, typer.Option(metavar="DEST", help="Where they go. By default the current folder.")
     ] = None,
@@ -35,11 +38,20 @@ def release(
         str | None,
         typer.Option(metavar="REASON", help="Release it although its gates did not pass. The card says why."),
     ] = None,
+    listed: Annotated[
+        str | None,
+        typer.Option("--list", metavar="REFERENCE", help="List the releases of a registry's repository instead."),
+    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Lock proven artifacts together with all that they came from, under one name and version, with their evidence."""
+    if listed is not None:
+        _list(listed, artifacts or [], as_json=as_json, debug=debug)
+        return
     with reporting_errors(as_json=as_json, debug=debug, interrupted="interrupted; nothing unfinished was left"):
+        if not artifacts:
+            raise RecipeError("no artifact is named", where="release", mend="name finished artifacts, or --list")
         number = named_or_refused(version, checked_version, "--version")
         model = named_or_refused(name, checked_name, "--name")
         releasing = load_releasing()
@@ -78,6 +90,53 @@ def check(
             write_json(found.as_dict())
         else:
             write("\n".join(found.lines()))
+
+
+@app.command()
+def promote(
+    reference: Annotated[str, typer.Argument(metavar="REFERENCE", help="A release: oci://HOST/NAME:TAG.")],
+    to: Annotated[str, typer.Option("--as", metavar="TAG", help="The tag to move, for example stable.")],
+    signature: Annotated[
+        Path | None,
+        typer.Option(metavar="PUBKEY", help="The public key, or the certificate that the signer's chain ends at."),
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Move a registry's tag to a release that checks."""
+    with reporting_errors(as_json=as_json, debug=debug), tempfile.TemporaryDirectory(prefix="qexport-") as scratch:
+        from qexport.release.checking import check as check_folder
+
+        place = _repository(reference)
+        exact = exactly(place)
+        with showing_progress() as progress:
+            fetch(exact, Path(scratch, "release"), progress=progress)
+        found = check_folder(Path(scratch, "release"), key=signature)
+        if found.record is None:
+            raise InputError("this is no release", where=reference, mend="release the artifact first: qexport release")
+        move(exact, to)
+        if as_json:
+            write_json({"tag": to, "release": found.record.name, "digest": exact.digest, "root": found.artifact.root})
+        else:
+            write(f"{to}  {found.record.name}\n{exact}")
+
+
+def _list(text: str, artifacts: Sequence[Path], *, as_json: bool, debug: bool) -> None:
+    with reporting_errors(as_json=as_json, debug=debug):
+        if artifacts:
+            raise RecipeError("--list names a repository and releases nothing", mend="leave the artifacts out")
+        found = tags(_repository(text))
+        if as_json:
+            write_json({"tags": {each.name: each.digest for each in found}})
+        else:
+            write("\n".join(f"{each.name}  {each.digest}" for each in found) or "no releases")
+
+
+def _repository(text: str) -> OciDestination:
+    place = parse_destination(text)
+    if not isinstance(place, OciDestination):
+        raise RecipeError("only registries have tags", where=text, mend="write oci://HOST/NAME:TAG")
+    return place
 
 
 def load_releasing() -> ModuleType:

@@ -37,6 +37,7 @@ __all__ = [
     "Published",
     "Tag",
     "TarDestination",
+    "exactly",
     "fetch",
     "parse_destination",
     "promote",
@@ -111,6 +112,18 @@ def tags(reference: OciDestination) -> list[Tag]:
     with _needs_the_extra():
         from qexport.registries import oci
     return oci.tags(reference)
+
+
+def exactly(reference: OciDestination) -> OciDestination:
+    """The release that a tag stands for now, by its digest, so that the next step has the same one.
+
+    Raises:
+        RecipeError: neither a tag nor a digest is named; the extra is missing.
+        InputError: the registry cannot be reached or refuses, or there is no such release.
+    """
+    with _needs_the_extra():
+        from qexport.registries import oci
+    return oci.exactly(reference)
 
 
 def promote(reference: OciDestination, to: str) -> None:

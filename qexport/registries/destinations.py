@@ -20,7 +20,7 @@ _TAG: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", re.ASCII)
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}", re.ASCII)
 _REVISION: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+/-]{0,127}", re.ASCII)
 _LONGEST_NAME: Final = 255
-_OCI_FORM: Final = "oci://HOST/NAME:TAG, for example oci://registry.example.com/models/notes:1.4.0"
+OCI_FORM: Final = "oci://HOST/NAME:TAG, for example oci://registry.example.com/models/notes:1.4.0"
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class TarDestination:
 
 @dataclass(frozen=True)
 class OciDestination:
-    """A repository in an OCI registry.
+    """A repository in an OCI registry, or one release in it.
 
     Attributes:
         host: with its port, if one was written.
@@ -96,7 +96,7 @@ Destination = FolderDestination | OciDestination | HubDestination | TarDestinati
 
 
 def parse_destination(text: str) -> Destination:
-    """What a text names: `oci://HOST/NAME:TAG[@sha256:...]`, `hub:ORG/NAME[@REVISION]`, `FILE.tar`, or a folder.
+    """What a text names: `oci://HOST/NAME[:TAG][@sha256:...]`, `hub:ORG/NAME[@REVISION]`, `FILE.tar`, or a folder.
 
     The form of the text decides, not what is on the disk. `~` is expanded.
 
@@ -108,7 +108,7 @@ def parse_destination(text: str) -> Destination:
     if text.startswith(HUB_PREFIX):
         return _hub(text)
     if "://" in text:
-        raise RecipeError("such a place is not known", where=text, mend=f"write {_OCI_FORM}, hub:ORG/NAME or a path")
+        raise RecipeError("such a place is not known", where=text, mend=f"write {OCI_FORM}, hub:ORG/NAME or a path")
     if not text.strip() or "\0" in text:
         raise RecipeError("the place has no name", where=repr(text), mend="write a path, oci://... or hub:ORG/NAME")
     path = Path(text).expanduser()
@@ -139,19 +139,17 @@ def _oci(text: str) -> OciDestination:
         mend = "put them into docker's config.json, and write oci://HOST/NAME:TAG"
         raise RecipeError(what, where=f"{OCI_PREFIX}...@{authority.rpartition('@')[2]}/{path}", mend=mend)
     if not _is_host(authority):
-        raise RecipeError("the registry's host is not valid", where=text, mend=f"write {_OCI_FORM}")
+        raise RecipeError("the registry's host is not valid", where=text, mend=f"write {OCI_FORM}")
     named, at, digest = path.partition("@")
     name, colon, tag = named.partition(":")
     if not _NAME.fullmatch(name) or len(name) > _LONGEST_NAME:
         what = "the repository's name is not valid: registries want lower case, digits and single . _ - between them"
-        raise RecipeError(what, where=text, mend=f"write {_OCI_FORM}")
+        raise RecipeError(what, where=text, mend=f"write {OCI_FORM}")
     if colon and not is_tag(tag):
         what = "the tag is not valid: registries want letters, digits, . _ - and at most 128 of them (no +)"
         raise RecipeError(what, where=text, mend="choose another tag")
     if at and not _DIGEST.fullmatch(digest):
-        raise RecipeError("the digest is not sha256: and 64 hex digits", where=text, mend=f"write {_OCI_FORM}")
-    if not colon and not at:
-        raise RecipeError("neither a tag nor a digest is named", where=text, mend=f"write {_OCI_FORM}")
+        raise RecipeError("the digest is not sha256: and 64 hex digits", where=text, mend=f"write {OCI_FORM}")
     return OciDestination(authority, name, tag or None, digest or None)
 
 

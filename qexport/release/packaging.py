@@ -32,7 +32,7 @@ def package_of(released: Released) -> Package:
         folder=released.folder,
         name=released.record.model,
         version=released.record.version,
-        format="onnx" if manifest.graph is not None else "safetensors",
+        format=manifest.layout if manifest.layout in ("onnx", "gguf") else "safetensors",
         architecture=str(config.get("model_type", "")),
         precision=str(config.get("dtype", config.get("torch_dtype", manifest.recipe["merge"]["dtype"]))),
         quantization=None if manifest.quantization is None else str(manifest.recipe["quantize"]["method"]),

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from qexport.artifact.manifest import Manifest
+from qexport.artifact.names import oci_tag
 from qexport.artifact.partial import manifests_in
 from qexport.errors import RecipeError
 from qexport.progress import Notice, ProgressCallback
-from qexport.registries import Destination, FolderDestination, Published, parse_destination, publish
+from qexport.registries import Destination, FolderDestination, OciDestination, Published, parse_destination, publish
 from qexport.release import ReleaseSettings
 from qexport.release.making import Released, make_release, refuse_existing
 from qexport.release.naming import named
@@ -104,8 +105,21 @@ def release_all(artifacts: Sequence[Path], options: ReleaseOptions, progress: Pr
             continue
         with tempfile.TemporaryDirectory(prefix=".qexport-release-", dir=one.artifact.path.parent) as scratch:
             released = make_release(one, name, Path(scratch, name.name), signer=signer)
-            made.append(Made(released, publish(package_of(released), destination, progress=progress)))
+            place = _place_of(name.name, destination)
+            made.append(Made(released, publish(package_of(released), place, progress=progress)))
     return made
+
+
+def _is_repository(destination: Destination) -> bool:
+    """Whether it is a repository of a registry, where each release has a tag of its own."""
+    return isinstance(destination, OciDestination) and destination.tag is None and destination.digest is None
+
+
+def _place_of(name: str, destination: Destination) -> Destination:
+    """Where a release goes; in a repository its name is its tag."""
+    if isinstance(destination, OciDestination) and _is_repository(destination):
+        return replace(destination, tag=oci_tag(name))
+    return destination
 
 
 def _layouts(artifact: Path) -> list[Path]:
@@ -119,9 +133,9 @@ def _refuse_equal(names: Sequence[str], destination: Destination) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise RecipeError("two artifacts have the same name", where=twice[0], mend="release them apart, with --name")
-    if len(names) > 1 and not isinstance(destination, FolderDestination):
+    if len(names) > 1 and not (isinstance(destination, FolderDestination) or _is_repository(destination)):
         raise RecipeError(
-            "several artifacts need a folder, which has a place for each",
+            "several artifacts need a place for each",
             where=str(destination),
-            mend="release them one by one",
+            mend="name a folder, or a registry's repository without a tag, or release them one by one",
         )

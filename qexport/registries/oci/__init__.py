@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -9,7 +10,7 @@ from qexport.artifact.digests import sha256_bytes
 from qexport.artifact.disk import ensure_space
 from qexport.errors import RecipeError
 from qexport.progress import Progress, ProgressCallback
-from qexport.registries.destinations import OciDestination, is_tag
+from qexport.registries.destinations import OCI_FORM, OciDestination, is_tag
 from qexport.registries.oci.client import Client
 from qexport.registries.oci.documents import (
     PLATFORMS,
@@ -79,6 +80,12 @@ def tags(reference: OciDestination) -> list[Tag]:
         if read := read_document(client, name):  # one may be removed meanwhile
             found.append(Tag(name, read[0].digest))
     return found
+
+
+def exactly(reference: OciDestination) -> OciDestination:
+    """A release by its digest. See `qexport.registries.exactly`."""
+    descriptor, _ = _found(Client(reference), reference)
+    return replace(reference, digest=descriptor.digest)
 
 
 def promote(reference: OciDestination, to: str) -> None:
@@ -154,6 +161,8 @@ def _put_manifests(client: Client, package: Package, tag: str, layers: list[Desc
 
 
 def _found(client: Client, reference: OciDestination) -> tuple[Descriptor, bytes]:
+    if reference.tag is None and reference.digest is None:
+        raise RecipeError("neither a tag nor a digest is named", where=str(reference), mend=f"write {OCI_FORM}")
     read = read_document(client, reference.digest or str(reference.tag))
     if read is None:
         raise client.failure(

@@ -1,0 +1,79 @@
+"""`release`, `check` and `promote` with a registry: what was proven arrives, and tags move only to what checks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import packages
+import releases
+from oci_server import Registry, serving
+from qexport.artifact.manifest import Manifest
+from qexport.cli import main
+from qexport.registries import parse_destination, publish
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return releases.proven(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry]:
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "docker"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with serving(Registry()) as found:
+        yield found
+
+
+def told(capsys: pytest.CaptureFixture[str], *arguments: str | Path, code: int = 0) -> Any:
+    assert main([*map(str, arguments), "--json"]) == code
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_release_is_pushed_listed_checked_and_promoted(
+    made: Path, registry: Registry, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key, public = releases.key(tmp_path)
+    repository = f"oci://{registry.host}/models/notes"
+    pushed = told(capsys, "release", made, "--to", repository, "--sign", key, "--version", "1.4.0")["releases"]
+    tags = {each["name"].replace("+", "_"): each["digest"] for each in pushed}
+    assert len(tags) == 2
+    assert told(capsys, "release", "--list", repository) == {"tags": tags}
+    tag, digest = next(iter(tags.items()))
+    found = told(capsys, "check", f"{repository}:{tag}", "--signature", public)
+    assert (found["root"], found["signature_checked"]) == (pushed[0]["root"], True)
+    moved = told(capsys, "promote", f"{repository}:{tag}", "--as", "stable", "--signature", public)
+    assert (moved["tag"], moved["digest"]) == ("stable", digest)
+    assert told(capsys, "release", "--list", repository) == {"tags": {**tags, "stable": digest}}
+    assert told(capsys, "diff", f"{repository}:stable", made / "safetensors")["equal"] is False  # of other words
+    assert told(capsys, "diff", "--weights", f"{repository}:stable", made / "safetensors")["equal"] is True
+
+
+def test_tags_move_only_to_what_checks(
+    made: Path, registry: Registry, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, other = releases.key(tmp_path, "other")
+    key, _ = releases.key(tmp_path)
+    repository = f"oci://{registry.host}/models/notes"
+    arguments = ["--to", f"{repository}:1.4.0", "--sign", key, "--version", "1.4.0"]
+    told(capsys, "release", made / "safetensors", *arguments)
+    error = told(capsys, "promote", f"{repository}:1.4.0", "--as", "stable", "--signature", other, code=3)["error"]
+    assert "another key" in error["what"]
+    publish(packages.make_release(tmp_path / "foreign", weights=1000), parse_destination(f"{repository}:foreign"))
+    assert told(capsys, "promote", f"{repository}:foreign", "--as", "stable", code=3)["error"]
+    assert told(capsys, "release", "--list", repository)["tags"].keys() == {"1.4.0", "foreign"}
+    assert told(capsys, "promote", repository, "--as", "stable", code=2)["error"]["what"].startswith("neither a tag")
+    assert told(capsys, "promote", str(made), "--as", "stable", code=2)["error"]["what"] == "only registries have tags"
+
+
+def test_what_cannot_be_listed_or_released_is_refused(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert Manifest.read(made / "safetensors").layout == "safetensors"
+    assert told(capsys, "release", made, "--list", "oci://host/name", code=2)["error"]["what"].startswith("--list")
+    assert told(capsys, "release", code=2)["error"]["what"] == "no artifact is named"
+    two = told(capsys, "release", made, "--to", "oci://127.0.0.1:9/a:1", "--version", "1.0.0", code=2)["error"]
+    assert two["what"] == "several artifacts need a place for each"

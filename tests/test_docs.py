@@ -20,19 +20,9 @@ PAGES = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("calibration/*.md")]
 )
 COMMANDS = {
-    "inspect",
-    "plan",
-    "run",
-    "check",
-    "validate",
-    "verify",
-    "release",
-    "gate",
-    "report",
-    "diff",
-    "rebuild",
+    "inspect", "plan", "run", "check", "validate", "verify", "release", "promote", "gate", "report", "diff", "rebuild",
     "schema",
-}
+}  # fmt: skip
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 

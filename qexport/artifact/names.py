@@ -8,6 +8,7 @@ from typing import Final
 from qexport.artifact.digests import sha256_bytes
 
 _LABEL_LIMIT: Final = 63 - len("-predictor")  # which KServe adds
+_TAG_LIMIT: Final = 128 - len("-modelpack")  # which `qexport.registries.oci` adds
 _MARK: Final = 8
 """Hex digits that tell two long names apart which begin alike."""
 
@@ -45,7 +46,7 @@ def label(name: str) -> str:
 
 def oci_tag(name: str) -> str:
     """The nearest tag that OCI registries accept, where `+` is not allowed: letters, digits, `_`, `.` and `-`."""
-    return re.sub(r"[^A-Za-z0-9_.-]", "_", name).lstrip(".-")[:128]
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", name).lstrip(".-")[:_TAG_LIMIT]
 
 
 def _plain(text: str) -> str:

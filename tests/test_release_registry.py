@@ -47,6 +47,9 @@ def test_a_release_is_pushed_listed_checked_and_promoted(
     tag, digest = next(iter(tags.items()))
     found = told(capsys, "check", f"{repository}:{tag}", "--signature", public)
     assert (found["root"], found["signature_checked"]) == (pushed[0]["root"], True)
+    kept = tmp_path / "new/kept"
+    told(capsys, "check", f"{repository}:{tag}", "--to", kept)
+    assert told(capsys, "check", kept)["root"] == found["root"]
     moved = told(capsys, "promote", f"{repository}:{tag}", "--as", "stable", "--signature", public)
     assert (moved["tag"], moved["digest"]) == ("stable", digest)
     assert told(capsys, "release", "--list", repository) == {"tags": {**tags, "stable": digest}}
@@ -60,10 +63,14 @@ def test_tags_move_only_to_what_checks(
     _, other = releases.key(tmp_path, "other")
     key, _ = releases.key(tmp_path)
     repository = f"oci://{registry.host}/models/notes"
-    arguments = ["--to", f"{repository}:1.4.0", "--sign", key, "--version", "1.4.0"]
+    arguments: list[str | Path] = ["--to", f"{repository}:1.4.0", "--sign", key, "--version", "1.4.0"]
     told(capsys, "release", made / "safetensors", *arguments)
     error = told(capsys, "promote", f"{repository}:1.4.0", "--as", "stable", "--signature", other, code=3)["error"]
     assert "another key" in error["what"]
+    kept = tmp_path / "new/kept"
+    told(capsys, "check", f"{repository}:1.4.0", "--signature", other, "--to", kept, code=3)
+    assert list(kept.parent.iterdir()) == []
+    assert told(capsys, "check", made / "safetensors", "--to", kept, code=2)["error"]["what"].startswith("a folder is")
     publish(packages.make_release(tmp_path / "foreign", weights=1000), parse_destination(f"{repository}:foreign"))
     assert told(capsys, "promote", f"{repository}:foreign", "--as", "stable", code=3)["error"]
     assert told(capsys, "release", "--list", repository)["tags"].keys() == {"1.4.0", "foreign"}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +15,7 @@ from qexport.cli.terminal import write, write_json
 from qexport.errors import InputError, RecipeError
 from qexport.registries import FolderDestination, OciDestination, exactly, fetch, parse_destination, tags
 from qexport.registries import promote as move
+from qexport.registries.arrival import arriving
 from qexport.release import checked_name, checked_version, named_or_refused
 
 if TYPE_CHECKING:
@@ -75,21 +77,22 @@ def check(
     root: Annotated[
         str | None, typer.Option(metavar="SHA256", help="The root digest that the folder should have.")
     ] = None,
+    to: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep the release that a REFERENCE names there, if it checks.")
+    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Check a release offline: every byte, the signature, provenance against manifest, report against gates."""
-    with reporting_errors(as_json=as_json, debug=debug), tempfile.TemporaryDirectory(prefix="qexport-") as scratch:
+    with reporting_errors(as_json=as_json, debug=debug, interrupted="interrupted; nothing unfinished was left"):
         from qexport.release.checking import check as check_folder
 
-        path = Path(folder)
-        if not path.is_dir():
-            path = _fetched(folder, Path(scratch, "release"))
-        found = check_folder(path, key=signature, root=root)
+        with _at_hand(folder, to) as path:
+            found = check_folder(path, key=signature, root=root)
         if as_json:
-            write_json(found.as_dict())
+            write_json(found.as_dict() | {"folder": str(to or folder)})
         else:
-            write("\n".join(found.lines()))
+            write("\n".join([*found.lines(), *([] if to is None else [f"kept in    {to}"])]))
 
 
 @app.command()
@@ -153,11 +156,19 @@ def load_releasing() -> ModuleType:
     return releasing
 
 
-def _fetched(text: str, folder: Path) -> Path:
-    """What a reference of a registry names."""
-    destination = parse_destination(text)
-    if isinstance(destination, FolderDestination):
-        raise RecipeError("there is no such folder", where=text, mend="give the folder of a release")
-    with showing_progress() as progress:
-        fetch(destination, folder, progress=progress)
-    return folder
+@contextmanager
+def _at_hand(text: str, to: Path | None) -> Iterator[Path]:
+    """A folder; or what a reference names, fetched for a while, or to a place where it stays unless the block fails."""
+    reference = parse_destination(text)
+    if isinstance(reference, FolderDestination):
+        if to is not None:
+            raise RecipeError("a folder is at hand already", where=text, mend="leave --to out, or give a reference")
+        if not reference.path.is_dir():
+            raise RecipeError("there is no such folder", where=text, mend="give the folder of a release")
+        yield reference.path
+        return
+    with ExitStack() as stack, showing_progress() as progress:
+        temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qexport-")), "release")
+        path = temporary if to is None else stack.enter_context(arriving(to))
+        fetch(reference, path, progress=progress)
+        yield path

@@ -50,6 +50,9 @@ def test_a_release_is_pushed_listed_checked_and_promoted(
     kept = tmp_path / "new/kept"
     told(capsys, "check", f"{repository}:{tag}", "--to", kept)
     assert told(capsys, "check", kept)["root"] == found["root"]
+    again = told(capsys, "rebuild", kept, "--inputs", made.parent)["predicate"]
+    assert again["result"] == "equal"
+    assert {"release.json", "README.md", "evidence/bom.cdx.json"} <= again["notCompared"].keys()
     moved = told(capsys, "promote", f"{repository}:{tag}", "--as", "stable", "--signature", public)
     assert (moved["tag"], moved["digest"]) == ("stable", digest)
     assert told(capsys, "release", "--list", repository) == {"tags": {**tags, "stable": digest}}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -19,6 +19,7 @@ from qexport.artifact.integrity import open_artifact
 from qexport.artifact.manifest import CARD_NAME, MANIFEST_NAME, Manifest, SourceRecord
 from qexport.comparing.documents import compare_values
 from qexport.errors import InputError, RecipeError, listed
+from qexport.export.launch import FOLDER as LAUNCH_FOLDER
 from qexport.hidden_packages import hidden
 from qexport.pipeline.first_difference import causes_of, first_difference
 from qexport.pipeline.planning import plan
@@ -29,6 +30,8 @@ from qexport.pipeline.texts import read_texts
 from qexport.progress import ProgressCallback, silent
 from qexport.reading.stored_model import model_folder
 from qexport.recipe import Recipe, load_recipe
+from qexport.release.evaluation import EVALUATION_NAME
+from qexport.release.record import EVIDENCE_FOLDER, RECORD_NAME
 
 _FREE: Final = ("verify", "export")
 """Parts of the recipe that may be others: only what is compared is built."""
@@ -212,18 +215,10 @@ def _compared(
 ) -> Rebuild:
     manifest, new = given.manifest, result.manifests[given.manifest.layout]
     folder = result.artifact_path / manifest.layout if len(result.manifests) > 1 else result.artifact_path
-    files = {name: record.sha256 for name, record in manifest.files.items()}
+    skipped = _not_compared(manifest, recipe, {*manifest.files, *new.files})
+    files = {name: record.sha256 for name, record in manifest.files.items()} | {MANIFEST_NAME: given.sha256}
     rebuilt = {name: record.sha256 for name, record in new.files.items()}
-    skipped = {"report": "it holds timings, which no two runs share"} if manifest.verification else {}
-    if recipe.verify is None and manifest.verification is not None:
-        for name in (MANIFEST_NAME, CARD_NAME):
-            skipped[name] = "it holds figures, and nothing was verified here (--verify)"
-        files.pop(CARD_NAME, None)
-        rebuilt.pop(CARD_NAME, None)
-    elif recipe.portable() == manifest.recipe:
-        files[MANIFEST_NAME], rebuilt[MANIFEST_NAME] = given.sha256, sha256_file(folder / MANIFEST_NAME)
-    else:
-        skipped[MANIFEST_NAME] = "only this layout was built again"
+    rebuilt[MANIFEST_NAME] = sha256_file(folder / MANIFEST_NAME)
     found = Rebuild(
         layout=manifest.layout,
         manifest_sha256=given.sha256,
@@ -231,8 +226,8 @@ def _compared(
         inputs=inputs,
         recorded=(manifest.qexport_version, manifest.environment),
         here=(version("qexport"), describe_environment(find_device(_device_of(new)))),
-        files=files,
-        rebuilt=rebuilt,
+        files={name: digest for name, digest in files.items() if name not in skipped},
+        rebuilt={name: digest for name, digest in rebuilt.items() if name not in skipped},
         not_compared=skipped,
     )
     if found.equal:
@@ -243,3 +238,18 @@ def _compared(
 
 def _device_of(manifest: Manifest) -> str:
     return "cpu" if manifest.environment.device == "cpu" else "cuda"
+
+
+def _not_compared(manifest: Manifest, recipe: Recipe, names: Set[str]) -> dict[str, str]:
+    """What this run cannot make the same, and why."""
+    skipped = {"report": "it holds timings, which no two runs share"} if manifest.verification else {}
+    if RECORD_NAME in manifest.files:
+        own = (f"{EVIDENCE_FOLDER}/", f"{LAUNCH_FOLDER}/", RECORD_NAME, EVALUATION_NAME, CARD_NAME, MANIFEST_NAME)
+        released = [name for name in sorted({MANIFEST_NAME, *names}) if name.startswith(own)]
+        return skipped | dict.fromkeys(released, "it is the release's, under its name")
+    if recipe.verify is None and manifest.verification is not None:
+        figures = "it holds figures, and nothing was verified here (--verify)"
+        return skipped | dict.fromkeys((MANIFEST_NAME, CARD_NAME), figures)
+    if recipe.portable() != manifest.recipe:
+        skipped[MANIFEST_NAME] = "only this layout was built again"
+    return skipped

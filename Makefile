@@ -39,12 +39,8 @@ help: ## Show the targets
 demo: $(READY) ## Merge, quantize, export and verify a real 135M model with its adapter (minutes)
 	$(BIN)/qexport run recipes/gptq-4bit.yaml --force
 
-demo-release: $(READY) ## Release the demo's artifacts to a folder, signed, and check them (after `make demo`; seconds)
-	rm -rf out/releases && mkdir -p out/releases
-	openssl ecparam -name prime256v1 -genkey -noout -out out/releases/demo.key
-	openssl ec -in out/releases/demo.key -pubout -out out/releases/demo.pub
-	$(BIN)/qexport release out/gptq-4bit --version 1.0.0 --sign out/releases/demo.key --to out/releases
-	for folder in out/releases/*/; do $(BIN)/qexport check "$$folder" --signature out/releases/demo.pub || exit 1; done
+demo-release: $(READY) ## Release the demo's artifacts to a registry, check, compare and rebuild them (after `make demo`; minutes; wants docker-registry)
+	recipes/demo-release.sh $(BIN)
 
 test: $(READY) ## Run the tests (about five minutes on two cores, less with their traces kept)
 	$(BIN)/python -m pytest $(PARALLEL) $(COVERAGE)

@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from qexport.reading.gguf_weights import GGUF_NAME
+from qexport.artifact.names import GGUF_NAME
 from qexport.tensors.gguf_file import GgufFile
 
 Rows = NDArray[np.uint8]

@@ -21,13 +21,14 @@ import gguf_folders
 import qexport
 from gguf_faults import Rows, copied, half_rotated, rolled, rows_of, value_of
 from qexport.artifact.figures import CheckResult
+from qexport.artifact.names import GGUF_NAME
 from qexport.errors import CompatibilityError, InputError, QexportError
 from qexport.export.gguf.files import GgufFiles
 from qexport.export.gguf.tokenizer_keys import gguf_tokenizer
 from qexport.formats.gguf.header import header_bytes
 from qexport.pipeline.inspection import inspect_artifact
 from qexport.pipeline.runtimes import misfit
-from qexport.reading.gguf_weights import GGUF_NAME, GgufWeights
+from qexport.reading.gguf_weights import GgufWeights
 from qexport.reading.stored_model import open_stored
 from qexport.runtimes import NAMES, RuntimeSettings
 from qexport.tensors import GroupQuantized

@@ -7,6 +7,9 @@ from typing import Final
 
 from qexport.artifact.digests import sha256_bytes
 
+GGUF_NAME: Final = "model.gguf"
+"""The file of the layout gguf."""
+
 _LABEL_LIMIT: Final = 63 - len("-predictor")  # which KServe adds
 _TAG_LIMIT: Final = 128 - len("-modelpack")  # which `qexport.registries.oci` adds
 _MARK: Final = 8

@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from qexport.architectures.architecture import Architecture
 from qexport.architectures.families import without_code_keys
 from qexport.architectures.structure import Structure, refuse_impossible_depth
+from qexport.artifact.names import GGUF_NAME
 from qexport.errors import CompatibilityError, InputError, listed
 from qexport.formats.gguf import DTYPES, blocks
 from qexport.formats.gguf.families import FAMILIES, Places, constants, places
@@ -25,8 +26,6 @@ from qexport.tensors import GroupQuantized, GroupQuantizedSpec, Quantized, Tenso
 from qexport.tensors.gguf_file import GgufFile
 from qexport.tensors.source import is_finite
 from qexport.tensors.strict_files import CONFIG_BYTES, contained_path, read_json_object
-
-GGUF_NAME: Final = "model.gguf"
 
 _TORCH: Final = {kind: dtype for dtype, kind in DTYPES.items()}
 _SAMPLE: Final = 128

@@ -16,10 +16,11 @@ from qexport.architectures.devices import find_device
 from qexport.architectures.structure import Structure
 from qexport.artifact.integrity import find_artifact
 from qexport.artifact.manifest import REPORT_FOLDER
+from qexport.artifact.names import GGUF_NAME
 from qexport.errors import InputError
 from qexport.formats.stored_weight import StoredLayer
 from qexport.hidden_packages import hidden
-from qexport.reading.gguf_weights import GGUF_NAME, GgufWeights
+from qexport.reading.gguf_weights import GgufWeights
 from qexport.reading.safetensors_weights import SafetensorsWeights
 from qexport.tensors import GroupQuantizedSpec, Quantized, TensorSpec, WeightSource
 

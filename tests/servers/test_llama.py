@@ -29,12 +29,12 @@ import vllm_artifacts as artifacts
 from gguf_faults import Change, copied, half_rotated, rolled, rows_of, smaller, value_of
 from qexport.architectures.architecture import Checkpoint
 from qexport.artifact.figures import find_figure
+from qexport.artifact.names import GGUF_NAME
 from qexport.artifact.served import RuntimeFacts
 from qexport.errors import CompatibilityError
 from qexport.export import GgufSettings
 from qexport.gates.serving import decide_served, fidelity_limit, limits_of_runtime
 from qexport.progress import Steps, silent
-from qexport.reading.gguf_weights import GGUF_NAME
 from qexport.reading.stored_model import open_stored
 from qexport.runtimes import RuntimeSettings, ServedDtype
 from qexport.runtimes.child import ChildRuntime

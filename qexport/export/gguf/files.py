@@ -13,13 +13,13 @@ from typing import Final
 from torch import Tensor
 
 from qexport.artifact.digests import sha256_chunks
+from qexport.artifact.names import GGUF_NAME
 from qexport.errors import QexportError, listed
 from qexport.export.tensor_writer import PlacedTensors, WrittenWeights, write_at
 from qexport.export.weight_files import WeightFiles
 from qexport.formats import Outputs
 from qexport.formats.gguf import DTYPES, Entry, GgufFormat
 from qexport.formats.gguf.header import Value, header_bytes, padded
-from qexport.reading.gguf_weights import GGUF_NAME
 from qexport.tensors import TensorSpec
 from qexport.tensors.gguf_file import GgufFile, GgufTensor
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar, Final
 
+from qexport.artifact.names import GGUF_NAME
 from qexport.export.launch import Launch, render_launch_files
-from qexport.reading.gguf_weights import GGUF_NAME
 
 _MOST_TOKENS: Final = 8192
 """The cache of keys and values of a longer text is left to those who want it."""

@@ -14,6 +14,7 @@ from gguf import LlamaFileType
 from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.architectures.structure import Structure
 from qexport.artifact.manifest import CardText
+from qexport.artifact.names import GGUF_NAME
 from qexport.errors import CompatibilityError, QexportError, listed
 from qexport.export import GgufSettings
 from qexport.export.gguf.files import GgufFiles, gguf_files
@@ -27,7 +28,6 @@ from qexport.formats import GptqFormat, MergedFormat, Outputs
 from qexport.formats.gguf import GgufFormat
 from qexport.formats.gguf.families import constants, places
 from qexport.formats.gguf.header import Value
-from qexport.reading.gguf_weights import GGUF_NAME
 from qexport.tensors.gguf_file import GgufFile
 
 _QUANTIZATION_VERSION: Final = 2

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import releases
+from qexport.artifact.agreement import verification_of
 from qexport.artifact.digests import sha256_file
 from qexport.artifact.integrity import digest_files, write_listing
 from qexport.artifact.manifest import Manifest
@@ -21,6 +22,7 @@ from qexport.artifact.report import Report
 from qexport.cli import main
 from qexport.errors import QexportError
 from qexport.release.checking import check
+from qexport.release.record import proof_of
 from qexport.reporting.writing import write_report
 
 NAME = "tiny-notes-1.4.0+w8a8.vllm"
@@ -136,6 +138,7 @@ def test_a_further_file_is_named(release: Path) -> None:
 def test_a_missing_and_a_foreign_signature(made: Path, release: Path) -> None:
     assert message(release, made / "other.pub").startswith("the signature was made with another key")
     (release / "model.sig").unlink()
+    assert message(release).startswith("the release was signed, and its signature is missing")
     assert message(release, made / "release.pub").startswith("the release is not signed")
 
 
@@ -202,6 +205,29 @@ def swap_report(folder: Path) -> None:
     write_report(report.model_copy(update={"figures": figures}), folder / "report")
 
 
+def gate_left_out(folder: Path) -> None:
+    """Of the report and everything that repeats it but the card."""
+    report = Report.read(folder)
+    report = report.model_copy(update={"gates": [each for each in report.gates if each.name != "mean_kl"]})
+    write_report(report, folder / "report")
+    Manifest.read(folder).model_copy(update={"verification": verification_of(report)}).write(folder)
+    proof = proof_of(report)
+    assert proof is not None
+    edit_json(folder / "release.json", lambda content: content.update(proof=proof.model_dump(mode="json")))
+
+
+def other_name(folder: Path) -> None:
+    edit_json(folder / "release.json", lambda content: content.update(name="x\nsignature  of the given key"))
+
+
+def foreign_evidence(folder: Path) -> None:
+    edit_json(folder / "release.json", lambda content: content["evidence"].update({"/etc/passwd": "0" * 64}))
+
+
+def further_launch_file(folder: Path) -> None:
+    (folder / "launch/more.sh").write_text("#!/bin/sh\n")
+
+
 def no_report(folder: Path) -> None:
     shutil.rmtree(folder / "report")
 
@@ -226,9 +252,27 @@ def name_evidence(folder: Path) -> None:
         (other_recipe, "the provenance names other inputs than the manifest: recipe"),
         (other_bom, "the bill of materials names other files than the manifest"),
         (swap_report, "the report is not the one of this artifact: manifest and report contradict each other"),
+        (gate_left_out, "the report's gates are not what its figures give: mean_kl"),
+        (other_name, "release.json names other inputs than the manifest: name"),
+        (foreign_evidence, "release.json names other inputs than the manifest: /etc/passwd"),
+        (further_launch_file, "there are files that no release of this artifact has: launch/more.sh"),
         (no_report, "the report that was released is missing|manifest and SHA256SUMS contradict"),
     ],
-    ids=["card", "card and record", "launch", "base", "input", "recipe", "bom", "report", "no report"],
+    ids=[
+        "card",
+        "card and record",
+        "launch",
+        "base",
+        "input",
+        "recipe",
+        "bom",
+        "report",
+        "gate",
+        "name",
+        "evidence",
+        "further file",
+        "no report",
+    ],
 )
 def test_a_change_that_was_hidden_from_the_digests_is_found(
     made: Path, release: Path, fault: Callable[[Path], object], words: str

@@ -171,4 +171,8 @@ def _at_hand(text: str, to: Path | None) -> Iterator[Path]:
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qexport-")), "release")
         path = temporary if to is None else stack.enter_context(arriving(to))
         fetch(reference, path, progress=progress)
-        yield path
+        try:
+            yield path
+        except InputError as error:
+            where = (error.where or "").replace(str(path), str(reference))
+            raise InputError(error.what, where=where, mend=error.mend) from error

@@ -111,7 +111,10 @@ def parse_destination(text: str) -> Destination:
         raise RecipeError("such a place is not known", where=text, mend=f"write {OCI_FORM}, hub:ORG/NAME or a path")
     if not text.strip() or "\0" in text:
         raise RecipeError("the place has no name", where=repr(text), mend="write a path, oci://... or hub:ORG/NAME")
-    path = Path(text).expanduser()
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError as error:
+        raise RecipeError("there is no such user", where=text, mend="write a path") from error
     return TarDestination(path, text) if path.suffix == ".tar" else FolderDestination(path, text)
 
 

@@ -32,7 +32,6 @@ from qexport.release.provenance import source_uri
 from qexport.release.record import Proof, canonical
 
 _NAMESPACE: Final = UUID("6f9619ff-8b86-d011-b42d-00c04fc964ff")
-_FORMATS: Final[Mapping[str, str]] = {"onnx": "onnx"}
 
 
 def bill_of_materials(

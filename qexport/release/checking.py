@@ -10,18 +10,29 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
+from pydantic import ValidationError
+
 from qexport.artifact.agreement import report_of
 from qexport.artifact.digests import sha256_file
 from qexport.artifact.integrity import Artifact, FileProblem, find_artifact
 from qexport.artifact.manifest import CARD_NAME, REPORT_FOLDER, SIGNATURE_NAME, Manifest
+from qexport.artifact.names import label, release_name
+from qexport.artifact.packages import requirements_text
 from qexport.artifact.report import REPORT_NAME, Report
 from qexport.errors import GateFailed, InputError, RecipeError, listed
 from qexport.export.launch import FOLDER as LAUNCH_FOLDER
+from qexport.gates.deciding import decide_again
+from qexport.gates.serving import decide_served_again
+from qexport.quantizing import profile_of_layer
+from qexport.release.evaluation import EVALUATION_NAME, evaluation_results
 from qexport.release.launching import read_launch, render
+from qexport.release.naming import method_name
 from qexport.release.provenance import differences, statement
 from qexport.release.record import (
     BOM_NAME,
+    EVIDENCE,
     EVIDENCE_FOLDER,
+    PACKAGES_NAME,
     PROVENANCE_NAME,
     RECORD_NAME,
     ReleaseRecord,
@@ -30,6 +41,8 @@ from qexport.release.record import (
     read_object,
 )
 from qexport.reporting.card import CardFacts, ReleaseWords, model_card
+from qexport.reporting.values import visible
+from qexport.verifying import VerifySettings
 
 _MEND: Final = "do not use it; fetch the release again"
 
@@ -71,6 +84,8 @@ class Checked:
         known = f", and the root digest is {self.artifact.confirmed_by}" if self.artifact.confirmed_by else ""
         yield f"bytes      every file is listed and has its digest{known}"
         yield f"root       {self.artifact.root}"
+        if others := [name for name in self.artifact.unlisted if name != SIGNATURE_NAME]:
+            yield f"unchecked  {listed(others)}: files that huggingface_hub adds, which nothing reads"
         yield f"signature  {self._signature()}"
         yield from self._evidence()
         yield f"gates      {self._gates()}"
@@ -90,7 +105,7 @@ class Checked:
 
     def _gates(self) -> str:
         if self.record is not None and self.record.unproven is not None:
-            return f"NOT PROVEN: {self.record.unproven}"
+            return f"NOT PROVEN: {' '.join(visible(self.record.unproven).split())}"
         if self.report is None:
             return "there is no report"
         return f"{self.report.verdict}: {len(self.report.gates)} gates in the report"
@@ -118,10 +133,17 @@ def check(folder: Path, *, key: Path | None = None, root: str | None = None) -> 
     compared = False
     if record is not None:
         _compare_record(artifact, record, report)
-        compared = _compare_card(artifact, record, report)
+        compared = record.qexport_version == version("qexport") and artifact.manifest.card is not None
+        if compared:
+            _compare_gates(artifact, report)
+            _compare_card(artifact, record, report)
         _compare_provenance(artifact, report)
         _compare_bom(artifact)
     _refuse_unproven(record, report, folder)
+    if record is not None and record.signed and not (folder / SIGNATURE_NAME).is_file():
+        raise InputError(
+            "the release was signed, and its signature is missing", where=str(folder / SIGNATURE_NAME), mend=_MEND
+        )
     signature = True if key is not None else (None if (folder / SIGNATURE_NAME).is_file() else False)
     return Checked(artifact, record, report, signature, compared)
 
@@ -182,7 +204,11 @@ def _report(artifact: Artifact) -> Report | None:
 
 def _compare_record(artifact: Artifact, record: ReleaseRecord, report: Report | None) -> None:
     told = locked(artifact.manifest)
+    told |= _names(artifact.manifest, record)
     wrong = [name for name, value in told.items() if getattr(record, name) != value]
+    wrong += [name for name in record.evidence if name not in EVIDENCE]
+    if (artifact.manifest.launch or {"name": record.name}).get("name") != record.name:
+        wrong.append("launch")
     if wrong:
         raise _contradiction(f"{RECORD_NAME} names other inputs than the manifest", wrong, artifact.path / RECORD_NAME)
     if report is None and record.proof is not None:
@@ -193,14 +219,22 @@ def _compare_record(artifact: Artifact, record: ReleaseRecord, report: Report | 
         raise InputError(
             "the report is not the one that was released", where=str(artifact.path / RECORD_NAME), mend=_MEND
         )
-    for name, digest in record.evidence.items():
-        if not (artifact.path / name).is_file() or sha256_file(artifact.path / name) != digest:
+    for name in EVIDENCE:
+        listed_as = artifact.manifest.files.get(name)
+        if listed_as is None or record.evidence.get(name) != listed_as.sha256:
             what = "the model card has been edited since the release" if name == CARD_NAME else None
             raise InputError(
                 what or "a file of the release's evidence is not the one that was released",
                 where=str(artifact.path / name),
                 mend=_MEND,
             )
+
+
+def _names(manifest: Manifest, record: ReleaseRecord) -> dict[str, Any]:
+    """The fields of the record that follow from its model and version."""
+    method = method_name(manifest)
+    name = release_name(record.model, record.version, method, manifest.layout)
+    return {"method": method, "name": name, "served_as": label(name)}
 
 
 def _compare_provenance(artifact: Artifact, report: Report | None) -> None:
@@ -224,11 +258,12 @@ def _compare_bom(artifact: Artifact) -> None:
     """Every digest in the bill of materials is the manifest's, and none is missing."""
     manifest, place = artifact.manifest, artifact.path / BOM_NAME
     content = read_object(place)
-    found = dict(_hashed(content.get("metadata", {}))) | dict(_hashed(content))
+    found = [*_hashed(content.get("metadata", {})), *_hashed(content)]
     expected = _subjects(manifest)
     for role, source in (("base", manifest.base), ("adapter", manifest.adapter)):
         expected |= {f"{role}/{file}": digest for file, digest in source.sha256.items()} if source else {}
-    wrong = [name for name in expected if found.get(name) != expected[name]]
+    wrong = sorted(expected.keys() - {name for name, _ in found})
+    wrong += [name for name, digest in found if name in expected and expected[name] != digest]
     if wrong:
         raise _contradiction("the bill of materials names other files than the manifest", wrong, place)
 
@@ -247,11 +282,10 @@ def _hashed(part: Any) -> Iterator[tuple[str, str]]:
             yield from _hashed(each)
 
 
-def _compare_card(artifact: Artifact, record: ReleaseRecord, report: Report | None) -> bool:
+def _compare_card(artifact: Artifact, record: ReleaseRecord, report: Report | None) -> None:
     """Makes card and launch files again; another version of qexport would word them otherwise."""
     manifest = artifact.manifest
-    if record.qexport_version != version("qexport") or manifest.card is None:
-        return False
+    assert manifest.card is not None
     launch = None if manifest.launch is None else read_launch(manifest.layout, manifest.launch)
     facts = CardFacts(
         layout=manifest.layout,
@@ -265,13 +299,39 @@ def _compare_card(artifact: Artifact, record: ReleaseRecord, report: Report | No
         release=ReleaseWords(record.name, record.served_as, record.unproven, record.signed),
     )
     expected = {name: content.decode("utf-8") for name, content in render(launch).items()}
-    expected[CARD_NAME] = model_card(facts)
+    expected |= {CARD_NAME: model_card(facts), PACKAGES_NAME: requirements_text(manifest.packages)}
+    results = evaluation_results(report) if report is not None else None
+    expected |= {EVALUATION_NAME: results} if results else {}
+    own = [name for name in manifest.files if name.startswith((f"{LAUNCH_FOLDER}/", EVALUATION_NAME))]
+    if unknown := [name for name in own if name not in expected]:
+        raise _contradiction("there are files that no release of this artifact has", unknown, artifact.path)
     for name, text in expected.items():
         path = artifact.path / name
         if not path.is_file() or path.read_bytes() != text.encode("utf-8"):
-            what = "a launch file" if name.startswith(f"{LAUNCH_FOLDER}/") else "the model card"
+            folder = name.partition("/")[0]
+            what = {CARD_NAME: "the model card", LAUNCH_FOLDER: "a launch file"}.get(folder, "a file of the evidence")
             raise InputError(f"{what} does not say what manifest and report say", where=str(path), mend=_MEND)
-    return True
+
+
+def _compare_gates(artifact: Artifact, report: Report | None) -> None:
+    """Decides the gates again, on the report's figures with the recipe's limits: what passed must pass, none may be
+    missing.
+    """
+    told = artifact.manifest.recipe.get("verify")
+    if told is None or report is None:
+        return
+    try:
+        settings = VerifySettings.model_validate(told)
+    except ValidationError as error:
+        raise InputError("the recipe in the manifest is malformed", where=str(artifact.path), mend=_MEND) from error
+    own, _ = decide_again(report, settings, profile_of_layer)
+    served, _ = decide_served_again(report, settings, profile_of_layer)
+    again = {gate.name: gate.verdict for gate in [*own, *served]}
+    found = {gate.name: gate.verdict for gate in report.gates}
+    wrong = sorted(again.keys() - found.keys())
+    wrong += [name for name, verdict in found.items() if verdict == "pass" and again.get(name) != "pass"]
+    if wrong:
+        raise _contradiction("the report's gates are not what its figures give", wrong, artifact.path / REPORT_FOLDER)
 
 
 def _refuse_unproven(record: ReleaseRecord | None, report: Report | None, folder: Path) -> None:

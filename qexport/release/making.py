@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
@@ -32,6 +33,7 @@ from qexport.release.proof import Proven
 from qexport.release.provenance import statement
 from qexport.release.record import (
     BOM_NAME,
+    EVIDENCE,
     EVIDENCE_FOLDER,
     PACKAGES_NAME,
     PROVENANCE_NAME,
@@ -46,7 +48,6 @@ from qexport.release.record import (
 from qexport.release.signing import Signer
 from qexport.reporting.card import CardFacts, ReleaseWords, model_card
 
-_EVIDENCE: Final = (CARD_NAME, PROVENANCE_NAME, BOM_NAME, PACKAGES_NAME)
 _LINKED_BYTES: Final = 1 << 20
 """Smaller files are copied: somebody may edit them in place."""
 
@@ -198,7 +199,7 @@ def _evidence(proven: Proven, name: Named, folder: Path, manifest: Manifest, *, 
     _put(folder / PACKAGES_NAME, requirements_text(manifest.packages))
     return ReleaseRecord(
         schema_version=1,
-        qexport_version=manifest.qexport_version,
+        qexport_version=version("qexport"),
         name=name.name,
         model=name.model,
         version=name.version,
@@ -208,7 +209,7 @@ def _evidence(proven: Proven, name: Named, folder: Path, manifest: Manifest, *, 
         proof=proof,
         unproven=proven.unproven,
         signed=signed,
-        evidence=digests_of(folder, _EVIDENCE),
+        evidence=digests_of(folder, EVIDENCE),
         **locked(manifest),
     )
 

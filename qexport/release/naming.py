@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from qexport.artifact.manifest import Manifest
+from pydantic import ValidationError
+
+from qexport.artifact.manifest import MANIFEST_NAME, Manifest
 from qexport.artifact.names import model_name, release_name
-from qexport.errors import RecipeError
+from qexport.errors import InputError, RecipeError
+from qexport.release import ReleaseSettings
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,17 @@ def named(manifest: Manifest, *, model: str | None, version: str | None) -> Name
 
     Raises:
         RecipeError: nobody has named a version.
+        InputError: the recipe in the manifest is malformed.
     """
-    told: dict[str, Any] = manifest.recipe.get("release") or {}
-    version = version or told.get("version")
+    try:
+        told = ReleaseSettings.model_validate(manifest.recipe.get("release") or {})
+    except ValidationError as error:
+        raise InputError(
+            "the recipe in the manifest has a release that is malformed",
+            where=f"{MANIFEST_NAME}: recipe.release",
+            mend="give --name and --version of a release whose artifact you trust, or make the artifact again",
+        ) from error
+    version = version or told.version
     if version is None:
         raise RecipeError(
             "the release has no version",
@@ -47,19 +57,20 @@ def named(manifest: Manifest, *, model: str | None, version: str | None) -> Name
             mend="give --version 1.0.0, or release.version in the recipe",
         )
     adapter = manifest.adapter.name if manifest.adapter else None
-    found = model or told.get("name") or model_name(manifest.base.name, adapter)
+    found = model or told.name or model_name(manifest.base.name, adapter)
     return Named(found, version, method_name(manifest), manifest.layout)
 
 
 def method_name(manifest: Manifest) -> str:
     """The method in a release's name: `gptq-4bit`, `nf4`, `int8`, `w8a8`, or the dtype of 16-bit weights."""
-    quantize = manifest.recipe["quantize"]
-    match quantize["method"]:
-        case "gptq":
-            return f"gptq-{quantize['bits']}bit"
-        case "nf4":
-            return str(quantize["quant_type"])
-        case "none":
-            return str(manifest.recipe["merge"]["dtype"])
-        case other:
-            return str(other)
+    match manifest.recipe:
+        case {"quantize": {"method": "gptq", "bits": int(bits)}}:
+            return f"gptq-{bits}bit"
+        case {"quantize": {"method": "nf4", "quant_type": "nf4" | "fp4" as kind}}:
+            return str(kind)
+        case {"quantize": {"method": "none"}, "merge": {"dtype": "bfloat16" | "float16" | "float32" as dtype}}:
+            return str(dtype)
+        case {"quantize": {"method": "int8" | "w8a8" as method}}:
+            return str(method)
+        case _:
+            raise InputError("the recipe in the manifest names no method of qexport", where=MANIFEST_NAME)

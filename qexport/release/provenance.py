@@ -56,8 +56,8 @@ def statement(
 
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
     """What a statement names otherwise than the release that it lies in, for people."""
-    build, own = (each.get("predicate", {}).get("buildDefinition", {}) for each in (found, expected))
-    run, own_run = (each.get("predicate", {}).get("runDetails", {}) for each in (found, expected))
+    build, own = (_part(each, "buildDefinition") for each in (found, expected))
+    run, own_run = (_part(each, "runDetails") for each in (found, expected))
     parts = {
         "files": (found.get("subject"), expected["subject"]),
         "recipe": (build.get("externalParameters"), own["externalParameters"]),
@@ -67,6 +67,13 @@ def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[s
     }
     named = [name for name, (one, other) in parts.items() if one != other]
     return named or ([] if found == expected else ["form"])
+
+
+def _part(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A part of the predicate; empty if it has another form."""
+    predicate = content.get("predicate")
+    found = predicate.get(name) if isinstance(predicate, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def _materials(manifest: Manifest, proof: Proof | None) -> Iterator[dict[str, Any]]:

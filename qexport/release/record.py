@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import ValidationError
+from pydantic import AfterValidator, ValidationError
 
 from qexport.artifact import Environment
 from qexport.artifact.agreement import verification_of
 from qexport.artifact.digests import sha256_file
 from qexport.artifact.figures import Verdict
-from qexport.artifact.manifest import CalibrationRecord, Manifest, SourceRecord
+from qexport.artifact.manifest import CARD_NAME, CalibrationRecord, Manifest, SourceRecord
 from qexport.artifact.report import Report
 from qexport.errors import InputError, listed
 from qexport.records import Record
+from qexport.release import checked_name, checked_version
 
 RECORD_NAME: Final = "release.json"
 EVIDENCE_FOLDER: Final = "evidence"
 PROVENANCE_NAME: Final = f"{EVIDENCE_FOLDER}/provenance.json"
 BOM_NAME: Final = f"{EVIDENCE_FOLDER}/bom.cdx.json"
 PACKAGES_NAME: Final = f"{EVIDENCE_FOLDER}/requirements.txt"
+
+EVIDENCE: Final = (CARD_NAME, PROVENANCE_NAME, BOM_NAME, PACKAGES_NAME)
+"""The files whose digests stand in the record."""
 
 _LARGEST: Final = 1 << 26
 
@@ -62,8 +66,8 @@ class ReleaseRecord(Record):
     name: str
     """With version and method."""
 
-    model: str
-    version: str
+    model: Annotated[str, AfterValidator(checked_name)]
+    version: Annotated[str, AfterValidator(checked_version)]
     method: str
     layout: str
 

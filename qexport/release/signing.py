@@ -94,6 +94,8 @@ def verify(folder: Path, key: Path) -> None:
             config.verify(folder, path)
     except InvalidSignature as error:
         raise _foreign(path, key) from error
+    except OSError:
+        raise
     except Exception as error:  # the library raises its own errors, pydantic's, OpenSSL's and plain ones
         raise _refusal(error, path, key) from error
 

@@ -30,7 +30,7 @@ OTHER_LICENSE: Final = "other"
 """The hub's license that needs a name and a link."""
 
 _NO_DERIVATIVES: Final = ("-nd-",)
-_NO_COMMERCE: Final = ("-nc-", "-nc", "noncommercial", "non-commercial", "research")
+_NO_COMMERCE: Final = ("-nc-", "noncommercial", "non-commercial", "research")
 
 
 @dataclass(frozen=True)

@@ -224,6 +224,7 @@ MODELS: Mapping[str, tuple[PretrainedConfig, str]] = {
         Qwen3Config(**{**factories.FAMILIES["qwen3"].to_dict(), "attention_bias": True}),
         "attention_bias is True",
     ),
+    "no window": (factories.mistral_config(sliding_window=0), "sliding_window is 0"),
     "windows": (factories.qwen2_config(use_sliding_window=True), "use_sliding_window is True"),
 }
 
@@ -340,6 +341,10 @@ TOKENIZERS: Mapping[str, tuple[Change, str]] = {
         "post_processor",
     ),
     "another processor": (lambda c: c.update(post_processor={"type": "BertProcessing"}), "post_processor"),
+    "another token behind": (
+        lambda c: c.update(post_processor=template({"Sequence": {}}, {"SpecialToken": BOS})),
+        "the token behind a text is not eos_token",
+    ),
     "more tokens than rows": (lambda c: c["model"]["vocab"].update(new=900), "the number 900"),
     "a text twice": (lambda c: c["added_tokens"][0].update(content="a"), "the same text"),
 }
@@ -362,6 +367,16 @@ def test_other_refusals_of_tokenizers() -> None:
         gguf_tokenizer(files(add_bos_token=True), {}, factories.VOCABULARY)
     with pytest.raises(InputError, match="malformed"):
         gguf_tokenizer(files(lambda c: c["model"].update(merges=3)), {}, factories.VOCABULARY)
+
+
+def test_numbers_that_stand_for_no_token_are_left_out() -> None:
+    """-1 is a common padding token of older checkpoints."""
+    generation = {"generation_config.json": json.dumps({"eos_token_id": [-1, 9999, 5, 6, 7]}).encode()}
+    given, config = files(pad_token=None) | generation, {"pad_token_id": -1, "bos_token_id": 9999}
+    found = gguf_tokenizer(given, config, factories.VOCABULARY)
+    numbers = {key.split(".")[-1]: value for key, value in found.values.items() if key.endswith("_id")}
+    assert numbers == {"eos_token_id": 0, "eot_token_id": 5}
+    assert "4 tokens" in found.notes[0]
 
 
 def test_text_in_another_normal_form_is_left_to_users() -> None:

@@ -131,6 +131,8 @@ _OWN_VALUES: Final = {"qwen2": _QWEN2_VALUES, "qwen3": _QWEN3_VALUES}
 
 
 def _llama_problems(config: PretrainedConfig) -> Iterator[str]:
+    if (window := sliding_window(config)) is not None and window < 1:
+        yield f"sliding_window is {window}"
     yield from _unlike(config, {**_LLAMA_VALUES, **_OWN_VALUES.get(config.model_type, {})})
     if config.model_type == "qwen2" and head_dim(config) * config.num_attention_heads != config.hidden_size:
         yield f"head_dim is {head_dim(config)}, and must be hidden_size / num_attention_heads"

@@ -70,11 +70,13 @@ def _converted(files: Mapping[str, bytes], config: Mapping[str, Any], rows: int)
     if problems or known is None or affixes is None:
         raise _refused(problems)
     texts, kinds = _tokens(content, rows)
-    special = _special_tokens(content, settings, config, json_object(files, GENERATION_CONFIG))
+    special, further = _special_tokens(content, settings, config, json_object(files, GENERATION_CONFIG), rows)
     if affixes.first is not None:
         special["bos"] = affixes.first
     if "eos" not in special:
         raise _refused(["no token ends a text, and llama.cpp would take the token 11"])
+    if affixes.last not in (None, special["eos"]):
+        raise _refused(["the token behind a text is not eos_token, and llama.cpp would put that one there"])
     values: dict[str, Value] = {
         "model": "gpt2",
         "pre": known.name,
@@ -86,7 +88,7 @@ def _converted(files: Mapping[str, bytes], config: Mapping[str, Any], rows: int)
         "add_eos_token": affixes.last is not None,
     }
     keys: dict[str, Value] = {f"tokenizer.ggml.{key}": value for key, value in values.items()}
-    return GgufTokenizer(keys | _templates(files), tuple(_notes(content)))
+    return GgufTokenizer(keys | _templates(files), tuple(_notes(content, further)))
 
 
 def _refused(problems: Sequence[str]) -> CompatibilityError:
@@ -177,9 +179,15 @@ def _tokens(content: Mapping[str, Any], rows: int) -> tuple[list[str], list[int]
 
 
 def _special_tokens(
-    content: Mapping[str, Any], settings: Mapping[str, Any], config: Mapping[str, Any], generation: Mapping[str, Any]
-) -> dict[str, int]:
-    """The numbers of special tokens by their role in the header: the tokenizer's, else those of config.json."""
+    content: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    config: Mapping[str, Any],
+    generation: Mapping[str, Any],
+    rows: int,
+) -> tuple[dict[str, int], int]:
+    """The numbers of special tokens by their role in the header: the tokenizer's, else those of config.json; and how
+    many tokens more end a text. Numbers without a row of the embedding, such as -1, stand for no token.
+    """
     numbers = dict(content["model"]["vocab"])
     numbers |= {token["content"]: token["id"] for token in content.get("added_tokens", ())}
     found: dict[str, int] = {}
@@ -188,22 +196,19 @@ def _special_tokens(
         text = text.get("content") if isinstance(text, Mapping) else text
         if isinstance(text, str) and text in numbers:
             found[role] = numbers[text]
-        elif (own := _first(config.get(f"{name}_id"))) is not None:
-            found[role] = own
-    ends = [each for each in _all(generation.get("eos_token_id")) if each != found.get("eos")]
+        elif own := _all(config.get(f"{name}_id"), rows):
+            found[role] = own[0]
+    ends = [each for each in _all(generation.get("eos_token_id"), rows) if each != found.get("eos")]
     if "eos" not in found and ends:
         found["eos"] = ends.pop(0)
     if ends:
         found["eot"] = ends[0]
-    return found
+    return found, len(ends[1:])
 
 
-def _all(value: Any) -> list[int]:
-    return [each for each in (value if isinstance(value, list) else [value]) if type(each) is int]
-
-
-def _first(value: Any) -> int | None:
-    return next(iter(_all(value)), None)
+def _all(value: Any, rows: int) -> list[int]:
+    numbers = value if isinstance(value, list) else [value]
+    return [each for each in numbers if type(each) is int and 0 <= each < rows]
 
 
 def _templates(files: Mapping[str, bytes]) -> dict[str, Value]:
@@ -216,6 +221,8 @@ def _templates(files: Mapping[str, bytes]) -> dict[str, Value]:
     return {**main, **listing, **others}
 
 
-def _notes(content: Mapping[str, Any]) -> Iterator[str]:
+def _notes(content: Mapping[str, Any], further: int) -> Iterator[str]:
+    if further:
+        yield f"generation_config.json ends a text at {further + 2} tokens; the file names two of them"
     if content.get("normalizer") is not None:
         yield "llama.cpp does not normalize text: give it text in NFC"

@@ -28,6 +28,7 @@ from qexport.registries.oci.downloads import parsed, read_answer, read_document
 from qexport.registries.oci.layers import Layer, layers_of
 from qexport.registries.oci.pulling import pull
 from qexport.registries.oci.referrers import attach, fallback_tag, put_document, read_attachments, upload_bytes
+from qexport.registries.oci.release_index import model_of
 from qexport.registries.oci.uploads import upload
 from qexport.registries.package import Package, Published, Tag
 
@@ -92,13 +93,9 @@ def promote(reference: OciDestination, to: str) -> None:
     """Moves a tag, and the one of the ModelPack artifact with it. See `qexport.registries.promote`."""
     client = Client(reference)
     descriptor, content = _found(client, reference)
+    model, _ = model_of(client, parsed(client, content))
     _refuse_release(client, to)
-    document = parsed(client, content)
-    for entry in document.get("manifests") or []:
-        if isinstance(entry, dict) and entry.get("artifactType"):
-            read = read_document(client, str(entry.get("digest")))
-            if read is not None:
-                put_document(client, Document(read[0].media_type, read[1]), to + MODEL_SUFFIX)
+    put_document(client, model, to + MODEL_SUFFIX)
     put_document(client, Document(descriptor.media_type, content), to)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 import requests
 import urllib3
@@ -18,6 +19,7 @@ from qexport.registries.oci.transport import backoff
 _ANSWER_LIMIT: Final = 4 << 20
 _MOST_CUTS: Final = 6
 _PIECE: Final = 1 << 16
+_DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}", re.ASCII)
 
 
 class BlobStream:
@@ -133,6 +135,11 @@ def read_document(client: Client, reference: str) -> tuple[Descriptor, bytes] | 
         raise client.failure(f"the manifest is damaged: its bytes do not have the digest {named}")
     media_type = response.headers.get("Content-Type", "").partition(";")[0].strip()
     return Descriptor(media_type, digest, len(content)), content
+
+
+def is_digest(value: object) -> TypeGuard[str]:
+    """Whether a value of a document is a digest."""
+    return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
 
 
 def parsed(client: Client, content: bytes) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pytest
 
 from oci_server import Registry, serving
 from packages import make_release
-from qexport.errors import InputError
+from qexport.errors import InputError, RecipeError
 from qexport.registries import OciDestination, fetch, parse_destination, promote, publish
 from qexport.registries.oci import client, downloads, uploads
 
@@ -137,4 +137,25 @@ def test_another_entry_is_refused(
         fetch(place, tmp_path / "pulled")
     with pytest.raises(InputError, match=refused):
         promote(place, "stable")
+    assert registry.tags == before
+
+
+@pytest.mark.parametrize(
+    "tag", ["stable-modelpack", "sha256-" + "a" * 64, "s" * 119], ids=["helper", "listing", "long"]
+)
+def test_tags_that_help_clients_are_not_taken(
+    registry: Registry, place: OciDestination, tmp_path: Path, tag: str
+) -> None:
+    before = dict(registry.tags)
+    with pytest.raises(RecipeError, match="choose another tag"):
+        promote(place, tag)
+    with pytest.raises(RecipeError, match="choose another tag"):
+        publish(make_release(tmp_path / "again", weights=3000), oci(registry, tag))
+    assert registry.tags == before
+
+
+def test_only_a_release_is_promoted(registry: Registry, place: OciDestination) -> None:
+    before = dict(registry.tags)
+    with pytest.raises(InputError, match="only a release is promoted"):
+        promote(oci(registry, "1.4.0-modelpack"), "stable")
     assert registry.tags == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -13,6 +14,7 @@ from qexport.progress import Progress, ProgressCallback
 from qexport.registries.destinations import OCI_FORM, OciDestination, is_tag
 from qexport.registries.oci.client import Client
 from qexport.registries.oci.documents import (
+    INDEX,
     PLATFORMS,
     TAG,
     Descriptor,
@@ -35,6 +37,7 @@ from qexport.registries.package import Package, Published, Tag
 MODEL_SUFFIX: Final = "-modelpack"
 """Of the tag that stands for the ModelPack artifact alone: its clients read no indexes."""
 
+_LISTING: Final = re.compile(fallback_tag("sha256:[0-9a-f]{64}"), re.ASCII)
 _MOST_PAGES: Final = 200
 _PER_PAGE: Final = 500
 
@@ -91,8 +94,12 @@ def exactly(reference: OciDestination) -> OciDestination:
 
 def promote(reference: OciDestination, to: str) -> None:
     """Moves a tag, and the one of the ModelPack artifact with it. See `qexport.registries.promote`."""
+    _refuse_helper(to, str(reference))
     client = Client(reference)
     descriptor, content = _found(client, reference)
+    if descriptor.media_type != INDEX:
+        mend = "name the release's own tag or its digest, see qexport release --list"
+        raise client.failure("only a release is promoted, and this is one manifest or something else", mend)
     model, _ = model_of(client, parsed(client, content))
     _refuse_release(client, to)
     put_document(client, model, to + MODEL_SUFFIX)
@@ -103,10 +110,15 @@ def _new_tag(destination: OciDestination) -> str:
     if destination.tag is None or destination.digest is not None:
         what = "a release is published under a tag, which gives it its digest"
         raise RecipeError(what, where=str(destination), mend="write oci://HOST/NAME:TAG")
-    if not is_tag(destination.tag + MODEL_SUFFIX) or destination.tag.endswith(MODEL_SUFFIX):
-        what = f"the tag is too long, or ends in {MODEL_SUFFIX}"
-        raise RecipeError(what, where=str(destination), mend="choose another tag")
+    _refuse_helper(destination.tag, str(destination))
     return destination.tag
+
+
+def _refuse_helper(tag: str, where: str) -> None:
+    """Refuses tags that stand for something else than a release, or leave no room for the ModelPack artifact's."""
+    if not is_tag(tag + MODEL_SUFFIX) or tag.endswith(MODEL_SUFFIX) or _LISTING.fullmatch(tag):
+        what = f"the tag {tag} is too long, ends in {MODEL_SUFFIX}, or is one that lists referrers"
+        raise RecipeError(what, where=where, mend="choose another tag")
 
 
 def _refuse_taken(client: Client, tag: str) -> None:
@@ -186,5 +198,4 @@ def _tag_names(client: Client) -> set[str]:
 
 
 def _is_helper(name: str, names: set[str]) -> bool:
-    is_listing = name.startswith(fallback_tag("sha256:")) and len(name) == 71
-    return is_listing or (name.endswith(MODEL_SUFFIX) and name.removesuffix(MODEL_SUFFIX) in names)
+    return bool(_LISTING.fullmatch(name)) or (name.endswith(MODEL_SUFFIX) and name.removesuffix(MODEL_SUFFIX) in names)

@@ -51,6 +51,7 @@ class BlobStream:
             if found:
                 self._hash.update(found)
                 self._offset += len(found)
+                self._cuts = 0
                 self._told(self._offset)
                 return bytes(found)
             self._cut()

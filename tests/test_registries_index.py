@@ -13,12 +13,12 @@ import pytest
 from oci_server import Registry, serving
 from packages import make_release
 from qexport.errors import InputError, RecipeError
-from qexport.registries import OciDestination, fetch, parse_destination, promote, publish
+from qexport.registries import OciDestination, fetch, parse_destination, promote, publish, tags
 from qexport.registries.oci import client, downloads, uploads
 
 INDEX = "application/vnd.oci.image.index.v1+json"
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
-DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
+DOCKER = "application/vnd.docker.distribution.manifest"
 
 
 @pytest.fixture
@@ -159,3 +159,22 @@ def test_only_a_release_is_promoted(registry: Registry, place: OciDestination) -
     with pytest.raises(InputError, match="only a release is promoted"):
         promote(oci(registry, "1.4.0-modelpack"), "stable")
     assert registry.tags == before
+
+
+@pytest.mark.parametrize("kind", [f"{DOCKER}.list.v2+json", f"{DOCKER}.v2+json"])
+def test_a_tag_of_docker_is_not_overwritten(registry: Registry, tmp_path: Path, kind: str) -> None:
+    registry.only_accepted = True
+    registry.tags["1.4.0"] = digest = put(registry, {"schemaVersion": 2}, kind)
+    with pytest.raises(RecipeError, match=f"exists already and stands for {digest}"):
+        publish(make_release(tmp_path / "release", weights=3000), oci(registry, "1.4.0"))
+    assert registry.tags == {"1.4.0": digest}
+    assert [(tag.name, tag.digest) for tag in tags(oci(registry, "1.4.0"))] == [("1.4.0", digest)]
+
+
+def test_a_tag_that_cannot_be_read_is_left_out(registry: Registry, place: OciDestination) -> None:
+    registry.tags["broken"] = registry.tags["1.4.0"]
+    registry.failures = {"manifests/broken": [400]}
+    assert [tag.name for tag in tags(place)] == ["1.4.0"]
+    registry.failures = {"manifests/": [400, 400]}
+    with pytest.raises(InputError, match="HTTP status 400"):
+        tags(place)

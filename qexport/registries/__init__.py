@@ -105,6 +105,8 @@ def fetch(reference: Destination, folder: Path, *, progress: ProgressCallback = 
 def tags(reference: OciDestination) -> list[Tag]:
     """The releases of a repository and the names that were moved to them, sorted.
 
+    A few tags that the registry lists but cannot answer for are left out.
+
     Raises:
         RecipeError: the extra is missing.
         InputError: the registry cannot be reached or refuses, or has no such repository.

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from qexport.artifact.digests import sha256_bytes
 from qexport.artifact.disk import ensure_space
-from qexport.errors import RecipeError
+from qexport.errors import InputError, RecipeError
 from qexport.progress import Progress, ProgressCallback
 from qexport.registries.destinations import OCI_FORM, OciDestination, is_tag
 from qexport.registries.oci.client import Client
@@ -26,7 +26,7 @@ from qexport.registries.oci.documents import (
     model_config,
     model_manifest,
 )
-from qexport.registries.oci.downloads import parsed, read_answer, read_document
+from qexport.registries.oci.downloads import digest_of, parsed, read_answer, read_document
 from qexport.registries.oci.layers import Layer, layers_of
 from qexport.registries.oci.pulling import pull
 from qexport.registries.oci.referrers import attach, fallback_tag, put_document, read_attachments, upload_bytes
@@ -40,6 +40,8 @@ MODEL_SUFFIX: Final = "-modelpack"
 _LISTING: Final = re.compile(fallback_tag("sha256:[0-9a-f]{64}"), re.ASCII)
 _MOST_PAGES: Final = 200
 _PER_PAGE: Final = 500
+_MOST_UNREADABLE: Final = 5
+"""Tags that are left out of a list. With more, the registry itself fails, and each takes half a minute of attempts."""
 
 
 def publish(package: Package, destination: OciDestination, progress: ProgressCallback) -> Published:
@@ -79,10 +81,18 @@ def tags(reference: OciDestination) -> list[Tag]:
     client = Client(reference)
     names = _tag_names(client)
     shown = [name for name in sorted(names) if not _is_helper(name, names)]
-    found = []
+    found: list[Tag] = []
+    unreadable = 0
     for name in shown:
-        if read := read_document(client, name):  # one may be removed meanwhile
-            found.append(Tag(name, read[0].digest))
+        try:
+            digest = digest_of(client, name)
+        except InputError:
+            unreadable += 1
+            if unreadable >= min(_MOST_UNREADABLE, len(shown)):
+                raise
+            continue
+        if digest:  # it may be removed meanwhile
+            found.append(Tag(name, digest))
     return found
 
 
@@ -122,8 +132,8 @@ def _refuse_helper(tag: str, where: str) -> None:
 
 
 def _refuse_taken(client: Client, tag: str) -> None:
-    if read := read_document(client, tag):
-        what = f"the tag exists already and stands for {read[0].digest}; a release keeps its tag"
+    if digest := digest_of(client, tag):
+        what = f"the tag exists already and stands for {digest}; a release keeps its tag"
         raise RecipeError(what, where=str(client.destination), mend="publish under another tag, and promote that")
 
 

@@ -39,6 +39,7 @@ class Registry:
         realm: of the token service, if it is not the registry itself.
         loses_answers: how many uploads are finished without an answer.
         ignores_ranges: whether downloads always begin at the start.
+        only_accepted: whether a document is there only for who names its media type.
     """
 
     host: str = ""
@@ -55,6 +56,7 @@ class Registry:
     realm: str = ""
     loses_answers: int = 0
     ignores_ranges: bool = False
+    only_accepted: bool = False
     headers: dict[str, str] = field(default_factory=dict)
 
     blobs: dict[str, bytes] = field(default_factory=dict)
@@ -218,7 +220,7 @@ class _Handler(BaseHTTPRequestHandler):
             more = {"OCI-Subject": subject["digest"]} if subject and registry.lists_referrers else {}
             return self._answer(201, headers={"Docker-Content-Digest": digest, **more})
         found = registry.manifests.get(registry.tags.get(reference, reference))
-        if found is None:
+        if found is None or (registry.only_accepted and found[0] not in self.headers.get("Accept", "")):
             return self._answer(404)
         return self._answer(200, found[1], headers={"Content-Type": found[0], **registry.headers})
 

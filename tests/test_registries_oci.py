@@ -194,11 +194,20 @@ def test_downloads_go_on_where_they_were_cut(
         assert ignores or registry.bytes_out < announced + 20_000
 
 
+def test_a_long_download_may_be_cut_often(
+    registry: Registry, place: OciDestination, release: Package, tmp_path: Path
+) -> None:
+    publish(release, place)
+    registry.cut_downloads = [1000] * 20
+    fetch(place, tmp_path / "pulled")
+    assert registry.cut_downloads == []
+
+
 def test_a_download_that_breaks_again_and_again_leaves_nothing(
     registry: Registry, place: OciDestination, release: Package, tmp_path: Path
 ) -> None:
     publish(release, place)
-    registry.cut_downloads = [10] * 20
+    registry.cut_downloads = [10] + [0] * 20
     with pytest.raises(InputError, match="the download broke 6 times"):
         fetch(place, tmp_path / "pulled")
     assert {path.name for path in tmp_path.iterdir()} <= {"release", "cache", "docker"}
@@ -243,6 +252,20 @@ def test_nothing_is_sent_or_read_elsewhere_without_tls(
     log_in(tmp_path, registry, "secret")
     with pytest.raises(InputError, match="without TLS"):
         tags(place)
+
+
+def test_no_proxy_sees_what_stays_on_this_machine(
+    registry: Registry, place: OciDestination, release: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.password = "secret"
+    log_in(tmp_path, registry, "secret")
+    with serving(Registry()) as proxy:
+        for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, f"http://{proxy.host}")
+        for name in ("no_proxy", "NO_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        arrives(release, place, tmp_path / "pulled")
+        assert [each for each in proxy.asked if not each.startswith("CONNECT")] == []
 
 
 def test_a_malformed_config_is_told_without_its_content(

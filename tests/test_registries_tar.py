@@ -251,3 +251,17 @@ def test_a_release_needs_its_listing_and_portable_names(release: Package, tmp_pa
     (release.folder / "SHA256SUMS").unlink()
     with pytest.raises(InputError, match="has no SHA256SUMS"):
         publish(release, place)
+
+
+@pytest.mark.parametrize("zeros", [0, tarfile.RECORDSIZE, 3 << 20])
+def test_nothing_may_follow_the_archive(release: Package, tmp_path: Path, zeros: int) -> None:
+    place = parse_destination(str(tmp_path / "release.tar"))
+    publish(release, place)
+    with (tmp_path / "release.tar").open("ab") as file:
+        file.write(bytes(zeros))
+    fetch(place, tmp_path / "zeros")
+    with (tmp_path / "release.tar").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(InputError, match="something follows the archive"):
+        fetch(place, tmp_path / "pulled")
+    assert not (tmp_path / "pulled").exists()

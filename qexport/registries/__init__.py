@@ -105,6 +105,8 @@ def fetch(reference: Destination, folder: Path, *, progress: ProgressCallback = 
 def tags(reference: OciDestination) -> list[Tag]:
     """The releases of a repository and the names that were moved to them, sorted.
 
+    A few tags that the registry lists but cannot answer for are left out.
+
     Raises:
         RecipeError: the extra is missing.
         InputError: the registry cannot be reached or refuses, or has no such repository.
@@ -134,8 +136,10 @@ def promote(reference: OciDestination, to: str) -> None:
         to: a tag, which may exist, for example `stable`.
 
     Raises:
-        RecipeError: it is no valid tag, or the tag under which a release was published; the extra is missing.
-        InputError: the registry cannot be reached or refuses, or there is no such release.
+        RecipeError: it is no valid tag, one that helps clients, or the tag under which a release was published; the
+            extra is missing.
+        InputError: the registry cannot be reached or refuses, or there is no such release, but for example only its
+            ModelPack artifact.
     """
     if not is_tag(to):
         raise RecipeError("the tag to move is not valid", where=to, mend="use letters, digits, . _ -")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tarfile
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Final
 
 from qexport.artifact.disk import ensure_space
 from qexport.errors import InputError, RecipeError
@@ -14,6 +14,8 @@ from qexport.registries.names import is_portable
 from qexport.registries.package import Package
 from qexport.registries.tar_extraction import extract
 from qexport.registries.tar_stream import TarStream
+
+_PIECE: Final = 1 << 20
 
 
 def write(package: Package, target: Path, progress: ProgressCallback) -> None:
@@ -56,8 +58,9 @@ def read(source: Path, folder: Path, progress: ProgressCallback) -> None:
     ensure_space(folder, size)
     with file:
         extract(_Counted(file, size, progress), folder, None, size, str(source))
-        if any(file.read(tarfile.RECORDSIZE)):
-            raise InputError("something follows the archive", where=str(source), mend="fetch it again")
+        while rest := file.read(_PIECE):
+            if any(rest):
+                raise InputError("something follows the archive", where=str(source), mend="fetch it again")
 
 
 class _Counted:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from qexport.artifact.digests import sha256_bytes
 from qexport.artifact.disk import ensure_space
-from qexport.errors import RecipeError
+from qexport.errors import InputError, RecipeError
 from qexport.progress import Progress, ProgressCallback
 from qexport.registries.destinations import OCI_FORM, OciDestination, is_tag
 from qexport.registries.oci.client import Client
 from qexport.registries.oci.documents import (
+    INDEX,
     PLATFORMS,
     TAG,
     Descriptor,
@@ -24,18 +26,22 @@ from qexport.registries.oci.documents import (
     model_config,
     model_manifest,
 )
-from qexport.registries.oci.downloads import parsed, read_answer, read_document
+from qexport.registries.oci.downloads import digest_of, parsed, read_answer, read_document
 from qexport.registries.oci.layers import Layer, layers_of
 from qexport.registries.oci.pulling import pull
 from qexport.registries.oci.referrers import attach, fallback_tag, put_document, read_attachments, upload_bytes
+from qexport.registries.oci.release_index import model_of
 from qexport.registries.oci.uploads import upload
 from qexport.registries.package import Package, Published, Tag
 
 MODEL_SUFFIX: Final = "-modelpack"
 """Of the tag that stands for the ModelPack artifact alone: its clients read no indexes."""
 
+_LISTING: Final = re.compile(fallback_tag("sha256:[0-9a-f]{64}"), re.ASCII)
 _MOST_PAGES: Final = 200
 _PER_PAGE: Final = 500
+_MOST_UNREADABLE: Final = 5
+"""Tags that are left out of a list. With more, the registry itself fails, and each takes half a minute of attempts."""
 
 
 def publish(package: Package, destination: OciDestination, progress: ProgressCallback) -> Published:
@@ -75,10 +81,18 @@ def tags(reference: OciDestination) -> list[Tag]:
     client = Client(reference)
     names = _tag_names(client)
     shown = [name for name in sorted(names) if not _is_helper(name, names)]
-    found = []
+    found: list[Tag] = []
+    unreadable = 0
     for name in shown:
-        if read := read_document(client, name):  # one may be removed meanwhile
-            found.append(Tag(name, read[0].digest))
+        try:
+            digest = digest_of(client, name)
+        except InputError:
+            unreadable += 1
+            if unreadable >= min(_MOST_UNREADABLE, len(shown)):
+                raise
+            continue
+        if digest:  # it may be removed meanwhile
+            found.append(Tag(name, digest))
     return found
 
 
@@ -90,15 +104,15 @@ def exactly(reference: OciDestination) -> OciDestination:
 
 def promote(reference: OciDestination, to: str) -> None:
     """Moves a tag, and the one of the ModelPack artifact with it. See `qexport.registries.promote`."""
+    _refuse_helper(to, str(reference))
     client = Client(reference)
     descriptor, content = _found(client, reference)
+    if descriptor.media_type != INDEX:
+        mend = "name the release's own tag or its digest, see qexport release --list"
+        raise client.failure("only a release is promoted, and this is one manifest or something else", mend)
+    model, _ = model_of(client, parsed(client, content))
     _refuse_release(client, to)
-    document = parsed(client, content)
-    for entry in document.get("manifests") or []:
-        if isinstance(entry, dict) and entry.get("artifactType"):
-            read = read_document(client, str(entry.get("digest")))
-            if read is not None:
-                put_document(client, Document(read[0].media_type, read[1]), to + MODEL_SUFFIX)
+    put_document(client, model, to + MODEL_SUFFIX)
     put_document(client, Document(descriptor.media_type, content), to)
 
 
@@ -106,15 +120,20 @@ def _new_tag(destination: OciDestination) -> str:
     if destination.tag is None or destination.digest is not None:
         what = "a release is published under a tag, which gives it its digest"
         raise RecipeError(what, where=str(destination), mend="write oci://HOST/NAME:TAG")
-    if not is_tag(destination.tag + MODEL_SUFFIX) or destination.tag.endswith(MODEL_SUFFIX):
-        what = f"the tag is too long, or ends in {MODEL_SUFFIX}"
-        raise RecipeError(what, where=str(destination), mend="choose another tag")
+    _refuse_helper(destination.tag, str(destination))
     return destination.tag
 
 
+def _refuse_helper(tag: str, where: str) -> None:
+    """Refuses tags that stand for something else than a release, or leave no room for the ModelPack artifact's."""
+    if not is_tag(tag + MODEL_SUFFIX) or tag.endswith(MODEL_SUFFIX) or _LISTING.fullmatch(tag):
+        what = f"the tag {tag} is too long, ends in {MODEL_SUFFIX}, or is one that lists referrers"
+        raise RecipeError(what, where=where, mend="choose another tag")
+
+
 def _refuse_taken(client: Client, tag: str) -> None:
-    if read := read_document(client, tag):
-        what = f"the tag exists already and stands for {read[0].digest}; a release keeps its tag"
+    if digest := digest_of(client, tag):
+        what = f"the tag exists already and stands for {digest}; a release keeps its tag"
         raise RecipeError(what, where=str(client.destination), mend="publish under another tag, and promote that")
 
 
@@ -189,5 +208,4 @@ def _tag_names(client: Client) -> set[str]:
 
 
 def _is_helper(name: str, names: set[str]) -> bool:
-    is_listing = name.startswith(fallback_tag("sha256:")) and len(name) == 71
-    return is_listing or (name.endswith(MODEL_SUFFIX) and name.removesuffix(MODEL_SUFFIX) in names)
+    return bool(_LISTING.fullmatch(name)) or (name.endswith(MODEL_SUFFIX) and name.removesuffix(MODEL_SUFFIX) in names)

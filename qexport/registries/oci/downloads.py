@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 import requests
 import urllib3
@@ -18,6 +19,11 @@ from qexport.registries.oci.transport import backoff
 _ANSWER_LIMIT: Final = 4 << 20
 _MOST_CUTS: Final = 6
 _PIECE: Final = 1 << 16
+_DOCKER: Final = "application/vnd.docker.distribution.manifest"
+_ANY_DOCUMENT: Final = f"{INDEX}, {MANIFEST}, {_DOCKER}.list.v2+json, {_DOCKER}.v2+json, */*"
+"""Some registries answer that there is no tag where its document has a type that is not asked for."""
+
+_DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}", re.ASCII)
 
 
 class BlobStream:
@@ -49,6 +55,7 @@ class BlobStream:
             if found:
                 self._hash.update(found)
                 self._offset += len(found)
+                self._cuts = 0
                 self._told(self._offset)
                 return bytes(found)
             self._cut()
@@ -133,6 +140,21 @@ def read_document(client: Client, reference: str) -> tuple[Descriptor, bytes] | 
         raise client.failure(f"the manifest is damaged: its bytes do not have the digest {named}")
     media_type = response.headers.get("Content-Type", "").partition(";")[0].strip()
     return Descriptor(media_type, digest, len(content)), content
+
+
+def digest_of(client: Client, tag: str) -> str | None:
+    """The digest of whatever a tag stands for, of any media type; None if there is no such tag.
+
+    Raises:
+        InputError: the registry fails or refuses, or the bytes are too many.
+    """
+    read = read_answer(client, f"manifests/{tag}", _ANY_DOCUMENT)
+    return f"sha256:{sha256_bytes(read[1])}" if read else None
+
+
+def is_digest(value: object) -> TypeGuard[str]:
+    """Whether a value of a document is a digest."""
+    return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
 
 
 def parsed(client: Client, content: bytes) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class WithTimeout(HTTPAdapter):
 
 
 class Loopback(WithTimeout):
-    """Plain HTTP never leaves this machine: neither by an address of the registry nor by a redirection."""
+    """Plain HTTP never leaves this machine, by an address of the registry, a redirection or a proxy."""
 
     def send(self, request: Any, **options: Any) -> requests.Response:  # type: ignore[override]
         """Sends to this machine.
@@ -43,6 +43,7 @@ class Loopback(WithTimeout):
         netloc = urlsplit(request.url).netloc
         if not is_loopback(netloc):
             raise InputError("a registry sends to a place without TLS", where=netloc)
+        options["proxies"] = {}  # a proxy of the environment may be another machine
         return super().send(request, **options)
 
 

@@ -161,6 +161,7 @@ def test_places_that_are_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (tmp_path / "notes.txt", 3, "neither a folder nor a file of weights"),
         ("hub:../x", 2, "does not name a model of the hub"),
         ("pkg:x", 2, "does not name a file inside a package"),
+        ("~nosuchuser/x", 2, "there is no such user"),
     ):
         assert main(["inspect", str(place)]) == code
         assert words in capsys.readouterr().err

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+import qexport.runtimes
 from qexport.artifact.served import RuntimeFacts
 from qexport.errors import CompatibilityError, InputError, QexportError, ResourceError
 from qexport.runtimes import RuntimeSettings
@@ -22,6 +23,7 @@ from qexport.runtimes.child import PROGRAMS, ChildRuntime
 from runtime_programs.vllm_program import scores
 
 HERE = Path(__file__).with_name("runtime_programs")
+PROGRAM = Path(qexport.runtimes.__file__).parent / "programs" / "llama_cpp_program.py"
 IDS = [3, 1, 4, 1, 5] * 60
 
 
@@ -135,7 +137,7 @@ def test_every_program_is_there_and_imports_nothing_of_ours() -> None:
 @pytest.mark.parametrize("exact", [True, False], ids=["float32", "as served"])
 def test_llama_cpp_computes_one_forward_for_each_token(monkeypatch: pytest.MonkeyPatch, exact: bool) -> None:
     monkeypatch.setitem(sys.modules, "llama_cpp", ModuleType("llama_cpp"))
-    kind = runpy.run_path(str(PROGRAMS / "llama_cpp_program.py"))["Model"]
+    kind = runpy.run_path(str(PROGRAM))["Model"]
     forwards = list[list[int]]()
 
     class Llama:

@@ -13,12 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import factories
+import gguf_folders
 import stored_models
 from qexport.cli import main
 from qexport.comparing import tensors as comparing_tensors
 from qexport.comparing.difference import Difference, compare
 from qexport.comparing.documents import compare_values
 from qexport.comparing.sides import open_side
+from qexport.errors import InputError
 from qexport.pipeline import run
 from qexport.recipe import load_recipe
 
@@ -244,3 +246,78 @@ def test_places_that_cannot_be_compared(made: Path, tmp_path: Path, capsys: pyte
     assert "holds no weights" in capsys.readouterr().err
     assert main(["diff", str(made / "base"), "oci://host/name"]) == 2
     assert main(["diff", str(made / "base"), str(tmp_path / "nothing"), "--json"]) == 3
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model-2.safetensors", "onnx/model.onnx", "adapter.pth"])
+def test_weights_that_no_parameter_stands_for_are_compared_by_digest(
+    made: Path, copy: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    a, b = copy("base"), shutil.copytree(made / "base", tmp_path / "other")
+    for folder, content in ((a, b"one"), (b, b"two")):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+    found = difference(a, b)
+    assert [each.name for each in found.files] == [name]
+    assert not found.equal
+    (b / name).write_bytes(b"one")
+    assert difference(a, b).equal
+
+
+def named(folder: Path, **templates: str) -> None:
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+
+
+def test_all_templates_are_compared_by_name(made: Path, copy: Callable[[str], Path], tmp_path: Path) -> None:
+    a, b = copy("base"), shutil.copytree(made / "base", tmp_path / "other")
+    named(a, rag="x", default="y")
+    named(b, default="y", rag="x")
+    assert difference(a, b).equal
+    named(b, default="y", rag="evil")
+    assert [each.name for each in difference(a, b).files] == ["chat template rag"]
+    (b / "additional_chat_templates").mkdir()
+    (b / "additional_chat_templates" / "rag.jinja").write_text("x")
+    (b / "chat_template.jinja").write_text("y")
+    assert [each.name for each in difference(a, b).files] == ["tokenizer_config.json"]  # what is not taken differs
+
+
+@pytest.mark.parametrize("many", [True, False], ids=["many files", "deep folders"])
+def test_what_is_too_much_is_refused(copy: Callable[[str], Path], many: bool) -> None:
+    folder = copy("base")
+    if many:
+        for index in range(2000):
+            (folder / f"{index}.txt").touch()
+    else:
+        (folder / "/".join("abcdefghi")).mkdir(parents=True)
+        (folder / "/".join("abcdefghi") / "x.txt").touch()
+    with pytest.raises(InputError, match="the folder has more than"):
+        difference(folder, folder)
+    assert difference(folder, folder, weights_only=True).same_weights
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "largest"),
+    [
+        (torch.tensor([1 << 53]), torch.tensor([(1 << 53) + 1]), 1.0),
+        (torch.tensor([-1]), torch.tensor([1]), 2.0),
+        (torch.tensor([3], dtype=torch.uint64), torch.tensor([(1 << 64) - 1], dtype=torch.uint64), float(1 << 64)),
+        (torch.tensor([1 + 1j]), torch.tensor([1 - 1j]), 2.0),
+        (torch.tensor([True]), torch.tensor([False]), 1.0),
+    ],
+    ids=["int64", "a sign", "uint64", "complex", "bool"],
+)
+def test_values_are_compared_exactly(tmp_path: Path, a: torch.Tensor, b: torch.Tensor, largest: float) -> None:
+    for name, tensor in (("a", a), ("b", b)):
+        save_file({"t": tensor}, tmp_path / f"{name}.safetensors")
+    (found,) = difference(tmp_path / "a.safetensors", tmp_path / "b.safetensors").parameters
+    assert (found.state, found.largest, found.share) == ("changed", largest, 1.0)
+
+
+def test_a_folder_with_a_gguf_file(tmp_path: Path) -> None:
+    made = gguf_folders.make(gguf_folders.CONFIGS["llama"], tmp_path)
+    found = difference(made.gguf, made.safetensors)
+    assert found.same_weights
+    assert "model.gguf" in {each.name for each in found.files}
+    assert difference(made.gguf, made.gguf).equal

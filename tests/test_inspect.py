@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -24,6 +26,7 @@ from qexport.describing.description import Description, describe
 from qexport.errors import InputError
 from qexport.pipeline import run
 from qexport.recipe import load_recipe
+from qexport.tensors.gguf_file import GgufFile
 
 ROOT = Path(__file__).parents[1]
 ADAPTER = ROOT / "recipes/adapters/smollm2-release-notes"
@@ -161,6 +164,7 @@ def test_places_that_are_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (tmp_path / "notes.txt", 3, "neither a folder nor a file of weights"),
         ("hub:../x", 2, "does not name a model of the hub"),
         ("pkg:x", 2, "does not name a file inside a package"),
+        ("~nosuchuser/x", 2, "there is no such user"),
     ):
         assert main(["inspect", str(place)]) == code
         assert words in capsys.readouterr().err
@@ -228,3 +232,59 @@ def test_any_json_is_described_or_refused(tmp_path: Path, config: dict[str, Any]
         return
     json.dumps(found.as_dict())
     assert found.lines()
+
+
+def test_a_folder_with_a_gguf_file(base: Path) -> None:
+    (base / "model.safetensors.index.json").unlink()
+    writer = gguf.GGUFWriter(base / "model.gguf", "llama")
+    writer.add_tensor("large", np.zeros((64, 64), dtype=np.float32))
+    codes = np.zeros((8, 34), dtype=np.uint8)
+    writer.add_tensor("coded", codes, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    found = described(base)
+    assert found.kind == "gguf"
+    assert found.weights.tensors.keys() == {"large", "coded"}
+    assert found.architecture
+    assert found.architecture.blocks == 1
+    assert found.quantization
+    assert found.quantization.method == "Q8_0"  # though most bytes are F32
+    assert found.beside
+    assert found.beside.tokenizer
+
+
+def gguf_file(path: Path, *pairs: tuple[bytes, bytes]) -> Path:
+    texts = b"".join(struct.pack("<Q", len(key)) + key + value for key, value in pairs)
+    path.write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, len(pairs)) + texts)
+    return path
+
+
+def test_a_gguf_file_without_an_architecture(tmp_path: Path) -> None:
+    found = described(gguf_file(tmp_path / "x.gguf"))
+    assert found.architecture
+    assert found.architecture.family is None
+    assert not any("None" in line for line in found.lines())
+
+
+def test_gguf_files_that_would_take_long_are_refused(tmp_path: Path) -> None:
+    long = struct.pack("<IQ", 8, (1 << 26) + 1)
+    path = gguf_file(tmp_path / "x.gguf", (b"key", long))
+    os.truncate(path, 1 << 27)
+    with pytest.raises(InputError, match="is longer than"):
+        described(path)
+    os.mkfifo(tmp_path / "fifo.gguf")
+    with pytest.raises(InputError, match="neither a folder nor a file"):
+        described(tmp_path / "fifo.gguf")
+    with pytest.raises(InputError, match="not a regular file"):
+        GgufFile(tmp_path / "fifo.gguf")
+
+
+def test_the_template_called_default_is_shown(base: Path) -> None:
+    (base / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    config["chat_template"] = [{"name": "rag", "template": "long text"}, {"name": "default", "template": "y"}]
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    found = described(base).beside
+    assert found
+    assert found.template
+    assert (found.template.characters, found.template.others) == (1, ("rag",))

@@ -67,6 +67,11 @@ def record(folder: Path, **changes: Any) -> None:
     roots_path(folder).unlink(missing_ok=True)
 
 
+def write_manifest(path: Path, content: dict[str, Any]) -> None:
+    content["recipe_sha256"] = sha256_json(content["recipe"])
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
 def rebuilt(*arguments: str, code: int, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     assert main(["rebuild", *arguments, "--json"]) == code
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
@@ -204,3 +209,51 @@ def test_the_digest_of_the_recipe_must_fit(made: Path, tmp_path: Path) -> None:
     content["recipe_sha256"] = sha256_json(content["recipe"])
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     assert main(["rebuild", str(path), "--inputs", str(made)]) == 6
+
+
+def test_a_manifest_starts_no_programs(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    program, started = made / "program.sh", tmp_path / "started"
+    program.write_text(f"#!/bin/sh\ntouch {started}\nexit 1\n")
+    program.chmod(0o755)
+    content = json.loads((made / "out/vllm" / MANIFEST_NAME).read_text())
+    content["recipe"]["verify"]["through"] = [{"runtime": "vllm", "python": program.name}]
+    write_manifest(tmp_path / "m.json", content)
+    found = rebuilt(str(tmp_path / "m.json"), "--inputs", str(made), "--verify", code=0, capsys=capsys)["predicate"]
+    assert not started.exists()
+    assert found["notCompared"].keys() == {"report", "verify.through", MANIFEST_NAME, "README.md"}
+
+
+def test_a_file_that_is_not_recorded_differs(made: Path) -> None:
+    environment = Manifest.read(made / "out/vllm").environment
+    maker = ("1", environment)
+    found = Rebuild("vllm", "", None, {}, maker, maker, {"a": "1"}, {"a": "1", "b": "2"}, {})
+    assert not found.equal
+    assert found.different == ["b"]
+    assert found.statement()["predicate"]["different"] == [{"name": "b", "recorded": None, "rebuilt": "2"}]
+
+
+@pytest.mark.parametrize(("part", "words"), [("files", "names no files"), ("load", "what was loaded")])
+def test_a_manifest_that_says_too_little(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str, words: str
+) -> None:
+    content = json.loads((made / "out/vllm" / MANIFEST_NAME).read_text())
+    if part == "files":
+        content["files"] = {}
+    else:
+        del content["recipe"]["load"]
+    write_manifest(tmp_path / "m.json", content)
+    assert main(["rebuild", str(tmp_path / "m.json"), "--inputs", str(made)]) == 3
+    error = capsys.readouterr().err
+    assert words in error
+    assert str(tmp_path / "m.json") in error
+
+
+def test_a_folder_for_the_attestation_is_there_before_anything_is_built(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["rebuild", str(made / "out/vllm"), "--attestation", str(tmp_path / "no/a.json")]) == 2
+    assert "the folder does not exist" in capsys.readouterr().err
+
+
+def test_a_gguf_file_counts_as_weights(tmp_path: Path) -> None:
+    assert first_difference(["config.json", "model.gguf"], None, tmp_path) == FirstDifference("model.gguf")

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import runpy
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+import qexport.runtimes
 from qexport.artifact.served import RuntimeFacts
 from qexport.errors import CompatibilityError, InputError, QexportError, ResourceError
 from qexport.runtimes import RuntimeSettings
@@ -18,6 +23,7 @@ from qexport.runtimes.child import PROGRAMS, ChildRuntime
 from runtime_programs.vllm_program import scores
 
 HERE = Path(__file__).with_name("runtime_programs")
+PROGRAM = Path(qexport.runtimes.__file__).parent / "programs" / "llama_cpp_program.py"
 IDS = [3, 1, 4, 1, 5] * 60
 
 
@@ -126,3 +132,24 @@ def test_every_program_is_there_and_imports_nothing_of_ours() -> None:
     for name in (*PROGRAMS.values(), "answering"):
         assert "import qexport" not in (text := (FOLDER / f"{name}.py").read_text())
         assert "from qexport" not in text
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["float32", "as served"])
+def test_llama_cpp_computes_one_forward_for_each_token(monkeypatch: pytest.MonkeyPatch, exact: bool) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", ModuleType("llama_cpp"))
+    kind = runpy.run_path(str(PROGRAM))["Model"]
+    forwards = list[list[int]]()
+
+    class Llama:
+        n_tokens, scores = 1, np.array([[0.0, 1.0]])
+
+        def reset(self) -> None:
+            pass
+
+        def eval(self, tokens: list[int]) -> None:
+            forwards.append(tokens)
+
+    model = kind.__new__(kind)
+    model._exact, model._model = exact, Llama()
+    assert model.continued([[5]], 3) == [[1, 1, 1]]
+    assert len(forwards) == 3

@@ -70,8 +70,8 @@ class Rebuild:
 
     @property
     def different(self) -> list[str]:
-        """The files whose bytes are not the recorded ones, or that are missing."""
-        return [name for name, digest in self.files.items() if self.rebuilt.get(name) != digest]
+        """The files whose bytes are not the recorded ones, that are missing, or that are not recorded."""
+        return [name for name in {**self.files, **self.rebuilt} if self.files.get(name) != self.rebuilt.get(name)]
 
     @property
     def equal(self) -> bool:
@@ -91,7 +91,7 @@ class Rebuild:
                 "recorded": _maker(self.recorded),
                 "builder": _maker(self.here),
                 "different": [
-                    {"name": name, "recorded": self.files[name], "rebuilt": self.rebuilt.get(name)}
+                    {"name": name, "recorded": self.files.get(name), "rebuilt": self.rebuilt.get(name)}
                     for name in self.different
                 ],
                 "firstDifference": asdict(self.first) if self.first else None,

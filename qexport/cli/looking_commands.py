@@ -11,7 +11,7 @@ import typer
 from qexport.artifact.disk import write_together
 from qexport.cli.app import AsJson, Debug, Overrides, app, reporting_errors, showing_progress
 from qexport.cli.terminal import write, write_json
-from qexport.errors import GateFailed
+from qexport.errors import GateFailed, RecipeError
 from qexport.reporting.values import visible
 
 PLACE = "PATH|hub:ORG/NAME|oci://..."
@@ -89,18 +89,20 @@ def rebuild(
     with reporting_errors(as_json=as_json, debug=debug):
         from qexport.describing.places import local_place
 
+        if attestation is not None and not attestation.absolute().parent.is_dir():
+            raise RecipeError("the folder does not exist", where=f"--attestation {attestation}", mend="make it first")
         with showing_progress() as progress, local_place(artifact, progress=progress) as path:
             from qexport.pipeline import rebuilding
 
             given = rebuilding.recorded(path)
             chosen = rebuilding.recipe_of(given, recipe=recipe, inputs=inputs, overrides=overrides or (), verify=verify)
             found = rebuilding.rebuild(given, chosen, to=to, device=device, progress=progress)
-        if attestation is not None:
-            content = json.dumps(found.statement(), indent=2, sort_keys=True) + "\n"
-            write_together(attestation.absolute().parent, {attestation.name: content})
         if as_json:
             write_json(found.statement())
         else:
             write("\n".join(map(visible, found.lines())))
+        if attestation is not None:
+            content = json.dumps(found.statement(), indent=2, sort_keys=True) + "\n"
+            write_together(attestation.absolute().parent, {attestation.name: content})
     if not found.equal:
         raise typer.Exit(GateFailed.exit_code)

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from qexport.artifact.manifest import LISTING_NAME, MANIFEST_NAME, REPORT_FOLDER, Manifest
-from qexport.comparing.documents import DocumentDifference, compare_bytes, compare_json, compare_text, compare_values
-from qexport.comparing.sides import Side, open_side
+from qexport.artifact.manifest import MANIFEST_NAME, Manifest
+from qexport.comparing.documents import DocumentDifference, compare_values
+from qexport.comparing.files import different_files, files_of, listed_files
+from qexport.comparing.sides import open_side
 from qexport.comparing.tensors import WORDS, ParameterDifference, compare_parameters, counts
-from qexport.describing.beside import template_text
 from qexport.errors import InputError
 from qexport.hidden_packages import hidden
 from qexport.progress import Progress, ProgressCallback, silent
-from qexport.tensors.strict_files import contained_path, read_bounded
-from qexport.text.file_names import CHAT_TEMPLATE, OLD_TEMPLATE, TOKENIZER_CONFIG
 
-_WEIGHTS: Final = (".safetensors", ".gguf", ".onnx", ".onnx.data", ".bin", ".pt", ".pth")
-_EVIDENCE: Final = (MANIFEST_NAME, LISTING_NAME)
-_LIMIT: Final = 1 << 27
-_MOST_FILES: Final = 2000
-_DEEPEST: Final = 8
 _SHOWN: Final = 10
 
 
@@ -105,53 +97,19 @@ def compare(
         progress: is called with each parameter.
 
     Raises:
-        InputError: one of them is malformed.
+        InputError: one of them is malformed, or has more files than are compared.
         CompatibilityError: one is a GGUF file of an architecture that is not supported.
     """
+    listed = [] if weights_only else [listed_files(path) for path in paths]  # refused before the weights are read
     with open_side(paths[0]) as a, open_side(paths[1]) as b:
         parameters = compare_parameters(
             a, b, step=lambda name, done, total: progress(Progress("verify", done, total, "tensor", name))
         )
         notes = [f"{name}: {note}" for name, side in zip(names, (a, b), strict=True) for note in side.notes]
-        files = [] if weights_only else list(_files(_small_files(paths[0], a), _small_files(paths[1], b)))
+        contents = [files_of(*each) for each in zip(paths, listed, (a, b), strict=False)]
+        files = list(different_files(*contents)) if contents else []
     evidence = [] if weights_only else list(_evidence(paths, names, notes))
     return Difference(*names, parameters, files, evidence, notes)
-
-
-def _small_files(path: Path, side: Side) -> Mapping[str, bytes]:
-    """Files beside the weights that are no evidence, by name."""
-    if side.checkpoint is not None:
-        return {"config.json": json.dumps(dict(side.checkpoint.config)).encode(), **side.checkpoint.files}
-    if not path.is_dir():
-        return {}
-    found: dict[str, bytes] = {}
-    for each in sorted(path.rglob("*"))[:_MOST_FILES]:
-        name = each.relative_to(path).as_posix()
-        if name.count("/") > _DEEPEST or name in _EVIDENCE or name.startswith(f"{REPORT_FOLDER}/"):
-            continue
-        if each.is_file() and not name.endswith(_WEIGHTS):
-            found[name] = read_bounded(contained_path(path, name), _LIMIT)
-    return found
-
-
-def _files(a: Mapping[str, bytes], b: Mapping[str, bytes]) -> Iterator[DocumentDifference]:
-    for name in dict.fromkeys([*a, *b]):
-        if name in (CHAT_TEMPLATE, OLD_TEMPLATE):
-            continue  # compared as text, wherever it stands
-        ours, theirs = a.get(name), b.get(name)
-        if ours is None or theirs is None or not name.endswith(".json"):
-            found = compare_bytes(name, ours, theirs)
-        else:
-            found = compare_json(name, ours, theirs, without="chat_template" if name == TOKENIZER_CONFIG else None)
-        if found is not None:
-            yield found
-    if (found := compare_text("chat template", _template(a), _template(b))) is not None:
-        yield found
-
-
-def _template(files: Mapping[str, bytes]) -> str | None:
-    found = template_text(files.get)
-    return None if found is None else found[1]
 
 
 def _evidence(paths: tuple[Path, Path], names: tuple[str, str], notes: list[str]) -> Iterator[DocumentDifference]:

@@ -6,8 +6,10 @@ import difflib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Final
 
+from qexport.artifact.digests import sha256_file
 from qexport.errors import InputError
 from qexport.tensors.strict_files import parse_json
 
@@ -71,14 +73,16 @@ def compare_values(name: str, a: Any, b: Any) -> DocumentDifference | None:
     return DocumentDifference(name, len(changes), tuple(changes[:_SHOWN])) if changes else None
 
 
-def compare_json(name: str, a: bytes, b: bytes, *, without: str | None = None) -> DocumentDifference | None:
+def compare_json(
+    name: str, a: bytes, b: bytes, *, without: tuple[str | None, str | None] = (None, None)
+) -> DocumentDifference | None:
     """Two JSON files, key by key; None if they say the same.
 
     Args:
         name: the file's.
         a: the content in A.
         b: the content in B.
-        without: a key that is compared elsewhere.
+        without: a key of A and one of B that are compared elsewhere.
     """
     if a == b:
         return None
@@ -86,9 +90,9 @@ def compare_json(name: str, a: bytes, b: bytes, *, without: str | None = None) -
         values = [parse_json(content, where=name) for content in (a, b)]
     except InputError as error:
         return DocumentDifference(name, 1, note=f"cannot be compared: {error.what}")
-    for value in values:
-        if without is not None and isinstance(value, dict):
-            value.pop(without, None)
+    for value, key in zip(values, without, strict=True):
+        if key is not None and isinstance(value, dict):
+            value.pop(key, None)
     return compare_values(name, *values)
 
 
@@ -112,6 +116,23 @@ def compare_bytes(name: str, a: bytes | None, b: bytes | None) -> DocumentDiffer
     if a is None or b is None:
         return DocumentDifference(name, 1, note="only in B" if a is None else "only in A")
     return DocumentDifference(name, 1, note=f"the bytes differ ({len(a)} and {len(b)})")
+
+
+def compare_files(name: str, a: Path | None, b: Path | None) -> DocumentDifference | None:
+    """Two files of any size, by length and digest; None if they are equal.
+
+    Raises:
+        InputError: one cannot be read.
+    """
+    if a is None or b is None:
+        return DocumentDifference(name, 1, note="only in B" if a is None else "only in A")
+    try:
+        sizes = a.stat().st_size, b.stat().st_size
+        if sizes[0] == sizes[1] and sha256_file(a) == sha256_file(b):
+            return None
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", where=f"{a} or {b}") from error
+    return DocumentDifference(name, 1, note=f"the bytes differ ({sizes[0]} and {sizes[1]})")
 
 
 def _changes(key: str, a: Any, b: Any) -> Iterator[Change]:

@@ -11,6 +11,7 @@ from typing import Final, Protocol
 import torch
 
 from qexport.architectures.architecture import Checkpoint
+from qexport.artifact.names import GGUF_NAME
 from qexport.describing.adapters import ADAPTER_CONFIG
 from qexport.describing.tensors import ADAPTER_WEIGHTS
 from qexport.errors import CompatibilityError, InputError
@@ -64,6 +65,7 @@ class Side:
         parts: the stored tensors of each parameter that is not stored under its own name.
         notes: what is not compared, and why.
         checkpoint: for a GGUF file, whose config and tokenizer are not files.
+        weights: the files of a folder all of whose content is in the parameters. Graphs and GGUF files hold more.
     """
 
     parameters: Values
@@ -71,6 +73,7 @@ class Side:
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     checkpoint: Checkpoint | None = None
+    weights: frozenset[str] = frozenset()
 
     def places(self, name: str) -> tuple[str, ...]:
         """The stored tensors of a parameter."""
@@ -86,7 +89,7 @@ def open_side(path: Path) -> Iterator[Side]:
         CompatibilityError: it is a GGUF file of an architecture that is not supported.
     """
     with ExitStack() as stack:
-        if path.suffix == ".gguf":
+        if path.is_file() and path.suffix == ".gguf":
             checkpoint = read_gguf(PackageFile(path, path.name, None), progress=silent)
             yield Side(checkpoint.weights, checkpoint=checkpoint)
         elif path.is_file():
@@ -94,8 +97,8 @@ def open_side(path: Path) -> Iterator[Side]:
             yield Side(single, single)
         elif (path / ADAPTER_CONFIG).is_file():
             single = stack.enter_context(SafetensorsFile(path / ADAPTER_WEIGHTS))
-            yield Side(single, single)
-        elif (path / _GRAPH).is_file():
+            yield Side(single, single, weights=frozenset({ADAPTER_WEIGHTS}))
+        elif any((path / name).is_file() for name in (GGUF_NAME, _GRAPH)):
             yield Side(stack.enter_context(open_stored(path, dtype=torch.float32)))
         else:
             yield _folder(path, stack)
@@ -106,9 +109,10 @@ def _folder(path: Path, stack: ExitStack) -> Side:
     try:
         model = stack.enter_context(SafetensorsWeights(path, dtype=torch.float32))
     except (InputError, CompatibilityError) as error:
-        return Side(stored, stored, notes=(f"its codes are compared as they are stored: {error.what}",))
+        note = f"its codes are compared as they are stored: {error.what}"
+        return Side(stored, stored, notes=(note,), weights=frozenset(stored.shards))
     parts = {
         f"{module}.weight": tuple(f"{module}.{part}" for part in weight.parts)
         for module, weight in model.quantized.items()
     }
-    return Side(model, stored, parts)
+    return Side(model, stored, parts, weights=frozenset(stored.shards))

@@ -16,6 +16,8 @@ from qexport.errors import InputError
 State = Literal["equal", "equal values", "changed", "other shape", "unreadable", "only in A", "only in B"]
 
 _VALUES_AT_ONCE: Final = 1 << 22
+_HALF: Final = 32
+_LOW: Final = (1 << _HALF) - 1
 
 WORDS: Final[dict[State, str]] = {
     "equal": "equal",
@@ -121,11 +123,11 @@ def _compare_values(name: str, a: torch.Tensor, b: torch.Tensor) -> ParameterDif
     squares = reference = largest = 0.0
     differing = 0
     for left, right in _pieces(a, b):
-        change = right.double() - left.double()
+        change = _change(left, right).abs()
         differing += int((change != 0).sum())  # NaN differs from everything
         squares += float(change.square().sum())
-        reference += float(left.double().square().sum())
-        largest = max(largest, float(change.abs().max()))
+        reference += float((left if left.is_complex() else left.double()).abs().double().square().sum())
+        largest = max(largest, float(change.max()))
     if not differing:
         return ParameterDifference(name, "equal values")
     if not math.isfinite(squares) or not math.isfinite(reference):
@@ -134,6 +136,25 @@ def _compare_values(name: str, a: torch.Tensor, b: torch.Tensor) -> ParameterDif
     if not math.isfinite(relative):
         return ParameterDifference(name, "changed", note=f"A is all zeros, B is not: {largest:.3g} at most")
     return ParameterDifference(name, "changed", relative, largest, differing / max(1, a.numel()))
+
+
+def _change(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """B minus A in float64 or complex128; zero only where they are equal, whole numbers beyond 2^53 included."""
+    if left.is_complex() or right.is_complex():
+        return right.to(torch.complex128) - left.to(torch.complex128)
+    if left.is_floating_point() or right.is_floating_point():
+        return right.double() - left.double()
+    (low, high), (other_low, other_high) = _halves(left), _halves(right)
+    return (other_high - high).double() * 2.0**_HALF + (other_low - low).double()
+
+
+def _halves(whole: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The low 32 bits of whole numbers, and what is above them: int64."""
+    if whole.dtype == torch.uint64:
+        bits = whole.view(torch.int64)
+        return bits & _LOW, (bits >> _HALF) & _LOW
+    bits = whole.long()
+    return bits & _LOW, bits >> _HALF
 
 
 def _pieces(a: torch.Tensor, b: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -33,7 +33,7 @@ class ArchitectureFacts:
         experts: of each mixture.
     """
 
-    family: str
+    family: str | None
     name: str | None = None
     blocks: int | None = None
     hidden: int | None = None
@@ -57,7 +57,7 @@ class ArchitectureFacts:
         shown = [
             f"{words} {value}" if words == "hidden size" else f"{value} {words}" for words, value in parts if value
         ]
-        return ", ".join([f"{self.family}{f' ({self.name})' if self.name else ''}", *shown])
+        return ", ".join([f"{self.family or 'of no named family'}{f' ({self.name})' if self.name else ''}", *shown])
 
 
 def architecture_of(config: Mapping[str, Any]) -> ArchitectureFacts | None:

@@ -170,7 +170,8 @@ def template_of(folder: Path, config: Mapping[str, Any]) -> TemplateFacts | None
     others = sorted(path.stem for path in (folder / TEMPLATES_FOLDER).glob("*.jinja"))[:_MOST_FILES]
     named = config.get("chat_template")
     if isinstance(named, list):
-        others += [str(each.get("name")) for each in named[1:] if isinstance(each, Mapping)]
+        shown = _main(named) if place == TOKENIZER_CONFIG else None
+        others += [str(each.get("name")) for each in named if isinstance(each, Mapping) and each is not shown]
     return TemplateFacts(place, len(text), sha256_bytes(text.encode("utf-8", "surrogatepass")), tuple(others))
 
 
@@ -189,11 +190,17 @@ def template_text(find: Callable[[str], bytes | None]) -> tuple[str, str] | None
         content = find(name)
         value = None if content is None else parse_json(content, where=name)
         named = value.get("chat_template") if isinstance(value, dict) else None
-        if isinstance(named, list) and named and isinstance(named[0], Mapping):
-            named = named[0].get("template")
+        if isinstance(named, list) and (main := _main(named)) is not None:
+            named = main.get("template")
         if isinstance(named, str):
             return name, named
     return None
+
+
+def _main(listed: list[Any]) -> Mapping[str, Any] | None:
+    """Of templates with names the one called `default`, else the first."""
+    found = [each for each in listed if isinstance(each, Mapping)]
+    return next((each for each in found if each.get("name") == "default"), found[0] if found else None)
 
 
 def _license(folder: Path) -> LicenseFacts:

@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 from qexport.amounts import counted, size
 from qexport.artifact.digests import sha256_file
 from qexport.artifact.manifest import LISTING_NAME, MANIFEST_NAME, Manifest
+from qexport.artifact.names import GGUF_NAME
 from qexport.describing.adapters import ADAPTER_CONFIG, AdapterFacts, adapter_of
 from qexport.describing.architecture import ArchitectureFacts, architecture_of
 from qexport.describing.beside import Beside, beside, json_file
@@ -18,7 +19,7 @@ from qexport.describing.quantization import Quantization, quantization_of
 from qexport.describing.tensors import StoredTensors, tensors_of_file, tensors_of_folder
 from qexport.errors import InputError
 from qexport.quantizing import recorded_method
-from qexport.tensors.strict_files import CONFIG_BYTES
+from qexport.tensors.strict_files import CONFIG_BYTES, contained_path
 
 Kind = Literal["model", "adapter", "gguf", "onnx", "tensors"]
 
@@ -156,7 +157,7 @@ def describe(path: Path, *, place: str) -> Description:
     """
     if path.is_dir():
         return _folder(path, place)
-    if path.suffix == ".gguf":
+    if path.is_file() and path.suffix == ".gguf":
         from qexport.describing.gguf import GgufHeader  # imports numpy
 
         header = GgufHeader(path)
@@ -181,19 +182,30 @@ def _folder(folder: Path, place: str) -> Description:
     if not (folder / "config.json").is_file():
         raise _no_model(folder, place)
     config = json_file(folder, "config.json", limit=CONFIG_BYTES)
-    graph = (folder / _GRAPH).is_file()
-    weights = _graph_files(folder) if graph else tensors_of_folder(folder)
+    kind, weights, quantization = _weights(folder, config)
     problems = list(weights.problems)
     return Description(
         place,
-        "onnx" if graph else "model",
+        kind,
         weights,
         architecture_of(config),
-        None if graph else quantization_of(config, weights.tensors),
+        quantization,
         artifact=_artifact(folder, problems),
         beside=beside(folder),
         problems=tuple(problems),
     )
+
+
+def _weights(folder: Path, config: Mapping[str, Any]) -> tuple[Kind, StoredTensors, Quantization | None]:
+    if contained_path(folder, GGUF_NAME).is_file():
+        from qexport.describing.gguf import GgufHeader  # imports numpy
+
+        header = GgufHeader(folder / GGUF_NAME)
+        return "gguf", header.weights, header.quantization
+    if (folder / _GRAPH).is_file():
+        return "onnx", _graph_files(folder), None
+    weights = tensors_of_folder(folder)
+    return "model", weights, quantization_of(config, weights.tensors)
 
 
 def _graph_files(folder: Path) -> StoredTensors:

@@ -20,7 +20,7 @@ _KEYS: Final = {
     "context": "context_length",
     "experts": "expert_count",
 }
-_PLAIN: Final = ("F32", "F16", "BF16")
+_PLAIN: Final = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8")
 
 
 class GgufHeader:
@@ -43,7 +43,7 @@ class GgufHeader:
     @property
     def architecture(self) -> ArchitectureFacts:
         """The model."""
-        family = str(self._metadata.get("general.architecture"))
+        family = self._text("general.architecture")
         numbers = {field: self._number(f"{family}.{key}") for field, key in _KEYS.items()}
         embedding = self.weights.tensors.get("token_embd.weight")
         vocabulary = self._lengths.get("tokenizer.ggml.tokens") or (embedding.shape[0] if embedding else None)
@@ -52,13 +52,12 @@ class GgufHeader:
 
     @property
     def quantization(self) -> Quantization:
-        """The type of most of the bytes, and how many tensors have each type."""
+        """The quantized type of most bytes, None if there is none, and how many tensors have each type."""
         kinds = self.weights.by_dtype
-        most = next(iter(kinds), None)
+        method = next((kind for kind in kinds if kind not in _PLAIN), None)
         counts = {kind: sum(each.dtype == kind for each in self.weights.tensors.values()) for kind in kinds}
         coded = sum(count for kind, count in counts.items() if kind not in _PLAIN)
         parameters = sum(each.values for each in self.weights.tensors.values())
-        method = None if most is None or most in _PLAIN else most
         return Quantization(
             method, None, {f"tensors in {kind}": count for kind, count in counts.items()}, coded, parameters
         )

@@ -62,7 +62,10 @@ def _path(text: str) -> Path:
         raise RecipeError(str(error), where=text) from error
     if isinstance(reference, PackageReference):
         return find_package_file(reference).path
-    path = Path(text).expanduser()
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError as error:
+        raise RecipeError("there is no such user", where=text, mend="write ./~... for a folder of that name") from error
     if not path.exists():
         raise InputError("there is no such file or folder", where=text, mend="for a model of the hub: hub:org/name")
     return path

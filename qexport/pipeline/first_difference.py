@@ -10,7 +10,7 @@ from qexport.artifact.attestation import FirstDifference, Rebuild
 from qexport.errors import InputError
 from qexport.tensors.safetensors_file import SafetensorsFile
 
-_WEIGHTS: Final = (".safetensors", ".onnx.data", ".onnx")
+_WEIGHTS: Final = (".safetensors", ".onnx.data", ".onnx", ".gguf")
 _PIECE: Final = 1 << 20
 _OF_BITS: Final = ("torch", "cpu_capability", "architecture", "device", "numpy")
 _OF_FILES: Final = ("transformers", "safetensors", "python")

@@ -36,6 +36,10 @@ from qexport.release.record import EVIDENCE_FOLDER, RECORD_NAME
 _FREE: Final = ("verify", "export")
 """Parts of the recipe that may be others: only what is compared is built."""
 
+_FETCH: Final = "fetch the artifact again"
+_PROGRAMS: Final = "through"
+"""The field of `verify` that names programs to start."""
+
 
 @dataclass(frozen=True)
 class Recorded:
@@ -58,12 +62,20 @@ def recorded(path: Path) -> Recorded:
     """An artifact's folder, every file of which is compared with its digest, or a manifest alone.
 
     Raises:
-        InputError: a file was changed, or the manifest is malformed.
+        InputError: a file was changed, or the manifest is malformed, names no files or not what they were made from.
     """
     if path.is_file():
-        return Recorded(Manifest.read(path), sha256_file(path))
-    found = open_artifact(model_folder(path))
-    return Recorded(found.manifest, sha256_file(path / MANIFEST_NAME), path, found.root)
+        given = Recorded(Manifest.read(path), sha256_file(path))
+    else:
+        found = open_artifact(model_folder(path))
+        given = Recorded(found.manifest, sha256_file(path / MANIFEST_NAME), path, found.root)
+    if not given.manifest.files:
+        raise InputError("the manifest names no files, so there is nothing to compare", where=str(path))
+    if not isinstance(given.manifest.recipe.get("load"), Mapping):
+        raise InputError(
+            "the manifest's recipe does not say what was loaded", where=f"{path}: recipe.load", mend=_FETCH
+        )
+    return given
 
 
 def recipe_of(given: Recorded, *, recipe: Path | None, inputs: Path, overrides: Sequence[str], verify: bool) -> Recipe:
@@ -74,7 +86,8 @@ def recipe_of(given: Recorded, *, recipe: Path | None, inputs: Path, overrides: 
         recipe: the recipe's file; None for the one that the manifest holds.
         inputs: the folder with the local files and folders that the manifest's recipe names.
         overrides: `key=value` texts, for inputs that lie elsewhere.
-        verify: keep the verification, and all layouts; else what was not asked about is left out.
+        verify: keep the verification, and all layouts; else what was not asked about is left out. The programs in
+            `verify.through` of the manifest's recipe are left out in any case; those of `recipe` and `overrides` stay.
 
     Raises:
         RecipeError: a recipe was given, and it is not the manifest's; or it is not valid here.
@@ -95,11 +108,23 @@ def recipe_of(given: Recorded, *, recipe: Path | None, inputs: Path, overrides: 
 
 def _with_revisions(manifest: Manifest, *, verify: bool) -> dict[str, Any]:
     """The manifest's recipe, with the commits that models of the hub had."""
-    found = {key: value for key, value in manifest.recipe.items() if verify or key != "verify"}
+    found = {key: value for key, value in _without_programs(manifest.recipe).items() if verify or key != "verify"}
     load = dict(found["load"])
     sources: dict[str, SourceRecord | None] = {"revision": manifest.base, "adapter_revision": manifest.adapter}
     load |= {key: each.revision for key, each in sources.items() if each is not None and each.kind == "hub"}
     return found | {"load": load}
+
+
+def _without_programs(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe without `verify.through`: a stranger's manifest does not choose the programs that are started here."""
+    verify = recipe.get("verify")
+    kept = {key: value for key, value in verify.items() if key != _PROGRAMS} if isinstance(verify, Mapping) else verify
+    return {key: kept if key == "verify" else value for key, value in recipe.items()}
+
+
+def _programs(recipe: Mapping[str, Any]) -> Any:
+    verify = recipe.get("verify")
+    return verify.get(_PROGRAMS) if isinstance(verify, Mapping) else None
 
 
 def _needed(layout: str, recipe: Recipe) -> set[str]:
@@ -110,7 +135,7 @@ def _needed(layout: str, recipe: Recipe) -> set[str]:
 def _refuse_other_recipe(manifest: Manifest, chosen: Recipe, *, verify: bool) -> None:
     free = () if verify else _FREE
     ours, theirs = (
-        {key: value for key, value in each.items() if key not in ("load", *free)}
+        {key: value for key, value in _without_programs(each).items() if key not in ("load", *free)}
         for each in (manifest.recipe, chosen.portable())
     )
     if (found := compare_values("recipe", ours, theirs)) is not None:
@@ -243,6 +268,9 @@ def _device_of(manifest: Manifest) -> str:
 def _not_compared(manifest: Manifest, recipe: Recipe, names: Set[str]) -> dict[str, str]:
     """What this run cannot make the same, and why."""
     skipped = {"report": "it holds timings, which no two runs share"} if manifest.verification else {}
+    left_out = recipe.verify is not None and _programs(manifest.recipe) != _programs(recipe.portable())
+    if left_out:
+        skipped["verify.through"] = "the programs that a manifest names are not started: name them in --recipe"
     if RECORD_NAME in manifest.files:
         own = (f"{EVIDENCE_FOLDER}/", f"{LAUNCH_FOLDER}/", RECORD_NAME, EVALUATION_NAME, CARD_NAME, MANIFEST_NAME)
         released = [name for name in sorted({MANIFEST_NAME, *names}) if name.startswith(own)]
@@ -250,6 +278,8 @@ def _not_compared(manifest: Manifest, recipe: Recipe, names: Set[str]) -> dict[s
     if recipe.verify is None and manifest.verification is not None:
         figures = "it holds figures, and nothing was verified here (--verify)"
         return skipped | dict.fromkeys((MANIFEST_NAME, CARD_NAME), figures)
+    if left_out:
+        return skipped | dict.fromkeys((MANIFEST_NAME, CARD_NAME), "it holds what the programs in verify.through gave")
     if recipe.portable() != manifest.recipe:
         skipped[MANIFEST_NAME] = "only this layout was built again"
     return skipped

@@ -28,6 +28,7 @@ _STRING, _ARRAY = 8, 9
 _VERSIONS: Final = (2, 3)
 _DEFAULT_ALIGNMENT: Final = 32
 _MAX_DIMENSIONS: Final = 4
+_LONGEST_STRING: Final = 1 << 26
 _MEND: Final = "fetch the file again; it is cut short, damaged, or not a GGUF file"
 
 
@@ -74,6 +75,8 @@ class GgufFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if path.exists() and not path.is_file():  # opening a FIFO waits for a writer
+            raise InputError("not a regular file", where=str(path))
         try:
             self._file: BinaryIO = path.open("rb")
         except OSError as error:
@@ -167,6 +170,8 @@ class _Values:
 
     def _string(self) -> str:
         length = self._count()
+        if length > _LONGEST_STRING:
+            raise ValueError(f"a text of {length} bytes is longer than {_LONGEST_STRING}")
         content = self._file.read(length)
         if len(content) < length:
             raise ValueError("the file ends inside the header")

@@ -90,6 +90,8 @@ class Model:
         last, tokens = self._logits(ids)[-1], list[int]()
         while len(tokens) < new:
             tokens.append(int(last.argmax()))
+            if len(tokens) == new:
+                break  # nothing follows the last one
             if self._exact:
                 last = self._logits([*ids, *tokens])[-1]
             else:

@@ -58,6 +58,7 @@ class Registry:
     ignores_ranges: bool = False
     only_accepted: bool = False
     headers: dict[str, str] = field(default_factory=dict)
+    upload_headers: dict[str, str] = field(default_factory=dict)
 
     blobs: dict[str, bytes] = field(default_factory=dict)
     manifests: dict[str, tuple[str, bytes]] = field(default_factory=dict)
@@ -191,7 +192,8 @@ class _Handler(BaseHTTPRequestHandler):
         last = max(0, len(self.registry.uploads[upload]) - 1)
         if self.registry.old_ranges:
             last = min(last, self.registry.first_ends.get(upload, 0))
-        self._answer(status, headers={"Location": f"/v2/x/blobs/uploads/{upload}", "Range": f"0-{last}"})
+        headers = {"Location": f"/v2/x/blobs/uploads/{upload}", "Range": f"0-{last}", **self.registry.upload_headers}
+        self._answer(status, headers=headers)
 
     def _blob(self, digest: str) -> None:
         content = self.registry.blobs.get(digest)

@@ -178,3 +178,82 @@ def test_a_tag_that_cannot_be_read_is_left_out(registry: Registry, place: OciDes
     registry.failures = {"manifests/": [400, 400]}
     with pytest.raises(InputError, match="HTTP status 400"):
         tags(place)
+
+
+@pytest.mark.parametrize("entries", [None, 7, "text", {"a": 1}, [1], [[]], [None, None, None]], ids=repr)
+def test_malformed_entries_are_refused(
+    registry: Registry, place: OciDestination, tmp_path: Path, entries: object
+) -> None:
+    change_index(registry, lambda index: index.update(manifests=entries))
+    with pytest.raises(InputError, match="this is no release"):
+        fetch(place, tmp_path / "pulled")
+    with pytest.raises(InputError, match="this is no release"):
+        promote(place, "stable")
+
+
+@pytest.mark.parametrize(
+    "attached", [7, ["a"], {}, "[]", "7", "{", '{"a": []}', '{"a": 7}', '{"a": {}}', '[["a", []]]', "1" * 5000],
+    ids=lambda value: str(value)[:12],
+)  # fmt: skip
+def test_a_malformed_list_of_attachments_is_refused(
+    registry: Registry, place: OciDestination, tmp_path: Path, attached: object
+) -> None:
+    noted = {"annotations": {"io.github.qexport.attachments": attached}}
+    change_index(registry, lambda index: index.update(noted))
+    with pytest.raises(InputError, match="list of attachments is malformed"):
+        fetch(place, tmp_path / "pulled")
+
+
+@pytest.mark.parametrize("layers", [7, "text", {"a": 1}, [1], [None], None], ids=repr)
+def test_a_malformed_referrer_is_refused(
+    registry: Registry, place: OciDestination, tmp_path: Path, layers: object
+) -> None:
+    listing = registry.tags["1.4.0"].replace(":", "-")
+    entry = read(registry, listing)["manifests"][0]
+    changed = {**read(registry, entry["digest"]), "layers": layers}
+    registry.tags[listing] = put(registry, {"manifests": [{**entry, "digest": put(registry, changed, MANIFEST)}]})
+    with pytest.raises(InputError, match="a referrer is malformed"):
+        fetch(place, tmp_path / "pulled")
+    registry.tags[listing] = put(registry, {"manifests": [{**entry, "digest": "../../etc"}]})
+    with pytest.raises(InputError, match="a digest in the list of referrers is malformed"):
+        fetch(place, tmp_path / "pulled")
+
+
+LONG = "9" * 5000
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Location": f"http://127.0.0.1:{LONG}/"},
+        {"Location": "http://127.0.0.1:99999/"},
+        {"Location": "http://[/"},
+        {"Location": "http:///x"},
+    ],
+    ids=["digits", "port", "bracket", "no host"],
+)
+def test_a_malformed_address_is_refused(registry: Registry, tmp_path: Path, headers: dict[str, str]) -> None:
+    registry.upload_headers = headers
+    with pytest.raises(InputError, match=r"malformed|without TLS"):
+        publish(make_release(tmp_path / "release", weights=3000), oci(registry, "1.4.0"))
+
+
+@pytest.mark.parametrize("name", ["OCI-Chunk-Min-Length", "Range", "Retry-After"])
+def test_a_number_of_thousands_of_digits_is_no_number(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(uploads, "CHUNK", 2000)
+    registry.upload_headers = {name: f"0-{LONG}" if name == "Range" else LONG}
+    registry.cut_chunks = [0]
+    place = oci(registry, "1.4.0")
+    publish(make_release(tmp_path / "release", weights=3000), place)
+    assert [tag.name for tag in tags(place)] == ["1.4.0"]
+
+
+@pytest.mark.parametrize("address", ["http://[/", f"https://127.0.0.1:{LONG}/", "https://127.0.0.1:99999/"])
+def test_a_malformed_redirection_is_refused(
+    registry: Registry, place: OciDestination, tmp_path: Path, address: str
+) -> None:
+    registry.redirects = address
+    with pytest.raises(InputError, match="malformed"):
+        fetch(place, tmp_path / "pulled")

@@ -85,11 +85,15 @@ class Client(Registry):  # type: ignore[misc] # oras has no types
         """Where an upload goes on, as an absolute address.
 
         Raises:
-            InputError: the registry names none.
+            InputError: the registry names none, or one that is malformed.
         """
         found = str(self._get_location(response, self.container))
         if not found:
             raise self.failure("the registry does not say where an upload goes on")
+        try:
+            _ = urlsplit(found).port
+        except ValueError:
+            raise self.failure("the registry says that an upload goes on at a malformed address") from None
         return found
 
     def do_request(  # oras calls it by this name
@@ -125,6 +129,8 @@ class Client(Registry):  # type: ignore[misc] # oras has no types
             wait = 0.0
             try:
                 response = self._authenticated(url, method, data, dict(headers or {}), stream)
+            except ValueError as error:  # of requests, urllib3 and urllib.parse, before anything is sent
+                raise self.failure("the registry sends to an address that is malformed") from error
             except requests.RequestException as error:
                 reason = reason_of(error)
             else:

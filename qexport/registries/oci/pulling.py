@@ -10,7 +10,7 @@ from typing import Any
 
 from qexport.registries.oci.client import Client
 from qexport.registries.oci.documents import ATTACHED, INDEX, Descriptor
-from qexport.registries.oci.downloads import BlobStream, parsed
+from qexport.registries.oci.downloads import BlobStream, is_digest, parsed
 from qexport.registries.oci.layers import FOLDER
 from qexport.registries.oci.referrers import referrers
 from qexport.registries.oci.release_index import layers_of_manifest, model_of
@@ -62,11 +62,13 @@ def _check_attachments(client: Client, digest: str, index: dict[str, Any]) -> No
     if text is None:
         return
     try:
-        wanted = dict(json.loads(text))
+        wanted = json.loads(text)
     except (ValueError, TypeError, RecursionError):
-        raise client.failure("the release's list of attachments is malformed") from None
+        wanted = None
+    if not isinstance(wanted, dict) or not all(map(is_digest, wanted.values())):
+        raise client.failure("the release's list of attachments is malformed")
     there = {content for _, content in referrers(client, digest)} if wanted else set()
-    missing = sorted(str(path) for path, content in wanted.items() if content not in there)
+    missing = sorted(path for path, content in wanted.items() if content not in there)
     if missing:
         raise client.failure(
             f"a referrer of the release is missing: {missing[0]} is no longer attached",

@@ -19,7 +19,7 @@ from qexport.registries.oci.documents import (
     referrer,
     referrers_index,
 )
-from qexport.registries.oci.downloads import parsed, read_answer, read_document
+from qexport.registries.oci.downloads import is_digest, parsed, read_answer, read_document
 from qexport.registries.oci.uploads import Blob, upload
 from qexport.registries.package import Attachment
 
@@ -106,15 +106,20 @@ def referrers(client: Client, subject: str) -> list[tuple[str, str]]:
     """
     found = []
     for entry in _listed(client, subject):
-        read = read_document(client, str(entry.get("digest")))
+        digest = entry.get("digest")
+        if not is_digest(digest):
+            raise client.failure("a digest in the list of referrers is malformed")
+        read = read_document(client, digest)
         if read is None:
-            raise client.failure(f"a referrer is listed, but missing: {entry.get('digest')}")
+            raise client.failure(f"a referrer is listed, but missing: {digest}")
         document = parsed(client, read[1])
         about = document.get("subject")
         if not isinstance(about, dict) or about.get("digest") != subject:
-            raise client.failure(f"a referrer is about something else: {entry.get('digest')}")
-        for layer in document.get("layers") or []:
-            found.append((str(document.get("artifactType")), str(layer.get("digest"))))
+            raise client.failure(f"a referrer is about something else: {digest}")
+        layers = document.get("layers")
+        if not isinstance(layers, list) or not all(isinstance(layer, dict) for layer in layers):
+            raise client.failure(f"a referrer is malformed: {digest}")
+        found += [(str(document.get("artifactType")), str(layer.get("digest"))) for layer in layers]
     return found
 
 

@@ -25,6 +25,7 @@ _LARGEST_CHUNK: Final = 256 << 20
 _MOST_FAILURES: Final = 6
 _MOST_RESTARTS: Final = 3
 _MOST_REFUSALS: Final = 2
+_COUNT: Final = re.compile(r"[0-9]{1,18}", re.ASCII)
 _RANGE: Final = re.compile(r"(?:bytes=)?0-([0-9]{1,18})", re.ASCII)
 
 
@@ -118,7 +119,7 @@ class _Upload:
         if response.status_code != 202:
             raise self._client.failure("the registry takes no uploads there")
         least = response.headers.get("OCI-Chunk-Min-Length", "")
-        if least.isascii() and least.isdigit():
+        if _COUNT.fullmatch(least):
             self._chunk = min(_LARGEST_CHUNK, max(self._chunk, int(least)))
         self._at(response, 0)
 

@@ -31,7 +31,8 @@ def make_release(folder: Path, *, weights: int = 3_000_123, seed: int = 0, also:
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
-    lines = (f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in sorted(files.items()))
+    listed = {name: content for name, content in files.items() if name != SIGNATURE.path}  # it covers the listing
+    lines = (f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in sorted(listed.items()))
     (folder / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
     return Package(
         folder, "notes", "1.4.0", "safetensors", "llama", "float16", "gptq", 134_515_008, ("Apache-2.0",),

@@ -64,7 +64,6 @@ def test_any_text_is_a_destination_or_an_error(text: str) -> None:
         ("oci://host:99999/a:1", "host"),
         ("oci://host/a@sha256:0", "digest"),
         ("oci://host/a@sha512:" + "0" * 128, "digest"),
-        ("oci://host/a", "neither"),
         ("hub:name", "no repository"),
         ("hub:org/../x", "no repository"),
         ("hub:org/name@", "no tag"),

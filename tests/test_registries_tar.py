@@ -23,7 +23,7 @@ from qexport.registries.names import is_portable
 from qexport.registries.tar_extraction import extract
 from qexport.registries.tar_stream import TarStream
 
-GOLDEN = "f7d8cf1420541449"
+GOLDEN = "ccae6844ffad9388"
 """Of the digest of the release's tar file: its bytes are a promise, since digests of layers depend on them."""
 
 PART = st.text(st.characters(exclude_categories=("C", "Z"), exclude_characters="/\\"), min_size=1, max_size=60)

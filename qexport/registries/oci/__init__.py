@@ -62,7 +62,7 @@ def publish(package: Package, destination: OciDestination, progress: ProgressCal
 
 def fetch(reference: OciDestination, folder: Path, progress: ProgressCallback) -> None:
     """Downloads a release into an empty folder. See `qexport.registries.fetch`."""
-    client = Client(reference)
+    client = _client_of(reference)
     layers = pull(client, *_found(client, reference))
     total = sum(layer.blob.size for layer in layers)
     ensure_space(folder, total)
@@ -98,14 +98,14 @@ def tags(reference: OciDestination) -> list[Tag]:
 
 def exactly(reference: OciDestination) -> OciDestination:
     """A release by its digest. See `qexport.registries.exactly`."""
-    descriptor, _ = _found(Client(reference), reference)
+    descriptor, _ = _found(_client_of(reference), reference)
     return replace(reference, digest=descriptor.digest)
 
 
 def promote(reference: OciDestination, to: str) -> None:
     """Moves a tag, and the one of the ModelPack artifact with it. See `qexport.registries.promote`."""
     _refuse_helper(to, str(reference))
-    client = Client(reference)
+    client = _client_of(reference)
     descriptor, content = _found(client, reference)
     if descriptor.media_type != INDEX:
         mend = "name the release's own tag or its digest, see qexport release --list"
@@ -179,9 +179,14 @@ def _put_manifests(client: Client, package: Package, tag: str, layers: list[Desc
     return whole, model
 
 
-def _found(client: Client, reference: OciDestination) -> tuple[Descriptor, bytes]:
+def _client_of(reference: OciDestination) -> Client:
+    """For a reference that names a release, not a repository alone."""
     if reference.tag is None and reference.digest is None:
         raise RecipeError("neither a tag nor a digest is named", where=str(reference), mend=f"write {OCI_FORM}")
+    return Client(reference)
+
+
+def _found(client: Client, reference: OciDestination) -> tuple[Descriptor, bytes]:
     read = read_document(client, reference.digest or str(reference.tag))
     if read is None:
         raise client.failure(

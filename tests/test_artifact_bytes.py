@@ -142,9 +142,9 @@ def without_version(graph: bytes) -> bytes:
 
 def together(found: Mapping[str, Digests], layouts: list[str]) -> dict[str, str | None]:
     """What several layouts hold if each folder is as it is alone; its manifest's recipe is another."""
-    for layout in layouts:
-        if "refused" in found[layout]:
-            return {"refused": found[layout]["refused"]}
+    refused = [found[layout]["refused"] for layout in layouts if "refused" in found[layout]]
+    if refused:
+        return {"refused": refused[0] if len(refused) == 1 else f"{len(refused)} layouts cannot be written"}
     return {
         f"{LAYOUTS[layout][0]['layout']}/{name}": None if name == f"{MANIFEST_NAME} recipe" else digest
         for layout in layouts

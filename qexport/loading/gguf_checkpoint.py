@@ -58,7 +58,7 @@ def read_gguf(found: PackageFile, *, progress: ProgressCallback) -> Checkpoint:
         config = _config(file, family)
         values = json.loads(config.to_json_string())
         architecture = find_architecture(values, tensors=len(file.tensors))
-        source = GgufWeights(file, places(family, config, architecture.skeleton.state_dict()))
+        source = GgufSource(file, places(family, config, architecture.skeleton.state_dict()))
         weights = fit_to_model(source, architecture)
         files = _files(found.path, config)
         digests = FileDigests(found.path.parent, (found.path.name,), {})
@@ -136,7 +136,7 @@ def _files(path: Path, config: PretrainedConfig) -> Mapping[str, bytes]:
 _CHUNK_VALUES: Final = 1 << 20
 
 
-class GgufWeights:
+class GgufSource:
     """A GGUF file as a `WeightSource`: every tensor is float32, however it is stored.
 
     Values and the order of rows are those that transformers loads with `GgufConfig(dequantize=True)`.

@@ -285,19 +285,9 @@ def _hashed(part: Any) -> Iterator[tuple[str, str]]:
 def _compare_card(artifact: Artifact, record: ReleaseRecord, report: Report | None) -> None:
     """Makes card and launch files again; another version of qexport would word them otherwise."""
     manifest = artifact.manifest
-    assert manifest.card is not None
     launch = None if manifest.launch is None else read_launch(manifest.layout, manifest.launch)
-    facts = CardFacts(
-        layout=manifest.layout,
-        base=manifest.base,
-        adapter=manifest.adapter,
-        text=manifest.card,
-        quantized=manifest.quantization is not None,
-        notes=manifest.notes,
-        launch=launch.name if launch else None,
-        report=report,
-        release=ReleaseWords(record.name, record.served_as, record.unproven, record.signed),
-    )
+    words = ReleaseWords(record.name, record.served_as, record.unproven, record.signed)
+    facts = CardFacts.of_release(manifest, launch.name if launch else None, report, words)
     expected = {name: content.decode("utf-8") for name, content in render(launch).items()}
     expected |= {CARD_NAME: model_card(facts), PACKAGES_NAME: requirements_text(manifest.packages)}
     results = evaluation_results(report) if report is not None else None

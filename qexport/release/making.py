@@ -158,18 +158,7 @@ def _write(proven: Proven, name: Named, folder: Path, *, signed: bool) -> tuple[
     for path, content in render(launch).items():
         _put(folder / path, content.decode("utf-8"))
     words = ReleaseWords(name.name, label(name.name), proven.unproven, signed)
-    assert told.card is not None
-    facts = CardFacts(
-        layout=told.layout,
-        base=told.base,
-        adapter=told.adapter,
-        text=told.card,
-        quantized=told.quantization is not None,
-        notes=told.notes,
-        launch=launch.name if launch else None,
-        report=report,
-        release=words,
-    )
+    facts = CardFacts.of_release(told, launch.name if launch else None, report, words)
     _put(folder / CARD_NAME, model_card(facts))
     if report is not None and (results := evaluation_results(report)):
         _put(folder / EVALUATION_NAME, results)

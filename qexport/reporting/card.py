@@ -13,7 +13,7 @@ from typing import Any, Final
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from qexport.artifact.manifest import CardText, SourceRecord
+from qexport.artifact.manifest import CardText, Manifest, SourceRecord
 from qexport.artifact.names import title
 from qexport.artifact.report import Report
 from qexport.artifact.served import confirmation
@@ -75,6 +75,24 @@ class CardFacts:
     launch: str | None = None
     report: Report | None = None
     release: ReleaseWords | None = None
+
+    @classmethod
+    def of_release(
+        cls, manifest: Manifest, launch: str | None, report: Report | None, release: ReleaseWords
+    ) -> CardFacts:
+        """Those of a release, which the manifest has all but for its name and its report."""
+        assert manifest.card is not None
+        return cls(
+            layout=manifest.layout,
+            base=manifest.base,
+            adapter=manifest.adapter,
+            text=manifest.card,
+            quantized=manifest.quantization is not None,
+            notes=manifest.notes,
+            launch=launch,
+            report=report,
+            release=release,
+        )
 
     @property
     def sources(self) -> list[SourceRecord]:

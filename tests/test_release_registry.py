@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import close_session, constants
 
 import packages
 import releases
@@ -58,6 +59,66 @@ def test_a_release_is_pushed_listed_checked_and_promoted(
     assert told(capsys, "release", "--list", repository) == {"tags": {**tags, "stable": digest}}
     assert told(capsys, "diff", f"{repository}:stable", made / "safetensors")["equal"] is False  # of other words
     assert told(capsys, "diff", "--weights", f"{repository}:stable", made / "safetensors")["equal"] is True
+
+
+def test_nothing_is_pushed_if_one_of_several_tags_is_taken(
+    made: Path, registry: Registry, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repository = f"oci://{registry.host}/models/notes"
+    tag = "tiny-notes-1.4.0_w8a8.vllm"
+    told(capsys, "release", made / "vllm", "--to", f"{repository}:{tag}", "--version", "1.4.0")
+    before = dict(registry.tags)
+    error = told(capsys, "release", made, "--to", repository, "--version", "1.4.0", code=2)["error"]
+    assert error["what"].startswith("the tag exists already")
+    assert error["where"] == f"{repository}:{tag}"
+    assert registry.tags == before
+
+
+def test_a_run_looks_for_its_tags_before_its_work(
+    registry: Registry, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    to = f"oci://{registry.host}/models/notes"
+    releases.inputs(tmp_path, release={"name": "notes", "version": "1", "to": to})
+    publish(packages.make_release(tmp_path / "x", weights=100), parse_destination(f"{to}:notes-1_w8a8.vllm"))
+    assert told(capsys, "run", tmp_path / "recipe.yaml", code=2)["error"]["where"] == f"{to}:notes-1_w8a8.vllm"
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("variable", "content"),
+    [("SSL_CERT_FILE", None), ("SSL_CERT_FILE", "no certificate"), ("REQUESTS_CA_BUNDLE", None)],
+    ids=["missing", "another file", "the one of requests"],
+)
+def test_authorities_that_cannot_be_used_are_named(
+    made: Path,
+    registry: Registry,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    variable: str,
+    content: str | None,
+) -> None:
+    path = tmp_path / "authorities.pem"
+    if content is not None:
+        path.write_text(content)
+    for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, str(path))
+    place, kept = f"oci://{registry.host}/models/notes:1", tmp_path / "kept"
+    of_hubs: list[list[str | Path]] = [["check", "hub:org/notes", "--to", kept], ["inspect", "hub:org/notes"]]
+    commands: list[list[str | Path]] = [
+        ["check", place, "--to", kept],
+        ["release", made / "vllm", "--to", place, "--version", "1"],
+        *(of_hubs if variable == "SSL_CERT_FILE" else []),
+    ]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    close_session()  # the next one is made in this environment
+    for command in commands:
+        error = told(capsys, *command, code=2)["error"]
+        assert error["what"].startswith(f"{variable} names a file of certificate authorities that cannot be used")
+        assert error["where"] == str(path)
+    assert not kept.exists()
+    close_session()
 
 
 def test_tags_move_only_to_what_checks(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -19,7 +20,7 @@ from qexport.progress import Notice
 if TYPE_CHECKING:
     from qexport.artifact.report import Report
     from qexport.cli.verifying import References
-    from qexport.pipeline import Result
+    from qexport.pipeline import Plan, Result
     from qexport.release import ReleaseSettings
 
 
@@ -43,7 +44,7 @@ def run(
         chosen = load_recipe(recipe, overrides or ())
         if output is not None:
             chosen = chosen.model_copy(update={"output": str(output.absolute())})
-        checked_output(chosen, force=force)
+        place = checked_output(chosen, force=force)
         if chosen.release is not None and chosen.release.version is not None:
             from qexport.cli.release_commands import load_releasing
 
@@ -54,7 +55,13 @@ def run(
         with showing_progress() as progress:
             command = verify_command(".", str(recipe), overrides or (), {})
             result = pipeline.run(
-                chosen, force=force, restart=restart, device=device, command=command, progress=progress
+                chosen,
+                force=force,
+                restart=restart,
+                device=device,
+                command=command,
+                accept=partial(_refuse_taken, output=place),
+                progress=progress,
             )
         if result.unproven_merge is not None:
             result.raise_for_verdict()
@@ -202,6 +209,20 @@ def _inspect(
     what = f"{len(found.failed)} of {len(found.checks)} demands of {server} are not met"
     names = listed([check.name for check in found.failed])
     return Failure(what, CompatibilityError.exit_code, where=names, mend=f"export the layout {server}")
+
+
+def _refuse_taken(planned: Plan, output: Path) -> None:
+    """Refuses the places of a run's releases that are taken, before hours of work."""
+    recipe = planned.recipe
+    if recipe.release is None or recipe.release.version is None:
+        return
+    from qexport.cli.release_commands import load_releasing
+    from qexport.release.naming import Source
+
+    base, adapter = planned.merged.checkpoint.origin.name, planned.merged.adapter
+    name = adapter.origin.name if adapter else None
+    sources = [Source(recipe.portable(), base, name, layout.name) for layout in planned.layouts]
+    load_releasing().refuse_taken_by_run(recipe.release, sources, output)
 
 
 def _release(settings: ReleaseSettings, artifact: Path) -> None:

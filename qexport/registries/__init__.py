@@ -13,13 +13,14 @@ from pathlib import Path
 from qexport.artifact.integrity import compare_with_listing
 from qexport.errors import InputError, RecipeError
 from qexport.progress import ProgressCallback, silent
+from qexport.registries import arrival, tar_file
 from qexport.registries import folder as folders
-from qexport.registries import tar_file
 from qexport.registries.arrival import arriving
 from qexport.registries.destinations import (
     Destination,
     FolderDestination,
     HubDestination,
+    LocalDestination,
     OciDestination,
     TarDestination,
     is_tag,
@@ -32,6 +33,7 @@ __all__ = [
     "Destination",
     "FolderDestination",
     "HubDestination",
+    "LocalDestination",
     "OciDestination",
     "Package",
     "Published",
@@ -42,8 +44,34 @@ __all__ = [
     "parse_destination",
     "promote",
     "publish",
+    "refuse_taken",
     "tags",
 ]
+
+
+def refuse_taken(destination: Destination, version: str) -> None:
+    """Refuses a place where something is, before anything is made for it. Publishing asks again.
+
+    Args:
+        destination: where a release is to go.
+        version: of the release; the tag on a model hub.
+
+    Raises:
+        RecipeError: the folder, file or tag exists; the destination names what only fetching can use; an extra is
+            missing.
+        InputError: the place cannot be reached or refuses.
+    """
+    match destination:
+        case LocalDestination():
+            arrival.refuse_taken(destination.path)
+        case OciDestination():
+            with _needs_the_extra():
+                from qexport.registries import oci
+            oci.refuse_taken(destination)
+        case HubDestination():
+            from qexport.registries import hub
+
+            hub.refuse_taken(destination, version)
 
 
 def publish(package: Package, destination: Destination, *, progress: ProgressCallback = silent) -> Published:

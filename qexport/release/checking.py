@@ -232,7 +232,7 @@ def _compare_record(artifact: Artifact, record: ReleaseRecord, report: Report | 
 
 def _names(manifest: Manifest, record: ReleaseRecord) -> dict[str, Any]:
     """The fields of the record that follow from its model and version."""
-    method = method_name(manifest)
+    method = method_name(manifest.recipe)
     name = release_name(record.model, record.version, method, manifest.layout)
     return {"method": method, "name": name, "served_as": label(name)}
 

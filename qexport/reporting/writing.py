@@ -12,7 +12,7 @@ from xml.etree.ElementTree import Element, SubElement
 
 from qexport.artifact.disk import make_folder, write_together
 from qexport.artifact.figures import Figure
-from qexport.artifact.manifest import MANIFEST_NAME
+from qexport.artifact.integrity import refuse_inside_artifact
 from qexport.artifact.report import REPORT_NAME, Report
 from qexport.errors import RecipeError
 from qexport.reporting.html import report_html
@@ -124,11 +124,7 @@ def check_report_folder(folder: Path) -> None:
         RecipeError: a file is in the way of the folder, a folder in the way of a file, it cannot be written, or it is
             inside an artifact, whose listing would no longer be true.
     """
-    real = Path(os.path.realpath(folder))
-    if any((each / MANIFEST_NAME).exists() for each in (real, *real.parents)):
-        raise RecipeError(
-            "the report's folder is inside an artifact, which must not change", where=str(folder), mend=_MEND
-        )
+    refuse_inside_artifact(folder, "the report's folder")
     existing = next(each for each in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(each))
     if not existing.is_dir():
         raise RecipeError("a file is in the way of the report's folder", where=str(existing), mend=_MEND)

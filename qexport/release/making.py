@@ -13,6 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
+
 from qexport.artifact.digests import sha256_file
 from qexport.artifact.disk import ensure_space
 from qexport.artifact.integrity import digest_files, write_listing
@@ -21,6 +24,7 @@ from qexport.artifact.names import label
 from qexport.artifact.packages import requirements_text
 from qexport.artifact.report import REPORT_NAME
 from qexport.artifact.roots import check_roots_path, recording_roots
+from qexport.errors import QexportError
 from qexport.export.launch import FOLDER as LAUNCH_FOLDER
 from qexport.registries.arrival import arriving
 from qexport.release.bom import bill_of_materials
@@ -149,7 +153,8 @@ def _evidence(proven: Proven, name: Named, folder: Path, manifest: Manifest, *, 
     report_digest = sha256_file(folder / REPORT_FOLDER / REPORT_NAME) if report else None
     config = json.loads((folder / "config.json").read_bytes())
     _put(folder / PROVENANCE_NAME, canonical(statement(manifest, proof, subjects, report_digest)))
-    _put(folder / BOM_NAME, bill_of_materials(manifest, config, report, proof, name.name, name.version))
+    bom = bill_of_materials(manifest, subjects, config, report, proof, (name.name, name.version))
+    _put(folder / BOM_NAME, _validated(canonical(bom)))
     _put(folder / PACKAGES_NAME, requirements_text(manifest.packages))
     return ReleaseRecord(
         schema_version=1,
@@ -166,6 +171,13 @@ def _evidence(proven: Proven, name: Named, folder: Path, manifest: Manifest, *, 
         evidence=digests_of(folder, EVIDENCE),
         **locked(manifest),
     )
+
+
+def _validated(bom: str) -> str:
+    """A bill of materials that fits the standard's schema."""
+    if (fault := JsonStrictValidator(SchemaVersion.V1_6).validate_str(bom)) is not None:
+        raise QexportError(f"the bill of materials is not valid: {fault}", where="CycloneDX 1.6")
+    return bom
 
 
 def _evidence_files(folder: Path) -> dict[str, FileRecord]:

@@ -16,26 +16,15 @@ from typing import Any, BinaryIO, Final
 from qexport.errors import InputError
 from qexport.tensors.strict_files import parse_json
 
-DTYPE_BYTES: Final[Mapping[str, int]] = {
-    "BOOL": 1,
-    "U8": 1,
-    "I8": 1,
-    "U16": 2,
-    "I16": 2,
-    "F16": 2,
-    "BF16": 2,
-    "U32": 4,
-    "I32": 4,
-    "F32": 4,
-    "U64": 8,
-    "I64": 8,
-    "F64": 8,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "F8_E8M0": 1,
-    "C64": 8,
+DTYPE_BITS: Final[Mapping[str, int]] = {
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
 }
-"""Bytes of a value, by the dtype names of the format that torch has a type for."""
+"""Bits of a value, by the dtype names of the format. Not all of them can be read: torch has no type for some."""
 
 MAX_HEADER_BYTES: Final = 1 << 25
 MAX_TENSORS: Final = 1 << 17
@@ -53,7 +42,7 @@ class Entry:
     """A tensor in a file.
 
     Attributes:
-        dtype: the format's name for it, a key of `DTYPE_BYTES`.
+        dtype: the format's name for it, a key of `DTYPE_BITS`.
         shape: of the tensor.
         offset: where its bytes begin, counted from the start of the file.
     """
@@ -64,8 +53,8 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        """Size in bytes."""
-        return prod(self.shape) * DTYPE_BYTES[self.dtype]
+        """Size in bytes; values of a valid header fill whole ones."""
+        return -(-prod(self.shape) * DTYPE_BITS[self.dtype] // 8)
 
 
 @dataclass(frozen=True)
@@ -158,7 +147,7 @@ def _parse_entry(value: Any, where: str) -> tuple[Entry, int, int]:
     """The tensor with its first byte and the byte after its last, counted from the first tensor."""
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise InputError("an entry consists of dtype, shape and data_offsets", where=where, mend=MEND)
-    if not isinstance(value["dtype"], str) or value["dtype"] not in DTYPE_BYTES:
+    if not isinstance(value["dtype"], str) or value["dtype"] not in DTYPE_BITS:
         raise InputError(f"the dtype {value['dtype']!r} is not known", where=where)
     if not _are_counts(value["shape"]) or len(value["shape"]) > _MAX_DIMENSIONS:
         raise InputError(
@@ -168,6 +157,8 @@ def _parse_entry(value: Any, where: str) -> tuple[Entry, int, int]:
         raise InputError("data_offsets must be two whole numbers from 0", where=where, mend=MEND)
     begin, end = value["data_offsets"]
     entry = Entry(value["dtype"], tuple(value["shape"]), begin)
+    if prod(entry.shape) * DTYPE_BITS[entry.dtype] % 8:
+        raise InputError(f"shape {list(entry.shape)} of {entry.dtype} ends inside a byte", where=where, mend=MEND)
     if end - begin != entry.nbytes:
         raise InputError(
             f"shape {list(entry.shape)} of {entry.dtype} takes {entry.nbytes} bytes, not {end - begin}",

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import close_session, constants
+from safetensors.torch import save_file
 
+import factories
 import packages
 import releases
 from oci_server import Registry, serving
@@ -140,6 +143,38 @@ def test_tags_move_only_to_what_checks(
     assert told(capsys, "release", "--list", repository)["tags"].keys() == {"1.4.0", "foreign"}
     assert told(capsys, "promote", repository, "--as", "stable", code=2)["error"]["what"].startswith("neither a tag")
     assert told(capsys, "promote", str(made), "--as", "stable", code=2)["error"]["what"] == "only registries have tags"
+
+
+@pytest.mark.parametrize("ignores_ranges", [False, True])
+def test_inspect_fetches_the_heads_of_the_weights_alone(
+    registry: Registry, tmp_path: Path, capsys: pytest.CaptureFixture[str], ignores_ranges: bool
+) -> None:
+    """Of safetensors files with a long and a short header, of a GGUF file, and of a file that is neither."""
+    model = factories.build(factories.llama_config())
+    folder = factories.save(model, tmp_path / "model", max_shard_size="150KB")
+    save_file({f"{'long' * 40}.{n}": torch.zeros(9) for n in range(3000)}, folder / "extra.safetensors")
+    save_file({"a": torch.zeros(1_000_000)}, folder / "model-x.safetensors")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"] |= {"a": "model-x.safetensors", f"{'long' * 40}.0": "extra.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    also = {path.name: path.read_bytes() for path in folder.iterdir()}
+    package = packages.make_release(tmp_path / "release", weights=3, also=also | {"weights.bin": bytes(2_000_000)})
+    place = f"oci://{registry.host}/models/notes:1"
+    publish(package, parse_destination(place))
+    registry.ignores_ranges, registry.bytes_out = ignores_ranges, 0
+    found = told(capsys, "inspect", place)
+    local = told(capsys, "inspect", package.folder)
+    assert {**found, "place": ""} == {**local, "place": ""}
+    assert found["total_bytes"] > 4_000_000
+    assert ignores_ranges or registry.bytes_out < 2_500_000
+
+
+def test_a_damaged_head_is_refused(registry: Registry, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    also = {"config.json": b"{}", "model.safetensors": b"\xff" * 5000}
+    package = packages.make_release(tmp_path / "release", weights=3, also=also)
+    place = f"oci://{registry.host}/models/notes:1"
+    publish(package, parse_destination(place))
+    assert "does not fit a file of 5000 bytes" in told(capsys, "inspect", place, code=3)["error"]["what"]
 
 
 def test_what_cannot_be_listed_or_released_is_refused(made: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qexport.artifact.integrity import compare_with_listing
 from qexport.errors import InputError, RecipeError
@@ -28,6 +29,9 @@ from qexport.registries.destinations import (
 )
 from qexport.registries.package import Attachment, Package, Published, Tag, files_of
 
+if TYPE_CHECKING:
+    from qexport.registries.oci.heads import WriteHead
+
 __all__ = [
     "Attachment",
     "Destination",
@@ -41,6 +45,7 @@ __all__ = [
     "TarDestination",
     "exactly",
     "fetch",
+    "fetch_heads",
     "parse_destination",
     "promote",
     "publish",
@@ -128,6 +133,26 @@ def fetch(reference: Destination, folder: Path, *, progress: ProgressCallback = 
         except InputError as error:
             where = (error.where or "").replace(str(content), str(reference))
             raise InputError(error.what, where=where, mend=error.mend) from error
+
+
+def fetch_heads(
+    reference: OciDestination, folder: Path, write_head: WriteHead, *, progress: ProgressCallback = silent
+) -> None:
+    """Fetches a release, but of its weights only the heads. What comes is not compared with the release's listing.
+
+    Args:
+        reference: where it is. Of an image's own manifest the weights come whole.
+        folder: an empty folder.
+        write_head: writes the head of a file to a path, from its size and a function that gives bytes of it.
+        progress: is called with what is fetched.
+
+    Raises:
+        RecipeError: the extra is missing.
+        InputError: there is no such release, it is malformed, or the registry cannot be reached.
+    """
+    with _needs_the_extra():
+        from qexport.registries import oci
+    oci.fetch_heads(reference, folder, write_head, progress)
 
 
 def tags(reference: OciDestination) -> list[Tag]:

@@ -32,7 +32,9 @@ MAX_TENSORS: Final = 1 << 17
 
 _MAX_DIMENSIONS: Final = 64
 
-_LENGTH_BYTES: Final = 8
+LENGTH_BYTES: Final = 8
+"""Of the length that a file begins with."""
+
 _SPLIT: Final = "no model has such a file; if this one is real, save it in more files (max_shard_size)"
 MEND: Final = "fetch or write the file again; it is cut short, damaged, or not a safetensors file"
 
@@ -99,8 +101,8 @@ def read_header(file: BinaryIO, path: Path) -> Header:
 def _parsed_header(file: BinaryIO, path: Path) -> tuple[dict[str, Any], int]:
     """The header, and where the tensors begin."""
     size = os.fstat(file.fileno()).st_size
-    length = int.from_bytes(os.pread(file.fileno(), _LENGTH_BYTES, 0), "little")
-    if not 2 <= length <= size - _LENGTH_BYTES:
+    length = int.from_bytes(os.pread(file.fileno(), LENGTH_BYTES, 0), "little")
+    if not 2 <= length <= size - LENGTH_BYTES:
         raise InputError(
             f"the header's length, {length}, does not fit a file of {size} bytes", where=str(path), mend=MEND
         )
@@ -108,14 +110,14 @@ def _parsed_header(file: BinaryIO, path: Path) -> tuple[dict[str, Any], int]:
         raise InputError(
             f"the header has {length} bytes; at most {MAX_HEADER_BYTES} are read", where=str(path), mend=_SPLIT
         )
-    header = parse_json(os.pread(file.fileno(), length, _LENGTH_BYTES), where=f"{path}: header")
+    header = parse_json(os.pread(file.fileno(), length, LENGTH_BYTES), where=f"{path}: header")
     if not isinstance(header, dict):
         raise InputError("the header must be a JSON object", where=str(path), mend=MEND)
     if len(header) > MAX_TENSORS:
         raise InputError(
             f"the file has {len(header)} tensors; at most {MAX_TENSORS} are read", where=str(path), mend=_SPLIT
         )
-    return header, _LENGTH_BYTES + length
+    return header, LENGTH_BYTES + length
 
 
 def _pop_metadata(header: dict[str, Any], path: Path) -> dict[str, str]:

@@ -11,7 +11,7 @@ from qexport.artifact.digests import sha256_bytes
 from qexport.artifact.disk import ensure_space
 from qexport.artifact.names import MODELPACK_SUFFIX
 from qexport.errors import InputError, RecipeError
-from qexport.progress import Progress, ProgressCallback
+from qexport.progress import Notice, Progress, ProgressCallback
 from qexport.registries.destinations import OCI_FORM, OciDestination, is_tag
 from qexport.registries.oci.client import Client
 from qexport.registries.oci.documents import (
@@ -28,6 +28,7 @@ from qexport.registries.oci.documents import (
     model_manifest,
 )
 from qexport.registries.oci.downloads import digest_of, parsed, read_answer, read_document
+from qexport.registries.oci.heads import WriteHead, extract_heads
 from qexport.registries.oci.layers import Layer, layers_of
 from qexport.registries.oci.pulling import pull
 from qexport.registries.oci.referrers import attach, fallback_tag, put_document, read_attachments, upload_bytes
@@ -78,6 +79,17 @@ def fetch(reference: OciDestination, folder: Path, progress: ProgressCallback) -
 
         layer.extract(client, folder, told)
         done += layer.blob.size
+
+
+def fetch_heads(reference: OciDestination, folder: Path, write_head: WriteHead, progress: ProgressCallback) -> None:
+    """Downloads all but the weights into an empty folder. See `qexport.registries.fetch_heads`."""
+    client = _client_of(reference)
+    progress(Notice(f"fetching the headers of {reference}"))
+    for layer in pull(client, *_found(client, reference)):
+        if layer.holds_weights:
+            extract_heads(client, layer.blob, folder, write_head)
+        else:
+            layer.extract(client, folder, lambda _: None)
 
 
 def tags(reference: OciDestination) -> list[Tag]:

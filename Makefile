@@ -64,13 +64,13 @@ test-tasks: $(TASKS_READY) ## Measure task accuracy with lm-evaluation-harness o
 test-readers: $(READY) $(READERS_READY) ## Load GPTQ artifacts with gptqmodel and compare its logits with ours (minutes)
 	QEXPORT_GPTQMODEL_PYTHON=$(abspath $(READERS_VENV))/bin/python $(BIN)/python -m pytest tests/readers
 
-test-launch: $(READY) $(LAUNCH_READY) ## Hold launch files against the schemas of Kubernetes, KServe and compose
+test-launch: $(READY) $(LAUNCH_READY) ## Hold launch files and pipelines against the schemas of Kubernetes, KServe, compose, GitHub and GitLab
 	QEXPORT_LAUNCH_PYTHON=$(abspath $(LAUNCH_VENV))/bin/python $(BIN)/python -m pytest tests/launch
 
 test-browser: $(READY) ## Open the pages of reports in headless Chromium (wants chromium and chromium-driver)
 	$(BIN)/python -m pytest tests/browser
 
-test-registry: $(READY) ## Push to and pull from a real OCI registry (wants docker-registry; openssl, skopeo and umoci)
+test-registry: $(READY) ## Push to and pull from a real OCI registry, and run the pipelines of docs/ci.md (minutes; wants docker-registry; openssl, skopeo and umoci)
 	$(BIN)/python -m pytest tests/registry
 
 test-integrity: $(READY) ## Flip every bit of a tiny artifact and cut its files at every length (a quarter of an hour)

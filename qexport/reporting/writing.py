@@ -90,6 +90,16 @@ FILE_NAMES: Final = (REPORT_NAME, PAGE_NAME, COMMENT_NAME, TEST_RESULTS_NAME)
 _MEND: Final = "name another folder with --report"
 
 
+def report_files(report: Report) -> dict[str, str]:
+    """The report in every format, by the file's name."""
+    return {
+        REPORT_NAME: report.to_json(),
+        PAGE_NAME: report_html(report),
+        COMMENT_NAME: report_markdown(report),
+        TEST_RESULTS_NAME: report_junit(report),
+    }
+
+
 def write_report(report: Report, folder: Path) -> None:
     """Writes the report in every format, all files or none. Existing files are replaced.
 
@@ -100,12 +110,7 @@ def write_report(report: Report, folder: Path) -> None:
     Raises:
         OSError: a file could not be written; files and folders are as they were.
     """
-    contents = {
-        REPORT_NAME: report.to_json(),
-        PAGE_NAME: report_html(report),
-        COMMENT_NAME: report_markdown(report),
-        TEST_RESULTS_NAME: report_junit(report),
-    }
+    contents = report_files(report)
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         make_folder(folder)

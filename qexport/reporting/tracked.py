@@ -155,5 +155,5 @@ def _cut(text: str) -> str:
 
 
 def _segment(text: str) -> str:
-    """A name without the characters that MLflow refuses or takes for a path."""
-    return _ILLEGAL.sub("_", text).strip(".")[:_LONGEST_KEY] or "_"
+    """A part of a name without the characters that MLflow refuses, or takes for a path."""
+    return _ILLEGAL.sub("_", text)[:_LONGEST_KEY]

@@ -18,6 +18,8 @@ FUZZ_VENV ?= .venv-fuzz
 FUZZ_READY := $(FUZZ_VENV)/.ready
 LAUNCH_VENV ?= .venv-launch
 LAUNCH_READY := $(LAUNCH_VENV)/.ready
+MLFLOW_VENV ?= .venv-mlflow
+MLFLOW_READY := $(MLFLOW_VENV)/.ready
 DOCS_VENV ?= .venv-docs
 DOCS_READY := $(DOCS_VENV)/.ready
 LOCK_VENV ?= .venv-lock
@@ -31,7 +33,7 @@ SELF := -m pip install --quiet --no-deps --no-build-isolation --editable .
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-release test quick test-servers test-genai test-llama test-tasks test-readers test-launch test-browser test-registry test-integrity test-faults test-docs test-hostile test-fuzz check format lint types imports schema docs benchmark lock clean
+.PHONY: help demo demo-release test quick test-servers test-genai test-llama test-tasks test-readers test-launch test-mlflow test-browser test-registry test-integrity test-faults test-docs test-hostile test-fuzz check format lint types imports schema docs benchmark lock clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -64,13 +66,16 @@ test-tasks: $(TASKS_READY) ## Measure task accuracy with lm-evaluation-harness o
 test-readers: $(READY) $(READERS_READY) ## Load GPTQ artifacts with gptqmodel and compare its logits with ours (minutes)
 	QEXPORT_GPTQMODEL_PYTHON=$(abspath $(READERS_VENV))/bin/python $(BIN)/python -m pytest tests/readers
 
-test-launch: $(READY) $(LAUNCH_READY) ## Hold launch files against the schemas of Kubernetes, KServe and compose
+test-launch: $(READY) $(LAUNCH_READY) ## Hold launch files and pipelines against the schemas of Kubernetes, KServe, compose, GitHub and GitLab
 	QEXPORT_LAUNCH_PYTHON=$(abspath $(LAUNCH_VENV))/bin/python $(BIN)/python -m pytest tests/launch
+
+test-mlflow: $(MLFLOW_READY) ## Log runs and verifications with MLflow, to a folder and to a server that fails
+	$(MLFLOW_VENV)/bin/python -m pytest tests/tracking
 
 test-browser: $(READY) ## Open the pages of reports in headless Chromium (wants chromium and chromium-driver)
 	$(BIN)/python -m pytest tests/browser
 
-test-registry: $(READY) ## Push to and pull from a real OCI registry (wants docker-registry; openssl, skopeo and umoci)
+test-registry: $(READY) ## Push to and pull from a real OCI registry, and run the pipelines of docs/ci.md (minutes; wants docker-registry; openssl, skopeo and umoci)
 	$(BIN)/python -m pytest tests/registry
 
 test-integrity: $(READY) ## Flip every bit of a tiny artifact and cut its files at every length (a quarter of an hour)
@@ -172,6 +177,14 @@ $(LAUNCH_READY): requirements/launch.txt
 	$(LAUNCH_VENV)/bin/python $(LOCKED) requirements/launch.txt
 	@touch $@
 
+# MLflow's client brings some twenty-five packages.
+$(MLFLOW_READY): pyproject.toml requirements/mlflow.txt requirements/torch.txt
+	$(PYTHON) -m venv $(MLFLOW_VENV)
+	$(MLFLOW_VENV)/bin/python $(LOCKED) requirements/mlflow.txt
+	$(MLFLOW_VENV)/bin/python $(TORCH)
+	$(MLFLOW_VENV)/bin/python $(SELF)
+	@touch $@
+
 # atheris has builds for few versions of Python, and instruments what it imports.
 $(FUZZ_READY): pyproject.toml requirements/dev.txt requirements/fuzz.txt requirements/torch.txt
 	$(PYTHON) -m venv $(FUZZ_VENV)
@@ -192,4 +205,4 @@ $(LOCK_READY):
 	@touch $@
 
 clean: ## Remove the environments and what runs have written
-	rm -rf $(VENV) $(VLLM_VENV) $(GENAI_VENV) $(LLAMA_VENV) $(TASKS_VENV) $(READERS_VENV) $(FUZZ_VENV) $(LAUNCH_VENV) $(DOCS_VENV) $(LOCK_VENV) out
+	rm -rf $(VENV) $(VLLM_VENV) $(GENAI_VENV) $(LLAMA_VENV) $(TASKS_VENV) $(READERS_VENV) $(FUZZ_VENV) $(LAUNCH_VENV) $(MLFLOW_VENV) $(DOCS_VENV) $(LOCK_VENV) out

@@ -24,6 +24,7 @@ extra() { # the requirements of one extra, without those of qexport
 
 compile dev --extra dev --extra onnx --extra release pyproject.toml requirements/tests.in
 compile tasks --extra dev --extra tasks pyproject.toml requirements/tests.in
+compile mlflow --extra dev --extra mlflow pyproject.toml
 compile genai requirements/genai.in
 compile llama requirements/llama.in
 compile fuzz requirements/fuzz.in

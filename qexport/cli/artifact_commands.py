@@ -14,6 +14,7 @@ import typer
 
 from qexport.cli.app import AsJson, Debug, Failure, Overrides, RecipePath, app, reporting_errors, showing_progress
 from qexport.cli.terminal import stdout, write, write_json
+from qexport.cli.tracking import MlflowExperiment, MlflowRun, MlflowUri, track_run, track_verification, tracker_of
 from qexport.errors import CompatibilityError, GateFailed, GateUndecided, RecipeError, listed
 from qexport.progress import Notice
 
@@ -36,6 +37,9 @@ def run(
     as_json: AsJson = False,
     debug: Debug = False,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
+    mlflow: MlflowUri = None,
+    mlflow_experiment: MlflowExperiment = None,
+    mlflow_run: MlflowRun = None,
 ) -> None:
     """Merge, quantize, export and verify, as the recipe says. Run again after an interruption, it goes on."""
     with reporting_errors(as_json=as_json, debug=debug, interrupted="interrupted; nothing was published"):
@@ -49,6 +53,7 @@ def run(
             from qexport.cli.release_commands import load_releasing
 
             load_releasing().refuse_unusable(chosen.release)  # before hours of work
+        tracker = tracker_of(mlflow, mlflow_experiment, mlflow_run)
         from qexport import pipeline  # takes seconds; errors of the recipe and the output should come first
         from qexport.cli.verifying import verify_command
 
@@ -63,11 +68,16 @@ def run(
                 accept=partial(_refuse_taken, output=place),
                 progress=progress,
             )
-        if result.unproven_merge is not None:
-            result.raise_for_verdict()
-    with reporting_errors(as_json=as_json, debug=debug, interrupted=f"interrupted; {result.artifact_path} is complete"):
-        _show(result, as_json=as_json)
-    with reporting_errors(debug=debug):
+    unproven = result.unproven_merge is not None
+    complete = f"interrupted; {'nothing was published' if unproven else f'{result.artifact_path} is complete'}"
+    with reporting_errors(as_json=as_json, debug=debug, interrupted=complete):
+        if not unproven:
+            _show(result, as_json=as_json)
+    with reporting_errors(debug=debug, interrupted=complete):
+        if tracker is not None:
+            with showing_progress() as progress:
+                track_run(tracker, result, chosen.portable(), mlflow_run, progress)
+    with reporting_errors(as_json=as_json and unproven, debug=debug):
         result.raise_for_verdict()
         if chosen.release is not None and chosen.release.version is not None:
             _release(chosen.release, result.artifact_path)
@@ -109,6 +119,9 @@ def verify(
     as_json: AsJson = False,
     debug: Debug = False,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
+    mlflow: MlflowUri = None,
+    mlflow_experiment: MlflowExperiment = None,
+    mlflow_run: MlflowRun = None,
 ) -> None:
     """Compare a finished artifact with its base and adapter, and decide its gates."""
     with reporting_errors(as_json=as_json, debug=debug, interrupted="interrupted; nothing was written"):
@@ -117,6 +130,7 @@ def verify(
         options = References(
             reference, overrides or (), adapter, text or (), prompts, gates, max_memory, through or (), baseline
         )
+        tracker = tracker_of(mlflow, mlflow_experiment, mlflow_run)
         found, unmet = _measured(artifact, options, report_folder, device)
     written = "" if report_folder is None else f"; the report in {report_folder} is complete"
     with reporting_errors(as_json=as_json, debug=debug, interrupted=f"interrupted{written}"):
@@ -126,6 +140,10 @@ def verify(
             from qexport.reporting.terminal import report_summary
 
             stdout().print(report_summary(found))
+    with reporting_errors(debug=debug, interrupted=f"interrupted{written}"):
+        if tracker is not None:
+            with showing_progress() as progress:
+                track_verification(tracker, found, artifact, mlflow_run, progress)
     with reporting_errors(debug=debug):
         if unmet:
             raise unmet

@@ -76,11 +76,12 @@ import sys
 from urllib.request import Request, urlopen
 
 (host, _, name), tag = sys.argv[1].partition("/"), sys.argv[2]
-at = f"http://{host}/v2/{name}/manifests/"
-index = urlopen(Request(at + tag, headers={"Accept": "application/vnd.oci.image.index.v1+json"}))
-listing = json.load(urlopen(at + index.headers["Docker-Content-Digest"].replace(":", "-")))
-signature = next(each for each in listing["manifests"] if "signature" in each["artifactType"])
-urlopen(Request(at + signature["digest"], method="DELETE"))
+manifests = f"http://{host}/v2/{name}/manifests/"
+index = {"Accept": "application/vnd.oci.image.index.v1+json"}
+digest = urlopen(Request(manifests + tag, headers=index)).headers["Docker-Content-Digest"]
+referrers = json.load(urlopen(Request(manifests + digest.replace(":", "-"), headers=index)))["manifests"]
+signature = next(each for each in referrers if "sigstore" in each["artifactType"])
+urlopen(Request(manifests + signature["digest"], method="DELETE"))
 END
-refused 'The signature's referrer is deleted in the registry:' qexport check "$release" --signature "$key"
+refused "The signature's referrer is deleted in the registry:" qexport check "$release" --signature "$key"
 printf '\nAll were refused.\n'

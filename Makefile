@@ -39,7 +39,7 @@ help: ## Show the targets
 demo: $(READY) ## Merge, quantize, export and verify a real 135M model with its adapter (minutes)
 	$(BIN)/qexport run recipes/gptq-4bit.yaml --force
 
-demo-release: $(READY) ## Release the demo's artifacts to a registry, check, compare and rebuild them (after `make demo`; minutes; wants docker-registry)
+demo-release: $(READY) ## Release the demo's artifacts to a registry, check, compare, serve and rebuild them (after `make demo`; minutes; wants docker-registry)
 	recipes/demo-release.sh $(BIN)
 
 test: $(READY) ## Run the tests (about five minutes on two cores, less with their traces kept)

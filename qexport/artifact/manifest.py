@@ -57,10 +57,10 @@ class TermsRecord(Record):
 class SourceRecord(Record):
     """Where a base model or an adapter came from."""
 
-    kind: Literal["folder", "hub", "package"]
+    kind: Literal["folder", "file", "hub", "package"]
 
     name: str
-    """The folder's last component, the hub id, or `package/file`."""
+    """The folder's or the file's last component, the hub id, or `package/file`."""
 
     revision: str | None
     """The commit that a hub id resolved to, or the package's version."""

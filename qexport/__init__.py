@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from qexport.quantizing.gptq import Gptq, Override
     from qexport.quantizing.int8 import Int8
     from qexport.quantizing.method import CalibrationSettings
+    from qexport.quantizing.mixed import Mixed, MixedTarget
     from qexport.quantizing.nf4 import Nf4
     from qexport.quantizing.none import NoQuantization
     from qexport.quantizing.w8a8 import W8a8
@@ -76,6 +77,7 @@ _NAMES = {
     "quantizing.gptq": ("Gptq", "Override"),
     "quantizing.int8": ("Int8",),
     "quantizing.method": ("CalibrationSettings",),
+    "quantizing.mixed": ("Mixed", "MixedTarget"),
     "quantizing.nf4": ("Nf4",),
     "quantizing.none": ("NoQuantization",),
     "quantizing.w8a8": ("W8a8",),
@@ -100,6 +102,8 @@ __all__ = [
     "LoadSettings",
     "Manifest",
     "MergeSettings",
+    "Mixed",
+    "MixedTarget",
     "Nf4",
     "NoQuantization",
     "Notice",

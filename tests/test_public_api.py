@@ -29,6 +29,8 @@ def test_the_surface_is_what_it_is_on_purpose() -> None:
         "LoadSettings",
         "Manifest",
         "MergeSettings",
+        "Mixed",
+        "MixedTarget",
         "Nf4",
         "NoQuantization",
         "Notice",

@@ -72,13 +72,37 @@ class BlockRunner(LazyModel):
     @torch.no_grad()
     def forward(self, index: int, block: nn.Module, batch: Batch) -> None:
         """Runs one block and replaces the batch's hidden states by its output."""
-        args, kwargs = batch.calls[index]
-        output = block(batch.hidden, *args, **kwargs)
-        batch.hidden = output[0] if isinstance(output, tuple) else output
+        batch.hidden = _output(block, batch.hidden, batch.calls[index])
+
+    @torch.enable_grad()
+    def gradients(
+        self, index: int, block: nn.Module, batch: Batch, upstream: Tensor, names: Sequence[str]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The gradients of a scalar through one block, whose input the batch's hidden states are.
+
+        Args:
+            index: of the block.
+            block: the block with its weights.
+            batch: is not changed.
+            upstream: the scalar's gradient with respect to the block's output.
+            names: parameters of the block by their names in files.
+
+        Returns:
+            The gradient with respect to the block's input, and those of the parameters. Experts that no token has
+            reached have zeros.
+        """
+        parts = {name: self._naming.parts[name] for name in names}
+        leaves = {part.parameter: self._state(part.parameter).requires_grad_() for part in parts.values()}
+        hidden = batch.hidden.detach().requires_grad_()
+        output = _output(block, hidden, batch.calls[index])
+        of_hidden, *found = torch.autograd.grad(output, [hidden, *leaves.values()], upstream, materialize_grads=True)
+        by_path = dict(zip(leaves, found, strict=True))
+        return of_hidden, {name: part.of(by_path[part.parameter]) for name, part in parts.items()}
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """A function from the last block's hidden states [..., tokens, hidden_size] to float32 logits.
+        """A function from the last block's hidden states [..., tokens, hidden_size] to float32 logits. It has gradients
+        where grad mode is on.
 
         The final norm computes in the runner's dtype; the head's product and what follows it in float32.
         """
@@ -114,7 +138,6 @@ class BlockRunner(LazyModel):
         finally:
             hook.remove()
 
-    @torch.no_grad()
     def _tail(self, hidden: Tensor) -> Tensor:
         hidden = hidden.reshape(-1, *hidden.shape[-2:])
         output = (hidden,) if self._returns_tuple else hidden
@@ -196,6 +219,13 @@ def _experts_of_fixed_shapes(model: PreTrainedModel) -> Iterator[None]:
     finally:
         if before[""] is not None:
             model.set_experts_implementation(before)
+
+
+def _output(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+    args, kwargs = call
+    output = block(hidden, *args, **kwargs)
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
 
 
 def _same(ours: Sequence[Call], theirs: Sequence[Call]) -> bool:

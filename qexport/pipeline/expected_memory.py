@@ -12,6 +12,7 @@ from qexport.architectures.memory import Budget
 from qexport.pipeline.expected_sizes import RunSizes
 from qexport.quantizing.gptq import Gptq
 from qexport.quantizing.gptq_pass import HESSIAN_BYTES
+from qexport.quantizing.mixed import Mixed
 from qexport.verifying import VerifySettings
 from qexport.verifying.along import PORTION_TOKENS
 from qexport.verifying.divergence import DOUBLES_AT_ONCE
@@ -43,6 +44,9 @@ _ROUNDED: Final = 4
 _LOGITS: Final = 3
 """Copies of the logits of a batch's new tokens while they are checked."""
 
+_LOGITS_BACK: Final = 6
+"""The same, with their gradients."""
+
 PREPARED: Final = 1024
 """Tokens on which the noise floor and the merge are measured."""
 
@@ -65,6 +69,8 @@ def choose_budget(sizes: RunSizes, limit: float) -> tuple[Budget, dict[str, int]
 def _needs(sizes: RunSizes, chosen: Budget) -> dict[str, float]:
     """Bytes of each stage beyond the fixed part."""
     needs = {} if sizes.method is None else {"quantize": _quantizing(sizes, chosen)}
+    if isinstance(sizes.method, Mixed):
+        needs["measure"] = _choosing(sizes, sizes.method)
     if sizes.verify is not None:
         needs |= {"prepare": _preparing(sizes), "verify": _verifying(sizes, sizes.verify, chosen)}
         if _fits(sizes, chosen.limit):
@@ -77,7 +83,7 @@ def _needs(sizes: RunSizes, chosen: Budget) -> dict[str, float]:
 def _quantizing(sizes: RunSizes, chosen: Budget) -> float:
     """For GPTQ: the block, what the paused forwards keep, and the largest factorization or solution."""
     tensor = sizes.bytes_ * max(sizes.counts.values())
-    if not isinstance(sizes.method, Gptq):
+    if not isinstance(sizes.method, Gptq | Mixed):
         return 1.3 * tensor + _ROUNDED * 4 * sizes.widest
     kept = sizes.calibration * sizes.bytes_ * 3 * sizes.hidden
     solved = 0.0
@@ -87,6 +93,19 @@ def _quantizing(sizes: RunSizes, chosen: Budget) -> float:
         others = max(0.0, together) if linear.expert else 0.0
         solved = max(solved, others + weights + max(_SQUARES * square, 2 * square + (_SOLVED - 1) * weights))
     return max(tensor, sizes.block * sizes.bytes_ + solved) + kept
+
+
+def _choosing(sizes: RunSizes, method: Mixed) -> float:
+    """The hidden states of three times the windows before every block, in 16 bits; and in float32 those of one block,
+    and a block, its gradients and its change with each option, or a head with some copies of a window's logits.
+    """
+    options = sum(bits < 16 for bits in method.bits) * len(method.group_sizes)
+    tokens, blocks = method.windows * method.window_tokens, len(sizes.blocks)
+    square = max(4 * linear.in_features**2 for linear in sizes.linears)
+    hessians = sum({linear.in_features: 4 * linear.in_features**2 for linear in sizes.linears}.values()) + square
+    block = 4 * sizes.block * (options + 2) + hessians + _SOLVED * 4 * sizes.widest
+    head = 4 * sizes.head + _LOGITS_BACK * 4 * method.window_tokens * sizes.vocabulary
+    return tokens * sizes.hidden * (3 * 2 * blocks + 5 * 4) + max(block, head)
 
 
 def _preparing(sizes: RunSizes) -> float:

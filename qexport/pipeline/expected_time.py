@@ -18,6 +18,7 @@ from qexport.architectures.devices import single_thread
 from qexport.pipeline.expected_memory import PREPARED
 from qexport.pipeline.expected_sizes import RunSizes
 from qexport.quantizing.gptq import Gptq
+from qexport.quantizing.mixed import Mixed
 from qexport.verifying import VerifySettings
 from qexport.verifying.prompt_batches import ROWS
 
@@ -44,6 +45,9 @@ _STEPPED: Final = 48.0
 
 _CODED: Final = 5.0
 """Rounding a weight, or making it from its code."""
+
+_MULTIPLIED: Final = 0.6
+"""Multiplying a weight's gradient by its change."""
 
 _READ: Final = 3.4
 """Reading, checking and hashing a byte of the base."""
@@ -93,10 +97,12 @@ def processor_time(sizes: RunSizes, artifact: int, *, whole: bool) -> tuple[floa
 
 def _work(sizes: RunSizes, artifact: int, *, whole: bool) -> _Work:
     work = _Work(single=_START + artifact * _WRITTEN + sizes.total * sizes.bytes_ * _READ)
-    if isinstance(sizes.method, Gptq):
+    if isinstance(sizes.method, Gptq | Mixed):
         _gptq_work(sizes, work)
     else:
         work.shared += sizes.coded * _CODED
+    if isinstance(sizes.method, Mixed):
+        _choosing_work(sizes, sizes.method, work)
     if sizes.verify is not None:
         _verify_work(sizes, sizes.verify, work, whole=whole)
     return work
@@ -112,6 +118,19 @@ def _gptq_work(sizes: RunSizes, work: _Work) -> None:
         work.single += blocks * square * linear.out_features / _GIGAFLOPS
     work.shared += sizes.coded * _SEARCHED + sum(grid.groups for grid in sizes.grids.values()) * _FITTED
     work.single += sizes.coded * _STEPPED
+
+
+def _choosing_work(sizes: RunSizes, method: Mixed, work: _Work) -> None:
+    """Forward twice, back once with gradients of the weights, their products with each option's change, and the codes
+    of each option.
+    """
+    options = sum(bits < 16 for bits in method.bits) * len(method.group_sizes)
+    work.products(2 * method.windows * method.window_tokens * (8 * sizes.active + 3 * sizes.head))
+    work.single += sizes.coded * options * (method.windows * _MULTIPLIED + _STEPPED)
+    work.shared += sizes.coded * options * (_SEARCHED + _CODED)
+    for linear in sizes.linears:
+        work.products(0.6 * len(sizes.blocks) * linear.in_features**3)
+    work.single += 2 * sizes.total * sizes.bytes_ * _READ
 
 
 def _verify_work(sizes: RunSizes, settings: VerifySettings, work: _Work, *, whole: bool) -> None:

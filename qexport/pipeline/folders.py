@@ -165,7 +165,8 @@ def open_layout(
         digests=written.files,
         loaders=layout.readers,
     ) as opened:
-        notes = [*(merged.adapter.notes if merged.adapter else ()), *layout.notes, *fallen]
+        chosen = [planned.chosen] if planned.chosen else []
+        notes = [*(merged.adapter.notes if merged.adapter else ()), *chosen, *layout.notes, *fallen]
         yield LayoutFolder(opened, layout, written, notes)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -14,6 +14,7 @@ from qexport.architectures.structure import Structure
 from qexport.artifact.baseline import BaselineRecord
 from qexport.export.layouts import Layout, make_layouts
 from qexport.formats import Outputs
+from qexport.gates import Bounds
 from qexport.hidden_packages import hidden
 from qexport.loading import LoadSettings
 from qexport.loading.checkpoint import load_checkpoint, locate_adapter
@@ -21,11 +22,13 @@ from qexport.loading.small_files import open_tokenizer
 from qexport.merge import MergeSettings
 from qexport.merge.merging import Merged, merge
 from qexport.pipeline.baseline import read_baseline
+from qexport.pipeline.choice_space import ChoiceSpace, Option, choice_space
 from qexport.pipeline.expectations import Expected, expect
 from qexport.pipeline.layer_types import LayerType, layer_types, type_lines
 from qexport.pipeline.runtimes import check_runtimes, refuse_full_context, refuse_homeless, refuse_only_endpoints
 from qexport.pipeline.texts import check_small_files, read_evaluation, refuse_long_windows
 from qexport.progress import ProgressCallback, silent
+from qexport.quantizing.mixed import Mixed
 from qexport.recipe import Recipe
 from qexport.verifying.tasks.planned import PlannedTask, planned_tasks
 
@@ -55,6 +58,8 @@ class Plan:
         outputs: what quantizing would yield.
         layouts: what would be written.
         expected: what it would take of memory, time and disk.
+        space: what the method `mixed` chooses from; None for other methods.
+        chosen: a note on what it has chosen. Before, `outputs` and `layouts` have its first option for each layer.
     """
 
     recipe: Recipe
@@ -63,6 +68,21 @@ class Plan:
     outputs: Outputs
     layouts: tuple[Layout, ...]
     expected: Expected
+    space: ChoiceSpace | None = None
+    chosen: str | None = None
+
+    def choosing(self, options: Sequence[Option], note: str) -> Plan:
+        """The plan with an option for each unit of layers.
+
+        Args:
+            options: for each of `space`.
+            note: for report and manifest.
+        """
+        assert self.space is not None
+        outputs = self.space.outputs(options)
+        layouts = make_layouts(self.recipe.export, outputs, self.structure, self.merged.checkpoint)
+        expected = expect(self.recipe, self.merged, outputs, _stored(layouts))
+        return replace(self, outputs=outputs, layouts=layouts, expected=expected, chosen=note)
 
     @property
     def distinct(self) -> list[list[Layout]]:
@@ -72,7 +92,7 @@ class Plan:
     @property
     def total_bytes(self) -> int:
         """Bytes of all tensors on disk; shared ones count once."""
-        return sum(group[0].weights.total_bytes for group in self.distinct)
+        return _stored(self.layouts)
 
     @property
     def tasks(self) -> list[PlannedTask]:
@@ -160,7 +180,8 @@ class Plan:
 
     def _notes(self) -> list[str]:
         adapter = self.merged.adapter
-        return [*(adapter.notes if adapter else ()), *self.outputs.notes, *self._layout_notes()]
+        choices = [self.chosen] if self.chosen else self.space.lines() if self.space else []
+        return [*(adapter.notes if adapter else ()), *choices, *self.outputs.notes, *self._layout_notes()]
 
     def _layout_notes(self) -> list[str]:
         several = len(self.layouts) > 1
@@ -234,13 +255,30 @@ def plan(recipe: Recipe, *, texts: bool = False, progress: ProgressCallback = si
         refuse_full_context(recipe.verify, merged.checkpoint.config)
     if texts and recipe.verify is not None:
         read_evaluation(recipe.verify, open_tokenizer(merged.checkpoint), merged.checkpoint, progress=progress)
-    outputs = recipe.quantize.plan(merged.checkpoint)
+    space, recipe = None, _with_gate(recipe)
+    if isinstance(recipe.quantize, Mixed):
+        space = choice_space(recipe.quantize, merged.checkpoint, recipe.export)
+    outputs = space.outputs(space.base) if space else recipe.quantize.plan(merged.checkpoint)
     layouts = make_layouts(recipe.export, outputs, structure, merged.checkpoint)
-    stored = sum(group[0].weights.total_bytes for group in _distinct(layouts))
-    expected = expect(recipe, merged, outputs, stored)
+    expected = expect(recipe, merged, outputs, _stored(layouts))
     if recipe.max_memory is not None and find_device("auto").type == "cpu":
         expected.refuse_beyond(recipe.max_memory)
-    return Plan(recipe, merged, structure, outputs, layouts, expected)
+    return Plan(recipe, merged, structure, outputs, layouts, expected, space)
+
+
+def _with_gate(recipe: Recipe) -> Recipe:
+    """The recipe with the target of `mixed` as a gate, if it has none of its own on the same figure."""
+    method, verify = recipe.quantize, recipe.verify
+    target = method.target.mean_kl if isinstance(method, Mixed) else None
+    if target is None or verify is None or "mean_kl" in verify.gates:
+        return recipe
+    gates = {**verify.gates, "mean_kl": Bounds(at_most=target)}
+    return recipe.model_copy(update={"verify": verify.model_copy(update={"gates": gates})})
+
+
+def _stored(layouts: Sequence[Layout]) -> int:
+    """Bytes of all tensors on disk."""
+    return sum(group[0].weights.total_bytes for group in _distinct(layouts))
 
 
 def _check_windows(recipe: Recipe, structure: Structure) -> None:

@@ -24,6 +24,7 @@ from qexport.artifact.publish import Publication
 from qexport.errors import InputError
 from qexport.export.tensor_writer import Stored
 from qexport.export.weight_files import WeightWriter
+from qexport.pipeline.mixing import Choice
 from qexport.pipeline.planning import Plan
 from qexport.pipeline.texts import Texts
 from qexport.progress import Notice, ProgressCallback
@@ -108,6 +109,15 @@ class RunJournal:
             "unconfirmed": list(prepared.unconfirmed),
         }
         self._note("reference", content)
+
+    @property
+    def choice(self) -> Choice | None:
+        """What the method `mixed` has chosen, if it has."""
+        return next((Choice.of(found) for found in self._journal.of_kind("choice")), None)
+
+    def note_choice(self, choice: Choice) -> None:
+        """Keeps a choice."""
+        self._note("choice", choice.as_dict())
 
     @contextmanager
     def units(self, writers: Sequence[WeightWriter], layers: list[LayerRecord]) -> Iterator[ResumePoint]:

@@ -26,6 +26,7 @@ from qexport.export.weight_files import WeightWriter
 from qexport.hidden_packages import hidden
 from qexport.pipeline.finished import FinishedRun
 from qexport.pipeline.folders import LayoutFolder, open_layout
+from qexport.pipeline.mixing import MadeChoice, choose
 from qexport.pipeline.planning import Plan, plan
 from qexport.pipeline.recording import make_manifest, write_card
 from qexport.pipeline.reference import prepare_reference, refuse_unmeasurable, unproven_merge
@@ -100,12 +101,15 @@ def run(
                 return Result(None, {}, {}, unproven.gate.verdict, unproven)
             if reference and journal.prepared is None:
                 journal.note_prepared(reference.prepared)
+            planned, choice = _chosen(planned, texts, output, where, journal, progress)
             layers, written = _write(planned, texts, publication.folder, where, journal, progress)
         with ExitStack() as stack:
             for weights in written.values():
                 stack.enter_context(hashed_in_background(weights.files))
             folders = _read_back(planned, publication.folder, layers, written, stack)
             reports = _measure(planned, reference, folders, journal, command, progress)
+            if choice and (advice := choice.advice(reports)):
+                progress(Notice(advice))
         journal.refuse_changed_base()
         manifests, roots = _record(planned, texts, folders, reports, where)
         return _publish(planned, publication, manifests, reports, roots)
@@ -141,6 +145,26 @@ def _unproven_merge(planned: Plan, reference: Reference | None) -> UnprovenMerge
     if reference is None or settings is None or planned.merged.adapter is None:
         return None
     return unproven_merge(settings, reference.prepared)
+
+
+def _chosen(
+    planned: Plan, texts: Texts, output: Path, device: torch.device, journal: RunJournal, progress: ProgressCallback
+) -> tuple[Plan, MadeChoice | None]:
+    """The plan with the choice of the method `mixed`, which an interrupted run may have made."""
+    if planned.space is None or texts.calibration is None:
+        return planned, None
+    layout = planned.layouts[0]
+    if (choice := journal.choice) is None:
+        choice = choose(planned.space, layout, texts.calibration, device=device, progress=progress)
+        journal.note_choice(choice)
+    made = MadeChoice(planned.space, layout, choice)
+    chosen = planned.choosing(made.options, made.note)
+    for line in (made.note, *chosen.short_lines()[-2:]):
+        progress(Notice(line))
+    ensure_space(output, chosen.expected.disk, replaced=temporary_path(output))
+    for each in chosen.layouts:
+        each.prepare()
+    return chosen, made
 
 
 def _write(
@@ -230,6 +254,7 @@ def _measure(
     reports: dict[str, Report] = {}
     if reference is None:
         return reports
+    made = [planned.chosen] if planned.chosen else []
     for group in planned.distinct:
         for same_kind in _grouped_by_kind([folders[layout.name] for layout in group]):
             first = same_kind[0]
@@ -237,7 +262,9 @@ def _measure(
             verified = measure_folder(reference, first.opened, looks=looks, progress=progress)
             served = _serve(planned, verified, same_kind, progress)
             for folder, found in zip(same_kind, served, strict=True):
-                reports[folder.layout.name] = verified.report_on(folder.opened, served=found, command=command)
+                reports[folder.layout.name] = verified.report_on(
+                    folder.opened, made=made, served=found, command=command
+                )
     return reports
 
 

@@ -120,7 +120,7 @@ def solve_together(
     names = list(weights)
     dead = int((hessian.matrix().diagonal() == 0).sum())
     try:
-        matrix = _usable(hessian)
+        matrix = usable(hessian)
         factor = factorize(matrix, options[names[0]], rank_deficient=hessian.tokens < matrix.shape[0])
     except NumericalError as error:
         if on_failure == "error":
@@ -135,8 +135,12 @@ def solve_together(
     }
 
 
-def _usable(hessian: Hessian) -> Tensor:
-    """The Hessian, changed in place: inputs that were always zero get a diagonal above zero."""
+def usable(hessian: Hessian) -> Tensor:
+    """The Hessian, changed in place: inputs that were always zero get a diagonal above zero.
+
+    Raises:
+        NumericalError: it is not finite, or of no tokens.
+    """
     matrix = hessian.matrix()
     if not hessian.tokens:
         raise NumericalError(

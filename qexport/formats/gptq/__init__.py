@@ -30,6 +30,7 @@ class GptqFormat(ModuleEncoding):
         static_groups: columns were solved in activation order, with groups in the original order.
         damp_percent: the damping, as a fraction of the mean of the Hessian's diagonal.
         true_sequential: each linear was quantized with inputs from the quantized linears before it.
+        other_bits: those of layers that were chosen one by one, for the card.
     """
 
     bits: int
@@ -39,6 +40,7 @@ class GptqFormat(ModuleEncoding):
     static_groups: bool
     damp_percent: float
     true_sequential: bool
+    other_bits: tuple[int, ...] = ()
 
     quant_method: ClassVar[str | None] = "gptq"
     config_file: ClassVar[str | None] = CONFIG_FILE
@@ -91,7 +93,12 @@ class GptqFormat(ModuleEncoding):
         """The format on the model card."""
         groups = "one group per row" if self.group_size == -1 else f"groups of {self.group_size}"
         kind = "symmetric" if self.sym else "asymmetric"
-        return Card("gptq", f"GPTQ {self.bits}-bit", f"{self.bits}-bit GPTQ codes in {groups}, {kind}")
+        if not self.other_bits:
+            return Card("gptq", f"GPTQ {self.bits}-bit", f"{self.bits}-bit GPTQ codes in {groups}, {kind}")
+        bits = sorted({self.bits, *self.other_bits})
+        title = f"GPTQ {bits[0]}- to {bits[-1]}-bit"
+        most = f"most of {self.bits} bits in {groups}, {kind}"
+        return Card("gptq", title, f"GPTQ codes of {', '.join(map(str, bits))} bits, chosen by layer, {most}")
 
     @classmethod
     def reads(cls, config: Mapping[str, Any] | None) -> bool:

@@ -1,0 +1,267 @@
+"""The method `mixed` in a run: its layers are measured, and each unit of them gets its bits and groups."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+from qexport.amounts import counted, size
+from qexport.artifact.report import Report
+from qexport.errors import CompatibilityError
+from qexport.export.layouts import Layout
+from qexport.pipeline.choice_space import ChoiceSpace, Option
+from qexport.progress import ProgressCallback
+from qexport.quantizing.allocation import Allocation, Priced
+from qexport.quantizing.selection import solver_options
+from qexport.quantizing.sensitivity import Unit, measure
+from qexport.tensors import CalibrationSet
+
+_SAFE: Final = 0.95
+"""Of a limit that is corrected by what was measured."""
+
+_HESSIAN_WINDOWS: Final = 2
+"""For each window in which the predictions are looked at."""
+
+_ROUNDS: Final = 4
+"""How often a choice is made again because its errors together cost more than their sum."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was measured, and what was chosen.
+
+    Attributes:
+        losses: of each unit and option, the mean KL divergence that it costs alone, in nats per token.
+        chosen: the index of each unit's option.
+        expected: the sum of the chosen losses.
+        together: what the chosen options cost if their effects are added before they are squared.
+    """
+
+    losses: list[list[float]]
+    chosen: list[int]
+    expected: float
+    together: float
+
+    @property
+    def most(self) -> float:
+        """The larger of the two estimates."""
+        return max(self.expected, self.together)
+
+    @classmethod
+    def of(cls, kept: Mapping[str, Any]) -> Choice:
+        """The choice that a journal has kept."""
+        return cls(**kept)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a journal."""
+        return {name: getattr(self, name) for name in ("losses", "chosen", "expected", "together")}
+
+
+@dataclass(frozen=True)
+class MadeChoice:
+    """A choice, and what it was made from.
+
+    Attributes:
+        space: what could be chosen.
+        layout: the one whose bytes were counted, as planned with the first option of each unit.
+        choice: what was chosen.
+    """
+
+    space: ChoiceSpace
+    layout: Layout
+    choice: Choice
+
+    @property
+    def options(self) -> list[Option]:
+        """The option of each unit."""
+        return [options[index] for options, index in zip(self.space.options, self.choice.chosen, strict=True)]
+
+    @property
+    def note(self) -> str:
+        """What was chosen, and what it is expected to cost, for report and manifest."""
+        counts = Counter[Option]()
+        for unit, option in zip(self.space.units, self.options, strict=True):
+            counts[option] += len(unit)
+        words = ", ".join(f"{counted(count, 'layer')} at {option}" for option, count in sorted(counts.items()))
+        return (
+            f"{self.space.method.title}: {words}; the expected mean KL divergence is {self.choice.expected:.3g} as the "
+            f"sum over layers, {self.choice.together:.3g} for their errors together"
+        )
+
+    def advice(self, reports: Mapping[str, Report]) -> str | None:
+        """Which choice to make next where an artifact's mean KL divergence is above the target; None if none is.
+
+        The losses are taken to be as much too small as the chosen ones were.
+
+        Args:
+            reports: of the artifact's layouts.
+        """
+        space, target, found = self.space, self.space.method.target.mean_kl, list(map(_mean_kl, reports.values()))
+        measured = max(found, default=0.0)
+        if target is None or measured <= target or not self.choice.expected:
+            return None
+        allocation = _allocation(space, self.layout, self.choice.losses)
+        larger = allocation.reaching(self.choice.expected * _SAFE * target / measured)
+        told = f"the mean KL divergence is {measured:.3g}, and {self.choice.most:.3g} was expected of this choice"
+        if larger is None:
+            return f"{told}; no choice that is offered would reach {target:g}: offer more bits"
+        total = allocation.total(larger) + _beside(space, self.layout)
+        bits = math.ceil(800 * total / self.layout.weights.parameters) / 100
+        return (
+            f"{told}; the next larger choice has {bits:.2f} bits per weight ({size(total, decimals=1)}): set "
+            f"quantize.target to {{bits_per_weight: {bits:.2f}}} and verify.gates to "
+            f"{{mean_kl: {{at_most: {target:g}}}}}"
+        )
+
+
+def _mean_kl(report: Report) -> float:
+    return next((each.value for each in report.figures if each.name == "mean_kl" and each.domain is None), 0.0)
+
+
+def choose(
+    space: ChoiceSpace,
+    layout: Layout,
+    calibration: CalibrationSet,
+    *,
+    device: torch.device,
+    progress: ProgressCallback,
+) -> Choice:
+    """Measures what each option of each unit costs, and chooses for the recipe's target.
+
+    Args:
+        space: what may be chosen.
+        layout: the one whose bytes are counted, as planned with the first option of each unit.
+        calibration: the text to measure on.
+        device: where to compute.
+        progress: is called with each block.
+
+    Raises:
+        CompatibilityError: the target is out of reach.
+        NumericalError: the model's predictions are not finite.
+        InputError: a tensor cannot be read.
+    """
+    input_ids, hessian_ids = _measured_on(space, calibration)
+    products = measure(space.checkpoint, _measured(space), input_ids, hessian_ids, device=device, progress=progress)
+    columns = [_with_unquantized(found, options) for found, options in zip(products, space.options, strict=True)]
+    tokens = input_ids.shape[1]
+    losses = [(found.square().mean(0) / (2 * tokens)).tolist() for found in columns]
+    allocation = _allocation(space, layout, losses)
+
+    def choice(chosen: Sequence[int]) -> Choice:
+        summed = torch.stack([found[:, index] for found, index in zip(columns, chosen, strict=True)]).sum(0)
+        together = float(summed.square().mean()) / (2 * tokens)
+        return Choice(losses, list(chosen), allocation.loss(chosen), together)
+
+    target = space.method.target
+    if target.bits_per_weight is not None:
+        chosen = allocation.within(_allowed(space, layout, target.bits_per_weight))
+        if chosen is None:
+            raise _out_of_reach(space, layout, allocation, target.bits_per_weight)
+        return choice(chosen)
+    assert target.mean_kl is not None
+    return _reaching(allocation, choice, target.mean_kl)
+
+
+def _reaching(allocation: Allocation, choice: Callable[[Sequence[int]], Choice], mean_kl: float) -> Choice:
+    """The smallest choice that is expected to keep to a mean KL divergence, by the sum and together.
+
+    Where the errors together cost more than their sum, the choice is made again for a limit that is smaller by as much.
+    """
+    limit, best = mean_kl, None
+    for _ in range(_ROUNDS):
+        chosen = allocation.reaching(limit)
+        if chosen is None:
+            break
+        found = choice(chosen)
+        if best is None or best.most > mean_kl:
+            best = found
+        if found.most <= mean_kl:
+            return found
+        limit *= 0.98 * mean_kl / found.most
+    largest = choice(allocation.lossless)
+    if largest.expected > mean_kl:
+        raise CompatibilityError(
+            f"no choice keeps to a mean KL divergence of {mean_kl:g}: the largest is expected to cost "
+            f"{largest.most:.2g}",
+            where="quantize.target.mean_kl",
+            mend="offer more bits, for example 16, or choose a larger target",
+        )
+    return best or largest
+
+
+def _measured_on(space: ChoiceSpace, calibration: CalibrationSet) -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows of equal length, spread over the calibration text, and twice as many others for the Hessians.
+
+    Returns:
+        int64 [windows, tokens] each. Where there is less text, every third window is one of the first.
+    """
+    method = space.method
+    tokens = min(method.window_tokens, calibration.input_ids.shape[1])
+    pieces = calibration.input_ids.unfold(1, tokens, tokens).flatten(0, 1)
+    count = min((1 + _HESSIAN_WINDOWS) * method.windows, len(pieces))
+    if count <= _HESSIAN_WINDOWS:
+        raise CompatibilityError(
+            f"the calibration text makes {counted(len(pieces), 'window')} of {tokens} tokens, and layers are measured "
+            f"on {method.windows} and {_HESSIAN_WINDOWS * method.windows} others",
+            where="quantize.calibration",
+            mend="give more text, or raise samples",
+        )
+    spread = pieces[[index * len(pieces) // count for index in range(count)]]
+    first = torch.arange(count) % (1 + _HESSIAN_WINDOWS) == 0
+    return spread[first], spread[~first]
+
+
+def _measured(space: ChoiceSpace) -> list[Unit]:
+    """The units with those of their options that change anything."""
+    gptq = space.method.gptq
+    return [
+        Unit(
+            unit,
+            tuple(
+                solver_options(gptq, option.bits, unit[0].in_features if option.group_size == -1 else option.group_size)
+                for option in options
+                if not option.unquantized
+            ),
+        )
+        for unit, options in zip(space.units, space.options, strict=True)
+    ]
+
+
+def _with_unquantized(products: torch.Tensor, options: Sequence[Option]) -> torch.Tensor:
+    """The products with a column of zeros for 16 bits, the last option."""
+    missing = len(options) - products.shape[1]
+    return torch.cat([products, products.new_zeros(len(products), missing)], 1)
+
+
+def _allocation(space: ChoiceSpace, layout: Layout, losses: Sequence[Sequence[float]]) -> Allocation:
+    stored = space.stored(layout)
+    return Allocation([Priced(tuple(sizes), tuple(each)) for sizes, each in zip(stored, losses, strict=True)])
+
+
+def _beside(space: ChoiceSpace, layout: Layout) -> int:
+    """Bytes of a layout's tensors that are not chosen, as planned with the first option of each unit."""
+    return layout.weights.total_bytes + layout.weights.shared_bytes - sum(sizes[0] for sizes in space.stored(layout))
+
+
+def _allowed(space: ChoiceSpace, layout: Layout, bits_per_weight: float) -> int:
+    """Bytes of the chosen layers in an artifact of this size."""
+    return int(bits_per_weight * layout.weights.parameters / 8) - _beside(space, layout)
+
+
+def _out_of_reach(
+    space: ChoiceSpace, layout: Layout, allocation: Allocation, bits_per_weight: float
+) -> CompatibilityError:
+    least, most = (
+        8 * (each + _beside(space, layout)) / layout.weights.parameters for each in (allocation.least, allocation.most)
+    )
+    return CompatibilityError(
+        f"{bits_per_weight:g} bits per weight are too few: with what stays at 16 bits, as the embeddings do, the "
+        f"choices make {least:.2f} to {most:.2f}",
+        where="quantize.target.bits_per_weight",
+        mend=f"allow {least:.2f} or more, or offer fewer bits",
+    )

@@ -1,0 +1,398 @@
+"""The method `mixed`: what is measured against whole models, the choice against exhaustive search, and runs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+import factories
+import trained_models
+from qexport.architectures.architecture import Architecture, Checkpoint
+from qexport.architectures.runner import BlockRunner
+from qexport.errors import CompatibilityError
+from qexport.export import SafetensorsSettings
+from qexport.loading import LoadSettings
+from qexport.loading.checkpoint import load_checkpoint
+from qexport.pipeline import mixing, plan, run, running
+from qexport.pipeline.choice_space import choice_space
+from qexport.progress import Notice, Progress, silent
+from qexport.quantizing.allocation import Allocation, Priced
+from qexport.quantizing.layer import Hessian, solve_together
+from qexport.quantizing.mixed import Mixed
+from qexport.quantizing.sensitivity import Unit, measure
+from qexport.quantizing.solver import Options
+from qexport.recipe import Recipe
+from qexport.tensors import Origin
+from test_block_runner import StateDict, token_windows
+
+CPU = torch.device("cpu")
+BITS = (3, 4, 8)
+
+
+def options(bits: int) -> Options:
+    return Options(bits, 32, "static", sym=True, damp_percent=0.01, search=True)
+
+
+def saved(model: PreTrainedModel, folder: Path) -> Checkpoint:
+    """The model with the tensor names of files."""
+    factories.save(model, folder / "base")
+    return load_checkpoint(LoadSettings(base=str(folder / "base")))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [factories.llama_config(), factories.falcon_40b_config(), factories.gpt2_config(), factories.mixtral_config()],
+    ids=lambda config: config.model_type,
+)
+def test_gradients_through_blocks_equal_those_of_the_whole_model(config: PretrainedConfig, tmp_path: Path) -> None:
+    model = factories.build(config, dtype=torch.float32)
+    checkpoint = saved(model, tmp_path)
+    architecture = checkpoint.architecture
+    runner = BlockRunner(architecture, checkpoint.weights, dtype=torch.float32, device=CPU)
+    (window,) = runner.embed(token_windows(1, 24), 1)
+    inputs = []
+    for index in range(len(runner.structure.blocks)):
+        inputs.append(window.hidden)
+        with runner.block(index) as block:
+            runner.forward(index, block, window)
+    with runner.head() as head, torch.enable_grad():
+        last = window.hidden.requires_grad_()
+        (upstream,) = torch.autograd.grad(head(last).square().sum(), last)
+    found: dict[str, Tensor] = {}
+    for index in reversed(range(len(runner.structure.blocks))):
+        window.hidden = inputs.pop()
+        names = [f"{linear.name}.weight" for linear in runner.structure.linears[runner.structure.blocks[index]]]
+        with runner.block(index) as block:
+            upstream, own = runner.gradients(index, block, window, upstream, names)
+        found |= own
+    loss = model(input_ids=token_windows(1, 24)).logits.square().sum()
+    parameters = dict(model.named_parameters())
+    loss.backward()
+    for name, gradient in found.items():
+        part = architecture.naming.parts[name]
+        expected = parameters[part.parameter].grad
+        assert expected is not None
+        torch.testing.assert_close(gradient, part.of(expected), rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.fixture(scope="module")
+def falcon() -> tuple[Checkpoint, list[Unit]]:
+    """A trained model of one block, in which each of the four layers is a unit."""
+    model = trained_models.trained_falcon()
+    checkpoint = Checkpoint(Architecture(trained_models.FALCON.to_dict()), StateDict(model), {}, Origin("folder", "x"))
+    linears = checkpoint.architecture.structure.block_linears
+    return checkpoint, [Unit((linear,), tuple(map(options, BITS))) for linear in linears]
+
+
+@pytest.fixture(scope="module")
+def windows() -> tuple[Tensor, Tensor]:
+    ids = torch.tensor(trained_models.ids(seed=3))[: 144 * 32].view(144, 32)
+    return ids[::3], torch.cat([ids[1::3], ids[2::3]])
+
+
+@pytest.fixture(scope="module")
+def losses(falcon: tuple[Checkpoint, list[Unit]], windows: tuple[Tensor, Tensor]) -> list[list[float]]:
+    """Of each unit with 3, 4, 8 and 16 bits."""
+    found = measure(*falcon, *windows, device=CPU, progress=silent)
+    return [[*(each.square().mean(0) / 64).tolist(), 0.0] for each in found]
+
+
+class Whole:
+    """A whole model whose layers are quantized in memory, one by one, each with Hessians of the unquantized model."""
+
+    def __init__(self, model: PreTrainedModel, names: Sequence[str], calibration: Tensor, text: Tensor) -> None:
+        self.model, self.text = factories.build(model.config, dtype=torch.float32), text
+        self.model.load_state_dict(model.state_dict())
+        self.before = {name: self.model.get_parameter(f"{name}.weight").detach().clone() for name in names}
+        self.reference = self.predicted()
+        self.weights: dict[tuple[str, int], Tensor] = {}
+        for name in names:
+            seen: list[Tensor] = []
+            hook = self.model.get_submodule(name).register_forward_pre_hook(
+                lambda _, args, seen=seen: seen.append(args[0])
+            )
+            self.model(input_ids=calibration)
+            hook.remove()
+            for bits in BITS:
+                hessian = Hessian(seen[0].shape[-1], CPU)
+                hessian.add(seen[0].detach())
+                solved = solve_together({name: self.before[name]}, hessian, {name: options(bits)}, "error")
+                self.weights[name, bits] = solved[name].quantized.dequantize()
+            self.weights[name, 16] = self.before[name]
+
+    def predicted(self) -> Tensor:
+        with torch.no_grad():
+            logits: Tensor = self.model(input_ids=self.text).logits
+        return logits.double().log_softmax(-1)
+
+    def kl(self, bits: Mapping[str, int]) -> float:
+        for name, each in bits.items():
+            self.model.get_parameter(f"{name}.weight").data.copy_(self.weights[name, each])
+        found = self.predicted()
+        return float((self.reference.exp() * (self.reference - found)).sum(-1).mean())
+
+
+@pytest.fixture(scope="module")
+def whole(falcon: tuple[Checkpoint, list[Unit]], windows: tuple[Tensor, Tensor]) -> Whole:
+    names = [unit.layers[0].name for unit in falcon[1]]
+    return Whole(trained_models.trained_falcon(), names, windows[1], windows[0][::2])
+
+
+def test_measured_losses_are_those_of_the_whole_model_with_one_layer_quantized(
+    falcon: tuple[Checkpoint, list[Unit]], losses: list[list[float]], whole: Whole
+) -> None:
+    names = [unit.layers[0].name for unit in falcon[1]]
+    kept = dict.fromkeys(names, 16)
+    for name, own in zip(names, losses, strict=True):
+        for bits, loss in zip(BITS, own, strict=False):
+            assert loss == pytest.approx(whole.kl(kept | {name: bits}), rel=0.6), f"{name}, {bits} bits"
+
+
+def test_the_choice_is_within_5_percent_of_the_smallest_of_equal_quality(
+    falcon: tuple[Checkpoint, list[Unit]], losses: list[list[float]], whole: Whole
+) -> None:
+    """Every combination is computed with the whole model; sizes are those of codes and scales."""
+    layers = [unit.layers[0] for unit in falcon[1]]
+    sizes = [[layer.out_features * layer.in_features * bits // 8 for bits in (*BITS, 16)] for layer in layers]
+    allocation = Allocation([Priced(tuple(own), tuple(each)) for own, each in zip(sizes, losses, strict=True)])
+    found = {
+        chosen: (
+            allocation.total(chosen),
+            whole.kl({layer.name: (*BITS, 16)[index] for layer, index in zip(layers, chosen, strict=True)}),
+        )
+        for chosen in itertools.product(range(4), repeat=len(layers))
+    }
+    assert len(found) == 256
+    for target in (0.02, 0.005, 0.002, 0.0005, 0.0001):
+        chosen = allocation.reaching(target)
+        assert chosen is not None
+        size, cost = found[tuple(chosen)]
+        least = min(other for other, its_cost in found.values() if its_cost <= cost)
+        assert size <= 1.05 * least, f"{target}: {chosen}"
+
+
+def test_the_products_have_the_same_bits_with_two_threads(
+    falcon: tuple[Checkpoint, list[Unit]], windows: tuple[Tensor, Tensor]
+) -> None:
+    checkpoint, units = falcon
+    own = [Unit(unit.layers, unit.options[:1]) for unit in units]
+    once = measure(checkpoint, own, windows[0][:4], windows[1][:8], device=CPU, progress=silent)
+    torch.set_num_threads(2)
+    try:
+        again = measure(checkpoint, own, windows[0][:4], windows[1][:8], device=CPU, progress=silent)
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(one, other) for one, other in zip(once, again, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_allocation_is_that_of_exhaustive_search(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    units = []
+    for _ in range(5):
+        sizes = torch.randint(1, 40, (3,), generator=generator).sort().values.tolist()
+        units.append(
+            Priced(tuple(sizes), tuple(torch.rand(3, generator=generator).sort(descending=True).values.tolist()))
+        )
+    allocation = Allocation(units)
+    every = [(allocation.total(each), allocation.loss(each)) for each in itertools.product(range(3), repeat=5)]
+    for total in range(allocation.least, allocation.most + 3, 7):
+        chosen = allocation.within(total)
+        assert chosen is not None
+        assert allocation.total(chosen) <= total
+        assert allocation.loss(chosen) == pytest.approx(min(loss for size, loss in every if size <= total))
+    assert allocation.within(allocation.least - 1) is None
+    for loss in (0.5, 1.0, 2.0):
+        reached = allocation.reaching(loss)
+        fitting = [size for size, its_loss in every if its_loss <= loss]
+        assert (None if reached is None else allocation.total(reached)) == (min(fitting) if fitting else None)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mixed")
+    trained_models.trained_falcon().save_pretrained(folder / "base")
+    trained_models.tokenizer().save_pretrained(folder / "base")
+    trained_models.write_calibration(folder / "calibration.jsonl")
+    trained_models.write_held_out(folder / "held-out.jsonl")
+    return folder
+
+
+def recipe(inputs: Path, goal: dict[str, float], output: Path, *layouts: str, **changes: Any) -> Recipe:
+    verify = {"text": str(inputs / "held-out.jsonl"), "sequence_length": 32, "windows": 16, "max_windows": 16}
+    return Recipe.model_validate(
+        {
+            "load": {"base": str(inputs / "base")},
+            "quantize": {
+                "method": "mixed",
+                "target": goal,
+                "group_sizes": [32],
+                "windows": 16,
+                "window_tokens": 32,
+                "calibration": {"source": str(inputs / "calibration.jsonl"), "samples": 64, "sequence_length": 32},
+            }
+            | changes,
+            "export": [{"layout": layout} for layout in layouts or ("safetensors",)],
+            "verify": verify,
+            "output": str(output),
+        }
+    )
+
+
+def notices(told: list[Progress | Notice]) -> str:
+    return "\n".join(event.text for event in told if isinstance(event, Notice))
+
+
+def test_the_plan_says_what_may_be_chosen_and_reads_no_weights(inputs: Path, tmp_path: Path) -> None:
+    planned = plan(recipe(inputs, {"mean_kl": 0.01}, tmp_path / "out"))
+    assert "mixed bits for a mean KL divergence of 0.01" in "\n".join(planned.lines())
+    (note,) = [line for line in planned.lines() if "4 units of layers" in line]
+    assert "3 bits in groups of 32, 4 bits in groups of 32, 8 bits in groups of 32, 16 bits" in note
+    assert "16 windows of 32 tokens" in note
+
+
+@pytest.mark.parametrize(
+    ("layouts", "offered"),
+    [
+        (("safetensors",), [3, 4, 8, 16]),
+        (("safetensors", "vllm"), [4, 16]),
+        (("onnx",), [4, 8, 16]),
+    ],
+)
+def test_what_a_layout_cannot_carry_is_not_offered(
+    inputs: Path, tmp_path: Path, layouts: tuple[str, ...], offered: list[int]
+) -> None:
+    if "onnx" in layouts:
+        pytest.importorskip("onnx")
+    planned = plan(recipe(inputs, {"mean_kl": 0.01}, tmp_path / "out", *layouts))
+    assert planned.space is not None
+    assert [option.bits for option in planned.space.offered] == offered
+    assert sorted(option.bits for option in planned.space.refused) == [
+        bits for bits in (3, 4, 8) if bits not in offered
+    ]
+
+
+def test_layouts_with_one_choice_are_refused(inputs: Path, tmp_path: Path) -> None:
+    with pytest.raises(CompatibilityError, match="only 4 bits in groups of 64") as refused:
+        plan(recipe(inputs, {"mean_kl": 0.01}, tmp_path / "out", "tgi", group_sizes=[64]))
+    assert "TGI reads the same bits and groups everywhere" in str(refused.value)
+
+
+def test_a_run_keeps_to_the_size_and_says_what_it_chose(inputs: Path, tmp_path: Path) -> None:
+    told: list[Progress | Notice] = []
+    result = run(recipe(inputs, {"bits_per_weight": 10.0}, tmp_path / "out"), progress=told.append)
+    manifest = result.manifest
+    assert 9.5 < manifest.sizes.bits_per_weight <= 10
+    bits = {layer.name: layer.bits for layer in manifest.layers}
+    assert len(set(bits.values())) > 1
+    (note,) = [note for note in manifest.notes if note.startswith("mixed bits for 10 bits per weight")]
+    assert note in result.report.notes
+    assert note in notices(told)
+    assert all(f"{list(bits.values()).count(each)} layer" in note for each in set(bits.values()))
+    assert "chosen by layer" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_target_of_quality_is_a_gate(inputs: Path, tmp_path: Path) -> None:
+    planned = plan(recipe(inputs, {"mean_kl": 0.01}, tmp_path / "out"))
+    assert planned.recipe.verify is not None
+    bounds = planned.recipe.verify.gates["mean_kl"]
+    assert bounds is not None
+    assert bounds.at_most == 0.01
+
+
+def test_a_choice_that_fails_its_gate_names_the_next_one_which_passes(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The planted fault: everything is measured a twentieth of what it is."""
+    monkeypatch.setattr(mixing, "measure", lambda *args, **more: [each / 20**0.5 for each in measure(*args, **more)])
+    told: list[Progress | Notice] = []
+    target = 0.002
+    failed = run(recipe(inputs, {"mean_kl": target}, tmp_path / "out"), progress=told.append)
+    assert failed.verdict == "fail"
+    assert failed.folder == tmp_path / "out.rejected"
+    (advice,) = [line for line in notices(told).splitlines() if "next larger choice" in line]
+    bits = float(advice.partition("bits_per_weight: ")[2].partition("}")[0])
+    assert bits > failed.manifest.sizes.bits_per_weight
+    assert f"{{at_most: {target:g}}}" in advice
+    again = run(recipe(inputs, {"bits_per_weight": bits}, tmp_path / "again"))
+    (figure,) = [each for each in again.report.figures if each.name == "mean_kl" and each.domain is None]
+    assert figure.value <= target
+
+
+def test_a_run_that_goes_on_takes_the_same_choice(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stop(KeyboardInterrupt):
+        pass
+
+    def stopping(event: Progress | Notice) -> None:
+        if isinstance(event, Progress) and event.stage == "quantize" and event.done == 1:
+            raise Stop
+
+    wanted = recipe(inputs, {"bits_per_weight": 9.0}, tmp_path / "out").model_copy(update={"verify": None})
+    with pytest.raises(Stop):
+        run(wanted, progress=stopping)
+
+    def unasked(*_: object, **__: object) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(running, "choose", unasked)
+    once = run(wanted)
+    monkeypatch.undo()
+    other = run(wanted.model_copy(update={"output": str(tmp_path / "other")}))
+    assert once.manifest.files == other.manifest.files
+    assert once.manifest.layers == other.manifest.layers
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target": {}}, "give either mean_kl or bits_per_weight"),
+        ({"target": {"mean_kl": 0.1, "bits_per_weight": 5.0}}, "give either mean_kl or bits_per_weight"),
+        ({"bits": [4]}, "there is nothing to choose"),
+        ({"bits": [16]}, "there is nothing to choose"),
+        ({"bits": [4, 4]}, "each value once"),
+    ],
+)
+def test_settings_without_a_choice_are_refused(
+    inputs: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        recipe(inputs, {"mean_kl": 0.1}, tmp_path / "out", **changes)
+
+
+def test_targets_out_of_reach_say_what_can_be_reached(inputs: Path, tmp_path: Path) -> None:
+    with pytest.raises(CompatibilityError, match=r"the choices make \d+\.\d\d to 16\.00"):
+        run(recipe(inputs, {"bits_per_weight": 3.0}, tmp_path / "out"))
+    with pytest.raises(CompatibilityError, match="no choice keeps to a mean KL divergence of 1e-06"):
+        run(recipe(inputs, {"mean_kl": 1e-6}, tmp_path / "out", bits=[3, 4]).model_copy(update={"verify": None}))
+
+
+def test_layers_that_an_override_names_take_no_part(inputs: Path, tmp_path: Path) -> None:
+    kept = [{"modules": "*.dense_h_to_4h", "dense": True}]
+    planned = plan(recipe(inputs, {"bits_per_weight": 9.0}, tmp_path / "out", overrides=kept))
+    assert planned.space is not None
+    names = [linear.name for unit in planned.space.units for linear in unit]
+    assert len(names) == 3
+    assert not any(name.endswith("dense_h_to_4h") for name in names)
+    assert not any(name.endswith("dense_h_to_4h") for name in planned.outputs.quantized)
+
+
+def test_joined_layers_are_one_unit_and_experts_of_a_block_another(tmp_path: Path) -> None:
+    checkpoint = saved(factories.build(factories.qwen3_moe_config()), tmp_path)
+    method = Mixed.model_validate({"target": {"mean_kl": 0.1}, "group_sizes": [32]})
+    space = choice_space(method, checkpoint, [SafetensorsSettings()])
+    leaves = [sorted({linear.name.rpartition(".")[2] for linear in unit}) for unit in space.units]
+    blocks = len(checkpoint.architecture.structure.blocks)
+    assert leaves.count(["k_proj", "q_proj", "v_proj"]) == blocks
+    assert leaves.count(["down_proj", "gate_proj", "up_proj"]) == 1  # the first block has no experts
+    units = [Unit(unit, (options(4),)) for unit in space.units]
+    found = measure(checkpoint, units, token_windows(4, 16), token_windows(8, 16), device=CPU, progress=silent)
+    assert all(float(each.abs().min()) > 0 for each in found)

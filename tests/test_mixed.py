@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from qexport.progress import Notice, Progress, silent
 from qexport.quantizing.allocation import Allocation, Priced
 from qexport.quantizing.layer import Hessian, solve_together
 from qexport.quantizing.mixed import Mixed
-from qexport.quantizing.sensitivity import Unit, measure
+from qexport.quantizing.sensitivity import Effects, Unit, measure
 from qexport.quantizing.solver import Options
 from qexport.recipe import Recipe
 from qexport.tensors import Origin
@@ -101,7 +102,9 @@ def windows() -> tuple[Tensor, Tensor]:
 def losses(falcon: tuple[Checkpoint, list[Unit]], windows: tuple[Tensor, Tensor]) -> list[list[float]]:
     """Of each unit with 3, 4, 8 and 16 bits."""
     found = measure(*falcon, *windows, device=CPU, progress=silent)
-    return [[*(each.square().mean(0) / 64).tolist(), 0.0] for each in found]
+    for each in found:
+        assert each.losses == pytest.approx(each.divergences, rel=0.8)
+    return [[*each.losses, 0.0] for each in found]
 
 
 class Whole:
@@ -189,7 +192,9 @@ def test_the_products_have_the_same_bits_with_two_threads(
         again = measure(checkpoint, own, windows[0][:4], windows[1][:8], device=CPU, progress=silent)
     finally:
         torch.set_num_threads(1)
-    assert all(torch.equal(one, other) for one, other in zip(once, again, strict=True))
+    for one, other in zip(once, again, strict=True):
+        assert torch.equal(one.products, other.products)
+        assert one.errors == other.errors
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -299,6 +304,21 @@ def test_a_run_keeps_to_the_size_and_says_what_it_chose(inputs: Path, tmp_path: 
     assert "chosen by layer" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_at_the_size_of_uniform_bits_all_layers_are_alike(inputs: Path, tmp_path: Path) -> None:
+    planned = plan(recipe(inputs, {"mean_kl": 0.01}, tmp_path / "out"))
+    assert planned.space is not None
+    space, layout = planned.space, planned.layouts[0]
+    sizes = space.stored(layout)
+    allocation = Allocation([Priced(tuple(own), (0.1, 0.02, 0.0001, 0.0)) for own in sizes])
+    lucky = [0, 2, 1, 1]  # one layer with fewer bits pays for more in another
+    costs = [[0.0201, 0.02, 0.0001, 0.0], [0.1, 0.02, 0.0185, 0.0], [0.1, 0.02, 0.0001, 0.0], [0.1, 0.02, 0.0001, 0.0]]
+    noisy = Allocation([Priced(tuple(own), tuple(cost)) for own, cost in zip(sizes, costs, strict=True)])
+    assert noisy.loss(lucky) < noisy.loss([1] * 4)
+    assert noisy.total(lucky) > noisy.total([1] * 4)
+    assert mixing._or_alike(space, noisy, lucky, noisy.total(lucky)) == [1] * 4
+    assert mixing._or_alike(space, allocation, [1, 1, 2, 2], allocation.total([1, 1, 2, 2])) == [1, 1, 2, 2]
+
+
 def test_a_target_of_quality_is_a_gate(inputs: Path, tmp_path: Path) -> None:
     planned = plan(recipe(inputs, {"mean_kl": 0.01}, tmp_path / "out"))
     assert planned.recipe.verify is not None
@@ -311,7 +331,11 @@ def test_a_choice_that_fails_its_gate_names_the_next_one_which_passes(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The planted fault: everything is measured a twentieth of what it is."""
-    monkeypatch.setattr(mixing, "measure", lambda *args, **more: [each / 20**0.5 for each in measure(*args, **more)])
+
+    def small(*arguments: Any, **more: Any) -> list[Effects]:
+        return [replace(each, products=each.products / 20**0.5) for each in measure(*arguments, **more)]
+
+    monkeypatch.setattr(mixing, "measure", small)
     told: list[Progress | Notice] = []
     target = 0.002
     failed = run(recipe(inputs, {"mean_kl": target}, tmp_path / "out"), progress=told.append)
@@ -395,4 +419,4 @@ def test_joined_layers_are_one_unit_and_experts_of_a_block_another(tmp_path: Pat
     assert leaves.count(["down_proj", "gate_proj", "up_proj"]) == 1  # the first block has no experts
     units = [Unit(unit, (options(4),)) for unit in space.units]
     found = measure(checkpoint, units, token_windows(4, 16), token_windows(8, 16), device=CPU, progress=silent)
-    assert all(float(each.abs().min()) > 0 for each in found)
+    assert all(float(each.products.abs().min()) > 0 for each in found)

@@ -24,6 +24,9 @@ from qexport.tensors import CalibrationSet
 _SAFE: Final = 0.95
 """Of a limit that is corrected by what was measured."""
 
+_NOISE: Final = 1.1
+"""Losses whose ratio is closer to one are taken as equal."""
+
 _HESSIAN_WINDOWS: Final = 2
 """For each window in which the predictions are looked at."""
 
@@ -146,25 +149,42 @@ def choose(
         InputError: a tensor cannot be read.
     """
     input_ids, hessian_ids = _measured_on(space, calibration)
-    products = measure(space.checkpoint, _measured(space), input_ids, hessian_ids, device=device, progress=progress)
-    columns = [_with_unquantized(found, options) for found, options in zip(products, space.options, strict=True)]
-    tokens = input_ids.shape[1]
-    losses = [(found.square().mean(0) / (2 * tokens)).tolist() for found in columns]
+    effects = measure(space.checkpoint, _measured(space), input_ids, hessian_ids, device=device, progress=progress)
+    columns = [
+        _with_unquantized(found.products, options) for found, options in zip(effects, space.options, strict=True)
+    ]
+    losses = [
+        [*found.losses, *[0.0] * (len(options) - len(found.losses))]
+        for found, options in zip(effects, space.options, strict=True)
+    ]
     allocation = _allocation(space, layout, losses)
 
     def choice(chosen: Sequence[int]) -> Choice:
-        summed = torch.stack([found[:, index] for found, index in zip(columns, chosen, strict=True)]).sum(0)
-        together = float(summed.square().mean()) / (2 * tokens)
-        return Choice(losses, list(chosen), allocation.loss(chosen), together)
+        own = torch.stack([found[:, index] for found, index in zip(columns, chosen, strict=True)])
+        alone, together = float(own.square().mean(1).sum()), float(own.sum(0).square().mean())
+        expected = allocation.loss(chosen)
+        return Choice(losses, list(chosen), expected, expected * together / alone if alone else 0.0)
 
     target = space.method.target
     if target.bits_per_weight is not None:
-        chosen = allocation.within(_allowed(space, layout, target.bits_per_weight))
+        allowed = _allowed(space, layout, target.bits_per_weight)
+        chosen = allocation.within(allowed)
         if chosen is None:
             raise _out_of_reach(space, layout, allocation, target.bits_per_weight)
-        return choice(chosen)
+        return choice(_or_alike(space, allocation, chosen, allowed))
     assert target.mean_kl is not None
     return _reaching(allocation, choice, target.mean_kl)
+
+
+def _or_alike(space: ChoiceSpace, allocation: Allocation, chosen: Sequence[int], allowed: int) -> Sequence[int]:
+    """The same option for all units, if it has no more bytes than are allowed and its loss is equal within the noise: at the size of uniform
+    bits there is next to nothing to gain.
+    """
+    everywhere = [option for option in space.offered if all(option in options for options in space.options)]
+    alike = [[options.index(option) for options in space.options] for option in everywhere]
+    fitting = [each for each in alike if allocation.total(each) <= allowed]
+    best = min(fitting, key=allocation.loss, default=chosen)
+    return best if allocation.loss(best) <= _NOISE * allocation.loss(chosen) else chosen
 
 
 def _reaching(allocation: Allocation, choice: Callable[[Sequence[int]], Choice], mean_kl: float) -> Choice:

@@ -26,7 +26,7 @@ from qexport.architectures.runner import Batch, BlockRunner
 from qexport.architectures.structure import LinearSpec
 from qexport.errors import NumericalError
 from qexport.progress import Progress, ProgressCallback
-from qexport.quantizing.layer import Hessian, usable
+from qexport.quantizing.layer import Hessian, output_energy, usable
 from qexport.quantizing.products import FixedProducts
 from qexport.quantizing.solver import Factor, Options, factorize, round_to_nearest, solve
 
@@ -53,6 +53,35 @@ class Unit:
     options: tuple[Options, ...]
 
 
+@dataclass(frozen=True)
+class Effects:
+    """What the options of a unit do.
+
+    Attributes:
+        products: <g, D>, float64 [windows, options].
+        errors: of each option, the mean square of what D changes in the layers' outputs, summed over the outputs.
+        tokens: of a window.
+    """
+
+    products: Tensor
+    errors: tuple[float, ...]
+    tokens: int
+
+    @property
+    def divergences(self) -> list[float]:
+        """The mean KL divergence in nats per token that each option costs alone, from its own products."""
+        return (self.products.square().mean(0) / (2 * self.tokens)).tolist()
+
+    @property
+    def losses(self) -> list[float]:
+        """The same with less noise: an option's error times what the unit's errors cost at the head, which is the mean
+        over its options. Choices by the divergences alone would favor the options whose noise was lucky.
+        """
+        pairs = list(zip(self.divergences, self.errors, strict=True))
+        gains = [divergence / error for divergence, error in pairs if error > 0]
+        return [error * sum(gains) / len(gains) if gains else divergence for divergence, error in pairs]
+
+
 @torch.no_grad()
 def measure(
     checkpoint: Checkpoint,
@@ -62,11 +91,11 @@ def measure(
     *,
     device: torch.device,
     progress: ProgressCallback,
-) -> list[Tensor]:
-    """The products <g, D> of every unit and option. Computed in float32, with the same bits for any number of threads.
+) -> list[Effects]:
+    """What every unit and option does to the predictions.
 
-    In memory there are the weights of one block with a change of them for each option, and the hidden states of all
-    windows before every block.
+    Computed in float32, with the same bits for any number of threads. In memory there are the weights of one block with
+    a change of them for each option, and the hidden states of all windows before every block.
 
     Args:
         checkpoint: the merged model.
@@ -78,7 +107,7 @@ def measure(
         progress: is called with each block.
 
     Returns:
-        For each unit float64 [windows, options].
+        Of each unit.
 
     Raises:
         NumericalError: the model's predictions are not finite.
@@ -97,7 +126,7 @@ def measure(
                 runner.forward(index, block, batch)
         progress(Progress("calibrate", index + 1, 2 * len(blocks), "block", "forward"))
     upstream = _gradients_at_head(runner, windows)
-    found: dict[int, Tensor] = {}
+    found: dict[int, Effects] = {}
     for index in reversed(range(len(blocks))):
         own = {number: unit for number, unit in enumerate(units) if unit.layers[0] in linears[blocks[index]]}
         for batch, hidden in zip((*windows, *batches), inputs.pop(), strict=True):
@@ -105,7 +134,8 @@ def measure(
         with runner.block(index) as block:
             changes = _changes(runner, index, block, batches, list(own.values()))
             products = _backward(runner, index, block, windows, upstream, changes)
-        found |= dict(zip(own, products, strict=True))
+        for number, each, options in zip(own, products, changes, strict=True):
+            found[number] = Effects(each, tuple(change.error for change in options), input_ids.shape[1])
         return_freed_memory()
         progress(Progress("calibrate", 2 * len(blocks) - index, 2 * len(blocks), "block", "back"))
     return [found[number] for number in range(len(units))]
@@ -128,8 +158,16 @@ def _gradients_at_head(runner: BlockRunner, windows: Sequence[Batch]) -> list[Te
     return found
 
 
-Changes = Sequence[Sequence[Mapping[str, Tensor]]]
-"""For each unit and option, the changes of its weights, by their names and in the shapes of files."""
+@dataclass(frozen=True)
+class _Change:
+    """What an option changes: the weights by their names, in the shapes of files, and the error of the outputs."""
+
+    weights: Mapping[str, Tensor]
+    error: float
+
+
+Changes = Sequence[Sequence[_Change]]
+"""For each unit and option."""
 
 
 def _backward(
@@ -141,7 +179,7 @@ def _backward(
     changes: Changes,
 ) -> list[Tensor]:
     """The products of each unit; `upstream` is replaced by the gradients with respect to the block's input."""
-    names = list(dict.fromkeys(name for unit in changes for option in unit for name in option))
+    names = list(dict.fromkeys(name for unit in changes for option in unit for name in option.weights))
     products = [torch.zeros(len(windows), len(unit), dtype=torch.float64) for unit in changes]
 
     for number, window in enumerate(windows):
@@ -150,7 +188,9 @@ def _backward(
         with single_thread():
             for unit, options in zip(products, changes, strict=True):
                 for column, change in enumerate(options):
-                    unit[number, column] = sum(_product(of_weights[name], each) for name, each in change.items())
+                    unit[number, column] = sum(
+                        _product(of_weights[name], each) for name, each in change.weights.items()
+                    )
     return products
 
 
@@ -192,17 +232,18 @@ def _hessians(
     return hessians
 
 
-def _of_options(runner: BlockRunner, unit: Unit, hessian: Hessian | None) -> Iterator[Mapping[str, Tensor]]:
+def _of_options(runner: BlockRunner, unit: Unit, hessian: Hessian | None) -> Iterator[_Change]:
     matrices = {linear.name: _matrix(runner, linear) for linear in unit.layers}
     solver = None if hessian is None else _solver(hessian, unit.options)
     for options in unit.options:
-        change = {}
+        weights, error = {}, 0.0
         for linear in unit.layers:
             weight = matrices[linear.name]
             found = round_to_nearest(weight, options) if solver is None else solve(weight, *solver, options)
             difference = found.dequantize().sub_(weight)
-            change[f"{linear.name}.weight"] = difference.t() if linear.transposed else difference
-        yield change
+            error += output_energy(difference, solver[0]) if solver else float(difference.double().square().sum())
+            weights[f"{linear.name}.weight"] = difference.t() if linear.transposed else difference
+        yield _Change(weights, error)
 
 
 def _matrix(runner: BlockRunner, linear: LinearSpec) -> Tensor:

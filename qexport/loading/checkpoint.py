@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
@@ -14,10 +14,10 @@ from qexport.artifact.digests import FileDigests, sha256_bytes, sha256_file
 from qexport.errors import InputError, RecipeError
 from qexport.loading import LoadSettings
 from qexport.loading.gguf_checkpoint import read_gguf
-from qexport.loading.hub import fetch, fetch_base
+from qexport.loading.hub import Snapshot, fetch, fetch_base
 from qexport.loading.model_weights import ChunkedSource, find_architecture, fit_to_model, refuse_untied_copies
 from qexport.loading.packaged import find_package_file
-from qexport.loading.small_files import CONFIG_NAME, read_config, read_sidecars
+from qexport.loading.small_files import CONFIG_NAME, SIDECAR_PATTERNS, read_config, read_sidecars
 from qexport.loading.terms import CARD_NAME, FILE_PATTERNS, read_terms
 from qexport.progress import ProgressCallback, silent
 from qexport.references import HubReference, LocalReference, PackageReference, parse_reference
@@ -159,10 +159,17 @@ ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """A PEFT adapter: a folder with `adapter_config.json` and `adapter_model.safetensors`, and its origin."""
+    """A PEFT adapter: a folder with `adapter_config.json` and `adapter_model.safetensors`.
+
+    Attributes:
+        path: where it is on this machine.
+        origin: where it came from.
+        files: the small files beside it: those of a tokenizer, by name.
+    """
 
     path: Path
     origin: Origin
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def locate_adapter(settings: LoadSettings, *, progress: ProgressCallback = silent) -> AdapterFolder | None:
@@ -179,14 +186,19 @@ def locate_adapter(settings: LoadSettings, *, progress: ProgressCallback = silen
     if isinstance(reference, PackageReference):
         raise InputError("an adapter cannot be a file inside a package", where="load.adapter", mend="name its folder")
     if isinstance(reference, Path):
-        digests = _check_files(reference, None)
-        terms = read_terms(reference)
-        return AdapterFolder(reference, Origin("folder", reference.resolve().name, sha256=digests, terms=terms))
-    files = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD_NAME, *FILE_PATTERNS)
+        return _adapter_folder(reference, "folder", reference.resolve().name)
+    files = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD_NAME, *FILE_PATTERNS, *SIDECAR_PATTERNS)
     snapshot = fetch(reference, files, progress=progress)
-    digests = _check_files(snapshot.path, snapshot.trusted_root)
-    terms = read_terms(snapshot.path, trusted_root=snapshot.trusted_root)
-    return AdapterFolder(snapshot.path, Origin("hub", reference.repo_id, snapshot.commit, digests, terms))
+    return _adapter_folder(snapshot.path, "hub", reference.repo_id, snapshot)
+
+
+def _adapter_folder(
+    path: Path, kind: Literal["folder", "hub"], name: str, snapshot: Snapshot | None = None
+) -> AdapterFolder:
+    root, revision = (snapshot.trusted_root, snapshot.commit) if snapshot else (None, None)
+    digests = _check_files(path, root)
+    origin = Origin(kind, name, revision, digests, read_terms(path, trusted_root=root))
+    return AdapterFolder(path, origin, read_sidecars(path, trusted_root=root))
 
 
 def _check_files(folder: Path, trusted_root: Path | None) -> dict[str, str]:

@@ -91,6 +91,9 @@ SIDECAR_NAMES: Final = (
     GENERATION_CONFIG,
 )
 
+SIDECAR_PATTERNS: Final = (*SIDECAR_NAMES, f"{TEMPLATES_FOLDER}/*.jinja")
+"""The same and all chat templates, as a hub finds them."""
+
 
 def read_sidecars(folder: Path, *, trusted_root: Path | None = None) -> Mapping[str, bytes]:
     """The content of each file of `SIDECAR_NAMES` and each chat template in the folder, by its name inside it.

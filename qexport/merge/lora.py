@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from qexport.merge.adapter import MERGE_WITH_PEFT, AdapterOptions
+from qexport.merge.adapter import MERGE_WITH_PEFT, PREFIX, AdapterOptions
 from qexport.merge.changes import Add, LowRank, SingularValues, WeightDecomposed
 from qexport.merge.plan import MergePlan
 from qexport.merge.targets import Module, suffix_matches, targeted
@@ -70,13 +70,21 @@ def plan_lora(plan: MergePlan) -> None:
     _refuse_variants(plan, options)
     plan.raise_refusals()
     # An adapter that only trains tokens or saves modules targets nothing; its target_modules is an empty list.
-    targets = [] if options.target_modules == [] else targeted(options, plan.base)
+    targets = [] if options.target_modules == [] else [*targeted(options, plan.base)]
+    targets += _tied_head(plan, targets)
     plan_whole_tensors(plan, options, targets)
     ranks = _by_module(options.rank_pattern, options.r, targets, "rank_pattern")
     alphas = _by_module(options.alpha_pattern, options.lora_alpha, targets, "alpha_pattern")
     for path in targets:
         _plan_module(plan, path, options, ranks[path], alphas[path])
     plan_trainable_tokens(plan, options.trainable_token_indices, wrapped=set(targets))
+
+
+def _tied_head(plan: MergePlan, targets: list[str]) -> list[str]:
+    """The head, if `ensure_weight_tying` gave it the embedding's factors, which PEFT stores for both."""
+    base, held = plan.base, f"{PREFIX}{plan.base.head}.lora_A.weight" in plan.adapter.file.specs()
+    tied = base.structure.tied and plan.adapter.config.get("ensure_weight_tying") and base.embedding in targets
+    return [base.head] if tied and held and base.head not in targets else []
 
 
 def _refuse_variants(plan: MergePlan, options: LoraOptions) -> None:

@@ -15,6 +15,7 @@ from qexport.errors import InputError, NumericalError
 from qexport.merge import MergeSettings
 from qexport.merge.adapter import CONFIG_FILE, Adapter, read_adapter
 from qexport.merge.changes import Change, ReadFactor
+from qexport.merge.ends import refuse_unknown_rows, trained_tokens, untied, with_vocabulary
 from qexport.merge.plan import MergePlan
 from qexport.merge.targets import describe_base
 from qexport.merge.types import planner
@@ -31,6 +32,7 @@ class MergedAdapter:
         folder: where it is on this machine.
         origin: where the adapter came from.
         changed: the tensors of the base that it changes, in the base's order.
+        tokens: those that it names as trained one by one.
         notes: the notices for the user, for example that the adapter names another base.
     """
 
@@ -38,6 +40,7 @@ class MergedAdapter:
     folder: Path
     origin: Origin
     changed: tuple[str, ...]
+    tokens: frozenset[int]
     notes: tuple[str, ...]
 
 
@@ -89,17 +92,38 @@ def merge(
 def _merge_adapter(
     checkpoint: Checkpoint, adapter: Adapter, settings: MergeSettings, origin: Origin, progress: ProgressCallback
 ) -> Merged:
+    original = checkpoint
     notes = tuple(_notes(checkpoint, adapter, settings))
-    plan = MergePlan(adapter, describe_base(checkpoint))
-    planner(adapter.peft_type)(plan)
-    notes += tuple(_absent_modules(plan))
+    plan, checkpoint = _planned(with_vocabulary(checkpoint, adapter), adapter)
+    refuse_unknown_rows(plan, original)
+    notes += tuple(_notes_on_ends(original, checkpoint)) + tuple(_absent_modules(plan))
     changes = plan.checked_changes()
     plan.check_finite()
     for note in notes:
         progress(Notice(note))
     changed = tuple(name for name in plan.base.weights if name in changes)
-    described = MergedAdapter(adapter.peft_type, adapter.folder, origin, changed, notes)
+    tokens = frozenset(trained_tokens(adapter.config))
+    described = MergedAdapter(adapter.peft_type, adapter.folder, origin, changed, tokens, notes)
     return _merged(checkpoint, changes, adapter.read, settings, described)
+
+
+def _planned(checkpoint: Checkpoint, adapter: Adapter) -> tuple[MergePlan, Checkpoint]:
+    """The plan, and the base that it is for: one with a head of its own where the adapter parts tied ends."""
+    plan = MergePlan(adapter, describe_base(checkpoint))
+    planner(adapter.peft_type)(plan)
+    if not plan.parts_ends:
+        return plan, checkpoint
+    plan.raise_refusals()
+    return _planned(untied(checkpoint), adapter)
+
+
+def _notes_on_ends(base: Checkpoint, trained: Checkpoint) -> Iterator[str]:
+    """A note for each way in which the base got other ends than it had."""
+    was, now = base.architecture.structure, trained.architecture.structure
+    if was.vocab_size != now.vocab_size:
+        yield f"the adapter was trained with {now.vocab_size} tokens in the embedding, the base has {was.vocab_size}"
+    if was.tied and not now.tied:
+        yield "the adapter changes the tied embedding and head differently, so the merged model has both"
 
 
 def _notes(checkpoint: Checkpoint, adapter: Adapter, settings: MergeSettings) -> list[str]:
@@ -110,7 +134,7 @@ def _notes(checkpoint: Checkpoint, adapter: Adapter, settings: MergeSettings) ->
             where=f"{CONFIG_FILE}: base_model_name_or_path",
             mend="give that base, or remove merge.strict_base for a warning only",
         )
-    return [*([other] if other else []), *other_files(adapter.folder, checkpoint)]
+    return [other] if other else []
 
 
 def _merged(
@@ -154,14 +178,6 @@ def other_base(config: Mapping[str, Any], base_name: str) -> str | None:
     if _plain_name(named) == _plain_name(base_name):
         return None
     return f"the adapter was made for {_last_component(named)}, the base is {_last_component(base_name)}"
-
-
-def other_files(adapter: Path, checkpoint: Checkpoint) -> Iterator[str]:
-    """A note for each tokenizer file beside the adapter that differs from the base's, which is the one that is used."""
-    for name, content in checkpoint.files.items():
-        beside = adapter / name
-        if beside.is_file() and beside.read_bytes() != content:
-            yield f"the adapter's folder has another {name} than the base; the base's is used"
 
 
 def _plain_name(name: str) -> str:

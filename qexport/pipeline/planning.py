@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -16,7 +16,8 @@ from qexport.export.layouts import Layout, make_layouts
 from qexport.formats import Outputs
 from qexport.hidden_packages import hidden
 from qexport.loading import LoadSettings
-from qexport.loading.checkpoint import load_checkpoint, locate_adapter
+from qexport.loading.adapter_tokenizer import choose_tokenizer
+from qexport.loading.checkpoint import AdapterFolder, load_checkpoint, locate_adapter
 from qexport.loading.small_files import open_tokenizer
 from qexport.merge import MergeSettings
 from qexport.merge.merging import Merged, merge
@@ -25,7 +26,7 @@ from qexport.pipeline.expectations import Expected, expect
 from qexport.pipeline.layer_types import LayerType, layer_types, type_lines
 from qexport.pipeline.runtimes import check_runtimes, refuse_full_context, refuse_homeless, refuse_only_endpoints
 from qexport.pipeline.texts import check_small_files, read_evaluation, refuse_long_windows
-from qexport.progress import ProgressCallback, silent
+from qexport.progress import Notice, ProgressCallback, silent
 from qexport.recipe import Recipe
 from qexport.verifying.tasks.planned import PlannedTask, planned_tasks
 
@@ -35,13 +36,22 @@ _FILES_SHOWN: Final = 2
 def load_merged(load: LoadSettings, merging: MergeSettings, *, progress: ProgressCallback) -> Merged:
     """The merged model. Only headers of the base have been read."""
     checkpoint, adapter = load_checkpoint(load, progress=progress), locate_adapter(load, progress=progress)
-    return merge(
-        checkpoint,
-        adapter.path if adapter else None,
-        merging,
-        adapter_origin=adapter.origin if adapter else None,
-        progress=progress,
-    )
+    if adapter is None:
+        return merge(checkpoint, None, merging, progress=progress)
+    merged = merge(checkpoint, adapter.path, merging, adapter_origin=adapter.origin, progress=progress)
+    return _with_tokenizer(merged, adapter, checkpoint.architecture.structure.vocab_size, progress)
+
+
+def _with_tokenizer(merged: Merged, adapter: AdapterFolder, rows_before: int, progress: ProgressCallback) -> Merged:
+    described = merged.adapter
+    assert described is not None
+    chosen = choose_tokenizer(merged.checkpoint, adapter.files, set(described.tokens), rows_before=rows_before)
+    for note in chosen.notes:
+        progress(Notice(note))
+    described = replace(described, notes=(*described.notes, *chosen.notes))
+    if chosen.files is merged.checkpoint.files:
+        return replace(merged, adapter=described)
+    return Merged(chosen.of(merged.checkpoint), chosen.of(merged.unrounded), described, chosen.of(merged.base))
 
 
 @dataclass(frozen=True)

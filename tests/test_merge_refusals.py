@@ -11,7 +11,6 @@ import pytest
 import torch
 from peft import (
     AdaptionPromptConfig,
-    BOFTConfig,
     LoHaConfig,
     LoraConfig,
     PeftConfig,
@@ -30,7 +29,6 @@ from qexport.architectures.structure import build_on_meta
 from qexport.errors import CompatibilityError, InputError, QexportError
 from qexport.merge import MergeSettings
 from qexport.merge.merging import merge
-from qexport.merge.types import LEFT_TO_PEFT, PLANNERS, UNMERGEABLE
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 
@@ -84,13 +82,6 @@ def test_a_type_that_changes_no_weight_is_refused_with_the_reason(
     assert "cannot be merged: it" in text
 
 
-def test_a_type_that_only_peft_merges_is_refused_with_the_way_out(model: PreTrainedModel, tmp_path: Path) -> None:
-    config = BOFTConfig(target_modules=["q_proj"], boft_block_size=8)
-    text = refusal(model, adapters.save_adapter(model, config, tmp_path / "adapter"), CompatibilityError)
-    assert "does not merge BOFT" in text
-    assert "merge_and_unload" in text
-
-
 def test_an_unknown_type_is_refused(model: PreTrainedModel, lora: Path) -> None:
     adapters.edit_config(lora, peft_type="NEWEST")
     assert "unknown type of adapter: 'NEWEST'" in refusal(model, lora)
@@ -101,22 +92,16 @@ def test_an_adapter_without_a_type_is_refused(model: PreTrainedModel, lora: Path
     assert "the adapter has no peft_type" in refusal(model, lora)
 
 
-def test_every_type_of_peft_is_in_one_table() -> None:
-    from peft import PeftType
-
-    tables = [set(PLANNERS), set(UNMERGEABLE), set(LEFT_TO_PEFT)]
-    assert {str(kind.value) for kind in PeftType} <= set.union(*tables)
-    assert sum(map(len, tables)) == len(set.union(*tables))
-
-
 # Variants of LoRA and options
 
 
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"target_parameters": ["mlp.experts.gate_up_proj"], "target_modules": None}, "bare parameters"),
-        ({"layer_replication": [[0, 2], [1, 2]]}, "stacks the base's layers"),
+        (
+            {"target_parameters": ["q_proj.weight"], "target_modules": None},
+            "a bare parameter that does",
+        ),
         ({"alora_invocation_tokens": [5, 6]}, "invocation tokens"),
         ({"use_qalora": True}, "QA-LoRA"),
         ({"use_bdlora": {"nblocks": 2}}, "block-diagonal"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Final, Literal
 
@@ -19,7 +20,7 @@ from qexport.loading.model_weights import ChunkedSource, find_architecture, fit_
 from qexport.loading.packaged import find_package_file
 from qexport.loading.small_files import CONFIG_NAME, SIDECAR_PATTERNS, read_config, read_sidecars
 from qexport.loading.terms import CARD_NAME, FILE_PATTERNS, read_terms
-from qexport.progress import ProgressCallback, silent
+from qexport.progress import Notice, ProgressCallback, silent
 from qexport.references import HubReference, LocalReference, PackageReference, parse_reference
 from qexport.tensors.safetensors_folder import SafetensorsFolder
 from qexport.tensors.source import Origin, TensorSpec
@@ -186,10 +187,36 @@ def locate_adapter(settings: LoadSettings, *, progress: ProgressCallback = silen
     if isinstance(reference, PackageReference):
         raise InputError("an adapter cannot be a file inside a package", where="load.adapter", mend="name its folder")
     if isinstance(reference, Path):
-        return _adapter_folder(reference, "folder", reference.resolve().name)
+        folder = _with_adapter(reference, progress)
+        return _adapter_folder(folder, "folder", folder.resolve().name)
     files = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD_NAME, *FILE_PATTERNS, *SIDECAR_PATTERNS)
     snapshot = fetch(reference, files, progress=progress)
     return _adapter_folder(snapshot.path, "hub", reference.repo_id, snapshot)
+
+
+def _with_adapter(folder: Path, progress: ProgressCallback) -> Path:
+    """The folder, or the one inside it in which PEFT put an adapter with a name of its own.
+
+    Raises:
+        InputError: there are several, or checkpoints of a training.
+    """
+    if (folder / ADAPTER_CONFIG).is_file():
+        return folder
+    inside = sorted(path.parent.name for path in islice(folder.glob(f"*/{ADAPTER_CONFIG}"), _MOST_FOLDERS))
+    if len(inside) == 1 and not inside[0].startswith("checkpoint-"):
+        progress(Notice(f"the adapter is in the subfolder {inside[0]}"))
+        return folder / inside[0]
+    if inside:
+        raise InputError(
+            f"the folder holds no {ADAPTER_CONFIG}, but its subfolders do: {', '.join(inside[:_SHOWN])}",
+            where=str(folder),
+            mend=f"name one of them: load.adapter: {folder.name}/{inside[-1]}",
+        )
+    return folder
+
+
+_MOST_FOLDERS: Final = 1000
+_SHOWN: Final = 8
 
 
 def _adapter_folder(

@@ -17,9 +17,10 @@ from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.architectures.families import family
 from qexport.architectures.structure import Structure
 from qexport.errors import CompatibilityError, InputError, listed
-from qexport.merge.adapter import PREFIX, Adapter
+from qexport.merge.adapter import Adapter
 from qexport.merge.changes import Change, Replace, ReplaceRows
 from qexport.merge.plan import MergePlan
+from qexport.merge.stored import PREFIX
 from qexport.tensors.source import TensorSpec, WeightSource
 
 _BEFORE = ("original_module.{}", "token_adapter.base_layer.{}", "base_layer.{}")

@@ -17,7 +17,8 @@ from qexport.merge.adapter import CONFIG_FILE, Adapter, read_adapter
 from qexport.merge.changes import Change, ReadFactor
 from qexport.merge.ends import refuse_unknown_rows, trained_tokens, untied, with_vocabulary
 from qexport.merge.plan import MergePlan
-from qexport.merge.targets import describe_base
+from qexport.merge.replication import with_layers
+from qexport.merge.targets import describe_base, ends_with
 from qexport.merge.types import planner
 from qexport.progress import Notice, ProgressCallback, silent
 from qexport.tensors.source import Origin, TensorSpec, WeightSource, is_finite
@@ -33,6 +34,8 @@ class MergedAdapter:
         origin: where the adapter came from.
         changed: the tensors of the base that it changes, in the base's order.
         tokens: those that it names as trained one by one.
+        tensors: its tensors, named as PEFT names them.
+        targets: its target_modules without those that it has no tensors for; None for what its configuration says.
         notes: the notices for the user, for example that the adapter names another base.
     """
 
@@ -41,6 +44,8 @@ class MergedAdapter:
     origin: Origin
     changed: tuple[str, ...]
     tokens: frozenset[int]
+    tensors: WeightSource
+    targets: tuple[str, ...] | None
     notes: tuple[str, ...]
 
 
@@ -94,16 +99,19 @@ def _merge_adapter(
 ) -> Merged:
     original = checkpoint
     notes = tuple(_notes(checkpoint, adapter, settings))
-    plan, checkpoint = _planned(with_vocabulary(checkpoint, adapter), adapter)
+    checkpoint = with_vocabulary(with_layers(checkpoint, adapter.config), adapter)
+    plan, checkpoint = _planned(checkpoint, adapter)
     refuse_unknown_rows(plan, original)
-    notes += tuple(_notes_on_ends(original, checkpoint)) + tuple(_absent_modules(plan))
+    notes += tuple(_notes_on_base(original, checkpoint)) + tuple(_absent_modules(plan))
+    notes += tuple(_untrained_modules(plan))
     changes = plan.checked_changes()
     plan.check_finite()
     for note in notes:
         progress(Notice(note))
     changed = tuple(name for name in plan.base.weights if name in changes)
     tokens = frozenset(trained_tokens(adapter.config))
-    described = MergedAdapter(adapter.peft_type, adapter.folder, origin, changed, tokens, notes)
+    targets = tuple(adapter.config["target_modules"]) if adapter.untrained else None
+    described = MergedAdapter(adapter.peft_type, adapter.folder, origin, changed, tokens, adapter.file, targets, notes)
     return _merged(checkpoint, changes, adapter.read, settings, described)
 
 
@@ -117,13 +125,15 @@ def _planned(checkpoint: Checkpoint, adapter: Adapter) -> tuple[MergePlan, Check
     return _planned(untied(checkpoint), adapter)
 
 
-def _notes_on_ends(base: Checkpoint, trained: Checkpoint) -> Iterator[str]:
-    """A note for each way in which the base got other ends than it had."""
+def _notes_on_base(base: Checkpoint, trained: Checkpoint) -> Iterator[str]:
+    """A note for each way in which the base got other ends or layers than it had."""
     was, now = base.architecture.structure, trained.architecture.structure
     if was.vocab_size != now.vocab_size:
         yield f"the adapter was trained with {now.vocab_size} tokens in the embedding, the base has {was.vocab_size}"
     if was.tied and not now.tied:
         yield "the adapter changes the tied embedding and head differently, so the merged model has both"
+    if len(was.blocks) != len(now.blocks):
+        yield f"the adapter was trained on {len(now.blocks)} layers, repeated from the base's {len(was.blocks)}"
 
 
 def _notes(checkpoint: Checkpoint, adapter: Adapter, settings: MergeSettings) -> list[str]:
@@ -154,6 +164,16 @@ def _merged(
         for dtype in (getattr(torch, settings.dtype), torch.float32)
     )
     return Merged(rounded, unrounded, adapter, base)
+
+
+def _untrained_modules(plan: MergePlan) -> Iterator[str]:
+    """A note for each name in target_modules for which the adapter has no tensors.
+
+    PEFT leaves such modules as they are, unless training began with random factors.
+    """
+    for name in plan.adapter.untrained:
+        if any(ends_with(path, [name]) for path in plan.base.modules):
+            yield f"the adapter has no tensors for {name}, which its target_modules names: it stays as in the base"
 
 
 def _absent_modules(plan: MergePlan) -> Iterator[str]:

@@ -9,8 +9,9 @@ import torch
 
 from qexport.architectures.families import family, matching
 from qexport.errors import CompatibilityError, InputError, listed
-from qexport.merge.adapter import MERGE_WITH_PEFT, PREFIX, Adapter
+from qexport.merge.adapter import MERGE_WITH_PEFT, Adapter
 from qexport.merge.changes import Change, LowRank, Replace, ReplaceRows
+from qexport.merge.stored import PREFIX
 from qexport.merge.targets import BaseModel
 from qexport.tensors.source import is_finite
 
@@ -32,6 +33,7 @@ class MergePlan:
         changes: the steps for each tensor of the base, in their order, by its path in the model (the matrix of an
             expert by its name in the files).
         expected: the shape of each tensor that the adapter must hold, by its key.
+        integers: those of them that hold whole numbers, for example places in a matrix.
         incompatible: reasons why this adapter and this model must not be merged, each with what to do about it.
     """
 
@@ -39,15 +41,18 @@ class MergePlan:
     base: BaseModel
     changes: dict[str, list[Change]] = field(default_factory=dict)
     expected: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    integers: set[str] = field(default_factory=set)
     incompatible: dict[str, str] = field(default_factory=dict)
 
     def factor(self, module: str, name: str, shape: tuple[int, ...]) -> str:
         """Requires the adapter's tensor `name` of a module, and returns its key."""
         return self.tensor(f"{PREFIX}{module}.{name}", shape)
 
-    def tensor(self, key: str, shape: tuple[int, ...]) -> str:
-        """Requires a tensor of the adapter by its key, and returns the key."""
+    def tensor(self, key: str, shape: tuple[int, ...], *, integer: bool = False) -> str:
+        """Requires a tensor of the adapter by its key, and returns the key; `integer`, if it holds whole numbers."""
         self.expected[key] = shape
+        if integer:
+            self.integers.add(key)
         return key
 
     def change(self, weight: str, change: Change) -> None:
@@ -140,7 +145,9 @@ class MergePlan:
             "missing": [key for key in expected if key not in specs],
             "not targeted by its configuration": [key for key in specs if key not in expected],
             "of another shape": [f"{key} {list(specs[key].shape)}, not {list(expected[key])}" for key in misshapen],
-            "not of floating point": [key for key, spec in specs.items() if not spec.dtype.is_floating_point],
+            "not of floating point": [
+                key for key, spec in specs.items() if not spec.dtype.is_floating_point and key not in self.integers
+            ],
             "without their weight in the base": [
                 name for name in self.changes if self._file_name(name) not in self.base.weights
             ],

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from qexport.errors import CompatibilityError, InputError
-from qexport.merge.adapter import MERGE_WITH_PEFT, PREFIX, AdapterOptions
+from qexport.merge.adapter import MERGE_WITH_PEFT, AdapterOptions
 from qexport.merge.changes import Replace, ReplaceRows
 from qexport.merge.plan import MergePlan
+from qexport.merge.stored import PREFIX
 from qexport.merge.targets import saved, targeted
 
 

@@ -144,7 +144,11 @@ def prepare_reference(
         progress: is called with each step.
     """
     checkpoint, adapter = merged.checkpoint, merged.adapter
-    live = LiveAdapter(merged.base, adapter.folder, merged.unrounded) if adapter else None
+    live = (
+        LiveAdapter(merged.base, adapter.folder, merged.unrounded, adapter.tensors, adapter.targets)
+        if adapter
+        else None
+    )
     reference = Reference(
         merged=checkpoint,
         base=merged.base,

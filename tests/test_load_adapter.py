@@ -24,7 +24,7 @@ def adapter(tmp_path: Path) -> Path:
     return folder
 
 
-def settings(adapter: Path | str, **values: str) -> LoadSettings:
+def settings(adapter: Path | str, **values: Any) -> LoadSettings:
     return LoadSettings(base="unused", adapter=str(adapter), **values)
 
 

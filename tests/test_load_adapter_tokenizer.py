@@ -163,6 +163,12 @@ def test_a_base_without_a_tokenizer_gets_the_adapters(tmp_path: Path) -> None:
     assert found.notes == (f"the adapter's tokenizer is used: it has {N + 1} tokens",)
 
 
+def test_a_tokenizer_that_cannot_be_read_is_refused_with_both_ways_out(tmp_path: Path) -> None:
+    text = refusal(model(tmp_path / "base"), {**files(tmp_path / "adapter"), "tokenizer.json": b'{"version": 1}'})
+    assert "the tokenizer beside the adapter cannot be used: transformers cannot read" in text
+    assert "or remove its files from the adapter's folder" in text
+
+
 def test_added_tokens_reach_every_kind_of_folder(tmp_path: Path) -> None:
     base = factories.build(factories.llama_config(tie_word_embeddings=True, num_hidden_layers=1))
     factories.save(base, tmp_path / "base")

@@ -235,7 +235,8 @@ def test_integer_factors_are_refused(model: PreTrainedModel, lora: Path) -> None
 @pytest.mark.parametrize(
     ("indices", "word"),
     [
-        ([3, 400], f"model.embed_tokens.weight: tokens {factories.VOCABULARY} to 399"),
+        ([3, 400], f"trains token 400, and the base has {factories.VOCABULARY} tokens"),
+        ([3, 10**15], f"trains token {10**15}, and the base has"),
         ([3, factories.VOCABULARY], f"lm_head.weight: tokens {factories.VOCABULARY} to {factories.VOCABULARY}"),
         ([-1], "outside"),
         ([3, 3], "twice"),

@@ -343,4 +343,4 @@ def test_modules_that_were_named_and_never_trained_stay_as_they_are(
     assert [note for note in described.notes if "target_modules" in note] == [
         "the adapter has no tensors for down_proj, which its target_modules names: it stays as in the base"
     ]
-    adapters.assert_live_as_in_peft(model, base, adapter, tensors=described.tensors, targets=described.targets)
+    adapters.assert_live_as_in_peft(model, base, adapter, tensors=described.tensors, config=described.config)

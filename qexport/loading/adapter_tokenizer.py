@@ -63,7 +63,7 @@ def choose_tokenizer(
         if rows != rows_before:
             return _without_tokenizer(merged, trained, rows, grown=rows > rows_before)
         return TokenizerChoice(merged.files, merged.config, tuple(_notes(merged, beside)))
-    own = tokenizer_from_files(beside, merged.config, name="the adapter")
+    own = _adapter_tokenizer(merged, beside)
     base = _base_tokenizer(merged)
     if base is not None and not _adds(own, base) and _size(base) <= rows:
         return TokenizerChoice(merged.files, merged.config, tuple(_notes(merged, beside)))
@@ -74,6 +74,18 @@ def choose_tokenizer(
             mend="save the adapter once more where it was trained, with save_embedding_layers=True",
         )
     return _of_adapter(merged, beside, own, base)
+
+
+def _adapter_tokenizer(merged: Checkpoint, beside: Mapping[str, bytes]) -> PreTrainedTokenizerBase:
+    try:
+        return tokenizer_from_files(beside, merged.config, name="load.adapter")
+    except InputError as error:
+        raise InputError(
+            f"the tokenizer beside the adapter cannot be used: {error.what}",
+            where="load.adapter",
+            mend="save it once more with tokenizer.save_pretrained, or remove its files from the adapter's folder, and "
+            "the base's is used",
+        ) from error
 
 
 def _base_tokenizer(merged: Checkpoint) -> PreTrainedTokenizerBase | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 
 from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.artifact.digests import FileDigests, sha256_bytes, sha256_file
+from qexport.artifact.names import last_component
 from qexport.errors import InputError, RecipeError
 from qexport.loading import LoadSettings
 from qexport.loading.gguf_checkpoint import read_gguf
@@ -183,9 +184,44 @@ def locate_adapter(settings: LoadSettings, *, progress: ProgressCallback = silen
     """
     if settings.adapter is None:
         return None
-    reference = _found(settings.adapter, settings.adapter_revision, field="load.adapter")
+    return _located(settings.adapter, settings.adapter_revision, field="load.adapter", progress=progress)
+
+
+def locate_adapters(
+    settings: LoadSettings, *, progress: ProgressCallback = silent
+) -> list[tuple[AdapterFolder, float]]:
+    """The recipe's `load.adapters`, each with its weight.
+
+    Raises:
+        InputError: as for `locate_adapter`; or one is listed twice.
+        RecipeError: a revision is given for a local folder.
+    """
+    found = [
+        (_located(each.path, each.revision, field=f"load.adapters.{index}.path", progress=progress), each.weight)
+        for index, each in enumerate(settings.adapters)
+    ]
+    digests = [tuple(adapter.origin.sha256.values()) for adapter, _ in found]
+    if len(set(digests)) < len(digests):
+        raise InputError(
+            "two of the adapters are the same",
+            where="load.adapters",
+            mend="list each once, with the sum of its weights",
+        )
+    return found
+
+
+def combined_origin(adapters: Sequence[tuple[AdapterFolder, float]]) -> Origin:
+    """Where a combination of adapters came from."""
+    parts = tuple((adapter.origin, weight) for adapter, weight in adapters)
+    digests = {f"{i}/{file}": value for i, (origin, _) in enumerate(parts, 1) for file, value in origin.sha256.items()}
+    names = "+".join(last_component(origin.name) for origin, _ in parts)
+    return Origin("combination", names, sha256=digests, parts=parts)
+
+
+def _located(text: str, revision: str | None, *, field: str, progress: ProgressCallback) -> AdapterFolder:
+    reference = _found(text, revision, field=field)
     if isinstance(reference, PackageReference):
-        raise InputError("an adapter cannot be a file inside a package", where="load.adapter", mend="name its folder")
+        raise InputError("an adapter cannot be a file inside a package", where=field, mend="name its folder")
     if isinstance(reference, Path):
         folder = _with_adapter(reference, progress)
         return _adapter_folder(folder, "folder", folder.resolve().name)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import Field
+
+from qexport.records import added
 from qexport.settings import Settings
 
 
@@ -15,3 +18,14 @@ class MergeSettings(Settings):
 
     strict_base: bool = False
     """Refuse an adapter whose `base_model_name_or_path` differs from the base's name, instead of warning."""
+
+    combination: Literal["linear", "ties", "dare_linear", "dare_ties", "cat"] = added("linear")
+    """How several adapters (`load.adapters`) become one, as by PEFT's `add_weighted_adapter`: `linear` and `ties`
+    combine their factors, `dare_*` after dropping random values; `cat` adds up what they change, at any ranks.
+    """
+
+    density: Annotated[float, Field(gt=0, le=1)] = added(0.5)
+    """The share of values that `ties` and `dare_*` keep of each adapter."""
+
+    seed: int = added(0)
+    """For the values that `dare_*` drops."""

@@ -38,7 +38,7 @@ def with_vocabulary(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
         adapter: headers have been read.
 
     Raises:
-        InputError: the adapter's tensors have several numbers of rows.
+        InputError: the adapter's tensors have several numbers of rows, or it names a token far beyond the base's.
     """
     ends = _ends(checkpoint.architecture)
     rows = _rows(checkpoint.architecture.structure, ends, adapter)
@@ -131,7 +131,14 @@ def _rows(structure: Structure, ends: Mapping[str, str], adapter: Adapter) -> in
         )
     if found:
         return next(iter(found.values()))
-    largest = max(trained_tokens(adapter.config), default=-1)
+    named = trained_tokens(adapter.config)
+    largest = max(named, default=-1)
+    if largest - structure.vocab_size > len(named):  # then some added tokens are not among them
+        raise InputError(
+            f"the adapter {adapter.folder.name} trains token {largest}, and the base has {structure.vocab_size} tokens",
+            where="adapter_config.json: trainable_token_indices",
+            mend="give as load.base the base as it was resized for the training",
+        )
     return largest + 1 if largest >= structure.vocab_size else None
 
 

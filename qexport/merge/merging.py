@@ -1,9 +1,9 @@
-"""Merges an adapter into a base, lazily: everything is checked first, tensors are merged when they are read."""
+"""Merges adapters into a base, lazily: everything is checked first, tensors are merged when they are read."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,6 +15,7 @@ from qexport.errors import InputError, NumericalError
 from qexport.merge import MergeSettings
 from qexport.merge.adapter import CONFIG_FILE, Adapter, read_adapter
 from qexport.merge.changes import Change, ReadFactor
+from qexport.merge.combining import combined
 from qexport.merge.ends import refuse_unknown_rows, trained_tokens, untied, with_vocabulary
 from qexport.merge.plan import MergePlan
 from qexport.merge.replication import with_layers
@@ -35,7 +36,8 @@ class MergedAdapter:
         changed: the tensors of the base that it changes, in the base's order.
         tokens: those that it names as trained one by one.
         tensors: its tensors, named as PEFT names them.
-        targets: its target_modules without those that it has no tensors for; None for what its configuration says.
+        config: what stands for its adapter_config.json: without the targets that it has no tensors for, or of a
+            combination; None for the file's.
         notes: the notices for the user, for example that the adapter names another base.
     """
 
@@ -45,7 +47,7 @@ class MergedAdapter:
     changed: tuple[str, ...]
     tokens: frozenset[int]
     tensors: WeightSource
-    targets: tuple[str, ...] | None
+    config: Mapping[str, Any] | None
     notes: tuple[str, ...]
 
 
@@ -91,27 +93,63 @@ def merge(
         return _merged(checkpoint, {}, _no_factors, settings, None)
     if adapter_origin is None:
         raise ValueError("an adapter needs its origin")
-    return _merge_adapter(checkpoint, read_adapter(adapter), settings, adapter_origin, progress)
+    found = read_adapter(adapter)
+    config = found.config if found.untrained else None
+    notes = _notes(checkpoint, found, settings)
+    return _merge_adapter(checkpoint, found, settings, adapter_origin, progress, notes=notes, config=config)
+
+
+def merge_several(
+    checkpoint: Checkpoint,
+    adapters: Sequence[tuple[Path, float]],
+    settings: MergeSettings,
+    *,
+    origin: Origin,
+    progress: ProgressCallback = silent,
+) -> Merged:
+    """Merges a combination of LoRA adapters into a base, as `merge` does one.
+
+    Args:
+        checkpoint: the base, in 16 or 32 bits.
+        adapters: their folders, each with its weight.
+        settings: the recipe's `merge`.
+        origin: where the combination came from.
+        progress: gets a `Notice` for everything that is recorded in `MergedAdapter.notes`.
+
+    Raises:
+        InputError: as for `merge`.
+        CompatibilityError: as for `merge`, or an adapter cannot be combined with others.
+    """
+    read = [read_adapter(folder) for folder, _ in adapters]
+    notes = [f"{each.folder.name}: {note}" for each in read for note in _notes(checkpoint, each, settings)]
+    one = combined(read, [weight for _, weight in adapters], settings, describe_base(checkpoint))
+    weights = ", ".join(f"{each.folder.name} {weight:g}" for each, (_, weight) in zip(read, adapters, strict=True))
+    notes.append(f"{len(read)} adapters are combined ({settings.combination}): {weights}")
+    return _merge_adapter(checkpoint, one, settings, origin, progress, notes=notes, config=one.config)
 
 
 def _merge_adapter(
-    checkpoint: Checkpoint, adapter: Adapter, settings: MergeSettings, origin: Origin, progress: ProgressCallback
+    checkpoint: Checkpoint,
+    adapter: Adapter,
+    settings: MergeSettings,
+    origin: Origin,
+    progress: ProgressCallback,
+    *,
+    notes: Sequence[str],
+    config: Mapping[str, Any] | None,
 ) -> Merged:
     original = checkpoint
-    notes = tuple(_notes(checkpoint, adapter, settings))
     checkpoint = with_vocabulary(with_layers(checkpoint, adapter.config), adapter)
     plan, checkpoint = _planned(checkpoint, adapter)
     refuse_unknown_rows(plan, original)
-    notes += tuple(_notes_on_base(original, checkpoint)) + tuple(_absent_modules(plan))
-    notes += tuple(_untrained_modules(plan))
+    notes = (*notes, *_notes_on_base(original, checkpoint), *_absent_modules(plan), *_untrained_modules(plan))
     changes = plan.checked_changes()
     plan.check_finite()
     for note in notes:
         progress(Notice(note))
     changed = tuple(name for name in plan.base.weights if name in changes)
     tokens = frozenset(trained_tokens(adapter.config))
-    targets = tuple(adapter.config["target_modules"]) if adapter.untrained else None
-    described = MergedAdapter(adapter.peft_type, adapter.folder, origin, changed, tokens, adapter.file, targets, notes)
+    described = MergedAdapter(adapter.peft_type, adapter.folder, origin, changed, tokens, adapter.file, config, notes)
     return _merged(checkpoint, changes, adapter.read, settings, described)
 
 

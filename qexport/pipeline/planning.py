@@ -9,18 +9,26 @@ from pathlib import Path
 from typing import Any, Final
 
 from qexport.amounts import counted, size
+from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.devices import find_device
 from qexport.architectures.structure import Structure
 from qexport.artifact.baseline import BaselineRecord
+from qexport.errors import CompatibilityError
 from qexport.export.layouts import Layout, make_layouts
 from qexport.formats import Outputs
 from qexport.hidden_packages import hidden
 from qexport.loading import LoadSettings
 from qexport.loading.adapter_tokenizer import choose_tokenizer
-from qexport.loading.checkpoint import AdapterFolder, load_checkpoint, locate_adapter
+from qexport.loading.checkpoint import (
+    AdapterFolder,
+    combined_origin,
+    load_checkpoint,
+    locate_adapter,
+    locate_adapters,
+)
 from qexport.loading.small_files import open_tokenizer
 from qexport.merge import MergeSettings
-from qexport.merge.merging import Merged, merge
+from qexport.merge.merging import Merged, merge, merge_several
 from qexport.pipeline.baseline import read_baseline
 from qexport.pipeline.expectations import Expected, expect
 from qexport.pipeline.layer_types import LayerType, layer_types, type_lines
@@ -36,10 +44,33 @@ _FILES_SHOWN: Final = 2
 def load_merged(load: LoadSettings, merging: MergeSettings, *, progress: ProgressCallback) -> Merged:
     """The merged model. Only headers of the base have been read."""
     checkpoint, adapter = load_checkpoint(load, progress=progress), locate_adapter(load, progress=progress)
+    rows = checkpoint.architecture.structure.vocab_size
+    if load.adapters:
+        return _combined(checkpoint, locate_adapters(load, progress=progress), merging, progress)
     if adapter is None:
         return merge(checkpoint, None, merging, progress=progress)
     merged = merge(checkpoint, adapter.path, merging, adapter_origin=adapter.origin, progress=progress)
-    return _with_tokenizer(merged, adapter, checkpoint.architecture.structure.vocab_size, progress)
+    return _with_tokenizer(merged, adapter, rows, progress)
+
+
+def _combined(
+    checkpoint: Checkpoint,
+    adapters: Sequence[tuple[AdapterFolder, float]],
+    merging: MergeSettings,
+    progress: ProgressCallback,
+) -> Merged:
+    """Several adapters merged as one. They have one tokenizer, the base's."""
+    folders = [(adapter.path, weight) for adapter, weight in adapters]
+    merged = merge_several(checkpoint, folders, merging, origin=combined_origin(adapters), progress=progress)
+    rows = checkpoint.architecture.structure.vocab_size
+    for adapter, _ in adapters:
+        if choose_tokenizer(checkpoint, adapter.files, set(), rows_before=rows).files is not checkpoint.files:
+            raise CompatibilityError(
+                f"the adapter {adapter.path.name} cannot be combined with others: its tokenizer adds tokens",
+                where="load.adapters",
+                mend="merge this adapter alone, save the model, and merge the others into it",
+            )
+    return merged
 
 
 def _with_tokenizer(merged: Merged, adapter: AdapterFolder, rows_before: int, progress: ProgressCallback) -> Merged:

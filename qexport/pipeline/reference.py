@@ -145,9 +145,7 @@ def prepare_reference(
     """
     checkpoint, adapter = merged.checkpoint, merged.adapter
     live = (
-        LiveAdapter(merged.base, adapter.folder, merged.unrounded, adapter.tensors, adapter.targets)
-        if adapter
-        else None
+        LiveAdapter(merged.base, adapter.folder, merged.unrounded, adapter.tensors, adapter.config) if adapter else None
     )
     reference = Reference(
         merged=checkpoint,

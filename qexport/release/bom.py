@@ -88,18 +88,17 @@ def _model(manifest: Manifest, name: str, version: str) -> Component:
 
 
 def _sources(manifest: Manifest) -> Iterator[Component]:
-    for role, source in (("base", manifest.base), ("adapter", manifest.adapter)):
-        if source is not None:
-            uri, licenses = source_uri(source), spdx_licenses([source])
-            yield Component(
-                type=ComponentType.MACHINE_LEARNING_MODEL,
-                bom_ref=role,
-                name=source.name,
-                version=source.revision,
-                purl=PackageURL.from_string(uri) if uri else None,
-                licenses=[LicenseFactory().make_from_string(each) for each in licenses],
-                components=[_file(f"{role}/", file, digest) for file, digest in sorted(source.sha256.items())],
-            )
+    for role, source in manifest.roles:
+        uri, licenses = source_uri(source), spdx_licenses([source])
+        yield Component(
+            type=ComponentType.MACHINE_LEARNING_MODEL,
+            bom_ref=role,
+            name=source.name,
+            version=source.revision,
+            purl=PackageURL.from_string(uri) if uri else None,
+            licenses=[LicenseFactory().make_from_string(each) for each in licenses],
+            components=[_file(f"{role}/", file, digest) for file, digest in sorted(source.sha256.items())],
+        )
 
 
 def _datasets(manifest: Manifest, proof: Proof | None) -> Iterator[Component]:

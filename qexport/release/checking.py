@@ -260,8 +260,8 @@ def _compare_bom(artifact: Artifact) -> None:
     content = read_object(place)
     found = [*_hashed(content.get("metadata", {})), *_hashed(content)]
     expected = _subjects(manifest)
-    for role, source in (("base", manifest.base), ("adapter", manifest.adapter)):
-        expected |= {f"{role}/{file}": digest for file, digest in source.sha256.items()} if source else {}
+    for role, source in manifest.roles:
+        expected |= {f"{role}/{file}": digest for file, digest in source.sha256.items()}
     wrong = sorted(expected.keys() - {name for name, _ in found})
     wrong += [name for name, digest in found if name in expected and expected[name] != digest]
     if wrong:

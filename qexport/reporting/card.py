@@ -96,8 +96,8 @@ class CardFacts:
 
     @property
     def sources(self) -> list[SourceRecord]:
-        """Base and adapter."""
-        return [self.base, *([self.adapter] if self.adapter else [])]
+        """Base and adapters."""
+        return [self.base, *(self.adapter.each if self.adapter else [])]
 
     @property
     def model(self) -> str:

@@ -96,13 +96,15 @@ class Origin:
         revision: the commit that a hub id resolved to, or the package's version.
         sha256: hex digest of each file read, by its name inside the folder.
         terms: its license.
+        parts: what a combination of adapters was made of, with the weight of each; else empty.
     """
 
-    kind: Literal["folder", "hub", "package"]
+    kind: Literal["folder", "hub", "package", "combination"]
     name: str
     revision: str | None = None
     sha256: Mapping[str, str] = field(default_factory=dict)
     terms: Terms = Terms()
+    parts: tuple[tuple[Origin, float], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -56,14 +56,14 @@ class LiveAdapter:
         folder: the adapter's.
         unrounded: the merged model in float32, before its tensors are rounded to the dtype of the merge.
         tensors: the adapter's, named as PEFT names them; None for those of its file.
-        targets: the modules that it changes; None for those of its configuration.
+        config: what stands for its adapter_config.json; None for the file.
     """
 
     base: Checkpoint
     folder: Path
     unrounded: Checkpoint
     tensors: WeightSource | None = None
-    targets: tuple[str, ...] | None = None
+    config: Mapping[str, Any] | None = None
 
 
 class NotMeasured(Exception):
@@ -119,7 +119,7 @@ def compare_merge(
     """
     ids = input_ids[:WINDOWS, :_TOKENS]
     runners: list[BlockRunner] = [
-        LiveRunner(live.base, live.folder, dtype=dtype, device=device, tensors=live.tensors, targets=live.targets)
+        LiveRunner(live.base, live.folder, dtype=dtype, device=device, tensors=live.tensors, config=live.config)
     ]
     runners += [
         BlockRunner(each.architecture, each.weights, dtype=dtype, device=device)
@@ -146,7 +146,7 @@ class LiveRunner(BlockRunner):
         dtype: the dtype to compute in, at least float32.
         device: where to compute.
         tensors: the adapter's; None for those of its file.
-        targets: the modules that it changes; None for those of its configuration.
+        config: what stands for its adapter_config.json; None for the file.
 
     Raises:
         NotMeasured: PEFT cannot load the adapter, or does not find all tensors of it.
@@ -161,7 +161,7 @@ class LiveRunner(BlockRunner):
         dtype: torch.dtype,
         device: torch.device,
         tensors: WeightSource | None = None,
-        targets: tuple[str, ...] | None = None,
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
@@ -169,11 +169,11 @@ class LiveRunner(BlockRunner):
         self._adapter: WeightSource = tensors or SafetensorsFile(folder / _FILE)
         self._shapes = {key: spec.shape for key, spec in self._adapter.specs().items()}
         with _of_peft("load"):
-            self._live = _wrapped(self._model, folder, targets)
-            config: Any = self._live.peft_config[_NAME]
-        self._constants = _constants(config, self._shapes)
+            self._live = _wrapped(self._model, folder, config)
+            known: Any = self._live.peft_config[_NAME]
+        self._constants = _constants(known, self._shapes)
         self._modules_of = _modules_of([*self._shapes, *self._constants], base.architecture.naming)
-        prefix = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
+        prefix = PEFT_TYPE_TO_PREFIX_MAPPING[known.peft_type]
         if any(prefix in key and _NAME in key for key in self._fill(set())):  # PEFT's own rule, at which it only warns
             raise NotMeasured("PEFT does not find all tensors of the adapter")
 
@@ -231,15 +231,18 @@ class LiveRunner(BlockRunner):
         return tensor.to(device=self.device, dtype=self.dtype if tensor.is_floating_point() else None)
 
 
-def _wrapped(model: PreTrainedModel, folder: Path, targets: tuple[str, ...] | None) -> PeftModel:
+def _wrapped(model: PreTrainedModel, folder: Path, given: Mapping[str, Any] | None) -> PeftModel:
     """The model on the meta device with PEFT's layers around its own, which stay as they are."""
-    from peft import PeftConfig, get_peft_model
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, get_peft_model
 
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), nothing_compiled():
         warnings.simplefilter("ignore")
-        config: Any = PeftConfig.from_pretrained(str(folder), inference_mode=True)
-        if targets is not None:
-            config.target_modules = set(targets)
+        if given is None:
+            config: Any = PeftConfig.from_pretrained(str(folder), inference_mode=True)
+        else:
+            kind: Any = PEFT_TYPE_TO_CONFIG_MAPPING[given["peft_type"]]
+            known = {each.name for each in fields(kind)}
+            config = kind(**{key: value for key, value in given.items() if key in known} | {"inference_mode": True})
         if config.peft_type == "LORA":
             config.layer_replication = None  # the base has the layers already
         if config.peft_type == "SHIRA":

@@ -104,5 +104,5 @@ def test_an_adapter_that_is_nowhere_is_refused() -> None:
 
 def test_a_revision_of_a_local_adapter_is_refused(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(adapter.parent)
-    with pytest.raises(RecipeError, match="local folder 'my adapter'"):
+    with pytest.raises(RecipeError, match="local path 'my adapter'"):
         locate_adapter(settings(adapter.name, adapter_revision="main"))

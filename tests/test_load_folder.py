@@ -357,4 +357,4 @@ def test_a_file_in_place_of_a_folder_is_refused(model: Path) -> None:
 
 def test_a_revision_of_a_local_folder_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(model.parent)
-    assert "local folder 'model'" in refusal("model", RecipeError, revision="main")
+    assert "local path 'model'" in refusal("model", RecipeError, revision="main")

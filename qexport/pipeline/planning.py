@@ -20,6 +20,7 @@ from qexport.loading.checkpoint import load_checkpoint, locate_adapter
 from qexport.loading.small_files import open_tokenizer
 from qexport.merge import MergeSettings
 from qexport.merge.merging import Merged, merge
+from qexport.pipeline.adapter_survival import refuse_same_code_book
 from qexport.pipeline.baseline import read_baseline
 from qexport.pipeline.expectations import Expected, expect
 from qexport.pipeline.layer_types import LayerType, layer_types, type_lines
@@ -106,6 +107,7 @@ class Plan:
         quantized = len(self.outputs.quantized)
         return {
             "base": self.merged.checkpoint.origin.name,
+            "base_read_as": self.merged.checkpoint.origin.read_as,
             "adapter": adapter.origin.name if adapter else None,
             "changed_tensors": len(adapter.changed) if adapter else 0,
             "notes": self._notes(),
@@ -132,10 +134,10 @@ class Plan:
         quantized = len(self.outputs.quantized)
         layouts = ", ".join(f"{each.name} {size(each.weights.total_bytes, decimals=1)}" for each in self.layouts)
         shared = f" (on disk {size(self.total_bytes, decimals=1)})" if len(self.layouts) > 1 else ""
-        parameters = self.layouts[0].weights.parameters
+        parameters, read_as = self.layouts[0].weights.parameters, self.merged.checkpoint.origin.read_as
         return [
             f"base      {self.merged.checkpoint.origin.name}, {len(self.structure.blocks)} blocks, "
-            f"{parameters / 1e6:,.1f}M parameters",
+            f"{parameters / 1e6:,.1f}M parameters{f'; {read_as}' if read_as else ''}",
             f"adapter   {f'{adapter.origin.name}, changes {len(adapter.changed)} tensors' if adapter else 'none'}",
             f"quantize  {quantized} layers with {self.recipe.quantize.title}; "
             f"{len(self.outputs.specs) - quantized} tensors stay unquantized",
@@ -235,6 +237,7 @@ def plan(recipe: Recipe, *, texts: bool = False, progress: ProgressCallback = si
     if texts and recipe.verify is not None:
         read_evaluation(recipe.verify, open_tokenizer(merged.checkpoint), merged.checkpoint, progress=progress)
     outputs = recipe.quantize.plan(merged.checkpoint)
+    refuse_same_code_book(recipe.merge, recipe.quantize, merged, outputs)
     layouts = make_layouts(recipe.export, outputs, structure, merged.checkpoint)
     stored = sum(group[0].weights.total_bytes for group in _distinct(layouts))
     expected = expect(recipe, merged, outputs, stored)

@@ -146,6 +146,7 @@ def source_record(origin: Origin, role: Literal["base", "adapter"]) -> SourceRec
         revision=origin.revision,
         sha256=dict(origin.sha256),
         terms=None if origin.terms == Terms() else _terms(origin, role),
+        read_as=origin.read_as,
     )
 
 
@@ -179,7 +180,7 @@ def _unconfirmed(opened: ArtifactFolder, measured: Measurement, served: ServedAr
 
 def _identity(reference: Reference) -> Identity:
     return Identity(
-        base_sha256=_one_digest(reference.base.origin.sha256),
+        base_sha256=_digest_of_base(reference.base.origin),
         adapter_sha256=_one_digest(reference.adapter.sha256) if reference.adapter else None,
         text_sha256=reference.held_out.sha256,
         prompts_sha256=reference.prompts.prompt_set.sha256 if reference.prompts else None,
@@ -200,6 +201,11 @@ def _protocol(reference: Reference, measured: Measurement) -> Protocol:
         looks=measured.looks,
         confidence=1 - ALPHA,
     )
+
+
+def _digest_of_base(origin: Origin) -> str:
+    """Of the base's files, and of what they are read as, since other weights come from the same files then."""
+    return _one_digest({**origin.sha256, **({"": origin.read_as} if origin.read_as else {})})
 
 
 def _one_digest(files: Mapping[str, str]) -> str:

@@ -11,8 +11,8 @@ import torch
 from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.structure import Structure
 from qexport.formats import Outputs
+from qexport.formats.bitsandbytes.four_bit_codes import quantize as quantize_blocks
 from qexport.progress import Progress
-from qexport.quantizing.bitsandbytes_4bit import quantize as quantize_blocks
 from qexport.quantizing.method import PassInputs, RoundingMethod
 from qexport.quantizing.row_int8 import llm_int8, w8a8
 from qexport.quantizing.selection import notes_on_experts, select_rounded
@@ -20,6 +20,7 @@ from qexport.quantizing.solver import Options, round_to_nearest
 from qexport.records import LayerRecord
 from qexport.tensors import (
     BlockQuantized,
+    GroupQuantized,
     GroupQuantizedSpec,
     NestedAbsmax,
     OutputSpec,
@@ -61,12 +62,14 @@ class NearestSource:
         if not name.endswith(".weight") or module not in self._grids:
             return tensor
         matrix = tensor.t() if module in self._transposed else tensor
-        rounded = round_to_nearest(matrix.to(torch.float32), _options(self._grids[module])).dequantize(tensor.dtype)
+        rounded = nearest_on(matrix, self._grids[module]).dequantize(tensor.dtype)
         return rounded.t().contiguous() if module in self._transposed else rounded
 
 
-def _options(grid: GroupQuantizedSpec) -> Options:
-    return Options(grid.bits, grid.group_size, "original", grid.sym, damp_percent=0.0, search=False)
+def nearest_on(matrix: torch.Tensor, grid: GroupQuantizedSpec) -> GroupQuantized:
+    """A matrix [out, in], rounded to nearest on grids that span each group's largest value or its range."""
+    options = Options(grid.bits, grid.group_size, "original", grid.sym, damp_percent=0.0, search=False)
+    return round_to_nearest(matrix.to(torch.float32), options)
 
 
 def is_rounded(weight: torch.Tensor, quantized: Quantized) -> bool:

@@ -96,6 +96,7 @@ class Origin:
         revision: the commit that a hub id resolved to, or the package's version.
         sha256: hex digest of each file read, by its name inside the folder.
         terms: its license.
+        read_as: what its weights were turned into when they were read, for people; None if they are used as stored.
     """
 
     kind: Literal["folder", "hub", "package"]
@@ -103,6 +104,7 @@ class Origin:
     revision: str | None = None
     sha256: Mapping[str, str] = field(default_factory=dict)
     terms: Terms = Terms()
+    read_as: str | None = None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ class LoadSettings(Settings):
     """Where the base model and the adapter come from."""
 
     base: str
-    """A folder, a hub id (`org/name`), or `pkg:package/file.gguf`: a GGUF file inside an installed package."""
+    """A folder, a hub id (`org/name`), or `pkg:package/file.gguf`: a GGUF file inside an installed package. A base that
+    bitsandbytes or GPTQ has quantized is used as what it dequantizes to."""
 
     revision: str | None = None
     """Branch, tag or commit of a hub id. Recorded as the commit that it resolved to."""

@@ -3,7 +3,7 @@
 Which layers are quantized follows transformers 5.23 (`replace_with_bnb_linear`, `get_keys_to_not_convert`). The values
 are those of bitsandbytes 0.50 (`Params4bit`, `gemm_4bit`): the weight is cast to the dtype that the model is loaded
 in and quantized; each value is computed in float32 and rounded once, to the dtype that is computed in. That is usually
-the loaded one, to which `dequantize_4bit`, and so PEFT's merge, always rounds. PEFT adds the adapter's change in float32.
+the loaded one, to which `dequantize_4bit`, and so PEFT's merge, always rounds. PEFT adds the change in float32.
 """
 
 from __future__ import annotations
@@ -37,9 +37,16 @@ def as_trained(checkpoint: Checkpoint, how: TrainedOn) -> Checkpoint:
         how: training quantized it.
 
     Raises:
-        CompatibilityError: `load_in_4bit` quantizes no layer of this model, or not in a way that is known.
+        CompatibilityError: the base is quantized already, or `load_in_4bit` quantizes no layer of this model, or not in
+            a way that is known.
         InputError: an entry of `skip_modules` is a pattern that is not supported.
     """
+    if checkpoint.origin.read_as is not None:
+        raise CompatibilityError(
+            f"the base is quantized already ({checkpoint.origin.read_as}), so that nothing is left to be rounded",
+            where="merge.base: as_trained",
+            mend="set merge.base: stored, or name the 16-bit model that training quantized as load.base",
+        )
     layers = quantized_layers(checkpoint.architecture, how)
     if not layers:
         raise CompatibilityError(

@@ -2,39 +2,62 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from qexport.errors import CompatibilityError
 from qexport.formats import Outputs
-from qexport.merge import MergeSettings
+from qexport.merge import MergeSettings, TrainedOn
 from qexport.merge.merging import Merged
 from qexport.merge.trained_base import quantized_layers
 from qexport.quantizing.adapter_survival import SAMPLED, Survival, spread, survivals, together
 from qexport.quantizing.method import Method
 from qexport.quantizing.nf4 import Nf4
 
+_LOST: Final = 0.5
+"""A base that lies on no grid keeps nearly all of a change, however small it is: rounding is right on average."""
 
-def refuse_same_code_book(settings: MergeSettings, method: Method, merged: Merged, outputs: Outputs) -> None:
-    """Refuses to round the base of a training to the code book that training rounded it to.
 
-    Its values lie on that grid already, so that most of what the adapter adds is rounded away again.
+def refuse_same_grid(settings: MergeSettings, method: Method, merged: Merged, outputs: Outputs) -> None:
+    """Refuses to round a base to the grid that it lies on already: most of what the adapter adds is rounded away then.
 
     Raises:
         CompatibilityError: with the share of the adapter that would be left.
     """
-    how = settings.trained_on
-    if how is None or not isinstance(method, Nf4):
-        return
-    if (method.quant_type, method.block_size) != (how.quant_type, how.block_size):
+    names = changed_layers(merged, outputs)
+    if settings.trained_on is not None:
+        _refuse_same_code_book(settings.trained_on, method, merged, outputs, names)
+    elif merged.base.origin.read_as is not None and names:
+        left = share_of(method, merged, outputs, names)
+        if left.share < _LOST:
+            raise _erased(
+                f"the base lies on the grid of {merged.base.origin.read_as.removesuffix(', dequantized')}",
+                left,
+                where=f"load.base, with quantize.method: {method.method}",
+                mend="name the 16-bit model that it was made from as load.base, or choose another method",
+            )
+
+
+def _refuse_same_code_book(
+    how: TrainedOn, method: Method, merged: Merged, outputs: Outputs, changed: list[str]
+) -> None:
+    if not isinstance(method, Nf4) or (method.quant_type, method.block_size) != (how.quant_type, how.block_size):
         return
     trained = quantized_layers(merged.base.architecture, how)
-    names = [name for name in changed_layers(merged, outputs) if name in trained]
-    if not names:
-        return
-    left = share_of(method, merged, outputs, names)
-    raise CompatibilityError(
-        f"the adapter would not survive this: the base was rounded to {method.quant_type.upper()} in blocks of "
-        f"{how.block_size} in training, and rounded to it again, only {left.share:.1%} of the adapter's change is left",
-        where="merge.base: as_trained, with quantize.method: nf4",
-        mend="set merge.base: stored, or choose another method, for example gptq or int8",
+    if names := [name for name in changed if name in trained]:
+        raise _erased(
+            f"the base was rounded to {method.quant_type.upper()} in blocks of {how.block_size} in training",
+            share_of(method, merged, outputs, names),
+            where="merge.base: as_trained, with quantize.method: nf4",
+            mend="set merge.base: stored, or choose another method, for example gptq or int8",
+        )
+
+
+def _erased(reason: str, left: Survival, *, where: str, mend: str) -> CompatibilityError:
+    return CompatibilityError(
+        f"the adapter would not survive this: {reason}, and rounded to it again, only {left.share:.1%} of the "
+        "adapter's change is left",
+        where=where,
+        mend=mend,
     )
 
 

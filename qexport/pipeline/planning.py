@@ -20,7 +20,7 @@ from qexport.loading.checkpoint import load_checkpoint, locate_adapter
 from qexport.loading.small_files import open_tokenizer
 from qexport.merge import MergeSettings
 from qexport.merge.merging import Merged, merge
-from qexport.pipeline.adapter_survival import refuse_same_code_book
+from qexport.pipeline.adapter_survival import refuse_same_grid
 from qexport.pipeline.baseline import read_baseline
 from qexport.pipeline.expectations import Expected, expect
 from qexport.pipeline.layer_types import LayerType, layer_types, type_lines
@@ -237,7 +237,7 @@ def plan(recipe: Recipe, *, texts: bool = False, progress: ProgressCallback = si
     if texts and recipe.verify is not None:
         read_evaluation(recipe.verify, open_tokenizer(merged.checkpoint), merged.checkpoint, progress=progress)
     outputs = recipe.quantize.plan(merged.checkpoint)
-    refuse_same_code_book(recipe.merge, recipe.quantize, merged, outputs)
+    refuse_same_grid(recipe.merge, recipe.quantize, merged, outputs)
     layouts = make_layouts(recipe.export, outputs, structure, merged.checkpoint)
     stored = sum(group[0].weights.total_bytes for group in _distinct(layouts))
     expected = expect(recipe, merged, outputs, stored)

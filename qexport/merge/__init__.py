@@ -25,10 +25,10 @@ class TrainedOn(Settings):
     skip_modules: list[str] | None = added()
     """`llm_int8_skip_modules`, if training set it: what was not quantized. Without it, only the head was not."""
 
-    dtype: Literal["bfloat16", "float16", "float32"] | None = added()
+    dtype: Literal["float32", "float16", "bfloat16"] | None = added()
     """The dtype that training loaded the base in (`torch_dtype`), if it is not the stored one."""
 
-    compute_dtype: Literal["bfloat16", "float16", "float32"] | None = added()
+    compute_dtype: Literal["float32", "float16", "bfloat16"] | None = added()
     """`bnb_4bit_compute_dtype`, if it is not that of the loaded base: the dequantized weights are rounded to it."""
 
     transformers: Literal[4, 5] = 5

@@ -1,19 +1,21 @@
-"""How much of an adapter's change survives the rounding of a layer, from the weights alone.
+"""How much of an adapter's change survives the merge's rounding and the quantization, from the weights alone.
 
-With the base's weights B, the change D and the rounding Q it is <Q(B + D) - Q(B), D> / <D, D>: 1 if the rounded
-weights move as the weights do, on average over all of them, and 0 if the adapter moves none across a boundary. A change
-that is small beside the steps of the grid survives on average, because some weights lie near a boundary. It does not if
-the base lies on the grid already, as one does that was rounded to the same code book in training.
+With the base's weights B, the change D before anything is rounded, the merge's dtype R and the quantization Q it is
+<Q(R(B + D)) - Q(R(B)), D> / <D, D>: 1 if the stored weights move as the adapter says, on average over all of them, and
+0 if it moves none of them to another value. What is small beside the steps of a grid survives on average, because some
+weights lie near the middle between two values. It does not where the base lies on the grid already: bfloat16's own, in
+which most bases are stored, or the code book that training rounded the base to.
 
-GPTQ's codes depend on calibration text. Its layers are rounded to nearest here, on grids without a search: that tells
-what the grid can hold.
+GPTQ's codes depend on calibration text. Before they are known its layers are rounded to nearest, on grids without a
+search: that tells what the grids can hold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 import torch
 
@@ -22,10 +24,10 @@ from qexport.formats import Outputs
 from qexport.quantizing.method import Method, RoundingMethod
 from qexport.quantizing.rounding import nearest_on
 from qexport.reading.filled_model import dequantize
-from qexport.tensors import GroupQuantizedSpec, QuantizedSpec
+from qexport.tensors import GroupQuantizedSpec, OutputSpec, TensorSpec
 
-SAMPLED: Final = 32_000_000
-"""Weights that are rounded where an estimate is enough."""
+SAMPLED: Final = 8_000_000
+"""Weights that are rounded where an estimate is enough, some tenths of a second's work."""
 
 
 @dataclass(frozen=True)
@@ -33,68 +35,98 @@ class Survival:
     """How much of the change of one or more layers survives.
 
     Attributes:
-        kept: the sum of <Q(B + D) - Q(B), D>.
         change: the sum of <D, D>.
+        merged: the sum of <R(B + D) - R(B), D>.
+        kept: the sum of <Q(R(B + D)) - Q(R(B)), D>.
     """
 
-    kept: float
     change: float
+    merged: float
+    kept: float
 
     @property
     def share(self) -> float:
-        """What survives; 1 if nothing changes."""
+        """What survives both; 1 if nothing changes."""
         return self.kept / self.change if self.change else 1.0
 
+    @property
+    def merged_share(self) -> float:
+        """What survives the rounding of the merge."""
+        return self.merged / self.change if self.change else 1.0
 
-def together(layers: Sequence[Survival]) -> Survival:
+
+def together(layers: Iterable[Survival]) -> Survival:
     """Some layers as one."""
-    return Survival(sum(each.kept for each in layers), sum(each.change for each in layers))
+    sums = [math.fsum(each) for each in zip(*((one.change, one.merged, one.kept) for one in layers), strict=True)]
+    return Survival(*sums)
+
+
+class Merged(Protocol):
+    """A model, and what it was merged from."""
+
+    @property
+    def base(self) -> Checkpoint:
+        """The model without the adapter."""
+        ...
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The merged model."""
+        ...
+
+    @property
+    def unrounded(self) -> Checkpoint:
+        """The merged model in float32, before its tensors are rounded."""
+        ...
 
 
 Rounded = Callable[[torch.Tensor], torch.Tensor]
 """From a matrix [out, in] to the values that stand for it, in float32."""
 
 
-def kept_of_rows(base: torch.Tensor, merged: torch.Tensor, rounded: Rounded) -> torch.Tensor:
-    """float64 [out, 2]: <Q(B + D) - Q(B), D> and <D, D> of each row.
+def survival(base: torch.Tensor, merged: torch.Tensor, unrounded: torch.Tensor, rounded: Rounded) -> Survival:
+    """What survives in one layer.
 
     Args:
-        base: [out, in], in the dtype of the merged matrix.
-        merged: [out, in].
+        base: [out, in], as it is stored.
+        merged: [out, in], in the dtype of the merge.
+        unrounded: [out, in], the merged matrix in float32.
         rounded: Q.
     """
-    change = merged.to(torch.float32) - base.to(torch.float32)
-    moved = rounded(merged) - rounded(base)
-    return torch.stack([(each * change).sum(1, dtype=torch.float64) for each in (moved, change)], 1)
+    before = base.to(merged.dtype)
+    change = unrounded - base.to(torch.float32)
+    moved = merged.to(torch.float32) - before.to(torch.float32)
+    kept = rounded(merged) - rounded(before)
+    return Survival(*(_product(each, change) for each in (change, moved, kept)))
 
 
-def survivals(
-    method: Method, outputs: Outputs, merged: Checkpoint, base: Checkpoint, names: Sequence[str]
-) -> Iterator[tuple[str, Survival]]:
-    """The share of each layer, one after the other. A layer takes its matrix four times in float32.
+def _product(one: torch.Tensor, other: torch.Tensor) -> float:
+    return math.fsum((one * other).sum(1, dtype=torch.float64).tolist())
+
+
+def survivals(method: Method, outputs: Outputs, merged: Merged, names: Iterable[str]) -> Iterator[tuple[str, Survival]]:
+    """What survives in each layer, one after the other. A layer takes its matrix six times in float32.
 
     Args:
-        method: rounds the layers.
+        method: quantizes the layers.
         outputs: what it will yield.
         merged: base and adapter.
-        base: the weights that the adapter was merged into.
-        names: the layers' weights, all of them quantized.
+        names: the layers' weights, matrices.
     """
-    transposed = merged.architecture.structure.transposed
+    transposed = merged.checkpoint.architecture.structure.transposed
     for name in names:
         module, spec = name.removesuffix(".weight"), outputs.specs[name]
-        assert isinstance(spec, QuantizedSpec)
-        after = merged.weights.read(name)
-        before = base.weights.read(name).to(after.dtype)
-        pair = [each.t().contiguous() if module in transposed else each for each in (before, after)]
-        kept, change = kept_of_rows(pair[0], pair[1], rounding_of(method, spec)).sum(0).tolist()
-        yield module, Survival(kept, change)
+        matrices = (each.weights.read(name) for each in (merged.base, merged.checkpoint, merged.unrounded))
+        turned = [each.t().contiguous() if module in transposed else each for each in matrices]
+        yield module, survival(turned[0], turned[1], turned[2], _rounding(method, spec))
 
 
-def rounding_of(method: Method, spec: QuantizedSpec) -> Rounded:
+def _rounding(method: Method, spec: OutputSpec) -> Rounded:
     """What a method makes of a matrix, by rounding alone."""
 
     def rounded(matrix: torch.Tensor) -> torch.Tensor:
+        if isinstance(spec, TensorSpec):
+            return matrix.to(torch.float32)
         if isinstance(method, RoundingMethod):
             return dequantize(method.codes(matrix, spec), torch.float32)
         assert isinstance(spec, GroupQuantizedSpec)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -20,6 +21,7 @@ from qexport.quantizing.solver import Options, round_to_nearest
 from qexport.records import LayerRecord
 from qexport.tensors import (
     BlockQuantized,
+    BlockQuantizedSpec,
     GroupQuantized,
     GroupQuantizedSpec,
     NestedAbsmax,
@@ -72,21 +74,30 @@ def nearest_on(matrix: torch.Tensor, grid: GroupQuantizedSpec) -> GroupQuantized
     return round_to_nearest(matrix.to(torch.float32), options)
 
 
-def is_rounded(weight: torch.Tensor, quantized: Quantized) -> bool:
-    """Whether codes are exactly those that nf4, int8 or w8a8 computes. False for codes in groups along the inputs,
-    whose grids depend on more than the weights.
+Rounding = Callable[[torch.Tensor], Quantized]
+"""How a method rounds a matrix [out, in], each weight on its own."""
+
+
+def rounding_of(weight: torch.Tensor, quantized: Quantized) -> Rounding | None:
+    """How codes were found, if they are exactly those that nf4, int8 or w8a8 computes; else None. None for codes in
+    groups along the inputs, whose grids depend on more than the weights.
 
     Args:
         weight: the merged matrix [out, in].
         quantized: the codes.
     """
     if isinstance(quantized, BlockQuantized):
-        found = quantize_blocks(weight.to(quantized.spec.dtype).contiguous(), quantized.spec)
+        rounding = partial(_rounded_to_blocks, spec=quantized.spec)
+        found = rounding(weight)
         same = torch.equal(found.codes, quantized.codes) and torch.equal(found.absmax, quantized.absmax)
-        return same and _same_nested(found.nested, quantized.nested)
+        return rounding if same and _same_nested(found.nested, quantized.nested) else None
     if isinstance(quantized, RowQuantized):
-        return any(_same_rows(each(weight), quantized) for each in _row_methods(weight))
-    return False
+        return next((each for each in _row_methods(weight) if _same_rows(each(weight), quantized)), None)
+    return None
+
+
+def _rounded_to_blocks(weight: torch.Tensor, spec: BlockQuantizedSpec) -> BlockQuantized:
+    return quantize_blocks(weight.to(spec.dtype).contiguous(), spec)
 
 
 def _row_methods(weight: torch.Tensor) -> list[Callable[[torch.Tensor], RowQuantized]]:

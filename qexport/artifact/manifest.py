@@ -17,6 +17,7 @@ from qexport.artifact.digests import sha256_json
 from qexport.artifact.figures import Figure, GateResult, Verdict, find_figure
 from qexport.errors import InputError
 from qexport.records import LayerRecord, Record, added
+from qexport.tensors.strict_files import read_bounded
 
 MANIFEST_NAME = "qexport-manifest.json"
 LISTING_NAME: Final = "SHA256SUMS"
@@ -25,6 +26,7 @@ LICENSES_FOLDER: Final = "licenses"
 SIGNATURE_NAME: Final = "model.sig"
 REPORT_FOLDER = "report"
 SCHEMA_VERSION = 2
+_LARGEST: Final = 1 << 27
 
 
 class FileRecord(Record):
@@ -55,10 +57,10 @@ class TermsRecord(Record):
 class SourceRecord(Record):
     """Where a base model or an adapter came from."""
 
-    kind: Literal["folder", "hub", "package"]
+    kind: Literal["folder", "file", "hub", "package"]
 
     name: str
-    """The folder's last component, the hub id, or `package/file`."""
+    """The folder's or the file's last component, the hub id, or `package/file`."""
 
     revision: str | None
     """The commit that a hub id resolved to, or the package's version."""
@@ -279,7 +281,7 @@ def _canonical(content: Any) -> str:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8")  # `read_text` would turn a carriage return into a newline
+        return read_bounded(path, _LARGEST).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             "the manifest cannot be read", where=str(path), mend="give a folder that qexport has published"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import model_validator
 
-from qexport.references import PACKAGE_PREFIX, is_explicit_path
+from qexport.references import PACKAGE_PREFIX, is_explicit_path, names_gguf
 from qexport.settings import Settings
 
 
@@ -12,8 +12,8 @@ class LoadSettings(Settings):
     """Where the base model and the adapter come from."""
 
     base: str
-    """A folder, a hub id (`org/name`), or `pkg:package/file.gguf`: a GGUF file inside an installed package. A base that
-    bitsandbytes or GPTQ has quantized is used as what it dequantizes to."""
+    """A folder, a hub id (`org/name`), a GGUF file (`folder/model.gguf`), or one inside an installed package
+    (`pkg:package/file.gguf`). A base that bitsandbytes or GPTQ has quantized is used as what it dequantizes to."""
 
     revision: str | None = None
     """Branch, tag or commit of a hub id. Recorded as the commit that it resolved to."""
@@ -34,4 +34,4 @@ class LoadSettings(Settings):
 
 
 def _is_elsewhere(text: str) -> bool:
-    return is_explicit_path(text) or text.startswith(PACKAGE_PREFIX)
+    return is_explicit_path(text) or text.startswith(PACKAGE_PREFIX) or names_gguf(text)

@@ -21,7 +21,7 @@ from qexport.loading.quantized_base import DequantizedSource, take_quantization
 from qexport.loading.small_files import CONFIG_NAME, read_config, read_sidecars
 from qexport.loading.terms import CARD_NAME, FILE_PATTERNS, read_terms
 from qexport.progress import Notice, ProgressCallback, silent
-from qexport.references import HubReference, LocalReference, PackageReference, parse_reference
+from qexport.references import GGUF_SUFFIX, HubReference, LocalReference, PackageReference, names_gguf, parse_reference
 from qexport.tensors.safetensors_folder import SafetensorsFolder
 from qexport.tensors.source import Origin, TensorSpec
 from qexport.tensors.strict_files import contained_path
@@ -132,6 +132,8 @@ def load_checkpoint(settings: LoadSettings, *, progress: ProgressCallback = sile
         RecipeError: a revision is given for a local folder.
     """
     reference = _found(settings.base, settings.revision, field="load.base")
+    if isinstance(reference, Path) and reference.suffix == GGUF_SUFFIX:
+        return read_gguf(reference, kind="file", name=reference.name, progress=progress)
     if isinstance(reference, Path):
         return read_folder(reference, kind="folder", name=reference.resolve().name, progress=progress)
     if isinstance(reference, HubReference):
@@ -144,23 +146,26 @@ def load_checkpoint(settings: LoadSettings, *, progress: ProgressCallback = sile
             trusted_root=snapshot.trusted_root,
             progress=progress,
         )
-    return read_gguf(find_package_file(reference), progress=progress)
+    found = find_package_file(reference)
+    return read_gguf(found.path, kind="package", name=found.name, revision=found.version, progress=progress)
 
 
 def _found(text: str, revision: str | None, *, field: str) -> Path | HubReference | PackageReference:
-    """What a field of the recipe names. A local path must be an existing folder."""
+    """What a field of the recipe names. A local path must be an existing folder, or a GGUF file."""
     try:
         reference = parse_reference(text)
     except ValueError as error:
         raise InputError(str(error), where=field) from error
     if isinstance(reference, HubReference):
         return HubReference(reference.repo_id, revision)
-    return _folder(reference, revision, field) if isinstance(reference, LocalReference) else reference
+    return _local(reference, revision, field) if isinstance(reference, LocalReference) else reference
 
 
-def _folder(reference: LocalReference, revision: str | None, field: str) -> Path:
+def _local(reference: LocalReference, revision: str | None, field: str) -> Path:
     path = Path(reference.text).expanduser()
-    if not path.is_dir():
+    if names_gguf(reference.text) and not path.exists():
+        raise InputError(f"there is no file {reference.text!r}", where=field, mend="name an existing GGUF file")
+    if not (path.is_dir() or names_gguf(reference.text)):
         raise InputError(
             f"{reference.text!r} is a file, not a folder"
             if path.exists()
@@ -169,9 +174,7 @@ def _folder(reference: LocalReference, revision: str | None, field: str) -> Path
             mend="name the folder that holds config.json, or a hub id such as org/name",
         )
     if revision is not None:
-        raise RecipeError(
-            f"a revision was given for the local folder {reference.text!r}", where=field, mend="remove it"
-        )
+        raise RecipeError(f"a revision was given for the local path {reference.text!r}", where=field, mend="remove it")
     return path
 
 
@@ -198,8 +201,8 @@ def locate_adapter(settings: LoadSettings, *, progress: ProgressCallback = silen
     if settings.adapter is None:
         return None
     reference = _found(settings.adapter, settings.adapter_revision, field="load.adapter")
-    if isinstance(reference, PackageReference):
-        raise InputError("an adapter cannot be a file inside a package", where="load.adapter", mend="name its folder")
+    if isinstance(reference, PackageReference) or (isinstance(reference, Path) and not reference.is_dir()):
+        raise InputError("an adapter is a folder, and this names a file", where="load.adapter", mend="name its folder")
     if isinstance(reference, Path):
         digests = _check_files(reference, None)
         terms = read_terms(reference)

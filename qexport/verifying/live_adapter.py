@@ -26,8 +26,8 @@ from qexport.artifact.disk import disk_failure
 from qexport.hidden_packages import hidden
 from qexport.progress import Steps
 from qexport.tensors.safetensors_file import SafetensorsFile
-from qexport.verifying.divergence import TokenFigures, compare_with_kept
-from qexport.verifying.predictors import KeptLogits, run_in_lockstep
+from qexport.verifying.divergence import TokenFigures, compare_two
+from qexport.verifying.predictors import run_in_lockstep
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -95,9 +95,9 @@ def compare_merge(
 ) -> ComparedMerge:
     """The figures of the merged model, with base and adapter as PEFT computes them as the reference.
 
-    In memory is one block of one model, or one model's head, besides the hidden states of all four models and the
-    logits of one. Only the beginnings of some windows are used: hundreds of tokens are enough to see that an adapter is
-    missing or wrong.
+    In memory is one block of one model, or what two models' predictions need (`two_predictors`), besides the hidden
+    states of all four models. Only the beginnings of some windows are used: hundreds of tokens are enough to see that
+    an adapter is missing or wrong.
 
     Args:
         merged: the merged model.
@@ -123,10 +123,11 @@ def compare_merge(
     batches, _ = run_in_lockstep(
         runners, ids, lambda block: steps.finished_block("merge beside PEFT", block, blocks, tokens), drift=False
     )
-    with runners[0].head() as head:
-        reference = KeptLogits(batches[0], head)
     return ComparedMerge(
-        *(compare_with_kept(reference, *each, ids) for each in zip(runners[1:], batches[1:], strict=True))
+        *(
+            compare_two((runners[0], runner), (batches[0], hidden), ids)
+            for runner, hidden in zip(runners[1:], batches[1:], strict=True)
+        )
     )
 
 

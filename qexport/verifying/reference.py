@@ -21,11 +21,11 @@ from qexport.tensors import GroupQuantizedSpec, Origin, Quantized, WeightSource
 from qexport.text.prompts import EncodedPrompts
 from qexport.text.windows import HeldOut
 from qexport.verifying import VerifySettings
-from qexport.verifying.divergence import compare_with_kept
+from qexport.verifying.divergence import compare_two
 from qexport.verifying.document_sums import Baseline
 from qexport.verifying.estimates import divergence_figures, ratio_values
 from qexport.verifying.live_adapter import ComparedMerge, LiveAdapter, NotMeasured, compare_merge
-from qexport.verifying.predictors import KeptLogits, run_in_lockstep
+from qexport.verifying.predictors import run_in_lockstep
 from qexport.verifying.suites import NO_SUITES, Suites
 from qexport.verifying.units import Units, measured_once
 
@@ -68,9 +68,7 @@ def noise_floor(
     batches, _ = run_in_lockstep(
         runners, ids, lambda block: steps.finished_block("noise floor", block, blocks, tokens), drift=False
     )
-    with runners[0].head() as head:
-        narrow = KeptLogits(batches[0], head)
-    found = compare_with_kept(narrow, runners[1], batches[1], ids)
+    found = compare_two((runners[0], runners[1]), (batches[0], batches[1]), ids)
     units = Units([None] * len(ids), "window", found.kl.shape[1], len(ids))
     return {figure.name: figure.value for figure in divergence_figures(found, units)}
 

@@ -71,6 +71,10 @@ class SourceRecord(Record):
     terms: TermsRecord | None = added()
     """Null if its card names no license and no language, and no license or notice lies beside it."""
 
+    read_as: str | None = added()
+    """What the weights were turned into when they were read, for people: what a quantized base dequantizes to, or what
+    a 16-bit base was in training. Null if they were used as they are stored."""
+
     weight: float | None = added()
     """Its share, if it is one of several adapters."""
 

@@ -39,7 +39,7 @@ class LoadSettings(Settings):
 
     base: str
     """A folder, a hub id (`org/name`), a GGUF file (`folder/model.gguf`), or one inside an installed package
-    (`pkg:package/file.gguf`)."""
+    (`pkg:package/file.gguf`). A base that bitsandbytes or GPTQ has quantized is used as what it dequantizes to."""
 
     revision: str | None = None
     """Branch, tag or commit of a hub id. Recorded as the commit that it resolved to."""

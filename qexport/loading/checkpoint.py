@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import torch
 
@@ -19,6 +19,7 @@ from qexport.loading.gguf_checkpoint import read_gguf
 from qexport.loading.hub import Snapshot, fetch, fetch_base
 from qexport.loading.model_weights import ChunkedSource, find_architecture, fit_to_model, refuse_untied_copies
 from qexport.loading.packaged import find_package_file
+from qexport.loading.quantized_base import DequantizedSource, take_quantization
 from qexport.loading.small_files import CONFIG_NAME, SIDECAR_PATTERNS, read_config, read_sidecars
 from qexport.loading.terms import CARD_NAME, FILE_PATTERNS, read_terms
 from qexport.progress import Notice, ProgressCallback, silent
@@ -45,14 +46,16 @@ def read_folder(
         name: the origin's name.
         revision: the commit, for a hub's model.
         trusted_root: where symbolic links may lead; the folder itself if None.
-        progress: is called with keys of config.json that are dropped.
+        progress: is called with keys of config.json that are dropped, and if the weights are quantized.
     """
     config = read_config(folder, trusted_root=trusted_root, progress=progress)
+    quantization = take_quantization(config, str(folder / CONFIG_NAME))
     files = read_sidecars(folder, trusted_root=trusted_root)
     source = SafetensorsFolder(folder, trusted_root=trusted_root)
     try:
         architecture = find_architecture(config, tensors=len(source.specs()))
-        named = with_prefix(source, architecture)
+        read_as, plain = _dequantized(source, quantization, architecture, progress)
+        named = with_prefix(plain, architecture)
         weights = fit_to_model(named, architecture)
         refuse_untied_copies(named, architecture.naming.tied)
         known = {file: sha256_bytes(content) for file, content in files.items()}
@@ -60,8 +63,27 @@ def read_folder(
     except BaseException:
         source.close()
         raise
-    origin = Origin(kind, name, revision, digests, read_terms(folder, trusted_root=trusted_root))
+    origin = Origin(kind, name, revision, digests, read_terms(folder, trusted_root=trusted_root), read_as=read_as)
     return Checkpoint(architecture, weights, files, origin)
+
+
+def _dequantized(
+    source: SafetensorsFolder,
+    quantization: dict[str, Any] | None,
+    architecture: Architecture,
+    progress: ProgressCallback,
+) -> tuple[str | None, ChunkedSource]:
+    """The words for what the weights are read as, and their source."""
+    if quantization is None:
+        return None, source
+    plain = DequantizedSource(source, quantization, architecture)
+    progress(
+        Notice(
+            f"the base is quantized ({plain.description}) and used as what it dequantizes to; the 16-bit model that it "
+            "was made from is the better base, unless the adapter was trained on this one"
+        )
+    )
+    return f"{plain.description}, dequantized", plain
 
 
 def with_prefix(source: ChunkedSource, architecture: Architecture) -> ChunkedSource:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from qexport.architectures.architecture import Checkpoint
-from qexport.errors import InputError, NumericalError
+from qexport.errors import InputError, NumericalError, RecipeError
 from qexport.merge import MergeSettings
 from qexport.merge.adapter import CONFIG_FILE, Adapter, read_adapter
 from qexport.merge.changes import Change, ReadFactor
@@ -20,6 +20,8 @@ from qexport.merge.ends import refuse_unknown_rows, trained_tokens, untied, with
 from qexport.merge.plan import MergePlan
 from qexport.merge.replication import with_layers
 from qexport.merge.targets import describe_base, ends_with
+from qexport.merge.trained_base import as_trained
+from qexport.merge.training_evidence import training_evidence
 from qexport.merge.types import planner
 from qexport.progress import Notice, ProgressCallback, silent
 from qexport.tensors.source import Origin, TensorSpec, WeightSource, is_finite
@@ -59,7 +61,7 @@ class Merged:
         checkpoint: the base's configuration with the merged dtype, its files, and the merged tensors.
         unrounded: the same in float32: what the tensors are before they are rounded.
         adapter: None if the recipe has none.
-        base: the model without the adapter.
+        base: the model without the adapter, with the weights that the adapter was merged into.
     """
 
     checkpoint: Checkpoint
@@ -87,9 +89,15 @@ def merge(
 
     Raises:
         InputError: the adapter is malformed, holds NaN or Inf, or was made for another base.
-        CompatibilityError: its type, a variant, or a module that it changes cannot be merged.
+        CompatibilityError: its type, a variant, or a module that it changes cannot be merged; or training cannot have
+            quantized this base as the settings say.
+        RecipeError: the settings name the base of a training, and there is no adapter.
     """
     if adapter is None:
+        if settings.base == "as_trained":
+            raise RecipeError(
+                "nothing was trained: load.adapter names no adapter", where="merge.base", mend="remove it"
+            )
         return _merged(checkpoint, {}, _no_factors, settings, None)
     if adapter_origin is None:
         raise ValueError("an adapter needs its origin")
@@ -138,6 +146,8 @@ def _merge_adapter(
     notes: Sequence[str],
     config: Mapping[str, Any] | None,
 ) -> Merged:
+    if settings.trained_on is not None:
+        checkpoint = as_trained(checkpoint, settings.trained_on)
     original = checkpoint
     checkpoint = with_vocabulary(with_layers(checkpoint, adapter.config), adapter)
     plan, checkpoint = _planned(checkpoint, adapter)
@@ -182,7 +192,21 @@ def _notes(checkpoint: Checkpoint, adapter: Adapter, settings: MergeSettings) ->
             where=f"{CONFIG_FILE}: base_model_name_or_path",
             mend="give that base, or remove merge.strict_base for a warning only",
         )
-    return [other] if other else []
+    trained = [] if settings.base == "as_trained" else quantized_training(adapter, checkpoint)
+    return [*([other] if other else []), *trained]
+
+
+def quantized_training(adapter: Adapter, checkpoint: Checkpoint) -> list[str]:
+    """A note if the adapter's folder says that its base was quantized in training, and the given one is not."""
+    found = training_evidence(adapter.folder, adapter.config)
+    if not found.words or checkpoint.origin.read_as is not None:
+        return []
+    set_it = f"set merge.base: as_trained and merge.trained_on: {found.settings}; " if found.four_bit else ""
+    return [
+        f"the adapter was trained on a quantized base ({'; '.join(found.words)}) and is merged onto the stored "
+        f"weights, which is safe for every method; to reproduce the trained model at 16 bits, int8 or GPTQ, {set_it}"
+        "docs/merging.md says which to choose"
+    ]
 
 
 def _merged(
@@ -225,7 +249,9 @@ def _no_factors(key: str) -> torch.Tensor:
     raise LookupError(key)
 
 
-_QUANTIZATION = re.compile(r"[.-](i?q\d\w*|bf16|f16|f32)$", re.IGNORECASE)
+_QUANTIZATION = re.compile(
+    r"[._-](i?q\d\w*|bf16|f16|f32|(unsloth-)?bnb-[48]bit|[2-8]bit|int[48]|fp8|nf4|gptq|awq)$", re.IGNORECASE
+)
 
 
 def other_base(config: Mapping[str, Any], base_name: str) -> str | None:
@@ -239,8 +265,13 @@ def other_base(config: Mapping[str, Any], base_name: str) -> str | None:
 
 
 def _plain_name(name: str) -> str:
-    """`pkg/SmolLM2-135M-Instruct.Q4_1.gguf` and `HuggingFaceTB/SmolLM2-135M-Instruct` are the same model."""
-    return _QUANTIZATION.sub("", _last_component(name).lower().removesuffix(".gguf"))
+    """`pkg/SmolLM2-135M-Instruct.Q4_1.gguf`, `HuggingFaceTB/SmolLM2-135M-Instruct` and
+    `unsloth/SmolLM2-135M-Instruct-bnb-4bit` are the same model.
+    """
+    plain = _last_component(name).lower().removesuffix(".gguf")
+    while plain != (plain := _QUANTIZATION.sub("", plain)):  # -GPTQ-Int4
+        pass
+    return plain
 
 
 def _last_component(name: str) -> str:

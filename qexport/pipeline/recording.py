@@ -148,6 +148,7 @@ def source_record(origin: Origin, role: str, weight: float | None = None) -> Sou
         terms=None if origin.terms == Terms() else _terms(origin, role),
         weight=weight,
         parts=parts,
+        read_as=origin.read_as,
     )
 
 
@@ -190,7 +191,7 @@ def _unconfirmed(opened: ArtifactFolder, measured: Measurement, served: ServedAr
 
 def _identity(reference: Reference) -> Identity:
     return Identity(
-        base_sha256=_one_digest(reference.base.origin.sha256),
+        base_sha256=_digest_of_base(reference.base.origin),
         adapter_sha256=_one_digest(reference.adapter.sha256) if reference.adapter else None,
         text_sha256=reference.held_out.sha256,
         prompts_sha256=reference.prompts.prompt_set.sha256 if reference.prompts else None,
@@ -211,6 +212,11 @@ def _protocol(reference: Reference, measured: Measurement) -> Protocol:
         looks=measured.looks,
         confidence=1 - ALPHA,
     )
+
+
+def _digest_of_base(origin: Origin) -> str:
+    """Of the base's files, and of what they are read as, since other weights come from the same files then."""
+    return _one_digest({**origin.sha256, **({"": origin.read_as} if origin.read_as else {})})
 
 
 def _one_digest(files: Mapping[str, str]) -> str:

@@ -183,7 +183,7 @@ def _write_weights(
                 resume=resume,
                 progress=progress,
             )
-            for record in planned.recipe.quantize.quantize(inputs):
+            for record in planned.method.quantize(inputs):
                 if record.layer:
                     layers.append(record.layer)
                 for writer in writers:
@@ -237,7 +237,9 @@ def _measure(
             verified = measure_folder(reference, first.opened, looks=looks, progress=progress)
             served = _serve(planned, verified, same_kind, progress)
             for folder, found in zip(same_kind, served, strict=True):
-                reports[folder.layout.name] = verified.report_on(folder.opened, served=found, command=command)
+                reports[folder.layout.name] = verified.report_on(
+                    folder.opened, served=found, made=planned.protected.notes, command=command
+                )
     return reports
 
 

@@ -97,6 +97,7 @@ class Origin:
         sha256: hex digest of each file read, by its name inside the folder.
         terms: its license.
         parts: what a combination of adapters was made of, with the weight of each; else empty.
+        read_as: what its weights were turned into when they were read, for people; None if they are used as stored.
     """
 
     kind: Literal["folder", "file", "hub", "package", "combination"]
@@ -105,6 +106,7 @@ class Origin:
     sha256: Mapping[str, str] = field(default_factory=dict)
     terms: Terms = Terms()
     parts: tuple[tuple[Origin, float], ...] = ()
+    read_as: str | None = None
 
 
 @dataclass(frozen=True)

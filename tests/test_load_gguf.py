@@ -265,6 +265,24 @@ def test_the_tokenizer_splits_a_text_as_the_file_names_it(name: str, package: Pa
     assert [piece for piece in pieces if piece.isdigit()] == digits
 
 
+@pytest.mark.parametrize(("name", "ignored"), [("llama-bpe", True), ("falcon3", True), ("qwen2", False)])
+def test_a_token_that_no_merge_makes_is_found_where_merges_are_ignored(
+    name: str, ignored: bool, package: Path
+) -> None:
+    """llama.cpp takes a piece that is a token as it is for Llama 3's tokenizers, and for no others."""
+    word = "qzxv"
+
+    def add(writer: gguf.GGUFWriter) -> None:
+        (values,) = writer.kv_data
+        values["tokenizer.ggml.tokens"].value.append(word)
+        values["tokenizer.ggml.token_type"].value.append(1)
+
+    config = factories.llama_config(vocab_size=factories.llama_config().vocab_size + 1)
+    write_model(package / "tiny.gguf", config, pre=name, change=add)
+    tokenizer = open_tokenizer(load())
+    assert (len(tokenizer.tokenize(word)) == 1) is ignored
+
+
 @pytest.mark.parametrize(
     ("pre", "words"), [("new-model", "splits a text as 'new-model' does"), (None, "does not say how its tokenizer")]
 )

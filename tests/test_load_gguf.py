@@ -357,6 +357,10 @@ UNSUPPORTED: dict[str, Change] = {
         "rope_factors_long.weight", np.ones(8, dtype=np.float32)
     ),
     "several parts": lambda writer: writer.add_uint16("split.count", 2),
+    "two scalings": lambda writer: (
+        writer.add_float32("llama.rope.scaling.factor", 2.0),
+        writer.add_tensor("rope_freqs.weight", np.full(8, 2.0, dtype=np.float32)),
+    ),
 }
 
 
@@ -373,6 +377,57 @@ def test_frequencies_of_another_scaling_are_refused(divisor: float, package: Pat
 
     write_model(package / "tiny.gguf", factories.llama_config(), change=add)
     assert "rope_freqs.weight has other values than those of Llama 3" in refusal(CompatibilityError)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [np.ones(9, np.float16), np.ones(8, np.float16), np.ones((2, 8), np.float32), np.ones(3, np.float32)],
+    ids=["float16 of an odd size", "float16", "two rows", "too few"],
+)
+def test_malformed_frequencies_are_refused(values: Any, package: Path) -> None:
+    def add(writer: gguf.GGUFWriter) -> None:
+        writer.add_tensor("rope_freqs.weight", values)
+
+    write_model(package / "tiny.gguf", factories.llama_config(), change=add)
+    assert "rope_freqs.weight" in refusal(QexportError)
+
+
+def test_frequencies_of_a_family_that_has_none_are_refused(package: Path) -> None:
+    def add(writer: gguf.GGUFWriter) -> None:
+        writer.add_tensor("rope_freqs.weight", np.full(8, 2.0, dtype=np.float32))
+
+    write_model(package / "tiny.gguf", factories.qwen2_config(), change=add)
+    assert "rope_freqs.weight" in refusal(CompatibilityError)
+
+
+@pytest.mark.parametrize("key", ["rope.scaling.factor", "rope.scale_linear"])
+def test_a_factor_alone_means_linear_scaling_as_in_llama_cpp(key: str, package: Path) -> None:
+    write_model(
+        package / "tiny.gguf", factories.llama_config(), change=lambda writer: writer.add_float32(f"llama.{key}", 2.0)
+    )
+    found = load().config["rope_parameters"]
+    assert (found["rope_type"], found["factor"]) == ("linear", 2.0)
+
+
+@pytest.mark.parametrize("factor", [-2.0, float("nan"), float("inf"), "x"])
+def test_a_factor_that_scales_nothing_is_refused(factor: float | str, package: Path) -> None:
+    def add(writer: gguf.GGUFWriter) -> None:
+        add = writer.add_string if isinstance(factor, str) else writer.add_float32
+        add("llama.rope.scaling.factor", factor)  # type: ignore[arg-type]
+
+    write_model(package / "tiny.gguf", factories.llama_config(), change=add)
+    assert "the factor of the rotary embedding" in refusal()
+
+
+def test_sizes_that_are_no_numbers_are_refused_before_anything_is_computed_from_them(package: Path) -> None:
+    def change(writer: gguf.GGUFWriter) -> None:
+        (values,) = writer.kv_data
+        values["gemma3.block_count"].value = 62
+        del values["gemma3.attention.head_count"]
+        writer.add_string("gemma3.attention.head_count", "x")
+
+    write_model(package / "tiny.gguf", OTHERS["gemma3"], change=change)
+    assert "num_attention_heads: 'x' is not a whole number" in refusal()
 
 
 def test_frequencies_that_change_nothing_are_left_out(package: Path) -> None:
@@ -416,10 +471,11 @@ def test_missing_tensors_are_listed(package: Path) -> None:
     assert "blk.1.ffn_xx.weight: unexpected" in message
 
 
-def test_metadata_that_lack_the_models_size_are_refused(package: Path) -> None:
+@pytest.mark.parametrize("key", ["embedding_length", "attention.layer_norm_rms_epsilon"])
+def test_metadata_that_lack_what_llama_cpp_requires_are_refused(key: str, package: Path) -> None:
     path = write_model(package / "tiny.gguf", factories.llama_config())
-    path.write_bytes(path.read_bytes().replace(b"llama.embedding_length", b"llama.embedding_lengtx"))
-    assert "lack embedding_length" in refusal()
+    path.write_bytes(path.read_bytes().replace(f"llama.{key}".encode(), f"llama.{key[:-1]}x".encode()))
+    assert f"lack {key}" in refusal()
 
 
 def test_a_value_that_is_not_finite_is_found_when_its_tensor_is_read(package: Path) -> None:

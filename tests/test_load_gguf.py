@@ -523,6 +523,9 @@ GGUF_FAULTS: dict[str, tuple[bytes, str]] = {
     "an unknown value type": (header([], [string("a") + struct.pack("<I", 99)]), "value type 99"),
     "an array of arrays": (header([], [string("a") + struct.pack("<IIQ", 9, 9, 1)]), "value type 9"),
     "an array beyond the file": (header([], [string("a") + struct.pack("<IIQ", 9, 12, 40)]), "ends inside the header"),
+    "an array of millions of texts": (
+        header([], [string("a") + struct.pack("<IIQ", 9, 8, 5_000_000)]) + bytes(5_000_000), "at most 4194304",
+    ),
     "a string beyond the file": (header([], [string("a") + struct.pack("<IQ", 8, 40)]), "ends inside the header"),
     "a key that is no UTF-8": (header([], [struct.pack("<Q", 1) + b"\xff" + struct.pack("<IB", 0, 1)]), "utf-8"),
     "an alignment of 0": (header([], [string("general.alignment") + struct.pack("<II", 4, 0)]), "alignment 0"),

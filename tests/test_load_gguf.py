@@ -266,9 +266,7 @@ def test_the_tokenizer_splits_a_text_as_the_file_names_it(name: str, package: Pa
 
 
 @pytest.mark.parametrize(("name", "ignored"), [("llama-bpe", True), ("falcon3", True), ("qwen2", False)])
-def test_a_token_that_no_merge_makes_is_found_where_merges_are_ignored(
-    name: str, ignored: bool, package: Path
-) -> None:
+def test_a_token_that_no_merge_makes_is_found_where_merges_are_ignored(name: str, ignored: bool, package: Path) -> None:
     """llama.cpp takes a piece that is a token as it is for Llama 3's tokenizers, and for no others."""
     word = "qzxv"
 
@@ -350,6 +348,11 @@ def test_an_architecture_that_is_not_known_is_refused(package: Path) -> None:
     assert "architecture 'mamba'" in refusal(CompatibilityError)
 
 
+def two_scalings(writer: gguf.GGUFWriter) -> None:
+    writer.add_float32("llama.rope.scaling.factor", 2.0)
+    writer.add_tensor("rope_freqs.weight", np.full(8, 2.0, dtype=np.float32))
+
+
 UNSUPPORTED: dict[str, Change] = {
     "experts": lambda writer: writer.add_expert_count(4),
     "rope scaling": lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN),
@@ -357,10 +360,7 @@ UNSUPPORTED: dict[str, Change] = {
         "rope_factors_long.weight", np.ones(8, dtype=np.float32)
     ),
     "several parts": lambda writer: writer.add_uint16("split.count", 2),
-    "two scalings": lambda writer: (
-        writer.add_float32("llama.rope.scaling.factor", 2.0),
-        writer.add_tensor("rope_freqs.weight", np.full(8, 2.0, dtype=np.float32)),
-    ),
+    "two scalings": two_scalings,
 }
 
 
@@ -524,7 +524,8 @@ GGUF_FAULTS: dict[str, tuple[bytes, str]] = {
     "an array of arrays": (header([], [string("a") + struct.pack("<IIQ", 9, 9, 1)]), "value type 9"),
     "an array beyond the file": (header([], [string("a") + struct.pack("<IIQ", 9, 12, 40)]), "ends inside the header"),
     "an array of millions of texts": (
-        header([], [string("a") + struct.pack("<IIQ", 9, 8, 5_000_000)]) + bytes(5_000_000), "at most 4194304",
+        header([], [string("a") + struct.pack("<IIQ", 9, 8, 5_000_000)]) + bytes(5_000_000),
+        "at most 4194304",
     ),
     "a string beyond the file": (header([], [string("a") + struct.pack("<IQ", 8, 40)]), "ends inside the header"),
     "a key that is no UTF-8": (header([], [struct.pack("<Q", 1) + b"\xff" + struct.pack("<IB", 0, 1)]), "utf-8"),

@@ -140,7 +140,7 @@ def _card(manifest: Manifest, config: Mapping[str, Any], report: Report | None) 
         "modelParameters": {
             "task": "text-generation",
             "architectureFamily": str(config.get("model_type", "")),
-            "modelArchitecture": str(next(iter(config.get("architectures") or [""]))),
+            "modelArchitecture": _architecture(config),
             "datasets": [{"ref": _ref("calibration text")}] if manifest.calibration is not None else [],
             "inputs": [{"format": "text"}],
             "outputs": [{"format": "text"}],
@@ -150,6 +150,12 @@ def _card(manifest: Manifest, config: Mapping[str, Any], report: Report | None) 
             "technicalLimitations": [*manifest.notes, *([] if report is None else report.unconfirmed)],
         },
     }
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    """The first that config.json names, which may be a stranger's."""
+    named = config.get("architectures")
+    return str(named[0]) if isinstance(named, list) and named else ""
 
 
 def _metric(figure: Figure) -> dict[str, Any]:

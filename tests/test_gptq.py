@@ -18,6 +18,7 @@ from memory_growth import LAYER, growth, wide_model
 from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.errors import CompatibilityError, NumericalError
 from qexport.progress import Notice, Progress
+from qexport.quantizing.asymmetry import Asymmetry
 from qexport.quantizing.gptq import Gptq
 from qexport.quantizing.layer import Hessian, solve_together
 from qexport.quantizing.method import PassInputs
@@ -96,27 +97,34 @@ def test_dense_tensors_pass_unchanged(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "falcon 7b", "falcon 40b"])
 @pytest.mark.parametrize("true_sequential", [True, False])
-def test_codes_equal_those_of_whole_model_forwards_with_hooks(name: str, true_sequential: bool) -> None:
-    """The plain way: a forward of the whole model for each group of linears, with everything before it quantized.
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_codes_equal_those_of_whole_model_forwards_with_hooks(name: str, true_sequential: bool, alpha: float) -> None:
+    """The plain way: a forward of the whole model for each group of linears, with everything before it quantized, and
+    one of the model before quantizing.
 
     Its products are whole, so there are no more tokens than in a piece of ours: MKL for AVX2 sums more of them in
     another order.
     """
-    config, options, windows = CONFIGS[name], settings(true_sequential=true_sequential), token_windows(10, 48)
+    options = settings(true_sequential=true_sequential, gptaq_alpha=alpha)
+    config, windows = CONFIGS[name], token_windows(10, 48)
     assert windows.numel() <= ROWS
     records = quantized(config, options, calibration=calibration(windows))
-    model = factories.build(config, dtype=torch.float32)
+    model, untouched = (factories.build(config, dtype=torch.float32) for _ in range(2))
     structure = Architecture(config.to_dict()).structure
     chosen = select(structure, options)
     for block in structure.blocks:
         groups = plain_groups(name, block)
         before = [layer_inputs(model, group[0], windows) for group in groups]
         for group, inputs in zip(groups, before, strict=True):
-            hessian = Hessian(inputs[0].shape[-1], CPU)
-            for part in layer_inputs(model, group[0], windows) if true_sequential else inputs:
+            width = inputs[0].shape[-1]
+            hessian, asymmetry = Hessian(width, CPU), Asymmetry(width, CPU)
+            after = layer_inputs(model, group[0], windows) if true_sequential else inputs
+            for full, part in zip(layer_inputs(untouched, group[0], windows), after, strict=True):
                 hessian.add(part)
+                asymmetry.add(full, part)
             weights = {module: model.get_parameter(f"{module}.weight").detach().clone() for module in group}
-            for module, solved in solve_together(weights, hessian, chosen, "error").items():
+            shifts = {module: asymmetry.shift(weight, alpha) for module, weight in weights.items()} if alpha else None
+            for module, solved in solve_together(weights, hessian, chosen, "error", shifts).items():
                 value = records[f"{module}.weight"].value
                 assert isinstance(value, GroupQuantized)
                 assert torch.equal(value.codes, solved.quantized.codes), module

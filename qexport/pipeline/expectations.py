@@ -19,6 +19,7 @@ from qexport.merge.merging import Merged
 from qexport.pipeline.expected_memory import choose_budget
 from qexport.pipeline.expected_sizes import RunSizes
 from qexport.pipeline.expected_time import processor_time
+from qexport.quantizing.gptq import Gptq
 from qexport.reading.stored_model import StoredModel
 from qexport.recipe import Recipe
 from qexport.tensors import GroupQuantizedSpec
@@ -160,11 +161,13 @@ def _refuse_beyond(stages: Mapping[str, int], max_memory: str | None, what: str,
 
 def _parked(sizes: RunSizes) -> float:
     """The inputs of a block's groups and its hidden states, for each pause, and two files of hidden states from which a
-    run goes on; nothing without calibration.
+    run goes on, all but experts' inputs once more in full precision; nothing without calibration.
     """
     inputs = dict.fromkeys((linear.in_features, linear.expert) for linear in sizes.linears)
     used = sizes.experts * sizes.share
     values = sum(width * (used if expert else 1) + sizes.hidden for width, expert in inputs)
+    if isinstance(sizes.method, Gptq) and sizes.method.gptaq_alpha:
+        values += sum(width for width, expert in inputs if not expert) + 3 * sizes.hidden
     return sizes.calibration * sizes.bytes_ * (values + 2 * sizes.hidden)
 
 

@@ -23,7 +23,17 @@ from qexport.quantizing.selection import select
 from qexport.quantizing.solver import Options, factorize, solve
 from qexport.tensors import GroupQuantized, TensorRecord
 from test_block_runner import token_windows
-from test_gptq import CONFIGS, assert_same_bytes, calibration, checkpoint, layer_inputs, quantized, settings
+from test_gptq import (
+    BATCH,
+    CONFIGS,
+    assert_same_bytes,
+    by_batch,
+    calibration,
+    checkpoint,
+    corrections,
+    quantized,
+    settings,
+)
 
 CPU = torch.device("cpu")
 OPTIONS = Options(bits=4, group_size=32, order="static", sym=True, damp_percent=0.01, search=False)
@@ -53,6 +63,7 @@ def plain(weight: Tensor, before: Tensor, after: Tensor, share: float, options: 
         tokens * options.damp_percent * float(hessian.diagonal().mean())
     )
     rows = torch.cat([after, damping])
+    share *= plain_agreement(weight, before, after, rows)
     wanted = torch.cat([share * before @ weight.t() + (1 - share) * after @ weight.t(), damping @ weight.t()])
     order = sorted(range(columns), key=lambda index: -float(hessian[index, index]))
     current = torch.linalg.lstsq(rows, wanted).solution.t().clone()
@@ -70,14 +81,28 @@ def plain(weight: Tensor, before: Tensor, after: Tensor, share: float, options: 
     return found
 
 
+def plain_agreement(weight: Tensor, before: Tensor, after: Tensor, rows: Tensor) -> float:
+    """How much two least-squares corrections, each of half of the tokens, have in common in the outputs."""
+    half = len(after) // 2
+    outputs = []
+    for part in (slice(0, half), slice(half, None)):
+        error = 2 * after[part].t() @ (before[part] - after[part]) @ weight.t()
+        outputs.append(rows @ torch.linalg.solve(rows.t() @ rows, error))
+    one, other = outputs
+    return float((one * other).sum() / ((one + other) / 2).square().sum())
+
+
 def ours(weight: Tensor, before: Tensor, after: Tensor, share: float, options: Options) -> Tensor:
     hessian = after.t() @ after / len(after)
     found = Asymmetry(weight.shape[1], CPU)
     found._sum = found._sum.to(torch.float64)
-    for part in (slice(0, 250), slice(250, None)):
-        found.add(before[part], after[part])
+    halves = []
+    for start in (0, 200):
+        for part in (slice(start, start + 150), slice(start + 150, start + 200)):
+            found.add(before[part], after[part])
+        halves.append(found.take({"layer": weight}, share)["layer"])
     factor = factorize(hessian, options)
-    wanted = target(weight, found.shift(weight, share), factor)
+    wanted = target(weight, (halves[0], halves[1]), factor)
     return solve(wanted, hessian, factor, options).dequantize(torch.float64)
 
 
@@ -89,16 +114,16 @@ def test_codes_are_those_of_plain_least_squares(share: float, bits: int) -> None
     assert torch.allclose(ours(*problem(), share, options), expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("fault", ["difference", "transposed", "inverse"])
+@pytest.mark.parametrize("fault", ["difference", "transposed", "inverse", "share"])
 def test_the_oracle_sees_each_part_that_is_wrong(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    faults: dict[str, Any] = {
-        "difference": ("add", lambda self, full, inputs, add=Asymmetry.add: add(self, 2 * inputs - full, inputs)),
-        "transposed": ("shift", lambda self, weight, share: share * weight @ self._sum.t() / self.tokens),
+    rows = Asymmetry._add_rows
+    faults: dict[str, tuple[Any, str, Any]] = {
+        "difference": (Asymmetry, "_add_rows", lambda self, change, after: rows(self, -change, after)),
+        "transposed": (Asymmetry, "_add_rows", lambda self, change, after: rows(self, after.t(), change.t())),
+        "inverse": (asymmetry, "_times_transposed", lambda each, upper: each @ upper),
+        "share": (asymmetry, "_agreement", lambda *_: 1.0),
     }
-    if fault == "inverse":
-        monkeypatch.setattr(asymmetry, "_times_inverse", lambda rows, upper: rows @ upper @ upper.t())
-    else:
-        monkeypatch.setattr(Asymmetry, *faults[fault])
+    monkeypatch.setattr(*faults[fault])
     assert not torch.allclose(ours(*problem(), 0.5, OPTIONS), plain(*problem(), 0.5, OPTIONS), rtol=0, atol=1e-12)
 
 
@@ -120,7 +145,25 @@ def test_inputs_that_quantizing_did_not_change_change_nothing() -> None:
 def test_tiles_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     upper, rows = torch.randn(96, 96, dtype=torch.float64).triu(), torch.randn(7, 96, dtype=torch.float64)
     monkeypatch.setattr(asymmetry, "_TILE", 40)
-    assert torch.allclose(asymmetry._times_inverse(rows, upper), rows @ upper.t() @ upper)
+    assert torch.allclose(asymmetry._times_transposed(rows, upper), rows @ upper.t())
+    assert torch.allclose(asymmetry._times_upper(rows, upper), rows @ upper)
+
+
+def test_what_the_halves_do_not_have_in_common_is_left_out() -> None:
+    common, *noise = torch.randn(3, 400, 300, dtype=torch.float64)
+    assert asymmetry._agreement(common, common.clone()) == pytest.approx(1)
+    assert asymmetry._agreement(*noise) == pytest.approx(0, abs=0.02)
+    assert asymmetry._agreement(common, -common) == 0
+    assert asymmetry._agreement(torch.zeros(3, 4), torch.zeros(3, 4)) == 0
+    halves = [common + 2 * each for each in noise]
+    mean = (halves[0] + halves[1]) / 2
+
+    def error(share: float) -> float:
+        return float((share * mean - common).square().sum())
+
+    share = asymmetry._agreement(halves[0].clone(), halves[1].clone())
+    assert share == pytest.approx(1 / 3, abs=0.02)
+    assert error(share) < min(error(share - 0.05), error(share + 0.05))
 
 
 @pytest.fixture
@@ -140,8 +183,11 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> 
     for count in (1, 2, 3):
         torch.set_num_threads(count)
         each = Asymmetry(300, CPU)
-        each.add(before, after)
-        found.append(target(weight, each.shift(weight, 0.5), factorize(hessian.matrix(), OPTIONS)))
+        halves = []
+        for part in (slice(0, 800), slice(800, None)):
+            each.add(before[part], after[part])
+            halves.append(each.take({"layer": weight}, 0.5)["layer"])
+        found.append(target(weight, (halves[0], halves[1]), factorize(hessian.matrix(), OPTIONS)))
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
 
@@ -154,6 +200,13 @@ def test_products_of_bfloat16_lose_next_to_nothing() -> None:
     assert float((rounded._sum - exact._sum).norm() / exact._sum.norm()) < 0.005
 
 
+@pytest.fixture
+def two_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or more, of a few windows: with one batch, nothing is made up for."""
+    monkeypatch.setattr(gptq_pass, "BATCH_TOKENS", BATCH * 48)
+
+
+@pytest.mark.usefixtures("two_batches")
 def test_the_head_makes_up_for_the_blocks() -> None:
     """The head is solved last, with both models' hidden states after all blocks and the final norm."""
     config, options = factories.llama_config(tie_word_embeddings=False), settings(lm_head=True)
@@ -164,14 +217,14 @@ def test_the_head_makes_up_for_the_blocks() -> None:
         if isinstance(record.value, GroupQuantized) and name != "lm_head.weight":
             model.get_parameter(name).data = record.value.dequantize()
     width = config.hidden_size
-    hessian, found = Hessian(width, CPU), Asymmetry(width, CPU)
-    for full, part in zip(*(layer_inputs(each, "lm_head", windows) for each in (untouched, model)), strict=True):
+    hessian = Hessian(width, CPU)
+    weights = {"lm_head": untouched.get_parameter("lm_head.weight").detach()}
+    full, inputs = (by_batch(each, "lm_head", windows) for each in (untouched, model))
+    for part in inputs:
         hessian.add(part)
-        found.add(full, part)
-    weight = untouched.get_parameter("lm_head.weight").detach()
     chosen = select(Architecture(config.to_dict()).structure, options)
-    shifts = {"lm_head": found.shift(weight, options.gptaq_alpha)}
-    solved = solve_together({"lm_head": weight}, hessian, chosen, "error", shifts)["lm_head"]
+    found = corrections(weights, full, inputs, options.gptaq_alpha)
+    solved = solve_together(weights, hessian, chosen, "error", found)["lm_head"]
     value = records["lm_head.weight"].value
     assert isinstance(value, GroupQuantized)
     assert torch.equal(value.codes, solved.quantized.codes)
@@ -209,18 +262,21 @@ def resumed(folder: Path) -> tuple[dict[str, TensorRecord], dict[str, TensorReco
     return rest, {name: whole[name] for name in rest}
 
 
+@pytest.mark.usefixtures("two_batches")
 def test_a_pass_that_goes_on_has_the_hidden_states_of_both_models(tmp_path: Path) -> None:
     rest, expected = resumed(tmp_path)
     assert any(record.layer for record in rest.values())
     assert_same_bytes(rest, expected)
 
 
+@pytest.mark.usefixtures("two_batches")
 def test_hidden_states_that_are_not_kept_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gptq_pass._Pass, "_hidden", lambda self: [batch.hidden for batch in self._batches])
     with pytest.raises(AssertionError):
         assert_same_bytes(*resumed(tmp_path))
 
 
+@pytest.mark.usefixtures("two_batches")
 def test_a_stream_that_sees_quantized_inputs_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault at which the whole-model test of test_gptq.py fails too: the stream keeps its hidden states no longer."""
     sound = quantized(CONFIGS["llama"], settings())

@@ -19,7 +19,6 @@ from qexport.merge.merging import Merged
 from qexport.pipeline.expected_memory import choose_budget
 from qexport.pipeline.expected_sizes import RunSizes
 from qexport.pipeline.expected_time import processor_time
-from qexport.quantizing.gptq import Gptq
 from qexport.reading.stored_model import StoredModel
 from qexport.recipe import Recipe
 from qexport.tensors import GroupQuantizedSpec
@@ -166,7 +165,7 @@ def _parked(sizes: RunSizes) -> float:
     inputs = dict.fromkeys((linear.in_features, linear.expert) for linear in sizes.linears)
     used = sizes.experts * sizes.share
     values = sum(width * (used if expert else 1) + sizes.hidden for width, expert in inputs)
-    if isinstance(sizes.method, Gptq) and sizes.method.gptaq_alpha:
+    if sizes.streams == 2:
         values += sum(width for width, expert in inputs if not expert) + 3 * sizes.hidden
     return sizes.calibration * sizes.bytes_ * (values + 2 * sizes.hidden)
 

@@ -94,7 +94,7 @@ def processor_time(sizes: RunSizes, artifact: int, *, whole: bool) -> tuple[floa
 def _work(sizes: RunSizes, artifact: int, *, whole: bool) -> _Work:
     work = _Work(single=_START + artifact * _WRITTEN + sizes.total * sizes.bytes_ * _READ)
     if isinstance(sizes.method, Gptq):
-        _gptq_work(sizes, work, streams=2 if sizes.method.gptaq_alpha else 1)
+        _gptq_work(sizes, work)
     else:
         work.shared += sizes.coded * _CODED
     if sizes.verify is not None:
@@ -102,13 +102,13 @@ def _work(sizes: RunSizes, artifact: int, *, whole: bool) -> _Work:
     return work
 
 
-def _gptq_work(sizes: RunSizes, work: _Work, *, streams: int) -> None:
+def _gptq_work(sizes: RunSizes, work: _Work) -> None:
     tokens, blocks = sizes.calibration, len(sizes.blocks)
-    work.products(streams * (2 * tokens * sizes.active + 4 * tokens * 512 * sizes.hidden * blocks))
+    work.products(sizes.streams * (2 * tokens * sizes.active + 4 * tokens * 512 * sizes.hidden * blocks))
     for linear in sizes.linears:
         square = linear.in_features**2
         used = sizes.share if linear.expert else 1.0
-        if streams == 2 and not linear.expert:
+        if sizes.streams == 2 and not linear.expert:
             work.products(blocks * square * (tokens + 4 * linear.out_features))
         work.products(blocks * square * (used * tokens + 4 * linear.out_features + 0.6 * linear.in_features))
         work.single += blocks * square * linear.out_features / _GIGAFLOPS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -141,7 +141,8 @@ class _Pass:
         self._chosen, self._linears = chosen, candidates(runner.structure, method)
         self.tokens, length = calibration.input_ids.numel(), calibration.input_ids.shape[1]
         self._batches = runner.embed(calibration.input_ids, max(1, BATCH_TOKENS // length))
-        self._full = FullPrecisionStream(runner, self._batches, offload_file) if method.gptaq_alpha else None
+        corrected = method.gptaq_alpha > 0 and len(self._batches) > 1  # two halves of the text are compared
+        self._full = FullPrecisionStream(runner, self._batches, offload_file) if corrected else None
         self._probe = runner.embed(calibration.input_ids[:1, :8], 1)[0]
         if kept is not None and inputs.finished_units:
             kept.read(inputs.finished_units, self._hidden())
@@ -205,14 +206,16 @@ class _Pass:
     def head(self) -> TensorRecord:
         """Quantizes the output head."""
         name = self._runner.structure.head
+        weights = {name: self._runner.read(f"{name}.weight").to(torch.float32)}
         full = self._full.hidden if self._full else [None] * len(self._batches)
         with self._runner.head_inputs() as inputs:
             sums = self._sums(((name,),))
-            for batch, hidden in zip(self._batches, full, strict=True):
+            for number, (batch, hidden) in enumerate(zip(self._batches, full, strict=True)):
                 sums.add([inputs(batch.hidden)], None if hidden is None else inputs(hidden))
-        weights = {name: self._runner.read(f"{name}.weight").to(torch.float32)}
-        shifts = sums.shifts(weights, self._method.gptaq_alpha)
-        solved = solve_together(weights, sums.hessians.pop(), self._chosen, self._method.on_failure, shifts)
+                if number == self._middle:
+                    sums.take(weights)
+        corrections = sums.corrections(weights)
+        solved = solve_together(weights, sums.hessians.pop(), self._chosen, self._method.on_failure, corrections)
         return _record(f"{name}.weight", weights[name], solved)
 
     def _in_one_forward(self, index: int, block: nn.Module, groups: Sequence[Group]) -> dict[str, SolvedLayer]:
@@ -230,6 +233,8 @@ class _Pass:
                     sums.add(group.inputs(args), self._full_inputs(group, number))
                     forward.restore_first(self._offload_file.offload(args[0]))
                     forward.restore_first(self._offload(number, batch.hidden))
+                    if number == self._middle:
+                        sums.take(self._weights(group.members[0]))
                 return_freed_memory()
                 solved |= self._solve(group, sums)
                 return_freed_memory()
@@ -245,6 +250,8 @@ class _Pass:
                 forward = self._paused(index, block, Batch(batch.hidden, batch.calls))
                 for group, of_group in zip(groups, sums, strict=True):
                     of_group.add(group.inputs(forward.advance()), self._full_inputs(group, number))
+                    if number == self._middle:
+                        of_group.take(self._weights(group.members[0]))
                 forward.finish()
         solved: dict[str, SolvedLayer] = {}
         for group, of_group in zip(groups, sums, strict=True):
@@ -282,19 +289,29 @@ class _Pass:
         return _Sums(
             [Hessian(width, self._runner.device) for width in widths],
             Asymmetry(widths[0], self._runner.device) if asymmetric else None,
+            self._method.gptaq_alpha,
         )
+
+    @property
+    def _middle(self) -> int:
+        """The last batch of the first half."""
+        return len(self._batches) // 2 - 1
 
     def _solve(self, group: Group, sums: _Sums) -> dict[str, SolvedLayer]:
         """Solves a group and writes the quantized weights into its layers. Each sum is freed after its use."""
         solved: dict[str, SolvedLayer] = {}
         for names in group.members:
-            weights = {name: self._matrix(name).to(torch.float32).contiguous() for name in names}
-            shifts = sums.shifts(weights, self._method.gptaq_alpha)
-            solved |= solve_together(weights, sums.hessians.pop(0), self._chosen, self._method.on_failure, shifts)
+            weights, on_failure = self._weights(names), self._method.on_failure
+            corrections = sums.corrections(weights)
+            solved |= solve_together(weights, sums.hessians.pop(0), self._chosen, on_failure, corrections)
             for name in names:
                 matrix = self._matrix(name)
                 matrix.copy_(solved[name].quantized.dequantize(matrix.dtype))
         return solved
+
+    def _weights(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Loaded layers' weights, contiguous float32 [out, in]: a view where they are that already."""
+        return {name: self._matrix(name).to(torch.float32).contiguous() for name in names}
 
     def _matrix(self, name: str) -> Tensor:
         """A loaded layer's weight [out, in], as a view of the parameter in memory."""
@@ -309,10 +326,14 @@ class _Sums:
     Attributes:
         hessians: one for each input of the group.
         asymmetry: what quantizing has done to the one input of a group that is not of experts.
+        alpha: the share of it that is to be made up for.
+        first: of each weight, what the first half of the batches gives.
     """
 
     hessians: list[Hessian]
     asymmetry: Asymmetry | None
+    alpha: float
+    first: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, inputs: Sequence[Tensor], full: Tensor | None) -> None:
         """Adds a batch of the inputs, and of the first one before quantizing, if that is known."""
@@ -321,13 +342,17 @@ class _Sums:
         if self.asymmetry is not None and full is not None:
             self.asymmetry.add(full, inputs[0])
 
-    def shifts(self, weights: Mapping[str, Tensor], share: float) -> dict[str, Tensor] | None:
-        """Of each weight, `Asymmetry.shift`. The asymmetry is freed: it is as large as the Hessian."""
+    def take(self, weights: Mapping[str, Tensor]) -> None:
+        """Ends the first half of the batches."""
+        if self.asymmetry is not None:
+            self.first = self.asymmetry.take(weights, self.alpha)
+
+    def corrections(self, weights: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]] | None:
+        """Of each weight, what both halves give. The asymmetry is freed: it is as large as the Hessian."""
         if self.asymmetry is None:
             return None
-        shifts = {name: self.asymmetry.shift(weight, share) for name, weight in weights.items()}
-        self.asymmetry = None
-        return shifts
+        second, self.asymmetry = self.asymmetry.take(weights, self.alpha), None
+        return {name: (self.first.pop(name), second[name]) for name in weights}
 
 
 def _leaf(path: str) -> str:

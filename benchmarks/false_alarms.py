@@ -6,7 +6,7 @@ with other samples of the calibration text. Shown is how much of each limit the 
 Each artifact's figures go to standard error as a line of JSON. Ends with exit code 1 if there is an alarm.
 
     python benchmarks/false_alarms.py --blocks 4 --seeds 20 --samples 16 --sequence-length 256
-    python benchmarks/false_alarms.py --base /a/folder --adapter '' --case 'gptq 4 bits' --case nf4
+    python benchmarks/false_alarms.py --base a/model.gguf --adapter '' --case 'gptq 4 bits' --case nf4
 """
 
 from __future__ import annotations

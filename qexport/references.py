@@ -1,7 +1,7 @@
 """What a text in a recipe or on the command line names: a local path, a model or dataset of the hub, a packaged file.
 
-The form of the text decides, not what is on the disk: `org/name` never means a folder. Such a relative folder is
-written as `./org/name`; recipes that are read from a file hold absolute paths.
+The form of the text decides, not what is on the disk: `org/name` never means a folder, and `folder/name.gguf` is a
+file. A relative folder is written as `./org/name`; recipes that are read from a file hold absolute paths.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from typing import Final
 
 DATASET_PREFIX: Final = "hub:"
 """The prefix of a dataset's id, in texts that otherwise name a file."""
+
+GGUF_SUFFIX: Final = ".gguf"
+"""The end of a GGUF file's name."""
 
 PACKAGE_PREFIX: Final = "pkg:"
 """The prefix of a package's import name and a file inside it."""
@@ -56,7 +59,12 @@ def parse_reference(text: str) -> LocalReference | HubReference | PackageReferen
         raise ValueError(
             f"{text!r} does not name a file inside a package: write pkg:package/file.gguf with its import name"
         )
-    return HubReference(text) if is_hub_id(text) else LocalReference(text)
+    return HubReference(text) if is_hub_id(text) and not names_gguf(text) else LocalReference(text)
+
+
+def names_gguf(text: str) -> bool:
+    """Whether the text has the form of a GGUF file's path, with or without folders before it."""
+    return text.endswith(GGUF_SUFFIX)
 
 
 def is_hub_id(text: str) -> bool:

@@ -24,9 +24,11 @@ extra() { # the requirements of one extra, without those of qexport
 
 compile dev --extra dev --extra onnx --extra release pyproject.toml requirements/tests.in
 compile tasks --extra dev --extra tasks pyproject.toml requirements/tests.in
+compile mlflow --extra dev --extra mlflow pyproject.toml
 compile genai requirements/genai.in
 compile llama requirements/llama.in
 compile fuzz requirements/fuzz.in
+compile gemma --no-deps requirements/gemma.in
 compile launch requirements/launch.in
 BUILD_CUDA_EXT=0 compile readers requirements/readers.in
 extra docs | compile docs -

@@ -96,7 +96,7 @@ def falcon_rw_config(**changes: Any) -> FalconConfig:
 
 def falcon_h1_config(**changes: Any) -> FalconH1Config:
     """Attention and mamba side by side, with chunks shorter than the tests' windows and a multiplier for each part."""
-    values: dict[str, Any] = _GROUPED | dict(
+    values: dict[str, Any] = GROUPED | dict(
         mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=16, mamba_n_groups=1, mamba_chunk_size=16,
         ssm_multipliers=[0.9, 1.1, 0.8, 1.2, 0.7], mlp_multipliers=[0.9, 1.1], key_multiplier=0.9,
     )  # fmt: skip
@@ -104,12 +104,12 @@ def falcon_h1_config(**changes: Any) -> FalconH1Config:
 
 
 def mixtral_config(**changes: Any) -> MixtralConfig:
-    return MixtralConfig(**(_GROUPED | dict(num_local_experts=4, num_experts_per_tok=2) | changes))
+    return MixtralConfig(**(GROUPED | dict(num_local_experts=4, num_experts_per_tok=2) | changes))
 
 
 def qwen3_moe_config(**changes: Any) -> Qwen3MoeConfig:
     """The first block has no experts, the second has."""
-    values: dict[str, Any] = _GROUPED | dict(
+    values: dict[str, Any] = GROUPED | dict(
         num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, decoder_sparse_step=2
     )
     return Qwen3MoeConfig(**(values | changes))
@@ -126,7 +126,7 @@ _PLAIN: dict[str, Any] = dict(
     hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCABULARY,
     max_position_embeddings=256, bos_token_id=0, eos_token_id=0, pad_token_id=0,
 )  # fmt: skip
-_GROUPED = _PLAIN | dict(num_key_value_heads=2, head_dim=16)
+GROUPED = _PLAIN | dict(num_key_value_heads=2, head_dim=16)
 
 FAMILIES: dict[str, PretrainedConfig] = {
     "falcon 7b": falcon_config(),
@@ -137,9 +137,9 @@ FAMILIES: dict[str, PretrainedConfig] = {
     "llama": llama_config(),
     "mistral": mistral_config(),
     "qwen2": qwen2_config(),
-    "qwen3": Qwen3Config(**_GROUPED),
-    "gemma 2": Gemma2Config(**_GROUPED, sliding_window=16),
-    "gemma 3": Gemma3TextConfig(**_GROUPED, sliding_window=16, layer_types=["sliding_attention", "full_attention"]),
+    "qwen3": Qwen3Config(**GROUPED),
+    "gemma 2": Gemma2Config(**GROUPED, sliding_window=16),
+    "gemma 3": Gemma3TextConfig(**GROUPED, sliding_window=16, layer_types=["sliding_attention", "full_attention"]),
     "phi 3": Phi3Config(**_PLAIN, num_key_value_heads=2),
     "gpt-neox": GPTNeoXConfig(**_PLAIN),
     "gpt-2": gpt2_config(),

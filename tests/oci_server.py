@@ -202,10 +202,11 @@ class _Handler(BaseHTTPRequestHandler):
         if self.registry.redirects and self.command == "GET":
             return self._answer(307, headers={"Location": self.registry.redirects})
         self.registry.bytes_out += self.command == "GET" and len(content)
-        match = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        start = int(match[1]) if match and not self.registry.ignores_ranges else 0
-        self.registry.bytes_out -= start
-        status = 206 if start else 200
+        match = re.match(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        heard = match is not None and not self.registry.ignores_ranges
+        start, end = (int(match[1]), int(match[2]) + 1) if match and heard else (0, len(content))
+        self.registry.bytes_out -= start + len(content) - end
+        status, content = 206 if heard else 200, content[:end]
         if self.command == "GET" and self.registry.cut_downloads:
             return self._cut(status, content[start:], self.registry.cut_downloads.pop(0))
         return self._answer(status, content[start:])

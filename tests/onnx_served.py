@@ -70,6 +70,7 @@ def write(
     made = OnnxFolder(folder, model, traced.cache, checkpoint.config, generation(checkpoint))
     figures = OnnxLaunch(
         name=name,
+        triton_image="a:1",
         inputs=triton_inputs(traced.cache),
         outputs=triton_outputs(traced.cache, activations, factories.VOCABULARY),
         data_files=[DATA],

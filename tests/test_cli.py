@@ -399,9 +399,7 @@ def test_arguments_reach_the_pipeline(
     monkeypatch.chdir(tmp_path)
     calls, commands = [], list[str]()
 
-    def run(
-        chosen: Recipe, *, force: bool, restart: bool, device: str, command: str, progress: ProgressCallback
-    ) -> Result:
+    def run(chosen: Recipe, *, force: bool, restart: bool, device: str, command: str, **_: object) -> Result:
         commands.append(command)
         calls.append((chosen, force, restart, device))
         return result(tmp_path / "x")

@@ -315,6 +315,37 @@ def test_values_are_compared_exactly(tmp_path: Path, a: torch.Tensor, b: torch.T
     assert (found.state, found.largest, found.share) == ("changed", largest, 1.0)
 
 
+NAN, INF = torch.nan, torch.inf
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "state", "words"),
+    [
+        ([NAN, INF, 1], [NAN, INF, 1], "equal", ""),
+        ([NAN, INF, 1], [NAN, INF, 2], "changed", "by 1 of its norm, by 1 at most, 33.333% of the values"),
+        ([NAN, 1, 1], [0, 1, 1], "changed", "changed: 1 value NaN or Inf in one alone"),
+        ([INF, 1, 1], [-INF, 1, 1], "changed", "changed: 1 value NaN or Inf in one alone"),
+        ([1, 1, 1], [INF, NAN, 1], "changed", "changed: 2 values NaN or Inf in one alone"),
+    ],
+    ids=["equal bits", "a number beside them", "NaN in A", "another infinity", "both in B"],
+)
+def test_nan_and_infinity(tmp_path: Path, a: list[float], b: list[float], state: str, words: str) -> None:
+    for name, values in (("a", a), ("b", b)):
+        save_file({"t": torch.tensor(values)}, tmp_path / f"{name}.safetensors")
+    (found,) = difference(tmp_path / "a.safetensors", tmp_path / "b.safetensors").parameters
+    assert found.state == state
+    assert not words or found.words() == words
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_nan_in_two_dtypes_is_equal(tmp_path: Path, dtype: torch.dtype) -> None:
+    values = torch.tensor([NAN, -INF, 0.5])
+    save_file({"t": values}, tmp_path / "a.safetensors")
+    save_file({"t": values.to(dtype)}, tmp_path / "b.safetensors")
+    (found,) = difference(tmp_path / "a.safetensors", tmp_path / "b.safetensors").parameters
+    assert found.state == "equal values"
+
+
 def test_a_folder_with_a_gguf_file(tmp_path: Path) -> None:
     made = gguf_folders.make(gguf_folders.CONFIGS["llama"], tmp_path)
     found = difference(made.gguf, made.safetensors)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 import tomllib
 from pathlib import Path
 
 import pytest
-from ruamel.yaml import YAML
+import typer
 
+from pipelines import commands, pipeline_texts, pipelines, scripts
 from qexport.artifact.figures import CATALOGUE
 from qexport.artifact.manifest import Manifest
 from qexport.artifact.report import REPORT_NAME, Report
+from qexport.cli.app import app
+from qexport.errors import QexportError
 from qexport.reporting.writing import COMMENT_NAME, PAGE_NAME, TEST_RESULTS_NAME
 
 ROOT = Path(__file__).parent.parent
@@ -23,6 +27,7 @@ COMMANDS = {
     "inspect", "plan", "run", "check", "validate", "verify", "release", "promote", "gate", "report", "diff", "rebuild",
     "schema",
 }  # fmt: skip
+COMMAND_LINE = typer.main.get_command(app)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
@@ -101,35 +106,46 @@ def test_the_changelog_has_an_unreleased_section() -> None:
     assert "## [Unreleased]" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def shell_lines(node: object) -> list[str]:
-    """Every line of every `run` (GitHub) and `script` (GitLab) in a pipeline."""
-    if isinstance(node, list):
-        return [line for each in node for line in shell_lines(each)]
-    if not isinstance(node, dict):
-        return []
-    found = [line for key in ("run", "script", "after_script") for line in lines_of(node.get(key))]
-    return found + [line for each in node.values() for line in shell_lines(each)]
+def refusal(words: list[str]) -> str:
+    """What the command line says to a command's name and arguments, before it does anything."""
+    command = COMMAND_LINE.commands[words[0]]  # type: ignore[attr-defined]
+    try:
+        command.make_context(words[0], words[1:])
+    except typer.TyperException as error:
+        return f"{shlex.join(words)}: {error.format_message()}"
+    return ""
 
 
-def lines_of(script: object) -> list[str]:
-    if isinstance(script, list):
-        return [line for each in script for line in lines_of(each)]
-    return script.replace("\\\n", " ").splitlines() if isinstance(script, str) else []
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_the_command_line_takes_every_command_that_is_shown(page: Path) -> None:
+    blocks = re.findall(r"```console\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.startswith("$ ")]
+    shown = [words for line in lines for words in commands(line)]
+    assert [said for said in map(refusal, shown) if said] == []
 
 
-def test_pipelines_parse_and_use_commands_and_files_that_exist() -> None:
-    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/ci.md").read_text(), flags=re.DOTALL)
-    pipelines = [YAML(typ="safe").load(block) for block in blocks]
-    assert [("jobs" in pipeline, "stages" in pipeline) for pipeline in pipelines] == [(True, False), (False, True)]
-    lines = [line for pipeline in pipelines for line in shell_lines(pipeline)]
-    commands = [shlex.split(line)[1:] for line in lines if line.strip().startswith("qexport ")]
-    assert {command[0] for command in commands} == {"verify", "gate"}
-    for command in commands:
-        options = {word for word in command if word.startswith("--")}
-        assert options <= {"--reference", "--report", "--gates"}
-    written = {REPORT_NAME, PAGE_NAME, COMMENT_NAME, TEST_RESULTS_NAME}
-    for block in blocks:
-        assert set(re.findall(r"report/([\w.]+)", block)) == written
+@pytest.mark.parametrize("service", ["github", "gitlab"])
+def test_pipelines_go_the_whole_way_with_commands_that_exist(service: str) -> None:
+    found = scripts(pipelines()[service])
+    used = [words for script in found for words in commands(script)]
+    assert [said for said in map(refusal, used) if said] == []
+    assert list(dict.fromkeys(words[0] for words in used)) == ["check", "plan", "run", "release", "verify", "promote"]
+    for script in found:
+        done = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True, check=False)
+        assert (done.returncode, done.stderr) == (0, ""), script
+    files = {REPORT_NAME, PAGE_NAME, COMMENT_NAME, TEST_RESULTS_NAME}
+    assert set(re.findall(r"report/(\w+\.\w+)", pipeline_texts()[service])) == files
+
+
+def test_pipelines_put_no_expression_into_a_script() -> None:
+    """GitHub would put a stranger's text into the script; and a script without them can be run here."""
+    assert [script for script in scripts(pipelines()["github"]) if "${{" in script] == []
+
+
+def test_the_pipelines_page_tells_every_exit_code_but_that_of_defects() -> None:
+    table = (ROOT / "docs/ci.md").read_text(encoding="utf-8").partition("## What a step says")[2]
+    codes = {error.exit_code for error in QexportError.__subclasses__()} | {130}
+    assert {int(code) for code in re.findall(r"^\| (\d+) \|", table, flags=re.MULTILINE)} == codes
 
 
 def rows(page: str, heading: str) -> list[str]:

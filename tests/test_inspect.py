@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import factories
@@ -108,6 +109,19 @@ def test_an_adapter_and_what_says_that_its_base_was_quantized(tmp_path: Path) ->
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "org/nf4ever"}))
     (tmp_path / "README.md").write_text("- load_in_8bit: False\n- load_in_4bit: True\n- quant_method: None\n")
     assert described(tmp_path).as_dict()["adapter"]["quantized_base"] == ("its card says load_in_4bit: True",)
+
+
+def test_every_dtype_of_the_format_is_told(tmp_path: Path) -> None:
+    """Sizes by the library, which refuses a header whose offsets are not its own."""
+    sizes = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "C64": 64}
+    for name, size in sizes.items():
+        header = json.dumps({"a": {"dtype": name, "shape": [2, 4], "data_offsets": [0, size]}}).encode()
+        path = tmp_path / f"{name}.safetensors"
+        path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(size))
+        with safe_open(path, "pt") as file:
+            assert file.get_slice("a").get_dtype() == name
+        assert described(path).weights.by_dtype == {name: size}
+    assert main(["diff", str(path), str(tmp_path / "F4.safetensors")]) == 3
 
 
 def test_an_artifact_with_what_its_manifest_says(tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import gguf
 import huggingface_hub.constants
+import numpy as np
 import pytest
 import torch
 
@@ -152,7 +154,7 @@ class Hub(BaseHTTPRequestHandler):
             if wanted := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
                 self.reply(206, self.files[name][int(wanted[1]) : int(wanted[2]) + 1], etag, with_body)
             else:
-                self.whole.add(name)
+                self.whole.update([name] if with_body else [])
                 self.reply(200, self.files[name], etag, with_body)
         else:
             self.reply(404, b"{}", {"X-Error-Code": "RepoNotFound"}, with_body)
@@ -247,6 +249,53 @@ def test_inspect_finds_a_model_in_the_cache_offline(
     fill_cache(cache, "org/tiny", contents(saved))
     assert main(["inspect", f"hub:org/tiny@{COMMIT}", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["problems"] == ["pytorch_model.bin is a pickle, which is never read"]
+
+
+def gguf_file(path: Path, tokens: int) -> bytes:
+    """With a vocabulary, which makes the header long, and two tensors."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_token_list([f"token number {number} of some length" for number in range(tokens)])
+    for name in ("token_embd.weight", "output.weight"):
+        writer.add_tensor(name, np.zeros((64, 512), dtype=np.float32))
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("tokens", [10, 60_000], ids=["a short header", "a header of several ranges"])
+def test_inspect_of_a_repository_of_gguf_files(
+    hub: type[Hub], tmp_path: Path, capsys: pytest.CaptureFixture[str], tokens: int
+) -> None:
+    content = gguf_file(tmp_path / "Tiny-F32.gguf", tokens)
+    assert main(["inspect", str(tmp_path / "Tiny-F32.gguf"), "--json"]) == 0
+    local = json.loads(capsys.readouterr().out)
+    for files, place in (
+        ({"Tiny-F32.gguf": content, "README.md": b"# Tiny"}, "hub:org/tiny"),
+        ({"Tiny-F32.gguf": content, "config.json": b'{"model_type": "llama"}'}, "hub:org/tiny"),
+        ({"Tiny-F32.gguf": content, "Tiny-Q4_0.gguf": b""}, f"hub:org/tiny/Tiny-F32.gguf@{COMMIT}"),
+        ({"model.safetensors": b"x", "Tiny-F32.gguf": content}, "hub:org/tiny/Tiny-F32.gguf"),
+    ):
+        hub.files, hub.whole = files, set()
+        assert main(["inspect", place, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert {**found, "place": ""} == {**local, "place": ""}
+        assert "Tiny-F32.gguf" not in hub.whole
+    assert main(["diff", "hub:org/tiny/Tiny-F32.gguf", str(tmp_path), "--weights"]) == 3
+    assert "Tiny-F32.gguf" in hub.whole
+
+
+def test_one_of_several_gguf_files_must_be_named(hub: type[Hub], capsys: pytest.CaptureFixture[str]) -> None:
+    hub.files = {"a-Q4_0.gguf": b"", "a-Q8_0.gguf": b"", "README.md": b""}
+    assert main(["inspect", "hub:org/tiny"]) == 3
+    error = capsys.readouterr().err
+    assert "the repository holds several GGUF files" in error
+    assert "hub:org/tiny/a-Q4_0.gguf, hub:org/tiny/a-Q8_0.gguf" in error
+    assert main(["inspect", "hub:org/tiny/b.gguf"]) == 3
+    assert "the repository has no such file" in capsys.readouterr().err
+    assert main(["inspect", "hub:org/tiny/a.bin"]) == 2
+    hub.files = {"a.gguf": b"GGUF" + bytes(3_000_000)}
+    assert main(["inspect", "hub:org/tiny"]) == 3
+    assert "not a valid GGUF file" in capsys.readouterr().err
 
 
 def test_inspect_of_an_index_that_leaves_the_folder_is_refused(hub: type[Hub]) -> None:

@@ -35,7 +35,8 @@ CONFIGS: dict[str, PretrainedConfig] = {
 }
 KEPT = CacheTensor("key", (2, None, 16), torch.float16), CacheTensor("recurrent_state", (8, 8, 16), torch.float32)
 FIGURES = OnnxLaunch(
-    name="tiny", inputs=triton_inputs([KEPT, KEPT]), outputs=triton_outputs([KEPT, KEPT], torch.float16, 384),
+    name="tiny", triton_image="a:1", inputs=triton_inputs([KEPT, KEPT]),
+    outputs=triton_outputs([KEPT, KEPT], torch.float16, 384),
     data_files=["model.onnx.data"], ends=[0, 7], tokenizer=True,
 )  # fmt: skip
 

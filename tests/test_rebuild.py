@@ -192,6 +192,11 @@ def test_what_cannot_be_built_again(made: Path, artifact: Path, capsys: pytest.C
     assert "quantize.group_size: 32 -> 64" in capsys.readouterr().err
     assert main(["rebuild", str(artifact), "--recipe", str(made / "r.yaml"), "export=[{layout: vllm}]"]) == 2
     assert "does not export safetensors" in capsys.readouterr().err
+    exported = "export=[{layout: safetensors, max_shard_size: 1MB}]"
+    assert main(["rebuild", str(artifact), "--recipe", str(made / "r.yaml"), exported]) == 2
+    error = capsys.readouterr().err
+    assert "this is not the recipe that the artifact was made with" in error
+    assert "max_shard_size" in error
     assert main(["rebuild", str(artifact), "--inputs", str(made / "out")]) == 2
     assert "does not exist" in capsys.readouterr().err
     (artifact / "README.md").write_text("edited")

@@ -12,7 +12,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from hub_server import Hub, Repository, serving
 from packages import contents, make_release
 from qexport.errors import InputError, RecipeError
-from qexport.registries import Package, fetch, parse_destination, publish
+from qexport.registries import Package, fetch, parse_destination, publish, refuse_taken
 
 PLACE = parse_destination("hub:org/notes")
 
@@ -69,6 +69,15 @@ def test_an_existing_tag_is_refused(hub: Hub, release: Package) -> None:
     with pytest.raises(RecipeError, match=r"the tag 1\.4\.0 exists already"):
         publish(release, PLACE)
     assert len(hub.repositories["org/notes"].messages) == before
+
+
+def test_a_taken_version_is_found_before_anything_is_made(hub: Hub, release: Package) -> None:
+    refuse_taken(PLACE, "1.4.0")
+    assert hub.repositories == {}
+    publish(release, PLACE)
+    with pytest.raises(RecipeError, match=r"the tag 1\.4\.0 exists already"):
+        refuse_taken(PLACE, "1.4.0")
+    refuse_taken(PLACE, "1.5.0")
 
 
 def test_the_tag_is_the_version(hub: Hub, release: Package) -> None:

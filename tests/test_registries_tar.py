@@ -19,6 +19,7 @@ from packages import contents, make_release
 from qexport.errors import InputError, QexportError, RecipeError
 from qexport.progress import silent
 from qexport.registries import Package, fetch, parse_destination, publish
+from qexport.registries.arrival import arriving
 from qexport.registries.names import is_portable
 from qexport.registries.tar_extraction import extract
 from qexport.registries.tar_stream import TarStream
@@ -207,6 +208,21 @@ def test_folders_arrive_whole_and_only_once(release: Package, tmp_path: Path) ->
     fetch(place, tmp_path / "pulled")
     assert contents(tmp_path / "pulled") == contents(release.folder)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pulled", "release", "there"]
+
+
+def test_only_what_is_about_the_place_is_told_as_an_error_of_it(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="a library's own") as caught, arriving(tmp_path / "there"):
+        raise OSError("a library's own")
+    assert type(caught.value) is OSError
+    with pytest.raises(FileNotFoundError), arriving(tmp_path / "there"):
+        (tmp_path / "elsewhere").read_bytes()
+    for action in ("mkdir", "read_bytes"):
+        with pytest.raises(RecipeError, match="nothing can be written there"), arriving(tmp_path / "there") as path:
+            getattr(path / "deep" / "file", action)()
+    (tmp_path / "file").touch()
+    with pytest.raises(RecipeError, match="nothing can be written there"), arriving(tmp_path / "file" / "x"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("change", ["flip", "remove", "add", "listing", "link"])

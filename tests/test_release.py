@@ -19,11 +19,13 @@ from qexport.artifact.digests import sha256_json
 from qexport.artifact.integrity import open_artifact, write_listing
 from qexport.artifact.manifest import Manifest
 from qexport.artifact.measurements import TaskRecord
+from qexport.artifact.partial import MARKER_NAME
 from qexport.artifact.report import Report
 from qexport.artifact.served import RuntimeFacts, ServedRecord, through
 from qexport.cli import main
 from qexport.export.vllm.launch import VllmLaunch
 from qexport.pipeline.inspection import inspect_artifact
+from qexport.registries import Destination, Package, Published, publish
 from qexport.release.evaluation import evaluation_results
 from qexport.release.launching import released_launch
 from qexport.reporting.writing import write_report
@@ -142,18 +144,67 @@ def test_the_card_has_the_hubs_metadata_and_says_what_is_missing(released: Path)
 def test_an_existing_release_is_never_replaced(made: Path, released: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = files(released)
     assert run_release(made / "out", released) == 2
-    assert "a release is never replaced" in capsys.readouterr().err
+    assert "something is there already, and a release is never replaced" in capsys.readouterr().err
     assert files(released) == before
 
 
-@pytest.mark.parametrize("point", ["digest_files", "sync_tree", "recording_roots"])
+@pytest.mark.parametrize(
+    "point", ["release.making.digest_files", "registries.arrival.sync_tree", "release.making.recording_roots"]
+)
 def test_a_failure_leaves_nothing(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"qexport.release.making.{point}", fail)
+    monkeypatch.setattr(f"qexport.{point}", fail)
     assert run_release(made / "out" / "safetensors", tmp_path / "to") == 130
     assert list((tmp_path / "to").iterdir()) == []
+
+
+def test_no_release_is_made_if_one_of_several_places_is_taken(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "to" / "tiny-notes-1.4.0+w8a8.vllm").mkdir(parents=True)
+    assert run_release(made / "out", tmp_path / "to") == 2
+    assert [path.name for path in (tmp_path / "to").iterdir()] == ["tiny-notes-1.4.0+w8a8.vllm"]
+
+
+def test_a_taken_tar_file_is_refused_before_the_artifact_is_read(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qexport.release.releasing.prove", lambda *_, **__: pytest.fail("the artifact was read"))
+    (tmp_path / "release.tar").touch()
+    assert run_release(made / "out" / "vllm", tmp_path / "release.tar") == 2
+    assert "something is there already" in capsys.readouterr().err
+
+
+def test_a_release_inside_an_artifact_is_refused(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    artifact = copied(made, tmp_path)
+    for to in (artifact, artifact / "launch" / "deep", artifact / "release.tar"):
+        assert run_release(artifact, to) == 2
+        assert "the release's place is inside an artifact" in capsys.readouterr().err
+    open_artifact(artifact)
+
+
+def test_what_is_made_for_a_push_is_no_layouts_neighbour_and_leftovers_of_a_kill_are_removed(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(made / "out", tmp_path / "a" / "out")
+    before, left = sorted((tmp_path / "a" / "out").iterdir()), tmp_path / "a" / ".out.killed.inputs"
+    left.mkdir()
+    (left / MARKER_NAME).touch()
+    (left / "model.safetensors").write_bytes(b"x")
+    found = list[Path]()
+
+    def looked(package: Package, place: Destination, **_: Any) -> Published:
+        found.append(package.folder)
+        assert not left.exists()
+        assert sorted((tmp_path / "a" / "out").iterdir()) == before
+        return publish(package, place)
+
+    monkeypatch.setattr("qexport.release.releasing.publish", looked)
+    assert run_release(tmp_path / "a" / "out" / "vllm", tmp_path / "to" / "release.tar") == 0
+    assert found[0].parent.parent == tmp_path / "a"
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["out"]
 
 
 def refused(capsys: pytest.CaptureFixture[str], artifact: Path, to: Path, code: int, *options: str) -> str:
@@ -265,6 +316,15 @@ def test_a_run_with_a_version_is_released_at_once(tmp_path: Path, capsys: pytest
     releases.inputs(tmp_path, release=told)
     assert main(["run", str(tmp_path / "recipe.yaml"), "release.sign=nothing.key"]) == 2
     assert "the key cannot be read" in capsys.readouterr().err
+    for to, words in (
+        (f"{tmp_path / 'out' / 'releases'}", "inside the artifact"),
+        (f"{tmp_path / 'releases'}", "is there already"),
+    ):
+        (tmp_path / "releases" / "notes-3.0+w8a8.vllm").mkdir(parents=True, exist_ok=True)
+        assert main(["run", str(tmp_path / "recipe.yaml"), f"release.to={to}"]) == 2
+        assert words in capsys.readouterr().err
+        assert not list(tmp_path.glob("out*"))
+    (tmp_path / "releases" / "notes-3.0+w8a8.vllm").rmdir()
     assert main(["run", str(tmp_path / "recipe.yaml"), "--json"]) == 0
     folder = tmp_path / "releases" / "notes-3.0+w8a8"
     assert main(["check", str(folder), "--signature", str(public)]) == 0

@@ -8,10 +8,16 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 
 import releases
 from qexport.artifact.agreement import verification_of
@@ -199,6 +205,57 @@ def other_bom(folder: Path) -> None:
     name_evidence(folder)
 
 
+def other_text(folder: Path) -> None:
+    def change(content: Any) -> None:
+        text = next(each for each in content["components"] if each["type"] == "data")
+        text["hashes"][0]["content"] = "0" * 64
+
+    edit_json(folder / "evidence/bom.cdx.json", change)
+    name_evidence(folder)
+
+
+def other_package(folder: Path) -> None:
+    def change(content: Any) -> None:
+        torch = next(each for each in content["components"] if each["name"] == "torch")
+        torch.update(version="9.9", purl="pkg:pypi/torch@9.9")
+
+    edit_json(folder / "evidence/bom.cdx.json", change)
+    name_evidence(folder)
+
+
+def further_component(folder: Path) -> None:
+    edit_json(folder / "evidence/bom.cdx.json", lambda content: content["components"].append({"name": "safe"}))
+    name_evidence(folder)
+
+
+def other_figure(folder: Path) -> None:
+    def change(content: Any) -> None:
+        card = content["metadata"]["component"]["modelCard"]
+        card["quantitativeAnalysis"]["performanceMetrics"][0]["value"] = "0.0"
+
+    edit_json(folder / "evidence/bom.cdx.json", change)
+    name_evidence(folder)
+
+
+def a_key_twice(folder: Path) -> None:
+    """Readers differ in which of the two they take."""
+    path = folder / "evidence/provenance.json"
+    path.write_text(path.read_text().replace("{", '{"_type": "other",', 1))
+    name_evidence(folder)
+
+
+def edit_page(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / "report" / name
+        path.write_text(path.read_text() + " ")
+
+    return change
+
+
+def further_page(folder: Path) -> None:
+    (folder / "report/more.html").write_text("all is well")
+
+
 def swap_report(folder: Path) -> None:
     report = Report.read(folder)
     figures = [each.model_copy(update={"n": each.n + 1}) for each in report.figures]
@@ -251,6 +308,16 @@ def name_evidence(folder: Path) -> None:
         (other_input, "the provenance names other inputs than the manifest: inputs"),
         (other_recipe, "the provenance names other inputs than the manifest: recipe"),
         (other_bom, "the bill of materials names other files than the manifest"),
+        (other_text, "the bill of materials names other files than the manifest: held-out text"),
+        (other_package, "the bill of materials names other files than the manifest: torch"),
+        (further_component, "the bill of materials names other files than the manifest: safe"),
+        (other_figure, "the bill of materials does not say what manifest and report say"),
+        (a_key_twice, "the provenance names other inputs than the manifest: form"),
+        (edit_page("report.html"), "a file of the report does not say what report.json says"),
+        (edit_page("report.md"), "a file of the report does not say what report.json says"),
+        (edit_page("junit.xml"), "a file of the report does not say what report.json says"),
+        (edit_page("report.json"), "a file of the report does not say what report.json says"),
+        (further_page, "there are files that no report has: more.html"),
         (swap_report, "the report is not the one of this artifact: manifest and report contradict each other"),
         (gate_left_out, "the report's gates are not what its figures give: mean_kl"),
         (other_name, "release.json names other inputs than the manifest: name"),
@@ -266,6 +333,16 @@ def name_evidence(folder: Path) -> None:
         "input",
         "recipe",
         "bom",
+        "text",
+        "package",
+        "component",
+        "figure",
+        "key twice",
+        "page",
+        "comment",
+        "test results",
+        "spaces",
+        "further page",
         "report",
         "gate",
         "name",
@@ -301,11 +378,41 @@ def test_sha256sum_finds_a_flipped_bit(release: Path) -> None:
     assert subprocess.run(command, cwd=release, check=False, capture_output=True).returncode == 1
 
 
-def test_what_the_hub_puts_beside_the_files_does_not_matter(made: Path, release: Path) -> None:
-    (release / ".cache/huggingface").mkdir(parents=True)
-    (release / ".cache/huggingface/x").write_text("")
+def test_what_the_hub_puts_beside_the_files_does_not_matter_and_is_told_in_one_line(made: Path, release: Path) -> None:
+    assert not [line for line in check(release).lines() if line.startswith("beside")]
+    (release / ".cache/huggingface/download").mkdir(parents=True)
+    for number in range(9):
+        (release / f".cache/huggingface/download/{number}.metadata").write_text("")
     (release / ".gitattributes").write_text("")
-    check(release, key=made / "release.pub")
+    lines = list(check(release, key=made / "release.pub").lines())
+    told = "beside     .cache, .gitattributes: huggingface_hub's own, not part of the release"
+    assert [line for line in lines if "cache" in line] == [told]
+
+
+def test_a_large_signature_is_not_read(made: Path, release: Path) -> None:
+    os.truncate(release / "model.sig", (1 << 26) + 1)
+    assert message(release, made / "release.pub").startswith("the signature has more than 67108864 bytes")
+
+
+@pytest.mark.parametrize("name", ["qexport-manifest.json", "report/report.json"])
+def test_a_large_record_is_not_read(release: Path, name: str) -> None:
+    manifest = Manifest.read(release)
+    os.truncate(release / name, (1 << 27) + 1)
+    write_listing(release, manifest)
+    assert message(release).startswith("the file has more than 134217728 bytes")
+
+
+def test_pages_of_another_version_are_not_compared_and_that_is_said(
+    release: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (release / "report/report.html").write_text("all is well")
+    sealed(release)
+    for module in ("checking", "made_again"):
+        monkeypatch.setattr(f"qexport.release.{module}.version", lambda _: "9.9")
+    found = check(release)
+    assert (found.compared_card, found.compared_pages) == (False, False)
+    lines = [line.split("  ")[0] for line in found.lines() if "not compared: made by qexport" in line]
+    assert lines == ["card", "pages"]
 
 
 @pytest.mark.parametrize(
@@ -313,6 +420,55 @@ def test_what_the_hub_puts_beside_the_files_does_not_matter(made: Path, release:
 )
 def test_what_is_no_public_key_is_refused(made: Path, release: Path, name: str, words: str) -> None:
     assert words in message(release, made / name)
+
+
+def certificate(
+    folder: Path, name: str, days: tuple[int, int], signer: tuple[x509.Name, ec.EllipticCurvePrivateKey] | None = None
+) -> tuple[x509.Name, ec.EllipticCurvePrivateKey]:
+    """A certificate that is valid from and to so many days from now, by a signer, or else by itself; and its key."""
+    key, subject = ec.generate_private_key(ec.SECP256R1()), x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    issuer, signing = signer or (subject, key)
+    usage = dict.fromkeys(
+        ["content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "crl_sign"], False
+    )
+    own = x509.KeyUsage(
+        digital_signature=signer is not None, key_cert_sign=signer is None,
+        encipher_only=False, decipher_only=False, **usage,
+    )  # fmt: skip
+    begin, end = (datetime.now(UTC) + timedelta(days=each) for each in days)
+    builder = x509.CertificateBuilder(issuer, subject, key.public_key(), 7, begin, end)
+    builder = builder.add_extension(x509.BasicConstraints(ca=signer is None, path_length=None), critical=True)
+    made = builder.add_extension(own, critical=True).sign(signing, hashes.SHA256())
+    (folder / f"{name}.pem").write_bytes(made.public_bytes(Encoding.PEM))
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (folder / f"{name}.key").write_bytes(private)
+    return subject, key
+
+
+@pytest.mark.parametrize(
+    ("root", "leaf", "reason"),
+    [
+        ((-900, -100), (-800, -700), None),
+        ((-900, 900), (100, 200), None),
+        ((-900, -800), (-700, 700), "certificate has expired"),
+        ((-100, 900), (-200, 200), "certificate is not yet valid"),
+    ],
+    ids=["both expired", "the leaf not yet valid", "the root expired before the leaf", "the root younger"],
+)
+def test_a_chain_is_checked_for_the_day_on_which_its_own_certificate_begins(
+    release: Path, tmp_path: Path, root: tuple[int, int], leaf: tuple[int, int], reason: str | None
+) -> None:
+    from qexport.release.signing import Signer
+
+    certificate(tmp_path, "leaf", leaf, certificate(tmp_path, "root", root))
+    parts = [(tmp_path / name).read_bytes() for name in ("leaf.key", "leaf.pem", "root.pem")]
+    (tmp_path / "both.pem").write_bytes(b"".join(parts))
+    Signer(tmp_path / "both.pem").sign(release)
+    if reason is None:
+        assert check(release, key=tmp_path / "root.pem").signature
+    else:
+        told = message(release, tmp_path / "root.pem")
+        assert told.startswith(f"the signature was made with another key, or was changed: {reason}")
 
 
 def test_a_certificate_chain(made: Path, tmp_path: Path) -> None:

@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from huggingface_hub import close_session, constants
+from safetensors.torch import save_file
 
+import factories
 import packages
 import releases
 from oci_server import Registry, serving
@@ -60,6 +64,66 @@ def test_a_release_is_pushed_listed_checked_and_promoted(
     assert told(capsys, "diff", "--weights", f"{repository}:stable", made / "safetensors")["equal"] is True
 
 
+def test_nothing_is_pushed_if_one_of_several_tags_is_taken(
+    made: Path, registry: Registry, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repository = f"oci://{registry.host}/models/notes"
+    tag = "tiny-notes-1.4.0_w8a8.vllm"
+    told(capsys, "release", made / "vllm", "--to", f"{repository}:{tag}", "--version", "1.4.0")
+    before = dict(registry.tags)
+    error = told(capsys, "release", made, "--to", repository, "--version", "1.4.0", code=2)["error"]
+    assert error["what"].startswith("the tag exists already")
+    assert error["where"] == f"{repository}:{tag}"
+    assert registry.tags == before
+
+
+def test_a_run_looks_for_its_tags_before_its_work(
+    registry: Registry, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    to = f"oci://{registry.host}/models/notes"
+    releases.inputs(tmp_path, release={"name": "notes", "version": "1", "to": to})
+    publish(packages.make_release(tmp_path / "x", weights=100), parse_destination(f"{to}:notes-1_w8a8.vllm"))
+    assert told(capsys, "run", tmp_path / "recipe.yaml", code=2)["error"]["where"] == f"{to}:notes-1_w8a8.vllm"
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("variable", "content"),
+    [("SSL_CERT_FILE", None), ("SSL_CERT_FILE", "no certificate"), ("REQUESTS_CA_BUNDLE", None)],
+    ids=["missing", "another file", "the one of requests"],
+)
+def test_authorities_that_cannot_be_used_are_named(
+    made: Path,
+    registry: Registry,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    variable: str,
+    content: str | None,
+) -> None:
+    path = tmp_path / "authorities.pem"
+    if content is not None:
+        path.write_text(content)
+    for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, str(path))
+    place, kept = f"oci://{registry.host}/models/notes:1", tmp_path / "kept"
+    of_hubs: list[list[str | Path]] = [["check", "hub:org/notes", "--to", kept], ["inspect", "hub:org/notes"]]
+    commands: list[list[str | Path]] = [
+        ["check", place, "--to", kept],
+        ["release", made / "vllm", "--to", place, "--version", "1"],
+        *(of_hubs if variable == "SSL_CERT_FILE" else []),
+    ]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    close_session()  # the next one is made in this environment
+    for command in commands:
+        error = told(capsys, *command, code=2)["error"]
+        assert error["what"].startswith(f"{variable} names a file of certificate authorities that cannot be used")
+        assert error["where"] == str(path)
+    assert not kept.exists()
+    close_session()
+
+
 def test_tags_move_only_to_what_checks(
     made: Path, registry: Registry, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -79,6 +143,38 @@ def test_tags_move_only_to_what_checks(
     assert told(capsys, "release", "--list", repository)["tags"].keys() == {"1.4.0", "foreign"}
     assert told(capsys, "promote", repository, "--as", "stable", code=2)["error"]["what"].startswith("neither a tag")
     assert told(capsys, "promote", str(made), "--as", "stable", code=2)["error"]["what"] == "only registries have tags"
+
+
+@pytest.mark.parametrize("ignores_ranges", [False, True])
+def test_inspect_fetches_the_heads_of_the_weights_alone(
+    registry: Registry, tmp_path: Path, capsys: pytest.CaptureFixture[str], ignores_ranges: bool
+) -> None:
+    """Of safetensors files with a long and a short header, of a GGUF file, and of a file that is neither."""
+    model = factories.build(factories.llama_config())
+    folder = factories.save(model, tmp_path / "model", max_shard_size="150KB")
+    save_file({f"{'long' * 40}.{n}": torch.zeros(9) for n in range(3000)}, folder / "extra.safetensors")
+    save_file({"a": torch.zeros(1_000_000)}, folder / "model-x.safetensors")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"] |= {"a": "model-x.safetensors", f"{'long' * 40}.0": "extra.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    also = {path.name: path.read_bytes() for path in folder.iterdir()}
+    package = packages.make_release(tmp_path / "release", weights=3, also=also | {"weights.bin": bytes(2_000_000)})
+    place = f"oci://{registry.host}/models/notes:1"
+    publish(package, parse_destination(place))
+    registry.ignores_ranges, registry.bytes_out = ignores_ranges, 0
+    found = told(capsys, "inspect", place)
+    local = told(capsys, "inspect", package.folder)
+    assert {**found, "place": ""} == {**local, "place": ""}
+    assert found["total_bytes"] > 4_000_000
+    assert ignores_ranges or registry.bytes_out < 2_500_000
+
+
+def test_a_damaged_head_is_refused(registry: Registry, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    also = {"config.json": b"{}", "model.safetensors": b"\xff" * 5000}
+    package = packages.make_release(tmp_path / "release", weights=3, also=also)
+    place = f"oci://{registry.host}/models/notes:1"
+    publish(package, parse_destination(place))
+    assert "does not fit a file of 5000 bytes" in told(capsys, "inspect", place, code=3)["error"]["what"]
 
 
 def test_what_cannot_be_listed_or_released_is_refused(made: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -96,6 +96,8 @@ FAULTS: dict[str, tuple[Any, bytes, int | None, str]] = {
     "metadata that are no strings": ({"__metadata__": {"a": 1}}, b"", None, "strings to strings"),
     "an entry that is no object": ({"a": 1}, b"", None, "consists of"),
     "an entry with a key too many": ({"a": entry([1], 0, 4) | {"x": 1}}, bytes(4), None, "consists of"),
+    "half a byte": ({"a": entry([3], 0, 2, "F4")}, bytes(2), None, "ends inside a byte"),
+    "no type of torch": ({"a": entry([4], 0, 3, "F6_E2M3")}, bytes(3), None, "dtype F6_E2M3 cannot be read"),
     "an unknown dtype": ({"a": entry([1], 0, 4, "F5")}, bytes(4), None, "'F5' is not known"),
     "a dtype that is no name": ({"a": entry([1], 0, 4, [])}, bytes(4), None, "is not known"),
     "a negative size": ({"a": entry([-1], 0, 4)}, bytes(4), None, "whole numbers from 0"),

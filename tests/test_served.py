@@ -181,7 +181,15 @@ def package(root: Path, template: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_engine_arguments_are_json_for_any_length() -> None:
     for length in (None, 1, 131072):
-        figures = VllmLaunch(name="a", max_model_len=length, dtype="float16", degrees=[1], rounded_by_amx=False)
+        figures = VllmLaunch(
+            name="a",
+            image="a:1",
+            triton_image="b:1",
+            max_model_len=length,
+            dtype="float16",
+            degrees=[1],
+            rounded_by_amx=False,
+        )
         made = json.loads(launch_files(figures)["launch/triton/a/1/model.json"])
         assert made.get("max_model_len") == length
 

@@ -28,7 +28,7 @@ from qexport.export import SafetensorsSettings, TgiSettings
 from qexport.export.layouts import SafetensorsLayout, make_layout
 from qexport.export.tgi.families import ServedLinear, tgi_config, tgi_tokenizer_files
 from qexport.export.tgi.kernels import Codes, choose_sym, fault, kernel
-from qexport.export.tgi.launch import ENVIRONMENT, IMAGE
+from qexport.export.tgi.launch import ENVIRONMENT
 from qexport.export.tgi.rules import TGI
 from qexport.export.tgi.served import ServedByTgi
 from qexport.quantizing.int8 import Int8
@@ -370,7 +370,7 @@ def test_the_launch_files_agree_with_each_other(tmp_path: Path) -> None:
     pod = deployment["spec"]["template"]
     container = pod["spec"]["containers"][0]
     assert {item["name"]: item["value"] for item in container["env"]} == settings
-    assert container["image"] == IMAGE
+    assert container["image"] == TgiSettings().image
     assert container["resources"]["limits"] == {"nvidia.com/gpu": 1}
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert container[probe]["httpGet"]["path"] == "/health"
@@ -381,7 +381,7 @@ def test_the_launch_files_agree_with_each_other(tmp_path: Path) -> None:
     }
     compose = YAML(typ="safe").load((folder / "launch/compose.yaml").read_text())["services"]["tgi"]
     assert compose["env_file"] == [ENVIRONMENT]
-    assert compose["image"] == IMAGE
+    assert compose["image"] == TgiSettings().image
     assert compose["volumes"] == ["${MODEL_FOLDER:-..}:/models/tiny:ro"]
 
 
@@ -391,7 +391,7 @@ def test_the_docker_run_command_is_a_shell_script_that_names_everything(tmp_path
     assert command[:2] == ["docker", "run"]
     assert command[command.index("--env-file") + 1] == f"$here/{ENVIRONMENT}"
     assert command[command.index("-v") + 1] == "$folder:/models/tiny:ro"
-    assert command[-1] == IMAGE
+    assert command[-1] == TgiSettings().image
 
 
 def test_memory_counts_weights_as_the_server_holds_them(tmp_path: Path) -> None:

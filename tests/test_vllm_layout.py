@@ -237,7 +237,15 @@ def test_the_length_is_the_smallest_that_the_config_says() -> None:
     assert max_model_len({"max_position_embeddings": 4096, "seq_length": 2048}) == 2048
     assert max_model_len({}) is None
     files = launch_files(
-        VllmLaunch(name="tiny", max_model_len=None, dtype="float16", degrees=[1], rounded_by_amx=False)
+        VllmLaunch(
+            name="tiny",
+            image="a:1",
+            triton_image="b:1",
+            max_model_len=None,
+            dtype="float16",
+            degrees=[1],
+            rounded_by_amx=False,
+        )
     )
     assert all(b"max-model-len" not in content and b"max_model_len" not in content for content in files.values())
 

@@ -25,7 +25,7 @@ from qexport.artifact.manifest import (
 )
 from qexport.artifact.partial import MARKER_NAME
 from qexport.artifact.roots import confirm_root, recorded_roots
-from qexport.errors import InputError
+from qexport.errors import InputError, RecipeError
 
 _LINE: Final = re.compile(r"([0-9a-f]{64})  ([^\n\r\\]+)\n")
 _LISTING_LIMIT: Final = 1 << 24
@@ -118,7 +118,7 @@ def open_artifact(path: Path, *, reads: Callable[[str], bool] = every_file, root
         InputError: a file is missing, changed, not listed, a link or no regular file; manifest and listing contradict
             each other; or the root digest is another.
     """
-    found = _entries(path)
+    found = entries(path)
     unlisted = [name for name in found if _UNLISTED.fullmatch(name)]
     names = set(found).difference(unlisted)
     if LISTING_NAME not in names:
@@ -142,59 +142,13 @@ def compare_with_listing(folder: Path) -> None:
         InputError: the listing is missing or was changed; a file is missing, changed, not listed (but for a signature
             and what huggingface_hub adds), a link or no regular file.
     """
-    names = {name for name in _entries(folder) if not _UNLISTED.fullmatch(name)}
+    names = {name for name in entries(folder) if not _UNLISTED.fullmatch(name)}
     if LISTING_NAME not in names:
         raise _changed(f"the listing of the digests, {LISTING_NAME}, is missing", folder)
     _compare(folder, names - {LISTING_NAME}, _parsed(_read(folder / LISTING_NAME), folder / LISTING_NAME), every_file)
 
 
-def digest_files(folder: Path, known: Mapping[str, str]) -> dict[str, FileRecord]:
-    """Size and digest of every file in a folder except manifest, listing and report, by its path inside the folder.
-
-    Args:
-        folder: the artifact.
-        known: digests that need not be computed again, by path.
-    """
-    return {
-        name: FileRecord(size=(folder / name).stat().st_size, sha256=known.get(name) or sha256_file(folder / name))
-        for name in _entries(folder)
-        if not (name.endswith("/") or name in (MANIFEST_NAME, LISTING_NAME, MARKER_NAME) or _is_of_report(name))
-    }
-
-
-def write_listing(folder: Path, manifest: Manifest) -> str:
-    """Writes `SHA256SUMS`, when all other files of an artifact are in its folder.
-
-    Args:
-        folder: the artifact.
-        manifest: the one that the folder holds.
-
-    Returns:
-        The root digest: that of the listing.
-    """
-    report = [name for name in _entries(folder) if _is_of_report(name) and not name.endswith("/")]
-    digests = {name: record.sha256 for name, record in manifest.files.items()}
-    digests |= {name: sha256_file(folder / name) for name in (MANIFEST_NAME, *report)}
-    content = _text(digests).encode("utf-8")
-    (folder / LISTING_NAME).write_bytes(content)
-    return sha256_bytes(content)
-
-
-def _without_listing(
-    path: Path, names: set[str], unlisted: Sequence[str], reads: Callable[[str], bool], root: str | None
-) -> Artifact:
-    """An artifact of qexport 0.2 or older, whose manifest and report have no digests."""
-    manifest = Manifest.read(path)
-    if manifest.listing is not None or root is not None or recorded_roots(path):
-        raise _changed(f"the listing of the artifact's digests, {LISTING_NAME}, is missing", path)
-    own = {name for name in names if name == MANIFEST_NAME or _is_of_report(name)}
-    _compare(path, names - own, {name: record.sha256 for name, record in manifest.files.items()}, reads)
-    _refuse_sizes(path, manifest, reads)
-    removed = manifest.verification is not None and not own - {MANIFEST_NAME, f"{REPORT_FOLDER}/"}
-    return Artifact(path, manifest, report_removed=removed, unlisted=unlisted)
-
-
-def _entries(folder: Path) -> list[str]:
+def entries(folder: Path) -> list[str]:
     """The files below a folder, by their paths inside it, sorted; folders have a slash at the end.
 
     Raises:
@@ -219,10 +173,73 @@ def _entries(folder: Path) -> list[str]:
     return sorted(found)
 
 
+def refuse_inside_artifact(path: Path, what: str) -> None:
+    """Refuses a path at which something is to be written, if it is inside an artifact.
+
+    Args:
+        path: need not exist.
+        what: the path, for the message.
+
+    Raises:
+        RecipeError: the path or one of its parents is an artifact, whose listing would no longer be true.
+    """
+    real = Path(os.path.realpath(path))
+    if any((each / MANIFEST_NAME).exists() for each in (real, *real.parents)):
+        raise RecipeError(
+            f"{what} is inside an artifact, which must not change", where=str(path), mend="name another folder"
+        )
+
+
+def digest_files(folder: Path, known: Mapping[str, str]) -> dict[str, FileRecord]:
+    """Size and digest of every file in a folder except manifest, listing and report, by its path inside the folder.
+
+    Args:
+        folder: the artifact.
+        known: digests that need not be computed again, by path.
+    """
+    return {
+        name: FileRecord(size=(folder / name).stat().st_size, sha256=known.get(name) or sha256_file(folder / name))
+        for name in entries(folder)
+        if not (name.endswith("/") or name in (MANIFEST_NAME, LISTING_NAME, MARKER_NAME) or _is_of_report(name))
+    }
+
+
+def write_listing(folder: Path, manifest: Manifest) -> str:
+    """Writes `SHA256SUMS`, when all other files of an artifact are in its folder.
+
+    Args:
+        folder: the artifact.
+        manifest: the one that the folder holds.
+
+    Returns:
+        The root digest: that of the listing.
+    """
+    report = [name for name in entries(folder) if _is_of_report(name) and not name.endswith("/")]
+    digests = {name: record.sha256 for name, record in manifest.files.items()}
+    digests |= {name: sha256_file(folder / name) for name in (MANIFEST_NAME, *report)}
+    content = _text(digests).encode("utf-8")
+    (folder / LISTING_NAME).write_bytes(content)
+    return sha256_bytes(content)
+
+
+def _without_listing(
+    path: Path, names: set[str], unlisted: Sequence[str], reads: Callable[[str], bool], root: str | None
+) -> Artifact:
+    """An artifact of qexport 0.2 or older, whose manifest and report have no digests."""
+    manifest = Manifest.read(path)
+    if manifest.listing is not None or root is not None or recorded_roots(path):
+        raise _changed(f"the listing of the artifact's digests, {LISTING_NAME}, is missing", path)
+    own = {name for name in names if name == MANIFEST_NAME or _is_of_report(name)}
+    _compare(path, names - own, {name: record.sha256 for name, record in manifest.files.items()}, reads)
+    _refuse_sizes(path, manifest, reads)
+    removed = manifest.verification is not None and not own - {MANIFEST_NAME, f"{REPORT_FOLDER}/"}
+    return Artifact(path, manifest, report_removed=removed, unlisted=unlisted)
+
+
 def _scanned(folder: Path) -> list[os.DirEntry[str]]:
     try:
-        with os.scandir(folder) as entries:
-            return list(entries)
+        with os.scandir(folder) as found:
+            return list(found)
     except OSError as error:
         raise InputError(f"the folder cannot be read: {error.strerror}", where=str(folder)) from error
 

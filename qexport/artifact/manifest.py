@@ -17,6 +17,7 @@ from qexport.artifact.digests import sha256_json
 from qexport.artifact.figures import Figure, GateResult, Verdict, find_figure
 from qexport.errors import InputError
 from qexport.records import LayerRecord, Record, added
+from qexport.tensors.strict_files import read_bounded
 
 MANIFEST_NAME = "qexport-manifest.json"
 LISTING_NAME: Final = "SHA256SUMS"
@@ -25,6 +26,7 @@ LICENSES_FOLDER: Final = "licenses"
 SIGNATURE_NAME: Final = "model.sig"
 REPORT_FOLDER = "report"
 SCHEMA_VERSION = 2
+_LARGEST: Final = 1 << 27
 
 
 class FileRecord(Record):
@@ -55,10 +57,10 @@ class TermsRecord(Record):
 class SourceRecord(Record):
     """Where a base model or an adapter came from."""
 
-    kind: Literal["folder", "hub", "package"]
+    kind: Literal["folder", "file", "hub", "package", "combination"]
 
     name: str
-    """The folder's last component, the hub id, or `package/file`."""
+    """The folder's or the file's last component, the hub id, or `package/file`; of a combination, its adapters."""
 
     revision: str | None
     """The commit that a hub id resolved to, or the package's version."""
@@ -68,6 +70,21 @@ class SourceRecord(Record):
 
     terms: TermsRecord | None = added()
     """Null if its card names no license and no language, and no license or notice lies beside it."""
+
+    read_as: str | None = added()
+    """What the weights were turned into when they were read, for people: what a quantized base dequantizes to, or what
+    a 16-bit base was in training. Null if they were used as they are stored."""
+
+    weight: float | None = added()
+    """Its share, if it is one of several adapters."""
+
+    parts: list[SourceRecord] = added([])
+    """The adapters that a combination was made of."""
+
+    @property
+    def each(self) -> list[SourceRecord]:
+        """The adapters of a combination; else itself."""
+        return self.parts or [self]
 
 
 class CalibrationRecord(Record):
@@ -221,8 +238,18 @@ class Manifest(Record):
 
     @property
     def sources(self) -> list[SourceRecord]:
-        """Base and adapter."""
-        return [self.base, *([self.adapter] if self.adapter else [])]
+        """Base and adapters."""
+        return [source for _, source in self.roles]
+
+    @property
+    def roles(self) -> list[tuple[str, SourceRecord]]:
+        """Base and adapters with what each is called; those of a combination are numbered."""
+        found = [("base", self.base)]
+        if self.adapter is not None and self.adapter.parts:
+            found += [(f"adapter-{index}", each) for index, each in enumerate(self.adapter.parts, 1)]
+        elif self.adapter is not None:
+            found.append(("adapter", self.adapter))
+        return found
 
     @model_validator(mode="after")
     def _recipe_fits_its_digest(self) -> Manifest:
@@ -275,7 +302,7 @@ def _canonical(content: Any) -> str:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8")  # `read_text` would turn a carriage return into a newline
+        return read_bounded(path, _LARGEST).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             "the manifest cannot be read", where=str(path), mend="give a folder that qexport has published"

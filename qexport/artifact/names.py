@@ -11,7 +11,10 @@ GGUF_NAME: Final = "model.gguf"
 """The file of the layout gguf."""
 
 _LABEL_LIMIT: Final = 63 - len("-predictor")  # which KServe adds
-_TAG_LIMIT: Final = 128 - len("-modelpack")  # which `qexport.registries.oci` adds
+MODELPACK_SUFFIX: Final = "-modelpack"
+"""Of the tag that stands for the ModelPack artifact alone, beside the release's own."""
+
+_TAG_LIMIT: Final = 128 - len(MODELPACK_SUFFIX)
 _MARK: Final = 8
 """Hex digits that tell two long names apart which begin alike."""
 

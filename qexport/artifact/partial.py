@@ -16,9 +16,6 @@ from qexport.artifact.manifest import MANIFEST_NAME
 from qexport.errors import RecipeError
 
 MARKER_NAME = ".qexport-partial"
-_OWN = ".qexport-"
-"""What the names of the marker and of folders of other commands, which a kill may leave, begin with."""
-
 """This file says that a folder is qexport's and may be deleted. It holds the journal, and is locked during a run."""
 
 
@@ -26,7 +23,7 @@ def manifests_in(folder: Path) -> list[Path]:
     """The manifest of a finished artifact, or those of the artifacts in a folder of several; none if one is missing."""
     if (folder / MANIFEST_NAME).is_file():
         return [folder / MANIFEST_NAME]
-    found = [entry / MANIFEST_NAME for entry in sorted(folder.iterdir()) if not entry.name.startswith(_OWN)]
+    found = [entry / MANIFEST_NAME for entry in sorted(folder.iterdir()) if entry.name != MARKER_NAME]
     return found if all(manifest.is_file() for manifest in found) else []
 
 

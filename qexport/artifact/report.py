@@ -31,6 +31,7 @@ from qexport.artifact.measurements import (
 from qexport.artifact.served import ServedRecord
 from qexport.errors import InputError, listed
 from qexport.records import LayerRecord, Record, added
+from qexport.tensors.strict_files import read_bounded
 
 _BITS: Final = (2, 3, 4, 8)
 
@@ -97,6 +98,7 @@ def impossible_verdict(verdict: Verdict, gates: Sequence[GateResult]) -> Iterato
 
 
 REPORT_NAME: Final = "report.json"
+_LARGEST: Final = 1 << 27
 SCHEMA_VERSION: Final = 1
 
 
@@ -286,7 +288,8 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _read_object(place: Path) -> Mapping[str, Any]:
     try:
-        content = json.loads(place.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+        text = read_bounded(place, _LARGEST).decode("utf-8")
+        content = json.loads(text, object_pairs_hook=_without_duplicates)
     except (OSError, UnicodeDecodeError) as error:
         mend = "name a report.json, or a folder that was verified"
         raise InputError("the report cannot be read", where=str(place), mend=mend) from error

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -13,13 +14,14 @@ import typer
 
 from qexport.cli.app import AsJson, Debug, Failure, Overrides, RecipePath, app, reporting_errors, showing_progress
 from qexport.cli.terminal import stdout, write, write_json
+from qexport.cli.tracking import MlflowExperiment, MlflowRun, MlflowUri, track_run, track_verification, tracker_of
 from qexport.errors import CompatibilityError, GateFailed, GateUndecided, RecipeError, listed
 from qexport.progress import Notice
 
 if TYPE_CHECKING:
     from qexport.artifact.report import Report
     from qexport.cli.verifying import References
-    from qexport.pipeline import Result
+    from qexport.pipeline import Plan, Result
     from qexport.release import ReleaseSettings
 
 
@@ -35,6 +37,9 @@ def run(
     as_json: AsJson = False,
     debug: Debug = False,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
+    mlflow: MlflowUri = None,
+    mlflow_experiment: MlflowExperiment = None,
+    mlflow_run: MlflowRun = None,
 ) -> None:
     """Merge, quantize, export and verify, as the recipe says. Run again after an interruption, it goes on."""
     with reporting_errors(as_json=as_json, debug=debug, interrupted="interrupted; nothing was published"):
@@ -43,24 +48,36 @@ def run(
         chosen = load_recipe(recipe, overrides or ())
         if output is not None:
             chosen = chosen.model_copy(update={"output": str(output.absolute())})
-        checked_output(chosen, force=force)
+        place = checked_output(chosen, force=force)
         if chosen.release is not None and chosen.release.version is not None:
             from qexport.cli.release_commands import load_releasing
 
             load_releasing().refuse_unusable(chosen.release)  # before hours of work
+        tracker = tracker_of(mlflow, mlflow_experiment, mlflow_run)
         from qexport import pipeline  # takes seconds; errors of the recipe and the output should come first
         from qexport.cli.verifying import verify_command
 
         with showing_progress() as progress:
             command = verify_command(".", str(recipe), overrides or (), {})
             result = pipeline.run(
-                chosen, force=force, restart=restart, device=device, command=command, progress=progress
+                chosen,
+                force=force,
+                restart=restart,
+                device=device,
+                command=command,
+                accept=partial(_refuse_taken, output=place),
+                progress=progress,
             )
-        if result.unproven_merge is not None:
-            result.raise_for_verdict()
-    with reporting_errors(as_json=as_json, debug=debug, interrupted=f"interrupted; {result.artifact_path} is complete"):
-        _show(result, as_json=as_json)
-    with reporting_errors(debug=debug):
+    unproven = result.unproven_merge is not None
+    complete = f"interrupted; {'nothing was published' if unproven else f'{result.artifact_path} is complete'}"
+    with reporting_errors(as_json=as_json, debug=debug, interrupted=complete):
+        if not unproven:
+            _show(result, as_json=as_json)
+    with reporting_errors(debug=debug, interrupted=complete):
+        if tracker is not None:
+            with showing_progress() as progress:
+                track_run(tracker, result, chosen.portable(), mlflow_run, progress)
+    with reporting_errors(as_json=as_json and unproven, debug=debug):
         result.raise_for_verdict()
         if chosen.release is not None and chosen.release.version is not None:
             _release(chosen.release, result.artifact_path)
@@ -102,6 +119,9 @@ def verify(
     as_json: AsJson = False,
     debug: Debug = False,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
+    mlflow: MlflowUri = None,
+    mlflow_experiment: MlflowExperiment = None,
+    mlflow_run: MlflowRun = None,
 ) -> None:
     """Compare a finished artifact with its base and adapter, and decide its gates."""
     with reporting_errors(as_json=as_json, debug=debug, interrupted="interrupted; nothing was written"):
@@ -110,6 +130,7 @@ def verify(
         options = References(
             reference, overrides or (), adapter, text or (), prompts, gates, max_memory, through or (), baseline
         )
+        tracker = tracker_of(mlflow, mlflow_experiment, mlflow_run)
         found, unmet = _measured(artifact, options, report_folder, device)
     written = "" if report_folder is None else f"; the report in {report_folder} is complete"
     with reporting_errors(as_json=as_json, debug=debug, interrupted=f"interrupted{written}"):
@@ -119,6 +140,10 @@ def verify(
             from qexport.reporting.terminal import report_summary
 
             stdout().print(report_summary(found))
+    with reporting_errors(debug=debug, interrupted=f"interrupted{written}"):
+        if tracker is not None:
+            with showing_progress() as progress:
+                track_verification(tracker, found, artifact, mlflow_run, progress)
     with reporting_errors(debug=debug):
         if unmet:
             raise unmet
@@ -202,6 +227,20 @@ def _inspect(
     what = f"{len(found.failed)} of {len(found.checks)} demands of {server} are not met"
     names = listed([check.name for check in found.failed])
     return Failure(what, CompatibilityError.exit_code, where=names, mend=f"export the layout {server}")
+
+
+def _refuse_taken(planned: Plan, output: Path) -> None:
+    """Refuses the places of a run's releases that are taken, before hours of work."""
+    recipe = planned.recipe
+    if recipe.release is None or recipe.release.version is None:
+        return
+    from qexport.cli.release_commands import load_releasing
+    from qexport.release.naming import Source
+
+    base, adapter = planned.merged.checkpoint.origin.name, planned.merged.adapter
+    name = adapter.origin.name if adapter else None
+    sources = [Source(recipe.portable(), base, name, layout.name) for layout in planned.layouts]
+    load_releasing().refuse_taken_by_run(recipe.release, sources, output)
 
 
 def _release(settings: ReleaseSettings, artifact: Path) -> None:

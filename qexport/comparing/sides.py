@@ -16,7 +16,6 @@ from qexport.describing.adapters import ADAPTER_CONFIG
 from qexport.describing.tensors import ADAPTER_WEIGHTS
 from qexport.errors import CompatibilityError, InputError
 from qexport.loading.gguf_checkpoint import read_gguf
-from qexport.loading.packaged import PackageFile
 from qexport.progress import silent
 from qexport.reading.safetensors_weights import SafetensorsWeights
 from qexport.reading.stored_model import open_stored
@@ -90,7 +89,7 @@ def open_side(path: Path) -> Iterator[Side]:
     """
     with ExitStack() as stack:
         if path.is_file() and path.suffix == ".gguf":
-            checkpoint = read_gguf(PackageFile(path, path.name, None), progress=silent)
+            checkpoint = read_gguf(path, kind="file", name=path.name, progress=silent)
             yield Side(checkpoint.weights, checkpoint=checkpoint)
         elif path.is_file():
             single = stack.enter_context(SafetensorsFile(path))

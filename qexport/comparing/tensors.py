@@ -10,6 +10,7 @@ from typing import Any, Final, Literal
 
 import torch
 
+from qexport.amounts import counted
 from qexport.comparing.sides import Side
 from qexport.errors import InputError
 
@@ -120,22 +121,31 @@ def _same_bytes(a: Side, b: Side, name: str) -> bool:
 
 
 def _compare_values(name: str, a: torch.Tensor, b: torch.Tensor) -> ParameterDifference:
+    """Equal are equal numbers, the same infinity, and NaN and NaN. Sizes are of the numbers alone."""
     squares = reference = largest = 0.0
-    differing = 0
+    differing = without = 0
     for left, right in _pieces(a, b):
         change = _change(left, right).abs()
-        differing += int((change != 0).sum())  # NaN differs from everything
+        same = (change == 0) | (left == right) | ((left != left) & (right != right))
+        numbers = change.isfinite()
+        differing += int((~same).sum())
+        without += int((~same & ~numbers).sum())
+        change = change.masked_fill(~numbers, 0.0)
         squares += float(change.square().sum())
-        reference += float((left if left.is_complex() else left.double()).abs().double().square().sum())
+        reference += float(_magnitudes(left).square().nan_to_num(0.0, posinf=0.0).sum())
         largest = max(largest, float(change.max()))
     if not differing:
         return ParameterDifference(name, "equal values")
-    if not math.isfinite(squares) or not math.isfinite(reference):
-        return ParameterDifference(name, "changed", note="NaN or Inf")
+    if without:
+        return ParameterDifference(name, "changed", note=f"{counted(without, 'value')} NaN or Inf in one alone")
     relative = math.sqrt(squares / reference) if reference else math.inf
     if not math.isfinite(relative):
         return ParameterDifference(name, "changed", note=f"A is all zeros, B is not: {largest:.3g} at most")
     return ParameterDifference(name, "changed", relative, largest, differing / max(1, a.numel()))
+
+
+def _magnitudes(values: torch.Tensor) -> torch.Tensor:
+    return (values if values.is_complex() else values.double()).abs().double()
 
 
 def _change(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

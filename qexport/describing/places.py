@@ -8,11 +8,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
 
+from qexport.describing.heads import write_head
 from qexport.errors import InputError, RecipeError
 from qexport.loading.packaged import find_package_file
 from qexport.progress import ProgressCallback
 from qexport.references import PackageReference, parse_reference
-from qexport.registries import OciDestination, fetch, parse_destination
+from qexport.registries import OciDestination, fetch, fetch_heads, parse_destination
 
 HUB_PREFIX: Final = "hub:"
 REGISTRY_PREFIX: Final = "oci:"
@@ -23,7 +24,7 @@ def local_place(text: str, *, weights: bool = True, progress: ProgressCallback) 
     """The local path of what a text names, for the time of the context.
 
     Args:
-        text: a path; `pkg:package/file.gguf`; `hub:org/name` or `hub:org/name@REVISION`, fetched into the hub's cache
+        text: a path; `pkg:package/file.gguf`; `hub:org/name[/FILE.gguf][@REVISION]`, fetched into the hub's cache
             or found there; or `oci://HOST/NAME:TAG`, pulled into a temporary folder.
         weights: whether more than the headers of the weights is read.
         progress: is called with what is fetched.
@@ -38,21 +39,25 @@ def local_place(text: str, *, weights: bool = True, progress: ProgressCallback) 
     with TemporaryDirectory(prefix="qexport-fetched-") as temporary:
         folder = Path(temporary, "content")
         if text.startswith(REGISTRY_PREFIX):
-            _pull(text, folder, progress)
+            _pull(text, folder, weights=weights, progress=progress)
+            yield folder
         else:
             from qexport.describing.hub_places import fetch_into  # imports transformers
 
             folder.mkdir()
-            fetch_into(folder, text.removeprefix(HUB_PREFIX), weights=weights, progress=progress)
-        yield folder
+            yield fetch_into(folder, text.removeprefix(HUB_PREFIX), weights=weights, progress=progress)
 
 
-def _pull(text: str, folder: Path, progress: ProgressCallback) -> None:
-    """Pulls a release of a registry into a folder that does not exist."""
+def _pull(text: str, folder: Path, *, weights: bool, progress: ProgressCallback) -> None:
+    """Pulls a release of a registry, or all of it but its weights, into a folder that does not exist."""
     reference = parse_destination(text)
     if not isinstance(reference, OciDestination):
         raise RecipeError("this names no release of a registry", where=text, mend="write oci://HOST/NAME:TAG")
-    fetch(reference, folder, progress=progress)
+    if weights:
+        fetch(reference, folder, progress=progress)
+    else:
+        folder.mkdir()
+        fetch_heads(reference, folder, write_head, progress=progress)
 
 
 def _path(text: str) -> Path:

@@ -5,12 +5,35 @@ The recipe's `export` is here, one class per layout; the union at the end is the
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Final, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field
 
 from qexport.amounts import checked_size
 from qexport.settings import Settings, required_in_recipes
+
+_PART: Final = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
+_IMAGE: Final = re.compile(
+    rf"(?:{_PART}(?::[0-9]+)?/)?{_PART}(?:/{_PART})*(?P<tag>:[A-Za-z0-9_][A-Za-z0-9._-]{{0,127}})?(?P<digest>@sha256:[0-9a-f]{{64}})?"
+)
+
+
+def checked_image(text: str) -> str:
+    """The text, if it names a container image that stays the same: by a tag, or by a digest.
+
+    Raises:
+        ValueError: it has another form, or neither a tag nor a digest.
+    """
+    found = _IMAGE.fullmatch(text)
+    if found is None:
+        raise ValueError("expected a container image: HOST/NAME:TAG or HOST/NAME@sha256:DIGEST")
+    if not (found["tag"] or found["digest"]):
+        raise ValueError(f"{text} has neither a tag nor a digest, so it means another image tomorrow")
+    return text
+
+
+_Image = Annotated[str, AfterValidator(checked_image)]
 
 
 class _Shards(Settings):
@@ -37,6 +60,10 @@ class TgiSettings(_Shards):
     layout: Literal["tgi"] = "tgi"
     """Shards, configs with the keys that TGI reads, `launch/`."""
 
+    image: _Image = "ghcr.io/huggingface/text-generation-inference:3.3.7"
+    """The container image in the launch files: another version, a mirror, or a digest (`NAME@sha256:...`), which
+    nobody can move as a tag can be moved."""
+
 
 class VllmSettings(_Shards):
     """The folder that vLLM serves, with launch files."""
@@ -47,6 +74,12 @@ class VllmSettings(_Shards):
     format: Literal["gptq", "compressed-tensors"] = "gptq"
     """How GPTQ codes are stored: AutoGPTQ v1 tensors, or compressed-tensors `pack-quantized`. W8A8 is always
     compressed-tensors."""
+
+    image: _Image = "vllm/vllm-openai:v0.32.0"
+    """The container image in the launch files: another version, a mirror, or a digest."""
+
+    triton_image: _Image = "nvcr.io/nvidia/tritonserver:26.05-vllm-python-py3"
+    """The same for Triton with its vLLM backend."""
 
 
 class OnnxSettings(_Shards):
@@ -69,6 +102,9 @@ class OnnxSettings(_Shards):
     share_weights: bool = False
     """Tensors that the recipe's layout `safetensors` has in the same bytes are not written again: its files are linked
     into the folder, and the graph refers to them."""
+
+    triton_image: _Image = "nvcr.io/nvidia/tritonserver:26.06-py3"
+    """The container image of Triton in the launch files: another version, a mirror, or a digest."""
 
 
 class GgufSettings(Settings):

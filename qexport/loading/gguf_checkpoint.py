@@ -6,67 +6,62 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Final
+from typing import Final, Literal
 
 import gguf
 import numpy as np
 import torch
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 from qexport.architectures.architecture import Checkpoint
-from qexport.architectures.config_bounds import refuse_extreme
 from qexport.artifact.digests import FileDigests
 from qexport.errors import CompatibilityError, InputError
-from qexport.formats.gguf.families import FAMILIES, GgufFamily, Places, places
+from qexport.formats.gguf.families import Places, places
+from qexport.formats.gguf.pre_tokenizers import named_structure
+from qexport.loading.gguf_config import FREQUENCIES, read_config
 from qexport.loading.model_weights import find_architecture, fit_to_model
-from qexport.loading.packaged import PackageFile
 from qexport.loading.small_files import read_sidecars
 from qexport.progress import Progress, ProgressCallback
 from qexport.tensors.gguf_file import GgufFile
 from qexport.tensors.source import Origin, TensorSpec, Terms
 
-_SUPPORTED: Final = ("llama", "qwen2")
-_EXTRA_FIELDS: Final[Mapping[str, Mapping[str, str]]] = {"llama": {"rope.dimension_count": "head_dim"}}
-"""Keys of the config by metadata key, beyond those that every family has."""
 
-_REQUIRED: Final = {
-    "block_count": "num_hidden_layers",
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads",
-}
-_OPTIONAL: Final = {
-    "context_length": "max_position_embeddings",
-    "attention.head_count_kv": "num_key_value_heads",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "rope.freq_base": "rope_theta",
-    "vocab_size": "vocab_size",
-}
-_TOKENS: Final = {"bos": "bos_token_id", "eos": "eos_token_id", "unknown": "unk_token_id", "padding": "pad_token_id"}
-
-
-def read_gguf(found: PackageFile, *, progress: ProgressCallback) -> Checkpoint:
+def read_gguf(
+    path: Path,
+    *,
+    kind: Literal["file", "package"],
+    name: str,
+    revision: str | None = None,
+    progress: ProgressCallback,
+) -> Checkpoint:
     """The model in a GGUF file. Weights are dequantized to float32 as they are read.
+
+    Args:
+        path: the file.
+        kind: where it came from.
+        name: the origin's name.
+        revision: the version of its package.
+        progress: is called when the header has been read.
 
     Raises:
         InputError: the file is malformed, or its tensors do not fit its metadata.
-        CompatibilityError: its architecture, its rope scaling or a tensor's storage is not supported.
+        CompatibilityError: its architecture, its tokenizer or a tensor's storage is not supported.
     """
-    file = GgufFile(found.path)
+    file = GgufFile(path)
     try:
-        family = _family(file)
-        config = _config(file, family)
+        family, config = read_config(file)
         values = json.loads(config.to_json_string())
         architecture = find_architecture(values, tensors=len(file.tensors))
-        source = GgufSource(file, places(family, config, architecture.skeleton.state_dict()))
+        parameters = places(family, config, architecture.skeleton.state_dict())
+        source = GgufSource(file, parameters)
         weights = fit_to_model(source, architecture)
-        files = _files(found.path, config)
-        digests = FileDigests(found.path.parent, (found.path.name,), {})
-        origin = Origin("package", found.name, found.version, digests, _terms(file))
+        files = _files(file, config)
+        digests = FileDigests(path.parent, (path.name,), {})
+        origin = Origin(kind, name, revision, digests, _terms(file))
     except BaseException:
         file.close()
         raise
-    progress(Progress("load", 1, 1, "file", detail=found.path.name))
+    progress(Progress("load", 1, 1, "file", detail=path.name))
     return Checkpoint(architecture, weights, files, origin)
 
 
@@ -76,53 +71,9 @@ def _terms(file: GgufFile) -> Terms:
     return Terms(license=found if isinstance(found, str) and found.isprintable() and len(found) < 64 else None)
 
 
-def _family(file: GgufFile) -> GgufFamily:
-    name = file.metadata.get("general.architecture")
-    if not isinstance(name, str):
-        raise InputError("the file does not say its architecture", where=str(file.path), mend="fetch the file again")
-    if name not in _SUPPORTED:
-        raise CompatibilityError(
-            f"GGUF files of architecture {name!r} are not supported",
-            where=str(file.path),
-            mend=f"supported: {', '.join(_SUPPORTED)}; or name the safetensors model that the file was made from",
-        )
-    experts = file.metadata.get(f"{name}.expert_count", 0)
-    scaling = file.metadata.get(f"{name}.rope.scaling.type", "none")
-    parts = file.metadata.get("split.count", 1)
-    if experts or scaling != "none" or "rope_freqs.weight" in file.tensors or parts not in (0, 1):
-        raise CompatibilityError(
-            "mixtures of experts, scaled rotary embeddings and files in several parts are not supported in GGUF",
-            where=str(file.path),
-            mend="name the safetensors model that the file was made from",
-        )
-    return FAMILIES[name]
-
-
-def _config(file: GgufFile, family: GgufFamily) -> PretrainedConfig:
-    """The configuration that transformers reads from the same metadata, with the class that it loads."""
-    prefix = str(file.metadata["general.architecture"])
-    absent = [key for key in _REQUIRED if f"{prefix}.{key}" not in file.metadata]
-    if absent:
-        raise InputError(f"the metadata lack {', '.join(absent)}", where=str(file.path), mend="fetch the file again")
-    fields = _REQUIRED | _OPTIONAL | dict(_EXTRA_FIELDS.get(prefix, {}))
-    keys = {f"{prefix}.{key}": name for key, name in fields.items()}
-    keys |= {f"tokenizer.ggml.{key}_token_id": name for key, name in _TOKENS.items()}
-    values: dict[str, Any] = {name: file.metadata[key] for key, name in keys.items() if key in file.metadata}
-    values.setdefault("vocab_size", file.array_lengths.get("tokenizer.ggml.tokens"))
-    values |= {"tie_word_embeddings": "output.weight" not in file.tensors, "architectures": [family.causal_lm]}
-    refuse_extreme(values, where=str(file.path))
-    try:
-        config = AutoConfig.for_model(prefix, **values)
-    except Exception as error:  # the values are untrusted, and each family's checks raise errors of their own
-        raise InputError(
-            f"transformers cannot build a model from the metadata: {error}", where=str(file.path)
-        ) from error
-    assert isinstance(config, PretrainedConfig)
-    return config
-
-
-def _files(path: Path, config: PretrainedConfig) -> Mapping[str, bytes]:
+def _files(file: GgufFile, config: PretrainedConfig) -> Mapping[str, bytes]:
     """Tokenizer, chat template and generation config as transformers would save them."""
+    path = file.path
     with TemporaryDirectory(prefix="qexport-gguf-") as folder:
         try:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path.parent), gguf_file=path.name)
@@ -130,7 +81,32 @@ def _files(path: Path, config: PretrainedConfig) -> Mapping[str, bytes]:
         except Exception as error:  # the conversion raises many types of errors on malformed vocabularies
             raise InputError(f"transformers cannot convert the tokenizer: {error}", where=str(path)) from error
         GenerationConfig.from_model_config(config).save_pretrained(folder)
+        saved = Path(folder) / "tokenizer.json"
+        saved.write_text(_split_as_named(saved.read_text("utf-8"), file), "utf-8")
         return read_sidecars(Path(folder))
+
+
+def _split_as_named(tokenizer: str, file: GgufFile) -> str:
+    """tokenizer.json with the pre-tokenizer that the file names.
+
+    transformers takes GPT-2's for every name that it does not know, which gives other tokens and no warning:
+    Falcon's and SmolLM's split numbers in another way.
+    """
+    name = file.metadata.get("tokenizer.ggml.pre")
+    if file.metadata.get("tokenizer.ggml.model") != "gpt2":
+        return tokenizer
+    structure = named_structure(name) if isinstance(name, str) else None
+    if structure is None:
+        raise CompatibilityError(
+            "the file does not say how its tokenizer splits a text"
+            if name is None
+            else f"the tokenizer splits a text as {name!r} does, which is not known here",
+            where=f"{file.path}: tokenizer.ggml.pre",
+            mend="name the safetensors model that the file was made from",
+        )
+    content = json.loads(tokenizer)
+    content["pre_tokenizer"] = structure
+    return json.dumps(content, indent=2, ensure_ascii=False)
 
 
 _CHUNK_VALUES: Final = 1 << 20
@@ -153,7 +129,7 @@ class GgufSource:
         self._file, self._places = file, parameters
         renamed = {name: parameter for parameter, name in parameters.names.items() if name in file.tensors}
         # a tensor without a place in the model keeps the file's name, so that errors name it
-        self._stored = {renamed.get(name, name): name for name in file.tensors}
+        self._stored = {renamed.get(name, name): name for name in file.tensors if name != FREQUENCIES}
         _refuse_unreadable(file)
 
     def specs(self) -> Mapping[str, TensorSpec]:

@@ -93,15 +93,16 @@ def _quantizing(sizes: RunSizes, chosen: Budget) -> float:
 
 
 def _preparing(sizes: RunSizes) -> float:
-    """Two models compared, in two dtypes or as the merge and its proof: one head after the other, the second beside the
-    logits of the first model.
+    """Two models compared, in two dtypes or as the merge and its proof: one head beside another, or beside
+    the logits of the first model, see `qexport.verifying.predictors.two_predictors`.
     """
     tokens = PREPARED
     wide = 8 if sizes.bytes_ == 4 else 4
     hidden = tokens * sizes.hidden * (sizes.bytes_ + wide)
     block = sizes.block * wide + 4 * sizes.widest + tokens * 2 * sizes.working
     head = max(sizes.head * (sizes.bytes_ + wide), wide * sizes.head + _logits(sizes, 2))
-    return _STATISTICS + hidden + max(block, head + 4 * tokens * sizes.vocabulary)
+    beside = min(4 * tokens * sizes.vocabulary, wide * sizes.head)
+    return _STATISTICS + hidden + max(block, head + beside)
 
 
 def _verifying(sizes: RunSizes, settings: VerifySettings, chosen: Budget) -> float:

@@ -94,6 +94,8 @@ class RunSizes:
         self.vocabulary, self.hidden = structure.parameters[f"{structure.embedding}.weight"]
         self.head = self.vocabulary * self.hidden
         self.total = sum(self.counts.values())
+        in_blocks = sum(each.in_features * each.out_features for each in structure.block_linears)
+        self.recoded = in_blocks if merged.base.origin.read_as else 0  # weights that come from codes at each read
         self.blocks = {block: self._in(block) for block in structure.blocks}
         self.block = max(self.blocks.values())
         self.linears = structure.linears[max(self.blocks, key=lambda name: self.blocks[name])]

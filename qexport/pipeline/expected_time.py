@@ -48,6 +48,9 @@ _CODED: Final = 5.0
 _READ: Final = 3.4
 """Reading, checking and hashing a byte of the base."""
 
+_RECODED: Final = 9.0
+"""Finding the codes that a weight of the base had in training, and dequantizing them."""
+
 _WRITTEN: Final = 11.0
 """Writing, hashing and reading back a byte of the artifact."""
 
@@ -92,7 +95,8 @@ def processor_time(sizes: RunSizes, artifact: int, *, whole: bool) -> tuple[floa
 
 
 def _work(sizes: RunSizes, artifact: int, *, whole: bool) -> _Work:
-    work = _Work(single=_START + artifact * _WRITTEN + sizes.total * sizes.bytes_ * _READ)
+    base = sizes.total * sizes.bytes_ * _READ + sizes.recoded * _RECODED
+    work = _Work(single=_START + artifact * _WRITTEN + base)
     if isinstance(sizes.method, Gptq):
         _gptq_work(sizes, work)
     else:
@@ -122,7 +126,7 @@ def _verify_work(sizes: RunSizes, settings: VerifySettings, work: _Work, *, whol
     runs = 2 * tokens + (sizes.compared - 2) * rivals + (6 if sizes.adapter else 2) * PREPARED
     work.products(2 * runs * (sizes.active + sizes.head))
     work.shared += _COMPARED * sizes.vocabulary * (tokens + 2 * (sizes.compared - 2) * rivals)
-    model = sizes.total * (sizes.bytes_ * _READ + _CODED)  # read once, and its codes made weights
+    model = sizes.total * (sizes.bytes_ * _READ + _CODED) + sizes.recoded * _RECODED  # read once, from its codes
     work.single += (sizes.compared + 2) * model + sizes.total * _HELD
     passes = 1 if whole else _PASSES
     forwards = 2 * passes * sum(each.prompts * (each.tokens + 2 * each.new_tokens) for each in sizes.continued)

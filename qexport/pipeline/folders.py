@@ -165,7 +165,7 @@ def open_layout(
         digests=written.files,
         loaders=layout.readers,
     ) as opened:
-        notes = [*(merged.adapter.notes if merged.adapter else ()), *layout.notes, *fallen]
+        notes = [*(merged.adapter.notes if merged.adapter else ()), *planned.protected.notes, *layout.notes, *fallen]
         yield LayoutFolder(opened, layout, written, notes)
 
 

@@ -33,9 +33,6 @@ from qexport.recipe import Recipe, load_recipe
 from qexport.release.evaluation import EVALUATION_NAME
 from qexport.release.record import EVIDENCE_FOLDER, RECORD_NAME
 
-_FREE: Final = ("verify", "export")
-"""Parts of the recipe that may be others: only what is compared is built."""
-
 _FETCH: Final = "fetch the artifact again"
 _PROGRAMS: Final = "through"
 """The field of `verify` that names programs to start."""
@@ -112,6 +109,9 @@ def _with_revisions(manifest: Manifest, *, verify: bool) -> dict[str, Any]:
     load = dict(found["load"])
     sources: dict[str, SourceRecord | None] = {"revision": manifest.base, "adapter_revision": manifest.adapter}
     load |= {key: each.revision for key, each in sources.items() if each is not None and each.kind == "hub"}
+    if manifest.adapter is not None and manifest.adapter.parts and isinstance(load.get("adapters"), list):
+        named = zip(load["adapters"], manifest.adapter.parts, strict=False)
+        load["adapters"] = [{**each, "revision": part.revision} if part.kind == "hub" else each for each, part in named]
     return found | {"load": load}
 
 
@@ -133,9 +133,14 @@ def _needed(layout: str, recipe: Recipe) -> set[str]:
 
 
 def _refuse_other_recipe(manifest: Manifest, chosen: Recipe, *, verify: bool) -> None:
-    free = () if verify else _FREE
+    if manifest.layout not in {each.layout for each in chosen.export}:
+        raise RecipeError(
+            f"the recipe does not export {manifest.layout}", where="export", mend="give the recipe as it was"
+        )
+    free = ("load",) if verify else ("load", "verify")
+    built = {each.layout for each in chosen.export}
     ours, theirs = (
-        {key: value for key, value in _without_programs(each).items() if key not in ("load", *free)}
+        {key: value for key, value in _of_layouts(_without_programs(each), built).items() if key not in free}
         for each in (manifest.recipe, chosen.portable())
     )
     if (found := compare_values("recipe", ours, theirs)) is not None:
@@ -144,10 +149,13 @@ def _refuse_other_recipe(manifest: Manifest, chosen: Recipe, *, verify: bool) ->
             where=listed([change.words() for change in found.changes]),
             mend="give the recipe as it was, or none for the manifest's own",
         )
-    if manifest.layout not in {each.layout for each in chosen.export}:
-        raise RecipeError(
-            f"the recipe does not export {manifest.layout}", where="export", mend="give the recipe as it was"
-        )
+
+
+def _of_layouts(recipe: Mapping[str, Any], names: Set[str]) -> dict[str, Any]:
+    """A recipe with the settings of the layouts that are built."""
+    told = recipe.get("export")
+    exports = [each for each in told if isinstance(each, Mapping)] if isinstance(told, Sequence) else []
+    return {**recipe, "export": [each for each in exports if each.get("layout") in names]}
 
 
 @hidden("kernels")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -53,6 +53,7 @@ def run(
     restart: bool = False,
     device: str = "auto",
     command: str = "qexport verify . --reference RECIPE.yaml",
+    accept: Callable[[Plan], None] = lambda planned: None,
     progress: ProgressCallback = silent,
 ) -> Result:
     """Merges, quantizes, exports and verifies; publishes the artifact with one rename.
@@ -69,6 +70,7 @@ def run(
         restart: begin again, without what an interrupted run has finished.
         device: `auto`, `cpu` or `cuda`.
         command: for the report, the command that repeats the measurement.
+        accept: is called with the plan before any work; what it raises ends the run.
         progress: is called with each step, and with what a user should know.
 
     Raises:
@@ -78,6 +80,7 @@ def run(
     planned = plan(recipe, progress=progress)
     for line in planned.short_lines():
         progress(Notice(line))
+    accept(planned)
     if where.type == "cpu":
         planned.expected.refuse_beyond(recipe.max_memory)
     ensure_space(output, planned.expected.disk, replaced=temporary_path(output))
@@ -180,7 +183,7 @@ def _write_weights(
                 resume=resume,
                 progress=progress,
             )
-            for record in planned.recipe.quantize.quantize(inputs):
+            for record in planned.method.quantize(inputs):
                 if record.layer:
                     layers.append(record.layer)
                 for writer in writers:
@@ -234,7 +237,9 @@ def _measure(
             verified = measure_folder(reference, first.opened, looks=looks, progress=progress)
             served = _serve(planned, verified, same_kind, progress)
             for folder, found in zip(same_kind, served, strict=True):
-                reports[folder.layout.name] = verified.report_on(folder.opened, served=found, command=command)
+                reports[folder.layout.name] = verified.report_on(
+                    folder.opened, served=found, made=planned.protected.notes, command=command
+                )
     return reports
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,12 +106,20 @@ class Verified:
     gates: Gates
     measured: Measurement
 
-    def report_on(self, opened: ArtifactFolder, *, served: ServedArtifact = NOT_SERVED, command: str) -> Report:
+    def report_on(
+        self,
+        opened: ArtifactFolder,
+        *,
+        served: ServedArtifact = NOT_SERVED,
+        made: Sequence[str] = (),
+        command: str,
+    ) -> Report:
         """Checks a folder's config.json and tokenizer, and makes its report.
 
         Args:
             opened: the folder.
             served: what runtimes made of it.
+            made: what a user should know of how it was made.
             command: for the report, the command that repeats the measurement.
         """
         reference, measured = self.reference, self.measured
@@ -122,7 +131,7 @@ class Verified:
         ]
         left_out = [f"too little text for a window, left out: {name}" for name in reference.held_out.left_out]
         decided = self.gates([*measured.figures, *measured.timings.figures], checks)
-        notes = [*self.gates.notes, *left_out]
+        notes = [*made, *self.gates.notes, *left_out]
         profile = self.gates.profile
         return make_report(
             opened, measured, decided, checks, reference, profile=profile, served=served, notes=notes, command=command

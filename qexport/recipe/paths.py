@@ -16,6 +16,7 @@ from qexport.references import (
     PackageReference,
     is_explicit_path,
     is_hub_id,
+    names_gguf,
     parse_reference,
 )
 from qexport.verifying import names_file
@@ -27,8 +28,10 @@ _ADDRESSES: Final = ("oci://", DATASET_PREFIX)
 
 
 def base(text: str, folder: Path) -> str:
-    """A base model: `pkg:package/file.gguf`, or as for `adapter`."""
-    return text if isinstance(parse_reference(text), PackageReference) else adapter(text, folder)
+    """A base model: `pkg:package/file.gguf`, a path that ends in `.gguf`, or as for `adapter`."""
+    if isinstance(parse_reference(text), PackageReference):
+        return text
+    return local(text, folder) if names_gguf(text) else adapter(text, folder)
 
 
 def adapter(text: str, folder: Path) -> str:
@@ -75,6 +78,7 @@ EACH: Final = "*"
 REFERENCES: dict[Keys, Resolve] = {
     ("load", "base"): base,
     ("load", "adapter"): adapter,
+    ("load", "adapters", EACH, "path"): adapter,
     ("quantize", "calibration", "source"): calibration,
     ("verify", "text"): local,
     ("verify", "prompts"): local,

@@ -9,17 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qexport.artifact.integrity import compare_with_listing
 from qexport.errors import InputError, RecipeError
 from qexport.progress import ProgressCallback, silent
+from qexport.registries import arrival, tar_file
 from qexport.registries import folder as folders
-from qexport.registries import tar_file
 from qexport.registries.arrival import arriving
 from qexport.registries.destinations import (
     Destination,
     FolderDestination,
     HubDestination,
+    LocalDestination,
     OciDestination,
     TarDestination,
     is_tag,
@@ -27,11 +29,15 @@ from qexport.registries.destinations import (
 )
 from qexport.registries.package import Attachment, Package, Published, Tag, files_of
 
+if TYPE_CHECKING:
+    from qexport.registries.oci.heads import WriteHead
+
 __all__ = [
     "Attachment",
     "Destination",
     "FolderDestination",
     "HubDestination",
+    "LocalDestination",
     "OciDestination",
     "Package",
     "Published",
@@ -39,11 +45,38 @@ __all__ = [
     "TarDestination",
     "exactly",
     "fetch",
+    "fetch_heads",
     "parse_destination",
     "promote",
     "publish",
+    "refuse_taken",
     "tags",
 ]
+
+
+def refuse_taken(destination: Destination, version: str) -> None:
+    """Refuses a place where something is, before anything is made for it. Publishing asks again.
+
+    Args:
+        destination: where a release is to go.
+        version: of the release; the tag on a model hub.
+
+    Raises:
+        RecipeError: the folder, file or tag exists; the destination names what only fetching can use; an extra is
+            missing.
+        InputError: the place cannot be reached or refuses.
+    """
+    match destination:
+        case LocalDestination():
+            arrival.refuse_taken(destination.path)
+        case OciDestination():
+            with _needs_the_extra():
+                from qexport.registries import oci
+            oci.refuse_taken(destination)
+        case HubDestination():
+            from qexport.registries import hub
+
+            hub.refuse_taken(destination, version)
 
 
 def publish(package: Package, destination: Destination, *, progress: ProgressCallback = silent) -> Published:
@@ -100,6 +133,26 @@ def fetch(reference: Destination, folder: Path, *, progress: ProgressCallback = 
         except InputError as error:
             where = (error.where or "").replace(str(content), str(reference))
             raise InputError(error.what, where=where, mend=error.mend) from error
+
+
+def fetch_heads(
+    reference: OciDestination, folder: Path, write_head: WriteHead, *, progress: ProgressCallback = silent
+) -> None:
+    """Fetches a release, but of its weights only the heads. What comes is not compared with the release's listing.
+
+    Args:
+        reference: where it is. Of an image's own manifest the weights come whole.
+        folder: an empty folder.
+        write_head: writes the head of a file to a path, from its size and a function that gives bytes of it.
+        progress: is called with what is fetched.
+
+    Raises:
+        RecipeError: the extra is missing.
+        InputError: there is no such release, it is malformed, or the registry cannot be reached.
+    """
+    with _needs_the_extra():
+        from qexport.registries import oci
+    oci.fetch_heads(reference, folder, write_head, progress)
 
 
 def tags(reference: OciDestination) -> list[Tag]:

@@ -14,7 +14,9 @@ from qexport.errors import RecipeError
 
 @contextmanager
 def arriving(target: Path) -> Iterator[Path]:
-    """A path beside the target for the block to fill, a file or a folder; it is moved when the block ends.
+    """A path of the target's name for the block to fill, a file or a folder; it is moved when the block ends.
+
+    Until then it is in a folder beside the target, which the next process removes if this one is killed.
 
     Args:
         target: the final path; its parents are created.
@@ -23,17 +25,42 @@ def arriving(target: Path) -> Iterator[Path]:
         RecipeError: something is at the target already, or its parents cannot be created.
         ResourceError: the disk is full or failed.
     """
-    _refuse_taken(target)
+    refuse_taken(target)
     try:
         make_folder(target.parent)
         with scratch_folder(target) as scratch:
-            content = scratch / "content"
+            content = scratch / target.name
             yield content
             _publish(content, target)
     except OSError as error:
         if failure := disk_failure(error, where=str(target), after="; what was written has been removed"):
             raise failure from error
+        if not _is_about(target, error):
+            raise
         raise RecipeError(f"nothing can be written there: {error.strerror}", where=str(target)) from error
+
+
+def refuse_taken(target: Path) -> None:
+    """Refuses a path where something is: nothing is replaced.
+
+    Raises:
+        RecipeError: a file or a folder is there.
+    """
+    if os.path.lexists(target):
+        raise RecipeError(
+            "something is there already, and a release is never replaced",
+            where=str(target),
+            mend="choose another path or version, or remove it",
+        )
+
+
+def _is_about(target: Path, error: OSError) -> bool:
+    """Whether an error is about the way to the target or what is in the folder beside it, not about another file."""
+    if not isinstance(error.filename, str):
+        return False
+    target, path = target.absolute(), Path(error.filename).absolute()
+    beside = path.relative_to(target.parent).parts if path.is_relative_to(target.parent) else ()
+    return target.is_relative_to(path) or (beside != () and beside[0].startswith(f".{target.name}."))
 
 
 def _publish(content: Path, target: Path) -> None:
@@ -42,11 +69,6 @@ def _publish(content: Path, target: Path) -> None:
     else:
         sync(content)
     with uninterrupted():
-        _refuse_taken(target)
+        refuse_taken(target)
         content.rename(target)
         sync(target.parent)
-
-
-def _refuse_taken(target: Path) -> None:
-    if os.path.lexists(target):
-        raise RecipeError("something is there already", where=str(target), mend="choose another path, or remove it")

@@ -24,11 +24,11 @@ OCI_FORM: Final = "oci://HOST/NAME:TAG, for example oci://registry.example.com/m
 
 
 @dataclass(frozen=True)
-class FolderDestination:
-    """A local folder.
+class LocalDestination:
+    """A path on this machine.
 
     Attributes:
-        path: of the folder.
+        path: of the folder or file.
         text: what the user wrote, if it is not the path.
     """
 
@@ -39,20 +39,12 @@ class FolderDestination:
         return self.text or str(self.path)
 
 
-@dataclass(frozen=True)
-class TarDestination:
-    """A local tar file.
+class FolderDestination(LocalDestination):
+    """A local folder."""
 
-    Attributes:
-        path: of the tar file.
-        text: what the user wrote, if it is not the path.
-    """
 
-    path: Path
-    text: str = ""
-
-    def __str__(self) -> str:
-        return self.text or str(self.path)
+class TarDestination(LocalDestination):
+    """A local tar file."""
 
 
 @dataclass(frozen=True)

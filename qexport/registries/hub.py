@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.hf_api import ModelInfo
+from huggingface_hub.hf_api import GitRefs, ModelInfo
 
 from qexport.artifact.disk import disk_failure, ensure_space
 from qexport.artifact.manifest import LISTING_NAME
 from qexport.errors import InputError, QexportError, RecipeError
 from qexport.progress import Notice, ProgressCallback
+from qexport.registries.authorities import OF_HUBS, named_authorities
 from qexport.registries.destinations import HubDestination
 from qexport.registries.names import is_portable
 from qexport.registries.package import Package, Published
@@ -35,18 +36,14 @@ _LOG_IN: Final = "check the name; set HF_TOKEN, or run hf auth login"
 
 def publish(package: Package, destination: HubDestination, progress: ProgressCallback) -> Published:
     """Commits a release as the only content of the main branch, and tags it. See `qexport.registries.publish`."""
-    if destination.revision not in (None, package.version):
-        what = f"on a hub the tag is the version, {package.version}"
-        raise RecipeError(what, where=str(destination), mend=f"write hub:{destination.repo_id}")
+    _refuse_other_tag(destination, package.version)
     files = package.files()
     progress(Notice(f"uploading to {destination}"))
     with _told(destination):
         api = HfApi()
         api.create_repo(destination.repo_id, private=True, exist_ok=True)
         refs = api.list_repo_refs(destination.repo_id)
-        if package.version in {tag.name for tag in refs.tags}:
-            what = f"the tag {package.version} exists already; a release keeps its tag"
-            raise RecipeError(what, where=str(destination), mend="choose another version")
+        _refuse_tagged(refs, destination, package.version)
         parent = next((branch.target_commit for branch in refs.branches if branch.name == "main"), None)
         before = api.list_repo_files(destination.repo_id, revision=parent)
         removed = [name for name in before if name not in files and name != _ATTRIBUTES]
@@ -67,6 +64,13 @@ def publish(package: Package, destination: HubDestination, progress: ProgressCal
     return Published(f"hub:{destination.repo_id}@{package.version}", commit.oid)
 
 
+def refuse_taken(destination: HubDestination, version: str) -> None:
+    """Refuses a version that exists as a tag. See `qexport.registries.refuse_taken`."""
+    _refuse_other_tag(destination, version)
+    with _told(destination), suppress(RepositoryNotFoundError):
+        _refuse_tagged(HfApi().list_repo_refs(destination.repo_id), destination, version)
+
+
 def fetch(reference: HubDestination, folder: Path, progress: ProgressCallback) -> None:
     """Downloads a release into an empty folder. See `qexport.registries.fetch`."""
     progress(Notice(f"fetching {reference}"))
@@ -76,6 +80,18 @@ def fetch(reference: HubDestination, folder: Path, progress: ProgressCallback) -
         ensure_space(folder, _size(info, reference))
         api.snapshot_download(reference.repo_id, revision=info.sha, local_dir=folder)
         _remove_additions(folder)
+
+
+def _refuse_other_tag(destination: HubDestination, version: str) -> None:
+    if destination.revision not in (None, version):
+        what = f"on a hub the tag is the version, {version}"
+        raise RecipeError(what, where=str(destination), mend=f"write hub:{destination.repo_id}")
+
+
+def _refuse_tagged(refs: GitRefs, destination: HubDestination, version: str) -> None:
+    if version in {tag.name for tag in refs.tags}:
+        what = f"the tag {version} exists already; a release keeps its tag"
+        raise RecipeError(what, where=str(destination), mend="choose another version")
 
 
 def _size(info: ModelInfo, reference: HubDestination) -> int:
@@ -123,5 +139,6 @@ def _refusal(place: HubDestination, error: Exception) -> InputError:
         mend = _LOG_IN if status in (401, 403) else "try again later"
         told = f": {error.server_message}" if error.server_message else ""
         return InputError(f"the hub refuses: HTTP status {status}{told}", where=where, mend=mend)
+    named_authorities(OF_HUBS)
     what = f"the hub could not be reached: {type(error).__name__}"
     return InputError(what, where=where, mend="check the network, and try again")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from qexport.artifact.integrity import entries
 from qexport.artifact.manifest import LISTING_NAME
 from qexport.errors import InputError
 from qexport.registries.names import is_portable
@@ -99,28 +99,9 @@ def files_of(folder: Path) -> dict[str, int]:
         InputError: an entry is a link or no regular file, a name cannot be carried, the listing is missing, or the
             folder cannot be read.
     """
-    found = dict(sorted(_walk(folder, "")))
-    if LISTING_NAME not in found:
+    names = [name for name in entries(folder) if not name.endswith("/")]
+    if (unfit := next((name for name in names if not is_portable(name)), None)) is not None:
+        raise InputError("a name cannot be carried to other places", where=str(folder / repr(unfit)), mend="rename it")
+    if LISTING_NAME not in names:
         raise InputError(f"the release has no {LISTING_NAME}", where=str(folder), mend=_MEND)
-    return found
-
-
-def _walk(folder: Path, inside: str) -> list[tuple[str, int]]:
-    found: list[tuple[str, int]] = []
-    try:
-        entries = list(os.scandir(folder / inside))
-    except OSError as error:
-        raise InputError(f"the folder cannot be read: {error.strerror}", where=str(folder / inside)) from error
-    for entry in entries:
-        name = inside + entry.name
-        if not is_portable(name):
-            raise InputError(
-                "a name cannot be carried to other places", where=str(folder / repr(name)), mend="rename it"
-            )
-        if entry.is_dir(follow_symlinks=False):
-            found += _walk(folder, f"{name}/")
-        elif entry.is_file(follow_symlinks=False):
-            found.append((name, entry.stat(follow_symlinks=False).st_size))
-        else:
-            raise InputError("an entry of the release is a link or no file", where=str(folder / name), mend=_MEND)
-    return found
+    return {name: (folder / name).stat().st_size for name in names}

@@ -6,10 +6,12 @@ regular files and folders are accepted, by names that stay inside the folder.
 
 from __future__ import annotations
 
+import os
 import re
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, Final, Protocol
+from typing import Final, Protocol
 
 from qexport.errors import InputError
 from qexport.registries.names import is_portable
@@ -29,7 +31,13 @@ class Readable(Protocol):
         ...
 
 
-def extract(stream: Readable, folder: Path, prefix: str | None, limit: int, where: str) -> None:
+Write = Callable[[Readable, Path, int], None]
+"""Writes so many bytes of a stream to a path, and passes what pads them."""
+
+
+def extract(
+    stream: Readable, folder: Path, prefix: str | None, limit: int, where: str, write: Write | None = None
+) -> None:
     """Writes the files of an archive below a folder, which exists, without the first part of their names.
 
     Args:
@@ -38,6 +46,7 @@ def extract(stream: Readable, folder: Path, prefix: str | None, limit: int, wher
         prefix: the folder inside the archive that all names must be in; None for whichever comes first.
         limit: bytes that all files may have together.
         where: the archive, for errors.
+        write: writes a file, instead of all of its bytes.
 
     Raises:
         InputError: the archive is cut or malformed, holds anything but files and folders, has a name that is outside of
@@ -58,7 +67,11 @@ def extract(stream: Readable, folder: Path, prefix: str | None, limit: int, wher
         limit -= member.size
         if limit < 0 or not inside:
             raise _unsafe("the archive holds more than it should", where)
-        _write(stream, folder / inside, member.size, where)
+        path = _new(folder / inside, where)
+        if write is None:
+            _write(stream, path, member.size, where)
+        else:
+            write(stream, path, member.size)
     raise _unsafe(f"the archive has more than {_MOST_MEMBERS} members", where)
 
 
@@ -115,7 +128,7 @@ def _pax(content: bytes, where: str) -> dict[str, str]:
 
 
 def _write(stream: Readable, path: Path, size: int, where: str) -> None:
-    with _created(path, where) as file:
+    with path.open("xb") as file:
         left = size
         while left:
             piece = _exactly(stream, min(_PIECE, left), where)
@@ -132,12 +145,12 @@ def _make(folder: Path, where: str) -> None:
         raise _unsafe(f"a name is a file and a folder: {folder.name!r}", where) from error
 
 
-def _created(path: Path, where: str) -> BinaryIO:
+def _new(path: Path, where: str) -> Path:
+    """A path where nothing is yet, in a folder."""
     _make(path.parent, where)
-    try:
-        return path.open("xb")
-    except FileExistsError as error:
-        raise _unsafe(f"a name comes twice: {path.name!r}", where) from error
+    if os.path.lexists(path):
+        raise _unsafe(f"a name comes twice: {path.name!r}", where)
+    return path
 
 
 def _exactly(stream: Readable, count: int, where: str) -> bytes:

@@ -8,43 +8,38 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from pydantic import ValidationError
 
 from qexport.artifact.agreement import report_of
-from qexport.artifact.digests import sha256_file
 from qexport.artifact.integrity import Artifact, FileProblem, find_artifact
 from qexport.artifact.manifest import CARD_NAME, REPORT_FOLDER, SIGNATURE_NAME, Manifest
 from qexport.artifact.names import label, release_name
-from qexport.artifact.packages import requirements_text
-from qexport.artifact.report import REPORT_NAME, Report
+from qexport.artifact.report import Report
 from qexport.errors import GateFailed, InputError, RecipeError, listed
-from qexport.export.launch import FOLDER as LAUNCH_FOLDER
 from qexport.gates.deciding import decide_again
 from qexport.gates.serving import decide_served_again
 from qexport.quantizing import profile_of_layer
-from qexport.release.evaluation import EVALUATION_NAME, evaluation_results
-from qexport.release.launching import read_launch, render
+from qexport.release.made_again import (
+    MEND,
+    compare_bom,
+    compare_card,
+    compare_pages,
+    compare_provenance,
+    contradiction,
+)
 from qexport.release.naming import method_name
-from qexport.release.provenance import differences, statement
 from qexport.release.record import (
-    BOM_NAME,
     EVIDENCE,
     EVIDENCE_FOLDER,
-    PACKAGES_NAME,
-    PROVENANCE_NAME,
     RECORD_NAME,
     ReleaseRecord,
     locked,
     proof_of,
-    read_object,
 )
-from qexport.reporting.card import CardFacts, ReleaseWords, model_card
 from qexport.reporting.values import visible
 from qexport.verifying import VerifySettings
-
-_MEND: Final = "do not use it; fetch the release again"
 
 
 @dataclass(frozen=True)
@@ -56,7 +51,10 @@ class Checked:
         record: its `release.json`; None for an artifact that was not released.
         report: what verification found; None without one.
         signature: whether a signature was checked; None if there is one and no key was given.
-        compared_card: whether the card was made again and compared, which needs the same version of qexport.
+        compared_card: whether card, launch files and bill of materials were made again and compared, which needs the
+            version of qexport that made the release.
+        compared_pages: whether the report's page, comment and test results were, which needs the version that made the
+            report; None without a report.
     """
 
     artifact: Artifact
@@ -64,6 +62,7 @@ class Checked:
     report: Report | None
     signature: bool | None
     compared_card: bool
+    compared_pages: bool | None
 
     def as_dict(self) -> dict[str, Any]:
         """The same as JSON values."""
@@ -75,6 +74,7 @@ class Checked:
             "verdict": self.report.verdict if self.report else None,
             "signature_checked": bool(self.signature),
             "card_compared": self.compared_card,
+            "pages_compared": self.compared_pages,
         }
 
     def lines(self) -> Iterator[str]:
@@ -84,10 +84,14 @@ class Checked:
         known = f", and the root digest is {self.artifact.confirmed_by}" if self.artifact.confirmed_by else ""
         yield f"bytes      every file is listed and has its digest{known}"
         yield f"root       {self.artifact.root}"
-        if others := [name for name in self.artifact.unlisted if name != SIGNATURE_NAME]:
-            yield f"unchecked  {listed(others)}: files that huggingface_hub adds, which nothing reads"
+        others = dict.fromkeys(name.partition("/")[0] for name in self.artifact.unlisted if name != SIGNATURE_NAME)
+        if others:
+            yield f"beside     {', '.join(others)}: huggingface_hub's own, not part of the release"
         yield f"signature  {self._signature()}"
         yield from self._evidence()
+        if self.report is not None:
+            other = f"not compared: made by qexport {self.report.qexport_version}"
+            yield f"pages      {'made again from report.json, and equal' if self.compared_pages else other}"
         yield f"gates      {self._gates()}"
 
     def _signature(self) -> str:
@@ -100,8 +104,9 @@ class Checked:
         if self.record is None:
             return
         yield "evidence   release.json, provenance and bill of materials name the manifest's inputs"
-        card = "says what the report says" if self.compared_card else f"not compared: by {self.record.qexport_version}"
-        yield f"card       {card}"
+        again = "made again, and equal; so are launch files and bill of materials"
+        other = f"not compared: made by qexport {self.record.qexport_version}"
+        yield f"card       {again if self.compared_card else other}"
 
     def _gates(self) -> str:
         if self.record is not None and self.record.unproven is not None:
@@ -129,6 +134,7 @@ def check(folder: Path, *, key: Path | None = None, root: str | None = None) -> 
     if key is not None:
         _check_signature(folder, key)
     report = _report(artifact)
+    pages = None if report is None else compare_pages(artifact, report)
     record = ReleaseRecord.read(folder) if RECORD_NAME in artifact.manifest.files else None
     compared = False
     if record is not None:
@@ -136,16 +142,16 @@ def check(folder: Path, *, key: Path | None = None, root: str | None = None) -> 
         compared = record.qexport_version == version("qexport") and artifact.manifest.card is not None
         if compared:
             _compare_gates(artifact, report)
-            _compare_card(artifact, record, report)
-        _compare_provenance(artifact, report)
-        _compare_bom(artifact)
+            compare_card(artifact, record, report)
+        compare_provenance(artifact, report)
+        compare_bom(artifact, record, report, whole=compared)
     _refuse_unproven(record, report, folder)
     if record is not None and record.signed and not (folder / SIGNATURE_NAME).is_file():
         raise InputError(
-            "the release was signed, and its signature is missing", where=str(folder / SIGNATURE_NAME), mend=_MEND
+            "the release was signed, and its signature is missing", where=str(folder / SIGNATURE_NAME), mend=MEND
         )
     signature = True if key is not None else (None if (folder / SIGNATURE_NAME).is_file() else False)
-    return Checked(artifact, record, report, signature, compared)
+    return Checked(artifact, record, report, signature, compared, pages)
 
 
 def _opened(folder: Path, root: str | None) -> Artifact:
@@ -198,7 +204,7 @@ def _report(artifact: Artifact) -> Report | None:
         if "contradict" not in error.what:
             raise
         raise InputError(
-            f"the report is not the one of this artifact: {error.what}", where=error.where, mend=_MEND
+            f"the report is not the one of this artifact: {error.what}", where=error.where, mend=MEND
         ) from error
 
 
@@ -210,14 +216,12 @@ def _compare_record(artifact: Artifact, record: ReleaseRecord, report: Report | 
     if (artifact.manifest.launch or {"name": record.name}).get("name") != record.name:
         wrong.append("launch")
     if wrong:
-        raise _contradiction(f"{RECORD_NAME} names other inputs than the manifest", wrong, artifact.path / RECORD_NAME)
+        raise contradiction(f"{RECORD_NAME} names other inputs than the manifest", wrong, artifact.path / RECORD_NAME)
     if report is None and record.proof is not None:
-        raise InputError(
-            "the report that was released is missing", where=str(artifact.path / REPORT_FOLDER), mend=_MEND
-        )
+        raise InputError("the report that was released is missing", where=str(artifact.path / REPORT_FOLDER), mend=MEND)
     if record.proof != proof_of(report):
         raise InputError(
-            "the report is not the one that was released", where=str(artifact.path / RECORD_NAME), mend=_MEND
+            "the report is not the one that was released", where=str(artifact.path / RECORD_NAME), mend=MEND
         )
     for name in EVIDENCE:
         listed_as = artifact.manifest.files.get(name)
@@ -226,81 +230,15 @@ def _compare_record(artifact: Artifact, record: ReleaseRecord, report: Report | 
             raise InputError(
                 what or "a file of the release's evidence is not the one that was released",
                 where=str(artifact.path / name),
-                mend=_MEND,
+                mend=MEND,
             )
 
 
 def _names(manifest: Manifest, record: ReleaseRecord) -> dict[str, Any]:
     """The fields of the record that follow from its model and version."""
-    method = method_name(manifest)
+    method = method_name(manifest.recipe)
     name = release_name(record.model, record.version, method, manifest.layout)
     return {"method": method, "name": name, "served_as": label(name)}
-
-
-def _compare_provenance(artifact: Artifact, report: Report | None) -> None:
-    manifest, place = artifact.manifest, artifact.path / PROVENANCE_NAME
-    digest = sha256_file(artifact.path / REPORT_FOLDER / REPORT_NAME) if report else None
-    expected = statement(manifest, proof_of(report), _subjects(manifest), digest)
-    if wrong := differences(read_object(place), expected):
-        raise _contradiction("the provenance names other inputs than the manifest", wrong, place)
-
-
-def _subjects(manifest: Manifest) -> dict[str, str]:
-    """The files besides evidence and report."""
-    return {
-        name: each.sha256
-        for name, each in manifest.files.items()
-        if name != RECORD_NAME and not name.startswith(f"{EVIDENCE_FOLDER}/")
-    }
-
-
-def _compare_bom(artifact: Artifact) -> None:
-    """Every digest in the bill of materials is the manifest's, and none is missing."""
-    manifest, place = artifact.manifest, artifact.path / BOM_NAME
-    content = read_object(place)
-    found = [*_hashed(content.get("metadata", {})), *_hashed(content)]
-    expected = _subjects(manifest)
-    for role, source in (("base", manifest.base), ("adapter", manifest.adapter)):
-        expected |= {f"{role}/{file}": digest for file, digest in source.sha256.items()} if source else {}
-    wrong = sorted(expected.keys() - {name for name, _ in found})
-    wrong += [name for name, digest in found if name in expected and expected[name] != digest]
-    if wrong:
-        raise _contradiction("the bill of materials names other files than the manifest", wrong, place)
-
-
-def _hashed(part: Any) -> Iterator[tuple[str, str]]:
-    """The components below a part, with their digests."""
-    if not isinstance(part, dict):
-        return
-    inner = part.get("components")
-    for each in [part.get("component"), *(inner if isinstance(inner, list) else [])]:
-        if isinstance(each, dict):
-            hashes = each.get("hashes")
-            for one in hashes if isinstance(hashes, list) else []:
-                if isinstance(one, dict):
-                    yield str(each.get("name")), str(one.get("content"))
-            yield from _hashed(each)
-
-
-def _compare_card(artifact: Artifact, record: ReleaseRecord, report: Report | None) -> None:
-    """Makes card and launch files again; another version of qexport would word them otherwise."""
-    manifest = artifact.manifest
-    launch = None if manifest.launch is None else read_launch(manifest.layout, manifest.launch)
-    words = ReleaseWords(record.name, record.served_as, record.unproven, record.signed)
-    facts = CardFacts.of_release(manifest, launch.name if launch else None, report, words)
-    expected = {name: content.decode("utf-8") for name, content in render(launch).items()}
-    expected |= {CARD_NAME: model_card(facts), PACKAGES_NAME: requirements_text(manifest.packages)}
-    results = evaluation_results(report) if report is not None else None
-    expected |= {EVALUATION_NAME: results} if results else {}
-    own = [name for name in manifest.files if name.startswith((f"{LAUNCH_FOLDER}/", EVALUATION_NAME))]
-    if unknown := [name for name in own if name not in expected]:
-        raise _contradiction("there are files that no release of this artifact has", unknown, artifact.path)
-    for name, text in expected.items():
-        path = artifact.path / name
-        if not path.is_file() or path.read_bytes() != text.encode("utf-8"):
-            folder = name.partition("/")[0]
-            what = {CARD_NAME: "the model card", LAUNCH_FOLDER: "a launch file"}.get(folder, "a file of the evidence")
-            raise InputError(f"{what} does not say what manifest and report say", where=str(path), mend=_MEND)
 
 
 def _compare_gates(artifact: Artifact, report: Report | None) -> None:
@@ -313,7 +251,7 @@ def _compare_gates(artifact: Artifact, report: Report | None) -> None:
     try:
         settings = VerifySettings.model_validate(told)
     except ValidationError as error:
-        raise InputError("the recipe in the manifest is malformed", where=str(artifact.path), mend=_MEND) from error
+        raise InputError("the recipe in the manifest is malformed", where=str(artifact.path), mend=MEND) from error
     own, _ = decide_again(report, settings, profile_of_layer)
     served, _ = decide_served_again(report, settings, profile_of_layer)
     again = {gate.name: gate.verdict for gate in [*own, *served]}
@@ -321,7 +259,7 @@ def _compare_gates(artifact: Artifact, report: Report | None) -> None:
     wrong = sorted(again.keys() - found.keys())
     wrong += [name for name, verdict in found.items() if verdict == "pass" and again.get(name) != "pass"]
     if wrong:
-        raise _contradiction("the report's gates are not what its figures give", wrong, artifact.path / REPORT_FOLDER)
+        raise contradiction("the report's gates are not what its figures give", wrong, artifact.path / REPORT_FOLDER)
 
 
 def _refuse_unproven(record: ReleaseRecord | None, report: Report | None, folder: Path) -> None:
@@ -333,9 +271,5 @@ def _refuse_unproven(record: ReleaseRecord | None, report: Report | None, folder
         raise GateFailed(
             "the release does not say so, but its gates did not all pass",
             where=listed(failed) or str(folder),
-            mend=_MEND,
+            mend=MEND,
         )
-
-
-def _contradiction(what: str, wrong: list[str], place: Path) -> InputError:
-    return InputError(f"{what}: {listed(wrong)}", where=str(place), mend=_MEND)

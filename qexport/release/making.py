@@ -7,24 +7,26 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
+
 from qexport.artifact.digests import sha256_file
-from qexport.artifact.disk import disk_failure, ensure_space, make_folder, sync, sync_tree
+from qexport.artifact.disk import ensure_space
 from qexport.artifact.integrity import digest_files, write_listing
 from qexport.artifact.manifest import CARD_NAME, MANIFEST_NAME, REPORT_FOLDER, FileRecord, Manifest
 from qexport.artifact.names import label
 from qexport.artifact.packages import requirements_text
 from qexport.artifact.report import REPORT_NAME
 from qexport.artifact.roots import check_roots_path, recording_roots
-from qexport.errors import RecipeError
+from qexport.errors import QexportError
 from qexport.export.launch import FOLDER as LAUNCH_FOLDER
+from qexport.registries.arrival import arriving
 from qexport.release.bom import bill_of_materials
 from qexport.release.evaluation import EVALUATION_NAME, evaluation_results
 from qexport.release.launching import released_launch, render
@@ -75,7 +77,7 @@ def make_release(proven: Proven, name: Named, target: Path, *, signer: Signer | 
     Args:
         proven: the artifact.
         name: the release's name.
-        target: the folder, which must not exist; parents are created.
+        target: the folder, of the release's name, which must not exist; parents are created.
         signer: signs it; None to leave it unsigned.
 
     Raises:
@@ -83,49 +85,16 @@ def make_release(proven: Proven, name: Named, target: Path, *, signer: Signer | 
         ResourceError: the disk is full or failed.
         QexportError: a file of the evidence is not valid.
     """
-    refuse_existing(target)
-    with _building(target, name.name) as folder:
+    check_roots_path(target)
+    with ExitStack() as ending, arriving(target) as folder:  # the folder has the release's name: a signature says it
+        folder.mkdir()
         _copy(proven, folder)
         manifest, record = _write(proven, name, folder, signed=signer is not None)
         root = write_listing(folder, manifest)
         if signer is not None:
             signer.sign(folder)
-        sync_tree(folder)
-        with recording_roots(target, {".": root}):
-            refuse_existing(target)
-            folder.rename(target)
-        sync(target.parent)
+        ending.enter_context(recording_roots(target, {".": root}))
     return Released(target, record, manifest, root)
-
-
-def refuse_existing(target: Path) -> None:
-    """Refuses a path where something is: a release is never replaced.
-
-    Raises:
-        RecipeError: a file or a folder is there.
-    """
-    if os.path.lexists(target):
-        raise RecipeError(
-            "a release is never replaced, and something is at its place",
-            where=str(target),
-            mend="give the release another version, or another destination",
-        )
-    check_roots_path(target)
-
-
-@contextmanager
-def _building(target: Path, name: str) -> Iterator[Path]:
-    """A folder beside the target, which has the release's name: a signature says it."""
-    try:
-        make_folder(target.parent)
-        with tempfile.TemporaryDirectory(prefix=".qexport-release-", dir=target.parent) as scratch:
-            folder = Path(scratch, name)
-            folder.mkdir()
-            yield folder
-    except OSError as error:
-        if failure := disk_failure(error, where=str(target)):
-            raise failure from error
-        raise
 
 
 def _copy(proven: Proven, folder: Path) -> None:
@@ -184,7 +153,8 @@ def _evidence(proven: Proven, name: Named, folder: Path, manifest: Manifest, *, 
     report_digest = sha256_file(folder / REPORT_FOLDER / REPORT_NAME) if report else None
     config = json.loads((folder / "config.json").read_bytes())
     _put(folder / PROVENANCE_NAME, canonical(statement(manifest, proof, subjects, report_digest)))
-    _put(folder / BOM_NAME, bill_of_materials(manifest, config, report, proof, name.name, name.version))
+    bom = bill_of_materials(manifest, subjects, config, report, proof, (name.name, name.version))
+    _put(folder / BOM_NAME, _validated(canonical(bom)))
     _put(folder / PACKAGES_NAME, requirements_text(manifest.packages))
     return ReleaseRecord(
         schema_version=1,
@@ -201,6 +171,13 @@ def _evidence(proven: Proven, name: Named, folder: Path, manifest: Manifest, *, 
         evidence=digests_of(folder, EVIDENCE),
         **locked(manifest),
     )
+
+
+def _validated(bom: str) -> str:
+    """A bill of materials that fits the standard's schema."""
+    if (fault := JsonStrictValidator(SchemaVersion.V1_6).validate_str(bom)) is not None:
+        raise QexportError(f"the bill of materials is not valid: {fault}", where="CycloneDX 1.6")
+    return bom
 
 
 def _evidence_files(folder: Path) -> dict[str, FileRecord]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -34,7 +36,30 @@ class Named:
         return release_name(self.model, self.version, self.method, self.layout)
 
 
-def named(manifest: Manifest, *, model: str | None, version: str | None) -> Named:
+@dataclass(frozen=True)
+class Source:
+    """What an artifact's release is called after, known from its manifest, or before its run from the plan.
+
+    Attributes:
+        recipe: as it stands in the manifest.
+        base: the base's name.
+        adapter: the adapter's name; None if there is none.
+        layout: the layout's name.
+    """
+
+    recipe: Mapping[str, Any]
+    base: str
+    adapter: str | None
+    layout: str
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Source:
+        """Of a finished artifact."""
+        adapter = manifest.adapter.name if manifest.adapter else None
+        return cls(manifest.recipe, manifest.base.name, adapter, manifest.layout)
+
+
+def named(source: Source, *, model: str | None, version: str | None) -> Named:
     """The name of an artifact's release: as given, else as the recipe says, else base and adapter.
 
     Raises:
@@ -42,7 +67,7 @@ def named(manifest: Manifest, *, model: str | None, version: str | None) -> Name
         InputError: the recipe in the manifest is malformed.
     """
     try:
-        told = ReleaseSettings.model_validate(manifest.recipe.get("release") or {})
+        told = ReleaseSettings.model_validate(source.recipe.get("release") or {})
     except ValidationError as error:
         raise InputError(
             "the recipe in the manifest has a release that is malformed",
@@ -56,14 +81,13 @@ def named(manifest: Manifest, *, model: str | None, version: str | None) -> Name
             where="--version",
             mend="give --version 1.0.0, or release.version in the recipe",
         )
-    adapter = manifest.adapter.name if manifest.adapter else None
-    found = model or told.name or model_name(manifest.base.name, adapter)
-    return Named(found, version, method_name(manifest), manifest.layout)
+    found = model or told.name or model_name(source.base, source.adapter)
+    return Named(found, version, method_name(source.recipe), source.layout)
 
 
-def method_name(manifest: Manifest) -> str:
+def method_name(recipe: Mapping[str, Any]) -> str:
     """The method in a release's name: `gptq-4bit`, `nf4`, `int8`, `w8a8`, or the dtype of 16-bit weights."""
-    match manifest.recipe:
+    match recipe:
         case {"quantize": {"method": "gptq", "bits": int(bits)}}:
             return f"gptq-{bits}bit"
         case {"quantize": {"method": "nf4", "quant_type": "nf4" | "fp4" as kind}}:

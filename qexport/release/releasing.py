@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-import tempfile
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from qexport.artifact.integrity import refuse_inside_artifact
 from qexport.artifact.manifest import Manifest
 from qexport.artifact.names import oci_tag
-from qexport.artifact.partial import manifests_in
+from qexport.artifact.partial import manifests_in, scratch_folder
+from qexport.artifact.roots import check_roots_path
 from qexport.errors import RecipeError
 from qexport.progress import Notice, ProgressCallback
-from qexport.registries import Destination, FolderDestination, OciDestination, Published, parse_destination, publish
+from qexport.registries import (
+    Destination,
+    FolderDestination,
+    LocalDestination,
+    OciDestination,
+    Published,
+    parse_destination,
+    publish,
+    refuse_taken,
+)
 from qexport.release import ReleaseSettings
-from qexport.release.making import Released, make_release, refuse_existing
-from qexport.release.naming import named
+from qexport.release.making import Released, make_release
+from qexport.release.naming import Named, Source, named
 from qexport.release.packaging import package_of
-from qexport.release.proof import prove
+from qexport.release.proof import Proven, prove
 from qexport.release.signing import Signer
 from qexport.reporting.card import license_problems
 
@@ -83,31 +94,85 @@ def refuse_unusable(settings: ReleaseSettings) -> None:
         Signer(Path(settings.sign))
 
 
+def refuse_taken_by_run(settings: ReleaseSettings, layouts: Sequence[Source], output: Path) -> None:
+    """Refuses the places of a run's releases that are taken, before its work.
+
+    Args:
+        settings: the recipe's.
+        layouts: what each release is called after.
+        output: where the run will put the artifact.
+
+    Raises:
+        RecipeError: something is there, it is inside the artifact, or several layouts have one place.
+        InputError: the place cannot be reached.
+    """
+    names = [named(each, model=settings.name, version=settings.version) for each in layouts]
+    for place in _free_places(names, parse_destination(settings.to or _HERE)):
+        if isinstance(place, LocalDestination) and Path(os.path.realpath(place.path)).is_relative_to(
+            os.path.realpath(output)
+        ):
+            raise RecipeError(
+                "the release's place is inside the artifact", where=str(place.path), mend="name another release.to"
+            )
+
+
 def release_all(artifacts: Sequence[Path], options: ReleaseOptions, progress: ProgressCallback) -> list[Made]:
     """Releases artifacts one by one. All are checked, and no destination is taken, before the first is made."""
     destination = parse_destination(options.to or _HERE)
     signer: Signer | None = Signer(options.sign) if options.sign else None
     folders = [folder for artifact in artifacts for folder in _layouts(artifact)]
-    names = [named(Manifest.read(folder), model=options.name, version=options.version) for folder in folders]
-    _refuse_equal([each.name for each in names], destination)
-    if isinstance(destination, FolderDestination):
-        for each in names:
-            refuse_existing(destination.path / each.name)
+    sources = [Source.of(Manifest.read(folder)) for folder in folders]
+    names = [named(each, model=options.name, version=options.version) for each in sources]
+    places = _free_places(names, destination)
     proven = [prove(folder, allow_unproven=options.allow_unproven) for folder in folders]
     for problem in dict.fromkeys(text for one in proven for text in license_problems(one.artifact.manifest.sources)):
         progress(Notice(problem))
-    made = list[Made]()
-    for one, name in zip(proven, names, strict=True):
-        if isinstance(destination, FolderDestination):
-            target = destination.path / name.name
-            released = make_release(one, name, target, signer=signer)
-            made.append(Made(released, Published(str(target), None)))
-            continue
-        with tempfile.TemporaryDirectory(prefix=".qexport-release-", dir=one.artifact.path.parent) as scratch:
-            released = make_release(one, name, Path(scratch, name.name), signer=signer)
-            place = _place_of(name.name, destination)
-            made.append(Made(released, publish(package_of(released), place, progress=progress)))
-    return made
+    return [_release(*each, signer, progress) for each in zip(proven, names, places, strict=True)]
+
+
+def _release(
+    proven: Proven, name: Named, place: Destination, signer: Signer | None, progress: ProgressCallback
+) -> Made:
+    if isinstance(place, FolderDestination):
+        released = make_release(proven, name, place.path, signer=signer)
+        return Made(released, Published(str(place), None))
+    with scratch_folder(_outermost(proven.artifact.path.absolute())) as scratch:
+        released = make_release(proven, name, scratch / name.name, signer=signer)
+        return Made(released, publish(package_of(released), place, progress=progress))
+
+
+def _outermost(artifact: Path) -> Path:
+    """The folder of several layouts that an artifact is in, else its own: what is made for a while is beside it, on the
+    same disk, so that weights are linked, and no layout's neighbour.
+    """
+    return artifact.parent if manifests_in(artifact.parent) else artifact
+
+
+def _free_places(names: Sequence[Named], destination: Destination) -> list[Destination]:
+    """Where each release goes; nothing is at any of the places.
+
+    Raises:
+        RecipeError: something is at one of them, one is inside an artifact, or two releases have one place.
+    """
+    shared = not (isinstance(destination, FolderDestination) or _is_repository(destination))
+    if len(names) > 1 and shared:
+        raise RecipeError(
+            "several artifacts need a place for each",
+            where=str(destination),
+            mend="name a folder, or a registry's repository without a tag, or release them one by one",
+        )
+    places = [_place_of(each.name, destination) for each in names]
+    for name, place in zip(names, places, strict=True):
+        if places.count(place) > 1:
+            raise RecipeError(
+                "two artifacts have the same name", where=name.name, mend="release them apart, with --name"
+            )
+        if isinstance(place, LocalDestination):
+            refuse_inside_artifact(place.path.parent, "the release's place")
+        if isinstance(place, FolderDestination):
+            check_roots_path(place.path)
+        refuse_taken(place, name.version)
+    return places
 
 
 def _is_repository(destination: Destination) -> bool:
@@ -116,7 +181,9 @@ def _is_repository(destination: Destination) -> bool:
 
 
 def _place_of(name: str, destination: Destination) -> Destination:
-    """Where a release goes; in a repository its name is its tag."""
+    """Where a release goes; in a folder its name is that of its own folder, in a repository its tag."""
+    if isinstance(destination, FolderDestination):
+        return FolderDestination(destination.path / name)
     if isinstance(destination, OciDestination) and _is_repository(destination):
         return replace(destination, tag=oci_tag(name))
     return destination
@@ -127,15 +194,3 @@ def _layouts(artifact: Path) -> list[Path]:
     if not artifact.is_dir():
         raise RecipeError("there is no such folder", where=str(artifact), mend="give the folder of an artifact")
     return [manifest.parent for manifest in manifests_in(artifact)] or [artifact]
-
-
-def _refuse_equal(names: Sequence[str], destination: Destination) -> None:
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise RecipeError("two artifacts have the same name", where=twice[0], mend="release them apart, with --name")
-    if len(names) > 1 and not (isinstance(destination, FolderDestination) or _is_repository(destination)):
-        raise RecipeError(
-            "several artifacts need a place for each",
-            where=str(destination),
-            mend="name a folder, or a registry's repository without a tag, or release them one by one",
-        )

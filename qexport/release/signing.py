@@ -25,6 +25,11 @@ _PRIVATE: Final = b"PRIVATE KEY-----"
 _CERTIFICATE: Final = b"-----BEGIN CERTIFICATE-----"
 _PUBLIC: Final = b"-----BEGIN PUBLIC KEY-----"
 _LARGEST: Final = 1 << 20
+"""Bytes of a key with its certificates."""
+
+_LARGEST_SIGNATURE: Final = 1 << 26
+"""It names every file of a release with its digest."""
+
 _OF_THE_HUB: Final = ".cache/huggingface"
 _MAKE_ONE: Final = "make one: openssl ecparam -name prime256v1 -genkey -noout -out release.key"
 
@@ -89,6 +94,12 @@ def verify(folder: Path, key: Path) -> None:
             where=str(path),
             mend="fetch it again with its signature; do not use it if it should have one",
         )
+    if path.stat().st_size > _LARGEST_SIGNATURE:
+        raise InputError(
+            f"the signature has more than {_LARGEST_SIGNATURE} bytes",
+            where=str(path),
+            mend="do not use it; fetch the release again",
+        )
     try:
         with redirect_stdout(sys.stderr):
             config.verify(folder, path)
@@ -131,20 +142,19 @@ def _refusal(error: Exception, path: Path, key: Path) -> InputError:
             where=words.removeprefix("Signature mismatch: ")[:500],
             mend="do not use it; fetch the release again",
         )
-    if words.startswith("Key mismatch") or type(error).__name__ == "X509StoreContextError":
+    if type(error).__name__ == "X509StoreContextError":
+        return _foreign(path, key, f": {words}")
+    if words.startswith("Key mismatch"):
         return _foreign(path, key)
-    try:
-        kind = "x509CertificateChain" if b"x509CertificateChain" in path.read_bytes()[:_LARGEST] else "publicKey"
-    except OSError:
-        kind = ""
+    kind = "x509CertificateChain" if b"x509CertificateChain" in path.read_bytes() else "publicKey"
     if (kind == "publicKey") != (_PUBLIC in key.read_bytes()):
         return _foreign(path, key)
     return InputError("the signature is malformed", where=str(path), mend="do not use it; fetch the release again")
 
 
-def _foreign(path: Path, key: Path) -> InputError:
+def _foreign(path: Path, key: Path, reason: str = "") -> InputError:
     return InputError(
-        "the signature was made with another key, or was changed",
+        f"the signature was made with another key, or was changed{reason}",
         where=f"{path}, checked against {key.name}",
         mend="do not use it, unless you trust whoever has that key",
     )

@@ -12,7 +12,7 @@ from xml.etree.ElementTree import Element, SubElement
 
 from qexport.artifact.disk import make_folder, write_together
 from qexport.artifact.figures import Figure
-from qexport.artifact.manifest import MANIFEST_NAME
+from qexport.artifact.integrity import refuse_inside_artifact
 from qexport.artifact.report import REPORT_NAME, Report
 from qexport.errors import RecipeError
 from qexport.reporting.html import report_html
@@ -90,6 +90,16 @@ FILE_NAMES: Final = (REPORT_NAME, PAGE_NAME, COMMENT_NAME, TEST_RESULTS_NAME)
 _MEND: Final = "name another folder with --report"
 
 
+def report_files(report: Report) -> dict[str, str]:
+    """The report in every format, by file name. The same report gives the same texts."""
+    return {
+        REPORT_NAME: report.to_json(),
+        PAGE_NAME: report_html(report),
+        COMMENT_NAME: report_markdown(report),
+        TEST_RESULTS_NAME: report_junit(report),
+    }
+
+
 def write_report(report: Report, folder: Path) -> None:
     """Writes the report in every format, all files or none. Existing files are replaced.
 
@@ -100,12 +110,7 @@ def write_report(report: Report, folder: Path) -> None:
     Raises:
         OSError: a file could not be written; files and folders are as they were.
     """
-    contents = {
-        REPORT_NAME: report.to_json(),
-        PAGE_NAME: report_html(report),
-        COMMENT_NAME: report_markdown(report),
-        TEST_RESULTS_NAME: report_junit(report),
-    }
+    contents = report_files(report)
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         make_folder(folder)
@@ -124,11 +129,7 @@ def check_report_folder(folder: Path) -> None:
         RecipeError: a file is in the way of the folder, a folder in the way of a file, it cannot be written, or it is
             inside an artifact, whose listing would no longer be true.
     """
-    real = Path(os.path.realpath(folder))
-    if any((each / MANIFEST_NAME).exists() for each in (real, *real.parents)):
-        raise RecipeError(
-            "the report's folder is inside an artifact, which must not change", where=str(folder), mend=_MEND
-        )
+    refuse_inside_artifact(folder, "the report's folder")
     existing = next(each for each in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(each))
     if not existing.is_dir():
         raise RecipeError("a file is in the way of the report's folder", where=str(existing), mend=_MEND)

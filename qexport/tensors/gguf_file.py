@@ -67,6 +67,7 @@ class GgufFile:
         metadata: the values that are numbers, booleans or strings, by key.
         array_lengths: the number of entries of each value that is an array.
         tensors: the tensors by name, in the order of the table.
+        header_bytes: of the header, without what aligns the tensors.
 
     Raises:
         InputError: the file cannot be read, is not little-endian GGUF of version 2 or 3, has a name twice, or a
@@ -87,6 +88,7 @@ class GgufFile:
             self.array_lengths: Mapping[str, int] = header.array_lengths
             self._arrays: Mapping[str, int] = header.array_places
             self.tensors: Mapping[str, GgufTensor] = header.tensors
+            self.header_bytes = header.end
         except (ValueError, struct.error) as error:
             self._file.close()
             raise InputError(f"not a valid GGUF file: {error}", where=str(path), mend=_MEND) from error
@@ -218,6 +220,7 @@ class _Header(_Values):
                 raise ValueError(f"the tensor {name!r} has {dimensions} dimensions")
             sizes = [self._integer("Q") for _ in range(dimensions)]
             table[name] = (tuple(reversed(sizes)), GGMLQuantizationType(self._integer("I")), self._integer("Q"))
+        self.end = self._file.tell()
         return self._place(table, self._data_start())
 
     def _data_start(self) -> int:

@@ -51,7 +51,8 @@ class SafetensorsFile:
         metadata: the header's `__metadata__`.
 
     Raises:
-        InputError: the file cannot be opened, or its header is malformed; see `read_header`.
+        InputError: the file cannot be opened, its header is malformed (see `read_header`), or torch has no type for the
+            values of a tensor.
     """
 
     def __init__(self, path: Path) -> None:
@@ -61,6 +62,13 @@ class SafetensorsFile:
             header = read_header(self._file, path)
             self.metadata = header.metadata
             self._offsets = {name: entry.offset for name, entry in header.entries.items()}
+            unreadable = next((name for name, each in header.entries.items() if each.dtype not in DTYPES), None)
+            if unreadable is not None:
+                raise InputError(
+                    f"values of the dtype {header.entries[unreadable].dtype} cannot be read",
+                    where=f"{path}: {unreadable}",
+                    mend="qexport inspect describes such files",
+                )
             self._specs = {name: TensorSpec(each.shape, DTYPES[each.dtype]) for name, each in header.entries.items()}
         except BaseException:
             self._file.close()

@@ -16,26 +16,15 @@ from typing import Any, BinaryIO, Final
 from qexport.errors import InputError
 from qexport.tensors.strict_files import parse_json
 
-DTYPE_BYTES: Final[Mapping[str, int]] = {
-    "BOOL": 1,
-    "U8": 1,
-    "I8": 1,
-    "U16": 2,
-    "I16": 2,
-    "F16": 2,
-    "BF16": 2,
-    "U32": 4,
-    "I32": 4,
-    "F32": 4,
-    "U64": 8,
-    "I64": 8,
-    "F64": 8,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "F8_E8M0": 1,
-    "C64": 8,
+DTYPE_BITS: Final[Mapping[str, int]] = {
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
 }
-"""Bytes of a value, by the dtype names of the format that torch has a type for."""
+"""Bits of a value, by the dtype names of the format. Not all of them can be read: torch has no type for some."""
 
 MAX_HEADER_BYTES: Final = 1 << 25
 MAX_TENSORS: Final = 1 << 17
@@ -43,7 +32,9 @@ MAX_TENSORS: Final = 1 << 17
 
 _MAX_DIMENSIONS: Final = 64
 
-_LENGTH_BYTES: Final = 8
+LENGTH_BYTES: Final = 8
+"""Of the length that a file begins with."""
+
 _SPLIT: Final = "no model has such a file; if this one is real, save it in more files (max_shard_size)"
 MEND: Final = "fetch or write the file again; it is cut short, damaged, or not a safetensors file"
 
@@ -53,7 +44,7 @@ class Entry:
     """A tensor in a file.
 
     Attributes:
-        dtype: the format's name for it, a key of `DTYPE_BYTES`.
+        dtype: the format's name for it, a key of `DTYPE_BITS`.
         shape: of the tensor.
         offset: where its bytes begin, counted from the start of the file.
     """
@@ -64,8 +55,8 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        """Size in bytes."""
-        return prod(self.shape) * DTYPE_BYTES[self.dtype]
+        """Size in bytes; values of a valid header fill whole ones."""
+        return -(-prod(self.shape) * DTYPE_BITS[self.dtype] // 8)
 
 
 @dataclass(frozen=True)
@@ -110,8 +101,8 @@ def read_header(file: BinaryIO, path: Path) -> Header:
 def _parsed_header(file: BinaryIO, path: Path) -> tuple[dict[str, Any], int]:
     """The header, and where the tensors begin."""
     size = os.fstat(file.fileno()).st_size
-    length = int.from_bytes(os.pread(file.fileno(), _LENGTH_BYTES, 0), "little")
-    if not 2 <= length <= size - _LENGTH_BYTES:
+    length = int.from_bytes(os.pread(file.fileno(), LENGTH_BYTES, 0), "little")
+    if not 2 <= length <= size - LENGTH_BYTES:
         raise InputError(
             f"the header's length, {length}, does not fit a file of {size} bytes", where=str(path), mend=MEND
         )
@@ -119,14 +110,14 @@ def _parsed_header(file: BinaryIO, path: Path) -> tuple[dict[str, Any], int]:
         raise InputError(
             f"the header has {length} bytes; at most {MAX_HEADER_BYTES} are read", where=str(path), mend=_SPLIT
         )
-    header = parse_json(os.pread(file.fileno(), length, _LENGTH_BYTES), where=f"{path}: header")
+    header = parse_json(os.pread(file.fileno(), length, LENGTH_BYTES), where=f"{path}: header")
     if not isinstance(header, dict):
         raise InputError("the header must be a JSON object", where=str(path), mend=MEND)
     if len(header) > MAX_TENSORS:
         raise InputError(
             f"the file has {len(header)} tensors; at most {MAX_TENSORS} are read", where=str(path), mend=_SPLIT
         )
-    return header, _LENGTH_BYTES + length
+    return header, LENGTH_BYTES + length
 
 
 def _pop_metadata(header: dict[str, Any], path: Path) -> dict[str, str]:
@@ -158,7 +149,7 @@ def _parse_entry(value: Any, where: str) -> tuple[Entry, int, int]:
     """The tensor with its first byte and the byte after its last, counted from the first tensor."""
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise InputError("an entry consists of dtype, shape and data_offsets", where=where, mend=MEND)
-    if not isinstance(value["dtype"], str) or value["dtype"] not in DTYPE_BYTES:
+    if not isinstance(value["dtype"], str) or value["dtype"] not in DTYPE_BITS:
         raise InputError(f"the dtype {value['dtype']!r} is not known", where=where)
     if not _are_counts(value["shape"]) or len(value["shape"]) > _MAX_DIMENSIONS:
         raise InputError(
@@ -168,6 +159,8 @@ def _parse_entry(value: Any, where: str) -> tuple[Entry, int, int]:
         raise InputError("data_offsets must be two whole numbers from 0", where=where, mend=MEND)
     begin, end = value["data_offsets"]
     entry = Entry(value["dtype"], tuple(value["shape"]), begin)
+    if prod(entry.shape) * DTYPE_BITS[entry.dtype] % 8:
+        raise InputError(f"shape {list(entry.shape)} of {entry.dtype} ends inside a byte", where=where, mend=MEND)
     if end - begin != entry.nbytes:
         raise InputError(
             f"shape {list(entry.shape)} of {entry.dtype} takes {entry.nbytes} bytes, not {end - begin}",

@@ -13,7 +13,7 @@ from torch import Tensor
 from qexport.architectures.runner import Batch, BlockRunner
 from qexport.errors import NumericalError
 from qexport.tensors.source import is_finite
-from qexport.verifying.predictors import TOKENS_AT_ONCE, HiddenStates, KeptLogits, Predictor, windows_at_once
+from qexport.verifying.predictors import TOKENS_AT_ONCE, Predictor, two_predictors, windows_at_once
 
 DOUBLES_AT_ONCE: Final = 1 << 20
 """Values of each model whose log-probabilities are in memory in float64 at a time."""
@@ -100,22 +100,21 @@ def compare(
     return [_by_window(own, targets.shape[1]) for own in parts]
 
 
-def compare_with_kept(
-    reference: KeptLogits, runner: BlockRunner, batches: Sequence[Batch], input_ids: Tensor
+def compare_two(
+    runners: tuple[BlockRunner, BlockRunner], batches: tuple[Sequence[Batch], Sequence[Batch]], input_ids: Tensor
 ) -> TokenFigures:
-    """Figures of a model, with one whose head is no longer in memory as the reference.
+    """Figures of a model that was run block by block beside its reference.
 
     Args:
-        reference: its logits.
-        runner: the model.
-        batches: its hidden states after the last block.
+        runners: the reference and the model.
+        batches: the hidden states of each after the last block.
         input_ids: int64 [windows, sequence_length].
 
     Raises:
         NumericalError: logits hold NaN or Inf.
     """
-    with runner.head() as head:
-        (figures,) = compare([reference, HiddenStates(batches, head)], [(0, 1)], input_ids, lambda _: None)
+    with two_predictors(runners, batches) as models:
+        (figures,) = compare(models, [(0, 1)], input_ids, lambda _: None)
     return figures
 
 

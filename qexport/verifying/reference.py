@@ -21,11 +21,11 @@ from qexport.tensors import GroupQuantizedSpec, Origin, Quantized, WeightSource
 from qexport.text.prompts import EncodedPrompts
 from qexport.text.windows import HeldOut
 from qexport.verifying import VerifySettings
-from qexport.verifying.divergence import compare_with_kept
+from qexport.verifying.divergence import compare_two
 from qexport.verifying.document_sums import Baseline
 from qexport.verifying.estimates import divergence_figures, ratio_values
 from qexport.verifying.live_adapter import ComparedMerge, LiveAdapter, NotMeasured, compare_merge
-from qexport.verifying.predictors import KeptLogits, run_in_lockstep
+from qexport.verifying.predictors import run_in_lockstep
 from qexport.verifying.suites import NO_SUITES, Suites
 from qexport.verifying.units import Units, measured_once
 
@@ -68,9 +68,7 @@ def noise_floor(
     batches, _ = run_in_lockstep(
         runners, ids, lambda block: steps.finished_block("noise floor", block, blocks, tokens), drift=False
     )
-    with runners[0].head() as head:
-        narrow = KeptLogits(batches[0], head)
-    found = compare_with_kept(narrow, runners[1], batches[1], ids)
+    found = compare_two((runners[0], runners[1]), (batches[0], batches[1]), ids)
     units = Units([None] * len(ids), "window", found.kl.shape[1], len(ids))
     return {figure.name: figure.value for figure in divergence_figures(found, units)}
 
@@ -163,8 +161,12 @@ Nearest = Callable[[Mapping[str, GroupQuantizedSpec], frozenset[str]], WeightSou
 rounded to nearest on those grids."""
 
 
-IsRounded = Callable[[Tensor, Quantized], bool]
-"""Whether codes are exactly those that a method gives for a matrix [out, in] by rounding each weight on its own."""
+Rounding = Callable[[Tensor], Quantized]
+"""How a method rounds a matrix [out, in], each weight on its own."""
+
+RoundingOf = Callable[[Tensor, Quantized], Rounding | None]
+"""How the codes of a matrix [out, in] were found, if they are exactly those that a method gives by rounding; else
+None."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,7 @@ class Reference:
         adapter: where the adapter came from; None if there is no adapter.
         changed: the tensors that the adapter changes, by their names in the files.
         nearest: makes the merged model rounded to nearest.
-        is_rounded: recognizes the codes of methods that round each weight on its own.
+        rounding_of: recognizes the codes of methods that round each weight on its own.
         prepared: what was measured with the merged model alone.
         held_out: the text, as many windows as may be used.
         prompts: what both models continue; None for no prompts.
@@ -188,6 +190,7 @@ class Reference:
         dtype: what the blocks compute in: the merged model's dtype.
         device: where to compute.
         baseline: the release that artifacts are compared with; None for none.
+        unrounded: the merged model before its tensors are rounded to its dtype; None if that is not known.
     """
 
     merged: Checkpoint
@@ -195,7 +198,7 @@ class Reference:
     adapter: Origin | None
     changed: frozenset[str]
     nearest: Nearest
-    is_rounded: IsRounded
+    rounding_of: RoundingOf
     prepared: Preparation
     held_out: HeldOut
     prompts: EncodedPrompts | None
@@ -205,6 +208,7 @@ class Reference:
     device: torch.device
     suites: Suites = NO_SUITES
     baseline: Baseline | None = None
+    unrounded: Checkpoint | None = None
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

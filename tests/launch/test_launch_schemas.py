@@ -14,16 +14,22 @@ from qexport.export.vllm.launch import VllmLaunch
 from qexport.release.launching import render
 
 PYTHON = os.environ.get("QEXPORT_LAUNCH_PYTHON", "")
+IMAGE = f"registry.example.com:5000/a/b:1.0@sha256:{64 * '0'}"
 LAUNCHES: dict[str, Launch] = {
     "vllm": VllmLaunch(
-        name="a-1.4.0+gptq-4bit.vllm", max_model_len=None, dtype="bfloat16", degrees=[1, 2], rounded_by_amx=True
+        name="a-1.4.0+gptq-4bit.vllm", image=IMAGE, triton_image=IMAGE, max_model_len=None, dtype="bfloat16",
+        degrees=[1, 2], rounded_by_amx=True,
     ),
-    "vllm with a length": VllmLaunch(name="12", max_model_len=64, dtype="float16", degrees=[1], rounded_by_amx=False),
+    "vllm with a length": VllmLaunch(
+        name="12", image=IMAGE, triton_image=IMAGE, max_model_len=64, dtype="float16", degrees=[1], rounded_by_amx=False
+    ),
     "tgi": TgiLaunch(
-        name="on", context=4096, kv_bytes=1000, weight_bytes=10**9, degrees=[1], quantize="gptq", dtype=None
+        name="on", image=IMAGE, context=4096, kv_bytes=1000, weight_bytes=10**9, degrees=[1], quantize="gptq",
+        dtype=None,
     ),
     "tgi sharded": TgiLaunch(
-        name="no: 1.0", context=9999, kv_bytes=10**5, weight_bytes=10**12, degrees=[8], quantize=None, dtype="float16"
+        name="no: 1.0", image=IMAGE, context=9999, kv_bytes=10**5, weight_bytes=10**12, degrees=[8], quantize=None,
+        dtype="float16",
     ),
 }  # fmt: skip
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from qexport.errors import CompatibilityError, InputError, listed
-from qexport.export.gguf.pre_tokenizers import PreTokenizer, pre_tokenizer
 from qexport.formats.gguf.header import Value
+from qexport.formats.gguf.pre_tokenizers import PreTokenizer, pre_tokenizer
 from qexport.text.file_names import GENERATION_CONFIG, TOKENIZER_CONFIG
 from qexport.text.tokenizers import json_object, stored_templates
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Final
-
 from qexport.export.launch import Launch, render_launch_files
 from qexport.records import Record
-
-TRITON_IMAGE: Final = "nvcr.io/nvidia/tritonserver:26.06-py3"
 
 
 class TritonValue(Record):
@@ -26,7 +22,8 @@ class TritonValue(Record):
 class OnnxLaunch(Launch):
     """The values in the launch files."""
 
-    triton_image: ClassVar[str] = TRITON_IMAGE
+    triton_image: str
+    """Triton's container image."""
 
     inputs: list[TritonValue]
     """Of the graph, in its order; the next field too."""

@@ -166,6 +166,7 @@ class OnnxLayout:
         ends = generation(checkpoint)
         self.launch = OnnxLaunch(
             name=checkpoint.name,
+            triton_image=self._settings.triton_image,
             inputs=triton_inputs(self._cache),
             outputs=triton_outputs(self._cache, self._activations, self._structure.vocab_size),
             data_files=list(data_files),

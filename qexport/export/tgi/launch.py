@@ -6,7 +6,6 @@ from typing import ClassVar, Final
 
 from qexport.export.launch import Launch, render_launch_files
 
-IMAGE: Final = "ghcr.io/huggingface/text-generation-inference:3.3.7"
 ENVIRONMENT: Final = "tgi.env"
 UNKNOWN_CONTEXT: Final = 2048
 
@@ -20,7 +19,9 @@ _FILES: Final = ("README.md", ENVIRONMENT, "docker-run.sh", "compose.yaml", "kub
 class TgiLaunch(Launch):
     """The values in the launch files."""
 
-    image: ClassVar[str] = IMAGE
+    image: str
+    """The server's container image."""
+
     environment_file: ClassVar[str] = ENVIRONMENT
 
     context: int

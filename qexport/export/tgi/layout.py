@@ -64,7 +64,7 @@ class TgiLayout:
     def __init__(self, settings: TgiSettings, outputs: Outputs, structure: Structure, checkpoint: Checkpoint) -> None:
         self._outputs, self._structure, self._config = outputs, structure, tgi_config(checkpoint.config)
         self._codes, self._reason = _codes(outputs.format, self._linears)
-        self._name = checkpoint.name
+        self._name, self._image = checkpoint.name, settings.image
         self.weights = WeightFiles(_stored_as(outputs.format), outputs, parse_size(settings.max_shard_size))
         TGI.refuse_plan(ServedByTgi.planned(self._files(checkpoint), self.weights.specs))
         self.weights.refuse_faults()
@@ -130,6 +130,7 @@ class TgiLayout:
         dtype = str(self._unquantized_dtype).removeprefix("torch.")
         return TgiLaunch(
             name=self._name,
+            image=self._image,
             context=_count(self._config, "max_position_embeddings", "n_positions", "max_seq_len") or UNKNOWN_CONTEXT,
             kv_bytes=_kv_bytes(self._config),
             weight_bytes=_served_bytes(self.weights),

@@ -7,9 +7,6 @@ from typing import Any, ClassVar, Final
 
 from qexport.export.launch import Launch, render_launch_files
 
-IMAGE: Final = "vllm/vllm-openai:v0.32.0"
-TRITON_IMAGE: Final = "nvcr.io/nvidia/tritonserver:26.05-vllm-python-py3"
-
 _LENGTHS: Final = (
     "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length", "max_target_positions",
     "max_sequence_length", "max_seq_length", "seq_len",
@@ -20,8 +17,12 @@ _FILES: Final = ("README.md", "vllm-serve.sh", "compose.yaml", "kserve.yaml")
 class VllmLaunch(Launch):
     """The values in the launch files."""
 
-    image: ClassVar[str] = IMAGE
-    triton_image: ClassVar[str] = TRITON_IMAGE
+    image: str
+    """The container image of vLLM."""
+
+    triton_image: str
+    """That of Triton with its vLLM backend."""
+
     model: ClassVar[str] = "/model"
     """The folder in the container."""
 

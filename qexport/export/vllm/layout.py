@@ -54,7 +54,7 @@ class VllmLayout:
 
     def __init__(self, settings: VllmSettings, outputs: Outputs, structure: Structure, checkpoint: Checkpoint) -> None:
         self._outputs, self._structure, self._config = outputs, structure, checkpoint.config
-        self._format, self._name = settings.format, checkpoint.name
+        self._settings, self._name = settings, checkpoint.name
         self.weights = WeightFiles(self._stored_as, outputs, parse_size(settings.max_shard_size))
         planned = ServedByVllm.planned(self._files(checkpoint), self.weights.specs)
         VLLM.refuse_plan(replace(planned, plan=structure))
@@ -95,6 +95,8 @@ class VllmLayout:
         """What the launch files say."""
         return VllmLaunch(
             name=self._name,
+            image=self._settings.image,
+            triton_image=self._settings.triton_image,
             max_model_len=max_model_len(self._config),
             dtype=str(self._unquantized_dtype).removeprefix("torch."),
             degrees=self._degrees,
@@ -120,7 +122,7 @@ class VllmLayout:
     @property
     def _stored_as(self) -> StoredFormat:
         """The same format as in the safetensors layout, unless the recipe names another one for GPTQ codes."""
-        packed = isinstance(self._outputs.format, GptqFormat) and self._format == "compressed-tensors"
+        packed = isinstance(self._outputs.format, GptqFormat) and self._settings.format == "compressed-tensors"
         return PackQuantizedFormat() if packed else self._outputs.format
 
     @property

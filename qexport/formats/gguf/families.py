@@ -90,11 +90,13 @@ class GgufFamily:
         arch: the gguf package's name for the architecture; its name in files is `MODEL_ARCH_NAMES[arch]`.
         causal_lm: the class of transformers.
         orders: the order of rows, by the last part of a module's path.
+        raised_norms: the file has 1 + the weights of norms, which the model adds when it computes.
     """
 
     arch: gguf.MODEL_ARCH
     causal_lm: str
     orders: Mapping[str, RowOrder] = field(default_factory=dict)
+    raised_norms: bool = False
 
     @property
     def name(self) -> str:
@@ -121,18 +123,22 @@ class Places:
     Attributes:
         names: the name in the file of each parameter that has one, by its own name.
         orders: int64 [rows], the row of the parameter that each row of the file is, for those in another order.
+        raised: parameters that the file has plus 1.
     """
 
     names: Mapping[str, str]
     orders: Mapping[str, Tensor]
+    raised: frozenset[str] = frozenset()
 
     def stored(self, name: str, value: Tensor) -> Tensor:
         """A parameter [rows, ...] in the file's order of rows."""
-        return value if name not in self.orders else value[self.orders[name]]
+        ordered = value if name not in self.orders else value[self.orders[name]]
+        return ordered + 1 if name in self.raised else ordered
 
     def restored(self, name: str, value: Tensor) -> Tensor:
         """The file's tensor [rows, ...] in the model's order of rows."""
-        return value if name not in self.orders else value[self.orders[name].argsort()]
+        lowered = value - 1 if name in self.raised else value
+        return lowered if name not in self.orders else lowered[self.orders[name].argsort()]
 
     def __eq__(self, other: Any) -> bool:
         return isinstance(other, Places) and self.names == other.names
@@ -158,4 +164,5 @@ def places(family: GgufFamily, config: PretrainedConfig, parameters: Iterable[st
             names[parameter] = f"{name}.{leaf}"
             if (order := made.get(module.rpartition(".")[2])) is not None:
                 orders[parameter] = order
-    return Places(names, orders)
+    raised = frozenset(name for name in names if family.raised_norms and name.endswith("norm.weight"))
+    return Places(names, orders, raised)

@@ -9,8 +9,9 @@ from typing import Any, Final
 
 from qexport.artifact.digests import sha256_bytes
 from qexport.artifact.disk import ensure_space
+from qexport.artifact.names import MODELPACK_SUFFIX
 from qexport.errors import InputError, RecipeError
-from qexport.progress import Progress, ProgressCallback
+from qexport.progress import Notice, Progress, ProgressCallback
 from qexport.registries.destinations import OCI_FORM, OciDestination, is_tag
 from qexport.registries.oci.client import Client
 from qexport.registries.oci.documents import (
@@ -27,15 +28,13 @@ from qexport.registries.oci.documents import (
     model_manifest,
 )
 from qexport.registries.oci.downloads import digest_of, parsed, read_answer, read_document
+from qexport.registries.oci.heads import WriteHead, extract_heads
 from qexport.registries.oci.layers import Layer, layers_of
 from qexport.registries.oci.pulling import pull
 from qexport.registries.oci.referrers import attach, fallback_tag, put_document, read_attachments, upload_bytes
 from qexport.registries.oci.release_index import model_of
 from qexport.registries.oci.uploads import upload
 from qexport.registries.package import Package, Published, Tag
-
-MODEL_SUFFIX: Final = "-modelpack"
-"""Of the tag that stands for the ModelPack artifact alone: its clients read no indexes."""
 
 _LISTING: Final = re.compile(fallback_tag("sha256:[0-9a-f]{64}"), re.ASCII)
 _MOST_PAGES: Final = 200
@@ -54,10 +53,16 @@ def publish(package: Package, destination: OciDestination, progress: ProgressCal
     _upload_layers(client, layers, progress)
     index_, model = _put_manifests(client, package, tag, [layer.descriptor for layer in layers])
     _refuse_taken(client, tag)
-    put_document(client, model, tag + MODEL_SUFFIX)
+    put_document(client, model, tag + MODELPACK_SUFFIX)
     put_document(client, index_, tag)
     digest = index_.descriptor.digest
     return Published(f"{destination}@{digest}", digest)
+
+
+def refuse_taken(destination: OciDestination) -> None:
+    """Refuses a tag that exists. See `qexport.registries.refuse_taken`."""
+    tag = _new_tag(destination)
+    _refuse_taken(Client(destination), tag)
 
 
 def fetch(reference: OciDestination, folder: Path, progress: ProgressCallback) -> None:
@@ -74,6 +79,17 @@ def fetch(reference: OciDestination, folder: Path, progress: ProgressCallback) -
 
         layer.extract(client, folder, told)
         done += layer.blob.size
+
+
+def fetch_heads(reference: OciDestination, folder: Path, write_head: WriteHead, progress: ProgressCallback) -> None:
+    """Downloads all but the weights into an empty folder. See `qexport.registries.fetch_heads`."""
+    client = _client_of(reference)
+    progress(Notice(f"fetching the headers of {reference}"))
+    for layer in pull(client, *_found(client, reference)):
+        if layer.holds_weights:
+            extract_heads(client, layer.blob, folder, write_head)
+        else:
+            layer.extract(client, folder, lambda _: None)
 
 
 def tags(reference: OciDestination) -> list[Tag]:
@@ -112,7 +128,7 @@ def promote(reference: OciDestination, to: str) -> None:
         raise client.failure("only a release is promoted, and this is one manifest or something else", mend)
     model, _ = model_of(client, parsed(client, content))
     _refuse_release(client, to)
-    put_document(client, model, to + MODEL_SUFFIX)
+    put_document(client, model, to + MODELPACK_SUFFIX)
     put_document(client, Document(descriptor.media_type, content), to)
 
 
@@ -126,8 +142,8 @@ def _new_tag(destination: OciDestination) -> str:
 
 def _refuse_helper(tag: str, where: str) -> None:
     """Refuses tags that stand for something else than a release, or leave no room for the ModelPack artifact's."""
-    if not is_tag(tag + MODEL_SUFFIX) or tag.endswith(MODEL_SUFFIX) or _LISTING.fullmatch(tag):
-        what = f"the tag {tag} is too long, ends in {MODEL_SUFFIX}, or is one that lists referrers"
+    if not is_tag(tag + MODELPACK_SUFFIX) or tag.endswith(MODELPACK_SUFFIX) or _LISTING.fullmatch(tag):
+        what = f"the tag {tag} is too long, ends in {MODELPACK_SUFFIX}, or is one that lists referrers"
         raise RecipeError(what, where=where, mend="choose another tag")
 
 
@@ -213,4 +229,6 @@ def _tag_names(client: Client) -> set[str]:
 
 
 def _is_helper(name: str, names: set[str]) -> bool:
-    return bool(_LISTING.fullmatch(name)) or (name.endswith(MODEL_SUFFIX) and name.removesuffix(MODEL_SUFFIX) in names)
+    return bool(_LISTING.fullmatch(name)) or (
+        name.endswith(MODELPACK_SUFFIX) and name.removesuffix(MODELPACK_SUFFIX) in names
+    )

@@ -8,7 +8,6 @@ compares no digests, and holds whole blobs in memory. That is what this file, `u
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -20,6 +19,7 @@ from oras.container import Container
 from oras.provider import Registry
 
 from qexport.errors import InputError
+from qexport.registries.authorities import OF_REGISTRIES, named_authorities
 from qexport.registries.destinations import OciDestination, is_loopback
 from qexport.registries.oci.credentials import Credentials, config_path, find_credentials
 from qexport.registries.oci.transport import (
@@ -63,11 +63,12 @@ class Client(Registry):  # type: ignore[misc] # oras has no types
 
     Raises:
         InputError: the registry cannot be reached, or its certificate is not trusted.
+        RecipeError: the environment names authorities that cannot be used.
     """
 
     def __init__(self, destination: OciDestination, sleep: Callable[[float], None] = time.sleep) -> None:
         host = _API_HOSTS.get(destination.host, destination.host)
-        super().__init__(hostname=host, tls_verify=os.environ.get("SSL_CERT_FILE") or True)
+        super().__init__(hostname=host, tls_verify=named_authorities(OF_REGISTRIES) or True)
         self.destination, self.sleep = destination, sleep
         self.container = Container("name", registry=host)
         self.container.namespace, self.container.repository = None, destination.name

@@ -33,11 +33,15 @@ class BlobStream:
         client: the repository.
         blob: which one.
         told: is called with the bytes read so far.
+        span: read from one offset to another; None for all of it, whose digest `finish` compares.
     """
 
-    def __init__(self, client: Client, blob: Descriptor, told: Callable[[int], None]) -> None:
+    def __init__(
+        self, client: Client, blob: Descriptor, told: Callable[[int], None], span: tuple[int, int] | None = None
+    ) -> None:
         self._client, self._blob, self._told = client, blob, told
-        self._hash, self._offset, self._cuts = hashlib.sha256(), 0, 0
+        self._hash, self._cuts = hashlib.sha256(), 0
+        self._offset, self._end = span or (0, blob.size)
         self._response: requests.Response | None = None
 
     def read(self, count: int, /) -> bytes:
@@ -46,7 +50,7 @@ class BlobStream:
         Raises:
             InputError: the registry does not have it, or cuts it again and again.
         """
-        count = min(count, self._blob.size - self._offset)
+        count = min(count, self._end - self._offset)
         while count:
             try:
                 found = self._open().raw.read(count, decode_content=False)
@@ -85,8 +89,8 @@ class BlobStream:
     def _open(self) -> requests.Response:
         if self._response is None:
             headers = {"Accept-Encoding": "identity"}
-            if self._offset:
-                headers["Range"] = f"bytes={self._offset}-{self._blob.size - 1}"
+            if self._offset or self._end < self._blob.size:
+                headers["Range"] = f"bytes={self._offset}-{self._end - 1}"
             url = self._client.url(f"blobs/{self._blob.digest}")
             response = self._client.do_request(url, headers=headers, stream=True)
             if response.status_code not in (200, 206):

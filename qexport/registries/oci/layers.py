@@ -19,6 +19,8 @@ from qexport.registries.oci.uploads import Blob
 from qexport.registries.tar_stream import TarStream
 
 FOLDER: Final = "models"
+_MEDIA_TYPE: Final = "application/vnd.cncf.model.{}.v1.tar"
+WEIGHTS: Final = _MEDIA_TYPE.format("weight")
 _MOST_LAYERS: Final = 100
 """Container runtimes mount some 120 layers at most."""
 
@@ -61,9 +63,7 @@ def layers_of(folder: Path, files: Mapping[str, int], progress: ProgressCallback
 
 def _layer(kind: str, stream: TarStream, digest: str) -> Layer:
     path = stream.names[0] if len(stream.names) == 1 else FOLDER
-    descriptor = Descriptor(
-        f"application/vnd.cncf.model.{kind}.v1.tar", digest, stream.size, {"annotations": {FILE_PATH: path}}
-    )
+    descriptor = Descriptor(_MEDIA_TYPE.format(kind), digest, stream.size, {"annotations": {FILE_PATH: path}})
     return Layer(Blob(stream, digest, stream.size), descriptor)
 
 

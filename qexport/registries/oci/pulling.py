@@ -11,7 +11,7 @@ from typing import Any
 from qexport.registries.oci.client import Client
 from qexport.registries.oci.documents import ATTACHED, INDEX, Descriptor
 from qexport.registries.oci.downloads import BlobStream, is_digest, parsed
-from qexport.registries.oci.layers import FOLDER
+from qexport.registries.oci.layers import FOLDER, WEIGHTS
 from qexport.registries.oci.referrers import referrers
 from qexport.registries.oci.release_index import layers_of_manifest, model_of
 from qexport.registries.tar_extraction import extract
@@ -22,6 +22,11 @@ class PulledLayer:
     """A layer of a release in a registry."""
 
     blob: Descriptor
+
+    @property
+    def holds_weights(self) -> bool:
+        """Whether it says so: layers of the ModelPack artifact do, those of an image do not."""
+        return self.blob.media_type == WEIGHTS
 
     def extract(self, client: Client, folder: Path, told: Callable[[int], None]) -> None:
         """Downloads it and writes its files.

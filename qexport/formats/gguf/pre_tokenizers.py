@@ -30,6 +30,19 @@ def pre_tokenizer(structure: Any) -> PreTokenizer | None:
     return _KNOWN.get(_canonical(_flat(structure)))
 
 
+def named_structure(name: str) -> dict[str, Any] | None:
+    """What tokenizer.json has for one of llama.cpp's pre-tokenizers; None if it was not tried.
+
+    Args:
+        name: the value of `tokenizer.ggml.pre`.
+    """
+    found = next((steps for known, steps in _STRUCTURES.items() if known.name == _SAME.get(name, name)), None)
+    if found is None:
+        return None
+    steps = [{**step, "trim_offsets": True} if step["type"] == "ByteLevel" else step for step in found]
+    return steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": steps}
+
+
 def _flat(structure: Any) -> list[dict[str, Any]]:
     """The steps, each without the values that change no token."""
     if structure is None:
@@ -75,5 +88,12 @@ _STRUCTURES: Final[Mapping[PreTokenizer, list[dict[str, Any]]]] = {
         _split("[0-9][0-9][0-9]"),
     ],
 }
+
+_SAME: Final[Mapping[str, str]] = {
+    "phi-2": "gpt-2", "mpt": "gpt-2", "olmo": "gpt-2", "jina-es": "gpt-2", "jina-de": "gpt-2",
+    "llama3": "llama-bpe", "llama-v3": "llama-bpe", "falcon3": "llama-bpe", "falcon-h1": "llama-bpe",
+    "deepseek-r1-qwen": "qwen2", "megrez": "qwen2",
+}  # fmt: skip
+"""Names that llama.cpp gives the same expressions (`src/llama-vocab.cpp`)."""
 
 _KNOWN: Final = {_canonical(steps): found for found, steps in _STRUCTURES.items()}

@@ -1,0 +1,230 @@
+"""The configuration of the model in a GGUF file, from its metadata and its tensors.
+
+llama.cpp knows more of a family than its files say; where that is so, the reference is `src/models/` of llama.cpp as of
+llama-cpp-python 0.3.36. What a config of transformers cannot express is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import gguf
+import torch
+from transformers import AutoConfig, PretrainedConfig
+
+from qexport.architectures.config_bounds import refuse_extreme
+from qexport.errors import CompatibilityError, InputError
+from qexport.formats.gguf.families import FAMILIES, GgufFamily, constants, head_dim
+from qexport.tensors.gguf_file import GgufFile
+
+_REQUIRED: Final = {
+    "block_count": "num_hidden_layers",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+}
+_OPTIONAL: Final = {
+    "context_length": "max_position_embeddings",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope.freq_base": "rope_theta",
+    "vocab_size": "vocab_size",
+}
+FREQUENCIES: Final = "rope_freqs.weight"
+"""A tensor that is no parameter: what each frequency of the rotary embedding is divided by."""
+
+_TOKENS: Final = {"bos": "bos_token_id", "eos": "eos_token_id", "unknown": "unk_token_id", "padding": "pad_token_id"}
+_HEAD_WIDTHS: Final = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+_MEND: Final = "name the safetensors model that the file was made from"
+
+
+def _nothing(_: _Metadata) -> dict[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How the config of an architecture is read.
+
+    Attributes:
+        family: how its tensors are stored.
+        model_type: of transformers.
+        names: keys of the config by metadata key, beyond or in place of those that every family has.
+        further: what the metadata of a file do not say in a key of their own.
+    """
+
+    family: GgufFamily
+    model_type: str
+    names: Mapping[str, str] = field(default_factory=dict)
+    further: Callable[[_Metadata], dict[str, Any]] = _nothing
+
+
+@dataclass(frozen=True)
+class _Metadata:
+    """The values of an architecture, by key without its name, and the file that has them."""
+
+    file: GgufFile
+    architecture: str
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key."""
+        return self.file.metadata.get(f"{self.architecture}.{key}", default)
+
+
+def read_config(file: GgufFile) -> tuple[GgufFamily, PretrainedConfig]:
+    """The model's family, and its configuration as transformers' class for it.
+
+    Raises:
+        InputError: the metadata are malformed, or lack a size.
+        CompatibilityError: the architecture is not supported, or does what no config of transformers says.
+    """
+    metadata, reading = _reading(file)
+    _refuse_unsupported(metadata)
+    values = _values(metadata, reading)
+    refuse_extreme(values, where=str(file.path))
+    try:
+        config = AutoConfig.for_model(reading.model_type, **values)
+    except Exception as error:  # the values are untrusted, and each family's checks raise errors of their own
+        raise InputError(
+            f"transformers cannot build a model from the metadata: {error}", where=str(file.path)
+        ) from error
+    assert isinstance(config, PretrainedConfig)
+    _refuse_other_heads(metadata, config)
+    _refuse_other_frequencies(file, config)
+    return reading.family, config
+
+
+def _reading(file: GgufFile) -> tuple[_Metadata, _Reading]:
+    name = file.metadata.get("general.architecture")
+    if not isinstance(name, str):
+        raise InputError("the file does not say its architecture", where=str(file.path), mend="fetch the file again")
+    if name not in _READINGS:
+        raise CompatibilityError(
+            f"GGUF files of architecture {name!r} are not supported",
+            where=str(file.path),
+            mend=f"supported: {', '.join(_READINGS)}; or {_MEND}",
+        )
+    return _Metadata(file, name), _READINGS[name]
+
+
+def _refuse_unsupported(metadata: _Metadata) -> None:
+    file = metadata.file
+    scaling = metadata.get("rope.scaling.type", "none")
+    parts = file.metadata.get("split.count", 1)
+    if (
+        metadata.get("expert_count", 0)
+        or scaling not in ("none", "linear")
+        or (scaling == "linear" and metadata.architecture not in ("llama", "gemma3"))
+        or {"rope_factors_long.weight", "rope_factors_short.weight"} & set(file.tensors)
+        or parts not in (0, 1)
+    ):
+        raise CompatibilityError(
+            "mixtures of experts, most scaled rotary embeddings and files in several parts are not supported in GGUF",
+            where=str(file.path),
+            mend=_MEND,
+        )
+
+
+def _values(metadata: _Metadata, reading: _Reading) -> dict[str, Any]:
+    """What the config is made of, by its own keys."""
+    file = metadata.file
+    if absent := [key for key in _REQUIRED if metadata.get(key) is None]:
+        raise InputError(f"the metadata lack {', '.join(absent)}", where=str(file.path), mend="fetch the file again")
+    names = _REQUIRED | _OPTIONAL | dict(reading.names)
+    values: dict[str, Any] = {name: metadata.get(key) for key, name in names.items() if metadata.get(key) is not None}
+    tokens = {name: file.metadata.get(f"tokenizer.ggml.{key}_token_id") for key, name in _TOKENS.items()}
+    values |= {name: token for name, token in tokens.items() if token is not None}
+    values.setdefault("vocab_size", file.array_lengths.get("tokenizer.ggml.tokens"))
+    values |= {"tie_word_embeddings": "output.weight" not in file.tensors, "architectures": [reading.family.causal_lm]}
+    return values | reading.further(metadata)
+
+
+def _llama(metadata: _Metadata) -> dict[str, Any]:
+    """Llama 3 stretches some frequencies; the file has the divisors alone, see `_refuse_other_frequencies`."""
+    scaling: dict[str, Any] | None = None
+    if FREQUENCIES in metadata.file.tensors and (_divisors(metadata.file) != 1).any():
+        scaling = {
+            "rope_type": "llama3",
+            "factor": float(_divisors(metadata.file).max()),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+    elif metadata.get("rope.scaling.type") == "linear":
+        scaling = {"rope_type": "linear", "factor": metadata.get("rope.scaling.factor", 1.0)}
+    if scaling is None:
+        return {}
+    return {"rope_parameters": {"rope_theta": metadata.get("rope.freq_base", 10000.0), **scaling}}
+
+
+def _falcon(metadata: _Metadata) -> dict[str, Any]:
+    """A file says neither which of Falcon's three blocks it has, nor that a single head of keys is shared by all."""
+    if metadata.get("attention.head_count_kv", 1) == 1:
+        return {"multi_query": True, "new_decoder_architecture": False}
+    norms = 2 if "blk.0.attn_norm_2.weight" in metadata.file.tensors else 1
+    return {"new_decoder_architecture": True, "num_ln_in_parallel_attn": norms}
+
+
+def _divisors(file: GgufFile) -> torch.Tensor:
+    return torch.from_numpy(file.read_rows(FREQUENCIES, 0, 1).view("<f4").copy()).view(-1)
+
+
+_BLOCKS_OF_27B: Final = 62
+
+
+def _gemma3(metadata: _Metadata) -> dict[str, Any]:
+    """llama.cpp knows the model of 27B, which divides its queries in another way, by the number of blocks."""
+    full: dict[str, Any] = {"rope_type": "default", "rope_theta": metadata.get("rope.freq_base", 1e6)}
+    if metadata.get("rope.scaling.type") == "linear":
+        full |= {"rope_type": "linear", "factor": metadata.get("rope.scaling.factor", 1.0)}
+    sliding = {"rope_type": "default", "rope_theta": metadata.get("rope.freq_base_swa", 1e4)}
+    found: dict[str, Any] = {"rope_parameters": {"sliding_attention": sliding, "full_attention": full}}
+    width, heads = metadata.get("embedding_length"), metadata.get("attention.head_count")
+    is_27b = metadata.get("block_count") == _BLOCKS_OF_27B and heads
+    return found | {"query_pre_attn_scalar": width // heads if is_27b else metadata.get("attention.key_length", 256)}
+
+
+_READINGS: Final[Mapping[str, _Reading]] = {
+    "llama": _Reading(FAMILIES["llama"], "llama", {"rope.dimension_count": "head_dim"}, _llama),
+    "qwen2": _Reading(FAMILIES["qwen2"], "qwen2"),
+    "qwen3": _Reading(FAMILIES["qwen3"], "qwen3", {"attention.key_length": "head_dim"}),
+    "falcon": _Reading(
+        FAMILIES["falcon"],
+        "falcon",
+        {
+            "feed_forward_length": "ffn_hidden_size",
+            "attention.head_count_kv": "num_kv_heads",
+            "attention.layer_norm_epsilon": "layer_norm_epsilon",
+        },
+        _falcon,
+    ),
+    "phi3": _Reading(
+        GgufFamily(gguf.MODEL_ARCH.PHI3, "Phi3ForCausalLM"), "phi3", {"attention.sliding_window": "sliding_window"}
+    ),
+    "gemma3": _Reading(
+        GgufFamily(gguf.MODEL_ARCH.GEMMA3, "Gemma3ForCausalLM", raised_norms=True),
+        "gemma3_text",
+        {"attention.key_length": "head_dim", "attention.sliding_window": "sliding_window"},
+        _gemma3,
+    ),
+}
+"""By `general.architecture`. The layout `gguf` writes fewer families: those of `FAMILIES`."""
+
+
+def _refuse_other_heads(metadata: _Metadata, config: PretrainedConfig) -> None:
+    for key in _HEAD_WIDTHS:
+        if metadata.get(key, head_dim(config)) != head_dim(config):
+            raise CompatibilityError(
+                f"{key} is {metadata.get(key)}, and the heads of such a model have {head_dim(config)} values",
+                where=str(metadata.file.path),
+                mend=_MEND,
+            )
+
+
+def _refuse_other_frequencies(file: GgufFile, config: PretrainedConfig) -> None:
+    for name, expected in constants(config).items():
+        found = _divisors(file)
+        if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-4, atol=0):
+            raise CompatibilityError(f"{name} has other values than those of Llama 3", where=str(file.path), mend=_MEND)

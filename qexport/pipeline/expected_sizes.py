@@ -13,6 +13,8 @@ import torch
 
 from qexport.architectures.structure import LinearSpec
 from qexport.merge.merging import Merged
+from qexport.quantizing.gptq import Gptq
+from qexport.quantizing.gptq_pass import BATCH_TOKENS
 from qexport.quantizing.method import Method
 from qexport.tensors import GroupQuantizedSpec
 from qexport.text.formats import read_format_prompts
@@ -160,6 +162,12 @@ class RunSizes:
         """Calibration tokens."""
         settings = self.method.calibration_settings if self.method else None
         return settings.samples * settings.sequence_length if settings else 0
+
+    @property
+    def streams(self) -> int:
+        """How often the calibration text goes through the model: GPTQ may need it in full precision too."""
+        corrected = isinstance(self.method, Gptq) and self.method.gptaq_alpha > 0
+        return 2 if corrected and self.calibration > BATCH_TOKENS else 1
 
     @property
     def coded(self) -> int:

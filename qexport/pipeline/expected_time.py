@@ -108,10 +108,12 @@ def _work(sizes: RunSizes, artifact: int, *, whole: bool) -> _Work:
 
 def _gptq_work(sizes: RunSizes, work: _Work) -> None:
     tokens, blocks = sizes.calibration, len(sizes.blocks)
-    work.products(2 * tokens * sizes.active + 4 * tokens * 512 * sizes.hidden * blocks)
+    work.products(sizes.streams * (2 * tokens * sizes.active + 4 * tokens * 512 * sizes.hidden * blocks))
     for linear in sizes.linears:
         square = linear.in_features**2
         used = sizes.share if linear.expert else 1.0
+        if sizes.streams == 2 and not linear.expert:
+            work.products(blocks * square * (tokens + 4 * linear.out_features))
         work.products(blocks * square * (used * tokens + 4 * linear.out_features + 0.6 * linear.in_features))
         work.single += blocks * square * linear.out_features / _GIGAFLOPS
     work.shared += sizes.coded * _SEARCHED + sum(grid.groups for grid in sizes.grids.values()) * _FITTED

@@ -87,6 +87,12 @@ class Gptq(ProtectingMethod):
     mse: bool = True
     """Search the clipping range of each group, instead of taking its largest value."""
 
+    gptaq_alpha: Annotated[float, Field(ge=0, le=1)] = 0.7
+    """How far each layer makes up for what quantizing has done to its inputs, by aiming at the outputs of the model
+    before quantizing (GPTAQ, arXiv:2504.02692): a share of what two halves of the calibration text agree on. 0 leaves
+    this out, which takes little more than half the time. Experts are left out, and texts of one batch (2048 tokens).
+    """
+
     on_failure: Literal["error", "round_to_nearest"] = "error"
     """What to do with a layer whose Hessian cannot be factorized with any damping. The report records it."""
 

@@ -45,7 +45,7 @@ class GptqRules:
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         stored = config.get("checkpoint_format", "gptq")  # older files have none
-        if stored not in _LESS_ONE:
+        if not isinstance(stored, str) or stored not in _LESS_ONE:
             raise InputError(f"checkpoint_format is {stored!r}; qexport reads {' and '.join(_LESS_ONE)}", where=WHERE)
         self.less_one = _LESS_ONE[stored]
         self.lm_head = config.get("lm_head", False)

@@ -1,4 +1,5 @@
-"""Packages that must not be imported on behalf of qexport, although its dependencies import them if they can.
+"""Packages that must not be imported on behalf of qexport, although its dependencies import them if they can; and code
+that a dependency would compile.
 
 `kernels` downloads native code from a model hub and runs it. transformers imports it if it is installed.
 bitsandbytes gets code from it as soon as bitsandbytes itself is imported on a CPU with AVX512-BF16, and PEFT imports
@@ -69,3 +70,18 @@ def _leave(package: Package) -> None:
         for module, function in _CACHED_ANSWERS[package]:
             if module in _MODULES:
                 getattr(_MODULES[module], function).cache_clear()
+
+
+@contextmanager
+def nothing_compiled() -> Iterator[None]:
+    """Within the context PEFT does not compile its CUDA extension for BOFT, which it tries for each layer it wraps."""
+    import peft.tuners.boft.layer as module
+
+    boft: Any = module
+    before = boft._FBD_CUDA
+    if before is None:
+        boft._FBD_CUDA = False
+    try:
+        yield
+    finally:
+        boft._FBD_CUDA = before

@@ -40,7 +40,8 @@ class LayerRecord(Record):
 
     loss: float | None
     """Mean squared error of the layer's outputs on the calibration tokens, relative to the mean square of the outputs;
-    None if the ratio is undefined, or was not measured.
+    None if the ratio is undefined, or was not measured. The outputs are those of the weight that GPTQ aims at, which
+    with `gptaq_alpha` makes up for what quantizing has done to the inputs.
     """
 
     rtn_loss: float | None

@@ -83,10 +83,12 @@ def save_base(model: PreTrainedModel, folder: Path) -> Checkpoint:
     )
 
 
-def assert_live_as_in_peft(model: PreTrainedModel, base: Checkpoint, adapter: Path, *, changes: bool = True) -> None:
+def assert_live_as_in_peft(
+    model: PreTrainedModel, base: Checkpoint, adapter: Path, *, changes: bool = True, **options: Any
+) -> None:
     """The adapter live block by block computes what PEFT's whole model computes, bit for bit in float32."""
     ids = torch.arange(1, 49).view(2, 24)
-    runner = LiveRunner(base, adapter, dtype=torch.float32, device=torch.device("cpu"))
+    runner = LiveRunner(base, adapter, dtype=torch.float32, device=torch.device("cpu"), **options)
     ((batches,), _) = run_in_lockstep([runner], ids, lambda _: None, drift=False)
     with runner.head() as head, torch.no_grad():
         found = head(batches[0].hidden)

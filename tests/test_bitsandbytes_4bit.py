@@ -10,8 +10,8 @@ from bitsandbytes.functional import quantize_4bit, quantize_blockwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qexport.formats.bitsandbytes import four_bit_codes
 from qexport.formats.bitsandbytes.four_bit_tensors import QuantType, four_bit_values
-from qexport.quantizing import bitsandbytes_4bit
 from qexport.tensors import BlockQuantizedSpec
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -22,7 +22,7 @@ def assert_same_bytes(weight: torch.Tensor, quant_type: QuantType, block_size: i
     rows, columns = weight.shape
     for double_quant in (False, True):
         spec = BlockQuantizedSpec(rows, columns, quant_type, block_size, double_quant, weight.dtype)
-        found = bitsandbytes_4bit.quantize(weight, spec)
+        found = four_bit_codes.quantize(weight, spec)
         codes, state = quantize_4bit(
             weight, blocksize=block_size, compress_statistics=double_quant, quant_type=quant_type
         )
@@ -118,22 +118,22 @@ def absmaxes_between_two_steps() -> torch.Tensor:
     ids=["between two steps", "random", "denormal", "equal", "one"],
 )
 def test_the_second_level_of_double_quantization(absmax: torch.Tensor) -> None:
-    codes, nested = bitsandbytes_4bit._quantize_absmax(absmax)
+    codes, nested = four_bit_codes._quantize_absmax(absmax)
     expected, state = quantize_blockwise(absmax - absmax.mean(), blocksize=256)
     assert torch.equal(codes, expected)
     assert torch.equal(nested.absmax, state.absmax)
 
 
 def test_matrices_of_several_pieces_with_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bitsandbytes_4bit, "_VALUES_AT_ONCE", 1 << 12)
+    monkeypatch.setattr(four_bit_codes, "_VALUES_AT_ONCE", 1 << 12)
     weight = torch.randn(301, 207, generator=torch.Generator().manual_seed(0))
     for quant_type in QUANT_TYPES:
         assert_same_bytes(weight, quant_type)
     spec = BlockQuantizedSpec(301, 207, "nf4", 64, True, torch.float32)
-    one = bitsandbytes_4bit.quantize(weight, spec)
+    one = four_bit_codes.quantize(weight, spec)
     torch.set_num_threads(2)
     try:
-        two = bitsandbytes_4bit.quantize(weight, spec)
+        two = four_bit_codes.quantize(weight, spec)
     finally:
         torch.set_num_threads(1)
     assert torch.equal(one.codes, two.codes)
@@ -145,7 +145,7 @@ def test_matrices_of_several_pieces_with_any_number_of_threads(monkeypatch: pyte
 def test_a_matrix_that_is_not_contiguous_is_read_row_by_row() -> None:
     weight = torch.randn(128, 64, generator=torch.Generator().manual_seed(0)).t()
     spec = BlockQuantizedSpec(64, 128, "nf4", 64, False, torch.float32)
-    found, copied = (bitsandbytes_4bit.quantize(each, spec) for each in (weight, weight.contiguous()))
+    found, copied = (four_bit_codes.quantize(each, spec) for each in (weight, weight.contiguous()))
     assert torch.equal(found.codes, copied.codes)
 
 

@@ -28,8 +28,8 @@ from qexport.formats import Outputs
 from qexport.loading import LoadSettings
 from qexport.loading.checkpoint import load_checkpoint
 from qexport.merge import MergeSettings
-from qexport.merge.adapter import PREFIX
 from qexport.merge.merging import merge
+from qexport.merge.stored import PREFIX
 from qexport.pipeline.planning import plan as make_plan
 from qexport.quantizing import AnyMethod
 from qexport.quantizing.method import Method, PassInputs

@@ -237,6 +237,17 @@ def test_the_adapter_must_be_in_the_artifact_once(
     assert limit in (None, result.limit)
 
 
+@pytest.mark.parametrize(
+    ("survival", "verdict"), [((0.7, 0.79), "fail"), ((0.7, 0.9), "pass"), ((0.9, 1.0), "pass"), (None, "pass")]
+)
+def test_rounding_must_leave_most_of_the_adapter(survival: tuple[float, float] | None, verdict: str) -> None:
+    figures = [between(0.97, 1.01, name="adapter_strength_weights")]
+    figures += [] if survival is None else [between(*survival, name="adapter_survival")]
+    result = built_in("adapter_strength", *figures, between(0.9, 1.1, name="adapter_strength_predictions"))
+    assert (result.verdict, result.limit) == (verdict, 0.8)
+    assert (result.figure == "adapter_survival") == (verdict == "fail")
+
+
 @pytest.mark.parametrize("name", ["config", "files", "tokenizer", "weights", "merge", "adapter", "better_than_rtn"])
 def test_a_built_in_gate_that_was_not_measured_is_undecided(name: BuiltIn) -> None:
     other = CheckResult(gate="config" if name == "tokenizer" else "tokenizer", name="x", passed=True, detail="")

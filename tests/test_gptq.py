@@ -18,6 +18,8 @@ from memory_growth import LAYER, growth, wide_model
 from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.errors import CompatibilityError, NumericalError
 from qexport.progress import Notice, Progress
+from qexport.quantizing import gptq_pass
+from qexport.quantizing.asymmetry import Asymmetry
 from qexport.quantizing.gptq import Gptq
 from qexport.quantizing.layer import Hessian, solve_together
 from qexport.quantizing.method import PassInputs
@@ -34,6 +36,9 @@ CONFIGS = {
     "falcon 7b": factories.falcon_config(),
     "falcon 40b": factories.falcon_40b_config(),
 }
+
+
+BATCH = 5
 
 
 def settings(**changes: Any) -> Gptq:
@@ -94,35 +99,63 @@ def test_dense_tensors_pass_unchanged(name: str) -> None:
             assert torch.equal(record.value, model[record.name])
 
 
+@pytest.fixture
+def two_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of `BATCH` windows each, of ten: with one, nothing is made up for."""
+    monkeypatch.setattr(gptq_pass, "BATCH_TOKENS", BATCH * 48)
+
+
+@pytest.mark.usefixtures("two_batches")
 @pytest.mark.parametrize("name", ["llama", "falcon 7b", "falcon 40b"])
-@pytest.mark.parametrize("true_sequential", [True, False])
-def test_codes_equal_those_of_whole_model_forwards_with_hooks(name: str, true_sequential: bool) -> None:
-    """The plain way: a forward of the whole model for each group of linears, with everything before it quantized.
+@pytest.mark.parametrize(("true_sequential", "alpha"), [(True, 0.5), (False, 0.5), (True, 0.0)])
+def test_codes_equal_those_of_whole_model_forwards_with_hooks(name: str, true_sequential: bool, alpha: float) -> None:
+    """The plain way: a forward of the whole model for each group of linears, with everything before it quantized, and
+    one of the model before quantizing.
 
     Its products are whole, so there are no more tokens than in a piece of ours: MKL for AVX2 sums more of them in
     another order.
     """
-    config, options, windows = CONFIGS[name], settings(true_sequential=true_sequential), token_windows(10, 48)
+    options = settings(true_sequential=true_sequential, gptaq_alpha=alpha)
+    config, windows = CONFIGS[name], token_windows(10, 48)
     assert windows.numel() <= ROWS
     records = quantized(config, options, calibration=calibration(windows))
-    model = factories.build(config, dtype=torch.float32)
+    model, untouched = (factories.build(config, dtype=torch.float32) for _ in range(2))
     structure = Architecture(config.to_dict()).structure
     chosen = select(structure, options)
     for block in structure.blocks:
         groups = plain_groups(name, block)
-        before = [layer_inputs(model, group[0], windows) for group in groups]
+        before = [by_batch(model, group[0], windows) for group in groups]
         for group, inputs in zip(groups, before, strict=True):
-            hessian = Hessian(inputs[0].shape[-1], CPU)
-            for part in layer_inputs(model, group[0], windows) if true_sequential else inputs:
+            width = inputs[0].shape[-1]
+            hessian = Hessian(width, CPU)
+            after = by_batch(model, group[0], windows) if true_sequential else inputs
+            for part in after:
                 hessian.add(part)
             weights = {module: model.get_parameter(f"{module}.weight").detach().clone() for module in group}
-            for module, solved in solve_together(weights, hessian, chosen, "error").items():
+            found = corrections(weights, by_batch(untouched, group[0], windows), after, alpha) if alpha else None
+            for module, solved in solve_together(weights, hessian, chosen, "error", found).items():
                 value = records[f"{module}.weight"].value
                 assert isinstance(value, GroupQuantized)
                 assert torch.equal(value.codes, solved.quantized.codes), module
                 assert torch.equal(value.scales, solved.quantized.scales), module
                 with torch.no_grad():
                     model.get_parameter(f"{module}.weight").copy_(solved.quantized.dequantize())
+
+
+def by_batch(model: PreTrainedModel, module: str, windows: Tensor) -> list[Tensor]:
+    return [inputs for part in windows.split(BATCH) for inputs in layer_inputs(model, module, part)]
+
+
+def corrections(
+    weights: dict[str, Tensor], full: list[Tensor], inputs: list[Tensor], alpha: float
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Of each weight, from the first batch and from the second."""
+    halves = []
+    for before, after in zip(full, inputs, strict=True):
+        asymmetry = Asymmetry(after.shape[-1], CPU)
+        asymmetry.add(before, after)
+        halves.append(asymmetry.take(weights, alpha))
+    return {name: (halves[0][name], halves[1][name]) for name in weights}
 
 
 def plain_groups(name: str, block: str) -> list[list[str]]:
@@ -152,6 +185,7 @@ def layer_inputs(model: PreTrainedModel, module: str, windows: Tensor) -> list[T
     return seen
 
 
+@pytest.mark.usefixtures("two_batches")
 @pytest.mark.parametrize("name", ["llama", "falcon 7b"])
 def test_codes_are_the_same_with_one_and_two_threads(name: str) -> None:
     threads = torch.get_num_threads()

@@ -88,8 +88,13 @@ def test_experts_with_biases_or_transposed_weights_are_not_staged() -> None:
 
 
 @pytest.mark.parametrize("true_sequential", [True, False])
-def test_codes_equal_those_of_plain_forwards(source: Files, true_sequential: bool) -> None:
-    """Eager experts of the whole model, whose tokens are gathered expert by expert from the router's choice."""
+def test_codes_equal_those_of_plain_forwards(
+    source: Files, true_sequential: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eager experts of the whole model, whose tokens are gathered expert by expert from the router's choice. In several
+    batches, so that the attention's layers make up for what quantizing has done to their inputs; experts do not.
+    """
+    monkeypatch.setattr(gptq_pass, "BATCH_TOKENS", 4 * 48)
     options = settings(true_sequential=true_sequential)
     found = quantized(source, true_sequential=true_sequential)
     model: Any = factories.build(CONFIG, dtype=torch.float32)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +24,7 @@ def adapter(tmp_path: Path) -> Path:
     return folder
 
 
-def settings(adapter: Path | str, **values: str) -> LoadSettings:
+def settings(adapter: Path | str, **values: Any) -> LoadSettings:
     return LoadSettings(base="unused", adapter=str(adapter), **values)
 
 
@@ -52,6 +54,31 @@ def test_an_adapter_without_its_config_is_refused(adapter: Path) -> None:
     assert "holds no adapter_config.json" in refusal(adapter)
 
 
+def inside(adapter: Path, *names: str) -> Path:
+    """A folder with the adapter in subfolders of these names."""
+    folder = adapter.parent / "training"
+    for name in names:
+        shutil.copytree(adapter, folder / name)
+    return folder
+
+
+def test_an_adapter_in_the_only_subfolder_is_found_and_said(adapter: Path) -> None:
+    told: list[Any] = []
+    found = locate_adapter(settings(inside(adapter, "summaries")), progress=told.append)
+    assert found is not None
+    assert (found.path.name, found.origin.name) == ("summaries", "summaries")
+    assert [event.text for event in told] == ["the adapter is in the subfolder summaries"]
+
+
+@pytest.mark.parametrize("names", [("checkpoint-500",), ("checkpoint-500", "checkpoint-900"), ("one", "two")])
+def test_adapters_in_subfolders_are_named_where_it_is_not_clear_which_is_meant(
+    adapter: Path, names: tuple[str, ...]
+) -> None:
+    text = refusal(inside(adapter, *names))
+    assert f"its subfolders do: {', '.join(names)}" in text
+    assert f"load.adapter: training/{names[-1]}" in text
+
+
 def test_an_adapter_without_weights_is_refused(adapter: Path) -> None:
     (adapter / "adapter_model.safetensors").unlink()
     assert "no adapter_model.safetensors" in refusal(adapter)
@@ -77,5 +104,5 @@ def test_an_adapter_that_is_nowhere_is_refused() -> None:
 
 def test_a_revision_of_a_local_adapter_is_refused(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(adapter.parent)
-    with pytest.raises(RecipeError, match="local folder 'my adapter'"):
+    with pytest.raises(RecipeError, match="local path 'my adapter'"):
         locate_adapter(settings(adapter.name, adapter_revision="main"))

@@ -265,6 +265,22 @@ def test_the_tokenizer_splits_a_text_as_the_file_names_it(name: str, package: Pa
     assert [piece for piece in pieces if piece.isdigit()] == digits
 
 
+@pytest.mark.parametrize(("name", "ignored"), [("llama-bpe", True), ("falcon3", True), ("qwen2", False)])
+def test_a_token_that_no_merge_makes_is_found_where_merges_are_ignored(name: str, ignored: bool, package: Path) -> None:
+    """llama.cpp takes a piece that is a token as it is for Llama 3's tokenizers, and for no others."""
+    word = "qzxv"
+
+    def add(writer: gguf.GGUFWriter) -> None:
+        (values,) = writer.kv_data
+        values["tokenizer.ggml.tokens"].value.append(word)
+        values["tokenizer.ggml.token_type"].value.append(1)
+
+    config = factories.llama_config(vocab_size=factories.llama_config().vocab_size + 1)
+    write_model(package / "tiny.gguf", config, pre=name, change=add)
+    tokenizer = open_tokenizer(load())
+    assert (len(tokenizer.tokenize(word)) == 1) is ignored
+
+
 @pytest.mark.parametrize(
     ("pre", "words"), [("new-model", "splits a text as 'new-model' does"), (None, "does not say how its tokenizer")]
 )
@@ -332,6 +348,11 @@ def test_an_architecture_that_is_not_known_is_refused(package: Path) -> None:
     assert "architecture 'mamba'" in refusal(CompatibilityError)
 
 
+def two_scalings(writer: gguf.GGUFWriter) -> None:
+    writer.add_float32("llama.rope.scaling.factor", 2.0)
+    writer.add_tensor("rope_freqs.weight", np.full(8, 2.0, dtype=np.float32))
+
+
 UNSUPPORTED: dict[str, Change] = {
     "experts": lambda writer: writer.add_expert_count(4),
     "rope scaling": lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN),
@@ -339,6 +360,7 @@ UNSUPPORTED: dict[str, Change] = {
         "rope_factors_long.weight", np.ones(8, dtype=np.float32)
     ),
     "several parts": lambda writer: writer.add_uint16("split.count", 2),
+    "two scalings": two_scalings,
 }
 
 
@@ -355,6 +377,57 @@ def test_frequencies_of_another_scaling_are_refused(divisor: float, package: Pat
 
     write_model(package / "tiny.gguf", factories.llama_config(), change=add)
     assert "rope_freqs.weight has other values than those of Llama 3" in refusal(CompatibilityError)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [np.ones(9, np.float16), np.ones(8, np.float16), np.ones((2, 8), np.float32), np.ones(3, np.float32)],
+    ids=["float16 of an odd size", "float16", "two rows", "too few"],
+)
+def test_malformed_frequencies_are_refused(values: Any, package: Path) -> None:
+    def add(writer: gguf.GGUFWriter) -> None:
+        writer.add_tensor("rope_freqs.weight", values)
+
+    write_model(package / "tiny.gguf", factories.llama_config(), change=add)
+    assert "rope_freqs.weight" in refusal(QexportError)
+
+
+def test_frequencies_of_a_family_that_has_none_are_refused(package: Path) -> None:
+    def add(writer: gguf.GGUFWriter) -> None:
+        writer.add_tensor("rope_freqs.weight", np.full(8, 2.0, dtype=np.float32))
+
+    write_model(package / "tiny.gguf", factories.qwen2_config(), change=add)
+    assert "rope_freqs.weight" in refusal(CompatibilityError)
+
+
+@pytest.mark.parametrize("key", ["rope.scaling.factor", "rope.scale_linear"])
+def test_a_factor_alone_means_linear_scaling_as_in_llama_cpp(key: str, package: Path) -> None:
+    write_model(
+        package / "tiny.gguf", factories.llama_config(), change=lambda writer: writer.add_float32(f"llama.{key}", 2.0)
+    )
+    found = load().config["rope_parameters"]
+    assert (found["rope_type"], found["factor"]) == ("linear", 2.0)
+
+
+@pytest.mark.parametrize("factor", [-2.0, float("nan"), float("inf"), "x"])
+def test_a_factor_that_scales_nothing_is_refused(factor: float | str, package: Path) -> None:
+    def add(writer: gguf.GGUFWriter) -> None:
+        add = writer.add_string if isinstance(factor, str) else writer.add_float32
+        add("llama.rope.scaling.factor", factor)  # type: ignore[arg-type]
+
+    write_model(package / "tiny.gguf", factories.llama_config(), change=add)
+    assert "the factor of the rotary embedding" in refusal()
+
+
+def test_sizes_that_are_no_numbers_are_refused_before_anything_is_computed_from_them(package: Path) -> None:
+    def change(writer: gguf.GGUFWriter) -> None:
+        (values,) = writer.kv_data
+        values["gemma3.block_count"].value = 62
+        del values["gemma3.attention.head_count"]
+        writer.add_string("gemma3.attention.head_count", "x")
+
+    write_model(package / "tiny.gguf", OTHERS["gemma3"], change=change)
+    assert "num_attention_heads: 'x' is not a whole number" in refusal()
 
 
 def test_frequencies_that_change_nothing_are_left_out(package: Path) -> None:
@@ -398,10 +471,11 @@ def test_missing_tensors_are_listed(package: Path) -> None:
     assert "blk.1.ffn_xx.weight: unexpected" in message
 
 
-def test_metadata_that_lack_the_models_size_are_refused(package: Path) -> None:
+@pytest.mark.parametrize("key", ["embedding_length", "attention.layer_norm_rms_epsilon"])
+def test_metadata_that_lack_what_llama_cpp_requires_are_refused(key: str, package: Path) -> None:
     path = write_model(package / "tiny.gguf", factories.llama_config())
-    path.write_bytes(path.read_bytes().replace(b"llama.embedding_length", b"llama.embedding_lengtx"))
-    assert "lack embedding_length" in refusal()
+    path.write_bytes(path.read_bytes().replace(f"llama.{key}".encode(), f"llama.{key[:-1]}x".encode()))
+    assert f"lack {key}" in refusal()
 
 
 def test_a_value_that_is_not_finite_is_found_when_its_tensor_is_read(package: Path) -> None:
@@ -449,6 +523,10 @@ GGUF_FAULTS: dict[str, tuple[bytes, str]] = {
     "an unknown value type": (header([], [string("a") + struct.pack("<I", 99)]), "value type 99"),
     "an array of arrays": (header([], [string("a") + struct.pack("<IIQ", 9, 9, 1)]), "value type 9"),
     "an array beyond the file": (header([], [string("a") + struct.pack("<IIQ", 9, 12, 40)]), "ends inside the header"),
+    "an array of millions of texts": (
+        header([], [string("a") + struct.pack("<IIQ", 9, 8, 5_000_000)]) + bytes(5_000_000),
+        "at most 4194304",
+    ),
     "a string beyond the file": (header([], [string("a") + struct.pack("<IQ", 8, 40)]), "ends inside the header"),
     "a key that is no UTF-8": (header([], [struct.pack("<Q", 1) + b"\xff" + struct.pack("<IB", 0, 1)]), "utf-8"),
     "an alignment of 0": (header([], [string("general.alignment") + struct.pack("<II", 4, 0)]), "alignment 0"),

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -124,6 +125,11 @@ class Hub(BaseHTTPRequestHandler):
     files: dict[str, bytes] = {}
     requested: set[str] = set()
     whole: set[str] = set()
+    ranges = True
+    """Whether a part of a file is sent where one is asked for."""
+
+    sent = 0
+    """Bytes of files without ranges that a client has taken."""
 
     def do_GET(self) -> None:
         self.answer(with_body=True)
@@ -151,13 +157,25 @@ class Hub(BaseHTTPRequestHandler):
             name = path.rpartition("/")[2]
             self.requested.add(name)
             etag = {"ETag": f'"{hashlib.sha1(self.files[name]).hexdigest()}"', "X-Repo-Commit": COMMIT}
-            if wanted := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+            if not self.ranges and "Range" in self.headers:
+                self.endless(self.files[name])
+            elif wanted := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
                 self.reply(206, self.files[name][int(wanted[1]) : int(wanted[2]) + 1], etag, with_body)
             else:
                 self.whole.update([name] if with_body else [])
                 self.reply(200, self.files[name], etag, with_body)
         else:
             self.reply(404, b"{}", {"X-Error-Code": "RepoNotFound"}, with_body)
+
+    def endless(self, content: bytes) -> None:
+        """A file that begins as it should, and seems to have 100 GB."""
+        self.send_response(200)
+        self.send_header("Content-Length", str(10**11))
+        self.end_headers()
+        with suppress(OSError):  # the client has enough
+            self.wfile.write(content)
+            while True:
+                type(self).sent += self.wfile.write(bytes(1 << 16))
 
     def reply(self, status: int, body: bytes, headers: dict[str, str], with_body: bool) -> None:
         self.send_response(status)
@@ -241,6 +259,17 @@ def test_inspect_fetches_the_headers_of_the_weights_alone(
     shards = {path.name for path in saved.glob("model-*.safetensors")}
     assert shards <= hub.requested
     assert not shards & hub.whole
+
+
+def test_a_hub_without_ranges_is_not_read_to_its_end(
+    hub: type[Hub], saved: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "ranges", False)
+    assert main(["inspect", "hub:org/tiny", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert main(["inspect", str(saved), "--json"]) == 0
+    assert found["tensors"] == json.loads(capsys.readouterr().out)["tensors"]
+    assert hub.sent < 100_000_000
 
 
 def test_inspect_finds_a_model_in_the_cache_offline(

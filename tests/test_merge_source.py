@@ -158,19 +158,6 @@ def test_reading_a_tensor_reads_only_its_own_factors(
     assert read == [f"{Q0}.weight", *factors]
 
 
-def test_another_tokenizer_beside_the_adapter_is_noted(base: Checkpoint, tmp_path: Path) -> None:
-    config = LoraConfig(target_modules=["q_proj"])
-    adapter = adapters.save_adapter(factories.build(factories.llama_config()), config, tmp_path / "adapter")
-    adapters.edit_config(adapter, base_model_name_or_path="base")
-    (adapter / "tokenizer.json").write_bytes(b"{}")
-    (adapter / "chat_template.jinja").write_bytes(b"same")
-    files = {"tokenizer.json": b"[]", "chat_template.jinja": b"same", "tokenizer_config.json": b"{}"}
-    found = merge(replace(base, files=files), adapter, MergeSettings(), adapter_origin=adapters.ORIGIN)
-    assert found.adapter is not None
-    assert found.adapter.notes == ("the adapter's folder has another tokenizer.json than the base; the base's is used",)
-    assert found.checkpoint.files == files
-
-
 def test_merging_lora_does_not_import_peft(base: Checkpoint, tmp_path: Path, fresh: Fresh) -> None:
     adapted(base, LoraConfig(target_modules=["q_proj"]), tmp_path / "adapter")
     program = """

@@ -21,7 +21,7 @@ from qexport.gates.profiles import profile_of_layers
 from qexport.loading.small_files import open_tokenizer
 from qexport.pipeline.folders import ArtifactFolder, open_folder
 from qexport.quantizing import profile_of_layer
-from qexport.quantizing.rounding import NearestSource, is_rounded
+from qexport.quantizing.rounding import NearestSource, rounding_of
 from qexport.tensors import Origin
 from qexport.text.windows import HeldOut
 from qexport.verifying import VerifySettings
@@ -137,7 +137,7 @@ def reference(merged: Checkpoint, base: Checkpoint, adapter: Origin | None) -> R
         adapter=adapter,
         changed=frozenset(),
         nearest=partial(NearestSource, merged.weights),
-        is_rounded=is_rounded,
+        rounding_of=rounding_of,
         prepared=Preparation({}),
         held_out=HeldOut(torch.zeros(1, 4, dtype=torch.int64), (None,), "0" * 64, "held-out.jsonl"),
         prompts=None,

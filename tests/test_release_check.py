@@ -237,6 +237,16 @@ def other_figure(folder: Path) -> None:
     name_evidence(folder)
 
 
+def no_list_of_architectures(folder: Path) -> None:
+    """With evidence that has the digest of the file as it is now."""
+    path = folder / "config.json"
+    before = sha256_file(path)
+    edit_json(path, lambda content: content.update(architectures=5))
+    for evidence in (folder / "evidence").glob("*.json"):
+        evidence.write_text(evidence.read_text().replace(before, sha256_file(path)))
+    name_evidence(folder)
+
+
 def a_key_twice(folder: Path) -> None:
     """Readers differ in which of the two they take."""
     path = folder / "evidence/provenance.json"
@@ -312,6 +322,7 @@ def name_evidence(folder: Path) -> None:
         (other_package, "the bill of materials names other files than the manifest: torch"),
         (further_component, "the bill of materials names other files than the manifest: safe"),
         (other_figure, "the bill of materials does not say what manifest and report say"),
+        (no_list_of_architectures, "the bill of materials does not say what manifest and report say"),
         (a_key_twice, "the provenance names other inputs than the manifest: form"),
         (edit_page("report.html"), "a file of the report does not say what report.json says"),
         (edit_page("report.md"), "a file of the report does not say what report.json says"),
@@ -337,6 +348,7 @@ def name_evidence(folder: Path) -> None:
         "package",
         "component",
         "figure",
+        "architectures",
         "key twice",
         "page",
         "comment",

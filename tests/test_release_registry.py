@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,13 @@ import releases
 from oci_server import Registry, serving
 from qexport.artifact.manifest import Manifest
 from qexport.cli import main
-from qexport.registries import parse_destination, publish
+from qexport.describing.heads import write_head
+from qexport.errors import InputError
+from qexport.registries import OciDestination, parse_destination, publish
+from qexport.registries.oci.client import Client
+from qexport.registries.oci.documents import Descriptor
+from qexport.registries.oci.heads import extract_heads
+from qexport.registries.oci.layers import WEIGHTS
 
 
 @pytest.fixture(scope="module")
@@ -183,3 +191,18 @@ def test_what_cannot_be_listed_or_released_is_refused(made: Path, capsys: pytest
     assert told(capsys, "release", code=2)["error"]["what"] == "no artifact is named"
     two = told(capsys, "release", made, "--to", "oci://127.0.0.1:9/a:1", "--version", "1.0.0", code=2)["error"]
     assert two["what"] == "several artifacts need a place for each"
+
+
+def test_a_head_is_not_read_beyond_its_layer(registry: Registry, tmp_path: Path) -> None:
+    """The archive says that its file is longer than what is left of the layer."""
+    member = tarfile.TarInfo("models/a.gguf")
+    member.size = (1 << 20) + 50
+    content = (member.tobuf() + b"GGUF" + bytes(1 << 20))[: (1 << 20) + 100]
+    digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
+    registry.blobs[digest] = content
+    place = parse_destination(f"oci://{registry.host}/models/notes:1")
+    assert isinstance(place, OciDestination)
+    registry.ignores_ranges = True
+    layer = Descriptor(WEIGHTS, digest, len(content))
+    with pytest.raises(InputError, match="the archive ends too early"):
+        extract_heads(Client(place, sleep=lambda _: None), layer, tmp_path, write_head)

@@ -96,6 +96,16 @@ def test_a_report_that_contradicts_itself_is_refused_by_every_reader(
         assert words in message
 
 
+def test_a_report_of_another_version_is_not_called_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It may have figures that this one does not know."""
+    content = json.loads(report().to_json()) | {"qexport_version": "99.0"}
+    next(iter(FAULTS.values()))[0](content)
+    path = written(tmp_path)
+    path.write_text(json.dumps(content))
+    assert main(["report", str(path)]) == 3
+    assert "qexport 99.0 wrote it: read it with that version" in capsys.readouterr().err
+
+
 def test_what_qexport_writes_does_not_contradict_itself() -> None:
     assert report().contradictions() == rich_report().contradictions() == []
 

@@ -108,11 +108,13 @@ def test_a_large_report_is_told_within_bounds() -> None:
     [
         (["--mlflow", "http://127.0.0.1:9"], "pip install 'qexport[mlflow]'"),
         (["--mlflow", "http://me:secret@127.0.0.1:9"], "MLFLOW_TRACKING_PASSWORD"),
+        (["--mlflow", "https://secret@127.0.0.1:9"], "MLFLOW_TRACKING_TOKEN"),
+        (["--mlflow", "http://[::1"], "this is no address"),
         (["--mlflow-experiment", "notes"], "give --mlflow URI"),
         (["--mlflow-run", "first"], "--mlflow-run needs a tracking server"),
         (["--mlflow", ""], "an option of MLflow is empty"),
     ],
-    ids=["missing package", "password", "experiment alone", "name alone", "empty"],
+    ids=["missing package", "password", "token", "malformed", "experiment alone", "name alone", "empty"],
 )
 @pytest.mark.parametrize("command", ["run", "verify"])
 def test_wrong_options_are_refused_before_any_work(

@@ -101,8 +101,8 @@ def test_asymmetric_zero_points_that_are_called_symmetric_are_refused(tmp_path: 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda config: config.pop("checkpoint_format"), "checkpoint_format is None"),
-        (lambda config: config.update(checkpoint_format="gptq_v2"), "gptq_v2"),
+        (lambda config: config.update(checkpoint_format=None), "checkpoint_format is None"),
+        (lambda config: config.update(checkpoint_format="marlin"), "marlin"),
         (lambda config: config.update(quant_method="awq"), "quant_method is 'awq'"),
         (lambda config: config.update(bits="4"), "bits must be given, with type int"),
         (lambda config: config.update(bits=True), "bits must be given, with type int"),

@@ -84,7 +84,7 @@ def reference() -> Reference:
         base=checkpoint,
         adapter=None,
         changed=frozenset(),
-        is_rounded=lambda matrix, codes: False,
+        rounding_of=lambda matrix, codes: None,
         nearest=lambda grids, transposed: NearestSource(checkpoint.weights, grids, transposed),
         prepared=Preparation({}),
         held_out=held_out(),

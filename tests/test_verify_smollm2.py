@@ -23,7 +23,7 @@ from qexport.loading.checkpoint import load_checkpoint
 from qexport.loading.small_files import open_tokenizer
 from qexport.merge import MergeSettings
 from qexport.merge.merging import merge
-from qexport.quantizing.rounding import NearestSource, is_rounded
+from qexport.quantizing.rounding import NearestSource, rounding_of
 from qexport.reading.stored_model import open_stored
 from qexport.text.documents import read_documents
 from qexport.text.windows import HeldOut, make_held_out
@@ -100,7 +100,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
         adapter=None,
         changed=frozenset(),
         nearest=partial(NearestSource, checkpoint.weights),
-        is_rounded=is_rounded,
+        rounding_of=rounding_of,
         prepared=Preparation({}),
         held_out=held_out,
         prompts=None,

@@ -21,7 +21,7 @@ from qexport.architectures.runner import BlockRunner
 from qexport.artifact.figures import CheckResult, find_figure
 from qexport.errors import InputError, NumericalError
 from qexport.progress import Notice, Progress, ProgressCallback, silent
-from qexport.quantizing.rounding import NearestSource, is_rounded
+from qexport.quantizing.rounding import NearestSource, rounding_of
 from qexport.reading.stored_model import open_stored
 from qexport.tensors import TensorSpec
 from qexport.text.documents import Documents
@@ -72,7 +72,7 @@ def reference_of(
         adapter=None,
         changed=frozenset(),
         nearest=lambda grids, transposed: NearestSource(reference.weights, grids, transposed),
-        is_rounded=is_rounded,
+        rounding_of=rounding_of,
         prepared=Preparation({}),
         held_out=held_out(),
         prompts=encoded,

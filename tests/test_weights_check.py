@@ -30,7 +30,7 @@ from qexport.loading.checkpoint import load_checkpoint
 from qexport.merge import MergeSettings
 from qexport.merge.merging import Merged, merge
 from qexport.pipeline import run
-from qexport.quantizing.rounding import NearestSource, is_rounded
+from qexport.quantizing.rounding import NearestSource, rounding_of
 from qexport.reading.onnx.external_data import ExternalData
 from qexport.reading.onnx.graph import Graph
 from qexport.reading.stored_model import StoredModel, open_stored
@@ -98,7 +98,8 @@ class Made:
             adapter=merged.adapter.origin,
             changed=frozenset(merged.adapter.changed),
             nearest=partial(NearestSource, merged.checkpoint.weights),
-            is_rounded=is_rounded,
+            rounding_of=rounding_of,
+            unrounded=merged.unrounded,
             prepared=Preparation({}),
             held_out=HeldOut(torch.zeros(1, 4, dtype=torch.int64), (None,), "0" * 64, "held-out.jsonl"),
             prompts=None,
@@ -171,7 +172,7 @@ def reason(found: ComparedWeights) -> str:
 
 
 def strength(found: ComparedWeights) -> Figure:
-    (figure,) = found.figures
+    figure = next(each for each in found.figures if each.name == "adapter_strength_weights")
     return figure
 
 
@@ -456,4 +457,6 @@ def test_blocks_that_are_run_are_not_read_again_and_never_more_than_one_is_kept(
     inside = [name for name in stored.specs() if ".layers." in name]
     assert {counted.reads[name] for name in inside} == {1}
     assert counted.reads - before == Counter({"lm_head.weight": 1})
-    assert found.record == made.compared(made.artifact("gptq")).record
+    whole = made.compared(made.artifact("gptq")).record
+    layers = [layer.model_copy(update={"adapter_survival": None}) for layer in whole.layers]
+    assert found.record == whole.model_copy(update={"layers": layers})

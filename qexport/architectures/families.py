@@ -20,10 +20,12 @@ class Family:
     Attributes:
         keep_unquantized: patterns of module paths that no method quantizes unless the recipe forces it; with reasons.
         unmergeable: patterns of module paths that an adapter must not touch, with the reason.
+        one_end: servers use the embedding as the head, whatever config.json says.
     """
 
     keep_unquantized: Mapping[str, str] = field(default_factory=dict)
     unmergeable: Mapping[str, str] = field(default_factory=dict)
+    one_end: bool = False
 
 
 _MAMBA = "the fused mamba kernel takes this weight directly and would bypass the change"
@@ -33,6 +35,7 @@ FAMILIES: Mapping[str, Family] = {
         keep_unquantized={"*.mamba.out_proj": _MAMBA, "*.mamba.conv1d": _MAMBA},
         unmergeable={"*.mamba.out_proj": _MAMBA, "*.mamba.conv1d": _MAMBA},
     ),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), Family(one_end=True)),
 }
 
 

@@ -75,6 +75,9 @@ CATALOGUE: Final[Mapping[str, FigureKind]] = {
     "adapter_strength_weights": FigureKind(
         "share of the adapter in the weights", "ratio", 1.0, "near", teacher_forced=False
     ),
+    "adapter_survival": FigureKind(
+        "share of the adapter's change that is left after rounding", "share", 1.0, "higher", teacher_forced=False
+    ),
     "merge_kl": FigureKind(
         "mean KL divergence of the merge from the adapter in PEFT", "nats", 0.0, teacher_forced=False
     ),

@@ -57,10 +57,10 @@ class TermsRecord(Record):
 class SourceRecord(Record):
     """Where a base model or an adapter came from."""
 
-    kind: Literal["folder", "file", "hub", "package"]
+    kind: Literal["folder", "file", "hub", "package", "combination"]
 
     name: str
-    """The folder's or the file's last component, the hub id, or `package/file`."""
+    """The folder's or the file's last component, the hub id, or `package/file`; of a combination, its adapters."""
 
     revision: str | None
     """The commit that a hub id resolved to, or the package's version."""
@@ -70,6 +70,21 @@ class SourceRecord(Record):
 
     terms: TermsRecord | None = added()
     """Null if its card names no license and no language, and no license or notice lies beside it."""
+
+    read_as: str | None = added()
+    """What the weights were turned into when they were read, for people: what a quantized base dequantizes to, or what
+    a 16-bit base was in training. Null if they were used as they are stored."""
+
+    weight: float | None = added()
+    """Its share, if it is one of several adapters."""
+
+    parts: list[SourceRecord] = added([])
+    """The adapters that a combination was made of."""
+
+    @property
+    def each(self) -> list[SourceRecord]:
+        """The adapters of a combination; else itself."""
+        return self.parts or [self]
 
 
 class CalibrationRecord(Record):
@@ -223,8 +238,18 @@ class Manifest(Record):
 
     @property
     def sources(self) -> list[SourceRecord]:
-        """Base and adapter."""
-        return [self.base, *([self.adapter] if self.adapter else [])]
+        """Base and adapters."""
+        return [source for _, source in self.roles]
+
+    @property
+    def roles(self) -> list[tuple[str, SourceRecord]]:
+        """Base and adapters with what each is called; those of a combination are numbered."""
+        found = [("base", self.base)]
+        if self.adapter is not None and self.adapter.parts:
+            found += [(f"adapter-{index}", each) for index, each in enumerate(self.adapter.parts, 1)]
+        elif self.adapter is not None:
+            found.append(("adapter", self.adapter))
+        return found
 
     @model_validator(mode="after")
     def _recipe_fits_its_digest(self) -> Manifest:

@@ -87,6 +87,11 @@ class LayerWeights(Record):
     1.1 times as large.
     """
 
+    adapter_survival: float | None = added()
+    """How much of the adapter's change is left in this layer after all rounding (the figure of that name); None where
+    it changes nothing.
+    """
+
     worst_row: int
     """The row whose error is the largest multiple of its error from rounding to nearest."""
 

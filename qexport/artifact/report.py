@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from importlib.metadata import version as package_version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -261,8 +262,12 @@ class Report(Record):
             problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
             raise InputError(f"the report is malformed: {listed(problems)}", where=str(place)) from error
         if wrong := found.contradictions():
+            own = found.qexport_version == package_version("qexport")
+            other = f"qexport {found.qexport_version} wrote it: read it with that version, or verify the artifact again"
             raise InputError(
-                f"the report contradicts itself: {listed(wrong)}", where=str(place), mend="verify the artifact again"
+                f"the report contradicts itself: {listed(wrong)}",
+                where=str(place),
+                mend="verify the artifact again" if own else other,
             )
         return found
 

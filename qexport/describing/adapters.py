@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from qexport.describing.beside import card_fields, json_file, small_file
+from qexport.describing.beside import card_fields, json_file
+from qexport.merge.training_evidence import training_evidence
 from qexport.tensors.strict_files import CONFIG_BYTES
 
 ADAPTER_CONFIG: Final = "adapter_config.json"
 
-_QUANTIZED_NAME: Final = re.compile(
-    r"(bnb-[48]bit|[-_]([2-8]bit|int[48]|fp8|nf4|gptq|awq|nvfp4|mxfp4|w\da\d+))(?![a-z0-9])", re.I
-)
-_TRAINED_IN: Final = re.compile(r"^- (load_in_[48]bit|_load_in_[48]bit|quant_method): *(True|\w+)", re.MULTILINE)
-"""The block that PEFT 0.4 and 0.5 write into the card of an adapter."""
-
-_CARD_LIMIT: Final = 1 << 20
 _MOST_TARGETS: Final = 50
 
 
@@ -80,7 +73,7 @@ def adapter_of(folder: Path) -> AdapterFacts:
         alpha=config["lora_alpha"] if isinstance(config.get("lora_alpha"), int | float) else None,
         variants=tuple(_variants(config)),
         targets=tuple(named[:_MOST_TARGETS]),
-        quantized_base=tuple(_evidence(folder, config)),
+        quantized_base=training_evidence(folder, config).words,
     )
 
 
@@ -94,17 +87,3 @@ def _variants(config: Mapping[str, Any]) -> Iterator[str]:
         if value := config.get(key):
             shown = ", ".join(map(str, value)) if isinstance(value, list) else "set"
             yield f"{key} {shown}"
-
-
-def _evidence(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
-    base = config.get("base_model_name_or_path")
-    if isinstance(base, str) and (found := _QUANTIZED_NAME.search(base.rpartition("/")[2])):
-        yield f"its base is named {base} ({found[0].strip('-_')})"
-    if config.get("loftq_config"):
-        yield "loftq_config is set"
-    if config.get("use_qalora"):
-        yield "QA-LoRA belongs to a quantized base"
-    card = (small_file(folder, "README.md", limit=_CARD_LIMIT) or b"").decode("utf-8", errors="replace")
-    for key, value in _TRAINED_IN.findall(card)[:3]:
-        if value not in ("False", "None"):
-            yield f"its card says {key}: {value}"

@@ -130,10 +130,22 @@ def _fetch_head(path: Path, name: str, reference: HubReference) -> None:
 def _read(url: str, start: int, stop: int) -> bytes:
     if start == stop:
         return b""
-    response = get_session().get(url, headers={**build_hf_headers(), "Range": f"bytes={start}-{stop - 1}"})
-    hf_raise_for_status(response)
-    content = bytes(response.content)
-    return content if response.status_code == 206 else content[start:stop]
+    headers = {**build_hf_headers(), "Range": f"bytes={start}-{stop - 1}"}
+    with get_session().stream("GET", url, headers=headers) as response:
+        if response.is_error:
+            response.read()  # the error's text
+        hf_raise_for_status(response)
+        first = start if response.status_code == 206 else 0  # else the server sends the whole file
+        content = bytearray()
+        for chunk in response.iter_bytes():
+            content += chunk
+            if first < start:
+                past = min(len(content), start - first)
+                del content[:past]
+                first += past
+            if len(content) >= stop - start:
+                break
+    return bytes(content[: stop - start])
 
 
 @contextmanager

@@ -27,7 +27,7 @@ def checked_image(text: str) -> str:
     """
     found = _IMAGE.fullmatch(text)
     if found is None:
-        raise ValueError("expected a container image: HOST/NAME:TAG or HOST/NAME@sha256:DIGEST")
+        raise ValueError("expected a container image in lower case: HOST/NAME:TAG or HOST/NAME@sha256:DIGEST")
     if not (found["tag"] or found["digest"]):
         raise ValueError(f"{text} has neither a tag nor a digest, so it means another image tomorrow")
     return text

@@ -20,7 +20,7 @@ ProfileName = Literal[
 
 WITHOUT_DOMAINS: Final = (
     "rtn_mean_kl", "kl_over_rtn", "adapter_effect", "kl_over_base", "adapter_strength_weights",
-    "adapter_strength_predictions",
+    "adapter_strength_predictions", "adapter_survival",
     "merge_kl", "merge_error", "style_sensitivity", "sampled_chrf", "speed_ratio", "first_token_ratio",
     "fidelity_kl", "fidelity_top1", "fidelity_flips", "fidelity_continuations", "kl_over_reading",
 )  # fmt: skip

@@ -51,6 +51,11 @@ ADAPTER_STRENGTHS: Final[Mapping[str, tuple[float, float]]] = {
 """The figures of the gate `adapter_strength`, with the smallest and the largest share of the adapter that passes."""
 
 
+LEAST_SURVIVAL: Final = 0.8
+"""The least share of the adapter's change that must be left after all rounding: the gate `adapter_strength` fails where
+it is shown to be less. `protect_adapter` holds single layers to it."""
+
+
 def waived(settings: HasGates) -> dict[BuiltIn, str]:
     """The built-in gates that a user has waived by setting their figure to null, with a note on each."""
     return {
@@ -193,10 +198,15 @@ _BADNESS: Final[Mapping[Verdict, int]] = {"pass": 0, "undecided": 1, "fail": 2}
 
 def _adapter_strength(figures: Sequence[Figure]) -> GateResult:
     """The share in the weights decides. That in the predictions, which every kind of drift moves and a few documents
-    leave open, can only fail.
+    leave open, can only fail; so can the share that rounding left, which earlier reports do not have.
     """
     weights, predictions = (_worse_side(name, figures) for name in ADAPTER_STRENGTHS)
-    return predictions if predictions.verdict == "fail" else weights
+    survival = _decided(_SURVIVAL, figures)
+    failed = (each for each in (weights, survival, predictions) if each.verdict == "fail")
+    return next(failed, weights)
+
+
+_SURVIVAL: Final = _Gate("adapter_strength", "adapter_survival", None, "at_least", LEAST_SURVIVAL)
 
 
 def _worse_side(name: str, figures: Sequence[Figure]) -> GateResult:

@@ -2,10 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from pydantic import model_validator
 
+from qexport.records import added
 from qexport.references import PACKAGE_PREFIX, is_explicit_path, names_gguf
 from qexport.settings import Settings
+
+_MOST_ADAPTERS: Final = 32
+
+
+class WeightedAdapter(Settings):
+    """One of several adapters."""
+
+    path: str
+    """A PEFT adapter: a folder or a hub id."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+
+    weight: float = 1.0
+    """Its share of the combination: 1 for what it was trained to change, less than 0 to subtract it."""
+
+    @model_validator(mode="after")
+    def _is_something(self) -> WeightedAdapter:
+        if self.weight == 0:
+            raise ValueError("a weight of 0 leaves the adapter out: remove it")
+        if self.revision is not None and _is_elsewhere(self.path):
+            raise ValueError(f"revision is only for a hub id, and path is {self.path}: remove it")
+        return self
 
 
 class LoadSettings(Settings):
@@ -13,7 +39,7 @@ class LoadSettings(Settings):
 
     base: str
     """A folder, a hub id (`org/name`), a GGUF file (`folder/model.gguf`), or one inside an installed package
-    (`pkg:package/file.gguf`)."""
+    (`pkg:package/file.gguf`). A base that bitsandbytes or GPTQ has quantized is used as what it dequantizes to."""
 
     revision: str | None = None
     """Branch, tag or commit of a hub id. Recorded as the commit that it resolved to."""
@@ -23,6 +49,17 @@ class LoadSettings(Settings):
 
     adapter_revision: str | None = None
     """Branch, tag or commit of the adapter's hub id."""
+
+    adapters: list[WeightedAdapter] = added([])
+    """Several LoRA adapters in place of `adapter`, combined as `merge.combination` says."""
+
+    @model_validator(mode="after")
+    def _one_adapter_or_several(self) -> LoadSettings:
+        if self.adapters and self.adapter is not None:
+            raise ValueError("adapter and adapters exclude each other: list all of them in adapters")
+        if len(self.adapters) > _MOST_ADAPTERS:
+            raise ValueError(f"there are {len(self.adapters)} adapters: at most {_MOST_ADAPTERS} are combined")
+        return self
 
     @model_validator(mode="after")
     def _only_a_hub_id_has_revisions(self) -> LoadSettings:

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import torch
 
 from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.artifact.digests import FileDigests, sha256_bytes, sha256_file
+from qexport.artifact.names import last_component
 from qexport.errors import InputError, RecipeError
 from qexport.loading import LoadSettings
 from qexport.loading.gguf_checkpoint import read_gguf
-from qexport.loading.hub import fetch, fetch_base
+from qexport.loading.hub import Snapshot, fetch, fetch_base
 from qexport.loading.model_weights import ChunkedSource, find_architecture, fit_to_model, refuse_untied_copies
 from qexport.loading.packaged import find_package_file
-from qexport.loading.small_files import CONFIG_NAME, read_config, read_sidecars
+from qexport.loading.quantized_base import DequantizedSource, take_quantization
+from qexport.loading.small_files import CONFIG_NAME, SIDECAR_PATTERNS, read_config, read_sidecars
 from qexport.loading.terms import CARD_NAME, FILE_PATTERNS, read_terms
-from qexport.progress import ProgressCallback, silent
+from qexport.progress import Notice, ProgressCallback, silent
 from qexport.references import GGUF_SUFFIX, HubReference, LocalReference, PackageReference, names_gguf, parse_reference
 from qexport.tensors.safetensors_folder import SafetensorsFolder
 from qexport.tensors.source import Origin, TensorSpec
@@ -43,14 +46,16 @@ def read_folder(
         name: the origin's name.
         revision: the commit, for a hub's model.
         trusted_root: where symbolic links may lead; the folder itself if None.
-        progress: is called with keys of config.json that are dropped.
+        progress: is called with keys of config.json that are dropped, and if the weights are quantized.
     """
     config = read_config(folder, trusted_root=trusted_root, progress=progress)
+    quantization = take_quantization(config, str(folder / CONFIG_NAME))
     files = read_sidecars(folder, trusted_root=trusted_root)
     source = SafetensorsFolder(folder, trusted_root=trusted_root)
     try:
         architecture = find_architecture(config, tensors=len(source.specs()))
-        named = with_prefix(source, architecture)
+        read_as, plain = _dequantized(source, quantization, architecture, progress)
+        named = with_prefix(plain, architecture)
         weights = fit_to_model(named, architecture)
         refuse_untied_copies(named, architecture.naming.tied)
         known = {file: sha256_bytes(content) for file, content in files.items()}
@@ -58,8 +63,27 @@ def read_folder(
     except BaseException:
         source.close()
         raise
-    origin = Origin(kind, name, revision, digests, read_terms(folder, trusted_root=trusted_root))
+    origin = Origin(kind, name, revision, digests, read_terms(folder, trusted_root=trusted_root), read_as=read_as)
     return Checkpoint(architecture, weights, files, origin)
+
+
+def _dequantized(
+    source: SafetensorsFolder,
+    quantization: dict[str, Any] | None,
+    architecture: Architecture,
+    progress: ProgressCallback,
+) -> tuple[str | None, ChunkedSource]:
+    """The words for what the weights are read as, and their source."""
+    if quantization is None:
+        return None, source
+    plain = DequantizedSource(source, quantization, architecture)
+    progress(
+        Notice(
+            f"the base is quantized ({plain.description}) and used as what it dequantizes to; the 16-bit model that it "
+            "was made from is the better base, unless the adapter was trained on this one"
+        )
+    )
+    return f"{plain.description}, dequantized", plain
 
 
 def with_prefix(source: ChunkedSource, architecture: Architecture) -> ChunkedSource:
@@ -162,10 +186,17 @@ ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """A PEFT adapter: a folder with `adapter_config.json` and `adapter_model.safetensors`, and its origin."""
+    """A PEFT adapter: a folder with `adapter_config.json` and `adapter_model.safetensors`.
+
+    Attributes:
+        path: where it is on this machine.
+        origin: where it came from.
+        files: the small files beside it: those of a tokenizer, by name.
+    """
 
     path: Path
     origin: Origin
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def locate_adapter(settings: LoadSettings, *, progress: ProgressCallback = silent) -> AdapterFolder | None:
@@ -178,18 +209,84 @@ def locate_adapter(settings: LoadSettings, *, progress: ProgressCallback = silen
     """
     if settings.adapter is None:
         return None
-    reference = _found(settings.adapter, settings.adapter_revision, field="load.adapter")
+    return _located(settings.adapter, settings.adapter_revision, field="load.adapter", progress=progress)
+
+
+def locate_adapters(
+    settings: LoadSettings, *, progress: ProgressCallback = silent
+) -> list[tuple[AdapterFolder, float]]:
+    """The recipe's `load.adapters`, each with its weight.
+
+    Raises:
+        InputError: as for `locate_adapter`; or one is listed twice.
+        RecipeError: a revision is given for a local folder.
+    """
+    found = [
+        (_located(each.path, each.revision, field=f"load.adapters.{index}.path", progress=progress), each.weight)
+        for index, each in enumerate(settings.adapters)
+    ]
+    digests = [tuple(adapter.origin.sha256.values()) for adapter, _ in found]
+    if len(set(digests)) < len(digests):
+        raise InputError(
+            "two of the adapters are the same",
+            where="load.adapters",
+            mend="list each once, with the sum of its weights",
+        )
+    return found
+
+
+def combined_origin(adapters: Sequence[tuple[AdapterFolder, float]]) -> Origin:
+    """Where a combination of adapters came from."""
+    parts = tuple((adapter.origin, weight) for adapter, weight in adapters)
+    digests = {f"{i}/{file}": value for i, (origin, _) in enumerate(parts, 1) for file, value in origin.sha256.items()}
+    names = "+".join(last_component(origin.name) for origin, _ in parts)
+    return Origin("combination", names, sha256=digests, parts=parts)
+
+
+def _located(text: str, revision: str | None, *, field: str, progress: ProgressCallback) -> AdapterFolder:
+    reference = _found(text, revision, field=field)
     if isinstance(reference, PackageReference) or (isinstance(reference, Path) and not reference.is_dir()):
-        raise InputError("an adapter is a folder, and this names a file", where="load.adapter", mend="name its folder")
+        raise InputError("an adapter is a folder, and this names a file", where=field, mend="name its folder")
     if isinstance(reference, Path):
-        digests = _check_files(reference, None)
-        terms = read_terms(reference)
-        return AdapterFolder(reference, Origin("folder", reference.resolve().name, sha256=digests, terms=terms))
-    files = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD_NAME, *FILE_PATTERNS)
+        folder = _with_adapter(reference, progress)
+        return _adapter_folder(folder, "folder", folder.resolve().name)
+    files = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD_NAME, *FILE_PATTERNS, *SIDECAR_PATTERNS)
     snapshot = fetch(reference, files, progress=progress)
-    digests = _check_files(snapshot.path, snapshot.trusted_root)
-    terms = read_terms(snapshot.path, trusted_root=snapshot.trusted_root)
-    return AdapterFolder(snapshot.path, Origin("hub", reference.repo_id, snapshot.commit, digests, terms))
+    return _adapter_folder(snapshot.path, "hub", reference.repo_id, snapshot)
+
+
+def _with_adapter(folder: Path, progress: ProgressCallback) -> Path:
+    """The folder, or the one inside it in which PEFT put an adapter with a name of its own.
+
+    Raises:
+        InputError: there are several, or checkpoints of a training.
+    """
+    if (folder / ADAPTER_CONFIG).is_file():
+        return folder
+    inside = sorted(path.parent.name for path in islice(folder.glob(f"*/{ADAPTER_CONFIG}"), _MOST_FOLDERS))
+    if len(inside) == 1 and not inside[0].startswith("checkpoint-"):
+        progress(Notice(f"the adapter is in the subfolder {inside[0]}"))
+        return folder / inside[0]
+    if inside:
+        raise InputError(
+            f"the folder holds no {ADAPTER_CONFIG}, but its subfolders do: {', '.join(inside[:_SHOWN])}",
+            where=str(folder),
+            mend=f"name one of them: load.adapter: {folder.name}/{inside[-1]}",
+        )
+    return folder
+
+
+_MOST_FOLDERS: Final = 1000
+_SHOWN: Final = 8
+
+
+def _adapter_folder(
+    path: Path, kind: Literal["folder", "hub"], name: str, snapshot: Snapshot | None = None
+) -> AdapterFolder:
+    root, revision = (snapshot.trusted_root, snapshot.commit) if snapshot else (None, None)
+    digests = _check_files(path, root)
+    origin = Origin(kind, name, revision, digests, read_terms(path, trusted_root=root))
+    return AdapterFolder(path, origin, read_sidecars(path, trusted_root=root))
 
 
 def _check_files(folder: Path, trusted_root: Path | None) -> dict[str, str]:

@@ -17,7 +17,7 @@ from qexport.architectures.architecture import Checkpoint
 from qexport.artifact.digests import FileDigests
 from qexport.errors import CompatibilityError, InputError
 from qexport.formats.gguf.families import Places, places
-from qexport.formats.gguf.pre_tokenizers import named_structure
+from qexport.formats.gguf.pre_tokenizers import named, structure_of
 from qexport.loading.gguf_config import FREQUENCIES, read_config
 from qexport.loading.model_weights import find_architecture, fit_to_model
 from qexport.loading.small_files import read_sidecars
@@ -87,16 +87,16 @@ def _files(file: GgufFile, config: PretrainedConfig) -> Mapping[str, bytes]:
 
 
 def _split_as_named(tokenizer: str, file: GgufFile) -> str:
-    """tokenizer.json with the pre-tokenizer that the file names.
+    """tokenizer.json with the pre-tokenizer that the file names, and whether merges count for what is a token already.
 
-    transformers takes GPT-2's for every name that it does not know, which gives other tokens and no warning:
-    Falcon's and SmolLM's split numbers in another way.
+    transformers takes GPT-2's for every name that it does not know, and never ignores merges, which gives other tokens
+    and no warning: Falcon's and SmolLM's split numbers in another way, Llama 3's takes tokens that no merges lead to.
     """
     name = file.metadata.get("tokenizer.ggml.pre")
     if file.metadata.get("tokenizer.ggml.model") != "gpt2":
         return tokenizer
-    structure = named_structure(name) if isinstance(name, str) else None
-    if structure is None:
+    known = named(name) if isinstance(name, str) else None
+    if known is None:
         raise CompatibilityError(
             "the file does not say how its tokenizer splits a text"
             if name is None
@@ -105,7 +105,8 @@ def _split_as_named(tokenizer: str, file: GgufFile) -> str:
             mend="name the safetensors model that the file was made from",
         )
     content = json.loads(tokenizer)
-    content["pre_tokenizer"] = structure
+    content["pre_tokenizer"] = structure_of(known)
+    content["model"]["ignore_merges"] = known.ignores_merges
     return json.dumps(content, indent=2, ensure_ascii=False)
 
 

@@ -38,6 +38,7 @@ FREQUENCIES: Final = "rope_freqs.weight"
 _TOKENS: Final = {"bos": "bos_token_id", "eos": "eos_token_id", "unknown": "unk_token_id", "padding": "pad_token_id"}
 _HEAD_WIDTHS: Final = ("attention.key_length", "attention.value_length", "rope.dimension_count")
 _MEND: Final = "name the safetensors model that the file was made from"
+_REFETCH: Final = "fetch the file again"
 
 
 def _nothing(_: _Metadata) -> dict[str, Any]:
@@ -53,12 +54,14 @@ class _Reading:
         model_type: of transformers.
         names: keys of the config by metadata key, beyond or in place of those that every family has.
         further: what the metadata of a file do not say in a key of their own.
+        epsilon: the key of what norms add to a variance.
     """
 
     family: GgufFamily
     model_type: str
     names: Mapping[str, str] = field(default_factory=dict)
     further: Callable[[_Metadata], dict[str, Any]] = _nothing
+    epsilon: str = "attention.layer_norm_rms_epsilon"
 
 
 @dataclass(frozen=True)
@@ -77,12 +80,14 @@ def read_config(file: GgufFile) -> tuple[GgufFamily, PretrainedConfig]:
     """The model's family, and its configuration as transformers' class for it.
 
     Raises:
-        InputError: the metadata are malformed, or lack a size.
+        InputError: the metadata are malformed, or lack what llama.cpp requires.
         CompatibilityError: the architecture is not supported, or does what no config of transformers says.
     """
     metadata, reading = _reading(file)
     _refuse_unsupported(metadata)
     values = _values(metadata, reading)
+    refuse_extreme(values, where=str(file.path))  # before anything is computed from them
+    values |= reading.further(metadata)
     refuse_extreme(values, where=str(file.path))
     try:
         config = AutoConfig.for_model(reading.model_type, **values)
@@ -99,7 +104,7 @@ def read_config(file: GgufFile) -> tuple[GgufFamily, PretrainedConfig]:
 def _reading(file: GgufFile) -> tuple[_Metadata, _Reading]:
     name = file.metadata.get("general.architecture")
     if not isinstance(name, str):
-        raise InputError("the file does not say its architecture", where=str(file.path), mend="fetch the file again")
+        raise InputError("the file does not say its architecture", where=str(file.path), mend=_REFETCH)
     if name not in _READINGS:
         raise CompatibilityError(
             f"GGUF files of architecture {name!r} are not supported",
@@ -111,40 +116,60 @@ def _reading(file: GgufFile) -> tuple[_Metadata, _Reading]:
 
 def _refuse_unsupported(metadata: _Metadata) -> None:
     file = metadata.file
-    scaling = metadata.get("rope.scaling.type", "none")
     parts = file.metadata.get("split.count", 1)
     if (
         metadata.get("expert_count", 0)
-        or scaling not in ("none", "linear")
-        or (scaling == "linear" and metadata.architecture not in ("llama", "gemma3"))
+        or metadata.get("rope.scaling.type", "none") not in ("none", "linear")
+        or (_linear_factor(metadata) != 1 and metadata.architecture not in ("llama", "gemma3"))
         or {"rope_factors_long.weight", "rope_factors_short.weight"} & set(file.tensors)
         or parts not in (0, 1)
     ):
-        raise CompatibilityError(
-            "mixtures of experts, most scaled rotary embeddings and files in several parts are not supported in GGUF",
-            where=str(file.path),
-            mend=_MEND,
+        raise _unsupported(file)
+
+
+def _unsupported(file: GgufFile) -> CompatibilityError:
+    return CompatibilityError(
+        "mixtures of experts, most scaled rotary embeddings and files in several parts are not supported in GGUF",
+        where=str(file.path),
+        mend=_MEND,
+    )
+
+
+def _linear_factor(metadata: _Metadata) -> float:
+    """By what positions are divided; in llama.cpp the scaling is linear where a file names a factor and no type."""
+    factor = metadata.get("rope.scaling.factor", metadata.get("rope.scale_linear", 0))
+    if metadata.get("rope.scaling.type", "linear") != "linear" or factor == 0:
+        return 1.0
+    if not isinstance(factor, int | float) or not 0 < factor < float("inf"):
+        raise InputError(
+            f"the factor of the rotary embedding is {factor!r}", where=str(metadata.file.path), mend=_REFETCH
         )
+    return float(factor)
 
 
 def _values(metadata: _Metadata, reading: _Reading) -> dict[str, Any]:
     """What the config is made of, by its own keys."""
     file = metadata.file
-    if absent := [key for key in _REQUIRED if metadata.get(key) is None]:
-        raise InputError(f"the metadata lack {', '.join(absent)}", where=str(file.path), mend="fetch the file again")
+    if absent := [key for key in (*_REQUIRED, reading.epsilon) if metadata.get(key) is None]:
+        raise InputError(f"the metadata lack {', '.join(absent)}", where=str(file.path), mend=_REFETCH)
     names = _REQUIRED | _OPTIONAL | dict(reading.names)
     values: dict[str, Any] = {name: metadata.get(key) for key, name in names.items() if metadata.get(key) is not None}
     tokens = {name: file.metadata.get(f"tokenizer.ggml.{key}_token_id") for key, name in _TOKENS.items()}
     values |= {name: token for name, token in tokens.items() if token is not None}
     values.setdefault("vocab_size", file.array_lengths.get("tokenizer.ggml.tokens"))
-    values |= {"tie_word_embeddings": "output.weight" not in file.tensors, "architectures": [reading.family.causal_lm]}
-    return values | reading.further(metadata)
+    return values | {
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "architectures": [reading.family.causal_lm],
+    }
 
 
 def _llama(metadata: _Metadata) -> dict[str, Any]:
     """Llama 3 stretches some frequencies; the file has the divisors alone, see `_refuse_other_frequencies`."""
     scaling: dict[str, Any] | None = None
+    linear = _linear_factor(metadata)
     if FREQUENCIES in metadata.file.tensors and (_divisors(metadata.file) != 1).any():
+        if linear != 1:
+            raise _unsupported(metadata.file)
         scaling = {
             "rope_type": "llama3",
             "factor": float(_divisors(metadata.file).max()),
@@ -152,8 +177,8 @@ def _llama(metadata: _Metadata) -> dict[str, Any]:
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
         }
-    elif metadata.get("rope.scaling.type") == "linear":
-        scaling = {"rope_type": "linear", "factor": metadata.get("rope.scaling.factor", 1.0)}
+    elif linear != 1:
+        scaling = {"rope_type": "linear", "factor": linear}
     if scaling is None:
         return {}
     return {"rope_parameters": {"rope_theta": metadata.get("rope.freq_base", 10000.0), **scaling}}
@@ -168,6 +193,9 @@ def _falcon(metadata: _Metadata) -> dict[str, Any]:
 
 
 def _divisors(file: GgufFile) -> torch.Tensor:
+    tensor = file.tensors[FREQUENCIES]
+    if tensor.kind != gguf.GGMLQuantizationType.F32 or len(tensor.shape) != 1:
+        raise InputError(f"{FREQUENCIES} is no vector of float32", where=str(file.path), mend=_MEND)
     return torch.from_numpy(file.read_rows(FREQUENCIES, 0, 1).view("<f4").copy()).view(-1)
 
 
@@ -177,8 +205,8 @@ _BLOCKS_OF_27B: Final = 62
 def _gemma3(metadata: _Metadata) -> dict[str, Any]:
     """llama.cpp knows the model of 27B, which divides its queries in another way, by the number of blocks."""
     full: dict[str, Any] = {"rope_type": "default", "rope_theta": metadata.get("rope.freq_base", 1e6)}
-    if metadata.get("rope.scaling.type") == "linear":
-        full |= {"rope_type": "linear", "factor": metadata.get("rope.scaling.factor", 1.0)}
+    if (factor := _linear_factor(metadata)) != 1:
+        full |= {"rope_type": "linear", "factor": factor}
     sliding = {"rope_type": "default", "rope_theta": metadata.get("rope.freq_base_swa", 1e4)}
     found: dict[str, Any] = {"rope_parameters": {"sliding_attention": sliding, "full_attention": full}}
     width, heads = metadata.get("embedding_length"), metadata.get("attention.head_count")
@@ -199,6 +227,7 @@ _READINGS: Final[Mapping[str, _Reading]] = {
             "attention.layer_norm_epsilon": "layer_norm_epsilon",
         },
         _falcon,
+        epsilon="attention.layer_norm_epsilon",
     ),
     "phi3": _Reading(
         GgufFamily(gguf.MODEL_ARCH.PHI3, "Phi3ForCausalLM"), "phi3", {"attention.sliding_window": "sliding_window"}
@@ -224,7 +253,10 @@ def _refuse_other_heads(metadata: _Metadata, config: PretrainedConfig) -> None:
 
 
 def _refuse_other_frequencies(file: GgufFile, config: PretrainedConfig) -> None:
-    for name, expected in constants(config).items():
-        found = _divisors(file)
-        if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-4, atol=0):
-            raise CompatibilityError(f"{name} has other values than those of Llama 3", where=str(file.path), mend=_MEND)
+    if FREQUENCIES not in file.tensors:
+        return
+    found, expected = _divisors(file), constants(config).get(FREQUENCIES, torch.ones(head_dim(config) // 2))
+    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-4, atol=0):
+        raise CompatibilityError(
+            f"{FREQUENCIES} has other values than those of Llama 3", where=str(file.path), mend=_MEND
+        )

@@ -16,17 +16,16 @@ from huggingface_hub.errors import (
 )
 
 from qexport.errors import InputError
-from qexport.loading.small_files import CONFIG_NAME, SIDECAR_NAMES
+from qexport.loading.small_files import CONFIG_NAME, SIDECAR_PATTERNS
 from qexport.loading.terms import CARD_NAME, FILE_PATTERNS
 from qexport.progress import Notice, ProgressCallback
 from qexport.references import HubReference
 from qexport.registries.authorities import OF_HUBS, named_authorities
 from qexport.tensors.safetensors_index import INDEX_NAME, SINGLE_NAME, read_index
 from qexport.tensors.strict_files import contained_path
-from qexport.text.file_names import TEMPLATES_FOLDER
 
 _BASE_FILES: Final = (
-    *(CONFIG_NAME, INDEX_NAME, SINGLE_NAME, *SIDECAR_NAMES, f"{TEMPLATES_FOLDER}/*.jinja"),
+    *(CONFIG_NAME, INDEX_NAME, SINGLE_NAME, *SIDECAR_PATTERNS),
     *(CARD_NAME, *FILE_PATTERNS),
 )
 

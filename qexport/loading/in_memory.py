@@ -65,7 +65,7 @@ def _refuse_unusable(model: PreTrainedModel) -> None:
         raise InputError(
             "the model in memory is quantized already",
             where="base",
-            mend="load it with 16-bit weights: a merge into quantized weights loses quality",
+            mend="load it with 16-bit weights; merge=MergeSettings(base='as_trained', ...) rounds them as training did",
         )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise InputError(

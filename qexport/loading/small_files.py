@@ -30,8 +30,7 @@ def read_config(folder: Path, *, trusted_root: Path | None, progress: ProgressCa
         progress: is called with the keys that were dropped.
 
     Raises:
-        InputError: the file is missing, not a JSON object, has a key twice or no model_type, or describes weights that
-            are quantized already.
+        InputError: the file is missing, not a JSON object, or has a key twice or no model_type.
     """
     path = contained_path(folder, CONFIG_NAME, root=trusted_root)
     if not path.is_file():
@@ -42,7 +41,6 @@ def read_config(folder: Path, *, trusted_root: Path | None, progress: ProgressCa
         progress(Notice(f"config.json: dropped {', '.join(dropped)}; nothing from a model folder is executed"))
     if not isinstance(config.get("model_type"), str):
         raise InputError("model_type must name the model's family", where=str(path), mend="fetch the model again")
-    _refuse_quantized(config, str(path))
     return config
 
 
@@ -55,16 +53,6 @@ def _with_marked_floats(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return {"__float__": "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
     return value
-
-
-def _refuse_quantized(config: Mapping[str, Any], where: str) -> None:
-    for part in (config, *(value for value in config.values() if isinstance(value, Mapping))):
-        if part.get("quantization_config") or part.get("compression_config"):
-            raise InputError(
-                "the base is quantized already; merging an adapter into it, or quantizing it twice, ruins the model",
-                where=f"{where}: quantization_config",
-                mend="name the 16-bit model that it was made from",
-            )
 
 
 def _no_config(folder: Path) -> InputError:
@@ -90,6 +78,9 @@ SIDECAR_NAMES: Final = (
     OLD_TEMPLATE,
     GENERATION_CONFIG,
 )
+
+SIDECAR_PATTERNS: Final = (*SIDECAR_NAMES, f"{TEMPLATES_FOLDER}/*.jinja")
+"""The same and all chat templates, as a hub finds them."""
 
 
 def read_sidecars(folder: Path, *, trusted_root: Path | None = None) -> Mapping[str, bytes]:

@@ -11,7 +11,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qexport.errors import CompatibilityError, InputError
+from qexport.merge.stored import trained_targets, without_names
 from qexport.tensors.safetensors_file import SafetensorsFile
+from qexport.tensors.source import WeightSource
 from qexport.tensors.strict_files import CONFIG_BYTES, read_json_object
 
 _PROVENANCE = frozenset(
@@ -86,8 +88,6 @@ def _path(location: tuple[int | str, ...]) -> str:
 
 CONFIG_FILE: Final = "adapter_config.json"
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
-PREFIX: Final = "base_model.model."
-"""What PEFT writes before every module path."""
 
 
 @dataclass(frozen=True)
@@ -96,19 +96,22 @@ class Adapter:
 
     Attributes:
         folder: where it is.
-        config: the content of adapter_config.json.
+        config: the content of adapter_config.json; its target_modules only names what was trained.
         peft_type: its type, for example `LORA`.
-        file: its tensors.
+        file: its tensors, named as PEFT names them.
+        untrained: the other names in its target_modules.
     """
 
     folder: Path
     config: Mapping[str, Any]
     peft_type: str
-    file: SafetensorsFile
+    file: WeightSource
+    untrained: tuple[str, ...] = ()
 
     def read(self, key: str) -> torch.Tensor:
-        """One tensor as float32, which the caller owns."""
-        return self.file.read(key).to(torch.float32)
+        """One tensor as float32, or as it is if it holds whole numbers; the caller owns it."""
+        tensor = self.file.read(key)
+        return tensor.to(torch.float32) if tensor.is_floating_point() else tensor
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -121,4 +124,7 @@ def read_adapter(folder: Path) -> Adapter:
     peft_type = config.get("peft_type")
     if not isinstance(peft_type, str):
         raise InputError("the adapter has no peft_type", where=CONFIG_FILE, mend="save it with PEFT again")
-    return Adapter(folder, config, peft_type, SafetensorsFile(folder / WEIGHTS_FILE))
+    tensors = without_names(SafetensorsFile(folder / WEIGHTS_FILE))
+    trained, untrained = trained_targets(config, tensors.specs()) or (config.get("target_modules"), [])
+    changed = {**config, "target_modules": trained} if untrained else config
+    return Adapter(folder, changed, peft_type, tensors, tuple(untrained))

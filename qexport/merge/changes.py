@@ -12,8 +12,10 @@ from typing import Protocol
 
 import torch
 
+from qexport.errors import InputError
+
 ReadFactor = Callable[[str], torch.Tensor]
-"""Reads one tensor of the adapter by its key, as float32."""
+"""Reads one tensor of the adapter by its key, as float32, or as it is if it holds whole numbers."""
 
 
 class Change(Protocol):
@@ -144,10 +146,10 @@ class Scale:
 
 @dataclass(frozen=True)
 class Add:
-    """The bias of LoRA's B, added to the layer's bias.
+    """A vector added to the layer's bias: the bias of LoRA's B, or BEFT's.
 
     Attributes:
-        term: key of the term, of the weight's shape.
+        term: key of the term, with as many values as the bias.
         scaling: as for the layer's LoRA.
     """
 
@@ -156,7 +158,7 @@ class Add:
 
     def apply(self, weight: torch.Tensor, read: ReadFactor) -> torch.Tensor:
         """See `Change.apply`."""
-        return read(self.term).mul_(self.scaling).add_(weight)
+        return read(self.term).view(weight.shape).mul_(self.scaling).add_(weight)
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,35 @@ class ReplaceRows:
     def apply(self, weight: torch.Tensor, read: ReadFactor) -> torch.Tensor:
         """See `Change.apply`."""
         return weight.to(torch.float32, copy=True).index_copy_(0, torch.tensor(self.indices), read(self.rows))
+
+
+@dataclass(frozen=True)
+class AddAt:
+    """SHiRA (arXiv:2406.13175): values added at single places of the weight.
+
+    Attributes:
+        values: key of the values [places].
+        places: key of their rows and columns, whole numbers [2, places].
+    """
+
+    values: str
+    places: str
+
+    def apply(self, weight: torch.Tensor, read: ReadFactor) -> torch.Tensor:
+        """See `Change.apply`.
+
+        Raises:
+            InputError: a place is outside the weight.
+        """
+        places = read(self.places).long()
+        size = torch.tensor(weight.shape).view(2, 1)
+        if bool((places < 0).any()) or bool((places >= size).any()):
+            raise InputError("places are outside the layer's weight", where=self.places, mend=_OTHER_BASE)
+        delta = torch.sparse_coo_tensor(places, read(self.values), weight.shape)
+        return weight.to(torch.float32, copy=True).add_(delta)
+
+
+_OTHER_BASE = "give the base that the adapter was trained on"
 
 
 def _as_stored(delta: torch.Tensor, transposed: bool) -> torch.Tensor:

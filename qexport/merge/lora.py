@@ -10,7 +10,9 @@ from pydantic import Field
 
 from qexport.merge.adapter import MERGE_WITH_PEFT, AdapterOptions
 from qexport.merge.changes import Add, LowRank, SingularValues, WeightDecomposed
+from qexport.merge.parameters import plan_parameters, targeted_parameters
 from qexport.merge.plan import MergePlan
+from qexport.merge.stored import PREFIX
 from qexport.merge.targets import Module, suffix_matches, targeted
 from qexport.merge.whole_tensors import plan_trainable_tokens, plan_whole_tensors
 
@@ -19,18 +21,17 @@ Alpha = Annotated[float, Field(allow_inf_nan=False)]
 
 TRAINING_OPTIONS = frozenset(
     {
-        "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out", "loftq_config", "lora_dropout",
-        "lora_ga_config", "megatron_core", "qalora_group_size",
+        "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out", "layer_replication", "loftq_config",
+        "lora_dropout", "lora_ga_config", "megatron_core", "qalora_group_size",
     }
 )  # fmt: skip
-"""Fields of LoRA and similar types that do not affect a merge. (fan_in_fan_out: PEFT too uses the kind of layer.)"""
+"""Fields of LoRA and similar types that do not affect a merge. (fan_in_fan_out: PEFT too uses the kind of layer;
+layer_replication: the base has the layers already, see `with_layers`.)"""
 
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _LEAVES_THE_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
 
 _REFUSED: Mapping[str, tuple[str, str]] = {
-    "target_parameters": ("qexport does not merge LoRA on bare parameters (experts of a mixture)", MERGE_WITH_PEFT),
-    "layer_replication": ("the adapter stacks the base's layers into another model", MERGE_WITH_PEFT),
     "monteclora_config": ("MonteCLoRA samples its weights", MERGE_WITH_PEFT),
     "kasa_config": ("KaSA truncates the base's weights before training", MERGE_WITH_PEFT),
     "use_bdlora": ("block-diagonal LoRA is stored in another shape", MERGE_WITH_PEFT),
@@ -61,6 +62,7 @@ class LoraOptions(AdapterOptions):
     rank_pattern: dict[str, Rank] | None = None
     alpha_pattern: dict[str, Alpha] | None = None
     init_lora_weights: bool | str | None = True
+    target_parameters: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 
 
@@ -69,14 +71,25 @@ def plan_lora(plan: MergePlan) -> None:
     options = LoraOptions.parse(plan.adapter.config)
     _refuse_variants(plan, options)
     plan.raise_refusals()
+    parameters = targeted_parameters(plan, options.target_parameters or ())
     # An adapter that only trains tokens or saves modules targets nothing; its target_modules is an empty list.
-    targets = [] if options.target_modules == [] else targeted(options, plan.base)
+    none = options.target_modules == [] or (options.target_modules is None and parameters)
+    targets = [] if none else [*targeted(options, plan.base)]
+    targets += _tied_head(plan, targets)
     plan_whole_tensors(plan, options, targets)
-    ranks = _by_module(options.rank_pattern, options.r, targets, "rank_pattern")
-    alphas = _by_module(options.alpha_pattern, options.lora_alpha, targets, "alpha_pattern")
+    ranks = _by_module(options.rank_pattern, options.r, [*targets, *parameters], "rank_pattern")
+    alphas = _by_module(options.alpha_pattern, options.lora_alpha, [*targets, *parameters], "alpha_pattern")
+    plan_parameters(plan, parameters, ranks, alphas, root=options.use_rslora)
     for path in targets:
         _plan_module(plan, path, options, ranks[path], alphas[path])
     plan_trainable_tokens(plan, options.trainable_token_indices, wrapped=set(targets))
+
+
+def _tied_head(plan: MergePlan, targets: list[str]) -> list[str]:
+    """The head, if `ensure_weight_tying` gave it the embedding's factors, which PEFT stores for both."""
+    base, held = plan.base, f"{PREFIX}{plan.base.head}.lora_A.weight" in plan.adapter.file.specs()
+    tied = base.structure.tied and plan.adapter.config.get("ensure_weight_tying") and base.embedding in targets
+    return [base.head] if tied and held and base.head not in targets else []
 
 
 def _refuse_variants(plan: MergePlan, options: LoraOptions) -> None:

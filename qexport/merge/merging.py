@@ -1,9 +1,9 @@
-"""Merges an adapter into a base, lazily: everything is checked first, tensors are merged when they are read."""
+"""Merges adapters into a base, lazily: everything is checked first, tensors are merged when they are read."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -11,12 +11,17 @@ from typing import Any
 import torch
 
 from qexport.architectures.architecture import Checkpoint
-from qexport.errors import InputError, NumericalError
+from qexport.errors import InputError, NumericalError, RecipeError
 from qexport.merge import MergeSettings
 from qexport.merge.adapter import CONFIG_FILE, Adapter, read_adapter
 from qexport.merge.changes import Change, ReadFactor
+from qexport.merge.combining import combined
+from qexport.merge.ends import refuse_unknown_rows, trained_tokens, untied, with_vocabulary
 from qexport.merge.plan import MergePlan
-from qexport.merge.targets import describe_base
+from qexport.merge.replication import with_layers
+from qexport.merge.targets import describe_base, ends_with
+from qexport.merge.trained_base import as_trained
+from qexport.merge.training_evidence import training_evidence
 from qexport.merge.types import planner
 from qexport.progress import Notice, ProgressCallback, silent
 from qexport.tensors.source import Origin, TensorSpec, WeightSource, is_finite
@@ -31,6 +36,10 @@ class MergedAdapter:
         folder: where it is on this machine.
         origin: where the adapter came from.
         changed: the tensors of the base that it changes, in the base's order.
+        tokens: those that it names as trained one by one.
+        tensors: its tensors, named as PEFT names them.
+        config: what stands for its adapter_config.json: without the targets that it has no tensors for, or of a
+            combination; None for the file's.
         notes: the notices for the user, for example that the adapter names another base.
     """
 
@@ -38,6 +47,9 @@ class MergedAdapter:
     folder: Path
     origin: Origin
     changed: tuple[str, ...]
+    tokens: frozenset[int]
+    tensors: WeightSource
+    config: Mapping[str, Any] | None
     notes: tuple[str, ...]
 
 
@@ -49,7 +61,7 @@ class Merged:
         checkpoint: the base's configuration with the merged dtype, its files, and the merged tensors.
         unrounded: the same in float32: what the tensors are before they are rounded.
         adapter: None if the recipe has none.
-        base: the model without the adapter.
+        base: the model without the adapter, with the weights that the adapter was merged into.
     """
 
     checkpoint: Checkpoint
@@ -77,29 +89,99 @@ def merge(
 
     Raises:
         InputError: the adapter is malformed, holds NaN or Inf, or was made for another base.
-        CompatibilityError: its type, a variant, or a module that it changes cannot be merged.
+        CompatibilityError: its type, a variant, or a module that it changes cannot be merged; or training cannot have
+            quantized this base as the settings say.
+        RecipeError: the settings name the base of a training, and there is no adapter.
     """
     if adapter is None:
+        if settings.base == "as_trained":
+            raise RecipeError(
+                "nothing was trained: load.adapter names no adapter", where="merge.base", mend="remove it"
+            )
         return _merged(checkpoint, {}, _no_factors, settings, None)
     if adapter_origin is None:
         raise ValueError("an adapter needs its origin")
-    return _merge_adapter(checkpoint, read_adapter(adapter), settings, adapter_origin, progress)
+    found = read_adapter(adapter)
+    config = found.config if found.untrained else None
+    notes = _notes(checkpoint, found, settings)
+    return _merge_adapter(checkpoint, found, settings, adapter_origin, progress, notes=notes, config=config)
+
+
+def merge_several(
+    checkpoint: Checkpoint,
+    adapters: Sequence[tuple[Path, float]],
+    settings: MergeSettings,
+    *,
+    origin: Origin,
+    progress: ProgressCallback = silent,
+) -> Merged:
+    """Merges a combination of LoRA adapters into a base, as `merge` does one.
+
+    Args:
+        checkpoint: the base, in 16 or 32 bits.
+        adapters: their folders, each with its weight.
+        settings: the recipe's `merge`.
+        origin: where the combination came from.
+        progress: gets a `Notice` for everything that is recorded in `MergedAdapter.notes`.
+
+    Raises:
+        InputError: as for `merge`.
+        CompatibilityError: as for `merge`, or an adapter cannot be combined with others.
+    """
+    read = [read_adapter(folder) for folder, _ in adapters]
+    notes = [f"{each.folder.name}: {note}" for each in read for note in _notes(checkpoint, each, settings)]
+    one = combined(read, [weight for _, weight in adapters], settings, describe_base(checkpoint))
+    weights = ", ".join(f"{each.folder.name} {weight:g}" for each, (_, weight) in zip(read, adapters, strict=True))
+    notes.append(f"{len(read)} adapters are combined ({settings.combination}): {weights}")
+    return _merge_adapter(checkpoint, one, settings, origin, progress, notes=notes, config=one.config)
 
 
 def _merge_adapter(
-    checkpoint: Checkpoint, adapter: Adapter, settings: MergeSettings, origin: Origin, progress: ProgressCallback
+    checkpoint: Checkpoint,
+    adapter: Adapter,
+    settings: MergeSettings,
+    origin: Origin,
+    progress: ProgressCallback,
+    *,
+    notes: Sequence[str],
+    config: Mapping[str, Any] | None,
 ) -> Merged:
-    notes = tuple(_notes(checkpoint, adapter, settings))
-    plan = MergePlan(adapter, describe_base(checkpoint))
-    planner(adapter.peft_type)(plan)
-    notes += tuple(_absent_modules(plan))
+    if settings.trained_on is not None:
+        checkpoint = as_trained(checkpoint, settings.trained_on)
+    original = checkpoint
+    checkpoint = with_vocabulary(with_layers(checkpoint, adapter.config), adapter)
+    plan, checkpoint = _planned(checkpoint, adapter)
+    refuse_unknown_rows(plan, original)
+    notes = (*notes, *_notes_on_base(original, checkpoint), *_absent_modules(plan), *_untrained_modules(plan))
     changes = plan.checked_changes()
     plan.check_finite()
     for note in notes:
         progress(Notice(note))
     changed = tuple(name for name in plan.base.weights if name in changes)
-    described = MergedAdapter(adapter.peft_type, adapter.folder, origin, changed, notes)
+    tokens = frozenset(trained_tokens(adapter.config))
+    described = MergedAdapter(adapter.peft_type, adapter.folder, origin, changed, tokens, adapter.file, config, notes)
     return _merged(checkpoint, changes, adapter.read, settings, described)
+
+
+def _planned(checkpoint: Checkpoint, adapter: Adapter) -> tuple[MergePlan, Checkpoint]:
+    """The plan, and the base that it is for: one with a head of its own where the adapter parts tied ends."""
+    plan = MergePlan(adapter, describe_base(checkpoint))
+    planner(adapter.peft_type)(plan)
+    if not plan.parts_ends:
+        return plan, checkpoint
+    plan.raise_refusals()
+    return _planned(untied(checkpoint), adapter)
+
+
+def _notes_on_base(base: Checkpoint, trained: Checkpoint) -> Iterator[str]:
+    """A note for each way in which the base got other ends or layers than it had."""
+    was, now = base.architecture.structure, trained.architecture.structure
+    if was.vocab_size != now.vocab_size:
+        yield f"the adapter was trained with {now.vocab_size} tokens in the embedding, the base has {was.vocab_size}"
+    if was.tied and not now.tied:
+        yield "the adapter changes the tied embedding and head differently, so the merged model has both"
+    if len(was.blocks) != len(now.blocks):
+        yield f"the adapter was trained on {len(now.blocks)} layers, repeated from the base's {len(was.blocks)}"
 
 
 def _notes(checkpoint: Checkpoint, adapter: Adapter, settings: MergeSettings) -> list[str]:
@@ -110,7 +192,21 @@ def _notes(checkpoint: Checkpoint, adapter: Adapter, settings: MergeSettings) ->
             where=f"{CONFIG_FILE}: base_model_name_or_path",
             mend="give that base, or remove merge.strict_base for a warning only",
         )
-    return [*([other] if other else []), *other_files(adapter.folder, checkpoint)]
+    trained = [] if settings.base == "as_trained" else quantized_training(adapter, checkpoint)
+    return [*([other] if other else []), *trained]
+
+
+def quantized_training(adapter: Adapter, checkpoint: Checkpoint) -> list[str]:
+    """A note if the adapter's folder says that its base was quantized in training, and the given one is not."""
+    found = training_evidence(adapter.folder, adapter.config)
+    if not found.words or checkpoint.origin.read_as is not None:
+        return []
+    set_it = f"set merge.base: as_trained and merge.trained_on: {found.settings}; " if found.four_bit else ""
+    return [
+        f"the adapter was trained on a quantized base ({'; '.join(found.words)}) and is merged onto the stored "
+        f"weights, which is safe for every method; to reproduce the trained model at 16 bits, int8 or GPTQ, {set_it}"
+        "docs/merging.md says which to choose"
+    ]
 
 
 def _merged(
@@ -132,6 +228,16 @@ def _merged(
     return Merged(rounded, unrounded, adapter, base)
 
 
+def _untrained_modules(plan: MergePlan) -> Iterator[str]:
+    """A note for each name in target_modules for which the adapter has no tensors.
+
+    PEFT leaves such modules as they are, unless training began with random factors.
+    """
+    for name in plan.adapter.untrained:
+        if any(ends_with(path, [name]) for path in plan.base.modules):
+            yield f"the adapter has no tensors for {name}, which its target_modules names: it stays as in the base"
+
+
 def _absent_modules(plan: MergePlan) -> Iterator[str]:
     """A note for each name in modules_to_save that no module has. PEFT ignores these, and adds some itself."""
     for name in plan.adapter.config.get("modules_to_save") or ():
@@ -143,7 +249,9 @@ def _no_factors(key: str) -> torch.Tensor:
     raise LookupError(key)
 
 
-_QUANTIZATION = re.compile(r"[.-](i?q\d\w*|bf16|f16|f32)$", re.IGNORECASE)
+_QUANTIZATION = re.compile(
+    r"[._-](i?q\d\w*|bf16|f16|f32|(unsloth-)?bnb-[48]bit|[2-8]bit|int[48]|fp8|nf4|gptq|awq)$", re.IGNORECASE
+)
 
 
 def other_base(config: Mapping[str, Any], base_name: str) -> str | None:
@@ -156,17 +264,14 @@ def other_base(config: Mapping[str, Any], base_name: str) -> str | None:
     return f"the adapter was made for {_last_component(named)}, the base is {_last_component(base_name)}"
 
 
-def other_files(adapter: Path, checkpoint: Checkpoint) -> Iterator[str]:
-    """A note for each tokenizer file beside the adapter that differs from the base's, which is the one that is used."""
-    for name, content in checkpoint.files.items():
-        beside = adapter / name
-        if beside.is_file() and beside.read_bytes() != content:
-            yield f"the adapter's folder has another {name} than the base; the base's is used"
-
-
 def _plain_name(name: str) -> str:
-    """`pkg/SmolLM2-135M-Instruct.Q4_1.gguf` and `HuggingFaceTB/SmolLM2-135M-Instruct` are the same model."""
-    return _QUANTIZATION.sub("", _last_component(name).lower().removesuffix(".gguf"))
+    """`pkg/SmolLM2-135M-Instruct.Q4_1.gguf`, `HuggingFaceTB/SmolLM2-135M-Instruct` and
+    `unsloth/SmolLM2-135M-Instruct-bnb-4bit` are the same model.
+    """
+    plain = _last_component(name).lower().removesuffix(".gguf")
+    while plain != (plain := _QUANTIZATION.sub("", plain)):  # -GPTQ-Int4
+        pass
+    return plain
 
 
 def _last_component(name: str) -> str:

@@ -9,18 +9,15 @@ import torch
 
 from qexport.architectures.families import family, matching
 from qexport.errors import CompatibilityError, InputError, listed
-from qexport.merge.adapter import MERGE_WITH_PEFT, PREFIX, Adapter
-from qexport.merge.changes import Change, Replace, ReplaceRows
+from qexport.merge.adapter import MERGE_WITH_PEFT, Adapter
+from qexport.merge.changes import Change, LowRank, Replace, ReplaceRows
+from qexport.merge.stored import PREFIX
 from qexport.merge.targets import BaseModel
 from qexport.tensors.source import is_finite
 
 _MAX_NAMED = 4
 """The most tensors with the same fault that a message names."""
 
-_UNTIE = (
-    "untie the base: load it with tie_word_embeddings=False, copy the embedding into the head, save it, and give "
-    "that folder as load.base with this adapter"
-)
 _RESIZE = (
     "resize the base's embeddings as they were in training (resize_token_embeddings), save it and give it as load.base"
 )
@@ -36,6 +33,7 @@ class MergePlan:
         changes: the steps for each tensor of the base, in their order, by its path in the model (the matrix of an
             expert by its name in the files).
         expected: the shape of each tensor that the adapter must hold, by its key.
+        integers: those of them that hold whole numbers, for example places in a matrix.
         incompatible: reasons why this adapter and this model must not be merged, each with what to do about it.
     """
 
@@ -43,15 +41,18 @@ class MergePlan:
     base: BaseModel
     changes: dict[str, list[Change]] = field(default_factory=dict)
     expected: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    integers: set[str] = field(default_factory=set)
     incompatible: dict[str, str] = field(default_factory=dict)
 
     def factor(self, module: str, name: str, shape: tuple[int, ...]) -> str:
         """Requires the adapter's tensor `name` of a module, and returns its key."""
         return self.tensor(f"{PREFIX}{module}.{name}", shape)
 
-    def tensor(self, key: str, shape: tuple[int, ...]) -> str:
-        """Requires a tensor of the adapter by its key, and returns the key."""
+    def tensor(self, key: str, shape: tuple[int, ...], *, integer: bool = False) -> str:
+        """Requires a tensor of the adapter by its key, and returns the key; `integer`, if it holds whole numbers."""
         self.expected[key] = shape
+        if integer:
+            self.integers.add(key)
         return key
 
     def change(self, weight: str, change: Change) -> None:
@@ -85,10 +86,10 @@ class MergePlan:
         """The changes to the tensors of the checkpoint's files, after every check that headers allow.
 
         Raises:
-            CompatibilityError: a module must not be adapted, or tied embeddings would differ.
+            CompatibilityError: a module must not be adapted.
             InputError: the adapter's tensors are not those that its configuration requires for this base.
         """
-        self._check_tied()
+        self._join_tied()
         self._check_experts()
         self.raise_refusals()
         self._check_tensors()
@@ -96,22 +97,31 @@ class MergePlan:
             raise InputError(f"the adapter {self.adapter.folder.name} changes nothing", mend="remove load.adapter")
         return {self._file_name(path): tuple(steps) for path, steps in self.changes.items()}
 
-    def _check_tied(self) -> None:
-        """Accepts equal changes of a tied embedding and head as one change of the embedding; refuses any other."""
+    @property
+    def parts_ends(self) -> bool:
+        """Whether embedding and head are tied, and the adapter would change them differently."""
         if not self.base.structure.tied:
-            return
-        embedding, head = f"{self.base.embedding}.weight", f"{self.base.head}.weight"
-        at_head = self.changes.pop(head, [])
-        match self.changes.get(embedding, []), at_head:
-            case ([], []) | ([ReplaceRows()], []):
-                return
-            case [ReplaceRows() as one], [ReplaceRows() as other] if one.indices == other.indices:
-                if self._equal(one.rows, other.rows):
-                    return
-            case [Replace() as one], [Replace() as other]:
-                if self._equal(one.tensor, other.tensor):
-                    return
-        self.refuse(f"{embedding} and {head} are tied, and the adapter would change them differently", _UNTIE)
+            return False
+        embedding, head = (self.changes.get(f"{end}.weight", []) for end in (self.base.embedding, self.base.head))
+        if not head:  # PEFT ties trained rows of the embedding to the head
+            return not all(isinstance(change, ReplaceRows) for change in embedding)
+        return len(embedding) != len(head) or not all(map(self._alike, embedding, head))
+
+    def _alike(self, one: Change, other: Change) -> bool:
+        match one, other:
+            case (ReplaceRows(), ReplaceRows()):
+                return one.indices == other.indices and self.equal(one.rows, other.rows)
+            case (Replace(), Replace()):
+                return self.equal(one.tensor, other.tensor)
+            case (LowRank(transposed=True), LowRank(transposed=False)) if one.scaling == other.scaling:
+                return self.equal(one.a, other.b, transposed=True) and self.equal(one.b, other.a, transposed=True)
+        return False
+
+    def _join_tied(self) -> None:
+        """Takes equal changes of a tied embedding and head as one change of the embedding."""
+        if self.base.structure.tied:
+            assert not self.parts_ends
+            self.changes.pop(f"{self.base.head}.weight", None)
 
     def _check_experts(self) -> None:
         for path in self.changes:
@@ -121,9 +131,12 @@ class MergePlan:
     def _file_name(self, path: str) -> str:
         return self.base.naming.files.get(path, path)
 
-    def _equal(self, one: str, other: str) -> bool:
-        specs = self.adapter.file.specs()
-        return one in specs and specs[one] == specs.get(other) and torch.equal(*map(self.adapter.read, (one, other)))
+    def equal(self, one: str, other: str, *, transposed: bool = False) -> bool:
+        """Whether the adapter has two tensors, and they have the same values; `transposed`, if one is turned round."""
+        if not {one, other} <= self.adapter.file.specs().keys():
+            return False
+        first, second = map(self.adapter.read, (one, other))
+        return torch.equal(first.t() if transposed else first, second)
 
     def _check_tensors(self) -> None:
         specs, expected = self.adapter.file.specs(), self.expected
@@ -132,7 +145,9 @@ class MergePlan:
             "missing": [key for key in expected if key not in specs],
             "not targeted by its configuration": [key for key in specs if key not in expected],
             "of another shape": [f"{key} {list(specs[key].shape)}, not {list(expected[key])}" for key in misshapen],
-            "not of floating point": [key for key, spec in specs.items() if not spec.dtype.is_floating_point],
+            "not of floating point": [
+                key for key, spec in specs.items() if not spec.dtype.is_floating_point and key not in self.integers
+            ],
             "without their weight in the base": [
                 name for name in self.changes if self._file_name(name) not in self.base.weights
             ],

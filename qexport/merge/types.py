@@ -1,15 +1,18 @@
-"""The types of adapters: how each is merged, or why it is refused. (IA)^3, VeRA and LN tuning are here."""
+"""The types of adapters: how each is merged, or why it is refused. (IA)^3, VeRA, LN tuning, SHiRA and BEFT are here."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import ClassVar
 
 from qexport.errors import CompatibilityError, InputError
 from qexport.merge.adapter import MERGE_WITH_PEFT, AdapterOptions
-from qexport.merge.changes import Replace, Scale, SharedProjections
+from qexport.merge.changes import Add, AddAt, Replace, Scale, SharedProjections
 from qexport.merge.lora import Rank, plan_adalora, plan_lora
 from qexport.merge.plan import MergePlan
+from qexport.merge.shared_layers import plan_shared_layers
+from qexport.merge.stored import PREFIX
 from qexport.merge.targets import full_matches, targeted
 from qexport.merge.through_peft import plan_through_peft
 from qexport.merge.whole_tensors import plan_token_adapter, plan_whole_tensors
@@ -102,6 +105,62 @@ def plan_ln_tuning(plan: MergePlan) -> None:
             plan.change(f"{path}.{name}", Replace(plan.factor(path, f"ln_tuning_layers.{name}", shape)))
 
 
+class ShiraOptions(AdapterOptions):
+    """Options of SHIRA that a merge depends on. The rank gives only the number of values."""
+
+    without_effect: ClassVar[frozenset[str]] = frozenset({"fan_in_fan_out", "init_weights", "mask_type", "random_seed"})
+
+    r: Rank = 32
+
+
+def plan_shira(plan: MergePlan) -> None:
+    """Plans the merge of a SHIRA adapter."""
+    options = ShiraOptions.parse(plan.adapter.config)
+    targets = targeted(options, plan.base)
+    plan_whole_tensors(plan, options, targets)
+    for path in targets:
+        module = plan.base.modules[path]
+        if module.kind != "linear":
+            plan.refuse(f"{path}: SHiRA on a layer that is not linear", MERGE_WITH_PEFT)
+            continue
+        plan.refuse_unmergeable(path)
+        places = options.r * (module.inputs + module.outputs)
+        values = plan.factor(path, "shira_weight", (places,))
+        indices = plan.tensor(f"{PREFIX}{path}.shira_indices", (2, places), integer=True)
+        plan.change(f"{path}.weight", AddAt(values, indices))
+
+
+class BeftOptions(AdapterOptions):
+    """Options of BEFT that a merge depends on."""
+
+    without_effect: ClassVar[frozenset[str]] = frozenset({"init_weights"})
+
+
+def plan_beft(plan: MergePlan) -> None:
+    """Plans the merge of a BEFT adapter, which adds a vector to what a layer computes: to its bias."""
+    options = BeftOptions.parse(plan.adapter.config)
+    targets = targeted(options, plan.base)
+    plan_whole_tensors(plan, options, targets)
+    for path in targets:
+        module = plan.base.modules[path]
+        if not module.has_bias:
+            plan.refuse(
+                f"{path}: BEFT adds to the layer's bias, and this base has none there",
+                "train a LoRA adapter instead, or remove load.adapter and serve the adapter beside the model",
+            )
+            continue
+        plan.refuse_unmergeable(path)
+        plan.change(f"{path}.bias", Add(plan.factor(path, "beft_bias", (1, module.outputs)), 1.0))
+
+
+def plan_boft(plan: MergePlan) -> None:
+    """Plans the merge of a BOFT adapter."""
+    if any(key.endswith(".boft_R") and spec.shape[0] > 1 for key, spec in plan.adapter.file.specs().items()):
+        plan.refuse("boft_n_butterfly_factor: PEFT multiplies several factors only with a CUDA kernel", MERGE_WITH_PEFT)
+        plan.raise_refusals()
+    plan_through_peft(plan)
+
+
 Planner = Callable[[MergePlan], None]
 
 PLANNERS: Mapping[str, Planner] = {
@@ -111,8 +170,19 @@ PLANNERS: Mapping[str, Planner] = {
     "LN_TUNING": plan_ln_tuning,
     "TRAINABLE_TOKENS": plan_token_adapter,
     "VERA": plan_vera,
-    **dict.fromkeys(("C3A", "FOURIERFT", "HRA", "LOHA", "LOKR", "MISS", "OFT"), plan_through_peft),
-}
+    "BEFT": plan_beft,
+    "BOFT": plan_boft,
+    "SHIRA": plan_shira,
+    "ROAD": partial(plan_through_peft, biases=True),
+    **dict.fromkeys(
+        (
+            "C3A", "DEFT", "DELORA", "FOURIERFT", "GRALORA", "HIRA", "HRA", "LOHA", "LOKR", "MISS", "OFT",
+            "PEANUT", "SUPERTUNING", "WAVEFT",
+        ),
+        plan_through_peft,
+    ),
+    **dict.fromkeys(("PVERA", "RANDLORA", "TINYLORA", "VBLORA"), plan_shared_layers),
+}  # fmt: skip
 """How each type that can be merged is planned."""
 
 _VIRTUAL_TOKENS = "it puts learned vectors before the input or into the attention's cache, and changes no weight"
@@ -121,24 +191,31 @@ UNMERGEABLE: Mapping[str, str] = {
     "ADAPTION_PROMPT": "it adds gated attention over learned prompts, which no weight of the base can express",
     "CARTRIDGE": _VIRTUAL_TOKENS,
     "CPT": _VIRTUAL_TOKENS,
+    "LILY": "a router mixes its factors differently for each token",
     "MULTITASK_PROMPT_TUNING": _VIRTUAL_TOKENS,
     "P_TUNING": _VIRTUAL_TOKENS,
     "POLY": "it mixes its adapters differently for each task",
     "PREFIX_TUNING": _VIRTUAL_TOKENS,
     "PROMPT_TUNING": _VIRTUAL_TOKENS,
+    "SHADOW": "a second network beside the model feeds its layers",
     "XLORA": "it mixes its adapters differently for each token",
 }
 """Why other types cannot be merged, by any tool."""
 
-LEFT_TO_PEFT = frozenset(
-    {
-        "ADAMSS", "BEFT", "BOFT", "BONE", "DEFT", "DELORA", "FROD", "GLORA", "GRALORA", "HIRA", "LILY", "OSF",
-        "PEANUT", "PSOFT", "PVERA", "RANDLORA", "ROAD", "SHADOW", "SHIRA", "SUPERTUNING", "TINYLORA", "UNILORA",
-        "VBLORA", "WAVEFT",
-    }
-)  # fmt: skip
-"""Types that qexport leaves to PEFT: their layers share state, or no user has requested them. BOFT compiles a CUDA
-extension for each layer that it wraps, and computes something else if that fails."""
+_SPLIT = "it splits the base's weights by their singular values when it wraps them, and stores only what it trained"
+
+LEFT_TO_PEFT: Mapping[str, str] = {
+    "ADAMSS": f"{_SPLIT}, grouped with scikit-learn",
+    "FROD": "its bases come from a decomposition of all layers' weights at once",
+    "GLORA": "it adds biases that depend on the layers' weights",
+    "OSF": _SPLIT,
+    "PSOFT": _SPLIT,
+    "UNILORA": "it draws the places of its values from a seed, layer after layer",
+}
+"""Types that PEFT merges with the whole model in memory, and why qexport does not, block by block."""
+
+GONE: Mapping[str, str] = {"BONE": "MISS"}
+"""Types that PEFT no longer has, and what took their place."""
 
 
 def planner(peft_type: str) -> Planner:
@@ -158,7 +235,14 @@ def planner(peft_type: str) -> Planner:
             mend="train a LoRA adapter instead, or remove load.adapter and serve the adapter beside the model",
         )
     if peft_type in LEFT_TO_PEFT:
-        raise CompatibilityError(f"qexport does not merge {peft_type}", where=where, mend=MERGE_WITH_PEFT)
+        reason = f"qexport does not merge {peft_type}: {LEFT_TO_PEFT[peft_type]}"
+        raise CompatibilityError(reason, where=where, mend=MERGE_WITH_PEFT)
+    if peft_type in GONE:
+        raise CompatibilityError(
+            f"{peft_type} is no longer in PEFT, which has {GONE[peft_type]} instead",
+            where=where,
+            mend=f"with the version of PEFT that trained it, {MERGE_WITH_PEFT}",
+        )
     raise InputError(
         f"unknown type of adapter: {peft_type!r}", where=where, mend=f"known types are {', '.join(sorted(PLANNERS))}"
     )

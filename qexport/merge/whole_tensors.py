@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from qexport.errors import CompatibilityError, InputError
-from qexport.merge.adapter import MERGE_WITH_PEFT, PREFIX, AdapterOptions
+from qexport.merge.adapter import MERGE_WITH_PEFT, AdapterOptions
 from qexport.merge.changes import Replace, ReplaceRows
 from qexport.merge.plan import MergePlan
+from qexport.merge.stored import PREFIX
 from qexport.merge.targets import saved, targeted
 
 
@@ -18,17 +19,36 @@ def plan_whole_tensors(plan: MergePlan, options: AdapterOptions, targets: list[s
     for module in modules:
         for name, shape in plan.base.modules[module].tensors.items():
             plan.change(f"{module}.{name}", Replace(plan.factor(module, name, shape)))
+            _expect_copies(plan, module, name, shape)
     _plan_embedding_copies(plan, set(targets), set(modules))
     _plan_biases(plan, options.bias, set(targets), set(modules))
 
 
+def _expect_copies(plan: MergePlan, module: str, name: str, shape: tuple[int, ...]) -> None:
+    """Beside a saved embedding of another size PEFT stores it once more, and as it was before the training."""
+    trained, original = (f"{PREFIX}{module}.{kind}.{name}" for kind in ("modules_to_save", "original_module"))
+    for key in (trained, original):
+        if key in plan.adapter.file.specs():
+            plan.tensor(key, shape)
+    if trained in plan.expected and not plan.equal(trained, f"{PREFIX}{module}.{name}"):
+        raise InputError(
+            f"the adapter {plan.adapter.folder.name} holds two versions of {module}.{name}",
+            where=f"{trained} and {PREFIX}{module}.{name}",
+            mend="save it once more with PEFT's save_pretrained",
+        )
+
+
 def _plan_embedding_copies(plan: MergePlan, targets: set[str], modules: set[str]) -> None:
     """PEFT's save_embedding_layers stores the base's embeddings too; those replace the base's."""
-    for end in (plan.base.embedding, plan.base.head):
-        name = "base_layer.weight" if end in targets else "weight"
-        if end not in modules and f"{PREFIX}{end}.{name}" in plan.adapter.file.specs():
-            shape = plan.base.modules[end].tensors["weight"]
-            plan.change(f"{end}.weight", Replace(plan.factor(end, name, shape)))
+    for end in dict.fromkeys((plan.base.embedding, plan.base.head)):
+        if end in modules:
+            continue
+        inner = "base_layer." if end in targets else ""
+        for kind, shape in plan.base.modules[end].tensors.items():
+            for name in (f"{inner}{kind}", f"token_adapter.base_layer.{kind}"):
+                if f"{PREFIX}{end}.{name}" in plan.adapter.file.specs():
+                    plan.change(f"{end}.{kind}", Replace(plan.factor(end, name, shape)))
+            _expect_copies(plan, end, kind, shape)
 
 
 def _plan_biases(plan: MergePlan, bias: str, targets: set[str], modules: set[str]) -> None:
@@ -63,6 +83,7 @@ def plan_token_adapter(plan: MergePlan) -> None:
     modules = [plan.base.embedding] if options.target_modules is None else targeted(options, plan.base)
     if structure.tied and f"{PREFIX}{plan.base.head}.{_DELTA}" in plan.adapter.file.specs():
         modules = list(dict.fromkeys([*modules, plan.base.head]))  # PEFT ties the head's rows and stores them too
+    _plan_embedding_copies(plan, set(modules), set())
     for module in modules:
         _plan_rows(plan, module, _DELTA, options.token_indices)
 
@@ -91,6 +112,17 @@ def plan_trainable_tokens(
                 plan.refuse(f"{module}: an adapter and trainable tokens on the same embedding", MERGE_WITH_PEFT)
             elif not _follows_embedding(plan, module, suffix, by_name):
                 _plan_rows(plan, module, f"token_adapter.{_DELTA}", tokens)
+    _plan_tied_rows(plan, by_name)
+
+
+def _plan_tied_rows(plan: MergePlan, by_name: Mapping[str, list[int]]) -> None:
+    """The rows of a tied head, which PEFT stores once more where it stores whole embeddings."""
+    name, head = f"token_adapter.{_DELTA}", plan.base.head
+    if not plan.base.structure.tied or f"{PREFIX}{head}.{name}" not in plan.adapter.file.specs():
+        return
+    tokens = next((tokens for suffix, tokens in by_name.items() if plan.base.embedding.endswith(suffix)), None)
+    if tokens and f"{PREFIX}{head}.{name}" not in plan.expected:
+        _plan_rows(plan, head, name, tokens)
 
 
 def _follows_embedding(plan: MergePlan, module: str, suffix: str, by_name: Mapping[str, list[int]]) -> bool:

@@ -160,11 +160,13 @@ def _refuse_beyond(stages: Mapping[str, int], max_memory: str | None, what: str,
 
 def _parked(sizes: RunSizes) -> float:
     """The inputs of a block's groups and its hidden states, for each pause, and two files of hidden states from which a
-    run goes on; nothing without calibration.
+    run goes on, all but experts' inputs once more in full precision; nothing without calibration.
     """
     inputs = dict.fromkeys((linear.in_features, linear.expert) for linear in sizes.linears)
     used = sizes.experts * sizes.share
     values = sum(width * (used if expert else 1) + sizes.hidden for width, expert in inputs)
+    if sizes.streams == 2:
+        values += sum(width for width, expert in inputs if not expert) + 3 * sizes.hidden
     return sizes.calibration * sizes.bytes_ * (values + 2 * sizes.hidden)
 
 

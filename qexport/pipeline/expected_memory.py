@@ -81,17 +81,20 @@ def _needs(sizes: RunSizes, chosen: Budget) -> dict[str, float]:
 
 
 def _quantizing(sizes: RunSizes, chosen: Budget) -> float:
-    """For GPTQ: the block, what the paused forwards keep, and the largest factorization or solution."""
+    """For GPTQ: the block, the hidden states that the paused forwards keep and those in full precision, and the largest
+    factorization or solution.
+    """
     tensor = sizes.bytes_ * max(sizes.counts.values())
     if not isinstance(sizes.method, Gptq | Mixed):
         return 1.3 * tensor + _ROUNDED * 4 * sizes.widest
-    kept = sizes.calibration * sizes.bytes_ * 3 * sizes.hidden
+    kept = sizes.calibration * sizes.bytes_ * (2 + sizes.streams) * sizes.hidden
     solved = 0.0
     for linear in sizes.linears:
         square, weights = 4 * linear.in_features**2, 4 * linear.in_features * sizes.sharing(linear)
         together = min(min(HESSIAN_BYTES, chosen.expert_hessians) - square, (sizes.experts - 1) * square)
         others = max(0.0, together) if linear.expert else 0.0
-        solved = max(solved, others + weights + max(_SQUARES * square, 2 * square + (_SOLVED - 1) * weights))
+        targets = 0 if linear.expert else 2 * (sizes.streams - 1) * weights
+        solved = max(solved, others + targets + weights + max(_SQUARES * square, 2 * square + (_SOLVED - 1) * weights))
     return max(tensor, sizes.block * sizes.bytes_ + solved) + kept
 
 

@@ -13,6 +13,8 @@ import torch
 
 from qexport.architectures.structure import LinearSpec
 from qexport.merge.merging import Merged
+from qexport.quantizing.gptq import Gptq
+from qexport.quantizing.gptq_pass import BATCH_TOKENS
 from qexport.quantizing.method import Method
 from qexport.tensors import GroupQuantizedSpec
 from qexport.text.formats import read_format_prompts
@@ -92,6 +94,8 @@ class RunSizes:
         self.vocabulary, self.hidden = structure.parameters[f"{structure.embedding}.weight"]
         self.head = self.vocabulary * self.hidden
         self.total = sum(self.counts.values())
+        in_blocks = sum(each.in_features * each.out_features for each in structure.block_linears)
+        self.recoded = in_blocks if merged.base.origin.read_as else 0  # weights that come from codes at each read
         self.blocks = {block: self._in(block) for block in structure.blocks}
         self.block = max(self.blocks.values())
         self.linears = structure.linears[max(self.blocks, key=lambda name: self.blocks[name])]
@@ -158,6 +162,12 @@ class RunSizes:
         """Calibration tokens."""
         settings = self.method.calibration_settings if self.method else None
         return settings.samples * settings.sequence_length if settings else 0
+
+    @property
+    def streams(self) -> int:
+        """How often the calibration text goes through the model: GPTQ may need it in full precision too."""
+        corrected = isinstance(self.method, Gptq) and self.method.gptaq_alpha > 0
+        return 2 if corrected and self.calibration > BATCH_TOKENS else 1
 
     @property
     def coded(self) -> int:

@@ -52,6 +52,9 @@ _MULTIPLIED: Final = 0.6
 _READ: Final = 3.4
 """Reading, checking and hashing a byte of the base."""
 
+_RECODED: Final = 9.0
+"""Finding the codes that a weight of the base had in training, and dequantizing them."""
+
 _WRITTEN: Final = 11.0
 """Writing, hashing and reading back a byte of the artifact."""
 
@@ -96,7 +99,8 @@ def processor_time(sizes: RunSizes, artifact: int, *, whole: bool) -> tuple[floa
 
 
 def _work(sizes: RunSizes, artifact: int, *, whole: bool) -> _Work:
-    work = _Work(single=_START + artifact * _WRITTEN + sizes.total * sizes.bytes_ * _READ)
+    base = sizes.total * sizes.bytes_ * _READ + sizes.recoded * _RECODED
+    work = _Work(single=_START + artifact * _WRITTEN + base)
     if isinstance(sizes.method, Gptq | Mixed):
         _gptq_work(sizes, work)
     else:
@@ -110,10 +114,12 @@ def _work(sizes: RunSizes, artifact: int, *, whole: bool) -> _Work:
 
 def _gptq_work(sizes: RunSizes, work: _Work) -> None:
     tokens, blocks = sizes.calibration, len(sizes.blocks)
-    work.products(2 * tokens * sizes.active + 4 * tokens * 512 * sizes.hidden * blocks)
+    work.products(sizes.streams * (2 * tokens * sizes.active + 4 * tokens * 512 * sizes.hidden * blocks))
     for linear in sizes.linears:
         square = linear.in_features**2
         used = sizes.share if linear.expert else 1.0
+        if sizes.streams == 2 and not linear.expert:
+            work.products(blocks * square * (tokens + 4 * linear.out_features))
         work.products(blocks * square * (used * tokens + 4 * linear.out_features + 0.6 * linear.in_features))
         work.single += blocks * square * linear.out_features / _GIGAFLOPS
     work.shared += sizes.coded * _SEARCHED + sum(grid.groups for grid in sizes.grids.values()) * _FITTED
@@ -139,7 +145,7 @@ def _verify_work(sizes: RunSizes, settings: VerifySettings, work: _Work, *, whol
     runs = 2 * tokens + (sizes.compared - 2) * rivals + (6 if sizes.adapter else 2) * PREPARED
     work.products(2 * runs * (sizes.active + sizes.head))
     work.shared += _COMPARED * sizes.vocabulary * (tokens + 2 * (sizes.compared - 2) * rivals)
-    model = sizes.total * (sizes.bytes_ * _READ + _CODED)  # read once, and its codes made weights
+    model = sizes.total * (sizes.bytes_ * _READ + _CODED) + sizes.recoded * _RECODED  # read once, from its codes
     work.single += (sizes.compared + 2) * model + sizes.total * _HELD
     passes = 1 if whole else _PASSES
     forwards = 2 * passes * sum(each.prompts * (each.tokens + 2 * each.new_tokens) for each in sizes.continued)

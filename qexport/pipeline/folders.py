@@ -165,8 +165,7 @@ def open_layout(
         digests=written.files,
         loaders=layout.readers,
     ) as opened:
-        chosen = [planned.chosen] if planned.chosen else []
-        notes = [*(merged.adapter.notes if merged.adapter else ()), *chosen, *layout.notes, *fallen]
+        notes = [*(merged.adapter.notes if merged.adapter else ()), *planned.protected.notes, *layout.notes, *fallen]
         yield LayoutFolder(opened, layout, written, notes)
 
 

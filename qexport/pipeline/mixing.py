@@ -177,8 +177,8 @@ def choose(
 
 
 def _or_alike(space: ChoiceSpace, allocation: Allocation, chosen: Sequence[int], allowed: int) -> Sequence[int]:
-    """The same option for all units, if it has no more bytes than are allowed and its loss is equal within the noise: at the size of uniform
-    bits there is next to nothing to gain.
+    """The same option for all units, if it has no more bytes than are allowed and its loss is equal within the noise.
+    At the size of uniform bits there is next to nothing to gain.
     """
     everywhere = [option for option in space.offered if all(option in options for options in space.options)]
     alike = [[options.index(option) for options in space.options] for option in everywhere]

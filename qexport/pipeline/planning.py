@@ -9,25 +9,36 @@ from pathlib import Path
 from typing import Any, Final
 
 from qexport.amounts import counted, size
+from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.devices import find_device
 from qexport.architectures.structure import Structure
 from qexport.artifact.baseline import BaselineRecord
+from qexport.errors import CompatibilityError
 from qexport.export.layouts import Layout, make_layouts
 from qexport.formats import Outputs
 from qexport.gates import Bounds
 from qexport.hidden_packages import hidden
 from qexport.loading import LoadSettings
-from qexport.loading.checkpoint import load_checkpoint, locate_adapter
+from qexport.loading.adapter_tokenizer import choose_tokenizer
+from qexport.loading.checkpoint import (
+    AdapterFolder,
+    combined_origin,
+    load_checkpoint,
+    locate_adapter,
+    locate_adapters,
+)
 from qexport.loading.small_files import open_tokenizer
 from qexport.merge import MergeSettings
-from qexport.merge.merging import Merged, merge
+from qexport.merge.merging import Merged, merge, merge_several
+from qexport.pipeline.adapter_survival import Protected, SampledSurvival, protect, refuse_same_grid, sampled_survival
 from qexport.pipeline.baseline import read_baseline
 from qexport.pipeline.choice_space import ChoiceSpace, Option, choice_space
 from qexport.pipeline.expectations import Expected, expect
 from qexport.pipeline.layer_types import LayerType, layer_types, type_lines
 from qexport.pipeline.runtimes import check_runtimes, refuse_full_context, refuse_homeless, refuse_only_endpoints
 from qexport.pipeline.texts import check_small_files, read_evaluation, refuse_long_windows
-from qexport.progress import ProgressCallback, silent
+from qexport.progress import Notice, ProgressCallback, silent
+from qexport.quantizing.method import Method
 from qexport.quantizing.mixed import Mixed
 from qexport.recipe import Recipe
 from qexport.verifying.tasks.planned import PlannedTask, planned_tasks
@@ -38,13 +49,45 @@ _FILES_SHOWN: Final = 2
 def load_merged(load: LoadSettings, merging: MergeSettings, *, progress: ProgressCallback) -> Merged:
     """The merged model. Only headers of the base have been read."""
     checkpoint, adapter = load_checkpoint(load, progress=progress), locate_adapter(load, progress=progress)
-    return merge(
-        checkpoint,
-        adapter.path if adapter else None,
-        merging,
-        adapter_origin=adapter.origin if adapter else None,
-        progress=progress,
-    )
+    rows = checkpoint.architecture.structure.vocab_size
+    if load.adapters:
+        return _combined(checkpoint, locate_adapters(load, progress=progress), merging, progress)
+    if adapter is None:
+        return merge(checkpoint, None, merging, progress=progress)
+    merged = merge(checkpoint, adapter.path, merging, adapter_origin=adapter.origin, progress=progress)
+    return _with_tokenizer(merged, adapter, rows, progress)
+
+
+def _combined(
+    checkpoint: Checkpoint,
+    adapters: Sequence[tuple[AdapterFolder, float]],
+    merging: MergeSettings,
+    progress: ProgressCallback,
+) -> Merged:
+    """Several adapters merged as one. They have one tokenizer, the base's."""
+    folders = [(adapter.path, weight) for adapter, weight in adapters]
+    merged = merge_several(checkpoint, folders, merging, origin=combined_origin(adapters), progress=progress)
+    rows = checkpoint.architecture.structure.vocab_size
+    for adapter, _ in adapters:
+        if choose_tokenizer(checkpoint, adapter.files, set(), rows_before=rows).files is not checkpoint.files:
+            raise CompatibilityError(
+                f"the adapter {adapter.path.name} cannot be combined with others: its tokenizer adds tokens",
+                where="load.adapters",
+                mend="merge this adapter alone, save the model, and merge the others into it",
+            )
+    return merged
+
+
+def _with_tokenizer(merged: Merged, adapter: AdapterFolder, rows_before: int, progress: ProgressCallback) -> Merged:
+    described = merged.adapter
+    assert described is not None
+    chosen = choose_tokenizer(merged.checkpoint, adapter.files, set(described.tokens), rows_before=rows_before)
+    for note in chosen.notes:
+        progress(Notice(note))
+    described = replace(described, notes=(*described.notes, *chosen.notes))
+    if chosen.files is merged.checkpoint.files:
+        return replace(merged, adapter=described)
+    return Merged(chosen.of(merged.checkpoint), chosen.of(merged.unrounded), described, chosen.of(merged.base))
 
 
 @dataclass(frozen=True)
@@ -53,23 +96,22 @@ class Plan:
 
     Attributes:
         recipe: the recipe.
+        protected: the recipe's method, without the layers that are protected from it, and what it would yield.
         merged: the merged model; its headers and the adapter have been read.
         structure: the model's parts.
-        outputs: what quantizing would yield.
         layouts: what would be written.
         expected: what it would take of memory, time and disk.
-        space: what the method `mixed` chooses from; None for other methods.
-        chosen: a note on what it has chosen. Before, `outputs` and `layouts` have its first option for each layer.
+        space: what the method `mixed` chooses from; None for other methods. Until it has chosen, outputs and layouts
+            have its first option for each layer.
     """
 
     recipe: Recipe
+    protected: Protected
     merged: Merged
     structure: Structure
-    outputs: Outputs
     layouts: tuple[Layout, ...]
     expected: Expected
     space: ChoiceSpace | None = None
-    chosen: str | None = None
 
     def choosing(self, options: Sequence[Option], note: str) -> Plan:
         """The plan with an option for each unit of layers.
@@ -82,7 +124,18 @@ class Plan:
         outputs = self.space.outputs(options)
         layouts = make_layouts(self.recipe.export, outputs, self.structure, self.merged.checkpoint)
         expected = expect(self.recipe, self.merged, outputs, _stored(layouts))
-        return replace(self, outputs=outputs, layouts=layouts, expected=expected, chosen=note)
+        protected = Protected(self.method, outputs, (note,))
+        return replace(self, protected=protected, layouts=layouts, expected=expected)
+
+    @property
+    def method(self) -> Method:
+        """What quantizes."""
+        return self.protected.method
+
+    @property
+    def outputs(self) -> Outputs:
+        """What quantizing would yield."""
+        return self.protected.outputs
 
     @property
     def distinct(self) -> list[list[Layout]]:
@@ -106,6 +159,11 @@ class Plan:
         return layer_types(self.outputs, self.structure)
 
     @cached_property
+    def survival(self) -> SampledSurvival | None:
+        """What rounding leaves of the adapter. It reads some weights of the base; a run does not ask for it."""
+        return sampled_survival(self.method, self.merged, self.outputs)
+
+    @cached_property
     def files(self) -> dict[str, Mapping[str, int]]:
         """Bytes of each file, by layout; see `Layout.files`."""
         return {layout.name: layout.files(self.merged.checkpoint) for layout in self.layouts}
@@ -126,9 +184,11 @@ class Plan:
         quantized = len(self.outputs.quantized)
         return {
             "base": self.merged.checkpoint.origin.name,
+            "base_read_as": self.merged.checkpoint.origin.read_as,
             "adapter": adapter.origin.name if adapter else None,
             "changed_tensors": len(adapter.changed) if adapter else 0,
-            "notes": self._notes(),
+            "adapter_survival": self.survival.as_dict() if self.survival else None,
+            "notes": [*self._notes(), *self._survival_notes()],
             "blocks": len(self.structure.blocks),
             "parameters": self.layouts[0].weights.parameters,
             "quantized_layers": quantized,
@@ -152,10 +212,10 @@ class Plan:
         quantized = len(self.outputs.quantized)
         layouts = ", ".join(f"{each.name} {size(each.weights.total_bytes, decimals=1)}" for each in self.layouts)
         shared = f" (on disk {size(self.total_bytes, decimals=1)})" if len(self.layouts) > 1 else ""
-        parameters = self.layouts[0].weights.parameters
+        parameters, read_as = self.layouts[0].weights.parameters, self.merged.checkpoint.origin.read_as
         return [
             f"base      {self.merged.checkpoint.origin.name}, {len(self.structure.blocks)} blocks, "
-            f"{parameters / 1e6:,.1f}M parameters",
+            f"{parameters / 1e6:,.1f}M parameters{f'; {read_as}' if read_as else ''}",
             f"adapter   {f'{adapter.origin.name}, changes {len(adapter.changed)} tensors' if adapter else 'none'}",
             f"quantize  {quantized} layers with {self.recipe.quantize.title}; "
             f"{len(self.outputs.specs) - quantized} tensors stay unquantized",
@@ -169,19 +229,28 @@ class Plan:
         return [
             *head,
             *type_lines(self.types),
+            *([f"survives  {self.survival.line()}"] if self.survival else []),
             export,
             *(f"files     {_labelled(self, name)}{_listed(files)}" for name, files in self.files.items()),
             *(f"readers   {_labelled(self, each.name)}{_read_by(each)}" for each in self.layouts),
             expected,
             *(f"task      {task.line()}" for task in self.tasks),
             *_baseline_lines(self.baseline),
-            *(f"note      {note}" for note in self._notes()),
+            *(f"note      {note}" for note in [*self._notes(), *self._survival_notes()]),
         ]
 
     def _notes(self) -> list[str]:
         adapter = self.merged.adapter
-        choices = [self.chosen] if self.chosen else self.space.lines() if self.space else []
-        return [*(adapter.notes if adapter else ()), *choices, *self.outputs.notes, *self._layout_notes()]
+        return [
+            *(adapter.notes if adapter else ()),
+            *self.outputs.notes,
+            *(self.space.lines() if self.space and not self.protected.notes else ()),
+            *self.protected.notes,
+            *self._layout_notes(),
+        ]
+
+    def _survival_notes(self) -> list[str]:
+        return self.survival.notes(self.recipe.merge.dtype) if self.survival else []
 
     def _layout_notes(self) -> list[str]:
         several = len(self.layouts) > 1
@@ -258,12 +327,17 @@ def plan(recipe: Recipe, *, texts: bool = False, progress: ProgressCallback = si
     space, recipe = None, _with_gate(recipe)
     if isinstance(recipe.quantize, Mixed):
         space = choice_space(recipe.quantize, merged.checkpoint, recipe.export)
-    outputs = space.outputs(space.base) if space else recipe.quantize.plan(merged.checkpoint)
+        protected = Protected(recipe.quantize, space.outputs(space.base))
+    else:
+        outputs = recipe.quantize.plan(merged.checkpoint)
+        refuse_same_grid(recipe.merge, recipe.quantize, merged, outputs)
+        protected = protect(recipe.quantize, merged, outputs)
+    outputs = protected.outputs
     layouts = make_layouts(recipe.export, outputs, structure, merged.checkpoint)
     expected = expect(recipe, merged, outputs, _stored(layouts))
     if recipe.max_memory is not None and find_device("auto").type == "cpu":
         expected.refuse_beyond(recipe.max_memory)
-    return Plan(recipe, merged, structure, outputs, layouts, expected, space)
+    return Plan(recipe, protected, merged, structure, layouts, expected, space)
 
 
 def _with_gate(recipe: Recipe) -> Recipe:

@@ -109,6 +109,9 @@ def _with_revisions(manifest: Manifest, *, verify: bool) -> dict[str, Any]:
     load = dict(found["load"])
     sources: dict[str, SourceRecord | None] = {"revision": manifest.base, "adapter_revision": manifest.adapter}
     load |= {key: each.revision for key, each in sources.items() if each is not None and each.kind == "hub"}
+    if manifest.adapter is not None and manifest.adapter.parts and isinstance(load.get("adapters"), list):
+        named = zip(load["adapters"], manifest.adapter.parts, strict=False)
+        load["adapters"] = [{**each, "revision": part.revision} if part.kind == "hub" else each for each, part in named]
     return found | {"load": load}
 
 

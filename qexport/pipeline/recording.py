@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -131,22 +131,34 @@ def write_card(folder: LayoutFolder, base: Origin, adapter: Origin | None, repor
     )
     licenses = {
         path: content
-        for role, origin in (("base", base), ("adapter", adapter))
-        if origin is not None
+        for role, origin in (*_with_parts(base, "base"), *_with_parts(adapter, "adapter"))
         for path, content in zip(_license_paths(origin, role), origin.terms.files.values(), strict=True)
     }
     write_files(folder.opened.artifact.folder, {CARD_NAME: model_card(facts).encode("utf-8"), **licenses})
 
 
-def source_record(origin: Origin, role: Literal["base", "adapter"]) -> SourceRecord:
-    """Where a base or an adapter came from, and on which terms."""
+def source_record(origin: Origin, role: str, weight: float | None = None) -> SourceRecord:
+    """Where a base, an adapter, or a combination of adapters came from, and on which terms."""
+    parts = [source_record(part, f"{role}-{index}", share) for index, (part, share) in enumerate(origin.parts, 1)]
     return SourceRecord(
         kind=origin.kind,
         name=origin.name,
         revision=origin.revision,
         sha256=dict(origin.sha256),
         terms=None if origin.terms == Terms() else _terms(origin, role),
+        weight=weight,
+        parts=parts,
+        read_as=origin.read_as,
     )
+
+
+def _with_parts(origin: Origin | None, role: str) -> Iterator[tuple[str, Origin]]:
+    """An origin, or those of a combination, with what each is called."""
+    if origin is not None and origin.parts:
+        for index, (part, _) in enumerate(origin.parts, 1):
+            yield f"{role}-{index}", part
+    elif origin is not None:
+        yield role, origin
 
 
 def _terms(origin: Origin, role: str) -> TermsRecord:
@@ -179,7 +191,7 @@ def _unconfirmed(opened: ArtifactFolder, measured: Measurement, served: ServedAr
 
 def _identity(reference: Reference) -> Identity:
     return Identity(
-        base_sha256=_one_digest(reference.base.origin.sha256),
+        base_sha256=_digest_of_base(reference.base.origin),
         adapter_sha256=_one_digest(reference.adapter.sha256) if reference.adapter else None,
         text_sha256=reference.held_out.sha256,
         prompts_sha256=reference.prompts.prompt_set.sha256 if reference.prompts else None,
@@ -200,6 +212,11 @@ def _protocol(reference: Reference, measured: Measurement) -> Protocol:
         looks=measured.looks,
         confidence=1 - ALPHA,
     )
+
+
+def _digest_of_base(origin: Origin) -> str:
+    """Of the base's files, and of what they are read as, since other weights come from the same files then."""
+    return _one_digest({**origin.sha256, **({"": origin.read_as} if origin.read_as else {})})
 
 
 def _one_digest(files: Mapping[str, str]) -> str:

@@ -22,7 +22,7 @@ from qexport.merge.merging import Merged
 from qexport.pipeline.result import UnprovenMerge
 from qexport.pipeline.texts import Evaluation
 from qexport.progress import ProgressCallback, silent
-from qexport.quantizing.rounding import NearestSource, is_rounded
+from qexport.quantizing.rounding import NearestSource, rounding_of
 from qexport.verifying import VerifySettings
 from qexport.verifying.live_adapter import LiveAdapter
 from qexport.verifying.reference import Preparation, Reference, prepare
@@ -144,14 +144,17 @@ def prepare_reference(
         progress: is called with each step.
     """
     checkpoint, adapter = merged.checkpoint, merged.adapter
-    live = LiveAdapter(merged.base, adapter.folder, merged.unrounded) if adapter else None
+    live = (
+        LiveAdapter(merged.base, adapter.folder, merged.unrounded, adapter.tensors, adapter.config) if adapter else None
+    )
     reference = Reference(
         merged=checkpoint,
         base=merged.base,
         adapter=adapter.origin if adapter else None,
         changed=frozenset(adapter.changed if adapter else ()),
         nearest=partial(NearestSource, checkpoint.weights),
-        is_rounded=is_rounded,
+        rounding_of=rounding_of,
+        unrounded=merged.unrounded if adapter else None,
         prepared=earlier
         or prepare(checkpoint, live, evaluation.held_out, dtype=dtype, device=device, progress=progress),
         held_out=evaluation.held_out,

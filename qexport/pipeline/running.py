@@ -207,7 +207,7 @@ def _write_weights(
                 resume=resume,
                 progress=progress,
             )
-            for record in planned.recipe.quantize.quantize(inputs):
+            for record in planned.method.quantize(inputs):
                 if record.layer:
                     layers.append(record.layer)
                 for writer in writers:
@@ -254,7 +254,6 @@ def _measure(
     reports: dict[str, Report] = {}
     if reference is None:
         return reports
-    made = [planned.chosen] if planned.chosen else []
     for group in planned.distinct:
         for same_kind in _grouped_by_kind([folders[layout.name] for layout in group]):
             first = same_kind[0]
@@ -263,7 +262,7 @@ def _measure(
             served = _serve(planned, verified, same_kind, progress)
             for folder, found in zip(same_kind, served, strict=True):
                 reports[folder.layout.name] = verified.report_on(
-                    folder.opened, made=made, served=found, command=command
+                    folder.opened, served=found, made=planned.protected.notes, command=command
                 )
     return reports
 

@@ -107,14 +107,19 @@ class Verified:
     measured: Measurement
 
     def report_on(
-        self, opened: ArtifactFolder, *, made: Sequence[str] = (), served: ServedArtifact = NOT_SERVED, command: str
+        self,
+        opened: ArtifactFolder,
+        *,
+        served: ServedArtifact = NOT_SERVED,
+        made: Sequence[str] = (),
+        command: str,
     ) -> Report:
         """Checks a folder's config.json and tokenizer, and makes its report.
 
         Args:
             opened: the folder.
-            made: what to note of how the artifact was made.
             served: what runtimes made of it.
+            made: what a user should know of how it was made.
             command: for the report, the command that repeats the measurement.
         """
         reference, measured = self.reference, self.measured

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,6 +19,8 @@ from qexport.errors import CompatibilityError
 from qexport.formats import Outputs
 from qexport.progress import Notice, Progress, ProgressCallback
 from qexport.quantizing.activations import ActivationFiles, OffloadFile, Restore
+from qexport.quantizing.asymmetry import Asymmetry
+from qexport.quantizing.full_precision import FullPrecisionStream
 from qexport.quantizing.gptq import Gptq
 from qexport.quantizing.layer import Hessian, SolvedLayer, solve_together
 from qexport.quantizing.method import PassInputs
@@ -138,9 +141,11 @@ class _Pass:
         self._chosen, self._linears = chosen, candidates(runner.structure, method)
         self.tokens, length = calibration.input_ids.numel(), calibration.input_ids.shape[1]
         self._batches = runner.embed(calibration.input_ids, max(1, BATCH_TOKENS // length))
+        corrected = method.gptaq_alpha > 0 and len(self._batches) > 1  # two halves of the text are compared
+        self._full = FullPrecisionStream(runner, self._batches, offload_file) if corrected else None
         self._probe = runner.embed(calibration.input_ids[:1, :8], 1)[0]
         if kept is not None and inputs.finished_units:
-            kept.read(inputs.finished_units, [batch.hidden for batch in self._batches])
+            kept.read(inputs.finished_units, self._hidden())
 
     def finish(self, units: int, *, last: bool) -> None:
         """Makes it possible to go on after this number of units."""
@@ -150,7 +155,11 @@ class _Pass:
     def _keep(self, blocks: int) -> Sequence[Path]:
         """Writes the hidden states after this number of blocks."""
         assert self._kept is not None
-        return [self._kept.write(blocks, [batch.hidden for batch in self._batches])]
+        return [self._kept.write(blocks, self._hidden())]
+
+    def _hidden(self) -> list[Tensor]:
+        """The hidden states of every batch, then those in full precision."""
+        return [batch.hidden for batch in self._batches] + (self._full.hidden if self._full else [])
 
     def _offload(self, number: int, hidden: Tensor) -> Restore:
         """Frees the memory of a batch's hidden states until its forward continues."""
@@ -162,8 +171,13 @@ class _Pass:
         chosen = [linear for linear in self._runner.structure.linears[name] if linear.name in self._chosen]
         with self._runner.block(index) as block, self._stops(chosen) as of_experts:
             groups = self._groups(index, block, chosen, of_experts)
+            if self._full is not None:
+                self._full.run(index, block, groups)
             solve = self._in_one_forward if self._method.true_sequential else self._in_two_forwards
             solved = solve(index, block, groups)
+            if self._full is not None:
+                self._full.restore()
+            self._offload_file.empty()
             names = [parameter for parameter in self._runner.structure.parameters if parameter.startswith(f"{name}.")]
             return [_record(parameter, self._runner.parameter(parameter), solved) for parameter in names]
 
@@ -192,13 +206,17 @@ class _Pass:
     def head(self) -> TensorRecord:
         """Quantizes the output head."""
         name = self._runner.structure.head
+        weights = {name: self._runner.read(f"{name}.weight").to(torch.float32)}
+        full = self._full.hidden if self._full else [None] * len(self._batches)
         with self._runner.head_inputs() as inputs:
-            hessian = Hessian(self._runner.structure.parameters[f"{name}.weight"][1], self._runner.device)
-            for batch in self._batches:
-                hessian.add(inputs(batch.hidden))
-        weight = self._runner.read(f"{name}.weight").to(torch.float32)
-        solved = solve_together({name: weight}, hessian, self._chosen, self._method.on_failure)
-        return _record(f"{name}.weight", weight, solved)
+            sums = self._sums(((name,),))
+            for number, (batch, hidden) in enumerate(zip(self._batches, full, strict=True)):
+                sums.add([inputs(batch.hidden)], None if hidden is None else inputs(hidden))
+                if number == self._middle:
+                    sums.take(weights)
+        corrections = sums.corrections(weights)
+        solved = solve_together(weights, sums.hessians.pop(), self._chosen, self._method.on_failure, corrections)
+        return _record(f"{name}.weight", weights[name], solved)
 
     def _in_one_forward(self, index: int, block: nn.Module, groups: Sequence[Group]) -> dict[str, SolvedLayer]:
         """Each batch's forward waits before each group of layers until the group is solved.
@@ -209,31 +227,34 @@ class _Pass:
         solved: dict[str, SolvedLayer] = {}
         with pausing_at([group.stop for group in groups]):
             for group in groups:
-                hessians = self._hessians(group)
+                sums = self._sums(group.members, experts=group.experts is not None)
                 for number, (forward, batch) in enumerate(zip(forwards, self._batches, strict=True)):
                     args = forward.advance()
-                    _add(hessians, group.inputs(args))
+                    sums.add(group.inputs(args), self._full_inputs(group, number))
                     forward.restore_first(self._offload_file.offload(args[0]))
                     forward.restore_first(self._offload(number, batch.hidden))
+                    if number == self._middle:
+                        sums.take(self._weights(group.members[0]))
                 return_freed_memory()
-                solved |= self._solve(group, hessians)
+                solved |= self._solve(group, sums)
                 return_freed_memory()
             for forward in forwards:
                 forward.finish()
-        self._offload_file.empty()
         return solved
 
     def _in_two_forwards(self, index: int, block: nn.Module, groups: Sequence[Group]) -> dict[str, SolvedLayer]:
         """All layers are solved with inputs from the block's own weights; then the quantized block runs once more."""
-        hessians = [self._hessians(group) for group in groups]
+        sums = [self._sums(group.members, experts=group.experts is not None) for group in groups]
         with pausing_at([group.stop for group in groups]):
-            for batch in self._batches:
+            for number, batch in enumerate(self._batches):
                 forward = self._paused(index, block, Batch(batch.hidden, batch.calls))
-                for group, of_group in zip(groups, hessians, strict=True):
-                    _add(of_group, group.inputs(forward.advance()))
+                for group, of_group in zip(groups, sums, strict=True):
+                    of_group.add(group.inputs(forward.advance()), self._full_inputs(group, number))
+                    if number == self._middle:
+                        of_group.take(self._weights(group.members[0]))
                 forward.finish()
         solved: dict[str, SolvedLayer] = {}
-        for group, of_group in zip(groups, hessians, strict=True):
+        for group, of_group in zip(groups, sums, strict=True):
             solved |= self._solve(group, of_group)
         with FixedProducts():
             for batch in self._batches:
@@ -258,20 +279,39 @@ class _Pass:
     def _paused(self, index: int, block: nn.Module, batch: Batch) -> PausedForward:
         return PausedForward(lambda: self._runner.forward(index, block, batch))
 
-    def _hessians(self, group: Group) -> list[Hessian]:
-        """One Hessian for each input of the group."""
-        return [Hessian(self._linears[names[0]].in_features, self._runner.device) for names in group.members]
+    def _full_inputs(self, group: Group, number: int) -> Tensor | None:
+        return None if self._full is None else self._full.inputs(group, number)
 
-    def _solve(self, group: Group, hessians: list[Hessian]) -> dict[str, SolvedLayer]:
-        """Solves a group and writes the quantized weights into its layers. Each Hessian is freed after its use."""
+    def _sums(self, members: Sequence[tuple[str, ...]], *, experts: bool = False) -> _Sums:
+        """Sums for layers that share inputs, one tuple for each input."""
+        widths = [self._linears[names[0]].in_features for names in members]
+        asymmetric = self._full is not None and not experts
+        return _Sums(
+            [Hessian(width, self._runner.device) for width in widths],
+            Asymmetry(widths[0], self._runner.device) if asymmetric else None,
+            self._method.gptaq_alpha,
+        )
+
+    @property
+    def _middle(self) -> int:
+        """The last batch of the first half."""
+        return len(self._batches) // 2 - 1
+
+    def _solve(self, group: Group, sums: _Sums) -> dict[str, SolvedLayer]:
+        """Solves a group and writes the quantized weights into its layers. Each sum is freed after its use."""
         solved: dict[str, SolvedLayer] = {}
         for names in group.members:
-            weights = {name: self._matrix(name).to(torch.float32).contiguous() for name in names}
-            solved |= solve_together(weights, hessians.pop(0), self._chosen, self._method.on_failure)
+            weights, on_failure = self._weights(names), self._method.on_failure
+            corrections = sums.corrections(weights)
+            solved |= solve_together(weights, sums.hessians.pop(0), self._chosen, on_failure, corrections)
             for name in names:
                 matrix = self._matrix(name)
                 matrix.copy_(solved[name].quantized.dequantize(matrix.dtype))
         return solved
+
+    def _weights(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Loaded layers' weights, contiguous float32 [out, in]: a view where they are that already."""
+        return {name: self._matrix(name).to(torch.float32).contiguous() for name in names}
 
     def _matrix(self, name: str) -> Tensor:
         """A loaded layer's weight [out, in], as a view of the parameter in memory."""
@@ -279,13 +319,44 @@ class _Pass:
         return weight.t() if self._linears[name].transposed else weight
 
 
+@dataclass
+class _Sums:
+    """What is summed over the batches for a group of layers.
+
+    Attributes:
+        hessians: one for each input of the group.
+        asymmetry: what quantizing has done to the one input of a group that is not of experts.
+        alpha: the share of it that is to be made up for.
+        first: of each weight, what the first half of the batches gives.
+    """
+
+    hessians: list[Hessian]
+    asymmetry: Asymmetry | None
+    alpha: float
+    first: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, inputs: Sequence[Tensor], full: Tensor | None) -> None:
+        """Adds a batch of the inputs, and of the first one before quantizing, if that is known."""
+        for hessian, tensor in zip(self.hessians, inputs, strict=True):
+            hessian.add(tensor)
+        if self.asymmetry is not None and full is not None:
+            self.asymmetry.add(full, inputs[0])
+
+    def take(self, weights: Mapping[str, Tensor]) -> None:
+        """Ends the first half of the batches."""
+        if self.asymmetry is not None:
+            self.first = self.asymmetry.take(weights, self.alpha)
+
+    def corrections(self, weights: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]] | None:
+        """Of each weight, what both halves give. The asymmetry is freed: it is as large as the Hessian."""
+        if self.asymmetry is None:
+            return None
+        second, self.asymmetry = self.asymmetry.take(weights, self.alpha), None
+        return {name: (self.first.pop(name), second[name]) for name in weights}
+
+
 def _leaf(path: str) -> str:
     return path.rpartition(".")[2]
-
-
-def _add(hessians: Sequence[Hessian], inputs: Sequence[Tensor]) -> None:
-    for hessian, tensor in zip(hessians, inputs, strict=True):
-        hessian.add(tensor)
 
 
 def _record(name: str, tensor: Tensor, solved: Mapping[str, SolvedLayer]) -> TensorRecord:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qexport.errors import NumericalError
+from qexport.quantizing.asymmetry import target
 from qexport.quantizing.factorization import side_by_side
 from qexport.quantizing.solver import Factor, Options, factorize, round_to_nearest, solve
 from qexport.records import LayerRecord
@@ -105,6 +106,7 @@ def solve_together(
     hessian: Hessian,
     options: Mapping[str, Options],
     on_failure: Literal["error", "round_to_nearest"],
+    corrections: Mapping[str, tuple[Tensor, Tensor]] | None = None,
 ) -> dict[str, SolvedLayer]:
     """Quantizes layers that share one input, so also one Hessian and one factorization.
 
@@ -113,6 +115,8 @@ def solve_together(
         hessian: of the shared input.
         options: by module path.
         on_failure: what to do if the Hessian cannot be used.
+        corrections: of each weight, from the two halves of the text (`Asymmetry.take`), where the layers make up for
+            what quantizing has done to their input; they are overwritten.
 
     Raises:
         NumericalError: the Hessian is not finite or cannot be factorized, and `on_failure` is `error`.
@@ -126,6 +130,8 @@ def solve_together(
         if on_failure == "error":
             raise NumericalError(error.what, where=", ".join(names), mend=error.mend) from error
         return {name: _rounded(name, weights[name], options[name], hessian, dead) for name in names}
+    if corrections is not None:
+        weights = {name: target(weights[name], corrections[name], factor) for name in names}
     quantized = _solve_rows(weights, matrix, factor, options)
     damp_percent = factor.damp_percent
     del factor  # as large as the Hessian

@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field
 
 from qexport.progress import ProgressCallback, silent
+from qexport.records import added
 from qexport.settings import Settings, required_in_recipes
 
 if TYPE_CHECKING:
@@ -174,7 +175,23 @@ class Method(Settings, ABC):
         """
 
 
-class RoundingMethod(Method):
+class ProtectingMethod(Method):
+    """A method that can leave layers unquantized where it would round away what the adapter changes."""
+
+    protect_adapter: bool = added(False)
+    """Leave layers unquantized that would keep less than 80 % of the adapter's change, and what servers join with them.
+    The plan names them."""
+
+    @abstractmethod
+    def without(self, modules: Sequence[str]) -> Self:
+        """The same method, which leaves these modules unquantized too.
+
+        Args:
+            modules: their paths.
+        """
+
+
+class RoundingMethod(ProtectingMethod):
     """A method that rounds each weight on its own: no forward pass, no calibration text."""
 
     skip_modules: list[str] = []
@@ -185,6 +202,10 @@ class RoundingMethod(Method):
 
     experts: ClassVar[bool] = True
     """Whether the experts of a mixture are quantized; otherwise they stay at 16 bits."""
+
+    def without(self, modules: Sequence[str]) -> Self:
+        """With further `skip_modules`."""
+        return self.model_copy(update={"skip_modules": [*self.skip_modules, *modules]})
 
     @abstractmethod
     def format(self) -> Format:

@@ -74,7 +74,7 @@ class Nf4(RoundingMethod):
 
     def codes(self, weight: torch.Tensor, spec: QuantizedSpec) -> Quantized:
         """The bytes that bitsandbytes would compute."""
-        from qexport.quantizing.bitsandbytes_4bit import quantize
+        from qexport.formats.bitsandbytes.four_bit_codes import quantize
         from qexport.tensors import BlockQuantizedSpec
 
         assert isinstance(spec, BlockQuantizedSpec)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -11,8 +12,8 @@ import torch
 from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.structure import Structure
 from qexport.formats import Outputs
+from qexport.formats.bitsandbytes.four_bit_codes import quantize as quantize_blocks
 from qexport.progress import Progress
-from qexport.quantizing.bitsandbytes_4bit import quantize as quantize_blocks
 from qexport.quantizing.method import PassInputs, RoundingMethod
 from qexport.quantizing.row_int8 import llm_int8, w8a8
 from qexport.quantizing.selection import notes_on_experts, select_rounded
@@ -20,6 +21,8 @@ from qexport.quantizing.solver import Options, round_to_nearest
 from qexport.records import LayerRecord
 from qexport.tensors import (
     BlockQuantized,
+    BlockQuantizedSpec,
+    GroupQuantized,
     GroupQuantizedSpec,
     NestedAbsmax,
     OutputSpec,
@@ -61,29 +64,40 @@ class NearestSource:
         if not name.endswith(".weight") or module not in self._grids:
             return tensor
         matrix = tensor.t() if module in self._transposed else tensor
-        rounded = round_to_nearest(matrix.to(torch.float32), _options(self._grids[module])).dequantize(tensor.dtype)
+        rounded = nearest_on(matrix, self._grids[module]).dequantize(tensor.dtype)
         return rounded.t().contiguous() if module in self._transposed else rounded
 
 
-def _options(grid: GroupQuantizedSpec) -> Options:
-    return Options(grid.bits, grid.group_size, "original", grid.sym, damp_percent=0.0, search=False)
+def nearest_on(matrix: torch.Tensor, grid: GroupQuantizedSpec) -> GroupQuantized:
+    """A matrix [out, in], rounded to nearest on grids that span each group's largest value or its range."""
+    options = Options(grid.bits, grid.group_size, "original", grid.sym, damp_percent=0.0, search=False)
+    return round_to_nearest(matrix.to(torch.float32), options)
 
 
-def is_rounded(weight: torch.Tensor, quantized: Quantized) -> bool:
-    """Whether codes are exactly those that nf4, int8 or w8a8 computes. False for codes in groups along the inputs,
-    whose grids depend on more than the weights.
+Rounding = Callable[[torch.Tensor], Quantized]
+"""How a method rounds a matrix [out, in], each weight on its own."""
+
+
+def rounding_of(weight: torch.Tensor, quantized: Quantized) -> Rounding | None:
+    """How codes were found, if they are exactly those that nf4, int8 or w8a8 computes; else None. None for codes in
+    groups along the inputs, whose grids depend on more than the weights.
 
     Args:
         weight: the merged matrix [out, in].
         quantized: the codes.
     """
     if isinstance(quantized, BlockQuantized):
-        found = quantize_blocks(weight.to(quantized.spec.dtype).contiguous(), quantized.spec)
+        rounding = partial(_rounded_to_blocks, spec=quantized.spec)
+        found = rounding(weight)
         same = torch.equal(found.codes, quantized.codes) and torch.equal(found.absmax, quantized.absmax)
-        return same and _same_nested(found.nested, quantized.nested)
+        return rounding if same and _same_nested(found.nested, quantized.nested) else None
     if isinstance(quantized, RowQuantized):
-        return any(_same_rows(each(weight), quantized) for each in _row_methods(weight))
-    return False
+        return next((each for each in _row_methods(weight) if _same_rows(each(weight), quantized)), None)
+    return None
+
+
+def _rounded_to_blocks(weight: torch.Tensor, spec: BlockQuantizedSpec) -> BlockQuantized:
+    return quantize_blocks(weight.to(spec.dtype).contiguous(), spec)
 
 
 def _row_methods(weight: torch.Tensor) -> list[Callable[[torch.Tensor], RowQuantized]]:

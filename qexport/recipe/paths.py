@@ -78,6 +78,7 @@ EACH: Final = "*"
 REFERENCES: dict[Keys, Resolve] = {
     ("load", "base"): base,
     ("load", "adapter"): adapter,
+    ("load", "adapters", EACH, "path"): adapter,
     ("quantize", "calibration", "source"): calibration,
     ("verify", "text"): local,
     ("verify", "prompts"): local,

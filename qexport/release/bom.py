@@ -92,19 +92,18 @@ def _model(manifest: Manifest, subjects: Mapping[str, str], release: tuple[str, 
 
 
 def _sources(manifest: Manifest) -> Iterator[dict[str, Any]]:
-    for role, source in (("base", manifest.base), ("adapter", manifest.adapter)):
-        if source is not None:
-            known = {"version": source.revision, "purl": source_uri(source)}
-            yield {
-                "type": "machine-learning-model",
-                "bom-ref": role,
-                "name": source.name,
-                "components": [
-                    _digested("file", f"{role}/{file}", digest) for file, digest in sorted(source.sha256.items())
-                ],
-                **{key: value for key, value in known.items() if value},
-                **_licenses(source),
-            }
+    for role, source in manifest.roles:
+        known = {"version": source.revision, "purl": source_uri(source)}
+        yield {
+            "type": "machine-learning-model",
+            "bom-ref": role,
+            "name": source.name,
+            "components": [
+                _digested("file", f"{role}/{file}", digest) for file, digest in sorted(source.sha256.items())
+            ],
+            **{key: value for key, value in known.items() if value},
+            **_licenses(source),
+        }
 
 
 def _licenses(source: SourceRecord) -> dict[str, Any]:
@@ -141,7 +140,7 @@ def _card(manifest: Manifest, config: Mapping[str, Any], report: Report | None) 
         "modelParameters": {
             "task": "text-generation",
             "architectureFamily": str(config.get("model_type", "")),
-            "modelArchitecture": str(next(iter(config.get("architectures") or [""]))),
+            "modelArchitecture": _architecture(config),
             "datasets": [{"ref": _ref("calibration text")}] if manifest.calibration is not None else [],
             "inputs": [{"format": "text"}],
             "outputs": [{"format": "text"}],
@@ -151,6 +150,12 @@ def _card(manifest: Manifest, config: Mapping[str, Any], report: Report | None) 
             "technicalLimitations": [*manifest.notes, *([] if report is None else report.unconfirmed)],
         },
     }
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    """The first that config.json names, which may be a stranger's."""
+    named = config.get("architectures")
+    return str(named[0]) if isinstance(named, list) and named else ""
 
 
 def _metric(figure: Figure) -> dict[str, Any]:

@@ -37,6 +37,6 @@ def package_of(released: Released) -> Package:
         precision=str(config.get("dtype", config.get("torch_dtype", manifest.recipe["merge"]["dtype"]))),
         quantization=None if manifest.quantization is None else str(manifest.recipe["quantize"]["method"]),
         parameters=manifest.sizes.parameters,
-        licenses=spdx_licenses([manifest.base, manifest.adapter]),
+        licenses=spdx_licenses(manifest.sources),
         attachments=tuple(each for each in _ATTACHMENTS if (released.folder / each.path).is_file()),
     )

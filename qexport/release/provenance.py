@@ -77,11 +77,10 @@ def _part(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _materials(manifest: Manifest, proof: Proof | None) -> Iterator[dict[str, Any]]:
-    for role, source in (("base", manifest.base), ("adapter", manifest.adapter)):
-        if source is not None:
-            for file, digest in sorted(source.sha256.items()):
-                uri = source_uri(source)
-                yield _material(f"{role}/{file}", digest, **({"uri": uri} if uri else {}))
+    for role, source in manifest.roles:
+        for file, digest in sorted(source.sha256.items()):
+            uri = source_uri(source)
+            yield _material(f"{role}/{file}", digest, **({"uri": uri} if uri else {}))
     if manifest.calibration is not None:
         yield _material("calibration text", manifest.calibration.sha256)
     if proof is not None:

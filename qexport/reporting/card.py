@@ -96,8 +96,8 @@ class CardFacts:
 
     @property
     def sources(self) -> list[SourceRecord]:
-        """Base and adapter."""
-        return [self.base, *([self.adapter] if self.adapter else [])]
+        """Base and adapters."""
+        return [self.base, *(self.adapter.each if self.adapter else [])]
 
     @property
     def model(self) -> str:
@@ -220,9 +220,9 @@ def _parts(facts: CardFacts) -> dict[str, Any]:
 
 
 def _named(source: SourceRecord) -> str:
-    if source.revision is None:
-        return source.name
-    return f"{source.name} ({'commit' if source.kind == 'hub' else 'version'} {source.revision})"
+    revision = f"{'commit' if source.kind == 'hub' else 'version'} {source.revision}" if source.revision else None
+    more = "; ".join(words for words in (revision, source.read_as) if words)
+    return f"{source.name} ({more})" if more else source.name
 
 
 def _license_words(source: SourceRecord) -> str:

@@ -67,12 +67,10 @@ class Tracker:
         """Makes an entry. Each part is tried, also after another has failed; MLflow's state `FAILED` stands for gates
         that did not pass.
         """
-        from mlflow.exceptions import MlflowException
-
         try:
             # the client names no user and no program of this machine; MLflow's `start_run` would
             run = self.client.create_run(self.experiment_id, start_time=self.began, run_name=entry.name)
-        except (MlflowException, OSError) as error:
+        except Exception as error:  # of an answer that makes no sense, the errors of whatever parses it
             return Logged(entry.name, None, (f"everything: {_reason(error)}",))
         run_id = str(run.info.run_id)
         parts: dict[str, Callable[[], None]] = {
@@ -122,30 +120,39 @@ def connect(uri: str, experiment: str) -> Tracker:
         experiment: its name.
 
     Raises:
-        RecipeError: MLflow is not installed, does not take the URI, or the experiment was deleted; or the URI has a
-            password.
+        RecipeError: MLflow is not installed, does not take the URI, or the experiment was deleted; or the URI is
+            malformed or has credentials.
         InputError: the server does not answer, or refuses.
     """
-    if urlsplit(uri).password is not None:
+    if _has_credentials(uri):
         raise RecipeError(
-            "a password in the address of a tracking server shows in logs and process lists",
+            "credentials in the address of a tracking server show in logs and process lists",
             where="--mlflow",
             mend="give it in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
         )
     began = int(time.time() * 1000)
     client = _client(uri)
-    from mlflow.exceptions import MlflowException
-
     try:
         found = client.get_experiment_by_name(experiment)
         experiment_id = client.create_experiment(experiment) if found is None else found.experiment_id
-    except (MlflowException, OSError) as error:
+    except Exception as error:  # see `Tracker.log`
         what = f"the tracking server cannot be used: {_reason(error)}"
         raise InputError(what, where=uri, mend="start it, correct --mlflow, or leave it out") from error
     if found is not None and found.lifecycle_stage != "active":
         mend = f"mlflow experiments restore --experiment-id {experiment_id}, or name another with --mlflow-experiment"
         raise RecipeError("the experiment was deleted", where=experiment, mend=mend)
     return Tracker(client, experiment, str(experiment_id), began)
+
+
+def _has_credentials(uri: str) -> bool:
+    """Whether a URI has a password, or that of a server a user, which may be a token."""
+    try:
+        parts = urlsplit(uri)
+    except ValueError as error:
+        raise RecipeError(
+            f"this is no address: {error}", where="--mlflow", mend="write it as https://HOST or https://HOST:PORT"
+        ) from error
+    return parts.password is not None or (parts.scheme in ("http", "https") and parts.username is not None)
 
 
 def _client(uri: str) -> MlflowClient:

@@ -29,6 +29,10 @@ _VERSIONS: Final = (2, 3)
 _DEFAULT_ALIGNMENT: Final = 32
 _MAX_DIMENSIONS: Final = 4
 _LONGEST_STRING: Final = 1 << 26
+_MOST_STRINGS: Final = 1 << 22
+"""In one array. Each is skipped on its own, and of a file of which only the head was fetched the rest is zeros, that is
+empty strings, as many as fit into whatever size its host names."""
+
 _MEND: Final = "fetch the file again; it is cut short, damaged, or not a GGUF file"
 
 
@@ -250,6 +254,8 @@ class _Header(_Values):
         """Skips an array and returns its length."""
         kind, count = self._integer("I"), self._count()
         if kind == _STRING:
+            if count > _MOST_STRINGS:
+                raise ValueError(f"an array of {count} texts; at most {_MOST_STRINGS} are read")
             for _ in range(count):
                 self._skip(self._count())
         else:

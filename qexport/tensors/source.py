@@ -96,13 +96,17 @@ class Origin:
         revision: the commit that a hub id resolved to, or the package's version.
         sha256: hex digest of each file read, by its name inside the folder.
         terms: its license.
+        parts: what a combination of adapters was made of, with the weight of each; else empty.
+        read_as: what its weights were turned into when they were read, for people; None if they are used as stored.
     """
 
-    kind: Literal["folder", "file", "hub", "package"]
+    kind: Literal["folder", "file", "hub", "package", "combination"]
     name: str
     revision: str | None = None
     sha256: Mapping[str, str] = field(default_factory=dict)
     terms: Terms = Terms()
+    parts: tuple[tuple[Origin, float], ...] = ()
+    read_as: str | None = None
 
 
 @dataclass(frozen=True)

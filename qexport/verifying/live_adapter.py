@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -23,9 +23,10 @@ from qexport.architectures.naming import Naming
 from qexport.architectures.runner import Batch, BlockRunner, Call
 from qexport.architectures.structure import find_blocks
 from qexport.artifact.disk import disk_failure
-from qexport.hidden_packages import hidden
+from qexport.hidden_packages import hidden, nothing_compiled
 from qexport.progress import Steps
 from qexport.tensors.safetensors_file import SafetensorsFile
+from qexport.tensors.source import WeightSource
 from qexport.verifying.divergence import TokenFigures, compare_two
 from qexport.verifying.predictors import run_in_lockstep
 
@@ -54,11 +55,15 @@ class LiveAdapter:
         base: the model without the adapter.
         folder: the adapter's.
         unrounded: the merged model in float32, before its tensors are rounded to the dtype of the merge.
+        tensors: the adapter's, named as PEFT names them; None for those of its file.
+        config: what stands for its adapter_config.json; None for the file.
     """
 
     base: Checkpoint
     folder: Path
     unrounded: Checkpoint
+    tensors: WeightSource | None = None
+    config: Mapping[str, Any] | None = None
 
 
 class NotMeasured(Exception):
@@ -113,7 +118,9 @@ def compare_merge(
         InputError: a tensor cannot be read.
     """
     ids = input_ids[:WINDOWS, :_TOKENS]
-    runners: list[BlockRunner] = [LiveRunner(live.base, live.folder, dtype=dtype, device=device)]
+    runners: list[BlockRunner] = [
+        LiveRunner(live.base, live.folder, dtype=dtype, device=device, tensors=live.tensors, config=live.config)
+    ]
     runners += [
         BlockRunner(each.architecture, each.weights, dtype=dtype, device=device)
         for each in (merged, live.unrounded, live.base)
@@ -139,24 +146,35 @@ class LiveRunner(BlockRunner):
         folder: the adapter's.
         dtype: the dtype to compute in, at least float32.
         device: where to compute.
+        tensors: the adapter's; None for those of its file.
+        config: what stands for its adapter_config.json; None for the file.
 
     Raises:
         NotMeasured: PEFT cannot load the adapter, or does not find all tensors of it.
         InputError: the adapter's file cannot be read.
     """
 
-    def __init__(self, base: Checkpoint, folder: Path, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        base: Checkpoint,
+        folder: Path,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        tensors: WeightSource | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
         from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
         super().__init__(base.architecture, base.weights, dtype=dtype, device=device)
-        self._adapter = SafetensorsFile(folder / _FILE)
+        self._adapter: WeightSource = tensors or SafetensorsFile(folder / _FILE)
         self._shapes = {key: spec.shape for key, spec in self._adapter.specs().items()}
         with _of_peft("load"):
-            self._live = _wrapped(self._model, folder)
-            config: Any = self._live.peft_config[_NAME]
-        self._constants = _constants(config, self._shapes)
+            self._live = _wrapped(self._model, folder, config)
+            known: Any = self._live.peft_config[_NAME]
+        self._constants = _constants(known, self._shapes)
         self._modules_of = _modules_of([*self._shapes, *self._constants], base.architecture.naming)
-        prefix = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
+        prefix = PEFT_TYPE_TO_PREFIX_MAPPING[known.peft_type]
         if any(prefix in key and _NAME in key for key in self._fill(set())):  # PEFT's own rule, at which it only warns
             raise NotMeasured("PEFT does not find all tensors of the adapter")
 
@@ -207,26 +225,41 @@ class LiveRunner(BlockRunner):
             tensors.setdefault(key, torch.empty(shape, dtype=self.dtype, device="meta"))
         with _of_peft("load"), _assigning(self._live):
             found: Any = set_peft_model_state_dict(self._live, tensors)
-        missing: Sequence[str] = found.missing_keys
-        return missing
+        return _without_shared(self._live, found.missing_keys)
 
     def _read_adapter(self, key: str) -> Tensor:
         tensor = self._constants[key] if key in self._constants else self._adapter.read(key)
-        return tensor.to(device=self.device, dtype=self.dtype)
+        return tensor.to(device=self.device, dtype=self.dtype if tensor.is_floating_point() else None)
 
 
-def _wrapped(model: PreTrainedModel, folder: Path) -> PeftModel:
+def _wrapped(model: PreTrainedModel, folder: Path, given: Mapping[str, Any] | None) -> PeftModel:
     """The model on the meta device with PEFT's layers around its own, which stay as they are."""
-    from peft import PeftConfig, get_peft_model
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, get_peft_model
 
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), nothing_compiled():
         warnings.simplefilter("ignore")
-        config = PeftConfig.from_pretrained(str(folder), inference_mode=True)
+        if given is None:
+            config: Any = PeftConfig.from_pretrained(str(folder), inference_mode=True)
+        else:
+            kind: Any = PEFT_TYPE_TO_CONFIG_MAPPING[given["peft_type"]]
+            known = {each.name for each in fields(kind)}
+            config = kind(**{key: value for key, value in given.items() if key in known} | {"inference_mode": True})
+        if config.peft_type == "LORA":
+            config.layer_replication = None  # the base has the layers already
+        if config.peft_type == "SHIRA":
+            config.mask_fn = None  # draws places, which no layer on the meta device can have; those stored are loaded
         live: Any = get_peft_model(model, config, adapter_name=_NAME, low_cpu_mem_usage=True)
         _cut_pruned_ranks(live, config)
     live.eval()
     wrapped: PeftModel = live
     return wrapped
+
+
+def _without_shared(live: PeftModel, missing: Sequence[str]) -> Sequence[str]:
+    """Those keys whose tensors are not in other modules too, where they were found."""
+    tensors = live.state_dict(keep_vars=True)
+    found = {id(tensor) for key, tensor in tensors.items() if key not in set(missing)}
+    return [key for key in missing if id(tensors[key]) not in found]
 
 
 def _cut_pruned_ranks(live: PeftModel, config: Any) -> None:

@@ -161,8 +161,12 @@ Nearest = Callable[[Mapping[str, GroupQuantizedSpec], frozenset[str]], WeightSou
 rounded to nearest on those grids."""
 
 
-IsRounded = Callable[[Tensor, Quantized], bool]
-"""Whether codes are exactly those that a method gives for a matrix [out, in] by rounding each weight on its own."""
+Rounding = Callable[[Tensor], Quantized]
+"""How a method rounds a matrix [out, in], each weight on its own."""
+
+RoundingOf = Callable[[Tensor, Quantized], Rounding | None]
+"""How the codes of a matrix [out, in] were found, if they are exactly those that a method gives by rounding; else
+None."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +179,7 @@ class Reference:
         adapter: where the adapter came from; None if there is no adapter.
         changed: the tensors that the adapter changes, by their names in the files.
         nearest: makes the merged model rounded to nearest.
-        is_rounded: recognizes the codes of methods that round each weight on its own.
+        rounding_of: recognizes the codes of methods that round each weight on its own.
         prepared: what was measured with the merged model alone.
         held_out: the text, as many windows as may be used.
         prompts: what both models continue; None for no prompts.
@@ -186,6 +190,7 @@ class Reference:
         dtype: what the blocks compute in: the merged model's dtype.
         device: where to compute.
         baseline: the release that artifacts are compared with; None for none.
+        unrounded: the merged model before its tensors are rounded to its dtype; None if that is not known.
     """
 
     merged: Checkpoint
@@ -193,7 +198,7 @@ class Reference:
     adapter: Origin | None
     changed: frozenset[str]
     nearest: Nearest
-    is_rounded: IsRounded
+    rounding_of: RoundingOf
     prepared: Preparation
     held_out: HeldOut
     prompts: EncodedPrompts | None
@@ -203,6 +208,7 @@ class Reference:
     device: torch.device
     suites: Suites = NO_SUITES
     baseline: Baseline | None = None
+    unrounded: Checkpoint | None = None
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

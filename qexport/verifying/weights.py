@@ -8,7 +8,7 @@ tensors of a graph, which is not read block by block.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -19,10 +19,10 @@ from qexport.amounts import counted
 from qexport.architectures.runner import BlockRunner
 from qexport.artifact.figures import CheckResult, Figure
 from qexport.artifact.measurements import LayerWeights, TensorFault, WeightsRecord
-from qexport.reading.filled_model import as_parameter
+from qexport.reading.filled_model import as_parameter, dequantize
 from qexport.reading.stored_model import StoredWeights
 from qexport.tensors import Quantized, TensorSpec, WeightSource
-from qexport.verifying.adapter_strength import strength_by_weights
+from qexport.verifying.adapter_strength import moved_by_rounding, strength_by_weights, survival
 from qexport.verifying.layer_inputs import LayerInputs
 from qexport.verifying.matrices import MatrixErrors, compare_matrix, projections
 from qexport.verifying.reference import Reference
@@ -38,7 +38,7 @@ class ComparedWeights:
     Attributes:
         record: for the report.
         checks: of the gate `weights`.
-        figures: `adapter_strength_weights`, if there is an adapter.
+        figures: `adapter_strength_weights` and `adapter_survival`, if there is an adapter.
         errors: of each quantized layer, by its name.
     """
 
@@ -70,6 +70,7 @@ class WeightCheck:
         self._exact: set[str] = set()
         self._faults: dict[str, str] = {}
         self._changes: dict[bool, list[Tensor]] = {True: [], False: []}
+        self._survivals: dict[bool, dict[str, Tensor]] = {True: {}, False: {}}
         self._inputs: LayerInputs | None = None
         self.reference_weights: WeightSource = ReferenceWeights(self, reference.merged.weights)
         self.artifact_weights: WeightSource = ArtifactWeights(self, artifact)
@@ -92,8 +93,17 @@ class WeightCheck:
         )
         changes = self._changes[True] or self._changes[False]
         strength = strength_by_weights(torch.cat(changes)) if changes else None
+        left = survival(torch.cat(found)) if (found := self._left()) else None
         errors = {layer.name: self._layers[f"{layer.name}.weight"] for layer in record.layers}
-        return ComparedWeights(record, list(self._checks(record)), [strength] if strength else [], errors)
+        return ComparedWeights(record, list(self._checks(record)), [each for each in (strength, left) if each], errors)
+
+    def _left(self) -> list[Tensor]:
+        """The rows that tell what rounding has left of the adapter: in quantized layers, if it changes any. Those of
+        codes that were found in several ways cannot be added; the most frequent way stands for all.
+        """
+        rows = list((self._survivals[True] or self._survivals[False]).values())
+        kinds = [sum(each.shape[1] == columns for each in rows) for columns in (2, 5)]
+        return [each for each in rows if each.shape[1] == (2 if kinds[0] >= kinds[1] else 5)]
 
     def _in_order(self, names: Mapping[str, object]) -> list[str]:
         return [name for name in self._artifact.specs() if name in names]
@@ -129,18 +139,53 @@ class WeightCheck:
         if base is not None:
             rows = [tensor.reshape(len(tensor), -1) for tensor in (stored.to(torch.float32), wanted, base)]
             self._changes[False].append(projections(*rows))
+            self._keep_survival(name, stored, wanted, base, _unchanged)
 
     def _compare_layer(
         self, name: str, stored: Quantized, wanted: Tensor, base: Tensor | None, inputs: Tensor | None
     ) -> None:
         if name.removesuffix(".weight") in self._artifact.transposed:
             wanted, base = wanted.t(), None if base is None else base.t()
-        exact = self._reference.is_rounded(wanted, stored)
-        found = compare_matrix(stored, wanted, base, inputs, rounded=exact)
+        rounding = self._reference.rounding_of(wanted, stored)
+        found = compare_matrix(stored, wanted, base, inputs, rounded=rounding is not None)
         self._layers[name] = found
-        self._exact |= {name} if exact else set()
+        self._exact |= {name} if rounding is not None else set()
         if found.change is not None:
             self._changes[True].append(found.change)
+        if base is not None:
+            self._keep_survival(name, stored, wanted, base, rounding)
+
+    def _keep_survival(
+        self,
+        name: str,
+        stored: Tensor | Quantized,
+        wanted: Tensor,
+        base: Tensor,
+        rounding: Callable[[Tensor], Tensor | Quantized] | None,
+    ) -> None:
+        """What rounding has left of the adapter in one tensor, if it is known what the change was before all rounding.
+
+        Args:
+            name: the tensor's.
+            stored: the artifact's, quantized codes [out, in].
+            wanted: the reference's, likewise [out, in].
+            base: the base's, likewise.
+            rounding: how the codes were found; None if nobody knows what they would be for the base.
+        """
+        if self._reference.unrounded is None:
+            return
+        unrounded = self._reference.unrounded.weights.read(name)
+        quantized = not isinstance(stored, Tensor)
+        if quantized and name.removesuffix(".weight") in self._artifact.transposed:
+            unrounded = unrounded.t()
+        values, before = _values(stored), base.to(wanted.dtype)
+        if rounding is None:
+            rows = projections(values, unrounded, base)
+        else:
+            shape = (len(values), -1)
+            change = (unrounded - base.to(torch.float32)).reshape(shape)
+            rows = moved_by_rounding(values.reshape(shape), _values(rounding(before)).reshape(shape), change)
+        self._survivals[quantized][name] = rows
 
     def _record(self, name: str) -> LayerWeights:
         found = self._layers[name]
@@ -152,12 +197,18 @@ class WeightCheck:
             output_error=found.output_error,
             nearest_output_error=found.nearest_output_error,
             gain=found.gain,
+            adapter_survival=self._survival_of(name),
             worst_row=found.worst_row,
             worst_row_ratio=found.worst_row_ratio,
             worst_group=found.worst_group,
             worst_group_ratio=found.worst_group_ratio,
             faults=[fault.text for fault in found.faults],
         )
+
+    def _survival_of(self, name: str) -> float | None:
+        rows = self._survivals[True].get(name)
+        figure = None if rows is None else survival(rows)
+        return None if figure is None else figure.value
 
     def _checks(self, record: WeightsRecord) -> Iterator[CheckResult]:
         if record.unquantized:
@@ -205,6 +256,14 @@ class ArtifactWeights:
         stored, module = self._artifact.stored(name), name.removesuffix(".weight")
         self._check.compare(name, stored)
         return as_parameter(stored, self.specs()[name].dtype, transposed=module in self._artifact.transposed)
+
+
+def _unchanged(matrix: Tensor) -> Tensor:
+    return matrix
+
+
+def _values(stored: Tensor | Quantized) -> Tensor:
+    return stored.to(torch.float32) if isinstance(stored, Tensor) else dequantize(stored, torch.float32)
 
 
 def _check(name: str, faults: Sequence[str], sound: str) -> CheckResult:

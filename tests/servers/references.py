@@ -30,7 +30,7 @@ def make_reference(checkpoint: Checkpoint, settings: VerifySettings) -> Referenc
         base=checkpoint,
         adapter=None,
         changed=frozenset(),
-        is_rounded=lambda matrix, codes: False,
+        rounding_of=lambda matrix, codes: None,
         nearest=lambda grids, transposed: NearestSource(checkpoint.weights, grids, transposed),
         prepared=Preparation({}),
         held_out=replace(held_out, domains=(None,) * len(held_out.domains), documents=None),

@@ -137,6 +137,17 @@ def test_a_server_that_fails_later_changes_nothing(
     assert kept is None or kept in {*server.files, *(name for name, _ in server.told)}
 
 
+@pytest.mark.parametrize(("senseless", "code"), [("runs/create", 0), ("get-by-name", 3)])
+def test_an_answer_that_makes_no_sense_is_one_message(
+    senseless: str, code: int, made: Path, server: TrackingServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.senseless = senseless
+    assert verified(made, server.uri) == code
+    error = capsys.readouterr().err
+    assert ("NOT logged to MLflow" in error) is (code == 0)
+    assert "a defect in qexport" not in error
+
+
 @pytest.mark.parametrize(
     ("failing", "stage", "code", "said"),
     [

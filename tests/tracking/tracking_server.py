@@ -24,6 +24,7 @@ class TrackingServer:
         uri: its address.
         run_id: of the entry that is made; MLflow's client keeps where the files of a known one go.
         failing: the status that answers to requests whose path contains the text.
+        senseless: a part of the path of requests that get an answer of another form.
         stage: of the experiment.
         told: the bodies of requests, with the last part of their path.
         files: what was uploaded.
@@ -32,6 +33,7 @@ class TrackingServer:
     uri: str = ""
     run_id: str = ""
     failing: dict[str, int] = field(default_factory=dict)
+    senseless: str | None = None
     stage: str = "active"
     told: list[tuple[str, Any]] = field(default_factory=list)
     files: dict[str, bytes] = field(default_factory=dict)
@@ -41,6 +43,8 @@ class TrackingServer:
         status = next((status for text, status in self.failing.items() if text in path), 200)
         if status != 200:
             return status, {"error_code": "INTERNAL_ERROR", "message": "the disk is full"}
+        if self.senseless is not None and self.senseless in path:
+            return 200, {"run": 5, "experiment": 5}
         name = path.partition("?")[0].removeprefix(API)
         if path.startswith(FILES):
             self.files[path.partition(f"/{self.run_id}/artifacts/")[2]] = body

@@ -70,6 +70,11 @@ def unpack(tensors: Mapping[str, torch.Tensor], *, module: str = "") -> RowQuant
     return RowQuantized(weight, tensors["SCB"])
 
 
+def dequantize(quantized: RowQuantized) -> torch.Tensor:
+    """float32 [out, in], with the bits of bitsandbytes' `int8_vectorwise_dequant`, which multiplies by 1 / 127."""
+    return quantized.codes.to(torch.float32).mul_(quantized.absmax[:, None]).mul_(1 / 127)
+
+
 @dataclass(frozen=True)
 class LlmInt8Format(ModuleEncoding):
     """bitsandbytes' LLM.int8 (arXiv:2208.07339).

@@ -30,16 +30,18 @@ def pre_tokenizer(structure: Any) -> PreTokenizer | None:
     return _KNOWN.get(_canonical(_flat(structure)))
 
 
-def named_structure(name: str) -> dict[str, Any] | None:
-    """What tokenizer.json has for one of llama.cpp's pre-tokenizers; None if it was not tried.
+def named(name: str) -> PreTokenizer | None:
+    """One of llama.cpp's pre-tokenizers; None if it was not tried.
 
     Args:
         name: the value of `tokenizer.ggml.pre`.
     """
-    found = next((steps for known, steps in _STRUCTURES.items() if known.name == _SAME.get(name, name)), None)
-    if found is None:
-        return None
-    steps = [{**step, "trim_offsets": True} if step["type"] == "ByteLevel" else step for step in found]
+    return next((known for known in _STRUCTURES if known.name == _SAME.get(name, name)), None)
+
+
+def structure_of(known: PreTokenizer) -> dict[str, Any]:
+    """The value of `pre_tokenizer` that tokenizer.json has for it."""
+    steps = [{**step, "trim_offsets": True} if step["type"] == "ByteLevel" else step for step in _STRUCTURES[known]]
     return steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": steps}
 
 

@@ -1,4 +1,4 @@
-"""AutoGPTQ v1 read back: each module's scheme, as gptqmodel reads the `quantization_config`, and the codes."""
+"""AutoGPTQ versions 1 and 2 read back: each module's scheme, as gptqmodel reads it from the config, and the codes."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ from qexport.formats.stored_weight import (
 from qexport.tensors import GroupQuantized, TensorSpec, WeightSource
 
 _PARTS: Final = ("qweight", "qzeros", "scales", "g_idx")
+_LESS_ONE: Final = {"gptq": True, "gptq_v2": False}
 _SCHEME_TYPES: Final = {"bits": int, "group_size": int, "sym": bool, "desc_act": bool}
 
 
 class GptqRules:
-    """The `quantization_config` of an artifact in AutoGPTQ's v1 format.
+    """The `quantization_config` of an artifact in AutoGPTQ's format, version 1 or 2 (gptqmodel's).
 
     Args:
         config: the `quantization_config`.
@@ -35,6 +36,7 @@ class GptqRules:
     Attributes:
         common: how modules are quantized that no rule matches.
         lm_head: whether the output head is quantized.
+        less_one: whether the stored zero points are less by one, as in version 1.
 
     Raises:
         InputError: the format is not supported, a field is missing or has a wrong type, or a rule is not a regular
@@ -42,9 +44,10 @@ class GptqRules:
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        if config.get("checkpoint_format") != "gptq":
-            found = config.get("checkpoint_format")
-            raise InputError(f"checkpoint_format is {found!r}; qexport reads 'gptq'", where=WHERE)
+        stored = config.get("checkpoint_format", "gptq")  # older files have none
+        if not isinstance(stored, str) or stored not in _LESS_ONE:
+            raise InputError(f"checkpoint_format is {stored!r}; qexport reads {' and '.join(_LESS_ONE)}", where=WHERE)
+        self.less_one = _LESS_ONE[stored]
         self.lm_head = config.get("lm_head", False)
         if type(self.lm_head) is not bool:
             raise InputError("lm_head must be true or false", where=WHERE)
@@ -83,9 +86,14 @@ def _scheme(config: Mapping[str, Any], where: str) -> Scheme:
 
 @dataclass(frozen=True)
 class GptqWeight(GroupedWeight):
-    """One module's four tensors."""
+    """One module's four tensors.
+
+    Attributes:
+        less_one: whether its stored zero points are less by one.
+    """
 
     parts: tuple[str, ...] = _PARTS
+    less_one: bool = True
 
     def quantized(self, tensors: Tensors) -> GroupQuantized:
         """See `StoredWeight.quantized`."""
@@ -100,6 +108,7 @@ class GptqWeight(GroupedWeight):
             group_size=self.scheme.group_size,
             sym=self.scheme.sym,
             desc_act=self.scheme.desc_act,
+            less_one=self.less_one,
             module=self.module,
         )
 
@@ -129,7 +138,7 @@ class GptqReader:
         """
         specs = source.specs()
         return {
-            module: GptqWeight(module, _shape(module, specs), self._rules.scheme(module))
+            module: GptqWeight(module, _shape(module, specs), self._rules.scheme(module), less_one=self._rules.less_one)
             for module in modules_with(".qweight", specs)
         }
 

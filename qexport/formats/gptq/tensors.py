@@ -79,7 +79,14 @@ def pack(quantized: GroupQuantized) -> dict[str, torch.Tensor]:
 
 
 def unpack(
-    tensors: Mapping[str, torch.Tensor], *, bits: int, group_size: int, sym: bool, desc_act: bool, module: str = ""
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    bits: int,
+    group_size: int,
+    sym: bool,
+    desc_act: bool,
+    less_one: bool = True,
+    module: str = "",
 ) -> GroupQuantized:
     """The inverse of `pack`, for tensors read from a file.
 
@@ -89,6 +96,7 @@ def unpack(
         group_size: inputs per group; -1 for one group per row.
         sym: the quantization config claims that every zero point is 2**(bits - 1).
         desc_act: the quantization config claims groups in activation order.
+        less_one: zero points are stored less by one, as version 1 of the format does, and version 2 does not.
         module: the layer's path, for the errors.
 
     Raises:
@@ -103,7 +111,8 @@ def unpack(
     for start in range(0, out_features, _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)
         codes[rows] = from_words(tensors["qweight"][:, rows].t(), bits)
-    zeros = (from_words(tensors["qzeros"], bits) + 1) & _largest(bits)
+    stored = from_words(tensors["qzeros"], bits)
+    zeros = (stored + 1) & _largest(bits) if less_one else stored
     if sym and bool((zeros != 1 << (bits - 1)).any()):
         raise InputError("the quantization config says sym, but the zero points differ", where=place(module, "qzeros"))
     return GroupQuantized(codes, tensors["scales"], zeros, tensors["g_idx"], bits, group_size, sym, desc_act)

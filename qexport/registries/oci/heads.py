@@ -36,8 +36,9 @@ class _Ranges:
         return found
 
     def between(self, start: int, stop: int) -> bytes:
-        """The bytes from one offset to another, or to the blob's end."""
-        stream = BlobStream(self._client, self._blob, lambda _: None, (start, min(stop, self._blob.size)))
+        """The bytes from one offset to another, or to the blob's end; none from behind it."""
+        stop = min(stop, self._blob.size)  # a member of the archive may claim to be longer than what is left
+        stream = BlobStream(self._client, self._blob, lambda _: None, (min(start, stop), stop))
         found = bytearray()
         try:
             while piece := stream.read(_WINDOW):

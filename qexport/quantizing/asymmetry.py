@@ -1,0 +1,147 @@
+"""What a layer should compute, so that on the inputs that quantizing has changed its outputs are those of the model
+before quantizing.
+
+With the tokens' inputs X before quantizing and Y after it, of all weights T the one with the least
+`||X W^T - Y T^T||^2` is `T = W + W D H^-1`, where `D = (X - Y)^T Y` and `H = Y^T Y`; for any codes Q,
+`||X W^T - Y Q^T||^2` is `||Y (T - Q)^T||^2` and a constant. So GPTQ on T has the objective of GPTAQ
+(arXiv:2504.02692), whose own form corrects each column inside the loop.
+
+D is known from the calibration text alone, and the less exactly the fewer tokens there are for an input. So the two
+halves of the text give two corrections C1 and C2, and a layer takes their mean as far as they agree: `<C1, C2>`,
+measured at the outputs, is the size of what they have in common, the square of their mean holds the noise too, and the
+ratio of the two is the share of the mean with the least expected error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from qexport.architectures.devices import has_bfloat16_instructions
+from qexport.quantizing.factorization import side_by_side
+from qexport.quantizing.solver import Factor
+
+_STRIP = 128
+"""Inputs of one strip of the sum."""
+
+_TOKENS = 1024
+"""Tokens that are multiplied at a time."""
+
+_TILE = 512
+"""Outputs and inputs that are multiplied at a time."""
+
+
+class Asymmetry:
+    """Sums D = (X - Y)^T Y over batches. The products of bfloat16 inputs are rounded to bfloat16, their sum is not.
+
+    The batches must come in the same order with the same shapes for the sum to have the same bits.
+
+    Args:
+        in_features: the number of inputs.
+        device: where to sum.
+    """
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.tokens = 0
+        self._sum = torch.zeros(in_features, in_features, device=device)
+
+    def add(self, full: Tensor, inputs: Tensor) -> None:
+        """Adds a batch of the inputs before and after quantizing, both [..., tokens, in] of the same dtype."""
+        full, inputs = (each.reshape(-1, each.shape[-1]) for each in (full, inputs))
+        self.tokens += len(inputs)
+        for before, after in zip(full.split(_TOKENS), inputs.split(_TOKENS), strict=True):
+            self._add_rows((before - after).t().contiguous(), after)
+
+    def _add_rows(self, change: Tensor, after: Tensor) -> None:
+        if after.dtype == torch.bfloat16 and after.device.type == "cpu" and not has_bfloat16_instructions():
+            change, after = change.to(torch.float32), after.to(torch.float32)
+
+        def add(start: int) -> None:
+            strip = slice(start, start + _STRIP)
+            self._sum[strip] += change[strip] @ after
+
+        with side_by_side(after.device) as run:
+            run(partial(add, start) for start in range(0, len(change), _STRIP))
+
+    def take(self, weights: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+        """`scale * W D / tokens` for each weight W, float32 [out, in] as the results. The sum begins anew."""
+        scale /= max(self.tokens, 1)
+        found = {}
+        for name, weight in weights.items():
+            found[name] = _by_rows(weight, torch.empty_like(weight), lambda rows: (rows @ self._sum).mul_(scale))
+        self._sum.zero_()
+        self.tokens = 0
+        return found
+
+
+def target(weight: Tensor, halves: tuple[Tensor, Tensor], factor: Factor) -> Tensor:
+    """The weight `W + r (S1 + S2) H^-1 / 2`, where r is the share of the correction on which the halves agree.
+
+    Args:
+        weight: W, float32 [out, in].
+        halves: S1 and S2, from `Asymmetry.take`; they are overwritten.
+        factor: of the damped Hessian H, the mean over the tokens.
+    """
+    first, second = halves
+    for half in halves:
+        _by_rows(half, half, lambda rows: _times_transposed(rows[:, factor.order], factor.upper))
+    share = _agreement(first, second) / 2
+
+    def correction(rows: Tensor) -> Tensor:
+        change = torch.empty_like(rows)
+        change[:, factor.order] = _times_upper(rows, factor.upper)
+        return change
+
+    return _by_rows(first.add_(second).mul_(share), first, correction).add_(weight)
+
+
+def _agreement(first: Tensor, second: Tensor) -> float:
+    """`4 <A, B> / |A + B|^2`, from 0 to 1: 1 for equal matrices, 0 for those that have nothing in common.
+
+    The sums' bits do not depend on the number of threads.
+    """
+    common, all_ = (
+        math.fsum(_by_rows(each, torch.empty(len(each), dtype=torch.float64), _sums_of_rows).tolist())
+        for each in (first * second, (first + second).square_())
+    )
+    return min(max(4 * common / all_, 0.0), 1.0) if all_ > 0 and math.isfinite(common / all_) else 0.0
+
+
+def _sums_of_rows(rows: Tensor) -> Tensor:
+    return rows.sum(1, dtype=torch.float64)
+
+
+def _by_rows(matrix: Tensor, result: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Fills `result` with the function of some rows at a time, each part on one thread."""
+
+    def fill(start: int) -> None:
+        part = slice(start, start + _TILE)
+        result[part] = function(matrix[part])
+
+    with side_by_side(matrix.device) as run:
+        run(partial(fill, start) for start in range(0, len(matrix), _TILE))
+    return result
+
+
+def _times_transposed(rows: Tensor, upper: Tensor) -> Tensor:
+    """`rows U^T` for an upper triangular U, without the products with its zeros."""
+    result = torch.empty_like(rows)
+    for tile in _tiles(len(upper)):
+        result[:, tile] = rows[:, tile.start :] @ upper[tile, tile.start :].t()
+    return result
+
+
+def _times_upper(rows: Tensor, upper: Tensor) -> Tensor:
+    """`rows U`, likewise."""
+    result = torch.empty_like(rows)
+    for tile in _tiles(len(upper)):
+        result[:, tile] = rows[:, : tile.stop] @ upper[: tile.stop, tile]
+    return result
+
+
+def _tiles(size: int) -> list[slice]:
+    return [slice(start, min(start + _TILE, size)) for start in range(0, size, _TILE)]

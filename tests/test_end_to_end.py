@@ -85,13 +85,22 @@ def overrides(
     folder: Path, *, recipe: Path = GPTQ, group_size: int = 32, changes: dict[str, Any] | None = None
 ) -> list[str]:
     """What turns a shipped recipe into a run on the tiny model in `folder`."""
-    calibrated = {
-        "quantize.group_size": group_size,
+    groups: dict[str, dict[str, Any]] = {
+        "gptq": {"quantize.group_size": group_size},
+        "mixed": {
+            "quantize.group_sizes": f"[{group_size}]",
+            "quantize.target": "{bits_per_weight: 12}",
+            "quantize.windows": 8,
+            "quantize.window_tokens": 48,
+        },
+    }
+    calibrated: dict[str, Any] = {
         "quantize.calibration.source": folder / "calibration.jsonl",
         "quantize.calibration.samples": 16,
         "quantize.calibration.sequence_length": 48,
     }
-    values: dict[str, Any] = (calibrated if METHODS[recipe] == "gptq" else {}) | {
+    method = METHODS[recipe]
+    values: dict[str, Any] = (groups[method] | calibrated if method in groups else {}) | {
         "load.base": folder / "base",
         "load.adapter": folder / "adapter",
         "verify.text": folder / "held-out.jsonl",

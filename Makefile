@@ -45,7 +45,7 @@ demo: $(READY) ## Merge, quantize, export and verify a real 135M model with its 
 demo-release: $(READY) ## Release the demo's artifacts to a registry, check, compare, serve and rebuild them (after `make demo`; minutes; wants docker-registry)
 	recipes/demo-release.sh $(BIN)
 
-test: $(READY) ## Run the tests (about five minutes on two cores, less with their traces kept)
+test: $(READY) ## Run the tests (six to seven minutes on two cores, less with their traces kept)
 	$(BIN)/python -m pytest $(PARALLEL) $(COVERAGE)
 
 quick: $(READY) ## Run the tests that take less than a quarter of a second each (under a minute on two cores)

@@ -49,12 +49,17 @@ class Asymmetry:
         self.tokens = 0
         self._sum = torch.zeros(in_features, in_features, device=device)
 
-    def add(self, full: Tensor, inputs: Tensor) -> None:
-        """Adds a batch of the inputs before and after quantizing, both [..., tokens, in] of the same dtype."""
+    def add(self, full: Tensor, inputs: Tensor, weights: Tensor | None = None) -> None:
+        """Adds a batch of the inputs before and after quantizing, both [..., tokens, in] of the same dtype, each token
+        as often as its weight says, float32 [tokens].
+        """
         full, inputs = (each.reshape(-1, each.shape[-1]) for each in (full, inputs))
         self.tokens += len(inputs)
-        for before, after in zip(full.split(_TOKENS), inputs.split(_TOKENS), strict=True):
-            self._add_rows((before - after).t().contiguous(), after)
+        change = full - inputs
+        if weights is not None:
+            change *= weights.to(change.dtype)[:, None]
+        for part, after in zip(change.split(_TOKENS), inputs.split(_TOKENS), strict=True):
+            self._add_rows(part.t().contiguous(), after)
 
     def _add_rows(self, change: Tensor, after: Tensor) -> None:
         if after.dtype == torch.bfloat16 and after.device.type == "cpu" and not has_bfloat16_instructions():

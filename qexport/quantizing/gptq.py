@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from qexport.gates.profiles import TINY_PARAMETERS, by_size
 from qexport.quantizing.method import CalibrationSettings, PassInputs, ProtectingMethod
+from qexport.records import added
 from qexport.settings import Settings
 
 if TYPE_CHECKING:
@@ -93,6 +94,11 @@ class Gptq(ProtectingMethod):
     this out, which takes little more than half the time. Experts are left out, and texts of one batch (2048 tokens).
     """
 
+    effort: Literal["standard", "high"] = added("standard")
+    """`high` takes two to three times the time for less drift: tokens on which the predictions depend more count more
+    (after one pass back through the model), and codes and scales are gone over again when a layer is solved. Experts
+    have all tokens alike."""
+
     on_failure: Literal["error", "round_to_nearest"] = "error"
     """What to do with a layer whose Hessian cannot be factorized with any damping. The report records it."""
 
@@ -111,6 +117,8 @@ class Gptq(ProtectingMethod):
     def _possible(self) -> Gptq:
         if self.desc_act and self.static_groups:
             raise ValueError("desc_act and static_groups exclude each other: set static_groups: false with desc_act")
+        if self.desc_act and self.effort == "high":
+            raise ValueError("effort: high goes over groups in the order of the inputs: leave desc_act out")
         return self
 
     def without(self, modules: Sequence[str]) -> Self:

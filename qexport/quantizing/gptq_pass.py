@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qexport.architectures.architecture import Checkpoint
@@ -15,6 +16,7 @@ from qexport.architectures.families import ExpertStop, staged
 from qexport.architectures.memory import budget, return_freed_memory
 from qexport.architectures.runner import Batch, BlockRunner
 from qexport.architectures.structure import LinearSpec, Structure
+from qexport.artifact.disk import sync
 from qexport.errors import CompatibilityError
 from qexport.formats import Outputs
 from qexport.progress import Notice, Progress, ProgressCallback
@@ -22,6 +24,7 @@ from qexport.quantizing.activations import ActivationFiles, OffloadFile, Restore
 from qexport.quantizing.asymmetry import Asymmetry
 from qexport.quantizing.full_precision import FullPrecisionStream
 from qexport.quantizing.gptq import Gptq
+from qexport.quantizing.importance import token_importance, token_weights
 from qexport.quantizing.layer import Hessian, SolvedLayer, solve_together
 from qexport.quantizing.method import PassInputs
 from qexport.quantizing.pauses import Group, PausedForward, find_groups, pausing_at
@@ -79,7 +82,7 @@ def quantize(method: Gptq, inputs: PassInputs) -> Iterator[TensorRecord]:
     progress(Progress("quantize", min(first, blocks), blocks, "block"))
     if first == units:
         return
-    with _passing(method, chosen, inputs) as work:
+    with _passing(method, chosen, inputs, _importance(method, chosen, inputs)) as work:
         if first == 0:
             for name in _outside(checkpoint, structure, chosen):
                 yield TensorRecord(name, checkpoint.weights.read(name))
@@ -95,12 +98,45 @@ def quantize(method: Gptq, inputs: PassInputs) -> Iterator[TensorRecord]:
 
 
 @contextmanager
-def _passing(method: Gptq, chosen: Mapping[str, Options], inputs: PassInputs) -> Iterator[_Pass]:
+def _passing(
+    method: Gptq, chosen: Mapping[str, Options], inputs: PassInputs, importance: Mapping[str, Tensor] | None
+) -> Iterator[_Pass]:
     """A pass that begins with the hidden states before the first block that is not finished."""
     with ExitStack() as stack:
         offload_file = stack.enter_context(OffloadFile(inputs.scratch))
         kept = stack.enter_context(ActivationFiles(inputs.resume.folder)) if inputs.resume else None
-        yield _Pass(method, chosen, inputs, offload_file, kept)
+        yield _Pass(method, chosen, inputs, offload_file, kept, importance)
+
+
+def _importance(method: Gptq, chosen: Mapping[str, Options], inputs: PassInputs) -> dict[str, Tensor] | None:
+    """Of the layers in blocks that are no experts, with `effort: high`; an earlier run may have left it."""
+    if method.effort != "high":
+        return None
+    assert inputs.calibration is not None
+    kept = inputs.resume and inputs.resume.folder / "importance.safetensors"
+    if kept and kept.exists():
+        return load_file(kept)
+    linears = inputs.checkpoint.architecture.structure.block_linears
+    found = token_importance(
+        inputs.checkpoint,
+        [linear.name for linear in linears if linear.name in chosen and not linear.expert],
+        inputs.calibration.input_ids,
+        dtype=inputs.dtype,
+        device=inputs.device,
+        scratch=inputs.scratch,
+        progress=inputs.progress,
+    )
+    if kept:
+        _write(kept, found)
+    return found
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a file beside its path, then renames it: one that is there is whole."""
+    beside = path.with_suffix(".partial")
+    save_file(dict(tensors), beside)
+    sync(beside)
+    beside.replace(path)
 
 
 def _options(method: Gptq, outputs: Outputs) -> dict[str, Options]:
@@ -132,12 +168,13 @@ class _Pass:
         inputs: PassInputs,
         offload_file: OffloadFile,
         kept: ActivationFiles | None,
+        importance: Mapping[str, Tensor] | None,
     ) -> None:
         checkpoint, calibration = inputs.checkpoint, inputs.calibration
         assert calibration is not None, "a run reads the text of every method that needs calibration"
         runner = BlockRunner(checkpoint.architecture, checkpoint.weights, dtype=inputs.dtype, device=inputs.device)
         self._runner, self._method, self._resume = runner, method, inputs.resume
-        self._offload_file, self._kept = offload_file, kept
+        self._offload_file, self._kept, self._importance = offload_file, kept, importance
         self._chosen, self._linears = chosen, candidates(runner.structure, method)
         self.tokens, length = calibration.input_ids.numel(), calibration.input_ids.shape[1]
         self._batches = runner.embed(calibration.input_ids, max(1, BATCH_TOKENS // length))
@@ -228,9 +265,14 @@ class _Pass:
         with pausing_at([group.stop for group in groups]):
             for group in groups:
                 sums = self._sums(group.members, experts=group.experts is not None)
+                weights = self._token_weights(group)
                 for number, (forward, batch) in enumerate(zip(forwards, self._batches, strict=True)):
                     args = forward.advance()
-                    sums.add(group.inputs(args), self._full_inputs(group, number))
+                    sums.add(
+                        group.inputs(args),
+                        self._full_inputs(group, number),
+                        None if weights is None else weights[number],
+                    )
                     forward.restore_first(self._offload_file.offload(args[0]))
                     forward.restore_first(self._offload(number, batch.hidden))
                     if number == self._middle:
@@ -245,11 +287,13 @@ class _Pass:
     def _in_two_forwards(self, index: int, block: nn.Module, groups: Sequence[Group]) -> dict[str, SolvedLayer]:
         """All layers are solved with inputs from the block's own weights; then the quantized block runs once more."""
         sums = [self._sums(group.members, experts=group.experts is not None) for group in groups]
+        weights = [self._token_weights(group) for group in groups]
         with pausing_at([group.stop for group in groups]):
             for number, batch in enumerate(self._batches):
                 forward = self._paused(index, block, Batch(batch.hidden, batch.calls))
-                for group, of_group in zip(groups, sums, strict=True):
-                    of_group.add(group.inputs(forward.advance()), self._full_inputs(group, number))
+                for group, of_group, own in zip(groups, sums, weights, strict=True):
+                    full = self._full_inputs(group, number)
+                    of_group.add(group.inputs(forward.advance()), full, None if own is None else own[number])
                     if number == self._middle:
                         of_group.take(self._weights(group.members[0]))
                 forward.finish()
@@ -278,6 +322,14 @@ class _Pass:
 
     def _paused(self, index: int, block: nn.Module, batch: Batch) -> PausedForward:
         return PausedForward(lambda: self._runner.forward(index, block, batch))
+
+    def _token_weights(self, group: Group) -> list[Tensor] | None:
+        """How much each token counts for a group, float32 [tokens] of each batch; None for all alike."""
+        if self._importance is None or group.experts is not None:
+            return None
+        (names,) = group.members
+        weights = token_weights(self._importance, names).to(self._runner.device)
+        return [part.flatten() for part in weights.split([len(batch.hidden) for batch in self._batches])]
 
     def _full_inputs(self, group: Group, number: int) -> Tensor | None:
         return None if self._full is None else self._full.inputs(group, number)
@@ -335,12 +387,12 @@ class _Sums:
     alpha: float
     first: dict[str, Tensor] = field(default_factory=dict)
 
-    def add(self, inputs: Sequence[Tensor], full: Tensor | None) -> None:
-        """Adds a batch of the inputs, and of the first one before quantizing, if that is known."""
+    def add(self, inputs: Sequence[Tensor], full: Tensor | None, weights: Tensor | None = None) -> None:
+        """Adds a batch of the inputs, and of the first one before quantizing, if that is known; see `Hessian.add`."""
         for hessian, tensor in zip(self.hessians, inputs, strict=True):
-            hessian.add(tensor)
+            hessian.add(tensor, weights)
         if self.asymmetry is not None and full is not None:
-            self.asymmetry.add(full, inputs[0])
+            self.asymmetry.add(full, inputs[0], weights)
 
     def take(self, weights: Mapping[str, Tensor]) -> None:
         """Ends the first half of the batches."""

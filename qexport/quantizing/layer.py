@@ -15,6 +15,7 @@ from torch import Tensor
 from qexport.errors import NumericalError
 from qexport.quantizing.asymmetry import target
 from qexport.quantizing.factorization import side_by_side
+from qexport.quantizing.refinement import refine
 from qexport.quantizing.solver import Factor, Options, factorize, round_to_nearest, solve
 from qexport.records import LayerRecord
 from qexport.tensors import GroupQuantized
@@ -45,9 +46,11 @@ class Hessian:
         self._complete = False
         self._sum = torch.zeros(in_features, in_features, device=device)
 
-    def add(self, inputs: Tensor) -> None:
-        """Adds a batch of inputs [..., tokens, in]."""
+    def add(self, inputs: Tensor, weights: Tensor | None = None) -> None:
+        """Adds a batch of inputs [..., tokens, in], each token as often as its weight says, float32 [tokens]."""
         inputs = inputs.reshape(-1, inputs.shape[-1])
+        if weights is not None:
+            inputs = inputs * weights.sqrt().to(inputs.dtype)[:, None]
         self.tokens += inputs.shape[0]
         with _bfloat16_products(inputs.dtype):
             for part in inputs.split(_ROWS):
@@ -172,7 +175,10 @@ def _solve_rows(
     for shared in dict.fromkeys(options[name] for name in weights):
         members = {name: weight for name, weight in weights.items() if options[name] == shared}
         rows = list(members.values())
-        joined = solve(torch.cat(rows) if len(rows) > 1 else rows[0], matrix, factor, shared)
+        together = torch.cat(rows) if len(rows) > 1 else rows[0]
+        joined = solve(together, matrix, factor, shared)
+        if shared.refine:
+            joined = refine(together, joined, matrix, factor)
         start = 0
         for name, weight in members.items():
             quantized[name] = joined.rows(start, start + weight.shape[0])

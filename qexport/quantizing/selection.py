@@ -71,6 +71,7 @@ def solver_options(method: Gptq, bits: int, group_size: int) -> Options:
         sym=method.sym,
         damp_percent=method.damp_percent,
         search=method.mse,
+        refine=method.effort == "high",
     )
 
 

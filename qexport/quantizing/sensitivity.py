@@ -26,6 +26,7 @@ from qexport.architectures.runner import Batch, BlockRunner
 from qexport.architectures.structure import LinearSpec
 from qexport.errors import NumericalError
 from qexport.progress import Progress, ProgressCallback
+from qexport.quantizing.drawn_tokens import gradients_at_head
 from qexport.quantizing.layer import Hessian, output_energy, usable
 from qexport.quantizing.products import FixedProducts
 from qexport.quantizing.solver import Factor, Options, factorize, round_to_nearest, solve
@@ -35,9 +36,6 @@ _BATCH_TOKENS: Final = 2048
 
 _KEPT: Final = torch.bfloat16
 """Of the hidden states between the passes: there are those of every block."""
-
-_SEED: Final = 0
-"""Of the tokens that are drawn."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,7 @@ def measure(
             for batch in windows if index + 1 == len(blocks) else [*windows, *batches]:
                 runner.forward(index, block, batch)
         progress(Progress("calibrate", index + 1, 2 * len(blocks), "block", "forward"))
-    upstream = _gradients_at_head(runner, windows)
+    upstream = gradients_at_head(runner, [window.hidden for window in windows])
     found: dict[int, Effects] = {}
     for index in reversed(range(len(blocks))):
         own = {number: unit for number, unit in enumerate(units) if unit.layers[0] in linears[blocks[index]]}
@@ -139,23 +137,6 @@ def measure(
         return_freed_memory()
         progress(Progress("calibrate", 2 * len(blocks) - index, 2 * len(blocks), "block", "back"))
     return [found[number] for number in range(len(units))]
-
-
-def _gradients_at_head(runner: BlockRunner, windows: Sequence[Batch]) -> list[Tensor]:
-    """Of the drawn tokens' log-probabilities with respect to the hidden states after the last block."""
-    generator, found = torch.Generator().manual_seed(_SEED), []
-    with runner.head() as head, single_thread():
-        for window in windows:
-            with torch.enable_grad():
-                hidden = window.hidden.detach().requires_grad_()
-                predicted = head(hidden)[0].log_softmax(-1)
-                probabilities = predicted.detach().exp().cpu()
-                if not bool(torch.isfinite(probabilities).all()):
-                    raise NumericalError("the merged model's predictions are not finite", where="quantize.calibration")
-                drawn = torch.multinomial(probabilities, 1, generator=generator).to(runner.device)
-                (gradient,) = torch.autograd.grad(predicted.gather(1, drawn).sum(), hidden)
-            found.append(gradient)
-    return found
 
 
 @dataclass(frozen=True)

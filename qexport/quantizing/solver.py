@@ -144,6 +144,7 @@ class Options:
         sym: zero points fixed at 2**(bits-1).
         damp_percent: fraction of the mean diagonal that is added to the diagonal.
         search: search for each group's clipping range.
+        refine: go over codes and scales again (`refinement`).
     """
 
     bits: int
@@ -152,6 +153,7 @@ class Options:
     sym: bool
     damp_percent: float
     search: bool
+    refine: bool = False
 
 
 @dataclass(frozen=True)

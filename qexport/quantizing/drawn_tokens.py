@@ -1,0 +1,48 @@
+"""Gradients of the log-probabilities of tokens that are drawn from the model's own predictions.
+
+Their mean square is the Fisher information, which is the curvature of the KL divergence: what a change of the model
+costs, to second order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from qexport.architectures.devices import single_thread
+from qexport.architectures.runner import BlockRunner
+from qexport.errors import NumericalError
+
+_SEED: Final = 0
+"""Of the tokens that are drawn."""
+
+
+def gradients_at_head(runner: BlockRunner, hidden: Iterable[Tensor]) -> list[Tensor]:
+    """The gradients of the sum of the drawn tokens' log-probabilities with respect to hidden states.
+
+    Args:
+        runner: has the head.
+        hidden: after the last block, [1, tokens, hidden_size] each. The logits of one are in memory at a time.
+
+    Returns:
+        Of the shape and dtype of each.
+
+    Raises:
+        NumericalError: the model's predictions are not finite.
+    """
+    generator, found = torch.Generator().manual_seed(_SEED), []
+    with runner.head() as head, single_thread():
+        for part in hidden:
+            with torch.enable_grad():
+                leaf = part.detach().requires_grad_()
+                predicted = head(leaf)[0].log_softmax(-1)
+                probabilities = predicted.detach().exp().cpu()
+                if not bool(torch.isfinite(probabilities).all()):
+                    raise NumericalError("the merged model's predictions are not finite", where="quantize.calibration")
+                drawn = torch.multinomial(probabilities, 1, generator=generator).to(runner.device)
+                (gradient,) = torch.autograd.grad(predicted.gather(1, drawn).sum(), leaf)
+            found.append(gradient)
+    return found

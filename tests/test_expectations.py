@@ -51,7 +51,8 @@ def made(folder: Path, config: PretrainedConfig, method: dict[str, Any], *, veri
     factories.save(factories.build(config), folder / "base")
     factories.write_text(folder / "calibration.jsonl", passages=160, seed=1)
     factories.write_text(folder / "held-out.jsonl", seed=2)
-    calibration = {"source": "calibration.jsonl", "samples": 48, "sequence_length": 64}
+    samples = 16 if "effort" in method else 48
+    calibration = {"source": "calibration.jsonl", "samples": samples, "sequence_length": 64}
     recipe: dict[str, Any] = {
         "load": {"base": "./base"},
         "quantize": method | ({"calibration": calibration} if method["method"] == "gptq" else {}),
@@ -79,6 +80,7 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         made(folder / "nf4", ROWS, {"method": "nf4"}),
         made(folder / "gptq", WIDE, GPTQ),
         made(folder / "verified", COMPARED, {"method": "none"}, verified=True),
+        made(folder / "high", COMPARED, GPTQ | {"effort": "high"}),
     ]
 
 
@@ -107,7 +109,8 @@ def test_the_expected_peak_is_within_a_fifth_of_the_measured_one(recipes: list[P
 
 
 @pytest.mark.parametrize(
-    ("case", "stages"), [(0, ["_quantizing"]), (1, ["_quantizing"]), (2, ["_preparing", "_verifying"])]
+    ("case", "stages"),
+    [(0, ["_quantizing"]), (1, ["_quantizing"]), (2, ["_preparing", "_verifying"]), (3, ["_importance"])],
 )
 def test_a_stage_that_is_forgotten_shows(
     case: int, stages: list[str], recipes: list[Path], peaks: dict[str, int], monkeypatch: pytest.MonkeyPatch

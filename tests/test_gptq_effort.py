@@ -90,7 +90,7 @@ def test_the_importance_of_tokens_is_that_of_the_whole_models_gradients(
 def test_windows_that_go_through_the_model_later_are_measured_as_well(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(importance, "_AT_A_TIME", 48)
+    monkeypatch.setattr(importance, "AT_A_TIME", 48)
     windows = token_windows(4, 24)
     found = measured(CONFIGS["llama"], windows, tmp_path)
     first, last = (measured(CONFIGS["llama"], part, tmp_path) for part in windows.split(2))

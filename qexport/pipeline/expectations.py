@@ -19,6 +19,8 @@ from qexport.merge.merging import Merged
 from qexport.pipeline.expected_memory import choose_budget
 from qexport.pipeline.expected_sizes import RunSizes
 from qexport.pipeline.expected_time import processor_time
+from qexport.quantizing.gptq import Gptq
+from qexport.quantizing.importance import AT_A_TIME
 from qexport.reading.stored_model import StoredModel
 from qexport.recipe import Recipe
 from qexport.tensors import GroupQuantizedSpec
@@ -105,7 +107,7 @@ def expect(recipe: Recipe, merged: Merged, outputs: Outputs, artifact: int) -> E
         stages=stages,
         cpu_seconds=shared + single,
         seconds=shared / torch.get_num_threads() + single,
-        disk=round(artifact + len(recipe.export) * _beside(sizes, merged) + _parked(sizes)),
+        disk=round(artifact + len(recipe.export) * _beside(sizes, merged) + max(_parked(sizes), _before_blocks(sizes))),
         budget=chosen,
     )
 
@@ -168,6 +170,13 @@ def _parked(sizes: RunSizes) -> float:
     if sizes.streams == 2:
         values += sum(width for width, expert in inputs if not expert) + 3 * sizes.hidden
     return sizes.calibration * sizes.bytes_ * (values + 2 * sizes.hidden)
+
+
+def _before_blocks(sizes: RunSizes) -> float:
+    """The hidden states before every block, while the importance of tokens is measured."""
+    if not isinstance(sizes.method, Gptq) or sizes.method.effort != "high":
+        return 0.0
+    return min(sizes.calibration, AT_A_TIME) * sizes.hidden * sizes.bytes_ * len(sizes.blocks)
 
 
 def _beside(sizes: RunSizes, merged: Merged) -> float:

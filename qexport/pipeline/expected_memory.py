@@ -11,7 +11,9 @@ from typing import Final
 from qexport.architectures.memory import Budget
 from qexport.pipeline.expected_sizes import RunSizes
 from qexport.quantizing.gptq import Gptq
+from qexport.quantizing.gptq_pass import BATCH_TOKENS as GPTQ_BATCH_TOKENS
 from qexport.quantizing.gptq_pass import HESSIAN_BYTES
+from qexport.quantizing.importance import AT_A_TIME, AT_HEAD
 from qexport.quantizing.mixed import Mixed
 from qexport.verifying import VerifySettings
 from qexport.verifying.along import PORTION_TOKENS
@@ -71,6 +73,8 @@ def _needs(sizes: RunSizes, chosen: Budget) -> dict[str, float]:
     needs = {} if sizes.method is None else {"quantize": _quantizing(sizes, chosen)}
     if isinstance(sizes.method, Mixed):
         needs["measure"] = _choosing(sizes, sizes.method)
+    if isinstance(sizes.method, Gptq) and sizes.method.effort == "high":
+        needs["importance"] = _importance(sizes)
     if sizes.verify is not None:
         needs |= {"prepare": _preparing(sizes), "verify": _verifying(sizes, sizes.verify, chosen)}
         if _fits(sizes, chosen.limit):
@@ -109,6 +113,18 @@ def _choosing(sizes: RunSizes, method: Mixed) -> float:
     block = 4 * sizes.block * (options + 2) + hessians + _SOLVED * 4 * sizes.widest
     head = 4 * sizes.head + _LOGITS_BACK * 4 * method.window_tokens * sizes.vocabulary
     return tokens * sizes.hidden * (3 * 2 * blocks + 5 * 4) + max(block, head)
+
+
+def _importance(sizes: RunSizes) -> float:
+    """What is found of each layer and token; the gradients between two blocks of the tokens that are on their way; and
+    a block with what a batch's pass back needs of its forward, or a head with some copies of some tokens' logits.
+    """
+    layers = [linear for linear in sizes.linears if not linear.expert]
+    found = 2 * sizes.calibration * len(sizes.blocks) * len(layers)
+    between = 2 * min(sizes.calibration, AT_A_TIME) * sizes.hidden * sizes.bytes_
+    passed = sum(linear.in_features + linear.out_features for linear in layers) + sizes.working / sizes.bytes_
+    block = sizes.bytes_ * (sizes.block + 2 * GPTQ_BATCH_TOKENS * passed)
+    return found + between + max(block, 4 * sizes.head + _LOGITS_BACK * 4 * AT_HEAD * sizes.vocabulary)
 
 
 def _preparing(sizes: RunSizes) -> float:

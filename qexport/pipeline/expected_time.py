@@ -124,6 +124,17 @@ def _gptq_work(sizes: RunSizes, work: _Work) -> None:
         work.single += blocks * square * linear.out_features / _GIGAFLOPS
     work.shared += sizes.coded * _SEARCHED + sum(grid.groups for grid in sizes.grids.values()) * _FITTED
     work.single += sizes.coded * _STEPPED
+    if isinstance(sizes.method, Gptq) and sizes.method.effort == "high":
+        _effort_work(sizes, work)
+
+
+def _effort_work(sizes: RunSizes, work: _Work) -> None:
+    """Forward twice, back once without gradients of the weights; then all codes twice and all scales once more."""
+    work.products(2 * sizes.calibration * (3 * sizes.active + 2 * sizes.head))
+    work.single += 2 * sizes.total * sizes.bytes_ * _READ
+    for linear in sizes.linears:
+        work.products(8 * len(sizes.blocks) * linear.out_features * linear.in_features**2)
+    work.shared += 2 * sizes.coded * _STEPPED
 
 
 def _choosing_work(sizes: RunSizes, method: Mixed, work: _Work) -> None:

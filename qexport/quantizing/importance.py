@@ -26,13 +26,13 @@ from qexport.quantizing.activations import OffloadFile, Restore
 from qexport.quantizing.drawn_tokens import gradients_at_head
 from qexport.quantizing.products import FixedProducts
 
-_AT_A_TIME: Final = 1 << 15
+AT_A_TIME: Final = 1 << 15
 """Tokens whose hidden states before every block are on the disk. For each such part the model is read twice."""
 
 _BATCH_TOKENS: Final = 2048
 """Tokens that go through a block at a time."""
 
-_AT_HEAD: Final = 128
+AT_HEAD: Final = 128
 """Tokens whose logits are in memory."""
 
 
@@ -67,7 +67,7 @@ def token_importance(
     """
     runner = BlockRunner(checkpoint.architecture, checkpoint.weights, dtype=dtype, device=device)
     found = {name: torch.zeros(input_ids.shape, dtype=torch.bfloat16) for name in layers}
-    parts = range(0, len(input_ids), max(1, _AT_A_TIME // input_ids.shape[1]))
+    parts = range(0, len(input_ids), max(1, AT_A_TIME // input_ids.shape[1]))
     for start in parts:
         windows = slice(start, start + parts.step)
         own = {name: values[windows] for name, values in found.items()}
@@ -113,7 +113,7 @@ class _Part:
     def _at_head(self) -> list[Tensor]:
         """Of each batch, with respect to the hidden states after the last block, which are not kept."""
         shapes = [batch.hidden.shape for batch in self._batches]
-        pieces = [piece[None] for batch in self._batches for piece in batch.hidden.flatten(0, 1).split(_AT_HEAD)]
+        pieces = [piece[None] for batch in self._batches for piece in batch.hidden.flatten(0, 1).split(AT_HEAD)]
         for batch in self._batches:
             batch.hidden = batch.hidden.new_empty(0)  # the pieces share its memory
         gradients = torch.cat(gradients_at_head(self._runner, pieces), 1)[0]

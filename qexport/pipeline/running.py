@@ -26,7 +26,7 @@ from qexport.export.weight_files import WeightWriter
 from qexport.hidden_packages import hidden
 from qexport.pipeline.finished import FinishedRun
 from qexport.pipeline.folders import LayoutFolder, open_layout
-from qexport.pipeline.mixing import MadeChoice, choose
+from qexport.pipeline.mixing import MadeChoice, choose, measure_units
 from qexport.pipeline.planning import Plan, plan
 from qexport.pipeline.recording import make_manifest, write_card
 from qexport.pipeline.reference import prepare_reference, refuse_unmeasurable, unproven_merge
@@ -155,7 +155,8 @@ def _chosen(
         return planned, None
     layout = planned.layouts[0]
     if (choice := journal.choice) is None:
-        choice = choose(planned.space, layout, texts.calibration, device=device, progress=progress)
+        measured = measure_units(planned.space, texts.calibration, device=device, progress=progress)
+        choice = choose(planned.space, layout, measured)
         journal.note_choice(choice)
     made = MadeChoice(planned.space, layout, choice)
     chosen = planned.choosing(made.options, made.note)

@@ -41,6 +41,14 @@ HESSIAN_BYTES = 1 << 30
 """Bytes for the Hessians of a mixture's experts that are summed at the same time, each [in, in] in float32."""
 
 
+def corrects(method: Gptq, windows: int, length: int) -> bool:
+    """Whether layers make up for the quantized ones before them, on so many windows of so many tokens.
+
+    Two halves of the text are compared, so there must be two batches.
+    """
+    return method.gptaq_alpha > 0 and windows > max(1, BATCH_TOKENS // length)
+
+
 def plan(method: Gptq, checkpoint: Checkpoint) -> Outputs:
     """What `quantize` will yield."""
     structure = checkpoint.architecture.structure
@@ -178,7 +186,7 @@ class _Pass:
         self._chosen, self._linears = chosen, candidates(runner.structure, method)
         self.tokens, length = calibration.input_ids.numel(), calibration.input_ids.shape[1]
         self._batches = runner.embed(calibration.input_ids, max(1, BATCH_TOKENS // length))
-        corrected = method.gptaq_alpha > 0 and len(self._batches) > 1  # two halves of the text are compared
+        corrected = corrects(method, *calibration.input_ids.shape)
         self._full = FullPrecisionStream(runner, self._batches, offload_file) if corrected else None
         self._probe = runner.embed(calibration.input_ids[:1, :8], 1)[0]
         if kept is not None and inputs.finished_units:

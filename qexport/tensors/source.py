@@ -117,8 +117,10 @@ class CalibrationSet:
         input_ids: int64 [samples, sequence_length].
         sha256: hex digest of the text that the tokens were made from.
         origin: the files' names or the dataset's id, without any path of this machine.
+        start: the beginning-of-text token, with which every window begins; None if the model's texts have none.
     """
 
     input_ids: torch.Tensor
     sha256: str
     origin: str
+    start: int | None = field(default=None, kw_only=True)

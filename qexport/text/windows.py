@@ -101,6 +101,7 @@ def make_windows(
         documents.origin,
         torch.tensor([owners for _, owners in windows], dtype=torch.int64),
         tuple(encode.texts),
+        start=encode.start,
     )
 
 

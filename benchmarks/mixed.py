@@ -126,10 +126,10 @@ class _Job:
         path: Path = self.arguments.work / "measured.pickle"
         if not path.exists():
             started = time.process_time()
-            found = measure_units(self.space, self.calibration, device=torch.device("cpu"), progress=silent)
+            measured = measure_units(self.space, self.calibration, device=torch.device("cpu"), progress=silent)
             print(f"measured in {time.process_time() - started:.0f} CPU s")
-            path.write_bytes(pickle.dumps(found))
-        found = pickle.loads(path.read_bytes())  # written by this script
+            path.write_bytes(pickle.dumps(measured))
+        found: Measured = pickle.loads(path.read_bytes())  # written by this script
         assert [len(own) for own in found.losses] == [len(own) for own in self.space.options], "of another space"
         return found
 
@@ -167,7 +167,7 @@ def _points(work: Path) -> dict[str, dict[str, Any]]:
 
 
 def _divergence(point: Mapping[str, Any], text: int) -> float:
-    values = point["texts"][text]["kl"]
+    values: list[float] = point["texts"][text]["kl"]
     return sum(values) / len(values)
 
 

@@ -19,7 +19,6 @@ from qexport.merge.merging import Merged
 from qexport.pipeline.expected_memory import choose_budget
 from qexport.pipeline.expected_sizes import RunSizes
 from qexport.pipeline.expected_time import processor_time
-from qexport.quantizing.gptq import Gptq
 from qexport.quantizing.importance import AT_A_TIME
 from qexport.reading.stored_model import StoredModel
 from qexport.recipe import Recipe
@@ -174,7 +173,7 @@ def _parked(sizes: RunSizes) -> float:
 
 def _before_blocks(sizes: RunSizes) -> float:
     """The hidden states before every block, while the importance of tokens is measured."""
-    if not isinstance(sizes.method, Gptq) or sizes.method.effort != "high":
+    if not sizes.high_effort:
         return 0.0
     return min(sizes.calibration, AT_A_TIME) * sizes.hidden * sizes.bytes_ * len(sizes.blocks)
 

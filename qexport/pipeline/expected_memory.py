@@ -10,7 +10,6 @@ from typing import Final
 
 from qexport.architectures.memory import Budget
 from qexport.pipeline.expected_sizes import RunSizes
-from qexport.quantizing.gptq import Gptq
 from qexport.quantizing.gptq_pass import BATCH_TOKENS as GPTQ_BATCH_TOKENS
 from qexport.quantizing.gptq_pass import HESSIAN_BYTES
 from qexport.quantizing.importance import AT_A_TIME, AT_HEAD
@@ -73,7 +72,7 @@ def _needs(sizes: RunSizes, chosen: Budget) -> dict[str, float]:
     needs = {} if sizes.method is None else {"quantize": _quantizing(sizes, chosen)}
     if isinstance(sizes.method, Mixed):
         needs["measure"] = _choosing(sizes, sizes.method)
-    if isinstance(sizes.method, Gptq) and sizes.method.effort == "high":
+    if sizes.high_effort:
         needs["importance"] = _importance(sizes)
     if sizes.verify is not None:
         needs |= {"prepare": _preparing(sizes), "verify": _verifying(sizes, sizes.verify, chosen)}
@@ -89,7 +88,7 @@ def _quantizing(sizes: RunSizes, chosen: Budget) -> float:
     factorization or solution.
     """
     tensor = sizes.bytes_ * max(sizes.counts.values())
-    if not isinstance(sizes.method, Gptq | Mixed):
+    if sizes.gptq is None:
         return 1.3 * tensor + _ROUNDED * 4 * sizes.widest
     kept = sizes.calibration * sizes.bytes_ * (2 + sizes.streams) * sizes.hidden
     solved = 0.0

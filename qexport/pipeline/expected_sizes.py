@@ -164,14 +164,24 @@ class RunSizes:
         settings = self.method.calibration_settings if self.method else None
         return settings.samples * settings.sequence_length if settings else 0
 
+    @cached_property
+    def gptq(self) -> Gptq | None:
+        """GPTQ's settings, also as the method `mixed` has them."""
+        method = self.method.gptq if isinstance(self.method, Mixed) else self.method
+        return method if isinstance(method, Gptq) else None
+
+    @property
+    def high_effort(self) -> bool:
+        """Whether the importance of tokens is measured, and codes are gone over again."""
+        return self.gptq is not None and self.gptq.effort == "high"
+
     @property
     def streams(self) -> int:
         """How often the calibration text goes through the model: GPTQ may need it in full precision too."""
-        method = self.method.gptq if isinstance(self.method, Mixed) else self.method
-        settings = self.method.calibration_settings if self.method else None
-        if not isinstance(method, Gptq) or settings is None:
+        settings = self.gptq.calibration if self.gptq is not None else None
+        if self.gptq is None or settings is None:
             return 1
-        return 2 if corrects(method, settings.samples, settings.sequence_length) else 1
+        return 2 if corrects(self.gptq, settings.samples, settings.sequence_length) else 1
 
     @property
     def coded(self) -> int:

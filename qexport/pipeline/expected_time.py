@@ -17,7 +17,6 @@ import torch
 from qexport.architectures.devices import single_thread
 from qexport.pipeline.expected_memory import PREPARED
 from qexport.pipeline.expected_sizes import RunSizes
-from qexport.quantizing.gptq import Gptq
 from qexport.quantizing.mixed import Mixed
 from qexport.verifying import VerifySettings
 from qexport.verifying.prompt_batches import ROWS
@@ -101,7 +100,7 @@ def processor_time(sizes: RunSizes, artifact: int, *, whole: bool) -> tuple[floa
 def _work(sizes: RunSizes, artifact: int, *, whole: bool) -> _Work:
     base = sizes.total * sizes.bytes_ * _READ + sizes.recoded * _RECODED
     work = _Work(single=_START + artifact * _WRITTEN + base)
-    if isinstance(sizes.method, Gptq | Mixed):
+    if sizes.gptq is not None:
         _gptq_work(sizes, work)
     else:
         work.shared += sizes.coded * _CODED
@@ -124,7 +123,7 @@ def _gptq_work(sizes: RunSizes, work: _Work) -> None:
         work.single += blocks * square * linear.out_features / _GIGAFLOPS
     work.shared += sizes.coded * _SEARCHED + sum(grid.groups for grid in sizes.grids.values()) * _FITTED
     work.single += sizes.coded * _STEPPED
-    if isinstance(sizes.method, Gptq) and sizes.method.effort == "high":
+    if sizes.high_effort:
         _effort_work(sizes, work)
 
 

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from qexport.quantizing.gptq import Gptq, GroupSize, Override
 from qexport.quantizing.method import CalibrationSettings, Method, PassInputs
+from qexport.records import added
 from qexport.settings import Settings
 
 if TYPE_CHECKING:
@@ -75,6 +76,9 @@ class Mixed(Method):
     window_tokens: Annotated[int, Field(ge=8, le=4096)] = 128
     """Tokens of each; at most `calibration.sequence_length`."""
 
+    effort: Literal["standard", "high"] = added("standard")
+    """As in `gptq`, once the choice is made."""
+
     overrides: list[Override] = []
     """Settings for single modules, as in `gptq`. These modules take no part in the choice."""
 
@@ -113,7 +117,7 @@ class Mixed(Method):
     @property
     def gptq(self) -> Gptq:
         """What quantizes: GPTQ, of which bits and groups do not matter where every layer's are given."""
-        values = {"bits": 4, "group_size": -1, "sym": self.sym, "overrides": self.overrides}
+        values = {"bits": 4, "group_size": -1, "sym": self.sym, "effort": self.effort, "overrides": self.overrides}
         return Gptq.model_validate(values | {"calibration": self.calibration})
 
     def overridden(self, module: str) -> bool:

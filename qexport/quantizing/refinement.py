@@ -7,7 +7,6 @@ row go to their joint minimum (least squares), and are rounded to float16.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Final
@@ -15,7 +14,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from qexport.quantizing.factorization import Task, side_by_side
+from qexport.quantizing.factorization import side_by_side
 from qexport.quantizing.solver import Factor
 from qexport.tensors import GroupQuantized
 
@@ -48,12 +47,8 @@ def refine(weight: Tensor, quantized: GroupQuantized, hessian: Tensor, factor: F
         codes[rows], scales[:, rows] = part.codes.t().to(codes.dtype), part.scales.to(scales.dtype)
 
     with side_by_side(weight.device) as run:
-        run(_tasks(solve, len(weight)))
+        run(partial(solve, start) for start in range(0, len(weight), _ROWS))
     return replace(quantized, codes=codes, scales=scales)
-
-
-def _tasks(solve: Task, outputs: int) -> Iterator[Task]:
-    return (partial(solve, start) for start in range(0, outputs, _ROWS))
 
 
 class _Rows:

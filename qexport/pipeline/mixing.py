@@ -20,14 +20,15 @@ from qexport.progress import ProgressCallback
 from qexport.quantizing.allocation import Allocation, Priced
 from qexport.quantizing.gptq_pass import corrects
 from qexport.quantizing.selection import solver_options
-from qexport.quantizing.sensitivity import Unit, measure
+from qexport.quantizing.sensitivity import Unit, mean_square, measure
 from qexport.tensors import CalibrationSet
 
 _SAFE: Final = 0.95
 """Of a limit that is corrected by what was measured."""
 
-_NOISE: Final = 1.1
-"""Losses whose ratio is closer to one are taken as equal."""
+_NOISE: Final = 1.2
+"""Losses whose ratio is closer to one are taken as equal. On Gemma3-270M a choice that was expected to cost a tenth less
+than 4 bits in groups of 32 cost 8 % more."""
 
 _HESSIAN_WINDOWS: Final = 2
 """For each window in which the predictions are looked at."""
@@ -189,7 +190,7 @@ def choose(space: ChoiceSpace, layout: Layout, measured: Measured) -> Choice:
 
     def choice(chosen: Sequence[int]) -> Choice:
         own = torch.stack([found[:, index] for found, index in zip(measured.products, chosen, strict=True)])
-        alone, together = float(own.square().mean(1).sum()), float(own.sum(0).square().mean())
+        alone, together = float(mean_square(own.t()).sum()), float(mean_square(own.sum(0)))
         expected = allocation.loss(chosen)
         return Choice(measured.losses, list(chosen), expected, expected * together / alone if alone else 0.0)
 

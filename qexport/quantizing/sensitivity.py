@@ -11,6 +11,7 @@ D comes from GPTQ, with Hessians of other windows in the unquantized model. Expe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -68,7 +69,7 @@ class Effects:
     @property
     def divergences(self) -> list[float]:
         """The mean KL divergence in nats per token that each option costs alone, from its own products."""
-        return (self.products.square().mean(0) / (2 * self.tokens)).tolist()
+        return (mean_square(self.products) / (2 * self.tokens)).tolist()
 
     @property
     def losses(self) -> list[float]:
@@ -78,6 +79,15 @@ class Effects:
         pairs = list(zip(self.divergences, self.errors, strict=True))
         gains = [divergence / error for divergence, error in pairs if error > 0]
         return [error * sum(gains) / len(gains) if gains else divergence for divergence, error in pairs]
+
+
+def mean_square(products: Tensor) -> Tensor:
+    """Over the windows, the first dimension, from the mean size: pi / 2 of its square, as for normal values.
+
+    The mean of the squares themselves is often that of one window (up to 92 % of it on Gemma3-270M), in which an
+    unlikely token was drawn and the second order does not hold.
+    """
+    return products.abs().mean(0).square() * (math.pi / 2)
 
 
 @torch.no_grad()

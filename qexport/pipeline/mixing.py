@@ -27,8 +27,8 @@ _SAFE: Final = 0.95
 """Of a limit that is corrected by what was measured."""
 
 _NOISE: Final = 1.2
-"""Losses whose ratio is closer to one are taken as equal. On Gemma3-270M a choice that was expected to cost a tenth less
-than 4 bits in groups of 32 cost 8 % more."""
+"""Losses whose ratio is closer to one are taken as equal. On Gemma3-270M a choice that was expected to cost a tenth
+less than 4 bits in groups of 32 cost 8 % more."""
 
 _HESSIAN_WINDOWS: Final = 2
 """For each window in which the predictions are looked at."""

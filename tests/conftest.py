@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections import defaultdict
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Set
 from pathlib import Path
 
 import pytest
@@ -32,6 +32,10 @@ them anew and leaves the others."""
 LIMIT = 0.25
 
 
+PROCESSES = {"harness", "peaks"}
+"""Fixtures of a file for which a process is started that imports torch."""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--measure-slow", action="store_true", help="write the seconds in tests/slow.txt anew")
 
@@ -52,19 +56,24 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The only place where tests are marked as slow. Those of the real model come first: their fixtures take up to half
     a minute and are then made in one worker, since what another takes over lies at the end of its tests. Those of the
-    fresh process follow, for the same reason.
+    fresh process follow, and the files with other processes that take seconds to start, for the same reason.
     """
     slow = {name for _, name in slow_tests()}
     for item in items:
         if slow & {function_of(item), item.path.name}:
             item.add_marker(pytest.mark.slow)
-    items.sort(key=_shared_work)
+    whole = {item.path for item in items if PROCESSES & _fixtures(item)}
+    items.sort(key=lambda item: _shared_work(item, whole))
 
 
-def _shared_work(item: pytest.Item) -> int:
+def _shared_work(item: pytest.Item, whole: Set[Path]) -> int:
     if item.get_closest_marker("smollm2"):
         return 0
-    return 1 if "fresh" in getattr(item, "fixturenames", ()) else 2
+    return 1 if "fresh" in _fixtures(item) or item.path in whole else 2
+
+
+def _fixtures(item: pytest.Item) -> frozenset[str]:
+    return frozenset(getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture(scope="session")

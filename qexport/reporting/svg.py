@@ -20,12 +20,12 @@ LARGEST: Final = 1e300
 
 def tag(name: str, *children: str | Markup, **attributes: str | float) -> Markup:
     """An SVG element. Text and attribute values are escaped; underscores in attribute names become hyphens."""
-    written = Markup("").join(
-        Markup(' {}="{}"').format(key.strip("_").replace("_", "-"), _attribute(value))
+    written = "".join(
+        f' {escape(key.strip("_").replace("_", "-"))}="{escape(_attribute(value))}"'
         for key, value in attributes.items()
     )
-    inner = Markup("").join(escape(child) for child in children)
-    return Markup("<{}{}>{}</{}>").format(Markup(name), written, inner, Markup(name))
+    inner = "".join(escape(child) for child in children)
+    return Markup(f"<{name}{written}>{inner}</{name}>")  # `Markup.format` takes ten times as long
 
 
 def _attribute(value: str | float) -> str:

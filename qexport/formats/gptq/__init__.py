@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from typing import Any, ClassVar
 
@@ -80,7 +81,7 @@ class GptqFormat(ModuleEncoding):
             "true_sequential": self.true_sequential,
             "lm_head": isinstance(specs.get(f"{structure.head}.weight"), GroupQuantizedSpec),
             "pack_dtype": "int32",
-            "meta": {"quantizer": [f"qexport:{version('qexport')}"]},
+            "meta": {"quantizer": [_quantizer()]},
         }
         if dynamic := _dynamic(self, specs, structure):
             config["dynamic"] = dynamic
@@ -109,6 +110,12 @@ class GptqFormat(ModuleEncoding):
     def reader(config: Mapping[str, Any]) -> GptqReader:
         """See `GptqReader`."""
         return GptqReader(config)
+
+
+@cache
+def _quantizer() -> str:
+    """The maker that a config names. The package's metadata is read once: a plan makes a config several times."""
+    return f"qexport:{version('qexport')}"
 
 
 def _dynamic(common: GptqFormat, specs: Specs, structure: Structure) -> dict[str, dict[str, int]]:

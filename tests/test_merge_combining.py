@@ -25,7 +25,7 @@ from qexport.cli import main
 from qexport.errors import CompatibilityError, InputError, QexportError
 from qexport.gates.deciding import MOST_MERGE_ERROR
 from qexport.loading import LoadSettings, WeightedAdapter
-from qexport.loading.checkpoint import locate_adapters
+from qexport.loading.adapter_folder import locate_adapters
 from qexport.merge import MergeSettings
 from qexport.merge.combining import Combination, CombinedFactors, layer_seed, random_masks
 from qexport.merge.merging import Merged, merge_several

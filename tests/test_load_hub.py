@@ -188,7 +188,7 @@ def test_several_adapters_of_one_repository(hub: type[Hub]) -> None:
 
 def test_a_folder_that_the_repository_does_not_have_is_named(hub: type[Hub]) -> None:
     hub.files = placed("one")
-    with pytest.raises(InputError, match=r"holds no adapter_config\.json\n\s*org/tiny/two"):
+    with pytest.raises(InputError, match=r"holds no adapter_config\.json\nwhere: org/tiny/two"):
         located("org/tiny", adapter_subfolder="two")
 
 

@@ -138,7 +138,7 @@ def test_long_names_that_begin_alike_stay_apart() -> None:
     figures = [figure("mean_kl", 0.1 * number, domain=name) for number, name in enumerate(names, 1)]
     facts = RuntimeFacts(name="vLLM", version="1", kernels={}, dtype="bfloat16", arguments={})
     served = [
-        ServedRecord(label=name, runtime=facts, scored="all", figures=[each], fidelity_limit=None, notes=[])
+        ServedRecord(label=name, runtime=facts, scored="vocabulary", figures=[each], fidelity_limit=None, notes=[])
         for name, each in zip(names, [figure("mean_kl", 0.3), figure("mean_kl", 0.4)], strict=True)
     ]
     gates = [gate_result(name=f"mean_kl[{name}]", domain=name) for name in names]

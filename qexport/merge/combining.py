@@ -132,6 +132,7 @@ class CombinedFactors:
 
     def __init__(self, parts: Combination, layers: Mapping[str, Sequence[tuple[_Factor, _Factor]]]) -> None:
         self._adapters, self._weights, self._settings = parts.adapters, parts.weights, parts.settings
+        self._method = parts.settings.combination if len(parts.adapters) > 1 else "linear"  # as in PEFT
         self._layers = {_path(pairs[0][0].key): pairs for pairs in layers.values()}
         self._factors = {
             pairs[0][side].key: ([each[side] for each in pairs], side) for pairs in layers.values() for side in (0, 1)
@@ -150,13 +151,13 @@ class CombinedFactors:
         factors, side = self._factors[key]
         shapes = [self._shape(each) for each in factors]
         ranks = [shape[side] for shape in shapes]
-        if self._settings.combination == "cat":
+        if self._method == "cat":
             total = [*shapes[0]]
             total[side] = sum(ranks)
             return TensorSpec(tuple(total), torch.float32)
         if len(set(ranks)) > 1:
             raise CompatibilityError(
-                f"the adapters have different ranks, which {self._settings.combination} cannot combine",
+                f"the adapters have different ranks, which {self._method} cannot combine",
                 where=listed([f"{each.key}: {rank}" for each, rank in zip(factors, ranks, strict=True)]),
                 mend="set merge.combination to cat",
             )
@@ -167,7 +168,7 @@ class CombinedFactors:
         factors, side = self._factors[name]
         tensors = [self._adapters[each.adapter].read(each.key) for each in factors]
         weights = self._weights_of(factors)
-        method, density = self._settings.combination, self._settings.density
+        method, density = self._method, self._settings.density
         if method == "cat":  # B as it is, A with weight and scale
             scaled = [t * w * f.scaling for t, w, f in zip(tensors, weights, factors, strict=True)]
             return torch.cat(tensors if side else scaled, dim=side).contiguous()

@@ -99,16 +99,15 @@ class CombinedByPeft:
     def _by_peft(self, path: str, factors: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
         from peft import get_peft_model_state_dict
 
-        having = {f"adapter-{index}": each for index, each in enumerate(factors) if each}
-        configs = {f"adapter-{index}": configured(part.config) for index, part in enumerate(self._parts)}
-        weights = {f"adapter-{index}": part.weight for index, part in enumerate(self._parts)}
+        named = {f"adapter-{index}": part for index, part in enumerate(self._parts)}
+        having = {name: each for name, each in zip(named, factors, strict=True) if each}
+        configs = {name: configured(part.config) for name, part in named.items()}
         live = _live_layer(path, having, configs)
         layer = live.base_model.model.get_submodule(path)
-        if (
-            self._method != "cat"
-        ):  # PEFT combines one adapter by `linear`, so those without this layer must be known too
-            live.peft_config.update(configs)
-        names = list(live.peft_config)
+        # PEFT combines a single adapter by `linear`, whatever is asked for, so it must know of those without this layer
+        # too; by `cat` it would add up their ranks.
+        names = list(having if self._method == "cat" else named)
+        live.peft_config.update({name: configs[name] for name in names})
         for name in names:  # PEFT compares ranks and targets of all layers; here they are those of one
             config = configs[name]
             config.r, config.rank_pattern, config.target_modules = layer.r.get(name, max(layer.r.values())), {}, {path}
@@ -116,7 +115,7 @@ class CombinedByPeft:
         _seed_after_injecting(live.base_model, self._seed_of(path))
         live.base_model.add_weighted_adapter(
             names,
-            [weights[name] for name in names],
+            [named[name].weight for name in names],
             _COMBINED,
             combination_type=self._method,
             density=self._density,

@@ -422,7 +422,7 @@ def test_a_factor_that_scales_nothing_is_refused(factor: float | str, package: P
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("attention.layer_norm_rms_epsilon", -1e-6),
+        ("attention.layer_norm_rms_epsilon", -0.5),
         ("attention.layer_norm_rms_epsilon", float("nan")),
         ("rope.freq_base", 0.0),
         ("rope.freq_base", -1e4),

@@ -120,7 +120,10 @@ class CombinedByPeft:
             combination_type=self._method,
             density=self._density,
         )
-        return get_peft_model_state_dict(live, adapter_name=_COMBINED, save_embedding_layers=False)
+        found: Mapping[str, Tensor] = get_peft_model_state_dict(
+            live, adapter_name=_COMBINED, save_embedding_layers=False
+        )
+        return found
 
 
 def _live_layer(path: str, having: Mapping[str, Mapping[str, Tensor]], configs: Mapping[str, Any]) -> Any:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     )
     from qexport.export import OnnxSettings, SafetensorsSettings, TgiSettings, VllmSettings
     from qexport.gates import Bounds
-    from qexport.loading import LoadSettings
+    from qexport.loading import LoadSettings, WeightedAdapter
     from qexport.merge import MergeSettings
     from qexport.pipeline import Plan, Result, plan, quantize, run, verify
     from qexport.progress import Notice, Progress
@@ -70,7 +70,7 @@ _NAMES = {
     ),
     "export": ("GgufSettings", "OnnxSettings", "SafetensorsSettings", "TgiSettings", "VllmSettings"),
     "gates": ("Bounds",),
-    "loading": ("LoadSettings",),
+    "loading": ("LoadSettings", "WeightedAdapter"),
     "merge": ("MergeSettings",),
     "pipeline": ("Plan", "Result", "plan", "quantize", "run", "verify"),
     "progress": ("Notice", "Progress"),
@@ -127,6 +127,7 @@ __all__ = [
     "VerifySettings",
     "VllmSettings",
     "W8a8",
+    "WeightedAdapter",
     "load",
     "load_recipe",
     "plan",

@@ -11,7 +11,9 @@ import reports
 from qexport.artifact.figures import Figure, GateResult, Verdict
 from qexport.gates import GatesFile
 from qexport.gates.baseline import PAIRED, baseline_limits
-from qexport.gates.deciding import decide, decide_again, gates_error, needs_more
+from qexport.gates.deciding import decide, needs_more
+from qexport.gates.deciding_again import decide_again
+from qexport.gates.failures import gates_error
 from qexport.gates.limits import Limit
 from reports import baseline_record, figure
 

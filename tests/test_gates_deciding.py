@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from qexport.artifact.figures import CATALOGUE, CheckResult, Figure, GateResult, Verdict, overall
 from qexport.errors import RecipeError
 from qexport.gates import GatesFile
-from qexport.gates.deciding import BuiltIn, decide, decide_again, gates_error, needs_more, noise_floors
+from qexport.gates.deciding import BuiltIn, decide, needs_more
+from qexport.gates.deciding_again import decide_again, noise_floors
+from qexport.gates.failures import gates_error
 from qexport.gates.limits import Bound, Limit
 from qexport.quantizing import profile_of_layer
 from reports import figure, gate_result, report

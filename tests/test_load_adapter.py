@@ -11,7 +11,7 @@ import pytest
 
 from qexport.errors import InputError, RecipeError
 from qexport.loading import LoadSettings
-from qexport.loading.checkpoint import locate_adapter
+from qexport.loading.adapter_folder import locate_adapter
 
 
 @pytest.fixture

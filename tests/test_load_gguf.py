@@ -419,6 +419,57 @@ def test_a_factor_that_scales_nothing_is_refused(factor: float | str, package: P
     assert "the factor of the rotary embedding" in refusal()
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attention.layer_norm_rms_epsilon", -0.5),
+        ("attention.layer_norm_rms_epsilon", float("nan")),
+        ("rope.freq_base", 0.0),
+        ("rope.freq_base", -1e4),
+        ("rope.freq_base", float("inf")),
+        ("rope.freq_base", float("nan")),
+        ("context_length", 0),
+    ],
+)
+def test_numbers_that_no_model_computes_with_are_refused(key: str, value: float, package: Path) -> None:
+    def change(writer: gguf.GGUFWriter) -> None:
+        writer.kv_data[0].pop(f"llama.{key}", None)
+        add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
+        add(f"llama.{key}", value)  # type: ignore[arg-type]
+
+    write_model(package / "tiny.gguf", factories.llama_config(), change=change)
+    assert f"llama.{key} is {value}, and it must be" in refusal()
+
+
+def test_an_epsilon_of_zero_is_one(package: Path) -> None:
+    def change(writer: gguf.GGUFWriter) -> None:
+        writer.kv_data[0].pop("llama.attention.layer_norm_rms_epsilon")
+        writer.add_float32("llama.attention.layer_norm_rms_epsilon", 0.0)
+
+    write_model(package / "tiny.gguf", factories.llama_config(), change=change)
+    assert load().config["rms_norm_eps"] == 0.0
+
+
+@pytest.mark.parametrize("cap", [0.0, 30.0])
+def test_logits_are_bounded_as_the_file_says(cap: float, package: Path) -> None:
+    write_model(
+        package / "tiny.gguf",
+        OTHERS["gemma3"],
+        change=lambda writer: writer.add_float32("gemma3.final_logit_softcapping", cap),
+    )
+    assert load().config["final_logit_softcapping"] == (cap or None)
+
+
+@pytest.mark.parametrize("cap", [-1.0, float("nan"), float("inf")])
+def test_bounds_that_bound_nothing_are_refused(cap: float, package: Path) -> None:
+    write_model(
+        package / "tiny.gguf",
+        OTHERS["gemma3"],
+        change=lambda writer: writer.add_float32("gemma3.final_logit_softcapping", cap),
+    )
+    assert "gemma3.final_logit_softcapping is" in refusal()
+
+
 def test_sizes_that_are_no_numbers_are_refused_before_anything_is_computed_from_them(package: Path) -> None:
     def change(writer: gguf.GGUFWriter) -> None:
         (values,) = writer.kv_data

@@ -17,13 +17,15 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 import factories
 from qexport.architectures.architecture import Checkpoint
 from qexport.cli import main
 from qexport.errors import InputError
 from qexport.loading import LoadSettings
-from qexport.loading.checkpoint import load_checkpoint, locate_adapter
+from qexport.loading.adapter_folder import AdapterFolder, combined_origin, locate_adapter, locate_adapters
+from qexport.loading.checkpoint import load_checkpoint
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -59,7 +61,8 @@ def fill_cache(cache: Path, repo: str, files: dict[str, bytes], *, revision: str
     for name, content in files.items():
         blob = hashlib.sha256(content).hexdigest()
         (root / "blobs" / blob).write_bytes(content)
-        (snapshot / name).symlink_to(f"../../blobs/{blob}")
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).symlink_to(root / "blobs" / blob)
     return snapshot
 
 
@@ -119,6 +122,98 @@ def test_an_adapter_is_found_in_the_cache(cache: Path) -> None:
     assert found.origin.sha256 == {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
 
 
+ADAPTER = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights", "LICENSE": b"of the adapter"}
+
+
+def placed(*folders: str) -> dict[str, bytes]:
+    """The files of an adapter in each of these folders of a repository; each has other weights."""
+    return {
+        f"{folder}/{name}": content + folder.encode() * (name == "adapter_model.safetensors")
+        for folder in folders
+        for name, content in ADAPTER.items()
+    }
+
+
+def located(repo: str, **values: Any) -> tuple[AdapterFolder, list[str]]:
+    """An adapter, and what is said."""
+    told = list[Any]()
+    settings = LoadSettings.model_validate({"base": "org/tiny", "adapter": repo} | values)
+    found = locate_adapter(settings, progress=told.append)
+    assert found is not None
+    return found, [event.text for event in told]
+
+
+@pytest.mark.parametrize("online", [False, True])
+@pytest.mark.parametrize("folder", ["style", "adapters/style"])
+def test_an_adapter_in_the_only_folder_of_a_repository_is_found_and_said(
+    request: pytest.FixtureRequest, cache: Path, online: bool, folder: str
+) -> None:
+    files = placed(folder) | {"README.md": b"of the repository"}
+    if online:
+        request.getfixturevalue("hub").files = files
+    else:
+        fill_cache(cache, "org/tiny", files)
+    found, said = located("org/tiny")
+    assert (found.path / "adapter_model.safetensors").read_bytes() == b"weights" + folder.encode()
+    assert f"the adapter is in the subfolder {folder}" in said
+    assert (found.origin.kind, found.origin.name, found.origin.revision) == ("hub", "org/tiny", COMMIT)
+    assert list(found.origin.sha256) == [f"{folder}/adapter_config.json", f"{folder}/adapter_model.safetensors"]
+    assert found.origin.terms.files == {"LICENSE": b"of the adapter"}
+
+
+@pytest.mark.parametrize("folders", [("checkpoint-500",), ("checkpoint-500", "checkpoint-900"), ("one", "two/three")])
+def test_adapters_of_a_repository_are_named_where_it_is_not_clear_which_is_meant(
+    hub: type[Hub], folders: tuple[str, ...]
+) -> None:
+    hub.files = placed(*folders)
+    with pytest.raises(InputError, match=f"its folders do: {', '.join(folders)}") as caught:
+        located("org/tiny")
+    assert f"load.adapter_subfolder: {folders[-1]}" in str(caught.value)
+    assert not any("weights" in name for name in hub.requested)
+    for folder in folders:
+        hub.requested.clear()
+        found, said = located("org/tiny", adapter_subfolder=folder)
+        assert (found.path / "adapter_model.safetensors").read_bytes() == b"weights" + folder.encode()
+        assert not any("in the subfolder" in text for text in said)
+
+
+def test_several_adapters_of_one_repository(hub: type[Hub]) -> None:
+    hub.files = placed("one", "two")
+    parts = [{"path": "org/tiny", "subfolder": name} for name in ("one", "two")]
+    found = locate_adapters(LoadSettings.model_validate({"base": "org/tiny", "adapters": parts}))
+    assert combined_origin(found).name == "one+two"
+    with pytest.raises(InputError, match=r"load\.adapters\.0\.subfolder: two"):
+        locate_adapters(LoadSettings.model_validate({"base": "org/tiny", "adapters": [{"path": "org/tiny"}]}))
+
+
+def test_a_folder_that_the_repository_does_not_have_is_named(hub: type[Hub]) -> None:
+    hub.files = placed("one")
+    with pytest.raises(InputError, match=r"holds no adapter_config\.json\nwhere: org/tiny/two"):
+        located("org/tiny", adapter_subfolder="two")
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        ({"adapter": "./a", "adapter_subfolder": "b"}, "write adapter: ./a/b"),
+        ({"adapter_subfolder": "b"}, "adapter is not"),
+        ({"adapters": [{"path": "./a/", "subfolder": "b"}]}, "write path: ./a/b"),
+        ({"adapter": "org/tiny", "adapter_subfolder": "../b"}, "no folder inside a repository"),
+        ({"adapter": "org/tiny", "adapter_subfolder": "/b"}, "no folder inside a repository"),
+        ({"adapter": "org/tiny", "adapter_subfolder": ""}, "no folder inside a repository"),
+    ],
+)
+def test_subfolders_that_mean_nothing_are_refused(values: dict[str, Any], word: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(word)):
+        LoadSettings.model_validate({"base": "./base"} | values)
+
+
+def test_a_path_that_leads_into_a_repository_is_refused_with_the_way_to_write_it(cache: Path) -> None:
+    with pytest.raises(InputError, match="there is no folder") as caught:
+        located("org/tiny/style")
+    assert "load.adapter_subfolder" in str(caught.value)
+
+
 class Hub(BaseHTTPRequestHandler):
     """The part of the hub's protocol that a download needs."""
 
@@ -154,7 +249,7 @@ class Hub(BaseHTTPRequestHandler):
         elif path.startswith("/api/models/org/tiny"):
             self.reply(200, json.dumps({"id": "org/tiny", "sha": COMMIT}).encode(), {}, with_body)
         elif path.startswith(f"/org/tiny/resolve/{COMMIT}/"):
-            name = path.rpartition("/")[2]
+            name = path.removeprefix(f"/org/tiny/resolve/{COMMIT}/")
             self.requested.add(name)
             etag = {"ETag": f'"{hashlib.sha1(self.files[name]).hexdigest()}"', "X-Repo-Commit": COMMIT}
             if not self.ranges and "Range" in self.headers:

@@ -6,6 +6,7 @@ import copy
 import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -22,19 +23,24 @@ from qexport.architectures.architecture import Checkpoint
 from qexport.artifact.manifest import Manifest
 from qexport.cli import main
 from qexport.errors import CompatibilityError, InputError, QexportError
+from qexport.gates.deciding import MOST_MERGE_ERROR
 from qexport.loading import LoadSettings, WeightedAdapter
-from qexport.loading.checkpoint import locate_adapters
+from qexport.loading.adapter_folder import locate_adapters
 from qexport.merge import MergeSettings
-from qexport.merge.combining import random_mask
+from qexport.merge.combining import Combination, CombinedFactors, layer_seed, random_masks
 from qexport.merge.merging import Merged, merge_several
 from qexport.pipeline import plan, run
 from qexport.pipeline.rebuilding import Recorded, rebuild, recipe_of, recorded
+from qexport.pipeline.reference import live_adapter
+from qexport.progress import Steps
 from qexport.recipe import Recipe, load_recipe
 from qexport.release.record import BOM_NAME, PROVENANCE_NAME
 from qexport.tensors import Origin
-from qexport.verifying.live_adapter import LiveRunner
+from qexport.verifying.live_adapter import ComparedMerge, LiveRunner, compare_merge
+from qexport.verifying.peft_combination import CombinedByPeft
 from qexport.verifying.predictors import run_in_lockstep
 
+CPU = torch.device("cpu")
 ORIGIN = Origin("combination", "one+two")
 COMBINATIONS = ("linear", "ties", "dare_linear", "dare_ties", "cat")
 
@@ -99,16 +105,14 @@ def in_peft(
 def masks(live: PeftModel, folders: Sequence[Path], density: float) -> Any:
     """torch.bernoulli that gives PEFT, which asks for them module by module, the masks that are drawn here."""
     original = torch.bernoulli
-    keys = [list(adapters.read_tensors(folder)) for folder in folders]
+    tensors = [adapters.read_tensors(folder) for folder in folders]
     paths = [path.removeprefix("base_model.model.") for path, _ in live.named_modules()]
 
     def ordered() -> Iterator[torch.Tensor]:
         for path in paths:
-            for key in (f"base_model.model.{path}.lora_{side}.weight" for side in "AB"):
-                for index, held in enumerate(keys):
-                    if key in held:
-                        shape = adapters.read_tensors(folders[index])[key].shape
-                        yield random_mask(shape, density, f"5:{index}:{key}")
+            wanted = [f"base_model.model.{path}.lora_{side}.weight" for side in "AB"]
+            shapes = [held[key].shape for key in wanted for held in tensors if key in held]
+            yield from random_masks(shapes, density, layer_seed(5, path))
 
     wanted = ordered()
 
@@ -144,17 +148,113 @@ def test_a_combination_equals_pefts(
     assert {name for name in found if not torch.equal(found[name], plain[name])} == set(described.changed)
     assert {name.split(".")[-2] for name in described.changed} == {"q_proj", "v_proj", "down_proj", "gate_proj"}
 
+    proof = live_adapter(result)
+    assert proof is not None
+    assert isinstance(proof.tensors, CombinedByPeft)
     runner = LiveRunner(
-        result.base,
-        described.folder,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        tensors=described.tensors,
-        config=described.config,
+        proof.base, proof.folder, dtype=torch.float32, device=CPU, tensors=proof.tensors, config=proof.config
     )
     ((batches,), _) = run_in_lockstep([runner], ids, lambda _: None, drift=False)
     with runner.head() as head, torch.no_grad():
         assert (head(batches[0].hidden) - logits).abs().max() < 2e-5 * logits.abs().max()
+
+
+# The proof of the merge
+
+
+def proved(result: Merged) -> ComparedMerge:
+    live = live_adapter(result)
+    assert live is not None
+    ids = torch.randint(1, factories.VOCABULARY, (4, 64), generator=torch.Generator().manual_seed(5))
+    return compare_merge(result.checkpoint, live, ids, dtype=torch.float32, device=CPU, steps=Steps(lambda _: None))
+
+
+def error(found: ComparedMerge) -> float:
+    """The share of the adapters' effect that the merge misses."""
+    return float(found.unrounded.kl.mean()) / float(found.base.kl.mean())
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS)
+def test_the_proof_holds_a_combination_against_the_one_that_peft_makes(
+    base: Checkpoint, trained: Sequence[Path], combination: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = combined(base, trained, combination=combination, density=0.4, seed=5)
+    assert error(proved(result)) < MOST_MERGE_ERROR / 100
+    right = CombinedFactors.__init__
+
+    def wrong(source: CombinedFactors, parts: Combination, layers: Any) -> None:
+        right(source, replace(parts, **change(parts)), layers)
+
+    def change(parts: Combination) -> dict[str, Any]:
+        return {"weights": [*parts.weights[:-1], parts.weights[-1] * 1.2]}
+
+    monkeypatch.setattr(CombinedFactors, "__init__", wrong)
+    assert error(proved(combined(base, trained, combination=combination, density=0.4, seed=5))) > MOST_MERGE_ERROR
+
+
+@pytest.mark.parametrize("change", [{"seed": 6}, {"density": 0.45}, {"combination": "linear"}])
+def test_the_proof_sees_other_values_dropped(
+    base: Checkpoint, trained: Sequence[Path], change: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = CombinedFactors.__init__
+
+    def wrong(source: CombinedFactors, parts: Combination, layers: Any) -> None:
+        right(source, replace(parts, settings=parts.settings.model_copy(update=change)), layers)
+
+    monkeypatch.setattr(CombinedFactors, "__init__", wrong)
+    result = combined(base, trained, combination="dare_linear", density=0.4, seed=5)
+    assert error(proved(result)) > MOST_MERGE_ERROR
+
+
+@pytest.mark.parametrize(
+    "configs",
+    [
+        [lora("q_proj", r=6, use_rslora=True), lora("v_proj", r=3)],  # ranks that PEFT combines layer by layer only
+        [lora("q_proj", r=6, rank_pattern={"v_proj": 4}), lora("v_proj", "q_proj", r=4, rank_pattern={"q_proj": 6})],
+        [lora("q_proj")],  # which PEFT only scales
+        [LoraConfig(target_modules=r".*layers\.0.*q_proj", init_lora_weights=False), lora("q_proj", "v_proj", r=8)],
+        [lora("q_proj", init_lora_weights="mica"), lora("q_proj", init_lora_weights="orthogonal")],
+        [
+            lora("q_proj", layers_to_transform=[1]),
+            lora("q_proj", "v_proj", exclude_modules=["layers.1.self_attn.q_proj"]),
+        ],
+    ],
+)
+def test_the_proof_covers_what_patterns_say_of_each_layer(
+    model: PreTrainedModel, base: Checkpoint, configs: Sequence[PeftConfig], tmp_path: Path
+) -> None:
+    folders = saved(model, tmp_path, configs)
+    for combination in COMBINATIONS:
+        assert (
+            error(proved(combined(base, folders, (1.0, -0.7)[: len(folders)], combination=combination)))
+            < MOST_MERGE_ERROR / 100
+        )
+
+
+def test_the_proof_covers_embeddings(model: PreTrainedModel, base: Checkpoint, tmp_path: Path) -> None:
+    folders = saved(model, tmp_path, [lora("q_proj"), lora("embed_tokens", "q_proj")])
+    for folder in folders:
+        kept = {key: value for key, value in adapters.read_tensors(folder).items() if "base_layer" not in key}
+        adapters.write_tensors(folder, kept)
+    for combination in COMBINATIONS:
+        assert error(proved(combined(base, folders, (1.0, 1.0), combination=combination))) < MOST_MERGE_ERROR / 100
+
+
+def test_a_wrong_combination_ends_the_run_before_anything_is_quantized(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = CombinedFactors._weights_of
+    recipe = load_recipe(made / "recipe.yaml", [f"output={tmp_path / 'out'}"])
+    monkeypatch.setattr(
+        CombinedFactors, "_weights_of", lambda source, factors: [w * 1.2 for w in weights(source, factors)]
+    )
+    result = run(recipe, device="cpu")
+    assert result.verdict == "fail"
+    assert result.unproven_merge is not None
+    assert not (tmp_path / "out").exists()
+
+
+# What is combined
 
 
 def test_concatenated_adapters_add_up_what_they_change_whatever_their_ranks(
@@ -182,9 +282,10 @@ def test_random_values_are_dropped_the_same_way_each_time_and_otherwise_with_ano
     assert torch.equal(first.read(name), read)
     assert torch.equal(again.read(name), read)
     assert not torch.equal(other.read(name), read)
-    mask = random_mask((200, 200), 0.3, "1:0:a")
+    mask, next_mask = random_masks([(200, 200), (200, 200)], 0.3, 1)
     assert abs(float(mask.mean()) - 0.3) < 0.02
     assert set(mask.unique().tolist()) == {0.0, 1.0}
+    assert not torch.equal(mask, next_mask)
 
 
 def test_the_weights_are_noted(base: Checkpoint, trained: Sequence[Path]) -> None:

@@ -51,6 +51,7 @@ def test_the_surface_is_what_it_is_on_purpose() -> None:
         "VerifySettings",
         "VllmSettings",
         "W8a8",
+        "WeightedAdapter",
         "load",
         "load_recipe",
         "plan",

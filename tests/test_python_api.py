@@ -39,6 +39,12 @@ def adapter(base: Path) -> Path:
     return save_adapter(AutoModelForCausalLM.from_pretrained(base), config, base.parent / "adapter")
 
 
+@pytest.fixture(scope="module")
+def other_adapter(base: Path) -> Path:
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    return save_adapter(AutoModelForCausalLM.from_pretrained(base), config, base.parent / "other")
+
+
 @pytest.fixture
 def live(base: Path, adapter: Path) -> PeftModel:
     model = load_adapter(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), adapter)
@@ -94,6 +100,30 @@ def test_the_same_as_a_recipe(base: Path, adapter: Path, tmp_path: Path) -> None
     assert content(tmp_path / "recipe") == content(tmp_path / "call")
 
 
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_several_adapters_give_the_artifact_of_a_recipe(
+    base: Path, adapter: Path, other_adapter: Path, in_memory: bool, tmp_path: Path
+) -> None:
+    weighted = qexport.WeightedAdapter(path=str(other_adapter), weight=-0.5)
+    merge = qexport.MergeSettings(combination="dare_ties", density=0.7, seed=3)
+    recipe = Recipe(
+        load=qexport.LoadSettings(base=str(base), adapters=[qexport.WeightedAdapter(path=str(adapter)), weighted]),
+        merge=merge,
+        quantize=qexport.Nf4(),
+        export=[qexport.SafetensorsSettings()],
+        output=str(tmp_path / "recipe"),
+    )
+    qexport.run(recipe)
+    given: dict[str, Any] = {"adapters": [adapter, weighted], "merge": merge, "output": tmp_path / "call"}
+    if in_memory:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+        qexport.quantize(model, tokenizer=factories.tokenizer(), method=qexport.Nf4(), **given)
+        assert weights(tmp_path / "recipe") == weights(tmp_path / "call")
+    else:
+        qexport.quantize(base, method=qexport.Nf4(), **given)
+        assert content(tmp_path / "recipe") == content(tmp_path / "call")
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -144,6 +174,10 @@ def test_what_cannot_be_taken_is_said_and_nothing_is_left(
     given = {"tokenizer": factories.tokenizer(), "output": tmp_path / "out"}
     assert "needs its tokenizer" in refused(live, output=tmp_path / "out")
     assert "already has an adapter" in refused(live, adapter=adapter, **given)
+    assert "already has an adapter" in refused(live, adapters=[adapter], **given)
+    assert "adapter and adapters exclude each other" in refused(
+        str(base), adapter=adapter, adapters=[adapter], output=tmp_path / "out"
+    )
     live.merge_adapter()
     assert "is merged into the base" in refused(live, **given)
     live.unmerge_adapter()
@@ -173,10 +207,11 @@ def test_a_dataset_of_rows_and_held_out_texts(base: Path, tmp_path: Path) -> Non
 
 
 def test_every_example_of_the_page_runs(
-    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, adapter: Path, other_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "my-model").symlink_to(base)
     (tmp_path / "my-adapter").symlink_to(adapter)
+    (tmp_path / "my-other-adapter").symlink_to(other_adapter)
     factories.write_text(tmp_path / "calibration.jsonl", passages=200)
     factories.write_text(tmp_path / "held-out.jsonl", passages=300, seed=1)
     monkeypatch.chdir(tmp_path)

@@ -113,6 +113,16 @@ def test_a_changed_file_is_noticed(hub: Hub, release: Package, tmp_path: Path) -
     assert not (tmp_path / "pulled").exists()
 
 
+def test_an_endless_listing_is_refused(
+    hub: Hub, release: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(release, PLACE)
+    monkeypatch.setattr("qexport.registries.hub.LISTING_BYTES", 10)
+    with pytest.raises(InputError, match="has more than 10 bytes"):
+        fetch(PLACE, tmp_path / "pulled")
+    assert not (tmp_path / "pulled").exists()
+
+
 @pytest.mark.parametrize(
     ("tree", "message"),
     [

@@ -95,10 +95,16 @@ def test_a_run_looks_for_its_tags_before_its_work(
     assert not list(tmp_path.glob("out*"))
 
 
+FOLDER = "a folder"
+
+
 @pytest.mark.parametrize(
     ("variable", "content"),
-    [("SSL_CERT_FILE", None), ("SSL_CERT_FILE", "no certificate"), ("REQUESTS_CA_BUNDLE", None)],
-    ids=["missing", "another file", "the one of requests"],
+    [
+        *(("SSL_CERT_FILE", None), ("SSL_CERT_FILE", "no certificate"), ("SSL_CERT_FILE", FOLDER)),
+        ("REQUESTS_CA_BUNDLE", None),
+    ],
+    ids=["missing", "another file", "a folder without certificates", "the one of requests"],
 )
 def test_authorities_that_cannot_be_used_are_named(
     made: Path,
@@ -110,7 +116,10 @@ def test_authorities_that_cannot_be_used_are_named(
     content: str | None,
 ) -> None:
     path = tmp_path / "authorities.pem"
-    if content is not None:
+    if content == FOLDER:
+        path.mkdir()
+        (path / "authority.pem").write_text("a name by which OpenSSL finds nothing")
+    elif content is not None:
         path.write_text(content)
     for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
         monkeypatch.delenv(name, raising=False)
@@ -126,7 +135,8 @@ def test_authorities_that_cannot_be_used_are_named(
     close_session()  # the next one is made in this environment
     for command in commands:
         error = told(capsys, *command, code=2)["error"]
-        assert error["what"].startswith(f"{variable} names a file of certificate authorities that cannot be used")
+        kind = "folder" if content == FOLDER else "file"
+        assert error["what"].startswith(f"{variable} names a {kind} of certificate authorities that cannot be used")
         assert error["where"] == str(path)
     assert not kept.exists()
     close_session()
@@ -169,12 +179,14 @@ def test_inspect_fetches_the_heads_of_the_weights_alone(
     package = packages.make_release(tmp_path / "release", weights=3, also=also | {"weights.bin": bytes(2_000_000)})
     place = f"oci://{registry.host}/models/notes:1"
     publish(package, parse_destination(place))
-    registry.ignores_ranges, registry.bytes_out = ignores_ranges, 0
-    found = told(capsys, "inspect", place)
     local = told(capsys, "inspect", package.folder)
-    assert {**found, "place": ""} == {**local, "place": ""}
-    assert found["total_bytes"] > 4_000_000
-    assert ignores_ranges or registry.bytes_out < 2_500_000
+    assert local["total_bytes"] > 4_000_000
+    image = next(digest for digest, (_, content) in registry.manifests.items() if b"image.layer" in content)
+    for each in (place, f"oci://{registry.host}/models/notes@{image}"):
+        registry.ignores_ranges, registry.bytes_out = ignores_ranges, 0
+        found = told(capsys, "inspect", each)
+        assert {**found, "place": ""} == {**local, "place": ""}
+        assert ignores_ranges or registry.bytes_out < 2_500_000
 
 
 def test_a_damaged_head_is_refused(registry: Registry, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ import reports
 import rich_report
 from qexport.artifact.figures import GateResult
 from qexport.artifact.report import Report
+from qexport.artifact.served import RuntimeFacts, ServedRecord
 from qexport.cli import main
 from qexport.reporting.tracked import Tracked, tracked
 from reports import figure, gate_result
@@ -130,3 +131,20 @@ def test_wrong_options_are_refused_before_any_work(
     assert said in error
     assert "secret" not in error
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_long_names_that_begin_alike_stay_apart() -> None:
+    names = [f"{'x' * 200}{end}" for end in "ab"]
+    figures = [figure("mean_kl", 0.1 * number, domain=name) for number, name in enumerate(names, 1)]
+    facts = RuntimeFacts(name="vLLM", version="1", kernels={}, dtype="bfloat16", arguments={})
+    served = [
+        ServedRecord(label=name, runtime=facts, scored="vocabulary", figures=[each], fidelity_limit=None, notes=[])
+        for name, each in zip(names, [figure("mean_kl", 0.3), figure("mean_kl", 0.4)], strict=True)
+    ]
+    gates = [gate_result(name=f"mean_kl[{name}]", domain=name) for name in names]
+    report = reports.report(figures=figures, gates=gates).model_copy(update={"served": served})
+    entry = told(report, recipe=dict.fromkeys(names, "a"))
+    assert {0.1, 0.2, 0.3, 0.4} <= set(entry.metrics.values())
+    assert len([key for key in entry.params if key.startswith("xxx")]) == 2
+    assert len([key for key in entry.tags if key.startswith("qexport.gate.mean_kl.x")]) == 2
+    assert all(KEY.fullmatch(key) for key in [*entry.metrics, *entry.params, *entry.tags])

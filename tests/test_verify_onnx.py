@@ -33,7 +33,7 @@ from qexport.artifact.figures import Figure, find_figure
 from qexport.artifact.manifest import Manifest
 from qexport.artifact.report import Report
 from qexport.errors import InputError, NumericalError, RecipeError
-from qexport.gates.deciding import decide_again
+from qexport.gates.deciding_again import decide_again
 from qexport.gates.profiles import PROFILES
 from qexport.loading import LoadSettings
 from qexport.loading.checkpoint import load_checkpoint

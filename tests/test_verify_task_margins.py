@@ -11,7 +11,7 @@ import task_files
 from qexport.artifact.figures import Figure, GateResult
 from qexport.errors import RecipeError
 from qexport.gates import Bounds, DomainBounds, GatesFile
-from qexport.gates.deciding import decide_again
+from qexport.gates.deciding_again import decide_again
 from qexport.gates.limits import Limit, margin_limits
 from qexport.gates.profiles import profile_record
 from qexport.pipeline.reference import Gates

@@ -21,7 +21,7 @@ from qexport.artifact.report import Report
 from qexport.artifact.served import is_through
 from qexport.cli.app import app
 from qexport.errors import CompatibilityError, RecipeError
-from qexport.gates.deciding import decide_again
+from qexport.gates.deciding_again import decide_again
 from qexport.gates.limits import Limit
 from qexport.gates.profiles import profile_record
 from qexport.gates.serving import decide_served_again

@@ -28,7 +28,7 @@ from qexport.artifact.roots import confirm_root, recorded_roots
 from qexport.errors import InputError, RecipeError
 
 _LINE: Final = re.compile(r"([0-9a-f]{64})  ([^\n\r\\]+)\n")
-_LISTING_LIMIT: Final = 1 << 24
+LISTING_BYTES: Final = 1 << 24
 _DEEPEST: Final = 8
 _UNLISTED: Final = re.compile(rf"\.gitattributes|\.cache/(huggingface/.*)?|{re.escape(SIGNATURE_NAME)}")
 """What huggingface_hub puts beside the files of a repository, which no reader of ours opens; and the signature, which
@@ -250,8 +250,8 @@ def _is_of_report(name: str) -> bool:
 
 def _read(path: Path) -> bytes:
     try:
-        if path.stat().st_size > _LISTING_LIMIT:
-            raise _changed(f"{LISTING_NAME} has more than {_LISTING_LIMIT} bytes", path)
+        if path.stat().st_size > LISTING_BYTES:
+            raise _changed(f"{LISTING_NAME} has more than {LISTING_BYTES} bytes", path)
         return path.read_bytes()
     except OSError as error:
         raise InputError(f"a file of the artifact cannot be read: {error.strerror}", where=str(path)) from error

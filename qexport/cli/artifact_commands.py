@@ -160,7 +160,7 @@ def _measured(
         check_report_folder(report_folder)
     chosen = reference_of(options)
     from qexport import pipeline  # takes seconds; errors in the arguments should come first
-    from qexport.gates.deciding import gates_error
+    from qexport.gates.failures import gates_error
 
     with showing_progress() as progress:
         found = pipeline.verify(

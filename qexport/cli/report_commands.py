@@ -151,7 +151,8 @@ def gate(
     """Decide on a report's figures with other limits, without measuring again."""
     with reporting_errors(as_json=as_json, debug=debug):
         from qexport.gates import read_gates
-        from qexport.gates.deciding import decide_again, gates_error
+        from qexport.gates.deciding_again import decide_again
+        from qexport.gates.failures import gates_error
         from qexport.gates.serving import decide_served_again
         from qexport.quantizing import profile_of_layer
         from qexport.reporting.terminal import gate_table

@@ -9,7 +9,8 @@ from qexport.artifact.figures import CATALOGUE, CheckResult, Figure, GateResult
 from qexport.artifact.report import Report
 from qexport.artifact.served import ServedRecord, through
 from qexport.gates import HasGates
-from qexport.gates.deciding import decide, noise_floors
+from qexport.gates.deciding import decide
+from qexport.gates.deciding_again import noise_floors
 from qexport.gates.limits import Bound, Limit, above_floor, limits_of, waiver
 from qexport.gates.profiles import ProfileOfLayer, profile_for
 

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Annotated, Final
 
-from pydantic import model_validator
+from pydantic import AfterValidator, model_validator
 
 from qexport.records import added
 from qexport.references import PACKAGE_PREFIX, is_explicit_path, names_gguf
 from qexport.settings import Settings
 
 _MOST_ADAPTERS: Final = 32
+
+
+def _inside(text: str) -> str:
+    parts = text.split("/")
+    if "\\" in text or not all(parts) or {".", ".."} & {*parts}:
+        raise ValueError(f"{text!r} is no folder inside a repository: write it as folder or folder/folder")
+    return text
+
+
+Subfolder = Annotated[str, AfterValidator(_inside)]
+"""A folder inside a repository of the hub, with slashes."""
 
 
 class WeightedAdapter(Settings):
@@ -22,6 +33,9 @@ class WeightedAdapter(Settings):
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
 
+    subfolder: Subfolder | None = added()
+    """The folder of the adapter inside a hub id's repository."""
+
     weight: float = 1.0
     """Its share of the combination: 1 for what it was trained to change, less than 0 to subtract it."""
 
@@ -31,6 +45,8 @@ class WeightedAdapter(Settings):
             raise ValueError("a weight of 0 leaves the adapter out: remove it")
         if self.revision is not None and _is_elsewhere(self.path):
             raise ValueError(f"revision is only for a hub id, and path is {self.path}: remove it")
+        if self.subfolder is not None and _is_elsewhere(self.path):
+            raise ValueError(f"subfolder is only for a hub id: write path: {self.path.rstrip('/')}/{self.subfolder}")
         return self
 
 
@@ -50,6 +66,10 @@ class LoadSettings(Settings):
     adapter_revision: str | None = None
     """Branch, tag or commit of the adapter's hub id."""
 
+    adapter_subfolder: Subfolder | None = added()
+    """The folder of the adapter inside its hub id's repository, for example `checkpoint-500`. Where only one folder
+    holds an adapter, it is found without."""
+
     adapters: list[WeightedAdapter] = added([])
     """Several LoRA adapters in place of `adapter`, combined as `merge.combination` says."""
 
@@ -67,6 +87,11 @@ class LoadSettings(Settings):
             raise ValueError(f"revision is only for a hub id, and base is {self.base}: remove it")
         if self.adapter_revision is not None and _is_elsewhere(self.adapter or "/"):
             raise ValueError(f"adapter_revision is only for a hub id, and adapter is {self.adapter}: remove it")
+        if self.adapter_subfolder is not None and self.adapter is None:
+            raise ValueError("adapter_subfolder is given and adapter is not: remove it")
+        if self.adapter_subfolder is not None and _is_elsewhere(self.adapter or ""):
+            folder = f"{(self.adapter or '').rstrip('/')}/{self.adapter_subfolder}"
+            raise ValueError(f"adapter_subfolder is only for a hub id: write adapter: {folder}")
         return self
 
 

@@ -6,6 +6,7 @@ llama-cpp-python 0.3.36. What a config of transformers cannot express is refused
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -32,6 +33,7 @@ _OPTIONAL: Final = {
     "rope.freq_base": "rope_theta",
     "vocab_size": "vocab_size",
 }
+_POSITIVE: Final = ("context_length", "rope.freq_base", "rope.freq_base_swa")
 FREQUENCIES: Final = "rope_freqs.weight"
 """A tensor that is no parameter: what each frequency of the rotary embedding is divided by."""
 
@@ -85,6 +87,7 @@ def read_config(file: GgufFile) -> tuple[GgufFamily, PretrainedConfig]:
     """
     metadata, reading = _reading(file)
     _refuse_unsupported(metadata)
+    _refuse_impossible(metadata, reading.epsilon)
     values = _values(metadata, reading)
     refuse_extreme(values, where=str(file.path))  # before anything is computed from them
     values |= reading.further(metadata)
@@ -125,6 +128,20 @@ def _refuse_unsupported(metadata: _Metadata) -> None:
         or parts not in (0, 1)
     ):
         raise _unsupported(file)
+
+
+def _refuse_impossible(metadata: _Metadata, epsilon: str) -> None:
+    """Refuses numbers that no model computes with, which would only show as NaN in its outputs."""
+    for key, least in {epsilon: "0 or more", **dict.fromkeys(_POSITIVE, "more than 0")}.items():
+        value = metadata.get(key)
+        if not isinstance(value, int | float):  # absent, or of a type that `refuse_extreme` or transformers names
+            continue
+        if not math.isfinite(value) or value < 0 or (value == 0 and key != epsilon):
+            raise InputError(
+                f"{metadata.architecture}.{key} is {value}, and it must be {least}",
+                where=str(metadata.file.path),
+                mend=_REFETCH,
+            )
 
 
 def _unsupported(file: GgufFile) -> CompatibilityError:
@@ -199,6 +216,19 @@ def _divisors(file: GgufFile) -> torch.Tensor:
     return torch.from_numpy(file.read_rows(FREQUENCIES, 0, 1).view("<f4").copy()).view(-1)
 
 
+def _softcapping(metadata: _Metadata) -> float:
+    """Beyond what the logits do not grow; 0 for no bound, as in llama.cpp."""
+    key = "final_logit_softcapping"
+    value = metadata.get(key, 0.0)
+    if not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        raise InputError(
+            f"{metadata.architecture}.{key} is {value!r}, and it must be 0 or more",
+            where=str(metadata.file.path),
+            mend=_REFETCH,
+        )
+    return float(value)
+
+
 _BLOCKS_OF_27B: Final = 62
 
 
@@ -209,6 +239,8 @@ def _gemma3(metadata: _Metadata) -> dict[str, Any]:
         full |= {"rope_type": "linear", "factor": factor}
     sliding = {"rope_type": "default", "rope_theta": metadata.get("rope.freq_base_swa", 1e4)}
     found: dict[str, Any] = {"rope_parameters": {"sliding_attention": sliding, "full_attention": full}}
+    if cap := _softcapping(metadata):
+        found["final_logit_softcapping"] = cap
     width, heads = metadata.get("embedding_length"), metadata.get("attention.head_count")
     is_27b = metadata.get("block_count") == _BLOCKS_OF_27B and heads
     return found | {"query_pre_attn_scalar": width // heads if is_27b else metadata.get("attention.key_length", 256)}

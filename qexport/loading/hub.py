@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     LocalEntryNotFoundError,
@@ -68,6 +68,23 @@ def fetch(reference: HubReference, patterns: tuple[str, ...], *, progress: Progr
     except Exception as error:  # the client raises its own errors, the network's and the operating system's
         raise _refusal(reference, error) from error
     return Snapshot(Path(path), Path(path).name, Path(constants.HF_HUB_CACHE))
+
+
+def folders_with(name: str, snapshot: Snapshot, repo_id: str) -> list[str]:
+    """The folders of a repository that hold a file of this name, from its list of files; offline, those in the cache.
+
+    Raises:
+        InputError: the hub cannot be reached.
+    """
+    try:
+        files = (
+            [path.relative_to(snapshot.path).as_posix() for path in snapshot.path.rglob(name)]
+            if constants.HF_HUB_OFFLINE
+            else HfApi(endpoint=constants.ENDPOINT).list_repo_files(repo_id, revision=snapshot.commit)
+        )
+    except Exception as error:  # as for `fetch`
+        raise _refusal(HubReference(repo_id, snapshot.commit), error) from error
+    return sorted(folder for folder, _, last in (file.rpartition("/") for file in files) if last == name)
 
 
 def _refusal(reference: HubReference, error: Exception) -> InputError:

@@ -15,7 +15,7 @@ from qexport.errors import InputError, NumericalError, RecipeError
 from qexport.merge import MergeSettings
 from qexport.merge.adapter import CONFIG_FILE, Adapter, read_adapter
 from qexport.merge.changes import Change, ReadFactor
-from qexport.merge.combining import combined
+from qexport.merge.combining import Combination, combined
 from qexport.merge.ends import refuse_unknown_rows, trained_tokens, untied, with_vocabulary
 from qexport.merge.plan import MergePlan
 from qexport.merge.replication import with_layers
@@ -41,6 +41,7 @@ class MergedAdapter:
         config: what stands for its adapter_config.json: without the targets that it has no tensors for, or of a
             combination; None for the file's.
         notes: the notices for the user, for example that the adapter names another base.
+        combination: what it is a combination of; None for one adapter.
     """
 
     peft_type: str
@@ -51,6 +52,7 @@ class MergedAdapter:
     tensors: WeightSource
     config: Mapping[str, Any] | None
     notes: tuple[str, ...]
+    combination: Combination | None = None
 
 
 @dataclass(frozen=True)
@@ -130,10 +132,11 @@ def merge_several(
     """
     read = [read_adapter(folder) for folder, _ in adapters]
     notes = [f"{each.folder.name}: {note}" for each in read for note in _notes(checkpoint, each, settings)]
-    one = combined(read, [weight for _, weight in adapters], settings, describe_base(checkpoint))
+    parts = Combination(read, [weight for _, weight in adapters], settings)
+    one = combined(parts, describe_base(checkpoint))
     weights = ", ".join(f"{each.folder.name} {weight:g}" for each, (_, weight) in zip(read, adapters, strict=True))
     notes.append(f"{len(read)} adapters are combined ({settings.combination}): {weights}")
-    return _merge_adapter(checkpoint, one, settings, origin, progress, notes=notes, config=one.config)
+    return _merge_adapter(checkpoint, one, settings, origin, progress, notes=notes, config=one.config, parts=parts)
 
 
 def _merge_adapter(
@@ -145,6 +148,7 @@ def _merge_adapter(
     *,
     notes: Sequence[str],
     config: Mapping[str, Any] | None,
+    parts: Combination | None = None,
 ) -> Merged:
     if settings.trained_on is not None:
         checkpoint = as_trained(checkpoint, settings.trained_on)
@@ -159,7 +163,9 @@ def _merge_adapter(
         progress(Notice(note))
     changed = tuple(name for name in plan.base.weights if name in changes)
     tokens = frozenset(trained_tokens(adapter.config))
-    described = MergedAdapter(adapter.peft_type, adapter.folder, origin, changed, tokens, adapter.file, config, notes)
+    described = MergedAdapter(
+        adapter.peft_type, adapter.folder, origin, changed, tokens, adapter.file, config, notes, parts
+    )
     return _merged(checkpoint, changes, adapter.read, settings, described)
 
 

@@ -14,7 +14,7 @@ from qexport.artifact.disk import make_folder
 from qexport.artifact.partial import scratch_folder
 from qexport.errors import InputError, RecipeError, listed
 from qexport.export import ExportSettings
-from qexport.loading import LoadSettings
+from qexport.loading import WeightedAdapter
 from qexport.merge import MergeSettings
 from qexport.pipeline.result import Result
 from qexport.pipeline.running import run
@@ -40,6 +40,7 @@ def quantize(
     method: Method,
     output: str | Path,
     adapter: str | Path | None = None,
+    adapters: Sequence[str | Path | WeightedAdapter] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
     calibration: CalibrationSettings | str | Path | Texts | None = None,
     samples: int | None = None,
@@ -63,13 +64,15 @@ def quantize(
         method: for example `qexport.Gptq(bits=4, group_size=64)`.
         output: the artifact's folder; each of several layouts gets a subfolder with its name.
         adapter: a PEFT adapter: a folder or a hub id.
+        adapters: several LoRA adapters in its place, combined as `merge` says; with a weight or a revision, a
+            `qexport.WeightedAdapter`.
         tokenizer: the tokenizer of a model in memory.
         calibration: text for the methods that need it: texts, rows of a dataset, a file, or settings.
         samples: how many calibration windows to take, 128 by default.
         sequence_length: tokens in a calibration window, 512 by default.
         layouts: names (`safetensors`, `tgi`, `vllm`, `onnx`), or settings such as `qexport.TgiSettings()`.
         verify: held-out texts, a file, or settings; nothing is measured if None.
-        merge: the arithmetic of the merge.
+        merge: the arithmetic of the merge, and of the combination of several adapters.
         force: replace an output folder that is not empty.
         restart: begin again, without what an interrupted run has finished.
         device: `auto`, `cpu` or `cuda`.
@@ -86,7 +89,7 @@ def quantize(
     with scratch_folder(output.absolute()) as scratch:
         inputs = _Inputs(scratch)
         recipe = _recipe(
-            load=inputs.load(base, adapter, tokenizer),
+            load=inputs.load(base, adapter, adapters, tokenizer),
             merge=merge or MergeSettings(),
             quantize=inputs.calibrated(method, calibration, samples, sequence_length),
             export=[_layout(each) for each in layouts],
@@ -114,19 +117,22 @@ class _Inputs:
         self,
         base: str | Path | PreTrainedModel | PeftModel,
         adapter: str | Path | None,
+        adapters: Sequence[str | Path | WeightedAdapter],
         tokenizer: PreTrainedTokenizerBase | None,
-    ) -> LoadSettings:
+    ) -> Mapping[str, Any]:
+        several = [_weighted(each) for each in adapters]
         if isinstance(base, str | Path):
             if tokenizer is not None:
                 raise RecipeError("a base in files has its own tokenizer", where="tokenizer", mend="omit it")
-            return LoadSettings(base=_named(base), adapter=None if adapter is None else _named(adapter))
+            return {"base": _named(base), "adapter": None if adapter is None else _named(adapter), "adapters": several}
         from qexport.loading.in_memory import save_model
 
         saved = save_model(base, tokenizer, self.scratch)
-        if saved.adapter is not None and adapter is not None:
-            raise RecipeError("the base already has an adapter", where="adapter", mend="give one of the two")
+        if saved.adapter is not None and (adapter is not None or several):
+            field = "adapters" if several else "adapter"
+            raise RecipeError("the base already has an adapter", where=field, mend="give one of the two")
         chosen = saved.adapter or adapter
-        return LoadSettings(base=str(saved.base), adapter=None if chosen is None else _named(chosen))
+        return {"base": str(saved.base), "adapter": None if chosen is None else _named(chosen), "adapters": several}
 
     def calibrated(
         self,
@@ -172,6 +178,10 @@ class _Inputs:
 def _named(place: str | Path) -> str:
     """The value as in a recipe. A `Path` is always a local file or folder, even if it reads like a hub id."""
     return str(place.expanduser().absolute()) if isinstance(place, Path) else place
+
+
+def _weighted(adapter: str | Path | WeightedAdapter) -> WeightedAdapter:
+    return adapter if isinstance(adapter, WeightedAdapter) else WeightedAdapter(path=_named(adapter))
 
 
 def _layout(layout: str | ExportSettings) -> ExportSettings:

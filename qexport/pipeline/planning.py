@@ -19,14 +19,9 @@ from qexport.formats import Outputs
 from qexport.gates import Bounds
 from qexport.hidden_packages import hidden
 from qexport.loading import LoadSettings
+from qexport.loading.adapter_folder import AdapterFolder, combined_origin, locate_adapter, locate_adapters
 from qexport.loading.adapter_tokenizer import choose_tokenizer
-from qexport.loading.checkpoint import (
-    AdapterFolder,
-    combined_origin,
-    load_checkpoint,
-    locate_adapter,
-    locate_adapters,
-)
+from qexport.loading.checkpoint import load_checkpoint
 from qexport.loading.small_files import open_tokenizer
 from qexport.merge import MergeSettings
 from qexport.merge.merging import Merged, merge, merge_several

@@ -18,13 +18,16 @@ from qexport.gates.deciding import BuiltIn, decide, expected_gates, waived
 from qexport.gates.limits import Limit, above_floor, limits_of, margin_limits
 from qexport.gates.profiles import profile_record
 from qexport.loading.small_files import open_tokenizer
+from qexport.merge.combining import Combination, layer_seed
 from qexport.merge.merging import Merged
 from qexport.pipeline.result import UnprovenMerge
 from qexport.pipeline.texts import Evaluation
 from qexport.progress import ProgressCallback, silent
 from qexport.quantizing.rounding import NearestSource, rounding_of
+from qexport.tensors.source import WeightSource
 from qexport.verifying import VerifySettings
 from qexport.verifying.live_adapter import LiveAdapter
+from qexport.verifying.peft_combination import CombinedByPeft, WeightedPart
 from qexport.verifying.reference import Preparation, Reference, prepare
 
 
@@ -122,6 +125,32 @@ def unproven_merge(settings: HasGates, prepared: Preparation) -> UnprovenMerge |
     return None
 
 
+def live_adapter(merged: Merged) -> LiveAdapter | None:
+    """What the merged model is held against: PEFT with the adapter, or with the combination that PEFT makes of several;
+    None without one.
+    """
+    adapter = merged.adapter
+    if adapter is None:
+        return None
+    tensors = adapter.tensors if adapter.combination is None else _by_peft(adapter.combination, adapter.tensors)
+    return LiveAdapter(merged.base, adapter.folder, merged.unrounded, tensors, adapter.config)
+
+
+def _by_peft(combination: Combination, combined: WeightSource) -> CombinedByPeft:
+    settings = combination.settings
+    parts = [
+        WeightedPart(adapter.config, adapter.file, weight)
+        for adapter, weight in zip(combination.adapters, combination.weights, strict=True)
+    ]
+    return CombinedByPeft(
+        parts,
+        combined.specs(),
+        method=settings.combination,
+        density=settings.density,
+        seed_of=partial(layer_seed, settings.seed),
+    )
+
+
 def prepare_reference(
     merged: Merged,
     evaluation: Evaluation,
@@ -144,9 +173,7 @@ def prepare_reference(
         progress: is called with each step.
     """
     checkpoint, adapter = merged.checkpoint, merged.adapter
-    live = (
-        LiveAdapter(merged.base, adapter.folder, merged.unrounded, adapter.tensors, adapter.config) if adapter else None
-    )
+    live = live_adapter(merged)
     reference = Reference(
         merged=checkpoint,
         base=merged.base,

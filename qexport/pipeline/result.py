@@ -10,7 +10,7 @@ from qexport.artifact.figures import GateResult, Verdict
 from qexport.artifact.manifest import Manifest
 from qexport.artifact.report import Report
 from qexport.errors import GateFailed, GateUndecided, QexportError
-from qexport.gates.deciding import gates_error
+from qexport.gates.failures import gates_error
 
 
 @dataclass(frozen=True)

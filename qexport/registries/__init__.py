@@ -141,7 +141,7 @@ def fetch_heads(
     """Fetches a release, but of its weights only the heads. What comes is not compared with the release's listing.
 
     Args:
-        reference: where it is. Of an image's own manifest the weights come whole.
+        reference: where it is.
         folder: an empty folder.
         write_head: writes the head of a file to a path, from its size and a function that gives bytes of it.
         progress: is called with what is fetched.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import ssl
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,12 +30,25 @@ def named_authorities(variables: Sequence[str]) -> str | None:
         return None
     path = Path(os.environ[variable])
     try:
-        ssl.create_default_context(cafile=None if path.is_dir() else path, capath=path if path.is_dir() else None)
+        if path.is_dir():
+            _refuse_empty(path)
+        else:
+            ssl.create_default_context(cafile=path)
     except OSError as error:  # an SSLError is one too
         reason = "it holds no certificates" if isinstance(error, ssl.SSLError) else error.strerror
+        kind, mend = ("folder", "folder that c_rehash has made") if path.is_dir() else ("file", "PEM file")
         raise RecipeError(
-            f"{variable} names a file of certificate authorities that cannot be used: {reason}",
+            f"{variable} names a {kind} of certificate authorities that cannot be used: {reason}",
             where=str(path),
-            mend=f"name a PEM file with certificates, or unset {variable}",
+            mend=f"name a {mend} with certificates, or unset {variable}",
         ) from error
     return str(path)
+
+
+_HASHED: Final = re.compile(r"[0-9a-f]{8}\.\d+")
+"""The names by which OpenSSL looks for certificates in a folder; it sees no others."""
+
+
+def _refuse_empty(folder: Path) -> None:
+    if not any(_HASHED.fullmatch(path.name) and path.is_file() for path in folder.iterdir()):
+        raise ssl.SSLError("no certificates")

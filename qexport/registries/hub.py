@@ -16,6 +16,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 from huggingface_hub.hf_api import GitRefs, ModelInfo
 
 from qexport.artifact.disk import disk_failure, ensure_space
+from qexport.artifact.integrity import LISTING_BYTES
 from qexport.artifact.manifest import LISTING_NAME
 from qexport.errors import InputError, QexportError, RecipeError
 from qexport.progress import Notice, ProgressCallback
@@ -23,6 +24,7 @@ from qexport.registries.authorities import OF_HUBS, named_authorities
 from qexport.registries.destinations import HubDestination
 from qexport.registries.names import is_portable
 from qexport.registries.package import Package, Published
+from qexport.tensors.strict_files import read_bounded
 
 _ATTRIBUTES: Final = ".gitattributes"
 """The hub adds it to every repository."""
@@ -108,7 +110,7 @@ def _size(info: ModelInfo, reference: HubDestination) -> int:
 
 def _remove_additions(folder: Path) -> None:
     """Removes what the hub and its library have added, unless the release lists it."""
-    listed = (folder / LISTING_NAME).read_text(encoding="utf-8", errors="replace")
+    listed = read_bounded(folder / LISTING_NAME, LISTING_BYTES).decode("utf-8", errors="replace")
     if f"  {_ATTRIBUTES}\n" not in listed:
         (folder / _ATTRIBUTES).unlink(missing_ok=True)
     shutil.rmtree(folder / _CACHE / "huggingface", ignore_errors=True)

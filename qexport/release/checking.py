@@ -18,7 +18,7 @@ from qexport.artifact.manifest import CARD_NAME, REPORT_FOLDER, SIGNATURE_NAME, 
 from qexport.artifact.names import label, release_name
 from qexport.artifact.report import Report
 from qexport.errors import GateFailed, InputError, RecipeError, listed
-from qexport.gates.deciding import decide_again
+from qexport.gates.deciding_again import decide_again
 from qexport.gates.serving import decide_served_again
 from qexport.quantizing import profile_of_layer
 from qexport.release.made_again import (

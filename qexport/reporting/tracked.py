@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any, Final
 
 from qexport.artifact.figures import Figure, GateResult, Verdict
@@ -108,7 +109,7 @@ def _figures(gates: Sequence[GateResult], report: Report | None) -> dict[str, fl
         found |= _values(figure, "")
     for served in report.served:
         for figure in served.figures:
-            found |= _values(figure, f"served.{_segment(served.label)[:60]}/")
+            found |= _values(figure, f"served.{_segment(served.label, 60)}/")
     return dict(list(found.items())[:_MOST_FIGURES])
 
 
@@ -154,6 +155,11 @@ def _cut(text: str) -> str:
     return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 1]}…"
 
 
-def _segment(text: str) -> str:
-    """A part of a name without the characters that MLflow refuses, or takes for a path."""
-    return _ILLEGAL.sub("_", text)[:_LONGEST_KEY]
+def _segment(text: str, longest: int = _LONGEST_KEY) -> str:
+    """A part of a name without the characters that MLflow refuses, or takes for a path. One that is cut ends in a part
+    of its digest: two that begin alike stay two.
+    """
+    plain = _ILLEGAL.sub("_", text)
+    if len(plain) <= longest:
+        return plain
+    return f"{plain[: longest - 9]}-{sha256(text.encode()).hexdigest()[:8]}"

@@ -122,7 +122,7 @@ def connect(uri: str, experiment: str) -> Tracker:
     Raises:
         RecipeError: MLflow is not installed, does not take the URI, or the experiment was deleted; or the URI is
             malformed or has credentials.
-        InputError: the server does not answer, or refuses.
+        InputError: the server does not answer, refuses, or answers with something else.
     """
     if _has_credentials(uri):
         raise RecipeError(
@@ -138,9 +138,13 @@ def connect(uri: str, experiment: str) -> Tracker:
     except Exception as error:  # see `Tracker.log`
         what = f"the tracking server cannot be used: {_reason(error)}"
         raise InputError(what, where=uri, mend="start it, correct --mlflow, or leave it out") from error
-    if found is not None and found.lifecycle_stage != "active":
+    if found is not None and found.lifecycle_stage == "deleted":
         mend = f"mlflow experiments restore --experiment-id {experiment_id}, or name another with --mlflow-experiment"
         raise RecipeError("the experiment was deleted", where=experiment, mend=mend)
+    if not experiment_id or (found is not None and found.lifecycle_stage != "active"):
+        stage = "" if found is None else f" in the state {found.lifecycle_stage!r}"
+        what = f"the tracking server answers with the experiment {str(experiment_id)!r}{stage}, which is none"
+        raise InputError(what, where=uri, mend="check that --mlflow is the address of MLflow itself")
     return Tracker(client, experiment, str(experiment_id), began)
 
 

@@ -40,7 +40,7 @@ _TOKENS: Final = 64
 """Tokens of each window."""
 
 _FILE: Final = "adapter_model.safetensors"
-_PREFIX: Final = "base_model.model."
+PREFIX: Final = "base_model.model."
 """What PEFT writes before every module path."""
 
 _NAME: Final = "default"
@@ -169,7 +169,7 @@ class LiveRunner(BlockRunner):
         super().__init__(base.architecture, base.weights, dtype=dtype, device=device)
         self._adapter: WeightSource = tensors or SafetensorsFile(folder / _FILE)
         self._shapes = {key: spec.shape for key, spec in self._adapter.specs().items()}
-        with _of_peft("load"):
+        with of_peft("load the adapter"):
             self._live = _wrapped(self._model, folder, config)
             known: Any = self._live.peft_config[_NAME]
         self._constants = _constants(known, self._shapes)
@@ -181,16 +181,16 @@ class LiveRunner(BlockRunner):
     @torch.no_grad()
     def forward(self, index: int, block: nn.Module, batch: Batch) -> None:
         """See `BlockRunner.forward`."""
-        with _of_peft("run"):
+        with of_peft("run the adapter"):
             super().forward(index, block, batch)
 
     @torch.no_grad()
     def _tail(self, hidden: Tensor) -> Tensor:
-        with _of_peft("run"):
+        with of_peft("run the adapter"):
             return super()._tail(hidden)
 
     def _record(self, ids: Tensor) -> Batch:
-        with _of_peft("run"):
+        with of_peft("run the adapter"):
             return super()._record(ids)
 
     def _probe(self, hidden: Tensor, call: Call) -> bool:
@@ -223,7 +223,7 @@ class LiveRunner(BlockRunner):
         tensors = {key: self._read_adapter(key) for key in needed}
         for key, shape in [*self._shapes.items(), *((key, value.shape) for key, value in self._constants.items())]:
             tensors.setdefault(key, torch.empty(shape, dtype=self.dtype, device="meta"))
-        with _of_peft("load"), _assigning(self._live):
+        with of_peft("load the adapter"), _assigning(self._live):
             found: Any = set_peft_model_state_dict(self._live, tensors)
         return _without_shared(self._live, found.missing_keys)
 
@@ -234,16 +234,13 @@ class LiveRunner(BlockRunner):
 
 def _wrapped(model: PreTrainedModel, folder: Path, given: Mapping[str, Any] | None) -> PeftModel:
     """The model on the meta device with PEFT's layers around its own, which stay as they are."""
-    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, get_peft_model
+    from peft import PeftConfig, get_peft_model
 
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), nothing_compiled():
         warnings.simplefilter("ignore")
-        if given is None:
-            config: Any = PeftConfig.from_pretrained(str(folder), inference_mode=True)
-        else:
-            kind: Any = PEFT_TYPE_TO_CONFIG_MAPPING[given["peft_type"]]
-            known = {each.name for each in fields(kind)}
-            config = kind(**{key: value for key, value in given.items() if key in known} | {"inference_mode": True})
+        config: Any = (
+            PeftConfig.from_pretrained(str(folder), inference_mode=True) if given is None else configured(given)
+        )
         if config.peft_type == "LORA":
             config.layer_replication = None  # the base has the layers already
         if config.peft_type == "SHIRA":
@@ -253,6 +250,15 @@ def _wrapped(model: PreTrainedModel, folder: Path, given: Mapping[str, Any] | No
     live.eval()
     wrapped: PeftModel = live
     return wrapped
+
+
+def configured(given: Mapping[str, Any]) -> Any:
+    """PEFT's configuration from the content of an adapter_config.json."""
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    kind: Any = PEFT_TYPE_TO_CONFIG_MAPPING[given["peft_type"]]
+    known = {each.name for each in fields(kind)}
+    return kind(**{key: value for key, value in given.items() if key in known} | {"inference_mode": True})
 
 
 def _without_shared(live: PeftModel, missing: Sequence[str]) -> Sequence[str]:
@@ -268,7 +274,7 @@ def _cut_pruned_ranks(live: PeftModel, config: Any) -> None:
     """
     if config.peft_type == "ADALORA" and config.rank_pattern:
         for key, kept in config.rank_pattern.items():
-            layer: Any = live.get_submodule(f"{_PREFIX}{key.partition('.lora_E')[0]}")
+            layer: Any = live.get_submodule(f"{PREFIX}{key.partition('.lora_E')[0]}")
             layer.update_layer(_NAME, sum(kept), config.lora_alpha, config=config)
         config.rank_pattern = None
 
@@ -304,7 +310,7 @@ def _modules_of(keys: Iterable[str], naming: Naming) -> Mapping[str, str | None]
     stored |= {path: naming.tied.get(name, name) for path, name in naming.files.items()}
     stored |= {name: name for name in naming.parts}
     modules = {path.rpartition(".")[0]: name.rpartition(".")[0] for path, name in stored.items()}
-    return {key: _owner(key.removeprefix(_PREFIX), modules) for key in keys}
+    return {key: _owner(key.removeprefix(PREFIX), modules) for key in keys}
 
 
 def _owner(path: str, modules: Mapping[str, str]) -> str | None:
@@ -316,10 +322,15 @@ def _owner(path: str, modules: Mapping[str, str]) -> str | None:
 
 
 @contextmanager
-def _of_peft(task: str) -> Iterator[None]:
+def of_peft(task: str) -> Iterator[None]:
+    """Raises whatever PEFT raises as `NotMeasured`, but for failures of the disk.
+
+    Args:
+        task: what PEFT was asked to do.
+    """
     try:
         yield
     except Exception as error:  # PEFT raises exceptions of any type
         if disk_failure(error, where=None):
             raise
-        raise NotMeasured(f"PEFT cannot {task} the adapter") from error
+        raise NotMeasured(f"PEFT cannot {task}") from error

@@ -151,11 +151,12 @@ def test_an_answer_that_makes_no_sense_is_one_message(
 @pytest.mark.parametrize(
     ("failing", "stage", "code", "said"),
     [
+        ({}, "", 3, "answers with the experiment '1' in the state ''"),
         ({"get-by-name": 401}, "active", 3, "the tracking server cannot be used"),
         ({"get-by-name": 507}, "active", 3, "the disk is full"),
         ({}, "deleted", 2, "the experiment was deleted"),
     ],
-    ids=["refuses", "fails", "deleted experiment"],
+    ids=["no experiment", "refuses", "fails", "deleted experiment"],
 )
 def test_a_server_that_cannot_be_used_is_told_before_any_work(
     failing: dict[str, int], stage: str, code: int, said: str, server: TrackingServer, tmp_path: Path,

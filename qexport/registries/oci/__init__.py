@@ -86,7 +86,7 @@ def fetch_heads(reference: OciDestination, folder: Path, write_head: WriteHead, 
     client = _client_of(reference)
     progress(Notice(f"fetching the headers of {reference}"))
     for layer in pull(client, *_found(client, reference)):
-        if layer.holds_weights:
+        if layer.may_hold_weights:
             extract_heads(client, layer.blob, folder, write_head)
         else:
             layer.extract(client, folder, lambda _: None)

@@ -146,6 +146,26 @@ def read_document(client: Client, reference: str) -> tuple[Descriptor, bytes] | 
     return Descriptor(media_type, digest, len(content)), content
 
 
+def read_listed(client: Client, digest: Any, *, place: str, missing: str) -> tuple[Descriptor, bytes]:
+    """The manifest or index that a document lists.
+
+    Args:
+        client: the repository.
+        digest: as the document gives it.
+        place: the document, for errors.
+        missing: what is said if there is no such manifest.
+
+    Raises:
+        InputError: the digest is malformed, nothing has it, or the bytes have another.
+    """
+    if not is_digest(digest):
+        raise client.failure(f"a digest in {place} is malformed")
+    read = read_document(client, digest)
+    if read is None:
+        raise client.failure(f"{missing}: {digest}")
+    return read
+
+
 def digest_of(client: Client, tag: str) -> str | None:
     """The digest of whatever a tag stands for, of any media type; None if there is no such tag.
 

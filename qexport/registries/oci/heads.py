@@ -10,13 +10,14 @@ from typing import Final
 from qexport.registries.oci.client import Client
 from qexport.registries.oci.documents import Descriptor
 from qexport.registries.oci.downloads import BlobStream
-from qexport.registries.oci.layers import FOLDER
+from qexport.registries.oci.layers import FOLDER, is_weights
 from qexport.registries.tar_extraction import Readable, extract
 
 WriteHead = Callable[[Path, int, Callable[[int, int], bytes]], None]
 """Writes the head of a file to a path, from the file's size and a function that gives its bytes between two offsets."""
 
 _WINDOW: Final = 1 << 16
+_PIECE: Final = 1 << 22
 
 
 class _Ranges:
@@ -49,13 +50,13 @@ class _Ranges:
 
 
 def extract_heads(client: Client, blob: Descriptor, folder: Path, write_head: WriteHead) -> None:
-    """Writes the heads of a layer's files into a folder.
+    """Writes the files of a layer into a folder, of those with weights the heads.
 
     Args:
         client: the repository.
         blob: the layer.
         folder: where the files go.
-        write_head: writes each.
+        write_head: writes a file with weights.
 
     Raises:
         InputError: the layer is missing or unsafe, or the registry fails.
@@ -64,7 +65,16 @@ def extract_heads(client: Client, blob: Descriptor, folder: Path, write_head: Wr
 
     def write(stream: Readable, path: Path, size: int) -> None:
         begin = ranges.offset
-        write_head(path, size, lambda start, stop: ranges.between(begin + start, begin + stop))
+
+        def between(start: int, stop: int) -> bytes:
+            return ranges.between(begin + start, begin + stop)
+
+        if is_weights(path.name):
+            write_head(path, size, between)
+        else:
+            with path.open("xb") as file:
+                for start in range(0, size, _PIECE):
+                    file.write(between(start, min(start + _PIECE, size)))
         ranges.offset = begin + size + -size % tarfile.BLOCKSIZE
 
     extract(ranges, folder, FOLDER, blob.size, f"{client.destination} {blob.digest}", write)

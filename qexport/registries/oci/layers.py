@@ -19,7 +19,10 @@ from qexport.registries.oci.uploads import Blob
 from qexport.registries.tar_stream import TarStream
 
 FOLDER: Final = "models"
-_MEDIA_TYPE: Final = "application/vnd.cncf.model.{}.v1.tar"
+MODEL_LAYERS: Final = "application/vnd.cncf.model."
+"""How the media types of ModelPack's layers begin."""
+
+_MEDIA_TYPE: Final = MODEL_LAYERS + "{}.v1.tar"
 WEIGHTS: Final = _MEDIA_TYPE.format("weight")
 _MOST_LAYERS: Final = 100
 """Container runtimes mount some 120 layers at most."""
@@ -78,9 +81,14 @@ def _grouped(files: Mapping[str, int]) -> list[tuple[str, list[str]]]:
     return found
 
 
+def is_weights(name: str) -> bool:
+    """Whether a file of this name holds weights."""
+    return PurePosixPath(name).suffix in _WEIGHTS
+
+
 def _kind(name: str) -> str:
     path = PurePosixPath(name)
-    if path.suffix in _WEIGHTS:
+    if is_weights(name):
         return "weight"
     if path.suffix in _DOCUMENTS or path.name.startswith(_DOCUMENT_NAMES) or path.parts[0] in _DOCUMENT_FOLDERS:
         return "doc"

@@ -6,15 +6,18 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from qexport.registries.oci.client import Client
 from qexport.registries.oci.documents import ATTACHED, INDEX, Descriptor
 from qexport.registries.oci.downloads import BlobStream, is_digest, parsed
-from qexport.registries.oci.layers import FOLDER, WEIGHTS
+from qexport.registries.oci.layers import FOLDER, MODEL_LAYERS, WEIGHTS
 from qexport.registries.oci.referrers import referrers
 from qexport.registries.oci.release_index import layers_of_manifest, model_of
 from qexport.registries.tar_extraction import extract
+
+_SMALL: Final = 1 << 20
+"""Bytes of a layer that is fetched whole, and so compared with its digest, whatever it holds."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +27,13 @@ class PulledLayer:
     blob: Descriptor
 
     @property
-    def holds_weights(self) -> bool:
-        """Whether it says so: layers of the ModelPack artifact do, those of an image do not."""
-        return self.blob.media_type == WEIGHTS
+    def may_hold_weights(self) -> bool:
+        """Whether it says so, or says nothing and is large: layers of the ModelPack artifact say what they hold, those
+        of an image do not.
+        """
+        if self.blob.media_type.startswith(MODEL_LAYERS):
+            return self.blob.media_type == WEIGHTS
+        return self.blob.size > _SMALL
 
     def extract(self, client: Client, folder: Path, told: Callable[[int], None]) -> None:
         """Downloads it and writes its files.

@@ -19,7 +19,7 @@ from qexport.registries.oci.documents import (
     referrer,
     referrers_index,
 )
-from qexport.registries.oci.downloads import is_digest, parsed, read_answer, read_document
+from qexport.registries.oci.downloads import parsed, read_answer, read_document, read_listed
 from qexport.registries.oci.uploads import Blob, upload
 from qexport.registries.package import Attachment
 
@@ -106,13 +106,9 @@ def referrers(client: Client, subject: str) -> list[tuple[str, str]]:
     """
     found = []
     for entry in _listed(client, subject):
-        digest = entry.get("digest")
-        if not is_digest(digest):
-            raise client.failure("a digest in the list of referrers is malformed")
-        read = read_document(client, digest)
-        if read is None:
-            raise client.failure(f"a referrer is listed, but missing: {digest}")
-        document = parsed(client, read[1])
+        digest, missing = entry.get("digest"), "a referrer is listed, but missing"
+        _, content = read_listed(client, digest, place="the list of referrers", missing=missing)
+        document = parsed(client, content)
         about = document.get("subject")
         if not isinstance(about, dict) or about.get("digest") != subject:
             raise client.failure(f"a referrer is about something else: {digest}")

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from qexport.registries.oci.client import Client
 from qexport.registries.oci.documents import IMAGE_LAYER, MANIFEST, MODEL, PLATFORMS, Descriptor, Document
-from qexport.registries.oci.downloads import is_digest, parsed, read_document
+from qexport.registries.oci.downloads import is_digest, parsed, read_listed
 
 _MOST_LAYERS: Final = 1000
 _LARGEST: Final = 1 << 50
@@ -74,15 +74,11 @@ def _kind(entry: Any) -> str | None:
 
 
 def _manifest(client: Client, entry: dict[str, Any]) -> tuple[Document, dict[str, Any]]:
-    digest = entry.get("digest")
-    if not is_digest(digest):
-        raise client.failure("a digest in the release's index is malformed")
-    read = read_document(client, digest)
-    if read is None:
-        raise client.failure(f"a manifest of the release is missing in the registry: {digest}")
-    if read[0].media_type != MANIFEST:
-        raise client.failure(f"a manifest of the release is something else: {digest}")
-    return Document(MANIFEST, read[1]), parsed(client, read[1])
+    missing = "a manifest of the release is missing in the registry"
+    found, content = read_listed(client, entry.get("digest"), place="the release's index", missing=missing)
+    if found.media_type != MANIFEST:
+        raise client.failure(f"a manifest of the release is something else: {found.digest}")
+    return Document(MANIFEST, content), parsed(client, content)
 
 
 def _layer(client: Client, layer: Any) -> Descriptor:

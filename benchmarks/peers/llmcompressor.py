@@ -1,4 +1,4 @@
-"""The benchmark's job with llmcompressor. Usage: llmcompressor.py WORK
+"""The benchmark's job with llmcompressor. Usage: llmcompressor.py WORK NAME
 
 It is left uncompressed, as a dense model with the rounded values: that costs it nothing and is read by everybody.
 """
@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 def main() -> None:
     """4 bits, symmetric, group 64, the peer's defaults otherwise."""
-    work = Path(sys.argv[1])
+    work, name = Path(sys.argv[1]), sys.argv[2]
     windows = json.loads((work / "tokens.json").read_text())["calibration"]
     data = Dataset.from_dict({"input_ids": windows, "attention_mask": [[1] * len(window) for window in windows]})
     scheme = {
@@ -35,9 +35,9 @@ def main() -> None:
     state = {name: tensor for name, tensor in model.state_dict().items() if name.endswith((".weight", ".bias"))}
     from safetensors.torch import save_file
 
-    (work / "llmcompressor").mkdir()
+    (work / name).mkdir()
     state.pop("lm_head.weight", None)
-    save_file({name: t.contiguous() for name, t in state.items()}, work / "llmcompressor" / "model.safetensors")
+    save_file({name: t.contiguous() for name, t in state.items()}, work / name / "model.safetensors")
 
 
 if __name__ == "__main__":

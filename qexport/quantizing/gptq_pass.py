@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from qexport.architectures.architecture import Checkpoint
@@ -140,9 +140,13 @@ def _importance(method: Gptq, chosen: Mapping[str, Options], inputs: PassInputs)
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a file beside its path, then renames it: one that is there is whole."""
+    """Writes a file beside its path, then renames it: one that is there is whole.
+
+    Raises:
+        OSError: the disk is full, of which safetensors itself would raise an error of its own.
+    """
     beside = path.with_suffix(".partial")
-    save_file(dict(tensors), beside)
+    beside.write_bytes(save(dict(tensors)))
     sync(beside)
     beside.replace(path)
 

@@ -115,7 +115,7 @@ class _Part:
         shapes = [batch.hidden.shape for batch in self._batches]
         pieces = [piece[None] for batch in self._batches for piece in batch.hidden.flatten(0, 1).split(AT_HEAD)]
         for batch in self._batches:
-            batch.hidden = batch.hidden.new_empty(0)  # the pieces share its memory
+            batch.hidden = batch.hidden.new_empty(0)  # so that its memory goes with the pieces
         gradients = torch.cat(gradients_at_head(self._runner, pieces), 1)[0]
         of_batches = gradients.split([shape[:2].numel() for shape in shapes])
         return [part.view(shape) for part, shape in zip(of_batches, shapes, strict=True)]

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import pickle
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -31,7 +30,7 @@ from torch import Tensor
 
 from qexport.pipeline import plan
 from qexport.pipeline.choice_space import ChoiceSpace, Option
-from qexport.pipeline.mixing import Choice, Measured, choose, measure_units
+from qexport.pipeline.mixing import Choice, choose, measure_units
 from qexport.pipeline.planning import Plan
 from qexport.pipeline.texts import read_texts
 from qexport.progress import silent
@@ -96,10 +95,10 @@ class _Job:
 
     def uniform(self, option: Option) -> None:
         """Every unit with this option."""
-        losses = self.measured().losses
+        losses = self.measured()
         indices = [options.index(option) for options in self.space.options]
         expected = sum(own[index] for own, index in zip(losses, indices, strict=True))
-        self._point(f"uniform {option}", [option] * len(indices), Choice(losses, indices, expected, expected))
+        self._point(f"uniform {option}", [option] * len(indices), Choice(losses, indices, expected))
 
     def chosen(self, name: str, allowed: int) -> None:
         """The best choice of so many bytes."""
@@ -121,16 +120,16 @@ class _Job:
         indices = [own.index(option) for own, option in zip(self.space.options, options, strict=True)]
         return sum(sizes[index] for sizes, index in zip(stored, indices, strict=True))
 
-    def measured(self) -> Measured:
+    def measured(self) -> list[list[float]]:
         """Of all units, from the disk if it is there."""
-        path: Path = self.arguments.work / "measured.pickle"
+        path: Path = self.arguments.work / "measured.losses"
         if not path.exists():
             started = time.process_time()
             measured = measure_units(self.space, self.calibration, device=torch.device("cpu"), progress=silent)
             print(f"measured in {time.process_time() - started:.0f} CPU s")
-            path.write_bytes(pickle.dumps(measured))
-        found: Measured = pickle.loads(path.read_bytes())  # written by this script
-        assert [len(own) for own in found.losses] == [len(own) for own in self.space.options], "of another space"
+            path.write_text(json.dumps(measured))
+        found: list[list[float]] = json.loads(path.read_text())
+        assert [len(own) for own in found] == [len(own) for own in self.space.options], "of another space"
         return found
 
     def _point(self, name: str, options: Sequence[Option], choice: Choice) -> None:
@@ -155,7 +154,6 @@ class _Job:
         found = {
             "bits": 8 * self.bytes_of(options) / self.weights,
             "expected": choice.expected,
-            "together": choice.together,
             "seconds": seconds,
             "shares": {option: count / self.weights for option, count in counts.items()},
             "texts": texts_found,
@@ -175,12 +173,12 @@ def _divergence(point: Mapping[str, Any], text: int) -> float:
 
 
 def _show(points: Mapping[str, Mapping[str, Any]]) -> None:
-    table = Table("", "bits per weight", "expected", "together", "KL", "stored as", "CPU s")
+    table = Table("", "bits per weight", "expected", "KL", "stored as", "CPU s")
     for name, point in points.items():
         shares = ", ".join(f"{share:.0%} {option}" for option, share in sorted(point["shares"].items()))
         divergences = ", ".join(f"{_divergence(point, text):.4f}" for text in range(len(point["texts"])))
-        expected = (f"{point[key]:.4f}" for key in ("expected", "together"))
-        table.add_row(name, f"{point['bits']:.3f}", *expected, divergences, shares, f"{point['seconds']:.0f}")
+        sizes = f"{point['bits']:.3f}", f"{point['expected']:.4f}"
+        table.add_row(name, *sizes, divergences, shares, f"{point['seconds']:.0f}")
     Console(width=160).print(table)
 
 

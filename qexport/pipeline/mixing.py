@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -20,7 +20,7 @@ from qexport.progress import ProgressCallback
 from qexport.quantizing.allocation import Allocation, Priced
 from qexport.quantizing.gptq_pass import corrects
 from qexport.quantizing.selection import solver_options
-from qexport.quantizing.sensitivity import Unit, mean_square, measure
+from qexport.quantizing.sensitivity import Unit, measure
 from qexport.tensors import CalibrationSet
 
 _SAFE: Final = 0.95
@@ -42,9 +42,6 @@ _UNCORRECTED: Final = 0.65
 """What is left of the divergence where each layer makes up for the quantized ones before it (`gptaq_alpha`), of which
 the measurement of single layers knows nothing: 0.65 and 0.67 on SmolLM2, 0.65 and 0.73 on Gemma3-270M."""
 
-_ROUNDS: Final = 4
-"""How often a choice is made again because its errors together cost more than their sum."""
-
 
 @dataclass(frozen=True)
 class Choice:
@@ -54,18 +51,11 @@ class Choice:
         losses: of each unit and option, the mean KL divergence that it costs alone, in nats per token.
         chosen: the index of each unit's option.
         expected: the sum of the chosen losses.
-        together: what the chosen options cost if their effects are added before they are squared.
     """
 
     losses: list[list[float]]
     chosen: list[int]
     expected: float
-    together: float
-
-    @property
-    def most(self) -> float:
-        """The larger of the two estimates."""
-        return max(self.expected, self.together)
 
     @classmethod
     def of(cls, kept: Mapping[str, Any]) -> Choice:
@@ -74,7 +64,7 @@ class Choice:
 
     def as_dict(self) -> dict[str, Any]:
         """For a journal."""
-        return {name: getattr(self, name) for name in ("losses", "chosen", "expected", "together")}
+        return {name: getattr(self, name) for name in ("losses", "chosen", "expected")}
 
 
 @dataclass(frozen=True)
@@ -103,10 +93,7 @@ class MadeChoice:
         for unit, option in zip(self.space.units, self.options, strict=True):
             counts[option] += len(unit)
         words = ", ".join(f"{counted(count, 'layer')} at {option}" for option, count in sorted(counts.items()))
-        return (
-            f"{self.space.method.title}: {words}; the expected mean KL divergence is {self.choice.expected:.3g} as the "
-            f"sum over layers, {self.choice.together:.3g} for their errors together"
-        )
+        return f"{self.space.method.title}: {words}; the expected mean KL divergence is {self.choice.expected:.3g}"
 
     def advice(self, reports: Mapping[str, Report]) -> str | None:
         """Which choice to make next where an artifact's mean KL divergence is above the target; None if none is.
@@ -122,7 +109,7 @@ class MadeChoice:
             return None
         allocation = _allocation(space, self.layout, self.choice.losses)
         larger = allocation.reaching(self.choice.expected * _SAFE * target / measured)
-        told = f"the mean KL divergence is {measured:.3g}, and {self.choice.most:.3g} was expected of this choice"
+        told = f"the mean KL divergence is {measured:.3g}, and {self.choice.expected:.3g} was expected of this choice"
         if larger is None:
             return f"{told}; no choice that is offered would reach {target:g}: offer more bits"
         total = allocation.total(larger) + _beside(space, self.layout)
@@ -138,23 +125,10 @@ def _mean_kl(report: Report) -> float:
     return next((each.value for each in report.figures if each.name == "mean_kl" and each.domain is None), 0.0)
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What was measured of each unit and option.
-
-    Attributes:
-        losses: the mean KL divergence that it costs alone, in nats per token.
-        products: what it moves in each window at the head, float64 [windows, options] of each unit.
-    """
-
-    losses: list[list[float]]
-    products: list[Tensor]
-
-
 def measure_units(
     space: ChoiceSpace, calibration: CalibrationSet, *, device: torch.device, progress: ProgressCallback
-) -> Measured:
-    """Measures what each option of each unit costs.
+) -> list[list[float]]:
+    """Measures what each option of each unit costs: the mean KL divergence in nats per token, if it is alone.
 
     Args:
         space: what may be chosen.
@@ -170,44 +144,35 @@ def measure_units(
     input_ids, hessian_ids = _measured_on(space, calibration)
     effects = measure(space.checkpoint, _measured(space), input_ids, hessian_ids, device=device, progress=progress)
     share = _UNCORRECTED if corrects(space.method.gptq, *calibration.input_ids.shape) else 1.0
-    pairs = [
-        (replace(found, products=found.products * math.sqrt(share)), options)
-        for found, options in zip(effects, space.options, strict=True)
+    found = [[share * loss for loss in each.losses] for each in effects]
+    return [
+        [*losses, *[0.0] * (len(options) - len(losses))]  # 16 bits, the last option, cost nothing
+        for losses, options in zip(found, space.options, strict=True)
     ]
-    return Measured(
-        [[*found.losses, *[0.0] * (len(options) - len(found.losses))] for found, options in pairs],
-        [_with_unquantized(found.products, options) for found, options in pairs],
-    )
 
 
-def choose(space: ChoiceSpace, layout: Layout, measured: Measured) -> Choice:
+def choose(space: ChoiceSpace, layout: Layout, losses: list[list[float]]) -> Choice:
     """Chooses for the recipe's target.
 
     Args:
         space: what may be chosen.
         layout: the one whose bytes are counted, as planned with the first option of each unit.
-        measured: of the space's units.
+        losses: of the space's units, from `measure_units`.
 
     Raises:
         CompatibilityError: the target is out of reach.
     """
-    allocation = _allocation(space, layout, measured.losses)
-
-    def choice(chosen: Sequence[int]) -> Choice:
-        own = torch.stack([found[:, index] for found, index in zip(measured.products, chosen, strict=True)])
-        alone, together = float(mean_square(own.t()).sum()), float(mean_square(own.sum(0)))
-        expected = allocation.loss(chosen)
-        return Choice(measured.losses, list(chosen), expected, expected * together / alone if alone else 0.0)
-
-    target = space.method.target
+    allocation, target = _allocation(space, layout, losses), space.method.target
     if target.bits_per_weight is not None:
         allowed = _allowed(space, layout, target.bits_per_weight)
         chosen = allocation.within(allowed)
         if chosen is None:
             raise _out_of_reach(space, layout, allocation, target.bits_per_weight)
-        return choice(_or_alike(space, allocation, chosen, allowed))
-    assert target.mean_kl is not None
-    return _reaching(allocation, choice, target.mean_kl)
+        chosen = list(_or_alike(space, allocation, chosen, allowed))
+    else:
+        assert target.mean_kl is not None
+        chosen = _reaching(allocation, target.mean_kl)
+    return Choice(losses, chosen, allocation.loss(chosen))
 
 
 def _or_alike(space: ChoiceSpace, allocation: Allocation, chosen: Sequence[int], allowed: int) -> Sequence[int]:
@@ -221,32 +186,21 @@ def _or_alike(space: ChoiceSpace, allocation: Allocation, chosen: Sequence[int],
     return best if allocation.loss(best) <= _NOISE * allocation.loss(chosen) else chosen
 
 
-def _reaching(allocation: Allocation, choice: Callable[[Sequence[int]], Choice], mean_kl: float) -> Choice:
-    """The smallest choice that is expected to keep to a mean KL divergence, by the sum and together.
-
-    Where the errors together cost more than their sum, the choice is made again for a limit that is smaller by as much.
+def _reaching(allocation: Allocation, mean_kl: float) -> list[int]:
+    """The smallest choice that is expected to keep to a part of a mean KL divergence; else the largest, if that is
+    expected to keep to all of it.
     """
-    aimed = _AIMED * mean_kl
-    limit, best = aimed, None
-    for _ in range(_ROUNDS):
-        chosen = allocation.reaching(limit)
-        if chosen is None:
-            break
-        found = choice(chosen)
-        if best is None or best.most > aimed:
-            best = found
-        if found.most <= aimed:
-            return found
-        limit *= 0.98 * aimed / found.most
-    largest = choice(allocation.lossless)
-    if largest.expected > mean_kl:
+    chosen = allocation.reaching(_AIMED * mean_kl)
+    if chosen is not None:
+        return chosen
+    least = allocation.loss(allocation.lossless)
+    if least > mean_kl:
         raise CompatibilityError(
-            f"no choice keeps to a mean KL divergence of {mean_kl:g}: the largest is expected to cost "
-            f"{largest.most:.2g}",
+            f"no choice keeps to a mean KL divergence of {mean_kl:g}: the largest is expected to cost {least:.2g}",
             where="quantize.target.mean_kl",
             mend="offer more bits, for example 16, or choose a larger target",
         )
-    return best or largest
+    return allocation.lossless
 
 
 def _measured_on(space: ChoiceSpace, calibration: CalibrationSet) -> tuple[Tensor, Tensor]:
@@ -296,12 +250,6 @@ def _measured(space: ChoiceSpace) -> list[Unit]:
         )
         for unit, options in zip(space.units, space.options, strict=True)
     ]
-
-
-def _with_unquantized(products: Tensor, options: Sequence[Option]) -> Tensor:
-    """The products with a column of zeros for 16 bits, the last option."""
-    missing = len(options) - products.shape[1]
-    return torch.cat([products, products.new_zeros(len(products), missing)], 1)
 
 
 def _allocation(space: ChoiceSpace, layout: Layout, losses: Sequence[Sequence[float]]) -> Allocation:

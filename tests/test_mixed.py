@@ -343,6 +343,17 @@ def test_what_is_measured_begins_as_texts_do(inputs: Path, tmp_path: Path, monke
         assert len(body.unique()) == body.numel()
 
 
+@pytest.mark.parametrize(("target", "chosen"), [(0.06, 1), (0.055, 2), (0.021, 2)])
+def test_a_choice_for_a_quality_is_made_for_a_part_of_it(target: float, chosen: int) -> None:
+    allocation = Allocation([Priced((1, 2, 3), (0.1, 0.05, 0.02))])
+    assert mixing._reaching(allocation, target) == [chosen]
+
+
+def test_a_quality_that_no_choice_is_expected_to_reach_is_refused() -> None:
+    with pytest.raises(CompatibilityError, match=r"no choice keeps to a mean KL divergence of 0.01: .* cost 0.02"):
+        mixing._reaching(Allocation([Priced((1, 2), (0.1, 0.02))]), 0.01)
+
+
 def test_a_target_of_quality_is_a_gate(inputs: Path, tmp_path: Path) -> None:
     planned = plan(recipe(inputs, {"mean_kl": 0.01}, tmp_path / "out"))
     assert planned.recipe.verify is not None

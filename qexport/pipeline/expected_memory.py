@@ -8,8 +8,10 @@ from __future__ import annotations
 import math
 from typing import Final
 
+from qexport.architectures.devices import has_bfloat16_instructions
 from qexport.architectures.memory import Budget
 from qexport.pipeline.expected_sizes import RunSizes
+from qexport.quantizing.asymmetry import TOKENS
 from qexport.quantizing.gptq_pass import BATCH_TOKENS as GPTQ_BATCH_TOKENS
 from qexport.quantizing.gptq_pass import HESSIAN_BYTES
 from qexport.quantizing.importance import AT_A_TIME, AT_HEAD
@@ -90,7 +92,7 @@ def _quantizing(sizes: RunSizes, chosen: Budget) -> float:
     tensor = sizes.bytes_ * max(sizes.counts.values())
     if sizes.gptq is None:
         return 1.3 * tensor + _ROUNDED * 4 * sizes.widest
-    kept = sizes.calibration * sizes.bytes_ * (2 + sizes.streams) * sizes.hidden
+    kept = sizes.calibration * sizes.bytes_ * (2 + sizes.streams) * sizes.hidden + _summed(sizes)
     solved = 0.0
     for linear in sizes.linears:
         square, weights = 4 * linear.in_features**2, 4 * linear.in_features * sizes.sharing(linear)
@@ -99,6 +101,19 @@ def _quantizing(sizes: RunSizes, chosen: Budget) -> float:
         targets = 0 if linear.expert else 2 * (sizes.streams - 1) * weights
         solved = max(solved, others + targets + weights + max(_SQUARES * square, 2 * square + (_SOLVED - 1) * weights))
     return max(tensor, sizes.block * sizes.bytes_ + solved) + kept
+
+
+def _summed(sizes: RunSizes) -> float:
+    """A batch's inputs of GPTQ's widest layer, in both models and as their difference; and, on a CPU without
+    instructions for 16-bit values, a layer's inputs and outputs in a forward and the factors of a sum in float32.
+    """
+    widest = max((linear.in_features for linear in sizes.linears if not linear.expert), default=0)
+    batch = min(sizes.calibration, GPTQ_BATCH_TOKENS)
+    inputs = sizes.bytes_ * batch * widest * (2 * sizes.streams - 1)
+    if sizes.bytes_ > 2 or has_bfloat16_instructions():
+        return inputs
+    forward = batch * max(linear.in_features + linear.out_features for linear in sizes.linears)
+    return inputs + 4.0 * (forward + (2 * TOKENS * widest if sizes.streams == 2 else 0))
 
 
 def _choosing(sizes: RunSizes, method: Mixed) -> float:

@@ -28,7 +28,7 @@ from qexport.quantizing.solver import Factor
 _STRIP = 128
 """Inputs of one strip of the sum."""
 
-_TOKENS = 1024
+TOKENS = 1024
 """Tokens that are multiplied at a time."""
 
 _TILE = 512
@@ -55,11 +55,10 @@ class Asymmetry:
         """
         full, inputs = (each.reshape(-1, each.shape[-1]) for each in (full, inputs))
         self.tokens += len(inputs)
-        change = full - inputs
-        if weights is not None:
-            change *= weights.to(change.dtype)[:, None]
-        for part, after in zip(change.split(_TOKENS), inputs.split(_TOKENS), strict=True):
-            self._add_rows(part.t().contiguous(), after)
+        counts = [None] * len(inputs) if weights is None else weights.to(inputs.dtype)[:, None].split(TOKENS)
+        for before, after, count in zip(full.split(TOKENS), inputs.split(TOKENS), counts, strict=False):
+            change = before - after
+            self._add_rows((change if count is None else change * count).t().contiguous(), after)
 
     def _add_rows(self, change: Tensor, after: Tensor) -> None:
         if after.dtype == torch.bfloat16 and after.device.type == "cpu" and not has_bfloat16_instructions():

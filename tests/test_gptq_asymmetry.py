@@ -230,6 +230,23 @@ def test_the_head_makes_up_for_the_blocks() -> None:
     assert torch.equal(value.codes, solved.quantized.codes)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_layer_of_8_bits_aims_at_its_own_outputs(bits: int) -> None:
+    """Among layers of 4 bits it would be moved by many times its own error, for the errors of others."""
+    options = {"layer": Options(bits, 32, "static", True, 0.01, search=True)}
+    weight, before, after = (each.float() for each in problem())
+    found = []
+    for correct in (True, False):
+        hessian, asymmetry, halves = Hessian(96, CPU), Asymmetry(96, CPU), []
+        hessian.add(after)
+        for part in (slice(0, 200), slice(200, 400)):
+            asymmetry.add(before[part], after[part])
+            halves.append(asymmetry.take({"layer": weight}, 1.0)["layer"])
+        corrections = {"layer": (halves[0], halves[1])} if correct else None
+        found.append(solve_together({"layer": weight}, hessian, options, "error", corrections)["layer"])
+    assert torch.equal(found[0].quantized.codes, found[1].quantized.codes) == (bits == 8)
+
+
 class StoppedError(Exception):
     """Ends a pass after its first block."""
 

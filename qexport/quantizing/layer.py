@@ -124,7 +124,7 @@ def solve_together(
     Raises:
         NumericalError: the Hessian is not finite or cannot be factorized, and `on_failure` is `error`.
     """
-    names = list(weights)
+    weights, names = dict(weights), list(weights)
     dead = int((hessian.matrix().diagonal() == 0).sum())
     try:
         matrix = usable(hessian)
@@ -134,7 +134,9 @@ def solve_together(
             raise NumericalError(error.what, where=", ".join(names), mend=error.mend) from error
         return {name: _rounded(name, weights[name], options[name], hessian, dead) for name in names}
     if corrections is not None:
-        weights = {name: target(weights[name], corrections[name], factor) for name in names}
+        weights |= {
+            name: target(weights[name], corrections[name], factor) for name in names if _corrected(options[name])
+        }
     quantized = _solve_rows(weights, matrix, factor, options)
     damp_percent = factor.damp_percent
     del factor  # as large as the Hessian
@@ -142,6 +144,14 @@ def solve_together(
         name: _solved(name, weights[name], quantized[name], options[name], hessian, damp_percent, dead)
         for name in names
     }
+
+
+def _corrected(options: Options) -> bool:
+    """Whether a layer makes up for those before it: not with 8 bits.
+
+    Among layers of 4 bits their errors are far larger than its own, and it could not be told from a damaged one.
+    """
+    return options.bits < 8
 
 
 def usable(hessian: Hessian) -> Tensor:

@@ -91,8 +91,8 @@ class Gptq(ProtectingMethod):
     gptaq_alpha: Annotated[float, Field(ge=0, le=1)] = 0.7
     """How far each layer makes up for what quantizing has done to its inputs, by aiming at the outputs of the model
     before quantizing (GPTAQ, arXiv:2504.02692): a share of what two halves of the calibration text agree on. 0 leaves
-    this out, which takes little more than half the time. Experts and layers of 8 bits are left out, and texts of one batch
-    (2048 tokens).
+    this out, which takes little more than half the time. Experts and layers of 8 bits are left out, and texts of one
+    batch (2048 tokens).
     """
 
     effort: Literal["standard", "high"] = added("standard")

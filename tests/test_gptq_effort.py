@@ -10,14 +10,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 import factories
-from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.runner import BlockRunner
 from qexport.errors import NumericalError
-from qexport.loading import LoadSettings
-from qexport.loading.checkpoint import load_checkpoint
 from qexport.progress import silent
 from qexport.quantizing import gptq_pass, importance, refinement
 from qexport.quantizing.asymmetry import Asymmetry
@@ -30,6 +27,7 @@ from qexport.quantizing.solver import Options, factorize, solve
 from qexport.tensors import GroupQuantized, TensorRecord
 from test_block_runner import token_windows
 from test_gptq import CONFIGS, assert_same_bytes, calibration, checkpoint, quantized, settings
+from test_mixed import saved
 
 CPU = torch.device("cpu")
 FAMILIES = {
@@ -38,12 +36,6 @@ FAMILIES = {
     "gpt2": factories.gpt2_config(),
     "mixtral": factories.mixtral_config(),
 }
-
-
-def saved(model: PreTrainedModel, folder: Path) -> Checkpoint:
-    """The model with the tensor names of files."""
-    factories.save(model, folder / "base")
-    return load_checkpoint(LoadSettings(base=str(folder / "base")))
 
 
 def measured(config: PretrainedConfig, windows: Tensor, folder: Path) -> dict[str, Tensor]:

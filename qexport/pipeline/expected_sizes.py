@@ -179,7 +179,7 @@ class RunSizes:
     def streams(self) -> int:
         """How often the calibration text goes through the model: GPTQ may need it in full precision too."""
         settings = self.gptq.calibration if self.gptq is not None else None
-        if self.gptq is None or settings is None:
+        if self.gptq is None or settings is None or all(grid.bits == 8 for grid in self.grids.values()):
             return 1
         return 2 if corrects(self.gptq, settings.samples, settings.sequence_length) else 1
 

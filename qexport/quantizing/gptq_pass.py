@@ -25,7 +25,7 @@ from qexport.quantizing.asymmetry import Asymmetry
 from qexport.quantizing.full_precision import FullPrecisionStream
 from qexport.quantizing.gptq import Gptq
 from qexport.quantizing.importance import token_importance, token_weights
-from qexport.quantizing.layer import Hessian, SolvedLayer, solve_together
+from qexport.quantizing.layer import Hessian, SolvedLayer, is_corrected, solve_together
 from qexport.quantizing.method import PassInputs
 from qexport.quantizing.pauses import Group, PausedForward, find_groups, pausing_at
 from qexport.quantizing.products import FixedProducts
@@ -190,7 +190,7 @@ class _Pass:
         self._chosen, self._linears = chosen, candidates(runner.structure, method)
         self.tokens, length = calibration.input_ids.numel(), calibration.input_ids.shape[1]
         self._batches = runner.embed(calibration.input_ids, max(1, BATCH_TOKENS // length))
-        corrected = corrects(method, *calibration.input_ids.shape)
+        corrected = corrects(method, *calibration.input_ids.shape) and any(map(is_corrected, chosen.values()))
         self._full = FullPrecisionStream(runner, self._batches, offload_file) if corrected else None
         self._probe = runner.embed(calibration.input_ids[:1, :8], 1)[0]
         if kept is not None and inputs.finished_units:
@@ -349,7 +349,8 @@ class _Pass:
     def _sums(self, members: Sequence[tuple[str, ...]], *, experts: bool = False) -> _Sums:
         """Sums for layers that share inputs, one tuple for each input."""
         widths = [self._linears[names[0]].in_features for names in members]
-        asymmetric = self._full is not None and not experts
+        corrected = any(is_corrected(self._chosen[name]) for name in members[0])
+        asymmetric = self._full is not None and not experts and corrected
         return _Sums(
             [Hessian(width, self._runner.device) for width in widths],
             Asymmetry(widths[0], self._runner.device) if asymmetric else None,

@@ -135,7 +135,7 @@ def solve_together(
         return {name: _rounded(name, weights[name], options[name], hessian, dead) for name in names}
     if corrections is not None:
         weights |= {
-            name: target(weights[name], corrections[name], factor) for name in names if _corrected(options[name])
+            name: target(weights[name], corrections[name], factor) for name in names if is_corrected(options[name])
         }
     quantized = _solve_rows(weights, matrix, factor, options)
     damp_percent = factor.damp_percent
@@ -146,7 +146,7 @@ def solve_together(
     }
 
 
-def _corrected(options: Options) -> bool:
+def is_corrected(options: Options) -> bool:
     """Whether a layer makes up for those before it: not with 8 bits.
 
     Among layers of 4 bits their errors are far larger than its own, and it could not be told from a damaged one.

@@ -247,6 +247,22 @@ def test_a_layer_of_8_bits_aims_at_its_own_outputs(bits: int) -> None:
     assert torch.equal(found[0].quantized.codes, found[1].quantized.codes) == (bits == 8)
 
 
+@pytest.mark.usefixtures("two_batches")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_text_goes_through_the_unquantized_model_only_for_layers_that_need_it(
+    bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, seen = FullPrecisionStream.run, []
+
+    def noting(self: FullPrecisionStream, index: int, *args: Any) -> None:
+        seen.append(index)
+        run(self, index, *args)
+
+    monkeypatch.setattr(FullPrecisionStream, "run", noting)
+    quantized(CONFIGS["llama"], settings(bits=bits))
+    assert bool(seen) == (bits < 8)
+
+
 class StoppedError(Exception):
     """Ends a pass after its first block."""
 

@@ -98,7 +98,7 @@ test-fuzz: $(FUZZ_READY) ## Mutate the bytes of every parser with atheris, 20 s 
 	PYTHONPATH=tests $(FUZZ_VENV)/bin/python tests/fuzz/run.py
 
 check: COVERAGE := --cov --cov-report=term
-check: format lint types imports test ## Everything that a change must pass, with the tests' coverage
+check: format lint types imports test docs ## Everything that a change must pass, with the tests' coverage
 
 format: $(READY) ## Check the formatting
 	$(BIN)/ruff format --check .

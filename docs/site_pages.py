@@ -8,7 +8,15 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
-PATTERNS = ("*.md", "docs/*.md", "docs/*.json", "benchmarks/*.md", "calibration/*.md", "recipes/adapters/*/*.md")
+PATTERNS = (
+    "*.md",
+    "docs/*.md",
+    "docs/*.json",
+    "benchmarks/*.md",
+    "benchmarks/*.svg",
+    "calibration/*.md",
+    "recipes/adapters/*/*.md",
+)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -22,7 +22,7 @@ extra() { # the requirements of one extra, without those of qexport
     sed -n "s/^$1 = \[\"\(.*\)\"\]\$/\1/p" pyproject.toml
 }
 
-compile dev --extra dev --extra onnx --extra release pyproject.toml requirements/tests.in
+compile dev --extra dev --extra onnx --extra ray --extra release pyproject.toml requirements/tests.in
 compile tasks --extra dev --extra tasks pyproject.toml requirements/tests.in
 compile mlflow --extra dev --extra mlflow pyproject.toml
 compile genai requirements/genai.in

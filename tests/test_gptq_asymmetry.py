@@ -14,7 +14,7 @@ from torch import Tensor
 
 import factories
 from qexport.architectures.architecture import Architecture
-from qexport.quantizing import asymmetry, gptq_pass
+from qexport.quantizing import asymmetry, gptq_pass, shard
 from qexport.quantizing.asymmetry import Asymmetry, target
 from qexport.quantizing.full_precision import FullPrecisionStream
 from qexport.quantizing.layer import Hessian, solve_together
@@ -95,9 +95,9 @@ def plain_agreement(weight: Tensor, before: Tensor, after: Tensor, rows: Tensor)
 def ours(weight: Tensor, before: Tensor, after: Tensor, share: float, options: Options) -> Tensor:
     hessian = after.t() @ after / len(after)
     found = Asymmetry(weight.shape[1], CPU)
-    found._sum = found._sum.to(torch.float64)
     halves = []
     for start in (0, 200):
+        found._sum = found.total.to(torch.float64)
         for part in (slice(start, start + 150), slice(start + 150, start + 200)):
             found.add(before[part], after[part])
         halves.append(found.take({"layer": weight}, share)["layer"])
@@ -116,10 +116,10 @@ def test_codes_are_those_of_plain_least_squares(share: float, bits: int) -> None
 
 @pytest.mark.parametrize("fault", ["difference", "transposed", "inverse", "share"])
 def test_the_oracle_sees_each_part_that_is_wrong(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = Asymmetry._add_rows
+    rows = Asymmetry._add_tokens
     faults: dict[str, tuple[Any, str, Any]] = {
-        "difference": (Asymmetry, "_add_rows", lambda self, change, after: rows(self, -change, after)),
-        "transposed": (Asymmetry, "_add_rows", lambda self, change, after: rows(self, after.t(), change.t())),
+        "difference": (Asymmetry, "_add_tokens", lambda self, change, after: rows(self, -change, after)),
+        "transposed": (Asymmetry, "_add_tokens", lambda self, change, after: rows(self, after.t(), change.t())),
         "inverse": (asymmetry, "_times_transposed", lambda each, upper: each @ upper),
         "share": (asymmetry, "_agreement", lambda *_: 1.0),
     }
@@ -197,7 +197,7 @@ def test_products_of_bfloat16_lose_next_to_nothing() -> None:
     rounded, exact = Asymmetry(200, CPU), Asymmetry(200, CPU)
     rounded.add(before, after)
     exact.add(before.to(torch.float32), after.to(torch.float32))
-    assert float((rounded._sum - exact._sum).norm() / exact._sum.norm()) < 0.005
+    assert float((rounded.total - exact.total).norm() / exact.total.norm()) < 0.005
 
 
 @pytest.fixture
@@ -304,7 +304,8 @@ def test_a_pass_that_goes_on_has_the_hidden_states_of_both_models(tmp_path: Path
 
 @pytest.mark.usefixtures("two_batches")
 def test_hidden_states_that_are_not_kept_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gptq_pass._Pass, "_hidden", lambda self: [batch.hidden for batch in self._batches])
+    of_one = lambda self: {each: self._batches[each].hidden for each in self._numbers}  # noqa: E731
+    monkeypatch.setattr(shard.Shard, "_hidden", of_one)
     with pytest.raises(AssertionError):
         assert_same_bytes(*resumed(tmp_path))
 

@@ -405,7 +405,7 @@ def test_factors_are_rounded_to_bfloat16_only_where_they_are_bfloat16_values(
 ) -> None:
     """On CPUs with bfloat16 instructions the setting decides the bits of the sum; others do not show it."""
     during: list[str] = []
-    monkeypatch.setattr(Hessian, "_add_rows", lambda *_: during.append(products.fp32_precision))
+    monkeypatch.setattr(Hessian, "_add_tokens", lambda *_: during.append(products.fp32_precision))
     Hessian(4, CPU).add(torch.ones(3, 4, dtype=dtype))
     assert during == [expected]
     assert products.fp32_precision == "ieee"

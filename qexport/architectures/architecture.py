@@ -34,6 +34,10 @@ class Architecture:
         self._skeletons: dict[torch.dtype | str | None, PreTrainedModel] = {} if like is None else like._skeletons
         self._tuples: list[bool] = [] if like is None else like._tuples
 
+    def __reduce__(self) -> tuple[type[Architecture], tuple[Mapping[str, Any]]]:
+        """Other processes build the parts themselves."""
+        return Architecture, (self.config,)
+
     @cached_property
     def parsed(self) -> PretrainedConfig:
         """The configuration as transformers reads it. It is shared: copy it before changing it."""

@@ -37,6 +37,9 @@ def run(
     as_json: AsJson = False,
     debug: Debug = False,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes of a Ray cluster that share the work, see `execution`.")
+    ] = None,
     mlflow: MlflowUri = None,
     mlflow_experiment: MlflowExperiment = None,
     mlflow_run: MlflowRun = None,
@@ -48,6 +51,8 @@ def run(
         chosen = load_recipe(recipe, overrides or ())
         if output is not None:
             chosen = chosen.model_copy(update={"output": str(output.absolute())})
+        if workers is not None:
+            chosen = chosen.on_workers(workers)
         place = checked_output(chosen, force=force)
         if chosen.release is not None and chosen.release.version is not None:
             from qexport.cli.release_commands import load_releasing

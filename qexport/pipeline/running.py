@@ -20,6 +20,8 @@ from qexport.artifact.manifest import REPORT_FOLDER, Manifest
 from qexport.artifact.publish import Publication, temporary_path
 from qexport.artifact.report import Report
 from qexport.artifact.roots import recording_roots
+from qexport.execution import execution_of
+from qexport.execution.workers import Execution
 from qexport.export.layouts import Layout
 from qexport.export.tensor_writer import WrittenWeights
 from qexport.export.weight_files import WeightWriter
@@ -95,14 +97,15 @@ def run(
             progress(Notice("publishing what an interrupted run has finished"))
             return _publish(planned, publication, finished.manifests, finished.reports, finished.roots)
         journal = open_journal(publication, planned, texts, where, restart=restart, progress=progress)
-        with hashed_in_background(planned.merged.checkpoint.origin.sha256):
+        workers = execution_of(recipe.execution, where)
+        with workers as execution, hashed_in_background(planned.merged.checkpoint.origin.sha256):
             reference = _reference(planned, texts.evaluation, where, journal, progress)
             if unproven := _unproven_merge(planned, reference):
                 return Result(None, {}, {}, unproven.gate.verdict, unproven)
             if reference and journal.prepared is None:
                 journal.note_prepared(reference.prepared)
             planned, choice = _chosen(planned, texts, output, where, journal, progress)
-            layers, written = _write(planned, texts, publication.folder, where, journal, progress)
+            layers, written = _write(planned, texts, publication.folder, where, journal, execution, progress)
         with ExitStack() as stack:
             for weights in written.values():
                 stack.enter_context(hashed_in_background(weights.files))
@@ -169,13 +172,19 @@ def _chosen(
 
 
 def _write(
-    planned: Plan, texts: Texts, output: Path, device: torch.device, journal: RunJournal, progress: ProgressCallback
+    planned: Plan,
+    texts: Texts,
+    output: Path,
+    device: torch.device,
+    journal: RunJournal,
+    execution: Execution,
+    progress: ProgressCallback,
 ) -> tuple[list[LayerRecord], dict[str, WrittenWeights]]:
     """Writes the weights in one pass, then the other files of each layout.
 
     Weights that layouts share are written once; the other layouts get links to the files.
     """
-    layers, weights_of = _write_weights(planned, texts, output, device, journal, progress)
+    layers, weights_of = _write_weights(planned, texts, output, device, journal, execution, progress)
     progress(Progress("export", 0, len(planned.layouts), "layout", "finishing"))
     written: dict[str, WrittenWeights] = {}
     for group, weights in zip(planned.distinct, weights_of, strict=True):
@@ -191,7 +200,13 @@ def _write(
 
 
 def _write_weights(
-    planned: Plan, texts: Texts, output: Path, device: torch.device, journal: RunJournal, progress: ProgressCallback
+    planned: Plan,
+    texts: Texts,
+    output: Path,
+    device: torch.device,
+    journal: RunJournal,
+    execution: Execution,
+    progress: ProgressCallback,
 ) -> tuple[list[LayerRecord], list[WrittenWeights]]:
     """Every tensor is read, merged, quantized and handed to the writers before the next block is read."""
     layers: list[LayerRecord] = []
@@ -205,6 +220,7 @@ def _write_weights(
                 dtype=getattr(torch, planned.recipe.merge.dtype),
                 device=device,
                 scratch=output,
+                execution=execution,
                 resume=resume,
                 progress=progress,
             )

@@ -7,7 +7,7 @@ import io
 import struct
 import tempfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +69,7 @@ class OffloadFile:
 
 
 _TRAILER: Final = struct.Struct("<QQI")
-"""After the activations in a file: the number of blocks that they have been through, their bytes, their CRC-32."""
+"""After each tensor in a file: the number of blocks that it has been through, its bytes, their CRC-32."""
 
 
 @dataclass(frozen=True)
@@ -85,19 +85,22 @@ class ActivationFiles:
     """The hidden states of all batches between two blocks, in two files in turn. A context manager.
 
     While the states after a block are written, those before it remain readable: a run that is stopped can go on from
-    one of the two files. What has been written need not be written again to free its memory (`offload`).
+    one of the two files. Each tensor has a place of its own, so that several processes can each write theirs, and any
+    other process can read them. What has been written need not be written again to free its memory (`offload`).
 
     Args:
         folder: where the files are, and stay.
+        size: bytes of the largest tensor.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, size: int) -> None:
         self._paths = [folder / f"activations-{number}" for number in range(2)]
         with ExitStack() as stack:
             self._files = [stack.enter_context(_opened(path)) for path in self._paths]
             stack.pop_all()
+        self._stride = size + _TRAILER.size
         self._current = self._files[0]
-        self._written: list[_Written] = []
+        self._written: dict[int, _Written] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -108,12 +111,12 @@ class ActivationFiles:
         for file in self._files:
             file.close()
 
-    def write(self, blocks: int, hidden: Sequence[Tensor]) -> Path:
-        """Writes the states after some blocks, in place of those two blocks before.
+    def write(self, blocks: int, hidden: Mapping[int, Tensor]) -> Path:
+        """Writes states after some blocks, in place of those two blocks before.
 
         Args:
             blocks: how many blocks they have been through.
-            hidden: one tensor for each batch.
+            hidden: tensors by their places, which are counted from 0.
 
         Returns:
             The file, which is not durable yet.
@@ -121,53 +124,49 @@ class ActivationFiles:
         Raises:
             OSError: the disk is full.
         """
-        file, end, checksum = self._files[blocks % 2], 0, 0
-        self._written = []
-        for tensor in hidden:
-            host = tensor.cpu().contiguous()
+        file, self._written = self._files[blocks % 2], {}
+        for number, tensor in hidden.items():
+            host, place = tensor.cpu().contiguous(), number * self._stride
             content = _view(host.data_ptr(), host.nbytes)
-            _write(file, content, end)
-            self._written.append(_Written(ref(tensor), tensor._version, end))
-            end, checksum = end + host.nbytes, zlib.crc32(content, checksum)
-        _write(file, memoryview(_TRAILER.pack(blocks, end, checksum)), end)
-        file.truncate(end + _TRAILER.size)
+            _write(file, content, place)
+            trailer = _TRAILER.pack(blocks, host.nbytes, zlib.crc32(content))
+            _write(file, memoryview(trailer), place + host.nbytes)
+            self._written[number] = _Written(ref(tensor), tensor._version, place)
         self._current = file
         return self._paths[blocks % 2]
 
-    def read(self, blocks: int, hidden: Sequence[Tensor]) -> None:
-        """Fills tensors with the states that an earlier run wrote.
+    def read(self, blocks: int, hidden: Mapping[int, Tensor]) -> None:
+        """Fills tensors with the states that an earlier run, or another process, wrote.
 
         Args:
             blocks: how many blocks they have been through.
-            hidden: one tensor for each batch, of the right shape and dtype.
+            hidden: tensors of the right shape and dtype by their places.
 
         Raises:
             ResourceError: the file does not hold them, or is damaged.
         """
-        file, end, checksum = self._files[blocks % 2], 0, 0
-        for tensor in hidden:
+        file = self._files[blocks % 2]
+        for number, tensor in hidden.items():
             host = torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format)
-            content = _view(host.data_ptr(), host.nbytes)
-            _read(file, content, end)
-            end, checksum = end + host.nbytes, zlib.crc32(content, checksum)
+            content, trailer = _view(host.data_ptr(), host.nbytes), bytearray(_TRAILER.size)
+            _read(file, content, number * self._stride)
+            _read(file, memoryview(trailer), number * self._stride + host.nbytes)
+            if _TRAILER.unpack(trailer) != (blocks, host.nbytes, zlib.crc32(content)):
+                raise ResourceError(
+                    "the activations that an interrupted run has left are damaged",
+                    where=str(self._paths[blocks % 2]),
+                    mend="check the disk, then begin again with --restart",
+                )
             tensor.copy_(host)
-        trailer = bytearray(_TRAILER.size)
-        _read(file, memoryview(trailer), end)
-        if _TRAILER.unpack(trailer) != (blocks, end, checksum):
-            raise ResourceError(
-                "the activations that an interrupted run has left are damaged",
-                where=str(self._paths[blocks % 2]),
-                mend="check the disk, then begin again with --restart",
-            )
-        self._current = file
+        self._current, self._written = file, {}
 
     def offload(self, number: int, tensor: Tensor) -> Restore | None:
-        """Empties the storage of a batch's states, if they are those that were written last.
+        """Empties the storage of the states at a place, if they are those that were written last.
 
         Returns:
             The function that fills it again; None if the states were not written, or have changed since.
         """
-        found = self._written[number] if self._written else None
+        found = self._written.get(number)
         if found is None or found.tensor() is not tensor or found.version != tensor._version:
             return None
         return _emptied(tensor.untyped_storage(), self._current, found.place) if _fills_its_storage(tensor) else None

@@ -23,10 +23,8 @@ from torch import Tensor
 
 from qexport.architectures.devices import has_bfloat16_instructions
 from qexport.quantizing.factorization import side_by_side
+from qexport.quantizing.row_sum import STRIP, RowSum
 from qexport.quantizing.solver import Factor
-
-_STRIP = 128
-"""Inputs of one strip of the sum."""
 
 TOKENS = 1024
 """Tokens that are multiplied at a time."""
@@ -35,19 +33,10 @@ _TILE = 512
 """Outputs and inputs that are multiplied at a time."""
 
 
-class Asymmetry:
-    """Sums D = (X - Y)^T Y over batches. The products of bfloat16 inputs are rounded to bfloat16, their sum is not.
+class Asymmetry(RowSum):
+    """Sums D = (X - Y)^T Y over batches. The products of bfloat16 inputs are rounded to bfloat16, their sum is not."""
 
-    The batches must come in the same order with the same shapes for the sum to have the same bits.
-
-    Args:
-        in_features: the number of inputs.
-        device: where to sum.
-    """
-
-    def __init__(self, in_features: int, device: torch.device) -> None:
-        self.tokens = 0
-        self._sum = torch.zeros(in_features, in_features, device=device)
+    upper = False
 
     def add(self, full: Tensor, inputs: Tensor, weights: Tensor | None = None) -> None:
         """Adds a batch of the inputs before and after quantizing, both [..., tokens, in] of the same dtype, each token
@@ -55,30 +44,30 @@ class Asymmetry:
         """
         full, inputs = (each.reshape(-1, each.shape[-1]) for each in (full, inputs))
         self.tokens += len(inputs)
+        own = slice(self.rows.start, self.rows.stop)
         counts = [None] * len(inputs) if weights is None else weights.to(inputs.dtype)[:, None].split(TOKENS)
         for before, after, count in zip(full.split(TOKENS), inputs.split(TOKENS), counts, strict=False):
-            change = before - after
-            self._add_rows((change if count is None else change * count).t().contiguous(), after)
+            change = before[:, own] - after[:, own]
+            self._add_tokens((change if count is None else change * count).t().contiguous(), after)
 
-    def _add_rows(self, change: Tensor, after: Tensor) -> None:
+    def _add_tokens(self, change: Tensor, after: Tensor) -> None:
         if after.dtype == torch.bfloat16 and after.device.type == "cpu" and not has_bfloat16_instructions():
             change, after = change.to(torch.float32), after.to(torch.float32)
+        total = self.total
 
         def add(start: int) -> None:
-            strip = slice(start, start + _STRIP)
-            self._sum[strip] += change[strip] @ after
+            strip = slice(start, start + STRIP)
+            total[strip] += change[strip] @ after
 
         with side_by_side(after.device) as run:
-            run(partial(add, start) for start in range(0, len(change), _STRIP))
+            run(partial(add, start) for start in range(0, len(change), STRIP))
 
     def take(self, weights: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
         """`scale * W D / tokens` for each weight W, float32 [out, in] as the results. The sum begins anew."""
-        scale /= max(self.tokens, 1)
-        found = {}
+        scale, total, found = scale / max(self.tokens, 1), self.total, dict[str, Tensor]()
         for name, weight in weights.items():
-            found[name] = _by_rows(weight, torch.empty_like(weight), lambda rows: (rows @ self._sum).mul_(scale))
-        self._sum.zero_()
-        self.tokens = 0
+            found[name] = _by_rows(weight, torch.empty_like(weight), lambda rows: (rows @ total).mul_(scale))
+        self.tokens, self._sum = 0, None
         return found
 
 

@@ -3,39 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 
 from qexport.architectures.architecture import Checkpoint
-from qexport.architectures.families import ExpertStop, staged
 from qexport.architectures.memory import budget, return_freed_memory
-from qexport.architectures.runner import Batch, BlockRunner
-from qexport.architectures.structure import LinearSpec, Structure
+from qexport.architectures.structure import Structure
 from qexport.artifact.disk import sync
-from qexport.errors import CompatibilityError
+from qexport.execution.workers import Value, WorkerLostError
 from qexport.formats import Outputs
 from qexport.progress import Notice, Progress, ProgressCallback
-from qexport.quantizing.activations import ActivationFiles, OffloadFile, Restore
 from qexport.quantizing.asymmetry import Asymmetry
-from qexport.quantizing.full_precision import FullPrecisionStream
 from qexport.quantizing.gptq import Gptq
 from qexport.quantizing.importance import token_importance, token_weights
-from qexport.quantizing.layer import Hessian, SolvedLayer, is_corrected, solve_together
+from qexport.quantizing.layer import SolvedLayer, is_corrected, solve_together
 from qexport.quantizing.method import PassInputs
-from qexport.quantizing.pauses import Group, PausedForward, find_groups, pausing_at
-from qexport.quantizing.products import FixedProducts
 from qexport.quantizing.selection import candidates, notes_on_experts, select, solver_options
+from qexport.quantizing.shard import GroupNames, Shard, SharedInputs
+from qexport.quantizing.shards import Shards, shared_out
 from qexport.quantizing.solver import Options
 from qexport.tensors import GroupQuantizedSpec, OutputSpec, TensorRecord
 
 BATCH_TOKENS = 2048
 """Tokens that go through a block at a time. It is the same whatever memory there is: the bits of the Hessians' sums
 depend on it."""
+
+ATTEMPTS = 3
+"""How often a block is begun, if workers go."""
 
 HESSIAN_BYTES = 1 << 30
 """Bytes for the Hessians of a mixture's experts that are summed at the same time, each [in, in] in float32."""
@@ -90,7 +89,7 @@ def quantize(method: Gptq, inputs: PassInputs) -> Iterator[TensorRecord]:
     progress(Progress("quantize", min(first, blocks), blocks, "block"))
     if first == units:
         return
-    with _passing(method, chosen, inputs, _importance(method, chosen, inputs)) as work:
+    with closing(_Pass(method, chosen, inputs, _importance(method, chosen, inputs))) as work:
         if first == 0:
             for name in _outside(checkpoint, structure, chosen):
                 yield TensorRecord(name, checkpoint.weights.read(name))
@@ -103,17 +102,6 @@ def quantize(method: Gptq, inputs: PassInputs) -> Iterator[TensorRecord]:
         if with_head:
             yield work.head()
             work.finish(units, last=True)
-
-
-@contextmanager
-def _passing(
-    method: Gptq, chosen: Mapping[str, Options], inputs: PassInputs, importance: Mapping[str, Tensor] | None
-) -> Iterator[_Pass]:
-    """A pass that begins with the hidden states before the first block that is not finished."""
-    with ExitStack() as stack:
-        offload_file = stack.enter_context(OffloadFile(inputs.scratch))
-        kept = stack.enter_context(ActivationFiles(inputs.resume.folder)) if inputs.resume else None
-        yield _Pass(method, chosen, inputs, offload_file, kept, importance)
 
 
 def _importance(method: Gptq, chosen: Mapping[str, Options], inputs: PassInputs) -> dict[str, Tensor] | None:
@@ -171,263 +159,133 @@ def _outside(checkpoint: Checkpoint, structure: Structure, chosen: Mapping[str, 
 
 
 class _Pass:
-    """One pass of the calibration tokens through the model."""
+    """One pass of the calibration tokens through the model: shards of them go through the blocks, and this solves."""
 
     def __init__(
-        self,
-        method: Gptq,
-        chosen: Mapping[str, Options],
-        inputs: PassInputs,
-        offload_file: OffloadFile,
-        kept: ActivationFiles | None,
-        importance: Mapping[str, Tensor] | None,
+        self, method: Gptq, chosen: Mapping[str, Options], inputs: PassInputs, importance: Mapping[str, Tensor] | None
     ) -> None:
-        checkpoint, calibration = inputs.checkpoint, inputs.calibration
+        architecture, calibration, execution = inputs.checkpoint.architecture, inputs.calibration, inputs.execution
         assert calibration is not None, "a run reads the text of every method that needs calibration"
-        runner = BlockRunner(checkpoint.architecture, checkpoint.weights, dtype=inputs.dtype, device=inputs.device)
-        self._runner, self._method, self._resume = runner, method, inputs.resume
-        self._offload_file, self._kept, self._importance = offload_file, kept, importance
-        self._chosen, self._linears = chosen, candidates(runner.structure, method)
-        self.tokens, length = calibration.input_ids.numel(), calibration.input_ids.shape[1]
-        self._batches = runner.embed(calibration.input_ids, max(1, BATCH_TOKENS // length))
-        corrected = corrects(method, *calibration.input_ids.shape) and any(map(is_corrected, chosen.values()))
-        self._full = FullPrecisionStream(runner, self._batches, offload_file) if corrected else None
-        self._probe = runner.embed(calibration.input_ids[:1, :8], 1)[0]
-        if kept is not None and inputs.finished_units:
-            kept.read(inputs.finished_units, self._hidden())
+        self._method, self._chosen, self._inputs, self._importance = method, chosen, inputs, importance
+        self._structure, self._linears = architecture.structure, candidates(architecture.structure, method)
+        windows, length = calibration.input_ids.shape
+        self.tokens, size = calibration.input_ids.numel(), max(1, BATCH_TOKENS // length)
+        self._corrected = corrects(method, windows, length) and any(map(is_corrected, chosen.values()))
+        ranges = shared_out(-(-windows // size), execution.workers)
+        shared = SharedInputs(
+            architecture=architecture,
+            weights=None if execution.apart else inputs.checkpoint.weights,
+            linears=self._linears,
+            chosen=frozenset(chosen),
+            input_ids=calibration.input_ids,
+            batch_size=size,
+            corrected=self._corrected,
+            alone=len(ranges) == 1,
+            once=method.true_sequential,
+            expert_hessians=int(min(HESSIAN_BYTES, budget().expert_hessians)),
+            dtype=inputs.dtype,
+            device=str(inputs.device),
+            scratch=inputs.scratch,
+            kept=inputs.resume.folder if inputs.resume else None,
+        )
+        self._shards = Shards(execution, shared, ranges, inputs.device)
+        self._shards.each(Shard.start, inputs.finished_units, self._sent(self._outside))
+
+    def close(self) -> None:
+        """Frees what the shards hold."""
+        self._shards.each(Shard.close)
 
     def finish(self, units: int, *, last: bool) -> None:
         """Makes it possible to go on after this number of units."""
-        if self._resume is not None:
-            self._resume.finished(lambda: () if last else self._keep(units))
-
-    def _keep(self, blocks: int) -> Sequence[Path]:
-        """Writes the hidden states after this number of blocks."""
-        assert self._kept is not None
-        return [self._kept.write(blocks, self._hidden())]
-
-    def _hidden(self) -> list[Tensor]:
-        """The hidden states of every batch, then those in full precision."""
-        return [batch.hidden for batch in self._batches] + (self._full.hidden if self._full else [])
-
-    def _offload(self, number: int, hidden: Tensor) -> Restore:
-        """Frees the memory of a batch's hidden states until its forward continues."""
-        return (self._kept and self._kept.offload(number, hidden)) or self._offload_file.offload(hidden)
+        if self._inputs.resume is not None:
+            self._inputs.resume.finished(lambda: () if last else [*set(self._shards.each(Shard.keep, units))])
 
     def block(self, index: int) -> list[TensorRecord]:
-        """Quantizes one block and takes every batch through it."""
-        name = self._runner.structure.blocks[index]
-        chosen = [linear for linear in self._runner.structure.linears[name] if linear.name in self._chosen]
-        with self._runner.block(index) as block, self._stops(chosen) as of_experts:
-            groups = self._groups(index, block, chosen, of_experts)
-            if self._full is not None:
-                self._full.run(index, block, groups)
-            solve = self._in_one_forward if self._method.true_sequential else self._in_two_forwards
-            solved = solve(index, block, groups)
-            if self._full is not None:
-                self._full.restore()
-            self._offload_file.empty()
-            names = [parameter for parameter in self._runner.structure.parameters if parameter.startswith(f"{name}.")]
-            return [_record(parameter, self._runner.parameter(parameter), solved) for parameter in names]
+        """Quantizes one block and takes every batch through it. If a worker goes meanwhile, all begin the block anew.
 
-    @contextmanager
-    def _stops(self, chosen: Sequence[LinearSpec]) -> Iterator[list[Group]]:
-        """Makes the block's experts stop before their matrix products, and yields the groups of the chosen ones."""
-        experts = [linear for linear in chosen if linear.expert]
-        with ExitStack() as stack:
-            groups = []
-            for module in dict.fromkeys(self._runner.module(linear) for linear in experts):
-                of_module = [linear for linear in experts if self._runner.module(linear) is module]
-                square_bytes = int(min(HESSIAN_BYTES, budget().expert_hessians))
-                for stop in stack.enter_context(staged(module, square_bytes)):
-                    groups += self._of_experts(stop, of_module)
-            yield groups
+        Raises:
+            WorkerLostError: workers went in each attempt.
+        """
+        for left in reversed(range(ATTEMPTS)):
+            try:
+                return self._block(index)
+            except WorkerLostError as error:
+                if not left or (self._inputs.resume is None and index > 0):
+                    raise
+                self._inputs.progress(Notice(f"{error.what}; block {index} begins anew"))
+                self._shards.renew()
+                self._shards.each(Shard.start, index, self._sent(self._outside))
+        raise AssertionError("the last attempt returns or raises")
 
-    def _of_experts(self, stop: ExpertStop, linears: Sequence[LinearSpec]) -> list[Group]:
-        """The layers whose inputs a stop receives, as one group; no group if none of them is to be quantized."""
-        by_expert: dict[int, list[str]] = {}
-        for linear in linears:
-            part = self._runner.part(linear)
-            if part.expert is not None and part.expert in stop.experts and _leaf(part.parameter) == stop.parameter:
-                by_expert.setdefault(part.expert, []).append(linear.name)
-        return [Group(stop, tuple(map(tuple, by_expert.values())), tuple(by_expert))] if by_expert else []
+    def _block(self, index: int) -> list[TensorRecord]:
+        prefix = f"{self._structure.blocks[index]}."
+        names = [name for name in self._structure.parameters if name.startswith(prefix)]
+        solved, late = dict[str, SolvedLayer](), dict[str, Tensor]()
+        for number, group in enumerate(self._shards.each(Shard.begin, index, self._sent(names))[0]):
+            found = self._solved(number, group)
+            quantized = {name: layer.quantized.dequantize(self._inputs.dtype) for name, layer in found.items()}
+            if self._method.true_sequential:
+                self._shards.each(Shard.replace, self._once(quantized))
+            else:
+                late |= quantized
+            solved |= found
+            return_freed_memory()
+        tensors = self._shards.first(Shard.parameters, [name for name in names if _layer(name) not in solved])
+        self._shards.each(Shard.end, self._once(late))
+        return [_record(name, tensors.get(name), solved) for name in names]
 
     def head(self) -> TensorRecord:
         """Quantizes the output head."""
-        name = self._runner.structure.head
-        weights = {name: self._runner.read(f"{name}.weight").to(torch.float32)}
-        full = self._full.hidden if self._full else [None] * len(self._batches)
-        with self._runner.head_inputs() as inputs:
-            sums = self._sums(((name,),))
-            for number, (batch, hidden) in enumerate(zip(self._batches, full, strict=True)):
-                sums.add([inputs(batch.hidden)], None if hidden is None else inputs(hidden))
-                if number == self._middle:
-                    sums.take(weights)
-        corrections = sums.corrections(weights)
-        solved = solve_together(weights, sums.hessians.pop(), self._chosen, self._method.on_failure, corrections)
-        return _record(f"{name}.weight", weights[name], solved)
-
-    def _in_one_forward(self, index: int, block: nn.Module, groups: Sequence[Group]) -> dict[str, SolvedLayer]:
-        """Each batch's forward waits before each group of layers until the group is solved.
-
-        Until then the inputs of the groups and of the block are on the disk: they would take most of the memory.
-        """
-        forwards = [self._paused(index, block, batch) for batch in self._batches]
-        solved: dict[str, SolvedLayer] = {}
-        with pausing_at([group.stop for group in groups]):
-            for group in groups:
-                sums = self._sums(group.members, experts=group.experts is not None)
-                weights = self._token_weights(group)
-                for number, (forward, batch) in enumerate(zip(forwards, self._batches, strict=True)):
-                    args = forward.advance()
-                    sums.add(
-                        group.inputs(args),
-                        self._full_inputs(group, number),
-                        None if weights is None else weights[number],
-                    )
-                    forward.restore_first(self._offload_file.offload(args[0]))
-                    forward.restore_first(self._offload(number, batch.hidden))
-                    if number == self._middle:
-                        sums.take(self._weights(group.members[0]))
-                return_freed_memory()
-                solved |= self._solve(group, sums)
-                return_freed_memory()
-            for forward in forwards:
-                forward.finish()
-        return solved
-
-    def _in_two_forwards(self, index: int, block: nn.Module, groups: Sequence[Group]) -> dict[str, SolvedLayer]:
-        """All layers are solved with inputs from the block's own weights; then the quantized block runs once more."""
-        sums = [self._sums(group.members, experts=group.experts is not None) for group in groups]
-        weights = [self._token_weights(group) for group in groups]
-        with pausing_at([group.stop for group in groups]):
-            for number, batch in enumerate(self._batches):
-                forward = self._paused(index, block, Batch(batch.hidden, batch.calls))
-                for group, of_group, own in zip(groups, sums, weights, strict=True):
-                    full = self._full_inputs(group, number)
-                    of_group.add(group.inputs(forward.advance()), full, None if own is None else own[number])
-                    if number == self._middle:
-                        of_group.take(self._weights(group.members[0]))
-                forward.finish()
-        solved: dict[str, SolvedLayer] = {}
-        for group, of_group in zip(groups, sums, strict=True):
-            solved |= self._solve(group, of_group)
-        with FixedProducts():
-            for batch in self._batches:
-                self._runner.forward(index, block, batch)
-        return solved
-
-    def _groups(
-        self, index: int, block: nn.Module, chosen: Sequence[LinearSpec], of_experts: Sequence[Group]
-    ) -> list[Group]:
-        probe = Batch(self._probe.hidden, self._probe.calls)
-        layers = {linear.name: self._runner.module(linear) for linear in chosen if not linear.expert}
-        groups = find_groups(layers, of_experts, lambda: self._runner.forward(index, block, probe))
-        reached = {name for group in groups for names in group.members for name in names}
-        if unreached := {linear.name for linear in chosen} - reached:
-            raise CompatibilityError(
-                "the block's forward does not call these layers, so their inputs are unknown",
-                where=", ".join(sorted(unreached)),
-                mend="keep them at 16 bits: set dense: true for them in quantize.overrides",
-            )
-        return groups
-
-    def _paused(self, index: int, block: nn.Module, batch: Batch) -> PausedForward:
-        return PausedForward(lambda: self._runner.forward(index, block, batch))
-
-    def _token_weights(self, group: Group) -> list[Tensor] | None:
-        """How much each token counts for a group, float32 [tokens] of each batch; None for all alike."""
-        if self._importance is None or group.experts is not None:
-            return None
-        (names,) = group.members
-        weights = token_weights(self._importance, names).to(self._runner.device)
-        return [part.flatten() for part in weights.split([len(batch.hidden) for batch in self._batches])]
-
-    def _full_inputs(self, group: Group, number: int) -> Tensor | None:
-        return None if self._full is None else self._full.inputs(group, number)
-
-    def _sums(self, members: Sequence[tuple[str, ...]], *, experts: bool = False) -> _Sums:
-        """Sums for layers that share inputs, one tuple for each input."""
-        widths = [self._linears[names[0]].in_features for names in members]
-        corrected = any(is_corrected(self._chosen[name]) for name in members[0])
-        asymmetric = self._full is not None and not experts and corrected
-        return _Sums(
-            [Hessian(width, self._runner.device) for width in widths],
-            Asymmetry(widths[0], self._runner.device) if asymmetric else None,
-            self._method.gptaq_alpha,
-        )
+        (group,) = self._shards.each(Shard.begin_head, self._sent(self._outside))[0]
+        return _record(f"{self._structure.head}.weight", None, self._solved(0, group))
 
     @property
-    def _middle(self) -> int:
-        """The last batch of the first half."""
-        return len(self._batches) // 2 - 1
+    def _outside(self) -> list[str]:
+        blocks = tuple(f"{block}." for block in self._structure.blocks)
+        return [name for name in self._structure.parameters if not name.startswith(blocks)]
 
-    def _solve(self, group: Group, sums: _Sums) -> dict[str, SolvedLayer]:
-        """Solves a group and writes the quantized weights into its layers. Each sum is freed after its use."""
+    def _sent(self, names: Sequence[str]) -> Mapping[str, Tensor] | None:
+        """Tensors for shards that do not read them themselves."""
+        if not self._inputs.execution.apart:
+            return None
+        return self._once({name: self._inputs.checkpoint.weights.read(name) for name in names})
+
+    def _once(self, value: Value) -> Value:
+        return self._inputs.execution.once(value).argument
+
+    def _solved(self, number: int, group: GroupNames) -> dict[str, SolvedLayer]:
+        """Solves the layers of a group. Each sum is freed after its use."""
+        weights = self._shards.first(Shard.weights, group.members[0])
+        widths = [self._linears[names[0]].in_features for names in group.members]
+        corrected = self._corrected and not group.experts and any(is_corrected(self._chosen[name]) for name in weights)
+        take = partial(Asymmetry.take, weights=weights, scale=self._method.gptaq_alpha) if corrected else None
+        hessians, halves = self._shards.summed(number, widths, self._token_weights(group), take)
+        return_freed_memory()
         solved: dict[str, SolvedLayer] = {}
         for names in group.members:
-            weights, on_failure = self._weights(names), self._method.on_failure
-            corrections = sums.corrections(weights)
-            solved |= solve_together(weights, sums.hessians.pop(0), self._chosen, on_failure, corrections)
-            for name in names:
-                matrix = self._matrix(name)
-                matrix.copy_(solved[name].quantized.dequantize(matrix.dtype))
+            if names != group.members[0]:
+                weights = self._shards.first(Shard.weights, names)
+            corrections = {name: (halves[0].pop(name), halves[1].pop(name)) for name in names} if corrected else None
+            solved |= solve_together(weights, hessians.pop(0), self._chosen, self._method.on_failure, corrections)
         return solved
 
-    def _weights(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Loaded layers' weights, contiguous float32 [out, in]: a view where they are that already."""
-        return {name: self._matrix(name).to(torch.float32).contiguous() for name in names}
-
-    def _matrix(self, name: str) -> Tensor:
-        """A loaded layer's weight [out, in], as a view of the parameter in memory."""
-        weight = self._runner.parameter(f"{name}.weight")
-        return weight.t() if self._linears[name].transposed else weight
-
-
-@dataclass
-class _Sums:
-    """What is summed over the batches for a group of layers.
-
-    Attributes:
-        hessians: one for each input of the group.
-        asymmetry: what quantizing has done to the one input of a group that is not of experts.
-        alpha: the share of it that is to be made up for.
-        first: of each weight, what the first half of the batches gives.
-    """
-
-    hessians: list[Hessian]
-    asymmetry: Asymmetry | None
-    alpha: float
-    first: dict[str, Tensor] = field(default_factory=dict)
-
-    def add(self, inputs: Sequence[Tensor], full: Tensor | None, weights: Tensor | None = None) -> None:
-        """Adds a batch of the inputs, and of the first one before quantizing, if that is known; see `Hessian.add`."""
-        for hessian, tensor in zip(self.hessians, inputs, strict=True):
-            hessian.add(tensor, weights)
-        if self.asymmetry is not None and full is not None:
-            self.asymmetry.add(full, inputs[0], weights)
-
-    def take(self, weights: Mapping[str, Tensor]) -> None:
-        """Ends the first half of the batches."""
-        if self.asymmetry is not None:
-            self.first = self.asymmetry.take(weights, self.alpha)
-
-    def corrections(self, weights: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]] | None:
-        """Of each weight, what both halves give. The asymmetry is freed: it is as large as the Hessian."""
-        if self.asymmetry is None:
+    def _token_weights(self, group: GroupNames) -> Tensor | None:
+        """How much each token counts for a group, float32 [windows, tokens]; None for all alike."""
+        if self._importance is None or group.experts:
             return None
-        second, self.asymmetry = self.asymmetry.take(weights, self.alpha), None
-        return {name: (self.first.pop(name), second[name]) for name in weights}
+        (names,) = group.members
+        return token_weights(self._importance, names).to(self._inputs.device)
 
 
-def _leaf(path: str) -> str:
-    return path.rpartition(".")[2]
+def _layer(name: str) -> str:
+    """The layer whose weight a tensor is; its own name if it is no weight."""
+    return name.removesuffix(".weight")
 
 
-def _record(name: str, tensor: Tensor, solved: Mapping[str, SolvedLayer]) -> TensorRecord:
-    layer = solved.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-    if layer is None:
+def _record(name: str, tensor: Tensor | None, solved: Mapping[str, SolvedLayer]) -> TensorRecord:
+    if tensor is not None:
         return TensorRecord(name, tensor.detach().cpu())
+    layer = solved[_layer(name)]
     return TensorRecord(name, layer.quantized.cpu(), layer.record)
 
 

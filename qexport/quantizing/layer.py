@@ -16,12 +16,10 @@ from qexport.errors import NumericalError
 from qexport.quantizing.asymmetry import target
 from qexport.quantizing.factorization import side_by_side
 from qexport.quantizing.refinement import refine
+from qexport.quantizing.row_sum import STRIP, RowSum
 from qexport.quantizing.solver import Factor, Options, factorize, round_to_nearest, solve
 from qexport.records import LayerRecord
 from qexport.tensors import GroupQuantized
-
-_COLUMNS = 128
-"""Columns of one strip. Only the strips' upper parts are multiplied, half of the square for a wide layer."""
 
 _ROWS = 1024
 """Tokens that are multiplied at a time."""
@@ -30,21 +28,14 @@ _TILE = 512
 """Outputs and inputs that are multiplied at a time for the error of the outputs."""
 
 
-class Hessian:
+class Hessian(RowSum):
     """Sums `X^T X` over batches of inputs X [tokens, in], in float32, upper triangle only until it is read.
 
     Section 3 of arXiv:2210.17323 writes H = 2 X X^T with the inputs as columns; the factor drops out of every code.
-    The batches must come in the same order with the same shapes for the sum to have the same bits.
-
-    Args:
-        in_features: the number of inputs.
-        device: where to sum.
     """
 
-    def __init__(self, in_features: int, device: torch.device) -> None:
-        self.tokens = 0
-        self._complete = False
-        self._sum = torch.zeros(in_features, in_features, device=device)
+    upper = True
+    _complete = False
 
     def add(self, inputs: Tensor, weights: Tensor | None = None) -> None:
         """Adds a batch of inputs [..., tokens, in], each token as often as its weight says, float32 [tokens]."""
@@ -53,31 +44,35 @@ class Hessian:
             inputs = inputs * weights.sqrt().to(inputs.dtype)[:, None]
         self.tokens += inputs.shape[0]
         with _bfloat16_products(inputs.dtype):
-            for part in inputs.split(_ROWS):
-                self._add_rows(part.to(torch.float32))
+            for part in inputs[:, self.rows.start :].split(_ROWS):
+                self._add_tokens(part.to(torch.float32))
 
-    def _add_rows(self, rows: Tensor) -> None:
+    def _add_tokens(self, tokens: Tensor) -> None:
+        total = self.total
+
         def add(start: int) -> None:
-            strip = rows[:, start : start + _COLUMNS]
-            self._sum[start : start + _COLUMNS, start:].addmm_(strip.t(), rows[:, start:])
+            strip = tokens[:, start : min(start + STRIP, len(total))]
+            total[start : start + STRIP, start:].addmm_(strip.t(), tokens[:, start:])
 
-        with side_by_side(rows.device) as run:
-            run(partial(add, start) for start in range(0, rows.shape[1], _COLUMNS))
+        with side_by_side(tokens.device) as run:
+            run(partial(add, start) for start in range(0, len(total), STRIP))
 
     def matrix(self) -> Tensor:
         """The mean of `x x^T` over the tokens: float32 [in, in], symmetric. A view; nothing may be added after it."""
+        total = self.total
         if not self._complete:
-            for start in range(0, len(self._sum), _COLUMNS):
-                self._mirror(slice(start, start + _COLUMNS))
-            self._sum /= max(self.tokens, 1)
+            for start in range(0, len(total), STRIP):
+                _mirror(total, slice(start, start + STRIP))
+            total /= max(self.tokens, 1)
             self._complete = True
-        return self._sum
+        return total
 
-    def _mirror(self, strip: slice) -> None:
-        """Copies a strip of rows, right of the diagonal, to the columns below it."""
-        square = self._sum[strip, strip].triu_()
-        square += square.triu(1).t()
-        self._sum[strip.stop :, strip] = self._sum[strip, strip.stop :].t()
+
+def _mirror(total: Tensor, strip: slice) -> None:
+    """Copies a strip of rows, right of the diagonal, to the columns below it."""
+    square = total[strip, strip].triu_()
+    square += square.triu(1).t()
+    total[strip.stop :, strip] = total[strip, strip.stop :].t()
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field
 
+from qexport.execution.inline import INLINE
 from qexport.progress import ProgressCallback, silent
 from qexport.records import added
 from qexport.settings import Settings, required_in_recipes
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from qexport.architectures.architecture import Checkpoint
     from qexport.architectures.structure import LinearSpec
+    from qexport.execution.workers import Execution
     from qexport.formats import Format, Outputs
     from qexport.gates import ProfileName
     from qexport.tensors import CalibrationSet, Quantized, QuantizedSpec, TensorRecord, TensorSpec
@@ -91,6 +93,7 @@ class PassInputs:
         dtype: the merged model's dtype, which a forward computes in.
         device: where to compute.
         scratch: a folder on a disk with room for a block's activations. Their files have no names.
+        execution: the workers that compute.
         resume: where to begin, for a pass that can be continued after it was stopped; None for the whole pass.
         progress: is called with each step.
     """
@@ -101,6 +104,7 @@ class PassInputs:
     dtype: torch.dtype
     device: torch.device
     scratch: Path
+    execution: Execution = INLINE
     resume: ResumePoint | None = None
     progress: ProgressCallback = silent
 

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from qexport.amounts import checked_size
 from qexport.artifact.publish import check_output
 from qexport.errors import RecipeError
+from qexport.execution import ExecutionSettings
 from qexport.export import ExportSettings, OnnxSettings
 from qexport.loading import LoadSettings
 from qexport.merge import MergeSettings
@@ -76,6 +77,10 @@ class Recipe(Settings):
     """The most main memory that the run may take, for example `8GB` (powers of ten). By default what the machine or its
     control group has. The weights do not depend on it."""
 
+    execution: ExecutionSettings | None = added()
+    """Several workers that share the work. Without it, this process does all of it. The artifact does not depend on it.
+    """
+
     release: ReleaseSettings | None = added()
     """What the artifacts are released as. Name and version enter the manifest, the rest does not."""
 
@@ -101,11 +106,16 @@ class Recipe(Settings):
             raise combination({"verify.text": message})
         return self
 
+    def on_workers(self, count: int) -> Recipe:
+        """The same recipe with so many workers."""
+        others = {} if self.execution is None else self.execution.model_dump(exclude={"workers"})
+        return self.model_copy(update={"execution": ExecutionSettings(workers=count, **others)})
+
     def portable(self) -> dict[str, Any]:
         """The recipe as JSON values without a host's path, for the manifest.
 
-        Defaults are filled in, local files and folders are reduced to their last component; `output` and `max_memory`,
-        which change nothing in the artifact, are omitted, and of `release` all but name and version.
+        Defaults are filled in, local files and folders are reduced to their last component; `output`, `max_memory` and
+        `execution`, which change nothing in the artifact, are omitted, and of `release` all but name and version.
         """
         return portable(self.model_dump(mode="json"))
 

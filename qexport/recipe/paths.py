@@ -129,10 +129,10 @@ def _texts(root: YamlNode, keys: Keys) -> Iterator[Keys]:
 
 
 def portable(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's JSON values with local paths reduced to their last component, without `output`, `max_memory` and
-    where a release goes.
+    """A recipe's JSON values with local paths reduced to their last component, without `output`, `max_memory`,
+    `execution` and where a release goes.
     """
-    recipe = {key: value for key, value in recipe.items() if key not in ("output", "max_memory")}
+    recipe = {key: value for key, value in recipe.items() if key not in ("output", "max_memory", "execution")}
     if release := recipe.pop("release", None):
         recipe["release"] = {"name": release["name"], "version": release["version"]}
     for keys, resolve in REFERENCES.items():

@@ -1,0 +1,83 @@
+"""What is summed over the calibration text for layers that share inputs: whole in one process, in parts over several.
+
+Over several processes each sum goes from one to the next, and each adds its own batches, so the bits are those of one
+process. It is cut into parts: the next process begins with the first part while the one before is at the second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from qexport.quantizing.asymmetry import Asymmetry
+from qexport.quantizing.layer import Hessian
+from qexport.quantizing.row_sum import STRIP
+
+
+@dataclass
+class Sums:
+    """Sums over batches of the inputs of a group of layers, or parts of some of them.
+
+    Attributes:
+        hessians: by the number of the group's input.
+        asymmetry: what quantizing has done to the first input.
+    """
+
+    hessians: dict[int, Hessian] = field(default_factory=dict)
+    asymmetry: Asymmetry | None = None
+
+    def add(self, inputs: Sequence[Tensor], full: Tensor | None, weights: Tensor | None = None) -> None:
+        """Adds a batch of the inputs, and of the first one before quantizing, if that is known; see `Hessian.add`."""
+        for number, hessian in self.hessians.items():
+            hessian.add(inputs[number], weights)
+        if self.asymmetry is not None and full is not None:
+            self.asymmetry.add(full, inputs[0], weights)
+
+
+def hessian_parts(widths: Sequence[int], parts: int, device: torch.device) -> list[Sums]:
+    """Empty Hessians of inputs of these widths. Several inputs are not cut: each is a part.
+
+    Args:
+        widths: of the inputs.
+        parts: how many there are to be; 1 for all in one.
+        device: where to sum.
+    """
+    if parts == 1:
+        return [Sums({number: Hessian(width, device) for number, width in enumerate(widths)})]
+    if len(widths) > 1:
+        return [Sums({number: Hessian(width, device)}) for number, width in enumerate(widths)]
+    bounds = (1 - (1 - number / parts) ** 0.5 for number in range(1, parts))  # of equal parts of a triangle
+    return [Sums({0: Hessian(widths[0], device, rows)}) for rows in _cut(widths[0], list(bounds))]
+
+
+def asymmetry_parts(width: int, parts: int, device: torch.device) -> list[Sums]:
+    """Empty sums of the asymmetry of an input, in about so many parts."""
+    bounds = [number / parts for number in range(1, parts)]
+    return [Sums(asymmetry=Asymmetry(width, device, rows)) for rows in _cut(width, bounds)]
+
+
+def joined_hessians(parts: Sequence[Sums], device: torch.device) -> list[Hessian]:
+    """The whole Hessians from their parts, in the order of the inputs. The parts are emptied."""
+    numbers = dict.fromkeys(number for part in parts for number in part.hessians)
+    return [
+        Hessian.joined([part.hessians.pop(number) for part in parts if number in part.hessians], device)
+        for number in numbers
+    ]
+
+
+def joined_asymmetry(parts: Sequence[Sums], device: torch.device) -> Asymmetry:
+    """The whole asymmetry from its parts, which are emptied."""
+    found = [part.asymmetry for part in parts if part.asymmetry is not None]
+    for part in parts:
+        part.asymmetry = None
+    return Asymmetry.joined(found, device)
+
+
+def _cut(width: int, bounds: Sequence[float]) -> list[range]:
+    """Rows between bounds, which are shares of the width, rounded to whole strips."""
+    whole = sorted({0, width, *(min(width, round(width * bound / STRIP) * STRIP) for bound in bounds)})
+    return [range(start, stop) for start, stop in pairwise(whole)]

@@ -1,0 +1,231 @@
+"""The same pass on several workers of a real Ray cluster: the same bytes, also if a worker is killed."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from operator import neg
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from transformers import PretrainedConfig
+
+import factories
+from qexport.architectures.architecture import Architecture, Checkpoint
+from qexport.architectures.devices import find_device
+from qexport.artifact import describe_environment
+from qexport.errors import CompatibilityError, RecipeError, ResourceError
+from qexport.execution import ray_cluster
+from qexport.execution.inline import INLINE
+from qexport.execution.ray_cluster import RayExecution, workers_of_cluster
+from qexport.execution.workers import Execution, WorkerLostError
+from qexport.progress import Notice
+from qexport.quantizing import gptq_pass, shards
+from qexport.quantizing.gptq import Gptq
+from qexport.quantizing.method import PassInputs, ResumePoint, Save
+from qexport.quantizing.shard import Shard
+from qexport.quantizing.shards import halves_of
+from qexport.quantizing.sums import joined_hessians
+from qexport.tensors import Origin, TensorRecord
+from test_block_runner import token_windows
+from test_gptq import assert_same_bytes, calibration, settings
+from test_gptq_experts import Files
+
+pytestmark = pytest.mark.slow
+
+CPU = torch.device("cpu")
+WIDE = factories.llama_config(hidden_size=320, intermediate_size=576, num_attention_heads=4, num_key_value_heads=2)
+"""Sums of several strips, which are cut into parts."""
+
+PROCESSORS = 16
+"""That the cluster counts; there may be fewer."""
+
+WINDOWS = calibration(token_windows(7, 48))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cluster() -> Iterator[None]:
+    ray.init("local", num_cpus=PROCESSORS, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def _batches_of_one_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gptq_pass, "BATCH_TOKENS", 48)
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4])
+def workers(request: pytest.FixtureRequest) -> Iterator[RayExecution]:
+    found = workers_of_cluster(request.param, 1, CPU)
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[RayExecution]:
+    found = workers_of_cluster(2, 1, CPU)
+    yield found
+    found.close()
+
+
+def stored(config: PretrainedConfig) -> Checkpoint:
+    """A model with the names that its files have."""
+    with tempfile.TemporaryDirectory() as folder:
+        factories.build(config, dtype=torch.float32).save_pretrained(folder)
+        return Checkpoint(Architecture(config.to_dict()), Files(Path(folder)), {}, Origin("folder", "tiny"))
+
+
+def passed(
+    config: PretrainedConfig, options: Gptq, execution: Execution, folder: Path, **changes: Any
+) -> dict[str, TensorRecord]:
+    source = stored(config)
+    inputs = PassInputs(
+        source, options.plan(source), WINDOWS, dtype=torch.float32, device=CPU, scratch=folder, execution=execution
+    )
+    return {record.name: record for record in options.quantize(replace(inputs, **changes))}
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        (WIDE, {}),
+        (factories.mixtral_config(), {}),
+        (factories.llama_config(tie_word_embeddings=False), {"lm_head": True}),
+        (factories.llama_config(), {"true_sequential": False}),
+        (factories.gpt2_config(), {"effort": "high"}),
+    ],
+    ids=["wide", "mixture", "head", "two forwards", "effort"],
+)
+def test_any_number_of_workers_makes_the_same_bytes(
+    config: PretrainedConfig, options: dict[str, Any], workers: RayExecution, tmp_path: Path
+) -> None:
+    alone = passed(config, settings(**options), INLINE, tmp_path)
+    assert_same_bytes(alone, passed(config, settings(**options), workers, tmp_path))
+
+
+@pytest.mark.parametrize("fault", ["order", "part", "weights"])
+def test_sums_and_weights_that_go_wrong_are_noticed(
+    fault: str, two: RayExecution, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = passed(WIDE, settings(), INLINE, tmp_path)
+    if fault == "order":
+        monkeypatch.setattr(shards, "halves_of", lambda batches: list(reversed(halves_of(batches))))
+    elif fault == "part":
+        monkeypatch.setattr(shards, "joined_hessians", lambda parts, device: joined_hessians(parts[:-1], device))
+    else:
+        each = shards.Shards.each
+        skipping = lambda self, method, *args: [] if method is Shard.replace else each(self, method, *args)  # noqa: E731
+        monkeypatch.setattr(shards.Shards, "each", skipping)
+    with pytest.raises((AssertionError, RuntimeError)):
+        assert_same_bytes(alone, passed(WIDE, settings(), two, tmp_path))
+
+
+class KilledError(Exception):
+    """Stands for a kill of the whole run."""
+
+
+def resumable(folder: Path, units: int, *, stop_after: int | None = None) -> ResumePoint:
+    done = [units]
+
+    def finished(save: Save) -> None:
+        save()
+        done[0] += 1
+        if done[0] == stop_after:
+            raise KilledError
+
+    return ResumePoint(units, folder, finished)
+
+
+@pytest.mark.parametrize("lost_in", [0, 1])
+def test_a_worker_that_is_killed_costs_its_block(lost_in: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of a block: some of its layers are solved already."""
+    alone, said = passed(WIDE, settings(), INLINE, tmp_path), list[str]()
+    execution, solve, solved = workers_of_cluster(2, 1, CPU), gptq_pass.solve_together, list[str]()
+
+    def killing(weights: Any, *args: Any) -> Any:
+        solved.extend(weights)
+        if solved.count(f"model.layers.{lost_in}.mlp.down_proj") == 1 and len(said) == 0 and "down_proj" in solved[-1]:
+            ray.kill(execution._actors[1])
+        return solve(weights, *args)
+
+    def note(event: object) -> None:
+        if isinstance(event, Notice):
+            said.append(event.text)
+
+    monkeypatch.setattr(gptq_pass, "solve_together", killing)
+    found = passed(WIDE, settings(), execution, tmp_path, resume=resumable(tmp_path, 0), progress=note)
+    execution.close()
+    assert_same_bytes(alone, found)
+    assert len(said) == 1
+    assert said[0].endswith(f"block {lost_in} begins anew")
+    assert len([name for name in solved if name.startswith(f"model.layers.{lost_in}.")]) == 14
+
+
+def test_without_a_place_to_go_on_from_a_killed_worker_ends_the_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    execution, solve, solved = workers_of_cluster(2, 1, CPU), gptq_pass.solve_together, list[str]()
+
+    def killing(weights: Any, *args: Any) -> Any:
+        solved.extend(weights)
+        if "model.layers.1.mlp.down_proj" in weights:
+            ray.kill(execution._actors[0])
+        return solve(weights, *args)
+
+    monkeypatch.setattr(gptq_pass, "solve_together", killing)
+    with pytest.raises(WorkerLostError, match="a worker has gone") as caught:
+        passed(WIDE, settings(), execution, tmp_path)
+    execution.close()
+    assert caught.value.exit_code == ResourceError.exit_code
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 4), (4, 1)])
+def test_another_number_of_workers_goes_on(before: int, after: int, tmp_path: Path) -> None:
+    alone = passed(WIDE, settings(), INLINE, tmp_path)
+    for number, resume in ((before, resumable(tmp_path, 0, stop_after=1)), (after, resumable(tmp_path, 1))):
+        execution = INLINE if number == 1 else workers_of_cluster(number, 1, CPU)
+        rest: dict[str, TensorRecord] = {}
+        with suppress(KilledError):
+            rest = passed(WIDE, settings(), execution, tmp_path, resume=resume)
+        if isinstance(execution, RayExecution):
+            execution.close()
+    assert {name.split(".")[2] for name in rest if ".layers." in name} == {"1"}
+    assert_same_bytes({name: alone[name] for name in rest}, rest)
+
+
+def test_an_error_in_a_worker_is_the_one_that_it_raised(two: RayExecution, tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match="does not see the output's folder") as caught:
+        passed(WIDE, settings(), two, tmp_path / "elsewhere")
+    assert caught.value.where == str(tmp_path / "elsewhere")
+
+
+def test_a_worker_with_other_packages_or_another_processor_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def other(device: torch.device) -> Any:
+        return describe_environment(device).model_copy(update={"torch": "1.0", "cpu_capability": "AVX9"})
+
+    monkeypatch.setattr(ray_cluster, "describe_environment", other)
+    with pytest.raises(CompatibilityError, match=r"the worker on \S+ would compute other bits: .*torch .*here 1.0"):
+        workers_of_cluster(1, 1, CPU)
+
+
+def test_more_workers_than_processors_are_refused() -> None:
+    with pytest.raises(ResourceError, match="the Ray cluster has 16 processors, and 20 are asked for"):
+        workers_of_cluster(10, 2, CPU)
+
+
+def test_items_are_dealt_out_and_come_back_in_order(two: RayExecution) -> None:
+    assert list(two.map(neg, range(11))) == [-value for value in range(11)]
+    ray.kill(two._actors[0])
+    assert list(two.map(neg, range(5))) == [-value for value in range(5)]
+    with pytest.raises(RecipeError, match="'abacus' is not a device") as caught:
+        list(two.map(find_device, ["abacus"]))
+    assert caught.value.where == "device"
+    assert caught.value.mend is not None

@@ -27,6 +27,7 @@ from qexport.execution.workers import Execution, WorkerLostError
 from qexport.progress import Notice
 from qexport.quantizing import gptq_pass, shards
 from qexport.quantizing.gptq import Gptq
+from qexport.quantizing.layer import solve_together
 from qexport.quantizing.method import PassInputs, ResumePoint, Save
 from qexport.quantizing.shard import Shard
 from qexport.quantizing.shards import halves_of
@@ -146,7 +147,7 @@ def resumable(folder: Path, units: int, *, stop_after: int | None = None) -> Res
 def test_a_worker_that_is_killed_costs_its_block(lost_in: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the middle of a block: some of its layers are solved already."""
     alone, said = passed(WIDE, settings(), INLINE, tmp_path), list[str]()
-    execution, solve, solved = workers_of_cluster(2, 1, CPU), gptq_pass.solve_together, list[str]()
+    execution, solve, solved = workers_of_cluster(2, 1, CPU), solve_together, list[str]()
 
     def killing(weights: Any, *args: Any) -> Any:
         solved.extend(weights)
@@ -170,7 +171,7 @@ def test_a_worker_that_is_killed_costs_its_block(lost_in: int, tmp_path: Path, m
 def test_without_a_place_to_go_on_from_a_killed_worker_ends_the_pass(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    execution, solve, solved = workers_of_cluster(2, 1, CPU), gptq_pass.solve_together, list[str]()
+    execution, solve, solved = workers_of_cluster(2, 1, CPU), solve_together, list[str]()
 
     def killing(weights: Any, *args: Any) -> Any:
         solved.extend(weights)

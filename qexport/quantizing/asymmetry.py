@@ -25,10 +25,10 @@ from qexport.architectures.devices import has_bfloat16_instructions
 from qexport.quantizing.factorization import side_by_side
 from qexport.quantizing.solver import Factor
 
-_STRIP = 128
-"""Inputs of one strip of the sum."""
+_STRIP = 192
+"""Columns of one strip of the sum. oneDNN repacks a product's right factor, so it is the one that is cut."""
 
-TOKENS = 1024
+TOKENS = 2048
 """Tokens that are multiplied at a time."""
 
 _TILE = 512
@@ -66,10 +66,10 @@ class Asymmetry:
 
         def add(start: int) -> None:
             strip = slice(start, start + _STRIP)
-            self._sum[strip] += change[strip] @ after
+            self._sum[:, strip] += change @ after[:, strip]
 
         with side_by_side(after.device) as run:
-            run(partial(add, start) for start in range(0, len(change), _STRIP))
+            run(partial(add, start) for start in range(0, after.shape[1], _STRIP))
 
     def take(self, weights: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
         """`scale * W D / tokens` for each weight W, float32 [out, in] as the results. The sum begins anew."""

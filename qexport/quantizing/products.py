@@ -53,7 +53,10 @@ class FixedProducts(TorchDispatchMode):
         return result
 
 
-_PRODUCTS: Final = {torch.ops.aten.mm.default: torch.mm, torch.ops.aten.addmm.default: torch.addmm}
+_PRODUCTS: Final[Mapping[Any, Callable[..., Tensor]]] = {
+    torch.ops.aten.mm.default: torch.mm,
+    torch.ops.aten.addmm.default: torch.addmm,
+}
 
 
 def _pieces(

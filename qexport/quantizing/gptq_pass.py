@@ -27,6 +27,7 @@ from qexport.quantizing.gptq import Gptq
 from qexport.quantizing.importance import token_importance, token_weights
 from qexport.quantizing.layer import Hessian, SolvedLayer, is_corrected, solve_together
 from qexport.quantizing.method import PassInputs
+from qexport.quantizing.parking import Parking
 from qexport.quantizing.pauses import Group, PausedForward, find_groups, pausing_at
 from qexport.quantizing.products import FixedProducts
 from qexport.quantizing.selection import candidates, notes_on_experts, select, solver_options
@@ -212,7 +213,7 @@ class _Pass:
 
     def _offload(self, number: int, hidden: Tensor) -> Restore:
         """Frees the memory of a batch's hidden states until its forward continues."""
-        return (self._kept and self._kept.offload(number, hidden)) or self._offload_file.offload(hidden)
+        return (self._kept and self._kept.offload(number, hidden)) or self._offload_file.offload(hidden.untyped_storage())
 
     def block(self, index: int) -> list[TensorRecord]:
         """Quantizes one block and takes every batch through it."""
@@ -270,23 +271,24 @@ class _Pass:
     def _in_one_forward(self, index: int, block: nn.Module, groups: Sequence[Group]) -> dict[str, SolvedLayer]:
         """Each batch's forward waits before each group of layers until the group is solved.
 
-        Until then the inputs of the groups and of the block are on the disk: they would take most of the memory.
+        Until then all that it holds is on the disk: it would take most of the memory.
         """
-        forwards = [self._paused(index, block, batch) for batch in self._batches]
+        parking = self._parking()
+        forwards = [self._paused(index, block, batch, parking) for batch in self._batches]
         solved: dict[str, SolvedLayer] = {}
         with pausing_at([group.stop for group in groups]):
             for group in groups:
                 sums = self._sums(group.members, experts=group.experts is not None)
                 weights = self._token_weights(group)
-                for number, (forward, batch) in enumerate(zip(forwards, self._batches, strict=True)):
+                for number, forward in enumerate(forwards):
                     args = forward.advance()
                     sums.add(
                         group.inputs(args),
                         self._full_inputs(group, number),
                         None if weights is None else weights[number],
                     )
-                    forward.restore_first(self._offload_file.offload(args[0]))
-                    forward.restore_first(self._offload(number, batch.hidden))
+                    del args
+                    parking.park()
                     if number == self._middle:
                         sums.take(self._weights(group.members[0]))
                 return_freed_memory()
@@ -302,7 +304,7 @@ class _Pass:
         weights = [self._token_weights(group) for group in groups]
         with pausing_at([group.stop for group in groups]):
             for number, batch in enumerate(self._batches):
-                forward = self._paused(index, block, Batch(batch.hidden, batch.calls))
+                forward = self._paused(index, block, Batch(batch.hidden, batch.calls), Parking(self._offload_file))
                 for group, of_group, own in zip(groups, sums, weights, strict=True):
                     full = self._full_inputs(group, number)
                     of_group.add(group.inputs(forward.advance()), full, None if own is None else own[number])
@@ -332,8 +334,15 @@ class _Pass:
             )
         return groups
 
-    def _paused(self, index: int, block: nn.Module, batch: Batch) -> PausedForward:
-        return PausedForward(lambda: self._runner.forward(index, block, batch))
+    def _paused(self, index: int, block: nn.Module, batch: Batch, parking: Parking) -> PausedForward:
+        return PausedForward(lambda: self._runner.forward(index, block, batch), parking)
+
+    def _parking(self) -> Parking:
+        """For the forwards of a block, whose inputs are on the disk."""
+        parking = Parking(self._offload_file)
+        for number, batch in enumerate(self._batches):
+            parking.hold(batch.hidden, self._offload(number, batch.hidden))
+        return parking
 
     def _token_weights(self, group: Group) -> list[Tensor] | None:
         """How much each token counts for a group, float32 [tokens] of each batch; None for all alike."""

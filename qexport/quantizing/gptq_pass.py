@@ -34,7 +34,7 @@ from qexport.quantizing.selection import candidates, notes_on_experts, select, s
 from qexport.quantizing.solver import Options
 from qexport.tensors import GroupQuantizedSpec, OutputSpec, TensorRecord
 
-BATCH_TOKENS = 2048
+BATCH_TOKENS = 1024
 """Tokens that go through a block at a time. It is the same whatever memory there is: the bits of the Hessians' sums
 depend on it."""
 

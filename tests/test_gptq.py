@@ -19,7 +19,7 @@ from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.errors import CompatibilityError, NumericalError
 from qexport.progress import Notice, Progress
 from qexport.quantizing import gptq_pass
-from qexport.quantizing.asymmetry import Asymmetry
+from qexport.quantizing.asymmetry import Asymmetry, changes
 from qexport.quantizing.gptq import Gptq
 from qexport.quantizing.layer import Hessian, solve_together
 from qexport.quantizing.method import PassInputs
@@ -153,7 +153,7 @@ def corrections(
     halves = []
     for before, after in zip(full, inputs, strict=True):
         asymmetry = Asymmetry(after.shape[-1], CPU)
-        asymmetry.add(before, after)
+        asymmetry.add(changes(before, after))
         halves.append(asymmetry.take(weights, alpha))
     return {name: (halves[0][name], halves[1][name]) for name in weights}
 

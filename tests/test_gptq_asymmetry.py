@@ -15,7 +15,7 @@ from torch import Tensor
 import factories
 from qexport.architectures.architecture import Architecture
 from qexport.quantizing import asymmetry, gptq_pass, shard
-from qexport.quantizing.asymmetry import Asymmetry, target
+from qexport.quantizing.asymmetry import Asymmetry, changes, target
 from qexport.quantizing.full_precision import FullPrecisionStream
 from qexport.quantizing.layer import Hessian, solve_together
 from qexport.quantizing.method import PassInputs, ResumePoint, Save
@@ -99,7 +99,7 @@ def ours(weight: Tensor, before: Tensor, after: Tensor, share: float, options: O
     for start in (0, 200):
         found._sum = found.total.to(torch.float64)
         for part in (slice(start, start + 150), slice(start + 150, start + 200)):
-            found.add(before[part], after[part])
+            found.add(changes(before[part], after[part]))
         halves.append(found.take({"layer": weight}, share)["layer"])
     factor = factorize(hessian, options)
     wanted = target(weight, (halves[0], halves[1]), factor)
@@ -185,7 +185,7 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> 
         each = Asymmetry(300, CPU)
         halves = []
         for part in (slice(0, 800), slice(800, None)):
-            each.add(before[part], after[part])
+            each.add(changes(before[part], after[part]))
             halves.append(each.take({"layer": weight}, 0.5)["layer"])
         found.append(target(weight, (halves[0], halves[1]), factorize(hessian.matrix(), OPTIONS)))
     assert torch.equal(found[0], found[1])
@@ -195,8 +195,8 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> 
 def test_products_of_bfloat16_lose_next_to_nothing() -> None:
     before, after = torch.randn(2, 3000, 200).to(torch.bfloat16)
     rounded, exact = Asymmetry(200, CPU), Asymmetry(200, CPU)
-    rounded.add(before, after)
-    exact.add(before.to(torch.float32), after.to(torch.float32))
+    rounded.add(changes(before, after))
+    exact.add(changes(before.to(torch.float32), after.to(torch.float32)))
     assert float((rounded.total - exact.total).norm() / exact.total.norm()) < 0.005
 
 
@@ -240,7 +240,7 @@ def test_a_layer_of_8_bits_aims_at_its_own_outputs(bits: int) -> None:
         hessian, asymmetry, halves = Hessian(96, CPU), Asymmetry(96, CPU), []
         hessian.add(after)
         for part in (slice(0, 200), slice(200, 400)):
-            asymmetry.add(before[part], after[part])
+            asymmetry.add(changes(before[part], after[part]))
             halves.append(asymmetry.take({"layer": weight}, 1.0)["layer"])
         corrections = {"layer": (halves[0], halves[1])} if correct else None
         found.append(solve_together({"layer": weight}, hessian, options, "error", corrections)["layer"])

@@ -17,7 +17,7 @@ from qexport.architectures.runner import BlockRunner
 from qexport.errors import NumericalError
 from qexport.progress import silent
 from qexport.quantizing import gptq_pass, importance, refinement
-from qexport.quantizing.asymmetry import Asymmetry
+from qexport.quantizing.asymmetry import Asymmetry, changes
 from qexport.quantizing.drawn_tokens import gradients_at_head
 from qexport.quantizing.importance import token_importance, token_weights
 from qexport.quantizing.layer import Hessian
@@ -107,8 +107,8 @@ def test_a_token_counts_as_often_as_its_weight_says() -> None:
     torch.testing.assert_close(weighted.matrix() * 6, repeated.matrix() * int(counts.sum()))
     weight = {"layer": torch.randn(3, 40, generator=generator)}
     one, other = Asymmetry(40, CPU), Asymmetry(40, CPU)
-    one.add(before, after, counts.float())
-    other.add(before.repeat_interleave(counts, 0), after.repeat_interleave(counts, 0))
+    one.add(changes(before, after, counts.float()))
+    other.add(changes(before.repeat_interleave(counts, 0), after.repeat_interleave(counts, 0)))
     products = one.take(weight, 6.0)["layer"], other.take(weight, float(counts.sum()))["layer"]
     torch.testing.assert_close(*products, rtol=1e-4, atol=1e-3)
 

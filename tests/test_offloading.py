@@ -13,7 +13,7 @@ def test_offloaded_tensors_are_restored_in_place_and_cost_no_memory_before(tmp_p
     file = OffloadFile(tmp_path)
     tensors = [torch.randn(3, 1000), torch.randn(77).bfloat16(), torch.arange(10)]
     copies = [tensor.clone() for tensor in tensors]
-    restores = [file.offload(tensor) for tensor in tensors]
+    restores = [file.offload(tensor.untyped_storage()) for tensor in tensors]
     assert [tensor.untyped_storage().nbytes() for tensor in tensors] == [0, 0, 0]
     for restore in reversed(restores):
         restore()
@@ -23,7 +23,7 @@ def test_offloaded_tensors_are_restored_in_place_and_cost_no_memory_before(tmp_p
 def test_views_of_an_offloaded_tensor_see_their_values_again(tmp_path: Path) -> None:
     whole = torch.arange(100.0)
     part, copy = whole[10:20], torch.arange(10.0, 20.0)
-    restore = OffloadFile(tmp_path).offload(part)
+    restore = OffloadFile(tmp_path).offload(part.untyped_storage())
     restore()
     assert torch.equal(part, copy)
     assert torch.equal(whole, torch.arange(100.0))
@@ -32,7 +32,7 @@ def test_views_of_an_offloaded_tensor_see_their_values_again(tmp_path: Path) -> 
 def test_the_file_has_no_name_and_is_used_again(tmp_path: Path) -> None:
     file = OffloadFile(tmp_path)
     for _ in range(3):
-        file.offload(torch.ones(1000))()
+        file.offload(torch.ones(1000).untyped_storage())()
         file.empty()
     assert list(tmp_path.iterdir()) == []
     assert file._file.seek(0, 2) == 4000

@@ -253,7 +253,8 @@ def test_a_key_of_another_layout_is_not_suggested_to_itself(folder: Path) -> Non
 
 def test_an_unknown_key_far_from_all_others_lists_them(folder: Path) -> None:
     assert problems(folder, SHORTEST + "zzz: 1\n") == [
-        "r.yaml:9: zzz: unknown key; known keys are load, merge, quantize, export, verify, max_memory, execution, release, output"
+        "r.yaml:9: zzz: unknown key; known keys are load, merge, quantize, export, verify, max_memory, execution, "
+        "release, output"
     ]
 
 

@@ -16,7 +16,7 @@ from typing import Final, Self
 from weakref import ReferenceType, ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 
 from qexport.errors import ResourceError
 
@@ -54,13 +54,12 @@ class OffloadFile:
         """Makes the whole file free again; every offloaded tensor must have been restored."""
         self._end = 0
 
-    def offload(self, tensor: Tensor) -> Restore:
-        """Empties the tensor's storage and returns the function that fills it again.
+    def offload(self, storage: UntypedStorage) -> Restore:
+        """Empties a storage and returns the function that fills it again.
 
         Raises:
             OSError: the disk is full.
         """
-        storage = tensor.untyped_storage()
         place = self._end
         self._end += storage.nbytes()
         host = storage.cpu()
@@ -177,7 +176,7 @@ def _fills_its_storage(tensor: Tensor) -> bool:
     return tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
-def _emptied(storage: torch.UntypedStorage, file: io.FileIO, place: int) -> Restore:
+def _emptied(storage: UntypedStorage, file: io.FileIO, place: int) -> Restore:
     size = storage.nbytes()
     storage.resize_(0)
 
@@ -186,7 +185,7 @@ def _emptied(storage: torch.UntypedStorage, file: io.FileIO, place: int) -> Rest
         if storage.device.type == "cpu":
             _read(file, _view(storage.data_ptr(), size), place)
         else:
-            host = torch.UntypedStorage(size)
+            host = UntypedStorage(size)
             _read(file, _view(host.data_ptr(), size), place)
             storage.copy_(host)
 

@@ -15,7 +15,8 @@ ratio of the two is the share of the mean with the least expected error.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -23,44 +24,74 @@ from torch import Tensor
 
 from qexport.architectures.devices import has_bfloat16_instructions
 from qexport.quantizing.factorization import side_by_side
-from qexport.quantizing.row_sum import STRIP, RowSum
 from qexport.quantizing.solver import Factor
+from qexport.quantizing.strip_sum import StripSum
 
-TOKENS = 1024
+TOKENS = 2048
 """Tokens that are multiplied at a time."""
 
 _TILE = 512
 """Outputs and inputs that are multiplied at a time."""
 
 
-class Asymmetry(RowSum):
-    """Sums D = (X - Y)^T Y over batches. The products of bfloat16 inputs are rounded to bfloat16, their sum is not."""
+@dataclass(frozen=True)
+class Change:
+    """What quantizing has done to the inputs of some tokens.
 
-    upper = False
+    Attributes:
+        change: (X - Y)^T [in, tokens], each token as often as it counts.
+        after: Y [tokens, in].
+    """
 
-    def add(self, full: Tensor, inputs: Tensor, weights: Tensor | None = None) -> None:
-        """Adds a batch of the inputs before and after quantizing, both [..., tokens, in] of the same dtype, each token
-        as often as its weight says, float32 [tokens].
-        """
-        full, inputs = (each.reshape(-1, each.shape[-1]) for each in (full, inputs))
-        self.tokens += len(inputs)
-        own = slice(self.rows.start, self.rows.stop)
-        counts = [None] * len(inputs) if weights is None else weights.to(inputs.dtype)[:, None].split(TOKENS)
-        for before, after, count in zip(full.split(TOKENS), inputs.split(TOKENS), counts, strict=False):
-            change = before[:, own] - after[:, own]
-            self._add_tokens((change if count is None else change * count).t().contiguous(), after)
+    change: Tensor
+    after: Tensor
+
+
+def changes(full: Tensor, inputs: Tensor, weights: Tensor | None = None) -> list[Change]:
+    """What `Asymmetry` sums.
+
+    Args:
+        full: the inputs before quantizing, [..., tokens, in].
+        inputs: those after it, of the same dtype.
+        weights: how much each token counts, float32 [tokens].
+    """
+    full, inputs = (each.reshape(-1, each.shape[-1]) for each in (full, inputs))
+    counts = [None] * len(inputs) if weights is None else weights.to(inputs.dtype)[:, None].split(TOKENS)
+    in_float32 = inputs.dtype == torch.bfloat16 and inputs.device.type == "cpu" and not has_bfloat16_instructions()
+    found = []
+    for before, after, count in zip(full.split(TOKENS), inputs.split(TOKENS), counts, strict=False):
+        change = before - after
+        change = (change if count is None else change * count).t().contiguous()
+        found.append(Change(change.float(), after.float()) if in_float32 else Change(change, after))
+    return found
+
+
+class Asymmetry(StripSum):
+    """Sums D = (X - Y)^T Y over batches. The products of bfloat16 inputs are rounded to bfloat16, their sum is not.
+
+    oneDNN repacks the right factor of a product, so it is the one that is cut into strips.
+    """
+
+    strip = 192
+
+    def _of_part(self, whole: Tensor, part: range) -> Tensor:
+        return whole[:, part.start : part.stop]
+
+    def add(self, batch: Sequence[Change]) -> None:
+        """Adds a batch, from `changes`."""
+        for each in batch:
+            self.tokens += len(each.after)
+            self._add_tokens(each.change, each.after[:, self.part.start : self.part.stop])
 
     def _add_tokens(self, change: Tensor, after: Tensor) -> None:
-        if after.dtype == torch.bfloat16 and after.device.type == "cpu" and not has_bfloat16_instructions():
-            change, after = change.to(torch.float32), after.to(torch.float32)
         total = self.total
 
         def add(start: int) -> None:
-            strip = slice(start, start + STRIP)
-            total[strip] += change[strip] @ after
+            strip = slice(start, start + self.strip)
+            total[:, strip] += change @ after[:, strip]
 
         with side_by_side(after.device) as run:
-            run(partial(add, start) for start in range(0, len(change), STRIP))
+            run(partial(add, start) for start in range(0, after.shape[1], self.strip))
 
     def take(self, weights: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
         """`scale * W D / tokens` for each weight W, float32 [out, in] as the results. The sum begins anew."""

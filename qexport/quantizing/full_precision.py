@@ -44,8 +44,8 @@ class FullPrecisionStream:
             with _recording(stops) as seen, FixedProducts():
                 self._runner.forward(index, block, batch)
             for stop, inputs in seen.items():
-                self._inputs[stop, number] = inputs, self._offload_file.offload(inputs)
-            self._restore.append(self._offload_file.offload(batch.hidden))
+                self._inputs[stop, number] = inputs, self._offload_file.offload(inputs.untyped_storage())
+            self._restore.append(self._offload_file.offload(batch.hidden.untyped_storage()))
 
     def inputs(self, group: Group, number: int) -> Tensor | None:
         """What a group's layers receive from a batch [..., tokens, in], which is not kept; None for experts."""

@@ -29,7 +29,7 @@ from qexport.quantizing.shards import Shards, shared_out
 from qexport.quantizing.solver import Options
 from qexport.tensors import GroupQuantizedSpec, OutputSpec, TensorRecord
 
-BATCH_TOKENS = 2048
+BATCH_TOKENS = 1024
 """Tokens that go through a block at a time. It is the same whatever memory there is: the bits of the Hessians' sums
 depend on it."""
 

@@ -107,7 +107,7 @@ class _Part:
             for batch in self._batches:
                 before = batch.hidden
                 self._runner.forward(index, block, batch)
-                kept.append((before, self._file.offload(before)))
+                kept.append((before, self._file.offload(before.untyped_storage())))
         self._inputs.append(kept)
 
     def _at_head(self) -> list[Tensor]:

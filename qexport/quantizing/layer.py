@@ -16,8 +16,8 @@ from qexport.errors import NumericalError
 from qexport.quantizing.asymmetry import target
 from qexport.quantizing.factorization import side_by_side
 from qexport.quantizing.refinement import refine
-from qexport.quantizing.row_sum import STRIP, RowSum
 from qexport.quantizing.solver import Factor, Options, factorize, round_to_nearest, solve
+from qexport.quantizing.strip_sum import StripSum
 from qexport.records import LayerRecord
 from qexport.tensors import GroupQuantized
 
@@ -28,14 +28,18 @@ _TILE = 512
 """Outputs and inputs that are multiplied at a time for the error of the outputs."""
 
 
-class Hessian(RowSum):
+class Hessian(StripSum):
     """Sums `X^T X` over batches of inputs X [tokens, in], in float32, upper triangle only until it is read.
 
     Section 3 of arXiv:2210.17323 writes H = 2 X X^T with the inputs as columns; the factor drops out of every code.
     """
 
-    upper = True
+    strip = 128
     _complete = False
+
+    def _of_part(self, whole: Tensor, part: range) -> Tensor:
+        """Rows, right of the first one's diagonal: only the upper triangle is multiplied."""
+        return whole[part.start : part.stop, part.start :]
 
     def add(self, inputs: Tensor, weights: Tensor | None = None) -> None:
         """Adds a batch of inputs [..., tokens, in], each token as often as its weight says, float32 [tokens]."""
@@ -44,25 +48,25 @@ class Hessian(RowSum):
             inputs = inputs * weights.sqrt().to(inputs.dtype)[:, None]
         self.tokens += inputs.shape[0]
         with _bfloat16_products(inputs.dtype):
-            for part in inputs[:, self.rows.start :].split(_ROWS):
+            for part in inputs[:, self.part.start :].split(_ROWS):
                 self._add_tokens(part.to(torch.float32))
 
     def _add_tokens(self, tokens: Tensor) -> None:
         total = self.total
 
         def add(start: int) -> None:
-            strip = tokens[:, start : min(start + STRIP, len(total))]
-            total[start : start + STRIP, start:].addmm_(strip.t(), tokens[:, start:])
+            strip = tokens[:, start : min(start + self.strip, len(total))]
+            total[start : start + self.strip, start:].addmm_(strip.t(), tokens[:, start:])
 
         with side_by_side(tokens.device) as run:
-            run(partial(add, start) for start in range(0, len(total), STRIP))
+            run(partial(add, start) for start in range(0, len(total), self.strip))
 
     def matrix(self) -> Tensor:
         """The mean of `x x^T` over the tokens: float32 [in, in], symmetric. A view; nothing may be added after it."""
         total = self.total
         if not self._complete:
-            for start in range(0, len(total), STRIP):
-                _mirror(total, slice(start, start + STRIP))
+            for start in range(0, len(total), self.strip):
+                _mirror(total, slice(start, start + self.strip))
             total /= max(self.tokens, 1)
             self._complete = True
         return total

@@ -10,8 +10,7 @@ from typing import Any
 from greenlet import greenlet
 from torch import Tensor, nn
 
-from qexport.quantizing.activations import Restore
-from qexport.quantizing.products import FixedProducts
+from qexport.quantizing.parking import Parking
 
 
 class PausedForward(greenlet):
@@ -19,21 +18,22 @@ class PausedForward(greenlet):
 
     A greenlet and not a thread: everything stays on one operating system thread, with one pool of workers for torch.
     The bits of its products do not depend on the number of threads.
+
+    Args:
+        forward: what is run.
+        parking: of all forwards that are stopped at the same time.
     """
 
-    def __init__(self, forward: Callable[[], None]) -> None:
+    def __init__(self, forward: Callable[[], None], parking: Parking) -> None:
         super().__init__(forward)
-        self._restore: list[Restore] = []
+        self._parking = parking
 
     def advance(self) -> tuple[Any, ...]:
-        """Continues to the next module that pauses, and returns the arguments of its call."""
+        """Continues to the next module that pauses, and returns the arguments of its call, which are in memory."""
         args = self._go_on()
         assert isinstance(args, tuple), "the forward ended before the expected module"
+        self._parking.restore(args)
         return args
-
-    def restore_first(self, restore: Restore) -> None:
-        """Lets an offloaded tensor, which only this forward needs, be restored before the forward continues."""
-        self._restore.append(restore)
 
     def finish(self) -> None:
         """Continues to the end."""
@@ -41,9 +41,7 @@ class PausedForward(greenlet):
         assert self.dead, "the forward paused once more than expected"
 
     def _go_on(self) -> object:
-        while self._restore:  # the last one first: two of the tensors may share a storage
-            self._restore.pop()()
-        with FixedProducts():
+        with self._parking:
             return self.switch()
 
 

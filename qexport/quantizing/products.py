@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qexport.architectures.devices import single_thread
 from qexport.quantizing.factorization import Task, side_by_side
 
-ROWS: Final = 512
+ROWS: Final = 1024
 """Tokens of one product."""
 
 COLUMNS: Final = 1024
@@ -49,19 +49,22 @@ class FixedProducts(TorchDispatchMode):
                 return func(*args)
         result = left.new_empty(len(left), right.shape[1])
         with side_by_side(left.device) as run:
-            run(_pieces(func, bias, left, right, result))
+            run(_pieces(_PRODUCTS[func], bias, left, right, result))
         return result
 
 
-_PRODUCTS: Final = frozenset([torch.ops.aten.mm.default, torch.ops.aten.addmm.default])
+_PRODUCTS: Final[Mapping[Any, Callable[..., Tensor]]] = {
+    torch.ops.aten.mm.default: torch.mm,
+    torch.ops.aten.addmm.default: torch.addmm,
+}
 
 
 def _pieces(
-    func: Callable[..., Tensor], bias: Sequence[Tensor], left: Tensor, right: Tensor, result: Tensor
+    product: Callable[..., Tensor], bias: Sequence[Tensor], left: Tensor, right: Tensor, result: Tensor
 ) -> Iterator[Task]:
     def compute(rows: slice, columns: slice) -> None:
         of_columns = [each.expand_as(result)[rows, columns] for each in bias]
-        result[rows, columns] = func(*of_columns, left[rows], right[:, columns])
+        product(*of_columns, left[rows], right[:, columns], out=result[rows, columns])
 
     for row in range(0, len(left), ROWS):
         for column in range(0, right.shape[1], COLUMNS):

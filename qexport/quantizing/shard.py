@@ -19,9 +19,10 @@ from qexport.artifact.disk import sync
 from qexport.errors import CompatibilityError, ResourceError
 from qexport.quantizing.activations import ActivationFiles, OffloadFile, Restore
 from qexport.quantizing.full_precision import FullPrecisionStream
+from qexport.quantizing.parking import Parking
 from qexport.quantizing.pauses import Group, PausedForward, find_groups, pausing_at
 from qexport.quantizing.products import FixedProducts
-from qexport.quantizing.sums import Sums
+from qexport.quantizing.sums import GroupInputs, Sums
 from qexport.tensors import TensorSpec, WeightSource
 
 Tensors = Mapping[str, Tensor]
@@ -105,7 +106,8 @@ class Shard:
         self._full: FullPrecisionStream | None = None
         self._groups: list[Group] = []
         self._forwards: dict[int, PausedForward] = {}
-        self._held: dict[int, tuple[list[Tensor], Tensor | None]] = {}
+        self._parking = Parking(self._offload_file)
+        self._held: dict[int, GroupInputs] = {}
         self._held_of: int | None = None
         self._at_head: Callable[[Tensor], Tensor] | None = None
         self._head: Tensor | None = None
@@ -160,12 +162,12 @@ class Shard:
         self._groups = self._found_groups(index, block, chosen, of_experts)
         if self._full is not None:
             self._full.run(index, block, self._groups)
-        forward = partial(self._runner.forward, index, block)
-        self._forward = forward
-        self._forwards = {
-            number: PausedForward(partial(forward, batch if self._shared.once else Batch(batch.hidden, batch.calls)))
-            for number, batch in zip(self._numbers, self._batches, strict=True)
-        }
+        self._forward = forward = partial(self._runner.forward, index, block)
+        self._parking = parking = Parking(self._offload_file)
+        for number, batch in zip(self._numbers, self._batches, strict=True):
+            parking.hold(batch.hidden, self._offload(number, batch.hidden))
+            paused = batch if self._shared.once else Batch(batch.hidden, batch.calls)
+            self._forwards[number] = PausedForward(partial(forward, paused), parking)
         self._block.enter_context(pausing_at([group.stop for group in self._groups]))
         return [GroupNames(group.members, group.experts is not None) for group in self._groups]
 
@@ -195,9 +197,10 @@ class Shard:
         for number in numbers:
             if number in self._numbers:
                 counts = None if weights is None else weights[number * size : (number + 1) * size].flatten()
-                with self._arrived(group, number) as (inputs, full):
-                    for each in sums:
-                        each.add(inputs, full, counts)
+                batch = self._arrived(group, number, counts)
+                for each in sums:
+                    each.add(batch)
+                self._park(number, batch)
         return sums
 
     def weights(self, names: Sequence[str]) -> dict[str, Tensor]:
@@ -224,6 +227,7 @@ class Shard:
             forward.finish()
         if late:
             self.replace(late)
+            self._parking.restore([batch.hidden for batch in self._batches])
             with FixedProducts():
                 for batch in self._batches:
                     self._forward(batch)
@@ -263,34 +267,32 @@ class Shard:
             found |= zip((batches + number for number in self._numbers), self._full.hidden, strict=True)
         return found
 
-    @contextmanager
-    def _arrived(self, group: int, number: int) -> Iterator[tuple[list[Tensor], Tensor | None]]:
-        """The inputs of a group from a batch, and the first one before quantizing.
-
-        If they are needed once, they and the block's input are on the disk until the forward continues: they would take
-        most of the memory. Else they stay until the group is solved.
-        """
+    def _arrived(self, group: int, number: int, weights: Tensor | None) -> GroupInputs:
+        """What a group receives from a batch."""
         if number in self._held:
-            yield self._held[number]
-            return
+            return self._held[number]
         place = number - self._numbers.start
         if self._at_head is not None:
             full = None if self._full is None else self._at_head(self._full.hidden[place])
-            yield [self._at_head(self._batches[place].hidden)], full
-            return
-        forward, own = self._forwards[number], self._groups[group]
-        args = forward.advance()
-        found = own.inputs(args), None if self._full is None else self._full.inputs(own, place)
-        yield found
-        if self._shared.alone:
-            forward.restore_first(self._offload_file.offload(args[0]))
-            forward.restore_first(self._offload(number, self._batches[place].hidden))
-        else:
-            self._held[number] = found
+            return GroupInputs([self._at_head(self._batches[place].hidden)], full, weights)
+        own = self._groups[group]
+        inputs = own.inputs(self._forwards[number].advance())
+        return GroupInputs(inputs, None if self._full is None else self._full.inputs(own, place), weights)
+
+    def _park(self, number: int, batch: GroupInputs) -> None:
+        """Frees the memory of all that a stopped forward holds: it would take most of it. What is needed several times
+        stays until the group is solved.
+        """
+        if not self._shared.alone:
+            self._held[number] = batch
+        if self._at_head is None:
+            self._parking.park([each.inputs for each in self._held.values()])
 
     def _offload(self, number: int, hidden: Tensor) -> Restore:
         """Frees the memory of a batch's hidden states until its forward continues."""
-        return (self._kept and self._kept.offload(number, hidden)) or self._offload_file.offload(hidden)
+        return (self._kept and self._kept.offload(number, hidden)) or self._offload_file.offload(
+            hidden.untyped_storage()
+        )
 
     @contextmanager
     def _stops(self, chosen: Sequence[LinearSpec]) -> Iterator[list[Group]]:

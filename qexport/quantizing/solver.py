@@ -67,12 +67,16 @@ def fit(weights: Tensor, *, bits: int, sym: bool, search: bool, importance: Tens
     """
     low, high = weights.amin(1).clamp_(max=0), weights.amax(1).clamp_(min=0)
     best = _grid(low, high, bits, sym, _plain_divisor(bits))
+
+    def fill(groups: slice, outputs: slice) -> None:
+        weight = None if importance is None else importance[groups]
+        part = low[groups, outputs], high[groups, outputs]
+        found = _search(weights[groups, :, outputs], *part, bits, sym, weight)
+        best.scales[groups, outputs], best.zeros[groups, outputs] = found.scales, found.zeros
+
     if search:
-        for groups, outputs in _parts(*weights.shape):
-            weight = None if importance is None else importance[groups]
-            part = weights[groups, :, outputs].contiguous()
-            found = _search(part, low[groups, outputs], high[groups, outputs], bits, sym, weight)
-            best.scales[groups, outputs], best.zeros[groups, outputs] = found.scales, found.zeros
+        with side_by_side(weights.device) as run:
+            run(partial(fill, *part) for part in _parts(*weights.shape))
     return best
 
 
@@ -86,26 +90,30 @@ def _parts(groups: int, group_size: int, outputs: int) -> Iterator[tuple[slice, 
 
 
 def _search(weights: Tensor, low: Tensor, high: Tensor, bits: int, sym: bool, importance: Tensor | None) -> Grid:
+    """The grids with the least error; the first of equals."""
+    grids = _candidates(low, high, bits, sym)
+    weight = weights.new_ones(len(weights), weights.shape[1]) if importance is None else importance
+    negative = weights.transpose(0, 1).neg()  # [group_size, groups, out]: a scale is used for whole rows
+    negative, error = negative.contiguous(), torch.empty_like(negative, memory_format=torch.contiguous_format)
+    total, least = weights.new_empty(low.shape), weights.new_full(low.shape, torch.inf)
+    best = torch.zeros_like(low, dtype=torch.int64)
+    for number, (scale, zero) in enumerate(zip(grids.scales, grids.zeros, strict=True)):
+        lowest, highest = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if sym else (-zero, 2**bits - 1 - zero)
+        torch.mul(negative, -1 / scale, out=error).round_().clamp_(lowest, highest)
+        torch.addcmul(negative, error, scale, out=error).square_()
+        torch.bmm(weight.unsqueeze(1), error.transpose(0, 1), out=total.unsqueeze(1))
+        best.masked_fill_(total < least, number)
+        torch.minimum(total, least, out=least)
+    scales, zeros = (each.gather(0, best[None])[0] for each in (grids.scales, grids.zeros))
+    return Grid(scales, zeros, bits)
+
+
+def _candidates(low: Tensor, high: Tensor, bits: int, sym: bool) -> Grid:
+    """All that are tried for each of some groups and outputs: scales and zeros [candidates, groups, out]."""
+    shrink = torch.tensor(_SHRINK, device=low.device)[:, None, None]
     divisors = (_plain_divisor(bits), _plain_divisor(bits) + 1) if sym else (_plain_divisor(bits),)
-    weight = None if importance is None else importance.unsqueeze(2)
-    best: Grid | None = None
-    best_error = torch.full_like(low, torch.inf)
-    for divisor in divisors:
-        for shrink in _SHRINK:
-            grid = _grid(low * shrink, high * shrink, bits, sym, divisor)
-            scale, zero = grid.scales.unsqueeze(1), grid.zeros.unsqueeze(1)
-            error = _nearest(weights, scale, zero, bits).sub_(zero).mul_(scale).sub_(weights).square_()
-            total = (error if weight is None else error.mul_(weight)).sum(1)
-            better = total < best_error
-            best_error = torch.where(better, total, best_error)
-            best = grid if best is None else _choose(better, grid, best)
-    assert best is not None
-    return best
-
-
-def _choose(where: Tensor, ours: Grid, theirs: Grid) -> Grid:
-    scales = torch.where(where, ours.scales, theirs.scales)
-    return Grid(scales, torch.where(where, ours.zeros, theirs.zeros), ours.bits)
+    grids = [_grid(low * shrink, high * shrink, bits, sym, divisor) for divisor in divisors]
+    return Grid(torch.cat([grid.scales for grid in grids]), torch.cat([grid.zeros for grid in grids]), bits)
 
 
 def _plain_divisor(bits: int) -> int:

@@ -8,14 +8,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from qexport.quantizing.asymmetry import Asymmetry
+from qexport.quantizing.asymmetry import Asymmetry, Change, changes
 from qexport.quantizing.layer import Hessian
-from qexport.quantizing.row_sum import STRIP
+
+
+@dataclass(frozen=True)
+class GroupInputs:
+    """What a group of layers receives from a batch.
+
+    Attributes:
+        inputs: of each input, [..., tokens, in].
+        full: the first one before quantizing, if that is known.
+        weights: how much each token counts, float32 [tokens]; None for all alike.
+    """
+
+    inputs: Sequence[Tensor]
+    full: Tensor | None
+    weights: Tensor | None
+
+    @cached_property
+    def changes(self) -> list[Change]:
+        """What quantizing has done to the first input."""
+        return [] if self.full is None else changes(self.full, self.inputs[0], self.weights)
 
 
 @dataclass
@@ -30,12 +50,12 @@ class Sums:
     hessians: dict[int, Hessian] = field(default_factory=dict)
     asymmetry: Asymmetry | None = None
 
-    def add(self, inputs: Sequence[Tensor], full: Tensor | None, weights: Tensor | None = None) -> None:
-        """Adds a batch of the inputs, and of the first one before quantizing, if that is known; see `Hessian.add`."""
+    def add(self, batch: GroupInputs) -> None:
+        """Adds a batch."""
         for number, hessian in self.hessians.items():
-            hessian.add(inputs[number], weights)
-        if self.asymmetry is not None and full is not None:
-            self.asymmetry.add(full, inputs[0], weights)
+            hessian.add(batch.inputs[number], batch.weights)
+        if self.asymmetry is not None:
+            self.asymmetry.add(batch.changes)
 
 
 def hessian_parts(widths: Sequence[int], parts: int, device: torch.device) -> list[Sums]:
@@ -51,13 +71,13 @@ def hessian_parts(widths: Sequence[int], parts: int, device: torch.device) -> li
     if len(widths) > 1:
         return [Sums({number: Hessian(width, device)}) for number, width in enumerate(widths)]
     bounds = (1 - (1 - number / parts) ** 0.5 for number in range(1, parts))  # of equal parts of a triangle
-    return [Sums({0: Hessian(widths[0], device, rows)}) for rows in _cut(widths[0], list(bounds))]
+    return [Sums({0: Hessian(widths[0], device, part)}) for part in _cut(widths[0], list(bounds), Hessian.strip)]
 
 
 def asymmetry_parts(width: int, parts: int, device: torch.device) -> list[Sums]:
     """Empty sums of the asymmetry of an input, in about so many parts."""
     bounds = [number / parts for number in range(1, parts)]
-    return [Sums(asymmetry=Asymmetry(width, device, rows)) for rows in _cut(width, bounds)]
+    return [Sums(asymmetry=Asymmetry(width, device, part)) for part in _cut(width, bounds, Asymmetry.strip)]
 
 
 def joined_hessians(parts: Sequence[Sums], device: torch.device) -> list[Hessian]:
@@ -77,7 +97,7 @@ def joined_asymmetry(parts: Sequence[Sums], device: torch.device) -> Asymmetry:
     return Asymmetry.joined(found, device)
 
 
-def _cut(width: int, bounds: Sequence[float]) -> list[range]:
-    """Rows between bounds, which are shares of the width, rounded to whole strips."""
-    whole = sorted({0, width, *(min(width, round(width * bound / STRIP) * STRIP) for bound in bounds)})
+def _cut(width: int, bounds: Sequence[float], strip: int) -> list[range]:
+    """Inputs between bounds, which are shares of the width, rounded to whole strips."""
+    whole = sorted({0, width, *(min(width, round(width * bound / strip) * strip) for bound in bounds)})
     return [range(start, stop) for start, stop in pairwise(whole)]

@@ -145,18 +145,22 @@ class GgufSource:
         Raises:
             InputError: there is no tensor with this name, or the file has become shorter.
         """
+        return self.read_rounded(name, torch.float32)
+
+    def read_rounded(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """See `RoundingSource.read_rounded`."""
         if name not in self._stored:
             raise InputError("there is no tensor with this name", where=f"{self._file.path}: {name}")
-        return self._places.restored(name, self._dequantize(self._stored[name]))
+        return self._places.restored(name, self._dequantize(self._stored[name], dtype))
 
     def place(self, name: str) -> str:
         """The file and the tensor's name in it, for an error's `where`."""
         return f"{self._file.path}: {self._stored[name]}"
 
-    def _dequantize(self, stored: str) -> torch.Tensor:
+    def _dequantize(self, stored: str, dtype: torch.dtype) -> torch.Tensor:
         """Dequantizes some rows at a time, because `gguf.dequantize` holds its result twice."""
         tensor = self._file.tensors[stored]
-        values = torch.empty(tensor.shape, dtype=torch.float32)
+        values = torch.empty(tensor.shape, dtype=dtype)
         rows, step = values.view(tensor.rows, tensor.shape[-1]), max(1, _CHUNK_VALUES // tensor.shape[-1])
         for start in range(0, tensor.rows, step):
             stop = min(start + step, tensor.rows)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from qexport.architectures.architecture import Architecture
 from qexport.architectures.structure import refuse_impossible_depth
 from qexport.errors import InputError, listed
-from qexport.tensors.source import TensorSpec, WeightSource, is_finite
+from qexport.tensors.source import RoundingSource, TensorSpec, WeightSource, is_finite
 
 FLOAT_DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -70,6 +70,15 @@ class ModelWeights:
                 mend="fetch the file again; if its digest is right, the model itself is broken",
             )
         return tensor
+
+    def read_rounded(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """See `RoundingSource.read_rounded`."""
+        if isinstance(self._source, RoundingSource) and name in self._specs:
+            rounded = self._source.read_rounded(name, dtype)
+            if is_finite(rounded):
+                return rounded
+        tensor = self.read(name)
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def find_architecture(config: Mapping[str, Any], *, tensors: int) -> Architecture:

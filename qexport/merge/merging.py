@@ -24,7 +24,7 @@ from qexport.merge.trained_base import as_trained
 from qexport.merge.training_evidence import training_evidence
 from qexport.merge.types import planner
 from qexport.progress import Notice, ProgressCallback, silent
-from qexport.tensors.source import Origin, TensorSpec, WeightSource, is_finite
+from qexport.tensors.source import Origin, RoundingSource, TensorSpec, WeightSource, is_finite
 
 
 @dataclass(frozen=True)
@@ -316,9 +316,9 @@ class MergedSource:
             InputError: the base's tensor is missing, cut short, or holds NaN or Inf.
             NumericalError: the merged tensor does, because it overflowed.
         """
-        tensor = self._base.read(name)
         changes = self._changes.get(name, ())
-        if not tensor.is_floating_point() or (not changes and tensor.dtype == self._dtype):
+        tensor = self._base.read(name) if changes else self._rounded(name)
+        if not tensor.is_floating_point() or (not changes and self._stored_dtype(name, tensor) == self._dtype):
             return tensor
         for change in changes:
             tensor = change.apply(tensor, self._read_factor)
@@ -330,3 +330,12 @@ class MergedSource:
                 mend="set merge.dtype to float32; if that fails too, the adapter's scale is too large",
             )
         return merged
+
+    def _rounded(self, name: str) -> torch.Tensor:
+        """A base's tensor, without a copy in its stored dtype where the base can do that."""
+        if isinstance(self._base, RoundingSource):
+            return self._base.read_rounded(name, self._dtype)
+        return self._base.read(name)
+
+    def _stored_dtype(self, name: str, read: torch.Tensor) -> torch.dtype:
+        return self._base.specs()[name].dtype if isinstance(self._base, RoundingSource) else read.dtype

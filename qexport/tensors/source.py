@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 
@@ -52,6 +52,15 @@ class WeightSource(Protocol):
         Raises:
             InputError: the tensor is missing, cut short, or holds NaN or Inf.
         """
+        ...
+
+
+@runtime_checkable
+class RoundingSource(WeightSource, Protocol):
+    """A source that can round a tensor while it reads it, so that it is never in memory as it is stored."""
+
+    def read_rounded(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """The tensor as `read` gives it, in another dtype if it is floating point; it may have overflowed there."""
         ...
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 import factories
 from qexport.architectures.architecture import Architecture
 from qexport.quantizing import asymmetry, gptq_pass, shard
-from qexport.quantizing.asymmetry import Asymmetry, changes, target
+from qexport.quantizing.asymmetry import Asymmetry, agreed, changes, made_up
 from qexport.quantizing.full_precision import FullPrecisionStream
 from qexport.quantizing.layer import Hessian, solve_together
 from qexport.quantizing.method import PassInputs, ResumePoint, Save
@@ -102,7 +102,7 @@ def ours(weight: Tensor, before: Tensor, after: Tensor, share: float, options: O
             found.add(changes(before[part], after[part]))
         halves.append(found.take({"layer": weight}, share)["layer"])
     factor = factorize(hessian, options)
-    wanted = target(weight, (halves[0], halves[1]), factor)
+    wanted = made_up(weight, agreed((halves[0], halves[1]), factor), factor)
     return solve(wanted, hessian, factor, options).dequantize(torch.float64)
 
 
@@ -187,7 +187,8 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> 
         for part in (slice(0, 800), slice(800, None)):
             each.add(changes(before[part], after[part]))
             halves.append(each.take({"layer": weight}, 0.5)["layer"])
-        found.append(target(weight, (halves[0], halves[1]), factorize(hessian.matrix(), OPTIONS)))
+        factor = factorize(hessian.matrix(), OPTIONS)
+        found.append(made_up(weight, agreed((halves[0], halves[1]), factor), factor))
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
 

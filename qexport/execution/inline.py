@@ -41,8 +41,14 @@ class _Inline(Execution):
     def once(self, value: Value) -> Later[Value]:
         return _Done(value)
 
-    def map(self, function: Callable[[Item], Value], items: Iterable[Item]) -> Iterator[Value]:
-        return map(function, items)
+    def map(
+        self,
+        function: Callable[Concatenate[Item, Params], Value],
+        items: Iterable[Item],
+        *args: Params.args,
+        **kwargs: Params.kwargs,
+    ) -> Iterator[Value]:
+        return (function(item, *args, **kwargs) for item in items)
 
     def renew(self, hosted: Sequence[Hosted[T]]) -> None:
         """Does nothing: the only worker is here."""

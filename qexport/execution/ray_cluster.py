@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Concatenate, Final, Generic, cast
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-import numpy as np
 import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
@@ -52,9 +51,9 @@ class _Worker:
         with torch.no_grad():
             return getattr(self._object, method)(*args, **kwargs)
 
-    def apply(self, function: Callable[[Any], Any], item: Any) -> Any:
+    def apply(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
-            return function(item)
+            return function(*args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -75,22 +74,32 @@ class _There(Hosted[T], Generic[T]):
 
     Attributes:
         worker: the number of the worker.
-        actors: of all workers.
+        actor: of the worker, when the object was made.
         made: its class and its arguments.
     """
 
     worker: int
-    actors: list[Any]
+    actor: Any
     made: tuple[Any, ...]
 
     def make(self) -> Any:
         """Begins to make the object, and returns the reference to the end of it."""
-        return self.actors[self.worker].make.remote(*self.made)
+        return self.actor.make.remote(*self.made)
 
     def call(
         self, method: Callable[Concatenate[T, Params], Value], *args: Params.args, **kwargs: Params.kwargs
     ) -> Later[Value]:
-        return _Reference(self.actors[self.worker].call.remote(method.__name__, *args, **kwargs))
+        return _Reference(self.actor.call.remote(method.__name__, *args, **kwargs))
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """A call of `map`."""
+
+    worker: int
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    result: Any
 
 
 class RayExecution(Execution):
@@ -114,7 +123,9 @@ class RayExecution(Execution):
 
     def host(self, make: Callable[..., T], arguments: Sequence[tuple[object, ...]]) -> list[Hosted[T]]:
         """Makes objects, each on a worker of its own; a worker's earlier one is dropped."""
-        hosted = [_There[T](number, self._actors, (make, *map(ray.put, own))) for number, own in enumerate(arguments)]
+        hosted = [
+            _There[T](number, self._actors[number], (make, *map(ray.put, own))) for number, own in enumerate(arguments)
+        ]
         for begun in [each.make() for each in hosted]:
             _fetched(begun)
         return list(hosted)
@@ -123,43 +134,51 @@ class RayExecution(Execution):
         """Puts a value into the cluster's shared memory."""
         return _Reference(ray.put(value))
 
-    def map(self, function: Callable[[Item], Value], items: Iterable[Item]) -> Iterator[Value]:
+    def map(
+        self,
+        function: Callable[Concatenate[Item, Params], Value],
+        items: Iterable[Item],
+        *args: Params.args,
+        **kwargs: Params.kwargs,
+    ) -> Iterator[Value]:
         """Deals items out in turn. One whose worker goes is sent again."""
-        pending = deque[tuple[int, Any, Any]]()
+        pending, given = deque[_Sent](), ([*map(ray.put, args)], {name: ray.put(each) for name, each in kwargs.items()})
         for number, item in enumerate(items):
             if len(pending) == _AHEAD * self.workers:
-                yield self._taken(function, *pending.popleft())
-            kept, worker = ray.put(item), number % self.workers
-            pending.append((worker, kept, self._actors[worker].apply.remote(function, kept)))
+                yield self._taken(pending.popleft())
+            pending.append(self._sent(number % self.workers, (function, ray.put(item), *given[0]), given[1]))
         while pending:
-            yield self._taken(function, *pending.popleft())
+            yield self._taken(pending.popleft())
 
-    def _taken(self, function: Callable[[Item], Value], worker: int, item: Any, begun: Any) -> Value:
+    def _sent(self, worker: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Sent:
+        return _Sent(worker, args, kwargs, self._actors[worker].apply.remote(*args, **kwargs))
+
+    def _taken(self, sent: _Sent) -> Any:
         for left in reversed(range(_ATTEMPTS)):
             try:
-                return cast(Value, _fetched(begun))
+                return _fetched(sent.result)
             except WorkerLostError:
                 if not left:
                     raise
-                self._renew_actor(worker)
-                begun = self._actors[worker].apply.remote(function, item)
+                self._renew_actor(sent.worker)
+                sent = self._sent(sent.worker, sent.args, sent.kwargs)
         raise AssertionError("the last attempt returns or raises")
 
     def renew(self, hosted: Sequence[Hosted[T]]) -> None:
         """Makes the objects anew whose workers have gone."""
         for each in hosted:
             assert isinstance(each, _There)
-            if self._renew_actor(each.worker):
+            self._renew_actor(each.worker)
+            if each.actor is not self._actors[each.worker]:
+                each.actor = self._actors[each.worker]
                 _fetched(each.make())
 
-    def _renew_actor(self, worker: int) -> bool:
-        """Replaces an actor that has gone; whether it had."""
+    def _renew_actor(self, worker: int) -> None:
+        """Replaces an actor that has gone."""
         try:
             _fetched(self._actors[worker].environment.remote("cpu"))
         except WorkerLostError:
             self._actors[worker] = self._actor()
-            return True
-        return False
 
     def refuse_others(self, device: torch.device) -> None:
         """Refuses workers whose results have other bits than this process would have.
@@ -285,4 +304,6 @@ def _as_array(tensor: Tensor) -> tuple[Any, torch.dtype, tuple[int, ...]]:
 def _as_tensor(packed: tuple[Any, torch.dtype, tuple[int, ...]]) -> Tensor:
     """A copy: the shared memory may not be written to."""
     content, dtype, shape = packed
-    return torch.from_numpy(np.array(content)).view(dtype).view(shape)
+    found = torch.empty(shape, dtype=dtype)
+    found.view(-1).view(torch.uint8).numpy()[:] = content
+    return found

@@ -78,12 +78,20 @@ class Execution(ABC):
         """A value that is the argument of several calls, and is sent to each worker once."""
 
     @abstractmethod
-    def map(self, function: Callable[[Item], Value], items: Iterable[Item]) -> Iterator[Value]:
+    def map(
+        self,
+        function: Callable[Concatenate[Item, Params], Value],
+        items: Iterable[Item],
+        *args: Params.args,
+        **kwargs: Params.kwargs,
+    ) -> Iterator[Value]:
         """The results of a function, in the order of the items, of which a few are computed ahead.
 
         Args:
             function: without a state of its own.
-            items: its arguments.
+            items: its first argument.
+            args: its other arguments, the same for all items.
+            kwargs: likewise.
         """
 
     @abstractmethod

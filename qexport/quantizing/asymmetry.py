@@ -24,14 +24,14 @@ from torch import Tensor
 
 from qexport.architectures.devices import has_bfloat16_instructions
 from qexport.quantizing.factorization import side_by_side
-from qexport.quantizing.solver import Factor
+from qexport.quantizing.solver import ROWS_TOGETHER, Factor
 from qexport.quantizing.strip_sum import StripSum
 
 TOKENS = 2048
 """Tokens that are multiplied at a time."""
 
 _TILE = 512
-"""Outputs and inputs that are multiplied at a time."""
+"""Inputs that are multiplied at a time."""
 
 
 @dataclass(frozen=True)
@@ -102,25 +102,36 @@ class Asymmetry(StripSum):
         return found
 
 
-def target(weight: Tensor, halves: tuple[Tensor, Tensor], factor: Factor) -> Tensor:
-    """The weight `W + r (S1 + S2) H^-1 / 2`, where r is the share of the correction on which the halves agree.
+def agreed(halves: tuple[Tensor, Tensor], factor: Factor) -> Tensor:
+    """What the halves of the text agree on: `r (S1 + S2) U^T / 2` with H^-1 = U^T U, for the permuted inputs, where r
+    is the share of the correction that they have in common.
 
     Args:
-        weight: W, float32 [out, in].
-        halves: S1 and S2, from `Asymmetry.take`; they are overwritten.
+        halves: S1 and S2, float32 [out, in], from `Asymmetry.take`; they are overwritten.
         factor: of the damped Hessian H, the mean over the tokens.
     """
     first, second = halves
     for half in halves:
         _by_rows(half, half, lambda rows: _times_transposed(rows[:, factor.order], factor.upper))
     share = _agreement(first, second) / 2
+    return first.add_(second).mul_(share)
+
+
+def made_up(weight: Tensor, agreement: Tensor, factor: Factor) -> Tensor:
+    """What a layer aims at, `W + r (S1 + S2) H^-1 / 2`, for some of its rows.
+
+    Args:
+        weight: rows of W, float32 [rows, in].
+        agreement: the same rows of what was `agreed`; they are overwritten.
+        factor: that they agreed with.
+    """
 
     def correction(rows: Tensor) -> Tensor:
         change = torch.empty_like(rows)
         change[:, factor.order] = _times_upper(rows, factor.upper)
         return change
 
-    return _by_rows(first.add_(second).mul_(share), first, correction).add_(weight)
+    return _by_rows(agreement, agreement, correction).add_(weight)
 
 
 def _agreement(first: Tensor, second: Tensor) -> float:
@@ -143,11 +154,11 @@ def _by_rows(matrix: Tensor, result: Tensor, function: Callable[[Tensor], Tensor
     """Fills `result` with the function of some rows at a time, each part on one thread."""
 
     def fill(start: int) -> None:
-        part = slice(start, start + _TILE)
+        part = slice(start, start + ROWS_TOGETHER)
         result[part] = function(matrix[part])
 
     with side_by_side(matrix.device) as run:
-        run(partial(fill, start) for start in range(0, len(matrix), _TILE))
+        run(partial(fill, start) for start in range(0, len(matrix), ROWS_TOGETHER))
     return result
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save
@@ -21,7 +22,7 @@ from qexport.progress import Notice, Progress, ProgressCallback
 from qexport.quantizing.asymmetry import Asymmetry
 from qexport.quantizing.gptq import Gptq
 from qexport.quantizing.importance import token_importance, token_weights
-from qexport.quantizing.layer import SolvedLayer, is_corrected, solve_together
+from qexport.quantizing.layer import Hessian, SolvedLayer, is_corrected, solve_together
 from qexport.quantizing.method import PassInputs
 from qexport.quantizing.selection import candidates, notes_on_experts, select, solver_options
 from qexport.quantizing.shard import GroupNames, Shard, SharedInputs
@@ -193,7 +194,8 @@ class _Pass:
 
     def close(self) -> None:
         """Frees what the shards hold."""
-        self._shards.each(Shard.close)
+        with suppress(WorkerLostError):
+            self._shards.each(Shard.close)
 
     def finish(self, units: int, *, last: bool) -> None:
         """Makes it possible to go on after this number of units."""
@@ -261,13 +263,13 @@ class _Pass:
         take = partial(Asymmetry.take, weights=weights, scale=self._method.gptaq_alpha) if corrected else None
         hessians, halves = self._shards.summed(number, widths, self._token_weights(group), take)
         return_freed_memory()
-        solved: dict[str, SolvedLayer] = {}
-        for names in group.members:
-            if names != group.members[0]:
-                weights = self._shards.first(Shard.weights, names)
-            corrections = {name: (halves[0].pop(name), halves[1].pop(name)) for name in names} if corrected else None
-            solved |= solve_together(weights, hessians.pop(0), self._chosen, self._method.on_failure, corrections)
-        return solved
+        execution, on_failure = self._inputs.execution, self._method.on_failure
+        if len(group.members) == 1:
+            halved = {name: (halves[0].pop(name), halves[1].pop(name)) for name in weights} if corrected else None
+            return solve_together(weights, hessians.pop(), self._chosen, on_failure, halved, execution)
+        problems = ((self._shards.first(Shard.weights, names), hessians.pop(0)) for names in group.members)
+        found = execution.map(_solved_alone, problems, self._chosen, on_failure)
+        return {name: layer for of_one in found for name, layer in of_one.items()}
 
     def _token_weights(self, group: GroupNames) -> Tensor | None:
         """How much each token counts for a group, float32 [windows, tokens]; None for all alike."""
@@ -275,6 +277,15 @@ class _Pass:
             return None
         (names,) = group.members
         return token_weights(self._importance, names).to(self._inputs.device)
+
+
+def _solved_alone(
+    problem: tuple[Mapping[str, Tensor], Hessian],
+    options: Mapping[str, Options],
+    on_failure: Literal["error", "round_to_nearest"],
+) -> dict[str, SolvedLayer]:
+    """Layers whose input no other layer has."""
+    return solve_together(*problem, options, on_failure)
 
 
 def _layer(name: str) -> str:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from qexport.errors import NumericalError
-from qexport.quantizing.asymmetry import target
+from qexport.execution.inline import INLINE
+from qexport.execution.workers import Execution
+from qexport.quantizing.asymmetry import agreed, made_up
 from qexport.quantizing.factorization import side_by_side
 from qexport.quantizing.refinement import refine
-from qexport.quantizing.solver import Factor, Options, factorize, round_to_nearest, solve
+from qexport.quantizing.solver import ROWS_TOGETHER, Factor, Options, factorize, round_to_nearest, solve
 from qexport.quantizing.strip_sum import StripSum
 from qexport.records import LayerRecord
 from qexport.tensors import GroupQuantized
@@ -25,7 +28,7 @@ _ROWS = 1024
 """Tokens that are multiplied at a time."""
 
 _TILE = 512
-"""Outputs and inputs that are multiplied at a time for the error of the outputs."""
+"""Inputs that are multiplied at a time for the error of the outputs."""
 
 
 class Hessian(StripSum):
@@ -103,12 +106,70 @@ class SolvedLayer:
     record: LayerRecord
 
 
+@dataclass(frozen=True)
+class Problem:
+    """What the rows of layers with one input are solved with.
+
+    Attributes:
+        matrix: the Hessian, float32 [in, in].
+        factor: of it.
+    """
+
+    matrix: Tensor
+    factor: Factor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of layers with the same options.
+
+    Attributes:
+        weight: float32 [rows, in].
+        agreed: what they make up for, from `asymmetry.agreed`, float32 [rows, in]; None if nothing.
+        options: the solver's.
+    """
+
+    weight: Tensor
+    agreed: Tensor | None
+    options: Options
+
+
+@dataclass(frozen=True)
+class SolvedRows:
+    """Codes of rows, and of each row v the mean squares v H v^T of its outputs: float64 [rows].
+
+    Attributes:
+        quantized: the codes.
+        energy: of the weights that the codes were found for.
+        error: of the error of the codes.
+        nearest_error: of the error of round-to-nearest.
+    """
+
+    quantized: GroupQuantized
+    energy: Tensor
+    error: Tensor
+    nearest_error: Tensor
+
+    @classmethod
+    def joined(cls, parts: Sequence[SolvedRows]) -> SolvedRows:
+        """The rows of all parts, in their order."""
+        quantized = GroupQuantized.joined([part.quantized for part in parts])
+        sums = (torch.cat([getattr(part, name) for part in parts]) for name in ("energy", "error", "nearest_error"))
+        return cls(quantized, *sums)
+
+    def rows(self, start: int, stop: int) -> SolvedRows:
+        """Some of the rows."""
+        sums = (each[start:stop] for each in (self.energy, self.error, self.nearest_error))
+        return SolvedRows(self.quantized.rows(start, stop), *sums)
+
+
 def solve_together(
     weights: Mapping[str, Tensor],
     hessian: Hessian,
     options: Mapping[str, Options],
     on_failure: Literal["error", "round_to_nearest"],
-    corrections: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    corrections: dict[str, tuple[Tensor, Tensor]] | None = None,
+    execution: Execution = INLINE,
 ) -> dict[str, SolvedLayer]:
     """Quantizes layers that share one input, so also one Hessian and one factorization.
 
@@ -118,12 +179,13 @@ def solve_together(
         options: by module path.
         on_failure: what to do if the Hessian cannot be used.
         corrections: of each weight, from the two halves of the text (`Asymmetry.take`), where the layers make up for
-            what quantizing has done to their input; they are overwritten.
+            what quantizing has done to their input; emptied.
+        execution: the workers to whom the rows are dealt out. The bits do not depend on it.
 
     Raises:
         NumericalError: the Hessian is not finite or cannot be factorized, and `on_failure` is `error`.
     """
-    weights, names = dict(weights), list(weights)
+    names = list(weights)
     dead = int((hessian.matrix().diagonal() == 0).sum())
     try:
         matrix = usable(hessian)
@@ -132,17 +194,13 @@ def solve_together(
         if on_failure == "error":
             raise NumericalError(error.what, where=", ".join(names), mend=error.mend) from error
         return {name: _rounded(name, weights[name], options[name], hessian, dead) for name in names}
-    if corrections is not None:
-        weights |= {
-            name: target(weights[name], corrections[name], factor) for name in names if is_corrected(options[name])
-        }
-    quantized = _solve_rows(weights, matrix, factor, options)
-    damp_percent = factor.damp_percent
-    del factor  # as large as the Hessian
-    return {
-        name: _solved(name, weights[name], quantized[name], options[name], hessian, damp_percent, dead)
-        for name in names
-    }
+    damp_percent, solved = factor.damp_percent, dict[str, SolvedRows]()
+    for shared in dict.fromkeys(options[name] for name in names):
+        own = {name: weight for name, weight in weights.items() if options[name] == shared}
+        corrected = corrections if is_corrected(shared) else None
+        agreements = None if corrected is None else {name: agreed(corrected.pop(name), factor) for name in own}
+        solved |= _solved_rows(own, agreements, shared, Problem(matrix, factor), execution)
+    return {name: _solved(name, solved[name], hessian.tokens, damp_percent, dead) for name in names}
 
 
 def is_corrected(options: Options) -> bool:
@@ -176,48 +234,69 @@ def usable(hessian: Hessian) -> Tensor:
     return matrix
 
 
-def _solve_rows(
-    weights: Mapping[str, Tensor], matrix: Tensor, factor: Factor, options: Mapping[str, Options]
-) -> dict[str, GroupQuantized]:
-    """Solves the rows of all layers with the same options at once: rows are independent of each other."""
-    quantized = {}
-    for shared in dict.fromkeys(options[name] for name in weights):
-        members = {name: weight for name, weight in weights.items() if options[name] == shared}
-        rows = list(members.values())
-        together = torch.cat(rows) if len(rows) > 1 else rows[0]
-        joined = solve(together, matrix, factor, shared)
-        if shared.refine:
-            joined = refine(together, joined, matrix, factor)
-        start = 0
-        for name, weight in members.items():
-            quantized[name] = joined.rows(start, start + weight.shape[0])
-            start += weight.shape[0]
-    return quantized
-
-
-def _solved(
-    name: str,
-    weight: Tensor,
-    quantized: GroupQuantized,
+def _solved_rows(
+    weights: Mapping[str, Tensor],
+    agreements: dict[str, Tensor] | None,
     options: Options,
-    hessian: Hessian,
-    damp_percent: float,
-    dead: int,
-) -> SolvedLayer:
-    matrix = hessian.matrix()
-    energy = output_energy(weight, matrix)
+    problem: Problem,
+    execution: Execution,
+) -> dict[str, SolvedRows]:
+    """Solves the rows of all layers with the same options at once: rows are independent of each other."""
+    weight = _together(weights)
+    agreement = None if agreements is None else _together(agreements)
+    if agreements is not None:
+        agreements.clear()  # as large as the weights
+    parts = (
+        Rows(weight[part], None if agreement is None else agreement[part], options)
+        for part in _dealt(len(weight), execution.workers)
+    )
+    joined, found, start = SolvedRows.joined([*execution.map(solve_rows, parts, problem)]), {}, 0
+    for name, each in weights.items():
+        found[name] = joined.rows(start, start + len(each))
+        start += len(each)
+    return found
+
+
+def _together(matrices: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat(list(matrices.values())) if len(matrices) > 1 else next(iter(matrices.values()))
+
+
+def _dealt(rows: int, workers: int) -> list[slice]:
+    """About equally many rows for each worker, cut where products are: then their bits are the same."""
+    bounds = [min(rows, round(rows * number / workers / ROWS_TOGETHER) * ROWS_TOGETHER) for number in range(workers)]
+    return [slice(start, stop) for start, stop in pairwise(dict.fromkeys([*bounds, rows]))]
+
+
+def solve_rows(rows: Rows, problem: Problem) -> SolvedRows:
+    """Solves some rows, whose number but for the last ones is a multiple of `ROWS_TOGETHER`."""
+    matrix, factor = problem.matrix, problem.factor
+    weight = rows.weight if rows.agreed is None else made_up(rows.weight, rows.agreed, factor)
+    quantized = solve(weight, matrix, factor, rows.options)
+    if rows.options.refine:
+        quantized = refine(weight, quantized, matrix, factor)
+    nearest = round_to_nearest(weight, rows.options)
+    return SolvedRows(
+        quantized,
+        _energies(len(weight), lambda start, end: weight[start:end], matrix),
+        _energies(len(weight), _error_rows(weight, quantized), matrix),
+        _energies(len(weight), _error_rows(weight, nearest), matrix),
+    )
+
+
+def _solved(name: str, rows: SolvedRows, tokens: int, damp_percent: float, dead: int) -> SolvedLayer:
+    energy = _sum(rows.energy)
     record = LayerRecord(
         name=name,
         method="gptq",
-        bits=quantized.bits,
-        group_size=quantized.group_size,
-        loss=output_error(weight, quantized, matrix, energy),
-        rtn_loss=output_error(weight, round_to_nearest(weight, options), matrix, energy),
+        bits=rows.quantized.bits,
+        group_size=rows.quantized.group_size,
+        loss=_relative(_sum(rows.error), energy),
+        rtn_loss=_relative(_sum(rows.nearest_error), energy),
         damp_percent=damp_percent,
-        tokens=hessian.tokens,
+        tokens=tokens,
         dead_columns=dead,
     )
-    return SolvedLayer(quantized, record)
+    return SolvedLayer(rows.quantized, record)
 
 
 def _rounded(name: str, weight: Tensor, options: Options, hessian: Hessian, dead: int) -> SolvedLayer:
@@ -249,33 +328,41 @@ def output_error(weight: Tensor, quantized: GroupQuantized, matrix: Tensor, ener
     Returns:
         The ratio; None if the Hessian is not finite or all outputs are zero, so that there is no ratio.
     """
-
-    def error(start: int, end: int) -> Tensor:
-        return quantized.rows(start, end).dequantize(torch.float32).sub_(weight[start:end])
-
-    lost = _energy(len(weight), error, matrix)
-    return lost / energy if energy > 0 and math.isfinite(lost / energy) else None
+    return _relative(_sum(_energies(len(weight), _error_rows(weight, quantized), matrix)), energy)
 
 
 def output_energy(weight: Tensor, matrix: Tensor) -> float:
     """The outputs' mean square, tr(W H W^T), of a weight [out, in]; NaN if the Hessian is not finite."""
-    return _energy(len(weight), lambda start, end: weight[start:end], matrix)
+    return _sum(_energies(len(weight), lambda start, end: weight[start:end], matrix))
 
 
-def _energy(outputs: int, rows: Callable[[int, int], Tensor], matrix: Tensor) -> float:
-    """tr(V H V^T) of the matrix [outputs, in] whose rows `rows(start, end)` gives: fixed shapes, then an exact sum.
+def _relative(lost: float, energy: float) -> float | None:
+    return lost / energy if energy > 0 and math.isfinite(lost / energy) else None
 
-    The bits of one sum over everything would depend on the number of threads.
-    """
+
+def _error_rows(weight: Tensor, quantized: GroupQuantized) -> Callable[[int, int], Tensor]:
+    def error(start: int, end: int) -> Tensor:
+        return quantized.rows(start, end).dequantize(torch.float32).sub_(weight[start:end])
+
+    return error
+
+
+def _sum(values: Tensor) -> float:
+    """The exact sum, rounded once; NaN if a value is not finite."""
+    return math.fsum(values.tolist()) if bool(torch.isfinite(values).all()) else math.nan
+
+
+def _energies(outputs: int, rows: Callable[[int, int], Tensor], matrix: Tensor) -> Tensor:
+    """V H v^T for the rows v of a matrix [outputs, in], which `rows(start, end)` gives: float64 [outputs]."""
     sums = torch.zeros(outputs, dtype=torch.float64)
 
     def add(start: int) -> None:
-        end = min(start + _TILE, outputs)
+        end = min(start + ROWS_TOGETHER, outputs)
         sums[start:end] = _squares(rows(start, end), matrix).cpu()
 
     with side_by_side(matrix.device) as run:
-        run(partial(add, start) for start in range(0, outputs, _TILE))
-    return math.fsum(sums.tolist()) if bool(torch.isfinite(sums).all()) else math.nan
+        run(partial(add, start) for start in range(0, outputs, ROWS_TOGETHER))
+    return sums
 
 
 def _squares(rows: Tensor, matrix: Tensor) -> Tensor:

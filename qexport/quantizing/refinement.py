@@ -15,14 +15,11 @@ import torch
 from torch import Tensor
 
 from qexport.quantizing.factorization import side_by_side
-from qexport.quantizing.solver import Factor
+from qexport.quantizing.solver import ROWS_TOGETHER, Factor
 from qexport.tensors import GroupQuantized
 
 _BLOCK: Final = 128
 """Inputs whose codes are looked at before the products of the others with their changes are made."""
-
-_ROWS: Final = 256
-"""Outputs that one thread works on. Rows are independent of each other."""
 
 
 def refine(weight: Tensor, quantized: GroupQuantized, hessian: Tensor, factor: Factor) -> GroupQuantized:
@@ -39,15 +36,15 @@ def refine(weight: Tensor, quantized: GroupQuantized, hessian: Tensor, factor: F
     codes, scales = torch.empty_like(quantized.codes), torch.empty_like(quantized.scales)
 
     def solve(start: int) -> None:
-        rows = slice(start, start + _ROWS)
-        part = _Rows(weight[rows], quantized.rows(start, min(start + _ROWS, len(weight))), damped)
+        rows = slice(start, start + ROWS_TOGETHER)
+        part = _Rows(weight[rows], quantized.rows(start, min(start + ROWS_TOGETHER, len(weight))), damped)
         part.move_codes()
         part.fit_scales()
         part.move_codes()
         codes[rows], scales[:, rows] = part.codes.t().to(codes.dtype), part.scales.to(scales.dtype)
 
     with side_by_side(weight.device) as run:
-        run(partial(solve, start) for start in range(0, len(weight), _ROWS))
+        run(partial(solve, start) for start in range(0, len(weight), ROWS_TOGETHER))
     return replace(quantized, codes=codes, scales=scales)
 
 

@@ -27,6 +27,12 @@ _ROWS = 512
 """Rows of a wide matrix that are copied, or updated by one thread, at a time."""
 
 
+ROWS_TOGETHER = 192
+"""Outputs of one product, wherever outputs are independent of each other. So a matrix that is cut at a multiple of it
+is solved with the same bits as the whole.
+"""
+
+
 @dataclass(frozen=True)
 class Grid:
     """Uniform grids, one per group and output.
@@ -283,11 +289,12 @@ def _columns(
 def _spread_tasks(columns: Tensor, upper: Tensor, start: int, end: int, errors: Tensor) -> Iterator[Task]:
     """Applies the errors of a column block to the columns after it."""
 
-    def spread(first: int) -> None:
-        part = slice(first, first + _ROWS)
-        columns[part].addmm_(upper[start:end, part].t(), errors, alpha=-1)
+    def spread(first: int, output: int) -> None:
+        part, outputs = slice(first, first + _ROWS), slice(output, output + ROWS_TOGETHER)
+        columns[part, outputs].addmm_(upper[start:end, part].t(), errors[:, outputs], alpha=-1)
 
-    return (partial(spread, first) for first in range(end, len(columns), _ROWS))
+    for first in range(end, len(columns), _ROWS):
+        yield from (partial(spread, first, output) for output in range(0, columns.shape[1], ROWS_TOGETHER))
 
 
 def _column_blocks(inputs: int, group_size: int) -> Iterator[tuple[int, int]]:

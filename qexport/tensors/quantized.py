@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -55,6 +56,15 @@ class GroupQuantized:
         """The outputs from `start` up to `end`."""
         part = slice(start, end)
         return replace(self, codes=self.codes[part], scales=self.scales[:, part], zeros=self.zeros[:, part])
+
+    @classmethod
+    def joined(cls, parts: Sequence[GroupQuantized]) -> GroupQuantized:
+        """The outputs of all parts, in their order. The parts differ in nothing else."""
+        if len(parts) == 1:
+            return parts[0]
+        codes = torch.cat([part.codes for part in parts])
+        scales, zeros = (torch.cat([getattr(part, name) for part in parts], 1) for name in ("scales", "zeros"))
+        return replace(parts[0], codes=codes, scales=scales, zeros=zeros)
 
     def cpu(self) -> GroupQuantized:
         """The same on the CPU, in contiguous storage."""

@@ -94,10 +94,17 @@ class Asymmetry(StripSum):
             run(partial(add, start) for start in range(0, after.shape[1], self.strip))
 
     def take(self, weights: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-        """`scale * W D / tokens` for each weight W, float32 [out, in] as the results. The sum begins anew."""
+        """`scale * W D / tokens` for each weight W, float32 [out, in] as the results; of a part of the sum its columns.
+        The sum begins anew.
+        """
         scale, total, found = scale / max(self.tokens, 1), self.total, dict[str, Tensor]()
+
+        def product(rows: Tensor) -> Tensor:
+            strips = (total[:, start : start + self.strip] for start in range(0, len(self.part), self.strip))
+            return torch.cat([rows @ strip for strip in strips], 1).mul_(scale)
+
         for name, weight in weights.items():
-            found[name] = _by_rows(weight, torch.empty_like(weight), lambda rows: (rows @ total).mul_(scale))
+            found[name] = _by_rows(weight, weight.new_empty(len(weight), len(self.part)), product)
         self.tokens, self._sum = 0, None
         return found
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +18,6 @@ from qexport.artifact.disk import sync
 from qexport.execution.workers import Value, WorkerLostError
 from qexport.formats import Outputs
 from qexport.progress import Notice, Progress, ProgressCallback
-from qexport.quantizing.asymmetry import Asymmetry
 from qexport.quantizing.gptq import Gptq
 from qexport.quantizing.importance import token_importance, token_weights
 from qexport.quantizing.layer import Hessian, SolvedLayer, is_corrected, solve_together
@@ -181,6 +179,7 @@ class _Pass:
             input_ids=calibration.input_ids,
             batch_size=size,
             corrected=self._corrected,
+            alpha=method.gptaq_alpha,
             alone=len(ranges) == 1,
             once=method.true_sequential,
             expert_hessians=int(min(HESSIAN_BYTES, budget().expert_hessians)),
@@ -257,17 +256,18 @@ class _Pass:
 
     def _solved(self, number: int, group: GroupNames) -> dict[str, SolvedLayer]:
         """Solves the layers of a group. Each sum is freed after its use."""
-        weights = self._shards.first(Shard.weights, group.members[0])
-        widths = [self._linears[names[0]].in_features for names in group.members]
-        corrected = self._corrected and not group.experts and any(is_corrected(self._chosen[name]) for name in weights)
-        take = partial(Asymmetry.take, weights=weights, scale=self._method.gptaq_alpha) if corrected else None
-        hessians, halves = self._shards.summed(number, widths, self._token_weights(group), take)
+        names = group.members[0]
+        corrected = self._corrected and not group.experts and any(is_corrected(self._chosen[name]) for name in names)
+        widths = [self._linears[each[0]].in_features for each in group.members]
+        counts = self._token_weights(group)
+        hessians, halves = self._shards.summed(number, widths, counts, names if corrected else ())
         return_freed_memory()
         execution, on_failure = self._inputs.execution, self._method.on_failure
         if len(group.members) == 1:
+            weights = self._shards.first(Shard.weights, names)
             halved = {name: (halves[0].pop(name), halves[1].pop(name)) for name in weights} if corrected else None
             return solve_together(weights, hessians.pop(), self._chosen, on_failure, halved, execution)
-        problems = ((self._shards.first(Shard.weights, names), hessians.pop(0)) for names in group.members)
+        problems = ((self._shards.first(Shard.weights, each), hessians.pop(0)) for each in group.members)
         found = execution.map(_solved_alone, problems, self._chosen, on_failure)
         return {name: layer for of_one in found for name, layer in of_one.items()}
 

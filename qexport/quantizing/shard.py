@@ -40,6 +40,7 @@ class SharedInputs:
         input_ids: int64 [windows, tokens], of all shards.
         batch_size: windows that go through a block at a time.
         corrected: whether the text also goes through the model before quantizing.
+        alpha: the share of what quantizing has done to the inputs that layers make up for.
         alone: whether one shard has all windows. Then what its forwards wait for is on the disk meanwhile; else the
             inputs of a group's layers stay in memory until it is solved, since they are used several times.
         once: whether each layer is solved with inputs from the quantized layers before it in its block, so that one
@@ -58,6 +59,7 @@ class SharedInputs:
     input_ids: Tensor
     batch_size: int
     corrected: bool
+    alpha: float
     alone: bool
     once: bool
     expert_hessians: int
@@ -202,6 +204,19 @@ class Shard:
                     each.add(batch)
                 self._park(number, batch)
         return sums
+
+    def take(self, sums: list[Sums], names: Sequence[str]) -> dict[str, Tensor]:
+        """What layers are to make up for.
+
+        Args:
+            sums: of the asymmetry of their input, or a part of it.
+            names: the layers.
+
+        Returns:
+            See `Asymmetry.take`.
+        """
+        (asymmetry,) = [each.asymmetry for each in sums if each.asymmetry is not None]
+        return asymmetry.take(self.weights(names), self._shared.alpha)
 
     def weights(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Loaded layers' weights, contiguous float32 [out, in]: a view where they are that already."""

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Concatenate, TypeVar
+from typing import Concatenate
 
 import torch
 from torch import Tensor
 
 from qexport.execution.workers import Execution, Hosted, Later, Params, Value
-from qexport.quantizing.asymmetry import Asymmetry
 from qexport.quantizing.layer import Hessian
 from qexport.quantizing.shard import Shard, SharedInputs
-from qexport.quantizing.sums import Sums, asymmetry_parts, hessian_parts, joined_asymmetry, joined_hessians
-
-Taken = TypeVar("Taken")
+from qexport.quantizing.sums import Sums, asymmetry_parts, hessian_parts, joined_hessians
 
 _PARTS = 2
 """For each shard, the parts that a sum is cut into: while one adds to a part, the others are at other parts."""
@@ -67,67 +64,82 @@ class Shards:
         self._execution.renew(self._all)
 
     def summed(
-        self,
-        group: int,
-        widths: Sequence[int],
-        counts: Tensor | None,
-        take: Callable[[Asymmetry], Taken] | None,
-    ) -> tuple[list[Hessian], list[Taken]]:
+        self, group: int, widths: Sequence[int], counts: Tensor | None, correcting: Sequence[str]
+    ) -> tuple[list[Hessian], list[dict[str, Tensor]]]:
         """The sums over all batches of a group's inputs, the same bits for any number of shards.
 
         Args:
             group: its number in the block.
             widths: of its inputs.
             counts: how much each token counts, float32 [windows, tokens]; None for all alike.
-            take: what is made of the asymmetry of each half of the text, one after the other, since it is as large as a
-                Hessian; None where the asymmetry is not asked for.
+            correcting: the layers that make up for what quantizing has done to their input, the group's first.
 
         Returns:
-            The Hessian of each input, and what was taken.
+            The Hessian of each input, and of each half of the text what those layers are to make up for
+            (`Asymmetry.take`).
         """
         if len(self._all) == 1:
-            return self._summed_by_one(group, widths, counts, take)
-        return self._summed_by_all(group, widths, counts, take)
+            return self._summed_by_one(group, widths, counts, correcting)
+        return self._summed_by_all(group, widths, counts, correcting)
 
     def _summed_by_one(
-        self, group: int, widths: Sequence[int], counts: Tensor | None, take: Callable[[Asymmetry], Taken] | None
-    ) -> tuple[list[Hessian], list[Taken]]:
+        self, group: int, widths: Sequence[int], counts: Tensor | None, correcting: Sequence[str]
+    ) -> tuple[list[Hessian], list[dict[str, Tensor]]]:
         """Everything is added while a batch's inputs are there."""
-        sums, taken = hessian_parts(widths, 1, self._device), list[Taken]()
+        sums, taken = hessian_parts(widths, 1, self._device), []
         for numbers in self._halves:
-            own = [] if take is None else asymmetry_parts(widths[0], 1, self._device)
+            own = asymmetry_parts(widths[0], 1, self._device) if correcting else []
             found = self.first(Shard.add, group, numbers, [*sums, *own], counts)
             sums = found[:1]
-            if take is not None:
-                taken.append(take(joined_asymmetry(found[1:], self._device)))
+            if correcting:
+                taken.append(self.first(Shard.take, found[1:], correcting))
         return joined_hessians(sums, self._device), taken
 
     def _summed_by_all(
-        self, group: int, widths: Sequence[int], counts: Tensor | None, take: Callable[[Asymmetry], Taken] | None
-    ) -> tuple[list[Hessian], list[Taken]]:
+        self, group: int, widths: Sequence[int], counts: Tensor | None, correcting: Sequence[str]
+    ) -> tuple[list[Hessian], list[dict[str, Tensor]]]:
         """Part after part goes from shard to shard. The shards of the first half begin with the Hessians, since those
         of the second half wait for them; those begin with their own asymmetry.
         """
-        parts, (first, second) = _PARTS * len(self._all), self._halves
-        begun = [self._add(group, first, [part], counts) for part in hessian_parts(widths, parts, self._device)]
-        asymmetries = [
-            [self._add(group, half, [part], counts) for part in asymmetry_parts(widths[0], parts, self._device)]
-            for half in self._halves
-            if take is not None
+        parts, (first, second) = self._parts, self._halves
+        begun = [self._added(group, first, [part], counts) for part in hessian_parts(widths, parts, self._device)]
+        taken = [
+            [
+                self._last(half).call(Shard.take, self._added(group, half, [part], counts).argument, correcting)
+                for part in asymmetry_parts(widths[0], parts, self._device)
+            ]
+            for half in (self._halves if correcting else [])
         ]
-        hessians = [self._add(group, second, part.argument, counts) for part in begun]
-        taken = [take(joined_asymmetry(_results(parts), self._device)) for parts in asymmetries if take is not None]
-        return joined_hessians(_results(hessians), self._device), taken
+        hessians = [self._added(group, second, part.argument, counts) for part in begun]
+        of_halves = [_side_by_side([part.result() for part in of_half], self._device) for of_half in taken]
+        return joined_hessians([sums for part in hessians for sums in part.result()], self._device), of_halves
 
-    def _add(self, group: int, numbers: range, sums: list[Sums], counts: Tensor | None) -> Later[list[Sums]]:
+    @property
+    def _parts(self) -> int:
+        """The parts that a sum is cut into. Where several shards have a half, each is at another part."""
+        of_half = len(self._having(self._halves[0]))
+        return 1 if of_half == 1 else 2 * of_half
+
+    def _having(self, numbers: range) -> list[Hosted[Shard]]:
+        """The shards that have some of the batches."""
+        return [
+            shard
+            for shard, own in zip(self._all, self._ranges, strict=True)
+            if range(max(own.start, numbers.start), min(own.stop, numbers.stop))
+        ]
+
+    def _last(self, numbers: range) -> Hosted[Shard]:
+        return self._having(numbers)[-1]
+
+    def _added(self, group: int, numbers: range, sums: list[Sums], counts: Tensor | None) -> Later[list[Sums]]:
         """Sends sums through the shards that have some of the batches."""
-        later: Later[list[Sums]] | None = None
-        for shard, own in zip(self._all, self._ranges, strict=True):
-            if range(max(own.start, numbers.start), min(own.stop, numbers.stop)):
-                later = shard.call(Shard.add, group, numbers, later.argument if later else sums, counts)
-        assert later is not None, "the halves of the text are not empty"
+        first, *others = self._having(numbers)
+        later = first.call(Shard.add, group, numbers, sums, counts)
+        for shard in others:
+            later = shard.call(Shard.add, group, numbers, later.argument, counts)
         return later
 
 
-def _results(parts: Sequence[Later[list[Sums]]]) -> list[Sums]:
-    return [sums for part in parts for sums in part.result()]
+def _side_by_side(parts: Sequence[Mapping[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
+    """The columns of all parts."""
+    return {name: torch.cat([part[name].to(device) for part in parts], 1) for name in parts[0]}

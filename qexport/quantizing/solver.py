@@ -27,7 +27,7 @@ _ROWS = 512
 """Rows of a wide matrix that are copied, or updated by one thread, at a time."""
 
 
-ROWS_TOGETHER = 192
+ROWS_TOGETHER = 96
 """Outputs of one product, wherever outputs are independent of each other. So a matrix that is cut at a multiple of it
 is solved with the same bits as the whole.
 """

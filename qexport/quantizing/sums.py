@@ -89,14 +89,6 @@ def joined_hessians(parts: Sequence[Sums], device: torch.device) -> list[Hessian
     ]
 
 
-def joined_asymmetry(parts: Sequence[Sums], device: torch.device) -> Asymmetry:
-    """The whole asymmetry from its parts, which are emptied."""
-    found = [part.asymmetry for part in parts if part.asymmetry is not None]
-    for part in parts:
-        part.asymmetry = None
-    return Asymmetry.joined(found, device)
-
-
 def _cut(width: int, bounds: Sequence[float], strip: int) -> list[range]:
     """Inputs between bounds, which are shares of the width, rounded to whole strips."""
     whole = sorted({0, width, *(min(width, round(width * bound / strip) * strip) for bound in bounds)})

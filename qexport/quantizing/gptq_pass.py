@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Literal
@@ -23,6 +23,7 @@ from qexport.quantizing.importance import token_importance, token_weights
 from qexport.quantizing.layer import Hessian, SolvedLayer, is_corrected, solve_together
 from qexport.quantizing.method import PassInputs
 from qexport.quantizing.selection import candidates, notes_on_experts, select, solver_options
+from qexport.quantizing.sending import Sender
 from qexport.quantizing.shard import GroupNames, Shard, SharedInputs
 from qexport.quantizing.shards import Shards, shared_out
 from qexport.quantizing.solver import Options
@@ -188,11 +189,13 @@ class _Pass:
             scratch=inputs.scratch,
             kept=inputs.resume.folder if inputs.resume else None,
         )
+        self._sender = Sender(inputs.checkpoint.weights, architecture.structure, execution)
         self._shards = Shards(execution, shared, ranges, inputs.device)
-        self._shards.each(Shard.start, inputs.finished_units, self._sent(self._outside))
+        self._shards.each(Shard.start, inputs.finished_units, self._sender.outside())
 
     def close(self) -> None:
         """Frees what the shards hold."""
+        self._sender.close()
         with suppress(WorkerLostError):
             self._shards.each(Shard.close)
 
@@ -215,14 +218,13 @@ class _Pass:
                     raise
                 self._inputs.progress(Notice(f"{error.what}; block {index} begins anew"))
                 self._shards.renew()
-                self._shards.each(Shard.start, index, self._sent(self._outside))
+                self._shards.each(Shard.start, index, self._sender.outside())
         raise AssertionError("the last attempt returns or raises")
 
     def _block(self, index: int) -> list[TensorRecord]:
-        prefix = f"{self._structure.blocks[index]}."
-        names = [name for name in self._structure.parameters if name.startswith(prefix)]
+        names = self._sender.names(index)
         solved, late = dict[str, SolvedLayer](), dict[str, Tensor]()
-        for number, group in enumerate(self._shards.each(Shard.begin, index, self._sent(names))[0]):
+        for number, group in enumerate(self._shards.each(Shard.begin, index, self._sender.block(index))[0]):
             found = self._solved(number, group)
             quantized = {name: layer.quantized.dequantize(self._inputs.dtype) for name, layer in found.items()}
             if self._method.true_sequential:
@@ -237,19 +239,8 @@ class _Pass:
 
     def head(self) -> TensorRecord:
         """Quantizes the output head."""
-        (group,) = self._shards.each(Shard.begin_head, self._sent(self._outside))[0]
+        (group,) = self._shards.each(Shard.begin_head, self._sender.outside())[0]
         return _record(f"{self._structure.head}.weight", None, self._solved(0, group))
-
-    @property
-    def _outside(self) -> list[str]:
-        blocks = tuple(f"{block}." for block in self._structure.blocks)
-        return [name for name in self._structure.parameters if not name.startswith(blocks)]
-
-    def _sent(self, names: Sequence[str]) -> Mapping[str, Tensor] | None:
-        """Tensors for shards that do not read them themselves."""
-        if not self._inputs.execution.apart:
-            return None
-        return self._once({name: self._inputs.checkpoint.weights.read(name) for name in names})
 
     def _once(self, value: Value) -> Value:
         return self._inputs.execution.once(value).argument

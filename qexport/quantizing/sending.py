@@ -1,0 +1,60 @@
+"""The model's tensors for workers that do not read them themselves: read and merged once, the next block's ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from torch import Tensor
+
+from qexport.architectures.structure import Structure
+from qexport.execution.workers import Execution, Later
+from qexport.tensors import WeightSource
+
+Sent = Later[Mapping[str, Tensor]]
+
+
+class Sender:
+    """Reads tensors in a thread of its own, if the workers are other processes.
+
+    Args:
+        weights: the merged model.
+        structure: of it.
+        execution: the workers.
+    """
+
+    def __init__(self, weights: WeightSource, structure: Structure, execution: Execution) -> None:
+        self._weights, self._structure, self._execution = weights, structure, execution
+        self._reader = ThreadPoolExecutor(1) if execution.apart else None
+        self._next: tuple[int, Future[Sent]] | None = None
+
+    def close(self) -> None:
+        """Ends the thread."""
+        if self._reader is not None:
+            self._reader.shutdown(cancel_futures=True)
+
+    def names(self, index: int) -> list[str]:
+        """A block's tensors."""
+        prefix = f"{self._structure.blocks[index]}."
+        return [name for name in self._structure.parameters if name.startswith(prefix)]
+
+    def block(self, index: int) -> Mapping[str, Tensor] | None:
+        """What a worker gets of a block, as an argument of its calls; None if it reads itself."""
+        if self._reader is None:
+            return None
+        ahead, self._next = self._next, None
+        found = ahead[1] if ahead and ahead[0] == index else self._reader.submit(self._send, self.names(index))
+        if index + 1 < len(self._structure.blocks):
+            self._next = index + 1, self._reader.submit(self._send, self.names(index + 1))
+        return found.result().argument
+
+    def outside(self) -> Mapping[str, Tensor] | None:
+        """The same of the tensors that are in no block."""
+        if self._reader is None:
+            return None
+        blocks = tuple(f"{block}." for block in self._structure.blocks)
+        names = [name for name in self._structure.parameters if not name.startswith(blocks)]
+        return self._reader.submit(self._send, names).result().argument
+
+    def _send(self, names: Sequence[str]) -> Sent:
+        return self._execution.once({name: self._weights.read(name) for name in names})

@@ -31,7 +31,6 @@ from qexport.quantizing.layer import solve_together
 from qexport.quantizing.method import PassInputs, ResumePoint, Save
 from qexport.quantizing.shard import Shard
 from qexport.quantizing.shards import halves_of
-from qexport.quantizing.sums import joined_hessians
 from qexport.tensors import Origin, TensorRecord
 from test_block_runner import token_windows
 from test_gptq import assert_same_bytes, calibration, settings
@@ -110,15 +109,15 @@ def test_any_number_of_workers_makes_the_same_bytes(
     assert_same_bytes(alone, passed(config, settings(**options), workers, tmp_path))
 
 
-@pytest.mark.parametrize("fault", ["order", "part", "weights"])
+@pytest.mark.parametrize("fault", ["order", "shard", "weights"])
 def test_sums_and_weights_that_go_wrong_are_noticed(
     fault: str, two: RayExecution, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone = passed(WIDE, settings(), INLINE, tmp_path)
     if fault == "order":
         monkeypatch.setattr(shards, "halves_of", lambda batches: list(reversed(halves_of(batches))))
-    elif fault == "part":
-        monkeypatch.setattr(shards, "joined_hessians", lambda parts, device: joined_hessians(parts[:-1], device))
+    elif fault == "shard":
+        monkeypatch.setattr(shards.Shards, "_having", lambda self, numbers: self._all[:1])
     else:
         each = shards.Shards.each
         skipping = lambda self, method, *args: [] if method is Shard.replace else each(self, method, *args)  # noqa: E731

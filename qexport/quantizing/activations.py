@@ -7,21 +7,21 @@ import io
 import struct
 import tempfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
-from weakref import ReferenceType, ref
 
-import torch
 from torch import Tensor, UntypedStorage
 
+from qexport.architectures.memory import FreedMemory
 from qexport.errors import ResourceError
 
-Restore = Callable[[], None]
-"""Fills the storage of an offloaded tensor again."""
+Restore = Callable[[UntypedStorage], None]
+"""Fills an offloaded storage again, which it does not keep alive."""
+
+_freed: Final = FreedMemory(24 << 20)
 
 
 class OffloadFile:
@@ -36,9 +36,7 @@ class OffloadFile:
     """
 
     def __init__(self, folder: Path) -> None:
-        file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - closed by __exit__
-        assert isinstance(file, io.FileIO)
-        self._file = file
+        self._file = _nameless(folder)
         self._end = 0
 
     def __enter__(self) -> Self:
@@ -62,41 +60,32 @@ class OffloadFile:
         """
         place = self._end
         self._end += storage.nbytes()
-        host = storage.cpu()
-        _write(self._file, _view(host.data_ptr(), host.nbytes()), place)
-        return _emptied(storage, self._file, place)
+        return _offloaded(storage, self._file, place)
 
 
 _TRAILER: Final = struct.Struct("<QQI")
-"""After the activations in a file: the number of blocks that they have been through, their bytes, their CRC-32."""
+"""After the states in a file: the number of blocks that they have been through, how many batches there are, and the
+CRC-32 of the batches' CRC-32."""
 
 
-@dataclass(frozen=True)
-class _Written:
-    """A tensor whose bytes are in a file, as long as nothing has changed it in place. It is not kept in memory."""
-
-    tensor: ReferenceType[Tensor]
-    version: int
-    place: int
-
-
-class ActivationFiles:
+class HiddenStates:
     """The hidden states of all batches between two blocks, in two files in turn. A context manager.
 
     While the states after a block are written, those before it remain readable: a run that is stopped can go on from
-    one of the two files. What has been written need not be written again to free its memory (`offload`).
+    one of the two files.
 
     Args:
-        folder: where the files are, and stay.
+        folder: where the files are.
+        kept: whether they stay there; else they have no names.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, kept: bool) -> None:
         self._paths = [folder / f"activations-{number}" for number in range(2)]
         with ExitStack() as stack:
-            self._files = [stack.enter_context(_opened(path)) for path in self._paths]
+            self._files = [stack.enter_context(_opened(path) if kept else _nameless(folder)) for path in self._paths]
             stack.pop_all()
-        self._current = self._files[0]
-        self._written: list[_Written] = []
+        self._slot = 0
+        self._checksums: list[dict[int, int]] = [{}, {}]
 
     def __enter__(self) -> Self:
         return self
@@ -107,81 +96,86 @@ class ActivationFiles:
         for file in self._files:
             file.close()
 
-    def write(self, blocks: int, hidden: Sequence[Tensor]) -> Path:
-        """Writes the states after some blocks, in place of those two blocks before.
+    def offload(self, blocks: int, number: int, hidden: Tensor) -> Restore:
+        """Writes a batch's states in place of those two blocks before, and frees their memory.
 
         Args:
             blocks: how many blocks they have been through.
-            hidden: one tensor for each batch.
-
-        Returns:
-            The file, which is not durable yet.
+            number: of the batch. Number 0 comes first, and no other batch is larger.
+            hidden: the states, contiguous, alone in their storage.
 
         Raises:
             OSError: the disk is full.
         """
-        file, end, checksum = self._files[blocks % 2], 0, 0
-        self._written = []
-        for tensor in hidden:
-            host = tensor.cpu().contiguous()
-            content = _view(host.data_ptr(), host.nbytes)
-            _write(file, content, end)
-            self._written.append(_Written(ref(tensor), tensor._version, end))
-            end, checksum = end + host.nbytes, zlib.crc32(content, checksum)
-        _write(file, memoryview(_TRAILER.pack(blocks, end, checksum)), end)
-        file.truncate(end + _TRAILER.size)
-        self._current = file
+        storage = hidden.untyped_storage()
+        assert storage.nbytes() == hidden.nbytes, "other tensors share the memory"
+        self._slot = self._slot or storage.nbytes()
+        self._checksums[blocks % 2][number] = _checksum(storage)
+        return _offloaded(storage, self._files[blocks % 2], number * self._slot)
+
+    def finish(self, blocks: int) -> Path:
+        """Ends the states after some blocks, when those of every batch are written.
+
+        Returns:
+            The file, which is not durable yet.
+        """
+        file, checksums = self._files[blocks % 2], self._checksums[blocks % 2]
+        _write(file, memoryview(_trailer(blocks, checksums)), len(checksums) * self._slot)
+        file.truncate(len(checksums) * self._slot + _TRAILER.size)
         return self._paths[blocks % 2]
 
-    def read(self, blocks: int, hidden: Sequence[Tensor]) -> None:
-        """Fills tensors with the states that an earlier run wrote.
+    def read(self, blocks: int, hidden: Sequence[Tensor]) -> list[Restore]:
+        """Takes over the states that an earlier run wrote.
 
         Args:
             blocks: how many blocks they have been through.
-            hidden: one tensor for each batch, of the right shape and dtype.
+            hidden: one tensor for each batch, of the right shape and dtype; its storage is emptied.
 
         Raises:
             ResourceError: the file does not hold them, or is damaged.
         """
-        file, end, checksum = self._files[blocks % 2], 0, 0
-        for tensor in hidden:
-            host = torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format)
-            content = _view(host.data_ptr(), host.nbytes)
-            _read(file, content, end)
-            end, checksum = end + host.nbytes, zlib.crc32(content, checksum)
-            tensor.copy_(host)
+        file, checksums = self._files[blocks % 2], self._checksums[blocks % 2]
+        self._slot = hidden[0].nbytes
+        restores = []
+        for number, tensor in enumerate(hidden):
+            storage = tensor.untyped_storage()
+            restores.append(_restore(file, number * self._slot, tensor.nbytes))
+            restores[-1](storage)
+            checksums[number] = _checksum(storage)
+            storage.resize_(0)
         trailer = bytearray(_TRAILER.size)
-        _read(file, memoryview(trailer), end)
-        if _TRAILER.unpack(trailer) != (blocks, end, checksum):
+        _read(file, memoryview(trailer), len(hidden) * self._slot)
+        if trailer != _trailer(blocks, checksums):
             raise ResourceError(
                 "the activations that an interrupted run has left are damaged",
                 where=str(self._paths[blocks % 2]),
                 mend="check the disk, then begin again with --restart",
             )
-        self._current = file
-
-    def offload(self, number: int, tensor: Tensor) -> Restore | None:
-        """Empties the storage of a batch's states, if they are those that were written last.
-
-        Returns:
-            The function that fills it again; None if the states were not written, or have changed since.
-        """
-        found = self._written[number] if self._written else None
-        if found is None or found.tensor() is not tensor or found.version != tensor._version:
-            return None
-        return _emptied(tensor.untyped_storage(), self._current, found.place) if _fills_its_storage(tensor) else None
+        return restores
 
 
-def _fills_its_storage(tensor: Tensor) -> bool:
-    """Whether the bytes of the tensor, row after row, are all the bytes of its storage."""
-    return tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+def _trailer(blocks: int, checksums: Mapping[int, int]) -> bytes:
+    content = struct.pack(f"<{len(checksums)}I", *(checksums[number] for number in range(len(checksums))))
+    return _TRAILER.pack(blocks, len(checksums), zlib.crc32(content))
 
 
-def _emptied(storage: UntypedStorage, file: io.FileIO, place: int) -> Restore:
-    size = storage.nbytes()
+def _checksum(storage: UntypedStorage) -> int:
+    host = storage.cpu()
+    return zlib.crc32(_view(host.data_ptr(), host.nbytes()))
+
+
+def _offloaded(storage: UntypedStorage, file: io.FileIO, place: int) -> Restore:
+    """Writes a storage into a file, and empties it."""
+    host = storage.cpu()
+    size = host.nbytes()
+    _write(file, _view(host.data_ptr(), size), place)
     storage.resize_(0)
+    _freed.look()
+    return _restore(file, place, size)
 
-    def restore() -> None:
+
+def _restore(file: io.FileIO, place: int, size: int) -> Restore:
+    def restore(storage: UntypedStorage) -> None:
         storage.resize_(size)
         if storage.device.type == "cpu":
             _read(file, _view(storage.data_ptr(), size), place)
@@ -191,6 +185,12 @@ def _emptied(storage: UntypedStorage, file: io.FileIO, place: int) -> Restore:
             storage.copy_(host)
 
     return restore
+
+
+def _nameless(folder: Path) -> io.FileIO:
+    file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - closed by the caller
+    assert isinstance(file, io.FileIO)
+    return file
 
 
 def _opened(path: Path) -> io.FileIO:

@@ -20,7 +20,7 @@ from qexport.artifact.disk import sync
 from qexport.errors import CompatibilityError
 from qexport.formats import Outputs
 from qexport.progress import Notice, Progress, ProgressCallback
-from qexport.quantizing.activations import ActivationFiles, OffloadFile, Restore
+from qexport.quantizing.activations import HiddenStates, OffloadFile
 from qexport.quantizing.asymmetry import Asymmetry
 from qexport.quantizing.full_precision import FullPrecisionStream
 from qexport.quantizing.gptq import Gptq
@@ -32,6 +32,7 @@ from qexport.quantizing.pauses import Group, PausedForward, find_groups, pausing
 from qexport.quantizing.products import FixedProducts
 from qexport.quantizing.selection import candidates, notes_on_experts, select, solver_options
 from qexport.quantizing.solver import Options
+from qexport.quantizing.stream import Stream
 from qexport.tensors import GroupQuantizedSpec, OutputSpec, TensorRecord
 
 BATCH_TOKENS = 1024
@@ -113,8 +114,9 @@ def _passing(
     """A pass that begins with the hidden states before the first block that is not finished."""
     with ExitStack() as stack:
         offload_file = stack.enter_context(OffloadFile(inputs.scratch))
-        kept = stack.enter_context(ActivationFiles(inputs.resume.folder)) if inputs.resume else None
-        yield _Pass(method, chosen, inputs, offload_file, kept, importance)
+        folder = inputs.resume.folder if inputs.resume else inputs.scratch
+        states = stack.enter_context(HiddenStates(folder, kept=inputs.resume is not None))
+        yield _Pass(method, chosen, inputs, offload_file, states, importance)
 
 
 def _importance(method: Gptq, chosen: Mapping[str, Options], inputs: PassInputs) -> dict[str, Tensor] | None:
@@ -180,40 +182,42 @@ class _Pass:
         chosen: Mapping[str, Options],
         inputs: PassInputs,
         offload_file: OffloadFile,
-        kept: ActivationFiles | None,
+        states: HiddenStates,
         importance: Mapping[str, Tensor] | None,
     ) -> None:
         checkpoint, calibration = inputs.checkpoint, inputs.calibration
         assert calibration is not None, "a run reads the text of every method that needs calibration"
         runner = BlockRunner(checkpoint.architecture, checkpoint.weights, dtype=inputs.dtype, device=inputs.device)
         self._runner, self._method, self._resume = runner, method, inputs.resume
-        self._offload_file, self._kept, self._importance = offload_file, kept, importance
+        self._offload_file, self._importance = offload_file, importance
         self._chosen, self._linears = chosen, candidates(runner.structure, method)
         self.tokens, length = calibration.input_ids.numel(), calibration.input_ids.shape[1]
-        self._batches = runner.embed(calibration.input_ids, max(1, BATCH_TOKENS // length))
         corrected = corrects(method, *calibration.input_ids.shape) and any(map(is_corrected, chosen.values()))
-        self._full = FullPrecisionStream(runner, self._batches, offload_file) if corrected else None
-        self._probe = runner.embed(calibration.input_ids[:1, :8], 1)[0]
-        if kept is not None and inputs.finished_units:
-            kept.read(inputs.finished_units, self._hidden())
+        parts = calibration.input_ids.split(max(1, BATCH_TOKENS // length))
+        self._states, self._stream = states, Stream(states, 0)
+        self._full = FullPrecisionStream(runner, Stream(states, len(parts)), offload_file) if corrected else None
+        embedded = runner.embedded([calibration.input_ids[:1, :8], *parts])
+        self._probe = next(embedded)
+        self._begin(embedded, inputs.finished_units)
+
+    def _begin(self, embedded: Iterator[Batch], blocks: int) -> None:
+        """Takes the batches before the first block, or with what an earlier run has left after some."""
+        streams = [self._stream, *([self._full.stream] if self._full else [])]
+        for batch in embedded:
+            for stream in streams:
+                own = Batch(batch.hidden.clone(), batch.calls)
+                stream.add_empty(own) if blocks else stream.add(own)
+        if not blocks:
+            return
+        restores = self._states.read(blocks, [batch.hidden for stream in streams for batch in stream.batches])
+        for number, stream in enumerate(streams):
+            count = len(stream.batches)
+            stream.take_over(restores[number * count : (number + 1) * count])
 
     def finish(self, units: int, *, last: bool) -> None:
         """Makes it possible to go on after this number of units."""
         if self._resume is not None:
-            self._resume.finished(lambda: () if last else self._keep(units))
-
-    def _keep(self, blocks: int) -> Sequence[Path]:
-        """Writes the hidden states after this number of blocks."""
-        assert self._kept is not None
-        return [self._kept.write(blocks, self._hidden())]
-
-    def _hidden(self) -> list[Tensor]:
-        """The hidden states of every batch, then those in full precision."""
-        return [batch.hidden for batch in self._batches] + (self._full.hidden if self._full else [])
-
-    def _offload(self, number: int, hidden: Tensor) -> Restore:
-        """Frees the memory of a batch's hidden states until its forward continues."""
-        return (self._kept and self._kept.offload(number, hidden)) or self._offload_file.offload(hidden.untyped_storage())
+            self._resume.finished(lambda: () if last else [self._states.finish(units)])
 
     def block(self, index: int) -> list[TensorRecord]:
         """Quantizes one block and takes every batch through it."""
@@ -225,8 +229,6 @@ class _Pass:
                 self._full.run(index, block, groups)
             solve = self._in_one_forward if self._method.true_sequential else self._in_two_forwards
             solved = solve(index, block, groups)
-            if self._full is not None:
-                self._full.restore()
             self._offload_file.empty()
             names = [parameter for parameter in self._runner.structure.parameters if parameter.startswith(f"{name}.")]
             return [_record(parameter, self._runner.parameter(parameter), solved) for parameter in names]
@@ -257,11 +259,13 @@ class _Pass:
         """Quantizes the output head."""
         name = self._runner.structure.head
         weights = {name: self._runner.read(f"{name}.weight").to(torch.float32)}
-        full = self._full.hidden if self._full else [None] * len(self._batches)
         with self._runner.head_inputs() as inputs:
             sums = self._sums(((name,),))
-            for number, (batch, hidden) in enumerate(zip(self._batches, full, strict=True)):
-                sums.add([inputs(batch.hidden)], None if hidden is None else inputs(hidden))
+            for number in range(len(self._stream.batches)):
+                with ExitStack() as stack:
+                    hidden = stack.enter_context(self._stream.restored(number))
+                    full = stack.enter_context(self._full.stream.restored(number)) if self._full else None
+                    sums.add([inputs(hidden)], None if full is None else inputs(full))
                 if number == self._middle:
                     sums.take(weights)
         corrections = sums.corrections(weights)
@@ -274,7 +278,7 @@ class _Pass:
         Until then all that it holds is on the disk: it would take most of the memory.
         """
         parking = self._parking()
-        forwards = [self._paused(index, block, batch, parking) for batch in self._batches]
+        forwards = [self._paused(index, block, batch, parking) for batch in self._stream.batches]
         solved: dict[str, SolvedLayer] = {}
         with pausing_at([group.stop for group in groups]):
             for group in groups:
@@ -294,8 +298,9 @@ class _Pass:
                 return_freed_memory()
                 solved |= self._solve(group, sums)
                 return_freed_memory()
-            for forward in forwards:
+            for number, forward in enumerate(forwards):
                 forward.finish()
+                self._stream.offload(index + 1, number)
         return solved
 
     def _in_two_forwards(self, index: int, block: nn.Module, groups: Sequence[Group]) -> dict[str, SolvedLayer]:
@@ -303,20 +308,25 @@ class _Pass:
         sums = [self._sums(group.members, experts=group.experts is not None) for group in groups]
         weights = [self._token_weights(group) for group in groups]
         with pausing_at([group.stop for group in groups]):
-            for number, batch in enumerate(self._batches):
-                forward = self._paused(index, block, Batch(batch.hidden, batch.calls), Parking(self._offload_file))
+            parking = self._parking()
+            for number, batch in enumerate(self._stream.batches):
+                forward = self._paused(index, block, Batch(batch.hidden, batch.calls), parking)
                 for group, of_group, own in zip(groups, sums, weights, strict=True):
                     full = self._full_inputs(group, number)
                     of_group.add(group.inputs(forward.advance()), full, None if own is None else own[number])
                     if number == self._middle:
                         of_group.take(self._weights(group.members[0]))
                 forward.finish()
+                del forward
+                parking.park()
         solved: dict[str, SolvedLayer] = {}
         for group, of_group in zip(groups, sums, strict=True):
             solved |= self._solve(group, of_group)
-        with FixedProducts():
-            for batch in self._batches:
+        for number, batch in enumerate(self._stream.batches):
+            self._stream.restore(number)
+            with FixedProducts():
                 self._runner.forward(index, block, batch)
+            self._stream.offload(index + 1, number)
         return solved
 
     def _groups(
@@ -340,8 +350,8 @@ class _Pass:
     def _parking(self) -> Parking:
         """For the forwards of a block, whose inputs are on the disk."""
         parking = Parking(self._offload_file)
-        for number, batch in enumerate(self._batches):
-            parking.hold(batch.hidden, self._offload(number, batch.hidden))
+        for number in range(len(self._stream.batches)):
+            parking.hold(*self._stream.restorer(number))
         return parking
 
     def _token_weights(self, group: Group) -> list[Tensor] | None:
@@ -350,7 +360,7 @@ class _Pass:
             return None
         (names,) = group.members
         weights = token_weights(self._importance, names).to(self._runner.device)
-        return [part.flatten() for part in weights.split([len(batch.hidden) for batch in self._batches])]
+        return [part.flatten() for part in weights.split([len(batch.hidden) for batch in self._stream.batches])]
 
     def _full_inputs(self, group: Group, number: int) -> Tensor | None:
         return None if self._full is None else self._full.inputs(group, number)
@@ -369,7 +379,7 @@ class _Pass:
     @property
     def _middle(self) -> int:
         """The last batch of the first half."""
-        return len(self._batches) // 2 - 1
+        return len(self._stream.batches) // 2 - 1
 
     def _solve(self, group: Group, sums: _Sums) -> dict[str, SolvedLayer]:
         """Solves a group and writes the quantized weights into its layers. Each sum is freed after its use."""

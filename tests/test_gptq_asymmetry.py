@@ -14,7 +14,8 @@ from torch import Tensor
 
 import factories
 from qexport.architectures.architecture import Architecture
-from qexport.quantizing import asymmetry, gptq_pass, shard
+from qexport.quantizing import asymmetry, gptq_pass
+from qexport.quantizing.activations import HiddenStates, Restore
 from qexport.quantizing.asymmetry import Asymmetry, agreed, changes, made_up
 from qexport.quantizing.full_precision import FullPrecisionStream
 from qexport.quantizing.layer import Hessian, solve_together
@@ -305,8 +306,12 @@ def test_a_pass_that_goes_on_has_the_hidden_states_of_both_models(tmp_path: Path
 
 @pytest.mark.usefixtures("two_batches")
 def test_hidden_states_that_are_not_kept_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    of_one = lambda self: {each: self._batches[each].hidden for each in self._numbers}  # noqa: E731
-    monkeypatch.setattr(shard.Shard, "_hidden", of_one)
+    read, batches = HiddenStates.read, -(-12 // BATCH)
+
+    def faulty(self: HiddenStates, blocks: int, hidden: dict[int, Tensor]) -> list[Restore]:
+        return read(self, blocks, {number % batches: tensor for number, tensor in hidden.items()})
+
+    monkeypatch.setattr(HiddenStates, "read", faulty)
     with pytest.raises(AssertionError):
         assert_same_bytes(*resumed(tmp_path))
 
@@ -318,12 +323,11 @@ def test_a_stream_that_sees_quantized_inputs_is_noticed(monkeypatch: pytest.Monk
     run = FullPrecisionStream.run
 
     def faulty(self: Any, index: int, block: Any, groups: Any) -> None:
-        before = [hidden.clone() for hidden in self.hidden]
+        before = [self.stream.restore(number).clone() for number in range(len(self.stream.batches))]
         run(self, index, block, groups)
-        self.restore()
-        for batch, hidden in zip(self._batches, before, strict=True):
-            batch.hidden = hidden
-        self._restore = []
+        for number, hidden in enumerate(before):
+            self.stream.batches[number].hidden = hidden
+            self.stream.offload(index + 1, number)
 
     monkeypatch.setattr(FullPrecisionStream, "run", faulty)
     with pytest.raises(AssertionError):

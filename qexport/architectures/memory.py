@@ -83,3 +83,23 @@ def return_freed_memory() -> None:
     """
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)
+
+
+class FreedMemory:
+    """Returns free pages whenever the process has grown by so many bytes. malloc cannot use every gap again, since
+    torch asks for aligned memory, and takes new pages for what would fit.
+
+    Args:
+        growth: bytes.
+    """
+
+    def __init__(self, growth: int) -> None:
+        self._growth, self._before = growth, 0
+
+    def look(self) -> None:
+        """Compares resident memory with the least since the last return."""
+        now = resident().now or 0
+        if self._before and now > self._before + self._growth:
+            return_freed_memory()
+            self._before = resident().now or 0
+        self._before = min(self._before or now, now)

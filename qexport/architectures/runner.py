@@ -56,18 +56,22 @@ class BlockRunner(LazyModel):
         """
         return self.embed_batches(input_ids.split(batch_size))
 
-    @torch.no_grad()
     def embed_batches(self, input_ids: Iterable[Tensor]) -> list[Batch]:
         """The same for windows that are batches already, whose lengths may differ from batch to batch."""
-        batches: list[Batch] = []
+        return list(self.embedded(input_ids))
+
+    @torch.no_grad()
+    def embedded(self, input_ids: Iterable[Tensor]) -> Iterator[Batch]:
+        """The same one batch after the other, so that not all of them need to be in memory."""
+        before: Batch | None = None
         outside = [name for name in self._outside_blocks() if not name.startswith(f"{self.structure.head}.")]
         with self._loaded(outside):
             for ids in input_ids:
                 batch = self._record(ids.to(self.device))
-                if batches and _same(batch.calls, batches[-1].calls):
-                    batch.calls = batches[-1].calls
-                batches.append(batch)
-        return batches
+                if before and _same(batch.calls, before.calls):
+                    batch.calls = before.calls
+                before = batch
+                yield batch
 
     @torch.no_grad()
     def forward(self, index: int, block: nn.Module, batch: Batch) -> None:

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from qexport.artifact.disk import disk_failure
 from qexport.cli.terminal import stderr, write, write_json
+from qexport.deferred_imports import defer_scipy_optimize
 from qexport.errors import GO_ON, QexportError, RecipeError, ResourceError
 from qexport.hidden_packages import hidden
 from qexport.reporting.values import visible
@@ -172,6 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     # torch's idle threads spin: that costs an eighth of a run's CPU time, and far more when other programs run too
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    defer_scipy_optimize()
     try:
         with hidden("kernels"):
             return app(arguments, prog_name="qexport", standalone_mode=False) or 0

@@ -9,19 +9,19 @@ import tempfile
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
-from weakref import ReferenceType, ref
 
-import torch
 from torch import Tensor, UntypedStorage
 
+from qexport.architectures.memory import FreedMemory
 from qexport.errors import ResourceError
 
-Restore = Callable[[], None]
-"""Fills the storage of an offloaded tensor again."""
+Restore = Callable[[UntypedStorage], None]
+"""Fills an offloaded storage again, which it does not keep alive."""
+
+_freed: Final = FreedMemory(24 << 20)
 
 
 class OffloadFile:
@@ -36,9 +36,7 @@ class OffloadFile:
     """
 
     def __init__(self, folder: Path) -> None:
-        file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - closed by __exit__
-        assert isinstance(file, io.FileIO)
-        self._file = file
+        self._file = _nameless(folder)
         self._end = 0
 
     def __enter__(self) -> Self:
@@ -62,44 +60,32 @@ class OffloadFile:
         """
         place = self._end
         self._end += storage.nbytes()
-        host = storage.cpu()
-        _write(self._file, _view(host.data_ptr(), host.nbytes()), place)
-        return _emptied(storage, self._file, place)
+        return _offloaded(storage, self._file, place)
 
 
 _TRAILER: Final = struct.Struct("<QQI")
-"""After each tensor in a file: the number of blocks that it has been through, its bytes, their CRC-32."""
+"""After a batch's states in a file: the number of blocks that they have been through, their bytes, their CRC-32."""
 
 
-@dataclass(frozen=True)
-class _Written:
-    """A tensor whose bytes are in a file, as long as nothing has changed it in place. It is not kept in memory."""
-
-    tensor: ReferenceType[Tensor]
-    version: int
-    place: int
-
-
-class ActivationFiles:
-    """The hidden states of all batches between two blocks, in two files in turn. A context manager.
+class HiddenStates:
+    """The hidden states of batches between two blocks, in two files in turn. A context manager.
 
     While the states after a block are written, those before it remain readable: a run that is stopped can go on from
-    one of the two files. Each tensor has a place of its own, so that several processes can each write theirs, and any
-    other process can read them. What has been written need not be written again to free its memory (`offload`).
+    one of the two files. Each batch has a place of its own, so several processes can each write theirs, and any other
+    process can read them.
 
     Args:
-        folder: where the files are, and stay.
-        size: bytes of the largest tensor.
+        folder: where the files are.
+        size: bytes of the largest batch's states.
+        kept: whether they stay there; else they have no names.
     """
 
-    def __init__(self, folder: Path, size: int) -> None:
+    def __init__(self, folder: Path, size: int, *, kept: bool) -> None:
         self._paths = [folder / f"activations-{number}" for number in range(2)]
         with ExitStack() as stack:
-            self._files = [stack.enter_context(_opened(path)) for path in self._paths]
+            self._files = [stack.enter_context(_opened(path) if kept else _nameless(folder)) for path in self._paths]
             stack.pop_all()
         self._stride = size + _TRAILER.size
-        self._current = self._files[0]
-        self._written: dict[int, _Written] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -110,77 +96,75 @@ class ActivationFiles:
         for file in self._files:
             file.close()
 
-    def write(self, blocks: int, hidden: Mapping[int, Tensor]) -> Path:
-        """Writes states after some blocks, in place of those two blocks before.
+    def path(self, blocks: int) -> Path:
+        """The file of the states after some blocks."""
+        return self._paths[blocks % 2]
+
+    def offload(self, blocks: int, number: int, hidden: Tensor) -> Restore:
+        """Writes a batch's states in place of those two blocks before, and frees their memory. They are not durable.
 
         Args:
             blocks: how many blocks they have been through.
-            hidden: tensors by their places, which are counted from 0.
-
-        Returns:
-            The file, which is not durable yet.
+            number: of the batch.
+            hidden: the states, contiguous, alone in their storage.
 
         Raises:
             OSError: the disk is full.
         """
-        file, self._written = self._files[blocks % 2], {}
-        for number, tensor in hidden.items():
-            host, place = tensor.cpu().contiguous(), number * self._stride
-            content = _view(host.data_ptr(), host.nbytes)
-            _write(file, content, place)
-            trailer = _TRAILER.pack(blocks, host.nbytes, zlib.crc32(content))
-            _write(file, memoryview(trailer), place + host.nbytes)
-            self._written[number] = _Written(ref(tensor), tensor._version, place)
-        self._current = file
-        return self._paths[blocks % 2]
+        storage, file, place = hidden.untyped_storage(), self._files[blocks % 2], number * self._stride
+        assert storage.nbytes() == hidden.nbytes, "other tensors share the memory"
+        trailer = _trailer(blocks, storage)
+        restore = _offloaded(storage, file, place)
+        _write(file, memoryview(trailer), place + hidden.nbytes)
+        return restore
 
-    def read(self, blocks: int, hidden: Mapping[int, Tensor]) -> None:
-        """Fills tensors with the states that an earlier run, or another process, wrote.
+    def read(self, blocks: int, hidden: Mapping[int, Tensor]) -> list[Restore]:
+        """Takes over the states that an earlier run, or another process, has written.
 
         Args:
             blocks: how many blocks they have been through.
-            hidden: tensors of the right shape and dtype by their places.
+            hidden: tensors of the right shape and dtype by the numbers of their batches; their storages are emptied.
 
         Raises:
             ResourceError: the file does not hold them, or is damaged.
         """
-        file = self._files[blocks % 2]
+        file, restores = self._files[blocks % 2], []
         for number, tensor in hidden.items():
-            host = torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format)
-            content, trailer = _view(host.data_ptr(), host.nbytes), bytearray(_TRAILER.size)
-            _read(file, content, number * self._stride)
-            _read(file, memoryview(trailer), number * self._stride + host.nbytes)
-            if _TRAILER.unpack(trailer) != (blocks, host.nbytes, zlib.crc32(content)):
+            storage, place, found = tensor.untyped_storage(), number * self._stride, bytearray(_TRAILER.size)
+            restores.append(_restore(file, place, tensor.nbytes))
+            restores[-1](storage)
+            _read(file, memoryview(found), place + tensor.nbytes)
+            if found != _trailer(blocks, storage):
                 raise ResourceError(
                     "the activations that an interrupted run has left are damaged",
-                    where=str(self._paths[blocks % 2]),
+                    where=str(self.path(blocks)),
                     mend="check the disk, then begin again with --restart",
                 )
-            tensor.copy_(host)
-        self._current, self._written = file, {}
-
-    def offload(self, number: int, tensor: Tensor) -> Restore | None:
-        """Empties the storage of the states at a place, if they are those that were written last.
-
-        Returns:
-            The function that fills it again; None if the states were not written, or have changed since.
-        """
-        found = self._written.get(number)
-        if found is None or found.tensor() is not tensor or found.version != tensor._version:
-            return None
-        return _emptied(tensor.untyped_storage(), self._current, found.place) if _fills_its_storage(tensor) else None
+            storage.resize_(0)
+        return restores
 
 
-def _fills_its_storage(tensor: Tensor) -> bool:
-    """Whether the bytes of the tensor, row after row, are all the bytes of its storage."""
-    return tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+def _trailer(blocks: int, storage: UntypedStorage) -> bytes:
+    return _TRAILER.pack(blocks, storage.nbytes(), _checksum(storage))
 
 
-def _emptied(storage: UntypedStorage, file: io.FileIO, place: int) -> Restore:
-    size = storage.nbytes()
+def _checksum(storage: UntypedStorage) -> int:
+    host = storage.cpu()
+    return zlib.crc32(_view(host.data_ptr(), host.nbytes()))
+
+
+def _offloaded(storage: UntypedStorage, file: io.FileIO, place: int) -> Restore:
+    """Writes a storage into a file, and empties it."""
+    host = storage.cpu()
+    size = host.nbytes()
+    _write(file, _view(host.data_ptr(), size), place)
     storage.resize_(0)
+    _freed.look()
+    return _restore(file, place, size)
 
-    def restore() -> None:
+
+def _restore(file: io.FileIO, place: int, size: int) -> Restore:
+    def restore(storage: UntypedStorage) -> None:
         storage.resize_(size)
         if storage.device.type == "cpu":
             _read(file, _view(storage.data_ptr(), size), place)
@@ -190,6 +174,12 @@ def _emptied(storage: UntypedStorage, file: io.FileIO, place: int) -> Restore:
             storage.copy_(host)
 
     return restore
+
+
+def _nameless(folder: Path) -> io.FileIO:
+    file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - closed by the caller
+    assert isinstance(file, io.FileIO)
+    return file
 
 
 def _opened(path: Path) -> io.FileIO:

@@ -202,7 +202,7 @@ class _Pass:
     def finish(self, units: int, *, last: bool) -> None:
         """Makes it possible to go on after this number of units."""
         if self._inputs.resume is not None:
-            self._inputs.resume.finished(lambda: () if last else [*set(self._shards.each(Shard.keep, units))])
+            self._inputs.resume.finished(lambda: () if last else [*set(self._shards.each(Shard.kept, units))])
 
     def block(self, index: int) -> list[TensorRecord]:
         """Quantizes one block and takes every batch through it. If a worker goes meanwhile, all begin the block anew.

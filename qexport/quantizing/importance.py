@@ -128,7 +128,7 @@ class _Part:
         with self._runner.block(index) as block:
             modules = {linear.name: self._runner.module(linear) for linear in own}
             for number, (batch, (before, restore)) in enumerate(zip(self._batches, self._inputs.pop(), strict=True)):
-                restore()
+                restore(before.untyped_storage())
                 start, end = end, end + len(before)
                 noted = [(module, self._found[name][start:end]) for name, module in modules.items()]
                 with _noting(noted), FixedProducts():

@@ -67,8 +67,9 @@ class Parking(FixedProducts):
         """Brings tensors in tuples, lists and dicts back into memory, and returns what their storages are known by."""
         used = {tensor.untyped_storage()._cdata for tensor in _tensors(value)}
         for key in used & self._parked.keys():
-            self._restored[key] = self._parked.pop(key)
-            self._restored[key].restore()
+            copy = self._restored[key] = self._parked.pop(key)
+            if (storage := _alive(copy.storage)) is not None:
+                copy.restore(storage)
         return used
 
     def hold(self, tensor: Tensor, restore: Restore) -> None:

@@ -17,11 +17,12 @@ from qexport.architectures.runner import Batch, BlockRunner
 from qexport.architectures.structure import LinearSpec
 from qexport.artifact.disk import sync
 from qexport.errors import CompatibilityError, ResourceError
-from qexport.quantizing.activations import ActivationFiles, OffloadFile, Restore
+from qexport.quantizing.activations import HiddenStates, OffloadFile
 from qexport.quantizing.full_precision import FullPrecisionStream
 from qexport.quantizing.parking import Parking
 from qexport.quantizing.pauses import Group, PausedForward, find_groups, pausing_at
 from qexport.quantizing.products import FixedProducts
+from qexport.quantizing.stream import Stream
 from qexport.quantizing.sums import GroupInputs, Sums
 from qexport.tensors import TensorSpec, WeightSource
 
@@ -104,7 +105,7 @@ class Shard:
             )
         self._files, self._block = ExitStack(), ExitStack()
         self._offload_file = self._files.enter_context(OffloadFile(shared.scratch))
-        self._kept: ActivationFiles | None = None
+        self._states: HiddenStates | None = None
         self._full: FullPrecisionStream | None = None
         self._groups: list[Group] = []
         self._forwards: dict[int, PausedForward] = {}
@@ -133,15 +134,34 @@ class Shard:
         shared, size = self._shared, self._shared.batch_size
         windows = shared.input_ids[self._numbers.start * size : self._numbers.stop * size]
         with self._having(tensors):
-            self._batches = self._runner.embed(windows, size)
-            self._probe = self._runner.embed(windows[:1, :8], 1)[0]
-        self._full = FullPrecisionStream(self._runner, self._batches, self._offload_file) if shared.corrected else None
-        if shared.kept is not None and self._kept is None:
-            largest = size * self._batches[0].hidden[0].nbytes
-            self._kept = self._files.enter_context(ActivationFiles(shared.kept, largest))
-        if units:
-            assert self._kept is not None
-            self._kept.read(units, self._hidden())
+            embedded = self._runner.embedded([windows[:1, :8], *windows.split(size)])
+            self._probe = next(embedded)
+            self._stream, full = self._new_stream(0), self._new_stream(-(-len(shared.input_ids) // size))
+            self._full = FullPrecisionStream(self._runner, full, self._offload_file) if shared.corrected else None
+            for batch in embedded:
+                for stream in self._streams:
+                    own = Batch(batch.hidden.clone(), batch.calls)
+                    stream.add_empty(own) if units else stream.add(own)
+        for stream in self._streams if units else []:
+            stream.read(units)
+
+    @property
+    def _streams(self) -> list[Stream]:
+        return [self._stream, *([self._full.stream] if self._full else [])]
+
+    def _new_stream(self, first: int) -> Stream:
+        """One whose batches follow so many others in the files."""
+        shared = self._shared
+        if self._states is None:
+            tokens = self._probe.hidden[0, 0].nbytes
+            self._states = self._files.enter_context(
+                HiddenStates(
+                    shared.kept or shared.scratch,
+                    shared.batch_size * shared.input_ids.shape[1] * tokens,
+                    kept=shared.kept is not None,
+                )
+            )
+        return Stream(self._states, first + self._numbers.start)
 
     def begin(self, index: int, tensors: Tensors | None) -> list[GroupNames]:
         """Loads a block, and takes the windows through it before its layers are quantized, where that is asked for.
@@ -164,10 +184,11 @@ class Shard:
         self._groups = self._found_groups(index, block, chosen, of_experts)
         if self._full is not None:
             self._full.run(index, block, self._groups)
+        self._index = index
         self._forward = forward = partial(self._runner.forward, index, block)
         self._parking = parking = Parking(self._offload_file)
-        for number, batch in zip(self._numbers, self._batches, strict=True):
-            parking.hold(batch.hidden, self._offload(number, batch.hidden))
+        for place, (number, batch) in enumerate(zip(self._numbers, self._stream.batches, strict=True)):
+            parking.hold(*self._stream.restorer(place))
             paused = batch if self._shared.once else Batch(batch.hidden, batch.calls)
             self._forwards[number] = PausedForward(partial(forward, paused), parking)
         self._block.enter_context(pausing_at([group.stop for group in self._groups]))
@@ -238,22 +259,25 @@ class Shard:
         Args:
             late: weights [out, in] for its layers, with which the windows go through all of it once more.
         """
-        for forward in self._forwards.values():
+        for place, forward in enumerate(self._forwards.values()):
             forward.finish()
+            if late:
+                self._parking.park()
+            else:
+                self._stream.offload(self._index + 1, place)
         if late:
             self.replace(late)
-            self._parking.restore([batch.hidden for batch in self._batches])
-            with FixedProducts():
-                for batch in self._batches:
+            for place, batch in enumerate(self._stream.batches):
+                self._stream.restore(place)
+                with FixedProducts():
                     self._forward(batch)
-        if self._full is not None:
-            self._full.restore()
+                self._stream.offload(self._index + 1, place)
         self._leave()
 
-    def keep(self, units: int) -> Path:
-        """Writes the hidden states after so many blocks, with which a later run, or another worker, goes on."""
-        assert self._kept is not None
-        path = self._kept.write(units, self._hidden())
+    def kept(self, units: int) -> Path:
+        """The file with the states after so many blocks, with which a later run, or another worker, goes on."""
+        assert self._states is not None
+        path = self._states.path(units)
         if not self._shared.alone:
             sync(path)  # on another machine, only its own call makes it durable
         return path
@@ -274,13 +298,10 @@ class Shard:
         finally:
             self._received.clear()
 
-    def _hidden(self) -> dict[int, Tensor]:
-        """The hidden states of every batch, and those in full precision, by their places in the file."""
-        found = dict(zip(self._numbers, (batch.hidden for batch in self._batches), strict=True))
-        if self._full is not None:
-            batches = -(-len(self._shared.input_ids) // self._shared.batch_size)
-            found |= zip((batches + number for number in self._numbers), self._full.hidden, strict=True)
-        return found
+    def _head_input(self, stream: Stream, place: int) -> Tensor:
+        assert self._at_head is not None
+        with stream.restored(place) as hidden:
+            return self._at_head(hidden)
 
     def _arrived(self, group: int, number: int, weights: Tensor | None) -> GroupInputs:
         """What a group receives from a batch."""
@@ -288,8 +309,8 @@ class Shard:
             return self._held[number]
         place = number - self._numbers.start
         if self._at_head is not None:
-            full = None if self._full is None else self._at_head(self._full.hidden[place])
-            return GroupInputs([self._at_head(self._batches[place].hidden)], full, weights)
+            inputs = [self._head_input(stream, place) for stream in self._streams]
+            return GroupInputs(inputs[:1], inputs[1] if self._full else None, weights)
         own = self._groups[group]
         inputs = own.inputs(self._forwards[number].advance())
         return GroupInputs(inputs, None if self._full is None else self._full.inputs(own, place), weights)
@@ -302,12 +323,6 @@ class Shard:
             self._held[number] = batch
         if self._at_head is None:
             self._parking.park([each.inputs for each in self._held.values()])
-
-    def _offload(self, number: int, hidden: Tensor) -> Restore:
-        """Frees the memory of a batch's hidden states until its forward continues."""
-        return (self._kept and self._kept.offload(number, hidden)) or self._offload_file.offload(
-            hidden.untyped_storage()
-        )
 
     @contextmanager
     def _stops(self, chosen: Sequence[LinearSpec]) -> Iterator[list[Group]]:

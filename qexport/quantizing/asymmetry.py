@@ -124,6 +124,19 @@ def agreed(halves: tuple[Tensor, Tensor], factor: Factor) -> Tensor:
     return first.add_(second).mul_(share)
 
 
+def bounded(agreement: Tensor, most: Tensor) -> Tensor:
+    """What was `agreed`, as far as its rows change the outputs by no more than this.
+
+    A layer that makes up for many times its own error cannot be told from a damaged one.
+
+    Args:
+        agreement: float32 [rows, in]; overwritten.
+        most: of each row, the mean square of the change at the outputs, float64 [rows].
+    """
+    found = agreement.square().sum(1, dtype=torch.float64)  # of a correction C = A U, C H C^T = A A^T
+    return agreement.mul_((most.to(found.device) / found).clamp_(max=1).nan_to_num_(1).sqrt_().float()[:, None])
+
+
 def made_up(weight: Tensor, agreement: Tensor, factor: Factor) -> Tensor:
     """What a layer aims at, `W + r (S1 + S2) H^-1 / 2`, for some of its rows.
 

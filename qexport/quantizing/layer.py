@@ -16,7 +16,7 @@ from torch import Tensor
 from qexport.errors import NumericalError
 from qexport.execution.inline import INLINE
 from qexport.execution.workers import Execution
-from qexport.quantizing.asymmetry import agreed, made_up
+from qexport.quantizing.asymmetry import agreed, bounded, made_up
 from qexport.quantizing.factorization import side_by_side
 from qexport.quantizing.refinement import refine
 from qexport.quantizing.solver import ROWS_TOGETHER, Factor, Options, factorize, round_to_nearest, solve
@@ -142,7 +142,7 @@ class SolvedRows:
         quantized: the codes.
         energy: of the weights that the codes were found for.
         error: of the error of the codes.
-        nearest_error: of the error of round-to-nearest.
+        nearest_error: of the error of round-to-nearest, before anything is made up for.
     """
 
     quantized: GroupQuantized
@@ -269,18 +269,15 @@ def _dealt(rows: int, workers: int) -> list[slice]:
 
 def solve_rows(rows: Rows, problem: Problem) -> SolvedRows:
     """Solves some rows, whose number but for the last ones is a multiple of `ROWS_TOGETHER`."""
-    matrix, factor = problem.matrix, problem.factor
-    weight = rows.weight if rows.agreed is None else made_up(rows.weight, rows.agreed, factor)
+    matrix, factor, weight = problem.matrix, problem.factor, rows.weight
+    nearest = _energies(len(weight), _error_rows(weight, round_to_nearest(weight, rows.options)), matrix)
+    if rows.agreed is not None:
+        weight = made_up(weight, bounded(rows.agreed, nearest), factor)
     quantized = solve(weight, matrix, factor, rows.options)
     if rows.options.refine:
         quantized = refine(weight, quantized, matrix, factor)
-    nearest = round_to_nearest(weight, rows.options)
-    return SolvedRows(
-        quantized,
-        _energies(len(weight), lambda start, end: weight[start:end], matrix),
-        _energies(len(weight), _error_rows(weight, quantized), matrix),
-        _energies(len(weight), _error_rows(weight, nearest), matrix),
-    )
+    energy = _energies(len(weight), lambda start, end: weight[start:end], matrix)
+    return SolvedRows(quantized, energy, _energies(len(weight), _error_rows(weight, quantized), matrix), nearest)
 
 
 def _solved(name: str, rows: SolvedRows, tokens: int, damp_percent: float, dead: int) -> SolvedLayer:

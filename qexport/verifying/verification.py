@@ -30,6 +30,7 @@ from qexport.verifying.config_comparison import config_differences, refuse_other
 from qexport.verifying.divergence import TokenFigures
 from qexport.verifying.document_sums import baseline_figures, document_sums, held_out_windows
 from qexport.verifying.estimates import divergence_figures, rival_figures
+from qexport.verifying.predictors import run_in_lockstep, windows_at_once
 from qexport.verifying.reference import Reference
 from qexport.verifying.rounds import NO_LOOKS, Looks, Measured, Models, measure
 from qexport.verifying.speed import MeasuredSpeed
@@ -127,6 +128,8 @@ def verify(
     rivals = _rivals(reference, artifact.grids, artifact.transposed)
     models = Models(own, reading.runner, *rivals)
     ids = reference.held_out.input_ids
+    if looks.earlier and isinstance(reading.runner, BlockRunner):
+        _run_again(own, reading.runner, ids[: settings.windows])
     measured = measure(models, ids, settings.windows, decide, partial(_needs_more, reference), steps, looks)
     compared = weights.finish()
     pair = Pair(own, reading.runner, reference.merged, artifact, reference.tokenizer)
@@ -151,6 +154,12 @@ def verify(
         notes=[*reading.notes, *whole.notes, *suites.notes],
         timings=_timings(time.monotonic() - started, speed),
     )
+
+
+def _run_again(reference: BlockRunner, artifact: BlockRunner, input_ids: torch.Tensor) -> None:
+    """Runs the first batch of windows whose figures are known: the layers' outputs are compared on its inputs."""
+    first = input_ids[: windows_at_once(input_ids.shape[1])]
+    run_in_lockstep([reference, artifact], first, lambda _: None, drift=False)
 
 
 def has_nearest_rival(grids: Mapping[str, GroupQuantizedSpec]) -> bool:

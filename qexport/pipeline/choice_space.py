@@ -75,6 +75,17 @@ class ChoiceSpace:
         """An option for each unit, before anything is measured: the first."""
         return [options[0] for options in self.options]
 
+    def chosen(self, indices: Sequence[int]) -> list[Option]:
+        """The option of each unit, from its index among the unit's options."""
+        return [options[index] for options, index in zip(self.options, indices, strict=True)]
+
+    def counted(self, indices: Sequence[int]) -> str:
+        """How many layers have which option, in words."""
+        counts = Counter[Option]()
+        for unit, option in zip(self.units, self.chosen(indices), strict=True):
+            counts[option] += len(unit)
+        return ", ".join(f"{counted(count, 'layer')} at {option}" for option, count in sorted(counts.items()))
+
     def outputs(self, chosen: Sequence[Option]) -> Outputs:
         """What the pass will yield with an option for each unit."""
         specs = dict(self.common.specs)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from qexport.amounts import counted, size
-from qexport.artifact.report import Report
+from qexport.artifact.figures import GateResult
 from qexport.errors import CompatibilityError
 from qexport.export.layouts import Layout
 from qexport.pipeline.choice_space import ChoiceSpace, Option
@@ -44,6 +43,21 @@ the measurement of single layers knows nothing: 0.65 and 0.67 on SmolLM2, 0.65 a
 
 
 @dataclass(frozen=True)
+class Tried:
+    """A choice that missed its target.
+
+    Attributes:
+        chosen: the index of each unit's option.
+        expected: the mean KL divergence that it was made for, in nats per token.
+        measured: the artifact's.
+    """
+
+    chosen: list[int]
+    expected: float
+    measured: float
+
+
+@dataclass(frozen=True)
 class Choice:
     """What was measured, and what was chosen.
 
@@ -51,20 +65,36 @@ class Choice:
         losses: of each unit and option, the mean KL divergence that it costs alone, in nats per token.
         chosen: the index of each unit's option.
         expected: the sum of the chosen losses.
+        tried: the choices before this one.
     """
 
     losses: list[list[float]]
     chosen: list[int]
     expected: float
+    tried: list[Tried] = field(default_factory=list)
 
     @classmethod
     def of(cls, kept: Mapping[str, Any]) -> Choice:
         """The choice that a journal has kept."""
-        return cls(**kept)
+        return cls(**{**kept, "tried": [Tried(**each) for each in kept["tried"]]})
 
     def as_dict(self) -> dict[str, Any]:
         """For a journal."""
-        return {name: getattr(self, name) for name in ("losses", "chosen", "expected")}
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Missed:
+    """How far an artifact is from its target.
+
+    Attributes:
+        value: its mean KL divergence, in nats per token.
+        worst: the end of the interval that lies above the target, where all windows together did not decide; else the
+            value.
+    """
+
+    value: float
+    worst: float
 
 
 @dataclass(frozen=True)
@@ -84,45 +114,91 @@ class MadeChoice:
     @property
     def options(self) -> list[Option]:
         """The option of each unit."""
-        return [options[index] for options, index in zip(self.space.options, self.choice.chosen, strict=True)]
+        return self.space.chosen(self.choice.chosen)
 
     @property
-    def note(self) -> str:
-        """What was chosen, and what it is expected to cost, for report and manifest."""
-        counts = Counter[Option]()
-        for unit, option in zip(self.space.units, self.options, strict=True):
-            counts[option] += len(unit)
-        words = ", ".join(f"{counted(count, 'layer')} at {option}" for option, count in sorted(counts.items()))
-        return f"{self.space.method.title}: {words}; the expected mean KL divergence is {self.choice.expected:.3g}"
+    def attempt(self) -> int:
+        """The number of the attempt, from 1."""
+        return len(self.choice.tried) + 1
 
-    def advice(self, reports: Mapping[str, Report]) -> str | None:
-        """Which choice to make next where an artifact's mean KL divergence is above the target; None if none is.
+    @property
+    def notes(self) -> list[str]:
+        """What was chosen and what it is expected to cost, after what was tried before; for report and manifest."""
+        space, title, found = self.space, self.space.method.title, list[str]()
+        for number, tried in enumerate(self.choice.tried, 1):
+            found.append(
+                f"{title}, attempt {number}: {space.counted(tried.chosen)}; the mean KL divergence was "
+                f"{tried.measured:.3g}, and {tried.expected:.3g} was expected"
+            )
+        own = f"{title}, attempt {self.attempt}" if found else title
+        words = f"{space.counted(self.choice.chosen)}; the expected mean KL divergence is {self.choice.expected:.3g}"
+        return [*found, f"{own}: {words}"]
 
-        The losses are taken to be as much too small as the chosen ones were.
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the whole artifact."""
+        return 8 * self.total_bytes / self.layout.weights.parameters
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all tensors of the artifact."""
+        chosen = zip(self.space.stored(self.layout), self.choice.chosen, strict=True)
+        return sum(sizes[index] for sizes, index in chosen) + _beside(self.space, self.layout)
+
+    def missed(self, gates: Iterable[GateResult]) -> Missed | None:
+        """How far the artifact is from the target's mean KL divergence, where the gate on it did not pass and it is
+        above the target; None else, and where a check has failed, which no bits can mend.
 
         Args:
-            reports: of the artifact's layouts.
+            gates: of all the artifact's layouts.
         """
-        space, target, found = self.space, self.space.method.target.mean_kl, list(map(_mean_kl, reports.values()))
-        measured = max(found, default=0.0)
-        if target is None or measured <= target or not self.choice.expected:
+        target, failing = self.space.method.target.mean_kl, [gate for gate in gates if not gate.passed]
+        if target is None or any(gate.figure is None for gate in failing):
             return None
-        allocation = _allocation(space, self.layout, self.choice.losses)
-        larger = allocation.reaching(self.choice.expected * _SAFE * target / measured)
-        told = f"the mean KL divergence is {measured:.3g}, and {self.choice.expected:.3g} was expected of this choice"
+        of_target = [gate for gate in failing if gate.name == "mean_kl"]
+        found = max(map(_missed, of_target), key=lambda each: each.worst, default=None)
+        return found if found is not None and found.worst > target else None
+
+    def larger(self, missed: Missed) -> MadeChoice | None:
+        """The choice after one that has missed the target: the losses are taken to be as much too small as the chosen
+        ones were.
+
+        Returns:
+            None if nothing that is offered would reach the target.
+        """
+        choice, target = self.choice, self.space.method.target.mean_kl
+        if target is None or not choice.expected:
+            return None
+        scale = missed.value / choice.expected
+        losses = [[scale * loss for loss in own] for own in choice.losses]
+        allocation = _allocation(self.space, self.layout, losses)
+        chosen = allocation.reaching(_SAFE * target * missed.value / missed.worst)
+        if chosen is None:
+            return None
+        tried = [*choice.tried, Tried(choice.chosen, choice.expected, missed.value)]
+        return replace(self, choice=Choice(losses, chosen, allocation.loss(chosen), tried))
+
+    def outcome(self, missed: Missed) -> str:
+        """What was measured of a choice that has missed the target."""
+        high = f" (up to {missed.worst:.3g})" if missed.worst > missed.value else ""
+        return f"the mean KL divergence is {missed.value:.3g}{high}, and {self.choice.expected:.3g} was expected"
+
+    def advice(self, missed: Missed) -> str:
+        """What to set after the last attempt."""
+        target, larger = self.space.method.target.mean_kl, self.larger(missed)
         if larger is None:
-            return f"{told}; no choice that is offered would reach {target:g}: offer more bits"
-        total = allocation.total(larger) + _beside(space, self.layout)
-        bits = math.ceil(800 * total / self.layout.weights.parameters) / 100
+            return f"{self.outcome(missed)}; no choice that is offered would reach {target:g}: offer more bits"
+        bits = math.ceil(100 * larger.bits_per_weight) / 100
         return (
-            f"{told}; the next larger choice has {bits:.2f} bits per weight ({size(total, decimals=1)}): set "
-            f"quantize.target to {{bits_per_weight: {bits:.2f}}} and verify.gates to "
-            f"{{mean_kl: {{at_most: {target:g}}}}}"
+            f"{self.outcome(missed)}; the next larger choice has {bits:.2f} bits per weight "
+            f"({size(larger.total_bytes, decimals=1)}): set quantize.target to {{bits_per_weight: {bits:.2f}}} and "
+            f"verify.gates to {{mean_kl: {{at_most: {target:g}}}}}"
         )
 
 
-def _mean_kl(report: Report) -> float:
-    return next((each.value for each in report.figures if each.name == "mean_kl" and each.domain is None), 0.0)
+def _missed(gate: GateResult) -> Missed:
+    value = gate.value or 0.0
+    return Missed(value, max(value, gate.high or 0.0) if gate.verdict == "undecided" else value)
 
 
 def measure_units(

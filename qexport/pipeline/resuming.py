@@ -35,6 +35,9 @@ from qexport.verifying.divergence import TokenFigures
 from qexport.verifying.reference import Preparation
 from qexport.verifying.rounds import Look, Looks
 
+_CHOICE: Final = "choice"
+"""The records with which an attempt begins, see `qexport/pipeline/attempts.py`."""
+
 _ACTIVATIONS: Final = ".activations"
 """The folder of what a pass needs to go on, as long as it runs."""
 
@@ -72,7 +75,7 @@ class RunJournal:
         refuse_other_run(begun[0]["identity"], self._identity, self._publication.folder)
         if begun[0]["files"] != self._files:
             self._refuse_other_base()
-        return sum(len(unit["tensors"][0]) for unit in self._journal.of_kind("unit"))
+        return sum(len(unit["tensors"][0]) for unit in self._journal.of_kind("unit", since=_CHOICE))
 
     def _refuse_other_base(self) -> None:
         """Compares the contents of the base's files, where they are known: their times or places have changed."""
@@ -112,12 +115,13 @@ class RunJournal:
 
     @property
     def choice(self) -> Choice | None:
-        """What the method `mixed` has chosen, if it has."""
-        return next((Choice.of(found) for found in self._journal.of_kind("choice")), None)
+        """What the method `mixed` has chosen for the last attempt, if it has."""
+        found = self._journal.of_kind(_CHOICE)
+        return Choice.of(found[-1]) if found else None
 
-    def note_choice(self, choice: Choice) -> None:
-        """Keeps a choice."""
-        self._note("choice", choice.as_dict())
+    def begin_attempt(self, choice: Choice) -> None:
+        """Keeps a choice. Units and looks before it count no more, and `units` removes what they have written."""
+        self._note(_CHOICE, choice.as_dict())
 
     @contextmanager
     def units(self, writers: Sequence[WeightWriter], layers: list[LayerRecord]) -> Iterator[ResumePoint]:
@@ -132,7 +136,7 @@ class RunJournal:
             OSError: the disk is full or failed.
         """
         folder = self._publication.folder / _ACTIVATIONS
-        found = self._journal.of_kind("unit")
+        found = self._journal.of_kind("unit", since=_CHOICE)
         layers += [LayerRecord.model_validate(layer) for unit in found for layer in unit["layers"]]
         for index, writer in enumerate(writers):
             writer.adopt({name: _stored(each) for unit in found for name, each in unit["tensors"][index].items()})
@@ -158,7 +162,7 @@ class RunJournal:
         Args:
             measured: names the measurement.
         """
-        found = [look for look in self._journal.of_kind("look") if look["measured"] == measured]
+        found = [look for look in self._journal.of_kind("look", since=_CHOICE) if look["measured"] == measured]
         return Looks(
             [_look(look) for look in found], lambda look: self._note("look", {"measured": measured} | _look_json(look))
         )

@@ -24,9 +24,9 @@ from qexport.export.layouts import Layout
 from qexport.export.tensor_writer import WrittenWeights
 from qexport.export.weight_files import WeightWriter
 from qexport.hidden_packages import hidden
+from qexport.pipeline.attempts import Attempts
 from qexport.pipeline.finished import FinishedRun
 from qexport.pipeline.folders import LayoutFolder, open_layout
-from qexport.pipeline.mixing import MadeChoice, choose, measure_units
 from qexport.pipeline.planning import Plan, plan
 from qexport.pipeline.recording import make_manifest, write_card
 from qexport.pipeline.reference import prepare_reference, refuse_unmeasurable, unproven_merge
@@ -60,7 +60,8 @@ def run(
     """Merges, quantizes, exports and verifies; publishes the artifact with one rename.
 
     If a gate fails or is undecided, the artifact is set aside as `<output>.rejected/`; if the merge differs from
-    PEFT's, nothing is quantized. The result says so; see `Result.raise_for_verdict`.
+    PEFT's, nothing is quantized. The result says so; see `Result.raise_for_verdict`. Where an artifact misses the
+    target of the method `mixed`, the model is quantized and verified again, at most twice, with a larger choice.
 
     A run that was stopped (by Ctrl-C, a kill, a full or failing disk) is continued by the next run of the same recipe,
     and ends with the same bytes.
@@ -101,15 +102,14 @@ def run(
                 return Result(None, {}, {}, unproven.gate.verdict, unproven)
             if reference and journal.prepared is None:
                 journal.note_prepared(reference.prepared)
-            planned, choice = _chosen(planned, texts, output, where, journal, progress)
-            layers, written = _write(planned, texts, publication.folder, where, journal, progress)
-        with ExitStack() as stack:
-            for weights in written.values():
-                stack.enter_context(hashed_in_background(weights.files))
-            folders = _read_back(planned, publication.folder, layers, written, stack)
-            reports = _measure(planned, reference, folders, journal, command, progress)
-            if choice and (advice := choice.advice(reports)):
-                progress(Notice(advice))
+            attempts = Attempts(planned, texts, output, where, journal, progress)
+            attempt: Plan | None = attempts.first()
+            while attempt is not None:
+                planned = attempt
+                folders, reports = _attempt(
+                    planned, texts, reference, publication.folder, where, journal, command, progress
+                )
+                attempt = attempts.after(reports)
         journal.refuse_changed_base()
         manifests, roots = _record(planned, texts, folders, reports, where)
         return _publish(planned, publication, manifests, reports, roots)
@@ -147,25 +147,23 @@ def _unproven_merge(planned: Plan, reference: Reference | None) -> UnprovenMerge
     return unproven_merge(settings, reference.prepared)
 
 
-def _chosen(
-    planned: Plan, texts: Texts, output: Path, device: torch.device, journal: RunJournal, progress: ProgressCallback
-) -> tuple[Plan, MadeChoice | None]:
-    """The plan with the choice of the method `mixed`, which an interrupted run may have made."""
-    if planned.space is None or texts.calibration is None:
-        return planned, None
-    layout = planned.layouts[0]
-    if (choice := journal.choice) is None:
-        measured = measure_units(planned.space, texts.calibration, device=device, progress=progress)
-        choice = choose(planned.space, layout, measured)
-        journal.note_choice(choice)
-    made = MadeChoice(planned.space, layout, choice)
-    chosen = planned.choosing(made.options, made.note)
-    for line in (made.note, *chosen.short_lines()[-2:]):
-        progress(Notice(line))
-    ensure_space(output, chosen.expected.disk, replaced=temporary_path(output))
-    for each in chosen.layouts:
-        each.prepare()
-    return chosen, made
+def _attempt(
+    planned: Plan,
+    texts: Texts,
+    reference: Reference | None,
+    output: Path,
+    device: torch.device,
+    journal: RunJournal,
+    command: str,
+    progress: ProgressCallback,
+) -> tuple[dict[str, LayoutFolder], dict[str, Report]]:
+    """Quantizes, exports and verifies. Returns folders and reports by layout name; the folders are closed again."""
+    layers, written = _write(planned, texts, output, device, journal, progress)
+    with ExitStack() as stack:
+        for weights in written.values():
+            stack.enter_context(hashed_in_background(weights.files))
+        folders = _read_back(planned, output, layers, written, stack)
+        return folders, _measure(planned, reference, folders, journal, command, progress)
 
 
 def _write(

@@ -24,12 +24,12 @@ from qexport.artifact.figures import GateResult
 from qexport.artifact.manifest import MANIFEST_NAME
 from qexport.artifact.partial import MARKER_NAME
 from qexport.artifact.publish import Publication
-from qexport.errors import CompatibilityError
+from qexport.errors import CompatibilityError, InputError
 from qexport.export import SafetensorsSettings
 from qexport.gates import Bounds
 from qexport.loading import LoadSettings
 from qexport.loading.checkpoint import load_checkpoint
-from qexport.pipeline import Result, attempts, mixing, plan, run
+from qexport.pipeline import Result, attempts, mixing, plan, rebuilding, run
 from qexport.pipeline.choice_space import choice_space
 from qexport.progress import Notice, Progress, silent
 from qexport.quantizing.allocation import Allocation, Priced
@@ -38,6 +38,7 @@ from qexport.quantizing.mixed import Mixed
 from qexport.quantizing.sensitivity import Effects, Unit, measure
 from qexport.quantizing.solver import Options
 from qexport.recipe import Recipe
+from qexport.records import LayerRecord
 from qexport.tensors import CalibrationSet, Origin
 from test_block_runner import StateDict, token_windows
 from test_resume import contents, in_child, prepare_children
@@ -548,6 +549,34 @@ def test_a_run_that_is_stopped_between_two_attempts_goes_on_in_the_second(
     assert "attempt 2 of at most 3" not in notices(told)  # that was said before
     assert steps_of(told, "quantize") == [0, 1]  # the whole block
     assert lasting(tmp_path / "out") == lasting(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["one layout, no verification", "whole"])
+def test_an_artifact_of_a_second_attempt_is_rebuilt(
+    whole: bool, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its choice depends on the verification and on the other layout, which are left out."""
+    measured_too_small(monkeypatch, 20)
+    run(recipe(inputs, {"mean_kl": 0.0003}, tmp_path / "out", "safetensors", "vllm"))
+    given = rebuilding.recorded(tmp_path / "out" / "safetensors")
+    chosen = rebuilding.recipe_of(given, recipe=None, inputs=inputs, overrides=(), verify=whole)
+    assert len(chosen.export) == (2 if whole else 1)
+    if not whole:
+        monkeypatch.setattr(attempts, "measure_units", unasked)
+    assert rebuilding.rebuild(given, chosen, device="cpu").equal
+
+
+def test_a_recorded_choice_that_the_recipe_does_not_offer_is_refused(inputs: Path, tmp_path: Path) -> None:
+    planned = plan(recipe(inputs, {"mean_kl": 0.01}, tmp_path / "out", bits=[3, 4], group_sizes=[-1, 32]))
+    assert planned.space is not None
+    name = planned.space.units[0][0].name
+    rows = [LayerRecord.uncalibrated(unit[0].name, "gptq", 4, unit[0].in_features) for unit in planned.space.units]
+    assert [str(option) for option in planned.space.recorded(rows)] == ["4 bits in rows"] * 4
+    with pytest.raises(InputError, match="the recipe does not offer") as refused:
+        planned.space.recorded([LayerRecord.uncalibrated(name, "gptq", 8, 32), *rows[1:]])
+    assert f"{name}, 8 bits, groups of 32" in str(refused.value)
+    with pytest.raises(InputError, match="the recipe does not offer"):
+        planned.space.recorded(rows[1:])
 
 
 def steps_of(told: list[Progress | Notice], stage: str) -> list[int]:

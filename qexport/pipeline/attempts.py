@@ -11,6 +11,7 @@ from typing import Final
 import torch
 
 from qexport.artifact.disk import ensure_space
+from qexport.artifact.manifest import Manifest
 from qexport.artifact.publish import temporary_path
 from qexport.artifact.report import Report
 from qexport.pipeline.mixing import MadeChoice, choose, measure_units
@@ -32,6 +33,8 @@ class Attempts:
         output: the run's output.
         device: where to measure.
         journal: keeps each choice.
+        recorded: the manifest of an artifact, whose choice is taken over: nothing is measured then, and there is one
+            attempt. None to choose.
         progress: is called with what is chosen.
     """
 
@@ -42,10 +45,11 @@ class Attempts:
         output: Path,
         device: torch.device,
         journal: RunJournal,
+        recorded: Manifest | None,
         progress: ProgressCallback,
     ) -> None:
         self._planned, self._texts, self._output, self._device = planned, texts, output, device
-        self._journal, self._progress = journal, progress
+        self._journal, self._recorded, self._progress = journal, recorded, progress
         self._made: MadeChoice | None = None
 
     def first(self) -> Plan:
@@ -53,11 +57,15 @@ class Attempts:
 
         Raises:
             CompatibilityError: the target is out of reach.
+            InputError: the recorded choice is not one of this recipe.
             ResourceError: there is not enough room on the disk.
         """
         planned = self._planned
         if planned.space is None or self._texts.calibration is None:
             return planned
+        if self._recorded is not None:
+            notes = [note for note in self._recorded.notes if note.startswith(planned.method.title)]
+            return self._prepared(planned.choosing(planned.space.recorded(self._recorded.layers), notes))
         layout = planned.layouts[0]
         if (choice := self._journal.choice) is None:
             losses = measure_units(planned.space, self._texts.calibration, device=self._device, progress=self._progress)
@@ -92,9 +100,12 @@ class Attempts:
 
     def _chosen(self, made: MadeChoice) -> Plan:
         self._made = made
-        planned = self._planned.choosing(made)
+        planned = self._planned.choosing(made.options, made.notes)
         for line in (made.notes[-1], *planned.short_lines()[-2:]):
             self._progress(Notice(line))
+        return self._prepared(planned)
+
+    def _prepared(self, planned: Plan) -> Plan:
         ensure_space(self._output, planned.expected.disk, replaced=temporary_path(self._output))
         for layout in planned.layouts:
             layout.prepare()

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
 from typing import Final
 
 from qexport.amounts import counted
 from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.structure import LinearSpec
-from qexport.errors import CompatibilityError, QexportError, listed
+from qexport.errors import CompatibilityError, InputError, QexportError, listed
 from qexport.export import ExportSettings
 from qexport.export.layouts import Layout, make_layouts
 from qexport.export.vllm.families import joined_modules
 from qexport.formats import GptqFormat, Outputs
 from qexport.quantizing.mixed import Mixed
 from qexport.quantizing.selection import select
+from qexport.records import LayerRecord
 from qexport.tensors import GroupQuantizedSpec, OutputSpec
 
 _UNQUANTIZED: Final = 16
@@ -79,6 +80,33 @@ class ChoiceSpace:
         """The option of each unit, from its index among the unit's options."""
         return [options[index] for options, index in zip(self.options, indices, strict=True)]
 
+    def recorded(self, layers: Iterable[LayerRecord]) -> list[Option]:
+        """The option of each unit in a finished artifact.
+
+        Args:
+            layers: its quantized layers.
+
+        Raises:
+            InputError: one is quantized as nothing that is offered.
+        """
+        own, found = {layer.name: (layer.bits, layer.group_size) for layer in layers}, list[Option]()
+        for unit, options in zip(self.units, self.options, strict=True):
+            first = unit[0]
+            stored = own.get(first.name, (_UNQUANTIZED, -1))
+            fitting = [
+                option
+                for option in options
+                if stored == (astuple(option) if option.unquantized else _bits_and_group(first, option))
+            ]
+            if not fitting:
+                raise InputError(
+                    "a layer of the manifest has bits or groups that the recipe does not offer",
+                    where=f"layers: {first.name}, {stored[0]} bits, groups of {stored[1]}",
+                    mend="fetch the artifact again",
+                )
+            found.append(fitting[0])
+        return found
+
     def counted(self, indices: Sequence[int]) -> str:
         """How many layers have which option, in words."""
         counts = Counter[Option]()
@@ -133,8 +161,14 @@ class ChoiceSpace:
 
 
 def _grid(linear: LinearSpec, option: Option, *, sym: bool) -> GroupQuantizedSpec:
-    group_size = linear.in_features if option.group_size == -1 else option.group_size
-    return GroupQuantizedSpec(linear.out_features, linear.in_features, option.bits, group_size, sym, desc_act=False)
+    return GroupQuantizedSpec(
+        linear.out_features, linear.in_features, *_bits_and_group(linear, option), sym, desc_act=False
+    )
+
+
+def _bits_and_group(linear: LinearSpec, option: Option) -> tuple[int, int]:
+    """Bits and group size of a quantized layer, as its record has them."""
+    return option.bits, linear.in_features if option.group_size == -1 else option.group_size
 
 
 def choice_space(method: Mixed, checkpoint: Checkpoint, exports: Sequence[ExportSettings]) -> ChoiceSpace:

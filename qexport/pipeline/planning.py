@@ -27,10 +27,9 @@ from qexport.merge import MergeSettings
 from qexport.merge.merging import Merged, merge, merge_several
 from qexport.pipeline.adapter_survival import Protected, SampledSurvival, protect, refuse_same_grid, sampled_survival
 from qexport.pipeline.baseline import read_baseline
-from qexport.pipeline.choice_space import ChoiceSpace, choice_space
+from qexport.pipeline.choice_space import ChoiceSpace, Option, choice_space
 from qexport.pipeline.expectations import Expected, expect
 from qexport.pipeline.layer_types import LayerType, layer_types, type_lines
-from qexport.pipeline.mixing import MadeChoice
 from qexport.pipeline.runtimes import check_runtimes, refuse_full_context, refuse_homeless, refuse_only_endpoints
 from qexport.pipeline.texts import check_small_files, read_evaluation, refuse_long_windows
 from qexport.progress import Notice, ProgressCallback, silent
@@ -109,12 +108,18 @@ class Plan:
     expected: Expected
     space: ChoiceSpace | None = None
 
-    def choosing(self, made: MadeChoice) -> Plan:
-        """The plan with a choice from `space`."""
-        outputs = made.space.outputs(made.options)
+    def choosing(self, options: Sequence[Option], notes: Sequence[str]) -> Plan:
+        """The plan with an option for each unit of layers.
+
+        Args:
+            options: for each of `space`.
+            notes: for report and manifest.
+        """
+        assert self.space is not None
+        outputs = self.space.outputs(options)
         layouts = make_layouts(self.recipe.export, outputs, self.structure, self.merged.checkpoint)
         expected = expect(self.recipe, self.merged, outputs, _stored(layouts))
-        protected = Protected(self.method, outputs, tuple(made.notes))
+        protected = Protected(self.method, outputs, tuple(notes))
         return replace(self, protected=protected, layouts=layouts, expected=expected)
 
     @property

@@ -55,6 +55,7 @@ def run(
     device: str = "auto",
     command: str = "qexport verify . --reference RECIPE.yaml",
     accept: Callable[[Plan], None] = lambda planned: None,
+    recorded: Manifest | None = None,
     progress: ProgressCallback = silent,
 ) -> Result:
     """Merges, quantizes, exports and verifies; publishes the artifact with one rename.
@@ -73,6 +74,7 @@ def run(
         device: `auto`, `cpu` or `cuda`.
         command: for the report, the command that repeats the measurement.
         accept: is called with the plan before any work; what it raises ends the run.
+        recorded: the manifest of an artifact, whose choice the method `mixed` takes over; None to choose.
         progress: is called with each step, and with what a user should know.
 
     Raises:
@@ -102,7 +104,7 @@ def run(
                 return Result(None, {}, {}, unproven.gate.verdict, unproven)
             if reference and journal.prepared is None:
                 journal.note_prepared(reference.prepared)
-            attempts = Attempts(planned, texts, output, where, journal, progress)
+            attempts = Attempts(planned, texts, output, where, journal, recorded, progress)
             attempt: Plan | None = attempts.first()
             while attempt is not None:
                 planned = attempt

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
 import re
+import shutil
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,17 +27,18 @@ from qexport.artifact.figures import GateResult
 from qexport.artifact.manifest import MANIFEST_NAME
 from qexport.artifact.partial import MARKER_NAME
 from qexport.artifact.publish import Publication
-from qexport.errors import CompatibilityError, InputError
+from qexport.errors import CompatibilityError, InputError, RecipeError
 from qexport.export import SafetensorsSettings
 from qexport.gates import Bounds
 from qexport.loading import LoadSettings
 from qexport.loading.checkpoint import load_checkpoint
-from qexport.pipeline import Result, attempts, mixing, plan, rebuilding, run
+from qexport.pipeline import Result, attempts, measured, measuring, mixing, plan, rebuilding, run
 from qexport.pipeline.choice_space import choice_space
 from qexport.progress import Notice, Progress, silent
 from qexport.quantizing.allocation import Allocation, Priced
 from qexport.quantizing.layer import Hessian, solve_together
 from qexport.quantizing.mixed import Mixed
+from qexport.quantizing.none import NoQuantization
 from qexport.quantizing.sensitivity import Effects, Unit, measure
 from qexport.quantizing.solver import Options
 from qexport.recipe import Recipe
@@ -271,8 +275,78 @@ def test_the_plan_says_what_may_be_chosen_and_reads_no_weights(inputs: Path, tmp
     planned = plan(recipe(inputs, {"mean_kl": 0.01}, tmp_path / "out"))
     assert "mixed bits for a mean KL divergence of 0.01" in "\n".join(planned.lines())
     (note,) = [line for line in planned.lines() if "4 units of layers" in line]
-    assert "3 bits in groups of 32, 4 bits in groups of 32, 8 bits in groups of 32, 16 bits" in note
-    assert "16 windows of 32 tokens" in note
+    assert "one of 3, 4, 8, 16 bits in groups of 32 in the run: plan --measure shows the choice" in note
+    assert planned.as_dict()["choice"] is None
+
+
+def test_a_plan_that_measures_shows_the_choice_which_a_run_takes_over(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = recipe(inputs, {"bits_per_weight": 10.0}, tmp_path / "out")
+    planned = measured(plan(wanted))
+    assert [path.name for path in tmp_path.iterdir()] == ["out.measured"]
+    other = measured(plan(recipe(inputs, {"mean_kl": 0.01}, tmp_path / "out", group_sizes=[16, 32])))
+    monkeypatch.setattr(measuring, "measure_units", unasked)
+    again = measured(plan(wanted))
+    assert again.as_dict()["choice"] == planned.as_dict()["choice"] != other.as_dict()["choice"]
+    told: list[Progress | Notice] = []
+    made = run(wanted, progress=told.append).manifest
+    assert "known from qexport plan --measure: out.measured" in notices(told)
+    choice = planned.as_dict()["choice"]
+    assert choice["bits_per_weight"] == made.sizes.bits_per_weight
+    assert choice["bytes"] == made.sizes.total_bytes == planned.total_bytes
+    bits = Counter(layer.bits for layer in made.layers)
+    assert {each["bits"]: each["layers"] for each in choice["options"]} == bits
+    assert sum(each["mean_kl"] for each in choice["options"]) == pytest.approx(choice["mean_kl"])
+    shown = "\n".join(planned.lines())
+    assert f"chosen    {choice['bits_per_weight']:.2f} bits per weight; the expected mean KL" in shown
+    assert all(f"{count} at {number} bits in groups of 32" in shown for number, count in bits.items())
+    monkeypatch.undo()
+    plain = run(wanted.model_copy(update={"output": str(tmp_path / "plain")})).manifest
+    assert made.files == plain.files
+    assert made.notes == plain.notes
+
+
+def test_what_was_measured_of_another_target_counts_and_of_another_model_or_text_does_not(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured(plan(recipe(inputs, {"bits_per_weight": 10.0}, tmp_path / "out")))
+    monkeypatch.setattr(measuring, "measure_units", unasked)
+    assert measured(plan(recipe(inputs, {"mean_kl": 0.01}, tmp_path / "out"))).choice
+    text = shutil.copy(inputs / "calibration.jsonl", tmp_path / "calibration.jsonl")
+    other = {"source": str(text), "samples": 64, "sequence_length": 32}
+    assert measured(plan(recipe(inputs, {"mean_kl": 0.01}, tmp_path / "out", calibration=other))).choice
+    Path(text).write_text(Path(text).read_text().replace("before", "after"))
+    base = shutil.copytree(inputs / "base", tmp_path / "base")
+    with (base / "model.safetensors").open("r+b") as file:
+        file.seek(-2, os.SEEK_END)
+        file.write(b"\0\0")
+    changed = recipe(inputs, {"mean_kl": 0.01}, tmp_path / "out")
+    of_base = changed.model_copy(update={"load": LoadSettings(base=str(base))})
+    of_text = recipe(inputs, {"mean_kl": 0.01}, tmp_path / "out", calibration=other)
+    for each in (of_base, of_text, recipe(inputs, {"mean_kl": 0.01}, tmp_path / "out", bits=[3, 8])):
+        with pytest.raises(AssertionError, match="measured again"):
+            measured(plan(each))
+
+
+def test_a_damaged_measurement_is_made_again(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = recipe(inputs, {"bits_per_weight": 10.0}, tmp_path / "out")
+    measured(plan(wanted))
+    kept = tmp_path / "out.measured"
+    content = bytearray(kept.read_bytes())
+    content[len(content) // 2] ^= 1
+    kept.write_bytes(content)
+    told: list[Progress | Notice] = []
+    measured(plan(wanted), progress=told.append)
+    assert "known from" not in notices(told)
+    monkeypatch.setattr(measuring, "measure_units", unasked)
+    measured(plan(wanted))
+
+
+def test_a_plan_of_another_method_measures_nothing(inputs: Path, tmp_path: Path) -> None:
+    wanted = recipe(inputs, {"mean_kl": 0.01}, tmp_path / "out").model_copy(update={"quantize": NoQuantization()})
+    with pytest.raises(RecipeError, match="a plan measures what the method mixed chooses from"):
+        measured(plan(wanted))
 
 
 @pytest.mark.parametrize(
@@ -544,7 +618,7 @@ def test_a_run_that_is_stopped_between_two_attempts_goes_on_in_the_second(
     assert len(left) == (0 if removed is None else len(written) - removed)
     told: list[Progress | Notice] = []
     with monkeypatch.context() as patched:
-        patched.setattr(attempts, "measure_units", unasked)
+        patched.setattr(measuring, "measure_units", unasked)
         run(wanted, progress=told.append)
     assert "attempt 2 of at most 3" not in notices(told)  # that was said before
     assert steps_of(told, "quantize") == [0, 1]  # the whole block
@@ -562,7 +636,7 @@ def test_an_artifact_of_a_second_attempt_is_rebuilt(
     chosen = rebuilding.recipe_of(given, recipe=None, inputs=inputs, overrides=(), verify=whole)
     assert len(chosen.export) == (2 if whole else 1)
     if not whole:
-        monkeypatch.setattr(attempts, "measure_units", unasked)
+        monkeypatch.setattr(measuring, "measure_units", unasked)
     assert rebuilding.rebuild(given, chosen, device="cpu").equal
 
 
@@ -598,7 +672,7 @@ def test_a_run_that_goes_on_takes_the_same_choice(
     with pytest.raises(Stop):
         run(wanted, progress=stopping)
 
-    monkeypatch.setattr(attempts, "measure_units", unasked)
+    monkeypatch.setattr(measuring, "measure_units", unasked)
     once = run(wanted)
     monkeypatch.undo()
     other = run(wanted.model_copy(update={"output": str(tmp_path / "other")}))

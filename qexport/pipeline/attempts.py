@@ -14,7 +14,8 @@ from qexport.artifact.disk import ensure_space
 from qexport.artifact.manifest import Manifest
 from qexport.artifact.publish import temporary_path
 from qexport.artifact.report import Report
-from qexport.pipeline.mixing import MadeChoice, choose, measure_units
+from qexport.pipeline.measuring import losses_of
+from qexport.pipeline.mixing import MadeChoice, choose
 from qexport.pipeline.planning import Plan
 from qexport.pipeline.resuming import RunJournal
 from qexport.pipeline.texts import Texts
@@ -65,10 +66,12 @@ class Attempts:
             return planned
         if self._recorded is not None:
             notes = [note for note in self._recorded.notes if note.startswith(planned.method.title)]
-            return self._prepared(planned.choosing(planned.space.recorded(self._recorded.layers), notes))
+            return self._prepared(planned.with_options(planned.space.recorded(self._recorded.layers), notes))
         layout = planned.layouts[0]
         if (choice := self._journal.choice) is None:
-            losses = measure_units(planned.space, self._texts.calibration, device=self._device, progress=self._progress)
+            losses = losses_of(
+                planned, planned.space, self._texts.calibration, self._output, self._device, progress=self._progress
+            )
             choice = choose(planned.space, layout, losses)
             self._journal.begin_attempt(choice)
         return self._chosen(MadeChoice(planned.space, layout, choice))
@@ -100,7 +103,7 @@ class Attempts:
 
     def _chosen(self, made: MadeChoice) -> Plan:
         self._made = made
-        planned = self._planned.choosing(made.options, made.notes)
+        planned = self._planned.choosing(made)
         for line in (made.notes[-1], *planned.short_lines()[-2:]):
             self._progress(Notice(line))
         return self._prepared(planned)

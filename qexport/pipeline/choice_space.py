@@ -149,15 +149,24 @@ class ChoiceSpace:
         ]
 
     def lines(self) -> list[str]:
-        """What will be measured, for the plan."""
-        method = self.method
-        offered = ", ".join(map(str, self.offered))
+        """What may be chosen, and what is left out; for the plan."""
+        groups = sorted({option.group_size for option in self.offered if not option.unquantized})
+        bits = ", ".join(map(str, sorted({option.bits for option in self.offered})))
+        sizes = ", ".join("whole rows" if group == -1 else str(group) for group in groups)
         return [
-            f"bits and groups are chosen for each of {counted(len(self.units), 'unit')} of layers from {offered}, "
-            f"once their effect on the predictions is measured on {method.windows} windows of {method.window_tokens} "
-            "tokens; sizes, time and memory are those of the smallest choice",
-            *(f"not offered: {option}, since {reason}" for option, reason in self.refused.items()),
+            f"each of {counted(len(self.units), 'unit')} of layers gets one of {bits} bits in groups of {sizes} in the "
+            "run: plan --measure shows the choice; sizes, time and memory are those of the smallest",
+            *(f"not offered: {what}, since {reason}" for what, reason in self._left_out.items()),
         ]
+
+    @property
+    def _left_out(self) -> dict[str, str]:
+        """What is not offered, with the reason; groups count together where no size of them is offered."""
+        bits = {option.bits for option in self.offered}
+        found: dict[str, str] = {}
+        for option, reason in self.refused.items():
+            found.setdefault(str(option) if option.bits in bits else f"{option.bits} bits", reason)
+        return found
 
 
 def _grid(linear: LinearSpec, option: Option, *, sym: bool) -> GroupQuantizedSpec:

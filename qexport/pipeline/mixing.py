@@ -98,6 +98,27 @@ class Missed:
 
 
 @dataclass(frozen=True)
+class Share:
+    """The layers with one option.
+
+    Attributes:
+        option: theirs.
+        layers: how many.
+        bytes_: of all together.
+        mean_kl: what they are expected to cost together, in nats per token.
+    """
+
+    option: Option
+    layers: int
+    bytes_: int
+    mean_kl: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as JSON values."""
+        return {**asdict(self.option), "layers": self.layers, "bytes": self.bytes_, "mean_kl": self.mean_kl}
+
+
+@dataclass(frozen=True)
 class MadeChoice:
     """A choice, and what it was made from.
 
@@ -144,6 +165,39 @@ class MadeChoice:
         """Of all tensors of the artifact."""
         chosen = zip(self.space.stored(self.layout), self.choice.chosen, strict=True)
         return sum(sizes[index] for sizes, index in chosen) + _beside(self.space, self.layout)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What was chosen, as JSON values; `mean_kl` is the expected one."""
+        return {
+            "options": [each.as_dict() for each in self._shares],
+            "bytes": self.total_bytes,
+            "bits_per_weight": self.bits_per_weight,
+            "mean_kl": self.choice.expected,
+        }
+
+    def lines(self) -> list[str]:
+        """The same as lines for the terminal."""
+        shares = self._shares
+        return [
+            f"chosen    {self.bits_per_weight:.2f} bits per weight; the expected mean KL divergence is "
+            f"{self.choice.expected:.3g}, of which",
+            *(
+                f"{each.layers:>5} {f'at {each.option}':<24}  {size(each.bytes_, decimals=1)}, {each.mean_kl:.2g}"
+                for each in shares
+            ),
+        ]
+
+    @property
+    def _shares(self) -> list[Share]:
+        found: dict[Option, Share] = {}
+        stored = self.space.stored(self.layout)
+        of_units = zip(self.space.units, self.options, stored, self.choice.losses, self.choice.chosen, strict=True)
+        for unit, option, sizes, losses, index in of_units:
+            before = found.get(option, Share(option, 0, 0, 0.0))
+            found[option] = Share(
+                option, before.layers + len(unit), before.bytes_ + sizes[index], before.mean_kl + losses[index]
+            )
+        return [found[option] for option in sorted(found)]
 
     def missed(self, gates: Iterable[GateResult]) -> Missed | None:
         """How far the artifact is from the target's mean KL divergence, where the gate on it did not pass and it is

@@ -250,11 +250,12 @@ def _identity(planned: Plan, texts: Texts, device: torch.device) -> dict[str, An
         "qexport": version("qexport"),
         "environment": describe_environment(device).model_dump(mode="json"),
         "recipe": planned.recipe.portable(),
-        "inputs": _inputs(planned, texts),
+        "inputs": inputs_of(planned, texts),
     }
 
 
-def _inputs(planned: Plan, texts: Texts) -> dict[str, Any]:
+def inputs_of(planned: Plan, texts: Texts) -> dict[str, Any]:
+    """The digests of all inputs but the base's weights, as JSON values."""
     checkpoint, adapter = planned.merged.checkpoint, planned.merged.adapter
     found: dict[str, Any] = {
         "base": {name: sha256_bytes(content) for name, content in checkpoint.files.items()},

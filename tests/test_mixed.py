@@ -27,6 +27,7 @@ from qexport.artifact.figures import GateResult
 from qexport.artifact.manifest import MANIFEST_NAME
 from qexport.artifact.partial import MARKER_NAME
 from qexport.artifact.publish import Publication
+from qexport.cli import main
 from qexport.errors import CompatibilityError, InputError, RecipeError
 from qexport.export import SafetensorsSettings
 from qexport.gates import Bounds
@@ -341,6 +342,17 @@ def test_a_damaged_measurement_is_made_again(inputs: Path, tmp_path: Path, monke
     assert "known from" not in notices(told)
     monkeypatch.setattr(measuring, "measure_units", unasked)
     measured(plan(wanted))
+
+
+def test_the_command_plan_shows_the_choice_too(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "recipe.json"
+    path.write_text(recipe(inputs, {"bits_per_weight": 10.0}, tmp_path / "out").model_dump_json(exclude_unset=True))
+    assert main(["plan", str(path), "--measure", "--json"]) == 0
+    assert 9.5 < json.loads(capsys.readouterr().out)["choice"]["bits_per_weight"] <= 10
+    assert main(["plan", str(path), "--measure", "quantize.target={bits_per_weight: 3}"]) == 4
+    assert "3 bits per weight are too few" in capsys.readouterr().err
 
 
 def test_a_plan_of_another_method_measures_nothing(inputs: Path, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from qexport.export import SafetensorsSettings
 from qexport.gates import Bounds
 from qexport.loading import LoadSettings
 from qexport.loading.checkpoint import load_checkpoint
-from qexport.pipeline import Result, attempts, measured, measuring, mixing, plan, rebuilding, run
+from qexport.pipeline import Result, attempts, made_choice, measured, measuring, mixing, plan, rebuilding, run
 from qexport.pipeline.choice_space import choice_space
 from qexport.progress import Notice, Progress, silent
 from qexport.quantizing.allocation import Allocation, Priced
@@ -539,10 +539,10 @@ def test_without_a_larger_choice_the_run_ends(inputs: Path, tmp_path: Path, monk
     assert "no choice that is offered would reach 1e-05: offer more bits" in notices(told)
 
 
-def test_no_bits_mend_a_failed_check(made: mixing.MadeChoice) -> None:
+def test_no_bits_mend_a_failed_check(made: made_choice.MadeChoice) -> None:
     drift = GateResult(name="mean_kl", figure="mean_kl", value=0.3, low=0.2, high=0.4, verdict="fail", reason="")
     check = GateResult(name="tokenizer", verdict="fail", reason="")
-    assert made.missed([drift]) == mixing.Missed(0.3, 0.3)
+    assert made.missed([drift]) == made_choice.Missed(0.3, 0.3)
     assert made.missed([drift, check]) is None
 
 
@@ -550,26 +550,26 @@ def test_no_bits_mend_a_failed_check(made: mixing.MadeChoice) -> None:
     ("value", "high", "worst"), [(0.012, 0.02, 0.02), (0.009, 0.012, 0.012), (0.012, None, 0.012), (0.009, None, None)]
 )
 def test_where_no_windows_decide_the_end_of_the_interval_is_held_to_the_target(
-    made: mixing.MadeChoice, value: float, high: float | None, worst: float | None
+    made: made_choice.MadeChoice, value: float, high: float | None, worst: float | None
 ) -> None:
     gate = GateResult(name="mean_kl", figure="mean_kl", value=value, high=high, verdict="undecided", reason="")
     missed = made.missed([gate])
-    assert missed == (None if worst is None else mixing.Missed(value, worst))
+    assert missed == (None if worst is None else made_choice.Missed(value, worst))
     if missed:
         larger = made.larger(missed)
         assert larger is not None
         assert larger.choice.expected <= 0.95 * 0.01 * value / missed.worst
         assert larger.total_bytes > made.total_bytes
-        assert larger.choice.tried == [mixing.Tried([1] * 4, 0.0085, value)]
+        assert larger.choice.tried == [made_choice.Tried([1] * 4, 0.0085, value)]
 
 
 @pytest.fixture
-def made(inputs: Path, tmp_path: Path) -> mixing.MadeChoice:
+def made(inputs: Path, tmp_path: Path) -> made_choice.MadeChoice:
     """A choice for a mean KL divergence of 0.01."""
     planned = plan(recipe(inputs, {"mean_kl": 0.01}, tmp_path / "out"))
     assert planned.space is not None
     losses = [[0.02, 0.0085 / 4, 0.0003, 0.0]] * 4
-    return mixing.MadeChoice(planned.space, planned.layouts[0], mixing.Choice(losses, [1] * 4, 0.0085))
+    return made_choice.MadeChoice(planned.space, planned.layouts[0], made_choice.Choice(losses, [1] * 4, 0.0085))
 
 
 def test_a_run_that_is_killed_in_any_attempt_ends_with_the_same_bytes(

@@ -14,8 +14,9 @@ from qexport.artifact.disk import ensure_space
 from qexport.artifact.manifest import Manifest
 from qexport.artifact.publish import temporary_path
 from qexport.artifact.report import Report
+from qexport.pipeline.made_choice import MadeChoice
 from qexport.pipeline.measuring import losses_of
-from qexport.pipeline.mixing import MadeChoice, choose
+from qexport.pipeline.mixing import choose
 from qexport.pipeline.planning import Plan
 from qexport.pipeline.resuming import RunJournal
 from qexport.pipeline.texts import Texts

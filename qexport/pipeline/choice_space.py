@@ -148,6 +148,10 @@ class ChoiceSpace:
             [total(unit, option) for option in options] for unit, options in zip(self.units, self.options, strict=True)
         ]
 
+    def beside(self, layout: Layout) -> int:
+        """Bytes of a layout's tensors that are not chosen, as planned with the first option of each unit."""
+        return layout.weights.total_bytes + layout.weights.shared_bytes - sum(sizes[0] for sizes in self.stored(layout))
+
     def lines(self) -> list[str]:
         """What may be chosen, and what is left out; for the plan."""
         groups = sorted({option.group_size for option in self.offered if not option.unquantized})

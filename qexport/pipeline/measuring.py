@@ -17,7 +17,8 @@ from qexport.artifact.journal import Journal
 from qexport.errors import RecipeError
 from qexport.hidden_packages import hidden
 from qexport.pipeline.choice_space import ChoiceSpace
-from qexport.pipeline.mixing import MadeChoice, choose, measure_units
+from qexport.pipeline.made_choice import MadeChoice
+from qexport.pipeline.mixing import choose, measure_units
 from qexport.pipeline.planning import Plan
 from qexport.pipeline.resuming import inputs_of
 from qexport.pipeline.texts import Texts, read_texts

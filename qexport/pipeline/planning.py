@@ -30,7 +30,7 @@ from qexport.pipeline.baseline import read_baseline
 from qexport.pipeline.choice_space import ChoiceSpace, Option, choice_space
 from qexport.pipeline.expectations import Expected, expect
 from qexport.pipeline.layer_types import LayerType, layer_types, type_lines
-from qexport.pipeline.mixing import MadeChoice
+from qexport.pipeline.made_choice import MadeChoice
 from qexport.pipeline.runtimes import check_runtimes, refuse_full_context, refuse_homeless, refuse_only_endpoints
 from qexport.pipeline.texts import check_small_files, read_evaluation, refuse_long_windows
 from qexport.progress import Notice, ProgressCallback, silent

@@ -24,7 +24,7 @@ from qexport.artifact.publish import Publication
 from qexport.errors import InputError
 from qexport.export.tensor_writer import Stored
 from qexport.export.weight_files import WeightWriter
-from qexport.pipeline.mixing import Choice
+from qexport.pipeline.made_choice import Choice
 from qexport.pipeline.planning import Plan
 from qexport.pipeline.texts import Texts
 from qexport.progress import Notice, ProgressCallback

@@ -301,7 +301,7 @@ def test_a_plan_that_measures_shows_the_choice_which_a_run_takes_over(
     assert sum(each["mean_kl"] for each in choice["options"]) == pytest.approx(choice["mean_kl"])
     shown = "\n".join(planned.lines())
     assert f"chosen    {choice['bits_per_weight']:.2f} bits per weight; the expected mean KL" in shown
-    assert all(f"{count} at {number} bits in groups of 32" in shown for number, count in bits.items())
+    assert all(f"{count} layers at {number} bits in groups of 32" in shown for number, count in bits.items())
     monkeypatch.undo()
     plain = run(wanted.model_copy(update={"output": str(tmp_path / "plain")})).manifest
     assert made.files == plain.files

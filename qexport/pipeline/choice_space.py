@@ -159,7 +159,7 @@ class ChoiceSpace:
         sizes = ", ".join("whole rows" if group == -1 else str(group) for group in groups)
         return [
             f"each of {counted(len(self.units), 'unit')} of layers gets one of {bits} bits in groups of {sizes} in the "
-            "run: plan --measure shows the choice; sizes, time and memory are those of the smallest, once",
+            "run: plan --measure shows the choice; sizes, time and memory are those of one attempt, the smallest",
             *(f"not offered: {what}, since {reason}" for what, reason in self._left_out.items()),
         ]
 

@@ -153,11 +153,12 @@ class MadeChoice:
     def lines(self) -> list[str]:
         """The same as lines for the terminal."""
         shares = self._shares
+        longest = max(len(str(each.option)) for each in shares)
         return [
             f"chosen    {self.bits_per_weight:.2f} bits per weight; the expected mean KL divergence is "
             f"{self.choice.expected:.3g}, of which",
             *(
-                f"{each.layers:>5} {f'at {each.option}':<24}  {size(each.bytes_, decimals=1)}, {each.mean_kl:.2g}"
+                f"{each.layers:>5} layers at {str(each.option):<{longest}}  {size(each.bytes_, decimals=1)}, {each.mean_kl:.2g}"
                 for each in shares
             ),
         ]

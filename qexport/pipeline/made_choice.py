@@ -158,7 +158,8 @@ class MadeChoice:
             f"chosen    {self.bits_per_weight:.2f} bits per weight; the expected mean KL divergence is "
             f"{self.choice.expected:.3g}, of which",
             *(
-                f"{each.layers:>5} layers at {str(each.option):<{longest}}  {size(each.bytes_, decimals=1)}, {each.mean_kl:.2g}"
+                f"{each.layers:>5} layers at {each.option!s:<{longest}}  {size(each.bytes_, decimals=1)}, "
+                f"{each.mean_kl:.2g}"
                 for each in shares
             ),
         ]

@@ -30,7 +30,8 @@ from torch import Tensor
 
 from qexport.pipeline import plan
 from qexport.pipeline.choice_space import ChoiceSpace, Option
-from qexport.pipeline.mixing import Choice, choose, measure_units
+from qexport.pipeline.made_choice import Choice
+from qexport.pipeline.mixing import choose, measure_units
 from qexport.pipeline.planning import Plan
 from qexport.pipeline.texts import read_texts
 from qexport.progress import silent

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+import json
+import os
+import random
+import re
+import shutil
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,24 +23,35 @@ import factories
 import trained_models
 from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.architectures.runner import BlockRunner
-from qexport.errors import CompatibilityError
+from qexport.artifact.figures import GateResult
+from qexport.artifact.manifest import MANIFEST_NAME
+from qexport.artifact.partial import MARKER_NAME
+from qexport.artifact.publish import Publication
+from qexport.cli import main
+from qexport.errors import CompatibilityError, InputError, RecipeError
 from qexport.export import SafetensorsSettings
+from qexport.gates import Bounds
 from qexport.loading import LoadSettings
 from qexport.loading.checkpoint import load_checkpoint
-from qexport.pipeline import mixing, plan, run, running
+from qexport.pipeline import Result, attempts, made_choice, measured, measuring, mixing, plan, rebuilding, run
 from qexport.pipeline.choice_space import choice_space
 from qexport.progress import Notice, Progress, silent
 from qexport.quantizing.allocation import Allocation, Priced
 from qexport.quantizing.layer import Hessian, solve_together
 from qexport.quantizing.mixed import Mixed
+from qexport.quantizing.none import NoQuantization
 from qexport.quantizing.sensitivity import Effects, Unit, measure
 from qexport.quantizing.solver import Options
 from qexport.recipe import Recipe
+from qexport.records import LayerRecord
 from qexport.tensors import CalibrationSet, Origin
 from test_block_runner import StateDict, token_windows
+from test_resume import contents, in_child, prepare_children
 
 CPU = torch.device("cpu")
 BITS = (3, 4, 8)
+TARGET = 0.002
+"""Which a choice of losses that are measured too small misses."""
 
 
 def options(bits: int) -> Options:
@@ -259,8 +276,89 @@ def test_the_plan_says_what_may_be_chosen_and_reads_no_weights(inputs: Path, tmp
     planned = plan(recipe(inputs, {"mean_kl": 0.01}, tmp_path / "out"))
     assert "mixed bits for a mean KL divergence of 0.01" in "\n".join(planned.lines())
     (note,) = [line for line in planned.lines() if "4 units of layers" in line]
-    assert "3 bits in groups of 32, 4 bits in groups of 32, 8 bits in groups of 32, 16 bits" in note
-    assert "16 windows of 32 tokens" in note
+    assert "one of 3, 4, 8, 16 bits in groups of 32 in the run: plan --measure shows the choice" in note
+    assert planned.as_dict()["choice"] is None
+
+
+def test_a_plan_that_measures_shows_the_choice_which_a_run_takes_over(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = recipe(inputs, {"bits_per_weight": 10.0}, tmp_path / "out")
+    planned = measured(plan(wanted))
+    assert [path.name for path in tmp_path.iterdir()] == ["out.measured"]
+    other = measured(plan(recipe(inputs, {"mean_kl": 0.01}, tmp_path / "out", group_sizes=[16, 32])))
+    monkeypatch.setattr(measuring, "measure_units", unasked)
+    again = measured(plan(wanted))
+    assert again.as_dict()["choice"] == planned.as_dict()["choice"] != other.as_dict()["choice"]
+    told: list[Progress | Notice] = []
+    made = run(wanted, progress=told.append).manifest
+    assert "known from qexport plan --measure: out.measured" in notices(told)
+    choice = planned.as_dict()["choice"]
+    assert choice["bits_per_weight"] == made.sizes.bits_per_weight
+    assert choice["bytes"] == made.sizes.total_bytes == planned.total_bytes
+    bits = Counter(layer.bits for layer in made.layers)
+    assert {each["bits"]: each["layers"] for each in choice["options"]} == bits
+    assert sum(each["mean_kl"] for each in choice["options"]) == pytest.approx(choice["mean_kl"])
+    shown = "\n".join(planned.lines())
+    assert f"chosen    {choice['bits_per_weight']:.2f} bits per weight; the expected mean KL" in shown
+    assert all(f"{count} layers at {number} bits in groups of 32" in shown for number, count in bits.items())
+    monkeypatch.undo()
+    plain = run(wanted.model_copy(update={"output": str(tmp_path / "plain")})).manifest
+    assert made.files == plain.files
+    assert made.notes == plain.notes
+
+
+def test_what_was_measured_of_another_target_counts_and_of_another_model_or_text_does_not(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured(plan(recipe(inputs, {"bits_per_weight": 10.0}, tmp_path / "out")))
+    monkeypatch.setattr(measuring, "measure_units", unasked)
+    assert measured(plan(recipe(inputs, {"mean_kl": 0.01}, tmp_path / "out"))).choice
+    text = shutil.copy(inputs / "calibration.jsonl", tmp_path / "calibration.jsonl")
+    other = {"source": str(text), "samples": 64, "sequence_length": 32}
+    assert measured(plan(recipe(inputs, {"mean_kl": 0.01}, tmp_path / "out", calibration=other))).choice
+    Path(text).write_text(Path(text).read_text().replace("before", "after"))
+    base = shutil.copytree(inputs / "base", tmp_path / "base")
+    with (base / "model.safetensors").open("r+b") as file:
+        file.seek(-2, os.SEEK_END)
+        file.write(b"\0\0")
+    changed = recipe(inputs, {"mean_kl": 0.01}, tmp_path / "out")
+    of_base = changed.model_copy(update={"load": LoadSettings(base=str(base))})
+    of_text = recipe(inputs, {"mean_kl": 0.01}, tmp_path / "out", calibration=other)
+    for each in (of_base, of_text, recipe(inputs, {"mean_kl": 0.01}, tmp_path / "out", bits=[3, 8])):
+        with pytest.raises(AssertionError, match="measured again"):
+            measured(plan(each))
+
+
+def test_a_damaged_measurement_is_made_again(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = recipe(inputs, {"bits_per_weight": 10.0}, tmp_path / "out")
+    measured(plan(wanted))
+    kept = tmp_path / "out.measured"
+    content = bytearray(kept.read_bytes())
+    content[len(content) // 2] ^= 1
+    kept.write_bytes(content)
+    told: list[Progress | Notice] = []
+    measured(plan(wanted), progress=told.append)
+    assert "known from" not in notices(told)
+    monkeypatch.setattr(measuring, "measure_units", unasked)
+    measured(plan(wanted))
+
+
+def test_the_command_plan_shows_the_choice_too(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "recipe.json"
+    path.write_text(recipe(inputs, {"bits_per_weight": 10.0}, tmp_path / "out").model_dump_json(exclude_unset=True))
+    assert main(["plan", str(path), "--measure", "--json"]) == 0
+    assert 9.5 < json.loads(capsys.readouterr().out)["choice"]["bits_per_weight"] <= 10
+    assert main(["plan", str(path), "--measure", "quantize.target={bits_per_weight: 3}"]) == 4
+    assert "3 bits per weight are too few" in capsys.readouterr().err
+
+
+def test_a_plan_of_another_method_measures_nothing(inputs: Path, tmp_path: Path) -> None:
+    wanted = recipe(inputs, {"mean_kl": 0.01}, tmp_path / "out").model_copy(update={"quantize": NoQuantization()})
+    with pytest.raises(RecipeError, match="a plan measures what the method mixed chooses from"):
+        measured(plan(wanted))
 
 
 @pytest.mark.parametrize(
@@ -362,35 +460,222 @@ def test_a_target_of_quality_is_a_gate(inputs: Path, tmp_path: Path) -> None:
     assert bounds.at_most == 0.01
 
 
-def test_a_choice_that_fails_its_gate_names_the_next_one_which_passes(
-    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The planted fault: everything is measured a twentieth of what it is."""
+def measured_too_small(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    """The planted fault: everything is measured a part of what it is."""
 
     def small(*arguments: Any, **more: Any) -> list[Effects]:
-        return [replace(each, products=each.products / 20**0.5) for each in measure(*arguments, **more)]
+        return [replace(each, products=each.products / factor**0.5) for each in measure(*arguments, **more)]
 
     monkeypatch.setattr(mixing, "measure", small)
+
+
+def mean_kl(result: Result) -> float:
+    (figure,) = [each for each in result.report.figures if each.name == "mean_kl" and each.domain is None]
+    return figure.value
+
+
+def test_a_choice_that_fails_its_gate_is_followed_by_a_larger_one_which_passes(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured_too_small(monkeypatch, 20)
     told: list[Progress | Notice] = []
-    target = 0.002
-    failed = run(recipe(inputs, {"mean_kl": target}, tmp_path / "out"), progress=told.append)
+    result = run(recipe(inputs, {"mean_kl": TARGET}, tmp_path / "out"), progress=told.append)
+    assert result.verdict == "pass"
+    assert result.folder == tmp_path / "out"
+    assert mean_kl(result) <= TARGET
+    (outcome,) = [line for line in notices(told).splitlines() if "attempt 2 of at most 3" in line]
+    before, last = [note for note in result.manifest.notes if note.startswith("mixed bits for")]
+    assert "attempt 1: " in before
+    assert "attempt 2: " in last
+    assert before.partition("the mean KL divergence was ")[2].partition(",")[0] in outcome
+    assert [note for note in result.report.notes if note.startswith("mixed bits for")] == [before, last]
+    assert expected(last) == pytest.approx(mean_kl(result), rel=0.5)
+    assert expected(last) <= 0.95 * TARGET
+
+
+def expected(note: str) -> float:
+    return float(note.rpartition("expected mean KL divergence is ")[2])
+
+
+def test_an_artifact_that_passes_or_has_no_target_of_quality_is_made_once(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured_too_small(monkeypatch, 20)
+    for name, goal, gate in (("size", {"bits_per_weight": 10.0}, 1e-5), ("own", {"mean_kl": TARGET}, 1.0)):
+        wanted = with_gate(recipe(inputs, goal, tmp_path / name), gate)
+        told: list[Progress | Notice] = []
+        assert run(wanted, progress=told.append).passed == (gate == 1.0)
+        assert "attempt" not in notices(told)
+
+
+def with_gate(wanted: Recipe, at_most: float) -> Recipe:
+    assert wanted.verify is not None
+    gates = {"mean_kl": Bounds(at_most=at_most)}
+    return wanted.model_copy(update={"verify": wanted.verify.model_copy(update={"gates": gates})})
+
+
+def test_after_the_last_attempt_the_next_choice_is_named_and_passes(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured_too_small(monkeypatch, 20)
+    monkeypatch.setattr(attempts, "MOST_ATTEMPTS", 1)
+    told: list[Progress | Notice] = []
+    failed = run(recipe(inputs, {"mean_kl": TARGET}, tmp_path / "out"), progress=told.append)
     assert failed.verdict == "fail"
     assert failed.folder == tmp_path / "out.rejected"
     (advice,) = [line for line in notices(told).splitlines() if "next larger choice" in line]
     bits = float(advice.partition("bits_per_weight: ")[2].partition("}")[0])
     assert bits > failed.manifest.sizes.bits_per_weight
-    assert f"{{at_most: {target:g}}}" in advice
-    again = run(recipe(inputs, {"bits_per_weight": bits}, tmp_path / "again"))
-    (figure,) = [each for each in again.report.figures if each.name == "mean_kl" and each.domain is None]
-    assert figure.value <= target
+    assert f"{{at_most: {TARGET:g}}}" in advice
+    monkeypatch.undo()
+    assert mean_kl(run(recipe(inputs, {"bits_per_weight": bits}, tmp_path / "again"))) <= TARGET
+
+
+def test_without_a_larger_choice_the_run_ends(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured_too_small(monkeypatch, 1e6)
+    told: list[Progress | Notice] = []
+    failed = run(recipe(inputs, {"mean_kl": 1e-5}, tmp_path / "out", bits=[3, 4]), progress=told.append)
+    assert failed.verdict == "fail"
+    assert "no choice that is offered would reach 1e-05: offer more bits" in notices(told)
+
+
+def test_no_bits_mend_a_failed_check(made: made_choice.MadeChoice) -> None:
+    drift = GateResult(name="mean_kl", figure="mean_kl", value=0.3, low=0.2, high=0.4, verdict="fail", reason="")
+    check = GateResult(name="tokenizer", verdict="fail", reason="")
+    assert made.missed([drift]) == made_choice.Missed(0.3, 0.3)
+    assert made.missed([drift, check]) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "high", "worst"), [(0.012, 0.02, 0.02), (0.009, 0.012, 0.012), (0.012, None, 0.012), (0.009, None, None)]
+)
+def test_where_no_windows_decide_the_end_of_the_interval_is_held_to_the_target(
+    made: made_choice.MadeChoice, value: float, high: float | None, worst: float | None
+) -> None:
+    gate = GateResult(name="mean_kl", figure="mean_kl", value=value, high=high, verdict="undecided", reason="")
+    missed = made.missed([gate])
+    assert missed == (None if worst is None else made_choice.Missed(value, worst))
+    if missed:
+        larger = made.larger(missed)
+        assert larger is not None
+        assert larger.choice.expected <= 0.95 * 0.01 * value / missed.worst
+        assert larger.total_bytes > made.total_bytes
+        assert larger.choice.tried == [made_choice.Tried([1] * 4, 0.0085, value)]
+
+
+@pytest.fixture
+def made(inputs: Path, tmp_path: Path) -> made_choice.MadeChoice:
+    """A choice for a mean KL divergence of 0.01."""
+    planned = plan(recipe(inputs, {"mean_kl": 0.01}, tmp_path / "out"))
+    assert planned.space is not None
+    losses = [[0.02, 0.0085 / 4, 0.0003, 0.0]] * 4
+    return made_choice.MadeChoice(planned.space, planned.layouts[0], made_choice.Choice(losses, [1] * 4, 0.0085))
+
+
+def test_a_run_that_is_killed_in_any_attempt_ends_with_the_same_bytes(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured_too_small(monkeypatch, 20)
+    goal, layouts = {"mean_kl": 0.0003}, ("safetensors", "vllm")
+    whole = recipe(inputs, goal, tmp_path / "whole", *layouts)
+    prepare_children(whole)
+    ended = in_child(whole)
+    assert any("attempt 2 of at most 3" in str(event) for event in ended.events)
+    chance = random.Random(0)
+    for number in range(4):
+        output = tmp_path / str(number)
+        again = recipe(inputs, goal, output, *layouts)
+        assert in_child(again, kill_at=chance.randrange(ended.operations // 3, ended.operations)).killed
+        if not output.exists():  # else the rename was done
+            in_child(again)
+        assert lasting(output) == lasting(tmp_path / "whole")
+        assert not output.with_name(f"{number}.partial").exists()
+
+
+def lasting(artifact: Path) -> dict[str, Any]:
+    """Every file's bytes, but those of the report and of what has its digest."""
+    found: dict[str, Any] = contents(artifact)
+    found = {name: content for name, content in found.items() if not re.search("report/|SHA256SUMS", name)}
+    for name in [name for name in found if name.endswith(MANIFEST_NAME)]:
+        found[name] = json.loads(found[name])
+        del found[name]["verification"]["report_sha256"]
+    return found
+
+
+class Stop(KeyboardInterrupt):
+    pass
+
+
+@pytest.mark.parametrize("removed", [0, 1, None], ids=["none", "one", "all"])
+def test_a_run_that_is_stopped_between_two_attempts_goes_on_in_the_second(
+    removed: int | None, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped when so many files of the first attempt are removed."""
+    measured_too_small(monkeypatch, 20)
+    run(recipe(inputs, {"mean_kl": TARGET}, tmp_path / "whole"))
+    wanted, written = recipe(inputs, {"mean_kl": TARGET}, tmp_path / "out"), list[Path]()
+
+    def stopping(publication: Publication, kept: Collection[Path]) -> None:
+        written.extend(path for path in publication.folder.iterdir() if path.is_file() and path != publication.journal)
+        for path in written[:removed]:
+            path.unlink()
+        if written:  # not before the first attempt
+            raise Stop
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Publication, "keep_only", stopping)
+        with pytest.raises(Stop):
+            run(wanted)
+    left = [path for path in (tmp_path / "out.partial").iterdir() if path.is_file() and path.name != MARKER_NAME]
+    assert len(left) == (0 if removed is None else len(written) - removed)
+    told: list[Progress | Notice] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(measuring, "measure_units", unasked)
+        run(wanted, progress=told.append)
+    assert "attempt 2 of at most 3" not in notices(told)  # that was said before
+    assert steps_of(told, "quantize") == [0, 1]  # the whole block
+    assert lasting(tmp_path / "out") == lasting(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["one layout, no verification", "whole"])
+def test_an_artifact_of_a_second_attempt_is_rebuilt(
+    whole: bool, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its choice depends on the verification and on the other layout, which are left out."""
+    measured_too_small(monkeypatch, 20)
+    run(recipe(inputs, {"mean_kl": 0.0003}, tmp_path / "out", "safetensors", "vllm"))
+    given = rebuilding.recorded(tmp_path / "out" / "safetensors")
+    chosen = rebuilding.recipe_of(given, recipe=None, inputs=inputs, overrides=(), verify=whole)
+    assert len(chosen.export) == (2 if whole else 1)
+    if not whole:
+        monkeypatch.setattr(measuring, "measure_units", unasked)
+    assert rebuilding.rebuild(given, chosen, device="cpu").equal
+
+
+def test_a_recorded_choice_that_the_recipe_does_not_offer_is_refused(inputs: Path, tmp_path: Path) -> None:
+    planned = plan(recipe(inputs, {"mean_kl": 0.01}, tmp_path / "out", bits=[3, 4], group_sizes=[-1, 32]))
+    assert planned.space is not None
+    name = planned.space.units[0][0].name
+    rows = [LayerRecord.uncalibrated(unit[0].name, "gptq", 4, unit[0].in_features) for unit in planned.space.units]
+    assert [str(option) for option in planned.space.recorded(rows)] == ["4 bits in rows"] * 4
+    with pytest.raises(InputError, match="the recipe does not offer") as refused:
+        planned.space.recorded([LayerRecord.uncalibrated(name, "gptq", 8, 32), *rows[1:]])
+    assert f"{name}, 8 bits, groups of 32" in str(refused.value)
+    with pytest.raises(InputError, match="the recipe does not offer"):
+        planned.space.recorded(rows[1:])
+
+
+def steps_of(told: list[Progress | Notice], stage: str) -> list[int]:
+    return [event.done for event in told if isinstance(event, Progress) and event.stage == stage]
+
+
+def unasked(*_: object, **__: object) -> None:
+    raise AssertionError("measured again")
 
 
 def test_a_run_that_goes_on_takes_the_same_choice(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Stop(KeyboardInterrupt):
-        pass
-
     def stopping(event: Progress | Notice) -> None:
         if isinstance(event, Progress) and event.stage == "quantize" and event.done == 1:
             raise Stop
@@ -399,10 +684,7 @@ def test_a_run_that_goes_on_takes_the_same_choice(
     with pytest.raises(Stop):
         run(wanted, progress=stopping)
 
-    def unasked(*_: object, **__: object) -> None:
-        raise AssertionError("measured again")
-
-    monkeypatch.setattr(running, "measure_units", unasked)
+    monkeypatch.setattr(measuring, "measure_units", unasked)
     once = run(wanted)
     monkeypatch.undo()
     other = run(wanted.model_copy(update={"output": str(tmp_path / "other")}))

@@ -435,24 +435,25 @@ def test_a_run_whose_suites_or_tasks_may_have_changed_is_not_taken_over(
     assert not takes_over(chosen)
 
 
-def verified(folder: Path, output: str) -> Recipe:
+def verified(folder: Path, output: str, method: str = "nf4") -> Recipe:
     """A recipe whose gate stays undecided, so that windows are added until the text is used up."""
-    values = artifact_cases.recipe(folder, "nf4", [{"layout": "safetensors"}])
+    values = artifact_cases.recipe(folder, method, [{"layout": "safetensors"}])
     verify = {"text": str(folder / "held-out.jsonl"), "windows": 8, "max_windows": 32, "sequence_length": 24}
     verify |= {"profile": "off", "gates": {"mean_kl": {"at_most": 0.4}}}
     return Recipe.model_validate(values | {"verify": verify, "output": str(folder / output)})
 
 
+@pytest.mark.parametrize("method", ["nf4", "gptq"])
 def test_verification_goes_on_from_its_last_round_and_the_reference_is_not_measured_again(
-    inputs: Path, tmp_path: Path
+    method: str, inputs: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(inputs, tmp_path, dirs_exist_ok=True)
     factories.write_text(tmp_path / "held-out.jsonl", seed=2)
-    whole, every = told(verified(tmp_path, "whole"))
+    whole, every = told(verified(tmp_path, "whole", method))
     rounds = whole.report.protocol.looks
     assert len(rounds) > 1
-    stopped(verified(tmp_path, "out"), lambda event: event.detail == f"predictions in {rounds[1]} windows")
-    second, events = told(verified(tmp_path, "out"))
+    stopped(verified(tmp_path, "out", method), lambda event: event.detail == f"predictions in {rounds[1]} windows")
+    second, events = told(verified(tmp_path, "out", method))
     assert not [event for event in events if isinstance(event, Progress) and event.stage == "prepare"]
     assert details(events) == details(every)[details(every).index(f"predictions in {rounds[0]} windows") + 1 :]
     one, other = (result.report.model_dump(exclude={"timings"}) for result in (whole, second))

@@ -49,9 +49,16 @@ class Journal:
         self._path = path
         self.entries, self._end = _read(path)
 
-    def of_kind(self, kind: str) -> list[Mapping[str, Any]]:
-        """The contents of the records of one kind, in their order."""
-        return [entry.content for entry in self.entries if entry.kind == kind]
+    def of_kind(self, kind: str, *, since: str | None = None) -> list[Mapping[str, Any]]:
+        """The contents of the records of one kind, in their order.
+
+        Args:
+            kind: of the records.
+            since: of another kind, after whose last record they are; all, if there is none of it.
+        """
+        kinds = [entry.kind for entry in self.entries]
+        first = len(kinds) - kinds[::-1].index(since) if since in kinds else 0
+        return [entry.content for entry in self.entries[first:] if entry.kind == kind]
 
     def append(self, kind: str, content: Mapping[str, Any]) -> None:
         """Adds a record; it is durable when the call returns.

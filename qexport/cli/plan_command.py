@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 from qexport.cli.app import AsJson, Debug, Overrides, RecipePath, app, reporting_errors, showing_progress
 from qexport.cli.terminal import write, write_json
 
 
 @app.command()
-def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False, debug: Debug = False) -> None:
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="Measure what the method mixed chooses from, and show its choice (minutes)."),
+    ] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
     """Before a run: what it will quantize and write, what it takes, who can load it, and everything that is wrong with
-    the recipe. Reads headers alone.
+    the recipe. Reads headers alone, without --measure.
     """
     with reporting_errors(as_json=as_json, debug=debug):
         from qexport.recipe import load_recipe
@@ -19,6 +32,8 @@ def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fals
 
         with showing_progress() as progress:
             planned = pipeline.plan(chosen, texts=True, progress=progress)
+            if measure:
+                planned = pipeline.measured(planned, progress=progress)
         if as_json:
             write_json(planned.as_dict())
         else:

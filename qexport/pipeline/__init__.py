@@ -1,9 +1,10 @@
 """Plans a run, runs the stages in order, and verifies or inspects finished folders."""
 
 from qexport.pipeline.from_python import quantize
+from qexport.pipeline.measuring import measured
 from qexport.pipeline.planning import Plan, plan
 from qexport.pipeline.result import Result
 from qexport.pipeline.running import run
 from qexport.pipeline.verification import verify
 
-__all__ = ["Plan", "Result", "plan", "quantize", "run", "verify"]
+__all__ = ["Plan", "Result", "measured", "plan", "quantize", "run", "verify"]

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
 from typing import Final
 
 from qexport.amounts import counted
 from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.structure import LinearSpec
-from qexport.errors import CompatibilityError, QexportError, listed
+from qexport.errors import CompatibilityError, InputError, QexportError, listed
 from qexport.export import ExportSettings
 from qexport.export.layouts import Layout, make_layouts
 from qexport.export.vllm.families import joined_modules
 from qexport.formats import GptqFormat, Outputs
 from qexport.quantizing.mixed import Mixed
 from qexport.quantizing.selection import select
+from qexport.records import LayerRecord
 from qexport.tensors import GroupQuantizedSpec, OutputSpec
 
 _UNQUANTIZED: Final = 16
@@ -75,6 +76,44 @@ class ChoiceSpace:
         """An option for each unit, before anything is measured: the first."""
         return [options[0] for options in self.options]
 
+    def chosen(self, indices: Sequence[int]) -> list[Option]:
+        """The option of each unit, from its index among the unit's options."""
+        return [options[index] for options, index in zip(self.options, indices, strict=True)]
+
+    def recorded(self, layers: Iterable[LayerRecord]) -> list[Option]:
+        """The option of each unit in a finished artifact.
+
+        Args:
+            layers: its quantized layers.
+
+        Raises:
+            InputError: one is quantized as nothing that is offered.
+        """
+        own, found = {layer.name: (layer.bits, layer.group_size) for layer in layers}, list[Option]()
+        for unit, options in zip(self.units, self.options, strict=True):
+            first = unit[0]
+            stored = own.get(first.name, (_UNQUANTIZED, -1))
+            fitting = [
+                option
+                for option in options
+                if stored == (astuple(option) if option.unquantized else _bits_and_group(first, option))
+            ]
+            if not fitting:
+                raise InputError(
+                    "a layer of the manifest has bits or groups that the recipe does not offer",
+                    where=f"layers: {first.name}, {stored[0]} bits, groups of {stored[1]}",
+                    mend="fetch the artifact again",
+                )
+            found.append(fitting[0])
+        return found
+
+    def counted(self, indices: Sequence[int]) -> str:
+        """How many layers have which option, in words."""
+        counts = Counter[Option]()
+        for unit, option in zip(self.units, self.chosen(indices), strict=True):
+            counts[option] += len(unit)
+        return ", ".join(f"{counted(count, 'layer')} at {option}" for option, count in sorted(counts.items()))
+
     def outputs(self, chosen: Sequence[Option]) -> Outputs:
         """What the pass will yield with an option for each unit."""
         specs = dict(self.common.specs)
@@ -109,21 +148,40 @@ class ChoiceSpace:
             [total(unit, option) for option in options] for unit, options in zip(self.units, self.options, strict=True)
         ]
 
+    def beside(self, layout: Layout) -> int:
+        """Bytes of a layout's tensors that are not chosen, as planned with the first option of each unit."""
+        return layout.weights.total_bytes + layout.weights.shared_bytes - sum(sizes[0] for sizes in self.stored(layout))
+
     def lines(self) -> list[str]:
-        """What will be measured, for the plan."""
-        method = self.method
-        offered = ", ".join(map(str, self.offered))
+        """What may be chosen, and what is left out; for the plan."""
+        groups = sorted({option.group_size for option in self.offered if not option.unquantized})
+        bits = ", ".join(map(str, sorted({option.bits for option in self.offered})))
+        sizes = ", ".join("whole rows" if group == -1 else str(group) for group in groups)
         return [
-            f"bits and groups are chosen for each of {counted(len(self.units), 'unit')} of layers from {offered}, "
-            f"once their effect on the predictions is measured on {method.windows} windows of {method.window_tokens} "
-            "tokens; sizes, time and memory are those of the smallest choice",
-            *(f"not offered: {option}, since {reason}" for option, reason in self.refused.items()),
+            f"each of {counted(len(self.units), 'unit')} of layers gets one of {bits} bits in groups of {sizes} in the "
+            "run: plan --measure shows the choice; sizes, time and memory are those of one attempt, the smallest",
+            *(f"not offered: {what}, since {reason}" for what, reason in self._left_out.items()),
         ]
+
+    @property
+    def _left_out(self) -> dict[str, str]:
+        """What is not offered, with the reason; groups count together where no size of them is offered."""
+        bits = {option.bits for option in self.offered}
+        found: dict[str, str] = {}
+        for option, reason in self.refused.items():
+            found.setdefault(str(option) if option.bits in bits else f"{option.bits} bits", reason)
+        return found
 
 
 def _grid(linear: LinearSpec, option: Option, *, sym: bool) -> GroupQuantizedSpec:
-    group_size = linear.in_features if option.group_size == -1 else option.group_size
-    return GroupQuantizedSpec(linear.out_features, linear.in_features, option.bits, group_size, sym, desc_act=False)
+    return GroupQuantizedSpec(
+        linear.out_features, linear.in_features, *_bits_and_group(linear, option), sym, desc_act=False
+    )
+
+
+def _bits_and_group(linear: LinearSpec, option: Option) -> tuple[int, int]:
+    """Bits and group size of a quantized layer, as its record has them."""
+    return option.bits, linear.in_features if option.group_size == -1 else option.group_size
 
 
 def choice_space(method: Mixed, checkpoint: Checkpoint, exports: Sequence[ExportSettings]) -> ChoiceSpace:

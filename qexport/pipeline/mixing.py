@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from qexport.amounts import counted, size
-from qexport.artifact.report import Report
+from qexport.amounts import counted
 from qexport.errors import CompatibilityError
 from qexport.export.layouts import Layout
-from qexport.pipeline.choice_space import ChoiceSpace, Option
+from qexport.pipeline.choice_space import ChoiceSpace
+from qexport.pipeline.made_choice import Choice, allocation_of
 from qexport.progress import ProgressCallback
-from qexport.quantizing.allocation import Allocation, Priced
+from qexport.quantizing.allocation import Allocation
 from qexport.quantizing.gptq_pass import corrects
 from qexport.quantizing.selection import solver_options
 from qexport.quantizing.sensitivity import Unit, measure
 from qexport.tensors import CalibrationSet
-
-_SAFE: Final = 0.95
-"""Of a limit that is corrected by what was measured."""
 
 _AIMED: Final = 0.85
 """Of a target of quality, for which a choice is made: the estimates were up to 6 % too low, and the gate wants the end
@@ -41,88 +35,6 @@ _HESSIAN_WINDOWS: Final = 2
 _UNCORRECTED: Final = 0.65
 """What is left of the divergence where each layer makes up for the quantized ones before it (`gptaq_alpha`), of which
 the measurement of single layers knows nothing: 0.65 and 0.67 on SmolLM2, 0.65 and 0.73 on Gemma3-270M."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What was measured, and what was chosen.
-
-    Attributes:
-        losses: of each unit and option, the mean KL divergence that it costs alone, in nats per token.
-        chosen: the index of each unit's option.
-        expected: the sum of the chosen losses.
-    """
-
-    losses: list[list[float]]
-    chosen: list[int]
-    expected: float
-
-    @classmethod
-    def of(cls, kept: Mapping[str, Any]) -> Choice:
-        """The choice that a journal has kept."""
-        return cls(**kept)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For a journal."""
-        return {name: getattr(self, name) for name in ("losses", "chosen", "expected")}
-
-
-@dataclass(frozen=True)
-class MadeChoice:
-    """A choice, and what it was made from.
-
-    Attributes:
-        space: what could be chosen.
-        layout: the one whose bytes were counted, as planned with the first option of each unit.
-        choice: what was chosen.
-    """
-
-    space: ChoiceSpace
-    layout: Layout
-    choice: Choice
-
-    @property
-    def options(self) -> list[Option]:
-        """The option of each unit."""
-        return [options[index] for options, index in zip(self.space.options, self.choice.chosen, strict=True)]
-
-    @property
-    def note(self) -> str:
-        """What was chosen, and what it is expected to cost, for report and manifest."""
-        counts = Counter[Option]()
-        for unit, option in zip(self.space.units, self.options, strict=True):
-            counts[option] += len(unit)
-        words = ", ".join(f"{counted(count, 'layer')} at {option}" for option, count in sorted(counts.items()))
-        return f"{self.space.method.title}: {words}; the expected mean KL divergence is {self.choice.expected:.3g}"
-
-    def advice(self, reports: Mapping[str, Report]) -> str | None:
-        """Which choice to make next where an artifact's mean KL divergence is above the target; None if none is.
-
-        The losses are taken to be as much too small as the chosen ones were.
-
-        Args:
-            reports: of the artifact's layouts.
-        """
-        space, target, found = self.space, self.space.method.target.mean_kl, list(map(_mean_kl, reports.values()))
-        measured = max(found, default=0.0)
-        if target is None or measured <= target or not self.choice.expected:
-            return None
-        allocation = _allocation(space, self.layout, self.choice.losses)
-        larger = allocation.reaching(self.choice.expected * _SAFE * target / measured)
-        told = f"the mean KL divergence is {measured:.3g}, and {self.choice.expected:.3g} was expected of this choice"
-        if larger is None:
-            return f"{told}; no choice that is offered would reach {target:g}: offer more bits"
-        total = allocation.total(larger) + _beside(space, self.layout)
-        bits = math.ceil(800 * total / self.layout.weights.parameters) / 100
-        return (
-            f"{told}; the next larger choice has {bits:.2f} bits per weight ({size(total, decimals=1)}): set "
-            f"quantize.target to {{bits_per_weight: {bits:.2f}}} and verify.gates to "
-            f"{{mean_kl: {{at_most: {target:g}}}}}"
-        )
-
-
-def _mean_kl(report: Report) -> float:
-    return next((each.value for each in report.figures if each.name == "mean_kl" and each.domain is None), 0.0)
 
 
 def measure_units(
@@ -162,7 +74,7 @@ def choose(space: ChoiceSpace, layout: Layout, losses: list[list[float]]) -> Cho
     Raises:
         CompatibilityError: the target is out of reach.
     """
-    allocation, target = _allocation(space, layout, losses), space.method.target
+    allocation, target = allocation_of(space, layout, losses), space.method.target
     if target.bits_per_weight is not None:
         allowed = _allowed(space, layout, target.bits_per_weight)
         chosen = allocation.within(allowed)
@@ -252,26 +164,16 @@ def _measured(space: ChoiceSpace) -> list[Unit]:
     ]
 
 
-def _allocation(space: ChoiceSpace, layout: Layout, losses: Sequence[Sequence[float]]) -> Allocation:
-    stored = space.stored(layout)
-    return Allocation([Priced(tuple(sizes), tuple(each)) for sizes, each in zip(stored, losses, strict=True)])
-
-
-def _beside(space: ChoiceSpace, layout: Layout) -> int:
-    """Bytes of a layout's tensors that are not chosen, as planned with the first option of each unit."""
-    return layout.weights.total_bytes + layout.weights.shared_bytes - sum(sizes[0] for sizes in space.stored(layout))
-
-
 def _allowed(space: ChoiceSpace, layout: Layout, bits_per_weight: float) -> int:
     """Bytes of the chosen layers in an artifact of this size."""
-    return int(bits_per_weight * layout.weights.parameters / 8) - _beside(space, layout)
+    return int(bits_per_weight * layout.weights.parameters / 8) - space.beside(layout)
 
 
 def _out_of_reach(
     space: ChoiceSpace, layout: Layout, allocation: Allocation, bits_per_weight: float
 ) -> CompatibilityError:
     least, most = (
-        8 * (each + _beside(space, layout)) / layout.weights.parameters for each in (allocation.least, allocation.most)
+        8 * (each + space.beside(layout)) / layout.weights.parameters for each in (allocation.least, allocation.most)
     )
     return CompatibilityError(
         f"{bits_per_weight:g} bits per weight are too few: with what stays at 16 bits, as the embeddings do, the "

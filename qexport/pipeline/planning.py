@@ -30,6 +30,7 @@ from qexport.pipeline.baseline import read_baseline
 from qexport.pipeline.choice_space import ChoiceSpace, Option, choice_space
 from qexport.pipeline.expectations import Expected, expect
 from qexport.pipeline.layer_types import LayerType, layer_types, type_lines
+from qexport.pipeline.made_choice import MadeChoice
 from qexport.pipeline.runtimes import check_runtimes, refuse_full_context, refuse_homeless, refuse_only_endpoints
 from qexport.pipeline.texts import check_small_files, read_evaluation, refuse_long_windows
 from qexport.progress import Notice, ProgressCallback, silent
@@ -98,6 +99,7 @@ class Plan:
         expected: what it would take of memory, time and disk.
         space: what the method `mixed` chooses from; None for other methods. Until it has chosen, outputs and layouts
             have its first option for each layer.
+        choice: what it has chosen, once that is known.
     """
 
     recipe: Recipe
@@ -107,19 +109,24 @@ class Plan:
     layouts: tuple[Layout, ...]
     expected: Expected
     space: ChoiceSpace | None = None
+    choice: MadeChoice | None = None
 
-    def choosing(self, options: Sequence[Option], note: str) -> Plan:
+    def choosing(self, made: MadeChoice) -> Plan:
+        """The plan with a choice from `space`."""
+        return replace(self.with_options(made.options, made.notes), choice=made)
+
+    def with_options(self, options: Sequence[Option], notes: Sequence[str]) -> Plan:
         """The plan with an option for each unit of layers.
 
         Args:
             options: for each of `space`.
-            note: for report and manifest.
+            notes: for report and manifest.
         """
         assert self.space is not None
         outputs = self.space.outputs(options)
         layouts = make_layouts(self.recipe.export, outputs, self.structure, self.merged.checkpoint)
         expected = expect(self.recipe, self.merged, outputs, _stored(layouts))
-        protected = Protected(self.method, outputs, (note,))
+        protected = Protected(self.method, outputs, tuple(notes))
         return replace(self, protected=protected, layouts=layouts, expected=expected)
 
     @property
@@ -196,6 +203,7 @@ class Plan:
                 layout.name: {name: list(each) for name, each in layout.degrees.items()} for layout in self.layouts
             },
             "artifact_bytes": self.total_bytes,
+            "choice": self.choice.as_dict() if self.choice else None,
             "tasks": [task.as_dict() for task in self.tasks],
             "baseline": None if (release := self.baseline) is None else release.model_dump(mode="json"),
             "expected": self.expected.as_dict(),
@@ -224,6 +232,7 @@ class Plan:
         return [
             *head,
             *type_lines(self.types),
+            *(self.choice.lines() if self.choice else ()),
             *([f"survives  {self.survival.line()}"] if self.survival else []),
             export,
             *(f"files     {_labelled(self, name)}{_listed(files)}" for name, files in self.files.items()),
@@ -240,7 +249,7 @@ class Plan:
             *(adapter.notes if adapter else ()),
             *self.outputs.notes,
             *(self.space.lines() if self.space and not self.protected.notes else ()),
-            *self.protected.notes,
+            *(() if self.choice else self.protected.notes),
             *self._layout_notes(),
         ]
 

@@ -185,10 +185,20 @@ def rebuild(
     inputs, names = _checked_inputs(manifest, recipe, where, progress)
     with ExitStack() as stack:
         output = to or Path(stack.enter_context(TemporaryDirectory(prefix="qexport-rebuild-"))) / "rebuilt"
-        result = run(recipe.model_copy(update={"output": str(output.absolute())}), device=where, progress=progress)
+        chosen = recipe.model_copy(update={"output": str(output.absolute())})
+        choice = None if _is_whole(manifest, recipe) else manifest
+        result = run(chosen, device=where, recorded=choice, progress=progress)
         if result.unproven_merge is not None:
             raise result.unproven_merge.error
         return _compared(given, recipe, result, inputs, names)
+
+
+def _is_whole(manifest: Manifest, recipe: Recipe) -> bool:
+    """Whether nothing is left out on which a choice of the method `mixed` depends: it is made for all layouts, and made
+    again after a verification.
+    """
+    own = recipe.portable()
+    return len(own["export"]) == len(manifest.recipe["export"]) and bool(own["verify"]) == bool(manifest.verification)
 
 
 def _checked_inputs(

@@ -24,7 +24,7 @@ from qexport.artifact.publish import Publication
 from qexport.errors import InputError
 from qexport.export.tensor_writer import Stored
 from qexport.export.weight_files import WeightWriter
-from qexport.pipeline.mixing import Choice
+from qexport.pipeline.made_choice import Choice
 from qexport.pipeline.planning import Plan
 from qexport.pipeline.texts import Texts
 from qexport.progress import Notice, ProgressCallback
@@ -34,6 +34,9 @@ from qexport.tensors import TensorSpec
 from qexport.verifying.divergence import TokenFigures
 from qexport.verifying.reference import Preparation
 from qexport.verifying.rounds import Look, Looks
+
+_CHOICE: Final = "choice"
+"""The records with which an attempt begins, see `qexport/pipeline/attempts.py`."""
 
 _ACTIVATIONS: Final = ".activations"
 """The folder of what a pass needs to go on, as long as it runs."""
@@ -72,7 +75,7 @@ class RunJournal:
         refuse_other_run(begun[0]["identity"], self._identity, self._publication.folder)
         if begun[0]["files"] != self._files:
             self._refuse_other_base()
-        return sum(len(unit["tensors"][0]) for unit in self._journal.of_kind("unit"))
+        return sum(len(unit["tensors"][0]) for unit in self._journal.of_kind("unit", since=_CHOICE))
 
     def _refuse_other_base(self) -> None:
         """Compares the contents of the base's files, where they are known: their times or places have changed."""
@@ -112,12 +115,13 @@ class RunJournal:
 
     @property
     def choice(self) -> Choice | None:
-        """What the method `mixed` has chosen, if it has."""
-        return next((Choice.of(found) for found in self._journal.of_kind("choice")), None)
+        """What the method `mixed` has chosen for the last attempt, if it has."""
+        found = self._journal.of_kind(_CHOICE)
+        return Choice.of(found[-1]) if found else None
 
-    def note_choice(self, choice: Choice) -> None:
-        """Keeps a choice."""
-        self._note("choice", choice.as_dict())
+    def begin_attempt(self, choice: Choice) -> None:
+        """Keeps a choice. Units and looks before it count no more, and `units` removes what they have written."""
+        self._note(_CHOICE, choice.as_dict())
 
     @contextmanager
     def units(self, writers: Sequence[WeightWriter], layers: list[LayerRecord]) -> Iterator[ResumePoint]:
@@ -132,7 +136,7 @@ class RunJournal:
             OSError: the disk is full or failed.
         """
         folder = self._publication.folder / _ACTIVATIONS
-        found = self._journal.of_kind("unit")
+        found = self._journal.of_kind("unit", since=_CHOICE)
         layers += [LayerRecord.model_validate(layer) for unit in found for layer in unit["layers"]]
         for index, writer in enumerate(writers):
             writer.adopt({name: _stored(each) for unit in found for name, each in unit["tensors"][index].items()})
@@ -158,7 +162,7 @@ class RunJournal:
         Args:
             measured: names the measurement.
         """
-        found = [look for look in self._journal.of_kind("look") if look["measured"] == measured]
+        found = [look for look in self._journal.of_kind("look", since=_CHOICE) if look["measured"] == measured]
         return Looks(
             [_look(look) for look in found], lambda look: self._note("look", {"measured": measured} | _look_json(look))
         )
@@ -246,11 +250,12 @@ def _identity(planned: Plan, texts: Texts, device: torch.device) -> dict[str, An
         "qexport": version("qexport"),
         "environment": describe_environment(device).model_dump(mode="json"),
         "recipe": planned.recipe.portable(),
-        "inputs": _inputs(planned, texts),
+        "inputs": inputs_of(planned, texts),
     }
 
 
-def _inputs(planned: Plan, texts: Texts) -> dict[str, Any]:
+def inputs_of(planned: Plan, texts: Texts) -> dict[str, Any]:
+    """The digests of all inputs but the base's weights, as JSON values."""
     checkpoint, adapter = planned.merged.checkpoint, planned.merged.adapter
     found: dict[str, Any] = {
         "base": {name: sha256_bytes(content) for name, content in checkpoint.files.items()},

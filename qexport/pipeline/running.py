@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
@@ -26,9 +26,9 @@ from qexport.export.layouts import Layout
 from qexport.export.tensor_writer import WrittenWeights
 from qexport.export.weight_files import WeightWriter
 from qexport.hidden_packages import hidden
+from qexport.pipeline.attempts import Attempts
 from qexport.pipeline.finished import FinishedRun
 from qexport.pipeline.folders import LayoutFolder, open_layout
-from qexport.pipeline.mixing import MadeChoice, choose, measure_units
 from qexport.pipeline.planning import Plan, plan
 from qexport.pipeline.recording import make_manifest, write_card
 from qexport.pipeline.reference import prepare_reference, refuse_unmeasurable, unproven_merge
@@ -48,6 +48,29 @@ from qexport.verifying.reference import Reference
 from qexport.verifying.verification import check_headers
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What a run works with, whatever its plan becomes.
+
+    Attributes:
+        texts: for calibration and verification.
+        folder: the temporary one.
+        device: where to compute.
+        journal: keeps what is finished.
+        execution: the workers.
+        command: repeats the measurement.
+        progress: is called with each step.
+    """
+
+    texts: Texts
+    folder: Path
+    device: torch.device
+    journal: RunJournal
+    execution: Execution
+    command: str
+    progress: ProgressCallback
+
+
 @hidden("kernels")
 def run(
     recipe: Recipe,
@@ -57,12 +80,14 @@ def run(
     device: str = "auto",
     command: str = "qexport verify . --reference RECIPE.yaml",
     accept: Callable[[Plan], None] = lambda planned: None,
+    recorded: Manifest | None = None,
     progress: ProgressCallback = silent,
 ) -> Result:
     """Merges, quantizes, exports and verifies; publishes the artifact with one rename.
 
     If a gate fails or is undecided, the artifact is set aside as `<output>.rejected/`; if the merge differs from
-    PEFT's, nothing is quantized. The result says so; see `Result.raise_for_verdict`.
+    PEFT's, nothing is quantized. The result says so; see `Result.raise_for_verdict`. Where an artifact misses the
+    target of the method `mixed`, the model is quantized and verified again, at most twice, with a larger choice.
 
     A run that was stopped (by Ctrl-C, a kill, a full or failing disk) is continued by the next run of the same recipe,
     and ends with the same bytes.
@@ -74,6 +99,7 @@ def run(
         device: `auto`, `cpu` or `cuda`.
         command: for the report, the command that repeats the measurement.
         accept: is called with the plan before any work; what it raises ends the run.
+        recorded: the manifest of an artifact, whose choice the method `mixed` takes over; None to choose.
         progress: is called with each step, and with what a user should know.
 
     Raises:
@@ -104,15 +130,13 @@ def run(
                 return Result(None, {}, {}, unproven.gate.verdict, unproven)
             if reference and journal.prepared is None:
                 journal.note_prepared(reference.prepared)
-            planned, choice = _chosen(planned, texts, output, where, journal, progress)
-            layers, written = _write(planned, texts, publication.folder, where, journal, execution, progress)
-        with ExitStack() as stack:
-            for weights in written.values():
-                stack.enter_context(hashed_in_background(weights.files))
-            folders = _read_back(planned, publication.folder, layers, written, stack)
-            reports = _measure(planned, reference, folders, journal, command, progress)
-            if choice and (advice := choice.advice(reports)):
-                progress(Notice(advice))
+            work = _Work(texts, publication.folder, where, journal, execution, command, progress)
+            attempts = Attempts(planned, texts, output, where, journal, recorded, progress)
+            attempt: Plan | None = attempts.first()
+            while attempt is not None:
+                planned = attempt
+                folders, reports = _attempt(planned, reference, work)
+                attempt = attempts.after(reports)
         journal.refuse_changed_base()
         manifests, roots = _record(planned, texts, folders, reports, where)
         return _publish(planned, publication, manifests, reports, roots)
@@ -150,41 +174,25 @@ def _unproven_merge(planned: Plan, reference: Reference | None) -> UnprovenMerge
     return unproven_merge(settings, reference.prepared)
 
 
-def _chosen(
-    planned: Plan, texts: Texts, output: Path, device: torch.device, journal: RunJournal, progress: ProgressCallback
-) -> tuple[Plan, MadeChoice | None]:
-    """The plan with the choice of the method `mixed`, which an interrupted run may have made."""
-    if planned.space is None or texts.calibration is None:
-        return planned, None
-    layout = planned.layouts[0]
-    if (choice := journal.choice) is None:
-        measured = measure_units(planned.space, texts.calibration, device=device, progress=progress)
-        choice = choose(planned.space, layout, measured)
-        journal.note_choice(choice)
-    made = MadeChoice(planned.space, layout, choice)
-    chosen = planned.choosing(made.options, made.note)
-    for line in (made.note, *chosen.short_lines()[-2:]):
-        progress(Notice(line))
-    ensure_space(output, chosen.expected.disk, replaced=temporary_path(output))
-    for each in chosen.layouts:
-        each.prepare()
-    return chosen, made
+def _attempt(
+    planned: Plan, reference: Reference | None, work: _Work
+) -> tuple[dict[str, LayoutFolder], dict[str, Report]]:
+    """Quantizes, exports and verifies. Returns folders and reports by layout name; the folders are closed again."""
+    layers, written = _write(planned, work)
+    with ExitStack() as stack:
+        for weights in written.values():
+            stack.enter_context(hashed_in_background(weights.files))
+        folders = _read_back(planned, work.folder, layers, written, stack)
+        return folders, _measure(planned, reference, folders, work)
 
 
-def _write(
-    planned: Plan,
-    texts: Texts,
-    output: Path,
-    device: torch.device,
-    journal: RunJournal,
-    execution: Execution,
-    progress: ProgressCallback,
-) -> tuple[list[LayerRecord], dict[str, WrittenWeights]]:
+def _write(planned: Plan, work: _Work) -> tuple[list[LayerRecord], dict[str, WrittenWeights]]:
     """Writes the weights in one pass, then the other files of each layout.
 
     Weights that layouts share are written once; the other layouts get links to the files.
     """
-    layers, weights_of = _write_weights(planned, texts, output, device, journal, execution, progress)
+    layers, weights_of = _write_weights(planned, work)
+    progress, output = work.progress, work.folder
     progress(Progress("export", 0, len(planned.layouts), "layout", "finishing"))
     written: dict[str, WrittenWeights] = {}
     for group, weights in zip(planned.distinct, weights_of, strict=True):
@@ -199,30 +207,22 @@ def _write(
     return layers, written
 
 
-def _write_weights(
-    planned: Plan,
-    texts: Texts,
-    output: Path,
-    device: torch.device,
-    journal: RunJournal,
-    execution: Execution,
-    progress: ProgressCallback,
-) -> tuple[list[LayerRecord], list[WrittenWeights]]:
+def _write_weights(planned: Plan, work: _Work) -> tuple[list[LayerRecord], list[WrittenWeights]]:
     """Every tensor is read, merged, quantized and handed to the writers before the next block is read."""
     layers: list[LayerRecord] = []
     with ExitStack() as stack:
-        writers = [stack.enter_context(_writer(planned, output, group[0])) for group in planned.distinct]
-        with journal.units(writers, layers) as resume:
+        writers = [stack.enter_context(_writer(planned, work.folder, group[0])) for group in planned.distinct]
+        with work.journal.units(writers, layers) as resume:
             inputs = PassInputs(
                 planned.merged.checkpoint,
                 planned.outputs,
-                texts.calibration,
+                work.texts.calibration,
                 dtype=getattr(torch, planned.recipe.merge.dtype),
-                device=device,
-                scratch=output,
-                execution=execution,
+                device=work.device,
+                scratch=work.folder,
+                execution=work.execution,
                 resume=resume,
-                progress=progress,
+                progress=work.progress,
             )
             for record in planned.method.quantize(inputs):
                 if record.layer:
@@ -260,12 +260,7 @@ def _read_back(
 
 
 def _measure(
-    planned: Plan,
-    reference: Reference | None,
-    folders: Mapping[str, LayoutFolder],
-    journal: RunJournal,
-    command: str,
-    progress: ProgressCallback,
+    planned: Plan, reference: Reference | None, folders: Mapping[str, LayoutFolder], work: _Work
 ) -> dict[str, Report]:
     """Weights that layouts share are measured once. Each folder gets its own report, since its other files differ."""
     reports: dict[str, Report] = {}
@@ -274,12 +269,12 @@ def _measure(
     for group in planned.distinct:
         for same_kind in _grouped_by_kind([folders[layout.name] for layout in group]):
             first = same_kind[0]
-            looks = journal.looks(f"{first.layout.name}, {first.opened.artifact.kind}")
-            verified = measure_folder(reference, first.opened, looks=looks, progress=progress)
-            served = _serve(planned, verified, same_kind, progress)
+            looks = work.journal.looks(f"{first.layout.name}, {first.opened.artifact.kind}")
+            verified = measure_folder(reference, first.opened, looks=looks, progress=work.progress)
+            served = _serve(planned, verified, same_kind, work.progress)
             for folder, found in zip(same_kind, served, strict=True):
                 reports[folder.layout.name] = verified.report_on(
-                    folder.opened, served=found, made=planned.protected.notes, command=command
+                    folder.opened, served=found, made=planned.protected.notes, command=work.command
                 )
     return reports
 

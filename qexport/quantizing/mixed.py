@@ -36,7 +36,8 @@ class MixedTarget(Settings):
 
     mean_kl: Annotated[float, Field(gt=0)] | None = None
     """The smallest artifact whose mean KL divergence from the merged model is expected to be at most this, in nats per
-    token. It is a gate too, unless `verify.gates` has its own on `mean_kl`; so the choice is made for 0.85 of it."""
+    token. It is a gate too, unless `verify.gates` has its own on `mean_kl`; so the choice is made for 0.85 of it. An
+    artifact that does not pass is followed by a larger one, twice at most."""
 
     bits_per_weight: Annotated[float, Field(gt=0, le=16)] | None = None
     """The best artifact of at most this size: bytes of all tensors, embeddings and scales included, in bits per
@@ -53,8 +54,8 @@ class Mixed(Method):
     """GPTQ with the bits that each layer needs, for a size or a quality."""
 
     method: Literal["mixed"] = "mixed"
-    """Measures how far each layer's rounding moves the predictions, chooses bits and groups by layer, then quantizes
-    once with GPTQ."""
+    """Measures how far each layer's rounding moves the predictions, chooses bits and groups by layer, quantizes with
+    GPTQ, and goes back to the choice where the artifact misses the target."""
 
     target: MixedTarget
     """The size or the quality to reach."""
@@ -129,5 +130,5 @@ class Mixed(Method):
         return self.gptq.plan(checkpoint)
 
     def quantize(self, inputs: PassInputs) -> Iterator[TensorRecord]:
-        """With GPTQ, once, and for each layer the bits and groups of `inputs.outputs`."""
+        """With GPTQ, and for each layer the bits and groups of `inputs.outputs`."""
         return self.gptq.quantize(inputs)

@@ -22,16 +22,22 @@ from transformers import PretrainedConfig
 
 import factories
 import qexport
+from qexport.artifact.manifest import Manifest
 from qexport.reading.filled_model import QuantizedLinear
 from qexport.runtimes import RuntimeSettings
 from qexport.runtimes.child import ChildRuntime
 
 PYTHON = os.environ.get("QEXPORT_GPTQMODEL_PYTHON", "")
 MODELS: dict[str, PretrainedConfig] = {"llama": factories.llama_config(), "falcon": factories.falcon_config()}
+GPTQ: dict[str, Any] = {"method": "gptq", "group_size": 32, "sym": True}
+MIXED: dict[str, Any] = {"method": "mixed", "target": {"bits_per_weight": 10.5}, "windows": 8, "window_tokens": 24}
+MIXED |= {"group_sizes": [16, 32]}
 METHODS: dict[str, dict[str, Any]] = {
-    "4 bits": {"bits": 4},
-    "8 bits": {"bits": 8},
-    "desc_act": {"bits": 4, "desc_act": True, "static_groups": False},
+    "4 bits": GPTQ | {"bits": 4},
+    "8 bits": GPTQ | {"bits": 8},
+    "desc_act": GPTQ | {"bits": 4, "desc_act": True, "static_groups": False},
+    "mixed 3 and 16 bits": MIXED | {"bits": [3, 16]},
+    "mixed 4 and 8 bits": MIXED | {"bits": [4, 8]},
 }
 CASES = {f"{model}, {method}": (model, method) for model in MODELS for method in METHODS}
 TOKENS = torch.randint(5, factories.VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -57,7 +63,7 @@ class Answer:
     foreign: list[str]
 
 
-def make(folder: Path, config: PretrainedConfig, changes: dict[str, Any]) -> Path:
+def make(folder: Path, config: PretrainedConfig, method: dict[str, Any]) -> Path:
     """The artifact of one method, by a run without an adapter and without verification."""
     folder.mkdir()
     factories.save(factories.build(config), folder / "base")
@@ -65,7 +71,7 @@ def make(folder: Path, config: PretrainedConfig, changes: dict[str, Any]) -> Pat
     calibration = {"source": str(text), "samples": 16, "sequence_length": 48}
     recipe = {
         "load": {"base": "./base"},
-        "quantize": {"method": "gptq", "group_size": 32, "sym": True, "calibration": calibration} | changes,
+        "quantize": method | {"calibration": calibration},
         "export": [{"layout": "safetensors"}],
         "output": "./artifact",
     }
@@ -128,6 +134,19 @@ def test_gptqmodel_computes_what_qexport_computes(case: str, artifacts: dict[str
     assert logits.std() > 0.3
     print(f"{case}: largest difference {(told.logits - logits).abs().max():.2e}")
     torch.testing.assert_close(told.logits, logits, rtol=0.0, atol=CLOSE)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_what_is_mixed_differs_by_layer(model: str, artifacts: dict[str, Path]) -> None:
+    """So that equal logits mean that gptqmodel reads each layer's own bits and groups."""
+    three, four, alike = (
+        Manifest.read(artifacts[f"{model}, {method}"]).layers
+        for method in ("mixed 3 and 16 bits", "mixed 4 and 8 bits", "4 bits")
+    )
+    assert {layer.bits for layer in three} == {3}
+    assert 0 < len(three) < len(alike)
+    assert {layer.bits for layer in four} == {4, 8}
+    assert len({layer.group_size for layer in [*three, *four]}) == 2
 
 
 @pytest.mark.parametrize("case", ["llama, 4 bits", "changed"])

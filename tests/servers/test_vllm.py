@@ -16,6 +16,7 @@ import torch
 
 import vllm_artifacts as artifacts
 from qexport.architectures.architecture import Checkpoint
+from qexport.errors import CompatibilityError
 from qexport.export.vllm.families import ARCHITECTURES
 from qexport.runtimes import RuntimeSettings, ServedDtype
 from qexport.runtimes.child import ChildRuntime
@@ -94,6 +95,21 @@ def test_one_damaged_layer_is_noticed(
     comparison = compare(folders[name], prompts, serve(damaged, prompts, dtype), dtype)
     print(f"damaged {name}: {comparison}", file=sys.stderr)
     assert not comparison.within(TOLERANCES[name])
+
+
+@pytest.mark.parametrize(("form", "groups"), [("gptq", [32]), ("w4a16", [32, 64])])
+def test_bits_by_layer_are_served(form: str, groups: list[int], checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Of 3, 4, 8 and 16 bits in two sizes of groups the plan offers what vLLM takes."""
+    options = artifacts.write_mixed(checkpoint, tmp_path / form, artifacts.FORMS[form])
+    assert [(each.bits, each.group_size) for each in options] == [*((4, group) for group in groups), (16, -1)]
+    assert judged(tmp_path / form, artifacts.prompts(checkpoint), "bfloat16").within(TOLERANCES[form])
+
+
+@pytest.mark.parametrize(("bits", "reason"), [(3, "Unsupported quantization config: bits=3"), (8, "does not support")])
+def test_bits_that_the_plan_does_not_offer_are_refused_by_vllm_too(bits: int, reason: str, tmp_path: Path) -> None:
+    folder = artifacts.write_falcon_with_bits(tmp_path / "falcon", bits)
+    with pytest.raises(CompatibilityError, match=f"cannot load the artifact: .*{reason}"):
+        serve(folder, TINY_PROMPTS, "bfloat16")
 
 
 @pytest.mark.parametrize("form", ["gptq", "w4a16"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,16 +13,19 @@ from safetensors.torch import load_file, save_file
 
 import factories
 from qexport.architectures.architecture import Checkpoint
-from qexport.export import ExportSettings, VllmSettings
+from qexport.export import ExportSettings, SafetensorsSettings, VllmSettings
 from qexport.export.layouts import make_layout
+from qexport.formats import Outputs
 from qexport.loading import LoadSettings
 from qexport.loading.checkpoint import load_checkpoint
 from qexport.loading.small_files import open_tokenizer
 from qexport.merge import MergeSettings
 from qexport.merge.merging import merge
+from qexport.pipeline.choice_space import Option, choice_space
 from qexport.quantizing import AnyMethod
 from qexport.quantizing.gptq import Gptq
 from qexport.quantizing.method import CalibrationSettings, PassInputs
+from qexport.quantizing.mixed import Mixed, MixedTarget
 from qexport.quantizing.none import NoQuantization
 from qexport.quantizing.w8a8 import W8a8
 from qexport.tensors import CalibrationSet, Origin
@@ -42,6 +46,12 @@ GPTQ = Gptq(
     true_sequential=False,
     calibration=CalibrationSettings(source=str(TEXT), samples=4, sequence_length=64),
 )
+MIXED = Mixed(
+    target=MixedTarget(bits_per_weight=8),
+    bits=[3, 4, 8, 16],
+    group_sizes=[32, 64],
+    calibration=CalibrationSettings(source=str(TEXT), samples=4, sequence_length=64),
+)
 FORMS = {"gptq": VllmSettings(layout="vllm"), "w4a16": VllmSettings(layout="vllm", format="compressed-tensors")}
 
 
@@ -54,13 +64,18 @@ def smollm2(adapter: Path | None = None) -> Checkpoint:
 
 def write(checkpoint: Checkpoint, settings: AnyMethod, layouts: Mapping[Path, ExportSettings]) -> None:
     """One pass into every folder; each is held against the contract."""
+    _write(checkpoint, settings, settings.plan(checkpoint), layouts)
+
+
+def _write(
+    checkpoint: Checkpoint, settings: AnyMethod, outputs: Outputs, layouts: Mapping[Path, ExportSettings]
+) -> None:
     structure = checkpoint.architecture.structure
-    outputs = settings.plan(checkpoint)
     made = {folder: make_layout(form, outputs, structure, checkpoint) for folder, form in layouts.items()}
     for folder in made:
         folder.mkdir(parents=True)
     writers = [layout.weights.writer(folder) for folder, layout in made.items()]
-    calibration = _calibration(checkpoint, structure.vocab_size) if settings is GPTQ else None
+    calibration = _calibration(checkpoint, structure.vocab_size) if settings.needs_calibration else None
     device, scratch = torch.device("cpu"), next(iter(made))
     stream = settings.quantize(PassInputs(checkpoint, outputs, calibration, torch.bfloat16, device, scratch))
     for record in stream:
@@ -70,6 +85,15 @@ def write(checkpoint: Checkpoint, settings: AnyMethod, layouts: Mapping[Path, Ex
         writer.finish()
         layout.write_files(folder, checkpoint)
         layout.check(folder)
+
+
+def write_mixed(checkpoint: Checkpoint, folder: Path, form: VllmSettings) -> list[Option]:
+    """Every option that the layout leaves, in turn over the units of layers. Returns the options."""
+    space = choice_space(MIXED, checkpoint, [form])
+    turns = itertools.cycle(space.offered)
+    chosen = [option if (option := next(turns)) in own else own[0] for own in space.options]
+    _write(checkpoint, MIXED, space.outputs(chosen), {folder: form})
+    return sorted(set(chosen))
 
 
 def write_falcon(folder: Path, form: VllmSettings, *, new: bool = False, sym: bool = True) -> Path:
@@ -127,3 +151,20 @@ def _calibration(checkpoint: Checkpoint, vocab_size: int) -> CalibrationSet:
     return make_windows(
         read_documents([str(TEXT)]), open_tokenizer(checkpoint), samples=4, sequence_length=64, vocab_size=vocab_size
     )
+
+
+def write_falcon_with_bits(folder: Path, bits: int) -> Path:
+    """A tiny Falcon as the layout safetensors has it, one layer with other bits than 4."""
+    model = factories.build(factories.falcon_config(hidden_size=256, num_attention_heads=4))
+    special = {"transformer.h.1.mlp.dense_4h_to_h": (bits, 64)}
+    quantized = QuantizedModel(model, gptq_method(group_size=64, other_bits=(bits,)), special=special)
+    checkpoint = _with_tokenizer(quantized.checkpoint, folder)
+    settings = SafetensorsSettings(layout="safetensors")
+    layout = make_layout(settings, quantized.outputs, quantized.structure, quantized.checkpoint)
+    folder.mkdir(parents=True)
+    with layout.weights.writer(folder) as writer:
+        for record in quantized.records():
+            writer.write(record)
+        writer.finish()
+    layout.write_files(folder, checkpoint)
+    return folder

@@ -34,7 +34,7 @@ SELF := -m pip install --quiet --no-deps --no-build-isolation --editable .
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-release test quick test-servers test-genai test-llama test-gemma test-tasks test-readers test-launch test-mlflow test-browser test-registry test-integrity test-faults test-docs test-hostile test-fuzz check format lint types imports schema docs benchmark lock clean
+.PHONY: help demo demo-release demo-ray test quick test-servers test-genai test-llama test-gemma test-tasks test-readers test-launch test-mlflow test-browser test-registry test-integrity test-faults test-docs test-hostile test-fuzz check format lint types imports schema docs benchmark lock clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -44,6 +44,9 @@ demo: $(READY) ## Merge, quantize, export and verify a real 135M model with its 
 
 demo-release: $(READY) ## Release the demo's artifacts to a registry, check, compare, serve and rebuild them (after `make demo`; minutes; wants docker-registry)
 	recipes/demo-release.sh $(BIN)
+
+demo-ray: $(READY) ## Run the demo on two workers of a Ray cluster, one of which is killed (after `make demo`; minutes)
+	recipes/demo-ray.sh $(BIN)
 
 test: $(READY) ## Run the tests (six to seven minutes on two cores, less with their traces kept)
 	$(BIN)/python -m pytest $(PARALLEL) $(COVERAGE)

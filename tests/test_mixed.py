@@ -50,8 +50,10 @@ from test_resume import contents, in_child, prepare_children
 
 CPU = torch.device("cpu")
 BITS = (3, 4, 8)
-TARGET = 0.002
-"""Which a choice of losses that are measured too small misses."""
+TARGET = 0.0014
+"""Which a choice of losses that are measured too small misses, if it is one of `APART`, and the next one does not."""
+
+APART = {"bits": [2, 4, 8]}
 
 
 def options(bits: int) -> Options:
@@ -479,7 +481,7 @@ def test_a_choice_that_fails_its_gate_is_followed_by_a_larger_one_which_passes(
 ) -> None:
     measured_too_small(monkeypatch, 20)
     told: list[Progress | Notice] = []
-    result = run(recipe(inputs, {"mean_kl": TARGET}, tmp_path / "out"), progress=told.append)
+    result = run(recipe(inputs, {"mean_kl": TARGET}, tmp_path / "out", **APART), progress=told.append)
     assert result.verdict == "pass"
     assert result.folder == tmp_path / "out"
     assert mean_kl(result) <= TARGET
@@ -489,7 +491,7 @@ def test_a_choice_that_fails_its_gate_is_followed_by_a_larger_one_which_passes(
     assert "attempt 2: " in last
     assert before.partition("the mean KL divergence was ")[2].partition(",")[0] in outcome
     assert [note for note in result.report.notes if note.startswith("mixed bits for")] == [before, last]
-    assert expected(last) == pytest.approx(mean_kl(result), rel=0.5)
+    assert expected(last) / 4 <= mean_kl(result) <= 1.5 * expected(last)
     assert expected(last) <= 0.95 * TARGET
 
 
@@ -502,7 +504,7 @@ def test_an_artifact_that_passes_or_has_no_target_of_quality_is_made_once(
 ) -> None:
     measured_too_small(monkeypatch, 20)
     for name, goal, gate in (("size", {"bits_per_weight": 10.0}, 1e-5), ("own", {"mean_kl": TARGET}, 1.0)):
-        wanted = with_gate(recipe(inputs, goal, tmp_path / name), gate)
+        wanted = with_gate(recipe(inputs, goal, tmp_path / name, **APART), gate)
         told: list[Progress | Notice] = []
         assert run(wanted, progress=told.append).passed == (gate == 1.0)
         assert "attempt" not in notices(told)
@@ -520,7 +522,7 @@ def test_after_the_last_attempt_the_next_choice_is_named_and_passes(
     measured_too_small(monkeypatch, 20)
     monkeypatch.setattr(attempts, "MOST_ATTEMPTS", 1)
     told: list[Progress | Notice] = []
-    failed = run(recipe(inputs, {"mean_kl": TARGET}, tmp_path / "out"), progress=told.append)
+    failed = run(recipe(inputs, {"mean_kl": TARGET}, tmp_path / "out", **APART), progress=told.append)
     assert failed.verdict == "fail"
     assert failed.folder == tmp_path / "out.rejected"
     (advice,) = [line for line in notices(told).splitlines() if "next larger choice" in line]
@@ -528,7 +530,7 @@ def test_after_the_last_attempt_the_next_choice_is_named_and_passes(
     assert bits > failed.manifest.sizes.bits_per_weight
     assert f"{{at_most: {TARGET:g}}}" in advice
     monkeypatch.undo()
-    assert mean_kl(run(recipe(inputs, {"bits_per_weight": bits}, tmp_path / "again"))) <= TARGET
+    assert mean_kl(run(recipe(inputs, {"bits_per_weight": bits}, tmp_path / "again", **APART))) <= TARGET
 
 
 def test_without_a_larger_choice_the_run_ends(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -612,8 +614,8 @@ def test_a_run_that_is_stopped_between_two_attempts_goes_on_in_the_second(
 ) -> None:
     """Stopped when so many files of the first attempt are removed."""
     measured_too_small(monkeypatch, 20)
-    run(recipe(inputs, {"mean_kl": TARGET}, tmp_path / "whole"))
-    wanted, written = recipe(inputs, {"mean_kl": TARGET}, tmp_path / "out"), list[Path]()
+    run(recipe(inputs, {"mean_kl": TARGET}, tmp_path / "whole", **APART))
+    wanted, written = recipe(inputs, {"mean_kl": TARGET}, tmp_path / "out", **APART), list[Path]()
 
     def stopping(publication: Publication, kept: Collection[Path]) -> None:
         written.extend(path for path in publication.folder.iterdir() if path.is_file() and path != publication.journal)

@@ -185,6 +185,7 @@ _MOMENTS: Final = (
     "inspect",
     "plan",
     "run",
+    "sweep",
     "check",
     "validate",
     "verify",

@@ -232,14 +232,14 @@ def open_journal(
         RecipeError: what is left is that of another run; the error names what differs.
     """
     base = planned.merged.checkpoint.origin.sha256
-    journal = RunJournal(publication, _identity(planned, texts, device), base)
+    journal = RunJournal(publication, identity(planned, texts, device), base)
     if (found := journal.go_on(restart=restart)) is not None:
         total = len(planned.distinct[0][0].weights.specs)
         progress(Notice(f"going on where a run was interrupted: {found} of {total} tensors are written"))
     return journal
 
 
-def _identity(planned: Plan, texts: Texts, device: torch.device) -> dict[str, Any]:
+def identity(planned: Plan, texts: Texts, device: torch.device) -> dict[str, Any]:
     """What decides the artifact's bytes and the figures, apart from the base's weights. No paths of this machine."""
     return {
         "journal": FORM,

@@ -1,0 +1,420 @@
+"""A sweep: variants of one recipe, made one after the other and compared."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final
+
+from qexport.amounts import counted, size
+from qexport.architectures.devices import find_device
+from qexport.artifact.digests import sha256_json
+from qexport.artifact.disk import make_folder, write_whole
+from qexport.artifact.figures import find_figure
+from qexport.artifact.integrity import open_artifact
+from qexport.artifact.report import REPORT_NAME, Report
+from qexport.artifact.roots import roots_path
+from qexport.artifact.sweep import COMPARISON_NAME, RECORD_NAME, Cost, SweepRecord, VariantRecord, smallest
+from qexport.errors import (
+    CompatibilityError,
+    GateFailed,
+    GateUndecided,
+    InputError,
+    NumericalError,
+    QexportError,
+    RecipeError,
+)
+from qexport.hidden_packages import hidden
+from qexport.pipeline.finished import FinishedRun
+from qexport.pipeline.planning import Plan, plan
+from qexport.pipeline.result import Result
+from qexport.pipeline.resuming import identity
+from qexport.pipeline.running import run
+from qexport.pipeline.texts import read_texts
+from qexport.progress import Notice, ProgressCallback, silent
+from qexport.recipe.sweep import LoadedSweep, Variant
+from qexport.reporting.sweep import sweep_page
+from qexport.reporting.writing import write_report
+
+REPORTS: Final = "reports"
+"""The folder of the variants' reports, which stay when artifacts are removed."""
+
+_REJECTED: Final = ".rejected"
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """The result of a sweep.
+
+    Attributes:
+        folder: of the sweep.
+        record: what has become of each variant.
+        reports: of the variants that were measured, by their names.
+        refused: what was raised for the variants that cannot be made, by their names.
+    """
+
+    folder: Path
+    record: SweepRecord
+    reports: Mapping[str, Report]
+    refused: Mapping[str, QexportError] = field(default_factory=dict)
+
+    @property
+    def page(self) -> Path:
+        """The path of the comparison as a page."""
+        return self.folder / COMPARISON_NAME
+
+    @property
+    def recommended(self) -> Path | None:
+        """The artifact's folder of the smallest variant that passes; None if none does."""
+        found = self.record.variant(self.record.recommended or "")
+        return None if found is None or found.folder is None else self.folder / found.folder
+
+    def raise_for_verdict(self) -> None:
+        """Raises unless a variant passed.
+
+        Raises:
+            GateUndecided: none passed, and one could not be decided.
+            GateFailed: none passed, and gates of all that were measured failed.
+            QexportError: none could be made; what was raised for the first one.
+        """
+        if self.record.recommended is not None:
+            return
+        states = [each.state for each in self.record.variants]
+        if "undecided" in states:
+            names = ", ".join(each.name for each in self.record.variants if each.state == "undecided")
+            raise GateUndecided(
+                "no variant passed, and not all could be decided",
+                where=f"{self.page}: undecided: {names}",
+                mend="verify with more windows (verify.max_windows), or loosen the limits that are undecided",
+            )
+        if "fail" in states:
+            raise GateFailed(
+                f"no variant passed: gates of {counted(states.count('fail'), 'variant')} failed",
+                where=str(self.page),
+                mend="add variants with more bits or smaller groups, or loosen the limits where the use allows it",
+            )
+        raise next(iter(self.refused.values()))
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A variant and its plan, or what is wrong with it."""
+
+    variant: Variant
+    planned: Plan | None = None
+    refused: QexportError | None = None
+
+    @property
+    def total_bytes(self) -> int | None:
+        """Of the tensors of its largest layout; None if that is not known before it is made."""
+        if self.planned is None or self.planned.space is not None:
+            return None
+        return max(layout.weights.total_bytes for layout in self.planned.layouts)
+
+    def record(self) -> VariantRecord:
+        """What is known of it before its turn."""
+        refused = self.refused
+        return VariantRecord(
+            name=self.variant.name,
+            method=self.variant.recipe.quantize.title,
+            overrides=list(self.variant.overrides),
+            state="waiting" if refused is None else "refused",
+            reason="its turn has not come" if refused is None else _sentence(refused),
+            total_bytes=self.total_bytes,
+            folder=None,
+            report=None,
+            windows=None,
+            cost=None,
+            identity=None,
+        )
+
+
+@hidden("kernels")
+def sweep(
+    loaded: LoadedSweep,
+    *,
+    restart: bool = False,
+    device: str = "auto",
+    command: Callable[[Variant], str] = lambda _: "qexport verify . --reference RECIPE.yaml",
+    progress: ProgressCallback = silent,
+) -> SweepResult:
+    """Makes the variants of a recipe one after the other, each as `run` does, and compares them.
+
+    A variant that cannot be made, or whose gates do not pass, does not end the sweep. A sweep that was stopped is
+    continued by the next one: finished variants are recognized, an interrupted one goes on.
+
+    Args:
+        loaded: the sweep, see `load_sweep`.
+        restart: make all variants again, without what an earlier sweep has finished.
+        device: `auto`, `cpu` or `cuda`.
+        command: for the reports, the command that repeats the measurement of a variant.
+        progress: is called with each step, and with what a user should know.
+
+    Raises:
+        QexportError: one of its subclasses, see `qexport.errors`: what would stop every variant, or the disk failed.
+    """
+    folder = _checked_folder(loaded.output)
+    candidates = _in_order([_planned(variant) for variant in loaded.variants], loaded)
+    if all(each.refused for each in candidates):
+        raise next(each.refused for each in candidates if each.refused)
+    make_folder(folder)
+    before = None if restart else SweepRecord.read(folder)
+    return _Sweeping(loaded, candidates, before, restart, device, command, progress).run()
+
+
+def _checked_folder(output: Path) -> Path:
+    """The sweep's folder with links resolved, which is new, empty, or a sweep's already."""
+    folder = Path(os.path.realpath(output))
+    if folder.exists() and not folder.is_dir():
+        raise RecipeError("the sweep's output is a file, not a folder", where=str(output), mend="choose another output")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD_NAME).exists():
+        raise RecipeError(
+            "the sweep's output is not empty, and not the folder of a sweep",
+            where=str(output),
+            mend="choose another output",
+        )
+    return folder
+
+
+def _planned(variant: Variant) -> _Candidate:
+    try:
+        return _Candidate(variant, plan(variant.recipe))
+    except QexportError as error:
+        if type(error) is QexportError:
+            raise
+        return _Candidate(variant, refused=error)
+
+
+def _in_order(candidates: list[_Candidate], loaded: LoadedSweep) -> list[_Candidate]:
+    """The smallest first if only the best is kept: those that are larger than one that passes need not be made."""
+    if loaded.keep == "all":
+        return candidates
+    return sorted(candidates, key=lambda each: (each.total_bytes is None, each.total_bytes or 0))
+
+
+def _sentence(error: QexportError) -> str:
+    return f"{error.what} ({error.where})" if error.where else error.what
+
+
+class _Sweeping:
+    """A sweep that is running: its record, which is written after each variant."""
+
+    def __init__(
+        self,
+        loaded: LoadedSweep,
+        candidates: Sequence[_Candidate],
+        before: SweepRecord | None,
+        restart: bool,
+        device: str,
+        command: Callable[[Variant], str],
+        progress: ProgressCallback,
+    ) -> None:
+        self._loaded, self._candidates, self._before = loaded, candidates, before
+        self._restart, self._device, self._command, self._progress = restart, device, command, progress
+        self._folder = Path(os.path.realpath(loaded.output))
+        self._records = {each.variant.name: each.record() for each in candidates}
+        self._reports: dict[str, Report] = {}
+        self._refused = {each.variant.name: each.refused for each in candidates if each.refused}
+
+    def run(self) -> SweepResult:
+        """All variants in turn."""
+        self._write()
+        for number, candidate in enumerate(self._candidates, 1):
+            name = candidate.variant.name
+            if candidate.refused is None:
+                self._progress(Notice(f"variant {number} of {len(self._candidates)}: {self._described(candidate)}"))
+                self._records[name] = self._made(candidate)
+            self._progress(Notice(f"{name}: {self._records[name].state}: {self._records[name].reason}"))
+            self._discard()
+            self._write()
+        return SweepResult(self._folder, self._record(), self._reports, self._refused)
+
+    def _described(self, candidate: _Candidate) -> str:
+        total = candidate.total_bytes
+        sized = "" if total is None else f", {size(total, decimals=1)}"
+        return f"{candidate.variant.name} ({candidate.variant.recipe.quantize.title}{sized})"
+
+    def _made(self, candidate: _Candidate) -> VariantRecord:
+        record = self._records[candidate.variant.name]
+        if (smaller := self._passed_and_smaller(candidate)) is not None:
+            reason = f"larger than {smaller}, which has passed"
+            return record.model_copy(update={"state": "skipped", "reason": reason})
+        if (known := self._known(candidate)) is not None:
+            return known
+        cost = _Stopwatch()
+        try:
+            result = self._run(candidate)
+        except (CompatibilityError, NumericalError) as error:
+            self._refused[record.name] = error
+            return record.model_copy(
+                update={"state": "refused", "reason": _sentence(error), "cost": cost.since_the_start()}
+            )
+        if result.unproven_merge is not None:
+            raise result.unproven_merge.error
+        return self._measured(candidate, result.artifact_path, result.reports, cost.since_the_start())
+
+    def _run(self, candidate: _Candidate) -> Result:
+        return run(
+            candidate.variant.recipe,
+            force=self._restart,
+            restart=self._restart,
+            device=self._device,
+            command=self._command(candidate.variant),
+            progress=self._progress,
+        )
+
+    def _passed_and_smaller(self, candidate: _Candidate) -> str | None:
+        if self._loaded.keep == "all" or (own := candidate.total_bytes) is None:
+            return None
+        passed = [each for each in self._records.values() if each.passed and each.total_bytes is not None]
+        return next((each.name for each in passed if each.total_bytes is not None and each.total_bytes < own), None)
+
+    def _known(self, candidate: _Candidate) -> VariantRecord | None:
+        """What an earlier sweep has made of a variant, if its inputs and files are the same still."""
+        assert candidate.planned is not None
+        if self._restart:
+            return None
+        variant, planned, where = candidate.variant, candidate.planned, find_device(self._device)
+        texts = read_texts(variant.recipe, planned.merged.checkpoint, planned.structure)
+        earlier = self._before.variant(variant.name) if self._before else None
+        if earlier is not None and earlier.identity == self._identity(candidate) and self._is_whole(earlier):
+            self._reports[variant.name] = Report.read(self._folder / str(earlier.report))
+            return earlier
+        finished = FinishedRun(planned, texts, where)
+        for path in (self._folder / variant.name, self._folder / f"{variant.name}{_REJECTED}"):
+            if path.is_dir() and finished.is_in(path):
+                return self._measured(candidate, path, finished.reports, None)
+        return None
+
+    def _is_whole(self, record: VariantRecord) -> bool:
+        """Whether the report of a finished variant is there, and its artifact unless that was removed."""
+        try:
+            if record.report is None or not (self._folder / record.report).is_file():
+                return False
+            if record.folder is not None:
+                for layout in _layouts_in(self._folder / record.folder):
+                    open_artifact(layout)
+        except InputError:
+            return False
+        return True
+
+    def _identity(self, candidate: _Candidate) -> str:
+        assert candidate.planned is not None
+        variant, planned = candidate.variant, candidate.planned
+        texts = read_texts(variant.recipe, planned.merged.checkpoint, planned.structure)
+        return sha256_json(identity(planned, texts, find_device(self._device)))
+
+    def _measured(
+        self, candidate: _Candidate, path: Path, reports: Mapping[str, Report], cost: Cost | None
+    ) -> VariantRecord:
+        """The record of a variant that has been made. Its report is kept apart from its artifact."""
+        name, report = candidate.variant.name, _worst(reports)
+        write_report(report, self._folder / REPORTS / name)
+        self._reports[name] = report
+        return self._records[name].model_copy(
+            update={
+                "state": report.verdict,
+                "reason": _reason(report),
+                "total_bytes": candidate.total_bytes or report.subject.sizes.total_bytes,
+                "folder": path.name,
+                "report": f"{REPORTS}/{name}/{REPORT_NAME}",
+                "windows": report.protocol.windows,
+                "cost": cost,
+                "identity": self._identity(candidate),
+            }
+        )
+
+    def _discard(self) -> None:
+        """Removes the artifacts of all but the recommended variant, if only that is kept. The record says so first."""
+        if self._loaded.keep == "all":
+            return
+        best = self._recommended()
+        others = [each for each in self._records.values() if each.measured and each.name != best]
+        self._records |= {each.name: each.model_copy(update={"folder": None}) for each in others}
+        self._write()
+        for each in others:
+            for path in (self._folder / each.name, self._folder / f"{each.name}{_REJECTED}"):
+                shutil.rmtree(path, ignore_errors=True)
+                roots_path(path).unlink(missing_ok=True)
+
+    def _recommended(self) -> str | None:
+        passing = [
+            (each, each.total_bytes, figure.value)
+            for each in self._records.values()
+            if each.passed
+            and each.total_bytes is not None
+            and (figure := find_figure(self._reports[each.name].figures, "mean_kl"))
+        ]
+        best = smallest(passing)
+        return None if best is None else best.name
+
+    def _record(self) -> SweepRecord:
+        records = [self._records[each.variant.name] for each in self._candidates]
+        return SweepRecord(
+            schema_version=1,
+            qexport_version=version("qexport"),
+            recipe=self._loaded.recipe.name,
+            keep=self._loaded.keep,
+            variants=records,
+            recommended=self._recommended(),
+            finished=all(each.state != "waiting" for each in records),
+        )
+
+    def _write(self) -> None:
+        """Writes the record and the page as they stand. Variants that an earlier sweep has finished keep their records
+        until their turn comes.
+        """
+        record = self._record()
+        earlier = {} if self._before is None else {each.name: each for each in self._before.variants}
+        kept = [earlier.get(each.name, each) if each.state == "waiting" else each for each in record.variants]
+        record.model_copy(update={"variants": kept}).write(self._folder)
+        write_whole(self._folder / COMPARISON_NAME, sweep_page(record, self._reports))
+
+
+class _Stopwatch:
+    """What this process takes from now on."""
+
+    def __init__(self) -> None:
+        self._cpu, self._wall = _processor_seconds(), time.monotonic()
+
+    def since_the_start(self) -> Cost:
+        return Cost(
+            cpu_seconds=round(_processor_seconds() - self._cpu, 1), seconds=round(time.monotonic() - self._wall, 1)
+        )
+
+
+def _processor_seconds() -> float:
+    return sum(os.times()[:4])
+
+
+def _layouts_in(folder: Path) -> list[Path]:
+    """The folder of an artifact, or those of its layouts."""
+    below = [path for path in sorted(folder.iterdir()) if (path / "SHA256SUMS").is_file()] if folder.is_dir() else []
+    return below or [folder]
+
+
+_BADNESS: Final = {"fail": 2, "undecided": 1, "pass": 0}
+
+
+def _worst(reports: Mapping[str, Report]) -> Report:
+    """Of several layouts, the report of the one that came off worst: a variant passes if all do."""
+
+    def key(report: Report) -> tuple[int, float]:
+        figure = find_figure(report.figures, "mean_kl")
+        return _BADNESS[report.verdict], figure.value if figure else 0.0
+
+    return max(reports.values(), key=key)
+
+
+def _reason(report: Report) -> str:
+    """The first gates that did not pass; that all did, if so."""
+    unmet = [each for each in report.gates if each.verdict == report.verdict]
+    if report.verdict == "pass":
+        return f"{counted(len(unmet), 'gate')} passed"
+    rest = f" and {len(unmet) - 1} more" if len(unmet) > 1 else ""
+    return f"{unmet[0].name}: {unmet[0].reason}{rest}"

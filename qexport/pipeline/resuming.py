@@ -18,7 +18,6 @@ from torch import Tensor
 from qexport.artifact import describe_environment
 from qexport.artifact.digests import FileDigests, sha256_bytes, sha256_json, tensor_bytes
 from qexport.artifact.disk import sync
-from qexport.artifact.figures import Figure
 from qexport.artifact.journal import FORM, Journal, other_run, refuse_other_run
 from qexport.artifact.publish import Publication
 from qexport.errors import InputError
@@ -26,7 +25,7 @@ from qexport.export.tensor_writer import Stored
 from qexport.export.weight_files import WeightWriter
 from qexport.pipeline.mixing import Choice
 from qexport.pipeline.planning import Plan
-from qexport.pipeline.texts import Texts
+from qexport.pipeline.texts import Evaluation, Texts
 from qexport.progress import Notice, ProgressCallback
 from qexport.quantizing.method import ResumePoint, Save
 from qexport.records import LayerRecord
@@ -50,7 +49,7 @@ class RunJournal:
 
     def __init__(self, publication: Publication, identity: Mapping[str, Any], base: Mapping[str, str]) -> None:
         self._publication, self._journal = publication, Journal(publication.journal)
-        self._identity, self._base, self._files = identity, base, _stamps(base)
+        self._identity, self._base, self._files = identity, base, stamps_of(base)
 
     def go_on(self, *, restart: bool) -> int | None:
         """Takes over what an interrupted run has finished.
@@ -96,19 +95,11 @@ class RunJournal:
     @property
     def prepared(self) -> Preparation | None:
         """The reference's own figures, if they have been measured."""
-        for found in self._journal.of_kind("reference"):
-            figures = [Figure.model_validate(figure) for figure in found["figures"]]
-            return Preparation(found["noise_floor"], figures, found["unconfirmed"])
-        return None
+        return next((Preparation.of(found) for found in self._journal.of_kind("reference")), None)
 
     def note_prepared(self, prepared: Preparation) -> None:
         """Keeps the reference's own figures."""
-        content = {
-            "noise_floor": dict(prepared.noise_floor),
-            "figures": [figure.model_dump(mode="json") for figure in prepared.figures],
-            "unconfirmed": list(prepared.unconfirmed),
-        }
-        self._note("reference", content)
+        self._note("reference", prepared.as_dict())
 
     @property
     def choice(self) -> Choice | None:
@@ -241,33 +232,34 @@ def open_journal(
 
 def identity(planned: Plan, texts: Texts, device: torch.device) -> dict[str, Any]:
     """What decides the artifact's bytes and the figures, apart from the base's weights. No paths of this machine."""
-    return {
-        "journal": FORM,
-        "qexport": version("qexport"),
-        "environment": describe_environment(device).model_dump(mode="json"),
-        "recipe": planned.recipe.portable(),
-        "inputs": _inputs(planned, texts),
-    }
+    inputs = inputs_of(planned, texts.evaluation)
+    if texts.calibration is not None:
+        inputs["calibration"] = [texts.calibration.sha256, _digest(texts.calibration.input_ids)]
+    return {**of_environment(device), "journal": FORM, "recipe": planned.recipe.portable(), "inputs": inputs}
 
 
-def _inputs(planned: Plan, texts: Texts) -> dict[str, Any]:
+def of_environment(device: torch.device) -> dict[str, Any]:
+    """What decides the bits of everything that is computed."""
+    return {"qexport": version("qexport"), "environment": describe_environment(device).model_dump(mode="json")}
+
+
+def inputs_of(planned: Plan, evaluation: Evaluation | None) -> dict[str, Any]:
+    """The digests of what was read but the base's weights and the calibration text."""
     checkpoint, adapter = planned.merged.checkpoint, planned.merged.adapter
     found: dict[str, Any] = {
         "base": {name: sha256_bytes(content) for name, content in checkpoint.files.items()},
         "config": sha256_json(dict(checkpoint.config)),
         "adapter": dict(adapter.origin.sha256) if adapter else None,
     }
-    if texts.calibration is not None:
-        found["calibration"] = [texts.calibration.sha256, _digest(texts.calibration.input_ids)]
-    if texts.evaluation is not None:
-        held_out, prompts = texts.evaluation.held_out, texts.evaluation.prompts
+    if evaluation is not None:
+        held_out, prompts = evaluation.held_out, evaluation.prompts
         found["text"] = [held_out.sha256, _digest(held_out.input_ids)]
         found["prompts"] = prompts.prompt_set.sha256 if prompts else None
-        found["baseline"] = texts.evaluation.baseline.record.report_sha256 if texts.evaluation.baseline else None
+        found["baseline"] = evaluation.baseline.record.report_sha256 if evaluation.baseline else None
     return found
 
 
-def _stamps(base: Mapping[str, str]) -> dict[str, Any]:
+def stamps_of(base: Mapping[str, str]) -> dict[str, Any]:
     """What changes whenever one of the base's files is written or replaced, found without reading it."""
     if not isinstance(base, FileDigests):
         return dict(base)

@@ -34,6 +34,7 @@ from qexport.pipeline.result import Result, UnprovenMerge
 from qexport.pipeline.resuming import RunJournal, open_journal
 from qexport.pipeline.runtimes import runtimes_of
 from qexport.pipeline.serving import ServedArtifact, measure_through
+from qexport.pipeline.sharing import NOTHING_SHARED, SharedWork
 from qexport.pipeline.texts import Evaluation, Texts, read_texts
 from qexport.pipeline.verification import Verified, measure_folder
 from qexport.progress import Notice, Progress, ProgressCallback, silent
@@ -55,6 +56,7 @@ def run(
     device: str = "auto",
     command: str = "qexport verify . --reference RECIPE.yaml",
     accept: Callable[[Plan], None] = lambda planned: None,
+    shared: SharedWork = NOTHING_SHARED,
     progress: ProgressCallback = silent,
 ) -> Result:
     """Merges, quantizes, exports and verifies; publishes the artifact with one rename.
@@ -72,6 +74,7 @@ def run(
         device: `auto`, `cpu` or `cuda`.
         command: for the report, the command that repeats the measurement.
         accept: is called with the plan before any work; what it raises ends the run.
+        shared: what the other variants of a sweep have measured of the reference, and this run measures.
         progress: is called with each step, and with what a user should know.
 
     Raises:
@@ -96,7 +99,7 @@ def run(
             return _publish(planned, publication, finished.manifests, finished.reports, finished.roots)
         journal = open_journal(publication, planned, texts, where, restart=restart, progress=progress)
         with hashed_in_background(planned.merged.checkpoint.origin.sha256):
-            reference = _reference(planned, texts.evaluation, where, journal, progress)
+            reference = _reference(planned, texts.evaluation, where, journal, shared, progress)
             if unproven := _unproven_merge(planned, reference):
                 return Result(None, {}, {}, unproven.gate.verdict, unproven)
             if reference and journal.prepared is None:
@@ -120,6 +123,7 @@ def _reference(
     evaluation: Evaluation | None,
     device: torch.device,
     journal: RunJournal,
+    shared: SharedWork,
     progress: ProgressCallback,
 ) -> Reference | None:
     """Measures what needs only the reference, so that wrong limits and a wrong merge are found before quantizing."""
@@ -134,6 +138,8 @@ def _reference(
         dtype=dtype,
         device=device,
         earlier=journal.prepared,
+        kept=shared.of_reference(planned, evaluation, device),
+        ends_early=shared.ends_early,
         progress=progress,
     )
     refuse_unmeasurable(settings, reference.prepared)

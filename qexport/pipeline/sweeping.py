@@ -14,7 +14,7 @@ from typing import Final
 from qexport.amounts import counted, size
 from qexport.architectures.devices import find_device
 from qexport.artifact.digests import sha256_json
-from qexport.artifact.disk import make_folder, write_whole
+from qexport.artifact.disk import ensure_space, make_folder, write_whole
 from qexport.artifact.figures import find_figure
 from qexport.artifact.integrity import open_artifact
 from qexport.artifact.report import REPORT_NAME, Report
@@ -33,8 +33,9 @@ from qexport.hidden_packages import hidden
 from qexport.pipeline.finished import FinishedRun
 from qexport.pipeline.planning import Plan, plan
 from qexport.pipeline.result import Result
-from qexport.pipeline.resuming import identity
+from qexport.pipeline.resuming import identity, stamps_of
 from qexport.pipeline.running import run
+from qexport.pipeline.sharing import SharedWork, shared_bytes
 from qexport.pipeline.texts import read_texts
 from qexport.progress import Notice, ProgressCallback, silent
 from qexport.recipe.sweep import LoadedSweep, Variant
@@ -43,6 +44,9 @@ from qexport.reporting.writing import write_report
 
 REPORTS: Final = "reports"
 """The folder of the variants' reports, which stay when artifacts are removed."""
+
+SHARED: Final = ".shared"
+"""The folder of what the variants have in common, until all are made."""
 
 _REJECTED: Final = ".rejected"
 
@@ -162,6 +166,7 @@ def sweep(
     candidates = _in_order([_planned(variant) for variant in loaded.variants], loaded)
     if all(each.refused for each in candidates):
         raise next(each.refused for each in candidates if each.refused)
+    ensure_space(folder, max(shared_bytes(each.planned) for each in candidates if each.planned))
     make_folder(folder)
     before = None if restart else SweepRecord.read(folder)
     return _Sweeping(loaded, candidates, before, restart, device, command, progress).run()
@@ -232,6 +237,7 @@ class _Sweeping:
             self._progress(Notice(f"{name}: {self._records[name].state}: {self._records[name].reason}"))
             self._discard()
             self._write()
+        shutil.rmtree(self._folder / SHARED, ignore_errors=True)
         return SweepResult(self._folder, self._record(), self._reports, self._refused)
 
     def _described(self, candidate: _Candidate) -> str:
@@ -265,6 +271,7 @@ class _Sweeping:
             restart=self._restart,
             device=self._device,
             command=self._command(candidate.variant),
+            shared=SharedWork(self._folder / SHARED, ends_early=True),
             progress=self._progress,
         )
 
@@ -307,7 +314,8 @@ class _Sweeping:
         assert candidate.planned is not None
         variant, planned = candidate.variant, candidate.planned
         texts = read_texts(variant.recipe, planned.merged.checkpoint, planned.structure)
-        return sha256_json(identity(planned, texts, find_device(self._device)))
+        files = stamps_of(planned.merged.checkpoint.origin.sha256)
+        return sha256_json({**identity(planned, texts, find_device(self._device)), "files": files})
 
     def _measured(
         self, candidate: _Candidate, path: Path, reports: Mapping[str, Report], cost: Cost | None

@@ -141,8 +141,8 @@ def override(root: YamlNode, overrides: Sequence[str]) -> tuple[YamlNode, list[P
     problems = []
     for text in overrides:
         path, equals, value = text.partition("=")
-        if not equals:
-            problems.append(Problem(origin, None, text, _WRITE))
+        if not equals or not all(path.split(".")):
+            problems.append(Problem(origin, None, text, "write key=value, for example quantize.bits=8"))
             continue
         try:
             node, found = parse(value, origin, numbered=False)
@@ -154,9 +154,6 @@ def override(root: YamlNode, overrides: Sequence[str]) -> tuple[YamlNode, list[P
     return root, problems
 
 
-_WRITE: Final = "write key=value, for example quantize.bits=8"
-
-
 def override_at(root: YamlNode, path: str, value: YamlNode) -> tuple[YamlNode, list[Problem]]:
     """The tree with the value at a dotted path replaced, or a problem at the new value's place.
 
@@ -166,7 +163,7 @@ def override_at(root: YamlNode, path: str, value: YamlNode) -> tuple[YamlNode, l
         value: the new value.
     """
     if not all(path.split(".")):
-        return root, [Problem(value.origin, value.line, path, _WRITE)]
+        return root, [Problem(value.origin, value.line, path, "write a dotted path, for example quantize.bits")]
     try:
         return replaced(root, _keys(root, path), value), []
     except LookupError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -131,14 +132,17 @@ def load_sweep(
     except ValidationError as error:
         raise SWEEP_FILE.error(path, [*problems, *problems_of(error, root, Sweep)]) from error
     folder = output.absolute() if output is not None else _output(settings, root)
-    problems += _problems(settings, root, has_output=folder is not None)
+    if (count := _combinations(settings)) > MOST_VARIANTS:
+        message = f"{count} combinations; at most {MOST_VARIANTS} are made"
+        raise SWEEP_FILE.error(path, [*problems, _problem(root, ("matrix",), "matrix", message)])
+    named = _Values(settings, root).variants()
+    problems += _problems(settings, root, variants=len(named), has_output=folder is not None)
     if problems or folder is None:
         raise SWEEP_FILE.error(path, problems)
     recipe = Path(local(settings.recipe, root.origin.folder))
     base, problems = RECIPE_FILE.read(recipe)
     base, found = override(base, overrides)
     problems += found
-    named = _Values(settings, root).variants()
     common = _Values.at(root, ("overrides",), settings.overrides)
     base, found = _applied(base, common)
     problems += found
@@ -153,17 +157,13 @@ def _output(settings: Sweep, root: YamlNode) -> Path | None:
     return None if settings.output is None else Path(local(settings.output, root.origin.folder))
 
 
-def _problems(settings: Sweep, root: YamlNode, *, has_output: bool) -> list[Problem]:
+def _problems(settings: Sweep, root: YamlNode, *, variants: int, has_output: bool) -> list[Problem]:
     """What is wrong with the sweep, apart from the recipes of its variants."""
     problems = list(_misplaced(settings, root))
-    if not settings.matrix and not settings.variants:
+    if not variants:
         problems.append(_problem(root, (), "", "it names no variants: add matrix or variants"))
     if not has_output:
         problems.append(_problem(root, (), "output", "missing: add it, or give --output DIR"))
-    if (count := _combinations(settings)) > MOST_VARIANTS:
-        problems.append(
-            _problem(root, ("matrix",), "matrix", f"{count} combinations; at most {MOST_VARIANTS} are made")
-        )
     for index, excluded in enumerate(settings.exclude):
         for key, value in excluded.items():
             if not any(_equal(value, each) for each in settings.matrix.get(key, ())):
@@ -173,10 +173,8 @@ def _problems(settings: Sweep, root: YamlNode, *, has_output: bool) -> list[Prob
 
 
 def _combinations(settings: Sweep) -> int:
-    count = 1
-    for values in settings.matrix.values():
-        count *= len(values)
-    return count + len(settings.variants)
+    """Before any are left out."""
+    return math.prod(map(len, settings.matrix.values())) + len(settings.variants)
 
 
 def _misplaced(settings: Sweep, root: YamlNode) -> Iterator[Problem]:

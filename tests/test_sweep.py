@@ -237,6 +237,14 @@ def test_a_finished_variant_whose_files_have_changed_is_not_taken(folder: Path) 
     assert states(sweep(loaded, device="cpu", restart=True))["bits-3_group_size-16"] == "pass"
 
 
+def test_finished_variants_of_other_inputs_are_not_taken(folder: Path) -> None:
+    loaded = load_sweep(folder / "sweep.yaml")
+    stop_at(loaded, 2)
+    (folder / "heldout.jsonl").write_text((folder / "heldout.jsonl").read_text().replace("the", "thy"))
+    with pytest.raises(RecipeError, match="the output folder is not empty"):
+        sweep(loaded, device="cpu")
+
+
 def test_the_best_alone_is_kept_and_nothing_larger_is_made(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = counting(monkeypatch, sweeping, "run")
     found = sweep(load_sweep(folder / "sweep.yaml", keep="best"), device="cpu")
@@ -246,6 +254,18 @@ def test_the_best_alone_is_kept_and_nothing_larger_is_made(folder: Path, monkeyp
     assert found.record.variants[1].reason == "larger than bits-3_group_size-32, which has passed"
     assert found.recommended is not None
     assert found.recommended.is_dir()
+
+
+def test_what_is_kept_may_change(folder: Path) -> None:
+    """All, then the best alone: what is not the best is removed. All again: it is made again, and nothing else."""
+    every = load_sweep(folder / "sweep.yaml")
+    sweep(every, device="cpu")
+    best = sweep(load_sweep(folder / "sweep.yaml", keep="best"), device="cpu")
+    assert states(best) == {**dict.fromkeys(BY_SIZE, "pass"), "odd": "refused"}
+    assert [path.name for path in best.folder.iterdir() if (path / MANIFEST_NAME).is_file()] == [BY_SIZE[0]]
+    again = sweep(every, device="cpu")
+    assert states(again) == states(best)
+    assert all((again.folder / name / MANIFEST_NAME).is_file() for name in MEASURED)
 
 
 def test_variants_that_fail_end_early_and_leave_their_reports(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,6 +282,9 @@ def test_variants_that_fail_end_early_and_leave_their_reports(folder: Path, monk
     for name in failed:
         report = found.reports[name]
         assert verification.ENDED_EARLY in report.notes
+        record = found.record.variant(name)
+        assert record is not None
+        assert record.reason.endswith(f"; stopped after {record.windows} windows")
         assert report.generations is None
         assert (found.folder / "reports" / name / "report.json").is_file()
         assert not (found.folder / f"{name}.rejected").exists()

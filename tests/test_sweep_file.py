@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from qexport.errors import RecipeError
-from qexport.recipe.sweep import MOST_VARIANTS, LoadedSweep, load_sweep, sweep_schema
+from qexport.recipe.sweep import MOST_VARIANTS, LoadedSweep, Sweep, load_sweep, sweep_schema
 
 ROOT = Path(__file__).parents[1]
 RECIPE = """\
@@ -138,3 +139,18 @@ def test_the_ready_sweep_has_eight_variants_and_names_its_schema() -> None:
     assert len(load_sweep(path).variants) == 8
     assert path.read_text(encoding="utf-8").startswith("# yaml-language-server: $schema=sweep.schema.json\n")
     assert (ROOT / "recipes" / "sweep.schema.json").read_text(encoding="utf-8") == sweep_schema()
+
+
+def test_every_field_is_described() -> None:
+    page = (ROOT / "docs" / "sweep.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \|", page.partition("| field |")[2].partition("\n\n")[0], flags=re.MULTILINE)
+    assert rows == list(Sweep.model_fields)
+
+
+def test_the_sweep_in_the_documents_is_valid(folder: Path) -> None:
+    page = (ROOT / "docs" / "sweep.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    (folder / "gptq-4bit.yaml").write_text(RECIPE)
+    found = loaded(folder, block, head="")
+    assert [variant.name for variant in found.variants][-3:] == ["bits-8_group_size-64", "nf4", "for-llama.cpp"]
+    assert len(found.variants) == 7

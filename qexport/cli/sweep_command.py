@@ -11,7 +11,7 @@ from qexport.cli.app import AsJson, Debug, Overrides, app, reporting_errors, sho
 from qexport.cli.terminal import stdout, write_json
 
 if TYPE_CHECKING:
-    from qexport.pipeline.sweeping import SweepResult
+    from qexport.pipeline import SweepResult
     from qexport.recipe.sweep import LoadedSweep, Variant
 
 
@@ -36,10 +36,10 @@ def sweep(
         from qexport.recipe.sweep import load_sweep
 
         loaded = load_sweep(file, overrides or (), output=output, keep=keep)
-        from qexport.pipeline.sweeping import sweep as make  # takes seconds; errors of the file should come first
+        from qexport import pipeline  # takes seconds; errors of the file should come first
 
         with showing_progress() as progress:
-            result = make(
+            result = pipeline.sweep(
                 loaded,
                 restart=restart,
                 device=device,

@@ -4,6 +4,7 @@ from qexport.pipeline.from_python import quantize
 from qexport.pipeline.planning import Plan, plan
 from qexport.pipeline.result import Result
 from qexport.pipeline.running import run
+from qexport.pipeline.sweeping import SweepResult, sweep
 from qexport.pipeline.verification import verify
 
-__all__ = ["Plan", "Result", "plan", "quantize", "run", "verify"]
+__all__ = ["Plan", "Result", "SweepResult", "plan", "quantize", "run", "sweep", "verify"]

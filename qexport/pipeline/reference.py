@@ -205,5 +205,6 @@ def prepare_reference(
     if earlier is None and adapter is not None and reference.base_rival is None:
         unmeasured = [*reference.prepared.unconfirmed, "the artifact against the base (the adapter changes shapes)"]
         reference = replace(reference, prepared=replace(reference.prepared, unconfirmed=unmeasured))
-    kept.keep_value("prepared", None, reference.prepared.as_dict())
+    if not kept.has("prepared", None):
+        kept.keep_value("prepared", None, reference.prepared.as_dict())
     return reference

@@ -33,7 +33,7 @@ from qexport.pipeline.reference import prepare_reference, refuse_unmeasurable, u
 from qexport.pipeline.result import Result, UnprovenMerge
 from qexport.pipeline.resuming import RunJournal, open_journal
 from qexport.pipeline.runtimes import runtimes_of
-from qexport.pipeline.serving import ServedArtifact, measure_through
+from qexport.pipeline.serving import NOT_SERVED, ServedArtifact, measure_through
 from qexport.pipeline.sharing import NOTHING_SHARED, SharedWork
 from qexport.pipeline.texts import Evaluation, Texts, read_texts
 from qexport.pipeline.verification import Verified, measure_folder
@@ -278,6 +278,8 @@ def _serve(
     planned: Plan, verified: Verified, folders: Sequence[LayoutFolder], progress: ProgressCallback
 ) -> list[ServedArtifact]:
     """What the runtimes make of layouts with the same weights. Each serves one of them: they differ in small files."""
+    if verified.measured.ended_early:
+        return [NOT_SERVED] * len(folders)
     layouts, served = [layout.name for layout in planned.layouts], list[ServedArtifact]()
     for folder in folders:
         own, unasked = runtimes_of(folder.layout.name, verified.reference.settings, layouts)

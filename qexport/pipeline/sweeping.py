@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
@@ -36,11 +37,12 @@ from qexport.pipeline.result import Result
 from qexport.pipeline.resuming import identity, stamps_of
 from qexport.pipeline.running import run
 from qexport.pipeline.sharing import SharedWork, shared_bytes
-from qexport.pipeline.texts import read_texts
+from qexport.pipeline.texts import Texts, read_texts
 from qexport.progress import Notice, ProgressCallback, silent
 from qexport.recipe.sweep import LoadedSweep, Variant
 from qexport.reporting.sweep import sweep_page
 from qexport.reporting.writing import write_report
+from qexport.verifying.verification import ENDED_EARLY
 
 REPORTS: Final = "reports"
 """The folder of the variants' reports, which stay when artifacts are removed."""
@@ -119,6 +121,12 @@ class _Candidate:
         if self.planned is None or self.planned.space is not None:
             return None
         return max(layout.weights.total_bytes for layout in self.planned.layouts)
+
+    @cached_property
+    def texts(self) -> Texts:
+        """Its texts as tokens."""
+        assert self.planned is not None
+        return read_texts(self.variant.recipe, self.planned.merged.checkpoint, self.planned.structure)
 
     def record(self) -> VariantRecord:
         """What is known of it before its turn."""
@@ -247,11 +255,11 @@ class _Sweeping:
 
     def _made(self, candidate: _Candidate) -> VariantRecord:
         record = self._records[candidate.variant.name]
+        if (known := self._known(candidate)) is not None:
+            return known
         if (smaller := self._passed_and_smaller(candidate)) is not None:
             reason = f"larger than {smaller}, which has passed"
             return record.model_copy(update={"state": "skipped", "reason": reason})
-        if (known := self._known(candidate)) is not None:
-            return known
         cost = _Stopwatch()
         try:
             result = self._run(candidate)
@@ -283,39 +291,42 @@ class _Sweeping:
 
     def _known(self, candidate: _Candidate) -> VariantRecord | None:
         """What an earlier sweep has made of a variant, if its inputs and files are the same still."""
-        assert candidate.planned is not None
-        if self._restart:
+        name = candidate.variant.name
+        earlier = self._before.variant(name) if self._before else None
+        places = [path for path in self._places(name) if path.is_dir()]
+        if self._restart or not (places or (earlier and earlier.measured)):
             return None
-        variant, planned, where = candidate.variant, candidate.planned, find_device(self._device)
-        texts = read_texts(variant.recipe, planned.merged.checkpoint, planned.structure)
-        earlier = self._before.variant(variant.name) if self._before else None
-        if earlier is not None and earlier.identity == self._identity(candidate) and self._is_whole(earlier):
-            self._reports[variant.name] = Report.read(self._folder / str(earlier.report))
+        if earlier and self._is_whole(earlier) and earlier.identity == self._identity(candidate):
+            self._reports[name] = Report.read(self._folder / str(earlier.report))
             return earlier
-        finished = FinishedRun(planned, texts, where)
-        for path in (self._folder / variant.name, self._folder / f"{variant.name}{_REJECTED}"):
-            if path.is_dir() and finished.is_in(path):
-                return self._measured(candidate, path, finished.reports, None)
-        return None
+        assert candidate.planned is not None
+        finished = FinishedRun(candidate.planned, candidate.texts, find_device(self._device))
+        found = next((path for path in places if finished.is_in(path)), None)
+        return None if found is None else self._measured(candidate, found, finished.reports, None)
+
+    def _places(self, name: str) -> tuple[Path, Path]:
+        """Where a variant's artifact may be."""
+        return self._folder / name, self._folder / f"{name}{_REJECTED}"
 
     def _is_whole(self, record: VariantRecord) -> bool:
-        """Whether the report of a finished variant is there, and its artifact unless that was removed."""
+        """Whether the report of a finished variant is there, and its artifact unless only the best is kept."""
+        if record.report is None or (record.folder is None and self._loaded.keep == "all"):
+            return False
         try:
-            if record.report is None or not (self._folder / record.report).is_file():
-                return False
-            if record.folder is not None:
-                for layout in _layouts_in(self._folder / record.folder):
-                    open_artifact(layout)
+            Report.read(self._folder / record.report)
+            for layout in _layouts_in(self._folder / record.folder) if record.folder else ():
+                open_artifact(layout)
         except InputError:
             return False
         return True
 
     def _identity(self, candidate: _Candidate) -> str:
+        """The digest of all that decides a variant's bytes and figures. The base's files count as others when their
+        times change.
+        """
         assert candidate.planned is not None
-        variant, planned = candidate.variant, candidate.planned
-        texts = read_texts(variant.recipe, planned.merged.checkpoint, planned.structure)
-        files = stamps_of(planned.merged.checkpoint.origin.sha256)
-        return sha256_json({**identity(planned, texts, find_device(self._device)), "files": files})
+        files = stamps_of(candidate.planned.merged.checkpoint.origin.sha256)
+        return sha256_json({**identity(candidate.planned, candidate.texts, find_device(self._device)), "files": files})
 
     def _measured(
         self, candidate: _Candidate, path: Path, reports: Mapping[str, Report], cost: Cost | None
@@ -346,7 +357,7 @@ class _Sweeping:
         self._records |= {each.name: each.model_copy(update={"folder": None}) for each in others}
         self._write()
         for each in others:
-            for path in (self._folder / each.name, self._folder / f"{each.name}{_REJECTED}"):
+            for path in self._places(each.name):
                 shutil.rmtree(path, ignore_errors=True)
                 roots_path(path).unlink(missing_ok=True)
 
@@ -420,9 +431,10 @@ def _worst(reports: Mapping[str, Report]) -> Report:
 
 
 def _reason(report: Report) -> str:
-    """The first gates that did not pass; that all did, if so."""
-    unmet = [each for each in report.gates if each.verdict == report.verdict]
+    """The first gate that has the report's verdict; that all passed, if so."""
+    own = [each for each in report.gates if each.verdict == report.verdict]
     if report.verdict == "pass":
-        return f"{counted(len(unmet), 'gate')} passed"
-    rest = f" and {len(unmet) - 1} more" if len(unmet) > 1 else ""
-    return f"{unmet[0].name}: {unmet[0].reason}{rest}"
+        return f"{counted(len(own), 'gate')} passed"
+    rest = f"; {len(own) - 1} more" if len(own) > 1 else ""
+    ended = f"; stopped after {counted(report.protocol.windows, 'window')}" if ENDED_EARLY in report.notes else ""
+    return f"{own[0].name} {own[0].reason}{rest}{ended}"

@@ -72,6 +72,7 @@ class Measurement:
         unconfirmed: what could not be measured, and why.
         notes: for users.
         timings: how long it took.
+        ended_early: a gate has failed, and nothing more was measured; see `Reference.ends_early`.
     """
 
     figures: list[Figure]
@@ -88,6 +89,7 @@ class Measurement:
     unconfirmed: list[str]
     notes: list[str]
     timings: Timings
+    ended_early: bool = False
 
 
 def verify(
@@ -156,10 +158,13 @@ def verify(
         unconfirmed=[*reference.prepared.unconfirmed, *reading.unconfirmed, *whole.unconfirmed],
         notes=[*reading.notes, *whole.notes, *suites.notes, *([ENDED_EARLY] if ended else [])],
         timings=_timings(time.monotonic() - started, speed),
+        ended_early=ended,
     )
 
 
-ENDED_EARLY: Final = "a gate has failed, so nothing more was measured: no more windows, prompts, tasks, suites or speed"
+ENDED_EARLY: Final = (
+    "a gate has failed, so nothing more was measured: no more windows, prompts, tasks, suites, speed or runtimes"
+)
 """The note in the report of an artifact that was not measured further."""
 
 

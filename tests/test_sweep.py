@@ -350,3 +350,19 @@ def test_a_damaged_record_is_refused(folder: Path) -> None:
     (folder / "made" / "sweep.json").write_text("{}")
     with pytest.raises(InputError, match="the record of the sweep is malformed"):
         sweep(load_sweep(folder / "sweep.yaml"), device="cpu")
+
+
+def test_what_is_wrong_with_all_texts_is_found_before_any_work(folder: Path) -> None:
+    with pytest.raises(RecipeError, match="can never be decided"):
+        sweep(load_sweep(folder / "sweep.yaml", ["verify.gates={mean_kl: {at_most: 0.1}}", "verify.max_windows=2"]))
+    assert not (folder / "made").exists()
+
+
+def test_a_variant_whose_calibration_text_is_missing_does_not_end_the_sweep(folder: Path) -> None:
+    text = (folder / "sweep.yaml").read_text().partition("matrix:")[0]
+    (folder / "sweep.yaml").write_text(
+        f"{text}variants:\n  - {{name: nf4, overrides: {{quantize: {{method: nf4}}}}}}\n"
+        "  - {name: other, overrides: {quantize.calibration.source: none.jsonl}}\noutput: made\n"
+    )
+    found = sweep(load_sweep(folder / "sweep.yaml"), device="cpu")
+    assert states(found) == {"nf4": "pass", "other": "refused"}

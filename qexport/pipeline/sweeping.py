@@ -7,10 +7,11 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
+
+import torch
 
 from qexport.amounts import counted, size
 from qexport.architectures.devices import find_device
@@ -109,10 +110,18 @@ class SweepResult:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A variant and its plan, or what is wrong with it."""
+    """A variant and its plan, or what is wrong with it.
+
+    Attributes:
+        variant: from the sweep's file.
+        planned: None if it cannot be made.
+        identity: the digest of all that decides its bytes and figures.
+        refused: why it cannot be made.
+    """
 
     variant: Variant
     planned: Plan | None = None
+    identity: str | None = None
     refused: QexportError | None = None
 
     @property
@@ -121,12 +130,6 @@ class _Candidate:
         if self.planned is None or self.planned.space is not None:
             return None
         return max(layout.weights.total_bytes for layout in self.planned.layouts)
-
-    @cached_property
-    def texts(self) -> Texts:
-        """Its texts as tokens."""
-        assert self.planned is not None
-        return read_texts(self.variant.recipe, self.planned.merged.checkpoint, self.planned.structure)
 
     def record(self) -> VariantRecord:
         """What is known of it before its turn."""
@@ -170,8 +173,8 @@ def sweep(
     Raises:
         QexportError: one of its subclasses, see `qexport.errors`: what would stop every variant, or the disk failed.
     """
-    folder = _checked_folder(loaded.output)
-    candidates = _in_order([_planned(variant) for variant in loaded.variants], loaded)
+    folder, where = _checked_folder(loaded.output), find_device(device)
+    candidates = _in_order([_planned(each, where) for each in loaded.variants], loaded)
     if all(each.refused for each in candidates):
         raise next(each.refused for each in candidates if each.refused)
     ensure_space(folder, max(shared_bytes(each.planned) for each in candidates if each.planned))
@@ -194,13 +197,27 @@ def _checked_folder(output: Path) -> Path:
     return folder
 
 
-def _planned(variant: Variant) -> _Candidate:
+def _planned(variant: Variant, device: torch.device) -> _Candidate:
+    """A variant with its plan. Its texts are read too: what is wrong with them is found before any work."""
     try:
-        return _Candidate(variant, plan(variant.recipe))
+        planned = plan(variant.recipe)
+        return _Candidate(variant, planned, _identity(planned, _texts(variant, planned), device))
     except QexportError as error:
         if type(error) is QexportError:
             raise
         return _Candidate(variant, refused=error)
+
+
+def _texts(variant: Variant, planned: Plan) -> Texts:
+    return read_texts(variant.recipe, planned.merged.checkpoint, planned.structure)
+
+
+def _identity(planned: Plan, texts: Texts, device: torch.device) -> str:
+    """The digest of all that decides a variant's bytes and figures. The base's files count as others when their times
+    change.
+    """
+    files = stamps_of(planned.merged.checkpoint.origin.sha256)
+    return sha256_json({**identity(planned, texts, device), "files": files})
 
 
 def _in_order(candidates: list[_Candidate], loaded: LoadedSweep) -> list[_Candidate]:
@@ -296,11 +313,12 @@ class _Sweeping:
         places = [path for path in self._places(name) if path.is_dir()]
         if self._restart or not (places or (earlier and earlier.measured)):
             return None
-        if earlier and self._is_whole(earlier) and earlier.identity == self._identity(candidate):
+        if earlier and self._is_whole(earlier) and earlier.identity == candidate.identity:
             self._reports[name] = Report.read(self._folder / str(earlier.report))
             return earlier
-        assert candidate.planned is not None
-        finished = FinishedRun(candidate.planned, candidate.texts, find_device(self._device))
+        planned = candidate.planned
+        assert planned is not None
+        finished = FinishedRun(planned, _texts(candidate.variant, planned), find_device(self._device))
         found = next((path for path in places if finished.is_in(path)), None)
         return None if found is None else self._measured(candidate, found, finished.reports, None)
 
@@ -320,14 +338,6 @@ class _Sweeping:
             return False
         return True
 
-    def _identity(self, candidate: _Candidate) -> str:
-        """The digest of all that decides a variant's bytes and figures. The base's files count as others when their
-        times change.
-        """
-        assert candidate.planned is not None
-        files = stamps_of(candidate.planned.merged.checkpoint.origin.sha256)
-        return sha256_json({**identity(candidate.planned, candidate.texts, find_device(self._device)), "files": files})
-
     def _measured(
         self, candidate: _Candidate, path: Path, reports: Mapping[str, Report], cost: Cost | None
     ) -> VariantRecord:
@@ -344,7 +354,7 @@ class _Sweeping:
                 "report": f"{REPORTS}/{name}/{REPORT_NAME}",
                 "windows": report.protocol.windows,
                 "cost": cost,
-                "identity": self._identity(candidate),
+                "identity": candidate.identity,
             }
         )
 

@@ -17,8 +17,7 @@ from qexport.artifact.report import Report
 from qexport.artifact.sweep import SweepRecord
 from qexport.cli import main
 from qexport.errors import CompatibilityError, GateFailed, InputError, RecipeError
-from qexport.pipeline import sweeping
-from qexport.pipeline.sweeping import SweepResult, sweep
+from qexport.pipeline import SweepResult, sweep, sweeping
 from qexport.progress import Notice, Progress
 from qexport.recipe.sweep import load_sweep
 from qexport.verifying import continuing, reference, verification

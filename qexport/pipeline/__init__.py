@@ -4,7 +4,8 @@ from qexport.pipeline.from_python import quantize
 from qexport.pipeline.planning import Plan, plan
 from qexport.pipeline.result import Result
 from qexport.pipeline.running import run
-from qexport.pipeline.sweeping import SweepResult, sweep
+from qexport.pipeline.sweep_result import SweepResult
+from qexport.pipeline.sweeping import sweep
 from qexport.pipeline.verification import verify
 
 __all__ = ["Plan", "Result", "SweepResult", "plan", "quantize", "run", "sweep", "verify"]

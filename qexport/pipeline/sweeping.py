@@ -6,39 +6,27 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
-import torch
-
 from qexport.amounts import counted, size
 from qexport.architectures.devices import find_device
-from qexport.artifact.digests import sha256_json
 from qexport.artifact.disk import ensure_space, make_folder, write_whole
 from qexport.artifact.figures import find_figure
 from qexport.artifact.integrity import open_artifact
+from qexport.artifact.manifest import LISTING_NAME
 from qexport.artifact.report import REPORT_NAME, Report
 from qexport.artifact.roots import roots_path
 from qexport.artifact.sweep import COMPARISON_NAME, RECORD_NAME, Cost, SweepRecord, VariantRecord, smallest
-from qexport.errors import (
-    CompatibilityError,
-    GateFailed,
-    GateUndecided,
-    InputError,
-    NumericalError,
-    QexportError,
-    RecipeError,
-)
+from qexport.errors import CompatibilityError, InputError, NumericalError, RecipeError
 from qexport.hidden_packages import hidden
+from qexport.pipeline.candidates import Candidate, in_order, needed_space, planned_variant, sentence, texts_of
 from qexport.pipeline.finished import FinishedRun
-from qexport.pipeline.planning import Plan, plan
 from qexport.pipeline.result import Result
-from qexport.pipeline.resuming import identity, stamps_of
 from qexport.pipeline.running import run
-from qexport.pipeline.sharing import SharedWork, shared_bytes
-from qexport.pipeline.texts import Texts, read_texts
+from qexport.pipeline.sharing import SharedWork
+from qexport.pipeline.sweep_result import SweepResult
 from qexport.progress import Notice, ProgressCallback, silent
 from qexport.recipe.sweep import LoadedSweep, Variant
 from qexport.reporting.sweep import sweep_page
@@ -52,101 +40,6 @@ SHARED: Final = ".shared"
 """The folder of what the variants have in common, until all are made."""
 
 _REJECTED: Final = ".rejected"
-
-
-@dataclass(frozen=True)
-class SweepResult:
-    """The result of a sweep.
-
-    Attributes:
-        folder: of the sweep.
-        record: what has become of each variant.
-        reports: of the variants that were measured, by their names.
-        refused: what was raised for the variants that cannot be made, by their names.
-    """
-
-    folder: Path
-    record: SweepRecord
-    reports: Mapping[str, Report]
-    refused: Mapping[str, QexportError] = field(default_factory=dict)
-
-    @property
-    def page(self) -> Path:
-        """The path of the comparison as a page."""
-        return self.folder / COMPARISON_NAME
-
-    @property
-    def recommended(self) -> Path | None:
-        """The artifact's folder of the smallest variant that passes; None if none does."""
-        found = self.record.variant(self.record.recommended or "")
-        return None if found is None or found.folder is None else self.folder / found.folder
-
-    def raise_for_verdict(self) -> None:
-        """Raises unless a variant passed.
-
-        Raises:
-            GateUndecided: none passed, and one could not be decided.
-            GateFailed: none passed, and gates of all that were measured failed.
-            QexportError: none could be made; what was raised for the first one.
-        """
-        if self.record.recommended is not None:
-            return
-        states = [each.state for each in self.record.variants]
-        if "undecided" in states:
-            names = ", ".join(each.name for each in self.record.variants if each.state == "undecided")
-            raise GateUndecided(
-                "no variant passed, and not all could be decided",
-                where=f"{self.page}: undecided: {names}",
-                mend="verify with more windows (verify.max_windows), or loosen the limits that are undecided",
-            )
-        if "fail" in states:
-            raise GateFailed(
-                f"no variant passed: gates of {counted(states.count('fail'), 'variant')} failed",
-                where=str(self.page),
-                mend="add variants with more bits or smaller groups, or loosen the limits where the use allows it",
-            )
-        raise next(iter(self.refused.values()))
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """A variant and its plan, or what is wrong with it.
-
-    Attributes:
-        variant: from the sweep's file.
-        planned: None if it cannot be made.
-        identity: the digest of all that decides its bytes and figures.
-        refused: why it cannot be made.
-    """
-
-    variant: Variant
-    planned: Plan | None = None
-    identity: str | None = None
-    refused: QexportError | None = None
-
-    @property
-    def total_bytes(self) -> int | None:
-        """Of the tensors of its largest layout; None if that is not known before it is made."""
-        if self.planned is None or self.planned.space is not None:
-            return None
-        return max(layout.weights.total_bytes for layout in self.planned.layouts)
-
-    def record(self) -> VariantRecord:
-        """What is known of it before its turn."""
-        refused = self.refused
-        return VariantRecord(
-            name=self.variant.name,
-            method=self.variant.recipe.quantize.title,
-            overrides=list(self.variant.overrides),
-            state="waiting" if refused is None else "refused",
-            reason="its turn has not come" if refused is None else _sentence(refused),
-            total_bytes=self.total_bytes,
-            folder=None,
-            report=None,
-            windows=None,
-            cost=None,
-            identity=None,
-        )
 
 
 @hidden("kernels")
@@ -174,10 +67,10 @@ def sweep(
         QexportError: one of its subclasses, see `qexport.errors`: what would stop every variant, or the disk failed.
     """
     folder, where = _checked_folder(loaded.output), find_device(device)
-    candidates = _in_order([_planned(each, where) for each in loaded.variants], loaded)
+    candidates = in_order([planned_variant(each, where) for each in loaded.variants], loaded)
     if all(each.refused for each in candidates):
         raise next(each.refused for each in candidates if each.refused)
-    ensure_space(folder, max(shared_bytes(each.planned) for each in candidates if each.planned))
+    ensure_space(folder, needed_space(candidates), replaced=folder)
     make_folder(folder)
     before = None if restart else SweepRecord.read(folder)
     return _Sweeping(loaded, candidates, before, restart, device, command, progress).run()
@@ -197,47 +90,13 @@ def _checked_folder(output: Path) -> Path:
     return folder
 
 
-def _planned(variant: Variant, device: torch.device) -> _Candidate:
-    """A variant with its plan. Its texts are read too: what is wrong with them is found before any work."""
-    try:
-        planned = plan(variant.recipe)
-        return _Candidate(variant, planned, _identity(planned, _texts(variant, planned), device))
-    except QexportError as error:
-        if type(error) is QexportError:
-            raise
-        return _Candidate(variant, refused=error)
-
-
-def _texts(variant: Variant, planned: Plan) -> Texts:
-    return read_texts(variant.recipe, planned.merged.checkpoint, planned.structure)
-
-
-def _identity(planned: Plan, texts: Texts, device: torch.device) -> str:
-    """The digest of all that decides a variant's bytes and figures. The base's files count as others when their times
-    change.
-    """
-    files = stamps_of(planned.merged.checkpoint.origin.sha256)
-    return sha256_json({**identity(planned, texts, device), "files": files})
-
-
-def _in_order(candidates: list[_Candidate], loaded: LoadedSweep) -> list[_Candidate]:
-    """The smallest first if only the best is kept: those that are larger than one that passes need not be made."""
-    if loaded.keep == "all":
-        return candidates
-    return sorted(candidates, key=lambda each: (each.total_bytes is None, each.total_bytes or 0))
-
-
-def _sentence(error: QexportError) -> str:
-    return f"{error.what} ({error.where})" if error.where else error.what
-
-
 class _Sweeping:
     """A sweep that is running: its record, which is written after each variant."""
 
     def __init__(
         self,
         loaded: LoadedSweep,
-        candidates: Sequence[_Candidate],
+        candidates: Sequence[Candidate],
         before: SweepRecord | None,
         restart: bool,
         device: str,
@@ -265,12 +124,12 @@ class _Sweeping:
         shutil.rmtree(self._folder / SHARED, ignore_errors=True)
         return SweepResult(self._folder, self._record(), self._reports, self._refused)
 
-    def _described(self, candidate: _Candidate) -> str:
+    def _described(self, candidate: Candidate) -> str:
         total = candidate.total_bytes
         sized = "" if total is None else f", {size(total, decimals=1)}"
         return f"{candidate.variant.name} ({candidate.variant.recipe.quantize.title}{sized})"
 
-    def _made(self, candidate: _Candidate) -> VariantRecord:
+    def _made(self, candidate: Candidate) -> VariantRecord:
         record = self._records[candidate.variant.name]
         if (known := self._known(candidate)) is not None:
             return known
@@ -283,13 +142,13 @@ class _Sweeping:
         except (CompatibilityError, NumericalError) as error:
             self._refused[record.name] = error
             return record.model_copy(
-                update={"state": "refused", "reason": _sentence(error), "cost": cost.since_the_start()}
+                update={"state": "refused", "reason": sentence(error), "cost": cost.since_the_start()}
             )
         if result.unproven_merge is not None:
             raise result.unproven_merge.error
         return self._measured(candidate, result.artifact_path, result.reports, cost.since_the_start())
 
-    def _run(self, candidate: _Candidate) -> Result:
+    def _run(self, candidate: Candidate) -> Result:
         return run(
             candidate.variant.recipe,
             force=self._restart,
@@ -300,25 +159,25 @@ class _Sweeping:
             progress=self._progress,
         )
 
-    def _passed_and_smaller(self, candidate: _Candidate) -> str | None:
+    def _passed_and_smaller(self, candidate: Candidate) -> str | None:
         if self._loaded.keep == "all" or (own := candidate.total_bytes) is None:
             return None
         passed = [each for each in self._records.values() if each.passed and each.total_bytes is not None]
         return next((each.name for each in passed if each.total_bytes is not None and each.total_bytes < own), None)
 
-    def _known(self, candidate: _Candidate) -> VariantRecord | None:
+    def _known(self, candidate: Candidate) -> VariantRecord | None:
         """What an earlier sweep has made of a variant, if its inputs and files are the same still."""
         name = candidate.variant.name
         earlier = self._before.variant(name) if self._before else None
         places = [path for path in self._places(name) if path.is_dir()]
         if self._restart or not (places or (earlier and earlier.measured)):
             return None
-        if earlier and self._is_whole(earlier) and earlier.identity == candidate.identity:
+        if earlier and earlier.identity == candidate.identity and self._is_whole(earlier, candidate):
             self._reports[name] = Report.read(self._folder / str(earlier.report))
             return earlier
         planned = candidate.planned
         assert planned is not None
-        finished = FinishedRun(planned, _texts(candidate.variant, planned), find_device(self._device))
+        finished = FinishedRun(planned, texts_of(candidate.variant, planned), find_device(self._device))
         found = next((path for path in places if finished.is_in(path)), None)
         return None if found is None else self._measured(candidate, found, finished.reports, None)
 
@@ -326,9 +185,10 @@ class _Sweeping:
         """Where a variant's artifact may be."""
         return self._folder / name, self._folder / f"{name}{_REJECTED}"
 
-    def _is_whole(self, record: VariantRecord) -> bool:
-        """Whether the report of a finished variant is there, and its artifact unless only the best is kept."""
-        if record.report is None or (record.folder is None and self._loaded.keep == "all"):
+    def _is_whole(self, record: VariantRecord, candidate: Candidate) -> bool:
+        """Whether the report of a finished variant is there, and its artifact if that is to be kept."""
+        needed = self._loaded.keep == "all" or (record.passed and self._passed_and_smaller(candidate) is None)
+        if record.report is None or (needed and record.folder is None):
             return False
         try:
             Report.read(self._folder / record.report)
@@ -339,7 +199,7 @@ class _Sweeping:
         return True
 
     def _measured(
-        self, candidate: _Candidate, path: Path, reports: Mapping[str, Report], cost: Cost | None
+        self, candidate: Candidate, path: Path, reports: Mapping[str, Report], cost: Cost | None
     ) -> VariantRecord:
         """The record of a variant that has been made. Its report is kept apart from its artifact."""
         name, report = candidate.variant.name, _worst(reports)
@@ -423,7 +283,7 @@ def _processor_seconds() -> float:
 
 def _layouts_in(folder: Path) -> list[Path]:
     """The folder of an artifact, or those of its layouts."""
-    below = [path for path in sorted(folder.iterdir()) if (path / "SHA256SUMS").is_file()] if folder.is_dir() else []
+    below = [path for path in sorted(folder.iterdir()) if (path / LISTING_NAME).is_file()] if folder.is_dir() else []
     return below or [folder]
 
 

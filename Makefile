@@ -117,6 +117,7 @@ imports: $(READY) ## Check which room imports which
 
 schema: $(READY) ## Write the recipe's JSON Schema and the tables of its fields anew
 	$(BIN)/qexport schema > recipes/recipe.schema.json
+	$(BIN)/qexport schema sweep > recipes/sweep.schema.json
 	$(BIN)/python -m qexport.recipe.reference docs/recipe.md
 
 docs: $(DOCS_READY) ## Build the documentation as a site, in out/site

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from qexport.gates import Bounds
     from qexport.loading import LoadSettings, WeightedAdapter
     from qexport.merge import MergeSettings
-    from qexport.pipeline import Plan, Result, plan, quantize, run, verify
+    from qexport.pipeline import Plan, Result, SweepResult, plan, quantize, run, sweep, verify
     from qexport.progress import Notice, Progress
     from qexport.quantizing.gptq import Gptq, Override
     from qexport.quantizing.int8 import Int8
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from qexport.quantizing.w8a8 import W8a8
     from qexport.reading.stored_model import load
     from qexport.recipe import Recipe, load_recipe
+    from qexport.recipe.sweep import load_sweep
     from qexport.verifying import SamplingSettings, SpeedSettings, TaskSettings, VerifySettings
 
     __version__: str
@@ -72,7 +73,7 @@ _NAMES = {
     "gates": ("Bounds",),
     "loading": ("LoadSettings", "WeightedAdapter"),
     "merge": ("MergeSettings",),
-    "pipeline": ("Plan", "Result", "plan", "quantize", "run", "verify"),
+    "pipeline": ("Plan", "Result", "SweepResult", "plan", "quantize", "run", "sweep", "verify"),
     "progress": ("Notice", "Progress"),
     "quantizing.gptq": ("Gptq", "Override"),
     "quantizing.int8": ("Int8",),
@@ -83,6 +84,7 @@ _NAMES = {
     "quantizing.w8a8": ("W8a8",),
     "reading.stored_model": ("load",),
     "recipe": ("Recipe", "load_recipe"),
+    "recipe.sweep": ("load_sweep",),
     "verifying": ("SamplingSettings", "SpeedSettings", "TaskSettings", "VerifySettings"),
 }
 _PLACES = {name: module for module, names in _NAMES.items() for name in names}
@@ -121,6 +123,7 @@ __all__ = [
     "SafetensorsSettings",
     "SamplingSettings",
     "SpeedSettings",
+    "SweepResult",
     "TaskSettings",
     "TgiSettings",
     "Verdict",
@@ -130,9 +133,11 @@ __all__ = [
     "WeightedAdapter",
     "load",
     "load_recipe",
+    "load_sweep",
     "plan",
     "quantize",
     "run",
+    "sweep",
     "verify",
 ]
 

@@ -24,8 +24,8 @@ PAGES = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("calibration/*.md")]
 )
 COMMANDS = {
-    "inspect", "plan", "run", "check", "validate", "verify", "release", "promote", "gate", "report", "diff", "rebuild",
-    "schema",
+    "inspect", "plan", "run", "sweep", "check", "validate", "verify", "release", "promote", "gate", "report", "diff",
+    "rebuild", "schema",
 }  # fmt: skip
 COMMAND_LINE = typer.main.get_command(app)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -36,7 +36,9 @@ from qexport.reading.safetensors_weights import SafetensorsWeights
 from qexport.recipe import load_recipe
 from qexport.verifying.reference import Reference
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+RECIPES = [
+    path for path in sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml")) if path.name != "sweep.yaml"
+]
 GPTQ = next(path for path in RECIPES if path.name == "gptq-4bit.yaml")
 FAILING = {"verify.gates": "{mean_kl: {at_most: 0.01}}", "quantize.bits": 2}
 REPORT_FILES = {f"report/{name}" for name in ("report.html", "report.json", "report.md", "junit.xml")}

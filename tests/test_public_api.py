@@ -45,6 +45,7 @@ def test_the_surface_is_what_it_is_on_purpose() -> None:
         "SafetensorsSettings",
         "SamplingSettings",
         "SpeedSettings",
+        "SweepResult",
         "TaskSettings",
         "TgiSettings",
         "Verdict",
@@ -54,9 +55,11 @@ def test_the_surface_is_what_it_is_on_purpose() -> None:
         "WeightedAdapter",
         "load",
         "load_recipe",
+        "load_sweep",
         "plan",
         "quantize",
         "run",
+        "sweep",
         "verify",
     }
 

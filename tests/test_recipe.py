@@ -533,7 +533,10 @@ def test_the_reference_page_is_in_step_with_the_settings() -> None:
     assert updated(page.replace("| `damp_percent` |", "| `percdamp` |")) == page
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
+READY = [path for path in sorted((ROOT / "recipes").glob("*.yaml")) if path.name != "sweep.yaml"]
+
+
+@pytest.mark.parametrize("path", READY, ids=lambda path: path.name)
 def test_every_ready_recipe_is_valid_and_names_its_schema(path: Path) -> None:
     recipe = load_recipe(path)
     assert recipe.output == str(ROOT / "out" / path.stem)

@@ -187,6 +187,7 @@ _MOMENTS: Final = (
     "inspect",
     "plan",
     "run",
+    "sweep",
     "check",
     "validate",
     "verify",

@@ -216,16 +216,21 @@ def report(
 @app.command()
 def schema(
     of: Annotated[
-        Literal["recipe", "report"], typer.Argument(metavar="[recipe|report]", help="Which schema.")
+        Literal["recipe", "report", "sweep"], typer.Argument(metavar="[recipe|report|sweep]", help="Which schema.")
     ] = "recipe",
 ) -> None:
-    """Print the JSON Schema of recipes, for editors, or of report.json."""
+    """Print the JSON Schema of recipes or sweeps, for editors, or of report.json."""
     with reporting_errors():
-        if of == "report":
-            from qexport.artifact.report import report_schema
+        match of:
+            case "report":
+                from qexport.artifact.report import report_schema
 
-            write(json.dumps(report_schema(), indent=2))
-        else:
-            from qexport.recipe.reference import recipe_schema
+                write(json.dumps(report_schema(), indent=2))
+            case "sweep":
+                from qexport.recipe.sweep import sweep_schema
 
-            write(recipe_schema())
+                write(sweep_schema())
+            case "recipe":
+                from qexport.recipe.reference import recipe_schema
+
+                write(recipe_schema())

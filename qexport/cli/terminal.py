@@ -87,14 +87,18 @@ def progress_display(console: Console) -> Iterator[ProgressCallback]:
 
 
 class Stopwatch:
-    """The elapsed and the remaining time of each stage."""
+    """The elapsed and the remaining time of each stage. A stage whose steps are counted anew begins again."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
         self.starts: dict[Stage, tuple[float, int]] = {}
+        self.latest: dict[Stage, int] = {}
 
     def words(self, event: Progress) -> str:
         """`1:05 left` at the pace since the stage's first event, `took 2:10` at its end, or nothing."""
+        if event.done < self.latest.get(event.stage, 0):
+            del self.starts[event.stage]
+        self.latest[event.stage] = event.done
         began, already_done = self.starts.setdefault(event.stage, (self.clock(), event.done))
         elapsed, finished = self.clock() - began, event.done - already_done
         if finished <= 0 or event.total <= 0:

@@ -5,6 +5,8 @@ from qexport.pipeline.measuring import measured
 from qexport.pipeline.planning import Plan, plan
 from qexport.pipeline.result import Result
 from qexport.pipeline.running import run
+from qexport.pipeline.sweep_result import SweepResult
+from qexport.pipeline.sweeping import sweep
 from qexport.pipeline.verification import verify
 
-__all__ = ["Plan", "Result", "measured", "plan", "quantize", "run", "verify"]
+__all__ = ["Plan", "Result", "SweepResult", "measured", "plan", "quantize", "run", "sweep", "verify"]

@@ -20,8 +20,8 @@ from qexport.pipeline.choice_space import ChoiceSpace
 from qexport.pipeline.made_choice import MadeChoice
 from qexport.pipeline.mixing import choose, measure_units
 from qexport.pipeline.planning import Plan
-from qexport.pipeline.resuming import inputs_of
-from qexport.pipeline.texts import Texts, read_texts
+from qexport.pipeline.resuming import digests_of, inputs_of
+from qexport.pipeline.texts import read_texts
 from qexport.progress import Notice, ProgressCallback, silent
 from qexport.recipe import checked_output
 from qexport.tensors import CalibrationSet
@@ -114,7 +114,7 @@ def _identity(planned: Plan, space: ChoiceSpace, calibration: CalibrationSet, de
             "qexport": version("qexport"),
             "environment": describe_environment(device).model_dump(mode="json"),
             "recipe": {"load": recipe["load"], "merge": recipe["merge"], "quantize": settings},
-            "inputs": inputs_of(planned, Texts(calibration, None)),
+            "inputs": inputs_of(planned, None) | {"calibration": digests_of(calibration)},
             "weights": dict(planned.merged.checkpoint.origin.sha256),
             "options": [
                 [linear.name, list(map(str, own))] for (linear, *_), own in zip(space.units, space.options, strict=True)

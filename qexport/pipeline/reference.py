@@ -26,6 +26,7 @@ from qexport.progress import ProgressCallback, silent
 from qexport.quantizing.rounding import NearestSource, rounding_of
 from qexport.tensors.source import WeightSource
 from qexport.verifying import VerifySettings
+from qexport.verifying.kept import NOTHING_KEPT, Kept
 from qexport.verifying.live_adapter import LiveAdapter
 from qexport.verifying.peft_combination import CombinedByPeft, WeightedPart
 from qexport.verifying.reference import Preparation, Reference, prepare
@@ -159,6 +160,8 @@ def prepare_reference(
     dtype: torch.dtype,
     device: torch.device,
     earlier: Preparation | None = None,
+    kept: Kept = NOTHING_KEPT,
+    ends_early: bool = False,
     progress: ProgressCallback = silent,
 ) -> Reference:
     """Measures what needs only the reference: the noise floor and the proof of the merge.
@@ -170,10 +173,14 @@ def prepare_reference(
         dtype: what the blocks compute in.
         device: where to compute.
         earlier: what an interrupted run has measured, which is not measured again.
+        kept: what other artifacts' measurements have left, and this one's leaves.
+        ends_early: see `Reference`.
         progress: is called with each step.
     """
     checkpoint, adapter = merged.checkpoint, merged.adapter
     live = live_adapter(merged)
+    if earlier is None and (found := kept.value("prepared", None)) is not None:
+        earlier = Preparation.of(found)
     reference = Reference(
         merged=checkpoint,
         base=merged.base,
@@ -192,8 +199,12 @@ def prepare_reference(
         settings=settings,
         dtype=dtype,
         device=device,
+        kept=kept,
+        ends_early=ends_early,
     )
-    if earlier is not None or adapter is None or reference.base_rival is not None:
-        return reference
-    unmeasured = [*reference.prepared.unconfirmed, "the artifact against the base (the adapter changes shapes)"]
-    return replace(reference, prepared=replace(reference.prepared, unconfirmed=unmeasured))
+    if earlier is None and adapter is not None and reference.base_rival is None:
+        unmeasured = [*reference.prepared.unconfirmed, "the artifact against the base (the adapter changes shapes)"]
+        reference = replace(reference, prepared=replace(reference.prepared, unconfirmed=unmeasured))
+    if not kept.has("prepared", None):
+        kept.keep_value("prepared", None, reference.prepared.as_dict())
+    return reference

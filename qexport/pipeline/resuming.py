@@ -18,7 +18,6 @@ from torch import Tensor
 from qexport.artifact import describe_environment
 from qexport.artifact.digests import FileDigests, sha256_bytes, sha256_json, tensor_bytes
 from qexport.artifact.disk import sync
-from qexport.artifact.figures import Figure
 from qexport.artifact.journal import FORM, Journal, other_run, refuse_other_run
 from qexport.artifact.publish import Publication
 from qexport.errors import InputError
@@ -26,11 +25,11 @@ from qexport.export.tensor_writer import Stored
 from qexport.export.weight_files import WeightWriter
 from qexport.pipeline.made_choice import Choice
 from qexport.pipeline.planning import Plan
-from qexport.pipeline.texts import Texts
+from qexport.pipeline.texts import Evaluation, Texts
 from qexport.progress import Notice, ProgressCallback
 from qexport.quantizing.method import ResumePoint, Save
 from qexport.records import LayerRecord
-from qexport.tensors import TensorSpec
+from qexport.tensors import CalibrationSet, TensorSpec
 from qexport.verifying.divergence import TokenFigures
 from qexport.verifying.reference import Preparation
 from qexport.verifying.rounds import Look, Looks
@@ -53,7 +52,7 @@ class RunJournal:
 
     def __init__(self, publication: Publication, identity: Mapping[str, Any], base: Mapping[str, str]) -> None:
         self._publication, self._journal = publication, Journal(publication.journal)
-        self._identity, self._base, self._files = identity, base, _stamps(base)
+        self._identity, self._base, self._files = identity, base, stamps_of(base)
 
     def go_on(self, *, restart: bool) -> int | None:
         """Takes over what an interrupted run has finished.
@@ -99,19 +98,11 @@ class RunJournal:
     @property
     def prepared(self) -> Preparation | None:
         """The reference's own figures, if they have been measured."""
-        for found in self._journal.of_kind("reference"):
-            figures = [Figure.model_validate(figure) for figure in found["figures"]]
-            return Preparation(found["noise_floor"], figures, found["unconfirmed"])
-        return None
+        return next((Preparation.of(found) for found in self._journal.of_kind("reference")), None)
 
     def note_prepared(self, prepared: Preparation) -> None:
         """Keeps the reference's own figures."""
-        content = {
-            "noise_floor": dict(prepared.noise_floor),
-            "figures": [figure.model_dump(mode="json") for figure in prepared.figures],
-            "unconfirmed": list(prepared.unconfirmed),
-        }
-        self._note("reference", content)
+        self._note("reference", prepared.as_dict())
 
     @property
     def choice(self) -> Choice | None:
@@ -236,43 +227,48 @@ def open_journal(
         RecipeError: what is left is that of another run; the error names what differs.
     """
     base = planned.merged.checkpoint.origin.sha256
-    journal = RunJournal(publication, _identity(planned, texts, device), base)
+    journal = RunJournal(publication, identity(planned, texts, device), base)
     if (found := journal.go_on(restart=restart)) is not None:
         total = len(planned.distinct[0][0].weights.specs)
         progress(Notice(f"going on where a run was interrupted: {found} of {total} tensors are written"))
     return journal
 
 
-def _identity(planned: Plan, texts: Texts, device: torch.device) -> dict[str, Any]:
+def identity(planned: Plan, texts: Texts, device: torch.device) -> dict[str, Any]:
     """What decides the artifact's bytes and the figures, apart from the base's weights. No paths of this machine."""
-    return {
-        "journal": FORM,
-        "qexport": version("qexport"),
-        "environment": describe_environment(device).model_dump(mode="json"),
-        "recipe": planned.recipe.portable(),
-        "inputs": inputs_of(planned, texts),
-    }
+    inputs = inputs_of(planned, texts.evaluation)
+    if texts.calibration is not None:
+        inputs["calibration"] = digests_of(texts.calibration)
+    return {**of_environment(device), "journal": FORM, "recipe": planned.recipe.portable(), "inputs": inputs}
 
 
-def inputs_of(planned: Plan, texts: Texts) -> dict[str, Any]:
-    """The digests of all inputs but the base's weights, as JSON values."""
+def digests_of(calibration: CalibrationSet) -> list[str]:
+    """Of a calibration text and its windows."""
+    return [calibration.sha256, _digest(calibration.input_ids)]
+
+
+def of_environment(device: torch.device) -> dict[str, Any]:
+    """What decides the bits of everything that is computed."""
+    return {"qexport": version("qexport"), "environment": describe_environment(device).model_dump(mode="json")}
+
+
+def inputs_of(planned: Plan, evaluation: Evaluation | None) -> dict[str, Any]:
+    """The digests of what was read but the base's weights and the calibration text."""
     checkpoint, adapter = planned.merged.checkpoint, planned.merged.adapter
     found: dict[str, Any] = {
         "base": {name: sha256_bytes(content) for name, content in checkpoint.files.items()},
         "config": sha256_json(dict(checkpoint.config)),
         "adapter": dict(adapter.origin.sha256) if adapter else None,
     }
-    if texts.calibration is not None:
-        found["calibration"] = [texts.calibration.sha256, _digest(texts.calibration.input_ids)]
-    if texts.evaluation is not None:
-        held_out, prompts = texts.evaluation.held_out, texts.evaluation.prompts
+    if evaluation is not None:
+        held_out, prompts = evaluation.held_out, evaluation.prompts
         found["text"] = [held_out.sha256, _digest(held_out.input_ids)]
         found["prompts"] = prompts.prompt_set.sha256 if prompts else None
-        found["baseline"] = texts.evaluation.baseline.record.report_sha256 if texts.evaluation.baseline else None
+        found["baseline"] = evaluation.baseline.record.report_sha256 if evaluation.baseline else None
     return found
 
 
-def _stamps(base: Mapping[str, str]) -> dict[str, Any]:
+def stamps_of(base: Mapping[str, str]) -> dict[str, Any]:
     """What changes whenever one of the base's files is written or replaced, found without reading it."""
     if not isinstance(base, FileDigests):
         return dict(base)

@@ -35,7 +35,8 @@ from qexport.pipeline.reference import prepare_reference, refuse_unmeasurable, u
 from qexport.pipeline.result import Result, UnprovenMerge
 from qexport.pipeline.resuming import RunJournal, open_journal
 from qexport.pipeline.runtimes import runtimes_of
-from qexport.pipeline.serving import ServedArtifact, measure_through
+from qexport.pipeline.serving import NOT_SERVED, ServedArtifact, measure_through
+from qexport.pipeline.sharing import NOTHING_SHARED, SharedWork
 from qexport.pipeline.texts import Evaluation, Texts, read_texts
 from qexport.pipeline.verification import Verified, measure_folder
 from qexport.progress import Notice, Progress, ProgressCallback, silent
@@ -81,6 +82,7 @@ def run(
     command: str = "qexport verify . --reference RECIPE.yaml",
     accept: Callable[[Plan], None] = lambda planned: None,
     recorded: Manifest | None = None,
+    shared: SharedWork = NOTHING_SHARED,
     progress: ProgressCallback = silent,
 ) -> Result:
     """Merges, quantizes, exports and verifies; publishes the artifact with one rename.
@@ -100,6 +102,7 @@ def run(
         command: for the report, the command that repeats the measurement.
         accept: is called with the plan before any work; what it raises ends the run.
         recorded: the manifest of an artifact, whose choice the method `mixed` takes over; None to choose.
+        shared: what the other variants of a sweep have measured of the reference, and this run measures.
         progress: is called with each step, and with what a user should know.
 
     Raises:
@@ -125,7 +128,7 @@ def run(
         journal = open_journal(publication, planned, texts, where, restart=restart, progress=progress)
         workers = execution_of(recipe.execution, where)
         with workers as execution, hashed_in_background(planned.merged.checkpoint.origin.sha256):
-            reference = _reference(planned, texts.evaluation, where, journal, progress)
+            reference = _reference(planned, texts.evaluation, where, journal, shared, progress)
             if unproven := _unproven_merge(planned, reference):
                 return Result(None, {}, {}, unproven.gate.verdict, unproven)
             if reference and journal.prepared is None:
@@ -147,6 +150,7 @@ def _reference(
     evaluation: Evaluation | None,
     device: torch.device,
     journal: RunJournal,
+    shared: SharedWork,
     progress: ProgressCallback,
 ) -> Reference | None:
     """Measures what needs only the reference, so that wrong limits and a wrong merge are found before quantizing."""
@@ -161,6 +165,8 @@ def _reference(
         dtype=dtype,
         device=device,
         earlier=journal.prepared,
+        kept=shared.of_reference(planned, evaluation, device),
+        ends_early=shared.ends_early,
         progress=progress,
     )
     refuse_unmeasurable(settings, reference.prepared)
@@ -283,6 +289,8 @@ def _serve(
     planned: Plan, verified: Verified, folders: Sequence[LayoutFolder], progress: ProgressCallback
 ) -> list[ServedArtifact]:
     """What the runtimes make of layouts with the same weights. Each serves one of them: they differ in small files."""
+    if verified.measured.ended_early:
+        return [NOT_SERVED] * len(folders)
     layouts, served = [layout.name for layout in planned.layouts], list[ServedArtifact]()
     for folder in folders:
         own, unasked = runtimes_of(folder.layout.name, verified.reference.settings, layouts)

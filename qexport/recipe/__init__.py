@@ -155,15 +155,29 @@ def override(root: YamlNode, overrides: Sequence[str]) -> tuple[YamlNode, list[P
             problems.append(Problem(origin, None, text, "write key=value, for example quantize.bits=8"))
             continue
         try:
-            keys = _keys(root, path)
             node, found = parse(value, origin, numbered=False)
-            root = replaced(root, keys, node or YamlNode(None, origin, None))
+            root, wrong = override_at(root, path, node or YamlNode(None, origin, None))
+            problems += wrong
             problems += [Problem(origin, None, ".".join(filter(None, (path, p.field))), p.message) for p in found]
         except SyntaxProblem as error:
             problems.append(Problem(origin, None, path, error.problem.message))
-        except LookupError as error:
-            problems.append(Problem(origin, None, path, str(error.args[0])))
     return root, problems
+
+
+def override_at(root: YamlNode, path: str, value: YamlNode) -> tuple[YamlNode, list[Problem]]:
+    """The tree with the value at a dotted path replaced, or a problem at the new value's place.
+
+    Args:
+        root: the recipe's root, a mapping.
+        path: for example `quantize.bits`.
+        value: the new value.
+    """
+    if not all(path.split(".")):
+        return root, [Problem(value.origin, value.line, path, "write a dotted path, for example quantize.bits")]
+    try:
+        return replaced(root, _keys(root, path), value), []
+    except LookupError as error:
+        return root, [Problem(value.origin, value.line, path, str(error.args[0]))]
 
 
 def _keys(root: YamlNode, path: str) -> Keys:
@@ -184,7 +198,7 @@ def _keys(root: YamlNode, path: str) -> Keys:
     return tuple(keys)
 
 
-_RECIPE: Final = FileKind(
+RECIPE_FILE: Final = FileKind(
     "recipe", needs="it needs at least load, quantize and export", reference="docs/recipe.md describes every field"
 )
 
@@ -205,18 +219,23 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, folder: Path
         RecipeError: with every problem that was found, each as `file:line: field: message`.
     """
     path = Path(path)
-    root, problems = _RECIPE.read(path, folder=folder)
+    root, problems = RECIPE_FILE.read(path, folder=folder)
     root, found = override(root, overrides)
     problems += found
-    root, found = resolved(root)
+    recipe, found = checked(root)
     problems += found
-    try:
-        recipe = Recipe.model_validate(plain(root))
-    except ValidationError as error:
-        problems += problems_of(error, root, Recipe)
-    if problems:
-        raise _RECIPE.error(path, problems)
+    if problems or recipe is None:
+        raise RECIPE_FILE.error(path, problems)
     return recipe
+
+
+def checked(root: YamlNode) -> tuple[Recipe | None, list[Problem]]:
+    """The recipe that a tree holds, with absolute local paths; None, and every problem, if its values are wrong."""
+    root, problems = resolved(root)
+    try:
+        return Recipe.model_validate(plain(root)), problems
+    except ValidationError as error:
+        return None, [*problems, *problems_of(error, root, Recipe)]
 
 
 def checked_output(recipe: Recipe, *, force: bool) -> Path:

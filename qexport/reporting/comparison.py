@@ -73,11 +73,12 @@ class ArtifactComparison:
         }
 
 
-def compare(reports: Sequence[Report]) -> ArtifactComparison:
+def compare(reports: Sequence[Report], labels: Sequence[str] | None = None) -> ArtifactComparison:
     """Compares reports.
 
     Args:
         reports: at least one.
+        labels: what each is called, all different; by default names and methods.
 
     Raises:
         InputError: they were measured on different text, models, tokenizers or prompts, or with different settings, so
@@ -88,7 +89,7 @@ def compare(reports: Sequence[Report]) -> ArtifactComparison:
     costs = [(size, figure.value) for size, figure in points]
     entries = [
         ComparedArtifact(label, report, figure, on_front=not any(_beats(other, cost) for other in costs))
-        for label, report, (_, figure), cost in zip(_labels(reports), reports, points, costs, strict=True)
+        for label, report, (_, figure), cost in zip(labels or _labels(reports), reports, points, costs, strict=True)
     ]
     return ArtifactComparison(
         tuple(sorted(entries, key=lambda entry: (entry.total_bytes, entry.mean_kl.value, entry.label)))

@@ -104,7 +104,7 @@ def measure_answers(
         shown: what the report quotes of a prompt; long texts are cut.
     """
     greedy = greedy_settings(pair.checkpoint, pair.tokenizer, max_new_tokens=max_new_tokens)
-    both = continue_prompts(pair, Task(prompts, greedy, None, steps), way)
+    both = continue_prompts(pair, Task(prompts, greedy, None, steps, pair.kept), way)
     texts = zip(prompts.prompts, both.reference.greedy, both.artifact.greedy, strict=True)
     answers = [_answer(prompt, shown(prompt), (own, other), pair.tokenizer, judge) for prompt, own, other in texts]
     kinds = [prompt.domain for prompt in prompts.prompts]

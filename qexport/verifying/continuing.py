@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from qexport.text.prompts import EncodedPrompts
 from qexport.verifying import SamplingSettings
 from qexport.verifying.continuation import Continuation, continue_all, likeliest_along, sampling_noise
 from qexport.verifying.decoding import Draft, Drafter, Text, decode, keep_guesses
+from qexport.verifying.kept import NOTHING_KEPT, Kept
 from qexport.verifying.prompt_batches import Padding, PromptBatch, batch_prompts, check_padding
 from qexport.verifying.tasks.measuring import OpenModel
 
@@ -41,12 +42,14 @@ class Task:
         settings: from `greedy_settings`.
         sampling: the recipe's `verify.sampling`; None for greedy continuations alone.
         steps: counts continuations, or blocks.
+        kept: what other artifacts' measurements have left of the reference, and this one's leaves.
     """
 
     prompts: EncodedPrompts
     settings: GenerationConfig
     sampling: SamplingSettings | None
     steps: Steps
+    kept: Kept = NOTHING_KEPT
 
     @property
     def limit(self) -> int:
@@ -73,6 +76,15 @@ class Task:
             for index, ids in enumerate(self.prompts.input_ids)
         ]
 
+    def as_dict(self) -> dict[str, Any]:
+        """All that decides a model's continuations, as JSON values."""
+        return {
+            "ids": [prompt.id for prompt in self.prompts.prompts],
+            "tokens": [list(ids) for ids in self.prompts.input_ids],
+            "settings": self.settings.to_dict(),
+            "sampling": self.sampling.model_dump(mode="json") if self.sampling else None,
+        }
+
     def noise(self, sample: int | None, indices: Sequence[int], begins: Sequence[int] | None) -> LogitsProcessorList:
         """What `sampling_noise` gives for some prompts; nothing for the greedy continuations."""
         if self.sampling is None or sample is None:
@@ -95,6 +107,22 @@ class Continued:
 
     greedy: list[Continuation]
     samples: list[list[Continuation]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON values, for `of`."""
+        return {
+            "greedy": [asdict(each) for each in self.greedy],
+            "samples": [[asdict(each) for each in sample] for sample in self.samples],
+        }
+
+    @classmethod
+    def of(cls, found: Mapping[str, Any]) -> Continued:
+        """From the values that `as_dict` gave."""
+        return cls(_continuations(found["greedy"]), [_continuations(sample) for sample in found["samples"]])
+
+
+def _continuations(found: Sequence[Mapping[str, Any]]) -> list[Continuation]:
+    return [Continuation(tuple(each["tokens"]), tuple(each["margins"])) for each in found]
 
 
 @dataclass(frozen=True)
@@ -137,12 +165,22 @@ def continue_whole(reference: Openable, artifact: Openable, task: Task) -> Both:
     Both continue the same batches, so equal models give equal texts. Compared with continuing the prompts one by one,
     batches sum in another order, and the rounding can decide between tokens that are nearly equally likely.
     """
-    with reference.whole() as model:
-        padding = check_padding(model, task.batches(padded=True), task.settings)
-        batches = task.batches(padded=padding.allowed)
-        own = _continue(model, batches, task)
+    own, padding = _reference_whole(reference, task)
+    batches = task.batches(padded=padding.allowed)
     with artifact.whole() as model:
         return Both(own, _continue(model, batches, task), likeliest_along(model, batches, own.greedy), padding)
+
+
+def _reference_whole(reference: Openable, task: Task) -> tuple[Continued, Padding]:
+    """The reference's continuations, and whether prompts of different lengths may share a batch."""
+    key = task.as_dict()
+    if (known := task.kept.value("continuations", key)) is not None:
+        return Continued.of(known["continued"]), Padding(**known["padding"])
+    with reference.whole() as model:
+        padding = check_padding(model, task.batches(padded=True), task.settings)
+        own = _continue(model, task.batches(padded=padding.allowed), task)
+    task.kept.keep_value("continuations", key, {"continued": own.as_dict(), "padding": asdict(padding)})
+    return own, padding
 
 
 def _continue(model: PreTrainedModel, batches: Sequence[PromptBatch], task: Task) -> Continued:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Collection
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
@@ -10,10 +11,43 @@ import torch
 from torch import Tensor, nn
 
 from qexport.architectures.runner import BlockRunner
+from qexport.verifying.kept import NOTHING_KEPT, Kept
 
 _TOKENS: Final = 256
 """The tokens that are kept, spread evenly over the first batch of windows. A block's inputs then take some 40 MB where
 the hidden size is 4096."""
+
+
+@dataclass(frozen=True)
+class KeptInputs:
+    """What the comparisons of other artifacts with the same reference have left, and this one leaves.
+
+    Attributes:
+        kept: the files.
+        windows: JSON values that tell which windows go through the reference first.
+    """
+
+    kept: Kept = NOTHING_KEPT
+    windows: Any = None
+
+    def has(self, weight: str) -> bool:
+        """Whether a layer's inputs are there."""
+        return self.kept.has("inputs", self._key(weight))
+
+    def read(self, weight: str) -> Tensor | None:
+        """A layer's inputs [tokens, in] in the reference's dtype; None if they were not kept."""
+        found = self.kept.tensors("inputs", self._key(weight))
+        return None if found is None else found["inputs"]
+
+    def keep(self, weight: str, inputs: Tensor) -> None:
+        """Keeps a layer's inputs."""
+        self.kept.keep_tensors("inputs", self._key(weight), {"inputs": inputs})
+
+    def _key(self, weight: str) -> Any:
+        return {"weight": weight, "windows": self.windows}
+
+
+NO_KEPT_INPUTS: Final = KeptInputs()
 
 
 class LayerInputs:
@@ -22,19 +56,31 @@ class LayerInputs:
     Args:
         runner: the model. Experts, whose tokens differ, and layers outside the blocks are left out.
         weights: the weights of the layers, by their names in files.
+        others: where the inputs are read that are known, and others are kept.
+
+    Attributes:
+        known: all of them are there, so the model need not be run for them.
     """
 
-    def __init__(self, runner: BlockRunner, weights: Container[str]) -> None:
+    def __init__(self, runner: BlockRunner, weights: Collection[str], others: KeptInputs = NO_KEPT_INPUTS) -> None:
         self._kept: dict[str, Tensor] = {}
-        self._hooks = {
-            name: runner.module(linear).register_forward_pre_hook(partial(self._keep, name))
+        self._others = others
+        linears = {
+            name: linear
             for linear in runner.structure.block_linears
             if (name := f"{linear.name}.weight") in weights and runner.part(linear).expert is None
+        }
+        self.known = all(map(others.has, linears))
+        self._hooks = {
+            name: runner.module(linear).register_forward_pre_hook(partial(self._keep, name))
+            for name, linear in linears.items()
+            if not self.known
         }
 
     def take(self, weight: str) -> Tensor | None:
         """float32 [tokens, in] on the CPU; None if the layer has not been run or is left out. It is not kept on."""
-        return self._kept.pop(weight, None)
+        found = self._others.read(weight) if self.known else self._kept.pop(weight, None)
+        return None if found is None else found.to(torch.float32)
 
     def close(self) -> None:
         """Ends the watching of layers that have not been run."""
@@ -48,4 +94,5 @@ class LayerInputs:
         self._hooks.pop(weight).remove()
         tokens = inputs[0].reshape(-1, inputs[0].shape[-1])
         sample = tokens[:: max(1, len(tokens) // _TOKENS)][:_TOKENS]
-        self._kept[weight] = sample.to("cpu", torch.float32, copy=True)
+        self._kept[weight] = sample.to("cpu", copy=True)
+        self._others.keep(weight, self._kept[weight])

@@ -14,6 +14,7 @@ from qexport.architectures.lazy_model import at_least_float32
 from qexport.architectures.memory import budget
 from qexport.architectures.runner import Batch, BlockRunner
 from qexport.verifying.config_comparison import config_differences
+from qexport.verifying.kept import KeptStates
 
 Head = Callable[[Tensor], Tensor]
 """From hidden states [..., tokens, hidden_size] to float32 logits [..., tokens, vocabulary]."""
@@ -184,6 +185,7 @@ def run_in_lockstep(
     *,
     windows: Sequence[int] | None = None,
     drift: bool = True,
+    kept: Sequence[KeptStates | None] | None = None,
 ) -> tuple[list[list[Batch]], list[float]]:
     """The hidden states after the last block, for each model.
 
@@ -195,6 +197,7 @@ def run_in_lockstep(
         finished: is called with the number of blocks that all models have run.
         windows: how many of the first windows each model runs; None for all. The first model runs all.
         drift: whether to measure the drift of the second model, which then runs all windows too.
+        kept: for each model, where its states are kept, if they are: what is there is read, and the model not run.
 
     Returns:
         One list of batches per model, with the same windows in the same order; and, with `drift`, the relative error of
@@ -202,17 +205,57 @@ def run_in_lockstep(
         the norm of the first model's.
     """
     at_once, counts = windows_at_once(input_ids.shape[1]), windows or [len(input_ids)] * len(runners)
-    batches = [runner.embed(input_ids[:count], at_once) for runner, count in zip(runners, counts, strict=True)]
+    streams = [
+        _Stream(runner, input_ids[:count], at_once, states)
+        for runner, count, states in zip(runners, counts, kept or [None] * len(runners), strict=True)
+    ]
     errors = []
     for index in range(len(runners[0].structure.blocks)):
-        for runner, own in zip(runners, batches, strict=True):
-            with runner.block(index) as block:
-                for batch in own:
-                    runner.forward(index, block, batch)
+        for stream in streams:
+            stream.through(index)
         if drift:
-            errors.append(_relative_error(batches[0], batches[1]))
+            errors.append(_relative_error(streams[0].batches, streams[1].batches))
         finished(index + 1)
-    return batches, errors
+    return [stream.batches for stream in streams], errors
+
+
+class _Stream:
+    """One model's windows on their way through its blocks; states that were kept are read instead.
+
+    Args:
+        runner: the model.
+        input_ids: int64 [windows, sequence_length].
+        at_once: windows in a batch.
+        kept: where its states are kept, if they are.
+
+    Attributes:
+        batches: the windows. States that were not kept after a block are missing there.
+    """
+
+    def __init__(self, runner: BlockRunner, input_ids: Tensor, at_once: int, kept: KeptStates | None) -> None:
+        self._runner, self._kept = runner, kept
+        self._reads = kept is not None and kept.complete
+        if self._reads:
+            runner.embed(input_ids[:1, :1], 1)  # the head needs to know what the blocks return
+            self.batches = [Batch(torch.empty(0), ()) for _ in input_ids.split(at_once)]
+        else:
+            self.batches = runner.embed(input_ids, at_once)
+
+    def through(self, index: int) -> None:
+        """Takes all windows through a block."""
+        if self._kept is not None and self._reads:
+            self._read(self._kept, index)
+            return
+        with self._runner.block(index) as block:
+            for batch in self.batches:
+                self._runner.forward(index, block, batch)
+        if self._kept is not None:
+            self._kept.keep(index, [batch.hidden for batch in self.batches])
+
+    def _read(self, kept: KeptStates, index: int) -> None:
+        if index in kept.blocks:
+            for batch, states in zip(self.batches, kept.read(index), strict=True):
+                batch.hidden = states.to(self._runner.device)
 
 
 def _relative_error(ours: Sequence[Batch], theirs: Sequence[Batch]) -> float:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from qexport.verifying import VerifySettings
 from qexport.verifying.divergence import compare_two
 from qexport.verifying.document_sums import Baseline
 from qexport.verifying.estimates import divergence_figures, ratio_values
+from qexport.verifying.kept import NOTHING_KEPT, Kept
 from qexport.verifying.live_adapter import ComparedMerge, LiveAdapter, NotMeasured, compare_merge
 from qexport.verifying.predictors import run_in_lockstep
 from qexport.verifying.suites import NO_SUITES, Suites
@@ -90,6 +91,20 @@ class Preparation:
     noise_floor: Mapping[str, float]
     figures: Sequence[Figure] = ()
     unconfirmed: Sequence[str] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON values, for `of`."""
+        return {
+            "noise_floor": dict(self.noise_floor),
+            "figures": [figure.model_dump(mode="json") for figure in self.figures],
+            "unconfirmed": list(self.unconfirmed),
+        }
+
+    @classmethod
+    def of(cls, found: Mapping[str, Any]) -> Preparation:
+        """From the values that `as_dict` gave."""
+        figures = [Figure.model_validate(figure) for figure in found["figures"]]
+        return cls(found["noise_floor"], figures, found["unconfirmed"])
 
 
 def prepare(
@@ -191,6 +206,8 @@ class Reference:
         device: where to compute.
         baseline: the release that artifacts are compared with; None for none.
         unrounded: the merged model before its tensors are rounded to its dtype; None if that is not known.
+        kept: what other artifacts' measurements have left, and this one's leaves.
+        ends_early: whether an artifact is not measured further once one of its gates has failed.
     """
 
     merged: Checkpoint
@@ -209,6 +226,8 @@ class Reference:
     suites: Suites = NO_SUITES
     baseline: Baseline | None = None
     unrounded: Checkpoint | None = None
+    kept: Kept = NOTHING_KEPT
+    ends_early: bool = False
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

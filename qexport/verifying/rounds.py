@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Final, Literal, Protocol
+from dataclasses import dataclass, field, fields
+from typing import Any, Final, Literal, Protocol
 
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from qexport.architectures.runner import BlockRunner
 from qexport.artifact.figures import GateResult
 from qexport.progress import Steps
 from qexport.verifying.divergence import Pair, TokenFigures, compare
+from qexport.verifying.kept import NOTHING_KEPT, Kept, KeptStates, digest_of
 from qexport.verifying.predictors import Predictor, most_windows_at_once, predictors, run_in_lockstep, windows_at_once
 
 Comparison = Literal["artifact", "nearest", "base", "artifact_from_base"]
@@ -88,6 +89,58 @@ class Looks:
 NO_LOOKS: Final = Looks()
 
 
+@dataclass(frozen=True)
+class KeptWindows:
+    """What the comparisons of other artifacts with the same reference have left, and this one leaves.
+
+    Attributes:
+        kept: the files.
+        nearest: JSON values that tell the model rounded to nearest from others: the grids.
+        reads_reference: whether the reference need not be run for what its layers receive, see `LayerInputs`.
+    """
+
+    kept: Kept = NOTHING_KEPT
+    nearest: Any = None
+    reads_reference: bool = True
+
+    def states(self, model: str, windows: Tensor, depth: int, *, each_block: bool) -> KeptStates | None:
+        """Of the models that are the same for all artifacts.
+
+        Args:
+            model: its name in `Models`.
+            windows: int64 [windows, sequence_length].
+            depth: the number of blocks.
+            each_block: whether the states after each block are needed, not only those after the last.
+        """
+        if not self.kept.keeps or model not in {"reference", "base"}:
+            return None
+        each_block = each_block and model == "reference"
+        blocks = range(depth) if each_block else [depth - 1]
+        found = KeptStates(self.kept, model, windows, windows_at_once(windows.shape[1]), blocks)
+        must_run = each_block and found.complete and not self.reads_reference
+        return None if must_run else found
+
+    def figures(self, comparison: Comparison, windows: Tensor) -> TokenFigures | None:
+        """Those of a comparison without the artifact; None if they were not kept."""
+        found = self.kept.tensors("figures", self._key(comparison, windows))
+        return None if found is None else TokenFigures(**found)
+
+    def keep_figures(self, comparison: Comparison, windows: Tensor, figures: TokenFigures) -> None:
+        """Keeps them."""
+        tensors = {each.name: getattr(figures, each.name) for each in fields(figures)}
+        self.kept.keep_tensors("figures", self._key(comparison, windows), tensors)
+
+    def _key(self, comparison: Comparison, windows: Tensor) -> Any:
+        of = self.nearest if comparison == "nearest" else None
+        return {"comparison": comparison, "windows": digest_of(windows), "of": of}
+
+
+NO_KEPT_WINDOWS: Final = KeptWindows()
+
+_WITHOUT_ARTIFACT: Final[Sequence[Comparison]] = ("nearest", "base")
+"""Comparisons that are the same for all artifacts on the same grids."""
+
+
 @dataclass
 class Measured:
     """What has been measured so far.
@@ -130,6 +183,7 @@ def measure(
     wants_more: Callable[[Measured, Sequence[GateResult]], bool],
     steps: Steps,
     looks: Looks = NO_LOOKS,
+    kept: KeptWindows = NO_KEPT_WINDOWS,
 ) -> Measured:
     """Runs the models over the windows until the gates are decided.
 
@@ -141,12 +195,13 @@ def measure(
         wants_more: whether more windows than those could decide them.
         steps: counts the steps.
         looks: those that need not be repeated.
+        kept: what need not be computed again for other artifacts.
     """
     found, gates, earlier = Measured(), list[GateResult](), iter(looks.earlier)
     for first, last in looks_at(len(input_ids), first_look):
         look = next(earlier, None)
         if look is None:
-            look = _look(_taking_part(models, gates, first=not first), input_ids[first:last], found, steps)
+            look = _look(_taking_part(models, gates, first=not first), input_ids[first:last], found, steps, kept)
             looks.keep(look)
         found.add(look)
         gates = list(decide(found))
@@ -185,22 +240,36 @@ def _pairs(names: Sequence[str]) -> dict[Comparison, Pair]:
     return pairs
 
 
-def _look(models: Mapping[str, BlockRunner | WindowRunner], input_ids: Tensor, found: Measured, steps: Steps) -> Look:
+def _look(
+    models: Mapping[str, BlockRunner | WindowRunner],
+    input_ids: Tensor,
+    found: Measured,
+    steps: Steps,
+    kept: KeptWindows,
+) -> Look:
     """Measures further windows than those in `found`."""
-    pairs = _pairs(list(models))
-    with _predictors(models, input_ids, steps) as (predicting, drift):
+    all_pairs = _pairs(list(models))
+    parts = {name: own for name in _WITHOUT_ARTIFACT if name in all_pairs and (own := kept.figures(name, input_ids))}
+    running = {name: model for name, model in models.items() if name != "nearest" or "nearest" not in parts}
+    pairs = {name: pair for name, pair in _pairs(list(running)).items() if name not in parts}
+    with _predictors(running, input_ids, steps, kept, drift=not found.windows) as (predicting, drift):
         figures = compare(
             predicting,
             list(pairs.values()),
             input_ids,
             lambda done: steps.finished(f"predictions in {found.windows + done} windows"),
         )
-    return Look(len(input_ids), dict(zip(pairs, figures, strict=True)), drift)
+    measured = dict(zip(pairs, figures, strict=True))
+    for name in _WITHOUT_ARTIFACT:
+        if name in measured:
+            kept.keep_figures(name, input_ids, measured[name])
+    parts |= measured
+    return Look(len(input_ids), {name: parts[name] for name in all_pairs}, drift)
 
 
 @contextmanager
 def _predictors(
-    models: Mapping[str, BlockRunner | WindowRunner], input_ids: Tensor, steps: Steps
+    models: Mapping[str, BlockRunner | WindowRunner], input_ids: Tensor, steps: Steps, kept: KeptWindows, *, drift: bool
 ) -> Iterator[tuple[list[Predictor], list[float]]]:
     """Runs the models that run block by block, and yields every model's predictions, in the order of `models`, and the
     artifact's drift after each block.
@@ -208,23 +277,27 @@ def _predictors(
     runners = {name: model for name, model in models.items() if isinstance(model, BlockRunner)}
     windows, length = input_ids.shape
     counts = [_windows_of(name, windows, length) for name in runners]
-    by_blocks = list(runners.values())
+    by_blocks, drift = list(runners.values()), drift and "artifact" in runners
     depth = len(by_blocks[0].structure.blocks)
     through = f"text through {len(runners)} models" if len(runners) > 1 else "text through the reference"
     steps.expect(depth + math.ceil(windows / windows_at_once(length)))
-    batches, drift = run_in_lockstep(
+    batches, errors = run_in_lockstep(
         by_blocks,
         input_ids,
         lambda block: steps.finished_block(through, block, depth, sum(counts) * length),
         windows=counts,
-        drift="artifact" in runners,
+        drift=drift,
+        kept=[
+            kept.states(name, input_ids[:count], depth, each_block=drift)
+            for name, count in zip(runners, counts, strict=True)
+        ],
     )
     with ExitStack() as stack:
         ready = dict(zip(runners, stack.enter_context(predictors(by_blocks, batches)), strict=True))
         for name, model in models.items():
             if not isinstance(model, BlockRunner):
                 ready[name] = stack.enter_context(model.predictor(input_ids))
-        yield [ready[name] for name in models], drift
+        yield [ready[name] for name in models], errors
 
 
 def _windows_of(model: str, windows: int, length: int) -> int:

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from torch import Tensor
 
 from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.memory import resident
@@ -26,18 +27,21 @@ from qexport.progress import ProgressCallback, Steps, silent
 from qexport.reading.stored_model import StoredModel
 from qexport.statistics.means import PLANNED_UNITS
 from qexport.tensors import GroupQuantizedSpec, WeightSource
+from qexport.verifying import VerifySettings
 from qexport.verifying.config_comparison import config_differences, refuse_other_config
 from qexport.verifying.divergence import TokenFigures
 from qexport.verifying.document_sums import baseline_figures, document_sums, held_out_windows
 from qexport.verifying.estimates import divergence_figures, rival_figures
+from qexport.verifying.kept import digest_of
+from qexport.verifying.layer_inputs import KeptInputs
 from qexport.verifying.predictors import run_in_lockstep, windows_at_once
 from qexport.verifying.reference import Reference
-from qexport.verifying.rounds import NO_LOOKS, Looks, Measured, Models, measure
+from qexport.verifying.rounds import NO_LOOKS, KeptWindows, Looks, Measured, Models, measure
 from qexport.verifying.speed import MeasuredSpeed
 from qexport.verifying.suites import MeasuredSuites, measure_suites
 from qexport.verifying.units import document_units
 from qexport.verifying.weights import WeightCheck
-from qexport.verifying.whole_models import Pair, measure_speed, measure_whole
+from qexport.verifying.whole_models import Pair, Whole, measure_speed, measure_whole
 
 if TYPE_CHECKING:
     from qexport.verifying.graphs import GraphRunner
@@ -68,6 +72,7 @@ class Measurement:
         unconfirmed: what could not be measured, and why.
         notes: for users.
         timings: how long it took.
+        ended_early: a gate has failed, and nothing more was measured; see `Reference.ends_early`.
     """
 
     figures: list[Figure]
@@ -84,6 +89,7 @@ class Measurement:
     unconfirmed: list[str]
     notes: list[str]
     timings: Timings
+    ended_early: bool = False
 
 
 def verify(
@@ -119,23 +125,24 @@ def verify(
         return judge(figures)
 
     weights, settings = WeightCheck(artifact, reference), reference.settings
+    ids, kept = reference.held_out.input_ids, KeptWindows(reference.kept, _nearest_key(artifact))
     if artifact.kind == "graph":
         own, reading = reference.runner(reference.merged), _read_graph(artifact, reference)
     else:
         own = reference.runner(replace(reference.merged, weights=weights.reference_weights))
-        weights.watch(own)
+        first = KeptInputs(reference.kept, digest_of(_first_windows(ids, settings)))
+        kept = replace(kept, reads_reference=weights.watch(own, first))
         reading = _read_blocks(artifact, weights.artifact_weights, reference)
     rivals = _rivals(reference, artifact.grids, artifact.transposed)
     models = Models(own, reading.runner, *rivals)
-    ids = reference.held_out.input_ids
-    if looks.earlier and isinstance(reading.runner, BlockRunner):
-        _run_again(own, reading.runner, ids[: settings.windows])
-    measured = measure(models, ids, settings.windows, decide, partial(_needs_more, reference), steps, looks)
+    if looks.earlier and isinstance(reading.runner, BlockRunner) and not kept.reads_reference:
+        run_in_lockstep([own, reading.runner], _first_windows(ids, settings), lambda _: None, drift=False)
+    measured = measure(models, ids, settings.windows, decide, partial(_needs_more, reference), steps, looks, kept)
     compared = weights.finish()
-    pair = Pair(own, reading.runner, reference.merged, artifact, reference.tokenizer)
-    whole = measure_whole(pair, reference.prompts, settings, steps, progress)
-    suites = measure_suites(pair, reference.suites, steps)
-    speed = measure_speed(pair, ids, settings.speed, reference.dtype, progress)
+    pair = Pair(own, reading.runner, reference.merged, artifact, reference.tokenizer, reference.kept)
+    ended = reference.ends_early and _has_failed(judge(figures), compared.checks)
+    asked = _Asked() if ended else _ask(pair, reference, steps, progress)
+    whole, suites, speed = asked.whole, asked.suites, asked.speed
     tokens = measured.tokens()["artifact"]
     drift = zip(own.structure.blocks, measured.block_drift, strict=bool(measured.block_drift))
     return Measurement(
@@ -151,15 +158,50 @@ def verify(
         checks=[*compared.checks, *reading.checks],
         readers=[reading.reader],
         unconfirmed=[*reference.prepared.unconfirmed, *reading.unconfirmed, *whole.unconfirmed],
-        notes=[*reading.notes, *whole.notes, *suites.notes],
+        notes=[*reading.notes, *whole.notes, *suites.notes, *([ENDED_EARLY] if ended else [])],
         timings=_timings(time.monotonic() - started, speed),
+        ended_early=ended,
     )
 
 
-def _run_again(reference: BlockRunner, artifact: BlockRunner, input_ids: torch.Tensor) -> None:
-    """Runs the first batch of windows whose figures are known: the layers' outputs are compared on its inputs."""
-    first = input_ids[: windows_at_once(input_ids.shape[1])]
-    run_in_lockstep([reference, artifact], first, lambda _: None, drift=False)
+ENDED_EARLY: Final = (
+    "a gate has failed, so nothing more was measured: no more windows, prompts, tasks, suites, speed or runtimes"
+)
+"""The note in the report of an artifact that was not measured further."""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What was measured besides held-out text and weights."""
+
+    whole: Whole = field(default_factory=Whole)
+    suites: MeasuredSuites = field(default_factory=MeasuredSuites)
+    speed: MeasuredSpeed = field(default_factory=lambda: MeasuredSpeed(None, "a gate has failed"))
+
+
+def _ask(pair: Pair, reference: Reference, steps: Steps, progress: ProgressCallback) -> _Asked:
+    settings, ids = reference.settings, reference.held_out.input_ids
+    whole = measure_whole(pair, reference.prompts, settings, steps, progress)
+    suites = measure_suites(pair, reference.suites, steps)
+    return _Asked(whole, suites, measure_speed(pair, ids, settings.speed, reference.dtype, progress))
+
+
+def _has_failed(gates: Sequence[GateResult], checks: Sequence[CheckResult]) -> bool:
+    return any(gate.verdict == "fail" for gate in gates) or any(check.passed is False for check in checks)
+
+
+def _nearest_key(artifact: StoredModel) -> Any:
+    """What tells the merged model rounded to nearest on an artifact's grids from those on other grids."""
+    grids = {name: [grid.bits, grid.group_size, grid.sym] for name, grid in artifact.grids.items()}
+    return {"grids": grids, "transposed": sorted(artifact.transposed)}
+
+
+def _first_windows(input_ids: Tensor, settings: VerifySettings) -> Tensor:
+    """The windows that go through the models first, as one batch. The layers' outputs are compared on their inputs,
+    also when an interrupted run has measured the windows already.
+    """
+    at_once = windows_at_once(input_ids.shape[1])
+    return input_ids[: min(settings.windows, at_once)]
 
 
 def has_nearest_rival(grids: Mapping[str, GroupQuantizedSpec]) -> bool:
@@ -283,6 +325,8 @@ def _figures(found: Measured, reference: Reference) -> list[Figure]:
 
 def _needs_more(reference: Reference, found: Measured, gates: Sequence[GateResult]) -> bool:
     """Whether more windows could decide a gate: on differences from a baseline, windows that it was measured on too."""
+    if reference.ends_early and _has_failed(gates, []):
+        return False
     baseline, text = reference.baseline, reference.held_out
     if baseline is None or not baseline.shared_rows(held_out_windows(text)[found.windows :]):
         gates = [gate for gate in gates if gate.figure not in PAIRED]

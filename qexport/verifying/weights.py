@@ -23,7 +23,7 @@ from qexport.reading.filled_model import as_parameter, dequantize
 from qexport.reading.stored_model import StoredWeights
 from qexport.tensors import Quantized, TensorSpec, WeightSource
 from qexport.verifying.adapter_strength import moved_by_rounding, strength_by_weights, survival
-from qexport.verifying.layer_inputs import LayerInputs
+from qexport.verifying.layer_inputs import NO_KEPT_INPUTS, KeptInputs, LayerInputs
 from qexport.verifying.matrices import MatrixErrors, compare_matrix, projections
 from qexport.verifying.reference import Reference
 from qexport.verifying.unquantized import difference
@@ -75,9 +75,18 @@ class WeightCheck:
         self.reference_weights: WeightSource = ReferenceWeights(self, reference.merged.weights)
         self.artifact_weights: WeightSource = ArtifactWeights(self, artifact)
 
-    def watch(self, reference: BlockRunner) -> None:
-        """Compares the layers' outputs too, on inputs that they get in this model, which runs before the artifact."""
-        self._inputs = LayerInputs(reference, self._pending)
+    def watch(self, reference: BlockRunner, others: KeptInputs = NO_KEPT_INPUTS) -> bool:
+        """Compares the layers' outputs too, on inputs that they get in this model, which runs before the artifact.
+
+        Args:
+            reference: the model.
+            others: where the inputs are read that are known, and others are kept.
+
+        Returns:
+            Whether all inputs are known, so that the model need not be run for them.
+        """
+        self._inputs = LayerInputs(reference, self._pending, others)
+        return self._inputs.known
 
     def finish(self) -> ComparedWeights:
         """Compares what has not been read, and gives the results."""

@@ -29,6 +29,7 @@ from qexport.verifying.continuation import greedy_settings
 from qexport.verifying.continuing import Both, Openable, Passes, Task, as_stored, continue_by_blocks, continue_whole
 from qexport.verifying.estimates import by_domain
 from qexport.verifying.generation import compare_texts, style_sensitivity
+from qexport.verifying.kept import NOTHING_KEPT, Kept
 from qexport.verifying.memory import Way, available_memory, choose_way, needed_memory
 from qexport.verifying.prompt_batches import Padding
 from qexport.verifying.speed import MeasuredSpeed, compare_speed
@@ -80,7 +81,7 @@ def measure_generations(
         steps: counts the continuations, or the blocks.
     """
     greedy = greedy_settings(pair.checkpoint, pair.tokenizer, max_new_tokens=settings.max_new_tokens)
-    both = continue_prompts(pair, Task(prompts, greedy, settings.sampling, steps), way)
+    both = continue_prompts(pair, Task(prompts, greedy, settings.sampling, steps, pair.kept), way)
     record = compare_texts(both, prompts, pair.tokenizer, greedy, settings.sampling.seed if settings.sampling else 0)
     notes = [*pass_notes(both.passes), *padding_notes(both.padding)]
     return MeasuredGenerations(record, _figures(record, prompts.prompts), notes)
@@ -158,6 +159,7 @@ class Pair:
         checkpoint: the merged model's files.
         stored: the artifact on disk.
         tokenizer: the reference's.
+        kept: what other artifacts' measurements have left of the reference, and this one's leaves.
     """
 
     reference: BlockRunner
@@ -165,6 +167,7 @@ class Pair:
     checkpoint: Checkpoint
     stored: StoredModel
     tokenizer: PreTrainedTokenizerBase
+    kept: Kept = NOTHING_KEPT
 
 
 @dataclass

@@ -25,7 +25,7 @@ def defer_scipy_optimize() -> None:
 class _Deferred(ModuleType):
     """Stands for the package in `sys.modules` until something else of it is used."""
 
-    __path__: MutableSequence[str] = []  # noqa: RUF012 - as the module type has it
+    __path__: MutableSequence[str] = []
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # whoever looks through all modules asks for these

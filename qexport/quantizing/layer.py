@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from qexport.architectures.memory import return_freed_memory_beyond
 from qexport.errors import NumericalError
 from qexport.quantizing.asymmetry import target
 from qexport.quantizing.factorization import side_by_side
@@ -28,6 +29,9 @@ _ROWS = 1024
 
 _TILE = 512
 """Outputs and inputs that are multiplied at a time for the error of the outputs."""
+
+_GROWTH = 8 << 20
+"""Bytes that the process may grow by, between the steps of a solution, before freed memory is returned."""
 
 
 class Hessian:
@@ -133,13 +137,16 @@ def solve_together(
         if on_failure == "error":
             raise NumericalError(error.what, where=", ".join(names), mend=error.mend) from error
         return {name: _rounded(name, weights[name], options[name], hessian, dead) for name in names}
+    return_freed_memory_beyond(_GROWTH)
     if corrections is not None:
         weights |= {
             name: target(weights[name], corrections[name], factor) for name in names if is_corrected(options[name])
         }
+    return_freed_memory_beyond(_GROWTH)
     quantized = _solve_rows(weights, matrix, factor, options)
     damp_percent = factor.damp_percent
     del factor  # as large as the Hessian
+    return_freed_memory_beyond(_GROWTH)
     return {
         name: _solved(name, weights[name], quantized[name], options[name], hessian, damp_percent, dead)
         for name in names

@@ -104,7 +104,7 @@ _freed = _FreedMemory()
 
 def return_freed_memory_beyond(growth: int) -> None:
     """Returns free pages if the process has grown by so many bytes since the last time. malloc cannot use every gap
-    again, since torch asks for aligned memory, and takes new pages for what would fit; but a page that was returned costs
-    a page fault when it is used again.
+    again, since torch asks for aligned memory, and takes new pages for what would fit; but a page that was returned
+    costs a page fault when it is used again.
     """
     _freed.return_beyond(growth)

@@ -85,21 +85,26 @@ def return_freed_memory() -> None:
         trim(0)
 
 
-class FreedMemory:
-    """Returns free pages whenever the process has grown by so many bytes. malloc cannot use every gap again, since
-    torch asks for aligned memory, and takes new pages for what would fit.
+class _FreedMemory:
+    """How much was resident at the least since freed memory was returned."""
 
-    Args:
-        growth: bytes.
-    """
+    def __init__(self) -> None:
+        self._least = math.inf
 
-    def __init__(self, growth: int) -> None:
-        self._growth, self._before = growth, 0
-
-    def look(self) -> None:
-        """Compares resident memory with the least since the last return."""
+    def return_beyond(self, growth: int) -> None:
         now = resident().now or 0
-        if self._before and now > self._before + self._growth:
+        if now > self._least + growth:
             return_freed_memory()
-            self._before = resident().now or 0
-        self._before = min(self._before or now, now)
+            self._least = now = resident().now or 0
+        self._least = min(self._least, now)
+
+
+_freed = _FreedMemory()
+
+
+def return_freed_memory_beyond(growth: int) -> None:
+    """Returns free pages if the process has grown by so many bytes since the last time. malloc cannot use every gap
+    again, since torch asks for aligned memory, and takes new pages for what would fit; but a page that was returned
+    costs a page fault when it is used again.
+    """
+    _freed.return_beyond(growth)

@@ -47,6 +47,7 @@ def run(
     """Merge, quantize, export and verify, as the recipe says. Run again after an interruption, it goes on."""
     with reporting_errors(as_json=as_json, debug=debug, interrupted="interrupted; nothing was published"):
         from qexport.recipe import checked_output, load_recipe
+        from qexport.recipe.places import refuse_missing
 
         chosen = load_recipe(recipe, overrides or ())
         if output is not None:
@@ -59,6 +60,7 @@ def run(
 
             load_releasing().refuse_unusable(chosen.release)  # before hours of work
         tracker = tracker_of(mlflow, mlflow_experiment, mlflow_run)
+        refuse_missing(chosen)
         from qexport import pipeline  # takes seconds; errors of the recipe and the output should come first
         from qexport.cli.verifying import verify_command
 
@@ -159,11 +161,15 @@ def _measured(
 ) -> tuple[Report, GateFailed | GateUndecided | None]:
     """The report, which is written to its folder too, and what its gates raise."""
     from qexport.cli.verifying import reference_of
+    from qexport.loading.places import refuse_missing
+    from qexport.reading.folders import model_folder
     from qexport.reporting.writing import check_report_folder, write_report
 
     if report_folder is not None:
         check_report_folder(report_folder)
     chosen = reference_of(options)
+    model_folder(artifact)
+    refuse_missing(chosen.load)
     from qexport import pipeline  # takes seconds; errors in the arguments should come first
     from qexport.gates.failures import gates_error
 
@@ -219,7 +225,10 @@ def _inspect(
     as_json: bool,
 ) -> Failure | None:
     """Prints what an artifact contains, and returns a failure if it does not meet a server's demands."""
-    from qexport.pipeline.inspection import inspect_artifact
+    from qexport.reading.folders import model_folder
+
+    model_folder(artifact)
+    from qexport.pipeline.inspection import inspect_artifact  # takes seconds
 
     with redirect_stdout(sys.stderr):
         found = inspect_artifact(artifact, server=server, root=root)

@@ -26,8 +26,10 @@ def plan(
     """
     with reporting_errors(as_json=as_json, debug=debug):
         from qexport.recipe import load_recipe
+        from qexport.recipe.places import refuse_missing
 
         chosen = load_recipe(recipe, overrides or ())
+        refuse_missing(chosen)
         from qexport import pipeline  # takes seconds; errors of the recipe should come first
 
         with showing_progress() as progress:

@@ -13,8 +13,8 @@ from qexport.artifact.digests import sha256_file
 from qexport.artifact.names import last_component
 from qexport.errors import InputError, RecipeError
 from qexport.loading import LoadSettings
-from qexport.loading.checkpoint import found_place
 from qexport.loading.hub import fetch, folders_with
+from qexport.loading.places import found_place
 from qexport.loading.small_files import SIDECAR_PATTERNS, read_sidecars
 from qexport.loading.terms import CARD_NAME, FILE_PATTERNS, read_terms
 from qexport.progress import Notice, ProgressCallback, silent

@@ -10,17 +10,17 @@ import torch
 
 from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.artifact.digests import FileDigests, sha256_bytes
-from qexport.errors import InputError, RecipeError
 from qexport.loading import LoadSettings
 from qexport.loading.gguf_checkpoint import read_gguf
 from qexport.loading.hub import fetch_base
 from qexport.loading.model_weights import ChunkedSource, find_architecture, fit_to_model, refuse_untied_copies
 from qexport.loading.packaged import find_package_file
+from qexport.loading.places import found_place
 from qexport.loading.quantized_base import DequantizedSource, take_quantization
 from qexport.loading.small_files import CONFIG_NAME, read_config, read_sidecars
 from qexport.loading.terms import read_terms
 from qexport.progress import Notice, ProgressCallback, silent
-from qexport.references import GGUF_SUFFIX, HubReference, LocalReference, PackageReference, names_gguf, parse_reference
+from qexport.references import GGUF_SUFFIX, HubReference
 from qexport.tensors.safetensors_folder import SafetensorsFolder
 from qexport.tensors.source import Origin, TensorSpec
 
@@ -146,34 +146,3 @@ def load_checkpoint(settings: LoadSettings, *, progress: ProgressCallback = sile
         )
     found = find_package_file(reference)
     return read_gguf(found.path, kind="package", name=found.name, revision=found.version, progress=progress)
-
-
-def found_place(text: str, revision: str | None, *, field: str) -> Path | HubReference | PackageReference:
-    """What a field of the recipe names. A local path must be an existing folder, or a GGUF file."""
-    try:
-        reference = parse_reference(text)
-    except ValueError as error:
-        raise InputError(str(error), where=field) from error
-    if isinstance(reference, HubReference):
-        return HubReference(reference.repo_id, revision)
-    return _local(reference, revision, field) if isinstance(reference, LocalReference) else reference
-
-
-def _local(reference: LocalReference, revision: str | None, field: str) -> Path:
-    path = Path(reference.text).expanduser()
-    if names_gguf(reference.text) and not path.exists():
-        raise InputError(f"there is no file {reference.text!r}", where=field, mend="name an existing GGUF file")
-    if not (path.is_dir() or names_gguf(reference.text)):
-        raise InputError(
-            f"{reference.text!r} is a file, not a folder"
-            if path.exists()
-            else f"there is no folder {reference.text!r}",
-            where=field,
-            mend="name the folder that holds config.json, or a hub id such as org/name"
-            if field == "load.base"
-            else "name the folder that PEFT saved to, or a hub id such as org/name; a folder inside a hub's repository "
-            f"is given beside it ({'subfolder' if field.endswith('path') else 'load.adapter_subfolder'})",
-        )
-    if revision is not None:
-        raise RecipeError(f"a revision was given for the local path {reference.text!r}", where=field, mend="remove it")
-    return path

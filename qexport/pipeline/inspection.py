@@ -19,9 +19,10 @@ from qexport.export.served import Check
 from qexport.hidden_packages import hidden
 from qexport.loading.small_files import read_sidecars
 from qexport.pipeline.folders import refuse_other_layers
+from qexport.reading.folders import model_folder
 from qexport.reading.gguf_weights import GgufWeights
 from qexport.reading.one_model import refuse_second_model
-from qexport.reading.stored_model import StoredModel, model_folder, open_stored
+from qexport.reading.stored_model import StoredModel, open_stored
 
 Server = Literal["tgi", "vllm"]
 ReportState = Literal["as in the manifest", "missing"]

@@ -28,7 +28,7 @@ from qexport.pipeline.result import Result
 from qexport.pipeline.running import run
 from qexport.pipeline.texts import read_texts
 from qexport.progress import ProgressCallback, silent
-from qexport.reading.stored_model import model_folder
+from qexport.reading.folders import model_folder
 from qexport.recipe import Recipe, load_recipe
 from qexport.release.evaluation import EVALUATION_NAME
 from qexport.release.record import EVIDENCE_FOLDER, RECORD_NAME

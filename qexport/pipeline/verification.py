@@ -32,9 +32,10 @@ from qexport.pipeline.serving import NOT_SERVED, ServedArtifact, measure_through
 from qexport.pipeline.texts import check_small_files, read_evaluation, refuse_long_windows
 from qexport.progress import ProgressCallback, silent
 from qexport.quantizing import profile_of_layer
+from qexport.reading.folders import model_folder
 from qexport.reading.gguf_weights import GgufWeights
 from qexport.reading.one_model import refuse_second_model
-from qexport.reading.stored_model import StoredModel, model_folder
+from qexport.reading.stored_model import StoredModel
 from qexport.recipe import check_max_memory
 from qexport.text.preflight import TokenizerFolder, preflight
 from qexport.verifying import VerifySettings, verification

@@ -15,13 +15,14 @@ from typing import Final, Self
 
 from torch import Tensor, UntypedStorage
 
-from qexport.architectures.memory import FreedMemory
+from qexport.architectures.memory import return_freed_memory_beyond
 from qexport.errors import ResourceError
 
 Restore = Callable[[UntypedStorage], None]
 """Fills an offloaded storage again, which it does not keep alive."""
 
-_freed: Final = FreedMemory(24 << 20)
+_GROWTH: Final = 16 << 20
+"""Bytes that the process may grow by before freed memory is returned."""
 
 
 class OffloadFile:
@@ -159,7 +160,7 @@ def _offloaded(storage: UntypedStorage, file: io.FileIO, place: int) -> Restore:
     size = host.nbytes()
     _write(file, _view(host.data_ptr(), size), place)
     storage.resize_(0)
-    _freed.look()
+    return_freed_memory_beyond(_GROWTH)
     return _restore(file, place, size)
 
 

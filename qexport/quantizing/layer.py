@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from qexport.architectures.memory import return_freed_memory_beyond
 from qexport.errors import NumericalError
 from qexport.execution.inline import INLINE
 from qexport.execution.workers import Execution
@@ -29,6 +30,9 @@ _ROWS = 1024
 
 _TILE = 512
 """Inputs that are multiplied at a time for the error of the outputs."""
+
+_GROWTH = 8 << 20
+"""Bytes that the process may grow by, between the steps of a solution, before freed memory is returned."""
 
 
 class Hessian(StripSum):
@@ -194,11 +198,13 @@ def solve_together(
         if on_failure == "error":
             raise NumericalError(error.what, where=", ".join(names), mend=error.mend) from error
         return {name: _rounded(name, weights[name], options[name], hessian, dead) for name in names}
+    return_freed_memory_beyond(_GROWTH)
     damp_percent, solved = factor.damp_percent, dict[str, SolvedRows]()
     for shared in dict.fromkeys(options[name] for name in names):
         own = {name: weight for name, weight in weights.items() if options[name] == shared}
         corrected = corrections if is_corrected(shared) else None
         agreements = None if corrected is None else {name: agreed(corrected.pop(name), factor) for name in own}
+        return_freed_memory_beyond(_GROWTH)
         solved |= _solved_rows(own, agreements, shared, Problem(matrix, factor), execution)
     return {name: _solved(name, solved[name], hessian.tokens, damp_percent, dead) for name in names}
 
@@ -276,6 +282,7 @@ def solve_rows(rows: Rows, problem: Problem) -> SolvedRows:
     quantized = solve(weight, matrix, factor, rows.options)
     if rows.options.refine:
         quantized = refine(weight, quantized, matrix, factor)
+    return_freed_memory_beyond(_GROWTH)
     energy = _energies(len(weight), lambda start, end: weight[start:end], matrix)
     return SolvedRows(quantized, energy, _energies(len(weight), _error_rows(weight, quantized), matrix), nearest)
 

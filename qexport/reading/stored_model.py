@@ -17,9 +17,9 @@ from qexport.architectures.structure import Structure
 from qexport.artifact.integrity import find_artifact
 from qexport.artifact.manifest import REPORT_FOLDER
 from qexport.artifact.names import GGUF_NAME
-from qexport.errors import InputError
 from qexport.formats.stored_weight import StoredLayer
 from qexport.hidden_packages import hidden
+from qexport.reading.folders import model_folder
 from qexport.reading.gguf_weights import GgufWeights
 from qexport.reading.safetensors_weights import SafetensorsWeights
 from qexport.tensors import GroupQuantizedSpec, Quantized, TensorSpec, WeightSource
@@ -177,19 +177,6 @@ def open_stored(folder: Path, *, dtype: torch.dtype, like: Architecture | None =
     from qexport.reading.onnx.weights import OnnxWeights
 
     return OnnxWeights(folder, dtype=dtype, like=like)
-
-
-def model_folder(path: Path) -> Path:
-    """The path, checked to be a folder with a config.json.
-
-    Raises:
-        InputError: it is not one; the error names the layouts below it, if there are any.
-    """
-    if not (path / "config.json").is_file():
-        layouts = sorted(str(found.parent) for found in path.glob("*/config.json"))
-        mend = f"load one of its layouts: {', '.join(layouts)}" if layouts else "name the folder of an artifact"
-        raise InputError("the folder holds no config.json", where=str(path), mend=mend)
-    return path
 
 
 def _is_loaded(name: str) -> bool:

@@ -28,9 +28,11 @@ from qexport.progress import Notice
 from qexport.quantizing import gptq_pass, shards
 from qexport.quantizing.gptq import Gptq
 from qexport.quantizing.layer import solve_together
-from qexport.quantizing.method import PassInputs, ResumePoint, Save
+from qexport.quantizing.method import PassInputs, ResumePoint, RoundingMethod, Save
+from qexport.quantizing.nf4 import Nf4
 from qexport.quantizing.shard import Shard
 from qexport.quantizing.shards import halves_of
+from qexport.quantizing.w8a8 import W8a8
 from qexport.tensors import Origin, TensorRecord
 from test_block_runner import token_windows
 from test_gptq import assert_same_bytes, calibration, settings
@@ -124,6 +126,38 @@ def test_sums_and_weights_that_go_wrong_are_noticed(
         monkeypatch.setattr(shards.Shards, "each", skipping)
     with pytest.raises((AssertionError, RuntimeError)):
         assert_same_bytes(alone, passed(WIDE, settings(), two, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("config", "method"),
+    [(factories.gpt2_config(), Nf4(method="nf4")), (factories.llama_config(), W8a8(method="w8a8"))],
+    ids=["nf4", "w8a8"],
+)
+def test_tensors_that_are_rounded_on_workers_have_the_same_bytes(
+    config: PretrainedConfig, method: RoundingMethod, two: RayExecution, tmp_path: Path
+) -> None:
+    """A worker goes on the way, and its tensors are sent again."""
+    source = stored(config)
+    inputs = PassInputs(source, method.plan(source), None, dtype=torch.float32, device=CPU, scratch=tmp_path)
+    alone = {record.name: record for record in method.quantize(inputs)}
+    found: dict[str, TensorRecord] = {}
+    for record in method.quantize(replace(inputs, execution=two)):
+        if not found:
+            ray.kill(two._actors[1])
+        found[record.name] = record
+    assert list(found) == list(alone)
+    for name, record in found.items():
+        assert type(record.value) is type(alone[name].value)
+        assert record.layer == alone[name].layer
+        values = [record.value, alone[name].value]
+        for one, other in zip(
+            *([each] if isinstance(each, torch.Tensor) else parts(each) for each in values), strict=True
+        ):
+            assert torch.equal(one, other)
+
+
+def parts(value: object) -> list[torch.Tensor]:
+    return [each for each in vars(value).values() if isinstance(each, torch.Tensor)]
 
 
 class KilledError(Exception):

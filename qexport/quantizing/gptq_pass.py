@@ -90,6 +90,7 @@ def quantize(method: Gptq, inputs: PassInputs) -> Iterator[TensorRecord]:
     if first == units:
         return
     with closing(_Pass(method, chosen, inputs, _importance(method, chosen, inputs))) as work:
+        work.start(first)
         if first == 0:
             for name in _outside(checkpoint, structure, chosen):
                 yield TensorRecord(name, checkpoint.weights.read(name))
@@ -191,7 +192,10 @@ class _Pass:
         )
         self._sender = Sender(inputs.checkpoint.weights, architecture.structure, execution)
         self._shards = Shards(execution, shared, ranges, inputs.device)
-        self._shards.each(Shard.start, inputs.finished_units, self._sender.outside())
+
+    def start(self, blocks: int) -> None:
+        """Takes the text to the block after some finished ones."""
+        self._shards.each(Shard.start, blocks, self._sender.outside())
 
     def close(self) -> None:
         """Frees what the shards hold."""
@@ -218,7 +222,7 @@ class _Pass:
                     raise
                 self._inputs.progress(Notice(f"{error.what}; block {index} begins anew"))
                 self._shards.renew()
-                self._shards.each(Shard.start, index, self._sender.outside())
+                self.start(index)
         raise AssertionError("the last attempt returns or raises")
 
     def _block(self, index: int) -> list[TensorRecord]:

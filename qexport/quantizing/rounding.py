@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 
@@ -27,6 +29,7 @@ from qexport.tensors import (
     NestedAbsmax,
     OutputSpec,
     Quantized,
+    QuantizedSpec,
     RowQuantized,
     TensorRecord,
     TensorSpec,
@@ -136,11 +139,11 @@ def quantize(method: RoundingMethod | None, inputs: PassInputs) -> Iterator[Tens
     specs, resume = inputs.outputs.specs, inputs.resume
     units = _units(inputs.checkpoint.architecture.structure, specs)
     done = sum(map(len, units[: inputs.finished_units]))
-    merged_ahead = _ahead(inputs.checkpoint.weights, list(specs)[done:])
+    records = _records(method, list(specs)[done:], inputs)
     for unit in units[inputs.finished_units :]:
         for name in unit:
             inputs.progress(Progress("quantize", done, len(specs), "tensor", name))
-            yield _record(method, name, next(merged_ahead), inputs)
+            yield next(records)
             done += 1
         if resume is not None:
             resume.finished(lambda: ())
@@ -157,17 +160,40 @@ def _units(structure: Structure, names: Iterable[str]) -> list[list[str]]:
     return [list(unit) for _, unit in groupby(names, block_of)]
 
 
-def _record(method: RoundingMethod | None, name: str, merged: torch.Tensor, inputs: PassInputs) -> TensorRecord:
-    """The tensor as the plan describes it."""
-    spec = inputs.outputs.specs[name]
-    if isinstance(spec, TensorSpec):
-        return TensorRecord(name, merged)
+def _records(method: RoundingMethod | None, names: Sequence[str], inputs: PassInputs) -> Iterator[TensorRecord]:
+    """The tensors as the plan describes them, rounded by the workers."""
+    waiting, specs = deque[tuple[str, torch.Tensor]](), inputs.outputs.specs
+
+    def matrices() -> Iterator[_Matrix | None]:
+        for name, merged in zip(names, _ahead(inputs.checkpoint.weights, names), strict=True):
+            waiting.append((name, merged))
+            spec = specs[name]
+            transposed = name.removesuffix(".weight") in inputs.checkpoint.architecture.structure.transposed
+            yield None if isinstance(spec, TensorSpec) else _Matrix(merged.t() if transposed else merged, spec)
+
+    for quantized in inputs.execution.map(_codes, matrices(), method, inputs.device):
+        (name, merged), layer = waiting.popleft(), None
+        spec = specs[name]
+        if method is not None and not isinstance(spec, TensorSpec):
+            module = name.removesuffix(".weight")
+            layer = LayerRecord.uncalibrated(module, method.layer_method, spec.bits, spec.group_size)
+        yield TensorRecord(name, merged) if quantized is None else TensorRecord(name, quantized, layer, merged)
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """A merged matrix [out, in], and what it will be quantized to."""
+
+    values: torch.Tensor
+    spec: QuantizedSpec
+
+
+def _codes(matrix: _Matrix | None, method: RoundingMethod | None, device: torch.device) -> Quantized | None:
+    """The codes of a matrix, if there is one."""
+    if matrix is None:
+        return None
     assert method is not None
-    module = name.removesuffix(".weight")
-    transposed = module in inputs.checkpoint.architecture.structure.transposed
-    matrix = merged.t().contiguous() if transposed else merged  # in every format the codes are [out, in]
-    layer = LayerRecord.uncalibrated(module, method.layer_method, spec.bits, spec.group_size)
-    return TensorRecord(name, method.codes(matrix.to(inputs.device), spec), layer, merged)
+    return method.codes(matrix.values.contiguous().to(device), matrix.spec)
 
 
 def _ahead(weights: WeightSource, names: Sequence[str]) -> Iterator[torch.Tensor]:

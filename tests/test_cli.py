@@ -72,6 +72,7 @@ output: out
 def recipe(tmp_path: Path) -> str:
     path = tmp_path / "r.yaml"
     path.write_text(RECIPE)
+    (tmp_path / "text.jsonl").touch()
     return str(path)
 
 
@@ -841,3 +842,26 @@ def test_a_tiny_model_goes_the_whole_way(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_bytes_are_shown_as_amounts() -> None:
     assert position(Progress("publish", 1_250_000_000, 4_500_000_000, "byte")) == "1.2 GB of 4.5 GB"
+
+
+QUICK = {
+    "no base": (["run", "r.yaml", "load.base=./nowhere"], "there is no folder"),
+    "no adapter": (["plan", "r.yaml", "load.adapter=./nowhere"], "there is no folder"),
+    "no text": (["run", "r.yaml", "quantize.calibration.source=nowhere.jsonl"], "cannot be read: No such file"),
+    "no artifact": (["validate", "nowhere"], "the folder holds no config.json"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "said"), QUICK.values(), ids=QUICK)
+def test_what_is_missing_is_said_before_torch_is_imported(recipe: str, arguments: list[str], said: str) -> None:
+    program = "import sys; from qexport.cli import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        cwd=Path(recipe).parent,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert said in done.stderr
+    assert done.returncode == 0, done.stderr

@@ -95,7 +95,9 @@ def _tool(name: str) -> str:
 
 def _write_recipe(work: Path, arguments: argparse.Namespace) -> None:
     """4 bits, symmetric, group 64, 64 windows of 512 tokens, without verification; the rest as a user finds it."""
-    load = {"base": arguments.base} | ({"adapter": arguments.adapter} if arguments.adapter else {})
+    named = [arguments.base, arguments.adapter]
+    base, adapter = (str(Path(each).resolve()) if Path(each).exists() else each for each in named)
+    load = {"base": base} | ({"adapter": adapter} if arguments.adapter else {})
     calibration = {"source": str(Path(arguments.calibration).resolve()), "samples": 64, "sequence_length": 512}
     recipe = {
         "load": load,

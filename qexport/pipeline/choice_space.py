@@ -198,8 +198,9 @@ def choice_space(method: Mixed, checkpoint: Checkpoint, exports: Sequence[Export
     if _UNQUANTIZED in method.bits:
         offered.append(Option(_UNQUANTIZED, -1))
     options = tuple(tuple(option for option in offered if _divides(unit, option)) for unit in units)
-    if ragged := [unit for unit, own in zip(units, options, strict=True) if not own]:
-        linear = ragged[0][0]
+    ragged = [unit for unit, own in zip(units, options, strict=True) if not own]
+    if ragged or all(option.unquantized for own in options for option in own):
+        linear = (ragged or units)[0][0]
         raise CompatibilityError(
             f"no group size of {method.group_sizes} divides the {linear.in_features} inputs of {linear.name}",
             where="quantize.group_sizes",

@@ -204,7 +204,7 @@ def choice_space(method: Mixed, checkpoint: Checkpoint, exports: Sequence[Export
         raise CompatibilityError(
             f"no group size of {method.group_sizes} divides the {linear.in_features} inputs of {linear.name}",
             where="quantize.group_sizes",
-            mend="add one that does, -1, or 16 bits",
+            mend="add one that does, or -1 for whole rows",
         )
     space = ChoiceSpace(method, checkpoint, common, units, options, {})
 

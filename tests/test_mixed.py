@@ -456,7 +456,7 @@ def test_a_quality_that_no_choice_is_expected_to_reach_is_refused() -> None:
 
 @pytest.mark.parametrize("bits", [[3, 4], [3, 4, 16]])
 def test_group_sizes_that_divide_no_layer_are_refused(bits: list[int], inputs: Path, tmp_path: Path) -> None:
-    with pytest.raises(CompatibilityError, match=r"no group size of \[48\] divides the \d+ inputs of model\.layers\.0"):
+    with pytest.raises(CompatibilityError, match=r"no group size of \[48\] divides the 64 inputs of"):
         plan(recipe(inputs, {"mean_kl": 0.01}, tmp_path / "out", bits=bits, group_sizes=[48]))
 
 

@@ -16,7 +16,7 @@ from qexport.architectures.memory import Budget
 from qexport.errors import ResourceError
 from qexport.formats import Outputs
 from qexport.merge.merging import Merged
-from qexport.pipeline.expected_memory import choose_budget
+from qexport.pipeline.expected_memory import choose_budget, memory_of_worker
 from qexport.pipeline.expected_sizes import RunSizes
 from qexport.pipeline.expected_time import processor_time
 from qexport.quantizing.importance import AT_A_TIME
@@ -44,6 +44,7 @@ class Expected:
         seconds: wall seconds, if nothing else runs.
         disk: bytes at the peak: the artifact with its reports, and parked activations.
         budget: what the parts of the run keep to.
+        worker: bytes of main memory of each worker at the peak; None without workers.
     """
 
     memory: int
@@ -52,6 +53,7 @@ class Expected:
     seconds: float
     disk: int
     budget: Budget
+    worker: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The figures as JSON values."""
@@ -61,7 +63,7 @@ class Expected:
             "cpu_seconds": round(self.cpu_seconds),
             "seconds": round(self.seconds),
             "disk": self.disk,
-        }
+        } | ({} if self.worker is None else {"memory_of_worker": self.worker})
 
     def line(self) -> str:
         """The figures for the terminal."""
@@ -69,6 +71,7 @@ class Expected:
         return (
             f"{size(self.memory, decimals=1)} of memory ({most}), {size(self.disk, decimals=1)} of disk, "
             f"{duration(self.seconds)} on this machine's CPU ({duration(self.cpu_seconds)} of processor time)"
+            + ("" if self.worker is None else f"; {size(self.worker, decimals=1)} of memory for each worker")
         )
 
     def refuse_beyond(self, max_memory: str | None) -> None:
@@ -108,6 +111,7 @@ def expect(recipe: Recipe, merged: Merged, outputs: Outputs, artifact: int) -> E
         seconds=shared / torch.get_num_threads() + single,
         disk=round(artifact + len(recipe.export) * _beside(sizes, merged) + max(_parked(sizes), _before_blocks(sizes))),
         budget=chosen,
+        worker=memory_of_worker(sizes, recipe.execution.workers) if recipe.execution else None,
     )
 
 

@@ -26,6 +26,9 @@ from qexport.verifying.prompt_batches import ROWS
 _FIXED: Final = 425e6
 """The process before any weight: Python, torch, transformers, and the plan."""
 
+_RAY: Final = 90e6
+"""Ray's own libraries in the process of a worker."""
+
 _GAPS: Final = 1.08
 """What malloc keeps between tensors of many sizes."""
 
@@ -83,6 +86,20 @@ def _needs(sizes: RunSizes, chosen: Budget) -> dict[str, float]:
         if sizes.runtimes:
             needs["through"] = _serving(sizes, sizes.verify, chosen)
     return needs
+
+
+def memory_of_worker(sizes: RunSizes, workers: int) -> int:
+    """Bytes of one of several workers: the block, and of the group that takes most, the sums and the inputs of its own
+    windows in both models and as their difference, or what it solves its rows with.
+    """
+    if sizes.gptq is None:
+        return round(_FIXED + _RAY + _GAPS * 3 * 4 * sizes.widest)
+    tokens, most = -(-sizes.calibration // workers), 0.0
+    for linear in sizes.linears:
+        square, rows = 4 * linear.in_features**2, 4 * linear.in_features * sizes.sharing(linear) / workers
+        held = sizes.bytes_ * tokens * linear.in_features * (1 if linear.expert else 2 * sizes.streams - 1)
+        most = max(most, held + 2 * square, 2 * square + _SOLVED * rows)
+    return round(_FIXED + _RAY + _GAPS * (sizes.block * sizes.bytes_ + most + _summed(sizes)))
 
 
 def _quantizing(sizes: RunSizes, chosen: Budget) -> float:

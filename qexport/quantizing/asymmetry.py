@@ -124,17 +124,17 @@ def agreed(halves: tuple[Tensor, Tensor], factor: Factor) -> Tensor:
     return first.add_(second).mul_(share)
 
 
-def bounded(agreement: Tensor, most: Tensor) -> Tensor:
-    """What was `agreed`, as far as its rows change the outputs by no more than this.
+def bounded(agreement: Tensor, most: float) -> Tensor:
+    """What was `agreed`, or so much of it that the outputs change by no more than this.
 
     A layer that makes up for many times its own error cannot be told from a damaged one.
 
     Args:
-        agreement: float32 [rows, in]; overwritten.
-        most: of each row, the mean square of the change at the outputs, float64 [rows].
+        agreement: float32 [out, in]; overwritten.
+        most: the sum over the outputs of the mean squares of their changes.
     """
-    found = agreement.square().sum(1, dtype=torch.float64)  # of a correction C = A U, C H C^T = A A^T
-    return agreement.mul_((most.to(found.device) / found).clamp_(max=1).nan_to_num_(1).sqrt_().float()[:, None])
+    found = _sum_of_squares(agreement)  # of a correction C = A U, tr(C H C^T) = |A|^2
+    return agreement.mul_(math.sqrt(most / found)) if found > most else agreement
 
 
 def made_up(weight: Tensor, agreement: Tensor, factor: Factor) -> Tensor:
@@ -159,15 +159,20 @@ def _agreement(first: Tensor, second: Tensor) -> float:
 
     The sums' bits do not depend on the number of threads.
     """
-    common, all_ = (
-        math.fsum(_by_rows(each, torch.empty(len(each), dtype=torch.float64), _sums_of_rows).tolist())
-        for each in (first * second, (first + second).square_())
-    )
+    common, all_ = _sum(first * second), _sum_of_squares(first + second)
     return min(max(4 * common / all_, 0.0), 1.0) if all_ > 0 and math.isfinite(common / all_) else 0.0
 
 
-def _sums_of_rows(rows: Tensor) -> Tensor:
-    return rows.sum(1, dtype=torch.float64)
+def _sum_of_squares(matrix: Tensor) -> float:
+    return _sum(matrix.square())
+
+
+def _sum(matrix: Tensor) -> float:
+    """Rounded once, so that the bits do not depend on the number of threads."""
+    rows = _by_rows(
+        matrix, torch.empty(len(matrix), dtype=torch.float64), lambda part: part.sum(1, dtype=torch.float64)
+    )
+    return math.fsum(rows.tolist())
 
 
 def _by_rows(matrix: Tensor, result: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:

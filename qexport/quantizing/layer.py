@@ -35,6 +35,11 @@ _GROWTH = 8 << 20
 """Bytes that the process may grow by, between the steps of a solution, before freed memory is returned."""
 
 
+_CORRECTED = 0.5
+"""Of what rounding to nearest changes at a layer's outputs, the most that the layer may make up for. On SmolLM2 the last
+`down_proj` would go beyond it, to 1.9 times the error of rounding on the inputs of the model before quantizing."""
+
+
 class Hessian(StripSum):
     """Sums `X^T X` over batches of inputs X [tokens, in], in float32, upper triangle only until it is read.
 
@@ -146,7 +151,7 @@ class SolvedRows:
         quantized: the codes.
         energy: of the weights that the codes were found for.
         error: of the error of the codes.
-        nearest_error: of the error of round-to-nearest, before anything is made up for.
+        nearest_error: of the error of round-to-nearest.
     """
 
     quantized: GroupQuantized
@@ -203,10 +208,21 @@ def solve_together(
     for shared in dict.fromkeys(options[name] for name in names):
         own = {name: weight for name, weight in weights.items() if options[name] == shared}
         corrected = corrections if is_corrected(shared) else None
-        agreements = None if corrected is None else {name: agreed(corrected.pop(name), factor) for name in own}
+        agreements = None
+        if corrected is not None:
+            agreements = {
+                name: bounded(agreed(corrected.pop(name), factor), _CORRECTED * _rounding_error(weight, shared, matrix))
+                for name, weight in own.items()
+            }
         return_freed_memory_beyond(_GROWTH)
         solved |= _solved_rows(own, agreements, shared, Problem(matrix, factor), execution)
     return {name: _solved(name, solved[name], hessian.tokens, damp_percent, dead) for name in names}
+
+
+def _rounding_error(weight: Tensor, options: Options, matrix: Tensor) -> float:
+    """What round-to-nearest changes at the outputs, as far as its errors are not correlated: sum of E^2 diag(H)."""
+    error = _error_rows(weight, round_to_nearest(weight, options))(0, len(weight))
+    return _sum(error.square_().mul_(matrix.diagonal()).sum(1, dtype=torch.float64))
 
 
 def is_corrected(options: Options) -> bool:
@@ -275,10 +291,9 @@ def _dealt(rows: int, workers: int) -> list[slice]:
 
 def solve_rows(rows: Rows, problem: Problem) -> SolvedRows:
     """Solves some rows, whose number but for the last ones is a multiple of `ROWS_TOGETHER`."""
-    matrix, factor, weight = problem.matrix, problem.factor, rows.weight
+    matrix, factor = problem.matrix, problem.factor
+    weight = rows.weight if rows.agreed is None else made_up(rows.weight, rows.agreed, factor)
     nearest = _energies(len(weight), _error_rows(weight, round_to_nearest(weight, rows.options)), matrix)
-    if rows.agreed is not None:
-        weight = made_up(weight, bounded(rows.agreed, nearest), factor)
     quantized = solve(weight, matrix, factor, rows.options)
     if rows.options.refine:
         quantized = refine(weight, quantized, matrix, factor)

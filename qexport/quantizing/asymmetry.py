@@ -124,19 +124,6 @@ def agreed(halves: tuple[Tensor, Tensor], factor: Factor) -> Tensor:
     return first.add_(second).mul_(share)
 
 
-def bounded(agreement: Tensor, most: float) -> Tensor:
-    """What was `agreed`, or so much of it that the outputs change by no more than this.
-
-    A layer that makes up for many times its own error cannot be told from a damaged one.
-
-    Args:
-        agreement: float32 [out, in]; overwritten.
-        most: the sum over the outputs of the mean squares of their changes.
-    """
-    found = _sum_of_squares(agreement)  # of a correction C = A U, tr(C H C^T) = |A|^2
-    return agreement.mul_(math.sqrt(most / found)) if found > most else agreement
-
-
 def made_up(weight: Tensor, agreement: Tensor, factor: Factor) -> Tensor:
     """What a layer aims at, `W + r (S1 + S2) H^-1 / 2`, for some of its rows.
 

@@ -17,7 +17,7 @@ from qexport.architectures.memory import return_freed_memory_beyond
 from qexport.errors import NumericalError
 from qexport.execution.inline import INLINE
 from qexport.execution.workers import Execution
-from qexport.quantizing.asymmetry import agreed, bounded, made_up
+from qexport.quantizing.asymmetry import agreed, made_up
 from qexport.quantizing.factorization import side_by_side
 from qexport.quantizing.refinement import refine
 from qexport.quantizing.solver import ROWS_TOGETHER, Factor, Options, factorize, round_to_nearest, solve
@@ -33,11 +33,6 @@ _TILE = 512
 
 _GROWTH = 8 << 20
 """Bytes that the process may grow by, between the steps of a solution, before freed memory is returned."""
-
-
-_CORRECTED = 0.5
-"""Of what rounding to nearest changes at a layer's outputs, the most that the layer may make up for. On SmolLM2 the last
-`down_proj` would go beyond it, to 1.9 times the error of rounding on the inputs of the model before quantizing."""
 
 
 class Hessian(StripSum):
@@ -208,21 +203,10 @@ def solve_together(
     for shared in dict.fromkeys(options[name] for name in names):
         own = {name: weight for name, weight in weights.items() if options[name] == shared}
         corrected = corrections if is_corrected(shared) else None
-        agreements = None
-        if corrected is not None:
-            agreements = {
-                name: bounded(agreed(corrected.pop(name), factor), _CORRECTED * _rounding_error(weight, shared, matrix))
-                for name, weight in own.items()
-            }
+        agreements = None if corrected is None else {name: agreed(corrected.pop(name), factor) for name in own}
         return_freed_memory_beyond(_GROWTH)
         solved |= _solved_rows(own, agreements, shared, Problem(matrix, factor), execution)
     return {name: _solved(name, solved[name], hessian.tokens, damp_percent, dead) for name in names}
-
-
-def _rounding_error(weight: Tensor, options: Options, matrix: Tensor) -> float:
-    """What round-to-nearest changes at the outputs, as far as its errors are not correlated: sum of E^2 diag(H)."""
-    error = _error_rows(weight, round_to_nearest(weight, options))(0, len(weight))
-    return _sum(error.square_().mul_(matrix.diagonal()).sum(1, dtype=torch.float64))
 
 
 def is_corrected(options: Options) -> bool:

@@ -24,6 +24,10 @@ Restore = Callable[[], None]
 """Fills the storage of an offloaded tensor again."""
 
 
+def stays() -> None:
+    """The `Restore` of a tensor whose storage was not emptied."""
+
+
 class OffloadFile:
     """Holds the bytes of offloaded tensors, and restores them in place. A context manager.
 

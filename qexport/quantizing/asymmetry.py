@@ -162,7 +162,6 @@ def _sums_of_rows(rows: Tensor) -> Tensor:
 
 def _by_rows(matrix: Tensor, result: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """Fills `result` with the function of some rows at a time, each part on one thread."""
-
     rows = tile(ROWS_TOGETHER, matrix.device)
 
     def fill(start: int) -> None:

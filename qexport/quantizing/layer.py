@@ -118,10 +118,12 @@ class Problem:
     Attributes:
         matrix: the Hessian, float32 [in, in].
         factor: of it.
+        device: where to compute, by its name; a worker in another process gets everything in main memory.
     """
 
     matrix: Tensor
     factor: Factor
+    device: str
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ def solve_together(
         own = {name: weight for name, weight in weights.items() if options[name] == shared}
         corrected = corrections if is_corrected(shared) else None
         agreements = None if corrected is None else {name: agreed(corrected.pop(name), factor) for name in own}
-        solved |= _solved_rows(own, agreements, shared, Problem(matrix, factor), execution)
+        solved |= _solved_rows(own, agreements, shared, Problem(matrix, factor, str(matrix.device)), execution)
     return {name: _solved(name, solved[name], hessian.tokens, damp_percent, dead) for name in names}
 
 
@@ -274,8 +276,10 @@ def _dealt(rows: int, workers: int, together: int) -> list[slice]:
 
 def solve_rows(rows: Rows, problem: Problem) -> SolvedRows:
     """Solves some rows, whose number but for the last ones is a multiple of what is multiplied together."""
-    matrix, factor = problem.matrix, problem.factor
-    weight = rows.weight if rows.agreed is None else made_up(rows.weight, rows.agreed, factor)
+    device, weight = problem.device, rows.weight.to(problem.device)
+    matrix, factor = problem.matrix.to(device), problem.factor.to(device)
+    if rows.agreed is not None:
+        weight = made_up(weight, rows.agreed.to(device), factor)
     quantized = solve(weight, matrix, factor, rows.options)
     if rows.options.refine:
         quantized = refine(weight, quantized, matrix, factor)
@@ -305,7 +309,9 @@ def _solved(name: str, rows: SolvedRows, tokens: int, damp_percent: float, dead:
 
 
 def _rounded(name: str, weight: Tensor, options: Options, hessian: Hessian, dead: int) -> SolvedLayer:
-    quantized, matrix = round_to_nearest(weight, options), hessian.matrix()
+    matrix = hessian.matrix()
+    weight = weight.to(matrix.device)
+    quantized = round_to_nearest(weight, options)
     loss = output_error(weight, quantized, matrix, output_energy(weight, matrix))
     record = LayerRecord(
         name=name,

@@ -33,8 +33,8 @@ _ROWS = 512
 
 
 ROWS_TOGETHER = 96
-"""Outputs of one product on the CPU, wherever outputs are independent of each other (on CUDA see `tiles`). So a matrix that is cut at a multiple of it
-is solved with the same bits as the whole.
+"""Outputs of one product on the CPU, wherever outputs are independent of each other; on CUDA see `tiles`. So a matrix
+that is cut at a multiple of it is solved with the same bits as the whole.
 """
 
 
@@ -189,6 +189,10 @@ class Factor:
     upper: Tensor
     order: Tensor
     damp_percent: float
+
+    def to(self, device: str) -> Factor:
+        """The same on a device."""
+        return Factor(self.upper.to(device), self.order.to(device), self.damp_percent)
 
 
 def factorize(hessian: Tensor, options: Options, *, rank_deficient: bool = False) -> Factor:

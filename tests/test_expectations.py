@@ -16,13 +16,14 @@ from transformers import PretrainedConfig
 
 import factories
 from qexport.amounts import size
+from qexport.architectures import machine_memory
 from qexport.architectures.memory import Budget, budget, keeping_to
 from qexport.cli import main
 from qexport.errors import RecipeError, ResourceError
 from qexport.pipeline import Plan, expectations, expected_memory, expected_time, plan, run
 from qexport.pipeline.expected_sizes import RunSizes
 from qexport.recipe import load_recipe
-from qexport.verifying import VerifySettings, memory, predictors
+from qexport.verifying import VerifySettings, predictors
 from qexport.verifying.rounds import _windows_of
 
 MEASURE = """
@@ -243,11 +244,11 @@ def test_without_a_limit_the_machines_memory_is_the_limit_of_a_run(
 
 
 def test_the_limit_of_a_control_group_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
-    machine = memory.total_memory()
+    monkeypatch.setattr(machine_memory, "_CGROUP", tmp_path)
+    machine = machine_memory.total_memory()
     for text, expected in [("max", machine), ("1000000", 1e6), (str(10**15), machine)]:
         (tmp_path / "memory.max").write_text(text)
-        assert memory.total_memory() == expected
+        assert machine_memory.total_memory() == expected
 
 
 @pytest.mark.parametrize("value", ["8", "8 apples", "0GB", "-1GB"])
@@ -291,6 +292,6 @@ def test_fewer_windows_at_once_divide_the_usual_number(length: int) -> None:
 
 
 def test_whole_models_keep_to_the_limit_too() -> None:
-    free = memory.available_memory(torch.device("cpu"))
+    free = machine_memory.available_memory(torch.device("cpu"))
     with keeping_to(Budget(limit=0.0)):
-        assert memory.available_memory(torch.device("cpu")) < 0 < free
+        assert machine_memory.available_memory(torch.device("cpu")) < 0 < free

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfi
 
 import factories
 from qexport.architectures.architecture import Architecture
+from qexport.architectures.machine_memory import available_memory
 from qexport.architectures.runner import BlockRunner
 from qexport.artifact.measurements import Generations
 from qexport.errors import NumericalError
@@ -29,7 +30,7 @@ from qexport.verifying import SamplingSettings
 from qexport.verifying.continuation import Continuation, continue_all, greedy_settings, likeliest_along
 from qexport.verifying.continuing import Both, Task, continue_whole
 from qexport.verifying.generation import compare_texts, style_sensitivity
-from qexport.verifying.memory import available_memory, needed_memory
+from qexport.verifying.memory import needed_memory
 from qexport.verifying.prompt_batches import PromptBatch, batch_prompts, check_padding
 from qexport.verifying.whole_models import padding_notes
 from quantized_models import QuantizedModel, Tensors
@@ -370,8 +371,8 @@ def test_the_memory_available_is_that_of_the_system_or_of_the_control_group(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "meminfo").write_text("MemTotal:  9000 kB\nMemAvailable:  4000 kB\n")
-    monkeypatch.setattr("qexport.verifying.memory._MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr("qexport.verifying.memory._CGROUP", tmp_path)
+    monkeypatch.setattr("qexport.architectures.machine_memory._MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr("qexport.architectures.machine_memory._CGROUP", tmp_path)
     assert available_memory(CPU) == 4000 * 1024
     (tmp_path / "memory.current").write_text("1500000\n")
     (tmp_path / "memory.max").write_text("max\n")

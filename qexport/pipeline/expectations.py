@@ -12,6 +12,7 @@ from typing import Any, Final
 import torch
 
 from qexport.amounts import duration, parse_size, size
+from qexport.architectures.machine_memory import total_memory
 from qexport.architectures.memory import Budget
 from qexport.errors import ResourceError
 from qexport.formats import Outputs
@@ -24,7 +25,6 @@ from qexport.reading.stored_model import StoredModel
 from qexport.recipe import Recipe
 from qexport.tensors import GroupQuantizedSpec
 from qexport.verifying import VerifySettings
-from qexport.verifying.memory import total_memory
 
 _REPORT: Final = 400e3
 """Report and manifest of a layout, without what grows with layers and prompts."""

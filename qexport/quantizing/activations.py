@@ -25,6 +25,10 @@ _GROWTH: Final = 16 << 20
 """Bytes that the process may grow by before freed memory is returned."""
 
 
+def stays() -> None:
+    """The `Restore` of a tensor whose storage was not emptied."""
+
+
 class OffloadFile:
     """Holds the bytes of offloaded tensors, and restores them in place. A context manager.
 

@@ -26,12 +26,13 @@ from qexport.architectures.devices import has_bfloat16_instructions
 from qexport.quantizing.factorization import side_by_side
 from qexport.quantizing.solver import ROWS_TOGETHER, Factor
 from qexport.quantizing.strip_sum import StripSum
+from qexport.quantizing.tiles import product, tile
 
 TOKENS = 2048
 """Tokens that are multiplied at a time."""
 
 _TILE = 512
-"""Inputs that are multiplied at a time."""
+"""Inputs that are multiplied at a time on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ def changes(full: Tensor, inputs: Tensor, weights: Tensor | None = None) -> list
 
 
 class Asymmetry(StripSum):
-    """Sums D = (X - Y)^T Y over batches. The products of bfloat16 inputs are rounded to bfloat16, their sum is not.
+    """Sums D = (X - Y)^T Y over batches. On the CPU the products of bfloat16 inputs are rounded to
+    bfloat16, their sum is not.
 
     oneDNN repacks the right factor of a product, so it is the one that is cut into strips.
     """
@@ -84,27 +86,28 @@ class Asymmetry(StripSum):
             self._add_tokens(each.change, each.after[:, self.part.start : self.part.stop])
 
     def _add_tokens(self, change: Tensor, after: Tensor) -> None:
-        total = self.total
+        total, size = self.total, self.strip_on(after.device)
 
         def add(start: int) -> None:
-            strip = slice(start, start + self.strip)
-            total[:, strip] += change @ after[:, strip]
+            strip = slice(start, start + size)
+            total[:, strip] += product(change, after[:, strip])
 
         with side_by_side(after.device) as run:
-            run(partial(add, start) for start in range(0, after.shape[1], self.strip))
+            run(partial(add, start) for start in range(0, after.shape[1], size))
 
     def take(self, weights: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
         """`scale * W D / tokens` for each weight W, float32 [out, in] as the results; of a part of the sum its columns.
         The sum begins anew.
         """
         scale, total, found = scale / max(self.tokens, 1), self.total, dict[str, Tensor]()
+        size = self.strip_on(total.device)
 
-        def product(rows: Tensor) -> Tensor:
-            strips = (total[:, start : start + self.strip] for start in range(0, len(self.part), self.strip))
+        def times_sum(rows: Tensor) -> Tensor:
+            strips = (total[:, start : start + size] for start in range(0, len(self.part), size))
             return torch.cat([rows @ strip for strip in strips], 1).mul_(scale)
 
         for name, weight in weights.items():
-            found[name] = _by_rows(weight, weight.new_empty(len(weight), len(self.part)), product)
+            found[name] = _by_rows(weight, weight.new_empty(len(weight), len(self.part)), times_sum)
         self.tokens, self._sum = 0, None
         return found
 
@@ -164,31 +167,33 @@ def _sum(matrix: Tensor) -> float:
 
 def _by_rows(matrix: Tensor, result: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """Fills `result` with the function of some rows at a time, each part on one thread."""
+    rows = tile(ROWS_TOGETHER, matrix.device)
 
     def fill(start: int) -> None:
-        part = slice(start, start + ROWS_TOGETHER)
+        part = slice(start, start + rows)
         result[part] = function(matrix[part])
 
     with side_by_side(matrix.device) as run:
-        run(partial(fill, start) for start in range(0, len(matrix), ROWS_TOGETHER))
+        run(partial(fill, start) for start in range(0, len(matrix), rows))
     return result
 
 
 def _times_transposed(rows: Tensor, upper: Tensor) -> Tensor:
     """`rows U^T` for an upper triangular U, without the products with its zeros."""
     result = torch.empty_like(rows)
-    for tile in _tiles(len(upper)):
-        result[:, tile] = rows[:, tile.start :] @ upper[tile, tile.start :].t()
+    for part in _tiles(upper):
+        result[:, part] = rows[:, part.start :] @ upper[part, part.start :].t()
     return result
 
 
 def _times_upper(rows: Tensor, upper: Tensor) -> Tensor:
     """`rows U`, likewise."""
     result = torch.empty_like(rows)
-    for tile in _tiles(len(upper)):
-        result[:, tile] = rows[:, : tile.stop] @ upper[: tile.stop, tile]
+    for part in _tiles(upper):
+        result[:, part] = rows[:, : part.stop] @ upper[: part.stop, part]
     return result
 
 
-def _tiles(size: int) -> list[slice]:
-    return [slice(start, min(start + _TILE, size)) for start in range(0, size, _TILE)]
+def _tiles(upper: Tensor) -> list[slice]:
+    size, step = len(upper), tile(_TILE, upper.device)
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from qexport.architectures.devices import single_thread
+from qexport.quantizing.tiles import tile
 
 TILE = 192
-"""Rows and columns of a tile. Larger tiles leave less to do side by side, smaller ones make slower products."""
+"""Rows and columns of a tile on the CPU. Larger ones leave less to do side by side, smaller ones multiply slower."""
 
 Task = Callable[[], object]
 
@@ -71,11 +72,11 @@ def factorize_inverse(matrix: Tensor) -> bool:
     Returns:
         Whether H is positive definite, as far as its dtype can tell. If not, `matrix` holds nothing of use.
     """
-    size = matrix.shape[0]
+    size, step = matrix.shape[0], tile(TILE, matrix.device)
     with side_by_side(matrix.device) as run:
-        for start in reversed(range(0, size, TILE)):
-            rows = matrix[start : start + TILE]
-            inverse = _inverse_of_tile(rows[:, start : start + TILE])
+        for start in reversed(range(0, size, step)):
+            rows = matrix[start : start + step]
+            inverse = _inverse_of_tile(rows[:, start : start + step])
             if inverse is None:
                 return False
             run(_row_tasks(matrix, start, inverse))
@@ -84,40 +85,41 @@ def factorize_inverse(matrix: Tensor) -> bool:
     return True
 
 
-def _inverse_of_tile(tile: Tensor) -> Tensor | None:
-    """V^-1 for `tile = V V^T`, V upper triangular; None if the tile is not positive definite."""
-    lower, failed = torch.linalg.cholesky_ex(tile.flip(0, 1))
+def _inverse_of_tile(square: Tensor) -> Tensor | None:
+    """V^-1 for `square = V V^T`, V upper triangular; None if it is not positive definite."""
+    lower, failed = torch.linalg.cholesky_ex(square.flip(0, 1))
     if failed or not bool(torch.isfinite(lower.diagonal()).all()):
         return None
-    eye = torch.eye(len(tile), dtype=tile.dtype, device=tile.device)
+    eye = torch.eye(len(square), dtype=square.dtype, device=square.device)
     inverse: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
     return inverse.flip(0, 1)
 
 
 def _row_tasks(matrix: Tensor, start: int, inverse: Tensor) -> Iterator[Task]:
     """Multiplies the tile's rows from the left. What is left of the tile comes from above it, which becomes zero."""
-    end = start + len(inverse)
+    end, step = start + len(inverse), tile(TILE, matrix.device)
     rows = matrix[start:end]
 
     def left(first: int) -> None:
-        above = matrix[first : first + TILE, start:end]
-        torch.mm(inverse, above.t(), out=rows[:, first : first + TILE])
+        above = matrix[first : first + step, start:end]
+        torch.mm(inverse, above.t(), out=rows[:, first : first + step])
         above.zero_()
 
     def right(first: int) -> None:
-        part = rows[:, first : first + TILE]
+        part = rows[:, first : first + step]
         part.copy_(inverse @ part)
 
     rows[:, start:end] = inverse
-    yield from (partial(left, first) for first in range(0, start, TILE))
-    yield from (partial(right, first) for first in range(end, len(matrix), TILE))
+    yield from (partial(left, first) for first in range(0, start, step))
+    yield from (partial(right, first) for first in range(end, len(matrix), step))
 
 
 def _update_tasks(matrix: Tensor, start: int) -> Iterator[Task]:
     """Subtracts what the tile's rows explain from the rows above, from the diagonal to the right."""
-    rows = matrix[start : start + TILE]
+    step = tile(TILE, matrix.device)
+    rows = matrix[start : start + step]
 
     def update(first: int) -> None:
-        matrix[first : first + TILE, first:].addmm_(rows[:, first : first + TILE].t(), rows[:, first:], alpha=-1)
+        matrix[first : first + step, first:].addmm_(rows[:, first : first + step].t(), rows[:, first:], alpha=-1)
 
-    return (partial(update, first) for first in range(0, start, TILE))
+    return (partial(update, first) for first in range(0, start, step))

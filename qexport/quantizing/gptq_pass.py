@@ -23,7 +23,7 @@ from qexport.quantizing.importance import token_importance, token_weights
 from qexport.quantizing.layer import Hessian, SolvedLayer, is_corrected, solve_together
 from qexport.quantizing.method import PassInputs
 from qexport.quantizing.selection import candidates, notes_on_experts, select, solver_options
-from qexport.quantizing.sending import Sender
+from qexport.quantizing.sending import Sender, sends
 from qexport.quantizing.shard import GroupNames, Shard, SharedInputs
 from qexport.quantizing.shards import Shards, shared_out
 from qexport.quantizing.solver import Options
@@ -168,6 +168,7 @@ class _Pass:
         architecture, calibration, execution = inputs.checkpoint.architecture, inputs.calibration, inputs.execution
         assert calibration is not None, "a run reads the text of every method that needs calibration"
         self._method, self._chosen, self._inputs, self._importance = method, chosen, inputs, importance
+        device = torch.device(inputs.device.type) if execution.apart else inputs.device  # a worker sees its own only
         self._structure, self._linears = architecture.structure, candidates(architecture.structure, method)
         windows, length = calibration.input_ids.shape
         self.tokens, size = calibration.input_ids.numel(), max(1, BATCH_TOKENS // length)
@@ -175,7 +176,7 @@ class _Pass:
         ranges = shared_out(-(-windows // size), execution.workers)
         shared = SharedInputs(
             architecture=architecture,
-            weights=None if execution.apart else inputs.checkpoint.weights,
+            weights=None if sends(execution, device) else inputs.checkpoint.weights,
             linears=self._linears,
             chosen=frozenset(chosen),
             input_ids=calibration.input_ids,
@@ -186,12 +187,12 @@ class _Pass:
             once=method.true_sequential,
             expert_hessians=int(min(HESSIAN_BYTES, budget().expert_hessians)),
             dtype=inputs.dtype,
-            device=str(inputs.device),
+            device=str(device),
             scratch=inputs.scratch,
             kept=inputs.resume.folder if inputs.resume else None,
         )
-        self._sender = Sender(inputs.checkpoint.weights, architecture.structure, execution)
-        self._shards = Shards(execution, shared, ranges, inputs.device)
+        self._sender = Sender(inputs.checkpoint.weights, architecture.structure, execution, device)
+        self._shards = Shards(execution, shared, ranges, device)
 
     def start(self, blocks: int) -> None:
         """Takes the text to the block after some finished ones."""
@@ -271,7 +272,7 @@ class _Pass:
         if self._importance is None or group.experts:
             return None
         (names,) = group.members
-        return token_weights(self._importance, names).to(self._inputs.device)
+        return token_weights(self._importance, names)
 
 
 def _solved_alone(

@@ -24,6 +24,7 @@ from qexport.architectures.runner import Batch, BlockRunner
 from qexport.progress import Progress, ProgressCallback
 from qexport.quantizing.activations import OffloadFile, Restore
 from qexport.quantizing.drawn_tokens import gradients_at_head
+from qexport.quantizing.offloading import offload_on
 from qexport.quantizing.products import FixedProducts
 
 AT_A_TIME: Final = 1 << 15
@@ -72,7 +73,7 @@ def token_importance(
         windows = slice(start, start + parts.step)
         own = {name: values[windows] for name, values in found.items()}
         batches = runner.embed(input_ids[windows], max(1, _BATCH_TOKENS // input_ids.shape[1]))
-        with OffloadFile(scratch) as file:
+        with offload_on(device, scratch, checkpoint.architecture.structure.block_linears) as file:
             _Part(runner, batches, own, file).run(partial(_report, progress, start, len(input_ids)))
     return found
 

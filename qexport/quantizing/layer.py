@@ -22,14 +22,15 @@ from qexport.quantizing.factorization import side_by_side
 from qexport.quantizing.refinement import refine
 from qexport.quantizing.solver import ROWS_TOGETHER, Factor, Options, factorize, round_to_nearest, solve
 from qexport.quantizing.strip_sum import StripSum
+from qexport.quantizing.tiles import product, tile
 from qexport.records import LayerRecord
 from qexport.tensors import GroupQuantized
 
 _ROWS = 1024
-"""Tokens that are multiplied at a time."""
+"""Tokens that are multiplied at a time on the CPU."""
 
 _TILE = 512
-"""Inputs that are multiplied at a time for the error of the outputs."""
+"""Inputs that are multiplied at a time for the error of the outputs, on the CPU."""
 
 _GROWTH = 8 << 20
 """Bytes that the process may grow by, between the steps of a solution, before freed memory is returned."""
@@ -55,25 +56,29 @@ class Hessian(StripSum):
             inputs = inputs * weights.sqrt().to(inputs.dtype)[:, None]
         self.tokens += inputs.shape[0]
         with _bfloat16_products(inputs.dtype):
-            for part in inputs[:, self.part.start :].split(_ROWS):
-                self._add_tokens(part.to(torch.float32))
+            for part in inputs[:, self.part.start :].split(tile(_ROWS, inputs.device)):
+                self._add_tokens(part if part.device.type == "cuda" else part.to(torch.float32))
 
     def _add_tokens(self, tokens: Tensor) -> None:
-        total = self.total
+        total, size = self.total, self.strip_on(tokens.device)
 
         def add(start: int) -> None:
-            strip = tokens[:, start : min(start + self.strip, len(total))]
-            total[start : start + self.strip, start:].addmm_(strip.t(), tokens[:, start:])
+            strip, rows = tokens[:, start : min(start + size, len(total))], total[start : start + size, start:]
+            if tokens.dtype == torch.float32:
+                rows.addmm_(strip.t(), tokens[:, start:])
+            else:
+                rows += product(strip.t(), tokens[:, start:])
 
         with side_by_side(tokens.device) as run:
-            run(partial(add, start) for start in range(0, len(total), self.strip))
+            run(partial(add, start) for start in range(0, len(total), size))
 
     def matrix(self) -> Tensor:
         """The mean of `x x^T` over the tokens: float32 [in, in], symmetric. A view; nothing may be added after it."""
         total = self.total
         if not self._complete:
-            for start in range(0, len(total), self.strip):
-                _mirror(total, slice(start, start + self.strip))
+            size = self.strip_on(total.device)
+            for start in range(0, len(total), size):
+                _mirror(total, slice(start, start + size))
             total /= max(self.tokens, 1)
             self._complete = True
         return total
@@ -117,10 +122,12 @@ class Problem:
     Attributes:
         matrix: the Hessian, float32 [in, in].
         factor: of it.
+        device: where to compute, by its name; a worker in another process gets everything in main memory.
     """
 
     matrix: Tensor
     factor: Factor
+    device: str
 
 
 @dataclass(frozen=True)
@@ -205,7 +212,7 @@ def solve_together(
         corrected = corrections if is_corrected(shared) else None
         agreements = None if corrected is None else {name: agreed(corrected.pop(name), factor) for name in own}
         return_freed_memory_beyond(_GROWTH)
-        solved |= _solved_rows(own, agreements, shared, Problem(matrix, factor), execution)
+        solved |= _solved_rows(own, agreements, shared, Problem(matrix, factor, str(matrix.device)), execution)
     return {name: _solved(name, solved[name], hessian.tokens, damp_percent, dead) for name in names}
 
 
@@ -254,7 +261,7 @@ def _solved_rows(
         agreements.clear()  # as large as the weights
     parts = (
         Rows(weight[part], None if agreement is None else agreement[part], options)
-        for part in _dealt(len(weight), execution.workers)
+        for part in _dealt(len(weight), execution.workers, tile(ROWS_TOGETHER, problem.matrix.device))
     )
     joined, found, start = SolvedRows.joined([*execution.map(solve_rows, parts, problem)]), {}, 0
     for name, each in weights.items():
@@ -267,16 +274,18 @@ def _together(matrices: Mapping[str, Tensor]) -> Tensor:
     return torch.cat(list(matrices.values())) if len(matrices) > 1 else next(iter(matrices.values()))
 
 
-def _dealt(rows: int, workers: int) -> list[slice]:
+def _dealt(rows: int, workers: int, together: int) -> list[slice]:
     """About equally many rows for each worker, cut where products are: then their bits are the same."""
-    bounds = [min(rows, round(rows * number / workers / ROWS_TOGETHER) * ROWS_TOGETHER) for number in range(workers)]
+    bounds = [min(rows, round(rows * number / workers / together) * together) for number in range(workers)]
     return [slice(start, stop) for start, stop in pairwise(dict.fromkeys([*bounds, rows]))]
 
 
 def solve_rows(rows: Rows, problem: Problem) -> SolvedRows:
-    """Solves some rows, whose number but for the last ones is a multiple of `ROWS_TOGETHER`."""
-    matrix, factor = problem.matrix, problem.factor
-    weight = rows.weight if rows.agreed is None else made_up(rows.weight, rows.agreed, factor)
+    """Solves some rows, whose number but for the last ones is a multiple of what is multiplied together."""
+    device, weight = problem.device, rows.weight.to(problem.device)
+    matrix, factor = problem.matrix.to(device), problem.factor.to(device)
+    if rows.agreed is not None:
+        weight = made_up(weight, rows.agreed.to(device), factor)
     nearest = _energies(len(weight), _error_rows(weight, round_to_nearest(weight, rows.options)), matrix)
     quantized = solve(weight, matrix, factor, rows.options)
     if rows.options.refine:
@@ -303,7 +312,9 @@ def _solved(name: str, rows: SolvedRows, tokens: int, damp_percent: float, dead:
 
 
 def _rounded(name: str, weight: Tensor, options: Options, hessian: Hessian, dead: int) -> SolvedLayer:
-    quantized, matrix = round_to_nearest(weight, options), hessian.matrix()
+    matrix = hessian.matrix()
+    weight = weight.to(matrix.device)
+    quantized = round_to_nearest(weight, options)
     loss = output_error(weight, quantized, matrix, output_energy(weight, matrix))
     record = LayerRecord(
         name=name,
@@ -357,22 +368,23 @@ def _sum(values: Tensor) -> float:
 
 def _energies(outputs: int, rows: Callable[[int, int], Tensor], matrix: Tensor) -> Tensor:
     """V H v^T for the rows v of a matrix [outputs, in], which `rows(start, end)` gives: float64 [outputs]."""
-    sums = torch.zeros(outputs, dtype=torch.float64)
+    sums, together = torch.zeros(outputs, dtype=torch.float64), tile(ROWS_TOGETHER, matrix.device)
 
     def add(start: int) -> None:
-        end = min(start + ROWS_TOGETHER, outputs)
+        end = min(start + together, outputs)
         sums[start:end] = _squares(rows(start, end), matrix).cpu()
 
     with side_by_side(matrix.device) as run:
-        run(partial(add, start) for start in range(0, outputs, ROWS_TOGETHER))
+        run(partial(add, start) for start in range(0, outputs, together))
     return sums
 
 
 def _squares(rows: Tensor, matrix: Tensor) -> Tensor:
     """Of each row v, v H v^T: float64 [rows]. H is symmetric: what is right of its diagonal is counted twice."""
     sums = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
-    for start in range(0, len(matrix), _TILE):
-        end = start + _TILE
+    step = tile(_TILE, matrix.device)
+    for start in range(0, len(matrix), step):
+        end = start + step
         right = rows[:, end:] @ matrix[start:end, end:].t()
         product = right.addmm_(rows[:, start:end], matrix[start:end, start:end], beta=2)
         sums += product.mul_(rows[:, start:end]).sum(1, dtype=torch.float64)

@@ -13,7 +13,7 @@ from typing import Any, Final
 from torch import Tensor, UntypedStorage
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from qexport.quantizing.activations import OffloadFile, Restore
+from qexport.quantizing.activations import OffloadFile, Restore, stays
 from qexport.quantizing.products import FixedProducts
 
 _SMALLEST: Final = 1 << 16
@@ -91,7 +91,8 @@ class Parking(FixedProducts):
         for key in self._restored.keys() - kept:
             copy = self._restored.pop(key)
             if (storage := _alive(copy.storage)) is not None:
-                storage.resize_(0)
+                if copy.restore is not stays:
+                    storage.resize_(0)
                 self._parked[key] = copy
 
 

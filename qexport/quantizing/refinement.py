@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qexport.quantizing.factorization import side_by_side
 from qexport.quantizing.solver import ROWS_TOGETHER, Factor
+from qexport.quantizing.tiles import tile
 from qexport.tensors import GroupQuantized
 
 _BLOCK: Final = 128
@@ -34,17 +35,18 @@ def refine(weight: Tensor, quantized: GroupQuantized, hessian: Tensor, factor: F
     damped = hessian.clone()
     damped.diagonal().add_(factor.damp_percent * float(hessian.diagonal().mean()))
     codes, scales = torch.empty_like(quantized.codes), torch.empty_like(quantized.scales)
+    together = tile(ROWS_TOGETHER, weight.device)
 
     def solve(start: int) -> None:
-        rows = slice(start, start + ROWS_TOGETHER)
-        part = _Rows(weight[rows], quantized.rows(start, min(start + ROWS_TOGETHER, len(weight))), damped)
+        rows = slice(start, start + together)
+        part = _Rows(weight[rows], quantized.rows(start, min(start + together, len(weight))), damped)
         part.move_codes()
         part.fit_scales()
         part.move_codes()
         codes[rows], scales[:, rows] = part.codes.t().to(codes.dtype), part.scales.to(scales.dtype)
 
     with side_by_side(weight.device) as run:
-        run(partial(solve, start) for start in range(0, len(weight), ROWS_TOGETHER))
+        run(partial(solve, start) for start in range(0, len(weight), together))
     return replace(quantized, codes=codes, scales=scales)
 
 
@@ -80,7 +82,7 @@ class _Rows:
     def fit_scales(self) -> None:
         """The scales of all groups of a row, by least squares. Where that is no positive number, the old ones stay."""
         levels, groups = self.codes - self._expanded(self._zeros), len(self.scales)
-        moments = torch.empty(levels.shape[1], groups, groups)
+        moments = levels.new_empty(levels.shape[1], groups, groups)
         for group in range(groups):
             part = slice(group * self._size, (group + 1) * self._size)
             seen = (self._hessian[:, part] @ levels[part]).mul_(levels)

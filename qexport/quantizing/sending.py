@@ -1,10 +1,15 @@
-"""The model's tensors for workers that do not read them themselves: read and merged once, the next block's ahead."""
+"""The model's tensors for workers that do not read them themselves: read and merged once, the next block's ahead.
+
+Workers in other processes do not, and on CUDA this process does not either: its processor has time while the device
+computes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import torch
 from torch import Tensor
 
 from qexport.architectures.structure import Structure
@@ -14,18 +19,24 @@ from qexport.tensors import WeightSource
 Sent = Later[Mapping[str, Tensor]]
 
 
+def sends(execution: Execution, device: torch.device) -> bool:
+    """Whether the workers of an execution, which compute on a device, get the tensors from a `Sender`."""
+    return execution.apart or device.type == "cuda"
+
+
 class Sender:
-    """Reads tensors in a thread of its own, if the workers are other processes.
+    """Reads tensors in a thread of its own, if they are sent.
 
     Args:
         weights: the merged model.
         structure: of it.
         execution: the workers.
+        device: where each computes.
     """
 
-    def __init__(self, weights: WeightSource, structure: Structure, execution: Execution) -> None:
+    def __init__(self, weights: WeightSource, structure: Structure, execution: Execution, device: torch.device) -> None:
         self._weights, self._structure, self._execution = weights, structure, execution
-        self._reader = ThreadPoolExecutor(1) if execution.apart else None
+        self._reader = ThreadPoolExecutor(1) if sends(execution, device) else None
         self._next: tuple[int, Future[Sent]] | None = None
 
     def close(self) -> None:

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from qexport.architectures.architecture import Architecture
+from qexport.architectures.devices import reproducible
 from qexport.architectures.families import ExpertStop, staged
 from qexport.architectures.runner import Batch, BlockRunner
 from qexport.architectures.structure import LinearSpec
 from qexport.artifact.disk import sync
 from qexport.errors import CompatibilityError, ResourceError
-from qexport.quantizing.activations import HiddenStates, OffloadFile
+from qexport.quantizing.activations import HiddenStates
 from qexport.quantizing.full_precision import FullPrecisionStream
+from qexport.quantizing.offloading import offload_on
 from qexport.quantizing.parking import Parking
 from qexport.quantizing.pauses import Group, PausedForward, find_groups, pausing_at
 from qexport.quantizing.products import FixedProducts
@@ -95,8 +97,8 @@ class Shard:
         self._shared, self._numbers = shared, batches
         self._received: dict[str, Tensor] = {}
         source = _Received(self._received) if shared.weights is None else shared.weights
-        device = torch.device(shared.device)
-        self._runner = BlockRunner(shared.architecture, source, dtype=shared.dtype, device=device)
+        self._device = torch.device(shared.device)
+        self._runner = BlockRunner(shared.architecture, source, dtype=shared.dtype, device=self._device)
         if not shared.scratch.is_dir():
             raise ResourceError(
                 "a worker does not see the output's folder",
@@ -104,7 +106,10 @@ class Shard:
                 mend="use a folder that all machines of the cluster see at the same path",
             )
         self._files, self._block = ExitStack(), ExitStack()
-        self._offload_file = self._files.enter_context(OffloadFile(shared.scratch))
+        self._files.enter_context(reproducible(self._device))
+        self._offload_file = self._files.enter_context(
+            offload_on(self._device, shared.scratch, [shared.linears[name] for name in shared.chosen])
+        )
         self._states: HiddenStates | None = None
         self._full: FullPrecisionStream | None = None
         self._groups: list[Group] = []
@@ -217,6 +222,7 @@ class Shard:
         size = self._shared.batch_size
         if self._held_of != group:
             self._held, self._held_of = {}, group
+        weights = None if weights is None else weights.to(self._device)
         for number in numbers:
             if number in self._numbers:
                 counts = None if weights is None else weights[number * size : (number + 1) * size].flatten()

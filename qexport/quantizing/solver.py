@@ -6,15 +6,17 @@ transposed, [in, out], so that a column of the paper is a contiguous row here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from qexport.errors import NumericalError
 from qexport.quantizing.factorization import Task, factorize_inverse, side_by_side
+from qexport.quantizing.tiles import tile
 from qexport.tensors import GroupQuantized
 
 _SHRINK = tuple(1.0 - 0.025 * step for step in range(20))
@@ -23,13 +25,16 @@ _SHRINK = tuple(1.0 - 0.025 * step for step in range(20))
 _CHUNK = 1 << 18
 """Weights searched at a time, so that the temporaries stay in the cache."""
 
+_CHUNK_ON_CUDA = 1 << 24
+"""Likewise, so that there is enough to do for each start of a kernel."""
+
 _ROWS = 512
 """Rows of a wide matrix that are copied, or updated by one thread, at a time."""
 
 
 ROWS_TOGETHER = 96
-"""Outputs of one product, wherever outputs are independent of each other. So a matrix that is cut at a multiple of it
-is solved with the same bits as the whole.
+"""Outputs of one product on the CPU, wherever outputs are independent of each other; on CUDA see `tiles`. So a matrix
+that is cut at a multiple of it is solved with the same bits as the whole.
 """
 
 
@@ -82,14 +87,15 @@ def fit(weights: Tensor, *, bits: int, sym: bool, search: bool, importance: Tens
 
     if search:
         with side_by_side(weights.device) as run:
-            run(partial(fill, *part) for part in _parts(*weights.shape))
+            chunk = _CHUNK if weights.device.type == "cpu" else _CHUNK_ON_CUDA
+            run(partial(fill, *part) for part in _parts(*weights.shape, chunk))
     return best
 
 
-def _parts(groups: int, group_size: int, outputs: int) -> Iterator[tuple[slice, slice]]:
-    """Groups and outputs of some `_CHUNK` weights, as many outputs as possible: they are contiguous in memory."""
-    width = min(outputs, max(1, _CHUNK // group_size))
-    height = max(1, _CHUNK // (group_size * width))
+def _parts(groups: int, group_size: int, outputs: int, chunk: int) -> Iterator[tuple[slice, slice]]:
+    """Groups and outputs of some `chunk` weights, as many outputs as possible: they are contiguous in memory."""
+    width = min(outputs, max(1, chunk // group_size))
+    height = max(1, chunk // (group_size * width))
     for group in range(0, groups, height):
         for output in range(0, outputs, width):
             yield slice(group, group + height), slice(output, output + width)
@@ -184,6 +190,10 @@ class Factor:
     order: Tensor
     damp_percent: float
 
+    def to(self, device: str) -> Factor:
+        """The same on a device."""
+        return Factor(self.upper.to(device), self.order.to(device), self.damp_percent)
+
 
 def factorize(hessian: Tensor, options: Options, *, rank_deficient: bool = False) -> Factor:
     """Orders, damps and factorizes a Hessian [in, in]. Dead inputs must have a diagonal above zero already.
@@ -267,34 +277,67 @@ def _columns(
     `columns` [in, out] is overwritten; if the groups are not static, each group's grid is fitted when the group begins.
     """
     inputs = columns.shape[0]
-    codes = torch.empty_like(columns, dtype=torch.uint8)
-    groups = group_of.tolist()
+    codes, loop = torch.empty_like(columns, dtype=torch.uint8), loop_on(columns.device)
+    fitted = inputs if options.order == "static" else options.group_size
     with side_by_side(columns.device) as run:
         for start, end in _column_blocks(inputs, options.group_size):
-            errors = torch.empty_like(columns[start:end])
-            for index in range(start, end):
-                group = groups[index]
-                if options.order != "static" and index % options.group_size == 0:
-                    _fit_group(columns, grid, group, index, importance, options)
-                column = columns[index]
-                code = grid.codes(column, group)
-                codes[index] = code
-                error = errors[index - start]
-                torch.sub(column, grid.values(code, group), out=error).div_(upper[index, index])
-                columns[index + 1 : end].addr_(upper[index, index + 1 : end], error, alpha=-1)
+            part, errors = slice(start, end), torch.empty_like(columns[start:end])
+            for first in range(start, end, fitted):
+                if options.order != "static" and first % options.group_size == 0:
+                    _fit_group(columns, grid, first // options.group_size, first, importance, options)
+                bounds = first - start, min(first + fitted, end) - start
+                loop(columns[part], codes[part], errors, upper[part, part], grid, group_of[part], *bounds)
             run(_spread_tasks(columns, upper, start, end, errors))
     return codes
 
 
+Loop = Callable[[Tensor, Tensor, Tensor, Tensor, Grid, Tensor, int, int], None]
+"""Quantizes some columns of a column block, and applies their errors to the columns of the block after them: see
+`plain_loop`."""
+
+
+def loop_on(device: torch.device) -> Loop:
+    """The fastest loop on a device: on CUDA the kernel, if triton is there."""
+    if device.type == "cpu" or find_spec("triton") is None:
+        return plain_loop
+    from qexport.quantizing.column_kernel import kernel_loop
+
+    return kernel_loop
+
+
+def plain_loop(
+    columns: Tensor, codes: Tensor, errors: Tensor, upper: Tensor, grid: Grid, groups: Tensor, first: int, last: int
+) -> None:
+    """The loop with an operation of torch for each step.
+
+    Args:
+        columns: float32 [columns of the block, out]; those from `first` on are overwritten.
+        codes: uint8, of the same shape; those of the columns are written.
+        errors: float32, likewise.
+        upper: the block's square of the factor, float32 [columns of the block, columns of the block].
+        grid: the grids of all groups.
+        groups: int64 [columns of the block], the group of each.
+        first: the first of the columns.
+        last: where they end.
+    """
+    for index, group in enumerate(groups[first:last].tolist(), first):
+        column, error = columns[index], errors[index]
+        code = grid.codes(column, group)
+        codes[index] = code
+        torch.sub(column, grid.values(code, group), out=error).div_(upper[index, index])
+        columns[index + 1 :].addr_(upper[index, index + 1 :], error, alpha=-1)
+
+
 def _spread_tasks(columns: Tensor, upper: Tensor, start: int, end: int, errors: Tensor) -> Iterator[Task]:
     """Applies the errors of a column block to the columns after it."""
+    rows, together = tile(_ROWS, columns.device), tile(ROWS_TOGETHER, columns.device)
 
     def spread(first: int, output: int) -> None:
-        part, outputs = slice(first, first + _ROWS), slice(output, output + ROWS_TOGETHER)
+        part, outputs = slice(first, first + rows), slice(output, output + together)
         columns[part, outputs].addmm_(upper[start:end, part].t(), errors[:, outputs], alpha=-1)
 
-    for first in range(end, len(columns), _ROWS):
-        yield from (partial(spread, first, output) for output in range(0, columns.shape[1], ROWS_TOGETHER))
+    for first in range(end, len(columns), rows):
+        yield from (partial(spread, first, output) for output in range(0, columns.shape[1], together))
 
 
 def _column_blocks(inputs: int, group_size: int) -> Iterator[tuple[int, int]]:

@@ -9,6 +9,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from qexport.quantizing.tiles import tile
+
 
 class StripSum(ABC):
     """A sum over batches of tokens, [in, in] in float32, which is made strip by strip.
@@ -22,7 +24,7 @@ class StripSum(ABC):
         part: the inputs whose strips are summed, from one strip's beginning to another's; None for all.
 
     Attributes:
-        strip: inputs of a strip.
+        strip: inputs of a strip on the CPU.
         tokens: how many have been added.
         part: the inputs.
     """
@@ -38,6 +40,11 @@ class StripSum(ABC):
     @abstractmethod
     def _of_part(self, whole: Tensor, part: range) -> Tensor:
         """The part of a whole sum, as a view."""
+
+    @classmethod
+    def strip_on(cls, device: torch.device) -> int:
+        """Inputs of a strip on a device."""
+        return tile(cls.strip, device)
 
     @property
     def total(self) -> Tensor:

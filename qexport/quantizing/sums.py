@@ -71,13 +71,15 @@ def hessian_parts(widths: Sequence[int], parts: int, device: torch.device) -> li
     if len(widths) > 1:
         return [Sums({number: Hessian(width, device)}) for number, width in enumerate(widths)]
     bounds = (1 - (1 - number / parts) ** 0.5 for number in range(1, parts))  # of equal parts of a triangle
-    return [Sums({0: Hessian(widths[0], device, part)}) for part in _cut(widths[0], list(bounds), Hessian.strip)]
+    return [
+        Sums({0: Hessian(widths[0], device, part)}) for part in _cut(widths[0], list(bounds), Hessian.strip_on(device))
+    ]
 
 
 def asymmetry_parts(width: int, parts: int, device: torch.device) -> list[Sums]:
     """Empty sums of the asymmetry of an input, in about so many parts."""
     bounds = [number / parts for number in range(1, parts)]
-    return [Sums(asymmetry=Asymmetry(width, device, part)) for part in _cut(width, bounds, Asymmetry.strip)]
+    return [Sums(asymmetry=Asymmetry(width, device, part)) for part in _cut(width, bounds, Asymmetry.strip_on(device))]
 
 
 def joined_hessians(parts: Sequence[Sums], device: torch.device) -> list[Hessian]:

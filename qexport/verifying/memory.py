@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import math
-import os
-from pathlib import Path
 from typing import Final, Literal
 
 import torch
 
-from qexport.architectures.memory import budget, resident
 from qexport.architectures.runner import BlockRunner
 from qexport.architectures.structure import Structure
 from qexport.reading.stored_model import StoredModel
 
 HEADROOM: Final = 1.25
 """For the activations, the key-value cache, and memory that the allocator cannot reuse."""
-
-_MEMINFO: Final = Path("/proc/meminfo")
-_CGROUP: Final = Path("/sys/fs/cgroup")
 
 
 Way = Literal["whole", "drafted", "blocks"]
@@ -82,43 +76,3 @@ def _head(structure: Structure) -> int:
 def bytes_in_memory(structure: Structure, dtype: torch.dtype) -> int:
     """Bytes of the weights of an unquantized model."""
     return sum(math.prod(shape) for shape in structure.parameters.values()) * dtype.itemsize
-
-
-def available_memory(device: torch.device) -> float:
-    """Bytes that can be allocated without swapping: on the accelerator, including what torch has reserved and does not
-    use; or in main memory, within the limits of the control group and of the recipe.
-    """
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    return min(_free_in_system(), _free_in_control_group(), budget().limit - (resident().now or 0))
-
-
-def total_memory() -> float:
-    """Bytes of the machine's main memory, or of the control group if that is limited to less."""
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = _lines(_CGROUP / "memory.max")
-    return machine if limit in ([], ["max"]) else min(machine, int(limit[0]))
-
-
-def _free_in_system() -> int:
-    fields = dict(line.split(":", 1) for line in _lines(_MEMINFO))
-    if "MemAvailable" in fields:
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _free_in_control_group() -> float:
-    """What a container's limit leaves; cached file pages that can be dropped do not count as used."""
-    limit, used = _lines(_CGROUP / "memory.max"), _lines(_CGROUP / "memory.current")
-    if not used or limit in ([], ["max"]):
-        return math.inf
-    statistics = dict(line.split() for line in _lines(_CGROUP / "memory.stat"))
-    return int(limit[0]) - int(used[0]) + int(statistics.get("inactive_file", 0))
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="ascii").splitlines()
-    except OSError:
-        return []

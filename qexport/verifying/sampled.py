@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from qexport.architectures.machine_memory import available_memory
 from qexport.architectures.runner import BlockRunner
 from qexport.artifact.figures import CheckResult, Figure
 from qexport.artifact.served import Scored
@@ -30,7 +31,7 @@ from qexport.verifying import SamplingSettings
 from qexport.verifying.continuation import continue_all, ends_of, greedy_settings, sampling_noise
 from qexport.verifying.divergence import TokenFigures, compare
 from qexport.verifying.estimates import decisive_flips, relative_difference
-from qexport.verifying.memory import available_memory, needed_memory
+from qexport.verifying.memory import needed_memory
 from qexport.verifying.predictors import predictors, run_in_lockstep
 from qexport.verifying.prompt_batches import batch_prompts
 from qexport.verifying.reference import Reference

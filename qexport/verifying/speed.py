@@ -18,13 +18,14 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, Log
 
 from qexport.amounts import size
 from qexport.architectures.architecture import Checkpoint
+from qexport.architectures.machine_memory import available_memory
 from qexport.artifact.figures import Figure
 from qexport.artifact.measurements import Speed
 from qexport.reading.filled_model import unquantized_model
 from qexport.reading.stored_model import StoredModel
 from qexport.statistics.samples import ALPHA
 from qexport.verifying import SpeedSettings
-from qexport.verifying.memory import HEADROOM, available_memory, bytes_in_memory, loaded_bytes
+from qexport.verifying.memory import HEADROOM, bytes_in_memory, loaded_bytes
 
 
 @dataclass(frozen=True)

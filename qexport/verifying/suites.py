@@ -12,6 +12,7 @@ from typing import Any, Final
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from qexport.architectures.machine_memory import available_memory
 from qexport.architectures.structure import Structure
 from qexport.artifact.answers import Answers
 from qexport.artifact.figures import Figure
@@ -27,7 +28,7 @@ from qexport.verifying import FormatSettings, RefusalSettings, VerifySettings
 from qexport.verifying.answers import MeasuredAnswers
 from qexport.verifying.formats import measure_formats
 from qexport.verifying.lengths import measure_drift, measure_recall
-from qexport.verifying.memory import available_memory, cache_memory, choose_way
+from qexport.verifying.memory import cache_memory, choose_way
 from qexport.verifying.refusals import measure_refusals
 from qexport.verifying.whole_models import Pair
 

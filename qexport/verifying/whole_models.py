@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qexport.amounts import size
 from qexport.architectures.architecture import Checkpoint
+from qexport.architectures.machine_memory import available_memory
 from qexport.architectures.runner import BlockRunner
 from qexport.artifact.figures import Figure
 from qexport.artifact.measurements import Generations, PromptComparison, TaskRecord
@@ -30,7 +31,7 @@ from qexport.verifying.continuing import Both, Openable, Passes, Task, as_stored
 from qexport.verifying.estimates import by_domain
 from qexport.verifying.generation import compare_texts, style_sensitivity
 from qexport.verifying.kept import NOTHING_KEPT, Kept
-from qexport.verifying.memory import Way, available_memory, choose_way, needed_memory
+from qexport.verifying.memory import Way, choose_way, needed_memory
 from qexport.verifying.prompt_batches import Padding
 from qexport.verifying.speed import MeasuredSpeed, compare_speed
 from qexport.verifying.tasks.measuring import PairedTask, measure_tasks

@@ -1,0 +1,144 @@
+"""What is written for CUDA, on a device that stands in for it: the same passes as on the CPU, without a GPU.
+
+Nothing here is said of GPUs. What needs one is in tests/gpu.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PretrainedConfig
+
+import factories
+from cuda_stand_in import StandIn, cuda_stands_in
+from qexport.architectures.architecture import Architecture, Checkpoint
+from qexport.execution.inline import INLINE
+from qexport.quantizing import gptq_pass, refinement, tiles
+from qexport.quantizing.activations import stays
+from qexport.quantizing.method import PassInputs
+from qexport.quantizing.offloading import DeviceOffload, Room, offload_on, working_memory
+from qexport.quantizing.parking import Parking
+from qexport.quantizing.sending import sends
+from qexport.tensors import GroupQuantized, Origin, TensorRecord
+from test_block_runner import token_windows
+from test_gptq import calibration, settings
+from test_gptq_experts import Files
+
+CPU = torch.device("cpu")
+ONE_BLOCK: dict[str, Any] = {"num_hidden_layers": 1}
+MIXTURE = factories.mixtral_config(**ONE_BLOCK)
+HEAD = factories.llama_config(**ONE_BLOCK, tie_word_embeddings=False)
+NO_GROUPS: dict[str, Any] = {"desc_act": True, "static_groups": False}
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    monkeypatch.setattr(tiles, "ON_CUDA", 80)  # so that there are several
+    monkeypatch.setattr(gptq_pass, "BATCH_TOKENS", 32)
+    with cuda_stands_in(monkeypatch) as device:
+        yield device
+
+
+def passed(config: PretrainedConfig, options: dict[str, Any], device: torch.device) -> dict[str, TensorRecord]:
+    """A pass over a model with the names that its files have."""
+    with tempfile.TemporaryDirectory() as folder:
+        factories.build(config, dtype=torch.float32).save_pretrained(folder)
+        source = Checkpoint(Architecture(config.to_dict()), Files(Path(folder)), {}, Origin("folder", "tiny"))
+        windows, method = calibration(token_windows(4, 32)), settings(**options)
+        inputs = PassInputs(
+            source, method.plan(source), windows, dtype=torch.float32, device=device, scratch=Path(folder)
+        )
+        return {record.name: record for record in method.quantize(inputs)}
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "equal"),
+    [
+        (factories.llama_config(**ONE_BLOCK), {}, 0.999),
+        (factories.falcon_config(**ONE_BLOCK), {}, 0.999),
+        (
+            factories.gpt2_config(n_layer=1),
+            {"effort": "high"},
+            0.9,
+        ),  # scales that are fitted to few tokens magnify roundings
+        (MIXTURE, NO_GROUPS, 0.999),
+        (HEAD, {"lm_head": True, "true_sequential": False}, 0.999),
+    ],
+    ids=["llama", "falcon", "effort", "mixture", "head"],
+)
+def test_a_pass_finds_the_codes_of_the_cpu(
+    config: PretrainedConfig, options: dict[str, Any], equal: float, cuda: torch.device
+) -> None:
+    ours, theirs = passed(config, options, cuda), passed(config, options, CPU)
+    assert ours.keys() == theirs.keys()
+    same = total = 0
+    for name, record in ours.items():
+        other = theirs[name]
+        assert not isinstance(record.value, StandIn)
+        if isinstance(record.value, GroupQuantized):
+            assert isinstance(other.value, GroupQuantized)
+            assert record.layer is not None
+            assert other.layer is not None
+            assert record.layer.loss == pytest.approx(other.layer.loss, rel=0.02)
+            same += int((record.value.codes == other.value.codes).sum())
+            total += other.value.codes.numel()
+    assert same / total > equal
+
+
+def test_a_tensor_on_the_wrong_device_is_refused(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuntimeError, match="on cuda and on the CPU"):
+        torch.ones(3, device=cuda) + torch.ones(3)
+    monkeypatch.setattr(refinement._Rows, "_expanded", lambda self, per_group: torch.ones(1, 1))
+    with pytest.raises(RuntimeError, match="on cuda and on the CPU"):
+        passed(factories.gpt2_config(n_layer=1), {"effort": "high"}, cuda)
+
+
+def test_products_of_16_bit_factors_are_not_rounded(cuda: torch.device) -> None:
+    left, right = torch.randn(5, 300).bfloat16(), torch.randn(300, 4).bfloat16()
+    found = tiles.product(left.to(cuda), right.to(cuda))
+    assert found.dtype == torch.float32
+    assert torch.allclose(found.cpu(), left.float() @ right.float(), atol=1e-4)
+
+
+def test_offloaded_tensors_stay_while_there_is_room_then_go_to_main_memory_then_to_the_disk(tmp_path: Path) -> None:
+    with DeviceOffload(tmp_path, Room(device=4000, host=8000)) as offload:
+        for _ in range(2):
+            tensors = [torch.randn(1000) for _ in range(5)]
+            copies = [tensor.clone() for tensor in tensors]
+            restores = [offload.offload(tensor.untyped_storage()) for tensor in tensors]
+            assert [tensor.untyped_storage().nbytes() for tensor in tensors] == [4000, 0, 0, 0, 0]
+            assert restores[0] is stays
+            assert offload._file.seek(0, 2) == 8000
+            for restore in reversed(restores):
+                restore()
+            assert all(map(torch.equal, tensors, copies))
+            offload.empty()
+
+
+def test_a_stopped_forward_gets_back_what_has_stayed(tmp_path: Path) -> None:
+    with DeviceOffload(tmp_path, Room(device=1 << 20, host=0)) as offload:
+        parking = Parking(offload)
+        with parking:
+            made = torch.full((1 << 15,), 2.0)
+        for _ in range(2):
+            parking.park()
+            with parking:
+                assert float(made.sum()) == 1 << 16
+
+
+def test_room_is_left_for_solving_the_largest_layer(cuda: torch.device, tmp_path: Path) -> None:
+    linears = Architecture(HEAD.to_dict()).structure.block_linears
+    widest = max(linears, key=lambda each: each.in_features)
+    assert working_memory(linears) > 4 * widest.in_features * (3 * widest.in_features + widest.out_features)
+    assert isinstance(offload_on(cuda, tmp_path, linears), DeviceOffload)
+    assert not isinstance(offload_on(CPU, tmp_path, linears), DeviceOffload)
+
+
+def test_the_next_block_is_read_while_cuda_computes() -> None:
+    assert sends(INLINE, torch.device("cuda"))
+    assert not sends(INLINE, CPU)

@@ -114,8 +114,8 @@ def test_offloaded_tensors_stay_while_there_is_room_then_go_to_main_memory_then_
             assert [tensor.untyped_storage().nbytes() for tensor in tensors] == [4000, 0, 0, 0, 0]
             assert restores[0] is stays
             assert offload._file.seek(0, 2) == 8000
-            for restore in reversed(restores):
-                restore()
+            for tensor, restore in zip(tensors, restores, strict=True):
+                restore(tensor.untyped_storage())
             assert all(map(torch.equal, tensors, copies))
             offload.empty()
 

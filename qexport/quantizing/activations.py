@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
+import torch
 from torch import Tensor, UntypedStorage
 
 from qexport.architectures.memory import return_freed_memory_beyond
@@ -25,7 +26,7 @@ _GROWTH: Final = 16 << 20
 """Bytes that the process may grow by before freed memory is returned."""
 
 
-def stays() -> None:
+def stays(storage: UntypedStorage) -> None:
     """The `Restore` of a tensor whose storage was not emptied."""
 
 
@@ -90,7 +91,7 @@ class HiddenStates:
         with ExitStack() as stack:
             self._files = [stack.enter_context(_opened(path) if kept else _nameless(folder)) for path in self._paths]
             stack.pop_all()
-        self._stride = size + _TRAILER.size
+        self._stride, self._kept = size + _TRAILER.size, kept
 
     def __enter__(self) -> Self:
         return self
@@ -108,6 +109,8 @@ class HiddenStates:
     def offload(self, blocks: int, number: int, hidden: Tensor) -> Restore:
         """Writes a batch's states in place of those two blocks before, and frees their memory. They are not durable.
 
+        States on another device than the CPU stay there, and are written only to be kept.
+
         Args:
             blocks: how many blocks they have been through.
             number: of the batch.
@@ -116,6 +119,10 @@ class HiddenStates:
         Raises:
             OSError: the disk is full.
         """
+        if hidden.device.type != "cpu":
+            if self._kept:
+                self.offload(blocks, number, hidden.cpu())
+            return stays
         storage, file, place = hidden.untyped_storage(), self._files[blocks % 2], number * self._stride
         assert storage.nbytes() == hidden.nbytes, "other tensors share the memory"
         trailer = _trailer(blocks, storage)
@@ -128,13 +135,20 @@ class HiddenStates:
 
         Args:
             blocks: how many blocks they have been through.
-            hidden: tensors of the right shape and dtype by the numbers of their batches; their storages are emptied.
+            hidden: tensors of the right shape and dtype by the numbers of their batches. On the CPU their storages are
+                emptied, else they are filled.
 
         Raises:
             ResourceError: the file does not hold them, or is damaged.
         """
-        file, restores = self._files[blocks % 2], []
+        file, restores = self._files[blocks % 2], list[Restore]()
         for number, tensor in hidden.items():
+            if tensor.device.type != "cpu":
+                host = torch.empty_like(tensor, device="cpu")
+                self.read(blocks, {number: host})[0](host.untyped_storage())
+                tensor.copy_(host)
+                restores.append(stays)
+                continue
             storage, place, found = tensor.untyped_storage(), number * self._stride, bytearray(_TRAILER.size)
             restores.append(_restore(file, place, tensor.nbytes))
             restores[-1](storage)
@@ -154,8 +168,7 @@ def _trailer(blocks: int, storage: UntypedStorage) -> bytes:
 
 
 def _checksum(storage: UntypedStorage) -> int:
-    host = storage.cpu()
-    return zlib.crc32(_view(host.data_ptr(), host.nbytes()))
+    return zlib.crc32(_view(storage.data_ptr(), storage.nbytes()))
 
 
 def _offloaded(storage: UntypedStorage, file: io.FileIO, place: int) -> Restore:

@@ -49,12 +49,12 @@ def kernel_loop(
         )  # fmt: skip
 
 
-def _of_outputs(
+def _of_outputs(  # type: ignore[no-untyped-def]
     columns, codes, errors, upper, scales, zeros, groups,
     columns_row, codes_row, errors_row, upper_row, scales_row, zeros_row,
     outputs, width, first, last,
     TOP: tl.constexpr, WIDTH: tl.constexpr, OUTPUTS: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """One program: pointers, the distances of their rows in elements, and the bounds of `kernel_loop`."""
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     row = tl.arange(0, WIDTH)

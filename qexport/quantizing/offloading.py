@@ -111,7 +111,7 @@ def _in_main_memory(storage: UntypedStorage) -> Restore:
     host.copy_(_bytes_of(storage), non_blocking=True)
     storage.resize_(0)
 
-    def restore() -> None:
+    def restore(storage: UntypedStorage) -> None:
         storage.resize_(size)
         _bytes_of(storage).copy_(host, non_blocking=True)
 

@@ -87,8 +87,11 @@ def fit(weights: Tensor, *, bits: int, sym: bool, search: bool, importance: Tens
 
     if search:
         with side_by_side(weights.device) as run:
-            chunk = _CHUNK if weights.device.type == "cpu" else _CHUNK_ON_CUDA
-            run(partial(fill, *part) for part in _parts(*weights.shape, chunk))
+            chunk, (groups, group_size, outputs) = (
+                _CHUNK if weights.device.type == "cpu" else _CHUNK_ON_CUDA,
+                weights.shape,
+            )
+            run(partial(fill, *part) for part in _parts(groups, group_size, outputs, chunk))
     return best
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qexport.architectures.runner import Batch
-from qexport.quantizing.activations import HiddenStates, Restore
+from qexport.quantizing.activations import HiddenStates, Restore, stays
 
 
 class Stream:
@@ -33,7 +33,8 @@ class Stream:
     def add_empty(self, batch: Batch) -> None:
         """Takes over a batch whose states will be taken over too."""
         batch.hidden = torch.empty_like(batch.hidden, memory_format=torch.contiguous_format)
-        batch.hidden.untyped_storage().resize_(0)
+        if batch.hidden.device.type == "cpu":
+            batch.hidden.untyped_storage().resize_(0)
         self.batches.append(batch)
 
     def read(self, blocks: int) -> None:
@@ -59,7 +60,8 @@ class Stream:
     def restored(self, number: int) -> Iterator[Tensor]:
         """A batch's states, which do not change, in memory for a while."""
         yield self.restore(number)
-        self.batches[number].hidden.untyped_storage().resize_(0)
+        if self._restores[number] is not stays:
+            self.batches[number].hidden.untyped_storage().resize_(0)
 
     def offload(self, blocks: int, number: int) -> None:
         """Writes a batch's states after some blocks, and frees their memory."""
@@ -67,6 +69,8 @@ class Stream:
 
     def _offloaded(self, blocks: int, number: int) -> Restore:
         batch = self.batches[number]
+        if batch.hidden.device.type != "cpu":
+            return self._states.offload(blocks, self._first + number, batch.hidden)
         if not batch.hidden.is_contiguous() or batch.hidden.untyped_storage().nbytes() != batch.hidden.nbytes:
             batch.hidden = batch.hidden.clone(memory_format=torch.contiguous_format)
         return self._states.offload(blocks, self._first + number, batch.hidden)

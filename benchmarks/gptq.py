@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).parent
+HIGH = "qexport-high"
 PEERS = ("gptqmodel", "llmcompressor", "autoround")
 
 
@@ -52,6 +53,8 @@ def main() -> None:
             measure([sys.executable, str(HERE / "prepare.py"), str(work)], work)
         rows = {"merged": _row(work, "merged", None)}
         jobs = {"qexport": [sys.executable, "-m", "qexport", "run", str(work / "run.yaml")]}
+        if arguments.effort:
+            jobs[HIGH] = [*jobs["qexport"], "quantize.effort=high", "--output", str(work / HIGH)]
         for name, python in arguments.peer:
             jobs[name] = [python, str(HERE / "peers" / f"{_tool(name)}.py"), str(work), name]
         for name, command in jobs.items():
@@ -66,6 +69,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--calibration", default=str(ROOT / "calibration/general.jsonl"))
     parser.add_argument("--held-out", default=str(ROOT / "calibration/heldout.jsonl"))
     parser.add_argument("--windows", type=int, default=60, help="held-out windows at most")
+    parser.add_argument("--effort", action="store_true", help="qexport with effort: high as well")
     parser.add_argument("--scratch", help="folder for the models, several times the base's size")
     parser.add_argument(
         "--keep", type=Path, help="one that stays; a tool runs again once NAME and NAME.json are removed"

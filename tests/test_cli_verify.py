@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 import factories
 from adapters import load_adapter
 from qexport import pipeline
+from qexport.architectures import machine_memory
 from qexport.architectures.memory import Budget, Memory, budget
 from qexport.artifact.figures import find_figure
 from qexport.artifact.manifest import MANIFEST_NAME
@@ -23,7 +24,7 @@ from qexport.artifact.report import Report
 from qexport.cli import main
 from qexport.errors import InputError
 from qexport.pipeline import expectations, expected_memory, verification
-from qexport.verifying import memory, predictors, rounds
+from qexport.verifying import predictors, rounds
 from test_cli import tiny_run
 
 
@@ -228,7 +229,7 @@ def test_a_limit_of_memory_holds_for_whole_models(
     made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As if this process had 500 MB already: no whole model fits beside it."""
-    monkeypatch.setattr(memory, "resident", lambda: Memory(5 * 10**8, 5 * 10**8))
+    monkeypatch.setattr(machine_memory, "resident", lambda: Memory(5 * 10**8, 5 * 10**8))
     for options in ([], ["max_memory=500MB"], ["max_memory=4TB", "--max-memory", "500MB"]):
         assert verified(
             made / "out", made / "recipe.yaml", "verify.max_windows=8", "verify.profile=off", *options, "--json"

@@ -191,7 +191,9 @@ def test_rare_flips_that_happen_to_be_as_many_leave_a_difference_open() -> None:
 @pytest.mark.parametrize(("windows", "more"), [(5, True), (7, False), (14, False)])
 def test_more_windows_are_wanted_as_long_as_the_release_has_them(windows: int, more: bool) -> None:
     """Another undecided gate wants them all the same."""
-    reference = SimpleNamespace(held_out=TEXT, baseline=release(document_sums(first(tokens(), 7), TEXT)))
+    reference = SimpleNamespace(
+        held_out=TEXT, baseline=release(document_sums(first(tokens(), 7), TEXT)), ends_early=False
+    )
     open_gate = reports.gate_result("baseline_mean_kl", figure="baseline_mean_kl", verdict="undecided")
     other = reports.gate_result(verdict="undecided")
     found = Measured(looks=[windows])

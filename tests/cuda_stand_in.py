@@ -32,10 +32,10 @@ _BETWEEN = {
 class StandIn(Tensor):
     """A tensor of the device."""
 
-    inner: Tensor
+    inner: Tensor  # type: ignore[assignment]
     device = property(lambda self: DEVICE)  # type: ignore[assignment]
-    is_cuda = property(lambda self: True)  # type: ignore[assignment]
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    is_cuda = property(lambda self: True)
+    __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> StandIn:
@@ -59,7 +59,9 @@ class StandIn(Tensor):
         return super().__getitem__(tuple(torch.tensor(each) if isinstance(each, list) else each for each in places))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise AssertionError("outside of its mode")
 
 

@@ -10,7 +10,9 @@ on CUDA. No other operation is contracted (`enable_fp_fusion`).
 This module needs triton, which comes with torch's builds for CUDA on Linux. With TRITON_INTERPRET=1 it runs on the CPU.
 """
 
-# ruff: noqa: ANN001, ANN202 - Triton finds the types of a kernel's arguments when it is started
+# Triton finds the types of a kernel's arguments when it is started.
+# ruff: noqa: ANN001, ANN202
+# mypy: disable-error-code=no-untyped-def
 
 from __future__ import annotations
 
@@ -54,7 +56,7 @@ def _of_outputs(
     columns_row, codes_row, errors_row, upper_row, scales_row, zeros_row,
     outputs, width, first, last,
     TOP: tl.constexpr, WIDTH: tl.constexpr, OUTPUTS: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """One program: pointers, the distances of their rows in elements, and the bounds of `kernel_loop`."""
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     row = tl.arange(0, WIDTH)

@@ -51,7 +51,7 @@ def kernel_loop(
         )  # fmt: skip
 
 
-def _of_outputs(  # type: ignore[no-untyped-def]
+def _of_outputs(
     columns, codes, errors, upper, scales, zeros, groups,
     columns_row, codes_row, errors_row, upper_row, scales_row, zeros_row,
     outputs, width, first, last,

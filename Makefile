@@ -34,7 +34,7 @@ SELF := -m pip install --quiet --no-deps --no-build-isolation --editable .
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-release demo-ray test quick test-servers test-genai test-llama test-gemma test-tasks test-readers test-launch test-mlflow test-browser test-registry test-integrity test-faults test-docs test-hostile test-fuzz check format lint types imports schema docs benchmark lock clean
+.PHONY: help demo demo-release demo-ray test quick test-servers test-genai test-llama test-gemma test-tasks test-readers test-launch test-mlflow test-gpu test-browser test-registry test-integrity test-faults test-docs test-hostile test-fuzz check format lint types imports schema docs benchmark lock clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -78,6 +78,9 @@ test-launch: $(READY) $(LAUNCH_READY) ## Hold launch files and pipelines against
 
 test-mlflow: $(MLFLOW_READY) ## Log runs and verifications with MLflow, to a folder and to a server that fails
 	$(MLFLOW_VENV)/bin/python -m pytest tests/tracking
+
+test-gpu: $(READY) ## Hold what a GPU computes against the CPU (minutes; wants a GPU and torch for CUDA, and fails without)
+	$(BIN)/python -m pytest tests/gpu
 
 test-browser: $(READY) ## Open the pages of reports in headless Chromium (wants chromium and chromium-driver)
 	$(BIN)/python -m pytest tests/browser

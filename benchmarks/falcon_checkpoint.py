@@ -1,4 +1,4 @@
-"""A checkpoint with Falcon-7B's shapes and random weights, and a LoRA on every `query_key_value`."""
+"""Checkpoints with the shapes of Falcon-7B, or of another model, and random weights, each with a LoRA."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import FalconConfig
+from transformers import FalconConfig, PretrainedConfig
 
 from qexport.architectures.architecture import Architecture
 from qexport.architectures.structure import Structure
@@ -17,10 +17,10 @@ _POOL = 1 << 24
 
 
 def write_checkpoint(work: Path, blocks: int, *, end: int = 11) -> Structure:
-    """The folders `base`, in shards and without a tokenizer, and `adapter`.
+    """Falcon-7B's shapes, with a LoRA on every `query_key_value`; see `write_shapes`.
 
     Args:
-        work: where to write them.
+        work: where to write the folders.
         blocks: Falcon-7B has 32.
         end: the token that ends a text.
     """
@@ -29,11 +29,22 @@ def write_checkpoint(work: Path, blocks: int, *, end: int = 11) -> Structure:
         parallel_attn=True, bias=False, alibi=False, new_decoder_architecture=False, bos_token_id=end, eos_token_id=end,
         architectures=["FalconForCausalLM"], dtype="bfloat16",
     )  # fmt: skip
+    return write_shapes(work, config, "query_key_value")
+
+
+def write_shapes(work: Path, config: PretrainedConfig, adapted: str) -> Structure:
+    """The folders `base`, in shards and without a tokenizer, and `adapter`.
+
+    Args:
+        work: where to write them.
+        config: of the model.
+        adapted: the last part of the names of the layers that the LoRA changes.
+    """
     base = work / "base"
     config.save_pretrained(base)
     structure = Architecture(json.loads((base / "config.json").read_text())).structure
     _write_base(base, structure)
-    _write_adapter(work / "adapter", structure)
+    _write_adapter(work / "adapter", structure, adapted)
     return structure
 
 
@@ -62,15 +73,15 @@ def _cut(pool: torch.Tensor, shape: tuple[int, ...], seed: int) -> torch.Tensor:
     return result if len(shape) > 1 else result.add_(1)
 
 
-def _write_adapter(folder: Path, structure: Structure) -> None:
+def _write_adapter(folder: Path, structure: Structure, adapted: str) -> None:
     folder.mkdir()
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": ["query_key_value"]}
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": [adapted]}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(1)
     tensors = {}
     for linears in structure.linears.values():
         for linear in linears:
-            if linear.name.endswith(".query_key_value"):
+            if linear.name.endswith(f".{adapted}"):
                 prefix = f"base_model.model.{linear.name}"
                 tensors[f"{prefix}.lora_A.weight"] = torch.randn(RANK, linear.in_features, generator=generator) * 0.01
                 tensors[f"{prefix}.lora_B.weight"] = torch.randn(linear.out_features, RANK, generator=generator) * 0.01

@@ -59,7 +59,9 @@ class StandIn(Tensor):
         return super().__getitem__(tuple(torch.tensor(each) if isinstance(each, list) else each for each in places))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise AssertionError("outside of its mode")
 
 

@@ -10,7 +10,9 @@ on CUDA. No other operation is contracted (`enable_fp_fusion`).
 This module needs triton, which comes with torch's builds for CUDA on Linux. With TRITON_INTERPRET=1 it runs on the CPU.
 """
 
-# ruff: noqa: ANN001, ANN202 - Triton finds the types of a kernel's arguments when it is started
+# Triton finds the types of a kernel's arguments when it is started.
+# ruff: noqa: ANN001, ANN202
+# mypy: disable-error-code=no-untyped-def
 
 from __future__ import annotations
 
@@ -49,7 +51,7 @@ def kernel_loop(
         )  # fmt: skip
 
 
-def _of_outputs(  # type: ignore[no-untyped-def]
+def _of_outputs(
     columns, codes, errors, upper, scales, zeros, groups,
     columns_row, codes_row, errors_row, upper_row, scales_row, zeros_row,
     outputs, width, first, last,

@@ -87,15 +87,12 @@ def fit(weights: Tensor, *, bits: int, sym: bool, search: bool, importance: Tens
 
     if search:
         with side_by_side(weights.device) as run:
-            chunk, (groups, group_size, outputs) = (
-                _CHUNK if weights.device.type == "cpu" else _CHUNK_ON_CUDA,
-                weights.shape,
-            )
-            run(partial(fill, *part) for part in _parts(groups, group_size, outputs, chunk))
+            chunk = _CHUNK if weights.device.type == "cpu" else _CHUNK_ON_CUDA
+            run(partial(fill, *part) for part in _parts(*weights.shape, chunk=chunk))
     return best
 
 
-def _parts(groups: int, group_size: int, outputs: int, chunk: int) -> Iterator[tuple[slice, slice]]:
+def _parts(groups: int, group_size: int, outputs: int, *, chunk: int) -> Iterator[tuple[slice, slice]]:
     """Groups and outputs of some `chunk` weights, as many outputs as possible: they are contiguous in memory."""
     width = min(outputs, max(1, chunk // group_size))
     height = max(1, chunk // (group_size * width))

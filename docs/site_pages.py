@@ -15,6 +15,8 @@ PATTERNS = (
     "benchmarks/*.md",
     "benchmarks/*.svg",
     "calibration/*.md",
+    "recipes/*.json",
+    "recipes/*.yaml",
     "recipes/adapters/*/*.md",
 )
 

@@ -29,6 +29,9 @@ from qexport.verifying import VerifySettings
 _REPORT: Final = 400e3
 """Report and manifest of a layout, without what grows with layers and prompts."""
 
+_BESIDE_INPUTS: Final = 5
+"""Hidden states, queries, keys and values that a stopped forward holds beside the inputs of the block's groups."""
+
 _REPORT_OF_LAYER: Final = 1200
 """The same for each quantized layer."""
 
@@ -164,15 +167,15 @@ def _refuse_beyond(stages: Mapping[str, int], max_memory: str | None, what: str,
 
 
 def _parked(sizes: RunSizes) -> float:
-    """The inputs of a block's groups and its hidden states, for each pause, and two files of hidden states from which a
-    run goes on, all but experts' inputs once more in full precision; nothing without calibration.
+    """What a block's forwards hold when they stop, above all the inputs of its groups, of which all but experts' are
+    there once more in full precision; and two files of the hidden states between blocks. Nothing without calibration.
     """
     inputs = dict.fromkeys((linear.in_features, linear.expert) for linear in sizes.linears)
     used = sizes.experts * sizes.share
-    values = sum(width * (used if expert else 1) + sizes.hidden for width, expert in inputs)
+    values = sum(width * (used if expert else 1) for width, expert in inputs) + _BESIDE_INPUTS * sizes.hidden
     if sizes.streams == 2:
-        values += sum(width for width, expert in inputs if not expert) + 3 * sizes.hidden
-    return sizes.calibration * sizes.bytes_ * (values + 2 * sizes.hidden)
+        values += sum(width for width, expert in inputs if not expert)
+    return sizes.calibration * sizes.bytes_ * (values + 2 * sizes.streams * sizes.hidden)
 
 
 def _before_blocks(sizes: RunSizes) -> float:

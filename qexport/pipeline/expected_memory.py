@@ -103,13 +103,10 @@ def memory_of_worker(sizes: RunSizes, workers: int) -> int:
 
 
 def _quantizing(sizes: RunSizes, chosen: Budget) -> float:
-    """For GPTQ: the block, the hidden states that the paused forwards keep and those in full precision, and the largest
-    factorization or solution.
-    """
+    """For GPTQ: the block, a batch's tensors and the largest factorization or solution; all else is on the disk."""
     tensor = sizes.bytes_ * max(sizes.counts.values())
     if sizes.gptq is None:
         return 1.3 * tensor + _ROUNDED * 4 * sizes.widest
-    kept = sizes.calibration * sizes.bytes_ * (2 + sizes.streams) * sizes.hidden + _summed(sizes)
     solved = 0.0
     for linear in sizes.linears:
         square, weights = 4 * linear.in_features**2, 4 * linear.in_features * sizes.sharing(linear)
@@ -117,7 +114,7 @@ def _quantizing(sizes: RunSizes, chosen: Budget) -> float:
         others = max(0.0, together) if linear.expert else 0.0
         targets = 0 if linear.expert else 2 * (sizes.streams - 1) * weights
         solved = max(solved, others + targets + weights + max(_SQUARES * square, 2 * square + (_SOLVED - 1) * weights))
-    return max(tensor, sizes.block * sizes.bytes_ + solved) + kept
+    return max(tensor, sizes.block * sizes.bytes_ + solved) + _summed(sizes)
 
 
 def _summed(sizes: RunSizes) -> float:

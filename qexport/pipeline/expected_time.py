@@ -33,10 +33,10 @@ _SIDE: Final = 1024
 _START: Final = 12e9
 """Imports, building the model on the meta device, reading texts, and writing the report."""
 
-_SEARCHED: Final = 40.0
+_SEARCHED: Final = 24.0
 """Clipping ranges of a weight in GPTQ."""
 
-_FITTED: Final = 2.2e6
+_FITTED: Final = 1.2e6
 """The calls that search the clipping ranges of a group of inputs, whatever the number of outputs."""
 
 _STEPPED: Final = 48.0

@@ -33,9 +33,9 @@ class StandIn(Tensor):
     """A tensor of the device."""
 
     inner: Tensor  # type: ignore[assignment]
-    device = property(lambda self: DEVICE)  # type: ignore[assignment]
+    device = property(lambda self: DEVICE)
     is_cuda = property(lambda self: True)
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> StandIn:

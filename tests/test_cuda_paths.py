@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.execution.inline import INLINE
 from qexport.quantizing import gptq_pass, refinement, tiles
 from qexport.quantizing.activations import stays
+from qexport.quantizing.importance import token_importance
 from qexport.quantizing.method import PassInputs
 from qexport.quantizing.offloading import DeviceOffload, Room, offload_on, working_memory
 from qexport.quantizing.parking import Parking
@@ -53,7 +55,13 @@ def passed(config: PretrainedConfig, options: dict[str, Any], device: torch.devi
         inputs = PassInputs(
             source, method.plan(source), windows, dtype=torch.float32, device=device, scratch=Path(folder)
         )
-        return {record.name: record for record in method.quantize(inputs)}
+        with patch.object(gptq_pass, "token_importance", on_the_cpu):
+            return {record.name: record for record in method.quantize(inputs)}
+
+
+def on_the_cpu(*args: Any, **named: Any) -> dict[str, torch.Tensor]:
+    """Autograd knows only the devices that there are when it is first used in a process."""
+    return token_importance(*args, **named | {"device": CPU})
 
 
 @pytest.mark.parametrize(

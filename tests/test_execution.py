@@ -52,7 +52,7 @@ WINDOWS = calibration(token_windows(7, 48))
 
 @pytest.fixture(scope="module", autouse=True)
 def _cluster() -> Iterator[None]:
-    ray.init("local", num_cpus=PROCESSORS, include_dashboard=False, log_to_driver=False)
+    ray_cluster.connect(None, PROCESSORS)
     yield
     ray.shutdown()
 

@@ -25,7 +25,7 @@ _AHEAD: Final = 2
 """Items of `map` for each worker that are sent before the first result is taken."""
 
 _ATTEMPTS: Final = 3
-"""How often an item of `map` is sent, if workers go."""
+"""How often an item of `map` is sent, if workers go, and a cluster is started."""
 
 _START_SECONDS: Final = 180
 """Until all workers must have answered."""
@@ -246,22 +246,39 @@ def ray_cluster(workers: int, threads: int, address: str | None, device: torch.d
         CompatibilityError: a worker would compute other bits than this process.
         ResourceError: the cluster cannot be reached, or has too few processors.
     """
-    own = None if address else workers * threads
-    try:
-        ray.init(
-            address or "local", num_cpus=own, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
-        )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ResourceError(
-            f"the Ray cluster cannot be reached: {str(error).splitlines()[0]}",
-            where=f"execution.address: {address}",
-            mend="check that it runs, with `ray status`",
-        ) from error
+    connect(address, workers * threads)
     try:
         with closing(workers_of_cluster(workers, threads, device)) as found:
             yield found
     finally:
         ray.shutdown()
+
+
+def connect(address: str | None, processors: int) -> None:
+    """Connects this process to a cluster, or to one that is started on this machine with so many processors.
+
+    Raises:
+        ResourceError: it cannot be reached, or did not start.
+    """
+    for left in reversed(range(_ATTEMPTS)):
+        try:
+            ray.init(
+                address or "local",
+                num_cpus=None if address else processors,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        except Exception as error:  # Ray raises a plain one where a start takes half a minute, as on a busy machine
+            ray.shutdown()
+            if left and not address:
+                continue
+            raise ResourceError(
+                f"the Ray cluster cannot be reached: {str(error).splitlines()[0]}",
+                where=f"execution.address: {address}" if address else "execution",
+                mend="check that it runs, with `ray status`" if address else "try again when less is running",
+            ) from error
+        return
 
 
 def workers_of_cluster(workers: int, threads: int, device: torch.device) -> RayExecution:

@@ -34,7 +34,7 @@ from test_gptq import assert_same_bytes, calibration, checkpoint, settings
 from test_gptq_solver import problem
 
 CPU = torch.device("cpu")
-WIDE = factories.llama_config(hidden_size=512, intermediate_size=1408, num_attention_heads=8, num_key_value_heads=2)
+WIDE = factories.llama_config(hidden_size=512, intermediate_size=1024, num_attention_heads=8, num_key_value_heads=2)
 """Products of several tiles of tensor cores."""
 
 
@@ -101,35 +101,31 @@ def passed(
 ) -> dict[str, TensorRecord]:
     source = checkpoint(WIDE, factories.build(WIDE, dtype=dtype))
     inputs = PassInputs(
-        source, method.plan(source), calibration(token_windows(16, 256)), dtype=dtype, device=device, scratch=folder
+        source, method.plan(source), calibration(token_windows(8, 256)), dtype=dtype, device=device, scratch=folder
     )
     return {record.name: record for record in method.quantize(inputs)}
 
 
-def shares_and_losses(ours: Mapping[str, TensorRecord], theirs: Mapping[str, TensorRecord]) -> tuple[float, float]:
-    """The smallest share of equal codes of a layer, and the largest ratio of losses."""
-    shares, ratios = [], []
-    for name, record in ours.items():
-        other = theirs[name]
-        if isinstance(record.value, GroupQuantized):
-            assert isinstance(other.value, GroupQuantized)
-            assert record.layer is not None
-            assert other.layer is not None
-            assert record.layer.loss is not None
-            assert other.layer.loss is not None
-            shares.append(float((record.value.codes == other.value.codes).float().mean()))
-            ratios.append(record.layer.loss / other.layer.loss)
-    return min(shares), max(ratios)
+def share_of_equal_codes(ours: TensorRecord, theirs: TensorRecord) -> float:
+    assert isinstance(ours.value, GroupQuantized)
+    assert isinstance(theirs.value, GroupQuantized)
+    return float((ours.value.codes == theirs.value.codes).float().mean())
 
 
-@pytest.mark.parametrize(("dtype", "least"), [(torch.float32, 0.95), (torch.bfloat16, 0.7)])
-def test_a_pass_loses_no_more_than_on_the_cpu(
-    dtype: torch.dtype, least: float, gpu: torch.device, tmp_path: Path
-) -> None:
-    """In bfloat16 the forwards of the two devices round differently, so later layers have other inputs."""
-    share, ratio = shares_and_losses(passed(settings(), dtype, gpu, tmp_path), passed(settings(), dtype, CPU, tmp_path))
-    assert share > least
-    assert ratio < 1.02
+def losses(records: Mapping[str, TensorRecord]) -> list[float]:
+    return [record.layer.loss for record in records.values() if record.layer and record.layer.loss is not None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pass_loses_no_more_than_on_the_cpu(dtype: torch.dtype, gpu: torch.device, tmp_path: Path) -> None:
+    """A code that differs changes the codes after it in its row, and the inputs of all later layers: so codes are
+    compared where both have the same inputs.
+    """
+    ours, theirs = (passed(settings(), dtype, device, tmp_path) for device in (gpu, CPU))
+    for name in ("q_proj", "k_proj", "v_proj"):
+        first = f"model.layers.0.self_attn.{name}.weight"
+        assert share_of_equal_codes(ours[first], theirs[first]) > 0.98
+    assert losses(ours) == pytest.approx(losses(theirs), rel=0.03)
 
 
 @pytest.mark.parametrize("effort", ["standard", "high"])

@@ -3,9 +3,9 @@
 One program has all columns of some outputs in its registers and goes over them one after the other: the plain loop
 starts some ten kernels for each column, and a model of eight billion weights has over half a million columns.
 
-The operations are those of the plain loop, in its order, in float32: divisions are rounded to nearest, halves are
-rounded to even, and `w - u e` is one multiplication and addition with one rounding, as in torch's own kernel for `addr`
-on CUDA. No other operation is contracted (`enable_fp_fusion`).
+The operations are those of the plain loop, in its order, in float32: divisions are rounded to nearest, halves to even,
+and `w - u e` is a multiplication and addition with one rounding; no other is contracted (`enable_fp_fusion`). On CUDA
+the bits are those of the plain loop if torch's compiler has contracted its `addr` too; else last bits differ.
 
 This module needs triton, which comes with torch's builds for CUDA on Linux. With TRITON_INTERPRET=1 it runs on the CPU.
 """

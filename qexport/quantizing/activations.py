@@ -22,7 +22,7 @@ from qexport.errors import ResourceError
 Restore = Callable[[UntypedStorage], None]
 """Fills an offloaded storage again, which it does not keep alive."""
 
-_GROWTH: Final = 16 << 20
+_GROWTH: Final = 48 << 20
 """Bytes that the process may grow by before freed memory is returned."""
 
 

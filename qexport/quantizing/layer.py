@@ -32,7 +32,7 @@ _ROWS = 1024
 _TILE = 512
 """Inputs that are multiplied at a time for the error of the outputs, on the CPU."""
 
-_GROWTH = 8 << 20
+_GROWTH = 24 << 20
 """Bytes that the process may grow by, between the steps of a solution, before freed memory is returned."""
 
 

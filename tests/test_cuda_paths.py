@@ -19,7 +19,7 @@ import factories
 from cuda_stand_in import StandIn, cuda_stands_in
 from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.execution.inline import INLINE
-from qexport.quantizing import gptq_pass, refinement, tiles
+from qexport.quantizing import gptq_pass, importance, refinement, tiles
 from qexport.quantizing.activations import stays
 from qexport.quantizing.importance import token_importance
 from qexport.quantizing.method import PassInputs
@@ -55,7 +55,7 @@ def passed(config: PretrainedConfig, options: dict[str, Any], device: torch.devi
         inputs = PassInputs(
             source, method.plan(source), windows, dtype=torch.float32, device=device, scratch=Path(folder)
         )
-        with patch.object(gptq_pass, "token_importance", on_the_cpu):
+        with patch.object(importance, "token_importance", on_the_cpu):
             return {record.name: record for record in method.quantize(inputs)}
 
 

@@ -30,7 +30,7 @@ from qexport.quantizing.gptq import Gptq
 from qexport.quantizing.layer import solve_together
 from qexport.quantizing.method import PassInputs, ResumePoint, RoundingMethod, Save
 from qexport.quantizing.nf4 import Nf4
-from qexport.quantizing.shard import Shard
+from qexport.quantizing.shard import WindowShard
 from qexport.quantizing.shards import halves_of
 from qexport.quantizing.w8a8 import W8a8
 from qexport.tensors import Origin, TensorRecord
@@ -122,7 +122,7 @@ def test_sums_and_weights_that_go_wrong_are_noticed(
         monkeypatch.setattr(shards.Shards, "_having", lambda self, numbers: self._all[:1])
     else:
         each = shards.Shards.each
-        skipping = lambda self, method, *args: [] if method is Shard.replace else each(self, method, *args)  # noqa: E731
+        skipping = lambda self, method, *args: [] if method is WindowShard.replace else each(self, method, *args)  # noqa: E731
         monkeypatch.setattr(shards.Shards, "each", skipping)
     with pytest.raises((AssertionError, RuntimeError)):
         assert_same_bytes(alone, passed(WIDE, settings(), two, tmp_path))

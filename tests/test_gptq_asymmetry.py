@@ -15,7 +15,7 @@ from torch import Tensor
 import factories
 from qexport.architectures.architecture import Architecture
 from qexport.quantizing import asymmetry, gptq_pass
-from qexport.quantizing.activations import HiddenStates, Restore
+from qexport.quantizing.activations import Restore, StateFiles
 from qexport.quantizing.asymmetry import Asymmetry, agreed, changes, made_up
 from qexport.quantizing.full_precision import FullPrecisionStream
 from qexport.quantizing.layer import Hessian, solve_together
@@ -306,12 +306,12 @@ def test_a_pass_that_goes_on_has_the_hidden_states_of_both_models(tmp_path: Path
 
 @pytest.mark.usefixtures("two_batches")
 def test_hidden_states_that_are_not_kept_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, batches = HiddenStates.read, -(-12 // BATCH)
+    read, batches = StateFiles.read, -(-12 // BATCH)
 
-    def faulty(self: HiddenStates, blocks: int, hidden: dict[int, Tensor]) -> list[Restore]:
+    def faulty(self: StateFiles, blocks: int, hidden: dict[int, Tensor]) -> list[Restore]:
         return read(self, blocks, {number % batches: tensor for number, tensor in hidden.items()})
 
-    monkeypatch.setattr(HiddenStates, "read", faulty)
+    monkeypatch.setattr(StateFiles, "read", faulty)
     with pytest.raises(AssertionError):
         assert_same_bytes(*resumed(tmp_path))
 

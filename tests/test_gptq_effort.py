@@ -266,7 +266,7 @@ def test_a_pass_that_goes_on_takes_the_importance_that_was_measured(
     def unasked(*_: object, **__: object) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(gptq_pass, "token_importance", unasked)
+    monkeypatch.setattr(importance, "token_importance", unasked)
     rest = passed(1)
     assert any(record.layer for record in rest.values())
     assert_same_bytes(rest, {name: whole[name] for name in rest})

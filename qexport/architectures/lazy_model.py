@@ -92,9 +92,7 @@ class LazyModel:
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
         """The block with its weights, which are released when the context ends."""
-        prefix = self.structure.blocks[index] + "."
-        names = [name for name in self.structure.parameters if name.startswith(prefix)]
-        with self._loaded(names):
+        with self._loaded(self.structure.parameters_of(self.structure.blocks[index])):
             yield self._layers[index]
 
     @contextmanager

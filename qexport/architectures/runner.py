@@ -64,7 +64,7 @@ class BlockRunner(LazyModel):
     def embedded(self, input_ids: Iterable[Tensor]) -> Iterator[Batch]:
         """The same one batch after the other, so that not all of them need to be in memory."""
         before: Batch | None = None
-        outside = [name for name in self._outside_blocks() if not name.startswith(f"{self.structure.head}.")]
+        outside = [name for name in self.structure.outside if not name.startswith(f"{self.structure.head}.")]
         with self._loaded(outside):
             for ids in input_ids:
                 batch = self._record(ids.to(self.device))
@@ -111,7 +111,7 @@ class BlockRunner(LazyModel):
         The final norm computes in the runner's dtype; the head's product and what follows it in float32.
         """
         skip = () if self.structure.tied else (f"{self.structure.embedding}.",)
-        names = [name for name in self._outside_blocks() if not name.startswith(skip)]
+        names = [name for name in self.structure.outside if not name.startswith(skip)]
         owner = self.structure.embedding if self.structure.tied else self.structure.head
         wide = {f"{owner}.weight", f"{self.structure.head}.bias"}  # in the narrow dtype they would be there as well
         with self._loaded(names, wide=wide), inputs_in(self._head, at_least_float32(self.dtype)):
@@ -121,7 +121,7 @@ class BlockRunner(LazyModel):
     def head_inputs(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """A function from the last block's hidden states to the inputs of the output head, in the runner's dtype."""
         skip = (f"{self.structure.embedding}.", f"{self.structure.head}.")
-        names = [name for name in self._outside_blocks() if not name.startswith(skip)]
+        names = [name for name in self.structure.outside if not name.startswith(skip)]
         seen: list[Tensor] = []
 
         def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -182,10 +182,6 @@ class BlockRunner(LazyModel):
         block = self._layers[0]
         with _experts_of_fixed_shapes(self._model), _on_meta(block):
             return isinstance(type(block).forward(block, hidden.to("meta"), *args, **kwargs), tuple)
-
-    def _outside_blocks(self) -> list[str]:
-        inside = tuple(f"{block}." for block in self.structure.blocks)
-        return [name for name in self.structure.parameters if not name.startswith(inside)]
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import takewhile
 from typing import Any
 
@@ -81,6 +82,27 @@ class Structure:
     def transposed(self) -> frozenset[str]:
         """The modules whose unquantized weight is [in, out] (GPT-2's Conv1D)."""
         return frozenset(linear.name for linear in self.block_linears if linear.transposed)
+
+    @cached_property
+    def _prefixes(self) -> tuple[str, ...]:
+        return tuple(f"{block}." for block in self.blocks)
+
+    def in_blocks(self, name: str) -> bool:
+        """Whether a tensor or a module is inside a block."""
+        return name.startswith(self._prefixes)
+
+    def block_of(self, name: str) -> str | None:
+        """The prefix of the block that a tensor or a module is inside; None if it is in none."""
+        return next((block for block in self.blocks if name.startswith(f"{block}.")), None)
+
+    def parameters_of(self, block: str) -> list[str]:
+        """The names of a block's parameters and buffers."""
+        return [name for name in self.parameters if name.startswith(f"{block}.")]
+
+    @property
+    def outside(self) -> list[str]:
+        """The names of the parameters and buffers that are in no block."""
+        return [name for name in self.parameters if not self.in_blocks(name)]
 
     def differences(self, found: Mapping[str, TensorSpec]) -> list[str]:
         """How tensors differ from this model's parameters (missing, unexpected, another shape); one line each."""

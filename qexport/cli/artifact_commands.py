@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from qexport.cli.app import AsJson, Debug, Failure, Overrides, RecipePath, app, reporting_errors, showing_progress
+from qexport.cli.app import (
+    AsJson,
+    Debug,
+    Device,
+    Failure,
+    Overrides,
+    RecipePath,
+    app,
+    reporting_errors,
+    showing_progress,
+)
 from qexport.cli.terminal import stdout, write, write_json
 from qexport.cli.tracking import MlflowExperiment, MlflowRun, MlflowUri, track_run, track_verification, tracker_of
 from qexport.errors import CompatibilityError, GateFailed, GateUndecided, RecipeError, listed
@@ -36,7 +46,7 @@ def run(
     ] = False,
     as_json: AsJson = False,
     debug: Debug = False,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
+    device: Device = "auto",
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes of a Ray cluster that share the work, see `execution`.")
     ] = None,
@@ -125,7 +135,7 @@ def verify(
     ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
+    device: Device = "auto",
     mlflow: MlflowUri = None,
     mlflow_experiment: MlflowExperiment = None,
     mlflow_run: MlflowRun = None,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from qexport.cli.app import AsJson, Debug, Overrides, app, reporting_errors, showing_progress
+from qexport.cli.app import AsJson, Debug, Device, Overrides, app, reporting_errors, showing_progress
 from qexport.cli.terminal import stdout, write_json
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def sweep(
     ] = False,
     as_json: AsJson = False,
     debug: Debug = False,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Make variants of a recipe, compare them, and recommend the smallest that passes. Run again, it goes on."""
     with reporting_errors(as_json=as_json, debug=debug, interrupted="interrupted; finished variants are kept"):

@@ -106,7 +106,7 @@ class RunSizes:
         self.share = (used or 1) / self.experts if self.experts > 1 else 1.0
 
     def _in(self, block: str) -> int:
-        return sum(count for name, count in self.counts.items() if name.startswith(f"{block}."))
+        return sum(self.counts[name] for name in self.structure.parameters_of(block))
 
     @cached_property
     def continued(self) -> list[ContinuedPrompts]:

@@ -85,7 +85,7 @@ def _described(spec: QuantizedSpec) -> str:
 
 
 def _inside_block(name: str, structure: Structure) -> str:
-    block = next((block for block in structure.blocks if name.startswith(f"{block}.")), None)
+    block = structure.block_of(name)
     return name if block is None else name.removeprefix(f"{block}.")
 
 

@@ -73,7 +73,7 @@ _TRAILER: Final = struct.Struct("<QQI")
 """After a batch's states in a file: the number of blocks that they have been through, their bytes, their CRC-32."""
 
 
-class HiddenStates:
+class StateFiles:
     """The hidden states of batches between two blocks, in two files in turn. A context manager.
 
     While the states after a block are written, those before it remain readable: a run that is stopped can go on from

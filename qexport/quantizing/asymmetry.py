@@ -36,7 +36,7 @@ _TILE = 512
 
 
 @dataclass(frozen=True)
-class Change:
+class InputChange:
     """What quantizing has done to the inputs of some tokens.
 
     Attributes:
@@ -48,7 +48,7 @@ class Change:
     after: Tensor
 
 
-def changes(full: Tensor, inputs: Tensor, weights: Tensor | None = None) -> list[Change]:
+def changes(full: Tensor, inputs: Tensor, weights: Tensor | None = None) -> list[InputChange]:
     """What `Asymmetry` sums.
 
     Args:
@@ -63,7 +63,7 @@ def changes(full: Tensor, inputs: Tensor, weights: Tensor | None = None) -> list
     for before, after, count in zip(full.split(TOKENS), inputs.split(TOKENS), counts, strict=False):
         change = before - after
         change = (change if count is None else change * count).t().contiguous()
-        found.append(Change(change.float(), after.float()) if in_float32 else Change(change, after))
+        found.append(InputChange(change.float(), after.float()) if in_float32 else InputChange(change, after))
     return found
 
 
@@ -79,7 +79,7 @@ class Asymmetry(StripSum):
     def _of_part(self, whole: Tensor, part: range) -> Tensor:
         return whole[:, part.start : part.stop]
 
-    def add(self, batch: Sequence[Change]) -> None:
+    def add(self, batch: Sequence[InputChange]) -> None:
         """Adds a batch, from `changes`."""
         for each in batch:
             self.tokens += len(each.after)

@@ -4,27 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import closing, suppress
-from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.memory import budget, return_freed_memory
 from qexport.architectures.structure import Structure
-from qexport.artifact.disk import sync
 from qexport.execution.workers import Value, WorkerLostError
 from qexport.formats import Outputs
 from qexport.progress import Notice, Progress, ProgressCallback
 from qexport.quantizing.gptq import Gptq
-from qexport.quantizing.importance import token_importance, token_weights
+from qexport.quantizing.importance import kept_importance, token_weights
 from qexport.quantizing.layer import Hessian, SolvedLayer, is_corrected, solve_together
 from qexport.quantizing.method import PassInputs
 from qexport.quantizing.selection import candidates, notes_on_experts, select, solver_options
 from qexport.quantizing.sending import Sender, sends
-from qexport.quantizing.shard import GroupNames, Shard, SharedInputs
+from qexport.quantizing.shard import GroupNames, SharedInputs, WindowShard
 from qexport.quantizing.shards import Shards, shared_out
 from qexport.quantizing.solver import Options
 from qexport.tensors import GroupQuantizedSpec, OutputSpec, TensorRecord
@@ -106,38 +103,11 @@ def quantize(method: Gptq, inputs: PassInputs) -> Iterator[TensorRecord]:
 
 
 def _importance(method: Gptq, chosen: Mapping[str, Options], inputs: PassInputs) -> dict[str, Tensor] | None:
-    """Of the layers in blocks that are no experts, with `effort: high`; an earlier run may have left it."""
+    """Of the layers in blocks that are no experts, with `effort: high`."""
     if method.effort != "high":
         return None
-    assert inputs.calibration is not None
-    kept = inputs.resume and inputs.resume.folder / "importance.safetensors"
-    if kept and kept.exists():
-        return load_file(kept)
     linears = inputs.checkpoint.architecture.structure.block_linears
-    found = token_importance(
-        inputs.checkpoint,
-        [linear.name for linear in linears if linear.name in chosen and not linear.expert],
-        inputs.calibration.input_ids,
-        dtype=inputs.dtype,
-        device=inputs.device,
-        scratch=inputs.scratch,
-        progress=inputs.progress,
-    )
-    if kept:
-        _write(kept, found)
-    return found
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a file beside its path, then renames it: one that is there is whole.
-
-    Raises:
-        OSError: the disk is full, of which safetensors itself would raise an error of its own.
-    """
-    beside = path.with_suffix(".partial")
-    beside.write_bytes(save(dict(tensors)))
-    sync(beside)
-    beside.replace(path)
+    return kept_importance(inputs, [each.name for each in linears if each.name in chosen and not each.expert])
 
 
 def _options(method: Gptq, outputs: Outputs) -> dict[str, Options]:
@@ -151,11 +121,10 @@ def _options(method: Gptq, outputs: Outputs) -> dict[str, Options]:
 
 def _outside(checkpoint: Checkpoint, structure: Structure, chosen: Mapping[str, Options]) -> list[str]:
     """The tensors that belong to no block and are not quantized."""
-    blocks = tuple(f"{block}." for block in structure.blocks)
     return [
         name
         for name in checkpoint.weights.specs()
-        if not name.startswith(blocks) and name.removesuffix(".weight") not in chosen
+        if not structure.in_blocks(name) and name.removesuffix(".weight") not in chosen
     ]
 
 
@@ -196,18 +165,18 @@ class _Pass:
 
     def start(self, blocks: int) -> None:
         """Takes the text to the block after some finished ones."""
-        self._shards.each(Shard.start, blocks, self._sender.outside())
+        self._shards.each(WindowShard.start, blocks, self._sender.outside())
 
     def close(self) -> None:
         """Frees what the shards hold."""
         self._sender.close()
         with suppress(WorkerLostError):
-            self._shards.each(Shard.close)
+            self._shards.each(WindowShard.close)
 
     def finish(self, units: int, *, last: bool) -> None:
         """Makes it possible to go on after this number of units."""
         if self._inputs.resume is not None:
-            self._inputs.resume.finished(lambda: () if last else [*set(self._shards.each(Shard.kept, units))])
+            self._inputs.resume.finished(lambda: () if last else [*set(self._shards.each(WindowShard.kept, units))])
 
     def block(self, index: int) -> list[TensorRecord]:
         """Quantizes one block and takes every batch through it. If a worker goes meanwhile, all begin the block anew.
@@ -227,24 +196,24 @@ class _Pass:
         raise AssertionError("the last attempt returns or raises")
 
     def _block(self, index: int) -> list[TensorRecord]:
-        names = self._sender.names(index)
+        names = self._structure.parameters_of(self._structure.blocks[index])
         solved, late = dict[str, SolvedLayer](), dict[str, Tensor]()
-        for number, group in enumerate(self._shards.each(Shard.begin, index, self._sender.block(index))[0]):
+        for number, group in enumerate(self._shards.each(WindowShard.begin, index, self._sender.block(index))[0]):
             found = self._solved(number, group)
             quantized = {name: layer.quantized.dequantize(self._inputs.dtype) for name, layer in found.items()}
             if self._method.true_sequential:
-                self._shards.each(Shard.replace, self._once(quantized))
+                self._shards.each(WindowShard.replace, self._once(quantized))
             else:
                 late |= quantized
             solved |= found
             return_freed_memory()
-        tensors = self._shards.first(Shard.parameters, [name for name in names if _layer(name) not in solved])
-        self._shards.each(Shard.end, self._once(late))
+        tensors = self._shards.first(WindowShard.parameters, [name for name in names if _layer(name) not in solved])
+        self._shards.each(WindowShard.end, self._once(late))
         return [_record(name, tensors.get(name), solved) for name in names]
 
     def head(self) -> TensorRecord:
         """Quantizes the output head."""
-        (group,) = self._shards.each(Shard.begin_head, self._sender.outside())[0]
+        (group,) = self._shards.each(WindowShard.begin_head, self._sender.outside())[0]
         return _record(f"{self._structure.head}.weight", None, self._solved(0, group))
 
     def _once(self, value: Value) -> Value:
@@ -260,10 +229,10 @@ class _Pass:
         return_freed_memory()
         execution, on_failure = self._inputs.execution, self._method.on_failure
         if len(group.members) == 1:
-            weights = self._shards.first(Shard.weights, names)
+            weights = self._shards.first(WindowShard.weights, names)
             halved = {name: (halves[0].pop(name), halves[1].pop(name)) for name in weights} if corrected else None
             return solve_together(weights, hessians.pop(), self._chosen, on_failure, halved, execution)
-        problems = ((self._shards.first(Shard.weights, each), hessians.pop(0)) for each in group.members)
+        problems = ((self._shards.first(WindowShard.weights, each), hessians.pop(0)) for each in group.members)
         found = execution.map(_solved_alone, problems, self._chosen, on_failure)
         return {name: layer for of_one in found for name, layer in of_one.items()}
 

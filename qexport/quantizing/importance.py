@@ -15,15 +15,18 @@ from pathlib import Path
 from typing import Final
 
 import torch
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.devices import single_thread
 from qexport.architectures.memory import return_freed_memory
 from qexport.architectures.runner import Batch, BlockRunner
+from qexport.artifact.disk import sync
 from qexport.progress import Progress, ProgressCallback
 from qexport.quantizing.activations import OffloadFile, Restore
 from qexport.quantizing.drawn_tokens import gradients_at_head
+from qexport.quantizing.method import PassInputs
 from qexport.quantizing.offloading import offload_on
 from qexport.quantizing.products import FixedProducts
 
@@ -35,6 +38,43 @@ _BATCH_TOKENS: Final = 2048
 
 AT_HEAD: Final = 128
 """Tokens whose logits are in memory."""
+
+
+def kept_importance(inputs: PassInputs, layers: Collection[str]) -> dict[str, Tensor]:
+    """What `token_importance` finds for a pass. An earlier run may have left it.
+
+    Args:
+        inputs: of the pass, which has calibration text.
+        layers: names of linear layers in the blocks, no experts.
+    """
+    assert inputs.calibration is not None
+    kept = inputs.resume and inputs.resume.folder / "importance.safetensors"
+    if kept and kept.exists():
+        return load_file(kept)
+    found = token_importance(
+        inputs.checkpoint,
+        layers,
+        inputs.calibration.input_ids,
+        dtype=inputs.dtype,
+        device=inputs.device,
+        scratch=inputs.scratch,
+        progress=inputs.progress,
+    )
+    if kept:
+        _write(kept, found)
+    return found
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a file beside its path, then renames it: one that is there is whole.
+
+    Raises:
+        OSError: the disk is full, of which safetensors itself would raise an error of its own.
+    """
+    beside = path.with_suffix(".partial")
+    beside.write_bytes(save(dict(tensors)))
+    sync(beside)
+    beside.replace(path)
 
 
 def token_importance(

@@ -116,7 +116,7 @@ class SolvedLayer:
 
 
 @dataclass(frozen=True)
-class Problem:
+class FactorizedHessian:
     """What the rows of layers with one input are solved with.
 
     Attributes:
@@ -212,7 +212,9 @@ def solve_together(
         corrected = corrections if is_corrected(shared) else None
         agreements = None if corrected is None else {name: agreed(corrected.pop(name), factor) for name in own}
         return_freed_memory_beyond(_GROWTH)
-        solved |= _solved_rows(own, agreements, shared, Problem(matrix, factor, str(matrix.device)), execution)
+        solved |= _solved_rows(
+            own, agreements, shared, FactorizedHessian(matrix, factor, str(matrix.device)), execution
+        )
     return {name: _solved(name, solved[name], hessian.tokens, damp_percent, dead) for name in names}
 
 
@@ -251,7 +253,7 @@ def _solved_rows(
     weights: Mapping[str, Tensor],
     agreements: dict[str, Tensor] | None,
     options: Options,
-    problem: Problem,
+    problem: FactorizedHessian,
     execution: Execution,
 ) -> dict[str, SolvedRows]:
     """Solves the rows of all layers with the same options at once: rows are independent of each other."""
@@ -280,7 +282,7 @@ def _dealt(rows: int, workers: int, together: int) -> list[slice]:
     return [slice(start, stop) for start, stop in pairwise(dict.fromkeys([*bounds, rows]))]
 
 
-def solve_rows(rows: Rows, problem: Problem) -> SolvedRows:
+def solve_rows(rows: Rows, problem: FactorizedHessian) -> SolvedRows:
     """Solves some rows, whose number but for the last ones is a multiple of what is multiplied together."""
     device, weight = problem.device, rows.weight.to(problem.device)
     matrix, factor = problem.matrix.to(device), problem.factor.to(device)

@@ -152,12 +152,7 @@ def quantize(method: RoundingMethod | None, inputs: PassInputs) -> Iterator[Tens
 
 def _units(structure: Structure, names: Iterable[str]) -> list[list[str]]:
     """The tensors in order, those together that follow one another and belong to the same block."""
-    blocks = tuple(f"{block}." for block in structure.blocks)
-
-    def block_of(name: str) -> str | None:
-        return next((block for block in blocks if name.startswith(block)), None)
-
-    return [list(unit) for _, unit in groupby(names, block_of)]
+    return [list(unit) for _, unit in groupby(names, structure.block_of)]
 
 
 def _records(method: RoundingMethod | None, names: Sequence[str], inputs: PassInputs) -> Iterator[TensorRecord]:

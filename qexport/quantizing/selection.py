@@ -156,11 +156,10 @@ def notes_on_experts(structure: Structure, specs: Mapping[str, OutputSpec], meth
         specs: what the method will yield.
         method: the method.
     """
-    blocks = tuple(f"{block}." for block in structure.blocks)
     kept = [
         name
         for name, spec in specs.items()
-        if name.startswith(blocks) and ".experts." in name and isinstance(spec, TensorSpec) and len(spec.shape) > 1
+        if structure.in_blocks(name) and ".experts." in name and isinstance(spec, TensorSpec) and len(spec.shape) > 1
     ]
     if not kept:
         return ()

@@ -44,28 +44,25 @@ class Sender:
         if self._reader is not None:
             self._reader.shutdown(cancel_futures=True)
 
-    def names(self, index: int) -> list[str]:
-        """A block's tensors."""
-        prefix = f"{self._structure.blocks[index]}."
-        return [name for name in self._structure.parameters if name.startswith(prefix)]
-
     def block(self, index: int) -> Mapping[str, Tensor] | None:
         """What a worker gets of a block, as an argument of its calls; None if it reads itself."""
         if self._reader is None:
             return None
         ahead, self._next = self._next, None
-        found = ahead[1] if ahead and ahead[0] == index else self._reader.submit(self._send, self.names(index))
+        found = ahead[1] if ahead and ahead[0] == index else self._read(self._structure.blocks[index])
         if index + 1 < len(self._structure.blocks):
-            self._next = index + 1, self._reader.submit(self._send, self.names(index + 1))
+            self._next = index + 1, self._read(self._structure.blocks[index + 1])
         return found.result().argument
 
     def outside(self) -> Mapping[str, Tensor] | None:
         """The same of the tensors that are in no block."""
-        if self._reader is None:
-            return None
-        blocks = tuple(f"{block}." for block in self._structure.blocks)
-        names = [name for name in self._structure.parameters if not name.startswith(blocks)]
-        return self._reader.submit(self._send, names).result().argument
+        return None if self._reader is None else self._read(None).result().argument
+
+    def _read(self, block: str | None) -> Future[Sent]:
+        """Begins to read a block, or what is in none."""
+        assert self._reader is not None
+        names = self._structure.outside if block is None else self._structure.parameters_of(block)
+        return self._reader.submit(self._send, names)
 
     def _send(self, names: Sequence[str]) -> Sent:
         return self._execution.once({name: self._weights.read(name) for name in names})

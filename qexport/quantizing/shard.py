@@ -18,14 +18,14 @@ from qexport.architectures.runner import Batch, BlockRunner
 from qexport.architectures.structure import LinearSpec
 from qexport.artifact.disk import sync
 from qexport.errors import CompatibilityError, ResourceError
-from qexport.quantizing.activations import HiddenStates
+from qexport.quantizing.activations import StateFiles
 from qexport.quantizing.full_precision import FullPrecisionStream
 from qexport.quantizing.offloading import offload_on
 from qexport.quantizing.parking import Parking
 from qexport.quantizing.pauses import Group, PausedForward, find_groups, pausing_at
 from qexport.quantizing.products import FixedProducts
 from qexport.quantizing.stream import Stream
-from qexport.quantizing.sums import GroupInputs, Sums
+from qexport.quantizing.sums import GroupInputs, GroupSums
 from qexport.tensors import TensorSpec, WeightSource
 
 Tensors = Mapping[str, Tensor]
@@ -85,7 +85,7 @@ class GroupNames:
     experts: bool
 
 
-class Shard:
+class WindowShard:
     """Consecutive calibration batches, and the block that they are at.
 
     Args:
@@ -110,7 +110,7 @@ class Shard:
         self._offload_file = self._files.enter_context(
             offload_on(self._device, shared.scratch, [shared.linears[name] for name in shared.chosen])
         )
-        self._states: HiddenStates | None = None
+        self._states: StateFiles | None = None
         self._full: FullPrecisionStream | None = None
         self._groups: list[Group] = []
         self._forwards: dict[int, PausedForward] = {}
@@ -160,7 +160,7 @@ class Shard:
         if self._states is None:
             tokens = self._probe.hidden[0, 0].nbytes
             self._states = self._files.enter_context(
-                HiddenStates(
+                StateFiles(
                     shared.kept or shared.scratch,
                     shared.batch_size * shared.input_ids.shape[1] * tokens,
                     kept=shared.kept is not None,
@@ -207,7 +207,7 @@ class Shard:
         self._head = self._runner.read(f"{head}.weight")
         return [GroupNames(((head,),), experts=False)]
 
-    def add(self, group: int, numbers: range, sums: list[Sums], weights: Tensor | None) -> list[Sums]:
+    def add(self, group: int, numbers: range, sums: list[GroupSums], weights: Tensor | None) -> list[GroupSums]:
         """Adds batches to sums over the inputs of a group. Their forwards go on to it first.
 
         Args:
@@ -232,7 +232,7 @@ class Shard:
                 self._park(number, batch)
         return sums
 
-    def take(self, sums: list[Sums], names: Sequence[str]) -> dict[str, Tensor]:
+    def take(self, sums: list[GroupSums], names: Sequence[str]) -> dict[str, Tensor]:
         """What layers are to make up for.
 
         Args:

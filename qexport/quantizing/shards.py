@@ -11,11 +11,11 @@ from torch import Tensor
 
 from qexport.execution.workers import Execution, Hosted, Later, Params, Value
 from qexport.quantizing.layer import Hessian
-from qexport.quantizing.shard import Shard, SharedInputs
-from qexport.quantizing.sums import Sums, asymmetry_parts, hessian_parts, joined_hessians
+from qexport.quantizing.shard import SharedInputs, WindowShard
+from qexport.quantizing.sums import GroupSums, asymmetry_parts, hessian_parts, joined_hessians
 
 _PARTS = 2
-"""For each shard, the parts that a sum is cut into: while one adds to a part, the others are at other parts."""
+"""For each of several shards of a half, the parts that a sum is cut into: each is at another part."""
 
 
 def shared_out(batches: int, workers: int) -> list[range]:
@@ -44,17 +44,19 @@ class Shards:
         self, execution: Execution, shared: SharedInputs, ranges: Sequence[range], device: torch.device
     ) -> None:
         self._execution, self._ranges, self._device = execution, ranges, device
-        self._all: Sequence[Hosted[Shard]] = execution.host(Shard, [(shared, batches) for batches in ranges])
+        self._all: Sequence[Hosted[WindowShard]] = execution.host(
+            WindowShard, [(shared, batches) for batches in ranges]
+        )
         self._halves = halves_of(ranges[-1].stop)
 
     def each(
-        self, method: Callable[Concatenate[Shard, Params], Value], *args: Params.args, **kwargs: Params.kwargs
+        self, method: Callable[Concatenate[WindowShard, Params], Value], *args: Params.args, **kwargs: Params.kwargs
     ) -> list[Value]:
         """The results of a method of every shard."""
         return [later.result() for later in [shard.call(method, *args, **kwargs) for shard in self._all]]
 
     def first(
-        self, method: Callable[Concatenate[Shard, Params], Value], *args: Params.args, **kwargs: Params.kwargs
+        self, method: Callable[Concatenate[WindowShard, Params], Value], *args: Params.args, **kwargs: Params.kwargs
     ) -> Value:
         """The result of a method of the first shard."""
         return self._all[0].call(method, *args, **kwargs).result()
@@ -89,10 +91,10 @@ class Shards:
         sums, taken = hessian_parts(widths, 1, self._device), []
         for numbers in self._halves:
             own = asymmetry_parts(widths[0], 1, self._device) if correcting else []
-            found = self.first(Shard.add, group, numbers, [*sums, *own], counts)
+            found = self.first(WindowShard.add, group, numbers, [*sums, *own], counts)
             sums = found[:1]
             if correcting:
-                taken.append(self.first(Shard.take, found[1:], correcting))
+                taken.append(self.first(WindowShard.take, found[1:], correcting))
         return joined_hessians(sums, self._device), taken
 
     def _summed_by_all(
@@ -105,7 +107,9 @@ class Shards:
         begun = [self._added(group, first, [part], counts) for part in hessian_parts(widths, parts, self._device)]
         taken = [
             [
-                self._last(half).call(Shard.take, self._added(group, half, [part], counts).argument, correcting)
+                self._having(half)[-1].call(
+                    WindowShard.take, self._added(group, half, [part], counts).argument, correcting
+                )
                 for part in asymmetry_parts(widths[0], parts, self._device)
             ]
             for half in (self._halves if correcting else [])
@@ -116,11 +120,11 @@ class Shards:
 
     @property
     def _parts(self) -> int:
-        """The parts that a sum is cut into. Where several shards have a half, each is at another part."""
+        """The parts that a sum is cut into."""
         of_half = len(self._having(self._halves[0]))
-        return 1 if of_half == 1 else 2 * of_half
+        return 1 if of_half == 1 else _PARTS * of_half
 
-    def _having(self, numbers: range) -> list[Hosted[Shard]]:
+    def _having(self, numbers: range) -> list[Hosted[WindowShard]]:
         """The shards that have some of the batches."""
         return [
             shard
@@ -128,15 +132,14 @@ class Shards:
             if range(max(own.start, numbers.start), min(own.stop, numbers.stop))
         ]
 
-    def _last(self, numbers: range) -> Hosted[Shard]:
-        return self._having(numbers)[-1]
-
-    def _added(self, group: int, numbers: range, sums: list[Sums], counts: Tensor | None) -> Later[list[Sums]]:
+    def _added(
+        self, group: int, numbers: range, sums: list[GroupSums], counts: Tensor | None
+    ) -> Later[list[GroupSums]]:
         """Sends sums through the shards that have some of the batches."""
         first, *others = self._having(numbers)
-        later = first.call(Shard.add, group, numbers, sums, counts)
+        later = first.call(WindowShard.add, group, numbers, sums, counts)
         for shard in others:
-            later = shard.call(Shard.add, group, numbers, later.argument, counts)
+            later = shard.call(WindowShard.add, group, numbers, later.argument, counts)
         return later
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qexport.architectures.runner import Batch
-from qexport.quantizing.activations import HiddenStates, Restore, stays
+from qexport.quantizing.activations import Restore, StateFiles, stays
 
 
 class Stream:
@@ -20,7 +20,7 @@ class Stream:
         first: the number of this stream's first batch there.
     """
 
-    def __init__(self, states: HiddenStates, first: int) -> None:
+    def __init__(self, states: StateFiles, first: int) -> None:
         self._states, self._first = states, first
         self._restores: list[Restore] = []
         self.batches: list[Batch] = []

@@ -63,7 +63,8 @@ class StripSum(ABC):
         whole.tokens = parts[0].tokens
         if len(parts) == 1:
             whole._sum, parts[0]._sum = parts[0].total.to(device), None
-        for part in parts[1:] and parts:
+            return whole
+        for part in parts:
             whole._of_part(whole.total, part.part).copy_(part.total)
             part._sum = None
         return whole

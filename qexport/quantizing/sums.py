@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from qexport.quantizing.asymmetry import Asymmetry, Change, changes
+from qexport.quantizing.asymmetry import Asymmetry, InputChange, changes
 from qexport.quantizing.layer import Hessian
 
 
@@ -33,13 +33,13 @@ class GroupInputs:
     weights: Tensor | None
 
     @cached_property
-    def changes(self) -> list[Change]:
+    def changes(self) -> list[InputChange]:
         """What quantizing has done to the first input."""
         return [] if self.full is None else changes(self.full, self.inputs[0], self.weights)
 
 
 @dataclass
-class Sums:
+class GroupSums:
     """Sums over batches of the inputs of a group of layers, or parts of some of them.
 
     Attributes:
@@ -58,7 +58,7 @@ class Sums:
             self.asymmetry.add(batch.changes)
 
 
-def hessian_parts(widths: Sequence[int], parts: int, device: torch.device) -> list[Sums]:
+def hessian_parts(widths: Sequence[int], parts: int, device: torch.device) -> list[GroupSums]:
     """Empty Hessians of inputs of these widths. Several inputs are not cut: each is a part.
 
     Args:
@@ -67,22 +67,25 @@ def hessian_parts(widths: Sequence[int], parts: int, device: torch.device) -> li
         device: where to sum.
     """
     if parts == 1:
-        return [Sums({number: Hessian(width, device) for number, width in enumerate(widths)})]
+        return [GroupSums({number: Hessian(width, device) for number, width in enumerate(widths)})]
     if len(widths) > 1:
-        return [Sums({number: Hessian(width, device)}) for number, width in enumerate(widths)]
+        return [GroupSums({number: Hessian(width, device)}) for number, width in enumerate(widths)]
     bounds = (1 - (1 - number / parts) ** 0.5 for number in range(1, parts))  # of equal parts of a triangle
     return [
-        Sums({0: Hessian(widths[0], device, part)}) for part in _cut(widths[0], list(bounds), Hessian.strip_on(device))
+        GroupSums({0: Hessian(widths[0], device, part)})
+        for part in _cut(widths[0], list(bounds), Hessian.strip_on(device))
     ]
 
 
-def asymmetry_parts(width: int, parts: int, device: torch.device) -> list[Sums]:
+def asymmetry_parts(width: int, parts: int, device: torch.device) -> list[GroupSums]:
     """Empty sums of the asymmetry of an input, in about so many parts."""
     bounds = [number / parts for number in range(1, parts)]
-    return [Sums(asymmetry=Asymmetry(width, device, part)) for part in _cut(width, bounds, Asymmetry.strip_on(device))]
+    return [
+        GroupSums(asymmetry=Asymmetry(width, device, part)) for part in _cut(width, bounds, Asymmetry.strip_on(device))
+    ]
 
 
-def joined_hessians(parts: Sequence[Sums], device: torch.device) -> list[Hessian]:
+def joined_hessians(parts: Sequence[GroupSums], device: torch.device) -> list[Hessian]:
     """The whole Hessians from their parts, in the order of the inputs. The parts are emptied."""
     numbers = dict.fromkeys(number for part in parts for number in part.hessians)
     return [

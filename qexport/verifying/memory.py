@@ -44,7 +44,7 @@ def drafting_memory(reference: BlockRunner, artifact: StoredModel) -> int:
     """
     structure, sizes = reference.structure, {"outside": 0}
     for name, shape in structure.parameters.items():
-        block = next((block for block in structure.blocks if name.startswith(f"{block}.")), "outside")
+        block = structure.block_of(name) or "outside"
         sizes[block] = sizes.get(block, 0) + math.prod(shape) * reference.dtype.itemsize
     beside = sizes.pop("outside") + max(sizes.values())
     stored = loaded_bytes(artifact, structure, reference.dtype)

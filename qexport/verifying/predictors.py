@@ -157,9 +157,8 @@ def _same_head(one: BlockRunner, other: BlockRunner) -> bool:
 def _head_parameters(runner: BlockRunner) -> list[str]:
     """The parameters outside the blocks, except the input embedding. Other embeddings do no harm here."""
     structure = runner.structure
-    before = () if structure.tied else (f"{structure.embedding}.",)
-    skipped = (*before, *(f"{block}." for block in structure.blocks))
-    return [name for name in structure.parameters if not name.startswith(skipped)]
+    skipped = () if structure.tied else (f"{structure.embedding}.",)
+    return [name for name in structure.outside if not name.startswith(skipped)]
 
 
 BATCH_TOKENS: Final = 4096

@@ -213,11 +213,10 @@ def _server_notes(method: Format) -> list[str]:
 
 def _block_matrices(outputs: Outputs, structure: Structure) -> dict[str, Shape]:
     """Outputs and inputs of the matrices in the blocks, by module path."""
-    prefixes = tuple(f"{block}." for block in structure.blocks)
     return {
         name.removesuffix(".weight"): (spec.shape[0], spec.shape[1])
         for name, spec in outputs.specs.items()
-        if name.startswith(prefixes) and name.endswith(".weight") and len(spec.shape) == 2
+        if structure.in_blocks(name) and name.endswith(".weight") and len(spec.shape) == 2
     }
 
 

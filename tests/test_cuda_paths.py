@@ -20,7 +20,7 @@ from cuda_stand_in import StandIn, cuda_stands_in
 from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.execution.inline import INLINE
 from qexport.quantizing import gptq_pass, importance, refinement, tiles
-from qexport.quantizing.activations import stays
+from qexport.quantizing.activations import StateFiles, stays
 from qexport.quantizing.importance import token_importance
 from qexport.quantizing.method import PassInputs
 from qexport.quantizing.offloading import DeviceOffload, Room, offload_on, working_memory
@@ -126,6 +126,25 @@ def test_offloaded_tensors_stay_while_there_is_room_then_go_to_main_memory_then_
                 restore(tensor.untyped_storage())
             assert all(map(torch.equal, tensors, copies))
             offload.empty()
+
+
+def test_states_that_stay_take_the_device_s_room_or_are_offloaded(tmp_path: Path) -> None:
+    with DeviceOffload(tmp_path, Room(device=4000, host=0)) as offload:
+        assert [offload.reserve(3000), offload.reserve(3000), offload.reserve(1000)] == [True, False, True]
+        storage = torch.ones(1).untyped_storage()
+        assert offload.offload(storage) is not stays
+
+
+@pytest.mark.parametrize("on_device", [True, False])
+def test_states_that_stay_are_written_to_be_kept(on_device: bool, tmp_path: Path) -> None:
+    hidden, empty = torch.randn(2, 3, 8), torch.zeros(2, 3, 8)
+    expected = hidden.clone()
+    with StateFiles(tmp_path, hidden.nbytes, kept=True, on_device=on_device) as states:
+        restores = [states.offload(1, 0, hidden), *states.read(1, {0: empty})]
+        for tensor, restore in zip((hidden, empty), restores, strict=True):
+            assert tensor.untyped_storage().nbytes() == (expected.nbytes if on_device else 0)
+            restore(tensor.untyped_storage())
+            assert torch.equal(tensor, expected)
 
 
 def test_a_stopped_forward_gets_back_what_has_stayed(tmp_path: Path) -> None:

@@ -58,6 +58,10 @@ class OffloadFile:
         """Makes the whole file free again; every offloaded tensor must have been restored."""
         self._end = 0
 
+    def reserve(self, size: int) -> bool:
+        """Whether so many bytes may stay on the device for as long as this object is used. Here none may."""
+        return False
+
     def offload(self, storage: UntypedStorage) -> Restore:
         """Empties a storage and returns the function that fills it again.
 
@@ -66,7 +70,7 @@ class OffloadFile:
         """
         place = self._end
         self._end += storage.nbytes()
-        return _offloaded(storage, self._file, place)
+        return _offloaded(storage, storage.cpu(), self._file, place)
 
 
 _TRAILER: Final = struct.Struct("<QQI")
@@ -84,14 +88,15 @@ class StateFiles:
         folder: where the files are.
         size: bytes of the largest batch's states.
         kept: whether they stay there; else they have no names.
+        on_device: whether the states stay in memory too. They are written only to be kept then.
     """
 
-    def __init__(self, folder: Path, size: int, *, kept: bool) -> None:
+    def __init__(self, folder: Path, size: int, *, kept: bool, on_device: bool) -> None:
         self._paths = [folder / f"activations-{number}" for number in range(2)]
         with ExitStack() as stack:
             self._files = [stack.enter_context(_opened(path) if kept else _nameless(folder)) for path in self._paths]
             stack.pop_all()
-        self._stride, self._kept = size + _TRAILER.size, kept
+        self._stride, self._kept, self.on_device = size + _TRAILER.size, kept, on_device
 
     def __enter__(self) -> Self:
         return self
@@ -109,8 +114,6 @@ class StateFiles:
     def offload(self, blocks: int, number: int, hidden: Tensor) -> Restore:
         """Writes a batch's states in place of those two blocks before, and frees their memory. They are not durable.
 
-        States on another device than the CPU stay there, and are written only to be kept.
-
         Args:
             blocks: how many blocks they have been through.
             number: of the batch.
@@ -119,47 +122,44 @@ class StateFiles:
         Raises:
             OSError: the disk is full.
         """
-        if hidden.device.type != "cpu":
-            if self._kept:
-                self.offload(blocks, number, hidden.cpu())
+        file, place, size = self._files[blocks % 2], number * self._stride, hidden.nbytes
+        if self.on_device and not self._kept:
             return stays
-        storage, file, place = hidden.untyped_storage(), self._files[blocks % 2], number * self._stride
-        assert storage.nbytes() == hidden.nbytes, "other tensors share the memory"
-        trailer = _trailer(blocks, storage)
-        restore = _offloaded(storage, file, place)
-        _write(file, memoryview(trailer), place + hidden.nbytes)
-        return restore
+        assert hidden.untyped_storage().nbytes() == size, "other tensors share the memory"
+        host = hidden.cpu().untyped_storage()
+        _write(file, memoryview(_trailer(blocks, host)), place + size)
+        if not self.on_device:
+            return _offloaded(hidden.untyped_storage(), host, file, place)
+        _write(file, _view(host.data_ptr(), size), place)
+        return stays
 
     def read(self, blocks: int, hidden: Mapping[int, Tensor]) -> list[Restore]:
         """Takes over the states that an earlier run, or another process, has written.
 
         Args:
             blocks: how many blocks they have been through.
-            hidden: tensors of the right shape and dtype by the numbers of their batches. On the CPU their storages are
-                emptied, else they are filled.
+            hidden: tensors of the right shape and dtype by the numbers of their batches. Their storages are emptied,
+                or filled if the states stay on the device.
 
         Raises:
             ResourceError: the file does not hold them, or is damaged.
         """
         file, restores = self._files[blocks % 2], list[Restore]()
         for number, tensor in hidden.items():
-            if tensor.device.type != "cpu":
-                host = torch.empty_like(tensor, device="cpu")
-                self.read(blocks, {number: host})[0](host.untyped_storage())
-                tensor.copy_(host)
-                restores.append(stays)
-                continue
-            storage, place, found = tensor.untyped_storage(), number * self._stride, bytearray(_TRAILER.size)
-            restores.append(_restore(file, place, tensor.nbytes))
-            restores[-1](storage)
+            host, place, found = torch.empty_like(tensor, device="cpu"), number * self._stride, bytearray(_TRAILER.size)
+            _read(file, _view(host.data_ptr(), tensor.nbytes), place)
             _read(file, memoryview(found), place + tensor.nbytes)
-            if found != _trailer(blocks, storage):
+            if found != _trailer(blocks, host.untyped_storage()):
                 raise ResourceError(
                     "the activations that an interrupted run has left are damaged",
                     where=str(self.path(blocks)),
                     mend="check the disk, then begin again with --restart",
                 )
-            storage.resize_(0)
+            if self.on_device:
+                tensor.copy_(host)
+            else:
+                tensor.untyped_storage().resize_(0)
+            restores.append(stays if self.on_device else _restore(file, place, tensor.nbytes))
         return restores
 
 
@@ -171,9 +171,8 @@ def _checksum(storage: UntypedStorage) -> int:
     return zlib.crc32(_view(storage.data_ptr(), storage.nbytes()))
 
 
-def _offloaded(storage: UntypedStorage, file: io.FileIO, place: int) -> Restore:
-    """Writes a storage into a file, and empties it."""
-    host = storage.cpu()
+def _offloaded(storage: UntypedStorage, host: UntypedStorage, file: io.FileIO, place: int) -> Restore:
+    """Writes a storage, of which `host` is a copy or itself, into a file, and empties it."""
     size = host.nbytes()
     _write(file, _view(host.data_ptr(), size), place)
     storage.resize_(0)

@@ -88,6 +88,13 @@ class DeviceOffload(OffloadFile):
         super().empty()
         self._left = self._room
 
+    def reserve(self, size: int) -> bool:
+        """Takes so many bytes from the device's room for as long as this object is used, if they are there."""
+        found = size <= self._room.device
+        if found:
+            self._room = self._left = Room(self._room.device - size, self._room.host)
+        return found
+
     def offload(self, storage: UntypedStorage) -> Restore:
         """Empties a storage, unless there is room on the device, and returns the function that fills it again.
 

@@ -158,12 +158,14 @@ class WindowShard:
         """One whose batches follow so many others in the files."""
         shared = self._shared
         if self._states is None:
-            tokens = self._probe.hidden[0, 0].nbytes
+            batch = shared.batch_size * shared.input_ids.shape[1] * self._probe.hidden[0, 0].nbytes
+            everywhere = batch * len(self._numbers) * (2 if shared.corrected else 1)
             self._states = self._files.enter_context(
                 StateFiles(
                     shared.kept or shared.scratch,
-                    shared.batch_size * shared.input_ids.shape[1] * tokens,
+                    batch,
                     kept=shared.kept is not None,
+                    on_device=self._offload_file.reserve(everywhere),
                 )
             )
         return Stream(self._states, first + self._numbers.start)

@@ -33,7 +33,7 @@ class Stream:
     def add_empty(self, batch: Batch) -> None:
         """Takes over a batch whose states will be taken over too."""
         batch.hidden = torch.empty_like(batch.hidden, memory_format=torch.contiguous_format)
-        if batch.hidden.device.type == "cpu":
+        if not self._states.on_device:
             batch.hidden.untyped_storage().resize_(0)
         self.batches.append(batch)
 
@@ -69,8 +69,6 @@ class Stream:
 
     def _offloaded(self, blocks: int, number: int) -> Restore:
         batch = self.batches[number]
-        if batch.hidden.device.type != "cpu":
-            return self._states.offload(blocks, self._first + number, batch.hidden)
         if not batch.hidden.is_contiguous() or batch.hidden.untyped_storage().nbytes() != batch.hidden.nbytes:
             batch.hidden = batch.hidden.clone(memory_format=torch.contiguous_format)
         return self._states.offload(blocks, self._first + number, batch.hidden)

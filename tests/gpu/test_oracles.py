@@ -173,8 +173,8 @@ def test_figures_of_a_verification_differ_by_less_than_the_noise_floor(gpu: torc
 
 
 def test_a_pass_keeps_to_the_memory_of_a_block(tmp_path: Path) -> None:
-    """Not of the calibration text: with eight times as many windows it takes no more than their hidden states."""
-    device, peaks, states = torch.device("cuda"), [], []
+    """Not of the calibration text: eight times as many windows take no more where there is no room for them."""
+    device, peaks = torch.device("cuda"), []
     torch.cuda.set_per_process_memory_fraction(1.0)
     source = checkpoint(WIDE, factories.build(WIDE))
     for windows in (16, 128):
@@ -190,5 +190,4 @@ def test_a_pass_keeps_to_the_memory_of_a_block(tmp_path: Path) -> None:
             for _ in method.quantize(given):
                 pass
         peaks.append(torch.cuda.max_memory_allocated())
-        states.append(2 * windows * 256 * WIDE.hidden_size * torch.bfloat16.itemsize)
-    assert peaks[1] - peaks[0] < 1.2 * (states[1] - states[0]) + (8 << 20)
+    assert peaks[1] - peaks[0] < 8 << 20

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,30 @@ def test_a_changed_file_is_refused(published: Path, capsys: pytest.CaptureFixtur
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "has changed since it was written" in captured.err
+
+
+FAULTS_WITHOUT_A_MODEL = {
+    "a changed file": ("README.md", b"x", "has changed since it was written"),
+    "changed weights": ("model.safetensors", b"x", "has changed since it was written"),
+    "a file too many": ("notes.txt", b"x", "is not listed"),
+    "a changed listing": ("SHA256SUMS", b"x", "SHA256SUMS has changed"),
+    "a changed manifest": ("qexport-manifest.json", b" ", "has changed since it was written"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "added", "said"), FAULTS_WITHOUT_A_MODEL.values(), ids=FAULTS_WITHOUT_A_MODEL)
+def test_what_needs_no_model_is_said_before_torch_is_imported(
+    published: Path, tmp_path: Path, name: str, added: bytes, said: str
+) -> None:
+    folder = shutil.copytree(published / "safetensors", tmp_path / "a")
+    with (folder / name).open("ab") as file:
+        file.write(added)
+    program = "import sys; from qexport.cli import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    command = [sys.executable, "-c", program, "validate", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert said in done.stderr
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_folder_above_two_layouts_names_them(published: Path) -> None:

@@ -17,7 +17,8 @@ import answering_models
 import factories
 from qexport.errors import InputError
 from qexport.text.extraction import first_json, python_problem
-from qexport.text.formats import JsonSchema, PythonCode, ToolCall, read_format_prompts
+from qexport.text.formats import PythonCode, ToolCall, read_format_prompts
+from qexport.text.json_schema import JsonSchema
 from qexport.text.prompts import Prompt, PromptSet, encode_prompt, encode_prompts
 
 ROOT = Path(__file__).parent.parent

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar
 
 from qexport.artifact.disk import disk_failure
 from qexport.artifact.stray_files import stray_files
 from qexport.errors import CompatibilityError, InputError, QexportError, listed
-from qexport.tensors import TensorSpec
 from qexport.tensors.safetensors_index import INDEX_NAME, SINGLE_NAME
 from qexport.tensors.strict_files import parse_json
+
+if TYPE_CHECKING:
+    from qexport.tensors import TensorSpec
 
 CONFIG: Final = "config.json"
 

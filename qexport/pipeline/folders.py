@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final
 
 import torch
 
@@ -17,16 +16,12 @@ from qexport.artifact.digests import FileDigests
 from qexport.artifact.manifest import Sizes
 from qexport.artifact.names import title
 from qexport.artifact.report import Subject
-from qexport.errors import InputError, listed
 from qexport.export.layouts import Layout
 from qexport.export.tensor_writer import WrittenWeights
-from qexport.formats.stored_weight import StoredLayer
 from qexport.pipeline.planning import Plan
+from qexport.reading.layer_records import refuse_other_layers
 from qexport.reading.stored_model import StoredModel, open_stored
 from qexport.records import LayerRecord
-
-_ROW_BITS: Final = 8
-"""Bits of LLM.int8, which a graph stores as it stores groups of GPTQ."""
 
 
 @dataclass(frozen=True)
@@ -167,42 +162,6 @@ def open_layout(
     ) as opened:
         notes = [*(merged.adapter.notes if merged.adapter else ()), *planned.protected.notes, *layout.notes, *fallen]
         yield LayoutFolder(opened, layout, written, notes)
-
-
-def refuse_other_layers(records: Sequence[LayerRecord], artifact: StoredModel) -> None:
-    """Compares records of quantized layers, which a manifest may hold, with the layers of a folder.
-
-    Raises:
-        InputError: a layer is in one of them alone, or its method, bits or groups differ.
-    """
-    told, stored = {record.name: record for record in records}, artifact.layers
-    problems = [f"{name}: only in the manifest" for name in told.keys() - stored.keys()]
-    problems += [f"{name}: not in the manifest" for name in stored.keys() - told.keys()]
-    problems += [
-        f"{name}: {record.bits} bits, {record.method}, groups of {record.group_size}, but stored are "
-        f"{stored[name].bits} bits, {stored[name].method}, groups of {stored[name].group_size}"
-        for name, record in told.items()
-        if name in stored and not _is_stored_as(record, stored[name], apart=artifact.kind != "weights")
-    ]
-    if problems or len(told) < len(records):
-        raise InputError(
-            "the manifest's layers are not those of the artifact",
-            where=listed(sorted(problems)) or "a layer is listed twice",
-            mend="fetch the artifact again",
-        )
-
-
-def _is_stored_as(record: LayerRecord, stored: StoredLayer, *, apart: bool) -> bool:
-    """A layer whose weights are all equal has the same scale everywhere: then a file that stores a group as several
-    blocks, a graph or GGUF, does not tell its groups.
-    """
-    methods = {stored.method, "round_to_nearest"} if stored.method == "gptq" else {stored.method}
-    if not apart:
-        return record.method in methods and (record.bits, record.group_size) == (stored.bits, stored.group_size)
-    if stored.bits == _ROW_BITS:
-        methods |= {"int8"}
-    groups_fit = record.group_size > 0 and stored.group_size % record.group_size == 0
-    return record.method in methods and record.bits == stored.bits and groups_fit
 
 
 def _stored_layers(artifact: StoredModel) -> list[LayerRecord]:

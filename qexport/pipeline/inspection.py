@@ -7,22 +7,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from qexport.amounts import size
 from qexport.artifact.agreement import report_of
 from qexport.artifact.integrity import Artifact, find_artifact
-from qexport.errors import InputError, listed
-from qexport.export.gguf.layout import compared_header
-from qexport.export.loaders import Folder, Loader, Verdict, loaders
+from qexport.export.loaders import Loader, Verdict, loaders
 from qexport.export.served import Check
 from qexport.hidden_packages import hidden
-from qexport.loading.small_files import read_sidecars
-from qexport.pipeline.folders import refuse_other_layers
 from qexport.reading.folders import model_folder
-from qexport.reading.gguf_weights import GgufWeights
-from qexport.reading.one_model import refuse_second_model
-from qexport.reading.stored_model import StoredModel, open_stored
+from qexport.tensors.strict_files import CONFIG_BYTES, contained_path, read_json_object
 
 Server = Literal["tgi", "vllm"]
 ReportState = Literal["as in the manifest", "missing"]
@@ -107,7 +99,8 @@ class Inspection:
 
 @hidden("kernels")
 def inspect_artifact(path: Path, *, server: Server | None = None, root: str | None = None) -> Inspection:
-    """Checks a finished folder, made by qexport or by another tool.
+    """Checks a finished folder, made by qexport or by another tool. What needs no model is checked before torch is
+    imported.
 
     Args:
         path: the folder of one layout.
@@ -122,61 +115,30 @@ def inspect_artifact(path: Path, *, server: Server | None = None, root: str | No
     """
     path = model_folder(path)
     artifact = find_artifact(path, root=root)
-    layout, report = (artifact.layout, _check_report(artifact)) if artifact else (None, None)
-    with open_stored(path, dtype=torch.float32) as source:
-        structure = source.architecture.structure
-        source.check_complete()
-        if artifact is not None:
-            _refuse_disagreement(artifact, source)
-        refuse_second_model(source)
-        _refuse_other_header(source)
-        shapes = {module: layer.shape for module, layer in source.layers.items()}
-        blocks = {name: each.group_size for name, each in source.layers.items() if each.method in ("nf4", "fp4")}
-        folder = Folder(
-            source.quantization,
-            shapes,
-            structure.model_type,
-            structure.head,
-            layout,
-            graph=source.kind == "graph",
-            block_sizes=blocks,
-            gguf=source.kind == "gguf",
-        )
-        unquantized = len(source.specs()) - len(shapes)
-        method, total = source.method, source.stored_bytes
+    report = _check_report(artifact) if artifact else None
+    read_json_object(contained_path(path, "config.json"), limit=CONFIG_BYTES)
+    from qexport.pipeline.weights_inspection import inspect_weights  # takes seconds
+
+    weights = inspect_weights(path, artifact)
     checks = _check(path, server) if server else []
-    return Inspection(path, artifact, method, len(shapes), unquantized, total, report, loaders(folder), server, checks)
+    return Inspection(
+        path=path,
+        artifact=artifact,
+        method=weights.method,
+        quantized_layers=len(weights.folder.shapes),
+        unquantized_tensors=weights.unquantized_tensors,
+        total_bytes=weights.total_bytes,
+        report=report,
+        loaders=loaders(weights.folder),
+        server=server,
+        checks=checks,
+    )
 
 
 def _check_report(artifact: Artifact) -> ReportState | None:
     if artifact.manifest.verification is None:
         return None
     return "missing" if report_of(artifact) is None else "as in the manifest"
-
-
-def _refuse_disagreement(artifact: Artifact, source: StoredModel) -> None:
-    """What the manifest says of the weights is what the folder stores."""
-    manifest = artifact.manifest
-    refuse_other_layers(manifest.layers, source)
-    config = source.quantization if source.kind == "weights" else manifest.quantization  # a graph has none
-    if (manifest.quantization, manifest.sizes.total_bytes) != (config, source.stored_bytes):
-        raise InputError(
-            "the manifest's quantization or total_bytes are not those of the weights",
-            where=str(artifact.path),
-            mend="fetch the artifact again",
-        )
-
-
-def _refuse_other_header(source: StoredModel) -> None:
-    """What a GGUF file says of model and tokenizer is what the files beside it say."""
-    if not isinstance(source, GgufWeights):
-        return
-    if found := compared_header(source.file, source.architecture, read_sidecars(source.folder)):
-        raise InputError(
-            "the file's header contradicts config.json or the tokenizer's files, and llama.cpp reads the header",
-            where=f"{source.file.path}: {listed(found)}",
-            mend="fetch the artifact again",
-        )
 
 
 def _integrity_lines(artifact: Artifact | None) -> list[str]:

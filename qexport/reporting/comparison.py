@@ -19,6 +19,7 @@ from qexport.artifact.figures import Figure, find_figure
 from qexport.artifact.report import Report
 from qexport.errors import InputError, listed
 from qexport.reporting.html import render
+from qexport.reporting.labels import LabelPlace, label_places
 from qexport.reporting.markdown import escaped, markdown_table
 from qexport.reporting.selection import IDENTITY_LABELS, key_figures
 from qexport.reporting.suites import SUITES
@@ -196,6 +197,7 @@ _LEFT: Final = 60.0
 _BOTTOM: Final = 250.0
 _WIDE_RANGE: Final = 20.0
 _LONGEST_LABEL: Final = 26
+_RADIUS: Final = 5.5
 
 
 def comparison_html(comparison: ArtifactComparison) -> str:
@@ -262,6 +264,7 @@ def pareto_plot(comparison: ArtifactComparison) -> Markup:
     """Size on the horizontal axis, mean KL divergence with its interval on the vertical one; a line joins the front."""
     across = linear_axis([entry.total_bytes for entry in comparison.entries], _LEFT, WIDTH - 20)
     up = _drift_axis(comparison.entries)
+    places = _label_places(comparison.entries, across, up)
     described = "; ".join(
         f"{entry.label}: {size(entry.total_bytes)}, {figure_row(entry.mean_kl).value}" for entry in comparison.entries
     )
@@ -277,7 +280,7 @@ def pareto_plot(comparison: ArtifactComparison) -> Markup:
         text((_LEFT + WIDTH - 20) / 2, _BOTTOM + 46, "bytes of all tensors", anchor="middle", class_="axis-label"),
         text(_LEFT, 12, "mean KL divergence, nats", class_="axis-label"),
         _front_line(comparison.front, across, up),
-        *(_point(entry, across, up) for entry in comparison.entries),
+        *(_point(entry, across, up, place) for entry, place in zip(comparison.entries, places, strict=True)),
     )
 
 
@@ -297,17 +300,21 @@ def _front_line(front: Sequence[ComparedArtifact], across: Axis, up: Axis) -> Ma
     return tag("path", d=f"M{x:.1f} {y:.1f}{steps}", class_="front")
 
 
-def _point(entry: ComparedArtifact, across: Axis, up: Axis) -> Markup:
+def _point(entry: ComparedArtifact, across: Axis, up: Axis, place: LabelPlace) -> Markup:
     x, y = across.place(entry.total_bytes), up.place(entry.mean_kl.value)
     label = f"{entry.label}: {size(entry.total_bytes)}, {figure_row(entry.mean_kl).whole}"
     parts = [tag("title", label)]
     low, high = entry.mean_kl.interval
     if low is not None and high is not None:
         parts.append(line(x, up.place(low), x, up.place(high), "whisker"))
-    parts.append(tag("circle", cx=x, cy=y, r=5.5, class_="point" if entry.on_front else "beaten"))
-    left = x > (_LEFT + WIDTH) / 2
-    anchor = "end" if left else "start"
-    parts.append(
-        text(x - 10 if left else x + 10, y - 9, cut(entry.label, _LONGEST_LABEL), anchor=anchor, class_="mark")
-    )
+    if place.leads:
+        parts.append(line(x, y, place.x, place.y - 4, "leader"))
+    parts.append(tag("circle", cx=x, cy=y, r=_RADIUS, class_="point" if entry.on_front else "beaten"))
+    parts.append(text(place.x, place.y, cut(entry.label, _LONGEST_LABEL), anchor=place.anchor, class_="mark"))
     return tag("g", *parts)
+
+
+def _label_places(entries: Sequence[ComparedArtifact], across: Axis, up: Axis) -> list[LabelPlace]:
+    points = [(across.place(each.total_bytes), up.place(each.mean_kl.value)) for each in entries]
+    lengths = [min(len(each.label), _LONGEST_LABEL) for each in entries]
+    return label_places(points, lengths, left=_LEFT, right=WIDTH, top=20, bottom=_BOTTOM, radius=_RADIUS)

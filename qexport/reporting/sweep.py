@@ -39,8 +39,7 @@ _STYLES: Final[dict[VariantState, str]] = {
     "skipped": "dim",
 }
 _HEAD: Final = (
-    "variant", "result", "size", "mean KL", "95% interval", "perplexity ratio", "top-1", "gates", "windows",
-    "processor time", "time",
+    "variant", "result", "size", "mean KL", "perplexity ratio", "top-1", "gates", "windows", "processor time", "time",
 )  # fmt: skip
 _FIGURES: Final = ("perplexity_ratio", "top1_agreement")
 _LONGEST: Final = 200
@@ -54,12 +53,14 @@ class _Row:
     Attributes:
         record: what has become of it.
         cells: of all columns but variant and result.
+        interval: of the mean KL divergence; None if it was not measured.
         page: of its report, from the sweep's folder; None if it was not measured.
         recommended: whether it is the one to take.
     """
 
     record: VariantRecord
     cells: list[str]
+    interval: str | None
     page: str | None
     recommended: bool
 
@@ -96,7 +97,7 @@ def sweep_summary(record: SweepRecord, reports: Mapping[str, Report]) -> Rendera
     for name in ("size", "mean KL", "top-1", "gates", "time"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in _rows(record, reports):
-        total, drift, _, _, agreement, gates, _, _, seconds = row.cells
+        total, drift, _, agreement, gates, _, _, seconds = row.cells
         state = Text(STATE_WORDS[row.record.state], _STYLES[row.record.state])
         table.add_row(Text(visible(row.record.name)), state, total, drift, agreement, gates, seconds)
     return Group(table, *_reasons(record), Text(""), Text(visible(recommendation(record, reports)), style="bold"))
@@ -131,8 +132,9 @@ def _comparison(record: SweepRecord, reports: Mapping[str, Report]) -> ArtifactC
 
 def _rows(record: SweepRecord, reports: Mapping[str, Report]) -> list[_Row]:
     return [
-        _Row(each, _cells(each, reports.get(each.name)), _page(each), each.name == record.recommended)
+        _Row(each, _cells(each, report), _interval(report), _page(each), each.name == record.recommended)
         for each in record.variants
+        for report in [reports.get(each.name)]
     ]
 
 
@@ -143,7 +145,7 @@ def _page(record: VariantRecord) -> str | None:
 def _cells(record: VariantRecord, report: Report | None) -> list[str]:
     return [
         _size(record),
-        *(_measured(report) if report else [UNMEASURED] * (3 + len(_FIGURES))),
+        *(_measured(report) if report else [UNMEASURED] * (2 + len(_FIGURES))),
         UNMEASURED if record.windows is None else str(record.windows),
         *(_cost(record)),
     ]
@@ -151,14 +153,17 @@ def _cells(record: VariantRecord, report: Report | None) -> list[str]:
 
 def _measured(report: Report) -> list[str]:
     drift, *others = (find_figure(report.figures, name) for name in ("mean_kl", *_FIGURES))
-    row = figure_row(drift) if drift else None
     passed = sum(gate.passed for gate in report.gates)
     return [
-        row.value if row else UNMEASURED,
-        row.interval if row else UNMEASURED,
+        figure_row(drift).value if drift else UNMEASURED,
         *(figure_row(figure).value if figure else UNMEASURED for figure in others),
         f"{passed} of {len(report.gates)}",
     ]
+
+
+def _interval(report: Report | None) -> str | None:
+    figure = find_figure(report.figures, "mean_kl") if report else None
+    return figure_row(figure).interval if figure else None
 
 
 def _cost(record: VariantRecord) -> list[str]:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, Protocol
-
-from jsonschema import Draft202012Validator
-from jsonschema.exceptions import SchemaError, ValidationError
-from referencing import Registry
-from referencing.exceptions import Unresolvable
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from qexport.artifact.digests import sha256_json
 from qexport.errors import InputError
 from qexport.text.extraction import first_json, python_problem
 from qexport.text.prompts import PromptSet, prompt_rows
+
+if TYPE_CHECKING:
+    from qexport.text.json_schema import JsonSchema
 
 Tool = Mapping[str, Any]
 """A function that a model may call, as chat templates take it: `{"type": "function", "function": {...}}`."""
@@ -34,56 +32,6 @@ class Format(Protocol):
     def problem(self, text: str) -> str | None:
         """Why a text does not have the form; None if it has."""
         ...
-
-
-class JsonSchema:
-    """JSON that a schema accepts (draft 2020-12).
-
-    Args:
-        schema: its references must lead into itself.
-        where: for errors.
-
-    Raises:
-        InputError: the schema is malformed, or refers to something outside.
-    """
-
-    kind: Final = "json"
-
-    def __init__(self, schema: Any, where: str) -> None:
-        self._where = where
-        try:
-            Draft202012Validator.check_schema(schema)
-        except (SchemaError, RecursionError) as error:
-            what = error.message if isinstance(error, SchemaError) else str(error)
-            raise InputError(f"the JSON Schema is malformed: {what}", where=where) from error
-        for reference in _references(schema):
-            if not reference.startswith("#"):
-                raise InputError(
-                    f"the JSON Schema refers to {reference!r}, and nothing is fetched",
-                    where=where,
-                    mend="copy what it refers to into $defs, and write #/$defs/NAME",
-                )
-        self._validator = Draft202012Validator(schema, registry=Registry())
-
-    def problem(self, text: str) -> str | None:
-        """See `Format`. The first JSON value of the text counts, see `first_json`."""
-        try:
-            value = first_json(text)
-        except ValueError as error:
-            return str(error)
-        return self.value_problem(value)
-
-    def value_problem(self, value: Any) -> str | None:
-        """Why the schema does not accept a value; None if it does.
-
-        Raises:
-            InputError: a reference of the schema leads nowhere, or in a circle.
-        """
-        try:
-            found = next(iter(self._validator.iter_errors(value)), None)
-        except (Unresolvable, RecursionError) as error:
-            raise InputError(f"the JSON Schema cannot be applied: {error}", where=self._where) from error
-        return None if found is None else _in_short(found)
 
 
 class ToolCall:
@@ -103,6 +51,8 @@ class ToolCall:
     def __init__(self, tools: Any, where: str) -> None:
         if not isinstance(tools, list) or not tools:
             raise InputError("format.tools must be a list of tools", where=where)
+        from qexport.text.json_schema import JsonSchema  # takes a second
+
         self.tools: Sequence[Tool] = tools
         self._schemas: dict[str, JsonSchema] = {}
         for tool in tools:
@@ -194,6 +144,8 @@ def _format(value: Any, where: str) -> Format:
         raise InputError("the field 'format' must be an object with one key", where=where, mend=mend)
     match value:
         case {"json_schema": dict() | bool() as schema}:
+            from qexport.text.json_schema import JsonSchema  # takes a second
+
             return JsonSchema(schema, where)
         case {"tools": tools}:
             return ToolCall(tools, where)
@@ -213,20 +165,3 @@ def _function(tool: Any, where: str) -> tuple[str, Any]:
             mend='write {"type": "function", "function": {"name": ..., "parameters": {...}}}',
         )
     return name, function.get("parameters", True)
-
-
-def _references(schema: Any) -> Iterator[str]:
-    waiting = [schema]
-    while waiting:
-        match waiting.pop():
-            case dict() as value:
-                yield from (to for key in ("$ref", "$dynamicRef") if isinstance(to := value.get(key), str))
-                waiting += value.values()
-            case list() as value:
-                waiting += value
-
-
-def _in_short(error: ValidationError) -> str:
-    place = ".".join(map(str, error.absolute_path))
-    message = error.message if len(error.message) <= 160 else f"{error.message[:160]}…"
-    return f"{place}: {message}" if place else message

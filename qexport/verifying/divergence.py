@@ -15,8 +15,8 @@ from qexport.errors import NumericalError
 from qexport.tensors.source import is_finite
 from qexport.verifying.predictors import TOKENS_AT_ONCE, Predictor, two_predictors, windows_at_once
 
-DOUBLES_AT_ONCE: Final = 1 << 20
-"""Values of each model whose log-probabilities are in memory in float64 at a time."""
+DOUBLES_AT_ONCE: Final = 1 << 17
+"""Values of each model whose log-probabilities are in memory in float64 at a time: so many stay in a core's cache."""
 
 
 Pair = tuple[int, int]
@@ -150,34 +150,37 @@ class _Predictions:
     """One model's distributions of some tokens.
 
     Attributes:
+        logits: float [tokens, vocabulary].
         log_probabilities: float64 [tokens, vocabulary].
         nll: float64 [tokens], of the targets.
-        best: the log-probabilities of the two likeliest tokens [tokens, 2].
         top: the likeliest token.
     """
 
+    logits: Tensor
     log_probabilities: Tensor
     nll: Tensor
-    best: Tensor
     top: Tensor
 
     @cached_property
     def _probabilities(self) -> Tensor:
         return self.log_probabilities.exp()
 
+    @cached_property
+    def _margin(self) -> Tensor:
+        best = self.logits.topk(2, -1).values.to(torch.float64)
+        return best[:, 0] - best[:, 1]
+
     @classmethod
     def of(cls, logits: Tensor, targets: Tensor) -> _Predictions:
         log_probabilities = torch.log_softmax(logits, -1, dtype=torch.float64)
         nll = -log_probabilities.gather(1, targets.to(logits.device)[:, None])[:, 0]
-        best = logits.topk(2, -1).values.to(torch.float64)
-        return cls(log_probabilities, nll, best, logits.argmax(-1))
+        return cls(logits, log_probabilities, nll, logits.argmax(-1))
 
     def against(self, other: _Predictions) -> TokenFigures:
         difference = self.log_probabilities - other.log_probabilities
         kl = _row_sums(difference.mul_(self._probabilities)).clamp(min=0.0)  # rounding alone can make it negative
-        margin = self.best[:, 0] - self.best[:, 1]
         tops = (each.top.to(torch.int32).cpu() for each in (self, other))
-        return TokenFigures(self.nll.cpu(), other.nll.cpu(), kl.cpu(), margin.cpu(), *tops)
+        return TokenFigures(self.nll.cpu(), other.nll.cpu(), kl.cpu(), self._margin.cpu(), *tops)
 
 
 def _row_sums(values: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 import reports
 import rich_report
+import swept
 from qexport.artifact.figures import Verdict
 from qexport.reporting.comparison import compare, comparison_html
 from qexport.reporting.html import report_html
@@ -27,6 +28,15 @@ QUIET: Final = (
 )  # fmt: skip
 PHONE: Final = 360
 DESKTOP: Final = 1200
+A4: Final = 720
+"""Points of CSS between the margins of a sheet."""
+
+CUT_OFF: Final = """return [...document.querySelectorAll('.card')].filter(card => {
+    const right = card.getBoundingClientRect().right
+    return [...card.querySelectorAll('th, td')].some(cell => cell.getBoundingClientRect().right > right)
+}).map(card => card.textContent.slice(0, 40))"""
+"""The cards out of which a table hangs."""
+
 VERDICTS: Final[tuple[Verdict, ...]] = ("pass", "fail", "undecided")
 SCHEMES: Final = ("light", "dark")
 
@@ -105,7 +115,12 @@ def compared() -> str:
     return comparison_html(compare([reports.report(), rich_report.rich_report(), reports.report(subject=hostile)]))
 
 
-@pytest.fixture(params=["rich", "small", "compared"])
+@pytest.fixture(scope="session")
+def sweep() -> str:
+    return swept.page()
+
+
+@pytest.fixture(params=["rich", "small", "compared", "sweep"])
 def page(request: pytest.FixtureRequest) -> str:
     return str(request.getfixturevalue(request.param))
 
@@ -202,8 +217,12 @@ def test_text_of_charts_stays_in_them(browser: Browser, page: str, width: int) -
     assert outside == []
 
 
-def test_labels_on_an_axis_do_not_touch(browser: Browser, rich: str) -> None:
-    browser.open(rich, width=PHONE)
+@pytest.mark.parametrize("width", [PHONE, DESKTOP])
+@pytest.mark.parametrize("name", ["rich", "sweep"])
+def test_labels_of_a_chart_do_not_touch(
+    browser: Browser, name: str, width: int, request: pytest.FixtureRequest
+) -> None:
+    browser.open(request.getfixturevalue(name), width=width)
     touching = browser.run(
         """const found = []
         for (const chart of document.querySelectorAll('svg[role=img]')) {
@@ -282,15 +301,48 @@ def test_printed_it_is_light_and_has_no_navigation(browser: Browser, rich: str) 
     assert browser.style("nav", "display") == "none"
 
 
-def test_a_phone_shows_every_value_of_a_gate(browser: Browser, rich: str) -> None:
-    browser.open(rich, width=PHONE)
+def test_a_printed_sweep_shows_every_column(browser: Browser, sweep: str) -> None:
+    browser.open(sweep, width=A4, media="print")
+    assert browser.run("return document.querySelectorAll('#variants thead th').length") == 10
+    assert browser.run(CUT_OFF) == []
+
+
+def test_a_sweep_needs_no_scrolling_on_a_desktop(browser: Browser, sweep: str) -> None:
+    browser.open(sweep)
+    assert browser.run(CUT_OFF) == []
+
+
+def test_a_sweep_shows_its_variants_and_where_they_lie(browser: Browser, sweep: str) -> None:
+    browser.open(sweep)
+    assert browser.driver.find_element(By.ID, "plot").is_displayed()
+    points = browser.driver.find_elements(By.CSS_SELECTOR, "#plot circle")
+    assert len(points) == len(swept.MEASURED)
+    assert all(point.is_displayed() and point.size["width"] > 5 for point in points)
+    marks = browser.driver.find_elements(By.CSS_SELECTOR, "#plot .mark")
+    assert [mark.text for mark in marks] == list(swept.MEASURED)
+    links = browser.driver.find_elements(By.CSS_SELECTOR, "#variants a")
+    assert [link.text for link in links] == list(swept.MEASURED)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_names_in_a_plot_can_be_read(browser: Browser, sweep: str, scheme: str) -> None:
+    browser.open(sweep, scheme=scheme)
+    card = browser.style(".card", "backgroundColor")
+    for selector, colour in (("#plot .mark", "fill"), ("#variants a", "color"), ("#variants td", "color")):
+        assert contrast(browser.style(selector, colour), card) >= 4.5, selector
+
+
+@pytest.mark.parametrize(("name", "section"), [("rich", "#gates"), ("sweep", "#variants")])
+def test_a_phone_shows_every_value(browser: Browser, name: str, section: str, request: pytest.FixtureRequest) -> None:
+    browser.open(request.getfixturevalue(name), width=PHONE)
     hidden = browser.run(
-        """return [...document.querySelectorAll('#gates td[data-label]')].filter(cell => {
+        """return [...document.querySelectorAll(arguments[0] + ' td[data-label]')].filter(cell => {
             const box = cell.getBoundingClientRect()
             return box.left < 0 || box.right > innerWidth || cell.scrollWidth > cell.clientWidth
-        }).map(cell => cell.textContent)"""
+        }).map(cell => cell.textContent)""",
+        section,
     )
-    assert browser.run("return document.querySelectorAll('#gates td[data-label]').length")
+    assert browser.run("return document.querySelectorAll(arguments[0] + ' td[data-label]').length", section)
     assert hidden == []
-    label = "return getComputedStyle(document.querySelector('#gates td[data-label]'), '::before').content"
-    assert browser.run(label) == '"value"'
+    label = "return getComputedStyle(document.querySelector(arguments[0] + ' td[data-label]'), '::before').content"
+    assert browser.run(label, section) == {"#gates": '"value"', "#variants": '"size"'}[section]

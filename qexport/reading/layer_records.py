@@ -1,0 +1,50 @@
+"""Whether the layers that a manifest names are those that a folder stores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from qexport.errors import InputError, listed
+from qexport.formats.stored_weight import StoredLayer
+from qexport.reading.stored_model import StoredModel
+from qexport.records import LayerRecord
+
+_ROW_BITS: Final = 8
+"""Bits of LLM.int8, which a graph stores as it stores groups of GPTQ."""
+
+
+def refuse_other_layers(records: Sequence[LayerRecord], artifact: StoredModel) -> None:
+    """Compares records of quantized layers, which a manifest may hold, with the layers of a folder.
+
+    Raises:
+        InputError: a layer is in one of them alone, or its method, bits or groups differ.
+    """
+    told, stored = {record.name: record for record in records}, artifact.layers
+    problems = [f"{name}: only in the manifest" for name in told.keys() - stored.keys()]
+    problems += [f"{name}: not in the manifest" for name in stored.keys() - told.keys()]
+    problems += [
+        f"{name}: {record.bits} bits, {record.method}, groups of {record.group_size}, but stored are "
+        f"{stored[name].bits} bits, {stored[name].method}, groups of {stored[name].group_size}"
+        for name, record in told.items()
+        if name in stored and not _is_stored_as(record, stored[name], apart=artifact.kind != "weights")
+    ]
+    if problems or len(told) < len(records):
+        raise InputError(
+            "the manifest's layers are not those of the artifact",
+            where=listed(sorted(problems)) or "a layer is listed twice",
+            mend="fetch the artifact again",
+        )
+
+
+def _is_stored_as(record: LayerRecord, stored: StoredLayer, *, apart: bool) -> bool:
+    """A layer whose weights are all equal has the same scale everywhere: then a file that stores a group as several
+    blocks, a graph or GGUF, does not tell its groups.
+    """
+    methods = {stored.method, "round_to_nearest"} if stored.method == "gptq" else {stored.method}
+    if not apart:
+        return record.method in methods and (record.bits, record.group_size) == (stored.bits, stored.group_size)
+    if stored.bits == _ROW_BITS:
+        methods |= {"int8"}
+    groups_fit = record.group_size > 0 and stored.group_size % record.group_size == 0
+    return record.method in methods and record.bits == stored.bits and groups_fit

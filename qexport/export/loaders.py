@@ -220,6 +220,7 @@ _TABLE: Final = (
     _Row(_WITH_BITSANDBYTES, _is("bitsandbytes"), "yes"),
     _Row(_WITH_COMPRESSED, _is_falcon("compressed-tensors"), "no", "it does not take FalconLinear for a linear layer"),
     _Row(_WITH_COMPRESSED, _is("compressed-tensors", format="int-quantized"), "yes"),
+    _Row(_WITH_COMPRESSED, _is("compressed-tensors", format="float-quantized"), "yes"),
     _Row(_WITH_COMPRESSED, _is("compressed-tensors"), "untried"),
     _Row(QEXPORT, _is_graph, "yes", "with qexport[onnx]"),
     _Row(QEXPORT, _always, "yes"),

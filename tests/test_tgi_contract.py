@@ -23,6 +23,7 @@ from qexport.errors import QexportError
 from qexport.export.served import Rule, Server
 from qexport.export.tgi.rules import TGI
 from qexport.export.tgi.served import ServedByTgi
+from qexport.quantizing.fp8 import Fp8
 from qexport.quantizing.nf4 import Nf4
 from qexport.quantizing.none import NoQuantization
 from qexport.quantizing.w8a8 import W8a8
@@ -38,6 +39,7 @@ MODELS = {
     "one group": TgiModel(llama(), gptq_method(group_size=-1)),
     "16-bit": TgiModel(llama(), NoQuantization(method="none")),
     "w8a8": TgiModel(llama(), W8a8(method="w8a8")),
+    "fp8": TgiModel(llama(), Fp8()),
     "nf4": TgiModel(llama(), Nf4(method="nf4")),
     "falcon": TgiModel(falcon()),
     "falcon 40b": TgiModel(falcon_40b()),
@@ -230,6 +232,14 @@ FAULTS: list[tuple[str, str, Plant]] = [
      config(within="quantization_config", format="pack-quantized")),
     ("compressed-tensors: the config is one of 8-bit weights", "w8a8",
      config(within="quantization_config", quantization_status="initialized")),
+    ("compressed-tensors: the config is one of 8-bit weights", "fp8",
+     config(within="quantization_config", format="int-quantized")),
+    ("compressed-tensors: every 8-bit weight has its scales", "fp8",
+     tensors(lambda content: content.pop(f"{UP}.weight_scale"))),
+    ("compressed-tensors: what is not quantized is ignored", "fp8",
+     replace_tensor(f"{UP}.weight", lambda weight: weight.half())),
+    ("compressed-tensors: the kernel takes every layer", "fp8",
+     replace_tensor(f"{UP}.weight", lambda weight: weight[:-8])),
     ("compressed-tensors: what is not quantized is ignored", "w8a8",
      replace_tensor(f"{UP}.weight", lambda weight: weight.half())),
     ("compressed-tensors: every 8-bit weight has its scales", "w8a8",

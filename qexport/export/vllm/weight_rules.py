@@ -152,7 +152,7 @@ def _float8(model: ServedByVllm) -> Iterator[str]:
 
 
 @_rule(
-    "FP8 blocks are of a size that is read, and do not span joined layers",
+    "FP8 blocks are 128 x 128 and do not span joined layers",
     "vllm/model_executor/layers/quantization/utils/fp8_utils.py",
     "use strategy: channel",
 )

@@ -35,6 +35,7 @@ from qexport.tensors import GroupQuantized, RowQuantized, TensorSpec, WeightSour
 from qexport.tensors.input_rounding import InputRounding
 
 _LARGEST: Final = 1 << 31
+_CHANNEL: Final = (1, _LARGEST)
 _FORMATS: Final = ("int-quantized", "float-quantized", "pack-quantized")
 _LIBRARY_DEFAULTS: Final = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
 _TOKEN: Final = {"num_bits": 8, "symmetric": True, "dynamic": True, "strategy": "token"}
@@ -126,7 +127,7 @@ def _float_scheme(weights: Mapping[str, Any], activations: Any, where: str) -> S
         "dynamic": weights.get("dynamic", False) is not False,
     }
     _refuse(faults, where)
-    shared = {"tensor": (_LARGEST, _LARGEST), "channel": (1, _LARGEST)}.get(strategy) or (block[0], block[1])  # type: ignore[arg-type, index]
+    shared = {"tensor": (_LARGEST, _LARGEST), "channel": _CHANNEL}.get(strategy) or (block[0], block[1])  # type: ignore[arg-type, index]
     return Scheme(
         8, shared[1], sym=True, desc_act=False, block=shared, input_rounding=_float8_rounding(activations, where)
     )
@@ -259,9 +260,11 @@ class CompressedTensorsReader:
         return PackedWeight(module, (rows, columns), scheme, tuple(parts))
 
     def _bytes(self, module: str, source: WeightSource) -> RowWeight | Float8Weight:
-        """Codes in int8, or in e4m3 if the scheme says so."""
+        """Codes in int8, or in e4m3 if the scheme says so; without one, which is refused later, as they are stored."""
         refuse_missing(module, RowWeight.parts, source.specs())
         scheme, specs = self._rules.scheme(module), source.specs()
+        if scheme is None and specs[f"{module}.weight"].dtype == torch.float8_e4m3fn:
+            return Float8Weight.found(module, specs, None, _CHANNEL, SCALE)
         if scheme is None or scheme.block is None:
             return RowWeight(module, int8_shape(module, specs), scheme)
         return Float8Weight.found(module, specs, scheme, scheme.block, SCALE)

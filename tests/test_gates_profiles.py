@@ -27,6 +27,7 @@ MEASURED = {
     ("nf4", 4): (0.348, None, None),
     ("int8", 8): (0.0055, None, None),
     ("w8a8", 8): (0.0332, 1.0167, 0.8896),
+    ("fp8", 8): (0.0300, 1.0317, 0.8975),
     ("gptq", 8): (0.0022, None, None),
 }
 """Mean KL divergence, perplexity ratio and top-1 agreement of SmolLM2-135M, by method and bits."""

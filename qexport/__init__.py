@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from qexport.merge import MergeSettings
     from qexport.pipeline import Plan, Result, SweepResult, plan, quantize, run, sweep, verify
     from qexport.progress import Notice, Progress
+    from qexport.quantizing.fp8 import Fp8
     from qexport.quantizing.gptq import Gptq, Override
     from qexport.quantizing.int8 import Int8
     from qexport.quantizing.method import CalibrationSettings
@@ -75,6 +76,7 @@ _NAMES = {
     "merge": ("MergeSettings",),
     "pipeline": ("Plan", "Result", "SweepResult", "plan", "quantize", "run", "sweep", "verify"),
     "progress": ("Notice", "Progress"),
+    "quantizing.fp8": ("Fp8",),
     "quantizing.gptq": ("Gptq", "Override"),
     "quantizing.int8": ("Int8",),
     "quantizing.method": ("CalibrationSettings",),
@@ -94,6 +96,7 @@ __all__ = [
     "CalibrationSettings",
     "CompatibilityError",
     "Figure",
+    "Fp8",
     "GateFailed",
     "GateResult",
     "GateUndecided",

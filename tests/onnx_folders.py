@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from qexport.formats.bitsandbytes.four_bit_tensors import flat_absmax
-from qexport.tensors import BlockQuantized, GroupQuantized, Quantized, RowQuantized
+from qexport.tensors import BlockQuantized, Float8Quantized, GroupQuantized, Quantized, RowQuantized
 
 MICROSOFT = "com.microsoft"
 TYPES = {
@@ -88,6 +88,8 @@ class Builder:
                 y = self._rows(x, module, value)
             case BlockQuantized():
                 y = self._bnb4(x, module, value)
+            case Float8Quantized():
+                raise AssertionError("no operator")
             case _:
                 wide = self.wide(f"{module}.weight", value)
                 y = self.add("MatMul", x, self.add("Transpose", wide, perm=[1, 0]))

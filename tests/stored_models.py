@@ -50,6 +50,22 @@ W4A16: dict[str, Any] = W8A8 | {
         }
     },
 }
+FP8: dict[str, Any] = W8A8 | {
+    "format": "float-quantized",
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"},
+            "input_activations": {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True},
+        }
+    },
+}
+FP8_BLOCKS: dict[str, Any] = {
+    "quant_method": "fp8",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [128, 128],
+    "modules_to_not_convert": None,
+}
 GPTQ: dict[str, Any] = {
     "quant_method": "gptq",
     "checkpoint_format": "gptq",
@@ -66,6 +82,8 @@ QUANTIZATIONS = {
     "int8": INT8,
     "w8a8": W8A8,
     "w4a16": W4A16,
+    "fp8": FP8,
+    "fp8 blocks": FP8_BLOCKS,
 }
 
 
@@ -104,10 +122,27 @@ def _parts(weight: Tensor, quantization: dict[str, Any]) -> dict[str, Tensor]:
         return gptq.pack(
             round_off(weight, GroupQuantizedSpec(len(weight), weight.shape[1], 4, 32, sym=False, desc_act=False))
         )
+    if quantization["quant_method"] == "fp8":
+        return _blocks(weight.float())
+    if quantization["format"] == "float-quantized":
+        scale = weight.float().abs().amax(1, keepdim=True) / 448
+        return {"weight": (weight.float() / scale).to(torch.float8_e4m3fn), "weight_scale": scale}
     if quantization["format"] == "int-quantized":
         scale = weight.float().abs().amax(1, keepdim=True) / 127
         return {"weight": (weight.float() / scale).round().to(torch.int8), "weight_scale": scale}
     return _groups_of_4_bits(weight.float())
+
+
+def _blocks(weight: Tensor) -> dict[str, Tensor]:
+    """DeepSeek's scale for each block of 128 x 128, block by block."""
+    rows, columns = (-(-size // 128) for size in weight.shape)
+    codes, scales = torch.empty(weight.shape, dtype=torch.float8_e4m3fn), torch.empty(rows, columns)
+    for row in range(rows):
+        for column in range(columns):
+            place = slice(row * 128, (row + 1) * 128), slice(column * 128, (column + 1) * 128)
+            scales[row, column] = weight[place].abs().amax() / 448
+            codes[place] = (weight[place] / scales[row, column]).to(torch.float8_e4m3fn)
+    return {"weight": codes, "weight_scale_inv": scales}
 
 
 def _groups_of_4_bits(weight: Tensor) -> dict[str, Tensor]:

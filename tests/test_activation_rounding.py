@@ -153,6 +153,47 @@ def test_blocks_have_scales_of_their_own_in_the_order_of_the_columns() -> None:
     assert torch.equal(round_blocks(values, InputRounding()), round_tokens(values))
 
 
+@given(
+    st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=40), st.sampled_from([torch.float32, torch.bfloat16])
+)
+def test_a_token_in_fp8_has_the_nearest_values_of_e4m3(values: list[float], dtype: torch.dtype) -> None:
+    """vLLM's `dynamic_per_token_scaled_fp8_quant_kernel`: absmax / 448, not below 1 / (448 * 512)."""
+    token = torch.tensor(values).to(dtype)
+    scale = max(float(token.float().abs().max() / 448), 1 / (448 * 512))
+    grid = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double() * scale
+    least = (grid[grid.isfinite()] - token.double()[:, None]).abs().amin(1)
+    rounded = round_tokens(token, "float8")
+    assert rounded.dtype == dtype
+    slack = scale * 1e-3 + token.double().abs() * torch.finfo(dtype).eps
+    assert bool(((rounded.double() - token.double()).abs() <= least + slack).all())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["fp8", "fp8 blocks"])
+def test_layers_of_fp8_round_their_inputs_to_e4m3(tmp_path: Path, name: str) -> None:
+    """Inputs wider than a block of 128 have a scale for each of their blocks, those of a row have one."""
+    model = factories.build(factories.llama_config(intermediate_size=320), dtype=torch.float32)
+    written = stored_models.write(model, tmp_path / "a", stored_models.QUANTIZATIONS[name])
+    with SafetensorsWeights(written, dtype=torch.float32) as source:
+        roundings = input_roundings(source.layers)
+        runner = BlockRunner(source.architecture, source, dtype=torch.float32, device=CPU)
+        assert runner.round_inputs(roundings) == []
+        down = "model.layers.0.mlp.down_proj"
+        weight = source.read(f"{down}.weight")
+        seen = dict[str, Tensor]()
+        with runner.whole() as whole:
+            linear = whole.get_submodule(down)
+            linear.register_forward_pre_hook(lambda _, inputs: seen.update(before=inputs[0]), prepend=True)
+            linear.register_forward_hook(lambda _, __, output: seen.update(after=output))
+            whole(IDS, use_cache=False)
+    parts = seen["before"].split(128 if name == "fp8 blocks" else 320, -1)
+    scales = [part.abs().amax(-1, keepdim=True) / 448 for part in parts]
+    codes = [(part / scale).to(torch.float8_e4m3fn) for part, scale in zip(parts, scales, strict=True)]
+    inputs = torch.cat([code.float() * scale for code, scale in zip(codes, scales, strict=True)], -1)
+    torch.testing.assert_close(seen["after"], inputs @ weight.t())
+    assert not torch.allclose(seen["after"], seen["before"] @ weight.t(), atol=1e-5)
+
+
 def test_a_mixture_that_is_not_known_is_left_as_it_is() -> None:
     assert not round_inputs(nn.ModuleList(), InputRounding())
     model = factories.build(factories.mixtral_config(num_hidden_layers=1), dtype=torch.float32)
@@ -189,6 +230,23 @@ def test_ties_go_to_even_zeros_stay_and_no_token_depends_on_another() -> None:
 def test_activations_that_are_rounded_in_another_way_are_refused(changes: dict[str, Any]) -> None:
     scheme = CompressedTensorsRules(activations()).scheme("model.layers.0.mlp.up_proj")
     assert scheme is not None
-    assert scheme.int8_inputs
+    assert scheme.input_rounding == InputRounding()
     with pytest.raises(InputError, match="input_activations other than symmetric int8 with a dynamic scale per token"):
         CompressedTensorsRules(activations(**changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dynamic": False},
+        {"strategy": "tensor"},
+        {"num_bits": 4},
+        {"type": "int"},
+        {"strategy": "group", "group_size": 0},
+    ],
+)
+def test_activations_in_fp8_that_are_rounded_in_another_way_are_refused(changes: dict[str, Any]) -> None:
+    [group] = stored_models.FP8["config_groups"].values()
+    other = {**group, "input_activations": {**group["input_activations"], **changes}}
+    with pytest.raises(InputError, match="input_activations other than symmetric e4m3"):
+        CompressedTensorsRules({**stored_models.FP8, "config_groups": {"group_0": other}})

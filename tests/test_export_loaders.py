@@ -56,6 +56,12 @@ def verdicts(found: Folder) -> dict[str, str]:
         (folder(stored_models.NF4, block_sizes={UP: 4096}), {"transformers + bitsandbytes": "yes"}),
         (folder(stored_models.W8A8), {"transformers + compressed-tensors": "yes", "qexport.load": "yes"}),
         (folder(stored_models.W8A8, layout="vllm"), {"vLLM": "yes"}),
+        (folder(stored_models.FP8), {"transformers + compressed-tensors": "yes", "qexport.load": "yes"}),
+        (folder(stored_models.FP8_BLOCKS), {"transformers": "yes", "qexport.load": "yes", "vLLM": "untried"}),
+        (folder(stored_models.FP8_BLOCKS, shapes={UP: (256, 384)}), {"transformers": "yes"}),
+        (folder(stored_models.FP8_BLOCKS, shapes={UP: (576, 384)}), {"transformers": "no"}),
+        (folder(stored_models.FP8_BLOCKS, shapes={UP: (192, 384)}), {"transformers": "wrong"}),
+        (folder(stored_models.FP8_BLOCKS, model_type="falcon"), {"transformers": "untried"}),
         (
             folder(None, gguf=True, layout="gguf"),
             {"llama.cpp": "yes", "transformers": "yes", "vLLM": "untried", "TGI": "no"},

@@ -27,6 +27,7 @@ MEASURED = {
     ("nf4", 4): (0.348, None, None),
     ("int8", 8): (0.0055, None, None),
     ("w8a8", 8): (0.0332, 1.0167, 0.8896),
+    ("fp8", 8): (0.0300, 1.0317, 0.8975),
     ("gptq", 8): (0.0022, None, None),
 }
 """Mean KL divergence, perplexity ratio and top-1 agreement of SmolLM2-135M, by method and bits."""
@@ -108,6 +109,7 @@ def page() -> str:
         ("gptq", 8, 135_000_000, "gptq-8bit"),
         ("int8", 8, 135_000_000, "int8"),
         ("w8a8", 8, 7_000_000_000, "w8a8"),
+        ("fp8", 8, 135_000_000, "fp8"),
         ("gptq", 4, 499_999_999, "tiny"),
         ("gptq", 4, 500_000_000, "gptq-4bit"),
         ("gptq", 4, 2_999_999_999, "gptq-4bit"),

@@ -157,19 +157,121 @@ def test_a_folder_of_gptq(tmp_path: Path, version: str | None) -> None:
     assert base.origin.read_as == "GPTQ, 4 bits, group_size 32, asymmetric, dequantized"
 
 
+DOWN = "model.layers.1.mlp.down_proj"
+
+
+def folder_of(
+    name: str, folder: Path, *, config: PretrainedConfig | None = None
+) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A folder, and its tensors as they are stored."""
+    model = factories.build(config or factories.llama_config())
+    stored_models.write(model, folder, stored_models.QUANTIZATIONS[name])
+    return folder, load_file(folder / "model.safetensors")
+
+
+def four_bits(words: torch.Tensor) -> torch.Tensor:
+    """The codes in words along the inputs, without an offset."""
+    return torch.tensor(
+        [[(word >> 4 * place & 15) - 8 for word in row for place in range(8)] for row in words.tolist()]
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("w8a8", "compressed-tensors, int-quantized"),
+        ("w4a16", "compressed-tensors, pack-quantized"),
+        ("fp8", "compressed-tensors, float-quantized"),
+    ],
+)
+def test_a_folder_of_compressed_tensors(tmp_path: Path, name: str, words: str, dtype: torch.dtype) -> None:
+    """llm-compressor stores scales in the model's dtype, and int8 codes down to -128."""
+    folder, tensors = folder_of(name, tmp_path / "base")
+    for scale in [each for each in tensors if each.endswith("weight_scale")]:
+        tensors[scale] = tensors[scale].to(dtype)
+    if name == "w8a8":
+        tensors[f"{DOWN}.weight"][5, 7] = -128
+    save_file(tensors, folder / "model.safetensors")
+    told: list[Any] = []
+    base = load_checkpoint(LoadSettings(base=str(folder)), progress=told.append)
+    scales = tensors[f"{DOWN}.weight_scale"].double()
+    codes = four_bits(tensors[f"{DOWN}.weight_packed"]) if name == "w4a16" else tensors[f"{DOWN}.weight"]
+    expected = codes.double() * scales.repeat_interleave(codes.shape[1] // scales.shape[1], 1)
+    found = base.weights.read(f"{DOWN}.weight")
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected.float())
+    assert base.origin.read_as == f"{words}, dequantized"
+    assert "quantization_config" not in base.config
+    assert any(f"the base is quantized ({words})" in event.text for event in told)
+
+
+@pytest.mark.parametrize("strategy", ["tensor", "block"])
+def test_other_scales_of_fp8_in_compressed_tensors(tmp_path: Path, strategy: str) -> None:
+    folder, tensors = folder_of("fp8 blocks" if strategy == "block" else "fp8", tmp_path / "base")
+    weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy, "block_structure": [128, 128]}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = stored_models.FP8 | {"config_groups": {"group_0": group}}
+    (folder / "config.json").write_text(json.dumps(config))
+    for scale in [each for each in tensors if "weight_scale" in each]:
+        found = tensors.pop(scale)
+        tensors[scale.removesuffix("_inv")] = torch.tensor([0.25]) if strategy == "tensor" else found
+    save_file(tensors, folder / "model.safetensors")
+    base = load_checkpoint(LoadSettings(base=str(folder)))
+    expected = tensors[f"{DOWN}.weight"].float() * tensors[f"{DOWN}.weight_scale"].reshape(-1, 1)
+    assert torch.equal(base.weights.read(f"{DOWN}.weight"), expected)
+
+
+def test_a_folder_of_deepseeks_fp8_is_what_transformers_loads(tmp_path: Path) -> None:
+    """transformers dequantizes it to bfloat16 where there is no GPU, and asks for whole blocks of one size."""
+    config = factories.llama_config(hidden_size=256, intermediate_size=384, num_key_value_heads=2)
+    folder, _ = folder_of("fp8 blocks", tmp_path / "base", config=config)
+    base = load_checkpoint(LoadSettings(base=str(folder)))
+    live = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    for name, value in live.named_parameters():
+        found = base.weights.read(name)
+        assert found.dtype == (torch.float32 if "_proj" in name else torch.bfloat16)
+        assert torch.equal(found.bfloat16(), value), name
+    assert base.origin.read_as == "FP8, blocks of 128 x 128, dequantized"
+
+
+def test_blocks_of_fp8_may_end_early(tmp_path: Path) -> None:
+    folder, tensors = folder_of("fp8 blocks", tmp_path, config=factories.llama_config(intermediate_size=320))
+    scales = tensors[f"{DOWN}.weight_scale_inv"]
+    assert scales.shape == (1, 3)
+    found = load_checkpoint(LoadSettings(base=str(folder))).weights.read(f"{DOWN}.weight")
+    assert torch.equal(found, tensors[f"{DOWN}.weight"].float() * scales.repeat_interleave(128, 1)[:, :320])
+
+
 @pytest.mark.parametrize(
     ("quantization", "message"),
     [
         ({"quant_method": "awq", "bits": 4}, "quant_method 'awq'"),
-        ({"quant_method": "fp8"}, "quant_method 'fp8'"),
-        (stored_models.W8A8, "quant_method 'compressed-tensors'"),
+        ({"quant_method": "fp8"}, "weight_block_size is None"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "no module of it holds codes"),
+        (stored_models.W8A8, "no module of it holds codes"),
+        (stored_models.W8A8 | {"format": "mixed-precision"}, "format is 'mixed-precision'"),
+        ({"quant_method": "modelopt"}, "bitsandbytes, gptq, compressed-tensors and fp8"),
         ({"bits": 4}, "quant_method None"),
         (stored_models.NF4, "no module of it holds codes"),
         (stored_models.GPTQ | {"bits": 5}, "5 bits"),
         (stored_models.GPTQ | {"checkpoint_format": "marlin"}, "'marlin'"),
         (stored_models.NF4 | {"load_in_8bit": True}, "exactly one of load_in_4bit and load_in_8bit"),
     ],
-    ids=["awq", "fp8", "compressed-tensors", "no method", "no codes", "5 bits", "marlin", "two sizes"],
+    ids=[
+        "awq",
+        "fp8",
+        "fp8 blocks",
+        "w8a8",
+        "mixed",
+        "modelopt",
+        "no method",
+        "no codes",
+        "5 bits",
+        "marlin",
+        "two sizes",
+    ],
 )
 def test_what_cannot_be_read_exactly_is_refused(tmp_path: Path, quantization: dict[str, Any], message: str) -> None:
     factories.save(factories.build(factories.llama_config()), tmp_path)

@@ -158,7 +158,7 @@ def test_every_scale_of_a_binade_comes_back() -> None:
         ({"weight_shape": torch.tensor([16, 0])}, "shape of a packed layer"),
         ({"weight_shape": torch.tensor([16, 72])}, "group_size"),
         ({"weight_packed": torch.zeros(16, 7, dtype=torch.int32)}, r"\[16, 8\]"),
-        ({"weight_scale": torch.ones(16, 2)}, "float16"),
+        ({"weight_scale": torch.ones(16, 2, dtype=torch.float64)}, "float16"),
         ({"weight_zero_point": None}, "missing"),
         ({"weight_g_idx": torch.full((64,), 2, dtype=torch.int32)}, "outside the 2 groups"),
         ({"weight_g_idx": torch.full((64,), -1, dtype=torch.int32)}, "outside the 2 groups"),

@@ -37,6 +37,8 @@ EXPECTED: dict[str, tuple[str, set[tuple[str, int, int]], str]] = {
     "fp4": ("FP4", {("fp4", 4, 64)}, "tiny-nf4"),
     "int8": ("LLM.int8", {("int8", 8, 64), ("int8", 8, 128)}, "int8"),
     "w8a8": ("compressed-tensors, int-quantized", {("w8a8", 8, 64), ("w8a8", 8, 128)}, "w8a8"),
+    "fp8": ("compressed-tensors, float-quantized", {("fp8", 8, 64), ("fp8", 8, 128)}, "fp8"),
+    "fp8 blocks": ("FP8, blocks of 128 x 128", {("fp8", 8, 64), ("fp8", 8, 128)}, "fp8"),
     "w4a16": ("compressed-tensors, pack-quantized", {("gptq", 4, 32)}, "tiny"),
 }
 """The method's name, each layer's method, bits and values that share a scale, and the profile that follows."""

@@ -31,7 +31,7 @@ from qexport.formats.compressed_tensors.reading import CompressedTensorsRules
 from qexport.formats.stored_weight import Scheme, SkipList
 from qexport.reading.safetensors_weights import SafetensorsWeights
 from quantized_models import QuantizedModel
-from stored_models import FP4, NF4, NF4_DOUBLE, QUANTIZATIONS, W4A16
+from stored_models import FP4, FP8, FP8_BLOCKS, NF4, NF4_DOUBLE, QUANTIZATIONS, W4A16
 
 UP = "model.layers.0.mlp.up_proj"
 STATE = f"{UP}.weight.quant_state.bitsandbytes__nf4"
@@ -170,6 +170,43 @@ def test_w8a8_means_codes_times_scale(tmp_path: Path) -> None:
         assert torch.equal(source.read(f"{UP}.weight"), expected)
 
 
+def test_fp8_means_codes_times_scale(tmp_path: Path) -> None:
+    """Scales in 16 bits are read as they are; int8 codes of other programs reach to -128."""
+    written(tmp_path / "a", "fp8")
+    tensors = load_file(tmp_path / "a" / "model.safetensors")
+    tensors[f"{UP}.weight_scale"] = tensors[f"{UP}.weight_scale"].bfloat16()
+    save_file(tensors, tmp_path / "a" / "model.safetensors")
+    with SafetensorsWeights(tmp_path / "a", dtype=torch.float32) as source:
+        expected = tensors[f"{UP}.weight"].float() * tensors[f"{UP}.weight_scale"].float()
+        assert torch.equal(source.read(f"{UP}.weight"), expected)
+        assert source.rounds_activations
+
+
+def test_blocks_of_fp8_mean_codes_times_the_blocks_scale(tmp_path: Path) -> None:
+    model = factories.build(factories.llama_config(hidden_size=192, num_attention_heads=4, intermediate_size=320))
+    stored_models.write(model, tmp_path / "a", FP8_BLOCKS)
+    tensors = load_file(tmp_path / "a" / "model.safetensors")
+    scales = tensors[f"{UP}.weight_scale_inv"]
+    assert scales.shape == (3, 2)
+    each = scales.repeat_interleave(128, 0)[:320].repeat_interleave(128, 1)[:, :192]
+    with SafetensorsWeights(tmp_path / "a", dtype=torch.float32) as source:
+        assert torch.equal(source.read(f"{UP}.weight"), tensors[f"{UP}.weight"].float() * each)
+        assert source.rounds_activations
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scales_of_sixteen_bits_and_codes_of_minus_128(tmp_path: Path, dtype: torch.dtype) -> None:
+    """llm-compressor rounds a row's least value to -128, and stores scales in the model's dtype."""
+    written(tmp_path / "a", "w8a8")
+    tensors = load_file(tmp_path / "a" / "model.safetensors")
+    tensors[f"{UP}.weight_scale"] = tensors[f"{UP}.weight_scale"].to(dtype)
+    tensors[f"{UP}.weight"][0, 0] = -128
+    save_file(tensors, tmp_path / "a" / "model.safetensors")
+    with SafetensorsWeights(tmp_path / "a", dtype=torch.float32) as source:
+        expected = tensors[f"{UP}.weight"].float() * tensors[f"{UP}.weight_scale"].float()
+        assert torch.equal(source.read(f"{UP}.weight"), expected)
+
+
 def test_w4a16_means_codes_less_eight_times_scale(tmp_path: Path) -> None:
     written(tmp_path / "a", "w4a16")
     tensors = load_file(tmp_path / "a" / "model.safetensors")
@@ -210,7 +247,7 @@ def change_state(**changes: Any) -> Callable[[dict[str, torch.Tensor]], None]:
 
 
 def fill(name: str, value: float) -> Callable[[dict[str, torch.Tensor]], object]:
-    return lambda tensors: tensors[name].view(-1)[:1].fill_(value)
+    return lambda tensors: tensors[name].view(-1)[:1].copy_(torch.tensor(value))
 
 
 def drop(name: str) -> Callable[[dict[str, torch.Tensor]], object]:
@@ -259,12 +296,19 @@ FAULTS: list[tuple[str, Callable[[dict[str, torch.Tensor]], object], str]] = [
     ("int8", drop(f"{UP}.weight_format"), "lacks weight_format"),
     ("int8", put(f"{UP}.weight_format", torch.tensor(1, dtype=torch.uint8)), "row-major"),
     ("int8", put(f"{UP}.weight", torch.zeros(128, 64)), "is not an int8 matrix"),
-    ("w8a8", fill(f"{UP}.weight", -128), "-128"),
     ("w8a8", fill(f"{UP}.weight_scale", torch.nan), "NaN"),
     ("w8a8", fill(f"{UP}.weight_scale", -1.0), "scale"),
     ("w8a8", drop(f"{UP}.weight"), "lacks weight"),
     ("w8a8", put(f"{UP}.weight", torch.zeros(128, 64)), "is not an int8 matrix"),
     ("w8a8", cut(f"{UP}.weight_scale"), "expected torch"),
+    ("fp8", fill(f"{UP}.weight", torch.nan), "NaN"),
+    ("fp8", fill(f"{UP}.weight_scale", torch.nan), "NaN"),
+    ("fp8", fill(f"{UP}.weight_scale", -1.0), "a scale is negative"),
+    ("fp8", put(f"{UP}.weight", torch.zeros(128, 64)), "is not a matrix in e4m3"),
+    ("fp8", cut(f"{UP}.weight_scale"), "expected torch"),
+    ("fp8 blocks", drop(f"{UP}.weight"), "lacks weight"),
+    ("fp8 blocks", fill(f"{UP}.weight_scale_inv", -1.0), "a scale is negative"),
+    ("fp8 blocks", put(f"{UP}.weight_scale_inv", torch.ones(2, 2)), "expected torch"),
     ("w8a8", put(f"{UP}.weight_zero_point", torch.zeros(1)), "not the model"),
     ("w4a16", put(f"{UP}.weight_shape", torch.tensor([64, 128])), "not the model"),
     ("w4a16", put(f"{UP}.weight_shape", torch.tensor([0, 64])), "is not a shape"),
@@ -295,6 +339,11 @@ def weights_scheme(**changes: Any) -> dict[str, Any]:
     return {"config_groups": {"group_0": group | {"weights": group["weights"] | changes}}}
 
 
+def float_scheme(**changes: Any) -> dict[str, Any]:
+    group = FP8["config_groups"]["group_0"]
+    return {"config_groups": {"group_0": group | {"weights": group["weights"] | changes}}}
+
+
 CONTRADICTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("nf4", {"load_in_4bit": False, "load_in_8bit": True}, "no layer is quantized"),
     ("nf4", {"load_in_8bit": True}, "exactly one"),
@@ -311,7 +360,7 @@ CONTRADICTIONS: list[tuple[str, dict[str, Any], str]] = [
         f"{UP}: quantized, but unquantized according to the config",
     ),
     ("nf4", {"llm_int8_skip_modules": []}, "lm_head: unquantized, but quantized according to the config"),
-    ("w8a8", {"format": "float-quantized"}, "format is 'float-quantized'"),
+    ("w8a8", {"format": "naive-quantized"}, "format is 'naive-quantized'"),
     ("w8a8", {"format": "pack-quantized"}, "no layer is quantized"),
     ("w8a8", {"kv_cache_scheme": {}}, "cache"),
     ("w8a8", {"config_groups": {}}, "config_groups must map"),
@@ -322,10 +371,22 @@ CONTRADICTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("w8a8", {"ignore": ["lm_head", "re:.*up_proj"]}, f"{UP}: quantized, but unquantized according to the config"),
     ("w8a8", {"ignore": ["re:(a+)+b"]}, "repeats"),
     ("w8a8", {"ignore": [1]}, "list of strings"),
+    ("fp8", {"ignore": ["lm_head", UP]}, f"{UP}: quantized, but unquantized according to the config"),
+    ("fp8", float_scheme(strategy="group"), "strategy"),
+    ("fp8", float_scheme(num_bits=4), "num_bits"),
+    ("fp8", float_scheme(symmetric=False), "symmetric"),
+    ("fp8", float_scheme(strategy="block", block_structure=[128]), "block_structure"),
+    ("fp8", float_scheme(dynamic=True), "dynamic"),
+    ("fp8 blocks", {"weight_block_size": None}, "weight_block_size is None"),
+    ("fp8 blocks", {"weight_block_size": [128, 0]}, "weight_block_size"),
+    ("fp8 blocks", {"activation_scheme": "static"}, "activation_scheme 'static'"),
+    ("fp8 blocks", {"fmt": "e5m2"}, "fmt 'e5m2'"),
+    ("fp8 blocks", {"modules_to_not_convert": [UP]}, f"{UP}: quantized, but unquantized according to the config"),
     ("w4a16", weights_scheme(num_bits=8), "expected torch"),
     ("w4a16", weights_scheme(num_bits=3), "num_bits"),
     ("w4a16", weights_scheme(num_bits=True), "num_bits"),
-    ("w4a16", weights_scheme(type="float"), "type"),
+    ("w4a16", weights_scheme(type="uint"), "type"),
+    ("w4a16", weights_scheme(type="float"), "num_bits, strategy"),
     ("w4a16", weights_scheme(group_size=16), "expected torch"),
     ("w4a16", weights_scheme(group_size=0), "group_size"),
     ("w4a16", weights_scheme(strategy="tensor"), "strategy"),

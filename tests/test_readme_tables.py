@@ -36,7 +36,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"
 
 WIDE = {
     "llama": factories.llama_config(
-        hidden_size=128, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2
+        hidden_size=128, intermediate_size=256, num_attention_heads=4, num_key_value_heads=4
     ),
     "phi 3": Phi3Config(**(factories.FAMILIES["phi 3"].to_dict() | dict(hidden_size=128, intermediate_size=256))),
 }

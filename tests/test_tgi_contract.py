@@ -23,6 +23,7 @@ from qexport.errors import QexportError
 from qexport.export.served import Rule, Server
 from qexport.export.tgi.rules import TGI
 from qexport.export.tgi.served import ServedByTgi
+from qexport.quantizing.fp8 import Fp8
 from qexport.quantizing.nf4 import Nf4
 from qexport.quantizing.none import NoQuantization
 from qexport.quantizing.w8a8 import W8a8
@@ -38,6 +39,7 @@ MODELS = {
     "one group": TgiModel(llama(), gptq_method(group_size=-1)),
     "16-bit": TgiModel(llama(), NoQuantization(method="none")),
     "w8a8": TgiModel(llama(), W8a8(method="w8a8")),
+    "fp8": TgiModel(llama(), Fp8()),
     "nf4": TgiModel(llama(), Nf4(method="nf4")),
     "falcon": TgiModel(falcon()),
     "falcon 40b": TgiModel(falcon_40b()),
@@ -226,15 +228,23 @@ FAULTS: list[tuple[str, str, Plant]] = [
     ("weights are 16-bit where nothing says otherwise", "gptq", config(drop="quantization_config")),
     ("weights are 16-bit where nothing says otherwise", "16-bit",
      replace_tensor(f"{UP}.weight", lambda weight: weight.to(torch.uint8))),
-    ("compressed-tensors: the config is one of int8 weights", "w8a8",
+    ("compressed-tensors: the config is one of 8-bit weights", "w8a8",
      config(within="quantization_config", format="pack-quantized")),
-    ("compressed-tensors: the config is one of int8 weights", "w8a8",
+    ("compressed-tensors: the config is one of 8-bit weights", "w8a8",
      config(within="quantization_config", quantization_status="initialized")),
+    ("compressed-tensors: the config is one of 8-bit weights", "fp8",
+     config(within="quantization_config", format="int-quantized")),
+    ("compressed-tensors: every 8-bit weight has its scales", "fp8",
+     tensors(lambda content: content.pop(f"{UP}.weight_scale"))),
+    ("compressed-tensors: what is not quantized is ignored", "fp8",
+     replace_tensor(f"{UP}.weight", lambda weight: weight.half())),
+    ("compressed-tensors: the kernel takes every layer", "fp8",
+     replace_tensor(f"{UP}.weight", lambda weight: weight[:-8])),
     ("compressed-tensors: what is not quantized is ignored", "w8a8",
      replace_tensor(f"{UP}.weight", lambda weight: weight.half())),
-    ("compressed-tensors: every int8 weight has its scales", "w8a8",
+    ("compressed-tensors: every 8-bit weight has its scales", "w8a8",
      tensors(lambda content: content.pop(f"{UP}.weight_scale"))),
-    ("compressed-tensors: every int8 weight has its scales", "w8a8",
+    ("compressed-tensors: every 8-bit weight has its scales", "w8a8",
      replace_tensor(f"{UP}.weight_scale", lambda scale: scale.reshape(1, -1))),
     ("compressed-tensors: the kernel takes every layer", "w8a8",
      replace_tensor(f"{UP}.weight", lambda weight: weight[:-8])),
@@ -370,7 +380,7 @@ def test_a_folder_that_says_it_is_quantized_and_has_no_codes_breaks_a_rule(good:
     codes = without_tensors(good["gptq"], ".qweight", ".qzeros", ".scales", ".g_idx")
     assert "GPTQ: every linear of the blocks is quantized" in broken(good["gptq"], specs=codes)
     rows = without_tensors(good["w8a8"], "_proj.weight", "_proj.weight_scale")
-    assert "compressed-tensors: every int8 weight has its scales" in broken(good["w8a8"], specs=rows)
+    assert "compressed-tensors: every 8-bit weight has its scales" in broken(good["w8a8"], specs=rows)
 
 
 @pytest.mark.parametrize(
@@ -387,7 +397,7 @@ def test_int8_scales_are_numbers_for_each_row(
     shape: tuple[int, ...], dtype: torch.dtype, read: bool, good: Mapping[str, Path]
 ) -> None:
     scales = {f"{UP}.weight_scale": TensorSpec(shape, dtype)}
-    expected = set() if read else {"compressed-tensors: every int8 weight has its scales"}
+    expected = set() if read else {"compressed-tensors: every 8-bit weight has its scales"}
     assert broken(good["w8a8"], specs=scales) == expected
 
 
@@ -409,7 +419,7 @@ def test_int8_configs_say_what_tgis_loader_asks_for(
     changes: dict[str, Any], read: bool, good: Mapping[str, Path]
 ) -> None:
     quantization = {**_read(good["w8a8"]).quantization, **changes}
-    expected = set() if read else {"compressed-tensors: the config is one of int8 weights"}
+    expected = set() if read else {"compressed-tensors: the config is one of 8-bit weights"}
     assert broken(good["w8a8"], quantization_config=quantization) == expected
 
 

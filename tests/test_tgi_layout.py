@@ -31,6 +31,7 @@ from qexport.export.tgi.kernels import Codes, choose_sym, fault, kernel
 from qexport.export.tgi.launch import ENVIRONMENT
 from qexport.export.tgi.rules import TGI
 from qexport.export.tgi.served import ServedByTgi
+from qexport.quantizing.fp8 import Fp8
 from qexport.quantizing.int8 import Int8
 from qexport.quantizing.nf4 import Nf4
 from qexport.quantizing.none import NoQuantization
@@ -48,6 +49,7 @@ NONE = NoQuantization(method="none")
 NF4 = Nf4(method="nf4")
 INT8 = Int8(method="int8")
 W8A8 = W8a8(method="w8a8")
+FP8 = Fp8()
 
 FALCON_7B = [
     ServedLinear((name,), ((out_features, in_features),), row, False)
@@ -69,7 +71,9 @@ def settings_of(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("config", [llama(), falcon(), falcon_40b()], ids=["llama", "falcon", "falcon 40b"])
-@pytest.mark.parametrize("method", [gptq_method(), NONE, NF4, INT8, W8A8], ids=["gptq", "none", "nf4", "int8", "w8a8"])
+@pytest.mark.parametrize(
+    "method", [gptq_method(), NONE, NF4, INT8, W8A8, FP8], ids=["gptq", "none", "nf4", "int8", "w8a8", "fp8"]
+)
 def test_every_method_gives_a_folder_that_keeps_every_rule(
     config: PretrainedConfig, method: Any, tmp_path: Path
 ) -> None:
@@ -154,6 +158,7 @@ def test_a_packed_layer_never_goes_to_exllama() -> None:
         (TgiModel(factories.llama_config(hidden_size=96), gptq_method(group_size=16, sym=False)), "groups of 16"),
         (TgiModel(NEOX), "multiplied in the wrong order"),
         (TgiModel(NEOX, W8A8), "multiplied in the wrong order"),
+        (TgiModel(llama(), Fp8(strategy="block")), "quant_method is 'fp8'"),
         (TgiModel(Qwen3Config(**SMALL, head_dim=32)), "takes 16-bit weights"),
         (TgiModel(Qwen3Config(**SMALL, head_dim=32), NF4), "takes 16-bit weights"),
         (TgiModel(MixtralConfig(**SMALL, num_local_experts=2)), "experts have their own kernels and names"),

@@ -16,14 +16,14 @@ from qexport.errors import QexportError
 from qexport.export.vllm.rules import VLLM
 
 Q0, UP0 = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
+KINDS = ("gptq", "w4a16", "asymmetric", "w8a8", "fp8", "blocks", "none", "falcon", "gpt2")
 EXPERT = "model.layers.0.mlp.experts.0.up_proj"
 
 
 @pytest.fixture(scope="module")
 def intact(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("intact")
-    kinds = ("gptq", "w4a16", "asymmetric", "w8a8", "none", "falcon", "gpt2")
-    return {kind: vllm_folders.write(root / kind, kind) for kind in kinds}
+    return {kind: vllm_folders.write(root / kind, kind) for kind in KINDS}
 
 
 def copied(source: Path, target: Path) -> Path:
@@ -35,7 +35,7 @@ def copied(source: Path, target: Path) -> Path:
     return target
 
 
-@pytest.mark.parametrize("kind", ["gptq", "w4a16", "asymmetric", "w8a8", "none", "falcon", "gpt2"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_the_layout_writes_passes_every_check(kind: str, intact: dict[str, Path]) -> None:
     assert [check for check in VLLM.check(intact[kind]) if not check.passed] == []
 
@@ -113,13 +113,13 @@ FAULTS: list[tuple[str, Callable[[Path], object], str]] = [
     ("gptq", quantization(group_size=16), "of a size that is read"),
     ("gptq", config(lambda content: content.update(dtype="float32")), "used with 16-bit weights"),
     ("w4a16", config(lambda content: content.update(dtype="float32")), "used with 16-bit weights"),
-    ("w4a16", group(actorder="group"), "W8A8 or W4A16"),
-    ("w4a16", group(num_bits=8), "W8A8 or W4A16"),
-    ("w8a8", group(symmetric=False), "W8A8 or W4A16"),
-    ("w8a8", group(input_activations=None), "W8A8 or W4A16"),
-    ("w8a8", group(strategy="tensor"), "W8A8 or W4A16"),
-    ("w4a16", group(type="float"), "W8A8 or W4A16"),
-    ("w4a16", group(input_activations={"num_bits": 8}), "W8A8 or W4A16"),
+    ("w4a16", group(actorder="group"), "W8A8, FP8 or W4A16"),
+    ("w4a16", group(num_bits=8), "W8A8, FP8 or W4A16"),
+    ("w8a8", group(symmetric=False), "W8A8, FP8 or W4A16"),
+    ("w8a8", group(input_activations=None), "W8A8, FP8 or W4A16"),
+    ("w8a8", group(strategy="tensor"), "W8A8, FP8 or W4A16"),
+    ("w4a16", group(type="float"), "W8A8, FP8 or W4A16"),
+    ("w4a16", group(input_activations={"num_bits": 8}), "W8A8, FP8 or W4A16"),
     ("none", lambda folder: (folder / "tokenizer.json").unlink(), "there is a tokenizer"),
     ("none", engine(max_model_len=100_000), "the model's longest sequence"),
     ("none", engine(tensor_parallel_size=3), "split the heads evenly"),
@@ -147,6 +147,16 @@ FAULTS: list[tuple[str, Callable[[Path], object], str]] = [
     ("w8a8", tensors(lambda stored: stored.pop(f"{UP0}.weight_scale")), "W8A8 layers have"),
     ("w8a8", tensors(lambda stored: stored.update({f"{UP0}.weight": torch.ones(128, 64)})), "W8A8 layers have"),
     ("w8a8", tensors(lambda stored: stored.update({f"{UP0}.weight_scale": torch.ones(128, 1).int()})), "W8A8 layers"),
+    ("fp8", group(type="int"), "W8A8, FP8 or W4A16"),
+    ("fp8", group(input_activations=None), "W8A8, FP8 or W4A16"),
+    ("fp8", config(lambda content: content["quantization_config"]["ignore"].append(UP0)), "are quantized alike"),
+    ("fp8", tensors(lambda stored: stored.pop(f"{UP0}.weight_scale")), "FP8 layers have"),
+    ("fp8", tensors(lambda stored: stored.update({f"{UP0}.weight": torch.ones(128, 64)})), "FP8 layers have"),
+    ("blocks", tensors(lambda stored: stored.pop(f"{UP0}.weight_scale_inv")), "FP8 layers have"),
+    ("blocks", tensors(lambda stored: stored.update({f"{UP0}.weight_scale_inv": torch.ones(2, 2)})), "FP8 layers have"),
+    ("blocks", quantization(weight_block_size=[64, 64]), "do not span joined layers"),
+    ("blocks", quantization(activation_scheme="static"), "can be followed"),
+    ("blocks", quantization(modules_to_not_convert=["lm_head", UP0]), "are quantized alike"),
     ("w4a16", tensors(lambda stored: stored.pop(f"{UP0}.weight_shape")), "W4A16 layers have"),
     ("w4a16", tensors(lambda stored: stored.update({f"{UP0}.weight_packed": torch.zeros(128, 8)})), "W4A16 layers"),
     ("asymmetric", tensors(lambda stored: stored.pop(f"{UP0}.weight_zero_point")), "W4A16 layers have"),

@@ -7,11 +7,12 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from ruamel.yaml import YAML
+from transformers import PretrainedConfig
 
 import factories
 import vllm_folders
@@ -23,10 +24,11 @@ from qexport.export.layouts import SafetensorsLayout
 from qexport.export.vllm.families import SplitLinear, degrees
 from qexport.export.vllm.launch import VllmLaunch, launch_files, max_model_len
 from qexport.export.vllm.layout import VllmLayout
+from qexport.quantizing.fp8 import Fp8
 from qexport.quantizing.int8 import Int8
 from qexport.quantizing.nf4 import Nf4
 from quantized_models import QuantizedModel, gptq_method
-from vllm_folders import Form, layout, llama
+from vllm_folders import CONFIGS, Form, layout, llama
 
 Q0, DOWN0, UP0 = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj"
 EXPERT = "model.layers.0.block_sparse_moe.experts.0.w1"
@@ -66,6 +68,38 @@ def test_bitsandbytes_is_refused(method: Nf4 | Int8) -> None:
     with pytest.raises(CompatibilityError, match="vLLM") as caught:
         layout(model, outputs=method.plan(model.checkpoint))
     assert "dropped bitsandbytes in 0.28" in str(caught.value)
+
+
+@pytest.mark.parametrize("strategy", ["channel", "block"])
+@pytest.mark.parametrize(("skipped", "refused"), [("*.k_proj", True), ("*.gate_proj", True), ("*.o_proj", False)])
+def test_layers_in_fp8_that_vllm_joins_are_quantized_together(
+    strategy: Literal["channel", "block"], skipped: str, refused: bool
+) -> None:
+    model = QuantizedModel(factories.build(CONFIGS["blocks"]()))
+    outputs = Fp8(strategy=strategy, skip_modules=[skipped]).plan(model.checkpoint)
+    if not refused:
+        assert layout(model, outputs=outputs).quantization
+        return
+    with pytest.raises(CompatibilityError, match="cannot be quantized in two ways"):
+        layout(model, outputs=outputs)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (factories.llama_config(hidden_size=192, intermediate_size=256), "q_proj: 192 outputs are no multiple of 128"),
+        (factories.llama_config(hidden_size=256, intermediate_size=192), "gate_proj: 192 outputs are no multiple of"),
+        (factories.falcon_config(hidden_size=256), "blocks of layers that are stored joined were not tried"),
+        (factories.mixtral_config(), "outputs of an expert are no multiple of 128"),
+    ],
+    ids=["q", "gate", "falcon", "experts"],
+)
+def test_blocks_of_fp8_do_not_span_joined_layers(config: PretrainedConfig, words: str) -> None:
+    model = QuantizedModel(factories.build(config))
+    with pytest.raises(CompatibilityError) as caught:
+        layout(model, outputs=Fp8(strategy="block").plan(model.checkpoint))
+    assert words in str(caught.value)
+    assert "strategy: channel" in str(caught.value.mend)
 
 
 @pytest.mark.parametrize(
@@ -278,6 +312,8 @@ def test_degrees_leave_whole_heads_and_groups(config: dict[str, Any], group_size
         (SplitLinear("a.up_proj", 32, 64, 64, False), [1, 2, 4, 8, 16]),
         (SplitLinear("a.up_proj", 24, 64, None, False), [1, 2, 4, 8]),
         (SplitLinear("a.k_proj", 3, 64, None, True), [1, 2, 4, 8, 16]),  # goes by the heads
+        (SplitLinear("a.k_proj", 256, 256, 128, False, 128), [1, 2]),  # whole blocks
+        (SplitLinear("a.up_proj", 512, 256, 128, False, 128), [1, 2, 4]),
     ],
 )
 @pytest.mark.parametrize("others", [(), (SplitLinear("b.up_proj", 4096, 4096, None, True),)])

@@ -138,6 +138,8 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "fp4": {"method": "nf4", "quant_type": "fp4", "block_size": 128},
     "int8": {"method": "int8"},
     "w8a8": {"method": "w8a8"},
+    "fp8": {"method": "fp8"},
+    "fp8 blocks": {"method": "fp8", "strategy": "block"},
     "none": {"method": "none"},
 }
 LAYOUTS: Mapping[str, Mapping[str, Any]] = {
@@ -157,7 +159,7 @@ CASES = [
     ("none", "onnx float16"),
     ("w8a8", "vllm"),
 ]
-EXACT = ("nf4", "fp4", "int8", "w8a8")
+EXACT = ("nf4", "fp4", "int8", "w8a8", "fp8", "fp8 blocks")
 
 
 @pytest.fixture(scope="module")
@@ -335,7 +337,7 @@ def test_outputs_are_those_on_the_references_own_inputs(made: Made) -> None:
     assert all(ratio is not None and ratio < 1 for ratio in ratios), "GPTQ makes the outputs' errors smaller"
 
 
-@pytest.mark.parametrize("method", ["nf4", "w8a8"])
+@pytest.mark.parametrize("method", ["nf4", "w8a8", "fp8", "fp8 blocks"])
 def test_codes_that_the_method_does_not_give_are_judged_by_their_error(made: Made, tmp_path: Path, method: str) -> None:
     """Two rows exchanged: as large as before, and all codes in range."""
     name = f"{LAYER}.o_proj.weight"
@@ -344,7 +346,7 @@ def test_codes_that_the_method_does_not_give_are_judged_by_their_error(made: Mad
         rows = found[name].view(64, -1) if method == "nf4" else found[name]
         rows[[3, 9]] = rows[[9, 3]]
 
-    layout = "safetensors" if method == "nf4" else "vllm"
+    layout = "vllm" if method == "w8a8" else "safetensors"
     compared = made.compared(copied(made.artifact(method, layout), tmp_path / "copy", change))
     assert f"{LAYER}.o_proj: " in reason(compared)
     (inexact,) = [layer for layer in compared.record.layers if not layer.exact]

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from transformers import PretrainedConfig
 
 import factories
 from qexport.export import VllmSettings
 from qexport.export.vllm.layout import VllmLayout
 from qexport.formats import Outputs
+from qexport.quantizing.fp8 import Fp8
 from qexport.quantizing.method import PassInputs
 from qexport.quantizing.none import NoQuantization
 from qexport.quantizing.w8a8 import W8a8
 from quantized_models import QuantizedModel, gptq_method
 
 Form = Literal["gptq", "compressed-tensors"]
-CONFIGS = {"gpt2": factories.gpt2_config}
+CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
+    "gpt2": factories.gpt2_config,
+    "blocks": lambda: factories.llama_config(hidden_size=256, num_key_value_heads=2),
+}
+ROUNDED: dict[str, W8a8 | Fp8 | NoQuantization] = {
+    "w8a8": W8a8(method="w8a8"),
+    "fp8": Fp8(),
+    "blocks": Fp8(strategy="block"),
+    "none": NoQuantization(method="none"),
+    "gpt2": NoQuantization(method="none"),
+}
 
 
 def llama(**changes: Any) -> QuantizedModel:
@@ -30,12 +43,13 @@ def layout(model: QuantizedModel, form: Form = "gptq", outputs: Outputs | None =
 
 
 def write(folder: Path, kind: str) -> Path:
-    """`gptq`, `w4a16`, `asymmetric`, `w8a8`, `none`, `falcon`, or `gpt2` with nothing quantized."""
+    """`gptq`, `w4a16`, `asymmetric`, `w8a8`, `fp8`, `blocks` of FP8, `none`, `falcon`, or `gpt2` with nothing
+    quantized.
+    """
     folder.mkdir()
-    if kind in CONFIGS or kind in ("w8a8", "none"):
-        settings = W8a8(method="w8a8") if kind == "w8a8" else NoQuantization(method="none")
+    if kind in ROUNDED:
         config = CONFIGS[kind]() if kind in CONFIGS else factories.llama_config()
-        return _write_rounded(folder, QuantizedModel(factories.build(config)), settings)
+        return _write_rounded(folder, QuantizedModel(factories.build(config)), ROUNDED[kind])
     model = llama(method=gptq_method(sym=kind != "asymmetric"))
     if kind == "falcon":
         model = QuantizedModel(factories.build(factories.falcon_config()))
@@ -48,7 +62,7 @@ def write(folder: Path, kind: str) -> Path:
     return folder
 
 
-def _write_rounded(folder: Path, model: QuantizedModel, settings: W8a8 | NoQuantization) -> Path:
+def _write_rounded(folder: Path, model: QuantizedModel, settings: W8a8 | Fp8 | NoQuantization) -> Path:
     outputs = settings.plan(model.checkpoint)
     made = layout(model, outputs=outputs)
     writer = made.weights.writer(folder)

@@ -120,6 +120,7 @@ _WITH_GPTQMODEL: Final = "transformers + gptqmodel"
 _WITH_BITSANDBYTES: Final = "transformers + bitsandbytes"
 _WITH_COMPRESSED: Final = "transformers + compressed-tensors"
 _WHOLE_BLOCKS: Final = "not on CPUs with AVX512-BF16, where it asks for inputs in multiples of the block size"
+_FP8_BLOCK: Final = 128
 _AT_RANDOM: Final = "at random, with only a warning"
 
 
@@ -154,6 +155,21 @@ def _is_misread_with_avx512(folder: Folder) -> bool:
 
 def _has_blocks_across_rows(folder: Folder) -> bool:
     return folder.method == "bitsandbytes" and folder.blocks_cross_rows
+
+
+def _blocks_of_sides(folder: Folder) -> set[tuple[int, int]]:
+    """The sides of matrices in blocks of FP8, each with the number of its blocks."""
+    sides = {side for shape in folder.shapes.values() for side in shape} if folder.method == "fp8" else set()
+    return {(side, -(-side // _FP8_BLOCK)) for side in sides}
+
+
+def _has_undivided_blocks(folder: Folder) -> bool:
+    return any(side % blocks for side, blocks in _blocks_of_sides(folder))
+
+
+def _has_misread_blocks(folder: Folder) -> bool:
+    """Transformers takes the side over the number of blocks for the size of a block (`Fp8Dequantize`, 5.23)."""
+    return any(blocks > 1 and side % _FP8_BLOCK for side, blocks in _blocks_of_sides(folder))
 
 
 def _in_layout(name: str) -> Callable[[Folder], bool]:
@@ -220,7 +236,13 @@ _TABLE: Final = (
     _Row(_WITH_BITSANDBYTES, _is("bitsandbytes"), "yes"),
     _Row(_WITH_COMPRESSED, _is_falcon("compressed-tensors"), "no", "it does not take FalconLinear for a linear layer"),
     _Row(_WITH_COMPRESSED, _is("compressed-tensors", format="int-quantized"), "yes"),
+    _Row(_WITH_COMPRESSED, _is("compressed-tensors", format="float-quantized"), "yes"),
     _Row(_WITH_COMPRESSED, _is("compressed-tensors"), "untried"),
+    _Row(TRANSFORMERS, _is_falcon("fp8"), "untried"),
+    _Row(TRANSFORMERS, _has_quantized_experts("fp8"), "untried", "experts are quantized"),
+    _Row(TRANSFORMERS, _has_undivided_blocks, "no", "without a GPU it cannot divide a matrix into its blocks"),
+    _Row(TRANSFORMERS, _has_misread_blocks, "wrong", "without a GPU it takes blocks of another size than 128 x 128"),
+    _Row(TRANSFORMERS, _is("fp8"), "yes", "dequantized to bfloat16 where there is no GPU"),
     _Row(QEXPORT, _is_graph, "yes", "with qexport[onnx]"),
     _Row(QEXPORT, _always, "yes"),
     _Row("vLLM", _is_graph, "no", "it reads safetensors files"),

@@ -23,7 +23,7 @@ from qexport.tensors import TensorRecord, TensorSpec
 from qexport.tensors.safetensors_file import SafetensorsFile
 from qexport.tensors.safetensors_index import INDEX_NAME
 
-_CODES: Final = (torch.uint8, torch.int8, torch.int32)
+_CODES: Final = (torch.uint8, torch.int8, torch.float8_e4m3fn, torch.int32)
 """The dtypes of codes, which no unquantized parameter has."""
 
 

@@ -11,7 +11,8 @@ import torch
 from qexport.errors import InputError
 from qexport.formats.bitsandbytes.four_bit import FourBitFormat
 from qexport.formats.bitsandbytes.llm_int8 import LlmInt8Format
-from qexport.formats.compressed_tensors import W8A8Format
+from qexport.formats.block_fp8 import BlockFp8Format
+from qexport.formats.compressed_tensors import FloatQuantizedFormat, W8A8Format
 from qexport.formats.format import FormatReader, MethodFormat, Specs, quantized_modules
 from qexport.formats.gptq import GptqFormat
 from qexport.formats.merged import MergedFormat
@@ -20,6 +21,8 @@ from qexport.tensors import QuantizedSpec, TensorSpec
 
 __all__ = [
     "FORMATS",
+    "BlockFp8Format",
+    "FloatQuantizedFormat",
     "Format",
     "FourBitFormat",
     "GptqFormat",
@@ -30,7 +33,7 @@ __all__ = [
     "reader_of",
 ]
 
-Format = MergedFormat | GptqFormat | FourBitFormat | LlmInt8Format | W8A8Format
+Format = MergedFormat | GptqFormat | FourBitFormat | LlmInt8Format | W8A8Format | FloatQuantizedFormat | BlockFp8Format
 """How a method's weights are stored, with the settings of the method that the files state."""
 
 FORMATS: Final[tuple[type[MethodFormat], ...]] = get_args(Format)

@@ -12,10 +12,18 @@ from qexport.architectures.structure import Structure
 from qexport.errors import InputError, listed
 from qexport.formats.format import Card, Specs
 from qexport.formats.stored_weight import StoredWeight
-from qexport.tensors import GroupQuantizedSpec, OutputSpec, QuantizedSpec, TensorRecord, TensorSpec, WeightSource
+from qexport.tensors import (
+    Float8QuantizedSpec,
+    GroupQuantizedSpec,
+    OutputSpec,
+    QuantizedSpec,
+    TensorRecord,
+    TensorSpec,
+    WeightSource,
+)
 
 _QUANTIZED_PARTS: Final = (
-    ".qweight", ".SCB", ".weight.absmax", ".weight_packed", ".weight_scale",
+    ".qweight", ".SCB", ".weight.absmax", ".weight_packed", ".weight_scale", ".weight_scale_inv",
 )  # fmt: skip
 
 
@@ -30,7 +38,7 @@ class MergedFormat:
         """The merged parameter."""
         if isinstance(spec, TensorSpec):
             return {name: spec}
-        assert not isinstance(spec, GroupQuantizedSpec)
+        assert not isinstance(spec, GroupQuantizedSpec | Float8QuantizedSpec)
         return {name: TensorSpec(spec.shape[::-1] if spec.transposed else spec.shape, spec.dtype)}
 
     def tensors(self, record: TensorRecord) -> dict[str, torch.Tensor]:

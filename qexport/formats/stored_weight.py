@@ -11,6 +11,7 @@ import torch
 
 from qexport.errors import InputError
 from qexport.tensors import GroupQuantizedSpec, Quantized, TensorSpec
+from qexport.tensors.float8 import Block
 from qexport.tensors.input_rounding import InputRounding
 
 _REPETITION: Final = re.compile(r"(?<!\\)[*+?{]")
@@ -74,26 +75,32 @@ class SkipList:
 
 WHERE: Final = "config.json: quantization_config"
 
+SCALE_DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32)
+"""Of scales in the folders of compressed-tensors and DeepSeek."""
+
 Tensors = Mapping[str, torch.Tensor]
 """The tensors of one module, by their names inside it: `qweight`, or `weight.absmax`."""
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How to read a module's codes. `group_size` is -1 for one group per row; with `int8_inputs` servers round the
-    inputs to int8, each token with a scale of its own.
+    """How to read a module's codes.
+
+    Attributes:
+        bits: bits per code.
+        group_size: inputs per group; -1 for one group per row.
+        sym: the codes are symmetric.
+        desc_act: the groups follow activation order.
+        block: the rows and columns that share a scale, where codes are floating-point numbers; None for integers.
+        input_rounding: how servers round the inputs; None if they do not.
     """
 
     bits: int
     group_size: int
     sym: bool
     desc_act: bool
-    int8_inputs: bool = False
-
-    @property
-    def input_rounding(self) -> InputRounding | None:
-        """See `StoredLayer`."""
-        return InputRounding() if self.int8_inputs else None
+    block: Block | None = None
+    input_rounding: InputRounding | None = None
 
 
 @dataclass(frozen=True)
@@ -220,6 +227,11 @@ def check_specs(tensors: Tensors, specs: Mapping[str, TensorSpec], module: str) 
                 where=place(module, name),
                 mend="check the quantization config against the tensors",
             )
+
+
+def widened(scales: torch.Tensor) -> torch.Tensor:
+    """Scales in float32, which holds the values of every dtype that programs store them in; others stay as they are."""
+    return scales.to(torch.float32) if scales.dtype in SCALE_DTYPES else scales
 
 
 def place(module: str, name: str) -> str:

@@ -61,6 +61,7 @@ PROFILES: Final[Mapping[ProfileName, Profile]] = {
     "gptq-8bit": _profile(0.01, 1.01, 0.92, 0.005, "four times 8-bit GPTQ of a model of 135M"),
     "int8": _profile(0.02, 1.02, 0.9, 0.01, "four times LLM.int8 of a model of 135M"),
     "w8a8": _profile(0.1, 1.05, 0.83, 0.05, "three times W8A8 of a model of 135M, activations rounded"),
+    "fp8": _profile(0.1, 1.1, 0.83, 0.05, "three times FP8 of a model of 135M, activations rounded"),
     "gptq-4bit": _profile(0.12, 1.12, 0.82, 0.05, "below 3B: GPTQ's perplexity ratios of 125M to 1.3B"),
     "gptq-4bit-3b": _profile(0.06, 1.06, 0.88, 0.025, "3B and more: twice q4_K_M of Llama 3 8B"),
     "gptq-4bit-30b": _profile(0.03, 1.04, 0.91, 0.015, "30B and more: half of what models of 3B may drift"),

@@ -1,7 +1,7 @@
 """A base that is quantized already, read as what it dequantizes to. One tensor at a time; nothing is rounded again.
 
-bitsandbytes' 4 bits dequantize to the dtype that was quantized, as `dequantize_4bit` does; its int8 and GPTQ's codes to
-float32, which holds every value of theirs.
+bitsandbytes' 4 bits dequantize to the dtype that was quantized, as `dequantize_4bit` does; all other codes to float32,
+in which code and scale are multiplied. Libraries that multiply in the dtype of the scales round once more.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qexport.reading.filled_model import dequantize
 from qexport.tensors import BlockQuantizedSpec, GroupQuantizedSpec, RowQuantized
 from qexport.tensors.source import TensorSpec, is_finite
 
-READ: Final = ("bitsandbytes", "gptq")
+READ: Final = ("bitsandbytes", "gptq", "compressed-tensors", "fp8")
 """The methods whose codes say exactly what each weight is."""
 
 _MEND: Final = "name the 16-bit model that it was made from"
@@ -40,7 +40,7 @@ def take_quantization(config: dict[str, Any], where: str) -> dict[str, Any] | No
     """
     inner = [value for value in config.values() if isinstance(value, Mapping)]
     if any(each.get("quantization_config") for each in inner) or _compressed([config, *inner]):
-        raise _not_read("of a part of the model, or of compressed-tensors", where)
+        raise _not_read("in a part of the model, or by an old version of compressed-tensors", where)
     found = config.pop("quantization_config", None)
     if not found:
         return None
@@ -56,8 +56,8 @@ def _compressed(parts: list[Mapping[str, Any]]) -> bool:
 
 def _not_read(how: str, where: str) -> InputError:
     return InputError(
-        f"the base is quantized already {how}; qexport reads bases of {' and '.join(READ)} as what they dequantize to, "
-        "and no others",
+        f"the base is quantized already {how}; qexport reads bases of {', '.join(READ[:-1])} and {READ[-1]} as what "
+        "they dequantize to, and no others",
         where=f"{where}: quantization_config",
         mend=_MEND,
     )
@@ -136,7 +136,10 @@ class DequantizedSource:
             return self._stored.read(name)
         weight = self._modules[module]
         codes = weight.quantized({part: self._finite(f"{module}.{part}") for part in weight.parts})
-        matrix = llm_int8.dequantize(codes) if isinstance(codes, RowQuantized) else dequantize(codes, _dtype(weight))
+        if isinstance(codes, RowQuantized) and isinstance(weight, llm_int8.LlmInt8Weight):
+            matrix = llm_int8.dequantize(codes)
+        else:
+            matrix = dequantize(codes, _dtype(weight))
         return matrix.t().contiguous() if module in self._transposed else matrix
 
     def _finite(self, name: str) -> torch.Tensor:

@@ -16,6 +16,7 @@ from qexport.architectures.structure import Structure
 from qexport.formats import Outputs
 from qexport.formats.bitsandbytes.four_bit_codes import quantize as quantize_blocks
 from qexport.progress import Progress
+from qexport.quantizing.float8 import float8
 from qexport.quantizing.method import PassInputs, RoundingMethod
 from qexport.quantizing.row_int8 import llm_int8, w8a8
 from qexport.quantizing.selection import notes_on_experts, select_rounded
@@ -24,6 +25,7 @@ from qexport.records import LayerRecord
 from qexport.tensors import (
     BlockQuantized,
     BlockQuantizedSpec,
+    Float8Quantized,
     GroupQuantized,
     GroupQuantizedSpec,
     NestedAbsmax,
@@ -82,8 +84,9 @@ Rounding = Callable[[torch.Tensor], Quantized]
 
 
 def rounding_of(weight: torch.Tensor, quantized: Quantized) -> Rounding | None:
-    """How codes were found, if they are exactly those that nf4, int8 or w8a8 computes; else None. None for codes in
-    groups along the inputs, whose grids depend on more than the weights.
+    """How codes were found, if they are exactly those that nf4, int8, w8a8 or fp8 computes; else None.
+
+    None for codes in groups along the inputs, whose grids depend on more than the weights.
 
     Args:
         weight: the merged matrix [out, in].
@@ -96,6 +99,9 @@ def rounding_of(weight: torch.Tensor, quantized: Quantized) -> Rounding | None:
         return rounding if same and _same_nested(found.nested, quantized.nested) else None
     if isinstance(quantized, RowQuantized):
         return next((each for each in _row_methods(weight) if _same_rows(each(weight), quantized)), None)
+    if isinstance(quantized, Float8Quantized):
+        nearest = partial(float8, block=quantized.block)
+        return nearest if nearest(weight).equals(quantized) else None
     return None
 
 

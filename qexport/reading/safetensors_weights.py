@@ -17,7 +17,7 @@ from qexport.architectures.families import without_code_keys
 from qexport.architectures.structure import Structure, refuse_impossible_depth
 from qexport.errors import InputError, listed
 from qexport.formats import reader_of
-from qexport.formats.stored_weight import StoredLayer, StoredWeight
+from qexport.formats.stored_weight import StoredLayer, StoredWeight, input_roundings
 from qexport.reading.filled_model import as_parameter, quantized_model, read_generation
 from qexport.tensors import GroupQuantizedSpec, Quantized, TensorSpec
 from qexport.tensors.safetensors_folder import SafetensorsFolder
@@ -99,8 +99,7 @@ class SafetensorsWeights:
     @property
     def rounds_activations(self) -> bool:
         """Whether runtimes round the inputs of quantized layers: W8A8 and its like."""
-        groups = (self.quantization or {}).get("config_groups") or {}
-        return any(isinstance(group, dict) and group.get("input_activations") for group in groups.values())
+        return bool(input_roundings(self.layers))
 
     @property
     def layers(self) -> dict[str, StoredLayer]:

@@ -86,7 +86,7 @@ def named(source: Source, *, model: str | None, version: str | None) -> Named:
 
 
 def method_name(recipe: Mapping[str, Any]) -> str:
-    """The method in a release's name: `gptq-4bit`, `nf4`, `int8`, `w8a8`, or the dtype of 16-bit weights."""
+    """The method in a release's name: `gptq-4bit`, `nf4`, `int8`, `w8a8`, `fp8`, or the dtype of 16-bit weights."""
     match recipe:
         case {"quantize": {"method": "gptq", "bits": int(bits)}}:
             return f"gptq-{bits}bit"
@@ -94,7 +94,7 @@ def method_name(recipe: Mapping[str, Any]) -> str:
             return str(kind)
         case {"quantize": {"method": "none"}, "merge": {"dtype": "bfloat16" | "float16" | "float32" as dtype}}:
             return str(dtype)
-        case {"quantize": {"method": "int8" | "w8a8" as method}}:
+        case {"quantize": {"method": "int8" | "w8a8" | "fp8" as method}}:
             return str(method)
         case _:
             raise InputError("the recipe in the manifest names no method of qexport", where=MANIFEST_NAME)

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 import torch
 
 from qexport.records import LayerRecord
+from qexport.tensors.float8 import Float8Quantized, Float8QuantizedSpec
 from qexport.tensors.source import TensorSpec
 
 
@@ -20,7 +21,7 @@ class GroupQuantized:
 
     Attributes:
         codes: uint8 [out, in], each in 0 .. 2**bits - 1.
-        scales: float16 [groups, out], positive.
+        scales: float16 [groups, out], positive; of folders that other programs made perhaps bfloat16 or float32.
         zeros: uint8 [groups, out], true zero points (no format's offset subtracted).
         g_idx: int32 [in], the group of each input.
         bits: 2, 3, 4 or 8.
@@ -175,7 +176,7 @@ class RowQuantized:
     The value of output o and input i is `codes[o, i] * absmax[o] / 127`.
 
     Attributes:
-        codes: int8 [out, in], in -127 .. 127.
+        codes: int8 [out, in], in -127 .. 127; -128 only in folders that other programs made.
         absmax: float32 [out], the largest magnitude of each row.
     """
 
@@ -225,8 +226,8 @@ class RowQuantizedSpec:
         return self.out_features, self.in_features
 
 
-Quantized = GroupQuantized | BlockQuantized | RowQuantized
-QuantizedSpec = GroupQuantizedSpec | BlockQuantizedSpec | RowQuantizedSpec
+Quantized = GroupQuantized | BlockQuantized | RowQuantized | Float8Quantized
+QuantizedSpec = GroupQuantizedSpec | BlockQuantizedSpec | RowQuantizedSpec | Float8QuantizedSpec
 OutputSpec = TensorSpec | QuantizedSpec
 """What the pass produces for one parameter."""
 

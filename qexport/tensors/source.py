@@ -64,14 +64,20 @@ class RoundingSource(WeightSource, Protocol):
         ...
 
 
+_FLOAT8_AT_ONCE = 1 << 20
+
+
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether a real tensor holds neither NaN nor Inf.
 
     One pass that allocates nothing: minimum and maximum carry both a NaN and an Inf. (`torch.isfinite(t).all()` makes
-    temporaries of the tensor's size and takes some twenty times as long.)
+    temporaries of the tensor's size and takes some twenty times as long.) torch has no such function for 8-bit floats,
+    so they are widened in pieces.
     """
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
+    if tensor.dtype.itemsize == 1:
+        return all(is_finite(part.to(torch.bfloat16)) for part in tensor.reshape(-1).split(_FLOAT8_AT_ONCE))
     low, high = torch.aminmax(tensor)
     return math.isfinite(low.item()) and math.isfinite(high.item())
 

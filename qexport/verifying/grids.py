@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from qexport.formats.bitsandbytes.four_bit_tensors import dequantize, flat_absmax, four_bit_values
-from qexport.tensors import BlockQuantized, GroupQuantized, Quantized, RowQuantized
+from qexport.tensors import BlockQuantized, Float8Quantized, GroupQuantized, Quantized, RowQuantized
+from qexport.tensors.float8 import LARGEST_FLOAT8
 
 _VALUES_AT_ONCE: Final = 1 << 21
 
@@ -73,7 +74,11 @@ def strips(quantized: Quantized, reference: Tensor, *, rounded: bool = False) ->
         yield Strip(first, values, nearest, wanted)
 
 
-def _nearest(part: GroupQuantized | RowQuantized, wanted: Tensor) -> Tensor:
+def _nearest(part: GroupQuantized | RowQuantized | Float8Quantized, wanted: Tensor) -> Tensor:
+    if isinstance(part, Float8Quantized):
+        scales = part.scale_of_each
+        codes = (wanted / scales).nan_to_num_().clamp_(-LARGEST_FLOAT8, LARGEST_FLOAT8).to(torch.float8_e4m3fn)
+        return codes.to(torch.float32).mul_(scales)
     if isinstance(part, RowQuantized):
         scales = part.scales[:, None].to(torch.float32)
         return (wanted / scales).nan_to_num_().round_().clamp_(-127, 127).mul_(scales)
@@ -100,11 +105,16 @@ def groups_of(quantized: Quantized) -> Groups | None:
     if isinstance(quantized, RowQuantized):
         return None
     if isinstance(quantized, BlockQuantized):
-        size, columns = quantized.spec.block_size, quantized.spec.in_features
-        return Groups(None, size) if size < columns and columns % size == 0 else None
+        return _in_order(quantized.spec.block_size, quantized.spec.in_features)
+    if isinstance(quantized, Float8Quantized):
+        return _in_order(quantized.block[1], quantized.codes.shape[1])
     g_idx, columns = quantized.g_idx.long(), quantized.codes.shape[1]
     count = len(quantized.scales)
     if count == 1 or columns % count or bool((g_idx.bincount(minlength=count) != columns // count).any()):
         return None
     in_order = bool((g_idx[1:] >= g_idx[:-1]).all())
     return Groups(None if in_order else g_idx.argsort(stable=True), columns // count)
+
+
+def _in_order(size: int, columns: int) -> Groups | None:
+    return Groups(None, size) if size < columns and columns % size == 0 else None

@@ -27,6 +27,7 @@ from qexport.progress import ProgressCallback, Steps, silent
 from qexport.reading.stored_model import StoredModel
 from qexport.statistics.means import PLANNED_UNITS
 from qexport.tensors import GroupQuantizedSpec, WeightSource
+from qexport.tensors.input_rounding import CodeType
 from qexport.verifying import VerifySettings
 from qexport.verifying.config_comparison import config_differences, refuse_other_config
 from qexport.verifying.divergence import TokenFigures
@@ -263,14 +264,17 @@ def _read_blocks(artifact: StoredModel, weights: WeightSource, reference: Refere
     runner = BlockRunner(artifact.architecture, weights, dtype=reference.dtype, device=reference.device)
     rounded = input_roundings(artifact.layers)
     left_out = runner.round_inputs(rounded)
-    reading = _Reading(runner, f"qexport {version('qexport')}", notes=[_ROUNDED] if rounded else [])
+    notes = [_ROUNDED[codes] for codes in sorted({each.codes for each in rounded.values()})]
+    reading = _Reading(runner, f"qexport {version('qexport')}", notes=notes)
     return replace(reading, unconfirmed=[f"rounded activations of the experts in {path}" for path in left_out])
 
 
-_ROUNDED: Final = (
-    "activations are rounded to int8 as vLLM rounds them (simulated): for each token symmetric, its absolute maximum / "
-    "127, ties to even"
-)
+_ROUNDED: Final[Mapping[CodeType, str]] = {
+    "int8": "activations are rounded to int8 as vLLM rounds them (simulated): for each token symmetric, its absolute "
+    "maximum / 127, ties to even",
+    "float8": "activations are rounded to e4m3 as vLLM rounds them on GPUs (simulated): for each token, or each block "
+    "of one, its absolute maximum / 448, ties to even",
+}
 
 
 def _read_graph(artifact: StoredModel, reference: Reference) -> _Reading:

@@ -30,6 +30,7 @@ TOLERANCES = {
     "gptq": Tolerance("bfloat16", 0.1),
     "w4a16": Tolerance("bfloat16", 0.1),
     "w8a8": Tolerance("float32", 0.35, flips=0.05),
+    "fp8": Tolerance("bfloat16", 0.5, flips=0.05),
 }
 """GPTQ has no float32 in vLLM; in bfloat16 the merged model itself is 0.06 off.
 
@@ -73,15 +74,16 @@ def checkpoint() -> Checkpoint:
 @pytest.fixture(scope="module")
 def folders(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("smollm2")
-    names = ("none", "w8a8", *artifacts.FORMS)
+    names = ("none", "w8a8", "fp8", *artifacts.FORMS)
     found = {name: root / name for name in names}
     artifacts.write(checkpoint, artifacts.NONE, {found["none"]: artifacts.FORMS["gptq"]})
     artifacts.write(checkpoint, artifacts.W8A8, {found["w8a8"]: artifacts.FORMS["gptq"]})
+    artifacts.write(checkpoint, artifacts.FP8, {found["fp8"]: artifacts.FORMS["gptq"]})
     artifacts.write(checkpoint, artifacts.GPTQ, {found[name]: form for name, form in artifacts.FORMS.items()})
     return found
 
 
-@pytest.mark.parametrize("name", ["none", "w8a8", "gptq", "w4a16"])
+@pytest.mark.parametrize("name", ["none", "w8a8", "fp8", "gptq", "w4a16"])
 def test_vllm_says_what_our_reader_predicts(name: str, checkpoint: Checkpoint, folders: dict[str, Path]) -> None:
     assert judged(folders[name], artifacts.prompts(checkpoint), TOLERANCES[name].dtype).within(TOLERANCES[name])
 
@@ -120,8 +122,20 @@ def test_a_falcon_is_served(form: str, new: bool, tmp_path: Path) -> None:
 
 
 def test_w8a8_of_two_layers_is_served_number_for_number(tmp_path: Path) -> None:
-    folder = artifacts.write_falcon_w8a8(tmp_path / "falcon")
+    folder = artifacts.write_rounded_falcon(tmp_path / "falcon", artifacts.W8A8)
     assert judged(folder, TINY_PROMPTS, "float32").within(Tolerance("float32", 0.01))
+
+
+def test_fp8_of_two_layers_is_served(tmp_path: Path) -> None:
+    folder = artifacts.write_rounded_falcon(tmp_path / "falcon", artifacts.FP8)
+    assert judged(folder, TINY_PROMPTS, "float32").within(Tolerance("float32", 0.01))
+
+
+@pytest.mark.skipif(not torch.cpu.get_capabilities().get("amx_tile"), reason="vLLM wants AMX for it on CPUs")
+def test_blocks_of_fp8_are_served(tmp_path: Path) -> None:
+    """vLLM's kernel for CPUs multiplies with 16-bit activations, which the reader here rounds as GPUs do."""
+    folder = artifacts.write_llama_in_blocks(tmp_path / "llama")
+    assert judged(folder, TINY_PROMPTS, "bfloat16").within(Tolerance("bfloat16", 0.1))
 
 
 def test_asymmetric_codes_are_served_as_compressed_tensors(tmp_path: Path) -> None:

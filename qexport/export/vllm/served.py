@@ -17,6 +17,7 @@ from qexport.artifact.disk import disk_failure
 from qexport.errors import InputError, QexportError
 from qexport.export.launch import FOLDER
 from qexport.export.served import ServedModel, ServedWeights
+from qexport.formats.block_fp8 import BlockFp8Rules
 from qexport.formats.compressed_tensors.reading import CompressedTensorsRules
 from qexport.formats.gptq.reading import GptqRules
 from qexport.formats.stored_weight import Scheme
@@ -107,5 +108,7 @@ class ServedByVllm(ServedModel):
                 return GptqRules(self.quantization).scheme
             case "compressed-tensors":
                 return CompressedTensorsRules(self.quantization).scheme
+            case "fp8":
+                return BlockFp8Rules(self.quantization).scheme
             case _:
                 return lambda module: None

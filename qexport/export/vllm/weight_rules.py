@@ -9,12 +9,15 @@ import torch
 
 from qexport.architectures.structure import LinearSpec
 from qexport.export.served import REMOVE, Rules, beside_the_weights
-from qexport.export.vllm.families import joined_modules
+from qexport.export.vllm.families import LAST_JOINED, STORED_JOINED, joined_modules
 from qexport.export.vllm.served import ServedByVllm
+from qexport.formats import block_fp8
+from qexport.formats.compressed_tensors.reading import SCALE
 from qexport.formats.compressed_tensors.tensors import group_specs, row_specs
+from qexport.formats.float8_tensors import specs as float8_specs
 from qexport.formats.gptq.tensors import packed_specs
 from qexport.formats.stored_weight import Scheme
-from qexport.tensors import GroupQuantizedSpec, RowQuantizedSpec, TensorSpec
+from qexport.tensors import Float8QuantizedSpec, GroupQuantizedSpec, RowQuantizedSpec, TensorSpec
 
 GPTQ: Final = "vllm/model_executor/layers/quantization/auto_gptq.py"
 GPTQ_UTILS: Final = "vllm/model_executor/layers/quantization/utils/gptq_utils.py"
@@ -26,7 +29,7 @@ _LINEAR: Final = "vllm/model_executor/layers/linear.py"
 
 _CODES: Final = (
     "qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point",
-    "weight_g_idx",
+    "weight_g_idx", "weight_scale_inv",
 )  # fmt: skip
 _FLOATS: Final = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -85,7 +88,7 @@ def _experts(model: ServedByVllm) -> Iterator[str]:
     if model.method is None:
         return
     for name, spec in model.tensors.items():
-        if ".experts." in name and spec.dtype.is_floating_point and name.rpartition(".")[2] not in _CODES:
+        if ".experts." in name and spec.dtype in _FLOATS and name.rpartition(".")[2] not in _CODES:
             yield f"{name} is not quantized, and vLLM takes all experts for quantized"
 
 
@@ -139,6 +142,39 @@ def _rows(model: ServedByVllm) -> Iterator[str]:
                 yield from _stored(model, linear.name, row_specs(spec))
 
 
+@_rule("FP8 layers have codes and scales", f"{_SCHEMES}/compressed_tensors_w8a8_fp8.py")
+def _float8(model: ServedByVllm) -> Iterator[str]:
+    for linear, scheme in _layers(model):
+        if scheme is not None and scheme.block is not None:
+            scale = block_fp8.SCALE if model.method == "fp8" else SCALE
+            spec = Float8QuantizedSpec(linear.out_features, linear.in_features, scheme.block)
+            yield from _stored(model, linear.name, float8_specs(spec, scale))
+
+
+@_rule(
+    "FP8 blocks are 128 x 128 and do not span joined layers",
+    "vllm/model_executor/layers/quantization/utils/fp8_utils.py",
+    "use strategy: channel",
+)
+def _blocks(model: ServedByVllm) -> Iterator[str]:
+    """Of layers that vLLM joins, all but the last must end where a block does."""
+    if model.method != "fp8" or not (schemes := model.schemes_or_none):
+        return
+    if (size := model.quantization.get("weight_block_size")) != list(block_fp8.BLOCK):
+        yield f"weight_block_size {size!r}: vLLM has kernels for {list(block_fp8.BLOCK)} everywhere"
+    joined = {module for group in joined_modules(schemes) for module in group}
+    for linear in model.linears:
+        leaf = linear.name.rpartition(".")[2]
+        if schemes[linear.name] is None:
+            continue
+        if leaf in STORED_JOINED:
+            yield f"{linear.name}: blocks of layers that are stored joined were not tried"
+        elif linear.expert and linear.out_features % block_fp8.BLOCK[0]:
+            yield f"{linear.name}: {linear.out_features} outputs of an expert are no multiple of {block_fp8.BLOCK[0]}"
+        elif linear.name in joined and leaf not in LAST_JOINED and linear.out_features % block_fp8.BLOCK[0]:
+            yield f"{linear.name}: {linear.out_features} outputs are no multiple of {block_fp8.BLOCK[0]}"
+
+
 @_rule("W4A16 layers have words, scales and their shape", f"{_SCHEMES}/compressed_tensors_wNa16.py")
 def _packed(model: ServedByVllm) -> Iterator[str]:
     if model.quantization.get("format") == "pack-quantized":
@@ -163,7 +199,7 @@ def _stored(model: ServedByVllm, module: str, wanted: Mapping[str, TensorSpec]) 
     """Tensors of a layer that do not fit vLLM's parameters, into which it copies floats of any width."""
     for part, spec in wanted.items():
         found = model.tensors.get(f"{module}.{part}")
-        dtypes = _FLOATS if spec.dtype.is_floating_point else (spec.dtype,)
+        dtypes = _FLOATS if spec.dtype in _FLOATS else (spec.dtype,)
         if found is None:
             yield f"{module}.{part} is missing"
         elif found.shape != spec.shape or found.dtype not in dtypes:

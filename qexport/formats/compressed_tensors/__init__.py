@@ -8,15 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from qexport.architectures.structure import Structure
-from qexport.formats.compressed_tensors.reading import CompressedTensorsReader
+from qexport.formats import float8_tensors
+from qexport.formats.compressed_tensors.reading import SCALE, CompressedTensorsReader
 from qexport.formats.compressed_tensors.tensors import check_groups, group_specs, pack_groups, pack_rows, row_specs
 from qexport.formats.format import Card, ModuleEncoding, Specs, quantized_modules
+from qexport.formats.unquantized_modules import unquantized_modules
 from qexport.tensors import (
+    Float8Quantized,
+    Float8QuantizedSpec,
     GroupQuantized,
     GroupQuantizedSpec,
     Quantized,
@@ -25,9 +29,6 @@ from qexport.tensors import (
     RowQuantizedSpec,
     TensorSpec,
 )
-
-Scheme = tuple[int, int, bool, bool]
-"""Bits, inputs per group (-1: one group per row), symmetric, groups in activation order."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class W8A8Format(ModuleEncoding):
 
     @staticmethod
     def reader(config: Mapping[str, Any]) -> CompressedTensorsReader:
-        """See `CompressedTensorsReader`, which reads both of the library's formats."""
+        """See `CompressedTensorsReader`, which reads all of the library's formats."""
         return CompressedTensorsReader(config)
 
 
@@ -97,68 +98,125 @@ class PackQuantizedFormat(ModuleEncoding):
         return _config(specs, structure)
 
 
+@dataclass(frozen=True)
+class FloatQuantizedFormat(ModuleEncoding):
+    """`float-quantized`: e4m3 weights with one scale per output, and e4m3 activations with one scale per token, which
+    the server computes.
+    """
+
+    quant_method: ClassVar[str | None] = "compressed-tensors"
+    holds: ClassVar = (Float8Quantized,)
+
+    def parts(self, spec: QuantizedSpec) -> dict[str, TensorSpec]:
+        """The tensors weight and weight_scale."""
+        assert isinstance(spec, Float8QuantizedSpec)
+        return float8_tensors.specs(spec, SCALE)
+
+    def pack(self, value: Quantized) -> dict[str, torch.Tensor]:
+        """The tensors weight and weight_scale."""
+        assert isinstance(value, Float8Quantized)
+        return float8_tensors.pack(value, SCALE)
+
+    def quantization_config(self, specs: Specs, structure: Structure) -> dict[str, Any]:
+        """The `quantization_config` for config.json."""
+        return _config(specs, structure)
+
+    @property
+    def card(self) -> Card:
+        """The format on the model card."""
+        text = "FP8 (e4m3) weights with one scale per output, FP8 activations when served"
+        return Card("compressed-tensors", "FP8", text)
+
+    @classmethod
+    def reads(cls, config: Mapping[str, Any] | None) -> bool:
+        """False: `W8A8Format` reads what compressed-tensors stores."""
+        return False
+
+    @staticmethod
+    def reader(config: Mapping[str, Any]) -> CompressedTensorsReader:
+        """See `CompressedTensorsReader`."""
+        return CompressedTensorsReader(config)
+
+
 def _config(specs: Specs, structure: Structure) -> dict[str, Any]:
-    """The `quantization_config` of an artifact whose quantized layers are all of one kind, rows or groups.
+    """The `quantization_config` of an artifact whose quantized layers are all of one kind: groups, or rows of int8 or
+    e4m3 codes.
 
     If all layers have the same scheme, its target is every `Linear` that is not in `ignore`. Else each scheme names its
     modules.
     """
-    schemes: dict[Scheme | None, list[str]] = {}
+    schemes: dict[_Scheme, list[str]] = {}
     for module, spec in quantized_modules(specs).items():
         schemes.setdefault(_scheme(spec), []).append(module)
     groups = {
         f"group_{index}": {
             "targets": ["Linear"] if len(schemes) == 1 else modules,
             "weights": _weights(scheme),
-            "input_activations": _token_activations() if scheme is None else None,
+            "input_activations": None if scheme.activations is None else _token_activations(scheme.activations),
             "output_activations": None,
         }
         for index, (scheme, modules) in enumerate(schemes.items())
     }
+    [form] = {scheme.form for scheme in schemes}
     return {
         "quant_method": "compressed-tensors",
-        "format": "int-quantized" if None in schemes else "pack-quantized",
+        "format": form,
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
         "config_groups": groups,
-        "ignore": _unquantized(specs, structure),
+        "ignore": unquantized_modules(specs, structure),
     }
 
 
-def _scheme(spec: QuantizedSpec) -> Scheme | None:
-    """The scheme of codes in groups; None for rows of int8 codes."""
+_Number = Literal["int", "float"]
+
+
+@dataclass(frozen=True)
+class _Scheme:
+    """How layers are quantized.
+
+    Attributes:
+        form: the name of the stored format.
+        bits: of a weight.
+        group_size: inputs per group; -1 for one group per row.
+        sym: there are no zero points.
+        desc_act: the groups are in activation order.
+        number: what the codes are.
+        activations: what 8-bit activations are; None for 16 bits.
+    """
+
+    form: str
+    bits: int
+    group_size: int
+    sym: bool
+    desc_act: bool
+    number: _Number = "int"
+    activations: _Number | None = None
+
+
+def _scheme(spec: QuantizedSpec) -> _Scheme:
     if isinstance(spec, RowQuantizedSpec):
-        return None
+        return _Scheme("int-quantized", 8, -1, sym=True, desc_act=False, activations="int")
+    if isinstance(spec, Float8QuantizedSpec):
+        return _Scheme("float-quantized", 8, -1, sym=True, desc_act=False, number="float", activations="float")
     assert isinstance(spec, GroupQuantizedSpec)
     group_size = -1 if spec.group_size == spec.in_features else spec.group_size
-    return spec.bits, group_size, spec.sym, spec.desc_act and spec.groups > 1
+    return _Scheme("pack-quantized", spec.bits, group_size, spec.sym, spec.desc_act and spec.groups > 1)
 
 
-def _weights(scheme: Scheme | None) -> dict[str, Any]:
-    bits, group_size, sym, desc_act = scheme or (8, -1, True, False)
+def _weights(scheme: _Scheme) -> dict[str, Any]:
     return {
-        "num_bits": bits,
-        "type": "int",
-        "symmetric": sym,
-        "strategy": "channel" if group_size == -1 else "group",
-        "group_size": None if group_size == -1 else group_size,
+        "num_bits": scheme.bits,
+        "type": scheme.number,
+        "symmetric": scheme.sym,
+        "strategy": "channel" if scheme.group_size == -1 else "group",
+        "group_size": None if scheme.group_size == -1 else scheme.group_size,
         "dynamic": False,
-        "actorder": "group" if desc_act else None,
+        "actorder": "group" if scheme.desc_act else None,
     }
 
 
-def _token_activations() -> dict[str, Any]:
-    """Symmetric int8, with one scale per token that the server computes."""
-    return {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-
-
-def _unquantized(specs: Specs, structure: Structure) -> list[str]:
-    """Every module whose matrix is unquantized, and the head: a loader may make a `Linear` of a router, for example."""
-    unquantized = {
-        name.removesuffix(".weight")
-        for name, spec in specs.items()
-        if isinstance(spec, TensorSpec) and len(spec.shape) == 2 and name.endswith(".weight")
-    }
-    head = set() if isinstance(specs.get(f"{structure.head}.weight"), QuantizedSpec) else {structure.head}
-    return sorted((unquantized | head) - {structure.embedding})
+def _token_activations(number: _Number) -> dict[str, Any]:
+    """Symmetric, 8 bits, with one scale per token that the server computes."""
+    return {"num_bits": 8, "type": number, "symmetric": True, "strategy": "token", "dynamic": True}

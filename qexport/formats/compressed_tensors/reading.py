@@ -1,7 +1,8 @@
 """compressed-tensors read back: each module's scheme in the `quantization_config`, and the codes.
 
-The reference is compressed-tensors 0.17.0 (`quantization/quant_config.py`, `utils/match.py`): a target or an entry of
-`ignore` is a module's path, `re:` and an expression that matches from the start of the path, or a class (`Linear`).
+The reference is compressed-tensors 0.17.0 and 0.20.1 (`quantization/quant_config.py`, `utils/match.py`): a target or an
+entry of `ignore` is a module's path, `re:` and an expression that matches from the start of the path, or a class
+(`Linear`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from qexport.architectures.structure import Structure
 from qexport.errors import InputError
 from qexport.formats.compressed_tensors.tensors import unpack_groups, unpack_rows
+from qexport.formats.float8_tensors import Float8Weight
 from qexport.formats.stored_weight import (
     WHERE,
     GroupedWeight,
@@ -30,11 +32,16 @@ from qexport.formats.stored_weight import (
     strings,
 )
 from qexport.tensors import GroupQuantized, RowQuantized, TensorSpec, WeightSource
+from qexport.tensors.input_rounding import InputRounding
 
 _LARGEST: Final = 1 << 31
-_FORMATS: Final = ("int-quantized", "pack-quantized")
+_CHANNEL: Final = (1, _LARGEST)
+_FORMATS: Final = ("int-quantized", "float-quantized", "pack-quantized")
 _LIBRARY_DEFAULTS: Final = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
-_TOKEN: Final = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
+_TOKEN: Final = {"num_bits": 8, "symmetric": True, "dynamic": True, "strategy": "token"}
+
+SCALE: Final = "weight_scale"
+"""The name of the scales of rows and blocks."""
 
 
 class CompressedTensorsRules:
@@ -44,7 +51,7 @@ class CompressedTensorsRules:
         config: the `quantization_config`.
 
     Attributes:
-        packed: whether the format is `pack-quantized`; else it is `int-quantized`.
+        packed: whether the format is `pack-quantized`; else the codes are bytes.
 
     Raises:
         InputError: the format or a scheme is not supported, or a field is missing or has a wrong type.
@@ -85,37 +92,86 @@ class _Names:
 def _group(group: Any, where: str) -> tuple[_Names, Scheme]:
     if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
         raise InputError("a group must have targets and weights", where=where)
-    weights = group["weights"]
+    weights, activations = group["weights"], group.get("input_activations")
+    make = _float_scheme if weights.get("type") == "float" else _int_scheme
+    return _Names(group.get("targets"), f"{where}: targets"), make(weights, activations, where)
+
+
+def _int_scheme(weights: Mapping[str, Any], activations: Any, where: str) -> Scheme:
     bits, group_size, sym = weights.get("num_bits"), weights.get("group_size"), weights.get("symmetric")
     strategy, order = weights.get("strategy"), weights.get("actorder")
     group_size = -1 if strategy == "channel" and group_size in (None, -1) else group_size
     faults = {
         "num_bits": bits not in (2, 4, 8) or type(bits) is not int,
-        "type": weights.get("type") != "int",
+        "type": weights.get("type", "int") != "int",
         "symmetric": type(sym) is not bool,
         "strategy": strategy not in ("channel", "group"),
         "group_size": type(group_size) is not int or not (group_size > 0 or (group_size, strategy) == (-1, "channel")),
         "dynamic": weights.get("dynamic", False) is not False,
         "actorder": order not in (None, False, "group", "weight", "static"),
     }
+    _refuse(faults, where)
+    assert type(bits) is type(group_size) is int
+    assert type(sym) is bool
+    rounding = InputRounding() if _by_token(activations, "int", where) else None
+    return Scheme(bits, group_size, sym, order == "group", input_rounding=rounding)
+
+
+def _float_scheme(weights: Mapping[str, Any], activations: Any, where: str) -> Scheme:
+    strategy, block = weights.get("strategy"), weights.get("block_structure")
+    faults = {
+        "num_bits": weights.get("num_bits") != 8,
+        "symmetric": weights.get("symmetric", True) is not True,
+        "strategy": strategy not in ("tensor", "channel", "block"),
+        "block_structure": strategy == "block" and not _is_block(block),
+        "dynamic": weights.get("dynamic", False) is not False,
+    }
+    _refuse(faults, where)
+    shared = {"tensor": (_LARGEST, _LARGEST), "channel": _CHANNEL}.get(strategy) or (block[0], block[1])  # type: ignore[arg-type, index]
+    return Scheme(
+        8, shared[1], sym=True, desc_act=False, block=shared, input_rounding=_float8_rounding(activations, where)
+    )
+
+
+def _is_block(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(each) is int and each > 0 for each in value)
+
+
+def _refuse(faults: Mapping[str, bool], where: str) -> None:
     if wrong := [key for key, fault in faults.items() if fault]:
         raise InputError(f"values of weights that are not supported: {', '.join(wrong)}", where=where)
-    scheme = Scheme(bits, group_size, sym, order == "group", _int8_inputs(group.get("input_activations"), where))
-    return _Names(group.get("targets"), f"{where}: targets"), scheme
 
 
-def _int8_inputs(activations: Any, where: str) -> bool:
-    """Whether inputs are rounded to int8, each token with a scale of its own; the defaults are the library's."""
+def _float8_rounding(activations: Any, where: str) -> InputRounding | None:
+    size = activations.get("group_size") if isinstance(activations, dict) else None
+    if size is None:
+        return InputRounding(codes="float8") if _by_token(activations, "float", where) else None
+    if not _is_block([size, size]) or not _has(activations, {**_TOKEN, "type": "float", "strategy": "group"}):
+        raise _other_activations("float", where)
+    return InputRounding(size, codes="float8")
+
+
+def _by_token(activations: Any, number: str, where: str) -> bool:
+    """Whether inputs are rounded to 8 bits, each token with a scale of its own; the defaults are the library's."""
     if activations is None:
         return False
-    found = {**_LIBRARY_DEFAULTS, **activations} if isinstance(activations, dict) else {}
-    if any(found.get(key) != value for key, value in _TOKEN.items()):
-        raise InputError(
-            "input_activations other than symmetric int8 with a dynamic scale per token are not supported",
-            where=where,
-            mend="quantize the model again with dynamic activations",
-        )
+    if not isinstance(activations, dict) or not _has(activations, {**_TOKEN, "type": number}):
+        raise _other_activations(number, where)
     return True
+
+
+def _has(activations: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    found = {**_LIBRARY_DEFAULTS, **activations}
+    return all(found.get(key) == value for key, value in wanted.items())
+
+
+def _other_activations(number: str, where: str) -> InputError:
+    kind = "int8" if number == "int" else "e4m3"
+    return InputError(
+        f"input_activations other than symmetric {kind} with a dynamic scale per token are not supported",
+        where=where,
+        mend="quantize the model again with dynamic activations",
+    )
 
 
 @dataclass(frozen=True)
@@ -157,12 +213,9 @@ class RowWeight:
         """See `StoredWeight.quantized`."""
         if self.scheme is None:
             raise _unquantized_by_config(self.module)
-        if replace(self.scheme, int8_inputs=False) != Scheme(8, -1, sym=True, desc_act=False):
+        if replace(self.scheme, input_rounding=None) != Scheme(8, -1, sym=True, desc_act=False):
             raise InputError("only symmetric int8 rows are supported in the format int-quantized", where=self.module)
-        rows = unpack_rows(tensors, module=self.module)
-        if int(rows.codes.min()) < -127:
-            raise InputError("a code is -128", where=f"{self.module}.weight")
-        return rows
+        return unpack_rows(tensors, module=self.module)
 
 
 class CompressedTensorsReader:
@@ -180,9 +233,9 @@ class CompressedTensorsReader:
         self.description = f"compressed-tensors, {config['format']}"
 
     def weights(self, source: WeightSource) -> dict[str, StoredWeight]:
-        """The modules with a `weight_packed` (whose `weight_shape` is read), or a `weight_scale` in `int-quantized`."""
-        suffix = ".weight_packed" if self._rules.packed else ".weight_scale"
-        make = self._packed if self._rules.packed else self._rows
+        """The modules with a `weight_packed` (whose `weight_shape` is read), or a `weight_scale` in other formats."""
+        suffix = ".weight_packed" if self._rules.packed else f".{SCALE}"
+        make = self._packed if self._rules.packed else self._bytes
         return {module: make(module, source) for module in modules_with(suffix, source.specs())}
 
     def claimed(self, structure: Structure) -> set[str]:
@@ -206,9 +259,15 @@ class CompressedTensorsReader:
             raise InputError(f"[{rows}, {columns}] is not a shape", where=f"{module}.weight_shape")
         return PackedWeight(module, (rows, columns), scheme, tuple(parts))
 
-    def _rows(self, module: str, source: WeightSource) -> RowWeight:
+    def _bytes(self, module: str, source: WeightSource) -> RowWeight | Float8Weight:
+        """Codes in int8, or in e4m3 if the scheme says so; without one, which is refused later, as they are stored."""
         refuse_missing(module, RowWeight.parts, source.specs())
-        return RowWeight(module, int8_shape(module, source.specs()), self._rules.scheme(module))
+        scheme, specs = self._rules.scheme(module), source.specs()
+        if scheme is None and specs[f"{module}.weight"].dtype == torch.float8_e4m3fn:
+            return Float8Weight.found(module, specs, None, _CHANNEL, SCALE)
+        if scheme is None or scheme.block is None:
+            return RowWeight(module, int8_shape(module, specs), scheme)
+        return Float8Weight.found(module, specs, scheme, scheme.block, SCALE)
 
 
 def _unquantized_by_config(module: str) -> InputError:

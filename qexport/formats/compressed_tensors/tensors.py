@@ -15,7 +15,7 @@ import torch
 
 from qexport.errors import InputError, QexportError
 from qexport.formats.int32_words import WORD_BITS, from_words, to_words
-from qexport.formats.stored_weight import check_specs, place
+from qexport.formats.stored_weight import SCALE_DTYPES, check_specs, place, widened
 from qexport.tensors import GroupQuantized, GroupQuantizedSpec, RowQuantized, RowQuantizedSpec, TensorSpec
 
 _ROWS_AT_ONCE = 512
@@ -100,7 +100,11 @@ def unpack_groups(
     spec = GroupQuantizedSpec(out_features, in_features, bits, group_size, sym, desc_act)
     if reason := check_groups(spec):
         raise InputError(f"not a packed layer: {reason}", where=place(module, "weight_shape"))
-    check_specs(tensors, group_specs(spec), module)
+    scales = tensors.get("weight_scale")
+    wanted = group_specs(spec)
+    if scales is not None and scales.dtype in SCALE_DTYPES:
+        wanted["weight_scale"] = TensorSpec(wanted["weight_scale"].shape, scales.dtype)
+    check_specs(tensors, wanted, module)
     device = tensors["weight_packed"].device
     codes = torch.empty(spec.shape, dtype=torch.uint8, device=device)
     for start in range(0, out_features, _ROWS_AT_ONCE):
@@ -114,8 +118,8 @@ def unpack_groups(
         g_idx = tensors["weight_g_idx"]
     if int(g_idx.min()) < 0 or int(g_idx.max()) >= spec.groups:
         raise InputError(f"weight_g_idx points outside the {spec.groups} groups", where=place(module, "weight_g_idx"))
-    scales = tensors["weight_scale"].t().contiguous()
-    return GroupQuantized(codes, scales, zeros, g_idx, bits, group_size, sym, desc_act)
+    scales_by_group = tensors["weight_scale"].t().contiguous()
+    return GroupQuantized(codes, scales_by_group, zeros, g_idx, bits, group_size, sym, desc_act)
 
 
 def row_specs(spec: RowQuantizedSpec) -> dict[str, TensorSpec]:
@@ -138,7 +142,11 @@ def pack_rows(quantized: RowQuantized) -> dict[str, torch.Tensor]:
 
 
 def unpack_rows(tensors: Mapping[str, torch.Tensor], *, module: str = "") -> RowQuantized:
-    """The inverse of `pack_rows`, for tensors read from a file. Its `scales` are those of the file, bit for bit.
+    """The inverse of `pack_rows`, for tensors read from a file. Its `scales` are those of the file, value by value.
+
+    Args:
+        tensors: as `pack_rows` returns them; other programs store the scales in 16 bits too.
+        module: the layer's path, for the errors.
 
     Raises:
         InputError: a tensor is missing, its shape or dtype does not fit the other, or a scale is negative or cannot
@@ -148,6 +156,7 @@ def unpack_rows(tensors: Mapping[str, torch.Tensor], *, module: str = "") -> Row
     if codes is None or codes.dim() != 2:
         raise InputError("a matrix of codes is missing", where=place(module, "weight"))
     rows, columns = codes.shape
+    tensors = {part: widened(tensor) if part == "weight_scale" else tensor for part, tensor in tensors.items()}
     check_specs(tensors, row_specs(RowQuantizedSpec(rows, columns, torch.float32)), module)
     scales = tensors["weight_scale"][:, 0]
     absmax = scales * 127  # rounded, but dividing by 127 gives the scale of any absmax again: tested for a whole binade

@@ -24,6 +24,7 @@ from qexport.tensors import (
     Quantized,
     QuantizedSpec,
     RowQuantized,
+    RowQuantizedSpec,
     TensorRecord,
     TensorSpec,
 )
@@ -51,6 +52,7 @@ class OnnxFormat(ModuleEncoding):
             return matmul_nbits.group_specs(spec, self.dtype)
         if isinstance(spec, BlockQuantizedSpec):
             return matmul_bnb4.specs(spec)
+        assert isinstance(spec, RowQuantizedSpec)
         return matmul_integer.specs(spec) if self.int8_activations else matmul_nbits.row_specs(spec, torch.float32)
 
     def pack(self, value: Quantized) -> dict[str, torch.Tensor]:
@@ -59,12 +61,14 @@ class OnnxFormat(ModuleEncoding):
             return matmul_nbits.pack_groups(value, self.dtype)
         if isinstance(value, BlockQuantized):
             return matmul_bnb4.pack(value)
+        assert isinstance(value, RowQuantized)
         return matmul_integer.pack(value) if self.int8_activations else matmul_nbits.pack_rows(value, torch.float32)
 
     def fault(self, spec: QuantizedSpec) -> str | None:
         """Why ONNX Runtime's operator cannot take this matrix, for example because of its block size; else None."""
         if isinstance(spec, BlockQuantizedSpec):
             return matmul_bnb4.fault(spec)
+        assert isinstance(spec, GroupQuantizedSpec | RowQuantizedSpec)
         if isinstance(spec, GroupQuantizedSpec) or not self.int8_activations:
             return matmul_nbits.fault(spec)
         return matmul_integer.fault(spec)

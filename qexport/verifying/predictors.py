@@ -146,8 +146,8 @@ def shared_heads(runners: Sequence[BlockRunner]) -> Iterator[list[Head]]:
 
 
 def same_head(one: BlockRunner, other: BlockRunner) -> bool:
-    """Whether two models' heads are equal: also what config.json says, which may give the norm another epsilon, or scale
-    the logits.
+    """Whether two models' heads are equal: their weights, and what config.json says, which may give the norm another
+    epsilon, or scale the logits.
     """
     if one.dtype != other.dtype or config_differences(one.architecture, other.architecture.config):
         return False

@@ -22,7 +22,9 @@ from qexport.artifact.figures import find_figure
 from qexport.artifact.manifest import MANIFEST_NAME
 from qexport.artifact.report import Report
 from qexport.cli import main
+from qexport.cli.verifying import References, reference_of
 from qexport.errors import InputError
+from qexport.execution import ExecutionSettings
 from qexport.pipeline import expectations, expected_memory, verification
 from qexport.verifying.window_share import WindowShare
 from test_cli import tiny_run
@@ -223,6 +225,18 @@ def test_options_that_do_not_go_together_are_refused(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert words in captured.err
+
+
+def test_the_workers_of_the_command_line_replace_the_recipes(made: Path) -> None:
+    def chosen(*overrides: str, workers: int | None = None) -> ExecutionSettings | None:
+        recipe = str(made / "recipe.yaml")
+        return reference_of(References(recipe, overrides, None, (), None, None, None, workers=workers)).execution
+
+    recipes = ("execution.workers=3", "execution.threads=2")
+    assert chosen() is None
+    assert chosen(*recipes) == ExecutionSettings(workers=3, threads=2)
+    assert chosen(*recipes, workers=5) == ExecutionSettings(workers=5, threads=2)
+    assert chosen(workers=5) == ExecutionSettings(workers=5)
 
 
 def test_a_limit_of_memory_holds_for_whole_models(

@@ -33,7 +33,7 @@ from qexport.pipeline.texts import read_texts
 from qexport.progress import Steps, silent
 from qexport.quantizing.method import PassInputs
 from qexport.quantizing.rounding import NearestSource
-from qexport.recipe import load_recipe
+from qexport.recipe import Recipe, load_recipe
 from qexport.tensors import GroupQuantizedSpec, TensorRecord
 from qexport.verifying.rounds import Models, measure
 
@@ -70,12 +70,14 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="0 for this process")
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--recipe", type=Path, default=ROOT / "recipes/gptq-4bit.yaml")
+    parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="of the recipe")
     arguments = parser.parse_args()
+    recipe = load_recipe(arguments.recipe, arguments.override)
     table = Table("workers", "s a block", "times one worker", "digest", "s compared", "figures", "peak MB of the run",
                   "of a worker: pass", "with comparison", "planned")  # fmt: skip
     alone: float | None = None
     for workers in arguments.workers:
-        found = measured(arguments.recipe, workers, arguments.blocks)
+        found = measured(recipe, workers, arguments.blocks)
         each = sum(found.seconds[1:]) / (arguments.blocks - 1)
         alone = each if workers == 1 else alone
         ratio = f"{alone / each:.2f}" if alone else ""
@@ -154,11 +156,10 @@ def show_model(measured_seconds: float | None) -> None:
     Console(width=140).print(table)
 
 
-def measured(recipe: Path, workers: int, blocks: int) -> Measured:
+def measured(recipe: Recipe, workers: int, blocks: int) -> Measured:
     """One pass over the first blocks and one comparison, with one thread a worker."""
     torch.set_num_threads(1 if workers < 2 else workers)
-    chosen = load_recipe(recipe)
-    planned = plan(chosen.on_workers(workers) if workers else chosen)
+    planned = plan(recipe.on_workers(workers) if workers else recipe)
     texts = read_texts(planned.recipe, planned.merged.checkpoint, planned.structure)
     settings = ExecutionSettings(workers=workers, threads=1) if workers else None
     with execution_of(settings, CPU) as execution, tempfile.TemporaryDirectory() as scratch:

@@ -103,8 +103,9 @@ def memory_of_worker(sizes: RunSizes, workers: int, chosen: Budget) -> int:
 
 
 def _quantizing_rows(sizes: RunSizes, workers: int) -> float:
-    """The block, and of the group that takes most, the sums and the inputs of a worker's own windows in both models and
-    as their difference, or what it solves its rows with.
+    """What is outside the blocks, as it is sent and copied; the block; and of the group that takes most, the sums and
+    the inputs of a worker's own windows in both models and as their difference, or what it solves its rows with. Pages
+    of the cluster's shared memory count as a worker's once it has read them.
     """
     if sizes.gptq is None:
         return 3 * 4 * sizes.widest
@@ -113,20 +114,19 @@ def _quantizing_rows(sizes: RunSizes, workers: int) -> float:
         square, rows = 4 * linear.in_features**2, 4 * linear.in_features * sizes.sharing(linear) / workers
         held = sizes.bytes_ * tokens * linear.in_features * (1 if linear.expert else 2 * sizes.streams - 1)
         most = max(most, held + 2 * square, 2 * square + _SOLVED * rows)
-    return sizes.block * sizes.bytes_ + most + _summed(sizes)
+    return (2 * sizes.outside + sizes.block) * sizes.bytes_ + most + _summed(sizes)
 
 
 def _comparing_windows(sizes: RunSizes, settings: VerifySettings, workers: int, chosen: Budget) -> float:
-    """The hidden states of a worker's own windows in all models, a block, and at the end the heads: as they are sent,
-    where they come from, and in float32.
+    """The hidden states of a worker's own windows in all models; what is outside the blocks, of two models as it is
+    sent and of one copied; a block, and at the end the heads in float32 and pieces of all logits.
     """
     at_once = _at_once(settings, _first_tokens(settings), chosen)
     tokens = at_once * math.ceil(math.ceil(_first_tokens(settings) / at_once) / workers)
     hidden = sizes.compared * tokens * sizes.hidden * sizes.bytes_
-    heads = _heads(sizes)
-    sent = 2 * sizes.head * sizes.bytes_
     block = 2 * sizes.block * sizes.bytes_ + at_once * sizes.working
-    return _STATISTICS + hidden + max(block, 4 * heads * sizes.head + max(sent, _logits(sizes, sizes.compared)))
+    heads = 4 * _heads(sizes) * sizes.head + _logits(sizes, sizes.compared)
+    return _STATISTICS + hidden + 3 * sizes.outside * sizes.bytes_ + max(block, heads)
 
 
 def _quantizing(sizes: RunSizes, chosen: Budget) -> float:

@@ -43,7 +43,7 @@ from qexport.quantizing.nf4 import Nf4
 from qexport.quantizing.solver import Options, factorize, loop_on, plain_loop, solve
 from qexport.tensors import CalibrationSet, GroupQuantized, Origin
 from qexport.verifying.divergence import compare_two
-from qexport.verifying.predictors import run_in_lockstep
+from qexport.verifying.lockstep import run_in_lockstep
 
 HERE = Path(__file__).parent
 ORACLES_SHARE = 0.25

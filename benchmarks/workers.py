@@ -1,9 +1,11 @@
-"""GPTQ's pass over some blocks in one process and on workers of Ray: seconds a block, memory, and the same bytes.
+"""GPTQ's pass over some blocks in one process and on workers of Ray: seconds a block, memory, and the same bytes. Then
+the comparison of these blocks with themselves rounded to nearest: seconds, memory, and the same figures.
 
     OMP_NUM_THREADS=1 python benchmarks/workers.py --workers 0 1 2 --blocks 4
 
-0 is this process. The first block is left out: starting the workers and their imports are in its time. Then a model of
-larger runs on GPUs, and of the measured one, is printed; nothing of it was measured on GPUs.
+0 is this process. The first block is left out: starting the workers and their imports are in its time. Memory is that
+of the kernel (VmHWM) beside what `qexport plan` says. Then a model of larger runs on GPUs, and of the measured one, is
+printed; nothing of it was measured on GPUs.
 """
 
 from __future__ import annotations
@@ -21,13 +23,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from qexport.architectures.architecture import Architecture
 from qexport.architectures.memory import resident
+from qexport.architectures.runner import BlockRunner
 from qexport.execution import ExecutionSettings, execution_of
-from qexport.pipeline.planning import plan
+from qexport.execution.workers import Execution
+from qexport.pipeline.planning import Plan, plan
 from qexport.pipeline.texts import read_texts
+from qexport.progress import Steps, silent
 from qexport.quantizing.method import PassInputs
-from qexport.recipe import load_recipe
-from qexport.tensors import TensorRecord
+from qexport.quantizing.rounding import NearestSource
+from qexport.recipe import Recipe, load_recipe
+from qexport.tensors import GroupQuantizedSpec, TensorRecord
+from qexport.verifying.rounds import Models, measure
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -35,11 +43,25 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of each block, the digest of all tensors, and the peak of this process in bytes."""
+    """What a pass and a comparison took.
+
+    Attributes:
+        seconds: of each block of the pass.
+        digest: of all tensors.
+        peak: of this process, bytes.
+        compared: seconds of the comparison.
+        figures: the digest of its figures.
+        workers: the largest peak of a worker after the pass, and after the comparison.
+        planned: of a worker, for the whole recipe.
+    """
 
     seconds: list[float]
     digest: str
     peak: int
+    compared: float
+    figures: str
+    workers: tuple[int, int]
+    planned: int
 
 
 def main() -> None:
@@ -48,16 +70,20 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="0 for this process")
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--recipe", type=Path, default=ROOT / "recipes/gptq-4bit.yaml")
+    parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="of the recipe")
     arguments = parser.parse_args()
-    table = Table("workers", "s a block", "times one worker", "peak MB of the run's process", "digest")
+    recipe = load_recipe(arguments.recipe, arguments.override)
+    table = Table("workers", "s a block", "times one worker", "digest", "s compared", "figures", "peak MB of the run",
+                  "of a worker: pass", "with comparison", "planned")  # fmt: skip
     alone: float | None = None
     for workers in arguments.workers:
-        found = measured(arguments.recipe, workers, arguments.blocks)
+        found = measured(recipe, workers, arguments.blocks)
         each = sum(found.seconds[1:]) / (arguments.blocks - 1)
         alone = each if workers == 1 else alone
         ratio = f"{alone / each:.2f}" if alone else ""
-        table.add_row(str(workers), f"{each:.2f}", ratio, f"{found.peak / 1e6:.0f}", found.digest)
-    Console(width=120).print(table)
+        sizes = (f"{size / 1e6:.0f}" for size in (found.peak, *found.workers, found.planned))
+        table.add_row(str(workers), f"{each:.2f}", ratio, found.digest, f"{found.compared:.1f}", found.figures, *sizes)
+    Console(width=160).print(table)
     show_model(alone)
 
 
@@ -130,10 +156,10 @@ def show_model(measured_seconds: float | None) -> None:
     Console(width=140).print(table)
 
 
-def measured(recipe: Path, workers: int, blocks: int) -> Measured:
-    """One pass over the first blocks, with one thread a worker."""
+def measured(recipe: Recipe, workers: int, blocks: int) -> Measured:
+    """One pass over the first blocks and one comparison, with one thread a worker."""
     torch.set_num_threads(1 if workers < 2 else workers)
-    planned = plan(load_recipe(recipe))
+    planned = plan(recipe.on_workers(workers) if workers else recipe)
     texts = read_texts(planned.recipe, planned.merged.checkpoint, planned.structure)
     settings = ExecutionSettings(workers=workers, threads=1) if workers else None
     with execution_of(settings, CPU) as execution, tempfile.TemporaryDirectory() as scratch:
@@ -150,8 +176,46 @@ def measured(recipe: Path, workers: int, blocks: int) -> Measured:
                 ends.append(time.monotonic())
             for tensor in _tensors(record):
                 digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        of_pass = max(execution.map(_peak, range(execution.workers)))
+        start, figures = time.monotonic(), _compared(planned, execution, blocks)
+        end, of_both = time.monotonic(), max(execution.map(_peak, range(execution.workers)))
     seconds = [after - before for before, after in pairwise(ends)]
-    return Measured(seconds, digest.hexdigest()[:12], resident().peak or 0)
+    return Measured(
+        seconds, digest.hexdigest()[:12], resident().peak, end - start, figures, (of_pass, of_both),
+        planned.expected.worker or planned.expected.memory,
+    )  # fmt: skip
+
+
+def _peak(_: int) -> int:
+    """Of the process in which this is called."""
+    return resident().peak
+
+
+def _compared(planned: Plan, execution: Execution, blocks: int) -> str:
+    """The digest of the figures of the first blocks rounded to nearest, on the windows of the recipe's first look."""
+    merged, settings = planned.merged.checkpoint, planned.recipe.verify
+    assert settings is not None
+    architecture = Architecture({**merged.config, "num_hidden_layers": blocks})
+    ids = torch.randint(
+        planned.structure.vocab_size, (settings.windows, settings.sequence_length),
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    specs = planned.outputs.quantized.items()
+    grids = {
+        name: spec for name, spec in specs
+        if isinstance(spec, GroupQuantizedSpec) and f"{name}.weight" in architecture.structure.parameters
+    }  # fmt: skip
+    dtype = getattr(torch, planned.recipe.merge.dtype)
+    models = [
+        BlockRunner(architecture, weights, dtype=dtype, device=CPU)
+        for weights in (merged.weights, NearestSource(merged.weights, grids, frozenset()))
+    ]
+    found = measure(
+        Models(models[0], models[1]), ids, settings.windows, lambda _: [], lambda *_: False, Steps(silent),
+        execution=execution,
+    )  # fmt: skip
+    tokens = found.tokens()["artifact"]
+    return hashlib.sha256(tokens.kl.numpy().tobytes() + repr(found.block_drift).encode()).hexdigest()[:12]
 
 
 def _block(name: str) -> int | None:

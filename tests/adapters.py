@@ -19,7 +19,7 @@ from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.tensors import Origin, TensorSpec
 from qexport.tensors.safetensors_file import SafetensorsFile
 from qexport.verifying.live_adapter import LiveRunner
-from qexport.verifying.predictors import run_in_lockstep
+from qexport.verifying.lockstep import run_in_lockstep
 
 ORIGIN = Origin("folder", "adapter")
 

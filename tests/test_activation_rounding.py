@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import factories
 import stored_models
 from qexport.architectures.activation_rounding import round_blocks, round_inputs, round_tokens
 from qexport.architectures.runner import BlockRunner
+from qexport.architectures.sending import ReceivedWeights, SentModel
 from qexport.errors import InputError
 from qexport.formats.compressed_tensors.reading import CompressedTensorsRules
 from qexport.formats.stored_weight import input_roundings
@@ -100,6 +102,18 @@ def test_blocks_and_whole_model_drift_as_the_served_model_does(folder: Path) -> 
     effect = (unrounded - expected).abs().mean()
     assert (by_blocks - expected).abs().mean() < effect / 4
     assert (whole - expected).abs().mean() < effect / 4
+
+
+def test_a_runner_that_another_process_makes_rounds_as_this_one(folder: Path) -> None:
+    received = ReceivedWeights()
+    with SafetensorsWeights(folder, dtype=torch.float32) as source:
+        plain, rounding = (BlockRunner(source.architecture, source, dtype=torch.float32, device=CPU) for _ in range(2))
+        rounding.round_inputs(input_roundings(source.layers))
+        sent: SentModel = pickle.loads(pickle.dumps(SentModel.of(rounding)))
+        with received.holding(rounding.unread(rounding.structure.parameters)):
+            there = logits(sent.runner(received))
+        assert torch.equal(there, logits(rounding))
+        assert not torch.equal(there, logits(plain))
 
 
 @torch.no_grad()

@@ -22,9 +22,11 @@ from qexport.artifact.figures import find_figure
 from qexport.artifact.manifest import MANIFEST_NAME
 from qexport.artifact.report import Report
 from qexport.cli import main
+from qexport.cli.verifying import References, reference_of
 from qexport.errors import InputError
+from qexport.execution import ExecutionSettings
 from qexport.pipeline import expectations, expected_memory, verification
-from qexport.verifying import predictors, rounds
+from qexport.verifying.window_share import WindowShare
 from test_cli import tiny_run
 
 
@@ -225,6 +227,18 @@ def test_options_that_do_not_go_together_are_refused(
     assert words in captured.err
 
 
+def test_the_workers_of_the_command_line_replace_the_recipes(made: Path) -> None:
+    def chosen(*overrides: str, workers: int | None = None) -> ExecutionSettings | None:
+        recipe = str(made / "recipe.yaml")
+        return reference_of(References(recipe, overrides, None, (), None, None, None, workers=workers)).execution
+
+    recipes = ("execution.workers=3", "execution.threads=2")
+    assert chosen() is None
+    assert chosen(*recipes) == ExecutionSettings(workers=3, threads=2)
+    assert chosen(*recipes, workers=5) == ExecutionSettings(workers=5, threads=2)
+    assert chosen(workers=5) == ExecutionSettings(workers=5)
+
+
 def test_a_limit_of_memory_holds_for_whole_models(
     made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -276,13 +290,14 @@ def test_the_limit_of_a_recipe_its_option_and_the_machine(
 
 
 def test_fewer_windows_go_through_a_block_where_more_do_not_fit(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def one_at_a_time(runners: object, input_ids: torch.Tensor, *rest: Any, **options: Any) -> Any:
-        counts.append(predictors.windows_at_once(input_ids.shape[1]))
-        return in_lockstep(runners, input_ids, *rest, **options)
+    def one_at_a_time(share: WindowShare, input_ids: torch.Tensor, at_once: int) -> None:
+        if len(input_ids) == 8:
+            counts.append(at_once)
+        begin(share, input_ids, at_once)
 
     counts: list[int] = []
-    in_lockstep: Any = predictors.run_in_lockstep
-    monkeypatch.setattr(rounds, "run_in_lockstep", one_at_a_time)
+    begin = WindowShare.begin
+    monkeypatch.setattr(WindowShare, "begin", one_at_a_time)
     monkeypatch.setattr(expected_memory, "_needs", lambda _, chosen: {"verify": min(chosen.compared_tokens, 1e4) * 1e5})
     assert (
         verified(

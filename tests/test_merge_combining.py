@@ -37,8 +37,8 @@ from qexport.recipe import Recipe, load_recipe
 from qexport.release.record import BOM_NAME, PROVENANCE_NAME
 from qexport.tensors import Origin
 from qexport.verifying.live_adapter import ComparedMerge, LiveRunner, compare_merge
+from qexport.verifying.lockstep import run_in_lockstep
 from qexport.verifying.peft_combination import CombinedByPeft
-from qexport.verifying.predictors import run_in_lockstep
 
 CPU = torch.device("cpu")
 ORIGIN = Origin("combination", "one+two")

@@ -31,7 +31,7 @@ from qexport.tensors import Quantized, RowQuantized
 from qexport.tensors.input_rounding import InputRounding
 from qexport.verifying import SpeedSettings
 from qexport.verifying.continuation import continue_all, likeliest_along
-from qexport.verifying.predictors import run_in_lockstep
+from qexport.verifying.lockstep import run_in_lockstep
 from qexport.verifying.prompt_batches import batch_prompts, check_padding
 from qexport.verifying.served import own_reading
 from qexport.verifying.speed import measure_speed

@@ -13,7 +13,7 @@ import factories
 from qexport.architectures.architecture import Architecture
 from qexport.architectures.runner import BlockRunner
 from qexport.verifying import predictors as predicting
-from qexport.verifying.predictors import run_in_lockstep
+from qexport.verifying.lockstep import run_in_lockstep
 from quantized_models import QuantizedModel, Tensors
 
 BLOCKS = 4

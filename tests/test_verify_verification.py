@@ -30,6 +30,7 @@ from qexport.text.windows import HeldOut, make_held_out
 from qexport.verifying import TaskSettings, VerifySettings
 from qexport.verifying import predictors as predicting
 from qexport.verifying.divergence import compare
+from qexport.verifying.lockstep import run_in_lockstep
 from qexport.verifying.memory import Way, choose_way, drafting_memory, needed_memory
 from qexport.verifying.predictors import predictors
 from qexport.verifying.reference import Preparation, Reference
@@ -284,7 +285,7 @@ def test_the_models_take_turns_block_by_block_and_each_block_is_read_once(monkey
             assert {name.split(".")[2] for name in read} == {str(index) for index in range(blocks)}
             assert len(read) == len(set(read))
 
-    batches, drift = predicting.run_in_lockstep((ours, theirs), held_out().input_ids, finished)
+    batches, drift = run_in_lockstep((ours, theirs), held_out().input_ids, finished)
     assert left == [0, 0, 0]
     assert drift == [0.0, 0.0, 0.0]
     with predictors((ours, theirs), batches) as models:
@@ -303,7 +304,7 @@ def test_a_tied_head_or_norm_of_the_artifacts_own_is_used(name: str) -> None:
         BlockRunner(model.checkpoint.architecture, Tensors(each), dtype=torch.bfloat16, device=CPU)
         for each in (tensors, changed)
     )
-    (batches, _), _ = predicting.run_in_lockstep((ours, ours), held_out().input_ids, lambda _: None)
+    (batches, _), _ = run_in_lockstep((ours, ours), held_out().input_ids, lambda _: None)
     theirs.embed(held_out().input_ids[:1], 1)
     with predictors((ours, theirs), (batches, batches)) as models:
         (figures,) = compare(models, [(0, 1)], held_out().input_ids, lambda _: None)
@@ -317,7 +318,7 @@ def test_a_head_that_another_config_changes_is_not_taken_for_the_references() ->
         BlockRunner(Architecture(each), model.checkpoint.weights, dtype=torch.float32, device=CPU)
         for each in (model.checkpoint.config, config)
     )
-    (batches, _), _ = predicting.run_in_lockstep((ours, ours), held_out().input_ids, lambda _: None)
+    (batches, _), _ = run_in_lockstep((ours, ours), held_out().input_ids, lambda _: None)
     theirs.embed(held_out().input_ids[:1], 1)
     with predictors((ours, theirs), (batches, batches)) as models:
         (figures,) = compare(models, [(0, 1)], held_out().input_ids, lambda _: None)

@@ -39,8 +39,8 @@ from qexport.tensors import GroupQuantized, Origin, TensorSpec, WeightSource
 from qexport.text.windows import HeldOut
 from qexport.verifying import VerifySettings
 from qexport.verifying.adapter_strength import strength_by_weights
+from qexport.verifying.lockstep import run_in_lockstep
 from qexport.verifying.matrices import MatrixErrors, compare_matrix, projections
-from qexport.verifying.predictors import run_in_lockstep
 from qexport.verifying.reference import Preparation, Reference
 from qexport.verifying.weights import ComparedWeights, WeightCheck
 
@@ -122,9 +122,9 @@ class Made:
 def run_both(check: WeightCheck, stored: StoredModel, reference: Reference, finished: Callable[[int], None]) -> None:
     """Both models, block by block."""
     own = reference.runner(replace(reference.merged, weights=check.reference_weights))
-    check.watch(own)
+    inputs = check.watch(own)
     artifact = BlockRunner(stored.architecture, check.artifact_weights, dtype=reference.dtype, device=own.device)
-    run_in_lockstep([own, artifact], trained_models.held_out_ids(8), finished)
+    run_in_lockstep([own, artifact], trained_models.held_out_ids(8), finished, inputs=inputs)
 
 
 METHODS: Mapping[str, Mapping[str, Any]] = {

@@ -70,6 +70,7 @@ class LazyModel:
     Attributes:
         architecture: the model's.
         structure: the model's.
+        roundings: of the inputs of linear layers, see `round_inputs`.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class LazyModel:
         start_vector_math()
         self.architecture, self.structure = architecture, architecture.structure
         self.dtype, self.device, self._source, self._naming = dtype, device, source, architecture.naming
+        self.roundings: Mapping[str, InputRounding] = {}
         self._model = architecture.empty_model()
         self._model.config.use_cache = False
         self._own_modules = dict(self._model.named_modules(remove_duplicate=False))
@@ -119,7 +121,7 @@ class LazyModel:
         Returns:
             The modules of mixtures for which that is not simulated.
         """
-        parts = self._naming.parts
+        self.roundings, parts = roundings, self._naming.parts
         owners = {parts[f"{name}.weight"].parameter.rpartition(".")[0]: each for name, each in roundings.items()}
         return [path for path in sorted(owners) if not round_inputs(self._own_modules[path], owners[path])]
 
@@ -148,6 +150,10 @@ class LazyModel:
         tensor = self._source.read(name)
         dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
         return tensor.to(device=self.device, dtype=dtype)
+
+    def unread(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors as the source has them, for a runner that gets them from this one."""
+        return {name: self._source.read(name) for name in names}
 
     def _load(self, name: str, tensor: Tensor, before: dict[str, Tensor]) -> None:
         """Puts a tensor into the model, and adds to `before` what it replaces."""

@@ -35,6 +35,11 @@ if TYPE_CHECKING:
     from qexport.release import ReleaseSettings
 
 
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Processes of a Ray cluster that share the work, see `execution`.")
+]
+
+
 @app.command()
 def run(
     recipe: RecipePath,
@@ -47,9 +52,7 @@ def run(
     as_json: AsJson = False,
     debug: Debug = False,
     device: Device = "auto",
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes of a Ray cluster that share the work, see `execution`.")
-    ] = None,
+    workers: Workers = None,
     mlflow: MlflowUri = None,
     mlflow_experiment: MlflowExperiment = None,
     mlflow_run: MlflowRun = None,
@@ -136,6 +139,7 @@ def verify(
     as_json: AsJson = False,
     debug: Debug = False,
     device: Device = "auto",
+    workers: Workers = None,
     mlflow: MlflowUri = None,
     mlflow_experiment: MlflowExperiment = None,
     mlflow_run: MlflowRun = None,
@@ -145,7 +149,16 @@ def verify(
         from qexport.cli.verifying import References
 
         options = References(
-            reference, overrides or (), adapter, text or (), prompts, gates, max_memory, through or (), baseline
+            reference,
+            overrides or (),
+            adapter,
+            text or (),
+            prompts,
+            gates,
+            max_memory,
+            through or (),
+            baseline,
+            workers,
         )
         tracker = tracker_of(mlflow, mlflow_experiment, mlflow_run)
         found, unmet = _measured(artifact, options, report_folder, device)
@@ -190,6 +203,7 @@ def _measured(
             chosen.settings,
             merging=chosen.merging,
             max_memory=chosen.max_memory,
+            execution=chosen.execution,
             command=options.command(artifact),
             device=device,
             progress=progress,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from qexport.errors import RecipeError
+from qexport.execution import ExecutionSettings, on_workers
 from qexport.gates import read_gates
 from qexport.loading import LoadSettings
 from qexport.merge import MergeSettings
@@ -34,6 +35,7 @@ class References:
         max_memory: replaces the recipe's.
         through: runtimes; replace the recipe's.
         baseline: the release that is in production; replaces the recipe's.
+        workers: how many there are of a Ray cluster; replaces the recipe's.
     """
 
     reference: str
@@ -45,6 +47,7 @@ class References:
     max_memory: str | None
     through: Sequence[str] = ()
     baseline: str | None = None
+    workers: int | None = None
 
     def command(self, artifact: Path) -> str:
         """The command that repeats the measurement of this artifact."""
@@ -62,12 +65,13 @@ class References:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The settings to load, merge and compare with, and the most memory to take."""
+    """The settings to load, merge and compare with, the most memory to take, and the workers."""
 
     load: LoadSettings
     merging: MergeSettings
     settings: VerifySettings
     max_memory: str | None
+    execution: ExecutionSettings | None = None
 
 
 def reference_of(options: References) -> Chosen:
@@ -83,6 +87,8 @@ def reference_of(options: References) -> Chosen:
     if options.baseline is not None:
         baseline = _resolved(paths.local, options.baseline, "--baseline", mend=_REPORT)
         chosen = replace(chosen, settings=chosen.settings.model_copy(update={"baseline": baseline}))
+    if options.workers is not None:
+        chosen = replace(chosen, execution=on_workers(chosen.execution, options.workers))
     if options.gates is None:
         return chosen
     gates = read_gates(options.gates)
@@ -115,11 +121,11 @@ def _from_recipe(options: References) -> Chosen:
     if recipe.verify is None:
         if not options.text:
             raise _no_text(f"{options.reference} has no verify")
-        return Chosen(recipe.load, recipe.merge, _settings(options), max_memory)
+        return Chosen(recipe.load, recipe.merge, _settings(options), max_memory, recipe.execution)
     update = {"text": list(options.text)} if options.text else {}
     prompts = {"prompts": options.prompts} if options.prompts else {}
     settings = recipe.verify.model_copy(update={**update, **prompts})
-    return Chosen(recipe.load, recipe.merge, settings, max_memory)
+    return Chosen(recipe.load, recipe.merge, settings, max_memory, recipe.execution)
 
 
 def _from_model(options: References) -> Chosen:

@@ -30,6 +30,12 @@ class ExecutionSettings(Settings):
     without it one is started on this machine, and stopped at the end."""
 
 
+def on_workers(settings: ExecutionSettings | None, count: int) -> ExecutionSettings:
+    """The same with so many workers."""
+    others = {} if settings is None else settings.model_dump(exclude={"workers"})
+    return ExecutionSettings(workers=count, **others)
+
+
 def execution_of(settings: ExecutionSettings | None, device: torch.device) -> AbstractContextManager[Execution]:
     """The workers that a recipe asks for; without settings, this process.
 

@@ -114,7 +114,7 @@ def expect(recipe: Recipe, merged: Merged, outputs: Outputs, artifact: int) -> E
         seconds=shared / torch.get_num_threads() + single,
         disk=round(artifact + len(recipe.export) * _beside(sizes, merged) + max(_parked(sizes), _before_blocks(sizes))),
         budget=chosen,
-        worker=memory_of_worker(sizes, recipe.execution.workers) if recipe.execution else None,
+        worker=memory_of_worker(sizes, recipe.execution.workers, chosen) if recipe.execution else None,
     )
 
 

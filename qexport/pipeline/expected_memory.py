@@ -88,18 +88,45 @@ def _needs(sizes: RunSizes, chosen: Budget) -> dict[str, float]:
     return needs
 
 
-def memory_of_worker(sizes: RunSizes, workers: int) -> int:
-    """Bytes of one of several workers: the block, and of the group that takes most, the sums and the inputs of its own
-    windows in both models and as their difference, or what it solves its rows with.
+def memory_of_worker(sizes: RunSizes, workers: int, chosen: Budget) -> int:
+    """Bytes of one of several workers at the peak.
+
+    Args:
+        sizes: of the run.
+        workers: how many there are.
+        chosen: what the run keeps to.
+    """
+    needs = [_quantizing_rows(sizes, workers)]
+    if sizes.verify is not None:
+        needs.append(_comparing_windows(sizes, sizes.verify, workers, chosen))
+    return round(_FIXED + _RAY + _GAPS * max(needs))
+
+
+def _quantizing_rows(sizes: RunSizes, workers: int) -> float:
+    """What is outside the blocks, as it is sent and copied; the block; and of the group that takes most, the sums and
+    the inputs of a worker's own windows in both models and as their difference, or what it solves its rows with. Pages
+    of the cluster's shared memory count as a worker's once it has read them.
     """
     if sizes.gptq is None:
-        return round(_FIXED + _RAY + _GAPS * 3 * 4 * sizes.widest)
+        return 3 * 4 * sizes.widest
     tokens, most = -(-sizes.calibration // workers), 0.0
     for linear in sizes.linears:
         square, rows = 4 * linear.in_features**2, 4 * linear.in_features * sizes.sharing(linear) / workers
         held = sizes.bytes_ * tokens * linear.in_features * (1 if linear.expert else 2 * sizes.streams - 1)
         most = max(most, held + 2 * square, 2 * square + _SOLVED * rows)
-    return round(_FIXED + _RAY + _GAPS * (sizes.block * sizes.bytes_ + most + _summed(sizes)))
+    return (2 * sizes.outside + sizes.block) * sizes.bytes_ + most + _summed(sizes)
+
+
+def _comparing_windows(sizes: RunSizes, settings: VerifySettings, workers: int, chosen: Budget) -> float:
+    """The hidden states of a worker's own windows in all models; what is outside the blocks, of two models as it is
+    sent and of one copied; a block, and at the end the heads in float32 and pieces of all logits.
+    """
+    at_once = _at_once(settings, _first_tokens(settings), chosen)
+    tokens = at_once * math.ceil(math.ceil(_first_tokens(settings) / at_once) / workers)
+    hidden = sizes.compared * tokens * sizes.hidden * sizes.bytes_
+    block = 2 * sizes.block * sizes.bytes_ + at_once * sizes.working
+    heads = 4 * _heads(sizes) * sizes.head + _logits(sizes, sizes.compared)
+    return _STATISTICS + hidden + 3 * sizes.outside * sizes.bytes_ + max(block, heads)
 
 
 def _quantizing(sizes: RunSizes, chosen: Budget) -> float:
@@ -175,10 +202,10 @@ def _verifying(sizes: RunSizes, settings: VerifySettings, chosen: Budget) -> flo
     along = max([settings.length_windows * max(sizes.lengths, default=0), *(each.along for each in sizes.continued)])
     together = min(PORTION_TOKENS, along)  # of two models
     tokens = max(_first_tokens(settings), 2 * together // sizes.compared)
-    at_once = min(tokens, max(settings.sequence_length, min(BATCH_TOKENS, chosen.compared_tokens)))
+    at_once = _at_once(settings, tokens, chosen)
     hidden = sizes.compared * tokens * sizes.hidden * sizes.bytes_
     block = sizes.block * sizes.bytes_ + _ROUNDED * 4 * sizes.widest + at_once * sizes.working
-    heads = 2 if sizes.structure.head in sizes.quantized else 1
+    heads = _heads(sizes)
     read = sizes.head * (4 * heads + sizes.bytes_)
     return _STATISTICS + hidden + max(block, read, 4 * heads * sizes.head + _logits(sizes, sizes.compared))
 
@@ -188,11 +215,21 @@ def _serving(sizes: RunSizes, settings: VerifySettings, chosen: Budget) -> float
     runtime, which is a process of its own.
     """
     tokens = _first_tokens(settings)
-    at_once = min(tokens, max(settings.sequence_length, min(BATCH_TOKENS, chosen.compared_tokens)))
+    at_once = _at_once(settings, tokens, chosen)
     hidden = tokens * sizes.hidden * (sizes.bytes_ + 4)
     block = 4 * (sizes.block + _ROUNDED * sizes.widest) + at_once * sizes.working * 4 / sizes.bytes_
     read = sizes.head * (4 * 2 + sizes.bytes_)
     return _STATISTICS + hidden + max(block, read, 4 * 2 * sizes.head + _logits(sizes, 3))
+
+
+def _heads(sizes: RunSizes) -> int:
+    """How many heads are in memory: the artifact has one of its own where it is quantized."""
+    return 2 if sizes.structure.head in sizes.quantized else 1
+
+
+def _at_once(settings: VerifySettings, tokens: int, chosen: Budget) -> int:
+    """How many of these tokens go through a block at a time while models are compared."""
+    return round(min(tokens, max(settings.sequence_length, min(BATCH_TOKENS, chosen.compared_tokens))))
 
 
 def _first_tokens(settings: VerifySettings) -> int:

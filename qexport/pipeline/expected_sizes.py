@@ -99,6 +99,7 @@ class RunSizes:
         self.recoded = in_blocks if merged.base.origin.read_as else 0  # weights that come from codes at each read
         self.blocks = {block: self._in(block) for block in structure.blocks}
         self.block = max(self.blocks.values())
+        self.outside = self.total - sum(self.blocks.values())
         self.linears = structure.linears[max(self.blocks, key=lambda name: self.blocks[name])]
         config = merged.checkpoint.architecture.parsed
         experts, used = (getattr(config, name, None) for name in ("num_local_experts", "num_experts_per_tok"))

@@ -276,7 +276,9 @@ def _measure(
         for same_kind in _grouped_by_kind([folders[layout.name] for layout in group]):
             first = same_kind[0]
             looks = work.journal.looks(f"{first.layout.name}, {first.opened.artifact.kind}")
-            verified = measure_folder(reference, first.opened, looks=looks, progress=work.progress)
+            verified = measure_folder(
+                reference, first.opened, looks=looks, execution=work.execution, progress=work.progress
+            )
             served = _serve(planned, verified, same_kind, work.progress)
             for folder, found in zip(same_kind, served, strict=True):
                 reports[folder.layout.name] = verified.report_on(

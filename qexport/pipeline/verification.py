@@ -16,6 +16,9 @@ from qexport.artifact.figures import CheckResult
 from qexport.artifact.integrity import find_artifact
 from qexport.artifact.report import Report
 from qexport.errors import listed
+from qexport.execution import ExecutionSettings, execution_of
+from qexport.execution.inline import INLINE
+from qexport.execution.workers import Execution
 from qexport.export.gguf.layout import compared_header
 from qexport.gates.profiles import profile_for
 from qexport.hidden_packages import hidden
@@ -53,6 +56,7 @@ def verify(
     *,
     merging: MergeSettings | None = None,
     max_memory: str | None = None,
+    execution: ExecutionSettings | None = None,
     command: str = "qexport.verify(...)",
     device: str = "auto",
     progress: ProgressCallback = silent,
@@ -65,6 +69,7 @@ def verify(
         settings: text, prompts and gates.
         merging: the arithmetic of the merge.
         max_memory: the most main memory that the process may take, for example `8GB`; None for what the machine has.
+        execution: workers that share the work; the report does not depend on them. None for this process.
         command: for the report, the command that repeats the measurement.
         device: `auto`, `cpu` or `cuda`.
         progress: is called with each step, and with what a user should know.
@@ -86,9 +91,9 @@ def verify(
         refuse_misfits(settings, opened.artifact)
         budget = budget_to_verify(merged, opened.artifact, settings, max_memory, dtype=dtype, device=where)
         evaluation = read_evaluation(settings, open_tokenizer(merged.checkpoint), merged.checkpoint, progress=progress)
-        with keeping_to(budget):
+        with keeping_to(budget), execution_of(execution, where) as workers:
             reference = prepare_reference(merged, evaluation, settings, dtype=dtype, device=where, progress=progress)
-            verified = measure_folder(reference, opened, progress=progress)
+            verified = measure_folder(reference, opened, execution=workers, progress=progress)
             served = measure_through(reference, opened, verified.gates, settings.through, progress=progress)
             return verified.report_on(opened, served=served, command=command)
 
@@ -140,7 +145,12 @@ class Verified:
 
 
 def measure_folder(
-    reference: Reference, opened: ArtifactFolder, *, looks: Looks = NO_LOOKS, progress: ProgressCallback = silent
+    reference: Reference,
+    opened: ArtifactFolder,
+    *,
+    looks: Looks = NO_LOOKS,
+    execution: Execution = INLINE,
+    progress: ProgressCallback = silent,
 ) -> Verified:
     """Measures a folder's weights until its gates are decided.
 
@@ -148,6 +158,7 @@ def measure_folder(
         reference: what to compare it with.
         opened: the folder.
         looks: what an interrupted run has measured.
+        execution: the workers, to which windows are dealt out.
         progress: is called with each step.
     """
     settings = reference.settings
@@ -161,7 +172,12 @@ def measure_folder(
         baseline=reference.baseline.record if reference.baseline else None,
     )
     measured = verification.verify(
-        opened.artifact, reference, lambda figures: gates(figures, []), looks=looks, progress=progress
+        opened.artifact,
+        reference,
+        lambda figures: gates(figures, []),
+        looks=looks,
+        execution=execution,
+        progress=progress,
     )
     return Verified(reference, gates, measured)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.memory import budget, return_freed_memory
+from qexport.architectures.sending import Sender, sends
 from qexport.architectures.structure import Structure
 from qexport.execution.workers import Value, WorkerLostError
 from qexport.formats import Outputs
@@ -20,7 +21,6 @@ from qexport.quantizing.importance import kept_importance, token_weights
 from qexport.quantizing.layer import Hessian, SolvedLayer, is_corrected, solve_together
 from qexport.quantizing.method import PassInputs
 from qexport.quantizing.selection import candidates, notes_on_experts, select, solver_options
-from qexport.quantizing.sending import Sender, sends
 from qexport.quantizing.shard import GroupNames, SharedInputs, WindowShard
 from qexport.quantizing.shards import Shards, shared_out
 from qexport.quantizing.solver import Options

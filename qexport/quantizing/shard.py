@@ -15,6 +15,7 @@ from qexport.architectures.architecture import Architecture
 from qexport.architectures.devices import reproducible
 from qexport.architectures.families import ExpertStop, staged
 from qexport.architectures.runner import Batch, BlockRunner
+from qexport.architectures.sending import ReceivedWeights, Tensors
 from qexport.architectures.structure import LinearSpec
 from qexport.artifact.disk import sync
 from qexport.errors import CompatibilityError, ResourceError
@@ -26,9 +27,7 @@ from qexport.quantizing.pauses import Group, PausedForward, find_groups, pausing
 from qexport.quantizing.products import FixedProducts
 from qexport.quantizing.stream import Stream
 from qexport.quantizing.sums import GroupInputs, GroupSums
-from qexport.tensors import TensorSpec, WeightSource
-
-Tensors = Mapping[str, Tensor]
+from qexport.tensors import WeightSource
 
 
 @dataclass(frozen=True)
@@ -95,8 +94,8 @@ class WindowShard:
 
     def __init__(self, shared: SharedInputs, batches: range) -> None:
         self._shared, self._numbers = shared, batches
-        self._received: dict[str, Tensor] = {}
-        source = _Received(self._received) if shared.weights is None else shared.weights
+        self._received = ReceivedWeights()
+        source = self._received if shared.weights is None else shared.weights
         self._device = torch.device(shared.device)
         self._runner = BlockRunner(shared.architecture, source, dtype=shared.dtype, device=self._device)
         if not shared.scratch.is_dir():
@@ -138,7 +137,7 @@ class WindowShard:
         self._leave()
         shared, size = self._shared, self._shared.batch_size
         windows = shared.input_ids[self._numbers.start * size : self._numbers.stop * size]
-        with self._having(tensors):
+        with self._received.holding(tensors):
             embedded = self._runner.embedded([windows[:1, :8], *windows.split(size)])
             self._probe = next(embedded)
             self._stream, full = self._new_stream(0), self._new_stream(-(-len(shared.input_ids) // size))
@@ -185,7 +184,7 @@ class WindowShard:
         """
         name = self._runner.structure.blocks[index]
         chosen = [each for each in self._runner.structure.linears[name] if each.name in self._shared.chosen]
-        self._block.enter_context(self._having(tensors))
+        self._block.enter_context(self._received.holding(tensors))
         block = self._block.enter_context(self._runner.block(index))
         of_experts = self._block.enter_context(self._stops(chosen))
         self._groups = self._found_groups(index, block, chosen, of_experts)
@@ -204,7 +203,7 @@ class WindowShard:
     def begin_head(self, tensors: Tensors | None) -> list[GroupNames]:
         """The same for the output head, whose only group is itself."""
         head = self._runner.structure.head
-        self._block.enter_context(self._having(tensors))
+        self._block.enter_context(self._received.holding(tensors))
         self._at_head = self._block.enter_context(self._runner.head_inputs())
         self._head = self._runner.read(f"{head}.weight")
         return [GroupNames(((head,),), experts=False)]
@@ -297,15 +296,6 @@ class WindowShard:
         self._block.close()
         self._offload_file.empty()
 
-    @contextmanager
-    def _having(self, tensors: Tensors | None) -> Iterator[None]:
-        """Lets the model be loaded from tensors that were sent, if they were."""
-        self._received.update(tensors or {})
-        try:
-            yield
-        finally:
-            self._received.clear()
-
     def _head_input(self, stream: Stream, place: int) -> Tensor:
         assert self._at_head is not None
         with stream.restored(place) as hidden:
@@ -374,19 +364,6 @@ class WindowShard:
             return self._head
         weight = self._runner.parameter(f"{name}.weight")
         return weight.t() if self._shared.linears[name].transposed else weight
-
-
-@dataclass(frozen=True)
-class _Received:
-    """A `WeightSource` of the tensors that a worker was sent."""
-
-    tensors: Mapping[str, Tensor]
-
-    def specs(self) -> Mapping[str, TensorSpec]:
-        return {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in self.tensors.items()}
-
-    def read(self, name: str) -> Tensor:
-        return self.tensors[name]
 
 
 def _leaf(path: str) -> str:

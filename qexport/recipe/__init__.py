@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from qexport.amounts import checked_size
 from qexport.artifact.publish import check_output
 from qexport.errors import RecipeError
-from qexport.execution import ExecutionSettings
+from qexport.execution import ExecutionSettings, on_workers
 from qexport.export import ExportSettings, OnnxSettings
 from qexport.loading import LoadSettings
 from qexport.merge import MergeSettings
@@ -108,8 +108,7 @@ class Recipe(Settings):
 
     def on_workers(self, count: int) -> Recipe:
         """The same recipe with so many workers."""
-        others = {} if self.execution is None else self.execution.model_dump(exclude={"workers"})
-        return self.model_copy(update={"execution": ExecutionSettings(workers=count, **others)})
+        return self.model_copy(update={"execution": on_workers(self.execution, count)})
 
     def portable(self) -> dict[str, Any]:
         """The recipe as JSON values without a host's path, for the manifest.

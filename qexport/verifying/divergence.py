@@ -75,8 +75,8 @@ def compare(
     Every token of a window but the first is predicted, from the tokens before it in the window.
 
     Args:
-        models: their predictions; some may have only the first windows.
-        pairs: which models to compare, on the windows that both have.
+        models: their predictions.
+        pairs: which models to compare.
         input_ids: int64 [windows, sequence_length].
         finished: is called after each batch with the number of windows compared so far.
 
@@ -86,18 +86,22 @@ def compare(
     Raises:
         NumericalError: a model's logits hold NaN or Inf.
     """
-    targets, at_once = input_ids[:, 1:], windows_at_once(input_ids.shape[1])
-    parts: list[list[TokenFigures]] = [[] for _ in pairs]
+    at_once, parts = windows_at_once(input_ids.shape[1]), list[list[TokenFigures]]()
     for first in range(0, len(input_ids), at_once):
         windows = range(first, min(first + at_once, len(input_ids)))
-        present = [index for index, model in enumerate(models) if model.windows > first]
-        chosen = {number: _among(pair, present) for number, pair in enumerate(pairs) if {*pair} <= {*present}}
-        logits = [models[index].logits(windows) for index in present]
-        for found in _compare_pieces(logits, list(chosen.values()), targets[windows.start : windows.stop]):
-            for number, figures in zip(chosen, found, strict=True):
-                parts[number].append(figures)
+        parts.append(compare_batch(models, pairs, input_ids, windows))
         finished(windows.stop)
-    return [_by_window(own, targets.shape[1]) for own in parts]
+    return [TokenFigures.joined(own) for own in zip(*parts, strict=True)]
+
+
+@torch.no_grad()
+def compare_batch(
+    models: Sequence[Predictor], pairs: Sequence[Pair], input_ids: Tensor, windows: range
+) -> list[TokenFigures]:
+    """The same for one batch of windows, which all models have."""
+    logits, targets = [model.logits(windows) for model in models], input_ids[windows.start : windows.stop, 1:]
+    found = zip(*_compare_pieces(logits, pairs, targets), strict=True)
+    return [TokenFigures.joined(own).reshape(len(targets)) for own in found]
 
 
 def compare_two(
@@ -116,16 +120,6 @@ def compare_two(
     with two_predictors(runners, batches) as models:
         (figures,) = compare(models, [(0, 1)], input_ids, lambda _: None)
     return figures
-
-
-def _among(pair: Pair, present: Sequence[int]) -> Pair:
-    """The pair as indices into the models that are present."""
-    return present.index(pair[0]), present.index(pair[1])
-
-
-def _by_window(parts: Sequence[TokenFigures], tokens: int) -> TokenFigures:
-    joined = TokenFigures.joined(parts)
-    return joined.reshape(joined.kl.numel() // tokens)
 
 
 def compare_logits(logits: Sequence[Tensor], pairs: Sequence[Pair], targets: Tensor) -> list[TokenFigures]:

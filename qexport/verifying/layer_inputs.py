@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qexport.architectures.runner import BlockRunner
+from qexport.architectures.structure import LinearSpec
 from qexport.verifying.kept import NOTHING_KEPT, Kept
 
 _TOKENS: Final = 256
@@ -51,7 +53,7 @@ NO_KEPT_INPUTS: Final = KeptInputs()
 
 
 class LayerInputs:
-    """A sample of the inputs of linear layers, each taken when its layer is run for the first time.
+    """A sample of the inputs of linear layers, each from the first time that its layer is run.
 
     Args:
         runner: the model. Experts, whose tokens differ, and layers outside the blocks are left out.
@@ -65,34 +67,53 @@ class LayerInputs:
     def __init__(self, runner: BlockRunner, weights: Collection[str], others: KeptInputs = NO_KEPT_INPUTS) -> None:
         self._kept: dict[str, Tensor] = {}
         self._others = others
-        linears = {
-            name: linear
-            for linear in runner.structure.block_linears
-            if (name := f"{linear.name}.weight") in weights and runner.part(linear).expert is None
+        self._missing = {
+            block: {
+                name: linear
+                for linear in linears
+                if (name := f"{linear.name}.weight") in weights and runner.part(linear).expert is None
+            }
+            for block, linears in runner.structure.linears.items()
         }
-        self.known = all(map(others.has, linears))
-        self._hooks = {
-            name: runner.module(linear).register_forward_pre_hook(partial(self._keep, name))
-            for name, linear in linears.items()
-            if not self.known
-        }
+        self.known = all(others.has(name) for linears in self._missing.values() for name in linears)
+        if self.known:
+            self._missing = {}
+
+    def wanted(self, block: str) -> Sequence[LinearSpec]:
+        """The layers of a block whose inputs are missing."""
+        return list(self._missing.get(block, {}).values())
+
+    def receive(self, block: str, inputs: Mapping[str, Tensor]) -> None:
+        """Takes over the inputs of layers of a block, by the names of their weights."""
+        for weight, tokens in inputs.items():
+            del self._missing[block][weight]
+            self._kept[weight] = tokens
+            self._others.keep(weight, tokens)
 
     def take(self, weight: str) -> Tensor | None:
         """float32 [tokens, in] on the CPU; None if the layer has not been run or is left out. It is not kept on."""
         found = self._others.read(weight) if self.known else self._kept.pop(weight, None)
         return None if found is None else found.to(torch.float32)
 
-    def close(self) -> None:
-        """Ends the watching of layers that have not been run."""
-        for hook in self._hooks.values():
-            hook.remove()
-        self._kept.clear()
 
-    def _keep(self, weight: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if inputs[0].is_meta:  # a run that only finds out what the blocks return
-            return
-        self._hooks.pop(weight).remove()
+@contextmanager
+def sampled(runner: BlockRunner, linears: Sequence[LinearSpec]) -> Iterator[dict[str, Tensor]]:
+    """Samples of what layers receive within the context, from the first batch of windows that they are run on: by the
+    names of their weights, [tokens, in] on the CPU.
+    """
+    found: dict[str, Tensor] = {}
+    hooks = [
+        runner.module(linear).register_forward_pre_hook(partial(_sample, found, f"{linear.name}.weight"))
+        for linear in linears
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _sample(found: dict[str, Tensor], weight: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+    if weight not in found:
         tokens = inputs[0].reshape(-1, inputs[0].shape[-1])
-        sample = tokens[:: max(1, len(tokens) // _TOKENS)][:_TOKENS]
-        self._kept[weight] = sample.to("cpu", copy=True)
-        self._others.keep(weight, self._kept[weight])
+        found[weight] = tokens[:: max(1, len(tokens) // _TOKENS)][:_TOKENS].to("cpu", copy=True)

@@ -28,7 +28,7 @@ from qexport.progress import Steps
 from qexport.tensors.safetensors_file import SafetensorsFile
 from qexport.tensors.source import WeightSource
 from qexport.verifying.divergence import TokenFigures, compare_two
-from qexport.verifying.predictors import run_in_lockstep
+from qexport.verifying.lockstep import run_in_lockstep
 
 if TYPE_CHECKING:
     from peft import PeftModel

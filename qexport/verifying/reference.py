@@ -26,7 +26,7 @@ from qexport.verifying.document_sums import Baseline
 from qexport.verifying.estimates import divergence_figures, ratio_values
 from qexport.verifying.kept import NOTHING_KEPT, Kept
 from qexport.verifying.live_adapter import ComparedMerge, LiveAdapter, NotMeasured, compare_merge
-from qexport.verifying.predictors import run_in_lockstep
+from qexport.verifying.lockstep import run_in_lockstep
 from qexport.verifying.suites import NO_SUITES, Suites
 from qexport.verifying.units import Units, measured_once
 

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field, fields
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal, cast
 
 from torch import Tensor
 
 from qexport.architectures.runner import BlockRunner
 from qexport.artifact.figures import GateResult
-from qexport.progress import Steps
-from qexport.verifying.divergence import Pair, TokenFigures, compare
+from qexport.execution.inline import INLINE
+from qexport.execution.workers import Execution, WorkerLostError
+from qexport.progress import Notice, Steps
+from qexport.verifying.divergence import TokenFigures
 from qexport.verifying.kept import NOTHING_KEPT, Kept, KeptStates, digest_of
-from qexport.verifying.predictors import Predictor, most_windows_at_once, predictors, run_in_lockstep, windows_at_once
+from qexport.verifying.layer_inputs import LayerInputs
+from qexport.verifying.lockstep import Lockstep
+from qexport.verifying.predictors import most_windows_at_once, windows_at_once
+from qexport.verifying.window_share import WindowRunner
 
 Comparison = Literal["artifact", "nearest", "base", "artifact_from_base"]
 """What is compared with the reference; `artifact_from_base` is the artifact compared with the base."""
@@ -26,19 +31,14 @@ _GROWTH: Final = 2
 _RIVAL_WINDOWS: Final = 16
 """Windows of a look that rivals run, rounded up to whole batches: they differ by more than the artifact does."""
 
+_ATTEMPTS: Final = 3
+"""How often a look is begun, if workers go."""
+
 _RIVAL_FIGURES: Final[Mapping[str, frozenset[str]]] = {
     "nearest": frozenset({"rtn_mean_kl", "kl_over_rtn"}),
     "base": frozenset({"adapter_effect", "kl_over_base", "adapter_strength_predictions"}),
 }
 """What a rival is run for. Once all gates on these figures are decided, the rival is not run again."""
-
-
-class WindowRunner(Protocol):
-    """A model that computes the logits of windows, without access to its hidden states."""
-
-    def predictor(self, input_ids: Tensor) -> AbstractContextManager[Predictor]:
-        """Its predictions in windows [windows, sequence_length], valid within the context."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,20 @@ class Models:
         artifact: the artifact, block by block, or as a graph that can only be run whole.
         nearest: the merged model rounded to nearest on the artifact's grids.
         base: the model without the adapter.
+        inputs: gets what the reference's layers receive; None if nobody wants it.
     """
 
     reference: BlockRunner
     artifact: BlockRunner | WindowRunner
     nearest: BlockRunner | None = None
     base: BlockRunner | None = None
+    inputs: LayerInputs | None = None
+
+    @property
+    def named(self) -> dict[str, BlockRunner | WindowRunner]:
+        """Those that there are, the reference first."""
+        own = {"reference": self.reference, "artifact": self.artifact, "nearest": self.nearest, "base": self.base}
+        return {name: model for name, model in own.items() if model is not None}
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,7 @@ class Look:
     Attributes:
         windows: how many.
         parts: the tokens of each comparison.
-        block_drift: see `run_in_lockstep`. Empty if the artifact does not run block by block.
+        block_drift: see `Lockstep.run`. Empty if the artifact does not run block by block.
     """
 
     windows: int
@@ -149,7 +157,7 @@ class Measured:
         parts: the tokens of each comparison, one part per look.
         indices: the windows of each comparison; the artifact has all of them.
         looks: how many windows had been measured at each look.
-        block_drift: of the first look, see `run_in_lockstep`. Empty if the artifact does not run block by block.
+        block_drift: of the first look, see `Lockstep.run`. Empty if the artifact does not run block by block.
     """
 
     parts: dict[Comparison, list[TokenFigures]] = field(default_factory=dict)
@@ -184,6 +192,7 @@ def measure(
     steps: Steps,
     looks: Looks = NO_LOOKS,
     kept: KeptWindows = NO_KEPT_WINDOWS,
+    execution: Execution = INLINE,
 ) -> Measured:
     """Runs the models over the windows until the gates are decided.
 
@@ -196,17 +205,23 @@ def measure(
         steps: counts the steps.
         looks: those that need not be repeated.
         kept: what need not be computed again for other artifacts.
+        execution: the workers, to which the windows of a look are dealt out.
+
+    Raises:
+        WorkerLostError: workers went in each attempt at a look.
     """
     found, gates, earlier = Measured(), list[GateResult](), iter(looks.earlier)
-    for first, last in looks_at(len(input_ids), first_look):
-        look = next(earlier, None)
-        if look is None:
-            look = _look(_taking_part(models, gates, first=not first), input_ids[first:last], found, steps, kept)
-            looks.keep(look)
-        found.add(look)
-        gates = list(decide(found))
-        if not wants_more(found, gates):
-            break
+    with closing(Lockstep(execution, models.named)) as lockstep:
+        work = _Work(models, lockstep, steps, kept)
+        for first, last in looks_at(len(input_ids), first_look):
+            look = next(earlier, None)
+            if look is None:
+                look = work.attempted(_taking_part(models, gates, first=not first), input_ids[first:last], first)
+                looks.keep(look)
+            found.add(look)
+            gates = list(decide(found))
+            if not wants_more(found, gates):
+                break
     return found
 
 
@@ -218,86 +233,84 @@ def looks_at(windows: int, first_look: int) -> Iterator[tuple[int, int]]:
         first, last = last, min(windows, _GROWTH * last)
 
 
-def _taking_part(models: Models, gates: Sequence[GateResult], *, first: bool) -> dict[str, BlockRunner | WindowRunner]:
+def _taking_part(models: Models, gates: Sequence[GateResult], *, first: bool) -> list[str]:
     """The models of the next look; `gates` are those of the look before."""
-    rivals = {"nearest": models.nearest, "base": models.base}
     open_figures = {gate.figure for gate in gates if gate.verdict == "undecided"}
-    chosen: dict[str, BlockRunner | WindowRunner] = {"reference": models.reference, "artifact": models.artifact}
-    return chosen | {
-        name: runner
-        for name, runner in rivals.items()
-        if runner is not None and (first or _RIVAL_FIGURES[name] & open_figures)
-    }
+    return [name for name in models.named if name not in _RIVAL_FIGURES or first or _RIVAL_FIGURES[name] & open_figures]
 
 
-def _pairs(names: Sequence[str]) -> dict[Comparison, Pair]:
-    pairs: dict[Comparison, Pair] = {"artifact": (0, 1)}
+def _pairs(names: Sequence[str]) -> dict[Comparison, tuple[str, str]]:
+    """The reference and the artifact of each comparison of these models."""
+    pairs: dict[Comparison, tuple[str, str]] = {"artifact": ("reference", "artifact")}
     if "nearest" in names:
-        pairs["nearest"] = (0, names.index("nearest"))
+        pairs["nearest"] = ("reference", "nearest")
     if "base" in names:
-        base = names.index("base")
-        pairs |= {"base": (0, base), "artifact_from_base": (base, 1)}
+        pairs |= {"base": ("reference", "base"), "artifact_from_base": ("base", "artifact")}
     return pairs
 
 
-def _look(
-    models: Mapping[str, BlockRunner | WindowRunner],
-    input_ids: Tensor,
-    found: Measured,
-    steps: Steps,
-    kept: KeptWindows,
-) -> Look:
-    """Measures further windows than those in `found`."""
-    all_pairs = _pairs(list(models))
-    parts = {name: own for name in _WITHOUT_ARTIFACT if name in all_pairs and (own := kept.figures(name, input_ids))}
-    running = {name: model for name, model in models.items() if name != "nearest" or "nearest" not in parts}
-    pairs = {name: pair for name, pair in _pairs(list(running)).items() if name not in parts}
-    with _predictors(running, input_ids, steps, kept, drift=not found.windows) as (predicting, drift):
-        figures = compare(
-            predicting,
-            list(pairs.values()),
-            input_ids,
-            lambda done: steps.finished(f"predictions in {found.windows + done} windows"),
+@dataclass(frozen=True)
+class _Work:
+    """What looks are made with."""
+
+    models: Models
+    lockstep: Lockstep
+    steps: Steps
+    kept: KeptWindows
+
+    def attempted(self, names: Sequence[str], input_ids: Tensor, before: int) -> Look:
+        """Measures windows with some of the models. If a worker goes meanwhile, all begin these windows anew.
+
+        Args:
+            names: of the models.
+            input_ids: int64 [windows, sequence_length].
+            before: windows that have been measured before.
+        """
+        for left in reversed(range(_ATTEMPTS)):
+            try:
+                return self._look(names, input_ids, before)
+            except WorkerLostError as error:
+                if not left:
+                    raise
+                self.steps.progress(Notice(f"{error.what}; its windows begin anew"))
+                self.lockstep.renew()
+        raise AssertionError("the last attempt returns or raises")
+
+    def _look(self, names: Sequence[str], input_ids: Tensor, before: int) -> Look:
+        all_pairs = _pairs(names)
+        parts = {
+            name: own for name in _WITHOUT_ARTIFACT if name in all_pairs and (own := self.kept.figures(name, input_ids))
+        }
+        running = [name for name in names if name != "nearest" or "nearest" not in parts]
+        pairs = {name: pair for name, pair in _pairs(running).items() if name not in parts}
+        drift = self._through_blocks(running, input_ids, drift=not before)
+        measured = cast(
+            dict[Comparison, TokenFigures],
+            self.lockstep.figures(
+                cast(dict[str, tuple[str, str]], pairs),
+                lambda done: self.steps.finished(f"predictions in {before + done} windows"),
+            ),
         )
-    measured = dict(zip(pairs, figures, strict=True))
-    for name in _WITHOUT_ARTIFACT:
-        if name in measured:
-            kept.keep_figures(name, input_ids, measured[name])
-    parts |= measured
-    return Look(len(input_ids), {name: parts[name] for name in all_pairs}, drift)
+        for name in _WITHOUT_ARTIFACT:
+            if name in measured:
+                self.kept.keep_figures(name, input_ids, measured[name])
+        parts |= measured
+        return Look(len(input_ids), {name: parts[name] for name in all_pairs}, drift)
 
-
-@contextmanager
-def _predictors(
-    models: Mapping[str, BlockRunner | WindowRunner], input_ids: Tensor, steps: Steps, kept: KeptWindows, *, drift: bool
-) -> Iterator[tuple[list[Predictor], list[float]]]:
-    """Runs the models that run block by block, and yields every model's predictions, in the order of `models`, and the
-    artifact's drift after each block.
-    """
-    runners = {name: model for name, model in models.items() if isinstance(model, BlockRunner)}
-    windows, length = input_ids.shape
-    counts = [_windows_of(name, windows, length) for name in runners]
-    by_blocks, drift = list(runners.values()), drift and "artifact" in runners
-    depth = len(by_blocks[0].structure.blocks)
-    through = f"text through {len(runners)} models" if len(runners) > 1 else "text through the reference"
-    steps.expect(depth + math.ceil(windows / windows_at_once(length)))
-    batches, errors = run_in_lockstep(
-        by_blocks,
-        input_ids,
-        lambda block: steps.finished_block(through, block, depth, sum(counts) * length),
-        windows=counts,
-        drift=drift,
-        kept=[
-            kept.states(name, input_ids[:count], depth, each_block=drift)
-            for name, count in zip(runners, counts, strict=True)
-        ],
-    )
-    with ExitStack() as stack:
-        ready = dict(zip(runners, stack.enter_context(predictors(by_blocks, batches)), strict=True))
-        for name, model in models.items():
-            if not isinstance(model, BlockRunner):
-                ready[name] = stack.enter_context(model.predictor(input_ids))
-        yield [ready[name] for name in models], errors
+    def _through_blocks(self, names: Sequence[str], input_ids: Tensor, *, drift: bool) -> list[float]:
+        """Runs the models that run block by block; returns the artifact's drift after each block."""
+        windows, length = input_ids.shape
+        counts = {name: _windows_of(name, windows, length) for name in names if name in self.lockstep.by_blocks}
+        drift = drift and "artifact" in counts
+        depth = len(self.models.reference.structure.blocks)
+        through = f"text through {len(counts)} models" if len(counts) > 1 else "text through the reference"
+        self.steps.expect(depth + math.ceil(windows / windows_at_once(length)))
+        self.lockstep.begin(input_ids, counts, lambda name, own: self.kept.states(name, own, depth, each_block=drift))
+        return self.lockstep.run(
+            lambda block: self.steps.finished_block(through, block, depth, sum(counts.values()) * length),
+            drift=drift,
+            inputs=self.models.inputs,
+        )
 
 
 def _windows_of(model: str, windows: int, length: int) -> int:

@@ -31,8 +31,9 @@ from qexport.verifying import SamplingSettings
 from qexport.verifying.continuation import continue_all, ends_of, greedy_settings, sampling_noise
 from qexport.verifying.divergence import TokenFigures, compare
 from qexport.verifying.estimates import decisive_flips, relative_difference
+from qexport.verifying.lockstep import run_in_lockstep
 from qexport.verifying.memory import needed_memory
-from qexport.verifying.predictors import predictors, run_in_lockstep
+from qexport.verifying.predictors import predictors
 from qexport.verifying.prompt_batches import batch_prompts
 from qexport.verifying.reference import Reference
 from qexport.verifying.served import NEW_TOKENS, judge_continuations, own_reading

@@ -26,7 +26,8 @@ from qexport.text.torture import TORTURE
 from qexport.verifying.continuation import ends_of, greedy_settings
 from qexport.verifying.divergence import TokenFigures, compare
 from qexport.verifying.estimates import decisive_flips, divergence_figures, relative_difference
-from qexport.verifying.predictors import in_pieces, most_windows_at_once, predictors, run_in_lockstep
+from qexport.verifying.lockstep import run_in_lockstep
+from qexport.verifying.predictors import in_pieces, most_windows_at_once, predictors
 from qexport.verifying.reference import Reference
 from qexport.verifying.rounds import looks_at
 from qexport.verifying.units import Units, document_units, measured_once

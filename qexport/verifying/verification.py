@@ -20,6 +20,8 @@ from qexport.artifact.baseline import DocumentSums
 from qexport.artifact.figures import CheckResult, Figure, GateResult
 from qexport.artifact.measurements import BlockDrift, Generations, TaskRecord, Timings, WeightsRecord
 from qexport.errors import listed
+from qexport.execution.inline import INLINE
+from qexport.execution.workers import Execution
 from qexport.formats.stored_weight import input_roundings
 from qexport.gates.baseline import PAIRED
 from qexport.gates.deciding import needs_more
@@ -35,7 +37,8 @@ from qexport.verifying.document_sums import baseline_figures, document_sums, hel
 from qexport.verifying.estimates import divergence_figures, rival_figures
 from qexport.verifying.kept import digest_of
 from qexport.verifying.layer_inputs import KeptInputs
-from qexport.verifying.predictors import run_in_lockstep, windows_at_once
+from qexport.verifying.lockstep import run_in_lockstep
+from qexport.verifying.predictors import windows_at_once
 from qexport.verifying.reference import Reference
 from qexport.verifying.rounds import NO_LOOKS, KeptWindows, Looks, Measured, Models, measure
 from qexport.verifying.speed import MeasuredSpeed
@@ -99,6 +102,7 @@ def verify(
     judge: Judge,
     *,
     looks: Looks = NO_LOOKS,
+    execution: Execution = INLINE,
     progress: ProgressCallback = silent,
 ) -> Measurement:
     """Measures an artifact until its gates are decided or the text is used up.
@@ -112,6 +116,7 @@ def verify(
         reference: what to compare it with.
         judge: decides the gates.
         looks: what an interrupted run has measured.
+        execution: the workers, on which all models run but an ONNX graph, over the held-out text.
         progress: is called with each step.
 
     Raises:
@@ -125,20 +130,24 @@ def verify(
         figures[:] = _figures(found, reference)
         return judge(figures)
 
-    weights, settings = WeightCheck(artifact, reference), reference.settings
+    weights, settings, inputs = WeightCheck(artifact, reference), reference.settings, None
     ids, kept = reference.held_out.input_ids, KeptWindows(reference.kept, _nearest_key(artifact))
     if artifact.kind == "graph":
         own, reading = reference.runner(reference.merged), _read_graph(artifact, reference)
     else:
         own = reference.runner(replace(reference.merged, weights=weights.reference_weights))
         first = KeptInputs(reference.kept, digest_of(_first_windows(ids, settings)))
-        kept = replace(kept, reads_reference=weights.watch(own, first))
+        inputs = weights.watch(own, first)
+        kept = replace(kept, reads_reference=inputs.known)
         reading = _read_blocks(artifact, weights.artifact_weights, reference)
     rivals = _rivals(reference, artifact.grids, artifact.transposed)
-    models = Models(own, reading.runner, *rivals)
+    models = Models(own, reading.runner, *rivals, inputs)
     if looks.earlier and isinstance(reading.runner, BlockRunner) and not kept.reads_reference:
-        run_in_lockstep([own, reading.runner], _first_windows(ids, settings), lambda _: None, drift=False)
-    measured = measure(models, ids, settings.windows, decide, partial(_needs_more, reference), steps, looks, kept)
+        run_in_lockstep(
+            [own, reading.runner], _first_windows(ids, settings), lambda _: None, drift=False, inputs=inputs
+        )
+    wants_more = partial(_needs_more, reference)
+    measured = measure(models, ids, settings.windows, decide, wants_more, steps, looks, kept, execution)
     compared = weights.finish()
     pair = Pair(own, reading.runner, reference.merged, artifact, reference.tokenizer, reference.kept)
     ended = reference.ends_early and _has_failed(judge(figures), compared.checks)

@@ -75,7 +75,7 @@ class WeightCheck:
         self.reference_weights: WeightSource = ReferenceWeights(self, reference.merged.weights)
         self.artifact_weights: WeightSource = ArtifactWeights(self, artifact)
 
-    def watch(self, reference: BlockRunner, others: KeptInputs = NO_KEPT_INPUTS) -> bool:
+    def watch(self, reference: BlockRunner, others: KeptInputs = NO_KEPT_INPUTS) -> LayerInputs:
         """Compares the layers' outputs too, on inputs that they get in this model, which runs before the artifact.
 
         Args:
@@ -83,18 +83,16 @@ class WeightCheck:
             others: where the inputs are read that are known, and others are kept.
 
         Returns:
-            Whether all inputs are known, so that the model need not be run for them.
+            What the inputs are to be handed to.
         """
         self._inputs = LayerInputs(reference, self._pending, others)
-        return self._inputs.known
+        return self._inputs
 
     def finish(self) -> ComparedWeights:
         """Compares what has not been read, and gives the results."""
         for name in list(self._pending):
             self.compare(name, self._artifact.stored(name))
         self.kept.clear()
-        if self._inputs is not None:
-            self._inputs.close()
         record = WeightsRecord(
             unquantized=len(self._artifact.specs()) - len(self._layers),
             unequal=[TensorFault(name=name, text=self._faults[name]) for name in self._in_order(self._faults)],

@@ -26,7 +26,7 @@ from qexport.quantizing.nf4 import Nf4
 from qexport.quantizing.solver import Options, factorize, solve
 from qexport.tensors import GroupQuantized, GroupQuantizedSpec, TensorRecord
 from qexport.verifying.divergence import compare_two
-from qexport.verifying.predictors import run_in_lockstep
+from qexport.verifying.lockstep import run_in_lockstep
 from qexport.verifying.reference import noise_floor
 from quantized_models import QuantizedModel
 from test_block_runner import token_windows

@@ -31,7 +31,7 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 SCRIPT = Path(__file__).parent / "peers" / "loaded_generation.py"
-SHORT, LONG = 64, 512
+SHORT = 64
 MERGED = "merged, transformers"
 
 
@@ -83,6 +83,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, default=ROOT / "calibration/heldout.jsonl", help="where prompts are from")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--long", type=int, default=512, help="tokens of the prompt whose first token is timed")
     arguments = parser.parse_args()
     if bool(arguments.base) != bool(arguments.adapter):
         parser.error("--base and --adapter belong together")
@@ -120,9 +121,9 @@ def _loaded(folder: Path, **options: str | None) -> Contestant:
 def _job(arguments: argparse.Namespace) -> dict[str, Any]:
     """The prompts, with the merged model's tokenizer: all folders have the same."""
     text = "\n".join(json.loads(line)["text"] for line in arguments.text.read_text().splitlines())
-    tokens = Tokenizer.from_file(str(arguments.merged / "tokenizer.json")).encode(text).ids[:LONG]
-    if len(tokens) < LONG:
-        raise SystemExit(f"--text has {len(tokens)} tokens, {LONG} are needed")
+    tokens = Tokenizer.from_file(str(arguments.merged / "tokenizer.json")).encode(text).ids[: arguments.long]
+    if len(tokens) < arguments.long:
+        raise SystemExit(f"--text has {len(tokens)} tokens, {arguments.long} are needed")
     kept = {"long": tokens, "short": tokens[:SHORT], "new_tokens": arguments.new_tokens}
     return {**kept, "threads": 1, "cpu_time": True}
 

@@ -24,7 +24,7 @@ import factories
 import qexport
 import stored_models
 from qexport.errors import CompatibilityError, InputError, RecipeError
-from qexport.reading.filled_model import QuantizedLinear
+from qexport.reading.quantized_linear import QuantizedLinear
 from qexport.reading.safetensors_weights import SafetensorsWeights
 from quantized_models import QuantizedModel, gptq_method
 

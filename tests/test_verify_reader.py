@@ -55,7 +55,7 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], objec
 def test_every_parameter_is_read_as_it_was_written(
     model: QuantizedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qexport.reading.filled_model._ROWS_AT_ONCE", 48)
+    monkeypatch.setattr("qexport.reading.quantized_linear._ROWS_AT_ONCE", 48)
     model.write(tmp_path / "artifact", max_shard_size="40KB")
     with SafetensorsWeights(tmp_path / "artifact", dtype=torch.bfloat16) as source:
         source.check_complete(model.structure)

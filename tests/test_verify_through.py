@@ -39,6 +39,7 @@ from qexport.reporting.html import report_html
 from qexport.runtimes import RuntimeSettings, parse_through, portable_through
 from qexport.verifying import VerifySettings
 from qexport.verifying.served import own_reading
+from qexport.verifying.speed import Continuing
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -158,6 +159,43 @@ def test_a_limit_set_to_null_is_waived_and_limits_on_other_figures_are_listed(ma
         "the gate fidelity_kl is waived: verify.gates sets fidelity_kl to null",
         "not limited here: identical_generations",
     ]
+
+
+def test_the_speed_of_codes_is_the_runtimes(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report, its page and the gates name the runtime; our own reader is not timed. The clock does not depend on
+    the machine.
+    """
+
+    def timed(runtime: Continuing, prompt: list[int], new_tokens: int) -> tuple[float, int]:
+        return 0.1 * new_tokens, len(runtime.continued([prompt], new_tokens)[0])
+
+    monkeypatch.setattr("qexport.verifying.speed._timed", timed)
+    changes = [
+        "verify.speed={repeats: 6, prompt_tokens: 8, new_tokens: 3}",
+        "verify.gates.speed_ratio={at_least: 0.000001}",
+    ]
+    recipe = load_recipe(made.recipe, changes)
+    assert recipe.verify is not None
+    program = [each for each in recipe.verify.through if each.runtime]
+    settings = recipe.verify.model_copy(update={"through": program})
+    report = verify(made.result.artifact_path, recipe.load, settings, device="cpu")
+    (served,) = report.served
+    assert report.timings.speed is None
+    assert served.speed is not None
+    assert served.speed.prompt_tokens == 8
+    assert served.speed.artifact_tokens_per_second == pytest.approx([10.0] * 6)
+    assert {"speed_ratio", "first_token_ratio"} <= {figure.name for figure in served.figures}
+    speeds = {gate.name: gate.verdict for gate in report.gates if gate.figure == "speed_ratio"}
+    assert speeds == {"speed_ratio through vllm float32": "pass"}
+    again, _ = decide_again(report, settings, profile_of_layer)
+    assert "speed_ratio" not in {gate.figure for gate in again}
+    page = report_html(report)
+    assert "speed through vllm float32" in page
+    assert "qexport.load" not in page
+    nothing = recipe.verify.model_copy(update={"through": []})
+    alone = verify(made.result.artifact_path, recipe.load, nothing, device="cpu")
+    assert {gate.name: gate.verdict for gate in alone.gates}["speed_ratio"] == "undecided"
+    assert "is measured through one: verify.through or --through" in report_html(alone)
 
 
 def test_a_limit_on_a_runtime_that_was_not_asked_is_undecided(made: Made) -> None:

@@ -260,8 +260,10 @@ class TaskRecord(Record):
     known before the measurement."""
 
 
-class Speed(Record):
-    """The speed of both models as a user runs them, measured in turn. Lists have one value per repeat."""
+class Pace(Record):
+    """The speed of the reference, in transformers, and of the artifact, measured in turn. Lists have one value per
+    repeat.
+    """
 
     prompt_tokens: int
     """Read before the first new token."""
@@ -277,10 +279,6 @@ class Speed(Record):
     """From the prompt to the first new token."""
 
     artifact_first_token_seconds: list[float]
-    reference_bytes: int
-    """Parameters and buffers in memory."""
-
-    artifact_bytes: int
 
     @property
     def speed_ratios(self) -> list[float]:
@@ -291,6 +289,15 @@ class Speed(Record):
     def first_token_ratios(self) -> list[float]:
         """Per repeat, the artifact's time to first token divided by the reference's: below 1 is faster."""
         return _ratios(self.artifact_first_token_seconds, self.reference_first_token_seconds)
+
+
+class Speed(Pace):
+    """The speed and the memory of both models in this process: of an ONNX graph, or of unquantized weights."""
+
+    reference_bytes: int
+    """Parameters and buffers in memory."""
+
+    artifact_bytes: int
 
 
 def _ratios(artifact: list[float], reference: list[float]) -> list[float]:

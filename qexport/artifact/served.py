@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from qexport.artifact.figures import CheckResult, Figure, GateResult, Verdict, overall
-from qexport.records import Record
+from qexport.artifact.measurements import Pace
+from qexport.records import Record, added
 
 Scored = Literal["vocabulary", "token", "nothing"]
 """What a runtime gives for a prompt: the log-probabilities of the whole vocabulary, of each of the prompt's own tokens,
@@ -57,6 +58,9 @@ class ServedRecord(Record):
 
     notes: list[str]
     """What could not be measured, and why."""
+
+    speed: Pace | None = added()
+    """The runtime beside the reference in transformers; its ratios are among the figures. Absent if not measured."""
 
 
 def through(name: str, label: str) -> str:

@@ -9,7 +9,7 @@ from qexport.artifact.report import Report
 from qexport.gates import HasGates
 from qexport.gates.baseline import baseline_limits
 from qexport.gates.deciding import FIGURE_OF, decide, expected_gates
-from qexport.gates.limits import above_floor, limits_of, margin_limits, margin_of
+from qexport.gates.limits import above_floor, decided_here, limits_of, margin_limits, margin_of
 from qexport.gates.profiles import ProfileOfLayer, profile_for
 
 
@@ -47,6 +47,7 @@ def decide_again(report: Report, settings: HasGates, of_layer: ProfileOfLayer) -
     )
     elsewhere = bool(report.served or report.served_in)
     own = [limit for limit in limits if not (CATALOGUE[limit.figure].served and elsewhere)]
+    own = decided_here(own, report.all_figures, [figure for each in report.served for figure in each.figures])
     margin = margin_of(report.gates)
     margins = [] if margin is None else margin_limits(margin, report.figures, own)
     if report.baseline is not None:

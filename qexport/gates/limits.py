@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
@@ -184,3 +184,19 @@ def _is_beyond_all(limit: Limit, moved: float) -> bool:
 def _at_best(limit: Limit, value: float) -> str:
     words = "at most" if limit.bound == "at_most" else "at least"
     return f"{words} {limit.value:g}, where {words} {value:.10g} is the tightest that can be distinguished from noise"
+
+
+SPEED: Final = frozenset({"speed_ratio", "first_token_ratio"})
+"""Figures of an artifact's speed: a runtime's, where one has measured them and this process has not."""
+
+
+def decided_here(limits: Sequence[Limit], own: Iterable[Figure], through: Iterable[Figure]) -> list[Limit]:
+    """The limits without those on the speed of codes, if runtimes have measured it: theirs are decided on theirs.
+
+    Args:
+        limits: the recipe's and the profile's.
+        own: the figures of this process.
+        through: the figures of all runtimes.
+    """
+    here, there = {figure.name for figure in own}, {figure.name for figure in through}
+    return [each for each in limits if each.figure not in (SPEED & there) - here]

@@ -18,7 +18,7 @@ from qexport.formats.bitsandbytes import llm_int8
 from qexport.formats.format import FormatReader
 from qexport.formats.stored_weight import WHERE, StoredWeight
 from qexport.loading.model_weights import ChunkedSource
-from qexport.reading.filled_model import dequantize
+from qexport.reading.quantized_linear import dequantize
 from qexport.tensors import BlockQuantizedSpec, GroupQuantizedSpec, RowQuantized
 from qexport.tensors.source import TensorSpec, is_finite
 

@@ -32,6 +32,7 @@ from qexport.text.tokenizers import text_of
 from qexport.verifying.reference import Reference
 from qexport.verifying.sampled import measure_endpoint
 from qexport.verifying.served import check_tokenizer, measure_served, most_tokens
+from qexport.verifying.speed import Continuing, MeasuredPace, compare_pace
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def _start(
 ) -> ServedRecord:
     """Measures through a program in an environment of its own."""
     progress(Notice(f"starting {settings.label} with {artifact.folder.name}"))
-    longest = most_tokens(reference.held_out.input_ids.shape[1])
+    longest = max(most_tokens(reference.held_out.input_ids.shape[1]), _timed_tokens(reference))
     with ChildRuntime(settings, artifact.folder, longest=longest) as runtime:
         fidelity = _fidelity(settings, runtime.facts, reference, artifact)
         of_runtime = limits_of_runtime(fidelity, rounds=artifact.rounds_activations)
@@ -115,6 +116,8 @@ def _start(
         gates_of = partial(decide_served, gates.limits, of_runtime=own, label=settings.label)
         figures = measure_served(runtime, artifact, reference, gates_of, Steps(progress))
         tokens = check_tokenizer(runtime, reference)
+        speed = _speed(settings, runtime, reference, progress)
+        figures = [*figures, *speed.figures]
         return ServedRecord(
             label=settings.label,
             runtime=runtime.facts,
@@ -129,7 +132,9 @@ def _start(
                 *_rounding(artifact),
                 *waived,
                 *_not_limited(figures, gates),
+                *_without_speed(speed),
             ],
+            speed=speed.pace,
         )
 
 
@@ -144,11 +149,13 @@ def _ask(
     fidelity = None if measured.scored == "nothing" else fidelity
     drift = artifact.rounds_activations and measured.scored != "nothing"
     _, waived = unless_waived(reference.settings, limits_of_runtime(fidelity, rounds=drift))
+    speed = _speed(settings, endpoint, reference, progress)
+    figures = [*measured.figures, *speed.figures]
     return ServedRecord(
         label=settings.label,
         runtime=endpoint.facts,
         scored=measured.scored,
-        figures=measured.figures,
+        figures=figures,
         checks=measured.checks,
         fidelity_limit=fidelity,
         compares_drift=drift,
@@ -157,9 +164,36 @@ def _ask(
             *_other_dtype(settings, endpoint.facts),
             *_rounding(artifact),
             *waived,
-            *_not_limited(measured.figures, gates),
+            *_not_limited(figures, gates),
+            *_without_speed(speed),
         ],
+        speed=speed.pace,
     )
+
+
+def _timed_tokens(reference: Reference) -> int:
+    """The tokens that a runtime must have room for where its speed is measured, if the model has so many positions."""
+    speed, positions = reference.settings.speed, reference.merged.architecture.structure.positions
+    needed = 0 if speed is None else speed.prompt_tokens + speed.new_tokens + 1
+    return 0 if positions is not None and needed > positions else needed
+
+
+def _speed(
+    settings: RuntimeSettings, runtime: Continuing, reference: Reference, progress: ProgressCallback
+) -> MeasuredPace:
+    """Beside the reference in transformers, where the recipe asks for it."""
+    asked = reference.settings.speed
+    if asked is None:
+        return MeasuredPace(None)
+    if settings.runtime == "llama.cpp" and settings.dtype == "float32":
+        return MeasuredPace(None, "nobody serves with llama.cpp in float32")
+    progress(Notice(f"measuring the speed of {settings.label}"))
+    ids, dtype = reference.held_out.input_ids, reference.dtype
+    return compare_pace(reference.merged, runtime, ids, asked, dtype=dtype, device=reference.device)
+
+
+def _without_speed(speed: MeasuredPace) -> list[str]:
+    return [] if speed.unmeasured is None else [f"speed was not measured: {speed.unmeasured}"]
 
 
 def _not_limited(figures: Sequence[Figure], gates: Gates) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from qexport.execution import ExecutionSettings, execution_of
 from qexport.execution.inline import INLINE
 from qexport.execution.workers import Execution
 from qexport.export.gguf.layout import compared_header
+from qexport.gates.limits import decided_here
 from qexport.gates.profiles import profile_for
 from qexport.hidden_packages import hidden
 from qexport.loading import LoadSettings
@@ -136,7 +137,10 @@ class Verified:
             *measured.checks,
         ]
         left_out = [f"too little text for a window, left out: {name}" for name in reference.held_out.left_out]
-        decided = self.gates([*measured.figures, *measured.timings.figures], checks)
+        figures = [*measured.figures, *measured.timings.figures]
+        through = [figure for each in served.records for figure in each.figures]
+        own = replace(self.gates, limits=decided_here(self.gates.limits, figures, through))
+        decided = own(figures, checks)
         notes = [*made, *self.gates.notes, *left_out]
         profile = self.gates.profile
         return make_report(

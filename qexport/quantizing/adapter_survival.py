@@ -23,7 +23,7 @@ from qexport.architectures.architecture import Checkpoint
 from qexport.formats import Outputs
 from qexport.quantizing.method import Method, RoundingMethod
 from qexport.quantizing.rounding import nearest_on
-from qexport.reading.filled_model import dequantize
+from qexport.reading.quantized_linear import dequantize
 from qexport.tensors import GroupQuantizedSpec, OutputSpec, TensorSpec
 
 SAMPLED: Final = 8_000_000

@@ -2,40 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Final, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from qexport.architectures.architecture import Architecture
 from qexport.architectures.lazy_model import compute_buffers
 from qexport.architectures.naming import Part
-from qexport.errors import CompatibilityError, QexportError, listed
-from qexport.formats.bitsandbytes import four_bit_tensors
+from qexport.errors import QexportError, listed
 from qexport.formats.stored_weight import StoredWeight, Tensors
-from qexport.tensors import BlockQuantized, Quantized, WeightSource
+from qexport.reading import int4_kernel
+from qexport.reading.computing import Computing, WeightBudget
+from qexport.reading.quantized_linear import QuantizedLinear, dequantize
+from qexport.tensors import Quantized, WeightSource
 from qexport.tensors.strict_files import CONFIG_BYTES, contained_path, read_json_object
-
-_ROWS_AT_ONCE: Final = 512
-
-
-def dequantize(quantized: Quantized, dtype: torch.dtype) -> torch.Tensor:
-    """The weight [out, in] on the device of the codes, computed in float32 and rounded to `dtype`.
-
-    bitsandbytes' 4-bit codes are first rounded to the dtype that was quantized, as bitsandbytes does.
-    """
-    if isinstance(quantized, BlockQuantized):
-        return four_bit_tensors.dequantize(quantized).to(dtype)
-    weight = torch.empty(quantized.codes.shape, dtype=dtype, device=quantized.codes.device)
-    for start in range(0, len(weight), _ROWS_AT_ONCE):
-        end = start + _ROWS_AT_ONCE
-        weight[start:end] = quantized.rows(start, end).dequantize(dtype)
-    return weight
 
 
 def as_parameter(stored: torch.Tensor | Quantized, dtype: torch.dtype, *, transposed: bool) -> torch.Tensor:
@@ -72,71 +56,6 @@ class QuantizedWeights(WeightSource, Protocol):
         ...
 
 
-class QuantizedLinear(nn.Module):
-    """Replaces a linear layer; holds the stored tensors and dequantizes them in each forward.
-
-    It calls the forward of the class that it replaces (`nn.Linear`, `FalconLinear`, GPT-2's `Conv1D`), so the outputs
-    are those of the original layer with the dequantized weight, bit for bit.
-
-    Args:
-        linear: the layer to replace, on any device.
-        weight: how the weight is stored.
-        tensors: the stored tensors that `weight.parts` names.
-        bias: [out], or None.
-
-    Raises:
-        InputError: the tensors contradict each other or the config, or a value is out of range.
-    """
-
-    def __init__(self, linear: nn.Module, weight: StoredWeight, tensors: Tensors, bias: Tensor | None) -> None:
-        super().__init__()
-        weight.quantized(tensors)
-        self.out_features, self.in_features = weight.shape
-        self._weight = weight
-        self._transposed = isinstance(linear, Conv1D)
-        self._product: Callable[..., Tensor] = type(linear).forward
-        for part in weight.parts:
-            self.register_buffer(_attribute(part), tensors[part])
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """The layer's outputs [..., out] for inputs [..., in], with the weight in the dtype of the inputs."""
-        with torch.no_grad():
-            weight = self.dequantized(inputs.dtype)
-            weight = weight.t().contiguous() if self._transposed else weight
-        return self._product(SimpleNamespace(weight=weight, bias=self.bias, nf=self.out_features), inputs)
-
-    def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """The weight [out, in]."""
-        tensors = {part: getattr(self, _attribute(part)) for part in self._weight.parts}
-        return dequantize(self._weight.quantized(tensors), dtype)
-
-    def extra_repr(self) -> str:
-        """What `print(model)` shows."""
-        return f"{self.in_features}, {self.out_features}, {type(self._weight).__name__}"
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        """Codes and scales move to another device; `model.half()` and similar calls change only the bias."""
-        stored = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, tensor in stored.items():
-            moved = self._buffers[name]
-            if tensor is not None and moved is not None and moved.dtype != tensor.dtype:
-                self._buffers[name] = tensor.to(moved.device)
-        return self
-
-    def _save_to_state_dict(self, *_: Any) -> None:
-        raise CompatibilityError(
-            "a loaded artifact cannot be saved again: loaders would take its codes for weights",
-            mend="copy the artifact's folder",
-        )
-
-
-def _attribute(part: str) -> str:
-    """The name of a part's buffer, which may not contain dots."""
-    return part.replace(".", "_")
-
-
 def unquantized_model(
     architecture: Architecture, weights: WeightSource, *, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
@@ -160,7 +79,12 @@ def unquantized_model(
 
 
 def quantized_model(
-    architecture: Architecture, weights: QuantizedWeights, *, dtype: torch.dtype, device: torch.device
+    architecture: Architecture,
+    weights: QuantizedWeights,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    computing: Computing,
 ) -> PreTrainedModel:
     """A model whose linear layers keep their codes, ready for `generate`.
 
@@ -169,11 +93,17 @@ def quantized_model(
         weights: all parameters, quantized and unquantized.
         dtype: to compute in.
         device: where to put it.
+        computing: how the layers compute with the codes.
+
+    Raises:
+        CompatibilityError: the kernel cannot serve the device, the dtype or a layer; all layers are named.
     """
+    if computing.kernel == "int4":
+        int4_kernel.refuse_device(device, dtype)
     with torch.no_grad():
         model = architecture.in_dtype(dtype).empty_model()
         compute_buffers(model, device)
-        _fill(model, architecture.naming.parts, weights, device)
+        _fill(model, architecture.naming.parts, weights, device, computing)
     return _finished(model)
 
 
@@ -196,18 +126,32 @@ def _finished(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _fill(model: PreTrainedModel, parts: Mapping[str, Part], source: QuantizedWeights, device: torch.device) -> None:
+def _fill(
+    model: PreTrainedModel,
+    parts: Mapping[str, Part],
+    source: QuantizedWeights,
+    device: torch.device,
+    computing: Computing,
+) -> None:
     """Loads the unquantized parameters, including biases, then replaces linears by quantized layers."""
     layers = {name for name, part in parts.items() if _is_layer(name, part, source)}
     for name, part in parts.items():
         if name not in layers:
             _put(model, part, source.read(name), device)
+    budget, unserved = WeightBudget(computing.cache_bytes), dict[str, str]()
     for name in layers:
         module, path = name.removesuffix(".weight"), parts[name].parameter.rpartition(".")[0]
         linear = model.get_submodule(path)
         assert linear.bias is None or isinstance(linear.bias, torch.Tensor)
-        layer = QuantizedLinear(linear, source.quantized[module], source.tensors(module), linear.bias)
+        weight, tensors = source.quantized[module], source.tensors(module)
+        layer = QuantizedLinear(linear, weight, tensors, linear.bias, budget=budget, kernel=computing.kernel)
         model.set_submodule(path, layer.to(device))
+        if computing.kernel == "int4" and (why := int4_kernel.layer_obstacle(layer.codes(), device)):
+            unserved[module] = why
+    if computing.kernel == "int4":
+        experts = {name.removesuffix(".weight") for name, part in parts.items() if part.expert is not None}
+        unserved |= dict.fromkeys(sorted(experts & source.quantized.keys()), "experts are dequantized on loading")
+        int4_kernel.refuse_layers(unserved, len(layers))
 
 
 def _is_layer(name: str, part: Part, source: QuantizedWeights) -> bool:

@@ -21,6 +21,7 @@ from qexport.errors import CompatibilityError, InputError, listed
 from qexport.formats.gguf import DTYPES, blocks
 from qexport.formats.gguf.families import FAMILIES, Places, constants, places
 from qexport.formats.stored_weight import StoredLayer, Tensors
+from qexport.reading.computing import EXACT, Computing
 from qexport.reading.filled_model import as_parameter, quantized_model, read_generation
 from qexport.tensors import GroupQuantized, GroupQuantizedSpec, Quantized, TensorSpec
 from qexport.tensors.gguf_file import GgufFile
@@ -211,14 +212,17 @@ class GgufWeights:
         """The name of the file."""
         return [self.file.path.name]
 
-    def model(self, *, device: torch.device, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def model(
+        self, *, device: torch.device, dtype: torch.dtype | None = None, computing: Computing = EXACT
+    ) -> PreTrainedModel:
         """The model, ready for `generate`. Call `check_complete` first.
 
         Raises:
             InputError: a tensor cannot be read.
+            CompatibilityError: the kernel cannot serve the device, the dtype or a layer.
         """
         own = self._specs[f"{self.architecture.structure.embedding}.weight"].dtype
-        model = quantized_model(self.architecture, self, dtype=dtype or own, device=device)
+        model = quantized_model(self.architecture, self, dtype=dtype or own, device=device, computing=computing)
         if self._generation is not None:
             model.generation_config = GenerationConfig.from_dict(self._generation)
         return model

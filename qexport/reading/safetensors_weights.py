@@ -18,6 +18,7 @@ from qexport.architectures.structure import Structure, refuse_impossible_depth
 from qexport.errors import InputError, listed
 from qexport.formats import reader_of
 from qexport.formats.stored_weight import StoredLayer, StoredWeight, input_roundings
+from qexport.reading.computing import EXACT, Computing
 from qexport.reading.filled_model import as_parameter, quantized_model, read_generation
 from qexport.tensors import GroupQuantizedSpec, Quantized, TensorSpec
 from qexport.tensors.safetensors_folder import SafetensorsFolder
@@ -128,15 +129,18 @@ class SafetensorsWeights:
         """
         return {part: self._finite(f"{module}.{part}") for part in self.quantized[module].parts}
 
-    def model(self, *, device: torch.device, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def model(
+        self, *, device: torch.device, dtype: torch.dtype | None = None, computing: Computing = EXACT
+    ) -> PreTrainedModel:
         """The model, ready for `generate`; see `qexport.load`. Call `check_complete` first.
 
         Raises:
             InputError: a tensor cannot be read.
+            CompatibilityError: the kernel cannot serve the device, the dtype or a layer.
         """
         exact = self._in_dtype(torch.float32)
         own = exact.specs()[f"{self.architecture.structure.embedding}.weight"].dtype
-        model = quantized_model(self.architecture, exact, dtype=dtype or own, device=device)
+        model = quantized_model(self.architecture, exact, dtype=dtype or own, device=device, computing=computing)
         if self._generation is not None:
             model.generation_config = GenerationConfig.from_dict(self._generation)
         return model

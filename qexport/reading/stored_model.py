@@ -19,6 +19,7 @@ from qexport.artifact.manifest import REPORT_FOLDER
 from qexport.artifact.names import GGUF_NAME
 from qexport.formats.stored_weight import StoredLayer
 from qexport.hidden_packages import hidden
+from qexport.reading.computing import DEFAULT_CACHE, EXACT, Computing, Kernel, parse_computing
 from qexport.reading.folders import model_folder
 from qexport.reading.gguf_weights import GgufWeights
 from qexport.reading.safetensors_weights import SafetensorsWeights
@@ -122,14 +123,18 @@ class StoredModel(StoredWeights, Protocol):
         """
         ...
 
-    def model(self, *, device: torch.device, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def model(
+        self, *, device: torch.device, dtype: torch.dtype | None = None, computing: Computing = EXACT
+    ) -> PreTrainedModel:
         """The model as users load it, ready for `generate`. Call `check_complete` first.
 
         Args:
             device: where to compute.
             dtype: to compute in; None for that of the unquantized weights. A graph has a fixed dtype.
+            computing: how quantized layers compute. A graph decides that itself.
 
         Raises:
+            CompatibilityError: the kernel cannot serve the device, the dtype or a layer.
             RecipeError: a graph computes in another dtype, or the extra `onnx` is not installed.
             InputError: a tensor cannot be read, or ONNX Runtime cannot load the graph on this device.
         """
@@ -185,14 +190,21 @@ def _is_loaded(name: str) -> bool:
 
 @hidden("kernels")
 def load(
-    path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None, check: bool = True
+    path: str | Path,
+    *,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    check: bool = True,
+    cache: str | None = DEFAULT_CACHE,
+    kernel: Kernel = "exact",
 ) -> PreTrainedModel:
     """The model in a finished folder, ready for `generate`.
 
-    Quantized layers keep the tensors of the file, so the model takes the memory of the artifact; each forward
-    dequantizes one weight after another. The experts of a mixture are the exception: transformers holds them in one
-    parameter, so they are dequantized on loading and take the memory of unquantized weights. Neither bitsandbytes nor
-    gptqmodel is needed, and nothing from the folder is executed.
+    Quantized layers keep the tensors of the file. The first forward dequantizes one weight after another and keeps each
+    while `cache` has room; the others are dequantized in every forward. So the model takes the memory of the artifact,
+    and at most `cache` more. The experts of a mixture are the exception: transformers holds them in one parameter, so
+    they are dequantized on loading and take the memory of unquantized weights. Neither bitsandbytes nor gptqmodel is
+    needed, and nothing from the folder is executed.
 
     Args:
         path: the folder of an artifact (if it has several layouts, of one layout), or a folder from another tool, in
@@ -202,13 +214,21 @@ def load(
         dtype: to compute in; None for the dtype of the artifact's unquantized weights. A graph has a fixed dtype.
         check: whether the files of an artifact of qexport are compared with their digests first, all but model card,
             launch files and report. This reads the weights once more. Leaving it out gives a `UserWarning`.
+        cache: the most memory for dequantized weights, for example `2 GB`; None to keep none. Outputs do not depend on
+            it. An ONNX graph has none.
+        kernel: `exact` multiplies with the dequantized weights, as verification does. `int4` multiplies up to 16 inputs
+            at a time with the codes themselves, in torch's kernel for bfloat16 and 4-bit codes; more inputs, as in a
+            long prompt, are computed as with `exact`.
 
     Raises:
-        RecipeError: the device does not exist, the extra `onnx` is not installed, or a graph computes in another dtype.
+        RecipeError: the device does not exist, the extra `onnx` is not installed, a graph computes in another dtype, or
+            `cache` or `kernel` is not understood.
         InputError: a file is missing or malformed, was changed, or is not listed; or the tensors are not those of the
             model.
-        CompatibilityError: transformers does not know the family.
+        CompatibilityError: transformers does not know the family; or `kernel` cannot serve the device, the dtype or a
+            layer, and all such layers are named.
     """
+    computing = parse_computing(kernel, cache)
     folder, where = model_folder(Path(path)), find_device(device)
     if check:
         find_artifact(folder, reads=_is_loaded)
@@ -216,4 +236,4 @@ def load(
         warnings.warn(f"{folder} is loaded without comparing its files with their digests", stacklevel=2)
     with open_stored(folder, dtype=torch.float32) as artifact:
         artifact.check_complete()
-        return artifact.model(device=where, dtype=dtype)
+        return artifact.model(device=where, dtype=dtype, computing=computing)

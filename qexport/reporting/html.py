@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from statistics import median
@@ -12,7 +12,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from qexport.amounts import counted, duration, moment, size
-from qexport.artifact.figures import find_figure
+from qexport.artifact.figures import Figure, find_figure
+from qexport.artifact.measurements import Pace
 from qexport.artifact.report import Report
 from qexport.reporting.baseline import BASELINE_HEAD, baseline_view
 from qexport.reporting.charts import block_drift, flips_by_margin, forest, kl_histogram
@@ -138,6 +139,7 @@ def report_html(report: Report) -> str:
         equal_texts=equal_texts(report.generations) if report.generations else "",
         sizes=size_view(report.subject.sizes, report.subject.reference_bytes),
         cost=list(_costs(report)),
+        paces=list(_paces(report)),
         identity=[(label, getattr(report.identity, name)) for name, label in IDENTITY_LABELS.items()],
         environment=report.environment.model_dump().items(),
     )
@@ -175,18 +177,42 @@ def _cost_tiles(report: Report) -> Iterator[_Tile]:
     if speed := report.timings.speed:
         loaded = f"{share(speed.artifact_bytes, speed.reference_bytes)} of {size(speed.reference_bytes)}"
         yield _tile("memory when loaded", size(speed.artifact_bytes), loaded)
-        ours, theirs = median(speed.artifact_tokens_per_second), median(speed.reference_tokens_per_second)
-        ratio = _speed_ratio(report, "speed_ratio", ours / theirs)
-        yield _tile(
-            "speed with qexport.load", f"{ours:.3g} tokens/s", f"reference {theirs:.3g} tokens/s", f"ratio {ratio}"
-        )
-    else:
+    paces = list(_paces(report))
+    for pace in paces:
+        found = pace.measured
+        ours, theirs = median(found.artifact_tokens_per_second), median(found.reference_tokens_per_second)
+        ratio = _ratio(pace.figures, "speed_ratio", ours / theirs)
+        reference = f"reference in transformers {theirs:.3g} tokens/s"
+        yield _tile(f"speed {pace.through}", f"{ours:.3g} tokens/s", reference, f"ratio {ratio}")
+    if not paces:
         yield _tile("speed", UNMEASURED, "not measured")
 
 
-def _speed_ratio(report: Report, name: str, of_medians: float) -> str:
-    """The figure, which is the median of the repeats' ratios; if the report has none, the ratio of the medians."""
-    figure = find_figure(report.all_figures, name)
+@dataclass(frozen=True)
+class _Pace:
+    """What computed the artifact, and how fast it was beside the reference."""
+
+    through: str
+    measured: Pace
+    figures: Sequence[Figure]
+
+
+def _paces(report: Report) -> Iterator[_Pace]:
+    """In the process that verified, of an ONNX graph or of what has no codes; and through runtimes.
+
+    Earlier versions timed our reader of codes, which says nothing of any program that serves them.
+    """
+    graph = next((each for each in report.readers if each.startswith("onnxruntime ")), None)
+    if report.timings.speed and (graph or not report.layers):
+        yield _Pace(f"in {graph or 'transformers'}", report.timings.speed, report.timings.figures)
+    for each in report.served:
+        if each.speed is not None:
+            yield _Pace(f"through {each.label}", each.speed, each.figures)
+
+
+def _ratio(figures: Sequence[Figure], name: str, of_medians: float) -> str:
+    """The figure, which is the median of the repeats' ratios; if there is none, the ratio of the medians."""
+    figure = find_figure(figures, name)
     return figure_row(figure).whole if figure else f"{of_medians:.2f}"
 
 
@@ -202,20 +228,24 @@ def _forests(report: Report) -> Iterator[_Forest]:
 def _costs(report: Report) -> Iterator[_Cost]:
     sizes = size_view(report.subject.sizes, report.subject.reference_bytes)
     yield _Cost("tensors on disk", sizes.reference, sizes.total, sizes.share)
-    speed = report.timings.speed
-    if speed is None:
-        return
-    memory = share(speed.artifact_bytes, speed.reference_bytes)
-    yield _Cost("parameters and buffers in memory", size(speed.reference_bytes), size(speed.artifact_bytes), memory)
+    if speed := report.timings.speed:
+        memory = share(speed.artifact_bytes, speed.reference_bytes)
+        yield _Cost("parameters and buffers in memory", size(speed.reference_bytes), size(speed.artifact_bytes), memory)
+    for pace in _paces(report):
+        yield from _pace_rows(pace)
+
+
+def _pace_rows(pace: _Pace) -> Iterator[_Cost]:
+    found = pace.measured
     rows = (
-        ("tokens per second", speed.reference_tokens_per_second, speed.artifact_tokens_per_second, "speed_ratio"),
+        ("tokens per second", found.reference_tokens_per_second, found.artifact_tokens_per_second, "speed_ratio"),
         (
             "seconds to the first token",
-            speed.reference_first_token_seconds,
-            speed.artifact_first_token_seconds,
+            found.reference_first_token_seconds,
+            found.artifact_first_token_seconds,
             "first_token_ratio",
         ),
     )
     for label, theirs, ours, name in rows:
-        ratio = _speed_ratio(report, name, median(ours) / median(theirs))
-        yield _Cost(label, f"{median(theirs):.3g}", f"{median(ours):.3g}", ratio)
+        ratio = _ratio(pace.figures, name, median(ours) / median(theirs))
+        yield _Cost(f"{label}, {pace.through}", f"{median(theirs):.3g}", f"{median(ours):.3g}", ratio)

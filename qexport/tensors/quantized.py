@@ -47,11 +47,18 @@ class GroupQuantized:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The matrix [out, in], computed in float32 and rounded once to `dtype`."""
+        codes, zeros, scales = (each.to(torch.float32) for each in (self.codes, self.zeros.t(), self.scales.t()))
+        if self.in_order:
+            groups = codes.view(len(codes), -1, self.group_size)  # broadcasting takes a fraction of indexing's time
+            return groups.sub_(zeros[:, :, None]).mul_(scales[:, :, None]).flatten(1).to(dtype)
         group = self.g_idx.long()
-        codes = self.codes.to(torch.float32)
-        zeros = self.zeros.t().to(torch.float32)[:, group]
-        scales = self.scales.t().to(torch.float32)[:, group]
-        return ((codes - zeros) * scales).to(dtype)
+        return codes.sub_(zeros[:, group]).mul_(scales[:, group]).to(dtype)
+
+    @property
+    def in_order(self) -> bool:
+        """Whether g_idx is i // group_size, whatever `desc_act` says."""
+        inputs = torch.arange(len(self.g_idx), dtype=self.g_idx.dtype, device=self.g_idx.device)
+        return len(inputs) % self.group_size == 0 and torch.equal(self.g_idx, inputs // self.group_size)
 
     def rows(self, start: int, end: int) -> GroupQuantized:
         """The outputs from `start` up to `end`."""

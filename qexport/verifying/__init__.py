@@ -41,7 +41,9 @@ class SamplingSettings(Settings):
 
 
 class SpeedSettings(Settings):
-    """Timing of both models as users load them, if both fit in memory together."""
+    """Timing of the artifact beside the reference in transformers, if there is memory for it: through the runtimes of
+    `through`; without them only of ONNX graphs and unquantized weights.
+    """
 
     repeats: Annotated[int, Field(ge=6, le=1000)] = 7
     """Measurements of each model, in turns. Fewer than 6 give no 95 % interval of a median."""

@@ -1,4 +1,5 @@
-"""The speed of both models, loaded whole as users load them.
+"""The speed of the reference in transformers and of the artifact: through a runtime, or, if there is only one program
+that computes it, in this process.
 
 Wall-clock figures differ from run to run, so they are kept apart from everything that is deterministic.
 """
@@ -9,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Final, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ from qexport.amounts import size
 from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.machine_memory import available_memory
 from qexport.artifact.figures import Figure
-from qexport.artifact.measurements import Speed
+from qexport.artifact.measurements import Pace, Speed
 from qexport.reading.filled_model import unquantized_model
 from qexport.reading.stored_model import StoredModel
 from qexport.statistics.samples import ALPHA
@@ -34,7 +36,7 @@ class MeasuredSpeed:
 
     Attributes:
         speed: for the report; the reference is the merged model, unquantized, in its own dtype, and the artifact is as
-            `qexport.load` returns it, with its codes.
+            `qexport.load` returns it.
         unmeasured: why the speed was not measured; None if it was.
     """
 
@@ -44,10 +46,39 @@ class MeasuredSpeed:
     @property
     def figures(self) -> list[Figure]:
         """The medians of the repeats' ratios."""
-        if self.speed is None:
-            return []
-        ratios = {"speed_ratio": self.speed.speed_ratios, "first_token_ratio": self.speed.first_token_ratios}
-        return [_median_figure(name, values) for name, values in ratios.items()]
+        return [] if self.speed is None else pace_figures(self.speed)
+
+
+@dataclass(frozen=True)
+class MeasuredPace:
+    """The speed through a runtime, or why it was not measured.
+
+    Attributes:
+        pace: for the report.
+        unmeasured: why not; None if it was measured.
+    """
+
+    pace: Pace | None
+    unmeasured: str | None = None
+
+    @property
+    def figures(self) -> list[Figure]:
+        """The medians of the repeats' ratios."""
+        return [] if self.pace is None else pace_figures(self.pace)
+
+
+class Continuing(Protocol):
+    """A program or an endpoint that continues prompts."""
+
+    def continued(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+        """The greedy continuation of each prompt, perhaps up to an end of text."""
+        ...
+
+
+def pace_figures(pace: Pace) -> list[Figure]:
+    """The medians of the repeats' ratios."""
+    ratios = {"speed_ratio": pace.speed_ratios, "first_token_ratio": pace.first_token_ratios}
+    return [_median_figure(name, values) for name, values in ratios.items()]
 
 
 @dataclass(frozen=True)
@@ -70,6 +101,8 @@ def compare_speed(
 ) -> MeasuredSpeed:
     """Loads both models as users do and measures them in turns, if both fit in memory.
 
+    Quantized weights are not measured here: they are for runtimes, and the speed of our reader is none of theirs.
+
     Args:
         reference: the merged model.
         artifact: the artifact, complete.
@@ -78,6 +111,8 @@ def compare_speed(
         dtype: of the reference; the artifact computes in its own.
         device: where to compute.
     """
+    if artifact.kind != "graph" and artifact.layers:
+        return MeasuredSpeed(None, _FOR_RUNTIMES)
     prompt = input_ids.flatten()[: settings.prompt_tokens][None]
     if reason := _obstacle(reference, artifact, prompt.shape[1] + settings.new_tokens, dtype, device):
         return MeasuredSpeed(None, reason)
@@ -86,6 +121,83 @@ def compare_speed(
     for model in (own, other):
         model.generation_config = GenerationConfig()  # no end token, no penalties
     return MeasuredSpeed(measure_speed((own, other), prompt, settings))
+
+
+_FOR_RUNTIMES: Final = "it is the runtime's, and is measured through one: verify.through or --through"
+
+
+def compare_pace(
+    reference: Checkpoint,
+    runtime: Continuing,
+    input_ids: Tensor,
+    settings: SpeedSettings,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> MeasuredPace:
+    """Measures the reference in this process and a runtime that has loaded the artifact, in turns.
+
+    Each repeat has a prompt of its own, as far as the text reaches, since servers keep what they have read. A runtime
+    is asked three times: for one token of a new prompt, which is the time to the first token; and then, when it may
+    have kept the prompt, for one token and for all of them, whose difference is the time of the further tokens.
+
+    Args:
+        reference: the merged model.
+        runtime: has loaded the artifact.
+        input_ids: int64, held-out tokens of any shape.
+        settings: the recipe's `verify.speed`.
+        dtype: of the reference.
+        device: where the reference computes.
+
+    Raises:
+        InputError: the runtime fails.
+    """
+    if reason := _obstacle(reference, None, settings.prompt_tokens + settings.new_tokens, dtype, device):
+        return MeasuredPace(None, reason)
+    own = unquantized_model(reference.architecture, reference.weights, dtype=dtype, device=device)
+    own.generation_config = GenerationConfig()  # no end token, no penalties
+    prompts = input_ids.flatten()[: input_ids.numel() // settings.prompt_tokens * settings.prompt_tokens]
+    if not len(prompts):
+        return MeasuredPace(None, f"the text has fewer than {settings.prompt_tokens} tokens")
+    prompts = prompts.reshape(-1, settings.prompt_tokens)
+    ours, theirs = list[list[float]](), list[tuple[float, float]]()
+    for repeat in range(-1, settings.repeats):  # the first is not counted
+        prompt = prompts[(repeat + 1) % len(prompts)]
+        for which in ("own", "runtime") if repeat % 2 else ("runtime", "own"):
+            if which == "own":
+                ours.append(_times(own, prompt[None], settings.new_tokens))
+                continue
+            if (found := _ask(runtime, prompt.tolist(), settings.new_tokens)) is None:
+                return MeasuredPace(None, f"it gave fewer than {settings.new_tokens} tokens, or no slower than one")
+            theirs.append(found)
+    counted = np.asarray(ours[1:], dtype=np.float64)
+    return MeasuredPace(
+        Pace(
+            prompt_tokens=settings.prompt_tokens,
+            new_tokens=settings.new_tokens,
+            reference_tokens_per_second=_tokens_per_second(counted),
+            artifact_tokens_per_second=[speed for _, speed in theirs[1:]],
+            reference_first_token_seconds=counted[:, 0].tolist(),
+            artifact_first_token_seconds=[first for first, _ in theirs[1:]],
+        )
+    )
+
+
+def _ask(runtime: Continuing, prompt: list[int], new_tokens: int) -> tuple[float, float] | None:
+    """Seconds to the first token, and tokens per second after it."""
+    first, _ = _timed(runtime, prompt, 1)
+    one, _ = _timed(runtime, prompt, 1)
+    whole, count = _timed(runtime, prompt, new_tokens)
+    if count != new_tokens or whole <= one:
+        return None
+    return first, (new_tokens - 1) / (whole - one)
+
+
+def _timed(runtime: Continuing, prompt: list[int], new_tokens: int) -> tuple[float, int]:
+    """Seconds, and the number of tokens that came."""
+    start = perf_counter()
+    (tokens,) = runtime.continued([prompt], new_tokens)
+    return perf_counter() - start, len(tokens)
 
 
 def measure_speed(models: tuple[PreTrainedModel, PreTrainedModel], prompt: Tensor, settings: SpeedSettings) -> Speed:
@@ -194,13 +306,16 @@ def _times(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> list[floa
 
 
 def _obstacle(
-    reference: Checkpoint, artifact: StoredModel, length: int, dtype: torch.dtype, device: torch.device
+    reference: Checkpoint, artifact: StoredModel | None, length: int, dtype: torch.dtype, device: torch.device
 ) -> str | None:
+    """Why there is no room; a runtime (None) looks after its own."""
     structure = reference.architecture.structure
     if structure.positions is not None and length > structure.positions:
         return f"{length} tokens are more than the {structure.positions} positions of the model"
-    needed = HEADROOM * (bytes_in_memory(structure, dtype) + loaded_bytes(artifact, structure, dtype))
-    free = available_memory(device)
+    stored = 0 if artifact is None else loaded_bytes(artifact, structure, dtype)
+    needed, free = HEADROOM * (bytes_in_memory(structure, dtype) + stored), available_memory(device)
+    if needed > free and artifact is None:
+        return f"the reference needs {size(needed, decimals=1)}, {size(free, decimals=1)} are free"
     if needed > free:
         return f"both models together need {size(needed, decimals=1)}, {size(free, decimals=1)} are free"
     return None

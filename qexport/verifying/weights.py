@@ -19,7 +19,8 @@ from qexport.amounts import counted
 from qexport.architectures.runner import BlockRunner
 from qexport.artifact.figures import CheckResult, Figure
 from qexport.artifact.measurements import LayerWeights, TensorFault, WeightsRecord
-from qexport.reading.filled_model import as_parameter, dequantize
+from qexport.reading.filled_model import as_parameter
+from qexport.reading.quantized_linear import dequantize
 from qexport.reading.stored_model import StoredWeights
 from qexport.tensors import Quantized, TensorSpec, WeightSource
 from qexport.verifying.adapter_strength import moved_by_rounding, strength_by_weights, survival

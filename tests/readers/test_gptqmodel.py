@@ -23,7 +23,7 @@ from transformers import PretrainedConfig
 import factories
 import qexport
 from qexport.artifact.manifest import Manifest
-from qexport.reading.filled_model import QuantizedLinear
+from qexport.reading.quantized_linear import QuantizedLinear
 from qexport.runtimes import RuntimeSettings
 from qexport.runtimes.child import ChildRuntime
 

@@ -13,10 +13,11 @@ from transformers import GenerationConfig
 from qexport.architectures.architecture import Architecture
 from qexport.architectures.families import without_code_keys
 from qexport.architectures.structure import Structure, refuse_impossible_depth
-from qexport.errors import InputError, RecipeError, listed
+from qexport.errors import CompatibilityError, InputError, RecipeError, listed
 from qexport.formats.onnx import OPERATORS, description, stored_matrix
 from qexport.formats.onnx.operators import StoredMatrix
 from qexport.formats.stored_weight import StoredLayer
+from qexport.reading.computing import EXACT, Computing
 from qexport.reading.filled_model import as_parameter, read_generation
 from qexport.reading.onnx.external_data import ExternalData
 from qexport.reading.onnx.graph import Graph
@@ -148,19 +149,29 @@ class OnnxWeights:
     def __exit__(self, *_: object) -> None:
         """Does nothing: no file stays open between reads."""
 
-    def model(self, *, device: torch.device, dtype: torch.dtype | None = None) -> OnnxCausalLM:
+    def model(
+        self, *, device: torch.device, dtype: torch.dtype | None = None, computing: Computing = EXACT
+    ) -> OnnxCausalLM:
         """The graph in ONNX Runtime, ready for `generate`. Call `check_complete` first.
 
         Args:
             device: `cpu`, or a CUDA device.
             dtype: what the graph must compute in; None for any dtype.
+            computing: ONNX Runtime decides itself what it keeps, and has its own kernels.
 
         Raises:
+            CompatibilityError: another kernel is asked for.
             RecipeError: ONNX Runtime is not installed, or the graph computes in another dtype.
             InputError: ONNX Runtime cannot load the graph on that device.
         """
         from qexport.reading.onnx.model import open_model
 
+        if computing.kernel != "exact":
+            raise CompatibilityError(
+                f"the kernel {computing.kernel} is for weights, and ONNX Runtime computes this graph with its own",
+                where=str(self.folder),
+                mend=f"load without kernel={computing.kernel!r}, or load the layout safetensors",
+            )
         model = open_model(self, device=device)
         if self._generation is not None:
             model.generation_config = GenerationConfig.from_dict(self._generation)

@@ -205,12 +205,14 @@ class RowQuantizedSpec:
         in_features: columns of the matrix.
         dtype: of the matrix that was quantized.
         transposed: the merged weight was [in, out] (GPT-2's Conv1D).
+        scale_dtype: what the scales fit into without another rounding, float32 or float16.
     """
 
     out_features: int
     in_features: int
     dtype: torch.dtype
     transposed: bool = False
+    scale_dtype: torch.dtype = torch.float32
 
     bits: ClassVar[int] = 8
 

@@ -24,7 +24,7 @@ from qexport.export.gguf.model_keys import notes as model_notes
 from qexport.export.gguf.tokenizer_keys import gguf_tokenizer
 from qexport.export.loaders import Folder, loading_section
 from qexport.export.model_files import card_text, model_files, sizes_of, write_files
-from qexport.formats import GptqFormat, MergedFormat, Outputs
+from qexport.formats import GptqFormat, LlmInt8Format, MergedFormat, Outputs, W8A8Format
 from qexport.formats.gguf import GgufFormat
 from qexport.formats.gguf.families import constants, places
 from qexport.formats.gguf.header import Value
@@ -32,6 +32,7 @@ from qexport.tensors.gguf_file import GgufFile
 
 _QUANTIZATION_VERSION: Final = 2
 _FILE_TYPES: Final = {4: LlamaFileType.MOSTLY_Q4_0, 8: LlamaFileType.MOSTLY_Q8_0}
+_FORMATS: Final = (GptqFormat, LlmInt8Format, W8A8Format, MergedFormat)
 _UNQUANTIZED: Final = {torch.bfloat16: LlamaFileType.MOSTLY_BF16, torch.float16: LlamaFileType.MOSTLY_F16}
 
 
@@ -131,9 +132,9 @@ class GgufLayout:
         return _FILE_TYPES[max(set(bits), key=bits.count)] if bits else _UNQUANTIZED[self._unquantized_dtype]
 
     def _refuse_method(self) -> None:
-        if not isinstance(self._outputs.format, (GptqFormat, MergedFormat)):
+        if not isinstance(self._outputs.format, _FORMATS):
             raise CompatibilityError(
-                f"the layout gguf stores GPTQ codes and 16-bit weights, and no {self._outputs.format.card.title}: "
+                f"the layout gguf stores codes in groups or rows, and no {self._outputs.format.card.title}: "
                 "GGUF has no type with these values",
                 where="export: gguf",
                 mend="quantize with gptq, 4 or 8 bits, sym: true, group_size: 32; or leave this layout out",

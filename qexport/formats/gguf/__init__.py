@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 import gguf
@@ -12,7 +12,16 @@ from gguf import GGMLQuantizationType
 from qexport.errors import QexportError
 from qexport.formats.gguf import blocks
 from qexport.formats.gguf.families import Places
-from qexport.tensors import GroupQuantized, GroupQuantizedSpec, OutputSpec, QuantizedSpec, TensorRecord, TensorSpec
+from qexport.tensors import (
+    GroupQuantized,
+    GroupQuantizedSpec,
+    OutputSpec,
+    QuantizedSpec,
+    RowQuantized,
+    RowQuantizedSpec,
+    TensorRecord,
+    TensorSpec,
+)
 
 DTYPES: Final = {
     torch.float32: GGMLQuantizationType.F32,
@@ -46,7 +55,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class GgufFormat:
-    """GPTQ's codes in blocks of Q4_0 or Q8_0, matrices that stay unquantized at 16 bits, vectors in float32.
+    """Codes in blocks of Q4_0 or Q8_0, matrices that stay unquantized at 16 bits, vectors in float32.
 
     llama.cpp has no kernels for norms and biases in 16 bits. All values are those that other layouts hold.
 
@@ -58,7 +67,7 @@ class GgufFormat:
 
     def entry(self, name: str, spec: OutputSpec) -> Entry:
         """A parameter's entry in the table."""
-        if isinstance(spec, GroupQuantizedSpec):
+        if isinstance(spec, (GroupQuantizedSpec, RowQuantizedSpec)):
             return Entry(spec.shape, blocks.KINDS[spec.bits])
         assert isinstance(spec, TensorSpec), f"{name} cannot be stored"
         return Entry(spec.shape, DTYPES[self._dtype(name, spec)])
@@ -66,7 +75,7 @@ class GgufFormat:
     def specs(self, name: str, spec: OutputSpec) -> dict[str, TensorSpec]:
         """The tensor in the file; of codes its bytes, uint8 [out, row_bytes]."""
         stored = self.places.names[name]
-        if isinstance(spec, GroupQuantizedSpec):
+        if isinstance(spec, (GroupQuantizedSpec, RowQuantizedSpec)):
             return {stored: TensorSpec((spec.out_features, blocks.row_bytes(spec)), torch.uint8)}
         assert isinstance(spec, TensorSpec), f"{name} cannot be stored"
         return {stored: TensorSpec(spec.shape, self._dtype(name, spec))}
@@ -78,8 +87,8 @@ class GgufFormat:
             QexportError: the codes are of a type that the format cannot hold.
         """
         name, value = record.name, record.value
-        if isinstance(value, GroupQuantized):
-            return {self.places.names[name]: blocks.pack(self._in_order(name, value))}
+        if isinstance(value, (GroupQuantized, RowQuantized)):
+            return {self.places.names[name]: self.places.stored(name, blocks.pack(value))}
         if not isinstance(value, torch.Tensor):
             raise QexportError(f"{type(value).__name__} cannot be stored in GGUF", where=name)
         dtype = self._dtype(name, TensorSpec(tuple(value.shape), value.dtype))
@@ -87,7 +96,7 @@ class GgufFormat:
 
     def fault(self, spec: QuantizedSpec) -> str | None:
         """Why this matrix cannot be stored value by value, or None if it can."""
-        if isinstance(spec, GroupQuantizedSpec):
+        if isinstance(spec, (GroupQuantizedSpec, RowQuantizedSpec)):
             return blocks.fault(spec)
         return "GGUF has no type with these values: quantize with GPTQ"
 
@@ -95,10 +104,3 @@ class GgufFormat:
         stored = self.places.names[name]
         wide = len(spec.shape) <= 1 or stored.endswith("_norm.weight") or not stored.endswith(".weight")
         return torch.float32 if wide else spec.dtype
-
-    def _in_order(self, name: str, value: GroupQuantized) -> GroupQuantized:
-        order = self.places.orders.get(name)
-        if order is None:
-            return value
-        codes, scales, zeros = value.codes[order], value.scales[:, order], value.zeros[:, order]
-        return replace(value, codes=codes, scales=scales, zeros=zeros)

@@ -13,7 +13,8 @@ import torch
 from gguf import GGMLQuantizationType
 from torch import Tensor
 
-from qexport.tensors import GroupQuantized, GroupQuantizedSpec
+from qexport.errors import QexportError
+from qexport.tensors import GroupQuantized, GroupQuantizedSpec, RowQuantized, RowQuantizedSpec
 
 BLOCK: Final = 32
 """Values that share a scale."""
@@ -32,13 +33,15 @@ def block_bytes(bits: int) -> int:
     return _SCALE_BYTES + BLOCK * bits // 8
 
 
-def row_bytes(spec: GroupQuantizedSpec) -> int:
+def row_bytes(spec: GroupQuantizedSpec | RowQuantizedSpec) -> int:
     """The bytes of a row, whose values fill whole blocks."""
     return spec.in_features // BLOCK * block_bytes(spec.bits)
 
 
-def fault(spec: GroupQuantizedSpec) -> str | None:
+def fault(spec: GroupQuantizedSpec | RowQuantizedSpec) -> str | None:
     """Why such a matrix cannot be stored value by value; None if it can."""
+    if isinstance(spec, RowQuantizedSpec):
+        return _fault_of_rows(spec)
     if spec.bits not in KINDS:
         return f"GGUF has no type for {spec.bits} bits in groups: quantize with 4 or 8 bits"
     if not spec.sym:
@@ -50,19 +53,44 @@ def fault(spec: GroupQuantizedSpec) -> str | None:
     return None
 
 
-def pack(value: GroupQuantized) -> Tensor:
+def _fault_of_rows(spec: RowQuantizedSpec) -> str | None:
+    if spec.scale_dtype != torch.float16:
+        return "the scales of GGUF's types are float16: set scales: float16, which rounds them before the codes"
+    if spec.in_features % BLOCK:
+        return f"a scale of GGUF is for {BLOCK} values: {spec.in_features} inputs are no multiple of that"
+    return None
+
+
+def pack(value: GroupQuantized | RowQuantized) -> Tensor:
     """The bytes of a matrix, uint8 [out, row_bytes].
 
     Args:
-        value: symmetric codes of 4 or 8 bits, in groups of a multiple of 32 in order.
+        value: symmetric codes of 4 or 8 bits, in groups of a multiple of 32 in order; or rows of codes whose scales fit
+            into float16.
+
+    Raises:
+        QexportError: the scale of a row does not.
     """
-    rows, columns = value.codes.shape
-    codes = value.codes.reshape(rows, -1, BLOCK)
-    scales = value.scales.t().repeat_interleave(value.group_size // BLOCK, 1).contiguous()
+    if isinstance(value, RowQuantized):
+        return _pack_rows(value)
+    codes = value.codes.reshape(len(value.codes), -1, BLOCK)
+    scales = value.scales.t().repeat_interleave(value.group_size // BLOCK, 1)
     halves = codes[..., :_HALF] | codes[..., _HALF:] << 4
-    stored = halves if value.bits == 4 else codes ^ 0x80  # minus 128, as a signed byte
-    parts = [scales[..., None].view(torch.uint8), stored]
-    return torch.cat(parts, 2).reshape(rows, columns // BLOCK * block_bytes(value.bits))
+    return _joined(scales, halves if value.bits == 4 else codes ^ 0x80)  # minus 128, as a signed byte
+
+
+def _pack_rows(value: RowQuantized) -> Tensor:
+    scales = value.scales.to(torch.float16)
+    if not torch.equal(scales.to(torch.float32), value.scales):
+        raise QexportError("a scale does not fit into float16, and GGUF would hold other values")
+    codes = value.codes.reshape(len(value.codes), -1, BLOCK)
+    return _joined(scales[:, None].expand(codes.shape[:2]), codes.view(torch.uint8))
+
+
+def _joined(scales: Tensor, codes: Tensor) -> Tensor:
+    """Blocks with their scales, float16 [out, blocks], and the bytes of their codes, uint8 [out, blocks, bytes]."""
+    parts = [scales.contiguous()[..., None].view(torch.uint8), codes]
+    return torch.cat(parts, 2).reshape(len(scales), -1)
 
 
 def unpack(rows: Tensor, bits: int) -> GroupQuantized:

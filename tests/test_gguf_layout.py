@@ -25,6 +25,7 @@ from qexport.artifact.names import GGUF_NAME
 from qexport.errors import CompatibilityError, InputError, QexportError
 from qexport.export.gguf.files import GgufFiles
 from qexport.export.gguf.tokenizer_keys import gguf_tokenizer
+from qexport.formats.gguf.blocks import LARGEST_SHIFT
 from qexport.formats.gguf.header import header_bytes
 from qexport.pipeline.inspection import inspect_artifact
 from qexport.pipeline.runtimes import misfit
@@ -193,13 +194,67 @@ def test_a_tensor_is_on_disk_as_soon_as_it_is_written(tmp_path: Path, made: Make
     assert (tmp_path / GGUF_NAME).read_bytes()[tensor.offset :] == whole
 
 
+# What is lossy, on request.
+
+
+def as_written(folder: Path, tmp_path: Path, quantize: Mapping[str, Any], **settings: Any) -> gguf_folders.Made:
+    """One pass into both layouts, the first with its settings."""
+    base = gguf_folders.load(folder)
+    yielded = list(gguf_folders.records(base, quantize, tmp_path))
+    gguf_folders.write(gguf_folders.layout("gguf", base, quantize, **settings), tmp_path / "gguf", yielded, base)
+    gguf_folders.write(gguf_folders.layout("safetensors", base, quantize), tmp_path / "safetensors", yielded, base)
+    found = {record.name: record for record in yielded}
+    return gguf_folders.Made(tmp_path / "gguf", tmp_path / "safetensors", folder, found)
+
+
+def test_asymmetric_codes_differ_by_less_than_a_hundredth_of_a_step(made: Make, tmp_path: Path, held_out: Path) -> None:
+    quantize = {**gguf_folders.GPTQ, "group_size": 64, "sym": False}
+    folders = as_written(made("llama").base, tmp_path, quantize, inexact="allow")
+    worst = 0.0
+    with open_stored(folders.gguf, dtype=torch.float32) as own:
+        assert {(layer.bits, layer.group_size) for layer in own.layers.values()} == {(4, 64)}
+        for name, record in folders.records.items():
+            if isinstance(record.value, GroupQuantized):
+                scales = record.value.scales.t().float()[:, record.value.g_idx.long()]
+                worst = max(worst, float(((own.read(name) - record.value.dequantize()) / scales).abs().max()))
+    assert 0 < worst <= LARGEST_SHIFT
+    assert failed(folders.gguf, folders.base, held_out) == []
+    layout = gguf_folders.layout("gguf", gguf_folders.load(folders.base), quantize, inexact="allow")
+    assert any("Q4_1 rounds the minima" in note for note in layout.notes)
+
+
+def test_ends_in_8_bits_are_those_of_the_gguf_package(made: Make, tmp_path: Path, held_out: Path) -> None:
+    ends = {"token_embedding_type": "q8_0", "output_tensor_type": "q8_0"}
+    folders = as_written(made("llama").base, tmp_path, gguf_folders.GPTQ, **ends)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(folders.gguf / GGUF_NAME).tensors}
+    for parameter, name in (("model.embed_tokens", "token_embd"), ("lm_head", "output")):
+        value = folders.records[f"{parameter}.weight"].value
+        assert isinstance(value, torch.Tensor)
+        wanted = gguf.quantize(value.float().numpy(), gguf.GGMLQuantizationType.Q8_0)
+        assert np.array_equal(np.asarray(tensors[f"{name}.weight"].data), wanted)
+    assert failed(folders.gguf, folders.base, held_out) == []
+    ids = torch.arange(20)[None]
+    model = qexport.load(folders.gguf, device="cpu", dtype=torch.float32, check=False)
+    stock = AutoModelForCausalLM.from_pretrained(folders.gguf, gguf_file=GGUF_NAME, dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(stock(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_a_tied_head_has_no_type_of_its_own(tmp_path: Path) -> None:
+    base = gguf_folders.checkpoint(factories.llama_config(tie_word_embeddings=True), tmp_path)
+    with pytest.raises(CompatibilityError, match="no output head of its own") as caught:
+        gguf_folders.layout("gguf", base, output_tensor_type="q8_0")
+    assert "token_embedding_type" in str(caught.value)
+
+
 # What cannot be carried.
 
 REFUSED: Mapping[str, tuple[dict[str, Any], str]] = {
     "nf4": ({"method": "nf4"}, "GGUF has no type with these values"),
     "int8": ({"method": "int8"}, "set scales: float16"),
     "w8a8": ({"method": "w8a8"}, "set scales: float16"),
-    "asymmetric": ({**gguf_folders.GPTQ, "sym": False}, "set sym: true"),
+    "asymmetric": ({**gguf_folders.GPTQ, "sym": False}, "set sym: true; or inexact: allow"),
+    "asymmetric, 8 bits": ({**gguf_folders.GPTQ, "sym": False, "bits": 8}, "no type for 8 bits with zero points"),
     "act-order": ({**gguf_folders.GPTQ, "desc_act": True, "static_groups": False}, "no order of columns"),
     "group 16": ({**gguf_folders.GPTQ, "group_size": 16}, "a group_size of 16"),
     "3 bits": ({**gguf_folders.GPTQ, "bits": 3}, "no type for 3 bits"),

@@ -18,7 +18,7 @@ from qexport.architectures.naming import Part
 from qexport.errors import CompatibilityError, QexportError, listed
 from qexport.formats.bitsandbytes import four_bit_tensors
 from qexport.formats.stored_weight import StoredWeight, Tensors
-from qexport.tensors import BlockQuantized, Quantized, WeightSource
+from qexport.tensors import BlockQuantized, Quantized, ValuesQuantized, WeightSource
 from qexport.tensors.strict_files import CONFIG_BYTES, contained_path, read_json_object
 
 _ROWS_AT_ONCE: Final = 512
@@ -31,6 +31,8 @@ def dequantize(quantized: Quantized, dtype: torch.dtype) -> torch.Tensor:
     """
     if isinstance(quantized, BlockQuantized):
         return four_bit_tensors.dequantize(quantized).to(dtype)
+    if isinstance(quantized, ValuesQuantized):
+        return quantized.dequantize(dtype)
     weight = torch.empty(quantized.codes.shape, dtype=dtype, device=quantized.codes.device)
     for start in range(0, len(weight), _ROWS_AT_ONCE):
         end = start + _ROWS_AT_ONCE

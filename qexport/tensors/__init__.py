@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         RowQuantized,
         RowQuantizedSpec,
         TensorRecord,
+        ValuesQuantized,
     )
     from qexport.tensors.source import CalibrationSet, LargestSpec, Origin, TensorSpec, Terms, WeightSource
 
@@ -38,6 +39,7 @@ __all__ = [
     "TensorRecord",
     "TensorSpec",
     "Terms",
+    "ValuesQuantized",
     "WeightSource",
 ]
 

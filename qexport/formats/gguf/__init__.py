@@ -30,6 +30,9 @@ DTYPES: Final = {
 }
 """How unquantized tensors are stored."""
 
+Q8_0: Final = GGMLQuantizationType.Q8_0
+_ROWS_AT_ONCE: Final = 4096
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -61,16 +64,20 @@ class GgufFormat:
 
     Attributes:
         places: where parameters are in the file.
+        rounded: matrices that stay unquantized in other layouts, and are rounded to Q8_0 here.
+        inexact: whether asymmetric codes are stored, with minima rounded to float16.
     """
 
     places: Places
+    rounded: frozenset[str] = frozenset()
+    inexact: bool = False
 
     def entry(self, name: str, spec: OutputSpec) -> Entry:
         """A parameter's entry in the table."""
         if isinstance(spec, (GroupQuantizedSpec, RowQuantizedSpec)):
-            return Entry(spec.shape, blocks.KINDS[spec.bits])
+            return Entry(spec.shape, blocks.kind_of(spec))
         assert isinstance(spec, TensorSpec), f"{name} cannot be stored"
-        return Entry(spec.shape, DTYPES[self._dtype(name, spec)])
+        return Entry(spec.shape, Q8_0 if name in self.rounded else DTYPES[self._dtype(name, spec)])
 
     def specs(self, name: str, spec: OutputSpec) -> dict[str, TensorSpec]:
         """The tensor in the file; of codes its bytes, uint8 [out, row_bytes]."""
@@ -78,6 +85,9 @@ class GgufFormat:
         if isinstance(spec, (GroupQuantizedSpec, RowQuantizedSpec)):
             return {stored: TensorSpec((spec.out_features, blocks.row_bytes(spec)), torch.uint8)}
         assert isinstance(spec, TensorSpec), f"{name} cannot be stored"
+        if name in self.rounded:
+            block, size = gguf.GGML_QUANT_SIZES[Q8_0]
+            return {stored: TensorSpec((spec.shape[0], spec.shape[1] // block * size), torch.uint8)}
         return {stored: TensorSpec(spec.shape, self._dtype(name, spec))}
 
     def tensors(self, record: TensorRecord) -> dict[str, torch.Tensor]:
@@ -91,16 +101,24 @@ class GgufFormat:
             return {self.places.names[name]: self.places.stored(name, blocks.pack(value))}
         if not isinstance(value, torch.Tensor):
             raise QexportError(f"{type(value).__name__} cannot be stored in GGUF", where=name)
+        if name in self.rounded:
+            return {self.places.names[name]: self.places.stored(name, _rounded(value))}
         dtype = self._dtype(name, TensorSpec(tuple(value.shape), value.dtype))
         return {self.places.names[name]: self.places.stored(name, value).to(dtype).contiguous()}
 
     def fault(self, spec: QuantizedSpec) -> str | None:
         """Why this matrix cannot be stored value by value, or None if it can."""
         if isinstance(spec, (GroupQuantizedSpec, RowQuantizedSpec)):
-            return blocks.fault(spec)
+            return blocks.fault(spec, inexact=self.inexact)
         return "GGUF has no type with these values: quantize with GPTQ"
 
     def _dtype(self, name: str, spec: TensorSpec) -> torch.dtype:
         stored = self.places.names[name]
         wide = len(spec.shape) <= 1 or stored.endswith("_norm.weight") or not stored.endswith(".weight")
         return torch.float32 if wide else spec.dtype
+
+
+def _rounded(value: torch.Tensor) -> torch.Tensor:
+    """A matrix in Q8_0, uint8 [out, row_bytes], with the bytes that llama.cpp's quantizer gives."""
+    parts = [gguf.quantize(part.to(torch.float32).numpy(), Q8_0) for part in value.cpu().split(_ROWS_AT_ONCE)]
+    return torch.cat([torch.from_numpy(part) for part in parts])

@@ -116,8 +116,8 @@ class GgufSettings(Settings):
     """`model.gguf`, `launch/`. Codes of `gptq`, `int8` and `w8a8` become Q4_0 or Q8_0, value by value."""
 
     token_embedding_type: Literal["unquantized", "q8_0"] = "unquantized"
-    """`q8_0` rounds the embedding to 8 bits, which is lossy: the file is smaller. With tied weights the embedding is the
-    output head too, which is then faster."""
+    """`q8_0` rounds the embedding to 8 bits, which is lossy: the file is smaller. With tied weights it is the output
+    head too, which is then faster."""
 
     output_tensor_type: Literal["unquantized", "q8_0"] = "unquantized"
     """The same for an output head of its own."""

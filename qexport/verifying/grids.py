@@ -90,7 +90,7 @@ def _nearest_in_ranges(wanted: Tensor, bits: int, block_size: int) -> Tensor:
     blocks = wanted.reshape(len(wanted), -1, block_size)
     least, most = blocks.amin(2, keepdim=True), blocks.amax(2, keepdim=True)
     steps = (most - least) / (2**bits - 1)
-    codes = ((blocks - least) / steps).nan_to_num_(nan=0.0).round_()
+    codes: Tensor = ((blocks - least) / steps).nan_to_num_(nan=0.0).round_()
     return codes.mul_(steps).add_(least).view(wanted.shape)
 
 

@@ -156,7 +156,7 @@ def test_what_llama_cpp_quantizes_is_read_as_it_computes_it(kind: str, text: Pat
     config = factories.llama_config(hidden_size=256, intermediate_size=512)
     made = gguf_folders.make(config, tmp_path, gguf_folders.NONE)
     script, file = Path(__file__).with_name("quantize_with_llama.py"), tmp_path / f"{kind}.gguf"
-    command = [PYTHON, script, made.gguf / GGUF_NAME, file, kind]
+    command = [PYTHON, str(script), str(made.gguf / GGUF_NAME), str(file), kind]
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
     report = report_of(made, text, "float32", folder=file)
     assert [check.detail for check in report.checks if not check.passed] == []

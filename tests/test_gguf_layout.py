@@ -194,6 +194,20 @@ def test_a_tensor_is_on_disk_as_soon_as_it_is_written(tmp_path: Path, made: Make
     assert (tmp_path / GGUF_NAME).read_bytes()[tensor.offset :] == whole
 
 
+def test_weights_in_float16_stay_as_they_are(tmp_path: Path) -> None:
+    base = gguf_folders.checkpoint(factories.llama_config(), tmp_path / "base", dtype=torch.float16)
+    yielded = list(gguf_folders.records(base, gguf_folders.NONE, tmp_path))
+    gguf_folders.write(gguf_folders.layout("gguf", base, gguf_folders.NONE), tmp_path / "gguf", yielded, base)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "gguf" / GGUF_NAME).tensors}
+    kinds = {name: tensor.tensor_type.name for name, tensor in tensors.items()}
+    assert {kind for name, kind in kinds.items() if "norm" in name} == {"F32"}
+    assert {kind for name, kind in kinds.items() if "norm" not in name} == {"F16"}
+    with open_stored(tmp_path / "gguf", dtype=torch.float32) as own:
+        for record in yielded:
+            assert isinstance(record.value, torch.Tensor)
+            assert np.array_equal(own.read(record.name).float().numpy(), record.value.float().numpy())
+
+
 # What is lossy, on request.
 
 

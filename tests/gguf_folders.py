@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
 from pydantic import TypeAdapter
 from transformers import PretrainedConfig
 
 import factories
 from qexport.architectures.architecture import Checkpoint
+from qexport.artifact.names import GGUF_NAME
 from qexport.export import ExportSettings
 from qexport.export.layouts import Layout, make_layout
+from qexport.formats.gguf import Entry
+from qexport.formats.gguf.header import header_bytes
 from qexport.loading import LoadSettings
 from qexport.loading.checkpoint import load_checkpoint
 from qexport.quantizing import AnyMethod
 from qexport.quantizing.method import Method, PassInputs
 from qexport.tensors import CalibrationSet, TensorRecord
+from qexport.tensors.gguf_file import GgufFile
 
 GPTQ: Mapping[str, Any] = {"method": "gptq", "group_size": 32, "mse": False, "calibration": {"source": "-"}}
 NONE: Mapping[str, Any] = {"method": "none"}
@@ -55,6 +61,33 @@ class Made:
     safetensors: Path
     base: Path
     records: Mapping[str, TensorRecord]
+
+
+def as_others_quantize(folder: Path, target: Path, kinds: Mapping[str, gguf.GGMLQuantizationType]) -> Path:
+    """A file like those that llama.cpp's quantizer makes of one with 16-bit weights.
+
+    Args:
+        folder: the artifact with them.
+        target: the file, which does not exist.
+        kinds: how a matrix is stored, by a part of its name; the first one counts, and the rest stays as it is.
+    """
+    with closing(GgufFile(folder / GGUF_NAME)) as file:
+        arrays = {key: file.array(key) for key in file.array_lengths}
+        values: dict[str, Any] = {**file.metadata, **arrays}
+        table, content = dict[str, Entry](), dict[str, bytes]()
+        for name, tensor in file.tensors.items():
+            rows = file.read_rows(name, 0, tensor.rows)
+            chosen = [kind for part, kind in kinds.items() if part in name and len(tensor.shape) == 2]
+            kind = chosen[0] if chosen else tensor.kind
+            if chosen:
+                rows = gguf.quantize(gguf.dequantize(rows, tensor.kind), kind)
+            table[name], content[name] = Entry(tensor.shape, kind), rows.tobytes()
+    header, offsets = header_bytes(values, table)
+    whole = bytearray(header)
+    for name, offset in offsets.items():
+        whole[offset : offset + len(content[name])] = content[name]
+    target.write_bytes(whole)
+    return target
 
 
 def checkpoint(config: PretrainedConfig, folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> Checkpoint:

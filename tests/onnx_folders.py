@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from qexport.formats.bitsandbytes.four_bit_tensors import flat_absmax
-from qexport.tensors import BlockQuantized, Float8Quantized, GroupQuantized, Quantized, RowQuantized
+from qexport.tensors import BlockQuantized, Float8Quantized, GroupQuantized, Quantized, RowQuantized, ValuesQuantized
 
 MICROSOFT = "com.microsoft"
 TYPES = {
@@ -90,9 +90,11 @@ class Builder:
                 y = self._bnb4(x, module, value)
             case Float8Quantized():
                 raise AssertionError("no operator")
-            case _:
+            case Tensor():
                 wide = self.wide(f"{module}.weight", value)
                 y = self.add("MatMul", x, self.add("Transpose", wide, perm=[1, 0]))
+            case ValuesQuantized():
+                raise TypeError("a graph has codes")
         return y if bias is None else self.add("Add", y, self.wide(f"{module}.bias", bias))
 
     def wide(self, name: str, tensor: Tensor) -> str:

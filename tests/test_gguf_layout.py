@@ -25,6 +25,7 @@ from qexport.artifact.names import GGUF_NAME
 from qexport.errors import CompatibilityError, InputError, QexportError
 from qexport.export.gguf.files import GgufFiles
 from qexport.export.gguf.tokenizer_keys import gguf_tokenizer
+from qexport.formats.gguf.blocks import LARGEST_SHIFT
 from qexport.formats.gguf.header import header_bytes
 from qexport.pipeline.inspection import inspect_artifact
 from qexport.pipeline.runtimes import misfit
@@ -41,8 +42,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], gguf_folde
 
     def make(name: str) -> gguf_folders.Made:
         if name not in found:
-            family, _, bits = name.partition(", ")
-            quantize = gguf_folders.NONE if bits == "none" else {**gguf_folders.GPTQ, "bits": int(bits or 4)}
+            family, _, method = name.partition(", ")
+            quantize = METHODS.get(method) or {**gguf_folders.GPTQ, "bits": int(method or 4)}
             found[name] = gguf_folders.make(gguf_folders.CONFIGS[family], tmp_path_factory.mktemp("made"), quantize)
         return found[name]
 
@@ -50,9 +51,19 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], gguf_folde
 
 
 Make = Callable[[str], gguf_folders.Made]
+METHODS: Mapping[str, dict[str, Any]] = {
+    "none": {"method": "none"},
+    "int8": {"method": "int8", "scales": "float16"},
+    "w8a8": {"method": "w8a8", "scales": "float16"},
+}
 
 
-@pytest.mark.parametrize("name", [*gguf_folders.CONFIGS, "llama, 8", "llama, none"])
+ROWS = ("int8", "w8a8")
+
+
+@pytest.mark.parametrize(
+    "name", [*gguf_folders.CONFIGS, "llama, 8", "llama, none", "llama, int8", "llama, w8a8", "falcon 40b, int8"]
+)
 def test_every_value_is_that_of_the_safetensors_layout(name: str, made: Make) -> None:
     folders = made(name)
     with (
@@ -62,8 +73,11 @@ def test_every_value_is_that_of_the_safetensors_layout(name: str, made: Make) ->
         assert own.specs().keys() == other.specs().keys()
         for each in other.specs():
             assert np.array_equal(own.read(each).float().numpy(), other.read(each).float().numpy()), each
-        assert own.layers == other.layers
-        assert own.grids == other.grids
+        assert own.layers.keys() == other.layers.keys()
+        if name.endswith(ROWS):  # as one group of GPTQ for each row
+            assert {layer.group_size == layer.shape[1] for layer in own.layers.values()} == {True}
+        else:
+            assert (own.layers, own.grids) == (other.layers, other.grids)
         own.check_complete()
 
 
@@ -180,13 +194,81 @@ def test_a_tensor_is_on_disk_as_soon_as_it_is_written(tmp_path: Path, made: Make
     assert (tmp_path / GGUF_NAME).read_bytes()[tensor.offset :] == whole
 
 
+def test_weights_in_float16_stay_as_they_are(tmp_path: Path) -> None:
+    base = gguf_folders.checkpoint(factories.llama_config(), tmp_path / "base", dtype=torch.float16)
+    yielded = list(gguf_folders.records(base, gguf_folders.NONE, tmp_path))
+    gguf_folders.write(gguf_folders.layout("gguf", base, gguf_folders.NONE), tmp_path / "gguf", yielded, base)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "gguf" / GGUF_NAME).tensors}
+    kinds = {name: tensor.tensor_type.name for name, tensor in tensors.items()}
+    assert {kind for name, kind in kinds.items() if "norm" in name} == {"F32"}
+    assert {kind for name, kind in kinds.items() if "norm" not in name} == {"F16"}
+    with open_stored(tmp_path / "gguf", dtype=torch.float32) as own:
+        for record in yielded:
+            assert isinstance(record.value, torch.Tensor)
+            assert np.array_equal(own.read(record.name).float().numpy(), record.value.float().numpy())
+
+
+# What is lossy, on request.
+
+
+def as_written(folder: Path, tmp_path: Path, quantize: Mapping[str, Any], **settings: Any) -> gguf_folders.Made:
+    """One pass into both layouts, the first with its settings."""
+    base = gguf_folders.load(folder)
+    yielded = list(gguf_folders.records(base, quantize, tmp_path))
+    gguf_folders.write(gguf_folders.layout("gguf", base, quantize, **settings), tmp_path / "gguf", yielded, base)
+    gguf_folders.write(gguf_folders.layout("safetensors", base, quantize), tmp_path / "safetensors", yielded, base)
+    found = {record.name: record for record in yielded}
+    return gguf_folders.Made(tmp_path / "gguf", tmp_path / "safetensors", folder, found)
+
+
+def test_asymmetric_codes_differ_by_less_than_a_hundredth_of_a_step(made: Make, tmp_path: Path, held_out: Path) -> None:
+    quantize = {**gguf_folders.GPTQ, "group_size": 64, "sym": False}
+    folders = as_written(made("llama").base, tmp_path, quantize, inexact="allow")
+    worst = 0.0
+    with open_stored(folders.gguf, dtype=torch.float32) as own:
+        assert {(layer.bits, layer.group_size) for layer in own.layers.values()} == {(4, 64)}
+        for name, record in folders.records.items():
+            if isinstance(record.value, GroupQuantized):
+                scales = record.value.scales.t().float()[:, record.value.g_idx.long()]
+                worst = max(worst, float(((own.read(name) - record.value.dequantize()) / scales).abs().max()))
+    assert 0 < worst <= LARGEST_SHIFT
+    assert failed(folders.gguf, folders.base, held_out) == []
+    layout = gguf_folders.layout("gguf", gguf_folders.load(folders.base), quantize, inexact="allow")
+    assert any("Q4_1 rounds the minima" in note for note in layout.notes)
+
+
+def test_ends_in_8_bits_are_those_of_the_gguf_package(made: Make, tmp_path: Path, held_out: Path) -> None:
+    ends = {"token_embedding_type": "q8_0", "output_tensor_type": "q8_0"}
+    folders = as_written(made("llama").base, tmp_path, gguf_folders.GPTQ, **ends)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(folders.gguf / GGUF_NAME).tensors}
+    for parameter, name in (("model.embed_tokens", "token_embd"), ("lm_head", "output")):
+        value = folders.records[f"{parameter}.weight"].value
+        assert isinstance(value, torch.Tensor)
+        wanted = gguf.quantize(value.float().numpy(), gguf.GGMLQuantizationType.Q8_0)
+        assert np.array_equal(np.asarray(tensors[f"{name}.weight"].data), wanted)
+    assert failed(folders.gguf, folders.base, held_out) == []
+    ids = torch.arange(20)[None]
+    model = qexport.load(folders.gguf, device="cpu", dtype=torch.float32, check=False)
+    stock = AutoModelForCausalLM.from_pretrained(folders.gguf, gguf_file=GGUF_NAME, dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(stock(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_a_tied_head_has_no_type_of_its_own(tmp_path: Path) -> None:
+    base = gguf_folders.checkpoint(factories.llama_config(tie_word_embeddings=True), tmp_path)
+    with pytest.raises(CompatibilityError, match="no output head of its own") as caught:
+        gguf_folders.layout("gguf", base, output_tensor_type="q8_0")
+    assert "token_embedding_type" in str(caught.value)
+
+
 # What cannot be carried.
 
 REFUSED: Mapping[str, tuple[dict[str, Any], str]] = {
     "nf4": ({"method": "nf4"}, "GGUF has no type with these values"),
-    "int8": ({"method": "int8"}, "GGUF has no type with these values"),
-    "w8a8": ({"method": "w8a8"}, "GGUF has no type with these values"),
-    "asymmetric": ({**gguf_folders.GPTQ, "sym": False}, "set sym: true"),
+    "int8": ({"method": "int8"}, "set scales: float16"),
+    "w8a8": ({"method": "w8a8"}, "set scales: float16"),
+    "asymmetric": ({**gguf_folders.GPTQ, "sym": False}, "set sym: true; or inexact: allow"),
+    "asymmetric, 8 bits": ({**gguf_folders.GPTQ, "sym": False, "bits": 8}, "no type for 8 bits with zero points"),
     "act-order": ({**gguf_folders.GPTQ, "desc_act": True, "static_groups": False}, "no order of columns"),
     "group 16": ({**gguf_folders.GPTQ, "group_size": 16}, "a group_size of 16"),
     "3 bits": ({**gguf_folders.GPTQ, "bits": 3}, "no type for 3 bits"),
@@ -428,8 +510,9 @@ def failed(folder: Path, base: Path, held_out: Path) -> list[CheckResult]:
     return [check for check in report.checks if not check.passed]
 
 
-def test_a_sound_folder_passes(made: Make, held_out: Path) -> None:
-    assert failed(made("llama").gguf, made("llama").base, held_out) == []
+@pytest.mark.parametrize("name", ["llama", "llama, int8", "llama, w8a8"])
+def test_a_sound_folder_passes(name: str, made: Make, held_out: Path) -> None:
+    assert failed(made(name).gguf, made(name).base, held_out) == []
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 
 import gguf
 import numpy as np
@@ -11,9 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qexport.errors import QexportError
 from qexport.formats.gguf import blocks
 from qexport.formats.gguf.families import rotary_pairs
-from qexport.tensors import GroupQuantized, GroupQuantizedSpec
+from qexport.quantizing.row_int8 import llm_int8, w8a8
+from qexport.tensors import GroupQuantized, GroupQuantizedSpec, RowQuantized, RowQuantizedSpec
 
 
 def codes(rows: int, columns: int, bits: int, group_size: int, seed: int) -> GroupQuantized:
@@ -69,6 +72,17 @@ def test_values_are_those_of_the_codes(rows: int, groups: int, wide: int, bits: 
     assert torch.equal(blocks.pack(found), packed)
 
 
+@pytest.mark.parametrize("rounding", [w8a8, llm_int8])
+def test_rows_of_codes_are_blocks_with_equal_scales(rounding: Callable[..., RowQuantized]) -> None:
+    weight = torch.randn(9, 96, generator=torch.Generator().manual_seed(2)) * 0.02
+    value = rounding(weight, torch.float16)
+    packed = blocks.pack(value)
+    assert np.array_equal(gguf.dequantize(packed.numpy(), gguf.GGMLQuantizationType.Q8_0), value.dequantize().numpy())
+    assert torch.equal(blocks.unpack(packed, 8).dequantize(), value.dequantize())
+    with pytest.raises(QexportError, match="does not fit into float16"):
+        blocks.pack(rounding(weight))
+
+
 @given(content=st.binary(min_size=34 * 2, max_size=34 * 2), bits=st.sampled_from([4, 8]))
 @settings(max_examples=40, deadline=None)
 def test_any_bytes_are_read_as_the_package_reads_them(content: bytes, bits: int) -> None:
@@ -81,10 +95,12 @@ def test_any_bytes_are_read_as_the_package_reads_them(content: bytes, bits: int)
     )
 
 
-FAULTS = {
+FAULTS: dict[str, tuple[GroupQuantizedSpec | RowQuantizedSpec, str]] = {
     "3 bits": (GroupQuantizedSpec(64, 64, 3, 32, sym=True, desc_act=False), "no type for 3 bits"),
     "zero points": (GroupQuantizedSpec(64, 64, 4, 32, sym=False, desc_act=False), "set sym: true"),
     "act-order": (GroupQuantizedSpec(64, 64, 4, 32, sym=True, desc_act=True), "no order of columns"),
+    "rows": (RowQuantizedSpec(64, 64, torch.bfloat16), "set scales: float16"),
+    "rows of 40": (RowQuantizedSpec(64, 40, torch.bfloat16, scale_dtype=torch.float16), "40 inputs are no multiple"),
     "group 16": (GroupQuantizedSpec(64, 64, 4, 16, sym=True, desc_act=False), "group_size of 16"),
     "rows of 48": (GroupQuantizedSpec(64, 48, 4, 48, sym=True, desc_act=False), "group_size of 48"),
 }

@@ -86,3 +86,24 @@ def test_a_row_whose_scale_would_be_zero_has_codes_of_zero() -> None:
     found = w8a8(weight)
     assert found.scales[0] == 0
     assert found.codes.tolist() == [[0, 0, 0], [127, -64, 0]]
+
+
+@pytest.mark.parametrize("rounding", [w8a8, llm_int8])
+def test_scales_in_float16_fit_exactly_and_cost_little(rounding: Callable[..., RowQuantized]) -> None:
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(4)) * 0.03
+    weight[3], weight[5] = 0.0, weight[5] * 1e-6
+    own, wide = rounding(weight, torch.float16), rounding(weight)
+    assert torch.equal(own.scales, own.scales.half().float())
+    assert own.absmax[3] == 0
+    assert own.codes[3].abs().max() == 0
+    assert own.codes[5].abs().max() > 0
+    rows = torch.tensor([row for row in range(64) if row not in (3, 5)])
+    errors = [float((each.dequantize() - weight)[rows].square().sum()) for each in (own, wide)]
+    assert errors[0] < 1.005 * errors[1]
+    codes = (weight / own.scales.clamp_min(2.0**-24)[:, None]).round().clamp(-127, 127)
+    assert int((codes - own.codes).abs().max()) <= (1 if rounding is llm_int8 else 0)
+
+
+def test_a_scale_beyond_float16_is_refused() -> None:
+    with pytest.raises(NumericalError, match="scale is out of the range"):
+        w8a8(torch.full((2, 32), 1e8), torch.float16)

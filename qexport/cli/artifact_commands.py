@@ -106,7 +106,7 @@ def run(
 @app.command()
 def verify(
     artifact: Annotated[
-        Path, typer.Argument(metavar="ARTIFACT", help="The folder of a finished artifact, made by any tool.")
+        Path, typer.Argument(metavar="ARTIFACT", help="A finished artifact of any tool: a folder, or a GGUF file.")
     ],
     reference: Annotated[
         str, typer.Option(metavar="RECIPE|MODEL", help="A recipe, whose load, merge and verify are used; or a model.")
@@ -185,13 +185,13 @@ def _measured(
     """The report, which is written to its folder too, and what its gates raise."""
     from qexport.cli.verifying import reference_of
     from qexport.loading.places import refuse_missing
-    from qexport.reading.folders import model_folder
+    from qexport.reading.folders import artifact_place
     from qexport.reporting.writing import check_report_folder, write_report
 
     if report_folder is not None:
         check_report_folder(report_folder)
     chosen = reference_of(options)
-    model_folder(artifact)
+    artifact_place(artifact)
     refuse_missing(chosen.load)
     from qexport import pipeline  # takes seconds; errors in the arguments should come first
     from qexport.gates.failures import gates_error
@@ -232,9 +232,8 @@ def validate(
     """After a run or a download: check a finished artifact's digests and headers, and what a server demands."""
     with reporting_errors(as_json=as_json, debug=debug):
         if artifact.is_file():
-            raise RecipeError(
-                "validate checks a finished folder", where=str(artifact), mend=f"for a recipe: qexport plan {artifact}"
-            )
+            mend = f"for a file: qexport inspect {artifact}; for a recipe: qexport plan {artifact}"
+            raise RecipeError("validate checks a finished folder", where=str(artifact), mend=mend)
         failed = _inspect(artifact, server, root, as_json=as_json)
     if failed:
         failed.show(as_json=False)

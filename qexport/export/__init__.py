@@ -113,7 +113,18 @@ class GgufSettings(Settings):
     model_config = ConfigDict(json_schema_extra=required_in_recipes("layout"))
 
     layout: Literal["gguf"] = "gguf"
-    """`model.gguf`, `launch/`. GPTQ codes become Q4_0 or Q8_0, value by value."""
+    """`model.gguf`, `launch/`. Codes of `gptq`, `int8` and `w8a8` become Q4_0 or Q8_0, value by value."""
+
+    token_embedding_type: Literal["unquantized", "q8_0"] = "unquantized"
+    """`q8_0` rounds the embedding to 8 bits, which is lossy: the file is smaller. With tied weights it is the output
+    head too, which is then faster."""
+
+    output_tensor_type: Literal["unquantized", "q8_0"] = "unquantized"
+    """The same for an output head of its own."""
+
+    inexact: Literal["refuse", "allow"] = "refuse"
+    """`allow` stores 4-bit GPTQ with `sym: false` as Q4_1, whose minima are rounded to float16: its values differ from
+    those of the other layouts by at most 0.0074 steps."""
 
 
 ExportSettings = Annotated[

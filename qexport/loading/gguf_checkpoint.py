@@ -6,9 +6,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
-import gguf
 import numpy as np
 import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerFast
@@ -16,6 +15,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 from qexport.architectures.architecture import Checkpoint
 from qexport.artifact.digests import FileDigests
 from qexport.errors import CompatibilityError, InputError
+from qexport.formats.gguf.dequantizing import dequantized, refuse_unreadable
 from qexport.formats.gguf.families import Places, places
 from qexport.formats.gguf.pre_tokenizers import named, structure_of
 from qexport.loading.gguf_config import FREQUENCIES, read_config
@@ -63,6 +63,27 @@ def read_gguf(
         raise
     progress(Progress("load", 1, 1, "file", detail=path.name))
     return Checkpoint(architecture, weights, files, origin)
+
+
+def files_in_header(file: GgufFile) -> dict[str, bytes]:
+    """config.json, and the files of the tokenizer and of generation as transformers would save them, by name.
+
+    Raises:
+        InputError: the header is malformed.
+        CompatibilityError: the architecture or the tokenizer is not supported.
+    """
+    _, config = read_config(file)
+    values = _as_float32(json.loads(config.to_json_string()))
+    return {"config.json": json.dumps(values, indent=2).encode("utf-8"), **_files(file, config)}
+
+
+def _as_float32(value: Any) -> Any:
+    """The same with the shortest numbers that are equal in float32, which the header has: 1e-06, not 9.99999997e-07."""
+    if isinstance(value, float):
+        return float(np.format_float_scientific(np.float32(value)))
+    if isinstance(value, list):
+        return [_as_float32(each) for each in value]
+    return {key: _as_float32(each) for key, each in value.items()} if isinstance(value, dict) else value
 
 
 def _terms(file: GgufFile) -> Terms:
@@ -131,7 +152,7 @@ class GgufSource:
         renamed = {name: parameter for parameter, name in parameters.names.items() if name in file.tensors}
         # a tensor without a place in the model keeps the file's name, so that errors name it
         self._stored = {renamed.get(name, name): name for name in file.tensors if name != FREQUENCIES}
-        _refuse_unreadable(file)
+        refuse_unreadable(file)
 
     def specs(self) -> Mapping[str, TensorSpec]:
         """Every tensor's shape, float32, in the file's order."""
@@ -158,23 +179,11 @@ class GgufSource:
         return f"{self._file.path}: {self._stored[name]}"
 
     def _dequantize(self, stored: str, dtype: torch.dtype) -> torch.Tensor:
-        """Dequantizes some rows at a time, because `gguf.dequantize` holds its result twice."""
+        """Reads some rows at a time."""
         tensor = self._file.tensors[stored]
         values = torch.empty(tensor.shape, dtype=dtype)
         rows, step = values.view(tensor.rows, tensor.shape[-1]), max(1, _CHUNK_VALUES // tensor.shape[-1])
         for start in range(0, tensor.rows, step):
             stop = min(start + step, tensor.rows)
-            piece = gguf.dequantize(self._file.read_rows(stored, start, stop), tensor.kind)
-            rows[start:stop] = torch.from_numpy(piece)
+            rows[start:stop] = dequantized(self._file.read_rows(stored, start, stop), tensor.kind, dtype)
         return values
-
-
-def _refuse_unreadable(file: GgufFile) -> None:
-    first = {tensor.kind: name for name, tensor in file.tensors.items()}
-    for kind, name in first.items():
-        try:
-            gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), dtype=np.uint8), kind)
-        except NotImplementedError as error:
-            raise CompatibilityError(
-                f"the gguf package cannot dequantize {kind.name}", where=f"{file.path}: {name}"
-            ) from error

@@ -17,7 +17,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from qexport.architectures.config_bounds import refuse_extreme
 from qexport.errors import CompatibilityError, InputError
-from qexport.formats.gguf.families import FAMILIES, GgufFamily, constants, head_dim
+from qexport.formats.gguf.families import READ_FAMILIES, GgufFamily, constants, head_dim
 from qexport.tensors.gguf_file import GgufFile
 
 _REQUIRED: Final = {
@@ -247,11 +247,11 @@ def _gemma3(metadata: _Metadata) -> dict[str, Any]:
 
 
 _READINGS: Final[Mapping[str, _Reading]] = {
-    "llama": _Reading(FAMILIES["llama"], "llama", {"rope.dimension_count": "head_dim"}, _llama),
-    "qwen2": _Reading(FAMILIES["qwen2"], "qwen2"),
-    "qwen3": _Reading(FAMILIES["qwen3"], "qwen3", {"attention.key_length": "head_dim"}),
+    "llama": _Reading(READ_FAMILIES["llama"], "llama", {"rope.dimension_count": "head_dim"}, _llama),
+    "qwen2": _Reading(READ_FAMILIES["qwen2"], "qwen2"),
+    "qwen3": _Reading(READ_FAMILIES["qwen3"], "qwen3", {"attention.key_length": "head_dim"}),
     "falcon": _Reading(
-        FAMILIES["falcon"],
+        READ_FAMILIES["falcon"],
         "falcon",
         {
             "feed_forward_length": "ffn_hidden_size",
@@ -261,11 +261,9 @@ _READINGS: Final[Mapping[str, _Reading]] = {
         _falcon,
         epsilon="attention.layer_norm_epsilon",
     ),
-    "phi3": _Reading(
-        GgufFamily(gguf.MODEL_ARCH.PHI3, "Phi3ForCausalLM"), "phi3", {"attention.sliding_window": "sliding_window"}
-    ),
+    "phi3": _Reading(READ_FAMILIES["phi3"], "phi3", {"attention.sliding_window": "sliding_window"}),
     "gemma3": _Reading(
-        GgufFamily(gguf.MODEL_ARCH.GEMMA3, "Gemma3ForCausalLM", raised_norms=True),
+        READ_FAMILIES["gemma3_text"],
         "gemma3_text",
         {"attention.key_length": "head_dim", "attention.sliding_window": "sliding_window"},
         _gemma3,

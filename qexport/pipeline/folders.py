@@ -37,6 +37,7 @@ class ArtifactFolder:
         dtype: the reference's.
         digests: hex SHA-256 by file name, in several mappings that together have all weight files.
         loaders: the libraries that should load the folder, besides qexport.
+        from_header: all files but the weights were made from the header of a GGUF file.
     """
 
     artifact: StoredModel
@@ -47,6 +48,7 @@ class ArtifactFolder:
     dtype: torch.dtype
     digests: Sequence[Mapping[str, str]]
     loaders: Sequence[str]
+    from_header: bool = False
 
     @property
     def sizes(self) -> Sizes:
@@ -100,6 +102,7 @@ def open_folder(
     layers: Sequence[LayerRecord] = (),
     digests: Mapping[str, str] = MappingProxyType({}),
     loaders: Sequence[str] = (),
+    from_header: bool = False,
 ) -> Iterator[ArtifactFolder]:
     """Opens a folder for the time of the context. Reads headers and config.json.
 
@@ -112,6 +115,7 @@ def open_folder(
         layers: records of the quantized layers; those that the folder itself tells if empty.
         digests: known digests by file name; those of other weight files are computed when they are first needed.
         loaders: the libraries that should load the folder, besides qexport.
+        from_header: all files but the weights were made from the header of a GGUF file.
 
     Raises:
         InputError: the records are not those of the folder's layers.
@@ -130,6 +134,7 @@ def open_folder(
             dtype=dtype,
             digests=[digests, FileDigests(folder, unknown, {})],
             loaders=loaders,
+            from_header=from_header,
         )
 
 

@@ -15,11 +15,11 @@ from qexport.architectures.memory import keeping_to
 from qexport.artifact.figures import CheckResult
 from qexport.artifact.integrity import find_artifact
 from qexport.artifact.report import Report
-from qexport.errors import listed
+from qexport.errors import CompatibilityError, listed
 from qexport.execution import ExecutionSettings, execution_of
 from qexport.execution.inline import INLINE
 from qexport.execution.workers import Execution
-from qexport.export.gguf.layout import compared_header
+from qexport.export.gguf.layout import compared_header, compared_header_of_others
 from qexport.gates.limits import decided_here
 from qexport.gates.profiles import profile_for
 from qexport.hidden_packages import hidden
@@ -28,6 +28,7 @@ from qexport.loading.small_files import has_tokenizer, open_tokenizer, read_side
 from qexport.merge import MergeSettings
 from qexport.pipeline.expectations import budget_to_verify
 from qexport.pipeline.folders import ArtifactFolder, open_folder
+from qexport.pipeline.gguf_files import as_folder
 from qexport.pipeline.planning import load_merged
 from qexport.pipeline.recording import make_report
 from qexport.pipeline.reference import Gates, make_gates, prepare_reference
@@ -36,10 +37,9 @@ from qexport.pipeline.serving import NOT_SERVED, ServedArtifact, measure_through
 from qexport.pipeline.texts import check_small_files, read_evaluation, refuse_long_windows
 from qexport.progress import ProgressCallback, silent
 from qexport.quantizing import profile_of_layer
-from qexport.reading.folders import model_folder
+from qexport.reading.folders import artifact_place
 from qexport.reading.gguf_weights import GgufWeights
 from qexport.reading.one_model import refuse_second_model
-from qexport.reading.stored_model import StoredModel
 from qexport.recipe import check_max_memory
 from qexport.text.preflight import TokenizerFolder, preflight
 from qexport.verifying import VerifySettings, verification
@@ -62,10 +62,10 @@ def verify(
     device: str = "auto",
     progress: ProgressCallback = silent,
 ) -> Report:
-    """Compares a finished folder, made by qexport or by another tool, with its base and adapter.
+    """Compares a finished artifact, made by qexport or by another tool, with its base and adapter.
 
     Args:
-        artifact: the folder of one layout.
+        artifact: the folder of one layout, or a GGUF file.
         load: names base and adapter.
         settings: text, prompts and gates.
         merging: the arithmetic of the merge.
@@ -81,12 +81,12 @@ def verify(
     check_max_memory(max_memory, where="max_memory")
     check_small_files(settings)
     check_runtimes(settings)
-    where, folder, merging = find_device(device), model_folder(Path(artifact)), merging or MergeSettings()
+    where, path, merging = find_device(device), artifact_place(Path(artifact)), merging or MergeSettings()
     merged = load_merged(load, merging, progress=progress)
     structure, dtype = merged.checkpoint.architecture.structure, getattr(torch, merging.dtype)
     refuse_long_windows({"verify.sequence_length": settings.sequence_length}, structure)
     refuse_full_context(settings, merged.checkpoint.config)
-    with _open(folder, merged.checkpoint, dtype) as opened:
+    with as_folder(path) as folder, _open(path, folder, merged.checkpoint, dtype) as opened:
         refuse_second_model(opened.artifact)
         check_parameters(merged.checkpoint, opened.artifact)
         refuse_misfits(settings, opened.artifact)
@@ -132,8 +132,7 @@ class Verified:
         reference, measured = self.reference, self.measured
         checks = [
             check_config(reference.merged, opened.artifact),
-            *_check_header(reference.merged, opened.artifact),
-            *_check_beside(reference, opened.artifact),
+            *_check_small_files(reference, opened),
             *measured.checks,
         ]
         left_out = [f"too little text for a window, left out: {name}" for name in reference.held_out.left_out]
@@ -186,13 +185,15 @@ def measure_folder(
     return Verified(reference, gates, measured)
 
 
-def _open(folder: Path, merged: Checkpoint, dtype: torch.dtype) -> AbstractContextManager[ArtifactFolder]:
-    """Opens the folder. If it is qexport's, every file is checked first. Its manifest gives the report the layers'
-    losses and the layout's name; what gates and rivals depend on comes from the weights' files.
+def _open(path: Path, folder: Path, merged: Checkpoint, dtype: torch.dtype) -> AbstractContextManager[ArtifactFolder]:
+    """Opens the folder of an artifact, which is its path but for a GGUF file.
+
+    If it is qexport's, every file is checked first. Its manifest gives the report the layers' losses and the layout's
+    name; what gates and rivals depend on comes from the weights' files.
     """
-    name, found = folder.resolve().name, find_artifact(folder)
+    name, found = path.resolve().name, find_artifact(folder)
     if found is None:
-        return open_folder(folder, merged.architecture, dtype, name=name)
+        return open_folder(folder, merged.architecture, dtype, name=name, from_header=path != folder)
     manifest = found.manifest
     return open_folder(
         folder,
@@ -205,11 +206,27 @@ def _open(folder: Path, merged: Checkpoint, dtype: torch.dtype) -> AbstractConte
     )
 
 
-def _check_header(merged: Checkpoint, artifact: StoredModel) -> list[CheckResult]:
-    """Compares what a GGUF file's own header says of model and tokenizer with what the reference would give."""
+def _check_small_files(reference: Reference, opened: ArtifactFolder) -> list[CheckResult]:
+    """Compares a GGUF file's header and the files beside config.json and the weights with the reference's.
+
+    Files that were made from a header are no part of the artifact. They count where the layout gguf does not write the
+    reference's model or tokenizer, so that there is no header to compare with.
+    """
+    merged, artifact = reference.merged, opened.artifact
     if not isinstance(artifact, GgufWeights):
-        return []
-    problems = compared_header(artifact.file, merged.architecture, merged.files)
+        return _check_beside(reference, opened)
+    if not opened.from_header:
+        problems = compared_header(artifact.file, merged.architecture, merged.files)
+        return [*_check_header(artifact, problems), *_check_beside(reference, opened)]
+    try:
+        problems = compared_header_of_others(artifact.file, merged.architecture, merged.files)
+    except CompatibilityError:
+        return _check_beside(reference, opened)
+    return _check_header(artifact, problems)
+
+
+def _check_header(artifact: GgufWeights, problems: Sequence[str]) -> list[CheckResult]:
+    """What a GGUF file's own header says of model and tokenizer, where the reference would give something else."""
     own = [each for each in problems if not each.startswith("tokenizer.")]
     of_tokenizer = [each for each in problems if each.startswith("tokenizer.")]
     name = artifact.file.path.name
@@ -224,12 +241,14 @@ def _check_header(merged: Checkpoint, artifact: StoredModel) -> list[CheckResult
     ]
 
 
-def _check_beside(reference: Reference, artifact: StoredModel) -> list[CheckResult]:
-    """Compares the files beside config.json and the weights with the reference's, and the tokenizers as loaded."""
+def _check_beside(reference: Reference, opened: ArtifactFolder) -> list[CheckResult]:
+    """Compares the files beside config.json and the weights with the reference's, and the tokenizers as loaded.
+
+    Of files made from a header only the tokens count.
+    """
+    artifact = opened.artifact
     files, merged = read_sidecars(artifact.folder), reference.merged
-    tokenizer = (
-        tokenizer_from_files(files, artifact.config, name=artifact.folder.name) if has_tokenizer(files) else None
-    )
+    tokenizer = tokenizer_from_files(files, artifact.config, name=opened.name) if has_tokenizer(files) else None
     base = TokenizerFolder(reference.tokenizer, merged.files, merged.config)
     own = TokenizerFolder(tokenizer, files, artifact.config)
     tokens = preflight(
@@ -239,4 +258,4 @@ def _check_beside(reference: Reference, artifact: StoredModel) -> list[CheckResu
         embedding_rows=merged.architecture.structure.vocab_size,
         texts=reference.held_out.texts,
     )
-    return [*check_files(merged, artifact, base, own), *tokens]
+    return tokens if opened.from_header else [*check_files(merged, artifact, base, own), *tokens]

@@ -153,8 +153,10 @@ class Gptq(ProtectingMethod):
 
     @classmethod
     def profile(cls, bits: int, parameters: int) -> ProfileName:
-        """By bits; at 4 bits by size too, and tiny models have their own profile at fewer."""
-        if bits == 4:
+        """By bits; at 4 bits by size too, and tiny models have their own profile at fewer. 5 and 6 bits, which files of
+        other makers have, are held to the limits of 4.
+        """
+        if 4 <= bits < 8:
             return by_size(parameters, tiny="tiny", small="gptq-4bit", large="gptq-4bit-3b", largest="gptq-4bit-30b")
         return "tiny-3bit" if bits < 4 and parameters < TINY_PARAMETERS else _PROFILES[bits]
 

@@ -6,18 +6,17 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from qexport.quantizing.method import RoundingMethod
+from qexport.quantizing.row_method import RowMethod
 
 if TYPE_CHECKING:
     import torch
 
-    from qexport.architectures.structure import LinearSpec
     from qexport.formats import Format
     from qexport.gates import ProfileName
-    from qexport.tensors import Quantized, QuantizedSpec, TensorSpec
+    from qexport.tensors import Quantized, QuantizedSpec
 
 
-class Int8(RoundingMethod):
+class Int8(RowMethod):
     """bitsandbytes' LLM.int8 (arXiv:2208.07339), for transformers; no calibration data."""
 
     method: Literal["int8"] = "int8"
@@ -50,14 +49,8 @@ class Int8(RoundingMethod):
 
         return LlmInt8Format(self.threshold)
 
-    def spec(self, linear: LinearSpec, stored: TensorSpec) -> QuantizedSpec:
-        """Rows of int8 codes."""
-        from qexport.tensors import RowQuantizedSpec
-
-        return RowQuantizedSpec(linear.out_features, linear.in_features, stored.dtype, linear.transposed)
-
     def codes(self, weight: torch.Tensor, spec: QuantizedSpec) -> Quantized:
         """The codes that bitsandbytes would compute, from the weight rounded to float16."""
         from qexport.quantizing.row_int8 import llm_int8
 
-        return llm_int8(weight)
+        return llm_int8(weight, self.scale_dtype)

@@ -110,8 +110,9 @@ def _rounded_to_blocks(weight: torch.Tensor, spec: BlockQuantizedSpec) -> BlockQ
 
 
 def _row_methods(weight: torch.Tensor) -> list[Callable[[torch.Tensor], RowQuantized]]:
-    in_float16 = bool(weight.abs().amax() <= torch.finfo(torch.float16).max)
-    return [w8a8, llm_int8] if in_float16 else [w8a8]
+    if weight.abs().amax() > torch.finfo(torch.float16).max:
+        return [w8a8]
+    return [w8a8, llm_int8, partial(w8a8, scale_dtype=torch.float16), partial(llm_int8, scale_dtype=torch.float16)]
 
 
 def _same_rows(one: RowQuantized, other: RowQuantized) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from qexport.quantizing.method import RoundingMethod
+from qexport.quantizing.row_method import RowMethod
 
 if TYPE_CHECKING:
     import torch
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from qexport.architectures.structure import LinearSpec
     from qexport.formats import Format
     from qexport.gates import ProfileName
-    from qexport.tensors import Quantized, QuantizedSpec, TensorSpec
+    from qexport.tensors import Quantized, QuantizedSpec
 
 
-class W8a8(RoundingMethod):
+class W8a8(RowMethod):
     """int8 weights and activations (compressed-tensors `int-quantized`), for vLLM and TGI; no calibration data."""
 
     method: Literal["w8a8"] = "w8a8"
@@ -53,14 +53,8 @@ class W8a8(RoundingMethod):
             "such layers, and vLLM would transpose their codes; take gptq"
         )
 
-    def spec(self, linear: LinearSpec, stored: TensorSpec) -> QuantizedSpec:
-        """Rows of int8 codes."""
-        from qexport.tensors import RowQuantizedSpec
-
-        return RowQuantizedSpec(linear.out_features, linear.in_features, stored.dtype, linear.transposed)
-
     def codes(self, weight: torch.Tensor, spec: QuantizedSpec) -> Quantized:
         """Each row rounded to 127 steps on either side of zero."""
         from qexport.quantizing.row_int8 import w8a8
 
-        return w8a8(weight)
+        return w8a8(weight, self.scale_dtype)

@@ -18,3 +18,12 @@ def model_folder(path: Path) -> Path:
         mend = f"load one of its layouts: {', '.join(layouts)}" if layouts else "name the folder of an artifact"
         raise InputError("the folder holds no config.json", where=str(path), mend=mend)
     return path
+
+
+def artifact_place(path: Path) -> Path:
+    """The path, checked to be a folder with a config.json, or a GGUF file.
+
+    Raises:
+        InputError: it is neither.
+    """
+    return path if path.suffix == ".gguf" and path.is_file() else model_folder(path)

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, ClassVar, Final
 
 import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from transformers import GenerationConfig, PreTrainedModel
 
 from qexport.architectures.architecture import Architecture
@@ -19,11 +20,12 @@ from qexport.architectures.structure import Structure, refuse_impossible_depth
 from qexport.artifact.names import GGUF_NAME
 from qexport.errors import CompatibilityError, InputError, listed
 from qexport.formats.gguf import DTYPES, blocks
-from qexport.formats.gguf.families import FAMILIES, Places, constants, places
+from qexport.formats.gguf.dequantizing import bits_of, dequantized, refuse_unreadable
+from qexport.formats.gguf.families import READ_FAMILIES, Places, constants, places
 from qexport.formats.stored_weight import StoredLayer, Tensors
 from qexport.reading.computing import EXACT, Computing
 from qexport.reading.filled_model import as_parameter, quantized_model, read_generation
-from qexport.tensors import GroupQuantized, GroupQuantizedSpec, Quantized, TensorSpec
+from qexport.tensors import GroupQuantized, GroupQuantizedSpec, Quantized, TensorSpec, ValuesQuantized
 from qexport.tensors.gguf_file import GgufFile
 from qexport.tensors.source import is_finite
 from qexport.tensors.strict_files import CONFIG_BYTES, contained_path, read_json_object
@@ -40,12 +42,12 @@ class GgufMatrix:
     Attributes:
         out_features: rows.
         in_features: columns.
-        bits: 4 for Q4_0, 8 for Q8_0.
+        kind: how the values are stored.
     """
 
     out_features: int
     in_features: int
-    bits: int
+    kind: GGMLQuantizationType
 
     parts: ClassVar[tuple[str, ...]] = ("blocks",)
 
@@ -55,18 +57,40 @@ class GgufMatrix:
         return self.out_features, self.in_features
 
     @property
+    def bits(self) -> int:
+        """Of a code."""
+        return bits_of(self.kind)
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether the codes are read, as of the types that qexport writes; else the values alone are known."""
+        return self.kind in blocks.BITS
+
+    @property
     def layer(self) -> StoredLayer:
         """The module as shown to users, with one group for each block."""
         return StoredLayer("gptq", self.bits, blocks.BLOCK, self.shape)
 
     @property
-    def grid(self) -> GroupQuantizedSpec:
-        """The same as a grid."""
+    def grid(self) -> GroupQuantizedSpec | None:
+        """The same as a grid; None where the codes are not read."""
+        if not self.has_codes:
+            return None
         return GroupQuantizedSpec(*self.shape, self.bits, blocks.BLOCK, sym=True, desc_act=False)
 
-    def quantized(self, tensors: Tensors) -> GroupQuantized:
-        """The codes in the stored bytes, on their device."""
-        return blocks.unpack(tensors[self.parts[0]], self.bits)
+    def quantized(self, tensors: Tensors) -> GroupQuantized | ValuesQuantized:
+        """The codes in the stored bytes, on their device, or the values.
+
+        The codes of llama.cpp's own Q4_0 are on grids that no other format has: where its scales are negative, they
+        reach 8 steps above zero and 7 below.
+        """
+        rows = tensors[self.parts[0]]
+        if self.has_codes:
+            found = blocks.unpack(rows, self.bits)
+            if self.bits == 8 or not bool((found.scales < 0).any()):
+                return found
+        values = dequantized(rows.cpu().numpy(), self.kind, torch.float32).to(rows.device)
+        return ValuesQuantized(values, self.bits, blocks.BLOCK)
 
 
 class GgufWeights:
@@ -86,12 +110,11 @@ class GgufWeights:
         config: the content of config.json.
         architecture: the architecture that config.json describes.
         file: the GGUF file.
-        quantized: how each quantized module is stored, by its path.
+        quantized: how each quantized linear layer is stored, by its path; without the output head.
 
     Raises:
-        InputError: config.json or the file is missing or malformed, or a tensor is stored in a way that qexport does
-            not write.
-        CompatibilityError: the family is not one that qexport writes.
+        InputError: config.json or the file is missing or malformed.
+        CompatibilityError: the family is not known, or a tensor is stored in a way that `gguf` cannot dequantize.
     """
 
     kind: Final = "gguf"
@@ -105,10 +128,14 @@ class GgufWeights:
             refuse_impossible_depth(self.architecture.parsed, len(self.file.tensors))
             self._places = self._find_places()
             self._names = self._parameters()
-            self.quantized: Mapping[str, GgufMatrix] = {
-                name.removesuffix(".weight"): GgufMatrix(tensor.shape[0], tensor.shape[1], blocks.BITS[tensor.kind])
+            self._matrices = {
+                name.removesuffix(".weight"): GgufMatrix(tensor.shape[0], tensor.shape[1], tensor.kind)
                 for name, tensor in ((name, self.file.tensors[stored]) for name, stored in self._names.items())
-                if tensor.kind in blocks.BITS
+                if tensor.kind not in _TORCH and len(tensor.shape) == 2
+            }
+            ends = (self.architecture.structure.embedding, self.architecture.structure.head)
+            self.quantized: Mapping[str, GgufMatrix] = {
+                name: matrix for name, matrix in self._matrices.items() if name not in ends
             }
         except BaseException:
             self.close()
@@ -135,8 +162,11 @@ class GgufWeights:
             InputError: as for `read`.
         """
         module = name.removesuffix(".weight")
-        if name.endswith(".weight") and module in self.quantized:
-            return self.quantized[module].quantized(self.tensors(module))
+        if name.endswith(".weight") and module in self._matrices:
+            found = self._matrices[module].quantized(self.tensors(module))
+            if isinstance(found, ValuesQuantized) and not is_finite(found.values):
+                raise InputError("the tensor has NaN or Inf", where=f"{self.file.path}: {self._names[name]}")
+            return found
         value = self._rows(name)
         if not is_finite(value):
             raise InputError("the tensor has NaN or Inf", where=f"{self.file.path}: {self._names[name]}")
@@ -148,9 +178,9 @@ class GgufWeights:
         Raises:
             InputError: the file has become shorter, or a scale is NaN or Inf.
         """
-        name, matrix = f"{module}.weight", self.quantized[module]
+        name, matrix = f"{module}.weight", self._matrices[module]
         rows = self._rows(name)
-        if not is_finite(blocks.unpack(rows, matrix.bits).scales):
+        if matrix.has_codes and not is_finite(blocks.unpack(rows, matrix.bits).scales):
             raise InputError("the tensor has NaN or Inf", where=f"{self.file.path}: {self._names[name]}")
         return {matrix.parts[0]: rows}
 
@@ -173,7 +203,7 @@ class GgufWeights:
     @property
     def method(self) -> str:
         """How the weights are stored, for users."""
-        kinds = sorted({blocks.KINDS[matrix.bits].name for matrix in self.quantized.values()})
+        kinds = sorted({matrix.kind.name for matrix in self._matrices.values()})
         return f"GGUF, {' and '.join(kinds) or 'unquantized'}"
 
     @property
@@ -200,6 +230,7 @@ class GgufWeights:
         return {
             module: GroupQuantizedSpec(*layer.shape, layer.bits, layer.group_size, sym=True, desc_act=False)
             for module, layer in self.layers.items()
+            if self.quantized[module].has_codes
         }
 
     @property
@@ -257,7 +288,7 @@ class GgufWeights:
 
     def _find_places(self) -> Places:
         config = self.architecture.parsed
-        family = FAMILIES.get(config.model_type)
+        family = READ_FAMILIES.get(config.model_type)
         if family is None:
             raise CompatibilityError(
                 f"GGUF artifacts of the family {config.model_type} are not known", where=str(self.file.path)
@@ -270,13 +301,13 @@ class GgufWeights:
         known = {name: stored for name, stored in self._places.names.items() if stored in tensors}
         taken = set(known.values())
         for stored, tensor in tensors.items():
-            matrix = tensor.kind in blocks.BITS and len(tensor.shape) == 2
-            if not matrix and tensor.kind not in _TORCH:
+            if tensor.kind not in _TORCH and len(tensor.shape) != 2:
                 raise InputError(
                     f"{tensor.kind.name} {list(tensor.shape)} is not read as an artifact",
                     where=f"{self.file.path}: {stored}",
-                    mend="name a file with Q4_0, Q8_0, BF16, F16 and F32 tensors",
+                    mend="name a file whose quantized tensors are matrices",
                 )
+        refuse_unreadable(self.file, (name for name, tensor in tensors.items() if tensor.kind not in _TORCH))
         taken |= constants(self.architecture.parsed).keys()
         return known | {stored: stored for stored in tensors if stored not in taken}
 
@@ -289,8 +320,11 @@ class GgufWeights:
         }
 
     def _group_size(self, module: str, matrix: GgufMatrix) -> int:
-        """Values per scale, as the first rows tell: neighbouring blocks of a group have equal scales."""
+        """Values per scale, as the first rows tell: neighbouring blocks of a group have equal scales and minima."""
+        if not matrix.has_codes and matrix.kind != blocks.ASYMMETRIC:
+            return blocks.BLOCK
         rows = self.file.read_rows(self._names[f"{module}.weight"], 0, min(_SAMPLE, matrix.out_features))
-        scales = blocks.unpack(torch.from_numpy(rows), matrix.bits).scales
-        starts = (scales[1:] != scales[:-1]).any(1).nonzero()[:, 0] + 1
+        found = rows.reshape(len(rows), -1, GGML_QUANT_SIZES[matrix.kind][1])
+        scales = found[..., : 4 if matrix.kind == blocks.ASYMMETRIC else 2]
+        starts = (scales[:, 1:] != scales[:, :-1]).any((0, 2)).nonzero()[0] + 1
         return math.gcd(*starts.tolist()) * blocks.BLOCK if len(starts) else matrix.in_features

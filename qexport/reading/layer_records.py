@@ -11,7 +11,7 @@ from qexport.reading.stored_model import StoredModel
 from qexport.records import LayerRecord
 
 _ROW_BITS: Final = 8
-"""Bits of LLM.int8, which a graph stores as it stores groups of GPTQ."""
+"""Bits of the methods with a scale for each row, whose codes a graph and GGUF store as they store groups of GPTQ."""
 
 
 def refuse_other_layers(records: Sequence[LayerRecord], artifact: StoredModel) -> None:
@@ -45,6 +45,6 @@ def _is_stored_as(record: LayerRecord, stored: StoredLayer, *, apart: bool) -> b
     if not apart:
         return record.method in methods and (record.bits, record.group_size) == (stored.bits, stored.group_size)
     if stored.bits == _ROW_BITS:
-        methods |= {"int8"}
+        methods |= {"int8", "w8a8"}
     groups_fit = record.group_size > 0 and stored.group_size % record.group_size == 0
     return record.method in methods and record.bits == stored.bits and groups_fit

@@ -15,7 +15,7 @@ from qexport.formats.bitsandbytes import four_bit_tensors
 from qexport.formats.stored_weight import StoredWeight, Tensors
 from qexport.reading.computing import Kernel, WeightBudget
 from qexport.reading.int4_kernel import FEW_ROWS, Int4Weight, int4_weight
-from qexport.tensors import BlockQuantized, GroupQuantized, Quantized
+from qexport.tensors import BlockQuantized, GroupQuantized, Quantized, ValuesQuantized
 
 _ROWS_AT_ONCE: Final = 512
 
@@ -27,6 +27,8 @@ def dequantize(quantized: Quantized, dtype: torch.dtype) -> torch.Tensor:
     """
     if isinstance(quantized, BlockQuantized):
         return four_bit_tensors.dequantize(quantized).to(dtype)
+    if isinstance(quantized, ValuesQuantized):
+        return quantized.dequantize(dtype)
     weight = torch.empty(quantized.codes.shape, dtype=dtype, device=quantized.codes.device)
     for start in range(0, len(weight), _ROWS_AT_ONCE):
         end = start + _ROWS_AT_ONCE

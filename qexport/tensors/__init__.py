@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         RowQuantized,
         RowQuantizedSpec,
         TensorRecord,
+        ValuesQuantized,
     )
     from qexport.tensors.source import CalibrationSet, LargestSpec, Origin, TensorSpec, Terms, WeightSource
 
@@ -41,6 +42,7 @@ __all__ = [
     "TensorRecord",
     "TensorSpec",
     "Terms",
+    "ValuesQuantized",
     "WeightSource",
 ]
 

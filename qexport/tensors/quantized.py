@@ -213,12 +213,14 @@ class RowQuantizedSpec:
         in_features: columns of the matrix.
         dtype: of the matrix that was quantized.
         transposed: the merged weight was [in, out] (GPT-2's Conv1D).
+        scale_dtype: what the scales fit into without another rounding, float32 or float16.
     """
 
     out_features: int
     in_features: int
     dtype: torch.dtype
     transposed: bool = False
+    scale_dtype: torch.dtype = torch.float32
 
     bits: ClassVar[int] = 8
 
@@ -233,7 +235,30 @@ class RowQuantizedSpec:
         return self.out_features, self.in_features
 
 
-Quantized = GroupQuantized | BlockQuantized | RowQuantized | Float8Quantized
+@dataclass(frozen=True)
+class ValuesQuantized:
+    """A quantized matrix of which the values alone are known: those of a type of GGUF that qexport does not write.
+
+    Attributes:
+        values: float32 [out, in].
+        bits: of a code.
+        block_size: values along the inputs that share a scale, as far as a comparison needs it.
+    """
+
+    values: torch.Tensor
+    bits: int
+    block_size: int
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The matrix [out, in], rounded to `dtype`."""
+        return self.values.to(dtype)
+
+    def rows(self, start: int, end: int) -> ValuesQuantized:
+        """The outputs from `start` up to `end`."""
+        return replace(self, values=self.values[start:end])
+
+
+Quantized = GroupQuantized | BlockQuantized | RowQuantized | Float8Quantized | ValuesQuantized
 QuantizedSpec = GroupQuantizedSpec | BlockQuantizedSpec | RowQuantizedSpec | Float8QuantizedSpec
 OutputSpec = TensorSpec | QuantizedSpec
 """What the pass produces for one parameter."""

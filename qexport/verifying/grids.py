@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qexport.formats.bitsandbytes.four_bit_tensors import dequantize, flat_absmax, four_bit_values
-from qexport.tensors import BlockQuantized, Float8Quantized, GroupQuantized, Quantized, RowQuantized
+from qexport.tensors import BlockQuantized, Float8Quantized, GroupQuantized, Quantized, RowQuantized, ValuesQuantized
 from qexport.tensors.float8 import LARGEST_FLOAT8
 
 _VALUES_AT_ONCE: Final = 1 << 21
@@ -74,11 +74,13 @@ def strips(quantized: Quantized, reference: Tensor, *, rounded: bool = False) ->
         yield Strip(first, values, nearest, wanted)
 
 
-def _nearest(part: GroupQuantized | RowQuantized | Float8Quantized, wanted: Tensor) -> Tensor:
+def _nearest(part: GroupQuantized | RowQuantized | Float8Quantized | ValuesQuantized, wanted: Tensor) -> Tensor:
     if isinstance(part, Float8Quantized):
         scales = part.scale_of_each
         codes = (wanted / scales).nan_to_num_().clamp_(-LARGEST_FLOAT8, LARGEST_FLOAT8).to(torch.float8_e4m3fn)
         return codes.to(torch.float32).mul_(scales)
+    if isinstance(part, ValuesQuantized):
+        return _nearest_in_ranges(wanted, part.bits, part.block_size)
     if isinstance(part, RowQuantized):
         scales = part.scales[:, None].to(torch.float32)
         return (wanted / scales).nan_to_num_().round_().clamp_(-127, 127).mul_(scales)
@@ -86,6 +88,15 @@ def _nearest(part: GroupQuantized | RowQuantized | Float8Quantized, wanted: Tens
     scales, zeros = part.scales.t().to(torch.float32)[:, group], part.zeros.t().to(torch.float32)[:, group]
     codes = (wanted / scales).nan_to_num_().round_().add_(zeros).clamp_(0, 2**part.bits - 1)
     return codes.sub_(zeros).mul_(scales)
+
+
+def _nearest_in_ranges(wanted: Tensor, bits: int, block_size: int) -> Tensor:
+    """Where only the values are known: the nearest ones of even grids that span the range of each block."""
+    blocks = wanted.reshape(len(wanted), -1, block_size)
+    least, most = blocks.amin(2, keepdim=True), blocks.amax(2, keepdim=True)
+    steps = (most - least) / (2**bits - 1)
+    codes: Tensor = ((blocks - least) / steps).nan_to_num_(nan=0.0).round_()
+    return codes.mul_(steps).add_(least).view(wanted.shape)
 
 
 def _nearest_in_blocks(quantized: BlockQuantized, wanted: Tensor, first: int) -> Tensor:
@@ -104,6 +115,8 @@ def groups_of(quantized: Quantized) -> Groups | None:
     """
     if isinstance(quantized, RowQuantized):
         return None
+    if isinstance(quantized, ValuesQuantized):
+        return Groups(None, quantized.block_size) if quantized.block_size < quantized.values.shape[1] else None
     if isinstance(quantized, BlockQuantized):
         return _in_order(quantized.spec.block_size, quantized.spec.in_features)
     if isinstance(quantized, Float8Quantized):

@@ -145,7 +145,7 @@ def test_codes_without_a_forward_are_the_bytes_of_the_cpu(
             assert isinstance(other, Tensor)
             assert torch.equal(value, other)
         else:
-            assert torch.equal(value.codes, getattr(other, "codes"))  # noqa: B009 - of the same class
+            assert torch.equal(getattr(value, "codes"), getattr(other, "codes"))  # noqa: B009 - of the same class
             assert torch.equal(getattr(value, "absmax"), getattr(other, "absmax"))  # noqa: B009
 
 

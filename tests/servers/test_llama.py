@@ -128,6 +128,44 @@ def test_a_sound_folder_is_confirmed(family: str, made: Callable[..., gguf_folde
     print(f"\n{family}: fidelity as served {served:.2g}, in float32 {exact:.2g}", file=sys.stderr)
 
 
+METHODS: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
+    "int8": ({"method": "int8", "scales": "float16"}, {}),
+    "w8a8": ({"method": "w8a8", "scales": "float16"}, {}),
+    "asymmetric": ({**gguf_folders.GPTQ, "sym": False}, {"inexact": "allow"}),
+    "ends": (gguf_folders.GPTQ, {"token_embedding_type": "q8_0", "output_tensor_type": "q8_0"}),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_sound_folder_of_each_method_is_confirmed(method: str, text: Path, tmp_path: Path) -> None:
+    quantize, settings = METHODS[method]
+    base = gguf_folders.checkpoint(factories.llama_config(), tmp_path / "base")
+    records = list(gguf_folders.records(base, quantize, tmp_path))
+    gguf_folders.write(gguf_folders.layout("gguf", base, quantize, **settings), tmp_path / "gguf", records, base)
+    made = gguf_folders.Made(tmp_path / "gguf", tmp_path / "gguf", tmp_path / "base", {})
+    report = report_of(made, text, "float32")
+    assert report.verdict == "pass", [gate.reason for gate in report.gates if gate.verdict != "pass"]
+    assert figure_of(report.served[0].figures, "fidelity_kl") < 1e-9
+
+
+@pytest.mark.parametrize(
+    "kind", ["Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K", "IQ4_NL"]
+)
+def test_what_llama_cpp_quantizes_is_read_as_it_computes_it(kind: str, text: Path, tmp_path: Path) -> None:
+    """All gates pass but those on quality, which a tiny model with random weights need not pass."""
+    config = factories.llama_config(hidden_size=256, intermediate_size=512)
+    made = gguf_folders.make(config, tmp_path, gguf_folders.NONE)
+    script, file = Path(__file__).with_name("quantize_with_llama.py"), tmp_path / f"{kind}.gguf"
+    command = [PYTHON, str(script), str(made.gguf / GGUF_NAME), str(file), kind]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    report = report_of(made, text, "float32", folder=file)
+    assert [check.detail for check in report.checks if not check.passed] == []
+    assert [check.detail for record in report.served for check in record.checks if not check.passed] == []
+    exact = figure_of(report.served[0].figures, "fidelity_kl")
+    print(f"\n{kind}: {report.subject.method}, fidelity in float32 {exact:.2g}", file=sys.stderr)
+    assert exact < 1e-9
+
+
 def figure_of(figures: Any, name: str) -> float:
     found = find_figure(figures, name)
     assert found is not None

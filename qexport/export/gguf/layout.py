@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from gguf import LlamaFileType
+from gguf import GGMLQuantizationType, LlamaFileType
 
 from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.architectures.structure import Structure
@@ -24,14 +24,23 @@ from qexport.export.gguf.model_keys import notes as model_notes
 from qexport.export.gguf.tokenizer_keys import gguf_tokenizer
 from qexport.export.loaders import Folder, loading_section
 from qexport.export.model_files import card_text, model_files, sizes_of, write_files
-from qexport.formats import GptqFormat, MergedFormat, Outputs
+from qexport.formats import GptqFormat, LlmInt8Format, MergedFormat, Outputs, W8A8Format
 from qexport.formats.gguf import GgufFormat
+from qexport.formats.gguf.blocks import BLOCK, LARGEST_SHIFT, kind_of
 from qexport.formats.gguf.families import constants, places
 from qexport.formats.gguf.header import Value
+from qexport.formats.gguf.pre_tokenizers import named
+from qexport.tensors import GroupQuantizedSpec, RowQuantizedSpec, TensorSpec
 from qexport.tensors.gguf_file import GgufFile
 
 _QUANTIZATION_VERSION: Final = 2
-_FILE_TYPES: Final = {4: LlamaFileType.MOSTLY_Q4_0, 8: LlamaFileType.MOSTLY_Q8_0}
+_PRE: Final = "tokenizer.ggml.pre"
+_FILE_TYPES: Final = {
+    GGMLQuantizationType.Q4_0: LlamaFileType.MOSTLY_Q4_0,
+    GGMLQuantizationType.Q4_1: LlamaFileType.MOSTLY_Q4_1,
+    GGMLQuantizationType.Q8_0: LlamaFileType.MOSTLY_Q8_0,
+}
+_FORMATS: Final = (GptqFormat, LlmInt8Format, W8A8Format, MergedFormat)
 _UNQUANTIZED: Final = {torch.bfloat16: LlamaFileType.MOSTLY_BF16, torch.float16: LlamaFileType.MOSTLY_F16}
 
 
@@ -61,7 +70,8 @@ class GgufLayout:
         family = family_of(checkpoint.architecture)
         self._refuse_method()
         self._tokenizer = gguf_tokenizer(checkpoint.files, checkpoint.config, structure.vocab_size)
-        form = GgufFormat(places(family, self._config, structure.parameters))
+        own = places(family, self._config, structure.parameters)
+        form = GgufFormat(own, self._rounded(settings), settings.inexact == "allow")
         self._refuse_homeless(form)
         self._refuse_faults(form)
         values = header(checkpoint.architecture, checkpoint.files, self._name)
@@ -76,7 +86,7 @@ class GgufLayout:
     @property
     def notes(self) -> list[str]:
         """What users of this folder should know."""
-        return [*model_notes(self._config), *self._tokenizer.notes]
+        return [*model_notes(self._config), *self._tokenizer.notes, *self._lossy_notes()]
 
     def prepare(self) -> None:
         """Does nothing: the constructor has checked everything that needs no weights."""
@@ -127,13 +137,52 @@ class GgufLayout:
     @property
     def _file_type(self) -> LlamaFileType:
         """How most of the matrices are stored."""
-        bits = [spec.bits for spec in self._outputs.quantized.values()]
-        return _FILE_TYPES[max(set(bits), key=bits.count)] if bits else _UNQUANTIZED[self._unquantized_dtype]
+        found = [
+            spec for spec in self._outputs.quantized.values() if isinstance(spec, GroupQuantizedSpec | RowQuantizedSpec)
+        ]
+        kinds = [kind_of(spec) for spec in found]
+        if not kinds:
+            return _UNQUANTIZED[self._unquantized_dtype]
+        return _FILE_TYPES[max(dict.fromkeys(kinds), key=kinds.count)]
+
+    def _rounded(self, settings: GgufSettings) -> frozenset[str]:
+        """The ends that are rounded to Q8_0."""
+        structure, specs = self._structure, self._outputs.specs
+        wanted = {structure.embedding: settings.token_embedding_type, structure.head: settings.output_tensor_type}
+        found = frozenset(f"{module}.weight" for module, kind in wanted.items() if kind == "q8_0")
+        for name in sorted(found):
+            spec = specs.get(name)
+            if spec is None:
+                raise CompatibilityError(
+                    "the model has no output head of its own, and llama.cpp takes the embedding",
+                    where="export: gguf: output_tensor_type",
+                    mend="set token_embedding_type: q8_0 instead",
+                )
+            if not isinstance(spec, TensorSpec) or spec.shape[-1] % BLOCK:
+                raise CompatibilityError(
+                    f"{name} cannot be rounded to Q8_0: it is quantized, or its rows are no multiple of {BLOCK}",
+                    where="export: gguf",
+                    mend="leave out token_embedding_type or output_tensor_type",
+                )
+        return found
+
+    def _lossy_notes(self) -> Iterator[str]:
+        """What the file does not hold value by value."""
+        form = self.weights.encoding
+        assert isinstance(form, GgufFormat)
+        if form.rounded:
+            yield f"rounded to Q8_0 in this layout, unlike in others: {', '.join(sorted(form.rounded))}"
+        kinds = [spec for spec in self._outputs.quantized.values() if isinstance(spec, GroupQuantizedSpec)]
+        if not all(spec.sym for spec in kinds):
+            yield (
+                "Q4_1 rounds the minima of asymmetric codes to float16: values differ from those of other layouts by "
+                f"at most {LARGEST_SHIFT:.2g} steps"
+            )
 
     def _refuse_method(self) -> None:
-        if not isinstance(self._outputs.format, (GptqFormat, MergedFormat)):
+        if not isinstance(self._outputs.format, _FORMATS):
             raise CompatibilityError(
-                f"the layout gguf stores GPTQ codes and 16-bit weights, and no {self._outputs.format.card.title}: "
+                f"the layout gguf stores codes in groups or rows, and no {self._outputs.format.card.title}: "
                 "GGUF has no type with these values",
                 where="export: gguf",
                 mend="quantize with gptq, 4 or 8 bits, sym: true, group_size: 32; or leave this layout out",
@@ -190,7 +239,11 @@ def header_differences(file: GgufFile, wanted: Mapping[str, Value]) -> list[str]
         wanted: the values that it should have, by key.
     """
     found = [key for key in (*file.metadata, *file.array_lengths) if key not in wanted]
-    problems = [f"{key}: unexpected" for key in found]
+    return [*(f"{key}: unexpected" for key in found), *_value_differences(file, wanted)]
+
+
+def _value_differences(file: GgufFile, wanted: Mapping[str, Value]) -> list[str]:
+    problems = []
     for key, value in wanted.items():
         own = file.array(key) if key in file.array_lengths else file.metadata.get(key)
         if own != _stored(value):
@@ -226,11 +279,34 @@ def compared_header(file: GgufFile, architecture: Architecture, files: Mapping[s
     own = {key: file.metadata[key] for key in ("general.name", "general.file_type") if key in file.metadata}
     return [
         *header_differences(file, header(architecture, files, "") | own),
-        *(
-            f"{name}: other values"
-            for name, wanted in constants(architecture.parsed).items()
-            if _differs(file, name, wanted)
-        ),
+        *_constant_differences(file, architecture),
+    ]
+
+
+def compared_header_of_others(file: GgufFile, architecture: Architecture, files: Mapping[str, bytes]) -> Sequence[str]:
+    """The same for a file that another program made, which may leave out what llama.cpp takes for granted, and may give
+    a pre-tokenizer another of its names.
+
+    Raises:
+        CompatibilityError: as for `compared_header`.
+        InputError: as for `compared_header`.
+    """
+    wanted = dict(header(architecture, files, ""))
+    pre = file.metadata.get(_PRE)
+    if isinstance(pre, str) and (known := named(pre)) is not None and known.name == wanted[_PRE]:
+        wanted[_PRE] = pre
+    there = {*file.metadata, *file.array_lengths} - {"general.name", "general.quantization_version"}
+    return [
+        *_value_differences(file, {key: value for key, value in wanted.items() if key in there}),
+        *_constant_differences(file, architecture),
+    ]
+
+
+def _constant_differences(file: GgufFile, architecture: Architecture) -> list[str]:
+    return [
+        f"{name}: other values"
+        for name, wanted in constants(architecture.parsed).items()
+        if _differs(file, name, wanted)
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 import gguf
@@ -12,7 +12,16 @@ from gguf import GGMLQuantizationType
 from qexport.errors import QexportError
 from qexport.formats.gguf import blocks
 from qexport.formats.gguf.families import Places
-from qexport.tensors import GroupQuantized, GroupQuantizedSpec, OutputSpec, QuantizedSpec, TensorRecord, TensorSpec
+from qexport.tensors import (
+    GroupQuantized,
+    GroupQuantizedSpec,
+    OutputSpec,
+    QuantizedSpec,
+    RowQuantized,
+    RowQuantizedSpec,
+    TensorRecord,
+    TensorSpec,
+)
 
 DTYPES: Final = {
     torch.float32: GGMLQuantizationType.F32,
@@ -20,6 +29,9 @@ DTYPES: Final = {
     torch.bfloat16: GGMLQuantizationType.BF16,
 }
 """How unquantized tensors are stored."""
+
+Q8_0: Final = GGMLQuantizationType.Q8_0
+_ROWS_AT_ONCE: Final = 4096
 
 
 @dataclass(frozen=True)
@@ -46,29 +58,36 @@ class Entry:
 
 @dataclass(frozen=True)
 class GgufFormat:
-    """GPTQ's codes in blocks of Q4_0 or Q8_0, matrices that stay unquantized at 16 bits, vectors in float32.
+    """Codes in blocks of Q4_0 or Q8_0, matrices that stay unquantized at 16 bits, vectors in float32.
 
     llama.cpp has no kernels for norms and biases in 16 bits. All values are those that other layouts hold.
 
     Attributes:
         places: where parameters are in the file.
+        rounded: matrices that stay unquantized in other layouts, and are rounded to Q8_0 here.
+        inexact: whether asymmetric codes are stored, with minima rounded to float16.
     """
 
     places: Places
+    rounded: frozenset[str] = frozenset()
+    inexact: bool = False
 
     def entry(self, name: str, spec: OutputSpec) -> Entry:
         """A parameter's entry in the table."""
-        if isinstance(spec, GroupQuantizedSpec):
-            return Entry(spec.shape, blocks.KINDS[spec.bits])
+        if isinstance(spec, (GroupQuantizedSpec, RowQuantizedSpec)):
+            return Entry(spec.shape, blocks.kind_of(spec))
         assert isinstance(spec, TensorSpec), f"{name} cannot be stored"
-        return Entry(spec.shape, DTYPES[self._dtype(name, spec)])
+        return Entry(spec.shape, Q8_0 if name in self.rounded else DTYPES[self._dtype(name, spec)])
 
     def specs(self, name: str, spec: OutputSpec) -> dict[str, TensorSpec]:
         """The tensor in the file; of codes its bytes, uint8 [out, row_bytes]."""
         stored = self.places.names[name]
-        if isinstance(spec, GroupQuantizedSpec):
+        if isinstance(spec, (GroupQuantizedSpec, RowQuantizedSpec)):
             return {stored: TensorSpec((spec.out_features, blocks.row_bytes(spec)), torch.uint8)}
         assert isinstance(spec, TensorSpec), f"{name} cannot be stored"
+        if name in self.rounded:
+            block, size = gguf.GGML_QUANT_SIZES[Q8_0]
+            return {stored: TensorSpec((spec.shape[0], spec.shape[1] // block * size), torch.uint8)}
         return {stored: TensorSpec(spec.shape, self._dtype(name, spec))}
 
     def tensors(self, record: TensorRecord) -> dict[str, torch.Tensor]:
@@ -78,17 +97,19 @@ class GgufFormat:
             QexportError: the codes are of a type that the format cannot hold.
         """
         name, value = record.name, record.value
-        if isinstance(value, GroupQuantized):
-            return {self.places.names[name]: blocks.pack(self._in_order(name, value))}
+        if isinstance(value, (GroupQuantized, RowQuantized)):
+            return {self.places.names[name]: self.places.stored(name, blocks.pack(value))}
         if not isinstance(value, torch.Tensor):
             raise QexportError(f"{type(value).__name__} cannot be stored in GGUF", where=name)
+        if name in self.rounded:
+            return {self.places.names[name]: self.places.stored(name, _rounded(value))}
         dtype = self._dtype(name, TensorSpec(tuple(value.shape), value.dtype))
         return {self.places.names[name]: self.places.stored(name, value).to(dtype).contiguous()}
 
     def fault(self, spec: QuantizedSpec) -> str | None:
         """Why this matrix cannot be stored value by value, or None if it can."""
-        if isinstance(spec, GroupQuantizedSpec):
-            return blocks.fault(spec)
+        if isinstance(spec, (GroupQuantizedSpec, RowQuantizedSpec)):
+            return blocks.fault(spec, inexact=self.inexact)
         return "GGUF has no type with these values: quantize with GPTQ"
 
     def _dtype(self, name: str, spec: TensorSpec) -> torch.dtype:
@@ -96,9 +117,8 @@ class GgufFormat:
         wide = len(spec.shape) <= 1 or stored.endswith("_norm.weight") or not stored.endswith(".weight")
         return torch.float32 if wide else spec.dtype
 
-    def _in_order(self, name: str, value: GroupQuantized) -> GroupQuantized:
-        order = self.places.orders.get(name)
-        if order is None:
-            return value
-        codes, scales, zeros = value.codes[order], value.scales[:, order], value.zeros[:, order]
-        return replace(value, codes=codes, scales=scales, zeros=zeros)
+
+def _rounded(value: torch.Tensor) -> torch.Tensor:
+    """A matrix in Q8_0, uint8 [out, row_bytes], with the bytes that llama.cpp's quantizer gives."""
+    parts = [gguf.quantize(part.to(torch.float32).numpy(), Q8_0) for part in value.cpu().split(_ROWS_AT_ONCE)]
+    return torch.cat([torch.from_numpy(part) for part in parts])

@@ -1,8 +1,9 @@
-"""Q4_0 and Q8_0: blocks of 32 values along a row, with one scale each.
+"""Q4_0, Q4_1 and Q8_0: blocks of 32 values along a row, with one scale each.
 
 The reference is `ggml/src/ggml-common.h` and `ggml-quants.c` of llama.cpp. A block begins with its scale d, a float16.
 Q4_0: 16 bytes follow, whose byte j holds the code of value j in its low half and that of value j + 16 in its high half;
-a value is d * (code - 8). Q8_0: 32 signed codes follow, and a value is d * code.
+a value is d * (code - 8). Q4_1: between the scale and the same bytes is a minimum m, a float16, and a value is
+d * code + m. Q8_0: 32 signed codes follow the scale, and a value is d * code.
 """
 
 from __future__ import annotations
@@ -10,16 +11,21 @@ from __future__ import annotations
 from typing import Final
 
 import torch
-from gguf import GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
-from qexport.tensors import GroupQuantized, GroupQuantizedSpec
+from qexport.errors import QexportError
+from qexport.tensors import GroupQuantized, GroupQuantizedSpec, RowQuantized, RowQuantizedSpec
 
 BLOCK: Final = 32
 """Values that share a scale."""
 
 KINDS: Final = {4: GGMLQuantizationType.Q4_0, 8: GGMLQuantizationType.Q8_0}
-"""How codes of so many bits are stored."""
+"""How symmetric codes of so many bits are stored."""
+
+ASYMMETRIC: Final = GGMLQuantizationType.Q4_1
+LARGEST_SHIFT: Final = 15 / 2**11
+"""By how many steps of its grid a value of Q4_1 may differ from GPTQ's: minima are up to 15 steps, in float16."""
 
 BITS: Final = {kind: bits for bits, kind in KINDS.items()}
 
@@ -32,17 +38,36 @@ def block_bytes(bits: int) -> int:
     return _SCALE_BYTES + BLOCK * bits // 8
 
 
-def row_bytes(spec: GroupQuantizedSpec) -> int:
+def kind_of(spec: GroupQuantizedSpec | RowQuantizedSpec) -> GGMLQuantizationType:
+    """How a matrix is stored."""
+    symmetric = isinstance(spec, RowQuantizedSpec) or spec.sym
+    return KINDS[spec.bits] if symmetric else ASYMMETRIC
+
+
+def row_bytes(spec: GroupQuantizedSpec | RowQuantizedSpec) -> int:
     """The bytes of a row, whose values fill whole blocks."""
-    return spec.in_features // BLOCK * block_bytes(spec.bits)
+    values, size = GGML_QUANT_SIZES[kind_of(spec)]
+    return spec.in_features // values * size
 
 
-def fault(spec: GroupQuantizedSpec) -> str | None:
-    """Why such a matrix cannot be stored value by value; None if it can."""
+def fault(spec: GroupQuantizedSpec | RowQuantizedSpec, *, inexact: bool = False) -> str | None:
+    """Why such a matrix cannot be stored value by value; None if it can.
+
+    Args:
+        spec: of the matrix.
+        inexact: whether minima may be rounded to float16.
+    """
+    if isinstance(spec, RowQuantizedSpec):
+        return _fault_of_rows(spec)
     if spec.bits not in KINDS:
         return f"GGUF has no type for {spec.bits} bits in groups: quantize with 4 or 8 bits"
-    if not spec.sym:
-        return "GGUF's types have no zero points that hold those of GPTQ exactly: set sym: true"
+    if not spec.sym and spec.bits != 4:
+        return f"GGUF has no type for {spec.bits} bits with zero points: set sym: true"
+    if not spec.sym and not inexact:
+        return (
+            "GGUF's types have no zero points that hold those of GPTQ exactly: set sym: true; or inexact: allow, "
+            "which rounds a block's minimum to float16"
+        )
     if spec.desc_act:
         return "GGUF has no order of columns: leave out desc_act, or set static_groups: true"
     if spec.group_size % BLOCK:
@@ -50,19 +75,51 @@ def fault(spec: GroupQuantizedSpec) -> str | None:
     return None
 
 
-def pack(value: GroupQuantized) -> Tensor:
+def _fault_of_rows(spec: RowQuantizedSpec) -> str | None:
+    if spec.scale_dtype != torch.float16:
+        return "the scales of GGUF's types are float16: set scales: float16, which rounds them before the codes"
+    if spec.in_features % BLOCK:
+        return f"a scale of GGUF is for {BLOCK} values: {spec.in_features} inputs are no multiple of that"
+    return None
+
+
+def pack(value: GroupQuantized | RowQuantized) -> Tensor:
     """The bytes of a matrix, uint8 [out, row_bytes].
 
     Args:
-        value: symmetric codes of 4 or 8 bits, in groups of a multiple of 32 in order.
+        value: codes of 4 or symmetric ones of 8 bits, in groups of a multiple of 32 in order; or rows of codes whose
+            scales fit into float16.
+
+    Raises:
+        QexportError: the scale of a row does not.
     """
-    rows, columns = value.codes.shape
-    codes = value.codes.reshape(rows, -1, BLOCK)
-    scales = value.scales.t().repeat_interleave(value.group_size // BLOCK, 1).contiguous()
+    if isinstance(value, RowQuantized):
+        return _pack_rows(value)
+    codes = value.codes.reshape(len(value.codes), -1, BLOCK)
+    scales = value.scales.t().repeat_interleave(value.group_size // BLOCK, 1)
     halves = codes[..., :_HALF] | codes[..., _HALF:] << 4
-    stored = halves if value.bits == 4 else codes ^ 0x80  # minus 128, as a signed byte
-    parts = [scales[..., None].view(torch.uint8), stored]
-    return torch.cat(parts, 2).reshape(rows, columns // BLOCK * block_bytes(value.bits))
+    if not value.sym:
+        zeros = value.zeros.t().repeat_interleave(value.group_size // BLOCK, 1)
+        minima = (-scales.to(torch.float32) * zeros).to(torch.float16)
+        return _joined(torch.stack([scales, minima], 2), halves)
+    return _joined(scales, halves if value.bits == 4 else codes ^ 0x80)  # minus 128, as a signed byte
+
+
+def _pack_rows(value: RowQuantized) -> Tensor:
+    scales = value.scales.to(torch.float16)
+    if not torch.equal(scales.to(torch.float32), value.scales):
+        raise QexportError("a scale does not fit into float16, and GGUF would hold other values")
+    codes = value.codes.reshape(len(value.codes), -1, BLOCK)
+    return _joined(scales[:, None].expand(codes.shape[:2]), codes.view(torch.uint8))
+
+
+def _joined(scales: Tensor, codes: Tensor) -> Tensor:
+    """Blocks with their scales, float16 [out, blocks] or [out, blocks, 2] with minima, and the bytes of their codes,
+    uint8 [out, blocks, bytes].
+    """
+    wide = scales if scales.dim() == 3 else scales[..., None]
+    parts = [wide.contiguous().view(torch.uint8), codes]
+    return torch.cat(parts, 2).reshape(len(scales), -1)
 
 
 def unpack(rows: Tensor, bits: int) -> GroupQuantized:

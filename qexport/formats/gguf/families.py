@@ -115,6 +115,13 @@ FAMILIES: Final[Mapping[str, GgufFamily]] = {
 }
 """By `model_type`. A family is here if llama.cpp's converter gives the same tensors, which `make test-llama` checks."""
 
+READ_FAMILIES: Final[Mapping[str, GgufFamily]] = {
+    **FAMILIES,
+    "phi3": GgufFamily(gguf.MODEL_ARCH.PHI3, "Phi3ForCausalLM"),
+    "gemma3_text": GgufFamily(gguf.MODEL_ARCH.GEMMA3, "Gemma3ForCausalLM", raised_norms=True),
+}
+"""The same with those that are read and not written."""
+
 
 @dataclass(frozen=True)
 class Places:

@@ -61,7 +61,7 @@ class OnnxFormat(ModuleEncoding):
             return matmul_nbits.pack_groups(value, self.dtype)
         if isinstance(value, BlockQuantized):
             return matmul_bnb4.pack(value)
-        assert isinstance(value, RowQuantized)
+        assert isinstance(value, RowQuantized), "a method has no codes of this kind"
         return matmul_integer.pack(value) if self.int8_activations else matmul_nbits.pack_rows(value, torch.float32)
 
     def fault(self, spec: QuantizedSpec) -> str | None:

@@ -25,6 +25,7 @@ from qexport.export.onnx.lowering import lower
 from qexport.export.onnx.tracing import Cache
 from qexport.export.onnx.triton import triton_inputs, triton_outputs
 from qexport.formats import MergedFormat, Outputs
+from qexport.formats.onnx import OnnxFormat
 from qexport.tensors import TensorSpec
 from quantized_models import QuantizedModel
 
@@ -64,7 +65,7 @@ def write(
     traced = copied_trace(checkpoint.architecture, activations)
     outputs = Outputs(MergedFormat(), {name: place.spec for name, place in places.items()})
     specs = {name: place.spec for name, place in places.items()}
-    graph = lower(traced, outputs, specs, activations=activations, attention=attention, accuracy_level=0)
+    graph = lower(traced, outputs, specs, encoding=OnnxFormat(activations), attention=attention)
     put_in_place(graph.graph, places)
     ir.save(graph, folder / "model.onnx")
     made = OnnxFolder(folder, model, traced.cache, checkpoint.config, generation(checkpoint))

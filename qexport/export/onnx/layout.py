@@ -68,9 +68,10 @@ class OnnxLayout:
     def __init__(self, settings: OnnxSettings, outputs: Outputs, structure: Structure, checkpoint: Checkpoint) -> None:
         self._settings, self._outputs, self._structure, self._checkpoint = settings, outputs, structure, checkpoint
         self._activations: torch.dtype = getattr(torch, settings.activations)
-        encoding = OnnxFormat(self._activations, isinstance(outputs.format, W8A8Format))
+        int8_activations = isinstance(outputs.format, W8A8Format)
+        self._encoding = OnnxFormat(self._activations, int8_activations, settings.accuracy_level)
         size = parse_size(settings.max_shard_size)
-        self.weights: OnnxFiles = onnx_files(outputs, encoding, size, shared=settings.share_weights)
+        self.weights: OnnxFiles = onnx_files(outputs, self._encoding, size, shared=settings.share_weights)
         self._refuse_unsupported()
         self._cache = layer_caches(checkpoint.architecture, self._activations)
         if settings.attention == "fused":
@@ -203,9 +204,8 @@ class OnnxLayout:
             trace(self._checkpoint.architecture, self._activations),
             self._outputs,
             self.weights.initializers,
-            activations=self._activations,
+            encoding=self._encoding,
             attention=self._settings.attention,
-            accuracy_level=self._settings.accuracy_level,
         )
 
     def _share(self, folder: Path) -> dict[str, Place]:

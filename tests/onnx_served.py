@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 import factories
 from onnx_exports import copied_trace
 from qexport.architectures.naming import name_parameters
+from qexport.export.onnx.chat import chat_turn
 from qexport.export.onnx.files import Place, put_in_place
 from qexport.export.onnx.genai import FILE_NAME, Generation, genai_config, generation
 from qexport.export.onnx.launch import OnnxLaunch, launch_files
@@ -77,6 +78,7 @@ def write(
         data_files=[DATA],
         ends=list(made.generation.ends),
         tokenizer=True,
+        chat=chat_turn(files),
     )
     for file, content in launch_files(figures).items():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)

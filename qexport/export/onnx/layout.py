@@ -17,11 +17,12 @@ from qexport.amounts import parse_size
 from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.structure import Structure
 from qexport.artifact.manifest import CardText, GraphRecord
-from qexport.errors import CompatibilityError, QexportError, listed
+from qexport.errors import CompatibilityError, InputError, QexportError, listed
 from qexport.export import OnnxSettings
 from qexport.export.loaders import Folder, loading_section
 from qexport.export.model_files import card_text, model_files, sizes_of, write_files
 from qexport.export.onnx.attention import refuse_unfused
+from qexport.export.onnx.chat import ChatTurn, chat_turn
 from qexport.export.onnx.files import DTYPES, OnnxFiles, Place, onnx_files, put_in_place
 from qexport.export.onnx.genai import FILE_NAME, genai_config, genai_notes, generation
 from qexport.export.onnx.interception import switching_length
@@ -92,6 +93,8 @@ class OnnxLayout:
             notes.append("accuracy_level 4: ONNX Runtime rounds the inputs of quantized layers to 8 bits")
         if length := switching_length(self._checkpoint.architecture.parsed):
             notes.append(f"a text that grows past {length} tokens must begin anew there, without a cache: LongRoPE")
+        if self._chat[1]:
+            notes.append(f"launch/generate.py continues texts without the chat template: {self._chat[1]}")
         notes += genai_notes(self._checkpoint.config, self._cache)
         if self._shared:
             notes.append("onnx.load refuses data files that have a second link, ONNX Runtime does not; a copy has none")
@@ -173,6 +176,7 @@ class OnnxLayout:
             data_files=list(data_files),
             ends=list(ends.ends),
             tokenizer="tokenizer.json" in checkpoint.files,
+            chat=self._chat[0],
         )
         config = genai_config(checkpoint.config, self._cache, ends)
         own = {FILE_NAME: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode("ascii")} if config else {}
@@ -197,6 +201,14 @@ class OnnxLayout:
     @property
     def _shared(self) -> bool:
         return self._settings.share_weights
+
+    @cached_property
+    def _chat(self) -> tuple[ChatTurn | None, str]:
+        """What the script writes around a message, or why it cannot."""
+        try:
+            return chat_turn(self._checkpoint.files), ""
+        except InputError as error:
+            return None, error.what
 
     @cached_property
     def _lowered(self) -> ir.Model:

@@ -144,11 +144,11 @@ class Linears:
         zero_points: bool,
         part: str = "",
     ) -> ir.Value:
-        names = [f"qweight{part}", "scales", *([f"zero_points{part}"] if zero_points else [])]
+        zeros = [self._weights.stored(f"{module}.zero_points{part}")] if zero_points else []
+        codes, scales = (self._weights.stored(f"{module}.{name}") for name in (f"qweight{part}", "scales"))
         return self._emit.one(
             "MatMulNBits",
-            inputs,
-            *(self._weights.stored(f"{module}.{name}") for name in names),
+            *(inputs, codes, scales, *zeros),
             domain=MICROSOFT,
             name=f"{module}{part}",
             K=spec.in_features,

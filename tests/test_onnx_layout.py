@@ -5,6 +5,7 @@ The weights are compared bit for bit, logits in float32 within 1e-4 of the large
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any, cast
@@ -33,6 +34,7 @@ from onnx_exports import (
     run_pass,
     steps,
 )
+from qexport.artifact.packages import installed_packages
 from qexport.errors import CompatibilityError
 from qexport.reading.onnx.weights import OnnxWeights
 from qexport.tensors import GroupQuantized, RowQuantized
@@ -67,6 +69,11 @@ def test_weights_in_the_graph_are_those_of_the_safetensors_artifact(family: str,
 @pytest.mark.parametrize(("family", "method"), PAIRS)
 def test_prefill_and_decoding_are_those_of_transformers(family: str, method: str) -> None:
     assert_same_model(exported(family, method))
+
+
+@pytest.mark.parametrize("name", ["onnx", "onnx-ir", "onnxscript", "onnxruntime"])
+def test_the_manifests_packages_are_also_those_that_make_graphs(name: str) -> None:
+    assert installed_packages()[name] == version(name)
 
 
 @pytest.mark.parametrize("method", ["gptq 8 bits", "int8"])

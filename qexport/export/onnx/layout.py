@@ -43,7 +43,9 @@ _SHARED_FROM: Final = "safetensors"
 _GRAPH_BYTES: Final = 6000
 _BLOCK_BYTES: Final = 4700
 _INITIALIZER_BYTES: Final = 110
-"""Measured on tiny models of several families; the places of the graph's own names count with the initializers'."""
+_PAIR_BYTES: Final = 400
+"""Measured on tiny models of several families; a pair is one of 4-bit nodes. The places of the graph's own names count
+with the initializers'."""
 
 
 class OnnxLayout:
@@ -138,8 +140,10 @@ class OnnxLayout:
     def _graph_bytes(self) -> int:
         """An estimate: nodes and initializers have names, and each initializer has its place in the data files."""
         names = sum(map(len, self.weights.initializers))
-        blocks = len(self._structure.blocks)
-        return _GRAPH_BYTES + blocks * _BLOCK_BYTES + len(self.weights.initializers) * _INITIALIZER_BYTES + 2 * names
+        blocks, initializers = len(self._structure.blocks), len(self.weights.initializers)
+        pairs = sum(self._encoding.in_nibbles(spec) for spec in self._outputs.quantized.values())
+        graph = _GRAPH_BYTES + blocks * _BLOCK_BYTES + pairs * _PAIR_BYTES
+        return graph + initializers * _INITIALIZER_BYTES + 2 * names
 
     def write_files(self, folder: Path, checkpoint: Checkpoint) -> None:
         """Writes the graph and the files beside it."""

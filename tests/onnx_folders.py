@@ -31,8 +31,8 @@ TYPES = {
 class Builder:
     """A graph that grows node by node; its weights go into `model.onnx.data`."""
 
-    def __init__(self, accuracy_level: int = 0) -> None:
-        self.accuracy_level = accuracy_level
+    def __init__(self, accuracy_level: int = 0, *, nibbles: bool = False) -> None:
+        self.accuracy_level, self.nibbles = accuracy_level, nibbles
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self.inputs: list[onnx.ValueInfoProto] = []
@@ -136,12 +136,23 @@ class Builder:
         blocks = -(-columns // block)
         padded = np.full((rows, blocks * block), 1 << bits - 1, np.uint8)
         padded[:, :columns] = codes
-        qweight = torch.from_numpy(pack_bits(padded, bits)).reshape(rows, blocks, -1)
-        inputs = [x, self.weight(f"{module}.qweight", qweight), self.weight(f"{module}.scales", scales)]
-        if zeros is not None:
-            inputs.append(self.weight(f"{module}.zero_points", torch.from_numpy(zeros)))
-        attributes = dict(K=columns, N=rows, bits=bits, block_size=block, accuracy_level=self.accuracy_level)
-        return self.add("MatMulNBits", *inputs, name=module, domain=MICROSOFT, **attributes)
+        shared = self.weight(f"{module}.scales", scales)
+        attributes = dict(K=columns, N=rows, block_size=block, accuracy_level=self.accuracy_level)
+
+        def node(codes: NDArray[np.uint8], zeros: NDArray[np.uint8] | None, bits: int, half: str = "") -> str:
+            """`zeros` are packed."""
+            qweight = torch.from_numpy(pack_bits(codes, bits)).reshape(rows, blocks, -1)
+            inputs = [x, self.weight(f"{module}.qweight{half}", qweight), shared]
+            if zeros is not None:
+                inputs.append(self.weight(f"{module}.zero_points{half}", torch.from_numpy(zeros)))
+            return self.add("MatMulNBits", *inputs, name=module + half, domain=MICROSOFT, bits=bits, **attributes)
+
+        if not (self.nibbles and bits == 8):
+            return node(padded, zeros, bits)
+        whole = np.zeros((rows, blocks), np.uint8) if zeros is None else zeros
+        high = node(padded // 16, None if zeros is None else pack_bits(whole // 16, 4), 4, "_high")
+        low = node(padded % 16, pack_bits(whole % 16, 4), 4, "_low")
+        return self.add("Add", self.add("Mul", high, self.constant(16.0, np.float32)), low)
 
     def _bnb4(self, x: str, module: str, value: BlockQuantized) -> str:
         rows, columns = value.spec.shape
@@ -172,9 +183,11 @@ def pack_bits(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     return np.packbits(planes.reshape(len(values), -1), axis=1, bitorder="little")
 
 
-def parameters(values: Mapping[str, Tensor | Quantized], config: Mapping[str, Any], folder: Path) -> Path:
+def parameters(
+    values: Mapping[str, Tensor | Quantized], config: Mapping[str, Any], folder: Path, *, nibbles: bool = False
+) -> Path:
     """Only the parameters, each with an operator that reads it; the graph cannot run."""
-    graph = Builder()
+    graph = Builder(nibbles=nibbles)
     for name, value in values.items():
         if isinstance(value, Tensor):
             graph.add("Identity", graph.weight(name, value))

@@ -37,11 +37,14 @@ class OneNode:
         if "order" in stored:
             nodes, first = [helper.make_node("Gather", ["x", "order"], ["sorted"], axis=-1)], "sorted"
         nodes.append(helper.make_node(operator, [first, *names], ["y"], domain=domain, **attributes))
+        self._load(nodes, stored, _TYPES[dtype], _TYPES[result or dtype])
+
+    def _load(self, nodes: Any, stored: Mapping[str, torch.Tensor], taken: int, given: int) -> None:
         graph = helper.make_graph(
             nodes,
             "one",
-            [helper.make_tensor_value_info("x", _TYPES[dtype], None)],
-            [helper.make_tensor_value_info("y", _TYPES[result or dtype], None)],
+            [helper.make_tensor_value_info("x", taken, None)],
+            [helper.make_tensor_value_info("y", given, None)],
             [numpy_helper.from_array(tensor.numpy(), name) for name, tensor in stored.items()],
         )
         opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
@@ -52,6 +55,23 @@ class OneNode:
         self._session = onnxruntime.InferenceSession(
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
+
+    @staticmethod
+    def pair(parts: Mapping[str, torch.Tensor], *, columns: int, block_size: int) -> OneNode:
+        """`16 * MatMulNBits(x, high) + MatMulNBits(x, low)` in float32."""
+        made, rows = object.__new__(OneNode), len(parts["scales"])
+        initializers = {**parts, "factor": torch.tensor(16.0)}
+        nodes, first = [], "x"
+        if "order" in parts:
+            nodes, first = [helper.make_node("Gather", ["x", "order"], ["sorted"], axis=-1)], "sorted"
+        for half in ("high", "low"):
+            zeros = f"zero_points_{half}" if f"zero_points_{half}" in parts else ""
+            sizes: dict[str, Any] = {"K": columns, "N": rows, "bits": 4, "block_size": block_size, "accuracy_level": 0}
+            inputs = [first, f"qweight_{half}", "scales", zeros]
+            nodes.append(helper.make_node("MatMulNBits", inputs, [half], domain="com.microsoft", **sizes))
+        nodes += [helper.make_node("Mul", ["high", "factor"], ["m"]), helper.make_node("Add", ["m", "low"], ["y"])]
+        made._load(nodes, initializers, TensorProto.FLOAT, TensorProto.FLOAT)
+        return made
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         (result,) = self._session.run(None, {"x": x.numpy()})

@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 import factories
 from onnx_exports import copied_trace
 from qexport.architectures.naming import name_parameters
+from qexport.export.onnx.chat import chat_turn
 from qexport.export.onnx.files import Place, put_in_place
 from qexport.export.onnx.genai import FILE_NAME, Generation, genai_config, generation
 from qexport.export.onnx.launch import OnnxLaunch, launch_files
@@ -25,6 +26,7 @@ from qexport.export.onnx.lowering import lower
 from qexport.export.onnx.tracing import Cache
 from qexport.export.onnx.triton import triton_inputs, triton_outputs
 from qexport.formats import MergedFormat, Outputs
+from qexport.formats.onnx import OnnxFormat
 from qexport.tensors import TensorSpec
 from quantized_models import QuantizedModel
 
@@ -64,7 +66,7 @@ def write(
     traced = copied_trace(checkpoint.architecture, activations)
     outputs = Outputs(MergedFormat(), {name: place.spec for name, place in places.items()})
     specs = {name: place.spec for name, place in places.items()}
-    graph = lower(traced, outputs, specs, activations=activations, attention=attention, accuracy_level=0)
+    graph = lower(traced, outputs, specs, encoding=OnnxFormat(activations), attention=attention)
     put_in_place(graph.graph, places)
     ir.save(graph, folder / "model.onnx")
     made = OnnxFolder(folder, model, traced.cache, checkpoint.config, generation(checkpoint))
@@ -76,6 +78,7 @@ def write(
         data_files=[DATA],
         ends=list(made.generation.ends),
         tokenizer=True,
+        chat=chat_turn(files),
     )
     for file, content in launch_files(figures).items():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)

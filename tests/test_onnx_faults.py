@@ -16,6 +16,7 @@ from onnx import numpy_helper
 import onnx_exports
 from onnx_exports import METHODS, Export, assert_same_model, assert_same_weights, export, passed_once
 from qexport.errors import CompatibilityError, InputError, QexportError
+from qexport.export.onnx import linears
 from qexport.export.onnx.attention import AdditiveMasks
 from qexport.export.onnx.linears import Linears
 from qexport.export.onnx.nodes import Emitter
@@ -59,6 +60,20 @@ def test_wrong_codes(method: str, part: str, change: Any, monkeypatch: pytest.Mo
         assert_same_weights(wrong)
     with pytest.raises(AssertionError, match="deviation"):
         assert_same_model(wrong)
+
+
+@pytest.mark.parametrize("bit", [0x10, 0x01], ids=["high", "low"])
+def test_a_nibble_that_has_changed(bit: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    change_codes(monkeypatch, "qweight", lambda codes: codes ^ bit)
+    with pytest.raises(AssertionError, match="weight"):
+        assert_same_weights(made(tmp_path, method="gptq 8 bits"))
+
+
+def test_a_wrong_factor_of_the_high_nibbles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(linears, "FACTOR", 8)
+    wrong = made(tmp_path, method="gptq 8 bits")
+    with pytest.raises(InputError, match=r"multiplied by 8\.0, not by 16"):
+        wrong.weights()
 
 
 def test_an_order_that_the_graph_does_not_apply(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ import onnx_served
 from onnx_served import PROMPT, OnnxFolder
 from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.artifact.names import label
+from qexport.export.onnx.chat import ChatTurn
 from qexport.export.onnx.genai import Generation, generation
 from qexport.export.onnx.launch import OnnxLaunch, launch_files
 from qexport.export.onnx.traced_cache import CacheTensor
@@ -33,6 +36,8 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "llama": factories.FAMILIES["llama"],
     "falcon-h1": factories.FAMILIES["falcon h1"],
 }
+ROUND: dict[str, Any] = {"before": "<|start|>user\n", "after": "<|end|>\n<|start|>assistant\n", "stripped": False}
+"""What the chat template of `factories.tokenizer` writes around a message."""
 KEPT = CacheTensor("key", (2, None, 16), torch.float16), CacheTensor("recurrent_state", (8, 8, 16), torch.float32)
 FIGURES = OnnxLaunch(
     name="tiny", triton_image="a:1", inputs=triton_inputs([KEPT, KEPT]),
@@ -60,9 +65,11 @@ def generated(folder: Path, *arguments: str) -> str:
     return run.stdout.removesuffix("\n")
 
 
-def transformers_text(folder: OnnxFolder, new: int, ends: list[int]) -> tuple[list[int], str]:
+def transformers_text(folder: OnnxFolder, new: int, ends: list[int], *, chat: bool = False) -> tuple[list[int], str]:
     tokenizer = factories.tokenizer()
-    prompt = tokenizer(PROMPT, return_tensors="pt")
+    message = [{"role": "user", "content": PROMPT}]
+    text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True) if chat else PROMPT
+    prompt = tokenizer(text, return_tensors="pt", add_special_tokens=not chat)
     tokens = folder.model.generate(  # type: ignore[operator]
         **prompt, max_new_tokens=new, do_sample=False, eos_token_id=ends or None, pad_token_id=0
     )[0, prompt["input_ids"].shape[1] :]
@@ -72,7 +79,42 @@ def transformers_text(folder: OnnxFolder, new: int, ends: list[int]) -> tuple[li
 def test_the_script_says_what_transformers_says(folder: OnnxFolder) -> None:
     tokens, text = transformers_text(folder, 24, list(folder.generation.ends))
     assert len(set(tokens)) > 4
+    assert generated(folder.path, "--plain", PROMPT, "24") == text
+
+
+def test_the_script_answers_in_the_chat_template(folder: OnnxFolder) -> None:
+    _, text = transformers_text(folder, 24, list(folder.generation.ends), chat=True)
+    assert text != transformers_text(folder, 24, list(folder.generation.ends))[1]
     assert generated(folder.path, PROMPT, "24") == text
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_the_script_says_where_nothing_is_generated(chat: bool, folder: OnnxFolder) -> None:
+    tokens, _ = transformers_text(folder, 1, [], chat=chat)
+    with script_with(folder, ends=tokens):
+        run = started(folder.path, *([] if chat else ["--plain"]), PROMPT, "24")
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr.startswith("Nothing was generated")
+    assert ("--plain" in run.stderr) is chat
+
+
+@contextmanager
+def script_with(folder: OnnxFolder, **changes: Any) -> Iterator[None]:
+    """Inside, the folder has a script with other figures."""
+    script = folder.path / "launch" / "generate.py"
+    kept = script.read_bytes()
+    figures = FIGURES.model_copy(update={"chat": ChatTurn(**ROUND), **changes})
+    script.write_bytes(launch_files(figures)["launch/generate.py"])
+    try:
+        yield
+    finally:
+        script.write_bytes(kept)
+
+
+def test_a_script_without_a_template_continues_texts(folder: OnnxFolder) -> None:
+    expected = generated(folder.path, "--plain", PROMPT, "8")
+    with script_with(folder, chat=None, ends=list(folder.generation.ends)):
+        assert generated(folder.path, PROMPT, "8") == expected
 
 
 def test_the_script_minds_no_truncation_or_padding_of_training(folder: OnnxFolder) -> None:
@@ -88,30 +130,24 @@ def test_the_script_minds_no_truncation_or_padding_of_training(folder: OnnxFolde
         file.write_bytes(kept)
 
 
-@pytest.mark.parametrize("arguments", [[], [""]])
+@pytest.mark.parametrize("arguments", [[], [""], ["--plain"]])
 def test_the_script_says_how_it_is_called_where_there_is_no_text(folder: OnnxFolder, arguments: list[str]) -> None:
     run = started(folder.path, *arguments)
     assert run.returncode == 1
-    assert run.stderr.startswith("Continues a text")
+    assert run.stderr.startswith("Answers a message")
     assert "Traceback" not in run.stderr
 
 
 def test_the_script_stops_at_an_end(folder: OnnxFolder) -> None:
     tokens, _ = transformers_text(folder, 24, [])
     end = next(token for index, token in enumerate(tokens) if index >= 3 and token not in tokens[:index])
-    script = folder.path / "launch" / "generate.py"
-    kept = script.read_text()
-    figures = FIGURES.model_copy(update={"ends": [end, 383 if end != 383 else 382]})
-    script.write_bytes(launch_files(figures)["launch/generate.py"])
-    try:
+    with script_with(folder, ends=[end, 383 if end != 383 else 382]):
         before = factories.tokenizer().decode(tokens[: tokens.index(end)], skip_special_tokens=True)
-        assert generated(folder.path, PROMPT, "24") == before
-    finally:
-        script.write_text(kept)
+        assert generated(folder.path, "--plain", PROMPT, "24") == before
 
 
 def test_the_script_needs_three_packages_and_few_lines() -> None:
-    script = launch_files(FIGURES)["launch/generate.py"].decode()
+    script = launch_files(FIGURES.model_copy(update={"chat": ChatTurn(**ROUND)}))["launch/generate.py"].decode()
     imported = {
         alias.name if isinstance(node, ast.Import) else node.module
         for node in ast.walk(ast.parse(script))
@@ -119,7 +155,7 @@ def test_the_script_needs_three_packages_and_few_lines() -> None:
         for alias in node.names
     }
     assert imported == {"sys", "pathlib", "numpy", "onnxruntime", "tokenizers"}
-    assert len(script.splitlines()) <= 40
+    assert len(script.splitlines()) <= 55
     assert "launch/generate.py" not in launch_files(FIGURES.model_copy(update={"tokenizer": False}))
     assert b"no tokenizer.json" in launch_files(FIGURES.model_copy(update={"tokenizer": False}))["launch/README.md"]
 

@@ -5,10 +5,12 @@ The weights are compared bit for bit, logits in float32 within 1e-4 of the large
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -27,12 +29,15 @@ from onnx_exports import (
     exported,
     gptq,
     greedy,
+    passed_once,
     prompts,
     run_pass,
     steps,
 )
+from qexport.artifact.packages import installed_packages
 from qexport.errors import CompatibilityError
-from qexport.tensors import RowQuantized
+from qexport.reading.onnx.weights import OnnxWeights
+from qexport.tensors import GroupQuantized, RowQuantized
 
 ROUNDED_BY_OPERATORS = "nf4 bf16"
 """bitsandbytes rounds its products to the dtype that was merged; MatMulBnb4 keeps them in float32."""
@@ -64,6 +69,30 @@ def test_weights_in_the_graph_are_those_of_the_safetensors_artifact(family: str,
 @pytest.mark.parametrize(("family", "method"), PAIRS)
 def test_prefill_and_decoding_are_those_of_transformers(family: str, method: str) -> None:
     assert_same_model(exported(family, method))
+
+
+@pytest.mark.parametrize("name", ["onnx", "onnx-ir", "onnxscript", "onnxruntime"])
+def test_the_manifests_packages_are_also_those_that_make_graphs(name: str) -> None:
+    assert installed_packages()[name] == version(name)
+
+
+@pytest.mark.parametrize("method", ["gptq 8 bits", "int8"])
+def test_8_bits_are_two_nodes_at_level_0_with_the_very_codes(method: str, tmp_path: Path) -> None:
+    done = passed_once("llama", method)
+    whole = export(done, tmp_path, accuracy_level=4)
+    pairs = exported("llama", method)
+    found = [OnnxWeights(made.onnx, dtype=torch.float32) for made in (pairs, whole)]
+    assert ["as 4 and 4" in weights.method for weights in found] == [True, False]
+    assert found[0].layers.keys() == found[1].layers.keys()
+    assert {layer.method for weights in found for layer in weights.layers.values()} == {method.partition(" ")[0]}
+    for record in done.records:
+        if not isinstance(record.value, GroupQuantized | RowQuantized):
+            continue
+        shift = 128 if isinstance(record.value, RowQuantized) else 0
+        for weights in found:
+            stored = weights.stored(record.name)
+            assert isinstance(stored, GroupQuantized)
+            assert np.array_equal(stored.codes.numpy(), record.value.codes.numpy().astype(np.int16) + shift)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

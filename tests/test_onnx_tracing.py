@@ -61,6 +61,15 @@ def test_inputs_and_outputs_are_those_of_the_contract(family: str) -> None:
         ), name
 
 
+@pytest.mark.parametrize("family", ["falcon 7b", "falcon 40b"])
+def test_falcons_heads_are_taken_apart_by_one_node(family: str) -> None:
+    nodes = exported(family, "gptq").graph().nodes
+    gathers = [node for node in nodes if node.op_type == "GatherND"]
+    assert len(gathers) == 1, "that of the mask"
+    thirds = [node for node in nodes if node.op_type == "Split" and len(node.outputs) == 3]
+    assert len(thirds) == CONFIGS[family].num_hidden_layers
+
+
 def test_transformers_is_left_as_it_was(around_a_trace: tuple[object, object]) -> None:
     before, after = around_a_trace
     assert before == after

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx import numpy_helper
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -60,8 +61,8 @@ def test_weights_are_those_of_the_safetensors_artifact(
             assert np.array_equal(found.read(name).float().numpy(), source.read(name).float().numpy()), name
 
 
-def of_operators(value: Quantized, folder: Path, dense: dict[str, Tensor]) -> OnnxWeights:
-    onnx_folders.parameters({**dense, f"{Q_PROJ}.weight": value}, CONFIG.to_dict(), folder)
+def of_operators(value: Quantized, folder: Path, dense: dict[str, Tensor], *, nibbles: bool = False) -> OnnxWeights:
+    onnx_folders.parameters({**dense, f"{Q_PROJ}.weight": value}, CONFIG.to_dict(), folder, nibbles=nibbles)
     return OnnxWeights(folder, dtype=torch.float32)
 
 
@@ -96,6 +97,37 @@ def test_groups_are_read_in_the_order_of_the_inputs(
     assert torch.equal(found.read(f"{Q_PROJ}.weight"), value.dequantize())
     matrix = found.quantized[Q_PROJ]
     assert (matrix.kind, matrix.bits, matrix.block_size, matrix.shape) == ("MatMulNBits", bits, group, (64, 64))
+
+
+@pytest.mark.parametrize("sym", [False, True])
+@pytest.mark.parametrize("desc_act", [False, True])
+@pytest.mark.parametrize("group", [16, 64])
+def test_two_nodes_of_nibbles_are_one_matrix(
+    group: int, desc_act: bool, sym: bool, tmp_path: Path, dense: dict[str, Tensor]
+) -> None:
+    value = groups(8, group, 64, sym=sym, desc_act=desc_act)
+    found = of_operators(value, tmp_path, dense, nibbles=True)
+    matrix, read = found.quantized[Q_PROJ], found.stored(f"{Q_PROJ}.weight")
+    assert isinstance(read, GroupQuantized)
+    for part in ("codes", "zeros", "scales", "g_idx"):
+        assert np.array_equal(getattr(read, part).numpy(), getattr(value, part).numpy()), part
+    assert (read.bits, read.group_size, read.sym, read.desc_act) == (8, group, sym, desc_act)
+    assert found.grids[Q_PROJ] == value.spec
+    assert (matrix.kind, matrix.bits, matrix.block_size, matrix.shape) == ("MatMulNBits", 8, group, (64, 64))
+    assert found.method == f"ONNX, MatMulNBits, 8 bits as 4 and 4, blocks of {group}"
+    assert len(matrix.parts) == 4 + (not sym) + desc_act
+
+
+def test_rows_of_nibbles_are_those_of_llm_int8(tmp_path: Path, dense: dict[str, Tensor]) -> None:
+    weight = dense[f"{Q_PROJ}.weight"].float()
+    absmax = weight.abs().amax(1)
+    rows = RowQuantized((weight / (absmax / 127)[:, None]).round().to(torch.int8), absmax)
+    found = of_operators(rows, tmp_path, dense, nibbles=True)
+    read = found.stored(f"{Q_PROJ}.weight")
+    assert isinstance(read, GroupQuantized)
+    assert np.array_equal(read.codes.numpy(), rows.codes.to(torch.int16).add(128).to(torch.uint8).numpy())
+    assert torch.equal(found.read(f"{Q_PROJ}.weight"), rows.dequantize())
+    assert (found.layers[Q_PROJ].method, found.layers[Q_PROJ].group_size, found.grids) == ("int8", 64, {})
 
 
 @pytest.mark.parametrize(("columns", "group"), [(576, 576), (576, 192), (568, 568)])
@@ -186,6 +218,117 @@ def test_operators_that_contradict_their_codes_are_refused(
     of_operators(groups(4, 32, 64, sym=False, desc_act=True), tmp_path, dense)
     with pytest.raises(InputError, match=message):
         OnnxWeights(change(tmp_path, edit), dtype=torch.float32)
+
+
+def of_pair(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
+    """The nodes of the pair: high, low, Mul and Add."""
+    found = {node.name.rpartition("_")[2]: node for node in graph.node if node.op_type == "MatMulNBits"}
+    return found | {node.op_type: node for node in graph.node if node.op_type in ("Mul", "Add")}
+
+
+def set_factor(graph: onnx.GraphProto) -> None:
+    name = of_pair(graph)["Mul"].input[1]
+    (factor,) = [tensor for tensor in graph.initializer if tensor.name == name]
+    factor.CopyFrom(numpy_helper.from_array(np.array(8, np.float32), name))
+
+
+def without_low(graph: onnx.GraphProto) -> None:
+    """The high nibbles alone, with an Add that reads something else."""
+    nodes = of_pair(graph)
+    nodes["Add"].input[1] = "input_ids"
+    graph.node.remove(nodes["low"])
+
+
+def without_high(graph: onnx.GraphProto) -> None:
+    nodes = of_pair(graph)
+    nodes["Mul"].input[0] = "input_ids"
+    graph.node.remove(nodes["high"])
+
+
+def without_factor(graph: onnx.GraphProto) -> None:
+    nodes = of_pair(graph)
+    nodes["Add"].input[0] = nodes["high"].output[0]
+
+
+def subtracted(graph: onnx.GraphProto) -> None:
+    of_pair(graph)["Add"].op_type = "Sub"
+
+
+def read_elsewhere(graph: onnx.GraphProto) -> None:
+    nodes = of_pair(graph)
+    graph.node.append(onnx.helper.make_node("Identity", [nodes["high"].output[0]], ["elsewhere"]))
+
+
+def other_inputs(graph: onnx.GraphProto) -> None:
+    of_pair(graph)["low"].input[0] = "attention_mask"
+
+
+def turned_round(graph: onnx.GraphProto) -> None:
+    nodes = of_pair(graph)
+    high, low = nodes["high"].input[1], nodes["low"].input[1]
+    nodes["high"].input[1], nodes["low"].input[1] = low, high
+
+
+def without_zero_points(graph: onnx.GraphProto) -> None:
+    del of_pair(graph)["low"].input[3]
+
+
+def level_of_one(graph: onnx.GraphProto) -> None:
+    next(item for item in of_pair(graph)["low"].attribute if item.name == "accuracy_level").i = 4
+
+
+PAIRS = {
+    "wrong factor": (set_factor, r"multiplied by 8\.0, not by 16"),
+    "low nibbles missing": (without_low, "are not added"),
+    "high nibbles missing": (without_high, "are not added"),
+    "factor missing": (without_factor, "are not added"),
+    "subtracted": (subtracted, "are not added"),
+    "read elsewhere too": (read_elsewhere, "are not added"),
+    "other inputs": (other_inputs, "belong together"),
+    "turned round": (turned_round, "belong"),
+    "zero points of the low nibbles missing": (without_zero_points, "belong together"),
+    "another accuracy level": (level_of_one, "belong together"),
+}
+
+
+@pytest.mark.parametrize(("edit", "message"), PAIRS.values(), ids=PAIRS.keys())
+def test_pairs_of_nibbles_that_are_not_one_matrix_are_refused(
+    edit: Any, message: str, tmp_path: Path, dense: dict[str, Tensor]
+) -> None:
+    of_operators(groups(8, 32, 64, sym=True, desc_act=False), tmp_path, dense, nibbles=True)
+    with pytest.raises(InputError, match=message) as caught:
+        OnnxWeights(change(tmp_path, edit), dtype=torch.float32)
+    assert Q_PROJ in str(caught.value.where)
+
+
+def test_symmetric_zero_points_with_a_low_nibble_are_refused(tmp_path: Path, dense: dict[str, Tensor]) -> None:
+    of_operators(groups(8, 32, 64, sym=True, desc_act=False), tmp_path, dense, nibbles=True)
+    flip(tmp_path, f"{Q_PROJ}.zero_points_low")
+    with pytest.raises(InputError, match="zero point is not 0"):
+        OnnxWeights(tmp_path, dtype=torch.float32).read(f"{Q_PROJ}.weight")
+
+
+@pytest.mark.parametrize("half", ["high", "low"])
+def test_a_nibble_that_has_changed_is_another_code(half: str, tmp_path: Path, dense: dict[str, Tensor]) -> None:
+    value = groups(8, 32, 64, sym=True, desc_act=False)
+    of_operators(value, tmp_path, dense, nibbles=True)
+    flip(tmp_path, f"{Q_PROJ}.qweight_{half}")
+    read = OnnxWeights(tmp_path, dtype=torch.float32).stored(f"{Q_PROJ}.weight")
+    assert isinstance(read, GroupQuantized)
+    assert (read.codes != value.codes).nonzero().tolist() == [[0, 0]]
+    assert int(read.codes[0, 0]) ^ int(value.codes[0, 0]) == {"high": 16, "low": 1}[half]
+
+
+def flip(folder: Path, name: str) -> None:
+    """Flips the first bit of an initializer in the data file."""
+    model = onnx.load_model(folder / "model.onnx", load_external_data=False)
+    (tensor,) = [each for each in model.graph.initializer if each.name == name]
+    offset = int(next(entry.value for entry in tensor.external_data if entry.key == "offset"))
+    with (folder / "model.onnx.data").open("r+b") as file:
+        file.seek(offset)
+        (byte,) = file.read(1)
+        file.seek(offset)
+        file.write(bytes([byte ^ 1]))
 
 
 def test_an_order_that_is_no_permutation_is_refused(tmp_path: Path, dense: dict[str, Tensor]) -> None:

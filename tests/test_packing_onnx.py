@@ -15,7 +15,7 @@ from qexport.export.weight_files import WeightFiles
 from qexport.formats import MergedFormat, Outputs
 from qexport.formats.bitsandbytes import four_bit_tensors as bitsandbytes_4bit
 from qexport.formats.format import Encoding
-from qexport.formats.onnx import OnnxFormat, matmul_bnb4, matmul_integer, matmul_nbits
+from qexport.formats.onnx import OnnxFormat, matmul_bnb4, matmul_integer, matmul_nbits, nibbles
 from qexport.tensors import (
     BlockQuantizedSpec,
     GroupQuantized,
@@ -194,6 +194,65 @@ def test_rows_beyond_one_piece_of_work_keep_their_scales() -> None:
     assert torch.equal(read_nbits(packed, 40, 8), layer.dequantize())
 
 
+def read_pair(tensors: dict[str, torch.Tensor], in_features: int) -> torch.Tensor:
+    """[out, in], one value after the other: 16 times the matrix of the high nibbles, and that of the low ones."""
+    shared = {name: tensors[name] for name in ("scales", "order") if name in tensors}
+    halves = [
+        {part: tensors[f"{part}_{half}"] for part in ("qweight", "zero_points") if f"{part}_{half}" in tensors}
+        for half in ("high", "low")
+    ]
+    high, low = (read_nbits(shared | half, in_features, 4).double() for half in halves)
+    return (16 * high + low).float()
+
+
+@settings(max_examples=60, deadline=None)
+@given(grouped_layers().filter(lambda layer: layer.bits == 8))
+def test_nibbles_of_groups_add_up_to_the_codes(layer: GroupQuantized) -> None:
+    encoding = OnnxFormat(torch.float32)
+    packed = encoding.pack(layer)
+    assert specs_of(packed) == encoding.parts(spec_of(layer))
+    assert torch.equal(read_pair(packed, layer.codes.shape[1]), layer.dequantize())
+    assert ("zero_points_high" in packed) is (not layer.sym)
+    assert "qweight" not in packed
+
+
+@pytest.mark.parametrize(("out_features", "in_features"), [(5, 33), (600, 40), (1, 1), (3, 256)])
+def test_nibbles_of_rows_add_up_to_the_codes(out_features: int, in_features: int) -> None:
+    layer, spec = rows(out_features, in_features), RowQuantizedSpec(out_features, in_features, torch.bfloat16)
+    packed = OnnxFormat(torch.float32).pack(layer)
+    assert specs_of(packed) == OnnxFormat(torch.float32).parts(spec)
+    assert torch.equal(packed["scales"], layer.scales[:, None].expand_as(packed["scales"]))
+    ones = packed | {"scales": torch.ones_like(packed["scales"])}
+    assert torch.equal(read_pair(ones, in_features), layer.codes.float())
+
+
+def test_the_bytes_of_nibbles_are_the_golden_ones() -> None:
+    parts = {
+        "qweight": torch.tensor([[[0x12, 0x34, 0x56, 0x78]]], dtype=torch.uint8),
+        "scales": torch.ones(1, 3),
+        "zero_points": torch.tensor([[0x9A, 0xBC, 0xDE]], dtype=torch.uint8),
+    }
+    found = {name: tensor.flatten().tolist() for name, tensor in nibbles.split(parts).items() if name != "scales"}
+    assert found == {
+        "qweight_high": [0x31, 0x75], "qweight_low": [0x42, 0x86],
+        "zero_points_high": [0xB9, 0x0D], "zero_points_low": [0xCA, 0x0E],
+    }  # fmt: skip
+
+
+def test_8_bits_are_whole_where_they_are_fast_or_sums_would_be_rounded() -> None:
+    groups, row = spec_of(make(8, 8, 64, 32)), RowQuantizedSpec(8, 64, torch.bfloat16)
+    expected = {
+        OnnxFormat(torch.float32): (True, True),
+        OnnxFormat(torch.float16): (False, True),
+        OnnxFormat(torch.float32, accuracy_level=4): (False, False),
+        OnnxFormat(torch.float32, int8_activations=True): (True, False),
+    }
+    for encoding, found in expected.items():
+        assert (encoding.in_nibbles(groups), encoding.in_nibbles(row)) == found, encoding
+        assert [("qweight" in encoding.parts(spec)) for spec in (groups, row)] == [not each for each in found]
+        assert not encoding.in_nibbles(spec_of(make(4, 8, 64, 32)))
+
+
 def test_scales_are_never_rounded() -> None:
     with pytest.raises(QexportError, match="rounded in float16"):
         matmul_nbits.pack_rows(rows(4, 32), torch.float16)
@@ -250,7 +309,7 @@ def test_the_encoding_names_initializers_after_their_module() -> None:
     dense = torch.ones(3, dtype=torch.bfloat16)
     cases: list[tuple[OnnxFormat, Quantized, QuantizedSpec, list[str]]] = [
         (half, groups, spec_of(groups), ["qweight", "scales", "zero_points", "order"]),
-        (half, row, row_spec, ["qweight", "scales"]),
+        (half, row, row_spec, ["qweight_high", "qweight_low", "scales", "zero_points_low"]),
         (integer, row, row_spec, ["qweight", "scales"]),
     ]
     for encoding, value, spec, parts in cases:
@@ -268,6 +327,7 @@ def test_encodings_are_equal_where_they_store_the_same() -> None:
     assert OnnxFormat(torch.float32) == OnnxFormat(torch.float32)
     assert OnnxFormat(torch.float32) != OnnxFormat(torch.float16)
     assert OnnxFormat(torch.float32) != OnnxFormat(torch.float32, int8_activations=True)
+    assert OnnxFormat(torch.float32) != OnnxFormat(torch.float32, accuracy_level=4)
     plain: list[Encoding] = [gptq_method(), MergedFormat()]
     assert plain[0] == gptq_method()
     assert plain[0] != plain[1]

@@ -9,7 +9,7 @@ from bitsandbytes.functional import quantize_4bit
 from bitsandbytes_oracle import own_values, reads_right, values
 from qexport.architectures.activation_rounding import round_blocks
 from qexport.formats.bitsandbytes import four_bit_tensors as bitsandbytes_4bit
-from qexport.formats.onnx import matmul_bnb4, matmul_integer, matmul_nbits
+from qexport.formats.onnx import OnnxFormat, matmul_bnb4, matmul_integer, matmul_nbits
 from qexport.formats.onnx.matmul_nbits_reading import NBitsMatrix
 from qexport.tensors import GroupQuantized, RowQuantized, RowQuantizedSpec
 from test_packing_gptq import make
@@ -98,6 +98,45 @@ def test_rows_are_exact(in_features: int, out_features: int) -> None:
     for at_once in (WHOLE, 16):
         assert torch.equal(node.matrix(in_features, torch.float32, at_once), expected)
     assert torch.equal(node(torch.eye(in_features)[5:6])[0], expected[:, 5])
+
+
+def pair_node(layer: GroupQuantized | RowQuantized) -> OneNode:
+    out_features, in_features = layer.codes.shape
+    row_spec = RowQuantizedSpec(out_features, in_features, torch.float32)
+    spec = spec_of(layer) if isinstance(layer, GroupQuantized) else row_spec
+    parts = OnnxFormat(torch.float32).pack(layer)
+    return OneNode.pair(parts, columns=in_features, block_size=matmul_nbits.block_size(spec))
+
+
+@pytest.mark.parametrize(("in_features", "group_size"), [(576, 16), (576, 64), (1024, 512), (568, 568), (7, 7)])
+@pytest.mark.parametrize("desc_act", [False, True])
+@pytest.mark.parametrize("sym", [False, True])
+def test_two_nodes_of_nibbles_are_exact(sym: bool, desc_act: bool, in_features: int, group_size: int) -> None:
+    layer = make(8, 13, in_features, group_size, sym=sym, seed=int(desc_act))
+    node, expected = pair_node(layer), layer.dequantize()
+    for at_once in (WHOLE, 16):
+        assert torch.equal(node.matrix(in_features, torch.float32, at_once), expected)
+    assert torch.equal(node(torch.eye(in_features)[5:6])[0], expected[:, 5])
+
+
+@pytest.mark.parametrize("in_features", [16, 31, 568, 1024])
+def test_two_nodes_of_nibbles_of_rows_are_rounded_as_often_as_their_sum(in_features: int) -> None:
+    """Their scales have all 24 bits of float32, so that each product and the sum are rounded."""
+    layer = rows(13, in_features)
+    node, expected = pair_node(layer), layer.dequantize()
+    bound = 2**-24 * 256 * layer.scales[:, None]
+    for found in (node.matrix(in_features, torch.float32, WHOLE), node.matrix(in_features, torch.float32, 1)):
+        assert bool(((found - expected).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_sums_of_two_nodes_of_nibbles_are_those_of_float32(tokens: int) -> None:
+    layer = make(8, 13, 568, 568, seed=1)
+    torch.manual_seed(0)
+    x, weight = torch.randn(tokens, 568), layer.dequantize().double()
+    largest = 256 * layer.scales[0].double()
+    bound = (568 + 4) * 2**-24 * x.double().abs().sum(1, keepdim=True) * largest
+    assert bool(((pair_node(layer)(x) - x.double() @ weight.t()).abs() <= bound).all())
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

@@ -64,7 +64,7 @@ def _environment(layout: str) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"shell": shlex.quote, "yaml": _yaml_scalar}
+    environment.filters |= {"shell": shlex.quote, "yaml": _yaml_scalar, "python": ascii}
     return environment
 
 

@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.falcon.modeling_falcon import FalconAttention
 from transformers.pytorch_utils import Conv1D
 
 from qexport.errors import CompatibilityError
@@ -98,6 +99,8 @@ def intercepted(model: PreTrainedModel, handover: Handover) -> Iterator[None]:
         for rotary in (found for found in model.modules() if getattr(found, "rope_type", None) == LONGROPE):
             stack.enter_context(patch.object(rotary, "forward", switched(rotary)))
         stack.enter_context(_attention_intercepted(model, handover))
+        for attention in (found for found in model.modules() if isinstance(found, FalconAttention)):
+            stack.enter_context(patch.object(attention, "_split_heads", _split_heads(attention)))
         if _is_half_rotation(getattr(module, "apply_rotary_pos_emb", None)):
             stack.enter_context(patch.object(module, "apply_rotary_pos_emb", _apply_rotary))
         if hasattr(module, "mamba2_chunk_scan"):
@@ -162,6 +165,27 @@ def _is_half_rotation(function: Callable[..., Any] | None) -> bool:
 def _rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = states.chunk(2, -1)
     return states * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
+
+
+def _split_heads(attention: FalconAttention) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """Falcon's queries, keys and values with one Split; transformers takes keys and values with lists of indices, which
+    become five nodes each.
+    """
+
+    def forward(fused: Tensor) -> tuple[Tensor, ...]:
+        batch, sequence, _ = fused.shape
+        size = attention.head_dim
+        if attention.new_decoder_architecture:
+            assert attention.num_kv_heads is not None
+            shared = attention.num_heads // attention.num_kv_heads
+            query, key, value = fused.view(batch, sequence, -1, shared + 2, size).split([shared, 1, 1], dim=3)
+            return tuple(part.expand(query.shape).flatten(2, 3) for part in (query, key, value))
+        heads = attention.num_heads
+        query, key, value = fused.view(batch, sequence, heads + 2, size).split([heads, 1, 1], dim=2)
+        return query, key, value
+
+    own: Callable[[Tensor], tuple[Tensor, ...]] = attention._split_heads
+    return forward if attention.new_decoder_architecture or attention.multi_query else own
 
 
 def _apply_rotary(

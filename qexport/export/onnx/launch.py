@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from qexport.export.launch import Launch, render_launch_files
-from qexport.records import Record
+from qexport.export.onnx.chat import ChatTurn
+from qexport.records import Record, added
 
 
 class TritonValue(Record):
@@ -38,6 +39,9 @@ class OnnxLaunch(Launch):
 
     tokenizer: bool
     """Whether the folder has a tokenizer.json, which the script needs."""
+
+    chat: ChatTurn | None = added()
+    """What the script writes around a message; None where it only continues texts."""
 
 
 def launch_files(figures: OnnxLaunch) -> dict[str, bytes]:

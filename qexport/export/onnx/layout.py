@@ -17,11 +17,12 @@ from qexport.amounts import parse_size
 from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.structure import Structure
 from qexport.artifact.manifest import CardText, GraphRecord
-from qexport.errors import CompatibilityError, QexportError, listed
+from qexport.errors import CompatibilityError, InputError, QexportError, listed
 from qexport.export import OnnxSettings
 from qexport.export.loaders import Folder, loading_section
 from qexport.export.model_files import card_text, model_files, sizes_of, write_files
 from qexport.export.onnx.attention import refuse_unfused
+from qexport.export.onnx.chat import ChatTurn, chat_turn
 from qexport.export.onnx.files import DTYPES, OnnxFiles, Place, onnx_files, put_in_place
 from qexport.export.onnx.genai import FILE_NAME, genai_config, genai_notes, generation
 from qexport.export.onnx.interception import switching_length
@@ -42,7 +43,9 @@ _SHARED_FROM: Final = "safetensors"
 _GRAPH_BYTES: Final = 6000
 _BLOCK_BYTES: Final = 4700
 _INITIALIZER_BYTES: Final = 110
-"""Measured on tiny models of several families; the places of the graph's own names count with the initializers'."""
+_PAIR_BYTES: Final = 400
+"""Measured on tiny models of several families; a pair is one of 4-bit nodes. The places of the graph's own names count
+with the initializers'."""
 
 
 class OnnxLayout:
@@ -69,9 +72,10 @@ class OnnxLayout:
         self._settings, self._outputs, self._structure, self._checkpoint = settings, outputs, structure, checkpoint
         self._activations: torch.dtype = getattr(torch, settings.activations)
         self._refuse_method()
-        encoding = OnnxFormat(self._activations, isinstance(outputs.format, W8A8Format))
+        int8_activations = isinstance(outputs.format, W8A8Format)
+        self._encoding = OnnxFormat(self._activations, int8_activations, settings.accuracy_level)
         size = parse_size(settings.max_shard_size)
-        self.weights: OnnxFiles = onnx_files(outputs, encoding, size, shared=settings.share_weights)
+        self.weights: OnnxFiles = onnx_files(outputs, self._encoding, size, shared=settings.share_weights)
         self._refuse_unsupported()
         self._cache = layer_caches(checkpoint.architecture, self._activations)
         if settings.attention == "fused":
@@ -92,6 +96,8 @@ class OnnxLayout:
             notes.append("accuracy_level 4: ONNX Runtime rounds the inputs of quantized layers to 8 bits")
         if length := switching_length(self._checkpoint.architecture.parsed):
             notes.append(f"a text that grows past {length} tokens must begin anew there, without a cache: LongRoPE")
+        if self._chat[1]:
+            notes.append(f"launch/generate.py continues texts without the chat template: {self._chat[1]}")
         notes += genai_notes(self._checkpoint.config, self._cache)
         if self._shared:
             notes.append("onnx.load refuses data files that have a second link, ONNX Runtime does not; a copy has none")
@@ -135,8 +141,10 @@ class OnnxLayout:
     def _graph_bytes(self) -> int:
         """An estimate: nodes and initializers have names, and each initializer has its place in the data files."""
         names = sum(map(len, self.weights.initializers))
-        blocks = len(self._structure.blocks)
-        return _GRAPH_BYTES + blocks * _BLOCK_BYTES + len(self.weights.initializers) * _INITIALIZER_BYTES + 2 * names
+        blocks, initializers = len(self._structure.blocks), len(self.weights.initializers)
+        pairs = sum(self._encoding.in_nibbles(spec) for spec in self._outputs.quantized.values())
+        graph = _GRAPH_BYTES + blocks * _BLOCK_BYTES + pairs * _PAIR_BYTES
+        return graph + initializers * _INITIALIZER_BYTES + 2 * names
 
     def write_files(self, folder: Path, checkpoint: Checkpoint) -> None:
         """Writes the graph and the files beside it."""
@@ -173,6 +181,7 @@ class OnnxLayout:
             data_files=list(data_files),
             ends=list(ends.ends),
             tokenizer="tokenizer.json" in checkpoint.files,
+            chat=self._chat[0],
         )
         config = genai_config(checkpoint.config, self._cache, ends)
         own = {FILE_NAME: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode("ascii")} if config else {}
@@ -199,14 +208,21 @@ class OnnxLayout:
         return self._settings.share_weights
 
     @cached_property
+    def _chat(self) -> tuple[ChatTurn | None, str]:
+        """What the script writes around a message, or why it cannot."""
+        try:
+            return chat_turn(self._checkpoint.files), ""
+        except InputError as error:
+            return None, error.what
+
+    @cached_property
     def _lowered(self) -> ir.Model:
         return lower(
             trace(self._checkpoint.architecture, self._activations),
             self._outputs,
             self.weights.initializers,
-            activations=self._activations,
+            encoding=self._encoding,
             attention=self._settings.attention,
-            accuracy_level=self._settings.accuracy_level,
         )
 
     def _share(self, folder: Path) -> dict[str, Place]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from qexport.export.onnx.files import Weights
+from qexport.export.onnx.files import DTYPES, Weights
 from qexport.export.onnx.nodes import Emitter
 from qexport.export.onnx.tracing import OPSET
 from qexport.formats import LlmInt8Format, Outputs
-from qexport.formats.onnx import matmul_bnb4, matmul_integer, matmul_nbits
+from qexport.formats.onnx import OnnxFormat, matmul_bnb4, matmul_integer, matmul_nbits
+from qexport.formats.onnx.nibbles import FACTOR, HIGH, LOW
 from qexport.formats.onnx.operators import MICROSOFT
 from qexport.tensors import (
     BlockQuantizedSpec,
@@ -82,15 +83,12 @@ class Linears:
         emit: writes the nodes.
         weights: the initializers.
         outputs: how each weight is quantized.
-        activations: the dtype of inputs and outputs.
-        accuracy_level: of MatMulNBits: with 4 it may round the inputs to 8 bits, with 0 not.
+        encoding: how it is stored; its dtype is that of inputs and outputs.
     """
 
-    def __init__(
-        self, emit: Emitter, weights: Weights, outputs: Outputs, activations: ir.DataType, accuracy_level: int
-    ) -> None:
-        self._emit, self._weights, self._outputs = emit, weights, outputs
-        self._activations, self._accuracy_level = activations, accuracy_level
+    def __init__(self, emit: Emitter, weights: Weights, outputs: Outputs, encoding: OnnxFormat) -> None:
+        self._emit, self._weights, self._outputs, self._encoding = emit, weights, outputs, encoding
+        self._activations = DTYPES[encoding.dtype]
 
     def linear(self, node: ir.Node) -> ir.Value:
         """The value that replaces the output."""
@@ -120,8 +118,7 @@ class Linears:
     def _groups(self, inputs: ir.Value, module: str, spec: GroupQuantizedSpec) -> ir.Value:
         if spec.desc_act:
             inputs = self._emit.one("Gather", inputs, self._weights.stored(f"{module}.order"), axis=-1)
-        zeros = None if spec.sym else self._weights.stored(f"{module}.zero_points")
-        return self._matmul_nbits(inputs, module, spec, zeros)
+        return self._matmul_nbits(inputs, module, spec)
 
     def _in_float32(self, inputs: ir.Value, module: str, spec: BlockQuantizedSpec | RowQuantizedSpec) -> ir.Value:
         """The operators require inputs in the scales' dtype, float32; float16 scales would change the weights."""
@@ -131,29 +128,42 @@ class Linears:
         if isinstance(spec, BlockQuantizedSpec):
             output = self._matmul_bnb4(inputs, module, spec)
         elif isinstance(self._outputs.format, LlmInt8Format):
-            output = self._matmul_nbits(inputs, module, spec, None)
+            output = self._matmul_nbits(inputs, module, spec)
         else:
             output = self._matmul_integer(inputs, module)
         return self._emit.one("Cast", output, to=self._activations) if narrow else output
 
-    def _matmul_nbits(
+    def _matmul_nbits(self, inputs: ir.Value, module: str, spec: GroupQuantizedSpec | RowQuantizedSpec) -> ir.Value:
+        asymmetric = isinstance(spec, GroupQuantizedSpec) and not spec.sym
+        if not self._encoding.in_nibbles(spec):
+            return self._nbits_node(inputs, module, spec, bits=spec.bits, zero_points=asymmetric)
+        factor = self._emit.constant(np.array(FACTOR, dtype=np.float32))
+        high = self._nbits_node(inputs, module, spec, bits=4, zero_points=asymmetric, part=f"_{HIGH}")
+        low = self._nbits_node(inputs, module, spec, bits=4, zero_points=True, part=f"_{LOW}")
+        return self._emit.one("Add", self._emit.one("Mul", high, factor), low)
+
+    def _nbits_node(
         self,
         inputs: ir.Value,
         module: str,
         spec: GroupQuantizedSpec | RowQuantizedSpec,
-        zeros: ir.Value | None,
+        *,
+        bits: int,
+        zero_points: bool,
+        part: str = "",
     ) -> ir.Value:
-        codes, scales = (self._weights.stored(f"{module}.{part}") for part in ("qweight", "scales"))
+        zeros = [self._weights.stored(f"{module}.zero_points{part}")] if zero_points else []
+        codes, scales = (self._weights.stored(f"{module}.{name}") for name in (f"qweight{part}", "scales"))
         return self._emit.one(
             "MatMulNBits",
-            *(inputs, codes, scales, *([zeros] if zeros is not None else [])),
+            *(inputs, codes, scales, *zeros),
             domain=MICROSOFT,
-            name=module,
+            name=f"{module}{part}",
             K=spec.in_features,
             N=spec.out_features,
-            bits=spec.bits,
+            bits=bits,
             block_size=matmul_nbits.block_size(spec),
-            accuracy_level=self._accuracy_level,
+            accuracy_level=self._encoding.accuracy_level,
         )
 
     def _matmul_bnb4(self, inputs: ir.Value, module: str, spec: BlockQuantizedSpec) -> ir.Value:

@@ -7,7 +7,6 @@ from importlib.metadata import version
 from typing import Final, Literal
 
 import onnx_ir as ir
-import torch
 from onnx_ir.passes import common
 
 from qexport.errors import CompatibilityError, listed
@@ -17,6 +16,7 @@ from qexport.export.onnx.linears import Linears, selective_scan
 from qexport.export.onnx.nodes import DOMAIN, Emitter
 from qexport.export.onnx.tracing import Trace
 from qexport.formats import Outputs
+from qexport.formats.onnx import OnnxFormat
 from qexport.formats.onnx.operators import MICROSOFT
 from qexport.tensors import TensorSpec
 
@@ -31,19 +31,17 @@ def lower(
     outputs: Outputs,
     specs: Mapping[str, TensorSpec],
     *,
-    activations: torch.dtype,
+    encoding: OnnxFormat,
     attention: Literal["plain", "fused"],
-    accuracy_level: int,
 ) -> ir.Model:
     """The finished graph. The trace is changed, and cannot be used again.
 
     Args:
-        trace: from `trace`, with the same activations.
+        trace: from `trace`, with the encoding's dtype as activations.
         outputs: how each weight is quantized.
-        specs: every tensor of the files, by the names that `OnnxFormat` gives them.
-        activations: what the graph computes in.
+        specs: every tensor of the files, by the names that `encoding` gives them.
+        encoding: how weights are stored; the graph computes in its dtype.
         attention: ONNX's operators, or ONNX Runtime's GroupQueryAttention and RotaryEmbedding.
-        accuracy_level: of MatMulNBits.
 
     Returns:
         The graph. The places of its initializers are not set yet; see `put_in_place`.
@@ -51,11 +49,11 @@ def lower(
     Raises:
         CompatibilityError: a quantized weight is used by something else than a linear layer, or a weight is not used.
     """
-    graph, dtype = trace.model.graph, DTYPES[activations]
+    graph, dtype = trace.model.graph, DTYPES[encoding.dtype]
     parameters = [value for value in graph.inputs if value.name in outputs.specs]
     emit = Emitter(graph)
     weights = Weights(emit, specs, dtype)
-    linears = Linears(emit, weights, outputs, dtype, accuracy_level)
+    linears = Linears(emit, weights, outputs, encoding)
     attend = _ATTENTION[attention](emit, dtype)
     for node in [node for node in graph if node.domain == DOMAIN]:
         emit.before = node

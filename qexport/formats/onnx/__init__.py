@@ -12,9 +12,9 @@ from typing import ClassVar, Final
 import torch
 
 from qexport.formats.format import Encoding, ModuleEncoding
-from qexport.formats.onnx import matmul_bnb4, matmul_integer, matmul_nbits
+from qexport.formats.onnx import matmul_bnb4, matmul_integer, matmul_nbits, nibbles
 from qexport.formats.onnx.matmul_nbits_reading import read_nbits
-from qexport.formats.onnx.operators import MICROSOFT, GraphTensors, Operator, StoredMatrix
+from qexport.formats.onnx.operators import MICROSOFT, GraphTensors, Operator, StoredMatrix, Wiring
 from qexport.tensors import (
     BlockQuantized,
     BlockQuantizedSpec,
@@ -39,30 +39,55 @@ class OnnxFormat(ModuleEncoding):
         dtype: float32 or float16, of the activations and of the scales of groups. Rows and blocks keep float32 scales:
             their nodes compute in float32.
         int8_activations: whether rows are multiplied with int8 activations (W8A8), or dequantized (LLM.int8).
+        accuracy_level: of MatMulNBits: with 4 it may round its inputs to 8 bits, with 0 not.
     """
 
     dtype: torch.dtype
     int8_activations: bool = False
+    accuracy_level: int = 0
 
     holds: ClassVar = (GroupQuantized, BlockQuantized, RowQuantized)
 
     def parts(self, spec: QuantizedSpec) -> dict[str, TensorSpec]:
-        """Two to four initializers."""
-        if isinstance(spec, GroupQuantizedSpec):
-            return matmul_nbits.group_specs(spec, self.dtype)
+        """Two to six initializers."""
         if isinstance(spec, BlockQuantizedSpec):
             return matmul_bnb4.specs(spec)
-        assert isinstance(spec, RowQuantizedSpec)
-        return matmul_integer.specs(spec) if self.int8_activations else matmul_nbits.row_specs(spec, torch.float32)
+        if isinstance(spec, GroupQuantizedSpec):
+            parts = matmul_nbits.group_specs(spec, self.dtype)
+        else:
+            assert isinstance(spec, RowQuantizedSpec)
+            if self.int8_activations:
+                return matmul_integer.specs(spec)
+            parts = matmul_nbits.row_specs(spec, torch.float32)
+        return nibbles.split_specs(parts) if self.in_nibbles(spec) else parts
 
     def pack(self, value: Quantized) -> dict[str, torch.Tensor]:
-        """Two to four initializers."""
-        if isinstance(value, GroupQuantized):
-            return matmul_nbits.pack_groups(value, self.dtype)
+        """Two to six initializers."""
         if isinstance(value, BlockQuantized):
             return matmul_bnb4.pack(value)
-        assert isinstance(value, RowQuantized), "a method has no codes of this kind"
-        return matmul_integer.pack(value) if self.int8_activations else matmul_nbits.pack_rows(value, torch.float32)
+        spec: QuantizedSpec
+        if isinstance(value, GroupQuantized):
+            spec, parts = value.spec, matmul_nbits.pack_groups(value, self.dtype)
+        else:
+            assert isinstance(value, RowQuantized), "a method has no codes of this kind"
+            if self.int8_activations:
+                return matmul_integer.pack(value)
+            out_features, in_features = value.codes.shape
+            spec = RowQuantizedSpec(out_features, in_features, torch.float32)
+            parts = matmul_nbits.pack_rows(value, torch.float32)
+        return nibbles.split(parts) if self.in_nibbles(spec) else parts
+
+    def in_nibbles(self, spec: QuantizedSpec) -> bool:
+        """Whether 8-bit codes are stored as two matrices of 4 bits (see `nibbles`).
+
+        Not at `accuracy_level` 4, at which 8 bits are fast; and not for nodes that compute in float16, which are meant
+        for GPUs, and would round both outputs and their sum.
+        """
+        if self.accuracy_level:
+            return False
+        if isinstance(spec, GroupQuantizedSpec):
+            return spec.bits == 8 and self.dtype == torch.float32
+        return isinstance(spec, RowQuantizedSpec) and not self.int8_activations
 
     def fault(self, spec: QuantizedSpec) -> str | None:
         """Why ONNX Runtime's operator cannot take this matrix, for example because of its block size; else None."""
@@ -99,9 +124,7 @@ class EncodingWithout:
         return self.encoding.fault(spec)
 
 
-OPERATORS: Final[
-    Mapping[tuple[str, str], Callable[[GraphTensors, Operator, Mapping[str, Operator]], tuple[str, StoredMatrix]]]
-] = {
+OPERATORS: Final[Mapping[tuple[str, str], Callable[[GraphTensors, Operator, Wiring], tuple[str, StoredMatrix]]]] = {
     (MICROSOFT, "MatMulNBits"): read_nbits,
     (MICROSOFT, "MatMulBnb4"): matmul_bnb4.read_bnb4,
     ("", "MatMulInteger"): matmul_integer.read_integer,
@@ -109,19 +132,19 @@ OPERATORS: Final[
 """The operators that multiply with codes, by domain and type, and the function that reads the weight of each."""
 
 
-def stored_matrix(graph: GraphTensors, node: Operator, producers: Mapping[str, Operator]) -> tuple[str, StoredMatrix]:
+def stored_matrix(graph: GraphTensors, node: Operator, wiring: Wiring) -> tuple[str, StoredMatrix]:
     """The path of a module, and how its weight is stored, for a node that is one of the `OPERATORS`.
 
     Args:
         graph: the node's graph.
         node: the operator.
-        producers: the node that yields each value, by the value's name.
+        wiring: which nodes yield and read each value.
 
     Raises:
         InputError: an attribute or an input is missing, has a shape or dtype that the operator does not take, or is one
             that runtimes or their versions compute differently.
     """
-    return OPERATORS[node.domain, node.op_type](graph, node, producers)
+    return OPERATORS[node.domain, node.op_type](graph, node, wiring)
 
 
 def description(matrices: Iterable[StoredMatrix]) -> str:

@@ -21,7 +21,16 @@ import torch
 
 from qexport.errors import CompatibilityError, InputError
 from qexport.formats.bitsandbytes.four_bit_tensors import QuantType, flat_absmax
-from qexport.formats.onnx.operators import MEND, GraphTensors, Operator, attribute, module_of, require, scales_of
+from qexport.formats.onnx.operators import (
+    MEND,
+    GraphTensors,
+    Operator,
+    Wiring,
+    attribute,
+    module_of,
+    require,
+    scales_of,
+)
 from qexport.formats.stored_weight import StoredLayer
 from qexport.tensors import BlockQuantized, BlockQuantizedSpec, TensorSpec
 
@@ -117,7 +126,7 @@ class Bnb4Matrix:
         return BlockQuantized(graph.read(self.codes), scales_of(graph, self.absmax), None, spec)
 
 
-def read_bnb4(graph: GraphTensors, node: Operator, producers: Mapping[str, Operator]) -> tuple[str, Bnb4Matrix]:
+def read_bnb4(graph: GraphTensors, node: Operator, wiring: Wiring) -> tuple[str, Bnb4Matrix]:
     """The path of a module, and its weight; see `qexport.formats.onnx.stored_matrix`."""
     rows, columns, block, code = (attribute(graph, node, key) for key in ("N", "K", "block_size", "quant_type"))
     if code not in _BY_CODE or block < 2 or columns % block:

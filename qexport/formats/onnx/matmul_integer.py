@@ -6,14 +6,13 @@ bits, which saturate. With uint8 on both sides and zero points of 128 the sums a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
 import torch
 
 from qexport.errors import CompatibilityError, InputError
-from qexport.formats.onnx.operators import MEND, GraphTensors, Operator, module_of, require, scales_of
+from qexport.formats.onnx.operators import MEND, GraphTensors, Operator, Wiring, module_of, require, scales_of
 from qexport.formats.stored_weight import StoredLayer
 from qexport.tensors import RowQuantized, RowQuantizedSpec, TensorSpec
 from qexport.tensors.input_rounding import InputRounding
@@ -108,7 +107,7 @@ class IntegerMatrix:
         return RowQuantized((codes.t().contiguous() ^ ZERO_POINT).view(torch.int8), absmax)
 
 
-def read_integer(graph: GraphTensors, node: Operator, producers: Mapping[str, Operator]) -> tuple[str, IntegerMatrix]:
+def read_integer(graph: GraphTensors, node: Operator, wiring: Wiring) -> tuple[str, IntegerMatrix]:
     """The path of a module, and its weight; see `qexport.formats.onnx.stored_matrix`."""
     module = module_of(graph, node, node.input(1), ".qweight")
     found = graph.initializers.get(node.input(1))

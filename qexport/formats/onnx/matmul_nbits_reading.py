@@ -1,13 +1,13 @@
 """Weights of MatMulNBits read back from a graph, unpacked by the operator's definition.
 
-The reference is ONNX Runtime's `docs/ContribOperators.md`. Writing is in `matmul_nbits`.
+The reference is ONNX Runtime's `docs/ContribOperators.md`. Writing is in `matmul_nbits` and
+`nibbles`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Final
 
 import torch
@@ -15,7 +15,17 @@ from torch import Tensor
 
 from qexport.errors import InputError
 from qexport.formats.onnx.matmul_nbits import BLOCK_SIZES
-from qexport.formats.onnx.operators import MEND, GraphTensors, Operator, attribute, module_of, require, scales_of
+from qexport.formats.onnx.nibbles import FACTOR, HIGH, LOW
+from qexport.formats.onnx.operators import (
+    MEND,
+    GraphTensors,
+    Operator,
+    Wiring,
+    attribute,
+    module_of,
+    require,
+    scales_of,
+)
 from qexport.formats.stored_weight import StoredLayer
 from qexport.tensors import GroupQuantized, GroupQuantizedSpec
 from qexport.tensors.input_rounding import InputRounding
@@ -27,6 +37,9 @@ _INTEGER_INPUTS: Final = 4
 _TWO_BITS: Final = 2
 _ROUNDED_BLOCKS_OF_TWO_BITS: Final = (32, 64, 128)
 """With others, codes of two bits have no integer kernel: the inputs stay as they are at every level."""
+_NIBBLE_BITS: Final = 4
+_HIGH_CODES: Final = f".qweight_{HIGH}"
+_LOW_CODES: Final = f".qweight_{LOW}"
 
 
 @dataclass(frozen=True)
@@ -54,6 +67,7 @@ class NBitsMatrix:
     order: str
 
     kind: ClassVar[str] = "MatMulNBits"
+    _division: ClassVar[str] = ""
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -74,7 +88,7 @@ class NBitsMatrix:
     def description(self) -> str:
         """See `StoredMatrix.description`."""
         rounded = ", inputs rounded to 8 bits" if self.rounds_inputs else ""
-        return f"{self.kind}, {self.bits} bits{rounded}, blocks of"
+        return f"{self.kind}, {self.bits} bits{self._division}{rounded}, blocks of"
 
     def layer(self, graph: GraphTensors) -> StoredLayer:
         """See `StoredMatrix.layer`. The operator is the same for GPTQ's groups and LLM.int8's rows. GPTQ's scales are
@@ -109,8 +123,8 @@ class NBitsMatrix:
 
     def quantized(self, graph: GraphTensors) -> GroupQuantized:
         """The codes in the order of the inputs, with one group per block. Scales keep their dtype."""
-        rows, columns = self.shape
-        codes = _unpacked(graph.read(self.codes).reshape(rows, -1), self.bits)[:, :columns]
+        columns = self.shape[1]
+        codes = self._codes(graph)[:, :columns]
         groups = torch.arange(columns, dtype=torch.int32) // self.block_size
         if self.order:
             order = graph.read(self.order)
@@ -128,14 +142,104 @@ class NBitsMatrix:
             desc_act=bool(self.order),
         )
 
+    def _codes(self, graph: GraphTensors) -> Tensor:
+        """uint8 [out, blocks * block_size], as the graph has them, in the order of the columns."""
+        return _unpacked(graph.read(self.codes).reshape(self.shape[0], -1), self.bits)
+
     def _zeros(self, graph: GraphTensors) -> Tensor:
+        """uint8 [out, blocks]."""
         if not self.zero_points:
             return torch.full((self.shape[0], self.blocks), 2 ** (self.bits - 1), dtype=torch.uint8)
         return _unpacked(graph.read(self.zero_points), self.bits)[:, : self.blocks]
 
 
-def read_nbits(graph: GraphTensors, node: Operator, producers: Mapping[str, Operator]) -> tuple[str, NBitsMatrix]:
-    """The path of a module, and its weight; see `qexport.formats.onnx.stored_matrix`."""
+@dataclass(frozen=True)
+class NibbleMatrix(NBitsMatrix):
+    """A weight of two MatMulNBits of 4 bits that stand for one of 8, see `nibbles`.
+
+    The inherited attributes are those of the 8-bit matrix, with the high nibbles as `codes` and `zero_points`.
+
+    Attributes:
+        low_codes: the low nibbles of the codes, in the shape of `codes`.
+        low_zero_points: those of the zero points; 0 where the high ones are omitted.
+    """
+
+    low_codes: str
+    low_zero_points: str
+
+    _division: ClassVar[str] = " as 4 and 4"
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of its initializers."""
+        return (*super().parts, self.low_codes, self.low_zero_points)
+
+    def _codes(self, graph: GraphTensors) -> Tensor:
+        return _joined(_nibbles(graph, self.codes), _nibbles(graph, self.low_codes))
+
+    def _zeros(self, graph: GraphTensors) -> Tensor:
+        low = _nibbles(graph, self.low_zero_points)[:, : self.blocks]
+        if self.zero_points:
+            return _joined(_nibbles(graph, self.zero_points)[:, : self.blocks], low)
+        if low.any():
+            raise InputError(
+                "the low nibble of a zero point is not 0, but the high ones are omitted",
+                where=graph.where(self.low_zero_points),
+                mend=MEND,
+            )
+        return super()._zeros(graph)
+
+
+def read_nbits(graph: GraphTensors, node: Operator, wiring: Wiring) -> tuple[str, NBitsMatrix]:
+    """The path of a module, and its weight; see `qexport.formats.onnx.stored_matrix`.
+
+    Each of the two nodes of a pair gives the weight of both.
+    """
+    if node.input(1).endswith((_HIGH_CODES, _LOW_CODES)):
+        return _read_pair(graph, node, wiring)
+    module = module_of(graph, node, node.input(1), ".qweight")
+    return module, _read_node(graph, node, wiring, module)
+
+
+def _read_pair(graph: GraphTensors, node: Operator, wiring: Wiring) -> tuple[str, NibbleMatrix]:
+    high, low = _pair_of(graph, node, wiring)
+    module = module_of(graph, high, high.input(1), _HIGH_CODES)
+    upper, lower = (_read_node(graph, each, wiring, module) for each in (high, low))
+    same = replace(lower, codes=upper.codes, zero_points=upper.zero_points) == upper and high.input(0) == low.input(0)
+    if not same or lower.codes != f"{module}{_LOW_CODES}" or upper.bits != _NIBBLE_BITS or not lower.zero_points:
+        raise InputError(
+            "the nodes of the high and the low nibbles do not belong together",
+            where=graph.where(node.name),
+            mend=MEND,
+        )
+    whole = {field.name: getattr(upper, field.name) for field in fields(upper)} | {"bits": 2 * _NIBBLE_BITS}
+    return module, NibbleMatrix(**whole, low_codes=lower.codes, low_zero_points=lower.zero_points)
+
+
+def _pair_of(graph: GraphTensors, node: Operator, wiring: Wiring) -> tuple[Operator, Operator]:
+    """The nodes of the high and the low nibbles, one of which is given, of `Add(Mul(high, 16), low)`."""
+    reader = wiring.reader(node)
+    total = wiring.reader(reader) if reader is not None and reader.op_type == "Mul" else reader
+    scaled = wiring.producer(total.input(0)) if total is not None and total.op_type == "Add" else None
+    low = wiring.producer(total.input(1)) if total is not None else None
+    high = wiring.producer(scaled.input(0)) if scaled is not None and scaled.op_type == "Mul" else None
+    if scaled is None or high is None or low is None or node not in (high, low) or high.op_type != low.op_type:
+        raise InputError(
+            "the products with the high and the low nibbles of 8-bit codes are not added",
+            where=graph.where(node.name),
+            mend=MEND,
+        )
+    factor = graph.read(scaled.input(1))
+    if factor.numel() != 1 or factor.item() != FACTOR:
+        raise InputError(
+            f"the product with the high nibbles is multiplied by {_shown(factor)}, not by {FACTOR}",
+            where=graph.where(node.name),
+            mend=MEND,
+        )
+    return high, low
+
+
+def _read_node(graph: GraphTensors, node: Operator, wiring: Wiring, module: str) -> NBitsMatrix:
     rows, columns, bits, block = (attribute(graph, node, key) for key in ("N", "K", "bits", "block_size"))
     level = node.integers.get("accuracy_level", 0)
     if bits not in _BITS or block not in BLOCK_SIZES or level not in range(5):
@@ -150,8 +254,7 @@ def read_nbits(graph: GraphTensors, node: Operator, producers: Mapping[str, Oper
             where=graph.where(node.name),
             mend="export the model again: qexport sorts the columns instead",
         )
-    module = module_of(graph, node, node.input(1), ".qweight")
-    gather = producers.get(node.input(0))
+    gather = wiring.producer(node.input(0))
     order = gather.input(1) if gather is not None and _is_order(gather) else ""
     matrix = NBitsMatrix((rows, columns), bits, block, level, node.input(1), node.input(2), node.input(3), order)
     require(graph, matrix.codes, (rows, matrix.blocks, block * bits // 8), torch.uint8)
@@ -162,7 +265,7 @@ def read_nbits(graph: GraphTensors, node: Operator, producers: Mapping[str, Oper
         require(graph, order, (columns,), torch.int64)
     elif f"{module}.order" in graph.initializers:
         raise InputError("the order of the columns is not applied", where=graph.where(f"{module}.order"), mend=MEND)
-    return module, matrix
+    return matrix
 
 
 def _is_order(node: Operator) -> bool:
@@ -173,3 +276,17 @@ def _unpacked(rows: Tensor, bits: int) -> Tensor:
     """uint8 [rows, n] as uint8 [rows, n * 8 / bits], the low bits first."""
     pieces = [rows >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)]
     return pieces[0] if bits == 8 else torch.stack(pieces, 2).reshape(len(rows), -1)
+
+
+def _shown(factor: Tensor) -> str:
+    return str(factor.item()) if factor.numel() == 1 else f"a tensor {list(factor.shape)}"
+
+
+def _nibbles(graph: GraphTensors, name: str) -> Tensor:
+    """uint8 [rows, n] of a packed initializer."""
+    packed = graph.read(name)
+    return _unpacked(packed.reshape(len(packed), -1), _NIBBLE_BITS)
+
+
+def _joined(high: Tensor, low: Tensor) -> Tensor:
+    return high << _NIBBLE_BITS | low

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from typing import Final, Protocol
 
 import torch
@@ -38,6 +39,16 @@ class Operator(Protocol):
         ...
 
     @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the values that it reads; empty for an omitted input."""
+        ...
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of the values that it yields."""
+        ...
+
+    @property
     def integers(self) -> Mapping[str, int]:
         """Its integer attributes."""
         ...
@@ -45,6 +56,31 @@ class Operator(Protocol):
     def input(self, index: int) -> str:
         """The name of an input; empty if it is omitted."""
         ...
+
+
+class Wiring:
+    """Which nodes of a graph yield and read a value.
+
+    Args:
+        nodes: all nodes, without those in the bodies of loops.
+    """
+
+    def __init__(self, nodes: Iterable[Operator]) -> None:
+        self._producers: dict[str, Operator] = {}
+        self._readers: dict[str, list[Operator]] = defaultdict(list)
+        for node in nodes:
+            self._producers |= dict.fromkeys(node.outputs, node)
+            for name in node.inputs:
+                self._readers[name].append(node)
+
+    def producer(self, value: str) -> Operator | None:
+        """The node that yields a value; None for an input of the graph or an initializer."""
+        return self._producers.get(value)
+
+    def reader(self, node: Operator) -> Operator | None:
+        """The node that reads a node's first output, if it is the only one."""
+        readers = self._readers.get(node.outputs[0], [])
+        return readers[0] if len(readers) == 1 else None
 
 
 class _Initializer(Protocol):

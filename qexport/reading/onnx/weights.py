@@ -15,7 +15,7 @@ from qexport.architectures.families import without_code_keys
 from qexport.architectures.structure import Structure, refuse_impossible_depth
 from qexport.errors import CompatibilityError, InputError, RecipeError, listed
 from qexport.formats.onnx import OPERATORS, description, stored_matrix
-from qexport.formats.onnx.operators import StoredMatrix
+from qexport.formats.onnx.operators import StoredMatrix, Wiring
 from qexport.formats.stored_weight import StoredLayer
 from qexport.reading.computing import EXACT, Computing
 from qexport.reading.filled_model import as_parameter, read_generation
@@ -235,11 +235,11 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _quantized(graph: Graph) -> dict[str, StoredMatrix]:
-    producers = {output: node for node in graph.nodes for output in node.outputs}
+    wiring = Wiring(graph.nodes)
     found: dict[str, StoredMatrix] = {}
     for node in graph.nodes:
         if (node.domain, node.op_type) in OPERATORS:
-            module, weight = stored_matrix(graph, node, producers)
+            module, weight = stored_matrix(graph, node, wiring)
             if found.setdefault(module, weight) != weight:
                 raise InputError("two operators read the same codes in different ways", where=graph.where(module))
             if weight.codes != f"{module}.weight" and f"{module}.weight" in graph.initializers:

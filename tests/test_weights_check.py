@@ -73,7 +73,7 @@ class Made:
         if output.exists():
             return output
         quantize = dict(METHODS[method])
-        if quantize["method"] == "gptq":
+        if quantize["method"] in ("gptq", "awq"):
             source = str(self.folder / "calibration.jsonl")
             calibration = {"source": source, "samples": 32, "sequence_length": trained_models.WINDOW}
             quantize = {"group_size": GROUP, "calibration": calibration} | quantize
@@ -133,6 +133,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "gptq 3 bits": {"method": "gptq", "bits": 3, "sym": False},
     "gptq act-order": {"method": "gptq", "bits": 4, "sym": False, "desc_act": True, "static_groups": False},
     "gptq 8 bits": {"method": "gptq", "bits": 8, "group_size": -1},
+    "awq": {"method": "awq"},
     "nf4": {"method": "nf4"},
     "nf4 double": {"method": "nf4", "double_quant": True},
     "fp4": {"method": "nf4", "quant_type": "fp4", "block_size": 128},
@@ -152,6 +153,8 @@ CASES = [
     *((method, "safetensors") for method in METHODS if method != "w8a8"),
     *((method, "onnx") for method in ("gptq", "gptq 2 bits", "gptq act-order", "nf4", "int8", "w8a8", "none")),
     ("gptq", "tgi"),
+    ("awq", "vllm"),
+    ("awq", "onnx"),
     ("gptq", "vllm compressed-tensors"),
     ("gptq", "onnx float16"),
     ("none", "onnx float16"),
@@ -256,6 +259,49 @@ FAULTS: Mapping[str, tuple[Change, list[str]]] = {
         ["model.norm.weight: ", "of 64 values differ from row 0 on, 1.1 times as large on the whole"],
     ),
 }  # fmt: skip
+
+
+NORM = "model.layers.1.post_attention_layernorm"
+
+
+def divided(found: Tensors, base: Tensors) -> int:
+    """A channel of the norm that AWQ has divided."""
+    return int((found[f"{NORM}.weight"] != base[f"{NORM}.weight"]).nonzero()[0])
+
+
+def not_divided(found: Tensors, base: Tensors) -> None:
+    channel = divided(found, base)
+    found[f"{NORM}.weight"][channel] = base[f"{NORM}.weight"][channel]
+
+
+def divided_once_more(found: Tensors, base: Tensors) -> None:
+    found[f"{NORM}.weight"][divided(found, base)] /= 2
+
+
+def rounded_otherwise(found: Tensors, base: Tensors) -> None:
+    found[f"{NORM}.weight"][divided(found, base)] *= 1 + 2**-7
+
+
+def with_another_row(found: Tensors, _: Tensors) -> None:
+    found["model.layers.1.mlp.up_proj.scales"][:, 3] *= 2
+
+
+FOLDED: Mapping[str, tuple[Callable[[Tensors, Tensors], None], list[str]]] = {
+    "a channel not divided": (not_divided, ["gate_proj: ", "up_proj: ", f"{NORM} is not divided by what 1 columns"]),
+    "divided once more": (divided_once_more, [f"{NORM}.weight: 1 of 64 values differ", "1 columns are multiplied by"]),
+    "another mantissa": (rounded_otherwise, [f"{NORM}.weight: 1 of 64 values differ"]),
+    "a row twice as large": (with_another_row, ["model.layers.1.mlp.up_proj: rows that are not"]),
+}
+
+
+@pytest.mark.parametrize("fault", FOLDED)
+def test_a_fault_in_a_fold_is_named(made: Made, tmp_path: Path, fault: str) -> None:
+    """Each of them changes one value of the model, or one row, by a power of two or less."""
+    change, named = FOLDED[fault]
+    base = load_file(made.folder / "base" / "model.safetensors")
+    folder = copied(made.artifact("awq"), tmp_path / "copy", lambda found: change(found, base))
+    found = reason(made.compared(folder))
+    assert [text for text in named if text not in found] == [], found
 
 
 def copied(artifact: Path, folder: Path, change: Change) -> Path:

@@ -9,6 +9,7 @@ from typing import Any, Final, get_args
 import torch
 
 from qexport.errors import InputError
+from qexport.formats.awq import AwqFormat
 from qexport.formats.bitsandbytes.four_bit import FourBitFormat
 from qexport.formats.bitsandbytes.llm_int8 import LlmInt8Format
 from qexport.formats.compressed_tensors import W8A8Format
@@ -20,6 +21,7 @@ from qexport.tensors import QuantizedSpec, TensorSpec
 
 __all__ = [
     "FORMATS",
+    "AwqFormat",
     "Format",
     "FourBitFormat",
     "GptqFormat",
@@ -30,7 +32,7 @@ __all__ = [
     "reader_of",
 ]
 
-Format = MergedFormat | GptqFormat | FourBitFormat | LlmInt8Format | W8A8Format
+Format = MergedFormat | GptqFormat | AwqFormat | FourBitFormat | LlmInt8Format | W8A8Format
 """How a method's weights are stored, with the settings of the method that the files state."""
 
 FORMATS: Final[tuple[type[MethodFormat], ...]] = get_args(Format)

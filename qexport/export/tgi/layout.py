@@ -33,7 +33,16 @@ from qexport.export.tgi.launch import UNKNOWN_CONTEXT, TgiLaunch, launch_files
 from qexport.export.tgi.rules import TGI
 from qexport.export.tgi.served import ServedByTgi
 from qexport.export.weight_files import WeightFiles
-from qexport.formats import Format, FourBitFormat, GptqFormat, LlmInt8Format, MergedFormat, Outputs, W8A8Format
+from qexport.formats import (
+    AwqFormat,
+    Format,
+    FourBitFormat,
+    GptqFormat,
+    LlmInt8Format,
+    MergedFormat,
+    Outputs,
+    W8A8Format,
+)
 from qexport.formats.format import Encoding
 from qexport.tensors import QuantizedSpec
 
@@ -72,7 +81,7 @@ class TgiLayout:
     @property
     def quantization(self) -> Mapping[str, Any] | None:
         """The `quantization_config`; None if the server quantizes 16-bit weights by itself."""
-        if not isinstance(self._outputs.format, GptqFormat | W8A8Format):
+        if not isinstance(self._outputs.format, GptqFormat | W8A8Format | AwqFormat):
             return None
         config = self._outputs.format.quantization_config(self._outputs.specs, self._structure) or {}
         return config | {"sym": self._codes.sym} if self._codes else config
@@ -187,6 +196,8 @@ def _flag(method: Format) -> str | None:
             return "bitsandbytes"
         case W8A8Format():
             return "compressed-tensors"
+        case AwqFormat():
+            return "awq"
 
 
 def _server_notes(method: Format) -> list[str]:

@@ -11,12 +11,14 @@ from qexport.architectures.structure import LinearSpec
 from qexport.export.served import REMOVE, Rules, beside_the_weights
 from qexport.export.vllm.families import joined_modules
 from qexport.export.vllm.served import ServedByVllm
+from qexport.formats import awq
 from qexport.formats.compressed_tensors.tensors import group_specs, row_specs
 from qexport.formats.gptq.tensors import packed_specs
 from qexport.formats.stored_weight import Scheme
 from qexport.tensors import GroupQuantizedSpec, RowQuantizedSpec, TensorSpec
 
 GPTQ: Final = "vllm/model_executor/layers/quantization/auto_gptq.py"
+AWQ: Final = "vllm/model_executor/layers/quantization/auto_awq.py"
 GPTQ_UTILS: Final = "vllm/model_executor/layers/quantization/utils/gptq_utils.py"
 COMPRESSED: Final = "vllm/model_executor/layers/quantization/compressed_tensors/compressed_tensors.py"
 _SCHEMES: Final = "vllm/model_executor/layers/quantization/compressed_tensors/schemes"
@@ -128,6 +130,14 @@ def _gptq(model: ServedByVllm) -> Iterator[str]:
             if scheme is not None:
                 parts = packed_specs(_groups(linear, scheme))
                 yield from _stored(model, linear.name, {part: parts[part] for part in ("qweight", "qzeros", "scales")})
+
+
+@_rule("AWQ layers have codes, zero points and scales", AWQ)
+def _awq(model: ServedByVllm) -> Iterator[str]:
+    if model.method == "awq":
+        for linear, scheme in _layers(model):
+            if scheme is not None:
+                yield from _stored(model, linear.name, awq.packed_specs(_groups(linear, scheme)))
 
 
 @_rule("W8A8 layers have codes and scales", f"{_SCHEMES}/compressed_tensors_w8a8_int8.py")

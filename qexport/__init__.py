@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from qexport.merge import MergeSettings
     from qexport.pipeline import Plan, Result, SweepResult, plan, quantize, run, sweep, verify
     from qexport.progress import Notice, Progress
+    from qexport.quantizing.awq import Awq
     from qexport.quantizing.gptq import Gptq, Override
     from qexport.quantizing.int8 import Int8
     from qexport.quantizing.method import CalibrationSettings
@@ -75,6 +76,7 @@ _NAMES = {
     "merge": ("MergeSettings",),
     "pipeline": ("Plan", "Result", "SweepResult", "plan", "quantize", "run", "sweep", "verify"),
     "progress": ("Notice", "Progress"),
+    "quantizing.awq": ("Awq",),
     "quantizing.gptq": ("Gptq", "Override"),
     "quantizing.int8": ("Int8",),
     "quantizing.method": ("CalibrationSettings",),
@@ -90,6 +92,7 @@ _NAMES = {
 _PLACES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
+    "Awq",
     "Bounds",
     "CalibrationSettings",
     "CompatibilityError",

@@ -1,11 +1,7 @@
-"""AWQ: its bits against a plain unpacker, its search against a plain loop, its folds against the model's own bits, and the
-check of folded weights against planted faults.
-"""
+"""AWQ: its bits against a plain unpacker, its search against a plain loop, its folds against the model's own bits."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +10,30 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PretrainedConfig
 
 import factories
-import trained_models
 from qexport.architectures.architecture import Architecture
-from qexport.architectures.folds import MOST, Fold, Gains, agreed, folded_inputs, folded_outputs, folds, room
-from qexport.architectures.folds import shown_by_vector
+from qexport.architectures.folds import (
+    MOST,
+    Fold,
+    Gains,
+    agreed,
+    folded_inputs,
+    folded_outputs,
+    folds,
+    room,
+    shown_by_vector,
+)
 from qexport.errors import CompatibilityError, InputError
 from qexport.formats import awq, reader_of
-from qexport.pipeline import run
 from qexport.quantizing.awq import Awq
 from qexport.quantizing.awq_pass import candidates, search, solve_scaled
 from qexport.quantizing.layer import Hessian
 from qexport.quantizing.method import PassInputs
 from qexport.quantizing.solver import Options
-from qexport.recipe import load_recipe
-from qexport.tensors import GroupQuantized, TensorRecord
-from qexport.verifying.folded import FoldedReference
+from qexport.tensors import GroupQuantized, TensorRecord, TensorSpec
 from test_gptq import calibration, checkpoint
 
 MHA = factories.llama_config(num_key_value_heads=4)
@@ -154,7 +154,7 @@ def fold_model(state: dict[str, Tensor], found: tuple[Fold, ...]) -> None:
             state[f"{name}.weight"].copy_(folded_inputs(state[f"{name}.weight"], exponents))
 
 
-@pytest.mark.parametrize("family", sorted(set(factories.FAMILIES) - {name for name in FOLDED} - {"falcon 3"}))
+@pytest.mark.parametrize("family", sorted(set(factories.FAMILIES) - set(FOLDED) - {"falcon 3"}))
 def test_other_families_have_no_folds(family: str) -> None:
     assert folds(structure(factories.FAMILIES[family])) == ()
 
@@ -303,8 +303,6 @@ def test_a_module_that_is_skipped_takes_its_fold_with_it() -> None:
 
 
 def _spec(record: TensorRecord) -> Any:
-    from qexport.tensors import TensorSpec
-
     value = record.value
     return TensorSpec(tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value.spec  # type: ignore[union-attr]
 

@@ -22,7 +22,7 @@ EXPERT = "model.layers.0.mlp.experts.0.up_proj"
 @pytest.fixture(scope="module")
 def intact(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("intact")
-    kinds = ("gptq", "w4a16", "asymmetric", "w8a8", "none", "falcon", "gpt2")
+    kinds = ("gptq", "awq", "w4a16", "asymmetric", "w8a8", "none", "falcon", "gpt2")
     return {kind: vllm_folders.write(root / kind, kind) for kind in kinds}
 
 
@@ -35,7 +35,7 @@ def copied(source: Path, target: Path) -> Path:
     return target
 
 
-@pytest.mark.parametrize("kind", ["gptq", "w4a16", "asymmetric", "w8a8", "none", "falcon", "gpt2"])
+@pytest.mark.parametrize("kind", ["gptq", "awq", "w4a16", "asymmetric", "w8a8", "none", "falcon", "gpt2"])
 def test_what_the_layout_writes_passes_every_check(kind: str, intact: dict[str, Path]) -> None:
     assert [check for check in VLLM.check(intact[kind]) if not check.passed] == []
 
@@ -111,6 +111,12 @@ FAULTS: list[tuple[str, Callable[[Path], object], str]] = [
     ("gptq", quantization(dynamic={"^model": {"bits": 8}}), "4 bits and symmetric"),
     ("gptq", quantization(desc_act=True), "in the order of the inputs"),
     ("gptq", quantization(group_size=16), "of a size that is read"),
+    ("awq", quantization(version="gemv"), "can be followed"),
+    ("awq", quantization(bits=3), "can be followed"),
+    ("awq", quantization(zero_point=False), "can be followed"),
+    ("awq", quantization(group_size=16), "AWQ groups are of a size"),
+    ("awq", quantization(modules_to_not_convert=[Q0]), "are quantized alike"),
+    ("awq", config(lambda content: content.update(dtype="float32")), "used with 16-bit weights"),
     ("gptq", config(lambda content: content.update(dtype="float32")), "used with 16-bit weights"),
     ("w4a16", config(lambda content: content.update(dtype="float32")), "used with 16-bit weights"),
     ("w4a16", group(actorder="group"), "W8A8 or W4A16"),
@@ -144,6 +150,8 @@ FAULTS: list[tuple[str, Callable[[Path], object], str]] = [
     ("none", tensors(lambda stored: stored.update({f"{UP0}.weight": torch.ones(128, 3)})), "leaves unquantized"),
     ("gptq", tensors(lambda stored: stored.pop(f"{UP0}.qzeros")), "GPTQ layers have"),
     ("gptq", quantization(group_size=64), "GPTQ layers have"),
+    ("awq", quantization(group_size=64), "AWQ layers have"),
+    ("awq", tensors(lambda stored: stored.pop(f"{UP0}.qzeros")), "AWQ layers have"),
     ("w8a8", tensors(lambda stored: stored.pop(f"{UP0}.weight_scale")), "W8A8 layers have"),
     ("w8a8", tensors(lambda stored: stored.update({f"{UP0}.weight": torch.ones(128, 64)})), "W8A8 layers have"),
     ("w8a8", tensors(lambda stored: stored.update({f"{UP0}.weight_scale": torch.ones(128, 1).int()})), "W8A8 layers"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -17,11 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 import factories
 import trained_models
 from adapters import save_adapter
 from onnx_exports import traced_once
+from qexport.architectures.architecture import Architecture
+from qexport.architectures.folds import folded_inputs, folded_outputs, folds
 from qexport.architectures.runner import BlockRunner
 from qexport.artifact.figures import Figure
 from qexport.gates.deciding import decide
@@ -57,9 +62,11 @@ Change = Callable[[Tensors], object]
 class Made:
     """A base, adapters of three strengths, and artifacts made of them. Each is made at its first use."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, uneven: bool = False) -> None:
         self.folder = folder
         model = trained_models.trained()
+        if uneven:
+            model = _uneven(model)
         model.save_pretrained(folder / "base")
         trained_models.tokenizer().save_pretrained(folder / "base")
         for name, alpha in (("adapter", 8), ("half", 4), ("double", 16)):
@@ -117,6 +124,19 @@ class Made:
             if stored.kind != "graph":
                 run_both(check, stored, reference, lambda _: None)
             return check.finish()
+
+
+def _uneven(model: PreTrainedModel) -> PreTrainedModel:
+    """The same function with a few channels that are 16 times as large, for AWQ to find."""
+    model = copy.deepcopy(model)
+    state = model.state_dict()
+    for fold in folds(Architecture(model.config.to_dict()).structure):
+        exponents = torch.zeros(len(state[fold.parameters[0]]), dtype=torch.int64)
+        exponents[5::9] = -4
+        state[fold.parameters[0]].copy_(folded_outputs(state[fold.parameters[0]], exponents))
+        for name in fold.consumers:
+            state[f"{name}.weight"].copy_(folded_inputs(state[f"{name}.weight"], exponents))
+    return model
 
 
 def run_both(check: WeightCheck, stored: StoredModel, reference: Reference, finished: Callable[[int], None]) -> None:
@@ -275,7 +295,8 @@ def not_divided(found: Tensors, base: Tensors) -> None:
 
 
 def divided_once_more(found: Tensors, base: Tensors) -> None:
-    found[f"{NORM}.weight"][divided(found, base)] /= 2
+    stored, channel = found[f"{NORM}.weight"], divided(found, base)
+    stored[channel] *= 2 if stored[channel].abs() > base[f"{NORM}.weight"][channel].abs() else 0.5
 
 
 def rounded_otherwise(found: Tensors, base: Tensors) -> None:
@@ -283,24 +304,40 @@ def rounded_otherwise(found: Tensors, base: Tensors) -> None:
 
 
 def with_another_row(found: Tensors, _: Tensors) -> None:
-    found["model.layers.1.mlp.up_proj.scales"][:, 3] *= 2
+    found["model.layers.1.mlp.up_proj.scales"][:, 3] *= 32
 
 
 FOLDED: Mapping[str, tuple[Callable[[Tensors, Tensors], None], list[str]]] = {
     "a channel not divided": (not_divided, ["gate_proj: ", "up_proj: ", f"{NORM} is not divided by what 1 columns"]),
     "divided once more": (divided_once_more, [f"{NORM}.weight: 1 of 64 values differ", "1 columns are multiplied by"]),
     "another mantissa": (rounded_otherwise, [f"{NORM}.weight: 1 of 64 values differ"]),
-    "a row twice as large": (with_another_row, ["model.layers.1.mlp.up_proj: rows that are not"]),
+    "a row 32 times as large": (with_another_row, ["model.layers.1.mlp.up_proj: rows that are not"]),
 }
 
 
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return Made(tmp_path_factory.mktemp("uneven"), uneven=True)
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "onnx"])
+def test_norms_that_are_divided_count_as_equal_and_are_told(uneven: Made, layout: str) -> None:
+    found = uneven.compared(uneven.artifact("awq", layout))
+    assert reason(found) == ""
+    (check,) = [each for each in found.checks if each.name == "unquantized tensors"]
+    told = re.fullmatch(r"\d+ tensors equal to the reference's, (\d) of them divided by powers of two .*", check.detail)
+    assert told is not None, check.detail
+    assert int(told[1]) >= 4
+    assert 0.9 < strength(found).value < 1.1
+
+
 @pytest.mark.parametrize("fault", FOLDED)
-def test_a_fault_in_a_fold_is_named(made: Made, tmp_path: Path, fault: str) -> None:
-    """Each of them changes one value of the model, or one row, by a power of two or less."""
+def test_a_fault_in_a_fold_is_named(uneven: Made, tmp_path: Path, fault: str) -> None:
+    """Each of them changes one value, or the scales of one row."""
     change, named = FOLDED[fault]
-    base = load_file(made.folder / "base" / "model.safetensors")
-    folder = copied(made.artifact("awq"), tmp_path / "copy", lambda found: change(found, base))
-    found = reason(made.compared(folder))
+    base = load_file(uneven.folder / "base" / "model.safetensors")
+    folder = copied(uneven.artifact("awq"), tmp_path / "copy", lambda found: change(found, base))
+    found = reason(uneven.compared(folder))
     assert [text for text in named if text not in found] == [], found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ import torch
 import factories
 from qexport.export import VllmSettings
 from qexport.export.vllm.layout import VllmLayout
-from qexport.formats import Outputs
+from qexport.formats import AwqFormat, Outputs
 from qexport.quantizing.method import PassInputs
 from qexport.quantizing.none import NoQuantization
 from qexport.quantizing.w8a8 import W8a8
@@ -30,16 +31,17 @@ def layout(model: QuantizedModel, form: Form = "gptq", outputs: Outputs | None =
 
 
 def write(folder: Path, kind: str) -> Path:
-    """`gptq`, `w4a16`, `asymmetric`, `w8a8`, `none`, `falcon`, or `gpt2` with nothing quantized."""
+    """`gptq`, `awq`, `w4a16`, `asymmetric`, `w8a8`, `none`, `falcon`, or `gpt2` with nothing quantized."""
     folder.mkdir()
     if kind in CONFIGS or kind in ("w8a8", "none"):
         settings = W8a8(method="w8a8") if kind == "w8a8" else NoQuantization(method="none")
         config = CONFIGS[kind]() if kind in CONFIGS else factories.llama_config()
         return _write_rounded(folder, QuantizedModel(factories.build(config)), settings)
-    model = llama(method=gptq_method(sym=kind != "asymmetric"))
+    model = llama(method=gptq_method(sym=kind not in ("asymmetric", "awq")))
     if kind == "falcon":
         model = QuantizedModel(factories.build(factories.falcon_config()))
-    made = layout(model, "gptq" if kind in ("gptq", "falcon") else "compressed-tensors")
+    outputs = replace(model.outputs, format=AwqFormat(32)) if kind == "awq" else None
+    made = layout(model, "gptq" if kind in ("gptq", "falcon", "awq") else "compressed-tensors", outputs)
     writer = made.weights.writer(folder)
     for record in model.records():
         writer.write(record)

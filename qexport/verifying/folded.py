@@ -86,8 +86,8 @@ class FoldedReference:
             if len(wrong := (shown.decided & (shown.exponents != exponents)).nonzero()[:, 0]):
                 first = int(wrong[0])
                 self.faults[name] = (
-                    f"{fold.source} is not divided by what {len(wrong)} columns are multiplied by, the first one column "
-                    f"{first} by 2**{int(shown.exponents[first])}"
+                    f"{fold.source} is not divided by what {len(wrong)} columns are multiplied by, the first one "
+                    f"column {first} by 2**{int(shown.exponents[first])}"
                 )
         return exponents if bool(exponents.any()) else None
 

@@ -311,7 +311,7 @@ FOLDED: Mapping[str, tuple[Callable[[Tensors, Tensors], None], list[str]]] = {
     "a channel not divided": (not_divided, ["gate_proj: ", "up_proj: ", f"{NORM} is not divided by what 1 columns"]),
     "divided once more": (divided_once_more, [f"{NORM}.weight: 1 of 64 values differ", "1 columns are multiplied by"]),
     "another mantissa": (rounded_otherwise, [f"{NORM}.weight: 1 of 64 values differ"]),
-    "a row 32 times as large": (with_another_row, ["model.layers.1.mlp.up_proj: rows that are not"]),
+    "a row 32 times as large": (with_another_row, ["model.layers.1.mlp.up_proj: relative error"]),
 }
 
 

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from qexport.merge import MergeSettings
     from qexport.pipeline import Plan, Result, SweepResult, plan, quantize, run, sweep, verify
     from qexport.progress import Notice, Progress
+    from qexport.quantizing.awq import Awq
     from qexport.quantizing.fp8 import Fp8
     from qexport.quantizing.gptq import Gptq, Override
     from qexport.quantizing.int8 import Int8
@@ -76,6 +77,7 @@ _NAMES = {
     "merge": ("MergeSettings",),
     "pipeline": ("Plan", "Result", "SweepResult", "plan", "quantize", "run", "sweep", "verify"),
     "progress": ("Notice", "Progress"),
+    "quantizing.awq": ("Awq",),
     "quantizing.fp8": ("Fp8",),
     "quantizing.gptq": ("Gptq", "Override"),
     "quantizing.int8": ("Int8",),
@@ -92,6 +94,7 @@ _NAMES = {
 _PLACES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
+    "Awq",
     "Bounds",
     "CalibrationSettings",
     "CompatibilityError",

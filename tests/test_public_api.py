@@ -20,6 +20,7 @@ def test_the_surface_is_what_it_is_on_purpose() -> None:
     classes = {name: found for name in qexport.__all__ if isinstance(found := getattr(qexport, name), type)}
     errors = {name for name, found in classes.items() if issubclass(found, qexport.QexportError)}
     assert set(qexport.__all__) - errors == {
+        "Awq",
         "Bounds",
         "CalibrationSettings",
         "Figure",

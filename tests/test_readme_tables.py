@@ -57,6 +57,8 @@ def settings(named: str) -> dict[str, Any]:
     """Settings of a method from its cell: the method, then `key: value`."""
     method, *values = re.findall(r"`([^`]+)`", named)
     chosen: dict[str, Any] = {"method": method}
+    if method == "awq":
+        chosen |= {"group_size": 32, "calibration": {"source": "-"}}
     if method == "gptq":
         chosen |= {"group_size": 32, "mse": False, "calibration": {"source": "-"}}
     for value in values:

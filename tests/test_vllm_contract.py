@@ -16,7 +16,7 @@ from qexport.errors import QexportError
 from qexport.export.vllm.rules import VLLM
 
 Q0, UP0 = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
-KINDS = ("gptq", "w4a16", "asymmetric", "w8a8", "fp8", "blocks", "none", "falcon", "gpt2")
+KINDS = ("gptq", "awq", "w4a16", "asymmetric", "w8a8", "fp8", "blocks", "none", "falcon", "gpt2")
 EXPERT = "model.layers.0.mlp.experts.0.up_proj"
 
 
@@ -111,6 +111,12 @@ FAULTS: list[tuple[str, Callable[[Path], object], str]] = [
     ("gptq", quantization(dynamic={"^model": {"bits": 8}}), "4 bits and symmetric"),
     ("gptq", quantization(desc_act=True), "in the order of the inputs"),
     ("gptq", quantization(group_size=16), "of a size that is read"),
+    ("awq", quantization(version="gemv"), "can be followed"),
+    ("awq", quantization(bits=3), "can be followed"),
+    ("awq", quantization(zero_point=False), "can be followed"),
+    ("awq", quantization(group_size=16), "AWQ groups are of a size"),
+    ("awq", quantization(modules_to_not_convert=[Q0]), "are quantized alike"),
+    ("awq", config(lambda content: content.update(dtype="float32")), "used with 16-bit weights"),
     ("gptq", config(lambda content: content.update(dtype="float32")), "used with 16-bit weights"),
     ("w4a16", config(lambda content: content.update(dtype="float32")), "used with 16-bit weights"),
     ("w4a16", group(actorder="group"), "W8A8, FP8 or W4A16"),
@@ -144,6 +150,8 @@ FAULTS: list[tuple[str, Callable[[Path], object], str]] = [
     ("none", tensors(lambda stored: stored.update({f"{UP0}.weight": torch.ones(128, 3)})), "leaves unquantized"),
     ("gptq", tensors(lambda stored: stored.pop(f"{UP0}.qzeros")), "GPTQ layers have"),
     ("gptq", quantization(group_size=64), "GPTQ layers have"),
+    ("awq", quantization(group_size=64), "AWQ layers have"),
+    ("awq", tensors(lambda stored: stored.pop(f"{UP0}.qzeros")), "AWQ layers have"),
     ("w8a8", tensors(lambda stored: stored.pop(f"{UP0}.weight_scale")), "W8A8 layers have"),
     ("w8a8", tensors(lambda stored: stored.update({f"{UP0}.weight": torch.ones(128, 64)})), "W8A8 layers have"),
     ("w8a8", tensors(lambda stored: stored.update({f"{UP0}.weight_scale": torch.ones(128, 1).int()})), "W8A8 layers"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -17,11 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 import factories
 import trained_models
 from adapters import save_adapter
 from onnx_exports import traced_once
+from qexport.architectures.architecture import Architecture
+from qexport.architectures.folds import folded_inputs, folded_outputs, folds
 from qexport.architectures.runner import BlockRunner
 from qexport.artifact.figures import Figure
 from qexport.gates.deciding import decide
@@ -57,9 +62,11 @@ Change = Callable[[Tensors], object]
 class Made:
     """A base, adapters of three strengths, and artifacts made of them. Each is made at its first use."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, uneven: bool = False) -> None:
         self.folder = folder
         model = trained_models.trained()
+        if uneven:
+            model = _uneven(model)
         model.save_pretrained(folder / "base")
         trained_models.tokenizer().save_pretrained(folder / "base")
         for name, alpha in (("adapter", 8), ("half", 4), ("double", 16)):
@@ -73,7 +80,7 @@ class Made:
         if output.exists():
             return output
         quantize = dict(METHODS[method])
-        if quantize["method"] == "gptq":
+        if quantize["method"] in ("gptq", "awq"):
             source = str(self.folder / "calibration.jsonl")
             calibration = {"source": source, "samples": 32, "sequence_length": trained_models.WINDOW}
             quantize = {"group_size": GROUP, "calibration": calibration} | quantize
@@ -119,6 +126,19 @@ class Made:
             return check.finish()
 
 
+def _uneven(model: PreTrainedModel) -> PreTrainedModel:
+    """The same function with a few channels that are 16 times as large, for AWQ to find."""
+    model = copy.deepcopy(model)
+    state = model.state_dict()
+    for fold in folds(Architecture(model.config.to_dict()).structure):
+        exponents = torch.zeros(len(state[fold.parameters[0]]), dtype=torch.int64)
+        exponents[5::9] = -4
+        state[fold.parameters[0]].copy_(folded_outputs(state[fold.parameters[0]], exponents))
+        for name in fold.consumers:
+            state[f"{name}.weight"].copy_(folded_inputs(state[f"{name}.weight"], exponents))
+    return model
+
+
 def run_both(check: WeightCheck, stored: StoredModel, reference: Reference, finished: Callable[[int], None]) -> None:
     """Both models, block by block."""
     own = reference.runner(replace(reference.merged, weights=check.reference_weights))
@@ -133,6 +153,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "gptq 3 bits": {"method": "gptq", "bits": 3, "sym": False},
     "gptq act-order": {"method": "gptq", "bits": 4, "sym": False, "desc_act": True, "static_groups": False},
     "gptq 8 bits": {"method": "gptq", "bits": 8, "group_size": -1},
+    "awq": {"method": "awq"},
     "nf4": {"method": "nf4"},
     "nf4 double": {"method": "nf4", "double_quant": True},
     "fp4": {"method": "nf4", "quant_type": "fp4", "block_size": 128},
@@ -154,6 +175,8 @@ CASES = [
     *((method, "safetensors") for method in METHODS if method != "w8a8"),
     *((method, "onnx") for method in ("gptq", "gptq 2 bits", "gptq act-order", "nf4", "int8", "w8a8", "none")),
     ("gptq", "tgi"),
+    ("awq", "vllm"),
+    ("awq", "onnx"),
     ("gptq", "vllm compressed-tensors"),
     ("gptq", "onnx float16"),
     ("none", "onnx float16"),
@@ -258,6 +281,66 @@ FAULTS: Mapping[str, tuple[Change, list[str]]] = {
         ["model.norm.weight: ", "of 64 values differ from row 0 on, 1.1 times as large on the whole"],
     ),
 }  # fmt: skip
+
+
+NORM = "model.layers.1.post_attention_layernorm"
+
+
+def divided(found: Tensors, base: Tensors) -> int:
+    """A channel of the norm that AWQ has divided."""
+    return int((found[f"{NORM}.weight"] != base[f"{NORM}.weight"]).nonzero()[0])
+
+
+def not_divided(found: Tensors, base: Tensors) -> None:
+    channel = divided(found, base)
+    found[f"{NORM}.weight"][channel] = base[f"{NORM}.weight"][channel]
+
+
+def divided_once_more(found: Tensors, base: Tensors) -> None:
+    stored, channel = found[f"{NORM}.weight"], divided(found, base)
+    stored[channel] *= 2 if stored[channel].abs() > base[f"{NORM}.weight"][channel].abs() else 0.5
+
+
+def rounded_otherwise(found: Tensors, base: Tensors) -> None:
+    found[f"{NORM}.weight"][divided(found, base)] *= 1 + 2**-7
+
+
+def with_another_row(found: Tensors, _: Tensors) -> None:
+    found["model.layers.1.mlp.up_proj.scales"][:, 3] *= 32
+
+
+FOLDED: Mapping[str, tuple[Callable[[Tensors, Tensors], None], list[str]]] = {
+    "a channel not divided": (not_divided, ["gate_proj: ", "up_proj: ", f"{NORM} is not divided by what 1 columns"]),
+    "divided once more": (divided_once_more, [f"{NORM}.weight: 1 of 64 values differ", "1 columns are multiplied by"]),
+    "another mantissa": (rounded_otherwise, [f"{NORM}.weight: 1 of 64 values differ"]),
+    "a row 32 times as large": (with_another_row, ["model.layers.1.mlp.up_proj: relative error"]),
+}
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return Made(tmp_path_factory.mktemp("uneven"), uneven=True)
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "onnx"])
+def test_norms_that_are_divided_count_as_equal_and_are_told(uneven: Made, layout: str) -> None:
+    found = uneven.compared(uneven.artifact("awq", layout))
+    assert reason(found) == ""
+    (check,) = [each for each in found.checks if each.name == "unquantized tensors"]
+    told = re.fullmatch(r"\d+ tensors equal to the reference's, (\d) of them divided by powers of two .*", check.detail)
+    assert told is not None, check.detail
+    assert int(told[1]) >= 4
+    assert 0.9 < strength(found).value < 1.1
+
+
+@pytest.mark.parametrize("fault", FOLDED)
+def test_a_fault_in_a_fold_is_named(uneven: Made, tmp_path: Path, fault: str) -> None:
+    """Each of them changes one value, or the scales of one row."""
+    change, named = FOLDED[fault]
+    base = load_file(uneven.folder / "base" / "model.safetensors")
+    folder = copied(uneven.artifact("awq"), tmp_path / "copy", lambda found: change(found, base))
+    found = reason(uneven.compared(folder))
+    assert [text for text in named if text not in found] == [], found
 
 
 def copied(artifact: Path, folder: Path, change: Change) -> Path:

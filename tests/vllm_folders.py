@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from transformers import PretrainedConfig
 import factories
 from qexport.export import VllmSettings
 from qexport.export.vllm.layout import VllmLayout
-from qexport.formats import Outputs
+from qexport.formats import AwqFormat, Outputs
 from qexport.quantizing.fp8 import Fp8
 from qexport.quantizing.method import PassInputs
 from qexport.quantizing.none import NoQuantization
@@ -43,17 +44,18 @@ def layout(model: QuantizedModel, form: Form = "gptq", outputs: Outputs | None =
 
 
 def write(folder: Path, kind: str) -> Path:
-    """`gptq`, `w4a16`, `asymmetric`, `w8a8`, `fp8`, `blocks` of FP8, `none`, `falcon`, or `gpt2` with nothing
+    """`gptq`, `awq`, `w4a16`, `asymmetric`, `w8a8`, `fp8`, `blocks` of FP8, `none`, `falcon`, or `gpt2` with nothing
     quantized.
     """
     folder.mkdir()
     if kind in ROUNDED:
         config = CONFIGS[kind]() if kind in CONFIGS else factories.llama_config()
         return _write_rounded(folder, QuantizedModel(factories.build(config)), ROUNDED[kind])
-    model = llama(method=gptq_method(sym=kind != "asymmetric"))
+    model = llama(method=gptq_method(sym=kind not in ("asymmetric", "awq")))
     if kind == "falcon":
         model = QuantizedModel(factories.build(factories.falcon_config()))
-    made = layout(model, "gptq" if kind in ("gptq", "falcon") else "compressed-tensors")
+    outputs = replace(model.outputs, format=AwqFormat(32)) if kind == "awq" else None
+    made = layout(model, "gptq" if kind in ("gptq", "falcon", "awq") else "compressed-tensors", outputs)
     writer = made.weights.writer(folder)
     for record in model.records():
         writer.write(record)

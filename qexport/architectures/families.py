@@ -21,21 +21,39 @@ class Family:
         keep_unquantized: patterns of module paths that no method quantizes unless the recipe forces it; with reasons.
         unmergeable: patterns of module paths that an adapter must not touch, with the reason.
         one_end: servers use the embedding as the head, whatever config.json says.
+        folds: what makes the inputs of linear layers, and those layers, by their names in a block; each layer belongs
+            to the first source that the block has. Only where nothing but multiplications lie between: no activation,
+            and no norm whose weight is stored less one (Gemma).
     """
 
     keep_unquantized: Mapping[str, str] = field(default_factory=dict)
     unmergeable: Mapping[str, str] = field(default_factory=dict)
     one_end: bool = False
+    folds: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 _MAMBA = "the fused mamba kernel takes this weight directly and would bypass the change"
 
+_BETWEEN_LINEARS: Final = {"self_attn.v_proj": ("self_attn.o_proj",), "mlp.up_proj": ("mlp.down_proj",)}
+_AFTER_NORMS: Final = {
+    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
+}
+_FALCON: Final = {
+    "ln_attn": ("self_attention.query_key_value",),
+    "ln_mlp": ("mlp.dense_h_to_4h",),
+    "post_attention_layernorm": ("mlp.dense_h_to_4h",),
+    "input_layernorm": ("self_attention.query_key_value", "mlp.dense_h_to_4h"),
+}
+
 FAMILIES: Mapping[str, Family] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), Family(folds=_AFTER_NORMS | _BETWEEN_LINEARS)),
+    "falcon": Family(folds=_FALCON),
     "falcon_h1": Family(
         keep_unquantized={"*.mamba.out_proj": _MAMBA, "*.mamba.conv1d": _MAMBA},
         unmergeable={"*.mamba.out_proj": _MAMBA, "*.mamba.conv1d": _MAMBA},
     ),
-    **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), Family(one_end=True)),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), Family(one_end=True, folds=_BETWEEN_LINEARS)),
 }
 
 

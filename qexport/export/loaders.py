@@ -132,6 +132,12 @@ def _is_falcon(method: str) -> Callable[[Folder], bool]:
     return lambda folder: folder.method == method and folder.model_type == "falcon"
 
 
+def _is_plain(method: str) -> Callable[[Folder], bool]:
+    """A family like Llama with nothing left out."""
+    kept = {"modules_to_not_convert": None}
+    return lambda folder: _is(method, **kept)(folder) and folder.model_type in ("llama", "mistral", "qwen2")
+
+
 def _has_quantized_head(method: str) -> Callable[[Folder], bool]:
     return lambda folder: folder.method == method and folder.head in folder.shapes
 
@@ -212,6 +218,8 @@ _TABLE: Final = (
     _Row(GPTQMODEL, _has_quantized_experts("gptq"), "untried", "experts are quantized"),
     _Row(GPTQMODEL, _is_ragged("gptq", 16, bits=4), "yes", "with backend=BACKEND.TORCH only"),
     _Row(GPTQMODEL, _is("gptq"), "yes"),
+    _Row(_WITH_GPTQMODEL, _is_plain("awq"), "yes"),
+    _Row(_WITH_GPTQMODEL, _is("awq"), "untried", "of AWQ, Llamas all of whose linears are quantized were tried"),
     _Row(_WITH_BITSANDBYTES, _is_falcon("bitsandbytes"), "no", "it does not take FalconLinear for a linear layer"),
     _Row(
         _WITH_BITSANDBYTES,

@@ -9,6 +9,7 @@ from typing import Any, Final, get_args
 import torch
 
 from qexport.errors import InputError
+from qexport.formats.awq import AwqFormat
 from qexport.formats.bitsandbytes.four_bit import FourBitFormat
 from qexport.formats.bitsandbytes.llm_int8 import LlmInt8Format
 from qexport.formats.block_fp8 import BlockFp8Format
@@ -21,6 +22,7 @@ from qexport.tensors import QuantizedSpec, TensorSpec
 
 __all__ = [
     "FORMATS",
+    "AwqFormat",
     "BlockFp8Format",
     "FloatQuantizedFormat",
     "Format",
@@ -33,7 +35,16 @@ __all__ = [
     "reader_of",
 ]
 
-Format = MergedFormat | GptqFormat | FourBitFormat | LlmInt8Format | W8A8Format | FloatQuantizedFormat | BlockFp8Format
+Format = (
+    MergedFormat
+    | GptqFormat
+    | AwqFormat
+    | FourBitFormat
+    | LlmInt8Format
+    | W8A8Format
+    | FloatQuantizedFormat
+    | BlockFp8Format
+)
 """How a method's weights are stored, with the settings of the method that the files state."""
 
 FORMATS: Final[tuple[type[MethodFormat], ...]] = get_args(Format)

@@ -13,6 +13,7 @@ import torch
 
 from qexport.architectures.structure import LinearSpec
 from qexport.merge.merging import Merged
+from qexport.quantizing.awq import Awq
 from qexport.quantizing.gptq import Gptq
 from qexport.quantizing.gptq_pass import corrects
 from qexport.quantizing.method import Method
@@ -167,8 +168,8 @@ class RunSizes:
 
     @cached_property
     def gptq(self) -> Gptq | None:
-        """GPTQ's settings, also as the method `mixed` has them."""
-        method = self.method.gptq if isinstance(self.method, Mixed) else self.method
+        """GPTQ's settings, also as the methods have them that use its pass."""
+        method = self.method.gptq if isinstance(self.method, Mixed | Awq) else self.method
         return method if isinstance(method, Gptq) else None
 
     @property

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Final, get_args
 from pydantic import Field, TypeAdapter
 
 from qexport.gates import ProfileName
+from qexport.quantizing.awq import Awq
 from qexport.quantizing.fp8 import Fp8
 from qexport.quantizing.gptq import Gptq
 from qexport.quantizing.int8 import Int8
@@ -17,7 +18,7 @@ from qexport.quantizing.nf4 import Nf4
 from qexport.quantizing.none import NoQuantization
 from qexport.quantizing.w8a8 import W8a8
 
-AnyMethod = Annotated[Gptq | Mixed | Nf4 | Int8 | W8a8 | Fp8 | NoQuantization, Field(discriminator="method")]
+AnyMethod = Annotated[Gptq | Mixed | Awq | Nf4 | Int8 | W8a8 | Fp8 | NoQuantization, Field(discriminator="method")]
 
 _METHODS: Final[tuple[type[Method], ...]] = get_args(get_args(AnyMethod)[0])
 _ADAPTER: Final[TypeAdapter[Method]] = TypeAdapter(AnyMethod)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from typing import Literal
 
@@ -63,7 +63,7 @@ def plan(method: Gptq, checkpoint: Checkpoint) -> Outputs:
 
 
 @torch.no_grad()
-def quantize(method: Gptq, inputs: PassInputs) -> Iterator[TensorRecord]:
+def quantize(method: Gptq, inputs: PassInputs, make: Callable[..., BlockPass] | None = None) -> Iterator[TensorRecord]:
     """Yields every tensor of the model, the chosen linears quantized, with the memory of one block.
 
     A block is a unit, and so is the head if it is quantized. The tensors outside the blocks come with the first block.
@@ -71,6 +71,7 @@ def quantize(method: Gptq, inputs: PassInputs) -> Iterator[TensorRecord]:
     Args:
         method: the recipe's `quantize`.
         inputs: the model and its calibration tokens, and where to begin.
+        make: makes a subclass of `BlockPass`, for methods that find the codes of a layer in another way.
 
     Raises:
         NumericalError: a layer's Hessian is not finite or cannot be factorized, and `on_failure` is `error`.
@@ -86,7 +87,7 @@ def quantize(method: Gptq, inputs: PassInputs) -> Iterator[TensorRecord]:
     progress(Progress("quantize", min(first, blocks), blocks, "block"))
     if first == units:
         return
-    with closing(_Pass(method, chosen, inputs, _importance(method, chosen, inputs))) as work:
+    with closing((make or BlockPass)(method, chosen, inputs, _importance(method, chosen, inputs))) as work:
         work.start(first)
         if first == 0:
             for name in _outside(checkpoint, structure, chosen):
@@ -128,7 +129,7 @@ def _outside(checkpoint: Checkpoint, structure: Structure, chosen: Mapping[str, 
     ]
 
 
-class _Pass:
+class BlockPass:
     """One pass of the calibration tokens through the model: shards of them go through the blocks, and this solves."""
 
     def __init__(
@@ -200,7 +201,7 @@ class _Pass:
         solved, late = dict[str, SolvedLayer](), dict[str, Tensor]()
         for number, group in enumerate(self._shards.each(WindowShard.begin, index, self._sender.block(index))[0]):
             found = self._solved(number, group)
-            quantized = {name: layer.quantized.dequantize(self._inputs.dtype) for name, layer in found.items()}
+            quantized = {name: layer.weight(self._inputs.dtype) for name, layer in found.items()}
             if self._method.true_sequential:
                 self._shards.each(WindowShard.replace, self._once(quantized))
             else:
@@ -209,12 +210,13 @@ class _Pass:
             return_freed_memory()
         tensors = self._shards.first(WindowShard.parameters, [name for name in names if _layer(name) not in solved])
         self._shards.each(WindowShard.end, self._once(late))
-        return [_record(name, tensors.get(name), solved) for name in names]
+        return self._records(names, tensors, solved)
 
     def head(self) -> TensorRecord:
         """Quantizes the output head."""
         (group,) = self._shards.each(WindowShard.begin_head, self._sender.outside())[0]
-        return _record(f"{self._structure.head}.weight", None, self._solved(0, group))
+        [record] = self._records([f"{self._structure.head}.weight"], {}, self._solved(0, group))
+        return record
 
     def _once(self, value: Value) -> Value:
         return self._inputs.execution.once(value).argument
@@ -227,14 +229,34 @@ class _Pass:
         counts = self._token_weights(group)
         hessians, halves = self._shards.summed(number, widths, counts, names if corrected else ())
         return_freed_memory()
-        execution, on_failure = self._inputs.execution, self._method.on_failure
         if len(group.members) == 1:
             weights = self._shards.first(WindowShard.weights, names)
             halved = {name: (halves[0].pop(name), halves[1].pop(name)) for name in weights} if corrected else None
-            return solve_together(weights, hessians.pop(), self._chosen, on_failure, halved, execution)
+            return self._solved_together(weights, hessians.pop(), halved)
         problems = ((self._shards.first(WindowShard.weights, each), hessians.pop(0)) for each in group.members)
-        found = execution.map(_solved_alone, problems, self._chosen, on_failure)
+        found = self._inputs.execution.map(self.solved_alone, problems, self._chosen, self._method.on_failure)
         return {name: layer for of_one in found for name, layer in of_one.items()}
+
+    def _solved_together(
+        self, weights: Mapping[str, Tensor], hessian: Hessian, halves: dict[str, tuple[Tensor, Tensor]] | None
+    ) -> dict[str, SolvedLayer]:
+        """Solves layers that share an input; see `solve_together`."""
+        return solve_together(weights, hessian, self._chosen, self._method.on_failure, halves, self._inputs.execution)
+
+    @staticmethod
+    def solved_alone(
+        problem: tuple[Mapping[str, Tensor], Hessian],
+        options: Mapping[str, Options],
+        on_failure: Literal["error", "round_to_nearest"],
+    ) -> dict[str, SolvedLayer]:
+        """Solves layers of one expert, on any worker."""
+        return solve_together(*problem, options, on_failure)
+
+    def _records(
+        self, names: Sequence[str], tensors: Mapping[str, Tensor], solved: Mapping[str, SolvedLayer]
+    ) -> list[TensorRecord]:
+        """A block's parameters as they are stored: its unquantized tensors, and the layers that were solved."""
+        return [_record(name, tensors.get(name), solved) for name in names]
 
     def _token_weights(self, group: GroupNames) -> Tensor | None:
         """How much each token counts for a group, float32 [windows, tokens]; None for all alike."""
@@ -242,15 +264,6 @@ class _Pass:
             return None
         (names,) = group.members
         return token_weights(self._importance, names)
-
-
-def _solved_alone(
-    problem: tuple[Mapping[str, Tensor], Hessian],
-    options: Mapping[str, Options],
-    on_failure: Literal["error", "round_to_nearest"],
-) -> dict[str, SolvedLayer]:
-    """Layers whose input no other layer has."""
-    return solve_together(*problem, options, on_failure)
 
 
 def _layer(name: str) -> str:

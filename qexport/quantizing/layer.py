@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from qexport.architectures.folds import folded_inputs
 from qexport.architectures.memory import return_freed_memory_beyond
 from qexport.errors import NumericalError
 from qexport.execution.inline import INLINE
@@ -109,10 +110,23 @@ def _bfloat16_products(dtype: torch.dtype) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class SolvedLayer:
-    """A layer's codes and the record of how they were found."""
+    """A layer's codes and the record of how they were found.
+
+    Attributes:
+        quantized: the codes.
+        record: how they were found.
+        exponents: of the powers of two by which the columns of the codes are multiplied, int64 [in]; None if they are
+            not (`qexport.architectures.folds`).
+    """
 
     quantized: GroupQuantized
     record: LayerRecord
+    exponents: Tensor | None = None
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """The matrix [out, in] for inputs that are not divided by the powers of two."""
+        found = self.quantized.dequantize(dtype)
+        return found if self.exponents is None else folded_inputs(found, -self.exponents)
 
 
 @dataclass(frozen=True)
@@ -204,7 +218,7 @@ def solve_together(
     except NumericalError as error:
         if on_failure == "error":
             raise NumericalError(error.what, where=", ".join(names), mend=error.mend) from error
-        return {name: _rounded(name, weights[name], options[name], hessian, dead) for name in names}
+        return {name: rounded_layer(name, weights[name], options[name], hessian, dead) for name in names}
     return_freed_memory_beyond(_GROWTH)
     damp_percent, solved = factor.damp_percent, dict[str, SolvedRows]()
     for shared in dict.fromkeys(options[name] for name in names):
@@ -313,7 +327,16 @@ def _solved(name: str, rows: SolvedRows, tokens: int, damp_percent: float, dead:
     return SolvedLayer(rows.quantized, record)
 
 
-def _rounded(name: str, weight: Tensor, options: Options, hessian: Hessian, dead: int) -> SolvedLayer:
+def rounded_layer(name: str, weight: Tensor, options: Options, hessian: Hessian, dead: int) -> SolvedLayer:
+    """A layer rounded to nearest, whose Hessian cannot be used.
+
+    Args:
+        name: the module's path.
+        weight: float32 [out, in].
+        options: bits and groups.
+        hessian: for the record.
+        dead: inputs that were always zero.
+    """
     matrix = hessian.matrix()
     weight = weight.to(matrix.device)
     quantized = round_to_nearest(weight, options)
@@ -332,7 +355,9 @@ def _rounded(name: str, weight: Tensor, options: Options, hessian: Hessian, dead
     return SolvedLayer(quantized, record)
 
 
-def output_error(weight: Tensor, quantized: GroupQuantized, matrix: Tensor, energy: float) -> float | None:
+def output_error(
+    weight: Tensor, quantized: GroupQuantized, matrix: Tensor, energy: float, exponents: Tensor | None = None
+) -> float | None:
     """Squared error of the outputs relative to the outputs' mean square: tr(E H E^T) / tr(W H W^T).
 
     Args:
@@ -340,11 +365,12 @@ def output_error(weight: Tensor, quantized: GroupQuantized, matrix: Tensor, ener
         quantized: its codes.
         matrix: the Hessian, float32 [in, in].
         energy: `output_energy` of the weight.
+        exponents: see `SolvedLayer`.
 
     Returns:
         The ratio; None if the Hessian is not finite or all outputs are zero, so that there is no ratio.
     """
-    return _relative(_sum(_energies(len(weight), _error_rows(weight, quantized), matrix)), energy)
+    return _relative(_sum(_energies(len(weight), _error_rows(weight, quantized, exponents), matrix)), energy)
 
 
 def output_energy(weight: Tensor, matrix: Tensor) -> float:
@@ -356,9 +382,12 @@ def _relative(lost: float, energy: float) -> float | None:
     return lost / energy if energy > 0 and math.isfinite(lost / energy) else None
 
 
-def _error_rows(weight: Tensor, quantized: GroupQuantized) -> Callable[[int, int], Tensor]:
+def _error_rows(
+    weight: Tensor, quantized: GroupQuantized, exponents: Tensor | None = None
+) -> Callable[[int, int], Tensor]:
     def error(start: int, end: int) -> Tensor:
-        return quantized.rows(start, end).dequantize(torch.float32).sub_(weight[start:end])
+        values = quantized.rows(start, end).dequantize(torch.float32)
+        return (values if exponents is None else folded_inputs(values, -exponents)).sub_(weight[start:end])
 
     return error
 

@@ -90,6 +90,16 @@ def _unmatched(key: str, patterns: Iterable[str], names: Collection[str], which:
     ]
 
 
+def refuse_unmatched(key: str, patterns: Iterable[str], structure: Structure) -> None:
+    """Refuses patterns of the recipe's `key` that match no linear layer in a block.
+
+    Raises:
+        CompatibilityError: there are such.
+    """
+    if problems := _unmatched(key, patterns, {linear.name for linear in structure.block_linears}):
+        raise CompatibilityError("\n".join(problems), where="quantize")
+
+
 def _tied_head(structure: Structure, method: Gptq) -> list[str]:
     if method.lm_head and structure.tied:
         return ["lm_head: true needs an untied head, but this model's head is tied to its embedding"]

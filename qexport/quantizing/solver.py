@@ -247,14 +247,15 @@ def solve(weight: Tensor, hessian: Tensor, factor: Factor, options: Options) -> 
     return _quantized(codes[inverse].t(), grid, g_idx, options)
 
 
-def round_to_nearest(weight: Tensor, options: Options) -> GroupQuantized:
-    """Plain rounding on grids that span each group's largest value, without calibration.
+def round_to_nearest(weight: Tensor, options: Options, importance: Tensor | None = None) -> GroupQuantized:
+    """Plain rounding on grids that span each group's largest value, or on those of the search for clipping ranges.
 
     Args:
         weight: float32 [out, in].
-        options: bits and groups; order and search are not used.
+        options: bits and groups; the order is not used.
+        importance: float32 [in], for the search; None for no search.
     """
-    grid = fit_matrix(weight, options, None)
+    grid = fit_matrix(weight, options, importance)
     grouped = weight.t().unflatten(0, (-1, options.group_size))
     codes = _nearest(grouped, grid.scales.unsqueeze(1), grid.zeros.unsqueeze(1), options.bits).flatten(0, 1)
     g_idx = torch.arange(weight.shape[1], device=weight.device) // options.group_size

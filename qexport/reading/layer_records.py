@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from qexport.errors import InputError, listed
@@ -37,11 +37,18 @@ def refuse_other_layers(records: Sequence[LayerRecord], artifact: StoredModel) -
         )
 
 
+_IN_GROUPS: Final[Mapping[str, set[str]]] = {
+    "gptq": {"awq", "round_to_nearest"},
+    "awq": {"round_to_nearest"},
+}
+"""How codes in groups may have been found, by the format that they are stored in."""
+
+
 def _is_stored_as(record: LayerRecord, stored: StoredLayer, *, apart: bool) -> bool:
     """A layer whose weights are all equal has the same scale everywhere: then a file that stores a group as several
     blocks, a graph or GGUF, does not tell its groups.
     """
-    methods = {stored.method, "round_to_nearest"} if stored.method == "gptq" else {stored.method}
+    methods = {stored.method} | _IN_GROUPS.get(stored.method, set())
     if not apart:
         return record.method in methods and (record.bits, record.group_size) == (stored.bits, stored.group_size)
     if stored.bits == _ROW_BITS:

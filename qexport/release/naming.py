@@ -86,10 +86,14 @@ def named(source: Source, *, model: str | None, version: str | None) -> Named:
 
 
 def method_name(recipe: Mapping[str, Any]) -> str:
-    """The method in a release's name: `gptq-4bit`, `nf4`, `int8`, `w8a8`, `fp8`, or the dtype of 16-bit weights."""
+    """The method in a release's name, with the bits where a recipe chooses them: `gptq-4bit`, `nf4`; or the dtype of
+    16-bit weights.
+    """
     match recipe:
         case {"quantize": {"method": "gptq", "bits": int(bits)}}:
             return f"gptq-{bits}bit"
+        case {"quantize": {"method": "awq"}}:
+            return "awq-4bit"
         case {"quantize": {"method": "nf4", "quant_type": "nf4" | "fp4" as kind}}:
             return str(kind)
         case {"quantize": {"method": "none"}, "merge": {"dtype": "bfloat16" | "float16" | "float32" as dtype}}:

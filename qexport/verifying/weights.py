@@ -8,8 +8,9 @@ tensors of a graph, which is not read block by block.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -24,8 +25,10 @@ from qexport.reading.quantized_linear import dequantize
 from qexport.reading.stored_model import StoredWeights
 from qexport.tensors import Quantized, TensorSpec, WeightSource
 from qexport.verifying.adapter_strength import moved_by_rounding, strength_by_weights, survival
+from qexport.verifying.folded import FoldedReference
 from qexport.verifying.layer_inputs import NO_KEPT_INPUTS, KeptInputs, LayerInputs
 from qexport.verifying.matrices import MatrixErrors, compare_matrix, projections
+from qexport.verifying.matrix_faults import Fault
 from qexport.verifying.reference import Reference
 from qexport.verifying.unquantized import difference
 
@@ -73,6 +76,8 @@ class WeightCheck:
         self._changes: dict[bool, list[Tensor]] = {True: [], False: []}
         self._survivals: dict[bool, dict[str, Tensor]] = {True: {}, False: {}}
         self._inputs: LayerInputs | None = None
+        merged = reference.merged
+        self._folds = FoldedReference(merged.architecture.structure, merged.weights, artifact)
         self.reference_weights: WeightSource = ReferenceWeights(self, reference.merged.weights)
         self.artifact_weights: WeightSource = ArtifactWeights(self, artifact)
 
@@ -129,6 +134,9 @@ class WeightCheck:
         wanted = self.kept.pop(name, None)
         wanted = self._reference.merged.weights.read(name) if wanted is None else wanted
         base, inputs = self._base(name), None if self._inputs is None else self._inputs.take(name)
+        self._folds.see(name, stored, wanted)
+        wanted, base = self._folds.tensor(name, wanted), None if base is None else self._folds.tensor(name, base)
+        inputs = None if inputs is None else self._folds.inputs(name, inputs)
         if isinstance(stored, Tensor):
             self._compare_unquantized(name, stored, wanted, base)
         else:
@@ -156,6 +164,8 @@ class WeightCheck:
             wanted, base = wanted.t(), None if base is None else base.t()
         rounding = self._reference.rounding_of(wanted, stored)
         found = compare_matrix(stored, wanted, base, inputs, rounded=rounding is not None)
+        if fault := self._folds.faults.get(name):
+            found = replace(found, faults=[Fault(math.inf, fault), *found.faults])
         self._layers[name] = found
         self._exact |= {name} if rounding is not None else set()
         if found.change is not None:
@@ -182,7 +192,7 @@ class WeightCheck:
         """
         if self._reference.unrounded is None:
             return
-        unrounded = self._reference.unrounded.weights.read(name)
+        unrounded = self._folds.tensor(name, self._reference.unrounded.weights.read(name))
         quantized = not isinstance(stored, Tensor)
         if quantized and name.removesuffix(".weight") in self._artifact.transposed:
             unrounded = unrounded.t()
@@ -221,7 +231,9 @@ class WeightCheck:
     def _checks(self, record: WeightsRecord) -> Iterator[CheckResult]:
         if record.unquantized:
             unequal = [f"{fault.name}: {fault.text}" for fault in record.unequal]
-            equal = f"{counted(record.unquantized, 'tensor')} equal to the reference's"
+            folded = len(self._folds.folded - self._layers.keys())
+            powers = f", {folded} of them divided by powers of two that the next layers take back" if folded else ""
+            equal = f"{counted(record.unquantized, 'tensor')} equal to the reference's{powers}"
             yield _check("unquantized tensors", unequal, equal)
         if self._layers:
             worst = sorted(self._layers.items(), key=lambda item: -max((f.severity for f in item[1].faults), default=0))

@@ -34,6 +34,7 @@ from qexport.export.tgi.rules import TGI
 from qexport.export.tgi.served import ServedByTgi
 from qexport.export.weight_files import WeightFiles
 from qexport.formats import (
+    AwqFormat,
     BlockFp8Format,
     FloatQuantizedFormat,
     Format,
@@ -199,6 +200,8 @@ def _flag(method: Format) -> str | None:
             return "compressed-tensors"
         case BlockFp8Format():
             return "fp8"
+        case AwqFormat():
+            return "awq"
 
 
 def _server_notes(method: Format) -> list[str]:

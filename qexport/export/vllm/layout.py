@@ -20,7 +20,7 @@ from qexport.export.vllm.launch import VllmLaunch, launch_files, max_model_len
 from qexport.export.vllm.rules import VLLM
 from qexport.export.vllm.served import ServedByVllm
 from qexport.export.weight_files import WeightFiles
-from qexport.formats import BlockFp8Format, FloatQuantizedFormat, GptqFormat, Outputs
+from qexport.formats import AwqFormat, BlockFp8Format, FloatQuantizedFormat, GptqFormat, Outputs
 from qexport.formats.compressed_tensors import PackQuantizedFormat
 from qexport.formats.format import StoredFormat
 from qexport.tensors import Float8QuantizedSpec, GroupQuantizedSpec
@@ -78,7 +78,7 @@ class VllmLayout:
     def notes(self) -> list[str]:
         """What the server does with the folder."""
         notes = _kernel_notes(self._outputs)
-        if isinstance(self._outputs.format, GptqFormat) and self._unquantized_dtype == torch.bfloat16:
+        if isinstance(self._outputs.format, GptqFormat | AwqFormat) and self._unquantized_dtype == torch.bfloat16:
             notes.append(_BFLOAT16)
         if self._rounded_by_amx:
             notes.append("on CPUs with AMX, bfloat16 wants VLLM_CPU_INT4_W4A8=0, as in launch/vllm-serve.sh")
@@ -162,7 +162,7 @@ def _kernel_notes(outputs: Outputs) -> list[str]:
     """Which processors and shapes vLLM's kernels need."""
     if isinstance(outputs.format, FloatQuantizedFormat | BlockFp8Format):
         return list(_FP8_NOTES if isinstance(outputs.format, FloatQuantizedFormat) else _BLOCK_FP8_NOTES)
-    if not isinstance(outputs.format, GptqFormat):
+    if not isinstance(outputs.format, GptqFormat | AwqFormat):
         return []
     notes = ["the kernels need AVX-512 on x86 CPUs, compute capability 7.5 on NVIDIA GPUs"]
     uneven = [module for module, spec in outputs.quantized.items() if any(side % _CPU_MULTIPLE for side in spec.shape)]

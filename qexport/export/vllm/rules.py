@@ -19,9 +19,10 @@ _FALCON: Final = "vllm/model_executor/models/falcon.py"
 _MARLIN_UTILS: Final = "vllm/model_executor/layers/quantization/utils/marlin_utils.py"
 
 _DTYPES: Final = ("float16", "bfloat16", "float32")
-_METHODS: Final = ("gptq", "compressed-tensors", "fp8")
+_METHODS: Final = ("gptq", "awq", "compressed-tensors", "fp8")
 _GROUP_SIZES: Final = (-1, 32, 64, 128)
 """vLLM checks this for every GPTQ layer on every platform."""
+_AWQ_SIZES: Final = ", ".join(map(str, _GROUP_SIZES))
 _NO_FLOAT16: Final = ("gemma2", "gemma3", "gemma3_text", "glm4")
 _TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "tekken.json")
 """vLLM reads one of these (`vllm/tokenizers`)."""
@@ -142,9 +143,16 @@ def _gptq_configs(model: ServedByVllm) -> Iterator[tuple[str, Mapping[str, Any]]
             yield f"dynamic: {pattern}", {**model.quantization, **changes}
 
 
+@_rule("AWQ groups are of a size that is read", _MARLIN_UTILS, f"use a group_size of {_AWQ_SIZES}")
+def _awq_groups(model: ServedByVllm) -> Iterator[str]:
+    """Bits, version and zero points are what the quantization config is followed by."""
+    if model.method == "awq" and model.quantization.get("group_size") not in _GROUP_SIZES:
+        yield f"group_size {model.quantization.get('group_size')!r}"
+
+
 @_rule("4-bit codes are used with 16-bit weights", GPTQ, "set merge.dtype to bfloat16 or float16")
 def _packed_dtype(model: ServedByVllm) -> Iterator[str]:
-    packed = model.method == "gptq" or model.quantization.get("format") == "pack-quantized"
+    packed = model.method in ("gptq", "awq") or model.quantization.get("format") == "pack-quantized"
     if packed and model.dtype == "float32":
         yield "dtype is float32; the kernels compute in 16 bits"
 

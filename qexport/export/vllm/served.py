@@ -17,6 +17,7 @@ from qexport.artifact.disk import disk_failure
 from qexport.errors import InputError, QexportError
 from qexport.export.launch import FOLDER
 from qexport.export.served import ServedModel, ServedWeights
+from qexport.formats.awq import AwqRules
 from qexport.formats.block_fp8 import BlockFp8Rules
 from qexport.formats.compressed_tensors.reading import CompressedTensorsRules
 from qexport.formats.gptq.reading import GptqRules
@@ -106,6 +107,8 @@ class ServedByVllm(ServedModel):
         match self.method:
             case "gptq":
                 return GptqRules(self.quantization).scheme
+            case "awq":
+                return AwqRules(self.quantization).scheme
             case "compressed-tensors":
                 return CompressedTensorsRules(self.quantization).scheme
             case "fp8":

@@ -11,7 +11,7 @@ from qexport.architectures.structure import LinearSpec
 from qexport.export.served import REMOVE, Rules, beside_the_weights
 from qexport.export.vllm.families import LAST_JOINED, STORED_JOINED, joined_modules
 from qexport.export.vllm.served import ServedByVllm
-from qexport.formats import block_fp8
+from qexport.formats import awq, block_fp8
 from qexport.formats.compressed_tensors.reading import SCALE
 from qexport.formats.compressed_tensors.tensors import group_specs, row_specs
 from qexport.formats.float8_tensors import specs as float8_specs
@@ -20,6 +20,7 @@ from qexport.formats.stored_weight import Scheme
 from qexport.tensors import Float8QuantizedSpec, GroupQuantizedSpec, RowQuantizedSpec, TensorSpec
 
 GPTQ: Final = "vllm/model_executor/layers/quantization/auto_gptq.py"
+AWQ: Final = "vllm/model_executor/layers/quantization/auto_awq.py"
 GPTQ_UTILS: Final = "vllm/model_executor/layers/quantization/utils/gptq_utils.py"
 COMPRESSED: Final = "vllm/model_executor/layers/quantization/compressed_tensors/compressed_tensors.py"
 _SCHEMES: Final = "vllm/model_executor/layers/quantization/compressed_tensors/schemes"
@@ -131,6 +132,14 @@ def _gptq(model: ServedByVllm) -> Iterator[str]:
             if scheme is not None:
                 parts = packed_specs(_groups(linear, scheme))
                 yield from _stored(model, linear.name, {part: parts[part] for part in ("qweight", "qzeros", "scales")})
+
+
+@_rule("AWQ layers have codes, zero points and scales", AWQ)
+def _awq(model: ServedByVllm) -> Iterator[str]:
+    if model.method == "awq":
+        for linear, scheme in _layers(model):
+            if scheme is not None:
+                yield from _stored(model, linear.name, awq.packed_specs(_groups(linear, scheme)))
 
 
 @_rule("W8A8 layers have codes and scales", f"{_SCHEMES}/compressed_tensors_w8a8_int8.py")

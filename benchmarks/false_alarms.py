@@ -36,7 +36,7 @@ from qexport.pipeline.reference import prepare_reference
 from qexport.pipeline.texts import Evaluation
 from qexport.quantizing.method import Method, PassInputs
 from qexport.recipe import load_recipe
-from qexport.tensors import CalibrationSet, Quantized, TensorSpec
+from qexport.tensors import CalibrationSet, GroupQuantized, Quantized, TensorSpec
 from qexport.text.documents import read_documents
 from qexport.text.windows import HeldOut, make_windows
 from qexport.verifying import VerifySettings
@@ -107,6 +107,8 @@ class InMemory:
         transposed: frozenset[str] = frozenset(),
     ) -> None:
         self._specs, self._values, self.transposed = specs, values, transposed
+        codes = {name: each for name, each in values.items() if isinstance(each, GroupQuantized)}
+        self.grids = {name.removesuffix(".weight"): each.spec for name, each in codes.items()}
 
     def specs(self) -> Mapping[str, TensorSpec]:
         """Of the parameters."""

@@ -64,7 +64,7 @@ def test_every_value_is_that_of_the_gguf_package(foreign: Path) -> None:
         assert np.array_equal(own.read("model.embed_tokens.weight").numpy(), wanted["token_embd.weight"])
         assert isinstance(own.stored("model.layers.0.mlp.up_proj.weight"), ValuesQuantized)
         assert own.layers["model.layers.0.mlp.down_proj"].bits == 5
-        assert set(own.grids) == {f"model.layers.{block}.self_attn.v_proj" for block in range(2)}
+        assert set(own.grids) == {"lm_head", *(f"model.layers.{block}.self_attn.v_proj" for block in range(2))}
         ids = torch.arange(20)[None]
         model = own.model(device=torch.device("cpu"), dtype=torch.float32)
         assert model(input_ids=ids).logits.isfinite().all()

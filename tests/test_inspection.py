@@ -166,7 +166,7 @@ def test_json_is_one_document_also_where_a_demand_fails(published: Path, capsys:
 def test_a_recipe_is_sent_to_plan(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = str(published.parent / "recipe.yaml")
     assert main(["validate", recipe, "--server", "tgi"]) == 2
-    assert f"mend:  for a recipe: qexport plan {recipe}" in capsys.readouterr().err
+    assert f"for a recipe: qexport plan {recipe}" in capsys.readouterr().err
 
 
 def test_codes_in_other_groups_are_told(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ def test_the_surface_is_what_it_is_on_purpose() -> None:
         "Bounds",
         "CalibrationSettings",
         "Figure",
+        "Fp8",
         "GateResult",
         "Gptq",
         "Int8",

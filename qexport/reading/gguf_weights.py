@@ -133,9 +133,8 @@ class GgufWeights:
                 for name, tensor in ((name, self.file.tensors[stored]) for name, stored in self._names.items())
                 if tensor.kind not in _TORCH and len(tensor.shape) == 2
             }
-            ends = (self.architecture.structure.embedding, self.architecture.structure.head)
             self.quantized: Mapping[str, GgufMatrix] = {
-                name: matrix for name, matrix in self._matrices.items() if name not in ends
+                name: matrix for name, matrix in self._matrices.items() if name != self.architecture.structure.embedding
             }
         except BaseException:
             self.close()

@@ -40,6 +40,11 @@ class StoredWeights(WeightSource, Protocol):
         """The modules whose unquantized weight is [in, out]; codes are always [out, in]."""
         ...
 
+    @property
+    def grids(self) -> Mapping[str, GroupQuantizedSpec]:
+        """Bits, groups and symmetry of each module that is quantized in groups along its inputs, by its path."""
+        ...
+
     def stored(self, name: str) -> torch.Tensor | Quantized:
         """A parameter as it is stored: a copy of the tensor, or the codes [out, in].
 
@@ -94,11 +99,6 @@ class StoredModel(StoredWeights, Protocol):
         Raises:
             InputError: a module has codes, but is unquantized according to the config.
         """
-        ...
-
-    @property
-    def grids(self) -> Mapping[str, GroupQuantizedSpec]:
-        """Bits, groups and symmetry of each module that is quantized in groups along its inputs, by its path."""
         ...
 
     @property

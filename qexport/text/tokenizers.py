@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
-from typing import Any, Final
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, Final
 
 from qexport.artifact.digests import sha256_bytes, sha256_json
 from qexport.errors import InputError
@@ -15,6 +13,9 @@ from qexport.tensors.strict_files import parse_json
 from qexport.text.chat_templates import CHAT_TEMPLATES, WITHOUT_TEMPLATE
 from qexport.text.documents import Document
 from qexport.text.file_names import CHAT_TEMPLATE, OLD_TEMPLATE, TEMPLATES_FOLDER, TOKENIZER_CONFIG
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, *, special_tokens: bool) -> list[int]:

@@ -43,7 +43,8 @@ class FoldedReference:
 
     def __init__(self, structure: Structure, reference: WeightSource, artifact: StoredWeights) -> None:
         self._reference, self._artifact = reference, artifact
-        found = folds(structure)
+        with_zero_points = any(not grid.sym for grid in artifact.grids.values())  # AWQ's always have them
+        found = folds(structure) if with_zero_points else []
         self._sources = {name: fold for fold in found for name in fold.parameters}
         self._consumers = {f"{name}.weight": fold for fold in found for name in fold.consumers}
         self._shown: dict[str, Tensor | None] = {}

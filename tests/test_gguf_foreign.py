@@ -14,6 +14,7 @@ import factories
 import gguf_folders
 import qexport
 from gguf_faults import Rows, rows_of, value_of
+from qexport.artifact.names import GGUF_NAME
 from qexport.artifact.report import Report
 from qexport.errors import CompatibilityError, InputError
 from qexport.pipeline.gguf_files import as_folder
@@ -49,8 +50,11 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def verified(path: Path, made: gguf_folders.Made, held_out: Path) -> Report:
-    settings = qexport.VerifySettings(text=str(held_out), windows=4, max_windows=4, sequence_length=32, profile="off")
-    return qexport.verify(path, qexport.LoadSettings(base=str(made.base)), settings)
+    return qexport.verify(path, qexport.LoadSettings(base=str(made.base)), settings_of(held_out))
+
+
+def settings_of(held_out: Path) -> qexport.VerifySettings:
+    return qexport.VerifySettings(text=str(held_out), windows=4, max_windows=4, sequence_length=32, profile="off")
 
 
 def test_every_value_is_that_of_the_gguf_package(foreign: Path) -> None:
@@ -78,6 +82,16 @@ def test_a_sound_file_is_measured_with_every_gate(foreign: Path, made: gguf_fold
     assert 4 < report.subject.sizes.bits_per_weight < 8
     assert report.weights is not None
     assert {"model.embed_tokens", "lm_head"} & {layer.name for layer in report.weights.layers}
+
+
+def test_a_base_that_was_itself_quantized_raises_no_alarm(foreign: Path, held_out: Path, tmp_path: Path) -> None:
+    """Its values lie on even steps, and its header has floats in single precision."""
+    (tmp_path / GGUF_NAME).hardlink_to(foreign)
+    path = gguf_folders.as_others_quantize(
+        tmp_path, tmp_path / "again.gguf", {"weight": gguf.GGMLQuantizationType.Q5_0}
+    )
+    report = qexport.verify(path, qexport.LoadSettings(base=str(foreign)), settings_of(held_out))
+    assert [f"{check.name}: {check.detail}" for check in report.checks if not check.passed] == []
 
 
 def doubled(rows: Rows) -> Rows:

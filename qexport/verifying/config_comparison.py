@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from ctypes import c_float
 from typing import Any, Final
 
 from transformers import PretrainedConfig
@@ -49,9 +50,18 @@ def config_differences(reference: Architecture, artifact: Mapping[str, Any]) -> 
     problems = []
     for key in sorted(ours.keys() | artifact.keys()):
         found, wanted = artifact.get(key, _ABSENT), expected.get(key, ours.get(key, _ABSENT))
-        if key not in _MAY_DIFFER and found not in (wanted, ours.get(key, wanted)):
+        if key not in _MAY_DIFFER and _single(found) not in (_single(wanted), _single(ours.get(key, wanted))):
             problems.append(f"{key}{_difference(found, wanted)}")
     return problems
+
+
+def _single(value: Any) -> Any:
+    """With every float in single precision, in which models use them and the header of a GGUF file has them."""
+    if isinstance(value, dict):
+        return {key: _single(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_single(each) for each in value]
+    return c_float(value).value if isinstance(value, float) else value
 
 
 def _difference(found: Any, wanted: Any) -> str:

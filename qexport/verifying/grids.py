@@ -23,7 +23,8 @@ class Strip:
     Attributes:
         first: the first row.
         values: of the codes.
-        nearest: the values of the same grid that are nearest to the reference's.
+        nearest: the values of the same grid that are nearest to the reference's; where the grid is not known, the
+            reference's with errors of the size that rounding to even steps has.
         reference: the reference's values.
     """
 
@@ -80,7 +81,7 @@ def _nearest(part: GroupQuantized | RowQuantized | Float8Quantized | ValuesQuant
         codes = (wanted / scales).nan_to_num_().clamp_(-LARGEST_FLOAT8, LARGEST_FLOAT8).to(torch.float8_e4m3fn)
         return codes.to(torch.float32).mul_(scales)
     if isinstance(part, ValuesQuantized):
-        return _nearest_in_ranges(wanted, part.bits, part.block_size)
+        return _rounded_in_ranges(wanted, part.bits, part.block_size)
     if isinstance(part, RowQuantized):
         scales = part.scales[:, None].to(torch.float32)
         return (wanted / scales).nan_to_num_().round_().clamp_(-127, 127).mul_(scales)
@@ -90,13 +91,14 @@ def _nearest(part: GroupQuantized | RowQuantized | Float8Quantized | ValuesQuant
     return codes.sub_(zeros).mul_(scales)
 
 
-def _nearest_in_ranges(wanted: Tensor, bits: int, block_size: int) -> Tensor:
-    """Where only the values are known: the nearest ones of even grids that span the range of each block."""
+def _rounded_in_ranges(wanted: Tensor, bits: int, block_size: int) -> Tensor:
+    """With drawn errors of up to half a step, as even steps over the range of each block have. They are not computed: a
+    reference that was itself quantized may lie on such steps and would allow no error.
+    """
     blocks = wanted.reshape(len(wanted), -1, block_size)
-    least, most = blocks.amin(2, keepdim=True), blocks.amax(2, keepdim=True)
-    steps = (most - least) / (2**bits - 1)
-    codes: Tensor = ((blocks - least) / steps).nan_to_num_(nan=0.0).round_()
-    return codes.mul_(steps).add_(least).view(wanted.shape)
+    steps = (blocks.amax(2, keepdim=True) - blocks.amin(2, keepdim=True)) / (2**bits - 1)
+    errors = torch.rand(blocks.shape, generator=torch.Generator().manual_seed(0)).sub_(0.5)
+    return errors.mul_(steps).add_(blocks).view(wanted.shape)
 
 
 def _nearest_in_blocks(quantized: BlockQuantized, wanted: Tensor, first: int) -> Tensor:

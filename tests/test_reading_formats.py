@@ -109,7 +109,7 @@ def test_quantized_tensors_without_a_quantization_config_are_refused(gptq: Path)
         ([], "must be an object"),
         ("gptq", "must be an object"),
         ({}, "quant_method is None"),
-        ({"quant_method": "awq"}, "quant_method is 'awq'"),
+        ({"quant_method": "hqq"}, "quant_method is 'hqq'"),
         ({"quant_method": ["gptq"]}, r"quant_method is \['gptq'\]"),
     ],
 )

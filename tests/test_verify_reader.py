@@ -103,7 +103,7 @@ def test_asymmetric_zero_points_that_are_called_symmetric_are_refused(tmp_path: 
     [
         (lambda config: config.update(checkpoint_format=None), "checkpoint_format is None"),
         (lambda config: config.update(checkpoint_format="marlin"), "marlin"),
-        (lambda config: config.update(quant_method="awq"), "quant_method is 'awq'"),
+        (lambda config: config.update(quant_method="hqq"), "quant_method is 'hqq'"),
         (lambda config: config.update(bits="4"), "bits must be given, with type int"),
         (lambda config: config.update(bits=True), "bits must be given, with type int"),
         (lambda config: config.update(bits=5), "5 bits in groups of 32 are not supported"),

@@ -7,8 +7,9 @@ folder=out/demo-ray
 log=out/demo-ray.log
 
 rm -rf "$folder" "$folder.partial" "$folder.rejected"
+: > "$log"
 echo "\$ qexport run recipes/gptq-4bit.yaml --workers 2 --output $folder"
-qexport run recipes/gptq-4bit.yaml --workers 2 --output "$folder" > "$log" 2>&1 &
+qexport run recipes/gptq-4bit.yaml --workers 2 --output "$folder" >> "$log" 2>&1 &
 run=$!
 tail -n +1 -f --pid="$run" "$log" &
 

@@ -13,11 +13,15 @@ import torch
 from torch import Tensor
 
 from qexport.architectures.devices import single_thread
+from qexport.architectures.memory import return_freed_memory_beyond
 from qexport.architectures.runner import BlockRunner
 from qexport.errors import NumericalError
 
 _SEED: Final = 0
 """Of the tokens that are drawn."""
+
+_GROWTH: Final = 48 << 20
+"""Bytes that the process may grow by before freed memory is returned."""
 
 
 def gradients_at_head(runner: BlockRunner, hidden: Iterable[Tensor]) -> list[Tensor]:
@@ -45,4 +49,6 @@ def gradients_at_head(runner: BlockRunner, hidden: Iterable[Tensor]) -> list[Ten
                 drawn = torch.multinomial(probabilities, 1, generator=generator).to(runner.device)
                 (gradient,) = torch.autograd.grad(predicted.gather(1, drawn).sum(), leaf)
             found.append(gradient)
+            del leaf, predicted, probabilities, drawn, gradient
+            return_freed_memory_beyond(_GROWTH)
     return found

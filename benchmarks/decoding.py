@@ -20,12 +20,12 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cost import ROOT, measure
+from cost import ROOT
+from generation import Figures, Rows, figures, in_turns, ratio, spread
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
@@ -45,19 +45,6 @@ class Contestant:
     more: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Figures:
-    """Of one process: tokens per CPU second of decoding, CPU seconds to the first token, 10^6 bytes, greedy tokens."""
-
-    speed: float
-    first_token: float
-    peak_mb: float
-    tokens: list[int]
-
-
-Rows = dict[str, list[Figures]]
-
-
 def main() -> None:
     """Measures round after round and shows the table after each."""
     arguments = _arguments()
@@ -66,8 +53,7 @@ def main() -> None:
     rows: Rows = {name: [] for name in contestants}
     with tempfile.TemporaryDirectory() as scratch:
         for number in range(arguments.rounds):
-            for name in list(contestants)[:: -1 if number % 2 else 1]:
-                print(f"round {number + 1}: {name} ...", file=sys.stderr)
+            for name in in_turns(contestants, number):
                 rows[name].append(_figures(contestants[name], job, Path(scratch)))
             _show(rows)
 
@@ -129,13 +115,8 @@ def _job(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _figures(contestant: Contestant, job: dict[str, Any], work: Path) -> Figures:
-    todo, result = work / "job.json", work / "result.json"
     own = {"way": contestant.way, "folder": str(contestant.folder.resolve()), **contestant.more}
-    todo.write_text(json.dumps(job | own))
-    cost = measure([contestant.python, str(SCRIPT), str(todo), str(result)], work)
-    found = json.loads(result.read_text())
-    result.unlink()
-    return Figures(found["tokens_per_second"], found["first_token"], cost.peak_mb, found["tokens"])
+    return figures(contestant.python, SCRIPT, job | own, work)
 
 
 def _show(rows: Rows) -> None:
@@ -144,21 +125,13 @@ def _show(rows: Rows) -> None:
     for name, row in rows.items():
         table.add_row(
             name,
-            _spread([figures.speed for figures in row], 1),
-            _ratio(row, rows[MERGED], lambda figures: figures.speed),
-            _spread([figures.first_token for figures in row], 2),
-            _ratio(row, rows[MERGED], lambda figures: figures.first_token),
-            f"{statistics.median(figures.peak_mb for figures in row):.0f}",
+            spread([each.speed for each in row], 1),
+            ratio(row, rows[MERGED], lambda each: each.speed),
+            spread([each.first_token for each in row], 2),
+            ratio(row, rows[MERGED], lambda each: each.first_token),
+            f"{statistics.median(each.peak_mb for each in row):.0f}",
         )
     Console(width=140).print(table, f"ratios refer to {MERGED}; {len(rows[MERGED])} rounds")
-
-
-def _spread(values: list[float], digits: int) -> str:
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
-
-
-def _ratio(row: list[Figures], baseline: list[Figures], figure: Callable[[Figures], float]) -> str:
-    return f"{statistics.median(figure(a) / figure(b) for a, b in zip(row, baseline, strict=True)):.2f}"
 
 
 if __name__ == "__main__":

@@ -19,15 +19,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cost import ROOT, measure
+from generation import Figures, Rows, figures, in_turns, ratio, spread
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
@@ -49,19 +48,6 @@ class Contestant:
     dtype: str = ""
 
 
-@dataclass(frozen=True)
-class Figures:
-    """Of one process: tokens per second of decoding, seconds, 10^6 bytes, and the greedy tokens."""
-
-    speed: float
-    first_token: float
-    peak_mb: float
-    tokens: list[int]
-
-
-Rows = dict[str, list[Figures]]
-
-
 def main() -> None:
     """Builds the peer's graphs, then measures round after round and shows the table after each."""
     arguments = _arguments()
@@ -76,9 +62,7 @@ def main() -> None:
         job = _job(arguments, next(iter(contestants.values())).folder)
         rows: Rows = {name: [] for name in contestants}
         for number in range(arguments.rounds):
-            names = list(contestants)
-            for name in names[:: -1 if number % 2 else 1]:
-                print(f"round {number + 1}: {name} ...", file=sys.stderr)
+            for name in in_turns(contestants, number):
                 rows[name].append(_figures(contestants[name], job, work))
             _show(rows, baseline)
 
@@ -168,12 +152,8 @@ def _job(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def _figures(contestant: Contestant, job: dict[str, Any], work: Path) -> Figures:
-    todo, result = work / "job.json", work / "result.json"
-    todo.write_text(json.dumps(job | {"folder": str(contestant.folder), "dtype": contestant.dtype}))
-    cost = measure([contestant.python, str(PEERS / contestant.script), str(todo), str(result)], work)
-    found = json.loads(result.read_text())
-    result.unlink()
-    return Figures(found["tokens_per_second"], found["first_token"], cost.peak_mb, found["tokens"])
+    own = {"folder": str(contestant.folder), "dtype": contestant.dtype}
+    return figures(contestant.python, PEERS / contestant.script, job | own, work)
 
 
 def _show(rows: Rows, baseline: str) -> None:
@@ -182,22 +162,14 @@ def _show(rows: Rows, baseline: str) -> None:
     for name, row in rows.items():
         table.add_row(
             name,
-            _spread([figures.speed for figures in row], 1),
-            _ratio(row, rows[baseline], lambda figures: figures.speed),
-            _spread([figures.first_token for figures in row], 2),
-            _ratio(row, rows[baseline], lambda figures: figures.first_token),
-            _spread([figures.peak_mb for figures in row], 0),
+            spread([each.speed for each in row], 1),
+            ratio(row, rows[baseline], lambda each: each.speed),
+            spread([each.first_token for each in row], 2),
+            ratio(row, rows[baseline], lambda each: each.first_token),
+            spread([each.peak_mb for each in row], 0),
             f"{_equal(row[-1].tokens, rows[baseline][-1].tokens)} of {len(row[-1].tokens)}",
         )
     Console(width=140).print(table, f"ratios and equal tokens refer to {baseline}; {len(rows[baseline])} rounds")
-
-
-def _spread(values: list[float], digits: int) -> str:
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
-
-
-def _ratio(row: list[Figures], baseline: list[Figures], figure: Callable[[Figures], float]) -> str:
-    return f"{statistics.median(figure(a) / figure(b) for a, b in zip(row, baseline, strict=True)):.2f}"
 
 
 def _equal(tokens: list[int], expected: list[int]) -> int:

@@ -160,16 +160,18 @@ class AwqFormat(ModuleEncoding):
         unquantized = [
             name.removesuffix(".weight")
             for name, spec in specs.items()
-            if structure.in_blocks(name) and name.endswith(".weight") and isinstance(spec, TensorSpec)
+            if structure.in_blocks(name)
+            and name.endswith(".weight")
+            and isinstance(spec, TensorSpec)
+            and len(spec.shape) == 2
         ]
-        matrices = [name for name in unquantized if len(specs[f"{name}.weight"].shape) == 2]
         return {
             "quant_method": "awq",
             "bits": BITS,
             "group_size": self.group_size,
             "zero_point": True,
             "version": "gemm",
-            "modules_to_not_convert": matrices or None,
+            "modules_to_not_convert": unquantized or None,
         }
 
     @property

@@ -54,7 +54,13 @@ class Int4Weight:
         return self.codes.nbytes + self.scales.nbytes
 
     def product(self, inputs: Tensor) -> Tensor:
-        """bfloat16 [..., out] of bfloat16 [..., in]."""
+        """bfloat16 [..., out] of bfloat16 [..., in].
+
+        Raises:
+            CompatibilityError: the inputs are not bfloat16.
+        """
+        if inputs.dtype != torch.bfloat16:
+            raise _other_dtype(f"the layer's inputs are {_name(inputs.dtype)}")
         rows = inputs.reshape(-1, inputs.shape[-1])
         product = _operators(self.codes.device).product(rows, self.codes, self.group_size, self.scales)
         return product.reshape(*inputs.shape[:-1], product.shape[-1])
@@ -68,10 +74,7 @@ def refuse_device(device: torch.device, dtype: torch.dtype) -> None:
     """
     why = device_obstacle(device)
     if dtype != torch.bfloat16:
-        raise CompatibilityError(
-            f"the kernel int4 multiplies bfloat16, and the model computes in {str(dtype).removeprefix('torch.')}",
-            mend="load with dtype=torch.bfloat16, or without kernel='int4'",
-        )
+        raise _other_dtype(f"the model computes in {_name(dtype)}")
     if why is not None:
         raise CompatibilityError(f"the kernel int4 cannot be used: {why}", where=str(device), mend=_MEND)
     for group_size in _GROUPS:
@@ -181,6 +184,17 @@ def check(device: torch.device, group_size: int) -> None:
 _MEND: Final = "load without kernel='int4'"
 
 
+def _other_dtype(what: str) -> CompatibilityError:
+    return CompatibilityError(
+        f"the kernel int4 multiplies bfloat16, and {what}",
+        mend="load with dtype=torch.bfloat16, or without kernel='int4'",
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _sample(device: torch.device, group_size: int) -> GroupQuantized:
     """64 outputs and two groups of at least 64 inputs, with every code, and scales and zero points that differ."""
     outputs, inputs = 64, 2 * max(group_size, 64)
@@ -236,6 +250,6 @@ def _pack_for_cuda(codes: Tensor) -> Tensor:
 
 
 _BY_DEVICE: Final[Mapping[str, _Operators]] = {
-    "cpu": _Operators(_pack_for_cpu, lambda *given: torch.ops.aten._weight_int4pack_mm_for_cpu(*given)),
-    "cuda": _Operators(_pack_for_cuda, lambda *given: torch.ops.aten._weight_int4pack_mm(*given)),
+    "cpu": _Operators(_pack_for_cpu, lambda *given: torch.ops.aten._weight_int4pack_mm_for_cpu.default(*given)),
+    "cuda": _Operators(_pack_for_cuda, lambda *given: torch.ops.aten._weight_int4pack_mm.default(*given)),
 }

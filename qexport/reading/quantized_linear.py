@@ -80,6 +80,7 @@ class QuantizedLinear(nn.Module):
             self.register_buffer(_attribute(part), tensors[part])
         for made in _MADE:
             self.register_buffer(made, None, persistent=False)
+        self._int4: Int4Weight | None = None
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -89,7 +90,7 @@ class QuantizedLinear(nn.Module):
             CompatibilityError: the inputs are not bfloat16, and the kernel is `int4`.
         """
         if self._kernel == "int4" and inputs.numel() <= FEW_ROWS * self.in_features:
-            outputs = self._packed(inputs.dtype).product(inputs)
+            outputs = (self._int4 or self._pack()).product(inputs)
             return outputs if self.bias is None else outputs + self.bias
         return self._product(
             SimpleNamespace(weight=self._factor(inputs.dtype), bias=self.bias, nf=self.out_features), inputs
@@ -115,22 +116,14 @@ class QuantizedLinear(nn.Module):
             self.kept_weight = weight
         return weight
 
-    def _packed(self, dtype: torch.dtype) -> Int4Weight:
-        """The weight in the kernel's form."""
-        if dtype != torch.bfloat16:
-            raise CompatibilityError(
-                f"the kernel int4 multiplies bfloat16, and the layer's inputs are {str(dtype).removeprefix('torch.')}",
-                mend="load with dtype=torch.bfloat16, or without kernel='int4'",
-            )
-        if self.int4_codes is None:
-            with torch.inference_mode(False), torch.no_grad():
-                codes = self.codes()
-                assert isinstance(codes, GroupQuantized)
-                packed = int4_weight(codes)
-            self.int4_codes, self.int4_scales, self._int4_group = packed.codes, packed.scales, packed.group_size
-        assert self.int4_codes is not None
-        assert self.int4_scales is not None
-        return Int4Weight(self.int4_codes, self.int4_scales, self._int4_group)
+    def _pack(self) -> Int4Weight:
+        """Brings the weight into the kernel's form."""
+        with torch.inference_mode(False), torch.no_grad():
+            codes = self.codes()
+            assert isinstance(codes, GroupQuantized)
+            packed = int4_weight(codes)
+        self.int4_codes, self.int4_scales, self._int4 = packed.codes, packed.scales, packed
+        return packed
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         """Codes and scales move to another device; `model.half()` and similar calls change only the bias."""
@@ -149,6 +142,7 @@ class QuantizedLinear(nn.Module):
             self._budget.give_back(self.kept_weight.nbytes)
         for made in _MADE:
             self._buffers[made] = None
+        self._int4 = None
 
     def _save_to_state_dict(self, *_: Any) -> None:
         raise CompatibilityError(

@@ -369,6 +369,7 @@ def test_a_plan_of_another_method_measures_nothing(inputs: Path, tmp_path: Path)
         (("safetensors",), [3, 4, 8, 16]),
         (("safetensors", "vllm"), [4, 16]),
         (("onnx",), [4, 8, 16]),
+        (("gguf",), [3, 4, 8, 16]),
     ],
 )
 def test_what_a_layout_cannot_carry_is_not_offered(

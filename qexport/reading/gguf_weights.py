@@ -31,8 +31,11 @@ from qexport.tensors.source import is_finite
 from qexport.tensors.strict_files import CONFIG_BYTES, contained_path, read_json_object
 
 _TORCH: Final = {kind: dtype for dtype, kind in DTYPES.items()}
+_SHARED_BITS: Final = 4
+"""Of the type that holds codes of fewer bits too."""
+
 _SAMPLE: Final = 128
-"""Rows whose scales tell how many values share one."""
+"""Rows whose scales tell how many values share one, and whose codes tell how many bits they need."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,13 @@ class GgufMatrix:
         out_features: rows.
         in_features: columns.
         kind: how the values are stored.
+        bits: of a code; in Q4_0 those that its codes need.
     """
 
     out_features: int
     in_features: int
     kind: GGMLQuantizationType
+    bits: int
 
     parts: ClassVar[tuple[str, ...]] = ("blocks",)
 
@@ -55,11 +60,6 @@ class GgufMatrix:
     def shape(self) -> tuple[int, int]:
         """[out, in]."""
         return self.out_features, self.in_features
-
-    @property
-    def bits(self) -> int:
-        """Of a code."""
-        return bits_of(self.kind)
 
     @property
     def has_codes(self) -> bool:
@@ -129,9 +129,9 @@ class GgufWeights:
             self._places = self._find_places()
             self._names = self._parameters()
             self._matrices = {
-                name.removesuffix(".weight"): GgufMatrix(tensor.shape[0], tensor.shape[1], tensor.kind)
-                for name, tensor in ((name, self.file.tensors[stored]) for name, stored in self._names.items())
-                if tensor.kind not in _TORCH and len(tensor.shape) == 2
+                name.removesuffix(".weight"): self._matrix(stored)
+                for name, stored in self._names.items()
+                if self.file.tensors[stored].kind not in _TORCH and len(self.file.tensors[stored].shape) == 2
             }
             self.quantized: Mapping[str, GgufMatrix] = {
                 name: matrix for name, matrix in self._matrices.items() if name != self.architecture.structure.embedding
@@ -317,6 +317,15 @@ class GgufWeights:
             name: TensorSpec(tensors[stored].shape, _TORCH.get(tensors[stored].kind, self._dtype))
             for name, stored in self._names.items()
         }
+
+    def _matrix(self, stored: str) -> GgufMatrix:
+        """How a tensor is stored. The codes of the first rows tell whether 2 or 3 bits were given 4."""
+        tensor = self.file.tensors[stored]
+        bits = bits_of(tensor.kind)
+        if blocks.BITS.get(tensor.kind) == _SHARED_BITS:
+            rows = torch.from_numpy(self.file.read_rows(stored, 0, min(_SAMPLE, tensor.rows)))
+            bits = blocks.unpack(rows, min(blocks.NARROW)).bits
+        return GgufMatrix(tensor.shape[0], tensor.shape[1], tensor.kind, bits)
 
     def _group_size(self, module: str, matrix: GgufMatrix) -> int:
         """Values per scale, as the first rows tell: neighbouring blocks of a group have equal scales and minima."""

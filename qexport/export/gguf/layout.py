@@ -26,7 +26,7 @@ from qexport.export.loaders import Folder, loading_section
 from qexport.export.model_files import card_text, model_files, sizes_of, write_files
 from qexport.formats import GptqFormat, LlmInt8Format, MergedFormat, Outputs, W8A8Format
 from qexport.formats.gguf import GgufFormat
-from qexport.formats.gguf.blocks import BLOCK, LARGEST_SHIFT, kind_of
+from qexport.formats.gguf.blocks import BLOCK, LARGEST_SHIFT, NARROW, kind_of
 from qexport.formats.gguf.families import constants, places
 from qexport.formats.gguf.header import Value
 from qexport.formats.gguf.pre_tokenizers import named
@@ -86,7 +86,7 @@ class GgufLayout:
     @property
     def notes(self) -> list[str]:
         """What users of this folder should know."""
-        return [*model_notes(self._config), *self._tokenizer.notes, *self._lossy_notes()]
+        return [*model_notes(self._config), *self._tokenizer.notes, *self._code_notes()]
 
     def prepare(self) -> None:
         """Does nothing: the constructor has checked everything that needs no weights."""
@@ -166,8 +166,8 @@ class GgufLayout:
                 )
         return found
 
-    def _lossy_notes(self) -> Iterator[str]:
-        """What the file does not hold value by value."""
+    def _code_notes(self) -> Iterator[str]:
+        """What the file does not hold value by value, or in more bits than other layouts."""
         form = self.weights.encoding
         assert isinstance(form, GgufFormat)
         if form.rounded:
@@ -178,6 +178,11 @@ class GgufLayout:
                 "Q4_1 rounds the minima of asymmetric codes to float16: values differ from those of other layouts by "
                 f"at most {LARGEST_SHIFT:.2g} steps"
             )
+        if narrow := sorted({spec.bits for spec in kinds if spec.bits in NARROW}):
+            yield (
+                f"codes of {' and '.join(map(str, narrow))} bits take the 4.5 bits per weight of Q4_0, as those of 4 bits "
+                "in groups of 32 do, which would drift less"
+            )
 
     def _refuse_method(self) -> None:
         if not isinstance(self._outputs.format, _FORMATS):
@@ -185,7 +190,7 @@ class GgufLayout:
                 f"the layout gguf stores codes in groups or rows, and no {self._outputs.format.card.title}: "
                 "GGUF has no type with these values",
                 where="export: gguf",
-                mend="quantize with gptq, 4 or 8 bits, sym: true, group_size: 32; or leave this layout out",
+                mend="quantize with gptq, sym: true, group_size: 32; or leave this layout out",
             )
 
     def _refuse_homeless(self, form: GgufFormat) -> None:
@@ -203,7 +208,7 @@ class GgufLayout:
             raise CompatibilityError(
                 f"{len(named)} layers cannot be stored in GGUF value by value",
                 where=f"export: gguf: {listed(named)}",
-                mend="quantize with 4 or 8 bits, sym: true and group_size: 32; or leave this layout out",
+                mend="quantize with sym: true and group_size: 32; or leave this layout out",
             )
 
 

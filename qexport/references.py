@@ -85,6 +85,12 @@ def parsed_gguf_part(name: str) -> tuple[str, int, int] | None:
     return None if found is None else (found["prefix"], int(found["number"]), int(found["count"]))
 
 
+def is_first_part(name: str) -> bool:
+    """Whether a file of this name is the first of several, which has the model's header."""
+    found = parsed_gguf_part(name)
+    return found is not None and found[1] == 1
+
+
 def is_hub_id(text: str) -> bool:
     """Whether the text has the form of a model's or dataset's id: `org/name`."""
     return _HUB_ID.fullmatch(text) is not None and ".." not in text

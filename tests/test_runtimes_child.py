@@ -102,7 +102,9 @@ def test_a_crash_is_one_message_with_the_signal_and_what_was_asked(fault: str, t
     (tmp_path / fault).mkdir()
     settings = RuntimeSettings(runtime="llama.cpp", timeout=30)
     with (
-        pytest.raises(InputError, match=r"llama\.cpp crashed \(SIGSEGV\) when it was asked to score the text") as caught,
+        pytest.raises(
+            InputError, match=r"llama\.cpp crashed \(SIGSEGV\) when it was asked to score the text"
+        ) as caught,
         ChildRuntime(settings, tmp_path / fault, longest=9, programs=tmp_path) as running,
     ):
         list(running.logits(IDS))

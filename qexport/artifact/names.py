@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from qexport.artifact.digests import sha256_bytes
-from qexport.references import GGUF_SUFFIX, gguf_part
+from qexport.references import GGUF_SUFFIX, gguf_part, is_first_part
 
 _GGUF_STEM: Final = "model"
 GGUF_NAME: Final = f"{_GGUF_STEM}{GGUF_SUFFIX}"
@@ -31,7 +31,8 @@ def gguf_of(folder: Path) -> str | None:
     """The GGUF file of a model's folder, of several the first; None if there is none with the layout's names."""
     if (folder / GGUF_NAME).is_file():
         return GGUF_NAME
-    return next((path.name for path in sorted(folder.glob(gguf_part(_GGUF_STEM, 1, 1)[:-10] + "*")) if path.is_file()), None)
+    parts = [path.name for path in folder.glob(f"{_GGUF_STEM}-*{GGUF_SUFFIX}") if path.is_file()]
+    return next((name for name in sorted(parts) if is_first_part(name)), None)
 
 
 def last_component(origin: str) -> str:

@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from qexport.architectures.architecture import Architecture
 from qexport.architectures.families import without_code_keys
 from qexport.architectures.structure import Structure, refuse_impossible_depth
-from qexport.artifact.names import GGUF_NAME
+from qexport.artifact.names import GGUF_NAME, gguf_of
 from qexport.errors import CompatibilityError, InputError, listed
 from qexport.formats.gguf import DTYPES, blocks
 from qexport.formats.gguf.dequantizing import bits_of, dequantized, refuse_unreadable
@@ -26,7 +26,7 @@ from qexport.formats.stored_weight import StoredLayer, Tensors
 from qexport.reading.computing import EXACT, Computing
 from qexport.reading.filled_model import as_parameter, quantized_model, read_generation
 from qexport.tensors import GroupQuantized, GroupQuantizedSpec, Quantized, TensorSpec, ValuesQuantized
-from qexport.tensors.gguf_file import GgufFile
+from qexport.tensors.gguf_parts import open_gguf
 from qexport.tensors.source import is_finite
 from qexport.tensors.strict_files import CONFIG_BYTES, contained_path, read_json_object
 
@@ -109,7 +109,7 @@ class GgufWeights:
         kind: `gguf`.
         config: the content of config.json.
         architecture: the architecture that config.json describes.
-        file: the GGUF file.
+        file: the GGUF file, or the model in several.
         quantized: how each quantized linear layer is stored, by its path; without the output head.
 
     Raises:
@@ -122,8 +122,10 @@ class GgufWeights:
     def __init__(self, folder: Path, *, dtype: torch.dtype, like: Architecture | None = None) -> None:
         self.folder, self._dtype = folder, dtype
         self.config: dict[str, Any] = read_json_object(contained_path(folder, "config.json"), limit=CONFIG_BYTES)
-        self.file = GgufFile(contained_path(folder, GGUF_NAME))
+        self.file = open_gguf(contained_path(folder, gguf_of(folder) or GGUF_NAME))
         try:
+            for path in self.file.paths:
+                contained_path(folder, path.name)
             self.architecture = Architecture.of_config(without_code_keys(self.config)[0], like)
             refuse_impossible_depth(self.architecture.parsed, len(self.file.tensors))
             self._places = self._find_places()
@@ -239,8 +241,8 @@ class GgufWeights:
 
     @property
     def files(self) -> list[str]:
-        """The name of the file."""
-        return [self.file.path.name]
+        """The names of the files, of several the first one first."""
+        return [path.name for path in self.file.paths]
 
     def model(
         self, *, device: torch.device, dtype: torch.dtype | None = None, computing: Computing = EXACT

@@ -2,8 +2,9 @@
 
 The reference is `ggml/src/ggml-common.h` and `ggml-quants.c` of llama.cpp. A block begins with its scale d, a float16.
 Q4_0: 16 bytes follow, whose byte j holds the code of value j in its low half and that of value j + 16 in its high half;
-a value is d * (code - 8), and codes of 2 and 3 bits stand there with 6 and 4 added. Q4_1: between the scale and the same bytes is a minimum m, a float16, and a value is
-d * code + m. Q8_0: 32 signed codes follow the scale, and a value is d * code.
+a value is d * (code - 8). Codes of 2 and 3 bits stand there with 6 and 4 added, so that 8 is their zero as well. Q4_1:
+between the scale and the same bytes is a minimum m, a float16, and a value is d * code + m. Q8_0: 32 signed codes
+follow the scale, and a value is d * code.
 """
 
 from __future__ import annotations
@@ -101,8 +102,8 @@ def pack(value: GroupQuantized | RowQuantized) -> Tensor:
     """The bytes of a matrix, uint8 [out, row_bytes].
 
     Args:
-        value: codes of 4 or symmetric ones of 2, 3 or 8 bits, in groups of a multiple of 32 in order; or rows of codes whose
-            scales fit into float16.
+        value: codes of 4 or symmetric ones of 2, 3 or 8 bits, in groups of a multiple of 32 in order; or rows of codes
+            whose scales fit into float16.
 
     Raises:
         QexportError: the scale of a row does not.

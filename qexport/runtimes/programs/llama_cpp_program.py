@@ -46,7 +46,7 @@ class Model:
         if self._exact:
             _keep_plain_buffers()
             options |= {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
-        path, size = Path(folder) / "model.gguf", max(longest, _LEAST_TOKENS) + 1
+        path, size = _model_file(Path(folder)), max(longest, _LEAST_TOKENS) + 1
         self._model = llama_cpp.Llama(
             str(path), n_ctx=size, n_batch=size, n_ubatch=size, logits_all=True, verbose=True, **options
         )
@@ -111,6 +111,12 @@ class Model:
     def tokenized(self, texts: list[str]) -> list[list[int]]:
         """The tokens of each text, special ones in it and around it included."""
         return [list(self._model.tokenize(text.encode("utf-8"), add_bos=True, special=True)) for text in texts]
+
+
+def _model_file(folder: Path) -> Path:
+    """Of several files the first, by whose name llama.cpp finds the others."""
+    path = folder / "model.gguf"
+    return path if path.is_file() else next(iter(sorted(folder.glob("model-00001-of-*.gguf"))), path)
 
 
 def _has_blas() -> bool:

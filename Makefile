@@ -159,10 +159,13 @@ LLAMA_CPP := llama-cpp-python==0.3.36
 LLAMA_PARTS := $(addprefix llama_cpp_python-0.3.36/vendor/llama.cpp/,conversion convert_hf_to_gguf.py gguf-py)
 LLAMA_OPTIONS := -DGGML_NATIVE=ON -DGGML_BLAS=ON -DGGML_BLAS_VENDOR=OpenBLAS -DLLAMA_BUILD_TESTS=OFF \
 	-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAVA_BUILD=OFF
+# GCC 12, for one, leaves out most of the configuration of AMX's tiles that llama.cpp loads, which then crashes.
+LLAMA_WITHOUT := $(if $(filter x86_64,$(shell uname -m)),-mno-amx-tile -mno-amx-int8 -mno-amx-bf16)
 $(LLAMA_READY): requirements/llama.txt requirements/torch.txt
 	$(PYTHON) -m venv $(LLAMA_VENV)
 	$(LLAMA_VENV)/bin/python $(TORCH)
-	CMAKE_ARGS="$(LLAMA_OPTIONS)" $(LLAMA_VENV)/bin/python $(LOCKED) requirements/llama.txt
+	CMAKE_ARGS="$(LLAMA_OPTIONS)" CFLAGS="$(LLAMA_WITHOUT)" CXXFLAGS="$(LLAMA_WITHOUT)" \
+		$(LLAMA_VENV)/bin/python $(LOCKED) requirements/llama.txt
 	$(LLAMA_VENV)/bin/python -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest $(LLAMA_VENV)/source $(LLAMA_CPP)
 	mkdir -p $(LLAMA_VENV)/converter
 	tar -xzf $(LLAMA_VENV)/source/llama_cpp_python-*.tar.gz --strip-components=3 -C $(LLAMA_VENV)/converter $(LLAMA_PARTS)

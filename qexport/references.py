@@ -21,6 +21,7 @@ PACKAGE_PREFIX: Final = "pkg:"
 
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _PACKAGE: Final = re.compile(r"pkg:(?P<package>[A-Za-z_]\w*)/(?P<file>[^\0\\]+\.gguf)", re.ASCII)
+_PART: Final = re.compile(r"(?P<prefix>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.ASCII | re.DOTALL)
 _EXPLICIT: Final = ("./", "../", "/", "~")
 
 
@@ -65,6 +66,29 @@ def parse_reference(text: str) -> LocalReference | HubReference | PackageReferen
 def names_gguf(text: str) -> bool:
     """Whether the text has the form of a GGUF file's path, with or without folders before it."""
     return text.endswith(GGUF_SUFFIX)
+
+
+def gguf_part(prefix: str, number: int, count: int) -> str:
+    """The name of one of several GGUF files of a model, as llama.cpp wants it: `model-00001-of-00003.gguf`.
+
+    Args:
+        prefix: what all begin with.
+        number: of the file, from 1.
+        count: of the files.
+    """
+    return f"{prefix}-{number:05}-of-{count:05}{GGUF_SUFFIX}"
+
+
+def parsed_gguf_part(name: str) -> tuple[str, int, int] | None:
+    """Prefix, number and count in a name of that form; None for other names."""
+    found = _PART.fullmatch(name)
+    return None if found is None else (found["prefix"], int(found["number"]), int(found["count"]))
+
+
+def is_first_part(name: str) -> bool:
+    """Whether a file of this name is the first of several, which has the model's header."""
+    found = parsed_gguf_part(name)
+    return found is not None and found[1] == 1
 
 
 def is_hub_id(text: str) -> bool:

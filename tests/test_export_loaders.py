@@ -63,10 +63,10 @@ def verdicts(found: Folder) -> dict[str, str]:
         (folder(stored_models.FP8_BLOCKS, shapes={UP: (192, 384)}), {"transformers": "wrong"}),
         (folder(stored_models.FP8_BLOCKS, model_type="falcon"), {"transformers": "untried"}),
         (
-            folder(None, gguf=True, layout="gguf"),
+            folder(None, gguf_files=1, layout="gguf"),
             {"llama.cpp": "yes", "transformers": "yes", "vLLM": "untried", "TGI": "no"},
         ),
-        (folder(None, gguf=True, layout=None, model_type="qwen3"), {"llama.cpp": "yes", "transformers": "untried"}),
+        (folder(None, gguf_files=1, layout=None, model_type="qwen3"), {"llama.cpp": "yes", "transformers": "untried"}),
     ],
 )
 def test_the_first_row_that_holds_decides(found: Folder, expected: dict[str, str]) -> None:
@@ -80,7 +80,7 @@ def test_a_loader_that_has_nothing_to_do_with_the_format_is_not_named() -> None:
 
 def test_two_lines_of_python_name_transformers_only_where_it_takes_the_artifact() -> None:
     assert "AutoModelForCausalLM" in python_lines(folder(GPTQ), "x")[1]
-    assert python_lines(folder(None, gguf=True), "x")[0] == "from llama_cpp import Llama"
+    assert python_lines(folder(None, gguf_files=1), "x")[0] == "from llama_cpp import Llama"
     for other in (folder(GPTQ, model_type="falcon"), folder(stored_models.NF4, model_type="falcon")):
         assert python_lines(other, "x") == ("import qexport", 'model = qexport.load("x")')
 

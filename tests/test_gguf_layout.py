@@ -55,6 +55,15 @@ METHODS: Mapping[str, dict[str, Any]] = {
     "none": {"method": "none"},
     "int8": {"method": "int8", "scales": "float16"},
     "w8a8": {"method": "w8a8", "scales": "float16"},
+    "by layer": {
+        **gguf_folders.GPTQ,
+        "overrides": [
+            {"modules": "*.0.mlp.down_proj", "bits": 2},
+            {"modules": "*.0.mlp.*_proj", "bits": 3, "group_size": 64},
+            {"modules": "*.1.self_attn.[qkv]_proj", "bits": 8},
+            {"modules": "*.1.mlp.down_proj", "dense": True},
+        ],
+    },
 }
 
 
@@ -62,7 +71,18 @@ ROWS = ("int8", "w8a8")
 
 
 @pytest.mark.parametrize(
-    "name", [*gguf_folders.CONFIGS, "llama, 8", "llama, none", "llama, int8", "llama, w8a8", "falcon 40b, int8"]
+    "name",
+    [
+        *gguf_folders.CONFIGS,
+        "llama, 2",
+        "llama, 3",
+        "llama, by layer",
+        "llama, 8",
+        "llama, none",
+        "llama, int8",
+        "llama, w8a8",
+        "falcon 40b, int8",
+    ],
 )
 def test_every_value_is_that_of_the_safetensors_layout(name: str, made: Make) -> None:
     folders = made(name)
@@ -81,7 +101,7 @@ def test_every_value_is_that_of_the_safetensors_layout(name: str, made: Make) ->
         own.check_complete()
 
 
-@pytest.mark.parametrize("name", ["llama", "falcon 7b", "qwen2", "llama, 8"])
+@pytest.mark.parametrize("name", ["llama", "falcon 7b", "qwen2", "llama, 2", "llama, 3", "llama, 8"])
 def test_the_gguf_package_reads_the_same_values(name: str, made: Make) -> None:
     """The rows are ordered here as llama.cpp's converter orders them."""
     folders = made(name)
@@ -271,7 +291,7 @@ REFUSED: Mapping[str, tuple[dict[str, Any], str]] = {
     "asymmetric, 8 bits": ({**gguf_folders.GPTQ, "sym": False, "bits": 8}, "no type for 8 bits with zero points"),
     "act-order": ({**gguf_folders.GPTQ, "desc_act": True, "static_groups": False}, "no order of columns"),
     "group 16": ({**gguf_folders.GPTQ, "group_size": 16}, "a group_size of 16"),
-    "3 bits": ({**gguf_folders.GPTQ, "bits": 3}, "no type for 3 bits"),
+    "asymmetric, 3 bits": ({**gguf_folders.GPTQ, "sym": False, "bits": 3}, "no type for 3 bits with zero points"),
 }
 
 

@@ -359,7 +359,6 @@ UNSUPPORTED: dict[str, Change] = {
     "scaling of a family that has none": lambda writer: writer.add_tensor(
         "rope_factors_long.weight", np.ones(8, dtype=np.float32)
     ),
-    "several parts": lambda writer: writer.add_uint16("split.count", 2),
     "two scalings": two_scalings,
 }
 

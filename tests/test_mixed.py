@@ -42,6 +42,7 @@ from qexport.quantizing.mixed import Mixed
 from qexport.quantizing.none import NoQuantization
 from qexport.quantizing.sensitivity import Effects, Unit, measure
 from qexport.quantizing.solver import Options
+from qexport.reading.stored_model import open_stored
 from qexport.recipe import Recipe
 from qexport.records import LayerRecord
 from qexport.tensors import CalibrationSet, Origin
@@ -369,6 +370,7 @@ def test_a_plan_of_another_method_measures_nothing(inputs: Path, tmp_path: Path)
         (("safetensors",), [3, 4, 8, 16]),
         (("safetensors", "vllm"), [4, 16]),
         (("onnx",), [4, 8, 16]),
+        (("gguf",), [3, 4, 8, 16]),
     ],
 )
 def test_what_a_layout_cannot_carry_is_not_offered(
@@ -402,6 +404,22 @@ def test_a_run_keeps_to_the_size_and_says_what_it_chose(inputs: Path, tmp_path: 
     assert note in notices(told)
     assert all(f"{list(bits.values()).count(each)} layer" in note for each in set(bits.values()))
     assert "chosen by layer" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_gguf_file_holds_every_choice_with_the_values_of_the_other_layout(inputs: Path, tmp_path: Path) -> None:
+    chosen = recipe(inputs, {"bits_per_weight": 9.0}, tmp_path / "out", "safetensors", "gguf", bits=[2, 3, 8, 16])
+    result = run(chosen)
+    bits = {layer.name: layer.bits for layer in result.manifest.layers}
+    assert len(set(bits.values())) > 1
+    with (
+        open_stored(tmp_path / "out" / "safetensors", dtype=torch.float32) as other,
+        open_stored(tmp_path / "out" / "gguf", dtype=torch.float32) as own,
+    ):
+        assert {name: layer.bits for name, layer in own.layers.items()} == bits
+        for name in other.specs():
+            assert torch.equal(own.read(name).float(), other.read(name).float()), name
+    (narrow,) = [note for note in result.manifests["gguf"].notes if "bits take the 4.5 bits" in note]
+    assert " and ".join(map(str, sorted({2, 3} & set(bits.values())))) in narrow
 
 
 def test_at_the_size_of_uniform_bits_all_layers_are_alike(inputs: Path, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def codes(rows: int, columns: int, bits: int, group_size: int, seed: int) -> Gro
 
 def slowly_unpacked(packed: bytes, columns: int, bits: int) -> list[float]:
     """One row, by the definition in ggml-quants.c, value by value."""
-    size = 18 if bits == 4 else 34
+    size = 34 if bits == 8 else 18
     values: list[float] = []
     for start in range(0, columns // 32 * size, size):
         block = packed[start : start + size]
@@ -55,7 +55,7 @@ def slowly_unpacked(packed: bytes, columns: int, bits: int) -> list[float]:
     rows=st.integers(1, 5),
     groups=st.integers(1, 3),
     wide=st.integers(1, 3),
-    bits=st.sampled_from([4, 8]),
+    bits=st.sampled_from([2, 3, 4, 8]),
     seed=st.integers(0, 2**16),
 )
 @settings(max_examples=60, deadline=None)
@@ -67,6 +67,7 @@ def test_values_are_those_of_the_codes(rows: int, groups: int, wide: int, bits: 
     for row in range(rows):
         assert slowly_unpacked(packed[row].numpy().tobytes(), exact.shape[1], bits) == exact[row].tolist()
     found = blocks.unpack(packed, bits)
+    assert found.bits == bits
     assert torch.equal(found.codes, value.codes)
     assert torch.equal(found.dequantize(), exact)
     assert torch.equal(blocks.pack(found), packed)
@@ -95,8 +96,25 @@ def test_any_bytes_are_read_as_the_package_reads_them(content: bytes, bits: int)
     )
 
 
+@pytest.mark.parametrize(
+    ("lowest", "highest", "bits"), [(6, 9, 2), (5, 9, 3), (6, 10, 3), (4, 11, 3), (3, 8, 4), (8, 12, 4)]
+)
+def test_codes_need_as_many_bits_as_their_range(lowest: int, highest: int, bits: int) -> None:
+    """One step outside of the range of fewer bits takes one bit more, and no value changes."""
+    value = codes(2, 64, 4, 32, 1)
+    value.codes.clamp_(lowest, highest)
+    value.codes[0, 0], value.codes[1, 63] = lowest, highest
+    packed = blocks.pack(value)
+    assert blocks.needed_bits(value.codes) == bits
+    found = blocks.unpack(packed, 2)
+    assert (found.bits, found.sym) == (bits, True)
+    assert torch.equal(found.dequantize(), value.dequantize())
+    assert torch.equal(blocks.pack(found), packed)
+
+
 FAULTS: dict[str, tuple[GroupQuantizedSpec | RowQuantizedSpec, str]] = {
-    "3 bits": (GroupQuantizedSpec(64, 64, 3, 32, sym=True, desc_act=False), "no type for 3 bits"),
+    "3 bits": (GroupQuantizedSpec(64, 64, 3, 32, sym=False, desc_act=False), "no type for 3 bits with zero points"),
+    "5 bits": (GroupQuantizedSpec(64, 64, 5, 32, sym=True, desc_act=False), "no type for 5 bits"),
     "zero points": (GroupQuantizedSpec(64, 64, 4, 32, sym=False, desc_act=False), "set sym: true"),
     "act-order": (GroupQuantizedSpec(64, 64, 4, 32, sym=True, desc_act=True), "no order of columns"),
     "rows": (RowQuantizedSpec(64, 64, torch.bfloat16), "set scales: float16"),

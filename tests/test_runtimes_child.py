@@ -95,6 +95,24 @@ def test_a_program_that_fails_is_named_with_its_log(fault: str, tmp_path: Path) 
     log.unlink()
 
 
+@pytest.mark.parametrize("fault", ["crashes", "crashes in AMX"])
+def test_a_crash_is_one_message_with_the_signal_and_what_was_asked(fault: str, tmp_path: Path) -> None:
+    """Of llama.cpp one cause is known by its log."""
+    (tmp_path / "llama_cpp_program.py").write_text((HERE / "vllm_program.py").read_text())
+    (tmp_path / fault).mkdir()
+    settings = RuntimeSettings(runtime="llama.cpp", timeout=30)
+    with (
+        pytest.raises(
+            InputError, match=r"llama\.cpp crashed \(SIGSEGV\) when it was asked to score the text"
+        ) as caught,
+        ChildRuntime(settings, tmp_path / fault, longest=9, programs=tmp_path) as running,
+    ):
+        list(running.logits(IDS))
+    assert ("GCC 12" in caught.value.what) == ("-mno-amx-tile" in str(caught.value.mend)) == fault.endswith("AMX")
+    assert "\n" not in caught.value.what
+    running.log.unlink()
+
+
 def test_wrong_answers_are_refused(tmp_path: Path) -> None:
     with (
         pytest.raises(InputError, match=r"answered scores of shape \[3, 7\] for 5 tokens"),

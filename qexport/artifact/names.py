@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Final
 
 from qexport.artifact.digests import sha256_bytes
+from qexport.references import GGUF_SUFFIX, gguf_part, is_first_part
 
-GGUF_NAME: Final = "model.gguf"
-"""The file of the layout gguf."""
+_GGUF_STEM: Final = "model"
+GGUF_NAME: Final = f"{_GGUF_STEM}{GGUF_SUFFIX}"
+"""The file of the layout gguf, where it is one."""
 
 _LABEL_LIMIT: Final = 63 - len("-predictor")  # which KServe adds
 MODELPACK_SUFFIX: Final = "-modelpack"
@@ -17,6 +20,19 @@ MODELPACK_SUFFIX: Final = "-modelpack"
 _TAG_LIMIT: Final = 128 - len(MODELPACK_SUFFIX)
 _MARK: Final = 8
 """Hex digits that tell two long names apart which begin alike."""
+
+
+def gguf_names(parts: int) -> list[str]:
+    """The files of the layout gguf: one, or several whose names count them."""
+    return [GGUF_NAME] if parts == 1 else [gguf_part(_GGUF_STEM, number, parts) for number in range(1, parts + 1)]
+
+
+def gguf_of(folder: Path) -> str | None:
+    """The GGUF file of a model's folder, of several the first; None if there is none with the layout's names."""
+    if (folder / GGUF_NAME).is_file():
+        return GGUF_NAME
+    parts = [path.name for path in folder.glob(f"{_GGUF_STEM}-*{GGUF_SUFFIX}") if path.is_file()]
+    return next((name for name in sorted(parts) if is_first_part(name)), None)
 
 
 def last_component(origin: str) -> str:

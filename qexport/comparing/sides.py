@@ -11,7 +11,7 @@ from typing import Final, Protocol
 import torch
 
 from qexport.architectures.architecture import Checkpoint
-from qexport.artifact.names import GGUF_NAME
+from qexport.artifact.names import gguf_of
 from qexport.describing.adapters import ADAPTER_CONFIG
 from qexport.describing.tensors import ADAPTER_WEIGHTS
 from qexport.errors import CompatibilityError, InputError
@@ -97,7 +97,7 @@ def open_side(path: Path) -> Iterator[Side]:
         elif (path / ADAPTER_CONFIG).is_file():
             single = stack.enter_context(SafetensorsFile(path / ADAPTER_WEIGHTS))
             yield Side(single, single, weights=frozenset({ADAPTER_WEIGHTS}))
-        elif any((path / name).is_file() for name in (GGUF_NAME, _GRAPH)):
+        elif gguf_of(path) is not None or (path / _GRAPH).is_file():
             yield Side(stack.enter_context(open_stored(path, dtype=torch.float32)))
         else:
             yield _folder(path, stack)

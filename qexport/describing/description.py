@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 from qexport.amounts import counted, size
 from qexport.artifact.digests import sha256_file
 from qexport.artifact.manifest import LISTING_NAME, MANIFEST_NAME, Manifest
-from qexport.artifact.names import GGUF_NAME
+from qexport.artifact.names import gguf_of
 from qexport.describing.adapters import ADAPTER_CONFIG, AdapterFacts, adapter_of
 from qexport.describing.architecture import ArchitectureFacts, architecture_of
 from qexport.describing.beside import Beside, beside, json_file
@@ -197,10 +197,10 @@ def _folder(folder: Path, place: str) -> Description:
 
 
 def _weights(folder: Path, config: Mapping[str, Any]) -> tuple[Kind, StoredTensors, Quantization | None]:
-    if contained_path(folder, GGUF_NAME).is_file():
+    if (name := gguf_of(folder)) is not None:
         from qexport.describing.gguf import GgufHeader  # imports numpy
 
-        header = GgufHeader(folder / GGUF_NAME)
+        header = GgufHeader(contained_path(folder, name))
         return "gguf", header.weights, header.quantization
     if (folder / _GRAPH).is_file():
         return "onnx", _graph_files(folder), None

@@ -10,7 +10,7 @@ from qexport.describing.architecture import ArchitectureFacts
 from qexport.describing.beside import Beside, LicenseFacts, TemplateFacts, TokenizerFacts
 from qexport.describing.quantization import Quantization
 from qexport.describing.tensors import StoredTensor, StoredTensors
-from qexport.tensors.gguf_file import GgufFile
+from qexport.tensors.gguf_parts import open_gguf
 
 _KEYS: Final = {
     "blocks": "block_count",
@@ -24,21 +24,21 @@ _PLAIN: Final = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8")
 
 
 class GgufHeader:
-    """The header of a GGUF file.
+    """The header of a GGUF file, or of the model in several files.
 
     Raises:
         InputError: the file is malformed.
     """
 
     def __init__(self, path: Path) -> None:
-        file = GgufFile(path)
+        file = open_gguf(path)
         file.close()
         self._metadata, self._lengths = file.metadata, file.array_lengths
         tensors = {
             name: StoredTensor(each.kind.name, each.shape, each.rows * each.row_bytes)
             for name, each in file.tensors.items()
         }
-        self.weights = StoredTensors(tensors, {path.name: path.stat().st_size})
+        self.weights = StoredTensors(tensors, {each.name: each.stat().st_size for each in file.paths})
 
     @property
     def architecture(self) -> ArchitectureFacts:

@@ -15,13 +15,13 @@ from typing import Final
 from huggingface_hub import HfApi, constants, get_hf_file_metadata, get_session, hf_hub_url
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined] # documented
 
-from qexport.artifact.names import GGUF_NAME
+from qexport.artifact.names import GGUF_NAME, gguf_of
 from qexport.describing.heads import write_head
 from qexport.errors import InputError, RecipeError
 from qexport.loading.hub import Snapshot, fetch
 from qexport.loading.small_files import CONFIG_NAME
 from qexport.progress import ProgressCallback
-from qexport.references import HubReference, is_hub_id
+from qexport.references import HubReference, gguf_part, is_hub_id, parsed_gguf_part
 from qexport.tensors.safetensors_index import INDEX_NAME, SINGLE_NAME, read_index
 from qexport.tensors.strict_files import contained_path
 
@@ -57,14 +57,14 @@ def fetch_into(folder: Path, text: str, *, weights: bool, progress: ProgressCall
     there = _listing(found, reference)
     if file is not None and file not in there:
         raise InputError("the repository has no such file", where=f"{repository}: {file}", mend="check its name")
-    names = [file] if file is not None else _weight_files(found, there, repository)
+    names = _weight_files(found, there, repository) if file is None else _all_parts(file, there)
     if weights or constants.HF_HUB_OFFLINE:
         fetch(reference, tuple(map(glob.escape, names)), progress=progress)
     _link_files(found, folder)
     for name in names:
         if not (path := contained_path(folder, name)).exists() and not constants.HF_HUB_OFFLINE:
             _fetch_head(path, name, reference)
-    whole = names == [GGUF_NAME] and (folder / CONFIG_NAME).is_file()
+    whole = bool(names) and gguf_of(folder) == names[0] and (folder / CONFIG_NAME).is_file()
     return folder / names[0] if names and names[0].endswith(_GGUF) and not whole else folder
 
 
@@ -88,7 +88,7 @@ def _listing(found: Snapshot, reference: HubReference) -> list[str]:
 
 
 def _weight_files(found: Snapshot, there: Sequence[str], repository: str) -> list[str]:
-    """The files of a model's weights: safetensors, else a graph, else the one GGUF file."""
+    """The files of a model's weights: safetensors, else a graph, else the one GGUF file with its further parts."""
     index = contained_path(found.path, INDEX_NAME, root=found.trusted_root)
     if index.is_file():
         return sorted(set(read_index(index).values()))[:_MOST_SHARDS]
@@ -97,11 +97,27 @@ def _weight_files(found: Snapshot, there: Sequence[str], repository: str) -> lis
         return own
     if graphs := [name for name in there if fnmatch(name, _GRAPH) and "/" not in name]:
         return graphs[:_MOST_SHARDS]
-    files = [name for name in there if name.endswith(_GGUF)]
+    files = [name for name in there if name.endswith(_GGUF) and not _is_later_part(name)]
     if len(files) > 1 and GGUF_NAME not in files:
         shown = ", ".join(f"{_PREFIX}{repository}/{name}" for name in files[:_MOST_SHOWN])
         raise InputError("the repository holds several GGUF files", where=repository, mend=f"name one of: {shown}")
-    return [GGUF_NAME] if GGUF_NAME in files else files
+    chosen = [GGUF_NAME] if GGUF_NAME in files else files
+    return [name for each in chosen for name in _all_parts(each, there)]
+
+
+def _is_later_part(name: str) -> bool:
+    found = parsed_gguf_part(name)
+    return found is not None and found[1] > 1
+
+
+def _all_parts(file: str, there: Sequence[str]) -> list[str]:
+    """A file, and the others of the model where it is the first of several."""
+    found = parsed_gguf_part(file)
+    if found is None or found[1] != 1:
+        return [file]
+    prefix, _, count = found
+    others = [gguf_part(prefix, number, count) for number in range(2, min(count, _MOST_SHARDS) + 1)]
+    return [file, *sorted(set(others) & set(there))]
 
 
 def _link_files(found: Snapshot, folder: Path) -> None:

@@ -122,6 +122,10 @@ class GgufSettings(Settings):
     output_tensor_type: Literal["unquantized", "q8_0"] = "unquantized"
     """The same for an output head of its own."""
 
+    split_max_size: Annotated[str, AfterValidator(checked_size)] | None = None
+    """The most bytes of tensors in one file, for example `2GB` (powers of ten); a larger tensor gets its own. Then the
+    files are `model-00001-of-00003.gguf` and so on, as llama.cpp's `llama-gguf-split` makes them; null for one file."""
+
     inexact: Literal["refuse", "allow"] = "refuse"
     """`allow` stores 4-bit GPTQ with `sym: false` as Q4_1, whose minima are rounded to float16: its values differ from
     those of the other layouts by at most 0.0074 steps."""

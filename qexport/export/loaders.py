@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
+from qexport.artifact.names import gguf_names
+
 Verdict = Literal["yes", "no", "wrong", "untried"]
 """`wrong`: it loads without an error and computes wrong values."""
 
@@ -26,7 +28,7 @@ class Folder:
         layout: the layout's name; None for a folder that another tool made.
         graph: whether the model is an ONNX graph.
         block_sizes: values per absmax of each module with bitsandbytes' 4-bit codes; not in config.json.
-        gguf: whether the model is a GGUF file.
+        gguf_files: the GGUF files that hold the model; 0 if it is stored in another way.
     """
 
     quantization: Mapping[str, Any] | None
@@ -36,7 +38,12 @@ class Folder:
     layout: str | None
     graph: bool = False
     block_sizes: Mapping[str, int] = field(default_factory=dict)
-    gguf: bool = False
+    gguf_files: int = 0
+
+    @property
+    def gguf(self) -> bool:
+        """Whether the model is in GGUF files."""
+        return self.gguf_files > 0
 
     def has_config(self, **values: Any) -> bool:
         """Whether the `quantization_config` has these values."""
@@ -194,6 +201,10 @@ def _is_gguf(folder: Folder) -> bool:
     return folder.gguf
 
 
+def _is_split_gguf(folder: Folder) -> bool:
+    return folder.gguf_files > 1
+
+
 def _is_gguf_of(model_type: str) -> Callable[[Folder], bool]:
     return lambda folder: folder.gguf and folder.model_type == model_type
 
@@ -205,6 +216,7 @@ def _is_unquantized(folder: Folder) -> bool:
 _TABLE: Final = (
     _Row(ONNXRUNTIME, _is_graph, "yes"),
     _Row(LLAMA_CPP, _is_gguf, "yes"),
+    _Row(TRANSFORMERS, _is_split_gguf, "no", "it reads one GGUF file, and the model is in several"),
     _Row(TRANSFORMERS, _is_gguf_of("qwen3"), "untried", "it reads the file, but not how wide the heads are"),
     _Row(TRANSFORMERS, _is_gguf, "yes", 'with gguf_file="model.gguf", dequantized'),
     _Row(TRANSFORMERS, _is_unquantized, "yes"),
@@ -300,7 +312,7 @@ def warnings(folder: Folder) -> list[str]:
 def python_lines(folder: Folder, path: str) -> tuple[str, str]:
     """Two lines of Python that load the artifact: with llama.cpp or transformers if it can, else with qexport."""
     if folder.gguf:
-        return "from llama_cpp import Llama", f'model = Llama("{path}/model.gguf", n_ctx=0)'
+        return "from llama_cpp import Llama", f'model = Llama("{path}/{gguf_names(folder.gguf_files)[0]}", n_ctx=0)'
     works = {loader.name for loader in loaders(folder) if loader.verdict == "yes" and not loader.reason}
     if works & {TRANSFORMERS, _WITH_GPTQMODEL, _WITH_BITSANDBYTES, _WITH_COMPRESSED}:
         call = f'model = AutoModelForCausalLM.from_pretrained("{path}", dtype="auto")'

@@ -23,6 +23,7 @@ from qexport.loading.model_weights import find_architecture, fit_to_model
 from qexport.loading.small_files import read_sidecars
 from qexport.progress import Progress, ProgressCallback
 from qexport.tensors.gguf_file import GgufFile
+from qexport.tensors.gguf_parts import open_gguf
 from qexport.tensors.source import Origin, TensorSpec, Terms
 
 
@@ -37,7 +38,7 @@ def read_gguf(
     """The model in a GGUF file. Weights are dequantized to float32 as they are read.
 
     Args:
-        path: the file.
+        path: the file, of several the first.
         kind: where it came from.
         name: the origin's name.
         revision: the version of its package.
@@ -47,7 +48,7 @@ def read_gguf(
         InputError: the file is malformed, or its tensors do not fit its metadata.
         CompatibilityError: its architecture, its tokenizer or a tensor's storage is not supported.
     """
-    file = GgufFile(path)
+    file = open_gguf(path)
     try:
         family, config = read_config(file)
         values = json.loads(config.to_json_string())
@@ -56,12 +57,12 @@ def read_gguf(
         source = GgufSource(file, parameters)
         weights = fit_to_model(source, architecture)
         files = _files(file, config)
-        digests = FileDigests(path.parent, (path.name,), {})
+        digests = FileDigests(path.parent, tuple(each.name for each in file.paths), {})
         origin = Origin(kind, name, revision, digests, _terms(file))
     except BaseException:
         file.close()
         raise
-    progress(Progress("load", 1, 1, "file", detail=path.name))
+    progress(Progress("load", len(file.paths), len(file.paths), "file", detail=path.name))
     return Checkpoint(architecture, weights, files, origin)
 
 

@@ -119,13 +119,11 @@ def _reading(file: GgufFile) -> tuple[_Metadata, _Reading]:
 
 def _refuse_unsupported(metadata: _Metadata) -> None:
     file = metadata.file
-    parts = file.metadata.get("split.count", 1)
     if (
         metadata.get("expert_count", 0)
         or metadata.get("rope.scaling.type", "none") not in ("none", "linear")
         or (_linear_factor(metadata) != 1 and metadata.architecture not in ("llama", "gemma3"))
         or {"rope_factors_long.weight", "rope_factors_short.weight"} & set(file.tensors)
-        or parts not in (0, 1)
     ):
         raise _unsupported(file)
 
@@ -146,7 +144,7 @@ def _refuse_impossible(metadata: _Metadata, epsilon: str) -> None:
 
 def _unsupported(file: GgufFile) -> CompatibilityError:
     return CompatibilityError(
-        "mixtures of experts, most scaled rotary embeddings and files in several parts are not supported in GGUF",
+        "mixtures of experts and most scaled rotary embeddings are not supported in GGUF",
         where=str(file.path),
         mend=_MEND,
     )

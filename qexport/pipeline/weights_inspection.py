@@ -67,7 +67,7 @@ def _folder(source: StoredModel, layout: str | None) -> Folder:
         layout,
         graph=source.kind == "graph",
         block_sizes={name: each.group_size for name, each in source.layers.items() if each.method in ("nf4", "fp4")},
-        gguf=source.kind == "gguf",
+        gguf_files=len(source.files) if source.kind == "gguf" else 0,
     )
 
 

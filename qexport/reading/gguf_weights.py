@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from qexport.architectures.architecture import Architecture
 from qexport.architectures.families import without_code_keys
 from qexport.architectures.structure import Structure, refuse_impossible_depth
-from qexport.artifact.names import GGUF_NAME
+from qexport.artifact.names import GGUF_NAME, gguf_of
 from qexport.errors import CompatibilityError, InputError, listed
 from qexport.formats.gguf import DTYPES, blocks
 from qexport.formats.gguf.dequantizing import bits_of, dequantized, refuse_unreadable
@@ -26,13 +26,16 @@ from qexport.formats.stored_weight import StoredLayer, Tensors
 from qexport.reading.computing import EXACT, Computing
 from qexport.reading.filled_model import as_parameter, quantized_model, read_generation
 from qexport.tensors import GroupQuantized, GroupQuantizedSpec, Quantized, TensorSpec, ValuesQuantized
-from qexport.tensors.gguf_file import GgufFile
+from qexport.tensors.gguf_parts import open_gguf
 from qexport.tensors.source import is_finite
 from qexport.tensors.strict_files import CONFIG_BYTES, contained_path, read_json_object
 
 _TORCH: Final = {kind: dtype for dtype, kind in DTYPES.items()}
+_SHARED_BITS: Final = 4
+"""Of the type that holds codes of fewer bits too."""
+
 _SAMPLE: Final = 128
-"""Rows whose scales tell how many values share one."""
+"""Rows whose scales tell how many values share one, and whose codes tell how many bits they need."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,13 @@ class GgufMatrix:
         out_features: rows.
         in_features: columns.
         kind: how the values are stored.
+        bits: of a code; in Q4_0 those that its codes need.
     """
 
     out_features: int
     in_features: int
     kind: GGMLQuantizationType
+    bits: int
 
     parts: ClassVar[tuple[str, ...]] = ("blocks",)
 
@@ -55,11 +60,6 @@ class GgufMatrix:
     def shape(self) -> tuple[int, int]:
         """[out, in]."""
         return self.out_features, self.in_features
-
-    @property
-    def bits(self) -> int:
-        """Of a code."""
-        return bits_of(self.kind)
 
     @property
     def has_codes(self) -> bool:
@@ -109,7 +109,7 @@ class GgufWeights:
         kind: `gguf`.
         config: the content of config.json.
         architecture: the architecture that config.json describes.
-        file: the GGUF file.
+        file: the GGUF file, or the model in several.
         quantized: how each quantized linear layer is stored, by its path; without the output head.
 
     Raises:
@@ -122,16 +122,18 @@ class GgufWeights:
     def __init__(self, folder: Path, *, dtype: torch.dtype, like: Architecture | None = None) -> None:
         self.folder, self._dtype = folder, dtype
         self.config: dict[str, Any] = read_json_object(contained_path(folder, "config.json"), limit=CONFIG_BYTES)
-        self.file = GgufFile(contained_path(folder, GGUF_NAME))
+        self.file = open_gguf(contained_path(folder, gguf_of(folder) or GGUF_NAME))
         try:
+            for path in self.file.paths:
+                contained_path(folder, path.name)
             self.architecture = Architecture.of_config(without_code_keys(self.config)[0], like)
             refuse_impossible_depth(self.architecture.parsed, len(self.file.tensors))
             self._places = self._find_places()
             self._names = self._parameters()
             self._matrices = {
-                name.removesuffix(".weight"): GgufMatrix(tensor.shape[0], tensor.shape[1], tensor.kind)
-                for name, tensor in ((name, self.file.tensors[stored]) for name, stored in self._names.items())
-                if tensor.kind not in _TORCH and len(tensor.shape) == 2
+                name.removesuffix(".weight"): self._matrix(stored)
+                for name, stored in self._names.items()
+                if self.file.tensors[stored].kind not in _TORCH and len(self.file.tensors[stored].shape) == 2
             }
             self.quantized: Mapping[str, GgufMatrix] = {
                 name: matrix for name, matrix in self._matrices.items() if name != self.architecture.structure.embedding
@@ -239,8 +241,8 @@ class GgufWeights:
 
     @property
     def files(self) -> list[str]:
-        """The name of the file."""
-        return [self.file.path.name]
+        """The names of the files, of several the first one first."""
+        return [path.name for path in self.file.paths]
 
     def model(
         self, *, device: torch.device, dtype: torch.dtype | None = None, computing: Computing = EXACT
@@ -317,6 +319,15 @@ class GgufWeights:
             name: TensorSpec(tensors[stored].shape, _TORCH.get(tensors[stored].kind, self._dtype))
             for name, stored in self._names.items()
         }
+
+    def _matrix(self, stored: str) -> GgufMatrix:
+        """How a tensor is stored. The codes of the first rows tell whether 2 or 3 bits were given 4."""
+        tensor = self.file.tensors[stored]
+        bits = bits_of(tensor.kind)
+        if blocks.BITS.get(tensor.kind) == _SHARED_BITS:
+            rows = torch.from_numpy(self.file.read_rows(stored, 0, min(_SAMPLE, tensor.rows)))
+            bits = blocks.unpack(rows, min(blocks.NARROW)).bits
+        return GgufMatrix(tensor.shape[0], tensor.shape[1], tensor.kind, bits)
 
     def _group_size(self, module: str, matrix: GgufMatrix) -> int:
         """Values per scale, as the first rows tell: neighbouring blocks of a group have equal scales and minima."""

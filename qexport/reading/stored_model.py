@@ -16,7 +16,7 @@ from qexport.architectures.devices import find_device
 from qexport.architectures.structure import Structure
 from qexport.artifact.integrity import find_artifact
 from qexport.artifact.manifest import REPORT_FOLDER
-from qexport.artifact.names import GGUF_NAME
+from qexport.artifact.names import gguf_of
 from qexport.formats.stored_weight import StoredLayer
 from qexport.hidden_packages import hidden
 from qexport.reading.computing import DEFAULT_CACHE, EXACT, Computing, Kernel, parse_computing
@@ -175,7 +175,7 @@ def open_stored(folder: Path, *, dtype: torch.dtype, like: Architecture | None =
         InputError: a file is missing or malformed, or files contradict each other.
         CompatibilityError: transformers does not know the family.
     """
-    if (folder / GGUF_NAME).is_file():
+    if gguf_of(folder) is not None:
         return GgufWeights(folder, dtype=dtype, like=like)
     if not (folder / _GRAPH_NAME).is_file():
         return SafetensorsWeights(folder, dtype=dtype, like=like)

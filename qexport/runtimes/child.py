@@ -167,6 +167,7 @@ class ChildRuntime:
 
     def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The request goes through a file: a long one could fill the pipe of a program that hangs."""
+        self._doing = _WORDS[request["do"]]
         place = Path(self._scratch.name) / "request.json"
         place.write_text(json.dumps(request), encoding="utf-8")
         with suppress(BrokenPipeError):  # then it has ended, which the answer shows
@@ -180,7 +181,7 @@ class ChildRuntime:
             raise self._wrong("something that is not a JSON object")
         if "error" in answer:
             raise CompatibilityError(
-                f"{self._name} cannot {_WORDS[request['do']]}: {str(answer['error'])[:_LOG_TAIL]}",
+                f"{self._name} cannot {self._doing}: {str(answer['error'])[:_LOG_TAIL]}",
                 where=f"{self._folder}; the log is {self.log}",
                 mend="read the log; another dtype, or another layout of the artifact, may be what it takes",
             )
@@ -234,11 +235,22 @@ class ChildRuntime:
     def _ended(self) -> InputError:
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(_ENDING_SECONDS)
-        tail = self.log.read_text(encoding="utf-8", errors="replace")[-_LOG_TAIL:].strip()
+        log = self.log.read_text(encoding="utf-8", errors="replace")
+        if (status := self._process.returncode) is not None and status < 0:
+            return self._crashed(signal.Signals(-status), log)
         return InputError(
-            f"{self._name} ended without an answer (exit status {self._process.returncode}): {tail}",
+            f"{self._name} ended without an answer (exit status {status}): {log[-_LOG_TAIL:].strip()}",
             where=f"{self._settings.interpreter}; the log is {self.log}",
             mend=f"check that this environment has {MODULES[self._name]} and enough memory",
+        )
+
+    def _crashed(self, by: signal.Signals, log: str) -> InputError:
+        known = _CRASHES.get(self._name)
+        cause, mend = known[1:] if known and by in _FAULTS and known[0] in log else ("", _MEND_OF_CRASHES)
+        return InputError(
+            f"{self._name} crashed ({by.name}) when it was asked to {self._doing}{cause}",
+            where=f"{self._settings.interpreter}; the log is {self.log}",
+            mend=mend,
         )
 
     def _wrong(self, what: str) -> InputError:
@@ -262,6 +274,22 @@ _WORDS: Final = {
     "continue": "continue the prompts",
     "tokenize": "make tokens of texts",
 }
+
+
+_FAULTS: Final = (signal.SIGSEGV, signal.SIGILL, signal.SIGBUS)
+_MEND_OF_CRASHES: Final = (
+    "read the log; where memory was short give it more, else use another version or build of the runtime"
+)
+_CRASHES: Final[Mapping[RuntimeName, tuple[str, str, str]]] = {
+    "llama.cpp": (
+        "AMX model buffer",
+        "; the matrices were in its buffers for AMX, and GCC 12, for one, builds llama.cpp so that it loads an "
+        "incomplete configuration of AMX's tiles. Its server crashes likewise",
+        "build llama-cpp-python without AMX, CFLAGS and CXXFLAGS '-mno-amx-tile -mno-amx-int8 -mno-amx-bf16', or with "
+        "a newer compiler; dtype=float32 does not use AMX",
+    ),
+}
+"""By runtime: what its log has where the cause is known, the cause, and the way out."""
 
 
 def _are_tokens(row: Any) -> bool:

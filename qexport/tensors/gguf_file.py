@@ -68,6 +68,7 @@ class GgufFile:
 
     Attributes:
         path: the file.
+        paths: of all files of the model; here the one.
         metadata: the values that are numbers, booleans or strings, by key.
         array_lengths: the number of entries of each value that is an array.
         tensors: the tensors by name, in the order of the table.
@@ -80,6 +81,7 @@ class GgufFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.paths: tuple[Path, ...] = (path,)
         if path.exists() and not path.is_file():  # opening a FIFO waits for a writer
             raise InputError("not a regular file", where=str(path))
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -36,6 +37,9 @@ class Model:
         return {"version": "1.2", "kernels": {"Kernel": 3}, **self._told} if self._fault != "nameless" else {}
 
     def score(self, ids: list[int]) -> Any:
+        if self._fault.startswith("crashes"):
+            print("AMX model buffer size = 1 MiB" if self._fault.endswith("AMX") else "no hint", flush=True)
+            os.kill(os.getpid(), signal.SIGSEGV)
         rows = len(ids) - (2 if self._fault == "short" else 1)
         return scores(ids)[:rows]
 

@@ -1,4 +1,4 @@
-"""The file of the layout gguf, written during the pass and read back."""
+"""The files of the layout gguf, written during the pass and read back."""
 
 from __future__ import annotations
 
@@ -13,22 +13,44 @@ from typing import Final
 from torch import Tensor
 
 from qexport.artifact.digests import sha256_chunks
-from qexport.artifact.names import GGUF_NAME
+from qexport.artifact.names import gguf_names
 from qexport.errors import QexportError, listed
 from qexport.export.tensor_writer import PlacedTensors, WrittenWeights, write_at
 from qexport.export.weight_files import WeightFiles
-from qexport.formats import Outputs
 from qexport.formats.gguf import DTYPES, Entry, GgufFormat
-from qexport.formats.gguf.header import Value, header_bytes, padded
+from qexport.formats.gguf.header import Short, Value, header_bytes, padded
 from qexport.tensors import TensorSpec
 from qexport.tensors.gguf_file import GgufFile, GgufTensor
+from qexport.tensors.gguf_parts import SPLIT_COUNT, SPLIT_NO, SPLIT_TENSORS_COUNT, open_gguf
 
 _PIECE: Final = 1 << 22
 
 
 @dataclass(frozen=True)
+class Part:
+    """One file of the layout.
+
+    Attributes:
+        table: its tensors, in order.
+        header: the bytes before them.
+        offsets: where in the file each of them begins.
+    """
+
+    table: Mapping[str, Entry]
+    header: bytes
+    offsets: Mapping[str, int]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return max(self.offsets[name] + padded(entry.nbytes) for name, entry in self.table.items())
+
+
+@dataclass(frozen=True)
 class GgufFiles(WeightFiles):
-    """The one file of the layout: header, table, and every tensor at an offset that the table names.
+    """The files of the layout: in each a header, a table, and every tensor at an offset that the table names.
+
+    `max_shard_size` counts tensors alone, as in llama.cpp's `llama-gguf-split --split-max-size`; 0 for one file.
 
     Attributes:
         values: the header's, by key.
@@ -40,53 +62,64 @@ class GgufFiles(WeightFiles):
 
     @cached_property
     def specs(self) -> Mapping[str, TensorSpec]:
-        """Every tensor of the file."""
+        """Every tensor of the files."""
         own = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in self.constants.items()}
         return own | dict(super().specs)
 
     @cached_property
     def table(self) -> Mapping[str, Entry]:
-        """Every tensor of the file, in order."""
+        """Every tensor of the files, in order."""
         form = self.encoding
         assert isinstance(form, GgufFormat)
         own = {name: Entry(tuple(tensor.shape), DTYPES[tensor.dtype]) for name, tensor in self.constants.items()}
         return own | {form.places.names[name]: form.entry(name, spec) for name, spec in self.outputs.specs.items()}
 
     @cached_property
-    def header(self) -> tuple[bytes, Mapping[str, int]]:
-        """The bytes before the tensors, and where in the file each of them begins."""
-        return header_bytes(self.values, self.table)
-
-    @property
-    def size(self) -> int:
-        """Bytes of the file."""
-        _, offsets = self.header
-        return max(offsets[name] + padded(entry.nbytes) for name, entry in self.table.items())
+    def parts(self) -> Mapping[str, Part]:
+        """The files by name. The first has the model's values; those of several say which they are."""
+        tables = list(_split(self.table, self.max_shard_size)) if self.max_shard_size else [self.table]
+        found = dict[str, Part]()
+        for number, (name, table) in enumerate(zip(gguf_names(len(tables)), tables, strict=True)):
+            own: dict[str, Value | Short] = dict(self.values) if number == 0 else {}
+            if len(tables) > 1:
+                own |= {
+                    SPLIT_NO: Short(number),
+                    SPLIT_COUNT: Short(len(tables)),
+                    SPLIT_TENSORS_COUNT: Short(len(self.table), signed=True),
+                }
+            found[name] = Part(table, *header_bytes(own, table))
+        return found
 
     @property
     def files(self) -> Mapping[str, int]:
-        """Bytes of the one file, by name."""
-        return {GGUF_NAME: self.size}
+        """Bytes of each file, by name."""
+        return {name: part.size for name, part in self.parts.items()}
+
+    @property
+    def first(self) -> str:
+        """The name of the file that programs are given."""
+        return next(iter(self.parts))
 
     def container(self, folder: Path) -> GgufWriter:
-        """The writer of the file, for an existing folder without it."""
-        return GgufWriter(folder / GGUF_NAME, self)
+        """The writer of the files, for an existing folder without them."""
+        return GgufWriter(folder, self)
 
     def read_back(self, folder: Path, written: WrittenWeights, *, checked: Path | None = None) -> None:
         """Compares every tensor on disk with what was computed.
 
         Raises:
-            QexportError: a tensor is missing, unexpected, stored in another way, or has other bytes.
+            QexportError: a tensor is missing, unexpected, stored in another way or in another file, or has other bytes.
         """
-        with closing(GgufFile(folder / GGUF_NAME)) as file:
+        with closing(open_gguf(folder / self.first)) as file:
             problems = [name for name in {**self.table, **file.tensors} if not self._is_planned(name, file)]
+            problems += [path.name for path in file.paths if path.name not in self.parts]
             if problems:
-                raise QexportError("tensors on disk are not those planned", where=f"{GGUF_NAME}: {listed(problems)}")
+                raise QexportError("tensors on disk are not those planned", where=f"{self.first}: {listed(problems)}")
             for name, tensor in file.tensors.items():
                 if sha256_chunks(_pieces(file, name, tensor)) != written.digests[name]:
                     raise QexportError(
                         "a tensor's bytes on disk are not those written",
-                        where=f"{GGUF_NAME}: {name}",
+                        where=f"{self.first}: {name}",
                         mend="check the disk, then run again",
                     )
 
@@ -95,35 +128,35 @@ class GgufFiles(WeightFiles):
         return planned is not None and found is not None and planned == Entry(found.shape, found.kind)
 
 
-def gguf_files(
-    outputs: Outputs, encoding: GgufFormat, values: Mapping[str, Value], constants: Mapping[str, Tensor]
-) -> GgufFiles:
-    """The file of the layout.
-
-    Args:
-        outputs: what the pass will yield.
-        encoding: how parameters are stored.
-        values: the header's, by key, in the order of the file.
-        constants: tensors that are no parameters of the model, by name.
-    """
-    return GgufFiles(encoding, outputs, 0, values, constants)
+def _split(table: Mapping[str, Entry], most: int) -> Iterator[Mapping[str, Entry]]:
+    """The tables of several files. A tensor begins the next one where it would lead over the limit."""
+    current, total = dict[str, Entry](), 0
+    for name, entry in table.items():
+        if current and total + padded(entry.nbytes) > most:
+            yield current
+            current, total = {}, 0
+        current[name] = entry
+        total += padded(entry.nbytes)
+    yield current
 
 
 class GgufWriter(PlacedTensors):
-    """Writes tensors into a file whose header is known from the plan.
+    """Writes tensors into files whose headers are known from the plan.
 
     Args:
-        path: of the file, which does not exist.
-        files: what it will hold.
+        folder: of the files, which do not exist.
+        files: what they will hold.
     """
 
-    def __init__(self, path: Path, files: GgufFiles) -> None:
-        self._path, self._constants = path, files.constants
-        (self._header, offsets), self._end = files.header, files.size
-        super().__init__(files.specs, {name: (path, offset) for name, offset in offsets.items()})
+    def __init__(self, folder: Path, files: GgufFiles) -> None:
+        self._folder, self._constants, self._parts = folder, files.constants, files.parts
+        places = {
+            each: (folder / name, offset) for name, part in self._parts.items() for each, offset in part.offsets.items()
+        }
+        super().__init__(files.specs, places)
 
     def finish(self) -> tuple[str, ...]:
-        """Writes the header, the constants, and zeros behind the last tensor.
+        """Writes the constants, the headers, and zeros behind the last tensor of each file.
 
         Raises:
             QexportError: a planned tensor was not written.
@@ -132,9 +165,10 @@ class GgufWriter(PlacedTensors):
             if name not in self.written:
                 self.write(name, tensor)
         self.refuse_missing()
-        write_at(self._path, 0, memoryview(self._header))
-        os.truncate(self._path, self._end)
-        return (self._path.name,)
+        for name, part in self._parts.items():
+            write_at(self._folder / name, 0, memoryview(part.header))
+            os.truncate(self._folder / name, part.size)
+        return tuple(self._parts)
 
 
 def _pieces(file: GgufFile, name: str, tensor: GgufTensor) -> Iterator[memoryview]:

@@ -11,13 +11,13 @@ from typing import Any, Final
 import torch
 from gguf import GGMLQuantizationType, LlamaFileType
 
+from qexport.amounts import parse_size
 from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.architectures.structure import Structure
 from qexport.artifact.manifest import CardText
-from qexport.artifact.names import GGUF_NAME
 from qexport.errors import CompatibilityError, QexportError, listed
 from qexport.export import GgufSettings
-from qexport.export.gguf.files import GgufFiles, gguf_files
+from qexport.export.gguf.files import GgufFiles
 from qexport.export.gguf.launch import GgufLaunch, launch_files
 from qexport.export.gguf.model_keys import context_length, family_of, model_keys
 from qexport.export.gguf.model_keys import notes as model_notes
@@ -26,12 +26,13 @@ from qexport.export.loaders import Folder, loading_section
 from qexport.export.model_files import card_text, model_files, sizes_of, write_files
 from qexport.formats import GptqFormat, LlmInt8Format, MergedFormat, Outputs, W8A8Format
 from qexport.formats.gguf import GgufFormat
-from qexport.formats.gguf.blocks import BLOCK, LARGEST_SHIFT, kind_of
+from qexport.formats.gguf.blocks import BLOCK, LARGEST_SHIFT, NARROW, kind_of
 from qexport.formats.gguf.families import constants, places
 from qexport.formats.gguf.header import Value
 from qexport.formats.gguf.pre_tokenizers import named
 from qexport.tensors import GroupQuantizedSpec, RowQuantizedSpec, TensorSpec
 from qexport.tensors.gguf_file import GgufFile
+from qexport.tensors.gguf_parts import open_gguf
 
 _QUANTIZATION_VERSION: Final = 2
 _PRE: Final = "tokenizer.ggml.pre"
@@ -45,7 +46,7 @@ _UNQUANTIZED: Final = {torch.bfloat16: LlamaFileType.MOSTLY_BF16, torch.float16:
 
 
 class GgufLayout:
-    """One file with weights, configuration and tokenizer; beside it the files that transformers and qexport read.
+    """One or several files with weights, configuration and tokenizer; beside them what transformers and qexport read.
 
     Args:
         settings: from the recipe.
@@ -76,7 +77,8 @@ class GgufLayout:
         self._refuse_faults(form)
         values = header(checkpoint.architecture, checkpoint.files, self._name)
         values["general.file_type"] = int(self._file_type)
-        self.weights: GgufFiles = gguf_files(outputs, form, values, constants(self._config))
+        most = 0 if settings.split_max_size is None else parse_size(settings.split_max_size)
+        self.weights: GgufFiles = GgufFiles(form, outputs, most, values, constants(self._config))
 
     @property
     def quantization(self) -> Mapping[str, Any] | None:
@@ -86,7 +88,7 @@ class GgufLayout:
     @property
     def notes(self) -> list[str]:
         """What users of this folder should know."""
-        return [*model_notes(self._config), *self._tokenizer.notes, *self._lossy_notes()]
+        return [*model_notes(self._config), *self._tokenizer.notes, *self._code_notes()]
 
     def prepare(self) -> None:
         """Does nothing: the constructor has checked everything that needs no weights."""
@@ -105,9 +107,10 @@ class GgufLayout:
         Raises:
             QexportError: they differ.
         """
-        with closing(GgufFile(folder / GGUF_NAME)) as file:
+        first = self.weights.first
+        with closing(open_gguf(folder / first)) as file:
             if problems := list(header_differences(file, self.weights.values)):
-                raise QexportError("the header is not the model's", where=f"{GGUF_NAME}: {listed(problems)}")
+                raise QexportError("the header is not the model's", where=f"{first}: {listed(problems)}")
 
     @property
     def card(self) -> CardText:
@@ -118,7 +121,9 @@ class GgufLayout:
     def launch(self) -> GgufLaunch:
         """What the launch files say."""
         chat = "tokenizer.chat_template" in self.weights.values
-        return GgufLaunch(name=self._name, longest=context_length(self._config), chat=chat)
+        return GgufLaunch(
+            name=self._name, longest=context_length(self._config), chat=chat, parts=len(self.weights.parts)
+        )
 
     def _files(self, checkpoint: Checkpoint) -> dict[str, bytes]:
         """All files except the weights, the manifest and the model card."""
@@ -128,7 +133,8 @@ class GgufLayout:
     @property
     def _folder(self) -> Folder:
         shapes = {module: spec.shape for module, spec in self._outputs.quantized.items()}
-        return Folder(None, shapes, self._structure.model_type, self._structure.head, self.name, gguf=True)
+        parts = len(self.weights.parts)
+        return Folder(None, shapes, self._structure.model_type, self._structure.head, self.name, gguf_files=parts)
 
     @property
     def _unquantized_dtype(self) -> torch.dtype:
@@ -166,8 +172,8 @@ class GgufLayout:
                 )
         return found
 
-    def _lossy_notes(self) -> Iterator[str]:
-        """What the file does not hold value by value."""
+    def _code_notes(self) -> Iterator[str]:
+        """What the file does not hold value by value, or in more bits than other layouts."""
         form = self.weights.encoding
         assert isinstance(form, GgufFormat)
         if form.rounded:
@@ -178,6 +184,11 @@ class GgufLayout:
                 "Q4_1 rounds the minima of asymmetric codes to float16: values differ from those of other layouts by "
                 f"at most {LARGEST_SHIFT:.2g} steps"
             )
+        if narrow := sorted({spec.bits for spec in kinds if spec.bits in NARROW}):
+            yield (
+                f"codes of {' and '.join(map(str, narrow))} bits take the 4.5 bits per weight of Q4_0; those of 4 bits "
+                "take as many, and drift less"
+            )
 
     def _refuse_method(self) -> None:
         if not isinstance(self._outputs.format, _FORMATS):
@@ -185,7 +196,7 @@ class GgufLayout:
                 f"the layout gguf stores codes in groups or rows, and no {self._outputs.format.card.title}: "
                 "GGUF has no type with these values",
                 where="export: gguf",
-                mend="quantize with gptq, 4 or 8 bits, sym: true, group_size: 32; or leave this layout out",
+                mend="quantize with gptq, sym: true, group_size: 32; or leave this layout out",
             )
 
     def _refuse_homeless(self, form: GgufFormat) -> None:
@@ -203,7 +214,7 @@ class GgufLayout:
             raise CompatibilityError(
                 f"{len(named)} layers cannot be stored in GGUF value by value",
                 where=f"export: gguf: {listed(named)}",
-                mend="quantize with 4 or 8 bits, sym: true and group_size: 32; or leave this layout out",
+                mend="quantize with sym: true and group_size: 32; or leave this layout out",
             )
 
 

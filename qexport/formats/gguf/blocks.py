@@ -2,8 +2,9 @@
 
 The reference is `ggml/src/ggml-common.h` and `ggml-quants.c` of llama.cpp. A block begins with its scale d, a float16.
 Q4_0: 16 bytes follow, whose byte j holds the code of value j in its low half and that of value j + 16 in its high half;
-a value is d * (code - 8). Q4_1: between the scale and the same bytes is a minimum m, a float16, and a value is
-d * code + m. Q8_0: 32 signed codes follow the scale, and a value is d * code.
+a value is d * (code - 8). Codes of 2 and 3 bits stand there with 6 and 4 added, so that 8 is their zero as well. Q4_1:
+between the scale and the same bytes is a minimum m, a float16, and a value is d * code + m. Q8_0: 32 signed codes
+follow the scale, and a value is d * code.
 """
 
 from __future__ import annotations
@@ -20,22 +21,36 @@ from qexport.tensors import GroupQuantized, GroupQuantizedSpec, RowQuantized, Ro
 BLOCK: Final = 32
 """Values that share a scale."""
 
-KINDS: Final = {4: GGMLQuantizationType.Q4_0, 8: GGMLQuantizationType.Q8_0}
+KINDS: Final = {
+    2: GGMLQuantizationType.Q4_0,
+    3: GGMLQuantizationType.Q4_0,
+    4: GGMLQuantizationType.Q4_0,
+    8: GGMLQuantizationType.Q8_0,
+}
 """How symmetric codes of so many bits are stored."""
 
 ASYMMETRIC: Final = GGMLQuantizationType.Q4_1
 LARGEST_SHIFT: Final = 15 / 2**11
 """By how many steps of its grid a value of Q4_1 may differ from GPTQ's: minima are up to 15 steps, in float16."""
 
-BITS: Final = {kind: bits for bits, kind in KINDS.items()}
+BITS: Final = {GGMLQuantizationType.Q4_0: 4, GGMLQuantizationType.Q8_0: 8}
+"""The bits that a code takes, by how it is stored."""
+
+NARROW: Final = (2, 3)
+"""Bits of codes that are stored in more than they need."""
 
 _SCALE_BYTES: Final = 2
 _HALF: Final = BLOCK // 2
 
 
 def block_bytes(bits: int) -> int:
-    """The bytes of a block."""
-    return _SCALE_BYTES + BLOCK * bits // 8
+    """The bytes of a block of codes of so many bits."""
+    return int(GGML_QUANT_SIZES[KINDS[bits]][1])
+
+
+def _added(bits: int) -> int:
+    """What is added to a code of up to 4 bits, so that 8 stands for zero."""
+    return 8 - (1 << bits - 1)
 
 
 def kind_of(spec: GroupQuantizedSpec | RowQuantizedSpec) -> GGMLQuantizationType:
@@ -60,7 +75,7 @@ def fault(spec: GroupQuantizedSpec | RowQuantizedSpec, *, inexact: bool = False)
     if isinstance(spec, RowQuantizedSpec):
         return _fault_of_rows(spec)
     if spec.bits not in KINDS:
-        return f"GGUF has no type for {spec.bits} bits in groups: quantize with 4 or 8 bits"
+        return f"GGUF has no type for {spec.bits} bits in groups: quantize with 2, 3, 4 or 8 bits"
     if not spec.sym and spec.bits != 4:
         return f"GGUF has no type for {spec.bits} bits with zero points: set sym: true"
     if not spec.sym and not inexact:
@@ -87,8 +102,8 @@ def pack(value: GroupQuantized | RowQuantized) -> Tensor:
     """The bytes of a matrix, uint8 [out, row_bytes].
 
     Args:
-        value: codes of 4 or symmetric ones of 8 bits, in groups of a multiple of 32 in order; or rows of codes whose
-            scales fit into float16.
+        value: codes of 4 or symmetric ones of 2, 3 or 8 bits, in groups of a multiple of 32 in order; or rows of codes
+            whose scales fit into float16.
 
     Raises:
         QexportError: the scale of a row does not.
@@ -97,12 +112,15 @@ def pack(value: GroupQuantized | RowQuantized) -> Tensor:
         return _pack_rows(value)
     codes = value.codes.reshape(len(value.codes), -1, BLOCK)
     scales = value.scales.t().repeat_interleave(value.group_size // BLOCK, 1)
-    halves = codes[..., :_HALF] | codes[..., _HALF:] << 4
+    if value.bits == 8:
+        return _joined(scales, codes ^ 0x80)  # minus 128, as a signed byte
+    wide = codes + _added(value.bits)
+    halves = wide[..., :_HALF] | wide[..., _HALF:] << 4
     if not value.sym:
         zeros = value.zeros.t().repeat_interleave(value.group_size // BLOCK, 1)
         minima = (-scales.to(torch.float32) * zeros).to(torch.float16)
         return _joined(torch.stack([scales, minima], 2), halves)
-    return _joined(scales, halves if value.bits == 4 else codes ^ 0x80)  # minus 128, as a signed byte
+    return _joined(scales, halves)
 
 
 def _pack_rows(value: RowQuantized) -> Tensor:
@@ -127,20 +145,28 @@ def unpack(rows: Tensor, bits: int) -> GroupQuantized:
 
     Args:
         rows: uint8 [rows, row_bytes].
-        bits: 4 or 8.
+        bits: 2, 3, 4 or 8. Where 2 or 3 are too few for a code, all are returned with 4.
     """
     blocks = rows.reshape(len(rows), -1, block_bytes(bits))
     scales = blocks[..., :_SCALE_BYTES].contiguous().view(torch.float16)[..., 0]
     stored = blocks[..., _SCALE_BYTES:]
-    codes = torch.cat([stored & 15, stored >> 4], 2) if bits == 4 else stored ^ 0x80
+    codes = stored ^ 0x80 if bits == 8 else torch.cat([stored & 15, stored >> 4], 2)
+    fitting = bits if bits not in NARROW else max(bits, needed_bits(codes))
     columns = blocks.shape[1] * BLOCK
     return GroupQuantized(
-        codes=codes.reshape(len(rows), columns),
+        codes=(codes if fitting == 8 else codes - _added(fitting)).reshape(len(rows), columns),
         scales=scales.t().contiguous(),
-        zeros=torch.full(scales.t().shape, 1 << bits - 1, dtype=torch.uint8, device=rows.device),
+        zeros=torch.full(scales.t().shape, 1 << fitting - 1, dtype=torch.uint8, device=rows.device),
         g_idx=torch.arange(columns, dtype=torch.int32, device=rows.device) // BLOCK,
-        bits=bits,
+        bits=fitting,
         group_size=BLOCK,
         sym=True,
         desc_act=False,
     )
+
+
+def needed_bits(codes: Tensor) -> int:
+    """The fewest bits, 2, 3 or 4, that these codes of Q4_0 fit into, uint8 of any shape."""
+    least, most = codes.aminmax()
+    steps = max(8 - int(least), int(most) - 7)  # codes of n bits reach 2^(n-1) steps below zero, and one less above
+    return next((bits for bits in NARROW if steps <= 1 << bits - 1), 4)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from qexport.formats.gguf import Entry
@@ -15,12 +16,26 @@ from qexport.formats.gguf import Entry
 Value = bool | int | float | str | Sequence[str] | Sequence[int]
 """Integers are stored as uint32, inside arrays as int32; floats as float32."""
 
+
+@dataclass(frozen=True)
+class Short:
+    """An integer of another type than uint32.
+
+    Attributes:
+        value: the integer.
+        signed: whether it is an int32; else a uint16.
+    """
+
+    value: int
+    signed: bool = False
+
+
 ALIGNMENT: Final = 32
 """Of every tensor, in bytes."""
 
 _MAGIC: Final = b"GGUF"
 _VERSION: Final = 3
-_UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
+_UINT16, _UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 2, 4, 5, 6, 7, 8, 9
 
 
 def padded(count: int) -> int:
@@ -28,7 +43,7 @@ def padded(count: int) -> int:
     return -(-count // ALIGNMENT) * ALIGNMENT
 
 
-def header_bytes(values: Mapping[str, Value], table: Mapping[str, Entry]) -> tuple[bytes, dict[str, int]]:
+def header_bytes(values: Mapping[str, Value | Short], table: Mapping[str, Entry]) -> tuple[bytes, dict[str, int]]:
     """A file's bytes up to its first tensor, and each tensor's offset in the file.
 
     Args:
@@ -53,9 +68,12 @@ def _string(text: str) -> bytes:
     return struct.pack("<Q", len(encoded)) + encoded
 
 
-def _value(value: Value) -> bytes:
+def _value(value: Value | Short) -> bytes:
     """The kind, then the value."""
     match value:
+        case Short():
+            code, kind = ("i", _INT32) if value.signed else ("H", _UINT16)
+            return struct.pack(f"<I{code}", kind, value.value)
         case bool():
             return struct.pack("<I?", _BOOL, value)
         case int():

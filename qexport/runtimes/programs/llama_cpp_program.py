@@ -20,7 +20,8 @@ _FILE_TYPES = {"0": "float32", "1": "float16", "32": "bfloat16"}
 """What a file's matrices are multiplied in, by its `general.file_type`. All others round the inputs to Q8_0."""
 
 _TENSORS = re.compile(r"- type +(\S+): +(\d+) tensors")
-_REPACKED = re.compile(r"REPACK model buffer size = +([\d.]+) MiB")
+_REPACKED = re.compile(r"(REPACK|AMX) model buffer size = +([\d.]+) MiB")
+"""Matrices in an order of their own, for kernels that take several rows at once, or for the CPU's matrix unit."""
 
 
 class Model:
@@ -45,7 +46,7 @@ class Model:
         if self._exact:
             _keep_plain_buffers()
             options |= {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
-        path, size = Path(folder) / "model.gguf", max(longest, _LEAST_TOKENS) + 1
+        path, size = _model_file(Path(folder)), max(longest, _LEAST_TOKENS) + 1
         self._model = llama_cpp.Llama(
             str(path), n_ctx=size, n_batch=size, n_ubatch=size, logits_all=True, verbose=True, **options
         )
@@ -60,7 +61,7 @@ class Model:
         """The version, how tensors are stored, and what the products are computed in."""
         log = "".join(self._lines)
         kinds = collections.Counter({name: int(count) for name, count in _TENSORS.findall(log)})
-        repacked = _REPACKED.search(log)
+        repacked = ", ".join(f"{mebibytes} MiB ({kernels})" for kernels, mebibytes in _REPACKED.findall(log))
         stored = _FILE_TYPES.get(self._model.metadata.get("general.file_type", ""), "q8_0")
         return {
             "version": llama_cpp.__version__,
@@ -68,7 +69,7 @@ class Model:
             "dtype": _FLOAT32 if self._exact else stored,
             "arguments": {
                 "blas": str(_has_blas()),
-                "repacked": f"{repacked[1]} MiB" if repacked else "none",
+                "repacked": repacked or "none",
                 "cache": "f32" if self._exact else "f16",
                 "system": llama_cpp.llama_print_system_info().decode().strip(" |"),
             },
@@ -110,6 +111,12 @@ class Model:
     def tokenized(self, texts: list[str]) -> list[list[int]]:
         """The tokens of each text, special ones in it and around it included."""
         return [list(self._model.tokenize(text.encode("utf-8"), add_bos=True, special=True)) for text in texts]
+
+
+def _model_file(folder: Path) -> Path:
+    """Of several files the first, by whose name llama.cpp finds the others."""
+    path = folder / "model.gguf"
+    return path if path.is_file() else next(iter(sorted(folder.glob("model-00001-of-*.gguf"))), path)
 
 
 def _has_blas() -> bool:

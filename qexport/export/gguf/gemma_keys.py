@@ -14,7 +14,7 @@ GEMMA: Final = ("gemma2", "gemma3_text")
 """The `model_type`s."""
 
 _SLIDING: Final = "sliding_attention"
-_PATTERNS: Final = {"gemma2": 2, "gemma3_text": 6}
+_PATTERNS: Final[Mapping[str, int]] = {"gemma2": 2, "gemma3_text": 6}
 _BLOCKS_OF_27B: Final = {"gemma2": 46, "gemma3_text": 62}
 """llama.cpp knows the largest model, which divides its queries by another number, by its number of blocks."""
 

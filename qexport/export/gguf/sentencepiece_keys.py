@@ -11,16 +11,12 @@ from itertools import pairwise
 from typing import Any, Final
 
 from qexport.formats.gguf.header import Value
-from qexport.formats.gguf.sentencepiece import BYTES, SPACE, Joins, Spaces, joins, spaces, strips_behind
+from qexport.formats.gguf.sentencepiece import BYTES, SPACE, Joins, joins, spaces, strips_behind
 
 TOKENS, SCORES, TOKEN_TYPES = (f"tokenizer.ggml.{name}" for name in ("tokens", "scores", "token_type"))
 _NORMAL, _UNKNOWN, _UNUSED, _BYTE = 1, 2, 5, 6
 _ADDED_SCORE, _UNUSED_SCORE = -1000.0, -10000.0
 
-PREFIX_NOTE: Final = (
-    "llama.cpp puts a space before every text and behind every special token; the model's tokenizer does only where there "
-    "is none"
-)
 _CLASS_NOTE: Final = (
     "transformers reads tokenizers of the class LlamaTokenizer in another way than tokenizer.json has them: it puts no "
     "space before a text that begins with one; llama.cpp does"
@@ -50,7 +46,7 @@ class SentencePieceKeys:
         """Why llama.cpp would make other tokens.
 
         Args:
-            inexact: whether it may put spaces where the tokenizer puts none.
+            inexact: whether it may do so for texts with certain spaces.
         """
         model = self._model
         if model.get("type", "BPE") != "BPE" or "merges" not in model:
@@ -62,16 +58,23 @@ class SentencePieceKeys:
         if missing := [text for text in BYTES if text not in model["vocab"]]:
             yield f"model: byte_fallback, and there is no token {missing[0]}"
         yield from self._joins.problems
-        yield from self._space_problems(self._spaces, inexact=inexact)
-        yield from self._added_problems()
-
-    def _space_problems(self, found: Spaces | None, *, inexact: bool) -> Iterator[str]:
-        if found is None:
+        if self._spaces is None:
             yield "normalizer, pre_tokenizer and decoder: not those of SentencePiece's BPE, which byte_fallback is for"
-        elif not found.exact and not inexact:
+        yield from self._added_problems()
+        if not inexact:
+            yield from (f"{each} (inexact: allow takes that)" for each in self._differences())
+
+    def _differences(self) -> Iterator[str]:
+        """In which texts llama.cpp makes other tokens."""
+        if self._spaces is not None and not self._spaces.exact:
             yield (
-                "pre_tokenizer: Metaspace puts a space before a text only where there is none, and llama.cpp always "
-                "(inexact: allow takes that)"
+                "pre_tokenizer: Metaspace puts a space before a text only where there is none; llama.cpp does before "
+                "every text and behind every special token"
+            )
+        if found := [token["content"] for token in self._added if token["content"] not in self._apart]:
+            yield (
+                f"added_tokens: {found[0]!r} is also found in a text that has the sign {SPACE} itself; llama.cpp joins it "
+                "from spaces alone"
             )
 
     def _added_problems(self) -> Iterator[str]:
@@ -90,8 +93,7 @@ class SentencePieceKeys:
     @property
     def notes(self) -> Iterator[str]:
         """What users should know."""
-        if self._spaces is not None and not self._spaces.exact:
-            yield PREFIX_NOTE
+        yield from (f"the tokenizer is not quite llama.cpp's: {each}" for each in self._differences())
         if self.strips:
             yield _STRIP_NOTE
 
@@ -140,6 +142,12 @@ class SentencePieceKeys:
             else:
                 found.append({_UNUSED: _UNUSED_SCORE, _BYTE: 0.0, _UNKNOWN: 0.0}.get(kind, _ADDED_SCORE))
         return found
+
+    @property
+    def unknown(self) -> int | None:
+        """The number of the token for what is no token; llama.cpp takes 0 where a file names none."""
+        found = self._model["vocab"].get(self._model.get("unk_token"))
+        return None if found is None else int(found)
 
     @property
     def add_space_prefix(self) -> bool:

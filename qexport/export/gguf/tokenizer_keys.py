@@ -63,7 +63,7 @@ def gguf_tokenizer(
         files: of the model, by name.
         config: the content of config.json.
         rows: of the input embedding.
-        inexact: whether llama.cpp may put a space where the tokenizer puts none.
+        inexact: whether llama.cpp may make other tokens of texts with certain spaces.
 
     Raises:
         CompatibilityError: llama.cpp has no such tokenizer.
@@ -92,6 +92,8 @@ def _converted(files: Mapping[str, bytes], config: Mapping[str, Any], rows: int,
     special, further = _special_tokens(content, settings, config, json_object(files, GENERATION_CONFIG), rows)
     if affixes.first is not None:
         special["bos"] = affixes.first
+    if isinstance(own, SentencePieceKeys) and own.unknown is not None:
+        special.setdefault("unknown", own.unknown)
     if "eos" not in special:
         raise _refused(["no token ends a text, and llama.cpp would take one of its own"])
     if affixes.last not in (None, special["eos"]):

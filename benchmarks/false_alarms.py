@@ -107,6 +107,7 @@ class InMemory:
         transposed: frozenset[str] = frozenset(),
     ) -> None:
         self._specs, self._values, self.transposed = specs, values, transposed
+        self.raised = frozenset[str]()
         codes = {name: each for name, each in values.items() if isinstance(each, GroupQuantized)}
         self.grids = {name.removesuffix(".weight"): each.spec for name, each in codes.items()}
 

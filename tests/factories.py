@@ -138,8 +138,10 @@ FAMILIES: dict[str, PretrainedConfig] = {
     "mistral": mistral_config(),
     "qwen2": qwen2_config(),
     "qwen3": Qwen3Config(**GROUPED),
-    "gemma 2": Gemma2Config(**GROUPED, sliding_window=16),
-    "gemma 3": Gemma3TextConfig(**GROUPED, sliding_window=16, layer_types=["sliding_attention", "full_attention"]),
+    "gemma 2": Gemma2Config(**GROUPED, sliding_window=16, query_pre_attn_scalar=16),
+    "gemma 3": Gemma3TextConfig(
+        **GROUPED, sliding_window=16, query_pre_attn_scalar=16, layer_types=["sliding_attention", "full_attention"]
+    ),
     "phi 3": Phi3Config(**_PLAIN, num_key_value_heads=2),
     "gpt-neox": GPTNeoXConfig(**_PLAIN),
     "gpt-2": gpt2_config(),

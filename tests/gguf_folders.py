@@ -11,7 +11,7 @@ from typing import Any
 import gguf
 import torch
 from pydantic import TypeAdapter
-from transformers import PretrainedConfig
+from transformers import Gemma3TextConfig, PretrainedConfig
 
 import factories
 from qexport.architectures.architecture import Checkpoint
@@ -38,11 +38,20 @@ LINEAR: Mapping[str, Any] = {"rope_type": "linear", "factor": 2.0, "rope_theta":
 CONFIGS: Mapping[str, PretrainedConfig] = {
     **{
         name: factories.FAMILIES[name]
-        for name in ("llama", "mistral", "qwen2", "qwen3", "falcon 7b", "falcon 40b", "falcon 3")
+        for name in (
+            "llama", "mistral", "qwen2", "qwen3", "falcon 7b", "falcon 40b", "falcon 3", "gemma 2", "gemma 3", "phi 3"
+        )
     },
+    "gemma 3 linear": Gemma3TextConfig(
+        **(factories.GROUPED | {"num_hidden_layers": 7}), sliding_window=16, query_pre_attn_scalar=16,
+        final_logit_softcapping=20.0, rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 20000.0},
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 500000.0},
+        },
+    ),
     "llama 3": factories.llama_config(rope_parameters=dict(LLAMA3)),
     "llama linear": factories.llama_config(rope_parameters=dict(LINEAR)),
-}
+}  # fmt: skip
 """Tiny models of what the layout supports."""
 
 

@@ -17,7 +17,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from qexport.architectures.config_bounds import refuse_extreme
 from qexport.errors import CompatibilityError, InputError
-from qexport.formats.gguf.families import READ_FAMILIES, GgufFamily, constants, head_dim
+from qexport.formats.gguf.families import FAMILIES, GgufFamily, constants, head_dim
 from qexport.tensors.gguf_file import GgufFile
 
 _REQUIRED: Final = {
@@ -214,10 +214,9 @@ def _divisors(file: GgufFile) -> torch.Tensor:
     return torch.from_numpy(file.read_rows(FREQUENCIES, 0, 1).view("<f4").copy()).view(-1)
 
 
-def _softcapping(metadata: _Metadata) -> float:
+def _softcapping(metadata: _Metadata, key: str = "final_logit_softcapping", default: float = 0.0) -> float:
     """Beyond what the logits do not grow; 0 for no bound, as in llama.cpp."""
-    key = "final_logit_softcapping"
-    value = metadata.get(key, 0.0)
+    value = metadata.get(key, default)
     if not isinstance(value, int | float) or not 0 <= value < float("inf"):
         raise InputError(
             f"{metadata.architecture}.{key} is {value!r}, and it must be 0 or more",
@@ -227,11 +226,58 @@ def _softcapping(metadata: _Metadata) -> float:
     return float(value)
 
 
-_BLOCKS_OF_27B: Final = 62
+def _phi3(metadata: _Metadata) -> dict[str, Any]:
+    """A window of 0 stands for none."""
+    window = metadata.get("attention.sliding_window", 0)
+    return {"sliding_window": window} if window else {}
+
+
+_WINDOW, _PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
+
+
+def _layer_types(metadata: _Metadata, pattern: int, window: int) -> dict[str, Any]:
+    """Which layers see a window: all but every n-th one.
+
+    Args:
+        metadata: of the file, which may name another n, or each layer's kind.
+        pattern: the n of the family.
+        window: of a file that names none; 0 for none.
+    """
+    blocks = metadata.get("block_count")
+    own = f"{metadata.architecture}.{_PATTERN}"
+    size, every = metadata.get(_WINDOW, window), metadata.get(_PATTERN, pattern)
+    if own in metadata.file.array_lengths:
+        kinds = [bool(kind) for kind in metadata.file.array(own)]
+    elif isinstance(every, int) and every >= 0:
+        kinds = [not every or layer % every < every - 1 for layer in range(blocks)]
+    else:
+        kinds = []
+    if len(kinds) != blocks:
+        raise InputError(f"{own} is not what llama.cpp reads", where=str(metadata.file.path), mend=_REFETCH)
+    sees = ["sliding_attention" if kind and size else "full_attention" for kind in kinds]
+    return {"layer_types": sees} | ({"sliding_window": size} if size else {})
+
+
+def _query_divisor(metadata: _Metadata, largest: int) -> dict[str, Any]:
+    """llama.cpp knows the model of 27B, which divides its queries in another way, by its number of blocks."""
+    width, heads = metadata.get("embedding_length"), metadata.get("attention.head_count")
+    if metadata.get("block_count") == largest and heads:
+        return {"query_pre_attn_scalar": width // heads}
+    return {"query_pre_attn_scalar": metadata.get("attention.key_length", 256)}
+
+
+def _gemma2(metadata: _Metadata) -> dict[str, Any]:
+    """Where a file names no bounds of the logits, llama.cpp takes those of the public models."""
+    return {
+        "attn_logit_softcapping": _softcapping(metadata, "attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": _softcapping(metadata, default=30.0),
+        **_layer_types(metadata, 2, 4096),
+        **_query_divisor(metadata, 46),
+    }
 
 
 def _gemma3(metadata: _Metadata) -> dict[str, Any]:
-    """llama.cpp knows the model of 27B, which divides its queries in another way, by the number of blocks."""
+    """The layers with a window have a rotary embedding of their own."""
     full: dict[str, Any] = {"rope_type": "default", "rope_theta": metadata.get("rope.freq_base", 1e6)}
     if (factor := _linear_factor(metadata)) != 1:
         full |= {"rope_type": "linear", "factor": factor}
@@ -239,17 +285,15 @@ def _gemma3(metadata: _Metadata) -> dict[str, Any]:
     found: dict[str, Any] = {"rope_parameters": {"sliding_attention": sliding, "full_attention": full}}
     if cap := _softcapping(metadata):
         found["final_logit_softcapping"] = cap
-    width, heads = metadata.get("embedding_length"), metadata.get("attention.head_count")
-    is_27b = metadata.get("block_count") == _BLOCKS_OF_27B and heads
-    return found | {"query_pre_attn_scalar": width // heads if is_27b else metadata.get("attention.key_length", 256)}
+    return found | _layer_types(metadata, 6, 0) | _query_divisor(metadata, 62)
 
 
 _READINGS: Final[Mapping[str, _Reading]] = {
-    "llama": _Reading(READ_FAMILIES["llama"], "llama", {"rope.dimension_count": "head_dim"}, _llama),
-    "qwen2": _Reading(READ_FAMILIES["qwen2"], "qwen2"),
-    "qwen3": _Reading(READ_FAMILIES["qwen3"], "qwen3", {"attention.key_length": "head_dim"}),
+    "llama": _Reading(FAMILIES["llama"], "llama", {"rope.dimension_count": "head_dim"}, _llama),
+    "qwen2": _Reading(FAMILIES["qwen2"], "qwen2"),
+    "qwen3": _Reading(FAMILIES["qwen3"], "qwen3", {"attention.key_length": "head_dim"}),
     "falcon": _Reading(
-        READ_FAMILIES["falcon"],
+        FAMILIES["falcon"],
         "falcon",
         {
             "feed_forward_length": "ffn_hidden_size",
@@ -259,15 +303,11 @@ _READINGS: Final[Mapping[str, _Reading]] = {
         _falcon,
         epsilon="attention.layer_norm_epsilon",
     ),
-    "phi3": _Reading(READ_FAMILIES["phi3"], "phi3", {"attention.sliding_window": "sliding_window"}),
-    "gemma3": _Reading(
-        READ_FAMILIES["gemma3_text"],
-        "gemma3_text",
-        {"attention.key_length": "head_dim", "attention.sliding_window": "sliding_window"},
-        _gemma3,
-    ),
+    "phi3": _Reading(FAMILIES["phi3"], "phi3", further=_phi3),
+    "gemma2": _Reading(FAMILIES["gemma2"], "gemma2", {"attention.key_length": "head_dim"}, _gemma2),
+    "gemma3": _Reading(FAMILIES["gemma3_text"], "gemma3_text", {"attention.key_length": "head_dim"}, _gemma3),
 }
-"""By `general.architecture`. The layout `gguf` writes fewer families: those of `FAMILIES`."""
+"""By `general.architecture`."""
 
 
 def _refuse_other_heads(metadata: _Metadata, config: PretrainedConfig) -> None:

@@ -21,7 +21,7 @@ from qexport.artifact.names import GGUF_NAME, gguf_of
 from qexport.errors import CompatibilityError, InputError, listed
 from qexport.formats.gguf import DTYPES, blocks
 from qexport.formats.gguf.dequantizing import bits_of, dequantized, refuse_unreadable
-from qexport.formats.gguf.families import READ_FAMILIES, Places, constants, places
+from qexport.formats.gguf.families import FAMILIES, Places, constants, places
 from qexport.formats.stored_weight import StoredLayer, Tensors
 from qexport.reading.computing import EXACT, Computing
 from qexport.reading.filled_model import as_parameter, quantized_model, read_generation
@@ -217,6 +217,11 @@ class GgufWeights:
         """Empty: no family here stores weights [in, out]."""
         return frozenset()
 
+    @property
+    def raised(self) -> frozenset[str]:
+        """The norms of families that multiply by 1 + their weights."""
+        return self._places.raised
+
     @cached_property
     def layers(self) -> dict[str, StoredLayer]:
         """Each quantized module, by its path. The first use reads some scales: a group may be several blocks."""
@@ -289,7 +294,7 @@ class GgufWeights:
 
     def _find_places(self) -> Places:
         config = self.architecture.parsed
-        family = READ_FAMILIES.get(config.model_type)
+        family = FAMILIES.get(config.model_type)
         if family is None:
             raise CompatibilityError(
                 f"GGUF artifacts of the family {config.model_type} are not known", where=str(self.file.path)

@@ -211,6 +211,11 @@ class SafetensorsWeights:
         """The modules whose unquantized weight is [in, out] (GPT-2's Conv1D); codes are always [out, in]."""
         return self.architecture.structure.transposed
 
+    @property
+    def raised(self) -> frozenset[str]:
+        """Empty: parameters are stored as they are."""
+        return frozenset()
+
     def _in_dtype(self, dtype: torch.dtype) -> SafetensorsWeights:
         """The same open files, dequantized to another dtype."""
         other = copy.copy(self)

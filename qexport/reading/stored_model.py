@@ -41,6 +41,11 @@ class StoredWeights(WeightSource, Protocol):
         ...
 
     @property
+    def raised(self) -> frozenset[str]:
+        """Parameters that are stored plus 1, in float32: what is smaller than 2**-24 in them is lost."""
+        ...
+
+    @property
     def grids(self) -> Mapping[str, GroupQuantizedSpec]:
         """Bits, groups and symmetry of each module that is quantized in groups along its inputs, by its path."""
         ...

@@ -134,6 +134,8 @@ class WeightCheck:
         wanted = self.kept.pop(name, None)
         wanted = self._reference.merged.weights.read(name) if wanted is None else wanted
         base, inputs = self._base(name), None if self._inputs is None else self._inputs.take(name)
+        if name in self._artifact.raised:
+            wanted, base = _once_raised(wanted), None if base is None else _once_raised(base)
         self._folds.see(name, stored, wanted)
         wanted, base = self._folds.tensor(name, wanted), None if base is None else self._folds.tensor(name, base)
         inputs = None if inputs is None else self._folds.inputs(name, inputs)
@@ -280,6 +282,11 @@ class ArtifactWeights:
 
 def _unchanged(matrix: Tensor) -> Tensor:
     return matrix
+
+
+def _once_raised(weight: Tensor) -> Tensor:
+    """What is left of a tensor that was stored plus 1, in its own dtype. The model too adds 1 in float32."""
+    return (weight.to(torch.float32) + 1 - 1).to(weight.dtype)
 
 
 def _values(stored: Tensor | Quantized) -> Tensor:

@@ -21,7 +21,8 @@ from qexport.export.gguf.files import GgufFiles
 from qexport.export.gguf.launch import GgufLaunch, launch_files
 from qexport.export.gguf.model_keys import context_length, family_of, model_keys
 from qexport.export.gguf.model_keys import notes as model_notes
-from qexport.export.gguf.tokenizer_keys import gguf_tokenizer
+from qexport.export.gguf.sentencepiece_keys import SCORES, TOKEN_TYPES, TOKENS, same_vocabulary
+from qexport.export.gguf.tokenizer_keys import GgufTokenizer, gguf_tokenizer
 from qexport.export.loaders import Folder, loading_section
 from qexport.export.model_files import card_text, model_files, sizes_of, write_files
 from qexport.formats import GptqFormat, LlmInt8Format, MergedFormat, Outputs, W8A8Format
@@ -70,12 +71,13 @@ class GgufLayout:
         self._name = checkpoint.name
         family = family_of(checkpoint.architecture)
         self._refuse_method()
-        self._tokenizer = gguf_tokenizer(checkpoint.files, checkpoint.config, structure.vocab_size)
+        inexact = settings.inexact == "allow"
+        self._tokenizer = gguf_tokenizer(checkpoint.files, checkpoint.config, structure.vocab_size, inexact=inexact)
         own = places(family, self._config, structure.parameters)
-        form = GgufFormat(own, self._rounded(settings), settings.inexact == "allow")
+        form = GgufFormat(own, self._rounded(settings), inexact)
         self._refuse_homeless(form)
         self._refuse_faults(form)
-        values = header(checkpoint.architecture, checkpoint.files, self._name)
+        values = _header(checkpoint.architecture, self._tokenizer, self._name)
         values["general.file_type"] = int(self._file_type)
         most = 0 if settings.split_max_size is None else parse_size(settings.split_max_size)
         self.weights: GgufFiles = GgufFiles(form, outputs, most, values, constants(self._config))
@@ -230,12 +232,15 @@ def header(architecture: Architecture, files: Mapping[str, bytes], name: str) ->
         CompatibilityError: llama.cpp does not compute the model, or does not have its tokenizer.
         InputError: a file of the tokenizer is malformed.
     """
-    family = family_of(architecture)
-    tokenizer = gguf_tokenizer(files, architecture.config, architecture.structure.vocab_size)
+    rows = architecture.structure.vocab_size
+    return _header(architecture, gguf_tokenizer(files, architecture.config, rows, inexact=True), name)
+
+
+def _header(architecture: Architecture, tokenizer: GgufTokenizer, name: str) -> dict[str, Value]:
     return {
-        "general.architecture": family.name,
+        "general.architecture": family_of(architecture).name,
         "general.type": "model",
-        "general.name": name,
+        "general.name": tokenizer.model_name(name),
         "general.quantization_version": _QUANTIZATION_VERSION,
         **model_keys(architecture),
         **tokenizer.values,
@@ -302,10 +307,13 @@ def compared_header_of_others(file: GgufFile, architecture: Architecture, files:
         CompatibilityError: as for `compared_header`.
         InputError: as for `compared_header`.
     """
-    wanted = dict(header(architecture, files, ""))
+    wanted: dict[str, Any] = dict(header(architecture, files, ""))
     pre = file.metadata.get(_PRE)
     if isinstance(pre, str) and (known := named(pre)) is not None and known.name == wanted[_PRE]:
         wanted[_PRE] = pre
+    if SCORES in wanted:
+        found = {key: file.array(key) for key in (TOKENS, SCORES, TOKEN_TYPES) if key in file.array_lengths}
+        wanted |= same_vocabulary(found, wanted)
     there = {*file.metadata, *file.array_lengths} - {"general.name", "general.quantization_version"}
     return [
         *_value_differences(file, {key: value for key, value in wanted.items() if key in there}),

@@ -5,13 +5,14 @@ The reference is llama.cpp as of llama-cpp-python 0.3.36: `conversion/` has the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 from transformers import PretrainedConfig
 
 from qexport.architectures.architecture import Architecture
 from qexport.errors import CompatibilityError, listed
+from qexport.export.gguf.gemma_keys import GEMMA, VALUES, gemma_keys, gemma_problems
 from qexport.formats.gguf.families import FAMILIES, GgufFamily, falcon_key_heads, head_dim, rotary
 from qexport.formats.gguf.header import Value
 
@@ -32,9 +33,7 @@ def family_of(architecture: Architecture) -> GgufFamily:
             where="export: gguf",
             mend=f"it knows {', '.join(FAMILIES)}; {_MEND}",
         )
-    problems = list(_falcon_problems(config) if config.model_type == "falcon" else _llama_problems(config))
-    problems += _rotary_problems(config)
-    if problems:
+    if problems := [*_PROBLEMS.get(config.model_type, _llama_problems)(config), *_rotary_problems(config)]:
         raise CompatibilityError(
             f"llama.cpp does not compute such a model of the family {config.model_type}",
             where=f"config.json: {listed(problems)}",
@@ -50,7 +49,7 @@ def model_keys(architecture: Architecture) -> dict[str, Value]:
         architecture: one that `family_of` accepts.
     """
     config, family = architecture.parsed, FAMILIES[architecture.parsed.model_type]
-    values = _falcon_keys(config) if config.model_type == "falcon" else _llama_keys(config)
+    values = _KEYS.get(config.model_type, _llama_keys)(config)
     common = {
         "block_count": int(config.num_hidden_layers),
         "context_length": context_length(config),
@@ -67,8 +66,10 @@ def model_keys(architecture: Architecture) -> dict[str, Value]:
 
 
 def context_length(config: PretrainedConfig) -> int:
-    """The longest text that llama.cpp computes as the model does: it has no sliding windows in these families."""
+    """The longest text that llama.cpp computes as the model does: it has sliding windows for Gemma alone."""
     context, window = int(config.max_position_embeddings), sliding_window(config)
+    if config.model_type in GEMMA:
+        return context
     return context if window is None else min(context, window)
 
 
@@ -87,8 +88,8 @@ def notes(config: PretrainedConfig) -> list[str]:
             f"llama.cpp has no sliding window for this family: up to {context_length(config)} tokens, which are the "
             f"file's context_length, it computes the model; keep --ctx-size at that"
         )
-    if config.model_type == "falcon":
-        found.append("llama.cpp approximates Falcon's GELU")
+    if config.model_type in ("falcon", *GEMMA):
+        found.append("llama.cpp approximates the model's GELU")
     return found
 
 
@@ -117,6 +118,21 @@ def _falcon_keys(config: PretrainedConfig) -> dict[str, Value]:
     }
 
 
+def _phi3_keys(config: PretrainedConfig) -> dict[str, Value]:
+    """llama.cpp takes no notice of the window, which is 0 for none."""
+    return {
+        **_llama_keys(config),
+        "rope.scaling.original_context_length": int(config.original_max_position_embeddings),
+        "attention.sliding_window": int(config.sliding_window or 0),
+    }
+
+
+_KEYS: Final[Mapping[str, Callable[[PretrainedConfig], dict[str, Value]]]] = {
+    "falcon": _falcon_keys,
+    "phi3": _phi3_keys,
+    **dict.fromkeys(GEMMA, gemma_keys),
+}
+
 _LLAMA_VALUES: Final[Mapping[str, tuple[Any, ...]]] = {"hidden_act": ("silu", "swish")}
 _QWEN2_VALUES: Final[Mapping[str, tuple[Any, ...]]] = {"use_sliding_window": (False,)}
 _QWEN3_VALUES: Final[Mapping[str, tuple[Any, ...]]] = {"use_sliding_window": (False,), "attention_bias": (False,)}
@@ -126,7 +142,13 @@ _FALCON_VALUES: Final[Mapping[str, tuple[Any, ...]]] = {
     "parallel_attn": (True,),
     "activation": ("gelu",),
 }
-_ROPE_TYPES: Final[Mapping[str, tuple[str, ...]]] = {"llama": ("default", "linear", "llama3")}
+_ROPE_TYPES: Final[Mapping[str, tuple[str, ...]]] = {
+    "llama": ("default", "linear", "llama3"),
+    "gemma3_text": ("default", "linear"),
+}
+_ONE_WIDTH: Final = ("qwen2", "phi3")
+"""Families whose heads have together the width of the model."""
+
 _OWN_VALUES: Final = {"qwen2": _QWEN2_VALUES, "qwen3": _QWEN3_VALUES}
 
 
@@ -134,7 +156,7 @@ def _llama_problems(config: PretrainedConfig) -> Iterator[str]:
     if (window := sliding_window(config)) is not None and window < 1:
         yield f"sliding_window is {window}"
     yield from _unlike(config, {**_LLAMA_VALUES, **_OWN_VALUES.get(config.model_type, {})})
-    if config.model_type == "qwen2" and head_dim(config) * config.num_attention_heads != config.hidden_size:
+    if config.model_type in _ONE_WIDTH and head_dim(config) * config.num_attention_heads != config.hidden_size:
         yield f"head_dim is {head_dim(config)}, and must be hidden_size / num_attention_heads"
 
 
@@ -146,6 +168,17 @@ def _falcon_problems(config: PretrainedConfig) -> Iterator[str]:
     yield from _unlike(config, wanted)
     if not config.new_decoder_architecture and not config.multi_query:
         yield "multi_query is False, and so the keys of each head are beside its queries"
+
+
+def _gemma_problems(config: PretrainedConfig) -> Iterator[str]:
+    yield from _unlike(config, VALUES)
+    yield from gemma_problems(config)
+
+
+_PROBLEMS: Final[Mapping[str, Callable[[PretrainedConfig], Iterator[str]]]] = {
+    "falcon": _falcon_problems,
+    **dict.fromkeys(GEMMA, _gemma_problems),
+}
 
 
 def _rotary_problems(config: PretrainedConfig) -> Iterator[str]:

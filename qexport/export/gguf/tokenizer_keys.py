@@ -1,5 +1,7 @@
 """What a GGUF file's header says of the tokenizer, and the tokenizers that llama.cpp does not have.
 
+Byte-level BPE is here; BPE of SentencePiece's kind, which falls back to bytes, is in `sentencepiece_keys.py`.
+
 llama.cpp has the regular expressions of pre-tokenizers built in, under names. Its converter finds the name by a hash of
 the tokens of one text; here the structure of tokenizer.json says which one it is. The reference is
 `src/llama-vocab.cpp` as of llama-cpp-python 0.3.36.
@@ -7,11 +9,13 @@ the tokens of one text; here the structure of tokenizer.json says which one it i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from qexport.errors import CompatibilityError, InputError, listed
+from qexport.export.gguf.sentencepiece_keys import SentencePieceKeys
 from qexport.formats.gguf.header import Value
 from qexport.formats.gguf.pre_tokenizers import PreTokenizer, pre_tokenizer
 from qexport.text.file_names import GENERATION_CONFIG, TOKENIZER_CONFIG
@@ -20,6 +24,7 @@ from qexport.text.tokenizers import json_object, stored_templates
 _FILE: Final = "tokenizer.json"
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 _MEND: Final = "leave the layout gguf out; the other layouts carry every tokenizer"
+_PHI3: Final = re.compile("phi-?3", re.IGNORECASE)
 _ROLES: Final = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 
 
@@ -30,19 +35,35 @@ class GgufTokenizer:
     Attributes:
         values: of the header, by key, in the order of the file.
         notes: what users should know.
+        strips: white space behind special tokens is dropped.
     """
 
     values: Mapping[str, Value]
     notes: tuple[str, ...]
+    strips: bool = False
+
+    def model_name(self, name: str) -> str:
+        """A name by which llama.cpp strips as the tokenizer does: it does so for names with `phi3`, and fails to load
+        such a file if the tokenizer is another one.
+
+        Args:
+            name: the model's.
+        """
+        if self.strips:
+            return name if _PHI3.search(name) else f"{name} (Phi-3)"
+        return _PHI3.sub("Phi 3", name)
 
 
-def gguf_tokenizer(files: Mapping[str, bytes], config: Mapping[str, Any], rows: int) -> GgufTokenizer:
+def gguf_tokenizer(
+    files: Mapping[str, bytes], config: Mapping[str, Any], rows: int, *, inexact: bool = False
+) -> GgufTokenizer:
     """Reads tokenizer.json, tokenizer_config.json, the chat templates and generation_config.json.
 
     Args:
         files: of the model, by name.
         config: the content of config.json.
         rows: of the input embedding.
+        inexact: whether llama.cpp may make other tokens of texts with certain spaces.
 
     Raises:
         CompatibilityError: llama.cpp has no such tokenizer.
@@ -55,40 +76,40 @@ def gguf_tokenizer(files: Mapping[str, bytes], config: Mapping[str, Any], rows: 
             mend="save the tokenizer with transformers: tokenizer.save_pretrained(FOLDER)",
         )
     try:
-        return _converted(files, config, rows)
+        return _converted(files, config, rows, inexact=inexact)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"the tokenizer is malformed: {error!r}", where=_FILE) from error
 
 
-def _converted(files: Mapping[str, bytes], config: Mapping[str, Any], rows: int) -> GgufTokenizer:
+def _converted(files: Mapping[str, bytes], config: Mapping[str, Any], rows: int, *, inexact: bool) -> GgufTokenizer:
     content, settings = json_object(files, _FILE), json_object(files, TOKENIZER_CONFIG)
-    known = pre_tokenizer(content.get("pre_tokenizer"))
+    own = SentencePieceKeys(content) if content["model"].get("byte_fallback") else _ByteLevelKeys(content)
     affixes = _affixes(content.get("post_processor"))
-    problems = [*_model_problems(content, known), *_added_problems(content), *_affix_problems(affixes, settings)]
-    if known is None:
-        problems.append("pre_tokenizer: llama.cpp has none of this structure, or none that was tried")
-    if problems or known is None or affixes is None:
+    problems = [*own.problems(inexact=inexact), *_affix_problems(affixes, settings)]
+    if problems or affixes is None:
         raise _refused(problems)
     texts, kinds = _tokens(content, rows)
     special, further = _special_tokens(content, settings, config, json_object(files, GENERATION_CONFIG), rows)
     if affixes.first is not None:
         special["bos"] = affixes.first
+    if isinstance(own, SentencePieceKeys) and own.unknown is not None:
+        special.setdefault("unknown", own.unknown)
     if "eos" not in special:
-        raise _refused(["no token ends a text, and llama.cpp would take the token 11"])
+        raise _refused(["no token ends a text, and llama.cpp would take one of its own"])
     if affixes.last not in (None, special["eos"]):
         raise _refused(["the token behind a text is not eos_token, and llama.cpp would put that one there"])
     values: dict[str, Value] = {
-        "model": "gpt2",
-        "pre": known.name,
-        "tokens": texts,
-        "token_type": kinds,
-        "merges": [each if isinstance(each, str) else " ".join(each) for each in content["model"]["merges"]],
+        **own.values(texts, kinds),
         **{f"{role}_token_id": token for role, token in special.items()},
         "add_bos_token": affixes.first is not None,
         "add_eos_token": affixes.last is not None,
     }
+    notes = [*_notes(further), *own.notes]
+    if isinstance(own, SentencePieceKeys):
+        values["add_space_prefix"] = own.add_space_prefix
+        notes += own.class_notes(settings)
     keys: dict[str, Value] = {f"tokenizer.ggml.{key}": value for key, value in values.items()}
-    return GgufTokenizer(keys | _templates(files), tuple(_notes(content, further)))
+    return GgufTokenizer(keys | _templates(files), tuple(notes), bool(own.strips))
 
 
 def _refused(problems: Sequence[str]) -> CompatibilityError:
@@ -97,13 +118,48 @@ def _refused(problems: Sequence[str]) -> CompatibilityError:
     )
 
 
+class _ByteLevelKeys:
+    """A byte-level tokenizer, by the content of tokenizer.json."""
+
+    strips = False
+
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        self._content = content
+        self._known = pre_tokenizer(content.get("pre_tokenizer"))
+
+    def problems(self, *, inexact: bool) -> Iterator[str]:
+        """Why llama.cpp would make other tokens; nothing here is inexact."""
+        yield from _model_problems(self._content, self._known)
+        yield from _added_problems(self._content)
+        if self._known is None:
+            yield "pre_tokenizer: llama.cpp has none of this structure, or none that was tried"
+
+    @property
+    def notes(self) -> Iterator[str]:
+        """What users should know."""
+        if self._content.get("normalizer") is not None:
+            yield "llama.cpp does not normalize text: give it text in NFC"
+
+    def values(self, texts: Sequence[str], kinds: Sequence[int]) -> dict[str, Value]:
+        """Values of the header by key, in the order of the file."""
+        assert self._known is not None
+        merges = self._content["model"]["merges"]
+        return {
+            "model": "gpt2",
+            "pre": self._known.name,
+            "tokens": list(texts),
+            "token_type": list(kinds),
+            "merges": [each if isinstance(each, str) else " ".join(each) for each in merges],
+        }
+
+
 def _model_problems(content: Mapping[str, Any], known: PreTokenizer | None) -> Iterator[str]:
     model = content["model"]
     if model.get("type", "BPE") != "BPE" or "merges" not in model:
         yield f"model: {model.get('type')}, and not byte-level BPE"
         return
-    if model.get("byte_fallback") or model.get("dropout"):
-        yield "model: byte_fallback or dropout"
+    if model.get("dropout"):
+        yield "model: dropout"
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         yield "model: a prefix or suffix of words"
     if known is not None and bool(model.get("ignore_merges")) != known.ignores_merges:
@@ -221,8 +277,6 @@ def _templates(files: Mapping[str, bytes]) -> dict[str, Value]:
     return {**main, **listing, **others}
 
 
-def _notes(content: Mapping[str, Any], further: int) -> Iterator[str]:
+def _notes(further: int) -> Iterator[str]:
     if further:
         yield f"generation_config.json ends a text at {further + 2} tokens; the file names two of them"
-    if content.get("normalizer") is not None:
-        yield "llama.cpp does not normalize text: give it text in NFC"

@@ -59,8 +59,16 @@ def head_dim(config: PretrainedConfig) -> int:
 
 
 def rotary(config: PretrainedConfig) -> Mapping[str, Any]:
-    """The parameters of the rotary embedding."""
-    return config.rope_parameters or {}
+    """The parameters of the rotary embedding; of layers that see the whole text where others have their own."""
+    found = config.rope_parameters or {}
+    whole: Mapping[str, Any] = found.get("full_attention", found)
+    return whole
+
+
+def sliding_rotary(config: PretrainedConfig) -> Mapping[str, Any]:
+    """Those of layers with a sliding window; empty where all layers have the same."""
+    found: Mapping[str, Any] = (config.rope_parameters or {}).get("sliding_attention", {})
+    return found
 
 
 def constants(config: PretrainedConfig) -> dict[str, Tensor]:
@@ -112,15 +120,11 @@ FAMILIES: Final[Mapping[str, GgufFamily]] = {
     "qwen2": GgufFamily(gguf.MODEL_ARCH.QWEN2, "Qwen2ForCausalLM"),
     "qwen3": GgufFamily(gguf.MODEL_ARCH.QWEN3, "Qwen3ForCausalLM"),
     "falcon": GgufFamily(gguf.MODEL_ARCH.FALCON, "FalconForCausalLM", {"query_key_value": _falcon_qkv}),
+    "gemma2": GgufFamily(gguf.MODEL_ARCH.GEMMA2, "Gemma2ForCausalLM", raised_norms=True),
+    "gemma3_text": GgufFamily(gguf.MODEL_ARCH.GEMMA3, "Gemma3ForCausalLM", raised_norms=True),
+    "phi3": GgufFamily(gguf.MODEL_ARCH.PHI3, "Phi3ForCausalLM"),
 }
 """By `model_type`. A family is here if llama.cpp's converter gives the same tensors, which `make test-llama` checks."""
-
-READ_FAMILIES: Final[Mapping[str, GgufFamily]] = {
-    **FAMILIES,
-    "phi3": GgufFamily(gguf.MODEL_ARCH.PHI3, "Phi3ForCausalLM"),
-    "gemma3_text": GgufFamily(gguf.MODEL_ARCH.GEMMA3, "Gemma3ForCausalLM", raised_norms=True),
-}
-"""The same with those that are read and not written."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,7 @@ class Places:
     Attributes:
         names: the name in the file of each parameter that has one, by its own name.
         orders: int64 [rows], the row of the parameter that each row of the file is, for those in another order.
-        raised: parameters that the file has plus 1.
+        raised: parameters that the file has plus 1, in float32, as the model computes with them.
     """
 
     names: Mapping[str, str]
@@ -140,7 +144,7 @@ class Places:
     def stored(self, name: str, value: Tensor) -> Tensor:
         """A parameter [rows, ...] in the file's order of rows."""
         ordered = value if name not in self.orders else value[self.orders[name]]
-        return ordered + 1 if name in self.raised else ordered
+        return ordered.to(torch.float32) + 1 if name in self.raised else ordered
 
     def restored(self, name: str, value: Tensor) -> Tensor:
         """The file's tensor [rows, ...] in the model's order of rows."""

@@ -13,7 +13,7 @@ from typing import Final
 
 from qexport.formats.gguf import Entry
 
-Value = bool | int | float | str | Sequence[str] | Sequence[int]
+Value = bool | int | float | str | Sequence[str] | Sequence[int] | Sequence[float]
 """Integers are stored as uint32, inside arrays as int32; floats as float32."""
 
 
@@ -85,4 +85,6 @@ def _value(value: Value | Short) -> bytes:
     texts = [each for each in value if isinstance(each, str)]
     if len(texts) == len(value):
         return struct.pack("<IIQ", _ARRAY, _STRING, len(texts)) + b"".join(map(_string, texts))
+    if any(isinstance(each, float) for each in value):
+        return struct.pack(f"<IIQ{len(value)}f", _ARRAY, _FLOAT32, len(value), *value)
     return struct.pack(f"<IIQ{len(value)}i", _ARRAY, _INT32, len(value), *value)

@@ -135,6 +135,11 @@ class OnnxWeights:
         return self.architecture.structure.transposed
 
     @property
+    def raised(self) -> frozenset[str]:
+        """Empty: parameters are stored as they are."""
+        return frozenset()
+
+    @property
     def files(self) -> list[str]:
         """The names of the graph's file and of its data files, sorted."""
         places = (found.place for found in self._graph.initializers.values())

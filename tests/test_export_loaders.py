@@ -27,6 +27,13 @@ def folder(quantization: dict[str, Any] | None, **changes: Any) -> Folder:
     return Folder(quantization=quantization, **(values | changes))
 
 
+def packed(**changes: Any) -> dict[str, Any]:
+    """Of two groups of layers, the second with other settings."""
+    first = next(iter(stored_models.W4A16["config_groups"].values()))
+    second = first | {"weights": first["weights"] | changes}
+    return stored_models.W4A16 | {"config_groups": {"group_0": first, "group_1": second}}
+
+
 def verdicts(found: Folder) -> dict[str, str]:
     return {loader.name: loader.verdict for loader in loaders(found)}
 
@@ -57,6 +64,14 @@ def verdicts(found: Folder) -> dict[str, str]:
         (folder(stored_models.W8A8), {"transformers + compressed-tensors": "yes", "qexport.load": "yes"}),
         (folder(stored_models.W8A8, layout="vllm"), {"vLLM": "yes"}),
         (folder(stored_models.FP8), {"transformers + compressed-tensors": "yes", "qexport.load": "yes"}),
+        (folder(stored_models.W4A16), {"transformers + compressed-tensors": "yes", "qexport.load": "yes"}),
+        (folder(packed(symmetric=False)), {"transformers + compressed-tensors": "no", "qexport.load": "yes"}),
+        (folder(packed(actorder="group")), {"transformers + compressed-tensors": "untried"}),
+        (folder(stored_models.W4A16, model_type="falcon"), {"transformers + compressed-tensors": "no"}),
+        (
+            folder(stored_models.W4A16, shapes={"m.experts.0.w1": (64, 64)}),
+            {"transformers + compressed-tensors": "untried"},
+        ),
         (folder(stored_models.FP8_BLOCKS), {"transformers": "yes", "qexport.load": "yes", "vLLM": "untried"}),
         (folder(stored_models.FP8_BLOCKS, shapes={UP: (256, 384)}), {"transformers": "yes"}),
         (folder(stored_models.FP8_BLOCKS, shapes={UP: (576, 384)}), {"transformers": "no"}),

@@ -230,3 +230,13 @@ def test_a_file_of_the_base_cannot_leave_the_folder_or_replace_ours(tmp_path: Pa
     with pytest.raises(QexportError, match=r"outside|same name") as caught:
         write_files(tmp_path, model_files(checkpoint, {"quant_method": "gptq"}, torch.bfloat16))
     assert caught.value.where == name
+
+
+def test_a_rule_matches_the_layer_that_servers_make_of_siblings_which_are_alike() -> None:
+    siblings = ("model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.k_proj", "model.layers.1.self_attn.v_proj")
+    joined = "model.layers.1.self_attn.qkv_proj"
+    for special, found in ((dict.fromkeys(siblings, (4, 64)), 1), ({siblings[0]: (4, 64)}, 0)):
+        quantized = QuantizedModel(factories.build(factories.llama_config()), special=special)
+        dynamic = quantized.method.quantization_config(quantized.specs, quantized.structure)["dynamic"]
+        assert len(matches(dynamic, joined)) == found
+        assert all(len(matches(dynamic, name)) == 1 for name in special)

@@ -145,7 +145,11 @@ FAULTS: list[tuple[str, Callable[[Path], object], str]] = [
     ("gptq", tensors(lambda stored: stored.update({"lm_head.qweight": torch.zeros(8, 384).int()})), "the head is"),
     ("gptq", quantization(dynamic={f"-:^{Q0.replace('.', r'[.]')}$": {}}), "are quantized alike"),
     ("w8a8", config(lambda content: content["quantization_config"]["ignore"].append(UP0)), "are quantized alike"),
-    ("gptq", quantization(dynamic={r"^model\.layers\.0\.mlp": {"group_size": 64}}), "GPTQ rules reach"),
+    (
+        "gptq",
+        quantization(dynamic={r"^model\.layers\.0\.mlp\.(gate|up)_proj$": {"group_size": 64}}),
+        "GPTQ rules reach",
+    ),
     ("none", tensors(lambda stored: stored.pop(f"{UP0}.weight")), "leaves unquantized are stored unquantized"),
     ("none", tensors(lambda stored: stored.update({f"{UP0}.weight": torch.ones(128, 3)})), "leaves unquantized"),
     ("gptq", tensors(lambda stored: stored.pop(f"{UP0}.qzeros")), "GPTQ layers have"),

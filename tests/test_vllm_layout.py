@@ -32,7 +32,9 @@ from vllm_folders import CONFIGS, Form, layout, llama
 
 Q0, DOWN0, UP0 = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj"
 EXPERT = "model.layers.0.block_sparse_moe.experts.0.w1"
+EXPERTS = tuple(f"model.layers.0.block_sparse_moe.experts.{each}.w1" for each in range(4))
 ALL_UP0 = (UP0, "model.layers.0.mlp.gate_proj")
+ALL_Q0 = tuple(f"model.layers.0.self_attn.{each}_proj" for each in "qkv")
 
 
 @pytest.mark.parametrize(
@@ -46,7 +48,13 @@ ALL_UP0 = (UP0, "model.layers.0.mlp.gate_proj")
         (llama(special={"lm_head": (4, 32)}), "gptq", "lm_head"),
         (llama(special={Q0: None}), "gptq", "one layer, which cannot be quantized in two ways"),
         (llama(special={UP0: (4, 64)}), "compressed-tensors", "cannot be quantized in two ways"),
-        (llama(special=dict.fromkeys(ALL_UP0, (4, 64))), "gptq", "reads joined layers with group_size 32"),
+        (llama(special={Q0: None}), "gptq", "q_proj (unquantized), k_proj (4 bits, groups of 32, symmetric), v_proj"),
+        (llama(special={Q0: None}), "gptq", "*.self_attn.[qkv]_proj"),
+        (
+            QuantizedModel(factories.build(factories.mixtral_config()), special=dict.fromkeys(EXPERTS, (4, 64))),
+            "gptq",
+            "vLLM looks for model.layers.0.block_sparse_moe.experts and finds 4 bits, groups of 32",
+        ),
         (QuantizedModel(factories.build(factories.falcon_config(ffn_hidden_size=128))), "gptq", "ffn_hidden_size"),
         (QuantizedModel(factories.build(factories.gpt2_config())), "gptq", "turns GPT-2's matrices around"),
         (
@@ -142,6 +150,9 @@ def test_all_problems_are_in_one_message() -> None:
         (llama(method=gptq_method(group_size=-1)), "gptq"),
         (llama(method=gptq_method(sym=False)), "compressed-tensors"),
         (llama(special=dict.fromkeys(ALL_UP0, (4, 64))), "compressed-tensors"),
+        (llama(special=dict.fromkeys(ALL_UP0, (4, 64))), "gptq"),
+        (llama(special=dict.fromkeys(ALL_Q0, None) | dict.fromkeys(ALL_UP0, (4, 64))), "gptq"),
+        (llama(special=dict.fromkeys(ALL_Q0, None) | dict.fromkeys(ALL_UP0, (4, 64))), "compressed-tensors"),
     ],
 )
 def test_what_vllm_reads_is_written_and_passes(model: QuantizedModel, form: Form, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Who can load an artifact: the table of what was tried, with the error or silent fault of those that cannot.
 
 Tried on the CPU with transformers 5.23, bitsandbytes 0.50, gptqmodel 7.6.0 and optimum, compressed-tensors 0.17 with
-transformers 5.19; see docs/artifact.md.
+transformers 5.19, and 0.20.1 with 5.23; see docs/artifact.md.
 """
 
 from __future__ import annotations
@@ -158,6 +158,17 @@ def _has_other_bits(folder: Folder) -> bool:
     return folder.method == "gptq" and any(not rule.startswith("-:") for rule in rules)
 
 
+def _has_packed_groups(key: str, value: object) -> Callable[[Folder], bool]:
+    """Whether a config group of `pack-quantized` weights has a value."""
+
+    def has(folder: Folder) -> bool:
+        groups = (folder.quantization or {}).get("config_groups") or {}
+        packed = folder.method == "compressed-tensors" and folder.has_config(format="pack-quantized")
+        return packed and any((group.get("weights") or {}).get(key) == value for group in groups.values())
+
+    return has
+
+
 def _is_ragged(method: str, number: int, **config: Any) -> Callable[[Folder], bool]:
     return lambda folder: _is(method, **config)(folder) and not folder.outputs_divisible_by(number)
 
@@ -257,6 +268,15 @@ _TABLE: Final = (
     _Row(_WITH_COMPRESSED, _is_falcon("compressed-tensors"), "no", "it does not take FalconLinear for a linear layer"),
     _Row(_WITH_COMPRESSED, _is("compressed-tensors", format="int-quantized"), "yes"),
     _Row(_WITH_COMPRESSED, _is("compressed-tensors", format="float-quantized"), "yes"),
+    _Row(_WITH_COMPRESSED, _has_quantized_experts("compressed-tensors"), "untried", "experts are quantized"),
+    _Row(
+        _WITH_COMPRESSED,
+        _has_packed_groups("symmetric", False),
+        "no",
+        "compressed-tensors 0.20 expects zero points of another shape; 0.17 reads them",
+    ),
+    _Row(_WITH_COMPRESSED, _has_packed_groups("actorder", "group"), "untried", "the groups are in activation order"),
+    _Row(_WITH_COMPRESSED, _is("compressed-tensors", format="pack-quantized"), "yes"),
     _Row(_WITH_COMPRESSED, _is("compressed-tensors"), "untried"),
     _Row(TRANSFORMERS, _is_falcon("fp8"), "untried"),
     _Row(TRANSFORMERS, _has_quantized_experts("fp8"), "untried", "experts are quantized"),

@@ -40,6 +40,12 @@ are right is seen in a model of two layers.
 """
 INSTRUCTIONS = {"4-bit": "avx512_bf16", "int8": "avx512_vnni"}
 """Where the CPU has these, vLLM's own kernels must have computed."""
+BY_LAYER: dict[str, tuple[int, int] | None] = {
+    **{f"model.layers.0.self_attn.{each}_proj": None for each in "qkv"},
+    **{f"model.layers.1.self_attn.{each}_proj": (4, 64) for each in "qkv"},
+    **{f"model.layers.0.mlp.{each}_proj": (4, 128) for each in ("gate", "up")},
+    "model.layers.1.mlp.down_proj": None,
+}
 TINY_PROMPTS = [[1, 104, 105, 82, 75, 114], [1, 28, 116, 253, 155, 28, 39, 200, 201, 300]]
 
 pytestmark = pytest.mark.skipif(not PYTHON, reason="QEXPORT_VLLM_PYTHON names no interpreter")
@@ -99,11 +105,11 @@ def test_one_damaged_layer_is_noticed(
     assert not comparison.within(TOLERANCES[name])
 
 
-@pytest.mark.parametrize(("form", "groups"), [("gptq", [32]), ("w4a16", [32, 64])])
-def test_bits_by_layer_are_served(form: str, groups: list[int], checkpoint: Checkpoint, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["gptq", "w4a16"])
+def test_bits_by_layer_are_served(form: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
     """Of 3, 4, 8 and 16 bits in two sizes of groups the plan offers what vLLM takes."""
     options = artifacts.write_mixed(checkpoint, tmp_path / form, artifacts.FORMS[form])
-    assert [(each.bits, each.group_size) for each in options] == [*((4, group) for group in groups), (16, -1)]
+    assert [(each.bits, each.group_size) for each in options] == [(4, 32), (4, 64), (16, -1)]
     assert judged(tmp_path / form, artifacts.prompts(checkpoint), "bfloat16").within(TOLERANCES[form])
 
 
@@ -111,6 +117,22 @@ def test_bits_by_layer_are_served(form: str, groups: list[int], checkpoint: Chec
 def test_bits_that_the_plan_does_not_offer_are_refused_by_vllm_too(bits: int, reason: str, tmp_path: Path) -> None:
     folder = artifacts.write_falcon_with_bits(tmp_path / "falcon", bits)
     with pytest.raises(CompatibilityError, match=f"cannot load the artifact: .*{reason}"):
+        serve(folder, TINY_PROMPTS, "bfloat16")
+
+
+@pytest.mark.parametrize("form", ["gptq", "w4a16"])
+def test_groups_of_two_sizes_and_unquantized_layers_are_served(form: str, tmp_path: Path) -> None:
+    folder = artifacts.write_llama_by_layer(tmp_path / "llama", BY_LAYER, artifacts.FORMS[form])
+    assert judged(folder, TINY_PROMPTS, "bfloat16").within(TOLERANCES[form])
+
+
+@pytest.mark.parametrize("other", [None, (4, 64)], ids=["unquantized", "other groups"])
+def test_siblings_that_the_plan_refuses_are_refused_by_vllm_too(other: tuple[int, int] | None, tmp_path: Path) -> None:
+    special = {"model.layers.1.self_attn.k_proj": other}
+    with pytest.raises(CompatibilityError, match="cannot be quantized in two ways"):
+        artifacts.write_llama_by_layer(tmp_path / "refused", special, artifacts.FORMS["gptq"])
+    folder = artifacts.write_llama_by_layer(tmp_path / "llama", special)
+    with pytest.raises(CompatibilityError, match="cannot load the artifact"):
         serve(folder, TINY_PROMPTS, "bfloat16")
 
 

@@ -172,8 +172,24 @@ def write_falcon_with_bits(folder: Path, bits: int) -> Path:
     model = factories.build(factories.falcon_config(hidden_size=256, num_attention_heads=4))
     special = {"transformer.h.1.mlp.dense_4h_to_h": (bits, 64)}
     quantized = QuantizedModel(model, gptq_method(group_size=64, other_bits=(bits,)), special=special)
+    return _write_rounded_gptq(folder, quantized, SafetensorsSettings(layout="safetensors"))
+
+
+def write_llama_by_layer(
+    folder: Path, special: Mapping[str, tuple[int, int] | None], form: ExportSettings | None = None
+) -> Path:
+    """A tiny Llama with 4-bit codes in groups of 32 and other settings for some layers; in the layout safetensors,
+    which refuses nothing, unless another one is given.
+    """
+    config = factories.llama_config(
+        hidden_size=256, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2
+    )
+    quantized = QuantizedModel(factories.build(config), gptq_method(group_size=32), special=special)
+    return _write_rounded_gptq(folder, quantized, form or SafetensorsSettings(layout="safetensors"))
+
+
+def _write_rounded_gptq(folder: Path, quantized: QuantizedModel, settings: ExportSettings) -> Path:
     checkpoint = _with_tokenizer(quantized.checkpoint, folder)
-    settings = SafetensorsSettings(layout="safetensors")
     layout = make_layout(settings, quantized.outputs, quantized.structure, quantized.checkpoint)
     folder.mkdir(parents=True)
     with layout.weights.writer(folder) as writer:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
 import torch
 
+from qexport.architectures.joined import joined_modules, joined_name
 from qexport.architectures.structure import LinearSpec
 from qexport.export.served import REMOVE, Rules, beside_the_weights
-from qexport.export.vllm.families import LAST_JOINED, STORED_JOINED, joined_modules
+from qexport.export.vllm.families import LAST_JOINED, STORED_JOINED
 from qexport.export.vllm.served import ServedByVllm
 from qexport.formats import awq, block_fp8
 from qexport.formats.compressed_tensors.reading import SCALE
 from qexport.formats.compressed_tensors.tensors import group_specs, row_specs
 from qexport.formats.float8_tensors import specs as float8_specs
+from qexport.formats.gptq.reading import GptqRules
 from qexport.formats.gptq.tensors import packed_specs
 from qexport.formats.stored_weight import Scheme
 from qexport.tensors import Float8QuantizedSpec, GroupQuantizedSpec, RowQuantizedSpec, TensorSpec
@@ -93,27 +95,56 @@ def _experts(model: ServedByVllm) -> Iterator[str]:
             yield f"{name} is not quantized, and vLLM takes all experts for quantized"
 
 
-@_rule("layers that vLLM joins are quantized alike", _LINEAR, "quantize them all in the same way, or none of them")
+@_rule(
+    "layers that vLLM joins are quantized alike",
+    _LINEAR,
+    "quantize them all in the same way, or none of them, with patterns in overrides or skip_modules that match all: "
+    "*.self_attn.[qkv]_proj, *.mlp.[gu]*_proj",
+)
 def _joined(model: ServedByVllm) -> Iterator[str]:
-    for group in joined_modules(model.schemes_or_none):
-        if len({model.schemes_or_none[module] for module in group}) > 1:
-            yield f"{', '.join(group)}: vLLM makes them one layer, which cannot be quantized in two ways"
+    """Unequal siblings end in an AssertionError of vLLM's, or in tensors that have no place."""
+    schemes = model.schemes_or_none
+    found: dict[str, list[str]] = {}
+    for group in joined_modules(schemes):
+        if len({schemes[module] for module in group}) > 1:
+            named = ", ".join(f"{module.rpartition('.')[2]} ({_words(schemes[module])})" for module in group)
+            found.setdefault(named, []).append(group[0].rpartition(".")[0])
+    for named, parents in found.items():
+        more = f" and {len(parents) - 1} more" if len(parents) > 1 else ""
+        yield f"{named} in {parents[0]}{more}: vLLM makes them one layer, which cannot be quantized in two ways"
+
+
+def _words(scheme: Scheme | None) -> str:
+    """How a layer is quantized, in as many words as siblings differ in."""
+    if scheme is None:
+        return "unquantized"
+    groups = "one group per row" if scheme.group_size == -1 else f"groups of {scheme.group_size}"
+    symmetry = "symmetric" if scheme.sym else "asymmetric"
+    return f"{scheme.bits} bits, {groups}, {symmetry}"
 
 
 @_rule(
     "GPTQ rules reach the layers that vLLM joins",
     GPTQ_UTILS,
-    "use the method's group_size for joined layers too, or format: compressed-tensors",
+    "use the method's bits and group_size for these layers too, or format: compressed-tensors",
 )
 def _reached(model: ServedByVllm) -> Iterator[str]:
-    """Rules are looked up by `qkv_proj`, which a rule for `q_proj` does not match."""
-    if model.method != "gptq":
+    """Rules are looked up by `qkv_proj`; unquantized layers by `modules_in_block_to_quantize` too, if there is one."""
+    if model.method != "gptq" or not (schemes := model.schemes_or_none):
         return
-    common = model.quantization.get("group_size")
-    for group in joined_modules(model.schemes_or_none):
-        found = {scheme.group_size for module in group if (scheme := model.schemes_or_none[module])}
-        if other := ", ".join(map(str, sorted(found - {common}))):
-            yield f"{', '.join(group)}: vLLM reads joined layers with group_size {common}, not {other}"
+    rules, listed = GptqRules(model.quantization), bool(model.quantization.get("modules_in_block_to_quantize"))
+    for module, name in _looked_up(model.linears).items():
+        own, found = schemes[module], rules.scheme(name)
+        if own != found and (own or not listed):
+            yield f"{module} ({_words(own)}): vLLM looks for {name} and finds {_words(found)}"
+
+
+def _looked_up(linears: Iterable[LinearSpec]) -> dict[str, str]:
+    """The names by which vLLM looks up the rules of the first of siblings and of experts, by the modules' own."""
+    alone = [linear.name for linear in linears if not linear.expert]
+    names = {group[0]: joined_name(group[0]) or group[0] for group in joined_modules(dict.fromkeys(alone))}
+    experts = (linear.name for linear in linears if linear.expert)
+    return names | {name: f"{name.partition('.experts.')[0]}.experts" for name in experts}
 
 
 @_rule("layers that the config leaves unquantized are stored unquantized", COMPRESSED)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from qexport.architectures.joined import joined_modules, joined_name
 from qexport.architectures.structure import Structure
 from qexport.formats.format import Card, ModuleEncoding, Specs
 from qexport.formats.gptq.reading import GptqReader
@@ -118,23 +119,38 @@ def _quantizer() -> str:
     return f"qexport:{version('qexport')}"
 
 
+_Difference = tuple[tuple[str, int], ...] | None
+"""The settings that differ from the common ones; None for an unquantized module."""
+
+
 def _dynamic(common: GptqFormat, specs: Specs, structure: Structure) -> dict[str, dict[str, int]]:
-    """One rule per path inside a block and per difference; no two rules match the same module."""
-    blocks: dict[tuple[str, tuple[tuple[str, int], ...] | None], list[str]] = {}
+    """One rule per path inside a block and per difference; no two rules match the same module.
+
+    vLLM looks siblings up by the name of the layer that it makes of them, so the rule of the first matches that too.
+    """
+    blocks: dict[tuple[str, _Difference], list[str]] = {}
     for block, linears in structure.linears.items():
-        for linear in linears:
-            difference = _difference(common, specs[f"{linear.name}.weight"])
-            if difference != {}:
-                key = (linear.name[len(block) :], None if difference is None else tuple(difference.items()))
-                blocks.setdefault(key, []).append(block)
+        found = {linear.name: _difference(common, specs[f"{linear.name}.weight"]) for linear in linears}
+        together = joined_modules({linear.name: None for linear in linears if not linear.expert})
+        alike = {group[0] for group in together if len({found[name] for name in group}) == 1}
+        for name, difference in found.items():
+            if difference != ():
+                inside = _inside_block(name[len(block) :], or_joined=name in alike)
+                blocks.setdefault((inside, difference), []).append(block)
     return {
-        _rule(names, suffix, unquantized=difference is None): dict(difference or ())
-        for (suffix, difference), names in blocks.items()
+        _rule(names, inside, unquantized=difference is None): dict(difference or ())
+        for (inside, difference), names in blocks.items()
     }
 
 
-def _difference(common: GptqFormat, spec: OutputSpec) -> dict[str, int] | None:
-    """The settings that differ from `common`; None for an unquantized module."""
+def _inside_block(path: str, *, or_joined: bool) -> str:
+    """A regular expression for a path inside a block, or for that of the layer that servers make of it."""
+    parent, _, leaf = path.rpartition(".")
+    joined = joined_name(path) if or_joined else None
+    return re.escape(f"{parent}.") + (f"({leaf}|{joined.rpartition('.')[2]})" if joined else re.escape(leaf))
+
+
+def _difference(common: GptqFormat, spec: OutputSpec) -> _Difference:
     if isinstance(spec, TensorSpec):
         return None
     assert isinstance(spec, GroupQuantizedSpec)
@@ -145,13 +161,13 @@ def _difference(common: GptqFormat, spec: OutputSpec) -> dict[str, int] | None:
         difference["bits"] = spec.bits
     if not same_groups:
         difference["group_size"] = -1 if one_group else spec.group_size
-    return difference
+    return tuple(difference.items())
 
 
-def _rule(blocks: list[str], suffix: str, *, unquantized: bool) -> str:
+def _rule(blocks: list[str], inside: str, *, unquantized: bool) -> str:
     prefix = blocks[0].rpartition(".")[0]
     indices = "|".join(block.rpartition(".")[2] for block in blocks)
-    return f"{'-:' if unquantized else ''}^{re.escape(prefix)}\\.({indices}){re.escape(suffix)}$"
+    return f"{'-:' if unquantized else ''}^{re.escape(prefix)}\\.({indices}){inside}$"
 
 
 def _quantized_linears(specs: Specs, structure: Structure) -> list[str]:

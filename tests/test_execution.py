@@ -5,10 +5,11 @@ worker is killed.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
 from functools import cached_property
+from itertools import repeat
 from operator import neg
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from comparisons import assert_same_measurement, compared, one_window_at_once, w
 from qexport.architectures.architecture import Architecture, Checkpoint
 from qexport.architectures.devices import find_device
 from qexport.architectures.runner import BlockRunner
+from qexport.architectures.structure import LinearSpec
 from qexport.artifact import describe_environment
 from qexport.errors import CompatibilityError, RecipeError, ResourceError
 from qexport.execution import ray_cluster
@@ -33,15 +35,20 @@ from qexport.loading import LoadSettings
 from qexport.loading.checkpoint import load_checkpoint
 from qexport.merge import MergeSettings
 from qexport.merge.merging import merge
-from qexport.progress import Notice, Progress, Steps, silent
-from qexport.quantizing import gptq_pass, shards
+from qexport.progress import Notice, Progress, ProgressCallback, Steps, silent
+from qexport.quantizing import draws_ahead, gptq_pass, importance, sensitivity, shards
+from qexport.quantizing.drawn_tokens import states_before
 from qexport.quantizing.gptq import Gptq
+from qexport.quantizing.importance import token_importance
 from qexport.quantizing.layer import solve_together
 from qexport.quantizing.method import PassInputs, ResumePoint, RoundingMethod, Save
 from qexport.quantizing.nf4 import Nf4
 from qexport.quantizing.rounding import NearestSource
+from qexport.quantizing.sensitivity import Effects, Unit
+from qexport.quantizing.sensitivity import measure as measure_effects
 from qexport.quantizing.shard import WindowShard
-from qexport.quantizing.shards import halves_of
+from qexport.quantizing.shards import halves_of, shared_out
+from qexport.quantizing.solver import Options
 from qexport.quantizing.w8a8 import W8a8
 from qexport.tensors import GroupQuantizedSpec, Origin, TensorRecord, WeightSource
 from qexport.verifying import lockstep, predictors
@@ -125,6 +132,142 @@ def test_any_number_of_workers_makes_the_same_bytes(
 ) -> None:
     alone = passed(config, settings(**options), INLINE, tmp_path)
     assert_same_bytes(alone, passed(config, settings(**options), workers, tmp_path))
+
+
+LONG = token_windows(14, 48)
+"""In importance, two parts of the text: ten windows as batches of 4, 4 and 2, and four as one."""
+
+
+@pytest.fixture
+def _parts_and_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importance, "AT_A_TIME", 480)
+    monkeypatch.setattr(importance, "_BATCH_TOKENS", 192)
+
+
+def measured_importance(
+    execution: Execution, folder: Path, progress: ProgressCallback = silent
+) -> dict[str, torch.Tensor]:
+    source = stored(WIDE)
+    names = [linear.name for linear in source.architecture.structure.block_linears]
+    return token_importance(
+        source, names, LONG, dtype=torch.float32, device=CPU, scratch=folder, execution=execution, progress=progress
+    )
+
+
+def assert_same_tensors(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> None:
+    assert list(ours) == list(theirs)
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def killing_at(done: int, execution: RayExecution) -> tuple[list[str], ProgressCallback]:
+    """A callback that kills a worker once so many steps are done, and the notices that it gets."""
+    said, killed = list[str](), list[str]()
+
+    def note(event: object) -> None:
+        if isinstance(event, Notice):
+            said.append(event.text)
+        elif isinstance(event, Progress) and event.done == done and not killed:
+            killed.append(event.detail)
+            ray.kill(execution._actors[1])
+
+    return said, note
+
+
+@pytest.mark.usefixtures("_parts_and_batches")
+def test_any_number_of_workers_measures_the_same_importance(workers: RayExecution, tmp_path: Path) -> None:
+    assert_same_tensors(measured_importance(INLINE, tmp_path), measured_importance(workers, tmp_path))
+
+
+@pytest.mark.usefixtures("_parts_and_batches")
+@pytest.mark.parametrize("fault", ["seed", "piece", "order"])
+def test_importance_that_goes_wrong_is_noticed(
+    fault: str, two: RayExecution, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone, rounds, states = measured_importance(INLINE, tmp_path), importance._rounds, states_before
+    if fault == "seed":  # each worker draws from the beginning
+        monkeypatch.setattr(draws_ahead, "states_before", lambda *given: repeat(next(states(*given))))
+    elif fault == "piece":
+        longer = lambda pieces, vocabulary: states([tokens + 1 for tokens in pieces], vocabulary)  # noqa: E731
+        monkeypatch.setattr(draws_ahead, "states_before", longer)
+    else:
+        monkeypatch.setattr(importance, "_rounds", lambda *given: [each[::-1] for each in rounds(*given)])
+    with pytest.raises(AssertionError):
+        assert_same_tensors(alone, measured_importance(two, tmp_path))
+
+
+@pytest.mark.usefixtures("_parts_and_batches")
+@pytest.mark.parametrize("lost_at", [1, 3])
+def test_a_worker_that_is_killed_costs_its_round_of_importance(lost_at: int, tmp_path: Path) -> None:
+    """On the way through the model, and on the way back."""
+    alone, execution = measured_importance(INLINE, tmp_path), workers_of_cluster(2, 1, CPU)
+    said, note = killing_at(lost_at, execution)
+    found = measured_importance(execution, tmp_path, note)
+    execution.close()
+    assert_same_tensors(alone, found)
+    assert len(said) == 1
+    assert said[0].endswith("is measured anew")
+
+
+LOOKED_AT, FOR_HESSIANS = token_windows(5, 24), token_windows(10, 24).flip(0)
+
+
+def effects(config: PretrainedConfig, execution: Execution, progress: ProgressCallback = silent) -> list[Effects]:
+    """Of two options of all layers that share an input, or are the experts of a mixture."""
+    source = stored(config)
+    groups: dict[tuple[object, ...], list[LinearSpec]] = {}
+    for linear in source.architecture.structure.block_linears:
+        groups.setdefault((linear.name.rpartition(".")[0], linear.in_features, linear.expert), []).append(linear)
+    options = tuple(Options(bits, 16, "static", sym=True, damp_percent=0.01, search=True) for bits in (3, 4))
+    units = [Unit(tuple(layers), options) for layers in groups.values()]
+    return measure_effects(source, units, LOOKED_AT, FOR_HESSIANS, device=CPU, execution=execution, progress=progress)
+
+
+def assert_same_effects(ours: Sequence[Effects], theirs: Sequence[Effects]) -> None:
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one.products, other.products)
+        assert one.errors == other.errors
+
+
+@pytest.fixture
+def _batches_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sensitivity, "_BATCH_TOKENS", 48)
+
+
+@pytest.mark.usefixtures("_batches_of_two")
+@pytest.mark.parametrize(
+    "config", [WIDE, factories.mixtral_config(), factories.gpt2_config()], ids=["wide", "mixture", "gpt2"]
+)
+def test_any_number_of_workers_measures_the_same_effects(config: PretrainedConfig, workers: RayExecution) -> None:
+    assert_same_effects(effects(config, INLINE), effects(config, workers))
+
+
+@pytest.mark.usefixtures("_batches_of_two")
+@pytest.mark.parametrize("fault", ["seed", "sums", "order"])
+def test_effects_that_go_wrong_are_noticed(fault: str, two: RayExecution, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone, dealt = effects(WIDE, INLINE), shared_out
+    if fault == "seed":
+        monkeypatch.setattr(draws_ahead, "states_before", lambda *given: repeat(next(states_before(*given))))
+    elif fault == "sums":  # without the last batches
+        monkeypatch.setattr(
+            sensitivity, "zip_longest", lambda windows, batches: [(windows[0], batches[0]), (windows[1], None)]
+        )
+    else:
+        monkeypatch.setattr(sensitivity, "shared_out", lambda *given: list(reversed(dealt(*given))))
+    with pytest.raises(AssertionError):
+        assert_same_effects(alone, effects(WIDE, two))
+
+
+@pytest.mark.usefixtures("_batches_of_two")
+@pytest.mark.parametrize("lost_at", [1, 3])
+def test_a_worker_that_is_killed_costs_the_measurement_of_effects(lost_at: int) -> None:
+    alone, execution = effects(WIDE, INLINE), workers_of_cluster(2, 1, CPU)
+    said, note = killing_at(lost_at, execution)
+    found = effects(WIDE, execution, note)
+    execution.close()
+    assert_same_effects(alone, found)
+    assert len(said) == 1
+    assert said[0].endswith("the effect of each layer is measured anew")
 
 
 @pytest.mark.parametrize("fault", ["order", "shard", "weights"])
@@ -394,12 +537,27 @@ class RealBlocks:
         )
 
     @cached_property
-    def alone(self) -> tuple[dict[str, TensorRecord], Measured]:
+    def alone(self) -> tuple[dict[str, TensorRecord], Measured, list[Effects]]:
         """What one process makes of them. For the first test that asks, whose batches are of one window too."""
-        return self.quantized(INLINE), self.rounded(INLINE)
+        return self.quantized(INLINE), self.rounded(INLINE), self.effects(INLINE)
+
+    def effects(self, execution: Execution) -> list[Effects]:
+        """Of the attention's layers at 4 bits."""
+        layers = [each for each in self._checkpoint.architecture.structure.block_linears if "self_attn" in each.name]
+        option = Options(4, 64, "static", sym=True, damp_percent=0.01, search=True)
+        units = [Unit((layer,), (option,)) for layer in layers]
+        return measure_effects(
+            self._checkpoint,
+            units,
+            REAL_WINDOWS[:2],
+            REAL_WINDOWS[2:],
+            device=CPU,
+            execution=execution,
+            progress=silent,
+        )
 
     def quantized(self, execution: Execution) -> dict[str, TensorRecord]:
-        method = settings(group_size=64)
+        method = settings(group_size=64, effort="high")
         inputs = PassInputs(
             self._checkpoint,
             method.plan(self._checkpoint),
@@ -439,8 +597,10 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> RealBlocks:
 def test_real_blocks_have_the_same_bytes_and_figures_on_any_number_of_workers(
     real: RealBlocks, workers: RayExecution, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(predictors, "BATCH_TOKENS", 48)
-    records, alone = real.alone
+    for module, name in ((predictors, "BATCH_TOKENS"), (importance, "_BATCH_TOKENS"), (sensitivity, "_BATCH_TOKENS")):
+        monkeypatch.setattr(module, name, 48)
+    records, alone, of_layers = real.alone
+    assert_same_effects(of_layers, real.effects(workers))
     assert_same_bytes(records, real.quantized(workers))
     found = real.rounded(workers)
     assert found.looks == [3, 5]

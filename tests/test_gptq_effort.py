@@ -18,7 +18,7 @@ from qexport.errors import NumericalError
 from qexport.progress import silent
 from qexport.quantizing import gptq_pass, importance, refinement
 from qexport.quantizing.asymmetry import Asymmetry, changes
-from qexport.quantizing.drawn_tokens import gradients_at_head
+from qexport.quantizing.drawn_tokens import gradients_at_head, states_before
 from qexport.quantizing.importance import token_importance, token_weights
 from qexport.quantizing.layer import Hessian
 from qexport.quantizing.method import PassInputs, ResumePoint, Save
@@ -89,6 +89,19 @@ def test_windows_that_go_through_the_model_later_are_measured_as_well(
     for layer, values in found.items():
         assert torch.equal(values, torch.cat([first[layer], last[layer]]))
         assert (values[:, 1:] > 0).all()
+
+
+def test_draws_from_a_later_piece_on_are_those_of_all_pieces() -> None:
+    """Of probabilities, as torch.multinomial draws them; it takes from the generator as much for any of them."""
+    sizes = [128, 5, 64, 1]
+    pieces = [torch.rand(size, 211, generator=torch.Generator().manual_seed(size)).softmax(-1) for size in sizes]
+    generator = torch.Generator().manual_seed(0)
+    whole = [torch.multinomial(piece, 1, generator=generator) for piece in pieces]
+    for number, state in enumerate(states_before(sizes, 211)):
+        later = torch.Generator().manual_seed(1)
+        later.set_state(state)
+        for piece, expected in list(zip(pieces, whole, strict=True))[number:]:
+            assert torch.equal(torch.multinomial(piece, 1, generator=later), expected)
 
 
 def test_weights_are_the_square_roots_with_a_mean_of_one() -> None:

@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from qexport import pipeline
 from qexport.architectures.runner import BlockRunner
-from qexport.artifact.manifest import MANIFEST_NAME
+from qexport.artifact.manifest import MANIFEST_NAME, Manifest
 from qexport.artifact.report import Report
 from qexport.artifact.sweep import SweepRecord
 from qexport.cli import main
 from qexport.errors import CompatibilityError, GateFailed, InputError, RecipeError
+from qexport.execution import ray_cluster
 from qexport.pipeline import SweepResult, sweep, sweeping
 from qexport.progress import Notice, Progress
+from qexport.quantizing import gptq_pass
 from qexport.recipe.sweep import load_sweep
 from qexport.verifying import continuing, reference, verification
 from test_cli import tiny_run
@@ -317,6 +320,25 @@ def test_the_command_says_which_to_take(folder: Path, capsys: pytest.CaptureFixt
     assert document["artifact"] == str(folder / "made" / "bits-3_group_size-32")
     assert document["recommended"] == "bits-3_group_size-32"
     assert document["finished"] is True
+
+
+def test_all_variants_are_made_on_the_same_workers_with_the_same_bytes(
+    folder: Path, made: SweepResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fewer = SWEEP.replace("[3, 4]", "[4]").replace("[16, 32]", "[16]")
+    (folder / "sweep.yaml").write_text("".join(line for line in fewer.splitlines(keepends=True) if "odd" not in line))
+    clusters = counting(monkeypatch, ray_cluster, "workers_of_cluster")
+    passes = counting(monkeypatch, gptq_pass, "Shards")
+    loaded = load_sweep(folder / "sweep.yaml", ["execution.workers=1", "execution.threads=1"]).on_workers(2)
+    found = sweep(loaded, device="cpu")
+    assert [workers for workers, *_ in clusters] == [2]
+    assert [execution.workers for execution, *_ in passes] == [2]
+    assert states(found) == {"bits-4_group_size-16": "pass", "nf4": "pass"}
+    for name in states(found):
+        ours, theirs = (Manifest.read(each.folder / name) for each in (found, made))
+        assert ours == theirs
+        assert found.reports[name].digest() == made.reports[name].digest()
+    assert not ray.is_initialized()
 
 
 @pytest.mark.parametrize(

@@ -104,14 +104,22 @@ class Sender:
         if self._reader is not None:
             self._reader.shutdown(cancel_futures=True)
 
-    def block(self, index: int) -> Tensors | None:
-        """What a worker gets of a block, as an argument of its calls; None if it reads itself."""
+    def block(self, index: int, following: int | None = None) -> Tensors | None:
+        """What a worker gets of a block, as an argument of its calls; None if it reads itself.
+
+        Args:
+            index: of the block.
+            following: of the block that is asked for next, by default the one after it.
+        """
         if self._reader is None:
             return None
         ahead, self._next = self._next, None
         found = ahead[1] if ahead and ahead[0] == index else self._read(self._structure.blocks[index])
-        if index + 1 < len(self._structure.blocks):
-            self._next = index + 1, self._read(self._structure.blocks[index + 1])
+        following = index + 1 if following is None else following
+        if following == index:
+            self._next = index, found
+        elif 0 <= following < len(self._structure.blocks):
+            self._next = following, self._read(self._structure.blocks[following])
         return found.result().argument
 
     def outside(self) -> Tensors | None:

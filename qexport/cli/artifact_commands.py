@@ -19,6 +19,7 @@ from qexport.cli.app import (
     Failure,
     Overrides,
     RecipePath,
+    Workers,
     app,
     reporting_errors,
     showing_progress,
@@ -33,11 +34,6 @@ if TYPE_CHECKING:
     from qexport.cli.verifying import References
     from qexport.pipeline import Plan, Result
     from qexport.release import ReleaseSettings
-
-
-Workers = Annotated[
-    int | None, typer.Option(min=1, help="Processes of a Ray cluster that share the work, see `execution`.")
-]
 
 
 @app.command()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from qexport.cli.app import AsJson, Debug, Device, Overrides, app, reporting_errors, showing_progress
+from qexport.cli.app import AsJson, Debug, Device, Overrides, Workers, app, reporting_errors, showing_progress
 from qexport.cli.terminal import stdout, write_json
 
 if TYPE_CHECKING:
@@ -30,12 +30,15 @@ def sweep(
     as_json: AsJson = False,
     debug: Debug = False,
     device: Device = "auto",
+    workers: Workers = None,
 ) -> None:
     """Make variants of a recipe, compare them, and recommend the smallest that passes. Run again, it goes on."""
     with reporting_errors(as_json=as_json, debug=debug, interrupted="interrupted; finished variants are kept"):
         from qexport.recipe.sweep import load_sweep
 
         loaded = load_sweep(file, overrides or (), output=output, keep=keep)
+        if workers is not None:
+            loaded = loaded.on_workers(workers)
         from qexport import pipeline  # takes seconds; errors of the file should come first
 
         with showing_progress() as progress:

@@ -19,13 +19,10 @@ from torch import Tensor, nn
 
 from qexport.artifact import Environment, describe_environment
 from qexport.errors import CompatibilityError, ResourceError
-from qexport.execution.workers import Execution, Hosted, Item, Later, Params, T, Value, WorkerLostError
+from qexport.execution.workers import ATTEMPTS, Execution, Hosted, Item, Later, Params, T, Value, WorkerLostError
 
 _AHEAD: Final = 2
 """Items of `map` for each worker that are sent before the first result is taken."""
-
-_ATTEMPTS: Final = 3
-"""How often an item of `map` is sent, if workers go, and a cluster is started."""
 
 _START_SECONDS: Final = 180
 """Until all workers must have answered."""
@@ -154,7 +151,7 @@ class RayExecution(Execution):
         return _Sent(worker, args, kwargs, self._actors[worker].apply.remote(*args, **kwargs))
 
     def _taken(self, sent: _Sent) -> Any:
-        for left in reversed(range(_ATTEMPTS)):
+        for left in reversed(range(ATTEMPTS)):
             try:
                 return _fetched(sent.result)
             except WorkerLostError:
@@ -260,7 +257,7 @@ def connect(address: str | None, processors: int) -> None:
     Raises:
         ResourceError: it cannot be reached, or did not start.
     """
-    for left in reversed(range(_ATTEMPTS)):
+    for left in reversed(range(ATTEMPTS)):
         try:
             ray.init(
                 address or "local",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Concatenate, Generic, ParamSpec, TypeVar
+from typing import Concatenate, Final, Generic, ParamSpec, TypeVar
 
 from qexport.errors import ResourceError
 
@@ -17,6 +17,9 @@ T = TypeVar("T")
 Value = TypeVar("Value")
 Item = TypeVar("Item")
 Params = ParamSpec("Params")
+
+ATTEMPTS: Final = 3
+"""How often a piece of work is begun, if workers go."""
 
 
 class Later(ABC, Generic[Value]):

@@ -14,6 +14,7 @@ from qexport.artifact.disk import ensure_space
 from qexport.artifact.manifest import Manifest
 from qexport.artifact.publish import temporary_path
 from qexport.artifact.report import Report
+from qexport.execution.workers import Execution
 from qexport.pipeline.made_choice import MadeChoice
 from qexport.pipeline.measuring import losses_of
 from qexport.pipeline.mixing import choose
@@ -34,6 +35,7 @@ class Attempts:
         texts: its texts.
         output: the run's output.
         device: where to measure.
+        execution: the workers.
         journal: keeps each choice.
         recorded: the manifest of an artifact, whose choice is taken over: nothing is measured then, and there is one
             attempt. None to choose.
@@ -46,11 +48,13 @@ class Attempts:
         texts: Texts,
         output: Path,
         device: torch.device,
+        execution: Execution,
         journal: RunJournal,
         recorded: Manifest | None,
         progress: ProgressCallback,
     ) -> None:
-        self._planned, self._texts, self._output, self._device = planned, texts, output, device
+        self._planned, self._texts, self._output = planned, texts, output
+        self._device, self._execution = device, execution
         self._journal, self._recorded, self._progress = journal, recorded, progress
         self._made: MadeChoice | None = None
 
@@ -71,7 +75,13 @@ class Attempts:
         layout = planned.layouts[0]
         if (choice := self._journal.choice) is None:
             losses = losses_of(
-                planned, planned.space, self._texts.calibration, self._output, self._device, progress=self._progress
+                planned,
+                planned.space,
+                self._texts.calibration,
+                self._output,
+                self._device,
+                self._execution,
+                progress=self._progress,
             )
             choice = choose(planned.space, layout, losses)
             self._journal.begin_attempt(choice)

@@ -14,7 +14,8 @@ from qexport.pipeline.expected_sizes import RunSizes
 from qexport.quantizing.asymmetry import TOKENS
 from qexport.quantizing.gptq_pass import BATCH_TOKENS as GPTQ_BATCH_TOKENS
 from qexport.quantizing.gptq_pass import HESSIAN_BYTES
-from qexport.quantizing.importance import AT_A_TIME, AT_HEAD
+from qexport.quantizing.importance import AT_A_TIME
+from qexport.quantizing.importance_share import AT_HEAD
 from qexport.quantizing.mixed import Mixed
 from qexport.verifying import VerifySettings
 from qexport.verifying.along import PORTION_TOKENS
@@ -97,9 +98,19 @@ def memory_of_worker(sizes: RunSizes, workers: int, chosen: Budget) -> int:
         chosen: what the run keeps to.
     """
     needs = [_quantizing_rows(sizes, workers)]
+    if isinstance(sizes.method, Mixed):
+        codes = _options(sizes.method) * sizes.block  # of a byte each
+        needs.append(_choosing(sizes, sizes.method, workers) + _sent(sizes) + 2 * codes)
+    if sizes.high_effort:
+        needs.append(_importance(sizes, workers) + _sent(sizes))
     if sizes.verify is not None:
         needs.append(_comparing_windows(sizes, sizes.verify, workers, chosen))
     return round(_FIXED + _RAY + _GAPS * max(needs))
+
+
+def _sent(sizes: RunSizes) -> float:
+    """What is outside the blocks and a block, as they are sent and copied."""
+    return 2.0 * (sizes.outside + sizes.block) * sizes.bytes_
 
 
 def _quantizing_rows(sizes: RunSizes, workers: int) -> float:
@@ -157,12 +168,18 @@ def _summed(sizes: RunSizes) -> float:
     return inputs + 4.0 * (forward + (2 * TOKENS * widest if sizes.streams == 2 else 0))
 
 
-def _choosing(sizes: RunSizes, method: Mixed) -> float:
+def _options(method: Mixed) -> int:
+    """How many options a layer has that change it."""
+    return sum(bits < 16 for bits in method.bits) * len(method.group_sizes)
+
+
+def _choosing(sizes: RunSizes, method: Mixed, workers: int = 1) -> float:
     """The hidden states of three times the windows before every block, in 16 bits; and in float32 those of one block,
-    and a block, its gradients and its change with each option, or a head with some copies of a window's logits.
+    and a block, its gradients and its change with each option, or a head with some copies of a window's logits. A
+    worker has its own windows.
     """
-    options = sum(bits < 16 for bits in method.bits) * len(method.group_sizes)
-    tokens, blocks = method.windows * method.window_tokens, len(sizes.blocks)
+    options, blocks = _options(method), len(sizes.blocks)
+    tokens = -(-method.windows // workers) * method.window_tokens
     square = max(4 * linear.in_features**2 for linear in sizes.linears)
     hessians = sum({linear.in_features: 4 * linear.in_features**2 for linear in sizes.linears}.values()) + square
     block = 4 * sizes.block * (options + 2) + hessians + _SOLVED * 4 * sizes.widest
@@ -170,13 +187,15 @@ def _choosing(sizes: RunSizes, method: Mixed) -> float:
     return tokens * sizes.hidden * (3 * 2 * blocks + 5 * 4) + max(block, head)
 
 
-def _importance(sizes: RunSizes) -> float:
+def _importance(sizes: RunSizes, workers: int = 1) -> float:
     """What is found of each layer and token; the gradients between two blocks of the tokens that are on their way; and
-    a block with what a batch's pass back needs of its forward, or a head with some copies of some tokens' logits.
+    a block with what a batch's pass back needs of its forward, or a head with some copies of some tokens' logits. A
+    worker has its own tokens.
     """
+    own = min(-(-sizes.calibration // workers), AT_A_TIME)
     layers = [linear for linear in sizes.linears if not linear.expert]
-    found = 2 * sizes.calibration * len(sizes.blocks) * len(layers)
-    between = 2 * min(sizes.calibration, AT_A_TIME) * sizes.hidden * sizes.bytes_
+    found = 2 * (own if workers > 1 else sizes.calibration) * len(sizes.blocks) * len(layers)
+    between = 2 * own * sizes.hidden * sizes.bytes_
     passed = sum(linear.in_features + linear.out_features for linear in layers) + sizes.working / sizes.bytes_
     block = sizes.bytes_ * (sizes.block + 2 * GPTQ_BATCH_TOKENS * passed)
     return found + between + max(block, 4 * sizes.head + _LOGITS_BACK * 4 * AT_HEAD * sizes.vocabulary)

@@ -15,6 +15,8 @@ from qexport.artifact.digests import hashed_in_background, sha256_json
 from qexport.artifact.disk import make_folder
 from qexport.artifact.journal import Journal
 from qexport.errors import RecipeError
+from qexport.execution import execution_of
+from qexport.execution.workers import Execution
 from qexport.hidden_packages import hidden
 from qexport.pipeline.choice_space import ChoiceSpace
 from qexport.pipeline.made_choice import MadeChoice
@@ -55,8 +57,11 @@ def measured(planned: Plan, *, progress: ProgressCallback = silent) -> Plan:
     if device.type == "cpu":
         planned.expected.refuse_beyond(recipe.max_memory)
     output = checked_output(recipe, force=True)
-    with keeping_to(planned.expected.budget), hashed_in_background(planned.merged.checkpoint.origin.sha256):
-        losses = losses_of(planned, planned.space, texts.calibration, output, device, keep=True, progress=progress)
+    hashed = hashed_in_background(planned.merged.checkpoint.origin.sha256)
+    with keeping_to(planned.expected.budget), execution_of(recipe.execution, device) as execution, hashed:
+        losses = losses_of(
+            planned, planned.space, texts.calibration, output, device, execution, keep=True, progress=progress
+        )
     layout = planned.layouts[0]
     return planned.choosing(MadeChoice(planned.space, layout, choose(planned.space, layout, losses)))
 
@@ -67,6 +72,7 @@ def losses_of(
     calibration: CalibrationSet,
     output: Path,
     device: torch.device,
+    execution: Execution,
     *,
     keep: bool = False,
     progress: ProgressCallback,
@@ -79,6 +85,7 @@ def losses_of(
         calibration: the text to measure on.
         output: the run's output, beside which it may be kept.
         device: where to compute.
+        execution: the workers.
         keep: whether to keep what is measured.
         progress: is called with each block.
 
@@ -96,7 +103,7 @@ def losses_of(
             if kept["identity"] == identity:
                 progress(Notice(f"the effect of each layer is known from qexport plan --measure: {path.name}"))
                 return list(kept["losses"])
-    losses = measure_units(space, calibration, device=device, progress=progress)
+    losses = measure_units(space, calibration, device=device, execution=execution, progress=progress)
     if keep:
         make_folder(path.parent)
         path.touch()

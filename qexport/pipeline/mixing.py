@@ -10,6 +10,8 @@ from torch import Tensor
 
 from qexport.amounts import counted
 from qexport.errors import CompatibilityError
+from qexport.execution.inline import INLINE
+from qexport.execution.workers import Execution
 from qexport.export.layouts import Layout
 from qexport.pipeline.choice_space import ChoiceSpace
 from qexport.pipeline.made_choice import Choice, allocation_of
@@ -38,7 +40,12 @@ the measurement of single layers knows nothing: 0.65 and 0.67 on SmolLM2, 0.65 a
 
 
 def measure_units(
-    space: ChoiceSpace, calibration: CalibrationSet, *, device: torch.device, progress: ProgressCallback
+    space: ChoiceSpace,
+    calibration: CalibrationSet,
+    *,
+    device: torch.device,
+    execution: Execution = INLINE,
+    progress: ProgressCallback,
 ) -> list[list[float]]:
     """Measures what each option of each unit costs: the mean KL divergence in nats per token, if it is alone.
 
@@ -46,6 +53,7 @@ def measure_units(
         space: what may be chosen.
         calibration: the text to measure on.
         device: where to compute.
+        execution: the workers.
         progress: is called with each block.
 
     Raises:
@@ -54,7 +62,15 @@ def measure_units(
         InputError: a tensor cannot be read.
     """
     input_ids, hessian_ids = _measured_on(space, calibration)
-    effects = measure(space.checkpoint, _measured(space), input_ids, hessian_ids, device=device, progress=progress)
+    effects = measure(
+        space.checkpoint,
+        _measured(space),
+        input_ids,
+        hessian_ids,
+        device=device,
+        execution=execution,
+        progress=progress,
+    )
     share = _UNCORRECTED if corrects(space.method.gptq, *calibration.input_ids.shape) else 1.0
     found = [[share * loss for loss in each.losses] for each in effects]
     return [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -83,6 +83,7 @@ def run(
     accept: Callable[[Plan], None] = lambda planned: None,
     recorded: Manifest | None = None,
     shared: SharedWork = NOTHING_SHARED,
+    execution: Execution | None = None,
     progress: ProgressCallback = silent,
 ) -> Result:
     """Merges, quantizes, exports and verifies; publishes the artifact with one rename.
@@ -103,6 +104,7 @@ def run(
         accept: is called with the plan before any work; what it raises ends the run.
         recorded: the manifest of an artifact, whose choice the method `mixed` takes over; None to choose.
         shared: what the other variants of a sweep have measured of the reference, and this run measures.
+        execution: workers that there are already; None for those that the recipe asks for.
         progress: is called with each step, and with what a user should know.
 
     Raises:
@@ -126,7 +128,7 @@ def run(
             progress(Notice("publishing what an interrupted run has finished"))
             return _publish(planned, publication, finished.manifests, finished.reports, finished.roots)
         journal = open_journal(publication, planned, texts, where, restart=restart, progress=progress)
-        workers = execution_of(recipe.execution, where)
+        workers = execution_of(recipe.execution, where) if execution is None else nullcontext(execution)
         with workers as execution, hashed_in_background(planned.merged.checkpoint.origin.sha256):
             reference = _reference(planned, texts.evaluation, where, journal, shared, progress)
             if unproven := _unproven_merge(planned, reference):
@@ -134,7 +136,7 @@ def run(
             if reference and journal.prepared is None:
                 journal.note_prepared(reference.prepared)
             work = _Work(texts, publication.folder, where, journal, execution, command, progress)
-            attempts = Attempts(planned, texts, output, where, journal, recorded, progress)
+            attempts = Attempts(planned, texts, output, where, execution, journal, recorded, progress)
             attempt: Plan | None = attempts.first()
             while attempt is not None:
                 planned = attempt

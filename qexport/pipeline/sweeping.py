@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
@@ -20,6 +21,8 @@ from qexport.artifact.report import REPORT_NAME, Report
 from qexport.artifact.roots import roots_path
 from qexport.artifact.sweep import COMPARISON_NAME, RECORD_NAME, Cost, SweepRecord, VariantRecord, smallest
 from qexport.errors import CompatibilityError, InputError, NumericalError, RecipeError
+from qexport.execution import execution_of
+from qexport.execution.workers import Execution
 from qexport.hidden_packages import hidden
 from qexport.pipeline.candidates import Candidate, in_order, needed_space, planned_variant, sentence, texts_of
 from qexport.pipeline.finished import FinishedRun
@@ -108,10 +111,16 @@ class _Sweeping:
         self._folder = Path(os.path.realpath(loaded.output))
         self._records = {each.variant.name: each.record() for each in candidates}
         self._reports: dict[str, Report] = {}
+        self._workers = ExitStack()
+        self._execution: Execution | None = None
         self._refused = {each.variant.name: each.refused for each in candidates if each.refused}
 
     def run(self) -> SweepResult:
-        """All variants in turn."""
+        """All variants in turn, on the same workers."""
+        with self._workers:
+            return self._all()
+
+    def _all(self) -> SweepResult:
         self._write()
         for number, candidate in enumerate(self._candidates, 1):
             name = candidate.variant.name
@@ -156,8 +165,16 @@ class _Sweeping:
             device=self._device,
             command=self._command(candidate.variant),
             shared=SharedWork(self._folder / SHARED, ends_early=True),
+            execution=self._started(),
             progress=self._progress,
         )
+
+    def _started(self) -> Execution:
+        """The workers, which start with the first variant that is made. All variants ask for the same."""
+        if self._execution is None:
+            settings = self._candidates[0].variant.recipe.execution
+            self._execution = self._workers.enter_context(execution_of(settings, find_device(self._device)))
+        return self._execution
 
     def _passed_and_smaller(self, candidate: Candidate) -> str | None:
         if self._loaded.keep == "all" or (own := candidate.total_bytes) is None:

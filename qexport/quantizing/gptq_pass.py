@@ -13,7 +13,7 @@ from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.memory import budget, return_freed_memory
 from qexport.architectures.sending import Sender, sends
 from qexport.architectures.structure import Structure
-from qexport.execution.workers import Value, WorkerLostError
+from qexport.execution.workers import ATTEMPTS, Value, WorkerLostError
 from qexport.formats import Outputs
 from qexport.progress import Notice, Progress, ProgressCallback
 from qexport.quantizing.gptq import Gptq
@@ -29,9 +29,6 @@ from qexport.tensors import GroupQuantizedSpec, OutputSpec, TensorRecord
 BATCH_TOKENS = 1024
 """Tokens that go through a block at a time. It is the same whatever memory there is: the bits of the Hessians' sums
 depend on it."""
-
-ATTEMPTS = 3
-"""How often a block is begun, if workers go."""
 
 HESSIAN_BYTES = 1 << 30
 """Bytes for the Hessians of a mixture's experts that are summed at the same time, each [in, in] in float32."""

@@ -8,36 +8,36 @@ values would leave little of the text: on SmolLM2 it gains nothing, and its squa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Final
 
 import torch
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 
 from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.devices import single_thread
-from qexport.architectures.memory import return_freed_memory
-from qexport.architectures.runner import Batch, BlockRunner
+from qexport.architectures.sending import Sender, sends
 from qexport.artifact.disk import sync
-from qexport.progress import Progress, ProgressCallback
-from qexport.quantizing.activations import OffloadFile, Restore
-from qexport.quantizing.drawn_tokens import gradients_at_head
+from qexport.execution.inline import INLINE
+from qexport.execution.workers import ATTEMPTS, Execution, Later, WorkerLostError
+from qexport.progress import Notice, Progress, ProgressCallback
+from qexport.quantizing.draws_ahead import DrawsAhead
+from qexport.quantizing.importance_share import ImportanceInputs, ImportanceShare, pieces_at_head
 from qexport.quantizing.method import PassInputs
-from qexport.quantizing.offloading import offload_on
-from qexport.quantizing.products import FixedProducts
+from qexport.quantizing.shards import shared_out
 
 AT_A_TIME: Final = 1 << 15
-"""Tokens whose hidden states before every block are on the disk. For each such part the model is read twice."""
+"""Tokens of a part of the text, in which tokens are drawn with one generator; no worker has more at a time, of which
+the hidden states before every block are on the disk. For each part, or one for each worker, the model is read twice."""
 
 _BATCH_TOKENS: Final = 2048
 """Tokens that go through a block at a time."""
-
-AT_HEAD: Final = 128
-"""Tokens whose logits are in memory."""
 
 
 def kept_importance(inputs: PassInputs, layers: Collection[str]) -> dict[str, Tensor]:
@@ -58,6 +58,7 @@ def kept_importance(inputs: PassInputs, layers: Collection[str]) -> dict[str, Te
         dtype=inputs.dtype,
         device=inputs.device,
         scratch=inputs.scratch,
+        execution=inputs.execution,
         progress=inputs.progress,
     )
     if kept:
@@ -85,6 +86,7 @@ def token_importance(
     dtype: torch.dtype,
     device: torch.device,
     scratch: Path,
+    execution: Execution = INLINE,
     progress: ProgressCallback,
 ) -> dict[str, Tensor]:
     """The squared length of the gradient at each layer's output, for every token.
@@ -96,103 +98,151 @@ def token_importance(
         dtype: that blocks compute in; the head computes in float32.
         device: where to compute.
         scratch: a folder on a disk with room for the hidden states before every block, of some windows.
+        execution: the workers, to whom batches are dealt out.
         progress: is called with each block.
 
     Returns:
-        Of each layer, bfloat16 [windows, tokens], with the same bits for every number of threads.
+        Of each layer, bfloat16 [windows, tokens], with the same bits for every number of threads and workers.
 
     Raises:
         NumericalError: the model's predictions are not finite.
         InputError: a tensor cannot be read.
+        WorkerLostError: workers went in each attempt.
         OSError: the disk is full.
     """
-    runner = BlockRunner(checkpoint.architecture, checkpoint.weights, dtype=dtype, device=device)
-    found = {name: torch.zeros(input_ids.shape, dtype=torch.bfloat16) for name in layers}
-    parts = range(0, len(input_ids), max(1, AT_A_TIME // input_ids.shape[1]))
-    for start in parts:
-        windows = slice(start, start + parts.step)
-        own = {name: values[windows] for name, values in found.items()}
-        batches = runner.embed(input_ids[windows], max(1, _BATCH_TOKENS // input_ids.shape[1]))
-        with offload_on(device, scratch, checkpoint.architecture.structure.block_linears) as file:
-            _Part(runner, batches, own, file).run(partial(_report, progress, start, len(input_ids)))
-    return found
+    found, (windows, length) = list[dict[str, Tensor]](), input_ids.shape
+    rounds = _rounds(windows, length, execution.workers)
+    with closing(_Measurement(checkpoint, layers, input_ids, dtype, device, scratch, execution, rounds)) as work:
+        for dealt in rounds:
+            first = dealt[0][0].windows.start
+            found += work.round(dealt, partial(_report, progress, first, windows), progress)
+    return {name: torch.cat(parts) if len(parts := [each[name] for each in found]) > 1 else parts[0] for name in layers}
 
 
 def _report(progress: ProgressCallback, start: int, windows: int, done: int, steps: int) -> None:
     progress(Progress("calibrate", done, steps, "block", f"importance, windows from {start + 1} of {windows}"))
 
 
-class _Part:
-    """Some windows on their way through the model and back."""
+@dataclass(frozen=True)
+class _TextBatch:
+    """Windows that go through a block together.
+
+    Attributes:
+        windows: their numbers.
+        place: the batch's number in its part of the text.
+    """
+
+    windows: range
+    place: int
+
+
+_Dealt = list[list[_TextBatch]]
+"""What is on its way at the same time: of each worker."""
+
+
+def _rounds(windows: int, length: int, workers: int) -> list[_Dealt]:
+    """All batches of the text: in each round as many parts as there are workers, about equally shared out."""
+    size, in_part = max(1, _BATCH_TOKENS // length), max(1, AT_A_TIME // length)
+    rounds = []
+    for start in range(0, windows, workers * in_part):
+        batches = [
+            _TextBatch(range(first, min(first + size, part + in_part, windows)), place)
+            for part in range(start, min(start + workers * in_part, windows), in_part)
+            for place, first in enumerate(range(part, min(part + in_part, windows), size))
+        ]
+        rounds.append([batches[own.start : own.stop] for own in shared_out(len(batches), workers)])
+    return rounds
+
+
+class _Measurement:
+    """The shares of all workers."""
 
     def __init__(
-        self, runner: BlockRunner, batches: Sequence[Batch], found: Mapping[str, Tensor], file: OffloadFile
+        self,
+        checkpoint: Checkpoint,
+        layers: Collection[str],
+        input_ids: Tensor,
+        dtype: torch.dtype,
+        device: torch.device,
+        scratch: Path,
+        execution: Execution,
+        rounds: Sequence[_Dealt],
     ) -> None:
-        self._runner, self._batches, self._found, self._file = runner, batches, found, file
-        self._inputs: list[list[tuple[Tensor, Restore]]] = []
+        architecture = checkpoint.architecture
+        device = torch.device(device.type) if execution.apart else device  # a worker sees its own only
+        weights = None if sends(execution, device) else checkpoint.weights
+        shared = ImportanceInputs(architecture, weights, list(layers), dtype, str(device), scratch)
+        self._input_ids, self._execution, self._blocks = input_ids, execution, len(architecture.structure.blocks)
+        self._shares = execution.host(ImportanceShare, [(shared,)] * max(map(len, rounds)))
+        self._sender = Sender(checkpoint.weights, architecture.structure, execution, device)
+        pieces, self._firsts = _pieces_of_part(rounds[0], input_ids.shape[1])
+        wanted = {self._firsts[own[0].place] for dealt in rounds for own in dealt} | {0}
+        self._draws = DrawsAhead(pieces, wanted, architecture.structure)
 
-    def run(self, report: Callable[[int, int], None]) -> None:
-        blocks = len(self._runner.structure.blocks)
+    def close(self) -> None:
+        """Frees what the shares hold."""
+        self._draws.close()
+        self._sender.close()
+        with suppress(WorkerLostError):
+            for each in [share.call(ImportanceShare.close) for share in self._shares]:
+                each.result()
+
+    def round(
+        self, dealt: _Dealt, report: Callable[[int, int], None], progress: ProgressCallback
+    ) -> list[dict[str, Tensor]]:
+        """What is found of a round's batches, share by share. If a worker goes meanwhile, all begin the round anew."""
+        for left in reversed(range(ATTEMPTS)):
+            try:
+                return self._round(dealt, report)
+            except WorkerLostError as error:
+                if not left:
+                    raise
+                progress(Notice(f"{error.what}; the importance of its windows is measured anew"))
+                self._execution.renew(self._shares)
+        raise AssertionError("the last attempt returns or raises")
+
+    def _round(self, dealt: _Dealt, report: Callable[[int, int], None]) -> list[dict[str, Tensor]]:
+        shares, blocks, sender = self._shares[: len(dealt)], self._blocks, self._sender
+        outside = sender.outside()
+        _done(
+            share.call(ImportanceShare.begin, [self._input_ids[each.windows] for each in own], outside)
+            for share, own in zip(shares, dealt, strict=True)
+        )
         for index in range(blocks):
-            self._forward(index)
+            tensors = sender.block(index, min(index + 1, blocks - 1))
+            _done(share.call(ImportanceShare.forward, index, tensors) for share in shares)
             report(index + 1, 2 * blocks)
-        upstream = self._at_head()
+        states = [self._states(own) for own in dealt]
+        _done(share.call(ImportanceShare.at_head, own, outside) for share, own in zip(shares, states, strict=True))
         for index in reversed(range(blocks)):
-            self._back(index, upstream)
-            return_freed_memory()
+            tensors = sender.block(index, index - 1)
+            _done(share.call(ImportanceShare.back, index, tensors) for share in shares)
             report(2 * blocks - index, 2 * blocks)
+        return [later.result() for later in [share.call(ImportanceShare.found) for share in shares]]
 
-    def _forward(self, index: int) -> None:
-        kept: list[tuple[Tensor, Restore]] = []
-        with self._runner.block(index) as block, FixedProducts():
-            for batch in self._batches:
-                before = batch.hidden
-                self._runner.forward(index, block, batch)
-                kept.append((before, self._file.offload(before.untyped_storage())))
-        self._inputs.append(kept)
-
-    def _at_head(self) -> list[Tensor]:
-        """Of each batch, with respect to the hidden states after the last block, which are not kept."""
-        shapes = [batch.hidden.shape for batch in self._batches]
-        pieces = [piece[None] for batch in self._batches for piece in batch.hidden.flatten(0, 1).split(AT_HEAD)]
-        for batch in self._batches:
-            batch.hidden = batch.hidden.new_empty(0)  # so that its memory goes with the pieces
-        gradients = torch.cat(gradients_at_head(self._runner, pieces), 1)[0]
-        of_batches = gradients.split([shape[:2].numel() for shape in shapes])
-        return [part.view(shape) for part, shape in zip(of_batches, shapes, strict=True)]
-
-    def _back(self, index: int, upstream: list[Tensor]) -> None:
-        """Replaces the gradients after a block by those before it."""
-        linears = self._runner.structure.linears[self._runner.structure.blocks[index]]
-        own = [linear for linear in linears if linear.name in self._found]
-        end = 0
-        with self._runner.block(index) as block:
-            modules = {linear.name: self._runner.module(linear) for linear in own}
-            for number, (batch, (before, restore)) in enumerate(zip(self._batches, self._inputs.pop(), strict=True)):
-                restore(before.untyped_storage())
-                start, end = end, end + len(before)
-                noted = [(module, self._found[name][start:end]) for name, module in modules.items()]
-                with _noting(noted), FixedProducts():
-                    through = Batch(before, batch.calls)
-                    upstream[number], _ = self._runner.gradients(index, block, through, upstream[number], [])
+    def _states(self, own: Sequence[_TextBatch]) -> dict[int, Tensor]:
+        """The generator's before a worker's first batch, and wherever a part begins, by the batch's number."""
+        return {
+            number: self._draws.before(self._firsts[batch.place])
+            for number, batch in enumerate(own)
+            if number == 0 or batch.place == 0
+        }
 
 
-@contextmanager
-def _noting(noted: Sequence[tuple[nn.Module, Tensor]]) -> Iterator[None]:
-    """Fills the tensor [windows, tokens] of each module with the squared lengths of the gradients at its output."""
+def _pieces_of_part(dealt: _Dealt, length: int) -> tuple[list[int], list[int]]:
+    """The sizes of all pieces of the first part, and the number of each of its batches' first piece. No part is longer,
+    and as far as another goes, its pieces have the same sizes.
+    """
+    batches = [batch for own in dealt for batch in own]
+    last = max(batch.place for batch in batches)
+    of_batches = [pieces_at_head(len(batch.windows) * length) for batch in batches[: last + 1]]
+    return list(chain.from_iterable(of_batches)), [0, *accumulate(map(len, of_batches))]
 
-    def note(values: Tensor, gradient: Tensor) -> None:
-        values.copy_(gradient.float().square().sum(-1).view_as(values))
 
-    def watch(values: Tensor, _: nn.Module, __: object, output: Tensor) -> None:
-        output.register_hook(partial(note, values))
-
-    hooks = [module.register_forward_hook(partial(watch, values)) for module, values in noted]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+def _done(calls: Iterable[Later[None]]) -> None:
+    """Makes all calls, then waits for them."""
+    for later in list(calls):
+        later.result()
 
 
 def token_weights(importance: Mapping[str, Tensor], layers: Collection[str]) -> Tensor:

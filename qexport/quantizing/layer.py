@@ -277,7 +277,7 @@ def _solved_rows(
         agreements.clear()  # as large as the weights
     parts = (
         Rows(weight[part], None if agreement is None else agreement[part], options)
-        for part in _dealt(len(weight), execution.workers, tile(ROWS_TOGETHER, problem.matrix.device))
+        for part in dealt_rows(len(weight), execution.workers, tile(ROWS_TOGETHER, problem.matrix.device))
     )
     joined, found, start = SolvedRows.joined([*execution.map(solve_rows, parts, problem)]), {}, 0
     for name, each in weights.items():
@@ -290,7 +290,7 @@ def _together(matrices: Mapping[str, Tensor]) -> Tensor:
     return torch.cat(list(matrices.values())) if len(matrices) > 1 else next(iter(matrices.values()))
 
 
-def _dealt(rows: int, workers: int, together: int) -> list[slice]:
+def dealt_rows(rows: int, workers: int, together: int) -> list[slice]:
     """About equally many rows for each worker, cut where products are: then their bits are the same."""
     bounds = [min(rows, round(rows * number / workers / together) * together) for number in range(workers)]
     return [slice(start, stop) for start, stop in pairwise(dict.fromkeys([*bounds, rows]))]
@@ -307,19 +307,20 @@ def solve_rows(rows: Rows, problem: FactorizedHessian) -> SolvedRows:
     if rows.options.refine:
         quantized = refine(weight, quantized, matrix, factor)
     return_freed_memory_beyond(_GROWTH)
-    energy = _energies(len(weight), lambda start, end: weight[start:end], matrix)
-    return SolvedRows(quantized, energy, _energies(len(weight), _error_rows(weight, quantized), matrix), nearest)
+    return SolvedRows(
+        quantized, row_energies(weight, matrix), _energies(len(weight), _error_rows(weight, quantized), matrix), nearest
+    )
 
 
 def _solved(name: str, rows: SolvedRows, tokens: int, damp_percent: float, dead: int) -> SolvedLayer:
-    energy = _sum(rows.energy)
+    energy = total(rows.energy)
     record = LayerRecord(
         name=name,
         method="gptq",
         bits=rows.quantized.bits,
         group_size=rows.quantized.group_size,
-        loss=_relative(_sum(rows.error), energy),
-        rtn_loss=_relative(_sum(rows.nearest_error), energy),
+        loss=_relative(total(rows.error), energy),
+        rtn_loss=_relative(total(rows.nearest_error), energy),
         damp_percent=damp_percent,
         tokens=tokens,
         dead_columns=dead,
@@ -370,12 +371,17 @@ def output_error(
     Returns:
         The ratio; None if the Hessian is not finite or all outputs are zero, so that there is no ratio.
     """
-    return _relative(_sum(_energies(len(weight), _error_rows(weight, quantized, exponents), matrix)), energy)
+    return _relative(total(_energies(len(weight), _error_rows(weight, quantized, exponents), matrix)), energy)
 
 
 def output_energy(weight: Tensor, matrix: Tensor) -> float:
     """The outputs' mean square, tr(W H W^T), of a weight [out, in]; NaN if the Hessian is not finite."""
-    return _sum(_energies(len(weight), lambda start, end: weight[start:end], matrix))
+    return total(row_energies(weight, matrix))
+
+
+def row_energies(weight: Tensor, matrix: Tensor) -> Tensor:
+    """Of each output its mean square, v H v^T for the row v of a weight [out, in]: float64 [out]."""
+    return _energies(len(weight), lambda start, end: weight[start:end], matrix)
 
 
 def _relative(lost: float, energy: float) -> float | None:
@@ -392,7 +398,7 @@ def _error_rows(
     return error
 
 
-def _sum(values: Tensor) -> float:
+def total(values: Tensor) -> float:
     """The exact sum, rounded once; NaN if a value is not finite."""
     return math.fsum(values.tolist()) if bool(torch.isfinite(values).all()) else math.nan
 

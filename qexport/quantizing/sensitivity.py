@@ -11,31 +11,35 @@ D comes from GPTQ, with Hessians of other windows in the unquantized model. Expe
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
-from functools import partial
-from typing import Final
+from itertools import zip_longest
+from typing import Final, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qexport.architectures.architecture import Checkpoint
-from qexport.architectures.devices import single_thread
-from qexport.architectures.memory import return_freed_memory
-from qexport.architectures.runner import Batch, BlockRunner
+from qexport.architectures.sending import Sender, Tensors, sends
 from qexport.architectures.structure import LinearSpec
 from qexport.errors import NumericalError
-from qexport.progress import Progress, ProgressCallback
-from qexport.quantizing.drawn_tokens import gradients_at_head
-from qexport.quantizing.layer import Hessian, output_energy, usable
-from qexport.quantizing.products import FixedProducts
-from qexport.quantizing.solver import Factor, Options, factorize, round_to_nearest, solve
+from qexport.execution.inline import INLINE
+from qexport.execution.workers import ATTEMPTS, Execution, Later, WorkerLostError
+from qexport.progress import Notice, Progress, ProgressCallback
+from qexport.quantizing.draws_ahead import DrawsAhead
+from qexport.quantizing.layer import FactorizedHessian, Hessian, dealt_rows, row_energies, total, usable
+from qexport.quantizing.sensitivity_share import Codes, SensitivityInputs, SensitivityShare
+from qexport.quantizing.shards import shared_out
+from qexport.quantizing.solver import ROWS_TOGETHER, Options, factorize, round_to_nearest, solve
+from qexport.quantizing.tiles import tile
+from qexport.tensors import GroupQuantized
 
 _BATCH_TOKENS: Final = 2048
 """Tokens that go forward through a block at a time. The last bits depend on it."""
 
-_KEPT: Final = torch.bfloat16
-"""Of the hidden states between the passes: there are those of every block."""
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -93,12 +97,14 @@ def measure(
     hessian_ids: Tensor,
     *,
     device: torch.device,
+    execution: Execution = INLINE,
     progress: ProgressCallback,
 ) -> list[Effects]:
     """What every unit and option does to the predictions.
 
-    Computed in float32, with the same bits for any number of threads. In memory there are the weights of one block with
-    a change of them for each option, and the hidden states of all windows before every block.
+    Computed in float32, with the same bits for any number of threads and workers. In memory there are the weights of
+    one block with a change of them for each option, and the hidden states of all windows before every block; each
+    worker has those of its own windows.
 
     Args:
         checkpoint: the merged model.
@@ -107,6 +113,7 @@ def measure(
         hessian_ids: int64 [other windows, tokens], for the Hessians. On the windows that they were fitted to, the codes
             would look better than they are: by a third on SmolLM2 with 4,096 tokens.
         device: where to compute.
+        execution: the workers, to whom windows and the rows of layers are dealt out.
         progress: is called with each block.
 
     Returns:
@@ -115,132 +122,178 @@ def measure(
     Raises:
         NumericalError: the model's predictions are not finite.
         InputError: a tensor cannot be read.
+        WorkerLostError: workers went in each attempt.
     """
-    architecture = checkpoint.architecture.in_dtype(torch.float32)
-    runner = BlockRunner(architecture, checkpoint.weights, dtype=torch.float32, device=device)
-    blocks, linears = runner.structure.blocks, runner.structure.linears
-    windows = runner.embed(input_ids, 1)
-    batches = runner.embed(hessian_ids, max(1, _BATCH_TOKENS // hessian_ids.shape[1]))
-    inputs = []
-    for index in range(len(blocks)):
-        inputs.append([each.hidden.to(_KEPT) for each in (*windows, *batches)])
-        with runner.block(index) as block, FixedProducts():
-            for batch in windows if index + 1 == len(blocks) else [*windows, *batches]:
-                runner.forward(index, block, batch)
-        progress(Progress("calibrate", index + 1, 2 * len(blocks), "block", "forward"))
-    upstream = gradients_at_head(runner, [window.hidden for window in windows])
-    found: dict[int, Effects] = {}
-    for index in reversed(range(len(blocks))):
-        own = {number: unit for number, unit in enumerate(units) if unit.layers[0] in linears[blocks[index]]}
-        for batch, hidden in zip((*windows, *batches), inputs.pop(), strict=True):
-            batch.hidden = hidden.to(runner.dtype)
-        with runner.block(index) as block:
-            changes = _changes(runner, index, block, batches, list(own.values()))
-            products = _backward(runner, index, block, windows, upstream, changes)
-        for number, each, options in zip(own, products, changes, strict=True):
-            found[number] = Effects(each, tuple(change.error for change in options), input_ids.shape[1])
-        return_freed_memory()
-        progress(Progress("calibrate", 2 * len(blocks) - index, 2 * len(blocks), "block", "back"))
-    return [found[number] for number in range(len(units))]
+    with closing(_Measurement(checkpoint, units, input_ids, hessian_ids, device, execution)) as work:
+        for left in reversed(range(ATTEMPTS)):
+            try:
+                return work.run(progress)
+            except WorkerLostError as error:
+                if not left:
+                    raise
+                progress(Notice(f"{error.what}; the effect of each layer is measured anew"))
+                work.renew()
+    raise AssertionError("the last attempt returns or raises")
 
 
 @dataclass(frozen=True)
-class _Change:
-    """What an option changes: the weights by their names, in the shapes of files, and the error of the outputs."""
+class _SolvedUnit:
+    """What each option makes of a unit, and the error of its outputs."""
 
-    weights: Mapping[str, Tensor]
-    error: float
-
-
-Changes = Sequence[Sequence[_Change]]
-"""For each unit and option."""
+    codes: list[Codes]
+    errors: tuple[float, ...]
 
 
-def _backward(
-    runner: BlockRunner,
-    index: int,
-    block: nn.Module,
-    windows: Sequence[Batch],
-    upstream: list[Tensor],
-    changes: Changes,
-) -> list[Tensor]:
-    """The products of each unit; `upstream` is replaced by the gradients with respect to the block's input."""
-    names = list(dict.fromkeys(name for unit in changes for option in unit for name in option.weights))
-    products = [torch.zeros(len(windows), len(unit), dtype=torch.float64) for unit in changes]
+class _Measurement:
+    """The shares of all workers, and what is solved between their steps."""
 
-    for number, window in enumerate(windows):
-        with FixedProducts():
-            upstream[number], of_weights = runner.gradients(index, block, window, upstream[number], names)
-        with single_thread():
-            for unit, options in zip(products, changes, strict=True):
-                for column, change in enumerate(options):
-                    unit[number, column] = sum(
-                        _product(of_weights[name], each) for name, each in change.weights.items()
-                    )
-    return products
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        units: Sequence[Unit],
+        input_ids: Tensor,
+        hessian_ids: Tensor,
+        device: torch.device,
+        execution: Execution,
+    ) -> None:
+        architecture = checkpoint.architecture.in_dtype(torch.float32)
+        structure, device = architecture.structure, torch.device(device.type) if execution.apart else device
+        self._units, self._structure, self._device, self._execution = units, structure, device, execution
+        self._tokens, batches = input_ids.shape[1], hessian_ids.split(max(1, _BATCH_TOKENS // hessian_ids.shape[1]))
+        windows = shared_out(len(input_ids), execution.workers)
+        of_batches = shared_out(len(batches), len(windows))
+        self._own = [
+            (input_ids[own.start : own.stop].split(1), [] if batch is None else batches[batch.start : batch.stop])
+            for own, batch in zip_longest(windows, of_batches)
+        ]
+        self._firsts = [own.start for own in windows]
+        shared = SensitivityInputs(architecture, None if sends(execution, device) else checkpoint.weights, str(device))
+        self._shares = execution.host(SensitivityShare, [(shared,)] * len(windows))
+        self._sender = Sender(checkpoint.weights, structure, execution, device)
+        self._draws = DrawsAhead([self._tokens] * len(input_ids), self._firsts, structure)
+
+    def close(self) -> None:
+        """Frees what the shares hold."""
+        self._draws.close()
+        self._sender.close()
+        with suppress(WorkerLostError):
+            _results([share.call(SensitivityShare.close) for share in self._shares])
+
+    def renew(self) -> None:
+        """Replaces the shares whose workers have gone."""
+        self._execution.renew(self._shares)
+
+    def run(self, progress: ProgressCallback) -> list[Effects]:
+        """All steps from the first one on."""
+        blocks, sender, found = len(self._structure.blocks), self._sender, dict[int, Effects]()
+        outside = sender.outside()
+        _results(
+            share.call(SensitivityShare.begin, *own, outside)
+            for share, own in zip(self._shares, self._own, strict=True)
+        )
+        for index in range(blocks):
+            tensors = sender.block(index, min(index + 1, blocks - 1))
+            _results([share.call(SensitivityShare.forward, index, tensors) for share in self._shares])
+            progress(Progress("calibrate", index + 1, 2 * blocks, "block", "forward"))
+        _results(
+            share.call(SensitivityShare.at_head, self._draws.before(first), outside)
+            for share, first in zip(self._shares, self._firsts, strict=True)
+        )
+        summed = deque[tuple[Later[list[Hessian]], Tensors | None]]()
+        ahead = len(self._shares) if self._execution.apart else 1
+        for index in reversed(range(blocks)):
+            for later in range(index - len(summed), max(-1, index - ahead), -1):
+                tensors = sender.block(later, later - 1)
+                summed.append((self._summed(later, tensors), tensors))
+            found |= self._measured(index, *summed.popleft())
+            progress(Progress("calibrate", 2 * blocks - index, 2 * blocks, "block", "back"))
+        return [found[number] for number in range(len(self._units))]
+
+    def _own_units(self, index: int) -> dict[int, Unit]:
+        """The units of a block, by their numbers."""
+        linears = self._structure.linears[self._structure.blocks[index]]
+        return {number: unit for number, unit in enumerate(self._units) if unit.layers[0] in linears}
+
+    def _summed(self, index: int, tensors: Tensors | None) -> Later[list[Hessian]]:
+        """The Hessians of a block's units that are not experts. They go from worker to worker, each of which adds its
+        batches; meanwhile those before it are at the blocks that come next.
+        """
+        shared = [unit.layers[0] for unit in self._own_units(index).values() if not unit.layers[0].expert]
+        hessians = [Hessian(layer.in_features, self._device) for layer in shared]
+        first, *others = [share for share, (_, batches) in zip(self._shares, self._own, strict=True) if batches]
+        later = first.call(SensitivityShare.add, index, hessians, shared, tensors)
+        for share in others:
+            later = share.call(SensitivityShare.add, index, later.argument, shared, tensors)
+        return later
+
+    def _measured(self, index: int, summed: Later[list[Hessian]], tensors: Tensors | None) -> dict[int, Effects]:
+        """The effects of a block's units, by their numbers."""
+        own, hessians = self._own_units(index), summed.result()
+        solved = []
+        for unit in own.values():
+            weights = self._shares[0].call(SensitivityShare.matrices, index, unit.layers, tensors).result()
+            hessian = None if unit.layers[0].expert else hessians.pop(0)
+            solved.append(_solved(unit, weights, hessian, self._execution))
+        errors = [each.errors for each in solved]
+        linears = {linear.name: linear for unit in own.values() for linear in unit.layers}
+        codes = self._execution.once([each.codes for each in solved]).argument
+        products = _results(
+            [share.call(SensitivityShare.back, index, codes, linears, tensors) for share in self._shares]
+        )
+        return {
+            number: Effects(torch.cat([each[place] for each in products]), errors[place], self._tokens)
+            for place, number in enumerate(own)
+        }
 
 
-def _product(one: Tensor, other: Tensor) -> float:
-    return float(torch.dot(one.reshape(-1), other.reshape(-1)))
+def _results(calls: Iterable[Later[Value]]) -> list[Value]:
+    """Makes all calls, then waits for them."""
+    return [later.result() for later in list(calls)]
 
 
-def _changes(
-    runner: BlockRunner, index: int, block: nn.Module, batches: Sequence[Batch], units: Sequence[Unit]
-) -> Changes:
-    """What quantizing changes in each unit's weights, with each of its options."""
-    shared = {number: unit for number, unit in enumerate(units) if not unit.layers[0].expert}
-    hessians = _hessians(runner, index, block, batches, list(shared.values()))
-    of_unit = dict(zip(shared, hessians, strict=True))
-    return [list(_of_options(runner, unit, of_unit.pop(number, None))) for number, unit in enumerate(units)]
+def _solved(unit: Unit, weights: Tensors, hessian: Hessian | None, execution: Execution) -> _SolvedUnit:
+    """The unit's layers with each option, whose errors are summed in the order of the layers."""
+    problem = None if hessian is None else _factorized(hessian, unit.options)
+    together = 1 if problem is None else tile(ROWS_TOGETHER, problem.matrix.device)
+    workers = 1 if problem is None else execution.workers
+    parts = [(name, rows) for name, weight in weights.items() for rows in dealt_rows(len(weight), workers, together)]
+    items = (weights[name][rows] for name, rows in parts)
+    found = list(zip(parts, execution.map(_quantized_rows, items, unit.options, problem), strict=True))
+    codes, errors = list[Codes](), list[float]()
+    for option in range(len(unit.options)):
+        own = {name: [each[option] for (other, _), each in found if other == name] for name in weights}
+        codes.append({name: GroupQuantized.joined([rows for rows, _ in parts]) for name, parts in own.items()})
+        errors.append(sum((total(torch.cat([energy for _, energy in parts])) for parts in own.values()), 0.0))
+    return _SolvedUnit(codes, tuple(errors))
 
 
-def _hessians(
-    runner: BlockRunner, index: int, block: nn.Module, batches: Sequence[Batch], units: Sequence[Unit]
-) -> list[Hessian]:
-    """Of the inputs of each unit's layers, in all windows."""
-    hessians = [Hessian(unit.layers[0].in_features, runner.device) for unit in units]
+def _quantized_rows(
+    weight: Tensor, options: Sequence[Options], problem: FactorizedHessian | None
+) -> list[tuple[GroupQuantized, Tensor]]:
+    """Rows of a layer with each option, on any worker.
 
-    def add(hessian: Hessian, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        hessian.add(args[0])
-
-    modules = [runner.module(unit.layers[0]) for unit in units]
-    hooks = [
-        module.register_forward_pre_hook(partial(add, hessian))
-        for module, hessian in zip(modules, hessians, strict=True)
-    ]
-    try:
-        for batch in batches:
-            with FixedProducts():
-                runner.forward(index, block, Batch(batch.hidden, batch.calls))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return hessians
+    Returns:
+        The codes, and the mean squares of what they change in each output, float64 [rows]; of layers that are rounded
+        to nearest the sum of the squares of what they change in all weights, [1].
+    """
+    found = []
+    for each in options:
+        if problem is None:
+            codes = round_to_nearest(weight, each)
+            errors = codes.dequantize().sub_(weight).double().square().sum().reshape(1).cpu()
+        else:
+            rows, matrix = weight.to(problem.device), problem.matrix.to(problem.device)
+            codes = solve(rows, matrix, problem.factor.to(problem.device), each)
+            errors = row_energies(codes.dequantize().sub_(rows), matrix)
+        found.append((codes, errors))
+    return found
 
 
-def _of_options(runner: BlockRunner, unit: Unit, hessian: Hessian | None) -> Iterator[_Change]:
-    matrices = {linear.name: _matrix(runner, linear) for linear in unit.layers}
-    solver = None if hessian is None else _solver(hessian, unit.options)
-    for options in unit.options:
-        weights, error = {}, 0.0
-        for linear in unit.layers:
-            weight = matrices[linear.name]
-            found = round_to_nearest(weight, options) if solver is None else solve(weight, *solver, options)
-            difference = found.dequantize().sub_(weight)
-            error += output_energy(difference, solver[0]) if solver else float(difference.double().square().sum())
-            weights[f"{linear.name}.weight"] = difference.t() if linear.transposed else difference
-        yield _Change(weights, error)
-
-
-def _matrix(runner: BlockRunner, linear: LinearSpec) -> Tensor:
-    weight = runner.parameter(f"{linear.name}.weight").detach()
-    return (weight.t() if linear.transposed else weight).contiguous()
-
-
-def _solver(hessian: Hessian, options: Sequence[Options]) -> tuple[Tensor, Factor] | None:
+def _factorized(hessian: Hessian, options: Sequence[Options]) -> FactorizedHessian | None:
     """The Hessian with its factor, which does not depend on bits and groups; None if it cannot be factorized."""
     try:
         matrix = usable(hessian)
-        return matrix, factorize(matrix, options[0], rank_deficient=hessian.tokens < len(matrix))
+        factor = factorize(matrix, options[0], rank_deficient=hessian.tokens < len(matrix))
     except NumericalError:
         return None
+    return FactorizedHessian(matrix, factor, str(matrix.device))

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -100,6 +100,11 @@ class LoadedSweep:
     output: Path
     keep: Literal["all", "best"]
     variants: Sequence[Variant]
+
+    def on_workers(self, count: int) -> LoadedSweep:
+        """The same sweep with so many workers."""
+        variants = [replace(each, recipe=each.recipe.on_workers(count)) for each in self.variants]
+        return replace(self, variants=variants)
 
 
 SWEEP_FILE: Final = FileKind(

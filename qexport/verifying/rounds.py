@@ -13,7 +13,7 @@ from torch import Tensor
 from qexport.architectures.runner import BlockRunner
 from qexport.artifact.figures import GateResult
 from qexport.execution.inline import INLINE
-from qexport.execution.workers import Execution, WorkerLostError
+from qexport.execution.workers import ATTEMPTS, Execution, WorkerLostError
 from qexport.progress import Notice, Steps
 from qexport.verifying.divergence import TokenFigures
 from qexport.verifying.kept import NOTHING_KEPT, Kept, KeptStates, digest_of
@@ -30,9 +30,6 @@ _GROWTH: Final = 2
 
 _RIVAL_WINDOWS: Final = 16
 """Windows of a look that rivals run, rounded up to whole batches: they differ by more than the artifact does."""
-
-_ATTEMPTS: Final = 3
-"""How often a look is begun, if workers go."""
 
 _RIVAL_FIGURES: Final[Mapping[str, frozenset[str]]] = {
     "nearest": frozenset({"rtn_mean_kl", "kl_over_rtn"}),
@@ -266,7 +263,7 @@ class _Work:
             input_ids: int64 [windows, sequence_length].
             before: windows that have been measured before.
         """
-        for left in reversed(range(_ATTEMPTS)):
+        for left in reversed(range(ATTEMPTS)):
             try:
                 return self._look(names, input_ids, before)
             except WorkerLostError as error:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from qexport.amounts import counted
+from qexport.architectures.joined import joined_modules
 from qexport.errors import CompatibilityError, RecipeError
-from qexport.export.vllm.families import joined_modules
 from qexport.formats import Outputs
 from qexport.gates.deciding import LEAST_SURVIVAL
 from qexport.merge import MergeSettings, TrainedOn

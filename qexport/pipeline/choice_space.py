@@ -9,11 +9,11 @@ from typing import Final
 
 from qexport.amounts import counted
 from qexport.architectures.architecture import Checkpoint
+from qexport.architectures.joined import joined_modules
 from qexport.architectures.structure import LinearSpec
 from qexport.errors import CompatibilityError, InputError, QexportError, listed
 from qexport.export import ExportSettings
 from qexport.export.layouts import Layout, make_layouts
-from qexport.export.vllm.families import joined_modules
 from qexport.formats import GptqFormat, Outputs
 from qexport.quantizing.mixed import Mixed
 from qexport.quantizing.selection import select

@@ -24,7 +24,7 @@ _LARGEST_POWER: Final = 2
 
 
 def global_scale_of(absmax: float) -> torch.Tensor:
-    """The scale of a whole matrix in NVFP4, float32 [1]: `448 * 6 / absmax`, with which the largest group's scale is 448.
+    """The scale of a whole matrix in NVFP4, float32 [1]: `448 * 6 / absmax`. The largest group's scale is 448 then.
 
     It is 1 where that overflows float32, as in compressed-tensors (`generate_gparam`).
 

@@ -80,11 +80,14 @@ class Float4QuantizedSpec:
         out_features: rows of the matrix.
         in_features: columns of the matrix, a multiple of the group size.
         kind: which scales it has.
+        absmax: the largest magnitude in all matrices that share the global scale of NVFP4; None if it is not known yet,
+            or if the matrix has a scale of its own.
     """
 
     out_features: int
     in_features: int
     kind: Float4Kind
+    absmax: float | None = None
 
     bits: ClassVar[int] = 4
 

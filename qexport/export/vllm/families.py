@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -45,25 +45,11 @@ vLLM runs other architectures through transformers, which was not tested.
 """
 
 
-JOINED: Final = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
-"""Sibling modules that become `qkv_proj` and `gate_up_proj`."""
-
 LAST_JOINED: Final = ("v_proj", "up_proj")
-"""The last of them in the layer that they become."""
+"""The last of the modules that become one layer (`qexport.architectures.joined`)."""
 
 STORED_JOINED: Final = ("qkv_proj", "query_key_value", "gate_up_proj", "c_attn")
 """Modules that files hold as one, and vLLM as the parts that it would join."""
-
-
-def joined_modules(modules: Mapping[str, Hashable]) -> list[list[str]]:
-    """The groups of modules that become one layer each; modules that are not joined are omitted."""
-    groups: dict[tuple[str, int], list[str]] = {}
-    for module in modules:
-        parent, _, leaf = module.rpartition(".")
-        for index, names in enumerate(JOINED):
-            if leaf in names:
-                groups.setdefault((parent, index), []).append(module)
-    return [group for group in groups.values() if len(group) > 1]
 
 
 LARGEST_DEGREE: Final = 16

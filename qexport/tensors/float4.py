@@ -47,13 +47,16 @@ class Float4Quantized:
         return "mxfp4" if self.global_scale is None else "nvfp4"
 
     @property
-    def scale_of_each(self) -> torch.Tensor:
-        """float32 [out, in]."""
+    def scale_of_groups(self) -> torch.Tensor:
+        """What the values of codes are multiplied by, float32 [out, groups]."""
         if self.global_scale is None:
-            groups = powers_of_two(self.scales)
-        else:
-            groups = self.scales.to(torch.float32) / self.global_scale
-        return groups.repeat_interleave(GROUP_SIZES[self.kind], 1)
+            return powers_of_two(self.scales)
+        return self.scales.to(torch.float32) / self.global_scale
+
+    @property
+    def scale_of_each(self) -> torch.Tensor:
+        """`scale_of_groups` for each value, float32 [out, in]."""
+        return self.scale_of_groups.repeat_interleave(GROUP_SIZES[self.kind], 1)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The matrix [out, in], computed in float32 and rounded once to `dtype`."""

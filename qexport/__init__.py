@@ -47,8 +47,10 @@ if TYPE_CHECKING:
     from qexport.quantizing.int8 import Int8
     from qexport.quantizing.method import CalibrationSettings
     from qexport.quantizing.mixed import Mixed, MixedTarget
+    from qexport.quantizing.mxfp4 import Mxfp4
     from qexport.quantizing.nf4 import Nf4
     from qexport.quantizing.none import NoQuantization
+    from qexport.quantizing.nvfp4 import Nvfp4
     from qexport.quantizing.w8a8 import W8a8
     from qexport.reading.stored_model import load
     from qexport.recipe import Recipe, load_recipe
@@ -83,8 +85,10 @@ _NAMES = {
     "quantizing.int8": ("Int8",),
     "quantizing.method": ("CalibrationSettings",),
     "quantizing.mixed": ("Mixed", "MixedTarget"),
+    "quantizing.mxfp4": ("Mxfp4",),
     "quantizing.nf4": ("Nf4",),
     "quantizing.none": ("NoQuantization",),
+    "quantizing.nvfp4": ("Nvfp4",),
     "quantizing.w8a8": ("W8a8",),
     "reading.stored_model": ("load",),
     "recipe": ("Recipe", "load_recipe"),
@@ -112,10 +116,12 @@ __all__ = [
     "MergeSettings",
     "Mixed",
     "MixedTarget",
+    "Mxfp4",
     "Nf4",
     "NoQuantization",
     "Notice",
     "NumericalError",
+    "Nvfp4",
     "OnnxSettings",
     "Override",
     "Plan",

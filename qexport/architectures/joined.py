@@ -5,25 +5,25 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from typing import Final
 
-JOINED: Final[Mapping[str, tuple[str, ...]]] = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-}
+Joined = Mapping[str, tuple[str, ...]]
 """Names of siblings, in the order of their outputs, by the name of the layer that they become."""
 
-_BECOMES: Final = {leaf: name for name, leaves in JOINED.items() for leaf in leaves}
+JOINED: Final[Joined] = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+SHARING: Final[Joined] = {**JOINED, "w13": ("w1", "w3")}
+"""What shares the global scale of NVFP4: those above, and gate and up of Mixtral's experts."""
 
 
-def joined_modules(modules: Mapping[str, Hashable]) -> list[list[str]]:
+def joined_modules(modules: Mapping[str, Hashable], joined: Joined = JOINED) -> list[list[str]]:
     """The groups of modules that become one layer each; modules that are not joined are omitted."""
     groups: dict[str, list[str]] = {}
     for module in modules:
-        if name := joined_name(module):
+        if name := joined_name(module, joined):
             groups.setdefault(name, []).append(module)
     return [group for group in groups.values() if len(group) > 1]
 
 
-def joined_name(module: str) -> str | None:
+def joined_name(module: str, joined: Joined = JOINED) -> str | None:
     """The path of the layer that a module becomes with its siblings; None if it is not joined."""
     parent, _, leaf = module.rpartition(".")
-    return f"{parent}.{_BECOMES[leaf]}" if leaf in _BECOMES else None
+    return next((f"{parent}.{name}" for name, leaves in joined.items() if leaf in leaves), None)

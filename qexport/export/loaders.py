@@ -196,6 +196,10 @@ def _has_misread_blocks(folder: Folder) -> bool:
     return any(blocks > 1 and side % _FP8_BLOCK for side, blocks in _blocks_of_sides(folder))
 
 
+def _is_float4(folder: Folder) -> bool:
+    return any(folder.has_config(format=f"{kind}-pack-quantized") for kind in ("nvfp4", "mxfp4"))
+
+
 def _in_layout(name: str) -> Callable[[Folder], bool]:
     return lambda folder: folder.layout == name
 
@@ -268,6 +272,7 @@ _TABLE: Final = (
     _Row(_WITH_COMPRESSED, _is_falcon("compressed-tensors"), "no", "it does not take FalconLinear for a linear layer"),
     _Row(_WITH_COMPRESSED, _is("compressed-tensors", format="int-quantized"), "yes"),
     _Row(_WITH_COMPRESSED, _is("compressed-tensors", format="float-quantized"), "yes"),
+    _Row(_WITH_COMPRESSED, _is_float4, "yes", "with dtype=torch.bfloat16"),
     _Row(_WITH_COMPRESSED, _has_quantized_experts("compressed-tensors"), "untried", "experts are quantized"),
     _Row(
         _WITH_COMPRESSED,
@@ -290,6 +295,7 @@ _TABLE: Final = (
     _Row("vLLM", _is("bitsandbytes"), "no", "it has no support for bitsandbytes since 0.28"),
     _Row("vLLM", _is("gptq", sym=False), "no", "it refuses asymmetric GPTQ"),
     _Row("vLLM", _is("gptq", desc_act=True), "no", "it refuses desc_act"),
+    _Row("vLLM", _is_float4, "untried", "it has no kernel for such codes on CPUs, and was not tried on GPUs"),
     _Row("vLLM", _in_layout("vllm"), "yes"),
     _Row("vLLM", _always, "untried", "the layout vllm is made for it"),
     _Row("TGI", _is_graph, "no", "it reads safetensors files"),

@@ -13,7 +13,7 @@ from qexport.formats.awq import AwqFormat
 from qexport.formats.bitsandbytes.four_bit import FourBitFormat
 from qexport.formats.bitsandbytes.llm_int8 import LlmInt8Format
 from qexport.formats.block_fp8 import BlockFp8Format
-from qexport.formats.compressed_tensors import FloatQuantizedFormat, W8A8Format
+from qexport.formats.compressed_tensors import Float4Format, FloatQuantizedFormat, W8A8Format
 from qexport.formats.format import FormatReader, MethodFormat, Specs, quantized_modules
 from qexport.formats.gptq import GptqFormat
 from qexport.formats.merged import MergedFormat
@@ -24,6 +24,7 @@ __all__ = [
     "FORMATS",
     "AwqFormat",
     "BlockFp8Format",
+    "Float4Format",
     "FloatQuantizedFormat",
     "Format",
     "FourBitFormat",
@@ -43,6 +44,7 @@ Format = (
     | LlmInt8Format
     | W8A8Format
     | FloatQuantizedFormat
+    | Float4Format
     | BlockFp8Format
 )
 """How a method's weights are stored, with the settings of the method that the files state."""

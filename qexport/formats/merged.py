@@ -13,6 +13,7 @@ from qexport.errors import InputError, listed
 from qexport.formats.format import Card, Specs
 from qexport.formats.stored_weight import StoredWeight
 from qexport.tensors import (
+    Float4QuantizedSpec,
     Float8QuantizedSpec,
     GroupQuantizedSpec,
     OutputSpec,
@@ -38,7 +39,7 @@ class MergedFormat:
         """The merged parameter."""
         if isinstance(spec, TensorSpec):
             return {name: spec}
-        assert not isinstance(spec, GroupQuantizedSpec | Float8QuantizedSpec)
+        assert not isinstance(spec, GroupQuantizedSpec | Float8QuantizedSpec | Float4QuantizedSpec)
         return {name: TensorSpec(spec.shape[::-1] if spec.transposed else spec.shape, spec.dtype)}
 
     def tensors(self, record: TensorRecord) -> dict[str, torch.Tensor]:

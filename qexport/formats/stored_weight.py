@@ -11,6 +11,7 @@ import torch
 
 from qexport.errors import InputError
 from qexport.tensors import GroupQuantizedSpec, Quantized, TensorSpec
+from qexport.tensors.float4 import Float4Kind
 from qexport.tensors.float8 import Block
 from qexport.tensors.input_rounding import InputRounding
 
@@ -91,7 +92,8 @@ class Scheme:
         group_size: inputs per group; -1 for one group per row.
         sym: the codes are symmetric.
         desc_act: the groups follow activation order.
-        block: the rows and columns that share a scale, where codes are floating-point numbers; None for integers.
+        block: the rows and columns that share a scale, where codes are in e4m3; else None.
+        float4: which scales there are, where codes are in e2m1; else None.
         input_rounding: how servers round the inputs; None if they do not.
     """
 
@@ -100,6 +102,7 @@ class Scheme:
     sym: bool
     desc_act: bool
     block: Block | None = None
+    float4: Float4Kind | None = None
     input_rounding: InputRounding | None = None
 
 

@@ -14,11 +14,15 @@ from qexport.quantizing.gptq import Gptq
 from qexport.quantizing.int8 import Int8
 from qexport.quantizing.method import Method
 from qexport.quantizing.mixed import Mixed
+from qexport.quantizing.mxfp4 import Mxfp4
 from qexport.quantizing.nf4 import Nf4
 from qexport.quantizing.none import NoQuantization
+from qexport.quantizing.nvfp4 import Nvfp4
 from qexport.quantizing.w8a8 import W8a8
 
-AnyMethod = Annotated[Gptq | Mixed | Awq | Nf4 | Int8 | W8a8 | Fp8 | NoQuantization, Field(discriminator="method")]
+AnyMethod = Annotated[
+    Gptq | Mixed | Awq | Nf4 | Nvfp4 | Mxfp4 | Int8 | W8a8 | Fp8 | NoQuantization, Field(discriminator="method")
+]
 
 _METHODS: Final[tuple[type[Method], ...]] = get_args(get_args(AnyMethod)[0])
 _ADAPTER: Final[TypeAdapter[Method]] = TypeAdapter(AnyMethod)

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
+from typing import TypeVar
 
 import torch
 
 from qexport.architectures.architecture import Checkpoint
+from qexport.architectures.joined import SHARING, joined_modules
 from qexport.architectures.structure import Structure
 from qexport.formats import Outputs
 from qexport.formats.bitsandbytes.four_bit_codes import quantize as quantize_blocks
 from qexport.progress import Progress
+from qexport.quantizing.float4 import global_scale_of, mxfp4, nvfp4
 from qexport.quantizing.float8 import float8
 from qexport.quantizing.method import PassInputs, RoundingMethod
 from qexport.quantizing.row_int8 import llm_int8, w8a8
@@ -25,6 +28,8 @@ from qexport.records import LayerRecord
 from qexport.tensors import (
     BlockQuantized,
     BlockQuantizedSpec,
+    Float4Quantized,
+    Float4QuantizedSpec,
     Float8Quantized,
     GroupQuantized,
     GroupQuantizedSpec,
@@ -84,9 +89,9 @@ Rounding = Callable[[torch.Tensor], Quantized]
 
 
 def rounding_of(weight: torch.Tensor, quantized: Quantized) -> Rounding | None:
-    """How codes were found, if they are exactly those that nf4, int8, w8a8 or fp8 computes; else None.
+    """How codes were found, if they are exactly those that nf4, nvfp4, mxfp4, int8, w8a8 or fp8 computes; else None.
 
-    None for codes in groups along the inputs, whose grids depend on more than the weights.
+    None for codes in groups along the inputs that are integers, whose grids depend on more than the weights.
 
     Args:
         weight: the merged matrix [out, in].
@@ -102,7 +107,19 @@ def rounding_of(weight: torch.Tensor, quantized: Quantized) -> Rounding | None:
     if isinstance(quantized, Float8Quantized):
         nearest = partial(float8, block=quantized.block)
         return nearest if nearest(weight).equals(quantized) else None
+    if isinstance(quantized, Float4Quantized):
+        return _float4_rounding(weight, quantized)
     return None
+
+
+def _float4_rounding(weight: torch.Tensor, quantized: Float4Quantized) -> Rounding | None:
+    """With the global scale of the codes, which other layers may share, unless it is too large for the weight."""
+    rounding: Callable[[torch.Tensor], Float4Quantized] = mxfp4
+    if quantized.global_scale is not None:
+        if bool(quantized.global_scale > global_scale_of(float(weight.abs().amax()))):
+            return None
+        rounding = partial(nvfp4, global_scale=quantized.global_scale)
+    return rounding if rounding(weight).equals(quantized) else None
 
 
 def _rounded_to_blocks(weight: torch.Tensor, spec: BlockQuantizedSpec) -> BlockQuantized:
@@ -165,11 +182,11 @@ def _units(structure: Structure, names: Iterable[str]) -> list[list[str]]:
 def _records(method: RoundingMethod | None, names: Sequence[str], inputs: PassInputs) -> Iterator[TensorRecord]:
     """The tensors as the plan describes them, rounded by the workers."""
     waiting, specs = deque[tuple[str, torch.Tensor]](), inputs.outputs.specs
+    joined = _Joined(inputs.checkpoint.weights, specs)
 
     def matrices() -> Iterator[_Matrix | None]:
-        for name, merged in zip(names, _ahead(inputs.checkpoint.weights, names), strict=True):
+        for name, (merged, spec) in zip(names, _ahead(joined.read, names), strict=True):
             waiting.append((name, merged))
-            spec = specs[name]
             transposed = name.removesuffix(".weight") in inputs.checkpoint.architecture.structure.transposed
             yield None if isinstance(spec, TensorSpec) else _Matrix(merged.t() if transposed else merged, spec)
 
@@ -198,15 +215,54 @@ def _codes(matrix: _Matrix | None, method: RoundingMethod | None, device: torch.
     return method.codes(matrix.values.contiguous().to(device), matrix.spec)
 
 
-def _ahead(weights: WeightSource, names: Sequence[str]) -> Iterator[torch.Tensor]:
-    """The tensors in order; a thread reads and merges the next one while the caller works on the current one."""
+class _Joined:
+    """The merged tensors with their specs, into which the largest magnitude goes of layers that share a global scale.
+
+    Args:
+        weights: the merged model.
+        specs: what its tensors become.
+    """
+
+    def __init__(self, weights: WeightSource, specs: Mapping[str, OutputSpec]) -> None:
+        self._weights, self._specs = weights, specs
+        sharing = [name.removesuffix(".weight") for name, spec in specs.items() if _has_global_scale(spec)]
+        groups = joined_modules(dict.fromkeys(sharing), SHARING)
+        self._group = {f"{module}.weight": [f"{each}.weight" for each in group] for group in groups for module in group}
+        self._absmax: dict[str, float] = {}
+
+    def read(self, name: str) -> tuple[torch.Tensor, OutputSpec]:
+        """A tensor and its spec. With the first of a group the others are read too, and again when their turn comes."""
+        tensor, spec = self._weights.read(name), self._specs[name]
+        if not isinstance(spec, Float4QuantizedSpec) or name not in self._group:
+            return tensor, spec
+        group = self._group[name]
+        if group[0] not in self._absmax:
+            self._absmax[group[0]] = max(
+                _absmax(tensor if each == name else self._weights.read(each)) for each in group
+            )
+        return tensor, replace(spec, absmax=self._absmax[group[0]])
+
+
+def _has_global_scale(spec: OutputSpec) -> bool:
+    return isinstance(spec, Float4QuantizedSpec) and spec.kind == "nvfp4"
+
+
+def _absmax(tensor: torch.Tensor) -> float:
+    return float(tensor.abs().amax())
+
+
+_T = TypeVar("_T")
+
+
+def _ahead(read: Callable[[str], _T], names: Sequence[str]) -> Iterator[_T]:
+    """What is read in order; a thread reads and merges the next one while the caller works on the current one."""
     if not names:
         return
     with ThreadPoolExecutor(1) as reader:
-        pending = reader.submit(weights.read, names[0])
+        pending = reader.submit(read, names[0])
         for name in names[1:]:
             found = pending.result()
-            pending = reader.submit(weights.read, name)
+            pending = reader.submit(read, name)
             yield found
             del found
         yield pending.result()

@@ -98,7 +98,7 @@ def method_name(recipe: Mapping[str, Any]) -> str:
             return str(kind)
         case {"quantize": {"method": "none"}, "merge": {"dtype": "bfloat16" | "float16" | "float32" as dtype}}:
             return str(dtype)
-        case {"quantize": {"method": "int8" | "w8a8" | "fp8" as method}}:
+        case {"quantize": {"method": "nvfp4" | "mxfp4" | "int8" | "w8a8" | "fp8" as method}}:
             return str(method)
         case _:
             raise InputError("the recipe in the manifest names no method of qexport", where=MANIFEST_NAME)

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qexport.tensors.float4 import Float4Quantized, Float4QuantizedSpec
     from qexport.tensors.float8 import Float8Quantized, Float8QuantizedSpec
     from qexport.tensors.quantized import (
         BlockQuantized,
@@ -27,6 +28,8 @@ __all__ = [
     "BlockQuantized",
     "BlockQuantizedSpec",
     "CalibrationSet",
+    "Float4Quantized",
+    "Float4QuantizedSpec",
     "Float8Quantized",
     "Float8QuantizedSpec",
     "GroupQuantized",
@@ -52,5 +55,8 @@ _IN_SOURCE = ("CalibrationSet", "LargestSpec", "Origin", "TensorSpec", "Terms", 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    place = "source" if name in _IN_SOURCE else "float8" if name.startswith("Float8") else "quantized"
+    if name.startswith("Float"):
+        place = name[: len("Float8")].lower()
+    else:
+        place = "source" if name in _IN_SOURCE else "quantized"
     return getattr(import_module(f"{__name__}.{place}"), name)

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 import torch
 
 from qexport.records import LayerRecord
+from qexport.tensors.float4 import Float4Quantized, Float4QuantizedSpec
 from qexport.tensors.float8 import Float8Quantized, Float8QuantizedSpec
 from qexport.tensors.source import TensorSpec
 
@@ -258,8 +259,8 @@ class ValuesQuantized:
         return replace(self, values=self.values[start:end])
 
 
-Quantized = GroupQuantized | BlockQuantized | RowQuantized | Float8Quantized | ValuesQuantized
-QuantizedSpec = GroupQuantizedSpec | BlockQuantizedSpec | RowQuantizedSpec | Float8QuantizedSpec
+Quantized = GroupQuantized | BlockQuantized | RowQuantized | Float8Quantized | Float4Quantized | ValuesQuantized
+QuantizedSpec = GroupQuantizedSpec | BlockQuantizedSpec | RowQuantizedSpec | Float8QuantizedSpec | Float4QuantizedSpec
 OutputSpec = TensorSpec | QuantizedSpec
 """What the pass produces for one parameter."""
 

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from qexport.formats.bitsandbytes.four_bit_tensors import dequantize, flat_absmax, four_bit_values
-from qexport.tensors import BlockQuantized, Float8Quantized, GroupQuantized, Quantized, RowQuantized, ValuesQuantized
+from qexport.tensors import (
+    BlockQuantized,
+    Float4Quantized,
+    Float8Quantized,
+    GroupQuantized,
+    Quantized,
+    RowQuantized,
+    ValuesQuantized,
+)
+from qexport.tensors.float4 import GROUP_SIZES, float4_values, nearest_float4
 from qexport.tensors.float8 import LARGEST_FLOAT8
 
 _VALUES_AT_ONCE: Final = 1 << 21
@@ -75,7 +84,12 @@ def strips(quantized: Quantized, reference: Tensor, *, rounded: bool = False) ->
         yield Strip(first, values, nearest, wanted)
 
 
-def _nearest(part: GroupQuantized | RowQuantized | Float8Quantized | ValuesQuantized, wanted: Tensor) -> Tensor:
+def _nearest(
+    part: GroupQuantized | RowQuantized | Float8Quantized | Float4Quantized | ValuesQuantized, wanted: Tensor
+) -> Tensor:
+    if isinstance(part, Float4Quantized):
+        scales = part.scale_of_each
+        return float4_values(nearest_float4((wanted / scales).nan_to_num_())).mul_(scales)
     if isinstance(part, Float8Quantized):
         scales = part.scale_of_each
         codes = (wanted / scales).nan_to_num_().clamp_(-LARGEST_FLOAT8, LARGEST_FLOAT8).to(torch.float8_e4m3fn)
@@ -123,6 +137,8 @@ def groups_of(quantized: Quantized) -> Groups | None:
         return _in_order(quantized.spec.block_size, quantized.spec.in_features)
     if isinstance(quantized, Float8Quantized):
         return _in_order(quantized.block[1], quantized.codes.shape[1])
+    if isinstance(quantized, Float4Quantized):
+        return _in_order(GROUP_SIZES[quantized.kind], quantized.codes.shape[1])
     g_idx, columns = quantized.g_idx.long(), quantized.codes.shape[1]
     count = len(quantized.scales)
     if count == 1 or columns % count or bool((g_idx.bincount(minlength=count) != columns // count).any()):

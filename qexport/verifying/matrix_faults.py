@@ -14,7 +14,8 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
-from qexport.tensors import GroupQuantized, Quantized
+from qexport.tensors import Float4Quantized, GroupQuantized, Quantized
+from qexport.tensors.float4 import GROUP_SIZES, LARGEST_FLOAT4
 from qexport.verifying.grids import Groups, Strip
 
 Part = Literal["row", "group"]
@@ -48,6 +49,10 @@ quantizing. GPTQ makes it smaller; where a layer makes up for those before it, i
 
 _SMALLEST: Final = 1e-6
 """Squared errors below this share of the reference's squares are rounding in float32 and 16 bits."""
+
+_MOST_CUT_OFF: Final = 1.5
+"""The largest weight of a group in e2m1 over the largest value that the group's scale gives. MXFP4's powers of two leave
+up to 1.33 of it, and NVFP4's scales up to 1.07, or 1.5 where they are the smallest of e4m3."""
 
 _LARGEST: Final = 1e12
 _NAMED: Final = 3
@@ -357,6 +362,8 @@ class Lost:
 
 def faults_of_grids(quantized: Quantized, reference: Tensor) -> Iterator[Fault]:
     """Negative scales (the readers of other codes than groups refuse them), and groups that no method makes."""
+    if isinstance(quantized, Float4Quantized):
+        yield from _cut_off(quantized, reference)
     if isinstance(quantized, GroupQuantized):
         yield from _faults_of_g_idx(quantized)
         negative = (quantized.scales.t() < 0).nonzero()
@@ -369,6 +376,19 @@ def faults_of_grids(quantized: Quantized, reference: Tensor) -> Iterator[Fault]:
             if bool(reference[row][groups == group].any()):
                 yield Fault(math.inf, f"the scale is zero in row {row}, group {group}")
                 return
+
+
+def _cut_off(quantized: Float4Quantized, reference: Tensor) -> Iterator[Fault]:
+    """At most one: codes on a grid that is too small are the nearest ones all the same."""
+    absmax = reference.abs().unflatten(1, (-1, GROUP_SIZES[quantized.kind])).amax(2).to(torch.float32)
+    excess = (absmax / (quantized.scale_of_groups * LARGEST_FLOAT4)).nan_to_num_(nan=0.0, posinf=_LARGEST)
+    if float(excess.max()) > _MOST_CUT_OFF * (1 + _SMALLEST):
+        row, group = divmod(int(excess.argmax()), excess.shape[1])
+        yield Fault(
+            float(excess.max()) / _MOST_CUT_OFF,
+            f"weights {float(excess.max()):.3g} times the largest value of their scale are cut off in row {row}, group "
+            f"{group}, where at most {_MOST_CUT_OFF:g} is sound",
+        )
 
 
 def _faults_of_g_idx(quantized: GroupQuantized) -> Iterator[Fault]:

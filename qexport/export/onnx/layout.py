@@ -35,7 +35,7 @@ from qexport.formats import Outputs, W8A8Format
 from qexport.formats.onnx import OnnxFormat
 from qexport.reading.onnx.graph import GRAPH_NAME, Graph, read_graph
 from qexport.reading.onnx.session import refuse_unloadable
-from qexport.tensors import Float8QuantizedSpec, GroupQuantizedSpec
+from qexport.tensors import Float4QuantizedSpec, Float8QuantizedSpec, GroupQuantizedSpec
 from qexport.tensors.safetensors_file import SafetensorsFile
 
 _SHARED_FROM: Final = "safetensors"
@@ -253,6 +253,13 @@ class OnnxLayout:
                 "the layout onnx stores no FP8: ONNX Runtime has no operator that multiplies with such weights on CPUs",
                 where="export: onnx",
                 mend="quantize with w8a8 or int8 for 8 bits, or leave this layout out",
+            )
+        if any(isinstance(spec, Float4QuantizedSpec) for spec in self._outputs.quantized.values()):
+            raise CompatibilityError(
+                f"the layout onnx stores no {self._outputs.format.card.title}: ONNX Runtime has no operator that "
+                "multiplies with such weights on CPUs",
+                where="export: onnx",
+                mend="quantize with gptq, awq or nf4 for 4 bits, or leave this layout out",
             )
 
     def _refuse_unsupported(self) -> None:

@@ -14,6 +14,7 @@ from qexport.formats.onnx.nibbles import FACTOR, HIGH, LOW
 from qexport.formats.onnx.operators import MICROSOFT
 from qexport.tensors import (
     BlockQuantizedSpec,
+    Float4QuantizedSpec,
     Float8QuantizedSpec,
     GroupQuantizedSpec,
     RowQuantizedSpec,
@@ -106,7 +107,7 @@ class Linears:
                 return self._in_float32(inputs, module, blocks)
             case RowQuantizedSpec() as rows:
                 return self._in_float32(inputs, module, rows)
-            case Float8QuantizedSpec():
+            case Float8QuantizedSpec() | Float4QuantizedSpec():
                 raise AssertionError("the layout has refused it")
 
     def _unquantized(self, inputs: ir.Value, name: str, *, transposed: bool) -> ir.Value:

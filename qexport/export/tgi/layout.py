@@ -36,6 +36,7 @@ from qexport.export.weight_files import WeightFiles
 from qexport.formats import (
     AwqFormat,
     BlockFp8Format,
+    Float4Format,
     FloatQuantizedFormat,
     Format,
     FourBitFormat,
@@ -196,7 +197,7 @@ def _flag(method: Format) -> str | None:
             return f"bitsandbytes-{name}"
         case LlmInt8Format():
             return "bitsandbytes"
-        case W8A8Format() | FloatQuantizedFormat():
+        case W8A8Format() | FloatQuantizedFormat() | Float4Format():
             return "compressed-tensors"
         case BlockFp8Format():
             return "fp8"

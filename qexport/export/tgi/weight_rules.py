@@ -36,6 +36,7 @@ _ALIKE: Final = (
 _FLOATS: Final = (torch.float16, torch.bfloat16, torch.float32)
 _CODES: Final = (torch.int8, torch.float8_e4m3fn)
 _TYPES: Final = {"int-quantized": "int", "float-quantized": "float"}
+_EIGHT_BITS: Final = "quantize with gptq (4 bits), or fp8 or w8a8 (8 bits), or leave this layout out"
 _CUTLASS_MULTIPLE: Final = 16
 
 WEIGHT_RULES: Final = Rules[ServedByTgi]()
@@ -210,7 +211,7 @@ def _joined_order(model: ServedByTgi) -> Iterator[str]:
                 yield f"{linear.name}: g_idx differs"
 
 
-@_rule("compressed-tensors: the config is one of 8-bit weights", _COMPRESSED)
+@_rule("compressed-tensors: the config is one of 8-bit weights", _COMPRESSED, _EIGHT_BITS)
 def _compressed_config(model: ServedByTgi) -> Iterator[str]:
     config = model.quantization
     if model.method != "compressed-tensors":

@@ -20,10 +20,11 @@ from qexport.export.vllm.launch import VllmLaunch, launch_files, max_model_len
 from qexport.export.vllm.rules import VLLM
 from qexport.export.vllm.served import ServedByVllm
 from qexport.export.weight_files import WeightFiles
-from qexport.formats import AwqFormat, BlockFp8Format, FloatQuantizedFormat, GptqFormat, Outputs
+from qexport.formats import AwqFormat, BlockFp8Format, Float4Format, FloatQuantizedFormat, GptqFormat, Outputs
 from qexport.formats.compressed_tensors import PackQuantizedFormat
 from qexport.formats.format import StoredFormat
 from qexport.tensors import Float8QuantizedSpec, GroupQuantizedSpec
+from qexport.tensors.float4 import Float4Kind
 
 _BFLOAT16: Final = (
     "it computes in bfloat16, as the model was trained, which rounds the scales by at most 0.4%; --dtype float16 reads "
@@ -38,6 +39,14 @@ _FP8_NOTES: Final = (
 _BLOCK_FP8_NOTES: Final = (
     *_FP8_NOTES,
     "vLLM on CPUs needs AMX for blocks of FP8, and multiplies them with 16-bit activations",
+)
+
+_FP4_CAPABILITIES: Final[Mapping[Float4Kind, str]] = {"nvfp4": "7.5", "mxfp4": "8.0"}
+"""From `compressed_tensors/schemes`, `get_min_capability`."""
+
+_MXFP4_ACTIVATIONS: Final = (
+    "from compute capability 10.0 on, with FlashInfer, vLLM rounds the inputs of MXFP4 layers too, whatever config.json "
+    "says; VLLM_DISABLED_KERNELS=FlashInferMxFp4LinearKernel keeps them at 16 bits, as verification has them"
 )
 
 _CPU_MULTIPLE: Final = 32
@@ -162,6 +171,8 @@ def _kernel_notes(outputs: Outputs) -> list[str]:
     """Which processors and shapes vLLM's kernels need."""
     if isinstance(outputs.format, FloatQuantizedFormat | BlockFp8Format):
         return list(_FP8_NOTES if isinstance(outputs.format, FloatQuantizedFormat) else _BLOCK_FP8_NOTES)
+    if isinstance(outputs.format, Float4Format):
+        return _float4_notes(outputs.format.kind)
     if not isinstance(outputs.format, GptqFormat | AwqFormat):
         return []
     notes = ["the kernels need AVX-512 on x86 CPUs, compute capability 7.5 on NVIDIA GPUs"]
@@ -171,3 +182,11 @@ def _kernel_notes(outputs: Outputs) -> list[str]:
             f"vLLM on CPUs wants inputs and outputs in multiples of {_CPU_MULTIPLE}, which {len(uneven)} layers are not"
         )
     return notes
+
+
+def _float4_notes(kind: Float4Kind) -> list[str]:
+    notes = [
+        f"vLLM has no kernel for {kind.upper()} on CPUs; on NVIDIA GPUs from compute capability "
+        f"{_FP4_CAPABILITIES[kind]} on Marlin multiplies the weights with 16-bit activations",
+    ]
+    return notes if kind == "nvfp4" else [*notes, _MXFP4_ACTIVATIONS]

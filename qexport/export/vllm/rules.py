@@ -11,6 +11,7 @@ from qexport.export.vllm.families import ARCHITECTURES, VERSION, heads
 from qexport.export.vllm.launch import max_model_len
 from qexport.export.vllm.served import ServedByVllm
 from qexport.export.vllm.weight_rules import COMPRESSED, GPTQ, GPTQ_UTILS, WEIGHT_RULES
+from qexport.formats.compressed_tensors.reading import FLOAT4_FORMATS
 
 _CONFIG: Final = "vllm/transformers_utils/config.py"
 _MODEL_CONFIG: Final = "vllm/config/model.py"
@@ -27,7 +28,7 @@ _NO_FLOAT16: Final = ("gemma2", "gemma3", "gemma3_text", "glm4")
 _TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "tekken.json")
 """vLLM reads one of these (`vllm/tokenizers`)."""
 _FALCON_ACTIVATION: Final = "gelu"
-_TYPES: Final = {"int-quantized": ("int", "int8"), "float-quantized": ("float", "e4m3")}
+_EIGHT_BITS: Final = {"int-quantized": ("int", "int8"), "float-quantized": ("float", "e4m3")}
 """Of weights and activations of 8 bits, by format: in the config, and in words."""
 _OTHER_BITS: Final = "use bits: 4, or method w8a8 for 8 bits"
 _STATIC: Final = "use static_groups: true, which needs no order in the file"
@@ -152,12 +153,17 @@ def _awq_groups(model: ServedByVllm) -> Iterator[str]:
 
 @_rule("4-bit codes are used with 16-bit weights", GPTQ, "set merge.dtype to bfloat16 or float16")
 def _packed_dtype(model: ServedByVllm) -> Iterator[str]:
-    packed = model.method in ("gptq", "awq") or model.quantization.get("format") == "pack-quantized"
+    form = model.quantization.get("format")
+    packed = model.method in ("gptq", "awq") or form == "pack-quantized" or form in FLOAT4_FORMATS
     if packed and model.dtype == "float32":
         yield "dtype is float32; the kernels compute in 16 bits"
 
 
-@_rule("compressed-tensors schemes are W8A8, FP8 or W4A16", COMPRESSED, f"{_OTHER_BITS}; instead of desc_act {_STATIC}")
+@_rule(
+    "compressed-tensors schemes are W8A8, FP8, FP4 or W4A16",
+    COMPRESSED,
+    f"{_OTHER_BITS}; instead of desc_act {_STATIC}",
+)
 def _schemes(model: ServedByVllm) -> Iterator[str]:
     if model.method != "compressed-tensors":
         return
@@ -166,13 +172,15 @@ def _schemes(model: ServedByVllm) -> Iterator[str]:
         weights, activations = group.get("weights") or {}, group.get("input_activations")
         if weights.get("actorder") in ("group", "dynamic"):
             yield f"{name}: actorder {weights['actorder']!r}"
-        elif (form := model.quantization.get("format")) in _TYPES:
-            kind, words = _TYPES[form]
+        elif (form := model.quantization.get("format")) in _EIGHT_BITS:
+            kind, words = _EIGHT_BITS[form]
             eight_bits = {"num_bits": 8, "type": kind, "symmetric": True}
             if not _has_values(weights, {**eight_bits, "dynamic": False}) or weights.get("strategy") != "channel":
                 yield f"{name}: weights are not symmetric {words} with a scale for each output"
             if not _has_values(activations or {}, {**eight_bits, "strategy": "token", "dynamic": True}):
                 yield f"{name}: activations are not {words} with a scale for each token"
+        elif form in FLOAT4_FORMATS:
+            continue  # what the config is followed by is all that the formats allow
         elif weights.get("num_bits") != 4 or weights.get("type", "int") != "int" or activations is not None:
             yield f"{name}: packed weights are not 4-bit integers with 16-bit activations"
 

@@ -7,7 +7,7 @@ from typing import Final
 
 import torch
 
-from qexport.architectures.joined import joined_modules, joined_name
+from qexport.architectures.joined import SHARING, joined_modules, joined_name
 from qexport.architectures.structure import LinearSpec
 from qexport.export.served import REMOVE, Rules, beside_the_weights
 from qexport.export.vllm.families import LAST_JOINED, STORED_JOINED
@@ -15,11 +15,14 @@ from qexport.export.vllm.served import ServedByVllm
 from qexport.formats import awq, block_fp8
 from qexport.formats.compressed_tensors.reading import SCALE
 from qexport.formats.compressed_tensors.tensors import group_specs, row_specs
+from qexport.formats.float4_tensors import GLOBAL_SCALE
+from qexport.formats.float4_tensors import specs as float4_specs
 from qexport.formats.float8_tensors import specs as float8_specs
 from qexport.formats.gptq.reading import GptqRules
 from qexport.formats.gptq.tensors import packed_specs
 from qexport.formats.stored_weight import Scheme
-from qexport.tensors import Float8QuantizedSpec, GroupQuantizedSpec, RowQuantizedSpec, TensorSpec
+from qexport.tensors import Float4QuantizedSpec, Float8QuantizedSpec, GroupQuantizedSpec, RowQuantizedSpec, TensorSpec
+from qexport.tensors.safetensors_folder import SafetensorsFolder
 
 GPTQ: Final = "vllm/model_executor/layers/quantization/auto_gptq.py"
 AWQ: Final = "vllm/model_executor/layers/quantization/auto_awq.py"
@@ -32,7 +35,7 @@ _LINEAR: Final = "vllm/model_executor/layers/linear.py"
 
 _CODES: Final = (
     "qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point",
-    "weight_g_idx", "weight_scale_inv",
+    "weight_g_idx", "weight_scale_inv", "weight_global_scale",
 )  # fmt: skip
 _FLOATS: Final = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -213,6 +216,31 @@ def _blocks(model: ServedByVllm) -> Iterator[str]:
             yield f"{linear.name}: {linear.out_features} outputs of an expert are no multiple of {block_fp8.BLOCK[0]}"
         elif linear.name in joined and leaf not in LAST_JOINED and linear.out_features % block_fp8.BLOCK[0]:
             yield f"{linear.name}: {linear.out_features} outputs are no multiple of {block_fp8.BLOCK[0]}"
+
+
+@_rule("FP4 layers have codes and scales", f"{_SCHEMES}/compressed_tensors_w4a4_nvfp4.py")
+def _float4(model: ServedByVllm) -> Iterator[str]:
+    for linear, scheme in _layers(model):
+        if scheme is not None and scheme.float4 is not None:
+            spec = Float4QuantizedSpec(linear.out_features, linear.in_features, scheme.float4)
+            yield from _stored(model, linear.name, float4_specs(spec))
+
+
+@_rule(
+    "joined NVFP4 layers have one global scale",
+    f"{_SCHEMES}/compressed_tensors_w4a4_nvfp4.py",
+    "quantize the model again with qexport",
+    disk=True,
+)
+def _global_scales(model: ServedByVllm) -> Iterator[str]:
+    """VLLM takes the largest for all of them, with which the values of the others are smaller than they were."""
+    if model.folder is None or model.weights.unreadable:
+        return
+    with SafetensorsFolder(model.folder) as stored:
+        for group in joined_modules(dict.fromkeys(linear.name for linear in model.linears), SHARING):
+            names = [name for module in group if (name := f"{module}.{GLOBAL_SCALE}") in model.tensors]
+            if len({float(stored.read(name).max()) for name in names}) > 1:
+                yield f"{', '.join(group)}: the global scales differ"
 
 
 @_rule("W4A16 layers have words, scales and their shape", f"{_SCHEMES}/compressed_tensors_wNa16.py")

@@ -13,12 +13,19 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from qexport.architectures.structure import Structure
-from qexport.formats import float8_tensors
-from qexport.formats.compressed_tensors.reading import SCALE, CompressedTensorsReader
+from qexport.formats import float4_tensors, float8_tensors
+from qexport.formats.compressed_tensors.reading import (
+    FLOAT4_FORMATS,
+    FLOAT4_STRATEGIES,
+    SCALE,
+    CompressedTensorsReader,
+)
 from qexport.formats.compressed_tensors.tensors import check_groups, group_specs, pack_groups, pack_rows, row_specs
 from qexport.formats.format import Card, ModuleEncoding, Specs, quantized_modules
 from qexport.formats.unquantized_modules import unquantized_modules
 from qexport.tensors import (
+    Float4Quantized,
+    Float4QuantizedSpec,
     Float8Quantized,
     Float8QuantizedSpec,
     GroupQuantized,
@@ -29,6 +36,7 @@ from qexport.tensors import (
     RowQuantizedSpec,
     TensorSpec,
 )
+from qexport.tensors.float4 import Float4Kind
 
 
 @dataclass(frozen=True)
@@ -138,9 +146,53 @@ class FloatQuantizedFormat(ModuleEncoding):
         return CompressedTensorsReader(config)
 
 
+@dataclass(frozen=True)
+class Float4Format(ModuleEncoding):
+    """`nvfp4-pack-quantized` and `mxfp4-pack-quantized`: e2m1 weights in groups, with 16-bit activations.
+
+    Attributes:
+        kind: which of the two.
+    """
+
+    kind: Float4Kind
+
+    quant_method: ClassVar[str | None] = "compressed-tensors"
+    holds: ClassVar = (Float4Quantized,)
+
+    def parts(self, spec: QuantizedSpec) -> dict[str, TensorSpec]:
+        """The tensors weight_packed, weight_scale and, of NVFP4, weight_global_scale."""
+        assert isinstance(spec, Float4QuantizedSpec)
+        return float4_tensors.specs(spec)
+
+    def pack(self, value: Quantized) -> dict[str, torch.Tensor]:
+        """The tensors weight_packed, weight_scale and, of NVFP4, weight_global_scale."""
+        assert isinstance(value, Float4Quantized)
+        return float4_tensors.pack(value)
+
+    def quantization_config(self, specs: Specs, structure: Structure) -> dict[str, Any]:
+        """The `quantization_config` for config.json."""
+        return _config(specs, structure)
+
+    @property
+    def card(self) -> Card:
+        """The format on the model card."""
+        scales = "a scale in e4m3 per 16 inputs" if self.kind == "nvfp4" else "a power of two as the scale of 32 inputs"
+        return Card("compressed-tensors", self.kind.upper(), f"{self.kind.upper()} (e2m1) weights with {scales}")
+
+    @classmethod
+    def reads(cls, config: Mapping[str, Any] | None) -> bool:
+        """False: `W8A8Format` reads what compressed-tensors stores."""
+        return False
+
+    @staticmethod
+    def reader(config: Mapping[str, Any]) -> CompressedTensorsReader:
+        """See `CompressedTensorsReader`."""
+        return CompressedTensorsReader(config)
+
+
 def _config(specs: Specs, structure: Structure) -> dict[str, Any]:
-    """The `quantization_config` of an artifact whose quantized layers are all of one kind: groups, or rows of int8 or
-    e4m3 codes.
+    """The `quantization_config` of an artifact whose quantized layers are all of one kind: groups of integers or of
+    e2m1 codes, or rows of int8 or e4m3 codes.
 
     If all layers have the same scheme, its target is every `Linear` that is not in `ignore`. Else each scheme names its
     modules.
@@ -184,6 +236,7 @@ class _Scheme:
         desc_act: the groups are in activation order.
         number: what the codes are.
         activations: what 8-bit activations are; None for 16 bits.
+        float4: which scales codes in e2m1 have; None for other codes.
     """
 
     form: str
@@ -193,6 +246,7 @@ class _Scheme:
     desc_act: bool
     number: _Number = "int"
     activations: _Number | None = None
+    float4: Float4Kind | None = None
 
 
 def _scheme(spec: QuantizedSpec) -> _Scheme:
@@ -200,6 +254,9 @@ def _scheme(spec: QuantizedSpec) -> _Scheme:
         return _Scheme("int-quantized", 8, -1, sym=True, desc_act=False, activations="int")
     if isinstance(spec, Float8QuantizedSpec):
         return _Scheme("float-quantized", 8, -1, sym=True, desc_act=False, number="float", activations="float")
+    if isinstance(spec, Float4QuantizedSpec):
+        form = next(form for form, kind in FLOAT4_FORMATS.items() if kind == spec.kind)
+        return _Scheme(form, 4, spec.group_size, sym=True, desc_act=False, number="float", float4=spec.kind)
     assert isinstance(spec, GroupQuantizedSpec)
     group_size = -1 if spec.group_size == spec.in_features else spec.group_size
     return _Scheme("pack-quantized", spec.bits, group_size, spec.sym, spec.desc_act and spec.groups > 1)
@@ -210,11 +267,17 @@ def _weights(scheme: _Scheme) -> dict[str, Any]:
         "num_bits": scheme.bits,
         "type": scheme.number,
         "symmetric": scheme.sym,
-        "strategy": "channel" if scheme.group_size == -1 else "group",
+        "strategy": _strategy(scheme),
         "group_size": None if scheme.group_size == -1 else scheme.group_size,
         "dynamic": False,
         "actorder": "group" if scheme.desc_act else None,
     }
+
+
+def _strategy(scheme: _Scheme) -> str:
+    if scheme.float4 is not None:
+        return FLOAT4_STRATEGIES[scheme.float4]
+    return "channel" if scheme.group_size == -1 else "group"
 
 
 def _token_activations(number: _Number) -> dict[str, Any]:

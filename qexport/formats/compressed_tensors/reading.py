@@ -16,7 +16,9 @@ import torch
 
 from qexport.architectures.structure import Structure
 from qexport.errors import InputError
+from qexport.formats import float4_tensors
 from qexport.formats.compressed_tensors.tensors import unpack_groups, unpack_rows
+from qexport.formats.float4_tensors import Float4Weight
 from qexport.formats.float8_tensors import Float8Weight
 from qexport.formats.stored_weight import (
     WHERE,
@@ -32,13 +34,20 @@ from qexport.formats.stored_weight import (
     strings,
 )
 from qexport.tensors import GroupQuantized, RowQuantized, TensorSpec, WeightSource
+from qexport.tensors.float4 import GROUP_SIZES, Float4Kind
 from qexport.tensors.input_rounding import InputRounding
 
 _LARGEST: Final = 1 << 31
 _CHANNEL: Final = (1, _LARGEST)
-_FORMATS: Final = ("int-quantized", "float-quantized", "pack-quantized")
+FLOAT4_FORMATS: Final[Mapping[str, Float4Kind]] = {"nvfp4-pack-quantized": "nvfp4", "mxfp4-pack-quantized": "mxfp4"}
+"""The formats of codes in e2m1, with their scales."""
+
+_FORMATS: Final = ("int-quantized", "float-quantized", "pack-quantized", *FLOAT4_FORMATS)
+FLOAT4_STRATEGIES: Final[Mapping[Float4Kind, str]] = {"nvfp4": "tensor_group", "mxfp4": "group"}
 _LIBRARY_DEFAULTS: Final = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
 _TOKEN: Final = {"num_bits": 8, "symmetric": True, "dynamic": True, "strategy": "token"}
+
+_PACKED: Final = ".weight_packed"
 
 SCALE: Final = "weight_scale"
 """The name of the scales of rows and blocks."""
@@ -51,7 +60,8 @@ class CompressedTensorsRules:
         config: the `quantization_config`.
 
     Attributes:
-        packed: whether the format is `pack-quantized`; else the codes are bytes.
+        packed: whether the format is `pack-quantized`; else the codes are bytes, or two in a byte.
+        float4: which scales codes in e2m1 have; None for other codes.
 
     Raises:
         InputError: the format or a scheme is not supported, or a field is missing or has a wrong type.
@@ -63,11 +73,12 @@ class CompressedTensorsRules:
         if config.get("kv_cache_scheme") is not None:
             raise InputError("a quantized cache is not supported", where=f"{WHERE}: kv_cache_scheme")
         self.packed = config["format"] == "pack-quantized"
+        self.float4 = FLOAT4_FORMATS.get(config["format"])
         self._ignore = _Names(config.get("ignore") or [], f"{WHERE}: ignore")
         groups = config.get("config_groups")
         if not isinstance(groups, dict) or not groups:
             raise InputError("config_groups must map names to groups", where=WHERE)
-        self._groups = [_group(group, f"{WHERE}: config_groups: {name}") for name, group in groups.items()]
+        self._groups = [_group(group, self.float4, f"{WHERE}: config_groups: {name}") for name, group in groups.items()]
 
     def scheme(self, module: str) -> Scheme | None:
         """How the linear is quantized; None if it is not. The first group that names it applies."""
@@ -89,10 +100,12 @@ class _Names:
         return named or any(expression.match(module) for expression in self._expressions)
 
 
-def _group(group: Any, where: str) -> tuple[_Names, Scheme]:
+def _group(group: Any, float4: Float4Kind | None, where: str) -> tuple[_Names, Scheme]:
     if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
         raise InputError("a group must have targets and weights", where=where)
     weights, activations = group["weights"], group.get("input_activations")
+    if float4 is not None:
+        return _Names(group.get("targets"), f"{where}: targets"), _float4_scheme(weights, activations, float4, where)
     make = _float_scheme if weights.get("type") == "float" else _int_scheme
     return _Names(group.get("targets"), f"{where}: targets"), make(weights, activations, where)
 
@@ -131,6 +144,25 @@ def _float_scheme(weights: Mapping[str, Any], activations: Any, where: str) -> S
     return Scheme(
         8, shared[1], sym=True, desc_act=False, block=shared, input_rounding=_float8_rounding(activations, where)
     )
+
+
+def _float4_scheme(weights: Mapping[str, Any], activations: Any, kind: Float4Kind, where: str) -> Scheme:
+    faults = {
+        "num_bits": weights.get("num_bits") != 4,
+        "type": weights.get("type") != "float",
+        "symmetric": weights.get("symmetric", True) is not True,
+        "strategy": weights.get("strategy") != FLOAT4_STRATEGIES[kind],
+        "group_size": weights.get("group_size") != GROUP_SIZES[kind],
+        "dynamic": weights.get("dynamic", False) is not False,
+    }
+    _refuse(faults, where)
+    if activations is not None:
+        raise InputError(
+            f"input_activations of {kind.upper()} weights are not supported: their rounding is not simulated",
+            where=where,
+            mend="quantize the model again with 16-bit activations",
+        )
+    return Scheme(4, GROUP_SIZES[kind], sym=True, desc_act=False, float4=kind)
 
 
 def _is_block(value: Any) -> bool:
@@ -233,8 +265,10 @@ class CompressedTensorsReader:
         self.description = f"compressed-tensors, {config['format']}"
 
     def weights(self, source: WeightSource) -> dict[str, StoredWeight]:
-        """The modules with a `weight_packed` (whose `weight_shape` is read), or a `weight_scale` in other formats."""
-        suffix = ".weight_packed" if self._rules.packed else f".{SCALE}"
+        """The modules with a `weight_packed`, or a `weight_scale` where codes are bytes. A `weight_shape` is read."""
+        if (kind := self._rules.float4) is not None:
+            return {module: self._float4(module, kind, source) for module in modules_with(_PACKED, source.specs())}
+        suffix = _PACKED if self._rules.packed else f".{SCALE}"
         make = self._packed if self._rules.packed else self._bytes
         return {module: make(module, source) for module in modules_with(suffix, source.specs())}
 
@@ -258,6 +292,10 @@ class CompressedTensorsReader:
         if not (0 < rows < _LARGEST and 0 < columns < _LARGEST):
             raise InputError(f"[{rows}, {columns}] is not a shape", where=f"{module}.weight_shape")
         return PackedWeight(module, (rows, columns), scheme, tuple(parts))
+
+    def _float4(self, module: str, kind: Float4Kind, source: WeightSource) -> Float4Weight:
+        refuse_missing(module, float4_tensors.parts(kind), source.specs())
+        return Float4Weight.found(module, source.specs(), self._rules.scheme(module), kind)
 
     def _bytes(self, module: str, source: WeightSource) -> RowWeight | Float8Weight:
         """Codes in int8, or in e4m3 if the scheme says so; without one, which is refused later, as they are stored."""

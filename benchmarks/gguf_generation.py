@@ -6,8 +6,8 @@ Greedy, batch 1, on one thread: decoding after a prompt of 64 tokens, and the fi
 
 makes four files of the demo's model and adapter in the folder, unless they are there: the GPTQ artifact of
 `recipes/gptq-4bit-gguf.yaml` with embedding and head in bfloat16, and in Q8_0; the merged model in bfloat16; and what
-llama.cpp's quantizer makes of that as Q4_0. Which codes are in a file changes no time, so GPTQ is given eight windows
-of calibration, and little is verified. `--gptq FOLDER` takes a finished artifact in place of the first.
+llama.cpp's quantizer makes of that as Q4_0. Which codes are in a file changes no time, so GPTQ is as short as
+it can be, and little is verified. `--gptq FOLDER` takes a finished artifact in place of the first.
 
 Every measurement is a process of its own. All are measured in every round, one after the other, in the opposite order
 in every second round, and a ratio compares what two did in the same round. CPU seconds, not those that pass, so that
@@ -68,8 +68,8 @@ def _files(arguments: argparse.Namespace) -> dict[str, Path]:
     work: Path = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     gptq = {
-        "method": "gptq", "bits": 4, "group_size": 32, "sym": True,
-        "calibration": {"source": str(ROOT / "calibration/general.jsonl"), "samples": 8, "sequence_length": 512},
+        "method": "gptq", "bits": 4, "group_size": 32, "sym": True, "mse": False, "gptaq_alpha": 0.0,
+        "calibration": {"source": str(ROOT / "calibration/general.jsonl"), "samples": 2, "sequence_length": 512},
     }  # fmt: skip
     found = {
         BASELINE: work / "llama-q4_0.gguf",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 import factories
 import gguf_folders
 import qexport
-from gguf_faults import Rows, copied, half_rotated, rolled, rows_of, value_of
+from gguf_faults import Q4_0_BYTES, Rows, copied, half_rotated, rolled, rows_of, value_of
 from qexport.artifact.figures import CheckResult
 from qexport.artifact.names import GGUF_NAME
 from qexport.errors import CompatibilityError, InputError, QexportError
@@ -30,7 +30,9 @@ from qexport.formats.gguf.header import header_bytes
 from qexport.pipeline.inspection import inspect_artifact
 from qexport.pipeline.runtimes import misfit
 from qexport.reading.gguf_weights import GgufWeights
+from qexport.reading.layer_records import refuse_other_layers
 from qexport.reading.stored_model import open_stored
+from qexport.records import LayerRecord
 from qexport.runtimes import NAMES, RuntimeSettings
 from qexport.tensors import GroupQuantized
 from qexport.tensors.gguf_file import GgufFile
@@ -530,7 +532,7 @@ def failed(folder: Path, base: Path, held_out: Path) -> list[CheckResult]:
     return [check for check in report.checks if not check.passed]
 
 
-@pytest.mark.parametrize("name", ["llama", "llama, int8", "llama, w8a8"])
+@pytest.mark.parametrize("name", ["llama", "llama, 2", "llama, 3", "llama, int8", "llama, w8a8"])
 def test_a_sound_folder_passes(name: str, made: Make, held_out: Path) -> None:
     assert failed(made(name).gguf, made(name).base, held_out) == []
 
@@ -542,6 +544,64 @@ def test_a_fault_in_the_file_is_named_by_a_gate(fault: str, made: Make, held_out
     found = failed(folder, made("llama").base, held_out)
     assert [check.gate for check in found] == [gate]
     assert words in found[0].detail
+
+
+def one_step_larger(rows: Rows) -> Rows:
+    """The codes of Q4_0 plus 1, as if another number had been added to codes of fewer bits."""
+    found = rows.reshape(len(rows), -1, Q4_0_BYTES).copy()
+    found[:, :, 2:] += 0x11
+    return found
+
+
+def test_codes_of_3_bits_with_another_zero_are_a_fault(made: Make, held_out: Path, tmp_path: Path) -> None:
+    def change(path: Path) -> None:
+        rows_of(path, "blk.1.ffn_up.weight", one_step_larger)
+
+    folder = copied(made("llama, 3").gguf, tmp_path / "changed", change)
+    (found,) = failed(folder, made("llama, 3").base, held_out)
+    assert (found.gate, "model.layers.1.mlp.up_proj" in found.detail) == ("weights", True)
+
+
+@pytest.mark.parametrize(("bits", "told", "agrees"), [(3, 3, True), (3, 2, False), (3, 8, False), (4, 3, False)])
+def test_the_bits_of_the_manifest_are_those_that_the_codes_need(bits: int, told: int, agrees: bool, made: Make) -> None:
+    with open_stored(made(f"llama, {bits}").gguf, dtype=torch.float32) as own:
+        records = [
+            LayerRecord.uncalibrated(name, layer.method, told, layer.group_size) for name, layer in own.layers.items()
+        ]
+        with nullcontext() if agrees else pytest.raises(InputError, match=f"stored are {bits} bits"):
+            refuse_other_layers(records, own)
+
+
+def test_codes_that_are_all_zero_tell_no_bits(made: Make, tmp_path: Path) -> None:
+    """Their layer has 2 bits to the reader, whatever it was quantized with."""
+
+    def change(path: Path) -> None:
+        for block in (0, 1):
+            rows_of(path, f"blk.{block}.ffn_up.weight", all_eight)
+
+    with open_stored(copied(made("llama").gguf, tmp_path / "changed", change), dtype=torch.float32) as own:
+        assert {layer.bits for name, layer in own.layers.items() if "up_proj" in name} == {2}
+        records = [
+            LayerRecord.uncalibrated(name, layer.method, 4, layer.group_size) for name, layer in own.layers.items()
+        ]
+        refuse_other_layers(records, own)
+
+
+def all_eight(rows: Rows) -> Rows:
+    found = rows.reshape(len(rows), -1, Q4_0_BYTES).copy()
+    found[:, :, 2:] = 0x88
+    return found
+
+
+def test_the_plan_says_what_2_and_3_bits_take(made: Make) -> None:
+    base = gguf_folders.load(made("llama").base)
+    layouts = {bits: gguf_folders.layout("gguf", base, {**gguf_folders.GPTQ, "bits": bits}) for bits in (2, 3, 4)}
+    assert len({layout.weights.total_bytes for layout in layouts.values()}) == 1
+    said = {bits: [note for note in layout.notes if "4.5 bits per weight" in note] for bits, layout in layouts.items()}
+    assert [note[:24] for notes in said.values() for note in notes] == [
+        "codes of 2 bits take the",
+        "codes of 3 bits take the",
+    ]
 
 
 def test_a_header_that_contradicts_the_files_beside_it_is_refused_by_inspect(made: Make, tmp_path: Path) -> None:

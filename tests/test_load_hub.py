@@ -408,6 +408,29 @@ def test_inspect_of_a_repository_of_gguf_files(
     assert "Tiny-F32.gguf" in hub.whole
 
 
+def test_inspect_of_a_repository_with_a_model_in_several_gguf_files(
+    hub: type[Hub], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "Tiny", "llama", split_max_tensors=1)
+    for name in ("token_embd.weight", "output.weight"):
+        writer.add_tensor(name, np.zeros((64, 512), dtype=np.float32))
+    writer.write_header_to_file(tmp_path / "Tiny.gguf")
+    for step in (writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    hub.files = {path.name: path.read_bytes() for path in tmp_path.glob("*.gguf")}
+    first, second = sorted(hub.files)
+    assert main(["inspect", str(tmp_path / first), "--json"]) == 0
+    local = json.loads(capsys.readouterr().out)
+    assert (local["tensors"], sorted(local["files"])) == (2, [first, second])
+    for place in ("hub:org/tiny", f"hub:org/tiny/{first}"):
+        hub.whole = set()
+        assert main(["inspect", place, "--json"]) == 0
+        assert {**json.loads(capsys.readouterr().out), "place": ""} == {**local, "place": ""}
+        assert hub.whole & {first, second} == set()
+    assert main(["inspect", f"hub:org/tiny/{second}"]) == 3
+    assert "not the first of the model's 2 files" in capsys.readouterr().err
+
+
 def test_one_of_several_gguf_files_must_be_named(hub: type[Hub], capsys: pytest.CaptureFixture[str]) -> None:
     hub.files = {"a-Q4_0.gguf": b"", "a-Q8_0.gguf": b"", "README.md": b""}
     assert main(["inspect", "hub:org/tiny"]) == 3

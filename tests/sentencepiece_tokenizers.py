@@ -109,7 +109,11 @@ def _pairs(text: str, vocabulary: Mapping[str, int], skipped: set[str]) -> list[
 
 def tiny(style: Style, texts: Sequence[str] = factories.TEXT, count: int = 400) -> dict[str, Any]:
     """tokenizer.json of a tokenizer that was trained on some texts."""
-    found = content(style, *pieces(texts, count))
+    return styled(style, content(style, *pieces(texts, count)))
+
+
+def styled(style: Style, found: dict[str, Any]) -> dict[str, Any]:
+    """tokenizer.json with the white space behind added tokens that Phi 3 drops."""
     if style is PHI3:
         for token in found["added_tokens"]:
             token["rstrip"] = token["content"] not in ("<unk>", "<s>", "<|endoftext|>")

@@ -97,7 +97,7 @@ def content(style: Style, joined: Sequence[str], letters: Sequence[str]) -> dict
 
 
 def _added(text: str, number: int, *, special: bool) -> dict[str, Any]:
-    strip = {key: False for key in ("single_word", "lstrip", "rstrip", "normalized")}
+    strip = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {"id": number, "content": text, **strip, "special": special}
 
 
@@ -146,5 +146,7 @@ def joined_by_scores(text: str, values: Mapping[str, Any]) -> list[int]:
             break
         place = -max(found)[1]
         symbols[place : place + 2] = ["".join(symbols[place : place + 2])]
-    parts = [[numbers[each]] if each in numbers else [numbers[f"<0x{b:02X}>"] for b in each.encode()] for each in symbols]
+    parts = [
+        [numbers[each]] if each in numbers else [numbers[f"<0x{b:02X}>"] for b in each.encode()] for each in symbols
+    ]
     return [number for part in parts for number in part]

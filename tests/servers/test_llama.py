@@ -27,7 +27,7 @@ import gguf_folders
 import qexport
 import sentencepiece_tokenizers as tiny
 import vllm_artifacts as artifacts
-from gguf_faults import Change, copied, half_rotated, rolled, rows_of, smaller, value_of
+from gguf_faults import Change, Rows, copied, half_rotated, rolled, rows_of, smaller, value_of
 from qexport.architectures.architecture import Checkpoint
 from qexport.artifact.figures import find_figure
 from qexport.artifact.names import GGUF_NAME
@@ -35,6 +35,9 @@ from qexport.artifact.served import RuntimeFacts
 from qexport.errors import CompatibilityError
 from qexport.export import GgufSettings
 from qexport.gates.serving import decide_served, fidelity_limit, limits_of_runtime
+from qexport.loading import LoadSettings
+from qexport.loading.checkpoint import load_checkpoint
+from qexport.loading.small_files import open_tokenizer
 from qexport.progress import Steps, silent
 from qexport.reading.stored_model import open_stored
 from qexport.runtimes import RuntimeSettings, ServedDtype
@@ -327,6 +330,33 @@ def test_llama_cpp_makes_the_same_tokens(name: str, tmp_path: Path) -> None:
     assert all(row[:1] == [1] for row in found) == (name == "llama-bpe")
 
 
+GEMMA = os.environ.get("QEXPORT_GEMMA", "")
+
+
+@pytest.mark.skipif(not GEMMA, reason="QEXPORT_GEMMA names no file")
+def test_llama_cpp_makes_the_tokens_of_a_real_gemma(tmp_path: Path) -> None:
+    """262,144 tokens that SentencePiece has trained, as transformers reads them from Gemma's GGUF file."""
+    files = load_checkpoint(LoadSettings(base=GEMMA)).files
+    config = gguf_folders.CONFIGS["gemma 3"]
+    values = {**config.to_dict(), "vocab_size": 262144, "bos_token_id": 2, "eos_token_id": 1}
+    factories.build(type(config)(**values)).save_pretrained(tmp_path / "base")
+    for name, content in files.items():
+        if "config" not in name or name.startswith("tokenizer"):
+            (tmp_path / "base" / name).write_bytes(content)
+    base = gguf_folders.load(tmp_path / "base")
+    records = list(gguf_folders.records(base, gguf_folders.NONE, tmp_path))
+    gguf_folders.write(gguf_folders.layout("gguf", base, gguf_folders.NONE), tmp_path / "gguf", records, base)
+    lines = artifacts.TEXT.read_text(encoding="utf-8").splitlines()
+    texts = [*TORTURE.values(), *(json.loads(line)["text"] for line in lines)]
+    tokenizer = open_tokenizer(base)
+    with ChildRuntime(settings(), tmp_path / "gguf", longest=40) as runtime:
+        found = runtime.tokenized(texts)
+    assert found is not None
+    wanted = [tokenizer(text)["input_ids"] for text in texts]
+    assert [text for text, one, other in zip(texts, wanted, found, strict=True) if one != other] == []
+    print(f"\nGemma: {sum(map(len, wanted))} tokens of {len(texts)} texts", file=sys.stderr)
+
+
 # Faults in what is served.
 
 
@@ -349,6 +379,35 @@ def test_a_fault_shows_in_float32(
     folder, base = made("llama").gguf, gguf_folders.load(made("llama").base)
     reference = make_reference(base, VerifySettings(text=str(text), windows=8, max_windows=8, sequence_length=48))
     found = measured(copied(folder, tmp_path / "served", TINY[fault]), folder, reference, "float32")
+    assert found.failed == ["fidelity_kl through llama.cpp float32"]
+
+
+def lowered(rows: Rows) -> Rows:
+    """Norms without the 1 that Gemma adds."""
+    return (rows.view(np.float32) - np.float32(1)).view(np.uint8)
+
+
+def number(key: str, old: Any, new: Any) -> Change:
+    return lambda path: value_of(path, key, old.tobytes(), new.tobytes())
+
+
+OF_GEMMA: Mapping[str, Change] = {
+    "a norm without 1": lambda path: rows_of(path, "blk.2.ffn_norm.weight", lowered),
+    "longer windows": number("attention.sliding_window", np.uint32(16), np.uint32(64)),
+    "rope base of windows": number("rope.freq_base_swa", np.float32(2e4), np.float32(1e4)),
+    "rope scaling": number("rope.scaling.factor", np.float32(8), np.float32(4)),
+    "bounds": number("final_logit_softcapping", np.float32(20), np.float32(10)),
+}
+
+
+@pytest.mark.parametrize("fault", OF_GEMMA)
+def test_a_fault_of_gemma_shows_in_float32(
+    fault: str, made: Callable[..., gguf_folders.Made], text: Path, tmp_path: Path
+) -> None:
+    """All of them are in the header or the norms, which no gate on the codes sees."""
+    folder, base = made("gemma 3 linear").gguf, gguf_folders.load(made("gemma 3 linear").base)
+    reference = make_reference(base, VerifySettings(text=str(text), windows=8, max_windows=8, sequence_length=48))
+    found = measured(copied(folder, tmp_path / "served", OF_GEMMA[fault]), folder, reference, "float32")
     assert found.failed == ["fidelity_kl through llama.cpp float32"]
 
 

@@ -1,9 +1,9 @@
-"""Runs in the environment of llama.cpp: trains SentencePiece's BPE, for which llama.cpp's converter has its own reading.
+"""Runs in the environment of llama.cpp: trains SentencePiece's BPE, whose own file llama.cpp's converter reads.
 
     python train_with_sentencepiece.py TEXT FOLDER STYLE
 
-TEXT has one text a line; STYLE is JSON with `prefix`, `special` and `found` as in `sentencepiece_tokenizers.Style`. FOLDER
-gets tokenizer.model, and pieces.json with all pieces in order.
+TEXT has one text a line; STYLE is JSON with `prefix`, `special` and `found` as in `sentencepiece_tokenizers.Style`.
+FOLDER gets tokenizer.model, and pieces.json with all pieces in order.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def content(style: Style, joined: Sequence[str], letters: Sequence[str]) -> dict
 
 
 def _added(text: str, number: int, *, special: bool) -> dict[str, Any]:
-    strip = {key: False for key in ("single_word", "lstrip", "rstrip", "normalized")}
+    strip = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {"id": number, "content": text, **strip, "special": special}
 
 
@@ -109,7 +109,11 @@ def _pairs(text: str, vocabulary: Mapping[str, int], skipped: set[str]) -> list[
 
 def tiny(style: Style, texts: Sequence[str] = factories.TEXT, count: int = 400) -> dict[str, Any]:
     """tokenizer.json of a tokenizer that was trained on some texts."""
-    found = content(style, *pieces(texts, count))
+    return styled(style, content(style, *pieces(texts, count)))
+
+
+def styled(style: Style, found: dict[str, Any]) -> dict[str, Any]:
+    """tokenizer.json with the white space behind added tokens that Phi 3 drops."""
     if style is PHI3:
         for token in found["added_tokens"]:
             token["rstrip"] = token["content"] not in ("<unk>", "<s>", "<|endoftext|>")
@@ -142,5 +146,7 @@ def joined_by_scores(text: str, values: Mapping[str, Any]) -> list[int]:
             break
         place = -max(found)[1]
         symbols[place : place + 2] = ["".join(symbols[place : place + 2])]
-    parts = [[numbers[each]] if each in numbers else [numbers[f"<0x{b:02X}>"] for b in each.encode()] for each in symbols]
+    parts = [
+        [numbers[each]] if each in numbers else [numbers[f"<0x{b:02X}>"] for b in each.encode()] for each in symbols
+    ]
     return [number for part in parts for number in part]

@@ -13,7 +13,14 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    Phi3Config,
+    PretrainedConfig,
+    Qwen3Config,
+)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import factories
@@ -103,7 +110,9 @@ def test_every_value_is_that_of_the_safetensors_layout(name: str, made: Make) ->
         own.check_complete()
 
 
-@pytest.mark.parametrize("name", ["llama", "falcon 7b", "qwen2", "llama, 2", "llama, 3", "llama, 8"])
+@pytest.mark.parametrize(
+    "name", ["llama", "falcon 7b", "qwen2", "llama, 2", "llama, 3", "llama, 8", "gemma 2", "gemma 3", "phi 3"]
+)
 def test_the_gguf_package_reads_the_same_values(name: str, made: Make) -> None:
     """The rows are ordered here as llama.cpp's converter orders them."""
     folders = made(name)
@@ -118,12 +127,12 @@ def test_the_gguf_package_reads_the_same_values(name: str, made: Make) -> None:
         value = record.value.dequantize() if isinstance(record.value, GroupQuantized) else record.value
         assert isinstance(value, torch.Tensor)
         found = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(value.shape)
-        assert np.array_equal(found, reordered(parameter, value.float(), config).numpy()), parameter
+        wanted = reordered(parameter, value.float(), config) + (parameter.endswith("norm.weight") and "gemma" in name)
+        assert np.array_equal(found, wanted.numpy()), parameter
 
 
 def arch_of(config: PretrainedConfig) -> gguf.MODEL_ARCH:
-    arches = {"llama": gguf.MODEL_ARCH.LLAMA, "falcon": gguf.MODEL_ARCH.FALCON, "qwen2": gguf.MODEL_ARCH.QWEN2}
-    return arches[config.model_type]
+    return gguf.MODEL_ARCH[config.model_type.removesuffix("_text").upper()]
 
 
 def reordered(name: str, value: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
@@ -138,12 +147,84 @@ def reordered(name: str, value: torch.Tensor, config: PretrainedConfig) -> torch
     return value
 
 
-def test_transformers_reads_the_same_model(made: Make) -> None:
-    folder, ids = made("llama").gguf, torch.arange(20)[None]
+@pytest.mark.parametrize("name", ["llama", "phi 3"])
+def test_transformers_reads_the_same_model(name: str, made: Make) -> None:
+    folder, ids = made(name).gguf, torch.arange(20)[None]
     stock = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_NAME, dtype=torch.float32)
     own = qexport.load(folder, device="cpu", dtype=torch.float32, check=False)
     with torch.no_grad():
         assert torch.equal(stock(input_ids=ids).logits, own(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("name", ["gemma 2", "gemma 3 linear"])
+def test_transformers_reads_the_same_weights_of_gemma(name: str, made: Make) -> None:
+    """It does not read which layers see a window, scaled rotary embeddings, and what queries are divided by."""
+    folder = made(name).gguf
+    stock = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_NAME, dtype=torch.float32).state_dict()
+    with open_stored(folder, dtype=torch.float32) as own:
+        for parameter in own.specs():
+            assert torch.equal(stock[parameter], own.read(parameter)), parameter
+
+
+WINDOWS: Mapping[str, tuple[PretrainedConfig, dict[str, Any]]] = {
+    "the family's": (
+        gguf_folders.CONFIGS["gemma 3 linear"],
+        {
+            "attention.sliding_window": 16, "rope.freq_base_swa": 20000.0, "rope.freq_base": 500000.0,
+            "rope.scaling.type": "linear", "rope.scaling.factor": 8.0, "final_logit_softcapping": 20.0,
+        },
+    ),
+    "every second": (
+        gguf_folders.CONFIGS["gemma 3"],
+        {
+            "attention.sliding_window": 16, "attention.sliding_window_pattern": 2, "rope.freq_base_swa": 10000.0,
+            "rope.freq_base": 1000000.0,
+        },
+    ),
+    "none": (
+        Gemma3TextConfig(**factories.GROUPED, query_pre_attn_scalar=16, layer_types=["full_attention"] * 2),
+        {"rope.freq_base": 1000000.0},
+    ),
+    "gemma 2": (
+        gguf_folders.CONFIGS["gemma 2"],
+        {
+            "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "attention.sliding_window": 16,
+            "rope.freq_base": 10000.0,
+        },
+    ),
+    "phi 3": (
+        gguf_folders.CONFIGS["phi 3"],
+        {"attention.sliding_window": 0, "rope.scaling.original_context_length": 4096, "rope.freq_base": 10000.0},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WINDOWS)
+def test_the_keys_of_windows_rotary_embeddings_and_bounds(case: str, tmp_path: Path) -> None:
+    config, wanted = WINDOWS[case]
+    layout = gguf_folders.layout("gguf", gguf_folders.checkpoint(config, tmp_path), gguf_folders.NONE)
+    assert isinstance(layout.weights, GgufFiles)
+    values = {key.partition(".")[2]: value for key, value in layout.weights.values.items()}
+    found = {key: value for key, value in values.items() if key.startswith(("rope.", "attention.sl")) or "soft" in key}
+    assert found == wanted | {"rope.dimension_count": 16}
+    assert values["context_length"] == 256
+
+
+def test_norms_that_are_nearly_zero_raise_no_alarm(tmp_path: Path, held_out: Path) -> None:
+    """1 + 1e-7 in float32 is what the model multiplies by, and what the file has."""
+    model = factories.build(factories.FAMILIES["gemma 3"])
+    with torch.no_grad():
+        model.get_parameter("model.norm.weight").copy_(torch.logspace(-9, -4, 64))
+    base = gguf_folders.load(factories.save(model, tmp_path / "base"))
+    records = list(gguf_folders.records(base, gguf_folders.NONE, tmp_path))
+    gguf_folders.write(gguf_folders.layout("gguf", base, gguf_folders.NONE), tmp_path / "gguf", records, base)
+    with open_stored(tmp_path / "gguf", dtype=torch.float32) as own:
+        assert own.raised == {name for name in own.specs() if name.endswith("norm.weight")}
+        assert not torch.equal(own.read("model.norm.weight"), base.weights.read("model.norm.weight").float())
+    assert failed(tmp_path / "gguf", tmp_path / "base", held_out) == []
+    changed = copied(tmp_path / "gguf", tmp_path / "changed", lambda path: rows_of(path, "output_norm.weight", larger))
+    (fault,) = failed(changed, tmp_path / "base", held_out)
+    assert "model.norm.weight" in fault.detail
 
 
 def test_the_header_has_the_bytes_that_the_gguf_package_writes(tmp_path: Path, made: Make) -> None:
@@ -310,6 +391,18 @@ def test_a_method_without_an_exact_type_is_refused_before_any_work(case: str, ll
     assert "leave" in str(caught.value)
 
 
+def gemma2(**changes: Any) -> Gemma2Config:
+    return Gemma2Config(**{**factories.FAMILIES["gemma 2"].to_dict(), **changes})
+
+
+def gemma3(**changes: Any) -> Gemma3TextConfig:
+    return Gemma3TextConfig(**{**factories.FAMILIES["gemma 3"].to_dict(), **changes})
+
+
+def phi3(**changes: Any) -> Phi3Config:
+    return Phi3Config(**{**factories.FAMILIES["phi 3"].to_dict(), **changes})
+
+
 MODELS: Mapping[str, tuple[PretrainedConfig, str]] = {
     "gpt-2": (factories.gpt2_config(), "does not know the family gpt2"),
     "mixtral": (factories.mixtral_config(), "does not know the family mixtral"),
@@ -327,6 +420,49 @@ MODELS: Mapping[str, tuple[PretrainedConfig, str]] = {
     "qwen3 with biases": (
         Qwen3Config(**{**factories.FAMILIES["qwen3"].to_dict(), "attention_bias": True}),
         "attention_bias is True",
+    ),
+    "query divisor": (gemma3(query_pre_attn_scalar=32), "query_pre_attn_scalar is 32, and llama.cpp takes 16"),
+    "query divisor of 62 blocks": (
+        gemma3(num_hidden_layers=62, layer_types=None, head_dim=8, query_pre_attn_scalar=8),
+        "llama.cpp takes 16",
+    ),
+    "no bounds": (gemma2(attn_logit_softcapping=None), "attn_logit_softcapping is None, and llama.cpp always caps"),
+    "no bounds of predictions": (gemma2(final_logit_softcapping=None), "final_logit_softcapping is None"),
+    "bounds of attention": (gemma3(attn_logit_softcapping=50.0), "and llama.cpp does not cap"),
+    "another gelu": (gemma2(hidden_activation="gelu"), "hidden_activation is 'gelu'"),
+    "both directions": (gemma2(use_bidirectional_attention=True), "use_bidirectional_attention is True"),
+    "every other pattern": (
+        gemma3(num_hidden_layers=3, layer_types=["full_attention", "sliding_attention", "full_attention"]),
+        "not every n-th layer",
+    ),
+    "gemma 2 without windows": (gemma2(layer_types=["full_attention"] * 2), "no layer has a sliding window"),
+    "a window of nothing": (gemma3(sliding_window=0), "sliding_window is 0"),
+    "a scaled window": (
+        gemma3(
+            rope_parameters={
+                "sliding_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+                "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+            }
+        ),
+        "the rotary embedding of layers with a sliding window",
+    ),
+    "gemma 2 with a head of its own": (gemma2(tie_word_embeddings=False), "llama.cpp has no place"),
+    "longrope": (
+        phi3(
+            rope_parameters={
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "factor": 2.0,
+                "original_max_position_embeddings": 128,
+                "short_factor": [1.0] * 8,
+                "long_factor": [2.0] * 8,
+            }
+        ),
+        "rope_type is 'longrope'",
+    ),
+    "a part rotates": (
+        phi3(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+        "partial_rotary_factor is not 1",
     ),
     "no window": (factories.mistral_config(sliding_window=0), "sliding_window is 0"),
     "windows": (factories.qwen2_config(use_sliding_window=True), "use_sliding_window is True"),

@@ -47,8 +47,10 @@ def content(name: str, change: Change = lambda _: None) -> dict[str, Any]:
     return found
 
 
-def converted(found: Mapping[str, Any], *, rows: int | None = None, inexact: bool = False, **more: Any) -> GgufTokenizer:
-    first, begin, end = (token["content"] for token in found["added_tokens"][:3])
+def converted(
+    found: Mapping[str, Any], *, rows: int | None = None, inexact: bool = False, **more: Any
+) -> GgufTokenizer:
+    begin, end = (token["content"] for token in found["added_tokens"][1:3])
     settings = {"bos_token": begin, "eos_token": end, **more}
     files = {"tokenizer.json": json.dumps(found).encode(), "tokenizer_config.json": json.dumps(settings).encode()}
     return gguf_tokenizer(files, {}, rows or len(found["model"]["vocab"]), inexact=inexact)

@@ -22,6 +22,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma2Config,
     Gemma3TextConfig,
     GgufConfig,
     Phi3Config,
@@ -68,7 +69,7 @@ def write_model(
         if name not in model.all_tied_weights_keys:
             module, _, leaf = name.rpartition(".")
             stored = KINDS[kind if tensor.dim() == 2 else "F32"]
-            if family == "gemma3" and module.endswith("norm"):
+            if family.startswith("gemma") and module.endswith("norm"):
                 tensor += 1
             writer.add_tensor(
                 f"{names.get_name(module)}.{leaf}", gguf.quantize(tensor.numpy(), stored), raw_dtype=stored
@@ -177,6 +178,7 @@ def test_qwen2_weights_and_config_equal_transformers_conversion(package: Path) -
 OTHERS: dict[str, PretrainedConfig] = {
     "qwen3": Qwen3Config(**(factories.GROUPED | dict[str, Any](head_dim=128))),
     "phi3": Phi3Config(**factories.GROUPED),
+    "gemma2": Gemma2Config(**factories.GROUPED, query_pre_attn_scalar=16, sliding_window=16),
     "gemma3": Gemma3TextConfig(
         **(factories.GROUPED | dict[str, Any](num_hidden_layers=7, intermediate_size=32)), sliding_window=16,
         query_pre_attn_scalar=16, rope_parameters={
@@ -190,7 +192,11 @@ OTHERS: dict[str, PretrainedConfig] = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_families_equal_transformers_conversion(name: str, package: Path) -> None:
     path = write_model(package / "tiny.gguf", OTHERS[name], kind="Q8_0")
-    not_in_its_conversion = {"gemma3": {"query_pre_attn_scalar"}, "phi3": {"sliding_window"}}
+    not_in_its_conversion = {
+        "gemma3": {"query_pre_attn_scalar"},
+        "gemma2": {"query_pre_attn_scalar"},
+        "phi3": {"sliding_window"},
+    }
     assert_as_transformers_loads_it(load(), path, but=not_in_its_conversion.get(name))
 
 

@@ -128,7 +128,8 @@ class GgufSettings(Settings):
 
     inexact: Literal["refuse", "allow"] = "refuse"
     """`allow` stores 4-bit GPTQ with `sym: false` as Q4_1, whose minima are rounded to float16: its values differ from
-    those of the other layouts by at most 0.0074 steps."""
+    those of the other layouts by at most 0.0074 steps. It also takes tokenizers of SentencePiece's kind of which
+    llama.cpp makes other tokens for texts with certain spaces; the manifest's notes name them."""
 
 
 ExportSettings = Annotated[

@@ -33,7 +33,9 @@ def gemma_keys(config: PretrainedConfig) -> dict[str, Value]:
         config: one without `gemma_problems`.
     """
     capped: dict[str, Value] = {
-        key: float(cap) for key in ("attn_logit_softcapping", "final_logit_softcapping") if (cap := getattr(config, key))
+        key: float(cap)
+        for key in ("attn_logit_softcapping", "final_logit_softcapping")
+        if (cap := getattr(config, key))
     }
     return {
         "feed_forward_length": int(config.intermediate_size),
@@ -62,7 +64,8 @@ def _pattern(config: PretrainedConfig) -> int | None:
     if there is none.
     """
     kinds, own = config.layer_types, _PATTERNS[str(config.model_type)]
-    for pattern in (own, *range(2, len(kinds) + 2)):
+    patterns: list[int] = [own, *range(2, len(kinds) + 2)]
+    for pattern in patterns:
         if all((kind == _SLIDING) is (layer % pattern < pattern - 1) for layer, kind in enumerate(kinds)):
             return pattern
     return None

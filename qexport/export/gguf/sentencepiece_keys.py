@@ -73,8 +73,8 @@ class SentencePieceKeys:
             )
         if found := [token["content"] for token in self._added if token["content"] not in self._apart]:
             yield (
-                f"added_tokens: {found[0]!r} is also found in a text that has the sign {SPACE} itself; llama.cpp joins it "
-                "from spaces alone"
+                f"added_tokens: {found[0]!r} is also found in a text that has the sign {SPACE} itself; llama.cpp joins "
+                "it from spaces alone"
             )
 
     def _added_problems(self) -> Iterator[str]:

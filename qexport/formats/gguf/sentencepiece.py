@@ -1,9 +1,9 @@
 """SentencePiece's BPE, as tokenizer.json has it and as llama.cpp computes it (its tokenizer `llama`).
 
-tokenizers joins two neighbours that stand in a list of merges, the earliest entry first. llama.cpp has no list: it joins
-two neighbours wherever their text is a token, the token with the highest score first. Both give the same tokens if the
-list has every pair of tokens that makes a token, and all pairs that make the same token one behind the other; a
-token's score is then its place. Lists that were made from a file of SentencePiece are like that. The reference is
+tokenizers joins two neighbours that stand in a list of merges, the earliest entry first. llama.cpp has no list: it
+joins two neighbours wherever their text is a token, the token with the highest score first. Both give the same tokens
+if the list has every pair of tokens that makes a token, and all pairs that make the same token one behind the other; a
+token's score is then minus its place. Lists that were made from a file of SentencePiece are like that. The reference is
 `src/llama-vocab.cpp` as of llama-cpp-python 0.3.36.
 """
 
@@ -119,9 +119,7 @@ def joins(model: Mapping[str, Any], apart: Collection[str]) -> Joins:
     return Joins({text: place for place, text in enumerate(text for text in places if text not in apart)}, problems)
 
 
-def _other_joins(
-    tokens: Collection[str], apart: Collection[str], pairs: Collection[tuple[str, ...]]
-) -> Iterator[str]:
+def _other_joins(tokens: Collection[str], apart: Collection[str], pairs: Collection[tuple[str, ...]]) -> Iterator[str]:
     letters, never = ({text for text in some if len(text) == 1} for some in (tokens, apart))
     for text in tokens:
         if len(text) == 1 or text in BYTES or not never.isdisjoint(text):

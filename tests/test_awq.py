@@ -312,6 +312,14 @@ def test_patterns_that_match_nothing_are_refused() -> None:
         records(MHA, skip_modules=["*.x"])
 
 
+@pytest.mark.parametrize(("width", "fitting"), [(192, "32, 64"), (48, "none; leave these layers out")])
+def test_a_group_size_that_does_not_divide_names_those_that_awq_takes(width: int, fitting: str) -> None:
+    config = factories.llama_config(hidden_size=width, intermediate_size=192)
+    with pytest.raises(CompatibilityError) as caught:
+        Awq(group_size=128).plan(checkpoint(config, factories.build(config)))
+    assert str(caught.value).partition("\n")[0].endswith(f"sizes that fit them all: {fitting}")
+
+
 def test_a_family_without_folds_says_so() -> None:
     config = factories.gpt2_config()
     plan = Awq(group_size=32).plan(checkpoint(config, factories.build(config)))

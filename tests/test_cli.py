@@ -848,7 +848,7 @@ QUICK = {
     "no base": (["run", "r.yaml", "load.base=./nowhere"], "there is no folder"),
     "no adapter": (["plan", "r.yaml", "load.adapter=./nowhere"], "there is no folder"),
     "no text": (["run", "r.yaml", "quantize.calibration.source=nowhere.jsonl"], "cannot be read: No such file"),
-    "no artifact": (["validate", "nowhere"], "the folder holds no config.json"),
+    "no artifact": (["validate", "nowhere"], "there is no such file or folder"),
 }
 
 

@@ -21,6 +21,7 @@ from qexport.errors import CompatibilityError, InputError, QexportError, RecipeE
 from qexport.loading import LoadSettings
 from qexport.loading.checkpoint import load_checkpoint
 from qexport.progress import Notice, Progress
+from qexport.reading.folders import artifact_place
 
 CONFIGS: dict[str, Callable[..., PretrainedConfig]] = {
     "llama": factories.llama_config,
@@ -342,6 +343,12 @@ def test_a_folder_without_a_config_says_what_it_may_be(tmp_path: Path, planted: 
     message = refusal(tmp_path)
     assert "holds no config.json" in message
     assert hint in message
+
+
+@pytest.mark.parametrize("name", ["nothing", "nothing.gguf"])
+def test_a_place_that_does_not_exist_is_not_called_a_folder(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match="there is no such file or folder"):
+        artifact_place(tmp_path / name)
 
 
 @pytest.mark.parametrize("base", ["./absent", "absent", "/absent/model", "a/b/c", "org/na me", "-a/b", "pkg:os", ""])

@@ -249,6 +249,16 @@ def test_a_plan_finds_a_missing_interpreter_and_a_layout_for_none(made: Made) ->
         plan(load_recipe(made.recipe, ["verify.through=[]", "verify.gates.fidelity_kl={at_most: 0.1}"]))
 
 
+def test_a_plan_refuses_gates_on_the_speed_of_codes_that_no_runtime_measures(made: Made) -> None:
+    gate = "verify.gates.first_token_ratio={at_least: 0.5}"
+    with pytest.raises(RecipeError, match="only the speed of a runtime is measured") as found:
+        plan(load_recipe(made.recipe, ["verify.through=[]", gate]))
+    assert found.value.where == "verify.gates.first_token_ratio; layouts: safetensors"
+    plan(load_recipe(made.recipe, ["verify.through=[]", "verify.gates.first_token_ratio=null"]))
+    plan(load_recipe(made.recipe, ["verify.through=[]", gate, "quantize={method: none}"]))
+    plan(load_recipe(made.recipe, [gate]))
+
+
 def test_a_run_refuses_limits_that_only_endpoints_could_decide(made: Made) -> None:
     changes = ["verify.through=[{url: 'http://localhost:9'}]", "verify.gates.fidelity_kl={at_most: 0.1}"]
     with pytest.raises(RecipeError, match="a run asks no endpoint") as found:

@@ -210,12 +210,13 @@ def _measured(
     return found, unmet
 
 
+_Server = Literal["tgi", "vllm", "sglang", "tensorrt-llm"]
+
+
 @app.command()
 def validate(
     artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="The folder of a finished artifact.")],
-    server: Annotated[
-        Literal["tgi", "vllm"] | None, typer.Option(help="Check an artifact against what this server demands.")
-    ] = None,
+    server: Annotated[_Server | None, typer.Option(help="Check an artifact against what this server demands.")] = None,
     root: Annotated[
         str | None,
         typer.Option(
@@ -238,7 +239,7 @@ def validate(
 
 def _inspect(
     artifact: Path,
-    server: Literal["tgi", "vllm"] | None,
+    server: _Server | None,
     root: str | None,
     *,
     as_json: bool,
@@ -259,7 +260,8 @@ def _inspect(
         return None
     what = f"{len(found.failed)} of {len(found.checks)} demands of {server} are not met"
     names = listed([check.name for check in found.failed])
-    return Failure(what, CompatibilityError.exit_code, where=names, mend=f"export the layout {server}")
+    mend = f"export the layout {server}" if server in ("tgi", "vllm") else "the rules are in docs/read-servers.md"
+    return Failure(what, CompatibilityError.exit_code, where=names, mend=mend)
 
 
 def _refuse_taken(planned: Plan, output: Path) -> None:

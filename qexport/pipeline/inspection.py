@@ -16,7 +16,7 @@ from qexport.hidden_packages import hidden
 from qexport.reading.folders import model_folder
 from qexport.tensors.strict_files import CONFIG_BYTES, contained_path, read_json_object
 
-Server = Literal["tgi", "vllm"]
+Server = Literal["tgi", "vllm", "sglang", "tensorrt-llm"]
 ReportState = Literal["as in the manifest", "missing"]
 
 _WORDS: Mapping[Verdict, str] = {"yes": "loads", "wrong": "WRONG", "no": "refused", "untried": "untried"}
@@ -167,6 +167,14 @@ def _check(path: Path, server: Server) -> list[Check]:
             from qexport.export.vllm.rules import VLLM
 
             return VLLM.check(path)
+        case "sglang":
+            from qexport.export.sglang import SGLANG
+
+            return SGLANG.check(path)
+        case "tensorrt-llm":
+            from qexport.export.tensorrt_llm import TENSORRT_LLM
+
+            return TENSORRT_LLM.check(path)
 
 
 def _check_line(check: Check) -> str:

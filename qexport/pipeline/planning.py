@@ -31,7 +31,13 @@ from qexport.pipeline.choice_space import ChoiceSpace, Option, choice_space
 from qexport.pipeline.expectations import Expected, expect
 from qexport.pipeline.layer_types import LayerType, layer_types, type_lines
 from qexport.pipeline.made_choice import MadeChoice
-from qexport.pipeline.runtimes import check_runtimes, refuse_full_context, refuse_homeless, refuse_only_endpoints
+from qexport.pipeline.runtimes import (
+    check_runtimes,
+    refuse_full_context,
+    refuse_homeless,
+    refuse_only_endpoints,
+    refuse_unmeasured_speed,
+)
 from qexport.pipeline.texts import check_small_files, read_evaluation, refuse_long_windows
 from qexport.progress import Notice, ProgressCallback, silent
 from qexport.quantizing.method import Method
@@ -311,7 +317,8 @@ def plan(recipe: Recipe, *, texts: bool = False, progress: ProgressCallback = si
         progress: is called with what a user should know.
 
     Raises:
-        RecipeError: there are tasks, and lm-evaluation-harness is missing; or a gate can never be decided on the text.
+        RecipeError: there are tasks, and lm-evaluation-harness is missing; or a gate can never be decided, on this text
+            or without a runtime.
         InputError: the base, the adapter, the prompts, a task file or a text cannot be used.
         CompatibilityError: method, layout and model do not fit together.
         ResourceError: the run needs more memory than `max_memory`, and would compute on a CPU.
@@ -338,6 +345,8 @@ def plan(recipe: Recipe, *, texts: bool = False, progress: ProgressCallback = si
         protected = protect(recipe.quantize, merged, outputs)
     outputs = protected.outputs
     layouts = make_layouts(recipe.export, outputs, structure, merged.checkpoint)
+    if recipe.verify is not None:
+        refuse_unmeasured_speed(recipe.verify, _with_codes(layouts, outputs))
     expected = expect(recipe, merged, outputs, _stored(layouts))
     if recipe.max_memory is not None and find_device("auto").type == "cpu":
         expected.refuse_beyond(recipe.max_memory)
@@ -352,6 +361,13 @@ def _with_gate(recipe: Recipe) -> Recipe:
         return recipe
     gates = {**verify.gates, "mean_kl": Bounds(at_most=target)}
     return recipe.model_copy(update={"verify": verify.model_copy(update={"gates": gates})})
+
+
+def _with_codes(layouts: Sequence[Layout], outputs: Outputs) -> list[str]:
+    """The layouts whose folders hold quantized weights and no graph."""
+    quantized = {"gguf"} if outputs.quantized else set[str]()
+    quantized |= {layout.name for layout in layouts if layout.quantization is not None}
+    return [layout.name for layout in layouts if layout.name in quantized - {"onnx"}]
 
 
 def _stored(layouts: Sequence[Layout]) -> int:

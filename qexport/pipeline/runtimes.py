@@ -9,6 +9,7 @@ from typing import Any, Final
 from qexport.artifact.figures import CATALOGUE
 from qexport.errors import CompatibilityError, RecipeError, listed
 from qexport.export.vllm.launch import max_model_len
+from qexport.gates.limits import SPEED
 from qexport.reading.stored_model import StoredModel
 from qexport.runtimes import MODULES, RuntimeSettings
 from qexport.verifying import VerifySettings
@@ -53,6 +54,25 @@ def refuse_only_endpoints(settings: VerifySettings) -> None:
             "a run asks no endpoint, and only a runtime gives what these gates limit",
             where=listed([f"verify.gates.{name}" for name in names]),
             mend="name a program in verify.through; or remove the gates, and ask the endpoint with qexport verify",
+        )
+
+
+def refuse_unmeasured_speed(settings: VerifySettings, codes: Sequence[str]) -> None:
+    """Refuses gates on the speed of codes, which only a runtime's is measured of, if no program is named.
+
+    Args:
+        settings: the recipe's `verify`.
+        codes: the layouts whose folders hold codes and no graph.
+
+    Raises:
+        RecipeError: there are such gates and layouts.
+    """
+    names = [name for name, bounds in settings.gates.items() if bounds is not None and name in SPEED]
+    if names and codes and not any(each.runtime for each in settings.through):
+        raise RecipeError(
+            "gates on speed can never be decided: of quantized weights only the speed of a runtime is measured",
+            where=f"{listed([f'verify.gates.{name}' for name in sorted(names)])}; layouts: {', '.join(codes)}",
+            mend="name a program that loads them in verify.through, or remove these gates",
         )
 
 

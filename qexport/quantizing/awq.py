@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_args
 
 from qexport.quantizing.gptq import Gptq, Override
 from qexport.quantizing.method import CalibrationSettings, PassInputs, ProtectingMethod
@@ -18,6 +18,15 @@ if TYPE_CHECKING:
     from qexport.tensors import TensorRecord
 
 
+_GroupSize = Literal[32, 64, 128]
+
+
+class _SharedPass(Gptq):
+    """GPTQ's settings for AWQ's pass."""
+
+    group_sizes: ClassVar[tuple[int, ...] | None] = get_args(_GroupSize)
+
+
 class Awq(ProtectingMethod):
     """AWQ (arXiv:2306.00978) with calibration data: 4-bit codes with zero points, rounded to nearest."""
 
@@ -25,7 +34,7 @@ class Awq(ProtectingMethod):
     """AWQ: inputs that matter more are rounded more finely. Their weights are multiplied before rounding, by powers of
     two that the norm or layer before is divided by; the clipping range of each group is searched."""
 
-    group_size: Literal[32, 64, 128] = 128
+    group_size: _GroupSize = 128
     """Inputs that share a scale and a zero point. Must divide the inputs of every layer."""
 
     scale: bool = True
@@ -73,7 +82,7 @@ class Awq(ProtectingMethod):
     @property
     def gptq(self) -> Gptq:
         """The settings of the pass, which is GPTQ's with another way to find the codes of a layer."""
-        return Gptq(
+        return _SharedPass(
             group_size=self.group_size,
             sym=False,
             mse=self.clip,

@@ -114,6 +114,9 @@ class Gptq(ProtectingMethod):
 
     layer_methods: ClassVar[tuple[str, ...]] = ("gptq", "round_to_nearest")
 
+    group_sizes: ClassVar[tuple[int, ...] | None] = None
+    """Those that the recipe could name instead; None for all of `GroupSize`."""
+
     @model_validator(mode="after")
     def _possible(self) -> Gptq:
         if self.desc_act and self.static_groups:

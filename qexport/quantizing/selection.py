@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from math import gcd
 
@@ -35,7 +35,7 @@ def select(structure: Structure, method: Gptq) -> dict[str, Options]:
         if (kept and not insisted) or (override is not None and override.dense):
             continue
         chosen[linear.name] = _options(linear, method, override)
-    problems += _ragged(linears, chosen)
+    problems += _ragged(linears, chosen, method.group_sizes)
     if not chosen and not problems:
         problems.append("no layer is left to quantize: overrides or the family keep every linear layer at 16 bits")
     if problems:
@@ -106,25 +106,34 @@ def _tied_head(structure: Structure, method: Gptq) -> list[str]:
     return []
 
 
-def _ragged(candidates: Mapping[str, LinearSpec], chosen: Mapping[str, Options]) -> list[str]:
+def _ragged(
+    candidates: Mapping[str, LinearSpec], chosen: Mapping[str, Options], sizes: Sequence[int] | None
+) -> list[str]:
     """One problem for each group size, with the layers that it does not divide and the sizes that would fit."""
     ragged: dict[int, list[LinearSpec]] = {}
     for name, options in chosen.items():
         if candidates[name].in_features % options.group_size:
             ragged.setdefault(options.group_size, []).append(candidates[name])
-    return [_ragged_text(group_size, linears) for group_size, linears in ragged.items()]
+    return [_ragged_text(group_size, linears, sizes) for group_size, linears in ragged.items()]
 
 
-def _ragged_text(group_size: int, linears: list[LinearSpec]) -> str:
-    common = gcd(*(linear.in_features for linear in linears))
-    divisors = [size for size in range(16, 1025) if common % size == 0]
-    fits = [size for size in divisors if size.bit_count() == 1] or divisors  # kernels support powers of two best
+def _ragged_text(group_size: int, linears: list[LinearSpec], sizes: Sequence[int] | None) -> str:
+    offered = _fitting(gcd(*(linear.in_features for linear in linears)), sizes)
     names = ", ".join(f"{linear.name} ({linear.in_features} inputs)" for linear in linears[:_LISTED])
     more = f" and {len(linears) - _LISTED} more" if len(linears) > _LISTED else ""
     return (
         f"group_size {group_size} does not divide the inputs of {len(linears)} layers: {names}{more}; "
-        f"sizes that fit them all: {', '.join(map(str, [*fits, -1]))}"
+        f"sizes that fit them all: {', '.join(map(str, offered)) or 'none; leave these layers out'}"
     )
+
+
+def _fitting(inputs: int, sizes: Sequence[int] | None) -> list[int]:
+    """The group sizes that divide a number of inputs: of some, or of all that GPTQ takes."""
+    if sizes is not None:
+        return [size for size in sizes if inputs % size == 0]
+    divisors = [size for size in range(16, 1025) if inputs % size == 0]
+    powers = [size for size in divisors if size.bit_count() == 1]  # kernels support powers of two best
+    return [*(powers or divisors), -1]
 
 
 def select_rounded(structure: Structure, method: RoundingMethod) -> list[LinearSpec]:

@@ -10,6 +10,7 @@ import torch
 from qexport.architectures.joined import SHARING, joined_modules, joined_name
 from qexport.architectures.structure import LinearSpec
 from qexport.export.served import REMOVE, Rules, beside_the_weights
+from qexport.export.served_layers import SIBLINGS_ALIKE, in_words, unequal_siblings
 from qexport.export.vllm.families import LAST_JOINED, STORED_JOINED
 from qexport.export.vllm.served import ServedByVllm
 from qexport.formats import awq, block_fp8
@@ -98,32 +99,10 @@ def _experts(model: ServedByVllm) -> Iterator[str]:
             yield f"{name} is not quantized, and vLLM takes all experts for quantized"
 
 
-@_rule(
-    "layers that vLLM joins are quantized alike",
-    _LINEAR,
-    "quantize them all in the same way, or none of them, with patterns in overrides or skip_modules that match all: "
-    "*.self_attn.[qkv]_proj, *.mlp.[gu]*_proj",
-)
+@_rule("layers that vLLM joins are quantized alike", _LINEAR, SIBLINGS_ALIKE)
 def _joined(model: ServedByVllm) -> Iterator[str]:
     """Unequal siblings end in an AssertionError of vLLM's, or in tensors that have no place."""
-    schemes = model.schemes_or_none
-    found: dict[str, list[str]] = {}
-    for group in joined_modules(schemes):
-        if len({schemes[module] for module in group}) > 1:
-            named = ", ".join(f"{module.rpartition('.')[2]} ({_words(schemes[module])})" for module in group)
-            found.setdefault(named, []).append(group[0].rpartition(".")[0])
-    for named, parents in found.items():
-        more = f" and {len(parents) - 1} more" if len(parents) > 1 else ""
-        yield f"{named} in {parents[0]}{more}: vLLM makes them one layer, which cannot be quantized in two ways"
-
-
-def _words(scheme: Scheme | None) -> str:
-    """How a layer is quantized, in as many words as siblings differ in."""
-    if scheme is None:
-        return "unquantized"
-    groups = "one group per row" if scheme.group_size == -1 else f"groups of {scheme.group_size}"
-    symmetry = "symmetric" if scheme.sym else "asymmetric"
-    return f"{scheme.bits} bits, {groups}, {symmetry}"
+    yield from unequal_siblings(model, "vLLM")
 
 
 @_rule(
@@ -139,7 +118,7 @@ def _reached(model: ServedByVllm) -> Iterator[str]:
     for module, name in _looked_up(model.linears).items():
         own, found = schemes[module], rules.scheme(name)
         if own != found and (own or not listed):
-            yield f"{module} ({_words(own)}): vLLM looks for {name} and finds {_words(found)}"
+            yield f"{module} ({in_words(own)}): vLLM looks for {name} and finds {in_words(found)}"
 
 
 def _looked_up(linears: Iterable[LinearSpec]) -> dict[str, str]:

@@ -53,6 +53,8 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "int8": {"method": "int8"},
     "int8 dense": {"method": "int8", "skip_modules": ["*.down_proj"], "threshold": 5.0},
     "w8a8": {"method": "w8a8"},
+    "nvfp4": {"method": "nvfp4"},
+    "mxfp4": {"method": "mxfp4", "skip_modules": ["*.down_proj"]},
     "none": {"method": "none"},
     "none float16": {"method": "none", "dtype": "float16"},
 }  # fmt: skip
@@ -88,7 +90,7 @@ TOGETHER_METHODS = ("gptq", "gptq act-order", "nf4 double", "int8", "w8a8", "non
 """One of each kind of codes, and one that some layouts refuse."""
 
 CASES = [("llama", method) for method in METHODS] + [
-    (model, method) for model in list(MODELS)[1:] for method in ("gptq", "nf4 double", "int8", "w8a8")
+    (model, method) for model in list(MODELS)[1:] for method in ("gptq", "nf4 double", "int8", "w8a8", "nvfp4")
 ]
 """Model and method."""
 

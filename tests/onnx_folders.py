@@ -16,7 +16,15 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from qexport.formats.bitsandbytes.four_bit_tensors import flat_absmax
-from qexport.tensors import BlockQuantized, Float8Quantized, GroupQuantized, Quantized, RowQuantized, ValuesQuantized
+from qexport.tensors import (
+    BlockQuantized,
+    Float4Quantized,
+    Float8Quantized,
+    GroupQuantized,
+    Quantized,
+    RowQuantized,
+    ValuesQuantized,
+)
 
 MICROSOFT = "com.microsoft"
 TYPES = {
@@ -88,7 +96,7 @@ class Builder:
                 y = self._rows(x, module, value)
             case BlockQuantized():
                 y = self._bnb4(x, module, value)
-            case Float8Quantized():
+            case Float8Quantized() | Float4Quantized():
                 raise AssertionError("no operator")
             case Tensor():
                 wide = self.wide(f"{module}.weight", value)

@@ -60,6 +60,31 @@ FP8: dict[str, Any] = W8A8 | {
         }
     },
 }
+NVFP4: dict[str, Any] = W8A8 | {
+    "format": "nvfp4-pack-quantized",
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {
+                "num_bits": 4,
+                "type": "float",
+                "symmetric": True,
+                "strategy": "tensor_group",
+                "group_size": 16,
+                "scale_dtype": "torch.float8_e4m3fn",
+            },
+        }
+    },
+}
+MXFP4: dict[str, Any] = W8A8 | {
+    "format": "mxfp4-pack-quantized",
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "group", "group_size": 32},
+        }
+    },
+}
 FP8_BLOCKS: dict[str, Any] = {
     "quant_method": "fp8",
     "activation_scheme": "dynamic",
@@ -84,6 +109,8 @@ QUANTIZATIONS = {
     "w4a16": W4A16,
     "fp8": FP8,
     "fp8 blocks": FP8_BLOCKS,
+    "nvfp4": NVFP4,
+    "mxfp4": MXFP4,
 }
 
 
@@ -130,7 +157,33 @@ def _parts(weight: Tensor, quantization: dict[str, Any]) -> dict[str, Tensor]:
     if quantization["format"] == "int-quantized":
         scale = weight.float().abs().amax(1, keepdim=True) / 127
         return {"weight": (weight.float() / scale).round().to(torch.int8), "weight_scale": scale}
+    if quantization["format"] == "nvfp4-pack-quantized":
+        return _nvfp4(weight.float())
+    if quantization["format"] == "mxfp4-pack-quantized":
+        return _mxfp4(weight.float())
     return _groups_of_4_bits(weight.float())
+
+
+def _nvfp4(weight: Tensor) -> dict[str, Tensor]:
+    shared = (448 * 6 / weight.abs().max()).reshape(1)
+    scale = (weight.reshape(len(weight), -1, 16).abs().amax(2) / 6 * shared).to(torch.float8_e4m3fn)
+    packed = _packed_float4(weight, scale.float() / shared)
+    return {"weight_packed": packed, "weight_scale": scale, "weight_global_scale": shared}
+
+
+def _mxfp4(weight: Tensor) -> dict[str, Tensor]:
+    """With the scales of the OCP's specification: the power of two below the absmax, over 4."""
+    exponents = weight.reshape(len(weight), -1, 32).abs().amax(2).log2().floor() - 2
+    return {"weight_packed": _packed_float4(weight, 2**exponents), "weight_scale": (exponents + 127).to(torch.uint8)}
+
+
+def _packed_float4(weight: Tensor, scales: Tensor) -> Tensor:
+    """Each weight as the number of the nearest of the sixteen values, the first of two in the low bits."""
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    values = torch.cat([values, -values])
+    quotients = weight / scales.repeat_interleave(weight.shape[1] // scales.shape[1], 1)
+    codes = (quotients[:, :, None] - values).abs().argmin(2)
+    return (codes[:, 0::2] + 16 * codes[:, 1::2]).to(torch.uint8)
 
 
 def _blocks(weight: Tensor) -> dict[str, Tensor]:

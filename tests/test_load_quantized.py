@@ -206,6 +206,21 @@ def test_a_folder_of_compressed_tensors(tmp_path: Path, name: str, words: str, d
     assert any(f"the base is quantized ({words})" in event.text for event in told)
 
 
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4"])
+def test_a_folder_in_four_bit_floating_point(tmp_path: Path, name: str) -> None:
+    folder, tensors = folder_of(name, tmp_path / "base")
+    base = load_checkpoint(LoadSettings(base=str(folder)))
+    packed, scales = tensors[f"{DOWN}.weight_packed"], tensors[f"{DOWN}.weight_scale"].double()
+    scales = scales / tensors[f"{DOWN}.weight_global_scale"].double() if name == "nvfp4" else 2 ** (scales - 127)
+    numbers = torch.stack((packed & 15, packed >> 4), 2).flatten(1)
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])[(numbers & 7).long()] * torch.where(numbers >= 8, -1, 1)
+    expected = values.double() * scales.repeat_interleave(values.shape[1] // scales.shape[1], 1)
+    found = base.weights.read(f"{DOWN}.weight")
+    assert found.dtype == torch.float32
+    assert torch.allclose(found.double(), expected, rtol=2**-22, atol=0)
+    assert base.origin.read_as == f"compressed-tensors, {name}-pack-quantized, dequantized"
+
+
 @pytest.mark.parametrize("strategy", ["tensor", "block"])
 def test_other_scales_of_fp8_in_compressed_tensors(tmp_path: Path, strategy: str) -> None:
     folder, tensors = folder_of("fp8 blocks" if strategy == "block" else "fp8", tmp_path / "base")

@@ -28,7 +28,9 @@ from qexport.tensors import BlockQuantized, GroupQuantized, Quantized, RowQuanti
 
 CONFIG = factories.llama_config(num_hidden_layers=1, attention_bias=True)
 Q_PROJ = "model.layers.0.self_attn.q_proj"
-WITH_OPERATORS = {name: each for name, each in stored_models.QUANTIZATIONS.items() if not name.startswith("fp8")}
+WITH_OPERATORS = {
+    name: each for name, each in stored_models.QUANTIZATIONS.items() if not name.startswith(("fp8", "nvfp4", "mxfp4"))
+}
 
 
 def stored(source: SafetensorsWeights) -> dict[str, Tensor | Quantized]:

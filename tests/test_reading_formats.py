@@ -194,6 +194,20 @@ def test_blocks_of_fp8_mean_codes_times_the_blocks_scale(tmp_path: Path) -> None
         assert source.rounds_activations
 
 
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4"])
+def test_four_bit_floating_point_means_values_times_scale(tmp_path: Path, name: str) -> None:
+    written(tmp_path / "a", name)
+    tensors = load_file(tmp_path / "a" / "model.safetensors")
+    packed, scales = tensors[f"{UP}.weight_packed"], tensors[f"{UP}.weight_scale"].float()
+    numbers = torch.stack((packed & 15, packed >> 4), 2).flatten(1)
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])[(numbers & 7).long()] * torch.where(numbers >= 8, -1, 1)
+    each = scales / tensors[f"{UP}.weight_global_scale"] if name == "nvfp4" else 2 ** (scales - 127)
+    with SafetensorsWeights(tmp_path / "a", dtype=torch.float32) as source:
+        expected = values * each.repeat_interleave(values.shape[1] // scales.shape[1], 1)
+        assert torch.equal(source.read(f"{UP}.weight"), expected)
+        assert not source.rounds_activations
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_scales_of_sixteen_bits_and_codes_of_minus_128(tmp_path: Path, dtype: torch.dtype) -> None:
     """llm-compressor rounds a row's least value to -128, and stores scales in the model's dtype."""
@@ -309,6 +323,21 @@ FAULTS: list[tuple[str, Callable[[dict[str, torch.Tensor]], object], str]] = [
     ("fp8 blocks", drop(f"{UP}.weight"), "lacks weight"),
     ("fp8 blocks", fill(f"{UP}.weight_scale_inv", -1.0), "a scale is negative"),
     ("fp8 blocks", put(f"{UP}.weight_scale_inv", torch.ones(2, 2)), "expected torch"),
+    ("nvfp4", drop(f"{UP}.weight_global_scale"), "lacks weight_global_scale"),
+    ("nvfp4", drop(f"{UP}.weight_scale"), "lacks weight_scale"),
+    ("nvfp4", fill(f"{UP}.weight_global_scale", 0.0), "not a positive number"),
+    ("nvfp4", fill(f"{UP}.weight_global_scale", torch.inf), "NaN or Inf"),
+    ("nvfp4", fill(f"{UP}.weight_scale", -1.0), "a scale is negative"),
+    ("nvfp4", fill(f"{UP}.weight_scale", torch.nan), "NaN"),
+    ("nvfp4", put(f"{UP}.weight_scale", torch.ones(128, 4)), "expected torch"),
+    ("nvfp4", cut(f"{UP}.weight_scale"), "expected torch"),
+    ("nvfp4", put(f"{UP}.weight_packed", torch.zeros(128, 32)), "not a matrix of packed codes"),
+    ("nvfp4", put(f"{UP}.weight_packed", torch.zeros(128, 12, dtype=torch.uint8)), "not a matrix of packed codes"),
+    ("nvfp4", put(f"{UP}.weight", torch.zeros(128, 64)), "both unquantized and quantized"),
+    ("mxfp4", drop(f"{UP}.weight_scale"), "lacks weight_scale"),
+    ("mxfp4", fill(f"{UP}.weight_scale", 253), "gives infinite weights"),
+    ("mxfp4", put(f"{UP}.weight_scale", torch.ones(128, 2)), "expected torch"),
+    ("mxfp4", put(f"{UP}.weight_global_scale", torch.ones(1)), "not the model"),
     ("w8a8", put(f"{UP}.weight_zero_point", torch.zeros(1)), "not the model"),
     ("w4a16", put(f"{UP}.weight_shape", torch.tensor([64, 128])), "not the model"),
     ("w4a16", put(f"{UP}.weight_shape", torch.tensor([0, 64])), "is not a shape"),
@@ -344,6 +373,12 @@ def float_scheme(**changes: Any) -> dict[str, Any]:
     return {"config_groups": {"group_0": group | {"weights": group["weights"] | changes}}}
 
 
+def float4_scheme(name: str, **changes: Any) -> dict[str, Any]:
+    group = QUANTIZATIONS[name]["config_groups"]["group_0"]
+    activations = {key: changes.pop(key) for key in ("input_activations",) if key in changes}
+    return {"config_groups": {"group_0": group | activations | {"weights": group["weights"] | changes}}}
+
+
 CONTRADICTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("nf4", {"load_in_4bit": False, "load_in_8bit": True}, "no layer is quantized"),
     ("nf4", {"load_in_8bit": True}, "exactly one"),
@@ -377,6 +412,17 @@ CONTRADICTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("fp8", float_scheme(symmetric=False), "symmetric"),
     ("fp8", float_scheme(strategy="block", block_structure=[128]), "block_structure"),
     ("fp8", float_scheme(dynamic=True), "dynamic"),
+    ("nvfp4", {"ignore": ["lm_head", UP]}, f"{UP}: quantized, but unquantized according to the config"),
+    ("nvfp4", float4_scheme("nvfp4", strategy="group"), "strategy"),
+    ("nvfp4", float4_scheme("nvfp4", group_size=32), "group_size"),
+    ("nvfp4", float4_scheme("nvfp4", num_bits=8), "num_bits"),
+    ("nvfp4", float4_scheme("nvfp4", symmetric=False), "symmetric"),
+    ("nvfp4", float4_scheme("nvfp4", dynamic=True), "dynamic"),
+    ("nvfp4", float4_scheme("nvfp4", input_activations={"num_bits": 4}), "input_activations of NVFP4"),
+    ("nvfp4", {"format": "mxfp4-pack-quantized"}, "strategy, group_size"),
+    ("mxfp4", float4_scheme("mxfp4", type="int"), "type"),
+    ("mxfp4", {"format": "nvfp4-pack-quantized"}, "strategy, group_size"),
+    ("mxfp4", {"format": "pack-quantized"}, "num_bits, strategy"),
     ("fp8 blocks", {"weight_block_size": None}, "weight_block_size is None"),
     ("fp8 blocks", {"weight_block_size": [128, 0]}, "weight_block_size"),
     ("fp8 blocks", {"activation_scheme": "static"}, "activation_scheme 'static'"),

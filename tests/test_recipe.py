@@ -270,8 +270,8 @@ def test_an_unknown_key_far_from_all_others_lists_them(folder: Path) -> None:
         (
             "method: gptq",
             "method: gtpq",
-            "r.yaml:4: quantize.method: must be 'gptq', 'mixed', 'awq', 'nf4', 'int8', 'w8a8', 'fp8' or 'none', not "
-            "'gtpq'; did you mean gptq?",
+            "r.yaml:4: quantize.method: must be 'gptq', 'mixed', 'awq', 'nf4', 'nvfp4', 'mxfp4', 'int8', 'w8a8', 'fp8' "
+            "or 'none', not 'gtpq'; did you mean gptq?",
         ),
         ("method: gptq", "method: gptq\n  bits: true", "r.yaml:5: quantize.bits: must be 2, 3, 4 or 8, not true"),
         ("method: gptq", "method: gptq\n  bits: '4'", "r.yaml:5: quantize.bits: must be 2, 3, 4 or 8, not '4'"),

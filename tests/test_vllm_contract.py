@@ -16,7 +16,7 @@ from qexport.errors import QexportError
 from qexport.export.vllm.rules import VLLM
 
 Q0, UP0 = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
-KINDS = ("gptq", "awq", "w4a16", "asymmetric", "w8a8", "fp8", "blocks", "none", "falcon", "gpt2")
+KINDS = ("gptq", "awq", "w4a16", "asymmetric", "w8a8", "fp8", "blocks", "nvfp4", "mxfp4", "none", "falcon", "gpt2")
 EXPERT = "model.layers.0.mlp.experts.0.up_proj"
 
 
@@ -119,13 +119,13 @@ FAULTS: list[tuple[str, Callable[[Path], object], str]] = [
     ("awq", config(lambda content: content.update(dtype="float32")), "used with 16-bit weights"),
     ("gptq", config(lambda content: content.update(dtype="float32")), "used with 16-bit weights"),
     ("w4a16", config(lambda content: content.update(dtype="float32")), "used with 16-bit weights"),
-    ("w4a16", group(actorder="group"), "W8A8, FP8 or W4A16"),
-    ("w4a16", group(num_bits=8), "W8A8, FP8 or W4A16"),
-    ("w8a8", group(symmetric=False), "W8A8, FP8 or W4A16"),
-    ("w8a8", group(input_activations=None), "W8A8, FP8 or W4A16"),
-    ("w8a8", group(strategy="tensor"), "W8A8, FP8 or W4A16"),
-    ("w4a16", group(type="float"), "W8A8, FP8 or W4A16"),
-    ("w4a16", group(input_activations={"num_bits": 8}), "W8A8, FP8 or W4A16"),
+    ("w4a16", group(actorder="group"), "W8A8, FP8, FP4 or W4A16"),
+    ("w4a16", group(num_bits=8), "W8A8, FP8, FP4 or W4A16"),
+    ("w8a8", group(symmetric=False), "W8A8, FP8, FP4 or W4A16"),
+    ("w8a8", group(input_activations=None), "W8A8, FP8, FP4 or W4A16"),
+    ("w8a8", group(strategy="tensor"), "W8A8, FP8, FP4 or W4A16"),
+    ("w4a16", group(type="float"), "W8A8, FP8, FP4 or W4A16"),
+    ("w4a16", group(input_activations={"num_bits": 8}), "W8A8, FP8, FP4 or W4A16"),
     ("none", lambda folder: (folder / "tokenizer.json").unlink(), "there is a tokenizer"),
     ("none", engine(max_model_len=100_000), "the model's longest sequence"),
     ("none", engine(tensor_parallel_size=3), "split the heads evenly"),
@@ -159,8 +159,8 @@ FAULTS: list[tuple[str, Callable[[Path], object], str]] = [
     ("w8a8", tensors(lambda stored: stored.pop(f"{UP0}.weight_scale")), "W8A8 layers have"),
     ("w8a8", tensors(lambda stored: stored.update({f"{UP0}.weight": torch.ones(128, 64)})), "W8A8 layers have"),
     ("w8a8", tensors(lambda stored: stored.update({f"{UP0}.weight_scale": torch.ones(128, 1).int()})), "W8A8 layers"),
-    ("fp8", group(type="int"), "W8A8, FP8 or W4A16"),
-    ("fp8", group(input_activations=None), "W8A8, FP8 or W4A16"),
+    ("fp8", group(type="int"), "W8A8, FP8, FP4 or W4A16"),
+    ("fp8", group(input_activations=None), "W8A8, FP8, FP4 or W4A16"),
     ("fp8", config(lambda content: content["quantization_config"]["ignore"].append(UP0)), "are quantized alike"),
     ("fp8", tensors(lambda stored: stored.pop(f"{UP0}.weight_scale")), "FP8 layers have"),
     ("fp8", tensors(lambda stored: stored.update({f"{UP0}.weight": torch.ones(128, 64)})), "FP8 layers have"),
@@ -169,6 +169,19 @@ FAULTS: list[tuple[str, Callable[[Path], object], str]] = [
     ("blocks", quantization(weight_block_size=[64, 64]), "do not span joined layers"),
     ("blocks", quantization(activation_scheme="static"), "can be followed"),
     ("blocks", quantization(modules_to_not_convert=["lm_head", UP0]), "are quantized alike"),
+    ("nvfp4", config(lambda content: content.update(dtype="float32")), "used with 16-bit weights"),
+    ("nvfp4", group(group_size=32), "can be followed"),
+    ("nvfp4", group(strategy="group"), "can be followed"),
+    ("nvfp4", group(input_activations={"num_bits": 4, "type": "float"}), "can be followed"),
+    ("nvfp4", config(lambda content: content["quantization_config"]["ignore"].append(UP0)), "are quantized alike"),
+    ("nvfp4", tensors(lambda stored: stored.pop(f"{UP0}.weight_global_scale")), "FP4 layers have"),
+    ("nvfp4", tensors(lambda stored: stored.update({f"{UP0}.weight_scale": torch.ones(128, 4)})), "FP4 layers have"),
+    ("nvfp4", tensors(lambda stored: stored[f"{UP0}.weight_global_scale"].mul_(2)), "have one global scale"),
+    ("nvfp4", tensors(lambda stored: stored[f"{Q0}.weight_global_scale"].mul_(2)), "have one global scale"),
+    ("mxfp4", config(lambda content: content.update(dtype="float32")), "used with 16-bit weights"),
+    ("mxfp4", group(num_bits=8), "can be followed"),
+    ("mxfp4", group(type="int"), "can be followed"),
+    ("mxfp4", tensors(lambda stored: stored.update({f"{UP0}.weight_packed": torch.zeros(128, 16)})), "FP4 layers have"),
     ("w4a16", tensors(lambda stored: stored.pop(f"{UP0}.weight_shape")), "W4A16 layers have"),
     ("w4a16", tensors(lambda stored: stored.update({f"{UP0}.weight_packed": torch.zeros(128, 8)})), "W4A16 layers"),
     ("asymmetric", tensors(lambda stored: stored.pop(f"{UP0}.weight_zero_point")), "W4A16 layers have"),

@@ -161,6 +161,8 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "w8a8": {"method": "w8a8"},
     "fp8": {"method": "fp8"},
     "fp8 blocks": {"method": "fp8", "strategy": "block"},
+    "nvfp4": {"method": "nvfp4"},
+    "mxfp4": {"method": "mxfp4"},
     "none": {"method": "none"},
 }
 LAYOUTS: Mapping[str, Mapping[str, Any]] = {
@@ -182,7 +184,7 @@ CASES = [
     ("none", "onnx float16"),
     ("w8a8", "vllm"),
 ]
-EXACT = ("nf4", "fp4", "int8", "w8a8", "fp8", "fp8 blocks")
+EXACT = ("nf4", "fp4", "int8", "w8a8", "fp8", "fp8 blocks", "nvfp4", "mxfp4")
 
 
 @pytest.fixture(scope="module")
@@ -420,13 +422,14 @@ def test_outputs_are_those_on_the_references_own_inputs(made: Made) -> None:
     assert all(ratio is not None and ratio < 1 for ratio in ratios), "GPTQ makes the outputs' errors smaller"
 
 
-@pytest.mark.parametrize("method", ["nf4", "w8a8", "fp8", "fp8 blocks"])
+@pytest.mark.parametrize("method", ["nf4", "w8a8", "fp8", "fp8 blocks", "nvfp4", "mxfp4"])
 def test_codes_that_the_method_does_not_give_are_judged_by_their_error(made: Made, tmp_path: Path, method: str) -> None:
     """Two rows exchanged: as large as before, and all codes in range."""
     name = f"{LAYER}.o_proj.weight"
 
     def change(found: Tensors) -> None:
-        rows = found[name].view(64, -1) if method == "nf4" else found[name]
+        part = f"{name}_packed" if method in ("nvfp4", "mxfp4") else name
+        rows = found[part].view(64, -1) if method == "nf4" else found[part]
         rows[[3, 9]] = rows[[9, 3]]
 
     layout = "vllm" if method == "w8a8" else "safetensors"

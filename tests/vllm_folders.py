@@ -16,19 +16,24 @@ from qexport.export.vllm.layout import VllmLayout
 from qexport.formats import AwqFormat, Outputs
 from qexport.quantizing.fp8 import Fp8
 from qexport.quantizing.method import PassInputs
+from qexport.quantizing.mxfp4 import Mxfp4
 from qexport.quantizing.none import NoQuantization
+from qexport.quantizing.nvfp4 import Nvfp4
 from qexport.quantizing.w8a8 import W8a8
 from quantized_models import QuantizedModel, gptq_method
 
 Form = Literal["gptq", "compressed-tensors"]
+Rounded = W8a8 | Fp8 | Nvfp4 | Mxfp4 | NoQuantization
 CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "gpt2": factories.gpt2_config,
     "blocks": lambda: factories.llama_config(hidden_size=256, num_key_value_heads=2),
 }
-ROUNDED: dict[str, W8a8 | Fp8 | NoQuantization] = {
+ROUNDED: dict[str, Rounded] = {
     "w8a8": W8a8(method="w8a8"),
     "fp8": Fp8(),
     "blocks": Fp8(strategy="block"),
+    "nvfp4": Nvfp4(),
+    "mxfp4": Mxfp4(),
     "none": NoQuantization(method="none"),
     "gpt2": NoQuantization(method="none"),
 }
@@ -44,8 +49,8 @@ def layout(model: QuantizedModel, form: Form = "gptq", outputs: Outputs | None =
 
 
 def write(folder: Path, kind: str) -> Path:
-    """`gptq`, `awq`, `w4a16`, `asymmetric`, `w8a8`, `fp8`, `blocks` of FP8, `none`, `falcon`, or `gpt2` with nothing
-    quantized.
+    """`gptq`, `awq`, `w4a16`, `asymmetric`, `w8a8`, `fp8`, `blocks` of FP8, `nvfp4`, `mxfp4`, `none`, `falcon`, or
+    `gpt2` with nothing quantized.
     """
     folder.mkdir()
     if kind in ROUNDED:
@@ -64,7 +69,7 @@ def write(folder: Path, kind: str) -> Path:
     return folder
 
 
-def _write_rounded(folder: Path, model: QuantizedModel, settings: W8a8 | Fp8 | NoQuantization) -> Path:
+def _write_rounded(folder: Path, model: QuantizedModel, settings: Rounded) -> Path:
     outputs = settings.plan(model.checkpoint)
     made = layout(model, outputs=outputs)
     writer = made.weights.writer(folder)

@@ -51,8 +51,8 @@ _SMALLEST: Final = 1e-6
 """Squared errors below this share of the reference's squares are rounding in float32 and 16 bits."""
 
 _MOST_CUT_OFF: Final = 1.5
-"""The largest weight of a group in e2m1 over the largest value that the group's scale gives. MXFP4's powers of two leave
-up to 1.33 of it, and NVFP4's scales up to 1.07, or 1.5 where they are the smallest of e4m3."""
+"""The largest weight of a group in e2m1 over the largest value that the group's scale gives. MXFP4's powers of two make
+it up to 1.33, and NVFP4's scales up to 1.07, or 1.5 where they are the smallest of e4m3."""
 
 _LARGEST: Final = 1e12
 _NAMED: Final = 3

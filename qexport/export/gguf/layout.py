@@ -194,9 +194,10 @@ class GgufLayout:
 
     def _refuse_method(self) -> None:
         if not isinstance(self._outputs.format, _FORMATS):
+            title = self._outputs.format.card.title
+            why = "GGUF's type for it is not written" if title == "MXFP4" else "GGUF has no type with these values"
             raise CompatibilityError(
-                f"the layout gguf stores codes in groups or rows, and no {self._outputs.format.card.title}: "
-                "GGUF has no type with these values",
+                f"the layout gguf stores codes in groups or rows, and no {title}: {why}",
                 where="export: gguf",
                 mend="quantize with gptq, sym: true, group_size: 32; or leave this layout out",
             )

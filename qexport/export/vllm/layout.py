@@ -45,8 +45,8 @@ _FP4_CAPABILITIES: Final[Mapping[Float4Kind, str]] = {"nvfp4": "7.5", "mxfp4": "
 """From `compressed_tensors/schemes`, `get_min_capability`."""
 
 _MXFP4_ACTIVATIONS: Final = (
-    "from compute capability 10.0 on, with FlashInfer, vLLM rounds the inputs of MXFP4 layers too, whatever config.json "
-    "says; VLLM_DISABLED_KERNELS=FlashInferMxFp4LinearKernel keeps them at 16 bits, as verification has them"
+    "from compute capability 10.0 on, with FlashInfer, vLLM rounds the inputs of MXFP4 layers too, though config.json "
+    "asks for 16 bits; VLLM_DISABLED_KERNELS=FlashInferMxFp4LinearKernel keeps them as verification has them"
 )
 
 _CPU_MULTIPLE: Final = 32

@@ -62,7 +62,7 @@ test-genai: $(READY) $(GENAI_READY) ## Run ONNX folders with onnxruntime-genai a
 
 test-llama: $(READY) $(LLAMA_READY) ## Run GGUF files with llama.cpp, and hold them against those of its converter (minutes; wants cmake, OpenBLAS)
 	QEXPORT_LLAMA_PYTHON=$(abspath $(LLAMA_VENV))/bin/python QEXPORT_LLAMA_CONVERTER=$(abspath $(LLAMA_VENV))/converter \
-		$(BIN)/python -m pytest tests/servers/test_llama.py -s
+		$(if $(wildcard $(GEMMA)),QEXPORT_GEMMA=$(abspath $(GEMMA))) $(BIN)/python -m pytest tests/servers/test_llama.py -s
 
 test-gemma: $(READY) $(GEMMA) ## Read, quantize and verify a second real model, Gemma 3 of 270M parameters (a quarter of an hour)
 	QEXPORT_GEMMA=$(abspath $(GEMMA)) $(BIN)/python -m pytest tests/gemma

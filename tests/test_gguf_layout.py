@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
+    GPTNeoXConfig,
     Phi3Config,
     PretrainedConfig,
     Qwen3Config,
@@ -399,6 +400,10 @@ def gemma3(**changes: Any) -> Gemma3TextConfig:
     return Gemma3TextConfig(**{**factories.FAMILIES["gemma 3"].to_dict(), **changes})
 
 
+def neox(**changes: Any) -> GPTNeoXConfig:
+    return GPTNeoXConfig(**{**factories.FAMILIES["gpt-neox"].to_dict(), **changes})
+
+
 def phi3(**changes: Any) -> Phi3Config:
     return Phi3Config(**{**factories.FAMILIES["phi 3"].to_dict(), **changes})
 
@@ -447,6 +452,8 @@ MODELS: Mapping[str, tuple[PretrainedConfig, str]] = {
         "the rotary embedding of layers with a sliding window",
     ),
     "gemma 2 with a head of its own": (gemma2(tie_word_embeddings=False), "llama.cpp has no place"),
+    "gpt-neox without biases": (neox(attention_bias=False), "attention_bias is False"),
+    "gpt-neox with another activation": (neox(hidden_act="relu"), "hidden_act is 'relu'"),
     "longrope": (
         phi3(
             rope_parameters={

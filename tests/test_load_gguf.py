@@ -208,7 +208,7 @@ def test_other_families_are_computed_as_the_model_that_was_written(name: str, pa
 
 LLAMA3 = {**gguf_folders.LLAMA3, "original_max_position_embeddings": 8192}
 ROUND_TRIPS: dict[str, PretrainedConfig] = {
-    name: config for name, config in gguf_folders.CONFIGS.items() if name not in ("mistral", "llama 3")
+    name: config for name, config in gguf_folders.CONFIGS.items() if name not in ("mistral", "llama 3", "gpt-neox")
 } | {
     "llama 3": factories.llama_config(max_position_embeddings=16384, rope_parameters=LLAMA3),
     "falcon 11b": factories.falcon_40b_config(num_ln_in_parallel_attn=1),
@@ -239,6 +239,60 @@ def assert_same_logits(found: Checkpoint, config: PretrainedConfig) -> None:
         with torch.inference_mode():
             logits.append(model(tokens).logits)
     torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
+
+
+def windowed(key: str, value: Any) -> Change:
+    """Another value of a key of Gemma 3 or Phi 3; None for none."""
+
+    def change(writer: gguf.GGUFWriter) -> None:
+        (values,) = writer.kv_data
+        values.pop(key, None)
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        elif value is not None:
+            writer.add_uint32(key, value)
+
+    return change
+
+
+_WINDOW, _PATTERN = "gemma3.attention.sliding_window", "gemma3.attention.sliding_window_pattern"
+SLIDING = {
+    "no window": (_WINDOW, None, [False] * 7),
+    "a window of 0": (_WINDOW, 0, [False] * 7),
+    "the family's pattern": (_WINDOW, 16, [True] * 5 + [False, True]),
+    "every third": (_PATTERN, 3, [True, True, False] * 2 + [True]),
+    "all": (_PATTERN, 0, [True] * 7),
+    "by layer": (
+        _PATTERN,
+        [True, False, False, True, True, False, False],
+        [True, False, False, True, True, False, False],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SLIDING)
+def test_the_layers_of_gemma_that_see_a_window_are_those_of_llama_cpp(case: str, package: Path) -> None:
+    key, value, wanted = SLIDING[case]
+    write_model(package / "tiny.gguf", OTHERS["gemma3"], change=windowed(key, value))
+    assert [kind == "sliding_attention" for kind in load().config["layer_types"]] == wanted
+
+
+@pytest.mark.parametrize("value", [[True] * 3, "x"])
+def test_a_pattern_that_llama_cpp_does_not_read_is_refused(value: Any, package: Path) -> None:
+    def change(writer: gguf.GGUFWriter) -> None:
+        if isinstance(value, str):
+            writer.add_string(_PATTERN, value)
+        else:
+            writer.add_array(_PATTERN, value)
+
+    write_model(package / "tiny.gguf", OTHERS["gemma3"], change=change)
+    assert "is not what llama.cpp reads" in refusal()
+
+
+def test_a_window_of_0_stands_for_none(package: Path) -> None:
+    write_model(package / "tiny.gguf", OTHERS["phi3"], change=windowed("phi3.attention.sliding_window", 0))
+    assert load().config["sliding_window"] is None
+    assert_same_logits(load(), OTHERS["phi3"])
 
 
 def test_the_rows_of_queries_and_keys_are_reordered(package: Path) -> None:

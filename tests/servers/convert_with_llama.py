@@ -20,10 +20,23 @@ def main(converter: str, jobs: str) -> None:
     import transformers
     from conversion import base  # type: ignore[import-not-found]
 
+    models = vars(base)["ModelBase"]
+    models.load_hparams = staticmethod(with_own_keys(models.load_hparams))
     vars(transformers)["AutoTokenizer"] = transformers.PreTrainedTokenizerFast  # which is as tokenizer.json says
     for model, output, name in json.loads(Path(jobs).read_text(encoding="utf-8")):
         vars(base)["TextModel"].get_vocab_base_pre = lambda self, tokenizer, name=name: name
         run(convert_hf_to_gguf, ["--outtype", "bf16", "--outfile", output, model])
+
+
+def with_own_keys(load: Any) -> Any:
+    """The configuration that transformers makes, with a key that it drops and the converter reads."""
+
+    def loaded(folder: Path, is_mistral_format: bool) -> dict[str, Any]:
+        own = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        found: dict[str, Any] = load(folder, is_mistral_format)
+        return {**({"rotary_pct": own["rotary_pct"]} if "rotary_pct" in own else {}), **found}
+
+    return loaded
 
 
 def run(converter: Any, arguments: list[str]) -> None:

@@ -57,7 +57,7 @@ def model_keys(architecture: Architecture) -> dict[str, Value]:
         "attention.head_count": int(config.num_attention_heads),
         "attention.key_length": head_dim(config),
         "attention.value_length": head_dim(config),
-        "rope.dimension_count": head_dim(config),
+        "rope.dimension_count": int(head_dim(config) * rotary(config).get("partial_rotary_factor", 1.0)),
         "rope.freq_base": float(rotary(config)["rope_theta"]),
         "vocab_size": architecture.structure.vocab_size,
     }
@@ -88,7 +88,7 @@ def notes(config: PretrainedConfig) -> list[str]:
             f"llama.cpp has no sliding window for this family: up to {context_length(config)} tokens, which are the "
             f"file's context_length, it computes the model; keep --ctx-size at that"
         )
-    if config.model_type in ("falcon", *GEMMA):
+    if config.model_type in ("falcon", "gpt_neox", *GEMMA):
         found.append("llama.cpp approximates the model's GELU")
     return found
 
@@ -118,6 +118,14 @@ def _falcon_keys(config: PretrainedConfig) -> dict[str, Value]:
     }
 
 
+def _neox_keys(config: PretrainedConfig) -> dict[str, Value]:
+    return {
+        "feed_forward_length": int(config.intermediate_size),
+        "use_parallel_residual": bool(config.use_parallel_residual),
+        "attention.layer_norm_epsilon": float(config.layer_norm_eps),
+    }
+
+
 def _phi3_keys(config: PretrainedConfig) -> dict[str, Value]:
     """llama.cpp takes no notice of the window, which is 0 for none."""
     return {
@@ -129,6 +137,7 @@ def _phi3_keys(config: PretrainedConfig) -> dict[str, Value]:
 
 _KEYS: Final[Mapping[str, Callable[[PretrainedConfig], dict[str, Value]]]] = {
     "falcon": _falcon_keys,
+    "gpt_neox": _neox_keys,
     "phi3": _phi3_keys,
     **dict.fromkeys(GEMMA, gemma_keys),
 }
@@ -146,6 +155,9 @@ _ROPE_TYPES: Final[Mapping[str, tuple[str, ...]]] = {
     "llama": ("default", "linear", "llama3"),
     "gemma3_text": ("default", "linear"),
 }
+_PARTIAL: Final = ("gpt_neox",)
+"""Families of which llama.cpp may rotate a part of each head."""
+
 _ONE_WIDTH: Final = ("qwen2", "phi3")
 """Families whose heads have together the width of the model."""
 
@@ -170,6 +182,10 @@ def _falcon_problems(config: PretrainedConfig) -> Iterator[str]:
         yield "multi_query is False, and so the keys of each head are beside its queries"
 
 
+def _neox_problems(config: PretrainedConfig) -> Iterator[str]:
+    yield from _unlike(config, {"hidden_act": ("gelu", "gelu_fast", "gelu_new"), "attention_bias": (True,)})
+
+
 def _gemma_problems(config: PretrainedConfig) -> Iterator[str]:
     yield from _unlike(config, VALUES)
     yield from gemma_problems(config)
@@ -177,6 +193,7 @@ def _gemma_problems(config: PretrainedConfig) -> Iterator[str]:
 
 _PROBLEMS: Final[Mapping[str, Callable[[PretrainedConfig], Iterator[str]]]] = {
     "falcon": _falcon_problems,
+    "gpt_neox": _neox_problems,
     **dict.fromkeys(GEMMA, _gemma_problems),
 }
 
@@ -185,7 +202,7 @@ def _rotary_problems(config: PretrainedConfig) -> Iterator[str]:
     found, known = rotary(config), _ROPE_TYPES.get(config.model_type, ("default",))
     if (kind := found.get("rope_type", "default")) not in known:
         yield f"rope_type is {kind!r}, and only {' and '.join(known)} were tried"
-    if found.get("partial_rotary_factor", 1.0) != 1.0:
+    if found.get("partial_rotary_factor", 1.0) != 1.0 and config.model_type not in _PARTIAL:
         yield "partial_rotary_factor is not 1"
     if "rope_theta" not in found:
         yield "rope_theta is missing"

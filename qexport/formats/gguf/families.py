@@ -46,6 +46,12 @@ def _falcon_qkv(config: PretrainedConfig) -> Tensor:
     return torch.cat([rows[:, :-2].reshape(-1), rows[:, -2].reshape(-1), rows[:, -1].reshape(-1)])
 
 
+def _neox_qkv(config: PretrainedConfig) -> Tensor:
+    """All queries, all keys, all values; in the model each head has its three parts one behind the other."""
+    heads = config.num_attention_heads
+    return torch.arange(3 * config.hidden_size).view(heads, 3, -1).transpose(0, 1).reshape(-1)
+
+
 def falcon_key_heads(config: PretrainedConfig) -> int:
     """The heads of keys and values, which Falcon's configuration names only in its new architecture."""
     if config.new_decoder_architecture:
@@ -120,6 +126,7 @@ FAMILIES: Final[Mapping[str, GgufFamily]] = {
     "qwen2": GgufFamily(gguf.MODEL_ARCH.QWEN2, "Qwen2ForCausalLM"),
     "qwen3": GgufFamily(gguf.MODEL_ARCH.QWEN3, "Qwen3ForCausalLM"),
     "falcon": GgufFamily(gguf.MODEL_ARCH.FALCON, "FalconForCausalLM", {"query_key_value": _falcon_qkv}),
+    "gpt_neox": GgufFamily(gguf.MODEL_ARCH.GPTNEOX, "GPTNeoXForCausalLM", {"query_key_value": _neox_qkv}),
     "gemma2": GgufFamily(gguf.MODEL_ARCH.GEMMA2, "Gemma2ForCausalLM", raised_norms=True),
     "gemma3_text": GgufFamily(gguf.MODEL_ARCH.GEMMA3, "Gemma3ForCausalLM", raised_norms=True),
     "phi3": GgufFamily(gguf.MODEL_ARCH.PHI3, "Phi3ForCausalLM"),

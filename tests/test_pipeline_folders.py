@@ -40,7 +40,7 @@ EXPECTED: dict[str, tuple[str, set[tuple[str, int, int]], str]] = {
     "fp8": ("compressed-tensors, float-quantized", {("fp8", 8, 64), ("fp8", 8, 128)}, "fp8"),
     "fp8 blocks": ("FP8, blocks of 128 x 128", {("fp8", 8, 64), ("fp8", 8, 128)}, "fp8"),
     "nvfp4": ("compressed-tensors, nvfp4-pack-quantized", {("nvfp4", 4, 16)}, "tiny-nf4"),
-    "mxfp4": ("compressed-tensors, mxfp4-pack-quantized", {("mxfp4", 4, 32)}, "tiny-nf4"),
+    "mxfp4": ("compressed-tensors, mxfp4-pack-quantized", {("mxfp4", 4, 32)}, "tiny-mxfp4"),
     "w4a16": ("compressed-tensors, pack-quantized", {("gptq", 4, 32)}, "tiny"),
 }
 """The method's name, each layer's method, bits and values that share a scale, and the profile that follows."""

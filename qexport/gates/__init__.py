@@ -15,7 +15,7 @@ from qexport.yaml.problems import combination, plain, problems_of, suggestion
 
 ProfileName = Literal[
     "auto", "strict", "16bit", "gptq-8bit", "int8", "w8a8", "fp8", "gptq-4bit", "gptq-4bit-3b", "gptq-4bit-30b",
-    "nf4", "nf4-3b", "nf4-30b", "gptq-3bit", "gptq-2bit", "tiny", "tiny-nf4", "tiny-3bit", "off",
+    "nf4", "nf4-3b", "nf4-30b", "gptq-3bit", "gptq-2bit", "tiny", "tiny-nf4", "tiny-mxfp4", "tiny-3bit", "off",
 ]  # fmt: skip
 
 WITHOUT_DOMAINS: Final = (

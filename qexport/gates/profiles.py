@@ -72,6 +72,7 @@ PROFILES: Final[Mapping[ProfileName, Profile]] = {
     "gptq-2bit": _profile(0.9, 2.5, 0.55, 0.25, "twice q2_K of Llama 3 8B"),
     "tiny": _profile(0.25, 1.25, 0.72, 0.1, "below 500M: 1.6 times 4-bit GPTQ of a model of 135M"),
     "tiny-nf4": _profile(0.55, 1.65, 0.63, 0.17, "below 500M: 1.6 times NF4 of a model of 135M"),
+    "tiny-mxfp4": _profile(0.72, 1.75, 0.57, 0.23, "below 500M: 1.6 times MXFP4 of a model of 135M"),
     "tiny-3bit": _profile(0.6, 1.8, 0.6, 0.2, "below 500M, 3 bits and fewer: twice gptq-3bit"),
     "off": Profile({}, "no limits"),
 }

@@ -25,7 +25,7 @@ class Nvfp4(Float4Method):
 
     @classmethod
     def profile(cls, bits: int, parameters: int) -> ProfileName:
-        """By size, as for NF4."""
+        """By size, as for NF4, than which it drifts less."""
         return by_size(parameters, tiny="tiny-nf4", small="nf4", large="nf4-3b", largest="nf4-30b")
 
     def codes(self, weight: torch.Tensor, spec: QuantizedSpec) -> Quantized:

@@ -123,9 +123,10 @@ def passed(
         (factories.mixtral_config(), {}),
         (factories.llama_config(tie_word_embeddings=False), {"lm_head": True}),
         (factories.llama_config(), {"true_sequential": False}),
+        (factories.falcon_config(), {}),
         (factories.gpt2_config(), {"effort": "high"}),
     ],
-    ids=["wide", "mixture", "head", "two forwards", "effort"],
+    ids=["wide", "mixture", "head", "two forwards", "parallel", "effort"],
 )
 def test_any_number_of_workers_makes_the_same_bytes(
     config: PretrainedConfig, options: dict[str, Any], workers: RayExecution, tmp_path: Path

@@ -107,12 +107,13 @@ def expect(recipe: Recipe, merged: Merged, outputs: Outputs, artifact: int) -> E
     )
     chosen, stages = choose_budget(sizes, _allowed(recipe.max_memory))
     shared, single = processor_time(sizes, artifact, whole="prompts" in stages)
+    before = _before_blocks(sizes, recipe.execution.workers if recipe.execution else 1)
     return Expected(
         memory=max(stages.values()),
         stages=stages,
         cpu_seconds=shared + single,
         seconds=shared / torch.get_num_threads() + single,
-        disk=round(artifact + len(recipe.export) * _beside(sizes, merged) + max(_parked(sizes), _before_blocks(sizes))),
+        disk=round(artifact + len(recipe.export) * _beside(sizes, merged) + max(_parked(sizes), before)),
         budget=chosen,
         worker=memory_of_worker(sizes, recipe.execution.workers, chosen) if recipe.execution else None,
     )
@@ -178,11 +179,11 @@ def _parked(sizes: RunSizes) -> float:
     return sizes.calibration * sizes.bytes_ * (values + 2 * sizes.streams * sizes.hidden)
 
 
-def _before_blocks(sizes: RunSizes) -> float:
+def _before_blocks(sizes: RunSizes, workers: int) -> float:
     """The hidden states before every block, while the importance of tokens is measured."""
     if not sizes.high_effort:
         return 0.0
-    return min(sizes.calibration, AT_A_TIME) * sizes.hidden * sizes.bytes_ * len(sizes.blocks)
+    return min(sizes.calibration, workers * AT_A_TIME) * sizes.hidden * sizes.bytes_ * len(sizes.blocks)
 
 
 def _beside(sizes: RunSizes, merged: Merged) -> float:

@@ -105,7 +105,17 @@ def memory_of_worker(sizes: RunSizes, workers: int, chosen: Budget) -> int:
         needs.append(_importance(sizes, workers) + _sent(sizes))
     if sizes.verify is not None:
         needs.append(_comparing_windows(sizes, sizes.verify, workers, chosen))
-    return round(_FIXED + _RAY + _GAPS * max(needs))
+    return round(_FIXED + _RAY + _GAPS * (max(needs) + _passing(sizes, workers)))
+
+
+def _passing(sizes: RunSizes, workers: int) -> float:
+    """What a pass of GPTQ sends through the cluster's shared memory, whose pages stay a worker's once it has read them:
+    two blocks, and of the widest layer the Hessian and its factor; between several workers two sums as well.
+    """
+    if sizes.gptq is None:
+        return 0.0
+    square = 4 * max(linear.in_features for linear in sizes.linears) ** 2
+    return 2.0 * sizes.block * sizes.bytes_ + (4 if workers > 1 else 2) * square
 
 
 def _sent(sizes: RunSizes) -> float:

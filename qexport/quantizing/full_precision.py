@@ -95,13 +95,19 @@ class WholeBlocks(FullPrecisionStream):
         return inputs
 
 
-class GroupByGroup(FullPrecisionStream):
-    """Takes the batches from group to group; what the stopped forwards hold is on the disk meanwhile."""
+class GroupByGroup(WholeBlocks):
+    """Takes the batches from group to group; what the stopped forwards hold is on the disk meanwhile. Where layers of a
+    group, or experts, may be called after the next group's stop, their weights would be quantized by then: such a block
+    is gone through at once.
+    """
 
     _forwards: Sequence[PausedForward] = ()
 
     def begin(self, index: int, block: nn.Module, groups: Sequence[Group], parking: Parking) -> None:
         """See `FullPrecisionStream`; `pausing_at` must be in force at the groups' stops from now on."""
+        if any(group.late or group.experts is not None for group in groups):
+            super().begin(index, block, groups, parking)
+            return
         self._index, self._last, self._parking = index, len(groups), parking
         for number in range(len(self.stream.batches)):
             parking.hold(*self.stream.restorer(number))
@@ -123,12 +129,13 @@ class GroupByGroup(FullPrecisionStream):
 
     def leave(self) -> None:
         """See `FullPrecisionStream`."""
+        super().leave()
         self._forwards, self._arguments = (), []
 
     def inputs(self, group: Group, number: int) -> Tensor | None:
         """See `FullPrecisionStream`. The tensor must not be parked while it is used."""
-        if group.experts is not None:
-            return None
+        if not self._forwards:
+            return super().inputs(group, number)
         inputs: Tensor = self._arguments[number][0]
         self._parking.restore(inputs)
         return inputs

@@ -24,13 +24,14 @@ from qexport.export.gguf.model_keys import notes as model_notes
 from qexport.export.gguf.tokenizer_keys import gguf_tokenizer
 from qexport.export.loaders import Folder, loading_section
 from qexport.export.model_files import card_text, model_files, sizes_of, write_files
+from qexport.export.rounded_ends import rounded_ends, rounding_note
 from qexport.formats import GptqFormat, LlmInt8Format, MergedFormat, Outputs, W8A8Format
 from qexport.formats.gguf import GgufFormat
-from qexport.formats.gguf.blocks import BLOCK, LARGEST_SHIFT, kind_of
+from qexport.formats.gguf.blocks import LARGEST_SHIFT, kind_of
 from qexport.formats.gguf.families import constants, places
 from qexport.formats.gguf.header import Value
 from qexport.formats.gguf.pre_tokenizers import named
-from qexport.tensors import GroupQuantizedSpec, RowQuantizedSpec, TensorSpec
+from qexport.tensors import GroupQuantizedSpec, RowQuantizedSpec
 from qexport.tensors.gguf_file import GgufFile
 
 _QUANTIZATION_VERSION: Final = 2
@@ -71,7 +72,7 @@ class GgufLayout:
         self._refuse_method()
         self._tokenizer = gguf_tokenizer(checkpoint.files, checkpoint.config, structure.vocab_size)
         own = places(family, self._config, structure.parameters)
-        form = GgufFormat(own, self._rounded(settings), settings.inexact == "allow")
+        form = GgufFormat(own, rounded_ends(settings, outputs, structure), settings.inexact == "allow")
         self._refuse_homeless(form)
         self._refuse_faults(form)
         values = header(checkpoint.architecture, checkpoint.files, self._name)
@@ -145,33 +146,11 @@ class GgufLayout:
             return _UNQUANTIZED[self._unquantized_dtype]
         return _FILE_TYPES[max(dict.fromkeys(kinds), key=kinds.count)]
 
-    def _rounded(self, settings: GgufSettings) -> frozenset[str]:
-        """The ends that are rounded to Q8_0."""
-        structure, specs = self._structure, self._outputs.specs
-        wanted = {structure.embedding: settings.token_embedding_type, structure.head: settings.output_tensor_type}
-        found = frozenset(f"{module}.weight" for module, kind in wanted.items() if kind == "q8_0")
-        for name in sorted(found):
-            spec = specs.get(name)
-            if spec is None:
-                raise CompatibilityError(
-                    "the model has no output head of its own, and llama.cpp takes the embedding",
-                    where="export: gguf: output_tensor_type",
-                    mend="set token_embedding_type: q8_0 instead",
-                )
-            if not isinstance(spec, TensorSpec) or spec.shape[-1] % BLOCK:
-                raise CompatibilityError(
-                    f"{name} cannot be rounded to Q8_0: it is quantized, or its rows are no multiple of {BLOCK}",
-                    where="export: gguf",
-                    mend="leave out token_embedding_type or output_tensor_type",
-                )
-        return found
-
     def _lossy_notes(self) -> Iterator[str]:
         """What the file does not hold value by value."""
         form = self.weights.encoding
         assert isinstance(form, GgufFormat)
-        if form.rounded:
-            yield f"rounded to Q8_0 in this layout, unlike in others: {', '.join(sorted(form.rounded))}"
+        yield from rounding_note(form.rounded)
         kinds = [spec for spec in self._outputs.quantized.values() if isinstance(spec, GroupQuantizedSpec)]
         if not all(spec.sym for spec in kinds):
             yield (

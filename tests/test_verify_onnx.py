@@ -309,6 +309,37 @@ def test_one_damaged_scale_fails_the_divergence(sound: Sound, copy: Path) -> Non
     assert verdicts(report)["graph"] == "pass"
 
 
+def test_a_rounded_head_is_held_against_the_references_as_a_quantized_layer(sound: Sound, tmp_path: Path) -> None:
+    """Damage that the divergence does not show, in one row in five hundred."""
+    recipe = {
+        "load": {"base": str(sound.folder / "base")},
+        "quantize": {"method": "none"},
+        "export": [{"layout": "onnx", "token_embedding_type": "q8_0", "output_tensor_type": "q8_0"}],
+        "verify": sound.settings().model_dump(mode="json", exclude_unset=True),
+        "output": str(tmp_path / "rounded"),
+    }
+    (tmp_path / "rounded.yaml").write_text(json.dumps(recipe))
+    with traced_once():
+        result = run(load_recipe(tmp_path / "rounded.yaml"), device="cpu")
+    folder = result.artifact_path
+    report = result.reports["onnx"]
+    assert report.weights is not None
+    assert {layer.name for layer in report.weights.layers} == {"model.embed_tokens", "lm_head"}
+    assert "rounded to Q8_0" in (folder / "README.md").read_text()
+    assert any(
+        "rounded to Q8_0" in note
+        for note in Manifest.model_validate_json((folder / "qexport-manifest.json").read_text()).notes
+    )
+    inspect_artifact(folder)
+
+    def damage(scales: np.ndarray[Any, Any]) -> None:
+        scales[3] *= 1.5
+
+    copied = factories.without_digests(shutil.copytree(folder, tmp_path / "copy"))
+    edit_weight(copied, "lm_head.scales", damage)
+    assert "weights" in failed(sound.verify(copied))
+
+
 def test_a_scale_that_is_no_number_is_an_error_that_names_the_graph(sound: Sound, copy: Path) -> None:
     edit_weight(copy, "model.layers.1.mlp.down_proj.scales", lambda scales: scales.fill(np.nan))
     with pytest.raises(NumericalError, match="the graph's logits hold NaN or Inf") as caught:

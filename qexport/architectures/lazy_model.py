@@ -121,9 +121,16 @@ class LazyModel:
         Returns:
             The modules of mixtures for which that is not simulated.
         """
-        self.roundings, parts = roundings, self._naming.parts
-        owners = {parts[f"{name}.weight"].parameter.rpartition(".")[0]: each for name, each in roundings.items()}
+        self.roundings = roundings
+        owners = {self._owner(name): each for name, each in roundings.items()}
         return [path for path in sorted(owners) if not round_inputs(self._own_modules[path], owners[path])]
+
+    def _owner(self, name: str) -> str:
+        """The path of the module that multiplies with a layer's weight; a tied head has none of its own in files."""
+        weight = f"{name}.weight"
+        tied = {file_name: path for path, file_name in self._naming.files.items() if file_name in self._naming.tied}
+        found = tied[weight] if weight in tied else self._naming.parts[weight].parameter
+        return found.rpartition(".")[0]
 
     def parameter(self, name: str) -> Tensor:
         """A loaded tensor by its name in the files, as a view of the parameter in memory."""

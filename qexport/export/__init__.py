@@ -99,6 +99,13 @@ class OnnxSettings(_Shards):
     """`plain` uses ONNX's operators; `fused` uses ONNX Runtime's GroupQueryAttention and RotaryEmbedding, which are
     faster, but accept several new tokens with a past only for a batch of one."""
 
+    token_embedding_type: Literal["unquantized", "q8_0"] = "unquantized"
+    """`q8_0` rounds the embedding to 8 bits with a scale for every 32 inputs, which is lossy: the files are smaller.
+    With tied weights it is the output head too, which is then faster. The values are those of the layout `gguf`."""
+
+    output_tensor_type: Literal["unquantized", "q8_0"] = "unquantized"
+    """The same for an output head of its own."""
+
     share_weights: bool = False
     """Tensors that the recipe's layout `safetensors` has in the same bytes are not written again: its files are linked
     into the folder, and the graph refers to them."""

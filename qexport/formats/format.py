@@ -136,7 +136,7 @@ class ModuleEncoding(ABC):
 
     def specs(self, name: str, spec: OutputSpec) -> dict[str, TensorSpec]:
         """The parameter itself, or the tensors of its module."""
-        return {name: spec} if isinstance(spec, TensorSpec) else _inside(name, self.parts(spec))
+        return {name: spec} if isinstance(spec, TensorSpec) else inside(name, self.parts(spec))
 
     def tensors(self, record: TensorRecord) -> dict[str, torch.Tensor]:
         """The parameter itself, or the tensors of its module.
@@ -149,7 +149,7 @@ class ModuleEncoding(ABC):
         if not isinstance(record.value, self.holds):
             found = type(record.value).__name__
             raise QexportError(f"{found} cannot be stored in {type(self).__name__}", where=record.name)
-        return _inside(record.name, self.pack(record.value))
+        return inside(record.name, self.pack(record.value))
 
     def fault(self, spec: QuantizedSpec) -> str | None:
         """None: every matrix can be stored, unless a format overrides this."""
@@ -161,6 +161,7 @@ def quantized_modules(specs: Specs) -> dict[str, QuantizedSpec]:
     return {name.removesuffix(".weight"): spec for name, spec in specs.items() if isinstance(spec, QuantizedSpec)}
 
 
-def _inside(name: str, parts: Mapping[str, _T]) -> dict[str, _T]:
+def inside(name: str, parts: Mapping[str, _T]) -> dict[str, _T]:
+    """The parts of a parameter's module, by their names in the files."""
     module = name.removesuffix(".weight")
     return {f"{module}.{part}": value for part, value in parts.items()}

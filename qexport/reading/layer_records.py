@@ -25,7 +25,7 @@ def refuse_other_layers(records: Sequence[LayerRecord], artifact: StoredModel) -
     """
     told, stored = {record.name: record for record in records}, artifact.layers
     problems = [f"{name}: only in the manifest" for name in told.keys() - stored.keys()]
-    rounded = {artifact.architecture.structure.head} if artifact.kind == "gguf" else set()  # by the layout
+    rounded = {artifact.architecture.structure.head} if artifact.kind != "weights" else set()  # by the layout
     problems += [f"{name}: not in the manifest" for name in stored.keys() - told.keys() - rounded]
     problems += [
         f"{name}: {record.bits} bits, {record.method}, groups of {record.group_size}, but stored are "

@@ -25,13 +25,14 @@ from qexport.export.gguf.sentencepiece_keys import SCORES, TOKEN_TYPES, TOKENS, 
 from qexport.export.gguf.tokenizer_keys import GgufTokenizer, gguf_tokenizer
 from qexport.export.loaders import Folder, loading_section
 from qexport.export.model_files import card_text, model_files, sizes_of, write_files
+from qexport.export.rounded_ends import rounded_ends, rounding_note
 from qexport.formats import GptqFormat, LlmInt8Format, MergedFormat, Outputs, W8A8Format
 from qexport.formats.gguf import GgufFormat
-from qexport.formats.gguf.blocks import BLOCK, LARGEST_SHIFT, NARROW, kind_of
+from qexport.formats.gguf.blocks import LARGEST_SHIFT, NARROW, kind_of
 from qexport.formats.gguf.families import constants, places
 from qexport.formats.gguf.header import Value
 from qexport.formats.gguf.pre_tokenizers import named
-from qexport.tensors import GroupQuantizedSpec, RowQuantizedSpec, TensorSpec
+from qexport.tensors import GroupQuantizedSpec, RowQuantizedSpec
 from qexport.tensors.gguf_file import GgufFile
 from qexport.tensors.gguf_parts import open_gguf
 
@@ -74,7 +75,7 @@ class GgufLayout:
         inexact = settings.inexact == "allow"
         self._tokenizer = gguf_tokenizer(checkpoint.files, checkpoint.config, structure.vocab_size, inexact=inexact)
         own = places(family, self._config, structure.parameters)
-        form = GgufFormat(own, self._rounded(settings), inexact)
+        form = GgufFormat(own, rounded_ends(settings, outputs, structure), inexact)
         self._refuse_homeless(form)
         self._refuse_faults(form)
         values = _header(checkpoint.architecture, self._tokenizer, self._name)
@@ -153,33 +154,11 @@ class GgufLayout:
             return _UNQUANTIZED[self._unquantized_dtype]
         return _FILE_TYPES[max(dict.fromkeys(kinds), key=kinds.count)]
 
-    def _rounded(self, settings: GgufSettings) -> frozenset[str]:
-        """The ends that are rounded to Q8_0."""
-        structure, specs = self._structure, self._outputs.specs
-        wanted = {structure.embedding: settings.token_embedding_type, structure.head: settings.output_tensor_type}
-        found = frozenset(f"{module}.weight" for module, kind in wanted.items() if kind == "q8_0")
-        for name in sorted(found):
-            spec = specs.get(name)
-            if spec is None:
-                raise CompatibilityError(
-                    "the model has no output head of its own, and llama.cpp takes the embedding",
-                    where="export: gguf: output_tensor_type",
-                    mend="set token_embedding_type: q8_0 instead",
-                )
-            if not isinstance(spec, TensorSpec) or spec.shape[-1] % BLOCK:
-                raise CompatibilityError(
-                    f"{name} cannot be rounded to Q8_0: it is quantized, or its rows are no multiple of {BLOCK}",
-                    where="export: gguf",
-                    mend="leave out token_embedding_type or output_tensor_type",
-                )
-        return found
-
     def _code_notes(self) -> Iterator[str]:
         """What the file does not hold value by value, or in more bits than other layouts."""
         form = self.weights.encoding
         assert isinstance(form, GgufFormat)
-        if form.rounded:
-            yield f"rounded to Q8_0 in this layout, unlike in others: {', '.join(sorted(form.rounded))}"
+        yield from rounding_note(form.rounded)
         kinds = [spec for spec in self._outputs.quantized.values() if isinstance(spec, GroupQuantizedSpec)]
         if not all(spec.sym for spec in kinds):
             yield (

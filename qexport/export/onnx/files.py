@@ -188,14 +188,18 @@ class DataWriter(PlacedTensors):
         return tuple(sorted({path.name for path, _ in self.places.values()}))
 
 
-def shared_names(outputs: Outputs) -> frozenset[str]:
-    """The initializers whose bytes are in a safetensors artifact under the same name: unquantized weights, and
-    bitsandbytes' 4-bit codes with their absmaxes, unless those are quantized too.
+def shared_names(outputs: Outputs, rounded: frozenset[str] = frozenset()) -> frozenset[str]:
+    """The initializers whose bytes are in a safetensors artifact under the same name: unquantized weights that are not
+    rounded, and bitsandbytes' 4-bit codes with their absmaxes, unless those are quantized too.
+
+    Args:
+        outputs: what the pass will yield.
+        rounded: the parameters that the layout rounds itself.
     """
     names: set[str] = set()
     for name, spec in outputs.specs.items():
         if isinstance(spec, TensorSpec):
-            names.add(name)
+            names |= {name} - rounded
         elif isinstance(spec, BlockQuantizedSpec):
             names |= {name} if spec.double_quant else {name, f"{name}.absmax"}
     return frozenset(names)
@@ -210,7 +214,7 @@ def onnx_files(outputs: Outputs, encoding: OnnxFormat, max_shard_size: int, *, s
         max_shard_size: bytes of tensors in one file.
         shared: whether to use the tensors of the safetensors layout instead of writing them again.
     """
-    kept = EncodingWithout(encoding, shared_names(outputs)) if shared else encoding
+    kept = EncodingWithout(encoding, shared_names(outputs, encoding.rounded)) if shared else encoding
     return OnnxFiles(kept, outputs, max_shard_size)
 
 

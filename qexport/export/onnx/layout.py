@@ -30,9 +30,11 @@ from qexport.export.onnx.launch import OnnxLaunch, launch_files
 from qexport.export.onnx.lowering import lower
 from qexport.export.onnx.tracing import MINIMUM_RUNTIME, NARROW_2_BIT_RUNTIME, layer_caches, trace
 from qexport.export.onnx.triton import triton_inputs, triton_outputs
+from qexport.export.rounded_ends import rounded_ends, rounding_note
 from qexport.export.tensor_writer import link_or_copy
 from qexport.formats import Outputs, W8A8Format
 from qexport.formats.onnx import OnnxFormat
+from qexport.formats.onnx.nibbles import LOW
 from qexport.reading.onnx.graph import GRAPH_NAME, Graph, read_graph
 from qexport.reading.onnx.session import refuse_unloadable
 from qexport.tensors import Float4QuantizedSpec, Float8QuantizedSpec, GroupQuantizedSpec
@@ -40,6 +42,7 @@ from qexport.tensors.safetensors_file import SafetensorsFile
 
 _SHARED_FROM: Final = "safetensors"
 
+_LOW_CODES: Final = f".qweight_{LOW}"
 _GRAPH_BYTES: Final = 6000
 _BLOCK_BYTES: Final = 4700
 _INITIALIZER_BYTES: Final = 110
@@ -73,7 +76,9 @@ class OnnxLayout:
         self._activations: torch.dtype = getattr(torch, settings.activations)
         self._refuse_method()
         int8_activations = isinstance(outputs.format, W8A8Format)
-        self._encoding = OnnxFormat(self._activations, int8_activations, settings.accuracy_level)
+        rounded = rounded_ends(settings, outputs, structure)
+        looked_up = frozenset() if structure.tied else rounded - {f"{structure.head}.weight"}
+        self._encoding = OnnxFormat(self._activations, int8_activations, settings.accuracy_level, rounded, looked_up)
         size = parse_size(settings.max_shard_size)
         self.weights: OnnxFiles = onnx_files(outputs, self._encoding, size, shared=settings.share_weights)
         self._refuse_unsupported()
@@ -94,6 +99,7 @@ class OnnxLayout:
             notes.append("fused attention takes several new tokens with a past for a batch of one only")
         if self._settings.accuracy_level == 4:
             notes.append("accuracy_level 4: ONNX Runtime rounds the inputs of quantized layers to 8 bits")
+        notes += rounding_note(self._encoding.rounded)
         if length := switching_length(self._checkpoint.architecture.parsed):
             notes.append(f"a text that grows past {length} tokens must begin anew there, without a cache: LongRoPE")
         if self._chat[1]:
@@ -142,7 +148,7 @@ class OnnxLayout:
         """An estimate: nodes and initializers have names, and each initializer has its place in the data files."""
         names = sum(map(len, self.weights.initializers))
         blocks, initializers = len(self._structure.blocks), len(self.weights.initializers)
-        pairs = sum(self._encoding.in_nibbles(spec) for spec in self._outputs.quantized.values())
+        pairs = sum(name.endswith(_LOW_CODES) for name in self.weights.initializers)
         graph = _GRAPH_BYTES + blocks * _BLOCK_BYTES + pairs * _PAIR_BYTES
         return graph + initializers * _INITIALIZER_BYTES + 2 * names
 

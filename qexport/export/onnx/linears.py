@@ -98,7 +98,7 @@ class Linears:
         assert weight is not None
         name = str(weight.name)
         module = name.removesuffix(".weight")
-        match self._outputs.specs[name]:
+        match self._encoding.stored(name, self._outputs.specs[name]):
             case TensorSpec():
                 return self._unquantized(inputs, name, transposed=bool(node.attributes.get_int("transposed", 0)))
             case GroupQuantizedSpec() as groups:

@@ -13,6 +13,7 @@ from qexport.errors import CompatibilityError, listed
 from qexport.export.onnx.attention import FusedAttention, PlainAttention
 from qexport.export.onnx.files import DTYPES, Weights
 from qexport.export.onnx.linears import Linears, selective_scan
+from qexport.export.onnx.lookups import Lookups
 from qexport.export.onnx.nodes import DOMAIN, Emitter
 from qexport.export.onnx.tracing import Trace
 from qexport.formats import Outputs
@@ -53,7 +54,7 @@ def lower(
     parameters = [value for value in graph.inputs if value.name in outputs.specs]
     emit = Emitter(graph)
     weights = Weights(emit, specs, dtype)
-    linears = Linears(emit, weights, outputs, encoding)
+    linears, lookups = Linears(emit, weights, outputs, encoding), Lookups(emit, weights, outputs, encoding)
     attend = _ATTENTION[attention](emit, dtype)
     for node in [node for node in graph if node.domain == DOMAIN]:
         emit.before = node
@@ -67,7 +68,7 @@ def lower(
             case "SelectiveScan":
                 _replace(node, selective_scan(emit, node))
     for parameter in parameters:
-        _place(parameter, outputs, weights, emit)
+        _place(parameter, lookups, emit)
         graph.inputs.remove(parameter)
     _finish(trace.model)
     if unused := [name for name in specs if name not in graph.initializers]:
@@ -91,28 +92,17 @@ def _replace(node: ir.Node, values: list[ir.Value]) -> None:
     node.graph.remove(node, safe=True)
 
 
-def _place(parameter: ir.Value, outputs: Outputs, weights: Weights, emit: Emitter) -> None:
-    """Connects an unquantized parameter with the nodes other than linear layers that use it."""
+def _place(parameter: ir.Value, lookups: Lookups, emit: Emitter) -> None:
+    """Connects a parameter with the nodes other than linear layers that use it."""
     name = str(parameter.name)
-    uses = list(parameter.uses())
-    if uses and not isinstance(outputs.specs[name], TensorSpec):
-        raise CompatibilityError(
-            f"a quantized weight is used by {uses[0].node.op_type}",
-            where=f"export: onnx, {name}",
-            mend="leave this layer unquantized: `quantize.overrides` (gptq), else `quantize.skip_modules`",
-        )
-    for use in uses:
+    for use in list(parameter.uses()):
         node, indices = use.node, use.node.inputs[-1]
         emit.before = node
-        if (
-            node.op_type == "Gather"
-            and use.idx == 0
-            and node.attributes.get_int("axis", 0) == 0
-            and indices is not None
-        ):
-            _replace(node, [weights.rows(name, indices)])
+        looks_up = node.op_type == "Gather" and use.idx == 0 and node.attributes.get_int("axis", 0) == 0
+        if looks_up and indices is not None:
+            _replace(node, [lookups.rows(name, indices)])
         else:
-            node.replace_input_with(use.idx, weights.unquantized(name))
+            node.replace_input_with(use.idx, lookups.whole(name, node.op_type))
 
 
 def _finish(model: ir.Model) -> None:

@@ -31,7 +31,6 @@ DTYPES: Final = {
 """How unquantized tensors are stored."""
 
 Q8_0: Final = GGMLQuantizationType.Q8_0
-_ROWS_AT_ONCE: Final = 4096
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class GgufFormat:
         if not isinstance(value, torch.Tensor):
             raise QexportError(f"{type(value).__name__} cannot be stored in GGUF", where=name)
         if name in self.rounded:
-            return {self.places.names[name]: self.places.stored(name, _rounded(value))}
+            return {self.places.names[name]: self.places.stored(name, blocks.rounded(value))}
         dtype = self._dtype(name, TensorSpec(tuple(value.shape), value.dtype))
         return {self.places.names[name]: self.places.stored(name, value).to(dtype).contiguous()}
 
@@ -116,9 +115,3 @@ class GgufFormat:
         stored = self.places.names[name]
         wide = len(spec.shape) <= 1 or stored.endswith("_norm.weight") or not stored.endswith(".weight")
         return torch.float32 if wide else spec.dtype
-
-
-def _rounded(value: torch.Tensor) -> torch.Tensor:
-    """A matrix in Q8_0, uint8 [out, row_bytes], with the bytes that llama.cpp's quantizer gives."""
-    parts = [gguf.quantize(part.to(torch.float32).numpy(), Q8_0) for part in value.cpu().split(_ROWS_AT_ONCE)]
-    return torch.cat([torch.from_numpy(part) for part in parts])

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Final
 
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quantize
 from torch import Tensor
 
 from qexport.errors import QexportError
@@ -41,6 +41,7 @@ NARROW: Final = (2, 3)
 
 _SCALE_BYTES: Final = 2
 _HALF: Final = BLOCK // 2
+_ROWS_AT_ONCE: Final = 4096
 
 
 def block_bytes(bits: int) -> int:
@@ -138,6 +139,19 @@ def _joined(scales: Tensor, codes: Tensor) -> Tensor:
     wide = scales if scales.dim() == 3 else scales[..., None]
     parts = [wide.contiguous().view(torch.uint8), codes]
     return torch.cat(parts, 2).reshape(len(scales), -1)
+
+
+def rounded(value: Tensor) -> Tensor:
+    """A matrix in Q8_0, with the bytes that llama.cpp's quantizer gives.
+
+    Args:
+        value: [out, in], floating point; `in` is a multiple of 32.
+
+    Returns:
+        uint8 [out, row_bytes].
+    """
+    parts = [quantize(part.to(torch.float32).numpy(), KINDS[8]) for part in value.cpu().split(_ROWS_AT_ONCE)]
+    return torch.cat([torch.from_numpy(part) for part in parts])
 
 
 def unpack(rows: Tensor, bits: int) -> GroupQuantized:

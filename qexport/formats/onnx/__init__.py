@@ -6,13 +6,16 @@ The references are ONNX Runtime's `docs/ContribOperators.md` (MatMulNBits, MatMu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Final
 
 import torch
 
-from qexport.formats.format import Encoding, ModuleEncoding
+from qexport.formats.format import Encoding, ModuleEncoding, inside
+from qexport.formats.gguf import blocks
+from qexport.formats.gguf.blocks import BLOCK
 from qexport.formats.onnx import matmul_bnb4, matmul_integer, matmul_nbits, nibbles
+from qexport.formats.onnx.lookups import looks_up_codes, read_rows
 from qexport.formats.onnx.matmul_nbits_reading import read_nbits
 from qexport.formats.onnx.operators import MICROSOFT, GraphTensors, Operator, StoredMatrix, Wiring
 from qexport.tensors import (
@@ -40,13 +43,46 @@ class OnnxFormat(ModuleEncoding):
             their nodes compute in float32.
         int8_activations: whether rows are multiplied with int8 activations (W8A8), or dequantized (LLM.int8).
         accuracy_level: of MatMulNBits: with 4 it may round its inputs to 8 bits, with 0 not.
+        rounded: matrices that stay unquantized in other layouts, and are rounded here, to the values of GGUF's Q8_0.
+        looked_up: those of them that nothing multiplies with: they are one matrix of 8 bits at every level.
     """
 
     dtype: torch.dtype
     int8_activations: bool = False
     accuracy_level: int = 0
+    rounded: frozenset[str] = frozenset()
+    looked_up: frozenset[str] = frozenset()
 
     holds: ClassVar = (GroupQuantized, BlockQuantized, RowQuantized)
+
+    def stored(self, name: str, spec: OutputSpec) -> OutputSpec:
+        """How a parameter is stored: as the pass yields it, or rounded."""
+        if name not in self.rounded:
+            return spec
+        assert isinstance(spec, TensorSpec), f"{name} is quantized"
+        rows, columns = spec.shape
+        return GroupQuantizedSpec(rows, columns, bits=8, group_size=BLOCK, sym=True, desc_act=False)
+
+    def specs(self, name: str, spec: OutputSpec) -> dict[str, TensorSpec]:
+        """The parameter itself, or the initializers of its module."""
+        kept = self.stored(name, spec)
+        if name in self.looked_up and isinstance(kept, GroupQuantizedSpec):
+            return inside(name, matmul_nbits.group_specs(kept, self.dtype))
+        return super().specs(name, kept)
+
+    def tensors(self, record: TensorRecord) -> dict[str, torch.Tensor]:
+        """The parameter itself, or the initializers of its module.
+
+        Raises:
+            QexportError: the codes are of a type that the format cannot hold.
+        """
+        if record.name not in self.rounded:
+            return super().tensors(record)
+        assert isinstance(record.value, torch.Tensor)
+        codes = _rounded(record.value)
+        if record.name in self.looked_up:
+            return inside(record.name, matmul_nbits.pack_groups(codes, self.dtype))
+        return super().tensors(replace(record, value=codes))
 
     def parts(self, spec: QuantizedSpec) -> dict[str, TensorSpec]:
         """Two to six initializers."""
@@ -99,6 +135,14 @@ class OnnxFormat(ModuleEncoding):
         return matmul_integer.fault(spec)
 
 
+def _rounded(value: torch.Tensor) -> GroupQuantized:
+    """Q8_0's codes. Blocks of zeros get the scale 1: packed scales are positive."""
+    found = blocks.unpack(blocks.rounded(value), 8)
+    empty = found.scales == 0
+    codes = torch.where(empty.t().repeat_interleave(BLOCK, 1), found.zeros[0, 0], found.codes)
+    return replace(found, codes=codes, scales=found.scales.masked_fill(empty, 1))
+
+
 @dataclass(frozen=True)
 class EncodingWithout:
     """Another encoding without some of its tensors, which are in other files.
@@ -132,8 +176,13 @@ OPERATORS: Final[Mapping[tuple[str, str], Callable[[GraphTensors, Operator, Wiri
 """The operators that multiply with codes, by domain and type, and the function that reads the weight of each."""
 
 
+def reads_codes(node: Operator) -> bool:
+    """Whether a node is one of the `OPERATORS`, or begins a lookup of rows of codes."""
+    return (node.domain, node.op_type) in OPERATORS or looks_up_codes(node)
+
+
 def stored_matrix(graph: GraphTensors, node: Operator, wiring: Wiring) -> tuple[str, StoredMatrix]:
-    """The path of a module, and how its weight is stored, for a node that is one of the `OPERATORS`.
+    """The path of a module, and how its weight is stored, for a node that `reads_codes`.
 
     Args:
         graph: the node's graph.
@@ -144,7 +193,8 @@ def stored_matrix(graph: GraphTensors, node: Operator, wiring: Wiring) -> tuple[
         InputError: an attribute or an input is missing, has a shape or dtype that the operator does not take, or is one
             that runtimes or their versions compute differently.
     """
-    return OPERATORS[node.domain, node.op_type](graph, node, wiring)
+    read = read_rows if looks_up_codes(node) else OPERATORS[node.domain, node.op_type]
+    return read(graph, node, wiring)
 
 
 def description(matrices: Iterable[StoredMatrix]) -> str:

@@ -14,7 +14,8 @@ from qexport.architectures.architecture import Architecture
 from qexport.architectures.families import without_code_keys
 from qexport.architectures.structure import Structure, refuse_impossible_depth
 from qexport.errors import CompatibilityError, InputError, RecipeError, listed
-from qexport.formats.onnx import OPERATORS, description, stored_matrix
+from qexport.formats.onnx import description, reads_codes, stored_matrix
+from qexport.formats.onnx.lookups import looks_up_codes, same_codes
 from qexport.formats.onnx.operators import StoredMatrix, Wiring
 from qexport.formats.stored_weight import StoredLayer
 from qexport.reading.computing import EXACT, Computing
@@ -46,7 +47,7 @@ class OnnxWeights:
         kind: `graph`.
         config: the content of config.json.
         architecture: the architecture that config.json describes.
-        quantized: how each quantized module is stored, by its path.
+        quantized: how each quantized module is stored, by its path; the embedding is not among them.
 
     Raises:
         InputError: config.json or the graph is missing or malformed (see `qexport.reading.onnx.graph.Graph`), or an
@@ -62,7 +63,11 @@ class OnnxWeights:
         self._graph = Graph(folder)
         self.architecture = Architecture.of_config(without_code_keys(self.config)[0], like)
         refuse_impossible_depth(self.architecture.parsed, len(self._graph.initializers))
-        self.quantized: Mapping[str, StoredMatrix] = _quantized(self._graph)
+        self._matrices = _matrices(self._graph)
+        embedding = self.architecture.structure.embedding
+        self.quantized: Mapping[str, StoredMatrix] = {
+            module: matrix for module, matrix in self._matrices.items() if module != embedding
+        }
 
     def specs(self) -> Mapping[str, TensorSpec]:
         """The shape and dtype of every parameter in the graph; of quantized ones, as `read` returns them.
@@ -87,8 +92,8 @@ class OnnxWeights:
             InputError: as for `read`.
         """
         module = name.removesuffix(".weight")
-        if name.endswith(".weight") and module in self.quantized:
-            return self.quantized[module].quantized(self._graph)
+        if name.endswith(".weight") and module in self._matrices:
+            return self._matrices[module].quantized(self._graph)
         tensor = self._graph.read(name)
         if not is_finite(tensor):
             raise InputError("the tensor has NaN or Inf", where=self._graph.where(name))
@@ -97,7 +102,7 @@ class OnnxWeights:
     @property
     def stored_bytes(self) -> int:
         """Bytes of all stored parameters."""
-        parts = {part for weight in self.quantized.values() for part in weight.parts}
+        parts = {part for weight in self._matrices.values() for part in weight.parts}
         stored = parts | (self._specs.keys() & self._graph.initializers.keys())
         return sum(self._graph.initializers[name].spec.nbytes for name in stored)
 
@@ -109,17 +114,22 @@ class OnnxWeights:
     @property
     def method(self) -> str:
         """How the weights are stored, for users."""
-        return f"ONNX, {description(self.quantized.values())}"
+        return f"ONNX, {description(self._matrices.values())}"
 
     @property
     def rounds_activations(self) -> bool:
         """Whether ONNX Runtime rounds the inputs of quantized layers to 8 bits."""
-        return any(matrix.rounds_inputs for matrix in self.quantized.values())
+        return any(matrix.rounds_inputs for matrix in self._matrices.values())
 
     @cached_property
     def layers(self) -> dict[str, StoredLayer]:
-        """Each quantized module, by its path. The first use reads the scales: a group may be several blocks."""
-        return {module: matrix.layer(self._graph) for module, matrix in self.quantized.items()}
+        """Each quantized module, by its path, and a head that multiplies with the codes of a rounded embedding. The
+        first use reads the scales: a group may be several blocks.
+        """
+        found, structure = dict(self.quantized), self.architecture.structure
+        if structure.tied and structure.embedding in self._matrices:
+            found[structure.head] = self._matrices[structure.embedding]
+        return {module: matrix.layer(self._graph) for module, matrix in found.items()}
 
     @cached_property
     def grids(self) -> dict[str, GroupQuantizedSpec]:
@@ -202,7 +212,7 @@ class OnnxWeights:
             InputError: a parameter is missing, unexpected, of another shape, or not used by any operator.
         """
         problems = (structure or self.architecture.structure).differences(self._specs)
-        unquantized = [name for name in self._specs if name.removesuffix(".weight") not in self.quantized]
+        unquantized = [name for name in self._specs if name.removesuffix(".weight") not in self._matrices]
         problems += [f"{name}: no operator reads it" for name in unquantized if name not in self._graph.used]
         if problems:
             raise InputError("the graph is not the model of its config.json", where=listed(problems))
@@ -214,7 +224,7 @@ class OnnxWeights:
             f"{module}.weight": TensorSpec(
                 weight.shape[::-1] if module in self.transposed else weight.shape, self._dtype
             )
-            for module, weight in self.quantized.items()
+            for module, weight in self._matrices.items()
         }
         initializers, parameters = self._graph.initializers, self.architecture.structure.parameters
         unquantized = {name: initializers[name].spec for name in parameters if name in initializers}
@@ -239,14 +249,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _quantized(graph: Graph) -> dict[str, StoredMatrix]:
+def _matrices(graph: Graph) -> dict[str, StoredMatrix]:
+    """Lookups of rows come last: whether inputs are rounded, the operators that multiply with the same codes say."""
     wiring = Wiring(graph.nodes)
     found: dict[str, StoredMatrix] = {}
-    for node in graph.nodes:
-        if (node.domain, node.op_type) in OPERATORS:
-            module, weight = stored_matrix(graph, node, wiring)
-            if found.setdefault(module, weight) != weight:
-                raise InputError("two operators read the same codes in different ways", where=graph.where(module))
-            if weight.codes != f"{module}.weight" and f"{module}.weight" in graph.initializers:
-                raise InputError("the module is stored both unquantized and quantized", where=graph.where(module))
+    for node in sorted(filter(reads_codes, graph.nodes), key=looks_up_codes):
+        module, weight = stored_matrix(graph, node, wiring)
+        other = found.setdefault(module, weight)
+        if weight != other and not (looks_up_codes(node) and same_codes(weight, other)):
+            raise InputError("two operators read the same codes in different ways", where=graph.where(module))
+        if weight.codes != f"{module}.weight" and f"{module}.weight" in graph.initializers:
+            raise InputError("the module is stored both unquantized and quantized", where=graph.where(module))
     return found

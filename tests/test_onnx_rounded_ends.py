@@ -146,7 +146,8 @@ def test_rows_that_are_no_multiple_of_the_block_are_refused(tmp_path: Path) -> N
 
 
 def of(graph: onnx.GraphProto, op_type: str, index: int = 0) -> onnx.NodeProto:
-    return [node for node in graph.node if node.op_type == op_type][index]
+    found: list[onnx.NodeProto] = [node for node in graph.node if node.op_type == op_type]
+    return found[index]
 
 
 def other_zero(graph: onnx.GraphProto) -> None:

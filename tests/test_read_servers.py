@@ -17,8 +17,11 @@ from qexport.export.served_layers import ServedLayers
 from qexport.export.sglang import SGLANG
 from qexport.export.tensorrt_llm import TENSORRT_LLM
 
-KINDS = ("gptq", "awq", "w4a16", "asymmetric", "w8a8", "fp8", "blocks", "none")
-REFUSED = {"SGLang": {"asymmetric"}, "TensorRT-LLM": {"gptq", "awq", "w4a16", "asymmetric", "w8a8"}}
+KINDS = ("gptq", "awq", "w4a16", "asymmetric", "w8a8", "fp8", "blocks", "nvfp4", "mxfp4", "none")
+REFUSED = {
+    "SGLang": {"asymmetric", "nvfp4", "mxfp4"},
+    "TensorRT-LLM": {"gptq", "awq", "w4a16", "asymmetric", "w8a8", "nvfp4", "mxfp4"},
+}
 SERVERS = (SGLANG, TENSORRT_LLM)
 Q0, UP0 = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
 
@@ -84,6 +87,7 @@ FAULTS: list[tuple[Server[ServedLayers], str, Callable[[Path], object], str]] = 
         "GPTQ rules reach the layers that SGLang joins",
     ),
     (SGLANG, "asymmetric", lambda folder: None, "packed weights of compressed-tensors are symmetric, with 4 or 8 bits"),
+    (SGLANG, "nvfp4", lambda folder: None, "4-bit floats of compressed-tensors come with rounded inputs"),
     (TENSORRT_LLM, "none", no_json, "config.json can be read"),
     (TENSORRT_LLM, "fp8", modelopt, "nothing beside the weights is read"),
     (TENSORRT_LLM, "gptq", lambda folder: None, "the quantization method is one that it takes from config.json"),

@@ -11,6 +11,7 @@ from qexport.architectures.joined import joined_modules, joined_name
 from qexport.errors import InputError
 from qexport.export.served import CONFIG, REMOVE, Rules, Server, beside_the_weights
 from qexport.export.served_layers import SIBLINGS_ALIKE, ServedLayers, in_words, unequal_siblings
+from qexport.formats.compressed_tensors.reading import FLOAT4_FORMATS
 from qexport.formats.gptq.reading import GptqRules
 
 _DOCUMENTATION: Final = "docs/advanced_features/quantization.md"
@@ -90,6 +91,16 @@ def _packed(model: ServedLayers) -> Iterator[str]:
     for scheme in {scheme for scheme in model.schemes_or_none.values() if scheme}:
         if scheme.bits not in _PACKED_BITS or not scheme.sym:
             yield in_words(scheme)
+
+
+@_rule("4-bit floats of compressed-tensors come with rounded inputs", _COMPRESSED, "use vLLM, or method fp8")
+def _float4(model: ServedLayers) -> Iterator[str]:
+    """With 16-bit inputs it takes the weights for 4-bit integers, and ends in an ImportError
+    (github.com/sgl-project/sglang/pull/40022, open in September 2026).
+    """
+    name = model.quantization.get("format")
+    if model.method == "compressed-tensors" and name in FLOAT4_FORMATS:
+        yield f"{name} with inputs of 16 bits"
 
 
 SGLANG: Final = Server("SGLang", ServedLayers, _RULES)

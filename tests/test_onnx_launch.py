@@ -88,6 +88,17 @@ def test_the_script_answers_in_the_chat_template(folder: OnnxFolder) -> None:
     assert generated(folder.path, PROMPT, "24") == text
 
 
+def test_the_script_of_a_fused_graph_appends_to_one_memory(tmp_path: Path) -> None:
+    fused = onnx_served.write(tmp_path / "folder", factories.llama_config(), "fused")
+    script = fused.path / "launch" / "generate.py"
+    grown, figures = generated(fused.path, "--plain", PROMPT, "24"), FIGURES.model_copy(update={"appends": True})
+    assert "bind_ortvalue_output" not in script.read_text()
+    figures = figures.model_copy(update={"chat": ChatTurn(**ROUND), "ends": list(fused.generation.ends)})
+    script.write_bytes(launch_files(figures)["launch/generate.py"])
+    assert "bind_ortvalue_output" in script.read_text()
+    assert generated(fused.path, "--plain", PROMPT, "24") == grown == transformers_text(fused, 24, figures.ends)[1]
+
+
 @pytest.mark.parametrize("chat", [True, False])
 def test_the_script_says_where_nothing_is_generated(chat: bool, folder: OnnxFolder) -> None:
     tokens, _ = transformers_text(folder, 1, [], chat=chat)

@@ -11,6 +11,7 @@ from typing import Annotated, Final, Literal
 from pydantic import AfterValidator, ConfigDict, Field
 
 from qexport.amounts import checked_size
+from qexport.records import added
 from qexport.settings import Settings, required_in_recipes
 
 _PART: Final = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
@@ -99,11 +100,11 @@ class OnnxSettings(_Shards):
     """`plain` uses ONNX's operators; `fused` uses ONNX Runtime's GroupQueryAttention and RotaryEmbedding, which are
     faster, but accept several new tokens with a past only for a batch of one."""
 
-    token_embedding_type: Literal["unquantized", "q8_0"] = "unquantized"
+    token_embedding_type: Literal["unquantized", "q8_0"] = added("unquantized")
     """`q8_0` rounds the embedding to 8 bits with a scale for every 32 inputs, which is lossy: the files are smaller.
     With tied weights it is the output head too, which is then faster. The values are those of the layout `gguf`."""
 
-    output_tensor_type: Literal["unquantized", "q8_0"] = "unquantized"
+    output_tensor_type: Literal["unquantized", "q8_0"] = added("unquantized")
     """The same for an output head of its own."""
 
     share_weights: bool = False

@@ -123,10 +123,15 @@ GPTQMODEL: Final = "gptqmodel"
 QEXPORT: Final = "qexport.load"
 LLAMA_CPP: Final = "llama.cpp"
 ONNXRUNTIME: Final = "onnxruntime"
+OPENVINO: Final = "OpenVINO"
 _WITH_GPTQMODEL: Final = "transformers + gptqmodel"
 _WITH_BITSANDBYTES: Final = "transformers + bitsandbytes"
 _WITH_COMPRESSED: Final = "transformers + compressed-tensors"
 _WHOLE_BLOCKS: Final = "not on CPUs with AVX512-BF16, where it asks for inputs in multiples of the block size"
+_TRIED_WITH_OPENVINO: Final = (
+    "but for 4-bit GPTQ, whose graphs 2026.4 loads with `attention: plain`, not `fused`; it rounds activations unless "
+    "told otherwise: docs/onnx.md"
+)
 _FP8_BLOCK: Final = 128
 _AT_RANDOM: Final = "at random, with only a warning"
 
@@ -230,6 +235,7 @@ def _is_unquantized(folder: Folder) -> bool:
 
 _TABLE: Final = (
     _Row(ONNXRUNTIME, _is_graph, "yes"),
+    _Row(OPENVINO, _is_graph, "untried", _TRIED_WITH_OPENVINO),
     _Row(LLAMA_CPP, _is_gguf, "yes"),
     _Row(TRANSFORMERS, _is_split_gguf, "no", "it reads one GGUF file, and the model is in several"),
     _Row(TRANSFORMERS, _is_gguf_of("qwen3"), "untried", "it reads the file, but not how wide the heads are"),

@@ -82,11 +82,15 @@ def test_a_sliding_window_counts_the_padding_of_a_batch(tmp_path: Path) -> None:
     assert answer["together"] != answer["alone"]
 
 
-def test_the_shared_buffer_is_refused_by_the_graph(tmp_path: Path) -> None:
-    """So that nobody switches it on for the few per cent that it is worth."""
-    folder = onnx_served.write(tmp_path / "folder", factories.llama_config(), "fused")
+@pytest.mark.parametrize("attention", ["plain", "fused"])
+def test_the_shared_buffer_is_for_fused_attention(attention: onnx_served.Attention, tmp_path: Path) -> None:
+    folder = onnx_served.write(tmp_path / "folder", factories.llama_config(), attention)
+    alone = run_genai(folder.path)
     content = json.loads((folder.path / FILE_NAME).read_text())
     content["search"]["past_present_share_buffer"] = True
     (folder.path / FILE_NAME).write_text(json.dumps(content))
-    with pytest.raises(AssertionError, match="Non-zero status code"):
-        run_genai(folder.path)
+    if attention == "plain":
+        with pytest.raises(AssertionError, match="Non-zero status code"):
+            run_genai(folder.path)
+    else:
+        assert run_genai(folder.path) == alone

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from qexport.errors import CompatibilityError
 from qexport.export.onnx.nodes import Emitter
-from qexport.export.onnx.tracing import Cache
+from qexport.export.onnx.tracing import PAST, Cache
 from qexport.formats.onnx.operators import MICROSOFT
 
 _SWAPPED_HEADS: Final = [0, 2, 1, 3]
@@ -218,6 +218,26 @@ def _input_of(value: ir.Value, op_type: str) -> ir.Value | None:
 
 def _is_by_token(value: ir.Value, width: int) -> bool:
     return value.shape is not None and len(value.shape) == 3 and value.shape[2] == width
+
+
+def count_past_by_mask(emit: Emitter) -> None:
+    """Takes the number of past tokens from the mask and the new tokens, in place of the size of a past.
+
+    So keys and values may lie in a buffer that has room for later tokens, to which GroupQueryAttention appends if past
+    and present are the same memory; with a buffer of just the past tokens the number is the same.
+    """
+    ids, mask = emit.graph.inputs[:2]
+    for node in [node for node in emit.graph if _counts_past(node)]:
+        emit.before = node
+        total, new = (emit.one("Shape", value, start=1, end=2) for value in (mask, ids))
+        node.outputs[0].replace_all_uses_with(emit.one("Sub", total, new))
+        emit.graph.remove(node, safe=True)
+
+
+def _counts_past(node: ir.Node) -> bool:
+    of = node.inputs[0] if node.op_type == "Shape" else None
+    bounds = node.attributes.get_int("start", 0), node.attributes.get_int("end", 0)
+    return of is not None and of.is_graph_input() and str(of.name).startswith(PAST) and bounds == (2, 3)
 
 
 class AdditiveMasks:

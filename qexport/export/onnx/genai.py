@@ -92,8 +92,8 @@ _STATES: Final = {"conv_state": "conv_names", "recurrent_state": "recurrent_name
 def genai_config(config: Mapping[str, Any], cache: Cache, generation: Generation) -> dict[str, Any] | None:
     """The content of genai_config.json; None for a family that was not tested with the runtime.
 
-    Past and present do not share a buffer of keys and values: the runtime would pass one as long as the longest text,
-    and the graph takes the length of the past for the number of tokens.
+    Past and present do not share a buffer of keys and values: the runtime would take memory for the longest text that
+    the model allows before the first token.
 
     Args:
         config: the content of config.json.

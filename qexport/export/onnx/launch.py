@@ -43,6 +43,9 @@ class OnnxLaunch(Launch):
     chat: ChatTurn | None = added()
     """What the script writes around a message; None where it only continues texts."""
 
+    appends: bool | None = added()
+    """Whether the graph appends to the memory of its past, if that has room; None where it does not."""
+
 
 def launch_files(figures: OnnxLaunch) -> dict[str, bytes]:
     """The files of the folder `launch`, by their name inside the artifact."""

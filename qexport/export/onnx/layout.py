@@ -188,6 +188,7 @@ class OnnxLayout:
             ends=list(ends.ends),
             tokenizer="tokenizer.json" in checkpoint.files,
             chat=self._chat[0],
+            appends=self._appends or None,
         )
         config = genai_config(checkpoint.config, self._cache, ends)
         own = {FILE_NAME: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode("ascii")} if config else {}
@@ -212,6 +213,11 @@ class OnnxLayout:
     @property
     def _shared(self) -> bool:
         return self._settings.share_weights
+
+    @property
+    def _appends(self) -> bool:
+        """Whether keys and values may lie in a buffer with room: only fused attention appends, and only to these."""
+        return self._settings.attention == "fused" and all(each.grows for layer in self._cache for each in layer)
 
     @cached_property
     def _chat(self) -> tuple[ChatTurn | None, str]:

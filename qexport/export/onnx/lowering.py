@@ -10,7 +10,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from qexport.errors import CompatibilityError, listed
-from qexport.export.onnx.attention import FusedAttention, PlainAttention
+from qexport.export.onnx.attention import FusedAttention, PlainAttention, count_past_by_mask
 from qexport.export.onnx.files import DTYPES, Weights
 from qexport.export.onnx.linears import Linears, selective_scan
 from qexport.export.onnx.lookups import Lookups
@@ -67,6 +67,8 @@ def lower(
                 _replace(node, [attend.rotary(node)])
             case "SelectiveScan":
                 _replace(node, selective_scan(emit, node))
+    if attention == "fused":
+        count_past_by_mask(emit)
     for parameter in parameters:
         _place(parameter, lookups, emit)
         graph.inputs.remove(parameter)

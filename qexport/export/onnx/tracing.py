@@ -35,6 +35,9 @@ NARROW_2_BIT_RUNTIME: Final = "1.31"
 _SAMPLE: Final = {"batch": 3, "sequence": 7, "past": 5}
 """No size is 0 or 1, which torch.export would take for constants, or the sum of the two others."""
 
+PAST: Final = "past_key_values."
+"""What the names of the graph's inputs for the cache begin with."""
+
 Cache = Sequence[tuple[CacheTensor, ...]]
 
 
@@ -204,7 +207,7 @@ def _dynamic(cache: Cache) -> tuple[Any, ...]:
 
 def past_name(layer: int, tensor: CacheTensor) -> str:
     """The name of the graph's input for a tensor of the cache."""
-    return f"past_key_values.{layer}.{tensor.name}"
+    return f"{PAST}{layer}.{tensor.name}"
 
 
 def present_name(layer: int, tensor: CacheTensor) -> str:

@@ -83,7 +83,10 @@ def test_only_what_a_plan_cannot_show_is_left_out_of_it() -> None:
         "there is one set of weights",
         "GPTQ: joined layers have the same g_idx",
     }
-    assert {rule.name for rule in VLLM.rules if rule.disk} == {"all weights that the index names can be read"}
+    assert {rule.name for rule in VLLM.rules if rule.disk} == {
+        "all weights that the index names can be read",
+        "joined NVFP4 layers have one global scale",
+    }
 
 
 class Stored(ServedModel):

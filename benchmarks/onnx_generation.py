@@ -1,4 +1,4 @@
-"""Tokens a second, time to the first token and peak memory of ONNX folders, beside transformers and onnxruntime-genai.
+r"""Tokens a second, time to the first token and peak memory of ONNX folders, beside transformers and onnxruntime-genai.
 
 Greedy, batch 1, on the CPU: decoding after a prompt of 64 tokens, and the first token after a prompt of 512. Every
 measurement is a process of its own. All are measured in every round, one after the other, in the opposite order in
@@ -7,6 +7,16 @@ every second round, and a ratio compares what two did in the same round.
     python benchmarks/onnx_generation.py --folder int4=out/gptq-4bit/onnx
     python benchmarks/onnx_generation.py --folder int4=out/gptq-4bit/onnx --dense out/dense/safetensors --baseline int4
     python benchmarks/onnx_generation.py --checkpoint out/gptq-4bit/safetensors --peer genai=/path/to/its/env/bin/python
+
+All programs in one table, by CPU seconds:
+
+    OMP_NUM_THREADS=1 python benchmarks/onnx_generation.py --cpu-time --threads 1 --dense out/dense/safetensors \
+        --folder ours=out/gptq-4bit-onnx/onnx --openvino OPENVINO/bin/python \
+        --checkpoint out/gptq-4bit-onnx/safetensors --peer genai=GENAI/bin/python \
+        --gguf Q4_0=out/gptq-4bit-gguf/model.gguf --llama LLAMA/bin/python
+
+`--openvino` adds a row for each folder whose attention is plain. `--context 1500` decodes after a longer prompt.
+`--shared` lets fused graphs and the builder's append to the memory of their past, as long prompts want it.
 
 `--dense` adds transformers in bfloat16 and float32. With `--peer genai=...`, onnxruntime-genai's builder makes graphs
 of the GPTQ checkpoint's codes, embedding and head in float32, at accuracy levels 0 and 4; they run through the same
@@ -32,7 +42,7 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 PEERS = Path(__file__).parent / "peers"
-SHORT, LONG = 64, 512
+LONG = 512
 ONNXRUNTIME = "onnxruntime_generation.py"
 LEVELS = (0, 4)
 EXCLUDED = "/lm_head/MatMul,/model/embed_tokens/Gather"
@@ -46,6 +56,7 @@ class Contestant:
     script: str
     folder: Path
     dtype: str = ""
+    shared: bool = False
 
 
 def main() -> None:
@@ -73,6 +84,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dense", type=Path, help="folder of the 16-bit model, for transformers")
     parser.add_argument("--checkpoint", type=Path, help="GPTQ folder that the peer's builder reads")
     parser.add_argument("--peer", type=_peer, help="genai=PYTHON")
+    parser.add_argument("--openvino", help="interpreter of an environment with OpenVINO")
+    parser.add_argument("--gguf", action="append", default=[], type=_gguf, help="NAME=FILE; repeatable")
+    parser.add_argument("--llama", help="interpreter of an environment with llama-cpp-python")
+    parser.add_argument("--context", type=int, default=64, help="tokens of the prompt before the decoded ones")
+    parser.add_argument("--cpu-time", action="store_true", help="seconds of the processor, not those that pass")
+    parser.add_argument("--shared", action="store_true", help="one memory for past and present")
     parser.add_argument("--baseline", help="row that the ratios refer to; the first one unless given")
     parser.add_argument(
         "--text", type=Path, default=ROOT / "calibration/heldout.jsonl", help="where the prompts are from"
@@ -86,6 +103,8 @@ def _arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if bool(arguments.peer) != bool(arguments.checkpoint):
         parser.error("--peer and --checkpoint belong together")
+    if bool(arguments.gguf) != bool(arguments.llama):
+        parser.error("--gguf and --llama belong together")
     if not (arguments.folder or arguments.dense or arguments.peer):
         parser.error("nothing to measure: give --folder, --dense or --peer")
     return arguments
@@ -95,6 +114,13 @@ def _named(text: str) -> tuple[str, Path]:
     name, _, path = text.partition("=")
     if not name or not (Path(path) / "model.onnx").is_file():
         raise argparse.ArgumentTypeError("NAME=PATH, with PATH a folder that has a model.onnx")
+    return name, Path(path).resolve()
+
+
+def _gguf(text: str) -> tuple[str, Path]:
+    name, _, path = text.partition("=")
+    if not name or not Path(path).is_file():
+        raise argparse.ArgumentTypeError("NAME=FILE")
     return name, Path(path).resolve()
 
 
@@ -114,12 +140,21 @@ def _contestants(arguments: argparse.Namespace, work: Path) -> dict[str, Contest
     for name, folder in arguments.folder:
         if name in found:
             raise SystemExit(f"--folder {name}: two rows of one name")
-        found[name] = Contestant(sys.executable, ONNXRUNTIME, folder)
+        fused = _is_fused(folder)
+        found[name] = Contestant(sys.executable, ONNXRUNTIME, folder, shared=arguments.shared and fused)
+        if arguments.openvino and not fused:
+            found[f"{name}, OpenVINO"] = Contestant(arguments.openvino, "openvino_generation.py", folder)
+    for name, file in arguments.gguf:
+        found[f"{name}, llama.cpp"] = Contestant(arguments.llama, "llama_generation.py", file)
     for level in LEVELS if arguments.peer else ():
         folder = _built(work, level)
-        found[f"builder, level {level}"] = Contestant(sys.executable, ONNXRUNTIME, folder)
+        found[f"builder, level {level}"] = Contestant(sys.executable, ONNXRUNTIME, folder, shared=arguments.shared)
         found[f"genai, level {level}"] = Contestant(arguments.peer, "genai_generation.py", folder)
     return found
+
+
+def _is_fused(folder: Path) -> bool:
+    return b"GroupQueryAttention" in (folder / "model.onnx").read_bytes()
 
 
 def _built(work: Path, level: int) -> Path:
@@ -140,19 +175,22 @@ def _job(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     text = arguments.text.read_text()
     if arguments.text.suffix == ".jsonl":
         text = "\n".join(json.loads(line)["text"] for line in text.splitlines())
-    tokens = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids[:LONG]
-    if len(tokens) < LONG:
-        raise SystemExit(f"--text has {len(tokens)} tokens, {LONG} are needed")
+    longest = max(LONG, arguments.context)
+    tokens = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids[:longest]
+    if len(tokens) < longest:
+        raise SystemExit(f"--text has {len(tokens)} tokens, {longest} are needed")
     return {
         "threads": arguments.threads,
         "new_tokens": arguments.new_tokens,
-        "long": tokens,
-        "short": tokens[:SHORT],
+        "long": tokens[:LONG],
+        "short": tokens[: arguments.context],
+        "cpu_time": arguments.cpu_time,
     }
 
 
 def _figures(contestant: Contestant, job: dict[str, Any], work: Path) -> Figures:
-    own = {"folder": str(contestant.folder), "dtype": contestant.dtype}
+    place = str(contestant.folder)
+    own = {"folder": place, "file": place, "dtype": contestant.dtype, "shared": contestant.shared}
     return figures(contestant.python, PEERS / contestant.script, job | own, work)
 
 

@@ -145,9 +145,9 @@ def test_rows_that_are_no_multiple_of_the_block_are_refused(tmp_path: Path) -> N
         export(run_pass(config, METHODS["none bf16"]), tmp_path, token_embedding_type="q8_0")
 
 
-def of(graph: onnx.GraphProto, op_type: str, index: int = 0) -> onnx.NodeProto:
+def of(graph: onnx.GraphProto, op_type: str) -> onnx.NodeProto:
     found: list[onnx.NodeProto] = [node for node in graph.node if node.op_type == op_type]
-    return found[index]
+    return found[0]
 
 
 def other_zero(graph: onnx.GraphProto) -> None:

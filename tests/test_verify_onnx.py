@@ -488,7 +488,7 @@ def test_the_folder_loads_and_is_inspected(sound: Sound, copy: Path) -> None:
     assert (found.layout, found.quantized_layers, found.report) == ("onnx", 21, "as in the manifest")
     assert found.method == f"ONNX, MatMulNBits, 4 bits, blocks of {GROUP}"
     assert {loader.name: loader.verdict for loader in found.loaders} == {
-        "onnxruntime": "yes", "qexport.load": "yes", "vLLM": "no", "TGI": "no",
+        "onnxruntime": "yes", "OpenVINO": "untried", "qexport.load": "yes", "vLLM": "no", "TGI": "no",
     }  # fmt: skip
     assert inspect_artifact(copy).layout is None
 

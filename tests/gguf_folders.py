@@ -40,7 +40,7 @@ CONFIGS: Mapping[str, PretrainedConfig] = {
         name: factories.FAMILIES[name]
         for name in (
             "llama", "mistral", "qwen2", "qwen3", "falcon 7b", "falcon 40b", "falcon 3", "gemma 2", "gemma 3", "phi 3",
-            "gpt-neox",
+            "gpt-neox", "gpt-2",
         )
     },
     "gemma 3 linear": Gemma3TextConfig(

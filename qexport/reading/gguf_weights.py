@@ -152,7 +152,7 @@ class GgufWeights:
         Raises:
             InputError: the file does not have it or has become shorter, or it holds NaN or Inf.
         """
-        return as_parameter(self.stored(name), self._dtype, transposed=False)
+        return as_parameter(self.stored(name), self._dtype, transposed=name.removesuffix(".weight") in self.transposed)
 
     def stored(self, name: str) -> torch.Tensor | Quantized:
         """The parameter as it is stored, in the model's order of rows: a copy of the tensor, or the codes [out, in].
@@ -193,7 +193,7 @@ class GgufWeights:
         tensor = self.file.tensors[stored]
         rows = torch.from_numpy(self.file.read_rows(stored, 0, tensor.rows))
         if tensor.kind in _TORCH:
-            rows = rows.view(_TORCH[tensor.kind]).reshape(tensor.shape)
+            rows = self._places.turned(name, rows.view(_TORCH[tensor.kind]).reshape(tensor.shape))
         return self._places.restored(name, rows)
 
     @property
@@ -214,8 +214,8 @@ class GgufWeights:
 
     @property
     def transposed(self) -> frozenset[str]:
-        """Empty: no family here stores weights [in, out]."""
-        return frozenset()
+        """The modules whose unquantized weight is [in, out] (GPT-2's Conv1D); codes are always [out, in]."""
+        return self.architecture.structure.transposed
 
     @property
     def raised(self) -> frozenset[str]:
@@ -321,7 +321,9 @@ class GgufWeights:
     def _specs(self) -> dict[str, TensorSpec]:
         tensors = self.file.tensors
         return {
-            name: TensorSpec(tensors[stored].shape, _TORCH.get(tensors[stored].kind, self._dtype))
+            name: TensorSpec(
+                self._places.shape(name, tensors[stored].shape), _TORCH.get(tensors[stored].kind, self._dtype)
+            )
             for name, stored in self._names.items()
         }
 

@@ -94,7 +94,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., gguf_folders
 
 
 def test_all_tensors_are_those_of_the_converter(made: Callable[..., gguf_folders.Made], tmp_path: Path) -> None:
-    """Falcon 7B's configuration is given with the number of key heads that the model has, as older files have it."""
+    """Configurations of Falcon 7B, GPT-NeoX and GPT-2 are given with keys of older files, which the converter reads."""
     families = [family for family in gguf_folders.CONFIGS if family not in ("gemma 2", "phi 3")]  # see below
     for family in families:
         model = Path(shutil.copytree(made(family, "none").base, tmp_path / family))
@@ -103,6 +103,8 @@ def test_all_tensors_are_those_of_the_converter(made: Callable[..., gguf_folders
             (model / "config.json").write_text(json.dumps(config | {"num_kv_heads": 1}))
         if config["model_type"] == "gpt_neox":
             (model / "config.json").write_text(json.dumps(config | {"rotary_pct": 0.25}))
+        if config["model_type"] == "gpt2":
+            (model / "config.json").write_text(json.dumps(config | {"n_ctx": config["n_positions"]}))
     convert({tmp_path / family: tmp_path / f"{family}.gguf" for family in families}, tmp_path / "jobs.json")
     for family in families:
         assert_same_file(made(family, "none").gguf / GGUF_NAME, tmp_path / f"{family}.gguf")
@@ -116,7 +118,13 @@ def convert(models: Mapping[Path, Path], jobs: Path) -> None:
     assert run.returncode == 0, run.stderr[-3000:]
 
 
-NOT_WRITTEN = {"general.basename", "general.size_label", "general.sampling.temp", "tokenizer.ggml.add_sep_token"}
+NOT_WRITTEN = {
+    "general.basename",
+    "general.version",
+    "general.size_label",
+    "general.sampling.temp",
+    "tokenizer.ggml.add_sep_token",
+}
 """Keys of the converter that say nothing of the model, or what llama.cpp takes for granted."""
 
 
@@ -191,7 +199,7 @@ def test_a_sound_folder_with_a_tokenizer_of_sentencepiece_is_confirmed(case: str
     assert exact < (1e-6 if case in GELU else 1e-9)
 
 
-GELU = ("falcon 7b", "falcon 40b", "gpt-neox", "gemma 2", "gemma 3", "gemma 3 linear")
+GELU = ("falcon 7b", "falcon 40b", "gpt-neox", "gpt-2", "gemma 2", "gemma 3", "gemma 3 linear")
 """Models whose activation llama.cpp takes from a table."""
 
 

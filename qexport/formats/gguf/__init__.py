@@ -30,6 +30,9 @@ DTYPES: Final = {
 }
 """How unquantized tensors are stored."""
 
+_WIDE: Final = ("_norm.weight", "position_embd.weight")
+"""The ends of names of tensors that llama.cpp has in float32, whatever their shape."""
+
 Q8_0: Final = GGMLQuantizationType.Q8_0
 
 
@@ -76,7 +79,9 @@ class GgufFormat:
         if isinstance(spec, (GroupQuantizedSpec, RowQuantizedSpec)):
             return Entry(spec.shape, blocks.kind_of(spec))
         assert isinstance(spec, TensorSpec), f"{name} cannot be stored"
-        return Entry(spec.shape, Q8_0 if name in self.rounded else DTYPES[self._dtype(name, spec)])
+        return Entry(
+            self.places.shape(name, spec.shape), Q8_0 if name in self.rounded else DTYPES[self._dtype(name, spec)]
+        )
 
     def specs(self, name: str, spec: OutputSpec) -> dict[str, TensorSpec]:
         """The tensor in the file; of codes its bytes, uint8 [out, row_bytes]."""
@@ -87,7 +92,7 @@ class GgufFormat:
         if name in self.rounded:
             block, size = gguf.GGML_QUANT_SIZES[Q8_0]
             return {stored: TensorSpec((spec.shape[0], spec.shape[1] // block * size), torch.uint8)}
-        return {stored: TensorSpec(spec.shape, self._dtype(name, spec))}
+        return {stored: TensorSpec(self.places.shape(name, spec.shape), self._dtype(name, spec))}
 
     def tensors(self, record: TensorRecord) -> dict[str, torch.Tensor]:
         """The tensor in the file, with the shape and dtype of `specs`.
@@ -103,7 +108,8 @@ class GgufFormat:
         if name in self.rounded:
             return {self.places.names[name]: self.places.stored(name, blocks.rounded(value))}
         dtype = self._dtype(name, TensorSpec(tuple(value.shape), value.dtype))
-        return {self.places.names[name]: self.places.stored(name, value).to(dtype).contiguous()}
+        turned = self.places.turned(name, value)
+        return {self.places.names[name]: self.places.stored(name, turned).to(dtype).contiguous()}
 
     def fault(self, spec: QuantizedSpec) -> str | None:
         """Why this matrix cannot be stored value by value, or None if it can."""
@@ -113,5 +119,5 @@ class GgufFormat:
 
     def _dtype(self, name: str, spec: TensorSpec) -> torch.dtype:
         stored = self.places.names[name]
-        wide = len(spec.shape) <= 1 or stored.endswith("_norm.weight") or not stored.endswith(".weight")
+        wide = len(spec.shape) <= 1 or stored.endswith(_WIDE) or not stored.endswith(".weight")
         return torch.float32 if wide else spec.dtype

@@ -66,7 +66,7 @@ def head_dim(config: PretrainedConfig) -> int:
 
 def rotary(config: PretrainedConfig) -> Mapping[str, Any]:
     """The parameters of the rotary embedding; of layers that see the whole text where others have their own."""
-    found = config.rope_parameters or {}
+    found = getattr(config, "rope_parameters", None) or {}
     whole: Mapping[str, Any] = found.get("full_attention", found)
     return whole
 
@@ -105,12 +105,14 @@ class GgufFamily:
         causal_lm: the class of transformers.
         orders: the order of rows, by the last part of a module's path.
         raised_norms: the file has 1 + the weights of norms, which the model adds when it computes.
+        transposed: the last parts of the paths of modules whose matrices are [in, out] in the model's own files.
     """
 
     arch: gguf.MODEL_ARCH
     causal_lm: str
     orders: Mapping[str, RowOrder] = field(default_factory=dict)
     raised_norms: bool = False
+    transposed: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str:
@@ -130,6 +132,7 @@ FAMILIES: Final[Mapping[str, GgufFamily]] = {
     "gemma2": GgufFamily(gguf.MODEL_ARCH.GEMMA2, "Gemma2ForCausalLM", raised_norms=True),
     "gemma3_text": GgufFamily(gguf.MODEL_ARCH.GEMMA3, "Gemma3ForCausalLM", raised_norms=True),
     "phi3": GgufFamily(gguf.MODEL_ARCH.PHI3, "Phi3ForCausalLM"),
+    "gpt2": GgufFamily(gguf.MODEL_ARCH.GPT2, "GPT2LMHeadModel", transposed=frozenset({"c_attn", "c_fc", "c_proj"})),
 }
 """By `model_type`. A family is here if llama.cpp's converter gives the same tensors, which `make test-llama` checks."""
 
@@ -142,14 +145,24 @@ class Places:
         names: the name in the file of each parameter that has one, by its own name.
         orders: int64 [rows], the row of the parameter that each row of the file is, for those in another order.
         raised: parameters that the file has plus 1, in float32, as the model computes with them.
+        transposed: matrices that are [in, out] in the model, and [out, in] in the file, as codes always are.
     """
 
     names: Mapping[str, str]
     orders: Mapping[str, Tensor]
     raised: frozenset[str] = frozenset()
+    transposed: frozenset[str] = frozenset()
+
+    def shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of an unquantized parameter in the file from that in the model, and the other way round."""
+        return shape[::-1] if name in self.transposed else shape
+
+    def turned(self, name: str, value: Tensor) -> Tensor:
+        """An unquantized parameter with the file's shape from one with the model's, and the other way round."""
+        return value.t().contiguous() if name in self.transposed else value
 
     def stored(self, name: str, value: Tensor) -> Tensor:
-        """A parameter [rows, ...] in the file's order of rows."""
+        """A parameter, with the file's shape [rows, ...], in the file's order of rows."""
         ordered = value if name not in self.orders else value[self.orders[name]]
         return ordered.to(torch.float32) + 1 if name in self.raised else ordered
 
@@ -183,4 +196,10 @@ def places(family: GgufFamily, config: PretrainedConfig, parameters: Iterable[st
             if (order := made.get(module.rpartition(".")[2])) is not None:
                 orders[parameter] = order
     raised = frozenset(name for name in names if family.raised_norms and name.endswith("norm.weight"))
-    return Places(names, orders, raised)
+    transposed = frozenset(name for name in names if _is_matrix_of(name, family.transposed))
+    return Places(names, orders, raised, transposed)
+
+
+def _is_matrix_of(parameter: str, modules: frozenset[str]) -> bool:
+    module, _, leaf = parameter.rpartition(".")
+    return leaf == "weight" and module.rpartition(".")[2] in modules
